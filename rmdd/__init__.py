@@ -1,0 +1,52 @@
+"""rmdd: distil image-text data into a few hundred synthetic pairs.
+
+>>> import rmdd
+>>> run = rmdd.load_config("demo", ["seed=1"])  # a preset's name, a YAML file or a mapping
+>>> rmdd.run(run)  # doctest: +SKIP
+>>> distilled = rmdd.load("runs/demo/set")  # doctest: +SKIP
+>>> pairs = distilled.as_dataset()  # doctest: +SKIP
+
+Importing is instant: torch, transformers and ray are loaded when something needs them.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rmdd.artefact.distilled import load as load
+    from rmdd.config import Run as Run
+    from rmdd.config import load as load_config
+    from rmdd.pipeline import run as run
+
+    __version__: str
+
+_HOME = {
+    "Run": ("rmdd.config", "Run"),
+    "load": ("rmdd.artefact.distilled", "load"),
+    "load_config": ("rmdd.config", "load"),
+    "run": ("rmdd.pipeline", "run"),
+}
+
+__all__ = ["Run", "__version__", "load", "load_config", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
+    if name not in _HOME:
+        raise AttributeError(f"module 'rmdd' has no attribute '{name}'; it has {', '.join(__all__)}")
+    module, attribute = _HOME[name]
+    return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("rmdd")
+    except PackageNotFoundError:  # a source tree that was never installed
+        return "0+unknown"

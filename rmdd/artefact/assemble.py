@@ -1,0 +1,100 @@
+"""From the phases of a run to its distilled set.
+
+M synthetic texts, T real captions, F text feature width.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+import rmdd
+from rmdd import config
+from rmdd.artefact.distilled import DistilledSet, Subset
+from rmdd.data.material import Material
+from rmdd.data.shards import Dataset
+from rmdd.distill.matching import load_set
+from rmdd.files import read_json
+from rmdd.models.text import encoder_identity
+from rmdd.tasks import Item
+
+CHUNK = 8192
+
+
+def assemble(item: Item, train: Material, evaluation: dict[str, Any]) -> DistilledSet:
+    """The set that `evaluation` chose, with its captions, its origin and its numbers.
+
+    `item.iterations` names the snapshot of each phase. A phase that began from noise has no source pairs.
+    """
+    run = item.run
+    return DistilledSet(
+        subsets=tuple(_subset(item, train, p) for p in range(len(run.distill.phases))),
+        mean=train.mean,
+        std=train.std,
+        model=run.model.model_dump(mode="json") | {"text_encoder": encoder_identity(run.model.text)},
+        method=run.distill.method,
+        loss=run.distill.loss,
+        config=portable(run),
+        provenance=_provenance(item),
+        metrics=evaluation["table"],
+    )
+
+
+def portable(run: config.Run) -> dict[str, Any]:
+    """The resolved run without the fields that name places: `runtime` and `data.root`."""
+    return run.model_dump(mode="json", exclude={"runtime": True, "data": {"root"}})
+
+
+def nearest(
+    queries: Float[Tensor, "M F"], captions: Float[np.ndarray, "T F"], chunk: int = CHUNK
+) -> Int[Tensor, " M"]:
+    """For each query the caption with the highest cosine, the first of equals; reads `chunk` captions at a time."""
+    unit = torch.nn.functional.normalize(queries.detach().cpu().float(), dim=1)
+    best, where = torch.full((len(unit),), -torch.inf), torch.zeros(len(unit), dtype=torch.int64)
+    for begin in range(0, len(captions), chunk):
+        rows = torch.nn.functional.normalize(torch.tensor(captions[begin : begin + chunk]).float(), dim=1)
+        score, index = (unit @ rows.T).max(1)
+        better = score > best
+        best = torch.where(better, score, best)
+        where = torch.where(better, index + begin, where)
+    return where
+
+
+def _subset(item: Item, train: Material, phase: int) -> Subset:
+    synthetic = load_set(item.places.set(phase, item.iterations[phase]))
+    records: list[int] = read_json(item.places.phase(phase) / "records.json")
+    split, real = train.split, item.run.distill.init == "real"
+    return Subset(
+        images=synthetic.images,
+        texts=synthetic.texts,
+        similarity=synthetic.similarity,
+        alpha=synthetic.alpha,
+        lr_image=float(synthetic.lr_image),
+        lr_text=float(synthetic.lr_text),
+        captions=[split.captions[i] for i in nearest(synthetic.texts, train.texts).tolist()],
+        source_ids=[split.pair_ids[split.image_of[r]] if real else "" for r in records],
+        captions_before=[split.captions[r] for r in records] if real else (),
+    )
+
+
+def _provenance(item: Item) -> dict[str, Any]:
+    run, data = item.run, Dataset.open(item.places.data)
+    return {
+        "rmdd": rmdd.__version__,
+        "torch": torch.__version__,
+        "data": {
+            "hash": data.hash,
+            "counts": data.counts,
+            "bytes": sum(shard["bytes"] for shard in data.manifest["shards"]),
+        },
+        "experts": item.places.store.name,
+        "phases": item.places.phases.name,
+        "iterations": list(item.iterations),
+        "seeds": {
+            "experts": run.seed_of("experts"),
+            "distill": run.seed_of("distill"),
+            "evaluate": run.seed_of("evaluate"),
+        },
+    }

@@ -1,0 +1,324 @@
+"""The distilled set: what a run leaves behind, in memory and on disk.
+
+M pairs of a subset, H x W image size, F text embedding width, R similarity rank.
+"""
+
+import os
+import shutil
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rmdd.artefact import card
+from rmdd.distill import similarity
+from rmdd.files import atomic_path, read_json, sha256_file, write_json
+
+SCHEMA_VERSION = 1
+DESCRIPTION, TENSORS, CAPTIONS = "set.json", "tensors.safetensors", "captions.parquet"
+PREVIEW, CARD = "preview.png", "README.md"
+
+
+@dataclass(frozen=True, eq=False)
+class Subset:
+    """The M pairs of one phase; students train on subsets in order. All tensors are finite float32.
+
+    `similarity` holds `matrix` (M, M), or `scale` (M,), `left` and `right` (M, R), or nothing (identity);
+    rows are images. Raises ValueError when the parts do not fit each other.
+    """
+
+    images: Tensor  # (M, 3, H, W), normalised
+    texts: Tensor  # (M, F), as the text encoder gives them
+    similarity: dict[str, Tensor]
+    alpha: float  # low rank: S = diag(scale) + alpha/R left right^T
+    lr_image: float
+    lr_text: float
+    captions: Sequence[str]  # nearest real caption of each pair
+    source_ids: Sequence[str]  # pair_id of the real pair each started from
+    captions_before: Sequence[str] = ()  # caption each started from; empty when unknown
+
+    def __post_init__(self) -> None:
+        m = len(self.images)
+        rank = self.similarity["left"].shape[-1] if "left" in self.similarity else 0
+        shapes = {"": {}, "matrix": {"matrix": (m, m)}, "left": {"scale": (m,), "left": (m, rank), "right": (m, rank)}}
+        kind = next((name for name in ("matrix", "left") if name in self.similarity), "")
+        found = {name: tuple(t.shape) for name, t in self.similarity.items()}
+        if not m or self.images.ndim != 4 or self.images.shape[1] != 3:
+            raise ValueError(f"images must be (M, 3, H, W) with M at least 1, found {tuple(self.images.shape)}")
+        if self.texts.ndim != 2 or len(self.texts) != m:
+            raise ValueError(f"{m} images need texts of shape ({m}, F), found {tuple(self.texts.shape)}")
+        if found != shapes[kind]:
+            wanted = "nothing, matrix (M, M), or scale (M), left (M, R) and right (M, R)"
+            raise ValueError(f"similarity of {m} pairs must be {wanted}; found {found}")
+        for name in ("captions", "source_ids", "captions_before"):
+            count = len(getattr(self, name))
+            if count != m and (count or name != "captions_before"):
+                raise ValueError(f"{m} pairs need {m} {name}, found {count}")
+        for name, t in self.tensors().items():
+            if t.dtype != torch.float32 and t.ndim:
+                raise ValueError(f"{name} must be float32, found {t.dtype}; convert it with .float()")
+            if not t.isfinite().all():
+                raise ValueError(f"{name} holds {int((~t.isfinite()).sum())} numbers that are not finite")
+
+    @property
+    def pairs(self) -> int:
+        return len(self.images)
+
+    @property
+    def kind(self) -> str:
+        """full, low_rank or identity."""
+        return "full" if "matrix" in self.similarity else "low_rank" if "left" in self.similarity else "identity"
+
+    @property
+    def rank(self) -> int | None:
+        return self.similarity["left"].shape[1] if "left" in self.similarity else None
+
+    @property
+    def matrix(self) -> Float[Tensor, "M M"]:
+        """The similarity in full, images by texts."""
+        return similarity.dense(self.similarity, self.alpha, self.texts)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything learned, by its name on disk (after `<subset>.`); rates are float64 scalars."""
+        rates = {n: torch.tensor(getattr(self, n), dtype=torch.float64) for n in ("lr_image", "lr_text")}
+        named = {"images": self.images, "texts": self.texts}
+        return named | {f"similarity.{n}": t for n, t in self.similarity.items()} | rates
+
+
+@dataclass(frozen=True, eq=False)
+class DistilledSet:
+    """Subsets in training order, and all that is needed to use and to trace them."""
+
+    subsets: tuple[Subset, ...]
+    mean: Sequence[float]  # picture in [0, 1] = image * std + mean, per channel
+    std: Sequence[float]
+    model: dict[str, Any]  # encoders, projections, temperature, identity of the text encoder
+    method: str
+    loss: str
+    config: dict[str, Any]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "subsets", tuple(self.subsets))
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, tuple(float(x) for x in getattr(self, name)))
+        shapes = {(tuple(s.images.shape[1:]), s.texts.shape[1], s.kind) for s in self.subsets}
+        if len(shapes) != 1:
+            found = shapes or "no subsets"
+            raise ValueError(f"subsets must share image shape, text width and kind of similarity; found {found}")
+
+    @property
+    def num_pairs(self) -> int:
+        return sum(s.pairs for s in self.subsets)
+
+    def budget(self) -> dict[str, Any]:
+        """What the set holds, in parameters, in bytes as stored, and in pairs of `unit` parameters."""
+        unit = self.subsets[0].images[0].numel() + self.subsets[0].texts.shape[1]
+        parts = {part: {"parameters": 0, "bytes": 0} for part in ("images", "texts", "similarity", "rates")}
+        for subset in self.subsets:
+            for name, t in subset.tensors().items():
+                part = parts["rates" if name.startswith("lr_") else name.split(".")[0]]
+                part["parameters"] += t.numel()
+                part["bytes"] += t.numel() * t.element_size()
+        total = {measure: sum(part[measure] for part in parts.values()) for measure in ("parameters", "bytes")}
+        return {
+            "unit": unit,
+            "pairs": self.num_pairs,
+            "in_pairs": total["parameters"] / unit,
+            **parts,
+            "total": total,
+        }
+
+    def as_dataset(self) -> torch.utils.data.Dataset[dict[str, Any]]:
+        """All pairs in training order as `image`, `text`, `subset` and `index` within it."""
+        return Pairs(self.subsets)
+
+    def save(self, path: Path | str, overwrite: bool = False) -> Path:
+        """Write the set as a folder, whole or not at all. An existing set is replaced only when asked to."""
+        from safetensors.torch import save
+
+        path = Path(path)
+        _check_free(path, overwrite)
+        with atomic_path(path) as folder:
+            folder.mkdir()
+            tensors = {
+                f"{k}.{name}": t.detach().cpu().contiguous().clone()
+                for k, subset in enumerate(self.subsets)
+                for name, t in subset.tensors().items()
+            }
+            (folder / TENSORS).write_bytes(save(tensors))  # save_file would make it readable by its owner alone
+            _write_captions(self.subsets, folder / CAPTIONS)
+            card.preview(self).save(folder / PREVIEW)
+            (folder / CARD).write_text(card.text(self), encoding="utf-8")
+            write_json(folder / DESCRIPTION, self._description(folder, tensors))
+            aside = _move_aside(path)
+        if aside:
+            shutil.rmtree(aside)
+        return path
+
+    def _description(self, folder: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "method": self.method,
+            "loss": self.loss,
+            "num_pairs": self.num_pairs,
+            "subsets": [
+                {
+                    "pairs": s.pairs,
+                    "similarity": {"kind": s.kind, "rank": s.rank, "alpha": s.alpha},
+                    "lr_image": s.lr_image,
+                    "lr_text": s.lr_text,
+                }
+                for s in self.subsets
+            ],
+            "budget": self.budget(),
+            "normalisation": {"mean": list(self.mean), "std": list(self.std)},
+            "model": self.model,
+            "provenance": self.provenance,
+            "metrics": self.metrics,
+            "tensors": {name: {"shape": list(t.shape), "dtype": str(t.dtype)} for name, t in tensors.items()},
+            "sha256": {name: sha256_file(folder / name) for name in (TENSORS, CAPTIONS)},
+            "config": self.config,
+        }
+
+    @classmethod
+    def load(cls, path: Path | str) -> "DistilledSet":
+        """Read a saved set. Raises ValueError when a file is missing, altered, or of another schema version."""
+        from safetensors.torch import load_file
+
+        path = Path(path)
+        info = _read_description(path)
+        try:
+            for name, sha256 in info["sha256"].items():
+                _check_bytes(path / name, sha256)
+            tensors = load_file(path / TENSORS)
+            _check_tensors(path, tensors, info["tensors"])
+            rows = _read_captions(path / CAPTIONS)
+            return cls(
+                subsets=tuple(_subset(k, entry, tensors, rows) for k, entry in enumerate(info["subsets"])),
+                **info["normalisation"],
+                **{name: info[name] for name in ("model", "method", "loss", "config", "provenance", "metrics")},
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            what = f"{path / DESCRIPTION} is not as this version writes it"
+            raise ValueError(f"{what} ({error!r}); get the set again") from error
+
+
+load = DistilledSet.load
+
+
+class Pairs(torch.utils.data.Dataset[dict[str, Any]]):
+    """The pairs of all subsets in training order."""
+
+    def __init__(self, subsets: Sequence[Subset]):
+        self.subsets = subsets
+        self.places = [(k, i) for k, subset in enumerate(subsets) for i in range(subset.pairs)]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, item: int) -> dict[str, Any]:
+        k, i = self.places[item]
+        return {"image": self.subsets[k].images[i], "text": self.subsets[k].texts[i], "subset": k, "index": i}
+
+
+def _subset(k: int, entry: dict[str, Any], tensors: dict[str, Tensor], rows: dict[int, dict[str, list]]) -> Subset:
+    prefix = f"{k}."
+    own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    return Subset(
+        images=own["images"],
+        texts=own["texts"],
+        similarity={n.removeprefix("similarity."): t for n, t in own.items() if n.startswith("similarity.")},
+        alpha=entry["similarity"]["alpha"],
+        lr_image=own["lr_image"].item(),
+        lr_text=own["lr_text"].item(),
+        **rows[k],
+    )
+
+
+def _write_captions(subsets: Sequence[Subset], path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        {
+            "subset": k,
+            "index": i,
+            "caption": subset.captions[i],
+            "source_id": subset.source_ids[i],
+            "caption_before": subset.captions_before[i] if subset.captions_before else None,
+        }
+        for k, subset in enumerate(subsets)
+        for i in range(subset.pairs)
+    ]
+    columns = [("subset", pa.int32()), ("index", pa.int32())]
+    columns += [(name, pa.string()) for name in ("caption", "source_id", "caption_before")]
+    pq.write_table(pa.Table.from_pylist(rows, pa.schema(columns)), path)
+
+
+def _read_captions(path: Path) -> dict[int, dict[str, list]]:
+    import pyarrow.parquet as pq
+
+    by_subset: dict[int, dict[str, list]] = {}
+    for row in sorted(pq.read_table(path).to_pylist(), key=lambda r: (r["subset"], r["index"])):
+        own = by_subset.setdefault(row["subset"], {"captions": [], "source_ids": [], "captions_before": []})
+        own["captions"].append(row["caption"])
+        own["source_ids"].append(row["source_id"])
+        if row["caption_before"] is not None:
+            own["captions_before"].append(row["caption_before"])
+    return by_subset
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    if not (path / DESCRIPTION).is_file():
+        raise ValueError(f"no distilled set at {path}: it has no {DESCRIPTION}; give the folder that a run wrote")
+    try:
+        info = read_json(path / DESCRIPTION)
+    except ValueError as error:
+        raise ValueError(f"{path / DESCRIPTION} is not valid JSON ({error}); get the set again") from None
+    version = info.get("schema_version") if isinstance(info, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ValueError(
+            f"{path} has schema version {version} and this rmdd reads version {SCHEMA_VERSION}; "
+            "use the rmdd that wrote it, or write the set again"
+        )
+    return info
+
+
+def _check_bytes(file: Path, sha256: str) -> None:
+    if not file.is_file():
+        raise ValueError(f"{file} is missing; get the set again")
+    if (found := sha256_file(file)) != sha256:
+        raise ValueError(f"{file} was altered: SHA-256 {found[:12]}, set.json says {sha256[:12]}; get the set again")
+
+
+def _check_tensors(path: Path, tensors: dict[str, Tensor], listed: dict[str, dict[str, Any]]) -> None:
+    found = {name: {"shape": list(t.shape), "dtype": str(t.dtype)} for name, t in tensors.items()}
+    for name in sorted(found.keys() | listed.keys()):
+        if found.get(name) != listed.get(name):
+            what = f"{TENSORS} has {name} as {found.get(name)}, {DESCRIPTION} says {listed.get(name)}"
+            raise ValueError(f"{path}: {what}; get the set again")
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not (path / DESCRIPTION).is_file():
+        raise ValueError(f"{path} exists and is no distilled set; choose another folder")
+    if not overwrite:
+        raise ValueError(f"{path} already holds a distilled set; choose another folder or pass overwrite=True")
+
+
+def _move_aside(path: Path) -> Path | None:
+    """A folder with files in it cannot be renamed over, so an old set steps aside just before the new one lands."""
+    if not path.exists():
+        return None
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
+    os.replace(path, aside)
+    return aside

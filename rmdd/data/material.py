@@ -1,0 +1,36 @@
+"""One split ready to train or score on: pictures, the embeddings of its captions, and the pixel constants."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rmdd import config
+from rmdd.data.images import normalisation
+from rmdd.data.shards import Dataset
+from rmdd.data.splits import Split, load_split
+from rmdd.models.image import normalisation_of
+from rmdd.models.text import embed
+
+Constants = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Material:
+    split: Split
+    texts: np.ndarray
+    """Caption embeddings (T, F), float32, in the order of `split.captions`."""
+    mean: Constants
+    std: Constants
+
+
+def load_material(run: config.Run, dataset: Dataset, split: str, cache: Path, device: str = "cpu") -> Material:
+    """Decode and embed one split, or read both from the cache."""
+    loaded = load_split(dataset, split, run.data, cache)
+    if not loaded.captions:
+        raise ValueError(
+            f"split '{split}' of the dataset at {dataset.path} holds no pair with a caption; "
+            f"see its manifest.json and quarantine.jsonl (counts: {dataset.counts})"
+        )
+    mean, std = normalisation_of(run.model.image) if run.data.normalise == "tower" else normalisation(run.data.normalise)
+    return Material(loaded, embed(loaded.captions, run.model.text, cache, device=device), mean, std)

@@ -1,0 +1,45 @@
+"""Karpathy's `dataset_*.json`: one file, all splits, `{"dataset": ..., "images": [{filename, split, sentences}]}`.
+
+`restval` counts as train, as in every paper. Captions are `raw`; `tokens` have lost case and punctuation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rmdd.config import Data
+from rmdd.data.sources.layouts import KARPATHY, describe, find_annotation, read_json_file
+from rmdd.data.sources.row import SPLIT_NAMES, Row
+
+
+def rows(data: Data) -> tuple[Iterator[Row], list[Path]]:
+    root = Path(data.root or "")
+    if isinstance(data.annotations, str):
+        path = root / data.annotations
+    elif data.layout in KARPATHY:
+        path = find_annotation(root, [KARPATHY[data.layout]], f"the Karpathy file of layout '{data.layout}'")
+    else:
+        raise ValueError(f"layout '{data.layout}' has no Karpathy file; name it in data.annotations or use lists")
+    content = read_json_file(path)
+    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
+        hint = "; BLIP or LoRS lists are read with data.source: lists" if isinstance(content, list) else ""
+        raise ValueError(f"{path}: expected an object with a list `images` (Karpathy), found {describe(content)}{hint}")
+    name = content.get("dataset")
+    source = name if isinstance(name, str) and name else data.layout or path.stem
+    return _rows(path, content["images"], source), [path]
+
+
+def _rows(path: Path, images: list[Any], source: str) -> Iterator[Row]:
+    for i, image in enumerate(images):
+        origin = f"{path.name} image {i}"
+        if not isinstance(image, dict) or not isinstance(image.get("sentences"), list) or "split" not in image:
+            raise ValueError(f"{path}: image {i} needs filename, split and a list `sentences`, found {describe(image)}")
+        if image["split"] not in SPLIT_NAMES:
+            raise ValueError(f"{path}: image {i} has split {image['split']!r}; expected train, restval, val or test")
+        name, folder = image.get("filename"), image.get("filepath")
+        if isinstance(name, str) and isinstance(folder, str) and folder:
+            name = f"{folder}/{name}"
+        captions = tuple(s.get("raw") if isinstance(s, dict) else s for s in image["sentences"])
+        yield Row(name, captions, SPLIT_NAMES[image["split"]], source, origin)

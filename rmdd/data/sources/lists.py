@@ -1,0 +1,111 @@
+"""BLIP/LoRS lists: a JSON list per split. Train has a record per caption, val and test a record per image whose
+`caption` is a list; CC3M has a string everywhere. Both shapes are read in every split.
+
+Flickr8k is also read as it was released: a token file with three lists of image names, or Kaggle's `captions.txt`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from rmdd.config import Data
+from rmdd.data.shards import SPLITS
+from rmdd.data.sources.layouts import LISTS, describe, find_annotation, read_json_file, read_text
+from rmdd.data.sources.row import NO_SPLIT, Row, as_captions
+
+FLICKR8K_TOKENS = "Flickr8k.token.txt"
+FLICKR8K_LISTS = {
+    split: f"Flickr_8k.{word}Images.txt" for split, word in (("train", "train"), ("val", "dev"), ("test", "test"))
+}
+KAGGLE_CAPTIONS = "captions.txt"
+
+
+def rows(data: Data) -> tuple[Iterator[Row], list[Path]]:
+    root, layout = Path(data.root or ""), data.layout
+    if isinstance(data.annotations, dict):
+        files: dict[str, Path] = {split: root / name for split, name in data.annotations.items()}
+        if not files:
+            raise ValueError("data.annotations is empty; give {train: ..., val: ..., test: ...}")
+    else:
+        assert layout is not None  # config.Data sees to it
+        if layout == "flickr8k" and (released := _flickr8k(root)):
+            return released
+        files = {}
+        for split in SPLITS:
+            names = [name.format(split=split) for name in LISTS[layout]]
+            files[split] = find_annotation(root, names, f"the {split} list of layout '{layout}'")
+    lists = {split: (path, _records(path)) for split, path in files.items()}
+    source = layout or "lists"
+    parts = [_rows(path, records, split, source) for split, (path, records) in lists.items()]
+    return chain.from_iterable(parts), list(files.values())
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    records = read_json_file(path)
+    if not isinstance(records, list):
+        karpathy = isinstance(records, dict) and "images" in records
+        hint = "; this looks like a Karpathy file: data.source: karpathy" if karpathy else ""
+        raise ValueError(f"{path}: expected a JSON list of records, found {describe(records)}{hint}")
+    for i, record in enumerate(records):
+        if not isinstance(record, dict) or not {"image", "caption"} <= record.keys():
+            raise ValueError(f"{path}: record {i} needs `image` and `caption`, found {describe(record)}")
+    return records
+
+
+def _rows(path: Path, records: list[dict[str, Any]], split: str, source: str) -> Iterator[Row]:
+    image_of: dict[Any, Any] = {}
+    id_of: dict[Any, Any] = {}
+    for i, record in enumerate(records):
+        image, number = record["image"], record.get("image_id")
+        if isinstance(image, str) and isinstance(number, str | int):
+            if image_of.setdefault(number, image) != image or id_of.setdefault(image, number) != number:
+                raise ValueError(
+                    f"{path}: record {i} pairs image_id {number!r} with {image!r}, an earlier record "
+                    f"pairs {image_of[number]!r} with {id_of.get(image, number)!r}; one image has one image_id"
+                )
+        yield Row(image, as_captions(record["caption"]), split, source, f"{path.name} record {i}")
+
+
+def _flickr8k(root: Path) -> tuple[Iterator[Row], list[Path]] | None:
+    if (root / FLICKR8K_TOKENS).is_file():
+        split_of: dict[str, str] = {}
+        files = [root / FLICKR8K_TOKENS]
+        for split, name in FLICKR8K_LISTS.items():
+            files.append(find_annotation(root, [name], f"the {split} list of Flickr8k"))
+            for line in read_text(files[-1]).splitlines():
+                if (image := line.strip()) and split_of.setdefault(image, split) != split:
+                    raise ValueError(f"{files[-1]}: {image} is also in the {split_of[image]} list; remove it from one")
+        return _token_rows(files[0], split_of), files
+    if (root / KAGGLE_CAPTIONS).is_file():
+        return _kaggle_rows(root / KAGGLE_CAPTIONS), [root / KAGGLE_CAPTIONS]
+    return None
+
+
+def _token_rows(path: Path, split_of: dict[str, str]) -> Iterator[Row]:
+    for i, line in enumerate(read_text(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        name, tab, caption = line.partition("\t")
+        image, hash_sign, _ = name.rpartition("#")
+        if not tab or not hash_sign:
+            raise ValueError(f"{path}: line {i} is not `<file>#<number><TAB><caption>`, found {line[:60]!r}")
+        yield Row(image, (caption,), split_of.get(image, NO_SPLIT), "flickr8k", f"{path.name} line {i}")
+
+
+def _kaggle_rows(path: Path) -> Iterator[Row]:
+    reader = csv.reader(io.StringIO(read_text(path)), strict=True)
+    header = next(reader, None)
+    if header is None or [name.strip() for name in header] != ["image", "caption"]:
+        raise ValueError(f"{path}: expected the header `image,caption`, found {header}")
+    try:
+        for line in reader:
+            if line:
+                caption = ",".join(line[1:]) if len(line) > 1 else None
+                yield Row(line[0], (caption,), None, "flickr8k", f"{path.name} line {reader.line_num}")
+    except csv.Error as error:
+        raise ValueError(f"{path}: line {reader.line_num} is not CSV: {error}") from None

@@ -1,0 +1,112 @@
+"""A folder of images and one table: CSV, TSV, JSON lines or Parquet, with a row per caption or per image.
+
+An unknown name in the split column stops the ingest, an empty cell only sends its row to the quarantine.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rmdd.config import Data, Table
+from rmdd.data.sources.layouts import describe, read_text
+from rmdd.data.sources.row import NO_SPLIT, SPLIT_NAMES, Row, as_captions
+
+
+def rows(data: Data) -> tuple[Iterator[Row], list[Path]]:
+    path = Path(data.root or "") / data.table.file
+    if not path.is_file():
+        raise ValueError(f"{path} not found; set data.table.file to the table, relative to data.root")
+    readers = {".csv": _csv, ".tsv": _csv, ".txt": _csv, ".jsonl": _jsonl, ".ndjson": _jsonl, ".parquet": _parquet}
+    if path.suffix.lower() not in readers:
+        raise ValueError(f"{path}: cannot read '{path.suffix}'; give one of {', '.join(readers)}")
+    return _rows(path, readers[path.suffix.lower()](path), data.table), [path]
+
+
+def _rows(path: Path, records: Iterator[tuple[str, dict[str, Any]]], table: Table) -> Iterator[Row]:
+    for i, (where, record) in enumerate(records):
+        missing = [column for column in (table.image, table.caption) if column not in record]
+        if missing and i == 0:
+            raise ValueError(
+                f"{path}: no column {' and no column '.join(map(repr, missing))}; "
+                f"it has {', '.join(map(str, record))}; set data.table.image and data.table.caption"
+            )
+        origin = f"{path.name} {where}"
+        captions = as_captions(_unpacked(record.get(table.caption)))
+        yield Row(record.get(table.image), captions, _split(record, table, path, where), "table", origin)
+
+
+def _split(record: dict[str, Any], table: Table, path: Path, where: str) -> str | None:
+    if table.split is None or table.split not in record:
+        return None
+    value = record[table.split]
+    if value is None or value != value or value == "":
+        return NO_SPLIT
+    split = SPLIT_NAMES.get(value.strip().lower()) if isinstance(value, str) else None
+    if split is None:
+        raise ValueError(
+            f"{path}: {where} has {value!r} in column '{table.split}'; expected train, val or test; "
+            "set data.table.split: null to cut the splits by hash"
+        )
+    return split
+
+
+def _unpacked(value: Any) -> Any:
+    """A JSON list inside a text cell becomes the list; any other text is a caption."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            inner = json.loads(value)
+        except json.JSONDecodeError:
+            return value
+        return inner if isinstance(inner, list) else value
+    return value
+
+
+def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    text = read_text(path)
+    header = text.split("\n", 1)[0]
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",\t;|", key=header.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        names = [name.strip() for name in next(reader, [])]
+        if len(set(names)) < len(names):
+            raise ValueError(f"{path}: two columns share a name: {', '.join(names)}")
+        for line in reader:
+            if line:  # a row that is too short lacks its last columns
+                padded = line + [None] * (len(names) - len(line))
+                yield f"line {reader.line_num}", dict(zip(names, padded, strict=False))
+    except csv.Error as error:
+        raise ValueError(f"{path}: line {reader.line_num} cannot be read: {error}") from None
+
+
+def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for i, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: line {i} is not JSON: {error}; JSON lines hold one object per line") from None
+        if not isinstance(record, dict):
+            hint = "; a JSON list of records is read with data.source: lists" if isinstance(record, list) else ""
+            raise ValueError(f"{path}: line {i} is {describe(record)}, expected an object{hint}")
+        yield f"line {i}", record
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            row = 0
+            for batch in file.iter_batches():
+                for record in batch.to_pylist():
+                    yield f"row {row}", record
+                    row += 1
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} is not a Parquet file: {error}") from None

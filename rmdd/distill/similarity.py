@@ -1,0 +1,48 @@
+"""The learned target similarity of M pairs: full, low-rank, or fixed at the identity.
+
+M pairs, B of them in a batch, R rank. Rows are images, columns texts; neither symmetric nor bounded.
+Tensors are held by name so that an optimiser, a checkpoint and an artefact see the same thing.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rmdd import config
+
+
+def initial(rule: config.Similarity, pairs: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Starting tensors; each kind starts at S = I exactly (LoRS: omega ones, L normal, R zero)."""
+    if rule.kind == "full":
+        return {"matrix": torch.eye(pairs)}
+    if rule.kind == "low_rank":
+        return {
+            "scale": torch.ones(pairs),
+            "left": torch.randn(pairs, rule.rank, generator=generator),
+            "right": torch.zeros(pairs, rule.rank),
+        }
+    return {}
+
+
+def gather(tensors: dict[str, Tensor], index: Int[Tensor, " B"]) -> dict[str, Tensor]:
+    """The parts of `tensors` that the pairs at `index` use."""
+    return {n: t[index][:, index] if n == "matrix" else t[index] for n, t in tensors.items()}
+
+
+def scatter_add(total: dict[str, Tensor], index: Int[Tensor, " B"], parts: dict[str, Tensor]) -> None:
+    """Add gradients of gathered `parts` into `total`, in place."""
+    for name, part in parts.items():
+        if name == "matrix":
+            total[name].index_put_((index[:, None], index[None, :]), part, accumulate=True)
+        else:
+            total[name].index_add_(0, index, part)
+
+
+def dense(parts: dict[str, Tensor], alpha: float, like: Float[Tensor, "B *_"]) -> Float[Tensor, "B B"]:
+    """S = matrix, or diag(scale) + alpha/R left right^T, or the identity; differentiable, never clamped."""
+    if "matrix" in parts:
+        return parts["matrix"]
+    if "left" in parts:
+        left, right = parts["left"], parts["right"]
+        return torch.diag(parts["scale"]) + (alpha / left.shape[1]) * (left @ right.T)
+    return torch.eye(like.shape[0], dtype=like.dtype, device=like.device)

@@ -1,0 +1,54 @@
+"""The learnable state of one phase: images, text embeddings, similarity and inner learning rates.
+
+M pairs, F text feature width, H W image size.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """Tensors of one phase; images live in normalised space, nothing is bounded."""
+
+    images: Float[Tensor, "M 3 H W"]
+    texts: Float[Tensor, "M F"]
+    lr_image: Float[Tensor, ""]
+    lr_text: Float[Tensor, ""]
+    similarity: dict[str, Tensor] = field(default_factory=dict)
+    alpha: float = 1.0
+
+    @property
+    def pairs(self) -> int:
+        return self.images.shape[0]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All learnable tensors by name."""
+        named = {"images": self.images, "texts": self.texts, "lr_image": self.lr_image, "lr_text": self.lr_text}
+        return named | {f"similarity.{n}": t for n, t in self.similarity.items()}
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Synthetic":
+        return self.with_tensors({n: change(t) for n, t in self.tensors().items()})
+
+    def with_tensors(self, named: dict[str, Tensor]) -> "Synthetic":
+        return replace(
+            self,
+            **{n: named[n] for n in ("images", "texts", "lr_image", "lr_text")},
+            similarity={n: named[f"similarity.{n}"] for n in self.similarity},
+        )
+
+
+def from_tensors(named: dict[str, Tensor], alpha: float) -> Synthetic:
+    """The inverse of `Synthetic.tensors`."""
+    prefix = "similarity."
+    similarity = {n.removeprefix(prefix): t for n, t in named.items() if n.startswith(prefix)}
+    rest = {n: named[n] for n in ("images", "texts", "lr_image", "lr_text")}
+    return Synthetic(**rest, similarity=similarity, alpha=alpha)
+
+
+def zeros_like(synthetic: Synthetic) -> Synthetic:
+    return synthetic.map(torch.zeros_like)

@@ -1,0 +1,96 @@
+"""Paths through an expert's trajectory that a student is matched to.
+
+A *layer* is one parameter tensor. With s_l(t) the length of layer l's step in epoch t, a shortcut to endpoint E
+places theta_l(t) = (1 - beta_l(t)) theta_l(0) + beta_l(t) theta_l(E), where beta_l(t) is the share of the way
+that the layer had gone by epoch t (PTM-ST, equations 4-5). Each layer goes straight at the expert's own pace;
+the joint path is not a straight line, for the layers differ in pace.
+"""
+
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+
+from rmdd.experts.store import Store
+from rmdd.models.dual import Params
+
+Kind = Literal["original", "shortcut", "convexified"]
+
+
+@runtime_checkable
+class Path(Protocol):
+    endpoint: int
+
+    def at(self, epoch: int) -> Params:
+        """Parameters at an integer epoch in [0, endpoint], not to be changed in place."""
+        ...
+
+
+class OriginalPath:
+    """The trajectory as it was trained; every epoch must be in the store."""
+
+    def __init__(self, store: Store, expert: int):
+        self.store, self.expert, self.endpoint = store, expert, store.epochs
+
+    def at(self, epoch: int) -> Params:
+        _check(epoch, self.endpoint)
+        return self.store.read(self.expert, epoch)
+
+
+class ShortcutPath:
+    """Per-layer straight line between two checkpoints, placed by arc length."""
+
+    def __init__(self, start: Params, end: Params, norms: dict[str, np.ndarray], endpoint: int):
+        self.start, self.end, self.endpoint = start, end, endpoint
+        self.beta = {n: arc_positions(norms[n][:endpoint], _length(start[n])) for n in start}
+
+    def at(self, epoch: int) -> Params:
+        _check(epoch, self.endpoint)
+        return {n: (1 - b[epoch]) * self.start[n] + b[epoch] * self.end[n] for n, b in self.beta.items()}
+
+    def straightness(self) -> dict[str, float]:
+        """Per layer, chord over path length, at most 1: by how much each step shrinks (0 for a layer at rest)."""
+        chord = {n: _length(self.end[n] - self.start[n]) for n in self.start}
+        return {n: chord[n] / b.total if b.total > 0 else 0.0 for n, b in self.beta.items()}
+
+
+class ArcPositions(list[float]):
+    """beta(0), ..., beta(E) with the path length they were measured on."""
+
+    def __init__(self, beta: list[float], total: float):
+        super().__init__(beta)
+        self.total = total
+
+
+def arc_positions(steps: np.ndarray, size: float = 0.0) -> ArcPositions:
+    """Cumulative share of the path length: beta(0) = 0 and beta(E) = 1, float64.
+
+    A layer whose whole path is below float32 resolution of its own `size` has not moved: beta is 0 throughout.
+    """
+    travelled = np.concatenate([[0.0], np.cumsum(steps, dtype=np.float64)])
+    total = float(travelled[-1])
+    if total <= np.finfo(np.float32).eps * size or total == 0:
+        return ArcPositions([0.0] * len(travelled), 0.0)
+    return ArcPositions([float(x) for x in travelled / total], total)
+
+
+def open_path(store: Store, expert: int, kind: Kind, endpoint: int) -> Path:
+    """The path of one expert. `convexified` (MCT with two anchors) is the shortcut to the last epoch."""
+    if kind == "original":
+        return OriginalPath(store, expert)
+    last = store.epochs if kind == "convexified" else endpoint
+    if last > store.epochs:
+        raise ValueError(
+            f"the path ends at epoch {last} but the store at {store.path} holds epochs 0-{store.epochs}; lower the "
+            f"endpoint to {store.epochs} or train experts with epochs: {last}"
+        )
+    return ShortcutPath(store.read(expert, 0), store.read(expert, last), store.norms(expert), last)
+
+
+def _length(tensor: torch.Tensor) -> float:
+    return torch.linalg.vector_norm(tensor.double()).item()
+
+
+def _check(epoch: int, endpoint: int) -> None:
+    if not 0 <= epoch <= endpoint:
+        raise ValueError(f"asked for epoch {epoch} of a path that covers 0-{endpoint}")

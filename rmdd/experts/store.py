@@ -1,0 +1,240 @@
+"""Expert trajectories on disk.
+
+    store.json                      schema version, parameter names and shapes, protocol, config and data hash
+    theta-0.safetensors             what every expert starts from: the image tower, where it is pretrained
+    expert-003/epoch-0006.safetensors
+    expert-003/expert.json          per-epoch metrics and step norms; its presence says "complete"
+    expert-003/running.safetensors  the last finished epoch of an expert still in training
+
+Every file is written under a temporary name and renamed. Reading one checkpoint touches only its file and,
+for shared or delta storage, epoch 0.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from rmdd.files import atomic_path, read_json, write_json
+from rmdd.models.dual import Params, check_same_shapes
+
+SCHEMA = 1
+
+
+class Store:
+    """A folder of trajectories. Open one with `Store.open`, begin one with `Store.create`."""
+
+    def __init__(self, path: Path, spec: dict[str, Any]):
+        self.path = path
+        self.spec = spec
+        self.shapes = {name: tuple(shape) for name, shape in spec["parameters"].items()}
+        self._theta_0: dict[int, Params] = {}
+
+    @classmethod
+    def create(
+        cls, path: Path, shapes: Mapping[str, Sequence[int]], *, shared: Params, epochs: int, keep: Iterable[int] | None,
+        dtype: str, facts: Mapping[str, Any],
+    ) -> "Store":
+        """Begin a store, or open the one that is there if it holds the same thing.
+
+        `shared` are the epoch-0 parameters that all experts have in common, `keep` the epochs that stay
+        (None: all), `facts` what else a reader should know (protocol, encoders, hashes).
+        """
+        spec = {
+            "schema_version": SCHEMA,
+            "parameters": {name: list(shape) for name, shape in shapes.items()},
+            "shared": sorted(shared),
+            "epochs": epochs,
+            "keep": "all" if keep is None else sorted(set(keep) | {0, epochs}),
+            "dtype": dtype,
+            **facts,
+        }
+        if (path / "store.json").is_file():
+            store = cls.open(path)
+            if store.spec != json.loads(json.dumps(spec)):
+                raise ValueError(f"the store at {path} holds other experts (its store.json differs); give another storage folder")
+            return store
+        path.mkdir(parents=True, exist_ok=True)
+        if shared:
+            with atomic_path(path / "theta-0.safetensors") as temporary:
+                save_file({n: t.contiguous() for n, t in shared.items()}, temporary)
+        write_json(path / "store.json", spec)
+        return cls.open(path)
+
+    @classmethod
+    def open(cls, path: Path | str) -> "Store":
+        path = Path(path)
+        if not (path / "store.json").is_file():
+            raise ValueError(f"no expert store at {path} (no store.json); train experts first with `rmdd experts`")
+        spec = read_json(path / "store.json")
+        if spec.get("schema_version") != SCHEMA:
+            raise ValueError(
+                f"the store at {path} has schema version {spec.get('schema_version')}, this version of rmdd reads {SCHEMA}"
+            )
+        return cls(path, spec)
+
+    @property
+    def epochs(self) -> int:
+        return self.spec["epochs"]
+
+    def kept(self, epoch: int) -> bool:
+        return self.spec["keep"] == "all" or epoch in self.spec["keep"]
+
+    def folder(self, expert: int) -> Path:
+        return self.path / f"expert-{expert:03d}"
+
+    def is_complete(self, expert: int) -> bool:
+        return (self.folder(expert) / "expert.json").is_file()
+
+    def complete(self) -> list[int]:
+        """Numbers of the finished experts, ascending."""
+        return sorted(int(p.parent.name.removeprefix("expert-")) for p in self.path.glob("expert-*/expert.json"))
+
+    def record(self, expert: int) -> dict[str, Any]:
+        """The finished expert's metrics per epoch and step norms."""
+        return read_json(self.folder(expert) / "expert.json")
+
+    def norms(self, expert: int) -> dict[str, np.ndarray]:
+        """Per parameter tensor, the length of its step in each epoch: float64 (n,)."""
+        return {name: np.asarray(steps, dtype=np.float64) for name, steps in self.record(expert)["step_norms"].items()}
+
+    def read(self, expert: int, epoch: int) -> Params:
+        """All matched parameters after `epoch` epochs, float32, fresh copies.
+
+        Raises `ValueError` when the epoch was not kept, or the file is damaged.
+        """
+        if not self.kept(epoch):
+            raise ValueError(
+                f"expert {expert} keeps epochs {self.spec['keep']}, asked for {epoch}; train with experts.keep: all "
+                "or ask for a kept one"
+            )
+        if epoch == 0:
+            return {n: t.clone() for n, t in self._start(expert).items()}
+        params = self._load(self._file(expert, epoch))
+        if self.spec["dtype"] == "bfloat16-delta":
+            start = self._start(expert)
+            params = {n: start[n] + t.float() for n, t in params.items()}
+        check_same_shapes(self.shapes, {n: tuple(params[n].shape) for n in self.shapes if n in params})
+        return {n: params[n] for n in self.shapes}
+
+    def _start(self, expert: int) -> Params:
+        if expert not in self._theta_0:
+            own = self._load(self._file(expert, 0))
+            shared = self._load(self.path / "theta-0.safetensors") if self.spec["shared"] else {}
+            both = {**shared, **own}
+            check_same_shapes(self.shapes, {n: tuple(both[n].shape) for n in self.shapes if n in both})
+            self._theta_0[expert] = {n: both[n] for n in self.shapes}
+        return self._theta_0[expert]
+
+    def _file(self, expert: int, epoch: int) -> Path:
+        return self.folder(expert) / f"epoch-{epoch:04d}.safetensors"
+
+    def _load(self, path: Path) -> Params:
+        try:
+            return load_file(path)
+        except FileNotFoundError:
+            raise ValueError(f"{path} is missing from the store; train that expert again") from None
+        except Exception as error:
+            raise _damaged(path, error) from error
+
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(p.stat().st_size for p in self.path.rglob("*") if p.is_file())
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} is damaged ({error}); delete its expert's folder and train that expert again")
+
+
+class Writer:
+    """Writes one expert, epoch by epoch. A writer opened on a half-trained expert goes on after its last epoch.
+
+    Raises `ValueError` on a finished expert.
+    """
+
+    def __init__(self, store: Store, expert: int):
+        self.store = store
+        self.expert = expert
+        self.folder = store.folder(expert)
+        self.running = self.folder / "running.safetensors"
+        self.epoch = -1
+        self.norms: dict[str, list[float]] = {n: [] for n in store.shapes}
+        self.metrics: list[dict[str, Any]] = []
+        self._previous: Params = {}
+        self.momentum: Params = {}
+        if store.is_complete(expert):
+            raise ValueError(f"expert {expert} of the store at {store.path} is complete; delete {self.folder} to train it again")
+        if self.running.is_file():
+            self._resume()
+        elif self.folder.exists():
+            shutil.rmtree(self.folder)
+
+    def _resume(self) -> None:
+        try:
+            with safe_open(self.running, "pt") as file:
+                state = json.loads(file.metadata()["state"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except Exception as error:
+            raise _damaged(self.running, error) from error
+        self.epoch, self.norms, self.metrics = state["epoch"], state["norms"], state["metrics"]
+        self._previous = {n: tensors[n] for n in self.store.shapes}
+        self.momentum = {n.removeprefix("momentum/"): t for n, t in tensors.items() if n.startswith("momentum/")}
+
+    @property
+    def params(self) -> Params:
+        """Parameters after the last finished epoch."""
+        return self._previous
+
+    def add(self, params: Params, metrics: Mapping[str, Any], momentum: Params | None = None) -> None:
+        """Record the state after the next epoch (the first call: before training).
+
+        Raises `ValueError` on non-finite parameters, before anything is written.
+        """
+        check_same_shapes(self.store.shapes, {n: tuple(p.shape) for n, p in params.items()})
+        self.check_finite(params)
+        epoch = self.epoch + 1
+        params = {n: p.detach().to("cpu", torch.float32).contiguous().clone() for n, p in params.items()}
+        for name, steps in self.norms.items() if epoch else ():
+            steps.append(torch.linalg.vector_norm((params[name] - self._previous[name]).double()).item())
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.store.kept(epoch):
+            self._write(epoch, params)
+        self.metrics.append({"epoch": epoch, **metrics})
+        self.epoch, self._previous, self.momentum = epoch, params, dict(momentum or {})
+        state = json.dumps({"epoch": epoch, "norms": self.norms, "metrics": self.metrics})
+        buffers = {f"momentum/{n}": t.detach().cpu().contiguous() for n, t in self.momentum.items()}
+        with atomic_path(self.running) as temporary:
+            save_file({**params, **buffers}, temporary, metadata={"state": state})
+
+    def check_finite(self, params: Params) -> None:
+        """Raise `ValueError` when the parameters after the next epoch are no numbers."""
+        bad = [n for n, p in params.items() if not torch.isfinite(p).all()]
+        if bad:
+            raise ValueError(
+                f"expert {self.expert} diverged in epoch {self.epoch + 1}: {len(bad)} parameter tensors are not finite "
+                f"(first: {bad[0]}); lower experts.lr_image and experts.lr_text"
+            )
+
+    def _write(self, epoch: int, params: Params) -> None:
+        if epoch == 0:
+            params = {n: p for n, p in params.items() if n not in self.store.spec["shared"]}
+        elif self.store.spec["dtype"] == "bfloat16-delta":
+            start = self.store._start(self.expert)
+            params = {n: (p - start[n]).to(torch.bfloat16) for n, p in params.items()}
+        with atomic_path(self.store._file(self.expert, epoch)) as temporary:
+            save_file(params, temporary)
+
+    def finish(self) -> None:
+        """Declare the expert complete; after this it is never trained again."""
+        assert self.epoch == self.store.epochs, "an expert is finished after its last epoch"
+        write_json(
+            self.folder / "expert.json",
+            {"schema_version": SCHEMA, "expert": self.expert, "epochs": self.epoch, "metrics": self.metrics, "step_norms": self.norms},
+        )
+        self.running.unlink(missing_ok=True)

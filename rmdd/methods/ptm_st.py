@@ -1,0 +1,53 @@
+"""PTM-ST: phased teacher models with shortcut trajectories (arXiv 2603.25388).
+
+Late teacher epochs give large, inconsistent gradients, so matching them directly makes students worse. Three
+switches, each usable alone, on top of trajectory matching with a learned similarity:
+
+    PTM  the budget is split over P phases; phase p matches starts in [T-_p, T+_p) and students are trained on the
+         subsets in order. Ranges move on by `shift` epochs a phase, endpoints t_p as given.
+    ST   starts and targets lie on the shortcut from theta_0 to theta_{t_p} (`rmdd.experts.shortcut`, eq. 4-5).
+    EMA  the exported set is the exponential average over outer iterations (eq. 7).
+
+All three are plain settings of the matching loop; with one phase, the original trajectory and `ema: 0` it is LoRS
+with a full similarity. We differ from the released code where it differs from the paper: endpoints are inclusive,
+a phase makes exactly I_p updates, exported rates are averaged, and dropout keeps its mask in both passes.
+"""
+
+from collections.abc import Sequence
+
+from rmdd import config
+
+
+def phases(
+    pairs: Sequence[int], endpoints: Sequence[int], iterations: int | Sequence[int], start: int = 0, stop: int = 2, shift: int = 1
+) -> tuple[config.Phase, ...]:
+    """Phases by the range rule T_p = T_1 + shift (p - 1); one entry of `pairs` and `endpoints` per phase.
+
+    >>> [(p.start, p.stop) for p in phases([332, 332, 333], [6, 8, 10], 2000, stop=3)]
+    [(0, 3), (1, 4), (2, 5)]
+    """
+    if len(pairs) != len(endpoints):
+        raise ValueError(f"{len(pairs)} phases of pairs but {len(endpoints)} endpoints; give one endpoint per phase")
+    each = [iterations] * len(pairs) if isinstance(iterations, int) else list(iterations)
+    return tuple(
+        config.Phase(pairs=m, start=start + shift * p, stop=stop + shift * p, endpoint=t, iterations=i)
+        for p, (m, t, i) in enumerate(zip(pairs, endpoints, each, strict=True))
+    )
+
+
+def without(run: config.Run, *, ptm: bool = False, st: bool = False, ema: bool = False) -> config.Run:
+    """`run` with the named switches off: the rows of the paper's Table 4.
+
+    Without PTM all pairs go to one phase with the first phase's range and endpoint (the paper does not state
+    which). Without ST the experts must keep every epoch, so `experts.keep` becomes `all`.
+    """
+    changes: dict = run.model_dump(mode="json")
+    if ptm:
+        first = run.distill.phases[0]
+        changes["distill"]["phases"] = [{**first.model_dump(), "pairs": sum(p.pairs for p in run.distill.phases)}]
+    if st:
+        changes["distill"]["trajectory"] = "original"
+        changes["experts"]["keep"] = "all"
+    if ema:
+        changes["distill"]["ema"] = 0.0
+    return config.load(changes)

@@ -1,0 +1,262 @@
+"""Image towers: the small ConvNet and every timm model, without their classifier.
+
+B images, H x W pixels, F features.
+"""
+
+import contextlib
+import difflib
+import functools
+import math
+import sys
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rmdd.config import ImageTower
+
+HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
+
+
+class Support(Enum):
+    """What a tower allows to exact trajectory matching, which differentiates its gradient once more."""
+
+    YES = "supported"
+    MATH = "supported with the math attention kernel"
+    NO = "not supported"
+    UNTESTED = "untested"
+
+
+# By timm module, or by model where one module holds both kinds. Fused attention has no double backward, so a family
+# that may call it is MATH. The NO entries use hardsigmoid, whose backward has no derivative in torch.
+TABLE: dict[str, Support] = {
+    "convnet": Support.YES,
+    **dict.fromkeys(
+        "convmixer convnext cspnet densenet dla dpn edgenext efficientformer efficientnet efficientvit_mit "
+        "efficientvit_msra focalnet hgnet hrnet inception_v3 levit mambaout mlp_mixer mobilenetv4_conv_small "
+        "mobilenetv4_conv_medium mobilenetv4_conv_large mvitv2 nfnet regnet repvit resnet resnetv2 sequencer starnet "
+        "swin_transformer_v2 swin_transformer_v2_cr vgg vovnet".split(),
+        Support.YES,
+    ),
+    **dict.fromkeys(
+        "beit byobnet cait crossvit davit deit eva fastvit hiera maxxvit metaformer mobilenetv4_hybrid_medium "
+        "mobilenetv4_hybrid_large nest nextvit pit pvt_v2 swin_transformer tiny_vit twins vision_transformer "
+        "vision_transformer_relpos visformer volo xcit".split(),
+        Support.MATH,
+    ),
+    **dict.fromkeys("ghostnet mobilenetv3 rdnet".split(), Support.NO),
+}
+
+
+def double_backward(name: str) -> Support:
+    """Whether a gradient through the tower called `name` can be differentiated again (measured per family)."""
+    if name == "convnet" or name.startswith(HUB_PREFIXES):
+        return TABLE.get(name, Support.UNTESTED)
+    import timm
+
+    _check_name(name)
+    family = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
+    return TABLE.get(name.partition(".")[0], TABLE.get(family, Support.UNTESTED))
+
+
+@contextlib.contextmanager
+def matching_context(tower: nn.Module | str) -> Iterator[None]:
+    """Run the passes of matching through `tower` (a name, or a module that holds one) with the math attention kernel.
+
+    Raises `ValueError` for a trained tower that is known to have no double backward.
+    """
+    for name in [tower] if isinstance(tower, str) else _trained_architectures(tower):
+        if double_backward(name) is Support.NO:
+            raise ValueError(
+                f"image tower '{name}' cannot be matched through: an operation in it has no second derivative; "
+                "choose another model.image.name, or set model.image.trainable: false"
+            )
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        yield
+
+
+def _trained_architectures(module: nn.Module) -> list[str]:
+    cfgs = [(m, getattr(m, "pretrained_cfg", None)) for m in module.modules()]
+    trained = [(m, cfg) for m, cfg in cfgs if isinstance(cfg, dict) and any(p.requires_grad for p in m.parameters())]
+    return [cfg["architecture"] for _, cfg in trained if "architecture" in cfg]
+
+
+def build_image_tower(tower: ImageTower, generator: torch.Generator, image_size: int = 224) -> nn.Module:
+    """A tower (B, 3, image_size, image_size) -> (B, width), its length of output as the attribute `width`.
+
+    Every random weight comes from `generator`; batch statistics are frozen. Raises `ValueError` for unknown names,
+    weights that cannot be had or do not fit, and images too small.
+    """
+    if tower.name == "convnet":
+        return _convnet(tower, generator, image_size)
+    model = _create(tower.name, tower.weights == "pretrained", generator, image_size)
+    if tower.weights not in ("pretrained", "random"):
+        _load(model, Path(tower.weights).expanduser())
+    freeze_statistics(model)
+    model.width = _width(model, tower.name, image_size)  # type: ignore[assignment]
+    return model
+
+
+def normalisation_of(tower: ImageTower) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Channel means and deviations the timm weights were trained with."""
+    if tower.name == "convnet":
+        raise ValueError("convnet has no normalisation of its own; set data.normalise to clip, imagenet or half")
+    import timm
+
+    if tower.name.startswith(HUB_PREFIXES):
+        cfg = _create(tower.name, False, torch.Generator(), None).pretrained_cfg
+    else:
+        _check_name(tower.name)
+        cfg = timm.get_pretrained_cfg(tower.name).to_dict()  # type: ignore[union-attr]
+    return tuple(cfg["mean"]), tuple(cfg["std"])  # type: ignore[return-value,index,arg-type]
+
+
+def freeze_statistics(module: nn.Module) -> nn.Module:
+    """Keep every layer with running statistics in eval mode, whatever `train()` is called with.
+
+    An unrolled student is a function of its parameters: were the batch to move buffers, a step replayed in the
+    backward pass would differ from the one taken, and a checkpoint of parameters would not hold the model.
+    """
+    for layer in module.modules():
+        if layer._buffers.keys() & {"running_mean", "running_var"}:
+            layer.train = functools.partial(_stay_in_eval, layer)  # type: ignore[method-assign,assignment]
+            layer.eval()
+    return module
+
+
+def _stay_in_eval(layer: nn.Module, mode: bool = True) -> nn.Module:
+    layer.training = False
+    for child in layer.children():
+        child.train(mode)
+    return layer
+
+
+class ConvNet(nn.Module):
+    """Blocks of 3x3 convolution, GroupNorm, ReLU and 2x2 average pooling, then flattened (no classifier)."""
+
+    def __init__(self, widths: tuple[int, ...], groups: int, image_size: int, generator: torch.Generator):
+        super().__init__()
+        blocks: list[nn.Module] = []
+        for fan_in, fan_out in zip((3, *widths), widths, strict=False):
+            norm = nn.GroupNorm(min(groups, fan_out), fan_out)
+            blocks += [_convolution(fan_in, fan_out, generator), norm, nn.ReLU(), nn.AvgPool2d(2)]
+        self.blocks = nn.Sequential(*blocks)
+        self.width = widths[-1] * (image_size >> len(widths)) ** 2
+
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B F"]:
+        return self.blocks(images).flatten(1)
+
+
+def _convolution(fan_in: int, fan_out: int, generator: torch.Generator) -> nn.Conv2d:
+    """A 3x3 convolution with PyTorch's default initialisation, drawn from `generator`."""
+    layer = nn.utils.skip_init(nn.Conv2d, fan_in, fan_out, 3, padding=1)
+    nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
+    bound = 1 / math.sqrt(9 * fan_in)
+    nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+    return layer
+
+
+def _convnet(tower: ImageTower, generator: torch.Generator, image_size: int) -> ConvNet:
+    if tower.weights == "pretrained":
+        raise ValueError("convnet has no pretrained weights; set model.image.weights to random or a weights file")
+    if not tower.widths:
+        raise ValueError("convnet needs at least one width; set model.image.widths, such as [64, 128, 128]")
+    for width in tower.widths:
+        if width % min(tower.groups, width):
+            raise ValueError(
+                f"convnet width {width} does not divide into {tower.groups} groups; "
+                "choose model.image.widths that are multiples of model.image.groups"
+            )
+    if image_size >> len(tower.widths) == 0:
+        raise ValueError(
+            f"images of {image_size} pixels are halved {len(tower.widths)} times by convnet, to nothing; "
+            "use a larger data.image_size or fewer model.image.widths"
+        )
+    net = ConvNet(tower.widths, tower.groups, image_size, generator)
+    if tower.weights != "random":
+        _load(net, Path(tower.weights).expanduser())
+    return net
+
+
+def _check_name(name: str) -> None:
+    import timm
+
+    if name.startswith(HUB_PREFIXES) or timm.is_model(name):
+        return
+    known = ["convnet", *timm.list_models()]
+    near = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
+    hint = f"the closest names are {', '.join(near)}" if near else "see timm.list_models()"
+    raise ValueError(f"no image tower '{name}' (convnet or a timm model); {hint}")
+
+
+def _create(name: str, pretrained: bool, generator: torch.Generator, image_size: int | None) -> Any:
+    import timm
+
+    _check_name(name)
+    seed = int(torch.randint(2**62, (), generator=generator))
+    create = functools.partial(timm.create_model, name, pretrained=pretrained, num_classes=0)
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)  # timm's initialisation draws from the global generator
+        try:
+            try:
+                return create(img_size=image_size)
+            except TypeError as error:  # convolutional towers take any size and have no such argument
+                if "img_size" not in str(error):
+                    raise
+            return create()
+        except (OSError, RuntimeError) as error:
+            if not pretrained and not name.startswith(HUB_PREFIXES):
+                raise ValueError(f"timm cannot build image tower '{name}': {error}") from error
+            raise ValueError(
+                f"could not fetch image tower '{name}' from the hub ({' '.join(str(error).split())[:200]}); without a "
+                "network set model.image.weights to random or to a local .safetensors or .pth file of this model"
+            ) from error
+
+
+def _load(model: nn.Module, path: Path) -> None:
+    """Fill `model` from a file of the same architecture, with or without its classifier."""
+    import timm
+
+    if not path.is_file():
+        raise ValueError(f"no weights file '{path}'; set model.image.weights to pretrained, random or an existing file")
+    # timm's own conversion: older key names, position embeddings of another image size
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", lambda state, model: state)
+    try:
+        state = convert(timm.models.load_state_dict(str(path), device="cpu", weights_only=True), model)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"weights file '{path}' holds no state dict ({reason}); save one as .safetensors") from error
+    classifiers = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+    expected = model.state_dict()
+    state = {k: v for k, v in state.items() if k in expected or not k.startswith(tuple(f"{c}." for c in classifiers))}
+    wrong = {
+        "missing": expected.keys() - state.keys(),
+        "unexpected": state.keys() - expected.keys(),
+        "of another shape": {k for k in expected.keys() & state.keys() if expected[k].shape != state[k].shape},
+    }
+    if any(wrong.values()):
+        found = "; ".join(f"{len(keys)} {what} ({', '.join(sorted(keys)[:3])})" for what, keys in wrong.items() if keys)
+        raise ValueError(f"weights file '{path}' does not fit the image tower: {found}; give one of the same model")
+    model.load_state_dict(state)
+
+
+def _width(model: nn.Module, name: str, image_size: int) -> int:
+    """Length of the pooled feature, by running one blank image."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            shape = tuple(model(torch.zeros(1, 3, image_size, image_size)).shape)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ValueError(
+            f"image tower '{name}' does not take images of {image_size} pixels ({error}); set another data.image_size"
+        ) from error
+    model.train(was_training)
+    if len(shape) != 2:
+        raise ValueError(f"image tower '{name}' gives features of shape {shape}, not a vector per image; choose one")
+    return shape[1]

@@ -1,0 +1,301 @@
+"""One run, read top to bottom: ingest, embed, experts, distil, evaluate, export, report.
+
+Every step looks first for what is already there, so running again goes on where it stopped. Results lie under
+the hash of what shaped them; two runs that differ in evaluation alone share their experts and phases.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rmdd import config
+from rmdd.artefact import budget
+from rmdd.data.ingest import ingest
+from rmdd.data.shards import Dataset
+from rmdd.distill import phases
+from rmdd.distill.matching import save_set, snapshot_iterations
+from rmdd.evaluate import protocol
+from rmdd.evaluate.protocol import Job
+from rmdd.experts.store import Store
+from rmdd.experts.train import begin_store
+from rmdd.files import read_json, write_json
+from rmdd.jobs import Executor, InTurn, Interrupted
+from rmdd.models.text import encoder_identity, text_width
+from rmdd.progress import Progress
+from rmdd.tasks import Item, Places, expert, material, phase, student
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run leaves: the distilled set, the page, and the numbers."""
+
+    set: Path
+    report: Path
+    evaluation: dict[str, Any]
+    seconds: dict[str, float]
+
+
+class Pipeline:
+    """The steps of one run over one executor. Use `open_pipeline`, which brings the executor."""
+
+    def __init__(self, run: config.Run, executor: Executor, progress: Progress, row_executor: Any = None):
+        self.run, self.executor, self.progress, self.row_executor = run, executor, progress, row_executor
+        self.storage = Path(run.runtime.storage).absolute()
+        self.folder = run_folder(run)
+        self._dataset: Dataset | None = None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "run.yaml").write_text(config.dump(run), encoding="utf-8")
+
+    # -- steps ---------------------------------------------------------------------------------------------------
+
+    def ingest(self) -> Dataset:
+        """Bring the data in, or open what was ingested before."""
+        if self._dataset is not None:
+            return self._dataset
+        with self._timed("ingest"):
+            run = self.run
+            if run.data.source == "dataset":
+                dataset = Dataset.open(Path(str(run.data.root)))
+            else:
+                root = str(Path(run.data.root).absolute()) if run.data.root else ""
+                name = config.hash_value({"data": run.data.model_dump(mode="json", exclude={"root"}), "root": root})
+                dataset = ingest(run.data, self.storage / "data" / name, self.row_executor)
+            self._bind(dataset)
+        counts = ", ".join(f"{split} {n['pairs']} pairs ({n['captions']} captions)" for split, n in dataset.counts.items())
+        self.progress.say(f"data: {counts} at {dataset.path}")
+        self._dataset = dataset
+        return dataset
+
+    def experts(self) -> Store:
+        """Train the experts that are missing."""
+        dataset = self.ingest()
+        run, places = self.run, self.places(dataset)
+        with self._timed("embed"):
+            for split in ("train", "val", "test"):
+                material(self._item(dataset), split)
+        with self._timed("experts"):
+            facts = {
+                "protocol": self._protocol(),
+                "model": run.model.model_dump(mode="json"),
+                "text_encoder": encoder_identity(run.model.text),
+                "data_hash": dataset.hash,
+                "config_hash": places.store.name,
+            }
+            store = begin_store(run, places.store, text_width(run.model.text), facts)
+            missing = [e for e in range(run.experts.num) if not store.is_complete(e)]
+            self._map("experts", expert, [replace(self._item(dataset), number=e) for e in missing],
+                      [f"expert {e}" for e in missing], run.experts.epochs)
+        self.progress.say(f"experts: {len(store.complete())} in {places.store} ({store.size() / 2**20:.0f} MiB)")
+        return store
+
+    def distill(self) -> list[Path]:
+        """Distil the phases that are not finished; returns their folders."""
+        self.check_budget()
+        self.experts()
+        dataset = self.ingest()
+        run, places = self.run, self.places(dataset)
+        with self._timed("distill"):
+            for p, plan in enumerate(run.distill.phases):
+                if not places.start(p).is_file():
+                    train = material(self._item(dataset), "train")
+                    records = phases.choose_records(p, plan.pairs, train, run.seed_of("distill"))
+                    write_json(places.phase(p) / "records.json", records)
+                    save_set(phases.initial(run, p, train, records), places.start(p))
+            todo = [p for p, plan in enumerate(run.distill.phases) if not places.set(p, plan.iterations).is_file()]
+            items = [replace(self._item(dataset), number=p) for p in todo]
+            longest = max(plan.iterations for plan in run.distill.phases)
+            self._map("phases", phase, items, [f"phase {p}" for p in todo], longest)
+        return [places.phase(p) for p in range(len(run.distill.phases))]
+
+    def evaluate(self) -> dict[str, Any]:
+        """Choose on val, train students, read test once; returns and writes `evaluation.json`."""
+        self.distill()
+        dataset = self.ingest()
+        run, rule = self.run, self.run.evaluate
+        snapshots = [snapshot_iterations(p.iterations, run.distill.snapshots) for p in run.distill.phases]
+        candidates = [tuple(s[min(i, len(s) - 1)] for s in snapshots) for i in range(max(map(len, snapshots)))]
+        with self._timed("evaluate"):
+            select = protocol.selection_jobs(run, candidates) if len(candidates) > 1 else []
+            tune = protocol.tuning_jobs(run)
+            records = self._students(dataset, "choices on val", select + tune, candidates)
+            chosen, curve = len(candidates) - 1, {}
+            if select:
+                best, curve = protocol.best_by_val([(j.snapshot, r) for j, r in zip(select, records, strict=False)])
+                chosen = best if rule.selection == "val_best" else chosen
+            (loss, lr), tried = protocol.best_by_val([((j.loss, j.lr), r) for j, r in zip(tune, records[len(select) :], strict=True)])
+            final = [Job("student", i) for i in range(rule.students)]
+            final += [Job("reference", i) for i in range(rule.students if rule.reference else 0)]
+            final += [Job("baseline", i % rule.baseline_draws, loss=loss, lr=lr) for i in range(min(rule.students, rule.baseline_draws))]
+            final += [Job("full", e) for e in Store.open(self.places(dataset).store).complete()[: run.experts.num]]
+            rows = list(zip(final, self._students(dataset, "students", final, [candidates[chosen]] * len(candidates)), strict=True))
+        by_kind = {k: [r for j, r in rows if j.kind == k] for k in ("student", "reference", "baseline", "full")}
+        table = {
+            "random": {k: protocol.summary(by_kind["baseline"], k) for k in ("val", "test_last")},
+            run.distill.method: {k: protocol.summary(by_kind["student"], k) for k in ("val", "test_last")},
+            "full": {k: protocol.summary(by_kind["full"], k) for k in ("val", "test_last")},
+        }
+        if by_kind["reference"]:
+            table[run.distill.method]["test_best_reference"] = protocol.summary(by_kind["reference"], "test_best_reference")
+        evaluation = {
+            "table": table,
+            "spread": "sample standard deviation over students (distilled), draws (random) and experts (full)",
+            "iterations": list(candidates[chosen]),
+            "selection": {"rule": rule.selection, "val": [{"iterations": list(candidates[s]), "R@mean": v} for s, v in curve.items()]},
+            "baseline": {"pairs": run.distill.budget, "loss": loss, "lr": lr,
+                         "val": [{"loss": c[0], "lr": c[1], "R@mean": v} for c, v in tried.items()]},
+            "student_curves": [r["curve"] for r in by_kind["student"]],
+        }
+        write_json(self.folder / "evaluation.json", evaluation)
+        return evaluation
+
+    def export(self) -> Path:
+        """Write the distilled set with its numbers; returns its folder."""
+        from rmdd.artefact.assemble import assemble
+
+        evaluation = self.evaluate()
+        dataset = self.ingest()
+        with self._timed("export"):
+            item = replace(self._item(dataset), iterations=tuple(evaluation["iterations"]))
+            assemble(item, material(item, "train"), evaluation).save(self.folder / "set", overwrite=True)
+        return self.folder / "set"
+
+    def report(self) -> Path:
+        """Draw the page; returns its path."""
+        from rmdd.report.page import write_report
+
+        path = self.export()
+        with self._timed("report"):
+            dataset = self.ingest()
+            page = self.folder / "report.html"
+            write_report(page, self.run, self.places(dataset), path, read_json(self.folder / "evaluation.json"), self.all_seconds())
+        return page
+
+    def all(self) -> Result:
+        """Everything, in order."""
+        page = self.report()
+        evaluation = read_json(self.folder / "evaluation.json")
+        return Result(self.folder / "set", page, evaluation, self.all_seconds())
+
+    # -- parts ---------------------------------------------------------------------------------------------------
+
+    def check_budget(self) -> None:
+        """Raise `ValueError` (or warn, as configured) when the phases cost more than the budget."""
+        message = over_budget(self.run)
+        if message and self.run.distill.budget_check == "error":
+            raise ValueError(message)
+        if message:
+            self.progress.say(f"warning: {message}")
+
+    def places(self, dataset: Dataset) -> Places:
+        run, data = self.run, dataset.hash
+        text = encoder_identity(run.model.text)
+        experts = self._protocol()
+        endpoints = run.endpoints if run.experts.keep == "endpoints" else "all"
+        trained = {"data": data, "view": self._view(), "model": run.model.model_dump(mode="json"), "text": text, "experts": experts,
+                   "endpoints": endpoints}
+        distilled = {**trained, "num": run.experts.num, "seed": run.seed_of("distill"), "distill": run.distill.model_dump(mode="json")}
+        evaluation = run.evaluate.model_dump(mode="json") | {"seed": run.seed_of("evaluate")}
+        baseline = {**trained, "num": run.experts.num, "budget": run.distill.budget, "evaluate": evaluation}
+        return Places(
+            data=dataset.path,
+            cache=self.storage / "cache",
+            store=self.storage / "experts" / config.hash_value(trained),
+            phases=self.storage / "phases" / config.hash_value(distilled),
+            baseline=self.storage / "baselines" / config.hash_value(baseline),
+            run=self.folder,
+        )
+
+    def all_seconds(self) -> dict[str, float]:
+        """Wall seconds per step, added up over all sittings of this run."""
+        return read_json(self.folder / "seconds.json") if (self.folder / "seconds.json").is_file() else {}
+
+    def _protocol(self) -> dict[str, Any]:
+        """What shapes one expert; how many there are does not."""
+        return self.run.experts.model_dump(mode="json", exclude={"num"}) | {"seed": self.run.seed_of("experts")}
+
+    def _view(self) -> dict[str, Any]:
+        """The data settings that act after ingest."""
+        return self.run.data.model_dump(mode="json", include={"image_size", "normalise", "captions", "eval_limit"})
+
+    def _item(self, dataset: Dataset) -> Item:
+        places = self.places(dataset)
+        return Item(self.run, places, places.phases.name)
+
+    def _bind(self, dataset: Dataset) -> None:
+        """Refuse a run folder that was begun with other data."""
+        path = self.folder / "data.json"
+        if path.is_file() and read_json(path)["data_hash"] != dataset.hash:
+            raise ValueError(
+                f"{self.folder} was begun with other data (hash {read_json(path)['data_hash']}, now {dataset.hash}); "
+                "give the run another name"
+            )
+        write_json(path, {"data_hash": dataset.hash, "path": str(dataset.path)})
+
+    def _students(self, dataset: Dataset, title: str, jobs: list[Job], candidates: list[tuple[int, ...]]) -> list[dict[str, Any]]:
+        item = self._item(dataset)
+        items = [replace(item, job=job, iterations=candidates[job.snapshot]) for job in jobs]
+        return self._map(title, student, items, [job.name for job in jobs], 1)
+
+    def _map(self, title: str, task: Any, items: list[Item], names: list[str], total: int) -> list[Any]:
+        if not items:
+            return []
+        with self.progress.stage(title, dict.fromkeys(names, total)) as update:
+            results = self.executor.map(task, items, names, update)
+        if any(r is False for r in results):
+            raise Interrupted
+        return results
+
+    @contextlib.contextmanager
+    def _timed(self, step: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            total = self.all_seconds()
+            total[step] = round(total.get(step, 0.0) + time.perf_counter() - began, 2)
+            write_json(self.folder / "seconds.json", total)
+
+
+def run_folder(run: config.Run) -> Path:
+    """Where a run keeps its results: its name and the hash of its value."""
+    return Path(run.runtime.storage).absolute() / f"{run.name}-{run.hash_of()[:8]}"
+
+
+def over_budget(run: config.Run) -> str | None:
+    """A message when the phases' pairs, similarity and rates cost more than the budget, else None."""
+    rule = run.distill
+    return budget.check(
+        [p.pairs for p in rule.phases],
+        rule.budget,
+        image_size=run.data.image_size,
+        text_width=text_width(run.model.text),
+        kind=rule.similarity.kind,
+        rank=rule.similarity.rank,
+    )
+
+
+@contextlib.contextmanager
+def open_pipeline(run: config.Run, progress: Progress | None = None) -> Iterator[Pipeline]:
+    """A pipeline with the executor that `runtime.ray` names; Ray is started and stopped here."""
+    progress = progress or Progress()
+    if run.runtime.ray == "off":
+        yield Pipeline(run, InTurn(run.runtime.threads), progress)
+        return
+    from rmdd.runtime.cluster import connected
+
+    with connected(run.runtime) as resources:
+        from rmdd.runtime.actors import SideBySide
+        from rmdd.runtime.stream import ray_executor
+
+        events = run_folder(run) / "events.jsonl"
+        yield Pipeline(run, SideBySide(run.runtime, resources, events), progress, ray_executor(resources.cpus))
+
+
+def run(run: config.Run, progress: Progress | None = None) -> Result:
+    """Do a whole run and return what it left. Going on after an interruption is calling it again."""
+    with open_pipeline(run, progress) as pipeline:
+        return pipeline.all()
+

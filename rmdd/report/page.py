@@ -1,0 +1,334 @@
+"""One self-contained HTML page about a finished run: what came out, what it looks like, how it went, what it cost."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from rmdd.data.images import denormalise
+from rmdd.distill.matching import load_set
+from rmdd.files import atomic_path
+from rmdd.report import plots
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rmdd import config
+    from rmdd.artefact.distilled import DistilledSet, Subset
+    from rmdd.tasks import Places
+
+METHODS = {"ptm_st": "PTM-ST"}
+RECALLS = ("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10", "R@mean")
+GALLERY = 60  # most pairs shown
+EXACT_BYTES = 1_500_000  # pictures that come to less are kept pixel by pixel
+SIDE = 96  # pixels on a side of pictures that are not
+STRONGEST = 3  # links across pairs that are named under a heat map
+
+
+def write_report(
+    page: Path, run: config.Run, places: Places, set_path: Path, evaluation: dict[str, Any], seconds: dict[str, float]
+) -> None:
+    """Draw the page of a run whose set lies at `set_path`. Needs no network, neither to write nor to read."""
+    from rmdd.artefact.distilled import DistilledSet
+
+    distilled = DistilledSet.load(set_path)
+    logs = [_read_log(places.phase(p) / "metrics.jsonl") for p in range(len(distilled.subsets))]
+    name = METHODS.get(distilled.method, distilled.method)
+    facts = {
+        "run": run,
+        "name": name,
+        "distilled": distilled,
+        "evaluation": evaluation,
+        "headline": headline(name, distilled, evaluation),
+        "tiles": _tiles(distilled, evaluation, seconds),
+        "groups": _result_groups(name, distilled, evaluation),
+        "recalls": RECALLS,
+        "results_plot": Markup(plots.results(_bars(name, distilled, evaluation))),
+        "gallery": _gallery(run, places, distilled),
+        "moved": [
+            sum(a != b for a, b in zip(s.captions, s.captions_before, strict=bool(s.captions_before)))
+            for s in distilled.subsets
+        ],
+        "last_starts": [p.stop - (run.distill.start_rule == "exclusive") for p in run.distill.phases],
+        "similarity": _similarity(distilled.subsets),
+        "matching": [_matching(run, lines) for lines in logs],
+        "val_plots": _val_plots(run, distilled, evaluation),
+        "steps": seconds,
+        "total_seconds": sum(seconds.values()),
+        "speed": [_speed(lines) for lines in logs],
+        "budget": distilled.budget(),
+        "experts_bytes": _folder_bytes(places.store),
+        "config_yaml": yaml.safe_dump(distilled.config, sort_keys=False, width=110, allow_unicode=True),
+        "provenance": _flat(distilled.provenance | {"text encoder": distilled.model.get("text_encoder", "unknown")}),
+    }
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"duration": duration, "size": size, "number": number, "pm": plus_minus}
+    source = (resources.files("rmdd.report") / "page.html.j2").read_text(encoding="utf-8")
+    with atomic_path(page) as temporary:
+        temporary.write_text(environment.from_string(source).render(facts), encoding="utf-8")
+
+
+def headline(name: str, distilled: DistilledSet, evaluation: dict[str, Any]) -> str:
+    """The result in one sentence, from the test scores of the last pass."""
+    table = evaluation["table"]
+    ours, random, full = (table[row]["test_last"]["R@mean"] for row in (distilled.method, "random", "full"))
+    reach = f"train a student to {ours['mean']:.1f} R@mean on unseen test pairs"
+    pairs = evaluation["baseline"]["pairs"]
+    if ours["mean"] <= random["mean"]:
+        against = f"no better than {pairs} random real pairs ({random['mean']:.1f})"
+    elif ours["mean"] - _spread(ours) <= random["mean"] + _spread(random):
+        against = f"above {pairs} random real pairs ({random['mean']:.1f}), though the spreads overlap"
+    elif random["mean"] > 0:
+        against = f"{ours['mean'] / random['mean']:.1f} times the {random['mean']:.1f} of {pairs} random real pairs"
+    else:
+        against = f"where {pairs} random real pairs reach 0"
+    whole = _train_pairs(distilled)
+    everything = f"all {whole:,} training pairs" if whole else "all training pairs"
+    bound = ""
+    if full["mean"] > 0:
+        bound = f", and {100 * ours['mean'] / full['mean']:.0f} % of what {everything} reach ({full['mean']:.1f})"
+    return f"{distilled.num_pairs} pairs distilled by {name} {reach}: {against}{bound}."
+
+
+# -- numbers ------------------------------------------------------------------------------------------------------
+
+
+def duration(seconds: float | int) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def size(count: float | int) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def number(value: float | int) -> str:
+    return (f"{value:,}" if isinstance(value, int) else f"{value:.3g}").replace("-", "\N{MINUS SIGN}")
+
+
+def plus_minus(score: dict[str, float]) -> str:
+    """Mean and spread; of a single student there is no spread."""
+    return f"{score['mean']:.1f}" + ("" if _no_spread(score) else f" ± {score['std']:.1f}")
+
+
+def _no_spread(score: dict[str, float]) -> bool:
+    return score["std"] is None or math.isnan(score["std"])
+
+
+def _spread(score: dict[str, float]) -> float:
+    return 0.0 if _no_spread(score) else score["std"]
+
+
+def _train_pairs(distilled: DistilledSet) -> int | None:
+    return distilled.provenance.get("data", {}).get("counts", {}).get("train", {}).get("pairs")
+
+
+def _tiles(distilled: DistilledSet, evaluation: dict[str, Any], seconds: dict[str, float]) -> list[tuple[str, str]]:
+    table = evaluation["table"]
+    ours, full = (table[row]["test_last"]["R@mean"]["mean"] for row in (distilled.method, "full"))
+    whole, total = _train_pairs(distilled), distilled.budget()["total"]
+    return [
+        (f"{ours:.1f}", "R@mean on test, after the last pass"),
+        (f"{100 * ours / full:.0f} %" if full > 0 else "unknown", "of the score of all training pairs"),
+        (f"{100 * distilled.num_pairs / whole:.1f} %" if whole else "unknown", "of the number of training pairs"),
+        (size(total["bytes"]), "the set on disk"),
+        (duration(sum(seconds.values())), "for the whole run"),
+    ]
+
+
+def _labels(name: str, distilled: DistilledSet, evaluation: dict[str, Any]) -> dict[str, str]:
+    whole = _train_pairs(distilled)
+    return {
+        "random": f"random pairs ({evaluation['baseline']['pairs']})",
+        distilled.method: f"{name} ({distilled.num_pairs})",
+        "full": f"full data ({whole:,})" if whole else "full data",
+    }
+
+
+def _bars(name: str, distilled: DistilledSet, evaluation: dict[str, Any]) -> list[tuple[str, float, float]]:
+    scores = {row: evaluation["table"][row]["test_last"]["R@mean"] for row in ("random", distilled.method, "full")}
+    labels = _labels(name, distilled, evaluation)
+    return [(labels[row], s["mean"], math.nan if _no_spread(s) else s["std"]) for row, s in scores.items()]
+
+
+def _result_groups(name: str, distilled: DistilledSet, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the result table, by what they were scored on."""
+    labels, table = _labels(name, distilled, evaluation), evaluation["table"]
+    titles = {
+        "test_last": "Test, read once after the last pass (test_last)",
+        "val": "Validation, on which every choice was made (val)",
+        "test_best_reference": "The best pass, picked on the test set (test_best_reference): "
+        "the papers' protocol, for comparison with their numbers only",
+    }
+    return [
+        {
+            "title": title,
+            "kind": kind,
+            "rows": [
+                {"label": label, "ours": row == distilled.method, "scores": table[row][kind]}
+                for row, label in labels.items()
+                if kind in table[row]
+            ],
+        }
+        for kind, title in titles.items()
+        if any(kind in table[row] for row in labels)
+    ]
+
+
+# -- pictures -----------------------------------------------------------------------------------------------------
+
+
+def _shown(pairs: Sequence[int]) -> list[list[int]]:
+    """Which pairs of each subset the gallery shows: evenly spaced, at most `GALLERY` in all, at least one each."""
+    share = min(1.0, GALLERY / sum(pairs))
+    counts = [max(1, int(m * share)) for m in pairs]
+    return [[i * m // n for i in range(n)] for m, n in zip(pairs, counts, strict=True)]
+
+
+def _gallery(run: config.Run, places: Places, distilled: DistilledSet) -> list[list[dict[str, Any]]]:
+    """Per subset, the shown pairs: pictures before and after as data URIs, captions before and after."""
+    rows = _shown([s.pairs for s in distilled.subsets])
+    _, _, height, width = distilled.subsets[0].images.shape
+    exact = 2 * sum(map(len, rows)) * 3 * height * width <= EXACT_BYTES
+    gallery = []
+    for p, (subset, index) in enumerate(zip(distilled.subsets, rows, strict=True)):
+        start = load_set(places.start(p)).images[index]
+        before, after = (_pictures(t, distilled, exact) for t in (start, subset.images[index]))
+        gallery.append([
+            {
+                "index": i,
+                "before": b,
+                "after": a,
+                "caption_before": subset.captions_before[i] if subset.captions_before else None,
+                "caption": subset.captions[i],
+                "source": subset.source_ids[i],
+            }
+            for i, b, a in zip(index, before, after, strict=True)
+        ])  # fmt: skip
+    return gallery
+
+
+def _pictures(images: Tensor, distilled: DistilledSet, exact: bool) -> list[str]:
+    uris = []
+    for pixels in denormalise(images, distilled.mean, distilled.std).permute(0, 2, 3, 1).numpy():
+        picture, kind = Image.fromarray(pixels), "png" if exact else "jpeg"
+        if not exact:
+            picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        picture.save(buffer, kind, **({"optimize": True} if exact else {"quality": 82}))
+        uris.append(f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}")
+    return uris
+
+
+def _similarity(subsets: Sequence[Subset]) -> list[dict[str, Any]]:
+    """Per subset its heat map, the ranges on and off the diagonal, and its strongest links across pairs."""
+    import torch
+
+    found: list[dict[str, Any]] = []
+    for subset in subsets:
+        matrix, m = subset.matrix, subset.pairs
+        others = ~torch.eye(m, dtype=torch.bool)
+        off = matrix[others] if m > 1 else torch.zeros(1)
+        order = matrix.masked_fill(~others, -torch.inf).flatten().topk(min(STRONGEST, m * (m - 1))).indices.tolist()
+        before = subset.captions_before or subset.captions
+        found.append({
+            "kind": subset.kind,
+            "matrix": matrix.numpy(),
+            "scale": float(off.abs().quantile(0.995)) if len(off) <= 2**24 else float(off.abs().max()),
+            "diagonal": (float(matrix.diag().min()), float(matrix.diag().max())),
+            "off": (float(off.min()), float(off.max())),
+            "links": [
+                {"value": float(matrix[i, j]), "image": i, "text": j, "of": before[i], "with": subset.captions[j]}
+                for i, j in (divmod(n, m) for n in order)
+            ],
+        })  # fmt: skip
+    limit = max(f["scale"] for f in found) or 1.0
+    for f in found:
+        f["limit"] = limit
+        f["plot"] = Markup(plots.heat_map(f.pop("matrix"), limit)) if f["kind"] != "identity" else None
+    return found
+
+
+# -- how it went --------------------------------------------------------------------------------------------------
+
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    """Whole lines of a metrics log; one that a kill cut short, or a log that is not there, is no reason to fail."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return [line for line in lines if isinstance(line, dict) and "iteration" in line]
+
+
+def _matching(run: config.Run, lines: list[dict[str, Any]]) -> list[Markup]:
+    """The curves of one phase, of the iterations that were logged."""
+    if run.distill.branches == "merged":
+        miss = {"loss": "both towers"}
+    else:
+        miss = {"miss_image": "image tower", "miss_text": "text tower"}
+    rates = {"lr_image": "image tower", "lr_text": "text tower"}
+    wanted = [
+        ("matching loss", miss, (1.0, "the start itself")),
+        ("student loss, first inner step", {"student_loss": ""}, None),
+        ("learned rates", rates, None),
+    ]
+    drawn = []
+    for title, names, level in wanted:
+        names = {key: label for key, label in names.items() if any(key in line for line in lines)}
+        rows = [line for line in lines if all(key in line for key in names)]
+        if names and rows:
+            series = {label: [row[key] for row in rows] for key, label in names.items()}
+            drawn.append(Markup(plots.curves(title, [r["iteration"] for r in rows], series, "iteration", level=level)))
+    return drawn
+
+
+def _val_plots(run: config.Run, distilled: DistilledSet, evaluation: dict[str, Any]) -> list[Markup]:
+    table, drawn = evaluation["table"], []
+    if curves := [c for c in evaluation["student_curves"] if c]:
+        rows = {"random pairs": "random", "full data": "full"}
+        levels = {label: table[row]["val"]["R@mean"]["mean"] for label, row in rows.items()}
+        drawn.append(plots.students(curves, run.evaluate.epochs, levels))
+    if evaluation["selection"]["val"]:
+        drawn.append(plots.snapshots(evaluation["selection"]["val"], evaluation["iterations"]))
+    if evaluation["baseline"]["val"]:
+        drawn.append(plots.tuning(evaluation["baseline"]["val"]))
+    return [Markup(d) for d in drawn]
+
+
+def _speed(lines: list[dict[str, Any]]) -> float | None:
+    """Median seconds per iteration."""
+    taken = [line["seconds"] for line in lines if "seconds" in line]
+    return statistics.median(taken) if taken else None
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        rows += _flat(value, f"{prefix}{name} ") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
+    return rows

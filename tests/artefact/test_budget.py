@@ -1,0 +1,69 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rmdd.artefact.budget import check, cost, largest, pair_parameters, similarity_parameters, split
+
+PAPER = {"image_size": 224, "text_width": 768}
+
+
+def test_a_pair_of_the_papers():
+    assert pair_parameters(224, 768) == 151_296
+
+
+@pytest.mark.parametrize(
+    ("budget", "rank", "parameters"),
+    [(100, 10, 2_079), (200, 5, 2_189), (500, 20, 20_459), (200, 20, 8_159), (500, 40, 40_419)],
+)
+def test_lors_drops_one_pair(budget, rank, parameters):
+    assert largest(budget, **PAPER, kind="low_rank", rank=rank) == budget - 1
+    assert similarity_parameters(budget - 1, "low_rank", rank) == parameters
+
+
+@pytest.mark.parametrize(
+    ("pairs", "budget", "parameters"),
+    [((99,), 100, 9_801), ((99, 100), 200, 19_801), ((200, 299), 500, 129_401), ((332, 332, 333), 1000, 331_337)],
+)
+def test_ptm_st_full_similarities_fit(pairs, budget, parameters):
+    assert sum(similarity_parameters(m, "full") for m in pairs) == parameters
+    assert check(pairs, budget, **PAPER, kind="full") is None
+    assert largest(budget, **PAPER, kind="full", phases=len(pairs)) == sum(pairs)
+
+
+def test_ptm_st_coco_1000_is_over_its_budget():
+    pairs = (200, 299, 499)
+    message = check(pairs, 1000, **PAPER, kind="full")
+    assert message is not None
+    for words in ("200+299+499 = 998", "378,402", "over by 75,816", "333+332+332 = 997"):
+        assert words in message
+    rates = 6  # the published accounting leaves them out
+    assert cost(pairs, **PAPER, kind="full") - 1000 * 151_296 - rates == 75_810
+
+
+def test_a_single_full_matrix_costs_one_pair_up_to_388():
+    assert check((388,), 389, **PAPER, kind="full") is None
+    assert "at most 388 pairs fit; set phases.0.pairs to 388" in str(check((389,), 390, **PAPER, kind="full"))
+
+
+def test_identity_costs_only_the_rates():
+    assert cost((10,), 8, 4, "identity") == 10 * 196 + 2
+    assert largest(10, 8, 4, "identity") == 9
+
+
+def test_nothing_fits():
+    assert "use fewer phases" in str(check((2, 2, 2), 4, **PAPER, kind="full"))
+
+
+@given(
+    budget=st.integers(1, 3000),
+    size=st.integers(8, 64),
+    width=st.integers(1, 512),
+    kind=st.sampled_from(["full", "low_rank", "identity"]),
+    rank=st.integers(1, 20),
+    phases=st.integers(1, 4),
+)
+def test_largest_fits_and_one_more_does_not(budget, size, width, kind, rank, phases):
+    n = largest(budget, size, width, kind, rank, phases)
+    if n:
+        assert check(split(n, phases), budget, size, width, kind, rank) is None
+    assert check(split(n + 1, phases), budget, size, width, kind, rank) is not None

@@ -1,0 +1,246 @@
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import rmdd
+from rmdd.artefact import distilled
+from rmdd.artefact.budget import cost
+from rmdd.artefact.distilled import DistilledSet, Subset
+
+KINDS = ("full", "low_rank", "identity")
+
+
+def make_subset(pairs, seed, kind="full", size=16, width=12, rank=2):
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=g)
+
+    similarity = {
+        "full": {"matrix": torch.eye(pairs) + 0.1 * randn(pairs, pairs)},
+        "low_rank": {"scale": torch.ones(pairs), "left": randn(pairs, rank), "right": 0.1 * randn(pairs, rank)},
+        "identity": {},
+    }[kind]
+    return Subset(
+        images=randn(pairs, 3, size, size),
+        texts=randn(pairs, width),
+        similarity=similarity,
+        alpha=0.3,
+        lr_image=0.1 + seed / 7,
+        lr_text=1 / 3,
+        captions=[f"a captión {seed} {i}" for i in range(pairs)],
+        source_ids=[f"img{i}.jpg" for i in range(pairs)],
+        captions_before=[f"before {i}" for i in range(pairs)] if kind == "full" else (),
+    )
+
+
+def make_set(kind="full", loss="wbce", pairs=(6, 5), **change):
+    return DistilledSet(
+        subsets=tuple(make_subset(m, seed, kind) for seed, m in enumerate(pairs)),
+        mean=(0.48, 0.45, 0.4),
+        std=(0.26, 0.25, 0.27),
+        model={"image": {"name": "convnet"}, "text": {"name": "hashing"}, "temperature": 0.07},
+        method="ptm_st",
+        loss=loss,
+        config={"name": "small", "data": {"source": "scenes", "layout": None}, "seed": 3},
+        provenance={"data": "abc", "seed": 3},
+        metrics={"test_last": {"R@mean": 31.25, "curve": [1.0, 2.0]}},
+        **change,
+    )
+
+
+@pytest.fixture
+def saved(tmp_path):
+    return make_set().save(tmp_path / "set")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_round_trip_is_exact(tmp_path, kind):
+    before = make_set(kind)
+    after = rmdd.load(before.save(tmp_path / "set"))
+    for old, new in zip(before.subsets, after.subsets, strict=True):
+        assert old.tensors().keys() == new.tensors().keys()
+        for name, t in old.tensors().items():
+            assert t.dtype == new.tensors()[name].dtype and torch.equal(t, new.tensors()[name])
+        assert torch.equal(old.matrix, new.matrix)
+        for name in ("alpha", "lr_image", "lr_text", "kind", "rank"):
+            assert getattr(old, name) == getattr(new, name)
+        for name in ("captions", "source_ids", "captions_before"):
+            assert list(getattr(old, name)) == list(getattr(new, name))
+    for name in ("mean", "std", "model", "method", "loss", "config", "provenance", "metrics"):
+        assert getattr(before, name) == getattr(after, name)
+
+
+def test_saving_twice_gives_the_same_bytes(tmp_path):
+    one, two = make_set().save(tmp_path / "one"), make_set().save(tmp_path / "two")
+    for file in one.iterdir():
+        assert file.read_bytes() == (two / file.name).read_bytes()
+
+
+def test_matrix_of_each_kind():
+    low = make_subset(4, 0, "low_rank")
+    expected = torch.diag(low.similarity["scale"]) + 0.3 / 2 * low.similarity["left"] @ low.similarity["right"].T
+    torch.testing.assert_close(low.matrix, expected)
+    assert torch.equal(make_subset(4, 0, "identity").matrix, torch.eye(4))
+
+
+def test_folder(saved):
+    names = {"tensors.safetensors", "set.json", "captions.parquet", "preview.png", "README.md"}
+    assert {f.name for f in saved.iterdir()} == names
+    assert [f.name for f in saved.parent.iterdir()] == ["set"]
+    with Image.open(saved / "preview.png") as preview:
+        assert preview.size == (4 * 66 + 2, 3 * 66 + 2)
+    assert len({f.stat().st_mode for f in saved.iterdir()}) == 1
+    info = json.loads((saved / "set.json").read_text())
+    assert info["schema_version"] == 1 and info["num_pairs"] == 11
+    assert [s["pairs"] for s in info["subsets"]] == [6, 5]
+    text = (saved / "README.md").read_text()
+    assert "| test_last.R@mean | 31.25 |" in text and "licence" in text and "{" not in text.split("```")[0]
+
+
+def test_preview_of_many_pairs(tmp_path):
+    folder = make_set(pairs=(70, 30)).save(tmp_path / "set")
+    with Image.open(folder / "preview.png") as preview:
+        assert preview.size == (8 * 66 + 2, 8 * 66 + 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_budget_agrees_with_the_plan(kind):
+    found = make_set(kind).budget()
+    assert found["unit"] == 3 * 16 * 16 + 12
+    assert found["total"]["parameters"] == cost((6, 5), 16, 12, kind, 2)
+    assert found["images"] == {"parameters": 11 * 768, "bytes": 11 * 768 * 4}
+    assert found["rates"] == {"parameters": 4, "bytes": 32}
+
+
+@pytest.mark.parametrize(("kind", "loss"), [*((k, "wbce") for k in KINDS), ("low_rank", "infonce")])
+def test_card_script_trains_without_rmdd(tmp_path, kind, loss):
+    folder = make_set(kind, loss).save(tmp_path / "set")
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert len(code.strip().splitlines()) <= 12 and "rmdd" not in code
+    alone = "import sys\nsys.modules['rmdd'] = None\n" + code
+    done = subprocess.run([sys.executable, "-I", "-c", alone], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for k in range(2):
+        losses = [float(x) for x in re.findall(rf"subset {k} step \d+ loss (\S+)", done.stdout)]
+        assert len(losses) == 30 and losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("loss", ["wbce", "infonce"])
+def test_card_script_lines_are_short(kind, loss):
+    code = distilled.card.script(make_set(kind, loss)).splitlines()
+    assert len(code) <= 12 and max(map(len, code)) <= 125
+
+
+def test_as_dataset_feeds_a_loader(saved):
+    loaded = rmdd.load(saved)
+    pairs = loaded.as_dataset()
+    assert len(pairs) == loaded.num_pairs == 11
+    batches = list(DataLoader(pairs, batch_size=4))
+    assert [len(b["image"]) for b in batches] == [4, 4, 3]
+    assert torch.equal(torch.cat([b["image"] for b in batches]), torch.cat([s.images for s in loaded.subsets]))
+    assert torch.equal(torch.cat([b["text"] for b in batches]), torch.cat([s.texts for s in loaded.subsets]))
+    assert torch.cat([b["subset"] for b in batches]).tolist() == [0] * 6 + [1] * 5
+    assert torch.cat([b["index"] for b in batches]).tolist() == [*range(6), *range(5)]
+
+
+def test_loading_runs_no_pickle(saved, monkeypatch):
+    import pickle
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("unpickled something")
+
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    assert rmdd.load(saved).num_pairs == 11
+
+
+@pytest.mark.parametrize("file", ["tensors.safetensors", "captions.parquet"])
+def test_altered_bytes_are_found(saved, file):
+    data = bytearray((saved / file).read_bytes())
+    data[len(data) // 2] ^= 1
+    (saved / file).write_bytes(data)
+    with pytest.raises(ValueError, match=f"{file} was altered"):
+        rmdd.load(saved)
+    (saved / file).unlink()
+    with pytest.raises(ValueError, match=f"{file} is missing"):
+        rmdd.load(saved)
+
+
+def edit(folder, change):
+    info = json.loads((folder / "set.json").read_text())
+    change(info)
+    (folder / "set.json").write_text(json.dumps(info))
+
+
+def test_other_descriptions_are_refused(saved, tmp_path):
+    with pytest.raises(ValueError, match="no distilled set at"):
+        rmdd.load(tmp_path / "nowhere")
+    edit(saved, lambda info: info["tensors"]["0.images"].update(shape=[9, 3, 16, 16]))
+    with pytest.raises(ValueError, match=r"0.images as .*\[6, 3, 16, 16\].*says .*\[9, 3, 16, 16\]"):
+        rmdd.load(saved)
+    edit(saved, lambda info: (info["tensors"]["0.images"].update(shape=[6, 3, 16, 16]), info.pop("subsets")))
+    with pytest.raises(ValueError, match="not as this version writes it"):
+        rmdd.load(saved)
+    edit(saved, lambda info: info.update(schema_version=2))
+    with pytest.raises(ValueError, match="schema version 2 and this rmdd reads version 1"):
+        rmdd.load(saved)
+    (saved / "set.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        rmdd.load(saved)
+
+
+def test_a_set_is_replaced_only_when_asked(saved):
+    other = make_set("identity")
+    with pytest.raises(ValueError, match="pass overwrite=True"):
+        other.save(saved)
+    assert rmdd.load(saved).subsets[0].kind == "full"
+    other.save(saved, overwrite=True)
+    assert rmdd.load(saved).subsets[0].kind == "identity"
+    assert [f.name for f in saved.parent.iterdir()] == ["set"]
+
+
+def test_another_folder_is_never_replaced(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is no distilled set"):
+        make_set().save(tmp_path, overwrite=True)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_failed_save_leaves_the_old_set(saved):
+    with pytest.raises(TypeError):
+        replace(make_set("identity"), metrics={"bad": object()}).save(saved, overwrite=True)
+    assert rmdd.load(saved).subsets[0].kind == "full"
+    assert [f.name for f in saved.parent.iterdir()] == ["set"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"texts": torch.zeros(4, 12)}, "5 images need texts"),
+        ({"images": torch.zeros(5, 1, 16, 16)}, r"images must be \(M, 3, H, W\)"),
+        ({"similarity": {"matrix": torch.zeros(5, 4)}}, "similarity of 5 pairs must be"),
+        ({"similarity": {"left": torch.zeros(5, 2)}}, "similarity of 5 pairs must be"),
+        ({"captions": ["one"]}, "need 5 captions, found 1"),
+        ({"texts": torch.zeros(5, 12).double()}, "texts must be float32"),
+        ({"texts": torch.full((5, 12), torch.nan)}, "texts holds 60 numbers that are not finite"),
+        ({"lr_image": float("inf")}, "lr_image holds 1"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        replace(make_subset(5, 0), **change)
+
+
+def test_subsets_must_match():
+    with pytest.raises(ValueError, match="must share image shape"):
+        replace(make_set(), subsets=(make_subset(5, 0), make_subset(5, 0, "identity")))

@@ -1,0 +1,122 @@
+import pytest
+
+from rmdd.config import Data
+from rmdd.data import sources
+from rmdd.data.ingest import ingest
+from rmdd.data.sources.row import NO_SPLIT
+
+TRAIN = [
+    {"image": "i/1.jpg", "caption": "One.", "image_id": 0},
+    {"image": "i/1.jpg", "caption": "Uno.", "image_id": 0},
+    {"image": "i/2.jpg", "caption": "Two.", "image_id": 1},
+]
+EVAL = [{"image": "i/3.jpg", "caption": ["Three.", "Tres."]}]
+
+
+def rows(root, **options):
+    return list(sources.rows(Data(source="lists", root=str(root), **options))[0])
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        ("flickr30k", "flickr30k_{}.json"),
+        ("flickr8k", "annotations/flickr8k_{}.json"),
+        ("coco", "../annotations/coco_karpathy_{}.json"),
+        ("cc3m", "cc3m_captions_{}.json"),
+        ("cc3m", "captions_{}zx2025.json"),
+    ],
+)
+def test_layouts_know_their_file_names(root, put, layout, name):
+    for split, content in {"train": TRAIN, "val": EVAL, "test": [{"image": "i/4.jpg", "caption": "Four."}]}.items():
+        put(name.format(split), content)
+    found = rows(root, layout=layout)
+    assert [(row.image, row.captions, row.split) for row in found] == [
+        ("i/1.jpg", ("One.",), "train"), ("i/1.jpg", ("Uno.",), "train"), ("i/2.jpg", ("Two.",), "train"),
+        ("i/3.jpg", ("Three.", "Tres."), "val"), ("i/4.jpg", ("Four.",), "test"),
+    ]  # fmt: skip
+    assert {row.source for row in found} == {layout}
+
+
+def test_records_of_one_image_become_one_pair(root, draw, put, tmp_path):
+    draw("i/1.jpg", "i/2.jpg", "i/3.jpg")
+    put("t.json", TRAIN)
+    put("v.json", EVAL, encoding="utf-8-sig")
+    dataset = ingest(
+        Data(source="lists", root=str(root), annotations={"train": "t.json", "val": "v.json"}), tmp_path / "out"
+    )
+    assert [pair.captions for pair in dataset.pairs("train")] == [("One.", "Uno."), ("Two.",)]
+    assert dataset.manifest["rows_in"] == 4 and dataset.manifest["rows_merged"] == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("not json", "is not JSON"),
+        ('{"image": "a", "caption": "b"}\n{"image": "c", "caption": "d"}\n', "JSON lines .*source: table"),
+        ({"images": [], "dataset": "coco"}, "source: karpathy"),
+        (7, "expected a JSON list"),
+        (["a"], "record 0 needs `image` and `caption`"),
+        ([TRAIN[0], {"image": "b.jpg"}], "record 1 needs"),
+        ([TRAIN[0], {"image": "i/2.jpg", "caption": "x", "image_id": 0}], "one image has one image_id"),
+        ([TRAIN[0], {"image": "i/1.jpg", "caption": "x", "image_id": 9}], "one image has one image_id"),
+    ],
+)
+def test_other_shapes_stop_at_once(root, put, content, message):
+    put("t.json", content)
+    with pytest.raises(ValueError, match=message):
+        rows(root, annotations={"train": "t.json"})
+
+
+def test_other_encodings_stop_at_once(root, put):
+    put("t.json", '[{"image": "é"}]', encoding="latin-1")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        rows(root, annotations={"train": "t.json"})
+
+
+def test_a_missing_list_stops_at_once(root, put):
+    put("flickr30k_train.json", TRAIN)
+    with pytest.raises(ValueError, match="the val list of layout 'flickr30k' not found"):
+        rows(root, layout="flickr30k")
+
+
+def test_flickr8k_as_released(root, put):
+    put("Flickr8k.token.txt", "1.jpg#0\tA dog .\r\n1.jpg#1\tIt jumps .\r\n2.jpg#0\tA cat .\r\n3.jpg.1#0\tStray .\r\n")
+    for word, names in {"train": "1.jpg\r\n", "dev": "2.jpg\n", "test": "\n"}.items():
+        put(f"Flickr_8k.{word}Images.txt", names)
+    assert [(row.image, row.captions, row.split) for row in rows(root, layout="flickr8k")] == [
+        ("1.jpg", ("A dog .",), "train"), ("1.jpg", ("It jumps .",), "train"),
+        ("2.jpg", ("A cat .",), "val"), ("3.jpg.1", ("Stray .",), NO_SPLIT),
+    ]  # fmt: skip
+    put("Flickr_8k.testImages.txt", "1.jpg\n")
+    with pytest.raises(ValueError, match="also in the train list"):
+        rows(root, layout="flickr8k")
+    put("Flickr_8k.testImages.txt", "")
+    put("Flickr8k.token.txt", "1.jpg A dog\n")
+    with pytest.raises(ValueError, match="line 1 is not"):
+        rows(root, layout="flickr8k")
+
+
+def test_flickr8k_images_in_no_split_are_counted(root, draw, put, tmp_path):
+    draw("Flicker8k_Dataset/1.jpg")
+    put("Flickr8k.token.txt", "1.jpg#0\tA dog .\n3.jpg.1#0\tStray .\n")
+    for word in ("train", "dev", "test"):
+        put(f"Flickr_8k.{word}Images.txt", "1.jpg\n" if word == "train" else "")
+    dataset = ingest(Data(source="lists", layout="flickr8k", root=str(root)), tmp_path / "out")
+    assert dataset.counts["train"] == {"pairs": 1, "captions": 1}
+    assert dataset.manifest["quarantine"] == {"no_split": 1}
+
+
+def test_flickr8k_from_kaggle_is_cut_by_hash(root, draw, put, tmp_path):
+    names = [f"{i}.jpg" for i in range(40)]
+    draw(*(f"Images/{name}" for name in names))
+    lines = [f'{name},"A dog, running ."\n{name},A cat {i}\n' for i, name in enumerate(names)]
+    put("captions.txt", "image,caption\n" + "".join(lines))
+    data = Data(source="lists", layout="flickr8k", root=str(root), split_fractions=(0.5, 0.25, 0.25))
+    dataset = ingest(data, tmp_path / "out")
+    sizes = [dataset.counts[split]["pairs"] for split in ("train", "val", "test")]
+    assert sum(sizes) == 40 and all(sizes) and sizes[0] > max(sizes[1:])
+    assert next(dataset.pairs("train")).captions[0] == "A dog, running ."
+    put("captions.txt", "file,text\n1.jpg,x\n")
+    with pytest.raises(ValueError, match="expected the header `image,caption`"):
+        rows(root, layout="flickr8k")

@@ -1,0 +1,117 @@
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rmdd.config import Data, Table
+from rmdd.data import sources
+from rmdd.data.ingest import ingest
+from rmdd.data.sources.row import NO_SPLIT
+
+EXPECTED = [
+    ("1.png", ("A, b", "c"), "train"),
+    ("1.png", ("d",), "train"),
+    ("2.png", ("e",), "val"),
+    ("3.png", ("f",), "test"),
+]
+CSV = """image,caption,split
+1.png,"[""A, b"", ""c""]",train
+1.png,d,train
+2.png,e,dev
+3.png,f,Test
+"""
+SEMICOLONS = """image; caption ;split
+1.png;["A, b", "c"];train
+1.png;d;train
+2.png;e;valid
+3.png;f;test
+"""
+JSON_LINES = """{"image": "1.png", "caption": ["A, b", "c"], "split": "train"}
+{"image": "1.png", "caption": "d", "split": "train"}
+
+{"image": "2.png", "caption": "e", "split": "val"}
+{"image": "3.png", "caption": "f", "split": "test"}"""
+
+
+def rows(root, **table):
+    return list(sources.rows(Data(source="table", root=str(root), table=Table(**table)))[0])
+
+
+def seen(found):
+    return [(row.image, row.captions, row.split) for row in found]
+
+
+def write_parquet(path):
+    columns = {"image": ["1.png", "1.png", "2.png", "3.png"], "caption": [["A, b", "c"], ["d"], ["e"], ["f"]]}
+    pq.write_table(pa.table(columns | {"split": ["train", "train", "dev", "test"]}), path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("t.csv", CSV),
+        ("t.csv", SEMICOLONS.replace("\n", "\r\n")),
+        ("t.tsv", SEMICOLONS.replace(";", "\t")),
+        ("t.jsonl", JSON_LINES),
+        ("t.parquet", None),
+    ],
+)
+def test_every_format_gives_the_same_rows(root, put, name, text):
+    if text is None:
+        write_parquet(root / name)
+    else:
+        put(name, text)
+    assert seen(rows(root, file=name)) == EXPECTED
+
+
+def test_rows_of_one_image_become_one_pair(root, draw, tmp_path):
+    draw("1.png", "2.png", "3.png")
+    write_parquet(root / "t.parquet")
+    dataset = ingest(Data(source="table", root=str(root), table=Table(file="t.parquet")), tmp_path / "out")
+    assert next(dataset.pairs("train")).captions == ("A, b", "c", "d")
+    assert [dataset.counts[split]["pairs"] for split in ("train", "val", "test")] == [1, 1, 1]
+
+
+def test_without_a_split_column_the_hash_of_the_path_decides(root, draw, put, tmp_path):
+    names = [f"{i}.png" for i in range(60)]
+    draw(*names)
+    put("captions.csv", "image,caption\n" + "".join(f"{name},x\n" for name in names))
+    data = Data(source="table", root=str(root), split_fractions=(0.6, 0.2, 0.2))
+    first = ingest(data, tmp_path / "one")
+    split_of = {pair.pair_id: split for split in ("train", "val", "test") for pair in first.pairs(split)}
+    assert len(split_of) == 60 and len(set(split_of.values())) == 3
+    put("captions.csv", "image,caption\n" + "".join(f"{name},x\n" for name in reversed(names[:30])))
+    second = ingest(data, tmp_path / "two")
+    assert all(split_of[pair.pair_id] == split for split in ("train", "val", "test") for pair in second.pairs(split))
+
+
+def test_cells_are_quarantined_and_not_fatal(root, put, draw, tmp_path):
+    draw("1.png")
+    put("captions.csv", "image,caption,split\n1.png,good,train\n1.png\n2.png,x,\n,y,train\n", encoding="utf-8-sig")
+    assert [row.split for row in rows(root)] == ["train", NO_SPLIT, NO_SPLIT, "train"]
+    manifest = ingest(Data(source="table", root=str(root)), tmp_path / "out").manifest
+    assert manifest["quarantine"] == {"no_path": 1, "no_split": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("captions.csv", "file,caption\n1.png,x\n", "no column 'image'; it has file, caption; set data.table.image"),
+        ("captions.csv", "image,caption,split\n1.png,x,holdout\n", "line 2 has 'holdout' in column 'split'"),
+        ("captions.csv", "image,image,caption\n1,2,x\n", "two columns share a name"),
+        ("captions.csv", 'image,caption\n1.png,"open\n', "cannot be read"),
+        ("t.jsonl", "[1]\n", "line 1 is a list of 1.*source: lists"),
+        ("t.jsonl", '{"image": 1}\n{"image"\n', "no column 'caption'"),
+        ("t.jsonl", '{"image": 1, "caption": 2}\n{"image"\n', "line 2 is not JSON"),
+        ("t.parquet", "no parquet", "is not a Parquet file"),
+        ("t.xlsx", "", "cannot read '.xlsx'"),
+    ],
+)
+def test_other_shapes_stop_at_once(root, put, name, text, message):
+    put(name, text)
+    with pytest.raises(ValueError, match=message):
+        rows(root, file=name)
+
+
+def test_a_missing_table_stops_at_once(root):
+    with pytest.raises(ValueError, match="captions.csv not found; set data.table.file"):
+        rows(root)

@@ -1,0 +1,273 @@
+"""Ingest, the manifest's arithmetic, and what is refused. Sources have their own file."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rmdd.config import Data, Scenes
+from rmdd.data.ingest import ingest, quarantined
+from rmdd.data.shards import Dataset
+
+
+def adds_up(dataset):
+    """Every row and caption that went in is in a shard or counted under a reason."""
+    manifest = dataset.manifest
+    pairs = sum(count["pairs"] for count in dataset.counts.values())
+    captions = sum(count["captions"] for count in dataset.counts.values())
+    assert manifest["rows_in"] == pairs + manifest["rows_merged"] + sum(manifest["quarantine"].values())
+    assert manifest["captions_in"] == captions + sum(manifest["captions_dropped"].values())
+    listed = quarantined(dataset)
+    reasons = [entry["reason"] for entry in listed if entry["what"] == "pair"]
+    assert {reason: reasons.count(reason) for reason in reasons} == manifest["quarantine"]
+    lost = [entry["reason"] for entry in listed if entry["what"] == "caption"]
+    dropped = {reason: n for reason, n in manifest["captions_dropped"].items() if reason != "image_quarantined"}
+    assert {reason: lost.count(reason) for reason in lost} == dropped
+    assert all({"file", "reason", "origin", "detail"} <= entry.keys() for entry in listed)
+    dataset.verify()
+    return dataset
+
+
+@pytest.fixture
+def messy(root, draw, put):
+    """A train list with every kind of bad row beside good ones."""
+    draw("a.png", "b.png", "sub/c.png", "d.png", "png_named.jpg")
+    draw("huge.png", size=(90, 90))
+    (root / "text.png").write_text("not an image")
+    (root / "empty.png").touch()
+    (root / "cut.png").write_bytes((root / "a.png").read_bytes()[:80])
+    for mode in ("L", "LA", "P", "RGBA"):
+        Image.new(mode, (4, 4)).save(root / f"{mode}.png")
+    Image.new("CMYK", (4, 4)).save(root / "CMYK.jpg")
+    Image.fromarray(np.full((4, 4), 999, dtype=np.uint16)).save(root / "sixteen.png")
+    rows = [
+        ("a.png", "first"),
+        ("b.png", "one"),
+        ("a.png", "second"),
+        ("a.png", "first"),  # a duplicate
+        ("a.png", " \n"),  # empty
+        ("sub\\c.png", "with a Windows separator"),
+        ("./sub//c.png", "the same image again"),
+        ("d.png", ""),  # nothing left
+        ("d.png", None),
+        ("png_named.jpg", ["a list", 7, "in train"]),
+        ("text.png", "x"),
+        ("empty.png", "x"),
+        ("cut.png", "x"),
+        ("huge.png", "x"),
+        ("missing.png", ["x", "y"]),
+        (str(root / "a.png"), "absolute"),
+        ("C:\\a.png", "absolute too"),
+        ("../root/a.png", "escaping"),
+        (None, "no path"),
+        ("", "no path"),
+        ("b.png", "half a pair \ud83d"),
+        *((f"{mode}.png", mode) for mode in ("L", "LA", "P", "RGBA", "sixteen")),
+        ("CMYK.jpg", "CMYK"),
+    ]
+    put("train.json", [{"image": image, "caption": caption} for image, caption in rows])
+    return Data(source="lists", root=str(root), annotations={"train": "train.json"}, max_pixels=8000)
+
+
+def test_every_bad_row_is_counted_with_its_reason(messy, tmp_path):
+    dataset = adds_up(ingest(messy, tmp_path / "out"))
+    assert dataset.manifest["quarantine"] == {
+        "absolute_path": 2,
+        "escaping_path": 1,
+        "missing_file": 1,
+        "no_caption": 1,
+        "no_path": 2,
+        "too_large": 1,
+        "truncated": 1,
+        "undecodable": 2,
+    }
+    assert dataset.manifest["captions_dropped"] == {
+        "caption_not_text": 3,
+        "duplicate_caption": 1,
+        "empty_caption": 2,
+        "image_quarantined": 11,
+    }
+    pairs = {pair.pair_id: pair for pair in dataset.pairs("train")}
+    assert list(pairs)[:4] == ["a.png", "b.png", "sub/c.png", "png_named.jpg"]
+    assert pairs["a.png"].captions == ("first", "second")
+    assert pairs["sub/c.png"].captions == ("with a Windows separator", "the same image again")
+    assert pairs["png_named.jpg"].captions == ("a list", "in train")
+    missing = next(entry for entry in quarantined(dataset) if entry["reason"] == "missing_file")
+    assert missing["file"] == "missing.png" and missing["origin"] == "train.json record 14"
+
+
+def test_images_stay_as_they_came(messy, tmp_path):
+    for pair in ingest(messy, tmp_path / "out").pairs("train"):
+        assert pair.image == (tmp_path / "root" / pair.pair_id).read_bytes()
+
+
+def test_images_can_be_stored_small(messy, tmp_path):
+    import io
+
+    small = ingest(messy.model_copy(update={"reencode": 8}), tmp_path / "out")
+    for pair in small.pairs("train"):
+        image = Image.open(io.BytesIO(pair.image))
+        assert (image.format, image.size, image.mode) == ("PNG", (8, 8), "RGB")
+
+
+def test_an_equal_ingest_is_returned_as_it_is(messy, tmp_path):
+    first = ingest(messy, tmp_path / "out")
+    times = {file: file.stat().st_mtime_ns for file in first.path.iterdir()}
+    again = ingest(messy, tmp_path / "out")
+    assert again.hash == first.hash
+    assert {file: file.stat().st_mtime_ns for file in again.path.iterdir()} == times
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")] == []
+
+
+def test_a_missing_image_that_turns_up_is_taken_in(messy, draw, tmp_path):
+    before = ingest(messy, tmp_path / "out")
+    draw("missing.png")
+    after = adds_up(ingest(messy, tmp_path / "out"))
+    assert after.counts["train"]["pairs"] == before.counts["train"]["pairs"] + 1
+    assert "missing_file" not in after.manifest["quarantine"]
+
+
+def test_other_input_into_the_same_folder_is_refused(messy, put, tmp_path):
+    out = tmp_path / "out"
+    ingest(messy, out)
+    with pytest.raises(ValueError, match="max_pixels differ"):
+        ingest(messy.model_copy(update={"max_pixels": 9000}), out)
+    ingest(messy.model_copy(update={"image_size": 32, "eval_limit": 5}), out)
+    put("train.json", [{"image": "a.png", "caption": "changed"}])
+    with pytest.raises(ValueError, match="annotations differ"):
+        ingest(messy, out)
+
+
+def test_a_folder_with_something_else_is_left_alone(messy, tmp_path):
+    (tmp_path / "precious").mkdir()
+    ingest(messy, tmp_path / "precious")  # empty
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(ValueError, match="holds no dataset"):
+        ingest(messy, tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_a_failure_leaves_nothing_behind(messy, tmp_path):
+    def broken(function, tables):
+        yield function(next(iter(tables)))
+        raise RuntimeError("the machine is gone")
+
+    with pytest.raises(RuntimeError):
+        ingest(messy, tmp_path / "out", broken)
+    assert [path.name for path in tmp_path.iterdir()] == ["root"]
+
+
+def test_the_hash_knows_content_and_not_place(messy, tmp_path):
+    first = ingest(messy, tmp_path / "out")
+    shutil.move(tmp_path / "root", tmp_path / "elsewhere")
+    moved = messy.model_copy(update={"root": str(tmp_path / "elsewhere")})
+    assert ingest(moved, tmp_path / "out2").hash == first.hash
+    finely = moved.model_copy(update={"shard_mb": 1e-4})
+    cut = adds_up(ingest(finely, tmp_path / "out3"))
+    assert len(cut.manifest["shards"]) > 3 and cut.hash == first.hash
+    Image.new("RGB", (2, 2)).save(tmp_path / "elsewhere" / "a.png")
+    assert ingest(moved, tmp_path / "out4").hash != first.hash
+
+
+def test_one_image_in_two_splits_is_refused(root, draw, put, tmp_path):
+    draw("a.png")
+    put("t.json", [{"image": "a.png", "caption": "x"}])
+    put("v.json", [{"image": "./a.png", "caption": ["y"]}])
+    data = Data(source="lists", root=str(root), annotations={"train": "t.json", "val": "v.json"})
+    with pytest.raises(ValueError, match="a.png is in train .t.json record 0. and in val .v.json record 0."):
+        ingest(data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_doubled_root_is_pointed_out(root, draw, put, tmp_path):
+    draw("pictures/a.png")
+    put("pictures/t.json", [{"image": "pictures/a.png", "caption": "x"}])
+    data = Data(source="lists", root=str(root / "pictures"), annotations={"train": "t.json"})
+    with pytest.raises(ValueError, match=f"set data.root to {root}$"):
+        ingest(data, tmp_path / "out")
+
+
+def test_no_row_and_no_root_are_refused(root, put, tmp_path):
+    put("t.json", [])
+    with pytest.raises(ValueError, match="no row at all"):
+        ingest(Data(source="lists", root=str(root), annotations={"train": "t.json"}), tmp_path / "out")
+    with pytest.raises(ValueError, match="is not a folder"):
+        ingest(Data(source="lists", root=str(root / "no"), annotations={"train": "t.json"}), tmp_path / "out")
+
+
+def test_real_slices_without_images_go_to_quarantine(shared, root, tmp_path):
+    real = shared / "reference" / "real_annotations"
+    for layout, files, captions in [
+        ("flickr30k", {"val": "flickr30k_val_first60.json", "test": "flickr30k_test_first60.json"}, 600),
+        ("coco", {"test": "coco_karpathy_test_first60.json", "val": "coco_karpathy_test_six_captions.json"}, 360),
+    ]:
+        data = Data(source="lists", layout=layout, root=str(real), annotations=files)
+        dataset = adds_up(ingest(data, tmp_path / layout))
+        rows = sum(len(json.loads((real / file).read_text())) for file in files.values())
+        assert dataset.manifest["rows_in"] == rows == dataset.manifest["quarantine"]["missing_file"]
+        assert dataset.manifest["captions_in"] == captions
+        assert all(count["pairs"] == 0 for count in dataset.counts.values())
+        assert ingest(data, tmp_path / layout).manifest == dataset.manifest
+
+
+def test_real_slices_with_pictures_keep_five_and_six_captions(shared, root, draw, tmp_path):
+    real = shared / "reference" / "real_annotations"
+    files = ["coco_karpathy_test_first60.json", "coco_karpathy_test_six_captions.json"]
+    records = [json.loads((real / file).read_text()) for file in files]
+    draw(*(record["image"] for part in records for record in part))
+    for file in files:
+        shutil.copy(real / file, root)
+    data = Data(source="lists", layout="coco", root=str(root), annotations={"val": files[0], "test": files[1]})
+    dataset = adds_up(ingest(data, tmp_path / "out"))
+    assert dataset.counts["test"] == {"pairs": 10, "captions": 60}
+    assert [list(pair.captions) for pair in dataset.pairs("val")] == [record["caption"] for record in records[0]]
+
+
+@pytest.mark.ray
+def test_ray_and_plain_write_the_same_bytes(messy, ray_local, tmp_path):
+    from rmdd.runtime.stream import ray_executor
+
+    for data in (messy.model_copy(update={"shard_mb": 1e-3}), Data(scenes=Scenes(train=150, val=20, test=20, size=16))):
+        plain = ingest(data, tmp_path / data.source / "plain")
+        streamed = adds_up(ingest(data, tmp_path / data.source / "ray", ray_executor(4)))
+        assert streamed.manifest == plain.manifest
+        for file in os.listdir(plain.path):
+            assert (plain.path / file).read_bytes() == (streamed.path / file).read_bytes(), file
+
+
+def test_a_damaged_dataset_is_not_opened(messy, tmp_path):
+    path = ingest(messy, tmp_path / "out").path
+    shard = path / "train-00000.parquet"
+    good = shard.read_bytes()
+
+    shard.write_bytes(good[:-1])
+    with pytest.raises(ValueError, match="the manifest says"):
+        Dataset.open(path)
+    shard.write_bytes(good[:40] + bytes([good[40] ^ 1]) + good[41:])
+    with pytest.raises(ValueError, match="changed after ingest"):
+        Dataset.open(path).verify()
+    shard.unlink()
+    with pytest.raises(ValueError, match="is missing"):
+        Dataset.open(path)
+    shard.write_bytes(good)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 99}))
+    with pytest.raises(ValueError, match="schema version 99"):
+        Dataset.open(path)
+    (path / "manifest.json").write_text(json.dumps(manifest | {"data_hash": "0"}))
+    with pytest.raises(ValueError, match="data_hash"):
+        Dataset.open(path).verify()
+    with pytest.raises(ValueError, match="not a dataset"):
+        Dataset.open(tmp_path)
+
+
+def test_an_ingested_dataset_is_a_source(messy, tmp_path):
+    first = ingest(messy, tmp_path / "out")
+    again = ingest(Data(source="dataset", root=str(first.path)), tmp_path / "unused")
+    assert again.hash == first.hash and not (tmp_path / "unused").exists()
+    with pytest.raises(ValueError, match="not a dataset"):
+        ingest(Data(source="dataset", root=str(tmp_path)), tmp_path / "unused")

@@ -1,0 +1,79 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rmdd.config import Captions, Data, Scenes
+from rmdd.data.captions import clean
+from rmdd.data.images import squash
+from rmdd.data.ingest import ingest
+from rmdd.data.splits import load_split
+
+
+@pytest.fixture
+def scenes(tmp_path):
+    data = Data(scenes=Scenes(train=70, val=6, test=5, size=16), image_size=12)
+    return ingest(data, tmp_path / "out"), data
+
+
+def test_a_split_is_the_shards_squashed_and_flat(scenes, tmp_path):
+    dataset, data = scenes
+    split = load_split(dataset, "train", data, tmp_path / "cache")
+    pairs = list(dataset.pairs("train"))
+    assert len(split) == 70 and split.images.shape == (70, 3, 12, 12) and split.images.dtype == np.uint8
+    assert split.pair_ids == [pair.pair_id for pair in pairs]
+    assert split.captions == [clean(c, data.captions) for pair in pairs for c in pair.captions]
+    assert split.image_of.dtype == np.int64
+    assert split.image_of.tolist() == [i for i, pair in enumerate(pairs) for _ in pair.captions]
+    for i in (0, 69, 3):
+        assert split.encoded(i) == pairs[i].image
+        assert (split.images[i] == squash(Image.open(io.BytesIO(pairs[i].image)), 12)).all()
+    assert split.dropped == {"captions": 0, "pairs": 0}
+
+
+def test_the_cache_is_read_back_and_knows_what_shaped_it(scenes, tmp_path):
+    dataset, data = scenes
+    cache = tmp_path / "cache"
+    load_split(dataset, "val", data, cache).encoded(0)
+    before = {file: file.stat().st_mtime_ns for file in cache.iterdir()}
+    assert len(before) == 3
+    again = load_split(dataset, "val", data, cache)
+    assert again.encoded(5) == list(dataset.pairs("val"))[5].image
+    assert isinstance(again.images, np.memmap) and not again.images.flags.writeable
+    assert {file: file.stat().st_mtime_ns for file in cache.iterdir()} == before
+    for change in ({"image_size": 8}, {"background": (0, 0, 0)}, {"exif_orientation": True}):
+        load_split(dataset, "val", data.model_copy(update=change), cache)
+    assert len(list(cache.iterdir())) == 6
+    load_split(dataset, "val", data.model_copy(update={"captions": Captions(max_words=3)}), cache)
+    assert len(list(cache.iterdir())) == 6  # the caption rule left all pictures in place
+
+
+def test_the_limit_cuts_val_and_test_alone(scenes, tmp_path):
+    dataset, data = scenes
+    limited = data.model_copy(update={"eval_limit": 4})
+    sizes = {s: len(load_split(dataset, s, limited, tmp_path / "cache")) for s in ("train", "val", "test")}
+    assert sizes == {"train": 70, "val": 4, "test": 4}
+    split = load_split(dataset, "val", limited, tmp_path / "cache")
+    assert split.captions == load_split(dataset, "val", data, tmp_path / "cache").captions[:20]
+
+
+def test_captions_that_the_rule_empties_are_counted(root, draw, put, tmp_path):
+    draw("a.png", "b.png", "c.png")
+    put("t.json", [{"image": "a.png", "caption": ["..."]}, {"image": "b.png", "caption": ["!", "Fine."]}])
+    put("v.json", [{"image": "c.png", "caption": ["(*)"]}])
+    data = Data(source="lists", root=str(root), annotations={"train": "t.json", "val": "v.json"}, image_size=8)
+    dataset = ingest(data, tmp_path / "out")
+    train = load_split(dataset, "train", data, tmp_path / "cache")
+    assert train.captions == ["fine"] and train.pair_ids == ["b.png"] and train.image_of.tolist() == [0]
+    assert train.dropped == {"captions": 2, "pairs": 1}
+    assert train.encoded(0) == (root / "b.png").read_bytes()
+    empty = load_split(dataset, "val", data, tmp_path / "cache")
+    assert empty.images.shape == (0, 3, 8, 8) and empty.dropped == {"captions": 1, "pairs": 1}
+    kept = data.model_copy(update={"captions": Captions(strip_punctuation=False)})
+    assert load_split(dataset, "train", kept, tmp_path / "cache").captions == ["...", "!", "fine."]
+
+
+def test_an_unknown_split_is_refused(scenes, tmp_path):
+    with pytest.raises(ValueError, match="train, val, test"):
+        load_split(*scenes[:1], "dev", scenes[1], tmp_path)

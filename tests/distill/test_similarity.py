@@ -1,0 +1,59 @@
+import pytest
+import torch
+
+from rmdd import config
+from rmdd.distill import similarity
+
+KINDS = ("full", "low_rank", "identity")
+
+
+def start(kind, pairs=6, **rule):
+    return similarity.initial(config.Similarity(kind=kind, rank=2, **rule), pairs, torch.Generator().manual_seed(0))
+
+
+def moved(kind, pairs=6):
+    random = torch.Generator().manual_seed(1)
+    return {n: t + torch.randn(t.shape, generator=random) for n, t in start(kind, pairs).items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_starts_at_the_identity(kind):
+    tensors = start(kind)
+    assert torch.equal(similarity.dense(tensors, 3.0, torch.zeros(6, 1)), torch.eye(6))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gathered_block_is_the_block_of_the_whole(kind):
+    tensors, index = moved(kind), torch.tensor([4, 0, 3])
+    whole = similarity.dense(tensors, 0.7, torch.zeros(6, 1))
+    block = similarity.dense(similarity.gather(tensors, index), 0.7, torch.zeros(3, 1))
+    torch.testing.assert_close(block, whole[index][:, index])
+
+
+def test_low_rank_is_the_printed_formula():
+    t = moved("low_rank")
+    expected = torch.empty(6, 6)
+    for i in range(6):
+        for j in range(6):
+            expected[i, j] = 0.7 / 2 * sum(t["left"][i, r] * t["right"][j, r] for r in range(2)) + (i == j) * t["scale"][i]
+    torch.testing.assert_close(similarity.dense(t, 0.7, torch.zeros(6, 1)), expected)
+
+
+@pytest.mark.parametrize("kind", ["full", "low_rank"])
+def test_scatter_is_the_gradient_of_gather(kind):
+    tensors = {n: t.requires_grad_() for n, t in moved(kind).items()}
+    total = {n: torch.zeros_like(t) for n, t in tensors.items()}
+    value = torch.zeros(())
+    for index in (torch.tensor([4, 0, 3]), torch.tensor([3, 4, 1])):
+        parts = similarity.gather(tensors, index)
+        weights = {n: torch.randn(p.shape, generator=torch.Generator().manual_seed(2)) for n, p in parts.items()}
+        value = value + sum((parts[n] * w).sum() for n, w in weights.items())
+        similarity.scatter_add(total, index, weights)
+    for found, expected in zip(total.values(), torch.autograd.grad(value, list(tensors.values())), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dense_has_the_type_of_the_pairs(kind):
+    tensors = {n: t.double() for n, t in start(kind).items()}
+    assert similarity.dense(tensors, 1.0, torch.zeros(6, 1, dtype=torch.float64)).dtype == torch.float64

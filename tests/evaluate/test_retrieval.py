@@ -1,0 +1,202 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rmdd.evaluate.retrieval import Recalls, recalls, recalls_from_scores
+
+KS = (1, 2, 3, 5, 10)
+GOLDEN = torch.tensor([[0.9, 0.1, 0.8, 0.2, 0.3, 0.4], [0.7, 0.6, 0.5, 0.4, 0.3, 0.2], [0.9, 0.8, 0.7, 0.6, 0.1, 0.2]])
+GOLDEN_OF = torch.tensor([0, 0, 1, 1, 2, 2])
+
+
+def double_loop(scores, image_of, ks, pessimistic=True):
+    """The definition, one comparison at a time."""
+    s, of = scores.tolist(), image_of.tolist()
+    num_images, num_texts = len(s), len(of)
+
+    def above(other, own):
+        return other > own or (pessimistic and other == own)
+
+    ir_ranks = [sum(above(s[i][j], s[of[j]][j]) for i in range(num_images) if i != of[j]) for j in range(num_texts)]
+    tr_ranks = []
+    for i in range(num_images):
+        best = max(s[i][j] for j in range(num_texts) if of[j] == i)
+        tr_ranks.append(sum(above(s[i][j], best) for j in range(num_texts) if of[j] != i))
+    return (
+        {k: 100 * sum(r < k for r in ir_ranks) / num_texts for k in ks},
+        {k: 100 * sum(r < k for r in tr_ranks) / num_images for k in ks},
+    )
+
+
+def problem(seed, counts, levels=None, width=None):
+    """Random scores (or embeddings) with `counts[i]` captions of image i, in shuffled order."""
+    g = torch.Generator().manual_seed(seed)
+    image_of = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    image_of = image_of[torch.randperm(len(image_of), generator=g)]
+    if width:
+        return torch.randn(len(counts), width, generator=g), torch.randn(len(image_of), width, generator=g), image_of
+    if levels:
+        return torch.randint(levels, (len(counts), len(image_of)), generator=g).float(), image_of
+    return torch.randn(len(counts), len(image_of), generator=g), image_of
+
+
+RAGGED = [1 + (7 * i) % 6 for i in range(40)]
+GALLERIES = {"one": [1] * 60, "five": [5] * 40, "six": [6] * 20, "ragged": RAGGED, "single": [3], "over 128": [1] * 140}
+
+
+@pytest.mark.parametrize("levels", [None, 2, 5, 40])
+@pytest.mark.parametrize("counts", GALLERIES.values(), ids=GALLERIES)
+def test_equals_a_double_loop(counts, levels):
+    scores, image_of = problem(0, counts, levels)
+    for chunk in (1, 7, 256):
+        found = recalls_from_scores(scores, image_of, KS, chunk)
+        ir, tr = double_loop(scores, image_of, KS)
+        assert (found.ir, found.tr) == (ir, tr)
+    best_ir, best_tr = double_loop(scores, image_of, KS, pessimistic=False)
+    assert found.gap == max(max(best_ir[k] - ir[k], best_tr[k] - tr[k]) for k in KS)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    counts=st.lists(st.integers(1, 6), min_size=1, max_size=9),
+    levels=st.integers(1, 4),
+    seed=st.integers(0, 999),
+    chunk=st.integers(1, 12),
+)
+def test_equals_a_double_loop_on_any_gallery(counts, levels, seed, chunk):
+    scores, image_of = problem(seed, counts, levels)
+    found = recalls_from_scores(scores, image_of, KS, chunk)
+    assert (found.ir, found.tr) == double_loop(scores, image_of, KS)
+    for values in (list(found.ir.values()), list(found.tr.values())):
+        assert values == sorted(values) and 0 <= values[0] and values[-1] <= 100
+    assert found.gap >= 0
+
+
+def test_golden_example():
+    found = recalls_from_scores(GOLDEN, GOLDEN_OF, (1, 2, 3, 5))
+    assert found.tr == pytest.approx({1: 100 / 3, 2: 100 / 3, 3: 200 / 3, 5: 100})
+    assert found.ir == pytest.approx({1: 0, 2: 100 / 3, 3: 100, 5: 100})
+    assert found.gap == pytest.approx(100 / 6)  # IR@1 and IR@2: 16.67 against 0 and 50 against 33.33
+
+
+def test_a_tied_positive_of_the_same_image_does_not_hurt():
+    scores = torch.tensor([[1.0, 1.0, 0.5], [0.0, 0.0, 1.0]])
+    found = recalls_from_scores(scores, torch.tensor([0, 0, 1]), (1,))
+    assert found.tr == {1: 100} and found.gap == 0
+    assert recalls_from_scores(torch.ones(2, 3), torch.tensor([0, 0, 1]), (1,)).tr == {1: 0}
+
+
+def test_embeddings_are_scored_by_cosine():
+    images, texts, image_of = problem(1, RAGGED, width=24)
+    u, v = (torch.nn.functional.normalize(x.double()) for x in (images, texts))
+    expected = double_loop(u @ v.T, image_of, KS)
+    for chunk in (1, 13, 64, 1000):
+        found = recalls(images, texts, image_of, KS, chunk)
+        assert (found.ir, found.tr) == expected and found.gap == 0
+    scaled = recalls(images * 1e-30, texts * 1e30, image_of, KS)
+    assert (scaled.ir, scaled.tr) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_low_precision_input_is_scored_in_float32_or_better(dtype):
+    images, texts, image_of = problem(2, RAGGED, width=16)
+    images, texts = images.to(dtype), texts.to(dtype)
+    u, v = (torch.nn.functional.normalize(x.double()) for x in (images, texts))
+    found = recalls(images, texts, image_of)
+    assert (found.ir, found.tr) == double_loop(u @ v.T, image_of, (1, 5, 10))
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 17, 256])
+def test_identical_embeddings_tie_exactly(chunk):
+    images, texts, image_of = problem(3, [5] * 30, width=53)
+    same_images, same_texts = images[:1].expand(30, -1), texts[:1].expand(150, -1)
+    collapsed = recalls(same_images, same_texts, image_of, chunk=chunk)
+    assert collapsed.mean == 0 and collapsed.gap == 100
+    assert recalls(images, same_texts, image_of, chunk=chunk).tr == {1: 0, 5: 0, 10: 0}
+    assert recalls(same_images, texts, image_of, chunk=chunk).ir == {1: 0, 5: 0, 10: 0}
+    # captions of image 0 repeated under another image: it can never be sure of its own
+    texts = images[image_of] + 0.01 * texts
+    twin = int((image_of != image_of[0]).nonzero()[0])
+    texts[image_of == image_of[0]] = texts[twin] = images[image_of[0]]
+    assert recalls(images, texts, image_of, (1,), chunk).tr[1] == pytest.approx(100 * 29 / 30)
+
+
+def test_invariants():
+    scores, image_of = problem(4, RAGGED)
+    base = recalls_from_scores(scores, image_of, KS)
+    assert recalls_from_scores(scores * 8, image_of, KS) == base
+    assert recalls_from_scores(scores.double() + 3.5, image_of, KS) == base
+    g = torch.Generator().manual_seed(0)
+    rows, columns = torch.randperm(scores.shape[0], generator=g), torch.randperm(scores.shape[1], generator=g)
+    assert recalls_from_scores(scores[rows], rows.argsort()[image_of], KS) == base
+    assert recalls_from_scores(scores[:, columns], image_of[columns], KS) == base
+    whole = recalls_from_scores(scores, image_of, (scores.shape[1],))
+    assert whole.ir == whole.tr == {scores.shape[1]: 100}
+
+
+def test_perfect_and_constant_scores():
+    _, image_of = problem(5, [5] * 30)
+    perfect = (torch.arange(30)[:, None] == image_of).float()
+    assert recalls_from_scores(perfect, image_of).as_dict() == dict.fromkeys(
+        ["IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10", "R@mean"], 100
+    )
+    constant = recalls_from_scores(torch.zeros(30, 150), image_of)
+    assert constant.mean == 0 and constant.gap == 100
+
+
+def test_one_caption_per_image_is_symmetric():
+    scores, image_of = problem(6, [1] * 50, levels=9)
+    image_in_order = scores[:, image_of.argsort()]
+    one = recalls_from_scores(image_in_order, torch.arange(50), KS)
+    other = recalls_from_scores(image_in_order.T, torch.arange(50), KS)
+    assert (one.ir, one.tr) == (other.tr, other.ir)
+
+
+def test_random_embeddings_score_at_chance():
+    images, texts, image_of = problem(7, [1] * 900, width=32)
+    found = recalls(images, texts, image_of)
+    for k in (1, 5, 10):
+        p = k / 900
+        error = 4 * 100 * math.sqrt(p * (1 - p) / 900)
+        assert abs(found.ir[k] - 100 * p) <= error and abs(found.tr[k] - 100 * p) <= error
+
+
+def test_a_second_caption_never_lowers_its_own_image():
+    for seed in range(10):
+        scores, image_of = problem(seed, [1] * 12, levels=6)
+        hit = [recalls_from_scores(scores, image_of, (k,)).tr[k] for k in (1, 3)]
+        extra = torch.full((12, 1), -1.0)
+        extra[0] = scores[0].max()
+        more = torch.cat([scores, extra], 1)
+        after = [recalls_from_scores(more, torch.cat([image_of, torch.tensor([0])]), (k,)).tr[k] for k in (1, 3)]
+        assert all(b >= a for a, b in zip(hit, after, strict=True))
+
+
+def test_names_and_mean():
+    found = Recalls({1: 1.0, 5: 2.0, 10: 3.0}, {1: 4.0, 5: 5.0, 10: 6.0}, 0.0)
+    assert found.as_dict() == {"IR@1": 1, "IR@5": 2, "IR@10": 3, "TR@1": 4, "TR@5": 5, "TR@10": 6, "R@mean": 3.5}
+
+
+def test_bad_input_is_counted_and_refused():
+    images, texts, image_of = problem(8, [2] * 6, width=8)
+    broken = images.clone()
+    broken[1, 3], broken[4] = torch.nan, 0
+    with pytest.raises(ValueError, match="of 6 image embeddings 1 are not finite and 1 are zero"):
+        recalls(broken, texts, image_of)
+    with pytest.raises(ValueError, match="of 12 text embeddings 12 are not finite"):
+        recalls(images, texts * torch.inf, image_of)
+    with pytest.raises(ValueError, match="2 of 8 images have no caption .first: 6."):
+        recalls(torch.randn(8, 8), texts, image_of)
+    with pytest.raises(ValueError, match="spans 0..5 but images are 0..3"):
+        recalls(images[:4], texts, image_of)
+    with pytest.raises(ValueError, match="1 of 72 scores are not finite"):
+        scores = torch.zeros(6, 12)
+        scores[0, 0] = torch.inf
+        recalls_from_scores(scores, image_of)
+    with pytest.raises(ValueError, match="0 images and 0 captions"):
+        recalls(images[:0], texts[:0], image_of[:0])
+    with pytest.raises(ValueError, match="chunk and every K"):
+        recalls(images, texts, image_of, chunk=0)

@@ -1,0 +1,179 @@
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rmdd import config
+from rmdd.data.images import normalise
+from rmdd.data.material import Material
+from rmdd.data.shards import Dataset
+from rmdd.data.splits import Split
+from rmdd.evaluate.retrieval import recalls
+from rmdd.evaluate.students import Lesson, reference_rule, score, train_student
+from rmdd.models.dual import build, tower_of
+from rmdd.models.losses import LOSSES
+from rmdd.seeding import generator
+
+TEXT_WIDTH, SIZE, SEED, STUDENT = 5, 8, 4, 2
+
+
+def fresh(dropout=0.0):
+    image = config.ImageTower(name="convnet", weights="random", widths=(4,), groups=2, projection="linear")
+    model = config.Model(image=image, text=config.TextTower(name="hashing"), width=6, dropout=dropout, temperature=0.5)
+    return build(model, TEXT_WIDTH, SIZE, seed=0, who="student").double()
+
+
+def lesson(seed, pairs, lr_image, lr_text):
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=random, dtype=torch.float64)
+
+    similarity = torch.eye(pairs, dtype=torch.float64) + 0.2 * normal(pairs, pairs)
+    return Lesson(normal(pairs, 3, SIZE, SIZE), normal(pairs, TEXT_WIDTH), similarity, lr_image, lr_text)
+
+
+def lessons():
+    return [lesson(0, 7, 0.02, 0.04), lesson(1, 5, 0.03, 0.01)]
+
+
+def rule_of(**change):
+    rule = {"epochs": 4, "batch": 3, "momentum": 0.9, "weight_decay": 1e-2, "lr_drop": 0.1}
+    return config.Evaluate(**{**rule, **change})
+
+
+def plain_loop(model, lessons, rule, loss):
+    """SGD with momentum and weight decay, one parameter at a time."""
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    speed, rate = {}, {}
+    for s, one in enumerate(lessons):
+        if s == 0 or rule.schedule == "per_subset":
+            rates = lessons[-1] if rule.lr == "last" else one
+            speed, rate = {}, {"image": rates.lr_image, "text": rates.lr_text}
+        for epoch in range(rule.epochs):
+            dropped = epoch >= math.ceil(rule.epochs / 2) and (s == 0 or rule.schedule == "per_subset")
+            dropped = dropped or (s > 0 and rule.schedule == "shared")
+            random = generator(SEED, "student batches", STUDENT, s, epoch)
+            steps = len(one.images) // rule.batch + (len(one.images) % rule.batch > 0)
+            for _ in range(steps):
+                index = torch.randperm(len(one.images), generator=random)[: rule.batch]
+                logits = model(one.images[index], one.texts[index])
+                grads = torch.autograd.grad(LOSSES[loss](logits, one.similarity[index][:, index]), list(params.values()))
+                with torch.no_grad():
+                    for (name, p), g in zip(params.items(), grads, strict=True):
+                        speed[name] = rule.momentum * speed.get(name, 0) + g + rule.weight_decay * p
+                        p -= rate[tower_of(name)] * (rule.lr_drop if dropped else 1) * speed[name]
+
+
+def distance(a, b):
+    a, b = (torch.cat([p.flatten() for p in m.trained().values()]) for m in (a, b))
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("schedule", ["per_subset", "shared"])
+@pytest.mark.parametrize("lr", ["own", "last"])
+@pytest.mark.parametrize(("loss", "epochs"), [("wbce", 4), ("infonce", 5)])
+def test_training_is_the_plain_loop(schedule, lr, loss, epochs):
+    rule = rule_of(schedule=schedule, lr=lr, epochs=epochs)
+    found, expected = fresh(), fresh()
+    train_student(found, lessons(), rule, loss, SEED, STUDENT)
+    plain_loop(expected, lessons(), rule, loss)
+    assert distance(found, expected) < 1e-12
+    assert distance(found, fresh()) > 1e-3
+
+
+def test_schedules_and_rates_are_different_protocols():
+    ends = []
+    for schedule in ("per_subset", "shared"):
+        for lr in ("own", "last"):
+            model = fresh()
+            train_student(model, lessons(), rule_of(schedule=schedule, lr=lr), "wbce", SEED, STUDENT)
+            ends.append(model)
+    assert all(distance(a, b) > 1e-5 for i, a in enumerate(ends) for b in ends[:i])
+
+
+def test_the_order_of_subsets_counts():
+    first, second = fresh(), fresh()
+    train_student(first, lessons(), rule_of(), "wbce", SEED, STUDENT)
+    train_student(second, lessons()[::-1], rule_of(), "wbce", SEED, STUDENT)
+    assert distance(first, second) > 1e-5
+
+
+def test_a_batch_larger_than_the_subset_is_the_whole_subset():
+    large, exact = fresh(), fresh()
+    train_student(large, lessons()[:1], rule_of(batch=128), "wbce", SEED, STUDENT)
+    train_student(exact, lessons()[:1], rule_of(batch=7), "wbce", SEED, STUDENT)
+    assert distance(large, exact) == 0
+
+
+def test_the_same_student_has_the_same_bits_and_another_has_not():
+    def end(student, seed=SEED):
+        model = fresh(dropout=0.4)
+        torch.manual_seed(len(ends))
+        train_student(model, lessons(), rule_of(), "wbce", seed, student)
+        ends.append(model)
+
+    ends = []
+    for student, seed in ((0, 1), (0, 1), (1, 1), (0, 2)):
+        end(student, seed)
+    assert distance(ends[0], ends[1]) == 0
+    assert distance(ends[0], ends[2]) > 1e-5 and distance(ends[0], ends[3]) > 1e-5
+
+
+def test_scoring_on_the_way_changes_nothing():
+    def look(subset, passes):
+        seen.append((subset, passes))
+        torch.rand(5)
+        model.eval()
+        model.train()
+
+    seen, model, other = [], fresh(dropout=0.4), fresh(dropout=0.4)
+    before = torch.random.get_rng_state()
+    train_student(other, lessons(), rule_of(), "wbce", SEED, STUDENT)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    train_student(model, lessons(), rule_of(), "wbce", SEED, STUDENT, look)
+    assert seen == [(s, p) for s in (0, 1) for p in (1, 2, 3, 4)]
+    assert distance(model, other) == 0
+
+
+@pytest.mark.parametrize("rate", [0.0, -0.1, float("nan")])
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_a_rate_that_is_not_positive_is_refused(rate, tower):
+    broken = [lessons()[0], replace(lessons()[1], **{f"lr_{tower}": rate})]
+    with pytest.raises(ValueError, match=f"subset 1 has the learned {tower} rate .*distill.min_inner_lr"):
+        train_student(fresh(), broken, rule_of(), "wbce", SEED, STUDENT)
+    with pytest.raises(ValueError, match="which trains nothing"):
+        train_student(fresh(), broken, rule_of(lr="last"), "wbce", SEED, STUDENT)
+
+
+def test_a_diverging_student_stops():
+    wild = [lesson(0, 7, 1e200, 1e200)]
+    with pytest.raises(FloatingPointError, match=r"student 2 diverged on subset 0 in pass \d: loss nan at rates 1e\+200"):
+        train_student(fresh(), wild, rule_of(epochs=9), "infonce", SEED, STUDENT)
+
+
+def test_the_reference_protocol_is_the_released_one():
+    rule = reference_rule(config.Evaluate(epochs=7, schedule="per_subset", lr="own", lr_drop=0.5, batch=64))
+    assert (rule.epochs, rule.schedule, rule.lr, rule.lr_drop, rule.batch) == (101, "shared", "last", 0.1, 64)
+
+
+@pytest.mark.parametrize("chunk", [2, 100])
+def test_score_is_the_recall_of_the_embeddings_in_eval_mode(chunk):
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (5, 3, SIZE, SIZE), dtype=np.uint8)
+    image_of = np.array([0, 0, 1, 2, 2, 2, 3, 4])
+    split = Split("val", images, ["a"] * 8, image_of, list("vwxyz"), {}, Dataset(Path(), {}), np.arange(5), Path())
+    texts = random.standard_normal((8, TEXT_WIDTH)).astype(np.float32)
+    material = Material(split, texts, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    model = fresh(dropout=0.5).float()
+    model.train()
+    found = score(model, material, torch.device("cpu"), chunk)
+    assert model.training
+    model.eval()
+    with torch.no_grad():
+        u = model.embed_images(normalise(torch.from_numpy(images), material.mean, material.std))
+        v = model.embed_texts(torch.from_numpy(texts))
+    assert found.as_dict() == recalls(u, v, torch.from_numpy(image_of)).as_dict()

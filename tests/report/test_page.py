@@ -1,0 +1,231 @@
+"""The page of a run folder made by hand: real files, no training."""
+
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+
+from rmdd import config
+from rmdd.artefact.distilled import DistilledSet, Subset
+from rmdd.distill import similarity
+from rmdd.distill.matching import save_set
+from rmdd.distill.synthetic import Synthetic
+from rmdd.files import append_jsonl
+from rmdd.report import page, plots
+from rmdd.report.page import headline, write_report
+from rmdd.tasks import Places
+
+HOSTILE = "<script>alert('x')</script> & \"a\" <img src=x onerror=alert(1)>"
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and collects what a browser would fetch or run."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.references, self.ids = [], [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.references += [v for k, v in attrs if k in ("src", "href", "xlink:href", "srcset", "action", "data")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def score(mean, std=1.25, n=5):
+    names = [f"{d}@{k}" for d in ("IR", "TR") for k in (1, 5, 10)] + ["R@mean"]
+    return {name: {"mean": mean + i / 10, "std": std, "n": n} for i, name in enumerate(names)}
+
+
+def evaluation_of(iterations, **change):
+    at = [(s, p) for s in range(len(iterations)) for p in (10, 20)]
+    curve = [{"subset": s, "passes": p, "val": {"R@mean": 10.0 + s + p / 10}} for s, p in at]
+    return {
+        "table": {
+            "random": {"val": score(17.0), "test_last": score(18.0)},
+            "ptm_st": {"val": score(33.0), "test_last": score(34.0), "test_best_reference": score(36.5)},
+            "full": {"val": score(71.0), "test_last": score(70.0)},
+        },
+        "spread": "sample standard deviation over students",
+        "iterations": iterations,
+        "selection": {"rule": "val_best", "val": [
+            {"iterations": [i // 2 for i in iterations], "R@mean": 25.0}, {"iterations": iterations, "R@mean": 33.0},
+        ]},
+        "baseline": {"pairs": 20, "loss": "infonce", "lr": 0.3, "val": [
+            {"loss": loss, "lr": lr, "R@mean": 10 + lr} for loss in ("wbce", "infonce") for lr in (0.1, 0.3)
+        ]},
+        "student_curves": [curve, curve],
+    } | change  # fmt: skip
+
+
+def make_run(tmp_path, pairs=(5,), kind="full", size=16, logged=40, captions_before=True, branches="separate"):
+    """A run folder: start sets, logs, a store, the distilled set, seconds."""
+    run = config.load({
+        "name": "tiny",
+        "data": {"image_size": size},
+        "model": {"image": {"name": "convnet"}, "text": {"name": "hashing"}},
+        "distill": {
+            "budget": 20, "batch": 2, "similarity": {"kind": kind, "rank": 1}, "branches": branches,
+            "phases": [{"pairs": m, "iterations": 40} for m in pairs],
+        },
+    })  # fmt: skip
+    places = Places(**{name: tmp_path / name for name in ("data", "cache", "store", "phases", "baseline", "run")})
+    places.store.mkdir()
+    (places.store / "epoch.safetensors").write_bytes(bytes(3 * 2**20))
+    subsets = []
+    for p, m in enumerate(pairs):
+        random = torch.Generator().manual_seed(p)
+        parts = similarity.initial(run.distill.similarity, m, random)
+        start = Synthetic(
+            torch.randn(m, 3, size, size, generator=random), torch.randn(m, 6, generator=random),
+            torch.tensor(0.1), torch.tensor(0.1), parts,
+        )
+        save_set(start, places.start(p))
+        end = start.map(lambda t, random=random: t + 0.1 * torch.randn(t.shape, generator=random))
+        for i in range(1, logged + 1):
+            append_jsonl(places.phase(p) / "metrics.jsonl", {
+                "phase": p, "iteration": i, "loss": 2 - i / 40, "miss_image": 1 - i / 80, "miss_text": 1 - i / 80,
+                "student_loss": 3.0 / i, "lr_image": 0.1 + i / 1000, "lr_text": 0.1, "seconds": 0.25,
+            })  # fmt: skip
+        subsets.append(Subset(
+            end.images, end.texts, end.similarity, end.alpha, 0.1375, 0.11,
+            captions=[HOSTILE if not i else f"a caption now {i}" for i in range(m)],
+            source_ids=[f"{HOSTILE}{i}.png" for i in range(m)],
+            captions_before=[f"{HOSTILE} before {i}" for i in range(m)] if captions_before else (),
+        ))  # fmt: skip
+    distilled = DistilledSet(
+        tuple(subsets),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+        model={"image": {"name": "convnet"}, "text": {"name": "hashing"}},
+        method="ptm_st",
+        loss="wbce",
+        config=run.model_dump(mode="json", exclude={"runtime"}) | {"name": HOSTILE},
+        provenance={"data": {"hash": "d4t4", "counts": {"train": {"pairs": 1234, "captions": 6170}}}, "experts": "3xp"},
+    )
+    return run, places, distilled.save(tmp_path / "set")
+
+
+def written(tmp_path, evaluation=None, seconds=None, **options):
+    run, places, path = make_run(tmp_path, **options)
+    evaluation = evaluation or evaluation_of([40] * len(run.distill.phases))
+    seconds = seconds or {"experts": 75.0, "distill": 4000.0}
+    write_report(tmp_path / "report.html", run, places, path, evaluation, seconds)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert len(text) < 3_000_000
+    return text
+
+
+@pytest.mark.parametrize("pairs", [(5,), (5, 4, 3)])
+@pytest.mark.parametrize("kind", ["full", "low_rank", "identity"])
+def test_one_page_that_stands_alone(tmp_path, pairs, kind):
+    text = written(tmp_path, pairs=pairs, kind=kind)
+    parsed = Page(text)
+    assert all(r.startswith(("data:image/", "#")) for r in parsed.references)
+    assert not re.search(r"https?:|//[a-z]+\.|@import|url\((?!#)", re.sub(r"base64,[^\"]*", "", text))
+    assert parsed.tags.count("img") == 2 * sum(pairs)
+    assert "script" not in parsed.tags and "onerror=alert" not in re.sub(r"&lt;img.*?&gt;", "", text)
+    assert "&lt;script&gt;" in text
+    assert text.count("<h3>Subset") == len(pairs)
+    assert ("fixed at the identity" in text) == (kind == "identity")
+
+
+def test_the_numbers_are_on_it(tmp_path):
+    text = written(tmp_path)
+    for number in ("34.6 ± 1.2", "18.6 ± 1.2", "70.6 ± 1.2", "37.1 ± 1.2", "33.6 ± 1.2", "34.1 ± 1.2"):
+        assert number in text
+    facts = ("1,234", "picked on the test set", "infonce", "0.3", "1.2 min", "1.1 h", "3.0 MiB", "0.25 s", "0.138")
+    for fact in facts:
+        assert fact in text
+
+
+def test_a_single_student_has_no_spread(tmp_path):
+    lone = score(34.0, std=math.nan, n=1)
+    evaluation = evaluation_of([40])
+    evaluation["table"] = {row: {"val": lone, "test_last": lone} for row in evaluation["table"]}
+    text = written(tmp_path, evaluation)
+    assert "34.6" in text and "nan" not in re.sub(r"base64,[^\"]*", "", text)
+
+
+@pytest.mark.parametrize("logged", [0, 1, 3])
+def test_logs_may_be_absent_or_cut_short(tmp_path, logged):
+    run, places, path = make_run(tmp_path, logged=logged)
+    if logged:
+        with open(places.phase(0) / "metrics.jsonl", "a") as log:
+            log.write('{"iteration": 41}\n{"phase": 0, "iterat')
+    write_report(tmp_path / "report.html", run, places, path, evaluation_of([40]), {})
+    text = (tmp_path / "report.html").read_text()
+    Page(text)
+    assert ("No iteration of this phase was logged" in text) == (not logged)
+
+
+def test_what_was_not_measured_is_left_out(tmp_path):
+    bare = evaluation_of([40], selection={"rule": "last", "val": []}, student_curves=[[]])
+    del bare["table"]["ptm_st"]["test_best_reference"]
+    text = written(tmp_path, bare, captions_before=False, branches="merged")
+    assert "test_best_reference" not in text and "which set to export" not in text and "BEFORE" not in text
+
+
+def test_large_sets_stay_small_pages(tmp_path):
+    text = written(tmp_path, pairs=(90, 70), size=96)
+    assert Page(text).tags.count("img") <= 2 * page.GALLERY
+    assert "image/jpeg" in text
+
+
+def test_two_writes_give_the_same_bytes(tmp_path):
+    run, places, path = make_run(tmp_path)
+    for name in ("a", "b"):
+        write_report(tmp_path / name, run, places, path, evaluation_of([40]), {"distill": 1.0})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "ours, random, full, words",
+    [
+        (34.0, 17.0, 68.0, "2.0 times the 17.6 of 20 random real pairs, and 50 % of what all 1,234 training"),
+        (17.5, 17.0, 68.0, "though the spreads overlap"),
+        (16.0, 17.0, 68.0, "no better than 20 random real pairs"),
+        (16.0, -0.6, -0.6, "where 20 random real pairs reach 0."),
+    ],
+)
+def test_the_headline_says_no_more_than_the_numbers(tmp_path, ours, random, full, words):
+    distilled = DistilledSet.load(make_run(tmp_path)[2])
+    evaluation = evaluation_of([40])
+    for row, mean in zip(("ptm_st", "random", "full"), (ours, random, full), strict=True):
+        evaluation["table"][row]["test_last"] = score(mean)
+    sentence = headline("PTM-ST", distilled, evaluation)
+    assert words.replace("50 %", f"{100 * (ours + 0.6) / (full + 0.6):.0f} %" if full > 0 else "") in sentence
+    unknown = headline("PTM-ST", replace(distilled, provenance={}), evaluation)
+    assert "1,234" not in unknown
+
+
+def test_the_gallery_spreads_over_all_subsets():
+    shown = page._shown([100, 10, 1])
+    assert sum(map(len, shown)) <= page.GALLERY + 2 and all(shown)
+    assert shown[0] == sorted(set(shown[0])) and shown[0][-1] > 90
+    assert page._shown([3, 2]) == [[0, 1, 2], [0, 1]]
+
+
+@pytest.mark.parametrize("value, text", [(0.4, "0.4 s"), (90, "1.5 min"), (5400, "1.5 h")])
+def test_durations(value, text):
+    assert page.duration(value) == text
+
+
+def test_heat_maps_of_many_pairs_are_averaged_to_their_mean():
+    svg = plots.heat_map(np.full((2 * plots.CELLS + 1,) * 2, 0.5), 1.0)
+    assert len(svg) < 100_000 and "<image" in svg
