@@ -43,7 +43,7 @@ class Captions(Section):
     """The papers' caption rule. Turning a part off keeps the caption as it was written."""
 
     lowercase: bool = True
-    strip_punctuation: bool = Field(True, description="replace . ! \" ( ) * # : ; ~ by a space")
+    strip_punctuation: bool = Field(True, description='replace . ! " ( ) * # : ; ~ by a space')
     max_words: PositiveInt | None = Field(30, description="keep the first words; null keeps all")
 
 
@@ -102,7 +102,9 @@ class Data(Section):
         (0.8, 0.1, 0.1), description="train, val, test; used where the source has no splits; cut by a hash of the path"
     )
     eval_limit: PositiveInt | None = Field(None, description="first n pairs of val and test (CC3M: 10000)")
-    reencode: PositiveInt | None = Field(None, description="store images as PNG squashed to this side; null: as they came")
+    reencode: PositiveInt | None = Field(
+        None, description="store images as PNG squashed to this side; null: as they came"
+    )
     shard_mb: Annotated[float, Field(gt=0)] = 128
     max_pixels: PositiveInt = Field(89_478_485, description="larger images are quarantined as decompression bombs")
     background: tuple[int, int, int] = Field((255, 255, 255), description="under transparent pixels")
@@ -122,7 +124,9 @@ class Data(Section):
         if self.source == "karpathy" and isinstance(self.annotations, dict):
             raise ValueError("source 'karpathy' reads one annotation file; for a file per split use source: lists")
         if self.source == "lists" and isinstance(self.annotations, str):
-            raise ValueError("source 'lists' reads a file per split; give annotations: {train: ..., val: ..., test: ...}")
+            raise ValueError(
+                "source 'lists' reads a file per split; give annotations: {train: ..., val: ..., test: ...}"
+            )
         if any(f < 0 for f in self.split_fractions) or abs(sum(self.split_fractions) - 1) > 1e-6:
             raise ValueError(f"split_fractions must be three shares that sum to 1, found {self.split_fractions}")
         return self
@@ -145,7 +149,9 @@ class TextTower(Section):
     )
     pooling: Literal["cls", "mean"] = "cls"
     max_tokens: PositiveInt = 64
-    normalise: bool = Field(False, description="scale embeddings to unit length, as sentence encoders do; BERT's are not")
+    normalise: bool = Field(
+        False, description="scale embeddings to unit length, as sentence encoders do; BERT's are not"
+    )
     width: PositiveInt = Field(512, description="hashing: length of the embedding")
     projection: Literal["linear", "block"] = "block"
 
@@ -160,8 +166,10 @@ class Model(Section):
     @model_validator(mode="after")
     def _something_to_train(self) -> Model:
         if not self.image.trainable and self.image.projection == "none":
-            raise ValueError("model.image.trainable is false and it has no projection; set model.image.projection: block")
-        if self.width is not None and self.image.projection == "none" and self.image.name != "convnet":
+            raise ValueError(
+                "model.image.trainable is false and it has no projection; set model.image.projection: block"
+            )
+        if self.width is not None and self.image.projection == "none":
             raise ValueError("model.width needs model.image.projection: linear or block, else the tower decides it")
         return self
 
@@ -229,7 +237,9 @@ class Distill(Section):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
     inner_lr: PositiveFloat = Field(0.1, description="both inner rates at the start")
     min_inner_lr: NonNegativeFloat | None = Field(None, description="lower clamp of the inner rates; null: none")
-    ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="decay of the exported average; 0 exports the raw set")
+    ema: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.99, description="decay of the exported average; 0 exports the raw set"
+    )
     init: Literal["real", "noise"] = Field("real", description="what the synthetic set starts from")
     init_augment: bool = Field(False, description="start from augmented pictures, as LoRS does")
     checkpoint_every: PositiveInt = Field(50, description="iterations between checkpoints")
@@ -256,7 +266,9 @@ class Distill(Section):
             if phase.pairs < 2:
                 mistakes.append(f"phases.{p}.pairs is {phase.pairs}: one pair has no negatives; give at least 2")
             elif self.batch > phase.pairs:
-                mistakes.append(f"batch {self.batch} is larger than phases.{p} with its {phase.pairs} pairs; set batch to at most {phase.pairs}")
+                mistakes.append(
+                    f"batch {self.batch} is larger than phases.{p} with its {phase.pairs} pairs; set batch to at most {phase.pairs}"
+                )
             if self.similarity.kind == "low_rank" and 2 * self.similarity.rank > phase.pairs:
                 mistakes.append(
                     f"phases.{p}: rank {self.similarity.rank} costs more than the full {phase.pairs} x {phase.pairs} matrix; "
@@ -275,8 +287,12 @@ class Evaluate(Section):
     batch: Annotated[int, Field(ge=2)] = 128
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: NonNegativeFloat = 5e-4
-    lr_drop: Annotated[float, Field(gt=0, le=1)] = Field(0.1, description="factor applied after half of a subset's passes")
-    schedule: Literal["per_subset", "shared"] = Field("per_subset", description="shared: one optimiser for all subsets, one drop")
+    lr_drop: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.1, description="factor applied after half of a subset's passes"
+    )
+    schedule: Literal["per_subset", "shared"] = Field(
+        "per_subset", description="shared: one optimiser for all subsets, one drop"
+    )
     lr: Literal["own", "last"] = Field("own", description="each subset's learned rates, or the last subset's for all")
     eval_every: PositiveInt = Field(10, description="passes between scorings on val")
     reference: bool = Field(True, description="also score the papers' protocol, labelled test_best_reference")
@@ -285,7 +301,9 @@ class Evaluate(Section):
     baseline_lrs: tuple[PositiveFloat, ...] = Field(
         (0.01, 0.03, 0.1, 0.3, 1.0), description="rates tried for the random pairs, chosen on val"
     )
-    baseline_losses: tuple[Literal["wbce", "infonce"], ...] = Field(("wbce", "infonce"), description="losses tried likewise")
+    baseline_losses: tuple[Literal["wbce", "infonce"], ...] = Field(
+        ("wbce", "infonce"), description="losses tried likewise"
+    )
     baseline_draws: PositiveInt = Field(5, description="different random subsets, one per student")
     chunk: PositiveInt = Field(256, description="queries scored at once")
     seed: int | None = Field(None, description="null: the run's seed")
@@ -298,7 +316,9 @@ class Runtime(Section):
     ray: Literal["on", "off"] = "on"
     address: str | None = Field(None, description="cluster to join; null: RAY_ADDRESS if set, else a local cluster")
     num_cpus: PositiveInt | None = Field(None, description="CPUs of a local cluster; null: all")
-    workers: PositiveInt | None = Field(None, description="experts, phases or students side by side; null: one per CPU or GPU")
+    workers: PositiveInt | None = Field(
+        None, description="experts, phases or students side by side; null: one per CPU or GPU"
+    )
     threads: PositiveInt = Field(1, description="CPU threads per worker; the same bits need the same number")
     loader_workers: Annotated[int, Field(ge=0)] = Field(0, description="processes per expert that decode and augment")
     gpus_per_worker: NonNegativeFloat = 0.0
@@ -327,6 +347,13 @@ class Run(Section):
                 f"distill.phases ask for epoch {reach} but experts are trained for {self.experts.epochs}; "
                 f"set experts.epochs to {reach} or lower the endpoints"
             )
+        for p, phase in enumerate(self.distill.phases):
+            last = phase.stop - 1 + (self.distill.start_rule == "inclusive") + self.distill.match_epochs
+            if self.distill.trajectory == "convexified" and last > self.experts.epochs:
+                mistakes.append(
+                    f"distill.phases.{p} reaches epoch {last} of a path that ends with the experts at {self.experts.epochs}; "
+                    f"set distill.phases.{p}.stop to {phase.stop - last + self.experts.epochs} or train longer"
+                )
         if self.distill.trajectory == "original" and self.experts.keep == "endpoints":
             mistakes.append("distill.trajectory 'original' reads every epoch; set experts.keep: all")
         if mistakes:
@@ -398,12 +425,16 @@ def _read(source: str | Path) -> dict[str, Any]:
     path = Path(source)
     if not path.suffix and not path.exists():
         if str(source) not in preset_names():
-            raise ConfigError([f"no preset '{source}'; there are: {', '.join(preset_names())}; or give a YAML file"], str(source))
+            raise ConfigError(
+                [f"no preset '{source}'; there are: {', '.join(preset_names())}; or give a YAML file"], str(source)
+            )
         text = (PRESETS / f"{source}.yaml").read_text()
     elif path.is_file():
         text = path.read_text()
     else:
-        raise ConfigError([f"no such file; give a YAML file or one of the presets: {', '.join(preset_names())}"], str(source))
+        raise ConfigError(
+            [f"no such file; give a YAML file or one of the presets: {', '.join(preset_names())}"], str(source)
+        )
     try:
         raw = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -452,7 +483,11 @@ def _mistake(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         return f"{where}: unknown key; `rmdd init` writes every key with its meaning"
     message = error["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(error.get("input"), dict | BaseModel) or error["type"] == "missing" else f", found {error.get('input')!r}"
+    shown = (
+        ""
+        if isinstance(error.get("input"), dict | BaseModel) or error["type"] == "missing"
+        else f", found {error.get('input')!r}"
+    )
     return f"{where}: {message}{shown}" if where else message
 
 

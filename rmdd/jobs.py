@@ -4,6 +4,7 @@ A *task* is a plain function `task(item, hooks)`. It reports progress through it
 stop, keeps its own checkpoints, and gives the same bits wherever it runs.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -49,7 +50,7 @@ class InTurn:
         try:
             results = []
             for item, name in zip(items, names, strict=True):
-                results.append(task(item, Hooks(lambda metrics, name=name: on_report(name, metrics), self.stopped)))
+                results.append(task(item, Hooks(functools.partial(on_report, name), self.stopped)))
                 if self.stopped():
                     raise Interrupted
             return results

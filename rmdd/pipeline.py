@@ -22,7 +22,7 @@ from rmdd.evaluate.protocol import Job
 from rmdd.experts.store import Store
 from rmdd.experts.train import begin_store
 from rmdd.files import read_json, write_json
-from rmdd.jobs import Executor, InTurn, Interrupted
+from rmdd.jobs import Executor, Interrupted, InTurn
 from rmdd.models.text import encoder_identity, text_width
 from rmdd.progress import Progress
 from rmdd.tasks import Item, Places, expert, material, phase, student
@@ -64,7 +64,9 @@ class Pipeline:
                 name = config.hash_value({"data": run.data.model_dump(mode="json", exclude={"root"}), "root": root})
                 dataset = ingest(run.data, self.storage / "data" / name, self.row_executor)
             self._bind(dataset)
-        counts = ", ".join(f"{split} {n['pairs']} pairs ({n['captions']} captions)" for split, n in dataset.counts.items())
+        counts = ", ".join(
+            f"{split} {n['pairs']} pairs ({n['captions']} captions)" for split, n in dataset.counts.items()
+        )
         self.progress.say(f"data: {counts} at {dataset.path}")
         self._dataset = dataset
         return dataset
@@ -86,8 +88,13 @@ class Pipeline:
             }
             store = begin_store(run, places.store, text_width(run.model.text), facts)
             missing = [e for e in range(run.experts.num) if not store.is_complete(e)]
-            self._map("experts", expert, [replace(self._item(dataset), number=e) for e in missing],
-                      [f"expert {e}" for e in missing], run.experts.epochs)
+            self._map(
+                "experts",
+                expert,
+                [replace(self._item(dataset), number=e) for e in missing],
+                [f"expert {e}" for e in missing],
+                run.experts.epochs,
+            )
         self.progress.say(f"experts: {len(store.complete())} in {places.store} ({store.size() / 2**20:.0f} MiB)")
         return store
 
@@ -118,19 +125,31 @@ class Pipeline:
         snapshots = [snapshot_iterations(p.iterations, run.distill.snapshots) for p in run.distill.phases]
         candidates = [tuple(s[min(i, len(s) - 1)] for s in snapshots) for i in range(max(map(len, snapshots)))]
         with self._timed("evaluate"):
-            select = protocol.selection_jobs(run, candidates) if len(candidates) > 1 else []
+            select = protocol.selection_jobs(run, len(candidates)) if len(candidates) > 1 else []
             tune = protocol.tuning_jobs(run)
             records = self._students(dataset, "choices on val", select + tune, candidates)
-            chosen, curve = len(candidates) - 1, {}
+            chosen = len(candidates) - 1
+            curve: dict[int, float] = {}
             if select:
                 best, curve = protocol.best_by_val([(j.snapshot, r) for j, r in zip(select, records, strict=False)])
                 chosen = best if rule.selection == "val_best" else chosen
-            (loss, lr), tried = protocol.best_by_val([((j.loss, j.lr), r) for j, r in zip(tune, records[len(select) :], strict=True)])
+            (loss, lr), tried = protocol.best_by_val(
+                [((j.loss, j.lr), r) for j, r in zip(tune, records[len(select) :], strict=True)]
+            )
             final = [Job("student", i) for i in range(rule.students)]
             final += [Job("reference", i) for i in range(rule.students if rule.reference else 0)]
-            final += [Job("baseline", i % rule.baseline_draws, loss=loss, lr=lr) for i in range(min(rule.students, rule.baseline_draws))]
+            final += [
+                Job("baseline", i % rule.baseline_draws, loss=loss, lr=lr)
+                for i in range(min(rule.students, rule.baseline_draws))
+            ]
             final += [Job("full", e) for e in Store.open(self.places(dataset).store).complete()[: run.experts.num]]
-            rows = list(zip(final, self._students(dataset, "students", final, [candidates[chosen]] * len(candidates)), strict=True))
+            rows = list(
+                zip(
+                    final,
+                    self._students(dataset, "students", final, [candidates[chosen]] * len(candidates)),
+                    strict=True,
+                )
+            )
         by_kind = {k: [r for j, r in rows if j.kind == k] for k in ("student", "reference", "baseline", "full")}
         table = {
             "random": {k: protocol.summary(by_kind["baseline"], k) for k in ("val", "test_last")},
@@ -138,14 +157,23 @@ class Pipeline:
             "full": {k: protocol.summary(by_kind["full"], k) for k in ("val", "test_last")},
         }
         if by_kind["reference"]:
-            table[run.distill.method]["test_best_reference"] = protocol.summary(by_kind["reference"], "test_best_reference")
+            table[run.distill.method]["test_best_reference"] = protocol.summary(
+                by_kind["reference"], "test_best_reference"
+            )
         evaluation = {
             "table": table,
             "spread": "sample standard deviation over students (distilled), draws (random) and experts (full)",
             "iterations": list(candidates[chosen]),
-            "selection": {"rule": rule.selection, "val": [{"iterations": list(candidates[s]), "R@mean": v} for s, v in curve.items()]},
-            "baseline": {"pairs": run.distill.budget, "loss": loss, "lr": lr,
-                         "val": [{"loss": c[0], "lr": c[1], "R@mean": v} for c, v in tried.items()]},
+            "selection": {
+                "rule": rule.selection,
+                "val": [{"iterations": list(candidates[s]), "R@mean": v} for s, v in curve.items()],
+            },
+            "baseline": {
+                "pairs": run.distill.budget,
+                "loss": loss,
+                "lr": lr,
+                "val": [{"loss": c[0], "lr": c[1], "R@mean": v} for c, v in tried.items()],
+            },
             "student_curves": [r["curve"] for r in by_kind["student"]],
         }
         write_json(self.folder / "evaluation.json", evaluation)
@@ -170,7 +198,14 @@ class Pipeline:
         with self._timed("report"):
             dataset = self.ingest()
             page = self.folder / "report.html"
-            write_report(page, self.run, self.places(dataset), path, read_json(self.folder / "evaluation.json"), self.all_seconds())
+            write_report(
+                page,
+                self.run,
+                self.places(dataset),
+                path,
+                read_json(self.folder / "evaluation.json"),
+                self.all_seconds(),
+            )
         return page
 
     def all(self) -> Result:
@@ -194,9 +229,20 @@ class Pipeline:
         text = encoder_identity(run.model.text)
         experts = self._protocol()
         endpoints = run.endpoints if run.experts.keep == "endpoints" else "all"
-        trained = {"data": data, "view": self._view(), "model": run.model.model_dump(mode="json"), "text": text, "experts": experts,
-                   "endpoints": endpoints}
-        distilled = {**trained, "num": run.experts.num, "seed": run.seed_of("distill"), "distill": run.distill.model_dump(mode="json")}
+        trained = {
+            "data": data,
+            "view": self._view(),
+            "model": run.model.model_dump(mode="json"),
+            "text": text,
+            "experts": experts,
+            "endpoints": endpoints,
+        }
+        distilled = {
+            **trained,
+            "num": run.experts.num,
+            "seed": run.seed_of("distill"),
+            "distill": run.distill.model_dump(mode="json"),
+        }
         evaluation = run.evaluate.model_dump(mode="json") | {"seed": run.seed_of("evaluate")}
         baseline = {**trained, "num": run.experts.num, "budget": run.distill.budget, "evaluate": evaluation}
         return Places(
@@ -234,7 +280,9 @@ class Pipeline:
             )
         write_json(path, {"data_hash": dataset.hash, "path": str(dataset.path)})
 
-    def _students(self, dataset: Dataset, title: str, jobs: list[Job], candidates: list[tuple[int, ...]]) -> list[dict[str, Any]]:
+    def _students(
+        self, dataset: Dataset, title: str, jobs: list[Job], candidates: list[tuple[int, ...]]
+    ) -> list[dict[str, Any]]:
         item = self._item(dataset)
         items = [replace(item, job=job, iterations=candidates[job.snapshot]) for job in jobs]
         return self._map(title, student, items, [job.name for job in jobs], 1)
@@ -298,4 +346,3 @@ def run(run: config.Run, progress: Progress | None = None) -> Result:
     """Do a whole run and return what it left. Going on after an interruption is calling it again."""
     with open_pipeline(run, progress) as pipeline:
         return pipeline.all()
-

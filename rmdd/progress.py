@@ -48,7 +48,9 @@ class Progress:
     ...     update("expert 0", {"done": 3, "loss": 0.7})
     """
 
-    def __init__(self, quiet: bool = False, console: Console | None = None, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self, quiet: bool = False, console: Console | None = None, clock: Callable[[], float] = time.monotonic
+    ):
         self.quiet = quiet
         self.console = console or Console(stderr=True)
         self.clock = clock
@@ -59,7 +61,7 @@ class Progress:
 
     @contextlib.contextmanager
     def stage(self, title: str, totals: Mapping[str, int]) -> Iterator[Update]:
-        """Yields `update(name, metrics)`: metrics["done"] is the units of `name` that are finished, the rest is shown."""
+        """Yields `update(name, metrics)`: metrics["done"] counts the finished units of `name`, the rest is shown."""
         stage = _Stage(title, {name: _Item(total) for name, total in totals.items()}, self.clock)
         live = not self.quiet and self.console.is_terminal
         if not live:

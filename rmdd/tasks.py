@@ -98,7 +98,14 @@ def phase(item: Item, hooks: Hooks) -> bool:
     tracker = _tracker(run, places.phase(item.number))
 
     def on_step(metrics: dict[str, Any]) -> None:
-        hooks.report({"done": metrics["iteration"], "loss": metrics["loss"], "lr_image": metrics["lr_image"], "lr_text": metrics["lr_text"]})
+        hooks.report(
+            {
+                "done": metrics["iteration"],
+                "loss": metrics["loss"],
+                "lr_image": metrics["lr_image"],
+                "lr_text": metrics["lr_text"],
+            }
+        )
         if tracker is not None:
             for name in ("loss", "miss_image", "miss_text", "student_loss", "lr_image", "lr_text"):
                 if name in metrics:

@@ -32,5 +32,7 @@ def load_material(run: config.Run, dataset: Dataset, split: str, cache: Path, de
             f"split '{split}' of the dataset at {dataset.path} holds no pair with a caption; "
             f"see its manifest.json and quarantine.jsonl (counts: {dataset.counts})"
         )
-    mean, std = normalisation_of(run.model.image) if run.data.normalise == "tower" else normalisation(run.data.normalise)
+    mean, std = (
+        normalisation_of(run.model.image) if run.data.normalise == "tower" else normalisation(run.data.normalise)
+    )
     return Material(loaded, embed(loaded.captions, run.model.text, cache, device=device), mean, std)

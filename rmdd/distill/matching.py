@@ -28,6 +28,9 @@ from rmdd.models.dual import DualEncoder, Params
 from rmdd.models.image import matching_context
 from rmdd.models.losses import LOSSES
 
+PATH_BYTES = 4 * 2**30
+"""Experts' endpoints held in memory at most; beyond it the one opened first is read again when its turn comes."""
+
 
 class NotFinite(FloatingPointError):
     """A loss or gradient stopped being a number; the last checkpoint is whole."""
@@ -69,7 +72,9 @@ class State:
 
     def to(self, device: torch.device) -> "State":
         move: Callable[[Tensor], Tensor] = lambda t: t.to(device)  # noqa: E731
-        return State(self.iteration, self.raw.map(move), self.average.map(move), {n: move(t) for n, t in self.momentum.items()})
+        return State(
+            self.iteration, self.raw.map(move), self.average.map(move), {n: move(t) for n, t in self.momentum.items()}
+        )
 
     def save(self, path: Path, key: str) -> None:
         groups = {"raw": self.raw.tensors(), "average": self.average.tensors(), "momentum": self.momentum}
@@ -85,10 +90,15 @@ class State:
                 facts = json.loads(file.metadata()["state"])
                 named = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
         except Exception as error:
-            raise ValueError(f"the checkpoint {path} is damaged ({error}); delete it to begin this phase anew") from error
+            raise ValueError(
+                f"the checkpoint {path} is damaged ({error}); delete it to begin this phase anew"
+            ) from error
         if facts["key"] != key:
             raise ValueError(f"the checkpoint {path} belongs to another configuration; use another run folder")
-        part = {g: {n.removeprefix(f"{g}/"): t for n, t in named.items() if n.startswith(f"{g}/")} for g in ("raw", "average", "momentum")}
+        part = {
+            g: {n.removeprefix(f"{g}/"): t for n, t in named.items() if n.startswith(f"{g}/")}
+            for g in ("raw", "average", "momentum")
+        }
         return cls(
             facts["iteration"],
             from_tensors(part["raw"], facts["alpha"]),
@@ -136,6 +146,9 @@ class Matcher:
 
     def path(self, expert: int) -> shortcut.Path:
         if expert not in self._paths:
+            held = sum(4 * math.prod(shape) for shape in self.store.shapes.values()) * 2 * (len(self._paths) + 1)
+            if held > PATH_BYTES and self._paths:
+                self._paths.pop(next(iter(self._paths)))
             kind = self.run.distill.trajectory
             self._paths[expert] = shortcut.open_path(self.store, expert, kind, self.run.endpoint_of(self.phase))
         return self._paths[expert]

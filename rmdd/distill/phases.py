@@ -114,5 +114,9 @@ def real_images(run: config.Run, train: Material, records: list[int], *, augment
             background=data.background,
             exif_orientation=data.exif_orientation,
         )
-        drawn.append(torch.from_numpy(augment(image, run.experts.augment, data.image_size, generator(seed, "initial augment", record))))
+        drawn.append(
+            torch.from_numpy(
+                augment(image, run.experts.augment, data.image_size, generator(seed, "initial augment", record))
+            )
+        )
     return torch.stack(drawn)

@@ -4,7 +4,7 @@ M pairs, F text feature width, H W image size.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -35,11 +35,7 @@ class Synthetic:
         return self.with_tensors({n: change(t) for n, t in self.tensors().items()})
 
     def with_tensors(self, named: dict[str, Tensor]) -> "Synthetic":
-        return replace(
-            self,
-            **{n: named[n] for n in ("images", "texts", "lr_image", "lr_text")},
-            similarity={n: named[f"similarity.{n}"] for n in self.similarity},
-        )
+        return from_tensors(named, self.alpha)
 
 
 def from_tensors(named: dict[str, Tensor], alpha: float) -> Synthetic:

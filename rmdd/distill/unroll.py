@@ -79,7 +79,7 @@ def meta_gradient(
         along = {tower: loss.new_zeros(()) for tower in TOWERS}
         for name, g in zip(theta, grads, strict=True):
             along[tower_of(name)] = along[tower_of(name)] + (adjoint[name] * g).sum()
-        q = -sum(rates[tower] * along[tower] for tower in TOWERS)
+        q = -(rates["image"] * along["image"] + rates["text"] * along["text"])
         for tower in TOWERS:
             rate_gradient[tower] -= along[tower].detach()
         wanted = list(pairs.values()) + (list(theta.values()) if estimator == "exact" else [])
@@ -88,7 +88,9 @@ def meta_gradient(
         if estimator == "exact":
             adjoint = {n: a + d for (n, a), d in zip(adjoint.items(), back[len(pairs) :], strict=True)}
     assert first_loss is not None
-    return MetaGradient(loss=sum(miss.values(), first_loss.new_zeros(())), miss=miss, gradient=gradient, student_loss=first_loss)
+    return MetaGradient(
+        loss=sum(miss.values(), first_loss.new_zeros(())), miss=miss, gradient=gradient, student_loss=first_loss
+    )
 
 
 def _leaves(params: Params) -> Params:

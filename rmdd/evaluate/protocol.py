@@ -19,11 +19,11 @@ from typing import Any, Literal
 import torch
 
 from rmdd import config
+from rmdd.data.images import normalise
 from rmdd.data.material import Material
 from rmdd.distill import similarity
 from rmdd.distill.phases import real_images
 from rmdd.distill.synthetic import Synthetic
-from rmdd.data.images import normalise
 from rmdd.evaluate.retrieval import Recalls
 from rmdd.evaluate.students import Lesson, reference_rule, score, train_student
 from rmdd.models.dual import DualEncoder, build
@@ -44,7 +44,13 @@ class Job:
 
     @property
     def name(self) -> str:
-        extra = f"-{self.snapshot:02d}" if self.kind == "select" else f"-{self.loss}-{self.lr:g}" if self.kind == "tune" else ""
+        extra = (
+            f"-{self.snapshot:02d}"
+            if self.kind == "select"
+            else f"-{self.loss}-{self.lr:g}"
+            if self.kind == "tune"
+            else ""
+        )
         return f"{self.kind}{extra}-{self.index:03d}"
 
 
@@ -98,7 +104,9 @@ def train_and_score(
     return record
 
 
-def score_expert(job: Job, run: config.Run, model: DualEncoder, val: Material, test: Material, device: torch.device) -> dict[str, Any]:
+def score_expert(
+    job: Job, run: config.Run, model: DualEncoder, val: Material, test: Material, device: torch.device
+) -> dict[str, Any]:
     """The full-data bound: one expert after its last epoch."""
     chunk = run.evaluate.chunk
     return {
@@ -108,15 +116,17 @@ def score_expert(job: Job, run: config.Run, model: DualEncoder, val: Material, t
     }
 
 
-def selection_jobs(run: config.Run, snapshots: Sequence[int]) -> list[Job]:
+def selection_jobs(run: config.Run, snapshots: int) -> list[Job]:
     students = range(run.evaluate.selection_students)
-    return [Job("select", i, snapshot=s) for s in range(len(snapshots)) for i in students]
+    return [Job("select", i, snapshot=s) for s in range(snapshots) for i in students]
 
 
 def tuning_jobs(run: config.Run) -> list[Job]:
     rule = run.evaluate
     draws = range(min(rule.selection_students, rule.baseline_draws))
-    return [Job("tune", i, loss=loss, lr=lr) for loss in rule.baseline_losses for lr in rule.baseline_lrs for i in draws]
+    return [
+        Job("tune", i, loss=loss, lr=lr) for loss in rule.baseline_losses for lr in rule.baseline_lrs for i in draws
+    ]
 
 
 def best_by_val(records: Sequence[tuple[Any, dict[str, Any]]]) -> tuple[Any, dict[Any, float]]:

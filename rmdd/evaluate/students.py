@@ -37,14 +37,20 @@ def score(model: DualEncoder, material: Material, device: torch.device, chunk: i
     model.eval()
     split = material.split
     with torch.no_grad():
-        images = torch.cat([
-            model.embed_images(normalise(torch.tensor(split.images[i : i + chunk]).to(device), material.mean, material.std))
-            for i in range(0, len(split.images), chunk)
-        ])
-        texts = torch.cat([
-            model.embed_texts(torch.tensor(material.texts[i : i + 4 * chunk]).to(device))
-            for i in range(0, len(material.texts), 4 * chunk)
-        ])
+        images = torch.cat(
+            [
+                model.embed_images(
+                    normalise(torch.tensor(split.images[i : i + chunk]).to(device), material.mean, material.std)
+                )
+                for i in range(0, len(split.images), chunk)
+            ]
+        )
+        texts = torch.cat(
+            [
+                model.embed_texts(torch.tensor(material.texts[i : i + 4 * chunk]).to(device))
+                for i in range(0, len(material.texts), 4 * chunk)
+            ]
+        )
     model.train(was_training)
     return recalls(images, texts, torch.from_numpy(split.image_of).to(device), chunk=chunk)
 

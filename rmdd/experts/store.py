@@ -38,8 +38,15 @@ class Store:
 
     @classmethod
     def create(
-        cls, path: Path, shapes: Mapping[str, Sequence[int]], *, shared: Params, epochs: int, keep: Iterable[int] | None,
-        dtype: str, facts: Mapping[str, Any],
+        cls,
+        path: Path,
+        shapes: Mapping[str, Sequence[int]],
+        *,
+        shared: Params,
+        epochs: int,
+        keep: Iterable[int] | None,
+        dtype: str,
+        facts: Mapping[str, Any],
     ) -> "Store":
         """Begin a store, or open the one that is there if it holds the same thing.
 
@@ -58,7 +65,9 @@ class Store:
         if (path / "store.json").is_file():
             store = cls.open(path)
             if store.spec != json.loads(json.dumps(spec)):
-                raise ValueError(f"the store at {path} holds other experts (its store.json differs); give another storage folder")
+                raise ValueError(
+                    f"the store at {path} holds other experts (its store.json differs); give another storage folder"
+                )
             return store
         path.mkdir(parents=True, exist_ok=True)
         if shared:
@@ -169,7 +178,9 @@ class Writer:
         self._previous: Params = {}
         self.momentum: Params = {}
         if store.is_complete(expert):
-            raise ValueError(f"expert {expert} of the store at {store.path} is complete; delete {self.folder} to train it again")
+            raise ValueError(
+                f"expert {expert} of the store at {store.path} is complete; delete {self.folder} to train it again"
+            )
         if self.running.is_file():
             self._resume()
         elif self.folder.exists():
@@ -235,6 +246,12 @@ class Writer:
         assert self.epoch == self.store.epochs, "an expert is finished after its last epoch"
         write_json(
             self.folder / "expert.json",
-            {"schema_version": SCHEMA, "expert": self.expert, "epochs": self.epoch, "metrics": self.metrics, "step_norms": self.norms},
+            {
+                "schema_version": SCHEMA,
+                "expert": self.expert,
+                "epochs": self.epoch,
+                "metrics": self.metrics,
+                "step_norms": self.norms,
+            },
         )
         self.running.unlink(missing_ok=True)

@@ -71,9 +71,7 @@ def train_expert(
             return False
         loss = _epoch(run, expert, writer.epoch, model, optimiser, train, device, seed, loader_workers)
         writer.check_finite(model.trained())
-        writer.add(
-            model.trained(), {"loss": loss, "val": _val(model, val, run, device)}, _momentum(model, optimiser)
-        )
+        writer.add(model.trained(), {"loss": loss, "val": _val(model, val, run, device)}, _momentum(model, optimiser))
         on_epoch({"expert": expert, **writer.metrics[-1]})
     writer.finish()
     return True
@@ -85,7 +83,7 @@ def _epoch(run, expert, epoch, model, optimiser, train, device, seed, loader_wor
     batch = min(rule.batch, len(order))
     steps = len(order) // batch
     model.train()
-    total = 0.0
+    total = torch.zeros((), device=device)
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
         torch.manual_seed(derive(seed, "expert dropout", expert, epoch))

@@ -19,7 +19,12 @@ from rmdd import config
 
 
 def phases(
-    pairs: Sequence[int], endpoints: Sequence[int], iterations: int | Sequence[int], start: int = 0, stop: int = 2, shift: int = 1
+    pairs: Sequence[int],
+    endpoints: Sequence[int],
+    iterations: int | Sequence[int],
+    start: int = 0,
+    stop: int = 2,
+    shift: int = 1,
 ) -> tuple[config.Phase, ...]:
     """Phases by the range rule T_p = T_1 + shift (p - 1); one entry of `pairs` and `endpoints` per phase.
 

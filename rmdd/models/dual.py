@@ -105,9 +105,9 @@ def build(model: config.Model, text_width: int, image_size: int, seed: int, who:
     tower = build_image_tower(model.image, generator(seed, f"{who} tower", index), image_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, f"{who} heads", index))
-        width = model.width or tower.width
-        image_head = _projection(model.image.projection, tower.width, width, model.dropout)
-        joint = tower.width if model.image.projection == "none" else width
+        features = int(tower.width)  # type: ignore[arg-type]
+        joint = features if model.image.projection == "none" else model.width or features
+        image_head = _projection(model.image.projection, features, joint, model.dropout)
         text_head = _projection(model.text.projection, text_width, joint, model.dropout)
     if not model.image.trainable:
         tower.requires_grad_(False)

@@ -96,7 +96,7 @@ def results(rows: Sequence[tuple[str, float, float]]) -> str:
 
 def curves(
     title: str,
-    x: Sequence[float],
+    x: Sequence[int],
     lines: Mapping[str, Sequence[float]],
     xlabel: str,
     *,
@@ -116,11 +116,9 @@ def curves(
 
 
 def _binned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    parts = [p for p in np.array_split(np.arange(len(x)), min(POINTS, max(len(x), 1))) if len(p)]
-    return (
-        np.array([x[p].mean() for p in parts]),
-        *(np.array([reduce(y[p]) for p in parts]) for reduce in (np.mean, np.min, np.max)),
-    )
+    parts = [p for p in np.array_split(np.arange(len(x)), POINTS) if len(p)]
+    mean, low, high = (np.array([reduce(y[p]) for p in parts]) for reduce in (np.mean, np.min, np.max))
+    return np.array([x[p].mean() for p in parts]), mean, low, high
 
 
 def snapshots(val: Sequence[Mapping[str, Any]], chosen: Sequence[int]) -> str:

@@ -127,7 +127,9 @@ class SideBySide:
         }
         return ray.remote(Worker).options(**options).remote(threads)
 
-    def _collect_reports(self, slots: Sequence[Slot], names: Sequence[str], on_report: Callable[[str, dict], None]) -> None:
+    def _collect_reports(
+        self, slots: Sequence[Slot], names: Sequence[str], on_report: Callable[[str, dict], None]
+    ) -> None:
         for slot in slots:
             ready, _ = ray.wait([slot.status], timeout=0)
             if not ready:

@@ -53,7 +53,9 @@ def store(tmp_path_factory):
     """Random walks in the place of trained experts."""
     theta = encoder().trained()
     shapes = {n: tuple(p.shape) for n, p in theta.items()}
-    store = Store.create(tmp_path_factory.mktemp("store"), shapes, shared={}, epochs=EPOCHS, keep=None, dtype="float32", facts={})
+    store = Store.create(
+        tmp_path_factory.mktemp("store"), shapes, shared={}, epochs=EPOCHS, keep=None, dtype="float32", facts={}
+    )
     random = torch.Generator().manual_seed(0)
     for expert in range(EXPERTS):
         writer, point = Writer(store, expert), theta
@@ -200,7 +202,9 @@ def test_an_exclusive_endpoint_ends_one_epoch_early(store):
 
 
 def test_phases_do_not_depend_on_one_another(store, tmp_path):
-    plan = tuple(config.Phase(pairs=p, start=s, stop=s + 1, endpoint=EPOCHS, iterations=4) for p, s in ((PAIRS, 0), (5, 1)))
+    plan = tuple(
+        config.Phase(pairs=p, start=s, stop=s + 1, endpoint=EPOCHS, iterations=4) for p, s in ((PAIRS, 0), (5, 1))
+    )
     both = run_of(phases=plan)
     distil(both, store, tmp_path / "b1", phase=1)
     distil(both, store, tmp_path / "b0", phase=0)
@@ -263,7 +267,9 @@ def test_a_finished_phase_is_left_alone(store, tmp_path):
     assert not seen and before == {p.name: p.read_bytes() for p in tmp_path.iterdir()}
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-10], lambda b: b"", lambda b: b"x" * len(b), lambda b: b[: len(b) // 2]])
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-10], lambda b: b"", lambda b: b"x" * len(b), lambda b: b[: len(b) // 2]]
+)
 def test_a_damaged_state_is_named(store, tmp_path, damage):
     run = run_of(iterations=4)
     distil(run, store, tmp_path, **stop_after(2))
@@ -300,7 +306,10 @@ def test_a_set_survives_the_disk(tmp_path):
 
 def test_not_finite_stops_with_the_last_good_state(store, tmp_path):
     run = run_of(lr_lr=100.0, checkpoint_every=100, iterations=50)
-    with pytest.raises(NotFinite, match=r"phase 0 stopped being finite in iteration \d+ \(expert \d, start epoch \d.*lower the learning"):
+    with pytest.raises(
+        NotFinite,
+        match=r"phase 0 stopped being finite in iteration \d+ \(expert \d, start epoch \d.*lower the learning",
+    ):
         distil(run, store, tmp_path)
     state = State.load(tmp_path / "state.safetensors", "key")
     assert all(torch.isfinite(t).all() for s in (state.raw, state.average) for t in s.tensors().values())
@@ -326,7 +335,9 @@ def test_the_lower_clamp_of_the_rates_comes_after_the_average():
 def test_too_few_experts_are_an_error(store):
     run = run_of()
     run = run.model_copy(update={"experts": run.experts.model_copy(update={"num": 5})})
-    with pytest.raises(ValueError, match=r"asks for 5 experts but the store at .* holds 2 finished ones; train the rest"):
+    with pytest.raises(
+        ValueError, match=r"asks for 5 experts but the store at .* holds 2 finished ones; train the rest"
+    ):
         Matcher(run, 0, store, encoder(), CPU)
 
 

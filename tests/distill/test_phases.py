@@ -13,7 +13,9 @@ def rule(**change):
 
 
 def same(a, b):
-    return (a.expert, a.start, a.dropout_seeds) == (b.expert, b.start, b.dropout_seeds) and torch.equal(a.batches, b.batches)
+    return (a.expert, a.start, a.dropout_seeds) == (b.expert, b.start, b.dropout_seeds) and torch.equal(
+        a.batches, b.batches
+    )
 
 
 def test_a_draw_depends_on_seed_phase_and_iteration_alone():
@@ -65,7 +67,7 @@ def test_batches_of_the_published_setting():
 def test_batches_are_cut_from_permutations(data, pairs, steps, seed):
     batch = data.draw(st.integers(2, pairs))
     rows = mini_batches(pairs, batch, steps, torch.Generator().manual_seed(seed))
-    assert rows.shape == (steps, batch) and 0 <= rows.min() and rows.max() < pairs
+    assert rows.shape == (steps, batch) and rows.min() >= 0 and rows.max() < pairs
     whole = pairs // batch
     for i in range(0, steps, whole):
         turn = rows[i : i + whole].flatten()

@@ -35,7 +35,9 @@ def test_low_rank_is_the_printed_formula():
     expected = torch.empty(6, 6)
     for i in range(6):
         for j in range(6):
-            expected[i, j] = 0.7 / 2 * sum(t["left"][i, r] * t["right"][j, r] for r in range(2)) + (i == j) * t["scale"][i]
+            expected[i, j] = (
+                0.7 / 2 * sum(t["left"][i, r] * t["right"][j, r] for r in range(2)) + (i == j) * t["scale"][i]
+            )
     torch.testing.assert_close(similarity.dense(t, 0.7, torch.zeros(6, 1)), expected)
 
 

@@ -24,10 +24,19 @@ TOLERANCE = 1e-9
 def encoder(*, frozen=False, dropout=0.0, name="convnet", image_size=8):
     """A small dual encoder in float64: wholly trained, or only its projections."""
     image = config.ImageTower(
-        name=name, weights="random", widths=(4,), groups=2, trainable=not frozen, projection="block" if frozen else "linear"
+        name=name,
+        weights="random",
+        widths=(4,),
+        groups=2,
+        trainable=not frozen,
+        projection="block" if frozen else "linear",
     )
     model = config.Model(
-        image=image, text=config.TextTower(name="hashing", projection="block"), width=6, dropout=dropout, temperature=0.5
+        image=image,
+        text=config.TextTower(name="hashing", projection="block"),
+        width=6,
+        dropout=dropout,
+        temperature=0.5,
     )
     return build(model, TEXT_WIDTH, image_size, seed=1, who="expert").double()
 
@@ -43,7 +52,11 @@ def problem(model, *, pairs=7, batch=3, steps=3, similarity="full", seed=0, imag
     target = {n: p + 0.1 * normal(*p.shape) for n, p in start.items()}
     tensors = {
         "full": lambda: {"matrix": torch.eye(pairs, dtype=torch.float64) + 0.3 * normal(pairs, pairs)},
-        "low_rank": lambda: {"scale": 1 + 0.3 * normal(pairs), "left": normal(pairs, 2), "right": 0.3 * normal(pairs, 2)},
+        "low_rank": lambda: {
+            "scale": 1 + 0.3 * normal(pairs),
+            "left": normal(pairs, 2),
+            "right": 0.3 * normal(pairs, 2),
+        },
         "identity": dict,
     }[similarity]()
     synthetic = Synthetic(
@@ -276,7 +289,9 @@ def test_nothing_that_goes_in_is_changed():
 def test_the_miss_of_a_student_that_stays_is_one_per_tower():
     model = encoder()
     start, target, synthetic, batches = problem(model)
-    still = replace(synthetic, lr_image=torch.zeros_like(synthetic.lr_image), lr_text=torch.zeros_like(synthetic.lr_text))
+    still = replace(
+        synthetic, lr_image=torch.zeros_like(synthetic.lr_image), lr_text=torch.zeros_like(synthetic.lr_text)
+    )
     found = meta_gradient(loss_of(model, len(batches)), start, target, still, batches)
     assert {t: m.item() for t, m in found.miss.items()} == pytest.approx({"image": 1, "text": 1})
     assert found.loss.item() == pytest.approx(2)

@@ -71,7 +71,7 @@ def test_equals_a_double_loop_on_any_gallery(counts, levels, seed, chunk):
     found = recalls_from_scores(scores, image_of, KS, chunk)
     assert (found.ir, found.tr) == double_loop(scores, image_of, KS)
     for values in (list(found.ir.values()), list(found.tr.values())):
-        assert values == sorted(values) and 0 <= values[0] and values[-1] <= 100
+        assert values == sorted(values) and values[0] >= 0 and values[-1] <= 100
     assert found.gap >= 0
 
 

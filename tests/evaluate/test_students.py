@@ -61,7 +61,9 @@ def plain_loop(model, lessons, rule, loss):
             for _ in range(steps):
                 index = torch.randperm(len(one.images), generator=random)[: rule.batch]
                 logits = model(one.images[index], one.texts[index])
-                grads = torch.autograd.grad(LOSSES[loss](logits, one.similarity[index][:, index]), list(params.values()))
+                grads = torch.autograd.grad(
+                    LOSSES[loss](logits, one.similarity[index][:, index]), list(params.values())
+                )
                 with torch.no_grad():
                     for (name, p), g in zip(params.items(), grads, strict=True):
                         speed[name] = rule.momentum * speed.get(name, 0) + g + rule.weight_decay * p
@@ -151,7 +153,9 @@ def test_a_rate_that_is_not_positive_is_refused(rate, tower):
 
 def test_a_diverging_student_stops():
     wild = [lesson(0, 7, 1e200, 1e200)]
-    with pytest.raises(FloatingPointError, match=r"student 2 diverged on subset 0 in pass \d: loss nan at rates 1e\+200"):
+    with pytest.raises(
+        FloatingPointError, match=r"student 2 diverged on subset 0 in pass \d: loss nan at rates 1e\+200"
+    ):
         train_student(fresh(), wild, rule_of(epochs=9), "infonce", SEED, STUDENT)
 
 

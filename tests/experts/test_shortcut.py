@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -20,7 +22,9 @@ def trajectory(seed=0, dtype=torch.float32):
     walk = [theta]
     for _ in range(EPOCHS):
         theta = {
-            n: p if n == REST else p + float(torch.rand((), generator=random)) * torch.randn(p.shape, generator=random).to(dtype)
+            n: p
+            if n == REST
+            else p + float(torch.rand((), generator=random)) * torch.randn(p.shape, generator=random).to(dtype)
             for n, p in theta.items()
         }
         walk.append(theta)
@@ -28,9 +32,7 @@ def trajectory(seed=0, dtype=torch.float32):
 
 
 def norms_of(walk):
-    return {
-        n: np.array([(b[n] - a[n]).double().norm().item() for a, b in zip(walk, walk[1:], strict=False)]) for n in walk[0]
-    }
+    return {n: np.array([(b[n] - a[n]).double().norm().item() for a, b in pairwise(walk)]) for n in walk[0]}
 
 
 def shortcut_of(walk, endpoint):
@@ -67,7 +69,9 @@ def test_every_step_shrinks_by_the_same_factor_per_layer(seed, endpoint):
         for t in range(endpoint):
             step = points[t + 1][name] - points[t][name]
             assert step.norm().item() == pytest.approx(straight * lengths[name][t], rel=1e-9, abs=1e-12)
-            assert (step * chord).sum().item() == pytest.approx((step.norm() * chord.norm()).item(), rel=1e-9, abs=1e-12)
+            assert (step * chord).sum().item() == pytest.approx(
+                (step.norm() * chord.norm()).item(), rel=1e-9, abs=1e-12
+            )
 
 
 @settings(deadline=None, max_examples=40)
@@ -136,7 +140,9 @@ def test_paths_of_a_store(tmp_path):
 
 def test_errors(tmp_path):
     store = stored(tmp_path, trajectory())
-    with pytest.raises(ValueError, match="ends at epoch 7 but the store .* holds epochs 0-5.*train experts with epochs: 7"):
+    with pytest.raises(
+        ValueError, match="ends at epoch 7 but the store .* holds epochs 0-5.*train experts with epochs: 7"
+    ):
         shortcut.open_path(store, 0, "shortcut", 7)
     for kind, beyond in (("shortcut", 4), ("original", 6)):
         path = shortcut.open_path(store, 0, kind, 3)

@@ -11,7 +11,9 @@ EPOCHS = 4
 
 
 def create(path, *, keep=None, shared=None, dtype="float32", epochs=EPOCHS, facts=None):
-    return Store.create(path, SHAPES, shared=shared or {}, epochs=epochs, keep=keep, dtype=dtype, facts=facts or {"data": "abc"})
+    return Store.create(
+        path, SHAPES, shared=shared or {}, epochs=epochs, keep=keep, dtype=dtype, facts=facts or {"data": "abc"}
+    )
 
 
 def walk(seed=0, start=None):
@@ -233,7 +235,12 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 def test_creating_twice_opens_only_the_same_store(tmp_path):
     write(create(tmp_path, keep=[2]), 0, walk())
     assert create(tmp_path, keep=[2]).complete() == [0]
-    for other in ({"keep": [3]}, {"keep": [2], "epochs": 5}, {"keep": [2], "dtype": "bfloat16-delta"}, {"keep": [2], "facts": {"data": "x"}}):
+    for other in (
+        {"keep": [3]},
+        {"keep": [2], "epochs": 5},
+        {"keep": [2], "dtype": "bfloat16-delta"},
+        {"keep": [2], "facts": {"data": "x"}},
+    ):
         with pytest.raises(ValueError, match="holds other experts.*give another storage folder"):
             create(tmp_path, **other)
 

@@ -1,5 +1,6 @@
 import io
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,11 @@ def run_of(*, augment=False, dropout=0.0, image=None, **experts):
         seed=5,
         data=config.Data(image_size=image.pop("size", SIZE)),
         model=config.Model(
-            image=config.ImageTower(**image), text=config.TextTower(name="hashing"), width=6, dropout=dropout, temperature=0.3
+            image=config.ImageTower(**image),
+            text=config.TextTower(name="hashing"),
+            width=6,
+            dropout=dropout,
+            temperature=0.3,
         ),
         experts=config.Experts(augment=config.Augment() if augment else config.NO_AUGMENT, **{**rule, **experts}),
         distill=config.Distill(phases=(config.Phase(pairs=20, stop=1, endpoint=1),)),
@@ -192,18 +197,26 @@ def test_step_norms_are_those_of_the_checkpoints(tmp_path):
     store, _ = train(run_of(**NOISY), tmp_path)
     points = [store.read(0, e) for e in range(EPOCHS + 1)]
     for name, steps in store.norms(0).items():
-        expected = [(b[name] - a[name]).double().norm().item() for a, b in zip(points, points[1:], strict=False)]
+        expected = [(b[name] - a[name]).double().norm().item() for a, b in pairwise(points)]
         assert steps.tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def test_endpoints_are_those_the_phases_read(tmp_path):
     store, _ = train(run_of(keep="endpoints"), tmp_path)
     assert store.spec["keep"] == [0, 1, EPOCHS]
-    assert sorted(p.name for p in store.folder(0).glob("*.safetensors")) == [f"epoch-000{e}.safetensors" for e in (0, 1, EPOCHS)]
+    files = sorted(p.name for p in store.folder(0).glob("*.safetensors"))
+    assert files == [f"epoch-000{e}.safetensors" for e in (0, 1, EPOCHS)]
 
 
 def test_a_frozen_tower_is_neither_trained_nor_stored(tmp_path):
-    image = {"name": "convnet", "weights": "random", "widths": (4,), "groups": 2, "projection": "block", "trainable": False}
+    image = {
+        "name": "convnet",
+        "weights": "random",
+        "widths": (4,),
+        "groups": 2,
+        "projection": "block",
+        "trainable": False,
+    }
     run = run_of(image=image, dropout=0.1)
     store, done = train(run, tmp_path)
     assert done and {n.split(".")[0] for n in store.shapes} == {"image_head", "text_head"}

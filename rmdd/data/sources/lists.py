@@ -62,12 +62,12 @@ def _rows(path: Path, records: list[dict[str, Any]], split: str, source: str) ->
     id_of: dict[Any, Any] = {}
     for i, record in enumerate(records):
         image, number = record["image"], record.get("image_id")
-        if isinstance(image, str) and isinstance(number, str | int):
-            if image_of.setdefault(number, image) != image or id_of.setdefault(image, number) != number:
-                raise ValueError(
-                    f"{path}: record {i} pairs image_id {number!r} with {image!r}, an earlier record "
-                    f"pairs {image_of[number]!r} with {id_of.get(image, number)!r}; one image has one image_id"
-                )
+        known = isinstance(image, str) and isinstance(number, str | int)
+        if known and (image_of.setdefault(number, image) != image or id_of.setdefault(image, number) != number):
+            raise ValueError(
+                f"{path}: record {i} pairs image_id {number!r} with {image!r}, an earlier record "
+                f"pairs {image_of[number]!r} with {id_of.get(image, number)!r}; one image has one image_id"
+            )
         yield Row(image, as_captions(record["caption"]), split, source, f"{path.name} record {i}")
 
 

@@ -1,0 +1,136 @@
+"""`rmdd check`: what a run would do, where, and at about what cost. Touches nothing."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from rmdd import config, estimate
+from rmdd.artefact import budget
+from rmdd.data.shards import Dataset
+from rmdd.experts.store import Store
+from rmdd.files import read_json
+from rmdd.models.image import double_backward
+from rmdd.models.text import encoder_identity
+from rmdd.pipeline import Pipeline, run_folder
+from rmdd.tasks import Places
+
+
+def examine(run: config.Run) -> dict[str, Any]:
+    """Everything that `rmdd check` prints, as plain values; bytes, seconds and operations are numbers.
+
+    Raises `ValueError` where a tower or an annotation file cannot be had.
+    """
+    width, remark = estimate.text_features(run.model.text)
+    model = estimate.model_on_meta(run, width)
+    tower = run.model.image
+    size = estimate.size_of(model, pretrained=tower.weights != "random" and tower.name != "convnet")
+    work = estimate.work_of(model, run, width)
+    dataset, places = _already_there(run)
+    if dataset is not None:
+        counts = {k: (c["pairs"], c["captions"]) for k, c in dataset.counts.items()}
+        counts, origin = estimate.limited(counts, run.data), f"from {dataset.path}"
+    else:
+        counts, origin = estimate.known_counts(run.data)
+    similarity, pairs = run.distill.similarity, [p.pairs for p in run.distill.phases]
+    unit = budget.pair_parameters(run.data.image_size, width)
+    cost = budget.cost(pairs, run.data.image_size, width, similarity.kind, similarity.rank)
+    kept = run.experts.epochs if run.experts.keep == "all" else len(run.endpoints)
+    over = budget.check(pairs, run.distill.budget, run.data.image_size, width, similarity.kind, similarity.rank)
+    return {
+        "run": str(run_folder(run)),
+        "hash": run.hash_of(),
+        "data": {"counts": counts, "origin": origin, "ingested": dataset is not None},
+        "model": {
+            "image": size.image,
+            "text": size.text,
+            "frozen": size.frozen,
+            "text_width": width,
+            "double_backward": double_backward(tower.name).value if tower.trainable else "not needed",
+        },
+        "experts": {
+            "num": run.experts.num,
+            "complete": _complete(places),
+            "store": str(places.store) if places else None,
+            "epochs_kept": list(range(run.experts.epochs + 1)) if run.experts.keep == "all" else [0, *run.endpoints],
+        },
+        "phases": [p.model_dump() | {"done": _distilled(places, i, p)} for i, p in enumerate(run.distill.phases)],
+        "phases_folder": str(places.phases) if places else None,
+        "budget": {
+            "pairs": run.distill.budget,
+            "used": cost / unit,
+            "numbers": cost,
+            "limit": run.distill.budget * unit,
+            "over": over,
+        },
+        "disk": {
+            "cache": estimate.cache_bytes(run, counts, width),
+            "store": estimate.store_bytes(size, run.experts.num, kept, run.experts.dtype),
+            "phases": estimate.phases_bytes(run, width),
+        },
+        "memory": {"matching_step": estimate.matching_bytes(run, size, work, width)},
+        "time": _time(run, estimate.operations(run, counts, work)),
+        "gpus": _gpus(run),
+        "remarks": [remark] if remark else [],
+    }
+
+
+def _already_there(run: config.Run) -> tuple[Dataset | None, Places | None]:
+    """The dataset and the folders of an earlier sitting of this run."""
+    record = run_folder(run) / "data.json"
+    if not record.is_file():
+        return None, None
+    path = Path(read_json(record)["path"])
+    if not path.is_dir():
+        return None, None
+    dataset = Dataset.open(path)
+    if not _encoder_at_hand(run.model.text):
+        return dataset, None
+    # `Pipeline(...)` would make the run's folder
+    pipeline = object.__new__(Pipeline)
+    pipeline.run, pipeline.folder = run, run_folder(run)
+    pipeline.storage = Path(run.runtime.storage).absolute()
+    return dataset, pipeline.places(dataset)
+
+
+def _encoder_at_hand(tower: config.TextTower) -> bool:
+    """Whether the text encoder can be identified without a download."""
+    if tower.name == "hashing" or tower.name.startswith("package:") or Path(tower.name).expanduser().is_dir():
+        return True
+    from huggingface_hub import try_to_load_from_cache
+
+    if not isinstance(try_to_load_from_cache(tower.name, "config.json"), str):
+        return False
+    return bool(encoder_identity(tower))
+
+
+def _complete(places: Places | None) -> int:
+    return len(Store.open(places.store).complete()) if places and (places.store / "store.json").is_file() else 0
+
+
+def _distilled(places: Places | None, number: int, phase: config.Phase) -> bool:
+    return places is not None and places.set(number, phase.iterations).is_file()
+
+
+def _gpus(run: config.Run) -> dict[str, float]:
+    """What one worker asks for, and what would keep all of a step's items busy side by side."""
+    each = run.runtime.gpus_per_worker
+    return {
+        "each": each,
+        "experts": each * min(run.experts.num, run.runtime.workers or run.experts.num),
+        "phases": each * min(len(run.distill.phases), run.runtime.workers or len(run.distill.phases)),
+    }
+
+
+def _time(run: config.Run, operations: dict[str, float]) -> dict[str, Any]:
+    runtime = run.runtime
+    if runtime.gpus_per_worker > 0:
+        throughput, slots = estimate.GPU_FLOPS, 1
+        assumed = f"one GPU at {estimate.GPU_FLOPS / 1e12:g} TFLOP/s"
+    else:
+        throughput = estimate.CPU_FLOPS * runtime.threads
+        cpus = runtime.num_cpus or os.cpu_count() or 1
+        slots = 1 if runtime.ray == "off" else runtime.workers or max(1, cpus // runtime.threads)
+        assumed = f"{slots} worker(s) of {runtime.threads} CPU thread(s) at {estimate.CPU_FLOPS / 1e9:g} GFLOP/s each"
+    items = {"experts": run.experts.num, "distill": len(run.distill.phases), "evaluate": slots}
+    seconds = {step: n / (throughput * min(slots, items[step])) for step, n in operations.items()}
+    return {"assumed": assumed, "operations": operations, "seconds": seconds}

@@ -1,0 +1,116 @@
+"""What commands print for people: the result table and the plan of a run."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+METRICS = ("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10")
+NAMES = {"random": "random pairs", "full": "full data", "ptm_st": "PTM-ST"}
+PICKED = "reference protocol,\npicked on test"
+
+
+def stdout() -> Console:
+    """As wide as the terminal; in a file or a pipe, as wide as the widest table."""
+    console = Console()
+    return console if console.is_terminal else Console(width=132, soft_wrap=True)
+
+
+def result_table(evaluation: Mapping[str, Any]) -> Table:
+    """A row each for random pairs, the method, and full data: R@mean on val and test, and the recalls on test."""
+    table = Table(title="Recall in %, mean ± spread", caption=evaluation["spread"], caption_justify="left")
+    table.add_column("trained on")
+    for column in ("val R@mean", "test R@mean", *METRICS):
+        table.add_column(column, justify="right", no_wrap=True)
+    rows = evaluation["table"]
+    for name, row in rows.items():
+        on_test = (_spread(row["test_last"][m]) for m in ("R@mean", *METRICS))
+        table.add_row(NAMES.get(name, name), _spread(row["val"]["R@mean"]), *on_test)
+    for name, row in rows.items():
+        if picked := row.get("test_best_reference"):
+            table.add_section()
+            on_test = (_spread(picked[m]) for m in ("R@mean", *METRICS))
+            table.add_row(f"{NAMES.get(name, name)}, {PICKED}", "", *on_test, style="dim")
+    return table
+
+
+def _spread(value: Mapping[str, float]) -> str:
+    spread = value["std"]
+    known = spread is not None and math.isfinite(spread)
+    return f"{value['mean']:.1f} ± {spread:.1f}" if known else f"{value['mean']:.1f}"
+
+
+def plan(facts: Mapping[str, Any]) -> RenderableType:
+    """What `rmdd.check.examine` found."""
+    return Group(_facts(facts), _phases(facts), _costs(facts), *(Text(f"note: {r}") for r in facts["remarks"]))
+
+
+def _facts(facts: Mapping[str, Any]) -> Table:
+    data, model, experts, pay, gpus = (facts[k] for k in ("data", "model", "experts", "budget", "gpus"))
+    splits = data["counts"].items()
+    counts = ", ".join(f"{split} {images:,} images / {captions:,} captions" for split, (images, captions) in splits)
+    grid = Table.grid(padding=(0, 2))
+    rows = {
+        "run": f"{facts['run']}",
+        "data": f"{counts} ({data['origin']})",
+        "trained": f"image {model['image']:,} + text {model['text']:,} parameters; frozen {model['frozen']:,}; "
+        f"double backward {model['double_backward']}",
+        "experts": f"{experts['num']} to have, {experts['complete']} there; epochs kept {experts['epochs_kept']}; "
+        f"store {experts['store'] or 'named once the data is ingested'}",
+        "budget": f"{pay['used']:.2f} of {pay['pairs']} pairs ({pay['numbers']:,} of {pay['limit']:,} numbers)",
+        "GPUs": "none asked for"
+        if not gpus["each"]
+        else f"{gpus['each']:g} per worker; {gpus['experts']:g} keep all experts busy, {gpus['phases']:g} all phases",
+    }
+    if pay["over"]:
+        rows["budget"] = f"[bold red]{pay['over']}[/]"
+    for name, text in rows.items():
+        grid.add_row(name, text)
+    return grid
+
+
+def _phases(facts: Mapping[str, Any]) -> Table:
+    table = Table(title="Phases")
+    for column in ("phase", "pairs", "starts", "endpoint", "iterations", "done"):
+        table.add_column(column, justify="right")
+    for number, p in enumerate(facts["phases"]):
+        starts = f"{p['start']} to {p['stop'] - 1}"
+        done = "yes" if p["done"] else "no"
+        table.add_row(str(number), str(p["pairs"]), starts, str(p["endpoint"]), str(p["iterations"]), done)
+    return table
+
+
+def _costs(facts: Mapping[str, Any]) -> Table:
+    disk, time = facts["disk"], facts["time"]
+    assumed = f"time: {time['assumed']} (assumed), loading of data not counted"
+    table = Table(title="Rough cost", caption=assumed, caption_justify="left")
+    for column in ("step", "disk", "memory of a worker", "operations", "time"):
+        table.add_column(column, justify="right")
+    step_memory = facts["memory"]["matching_step"]
+    rows = (("experts", disk["store"], None), ("distill", disk["phases"], step_memory), ("evaluate", None, None))
+    table.add_row("ingest, embed", f"{_bytes(disk['cache'])} + shards", "", "", "")
+    for step, stored, memory in rows:
+        operations = f"{time['operations'][step]:.1e}"
+        table.add_row(step, _bytes(stored), _bytes(memory), operations, duration(time["seconds"][step]))
+    return table
+
+
+def _bytes(number: float | None) -> str:
+    if number is None:
+        return ""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.1f} TiB"
+
+
+def duration(seconds: float) -> str:
+    """In the unit that reads best."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,85 @@
+import pytest
+import torch
+
+from rmdd import config, estimate
+from rmdd.estimate import Size, store_bytes
+from rmdd.models.dual import build
+
+SMALL = {
+    "data": {"image_size": 16},
+    "model": {
+        "image": {"name": "convnet", "weights": "random", "widths": [8, 16], "projection": "linear"},
+        "text": {"name": "hashing", "width": 32, "projection": "linear"},
+        "width": 24,
+    },
+    "distill": {"batch": 4, "phases": [{"pairs": 10}]},
+}
+NFNET = Size(image=32_769_488, text=7_087_104, frozen=0, shared=32_769_488)
+MIB, GIB = 2**20, 2**30
+
+
+def test_nfnet_and_bert_have_the_published_sizes():
+    run = config.load("flickr30k_ptm_st_100", ["data.root=absent"])
+    width, remark = estimate.text_features(run.model.text)
+    assert (width, remark) == (768, None)
+    assert estimate.size_of(estimate.model_on_meta(run, width), pretrained=True) == NFNET
+
+
+def test_a_store_takes_what_the_method_card_says():
+    assert estimate.checkpoint_bytes(NFNET.trained) / MIB == pytest.approx(152.0, abs=0.05)
+    for kept, mib, gib in ((1, 179, 3.6), (2, 331, 6.6), (3, 483, 9.6)):
+        assert (store_bytes(NFNET, 1, kept) - 4 * NFNET.shared) / MIB == pytest.approx(mib, abs=0.5)
+        assert store_bytes(NFNET, 20, kept) / GIB == pytest.approx(gib, abs=0.05)
+    alone = Size(NFNET.image, NFNET.text, 0, 0)
+    assert store_bytes(alone, 1, 10) / MIB == pytest.approx(1672, abs=0.5)
+    assert store_bytes(alone, 20, 10) / GIB == pytest.approx(32.7, abs=0.05)
+    assert store_bytes(alone, 1, 2, "bfloat16-delta") == store_bytes(alone, 1, 1)
+
+
+def test_sizes_are_those_of_the_model_that_runs():
+    run = config.load(SMALL)
+    size = estimate.size_of(estimate.model_on_meta(run, 32), pretrained=False)
+    model = build(run.model, 32, 16, 0, "student")
+    assert size.trained == sum(p.numel() for p in model.parameters()) and size.frozen == size.shared == 0
+
+
+def test_operations_are_counted_by_hand():
+    run = config.load(SMALL)
+    work = estimate.work_of(estimate.model_on_meta(run, 32), run, 32)
+    convolutions = 2 * 9 * (3 * 8 * 16 * 16 + 8 * 16 * 8 * 8)
+    heads = 2 * (16 * 4 * 4 * 24 + 32 * 24)
+    scores = 2 * 4 * 24
+    assert work.forward == convolutions + heads + scores
+    assert 2 * work.forward < work.training < 3 * work.forward
+    assert work.matching > 2 * 4 * work.training and work.kept > 0
+
+
+def test_first_order_costs_less_and_more_pairs_cost_more():
+    exact, first = config.load(SMALL), config.load(SMALL, ["distill.estimator=first_order"])
+    wide = config.load(SMALL, ["distill.batch=8"])
+    runs = {"e": exact, "f": first, "w": wide}
+    cost = {name: estimate.work_of(estimate.model_on_meta(r, 32), r, 32) for name, r in runs.items()}
+    assert cost["f"].matching < cost["e"].matching < cost["w"].matching
+    assert cost["e"].kept < cost["w"].kept
+
+
+def test_counting_leaves_the_global_generator_alone():
+    before = torch.random.get_rng_state()
+    run = config.load(SMALL)
+    estimate.work_of(estimate.model_on_meta(run, 32), run, 32)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_counts_come_from_config_annotations_or_publications(tmp_path):
+    assert estimate.known_counts(config.Data())[0]["train"] == (1000, 5000)
+    absent = config.Data(source="lists", layout="cc3m", root=str(tmp_path / "absent"), eval_limit=10_000)
+    counts, origin = estimate.known_counts(absent)
+    assert counts["val"] == (10_000, 10_000) and "published" in origin
+    (tmp_path / "captions.csv").write_text("image,caption,split\na.png,one,train\na.png,two,train\nb.png,three,test\n")
+    counts, origin = estimate.known_counts(config.Data(source="table", root=str(tmp_path)))
+    assert counts == {"train": (1, 2), "val": (0, 0), "test": (1, 1)} and "annotations" in origin
+
+
+def test_an_encoder_that_is_not_installed_is_named():
+    with pytest.raises(ValueError, match="pip install no-such-encoder"):
+        estimate.text_features(config.TextTower(name="package:no_such_encoder"))
