@@ -11,7 +11,7 @@ from rmdd.experts.store import Store
 from rmdd.files import read_json
 from rmdd.models.image import double_backward
 from rmdd.models.text import encoder_identity
-from rmdd.pipeline import Pipeline, run_folder
+from rmdd.pipeline import places_of, run_folder
 from rmdd.tasks import Places
 
 
@@ -85,11 +85,7 @@ def _already_there(run: config.Run) -> tuple[Dataset | None, Places | None]:
     dataset = Dataset.open(path)
     if not _encoder_at_hand(run.model.text):
         return dataset, None
-    # `Pipeline(...)` would make the run's folder
-    pipeline = object.__new__(Pipeline)
-    pipeline.run, pipeline.folder = run, run_folder(run)
-    pipeline.storage = Path(run.runtime.storage).absolute()
-    return dataset, pipeline.places(dataset)
+    return dataset, places_of(run, dataset)
 
 
 def _encoder_at_hand(tower: config.TextTower) -> bool:
@@ -121,7 +117,7 @@ def _gpus(run: config.Run) -> dict[str, float]:
     }
 
 
-def _time(run: config.Run, operations: dict[str, float]) -> dict[str, Any]:
+def _time(run: config.Run, operations: dict[str, int]) -> dict[str, Any]:
     runtime = run.runtime
     if runtime.gpus_per_worker > 0:
         throughput, slots = estimate.GPU_FLOPS, 1

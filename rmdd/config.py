@@ -6,8 +6,10 @@ things are and not what is computed: `name`, `data.root` and everything under `r
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -230,6 +232,10 @@ class Distill(Section):
     inner_dropout: Literal["same_mask", "fresh_mask", "off"] = Field(
         "same_mask", description="fresh_mask is what the released code does"
     )
+    optimiser: Literal["sgd", "rms"] = Field(
+        "sgd",
+        description="outer steps; rms divides each gradient by its running size, so that a rate is a step per entry",
+    )
     lr_image: NonNegativeFloat = 1000.0
     lr_text: NonNegativeFloat = 1000.0
     lr_similarity: NonNegativeFloat = 10.0
@@ -261,18 +267,20 @@ class Distill(Section):
             if self.trajectory == "shortcut" and last + self.match_epochs > limit:
                 mistakes.append(
                     f"phases.{p}: a start at epoch {last} matched {self.match_epochs} epoch(s) on ends past the "
-                    f"endpoint {limit}; set phases.{p}.stop to {limit - self.match_epochs + phase.stop - last} or raise its endpoint"
+                    f"endpoint {limit}; set phases.{p}.stop to {limit - self.match_epochs + phase.stop - last} or "
+                    "raise its endpoint"
                 )
             if phase.pairs < 2:
                 mistakes.append(f"phases.{p}.pairs is {phase.pairs}: one pair has no negatives; give at least 2")
             elif self.batch > phase.pairs:
                 mistakes.append(
-                    f"batch {self.batch} is larger than phases.{p} with its {phase.pairs} pairs; set batch to at most {phase.pairs}"
+                    f"batch {self.batch} is larger than phases.{p} with its {phase.pairs} pairs; set batch to at most "
+                    f"{phase.pairs}"
                 )
             if self.similarity.kind == "low_rank" and 2 * self.similarity.rank > phase.pairs:
                 mistakes.append(
-                    f"phases.{p}: rank {self.similarity.rank} costs more than the full {phase.pairs} x {phase.pairs} matrix; "
-                    f"use at most {phase.pairs // 2} or similarity.kind: full"
+                    f"phases.{p}: rank {self.similarity.rank} costs more than the full {phase.pairs} x {phase.pairs} "
+                    f"matrix; use at most {phase.pairs // 2} or similarity.kind: full"
                 )
         if mistakes:
             raise ValueError("; ".join(mistakes))
@@ -351,8 +359,9 @@ class Run(Section):
             last = phase.stop - 1 + (self.distill.start_rule == "inclusive") + self.distill.match_epochs
             if self.distill.trajectory == "convexified" and last > self.experts.epochs:
                 mistakes.append(
-                    f"distill.phases.{p} reaches epoch {last} of a path that ends with the experts at {self.experts.epochs}; "
-                    f"set distill.phases.{p}.stop to {phase.stop - last + self.experts.epochs} or train longer"
+                    f"distill.phases.{p} reaches epoch {last} of a path that ends with the experts at "
+                    f"{self.experts.epochs}; set distill.phases.{p}.stop to "
+                    f"{phase.stop - last + self.experts.epochs} or train longer"
                 )
         if self.distill.trajectory == "original" and self.experts.keep == "endpoints":
             mistakes.append("distill.trajectory 'original' reads every epoch; set experts.keep: all")
@@ -408,7 +417,7 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
     Raises `ConfigError` with every mistake found.
     """
     where = "run" if isinstance(source, Mapping) else str(source)
-    raw = dict(source) if isinstance(source, Mapping) else _read(source)
+    raw = copy.deepcopy(dict(source)) if isinstance(source, Mapping) else _read(source)
     mistakes: list[str] = []
     for override in overrides:
         _apply(raw, override, mistakes)
@@ -419,6 +428,23 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
     if mistakes:
         raise ConfigError(mistakes, where)
     return run
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without the words on, off, yes and no for booleans: `ray: off` means the word."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:bool"]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
+def _parse(text: str) -> Any:
+    return _Loader(text).get_single_data()
 
 
 def _read(source: str | Path) -> dict[str, Any]:
@@ -436,7 +462,7 @@ def _read(source: str | Path) -> dict[str, Any]:
             [f"no such file; give a YAML file or one of the presets: {', '.join(preset_names())}"], str(source)
         )
     try:
-        raw = yaml.safe_load(text)
+        raw = _parse(text)
     except yaml.YAMLError as error:
         raise ConfigError([f"not valid YAML: {' '.join(str(error).split())}"], str(source)) from None
     if raw is None:
@@ -452,7 +478,7 @@ def _apply(raw: dict[str, Any], override: str, mistakes: list[str]) -> None:
         mistakes.append(f"--set {override}: write it as section.field=value")
         return
     try:
-        value = yaml.safe_load(text)
+        value = _parse(text)
     except yaml.YAMLError:
         mistakes.append(f"--set {override}: '{text}' is not a YAML value")
         return

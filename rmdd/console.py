@@ -37,7 +37,7 @@ def result_table(evaluation: Mapping[str, Any]) -> Table:
     return table
 
 
-def _spread(value: Mapping[str, float]) -> str:
+def _spread(value: Mapping[str, Any]) -> str:
     spread = value["std"]
     known = spread is not None and math.isfinite(spread)
     return f"{value['mean']:.1f} ± {spread:.1f}" if known else f"{value['mean']:.1f}"
@@ -98,14 +98,11 @@ def _costs(facts: Mapping[str, Any]) -> Table:
     return table
 
 
-def _bytes(number: float | None) -> str:
+def _bytes(number: int | None) -> str:
     if number is None:
         return ""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1024
-    return f"{number:.1f} TiB"
+    power = min(4, max(0, (number.bit_length() - 1) // 10))
+    return f"{number / 1024**power:.{min(power, 1)}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 def duration(seconds: float) -> str:

@@ -171,7 +171,7 @@ def matching_bytes(run: config.Run, size: Size, work: Work, text_width: int) -> 
     return FLOAT * (vectors * size.trained + size.frozen + 4 * learnable) + work.kept
 
 
-def operations(run: config.Run, counts: Counts, work: Work) -> dict[str, float]:
+def operations(run: config.Run, counts: Counts, work: Work) -> dict[str, int]:
     """Operations of each step of the run, all experts, phases and students together."""
     rule, teach = run.evaluate, run.experts
     records = counts["train"][1]
@@ -182,7 +182,7 @@ def operations(run: config.Run, counts: Counts, work: Work) -> dict[str, float]:
     matching = sum(p.iterations for p in run.distill.phases) * run.distill.steps * work.matching
     subsets = [p.pairs for p in run.distill.phases]
 
-    def student(pairs: list[int], passes: int, images_scored: int) -> float:
+    def student(pairs: list[int], passes: int, images_scored: int) -> int:
         seen = sum(-(-m // rule.batch) * min(rule.batch, m) for m in pairs)
         return passes * seen * work.training + images_scored * work.forward
 
@@ -201,7 +201,7 @@ def operations(run: config.Run, counts: Counts, work: Work) -> dict[str, float]:
         + min(rule.students, rule.baseline_draws) * student(random_pairs, rule.epochs, val + test)
         + teach.num * (val + test) * work.forward
     )
-    return {"experts": float(experts), "distill": float(matching), "evaluate": float(evaluate)}
+    return {"experts": experts, "distill": matching, "evaluate": evaluate}
 
 
 def known_counts(data: config.Data) -> tuple[Counts, str]:

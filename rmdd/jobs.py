@@ -7,7 +7,7 @@ stop, keeps its own checkpoints, and gives the same bits wherever it runs.
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 
 class Interrupted(KeyboardInterrupt):
@@ -25,6 +25,7 @@ class Hooks:
 Task = Callable[[Any, Hooks], Any]
 
 
+@runtime_checkable
 class Executor(Protocol):
     def map(
         self, task: Task, items: Sequence[Any], names: Sequence[str], on_report: Callable[[str, dict[str, Any]], None]

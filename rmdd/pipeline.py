@@ -74,13 +74,13 @@ class Pipeline:
     def experts(self) -> Store:
         """Train the experts that are missing."""
         dataset = self.ingest()
-        run, places = self.run, self.places(dataset)
+        run, places = self.run, places_of(self.run, dataset)
         with self._timed("embed"):
             for split in ("train", "val", "test"):
                 material(self._item(dataset), split)
         with self._timed("experts"):
             facts = {
-                "protocol": self._protocol(),
+                "protocol": protocol_of(run),
                 "model": run.model.model_dump(mode="json"),
                 "text_encoder": encoder_identity(run.model.text),
                 "data_hash": dataset.hash,
@@ -92,8 +92,7 @@ class Pipeline:
                 "experts",
                 expert,
                 [replace(self._item(dataset), number=e) for e in missing],
-                [f"expert {e}" for e in missing],
-                run.experts.epochs,
+                {f"expert {e}": run.experts.epochs for e in missing},
             )
         self.progress.say(f"experts: {len(store.complete())} in {places.store} ({store.size() / 2**20:.0f} MiB)")
         return store
@@ -103,7 +102,7 @@ class Pipeline:
         self.check_budget()
         self.experts()
         dataset = self.ingest()
-        run, places = self.run, self.places(dataset)
+        run, places = self.run, places_of(self.run, dataset)
         with self._timed("distill"):
             for p, plan in enumerate(run.distill.phases):
                 if not places.start(p).is_file():
@@ -113,8 +112,7 @@ class Pipeline:
                     save_set(phases.initial(run, p, train, records), places.start(p))
             todo = [p for p, plan in enumerate(run.distill.phases) if not places.set(p, plan.iterations).is_file()]
             items = [replace(self._item(dataset), number=p) for p in todo]
-            longest = max(plan.iterations for plan in run.distill.phases)
-            self._map("phases", phase, items, [f"phase {p}" for p in todo], longest)
+            self._map("phases", phase, items, {f"phase {p}": run.distill.phases[p].iterations for p in todo})
         return [places.phase(p) for p in range(len(run.distill.phases))]
 
     def evaluate(self) -> dict[str, Any]:
@@ -142,7 +140,7 @@ class Pipeline:
                 Job("baseline", i % rule.baseline_draws, loss=loss, lr=lr)
                 for i in range(min(rule.students, rule.baseline_draws))
             ]
-            final += [Job("full", e) for e in Store.open(self.places(dataset).store).complete()[: run.experts.num]]
+            final += [Job("full", e) for e in Store.open(places_of(run, dataset).store).complete()[: run.experts.num]]
             rows = list(
                 zip(
                     final,
@@ -201,7 +199,7 @@ class Pipeline:
             write_report(
                 page,
                 self.run,
-                self.places(dataset),
+                places_of(self.run, dataset),
                 path,
                 read_json(self.folder / "evaluation.json"),
                 self.all_seconds(),
@@ -224,50 +222,12 @@ class Pipeline:
         if message:
             self.progress.say(f"warning: {message}")
 
-    def places(self, dataset: Dataset) -> Places:
-        run, data = self.run, dataset.hash
-        text = encoder_identity(run.model.text)
-        experts = self._protocol()
-        endpoints = run.endpoints if run.experts.keep == "endpoints" else "all"
-        trained = {
-            "data": data,
-            "view": self._view(),
-            "model": run.model.model_dump(mode="json"),
-            "text": text,
-            "experts": experts,
-            "endpoints": endpoints,
-        }
-        distilled = {
-            **trained,
-            "num": run.experts.num,
-            "seed": run.seed_of("distill"),
-            "distill": run.distill.model_dump(mode="json"),
-        }
-        evaluation = run.evaluate.model_dump(mode="json") | {"seed": run.seed_of("evaluate")}
-        baseline = {**trained, "num": run.experts.num, "budget": run.distill.budget, "evaluate": evaluation}
-        return Places(
-            data=dataset.path,
-            cache=self.storage / "cache",
-            store=self.storage / "experts" / config.hash_value(trained),
-            phases=self.storage / "phases" / config.hash_value(distilled),
-            baseline=self.storage / "baselines" / config.hash_value(baseline),
-            run=self.folder,
-        )
-
     def all_seconds(self) -> dict[str, float]:
         """Wall seconds per step, added up over all sittings of this run."""
         return read_json(self.folder / "seconds.json") if (self.folder / "seconds.json").is_file() else {}
 
-    def _protocol(self) -> dict[str, Any]:
-        """What shapes one expert; how many there are does not."""
-        return self.run.experts.model_dump(mode="json", exclude={"num"}) | {"seed": self.run.seed_of("experts")}
-
-    def _view(self) -> dict[str, Any]:
-        """The data settings that act after ingest."""
-        return self.run.data.model_dump(mode="json", include={"image_size", "normalise", "captions", "eval_limit"})
-
     def _item(self, dataset: Dataset) -> Item:
-        places = self.places(dataset)
+        places = places_of(self.run, dataset)
         return Item(self.run, places, places.phases.name)
 
     def _bind(self, dataset: Dataset) -> None:
@@ -285,13 +245,14 @@ class Pipeline:
     ) -> list[dict[str, Any]]:
         item = self._item(dataset)
         items = [replace(item, job=job, iterations=candidates[job.snapshot]) for job in jobs]
-        return self._map(title, student, items, [job.name for job in jobs], 1)
+        return self._map(title, student, items, dict.fromkeys([job.name for job in jobs], 1))
 
-    def _map(self, title: str, task: Any, items: list[Item], names: list[str], total: int) -> list[Any]:
+    def _map(self, title: str, task: Task, items: list[Item], totals: dict[str, int]) -> list[Any]:
+        """Results in order; `totals` names the items and says how much each has to do."""
         if not items:
             return []
-        with self.progress.stage(title, dict.fromkeys(names, total)) as update:
-            results = self.executor.map(task, items, names, update)
+        with self.progress.stage(title, totals) as update:
+            results = self.executor.map(task, items, list(totals), update)
         if any(r is False for r in results):
             raise Interrupted
         return results
@@ -310,6 +271,38 @@ class Pipeline:
 def run_folder(run: config.Run) -> Path:
     """Where a run keeps its results: its name and the hash of its value."""
     return Path(run.runtime.storage).absolute() / f"{run.name}-{run.hash_of()[:8]}"
+
+
+def protocol_of(run: config.Run) -> dict[str, Any]:
+    """What shapes one expert; how many there are does not."""
+    return run.experts.model_dump(mode="json", exclude={"num"}) | {"seed": run.seed_of("experts")}
+
+
+def places_of(run: config.Run, dataset: Dataset) -> Places:
+    """Where the parts of a run lie: each under the hash of all that shapes it."""
+    trained = {
+        "data": dataset.hash,
+        "view": run.data.model_dump(
+            mode="json", include={"image_size", "normalise", "captions", "eval_limit", "background", "exif_orientation"}
+        ),
+        "model": run.model.model_dump(mode="json"),
+        "text": encoder_identity(run.model.text),
+        "experts": protocol_of(run),
+        "endpoints": run.endpoints if run.experts.keep == "endpoints" else "all",
+    }
+    recipe = run.distill.model_dump(mode="json", exclude={"budget_check", "checkpoint_every"})
+    distilled = {**trained, "num": run.experts.num, "distill": recipe | {"seed": run.seed_of("distill")}}
+    rules = run.evaluate.model_dump(mode="json") | {"seed": run.seed_of("evaluate")}
+    baseline = {**trained, "num": run.experts.num, "budget": run.distill.budget, "evaluate": rules}
+    storage = Path(run.runtime.storage).absolute()
+    return Places(
+        data=dataset.path,
+        cache=storage / "cache",
+        store=storage / "experts" / config.hash_value(trained),
+        phases=storage / "phases" / config.hash_value(distilled),
+        baseline=storage / "baselines" / config.hash_value(baseline),
+        run=run_folder(run),
+    )
 
 
 def over_budget(run: config.Run) -> str | None:

@@ -136,6 +136,7 @@ def student(item: Item, hooks: Hooks) -> dict[str, Any]:
     folder = places.baseline if job.kind in ("tune", "baseline", "full") else places.run / "students"
     path = folder / f"{job.name}.json"
     if path.is_file():
+        hooks.report({"done": 1})
         return read_json(path)
     device, val, test = device_of(run), material(item, "val"), material(item, "test")
     if job.kind == "full":

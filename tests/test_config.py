@@ -99,9 +99,7 @@ def test_files_that_are_no_run(tmp_path):
     name=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True),
 )
 def test_a_dumped_run_loads_to_itself(seed, lr, pairs, epochs, name):
-    run = load(
-        {"name": name, "seed": seed, "experts": {"epochs": epochs}, **with_phase({"pairs": pairs}, lr_image=lr)}
-    )
+    run = load({"name": name, "seed": seed, "experts": {"epochs": epochs}, **with_phase({"pairs": pairs}, lr_image=lr)})
     again = load(yaml.safe_load(config.dump(run)))
     assert again == run and again.hash_of() == run.hash_of()
 

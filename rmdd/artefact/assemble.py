@@ -47,9 +47,7 @@ def portable(run: config.Run) -> dict[str, Any]:
     return run.model_dump(mode="json", exclude={"runtime": True, "data": {"root"}})
 
 
-def nearest(
-    queries: Float[Tensor, "M F"], captions: Float[np.ndarray, "T F"], chunk: int = CHUNK
-) -> Int[Tensor, " M"]:
+def nearest(queries: Float[Tensor, "M F"], captions: Float[np.ndarray, "T F"], chunk: int = CHUNK) -> Int[Tensor, " M"]:
     """For each query the caption with the highest cosine, the first of equals; reads `chunk` captions at a time."""
     unit = torch.nn.functional.normalize(queries.detach().cpu().float(), dim=1)
     best, where = torch.full((len(unit),), -torch.inf), torch.zeros(len(unit), dtype=torch.int64)

@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -27,6 +27,9 @@ from rmdd.files import append_jsonl, atomic_path
 from rmdd.models.dual import DualEncoder, Params
 from rmdd.models.image import matching_context
 from rmdd.models.losses import LOSSES
+
+INNER_RATES = ("lr_image", "lr_text")
+RMS_DECAY = 0.95
 
 PATH_BYTES = 4 * 2**30
 """Experts' endpoints held in memory at most; beyond it the one opened first is read again when its turn comes."""
@@ -65,6 +68,8 @@ class State:
     raw: Synthetic
     average: Synthetic
     momentum: dict[str, Tensor]
+    squares: dict[str, Tensor] = field(default_factory=dict)
+    """Running mean square of each tensor's gradient, for `rms`."""
 
     @classmethod
     def begin(cls, initial: Synthetic) -> "State":
@@ -73,11 +78,20 @@ class State:
     def to(self, device: torch.device) -> "State":
         move: Callable[[Tensor], Tensor] = lambda t: t.to(device)  # noqa: E731
         return State(
-            self.iteration, self.raw.map(move), self.average.map(move), {n: move(t) for n, t in self.momentum.items()}
+            self.iteration,
+            self.raw.map(move),
+            self.average.map(move),
+            {n: move(t) for n, t in self.momentum.items()},
+            {n: move(t) for n, t in self.squares.items()},
         )
 
     def save(self, path: Path, key: str) -> None:
-        groups = {"raw": self.raw.tensors(), "average": self.average.tensors(), "momentum": self.momentum}
+        groups = {
+            "raw": self.raw.tensors(),
+            "average": self.average.tensors(),
+            "momentum": self.momentum,
+            "squares": self.squares,
+        }
         named = {f"{g}/{n}": t.detach().cpu().contiguous() for g, ts in groups.items() for n, t in ts.items()}
         facts = {"iteration": self.iteration, "alpha": self.raw.alpha, "key": key}
         with atomic_path(path) as temporary:
@@ -97,34 +111,48 @@ class State:
             raise ValueError(f"the checkpoint {path} belongs to another configuration; use another run folder")
         part = {
             g: {n.removeprefix(f"{g}/"): t for n, t in named.items() if n.startswith(f"{g}/")}
-            for g in ("raw", "average", "momentum")
+            for g in ("raw", "average", "momentum", "squares")
         }
         return cls(
             facts["iteration"],
             from_tensors(part["raw"], facts["alpha"]),
             from_tensors(part["average"], facts["alpha"]),
             part["momentum"],
+            part["squares"],
         )
 
 
 def outer_step(state: State, gradient: Synthetic, rule: config.Distill) -> State:
-    """SGD with momentum on every learnable tensor, then the exponential average (PTM-ST, equation 7).
+    """One update of every learnable tensor, then the exponential average (PTM-ST, equation 7).
 
-    The clamp of the inner rates comes after the average, as in the released code.
+    `sgd` is the papers' SGD with momentum. `rms` first divides each tensor's gradient by its running root mean
+    square, so that a rate is about the size of one step per entry whatever the scale of the loss; the inner
+    rates then move by that share of themselves and stay positive. The clamp of the inner rates comes after the
+    average, as in the released code.
     """
     rates = {"images": rule.lr_image, "texts": rule.lr_text, "lr_image": rule.lr_lr, "lr_text": rule.lr_lr}
-    momentum, raw = {}, {}
+    now = state.raw.tensors()
+    momentum, squares, raw = {}, {}, {}
     for name, g in gradient.tensors().items():
-        past = state.momentum.get(name)
-        momentum[name] = g if past is None else rule.momentum * past + g
-        # as torch.optim.SGD rounds it: one fused multiply-add
-        raw[name] = torch.add(state.raw.tensors()[name], momentum[name], alpha=-rates.get(name, rule.lr_similarity))
+        lr, past = rates.get(name, rule.lr_similarity), state.momentum.get(name)
+        if rule.optimiser == "sgd":
+            momentum[name] = g if past is None else rule.momentum * past + g
+            # as torch.optim.SGD rounds it: one fused multiply-add
+            raw[name] = torch.add(now[name], momentum[name], alpha=-lr)
+            continue
+        squares[name] = RMS_DECAY * state.squares.get(name, g.new_zeros(())) + (1 - RMS_DECAY) * g.square().mean()
+        size = (squares[name] / (1 - RMS_DECAY ** (state.iteration + 1))).sqrt()
+        step = g / (size + torch.finfo(g.dtype).tiny)
+        momentum[name] = (1 - rule.momentum) * step + (0 if past is None else rule.momentum * past)
+        raw[name] = now[name] * (-lr * momentum[name]).exp() if name in INNER_RATES else now[name] - lr * momentum[name]
     average = {n: rule.ema * a + (1 - rule.ema) * raw[n] for n, a in state.average.tensors().items()}
     if rule.min_inner_lr is not None:
-        for name in ("lr_image", "lr_text"):
+        for name in INNER_RATES:
             raw[name] = raw[name].clamp(min=rule.min_inner_lr)
             average[name] = average[name].clamp(min=rule.min_inner_lr)
-    return State(state.iteration + 1, state.raw.with_tensors(raw), state.average.with_tensors(average), momentum)
+    return State(
+        state.iteration + 1, state.raw.with_tensors(raw), state.average.with_tensors(average), momentum, squares
+    )
 
 
 class Matcher:
@@ -183,8 +211,9 @@ def distill_phase(
 ) -> bool:
     """Distil one phase into `folder`, from its last checkpoint if it has one. Returns whether it finished.
 
-    `key` names the value of the run; a checkpoint of another value is refused. Writes `state.safetensors` at every checkpoint, `metrics.jsonl` a line per iteration, and
-    `set-<iteration>.safetensors` for every snapshot. Raises `NotFinite` with the last good state saved.
+    `key` names the value of the run; a checkpoint of another value is refused. Writes `state.safetensors` at
+    every checkpoint, `metrics.jsonl` a line per iteration, and `set-<iteration>.safetensors` for every snapshot.
+    Raises `NotFinite` with the last good state saved.
     """
     rule, total = run.distill, run.distill.phases[phase].iterations
     checkpoint, log = folder / "state.safetensors", folder / "metrics.jsonl"

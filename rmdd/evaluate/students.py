@@ -106,8 +106,8 @@ def _optimiser(model: DualEncoder, rates: Lesson, rule: config.Evaluate, subset:
     for tower, lr in by_tower.items():
         if not lr > 0:
             raise ValueError(
-                f"subset {subset} has the learned {tower} rate {lr:.4g}, which trains nothing; set distill.min_inner_lr "
-                "and lower distill.lr_lr"
+                f"subset {subset} has the learned {tower} rate {lr:.4g}, which trains nothing; set "
+                "distill.min_inner_lr and lower distill.lr_lr"
             )
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = [{"params": [p for n, p in named if tower_of(n) == t], "lr": by_tower[t]} for t in TOWERS]

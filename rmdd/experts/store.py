@@ -84,7 +84,8 @@ class Store:
         spec = read_json(path / "store.json")
         if spec.get("schema_version") != SCHEMA:
             raise ValueError(
-                f"the store at {path} has schema version {spec.get('schema_version')}, this version of rmdd reads {SCHEMA}"
+                f"the store at {path} has schema version {spec.get('schema_version')}, this version of rmdd "
+                f"reads {SCHEMA}"
             )
         return cls(path, spec)
 

@@ -97,7 +97,7 @@ def build_image_tower(tower: ImageTower, generator: torch.Generator, image_size:
     if tower.weights not in ("pretrained", "random"):
         _load(model, Path(tower.weights).expanduser())
     freeze_statistics(model)
-    model.width = _width(model, tower.name, image_size)  # type: ignore[assignment]
+    model.width = _width(model, tower.name, image_size)
     return model
 
 
@@ -112,7 +112,7 @@ def normalisation_of(tower: ImageTower) -> tuple[tuple[float, float, float], tup
     else:
         _check_name(tower.name)
         cfg = timm.get_pretrained_cfg(tower.name).to_dict()  # type: ignore[union-attr]
-    return tuple(cfg["mean"]), tuple(cfg["std"])  # type: ignore[return-value,index,arg-type]
+    return tuple(cfg["mean"]), tuple(cfg["std"])
 
 
 def freeze_statistics(module: nn.Module) -> nn.Module:
@@ -123,7 +123,7 @@ def freeze_statistics(module: nn.Module) -> nn.Module:
     """
     for layer in module.modules():
         if layer._buffers.keys() & {"running_mean", "running_var"}:
-            layer.train = functools.partial(_stay_in_eval, layer)  # type: ignore[method-assign,assignment]
+            layer.train = functools.partial(_stay_in_eval, layer)  # type: ignore[method-assign]
             layer.eval()
     return module
 

@@ -171,9 +171,7 @@ def heat_map(matrix: Float[np.ndarray, "M M"], limit: float) -> str:
         matrix = np.add.reduceat(np.add.reduceat(matrix, edges, 0), edges, 1) / np.outer(counts, counts)
     with matplotlib.rc_context(STYLE):
         extent = (-0.5, size - 0.5, size - 0.5, -0.5)
-        picture = drawing.ax.imshow(
-            matrix, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="none", extent=extent
-        )
+        picture = drawing.ax.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="none", extent=extent)
         bar = drawing.figure.colorbar(picture, ax=drawing.ax, shrink=0.85, extend="both")
         bar.ax.tick_params(labelsize=7)
         bar.outline.set_linewidth(0.4)

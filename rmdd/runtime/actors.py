@@ -4,6 +4,7 @@ One actor per slot takes items until none is left. An actor or node that dies is
 again, which means from its last checkpoint, for tasks keep their own. A task's own error is not retried.
 """
 
+import contextlib
 import os
 import socket
 import time
@@ -76,7 +77,7 @@ class SideBySide:
     def map(
         self, task: Task, items: Sequence[Any], names: Sequence[str], on_report: Callable[[str, dict[str, Any]], None]
     ) -> list[Any]:
-        """See `rmdd.jobs.Executor`. Raises the task's own error, or `RuntimeError` for an item whose workers keep dying."""
+        """See `rmdd.jobs.Executor`. Raises the task's own error, or `RuntimeError` when its workers keep dying."""
         results: dict[int, Any] = {}
         waiting = deque(range(len(items)))
         self.attempts = dict.fromkeys(waiting, 0)
@@ -111,10 +112,8 @@ class SideBySide:
         place_ref = actor.where.remote()
         ready, _ = ray.wait([place_ref, slot.result], num_returns=1, timeout=60)
         if place_ref in ready:
-            try:
+            with contextlib.suppress(RayActorError, ActorUnavailableError):  # a death shows in the result
                 self._log("started", names[place], attempt=self.attempts[place], **ray.get(place_ref))
-            except (RayActorError, ActorUnavailableError):
-                pass  # the death shows in the result
         return slot
 
     def _hire(self) -> Any:
@@ -155,7 +154,8 @@ class SideBySide:
             self._log("died", name, error=" ".join(str(error).split())[:300])
             if self.attempts[slot.place] > self.runtime.max_restarts:
                 raise RuntimeError(
-                    f"the worker of {name} died {self.attempts[slot.place]} times (last: {' '.join(str(error).split())[:200]}); "
+                    f"the worker of {name} died {self.attempts[slot.place]} times "
+                    f"(last: {' '.join(str(error).split())[:200]}); "
                     "its checkpoint is kept; look for lack of memory, then resume, or raise runtime.max_restarts"
                 ) from error
             waiting.appendleft(slot.place)

@@ -43,7 +43,7 @@ def connected(runtime: config.Runtime) -> Iterator[Resources]:
     """Join the cluster that `runtime.address` or RAY_ADDRESS names, or start a local one and stop it at the end.
 
     A cluster that this process had already joined is used and left alone. Raises `ValueError` when the cluster
-    has fewer GPUs than one worker asks for, or several nodes and no shared storage.
+    has fewer GPUs than one worker asks for.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -70,8 +70,8 @@ def connected(runtime: config.Runtime) -> Iterator[Resources]:
         found = Resources(have.get("CPU", 0), have.get("GPU", 0), nodes)
         if runtime.gpus_per_worker > found.gpus:
             raise ValueError(
-                f"runtime.gpus_per_worker asks for {runtime.gpus_per_worker} GPU(s) but the cluster has {found.gpus:g}; "
-                "set it to 0 for CPUs, or add GPU nodes"
+                f"runtime.gpus_per_worker asks for {runtime.gpus_per_worker} GPU(s) but the cluster has "
+                f"{found.gpus:g}; set it to 0 for CPUs, or add GPU nodes"
             )
         yield found
     finally:

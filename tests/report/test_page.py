@@ -92,8 +92,11 @@ def make_run(tmp_path, pairs=(5,), kind="full", size=16, logged=40, captions_bef
         random = torch.Generator().manual_seed(p)
         parts = similarity.initial(run.distill.similarity, m, random)
         start = Synthetic(
-            torch.randn(m, 3, size, size, generator=random), torch.randn(m, 6, generator=random),
-            torch.tensor(0.1), torch.tensor(0.1), parts,
+            torch.randn(m, 3, size, size, generator=random),
+            torch.randn(m, 6, generator=random),
+            torch.tensor(0.1),
+            torch.tensor(0.1),
+            parts,
         )
         save_set(start, places.start(p))
         end = start.map(lambda t, random=random: t + 0.1 * torch.randn(t.shape, generator=random))

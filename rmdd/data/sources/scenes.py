@@ -258,10 +258,15 @@ def _mask(shape: str, x: float, y: float, r: float, side: int) -> Image.Image:
         polygon(*((length * math.sin(angle), -length * math.cos(angle)) for length, angle in corners))
     else:
         angles = [2 * math.pi * k / 48 for k in range(48)]
-        polygon(*(
-            (math.sin(t) ** 3, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16)
-            for t in angles
-        ))
+        polygon(
+            *(
+                (
+                    math.sin(t) ** 3,
+                    -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16,
+                )
+                for t in angles
+            )
+        )
     return mask
 
 
