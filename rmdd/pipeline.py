@@ -22,7 +22,7 @@ from rmdd.evaluate.protocol import Job
 from rmdd.experts.store import Store
 from rmdd.experts.train import begin_store
 from rmdd.files import read_json, write_json
-from rmdd.jobs import Executor, Interrupted, InTurn
+from rmdd.jobs import Executor, Interrupted, InTurn, Task
 from rmdd.models.text import encoder_identity, text_width
 from rmdd.progress import Progress
 from rmdd.tasks import Item, Places, expert, material, phase, student
