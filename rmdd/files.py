@@ -1,6 +1,7 @@
 """Files that are whole or absent: everything is written under a temporary name and renamed."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -34,6 +35,16 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path | str) -> Iterator[None]:
+    """Hold `folder` alone: a second process waits here until the first is done or dead."""
+    lock_file = Path(f"{folder}.lock")
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock_file, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def write_json(path: Path | str, value: Any) -> None:

@@ -4,9 +4,12 @@ A *task* is a plain function `task(item, hooks)`. It reports progress through it
 stop, keeps its own checkpoints, and gives the same bits wherever it runs.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 
@@ -36,10 +39,10 @@ class Executor(Protocol):
 
 @dataclass
 class InTurn:
-    """One item after another in this process."""
+    """One item after another in this process. Ctrl-C and SIGTERM ask the item at work to save and stop; a second
+    one stops it where it is."""
 
     threads: int = 1
-    stopped: Callable[[], bool] = field(default=lambda: False)
 
     def map(
         self, task: Task, items: Sequence[Any], names: Sequence[str], on_report: Callable[[str, dict[str, Any]], None]
@@ -49,11 +52,33 @@ class InTurn:
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
-            results = []
-            for item, name in zip(items, names, strict=True):
-                results.append(task(item, Hooks(functools.partial(on_report, name), self.stopped)))
-                if self.stopped():
-                    raise Interrupted
-            return results
+            with _asked_to_stop() as stopped:
+                results = []
+                for item, name in zip(items, names, strict=True):
+                    results.append(task(item, Hooks(functools.partial(on_report, name), stopped)))
+                    if stopped():
+                        raise Interrupted
+                return results
         finally:
             torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Yield a function that says whether a signal has come; the second one raises `KeyboardInterrupt`."""
+    asked = threading.Event()
+
+    def ask(number: int, frame: object) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

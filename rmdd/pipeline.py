@@ -13,19 +13,23 @@ from typing import Any
 
 from rmdd import config
 from rmdd.artefact import budget
-from rmdd.data.ingest import ingest
+from rmdd.data.ingest import ingest, shaping
 from rmdd.data.shards import Dataset
 from rmdd.distill import phases
-from rmdd.distill.matching import save_set, snapshot_iterations
+from rmdd.distill.matching import finished, save_set, snapshot_iterations
 from rmdd.evaluate import protocol
 from rmdd.evaluate.protocol import Job
 from rmdd.experts.store import Store
 from rmdd.experts.train import begin_store
-from rmdd.files import read_json, write_json
+from rmdd.files import atomic_path, read_json, write_json
 from rmdd.jobs import Executor, Interrupted, InTurn, Task
+from rmdd.models.image import image_identity
 from rmdd.models.text import encoder_identity, text_width
 from rmdd.progress import Progress
-from rmdd.tasks import Item, Places, expert, material, phase, student
+from rmdd.tasks import Item, Places, device_of, expert, material, phase, student
+
+NUMBERS_VERSION = 1
+"""Part of every hash; raised when a change of the code moves the numbers of an unchanged run file."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ class Pipeline:
         self.folder = run_folder(run)
         self._dataset: Dataset | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "run.yaml").write_text(config.dump(run), encoding="utf-8")
+        with atomic_path(self.folder / "run.yaml") as temporary:
+            temporary.write_text(config.dump(run), encoding="utf-8")
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -61,7 +66,7 @@ class Pipeline:
                 dataset = Dataset.open(Path(str(run.data.root)))
             else:
                 root = str(Path(run.data.root).absolute()) if run.data.root else ""
-                name = config.hash_value({"data": run.data.model_dump(mode="json", exclude={"root"}), "root": root})
+                name = config.hash_value({"data": shaping(run.data), "root": root})
                 dataset = ingest(run.data, self.storage / "data" / name, self.row_executor)
             self._bind(dataset)
         counts = ", ".join(
@@ -110,7 +115,7 @@ class Pipeline:
                     records = phases.choose_records(p, plan.pairs, train, run.seed_of("distill"))
                     write_json(places.phase(p) / "records.json", records)
                     save_set(phases.initial(run, p, train, records), places.start(p))
-            todo = [p for p, plan in enumerate(run.distill.phases) if not places.set(p, plan.iterations).is_file()]
+            todo = [p for p, plan in enumerate(run.distill.phases) if not finished(places.phase(p), plan.iterations)]
             items = [replace(self._item(dataset), number=p) for p in todo]
             self._map("phases", phase, items, {f"phase {p}": run.distill.phases[p].iterations for p in todo})
         return [places.phase(p) for p in range(len(run.distill.phases))]
@@ -160,6 +165,8 @@ class Pipeline:
             )
         evaluation = {
             "table": table,
+            "diverged": {kind: sum("diverged" in r for r in records) for kind, records in by_kind.items()},
+            "galleries": {s: material(self._item(dataset), s).split.facts() for s in ("train", "val", "test")},
             "spread": "sample standard deviation over students (distilled), draws (random) and experts (full)",
             "iterations": list(candidates[chosen]),
             "selection": {
@@ -281,11 +288,14 @@ def protocol_of(run: config.Run) -> dict[str, Any]:
 def places_of(run: config.Run, dataset: Dataset) -> Places:
     """Where the parts of a run lie: each under the hash of all that shapes it."""
     trained = {
+        "version": NUMBERS_VERSION,
+        "device": device_of(run).type,
         "data": dataset.hash,
         "view": run.data.model_dump(
             mode="json", include={"image_size", "normalise", "captions", "eval_limit", "background", "exif_orientation"}
         ),
         "model": run.model.model_dump(mode="json"),
+        "image": image_identity(run.model.image),
         "text": encoder_identity(run.model.text),
         "experts": protocol_of(run),
         "endpoints": run.endpoints if run.experts.keep == "endpoints" else "all",

@@ -135,9 +135,10 @@ def student(item: Item, hooks: Hooks) -> dict[str, Any]:
     job, run, places = item.job, item.run, item.places
     folder = places.baseline if job.kind in ("tune", "baseline", "full") else places.run / "students"
     path = folder / f"{job.name}.json"
-    if path.is_file():
+    value = f"{item.value}/{'-'.join(map(str, item.iterations))}" if folder == places.run / "students" else folder.name
+    if path.is_file() and (record := read_json(path))["value"] == value:
         hooks.report({"done": 1})
-        return read_json(path)
+        return record
     device, val, test = device_of(run), material(item, "val"), material(item, "test")
     if job.kind == "full":
         model = expert_model(run, job.index, val.texts.shape[1])
@@ -150,6 +151,7 @@ def student(item: Item, hooks: Hooks) -> dict[str, Any]:
         else:
             lessons = [lesson_of(load_set(places.set(p, iteration))) for p, iteration in enumerate(item.iterations)]
         record = train_and_score(job, run, lessons, val, test, device)
+    record["value"] = value
     write_json(path, record)
     hooks.report({"done": 1, "val": record["val"]["R@mean"]} if "val" in record else {"done": 1})
     return record

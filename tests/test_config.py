@@ -72,9 +72,10 @@ def test_overrides_leave_the_mapping_as_it_was():
 
 
 @pytest.mark.parametrize("word", ["on", "off"])
-def test_ray_is_switched_in_yaml_as_it_is_written(word):
+def test_ray_is_switched_in_yaml_as_it_is_written(word, tmp_path):
     assert load({}, [f"runtime.ray={word}"]).runtime.ray == word
-    assert load(yaml.safe_load(f"runtime: {{ray: {word}}}")).runtime.ray == word
+    (tmp_path / "run.yaml").write_text(f"runtime: {{ray: {word}}}")
+    assert load(tmp_path / "run.yaml").runtime.ray == word
     assert load({}, [f"distill.inner_dropout={w}" for w in ("same_mask", "off")]).distill.inner_dropout == "off"
 
 
@@ -121,3 +122,21 @@ def test_the_hash_follows_what_is_computed():
     own = load({"experts": {"seed": 3}, "distill": {"seed": 3}, "evaluate": {"seed": 3}})
     assert own.hash_of() == load({"seed": 3}).hash_of()
     assert load({}, ["evaluate.students=6"]).hash_of("experts") == load({}).hash_of("experts")
+
+
+def test_every_field_says_what_it_is():
+    sections = [c for c in vars(config).values() if isinstance(c, type) and issubclass(c, config.Section)]
+    silent = [
+        f"{section.__name__}.{name}"
+        for section in sections
+        for name, field in section.model_fields.items()
+        if not field.description and not (isinstance(field.annotation, type) and field.annotation in sections)
+    ]
+    assert silent == []
+
+
+def test_a_run_is_a_value_that_can_be_a_key():
+    lists = {"source": "lists", "root": "here", "annotations": {"train": "t.json", "val": "v.json"}}
+    a, b = load({"data": lists}), load({"data": lists})
+    assert {a: 1}[b] == 1 and load({"data": lists}, ["seed=1"]) not in {a}
+    assert hash(a.data.scenes) == hash(config.Scenes())

@@ -10,8 +10,8 @@ import functools
 import json
 import os
 import shlex
-import shutil
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -25,7 +25,7 @@ from rmdd.data.plan import Plan, make_plan
 from rmdd.data.read import Reading, read
 from rmdd.data.shards import MANIFEST, QUARANTINE, SCHEMA, SCHEMA_VERSION, Dataset, Pair, ShardWriter
 from rmdd.data.sources.layouts import alternatives
-from rmdd.files import atomic_path, sha256_file, write_json
+from rmdd.files import sha256_file, write_json
 
 Executor = Callable[[Callable[[pa.Table], pa.Table], Iterable[pa.Table]], Iterator[pa.Table]]
 """Maps a function over tables of planned rows and yields its results in order, a few at a time."""
@@ -51,11 +51,19 @@ def ingest(data: Data, out: Path | str, executor: Executor | None = None) -> Dat
 
     plan = make_plan(rows, data)
     _check_root(plan, data)
-    with atomic_path(out) as temporary:
-        temporary.mkdir()
-        _write(plan, data, made_from, temporary, executor or map)
-        if out.exists():  # an empty folder, or a dataset whose missing images have turned up
-            shutil.rmtree(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent) as temporary:
+        fresh, stale = Path(temporary) / "fresh", Path(temporary) / "stale"
+        fresh.mkdir()
+        _write(plan, data, made_from, fresh, executor or map)
+        if _finished(out, made_from, data) is None:  # else an equal ingest was quicker, and its dataset may be in use
+            if out.exists():  # an empty folder, or a dataset whose missing images have turned up
+                os.replace(out, stale)
+            try:
+                os.replace(fresh, out)
+            except OSError:
+                if _finished(out, made_from, data) is None:
+                    raise
     return Dataset.open(out)
 
 

@@ -32,6 +32,8 @@ def load_material(run: config.Run, dataset: Dataset, split: str, cache: Path, de
             f"split '{split}' of the dataset at {dataset.path} holds no pair with a caption; "
             f"see its manifest.json and quarantine.jsonl (counts: {dataset.counts})"
         )
+    if split == "train" and run.experts.augment.active:
+        loaded.encoded(0)  # copied once here, before every expert would
     mean, std = (
         normalisation_of(run.model.image) if run.data.normalise == "tower" else normalisation(run.data.normalise)
     )

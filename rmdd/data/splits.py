@@ -38,6 +38,12 @@ class Split:
     def __len__(self) -> int:
         return len(self.pair_ids)
 
+    def facts(self) -> dict[str, int]:
+        """How big the split is as it is trained or scored on, and what the caption rule took from it."""
+        return {"pairs": len(self), "captions": len(self.captions)} | {
+            f"dropped_{k}": n for k, n in self.dropped.items()
+        }
+
     def encoded(self, i: int) -> bytes:
         """Image `i` as it lies in the shard. The first call copies all of them to a random-access cache."""
         if "_bytes" not in self.__dict__:
@@ -102,7 +108,11 @@ def _image_cache(dataset: Dataset, split: str, rows: np.ndarray, data: Data, pat
 
 
 def _encoded_cache(dataset: Dataset, split: str, rows: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """All encoded images end to end, and the N+1 offsets between them; the offsets are written last."""
+    """All encoded images end to end, and the N+1 offsets between them; the offsets are written last.
+
+    Processes that build it side by side write the same bytes under names of their own and rename them: whichever is
+    last, every reader sees a whole file.
+    """
     offsets = path.with_suffix(".offsets.npy")
     if not offsets.is_file() or not path.is_file():
         ends = [0]

@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,13 +23,12 @@ from rmdd.distill.synthetic import Synthetic, from_tensors
 from rmdd.distill.unroll import MetaGradient, StudentLoss, meta_gradient
 from rmdd.experts import shortcut
 from rmdd.experts.store import Store
-from rmdd.files import append_jsonl, atomic_path
+from rmdd.files import append_jsonl, atomic_path, locked
 from rmdd.models.dual import DualEncoder, Params
 from rmdd.models.image import matching_context
 from rmdd.models.losses import LOSSES
 
 INNER_RATES = ("lr_image", "lr_text")
-RMS_DECAY = 0.95
 
 PATH_BYTES = 4 * 2**30
 """Experts' endpoints held in memory at most; beyond it the one opened first is read again when its turn comes."""
@@ -68,8 +67,6 @@ class State:
     raw: Synthetic
     average: Synthetic
     momentum: dict[str, Tensor]
-    squares: dict[str, Tensor] = field(default_factory=dict)
-    """Running mean square of each tensor's gradient, for `rms`."""
 
     @classmethod
     def begin(cls, initial: Synthetic) -> "State":
@@ -82,7 +79,6 @@ class State:
             self.raw.map(move),
             self.average.map(move),
             {n: move(t) for n, t in self.momentum.items()},
-            {n: move(t) for n, t in self.squares.items()},
         )
 
     def save(self, path: Path, key: str) -> None:
@@ -90,7 +86,6 @@ class State:
             "raw": self.raw.tensors(),
             "average": self.average.tensors(),
             "momentum": self.momentum,
-            "squares": self.squares,
         }
         named = {f"{g}/{n}": t.detach().cpu().contiguous() for g, ts in groups.items() for n, t in ts.items()}
         facts = {"iteration": self.iteration, "alpha": self.raw.alpha, "key": key}
@@ -111,28 +106,27 @@ class State:
             raise ValueError(f"the checkpoint {path} belongs to another configuration; use another run folder")
         part = {
             g: {n.removeprefix(f"{g}/"): t for n, t in named.items() if n.startswith(f"{g}/")}
-            for g in ("raw", "average", "momentum", "squares")
+            for g in ("raw", "average", "momentum")
         }
         return cls(
             facts["iteration"],
             from_tensors(part["raw"], facts["alpha"]),
             from_tensors(part["average"], facts["alpha"]),
             part["momentum"],
-            part["squares"],
         )
 
 
 def outer_step(state: State, gradient: Synthetic, rule: config.Distill) -> State:
     """One update of every learnable tensor, then the exponential average (PTM-ST, equation 7).
 
-    `sgd` is the papers' SGD with momentum. `rms` first divides each tensor's gradient by its running root mean
-    square, so that a rate is about the size of one step per entry whatever the scale of the loss; the inner
-    rates then move by that share of themselves and stay positive. The clamp of the inner rates comes after the
-    average, as in the released code.
+    `sgd` is the papers' SGD with momentum. `normalised` (ours) first divides each tensor's gradient by its own
+    root mean square: a rate is then the size of one step per entry, and the rare huge gradients of an unstable
+    unroll weigh no more than others. The inner rates move by that share of themselves and stay positive. The clamp
+    of the inner rates comes after the average, as in the released code.
     """
     rates = {"images": rule.lr_image, "texts": rule.lr_text, "lr_image": rule.lr_lr, "lr_text": rule.lr_lr}
     now = state.raw.tensors()
-    momentum, squares, raw = {}, {}, {}
+    momentum, raw = {}, {}
     for name, g in gradient.tensors().items():
         lr, past = rates.get(name, rule.lr_similarity), state.momentum.get(name)
         if rule.optimiser == "sgd":
@@ -140,9 +134,7 @@ def outer_step(state: State, gradient: Synthetic, rule: config.Distill) -> State
             # as torch.optim.SGD rounds it: one fused multiply-add
             raw[name] = torch.add(now[name], momentum[name], alpha=-lr)
             continue
-        squares[name] = RMS_DECAY * state.squares.get(name, g.new_zeros(())) + (1 - RMS_DECAY) * g.square().mean()
-        size = (squares[name] / (1 - RMS_DECAY ** (state.iteration + 1))).sqrt()
-        step = g / (size + torch.finfo(g.dtype).tiny)
+        step = g / (g.square().mean().sqrt() + torch.finfo(g.dtype).tiny)
         momentum[name] = (1 - rule.momentum) * step + (0 if past is None else rule.momentum * past)
         raw[name] = now[name] * (-lr * momentum[name]).exp() if name in INNER_RATES else now[name] - lr * momentum[name]
     average = {n: rule.ema * a + (1 - rule.ema) * raw[n] for n, a in state.average.tensors().items()}
@@ -150,9 +142,7 @@ def outer_step(state: State, gradient: Synthetic, rule: config.Distill) -> State
         for name in INNER_RATES:
             raw[name] = raw[name].clamp(min=rule.min_inner_lr)
             average[name] = average[name].clamp(min=rule.min_inner_lr)
-    return State(
-        state.iteration + 1, state.raw.with_tensors(raw), state.average.with_tensors(average), momentum, squares
-    )
+    return State(state.iteration + 1, state.raw.with_tensors(raw), state.average.with_tensors(average), momentum)
 
 
 class Matcher:
@@ -215,6 +205,31 @@ def distill_phase(
     every checkpoint, `metrics.jsonl` a line per iteration, and `set-<iteration>.safetensors` for every snapshot.
     Raises `NotFinite` with the last good state saved.
     """
+    with locked(folder):
+        return _distil(run, phase, store, model, initial, folder, device, key, on_step, should_stop)
+
+
+def finished(folder: Path, total: int) -> bool:
+    """Whether a phase has made all of its `total` updates and kept its last set."""
+    checkpoint = folder / "state.safetensors"
+    if not checkpoint.is_file() or not (folder / f"set-{total:06d}.safetensors").is_file():
+        return False
+    with safe_open(checkpoint, "pt") as file:
+        return json.loads(file.metadata()["state"])["iteration"] == total
+
+
+def _distil(
+    run: config.Run,
+    phase: int,
+    store: Store,
+    model: DualEncoder,
+    initial: Synthetic,
+    folder: Path,
+    device: torch.device,
+    key: str,
+    on_step: Callable[[dict], None],
+    should_stop: Callable[[], bool],
+) -> bool:
     rule, total = run.distill, run.distill.phases[phase].iterations
     checkpoint, log = folder / "state.safetensors", folder / "metrics.jsonl"
     state = (State.load(checkpoint, key) if checkpoint.is_file() else State.begin(initial)).to(device)

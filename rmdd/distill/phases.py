@@ -89,12 +89,11 @@ def initial(run: config.Run, phase: int, train: Material, records: list[int]) ->
     else:
         images = normalise(real_images(run, train, records, augmented=rule.init_augment), train.mean, train.std)
         texts = torch.tensor(train.texts[records])
-    rate = torch.tensor(float(rule.inner_lr))
     return Synthetic(
         images=images,
         texts=texts,
-        lr_image=rate.clone(),
-        lr_text=rate.clone(),
+        lr_image=torch.tensor(float(rule.inner_lr)),
+        lr_text=torch.tensor(float(rule.inner_lr_text or rule.inner_lr)),
         similarity=similarity.initial(rule.similarity, len(records), random),
         alpha=rule.similarity.alpha,
     )

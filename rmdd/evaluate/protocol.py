@@ -10,7 +10,6 @@ Each row of the result table comes from jobs that know nothing of one another, s
     full       an expert trained on all pairs: val and test once
 """
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from rmdd.distill import similarity
 from rmdd.distill.phases import real_images
 from rmdd.distill.synthetic import Synthetic
 from rmdd.evaluate.retrieval import Recalls
-from rmdd.evaluate.students import Lesson, reference_rule, score, train_student
+from rmdd.evaluate.students import Diverged, Lesson, reference_rule, score, train_student
 from rmdd.models.dual import DualEncoder, build
 from rmdd.seeding import generator
 
@@ -78,6 +77,10 @@ def train_and_score(
     seed = run.seed_of("evaluate")
     if job.kind == "reference":
         rule = reference_rule(rule)
+    if job.kind in ("tune", "baseline"):  # as many updates as a student of the distilled set gets
+        steps = [-(-p.pairs // rule.batch) * rule.epochs for p in run.distill.phases]
+        passes = round(sum(steps) / -(-len(lessons[0].images) // rule.batch))
+        rule = rule.model_copy(update={"epochs": max(1, passes)})
     model = build(run.model, lessons[0].texts.shape[1], run.data.image_size, seed, "student", job.index).to(device)
     curve: list[dict[str, Any]] = []
 
@@ -90,10 +93,9 @@ def train_and_score(
 
     try:
         train_student(model, lessons, rule, loss, seed, job.index, at)
-    except FloatingPointError as error:
-        if job.kind not in ("tune", "select"):
-            raise
-        return {"job": job.name, "val": _nothing(), "diverged": str(error)}
+    except Diverged as error:
+        scores = dict.fromkeys(("val", "test_last", "test_best_reference"), _nothing())
+        return {"job": job.name, "curve": curve, **scores, "diverged": str(error)}
     record: dict[str, Any] = {"job": job.name, "curve": curve}
     if job.kind == "reference":
         best = max(curve, key=lambda point: point["test"]["R@mean"])
@@ -138,13 +140,13 @@ def best_by_val(records: Sequence[tuple[Any, dict[str, Any]]]) -> tuple[Any, dic
     return max(means, key=lambda choice: means[choice]), means
 
 
-def summary(records: Sequence[dict[str, Any]], key: str) -> dict[str, dict[str, float]]:
-    """Per metric, mean and sample standard deviation (ddof = 1) over records, with their number."""
+def summary(records: Sequence[dict[str, Any]], key: str) -> dict[str, dict[str, float | None]]:
+    """Per metric, mean and sample standard deviation (ddof = 1; None for one) over records, with their number."""
     rows = [r[key] for r in records]
     return {
         metric: {
             "mean": statistics.fmean(r[metric] for r in rows),
-            "std": statistics.stdev(r[metric] for r in rows) if len(rows) > 1 else math.nan,
+            "std": statistics.stdev(r[metric] for r in rows) if len(rows) > 1 else None,
             "n": len(rows),
         }
         for metric in rows[0]

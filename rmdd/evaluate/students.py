@@ -20,6 +20,10 @@ from rmdd.models.losses import LOSSES
 from rmdd.seeding import derive, generator
 
 
+class Diverged(FloatingPointError):
+    """A student cannot be trained or scored with these rates."""
+
+
 @dataclass(frozen=True)
 class Lesson:
     """What a student learns from one subset: M pairs with target similarities and its two rates."""
@@ -32,7 +36,10 @@ class Lesson:
 
 
 def score(model: DualEncoder, material: Material, device: torch.device, chunk: int = 256) -> Recalls:
-    """Retrieval recalls of `model` on a split, in eval mode; leaves the mode as it was."""
+    """Retrieval recalls of `model` on a split, in eval mode; leaves the mode as it was.
+
+    Raises `Diverged` when its embeddings are not finite or zero.
+    """
     was_training = model.training
     model.eval()
     split = material.split
@@ -52,6 +59,9 @@ def score(model: DualEncoder, material: Material, device: torch.device, chunk: i
             ]
         )
     model.train(was_training)
+    for side, embeddings in (("image", images), ("text", texts)):
+        if not (torch.isfinite(embeddings).all() and (embeddings != 0).any(dim=1).all()):
+            raise Diverged(f"the {side} embeddings collapsed: some are zero or not finite")
     return recalls(images, texts, torch.from_numpy(split.image_of).to(device), chunk=chunk)
 
 
@@ -68,7 +78,7 @@ def train_student(
 
     Each pass takes ceil(M/B) steps and each step a fresh random batch, as the published code does. The rate
     drops after half of the passes: of every subset (`per_subset`), or once, of the first (`shared`).
-    Raises `ValueError` for a rate that is not positive and `FloatingPointError` when the loss is not finite.
+    Raises `Diverged` for a rate that is not positive and when the loss is not finite.
     """
     device = next(model.parameters()).device
     optimiser = None
@@ -94,7 +104,7 @@ def train_student(
                     value.backward()
                     optimiser.step()
             if not torch.isfinite(value):
-                raise FloatingPointError(
+                raise Diverged(
                     f"student {student} diverged on subset {s} in pass {epoch}: loss {value.item()} at rates "
                     f"{rates.lr_image:.4g} (image) and {rates.lr_text:.4g} (text)"
                 )
@@ -105,7 +115,7 @@ def _optimiser(model: DualEncoder, rates: Lesson, rule: config.Evaluate, subset:
     by_tower = {"image": rates.lr_image, "text": rates.lr_text}
     for tower, lr in by_tower.items():
         if not lr > 0:
-            raise ValueError(
+            raise Diverged(
                 f"subset {subset} has the learned {tower} rate {lr:.4g}, which trains nothing; set "
                 "distill.min_inner_lr and lower distill.lr_lr"
             )

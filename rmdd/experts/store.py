@@ -34,6 +34,7 @@ class Store:
         self.path = path
         self.spec = spec
         self.shapes = {name: tuple(shape) for name, shape in spec["parameters"].items()}
+        self._shared: Params = {}
         self._theta_0: dict[int, Params] = {}
 
     @classmethod
@@ -136,8 +137,9 @@ class Store:
     def _start(self, expert: int) -> Params:
         if expert not in self._theta_0:
             own = self._load(self._file(expert, 0))
-            shared = self._load(self.path / "theta-0.safetensors") if self.spec["shared"] else {}
-            both = {**shared, **own}
+            if self.spec["shared"] and not self._shared:
+                self._shared = self._load(self.path / "theta-0.safetensors")
+            both = {**self._shared, **own}
             check_same_shapes(self.shapes, {n: tuple(both[n].shape) for n in self.shapes if n in both})
             self._theta_0[expert] = {n: both[n] for n in self.shapes}
         return self._theta_0[expert]
@@ -235,12 +237,23 @@ class Writer:
 
     def _write(self, epoch: int, params: Params) -> None:
         if epoch == 0:
+            self._check_shared(params)
             params = {n: p for n, p in params.items() if n not in self.store.spec["shared"]}
         elif self.store.spec["dtype"] == "bfloat16-delta":
             start = self.store._start(self.expert)
             params = {n: (p - start[n]).to(torch.bfloat16) for n, p in params.items()}
         with atomic_path(self.store._file(self.expert, epoch)) as temporary:
             save_file(params, temporary)
+
+    def _check_shared(self, params: Params) -> None:
+        if self.store.spec["shared"]:
+            shared = self.store._load(self.store.path / "theta-0.safetensors")
+            changed = [n for n, p in shared.items() if not torch.equal(p, params[n])]
+            if changed:
+                raise ValueError(
+                    f"the pretrained tower is not the one in the store at {self.store.path} (first: {changed[0]}); its "
+                    "weights have changed since; train into another storage folder"
+                )
 
     def finish(self) -> None:
         """Declare the expert complete; after this it is never trained again."""

@@ -17,6 +17,7 @@ from rmdd.data.images import decode, normalise
 from rmdd.data.material import Material
 from rmdd.evaluate.students import score
 from rmdd.experts.store import Store, Writer
+from rmdd.files import locked
 from rmdd.models.dual import DualEncoder, Params, build, tower_of
 from rmdd.models.losses import infonce
 from rmdd.seeding import derive, generator
@@ -54,10 +55,28 @@ def train_expert(
     should_stop: Callable[[], bool] = lambda: False,
     loader_workers: int = 0,
 ) -> bool:
-    """Train until complete or told to stop; goes on after the last finished epoch. Returns whether complete."""
-    if store.is_complete(expert):
-        return True
-    rule, seed = run.experts, run.seed_of("experts")
+    """Train until complete or told to stop; goes on after the last finished epoch. Returns whether complete.
+
+    Stopping leaves the epoch at work undone; it is begun again from its start.
+    """
+    with locked(store.folder(expert)):
+        if store.is_complete(expert):
+            return True
+        return _train(run, expert, store, train, val, device, on_epoch, should_stop, loader_workers)
+
+
+def _train(
+    run: config.Run,
+    expert: int,
+    store: Store,
+    train: Material,
+    val: Material,
+    device: torch.device,
+    on_epoch: Callable[[dict], None],
+    should_stop: Callable[[], bool],
+    loader_workers: int,
+) -> bool:
+    rule = run.experts
     writer = Writer(store, expert)
     model = expert_model(run, expert, train.texts.shape[1]).to(device)
     if writer.epoch >= 0:
@@ -67,9 +86,9 @@ def train_expert(
     optimiser = _optimiser(model, rule)
     _restore_momentum(model, optimiser, writer.momentum)
     while writer.epoch < rule.epochs:
-        if should_stop():
+        loss = _epoch(run, expert, writer.epoch, model, optimiser, train, device, should_stop, loader_workers)
+        if loss is None:
             return False
-        loss = _epoch(run, expert, writer.epoch, model, optimiser, train, device, seed, loader_workers)
         writer.check_finite(model.trained())
         writer.add(model.trained(), {"loss": loss, "val": _val(model, val, run, device)}, _momentum(model, optimiser))
         on_epoch({"expert": expert, **writer.metrics[-1]})
@@ -77,8 +96,19 @@ def train_expert(
     return True
 
 
-def _epoch(run, expert, epoch, model, optimiser, train, device, seed, loader_workers) -> float:
-    rule = run.experts
+def _epoch(
+    run: config.Run,
+    expert: int,
+    epoch: int,
+    model: DualEncoder,
+    optimiser: torch.optim.SGD,
+    train: Material,
+    device: torch.device,
+    should_stop: Callable[[], bool],
+    loader_workers: int,
+) -> float | None:
+    """One pass over the caption records; its mean loss, or None when told to stop, which leaves the pass undone."""
+    rule, seed = run.experts, run.seed_of("experts")
     order = torch.randperm(len(train.split.captions), generator=generator(seed, "expert order", expert, epoch)).numpy()
     batch = min(rule.batch, len(order))
     steps = len(order) // batch
@@ -91,6 +121,8 @@ def _epoch(run, expert, epoch, model, optimiser, train, device, seed, loader_wor
         loader = torch.utils.data.DataLoader(feed, batch_size=None, num_workers=loader_workers)
         targets = torch.eye(batch, device=device)
         for images, texts in loader:
+            if should_stop():
+                return None
             pixels = normalise(images.to(device, non_blocking=True), train.mean, train.std)
             loss = infonce(model(pixels, texts.to(device, non_blocking=True)), targets)
             optimiser.zero_grad(set_to_none=True)

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rmdd.config import ImageTower
+from rmdd.files import sha256_file
 
 HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 
@@ -58,7 +59,7 @@ def double_backward(name: str) -> Support:
         return TABLE.get(name, Support.UNTESTED)
     import timm
 
-    _check_name(name)
+    check_name(name)
     family = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
     return TABLE.get(name.partition(".")[0], TABLE.get(family, Support.UNTESTED))
 
@@ -95,7 +96,7 @@ def build_image_tower(tower: ImageTower, generator: torch.Generator, image_size:
         return _convnet(tower, generator, image_size)
     model = _create(tower.name, tower.weights == "pretrained", generator, image_size)
     if tower.weights not in ("pretrained", "random"):
-        _load(model, Path(tower.weights).expanduser())
+        _load(model, weights_file(tower))
     freeze_statistics(model)
     model.width = _width(model, tower.name, image_size)
     return model
@@ -110,9 +111,37 @@ def normalisation_of(tower: ImageTower) -> tuple[tuple[float, float, float], tup
     if tower.name.startswith(HUB_PREFIXES):
         cfg = _create(tower.name, False, torch.Generator(), None).pretrained_cfg
     else:
-        _check_name(tower.name)
+        check_name(tower.name)
         cfg = timm.get_pretrained_cfg(tower.name).to_dict()  # type: ignore[union-attr]
     return tuple(cfg["mean"]), tuple(cfg["std"])
+
+
+def image_identity(tower: ImageTower) -> str:
+    """What the tower's weights are: `random`, the SHA-256 of a local file, or the hub id and timm's version."""
+    if tower.weights == "random":
+        return "random"
+    if tower.weights != "pretrained":
+        path = weights_file(tower)
+        return _sha256_once(path, path.stat().st_mtime_ns, path.stat().st_size)
+    import timm
+
+    check_name(tower.name)
+    known = None if tower.name.startswith(HUB_PREFIXES) else timm.get_pretrained_cfg(tower.name)
+    place = known and (known.hf_hub_id or known.url)
+    return f"{place or tower.name}, timm {timm.__version__}"
+
+
+def weights_file(tower: ImageTower) -> Path:
+    """The local file that `tower.weights` names; raises `ValueError` when it is not there."""
+    path = Path(tower.weights).expanduser().absolute()
+    if not path.is_file():
+        raise ValueError(f"no weights file '{path}'; set model.image.weights to pretrained, random or an existing file")
+    return path
+
+
+@functools.lru_cache(maxsize=16)
+def _sha256_once(path: Path, changed_ns: int, size: int) -> str:
+    return sha256_file(path)
 
 
 def freeze_statistics(module: nn.Module) -> nn.Module:
@@ -178,11 +207,12 @@ def _convnet(tower: ImageTower, generator: torch.Generator, image_size: int) -> 
         )
     net = ConvNet(tower.widths, tower.groups, image_size, generator)
     if tower.weights != "random":
-        _load(net, Path(tower.weights).expanduser())
+        _load(net, weights_file(tower))
     return net
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raise `ValueError` with the closest names unless `name` is a timm model or one on the hub."""
     import timm
 
     if name.startswith(HUB_PREFIXES) or timm.is_model(name):
@@ -196,7 +226,7 @@ def _check_name(name: str) -> None:
 def _create(name: str, pretrained: bool, generator: torch.Generator, image_size: int | None) -> Any:
     import timm
 
-    _check_name(name)
+    check_name(name)
     seed = int(torch.randint(2**62, (), generator=generator))
     create = functools.partial(timm.create_model, name, pretrained=pretrained, num_classes=0)
     with torch.random.fork_rng(devices=[]):
@@ -221,8 +251,6 @@ def _load(model: nn.Module, path: Path) -> None:
     """Fill `model` from a file of the same architecture, with or without its classifier."""
     import timm
 
-    if not path.is_file():
-        raise ValueError(f"no weights file '{path}'; set model.image.weights to pretrained, random or an existing file")
     # timm's own conversion: older key names, position embeddings of another image size
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", lambda state, model: state)
     try:

@@ -4,6 +4,7 @@ T captions, U distinct captions, F features.
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import json
@@ -75,9 +76,15 @@ def encoder_identity(tower: TextTower) -> str:
         return _sha256([f"hashing {HASHING_VERSION}"])
     source = _source(tower)
     if isinstance(source, Path):
-        files = sorted(p for p in source.iterdir() if p.suffix in MODEL_FILES and p.is_file())
-        return _sha256(part for p in files for part in (p.name, sha256_file(p)))
+        files = sorted(p for p in source.resolve().iterdir() if p.suffix in MODEL_FILES and p.is_file())
+        return _content(tuple((p, p.stat().st_mtime_ns, p.stat().st_size) for p in files))
     return _sha256([source, getattr(_config(tower), "_commit_hash", None) or ""])
+
+
+@functools.lru_cache(maxsize=16)
+def _content(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Hash of names and bytes. Times of change and sizes only say when what was hashed before can be used again."""
+    return _sha256(part for path, _, _ in files for part in (path.name, sha256_file(path)))
 
 
 def _key(captions: Sequence[str], tower: TextTower, identity: str) -> str:

@@ -62,6 +62,8 @@ class Slot:
     place: int
     result: Any
     status: Any
+    where: Any
+    """Answers once the actor is up; None when that has been logged."""
 
 
 @dataclass
@@ -87,12 +89,18 @@ class SideBySide:
         try:
             while waiting or slots:
                 while waiting and len(slots) < width:
-                    slots.append(self._start(shared, items, names, waiting.popleft()))
-                ready, _ = ray.wait([s.result for s in slots], num_returns=1, timeout=POLL_SECONDS)
+                    slots.append(self._start(shared, items, waiting.popleft()))
+                starting = [s.where for s in slots if s.where is not None]
+                ray.wait([s.result for s in slots] + starting, num_returns=1, timeout=POLL_SECONDS)
+                ready, _ = ray.wait([s.result for s in slots], num_returns=len(slots), timeout=0)
+                for slot in slots:
+                    self._announce(slot, names, timeout=0.0)
                 self._collect_reports(slots, names, on_report)
                 for slot in [s for s in slots if s.result in ready]:
                     slots.remove(slot)
                     self._settle(slot, names, results, waiting)
+                if not waiting:
+                    self._dismiss()  # an actor without work would hold what one that is yet to start waits for
             return [results[i] for i in range(len(items))]
         except KeyboardInterrupt:
             self._stop(slots)
@@ -101,20 +109,21 @@ class SideBySide:
             self._stop(slots)
             raise
         finally:
-            for actor in [slot.actor for slot in slots] + self.idle:
-                ray.kill(actor)
-            self.idle = []
+            self.idle += [slot.actor for slot in slots]
+            self._dismiss()
 
-    def _start(self, task: Any, items: Sequence[Any], names: Sequence[str], place: int) -> Slot:
+    def _start(self, task: Any, items: Sequence[Any], place: int) -> Slot:
         actor = self.idle.pop() if self.idle else self._hire()
         self.attempts[place] += 1
-        slot = Slot(actor, place, actor.run.remote(task, items[place]), actor.status.remote())
-        place_ref = actor.where.remote()
-        ready, _ = ray.wait([place_ref, slot.result], num_returns=1, timeout=60)
-        if place_ref in ready:
+        where = actor.where.remote()
+        return Slot(actor, place, actor.run.remote(task, items[place]), actor.status.remote(), where)
+
+    def _announce(self, slot: Slot, names: Sequence[str], timeout: float) -> None:
+        """Log the start of a slot once its actor answers."""
+        if slot.where is not None and ray.wait([slot.where], timeout=timeout)[0]:
             with contextlib.suppress(RayActorError, ActorUnavailableError):  # a death shows in the result
-                self._log("started", names[place], attempt=self.attempts[place], **ray.get(place_ref))
-        return slot
+                self._log("started", names[slot.place], attempt=self.attempts[slot.place], **ray.get(slot.where))
+            slot.where = None
 
     def _hire(self) -> Any:
         threads, gpus = self.runtime.threads, self.runtime.gpus_per_worker
@@ -125,6 +134,11 @@ class SideBySide:
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}},
         }
         return ray.remote(Worker).options(**options).remote(threads)
+
+    def _dismiss(self) -> None:
+        for actor in self.idle:
+            ray.kill(actor)
+        self.idle = []
 
     def _collect_reports(
         self, slots: Sequence[Slot], names: Sequence[str], on_report: Callable[[str, dict], None]
@@ -143,6 +157,7 @@ class SideBySide:
 
     def _settle(self, slot: Slot, names: Sequence[str], results: dict[int, Any], waiting: deque[int]) -> None:
         name = names[slot.place]
+        self._announce(slot, names, timeout=5.0)
         try:
             results[slot.place] = ray.get(slot.result)
             self._log("finished", name)
@@ -162,10 +177,11 @@ class SideBySide:
 
     def _stop(self, slots: Sequence[Slot]) -> None:
         """Ask everyone to stop at the next step and wait for their checkpoints."""
-        for slot in slots:
+        working = [s for s in slots if s.where is None or ray.wait([s.where], timeout=0)[0]]
+        for slot in working:
             slot.actor.stop.remote()
         deadline = time.monotonic() + STOP_SECONDS
-        for slot in slots:
+        for slot in working:
             ray.wait([slot.result], timeout=max(0.0, deadline - time.monotonic()))
 
     def _log(self, event: str, name: str, **facts: Any) -> None:

@@ -28,14 +28,15 @@ class Resources:
     nodes: int
 
     def workers(self, runtime: config.Runtime, items: int) -> int:
-        """How many workers fit side by side: one per `threads` CPUs, or per share of a GPU."""
-        if runtime.workers is not None:
-            fit = runtime.workers
-        elif runtime.gpus_per_worker > 0:
-            fit = int(self.gpus / runtime.gpus_per_worker)
+        """How many workers fit side by side: one per `threads` CPUs, or per share of a GPU (no share spans two)."""
+        share = runtime.gpus_per_worker
+        if share >= 1:
+            fit = int(self.gpus / share)
+        elif share > 0:
+            fit = int(self.gpus) * int(1 / share + 1e-9)
         else:
             fit = int(self.cpus / runtime.threads)
-        return max(1, min(fit, items))
+        return max(1, min(fit, items, runtime.workers or items))
 
 
 @contextlib.contextmanager
@@ -67,7 +68,7 @@ def connected(runtime: config.Runtime) -> Iterator[Resources]:
     try:
         have = ray.cluster_resources()
         nodes = sum(1 for node in ray.nodes() if node["Alive"])
-        found = Resources(have.get("CPU", 0), have.get("GPU", 0), nodes)
+        found = Resources(have.get("CPU", 0.0), have.get("GPU", 0.0), nodes)
         if runtime.gpus_per_worker > found.gpus:
             raise ValueError(
                 f"runtime.gpus_per_worker asks for {runtime.gpus_per_worker} GPU(s) but the cluster has "

@@ -1,10 +1,20 @@
+import io
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from rmdd import config
-from rmdd.distill.phases import draw, mini_batches
+from rmdd.data.images import normalise
+from rmdd.data.material import Material
+from rmdd.data.shards import Dataset
+from rmdd.data.splits import Split
+from rmdd.distill.phases import NOISE_PIXEL_MEAN, NOISE_PIXEL_STD, choose_records, draw, initial, mini_batches
+from rmdd.distill.similarity import dense
 
 
 def rule(**change):
@@ -72,3 +82,98 @@ def test_batches_are_cut_from_permutations(data, pairs, steps, seed):
     for i in range(0, steps, whole):
         turn = rows[i : i + whole].flatten()
         assert len(turn.unique()) == len(turn)
+
+
+SIZE, IMAGES, CAPTIONS = 16, 12, 2
+
+
+class MemorySplit(Split):
+    """A split without files: pictures are encoded when asked for."""
+
+    def encoded(self, i):
+        file = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(self.images[i].transpose(1, 2, 0))).save(file, "PNG")
+        return file.getvalue()
+
+
+def material():
+    random = np.random.default_rng(0)
+    image_of = np.repeat(np.arange(IMAGES), CAPTIONS)
+    pictures = random.integers(0, 256, (IMAGES, 3, SIZE, SIZE)).astype(np.uint8)
+    texts = (2 + 3 * random.standard_normal((len(image_of), 200))).astype(np.float32)
+    names = [str(i) for i in range(IMAGES)]
+    captions = [f"caption {i}" for i in range(len(image_of))]
+    split = MemorySplit("train", pictures, captions, image_of, names, {}, Dataset(Path(), {}), np.arange(9), Path())
+    return Material(split, texts, (0.5, 0.4, 0.3), (0.25, 0.2, 0.3))
+
+
+TRAIN, RECORDS = material(), [5, 0, 17, 4]
+
+
+def run_of(augment=config.NO_AUGMENT, **distill):
+    return config.Run(
+        seed=3,
+        data=config.Data(image_size=SIZE),
+        experts=config.Experts(augment=augment),
+        distill=rule(similarity={"rank": 2} | distill.pop("similarity", {}), **distill),
+    )
+
+
+def test_records_are_drawn_without_replacement_by_seed_and_phase():
+    chosen = choose_records(0, 20, TRAIN, seed=1)
+    assert len(set(chosen)) == 20 and set(chosen) <= set(range(IMAGES * CAPTIONS))
+    torch.manual_seed(5)
+    assert choose_records(0, 20, TRAIN, seed=1) == chosen
+    assert choose_records(0, 8, TRAIN, seed=1) == chosen[:8]
+    assert choose_records(1, 20, TRAIN, seed=1) != chosen != choose_records(0, 20, TRAIN, seed=2)
+    assert sorted(choose_records(0, 24, TRAIN, seed=1)) == list(range(24)), "all there is can be asked for"
+
+
+def test_more_pairs_than_records_are_an_error():
+    with pytest.raises(ValueError, match=r"phase 1 wants 25 pairs but the train split has 24 .*lower distill.phases.1"):
+        choose_records(1, 25, TRAIN, seed=1)
+
+
+def test_a_real_start_is_the_records():
+    begun = initial(run_of(inner_lr=0.03), 0, TRAIN, RECORDS)
+    pictures = torch.from_numpy(TRAIN.split.images[TRAIN.split.image_of[RECORDS]])
+    assert torch.equal(begun.images, normalise(pictures, TRAIN.mean, TRAIN.std))
+    assert torch.equal(begun.texts, torch.tensor(TRAIN.texts[RECORDS]))
+    assert begun.lr_image == begun.lr_text == torch.tensor(0.03) and begun.lr_image is not begun.lr_text
+    begun.texts.zero_()
+    assert TRAIN.texts[RECORDS].all(), "the data is not what is learned"
+
+
+@pytest.mark.parametrize("start", ["real", "noise"])
+@pytest.mark.parametrize("kind", ["full", "low_rank", "identity"])
+def test_the_similarity_starts_at_the_identity(kind, start):
+    begun = initial(run_of(init=start, similarity={"kind": kind, "alpha": 2.5}), 0, TRAIN, RECORDS)
+    assert begun.alpha == 2.5
+    assert torch.equal(dense(begun.similarity, begun.alpha, begun.texts), torch.eye(4))
+    assert kind != "low_rank" or begun.similarity["left"].abs().min() > 0, "or the factors never move"
+
+
+def test_a_start_from_noise_knows_the_statistics_and_not_the_records():
+    records = list(range(20))
+    begun = initial(run_of(init="noise"), 0, TRAIN, records)
+    assert begun.images.shape == (20, 3, SIZE, SIZE) and begun.texts.shape == (20, 200)
+    channels = begun.images.transpose(0, 1).flatten(1)
+    torch.testing.assert_close(channels.mean(1), torch.tensor(NOISE_PIXEL_MEAN), atol=0.06, rtol=0)
+    torch.testing.assert_close(channels.std(1), torch.tensor(NOISE_PIXEL_STD), atol=0.05, rtol=0)
+    assert begun.texts.mean().item() == pytest.approx(2, abs=0.2)
+    assert begun.texts.std().item() == pytest.approx(3, abs=0.2)
+    again = initial(run_of(init="noise"), 0, TRAIN, records[::-1])
+    assert torch.equal(begun.images, again.images) and torch.equal(begun.texts, again.texts)
+    assert not torch.equal(begun.images, initial(run_of(init="noise"), 1, TRAIN, records).images)
+
+
+def test_an_augmented_start_shows_the_records_as_experts_saw_them():
+    plain = initial(run_of(), 0, TRAIN, RECORDS)
+    still = initial(run_of(init_augment=True), 0, TRAIN, RECORDS)
+    assert torch.equal(still.images, plain.images), "an augmentation that does nothing changes nothing"
+    shown = initial(run_of(config.Augment(), init_augment=True), 0, TRAIN, RECORDS)
+    assert torch.equal(shown.texts, plain.texts)
+    assert all(not torch.equal(a, b) for a, b in zip(shown.images, plain.images, strict=True))
+    turned = initial(run_of(config.Augment(), init_augment=True), 0, TRAIN, RECORDS[::-1])
+    assert torch.equal(turned.images, shown.images.flip(0)), "what a record shows does not depend on the others"
+    assert not torch.equal(shown.images[0], shown.images[3]), "two records of one image are augmented apart"

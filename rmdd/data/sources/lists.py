@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from rmdd.config import Data
+from rmdd.config import Annotations, Data
 from rmdd.data.shards import SPLITS
 from rmdd.data.sources.layouts import LISTS, describe, find_annotation, read_json_file, read_text
 from rmdd.data.sources.row import NO_SPLIT, Row, as_captions
@@ -27,10 +27,8 @@ KAGGLE_CAPTIONS = "captions.txt"
 
 def rows(data: Data) -> tuple[Iterator[Row], list[Path]]:
     root, layout = Path(data.root or ""), data.layout
-    if isinstance(data.annotations, dict):
-        files: dict[str, Path] = {split: root / name for split, name in data.annotations.items()}
-        if not files:
-            raise ValueError("data.annotations is empty; give {train: ..., val: ..., test: ...}")
+    if isinstance(data.annotations, Annotations):
+        files: dict[str, Path] = {split: root / name for split, name in data.annotations.files.items()}
     else:
         assert layout is not None  # config.Data sees to it
         if layout == "flickr8k" and (released := _flickr8k(root)):

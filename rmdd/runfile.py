@@ -1,0 +1,199 @@
+"""Run files as text: presets and YAML in, overrides applied, every mistake told. What the fields are is in `config`."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+PRESETS = resources.files("rmdd") / "presets"
+S = TypeVar("S", bound="Section")
+
+
+class Section(BaseModel):
+    """Part of a run file, frozen and without unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+
+    def clashes(self) -> list[str]:
+        """What is wrong between fields that are each right."""
+        return []
+
+    @model_validator(mode="after")
+    def _check(self, info: Any) -> Section:
+        found = self.clashes()
+        if found and info.context is None:
+            raise ValueError("; ".join(found))
+        if found and info.context is not None:
+            info.context.extend(found)  # `validate` tells them all at once
+        return self
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())  # a field may hold a mapping
+
+
+class ConfigError(ValueError):
+    """Every mistake of a run file at once: one line each, naming the field."""
+
+    def __init__(self, mistakes: Iterable[str], where: str = "run file"):
+        self.mistakes = list(mistakes)
+        self.where = where
+        super().__init__(f"{where}: {len(self.mistakes)} mistake(s)\n" + "\n".join(f"  - {m}" for m in self.mistakes))
+
+    def __reduce__(self):
+        return type(self), (self.mistakes, self.where)
+
+
+def preset_names() -> list[str]:
+    return sorted(p.name.removesuffix(".yaml") for p in PRESETS.iterdir() if p.name.endswith(".yaml"))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without the words on, off, yes and no for booleans: `ray: off` means the word."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:bool"]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
+def parse(text: str) -> Any:
+    """One YAML value; raises `yaml.YAMLError`."""
+    return _Loader(text).get_single_data()
+
+
+def read(source: str | Path) -> dict[str, Any]:
+    """The mapping in a preset or a YAML file, not yet checked. Raises `ConfigError` for anything else."""
+    path = Path(source)
+    if str(source) in preset_names():  # a file of that name is read as ./NAME
+        text = (PRESETS / f"{source}.yaml").read_text(encoding="utf-8")
+    elif path.is_file():
+        text = path.read_text(encoding="utf-8")
+    else:
+        names = ", ".join(preset_names())
+        known = f"no such file; give a YAML file or one of the presets: {names}"
+        raise ConfigError(
+            [known if path.suffix else f"no preset '{source}'; there are: {names}; or give a YAML file"], str(source)
+        )
+    try:
+        raw = parse(text)
+    except yaml.YAMLError as error:
+        raise ConfigError([f"not valid YAML: {' '.join(str(error).split())}"], str(source)) from None
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise ConfigError([f"expected sections such as `data:` at the top, found a {type(raw).__name__}"], str(source))
+    return raw
+
+
+def apply(raw: dict[str, Any], override: str, defaults: Mapping[str, Any], mistakes: list[str]) -> None:
+    """Set `a.b=c` in `raw`, in place; what is wrong with it is added to `mistakes`.
+
+    An entry of a list that `raw` does not spell out changes the list of `defaults`.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        mistakes.append(f"--set {override}: write it as section.field=value")
+        return
+    try:
+        value = parse(text)
+    except yaml.YAMLError:
+        mistakes.append(f"--set {override}: '{text}' is not a YAML value")
+        return
+    node: Any = raw
+    usual: Any = defaults
+    *parents, last = key.split(".")
+    for part in parents:
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                mistakes.append(f"--set {override}: no entry '{part}' (there are {len(node)})")
+                return
+            node = node[int(part)]
+        else:
+            usual = usual.get(part) if isinstance(usual, Mapping) else None
+            node = node.setdefault(part, copy.deepcopy(usual) if isinstance(usual, list) else {})
+        if not isinstance(node, dict | list):
+            mistakes.append(f"--set {override}: '{part}' is a value, not a section")
+            return
+    if isinstance(node, list):
+        if not last.isdigit() or int(last) >= len(node):
+            mistakes.append(f"--set {override}: no entry '{last}' (there are {len(node)})")
+            return
+        node[int(last)] = value
+    else:
+        node[last] = value
+
+
+def validate(kind: type[S], raw: dict[str, Any]) -> tuple[S | None, list[str]]:
+    """`raw` as a section, and every mistake in it.
+
+    Fields are checked against each other only where all can be read. So those that cannot are left out, and what
+    then is wrong is told as well, unless it is about them. Changes `raw`.
+    """
+    mistakes: list[str] = []
+    broken: set[str] = set()
+    while True:
+        clashes: list[str] = []
+        try:
+            value = kind.model_validate(raw, context=clashes)
+        except ValidationError as error:
+            mistakes += [] if broken else [_mistake(e) for e in error.errors()]
+            broken |= _without(raw, [e["loc"] for e in error.errors()])
+            continue
+        mistakes += [clash for clash in dict.fromkeys(clashes) if not _concerns(clash, broken)]
+        return (None if mistakes else value), mistakes
+
+
+def _mistake(error: Any) -> str:
+    """One line for one of pydantic's errors: the field, what is wrong, what was found."""
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown key; `rmdd init` writes every key with its meaning"
+    message = error["msg"].removeprefix("Value error, ")
+    shown = (
+        ""
+        if isinstance(error.get("input"), dict | BaseModel) or error["type"] == "missing"
+        else f", found {error.get('input')!r}"
+    )
+    return f"{where}: {message}{shown}" if where else message
+
+
+def _without(raw: dict[str, Any], places: Iterable[Sequence[Any]]) -> set[str]:
+    """Delete from `raw`, in place, the field nearest to each of `places`; returns the names of those deleted."""
+    deleted = set()
+    for place in places:
+        node: Any = raw
+        nearest: tuple[dict[str, Any], Any] | None = None
+        for part in place:
+            if isinstance(node, dict) and part in node:
+                nearest = node, part
+            elif not (isinstance(node, list) and isinstance(part, int) and part < len(node)):
+                break
+            node = node[part]
+        if nearest is not None:
+            del nearest[0][nearest[1]]
+            deleted.add(str(nearest[1]))
+    return deleted
+
+
+def _concerns(message: str, names: Iterable[str]) -> bool:
+    """Whether `message` names one of the fields `names`."""
+    return any(re.search(rf"\b{re.escape(name)}\b", message) for name in names)
+
+
+def hash_value(value: Any) -> str:
+    """First 16 hex digits of the SHA-256 of the canonical JSON of `value`."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

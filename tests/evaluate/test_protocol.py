@@ -1,0 +1,221 @@
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rmdd import config
+from rmdd.data.images import normalise
+from rmdd.data.material import Material
+from rmdd.data.shards import Dataset
+from rmdd.data.splits import Split
+from rmdd.distill.synthetic import Synthetic
+from rmdd.evaluate import protocol
+from rmdd.evaluate.protocol import (
+    Job,
+    best_by_val,
+    lesson_of,
+    random_lesson,
+    score_expert,
+    selection_jobs,
+    summary,
+    train_and_score,
+    tuning_jobs,
+)
+from rmdd.models.dual import build
+
+SIZE, TEXT_WIDTH, CAPTIONS = 8, 6, 2
+CPU = torch.device("cpu")
+
+
+def material(seed=0, images=11):
+    """Random pictures and caption embeddings, in memory."""
+    random = np.random.default_rng(seed)
+    image_of = np.repeat(np.arange(images), CAPTIONS)
+    pictures = random.integers(0, 256, (images, 3, SIZE, SIZE)).astype(np.uint8)
+    texts = random.standard_normal((len(image_of), TEXT_WIDTH)).astype(np.float32)
+    names = [str(i) for i in range(images)]
+    captions = [f"caption {i}" for i in range(len(image_of))]
+    split = Split("s", pictures, captions, image_of, names, {}, Dataset(Path(), {}), np.arange(images), Path())
+    return Material(split, texts, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+class Poisoned(Material):
+    """A split that must not be looked at."""
+
+    def __getattribute__(self, name):
+        if name in ("split", "texts", "mean", "std"):
+            raise AssertionError(f"{name} of a forbidden split was read")
+        return super().__getattribute__(name)
+
+
+POISON = object.__new__(Poisoned)
+TRAIN, VAL, TEST = material(0, 20), material(1), material(2)
+
+
+def run_of(**evaluate):
+    image = config.ImageTower(name="convnet", weights="random", widths=(4,), groups=2, projection="linear")
+    rule = {"epochs": 5, "eval_every": 2, "batch": 4, "students": 2}
+    return config.Run(
+        seed=5,
+        data=config.Data(image_size=SIZE),
+        model=config.Model(image=image, text=config.TextTower(name="hashing"), width=6, dropout=0.1, temperature=0.3),
+        distill=config.Distill(budget=7, phases=(config.Phase(pairs=20),)),
+        evaluate=config.Evaluate(**{**rule, **evaluate}),
+    )
+
+
+def lessons(run, number=2, lr=0.05):
+    return [random_lesson(run, TRAIN, draw, lr) for draw in range(number)]
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """Which splits were scored, in order."""
+    seen = []
+
+    def counted(model, material, device, chunk=256):
+        seen.append({id(VAL): "val", id(TEST): "test"}[id(material)])
+        return score(model, material, device, chunk)
+
+    score = protocol.score
+    monkeypatch.setattr(protocol, "score", counted)
+    return seen
+
+
+def test_a_poisoned_split_cannot_be_scored():
+    with pytest.raises(AssertionError, match="was read"):
+        protocol.score(build(run_of().model, TEXT_WIDTH, SIZE, 0, "x"), POISON, CPU)
+
+
+def test_a_lesson_is_what_was_distilled():
+    left, right, scale = torch.randn(4, 2), torch.randn(4, 2), torch.rand(4)
+    images, texts = torch.randn(4, 3, SIZE, SIZE), torch.randn(4, TEXT_WIDTH)
+    rates = {"lr_image": torch.tensor(0.25), "lr_text": torch.tensor(0.5)}
+    learned = {"scale": scale, "left": left, "right": right}
+    lesson = lesson_of(Synthetic(images, texts, **rates, similarity=learned, alpha=3.0))
+    assert lesson.images is images and lesson.texts is texts
+    assert (lesson.lr_image, lesson.lr_text) == (0.25, 0.5) and type(lesson.lr_image) is float
+    torch.testing.assert_close(lesson.similarity, torch.diag(scale) + 3.0 / 2 * left @ right.T)
+    assert torch.equal(lesson_of(Synthetic(images, texts, **rates)).similarity, torch.eye(4))
+
+
+def records_of(lesson):
+    """Caption records of TRAIN that a lesson was made of."""
+    return [int(np.flatnonzero((TRAIN.texts == row).all(1)).item()) for row in lesson.texts.numpy()]
+
+
+def test_random_pairs_are_real_records_at_the_budget():
+    run = run_of()
+    lesson = random_lesson(run, TRAIN, 0, 0.3)
+    records = records_of(lesson)
+    assert len(set(records)) == run.distill.budget == 7
+    pictures = torch.from_numpy(TRAIN.split.images[TRAIN.split.image_of[records]])
+    assert torch.equal(lesson.images, normalise(pictures, TRAIN.mean, TRAIN.std))
+    assert torch.equal(lesson.similarity, torch.eye(7)) and (lesson.lr_image, lesson.lr_text) == (0.3, 0.3)
+
+
+def test_random_pairs_depend_on_the_evaluation_seed_and_the_draw_alone():
+    records = records_of(random_lesson(run_of(), TRAIN, 0, 0.3))
+    torch.manual_seed(9)
+    assert records_of(random_lesson(run_of(), TRAIN, 0, 1.0)) == records, "rates are compared on the same pairs"
+    other = run_of().model_copy(update={"distill": config.Distill(budget=7, phases=(config.Phase(pairs=20),), seed=8)})
+    assert records_of(random_lesson(other, TRAIN, 0, 0.3)) == records
+    assert records_of(random_lesson(run_of(seed=5), TRAIN, 0, 0.3)) == records
+    assert records_of(random_lesson(run_of(seed=6), TRAIN, 0, 0.3)) != records
+    assert records_of(random_lesson(run_of(), TRAIN, 1, 0.3)) != records
+
+
+def test_a_budget_past_the_data_takes_all_of_it():
+    few = material(3, 2)
+    assert len(random_lesson(run_of(), few, 0, 0.3).images) == 2 * CAPTIONS
+
+
+def test_jobs_cover_every_choice_once():
+    run = run_of(selection_students=3, baseline_draws=2, baseline_lrs=(0.1, 0.2), baseline_losses=("wbce", "infonce"))
+    select, tune = selection_jobs(run, 4), tuning_jobs(run)
+    assert [(j.snapshot, j.index) for j in select] == [(s, i) for s in range(4) for i in range(3)]
+    expected = [(loss, lr, i) for loss in ("wbce", "infonce") for lr in (0.1, 0.2) for i in range(2)]
+    assert [(j.loss, j.lr, j.index) for j in tune] == expected, "no draw that is not there"
+    names = [j.name for j in select + tune + [Job(k, i) for k in ("student", "reference", "full") for i in range(3)]]
+    assert len(set(names)) == len(names) and "tune-wbce-0.1-001" in names and "select-03-002" in names
+
+
+def test_the_best_on_val_is_the_first_of_equals():
+    rows = [("a", 10.0), ("b", 30.0), ("a", 20.0), ("c", 20.0), ("b", 10.0), ("c", 20.0), ("d", 0.0)]
+    best, means = best_by_val([(choice, {"val": {"R@mean": value}}) for choice, value in rows])
+    assert best == "b" and means == {"a": 15.0, "b": 20.0, "c": 20.0, "d": 0.0}
+
+
+def test_the_summary_is_a_mean_and_a_sample_deviation():
+    rows = [{"val": {"IR@1": v, "R@mean": 2 * v}} for v in (1.0, 2.0, 6.0)]
+    found = summary(rows, "val")
+    assert found["IR@1"] == {"mean": 3.0, "std": pytest.approx(np.std([1, 2, 6], ddof=1)), "n": 3}
+    assert found["R@mean"]["mean"] == 6.0
+    alone = summary(rows[:1], "val")["IR@1"]
+    assert alone["mean"] == 1.0 and math.isnan(alone["std"]) and alone["n"] == 1
+
+
+@pytest.mark.parametrize("kind", ["select", "tune"])
+def test_choices_never_read_test(kind):
+    run = run_of()
+    record = train_and_score(Job(kind, 0, snapshot=0, loss="infonce", lr=0.05), run, lessons(run), VAL, POISON, CPU)
+    assert set(record) == {"job", "curve", "val"} and record["curve"] == []
+
+
+def test_a_student_has_its_curve_on_val_and_reads_test_once(scored):
+    run = run_of()
+    record = train_and_score(Job("student", 1), run, lessons(run), VAL, TEST, CPU)
+    points = [(p["subset"], p["passes"]) for p in record["curve"]]
+    assert points == [(0, 2), (0, 4), (1, 2), (1, 4), (1, 5)] and all(a < b for a, b in pairwise(points))
+    assert all(set(point) == {"subset", "passes", "val"} for point in record["curve"])
+    assert set(record) == {"job", "curve", "val", "test_last"} and record["job"] == "student-001"
+    assert scored.count("test") == 1 and scored[-1] == "test", "test is read after all else"
+    assert record["val"] == record["curve"][-1]["val"]
+
+
+def test_a_baseline_reads_val_and_test_once(scored):
+    run = run_of()
+    record = train_and_score(Job("baseline", 0, loss="wbce", lr=0.05), run, lessons(run, 1), VAL, TEST, CPU)
+    assert scored == ["val", "test"] and set(record) == {"job", "curve", "val", "test_last"}
+
+
+def test_the_reference_is_the_best_on_test_and_says_so(scored):
+    run = run_of()
+    record = train_and_score(Job("reference", 0), run, lessons(run), POISON, TEST, CPU)
+    assert set(record) == {"job", "curve", "test_best_reference"}
+    assert [(p["subset"], p["passes"]) for p in record["curve"]] == [(s, 1 + 10 * i) for s in (0, 1) for i in range(11)]
+    assert scored == ["test"] * 22
+    best = max(point["test"]["R@mean"] for point in record["curve"])
+    assert record["test_best_reference"]["R@mean"] == best
+
+
+def test_the_full_data_bound_reads_val_and_test_once(scored):
+    run = run_of()
+    model = build(run.model, TEXT_WIDTH, SIZE, 0, "expert", 3)
+    record = score_expert(Job("full", 3), run, model, VAL, TEST, CPU)
+    assert scored == ["val", "test"] and set(record) == {"job", "val", "test_last"} and record["job"] == "full-003"
+
+
+def test_a_record_is_a_function_of_the_job():
+    run, job = run_of(), Job("student", 0)
+    first = train_and_score(job, run, lessons(run), VAL, TEST, CPU)
+    torch.manual_seed(77)
+    assert train_and_score(job, run, lessons(run), VAL, TEST, CPU) == first
+
+
+@pytest.mark.parametrize("kind", ["tune", "select"])
+def test_a_choice_that_diverges_scores_nothing(kind):
+    run = run_of()
+    record = train_and_score(Job(kind, 0, loss="infonce"), run, lessons(run, 1, lr=1e38), VAL, POISON, CPU)
+    assert set(record["val"].values()) == {0.0} and "diverged on subset 0" in record["diverged"]
+    best, _ = best_by_val([("wild", record), ("tame", {"val": {"R@mean": 0.1}})])
+    assert best == "tame"
+
+
+def test_a_student_that_diverges_is_an_error():
+    run = run_of()
+    with pytest.raises(FloatingPointError, match="student 0 diverged on subset 0 in pass"):
+        train_and_score(Job("student", 0), run, lessons(run, 1, lr=1e38), VAL, TEST, CPU)

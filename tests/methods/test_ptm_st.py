@@ -1,0 +1,59 @@
+import pytest
+
+from rmdd import config
+from rmdd.methods.ptm_st import phases, without
+
+FLICKR30K = [f"flickr30k_ptm_st_{budget}" for budget in (100, 200, 500, 1000)]
+
+
+def load(name):
+    return config.load(name, ["data.root=somewhere"])
+
+
+@pytest.mark.parametrize("name", FLICKR30K)
+def test_the_presets_follow_the_range_rule(name):
+    plan = load(name).distill.phases
+    pairs, iterations = [p.pairs for p in plan], [p.iterations for p in plan]
+    ruled = phases(pairs, [6, 8, 10][: len(plan)], iterations, plan[0].start, plan[0].stop)
+    assert ruled == plan
+    for p, phase in enumerate(ruled):
+        assert (phase.start, phase.stop) == (plan[0].start + p, plan[0].stop + p)
+        assert phase.stop <= phase.endpoint
+
+
+def test_ranges_can_stand_still_or_jump():
+    still = phases([4, 4], [6, 6], 10, start=1, stop=3, shift=0)
+    assert [(p.start, p.stop, p.endpoint, p.iterations) for p in still] == [(1, 3, 6, 10)] * 2
+    jump = phases([4, 5], [6, 8], [10, 20], shift=2)
+    assert [(p.pairs, p.start, p.stop, p.iterations) for p in jump] == [(4, 0, 2, 10), (5, 2, 4, 20)]
+
+
+def test_lists_of_other_lengths_are_refused():
+    with pytest.raises(ValueError, match="2 phases of pairs but 1 endpoints; give one endpoint per phase"):
+        phases([4, 4], [6], 10)
+    with pytest.raises(ValueError):
+        phases([4, 4], [6, 8], [10])
+
+
+@pytest.mark.parametrize("ptm", [False, True])
+@pytest.mark.parametrize("st", [False, True])
+@pytest.mark.parametrize("ema", [False, True])
+def test_every_row_of_table_4(ptm, st, ema):
+    run = load("flickr30k_ptm_st_500")
+    row = without(run, ptm=not ptm, st=not st, ema=not ema)
+    first = run.distill.phases[0]
+    one = (first.model_copy(update={"pairs": sum(p.pairs for p in run.distill.phases)}),)
+    assert row.distill.phases == (run.distill.phases if ptm else one)
+    assert row.distill.trajectory == ("shortcut" if st else "original")
+    assert row.experts.keep == ("endpoints" if st else "all")
+    assert row.distill.ema == (0.99 if ema else 0.0)
+    switched = {"distill": {"phases", "trajectory", "ema"}, "experts": {"keep"}}
+    assert row.model_dump(exclude=switched) == run.model_dump(exclude=switched)
+    assert (row == run) == (ptm and st and ema)
+
+
+def test_the_run_itself_is_left_alone():
+    run = load("flickr30k_ptm_st_200")
+    before = run.model_dump_json()
+    without(run, ptm=True, st=True, ema=True)
+    assert run.model_dump_json() == before

@@ -1,0 +1,136 @@
+import json
+import os
+import signal
+import sys
+import time
+
+import pytest
+
+from rmdd.config import Runtime
+from rmdd.jobs import Executor, Interrupted
+from rmdd.runtime.actors import SideBySide
+from rmdd.runtime.cluster import Resources
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture
+def side_by_side(ray_local, tmp_path):
+    """Builds an executor of two workers; its tasks travel by value, for workers cannot import a test."""
+    ray_local.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    yield lambda **rule: SideBySide(
+        Runtime(**{"workers": 2, **rule}), Resources(8.0, 0.0, 1), tmp_path / "events.jsonl"
+    )
+    ray_local.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+def events(tmp_path, item=None):
+    lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    return [line for line in lines if item is None or line["item"] == item]
+
+
+def names_of(items):
+    return [f"item {i}" for i in range(len(items))]
+
+
+def ignore(name, metrics):
+    pass
+
+
+def square(item, hooks):
+    time.sleep(0.1 * (5 - item))  # the last is done first
+    hooks.report({"done": 1})
+    return item * item, os.getpid()
+
+
+def fail_on_two(item, hooks):
+    if item == 2:
+        raise ValueError("item two cannot be had; leave it out")
+    return item
+
+
+def die_until(item, hooks):
+    """Kill this process as often as the item says, counted by marker files."""
+    folder, deaths = item
+    died = len(list(folder.glob("died-*")))
+    if died < deaths:
+        (folder / f"died-{died}").touch()
+        time.sleep(0.3)  # time enough to be seen alive
+        os.kill(os.getpid(), signal.SIGKILL)
+    return f"after {died}"
+
+
+def wait_to_be_stopped(item, hooks):
+    hooks.report({"done": 1})
+    while not hooks.should_stop():
+        time.sleep(0.02)
+    (item / "saved").touch()
+    return False
+
+
+def test_results_come_in_order_from_few_actors(side_by_side, tmp_path):
+    executor, items = side_by_side(), list(range(6))
+    assert isinstance(executor, Executor)
+    results = executor.map(square, items, names_of(items), ignore)
+    assert [value for value, _ in results] == [0, 1, 4, 9, 16, 25]
+    assert len({pid for _, pid in results}) == 2, "actors are used again"
+    for name in names_of(items):
+        assert [line["event"] for line in events(tmp_path, name)] == ["started", "finished"]
+    assert {line["pid"] for line in events(tmp_path) if line["event"] == "started"} == {pid for _, pid in results}
+
+
+def test_more_workers_than_the_cluster_has_room_for_come_later(side_by_side):
+    items = list(range(5))
+    results = side_by_side(workers=3, threads=2).map(square, items, names_of(items), ignore)
+    assert [value for value, _ in results] == [0, 1, 4, 9, 16]
+
+
+def test_no_items_are_no_work(side_by_side, tmp_path):
+    assert side_by_side().map(square, [], [], ignore) == []
+    assert not (tmp_path / "events.jsonl").exists()
+
+
+def test_a_tasks_own_error_surfaces_as_it_was_raised(side_by_side, tmp_path):
+    items = list(range(4))
+    with pytest.raises(ValueError) as caught:
+        side_by_side().map(fail_on_two, items, names_of(items), ignore)
+    assert type(caught.value) is ValueError and caught.value.args == ("item two cannot be had; leave it out",)
+    assert [line["event"] for line in events(tmp_path, "item 2")] == ["started", "failed"], "it is not tried again"
+    assert events(tmp_path, "item 2")[-1]["error"] == "item two cannot be had; leave it out"
+
+
+def test_a_killed_worker_is_replaced_and_its_item_begun_again(side_by_side, tmp_path):
+    for name in ("whole", "mortal"):
+        (tmp_path / name).mkdir()
+    items = [(tmp_path / "whole", 0), (tmp_path / "mortal", 1)]
+    assert side_by_side().map(die_until, items, names_of(items), ignore) == ["after 0", "after 1"]
+    lines = events(tmp_path, "item 1")
+    assert [line["event"] for line in lines] == ["started", "died", "started", "finished"]
+    assert [lines[0]["attempt"], lines[2]["attempt"]] == [1, 2] and lines[0]["pid"] != lines[2]["pid"]
+    assert [line["event"] for line in events(tmp_path, "item 0")] == ["started", "finished"]
+
+
+def test_a_worker_that_keeps_dying_is_given_up(side_by_side, tmp_path):
+    with pytest.raises(
+        RuntimeError, match=r"the worker of item 0 died 2 times .*checkpoint is kept; .*raise runtime.max_restarts"
+    ):
+        side_by_side(max_restarts=1).map(die_until, [(tmp_path, 9)], ["item 0"], ignore)
+    assert [line["event"] for line in events(tmp_path)].count("died") == 2
+    assert len(list(tmp_path.glob("died-*"))) == 2
+
+
+def test_an_interrupt_lets_every_worker_save(side_by_side, tmp_path):
+    items = [tmp_path / "a", tmp_path / "b"]
+    for item in items:
+        item.mkdir()
+    seen = set()
+
+    def interrupt(name, metrics):
+        assert metrics == {"done": 1}
+        seen.add(name)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        side_by_side().map(wait_to_be_stopped, items, names_of(items), interrupt)
+    assert all((item / "saved").exists() for item in items)

@@ -1,0 +1,176 @@
+"""One run in this process: what is reused, what is refused, what comes out."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+
+import rmdd
+from rmdd import config
+from rmdd.data.ingest import ingest
+from rmdd.pipeline import open_pipeline, run_folder
+from rmdd.progress import Progress
+
+TINY = {
+    "name": "tiny",
+    "data": {"source": "scenes", "image_size": 16, "scenes": {"train": 12, "val": 5, "test": 5, "size": 16}},
+    "model": {
+        "image": {"name": "convnet", "weights": "random", "widths": [4], "groups": 2, "projection": "linear"},
+        "text": {"name": "hashing", "width": 16, "projection": "linear"},
+        "width": 8,
+    },
+    "experts": {"num": 1, "epochs": 2, "batch": 16, "augment": {"crop": False, "flip": 0, "randaugment_ops": 0}},
+    "distill": {
+        "budget": 9,
+        "phases": [
+            {"pairs": 4, "start": 0, "stop": 1, "endpoint": 1, "iterations": 4},
+            {"pairs": 4, "start": 0, "stop": 2, "endpoint": 2, "iterations": 3},
+        ],
+        "batch": 3,
+        "steps": 2,
+        "lr_image": 1.0,
+        "lr_text": 1.0,
+        "lr_similarity": 0.1,
+        "lr_lr": 1e-5,
+        "snapshots": 2,
+    },
+    "evaluate": {
+        "epochs": 2,
+        "students": 2,
+        "reference": False,
+        "baseline_lrs": [0.1],
+        "baseline_losses": ["infonce"],
+        "baseline_draws": 2,
+    },
+}
+
+
+def load(storage, *overrides, **sections):
+    raw = {**copy.deepcopy(TINY), "runtime": {"storage": str(storage), "ray": "off", "track": "none"}, **sections}
+    return config.load(raw, overrides)
+
+
+def go(run, step="all"):
+    with open_pipeline(run, Progress(quiet=True)) as pipeline:
+        return getattr(pipeline, step)()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A storage with a finished run; tests copy it before they write to it."""
+    storage = tmp_path_factory.mktemp("runs")
+    go(load(storage))
+    return storage
+
+
+@pytest.fixture
+def storage(finished, tmp_path):
+    """A copy of the finished storage, at the same age."""
+    return shutil.copytree(finished, tmp_path / "runs")
+
+
+def stamps(folder):
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_run_leaves_a_table_a_set_and_a_page(finished):
+    run = load(finished)
+    folder = run_folder(run)
+    assert folder.parent == finished and config.load(folder / "run.yaml") == run
+    table = json.loads((folder / "evaluation.json").read_text())["table"]
+    assert set(table) == {"random", "ptm_st", "full"}
+    assert {k: v["test_last"]["R@mean"]["n"] for k, v in table.items()} == {"random": 2, "ptm_st": 2, "full": 1}
+    assert {"ingest", "embed", "experts", "distill", "evaluate", "export", "report"} <= json.loads(
+        (folder / "seconds.json").read_text()
+    ).keys()
+    assert (folder / "report.html").stat().st_size > 1000
+    assert not list(finished.rglob("*.tmp"))
+
+
+def test_the_exported_set_loads_and_trains(finished):
+    distilled = rmdd.load(run_folder(load(finished)) / "set")
+    assert [s.pairs for s in distilled.subsets] == [4, 4]
+    pairs = distilled.as_dataset()
+    assert len(pairs) == 8
+    assert pairs[5]["image"].shape == (3, 16, 16) and pairs[5]["text"].shape == (16,) and pairs[5]["subset"] == 1
+    assert all(torch.isfinite(t).all() for s in distilled.subsets for t in (s.images, s.texts, *s.similarity.values()))
+    table = json.loads((run_folder(load(finished)) / "evaluation.json").read_text())["table"]
+    assert distilled.metrics["ptm_st"]["val"]["R@mean"] == table["ptm_st"]["val"]["R@mean"]
+
+
+def test_running_again_changes_nothing(finished):
+    def contents():
+        files = [p for p in finished.rglob("*") if p.is_file() and p.name not in ("seconds.json", "report.html")]
+        return {str(p.relative_to(finished)): p.read_bytes() for p in files}
+
+    before, folders = contents(), ("data", "cache", "experts", "phases", "baselines")
+    times = {f: stamps(finished / f) for f in folders}
+    go(load(finished))
+    assert contents() == before
+    assert {f: stamps(finished / f) for f in folders} == times
+
+
+def test_another_evaluation_reuses_experts_and_phases(storage):
+    times = {f: stamps(storage / f) for f in ("data", "cache", "experts", "phases")}
+    other = load(storage, "evaluate.epochs=1", "evaluate.students=1")
+    assert run_folder(other) != run_folder(load(storage))
+    go(other, "evaluate")
+    assert {f: stamps(storage / f) for f in times} == times
+    assert len(list((storage / "baselines").iterdir())) == 2
+
+
+def test_another_distillation_reuses_experts_and_baselines(storage):
+    times = {f: stamps(storage / f) for f in ("data", "cache", "experts", "baselines")}
+    go(load(storage, "distill.lr_image=2", "distill.steps=1"), "evaluate")
+    assert {f: stamps(storage / f) for f in times} == times
+    assert len(list((storage / "phases").iterdir())) == 2
+
+
+def test_over_budget_stops_before_anything_is_trained(tmp_path):
+    run = load(tmp_path, "distill.budget=8")
+    with pytest.raises(ValueError, match=r"budget 8 is .* phases of 4\+4 = 8 pairs need .*set phases to"):
+        go(run)
+    assert not (tmp_path / "experts").exists() and not (tmp_path / "data").exists()
+
+
+def test_over_budget_can_be_a_warning(storage):
+    run = load(storage, "distill.budget=8", "distill.budget_check=warn")
+    with open_pipeline(run, Progress(quiet=True)) as pipeline:
+        said = []
+        pipeline.progress.say = said.append
+        pipeline.check_budget()
+    assert len(said) == 1 and said[0].startswith("warning: budget 8 is ")
+
+
+def test_a_folder_begun_with_other_data_is_refused(tmp_path):
+    for seed in (0, 1):
+        ingest(load(tmp_path, f"data.scenes.seed={seed}").data, tmp_path / str(seed))
+
+    def with_data(name):
+        return load(tmp_path / "runs", data={"source": "dataset", "root": str(tmp_path / name), "image_size": 16})
+
+    go(with_data("0"), "ingest")
+    shutil.copytree(tmp_path / "0", tmp_path / "moved")
+    assert go(with_data("moved"), "ingest").path == tmp_path / "moved", "the same data may lie elsewhere"
+    with pytest.raises(ValueError, match=r"tiny-.* was begun with other data .*give the run another name"):
+        go(with_data("1"), "ingest")
+
+
+@pytest.mark.parametrize(
+    ("layout", "files"),
+    [
+        ("flickr30k", {"val": "flickr30k_val_first60.json", "test": "flickr30k_test_first60.json"}),
+        ("coco", {"train": "coco_karpathy_test_first60.json", "test": "coco_karpathy_test_six_captions.json"}),
+    ],
+)
+def test_real_annotations_without_their_images_are_counted_and_then_refused(shared, tmp_path, layout, files):
+    root = str(shared / "reference" / "real_annotations")
+    data = {"source": "lists", "layout": layout, "root": root, "annotations": files, "image_size": 16}
+    run = load(tmp_path, data=data)
+    dataset = go(run, "ingest")
+    assert dataset.manifest["quarantine"] == {"missing_file": dataset.manifest["rows_in"]}
+    with pytest.raises(ValueError, match=r"split 'train' of the dataset at .* holds no pair .*quarantine.jsonl"):
+        go(run)
+    assert not (tmp_path / "experts").exists()
