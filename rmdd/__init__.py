@@ -3,7 +3,7 @@
 >>> import rmdd
 >>> run = rmdd.load_config("demo", ["seed=1"])  # a preset's name, a YAML file or a mapping
 >>> rmdd.run(run)  # doctest: +SKIP
->>> distilled = rmdd.load("runs/demo/set")  # doctest: +SKIP
+>>> distilled = rmdd.load("runs/demo-0123abcd/set")  # doctest: +SKIP
 >>> pairs = distilled.as_dataset()  # doctest: +SKIP
 
 Importing is instant: torch, transformers and ray are loaded when something needs them.

@@ -1,5 +1,6 @@
 """`rmdd check`: what a run would do, where, and at about what cost. Touches nothing."""
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,26 @@ from rmdd.artefact import budget
 from rmdd.data.shards import Dataset
 from rmdd.experts.store import Store
 from rmdd.files import read_json
-from rmdd.models.image import double_backward
+from rmdd.models.dual import DualEncoder
+from rmdd.models.image import double_backward, matching_context, weights_file
 from rmdd.models.text import encoder_identity
-from rmdd.pipeline import places_of, run_folder
+from rmdd.pipeline import over_budget, places_of, run_folder
 from rmdd.tasks import Places
+
+
+def impossible(run: config.Run) -> list[str]:
+    """What can be known to stop a run before anything of it is made: a tower that cannot be had, phases over budget."""
+    mistakes = []
+    try:
+        _model(run, text_width=1)
+    except ValueError as error:
+        mistakes.append(str(error))
+    try:
+        if run.distill.budget_check == "error" and (over := over_budget(run)):
+            mistakes.append(over)
+    except ValueError as error:
+        mistakes.append(str(error))
+    return mistakes
 
 
 def examine(run: config.Run) -> dict[str, Any]:
@@ -21,7 +38,7 @@ def examine(run: config.Run) -> dict[str, Any]:
     Raises `ValueError` where a tower or an annotation file cannot be had.
     """
     width, remark = estimate.text_features(run.model.text)
-    model = estimate.model_on_meta(run, width)
+    model = _model(run, width)
     tower = run.model.image
     size = estimate.size_of(model, pretrained=tower.weights != "random" and tower.name != "convnet")
     work = estimate.work_of(model, run, width)
@@ -31,11 +48,11 @@ def examine(run: config.Run) -> dict[str, Any]:
         counts, origin = estimate.limited(counts, run.data), f"from {dataset.path}"
     else:
         counts, origin = estimate.known_counts(run.data)
-    similarity, pairs = run.distill.similarity, [p.pairs for p in run.distill.phases]
+    similarity, sizes = run.distill.similarity, [p.pairs for p in run.distill.phases]
     unit = budget.pair_parameters(run.data.image_size, width)
-    cost = budget.cost(pairs, run.data.image_size, width, similarity.kind, similarity.rank)
+    cost = budget.cost(sizes, run.data.image_size, width, similarity.kind, similarity.rank)
     kept = run.experts.epochs if run.experts.keep == "all" else len(run.endpoints)
-    over = budget.check(pairs, run.distill.budget, run.data.image_size, width, similarity.kind, similarity.rank)
+    over = budget.check(sizes, run.distill.budget, run.data.image_size, width, similarity.kind, similarity.rank)
     return {
         "run": str(run_folder(run)),
         "hash": run.hash_of(),
@@ -70,8 +87,18 @@ def examine(run: config.Run) -> dict[str, Any]:
         "memory": {"matching_step": estimate.matching_bytes(run, size, work, width)},
         "time": _time(run, estimate.operations(run, counts, work)),
         "gpus": _gpus(run),
-        "remarks": [remark] if remark else [],
+        "remarks": ([remark] if remark else [])
+        + [f"split '{split}' is empty; a run needs all three" for split, (pairs, _) in counts.items() if not pairs],
     }
+
+
+def _model(run: config.Run, text_width: int) -> DualEncoder:
+    """The run's dual encoder without values; raises `ValueError` when its image tower cannot be had or matched."""
+    tower = run.model.image
+    if tower.weights not in ("pretrained", "random"):
+        weights_file(tower)
+    with matching_context(tower.name) if tower.trainable else contextlib.nullcontext():
+        return estimate.model_on_meta(run, text_width)
 
 
 def _already_there(run: config.Run) -> tuple[Dataset | None, Places | None]:

@@ -228,9 +228,12 @@ def _do(load: Callable[[], config.Run], step: Step, as_json: bool, quiet: bool, 
     folders: list[Path] = []
     with _outcome(debug, folders):
         run = load()
+        from rmdd.check import impossible
         from rmdd.pipeline import open_pipeline, run_folder
         from rmdd.progress import Progress
 
+        if step is not _ingest and (mistakes := impossible(run)):
+            raise config.ConfigError(mistakes, run.name)
         folders.append(run_folder(run))
         with contextlib.redirect_stdout(sys.stderr), open_pipeline(run, Progress(quiet)) as pipeline:
             _stop_on_sigterm()  # ray puts its own handler in place
@@ -247,12 +250,25 @@ def _do(load: Callable[[], config.Run], step: Step, as_json: bool, quiet: bool, 
 
 
 def _load(source: str, sets: list[str]) -> config.Run:
-    """The run with an absolute data.root, so that it can be resumed from anywhere."""
+    """The run with absolute paths, so that it can be resumed from anywhere.
+
+    The paths of weights and of a text encoder are in the hash of a run, which names its folder: the same files at
+    another place make another run.
+    """
     run = config.load(source, sets)
-    if run.data.root is None:
-        return run
-    root = os.path.abspath(os.path.expanduser(run.data.root))
-    return run.model_copy(update={"data": run.data.model_copy(update={"root": root})})
+    data, image, text = run.data, run.model.image, run.model.text
+    if data.root is not None:
+        data = data.model_copy(update={"root": _absolute(data.root)})
+    if image.weights not in ("pretrained", "random"):
+        image = image.model_copy(update={"weights": _absolute(image.weights)})
+    if Path(text.name).expanduser().is_dir():
+        text = text.model_copy(update={"name": _absolute(text.name)})
+    model = run.model.model_copy(update={"image": image, "text": text})
+    return run.model_copy(update={"data": data, "model": model})
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def _load_folder(folder: Path) -> config.Run:
@@ -299,7 +315,11 @@ def _outcome(debug: bool = False, folders: list[Path] | None = None) -> Iterator
         end(str(error), 2, error)
     except KeyboardInterrupt as error:
         end(how_to_resume("stopped; resume with") or "stopped", 130, error)
-    except (ValueError, RuntimeError, ArithmeticError, OSError, MemoryError) as error:
+    except ValueError as error:
+        end(f"error: {error}", 1, error)
+    except ArithmeticError as error:  # the same numbers would come again
+        end(f"error: {error}\nlower the rates it names and use `rmdd run` again", 1, error)
+    except (RuntimeError, OSError, MemoryError) as error:
         resume_with = how_to_resume("\nwhen that is mended, resume with")
         end(f"error: {error or type(error).__name__}{resume_with}", 1, error)
 

@@ -150,7 +150,10 @@ def validate(kind: type[S], raw: dict[str, Any]) -> tuple[S | None, list[str]]:
             value = kind.model_validate(raw, context=clashes)
         except ValidationError as error:
             mistakes += [] if broken else [_mistake(e) for e in error.errors()]
-            broken |= _without(raw, [e["loc"] for e in error.errors()])
+            left_out = _without(raw, [e["loc"] for e in error.errors()])
+            if not left_out:
+                return None, mistakes
+            broken |= left_out
             continue
         mistakes += [clash for clash in dict.fromkeys(clashes) if not _concerns(clash, broken)]
         return (None if mistakes else value), mistakes

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import rmdd.pipeline
 from rmdd import cli, config
+from rmdd.jobs import Interrupted
 from rmdd.template import template
 
 TINY = [
@@ -174,19 +175,21 @@ def test_json_is_one_object_and_nothing_else(here, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "words"),
+    ("error", "code", "words", "resumable"),
     [
-        (ValueError("no such thing"), 1, "error: no such thing"),
-        (FloatingPointError("not finite"), 1, "error: not finite"),
-        (RuntimeError("worker died"), 1, "error: worker died"),
-        (KeyboardInterrupt(), 130, "stopped; resume with: rmdd resume"),
+        (ValueError("no such thing"), 1, "error: no such thing", False),
+        (FloatingPointError("not finite"), 1, "error: not finite\nlower the rates it names and use `rmdd run`", False),
+        (RuntimeError("worker died"), 1, "error: worker died\nwhen that is mended, resume with: ", True),
+        (OSError("disk full"), 1, "error: disk full", True),
+        (KeyboardInterrupt(), 130, "stopped; resume with: ", True),
+        (Interrupted(), 130, "stopped; resume with: ", True),
     ],
 )
-def test_a_failed_run_says_how_to_go_on(here, monkeypatch, error, code, words):
+def test_a_failed_run_says_how_to_go_on(here, monkeypatch, error, code, words, resumable):
     steps = Steps(error).install(monkeypatch)
     done = rmdd_("run", "demo", "--quiet")
     assert done.exit_code == code and done.stdout == ""
-    assert words in done.stderr and f"rmdd resume {steps.folder}" in done.stderr
+    assert words in done.stderr and (f"rmdd resume {steps.folder}" in done.stderr) == resumable
     assert "Traceback" not in done.stderr
     assert "Traceback" in rmdd_("run", "demo", "--quiet", "--debug").stderr
 
@@ -223,7 +226,38 @@ def test_resume_refuses_what_it_cannot_go_on_with(here, monkeypatch):
     assert changed.exit_code == 2 and "it was changed" in changed.stderr
 
 
-def test_a_relative_root_is_kept_absolute(here, monkeypatch):
+def test_relative_paths_are_kept_absolute(here, monkeypatch):
+    monkeypatch.setattr("rmdd.check.impossible", lambda run: [])
     steps = Steps().install(monkeypatch)
+    (here / "bert").mkdir()
+    local = ("data.root=images", "model.image.weights=w/nfnet.pth", "model.text.name=bert")
+    rmdd_("run", "flickr30k_ptm_st_100", "--quiet", *sets(*local))
     rmdd_("run", "flickr30k_ptm_st_100", "--quiet", *sets("data.root=images"))
-    assert steps.runs[0].data.root == str(here / "images")
+    first, second = steps.runs
+    assert first.data.root == second.data.root == str(here / "images")
+    assert first.model.image.weights == str(here / "w" / "nfnet.pth") and first.model.text.name == str(here / "bert")
+    assert (second.model.image.weights, second.model.text.name) == ("pretrained", "bert-base-uncased")
+
+
+@pytest.mark.parametrize("command", ["run", "experts", "distill", "evaluate", "report"])
+def test_what_cannot_work_is_found_before_any_folder_is_made(here, command):
+    wrong = ("model.image.name=nfnet_10", "model.image.weights=absent.pth", "distill.budget=8")
+    done = rmdd_(command, "demo", *sets(*TINY, *wrong))
+    assert done.exit_code == 2 and "2 mistake(s)" in done.stderr
+    assert f"no weights file '{here / 'absent.pth'}'" in done.stderr and "over by" in done.stderr
+    for changes, words in (
+        (("model.image.name=nfnet_10",), "the closest names are nfnet_l0"),
+        (("data.normalise=tower",), "convnet has no normalisation of its own"),
+        (("model.image.name=lcnet_035",), "no second derivative"),
+        (("model.text.name=package:absent",), "not an installed package"),
+    ):
+        done = rmdd_(command, "demo", *sets(*TINY, *changes))
+        assert done.exit_code == 2 and words in done.stderr
+    assert not list(here.iterdir())
+
+
+def test_check_names_an_empty_split(here):
+    (here / "captions.csv").write_text("image,caption,split\na.png,one,train\nb.png,two,test\n")
+    table = ("data.source=table", f"data.root={here}")
+    done = rmdd_("check", "demo", *sets(*TINY, *table))
+    assert done.exit_code == 0 and "split 'val' is empty; a run needs all three" in done.stdout

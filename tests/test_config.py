@@ -2,7 +2,7 @@ import pickle
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rmdd import config
@@ -18,20 +18,29 @@ def with_phase(changes: dict, **distill) -> dict:
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
-        (with_phase({"stop": 4}), "set phases.0.stop to 3"),
+        (with_phase({"stop": 4}), "set distill.phases.0.stop to 3"),
         (with_phase({}, match_epochs=3), "ends past the endpoint 3"),
-        (with_phase({"stop": 3}, start_rule="inclusive"), "set phases.0.stop to 2"),
-        (with_phase({"stop": 3}, endpoint_rule="exclusive"), "set phases.0.stop to 2"),
+        (with_phase({"stop": 3}, start_rule="inclusive"), "set distill.phases.0.stop to 2"),
+        (with_phase({"stop": 3}, endpoint_rule="exclusive"), "set distill.phases.0.stop to 2"),
         (with_phase({"start": 2}), "is empty; raise stop"),
         (with_phase({"pairs": 1}), "one pair has no negatives"),
-        (with_phase({"pairs": 8}), "batch 10 is larger than phases.0 with its 8 pairs"),
-        (with_phase({}, similarity={"kind": "low_rank", "rank": 11}), "use at most 10 or similarity.kind: full"),
+        (with_phase({"pairs": 8}), "batch 10 is larger than distill.phases.0 with its 8 pairs"),
+        (
+            with_phase({}, similarity={"kind": "low_rank", "rank": 11}),
+            "use at most 10 or distill.similarity.kind: full",
+        ),
         ({"distill": {"phases": []}}, "phases is empty"),
         (with_phase({"endpoint": 11}), "set experts.epochs to 11"),
         (with_phase({}, trajectory="original"), "set experts.keep: all"),
         ({"data": {"source": "table"}}, "--set data.root=FOLDER"),
         ({"data": {"split_fractions": [0.5, 0.1, 0.1]}}, "sum to 1"),
         ({"model": {"image": {"trainable": False}}}, "set model.image.projection: block"),
+        ({"model": {"image": {"trainable": False, "weights": "random", "projection": "block"}}}, "never be learned"),
+        ({"model": {"image": {"name": "convnet", "weights": "pretrained"}}}, "convnet has no pretrained weights"),
+        ({"model": {"image": {"name": "convnet"}}, "data": {"normalise": "tower"}}, "no normalisation of its own"),
+        ({"data": {"source": "lists", "root": "r", "annotations": {"dev": "d.json"}}}, "dev: unknown key"),
+        ({"data": {"source": "lists", "root": "r", "annotations": {}}}, "data.annotations is empty"),
+        ({"data": {"source": "karpathy", "root": "r", "annotations": {"val": "v.json"}}}, "use source: lists"),
         ({"experts": {"epochz": 3}}, "experts.epochz: unknown key"),
         ({"name": "../escape"}, "name"),
         ({"seed": "many"}, "seed"),
@@ -48,6 +57,76 @@ def test_all_mistakes_at_once_and_picklable():
         load({"seed": "x", "experts": {"num": 0}, "nonsense": 1}, ["evaluate.students=0", "no-equals"])
     assert len(caught.value.mistakes) == 5
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_clashes_are_told_beside_fields_that_cannot_be_read():
+    raw = {
+        "seed": "x",
+        "data": {"source": "table", "image_size": 1},
+        "experts": {"num": 0, "epochs": 2},
+        **with_phase({"pairs": 8}, steps=0, lr_lr="fast"),
+    }
+    with pytest.raises(ConfigError) as caught:
+        load(raw)
+    fields = ("seed: ", "data.image_size: ", "experts.num: ", "distill.steps: ", "distill.lr_lr: ")
+    clashes = (
+        "source 'table' reads files",
+        "distill.batch 10 is larger",
+        "ask for epoch 3 but experts are trained for 2",
+    )
+    for words in fields + clashes:
+        assert sum(words in mistake for mistake in caught.value.mistakes) == 1, words
+    assert len(caught.value.mistakes) == len(fields + clashes)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"data": {"source": "table", "root": 3}},
+        {"experts": {"epochs": "two"}, **with_phase({"endpoint": 12})},
+        with_phase({"pairs": "eight"}),
+        {"distill": {"phases": [{"endpoint": 3}], "batch": 200}},
+        {"distill": [3]},
+        {"experts": {3: 1}},
+        {"data": {"source": "lists", "root": "r", "annotations": 3}},
+    ],
+)
+def test_a_field_that_cannot_be_read_is_told_of_once(raw):
+    with pytest.raises(ConfigError) as caught:
+        load(raw)
+    places = {".".join(mistake.partition(": ")[0].split(".")[:2]) for mistake in caught.value.mistakes}
+    assert len(places) == 1
+
+
+def test_a_section_made_in_code_is_checked_too():
+    with pytest.raises(ValueError, match="give data.root"):
+        config.Data(source="table")
+
+
+def test_a_preset_is_not_hidden_by_what_lies_in_the_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    assert load("demo").name == "demo"
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ConfigError, match="no preset 'mine'"):
+        load("mine")
+    (tmp_path / "demo").rmdir()
+    (tmp_path / "demo").write_text("name: here")
+    assert (load("demo").name, load("./demo").name) == ("demo", "here")
+
+
+@pytest.mark.parametrize("name", config.preset_names())
+def test_a_run_can_be_a_key(name):
+    run, again = (load(name, [] if name == "demo" else ["data.root=somewhere"]) for _ in range(2))
+    assert len({run, again}) == 1
+
+
+def test_an_override_changes_an_entry_of_a_default_list():
+    run = load({}, ["distill.phases.0.pairs=20", "model.image.widths.1=64", "experts.augment.crop_scale.0=0.25"])
+    assert run.distill.phases == (config.Distill().phases[0].model_copy(update={"pairs": 20}),)
+    assert run.model.image.widths == (64, 64, 128) and run.experts.augment.crop_scale == (0.25, 1.0)
+    with pytest.raises(ConfigError, match="no entry '1' .there are 1."):
+        load({}, ["distill.phases.1.pairs=20"])
 
 
 def test_overrides_reach_sections_lists_and_nothing_else():
@@ -92,6 +171,7 @@ def test_files_that_are_no_run(tmp_path):
         load(tmp_path / "absent.yaml")
 
 
+@settings(deadline=None)
 @given(
     seed=st.integers(0, 2**31),
     lr=st.floats(1e-6, 1e6),
@@ -105,6 +185,7 @@ def test_a_dumped_run_loads_to_itself(seed, lr, pairs, epochs, name):
     assert again == run and again.hash_of() == run.hash_of()
 
 
+@settings(deadline=None)
 @given(storage=st.text(min_size=1), workers=st.integers(1, 64), root=st.text(min_size=1))
 def test_places_and_width_of_a_run_are_not_in_its_hash(storage, workers, root):
     base = {"data": {"source": "table", "root": "here"}}

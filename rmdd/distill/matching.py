@@ -134,7 +134,8 @@ def outer_step(state: State, gradient: Synthetic, rule: config.Distill) -> State
             # as torch.optim.SGD rounds it: one fused multiply-add
             raw[name] = torch.add(now[name], momentum[name], alpha=-lr)
             continue
-        step = g / (g.square().mean().sqrt() + torch.finfo(g.dtype).tiny)
+        step = g / g.abs().amax().clamp(min=torch.finfo(g.dtype).tiny)  # first, lest the squares over- or underflow
+        step = step / step.square().mean().sqrt().clamp(min=torch.finfo(g.dtype).tiny)
         momentum[name] = (1 - rule.momentum) * step + (0 if past is None else rule.momentum * past)
         raw[name] = now[name] * (-lr * momentum[name]).exp() if name in INNER_RATES else now[name] - lr * momentum[name]
     average = {n: rule.ema * a + (1 - rule.ema) * raw[n] for n, a in state.average.tensors().items()}

@@ -130,6 +130,25 @@ def test_a_missing_image_that_turns_up_is_taken_in(messy, draw, tmp_path):
     assert "missing_file" not in after.manifest["quarantine"]
 
 
+@pytest.mark.parametrize("there_before", [False, True], ids=["no folder", "a dataset with missing images"])
+def test_of_two_ingests_side_by_side_the_first_stays(messy, draw, tmp_path, there_before):
+    out = tmp_path / "out"
+    if there_before:
+        ingest(messy, out)
+        draw("missing.png")
+    first, files = [], {}
+
+    def overtaken(function, tables):
+        yield from map(function, tables)
+        first.append(ingest(messy, out))
+        files.update({file: file.stat().st_ino for file in out.iterdir()})
+
+    second = ingest(messy, out, overtaken)
+    assert second.hash == first[0].hash and second.manifest == first[0].manifest
+    assert {file: file.stat().st_ino for file in out.iterdir()} == files
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "root"]
+
+
 def test_other_input_into_the_same_folder_is_refused(messy, put, tmp_path):
     out = tmp_path / "out"
     ingest(messy, out)

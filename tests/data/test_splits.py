@@ -1,13 +1,15 @@
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from rmdd.config import Captions, Data, Scenes
+from rmdd.config import NO_AUGMENT, Augment, Captions, Data, Experts, Model, Run, Scenes, TextTower
 from rmdd.data.captions import clean
 from rmdd.data.images import squash
 from rmdd.data.ingest import ingest
+from rmdd.data.material import load_material
 from rmdd.data.splits import load_split
 
 
@@ -30,6 +32,7 @@ def test_a_split_is_the_shards_squashed_and_flat(scenes, tmp_path):
         assert split.encoded(i) == pairs[i].image
         assert (split.images[i] == squash(Image.open(io.BytesIO(pairs[i].image)), 12)).all()
     assert split.dropped == {"captions": 0, "pairs": 0}
+    assert split.facts() == {"pairs": 70, "captions": 350, "dropped_captions": 0, "dropped_pairs": 0}
 
 
 def test_the_cache_is_read_back_and_knows_what_shaped_it(scenes, tmp_path):
@@ -47,6 +50,25 @@ def test_the_cache_is_read_back_and_knows_what_shaped_it(scenes, tmp_path):
     assert len(list(cache.iterdir())) == 6
     load_split(dataset, "val", data.model_copy(update={"captions": Captions(max_words=3)}), cache)
     assert len(list(cache.iterdir())) == 6  # the caption rule left all pictures in place
+
+
+def test_workers_may_build_the_cache_at_once(scenes, tmp_path):
+    dataset, data = scenes
+    splits = [load_split(dataset, "train", data, tmp_path / "cache") for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        read = list(pool.map(lambda split: [split.encoded(i) for i in range(len(split))], splits))
+    assert read == [[pair.image for pair in dataset.pairs("train")]] * 4
+    assert not [file.name for file in (tmp_path / "cache").iterdir() if file.name.endswith(".tmp")]
+
+
+def test_what_experts_read_is_built_before_them(scenes, tmp_path):
+    dataset, data = scenes
+    for augmented in (True, False):
+        rule = Augment() if augmented else NO_AUGMENT
+        text = TextTower(name="hashing", width=8)
+        run = Run(data=data, experts=Experts(augment=rule), model=Model(text=text))
+        load_material(run, dataset, "train", tmp_path / str(augmented))
+        assert bool(list((tmp_path / str(augmented)).glob("*.bin"))) == augmented
 
 
 def test_the_limit_cuts_val_and_test_alone(scenes, tmp_path):

@@ -215,8 +215,10 @@ def test_a_frozen_tower_is_neither_trained_nor_stored(tmp_path):
         "widths": (4,),
         "groups": 2,
         "projection": "block",
-        "trainable": False,
     }
+    tower = expert_model(run_of(image=dict(image)), 0, TEXT_WIDTH).image_tower.state_dict()
+    save_file(tower, tmp_path / "weights.safetensors")
+    image |= {"weights": str(tmp_path / "weights.safetensors"), "trainable": False}
     run = run_of(image=image, dropout=0.1)
     store, done = train(run, tmp_path)
     assert done and {n.split(".")[0] for n in store.shapes} == {"image_head", "text_head"}

@@ -13,6 +13,7 @@ from rmdd.models.image import (
     build_image_tower,
     double_backward,
     freeze_statistics,
+    image_identity,
     matching_context,
     normalisation_of,
 )
@@ -223,6 +224,21 @@ def test_normalisation():
     assert normalisation_of(ImageTower(name="test_vit")) == ((0.5,) * 3, (0.5,) * 3)
     with pytest.raises(ValueError, match="convnet has no normalisation"):
         normalisation_of(CONVNET)
+
+
+def test_identity_is_of_the_weights(tmp_path):
+    assert image_identity(CONVNET) == image_identity(ImageTower(name="test_vit", weights="random")) == "random"
+    names = {image_identity(ImageTower(name=name)) for name in ("test_vit", "vit_base_patch16_224.dino")}
+    assert names == {f"timm/{n}, timm {timm.__version__}" for n in ("test_vit.r160_in1k", "vit_base_patch16_224.dino")}
+    save_file({"a": torch.zeros(1)}, tmp_path / "here.safetensors")
+    (tmp_path / "there.safetensors").write_bytes((tmp_path / "here.safetensors").read_bytes())
+    here, there = (ImageTower(weights=str(tmp_path / f"{name}.safetensors")) for name in ("here", "there"))
+    before = image_identity(here)
+    assert before == image_identity(there) and len(before) == 64
+    save_file({"a": torch.ones(2)}, tmp_path / "here.safetensors")
+    assert image_identity(here) != before
+    with pytest.raises(ValueError, match="no weights file"):
+        image_identity(ImageTower(weights=str(tmp_path / "absent.pth")))
 
 
 def test_nfnet_l0_is_the_published_tower():

@@ -121,6 +121,17 @@ def test_the_identity_is_of_the_content_not_of_the_place(tmp_path):
     assert same != encoder_identity(tower_of(there))
 
 
+def test_the_files_are_hashed_once_per_process(tmp_path, monkeypatch):
+    here, hashed = save_encoder(tmp_path / "here"), []
+    hash_file = text.sha256_file
+    monkeypatch.setattr(text, "sha256_file", lambda path: hashed.append(path) or hash_file(path))
+    first = encoder_identity(tower_of(here))
+    files = len(hashed)
+    assert files and encoder_identity(tower_of(here)) == first and len(hashed) == files
+    (here / "vocab.txt").write_text("[UNK]")
+    assert encoder_identity(tower_of(here)) != first and len(hashed) == 2 * files
+
+
 def test_an_interrupted_call_leaves_nothing(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(np, "take", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
