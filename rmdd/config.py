@@ -336,7 +336,7 @@ class Evaluate(Section):
 
 
 class Runtime(Section):
-    """Where and how wide a run goes. Changes no number, so it is left out of every hash."""
+    """Where and how wide a run goes; in no hash. Only `threads` and a GPU change bits, by rounding alone."""
 
     storage: str = Field("runs", description="folder of all runs, stores and caches")
     ray: Literal["on", "off"] = Field("on", description="off: everything in turn in this process, with the same bits")

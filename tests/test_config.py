@@ -38,7 +38,10 @@ def with_phase(changes: dict, **distill) -> dict:
         ({"model": {"image": {"trainable": False, "weights": "random", "projection": "block"}}}, "never be learned"),
         ({"model": {"image": {"name": "convnet", "weights": "pretrained"}}}, "convnet has no pretrained weights"),
         ({"model": {"image": {"name": "convnet"}}, "data": {"normalise": "tower"}}, "no normalisation of its own"),
-        ({"data": {"source": "lists", "root": "r", "annotations": {"dev": "d.json"}}}, "dev: unknown key"),
+        (
+            {"data": {"source": "lists", "root": "r", "annotations": {"dev": "d.json"}}},
+            "data.annotations.dev: unknown key",
+        ),
         ({"data": {"source": "lists", "root": "r", "annotations": {}}}, "data.annotations is empty"),
         ({"data": {"source": "karpathy", "root": "r", "annotations": {"val": "v.json"}}}, "use source: lists"),
         ({"experts": {"epochz": 3}}, "experts.epochz: unknown key"),

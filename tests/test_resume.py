@@ -76,7 +76,7 @@ def start(*words: str) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output
     return output
 
@@ -104,7 +104,7 @@ def events(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 120) -> object:
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 300) -> object:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         assert process.poll() is None, f"the run ended before it was killed: {process.communicate()[0]}"
@@ -171,7 +171,7 @@ def test_terminated_run_saves_stops_and_says_how_to_go_on(folder: Path, unbroken
     process = start("run", str(folder / "run.yaml"))
     wait_for(lambda: lines_of(folder, "phases/*/phase-0/metrics.jsonl") >= 5, process)
     process.terminate()
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 130, output
     run = run_folder(config.load(folder / "run.yaml"))
     assert f"rmdd resume {run}" in output
