@@ -235,7 +235,10 @@ def _distil(
     checkpoint, log = folder / "state.safetensors", folder / "metrics.jsonl"
     state = (State.load(checkpoint, key) if checkpoint.is_file() else State.begin(initial)).to(device)
     _cut_log(log, state.iteration)
+    last_set = folder / f"set-{total:06d}.safetensors"
     if state.iteration >= total:
+        if not last_set.is_file():
+            save_set(state.average, last_set)
         return True
     matcher = Matcher(run, phase, store, model, device)
     lines: list[dict] = []

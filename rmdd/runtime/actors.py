@@ -41,8 +41,10 @@ class Worker:
         import torch
 
         torch.set_num_threads(self.threads)
-        self.latest = {}
-        return task(item, Hooks(self._report, lambda: self.stopping))
+        try:
+            return task(item, Hooks(self._report, lambda: self.stopping))
+        finally:
+            self.latest = {}
 
     def _report(self, metrics: dict[str, Any]) -> None:
         self.latest = metrics
@@ -166,6 +168,7 @@ class SideBySide:
             self._log("failed", name, error=str(error.cause))
             raise error.cause if isinstance(error.cause, Exception) else error from error
         except (RayActorError, ActorUnavailableError) as error:
+            ray.kill(slot.actor)  # one that is only out of reach must not go on beside its successor
             self._log("died", name, error=" ".join(str(error).split())[:300])
             if self.attempts[slot.place] > self.runtime.max_restarts:
                 raise RuntimeError(
