@@ -18,7 +18,7 @@ RUN = {
     "name": "tiny",
     "seed": 3,
     "data": {"source": "scenes", "scenes": {"train": 10, "val": 2, "test": 2, "size": 16}, "image_size": 16},
-    "model": {"image": {"name": "convnet"}, "text": {"name": "hashing", "width": 32}},
+    "model": {"image": {"name": "convnet", "weights": "random"}, "text": {"name": "hashing", "width": 32}},
     "distill": {"budget": 20, "batch": 2, "phases": [{"pairs": 4, "iterations": 6}, {"pairs": 3, "iterations": 4}]},
 }
 EVALUATION = {"table": {"ptm_st": {"val": {"R@mean": {"mean": 1.5, "std": 0.5, "n": 5}}}}}

@@ -46,7 +46,7 @@ def make_set(kind="full", loss="wbce", pairs=(6, 5), **change):
         subsets=tuple(make_subset(m, seed, kind) for seed, m in enumerate(pairs)),
         mean=(0.48, 0.45, 0.4),
         std=(0.26, 0.25, 0.27),
-        model={"image": {"name": "convnet"}, "text": {"name": "hashing"}, "temperature": 0.07},
+        model={"image": {"name": "convnet", "weights": "random"}, "text": {"name": "hashing"}, "temperature": 0.07},
         method="ptm_st",
         loss=loss,
         config={"name": "small", "data": {"source": "scenes", "layout": None}, "seed": 3},

@@ -12,7 +12,7 @@ from rmdd.data.material import Material
 from rmdd.data.shards import Dataset
 from rmdd.data.splits import Split
 from rmdd.evaluate.retrieval import recalls
-from rmdd.evaluate.students import Lesson, reference_rule, score, train_student
+from rmdd.evaluate.students import Diverged, Lesson, reference_rule, score, train_student
 from rmdd.models.dual import build, tower_of
 from rmdd.models.losses import LOSSES
 from rmdd.seeding import generator
@@ -145,9 +145,9 @@ def test_scoring_on_the_way_changes_nothing():
 @pytest.mark.parametrize("tower", ["image", "text"])
 def test_a_rate_that_is_not_positive_is_refused(rate, tower):
     broken = [lessons()[0], replace(lessons()[1], **{f"lr_{tower}": rate})]
-    with pytest.raises(ValueError, match=f"subset 1 has the learned {tower} rate .*distill.min_inner_lr"):
+    with pytest.raises(Diverged, match=f"subset 1 has the learned {tower} rate .*distill.min_inner_lr"):
         train_student(fresh(), broken, rule_of(), "wbce", SEED, STUDENT)
-    with pytest.raises(ValueError, match="which trains nothing"):
+    with pytest.raises(Diverged, match="which trains nothing"):
         train_student(fresh(), broken, rule_of(lr="last"), "wbce", SEED, STUDENT)
 
 

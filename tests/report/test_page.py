@@ -78,7 +78,7 @@ def make_run(tmp_path, pairs=(5,), kind="full", size=16, logged=40, captions_bef
     run = config.load({
         "name": "tiny",
         "data": {"image_size": size},
-        "model": {"image": {"name": "convnet"}, "text": {"name": "hashing"}},
+        "model": {"image": {"name": "convnet", "weights": "random"}, "text": {"name": "hashing"}},
         "distill": {
             "budget": 20, "batch": 2, "similarity": {"kind": kind, "rank": 1}, "branches": branches,
             "phases": [{"pairs": m, "iterations": 40} for m in pairs],
@@ -115,7 +115,7 @@ def make_run(tmp_path, pairs=(5,), kind="full", size=16, logged=40, captions_bef
         tuple(subsets),
         mean=(0.5, 0.5, 0.5),
         std=(0.25, 0.25, 0.25),
-        model={"image": {"name": "convnet"}, "text": {"name": "hashing"}},
+        model={"image": {"name": "convnet", "weights": "random"}, "text": {"name": "hashing"}},
         method="ptm_st",
         loss="wbce",
         config=run.model_dump(mode="json", exclude={"runtime"}) | {"name": HOSTILE},
