@@ -18,7 +18,7 @@ from rmdd.distill.matching import distill_phase, load_set
 from rmdd.evaluate.protocol import Job, lesson_of, random_lesson, score_expert, train_and_score
 from rmdd.experts.store import Store
 from rmdd.experts.train import expert_model, train_expert
-from rmdd.files import read_json, write_json
+from rmdd.files import locked, read_json, write_json
 from rmdd.jobs import Hooks
 from rmdd.models.text import text_width
 
@@ -78,17 +78,19 @@ def expert(item: Item, hooks: Hooks) -> bool:
     def on_epoch(metrics: dict[str, Any]) -> None:
         hooks.report({"done": metrics["epoch"], "loss": metrics["loss"], "val": metrics["val"]})
 
-    return train_expert(
-        item.run,
-        item.number,
-        Store.open(item.places.store),
-        material(item, "train"),
-        material(item, "val"),
-        device_of(item.run),
-        on_epoch,
-        hooks.should_stop,
-        item.run.runtime.loader_workers,
-    )
+    store = Store.open(item.places.store)
+    with locked(store.folder(item.number)):
+        return train_expert(
+            item.run,
+            item.number,
+            store,
+            material(item, "train"),
+            material(item, "val"),
+            device_of(item.run),
+            on_epoch,
+            hooks.should_stop,
+            item.run.runtime.loader_workers,
+        )
 
 
 def phase(item: Item, hooks: Hooks) -> bool:
@@ -112,18 +114,19 @@ def phase(item: Item, hooks: Hooks) -> bool:
                     tracker.add_scalar(name, metrics[name], metrics["iteration"])
 
     try:
-        return distill_phase(
-            run,
-            item.number,
-            Store.open(places.store),
-            model,
-            load_set(places.start(item.number)),
-            places.phase(item.number),
-            device_of(run),
-            f"{item.value}/{item.number}",
-            on_step,
-            hooks.should_stop,
-        )
+        with locked(places.phase(item.number)):
+            return distill_phase(
+                run,
+                item.number,
+                Store.open(places.store),
+                model,
+                load_set(places.start(item.number)),
+                places.phase(item.number),
+                device_of(run),
+                f"{item.value}/{item.number}",
+                on_step,
+                hooks.should_stop,
+            )
     finally:
         if tracker is not None:
             tracker.close()

@@ -23,7 +23,7 @@ from rmdd.distill.synthetic import Synthetic, from_tensors
 from rmdd.distill.unroll import MetaGradient, StudentLoss, meta_gradient
 from rmdd.experts import shortcut
 from rmdd.experts.store import Store
-from rmdd.files import append_jsonl, atomic_path, locked
+from rmdd.files import append_jsonl, atomic_path
 from rmdd.models.dual import DualEncoder, Params
 from rmdd.models.image import matching_context
 from rmdd.models.losses import LOSSES
@@ -188,6 +188,15 @@ class Matcher:
             )
 
 
+def finished(folder: Path, total: int) -> bool:
+    """Whether a phase has made all of its `total` updates and kept its last set."""
+    checkpoint = folder / "state.safetensors"
+    if not checkpoint.is_file() or not (folder / f"set-{total:06d}.safetensors").is_file():
+        return False
+    with safe_open(checkpoint, "pt") as file:
+        return json.loads(file.metadata()["state"])["iteration"] == total
+
+
 def distill_phase(
     run: config.Run,
     phase: int,
@@ -206,31 +215,6 @@ def distill_phase(
     every checkpoint, `metrics.jsonl` a line per iteration, and `set-<iteration>.safetensors` for every snapshot.
     Raises `NotFinite` with the last good state saved.
     """
-    with locked(folder):
-        return _distil(run, phase, store, model, initial, folder, device, key, on_step, should_stop)
-
-
-def finished(folder: Path, total: int) -> bool:
-    """Whether a phase has made all of its `total` updates and kept its last set."""
-    checkpoint = folder / "state.safetensors"
-    if not checkpoint.is_file() or not (folder / f"set-{total:06d}.safetensors").is_file():
-        return False
-    with safe_open(checkpoint, "pt") as file:
-        return json.loads(file.metadata()["state"])["iteration"] == total
-
-
-def _distil(
-    run: config.Run,
-    phase: int,
-    store: Store,
-    model: DualEncoder,
-    initial: Synthetic,
-    folder: Path,
-    device: torch.device,
-    key: str,
-    on_step: Callable[[dict], None],
-    should_stop: Callable[[], bool],
-) -> bool:
     rule, total = run.distill, run.distill.phases[phase].iterations
     checkpoint, log = folder / "state.safetensors", folder / "metrics.jsonl"
     state = (State.load(checkpoint, key) if checkpoint.is_file() else State.begin(initial)).to(device)

@@ -17,7 +17,6 @@ from rmdd.data.images import decode, normalise
 from rmdd.data.material import Material
 from rmdd.evaluate.students import score
 from rmdd.experts.store import Store, Writer
-from rmdd.files import locked
 from rmdd.models.dual import DualEncoder, Params, build, tower_of
 from rmdd.models.losses import infonce
 from rmdd.seeding import derive, generator
@@ -59,23 +58,8 @@ def train_expert(
 
     Stopping leaves the epoch at work undone; it is begun again from its start.
     """
-    with locked(store.folder(expert)):
-        if store.is_complete(expert):
-            return True
-        return _train(run, expert, store, train, val, device, on_epoch, should_stop, loader_workers)
-
-
-def _train(
-    run: config.Run,
-    expert: int,
-    store: Store,
-    train: Material,
-    val: Material,
-    device: torch.device,
-    on_epoch: Callable[[dict], None],
-    should_stop: Callable[[], bool],
-    loader_workers: int,
-) -> bool:
+    if store.is_complete(expert):
+        return True
     rule = run.experts
     writer = Writer(store, expert)
     model = expert_model(run, expert, train.texts.shape[1]).to(device)
