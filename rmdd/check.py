@@ -40,7 +40,7 @@ def examine(run: config.Run) -> dict[str, Any]:
     width, remark = estimate.text_features(run.model.text)
     model = _model(run, width)
     tower = run.model.image
-    size = estimate.size_of(model, pretrained=tower.weights != "random" and tower.name != "convnet")
+    size = estimate.size_of(model, pretrained=tower.weights != "random")
     work = estimate.work_of(model, run, width)
     dataset, places = _already_there(run)
     if dataset is not None:
@@ -95,7 +95,7 @@ def examine(run: config.Run) -> dict[str, Any]:
 def _model(run: config.Run, text_width: int) -> DualEncoder:
     """The run's dual encoder without values; raises `ValueError` when its image tower cannot be had or matched."""
     tower = run.model.image
-    if tower.weights not in ("pretrained", "random"):
+    if tower.weights != "pretrained" and not tower.is_random:
         weights_file(tower)
     with matching_context(tower.name) if tower.trainable else contextlib.nullcontext():
         return estimate.model_on_meta(run, text_width)

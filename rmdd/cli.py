@@ -259,7 +259,7 @@ def _load(source: str, sets: list[str]) -> config.Run:
     data, image, text = run.data, run.model.image, run.model.text
     if data.root is not None:
         data = data.model_copy(update={"root": _absolute(data.root)})
-    if image.weights not in ("pretrained", "random"):
+    if image.weights != "pretrained" and not image.is_random:
         image = image.model_copy(update={"weights": _absolute(image.weights)})
     if Path(text.name).expanduser().is_dir():
         text = text.model_copy(update={"name": _absolute(text.name)})

@@ -11,16 +11,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rmdd import config
+from rmdd import config, methods
 from rmdd.artefact import budget
 from rmdd.data.ingest import ingest, shaping
 from rmdd.data.shards import Dataset
-from rmdd.distill import phases
 from rmdd.distill.matching import finished, save_set, snapshot_iterations
 from rmdd.evaluate import protocol
 from rmdd.evaluate.protocol import Job
 from rmdd.experts.store import Store
-from rmdd.experts.train import begin_store
+from rmdd.experts.train import begin_store, kept_epochs
 from rmdd.files import atomic_path, read_json, write_json
 from rmdd.jobs import Executor, Interrupted, InTurn, Task
 from rmdd.models.image import image_identity
@@ -109,12 +108,13 @@ class Pipeline:
         dataset = self.ingest()
         run, places = self.run, places_of(self.run, dataset)
         with self._timed("distill"):
-            for p, plan in enumerate(run.distill.phases):
+            method = methods.find(run.distill.method)(run)
+            for p in range(len(run.distill.phases)):
                 if not places.start(p).is_file():
                     train = material(self._item(dataset), "train")
-                    records = phases.choose_records(p, plan.pairs, train, run.seed_of("distill"))
+                    records = method.records(p, train)
                     write_json(places.phase(p) / "records.json", records)
-                    save_set(phases.initial(run, p, train, records), places.start(p))
+                    save_set(method.initial(p, train, records), places.start(p))
             todo = [p for p, plan in enumerate(run.distill.phases) if not finished(places.phase(p), plan.iterations)]
             items = [replace(self._item(dataset), number=p) for p in todo]
             self._map("phases", phase, items, {f"phase {p}": run.distill.phases[p].iterations for p in todo})
@@ -298,9 +298,12 @@ def places_of(run: config.Run, dataset: Dataset) -> Places:
         "image": image_identity(run.model.image),
         "text": encoder_identity(run.model.text),
         "experts": protocol_of(run),
-        "endpoints": run.endpoints if run.experts.keep == "endpoints" else "all",
+        "kept": kept_epochs(run) or "all",
     }
-    recipe = run.distill.model_dump(mode="json", exclude={"budget_check", "checkpoint_every"})
+    recipe = run.distill.model_dump(
+        mode="json", exclude={"budget_check": True, "checkpoint_every": True, "guard": {"retries"}}
+    )
+    recipe["version"] = methods.find(run.distill.method).version
     distilled = {**trained, "num": run.experts.num, "distill": recipe | {"seed": run.seed_of("distill")}}
     rules = run.evaluate.model_dump(mode="json") | {"seed": run.seed_of("evaluate")}
     baseline = {**trained, "num": run.experts.num, "budget": run.distill.budget, "evaluate": rules}

@@ -136,6 +136,19 @@ def apply(raw: dict[str, Any], override: str, defaults: Mapping[str, Any], mista
         node[last] = value
 
 
+def filled(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """`raw` with the values of `defaults` wherever it has none; lists are taken whole."""
+    out = dict(raw)
+    for key, value in defaults.items():
+        if isinstance(value, Mapping):
+            inner = out.get(key)
+            if inner is None or isinstance(inner, Mapping):
+                out[key] = filled(inner or {}, value)
+        else:
+            out.setdefault(key, copy.deepcopy(value))
+    return out
+
+
 def validate(kind: type[S], raw: dict[str, Any]) -> tuple[S | None, list[str]]:
     """`raw` as a section, and every mistake in it.
 

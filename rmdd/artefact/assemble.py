@@ -33,7 +33,8 @@ def assemble(item: Item, train: Material, evaluation: dict[str, Any]) -> Distill
         subsets=tuple(_subset(item, train, p) for p in range(len(run.distill.phases))),
         mean=train.mean,
         std=train.std,
-        model=run.model.model_dump(mode="json") | {"text_encoder": encoder_identity(run.model.text)},
+        model=run.model.model_dump(mode="json")
+        | {"text_encoder": encoder_identity(run.model.text), "temperature": run.student_temperature},
         method=run.distill.method,
         loss=run.distill.loss,
         config=portable(run),
@@ -63,11 +64,11 @@ def nearest(queries: Float[Tensor, "M F"], captions: Float[np.ndarray, "T F"], c
 def _subset(item: Item, train: Material, phase: int) -> Subset:
     synthetic = load_set(item.places.set(phase, item.iterations[phase]))
     records: list[int] = read_json(item.places.phase(phase) / "records.json")
-    split, real = train.split, item.run.distill.init == "real"
+    split, real = train.split, item.run.distill.init != "noise"
     return Subset(
         images=synthetic.images,
         texts=synthetic.texts,
-        similarity=synthetic.similarity,
+        similarity=per_pair(synthetic.similarity),
         alpha=synthetic.alpha,
         lr_image=float(synthetic.lr_image),
         lr_text=float(synthetic.lr_text),

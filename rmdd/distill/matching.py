@@ -5,58 +5,36 @@ that was killed goes on with the same bits.
 """
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.func import functional_call
 
-from rmdd import config
-from rmdd.distill.phases import Draw, draw
+from rmdd import config, methods
+from rmdd.distill.frozen import features_of, to_pixels
+from rmdd.distill.guard import Derailed, vitals, what_is_wrong
+from rmdd.distill.phases import Draw
 from rmdd.distill.synthetic import Synthetic, from_tensors
-from rmdd.distill.unroll import MetaGradient, StudentLoss, meta_gradient
+from rmdd.distill.unroll import MetaGradient, meta_gradient, squared_distance
 from rmdd.experts import shortcut
 from rmdd.experts.store import Store
 from rmdd.files import append_jsonl, atomic_path
-from rmdd.models.dual import DualEncoder, Params
+from rmdd.models.dual import TOWERS, DualEncoder, Params, tower_of
 from rmdd.models.image import matching_context
-from rmdd.models.losses import LOSSES
+
+_logger = logging.getLogger(__name__)
 
 INNER_RATES = ("lr_image", "lr_text")
 
 PATH_BYTES = 4 * 2**30
 """Experts' endpoints held in memory at most; beyond it the one opened first is read again when its turn comes."""
-
-
-class NotFinite(FloatingPointError):
-    """A loss or gradient stopped being a number; the last checkpoint is whole."""
-
-
-def student_loss(model: DualEncoder, rule: config.Distill, dropout_seeds: tuple[int, ...]) -> StudentLoss:
-    """The inner loss as a function of the parameters.
-
-    With `same_mask` dropout (and any other noise of a tower, such as timm's stochastic depth) draws by step, so both
-    passes of the engine see one mask; `fresh_mask` draws another in the second pass, as the released code does.
-    """
-    model.train(rule.inner_dropout != "off")
-    loss = LOSSES[rule.loss]
-    calls = [0] * len(dropout_seeds)
-
-    def compute(params: Params, images: Tensor, texts: Tensor, target: Tensor, step: int) -> Tensor:
-        if rule.inner_dropout == "off":
-            return loss(functional_call(model, params, (images, texts)), target)
-        with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
-            torch.manual_seed(dropout_seeds[step] + (calls[step] if rule.inner_dropout == "fresh_mask" else 0))
-            calls[step] += 1
-            return loss(functional_call(model, params, (images, texts)), target)
-
-    return compute
 
 
 @dataclass
@@ -67,6 +45,8 @@ class State:
     raw: Synthetic
     average: Synthetic
     momentum: dict[str, Tensor]
+    halvings: int = 0
+    """How often the phase derailed, and its outer rates were halved."""
 
     @classmethod
     def begin(cls, initial: Synthetic) -> "State":
@@ -79,6 +59,7 @@ class State:
             self.raw.map(move),
             self.average.map(move),
             {n: move(t) for n, t in self.momentum.items()},
+            self.halvings,
         )
 
     def save(self, path: Path, key: str) -> None:
@@ -88,7 +69,7 @@ class State:
             "momentum": self.momentum,
         }
         named = {f"{g}/{n}": t.detach().cpu().contiguous() for g, ts in groups.items() for n, t in ts.items()}
-        facts = {"iteration": self.iteration, "alpha": self.raw.alpha, "key": key}
+        facts = {"iteration": self.iteration, "alpha": self.raw.alpha, "key": key, "halvings": self.halvings}
         with atomic_path(path) as temporary:
             save_file(named, temporary, metadata={"state": json.dumps(facts)})
 
@@ -113,6 +94,7 @@ class State:
             from_tensors(part["raw"], facts["alpha"]),
             from_tensors(part["average"], facts["alpha"]),
             part["momentum"],
+            facts["halvings"],
         )
 
 
@@ -125,10 +107,11 @@ def outer_step(state: State, gradient: Synthetic, rule: config.Distill) -> State
     of the inner rates comes after the average, as in the released code.
     """
     rates = {"images": rule.lr_image, "texts": rule.lr_text, "lr_image": rule.lr_lr, "lr_text": rule.lr_lr}
+    rates = {name: rates.get(name, rule.lr_similarity) / 2**state.halvings for name in gradient.tensors()}
     now = state.raw.tensors()
     momentum, raw = {}, {}
     for name, g in gradient.tensors().items():
-        lr, past = rates.get(name, rule.lr_similarity), state.momentum.get(name)
+        lr, past = rates[name], state.momentum.get(name)
         if rule.optimiser == "sgd":
             momentum[name] = g if past is None else rule.momentum * past + g
             # as torch.optim.SGD rounds it: one fused multiply-add
@@ -138,12 +121,15 @@ def outer_step(state: State, gradient: Synthetic, rule: config.Distill) -> State
         step = step / step.square().mean().sqrt().clamp(min=torch.finfo(g.dtype).tiny)
         momentum[name] = (1 - rule.momentum) * step + (0 if past is None else rule.momentum * past)
         raw[name] = now[name] * (-lr * momentum[name]).exp() if name in INNER_RATES else now[name] - lr * momentum[name]
+    if rule.similarity.clamp is not None:
+        raw["similarity.matrix"] = raw["similarity.matrix"].clamp(*rule.similarity.clamp)
     average = {n: rule.ema * a + (1 - rule.ema) * raw[n] for n, a in state.average.tensors().items()}
     if rule.min_inner_lr is not None:
         for name in INNER_RATES:
             raw[name] = raw[name].clamp(min=rule.min_inner_lr)
             average[name] = average[name].clamp(min=rule.min_inner_lr)
-    return State(state.iteration + 1, state.raw.with_tensors(raw), state.average.with_tensors(average), momentum)
+    stepped = state.raw.with_tensors(raw), state.average.with_tensors(average)
+    return State(state.iteration + 1, *stepped, momentum, state.halvings)
 
 
 class Matcher:
@@ -151,6 +137,7 @@ class Matcher:
 
     def __init__(self, run: config.Run, phase: int, store: Store, model: DualEncoder, device: torch.device):
         self.run, self.phase, self.store, self.device = run, phase, store, device
+        self.method = methods.find(run.distill.method)(run)
         self.experts = [e for e in store.complete() if e < run.experts.num]
         if len(self.experts) < run.experts.num:
             raise ValueError(
@@ -158,34 +145,62 @@ class Matcher:
                 "finished ones; train the rest with `rmdd experts`"
             )
         self.model = model.to(device)
+        self.frozen_tower = None if run.model.image.trainable else self.model.image_tower
+        self.student = self.model if self.frozen_tower is None else self.model.on_features()
+        self.ranges = self.method.ranges(store, self.experts, phase)
         self._paths: dict[int, shortcut.Path] = {}
 
     def draw(self, iteration: int) -> Draw:
-        return draw(self.run.distill, self.phase, iteration, len(self.experts), self.run.seed_of("distill"))
+        return self.method.draw(self.phase, iteration, len(self.experts), self.ranges)
 
     def path(self, expert: int) -> shortcut.Path:
         if expert not in self._paths:
             held = sum(4 * math.prod(shape) for shape in self.store.shapes.values()) * 2 * (len(self._paths) + 1)
             if held > PATH_BYTES and self._paths:
                 self._paths.pop(next(iter(self._paths)))
-            kind = self.run.distill.trajectory
-            self._paths[expert] = shortcut.open_path(self.store, expert, kind, self.run.endpoint_of(self.phase))
+            self._paths[expert] = self.method.path(self.store, expert, self.phase)
         return self._paths[expert]
+
+    def segment(self, drawn: Draw) -> tuple[Params, Params]:
+        """Where the student starts and what it should reach; each tower at its own epoch."""
+        path, ahead = self.path(self.experts[drawn.expert]), self.run.distill.match_epochs
+        ends = []
+        for image, text in ((drawn.start, drawn.start_text), (drawn.start + ahead, drawn.start_text + ahead)):
+            point = path.at(image)
+            if text != image:
+                point = point | {n: p for n, p in path.at(text).items() if tower_of(n) == "text"}
+            ends.append({n: p.to(self.device) for n, p in point.items()})
+        return ends[0], ends[1]
 
     def gradient(self, synthetic: Synthetic, drawn: Draw) -> MetaGradient:
         rule = self.run.distill
-        path = self.path(self.experts[drawn.expert])
-        start, target = path.at(drawn.start), path.at(drawn.start + rule.match_epochs)
+        start, target = self.segment(drawn)
+        batches = drawn.batches.to(self.device)
         with matching_context(self.model):
-            return meta_gradient(
-                student_loss(self.model, rule, drawn.dropout_seeds),
-                {n: p.to(self.device) for n, p in start.items()},
-                {n: p.to(self.device) for n, p in target.items()},
-                synthetic,
-                drawn.batches.to(self.device),
+            seen = synthetic if self.frozen_tower is None else features_of(self.frozen_tower, synthetic, batches)
+            found = meta_gradient(
+                self.method.student_loss(self.student, drawn),
+                start,
+                target,
+                seen,
+                batches,
                 estimator=rule.estimator,
                 branches=rule.branches,
             )
+            if self.frozen_tower is not None:
+                found = to_pixels(self.frozen_tower, synthetic, batches, found)
+        if rule.rate_branches == "separate":
+            found = _separate_rates(found, start, target)
+        return found
+
+
+def _separate_rates(found: MetaGradient, start: Params, target: Params) -> MetaGradient:
+    """Undo the shared denominator of merged branches for the inner rates, as the released code has it."""
+    scale = {tower: squared_distance(start, target, tower) for tower in TOWERS}
+    both = scale["image"] + scale["text"]
+    old = found.gradient
+    gradient = replace(old, lr_image=old.lr_image * both / scale["image"], lr_text=old.lr_text * both / scale["text"])
+    return replace(found, gradient=gradient)
 
 
 def finished(folder: Path, total: int) -> bool:
@@ -212,12 +227,15 @@ def distill_phase(
     """Distil one phase into `folder`, from its last checkpoint if it has one. Returns whether it finished.
 
     `key` names the value of the run; a checkpoint of another value is refused. Writes `state.safetensors` at
-    every checkpoint, `metrics.jsonl` a line per iteration, and `set-<iteration>.safetensors` for every snapshot.
-    Raises `NotFinite` with the last good state saved.
+    every checkpoint, `good.safetensors` every `guard.every` iterations, `metrics.jsonl` a line per iteration,
+    `rollbacks.jsonl` a line per rollback, and `set-<iteration>.safetensors` for every snapshot.
+    Raises `Derailed` after too many rollbacks, with the last good state saved.
     """
     rule, total = run.distill, run.distill.phases[phase].iterations
-    checkpoint, log = folder / "state.safetensors", folder / "metrics.jsonl"
-    state = (State.load(checkpoint, key) if checkpoint.is_file() else State.begin(initial)).to(device)
+    log = folder / "metrics.jsonl"
+    files = {name: folder / f"{name}.safetensors" for name in ("state", "good")}
+    begun = State.begin(initial).to(device)
+    state, good = (State.load(f, key).to(device) if f.is_file() else begun for f in files.values())
     _cut_log(log, state.iteration)
     last_set = folder / f"set-{total:06d}.safetensors"
     if state.iteration >= total:
@@ -231,7 +249,7 @@ def distill_phase(
         for line in lines:
             append_jsonl(log, line)
         lines.clear()
-        state.save(checkpoint, key)
+        state.save(files["state"], key)
 
     snapshots = snapshot_iterations(total, rule.snapshots)
     while state.iteration < total:
@@ -239,32 +257,62 @@ def distill_phase(
         drawn = matcher.draw(state.iteration)
         found = matcher.gradient(state.raw, drawn)
         after = outer_step(state, found.gradient, rule)
-        numbers = torch.stack([found.loss, *(t.sum() for t in after.raw.tensors().values())])
-        if not torch.isfinite(numbers).all():
-            keep()
-            raise NotFinite(
-                f"phase {phase} stopped being finite in iteration {state.iteration + 1} (expert "
-                f"{matcher.experts[drawn.expert]}, start epoch {drawn.start}, inner rates {state.raw.lr_image:.4g} and "
-                f"{state.raw.lr_text:.4g}); {checkpoint} holds iteration {state.iteration}; lower the learning rates"
+        towers = list(found.miss)
+        *alive, loss, student, lr_image, lr_text = torch.cat(
+            [
+                vitals(after.raw, found.loss),
+                torch.stack([found.loss, found.student_loss, after.raw.lr_image, after.raw.lr_text]),
+            ]
+        ).tolist()
+        misses = torch.stack(list(found.miss.values())).tolist()
+        wrong = what_is_wrong(alive, begun.raw, rule.guard)
+        if wrong:
+            where = (
+                f"phase {phase}, iteration {state.iteration + 1} (expert {matcher.experts[drawn.expert]}, start epoch "
+                f"{drawn.start}): {wrong}"
             )
+            state = good = replace(good, halvings=good.halvings + 1)
+            if state.halvings > rule.guard.retries:
+                raise Derailed(
+                    f"{where}; {rule.guard.retries} rollbacks with halved rates did not help. {files['good']} holds "
+                    f"iteration {good.iteration}. Begin anew with lower rates (distill.lr_image, lr_text, "
+                    "lr_similarity, lr_lr), or go on from there with rates halved again: "
+                    f"rmdd run RUN.yaml --set distill.guard.retries={2 * rule.guard.retries + 1}"
+                )
+            _logger.warning("%s; back to iteration %d, outer rates halved", where, state.iteration)
+            good.save(files["good"], key)
+            lines[:] = [line for line in lines if line["iteration"] <= state.iteration]
+            _cut_log(log, state.iteration)
+            keep()
+            append_jsonl(folder / "rollbacks.jsonl", {"to": state.iteration, "halvings": state.halvings, "why": where})
+            continue
+        if rule.skip_above is not None and loss > rule.skip_above:
+            after = replace(state, iteration=state.iteration + 1)
         state = after
         metrics = {
             "phase": phase,
             "iteration": state.iteration,
-            "loss": found.loss.item(),
-            **{f"miss_{tower}": m.item() for tower, m in found.miss.items()},
-            "student_loss": found.student_loss.item(),
-            "lr_image": state.raw.lr_image.item(),
-            "lr_text": state.raw.lr_text.item(),
+            "loss": loss,
+            **{f"miss_{tower}": m for tower, m in zip(towers, misses, strict=True)},
+            "student_loss": student,
+            "lr_image": lr_image,
+            "lr_text": lr_text,
             "start": drawn.start,
+            "start_text": drawn.start_text,
             "expert": matcher.experts[drawn.expert],
+            "rollbacks": state.halvings,
             "seconds": round(time.perf_counter() - began, 4),
         }
+        if rule.skip_above is not None:
+            metrics["skipped"] = loss > rule.skip_above
         lines.append(metrics)
         on_step(metrics)
         stopping = should_stop()
         if state.iteration in snapshots:
             save_set(state.average, folder / f"set-{state.iteration:06d}.safetensors")
+        if state.iteration % rule.guard.every == 0:
+            good = state
+            good.save(files["good"], key)
         if stopping or state.iteration % rule.checkpoint_every == 0 or state.iteration == total:
             keep()
         if stopping:

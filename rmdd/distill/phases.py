@@ -3,8 +3,10 @@
 M pairs of the phase, B pairs in a mini-batch, K inner steps.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -15,10 +17,19 @@ from rmdd.data.images import decode, normalise
 from rmdd.data.material import Material
 from rmdd.distill import similarity
 from rmdd.distill.synthetic import Synthetic
+from rmdd.methods.datm import growing_stop
 from rmdd.seeding import derive, generator
 
 # Mean and deviation of normalised pixels and of BERT embeddings, for starts from noise.
 NOISE_PIXEL_MEAN, NOISE_PIXEL_STD = (-0.0626, -0.0221, 0.0680), (1.0451, 1.0752, 1.0539)
+
+
+@dataclass(frozen=True)
+class Blend:
+    """How the pairs of a mini-batch are mixed: `weight` of their own, the rest of the pair at `partner`."""
+
+    weight: float
+    partner: Int[Tensor, " B"]
 
 
 @dataclass(frozen=True)
@@ -27,34 +38,79 @@ class Draw:
 
     expert: int
     """Position in the list of experts."""
-    start: int
-    """Epoch of the path at which the student starts."""
+    start: int | float
+    """Epoch of the path at which the image side of the student starts."""
+    start_text: int | float
+    """The text side's."""
     batches: Int[Tensor, "K B"]
     dropout_seeds: tuple[int, ...]
     """One per inner step."""
+    blends: tuple[Blend, ...] | None = None
+    """One per inner step, where the method blends."""
 
 
-def draw(rule: config.Distill, phase: int, iteration: int, experts: int, seed: int) -> Draw:
+def draw(
+    rule: config.Distill,
+    phase: int,
+    iteration: int,
+    experts: int,
+    seed: int,
+    ranges: Mapping[str, tuple[int, int]] | None = None,
+) -> Draw:
     """The draws of one outer iteration, a function of (seed, phase, iteration) alone.
 
-    Experts come in shuffled order, each once before any comes again. Starts are uniform over the phase's range.
+    Experts come in shuffled order, each once before any comes again. Starts are uniform over the half-open `ranges`
+    of the two towers, by default the phase's own.
     """
     plan = rule.phases[phase]
+    ranges = plan.ranges if ranges is None else ranges
     turn, place = divmod(iteration, experts)
     order = torch.randperm(experts, generator=generator(seed, "expert turn", phase, turn))
     random = generator(seed, "iteration", phase, iteration)
-    stop = plan.stop + (rule.start_rule == "inclusive")
-    start = int(torch.randint(plan.start, stop, (1,), generator=random))
+    start = _start(rule, plan, ranges["image"], iteration, random)
+    batches = mini_batches(plan.pairs, rule.batch, rule.steps, random, independent=rule.batches == "independent")
+    text = start
+    if rule.starts == "independent":
+        text = _start(rule, plan, ranges["text"], iteration, generator(seed, "text start", phase, iteration))
     return Draw(
         expert=int(order[place]),
         start=start,
-        batches=mini_batches(plan.pairs, rule.batch, rule.steps, random),
+        start_text=text,
+        batches=batches,
         dropout_seeds=tuple(derive(seed, "inner dropout", phase, iteration, k) for k in range(rule.steps)),
+        blends=_blends(rule, batches, (phase, iteration), seed) if rule.blend > 0 else None,
     )
 
 
-def mini_batches(pairs: int, batch: int, steps: int, random: torch.Generator) -> Int[Tensor, "K B"]:
-    """Batches cut from permutations of the pairs; a new permutation when too few are left, their tail unused."""
+def _start(
+    rule: config.Distill, plan: config.Phase, span: tuple[int, int], iteration: int, random: torch.Generator
+) -> int | float:
+    low, stop = span[0], growing_stop(plan, span[1], iteration)
+    if rule.start_points == "continuous":
+        return low + (stop - low) * float(torch.rand((), generator=random, dtype=torch.float64))
+    return int(torch.randint(low, stop + (rule.start_rule == "inclusive"), (1,), generator=random))
+
+
+def _blends(rule: config.Distill, batches: Tensor, place: tuple[int, int], seed: int) -> tuple[Blend, ...]:
+    """A weight from Beta(blend, blend) and a permutation of the batch for every inner step."""
+    found = []
+    for step, index in enumerate(batches):
+        random = generator(seed, "blend", *place, step)
+        weights = np.random.default_rng(derive(seed, "blend weight", *place, step))
+        partner = torch.randperm(len(index), generator=random)
+        found.append(Blend(float(weights.beta(rule.blend, rule.blend)), partner))
+    return tuple(found)
+
+
+def mini_batches(
+    pairs: int, batch: int, steps: int, random: torch.Generator, *, independent: bool = False
+) -> Int[Tensor, "K B"]:
+    """Batches cut from permutations of the pairs; a new permutation when too few are left, their tail unused.
+
+    `independent` draws every batch from all pairs (MTT-VL). No batch is larger than all pairs.
+    """
+    if independent:
+        return torch.stack([torch.randperm(pairs, generator=random)[:batch] for _ in range(steps)])
     rows: list[Tensor] = []
     order, cursor = torch.randperm(pairs, generator=random), 0
     for _ in range(steps):

@@ -17,16 +17,23 @@ def initial(rule: config.Similarity, pairs: int, generator: torch.Generator) -> 
         return {"matrix": torch.eye(pairs)}
     if rule.kind == "low_rank":
         return {
-            "scale": torch.ones(pairs),
+            "scale": torch.ones(pairs if rule.diagonal == "vector" else ()),
             "left": torch.randn(pairs, rule.rank, generator=generator),
             "right": torch.zeros(pairs, rule.rank),
         }
     return {}
 
 
+def per_pair(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same similarity with an omega for every pair, as an artefact holds it."""
+    if "scale" not in tensors:
+        return tensors
+    return tensors | {"scale": tensors["scale"].expand(tensors["left"].shape[0]).contiguous()}
+
+
 def gather(tensors: dict[str, Tensor], index: Int[Tensor, " B"]) -> dict[str, Tensor]:
     """The parts of `tensors` that the pairs at `index` use."""
-    return {n: t[index][:, index] if n == "matrix" else t[index] for n, t in tensors.items()}
+    return {n: t[index][:, index] if n == "matrix" else t[index] if t.ndim else t for n, t in tensors.items()}
 
 
 def scatter_add(total: dict[str, Tensor], index: Int[Tensor, " B"], parts: dict[str, Tensor]) -> None:
@@ -34,8 +41,10 @@ def scatter_add(total: dict[str, Tensor], index: Int[Tensor, " B"], parts: dict[
     for name, part in parts.items():
         if name == "matrix":
             total[name].index_put_((index[:, None], index[None, :]), part, accumulate=True)
-        else:
+        elif part.ndim:
             total[name].index_add_(0, index, part)
+        else:
+            total[name].add_(part)
 
 
 def dense(parts: dict[str, Tensor], alpha: float, like: Float[Tensor, "B *_"]) -> Float[Tensor, "B B"]:
@@ -44,5 +53,5 @@ def dense(parts: dict[str, Tensor], alpha: float, like: Float[Tensor, "B *_"]) -
         return parts["matrix"]
     if "left" in parts:
         left, right = parts["left"], parts["right"]
-        return torch.diag(parts["scale"]) + (alpha / left.shape[1]) * (left @ right.T)
+        return torch.diag(parts["scale"].expand(left.shape[0])) + (alpha / left.shape[1]) * (left @ right.T)
     return torch.eye(like.shape[0], dtype=like.dtype, device=like.device)

@@ -15,7 +15,8 @@ from torch import Tensor
 class Synthetic:
     """Tensors of one phase; images live in normalised space, nothing is bounded."""
 
-    images: Float[Tensor, "M 3 H W"]
+    images: Float[Tensor, "M *image"]
+    """(M,3,H,W), or (M,D) features where a frozen tower lies in front."""
     texts: Float[Tensor, "M F"]
     lr_image: Float[Tensor, ""]
     lr_text: Float[Tensor, ""]

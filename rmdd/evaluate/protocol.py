@@ -82,6 +82,8 @@ def train_and_score(
         passes = round(sum(steps) / -(-len(lessons[0].images) // rule.batch))
         rule = rule.model_copy(update={"epochs": max(1, passes)})
     model = build(run.model, lessons[0].texts.shape[1], run.data.image_size, seed, "student", job.index).to(device)
+    if job.kind in ("select", "student", "reference"):
+        model.temperature = run.student_temperature
     curve: list[dict[str, Any]] = []
 
     def at(subset: int, passes: int) -> None:

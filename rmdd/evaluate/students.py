@@ -112,7 +112,7 @@ def train_student(
 
 
 def _optimiser(model: DualEncoder, rates: Lesson, rule: config.Evaluate, subset: int) -> torch.optim.SGD:
-    by_tower = {"image": rates.lr_image, "text": rates.lr_text}
+    by_tower = {"image": rates.lr_image, "text": rates.lr_image if rule.text_lr == "image" else rates.lr_text}
     for tower, lr in by_tower.items():
         if not lr > 0:
             raise Diverged(

@@ -6,52 +6,73 @@ that the layer had gone by epoch t (PTM-ST, equations 4-5). Each layer goes stra
 the joint path is not a straight line, for the layers differ in pace.
 """
 
-from typing import Literal, Protocol, runtime_checkable
+import math
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
+from rmdd import config
 from rmdd.experts.store import Store
 from rmdd.models.dual import Params
-
-Kind = Literal["original", "shortcut", "convexified"]
 
 
 @runtime_checkable
 class Path(Protocol):
     endpoint: int
 
-    def at(self, epoch: int) -> Params:
-        """Parameters at an integer epoch in [0, endpoint], not to be changed in place."""
+    def at(self, epoch: int | float) -> Params:
+        """Parameters at an epoch in [0, endpoint], not to be changed in place."""
         ...
 
 
 class OriginalPath:
-    """The trajectory as it was trained; every epoch must be in the store."""
+    """The trajectory as it was trained; every epoch must be in the store, and only whole epochs can be asked for."""
 
     def __init__(self, store: Store, expert: int):
         self.store, self.expert, self.endpoint = store, expert, store.epochs
 
-    def at(self, epoch: int) -> Params:
+    def at(self, epoch: int | float) -> Params:
         _check(epoch, self.endpoint)
-        return self.store.read(self.expert, epoch)
+        if epoch != int(epoch):
+            raise ValueError(f"asked for epoch {epoch} of a trajectory that is kept at whole epochs; draw integer ones")
+        return self.store.read(self.expert, int(epoch))
 
 
 class ShortcutPath:
     """Per-layer straight line between two checkpoints, placed by arc length."""
 
-    def __init__(self, start: Params, end: Params, norms: dict[str, np.ndarray], endpoint: int):
+    def __init__(self, start: Params, end: Params, norms: Mapping[str, np.ndarray], endpoint: int):
         self.start, self.end, self.endpoint = start, end, endpoint
         self.beta = {n: arc_positions(norms[n][:endpoint], _length(start[n])) for n in start}
 
-    def at(self, epoch: int) -> Params:
+    def at(self, epoch: int | float) -> Params:
         _check(epoch, self.endpoint)
-        return {n: (1 - b[epoch]) * self.start[n] + b[epoch] * self.end[n] for n, b in self.beta.items()}
+        beta = {n: b.at(epoch) for n, b in self.beta.items()}
+        return {n: (1 - b) * self.start[n] + b * self.end[n] for n, b in beta.items()}
 
     def straightness(self) -> dict[str, float]:
         """Per layer, chord over path length, at most 1: by how much each step shrinks (0 for a layer at rest)."""
         chord = {n: _length(self.end[n] - self.start[n]) for n in self.start}
         return {n: chord[n] / b.total if b.total > 0 else 0.0 for n, b in self.beta.items()}
+
+
+class AnchoredPath:
+    """Shortcuts joined at `anchors`, a checkpoint for each of some epochs, first and last among them (MCT)."""
+
+    def __init__(self, anchors: Mapping[int, Params], norms: Mapping[str, np.ndarray]):
+        self.epochs = sorted(anchors)
+        self.endpoint = self.epochs[-1]
+        self.legs = [
+            ShortcutPath(anchors[a], anchors[b], {n: s[a:b] for n, s in norms.items()}, b - a)
+            for a, b in zip(self.epochs, self.epochs[1:], strict=False)
+        ]
+
+    def at(self, epoch: int | float) -> Params:
+        _check(epoch, self.endpoint)
+        leg = max(0, sum(a < epoch for a in self.epochs) - 1)
+        return self.legs[leg].at(epoch - self.epochs[leg])
 
 
 class ArcPositions(list[float]):
@@ -60,6 +81,12 @@ class ArcPositions(list[float]):
     def __init__(self, beta: list[float], total: float):
         super().__init__(beta)
         self.total = total
+
+    def at(self, epoch: int | float) -> float:
+        """beta, linear between whole epochs."""
+        low = math.floor(epoch)
+        share = epoch - low
+        return self[low] if share == 0 else (1 - share) * self[low] + share * self[low + 1]
 
 
 def arc_positions(steps: np.ndarray, size: float = 0.0) -> ArcPositions:
@@ -74,23 +101,34 @@ def arc_positions(steps: np.ndarray, size: float = 0.0) -> ArcPositions:
     return ArcPositions([float(x) for x in travelled / total], total)
 
 
-def open_path(store: Store, expert: int, kind: Kind, endpoint: int) -> Path:
-    """The path of one expert. `convexified` (MCT with two anchors) is the shortcut to the last epoch."""
-    if kind == "original":
+def open_path(store: Store, expert: int, rule: config.Distill, endpoint: int) -> Path:
+    """The path of one expert: as trained, the shortcut to `endpoint`, or MCT's to the last epoch."""
+    if rule.trajectory == "original":
         return OriginalPath(store, expert)
-    last = store.epochs if kind == "convexified" else endpoint
+    last = store.epochs if rule.trajectory == "convexified" else endpoint
     if last > store.epochs:
         raise ValueError(
             f"the path ends at epoch {last} but the store at {store.path} holds epochs 0-{store.epochs}; lower the "
             f"endpoint to {store.epochs} or train experts with epochs: {last}"
         )
-    return ShortcutPath(store.read(expert, 0), store.read(expert, last), store.norms(expert), last)
+    if rule.anchors == 2 and not rule.smooth_anchors:
+        return ShortcutPath(store.read(expert, 0), store.read(expert, last), store.norms(expert), last)
+    epochs = sorted({round(last * i / (rule.anchors - 1)) for i in range(rule.anchors)})
+    anchor = _smoothed if rule.smooth_anchors else Store.read
+    return AnchoredPath({t: anchor(store, expert, t) for t in epochs}, store.norms(expert))
+
+
+def _smoothed(store: Store, expert: int, epoch: int) -> Params:
+    """The mean of a checkpoint and its neighbours; the first stays, the last is the mean of the last two."""
+    near = [0] if epoch == 0 else [t for t in (epoch - 1, epoch, epoch + 1) if t <= store.epochs]
+    read = [store.read(expert, t) for t in near]
+    return {n: torch.stack([p[n] for p in read]).mean(dim=0) for n in read[0]}
 
 
 def _length(tensor: torch.Tensor) -> float:
     return torch.linalg.vector_norm(tensor.double()).item()
 
 
-def _check(epoch: int, endpoint: int) -> None:
+def _check(epoch: int | float, endpoint: int) -> None:
     if not 0 <= epoch <= endpoint:
         raise ValueError(f"asked for epoch {epoch} of a path that covers 0-{endpoint}")

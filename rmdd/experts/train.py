@@ -25,17 +25,25 @@ from rmdd.seeding import derive, generator
 def begin_store(run: config.Run, path: Path, text_width: int, facts: dict) -> Store:
     """Create the store that all experts of `run` go to, or open it if it is there."""
     model = expert_model(run, 0, text_width)
-    pretrained = run.model.image.weights != "random" and run.model.image.name != "convnet"
-    shared = {n: p for n, p in model.trained().items() if pretrained and n.startswith("image_tower.")}
+    alike = run.model.image.weights != "random"
+    shared = {n: p for n, p in model.trained().items() if alike and n.startswith("image_tower.")}
     return Store.create(
         path,
         {n: tuple(p.shape) for n, p in model.trained().items()},
         shared=shared,
         epochs=run.experts.epochs,
-        keep=None if run.experts.keep == "all" else run.endpoints,
+        keep=kept_epochs(run),
         dtype=run.experts.dtype,
         facts=facts,
     )
+
+
+def kept_epochs(run: config.Run) -> tuple[int, ...] | None:
+    """The epochs that stay in the store; None for all."""
+    keep = run.experts.keep
+    if isinstance(keep, str):
+        return None if keep == "all" else run.endpoints
+    return tuple(sorted(set(keep)))
 
 
 def expert_model(run: config.Run, expert: int, text_width: int) -> DualEncoder:

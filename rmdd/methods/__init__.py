@@ -1,0 +1,46 @@
+"""Methods by name: the published ones, one file each, and those that other packages bring.
+
+A package brings its own by an entry point of the group `rmdd.methods`; a run file may also name one by its import
+path, `module:Class`.
+"""
+
+import difflib
+import importlib
+from importlib.metadata import entry_points
+
+from rmdd.methods.base import Method as Method
+
+BUILT_IN = {
+    "mtt_vl": "rmdd.methods.mtt_vl:MTTVL",
+    "tesla_vl": "rmdd.methods.tesla_vl:TeslaVL",
+    "lors": "rmdd.methods.lors:LoRS",
+    "repblend": "rmdd.methods.repblend:RepBlend",
+    "ptm_st": "rmdd.methods.ptm_st:PTMST",
+    "datm": "rmdd.methods.datm:DATM",
+    "mct": "rmdd.methods.mct:MCT",
+    "amd": "rmdd.methods.amd:AMD",
+}
+GROUP = "rmdd.methods"
+
+
+def names() -> dict[str, str]:
+    """Every method that can be named without its import path, and where it is."""
+    return BUILT_IN | {p.name: p.value for p in entry_points(group=GROUP) if p.name not in BUILT_IN}
+
+
+def find(name: str) -> type[Method]:
+    """The method called `name`. Raises `ValueError` when there is none, or when it is no `Method`."""
+    known = names()
+    place = known.get(name, name)
+    module, colon, attribute = place.partition(":")
+    if not colon:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else "; or give one of your own as module:Class"
+        raise ValueError(f"no method '{name}'; there are: {', '.join(sorted(known))}{hint}")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot import method '{place}': {error}; is its package installed?") from error
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise ValueError(f"'{place}' is no method; derive it from rmdd.methods.Method")
+    return found

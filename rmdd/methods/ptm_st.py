@@ -16,6 +16,7 @@ a phase makes exactly I_p updates, exported rates are averaged, and dropout keep
 from collections.abc import Sequence
 
 from rmdd import config
+from rmdd.methods.base import Method
 
 
 def phases(
@@ -56,3 +57,7 @@ def without(run: config.Run, *, ptm: bool = False, st: bool = False, ema: bool =
     if ema:
         changes["distill"]["ema"] = 0.0
     return config.load(changes)
+
+
+class PTMST(Method):
+    """The defaults of `distill` are PTM-ST's, but for the exact gradient; presets named after the paper set its own."""

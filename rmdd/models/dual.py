@@ -4,7 +4,7 @@ B pairs in a batch, F text feature width, D joint width, H W image size. The tex
 arrive as its embeddings.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -56,14 +56,28 @@ class DualEncoder(nn.Module):
             self.image_tower.eval()
         return self
 
+    def on_features(self) -> "DualEncoder":
+        """The same heads on images given as the tower's features; parameters are shared and keep their names."""
+        return DualEncoder(nn.Identity(), self.image_head, self.text_head, self.temperature).train(self.training)
+
     def embed_images(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
         return F.normalize(self.image_head(self.image_tower(images)), dim=1)
 
     def embed_texts(self, texts: Float[Tensor, "B F"]) -> Float[Tensor, "B D"]:
         return F.normalize(self.text_head(texts), dim=1)
 
-    def forward(self, images: Float[Tensor, "B C H W"], texts: Float[Tensor, "B F"]) -> Float[Tensor, "B B"]:
-        return self.embed_images(images) @ self.embed_texts(texts).T / self.temperature
+    def forward(
+        self,
+        images: Float[Tensor, "B *image"],
+        texts: Float[Tensor, "B F"],
+        mixing: Callable[[Tensor], Tensor] | None = None,
+    ) -> Float[Tensor, "B B"]:
+        """`mixing` changes what the encoders give, on both sides, before the projections."""
+        features = self.image_tower(images)
+        if mixing is not None:
+            features, texts = mixing(features), mixing(texts)
+        u = F.normalize(self.image_head(features), dim=1)
+        return u @ self.embed_texts(texts).T / self.temperature
 
     def trained(self) -> Params:
         """The parameters that are trained and matched, detached, in registration order."""
@@ -100,7 +114,8 @@ def check_same_shapes(ours: Mapping[str, tuple[int, ...]], theirs: Mapping[str, 
 def build(model: config.Model, text_width: int, image_size: int, seed: int, who: str, index: int = 0) -> DualEncoder:
     """A fresh dual encoder. `who` and `index` name the draw: every expert and student has heads of its own.
 
-    A pretrained or local tower starts the same for everyone; a random one is drawn anew, like the heads.
+    A pretrained or local tower, and one of `random:SEED`, starts the same for everyone; a random one is drawn anew,
+    like the heads.
     """
     tower = build_image_tower(model.image, generator(seed, f"{who} tower", index), image_size)
     with torch.random.fork_rng(devices=[]):

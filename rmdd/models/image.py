@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rmdd import seeding
 from rmdd.config import ImageTower
 from rmdd.files import sha256_file
 
@@ -94,12 +95,20 @@ def build_image_tower(tower: ImageTower, generator: torch.Generator, image_size:
     """
     if tower.name == "convnet":
         return _convnet(tower, generator, image_size)
+    generator = _own_generator(tower, generator)
     model = _create(tower.name, tower.weights == "pretrained", generator, image_size)
-    if tower.weights not in ("pretrained", "random"):
+    if tower.weights != "pretrained" and not tower.is_random:
         _load(model, weights_file(tower))
     freeze_statistics(model)
     model.width = _width(model, tower.name, image_size)
     return model
+
+
+def _own_generator(tower: ImageTower, generator: torch.Generator) -> torch.Generator:
+    """Of `random:SEED`, the generator of that seed; else the one given."""
+    if not tower.weights.startswith("random:"):
+        return generator
+    return seeding.generator(int(tower.weights.removeprefix("random:")), "shared tower")
 
 
 def normalisation_of(tower: ImageTower) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
@@ -118,8 +127,8 @@ def normalisation_of(tower: ImageTower) -> tuple[tuple[float, float, float], tup
 
 def image_identity(tower: ImageTower) -> str:
     """What the tower's weights are: `random`, the SHA-256 of a local file, or the hub id and timm's version."""
-    if tower.weights == "random":
-        return "random"
+    if tower.is_random:
+        return tower.weights
     if tower.weights != "pretrained":
         path = weights_file(tower)
         return _sha256_once(path, path.stat().st_mtime_ns, path.stat().st_size)
@@ -205,8 +214,8 @@ def _convnet(tower: ImageTower, generator: torch.Generator, image_size: int) -> 
             f"images of {image_size} pixels are halved {len(tower.widths)} times by convnet, to nothing; "
             "use a larger data.image_size or fewer model.image.widths"
         )
-    net = ConvNet(tower.widths, tower.groups, image_size, generator)
-    if tower.weights != "random":
+    net = ConvNet(tower.widths, tower.groups, image_size, _own_generator(tower, generator))
+    if not tower.is_random:
         _load(net, weights_file(tower))
     return net
 

@@ -33,4 +33,31 @@ def infonce(logits: Float[Tensor, "B B"], similarity: Float[Tensor, "B B"]) -> F
     return (by_image + by_text) / 2
 
 
-LOSSES = {"wbce": wbce, "infonce": infonce}
+def bce(logits: Float[Tensor, "B B"], similarity: Float[Tensor, "B B"]) -> Float[Tensor, ""]:
+    """Binary cross entropy, the mean over all B^2 entries; the targets may lie outside [0, 1]."""
+    return F.binary_cross_entropy_with_logits(logits, similarity)
+
+
+def cwcl(logits: Float[Tensor, "B B"], similarity: Float[Tensor, "B B"]) -> Float[Tensor, ""]:
+    """`infonce` with every row of the targets, in each direction, divided by its sum + 1e-6."""
+    by_image = similarity / (similarity.sum(dim=1, keepdim=True) + FLOOR)
+    by_text = similarity / (similarity.sum(dim=0, keepdim=True) + FLOOR)
+    row, column = F.log_softmax(logits, dim=1), F.log_softmax(logits, dim=0)
+    return -((by_image * row).sum() + (by_text * column).sum()) / (2 * logits.shape[0])
+
+
+def kl(logits: Float[Tensor, "B B"], similarity: Float[Tensor, "B B"]) -> Float[Tensor, ""]:
+    """Kullback-Leibler divergence from softmax(10 S) to softmax(logits), the mean over entries and directions."""
+    total = logits.new_zeros(())
+    for dim in (0, 1):
+        target = F.log_softmax(10 * similarity, dim=dim)
+        total = total + (target.exp() * (target - F.log_softmax(logits, dim=dim))).mean()
+    return total / 2
+
+
+def mse(logits: Float[Tensor, "B B"], similarity: Float[Tensor, "B B"]) -> Float[Tensor, ""]:
+    """Mean squared difference between sigmoid(logits) and the targets."""
+    return (torch.sigmoid(logits) - similarity).square().mean()
+
+
+LOSSES = {"wbce": wbce, "infonce": infonce, "bce": bce, "cwcl": cwcl, "kl": kl, "mse": mse}

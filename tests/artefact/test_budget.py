@@ -45,8 +45,8 @@ def test_a_single_full_matrix_costs_one_pair_up_to_388():
     assert "at most 388 pairs fit; set phases.0.pairs to 388" in str(check((389,), 390, **PAPER, kind="full"))
 
 
-def test_identity_costs_only_the_rates():
-    assert cost((10,), 8, 4, "identity") == 10 * 196 + 2
+def test_plain_pairs_cost_nothing_more():
+    assert cost((10,), 8, 4, "identity") == 10 * 196
     assert largest(10, 8, 4, "identity") == 9
 
 

@@ -7,16 +7,15 @@ import torch
 from safetensors.torch import load_file
 
 from rmdd import config
+from rmdd.distill.inner import student_loss
 from rmdd.distill.matching import (
     Matcher,
-    NotFinite,
     State,
     distill_phase,
     load_set,
     outer_step,
     save_set,
     snapshot_iterations,
-    student_loss,
 )
 from rmdd.distill.phases import draw
 from rmdd.distill.similarity import initial as initial_similarity
@@ -302,20 +301,6 @@ def test_a_set_survives_the_disk(tmp_path):
     save_set(before, tmp_path / "set.safetensors")
     after = load_set(tmp_path / "set.safetensors")
     assert after.alpha == 0.3 and same_tensors(after.tensors(), before.tensors())
-
-
-def test_not_finite_stops_with_the_last_good_state(store, tmp_path):
-    run = run_of(lr_lr=100.0, checkpoint_every=100, iterations=50)
-    with pytest.raises(
-        NotFinite,
-        match=r"phase 0 stopped being finite in iteration \d+ \(expert \d, start epoch \d.*lower the learning",
-    ):
-        distil(run, store, tmp_path)
-    state = State.load(tmp_path / "state.safetensors", "key")
-    assert all(torch.isfinite(t).all() for s in (state.raw, state.average) for t in s.tensors().values())
-    assert [line["iteration"] for line in lines_of(tmp_path)] == list(range(1, state.iteration + 1))
-    with pytest.raises(NotFinite, match=f"in iteration {state.iteration + 1} "):
-        distil(run, store, tmp_path)
 
 
 def test_the_lower_clamp_of_the_rates_comes_after_the_average():

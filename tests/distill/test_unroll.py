@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rmdd import config
-from rmdd.distill.matching import student_loss
+from rmdd.distill.inner import student_loss
 from rmdd.distill.phases import mini_batches
 from rmdd.distill.synthetic import Synthetic
 from rmdd.distill.unroll import meta_gradient

@@ -1,0 +1,169 @@
+"""The run file as typed, frozen models: every number of a run is decided here.
+
+This package imports neither torch nor ray. Three kinds of fields never enter a hash, since they say where
+things are and not what is computed: `name`, `data.root` and everything under `runtime`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+from pydantic import Field
+
+from rmdd.config.data import Annotations as Annotations
+from rmdd.config.data import Captions as Captions
+from rmdd.config.data import Data
+from rmdd.config.data import Scenes as Scenes
+from rmdd.config.data import Table as Table
+from rmdd.config.distill import Distill
+from rmdd.config.distill import Guard as Guard
+from rmdd.config.distill import Phase as Phase
+from rmdd.config.distill import Similarity as Similarity
+from rmdd.config.evaluate import Evaluate, Runtime
+from rmdd.config.model import NO_AUGMENT as NO_AUGMENT
+from rmdd.config.model import Augment as Augment
+from rmdd.config.model import Experts, Model
+from rmdd.config.model import ImageTower as ImageTower
+from rmdd.config.model import TextTower as TextTower
+from rmdd.runfile import PRESETS as PRESETS
+from rmdd.runfile import ConfigError as ConfigError
+from rmdd.runfile import Section as Section
+from rmdd.runfile import apply, filled, hash_value, read, validate
+from rmdd.runfile import preset_names as preset_names
+
+if TYPE_CHECKING:
+    from rmdd.methods.base import Method
+
+
+class Run(Section):
+    """A whole run. `rmdd run FILE` turns it into a distilled set and a report."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder under runtime.storage")
+    seed: int = Field(0, description="seed of every section that has none of its own")
+    data: Data = Data()
+    model: Model = Model()
+    experts: Experts = Experts()
+    distill: Distill = Distill()
+    evaluate: Evaluate = Evaluate()
+    runtime: Runtime = Runtime()
+
+    def clashes(self) -> list[str]:
+        mistakes = []
+        image = self.model.image
+        if not image.trainable and image.weights == "random":
+            mistakes.append(
+                "model.image.trainable is false and its weights are random, so they would never be learned; set "
+                "model.image.weights to pretrained (a timm model) or a weights file, or trainable: true"
+            )
+        if image.name == "convnet" and image.weights == "pretrained":
+            mistakes.append("convnet has no pretrained weights; set model.image.weights to random or a weights file")
+        if image.name == "convnet" and self.data.normalise == "tower":
+            mistakes.append("convnet has no normalisation of its own; set data.normalise to clip, imagenet or half")
+        reach = max((self.endpoint_of(p) for p in range(len(self.distill.phases))), default=0)
+        if reach > self.experts.epochs:
+            mistakes.append(
+                f"distill.phases ask for epoch {reach} but experts are trained for {self.experts.epochs}; "
+                f"set experts.epochs to {reach} or lower the endpoints"
+            )
+        for p, phase in enumerate(self.distill.phases):
+            last = self.distill.reach(phase)
+            if self.distill.trajectory == "convexified" and last > self.experts.epochs:
+                stop = phase.stop - last + self.experts.epochs
+                mistakes.append(
+                    f"distill.phases.{p} reaches epoch {last} of a path that ends with the experts at "
+                    f"{self.experts.epochs}; set distill.phases.{p}.stop to {stop} or train longer"
+                )
+        d = self.distill
+        for what, needs in (
+            ("distill.trajectory 'original'", d.trajectory == "original"),
+            ("distill.ranges 'drift'", d.ranges == "drift"),
+            ("distill.anchors between the ends", d.trajectory == "convexified" and (d.anchors > 2 or d.smooth_anchors)),
+        ):
+            if needs and self.experts.keep == "endpoints":
+                mistakes.append(f"{what} reads every epoch; set experts.keep: all")
+        missing = [] if isinstance(self.experts.keep, str) else sorted(set(self.endpoints) - set(self.experts.keep))
+        if missing:
+            mistakes.append(
+                f"experts.keep {list(self.experts.keep)} leaves out {missing}, which this run reads; add them"
+            )
+        return mistakes
+
+    def endpoint_of(self, phase: int) -> int:
+        """The last expert epoch that a phase reads."""
+        d, p = self.distill, self.distill.phases[phase]
+        if d.trajectory == "convexified" or (d.ranges == "drift" and d.trajectory == "original"):
+            return self.experts.epochs
+        if d.trajectory == "shortcut":
+            return p.endpoint - (d.endpoint_rule == "exclusive")
+        return d.reach(p)
+
+    @property
+    def student_temperature(self) -> float:
+        """What a student of the distilled set divides its cosines by."""
+        return self.evaluate.temperature or self.distill.temperature or self.model.temperature
+
+    @property
+    def endpoints(self) -> tuple[int, ...]:
+        """Epochs a store must keep for this run, beside epoch 0; the last one gives the full-data bound."""
+        return tuple(sorted({self.endpoint_of(p) for p in range(len(self.distill.phases))} | {self.experts.epochs}))
+
+    def seed_of(self, section: Literal["experts", "distill", "evaluate"]) -> int:
+        own = getattr(self, section).seed
+        return self.seed if own is None else own
+
+    def hash_of(self, *sections: str) -> str:
+        """Hash of the named sections (all that matter when none is named), seeds resolved, places left out."""
+        sections = sections or ("data", "model", "experts", "distill", "evaluate")
+        value: dict[str, Any] = {}
+        for s in sections:
+            value[s] = getattr(self, s).model_dump(mode="json")
+            if "seed" in value[s]:
+                value[s]["seed"] = self.seed_of(s)  # type: ignore[arg-type]
+        value.get("data", {}).pop("root", None)
+        return hash_value(value)
+
+
+def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Run:
+    """Read a run from a preset's name, a YAML file or a mapping, apply `a.b=c` overrides, check all of it.
+
+    What the run file leaves open takes the values of its `distill.method`, then the defaults.
+
+    >>> load("demo", ["distill.budget=20"])  # doctest: +SKIP
+
+    Raises `ConfigError` with every mistake found.
+    """
+    where = "run" if isinstance(source, Mapping) else str(source)
+    raw = copy.deepcopy(dict(source)) if isinstance(source, Mapping) else read(source)
+    mistakes: list[str] = []
+    defaults = Run().model_dump(mode="json")
+    for override in overrides:
+        apply(raw, override, defaults, mistakes)
+    method, unknown = _method_of(raw)
+    run, wrong = validate(Run, raw if method is None else filled(raw, method.defaults))
+    mistakes += unknown + wrong
+    if run is not None and method is not None:
+        mistakes += method.mistakes(run)
+    if run is None or mistakes:
+        raise ConfigError(mistakes, where)
+    return run
+
+
+def _method_of(raw: Mapping[str, Any]) -> tuple[type[Method] | None, list[str]]:
+    """The recipe that a run file names, or what is wrong with the name."""
+    from rmdd import methods
+
+    section = raw.get("distill")
+    name = section.get("method") if isinstance(section, Mapping) else None
+    try:
+        return methods.find(Distill().method if name is None else str(name)), []
+    except ValueError as error:
+        return None, [f"distill.method: {error}"]
+
+
+def dump(run: Run) -> str:
+    """The resolved run as YAML; `load` of it gives the same run."""
+    return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, width=110, allow_unicode=True)

@@ -1,0 +1,99 @@
+"""Where pairs come from, and how pictures and captions are seen."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from rmdd.config.numbers import PositiveInt
+from rmdd.runfile import Section
+
+
+class Captions(Section):
+    """The papers' caption rule. Turning a part off keeps the caption as it was written."""
+
+    lowercase: bool = Field(True, description="turn captions to lower case")
+    strip_punctuation: bool = Field(True, description='replace . ! " ( ) * # : ; ~ by a space')
+    max_words: PositiveInt | None = Field(30, description="keep the first words; null keeps all")
+
+
+class Scenes(Section):
+    """The built-in source: seeded pictures of coloured shapes with five captions each."""
+
+    train: PositiveInt = Field(1000, description="pictures to train on")
+    val: PositiveInt = Field(200, description="pictures for every choice")
+    test: PositiveInt = Field(200, description="pictures for the final score")
+    size: Annotated[int, Field(ge=16)] = Field(48, description="side of the square picture in pixels")
+    seed: int = Field(0, description="another seed draws other pictures")
+
+
+class Table(Section):
+    """A folder of images plus one CSV, TSV, JSONL or Parquet table."""
+
+    file: str = Field("captions.csv", description="relative to data.root")
+    image: str = Field("image", description="column with the path of the image")
+    caption: str = Field("caption", description="column with a caption or a list of captions")
+    split: str | None = Field("split", description="column with train/val/test; absent or null: cut by hash")
+
+
+class Annotations(Section):
+    """A file per split, relative to data.root."""
+
+    train: str | None = Field(None, description="the list to train on")
+    val: str | None = Field(None, description="the list for every choice")
+    test: str | None = Field(None, description="the list for the final score")
+
+    def clashes(self) -> list[str]:
+        return [] if self.files else ["data.annotations is empty; give {train: ..., val: ..., test: ...}"]
+
+    @property
+    def files(self) -> dict[str, str]:
+        return {split: file for split, file in self if file is not None}
+
+
+class Data(Section):
+    source: Literal["scenes", "karpathy", "lists", "table", "dataset"] = Field(
+        "scenes", description="lists: BLIP/LoRS train/val/test files; dataset: a folder that `rmdd ingest` wrote"
+    )
+    root: str | None = Field(None, description="folder that image paths are relative to; not part of the hash")
+    layout: Literal["flickr30k", "flickr8k", "coco", "cc3m"] | None = Field(
+        None, description="known file names for `lists` and `karpathy`"
+    )
+    annotations: str | Annotations | None = Field(
+        None, description="karpathy: one file; lists: a file per split; relative to root; null: by layout"
+    )
+    scenes: Scenes = Scenes()
+    table: Table = Table()
+    split_fractions: tuple[float, float, float] = Field(
+        (0.8, 0.1, 0.1), description="train, val, test; used where the source has no splits; cut by a hash of the path"
+    )
+    eval_limit: PositiveInt | None = Field(None, description="first n pairs of val and test (CC3M: 10000)")
+    reencode: PositiveInt | None = Field(
+        None, description="store images as PNG squashed to this side; null: as they came"
+    )
+    shard_mb: Annotated[float, Field(gt=0)] = Field(128, description="size in MiB at which a shard is closed")
+    max_pixels: PositiveInt = Field(89_478_485, description="larger images are quarantined as decompression bombs")
+    background: tuple[int, int, int] = Field((255, 255, 255), description="under transparent pixels")
+    exif_orientation: bool = Field(False, description="the published loaders ignore it")
+    image_size: Annotated[int, Field(ge=8)] = Field(224, description="square side in pixels; aspect ratio is squashed")
+    normalise: Literal["clip", "imagenet", "half", "tower"] = Field(
+        "clip", description="the papers use CLIP's constants for every tower; `tower` asks the timm model"
+    )
+    captions: Captions = Captions()
+
+    def clashes(self) -> list[str]:
+        source, found = self.source, []
+        if source in ("karpathy", "lists", "table", "dataset") and self.root is None:
+            found.append(f"source '{source}' reads files; give data.root (--set data.root=FOLDER)")
+        if source in ("karpathy", "lists") and self.layout is None and self.annotations is None:
+            found.append(f"source '{source}' needs data.layout or data.annotations")
+        if source == "karpathy" and isinstance(self.annotations, Annotations):
+            found.append("source 'karpathy' reads one data.annotations file; for a file per split use source: lists")
+        if source == "lists" and isinstance(self.annotations, str):
+            found.append(
+                "source 'lists' reads a file per split; give data.annotations: {train: ..., val: ..., test: ...}"
+            )
+        if any(f < 0 for f in self.split_fractions) or abs(sum(self.split_fractions) - 1) > 1e-6:
+            found.append(f"data.split_fractions must be three shares that sum to 1, found {self.split_fractions}")
+        return found

@@ -1,0 +1,215 @@
+"""The matching loop: phases, similarity, and the switches that methods set."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
+from rmdd.runfile import Section
+
+
+class Phase(Section):
+    """One sub-problem: `pairs` synthetic pairs matched to starts in [start, stop) of a path that ends at `endpoint`."""
+
+    pairs: PositiveInt = Field(description="synthetic pairs M of this phase")
+    start: Annotated[int, Field(ge=0)] = Field(0, description="first epoch at which a student may start")
+    stop: PositiveInt = Field(2, description="exclusive upper bound of the start epoch")
+    start_text: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="starts: independent; the text side's; null: as start"
+    )
+    stop_text: PositiveInt | None = Field(None, description="starts: independent; the text side's; null: as stop")
+    grow_from: PositiveInt | None = Field(None, description="upper bound at the first iteration; null: stop throughout")
+    grow_until: PositiveInt | None = Field(None, description="iteration at which a growing upper bound reaches stop")
+    endpoint: PositiveInt = Field(6, description="epoch t_p at which the path ends, inclusive")
+    iterations: PositiveInt = Field(2000, description="outer updates")
+
+    @property
+    def ranges(self) -> dict[str, tuple[int, int]]:
+        """The half-open range of start epochs, per side."""
+        text = (
+            self.start if self.start_text is None else self.start_text,
+            self.stop if self.stop_text is None else self.stop_text,
+        )
+        return {"image": (self.start, self.stop), "text": text}
+
+    def clashes(self) -> list[str]:
+        if (self.grow_from is None) != (self.grow_until is None):
+            return ["grow_from and grow_until go together; give both or neither"]
+        if self.grow_from is not None and not self.start < self.grow_from <= self.stop:
+            return [f"grow_from {self.grow_from} must lie above start {self.start} and at most at stop {self.stop}"]
+        return []
+
+
+class Similarity(Section):
+    kind: Literal["full", "low_rank", "identity"] = Field(
+        "full", description="target similarity of a subset: an M x M matrix, its factors, or fixed at the identity"
+    )
+    rank: PositiveInt = Field(10, description="low_rank: columns R of each factor")
+    alpha: PositiveFloat = Field(1.0, description="low_rank: S = diag(omega) + alpha/R L R^T")
+    diagonal: Literal["vector", "scalar"] = Field(
+        "vector", description="low_rank: omega per pair, as coded, or one number, as LoRS prints it"
+    )
+    clamp: tuple[float, float] | None = Field(None, description="full: bounds of every entry after a step; null: none")
+
+    def clashes(self) -> list[str]:
+        found = []
+        if self.clamp is not None and self.kind != "full":
+            found.append("distill.similarity.clamp bounds the entries of a matrix; set distill.similarity.kind: full")
+        if self.clamp is not None and not self.clamp[0] < self.clamp[1]:
+            found.append(f"distill.similarity.clamp must be (low, high), found {self.clamp}")
+        return found
+
+
+class Guard(Section):
+    """What is taken for a derailed phase: it goes back to its last good state and on with halved outer rates."""
+
+    retries: Annotated[int, Field(ge=0)] = Field(3, description="rollbacks of a phase before it fails; in no hash")
+    every: PositiveInt = Field(50, description="iterations between the states to go back to")
+    max_rate_growth: PositiveFloat = Field(
+        100.0, description="an inner rate this many times its start, or this small a share of it, has derailed"
+    )
+    dead_similarity: bool = Field(
+        True, description="no learned diagonal entry above 0.5, so that no pair is a positive, has derailed"
+    )
+
+
+class Distill(Section):
+    method: str = Field(
+        "ptm_st", description="the recipe: a name of `rmdd methods`, or module:Class; its values hold unless set here"
+    )
+    options: dict[str, Any] = Field({}, description="fields of a method from outside the package")
+    budget: PositiveInt = Field(100, description="pairs, counted memory-fair: the similarity is paid for in pairs")
+    phases: tuple[Phase, ...] = Field(
+        (Phase(pairs=99),), description="sub-problems, in the order in which students learn from them"
+    )
+    budget_check: Literal["error", "warn"] = Field(
+        "error", description="what happens when the phases cost more than the budget"
+    )
+    trajectory: Literal["original", "shortcut", "convexified"] = Field(
+        "shortcut",
+        description="path of targets: the epochs as trained, the shortcut to the endpoint, or to the last epoch",
+    )
+    anchors: Annotated[int, Field(ge=2)] = Field(2, description="convexified: checkpoints that the path goes through")
+    smooth_anchors: bool = Field(False, description="convexified: anchors are means of neighbouring checkpoints")
+    endpoint_rule: Literal["inclusive", "exclusive"] = Field(
+        "inclusive", description="exclusive reproduces the released buffers, which end one epoch early"
+    )
+    starts: Literal["together", "independent"] = Field(
+        "together", description="one start epoch for both towers, or one each"
+    )
+    ranges: Literal["stated", "drift"] = Field(
+        "stated", description="drift finds each tower's range of starts from the experts (AMD)"
+    )
+    start_points: Literal["integer", "continuous"] = Field(
+        "integer", description="continuous draws real-valued epochs of a straight path (MCT)"
+    )
+    start_rule: Literal["exclusive", "inclusive"] = Field("exclusive", description="whether `stop` itself may be drawn")
+    estimator: Literal["exact", "first_order"] = Field(
+        "exact", description="meta-gradient; first_order, as published, leaves out how a step moves the next"
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the student's forward and backward; parameters and sums stay float32"
+    )
+    loss: Literal["wbce", "infonce", "bce", "cwcl", "kl", "mse"] = Field(
+        "wbce", description="loss of the student's steps, here and in evaluation"
+    )
+    temperature: PositiveFloat | None = Field(None, description="of the student's cosines; null: model.temperature")
+    similarity: Similarity = Similarity()
+    blend: NonNegativeFloat = Field(
+        0.0, description="mix encoder outputs within a batch with a weight from Beta(blend, blend); 0: off (RepBlend)"
+    )
+    steps: PositiveInt = Field(8, description="inner student steps K")
+    match_epochs: PositiveInt = Field(1, description="expert epochs dT between start and target")
+    batch: Annotated[int, Field(ge=2)] = Field(20, description="inner mini-batch B")
+    batches: Literal["cycle", "independent"] = Field(
+        "cycle", description="cut from permutations of all pairs, or a fresh draw each step (MTT-VL)"
+    )
+    branches: Literal["separate", "merged"] = Field(
+        "separate", description="separate: one ratio per tower, summed; merged: one ratio over all parameters"
+    )
+    rate_branches: Literal["same", "separate"] = Field(
+        "same", description="separate keeps one ratio per tower for the inner rates of merged branches, as released"
+    )
+    skip_above: PositiveFloat | None = Field(
+        None, description="make no step where the miss is larger, and count it (DATM's threshold); null: never skip"
+    )
+    inner_dropout: Literal["same_mask", "fresh_mask", "off"] = Field(
+        "same_mask", description="fresh_mask is what the released code does"
+    )
+    optimiser: Literal["sgd", "normalised"] = Field(
+        "sgd",
+        description="outer steps; normalised divides each gradient by its size, so that a rate is a step per entry",
+    )
+    lr_image: NonNegativeFloat = Field(1000.0, description="outer rate of the pictures; 0 keeps them as they start")
+    lr_text: NonNegativeFloat = Field(1000.0, description="outer rate of the text embeddings")
+    lr_similarity: NonNegativeFloat = Field(10.0, description="outer rate of the similarity")
+    lr_lr: NonNegativeFloat = Field(1e-2, description="rate of the learnable inner rates")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.5, description="of the outer steps")
+    inner_lr: PositiveFloat = Field(0.1, description="both inner rates at the start")
+    inner_lr_text: PositiveFloat | None = Field(None, description="the text side's at the start; null: as inner_lr")
+    min_inner_lr: NonNegativeFloat | None = Field(None, description="lower clamp of the inner rates; null: none")
+    ema: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.99, description="decay of the exported average; 0 exports the raw set"
+    )
+    init: Literal["real", "prototypes", "noise"] = Field(
+        "real", description="what the set starts from: random pairs, the pairs nearest to k-means centres, or noise"
+    )
+    init_augment: bool = Field(False, description="start from augmented pictures, as LoRS does")
+    guard: Guard = Guard()
+    checkpoint_every: PositiveInt = Field(50, description="iterations between checkpoints")
+    snapshots: Annotated[int, Field(ge=1)] = Field(
+        1, description="how many sets to keep, evenly spaced over the iterations; the last is always one of them"
+    )
+    seed: int | None = Field(None, description="null: the run's seed")
+
+    def reach(self, phase: Phase) -> int:
+        """The last epoch that a start of `phase` and its target may need."""
+        stop = max(stop for _, stop in phase.ranges.values())
+        beyond = self.start_rule == "inclusive" or self.start_points == "continuous"
+        return stop - (not beyond) + self.match_epochs
+
+    def clashes(self) -> list[str]:
+        mistakes = []
+        if not self.phases:
+            mistakes.append("distill.phases is empty; give at least one")
+        if self.start_points == "continuous" and self.trajectory == "original":
+            mistakes.append(
+                "distill.start_points: continuous needs a path between the epochs; set distill.trajectory to shortcut "
+                "or convexified"
+            )
+        if (self.anchors > 2 or self.smooth_anchors) and self.trajectory != "convexified":
+            mistakes.append("distill.anchors and smooth_anchors belong to distill.trajectory: convexified")
+        if self.ranges == "drift" and self.starts == "together":
+            mistakes.append("distill.ranges: drift gives each tower its own range; set distill.starts: independent")
+        if self.rate_branches == "separate" and (self.branches, self.estimator) != ("merged", "first_order"):
+            mistakes.append("distill.rate_branches: separate is for branches: merged with estimator: first_order")
+        for p, phase in enumerate(self.phases):
+            this = f"distill.phases.{p}"
+            limit = phase.endpoint - (self.endpoint_rule == "exclusive")
+            for tower, (start, stop) in phase.ranges.items():
+                if start >= stop + (self.start_rule == "inclusive"):
+                    mistakes.append(f"{this}: {tower} start range [{start}, {stop}) is empty; raise stop")
+            if self.starts == "together" and (phase.start_text is not None or phase.stop_text is not None):
+                mistakes.append(f"{this}: start_text and stop_text need distill.starts: independent")
+            if self.trajectory == "shortcut" and self.ranges == "stated" and self.reach(phase) > limit:
+                stop = limit - self.reach(phase) + max(stop for _, stop in phase.ranges.values())
+                last = self.reach(phase) - self.match_epochs
+                mistakes.append(
+                    f"{this}: a start at epoch {last} matched {self.match_epochs} epoch(s) on ends past the endpoint "
+                    f"{limit}; set {this}.stop to {stop} or raise its endpoint"
+                )
+            if phase.pairs < 2:
+                mistakes.append(f"{this}.pairs is {phase.pairs}: one pair has no negatives; give at least 2")
+            elif self.batch > phase.pairs and self.batches == "cycle":
+                mistakes.append(
+                    f"distill.batch {self.batch} is larger than {this} with its {phase.pairs} pairs; set batch to at "
+                    f"most {phase.pairs}"
+                )
+            if self.similarity.kind == "low_rank" and 2 * self.similarity.rank > phase.pairs:
+                mistakes.append(
+                    f"{this}: rank {self.similarity.rank} costs more than the full {phase.pairs} x {phase.pairs} "
+                    f"matrix; use at most {phase.pairs // 2} or distill.similarity.kind: full"
+                )
+        return mistakes

@@ -1,0 +1,43 @@
+"""When a phase has derailed, and how it goes on: from its last good state, with halved outer rates."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rmdd import config
+from rmdd.distill.synthetic import Synthetic
+
+
+class Derailed(FloatingPointError):
+    """A phase went wrong more often than it may; its last good state is on disk."""
+
+
+def vitals(synthetic: Synthetic, loss: Float[Tensor, ""]) -> Float[Tensor, "4"]:
+    """Four numbers that tell whether a phase is alive, still on its device: the sum of all that must be finite,
+    both inner rates, and the largest diagonal entry of a learned similarity (1 without one)."""
+    total = torch.stack([loss, *(t.sum() for t in synthetic.tensors().values())]).sum()
+    return torch.stack([total, synthetic.lr_image, synthetic.lr_text, _diagonal(synthetic).amax()])
+
+
+def _diagonal(synthetic: Synthetic) -> Tensor:
+    parts = synthetic.similarity
+    if "matrix" in parts:
+        return parts["matrix"].diagonal()
+    if "left" in parts:
+        left, right = parts["left"], parts["right"]
+        return parts["scale"] + synthetic.alpha / left.shape[1] * (left * right).sum(dim=1)
+    return synthetic.lr_image.new_ones(1)
+
+
+def what_is_wrong(numbers: list[float], begun: Synthetic, rule: config.Guard) -> str | None:
+    """Why a phase with these `vitals` has derailed, or None; `begun` is the set that it started from."""
+    total, *rates, diagonal = numbers
+    if total != total or abs(total) == float("inf"):
+        return "a loss, gradient or tensor stopped being finite"
+    for side, rate, first in zip(("image", "text"), rates, (begun.lr_image, begun.lr_text), strict=True):
+        growth = rate / float(first)
+        if not 1 / rule.max_rate_growth <= growth <= rule.max_rate_growth:
+            return f"the inner {side} rate went from {float(first):.4g} to {rate:.4g}"
+    if rule.dead_similarity and diagonal <= 0.5:
+        return f"the similarity is dead: its largest diagonal entry is {diagonal:.4g}, so no pair is a positive"
+    return None
