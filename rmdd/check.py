@@ -9,6 +9,7 @@ from rmdd import config, estimate
 from rmdd.artefact import budget
 from rmdd.data.shards import Dataset
 from rmdd.experts.store import Store
+from rmdd.experts.train import kept_epochs
 from rmdd.files import read_json
 from rmdd.models.dual import DualEncoder
 from rmdd.models.image import double_backward, matching_context, weights_file
@@ -50,9 +51,9 @@ def examine(run: config.Run) -> dict[str, Any]:
         counts, origin = estimate.known_counts(run.data)
     similarity, sizes = run.distill.similarity, [p.pairs for p in run.distill.phases]
     unit = budget.pair_parameters(run.data.image_size, width)
-    cost = budget.cost(sizes, run.data.image_size, width, similarity.kind, similarity.rank)
-    kept = run.experts.epochs if run.experts.keep == "all" else len(run.endpoints)
-    over = budget.check(sizes, run.distill.budget, run.data.image_size, width, similarity.kind, similarity.rank)
+    cost = budget.cost(sizes, run.stored_size, width, similarity.kind, similarity.rank)
+    kept = len(kept_epochs(run) or range(run.experts.epochs))
+    over = over_budget(run, width)
     return {
         "run": str(run_folder(run)),
         "hash": run.hash_of(),

@@ -134,16 +134,43 @@ def resume(
 
 
 @app.command()
-def presets(name: Annotated[str | None, typer.Argument(help="Print this preset's file.")] = None) -> None:
+def presets(
+    name: Annotated[str | None, typer.Argument(help="Print this preset's file.")] = None,
+    whole: Annotated[bool, typer.Option("--whole", help="Print it with the values of what it extends.")] = False,
+) -> None:
     """List the run files that come with rmdd, or print one."""
     with _outcome():
         names = config.preset_names()
         if name is not None and name not in names:
-            raise config.ConfigError([f"there are: {', '.join(names)}"], f"no preset '{name}'")
+            raise config.ConfigError([config.no_preset(name)], "presets")
+        if name is not None and whole:
+            typer.echo(config.as_yaml(config.read(name)).rstrip())
+            return
         for each in names if name is None else [name]:
             text = (config.PRESETS / f"{each}.yaml").read_text(encoding="utf-8")
             first = text.partition("\n")[0].removeprefix("#").strip()
             typer.echo(f"{each:30} {first}" if name is None else text.rstrip())
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Tell all about this one.")] = None, json: Json = False
+) -> None:
+    """List the methods that a run file can name, or tell about one."""
+    with _outcome():
+        from rmdd.methods.about import about, listing
+
+        try:
+            facts: Any = listing() if name is None else about(name)
+        except ValueError as error:
+            raise config.ConfigError([str(error)], "methods") from error
+        if json:
+            _print_json(facts)
+            return
+        from rmdd import console
+
+        for line in console.methods(facts) if name is None else console.method(facts):
+            typer.echo(line)
 
 
 @app.command()
@@ -152,6 +179,34 @@ def version() -> None:
     import rmdd
 
     typer.echo(rmdd.__version__)
+
+
+bench = typer.Typer(help="Measure the engine of matching.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bench, name="bench")
+
+
+@bench.command("estimator")
+def bench_estimator(
+    source: Source,
+    set_: Sets = None,
+    phase: Annotated[int, typer.Option(help="The phase to follow.")] = 0,
+    iterations: Annotated[int, typer.Option(help="Outer iterations to follow it for.")] = 100,
+    every: Annotated[int, typer.Option(help="Iterations between comparisons.")] = 10,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Compare the first-order meta-gradient with the exact one along a run: cosine and norm ratio."""
+
+    def compare(pipeline: "Pipeline") -> dict[str, Any]:
+        from rmdd.bench import estimator
+        from rmdd.console import comparison
+
+        rows = estimator.of_run(pipeline, phase, iterations, every, lambda row: None)
+        medians = estimator.summary(rows)
+        return {"rows": rows, "medians": medians, "say": [comparison(rows, medians)]}
+
+    _do(lambda: _load(source, set_ or []), compare, json, quiet, debug)
 
 
 def main() -> None:

@@ -1,15 +1,20 @@
 """What commands print for people: the result table and the plan of a run."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from textwrap import indent, wrap
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from rmdd.config import as_yaml
+from rmdd.methods import TITLES
+
 METRICS = ("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10")
-NAMES = {"random": "random pairs", "full": "full data", "ptm_st": "PTM-ST"}
+NAMES = {"random": "random pairs", "full": "full data", **TITLES}
+PAD = "  "
 PICKED = "reference protocol,\npicked on test"
 
 
@@ -111,3 +116,42 @@ def duration(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.0f} s"
+
+
+def comparison(rows: Sequence[Mapping[str, Any]], medians: Mapping[str, Mapping[str, float]]) -> Table:
+    """First-order against exact meta-gradients: a line per comparison, cosine and norm ratio of every tensor."""
+    table = Table(title="first-order against exact meta-gradient: cosine (norm ratio)")
+    table.add_column("iteration", justify="right")
+    for name in medians:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        if "stopped" in row:
+            table.add_row(str(row["iteration"]), row["stopped"])
+            continue
+        table.add_row(str(row["iteration"]), *(_pair(row["cosine"][n], row["norm_ratio"][n]) for n in medians))
+    table.add_section()
+    table.add_row("median", *(_pair(m["cosine"], m["norm_ratio"]) for m in medians.values()))
+    return table
+
+
+def _pair(cosine: float, ratio: float) -> str:
+    return "-" if math.isnan(cosine) else f"{cosine:.2f} ({ratio:.2g})"
+
+
+def methods(listed: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Every method in a few lines: its name and summary, then its presets."""
+    lines = []
+    for each in listed:
+        presets = ", ".join(each["presets"]) or "no preset"
+        lines += [f"{each['name']}: {each['summary']}", *wrap(presets, 116, initial_indent=PAD, subsequent_indent=PAD)]
+    return lines
+
+
+def method(facts: Mapping[str, Any]) -> list[str]:
+    """One method: its own words, then the values it sets, its options and its presets."""
+    lines = [facts["text"], "", f"from: {facts['place']}"]
+    if facts["defaults"]:
+        lines += ["sets, unless the run file does:", *indent(as_yaml(facts["defaults"]), PAD).splitlines()]
+    if facts["options"]:
+        lines += ["distill.options:", *(f"{PAD}{key}: {meaning}" for key, meaning in facts["options"].items())]
+    return [*lines, f"presets: {', '.join(facts['presets']) or 'none'}"]

@@ -147,7 +147,7 @@ def synthetic_numbers(run: config.Run, text_width: int) -> list[int]:
     from rmdd.artefact.budget import cost
 
     s = run.distill.similarity
-    return [cost([p.pairs], run.data.image_size, text_width, s.kind, s.rank) for p in run.distill.phases]
+    return [cost([p.pairs], run.stored_size, text_width, s.kind, s.rank) for p in run.distill.phases]
 
 
 def phases_bytes(run: config.Run, text_width: int) -> int:

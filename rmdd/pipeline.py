@@ -14,6 +14,7 @@ from typing import Any
 from rmdd import config, methods
 from rmdd.artefact import budget
 from rmdd.data.ingest import ingest, shaping
+from rmdd.data.material import Material
 from rmdd.data.shards import Dataset
 from rmdd.distill.matching import finished, save_set, snapshot_iterations
 from rmdd.evaluate import protocol
@@ -29,6 +30,9 @@ from rmdd.tasks import Item, Places, device_of, expert, material, phase, student
 
 NUMBERS_VERSION = 1
 """Part of every hash; raised when a change of the code moves the numbers of an unchanged run file."""
+
+ONLY_DISTILLED = ("selection", "reference", "eval_every", "chunk", "lr", "text_lr", "temperature", "schedule", "epochs")
+"""Fields of `evaluate` that random pairs and full data do not depend on."""
 
 
 @dataclass(frozen=True)
@@ -156,11 +160,11 @@ class Pipeline:
         by_kind = {k: [r for j, r in rows if j.kind == k] for k in ("student", "reference", "baseline", "full")}
         table = {
             "random": {k: protocol.summary(by_kind["baseline"], k) for k in ("val", "test_last")},
-            run.distill.method: {k: protocol.summary(by_kind["student"], k) for k in ("val", "test_last")},
+            run.distill.method_name: {k: protocol.summary(by_kind["student"], k) for k in ("val", "test_last")},
             "full": {k: protocol.summary(by_kind["full"], k) for k in ("val", "test_last")},
         }
         if by_kind["reference"]:
-            table[run.distill.method]["test_best_reference"] = protocol.summary(
+            table[run.distill.method_name]["test_best_reference"] = protocol.summary(
                 by_kind["reference"], "test_best_reference"
             )
         evaluation = {
@@ -218,6 +222,10 @@ class Pipeline:
         page = self.report()
         evaluation = read_json(self.folder / "evaluation.json")
         return Result(self.folder / "set", page, evaluation, self.all_seconds())
+
+    def material(self, split: str) -> Material:
+        """A split with its embeddings."""
+        return material(self._item(self.ingest()), split)
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
@@ -305,8 +313,9 @@ def places_of(run: config.Run, dataset: Dataset) -> Places:
     )
     recipe["version"] = methods.find(run.distill.method).version
     distilled = {**trained, "num": run.experts.num, "distill": recipe | {"seed": run.seed_of("distill")}}
-    rules = run.evaluate.model_dump(mode="json") | {"seed": run.seed_of("evaluate")}
-    baseline = {**trained, "num": run.experts.num, "budget": run.distill.budget, "evaluate": rules}
+    rules = run.evaluate.model_dump(mode="json", exclude=set(ONLY_DISTILLED)) | {"seed": run.seed_of("evaluate")}
+    facts = {"num": run.experts.num, "budget": run.distill.budget, "updates": protocol.updates(run)}
+    baseline = {**trained, **facts, "evaluate": rules}
     storage = Path(run.runtime.storage).absolute()
     return Places(
         data=dataset.path,
@@ -318,16 +327,17 @@ def places_of(run: config.Run, dataset: Dataset) -> Places:
     )
 
 
-def over_budget(run: config.Run) -> str | None:
-    """A message when the phases' pairs, similarity and rates cost more than the budget, else None."""
+def over_budget(run: config.Run, width: int | None = None) -> str | None:
+    """A message when the phases cost more than the budget, else None; `width` is that of text embeddings if known."""
     rule = run.distill
     return budget.check(
         [p.pairs for p in rule.phases],
         rule.budget,
         image_size=run.data.image_size,
-        text_width=text_width(run.model.text),
+        text_width=width or text_width(run.model.text),
         kind=rule.similarity.kind,
         rank=rule.similarity.rank,
+        stored_size=run.stored_size,
     )
 
 

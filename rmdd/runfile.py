@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-PRESETS = resources.files("rmdd") / "presets"
+PRESETS = Path(__file__).with_name("presets")
 S = TypeVar("S", bound="Section")
 
 
@@ -53,7 +53,8 @@ class ConfigError(ValueError):
 
 
 def preset_names() -> list[str]:
-    return sorted(p.name.removesuffix(".yaml") for p in PRESETS.iterdir() if p.name.endswith(".yaml"))
+    """Presets that can be run; what they share lies in `presets/bases`."""
+    return sorted(p.stem for p in PRESETS.glob("*.yaml"))
 
 
 class _Loader(yaml.SafeLoader):
@@ -75,27 +76,61 @@ def parse(text: str) -> Any:
 
 
 def read(source: str | Path) -> dict[str, Any]:
-    """The mapping in a preset or a YAML file, not yet checked. Raises `ConfigError` for anything else."""
+    """The mapping in a preset or a YAML file with what it extends, not yet checked.
+
+    Raises `ConfigError` when a file cannot be found or read.
+    """
     path = Path(source)
     if str(source) in preset_names():  # a file of that name is read as ./NAME
-        text = (PRESETS / f"{source}.yaml").read_text(encoding="utf-8")
-    elif path.is_file():
-        text = path.read_text(encoding="utf-8")
-    else:
-        names = ", ".join(preset_names())
-        known = f"no such file; give a YAML file or one of the presets: {names}"
-        raise ConfigError(
-            [known if path.suffix else f"no preset '{source}'; there are: {names}; or give a YAML file"], str(source)
-        )
+        path = PRESETS / f"{source}.yaml"
+    elif not path.is_file():
+        raise ConfigError(["no such file; " + _where_else() if path.suffix else no_preset(str(source))], str(source))
+    return extended(_mapping(path, str(source)), path.parent, str(source), (path.resolve(),))
+
+
+def no_preset(name: str) -> str:
+    near = difflib.get_close_matches(name, preset_names(), n=1)
+    return f"no preset '{name}'; " + (f"did you mean {near[0]}? " if near else "") + _where_else()
+
+
+def _where_else() -> str:
+    return f"give one of the {len(preset_names())} that `rmdd presets` lists, or a YAML file"
+
+
+def _mapping(path: Path, where: str) -> dict[str, Any]:
+    """The mapping in the file at `path`. Raises `ConfigError` for anything else."""
     try:
-        raw = parse(text)
+        raw = parse(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ConfigError([f"not valid YAML: {' '.join(str(error).split())}"], str(source)) from None
+        raise ConfigError([f"not valid YAML: {' '.join(str(error).split())}"], where) from None
     if raw is None:
         return {}
     if not isinstance(raw, dict):
-        raise ConfigError([f"expected sections such as `data:` at the top, found a {type(raw).__name__}"], str(source))
+        raise ConfigError([f"expected sections such as `data:` at the top, found a {type(raw).__name__}"], where)
     return raw
+
+
+def extended(raw: dict[str, Any], folder: Path, where: str, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """`raw` with the values of the file that its key `extends` names, wherever it has none; lists are taken whole.
+
+    `extends` is the name of a preset, or a path relative to `folder`; `chain` are the files that led here. Raises
+    `ConfigError` when there is no such file, or when files extend each other in a circle.
+    """
+    name = raw.pop("extends", None)
+    if name is None:
+        return raw
+    if not isinstance(name, str):
+        raise ConfigError([f"extends: give the name of a preset or the path of a YAML file, found {name!r}"], where)
+    preset = PRESETS / f"{name}.yaml"
+    path = preset if preset.is_file() else folder / Path(name).expanduser()
+    if not path.is_file():
+        looked = f"; there is no file {path}" if path.suffix else ""
+        raise ConfigError([f"extends: {no_preset(name)}{looked}"], where)
+    path = path.resolve()
+    if path in chain:
+        circle = " -> ".join(p.name for p in (*chain[chain.index(path) :], path))
+        raise ConfigError([f"extends: files extend each other in a circle, {circle}; take one `extends` out"], where)
+    return filled(raw, extended(_mapping(path, str(path)), path.parent, str(path), (*chain, path)))
 
 
 def apply(raw: dict[str, Any], override: str, defaults: Mapping[str, Any], mistakes: list[str]) -> None:

@@ -152,7 +152,8 @@ def student(item: Item, hooks: Hooks) -> dict[str, Any]:
         if job.kind in ("tune", "baseline"):
             lessons = [random_lesson(run, material(item, "train"), job.index, job.lr)]
         else:
-            lessons = [lesson_of(load_set(places.set(p, iteration))) for p, iteration in enumerate(item.iterations)]
+            sets = [load_set(places.set(p, iteration)) for p, iteration in enumerate(item.iterations)]
+            lessons = [lesson_of(s, run.data.image_size) for s in sets]
         record = train_and_score(job, run, lessons, val, test, device)
     record["value"] = value
     write_json(path, record)

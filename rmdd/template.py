@@ -10,6 +10,7 @@ from rmdd import config
 
 HEAD = """# A run of rmdd. Every key is here with its default; delete what you do not change.
 # Check it with `rmdd check {name}`, run it with `rmdd run {name}`.
+# With `extends: NAME`, what this file leaves out comes from that preset or YAML file, and only then from the defaults.
 """
 
 

@@ -40,6 +40,29 @@ def ray_local():
 
 
 @pytest.fixture(scope="session")
+def store(tmp_path_factory):
+    """The experts of `toy.run_of`: random walks in the place of trained ones."""
+    import toy
+
+    return toy.store_of(tmp_path_factory.mktemp("store"), toy.encoder().trained())
+
+
+@pytest.fixture(scope="session")
+def make(tmp_path_factory):
+    """`make(run)`: the run of a method on the toy problem in float64, see `toy.made`."""
+    import toy
+
+    stores = {}
+
+    def make(run, phase=0):
+        if run.model not in stores:
+            stores[run.model] = toy.store_of(tmp_path_factory.mktemp("store"), toy.encoder(run.model).trained())
+        return toy.made(run, stores[run.model], phase)
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real annotation slices and pictures; tests that need it are skipped without it."""
     folder = Path(os.environ.get("RMDD_SHARED", Path(__file__).parents[2] / "shared"))

@@ -120,7 +120,7 @@ def test_all_mistakes_are_told_at_once(here):
 @pytest.mark.parametrize("command", ["check", "ingest", "experts", "distill", "evaluate", "report", "run"])
 def test_a_name_that_is_no_preset_is_a_config_mistake(command):
     done = rmdd_(command, "dmeo")
-    assert done.exit_code == 2 and "no preset 'dmeo'; there are: cc3m_ptm_st_100" in done.stderr
+    assert done.exit_code == 2 and "no preset 'dmeo'; did you mean demo?" in done.stderr
 
 
 def test_presets_are_listed_and_printed():
@@ -128,7 +128,29 @@ def test_presets_are_listed_and_printed():
     assert all(name in listed for name in config.preset_names())
     assert yaml.safe_load(rmdd_("presets", "demo").stdout)["name"] == "demo"
     assert rmdd_("presets", "nope").exit_code == 2
+    short, whole = (yaml.safe_load(rmdd_("presets", "coco_amd_500", *more).stdout) for more in ((), ("--whole",)))
+    assert short["extends"] == "coco_lors_500" and "extends" not in whole
+    assert whole["distill"]["method"] == "amd" and whole["distill"]["lr_image"] == 5000
     assert rmdd_("version").stdout.strip()
+
+
+def test_methods_are_listed_with_their_presets():
+    listed = {each["name"]: each for each in json.loads(rmdd_("methods", "--json").stdout)}
+    assert {"mtt_vl", "tesla_vl", "lors", "repblend", "ptm_st", "datm", "mct", "amd"} <= listed.keys()
+    assert listed["lors"]["summary"].startswith("LoRS: low-rank similarity mining")
+    users = [preset for each in listed.values() for preset in each["presets"]]
+    assert sorted(users) == config.preset_names()
+    shown = rmdd_("methods").stdout
+    assert "demo" in shown and all(name in shown for name in listed)
+
+
+def test_one_method_is_told_about():
+    shown = rmdd_("methods", "mct").stdout
+    assert "theta_l(t) = theta_l(0)" in shown and "start_points: continuous" in shown and "emoji_mct_100" in shown
+    facts = json.loads(rmdd_("methods", "mct", "--json").stdout)
+    assert facts["defaults"]["distill"]["trajectory"] == "convexified" and facts["place"] == "rmdd.methods.mct:MCT"
+    wrong = rmdd_("methods", "lros")
+    assert wrong.exit_code == 2 and "did you mean lors?" in wrong.stderr
 
 
 def test_check_touches_nothing_and_counts(here):

@@ -35,7 +35,7 @@ def with_phase(changes: dict, **distill) -> dict:
         ({"data": {"source": "table"}}, "--set data.root=FOLDER"),
         ({"data": {"split_fractions": [0.5, 0.1, 0.1]}}, "sum to 1"),
         ({"model": {"image": {"trainable": False}}}, "set model.image.projection: block"),
-        ({"model": {"image": {"trainable": False, "weights": "random", "projection": "block"}}}, "never be learned"),
+        ({"model": {"image": {"trainable": False, "weights": "random", "projection": "block"}}}, "or random:SEED"),
         ({"model": {"image": {"name": "convnet", "weights": "pretrained"}}}, "convnet has no pretrained weights"),
         ({"model": {"image": {"name": "convnet"}}, "data": {"normalise": "tower"}}, "no normalisation of its own"),
         (
@@ -53,6 +53,48 @@ def test_impossible_runs_say_what_to_do(raw, words):
     with pytest.raises(ConfigError) as caught:
         load(raw)
     assert words in str(caught.value)
+
+
+def test_a_frozen_random_tower_is_allowed_where_all_share_it():
+    image = {"name": "convnet", "weights": "random:3", "trainable": False, "projection": "block"}
+    assert not load({"model": {"image": image}}).model.image.trainable
+
+
+def test_a_file_extends_presets_and_files(tmp_path, monkeypatch):
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "base.yaml").write_text(
+        "extends: demo\nname: base\nexperts: {num: 5}\ndistill: {phases: [{pairs: 20, endpoint: 2}], lr_text: 0.5}\n"
+    )
+    (tmp_path / "mine.yaml").write_text("extends: below/base.yaml\nname: mine\nexperts: {epochs: 4}\ndistill:\n")
+    monkeypatch.chdir(tmp_path / "below")
+    demo, run = load("demo"), load(tmp_path / "mine.yaml")
+    assert (run.name, run.experts.num, run.experts.epochs, run.experts.batch) == ("mine", 5, 4, demo.experts.batch)
+    assert run.distill.phases == (config.Phase(pairs=20, endpoint=2),), "lists are taken whole"
+    assert run.distill.lr_text == 0.5 and run.distill.lr_image == demo.distill.lr_image
+    assert load({"extends": "base.yaml", "name": "mine", "experts": {"epochs": 4}}) == run
+    assert load(tmp_path / "mine.yaml", ["distill.phases.0.pairs=7", "distill.batch=4"]).distill.phases[0].pairs == 7
+    assert load(yaml.safe_load(config.dump(run))) == run and "extends" not in config.dump(run)
+
+
+def test_what_a_file_extends_holds_over_the_values_of_its_method(tmp_path):
+    run = load({"extends": "coco_lors_500", "data": {"root": "here"}, "distill": {"method": "tesla_vl"}})
+    assert (run.distill.similarity.kind, run.distill.lr_image) == ("low_rank", 5000)
+
+
+def test_what_cannot_be_extended_is_told(tmp_path):
+    for text, words in (
+        ("extends: demoo", "extends: no preset 'demoo'; did you mean demo?"),
+        ("extends: other.yaml", f"there is no file {tmp_path / 'other.yaml'}"),
+        ("extends: [demo]", "give the name of a preset or the path of a YAML file, found ['demo']"),
+        ("extends: list.yaml", "expected sections such as `data:` at the top, found a list"),
+        ("extends: run.yaml", "in a circle, run.yaml -> run.yaml"),
+        ("extends: a.yaml", "in a circle, a.yaml -> b.yaml -> a.yaml"),
+    ):
+        for name, content in (("run", text), ("a", "extends: b.yaml"), ("b", "extends: a.yaml"), ("list", "- 1")):
+            (tmp_path / f"{name}.yaml").write_text(content)
+        with pytest.raises(ConfigError) as caught:
+            load(tmp_path / "run.yaml")
+        assert words in str(caught.value)
 
 
 def test_all_mistakes_at_once_and_picklable():
@@ -130,6 +172,12 @@ def test_an_override_changes_an_entry_of_a_default_list():
     assert run.model.image.widths == (64, 64, 128) and run.experts.augment.crop_scale == (0.25, 1.0)
     with pytest.raises(ConfigError, match="no entry '1' .there are 1."):
         load({}, ["distill.phases.1.pairs=20"])
+
+
+def test_an_override_changes_an_entry_of_a_list_of_the_method():
+    for raw, named in (({"distill": {"method": "lors"}}, []), ({}, ["distill.method=lors"])):
+        (phase,) = load(raw, ["distill.phases.0.pairs=30", *named]).distill.phases
+        assert (phase.pairs, phase.iterations) == (30, 3000)
 
 
 def test_overrides_reach_sections_lists_and_nothing_else():

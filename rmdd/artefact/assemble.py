@@ -16,6 +16,7 @@ from rmdd.artefact.distilled import DistilledSet, Subset
 from rmdd.data.material import Material
 from rmdd.data.shards import Dataset
 from rmdd.distill.matching import load_set
+from rmdd.distill.similarity import per_pair
 from rmdd.files import read_json
 from rmdd.models.text import encoder_identity
 from rmdd.tasks import Item
@@ -35,9 +36,10 @@ def assemble(item: Item, train: Material, evaluation: dict[str, Any]) -> Distill
         std=train.std,
         model=run.model.model_dump(mode="json")
         | {"text_encoder": encoder_identity(run.model.text), "temperature": run.student_temperature},
-        method=run.distill.method,
+        method=run.distill.method_name,
         loss=run.distill.loss,
         config=portable(run),
+        image_size=run.data.image_size,
         provenance=_provenance(item),
         metrics=evaluation["table"],
     )

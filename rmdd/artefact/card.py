@@ -19,6 +19,10 @@ TILE = (64, 128)  # smallest and largest side of a picture in the preview
 LOSSES = {
     "wbce": "sum(F.binary_cross_entropy_with_logits(z[p], s[p]) for p in (s > 0.5, s <= 0.5)) / 2",
     "infonce": "-(s * (z.log_softmax(0) + z.log_softmax(1))).sum() / (2 * len(s))",
+    "bce": "F.binary_cross_entropy_with_logits(z, s)",
+    "cwcl": "-sum((s / (s.sum(d, True) + 1e-6) * z.log_softmax(d)).sum() for d in (0, 1)) / (2 * len(s))",
+    "kl": "sum(F.kl_div(z.log_softmax(d), (10 * s).softmax(d)) for d in (0, 1)) / 2",
+    "mse": "(z.sigmoid() - s).square().mean()",
 }
 
 
@@ -41,8 +45,8 @@ def preview(distilled: DistilledSet) -> Image.Image:
 def script(distilled: DistilledSet) -> str:
     """Plain torch that trains a small dual encoder on the saved set, run from its folder."""
     subset = distilled.subsets[0]
-    _, _, height, width = subset.images.shape
-    flat = 64 * math.ceil(height / 8) * math.ceil(width / 8)
+    size = distilled.image_size
+    flat = 64 * math.ceil(size / 8) ** 2
     conv = "nn.Conv2d(3, 64, 9, 8, 4), nn.ReLU(), nn.Flatten()"
     tensors = {
         "full": [
@@ -58,6 +62,8 @@ def script(distilled: DistilledSet) -> str:
             "s = torch.eye(len(x))",
         ],
     }[subset.kind]
+    larger = f'x = F.interpolate(x, ({size}, {size}), mode="bilinear")'
+    enlarge = [] if subset.images.shape[-1] == size else [larger]
     return "\n".join(
         [
             "import json, safetensors.torch, torch, torch.nn as nn, torch.nn.functional as F",
@@ -65,7 +71,7 @@ def script(distilled: DistilledSet) -> str:
             f"image, text = nn.Sequential({conv}, nn.Linear({flat}, 256)), nn.Linear({subset.texts.shape[1]}, 256)",
             "optimizer = torch.optim.Adam([*image.parameters(), *text.parameters()], 1e-3)",
             'for k, subset in enumerate(info["subsets"]):',
-            *(f"    {line}" for line in tensors),
+            *(f"    {line}" for line in [*tensors, *enlarge]),
             "    for step in range(30):",
             f"        z = F.normalize(image(x)) @ F.normalize(text(y)).T / {distilled.model.get('temperature', 0.07)}",
             f"        loss = {LOSSES[distilled.loss]}",
@@ -79,6 +85,7 @@ def text(distilled: DistilledSet) -> str:
     """The README of a distilled set, in the form of a dataset card."""
     budget, subset = distilled.budget(), distilled.subsets[0]
     _, _, height, width = subset.images.shape
+    size = distilled.image_size
     towers = {name: distilled.model.get(name, {}).get("name", "unknown") for name in ("image", "text")}
     counts = "+".join(str(s.pairs) for s in distilled.subsets)
     data = distilled.config.get("data", {})
@@ -90,6 +97,7 @@ def text(distilled: DistilledSet) -> str:
         loss=distilled.loss,
         counts=counts,
         image_shape=f"3 x {height} x {width}",
+        enlarged="" if width == size else f"; enlarge them to {size} x {size} (bilinear) for a tower",
         text_width=subset.texts.shape[1],
         kind=subset.kind + (f", rank {subset.rank}" if subset.rank else ""),
         image_tower=towers["image"],
@@ -152,7 +160,8 @@ trained. They were made by rmdd with the method `{method}` for the loss `{loss}`
 optimised; they are not photographs and need not look like any.
 
 - Subsets, to be trained on in this order: {counts} pairs.
-- Images: {image_shape}, normalised; a picture in [0, 1] is `image * std + mean` with mean ({mean}) and std ({std}).
+- Images: {image_shape}, normalised{enlarged}. A picture in [0, 1] is `image * std + mean` with mean ({mean}) and std
+  ({std}).
 - Texts: embeddings of width {text_width} from `{text_tower}`, which is needed again to embed real captions.
 - Similarity: {kind}, within each subset only. Scores are cosine / {temperature}.
 - Distilled with the image tower `{image_tower}`; the learned rates belong to it and to plain SGD.

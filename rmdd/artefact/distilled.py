@@ -16,12 +16,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmdd.artefact import card
+from rmdd.artefact.budget import pair_parameters
 from rmdd.distill import similarity
+from rmdd.distill.synthetic import enlarged
 from rmdd.files import atomic_path, read_json, sha256_file, write_json
 
 SCHEMA_VERSION = 1
 DESCRIPTION, TENSORS, CAPTIONS = "set.json", "tensors.safetensors", "captions.parquet"
 PREVIEW, CARD = "preview.png", "README.md"
+AS_WRITTEN = ("model", "method", "loss", "config", "provenance", "metrics", "image_size")
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,11 +104,14 @@ class DistilledSet:
     method: str
     loss: str
     config: dict[str, Any]
+    image_size: int = 0  # side that towers see; stored pictures are enlarged to it; 0: as stored
     provenance: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "subsets", tuple(self.subsets))
+        if self.subsets and not self.image_size:
+            object.__setattr__(self, "image_size", self.subsets[0].images.shape[-1])
         for name in ("mean", "std"):
             object.__setattr__(self, name, tuple(float(x) for x in getattr(self, name)))
         shapes = {(tuple(s.images.shape[1:]), s.texts.shape[1], s.kind) for s in self.subsets}
@@ -118,8 +124,9 @@ class DistilledSet:
         return sum(s.pairs for s in self.subsets)
 
     def budget(self) -> dict[str, Any]:
-        """What the set holds, in parameters, in bytes as stored, and in pairs of `unit` parameters."""
-        unit = self.subsets[0].images[0].numel() + self.subsets[0].texts.shape[1]
+        """What the set holds, in parameters, in bytes as stored, and in pairs of `unit` parameters, where the rates
+        of plain pairs are not counted (see `rmdd.artefact.budget`)."""
+        unit = pair_parameters(self.image_size, self.subsets[0].texts.shape[1])
         parts = {part: {"parameters": 0, "bytes": 0} for part in ("images", "texts", "similarity", "rates")}
         for subset in self.subsets:
             for name, t in subset.tensors().items():
@@ -127,17 +134,18 @@ class DistilledSet:
                 part["parameters"] += t.numel()
                 part["bytes"] += t.numel() * t.element_size()
         total = {measure: sum(part[measure] for part in parts.values()) for measure in ("parameters", "bytes")}
+        counted = total["parameters"] - (0 if parts["similarity"]["parameters"] else parts["rates"]["parameters"])
         return {
             "unit": unit,
             "pairs": self.num_pairs,
-            "in_pairs": total["parameters"] / unit,
+            "in_pairs": counted / unit,
             **parts,
             "total": total,
         }
 
     def as_dataset(self) -> torch.utils.data.Dataset[dict[str, Any]]:
-        """All pairs in training order as `image`, `text`, `subset` and `index` within it."""
-        return Pairs(self.subsets)
+        """All pairs in training order as `image` (3, S, S) for S = `image_size`, `text`, `subset` and `index` in it."""
+        return Pairs(self.subsets, self.image_size)
 
     def save(self, path: Path | str, overwrite: bool = False) -> Path:
         """Write the set as a folder, whole or not at all. An existing set is replaced only when asked to."""
@@ -168,6 +176,7 @@ class DistilledSet:
             "method": self.method,
             "loss": self.loss,
             "num_pairs": self.num_pairs,
+            "image_size": self.image_size,
             "subsets": [
                 {
                     "pairs": s.pairs,
@@ -203,7 +212,7 @@ class DistilledSet:
             return cls(
                 subsets=tuple(_subset(k, entry, tensors, rows) for k, entry in enumerate(info["subsets"])),
                 **info["normalisation"],
-                **{name: info[name] for name in ("model", "method", "loss", "config", "provenance", "metrics")},
+                **{name: info[name] for name in AS_WRITTEN},
             )
         except (KeyError, TypeError, AttributeError) as error:
             what = f"{path / DESCRIPTION} is not as this version writes it"
@@ -216,8 +225,8 @@ load = DistilledSet.load
 class Pairs(torch.utils.data.Dataset[dict[str, Any]]):
     """The pairs of all subsets in training order."""
 
-    def __init__(self, subsets: Sequence[Subset]):
-        self.subsets = subsets
+    def __init__(self, subsets: Sequence[Subset], image_size: int):
+        self.subsets, self.image_size = subsets, image_size
         self.places = [(k, i) for k, subset in enumerate(subsets) for i in range(subset.pairs)]
 
     def __len__(self) -> int:
@@ -225,7 +234,8 @@ class Pairs(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __getitem__(self, item: int) -> dict[str, Any]:
         k, i = self.places[item]
-        return {"image": self.subsets[k].images[i], "text": self.subsets[k].texts[i], "subset": k, "index": i}
+        image = enlarged(self.subsets[k].images[i : i + 1], self.image_size)[0]
+        return {"image": image, "text": self.subsets[k].texts[i], "subset": k, "index": i}
 
 
 def _subset(k: int, entry: dict[str, Any], tensors: dict[str, Tensor], rows: dict[int, dict[str, list]]) -> Subset:

@@ -32,8 +32,10 @@ from rmdd.config.model import TextTower as TextTower
 from rmdd.runfile import PRESETS as PRESETS
 from rmdd.runfile import ConfigError as ConfigError
 from rmdd.runfile import Section as Section
-from rmdd.runfile import apply, filled, hash_value, read, validate
+from rmdd.runfile import apply, extended, filled, hash_value, validate
+from rmdd.runfile import no_preset as no_preset
 from rmdd.runfile import preset_names as preset_names
+from rmdd.runfile import read as read
 
 if TYPE_CHECKING:
     from rmdd.methods.base import Method
@@ -54,10 +56,16 @@ class Run(Section):
     def clashes(self) -> list[str]:
         mistakes = []
         image = self.model.image
+        if self.stored_size > self.data.image_size:
+            mistakes.append(
+                f"distill.stored_size {self.stored_size} is larger than data.image_size {self.data.image_size}, which "
+                "is all that a tower sees; lower it"
+            )
         if not image.trainable and image.weights == "random":
             mistakes.append(
-                "model.image.trainable is false and its weights are random, so they would never be learned; set "
-                "model.image.weights to pretrained (a timm model) or a weights file, or trainable: true"
+                "model.image.trainable is false and its weights are drawn anew for every expert and student, so what "
+                "is matched to one fits no other; set model.image.weights to pretrained (a timm model), a weights file "
+                "or random:SEED (drawn once for all), or trainable: true"
             )
         if image.name == "convnet" and image.weights == "pretrained":
             mistakes.append("convnet has no pretrained weights; set model.image.weights to random or a weights file")
@@ -102,6 +110,11 @@ class Run(Section):
         return d.reach(p)
 
     @property
+    def stored_size(self) -> int:
+        """Side of the synthetic pictures as stored."""
+        return self.distill.stored_size or self.data.image_size
+
+    @property
     def student_temperature(self) -> float:
         """What a student of the distilled set divides its cosines by."""
         return self.evaluate.temperature or self.distill.temperature or self.model.temperature
@@ -130,20 +143,25 @@ class Run(Section):
 def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Run:
     """Read a run from a preset's name, a YAML file or a mapping, apply `a.b=c` overrides, check all of it.
 
-    What the run file leaves open takes the values of its `distill.method`, then the defaults.
+    What the run file leaves open takes the values of the file that it `extends`, then those of its `distill.method`,
+    then the defaults.
 
     >>> load("demo", ["distill.budget=20"])  # doctest: +SKIP
 
     Raises `ConfigError` with every mistake found.
     """
-    where = "run" if isinstance(source, Mapping) else str(source)
-    raw = copy.deepcopy(dict(source)) if isinstance(source, Mapping) else read(source)
+    if isinstance(source, Mapping):
+        where, raw = "run", extended(copy.deepcopy(dict(source)), Path(), "run")
+    else:
+        where, raw = str(source), read(source)
     mistakes: list[str] = []
-    defaults = Run().model_dump(mode="json")
+    overrides = list(overrides)
+    method, unknown = _method_of(raw, overrides)
+    usual = {} if method is None else method.defaults
+    defaults = filled(usual, Run().model_dump(mode="json"))
     for override in overrides:
         apply(raw, override, defaults, mistakes)
-    method, unknown = _method_of(raw)
-    run, wrong = validate(Run, raw if method is None else filled(raw, method.defaults))
+    run, wrong = validate(Run, filled(raw, usual))
     mistakes += unknown + wrong
     if run is not None and method is not None:
         mistakes += method.mistakes(run)
@@ -152,11 +170,15 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
     return run
 
 
-def _method_of(raw: Mapping[str, Any]) -> tuple[type[Method] | None, list[str]]:
-    """The recipe that a run file names, or what is wrong with the name."""
+def _method_of(raw: Mapping[str, Any], overrides: Iterable[str]) -> tuple[type[Method] | None, list[str]]:
+    """The recipe that a run file or an override names, or what is wrong with the name."""
     from rmdd import methods
 
-    section = raw.get("distill")
+    draft = copy.deepcopy(dict(raw))
+    for override in overrides:
+        if override.startswith("distill.method="):
+            apply(draft, override, {}, [])
+    section = draft.get("distill")
     name = section.get("method") if isinstance(section, Mapping) else None
     try:
         return methods.find(Distill().method if name is None else str(name)), []
@@ -166,4 +188,8 @@ def _method_of(raw: Mapping[str, Any]) -> tuple[type[Method] | None, list[str]]:
 
 def dump(run: Run) -> str:
     """The resolved run as YAML; `load` of it gives the same run."""
-    return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, width=110, allow_unicode=True)
+    return as_yaml(run.model_dump(mode="json"))
+
+
+def as_yaml(value: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(value), sort_keys=False, width=110, allow_unicode=True)

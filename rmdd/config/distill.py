@@ -39,6 +39,8 @@ class Phase(Section):
             return ["grow_from and grow_until go together; give both or neither"]
         if self.grow_from is not None and not self.start < self.grow_from <= self.stop:
             return [f"grow_from {self.grow_from} must lie above start {self.start} and at most at stop {self.stop}"]
+        if self.grow_from is not None and self.start_text is not None and self.start_text >= self.grow_from:
+            return [f"grow_from {self.grow_from} must lie above start_text {self.start_text}"]
         return []
 
 
@@ -67,7 +69,7 @@ class Guard(Section):
 
     retries: Annotated[int, Field(ge=0)] = Field(3, description="rollbacks of a phase before it fails; in no hash")
     every: PositiveInt = Field(50, description="iterations between the states to go back to")
-    max_rate_growth: PositiveFloat = Field(
+    max_rate_growth: Annotated[float, Field(gt=1)] = Field(
         100.0, description="an inner rate this many times its start, or this small a share of it, has derailed"
     )
     dead_similarity: bool = Field(
@@ -156,6 +158,10 @@ class Distill(Section):
     init: Literal["real", "prototypes", "noise"] = Field(
         "real", description="what the set starts from: random pairs, the pairs nearest to k-means centres, or noise"
     )
+    stored_size: PositiveInt | None = Field(
+        None,
+        description="side of the pictures as stored and paid for; towers see them enlarged; null: data.image_size",
+    )
     init_augment: bool = Field(False, description="start from augmented pictures, as LoRS does")
     guard: Guard = Guard()
     checkpoint_every: PositiveInt = Field(50, description="iterations between checkpoints")
@@ -163,6 +169,11 @@ class Distill(Section):
         1, description="how many sets to keep, evenly spaced over the iterations; the last is always one of them"
     )
     seed: int | None = Field(None, description="null: the run's seed")
+
+    @property
+    def method_name(self) -> str:
+        """What results are filed under: the name of the method, or of the class where an import path is given."""
+        return self.method.rpartition(":")[2]
 
     def reach(self, phase: Phase) -> int:
         """The last epoch that a start of `phase` and its target may need."""
@@ -172,6 +183,8 @@ class Distill(Section):
 
     def clashes(self) -> list[str]:
         mistakes = []
+        if self.method_name in ("random", "full"):
+            mistakes.append(f"distill.method is {self.method}, but '{self.method_name}' is a row of every result table")
         if not self.phases:
             mistakes.append("distill.phases is empty; give at least one")
         if self.start_points == "continuous" and self.trajectory == "original":

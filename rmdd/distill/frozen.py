@@ -6,19 +6,22 @@ in every step (RepBlend card, section 4), at a fraction of the time. M pairs, D 
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from rmdd.distill.synthetic import Synthetic
 from rmdd.distill.unroll import MetaGradient
+
+Tower = Callable[[Tensor], Tensor]
 
 CHUNK = 32
 """Pictures that go through the tower at once."""
 
 
-def features_of(tower: nn.Module, synthetic: Synthetic, batches: Int[Tensor, "K B"]) -> Synthetic:
+def features_of(tower: Tower, synthetic: Synthetic, batches: Int[Tensor, "K B"]) -> Synthetic:
     """`synthetic` with the features (M, D) of its pictures in their place; rows that no batch uses are zero."""
     used = batches.unique()
     with torch.no_grad():
@@ -27,7 +30,7 @@ def features_of(tower: nn.Module, synthetic: Synthetic, batches: Int[Tensor, "K 
     return dataclasses.replace(synthetic, images=features)
 
 
-def to_pixels(tower: nn.Module, synthetic: Synthetic, batches: Int[Tensor, "K B"], found: MetaGradient) -> MetaGradient:
+def to_pixels(tower: Tower, synthetic: Synthetic, batches: Int[Tensor, "K B"], found: MetaGradient) -> MetaGradient:
     """`found` with its gradient by features carried back to the pictures of `synthetic`."""
     pixels = torch.zeros_like(synthetic.images)
     for part in batches.unique().split(CHUNK):

@@ -9,6 +9,7 @@ from torch.func import functional_call
 
 from rmdd import config
 from rmdd.distill.phases import Blend
+from rmdd.distill.synthetic import enlarged
 from rmdd.distill.unroll import StudentLoss
 from rmdd.methods.repblend import blend
 from rmdd.models.dual import DualEncoder, Params
@@ -16,9 +17,15 @@ from rmdd.models.losses import LOSSES
 
 
 def student_loss(
-    model: DualEncoder, rule: config.Distill, dropout_seeds: Sequence[int], blends: Sequence[Blend] | None = None
+    model: DualEncoder,
+    rule: config.Distill,
+    dropout_seeds: Sequence[int],
+    blends: Sequence[Blend] | None = None,
+    image_size: int | None = None,
 ) -> StudentLoss:
     """The inner loss of `model` under `rule`; a dropout seed and a blend for every inner step.
+
+    Pictures that are stored smaller than `image_size` are enlarged to it; features are taken as they are.
 
     With `same_mask` dropout (and any other noise of a tower, such as timm's stochastic depth) draws by step, so both
     passes of the engine see one mask; `fresh_mask` draws another in the second pass, as the released code does.
@@ -32,6 +39,8 @@ def student_loss(
         mixing = None
         if blends is not None:
             mixing = functools.partial(blend, weight=blends[step].weight, partner=blends[step].partner)
+        if image_size is not None and images.ndim == 4:
+            images = enlarged(images, image_size)
         return loss(functional_call(model, params, (images, texts, mixing)) * sharper, target)
 
     def compute(params: Params, images: Tensor, texts: Tensor, target: Tensor, step: int) -> Tensor:

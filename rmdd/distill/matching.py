@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import safe_open
@@ -21,7 +22,7 @@ from rmdd import config, methods
 from rmdd.distill.frozen import features_of, to_pixels
 from rmdd.distill.guard import Derailed, vitals, what_is_wrong
 from rmdd.distill.phases import Draw
-from rmdd.distill.synthetic import Synthetic, from_tensors
+from rmdd.distill.synthetic import Synthetic, enlarged, from_tensors
 from rmdd.distill.unroll import MetaGradient, meta_gradient, squared_distance
 from rmdd.experts import shortcut
 from rmdd.experts.store import Store
@@ -144,11 +145,14 @@ class Matcher:
                 f"the run asks for {run.experts.num} experts but the store at {store.path} holds {len(self.experts)} "
                 "finished ones; train the rest with `rmdd experts`"
             )
-        self.model = model.to(device)
-        self.frozen_tower = None if run.model.image.trainable else self.model.image_tower
+        self.model = model.to(device).train()  # a frozen tower stays in eval mode
+        self.frozen_tower = None if run.model.image.trainable else self._features
         self.student = self.model if self.frozen_tower is None else self.model.on_features()
         self.ranges = self.method.ranges(store, self.experts, phase)
         self._paths: dict[int, shortcut.Path] = {}
+
+    def _features(self, images: Tensor) -> Tensor:
+        return self.model.image_tower(enlarged(images, self.run.data.image_size))
 
     def draw(self, iteration: int) -> Draw:
         return self.method.draw(self.phase, iteration, len(self.experts), self.ranges)
@@ -172,7 +176,10 @@ class Matcher:
             ends.append({n: p.to(self.device) for n, p in point.items()})
         return ends[0], ends[1]
 
-    def gradient(self, synthetic: Synthetic, drawn: Draw) -> MetaGradient:
+    def gradient(
+        self, synthetic: Synthetic, drawn: Draw, estimator: Literal["exact", "first_order"] | None = None
+    ) -> MetaGradient:
+        """The meta-gradient of one draw, by the run's estimator or another."""
         rule = self.run.distill
         start, target = self.segment(drawn)
         batches = drawn.batches.to(self.device)
@@ -184,7 +191,7 @@ class Matcher:
                 target,
                 seen,
                 batches,
-                estimator=rule.estimator,
+                estimator=estimator or rule.estimator,
                 branches=rule.branches,
             )
             if self.frozen_tower is not None:
@@ -232,11 +239,14 @@ def distill_phase(
     Raises `Derailed` after too many rollbacks, with the last good state saved.
     """
     rule, total = run.distill, run.distill.phases[phase].iterations
-    log = folder / "metrics.jsonl"
+    log, rollbacks = folder / "metrics.jsonl", folder / "rollbacks.jsonl"
     files = {name: folder / f"{name}.safetensors" for name in ("state", "good")}
     begun = State.begin(initial).to(device)
     state, good = (State.load(f, key).to(device) if f.is_file() else begun for f in files.values())
-    _cut_log(log, state.iteration)
+    if good.halvings > state.halvings:  # killed in the middle of a rollback
+        state = good
+    _cut_log(log, "iteration", state.iteration)
+    _cut_log(rollbacks, "halvings", state.halvings)
     last_set = folder / f"set-{total:06d}.safetensors"
     if state.iteration >= total:
         if not last_set.is_file():
@@ -245,11 +255,10 @@ def distill_phase(
     matcher = Matcher(run, phase, store, model, device)
     lines: list[dict] = []
 
-    def keep() -> None:
+    def write_lines() -> None:
         for line in lines:
             append_jsonl(log, line)
         lines.clear()
-        state.save(files["state"], key)
 
     snapshots = snapshot_iterations(total, rule.snapshots)
     while state.iteration < total:
@@ -265,7 +274,8 @@ def distill_phase(
             ]
         ).tolist()
         misses = torch.stack(list(found.miss.values())).tolist()
-        wrong = what_is_wrong(alive, begun.raw, rule.guard)
+        skipped = rule.skip_above is not None and rule.skip_above < loss < math.inf
+        wrong = None if skipped else what_is_wrong(alive, begun.raw, rule.guard)
         if wrong:
             where = (
                 f"phase {phase}, iteration {state.iteration + 1} (expert {matcher.experts[drawn.expert]}, start epoch "
@@ -280,14 +290,16 @@ def distill_phase(
                     f"rmdd run RUN.yaml --set distill.guard.retries={2 * rule.guard.retries + 1}"
                 )
             _logger.warning("%s; back to iteration %d, outer rates halved", where, state.iteration)
-            good.save(files["good"], key)
             lines[:] = [line for line in lines if line["iteration"] <= state.iteration]
-            _cut_log(log, state.iteration)
-            keep()
-            append_jsonl(folder / "rollbacks.jsonl", {"to": state.iteration, "halvings": state.halvings, "why": where})
+            _cut_log(log, "iteration", state.iteration)
+            write_lines()
+            append_jsonl(rollbacks, {"to": state.iteration, "halvings": state.halvings, "why": where})
+            good.save(files["good"], key)
+            state.save(files["state"], key)
             continue
-        if rule.skip_above is not None and loss > rule.skip_above:
+        if skipped:
             after = replace(state, iteration=state.iteration + 1)
+            lr_image, lr_text = float(after.raw.lr_image), float(after.raw.lr_text)
         state = after
         metrics = {
             "phase": phase,
@@ -304,7 +316,7 @@ def distill_phase(
             "seconds": round(time.perf_counter() - began, 4),
         }
         if rule.skip_above is not None:
-            metrics["skipped"] = loss > rule.skip_above
+            metrics["skipped"] = skipped
         lines.append(metrics)
         on_step(metrics)
         stopping = should_stop()
@@ -314,7 +326,8 @@ def distill_phase(
             good = state
             good.save(files["good"], key)
         if stopping or state.iteration % rule.checkpoint_every == 0 or state.iteration == total:
-            keep()
+            write_lines()
+            state.save(files["state"], key)
         if stopping:
             break
     return state.iteration == total
@@ -336,14 +349,15 @@ def load_set(path: Path) -> Synthetic:
         return from_tensors({n: file.get_tensor(n) for n in file.keys()}, float(file.metadata()["alpha"]))  # noqa: SIM118
 
 
-def _cut_log(log: Path, iteration: int) -> None:
-    """Drop lines after the checkpoint, and a half-written last one, so that a resumed log has each iteration once."""
+def _cut_log(log: Path, count: str, reached: int) -> None:
+    """Drop lines after the checkpoint, whose `count` is `reached`, and a half-written last one, so that a resumed log
+    has each once."""
     if not log.is_file():
         return
     good = []
     for line in log.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["iteration"] <= iteration:
+            if json.loads(line)[count] <= reached:
                 good.append(line)
         except json.JSONDecodeError:
             break

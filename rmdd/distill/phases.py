@@ -16,7 +16,7 @@ from rmdd.data.augment import augment
 from rmdd.data.images import decode, normalise
 from rmdd.data.material import Material
 from rmdd.distill import similarity
-from rmdd.distill.synthetic import Synthetic
+from rmdd.distill.synthetic import Synthetic, reduced
 from rmdd.methods.datm import growing_stop
 from rmdd.seeding import derive, generator
 
@@ -137,13 +137,14 @@ def initial(run: config.Run, phase: int, train: Material, records: list[int]) ->
     rule, seed = run.distill, run.seed_of("distill")
     random = generator(seed, "initial tensors", phase)
     if rule.init == "noise":
-        shape = (len(records), 3, run.data.image_size, run.data.image_size)
+        shape = (len(records), 3, run.stored_size, run.stored_size)
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (NOISE_PIXEL_MEAN, NOISE_PIXEL_STD))
         images = torch.randn(shape, generator=random) * std + mean
         level, spread = float(train.texts.mean()), float(train.texts.std())
         texts = torch.randn((len(records), train.texts.shape[1]), generator=random) * spread + level
     else:
         images = normalise(real_images(run, train, records, augmented=rule.init_augment), train.mean, train.std)
+        images = reduced(images, run.stored_size)
         texts = torch.tensor(train.texts[records])
     return Synthetic(
         images=images,

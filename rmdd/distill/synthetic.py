@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -16,7 +17,7 @@ class Synthetic:
     """Tensors of one phase; images live in normalised space, nothing is bounded."""
 
     images: Float[Tensor, "M *image"]
-    """(M,3,H,W), or (M,D) features where a frozen tower lies in front."""
+    """(M,3,H,W) as stored, or (M,D) features where a frozen tower lies in front."""
     texts: Float[Tensor, "M F"]
     lr_image: Float[Tensor, ""]
     lr_text: Float[Tensor, ""]
@@ -49,3 +50,18 @@ def from_tensors(named: dict[str, Tensor], alpha: float) -> Synthetic:
 
 def zeros_like(synthetic: Synthetic) -> Synthetic:
     return synthetic.map(torch.zeros_like)
+
+
+def enlarged(images: Float[Tensor, "B 3 h w"], size: int) -> Float[Tensor, "B 3 H W"]:
+    """Pictures of side `size`, bilinear; as they are where that is their size.
+
+    Smaller pictures are cheaper, so a budget holds more of them (Kim et al., ICML 2022, multi-formation).
+    """
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images, (size, size), mode="bilinear", align_corners=False)
+
+
+def reduced(images: Float[Tensor, "B 3 H W"], size: int) -> Float[Tensor, "B 3 h w"]:
+    """Pictures of side `size`, each pixel the mean of those it covers."""
+    return images if images.shape[-1] == size else F.interpolate(images, (size, size), mode="area")

@@ -22,7 +22,7 @@ from rmdd.data.images import normalise
 from rmdd.data.material import Material
 from rmdd.distill import similarity
 from rmdd.distill.phases import real_images
-from rmdd.distill.synthetic import Synthetic
+from rmdd.distill.synthetic import Synthetic, enlarged
 from rmdd.evaluate.retrieval import Recalls
 from rmdd.evaluate.students import Diverged, Lesson, reference_rule, score, train_student
 from rmdd.models.dual import DualEncoder, build
@@ -53,10 +53,11 @@ class Job:
         return f"{self.kind}{extra}-{self.index:03d}"
 
 
-def lesson_of(synthetic: Synthetic) -> Lesson:
-    """What a student learns from one distilled subset."""
+def lesson_of(synthetic: Synthetic, image_size: int) -> Lesson:
+    """What a student learns from one distilled subset, its pictures enlarged to `image_size`."""
     s = similarity.dense(synthetic.similarity, synthetic.alpha, synthetic.texts)
-    return Lesson(synthetic.images, synthetic.texts, s, float(synthetic.lr_image), float(synthetic.lr_text))
+    images = enlarged(synthetic.images, image_size)
+    return Lesson(images, synthetic.texts, s, float(synthetic.lr_image), float(synthetic.lr_text))
 
 
 def random_lesson(run: config.Run, train: Material, draw: int, lr: float) -> Lesson:
@@ -68,6 +69,12 @@ def random_lesson(run: config.Run, train: Material, draw: int, lr: float) -> Les
     return Lesson(images, torch.tensor(train.texts[records]), torch.eye(pairs), lr, lr)
 
 
+def updates(run: config.Run) -> int:
+    """Steps that a student of the distilled set makes; one of random pairs gets as many."""
+    rule = run.evaluate
+    return sum(-(-p.pairs // rule.batch) * rule.epochs for p in run.distill.phases)
+
+
 def train_and_score(
     job: Job, run: config.Run, lessons: Sequence[Lesson], val: Material, test: Material, device: torch.device
 ) -> dict[str, Any]:
@@ -77,9 +84,8 @@ def train_and_score(
     seed = run.seed_of("evaluate")
     if job.kind == "reference":
         rule = reference_rule(rule)
-    if job.kind in ("tune", "baseline"):  # as many updates as a student of the distilled set gets
-        steps = [-(-p.pairs // rule.batch) * rule.epochs for p in run.distill.phases]
-        passes = round(sum(steps) / -(-len(lessons[0].images) // rule.batch))
+    if job.kind in ("tune", "baseline"):
+        passes = round(updates(run) / -(-len(lessons[0].images) // rule.batch))
         rule = rule.model_copy(update={"epochs": max(1, passes)})
     model = build(run.model, lessons[0].texts.shape[1], run.data.image_size, seed, "student", job.index).to(device)
     if job.kind in ("select", "student", "reference"):

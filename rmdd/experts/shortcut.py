@@ -6,6 +6,7 @@ that the layer had gone by epoch t (PTM-ST, equations 4-5). Each layer goes stra
 the joint path is not a straight line, for the layers differ in pace.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
@@ -114,8 +115,8 @@ def open_path(store: Store, expert: int, rule: config.Distill, endpoint: int) ->
     if rule.anchors == 2 and not rule.smooth_anchors:
         return ShortcutPath(store.read(expert, 0), store.read(expert, last), store.norms(expert), last)
     epochs = sorted({round(last * i / (rule.anchors - 1)) for i in range(rule.anchors)})
-    anchor = _smoothed if rule.smooth_anchors else Store.read
-    return AnchoredPath({t: anchor(store, expert, t) for t in epochs}, store.norms(expert))
+    anchor = functools.partial(_smoothed, store) if rule.smooth_anchors else store.read
+    return AnchoredPath({t: anchor(expert, t) for t in epochs}, store.norms(expert))
 
 
 def _smoothed(store: Store, expert: int, epoch: int) -> Params:

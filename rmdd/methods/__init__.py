@@ -20,6 +20,17 @@ BUILT_IN = {
     "mct": "rmdd.methods.mct:MCT",
     "amd": "rmdd.methods.amd:AMD",
 }
+TITLES = {
+    "mtt_vl": "MTT-VL",
+    "tesla_vl": "TESLA-VL",
+    "lors": "LoRS",
+    "repblend": "RepBlend",
+    "ptm_st": "PTM-ST",
+    "datm": "DATM",
+    "mct": "MCT",
+    "amd": "AMD",
+}
+"""What tables and pages call a method; one from outside goes by its name."""
 GROUP = "rmdd.methods"
 
 
@@ -30,17 +41,22 @@ def names() -> dict[str, str]:
 
 def find(name: str) -> type[Method]:
     """The method called `name`. Raises `ValueError` when there is none, or when it is no `Method`."""
-    known = names()
-    place = known.get(name, name)
+    place = BUILT_IN.get(name, name)
+    if ":" not in place:
+        place = names().get(name, name)
     module, colon, attribute = place.partition(":")
     if not colon:
+        known = names()
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]}?" if near else "; or give one of your own as module:Class"
         raise ValueError(f"no method '{name}'; there are: {', '.join(sorted(known))}{hint}")
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot import method '{place}': {error}; is its package installed?") from error
+        raise ValueError(
+            f"cannot import method '{place}': {error}; install its package, or put its folder on PYTHONPATH, on every "
+            "node"
+        ) from error
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise ValueError(f"'{place}' is no method; derive it from rmdd.methods.Method")
     return found

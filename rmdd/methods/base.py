@@ -90,4 +90,5 @@ class Method:
         """The loss of one inner step, as a function of the parameters."""
         from rmdd.distill.inner import student_loss
 
-        return student_loss(model, self.rule, drawn.dropout_seeds, drawn.blends)
+        size = self.run.data.image_size
+        return student_loss(model, self.rule, drawn.dropout_seeds, drawn.blends, size)

@@ -18,7 +18,7 @@ def growing_stop(phase: config.Phase, stop: int, iteration: int) -> int:
     """The exclusive upper bound U(i) of the start epochs at an iteration counted from 0; `stop` where none grows."""
     if phase.grow_from is None or phase.grow_until is None:
         return stop
-    return min(stop, phase.grow_from + (stop - phase.grow_from) * iteration // phase.grow_until)
+    return min(stop, phase.grow_from + max(0, stop - phase.grow_from) * iteration // phase.grow_until)
 
 
 class DATM(LoRS):

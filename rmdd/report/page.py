@@ -20,6 +20,7 @@ from PIL import Image
 from rmdd.data.images import denormalise
 from rmdd.distill.matching import load_set
 from rmdd.files import atomic_path
+from rmdd.methods import TITLES
 from rmdd.report import plots
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from rmdd.artefact.distilled import DistilledSet, Subset
     from rmdd.tasks import Places
 
-METHODS = {"ptm_st": "PTM-ST"}
 RECALLS = ("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10", "R@mean")
 GALLERY = 60  # most pairs shown
 EXACT_BYTES = 1_500_000  # pictures that come to less are kept pixel by pixel
@@ -45,7 +45,7 @@ def write_report(
 
     distilled = DistilledSet.load(set_path)
     logs = [_read_log(places.phase(p) / "metrics.jsonl") for p in range(len(distilled.subsets))]
-    name = METHODS.get(distilled.method, distilled.method)
+    name = TITLES.get(distilled.method, distilled.method)
     facts = {
         "run": run,
         "name": name,

@@ -37,7 +37,7 @@ def test_ptm_st_coco_1000_is_over_its_budget():
     for words in ("200+299+499 = 998", "378,402", "over by 75,816", "333+332+332 = 997"):
         assert words in message
     rates = 6  # the published accounting leaves them out
-    assert cost(pairs, **PAPER, kind="full") - 1000 * 151_296 - rates == 75_810
+    assert cost(pairs, 224, 768, "full") - 1000 * 151_296 - rates == 75_810
 
 
 def test_a_single_full_matrix_costs_one_pair_up_to_388():
@@ -47,7 +47,7 @@ def test_a_single_full_matrix_costs_one_pair_up_to_388():
 
 def test_plain_pairs_cost_nothing_more():
     assert cost((10,), 8, 4, "identity") == 10 * 196
-    assert largest(10, 8, 4, "identity") == 9
+    assert largest(10, 8, 4, "identity") == 10
 
 
 def test_nothing_fits():
@@ -67,3 +67,11 @@ def test_largest_fits_and_one_more_does_not(budget, size, width, kind, rank, pha
     if n:
         assert check(split(n, phases), budget, size, width, kind, rank) is None
     assert check(split(n + 1, phases), budget, size, width, kind, rank) is not None
+
+
+def test_smaller_pictures_buy_more_pairs():
+    unit, small = 3 * 32**2 + 384, 3 * 16**2 + 384
+    fits = largest(100, 32, 384, "low_rank", 4, stored_size=16)
+    assert fits * (small + 1 + 2 * 4) + 2 <= 100 * unit < (fits + 1) * (small + 1 + 2 * 4) + 2
+    assert fits == 297 and check((297,), 100, 32, 384, "low_rank", 4, stored_size=16) is None
+    assert "at most 297 pairs fit" in str(check((298,), 100, 32, 384, "low_rank", 4, stored_size=16))

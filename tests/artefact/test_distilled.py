@@ -115,7 +115,10 @@ def test_preview_of_many_pairs(tmp_path):
 def test_budget_agrees_with_the_plan(kind):
     found = make_set(kind).budget()
     assert found["unit"] == 3 * 16 * 16 + 12
-    assert found["total"]["parameters"] == cost((6, 5), 16, 12, kind, 2)
+    assert found["in_pairs"] * found["unit"] == pytest.approx(cost((6, 5), 16, 12, kind, 2), rel=1e-12)
+    parts = [found[part] for part in ("images", "texts", "similarity", "rates")]
+    for measure, total in found["total"].items():
+        assert total == sum(part[measure] for part in parts)
     assert found["images"] == {"parameters": 11 * 768, "bytes": 11 * 768 * 4}
     assert found["rates"] == {"parameters": 4, "bytes": 32}
 

@@ -5,103 +5,33 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from toy import (
+    CPU,
+    EPOCHS,
+    EXPERTS,
+    PAIRS,
+    assert_same_results,
+    distil,
+    encoder,
+    first_set,
+    lines_of,
+    run_of,
+    same_tensors,
+    stop_after,
+)
 
 from rmdd import config
 from rmdd.distill.inner import student_loss
 from rmdd.distill.matching import (
     Matcher,
     State,
-    distill_phase,
     load_set,
     outer_step,
     save_set,
     snapshot_iterations,
 )
 from rmdd.distill.phases import draw
-from rmdd.distill.similarity import initial as initial_similarity
-from rmdd.distill.synthetic import Synthetic
 from rmdd.distill.unroll import meta_gradient
-from rmdd.experts.store import Store, Writer
-from rmdd.models.dual import build
-
-TEXT_WIDTH, SIZE, PAIRS, EPOCHS, EXPERTS = 5, 8, 6, 3, 2
-CPU = torch.device("cpu")
-RATES = {"lr_image": 0.5, "lr_text": 0.3, "lr_similarity": 0.7, "lr_lr": 1e-4}
-
-
-def run_of(*, iterations=7, phases=None, **distill):
-    """A run of two toy experts; `distill` overrides its section."""
-    image = config.ImageTower(name="convnet", weights="random", widths=(4,), groups=2, projection="linear")
-    plan = phases or (config.Phase(pairs=PAIRS, start=0, stop=2, endpoint=EPOCHS, iterations=iterations),)
-    rule = {"phases": plan, "budget": 10, "batch": 4, "steps": 2, "checkpoint_every": 3, "snapshots": 2}
-    return config.Run(
-        seed=3,
-        data=config.Data(image_size=SIZE),
-        model=config.Model(image=image, text=config.TextTower(name="hashing"), width=6, dropout=0.1, temperature=0.5),
-        experts=config.Experts(num=EXPERTS, epochs=EPOCHS, keep="all"),
-        distill=config.Distill(**{**rule, **RATES, **distill}),
-    )
-
-
-def encoder():
-    return build(run_of().model, TEXT_WIDTH, SIZE, seed=0, who="expert")
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """Random walks in the place of trained experts."""
-    theta = encoder().trained()
-    shapes = {n: tuple(p.shape) for n, p in theta.items()}
-    store = Store.create(
-        tmp_path_factory.mktemp("store"), shapes, shared={}, epochs=EPOCHS, keep=None, dtype="float32", facts={}
-    )
-    random = torch.Generator().manual_seed(0)
-    for expert in range(EXPERTS):
-        writer, point = Writer(store, expert), theta
-        for _ in range(EPOCHS + 1):
-            writer.add(point, {})
-            point = {n: p + 0.2 * torch.randn(p.shape, generator=random) for n, p in point.items()}
-        writer.finish()
-    return store
-
-
-def first_set(kind="full", pairs=PAIRS):
-    random = torch.Generator().manual_seed(1)
-    return Synthetic(
-        images=torch.randn(pairs, 3, SIZE, SIZE, generator=random),
-        texts=torch.randn(pairs, TEXT_WIDTH, generator=random),
-        lr_image=torch.tensor(0.1),
-        lr_text=torch.tensor(0.1),
-        similarity=initial_similarity(config.Similarity(kind=kind, rank=2), pairs, random),
-    )
-
-
-def distil(run, store, folder, *, phase=0, kind="full", key="key", **hooks):
-    pairs = run.distill.phases[phase].pairs
-    return distill_phase(run, phase, store, encoder(), first_set(kind, pairs), folder, CPU, key, **hooks)
-
-
-def stop_after(steps):
-    """`on_step` and `should_stop` that end a call after so many iterations."""
-    done = []
-    return {"on_step": lambda metrics: done.append(metrics), "should_stop": lambda: len(done) >= steps}
-
-
-def lines_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def same_tensors(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
-
-
-def assert_same_results(a, b):
-    names = sorted(p.name for p in a.glob("*.safetensors"))
-    assert names == sorted(p.name for p in b.glob("*.safetensors")) and len(names) > 1
-    for name in names:
-        assert (a / name).read_bytes() == (b / name).read_bytes(), name
-    untimed = [[{k: v for k, v in line.items() if k != "seconds"} for line in lines_of(folder)] for folder in (a, b)]
-    assert untimed[0] == untimed[1]
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
@@ -315,6 +245,31 @@ def test_the_lower_clamp_of_the_rates_comes_after_the_average():
     assert after.raw.lr_text.item() == pytest.approx(0.09)
     free = outer_step(state, pull, run_of(lr_lr=0.02, ema=0.5).distill)
     assert free.raw.lr_image.item() == pytest.approx(-0.08)
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "normalised"])
+def test_a_clamp_bounds_every_entry_of_the_matrix_after_a_step_and_in_the_average(optimiser):
+    state, bounds = State.begin(first_set()), {"clamp": (0.1, 0.8)}
+    rule = run_of(similarity={"kind": "full", **bounds}, ema=0.5, optimiser=optimiser).distill
+    free = run_of(similarity={"kind": "full"}, ema=0.5, optimiser=optimiser).distill
+    gradient = gradients_of(state, 0).map(torch.Tensor.float)
+    clamped, plain = (outer_step(state, gradient, r) for r in (rule, free))
+    expected = plain.raw.similarity["matrix"].clamp(0.1, 0.8)
+    assert torch.equal(clamped.raw.similarity["matrix"], expected)
+    torch.testing.assert_close(clamped.average.similarity["matrix"], 0.5 * torch.eye(PAIRS) + 0.5 * expected)
+    assert torch.equal(clamped.raw.images, plain.raw.images)
+
+
+@pytest.mark.parametrize(
+    ("similarity", "words"),
+    [
+        ({"kind": "low_rank", "rank": 2, "clamp": (0.0, 1.0)}, "set distill.similarity.kind: full"),
+        ({"kind": "full", "clamp": (1.0, 0.0)}, r"must be \(low, high\), found \(1.0, 0.0\)"),
+    ],
+)
+def test_a_clamp_that_cannot_be_is_refused(similarity, words):
+    with pytest.raises(ValueError, match=words):
+        run_of(similarity=similarity)
 
 
 def test_too_few_experts_are_an_error(store):

@@ -41,6 +41,37 @@ def test_low_rank_is_the_printed_formula():
     torch.testing.assert_close(similarity.dense(t, 0.7, torch.zeros(6, 1)), expected)
 
 
+@pytest.mark.parametrize("kind", ["vector", "scalar"])
+def test_the_diagonal_is_one_number_or_one_per_pair(kind):
+    begun = start("low_rank", diagonal=kind)
+    assert begun["scale"].shape == ((6,) if kind == "vector" else ())
+    assert torch.equal(similarity.dense(begun, 3.0, torch.zeros(6, 1)), torch.eye(6))
+    moved = begun | {"scale": begun["scale"] * 0.4, "right": torch.ones(6, 2)}
+    whole = similarity.dense(moved, 0.7, torch.zeros(6, 1))
+    expected = 0.4 * torch.eye(6) + 0.7 / 2 * moved["left"] @ moved["right"].T
+    torch.testing.assert_close(whole, expected)
+    index = torch.tensor([4, 0, 3])
+    block = similarity.dense(similarity.gather(moved, index), 0.7, torch.zeros(3, 1))
+    torch.testing.assert_close(block, whole[index][:, index])
+    stored = similarity.per_pair(moved)
+    assert stored["scale"].shape == (6,) and moved["scale"].shape == begun["scale"].shape
+    assert torch.equal(similarity.dense(stored, 0.7, torch.zeros(6, 1)), whole)
+
+
+def test_a_scalar_diagonal_gathers_the_gradients_of_all_batches():
+    scale = torch.tensor(1.0, requires_grad=True)
+    tensors = start("low_rank", diagonal="scalar") | {"scale": scale}
+    total = {n: torch.zeros_like(t) for n, t in tensors.items()}
+    value = torch.zeros(())
+    for index in (torch.tensor([4, 0, 3]), torch.tensor([3, 5])):
+        block = similarity.dense(similarity.gather(tensors, index), 0.7, torch.zeros(len(index), 1))
+        value = value + block.square().sum()
+        parts = similarity.gather({n: t.detach().requires_grad_() for n, t in tensors.items()}, index)
+        again = similarity.dense(parts, 0.7, torch.zeros(len(index), 1)).square().sum()
+        similarity.scatter_add(total, index, dict(zip(parts, torch.autograd.grad(again, parts.values()), strict=True)))
+    torch.testing.assert_close(total["scale"], torch.autograd.grad(value, scale)[0])
+
+
 @pytest.mark.parametrize("kind", ["full", "low_rank"])
 def test_scatter_is_the_gradient_of_gather(kind):
     tensors = {n: t.requires_grad_() for n, t in moved(kind).items()}

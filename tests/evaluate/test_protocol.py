@@ -94,11 +94,11 @@ def test_a_lesson_is_what_was_distilled():
     images, texts = torch.randn(4, 3, SIZE, SIZE), torch.randn(4, TEXT_WIDTH)
     rates = {"lr_image": torch.tensor(0.25), "lr_text": torch.tensor(0.5)}
     learned = {"scale": scale, "left": left, "right": right}
-    lesson = lesson_of(Synthetic(images, texts, **rates, similarity=learned, alpha=3.0))
+    lesson = lesson_of(Synthetic(images, texts, **rates, similarity=learned, alpha=3.0), SIZE)
     assert lesson.images is images and lesson.texts is texts
     assert (lesson.lr_image, lesson.lr_text) == (0.25, 0.5) and type(lesson.lr_image) is float
     torch.testing.assert_close(lesson.similarity, torch.diag(scale) + 3.0 / 2 * left @ right.T)
-    assert torch.equal(lesson_of(Synthetic(images, texts, **rates)).similarity, torch.eye(4))
+    assert torch.equal(lesson_of(Synthetic(images, texts, **rates), SIZE).similarity, torch.eye(4))
 
 
 def records_of(lesson):
@@ -221,6 +221,28 @@ def test_a_student_that_diverges_counts_as_nothing(kind):
     for key in ("val", "test_last", "test_best_reference"):
         assert set(record[key].values()) == {0.0}
     assert "student 0 diverged on subset 0 in pass" in record["diverged"]
+
+
+@pytest.mark.parametrize(
+    ("distilled", "evaluated", "expected"), [(None, None, 0.3), (0.5, None, 0.5), (0.5, 0.07, 0.07), (None, 0.07, 0.07)]
+)
+def test_students_of_the_set_divide_by_its_temperature_and_others_by_the_models(
+    monkeypatch, distilled, evaluated, expected
+):
+    run = run_of(temperature=evaluated)
+    run = run.model_copy(update={"distill": run.distill.model_copy(update={"temperature": distilled})})
+    seen = {}
+
+    def train(model, lessons, rule, loss, seed, student, at=None):
+        seen[kind] = model.temperature
+        if kind == "reference":
+            at(0, 1)
+
+    monkeypatch.setattr(protocol, "train_student", train)
+    for kind in ("select", "student", "reference", "baseline", "tune"):
+        train_and_score(Job(kind, 0), run, lessons(run, 1), VAL, TEST, CPU)
+    of_the_set = dict.fromkeys(("select", "student", "reference"), expected)
+    assert seen == of_the_set | {"baseline": 0.3, "tune": 0.3}
 
 
 def test_random_pairs_get_as_many_updates_as_the_distilled_set(monkeypatch):

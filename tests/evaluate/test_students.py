@@ -97,6 +97,17 @@ def test_schedules_and_rates_are_different_protocols():
     assert all(distance(a, b) > 1e-5 for i, a in enumerate(ends) for b in ends[:i])
 
 
+def test_the_text_head_can_take_the_image_rate():
+    """As in the released MTT-VL, whatever the text rate is."""
+    own, image, equal = fresh(), fresh(), fresh()
+    train_student(own, [lesson(0, 7, 0.02, 0.04)], rule_of(), "wbce", SEED, STUDENT)
+    train_student(image, [lesson(0, 7, 0.02, 0.04)], rule_of(text_lr="image"), "wbce", SEED, STUDENT)
+    train_student(equal, [lesson(0, 7, 0.02, 0.02)], rule_of(), "wbce", SEED, STUDENT)
+    assert distance(image, equal) == 0 and distance(image, own) > 1e-5
+    negative = [lesson(0, 7, 0.02, -1.0)]
+    train_student(fresh(), negative, rule_of(text_lr="image"), "wbce", SEED, STUDENT)
+
+
 def test_the_order_of_subsets_counts():
     first, second = fresh(), fresh()
     train_student(first, lessons(), rule_of(), "wbce", SEED, STUDENT)

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rmdd import config
 from rmdd.experts import shortcut
 from rmdd.experts.shortcut import ShortcutPath, arc_positions
 from rmdd.experts.store import Store, Writer
@@ -37,6 +38,10 @@ def norms_of(walk):
 
 def shortcut_of(walk, endpoint):
     return ShortcutPath(walk[0], walk[endpoint], norms_of(walk), endpoint)
+
+
+def rule(trajectory, **change):
+    return config.Distill(trajectory=trajectory, **change)
 
 
 def stored(tmp_path, walk):
@@ -128,8 +133,8 @@ def test_only_norms_up_to_the_endpoint_count():
 def test_paths_of_a_store(tmp_path):
     walk = trajectory()
     store = stored(tmp_path, walk)
-    paths = {kind: shortcut.open_path(store, 0, kind, 3) for kind in ("original", "shortcut", "convexified")}
-    last = shortcut.open_path(store, 0, "shortcut", EPOCHS)
+    paths = {kind: shortcut.open_path(store, 0, rule(kind), 3) for kind in ("original", "shortcut", "convexified")}
+    last = shortcut.open_path(store, 0, rule("shortcut"), EPOCHS)
     assert {kind: path.endpoint for kind, path in paths.items()} == {"original": 5, "shortcut": 3, "convexified": 5}
     for t in range(EPOCHS + 1):
         assert all(torch.equal(p, walk[t][n]) for n, p in paths["original"].at(t).items())
@@ -138,14 +143,86 @@ def test_paths_of_a_store(tmp_path):
         assert all(torch.equal(p, shortcut_of(walk, 3).at(t)[n]) for n, p in paths["shortcut"].at(t).items())
 
 
+def test_positions_are_linear_between_epochs():
+    beta = arc_positions(np.array([1.0, 3.0, 0.0, 4.0]))
+    assert [beta.at(t) for t in range(5)] == list(beta)
+    assert (beta.at(0.5), beta.at(1.25), beta.at(2.75), beta.at(3.5)) == (1 / 16, 1 / 8 + 3 / 32, 1 / 2, 3 / 4)
+    assert beta.at(4.0) == 1
+
+
+@settings(deadline=None, max_examples=25)
+@given(epoch=st.floats(0, EPOCHS))
+def test_a_real_epoch_lies_between_its_neighbours(epoch):
+    walk = trajectory(dtype=torch.float64)
+    path, low = shortcut_of(walk, EPOCHS), int(epoch)
+    before, after = path.at(low), path.at(min(low + 1, EPOCHS))
+    for name, p in path.at(epoch).items():
+        torch.testing.assert_close(p, torch.lerp(before[name], after[name], epoch - low), rtol=1e-12, atol=1e-12)
+
+
+def test_a_trajectory_as_trained_has_whole_epochs_only(tmp_path):
+    path = shortcut.open_path(stored(tmp_path, trajectory()), 0, rule("original"), 3)
+    assert same(path.at(2.0), path.at(2))
+    with pytest.raises(ValueError, match="asked for epoch 1.5 of a trajectory that is kept at whole epochs"):
+        path.at(1.5)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.mark.parametrize(("anchors", "epochs"), [(3, [0, 2, 5]), (4, [0, 2, 3, 5]), (6, [0, 1, 2, 3, 4, 5])])
+def test_anchors_are_evenly_spaced_checkpoints_on_the_path(tmp_path, anchors, epochs):
+    walk = trajectory()
+    path = shortcut.open_path(stored(tmp_path, walk), 0, rule("convexified", anchors=anchors), 3)
+    assert path.epochs == epochs and path.endpoint == EPOCHS
+    for t in epochs:
+        assert same(path.at(t), walk[t])
+
+
+def test_more_anchors_than_epochs_are_all_epochs(tmp_path):
+    walk = trajectory()
+    path = shortcut.open_path(stored(tmp_path, walk), 0, rule("convexified", anchors=11), 3)
+    assert path.epochs == list(range(EPOCHS + 1)) and all(same(path.at(t), walk[t]) for t in path.epochs)
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+def test_an_anchored_path_is_continuous_and_straight_between_anchors(tmp_path, smooth):
+    store = stored(tmp_path, trajectory())
+    path = shortcut.open_path(store, 0, rule("convexified", anchors=4, smooth_anchors=smooth), 3)
+    lengths = store.norms(0)
+    for t in path.epochs[1:-1]:
+        for near in (path.at(t - 1e-9), path.at(t + 1e-9)):
+            torch.testing.assert_close(near, path.at(t), rtol=0, atol=1e-6)
+    for a, b in pairwise(path.epochs):
+        first, last = path.at(a), path.at(b)
+        for t in np.linspace(a, b, 5):
+            for name, p in path.at(float(t)).items():
+                gone = [min(max(t - e, 0), 1) * lengths[name][e] for e in range(a, b)]
+                share = sum(gone) / (sum(lengths[name][a:b]) or 1)
+                torch.testing.assert_close(p, torch.lerp(first[name], last[name], share), rtol=1e-5, atol=1e-6)
+
+
+def test_smoothed_anchors_are_means_of_their_neighbours(tmp_path):
+    walk = trajectory()
+    store = stored(tmp_path, walk)
+    path = shortcut.open_path(store, 0, rule("convexified", anchors=4, smooth_anchors=True), 3)
+    for t, near in {0: [0], 2: [1, 2, 3], 3: [2, 3, 4], 5: [4, 5]}.items():
+        for name, p in path.at(t).items():
+            torch.testing.assert_close(p, sum(walk[i][name] for i in near) / len(near))
+    both = shortcut.open_path(store, 0, rule("convexified", smooth_anchors=True), 3)
+    assert both.epochs == [0, 5] and same(both.at(0), walk[0])
+    torch.testing.assert_close(both.at(5), path.at(5))
+
+
 def test_errors(tmp_path):
     store = stored(tmp_path, trajectory())
     with pytest.raises(
         ValueError, match="ends at epoch 7 but the store .* holds epochs 0-5.*train experts with epochs: 7"
     ):
-        shortcut.open_path(store, 0, "shortcut", 7)
+        shortcut.open_path(store, 0, rule("shortcut"), 7)
     for kind, beyond in (("shortcut", 4), ("original", 6)):
-        path = shortcut.open_path(store, 0, kind, 3)
+        path = shortcut.open_path(store, 0, rule(kind), 3)
         for epoch in (-1, beyond):
             with pytest.raises(ValueError, match=f"asked for epoch {epoch} of a path that covers 0-{beyond - 1}"):
                 path.at(epoch)

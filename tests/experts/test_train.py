@@ -17,7 +17,7 @@ from rmdd.data.splits import Split
 from rmdd.evaluate.students import score
 from rmdd.experts.store import Store
 from rmdd.experts.train import begin_store, expert_model, train_expert
-from rmdd.models.dual import tower_of
+from rmdd.models.dual import build, tower_of
 from rmdd.seeding import generator
 
 SIZE, TEXT_WIDTH, IMAGES, CAPTIONS, EPOCHS = 8, 6, 11, 2, 3
@@ -206,6 +206,35 @@ def test_endpoints_are_those_the_phases_read(tmp_path):
     assert store.spec["keep"] == [0, 1, EPOCHS]
     files = sorted(p.name for p in store.folder(0).glob("*.safetensors"))
     assert files == [f"epoch-000{e}.safetensors" for e in (0, 1, EPOCHS)]
+
+
+def test_a_list_of_epochs_is_what_stays(tmp_path):
+    run = run_of(keep=(EPOCHS, 1, 2, 2))
+    store, _ = train(run, tmp_path)
+    assert store.spec["keep"] == sorted({0, 1, 2, EPOCHS})
+    files = sorted(p.name for p in store.folder(0).glob("*.safetensors"))
+    assert files == [f"epoch-{e:04d}.safetensors" for e in store.spec["keep"]]
+    assert all(torch.isfinite(p).all() for p in store.read(0, 2).values())
+
+
+def test_a_list_that_leaves_out_what_is_read_is_refused():
+    with pytest.raises(ValueError, match=rf"experts.keep \[2\] leaves out \[1, {EPOCHS}\], which this run reads; add"):
+        run_of(keep=(2,))
+
+
+def test_a_tower_of_a_seed_is_one_for_all_and_heads_are_not(tmp_path):
+    image = {"name": "convnet", "weights": "random:7", "widths": (4,), "groups": 2, "projection": "linear"}
+    run = run_of(image=dict(image), epochs=1)
+    experts = [expert_model(run, e, TEXT_WIDTH).trained() for e in (0, 1)]
+    student = build(run.model, TEXT_WIDTH, SIZE, run.seed + 1, "student", 3).trained()
+    other = expert_model(run_of(image=image | {"weights": "random:8"}), 0, TEXT_WIDTH).trained()
+    for name, p in experts[0].items():
+        tower = name.startswith("image_tower.")
+        norm = bool((p == 1).all() or (p == 0).all())  # affine parts start the same everywhere
+        assert torch.equal(p, experts[1][name]) == torch.equal(p, student[name]) == (tower or norm), name
+        assert torch.equal(p, other[name]) == (not tower or norm), name
+    store = begin_store(run, tmp_path, TEXT_WIDTH, {})
+    assert store.spec["shared"] == sorted(n for n in store.shapes if n.startswith("image_tower."))
 
 
 def test_a_frozen_tower_is_neither_trained_nor_stored(tmp_path):

@@ -1,4 +1,7 @@
 import pytest
+import torch
+from slow import fast_loop, full_unroll, outer_loop, plain_loss, segment, shortcut, two_passes, wbce
+from toy import method_run
 
 from rmdd import config
 from rmdd.methods.ptm_st import phases, without
@@ -57,3 +60,53 @@ def test_the_run_itself_is_left_alone():
     before = run.model_dump_json()
     without(run, ptm=True, st=True, ema=True)
     assert run.model_dump_json() == before
+
+
+PLAN = [
+    {"pairs": 6, "start": 0, "stop": 2, "endpoint": 2, "iterations": 4},
+    {"pairs": 5, "start": 1, "stop": 3, "endpoint": 3, "iterations": 4},
+]
+
+
+def assert_equals_the_card(made, phase, gradients):
+    """Equation 4-5 for the path, the gradient by `gradients`, torch's SGD, then equation 7 for the average."""
+    rule = made.run.distill
+    loss, plan = plain_loss(made.model, wbce), rule.phases[phase]
+
+    def gradient_of(leaves, iteration):
+        drawn = made.matcher.draw(iteration)
+        assert plan.start <= drawn.start < plan.stop
+        start, target = segment(made, drawn) if rule.trajectory == "original" else straight(drawn)
+        return gradients(loss, start, target, leaves, 1.0, drawn.batches)
+
+    def straight(drawn):
+        expert = made.matcher.experts[drawn.expert]
+        return [shortcut(made.store, expert, plan.endpoint, drawn.start + ahead) for ahead in (0, 1)]
+
+    average = made.begun.tensors()
+    slow = outer_loop(made.begun, rule, gradient_of, 3)
+    for state, wanted in zip(fast_loop(made, 3), slow, strict=True):
+        average = {n: rule.ema * a + (1 - rule.ema) * wanted[n] for n, a in average.items()}
+        for name, t in wanted.items():
+            torch.testing.assert_close(state.raw.tensors()[name], t, rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(state.average.tensors()[name], average[name], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("ptm", [False, True])
+@pytest.mark.parametrize("st", [False, True])
+@pytest.mark.parametrize("ema", [False, True])
+def test_every_row_of_table_4_is_the_loop_it_names(make, ptm, st, ema):
+    """In each of its phases; a row without PTM has one."""
+    run = method_run("ptm_st", phases=PLAN, estimator="first_order", ema=0.9, inner_dropout="off")
+    row = without(run, ptm=not ptm, st=not st, ema=not ema)
+    assert len(row.distill.phases) == 1 + ptm and row.distill.ema == (0.9 if ema else 0.0)
+    for phase in range(len(row.distill.phases)):
+        made = make(row, phase)
+        assert made.begun.similarity.keys() == {"matrix"}
+        assert_equals_the_card(made, phase, two_passes)
+
+
+def test_the_exact_gradient_is_the_default_of_ours(make):
+    made = make(method_run("ptm_st", phases=PLAN), 1)
+    assert made.run.distill.estimator == "exact"
+    assert_equals_the_card(made, 1, full_unroll)

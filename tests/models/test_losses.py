@@ -31,7 +31,55 @@ def slow_infonce(logits, similarity):
     return total / size / 2
 
 
-SLOW = {"wbce": slow_wbce, "infonce": slow_infonce}
+def slow_bce(logits, similarity):
+    """The mean over all B^2 entries."""
+    size, total = len(logits), 0.0
+    for i in range(size):
+        for j in range(size):
+            p, s = 1 / (1 + math.exp(-logits[i][j])), similarity[i][j]
+            total -= s * math.log(p) + (1 - s) * math.log(1 - p)
+    return total / size**2
+
+
+def slow_cwcl(logits, similarity):
+    """InfoNCE on rows of S, then of its transpose, each divided by its sum."""
+    size, total = len(logits), 0.0
+    for z, s in ((logits, similarity), (transposed(logits), transposed(similarity))):
+        for i in range(size):
+            normaliser = math.log(sum(math.exp(z[i][j]) for j in range(size)))
+            total -= sum(s[i][j] * (z[i][j] - normaliser) for j in range(size)) / (sum(s[i]) + 1e-6)
+    return total / size / 2
+
+
+def slow_kl(logits, similarity):
+    """KLDivLoss(log softmax(Z), softmax(10 S)), the mean over elements, and both directions averaged."""
+    size, total = len(logits), 0.0
+    for z, s in ((logits, similarity), (transposed(logits), transposed(similarity))):
+        for i in range(size):
+            scores, wanted = (sum(math.exp(x) for x in row) for row in (z[i], [10 * x for x in s[i]]))
+            for j in range(size):
+                target = math.exp(10 * s[i][j]) / wanted
+                total += target * (math.log(target) - math.log(math.exp(z[i][j]) / scores))
+    return total / size**2 / 2
+
+
+def slow_mse(logits, similarity):
+    pairs = [(z, s) for row in zip(logits, similarity, strict=True) for z, s in zip(*row, strict=True)]
+    return sum((1 / (1 + math.exp(-z)) - s) ** 2 for z, s in pairs) / len(pairs)
+
+
+def transposed(rows):
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+SLOW = {
+    "wbce": slow_wbce,
+    "infonce": slow_infonce,
+    "bce": slow_bce,
+    "cwcl": slow_cwcl,
+    "kl": slow_kl,
+    "mse": slow_mse,
+}
 
 
 def draw(seed, size, spread=4.0):

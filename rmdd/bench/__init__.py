@@ -1,0 +1,1 @@
+"""Measurements of the matching engine: `rmdd bench`."""

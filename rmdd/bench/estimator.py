@@ -1,0 +1,108 @@
+"""How far the first-order meta-gradient is from the exact one, along a real run.
+
+The run's own loop is followed with its own estimator; every so often the other one is taken of the same state and the
+same draw, and both are compared, tensor by tensor. Nothing is saved.
+"""
+
+import math
+import statistics
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rmdd import config, methods
+from rmdd.distill.matching import Matcher, State, outer_step
+from rmdd.distill.synthetic import Synthetic
+from rmdd.experts.store import Store
+from rmdd.experts.train import expert_model
+from rmdd.models.dual import DualEncoder
+from rmdd.pipeline import Pipeline
+from rmdd.tasks import device_of
+
+
+def along(
+    run: config.Run,
+    phase: int,
+    store: Store,
+    model: DualEncoder,
+    initial: Synthetic,
+    device: torch.device,
+    *,
+    iterations: int,
+    every: int,
+    on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> list[dict[str, Any]]:
+    """One row per comparison: `iteration`, `start`, `loss`, and by tensor the cosine and the norm ratio, first-order
+    over exact.
+
+    The rates' "cosine" is the agreement of their signs. Stops early, with a row that says so, when the loop does not
+    stay finite.
+    """
+    matcher = Matcher(run, phase, store, model, device)
+    state = State.begin(initial).to(device)
+    own = run.distill.estimator
+    other: Literal["exact", "first_order"] = "first_order" if own == "exact" else "exact"
+    rows: list[dict[str, Any]] = []
+    while state.iteration < iterations:
+        drawn = matcher.draw(state.iteration)
+        found = matcher.gradient(state.raw, drawn)
+        if not math.isfinite(float(found.loss)):
+            rows.append({"iteration": state.iteration, "stopped": "the loss is not finite"})
+            on_row(rows[-1])
+            break
+        if state.iteration % every == 0:
+            both = {own: found.gradient, other: matcher.gradient(state.raw, drawn, estimator=other).gradient}
+            exact, first = both["exact"].tensors(), both["first_order"].tensors()
+            rows.append(
+                {
+                    "iteration": state.iteration,
+                    "start": drawn.start,
+                    "loss": float(found.loss),
+                    "cosine": {n: cosine(first[n], exact[n]) for n in exact},
+                    "norm_ratio": {n: norm_ratio(first[n], exact[n]) for n in exact},
+                }
+            )
+            on_row(rows[-1])
+        state = outer_step(state, found.gradient, run.distill)
+    return rows
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    """Of the flattened tensors; nan when one of them is zero."""
+    a, b = a.double().flatten(), b.double().flatten()
+    size = a.norm() * b.norm()
+    return float(a @ b / size) if size > 0 else math.nan
+
+
+def norm_ratio(a: Tensor, b: Tensor) -> float:
+    """|a| / |b|; nan when b is zero."""
+    size = b.double().norm()
+    return float(a.double().norm() / size) if size > 0 else math.nan
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Per tensor the median cosine and norm ratio over rows, zero gradients left out."""
+    compared = [row for row in rows if "cosine" in row]
+    found: dict[str, dict[str, float]] = {}
+    for name in compared[0]["cosine"] if compared else ():
+        values = {key: [row[key][name] for row in compared] for key in ("cosine", "norm_ratio")}
+        kept = {key: [v for v in vs if not math.isnan(v)] for key, vs in values.items()}
+        found[name] = {key: statistics.median(vs) if vs else math.nan for key, vs in kept.items()}
+    return found
+
+
+def of_run(
+    pipeline: Pipeline, phase: int, iterations: int, every: int, on_row: Callable[[dict[str, Any]], None]
+) -> list[dict[str, Any]]:
+    """`along` for a phase of a run, whose experts are trained first where they are missing."""
+    run = pipeline.run
+    if not 0 <= phase < len(run.distill.phases):
+        raise ValueError(f"the run has phases 0-{len(run.distill.phases) - 1}; there is no phase {phase}")
+    store = pipeline.experts()
+    train = pipeline.material("train")
+    method = methods.find(run.distill.method)(run)
+    initial = method.initial(phase, train, method.records(phase, train))
+    model = expert_model(run, 0, train.texts.shape[1])
+    return along(run, phase, store, model, initial, device_of(run), iterations=iterations, every=every, on_row=on_row)

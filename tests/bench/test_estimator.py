@@ -1,0 +1,46 @@
+"""The first-order gradient beside the exact one, along a loop."""
+
+import math
+
+import pytest
+import torch
+from toy import CPU, encoder, first_set, run_of
+
+from rmdd.bench.estimator import along, cosine, norm_ratio, summary
+from rmdd.distill.matching import Matcher, State, outer_step
+
+
+def test_rows_are_of_the_run_itself(store):
+    run = run_of(estimator="exact")
+    rows = along(run, 0, store, encoder(), first_set(), CPU, iterations=5, every=2)
+    assert [row["iteration"] for row in rows] == [0, 2, 4]
+    matcher, state = Matcher(run, 0, store, encoder(), CPU), State.begin(first_set())
+    for iteration in range(5):
+        drawn = matcher.draw(iteration)
+        exact, first = (matcher.gradient(state.raw, drawn, estimator=e).gradient for e in ("exact", "first_order"))
+        if iteration % 2 == 0:
+            a, b = first.images.flatten(), exact.images.flatten()
+            expected = sum(x * y for x, y in zip(a.tolist(), b.tolist(), strict=True)) / float(a.norm() * b.norm())
+            assert rows[iteration // 2]["cosine"]["images"] == pytest.approx(expected, rel=1e-5)
+            assert rows[iteration // 2]["norm_ratio"]["texts"] == pytest.approx(
+                float(first.texts.norm() / exact.texts.norm()), rel=1e-5
+            )
+        state = outer_step(state, exact, run.distill)
+
+
+def test_one_step_leaves_nothing_out(store):
+    (row,) = along(run_of(steps=1), 0, store, encoder(), first_set(), CPU, iterations=1, every=1)
+    assert all(c == pytest.approx(1, abs=1e-6) for c in row["cosine"].values())
+
+
+def test_a_loop_that_diverges_says_so(store):
+    rows = along(run_of(lr_lr=1e6, steps=3), 0, store, encoder(), first_set(), CPU, iterations=60, every=1)
+    assert "not finite" in rows[-1]["stopped"] and len(rows) < 60
+
+
+def test_cosine_and_ratio_of_known_vectors():
+    a, b, zero = torch.tensor([3.0, 0.0]), torch.tensor([3.0, 4.0]), torch.zeros(2)
+    assert cosine(a, b) == pytest.approx(0.6) and norm_ratio(a, b) == pytest.approx(0.6)
+    assert math.isnan(cosine(a, zero)) and math.isnan(norm_ratio(a, zero))
+    rows = [{"cosine": {"x": c}, "norm_ratio": {"x": 2.0}} for c in (0.1, 0.5, math.nan)] + [{"stopped": "so"}]
+    assert summary(rows) == {"x": {"cosine": pytest.approx(0.3), "norm_ratio": 2.0}}

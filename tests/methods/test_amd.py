@@ -1,0 +1,165 @@
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import toy
+from slow import assert_equals_slow, plain_loss, two_passes, wbce
+from toy import EPOCHS, method_run
+
+from rmdd.data.images import normalise
+from rmdd.data.material import Material
+from rmdd.data.shards import Dataset
+from rmdd.data.splits import Split
+from rmdd.experts.store import Store, Writer
+from rmdd.methods.amd import drift_ranges, mean_drift, prototypes
+
+NAMES = {"image_tower.w": (2, 3), "image_head.b": (4,), "text_head.w": (3, 2)}
+
+
+def planted(path, image, text, experts=3):
+    """Experts whose mean moves by the given lengths, and each of which strays from it."""
+    epochs = len(image)
+    store = Store.create(path, NAMES, shared={}, epochs=epochs, keep=None, dtype="float32", facts={})
+    random = torch.Generator().manual_seed(0)
+    stray = [
+        [{n: torch.randn(s, generator=random) for n, s in NAMES.items()} for _ in range(epochs + 1)]
+        for _ in range(experts)
+    ]
+    way = {n: torch.randn(s, generator=random) for n, s in NAMES.items()}
+    for tower in ("image", "text"):
+        mine = [n for n in NAMES if n.startswith(tower)]
+        size = sum(way[n].square().sum() for n in mine).sqrt()
+        way |= {n: way[n] / size for n in mine}
+    for expert in range(experts):
+        writer = Writer(store, expert)
+        for t in range(epochs + 1):
+            gone = {n: sum((text if n.startswith("text") else image)[:t]) for n in NAMES}
+            mean = {n: sum(s[t][n] for s in stray) / experts for n in NAMES}
+            writer.add({n: gone[n] * way[n] + stray[expert][t][n] - mean[n] for n in NAMES}, {})
+        writer.finish()
+    return store
+
+
+def test_drift_is_of_the_mean_and_not_of_the_experts(tmp_path):
+    image, text = [3.0, 2.0, 1.0, 0.5], [1.0, 2.0, 4.0, 0.25]
+    found = mean_drift(planted(tmp_path, image, text), [0, 1, 2])
+    np.testing.assert_allclose(found["image"], image, rtol=1e-5)
+    np.testing.assert_allclose(found["text"], text, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("image", "text", "expected"),
+    [
+        # ratios 1/4, 1/2, 2, 4 with median 1.25: above it first at epoch 3, not above it last at epoch 2
+        ([1, 1, 2, 4], [4, 2, 1, 1], {"image": (0, 4), "text": (0, 3)}),
+        # ratios 4, 2, 1/2, 1/4: first above at 1; last not above at 4, cut to the last start, 3
+        ([4, 2, 1, 1], [1, 1, 2, 4], {"image": (0, 2), "text": (0, 4)}),
+        # ratios 1/2, 4, 1/4, 2, 1: median 1, above at 2 and 4, not above at 1, 3, 5, cut to 4
+        ([1, 4, 1, 2, 1], [2, 1, 4, 1, 1], {"image": (0, 3), "text": (0, 5)}),
+    ],
+)
+def test_planted_drifts_give_the_ranges_of_the_card(tmp_path, image, text, expected):
+    store = planted(tmp_path, image, text)
+    assert drift_ranges(store, [0, 1, 2], store.epochs - 1) == expected
+
+
+def test_equal_drifts_give_equal_ranges(tmp_path):
+    """Towers that are the same tensors: every ratio is one, and the whole range is left to both."""
+    names = {"image_tower.w": (3, 2), "text_head.w": (3, 2)}
+    store = Store.create(tmp_path, names, shared={}, epochs=4, keep=None, dtype="float32", facts={})
+    random = torch.Generator().manual_seed(0)
+    for expert in range(2):
+        writer = Writer(store, expert)
+        for _ in range(5):
+            writer.add(dict.fromkeys(names, torch.randn(3, 2, generator=random)), {})
+        writer.finish()
+    assert drift_ranges(store, [0, 1], 3) == {"image": (0, 4), "text": (0, 4)}
+
+
+def test_starts_are_independent_and_reproducible(make):
+    plan = {"pairs": 6, "start": 0, "stop": 3, "start_text": 1, "stop_text": 3, "endpoint": EPOCHS, "iterations": 4}
+    matcher = make(method_run("amd", ranges="stated", phases=[plan])).matcher
+    starts = np.array([(d.start, d.start_text) for d in map(matcher.draw, range(2000))])
+    assert set(starts[:, 0]) == {0, 1, 2} and set(starts[:, 1]) == {1, 2}
+    assert abs(np.corrcoef(starts.T)[0, 1]) < 0.06
+    counts = [(starts == pair).all(axis=1).sum() for pair in itertools.product((0, 1, 2), (1, 2))]
+    assert min(counts) > 250, "each of the six about 333 times"
+    again = matcher.draw(11)
+    assert (again.start, again.start_text) == tuple(starts[11])
+
+
+def test_each_tower_starts_at_an_epoch_of_its_own(make):
+    made = make(method_run("amd"))
+    wide = {"image": (0, 3), "text": (0, 3)}
+    made.matcher.ranges = wide  # the random walk's own may be narrow
+    apart = set()
+
+    def gradient_of(leaves, drawn):
+        apart.add(drawn.start != drawn.start_text)
+        expert = made.matcher.experts[drawn.expert]
+        start, target = (
+            {
+                n: made.store.read(expert, (drawn.start_text if n.startswith("text_head.") else drawn.start) + ahead)[n]
+                for n in made.store.shapes
+            }
+            for ahead in (0, 1)
+        )
+        loss = plain_loss(made.model, wbce)
+        return two_passes(loss, start, target, leaves, made.begun.alpha, drawn.batches)
+
+    assert_equals_slow(made, gradient_of, iterations=4)
+    assert True in apart
+
+
+def test_a_matcher_finds_the_ranges_in_its_experts(make):
+    made = make(method_run("amd"))
+    assert made.matcher.ranges == drift_ranges(made.store, [0, 1], EPOCHS - 1)
+
+
+def material(images=30, width=toy.TEXT_WIDTH):
+    """Pictures of three colours and captions of three directions, with noise; two captions a picture."""
+    random = np.random.default_rng(0)
+    colour = np.array([(250, 20, 20), (20, 250, 20), (20, 20, 250)])[np.arange(images) % 3]
+    pictures = np.clip(colour[:, :, None, None] + random.integers(-9, 9, (images, 3, toy.SIZE, toy.SIZE)), 0, 255)
+    image_of = np.repeat(np.arange(images), 2)
+    texts = np.eye(width)[image_of % 3] + 0.05 * random.standard_normal((2 * images, width))
+    names, captions = [str(i) for i in range(images)], [f"caption {i}" for i in range(2 * images)]
+    pictures = pictures.astype(np.uint8)
+    split = Split("train", pictures, captions, image_of, names, {}, Dataset(Path(), {}), np.arange(9), Path())
+    return Material(split, texts.astype(np.float32), (0.5, 0.5, 0.5), (0.3, 0.3, 0.3))
+
+
+@pytest.mark.parametrize("pairs", [3, 12])
+def test_prototypes_are_the_records_nearest_to_the_centres(pairs, monkeypatch):
+    import sklearn.cluster
+
+    fitted = []
+    kmeans = sklearn.cluster.MiniBatchKMeans
+
+    class Watched(kmeans):
+        def fit(self, points):
+            fitted.append((points, super().fit(points)))
+            return self
+
+    monkeypatch.setattr(sklearn.cluster, "MiniBatchKMeans", Watched)
+    run, train = method_run("amd"), material()
+    chosen = prototypes(run, 0, pairs, train)
+    points, means = fitted[0]
+
+    unit = torch.nn.functional.normalize
+    tower = toy.build(run.model, toy.TEXT_WIDTH, toy.SIZE, run.seed, "expert", 0).eval().image_tower
+    seen = unit(tower(normalise(torch.tensor(train.split.images), train.mean, train.std)), dim=1).detach()
+    for record in range(len(points)):
+        side = torch.cat([seen[train.split.image_of[record]], unit(torch.tensor(train.texts[record]), dim=0)])
+        np.testing.assert_allclose(points[record], side.numpy(), rtol=1e-4, atol=1e-6)
+
+    free = list(range(len(points)))
+    for centre, record in zip(means.cluster_centers_, chosen, strict=True):
+        distances = {r: sum((a - b) ** 2 for a, b in zip(points[r], centre, strict=True)) for r in free}
+        assert distances[record] <= min(distances.values()) + 1e-9
+        free.remove(record)
+    if pairs == 3:
+        assert {train.split.image_of[r] % 3 for r in chosen} == {0, 1, 2}, "one of every colour"
+    assert prototypes(run, 0, pairs, train) == chosen

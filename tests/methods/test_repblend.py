@@ -1,0 +1,81 @@
+import pytest
+import torch
+from slow import assert_equals_slow, segment, two_passes, wbce
+from torch.func import functional_call
+from toy import method_run
+
+from rmdd import config
+from rmdd.methods.repblend import blend
+
+
+def blended_loss(made, drawn):
+    """RepBlend card, step 3: the tower inside every step, encoder outputs mixed before the two heads."""
+
+    def value(theta, images, texts, similarity, step):
+        lam, q = drawn.blends[step].weight, drawn.blends[step].partner.tolist()
+        a, b = made.model.image_tower(images), texts
+        a = torch.stack([lam * a[i] + (1 - lam) * a[q[i]] for i in range(len(a))])
+        b = torch.stack([lam * b[i] + (1 - lam) * b[q[i]] for i in range(len(b))])
+        sides = []
+        for head, x in (("image_head", a), ("text_head", b)):
+            own = {n.removeprefix(f"{head}."): p for n, p in theta.items() if n.startswith(head)}
+            sides.append(torch.nn.functional.normalize(functional_call(getattr(made.model, head), own, (x,)), dim=1))
+        return wbce(sides[0] @ sides[1].T / made.model.temperature, similarity)
+
+    return value
+
+
+@pytest.mark.parametrize("branches", ["separate", "merged"])
+def test_equals_blending_in_the_loss_and_autograd_through_the_tower(make, branches):
+    made = make(method_run("repblend", branches=branches))
+    assert {n.split(".")[0] for n in made.model.trained()} == {"image_head", "text_head"}
+    tower = {n: p.clone() for n, p in made.model.image_tower.named_parameters()}
+
+    def gradient_of(leaves, drawn):
+        start, target = segment(made, drawn)
+        loss = blended_loss(made, drawn)
+        return two_passes(loss, start, target, leaves, made.begun.alpha, drawn.batches, merged=branches == "merged")
+
+    assert_equals_slow(made, gradient_of)
+    for name, p in made.model.image_tower.named_parameters():
+        assert torch.equal(p, tower[name]) and p.grad is None, name
+
+
+def test_blends_are_uniform_differ_by_step_and_repeat(make):
+    matcher = make(method_run("repblend", steps=4)).matcher
+    drawn = [matcher.draw(i) for i in range(100)]
+    weights = torch.tensor([[b.weight for b in d.blends] for d in drawn])
+    assert len(weights.unique()) == weights.numel() == 400, "one of its own for every inner step"
+    assert abs(weights.mean() - 0.5) < 0.05 and abs(weights.var() - 1 / 12) < 0.02, "Beta(1, 1)"
+    partners = [b.partner.tolist() for d in drawn for b in d.blends]
+    assert all(sorted(q) == list(range(4)) for q in partners) and len({tuple(q) for q in partners}) == 24
+    again = matcher.draw(7).blends
+    assert [b.weight for b in again] == [b.weight for b in drawn[7].blends]
+    assert all(torch.equal(a.partner, b.partner) for a, b in zip(again, drawn[7].blends, strict=True))
+
+
+def test_blending_alone_is_a_setting_of_any_method(make):
+    """Both passes see one blend: with the wrong one in the second, this would not be a gradient of the miss."""
+    made = make(method_run("lors", blend=1.0, steps=1))
+    drawn, x = made.matcher.draw(0), made.begun.images
+    found = made.matcher.gradient(made.begun, drawn)
+    random, h = torch.Generator().manual_seed(0), 1e-5
+    way = torch.randn(x.shape, generator=random, dtype=torch.float64)
+    ends = [
+        made.matcher.gradient(made.begun.with_tensors(made.begun.tensors() | {"images": x + s * h * way}), drawn).loss
+        for s in (1, -1)
+    ]
+    assert ((ends[0] - ends[1]) / (2 * h)).item() == pytest.approx((found.gradient.images * way).sum().item(), rel=1e-6)
+
+
+def test_the_mixture_of_two_rows():
+    rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]])
+    expected = torch.tensor([[0.25, 0.75], [1.5, 1.75], [1.25, 0.5]])
+    torch.testing.assert_close(blend(rows, 0.25, torch.tensor([1, 2, 0])), expected)
+
+
+def test_what_is_no_repblend_is_refused():
+    with pytest.raises(config.ConfigError, match=r"frozen towers; set model.image.trainable: false, or take method: l"):
+        config.load({"model": {"image": {"trainable": True}}, "distill": {"method": "repblend"}})
+    with pytest.raises(config.ConfigError, match=r"repblend blends; set distill.blend above 0, or take method: lors"):
+        config.load({"distill": {"method": "repblend", "blend": 0.0}})

@@ -1,0 +1,30 @@
+from slow import assert_equals_slow, full_unroll, plain_loss, segment, two_passes, wbce
+from toy import method_run
+
+
+def test_equals_the_formula_of_the_two_passes(make):
+    made = make(method_run("tesla_vl"))
+    loss = plain_loss(made.model, wbce)
+    assert not made.begun.similarity
+    assert_equals_slow(made, lambda leaves, drawn: two_passes(loss, *segment(made, drawn), leaves, 1.0, drawn.batches))
+
+
+def gap(make, steps):
+    """How far the estimator is from the whole unroll, as a share of it, in the pictures."""
+    made = make(method_run("tesla_vl", steps=steps))
+    drawn, loss = made.matcher.draw(0), plain_loss(made.model, wbce)
+    found = made.matcher.gradient(made.begun, drawn).gradient.images
+    leaves = {n: t.requires_grad_() for n, t in made.begun.tensors().items()}
+    whole = full_unroll(loss, *segment(made, drawn), leaves, 1.0, drawn.batches)["images"].detach()
+    return ((found - whole).norm() / whole.norm()).item()
+
+
+def test_exact_for_one_step_and_a_truncation_for_more(make):
+    assert gap(make, 1) < 1e-12
+    assert gap(make, 4) > 1e-3
+
+
+def test_the_exact_estimator_is_one_setting_away(make):
+    made = make(method_run("tesla_vl", estimator="exact"))
+    loss = plain_loss(made.model, wbce)
+    assert_equals_slow(made, lambda leaves, drawn: full_unroll(loss, *segment(made, drawn), leaves, 1.0, drawn.batches))
