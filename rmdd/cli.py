@@ -185,6 +185,51 @@ bench = typer.Typer(help="Measure the engine of matching.", no_args_is_help=True
 app.add_typer(bench, name="bench")
 
 
+@bench.command("step")
+def bench_step(
+    tower: Annotated[str, typer.Option(help="convnet or a timm model, with random weights.")] = "convnet",
+    widths: Annotated[str, typer.Option(help="convnet: channels of its blocks.")] = "64,64,64",
+    image_size: Annotated[int, typer.Option(help="Side of the pictures.")] = 64,
+    pairs: Annotated[int, typer.Option(help="Synthetic pairs M.")] = 100,
+    batch: Annotated[int, typer.Option(help="Pairs B of an inner step.")] = 20,
+    steps: Annotated[int, typer.Option(help="Inner steps K.")] = 8,
+    loss: Annotated[str, typer.Option(help="The student's loss.")] = "wbce",
+    similarity: Annotated[str, typer.Option(help="full, low_rank or identity.")] = "full",
+    options: Annotated[
+        list[str] | None, typer.Option("--engine", help="An engine to compare, such as bfloat16,recompute; repeat it.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Timed iterations of each variant.")] = 20,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    memory: Annotated[bool, typer.Option(help="Measure peak memory too.")] = True,
+    out: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time one iteration of matching and its memory against plain autograd and the published two-pass loop."""
+    with _outcome(debug):
+        from rmdd.bench import step
+
+        case = step.Case(
+            tower=tower,
+            widths=tuple(int(w) for w in widths.split(",")),
+            image_size=image_size,
+            pairs=pairs,
+            batch=batch,
+            steps=steps,
+            loss=loss,
+            similarity=similarity,  # type: ignore[arg-type]
+            threads=threads,
+            device=device,
+        )
+        engines = {name: step.engine_of(name) for name in ["", *(options or [])]}
+        found = step.bench_step(case, step.variants(engines=engines), repeats, out, memory)
+    if json:
+        _print_json(found)
+    else:
+        typer.echo(step.table(found))
+
+
 @bench.command("estimator")
 def bench_estimator(
     source: Source,

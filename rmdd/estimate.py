@@ -5,6 +5,7 @@ Seconds follow from an assumed throughput and are rough; bytes are what the form
 """
 
 import importlib.util
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ FLOAT = 4
 GPU_FLOPS = 10e12
 CPU_FLOPS = 30e9
 """Assumed operations per second of one GPU, and of one CPU thread, in float32 on the layers used here."""
+
+GRAPH = 1.2
+"""Peak of the second pass over what the graph of reverse mode keeps: 0.9 (ViT, NFNet) to 1.5 (small ConvNets)."""
 
 KNOWN_WIDTHS = {"bert-base-uncased": 768, "distilbert-base-uncased": 768, "BAAI/bge-base-en-v1.5": 768}
 PUBLISHED_COUNTS = {
@@ -165,10 +169,13 @@ def cache_bytes(run: config.Run, counts: Counts, text_width: int) -> int:
 
 
 def matching_bytes(run: config.Run, size: Size, work: Work, text_width: int) -> int:
-    """Peak of one matching step on its device: visited parameters, target, gradients, one step's graph, the set."""
-    vectors = run.distill.steps + 1 + 1 + 4
+    """Peak of one matching step on its device: parameters that wait and that are at work, one step's graph, the set."""
+    steps = run.distill.steps
+    waiting = {"device": steps, "cpu": 0, "recompute": 2 * math.isqrt(steps - 1) + 2}[run.runtime.keep_parameters]
+    vectors = waiting + 3 + (run.distill.estimator == "exact")
     learnable = max(synthetic_numbers(run, text_width))
-    return FLOAT * (vectors * size.trained + size.frozen + 4 * learnable) + work.kept
+    graph = GRAPH * work.kept / (2 if run.distill.precision == "bfloat16" else 1)
+    return FLOAT * (vectors * size.trained + size.frozen + 4 * learnable) + round(graph)
 
 
 def operations(run: config.Run, counts: Counts, work: Work) -> dict[str, int]:

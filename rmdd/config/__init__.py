@@ -56,6 +56,11 @@ class Run(Section):
     def clashes(self) -> list[str]:
         mistakes = []
         image = self.model.image
+        if self.distill.inner_dropout == "fresh_mask" and self.runtime.keep_parameters == "recompute":
+            mistakes.append(
+                "runtime.keep_parameters: recompute takes steps of the first pass again, which distill.inner_dropout: "
+                "fresh_mask would draw other masks for; set one of them otherwise"
+            )
         if self.stored_size > self.data.image_size:
             mistakes.append(
                 f"distill.stored_size {self.stored_size} is larger than data.image_size {self.data.image_size}, which "

@@ -61,11 +61,8 @@ class Runtime(Section):
     threads: PositiveInt = Field(1, description="CPU threads per worker; the same bits need the same number")
     loader_workers: Annotated[int, Field(ge=0)] = Field(0, description="processes per expert that decode and augment")
     gpus_per_worker: NonNegativeFloat = Field(0.0, description="share of a GPU that each worker gets; 0: CPUs")
-    compile: Literal["off", "on"] = Field(
-        "off", description="torch.compile the matching step: slow to start, then faster; changes rounding"
-    )
     keep_parameters: Literal["device", "cpu", "recompute"] = Field(
-        "device", description="where a step's K parameter vectors wait: there, on the CPU, or rebuilt from sqrt(K)"
+        "device", description="where a step's K parameter vectors wait: there, on the CPU, or rebuilt from 2 sqrt(K)"
     )
     max_restarts: Annotated[int, Field(ge=0)] = Field(3, description="times a dead worker is started again")
     track: Literal["tensorboard", "none"] = Field(

@@ -23,7 +23,7 @@ from rmdd.distill.frozen import features_of, to_pixels
 from rmdd.distill.guard import Derailed, vitals, what_is_wrong
 from rmdd.distill.phases import Draw
 from rmdd.distill.synthetic import Synthetic, enlarged, from_tensors
-from rmdd.distill.unroll import MetaGradient, meta_gradient, squared_distance
+from rmdd.distill.unroll import Engine, MetaGradient, meta_gradient, squared_distance
 from rmdd.experts import shortcut
 from rmdd.experts.store import Store
 from rmdd.files import append_jsonl, atomic_path
@@ -148,6 +148,12 @@ class Matcher:
         self.model = model.to(device).train()  # a frozen tower stays in eval mode
         self.frozen_tower = None if run.model.image.trainable else self._features
         self.student = self.model if self.frozen_tower is None else self.model.on_features()
+        self.engine = Engine(
+            # forward mode is checked by a loss that is not asked for twice with fresh masks
+            second_pass="reverse" if run.distill.inner_dropout == "fresh_mask" else "forward",
+            precision=run.distill.precision,
+            trajectory=run.runtime.keep_parameters,
+        )
         self.ranges = self.method.ranges(store, self.experts, phase)
         self._paths: dict[int, shortcut.Path] = {}
 
@@ -193,6 +199,7 @@ class Matcher:
                 batches,
                 estimator=estimator or rule.estimator,
                 branches=rule.branches,
+                engine=self.engine,
             )
             if self.frozen_tower is not None:
                 found = to_pixels(self.frozen_tower, synthetic, batches, found)

@@ -1,0 +1,273 @@
+"""Time, memory and arithmetic of one iteration of matching, against both yardsticks, in one run.
+
+Variants take turns, so that whatever else the machine does hits all alike. On a CPU the peak of each is that of the
+resident set in a process of its own, in which glibc returns every freed tensor at once (else fragments of the heap
+count as well): one iteration to warm up, the high-water mark reset (Linux, /proc/self/clear_refs), one iteration
+more. On a GPU it is the allocator's own count.
+"""
+
+import ctypes
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from rmdd import config, seeding
+from rmdd.bench.yardsticks import plain, published, whole_unroll
+from rmdd.distill import similarity
+from rmdd.distill.inner import student_loss
+from rmdd.distill.phases import mini_batches
+from rmdd.distill.synthetic import Synthetic
+from rmdd.distill.unroll import Engine, meta_gradient
+from rmdd.files import write_json
+from rmdd.models.dual import build
+from rmdd.models.image import matching_context
+from rmdd.models.losses import LOSSES
+
+ENGINE_WORDS = {
+    "second_pass": ("forward", "reverse"),
+    "precision": ("float32", "bfloat16"),
+    "trajectory": ("device", "cpu", "recompute"),
+}
+YARDSTICKS = ("whole_unroll", "published", "published_rebuilt")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured: an encoder, a synthetic set, and K steps on it."""
+
+    tower: str = "convnet"
+    widths: tuple[int, ...] = (64, 64, 64)
+    image_size: int = 64
+    text_width: int = 768
+    width: int = 256
+    pairs: int = 100
+    batch: int = 20
+    steps: int = 8
+    loss: str = "wbce"
+    similarity: Literal["full", "low_rank", "identity"] = "full"
+    dtype: Literal["float32", "float64"] = "float32"
+    device: str = "cpu"
+    threads: int = 2
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to take the iteration: a yardstick by name, or an estimator on an engine."""
+
+    name: str
+    estimator: Literal["exact", "first_order"] | None = None
+    engine: Engine = field(default_factory=Engine)
+
+
+def variants(
+    estimators: Sequence[Literal["exact", "first_order"]] = ("first_order", "exact"),
+    engines: dict[str, Engine] | None = None,
+    yardsticks: Sequence[str] = YARDSTICKS,
+) -> list[Variant]:
+    found = [Variant(y) for y in yardsticks]
+    for label, engine in (engines or {"": Engine()}).items():
+        found += [Variant(f"{e} {label}".strip(), e, engine) for e in estimators]
+    return found
+
+
+def engine_of(words: str) -> Engine:
+    """An engine from words such as `reverse,bfloat16,recompute`; what is not named is as by default."""
+    found: dict[str, Any] = {}
+    for word in filter(None, words.split(",")):
+        places = [name for name, choices in ENGINE_WORDS.items() if word in choices]
+        if not places:
+            known = ", ".join(w for choices in ENGINE_WORDS.values() for w in choices)
+            raise ValueError(f"no engine option '{word}'; there are: {known}")
+        found[places[0]] = word
+    return Engine(**found)
+
+
+def prepare(case: Case) -> Callable[[Variant], Callable[[], tuple[torch.Tensor, Synthetic]]]:
+    """The case's tensors, and how a variant takes one iteration on them: (miss, gradient)."""
+    device, dtype = torch.device(case.device), getattr(torch, case.dtype)
+    convnet = case.tower == "convnet"
+    chosen = config.Model(
+        image=config.ImageTower(
+            name=case.tower, weights="random", widths=case.widths, projection="linear" if convnet else "none"
+        ),
+        text=config.TextTower(name="hashing", projection="linear" if convnet else "block"),
+        width=case.width if convnet else None,
+        dropout=0.0,
+    )
+
+    def encoder() -> Any:
+        return build(chosen, case.text_width, case.image_size, seed=0, who="bench").to(device, dtype)
+
+    model = encoder()
+    random = seeding.generator(0, "bench")
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random).to(device, dtype)
+
+    start = model.trained()
+    target = {n: p + 0.01 * normal(*p.shape) for n, p in start.items()}
+    parts = similarity.initial(config.Similarity(kind=case.similarity), case.pairs, random)
+    synthetic = Synthetic(
+        images=normal(case.pairs, 3, case.image_size, case.image_size),
+        texts=normal(case.pairs, case.text_width),
+        lr_image=torch.tensor(0.1, dtype=dtype, device=device),
+        lr_text=torch.tensor(0.1, dtype=dtype, device=device),
+        similarity={n: t.to(device, dtype) for n, t in parts.items()},
+    )
+    batches = mini_batches(case.pairs, case.batch, case.steps, random).to(device)
+    bare, loss = plain(model), LOSSES[case.loss]
+    inner = student_loss(model, config.Distill(loss=case.loss), tuple(range(case.steps)))
+    given = (start, target, synthetic, batches)
+
+    def iteration(variant: Variant) -> Callable[[], tuple[torch.Tensor, Synthetic]]:
+        def run() -> tuple[torch.Tensor, Synthetic]:
+            with matching_context(model):
+                if variant.name == "whole_unroll":
+                    return whole_unroll(bare, loss, *given)
+                if variant.estimator is None:
+                    again = variant.name == "published_rebuilt"
+                    return published((lambda: plain(encoder())) if again else lambda: bare, loss, *given)
+                found = meta_gradient(inner, *given, estimator=variant.estimator, engine=variant.engine)
+                return found.loss, found.gradient
+
+        return run
+
+    return iteration
+
+
+def bench_step(
+    case: Case, chosen: Sequence[Variant], repeats: int = 20, out: Path | None = None, memory: bool = True
+) -> dict[str, Any]:
+    """Measure `chosen` on `case`: per variant seconds (median, first and last quartile), pairs per second, peak
+    bytes above the process's baseline, floating-point operations, and ratios to the yardsticks present."""
+    if repeats < 1:
+        raise ValueError(f"repeats is {repeats}; ask for at least 1, and for 20 to trust the median")
+    torch.set_num_threads(case.threads)
+    iteration = prepare(case)
+    runs = {v.name: iteration(v) for v in chosen}
+    rows: dict[str, dict[str, Any]] = {}
+    for variant in chosen:
+        runs[variant.name]()
+        with _Flops() as counter:
+            runs[variant.name]()
+        rows[variant.name] = {"flops": counter.total}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            _wait(case.device)
+            began = time.perf_counter()
+            run()
+            _wait(case.device)
+            seconds[name].append(time.perf_counter() - began)
+    for variant in chosen:
+        row, taken = rows[variant.name], seconds[variant.name]
+        row["seconds"] = statistics.median(taken)
+        row["quartiles"] = statistics.quantiles(taken, n=4)[::2] if len(taken) > 1 else taken * 2
+        row["pairs_per_second"] = case.steps * case.batch / row["seconds"]
+        row["peak_bytes"] = peak_bytes(case, variant) if memory else None
+    for row in rows.values():
+        row["ratios"] = {
+            y: {k: row[k] / rows[y][k] for k in ("seconds", "peak_bytes", "flops") if row[k] is not None}
+            for y in YARDSTICKS
+            if y in rows
+        }
+    found = {"case": asdict(case), "repeats": repeats, "torch": torch.__version__, "variants": rows}
+    if out is not None:
+        write_json(out, found)
+    return found
+
+
+def peak_bytes(case: Case, variant: Variant) -> int:
+    """Peak memory of one iteration above what the process held before it."""
+    if case.device != "cpu":
+        run = prepare(case)(variant)
+        run()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    asked = json.dumps({"case": asdict(case), "variant": asdict(variant)})
+    command = [sys.executable, "-m", "rmdd.bench.step", asked]
+    returning = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, env=returning)
+    if done.returncode:
+        raise RuntimeError(f"the memory of '{variant.name}' could not be measured: {done.stderr.strip()[-300:]}")
+    return int(done.stdout.split()[-1])
+
+
+def table(found: dict[str, Any]) -> str:
+    """The result as lines of text."""
+    rows = found["variants"]
+    against = [y for y in YARDSTICKS if y in rows]
+    heads = ["variant", "s/iter", "pairs/s", "peak MB", "GFLOP", *(f"time, memory / {y}" for y in against)]
+    lines = [heads]
+    for name, row in rows.items():
+        peak = row["peak_bytes"]
+        cells = [name, f"{row['seconds']:.3f}", f"{row['pairs_per_second']:.1f}", f"{peak / 1e6:.0f}" if peak else "-"]
+        cells.append(f"{row['flops'] / 1e9:.1f}")
+        for y in against:
+            ratio = row["ratios"][y]
+            cells.append(f"{ratio['seconds']:.2f}, " + (f"{ratio['peak_bytes']:.2f}" if "peak_bytes" in ratio else "-"))
+        lines.append(cells)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+class _Flops(TorchDispatchMode):
+    """Sums torch's own formulas for matrix products and convolutions.
+
+    `FlopCounterMode` hangs hooks on modules, which `torch.autograd.grad` in parameters refuses.
+    """
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **kwargs or {})
+        if formula := flop_registry.get(func._overloadpacket):
+            self.total += formula(*args, **kwargs or {}, out_val=out)
+        return out
+
+
+def _wait(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def _resident(field_name: Literal["VmRSS", "VmHWM"]) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field_name}:"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {field_name}")
+
+
+def _measure_here(case: Case, variant: Variant) -> int:
+    torch.set_num_threads(case.threads)
+    run = prepare(case)(variant)
+    run()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident("VmRSS")
+    run()
+    return _resident("VmHWM") - before
+
+
+if __name__ == "__main__":
+    asked = json.loads(sys.argv[1])
+    of_case, of_variant = asked["case"], asked["variant"]
+    print(
+        _measure_here(
+            Case(**of_case | {"widths": tuple(of_case["widths"])}),
+            Variant(**of_variant | {"engine": Engine(**of_variant["engine"])}),
+        )
+    )

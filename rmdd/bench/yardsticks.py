@@ -1,0 +1,148 @@
+"""What the engine is measured against: the whole unroll, and the loop of the papers' released code.
+
+M pairs, B in a mini-batch, K inner steps, P parameters of one modality.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from rmdd.distill import similarity
+from rmdd.distill.synthetic import Synthetic, zeros_like
+from rmdd.models.dual import DualEncoder, Params, tower_of
+from rmdd.models.image import ConvNet
+
+PairLoss = Callable[[Tensor, Tensor], Tensor]
+"""(scores (B,B), target similarity (B,B)) -> scalar."""
+
+
+def plain(model: DualEncoder) -> DualEncoder:
+    """The same encoder, its ConvNet run layer by layer as anyone would write it."""
+    tower = model.image_tower
+    if isinstance(tower, ConvNet):
+        tower = _Plain(tower)
+    return DualEncoder(tower, model.image_head, model.text_head, model.temperature)
+
+
+class _Plain(nn.Module):
+    def __init__(self, net: ConvNet):
+        super().__init__()
+        self.blocks = net.blocks
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.blocks(images).flatten(1)
+
+
+def whole_unroll(
+    model: DualEncoder,
+    loss: PairLoss,
+    start: Params,
+    target: Params,
+    synthetic: Synthetic,
+    batches: Int[Tensor, "K B"],
+) -> tuple[Tensor, Synthetic]:
+    """The miss and its exact gradient by differentiating through all K steps at once."""
+    leaf = synthetic.map(lambda t: t.detach().requires_grad_())
+    rates = {"image": leaf.lr_image, "text": leaf.lr_text}
+    theta = {n: p.detach().requires_grad_() for n, p in start.items()}
+    for index in batches:
+        scores = functional_call(model, theta, (leaf.images[index], leaf.texts[index]))
+        wanted = similarity.dense(similarity.gather(leaf.similarity, index), leaf.alpha, scores)
+        grads = torch.autograd.grad(loss(scores, wanted), list(theta.values()), create_graph=True)
+        theta = {n: p - rates[tower_of(n)] * g for (n, p), g in zip(theta.items(), grads, strict=True)}
+    miss = torch.zeros_like(leaf.lr_image)
+    for tower in rates:
+        names = [n for n in start if tower_of(n) == tower]
+        reach = sum((start[n] - target[n]).square().sum() for n in names)
+        miss = miss + sum((theta[n] - target[n]).square().sum() for n in names) / reach
+    named = leaf.tensors()
+    grads = torch.autograd.grad(miss, list(named.values()), allow_unused=True, materialize_grads=True)
+    return miss.detach(), synthetic.with_tensors(dict(zip(named, grads, strict=True)))
+
+
+class _Flat:
+    """One modality's network as a function of one vector, cut into views at every call."""
+
+    def __init__(self, parts: nn.Module):
+        self.parts = parts
+        self.named = {n: p for n, p in parts.named_parameters() if p.requires_grad}
+
+    def __call__(self, x: Tensor, vector: Tensor) -> Tensor:
+        pieces = vector.split([p.numel() for p in self.named.values()])
+        views = {n: v.view(p.shape) for (n, p), v in zip(self.named.items(), pieces, strict=True)}
+        out = functional_call(self.parts, views, (x,))
+        return out / out.norm(dim=1, keepdim=True)
+
+
+def published(
+    build: Callable[[], DualEncoder],
+    loss: PairLoss,
+    start: Params,
+    target: Params,
+    synthetic: Synthetic,
+    batches: Int[Tensor, "K B"],
+) -> tuple[Tensor, Synthetic]:
+    """One iteration as the released code of LoRS makes it (RepBlend and PTM-ST build on the same loop).
+
+    Kept from it: one vector per modality; a graph of the gradient in both passes; image and text gradients of the
+    inner loss by a call each; clones of every mini-batch; parameters that stay linked from step to step; the
+    previous step's graph alive until it is overwritten; rates read as numbers at every use. `build` gives the
+    encoder: the released code makes a new one in every iteration.
+    """
+    model = build()
+    nets = {"image": _Flat(nn.Sequential(model.image_tower, model.image_head)), "text": _Flat(model.text_head)}
+    names = {tower: [n for n in start if tower_of(n) == tower] for tower in nets}
+    begin = {t: torch.cat([start[n].reshape(-1) for n in names[t]]) for t in nets}
+    goal = {t: torch.cat([target[n].reshape(-1) for n in names[t]]) for t in nets}
+    visited = {t: [begin[t].clone().requires_grad_()] for t in nets}
+    total = {t: torch.zeros_like(begin[t]) for t in nets}
+    leaf = synthetic.map(lambda t: t.detach().requires_grad_())
+    rates = {"image": leaf.lr_image, "text": leaf.lr_text}
+    kept = []
+
+    def inner(images: Tensor, texts: Tensor, wanted: Tensor, step: int) -> Tensor:
+        u = nets["image"](images, visited["image"][step])
+        v = nets["text"](texts, visited["text"][step])
+        return loss(u @ v.t() / model.temperature, wanted)
+
+    for step, index in enumerate(batches):
+        images, texts = leaf.images[index], leaf.texts[index]
+        parts = similarity.gather(leaf.similarity, index)
+        wanted = similarity.dense(parts, leaf.alpha, texts)
+        kept.append((images.clone(), texts.clone(), parts, wanted))
+        value = inner(images, texts, wanted, step)
+        g_image = torch.autograd.grad(value, visited["image"][step], create_graph=True)[0]
+        g_text = torch.autograd.grad(value, visited["text"][step], create_graph=True)[0]
+        for tower, g in (("image", g_image), ("text", g_text)):
+            fixed = g.detach().clone()
+            visited[tower].append(visited[tower][step] - rates[tower].item() * fixed)
+            total[tower] += fixed
+        del g, g_image, g_text
+
+    reach = {t: (begin[t] - goal[t]).square().sum() for t in nets}
+    gradient = zeros_like(synthetic)
+    for step, index in enumerate(batches):
+        images, texts, parts, wanted = kept[step]
+        value = inner(images, texts, wanted, step)
+        toward = {t: rates[t].item() * (goal[t] - begin[t]) + rates[t].item() ** 2 * total[t] for t in nets}
+        g_image = torch.autograd.grad(value, visited["image"][step], create_graph=True, retain_graph=True)[0]
+        g_text = torch.autograd.grad(value, visited["text"][step], create_graph=True, retain_graph=True)[0]
+        grand = toward["image"] @ g_image / reach["image"] + toward["text"] @ g_text / reach["text"]
+        back = torch.autograd.grad(2 * grand, [images, texts, *parts.values()])
+        gradient.images[index] += back[0]
+        gradient.texts[index] += back[1]
+        similarity.scatter_add(gradient.similarity, index, dict(zip(parts, back[2:], strict=True)))
+
+    miss = torch.zeros_like(leaf.lr_image)
+    for tower, rate in rates.items():
+        ahead = begin[tower] - rate * total[tower] - goal[tower]
+        miss = miss + ahead.dot(ahead) / reach[tower]
+    gradient.lr_image.copy_(torch.autograd.grad(miss, rates["image"], retain_graph=True)[0])
+    gradient.lr_text.copy_(torch.autograd.grad(miss, rates["text"])[0])
+    if math.isnan(miss.item()):
+        raise FloatingPointError("the miss is not a number")
+    return miss.detach(), gradient

@@ -1,0 +1,268 @@
+"""Group normalisation, alone or with ReLU and 2x2 average pooling, cheap to differentiate twice.
+
+N images, C channels in G groups, H x W pixels. These operations are bound by memory, not arithmetic: taken apart,
+their second derivative reads and writes the largest maps of a network some forty times. Here only the input is
+kept, and each derivative is one round of sums per image and channel, then one linear combination of maps.
+
+With xh = (x - mean) r the normalised input, z = w xh + b, h a gradient at z, m(.) a mean over a group:
+
+    gradient    gx = r (w h - m(w h) - xh m(w h xh)),  gw = sum h xh,  gb = sum h
+    tangent     dz = w r (dx - m(dx) - xh m(dx xh)) + dw xh + db
+
+Each is the other's adjoint, so both have the same derivative: reverse mode twice and reverse over forward mode
+share it. torch's own forward mode of batch and layer norm may not be differentiated again (torch 2.15 treats
+their mean and deviation as constants there, silently).
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+
+
+def norm_relu_pool(
+    x: Float[Tensor, "N C H W"], weight: Float[Tensor, " C"], bias: Float[Tensor, " C"], groups: int, eps: float
+) -> Float[Tensor, "N C h w"]:
+    """`avg_pool2d(relu(group_norm(x)), 2)`, with gradients up to the second order in every argument."""
+    if x.shape[2] % 2 or x.shape[3] % 2:  # pooling drops a row or a column
+        return F.avg_pool2d(F.relu(group_norm(x, weight, bias, groups, eps)), 2)
+    return _Norm.apply(_packed(x.to(weight.dtype)), weight, bias, groups, eps, True)[0]
+
+
+def group_norm(
+    x: Float[Tensor, "N C *_"], weight: Float[Tensor, " C"], bias: Float[Tensor, " C"], groups: int, eps: float
+) -> Float[Tensor, "N C *_"]:
+    """`torch.nn.functional.group_norm`, with gradients up to the second order in every argument."""
+    return _Norm.apply(_packed(x.to(weight.dtype)), weight, bias, groups, eps, False)[0]
+
+
+class TwiceDifferentiable(TorchFunctionMode):
+    """Inside, norms (also the batch norm that standardises weights) and softmax are those of this module.
+
+    `seen` collects the operations that were called.
+    """
+
+    def __init__(self, seen: set):
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.seen.add(func)
+        own = _OWN.get(func)
+        found = own(*args, **kwargs or {}) if own else NotImplemented
+        return func(*args, **kwargs or {}) if found is NotImplemented else found
+
+
+def _layer_norm(
+    x: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    rows = x.reshape(-1, 1, math.prod(shape))
+    out = group_norm(rows, rows.new_ones(1), rows.new_zeros(1), 1, eps).view(x.shape)
+    out = out if weight is None else out * weight
+    return out if bias is None else out + bias
+
+
+def _group_norm(
+    x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Any:
+    return NotImplemented if weight is None or bias is None else group_norm(x, weight, bias, groups, eps)
+
+
+def _standardise(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    if not training or running_mean is not None or x.shape[0] != 1:
+        return NotImplemented
+    channels = x.shape[1]
+    weight = x.new_ones(channels) if weight is None else weight
+    return group_norm(x, weight, x.new_zeros(channels) if bias is None else bias, channels, eps)
+
+
+def _log_softmax(x: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Any:
+    if dim is None or dtype is not None:
+        return NotImplemented
+    x = x - x.detach().amax(dim, keepdim=True)
+    return x - x.exp().sum(dim, keepdim=True).log()
+
+
+def _softmax(x: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Any:
+    found = _log_softmax(x, dim, dtype=dtype)
+    return found if found is NotImplemented else found.exp()
+
+
+_OWN: dict[Any, Any] = {
+    F.layer_norm: _layer_norm,
+    F.group_norm: _group_norm,
+    F.batch_norm: _standardise,
+    **dict.fromkeys((F.log_softmax, torch.log_softmax, Tensor.log_softmax), _log_softmax),
+    **dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), _softmax),
+}
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, pool: bool
+    ) -> tuple[Tensor, ...]:
+        n, c = x.shape[:2]
+        z, mean, rstd = torch.native_group_norm(x, weight, bias, n, c, x[0, 0].numel(), groups, eps)
+        ctx.pool = pool
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.save_for_forward(x, weight, bias, mean, rstd)
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+        return F.avg_pool2d(z.relu_(), 2) if pool else z, mean, rstd
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if g is None:
+            return (None,) * 6
+        return *_Gradient.apply(g, *ctx.saved_tensors, ctx.pool), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        dx, dw, db = (
+            torch.zeros_like(p) if t is None else t for p, t in zip((x, weight, bias), tangents, strict=False)
+        )
+        return _Tangent.apply(dx, dw, db, x, weight, bias, mean, rstd, ctx.pool), None, None
+
+
+class _Gradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        *at, ctx.pool = rest
+        ctx.save_for_backward(g, *at)
+        ctx.set_materialize_grads(False)
+        return _gradient(_before_pool(g, _before_relu(*at) if ctx.pool else None), *at)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, a: Tensor | None, aw: Tensor | None, ab: Tensor | None) -> tuple[Tensor | None, ...]:
+        g, *at = ctx.saved_tensors
+        a, aw, ab = (torch.zeros_like(p) if t is None else t for p, t in zip(at, (a, aw, ab), strict=False))
+        z = _before_relu(*at) if ctx.pool else None
+        on_g = _tangent(a, aw, ab, z, *at)
+        h = _before_pool(g, z)
+        del z
+        on_x, on_weight = _second(a, aw, h, *at, spend=ctx.pool)
+        return on_g, on_x, on_weight, None, None, None, None
+
+
+class _Tangent(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dx: Tensor, dw: Tensor, db: Tensor, *rest: Any) -> Tensor:
+        *at, ctx.pool = rest
+        dx = _packed(dx)
+        ctx.save_for_backward(dx, dw, *at)
+        return _tangent(dx, dw, db, _before_relu(*at) if ctx.pool else None, *at)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dw, *at = ctx.saved_tensors
+        h = _before_pool(g, _before_relu(*at) if ctx.pool else None)
+        on_tangents = _gradient(h, *at) if any(ctx.needs_input_grad[:3]) else (None, None, None)
+        on_x = on_weight = None
+        if any(ctx.needs_input_grad[3:5]):
+            on_x, on_weight = _second(dx, dw, h, *at, spend=ctx.pool)
+        return *on_tangents, on_x, on_weight, None, None, None, None
+
+
+def _gradient(h: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, ...]:
+    sizes = (*x.shape[:2], x[0, 0].numel(), mean.shape[1])
+    return torch.ops.aten.native_group_norm_backward(_packed(h), x, mean, rstd, weight, *sizes, [True, True, True])
+
+
+def _tangent(
+    dx: Tensor,
+    dw: Tensor,
+    db: Tensor,
+    z: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    _: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+) -> Tensor:
+    r, mu, average = _statistics(x, mean, rstd)
+    sums = _sum(dx)
+    on_x = r * (dw - weight * r * average(r * (_dot(dx, x) - mu * sums)))
+    constant = db - weight * r * average(sums) - on_x * mu
+    out = _combine(constant, weight * r, dx, on_x, x)
+    return out if z is None else F.avg_pool2d(out.mul_(torch.gt(z, 0, out=z)), 2)
+
+
+def _second(
+    a: Tensor, aw: Tensor, h: Tensor, x: Tensor, weight: Tensor, _: Tensor, mean: Tensor, rstd: Tensor, *, spend: bool
+) -> tuple[Tensor, Tensor]:
+    """Derivative in x and weight of <a, gx> + <aw, gw>. `spend`: the first may take the place of h."""
+    r, mu, average = _statistics(x, mean, rstd)
+    sa, sh, sah = _sum(a), _sum(h), _dot(a, h)
+    sax, shx = r * (_dot(a, x) - mu * sa), r * (_dot(h, x) - mu * sh)
+    ma, mh, max_, mhx = average(sa), average(weight * sh), average(sax), average(weight * shx)
+    through_r = r * (average(weight * sah) - ma * mh - max_ * mhx)
+    on_a, on_h = -r * mhx, aw - r * max_ * weight  # the cotangent of xh is this much of a and of h
+    on_x = -r * r * (average(on_a * sax + on_h * shx) + through_r)
+    constant = -r * average(on_a * sa + on_h * sh) - on_x * mu
+    wide = [_like_map(t, x) for t in (constant, r * on_a, r * on_h, on_x)]
+    out = h.mul_(wide[2]).addcmul_(a, wide[1]) if spend else torch.mul(h, wide[2]).addcmul_(a, wide[1])
+    return out.addcmul_(x, wide[3]).add_(wide[0]), (r * (sah - ma * sh - max_ * shx)).sum(0)
+
+
+def _statistics(x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Any]:
+    """1 / deviation and mean, per image and channel, and the mean over groups of sums over pixels."""
+    (n, groups), channels = mean.shape, x.shape[1]
+    size = x[0].numel() // groups
+
+    def spread(t: Tensor) -> Tensor:
+        return t.repeat_interleave(channels // groups, 1)
+
+    return spread(rstd), spread(mean), lambda sums: spread(sums.view(n, groups, -1).sum(2) / size)
+
+
+def _before_relu(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    r, mu, _ = _statistics(x, mean, rstd)
+    return _combine(bias - mu * r * weight, r * weight, x)
+
+
+def _before_pool(g: Tensor, z: Tensor | None) -> Tensor:
+    """The gradient at the norm's output, given that after the pool. Leaves in z where the ReLU passes."""
+    return g if z is None else F.interpolate(g / 4, scale_factor=2.0).mul_(torch.gt(z, 0, out=z))
+
+
+def _dot(a: Tensor, b: Tensor) -> Float[Tensor, "N C"]:
+    return _sum(a * b)
+
+
+def _sum(a: Tensor) -> Float[Tensor, "N C"]:
+    return a.sum(tuple(range(2, a.dim())))
+
+
+def _packed(x: Tensor) -> Tensor:
+    """Channels last where there are pixels: the pooling and the first convolution are several times faster."""
+    return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
+
+
+def _combine(constant: Tensor, *terms: Tensor) -> Tensor:
+    """constant + coefficient * map + ..., coefficients per image and channel."""
+    out = torch.addcmul(_like_map(constant, terms[1]), terms[1], _like_map(terms[0], terms[1]))
+    for coefficient, part in zip(terms[2::2], terms[3::2], strict=True):
+        out.addcmul_(part, _like_map(coefficient, part))
+    return out
+
+
+def _like_map(coefficient: Float[Tensor, "N C"], like: Tensor) -> Tensor:
+    return coefficient.reshape(*coefficient.shape[:2], *[1] * (like.dim() - 2))

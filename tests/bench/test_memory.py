@@ -1,0 +1,54 @@
+"""Peak memory of a matching step: what it depends on, and what `rmdd check` says of it. Linux only, as the measure."""
+
+import sys
+from dataclasses import replace
+
+import pytest
+
+from rmdd import config, estimate
+from rmdd.bench.step import Case, Variant, peak_bytes
+from rmdd.distill.unroll import Engine
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+CASE = Case(widths=(32, 64), image_size=32, text_width=2048, width=1024, pairs=40, batch=20, threads=1)
+
+
+def run_of(case, **distill):
+    image = config.ImageTower(name=case.tower, weights="random", widths=case.widths, projection="linear")
+    return config.Run(
+        data=config.Data(image_size=case.image_size),
+        model=config.Model(
+            image=image, text=config.TextTower(name="hashing", projection="linear"), width=case.width, dropout=0.0
+        ),
+        distill=config.Distill(phases=(config.Phase(pairs=case.pairs),), batch=case.batch, steps=case.steps, **distill),
+    )
+
+
+@pytest.fixture(scope="module")
+def vector():
+    """Bytes of all trained parameters."""
+    return 4 * estimate.size_of(estimate.model_on_meta(run_of(CASE), CASE.text_width), False).trained
+
+
+@pytest.fixture(scope="module")
+def peaks():
+    return {steps: peak_bytes(replace(CASE, steps=steps), Variant("exact", "exact")) for steps in (4, 8, 16)}
+
+
+def test_more_steps_cost_their_parameters_and_nothing_else(peaks, vector):
+    for fewer, more in ((4, 8), (8, 16)):
+        assert peaks[more] - peaks[fewer] == pytest.approx((more - fewer) * vector, rel=0.15)
+
+
+def test_recomputing_keeps_few_of_them(peaks, vector):
+    spared = Variant("exact", "exact", Engine(trajectory="recompute"))
+    assert peaks[16] - peak_bytes(replace(CASE, steps=16), spared) > 5 * vector
+
+
+@pytest.mark.parametrize("steps", [4, 16])
+def test_the_prediction_is_within_a_quarter(peaks, steps):
+    run = run_of(replace(CASE, steps=steps), estimator="exact")
+    model = estimate.model_on_meta(run, CASE.text_width)
+    work = estimate.work_of(model, run, CASE.text_width)
+    predicted = estimate.matching_bytes(run, estimate.size_of(model, False), work, CASE.text_width)
+    assert predicted == pytest.approx(peaks[steps], rel=0.25)

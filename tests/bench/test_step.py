@@ -1,0 +1,45 @@
+"""The yardsticks against the engine, and the measurement itself, on the smallest case."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rmdd.bench.step import Case, Variant, bench_step, peak_bytes, prepare, table, variants
+from rmdd.distill.unroll import Engine
+
+SMALL = Case(widths=(4,), image_size=8, text_width=5, width=6, pairs=7, batch=3, steps=3, dtype="float64", threads=1)
+
+
+@pytest.mark.parametrize("similarity", ["full", "low_rank", "identity"])
+@pytest.mark.parametrize(
+    ("yardstick", "estimator"),
+    [("whole_unroll", "exact"), ("published", "first_order"), ("published_rebuilt", "first_order")],
+)
+def test_the_engine_gives_what_the_yardsticks_give(yardstick, estimator, similarity):
+    iteration = prepare(replace(SMALL, similarity=similarity))
+    miss, expected = iteration(Variant(yardstick))()
+    loss, found = iteration(Variant("ours", estimator))()
+    assert loss.item() == pytest.approx(miss.item(), rel=1e-12)
+    for name, e in expected.tensors().items():
+        assert torch.allclose(found.tensors()[name], e, rtol=1e-8, atol=1e-12 * e.abs().max().item()), name
+
+
+def test_the_result_has_every_figure_and_is_written(tmp_path):
+    chosen = variants(engines={"": Engine(), "reverse": Engine(second_pass="reverse")})
+    found = bench_step(SMALL, chosen, repeats=2, out=tmp_path / "step.json", memory=False)
+    assert json.loads((tmp_path / "step.json").read_text())["variants"].keys() == found["variants"].keys()
+    assert set(found["variants"]) >= {"published", "whole_unroll", "first_order", "exact", "exact reverse"}
+    for row in found["variants"].values():
+        assert row["seconds"] > 0 and row["flops"] > 0 and row["ratios"].keys() >= {"published"}
+    assert len(table(found).splitlines()) == 1 + len(chosen)
+    with pytest.raises(ValueError, match="repeats is 0"):
+        bench_step(SMALL, chosen, repeats=0)
+
+
+@pytest.mark.slow
+def test_memory_is_measured_in_a_process_of_its_own():
+    case = replace(SMALL, image_size=64, widths=(16,), batch=7, dtype="float32")
+    unroll, ours = (peak_bytes(case, v) for v in (Variant("whole_unroll"), Variant("first_order", "first_order")))
+    assert unroll > ours > 0

@@ -1,0 +1,156 @@
+"""Every option of the engine against the whole unroll, in float64, and how each gives way."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from distill.test_unroll import ESTIMATORS, assert_close, encoder, loss_of, problem, unrolled
+
+from rmdd.distill import unroll
+from rmdd.distill.unroll import Engine, meta_gradient
+from rmdd.models.fused import TwiceDifferentiable, group_norm, norm_relu_pool
+from rmdd.models.image import matching_context
+
+ENGINES = [Engine(second_pass=s, trajectory=t) for s in ("forward", "reverse") for t in ("device", "cpu", "recompute")]
+TIMM = ["test_nfnet", "test_vit", "test_resnet"]
+
+
+@pytest.fixture(autouse=True)
+def unchecked(monkeypatch):
+    monkeypatch.setattr(unroll, "_checked", {})
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda e: f"{e.second_pass}-{e.trajectory}")
+@pytest.mark.parametrize("steps", [1, 5])
+def test_every_engine_equals_the_whole_unroll(engine, estimator, steps, caplog):
+    model = encoder(dropout=0.3)
+    start, target, synthetic, batches = problem(model, steps=steps)
+    compute = loss_of(model, steps)
+    found = meta_gradient(compute, start, target, synthetic, batches, estimator=estimator, engine=engine)
+    assert_close(found, *unrolled(compute, start, target, synthetic, batches, estimator=estimator), tolerance=1e-11)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("loss", ["wbce", "infonce"])
+@pytest.mark.parametrize("name", TIMM)
+def test_forward_mode_suits_timm_towers(name, loss, caplog):
+    model = encoder(name=name, image_size=32)
+    start, target, synthetic, batches = problem(model, image_size=32, pairs=4, steps=2)
+    compute = loss_of(model, 2, loss=loss)
+    with matching_context(model):
+        for estimator in ESTIMATORS:
+            found = meta_gradient(compute, start, target, synthetic, batches, estimator=estimator)
+            assert_close(found, *unrolled(compute, start, target, synthetic, batches, estimator=estimator))
+    if name != "test_vit":  # torch's attention cannot be differentiated this way, and gives way
+        assert not caplog.records
+
+
+def test_frozen_towers_have_no_gradient_to_wait_for():
+    model = encoder(frozen=True)
+    start, target, synthetic, batches = problem(model)
+    for engine in ENGINES:
+        found = meta_gradient(loss_of(model, 3), start, target, synthetic, batches, engine=engine)
+        assert_close(found, *unrolled(loss_of(model, 3), start, target, synthetic, batches, estimator="exact"))
+
+
+class WrongTwice(torch.nn.Module):
+    """Its forward mode may not be differentiated again, and says nothing: torch's own layer norm."""
+
+    def forward(self, x):
+        return torch.layer_norm(x, x.shape[-1:])
+
+
+@pytest.mark.parametrize("layer", [WrongTwice(), "no forward mode"])
+def test_forward_mode_gives_way_once_with_one_line(layer, caplog):
+    model = encoder()
+    if isinstance(layer, WrongTwice):
+        model.image_head = torch.nn.Sequential(model.image_head, layer)
+    else:
+        model.image_tower = torch.nn.Sequential(Cube(), model.image_tower)
+    start, target, synthetic, batches = problem(model)
+    start = model.trained()
+    target = {n: p + 0.1 for n, p in start.items()}
+    compute = loss_of(model, 3)
+    for _ in range(2):
+        found = meta_gradient(compute, start, target, synthetic, batches)
+        assert_close(found, *unrolled(compute, start, target, synthetic, batches, estimator="exact"))
+    assert [r.getMessage().partition("(")[0] for r in caplog.records] == ["forward mode does not suit this student "]
+
+
+class _Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, g):
+        return 3 * ctx.saved_tensors[0] ** 2 * g
+
+
+class Cube(torch.nn.Module):
+    """Without a forward mode, between two layers that train."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+    def forward(self, x):
+        return _Cube.apply(x * self.scale)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("second_pass", ["forward", "reverse"])
+def test_bfloat16_keeps_the_direction(estimator, second_pass):
+    """Of one step: over several, ReLUs that switch turn this tiny model's gradient further."""
+    model = encoder()
+    start, target, synthetic, batches = problem(model, steps=1)
+    start, target = ({n: p.float() for n, p in t.items()} for t in (start, target))
+    synthetic, compute = synthetic.map(torch.Tensor.float), loss_of(model.float(), 1)
+    engines = (Engine(precision=p, second_pass=second_pass) for p in ("float32", "bfloat16"))
+    one, other = (
+        meta_gradient(compute, start, target, synthetic, batches, estimator=estimator, engine=e) for e in engines
+    )
+    for (name, a), b in zip(one.gradient.tensors().items(), other.gradient.tensors().values(), strict=True):
+        assert b.dtype == torch.float32
+        assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999, name
+
+
+@pytest.mark.parametrize(("groups", "size"), list(itertools.product((1, 2, 4), (4, 5))))
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_fused_norm_is_torchs_with_both_derivatives(groups, size, packed):
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 4, size, 6, generator=random, dtype=torch.float64)
+    x = x.contiguous(memory_format=torch.channels_last if packed else torch.contiguous_format).requires_grad_()
+    weight, bias = (torch.randn(4, generator=random, dtype=torch.float64).requires_grad_() for _ in range(2))
+    assert torch.allclose(group_norm(x, weight, bias, groups, 1e-5), F.group_norm(x, groups, weight, bias, 1e-5))
+    pooled = F.avg_pool2d(F.relu(F.group_norm(x, groups, weight, bias, 1e-5)), 2)
+    assert torch.allclose(norm_relu_pool(x, weight, bias, groups, 1e-5), pooled)
+    for function in (group_norm, norm_relu_pool):
+
+        def at(*leaves, function=function):
+            return function(*leaves, groups, 1e-5)
+
+        assert torch.autograd.gradcheck(at, (x, weight, bias))
+        assert torch.autograd.gradgradcheck(at, (x, weight, bias))
+
+
+def test_own_operations_have_torchs_values():
+    random = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*s, generator=random, dtype=torch.float64) for s in ((1, 6, 8), (8,), (8,)))
+    calls = (
+        lambda: F.layer_norm(x, (8,), weight, bias),
+        lambda: F.layer_norm(x, (6, 8)),
+        lambda: F.batch_norm(x, None, None, weight[:6], training=True, eps=1e-6),
+        lambda: F.batch_norm(x, x.new_zeros(6), x.new_ones(6)),
+        lambda: F.group_norm(x, 2, weight[:6], bias[:6]),
+        lambda: F.group_norm(x, 2),
+        lambda: x.softmax(-1),
+        lambda: F.log_softmax(x, dim=1),
+    )
+    for call in calls:
+        expected = call()
+        with TwiceDifferentiable(set()):
+            assert torch.allclose(call(), expected, rtol=1e-12, atol=1e-14)
