@@ -69,7 +69,7 @@ def examine(run: config.Run) -> dict[str, Any]:
             "num": run.experts.num,
             "complete": _complete(places),
             "store": str(places.store) if places else None,
-            "epochs_kept": list(range(run.experts.epochs + 1)) if run.experts.keep == "all" else [0, *run.endpoints],
+            "epochs_kept": [0, *(kept_epochs(run) or range(1, run.experts.epochs + 1))],
         },
         "phases": [p.model_dump() | {"done": _distilled(places, i, p)} for i, p in enumerate(run.distill.phases)],
         "phases_folder": str(places.phases) if places else None,

@@ -195,6 +195,9 @@ def bench_step(
     steps: Annotated[int, typer.Option(help="Inner steps K.")] = 8,
     loss: Annotated[str, typer.Option(help="The student's loss.")] = "wbce",
     similarity: Annotated[str, typer.Option(help="full, low_rank or identity.")] = "full",
+    yardsticks: Annotated[str, typer.Option(help="Which of whole_unroll, published, published_rebuilt.")] = (
+        "whole_unroll,published,published_rebuilt"
+    ),
     options: Annotated[
         list[str] | None, typer.Option("--engine", help="An engine to compare, such as bfloat16,recompute; repeat it.")
     ] = None,
@@ -223,7 +226,8 @@ def bench_step(
             device=device,
         )
         engines = {name: step.engine_of(name) for name in ["", *(options or [])]}
-        found = step.bench_step(case, step.variants(engines=engines), repeats, out, memory)
+        chosen = step.variants(engines=engines, yardsticks=step.yardsticks_of(yardsticks))
+        found = step.bench_step(case, chosen, repeats, out, memory)
     if json:
         _print_json(found)
     else:
@@ -418,7 +422,8 @@ def _outcome(debug: bool = False, folders: list[Path] | None = None) -> Iterator
     except ValueError as error:
         end(f"error: {error}", 1, error)
     except ArithmeticError as error:  # the same numbers would come again
-        end(f"error: {error}\nlower the rates it names and use `rmdd run` again", 1, error)
+        advice = "" if "rmdd run" in str(error) else "\nlower the rates it names and use `rmdd run` again"
+        end(f"error: {error}{advice}", 1, error)
     except (RuntimeError, OSError, MemoryError) as error:
         resume_with = how_to_resume("\nwhen that is mended, resume with")
         end(f"error: {error or type(error).__name__}{resume_with}", 1, error)

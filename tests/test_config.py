@@ -180,6 +180,26 @@ def test_an_override_changes_an_entry_of_a_list_of_the_method():
         assert (phase.pairs, phase.iterations) == (30, 3000)
 
 
+def test_another_method_by_override_brings_its_values():
+    run = load("flickr30k_ptm_st_100", ["data.root=x", "distill.method=lors", "distill.lr_text=7"])
+    rule = run.distill
+    assert (rule.trajectory, rule.similarity.kind, rule.ema, rule.estimator) == (
+        "original",
+        "low_rank",
+        0,
+        "first_order",
+    )
+    assert (rule.lr_image, rule.lr_text, run.experts.keep) == (100, 7, "all")
+    same = load("flickr30k_ptm_st_100", ["data.root=x", "distill.method=ptm_st"])
+    assert same == load("flickr30k_ptm_st_100", ["data.root=x"])
+
+
+@pytest.mark.parametrize("field", ["start_rule=inclusive", "start_points=continuous"])
+def test_ranges_found_from_drift_have_their_ends_included(field):
+    with pytest.raises(ConfigError, match="drift finds whole epochs"):
+        load("emoji_amd_100", ["data.root=x", "distill.trajectory=convexified", f"distill.{field}"])
+
+
 def test_overrides_reach_sections_lists_and_nothing_else():
     raw = {"distill": {"phases": [{**PHASE}, {**PHASE}], "batch": 10}}
     run = load(raw, ["distill.phases.1.pairs=12", "experts.augment.flip=0", "model.image.widths=[8, 16]"])
@@ -246,6 +266,11 @@ def test_places_and_width_of_a_run_are_not_in_its_hash(storage, workers, root):
         "runtime": {"storage": storage, "workers": workers},
     }
     assert load(base).hash_of() == load(moved).hash_of()
+
+
+@pytest.mark.parametrize("field", ["guard.retries=9", "checkpoint_every=7", "budget_check=warn"])
+def test_how_far_to_go_is_not_in_the_hash(field):
+    assert load({}, [f"distill.{field}"]).hash_of() == load({}).hash_of()
 
 
 def test_the_hash_follows_what_is_computed():

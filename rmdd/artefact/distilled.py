@@ -24,7 +24,7 @@ from rmdd.files import atomic_path, read_json, sha256_file, write_json
 SCHEMA_VERSION = 1
 DESCRIPTION, TENSORS, CAPTIONS = "set.json", "tensors.safetensors", "captions.parquet"
 PREVIEW, CARD = "preview.png", "README.md"
-AS_WRITTEN = ("model", "method", "loss", "config", "provenance", "metrics", "image_size")
+AS_WRITTEN = ("model", "method", "loss", "config", "provenance", "metrics")
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,6 +213,7 @@ class DistilledSet:
                 subsets=tuple(_subset(k, entry, tensors, rows) for k, entry in enumerate(info["subsets"])),
                 **info["normalisation"],
                 **{name: info[name] for name in AS_WRITTEN},
+                image_size=info.get("image_size", 0),
             )
         except (KeyError, TypeError, AttributeError) as error:
             what = f"{path / DESCRIPTION} is not as this version writes it"

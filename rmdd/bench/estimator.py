@@ -100,6 +100,8 @@ def of_run(
     run = pipeline.run
     if not 0 <= phase < len(run.distill.phases):
         raise ValueError(f"the run has phases 0-{len(run.distill.phases) - 1}; there is no phase {phase}")
+    if every < 1 or iterations < 1:
+        raise ValueError(f"asked for {iterations} iterations and a comparison every {every}; give at least 1 of each")
     store = pipeline.experts()
     train = pipeline.material("train")
     method = methods.find(run.distill.method)(run)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from rmdd.distill import similarity
 from rmdd.distill.inner import student_loss
 from rmdd.distill.phases import mini_batches
 from rmdd.distill.synthetic import Synthetic
-from rmdd.distill.unroll import Engine, meta_gradient
+from rmdd.distill.unroll import Engine, forward_suits, meta_gradient
 from rmdd.files import write_json
 from rmdd.models.dual import build
 from rmdd.models.image import matching_context
@@ -39,6 +39,7 @@ ENGINE_WORDS = {
     "precision": ("float32", "bfloat16"),
     "trajectory": ("device", "cpu", "recompute"),
 }
+AS_RUN = Engine(second_pass="forward")
 YARDSTICKS = ("whole_unroll", "published", "published_rebuilt")
 
 
@@ -60,6 +61,14 @@ class Case:
     device: str = "cpu"
     threads: int = 2
 
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise ValueError(f"no loss '{self.loss}'; there are: {', '.join(LOSSES)}")
+        if self.similarity not in ("full", "low_rank", "identity"):
+            raise ValueError(f"no similarity '{self.similarity}'; there are: full, low_rank, identity")
+        if not 2 <= self.batch <= self.pairs:
+            raise ValueError(f"batch is {self.batch} of {self.pairs} pairs; give at least 2 and at most all")
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -67,7 +76,7 @@ class Variant:
 
     name: str
     estimator: Literal["exact", "first_order"] | None = None
-    engine: Engine = field(default_factory=Engine)
+    engine: Engine = AS_RUN
 
 
 def variants(
@@ -76,14 +85,14 @@ def variants(
     yardsticks: Sequence[str] = YARDSTICKS,
 ) -> list[Variant]:
     found = [Variant(y) for y in yardsticks]
-    for label, engine in (engines or {"": Engine()}).items():
+    for label, engine in (engines or {"": AS_RUN}).items():
         found += [Variant(f"{e} {label}".strip(), e, engine) for e in estimators]
     return found
 
 
 def engine_of(words: str) -> Engine:
-    """An engine from words such as `reverse,bfloat16,recompute`; what is not named is as by default."""
-    found: dict[str, Any] = {}
+    """An engine from words such as `reverse,bfloat16,recompute`; what is not named is as in a run."""
+    found: dict[str, Any] = {"second_pass": "forward"}
     for word in filter(None, words.split(",")):
         places = [name for name, choices in ENGINE_WORDS.items() if word in choices]
         if not places:
@@ -91,6 +100,14 @@ def engine_of(words: str) -> Engine:
             raise ValueError(f"no engine option '{word}'; there are: {known}")
         found[places[0]] = word
     return Engine(**found)
+
+
+def yardsticks_of(words: str) -> list[str]:
+    """Yardsticks by name, parted by commas; none for an empty string."""
+    found = [w for w in words.split(",") if w]
+    if unknown := [w for w in found if w not in YARDSTICKS]:
+        raise ValueError(f"no yardstick '{unknown[0]}'; there are: {', '.join(YARDSTICKS)}")
+    return found
 
 
 def prepare(case: Case) -> Callable[[Variant], Callable[[], tuple[torch.Tensor, Synthetic]]]:
@@ -129,6 +146,8 @@ def prepare(case: Case) -> Callable[[Variant], Callable[[], tuple[torch.Tensor, 
     bare, loss = plain(model), LOSSES[case.loss]
     inner = student_loss(model, config.Distill(loss=case.loss), tuple(range(case.steps)))
     given = (start, target, synthetic, batches)
+    with matching_context(model):
+        forward = forward_suits(inner, start, synthetic, batches[0])
 
     def iteration(variant: Variant) -> Callable[[], tuple[torch.Tensor, Synthetic]]:
         def run() -> tuple[torch.Tensor, Synthetic]:
@@ -138,7 +157,8 @@ def prepare(case: Case) -> Callable[[Variant], Callable[[], tuple[torch.Tensor, 
                 if variant.estimator is None:
                     again = variant.name == "published_rebuilt"
                     return published((lambda: plain(encoder())) if again else lambda: bare, loss, *given)
-                found = meta_gradient(inner, *given, estimator=variant.estimator, engine=variant.engine)
+                engine = variant.engine if forward else replace(variant.engine, second_pass="reverse")
+                found = meta_gradient(inner, *given, estimator=variant.estimator, engine=engine)
                 return found.loss, found.gradient
 
         return run
@@ -158,10 +178,16 @@ def bench_step(
     runs = {v.name: iteration(v) for v in chosen}
     rows: dict[str, dict[str, Any]] = {}
     for variant in chosen:
-        runs[variant.name]()
-        with _Flops() as counter:
+        try:
             runs[variant.name]()
+            with _Flops() as counter:
+                runs[variant.name]()
+        except torch.OutOfMemoryError:
+            del runs[variant.name]
+            continue
         rows[variant.name] = {"flops": counter.total}
+    short = [v.name for v in chosen if v.name not in rows]
+    chosen = [v for v in chosen if v.name in rows]
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
@@ -182,7 +208,13 @@ def bench_step(
             for y in YARDSTICKS
             if y in rows
         }
-    found = {"case": asdict(case), "repeats": repeats, "torch": torch.__version__, "variants": rows}
+    found = {
+        "case": asdict(case),
+        "repeats": repeats,
+        "out_of_memory": short,
+        "torch": torch.__version__,
+        "variants": rows,
+    }
     if out is not None:
         write_json(out, found)
     return found
@@ -193,10 +225,10 @@ def peak_bytes(case: Case, variant: Variant) -> int:
     if case.device != "cpu":
         run = prepare(case)(variant)
         run()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats(case.device)
+        before = torch.cuda.memory_allocated(case.device)
         run()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated(case.device) - before
     asked = json.dumps({"case": asdict(case), "variant": asdict(variant)})
     command = [sys.executable, "-m", "rmdd.bench.step", asked]
     returning = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
@@ -221,6 +253,7 @@ def table(found: dict[str, Any]) -> str:
             cells.append(f"{ratio['seconds']:.2f}, " + (f"{ratio['peak_bytes']:.2f}" if "peak_bytes" in ratio else "-"))
         lines.append(cells)
     widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+    lines += [[f"{name}: out of memory"] + [""] * (len(heads) - 1) for name in found["out_of_memory"]]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
@@ -241,7 +274,7 @@ class _Flops(TorchDispatchMode):
 
 def _wait(device: str) -> None:
     if device != "cpu":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
 def _resident(field_name: Literal["VmRSS", "VmHWM"]) -> int:

@@ -1,7 +1,8 @@
 """The run file as typed, frozen models: every number of a run is decided here.
 
-This package imports neither torch nor ray. Three kinds of fields never enter a hash, since they say where
-things are and not what is computed: `name`, `data.root` and everything under `runtime`.
+This package imports neither torch nor ray. Fields that say where things are, how far to go or how often to save, and
+not what is computed, never enter a hash: `name`, `data.root`, everything under `runtime`, and of `distill` the fields
+`budget_check`, `checkpoint_every` and `guard.retries`.
 """
 
 from __future__ import annotations
@@ -142,6 +143,9 @@ class Run(Section):
             if "seed" in value[s]:
                 value[s]["seed"] = self.seed_of(s)  # type: ignore[arg-type]
         value.get("data", {}).pop("root", None)
+        for name in ("budget_check", "checkpoint_every"):
+            value.get("distill", {}).pop(name, None)
+        value.get("distill", {}).get("guard", {}).pop("retries", None)
         return hash_value(value)
 
 
@@ -149,7 +153,7 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
     """Read a run from a preset's name, a YAML file or a mapping, apply `a.b=c` overrides, check all of it.
 
     What the run file leaves open takes the values of the file that it `extends`, then those of its `distill.method`,
-    then the defaults.
+    then the defaults. An override that names another method brings that method's values.
 
     >>> load("demo", ["distill.budget=20"])  # doctest: +SKIP
 
@@ -163,6 +167,8 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
     overrides = list(overrides)
     method, unknown = _method_of(raw, overrides)
     usual = {} if method is None else method.defaults
+    if method is not None and method is not _method_of(raw, [])[0]:
+        raw = filled(method.defaults, raw)  # else the file's method would run under another's name
     defaults = filled(usual, Run().model_dump(mode="json"))
     for override in overrides:
         apply(raw, override, defaults, mistakes)

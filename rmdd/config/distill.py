@@ -73,7 +73,7 @@ class Guard(Section):
         100.0, description="an inner rate this many times its start, or this small a share of it, has derailed"
     )
     dead_similarity: bool = Field(
-        True, description="no learned diagonal entry above 0.5, so that no pair is a positive, has derailed"
+        True, description="wbce: no learned diagonal entry above 0.5, so that no pair is a positive, has derailed"
     )
 
 
@@ -112,7 +112,9 @@ class Distill(Section):
         "exact", description="meta-gradient; first_order, as published, leaves out how a step moves the next"
     )
     precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of the student's forward and backward; parameters and sums stay float32"
+        "float32",
+        description="of the student's matrix products; bfloat16 turns the gradient of pictures a little (cosine 0.99), "
+        "and a frozen tower stays float32",
     )
     loss: Literal["wbce", "infonce", "bce", "cwcl", "kl", "mse"] = Field(
         "wbce", description="loss of the student's steps, here and in evaluation"
@@ -196,6 +198,11 @@ class Distill(Section):
             mistakes.append("distill.anchors and smooth_anchors belong to distill.trajectory: convexified")
         if self.ranges == "drift" and self.starts == "together":
             mistakes.append("distill.ranges: drift gives each tower its own range; set distill.starts: independent")
+        if self.ranges == "drift" and (self.start_rule == "inclusive" or self.start_points == "continuous"):
+            mistakes.append(
+                "distill.ranges: drift finds whole epochs, ends included; set start_rule: exclusive and start_points: "
+                "integer"
+            )
         if self.rate_branches == "separate" and (self.branches, self.estimator) != ("merged", "first_order"):
             mistakes.append("distill.rate_branches: separate is for branches: merged with estimator: first_order")
         for p, phase in enumerate(self.phases):

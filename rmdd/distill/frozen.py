@@ -23,7 +23,7 @@ CHUNK = 32
 
 def features_of(tower: Tower, synthetic: Synthetic, batches: Int[Tensor, "K B"]) -> Synthetic:
     """`synthetic` with the features (M, D) of its pictures in their place; rows that no batch uses are zero."""
-    used = batches.unique()
+    used = batches.unique().to(synthetic.images.device)
     with torch.no_grad():
         rows = torch.cat([tower(synthetic.images[part]) for part in used.split(CHUNK)])
     features = rows.new_zeros((synthetic.pairs, rows.shape[1])).index_copy(0, used, rows)
@@ -33,7 +33,7 @@ def features_of(tower: Tower, synthetic: Synthetic, batches: Int[Tensor, "K B"])
 def to_pixels(tower: Tower, synthetic: Synthetic, batches: Int[Tensor, "K B"], found: MetaGradient) -> MetaGradient:
     """`found` with its gradient by features carried back to the pictures of `synthetic`."""
     pixels = torch.zeros_like(synthetic.images)
-    for part in batches.unique().split(CHUNK):
+    for part in batches.unique().to(pixels.device).split(CHUNK):
         images = synthetic.images[part].requires_grad_()
         (pixels[part],) = torch.autograd.grad(tower(images), images, found.gradient.images[part])
     return dataclasses.replace(found, gradient=dataclasses.replace(found.gradient, images=pixels))

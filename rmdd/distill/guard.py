@@ -29,15 +29,15 @@ def _diagonal(synthetic: Synthetic) -> Tensor:
     return synthetic.lr_image.new_ones(1)
 
 
-def what_is_wrong(numbers: list[float], begun: Synthetic, rule: config.Guard) -> str | None:
-    """Why a phase with these `vitals` has derailed, or None; `begun` is the set that it started from."""
+def what_is_wrong(numbers: list[float], first_rates: tuple[float, float], rule: config.Distill) -> str | None:
+    """Why a phase with these `vitals`, which began with `first_rates`, has derailed, or None."""
     total, *rates, diagonal = numbers
+    most = rule.guard.max_rate_growth
     if total != total or abs(total) == float("inf"):
         return "a loss, gradient or tensor stopped being finite"
-    for side, rate, first in zip(("image", "text"), rates, (begun.lr_image, begun.lr_text), strict=True):
-        growth = rate / float(first)
-        if not 1 / rule.max_rate_growth <= growth <= rule.max_rate_growth:
-            return f"the inner {side} rate went from {float(first):.4g} to {rate:.4g}"
-    if rule.dead_similarity and diagonal <= 0.5:
+    for side, rate, first in zip(("image", "text"), rates, first_rates, strict=True):
+        if not 1 / most <= rate / first <= most:
+            return f"the inner {side} rate went from {first:.4g} to {rate:.4g}"
+    if rule.guard.dead_similarity and rule.loss == "wbce" and diagonal <= 0.5:
         return f"the similarity is dead: its largest diagonal entry is {diagonal:.4g}, so no pair is a positive"
     return None

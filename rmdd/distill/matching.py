@@ -23,7 +23,7 @@ from rmdd.distill.frozen import features_of, to_pixels
 from rmdd.distill.guard import Derailed, vitals, what_is_wrong
 from rmdd.distill.phases import Draw
 from rmdd.distill.synthetic import Synthetic, enlarged, from_tensors
-from rmdd.distill.unroll import Engine, MetaGradient, meta_gradient, squared_distance
+from rmdd.distill.unroll import Engine, MetaGradient, forward_suits, meta_gradient, squared_distance
 from rmdd.experts import shortcut
 from rmdd.experts.store import Store
 from rmdd.files import append_jsonl, atomic_path
@@ -148,17 +148,40 @@ class Matcher:
         self.model = model.to(device).train()  # a frozen tower stays in eval mode
         self.frozen_tower = None if run.model.image.trainable else self._features
         self.student = self.model if self.frozen_tower is None else self.model.on_features()
-        self.engine = Engine(
-            # forward mode is checked by a loss that is not asked for twice with fresh masks
-            second_pass="reverse" if run.distill.inner_dropout == "fresh_mask" else "forward",
-            precision=run.distill.precision,
-            trajectory=run.runtime.keep_parameters,
-        )
+        self._engine: Engine | None = None
         self.ranges = self.method.ranges(store, self.experts, phase)
         self._paths: dict[int, shortcut.Path] = {}
 
+    def _seen(self, synthetic: Synthetic, drawn: Draw) -> Synthetic:
+        assert self.frozen_tower is not None
+        return features_of(self.frozen_tower, synthetic, drawn.batches)
+
     def _features(self, images: Tensor) -> Tensor:
         return self.model.image_tower(enlarged(images, self.run.data.image_size))
+
+    def engine(self, synthetic: Synthetic) -> Engine:
+        """How to differentiate, settled once by the first draw of the phase and the set that it begins with.
+
+        So a phase that goes on after a kill settles it as it did before. Fresh masks need reverse mode, for forward
+        mode is tried by asking for the same loss again.
+        """
+        if self._engine is None:
+            rule = self.run.distill
+            engine = Engine(precision=rule.precision, trajectory=self.run.runtime.keep_parameters)
+            drawn = self.draw(0)
+            start, _ = self.segment(drawn)
+            with matching_context(self.model):
+                seen = synthetic if self.frozen_tower is None else self._seen(synthetic, drawn)
+                suits = rule.inner_dropout != "fresh_mask" and forward_suits(
+                    self.method.student_loss(self.student, drawn),
+                    start,
+                    seen,
+                    drawn.batches[0].to(self.device),
+                    estimator=rule.estimator,
+                    precision=rule.precision,
+                )
+            self._engine = replace(engine, second_pass="forward" if suits else "reverse")
+        return self._engine
 
     def draw(self, iteration: int) -> Draw:
         return self.method.draw(self.phase, iteration, len(self.experts), self.ranges)
@@ -186,11 +209,11 @@ class Matcher:
         self, synthetic: Synthetic, drawn: Draw, estimator: Literal["exact", "first_order"] | None = None
     ) -> MetaGradient:
         """The meta-gradient of one draw, by the run's estimator or another."""
-        rule = self.run.distill
+        rule, engine = self.run.distill, self.engine(synthetic)
         start, target = self.segment(drawn)
         batches = drawn.batches.to(self.device)
         with matching_context(self.model):
-            seen = synthetic if self.frozen_tower is None else features_of(self.frozen_tower, synthetic, batches)
+            seen = synthetic if self.frozen_tower is None else self._seen(synthetic, drawn)
             found = meta_gradient(
                 self.method.student_loss(self.student, drawn),
                 start,
@@ -199,10 +222,10 @@ class Matcher:
                 batches,
                 estimator=estimator or rule.estimator,
                 branches=rule.branches,
-                engine=self.engine,
+                engine=engine,
             )
             if self.frozen_tower is not None:
-                found = to_pixels(self.frozen_tower, synthetic, batches, found)
+                found = to_pixels(self.frozen_tower, synthetic, drawn.batches, found)
         if rule.rate_branches == "separate":
             found = _separate_rates(found, start, target)
         return found
@@ -260,6 +283,8 @@ def distill_phase(
             save_set(state.average, last_set)
         return True
     matcher = Matcher(run, phase, store, model, device)
+    matcher.engine(begun.raw)
+    first_rates = float(begun.raw.lr_image), float(begun.raw.lr_text)
     lines: list[dict] = []
 
     def write_lines() -> None:
@@ -274,15 +299,11 @@ def distill_phase(
         found = matcher.gradient(state.raw, drawn)
         after = outer_step(state, found.gradient, rule)
         towers = list(found.miss)
-        *alive, loss, student, lr_image, lr_text = torch.cat(
-            [
-                vitals(after.raw, found.loss),
-                torch.stack([found.loss, found.student_loss, after.raw.lr_image, after.raw.lr_text]),
-            ]
-        ).tolist()
-        misses = torch.stack(list(found.miss.values())).tolist()
+        numbers = [found.loss, found.student_loss, after.raw.lr_image, after.raw.lr_text, *found.miss.values()]
+        told = torch.cat([vitals(after.raw, found.loss), torch.stack(numbers)]).tolist()
+        alive, (loss, student, lr_image, lr_text, *misses) = told[:4], told[4:]
         skipped = rule.skip_above is not None and rule.skip_above < loss < math.inf
-        wrong = None if skipped else what_is_wrong(alive, begun.raw, rule.guard)
+        wrong = None if skipped else what_is_wrong(alive, first_rates, rule)
         if wrong:
             where = (
                 f"phase {phase}, iteration {state.iteration + 1} (expert {matcher.experts[drawn.expert]}, start epoch "
@@ -290,6 +311,8 @@ def distill_phase(
             )
             state = good = replace(good, halvings=good.halvings + 1)
             if state.halvings > rule.guard.retries:
+                if not files["good"].is_file():
+                    begun.save(files["good"], key)
                 raise Derailed(
                     f"{where}; {rule.guard.retries} rollbacks with halved rates did not help. {files['good']} holds "
                     f"iteration {good.iteration}. Begin anew with lower rates (distill.lr_image, lr_text, "

@@ -33,7 +33,7 @@ from rmdd.models.fused import TwiceDifferentiable
 
 logger = logging.getLogger(__name__)
 
-SMALLEST_RATE = 1e-6
+SMALLEST_RATE = 1e-4
 
 StudentLoss = Callable[[Params, Tensor, Tensor, Tensor, int], Tensor]
 """(parameters, images (B,3,H,W), texts (B,F), target similarity (B,B), step) -> scalar loss."""
@@ -43,10 +43,10 @@ StudentLoss = Callable[[Params, Tensor, Tensor, Tensor, int], Tensor]
 class Engine:
     """How the same numbers are computed, but for `bfloat16`."""
 
-    second_pass: Literal["forward", "reverse"] = "forward"
-    """How q is differentiated: reverse over forward mode, which never forms weight gradients whose value is not
-    needed, or reverse twice. `forward` is checked against `reverse` on the first step of its first use, because
-    torch's forward mode of some operations may not be differentiated again; it gives way where they differ."""
+    second_pass: Literal["forward", "reverse"] = "reverse"
+    """How q is differentiated: reverse twice, or reverse over forward mode, which never forms weight gradients whose
+    value is not needed. torch's forward mode of some operations may not be differentiated again: ask
+    `forward_suits` first."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """`bfloat16`: the student's matrix products; parameters, lambda and every sum over them stay as they are."""
     trajectory: Literal["device", "cpu", "recompute"] = "device"
@@ -91,7 +91,6 @@ def meta_gradient(
         passes.mode = "reverse"
 
     path = _Path(passes, rates, begin, engine.trajectory)
-    passes.operations = frozenset(passes.seen)
     after = path.end
     miss = {t: (after[part] - goal[part]).square().sum() / reach[t] for t, part in layout.towers.items()}
     adjoint = goal.neg_().add_(after)
@@ -155,16 +154,13 @@ class _Passes:
 
     def __init__(self, loss: StudentLoss, synthetic: Synthetic, batches: Tensor, layout: _Layout, engine: Engine):
         self.student_loss, self.synthetic, self.batches, self.layout = loss, synthetic, batches, layout
-        self.seen: set = set()
-        self.operations: frozenset = frozenset()
-        """What the first pass called."""
         self.half = engine.precision == "bfloat16"
-        self.mode, self.precision = engine.second_pass, engine.precision
+        self.mode = engine.second_pass
 
     def loss(self, theta: list[Tensor], pairs: dict[str, Tensor], step: int) -> Float[Tensor, ""]:
         params = dict(zip(self.layout.names, theta, strict=True))
         target = _target(self.synthetic, pairs)
-        with TwiceDifferentiable(self.seen), torch.autocast(target.device.type, torch.bfloat16, enabled=self.half):
+        with TwiceDifferentiable(), torch.autocast(target.device.type, torch.bfloat16, enabled=self.half):
             return self.student_loss(params, pairs["images"], pairs["texts"], target, step)
 
     def first(self, theta: Float[Tensor, " P"], step: int) -> tuple[Tensor, Float[Tensor, " P"]]:
@@ -177,8 +173,7 @@ class _Passes:
     def second(self, theta: Float[Tensor, " P"], along: Float[Tensor, " P"], step: int, exact: bool) -> _Second:
         """Gradient of <along, grad_theta loss> in the pairs and, if `exact`, in theta; reverse mode has g as well."""
         pairs = {n: t.requires_grad_() for n, t in _pairs_at(self.synthetic, self.batches[step]).items()}
-        forward = self.mode == "forward" and _agrees(self, theta, along, pairs, step)
-        return (self.by_forward if forward else self.by_reverse)(theta, along, pairs, step, exact)
+        return (self.by_forward if self.mode == "forward" else self.by_reverse)(theta, along, pairs, step, exact)
 
     def by_reverse(self, theta: Tensor, along: Tensor, pairs: dict[str, Tensor], step: int, exact: bool) -> _Second:
         leaves = [p.detach().requires_grad_() for p in self.layout.split(theta)]
@@ -215,33 +210,39 @@ def _load_forward_mode() -> None:
         import torch._decomp.decompositions_for_jvp  # noqa: F401
 
 
-_checked: dict[tuple, bool] = {}
-
-
-def _agrees(passes: _Passes, theta: Tensor, along: Tensor, pairs: dict[str, Tensor], step: int) -> bool:
-    """Whether both ways to differentiate q give the same; looked at once per process for the same operations."""
-    layout, key = passes.layout, (passes.operations, theta.dtype, theta.device.type, passes.precision)
-    if key in _checked:
-        return _checked[key]
-    parts, on_theta, _ = passes.by_reverse(theta, along, pairs, step, True)
-    expected = [*parts.values(), layout.join(on_theta)]
-    if not all(e.isfinite().all() for e in expected):
-        return False
+def forward_suits(
+    student_loss: StudentLoss,
+    start: Params,
+    synthetic: Synthetic,
+    batch: Int[Tensor, " B"],
+    *,
+    estimator: Literal["exact", "first_order"] = "exact",
+    precision: Literal["float32", "bfloat16"] = "float32",
+) -> bool:
+    """Whether forward mode differentiates q of this student as reverse mode does, tried on one batch along a direction
+    that `start` decides. In float32 it finds gross errors only. Says in a warning why it does not suit."""
+    layout = _Layout.of(start)
+    passes = _Passes(student_loss, synthetic, batch[None], layout, Engine(precision=precision))
+    theta, exact = layout.flat(start), estimator == "exact"
+    along = torch.sin(torch.arange(theta.numel(), device=theta.device)).to(theta) * theta.abs().mean()
+    pairs = {n: t.requires_grad_() for n, t in _pairs_at(synthetic, batch).items()}
+    parts, on_theta, _ = passes.by_reverse(theta, along, pairs, 0, exact)
+    expected = [*parts.values(), *([layout.join(on_theta)] if on_theta else [])]
     try:
-        parts, on_theta, _ = passes.by_forward(theta, along, pairs, step, True)
+        parts, on_theta, _ = passes.by_forward(theta, along, pairs, 0, exact)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:120]
     else:
         least = 1e-6 * max(e.norm() for e in expected)  # a gradient of nothing but rounding is not compared
-        found = [*parts.values(), layout.join(on_theta)]
-        gap = max(
-            ((f - e).norm() / torch.maximum(e.norm(), least)).item() for e, f in zip(expected, found, strict=True)
-        )
+        found = [*parts.values(), *([layout.join(on_theta)] if on_theta else [])]
+        gaps = [(f - e).norm() / torch.maximum(e.norm(), least) for e, f in zip(expected, found, strict=True)]
+        gap = torch.stack(gaps).max().item()
         tolerance = 0.1 if passes.half else 1e-8 if theta.dtype == torch.float64 else 1e-2
         reason = "" if gap < tolerance else f"they differ by {gap:.1e}"
     if reason:
         logger.warning("forward mode does not suit this student (%s); the second pass uses reverse mode", reason)
-    _checked[key] = not reason
     return not reason
 
 

@@ -59,14 +59,24 @@ def _mean(store: Store, experts: Sequence[int], epoch: int) -> Params:
 
 
 def prototypes(run: config.Run, phase: int, pairs: int, train: Material) -> list[int]:
-    """The caption records nearest to the `pairs` k-means centres of image and text embeddings, unit length each."""
+    """The caption records nearest to the `pairs` k-means centres of image and text embeddings, unit length each.
+
+    Unit lengths, so that neither side outweighs the other, and k-means by mini-batches, for the sake of COCO, are ours.
+    """
     from sklearn.cluster import MiniBatchKMeans
 
     seed = run.seed_of("distill")
-    tower = build(run.model, train.texts.shape[1], run.data.image_size, run.seed_of("experts"), "expert", 0).eval()
+    if pairs > len(train.split.captions):
+        raise ValueError(
+            f"phase {phase} wants {pairs} pairs but the train split has {len(train.split.captions)} caption records; "
+            f"lower distill.phases.{phase}.pairs or ingest more data"
+        )
+    device = torch.device("cuda" if run.runtime.gpus_per_worker > 0 else "cpu")
+    model = build(run.model, train.texts.shape[1], run.data.image_size, run.seed_of("experts"), "expert", 0)
+    tower = model.to(device).eval()
     with torch.no_grad():
         chunks = [train.split.images[i : i + 256] for i in range(0, len(train.split.images), 256)]
-        seen = [tower.image_tower(normalise(torch.tensor(c), train.mean, train.std)) for c in chunks]
+        seen = [tower.image_tower(normalise(torch.tensor(c).to(device), train.mean, train.std)).cpu() for c in chunks]
     images = torch.nn.functional.normalize(torch.cat(seen), dim=1).numpy()
     texts = torch.nn.functional.normalize(torch.tensor(train.texts), dim=1).numpy()
     points = np.concatenate([images[train.split.image_of], texts], axis=1)

@@ -76,8 +76,9 @@ class DualEncoder(nn.Module):
         features = self.image_tower(images)
         if mixing is not None:
             features, texts = mixing(features), mixing(texts)
-        u = F.normalize(self.image_head(features), dim=1)
-        return u @ self.embed_texts(texts).T / self.temperature
+        u, v = F.normalize(self.image_head(features), dim=1), self.embed_texts(texts)
+        with torch.autocast(images.device.type, enabled=False):  # scores are compared at full precision
+            return _at_least_float32(u) @ _at_least_float32(v).T / self.temperature
 
     def trained(self) -> Params:
         """The parameters that are trained and matched, detached, in registration order."""
@@ -90,6 +91,10 @@ class DualEncoder(nn.Module):
         with torch.no_grad():
             for name, p in own.items():
                 p.copy_(params[name])
+
+
+def _at_least_float32(t: Tensor) -> Tensor:
+    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
 
 
 def tower_of(name: str) -> str:

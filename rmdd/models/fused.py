@@ -42,17 +42,9 @@ def group_norm(
 
 
 class TwiceDifferentiable(TorchFunctionMode):
-    """Inside, norms (also the batch norm that standardises weights) and softmax are those of this module.
-
-    `seen` collects the operations that were called.
-    """
-
-    def __init__(self, seen: set):
-        super().__init__()
-        self.seen = seen
+    """Inside, norms (also the batch norm that standardises weights) and softmax are those of this module."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        self.seen.add(func)
         own = _OWN.get(func)
         found = own(*args, **kwargs or {}) if own else NotImplemented
         return func(*args, **kwargs or {}) if found is NotImplemented else found
@@ -62,6 +54,8 @@ def _layer_norm(
     x: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
     rows = x.reshape(-1, 1, math.prod(shape))
+    if x.dtype == torch.bfloat16:
+        rows = rows.float()
     out = group_norm(rows, rows.new_ones(1), rows.new_zeros(1), 1, eps).view(x.shape)
     out = out if weight is None else out * weight
     return out if bias is None else out + bias
@@ -252,8 +246,10 @@ def _sum(a: Tensor) -> Float[Tensor, "N C"]:
 
 
 def _packed(x: Tensor) -> Tensor:
-    """Channels last where there are pixels: the pooling and the first convolution are several times faster."""
-    return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
+    """Channels last on a CPU, where there are pixels: the pooling and the first convolution are several times faster.
+    The norm of other devices takes plain maps alone."""
+    last = x.dim() == 4 and x.device.type == "cpu"
+    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def _combine(constant: Tensor, *terms: Tensor) -> Tensor:

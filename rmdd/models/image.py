@@ -187,7 +187,9 @@ class ConvNet(nn.Module):
         self.width = widths[-1] * (image_size >> len(widths)) ** 2
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B F"]:
-        x = images.contiguous(memory_format=torch.channels_last)  # the first convolution is several times faster
+        x = images
+        if x.device.type == "cpu":  # the first convolution is several times faster
+            x = x.contiguous(memory_format=torch.channels_last)
         for convolution, norm in zip(self.blocks[::4], self.blocks[1::4], strict=True):
             assert isinstance(norm, nn.GroupNorm)
             x = norm_relu_pool(convolution(x), norm.weight, norm.bias, norm.num_groups, norm.eps)

@@ -216,11 +216,11 @@ def test_what_a_skipped_step_would_have_done_is_no_derailment(store, tmp_path, m
 
 @pytest.mark.parametrize("kind", ["full", "low_rank", "identity"])
 def test_vitals(kind):
-    begun, rule = first_set(kind, alpha=3.0), config.Guard()
+    begun = first_set(kind, alpha=3.0)
     total, lr_image, lr_text, diagonal = vitals(begun, torch.tensor(2.0)).tolist()
     assert total == pytest.approx(2 + sum(float(t.sum()) for t in begun.tensors().values()), rel=1e-4)
     assert (lr_image, lr_text, diagonal) == pytest.approx((0.1, 0.1, 1.0))
-    assert what_is_wrong([total, lr_image, lr_text, diagonal], begun, rule) is None
+    assert what_is_wrong([total, lr_image, lr_text, diagonal], (0.1, 0.1), config.Distill()) is None
 
 
 def test_the_diagonal_of_factors_is_the_printed_one():
@@ -247,4 +247,9 @@ def test_the_diagonal_of_factors_is_the_printed_one():
     ],
 )
 def test_what_is_wrong(numbers, rule, healthy):
-    assert (what_is_wrong(numbers, first_set(), config.Guard(**rule)) is None) == healthy
+    judged = config.Distill(guard=config.Guard(**rule))
+    assert (what_is_wrong(numbers, (0.1, 0.1), judged) is None) == healthy
+
+
+def test_other_losses_know_no_positives():
+    assert what_is_wrong([1.0, 0.1, 0.1, 0.2], (0.1, 0.1), config.Distill(loss="infonce")) is None

@@ -5,20 +5,17 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+import toy
 from distill.test_unroll import ESTIMATORS, assert_close, encoder, loss_of, problem, unrolled
+from toy import CPU, first_set, run_of
 
-from rmdd.distill import unroll
-from rmdd.distill.unroll import Engine, meta_gradient
+from rmdd.distill.matching import Matcher
+from rmdd.distill.unroll import Engine, forward_suits, meta_gradient
 from rmdd.models.fused import TwiceDifferentiable, group_norm, norm_relu_pool
 from rmdd.models.image import matching_context
 
 ENGINES = [Engine(second_pass=s, trajectory=t) for s in ("forward", "reverse") for t in ("device", "cpu", "recompute")]
 TIMM = ["test_nfnet", "test_vit", "test_resnet"]
-
-
-@pytest.fixture(autouse=True)
-def unchecked(monkeypatch):
-    monkeypatch.setattr(unroll, "_checked", {})
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -41,10 +38,12 @@ def test_forward_mode_suits_timm_towers(name, loss, caplog):
     compute = loss_of(model, 2, loss=loss)
     with matching_context(model):
         for estimator in ESTIMATORS:
-            found = meta_gradient(compute, start, target, synthetic, batches, estimator=estimator)
+            suits = forward_suits(compute, start, synthetic, batches[0], estimator=estimator)
+            assert suits == (name != "test_vit"), "torch's attention cannot be differentiated this way"
+            engine = Engine(second_pass="forward" if suits else "reverse")
+            found = meta_gradient(compute, start, target, synthetic, batches, estimator=estimator, engine=engine)
             assert_close(found, *unrolled(compute, start, target, synthetic, batches, estimator=estimator))
-    if name != "test_vit":  # torch's attention cannot be differentiated this way, and gives way
-        assert not caplog.records
+    assert bool(caplog.records) == (name == "test_vit")
 
 
 def test_frozen_towers_have_no_gradient_to_wait_for():
@@ -63,20 +62,22 @@ class WrongTwice(torch.nn.Module):
 
 
 @pytest.mark.parametrize("layer", [WrongTwice(), "no forward mode"])
-def test_forward_mode_gives_way_once_with_one_line(layer, caplog):
+def test_forward_mode_that_does_not_suit_is_told_in_one_line(layer, caplog):
     model = encoder()
     if isinstance(layer, WrongTwice):
         model.image_head = torch.nn.Sequential(model.image_head, layer)
     else:
         model.image_tower = torch.nn.Sequential(Cube(), model.image_tower)
-    start, target, synthetic, batches = problem(model)
-    start = model.trained()
-    target = {n: p + 0.1 for n, p in start.items()}
-    compute = loss_of(model, 3)
-    for _ in range(2):
-        found = meta_gradient(compute, start, target, synthetic, batches)
-        assert_close(found, *unrolled(compute, start, target, synthetic, batches, estimator="exact"))
+    _, _, synthetic, batches = problem(model)
+    assert not forward_suits(loss_of(model, 3), model.trained(), synthetic, batches[0])
     assert [r.getMessage().partition("(")[0] for r in caplog.records] == ["forward mode does not suit this student "]
+
+
+@pytest.mark.parametrize(("mask", "second_pass"), [("same_mask", "forward"), ("fresh_mask", "reverse")])
+def test_a_phase_settles_its_engine_by_where_it_begins(store, mask, second_pass):
+    matcher = Matcher(run_of(inner_dropout=mask), 0, store, toy.encoder(), CPU)
+    assert matcher.engine(first_set()).second_pass == second_pass
+    assert matcher.engine(first_set().map(lambda t: t * torch.nan)).second_pass == second_pass
 
 
 class _Cube(torch.autograd.Function):
@@ -104,18 +105,17 @@ class Cube(torch.nn.Module):
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("second_pass", ["forward", "reverse"])
 def test_bfloat16_keeps_the_direction(estimator, second_pass):
-    """Of one step: over several, ReLUs that switch turn this tiny model's gradient further."""
     model = encoder()
-    start, target, synthetic, batches = problem(model, steps=1)
+    start, target, synthetic, batches = problem(model, steps=3)
     start, target = ({n: p.float() for n, p in t.items()} for t in (start, target))
-    synthetic, compute = synthetic.map(torch.Tensor.float), loss_of(model.float(), 1)
+    synthetic, compute = synthetic.map(torch.Tensor.float), loss_of(model.float(), 3)
     engines = (Engine(precision=p, second_pass=second_pass) for p in ("float32", "bfloat16"))
     one, other = (
         meta_gradient(compute, start, target, synthetic, batches, estimator=estimator, engine=e) for e in engines
     )
     for (name, a), b in zip(one.gradient.tensors().items(), other.gradient.tensors().values(), strict=True):
         assert b.dtype == torch.float32
-        assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999, name
+        assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.99, name
 
 
 @pytest.mark.parametrize(("groups", "size"), list(itertools.product((1, 2, 4), (4, 5))))
@@ -152,5 +152,5 @@ def test_own_operations_have_torchs_values():
     )
     for call in calls:
         expected = call()
-        with TwiceDifferentiable(set()):
+        with TwiceDifferentiable():
             assert torch.allclose(call(), expected, rtol=1e-12, atol=1e-14)
