@@ -14,6 +14,7 @@ PTM_ST = [
     *(f"{data}_ptm_st_{n}" for data in ("cc3m", "coco_dino_bge") for n in (100, 200, 500)),
 ]
 EMOJI = [f"emoji_{method}_100" for method in BUILT_IN]
+SMALL = "emoji_ptm_st_100_small"
 
 # M, T+, iterations, rank, alpha, B, lr of images and texts, lr of the similarity, branches, temperature
 LORS = {
@@ -67,7 +68,7 @@ def load(name: str) -> config.Run:
 
 
 def test_the_presets_are_there():
-    known = {"demo", *EMOJI, *PTM_ST, *ROWS, *LORS, *REPBLEND, *TESLA_VL, *MTT_VL, *ON_LORS}
+    known = {"demo", SMALL, *EMOJI, *PTM_ST, *ROWS, *LORS, *REPBLEND, *TESLA_VL, *MTT_VL, *ON_LORS}
     assert set(NAMES) == known
 
 
@@ -80,9 +81,10 @@ def test_loads_under_its_own_name_and_within_its_budget(name):
     rule = run.distill
     kind, rank = rule.similarity.kind, rule.similarity.rank
     pairs = [p.pairs for p in rule.phases]
-    assert budget.check(pairs, rule.budget, run.data.image_size, width, kind, rank) is None
+    paid = (rule.budget, run.data.image_size, width, kind, rank, run.stored_size)
+    assert budget.check(pairs, *paid) is None
     one_more = [*pairs[:-1], pairs[-1] + 1]
-    assert budget.check(one_more, rule.budget, run.data.image_size, width, kind, rank), "a pair is left unused"
+    assert budget.check(one_more, *paid), "a pair is left unused"
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "demo"])

@@ -35,7 +35,7 @@ _logger = logging.getLogger(__name__)
 INNER_RATES = ("lr_image", "lr_text")
 
 PATH_BYTES = 4 * 2**30
-"""Experts' endpoints held in memory at most; beyond it the one opened first is read again when its turn comes."""
+"""Checkpoints of experts held in memory at most; beyond it the one opened first is read again when its turn comes."""
 
 
 @dataclass
@@ -188,10 +188,10 @@ class Matcher:
 
     def path(self, expert: int) -> shortcut.Path:
         if expert not in self._paths:
-            held = sum(4 * math.prod(shape) for shape in self.store.shapes.values()) * 2 * (len(self._paths) + 1)
-            if held > PATH_BYTES and self._paths:
-                self._paths.pop(next(iter(self._paths)))
             self._paths[expert] = self.method.path(self.store, expert, self.phase)
+            one = 4 * sum(math.prod(shape) for shape in self.store.shapes.values())
+            while len(self._paths) > 1 and one * sum(p.vectors for p in self._paths.values()) > PATH_BYTES:
+                self._paths.pop(next(iter(self._paths)))
         return self._paths[expert]
 
     def segment(self, drawn: Draw) -> tuple[Params, Params]:

@@ -18,10 +18,15 @@ from rmdd import config
 from rmdd.experts.store import Store
 from rmdd.models.dual import Params
 
+KEPT = 4
+"""Checkpoints of one trajectory that stay in memory, the latest used: starts repeat."""
+
 
 @runtime_checkable
 class Path(Protocol):
     endpoint: int
+    vectors: int
+    """Sets of parameters held in memory at most."""
 
     def at(self, epoch: int | float) -> Params:
         """Parameters at an epoch in [0, endpoint], not to be changed in place."""
@@ -32,20 +37,21 @@ class OriginalPath:
     """The trajectory as it was trained; every epoch must be in the store, and only whole epochs can be asked for."""
 
     def __init__(self, store: Store, expert: int):
-        self.store, self.expert, self.endpoint = store, expert, store.epochs
+        self.endpoint, self.vectors = store.epochs, KEPT
+        self._read = functools.lru_cache(maxsize=KEPT)(functools.partial(store.read, expert))
 
     def at(self, epoch: int | float) -> Params:
         _check(epoch, self.endpoint)
         if epoch != int(epoch):
             raise ValueError(f"asked for epoch {epoch} of a trajectory that is kept at whole epochs; draw integer ones")
-        return self.store.read(self.expert, int(epoch))
+        return self._read(int(epoch))
 
 
 class ShortcutPath:
     """Per-layer straight line between two checkpoints, placed by arc length."""
 
     def __init__(self, start: Params, end: Params, norms: Mapping[str, np.ndarray], endpoint: int):
-        self.start, self.end, self.endpoint = start, end, endpoint
+        self.start, self.end, self.endpoint, self.vectors = start, end, endpoint, 2
         self.beta = {n: arc_positions(norms[n][:endpoint], _length(start[n])) for n in start}
 
     def at(self, epoch: int | float) -> Params:
@@ -64,7 +70,7 @@ class AnchoredPath:
 
     def __init__(self, anchors: Mapping[int, Params], norms: Mapping[str, np.ndarray]):
         self.epochs = sorted(anchors)
-        self.endpoint = self.epochs[-1]
+        self.endpoint, self.vectors = self.epochs[-1], len(self.epochs)
         self.legs = [
             ShortcutPath(anchors[a], anchors[b], {n: s[a:b] for n, s in norms.items()}, b - a)
             for a, b in zip(self.epochs, self.epochs[1:], strict=False)

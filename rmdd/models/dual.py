@@ -4,6 +4,7 @@ B pairs in a batch, F text feature width, D joint width, H W image size. The tex
 arrive as its embeddings.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping
 
 import torch
@@ -77,7 +78,7 @@ class DualEncoder(nn.Module):
         if mixing is not None:
             features, texts = mixing(features), mixing(texts)
         u, v = F.normalize(self.image_head(features), dim=1), self.embed_texts(texts)
-        with torch.autocast(images.device.type, enabled=False):  # scores are compared at full precision
+        with _full_precision(images.device.type):
             return _at_least_float32(u) @ _at_least_float32(v).T / self.temperature
 
     def trained(self) -> Params:
@@ -91,6 +92,11 @@ class DualEncoder(nn.Module):
         with torch.no_grad():
             for name, p in own.items():
                 p.copy_(params[name])
+
+
+def _full_precision(device: str) -> contextlib.AbstractContextManager:
+    """Scores are compared in float32 also under autocast, which the meta device does not know."""
+    return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 def _at_least_float32(t: Tensor) -> Tensor:

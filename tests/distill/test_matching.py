@@ -31,7 +31,7 @@ from rmdd.distill.matching import (
     snapshot_iterations,
 )
 from rmdd.distill.phases import draw
-from rmdd.distill.unroll import meta_gradient
+from rmdd.distill.unroll import Engine, meta_gradient
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
@@ -56,7 +56,8 @@ def test_one_phase_on_the_original_trajectory_without_average_is_the_plain_loop(
         theta, target = ({n: point[n] for n in names} for point in (theta, target))
         now = first_set().with_tensors({n: t.detach() for n, t in leaves.items()})
         compute = student_loss(model, rule, drawn.dropout_seeds)
-        found = meta_gradient(compute, theta, target, now, drawn.batches, estimator=estimator)
+        engine = Engine(second_pass="forward")  # which the phase settles on
+        found = meta_gradient(compute, theta, target, now, drawn.batches, estimator=estimator, engine=engine)
         for n, g in found.gradient.tensors().items():
             leaves[n].grad = g
         optimiser.step()
