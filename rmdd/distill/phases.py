@@ -121,14 +121,20 @@ def mini_batches(
     return torch.stack(rows)
 
 
-def choose_records(phase: int, pairs: int, train: Material, seed: int) -> list[int]:
-    """Caption records that a phase starts from: uniform without replacement, so two may share an image."""
+def check_enough(phase: int, pairs: int, train: Material) -> None:
+    """Raise `ValueError` when a phase wants more pairs than there are caption records."""
     total = len(train.split.captions)
     if pairs > total:
         raise ValueError(
             f"phase {phase} wants {pairs} pairs but the train split has {total} caption records; lower "
             f"distill.phases.{phase}.pairs or ingest more data"
         )
+
+
+def choose_records(phase: int, pairs: int, train: Material, seed: int) -> list[int]:
+    """Caption records that a phase starts from: uniform without replacement, so two may share an image."""
+    check_enough(phase, pairs, train)
+    total = len(train.split.captions)
     return torch.randperm(total, generator=generator(seed, "initial records", phase))[:pairs].tolist()
 
 

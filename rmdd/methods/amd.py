@@ -10,6 +10,7 @@ and the set starts from prototypes: pairs nearest to the k-means centres of imag
 notes on the paper, which has no code; its rule for R_V is an odd one, and `ranges: stated` takes ranges by hand.
 """
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,11 +19,14 @@ import torch
 from rmdd import config
 from rmdd.data.images import normalise
 from rmdd.data.material import Material
+from rmdd.distill.phases import check_enough
 from rmdd.experts.store import Store
 from rmdd.methods.lors import LoRS
 from rmdd.models.dual import TOWERS, Params, build, tower_of
 from rmdd.runfile import filled
 from rmdd.seeding import derive
+
+_logger = logging.getLogger(__name__)
 
 
 def drift_ranges(store: Store, experts: Sequence[int], last: int) -> dict[str, tuple[int, int]]:
@@ -35,6 +39,9 @@ def drift_ranges(store: Store, experts: Sequence[int], last: int) -> dict[str, t
         "image": int(epochs[above].min()) if above.any() else last,
         "text": int(epochs[~above].max()) if above.any() else last,
     }
+    for tower, found in reach.items():
+        if found > last:
+            _logger.warning("%s starts up to epoch %d are cut at %d, where the path ends", tower, found, last)
     return {tower: (0, min(r, last) + 1) for tower, r in reach.items()}
 
 
@@ -65,13 +72,11 @@ def prototypes(run: config.Run, phase: int, pairs: int, train: Material) -> list
     """
     from sklearn.cluster import MiniBatchKMeans
 
+    from rmdd.tasks import device_of
+
     seed = run.seed_of("distill")
-    if pairs > len(train.split.captions):
-        raise ValueError(
-            f"phase {phase} wants {pairs} pairs but the train split has {len(train.split.captions)} caption records; "
-            f"lower distill.phases.{phase}.pairs or ingest more data"
-        )
-    device = torch.device("cuda" if run.runtime.gpus_per_worker > 0 else "cpu")
+    check_enough(phase, pairs, train)
+    device = device_of(run)
     model = build(run.model, train.texts.shape[1], run.data.image_size, run.seed_of("experts"), "expert", 0)
     tower = model.to(device).eval()
     with torch.no_grad():
