@@ -9,15 +9,15 @@ step's graph at a time. With lambda = d miss / d theta_K and, per step, q = -<et
     d eta -= <lambda, g_i>        d batch, d similarity += dq        exact only: lambda += dq / d theta_i
 
 Leaving out the last update gives the estimator of TESLA, LoRS, RepBlend and PTM-ST (`first_order`).
-All parameters lie in one vector, the image tower's first. theta_i is kept, not stepped back to from theta_i+1: a ulp
-flips a ReLU whose input is exactly zero, as behind a norm that starts at zero.
+theta_i is kept, not stepped back to from theta_i+1: a ulp flips a ReLU whose input is exactly zero, as behind a norm
+that starts at zero.
 """
 
 import functools
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,6 +52,9 @@ class Engine:
     trajectory: Literal["device", "cpu", "recompute"] = "device"
     """Where the K vectors of parameters wait for the second pass; `recompute` keeps about 2 sqrt(K) of them and
     takes most steps of the first pass twice."""
+    reuse: int = 0
+    """The last so many steps keep the graph of the first pass for the second, which is then in reverse mode: about
+    two ninths less arithmetic for each, and one graph more to hold for each beyond the first."""
 
 
 @dataclass(frozen=True)
@@ -79,74 +82,91 @@ def meta_gradient(
 ) -> MetaGradient:
     """Train from `start` on `synthetic` for K steps and differentiate the miss to `target`.
 
-    Memory: K+4 sets of parameters and the graph of one step. `student_loss` must give the same value for the
-    same step in both passes (dropout draws by step). Raises `ValueError` when start equals target in a tower.
+    Memory: K+2 sets of parameters (exact: K+3) and the graph of one step. `student_loss` must give the same value for
+    the same step in both passes (dropout draws by step). Raises `ValueError` when start equals target in a tower.
     """
     layout = _Layout.of(start)
-    rates = {"image": synthetic.lr_image, "text": synthetic.lr_text}
+    begin, goal = layout.listed(start), layout.listed(target)
+    reach, rates = _reach(begin, goal, layout, branches, {"image": synthetic.lr_image, "text": synthetic.lr_text})
     passes = _Passes(student_loss, synthetic, batches, layout, engine)
-    begin, goal = layout.flat(start), layout.flat(target)
-    reach, numbers = _reach(begin, goal, layout, branches, rates)
-    if min(map(abs, numbers)) < SMALLEST_RATE:  # then g cannot be had from the parameters before and after a step
+    tiny = min(map(abs, rates.values())) < SMALLEST_RATE  # then g cannot be had from the way from theta_i to theta_i+1
+    if tiny:
         passes.mode = "reverse"
 
-    path = _Path(passes, rates, begin, engine.trajectory)
-    after = path.end
-    miss = {t: (after[part] - goal[part]).square().sum() / reach[t] for t, part in layout.towers.items()}
-    adjoint = goal.neg_().add_(after)
-    for tower, part in layout.towers.items():
-        adjoint[part] *= 2 / reach[tower]
+    path = _Path(passes, rates, begin, engine)
+    adjoint = list(torch._foreach_sub(path.end, goal))
+    miss = {t: torch.stack(torch._foreach_norm(adjoint[part])).square().sum() / reach[t] for t, part in layout.parts()}
+    for tower, part in layout.parts():
+        torch._foreach_mul_(adjoint[part], 2 / reach[tower])
 
     gradient = zeros_like(synthetic)
     rate_gradient = {"image": gradient.lr_image, "text": gradient.lr_text}
-    for step, theta in path.back():
-        direction = torch.empty_like(adjoint)
-        for tower, part in layout.towers.items():
-            torch.mul(adjoint[part], -rates[tower], out=direction[part])
-        pairs, on_theta, g = passes.second(theta, direction, step, estimator == "exact")
-        for tower, part in layout.towers.items():
-            along = torch.dot(adjoint[part], after[part] - theta[part] if g is None else g[part])
-            rate_gradient[tower] += along / rates[tower] if g is None else -along
+    stays = estimator == "first_order" and not tiny
+    if stays:  # lambda meets the sum of all g, and is needed as -eta lambda from then on
+        for tower, part in layout.parts():
+            rate_gradient[tower] += _along(adjoint[part], path.end[part], begin[part]) / rates[tower]
+            torch._foreach_mul_(adjoint[part], -rates[tower])
+    after = None if stays else path.end
+    for step, theta, graph in path.back():
+        direction = adjoint if after is None else layout.scaled(adjoint, rates)
+        pairs, on_theta, g = passes.second(theta, direction, step, estimator == "exact", graph)
         _add(gradient, batches[step], pairs)
+        if after is not None:
+            for tower, part in layout.parts():
+                if tiny:
+                    rate_gradient[tower] -= _along(adjoint[part], g[part])
+                else:
+                    rate_gradient[tower] += _along(adjoint[part], after[part], theta[part]) / rates[tower]
+            after = theta
         if on_theta:
-            adjoint += layout.join(on_theta)
-        after = theta
+            torch._foreach_add_(adjoint, on_theta)
     return MetaGradient(
-        loss=sum(miss.values(), begin.new_zeros(())), miss=miss, gradient=gradient, student_loss=path.first_loss
+        loss=sum(miss.values(), torch.zeros_like(gradient.lr_image)),
+        miss=miss,
+        gradient=gradient,
+        student_loss=path.first_loss,
     )
+
+
+Vector = list[Tensor]
+"""All parameters, the image tower's first: a list, for to lay them end to end costs as much as to step."""
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where each parameter lies in the vector of all of them."""
+    """Where each parameter lies in the list of all of them."""
 
     names: tuple[str, ...]
-    shapes: tuple[torch.Size, ...]
     towers: dict[str, slice]
 
     @classmethod
     def of(cls, params: Params) -> "_Layout":
-        names = tuple(n for tower in TOWERS for n in params if tower_of(n) == tower)
-        towers, at = {}, 0
-        for tower in TOWERS:
-            size = sum(params[n].numel() for n in names if tower_of(n) == tower)
-            if size:
-                towers[tower] = slice(at, at + size)
-            at += size
-        return cls(names, tuple(params[n].shape for n in names), towers)
+        each = {tower: [n for n in params if tower_of(n) == tower] for tower in TOWERS}
+        split, total = len(each["image"]), len(params)
+        places = {"image": slice(0, split), "text": slice(split, total)}
+        return cls((*each["image"], *each["text"]), {t: places[t] for t in TOWERS if each[t]})
 
-    def flat(self, params: Params) -> Float[Tensor, " P"]:
-        return self.join([params[n].detach() for n in self.names])
+    def parts(self) -> Iterable[tuple[str, slice]]:
+        return self.towers.items()
 
-    def join(self, parts: list[Tensor] | tuple[Tensor, ...]) -> Float[Tensor, " P"]:
-        return torch.cat([p.reshape(-1) for p in parts])
+    def listed(self, params: Params) -> Vector:
+        return [params[n].detach() for n in self.names]
 
-    def split(self, vector: Float[Tensor, " P"]) -> list[Tensor]:
-        parts = vector.split([s.numel() for s in self.shapes])
-        return [p.view(s) for p, s in zip(parts, self.shapes, strict=True)]
+    def scaled(self, vector: Vector, rates: dict[str, float]) -> Vector:
+        """Times minus the rate of each tower."""
+        return [p for tower, part in self.parts() for p in torch._foreach_mul(vector[part], -rates[tower])]
 
 
-_Second = tuple[dict[str, Tensor], tuple[Tensor, ...], Tensor | None]
+@dataclass(frozen=True)
+class _Graph:
+    """The gradient of one step's loss, to be differentiated once more."""
+
+    pairs: dict[str, Tensor]
+    leaves: Vector
+    grads: tuple[Tensor, ...]
+
+
+_Second = tuple[dict[str, Tensor], tuple[Tensor, ...], Vector]
 
 
 class _Passes:
@@ -157,40 +177,43 @@ class _Passes:
         self.half = engine.precision == "bfloat16"
         self.mode = engine.second_pass
 
-    def loss(self, theta: list[Tensor], pairs: dict[str, Tensor], step: int) -> Float[Tensor, ""]:
+    def loss(self, theta: Vector, pairs: dict[str, Tensor], step: int) -> Float[Tensor, ""]:
         params = dict(zip(self.layout.names, theta, strict=True))
         target = _target(self.synthetic, pairs)
         with TwiceDifferentiable(), torch.autocast(target.device.type, torch.bfloat16, enabled=self.half):
             return self.student_loss(params, pairs["images"], pairs["texts"], target, step)
 
-    def first(self, theta: Float[Tensor, " P"], step: int) -> tuple[Tensor, Float[Tensor, " P"]]:
-        """The loss and its gradient."""
-        leaves = [p.detach().requires_grad_() for p in self.layout.split(theta)]
-        loss = self.loss(leaves, _pairs_at(self.synthetic, self.batches[step]), step)
-        grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-        return loss.detach(), self.layout.join(grads)
+    def first(self, theta: Vector, step: int, *, keep: bool = False) -> tuple[Tensor, _Graph]:
+        """The loss and its gradient; `keep`: so that it can be differentiated."""
+        leaves = [p.detach().requires_grad_() for p in theta]
+        pairs = {n: t.requires_grad_(keep) for n, t in _pairs_at(self.synthetic, self.batches[step]).items()}
+        loss = self.loss(leaves, pairs, step)
+        grads = torch.autograd.grad(loss, leaves, create_graph=keep, allow_unused=True, materialize_grads=True)
+        return loss.detach(), _Graph(pairs, leaves, grads)
 
-    def second(self, theta: Float[Tensor, " P"], along: Float[Tensor, " P"], step: int, exact: bool) -> _Second:
-        """Gradient of <along, grad_theta loss> in the pairs and, if `exact`, in theta; reverse mode has g as well."""
-        pairs = {n: t.requires_grad_() for n, t in _pairs_at(self.synthetic, self.batches[step]).items()}
-        return (self.by_forward if self.mode == "forward" else self.by_reverse)(theta, along, pairs, step, exact)
+    def second(self, theta: Vector, along: Vector, step: int, exact: bool, graph: _Graph | None = None) -> _Second:
+        """Gradient of <along, grad_theta loss> in the pairs and, if `exact`, in theta; reverse mode has g as well.
 
-    def by_reverse(self, theta: Tensor, along: Tensor, pairs: dict[str, Tensor], step: int, exact: bool) -> _Second:
-        leaves = [p.detach().requires_grad_() for p in self.layout.split(theta)]
-        grads = torch.autograd.grad(
-            self.loss(leaves, pairs, step), leaves, create_graph=True, allow_unused=True, materialize_grads=True
-        )
-        reached = [(g, v) for g, v in zip(grads, self.layout.split(along), strict=True) if g.requires_grad]
-        back = self._divide([g for g, _ in reached], [v for _, v in reached], pairs, leaves if exact else [])
-        return *back, self.layout.join([g.detach() for g in grads])
+        `graph` is that of the first pass, where it was kept."""
+        if self.mode == "forward" and graph is None:
+            return self.by_forward(theta, along, step, exact)
+        return self.by_reverse(theta, along, step, exact, graph)
 
-    def by_forward(self, theta: Tensor, along: Tensor, pairs: dict[str, Tensor], step: int, exact: bool) -> _Second:
+    def by_reverse(self, theta: Vector, along: Vector, step: int, exact: bool, graph: _Graph | None = None) -> _Second:
+        graph = graph or self.first(theta, step, keep=True)[1]
+        reached = [(g, v) for g, v in zip(graph.grads, along, strict=True) if g.requires_grad]
+        outputs, weights = [g for g, _ in reached], [v for _, v in reached]
+        back = self._divide(outputs, weights, graph.pairs, graph.leaves if exact else [])
+        return *back, [g.detach() for g in graph.grads]
+
+    def by_forward(self, theta: Vector, along: Vector, step: int, exact: bool) -> _Second:
         _load_forward_mode()
-        leaves = [p.detach().requires_grad_(exact) for p in self.layout.split(theta)]
+        leaves = [p.detach().requires_grad_(exact) for p in theta]
+        pairs = {n: t.requires_grad_() for n, t in _pairs_at(self.synthetic, self.batches[step]).items()}
         with forward_ad.dual_level():
-            moving = [forward_ad.make_dual(p, v) for p, v in zip(leaves, self.layout.split(along), strict=True)]
+            moving = [forward_ad.make_dual(p, v) for p, v in zip(leaves, along, strict=True)]
             slope = forward_ad.unpack_dual(self.loss(moving, pairs, step)).tangent
-        return *self._divide([slope], None, pairs, leaves if exact else []), None
+        return *self._divide([slope], None, pairs, leaves if exact else []), []
 
     @staticmethod
     def _divide(
@@ -221,25 +244,25 @@ def forward_suits(
 ) -> bool:
     """Whether forward mode differentiates q of this student as reverse mode does, tried on one batch along a direction
     that `start` decides. In float32 it finds gross errors only. Says in a warning why it does not suit."""
-    layout = _Layout.of(start)
+    layout, exact = _Layout.of(start), estimator == "exact"
     passes = _Passes(student_loss, synthetic, batch[None], layout, Engine(precision=precision))
-    theta, exact = layout.flat(start), estimator == "exact"
-    along = torch.sin(torch.arange(theta.numel(), device=theta.device)).to(theta) * theta.abs().mean()
-    pairs = {n: t.requires_grad_() for n, t in _pairs_at(synthetic, batch).items()}
-    parts, on_theta, _ = passes.by_reverse(theta, along, pairs, 0, exact)
-    expected = [*parts.values(), *([layout.join(on_theta)] if on_theta else [])]
+    theta = layout.listed(start)
+    size = _flat(theta).abs().mean()
+    along = [torch.sin(torch.arange(1, p.numel() + 1, device=p.device)).to(p).view_as(p) * size for p in theta]
+    parts, on_theta, _ = passes.by_reverse(theta, along, 0, exact)
+    expected = [*parts.values(), *([_flat(on_theta)] if on_theta else [])]
     try:
-        parts, on_theta, _ = passes.by_forward(theta, along, pairs, 0, exact)
+        parts, on_theta, _ = passes.by_forward(theta, along, 0, exact)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:120]
     else:
         least = 1e-6 * max(e.norm() for e in expected)  # a gradient of nothing but rounding is not compared
-        found = [*parts.values(), *([layout.join(on_theta)] if on_theta else [])]
+        found = [*parts.values(), *([_flat(on_theta)] if on_theta else [])]
         gaps = [(f - e).norm() / torch.maximum(e.norm(), least) for e, f in zip(expected, found, strict=True)]
         gap = torch.stack(gaps).max().item()
-        tolerance = 0.1 if passes.half else 1e-8 if theta.dtype == torch.float64 else 1e-2
+        tolerance = 0.1 if passes.half else 1e-8 if size.dtype == torch.float64 else 1e-2
         reason = "" if gap < tolerance else f"they differ by {gap:.1e}"
     if reason:
         logger.warning("forward mode does not suit this student (%s); the second pass uses reverse mode", reason)
@@ -247,42 +270,47 @@ def forward_suits(
 
 
 class _Path:
-    """The student's K steps: its end, and backwards the parameters before each step."""
+    """The student's K steps: its end, and backwards the parameters before each."""
 
-    def __init__(self, passes: _Passes, rates: dict[str, Tensor], begin: Float[Tensor, " P"], place: str):
-        self.passes, self.rates, self.place, self.device = passes, rates, place, begin.device
-        steps = len(passes.batches)
-        self.stride = math.isqrt(steps - 1) + 1 if place == "recompute" else steps
-        self.starts: list[Tensor] = []
-        self.first_loss, self.end = begin.new_zeros(()), begin
-        for first in range(0, steps, self.stride):
+    def __init__(self, passes: _Passes, rates: dict[str, float], begin: Vector, engine: Engine):
+        self.passes, self.rates, self.engine = passes, rates, engine
+        self.steps = len(passes.batches)
+        self.stride = math.isqrt(self.steps - 1) + 1 if engine.trajectory == "recompute" else self.steps
+        self.starts: list[Vector] = []
+        self.first_loss, self.end = begin[0].new_zeros(()), begin
+        for first in range(0, self.steps, self.stride):
             self.starts.append(self.end)
-            self.kept = self._walk(first, min(first + self.stride, steps))
+            self.kept = self._walk(first, min(first + self.stride, self.steps))
 
-    def back(self) -> Iterator[tuple[int, Float[Tensor, " P"]]]:
-        step = len(self.passes.batches)
+    def back(self) -> Iterator[tuple[int, Vector, _Graph | None]]:
+        step, device = self.steps, self.first_loss.device
         self.end = self.starts[-1]  # the caller has the last parameters, and lets go of them
         while self.starts:
             while self.kept:
                 step -= 1
-                yield step, self.kept.pop().to(self.device)
+                theta, graph = self.kept.pop()
+                yield step, [p.to(device) for p in theta], graph
+                del theta, graph
             self.starts.pop()
             if self.starts:
                 self.end = self.starts[-1]
                 self.kept = self._walk(step - self.stride, step)
 
-    def _walk(self, first: int, last: int) -> list[Tensor]:
-        """From `end` through steps first .. last - 1; the parameters before each."""
-        kept = []
+    def _walk(self, first: int, last: int) -> list[tuple[Vector, _Graph | None]]:
+        """From `end` through steps first .. last - 1; the parameters before each, and the graphs that are reused."""
+        kept: list[tuple[Vector, _Graph | None]] = []
         for step in range(first, last):
             theta = self.end
-            loss, g = self.passes.first(theta, step)
+            keep = last == self.steps and step >= last - self.engine.reuse
+            loss, graph = self.passes.first(theta, step, keep=keep)
             if step == 0:
                 self.first_loss = loss
-            kept.append(theta.cpu() if self.place == "cpu" else theta)
-            for tower, part in self.passes.layout.towers.items():
-                torch.addcmul(theta[part], g[part], self.rates[tower], value=-1, out=g[part])
-            self.end = g
+            waiting = [p.cpu() for p in theta] if self.engine.trajectory == "cpu" else theta
+            kept.append((waiting, graph if keep else None))
+            self.end = []
+            for tower, part in self.passes.layout.parts():
+                grads = [g.detach() for g in graph.grads[part]]
+                self.end += torch._foreach_add(theta[part], grads, alpha=-self.rates[tower])
         return kept
 
 
@@ -304,13 +332,16 @@ def _add(total: Synthetic, index: Int[Tensor, " B"], parts: dict[str, Tensor]) -
 
 
 def _reach(
-    begin: Tensor, goal: Tensor, layout: _Layout, branches: str, rates: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], list[float]]:
+    begin: Vector, goal: Vector, layout: _Layout, branches: str, rates: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Squared distance from start to target per tower (merged: of both together), and the rates as numbers.
 
     The only place of a step that waits for the device.
     """
-    reach = {tower: (begin[part] - goal[part]).square().sum() for tower, part in layout.towers.items()}
+    reach = {
+        tower: torch.stack([torch.dist(b, g) for b, g in zip(begin[part], goal[part], strict=True)]).square().sum()
+        for tower, part in layout.parts()
+    }
     numbers = torch.stack([*reach.values(), *(rates[tower] for tower in reach)]).tolist()
     for tower, distance in zip(reach, numbers, strict=False):
         if distance == 0:
@@ -320,8 +351,18 @@ def _reach(
             )
     if branches == "merged":
         both = torch.stack(list(reach.values())).sum()
-        return dict.fromkeys(reach, both), numbers[len(reach) :]
-    return reach, numbers[len(reach) :]
+        reach = dict.fromkeys(reach, both)
+    return reach, dict(zip(reach, numbers[len(reach) :], strict=True))
+
+
+def _along(vector: Vector, to: Vector, origin: Vector | None = None) -> Float[Tensor, ""]:
+    """<vector, to - origin>."""
+    ways = to if origin is None else (t - o for t, o in zip(to, origin, strict=True))
+    return torch.stack([torch.dot(v.reshape(-1), w.reshape(-1)) for v, w in zip(vector, ways, strict=True)]).sum()
+
+
+def _flat(vector: Sequence[Tensor]) -> Float[Tensor, " P"]:
+    return torch.cat([p.reshape(-1) for p in vector])
 
 
 def squared_distance(a: Params, b: Params, tower: str) -> Float[Tensor, ""]:
