@@ -201,6 +201,9 @@ def bench_step(
     options: Annotated[
         list[str] | None, typer.Option("--engine", help="An engine to compare, such as bfloat16,recompute; repeat it.")
     ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Also the step of a method, such as repblend; repeat it.")
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Timed iterations of each variant.")] = 20,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -226,7 +229,7 @@ def bench_step(
             device=device,
         )
         engines = {name: step.engine_of(name) for name in ["", *(options or [])]}
-        chosen = step.variants(engines=engines, yardsticks=step.yardsticks_of(yardsticks))
+        chosen = step.variants(engines=engines, yardsticks=step.yardsticks_of(yardsticks), of_methods=method or [])
         found = step.bench_step(case, chosen, repeats, out, memory)
     if json:
         _print_json(found)

@@ -8,13 +8,13 @@ import importlib.util
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from rmdd import config
+from rmdd.distill.frozen import CHUNK
 from rmdd.distill.matching import snapshot_iterations
 from rmdd.evaluate.students import reference_rule
 from rmdd.models.dual import DualEncoder, build, tower_of
@@ -55,12 +55,13 @@ class Size:
 
 @dataclass(frozen=True)
 class Work:
-    """Operations: `forward` and `training` per pair, `matching` per inner step with both passes; and what the
-    larger graph of the two passes keeps, in bytes."""
+    """Operations: `forward` and `training` per pair, `matching` per inner step with both passes, `features` per pair
+    in use and iteration of matching (a frozen tower's, there and back); and what the largest graph keeps, in bytes."""
 
     forward: int
     training: int
     matching: int
+    features: int
     kept: int
 
 
@@ -102,7 +103,8 @@ def size_of(model: DualEncoder, pretrained: bool) -> Size:
 
 
 def work_of(model: DualEncoder, run: config.Run, text_width: int) -> Work:
-    """Counted on one inner mini-batch; `model` lies on the meta device."""
+    """Counted on one inner mini-batch, a frozen tower's share of matching on one chunk; `model` lies on the meta
+    device."""
     batch, size = run.distill.batch, run.data.image_size
     images = torch.empty(batch, 3, size, size, device="meta")
     texts = torch.empty(batch, text_width, device="meta")
@@ -110,30 +112,61 @@ def work_of(model: DualEncoder, run: config.Run, text_width: int) -> Work:
     params = {name: p.detach().requires_grad_() for name, p in model.trained().items()}
     loss = LOSSES[run.distill.loss]
     model.train()
-    kept: dict[int, Any] = {}
+    student, features, held = model, 0, 0
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
+    def trained(encoder: DualEncoder) -> int:
+        """Operations of one step of training."""
+        with FlopCounterMode(display=False) as counter:
+            value = loss(functional_call(encoder, params, (images, texts)), target)
+            torch.autograd.grad(value, list(params.values()), allow_unused=True)
+        return counter.get_total_flops()
 
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         with FlopCounterMode(display=False) as forward, torch.no_grad():
             model(images, texts)
-        with FlopCounterMode(display=False) as first:
-            value = loss(functional_call(model, params, (images, texts)), target)
-            torch.autograd.grad(value, list(params.values()), allow_unused=True)
+        first = training = trained(model)
+        if not run.model.image.trainable:  # matching sees its features, computed once an iteration and carried back
+            chunk = min(CHUNK, max(p.pairs for p in run.distill.phases))
+            pictures = torch.empty(chunk, 3, size, size, device="meta", requires_grad=True)
+            with FlopCounterMode(display=False) as there, torch.no_grad():
+                model.image_tower(pictures)
+            with FlopCounterMode(display=False) as back, _Kept(model) as kept:
+                out = model.image_tower(pictures.clone())
+                torch.autograd.grad(out.sum(), pictures)
+            features, held = (there.get_total_flops() + back.get_total_flops()) // chunk, kept.bytes
+            student, images = model.on_features(), torch.empty(batch, out.shape[1], device="meta")
+            first = trained(student)
         inputs = [t.requires_grad_() for t in (images, texts, target)]
-        with FlopCounterMode(display=False) as second, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        with FlopCounterMode(display=False) as second, _Kept(model) as kept:
             # the counter hooks the inputs of modules, which must not be leaves then
-            value = loss(functional_call(model, params, (images.clone(), texts.clone())), target)
+            value = loss(functional_call(student, params, (images.clone(), texts.clone())), target)
             grads = torch.autograd.grad(value, list(params.values()), create_graph=True, materialize_grads=True)
             q = torch.stack([g.sum() for g in grads]).sum()
             wanted = inputs + (list(params.values()) if run.distill.estimator == "exact" else [])
             torch.autograd.grad(q, wanted, allow_unused=True)
-    own = {p.untyped_storage()._cdata for p in (*params.values(), *model.parameters())}
-    held = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
-    ops, once = first.get_total_flops(), forward.get_total_flops()
-    return Work(once // batch, ops // batch, ops + second.get_total_flops(), held)
+    matching = first + second.get_total_flops()
+    return Work(forward.get_total_flops() // batch, training // batch, matching, features, max(held, kept.bytes))
+
+
+class _Kept(torch.autograd.graph.saved_tensors_hooks):
+    """Adds up what graphs made inside keep, but for the parameters."""
+
+    def __init__(self, model: DualEncoder):
+        self._own = {p.untyped_storage()._cdata for p in model.parameters()}
+        self._seen: dict[int, torch.Tensor] = {}
+        super().__init__(self._keep, lambda t: t)
+
+    def __enter__(self) -> "_Kept":
+        super().__enter__()
+        return self
+
+    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._seen[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.untyped_storage().nbytes() for place, t in self._seen.items() if place not in self._own)
 
 
 def checkpoint_bytes(numbers: int, dtype: str = "float32") -> int:
@@ -186,7 +219,10 @@ def operations(run: config.Run, counts: Counts, work: Work) -> dict[str, int]:
     batch = min(teach.batch, records) or 1
     one_epoch = (records // batch) * batch * work.training + val * work.forward
     experts = teach.num * (teach.epochs * one_epoch + val * work.forward)
-    matching = sum(p.iterations for p in run.distill.phases) * run.distill.steps * work.matching
+    steps, seen = run.distill.steps, run.distill.steps * run.distill.batch
+    matching = sum(
+        p.iterations * (steps * work.matching + min(p.pairs, seen) * work.features) for p in run.distill.phases
+    )
     subsets = [p.pairs for p in run.distill.phases]
 
     def student(pairs: list[int], passes: int, images_scored: int) -> int:

@@ -28,7 +28,7 @@ from rmdd.models.text import encoder_identity, text_width
 from rmdd.progress import Progress
 from rmdd.tasks import Item, Places, device_of, expert, material, phase, student
 
-NUMBERS_VERSION = 2
+NUMBERS_VERSION = 3
 """Part of every hash; raised when a change of the code moves the numbers of an unchanged run file."""
 
 ONLY_DISTILLED = ("selection", "reference", "eval_every", "chunk", "lr", "text_lr", "temperature", "schedule", "epochs")

@@ -54,6 +54,25 @@ def test_operations_are_counted_by_hand():
     assert work.matching > 2 * 4 * work.training and work.kept > 0
 
 
+def test_a_frozen_tower_is_counted_once_an_iteration():
+    frozen = ["model.image.trainable=false", "distill.phases.0.iterations=3", "distill.steps=2", "distill.batch=4"]
+    run = config.load(
+        SMALL | {"model": SMALL["model"] | {"image": SMALL["model"]["image"] | {"weights": "random:0"}}}, frozen
+    )
+    work = estimate.work_of(estimate.model_on_meta(run, 32), run, 32)
+    convolutions = 2 * 9 * (3 * 8 * 16 * 16 + 8 * 16 * 8 * 8)
+    assert work.features == 3 * convolutions, "features, then once more with the gradient in the pictures"
+    assert work.matching < 2 * 4 * convolutions < estimate.work_of(*_trained(run), 32).matching
+    assert work.forward > convolutions, "experts and students see pictures"
+    distil = estimate.operations(run, {s: (10, 10) for s in ("train", "val", "test")}, work)["distill"]
+    assert distil == 3 * (2 * work.matching + 8 * work.features)
+
+
+def _trained(run):
+    run = config.load(run.model_dump(mode="json"), ["model.image.trainable=true"])
+    return estimate.model_on_meta(run, 32), run
+
+
 def test_first_order_costs_less_and_more_pairs_cost_more():
     exact, first = config.load(SMALL), config.load(SMALL, ["distill.estimator=first_order"])
     wide = config.load(SMALL, ["distill.batch=8"])

@@ -22,15 +22,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from rmdd import config, seeding
+from rmdd import config, methods, seeding
 from rmdd.bench.yardsticks import plain, published, whole_unroll
 from rmdd.distill import similarity
-from rmdd.distill.inner import student_loss
-from rmdd.distill.phases import mini_batches
+from rmdd.distill.frozen import features_of, to_pixels
 from rmdd.distill.synthetic import Synthetic
 from rmdd.distill.unroll import Engine, forward_suits, meta_gradient
 from rmdd.files import write_json
-from rmdd.models.dual import build
+from rmdd.models.dual import TOWERS, build
 from rmdd.models.image import matching_context
 from rmdd.models.losses import LOSSES
 
@@ -72,9 +71,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to take the iteration: a yardstick by name, or an estimator on an engine."""
+    """One way to take the iteration: a yardstick by name, or an estimator on an engine, of the case's own student or
+    a method's."""
 
     name: str
+    method: str | None = None
+    """Its loss, similarity, blending, and whether the tower is trained, come from the defaults of the method."""
     estimator: Literal["exact", "first_order"] | None = None
     engine: Engine = AS_RUN
 
@@ -83,10 +85,13 @@ def variants(
     estimators: Sequence[Literal["exact", "first_order"]] = ("first_order", "exact"),
     engines: dict[str, Engine] | None = None,
     yardsticks: Sequence[str] = YARDSTICKS,
+    of_methods: Sequence[str] = (),
 ) -> list[Variant]:
+    """The yardsticks, then every estimator on every engine for the case's own student and for each of `of_methods`."""
     found = [Variant(y) for y in yardsticks]
-    for label, engine in (engines or {"": AS_RUN}).items():
-        found += [Variant(f"{e} {label}".strip(), e, engine) for e in estimators]
+    for method in (None, *of_methods):
+        for label, engine in (engines or {"": AS_RUN}).items():
+            found += [Variant(" ".join(filter(None, (method, e, label))), method, e, engine) for e in estimators]
     return found
 
 
@@ -94,9 +99,12 @@ def engine_of(words: str) -> Engine:
     """An engine from words such as `reverse,bfloat16,recompute`; what is not named is as in a run."""
     found: dict[str, Any] = {"second_pass": "forward"}
     for word in filter(None, words.split(",")):
+        if word.startswith("reuse=") and word[6:].isdigit():
+            found["reuse"] = int(word[6:])
+            continue
         places = [name for name, choices in ENGINE_WORDS.items() if word in choices]
         if not places:
-            known = ", ".join(w for choices in ENGINE_WORDS.values() for w in choices)
+            known = ", ".join([*(w for choices in ENGINE_WORDS.values() for w in choices), "reuse=STEPS"])
             raise ValueError(f"no engine option '{word}'; there are: {known}")
         found[places[0]] = word
     return Engine(**found)
@@ -110,21 +118,39 @@ def yardsticks_of(words: str) -> list[str]:
     return found
 
 
-def prepare(case: Case) -> Callable[[Variant], Callable[[], tuple[torch.Tensor, Synthetic]]]:
-    """The case's tensors, and how a variant takes one iteration on them: (miss, gradient)."""
-    device, dtype = torch.device(case.device), getattr(torch, case.dtype)
+def run_of(case: Case, method: str | None = None) -> config.Run:
+    """The case as a run: by the defaults of `method`, or with the case's own loss and similarity."""
     convnet = case.tower == "convnet"
-    chosen = config.Model(
-        image=config.ImageTower(
-            name=case.tower, weights="random", widths=case.widths, projection="linear" if convnet else "none"
-        ),
-        text=config.TextTower(name="hashing", projection="linear" if convnet else "block"),
-        width=case.width if convnet else None,
-        dropout=0.0,
-    )
+    image = {"name": case.tower, "weights": "random:0", "widths": case.widths}
+    image["projection"] = "linear" if convnet else "none"
+    plan: dict[str, Any] = {"loss": case.loss, "similarity": {"kind": case.similarity}}
+    if method is not None:
+        image |= methods.find(method).defaults.get("model", {}).get("image", {})
+        plan = {"method": method, "similarity": methods.find(method).defaults.get("distill", {}).get("similarity", {})}
+    if plan["similarity"].get("kind") == "low_rank":  # which may not cost more than the full matrix
+        plan["similarity"] = plan["similarity"] | {"rank": min(10, max(1, (case.pairs - 1) // 2))}
+    phase = {"pairs": case.pairs, "start": 0, "stop": 1, "iterations": 1}
+    own = {
+        "data": {"image_size": case.image_size},
+        "model": {
+            "image": image,
+            "text": {"name": "hashing", "projection": "block" if image["projection"] != "linear" else "linear"},
+            "width": None if image["projection"] == "none" else case.width,
+            "dropout": 0.0,
+        },
+        "distill": plan | {"phases": [phase], "batch": case.batch, "steps": case.steps},
+    }
+    return config.load(own)
+
+
+def prepare(case: Case, method: str | None = None) -> Callable[[Variant], Callable[[], tuple[torch.Tensor, Synthetic]]]:
+    """The case's tensors, and how a variant of `method` takes one iteration on them: (miss, gradient)."""
+    device, dtype = torch.device(case.device), getattr(torch, case.dtype)
+    run = run_of(case, method)
+    recipe = methods.find(run.distill.method)(run)
 
     def encoder() -> Any:
-        return build(chosen, case.text_width, case.image_size, seed=0, who="bench").to(device, dtype)
+        return build(run.model, case.text_width, case.image_size, seed=0, who="bench").to(device, dtype).train()
 
     model = encoder()
     random = seeding.generator(0, "bench")
@@ -134,34 +160,42 @@ def prepare(case: Case) -> Callable[[Variant], Callable[[], tuple[torch.Tensor, 
 
     start = model.trained()
     target = {n: p + 0.01 * normal(*p.shape) for n, p in start.items()}
-    parts = similarity.initial(config.Similarity(kind=case.similarity), case.pairs, random)
+    parts = similarity.initial(run.distill.similarity, case.pairs, random)
     synthetic = Synthetic(
         images=normal(case.pairs, 3, case.image_size, case.image_size),
         texts=normal(case.pairs, case.text_width),
         lr_image=torch.tensor(0.1, dtype=dtype, device=device),
         lr_text=torch.tensor(0.1, dtype=dtype, device=device),
         similarity={n: t.to(device, dtype) for n, t in parts.items()},
+        alpha=run.distill.similarity.alpha,
     )
-    batches = mini_batches(case.pairs, case.batch, case.steps, random).to(device)
-    bare, loss = plain(model), LOSSES[case.loss]
-    inner = student_loss(model, config.Distill(loss=case.loss), tuple(range(case.steps)))
-    given = (start, target, synthetic, batches)
+    drawn = recipe.draw(0, 0, 1, {tower: (0, 1) for tower in TOWERS})
+    batches = drawn.batches.to(device)
+    tower = None if run.model.image.trainable else model.image_tower
+    bare, loss = plain(model), LOSSES[run.distill.loss]
+    inner = recipe.student_loss(model if tower is None else model.on_features(), drawn)
     with matching_context(model):
-        forward = forward_suits(inner, start, synthetic, batches[0])
+        seen = synthetic if tower is None else features_of(tower, synthetic, batches)
+        forward = forward_suits(inner, start, seen, batches[0])
 
     def iteration(variant: Variant) -> Callable[[], tuple[torch.Tensor, Synthetic]]:
-        def run() -> tuple[torch.Tensor, Synthetic]:
+        def step() -> tuple[torch.Tensor, Synthetic]:
             with matching_context(model):
                 if variant.name == "whole_unroll":
-                    return whole_unroll(bare, loss, *given)
+                    return whole_unroll(bare, loss, start, target, synthetic, batches)
                 if variant.estimator is None:
                     again = variant.name == "published_rebuilt"
-                    return published((lambda: plain(encoder())) if again else lambda: bare, loss, *given)
+                    nets = (lambda: plain(encoder())) if again else lambda: bare
+                    return published(nets, loss, start, target, synthetic, batches)
                 engine = variant.engine if forward else replace(variant.engine, second_pass="reverse")
-                found = meta_gradient(inner, *given, estimator=variant.estimator, engine=engine)
+                seen = synthetic if tower is None else features_of(tower, synthetic, batches)
+                how = {"estimator": variant.estimator, "branches": run.distill.branches, "engine": engine}
+                found = meta_gradient(inner, start, target, seen, batches, **how)
+                if tower is not None:
+                    found = to_pixels(tower, synthetic, batches, found)
                 return found.loss, found.gradient
 
-        return run
+        return step
 
     return iteration
 
@@ -170,12 +204,13 @@ def bench_step(
     case: Case, chosen: Sequence[Variant], repeats: int = 20, out: Path | None = None, memory: bool = True
 ) -> dict[str, Any]:
     """Measure `chosen` on `case`: per variant seconds (median, first and last quartile), pairs per second, peak
-    bytes above the process's baseline, floating-point operations, and ratios to the yardsticks present."""
+    bytes above the process's baseline, floating-point operations, and, of the case's own student, ratios to the
+    yardsticks present, which take the same steps."""
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}; ask for at least 1, and for 20 to trust the median")
     torch.set_num_threads(case.threads)
-    iteration = prepare(case)
-    runs = {v.name: iteration(v) for v in chosen}
+    ready = {method: prepare(case, method) for method in dict.fromkeys(v.method for v in chosen)}
+    runs = {v.name: ready[v.method](v) for v in chosen}
     rows: dict[str, dict[str, Any]] = {}
     for variant in chosen:
         try:
@@ -202,11 +237,12 @@ def bench_step(
         row["quartiles"] = statistics.quantiles(taken, n=4)[::2] if len(taken) > 1 else taken * 2
         row["pairs_per_second"] = case.steps * case.batch / row["seconds"]
         row["peak_bytes"] = peak_bytes(case, variant) if memory else None
-    for row in rows.values():
+    for variant in chosen:
+        row = rows[variant.name]
         row["ratios"] = {
             y: {k: row[k] / rows[y][k] for k in ("seconds", "peak_bytes", "flops") if row[k] is not None}
             for y in YARDSTICKS
-            if y in rows
+            if y in rows and variant.method is None
         }
     found = {
         "case": asdict(case),
@@ -223,7 +259,7 @@ def bench_step(
 def peak_bytes(case: Case, variant: Variant) -> int:
     """Peak memory of one iteration above what the process held before it."""
     if case.device != "cpu":
-        run = prepare(case)(variant)
+        run = prepare(case, variant.method)(variant)
         run()
         torch.cuda.reset_peak_memory_stats(case.device)
         before = torch.cuda.memory_allocated(case.device)
@@ -249,8 +285,9 @@ def table(found: dict[str, Any]) -> str:
         cells = [name, f"{row['seconds']:.3f}", f"{row['pairs_per_second']:.1f}", f"{peak / 1e6:.0f}" if peak else "-"]
         cells.append(f"{row['flops'] / 1e9:.1f}")
         for y in against:
-            ratio = row["ratios"][y]
-            cells.append(f"{ratio['seconds']:.2f}, " + (f"{ratio['peak_bytes']:.2f}" if "peak_bytes" in ratio else "-"))
+            ratio = row["ratios"].get(y)
+            memory = f"{ratio['peak_bytes']:.2f}" if ratio and "peak_bytes" in ratio else "-"
+            cells.append(f"{ratio['seconds']:.2f}, {memory}" if ratio else "-")
         lines.append(cells)
     widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
     lines += [[f"{name}: out of memory"] + [""] * (len(heads) - 1) for name in found["out_of_memory"]]
@@ -286,7 +323,7 @@ def _resident(field_name: Literal["VmRSS", "VmHWM"]) -> int:
 
 def _measure_here(case: Case, variant: Variant) -> int:
     torch.set_num_threads(case.threads)
-    run = prepare(case)(variant)
+    run = prepare(case, variant.method)(variant)
     run()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")

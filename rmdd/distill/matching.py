@@ -105,7 +105,8 @@ def outer_step(state: State, gradient: Synthetic, rule: config.Distill) -> State
     `sgd` is the papers' SGD with momentum. `normalised` (ours) first divides each tensor's gradient by its own
     root mean square: a rate is then the size of one step per entry, and the rare huge gradients of an unstable
     unroll weigh no more than others. The inner rates move by that share of themselves and stay positive. The clamp
-    of the inner rates comes after the average, as in the released code.
+    of the inner rates comes after the average, as in the released code, which also averages the factors of a low-rank
+    similarity and not their product.
     """
     rates = {"images": rule.lr_image, "texts": rule.lr_text, "lr_image": rule.lr_lr, "lr_text": rule.lr_lr}
     rates = {name: rates.get(name, rule.lr_similarity) / 2**state.halvings for name in gradient.tensors()}
@@ -202,7 +203,7 @@ class Matcher:
             point = path.at(image)
             if text != image:
                 point = point | {n: p for n, p in path.at(text).items() if tower_of(n) == "text"}
-            ends.append({n: p.to(self.device) for n, p in point.items()})
+            ends.append({n: p.to(self.device, non_blocking=True) for n, p in point.items()})
         return ends[0], ends[1]
 
     def gradient(
@@ -211,7 +212,7 @@ class Matcher:
         """The meta-gradient of one draw, by the run's estimator or another."""
         rule, engine = self.run.distill, self.engine(synthetic)
         start, target = self.segment(drawn)
-        batches = drawn.batches.to(self.device)
+        batches = drawn.batches.to(self.device, non_blocking=True)
         with matching_context(self.model):
             seen = synthetic if self.frozen_tower is None else self._seen(synthetic, drawn)
             found = meta_gradient(
@@ -360,6 +361,10 @@ def distill_phase(
             state.save(files["state"], key)
         if stopping:
             break
+    if rule.skip_above is not None and state.iteration == total:
+        skips = sum(json.loads(line).get("skipped", False) for line in log.read_text(encoding="utf-8").splitlines())
+        if skips:
+            _logger.warning("phase %d: %d of %d updates skipped, loss above %g", phase, skips, total, rule.skip_above)
     return state.iteration == total
 
 

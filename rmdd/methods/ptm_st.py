@@ -13,32 +13,8 @@ with a full similarity. We differ from the released code where it differs from t
 a phase makes exactly I_p updates, exported rates are averaged, and dropout keeps its mask in both passes.
 """
 
-from collections.abc import Sequence
-
 from rmdd import config
 from rmdd.methods.base import Method
-
-
-def phases(
-    pairs: Sequence[int],
-    endpoints: Sequence[int],
-    iterations: int | Sequence[int],
-    start: int = 0,
-    stop: int = 2,
-    shift: int = 1,
-) -> tuple[config.Phase, ...]:
-    """Phases by the range rule T_p = T_1 + shift (p - 1); one entry of `pairs` and `endpoints` per phase.
-
-    >>> [(p.start, p.stop) for p in phases([332, 332, 333], [6, 8, 10], 2000, stop=3)]
-    [(0, 3), (1, 4), (2, 5)]
-    """
-    if len(pairs) != len(endpoints):
-        raise ValueError(f"{len(pairs)} phases of pairs but {len(endpoints)} endpoints; give one endpoint per phase")
-    each = [iterations] * len(pairs) if isinstance(iterations, int) else list(iterations)
-    return tuple(
-        config.Phase(pairs=m, start=start + shift * p, stop=stop + shift * p, endpoint=t, iterations=i)
-        for p, (m, t, i) in enumerate(zip(pairs, endpoints, each, strict=True))
-    )
 
 
 def without(run: config.Run, *, ptm: bool = False, st: bool = False, ema: bool = False) -> config.Run:

@@ -22,7 +22,7 @@ from rmdd.runfile import filled
 
 def blend(features: Float[Tensor, "B D"], weight: float, partner: Int[Tensor, " B"]) -> Float[Tensor, "B D"]:
     """Each row mixed with that of its partner: `weight` of its own."""
-    return weight * features + (1 - weight) * features[partner.to(features.device)]
+    return weight * features + (1 - weight) * features[partner.to(features.device, non_blocking=True)]
 
 
 class RepBlend(LoRS):

@@ -1,4 +1,4 @@
-"""Group normalisation, alone or with ReLU and 2x2 average pooling, cheap to differentiate twice.
+"""Group normalisation, alone or with ReLU and 2x2 average pooling, and SiLU, cheap to differentiate twice.
 
 N images, C channels in G groups, H x W pixels. These operations are bound by memory, not arithmetic: taken apart,
 their second derivative reads and writes the largest maps of a network some forty times. Here only the input is
@@ -42,7 +42,8 @@ def group_norm(
 
 
 class TwiceDifferentiable(TorchFunctionMode):
-    """Inside, norms (also the batch norm that standardises weights) and softmax are those of this module."""
+    """Inside, norms (also the batch norm that standardises weights), SiLU and softmax are those of this module, and
+    convolutions of single pixels are matrix products."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         own = _OWN.get(func)
@@ -84,6 +85,25 @@ def _standardise(
     return group_norm(x, weight, x.new_zeros(channels) if bias is None else bias, channels, eps)
 
 
+def _silu(x: Tensor, inplace: bool = False) -> Tensor:
+    return _SiLU.apply(x)
+
+
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    pixels = *x.shape[2:], *weight.shape[2:]
+    if x.dim() != 4 or pixels != (1, 1, 1, 1) or groups != 1 or padding not in (0, (0, 0)):
+        return NotImplemented
+    return F.linear(x.flatten(1), weight.flatten(1), bias)[:, :, None, None]
+
+
 def _log_softmax(x: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Any:
     if dim is None or dtype is not None:
         return NotImplemented
@@ -100,6 +120,8 @@ _OWN: dict[Any, Any] = {
     F.layer_norm: _layer_norm,
     F.group_norm: _group_norm,
     F.batch_norm: _standardise,
+    F.silu: _silu,
+    F.conv2d: _convolve,
     **dict.fromkeys((F.log_softmax, torch.log_softmax, Tensor.log_softmax), _log_softmax),
     **dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), _softmax),
 }
@@ -173,6 +195,42 @@ class _Tangent(torch.autograd.Function):
         if any(ctx.needs_input_grad[3:5]):
             on_x, on_weight = _second(dx, dw, h, *at, spend=ctx.pool)
         return *on_tangents, on_x, on_weight, None, None, None, None
+
+
+class _SiLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+        return torch.ops.aten.silu(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return _SiLUSlope.apply(g, *ctx.saved_tensors)
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor) -> Tensor:
+        return _SiLUSlope.apply(dx, *ctx.saved_tensors)
+
+
+class _SiLUSlope(torch.autograd.Function):
+    """g times the slope at x."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(g, x)
+        return torch.ops.aten.silu_backward(g, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, a: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        g, x = ctx.saved_tensors
+        on_g = torch.ops.aten.silu_backward(a, x) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return on_g, None
+        s = x.sigmoid()  # the second derivative is s (1 - s) (2 + x (1 - 2 s))
+        bend = torch.addcmul(x, x, s, value=-2).add_(2).mul_(s)
+        return on_g, bend.mul_(s.neg_().add_(1)).mul_(a).mul_(g)
 
 
 def _gradient(h: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, ...]:

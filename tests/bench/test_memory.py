@@ -32,7 +32,7 @@ def vector():
 
 @pytest.fixture(scope="module")
 def peaks():
-    return {steps: peak_bytes(replace(CASE, steps=steps), Variant("exact", "exact")) for steps in (4, 8, 16)}
+    return {steps: peak_bytes(replace(CASE, steps=steps), Variant("exact", None, "exact")) for steps in (4, 8, 16)}
 
 
 def test_more_steps_cost_their_parameters_and_nothing_else(peaks, vector):
@@ -41,7 +41,7 @@ def test_more_steps_cost_their_parameters_and_nothing_else(peaks, vector):
 
 
 def test_recomputing_keeps_few_of_them(peaks, vector):
-    spared = Variant("exact", "exact", Engine(trajectory="recompute"))
+    spared = Variant("exact", None, "exact", Engine(trajectory="recompute"))
     assert peaks[16] - peak_bytes(replace(CASE, steps=16), spared) > 5 * vector
 
 

@@ -20,7 +20,7 @@ SMALL = Case(widths=(4,), image_size=8, text_width=5, width=6, pairs=7, batch=3,
 def test_the_engine_gives_what_the_yardsticks_give(yardstick, estimator, similarity):
     iteration = prepare(replace(SMALL, similarity=similarity))
     miss, expected = iteration(Variant(yardstick))()
-    loss, found = iteration(Variant("ours", estimator))()
+    loss, found = iteration(Variant("ours", None, estimator))()
     assert loss.item() == pytest.approx(miss.item(), rel=1e-12)
     for name, e in expected.tensors().items():
         assert torch.allclose(found.tensors()[name], e, rtol=1e-8, atol=1e-12 * e.abs().max().item()), name
@@ -41,5 +41,5 @@ def test_the_result_has_every_figure_and_is_written(tmp_path):
 @pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own():
     case = replace(SMALL, image_size=64, widths=(16,), batch=7, dtype="float32")
-    unroll, ours = (peak_bytes(case, v) for v in (Variant("whole_unroll"), Variant("first_order", "first_order")))
+    unroll, ours = (peak_bytes(case, v) for v in (Variant("whole_unroll"), Variant("first_order", None, "first_order")))
     assert unroll > ours > 0

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import toy
 from distill.test_unroll import ESTIMATORS, assert_close, encoder, loss_of, problem, unrolled
+from torch.autograd import forward_ad
 from toy import CPU, first_set, run_of
 
 from rmdd.distill.matching import Matcher
@@ -15,11 +16,12 @@ from rmdd.models.fused import TwiceDifferentiable, group_norm, norm_relu_pool
 from rmdd.models.image import matching_context
 
 ENGINES = [Engine(second_pass=s, trajectory=t) for s in ("forward", "reverse") for t in ("device", "cpu", "recompute")]
+ENGINES += [Engine(second_pass="forward", reuse=1), Engine(reuse=9), Engine(trajectory="recompute", reuse=2)]
 TIMM = ["test_nfnet", "test_vit", "test_resnet"]
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("engine", ENGINES, ids=lambda e: f"{e.second_pass}-{e.trajectory}")
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda e: f"{e.second_pass}-{e.trajectory}-{e.reuse}")
 @pytest.mark.parametrize("steps", [1, 5])
 def test_every_engine_equals_the_whole_unroll(engine, estimator, steps, caplog):
     model = encoder(dropout=0.3)
@@ -137,9 +139,23 @@ def test_the_fused_norm_is_torchs_with_both_derivatives(groups, size, packed):
         assert torch.autograd.gradgradcheck(at, (x, weight, bias))
 
 
+def test_own_silu_is_torchs_with_both_derivatives():
+    x = torch.linspace(-8, 8, 33, dtype=torch.float64).requires_grad_()
+    with TwiceDifferentiable():
+        assert torch.allclose(F.silu(x), x * x.sigmoid(), rtol=1e-14)
+        assert torch.autograd.gradcheck(F.silu, x, check_forward_ad=True)
+        assert torch.autograd.gradgradcheck(F.silu, x, check_fwd_over_rev=False)
+        with forward_ad.dual_level():
+            moving = forward_ad.make_dual(x, torch.ones_like(x))
+            (bend,) = torch.autograd.grad(forward_ad.unpack_dual(F.silu(moving)).tangent.sum(), x)
+    slope = torch.autograd.grad((x * x.sigmoid()).sum(), x, create_graph=True)[0]
+    assert torch.allclose(bend, torch.autograd.grad(slope.sum(), x)[0], rtol=1e-12, atol=1e-15)
+
+
 def test_own_operations_have_torchs_values():
     random = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(*s, generator=random, dtype=torch.float64) for s in ((1, 6, 8), (8,), (8,)))
+    pixel, matrix = torch.randn(3, 4, 1, 1, generator=random).double(), torch.randn(5, 4, generator=random).double()
     calls = (
         lambda: F.layer_norm(x, (8,), weight, bias),
         lambda: F.layer_norm(x, (6, 8)),
@@ -149,6 +165,9 @@ def test_own_operations_have_torchs_values():
         lambda: F.group_norm(x, 2),
         lambda: x.softmax(-1),
         lambda: F.log_softmax(x, dim=1),
+        lambda: F.silu(x.clone(), inplace=True),
+        lambda: F.conv2d(pixel, matrix[:, :, None, None], weight[:5], stride=2),
+        lambda: F.conv2d(pixel, matrix[:, :, None, None], padding=1),
     )
     for call in calls:
         expected = call()

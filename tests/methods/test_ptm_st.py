@@ -4,7 +4,7 @@ from slow import fast_loop, full_unroll, outer_loop, plain_loss, segment, shortc
 from toy import method_run
 
 from rmdd import config
-from rmdd.methods.ptm_st import phases, without
+from rmdd.methods.ptm_st import without
 
 FLICKR30K = [f"flickr30k_ptm_st_{budget}" for budget in (100, 200, 500, 1000)]
 
@@ -16,26 +16,10 @@ def load(name):
 @pytest.mark.parametrize("name", FLICKR30K)
 def test_the_presets_follow_the_range_rule(name):
     plan = load(name).distill.phases
-    pairs, iterations = [p.pairs for p in plan], [p.iterations for p in plan]
-    ruled = phases(pairs, [6, 8, 10][: len(plan)], iterations, plan[0].start, plan[0].stop)
-    assert ruled == plan
-    for p, phase in enumerate(ruled):
+    for p, phase in enumerate(plan):
         assert (phase.start, phase.stop) == (plan[0].start + p, plan[0].stop + p)
+        assert phase.endpoint == (6, 8, 10)[p]
         assert phase.stop <= phase.endpoint
-
-
-def test_ranges_can_stand_still_or_jump():
-    still = phases([4, 4], [6, 6], 10, start=1, stop=3, shift=0)
-    assert [(p.start, p.stop, p.endpoint, p.iterations) for p in still] == [(1, 3, 6, 10)] * 2
-    jump = phases([4, 5], [6, 8], [10, 20], shift=2)
-    assert [(p.pairs, p.start, p.stop, p.iterations) for p in jump] == [(4, 0, 2, 10), (5, 2, 4, 20)]
-
-
-def test_lists_of_other_lengths_are_refused():
-    with pytest.raises(ValueError, match="2 phases of pairs but 1 endpoints; give one endpoint per phase"):
-        phases([4, 4], [6], 10)
-    with pytest.raises(ValueError):
-        phases([4, 4], [6, 8], [10])
 
 
 @pytest.mark.parametrize("ptm", [False, True])
