@@ -112,7 +112,7 @@ def work_of(model: DualEncoder, run: config.Run, text_width: int) -> Work:
     params = {name: p.detach().requires_grad_() for name, p in model.trained().items()}
     loss = LOSSES[run.distill.loss]
     model.train()
-    student, features, held = model, 0, 0
+    student, features, kept_by_tower, kept = model, 0, _Kept(model), _Kept(model)
 
     def trained(encoder: DualEncoder) -> int:
         """Operations of one step of training."""
@@ -130,14 +130,14 @@ def work_of(model: DualEncoder, run: config.Run, text_width: int) -> Work:
             pictures = torch.empty(chunk, 3, size, size, device="meta", requires_grad=True)
             with FlopCounterMode(display=False) as there, torch.no_grad():
                 model.image_tower(pictures)
-            with FlopCounterMode(display=False) as back, _Kept(model) as kept:
+            with FlopCounterMode(display=False) as back, kept_by_tower:
                 out = model.image_tower(pictures.clone())
                 torch.autograd.grad(out.sum(), pictures)
-            features, held = (there.get_total_flops() + back.get_total_flops()) // chunk, kept.bytes
+            features = (there.get_total_flops() + back.get_total_flops()) // chunk
             student, images = model.on_features(), torch.empty(batch, out.shape[1], device="meta")
             first = trained(student)
         inputs = [t.requires_grad_() for t in (images, texts, target)]
-        with FlopCounterMode(display=False) as second, _Kept(model) as kept:
+        with FlopCounterMode(display=False) as second, kept:
             # the counter hooks the inputs of modules, which must not be leaves then
             value = loss(functional_call(student, params, (images.clone(), texts.clone())), target)
             grads = torch.autograd.grad(value, list(params.values()), create_graph=True, materialize_grads=True)
@@ -145,7 +145,8 @@ def work_of(model: DualEncoder, run: config.Run, text_width: int) -> Work:
             wanted = inputs + (list(params.values()) if run.distill.estimator == "exact" else [])
             torch.autograd.grad(q, wanted, allow_unused=True)
     matching = first + second.get_total_flops()
-    return Work(forward.get_total_flops() // batch, training // batch, matching, features, max(held, kept.bytes))
+    held = max(kept_by_tower.bytes, kept.bytes)
+    return Work(forward.get_total_flops() // batch, training // batch, matching, features, held)
 
 
 class _Kept(torch.autograd.graph.saved_tensors_hooks):
@@ -155,10 +156,6 @@ class _Kept(torch.autograd.graph.saved_tensors_hooks):
         self._own = {p.untyped_storage()._cdata for p in model.parameters()}
         self._seen: dict[int, torch.Tensor] = {}
         super().__init__(self._keep, lambda t: t)
-
-    def __enter__(self) -> "_Kept":
-        super().__enter__()
-        return self
 
     def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
         self._seen[tensor.untyped_storage()._cdata] = tensor

@@ -121,7 +121,7 @@ def yardsticks_of(words: str) -> list[str]:
 def run_of(case: Case, method: str | None = None) -> config.Run:
     """The case as a run: by the defaults of `method`, or with the case's own loss and similarity."""
     convnet = case.tower == "convnet"
-    image = {"name": case.tower, "weights": "random:0", "widths": case.widths}
+    image: dict[str, Any] = {"name": case.tower, "weights": "random:0", "widths": case.widths}
     image["projection"] = "linear" if convnet else "none"
     plan: dict[str, Any] = {"loss": case.loss, "similarity": {"kind": case.similarity}}
     if method is not None:
@@ -189,8 +189,16 @@ def prepare(case: Case, method: str | None = None) -> Callable[[Variant], Callab
                     return published(nets, loss, start, target, synthetic, batches)
                 engine = variant.engine if forward else replace(variant.engine, second_pass="reverse")
                 seen = synthetic if tower is None else features_of(tower, synthetic, batches)
-                how = {"estimator": variant.estimator, "branches": run.distill.branches, "engine": engine}
-                found = meta_gradient(inner, start, target, seen, batches, **how)
+                found = meta_gradient(
+                    inner,
+                    start,
+                    target,
+                    seen,
+                    batches,
+                    estimator=variant.estimator,
+                    branches=run.distill.branches,
+                    engine=engine,
+                )
                 if tower is not None:
                     found = to_pixels(tower, synthetic, batches, found)
                 return found.loss, found.gradient

@@ -38,6 +38,16 @@ def test_the_result_has_every_figure_and_is_written(tmp_path):
         bench_step(SMALL, chosen, repeats=0)
 
 
+def test_methods_are_measured_beside_the_case():
+    chosen = variants(yardsticks=("published",), of_methods=("repblend", "mtt_vl"))
+    rows = bench_step(SMALL, chosen, repeats=1, memory=False)["variants"]
+    assert list(rows)[1:] == [f"{m}{e}" for m in ("", "repblend ", "mtt_vl ") for e in ("first_order", "exact")]
+    assert rows["exact"]["ratios"] and not rows["repblend exact"]["ratios"], "another student than the yardstick's"
+    assert rows["repblend exact"]["flops"] != rows["mtt_vl exact"]["flops"]
+    _, found = prepare(SMALL, "mtt_vl")(Variant("mtt_vl", "mtt_vl", "exact"))()
+    assert not found.similarity
+
+
 @pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own():
     case = replace(SMALL, image_size=64, widths=(16,), batch=7, dtype="float32")
