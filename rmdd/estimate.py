@@ -204,7 +204,8 @@ def matching_bytes(run: config.Run, size: Size, work: Work, text_width: int) -> 
     waiting = {"device": steps, "cpu": 0, "recompute": 2 * math.isqrt(steps - 1) + 2}[run.runtime.keep_parameters]
     vectors = waiting + 3 + (run.distill.estimator == "exact")
     learnable = max(synthetic_numbers(run, text_width))
-    graph = GRAPH * work.kept / (2 if run.distill.precision == "bfloat16" else 1)
+    graphs = max(1, min(run.distill.reuse_graphs, steps))
+    graph = graphs * GRAPH * work.kept / (2 if run.distill.precision == "bfloat16" else 1)
     return FLOAT * (vectors * size.trained + size.frozen + 4 * learnable) + round(graph)
 
 

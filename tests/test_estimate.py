@@ -82,6 +82,17 @@ def test_first_order_costs_less_and_more_pairs_cost_more():
     assert cost["e"].kept < cost["w"].kept
 
 
+def test_a_reused_graph_is_held_with_the_others():
+    need = []
+    for reuse in (0, 1, 3, 99):
+        run = config.load(SMALL, ["distill.steps=4", f"distill.reuse_graphs={reuse}"])
+        model = estimate.model_on_meta(run, 32)
+        size, work = estimate.size_of(model, pretrained=False), estimate.work_of(model, run, 32)
+        need.append(estimate.matching_bytes(run, size, work, 32))
+    graph = (need[2] - need[1]) / 2
+    assert need[0] == need[1] and graph > work.kept / 2 and need[3] - need[2] == pytest.approx(graph, abs=2)
+
+
 def test_counting_leaves_the_global_generator_alone():
     before = torch.random.get_rng_state()
     run = config.load(SMALL)

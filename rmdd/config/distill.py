@@ -116,6 +116,11 @@ class Distill(Section):
         description="of the student's matrix products; bfloat16 turns the gradient of pictures a little (cosine 0.99), "
         "and a frozen tower stays float32",
     )
+    reuse_graphs: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="last inner steps whose first pass keeps its graph for the second: up to two ninths less work "
+        "for each, and the memory of one graph for each beyond the first",
+    )
     loss: Literal["wbce", "infonce", "bce", "cwcl", "kl", "mse"] = Field(
         "wbce", description="loss of the student's steps, here and in evaluation"
     )

@@ -168,7 +168,9 @@ class Matcher:
         """
         if self._engine is None:
             rule = self.run.distill
-            engine = Engine(precision=rule.precision, trajectory=self.run.runtime.keep_parameters)
+            engine = Engine(
+                precision=rule.precision, trajectory=self.run.runtime.keep_parameters, reuse=rule.reuse_graphs
+            )
             drawn = self.draw(0)
             start, _ = self.segment(drawn)
             with matching_context(self.model):

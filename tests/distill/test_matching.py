@@ -113,6 +113,18 @@ def test_one_outer_step_moves_the_pairs_drawn_and_no_others(store):
     assert after.raw.lr_image != state.raw.lr_image and after.raw.lr_text != state.raw.lr_text
 
 
+def test_reused_graphs_change_the_engine_and_not_the_gradient(store):
+    drawn, found = None, []
+    for reuse in (0, 1, 5):
+        matcher = Matcher(run_of(reuse_graphs=reuse), 0, store, encoder(), CPU)
+        drawn = drawn or matcher.draw(0)
+        found.append(matcher.gradient(first_set(), drawn).gradient.tensors())
+        assert matcher.engine(first_set()).reuse == reuse
+    for other in found[1:]:
+        for name, tensor in found[0].items():
+            torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-5 * tensor.abs().max().item())
+
+
 def test_matching_reads_the_path_that_was_asked_for(store):
     drawn = None
     losses = {}
