@@ -1,4 +1,7 @@
-"""Distil the phases that are not finished, as a Ray job: `... -- python jobs/distill.py --config demo --set runtime.storage=/mnt/rmdd/runs`."""
+"""Distil the phases that are not finished.
+
+ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/distill.py --config CONFIG
+"""
 
 from entry import main
 

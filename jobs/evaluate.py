@@ -1,4 +1,7 @@
-"""Train students, choose on val, read test once, as a Ray job: `... -- python jobs/evaluate.py --config demo --set runtime.storage=/mnt/rmdd/runs`."""
+"""Train students, choose on val, read test once.
+
+ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/evaluate.py --config CONFIG
+"""
 
 from entry import main
 

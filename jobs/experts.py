@@ -1,4 +1,7 @@
-"""Train the experts that are missing, as a Ray job: `... -- python jobs/experts.py --config demo --set runtime.storage=/mnt/rmdd/runs`."""
+"""Train the experts that are missing.
+
+ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/experts.py --config CONFIG
+"""
 
 from entry import main
 

@@ -1,4 +1,7 @@
-"""Bring the pairs in, as a Ray job: `... -- python jobs/ingest.py --config demo --set runtime.storage=/mnt/rmdd/runs`."""
+"""Bring the pairs in.
+
+ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/ingest.py --config CONFIG
+"""
 
 from entry import main
 

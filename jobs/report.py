@@ -1,4 +1,7 @@
-"""Write the distilled set and its page, as a Ray job: `... -- python jobs/report.py --config demo --set runtime.storage=/mnt/rmdd/runs`."""
+"""Write the distilled set and its page.
+
+ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/report.py --config CONFIG
+"""
 
 from entry import main
 

@@ -1,4 +1,7 @@
-"""All steps; what is there already is used, as a Ray job: `... -- python jobs/run.py --config demo --set runtime.storage=/mnt/rmdd/runs`."""
+"""All steps; what is there already is used.
+
+ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/run.py --config CONFIG
+"""
 
 from entry import main
 
