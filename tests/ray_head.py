@@ -89,6 +89,8 @@ def started(autoscaling: str | None = None, **flags: object) -> Iterator[Head]:
             stack.callback(head.stop)
             if head.comes_up():
                 break
+        else:
+            raise AssertionError(f"no head came up:\n{head.log.read_text()}")
         yield head
 
 
