@@ -261,10 +261,10 @@ def bench_estimator(
     _do(lambda: _load(source, set_ or []), compare, json, quiet, debug)
 
 
-def main() -> None:
-    """Entry point of the `rmdd` script."""
+def main(words: list[str] | None = None) -> None:
+    """Entry point of the `rmdd` script, and of jobs with the `words` of a command line. Ends by `SystemExit`."""
     _stop_on_sigterm()
-    app(prog_name="rmdd")
+    app(words, prog_name="rmdd")
 
 
 # -- steps: each returns what it left, with `say` for people ---------------------------------------------------------

@@ -56,7 +56,9 @@ class Runtime(Section):
     address: str | None = Field(None, description="cluster to join; null: RAY_ADDRESS if set, else a local cluster")
     num_cpus: PositiveInt | None = Field(None, description="CPUs of a local cluster; null: all")
     workers: PositiveInt | None = Field(
-        None, description="experts, phases or students side by side; null: one per CPU or GPU"
+        None,
+        description="experts, phases or students side by side; null: one per CPU or GPU there is; "
+        "a cluster that grows is asked for as many",
     )
     threads: PositiveInt = Field(1, description="CPU threads per worker; the same bits need the same number")
     loader_workers: Annotated[int, Field(ge=0)] = Field(0, description="processes per expert that decode and augment")

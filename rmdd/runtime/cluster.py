@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,15 +21,23 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
 }
 
+GROW_SECONDS = 900.0
+"""How long a cluster that grows may take to bring a first node with room for a worker."""
+
 
 @dataclass(frozen=True)
 class Resources:
     cpus: float
     gpus: float
     nodes: int
+    grows: bool = False
+    """Whether nodes come for workers that wait; then as many may wait as `runtime.workers` says."""
 
     def workers(self, runtime: config.Runtime, items: int) -> int:
         """How many workers fit side by side: one per `threads` CPUs, or per share of a GPU (no share spans two)."""
+        asked = min(items, runtime.workers or items)
+        if self.grows:
+            return max(1, asked)
         share = runtime.gpus_per_worker
         if share >= 1:
             fit = int(self.gpus / share)
@@ -36,15 +45,16 @@ class Resources:
             fit = int(self.gpus) * int(1 / share + 1e-9)
         else:
             fit = int(self.cpus / runtime.threads)
-        return max(1, min(fit, items, runtime.workers or items))
+        return max(1, min(fit, asked))
 
 
 @contextlib.contextmanager
 def connected(runtime: config.Runtime) -> Iterator[Resources]:
     """Join the cluster that `runtime.address` or RAY_ADDRESS names, or start a local one and stop it at the end.
 
-    A cluster that this process had already joined is used and left alone. Raises `ValueError` when the cluster
-    has fewer GPUs than one worker asks for.
+    A cluster that this process had already joined is used and left alone. One that is joined here with
+    `runtime.workers` set is taken to grow: its first node is waited for. Raises `ValueError` when the cluster has
+    fewer GPUs than one worker asks for.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -66,9 +76,12 @@ def connected(runtime: config.Runtime) -> Iterator[Resources]:
             object_store_memory=256 * 2**20,
         )
     try:
+        grows = ours and bool(address) and runtime.workers is not None
+        if grows:
+            _await_room(runtime)
         have = ray.cluster_resources()
         nodes = sum(1 for node in ray.nodes() if node["Alive"])
-        found = Resources(have.get("CPU", 0.0), have.get("GPU", 0.0), nodes)
+        found = Resources(have.get("CPU", 0.0), have.get("GPU", 0.0), nodes, grows)
         if runtime.gpus_per_worker > found.gpus:
             raise ValueError(
                 f"runtime.gpus_per_worker asks for {runtime.gpus_per_worker} GPU(s) but the cluster has "
@@ -78,3 +91,19 @@ def connected(runtime: config.Runtime) -> Iterator[Resources]:
     finally:
         if ours:
             ray.shutdown()
+
+
+def _await_room(runtime: config.Runtime) -> None:
+    """Wait until the cluster has had room for one worker. What waits is a placement group, which runs nothing."""
+    import ray
+
+    share = runtime.gpus_per_worker
+    need = {"GPU": share} if share else {"CPU": float(runtime.threads)}
+    if all(ray.cluster_resources().get(name, 0.0) >= amount for name, amount in need.items()):
+        return
+    print(f"waiting up to {GROW_SECONDS / 60:.0f} minutes for a node with {need}", file=sys.stderr)
+    group = ray.util.placement_group([need])
+    try:
+        group.wait(GROW_SECONDS)
+    finally:
+        ray.util.remove_placement_group(group)

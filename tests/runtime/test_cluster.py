@@ -26,6 +26,12 @@ def test_how_many_workers_fit(cpus, gpus, rule, items, expected):
     assert Resources(float(cpus), float(gpus), 1).workers(Runtime(**rule), items) == expected
 
 
+@pytest.mark.parametrize(("items", "expected"), [(20, 5), (3, 3)])
+def test_a_cluster_that_grows_is_asked_for_as_many_as_the_run_says(items, expected):
+    rule = Runtime(workers=5, gpus_per_worker=1)
+    assert Resources(0.0, 0.0, 1, grows=True).workers(rule, items) == expected
+
+
 @pytest.mark.ray
 def test_gpus_that_are_not_there_are_an_error_and_a_joined_cluster_stays(ray_local):
     words = r"asks for 0.5 GPU\(s\) but the cluster has 0; set it to 0 for CPUs"

@@ -1,0 +1,9 @@
+"""Distil the phases that are not finished.
+
+ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/distill.py --config CONFIG
+"""
+
+from entry import main
+
+if __name__ == "__main__":
+    main("distill")

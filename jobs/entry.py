@@ -1,0 +1,44 @@
+"""What all jobs share: the words of a job become those of the command line, and its end says how to go on."""
+
+import argparse
+import shlex
+import sys
+from pathlib import PurePath
+
+from rmdd import cli, config
+
+SUBMIT = "ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python"
+UNUSABLE = 2
+
+
+def main(command: str) -> None:
+    """Do `rmdd COMMAND CONFIG --set ...` for the job that was started as `python jobs/X.py --config CONFIG --set ...`.
+
+    Ends with the exit code of the command line.
+    """
+    parser = argparse.ArgumentParser(description=f"rmdd {command} as a Ray job; further words go to `rmdd {command}`")
+    parser.add_argument("--config", required=True, help="a preset's name or a YAML file in the working folder")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change a field")
+    known, further = parser.parse_known_args()
+    try:
+        if lost := lost_with_the_job(config.load(known.config, known.set)):
+            raise config.ConfigError(lost, known.config)
+    except config.ConfigError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(UNUSABLE) from error
+    try:
+        cli.main([command, known.config, *(word for change in known.set for word in ("--set", change)), *further])
+    except SystemExit as end:
+        if end.code not in (None, 0, UNUSABLE):
+            print(f"or submit it again: {SUBMIT} {shlex.join(sys.argv)}", file=sys.stderr)
+        raise
+
+
+def lost_with_the_job(run: config.Run) -> list[str]:
+    """Mistakes: places that would lie in the job's own copy of the working folder, which goes when the job does."""
+    places = {"runtime.storage": run.runtime.storage, "data.root": run.data.root}
+    return [
+        f"{key}: '{place}' would lie in the job's copy of the working folder; give a path that all nodes see"
+        for key, place in places.items()
+        if place is not None and "://" not in place and not PurePath(place).is_absolute()
+    ]

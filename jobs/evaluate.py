@@ -1,0 +1,9 @@
+"""Train students, choose on val, read test once.
+
+ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/evaluate.py --config CONFIG
+"""
+
+from entry import main
+
+if __name__ == "__main__":
+    main("evaluate")

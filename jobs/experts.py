@@ -1,0 +1,9 @@
+"""Train the experts that are missing.
+
+ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/experts.py --config CONFIG
+"""
+
+from entry import main
+
+if __name__ == "__main__":
+    main("experts")

@@ -1,0 +1,9 @@
+"""Bring the pairs in.
+
+ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/ingest.py --config CONFIG
+"""
+
+from entry import main
+
+if __name__ == "__main__":
+    main("ingest")

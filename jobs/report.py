@@ -1,0 +1,9 @@
+"""Write the distilled set and its page.
+
+ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/report.py --config CONFIG
+"""
+
+from entry import main
+
+if __name__ == "__main__":
+    main("report")

@@ -1,0 +1,9 @@
+"""All steps; what is there already is used.
+
+ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/run.py --config CONFIG
+"""
+
+from entry import main
+
+if __name__ == "__main__":
+    main("run")

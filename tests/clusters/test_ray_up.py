@@ -1,0 +1,175 @@
+"""The files for `ray up`: Ray's own schema and preparation, and what these let pass."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cluster_files import CLUSTERS, RAY, ROOT, leaves, problems
+
+FILES = sorted(CLUSTERS.glob("*.yaml"))
+ANY = None
+AWS = {
+    "InstanceType": ANY,
+    "ImageId": ANY,
+    "SecurityGroupIds": ANY,
+    "SubnetIds": ANY,
+    "KeyName": ANY,
+    "IamInstanceProfile": {"Name": ANY, "Arn": ANY},
+    "BlockDeviceMappings": [{"DeviceName": ANY, "Ebs": {"VolumeSize": ANY, "VolumeType": ANY}}],
+    "InstanceMarketOptions": {"MarketType": ANY, "SpotOptions": {"MaxPrice": ANY}},
+}
+GCP = {
+    "machineType": ANY,
+    "networkInterfaces": [{"subnetwork": ANY}],  # with accessConfigs a machine has a public address
+    "disks": [
+        {"boot": ANY, "autoDelete": ANY, "type": ANY, "initializeParams": {"diskSizeGb": ANY, "sourceImage": ANY}}
+    ],
+    "guestAccelerators": [{"acceleratorType": ANY, "acceleratorCount": ANY}],
+    "scheduling": {
+        "onHostMaintenance": ANY,
+        "automaticRestart": ANY,
+        "provisioningModel": ANY,
+        "instanceTerminationAction": ANY,
+    },
+}
+AZURE = {
+    "azure_arm_parameters": {
+        **dict.fromkeys(("vmSize", "imagePublisher", "imageOffer", "imageSku", "imageVersion", "osDiskSize")),
+        **dict.fromkeys(("priority", "evictionPolicy", "availability_zone")),
+        "billingProfile": {"maxPrice": ANY},
+    }
+}
+PROVIDER = {
+    "aws": {"type", "region", "availability_zone", "cache_stopped_nodes", "use_internal_ips"},
+    "gcp": {"type", "project_id", "region", "availability_zone", "use_internal_ips", "cache_stopped_nodes"},
+    "azure": {"type", "location", "resource_group", "subnet_mask", "use_internal_ips", "cache_stopped_nodes"},
+    "local": {"type", "head_ip", "worker_ips"},
+}
+NODE = {"aws": AWS, "gcp": GCP, "azure": AZURE, "local": {}}
+NEEDED = {
+    "aws": {"InstanceType", "ImageId", "SecurityGroupIds"},  # without a group Ray opens port 22 to the world
+    "gcp": {"machineType", "disks", "networkInterfaces"},
+    "azure": {"azure_arm_parameters"},
+}
+
+
+def read(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def strange(value: Any, known: Any, path: str) -> list[str]:
+    """Keys that a cloud does not know."""
+    if isinstance(value, dict) and isinstance(known, dict):
+        mine = [f"{path}.{key}: no such field" for key in value if key not in known]
+        return mine + [s for key in value if key in known for s in strange(value[key], known[key], f"{path}.{key}")]
+    if isinstance(value, list) and isinstance(known, list):
+        return [s for place, inner in enumerate(value) for s in strange(inner, known[0], f"{path}.{place}")]
+    return [] if known is ANY or not isinstance(value, dict | list) else [f"{path}: has another shape"]
+
+
+def wrong(document: dict[str, Any]) -> list[str]:
+    """All that is wrong with a file beside what Ray itself finds."""
+    kind = document["provider"]["type"]
+    found = problems(document) + strange(document["provider"], dict.fromkeys(PROVIDER[kind]), "provider")
+    for name, node in document.get("available_node_types", {}).items():
+        found += strange(node["node_config"], NODE[kind], name)
+        found += [f"{name}: {key} is missing" for key in NEEDED[kind] - node["node_config"].keys()]
+        if name != document["head_node_type"] and node.get("min_workers", 0) != 0:
+            found.append(f"{name}: machines that wait cost")
+    if kind in ("gcp", "azure") and not document["provider"].get("use_internal_ips"):
+        found.append("provider.use_internal_ips: machines would have public addresses, and port 22 open on them")
+    head, worker = document["head_start_ray_commands"][-1], document["worker_start_ray_commands"][-1]
+    found += [f"{c.split()[0]}: no token" for c in (head, worker) if "RAY_AUTH_MODE=token ray start" not in c]
+    found += [] if "--dashboard-host=127.0.0.1" in head else ["head: the dashboard's host is left open"]
+    found += [] if "--num-cpus=0" in head else ["head: work would go to it"]
+    found += [] if "~/.ray/auth_token" in document["file_mounts"] else ["file_mounts: no token for the nodes"]
+    installs = f'"ray[default,train,tune,data]=={RAY}" ~/rmdd'
+    found += [] if any(installs in c for c in document["setup_commands"]) else ["setup_commands: another Ray, or none"]
+    found += [] if any("/mnt/rmdd" in c for c in document["setup_commands"]) else ["setup_commands: no shared storage"]
+    return found
+
+
+def prepared(document: dict[str, Any]) -> dict[str, Any]:
+    util = pytest.importorskip("ray.autoscaler._private.util")  # private, and the only check that needs no cloud
+    whole = util.prepare_config(copy.deepcopy(document))
+    util.validate_config(whole)
+    return whole
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_ray_takes_it_and_nothing_is_wrong(path: Path) -> None:
+    document = read(path)
+    whole = prepared(document)
+    assert wrong(document) == []
+    hosts = len(document["provider"].get("worker_ips", []))  # own machines cannot be asked for, they are all there
+    assert {node["min_workers"] for node in whole["available_node_types"].values()} == {hosts}
+    commands = [c for key in ("head_start_ray_commands", "worker_start_ray_commands") for c in whole[key]]
+    assert not [c for c in commands if "0.0.0.0" in c] and "3.0.0.dev" not in str(whole)
+
+
+def test_there_is_one_for_every_place_and_each_cloud_has_spot_workers() -> None:
+    assert [p.stem for p in FILES] == ["aws", "azure", "gcp", "onprem"]
+    spot = {"aws": "MarketType", "azure": "priority", "gcp": "provisioningModel"}
+    for cloud, key in spot.items():
+        document = read(CLUSTERS / f"{cloud}.yaml")
+        on = {path[1] for path, value in leaves(document) if path[-1] == key and str(value).lower() == "spot"}
+        assert "gpu_spot" in on and document["head_node_type"] not in on
+
+
+def at(document: dict[str, Any], path: str) -> tuple[Any, Any]:
+    *way, last = path.split("/")
+    for key in way:
+        document = document[int(key) if isinstance(document, list) else key]
+    return document, int(last) if isinstance(document, list) else last
+
+
+@pytest.mark.parametrize(
+    ("cloud", "path", "value", "words"),
+    [
+        ("aws", "provider/regoin", "us-west-2", "provider.regoin: no such field"),
+        ("aws", "available_node_types/gpu_spot/node_config/InstnceType", "g6.2xlarge", "InstnceType: no such field"),
+        ("aws", "available_node_types/gpu_spot/node_config/BlockDeviceMappings/0/Ebs/Size", 5, "Ebs.Size: no such"),
+        ("aws", "available_node_types/gpu_spot/min_workers", 1, "machines that wait cost"),
+        ("aws", "available_node_types/head/node_config/SecurityGroupIds", ..., "SecurityGroupIds is missing"),
+        ("aws", "provider/security_group", {"GroupName": "g", "IpPermissions": [{"CidrIp": "0.0.0.0/0"}]}, "a door"),
+        ("aws", "head_start_ray_commands/1", "RAY_AUTH_MODE=token ray start --head --num-cpus=0", "left open"),
+        ("aws", "head_start_ray_commands/1", "ray start --head --dashboard-host=0.0.0.0", "on all interfaces"),
+        ("aws", "worker_start_ray_commands/1", "ray start --address=$RAY_HEAD_IP:6379", "no token"),
+        ("aws", "setup_commands/0", "export AWS_ACCESS_KEY_ID=AKIAABCDEFGHIJKLMNOP", "a credential"),
+        ("aws", "setup_commands/0", "WANDB_API_KEY=0123abcd rmdd run demo", "a credential"),
+        ("aws", "provider/aws_credentials", {"aws_secret_access_key": "abcd"}, "a credential"),
+        ("aws", "setup_commands/0", "~/venv/bin/pip install -U ray", "ray is not pinned"),
+        ("aws", "head_setup_commands/0", "pip install 'boto3>=1'", "boto3>=1 is not pinned"),
+        ("aws", "docker", {"image": "rayproject/ray:latest-gpu"}, "is not pinned"),
+        ("aws", "docker", {"image": "rayproject/ray"}, "is not pinned"),
+        ("aws", "file_mounts", {"~/rmdd": "."}, "no token for the nodes"),
+        ("gcp", "provider/use_internal_ips", False, "public addresses"),
+        ("gcp", "available_node_types/head/node_config/networkInterfaces/0/accessConfigs", [], "no such field"),
+        ("gcp", "available_node_types/gpu_spot/node_config/scheduling", [{"preemptible": True}], "another shape"),
+        ("azure", "available_node_types/head/node_config/azure_arm_parameters/imageVersion", "latest", "not pinned"),
+        ("azure", "available_node_types/head/node_config/azure_arm_parameters/vmsize", "D2", "no such field"),
+        ("onprem", "provider/worker_ip", [], "provider.worker_ip: no such field"),
+    ],
+)
+def test_what_ray_lets_pass_is_found(cloud: str, path: str, value: Any, words: str) -> None:
+    document = copy.deepcopy(read(CLUSTERS / f"{cloud}.yaml"))  # anchors become copies
+    holder, key = at(document, path)
+    if value is ...:
+        del holder[key]
+    else:
+        holder[key] = value
+    assert any(words in line for line in wrong(document)), wrong(document)
+
+
+@pytest.mark.parametrize("change", [{"setup_command": []}, {"max_workers": "8"}, {"head_node_type": "haed"}])
+def test_rays_own_check_is_at_work(change: dict[str, Any]) -> None:
+    with pytest.raises(Exception, match="setup_command|'8'|head_node_type"):
+        prepared(read(CLUSTERS / "aws.yaml") | change)
+
+
+def test_the_ray_of_all_files_is_the_one_that_is_tested() -> None:
+    import ray
+
+    assert f"Tested with ray {RAY}," in (ROOT / "pyproject.toml").read_text() and ray.__version__ == RAY

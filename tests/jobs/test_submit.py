@@ -1,0 +1,97 @@
+"""`ray job submit` from the repository to a head that was started the way `clusters/` starts it."""
+
+import os
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ray_head import Head, outer_address, started, wait_for
+
+import rmdd
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+SUBMIT = ["ray", "job", "submit", "--working-dir", ".", "--runtime-env", "jobs/runtime_env.yaml"]
+BEARER = {"Authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"}
+TINY = [
+    "data={scenes: {train: 60, val: 12, test: 12, size: 16}, image_size: 16}",
+    "model.image={name: convnet, weights: random, widths: [8, 8], groups: 4, projection: linear}",
+    "experts={num: 2, epochs: 4, batch: 16}",
+    "distill.phases=[{pairs: 6, start: 0, stop: 1, endpoint: 2, iterations: 200}]",
+    "distill.budget=8",
+    "distill.batch=3",
+    "distill.steps=2",
+    "evaluate={epochs: 2, students: 2, reference: false, selection_students: 1, baseline_draws: 2}",
+    "evaluate.baseline_lrs=[0.1]",
+    "evaluate.baseline_losses=[infonce]",
+    "runtime.track=none",
+]
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    with started() as head:
+        yield head
+
+
+def job(storage: Path) -> list[str]:
+    sets = [f"runtime.storage={storage}", *TINY]
+    return ["python", "jobs/run.py", "--config", "demo", *(w for s in sets for w in ("--set", s))]
+
+
+def results(storage: Path) -> dict[str, bytes]:
+    """Everything that a run's value decides: stores, sets and scores, without clocks and places."""
+    named = ("evaluation.json", "expert.json")
+    found = [p for p in storage.rglob("*") if p.suffix == ".safetensors" or p.name in named]
+    return {str(p.relative_to(storage)): p.read_bytes() for p in found}
+
+
+@pytest.fixture(scope="module")
+def unbroken(head: Head, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    storage = tmp_path_factory.mktemp("unbroken")
+    output = head.do(*SUBMIT, "--", *job(storage))
+    assert "succeeded" in output and "PTM-ST" in output
+    return storage
+
+
+def test_the_demo_runs_to_the_end(unbroken: Path) -> None:
+    (run,) = unbroken.glob("demo-*")
+    assert len(rmdd.load(run / "set").as_dataset()) == 6
+    assert (run / "report.html").is_file()
+    events = (run / "events.jsonl").read_text()
+    assert '"item": "phase 0"' in events, "the job's work went to the cluster's workers"
+
+
+def test_a_stopped_job_saves_and_goes_on_when_submitted_again(head: Head, unbroken: Path, tmp_path: Path) -> None:
+    head.do(*SUBMIT, "--no-wait", "--submission-id", "stopped", "--", *job(tmp_path))
+    wait_for(lambda: iterations(tmp_path) >= 5 or head.client().get_job_status("stopped").is_terminal())
+    head.client().stop_job("stopped")
+    wait_for(lambda: head.client().get_job_status("stopped").is_terminal())
+    log = head.client().get_job_logs("stopped")
+    assert head.client().get_job_status("stopped") == "STOPPED", log
+    assert 5 <= iterations(tmp_path) < 200 and not list(tmp_path.glob("*/evaluation.json"))
+    (again,) = [line for line in log.splitlines() if "submit it again: " in line]
+    head.do(*shlex.split(again.partition("submit it again: ")[2]))
+    assert iterations(tmp_path) == 200
+    assert results(tmp_path) == results(unbroken)
+
+
+def iterations(storage: Path) -> int:
+    return sum(len(p.read_text().splitlines()) for p in storage.glob("phases/*/phase-0/metrics.jsonl"))
+
+
+def test_what_is_shipped_is_what_runs(head: Head) -> None:
+    code = (
+        "import ray, rmdd; ray.init(); there = ray.remote(lambda: __import__('rmdd').__file__);"
+        "print('HERE', rmdd.__file__); print('THERE', ray.get(there.remote()))"
+    )
+    lines = head.do(*SUBMIT, "--", "python", "-c", shlex.quote(code)).splitlines()
+    places = [line.split()[1] for line in lines if line.startswith(("HERE", "THERE"))]
+    assert len(places) == 2 and all(place.startswith(str(head.folder)) for place in places)
+
+
+def test_the_dashboard_answers_on_loopback_and_to_the_token_alone(head: Head) -> None:
+    assert head.answers("127.0.0.1", **BEARER) == 200
+    assert head.answers("127.0.0.1") == 401
+    with pytest.raises(OSError):
+        head.answers(outer_address(), **BEARER)
