@@ -11,7 +11,6 @@ for shared or delta storage, epoch 0.
 """
 
 import json
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rmdd.files import atomic_path, read_json, write_json
+from rmdd.files import atomic_path, read_json, remove, write_json
 from rmdd.models.dual import Params, check_same_shapes
 
 SCHEMA = 1
@@ -187,7 +186,7 @@ class Writer:
         if self.running.is_file():
             self._resume()
         elif self.folder.exists():
-            shutil.rmtree(self.folder)
+            remove(self.folder)
 
     def _resume(self) -> None:
         try:
@@ -268,4 +267,4 @@ class Writer:
                 "step_norms": self.norms,
             },
         )
-        self.running.unlink(missing_ok=True)
+        remove(self.running)
