@@ -120,6 +120,29 @@ def resume(
 
 
 @app.command()
+def verify(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A folder that rmdd wrote, or its URI.")],
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check manifests, hashes and numbers of a dataset, store, phase, set, run or storage; touch nothing."""
+    with outcome(debug):
+        from rmdd.verify import verify as verify_
+
+        found = verify_(path)
+        if json:
+            print_json(found.as_json())
+        else:
+            for fault in found.faults:
+                typer.echo(f"BROKEN {fault.path}: {fault.wrong}; {fault.todo}")
+            for place in found.unfinished:
+                typer.echo(f"not finished: {place}")
+            typer.echo(f"{len(found.checked)} checked, {len(found.faults)} broken")
+    if found.faults:
+        raise typer.Exit(1)
+
+
+@app.command()
 def presets(
     name: Annotated[str | None, typer.Argument(help="Print this preset's file.")] = None,
     whole: Annotated[bool, typer.Option("--whole", help="Print it with the values of what it extends.")] = False,

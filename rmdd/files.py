@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 ABANDONED_SECONDS = 24 * 3600.0
 """A temporary file of another machine that nothing was written to for so long has no writer any more."""
@@ -33,6 +33,7 @@ _ADVICE = {
 }
 
 
+@runtime_checkable
 class Keeper(Protocol):
     """What is told of every change under the folder `root`; see `rmdd.storage.Mirror`."""
 

@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from rmdd.files import keeper_of, machine, read_json, remove, write_json
 
@@ -29,6 +29,7 @@ class Held(RuntimeError):
     """Somebody else works in a folder."""
 
 
+@runtime_checkable
 class Cell(Protocol):
     """Where a lease is written; `exact` where the lock of the operating system already keeps all others out."""
 
