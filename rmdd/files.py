@@ -30,6 +30,7 @@ _ADVICE = {
     errno.EFBIG: "the limit on the size of a file is reached (ulimit -f); raise it",
     errno.EROFS: "give a folder that can be written as runtime.storage",
     errno.EACCES: "give a folder that this user may write as runtime.storage",
+    errno.EPERM: "give a folder on a disk that can be written as runtime.storage",
 }
 
 

@@ -140,6 +140,7 @@ class Store:
             start = self._start(expert)
             params = {n: start[n] + t.float() for n, t in params.items()}
         check_same_shapes(self.shapes, {n: tuple(params[n].shape) for n in self.shapes if n in params})
+        self._check(self._file(expert, epoch))
         return {n: params[n] for n in self.shapes}
 
     def _start(self, expert: int) -> Params:
@@ -149,6 +150,7 @@ class Store:
                 self._shared = self._load(self.path / "theta-0.safetensors")
             both = {**self._shared, **own}
             check_same_shapes(self.shapes, {n: tuple(both[n].shape) for n in self.shapes if n in both})
+            self._check(self._file(expert, 0))
             self._theta_0[expert] = {n: both[n] for n in self.shapes}
         return self._theta_0[expert]
 
@@ -157,7 +159,6 @@ class Store:
 
     def _load(self, path: Path) -> Params:
         try:
-            self._check(path)
             return load_file(path)
         except FileNotFoundError:
             raise ValueError(f"{path} is missing from the store; train that expert again") from None
@@ -170,7 +171,7 @@ class Store:
             return
         listed = self._files(int(path.parent.name.removeprefix("expert-"))).get(path.name)
         if listed is not None and sha256_file(path) != listed["sha256"]:
-            raise Damaged("its SHA-256 is not the one in expert.json")
+            raise _damaged(path, "its SHA-256 is not the one in expert.json")
         self._checked.add(path)
 
     def size(self) -> int:
@@ -189,7 +190,7 @@ def stored_bytes(path: Path) -> int:
     return sum(found.values())
 
 
-def _damaged(path: Path, error: Exception) -> ValueError:
+def _damaged(path: Path, error: Exception | str) -> ValueError:
     return ValueError(f"{path} is damaged ({error}); delete its expert's folder and train that expert again")
 
 
