@@ -110,7 +110,7 @@ def run_(source: Source, set_: Sets = None, json: Json = False, quiet: Quiet = F
 
 @app.command()
 def resume(
-    folder: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="The folder of a run that was begun.")],
+    folder: Annotated[str, typer.Argument(metavar="RUN_FOLDER", help="The folder, or URI, of a run that was begun.")],
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,

@@ -30,20 +30,25 @@ Step = Callable[["Pipeline"], dict[str, Any]]
 
 def do(load: Callable[[], config.Run], step: Step, as_json: bool, quiet: bool, debug: bool, check: bool = True) -> None:
     """Load, do one step over a pipeline, print what it left; `check` first whether the whole run can be done."""
-    folders: list[Path] = []
+    folders: dict[Path, str] = {}
     with outcome(debug, folders):
         run = load()
         from rmdd.check import impossible
         from rmdd.pipeline import open_pipeline, run_folder
         from rmdd.progress import Progress
+        from rmdd.storage import address_of, is_uri
 
         if check and (mistakes := impossible(run)):
             raise config.ConfigError(mistakes, run.name)
-        folders.append(run_folder(run))
+        folder = run_folder(run)
+        folders[folder] = address_of(run.runtime, folder)
         with contextlib.redirect_stdout(sys.stderr), open_pipeline(run, Progress(quiet)) as pipeline:
             stop_on_sigterm()  # ray puts its own handler in place
             left = step(pipeline) | {"run": str(pipeline.folder)}
         lines = left.pop("say")
+        if is_uri(run.runtime.storage):
+            left["storage"] = folders[folder]
+            lines = [*lines, f"stored at: {folders[folder]}"]
         if as_json:
             print_json(left)
             return
@@ -76,30 +81,39 @@ def _absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
-def load_folder(folder: Path) -> config.Run:
+def load_folder(place: str) -> config.Run:
+    """The run that was begun in a folder, or at a URI."""
     import yaml
 
     from rmdd.pipeline import run_folder
+    from rmdd.storage import is_uri, open_storage
 
-    folder = folder.absolute()
+    if is_uri(place):
+        storage, _, name = place.rstrip("/").rpartition("/")
+        found = open_storage(config.load({"runtime": {"storage": storage}}).runtime)
+        folder = found.root / name
+        found.fetch(folder / "run.yaml")
+    else:
+        folder = Path(place).absolute()
+        storage, name = str(folder.parent), folder.name
     file = folder / "run.yaml"
     if not file.is_file():
-        raise config.ConfigError(["no run.yaml in it; give a run's folder, such as runs/demo-0123abcd"], str(folder))
+        raise config.ConfigError(["no run.yaml in it; give a run's folder, such as runs/demo-0123abcd"], place)
     raw = yaml.safe_load(file.read_text(encoding="utf-8"))
     if isinstance(raw, dict):
-        raw["runtime"] = {**(raw.get("runtime") or {}), "storage": str(folder.parent)}
+        raw["runtime"] = {**(raw.get("runtime") or {}), "storage": storage}
     try:
         run = config.load(raw)
     except config.ConfigError as error:
         raise config.ConfigError(error.mistakes, str(file)) from None
-    if run_folder(run) != folder:
+    if run_folder(run).name != name:
         now = f"its run.yaml now means {run_folder(run).name}: it was changed, or the folder renamed"
-        raise config.ConfigError([f"{now}; use `rmdd run {file}`"], str(folder))
+        raise config.ConfigError([f"{now}; use `rmdd run {file}`"], place)
     return run
 
 
 @contextlib.contextmanager
-def outcome(debug: bool = False, folders: list[Path] | None = None) -> Iterator[None]:
+def outcome(debug: bool = False, folders: dict[Path, str] | None = None) -> Iterator[None]:
     """Turns what can go wrong into a message on stderr and an exit code."""
 
     def end(message: str, code: int, error: BaseException) -> NoReturn:
@@ -111,8 +125,8 @@ def outcome(debug: bool = False, folders: list[Path] | None = None) -> Iterator[
         raise typer.Exit(code) from error
 
     def how_to_resume(words: str) -> str:
-        begun = [folder for folder in folders or [] if (folder / "run.yaml").is_file()]
-        return "".join(f"{words}: rmdd resume {shlex.quote(str(folder))}" for folder in begun)
+        begun = [address for folder, address in (folders or {}).items() if (folder / "run.yaml").is_file()]
+        return "".join(f"{words}: rmdd resume {shlex.quote(address)}" for address in begun)
 
     try:
         yield

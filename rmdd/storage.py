@@ -97,7 +97,7 @@ class Mirror(Storage):
         register(self)
 
     def address(self, path: Path) -> str:
-        return f"{self.uri}/{self._name(path)}" if path.is_relative_to(self.root) else str(path)
+        return f"{self.uri}/{self._name(path)}".rstrip("/") if path.is_relative_to(self.root) else str(path)
 
     def cell(self, folder: Path) -> "RemoteCell":
         return RemoteCell(self.remote, f"{self._name(folder)}.lease")
@@ -194,7 +194,8 @@ class Mirror(Storage):
             os.utime(path, ns=(stamp.mtime_ns, stamp.mtime_ns))
 
     def _name(self, path: Path) -> str:
-        return path.relative_to(self.root).as_posix()
+        name = path.relative_to(self.root).as_posix()
+        return "" if name == "." else name
 
     def _kept(self, name: str) -> bool:
         parts = name.split("/")
@@ -239,6 +240,13 @@ def root_of(runtime: config.Runtime) -> Path:
     uri = runtime.storage.rstrip("/")
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", uri)[-40:].strip("-")
     return _scratch(runtime) / f"{name}-{hashlib.sha256(uri.encode()).hexdigest()[:8]}"
+
+
+def address_of(runtime: config.Runtime, path: Path) -> str:
+    """How a person names `path` of a storage, from any machine."""
+    if not is_uri(runtime.storage):
+        return str(path)
+    return f"{runtime.storage.rstrip('/')}/{path.relative_to(root_of(runtime)).as_posix()}"
 
 
 def _scratch(runtime: config.Runtime) -> Path:
