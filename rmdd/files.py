@@ -219,14 +219,14 @@ def read_json(path: Path | str) -> Any:
 def append_jsonl(path: Path | str, value: Any) -> None:
     """Add a line, whole or not at all."""
     path = Path(path)
-    line = (json.dumps(value, ensure_ascii=False) + "\n").encode()
+    rest = (json.dumps(value, ensure_ascii=False) + "\n").encode()
     with clearly(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab", buffering=0) as f:
             before = f.seek(0, os.SEEK_END)
             try:
-                if f.write(line) != len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                while rest:
+                    rest = rest[f.write(rest) :]
             except OSError:
                 f.truncate(before)
                 raise

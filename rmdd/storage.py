@@ -65,7 +65,7 @@ class Storage:
         Raises `OSError` that says what to do.
         """
         probe = temporary_beside(self.root / "probe")
-        with clearly(probe):
+        with clearly(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
             probe.touch()
             probe.unlink()

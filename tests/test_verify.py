@@ -48,8 +48,7 @@ def test_what_is_whole_passes(root, part):
     assert len(found.checked) == (3 if part == "" else 1)
 
 
-def test_a_uri_is_checked_by_a_copy(root, tmp_path, monkeypatch):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+def test_a_uri_is_checked_by_a_copy(root):
     flip(root / "experts" / "e" / "expert-000" / "epoch-0002.safetensors")
     (fault,) = verify(f"file://{root}/experts/e").faults
     assert fault.path == f"file://{root}/experts/e/expert-000/epoch-0002.safetensors"
