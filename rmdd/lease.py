@@ -161,7 +161,7 @@ def _take(lease: Lease) -> bool:
             return False
         if time.monotonic() > deadline:
             break
-        time.sleep(POLL)
+        time.sleep(BEAT / 4)
     lease.write()
     if foreign or not cell.exact:
         time.sleep(SETTLE)
