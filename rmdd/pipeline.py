@@ -23,9 +23,11 @@ from rmdd.experts.store import Store
 from rmdd.experts.train import begin_store, kept_epochs
 from rmdd.files import atomic_path, read_json, write_json
 from rmdd.jobs import Executor, Interrupted, InTurn, Task
+from rmdd.lease import held
 from rmdd.models.image import image_identity
 from rmdd.models.text import encoder_identity, text_width
 from rmdd.progress import Progress
+from rmdd.storage import open_storage, root_of
 from rmdd.tasks import Item, Places, device_of, expert, material, phase, student
 
 NUMBERS_VERSION = 3
@@ -50,9 +52,10 @@ class Pipeline:
 
     def __init__(self, run: config.Run, executor: Executor, progress: Progress, row_executor: Any = None):
         self.run, self.executor, self.progress, self.row_executor = run, executor, progress, row_executor
-        self.storage = Path(run.runtime.storage).absolute()
+        self.storage = open_storage(run.runtime)
         self.folder = run_folder(run)
         self._dataset: Dataset | None = None
+        self.storage.fetch(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(self.folder / "run.yaml") as temporary:
             temporary.write_text(config.dump(run), encoding="utf-8")
@@ -70,7 +73,10 @@ class Pipeline:
             else:
                 root = str(Path(run.data.root).absolute()) if run.data.root else ""
                 name = config.hash_value({"data": shaping(run.data), "root": root})
-                dataset = ingest(run.data, self.storage / "data" / name, self.row_executor)
+                folder = self.storage.root / "data" / name
+                self.storage.fetch(folder.parent, lambda file: file.startswith(f"data/{name}"))
+                dataset = ingest(run.data, folder, self.row_executor)
+                self.storage.publish(folder)
             self._bind(dataset)
         counts = ", ".join(
             f"{split} {n['pairs']} pairs ({n['captions']} captions)" for split, n in dataset.counts.items()
@@ -94,6 +100,7 @@ class Pipeline:
                 "data_hash": dataset.hash,
                 "config_hash": places.store.name,
             }
+            self.storage.fetch(places.store, _records)
             store = begin_store(run, places.store, text_width(run.model.text), facts)
             missing = [e for e in range(run.experts.num) if not store.is_complete(e)]
             self._map(
@@ -102,6 +109,7 @@ class Pipeline:
                 [replace(self._item(dataset), number=e) for e in missing],
                 {f"expert {e}": run.experts.epochs for e in missing},
             )
+            self.storage.fetch(places.store, _records)
         self.progress.say(f"experts: {len(store.complete())} in {places.store} ({store.size() / 2**20:.0f} MiB)")
         return store
 
@@ -112,6 +120,7 @@ class Pipeline:
         dataset = self.ingest()
         run, places = self.run, places_of(self.run, dataset)
         with self._timed("distill"):
+            self.storage.fetch(places.phases, _no_curves)
             method = methods.find(run.distill.method)(run)
             for p in range(len(run.distill.phases)):
                 if not places.start(p).is_file():
@@ -122,6 +131,7 @@ class Pipeline:
             todo = [p for p, plan in enumerate(run.distill.phases) if not finished(places.phase(p), plan.iterations)]
             items = [replace(self._item(dataset), number=p) for p in todo]
             self._map("phases", phase, items, {f"phase {p}": run.distill.phases[p].iterations for p in todo})
+            self.storage.fetch(places.phases, _no_curves)
         return [places.phase(p) for p in range(len(run.distill.phases))]
 
     def evaluate(self) -> dict[str, Any]:
@@ -285,7 +295,16 @@ class Pipeline:
 
 def run_folder(run: config.Run) -> Path:
     """Where a run keeps its results: its name and the hash of its value."""
-    return Path(run.runtime.storage).absolute() / f"{run.name}-{run.hash_of()[:8]}"
+    return root_of(run.runtime) / f"{run.name}-{run.hash_of()[:8]}"
+
+
+def _records(name: str) -> bool:
+    """What the driver reads of a store: all but the experts' parameters."""
+    return not name.endswith(".safetensors") or name.endswith("/theta-0.safetensors")
+
+
+def _no_curves(name: str) -> bool:
+    return "/tensorboard/" not in name
 
 
 def protocol_of(run: config.Run) -> dict[str, Any]:
@@ -316,7 +335,7 @@ def places_of(run: config.Run, dataset: Dataset) -> Places:
     rules = run.evaluate.model_dump(mode="json", exclude=set(ONLY_DISTILLED)) | {"seed": run.seed_of("evaluate")}
     facts = {"num": run.experts.num, "budget": run.distill.budget, "updates": protocol.updates(run)}
     baseline = {**trained, **facts, "evaluate": rules}
-    storage = Path(run.runtime.storage).absolute()
+    storage = root_of(run.runtime)
     return Places(
         data=dataset.path,
         cache=storage / "cache",
@@ -324,6 +343,7 @@ def places_of(run: config.Run, dataset: Dataset) -> Places:
         phases=storage / "phases" / config.hash_value(distilled),
         baseline=storage / "baselines" / config.hash_value(baseline),
         run=run_folder(run),
+        root=storage,
     )
 
 
@@ -345,12 +365,16 @@ def over_budget(run: config.Run, width: int | None = None) -> str | None:
 def open_pipeline(run: config.Run, progress: Progress | None = None) -> Iterator[Pipeline]:
     """A pipeline with the executor that `runtime.ray` names; Ray is started and stopped here."""
     progress = progress or Progress()
-    if run.runtime.ray == "off":
-        yield Pipeline(run, InTurn(run.runtime.threads), progress)
-        return
-    from rmdd.runtime.cluster import connected
+    storage = open_storage(run.runtime)
+    storage.begin()
+    with held(run_folder(run), wait=False), contextlib.ExitStack() as stack:
+        stack.callback(storage.flush)
+        if run.runtime.ray == "off":
+            yield Pipeline(run, InTurn(run.runtime.threads), progress)
+            return
+        from rmdd.runtime.cluster import connected
 
-    with connected(run.runtime) as resources:
+        resources = stack.enter_context(connected(run.runtime))
         from rmdd.runtime.actors import SideBySide
         from rmdd.runtime.stream import ray_executor
 

@@ -4,8 +4,10 @@ Each opens what it needs by path, so it runs the same in this process and on ano
 same storage, and each goes on from its own last checkpoint.
 """
 
+import contextlib
 import functools
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,11 @@ from rmdd.distill.matching import distill_phase, load_set
 from rmdd.evaluate.protocol import Job, lesson_of, random_lesson, score_expert, train_and_score
 from rmdd.experts.store import Store
 from rmdd.experts.train import expert_model, train_expert
-from rmdd.files import locked, read_json, write_json
+from rmdd.files import read_json, write_json
 from rmdd.jobs import Hooks
+from rmdd.lease import held
 from rmdd.models.text import text_width
+from rmdd.storage import Storage, open_storage
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,15 @@ class Places:
     phases: Path
     baseline: Path
     run: Path
+    root: Path = Path()
+    """The storage that these lie in, as the process sees it that named them."""
+
+    def under(self, root: Path) -> "Places":
+        """The same places for a process that sees the storage at `root`."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Places(
+            **{n: root / p.relative_to(self.root) if p.is_relative_to(self.root) else p for n, p in moved.items()}
+        )
 
     def phase(self, number: int) -> Path:
         return self.phases / f"phase-{number}"
@@ -72,14 +85,34 @@ def material(item: Item, split: str) -> Material:
     return _material(item.run, item.places.data, item.places.cache, split)
 
 
+@contextlib.contextmanager
+def _alone(folder: Path, storage: Storage, hooks: Hooks) -> Iterator[Hooks]:
+    """Hold `folder`, brought up to date, while a task works in it; yields hooks that also stop a task that lost it."""
+    with held(folder, wait=True) as lease:
+        storage.fetch(folder)
+        yield replace(hooks, should_stop=lambda: lease.lost or hooks.should_stop())
+        storage.flush()
+        lease.check()
+
+
+def _here(item: Item) -> tuple[Item, Storage]:
+    """`item` with its places as this process sees them, and the storage they lie in."""
+    storage = open_storage(item.run.runtime)
+    return replace(item, places=item.places.under(storage.root)), storage
+
+
 def expert(item: Item, hooks: Hooks) -> bool:
     """Train expert `item.number` to the end or until told to stop."""
+    item, storage = _here(item)
+    places = item.places
 
     def on_epoch(metrics: dict[str, Any]) -> None:
         hooks.report({"done": metrics["epoch"], "loss": metrics["loss"], "val": metrics["val"]})
 
-    store = Store.open(item.places.store)
-    with locked(store.folder(item.number)):
+    storage.fetch(places.data)
+    storage.fetch(places.store, lambda name: "/expert-" not in name)
+    store = Store.open(places.store)
+    with _alone(store.folder(item.number), storage, hooks) as hooks:
         return train_expert(
             item.run,
             item.number,
@@ -95,7 +128,9 @@ def expert(item: Item, hooks: Hooks) -> bool:
 
 def phase(item: Item, hooks: Hooks) -> bool:
     """Distil phase `item.number` to the end or until told to stop."""
+    item, storage = _here(item)
     places, run = item.places, item.run
+    storage.fetch(places.store, lambda name: not name.endswith("/running.safetensors"))
     model = expert_model(run, 0, text_width(run.model.text))
     tracker = _tracker(run, places.phase(item.number))
 
@@ -114,7 +149,7 @@ def phase(item: Item, hooks: Hooks) -> bool:
                     tracker.add_scalar(name, metrics[name], metrics["iteration"])
 
     try:
-        with locked(places.phase(item.number)):
+        with _alone(places.phase(item.number), storage, hooks) as hooks:
             return distill_phase(
                 run,
                 item.number,
@@ -130,20 +165,25 @@ def phase(item: Item, hooks: Hooks) -> bool:
     finally:
         if tracker is not None:
             tracker.close()
+            storage.publish(places.phase(item.number) / "tensorboard")
 
 
 def student(item: Item, hooks: Hooks) -> dict[str, Any]:
     """Train and score one student, or read its record if it has been; test is read once."""
+    item, storage = _here(item)
     assert item.job is not None
     job, run, places = item.job, item.run, item.places
     folder = places.baseline if job.kind in ("tune", "baseline", "full") else places.run / "students"
     path = folder / f"{job.name}.json"
     value = f"{item.value}/{'-'.join(map(str, item.iterations))}" if folder == places.run / "students" else folder.name
+    storage.fetch(path)
     if path.is_file() and (record := read_json(path))["value"] == value:
         hooks.report({"done": 1})
         return record
+    storage.fetch(places.data)
     device, val, test = device_of(run), material(item, "val"), material(item, "test")
     if job.kind == "full":
+        storage.fetch(places.store, lambda name: "/expert-" not in name or f"/expert-{job.index:03d}/" in name)
         model = expert_model(run, job.index, val.texts.shape[1])
         store = Store.open(places.store)
         model.load_trained(store.read(job.index, store.epochs))
@@ -152,6 +192,8 @@ def student(item: Item, hooks: Hooks) -> dict[str, Any]:
         if job.kind in ("tune", "baseline"):
             lessons = [random_lesson(run, material(item, "train"), job.index, job.lr)]
         else:
+            for p, iteration in enumerate(item.iterations):
+                storage.fetch(places.set(p, iteration))
             sets = [load_set(places.set(p, iteration)) for p, iteration in enumerate(item.iterations)]
             lessons = [lesson_of(s, run.data.image_size) for s in sets]
         record = train_and_score(job, run, lessons, val, test, device)

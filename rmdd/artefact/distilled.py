@@ -5,7 +5,6 @@ M pairs of a subset, H x W image size, F text embedding width, R similarity rank
 
 import os
 import shutil
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from rmdd.artefact import card
 from rmdd.artefact.budget import pair_parameters
 from rmdd.distill import similarity
 from rmdd.distill.synthetic import enlarged
-from rmdd.files import atomic_path, read_json, sha256_file, write_json
+from rmdd.files import atomic_path, read_json, sha256_file, temporary_beside, write_json
 
 SCHEMA_VERSION = 1
 DESCRIPTION, TENSORS, CAPTIONS = "set.json", "tensors.safetensors", "captions.parquet"
@@ -330,6 +329,6 @@ def _move_aside(path: Path) -> Path | None:
     """A folder with files in it cannot be renamed over, so an old set steps aside just before the new one lands."""
     if not path.exists():
         return None
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
+    aside = temporary_beside(path, "old")
     os.replace(path, aside)
     return aside

@@ -51,7 +51,12 @@ class Evaluate(Section):
 class Runtime(Section):
     """Where and how wide a run goes; in no hash. Only `threads` and a GPU change bits, by rounding alone."""
 
-    storage: str = Field("runs", description="folder of all runs, stores and caches")
+    storage: str = Field(
+        "runs", description="folder of all runs, stores and caches, or a URI (s3://, gs://, abfs://, file://, ...)"
+    )
+    scratch: str | None = Field(
+        None, description="local folder for copies of what lies at a URI; null: rmdd in the user's cache folder"
+    )
     ray: Literal["on", "off"] = Field("on", description="off: everything in turn in this process, with the same bits")
     address: str | None = Field(None, description="cluster to join; null: RAY_ADDRESS if set, else a local cluster")
     num_cpus: PositiveInt | None = Field(None, description="CPUs of a local cluster; null: all")
@@ -70,3 +75,16 @@ class Runtime(Section):
     track: Literal["tensorboard", "none"] = Field(
         "tensorboard", description="where the curves of a distillation go, beside metrics.jsonl"
     )
+
+    def clashes(self) -> list[str]:
+        scheme, is_uri, rest = self.storage.partition("://")
+        user = rest.partition("/")[0].rpartition("@")[0]
+        if is_uri and (":" in user or "?" in rest or "#" in rest):
+            return [
+                f"runtime.storage is a {scheme}:// URI with a password or settings in it, which would end up in files "
+                "and logs; give a bare URI, and the rest by the environment of every machine (such as "
+                "AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS)"
+            ]
+        if is_uri and not rest.strip("/"):
+            return [f"runtime.storage '{self.storage}' names no bucket or folder; give {scheme}://BUCKET/FOLDER"]
+        return []

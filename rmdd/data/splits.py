@@ -16,7 +16,7 @@ from rmdd.config import Data, hash_value
 from rmdd.data.captions import clean
 from rmdd.data.decode import decode, squash
 from rmdd.data.shards import Dataset
-from rmdd.files import atomic_path
+from rmdd.files import allocate, atomic_path
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ def _image_cache(dataset: Dataset, split: str, rows: np.ndarray, data: Data, pat
     if not path.is_file():
         with atomic_path(path) as temporary:
             images = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+            allocate(temporary)
             for i, image in enumerate(_encoded_images(dataset, split, rows)):
                 picture = decode(
                     image,

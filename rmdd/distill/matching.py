@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rmdd import config, methods
@@ -29,6 +27,7 @@ from rmdd.experts.store import Store
 from rmdd.files import append_jsonl, atomic_path
 from rmdd.models.dual import TOWERS, DualEncoder, Params, tower_of
 from rmdd.models.image import matching_context
+from rmdd.tensors import Damaged, facts_of, load_checked, save_checked
 
 _logger = logging.getLogger(__name__)
 
@@ -69,20 +68,18 @@ class State:
             "average": self.average.tensors(),
             "momentum": self.momentum,
         }
-        named = {f"{g}/{n}": t.detach().cpu().contiguous() for g, ts in groups.items() for n, t in ts.items()}
+        named = {f"{g}/{n}": t for g, ts in groups.items() for n, t in ts.items()}
         facts = {"iteration": self.iteration, "alpha": self.raw.alpha, "key": key, "halvings": self.halvings}
-        with atomic_path(path) as temporary:
-            save_file(named, temporary, metadata={"state": json.dumps(facts)})
+        save_checked(path, named, "state", facts)
 
     @classmethod
     def load(cls, path: Path, key: str) -> "State":
         try:
-            with safe_open(path, "pt") as file:
-                facts = json.loads(file.metadata()["state"])
-                named = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
-        except Exception as error:
-            raise ValueError(
-                f"the checkpoint {path} is damaged ({error}); delete it to begin this phase anew"
+            named, facts = load_checked(path, "state")
+        except Damaged as error:
+            raise Damaged(
+                f"the checkpoint {path} is damaged ({error}); delete it and good.safetensors beside it to begin this "
+                "phase anew"
             ) from error
         if facts["key"] != key:
             raise ValueError(f"the checkpoint {path} belongs to another configuration; use another run folder")
@@ -248,8 +245,22 @@ def finished(folder: Path, total: int) -> bool:
     checkpoint = folder / "state.safetensors"
     if not checkpoint.is_file() or not (folder / f"set-{total:06d}.safetensors").is_file():
         return False
-    with safe_open(checkpoint, "pt") as file:
-        return json.loads(file.metadata()["state"])["iteration"] == total
+    try:
+        return facts_of(checkpoint, "state")["iteration"] == total
+    except Damaged:  # told, or mended, by who goes on
+        return False
+
+
+def _last_state(path: Path, good: Path, key: str) -> State:
+    """The last checkpoint, or, where it is damaged, the good one before it: the same updates follow from both."""
+    try:
+        return State.load(path, key)
+    except Damaged as error:
+        if not good.is_file():
+            raise
+        state = State.load(good, key)
+        _logger.warning("%s; going on from iteration %d, which %s holds", error, state.iteration, good)
+        return state
 
 
 def distill_phase(
@@ -275,7 +286,8 @@ def distill_phase(
     log, rollbacks = folder / "metrics.jsonl", folder / "rollbacks.jsonl"
     files = {name: folder / f"{name}.safetensors" for name in ("state", "good")}
     begun = State.begin(initial).to(device)
-    state, good = (State.load(f, key).to(device) if f.is_file() else begun for f in files.values())
+    good = State.load(files["good"], key).to(device) if files["good"].is_file() else begun
+    state = _last_state(files["state"], files["good"], key).to(device) if files["state"].is_file() else begun
     if good.halvings > state.halvings:  # killed in the middle of a rollback
         state = good
     _cut_log(log, "iteration", state.iteration)
@@ -376,14 +388,18 @@ def snapshot_iterations(total: int, count: int) -> list[int]:
 
 
 def save_set(synthetic: Synthetic, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        named = {n: t.detach().cpu().contiguous() for n, t in synthetic.tensors().items()}
-        save_file(named, temporary, metadata={"alpha": repr(synthetic.alpha)})
+    save_checked(path, synthetic.tensors(), "set", {"alpha": synthetic.alpha})
 
 
 def load_set(path: Path) -> Synthetic:
-    with safe_open(path, "pt") as file:
-        return from_tensors({n: file.get_tensor(n) for n in file.keys()}, float(file.metadata()["alpha"]))  # noqa: SIM118
+    """Raises `ValueError` when the file is damaged."""
+    try:
+        tensors, facts = load_checked(path, "set")
+    except Damaged as error:
+        raise ValueError(
+            f"the set {path} is damaged ({error}); delete {path.parent} to distil that phase again"
+        ) from error
+    return from_tensors(tensors, float(facts["alpha"]))
 
 
 def _cut_log(log: Path, count: str, reached: int) -> None:

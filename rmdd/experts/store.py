@@ -3,7 +3,7 @@
     store.json                      schema version, parameter names and shapes, protocol, config and data hash
     theta-0.safetensors             what every expert starts from: the image tower, where it is pretrained
     expert-003/epoch-0006.safetensors
-    expert-003/expert.json          per-epoch metrics and step norms; its presence says "complete"
+    expert-003/expert.json          per-epoch metrics, step norms, bytes and SHA-256 of each file; says "complete"
     expert-003/running.safetensors  the last finished epoch of an expert still in training
 
 Every file is written under a temporary name and renamed. Reading one checkpoint touches only its file and,
@@ -11,18 +11,17 @@ for shared or delta storage, epoch 0.
 """
 
 import json
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rmdd.files import atomic_path, read_json, write_json
+from rmdd.files import atomic_path, read_json, remove, sha256_file, write_json
 from rmdd.models.dual import Params, check_same_shapes
+from rmdd.tensors import Damaged, load_checked, save_checked
 
 SCHEMA = 1
 
@@ -36,6 +35,7 @@ class Store:
         self.shapes = {name: tuple(shape) for name, shape in spec["parameters"].items()}
         self._shared: Params = {}
         self._theta_0: dict[int, Params] = {}
+        self._checked: set[Path] = set()
 
     @classmethod
     def create(
@@ -108,8 +108,16 @@ class Store:
         return sorted(int(p.parent.name.removeprefix("expert-")) for p in self.path.glob("expert-*/expert.json"))
 
     def record(self, expert: int) -> dict[str, Any]:
-        """The finished expert's metrics per epoch and step norms."""
-        return read_json(self.folder(expert) / "expert.json")
+        """The finished expert's metrics per epoch, step norms and files. Raises `ValueError` when it is damaged."""
+        path = self.folder(expert) / "expert.json"
+        try:
+            record = read_json(path)
+            version = record["schema_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise _damaged(path, error) from error
+        if version != SCHEMA:
+            raise ValueError(f"{path} has schema version {version}, this version of rmdd reads {SCHEMA}")
+        return record
 
     def norms(self, expert: int) -> dict[str, np.ndarray]:
         """Per parameter tensor, the length of its step in each epoch: float64 (n,)."""
@@ -132,6 +140,7 @@ class Store:
             start = self._start(expert)
             params = {n: start[n] + t.float() for n, t in params.items()}
         check_same_shapes(self.shapes, {n: tuple(params[n].shape) for n in self.shapes if n in params})
+        self._check(self._file(expert, epoch))
         return {n: params[n] for n in self.shapes}
 
     def _start(self, expert: int) -> Params:
@@ -141,6 +150,7 @@ class Store:
                 self._shared = self._load(self.path / "theta-0.safetensors")
             both = {**self._shared, **own}
             check_same_shapes(self.shapes, {n: tuple(both[n].shape) for n in self.shapes if n in both})
+            self._check(self._file(expert, 0))
             self._theta_0[expert] = {n: both[n] for n in self.shapes}
         return self._theta_0[expert]
 
@@ -155,12 +165,32 @@ class Store:
         except Exception as error:
             raise _damaged(path, error) from error
 
+    def _check(self, path: Path) -> None:
+        """Compare the file of a finished expert with its record, once; older records name no files."""
+        if path in self._checked or not (path.parent / "expert.json").is_file():
+            return
+        listed = self._files(int(path.parent.name.removeprefix("expert-"))).get(path.name)
+        if listed is not None and sha256_file(path) != listed["sha256"]:
+            raise _damaged(path, "its SHA-256 is not the one in expert.json")
+        self._checked.add(path)
+
     def size(self) -> int:
-        """Bytes on disk."""
-        return sum(p.stat().st_size for p in self.path.rglob("*") if p.is_file())
+        """Bytes that it takes in the storage."""
+        return stored_bytes(self.path)
+
+    def _files(self, expert: int) -> dict[str, dict[str, Any]]:
+        return self.record(expert).get("files", {})
 
 
-def _damaged(path: Path, error: Exception) -> ValueError:
+def stored_bytes(path: Path) -> int:
+    """Bytes of a store; those of finished experts by their records, for their files need not all be here."""
+    found = {p: p.stat().st_size for p in path.rglob("*") if p.is_file()}
+    for record in path.glob("expert-*/expert.json"):
+        found |= {record.parent / n: file["bytes"] for n, file in read_json(record).get("files", {}).items()}
+    return sum(found.values())
+
+
+def _damaged(path: Path, error: Exception | str) -> ValueError:
     return ValueError(f"{path} is damaged ({error}); delete its expert's folder and train that expert again")
 
 
@@ -178,6 +208,7 @@ class Writer:
         self.epoch = -1
         self.norms: dict[str, list[float]] = {n: [] for n in store.shapes}
         self.metrics: list[dict[str, Any]] = []
+        self.files: dict[str, dict[str, Any]] = {}
         self._previous: Params = {}
         self.momentum: Params = {}
         if store.is_complete(expert):
@@ -187,16 +218,15 @@ class Writer:
         if self.running.is_file():
             self._resume()
         elif self.folder.exists():
-            shutil.rmtree(self.folder)
+            remove(self.folder)
 
     def _resume(self) -> None:
         try:
-            with safe_open(self.running, "pt") as file:
-                state = json.loads(file.metadata()["state"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except Exception as error:
+            tensors, state = load_checked(self.running, "state")
+        except Damaged as error:
             raise _damaged(self.running, error) from error
         self.epoch, self.norms, self.metrics = state["epoch"], state["norms"], state["metrics"]
+        self.files = state.get("files", {})
         self._previous = {n: tensors[n] for n in self.store.shapes}
         self.momentum = {n.removeprefix("momentum/"): t for n, t in tensors.items() if n.startswith("momentum/")}
 
@@ -221,10 +251,9 @@ class Writer:
             self._write(epoch, params)
         self.metrics.append({"epoch": epoch, **metrics})
         self.epoch, self._previous, self.momentum = epoch, params, dict(momentum or {})
-        state = json.dumps({"epoch": epoch, "norms": self.norms, "metrics": self.metrics})
-        buffers = {f"momentum/{n}": t.detach().cpu().contiguous() for n, t in self.momentum.items()}
-        with atomic_path(self.running) as temporary:
-            save_file({**params, **buffers}, temporary, metadata={"state": state})
+        state = {"epoch": epoch, "norms": self.norms, "metrics": self.metrics, "files": self.files}
+        buffers = {f"momentum/{n}": t for n, t in self.momentum.items()}
+        save_checked(self.running, {**params, **buffers}, "state", state)
 
     def check_finite(self, params: Params) -> None:
         """Raise `ValueError` when the parameters after the next epoch are no numbers."""
@@ -242,8 +271,10 @@ class Writer:
         elif self.store.spec["dtype"] == "bfloat16-delta":
             start = self.store._start(self.expert)
             params = {n: (p - start[n]).to(torch.bfloat16) for n, p in params.items()}
-        with atomic_path(self.store._file(self.expert, epoch)) as temporary:
+        path = self.store._file(self.expert, epoch)
+        with atomic_path(path) as temporary:
             save_file(params, temporary)
+        self.files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
     def _check_shared(self, params: Params) -> None:
         if self.store.spec["shared"]:
@@ -266,6 +297,7 @@ class Writer:
                 "epochs": self.epoch,
                 "metrics": self.metrics,
                 "step_norms": self.norms,
+                "files": self.files,
             },
         )
-        self.running.unlink(missing_ok=True)
+        remove(self.running)

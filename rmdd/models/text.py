@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float32
 
 from rmdd.config import TextTower
-from rmdd.files import atomic_path, sha256_file
+from rmdd.files import allocate, atomic_path, sha256_file
 from rmdd.seeding import generator
 
 MODEL_FILES = (".json", ".txt", ".model", ".safetensors", ".bin")  # weights, configuration and tokenizer
@@ -59,6 +59,7 @@ def embed(
         shape = (len(captions), vectors_UF.shape[1])
         with atomic_path(path) as temporary:
             out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+            allocate(temporary)
             np.take(vectors_UF, rows_T, axis=0, out=out, mode="clip")  # the default mode would copy `out`
             out.flush()
             del out

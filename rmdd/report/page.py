@@ -19,6 +19,7 @@ from PIL import Image
 
 from rmdd.data.images import denormalise
 from rmdd.distill.matching import load_set
+from rmdd.experts.store import stored_bytes
 from rmdd.files import atomic_path
 from rmdd.methods import TITLES
 from rmdd.report import plots
@@ -69,7 +70,7 @@ def write_report(
         "total_seconds": sum(seconds.values()),
         "speed": [_speed(lines) for lines in logs],
         "budget": distilled.budget(),
-        "experts_bytes": _folder_bytes(places.store),
+        "experts_bytes": stored_bytes(places.store),
         "config_yaml": yaml.safe_dump(distilled.config, sort_keys=False, width=110, allow_unicode=True),
         "provenance": _flat(distilled.provenance | {"text encoder": distilled.model.get("text_encoder", "unknown")}),
     }
@@ -321,10 +322,6 @@ def _speed(lines: list[dict[str, Any]]) -> float | None:
     """Median seconds per iteration."""
     taken = [line["seconds"] for line in lines if "seconds" in line]
     return statistics.median(taken) if taken else None
-
-
-def _folder_bytes(folder: Path) -> int:
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

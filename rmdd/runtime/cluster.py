@@ -2,10 +2,12 @@
 
 import contextlib
 import os
+import shutil
 import sys
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from rmdd import config
 
@@ -23,6 +25,9 @@ ENVIRONMENT = {
 
 GROW_SECONDS = 900.0
 """How long a cluster that grows may take to bring a first node with room for a worker."""
+
+PROBE_SECONDS = 60.0
+"""A node that has not answered by then does not see the storage."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ def connected(runtime: config.Runtime) -> Iterator[Resources]:
 
     A cluster that this process had already joined is used and left alone. One that is joined here with
     `runtime.workers` set is taken to grow: its first node is waited for. Raises `ValueError` when the cluster has
-    fewer GPUs than one worker asks for.
+    fewer GPUs than one worker asks for, or nodes that do not see the storage.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -87,6 +92,8 @@ def connected(runtime: config.Runtime) -> Iterator[Resources]:
                 f"runtime.gpus_per_worker asks for {runtime.gpus_per_worker} GPU(s) but the cluster has "
                 f"{found.gpus:g}; set it to 0 for CPUs, or add GPU nodes"
             )
+        if nodes > 1 and "://" not in runtime.storage:
+            require_shared(Path(runtime.storage).absolute())
         yield found
     finally:
         if ours:
@@ -107,3 +114,43 @@ def _await_room(runtime: config.Runtime) -> None:
         group.wait(GROW_SECONDS)
     finally:
         ray.util.remove_placement_group(group)
+
+
+def require_shared(storage: Path) -> None:
+    """Raise `ValueError` that names the alive nodes on which `storage` is not the folder that this process sees.
+
+    This process writes a token there; every node must read it, and answer with a file that this process must find.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    token = uuid.uuid4().hex
+    folder = storage / f".probe-{token}"
+    folder.mkdir(parents=True)
+    try:
+        (folder / "token").write_text(token)
+        nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+        answer = ray.remote(num_cpus=0, max_retries=0)(_answer)
+        asked = {
+            node: answer.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
+                str(folder), token, node
+            )
+            for node in nodes
+        }
+        ray.wait(list(asked.values()), num_returns=len(asked), timeout=PROBE_SECONDS)
+        blind = [node for node in nodes if not (folder / node).is_file()]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if blind:
+        named = ", ".join(f"{nodes[n].get('NodeName') or nodes[n]['NodeManagerAddress']} ({n[:8]})" for n in blind)
+        raise ValueError(
+            f"the cluster has {len(nodes)} nodes, and {len(blind)} of them do not see runtime.storage {storage} as "
+            f"this one does: {named}; mount one shared folder at that path on every node, or give a URI (s3://, gs://, "
+            "abfs://)"
+        )
+
+
+def _answer(folder: str, token: str, node: str) -> None:
+    """Runs on `node`: leave its name beside the token, if that is there."""
+    if (Path(folder) / "token").read_text() == token:
+        (Path(folder) / node).touch()

@@ -1,0 +1,306 @@
+"""`rmdd verify`: what in a folder that rmdd wrote is not as it was written.
+
+Reads everything: schema versions, manifests, sizes, SHA-256, headers, whether numbers are finite, and whether what a
+finished run was made from is still there. Work that is not finished is no fault. Touches nothing.
+"""
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from rmdd import config
+from rmdd.artefact.distilled import DESCRIPTION, DistilledSet
+from rmdd.data.shards import MANIFEST, Dataset
+from rmdd.distill.matching import snapshot_iterations
+from rmdd.experts.store import Store
+from rmdd.files import is_temporary, read_json, sha256_file
+from rmdd.storage import Mirror, Storage, is_uri
+from rmdd.tensors import Damaged, load_checked
+
+PHASE_FILES = ("start.safetensors", "state.safetensors", "records.json")
+
+
+@dataclass(frozen=True)
+class Fault:
+    path: str
+    wrong: str
+    todo: str
+
+
+@dataclass
+class Findings:
+    """What `verify` looked at, what is broken, and what is merely not finished."""
+
+    checked: list[str] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    unfinished: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def verify(place: str) -> Findings:
+    """Check a dataset, a store, a phase, a distilled set, a run, or a whole storage: a folder, or a URI, of which a
+    copy is made in the temporary folder for the time being.
+
+    Raises `ValueError` when there is nothing that rmdd writes.
+    """
+    if not is_uri(place):
+        folder = Path(place).absolute()
+        return Verifier(Storage(folder)).folder(folder)
+    parent, _, name = place.rstrip("/").rpartition("/")
+    with tempfile.TemporaryDirectory(prefix="rmdd-verify-") as scratch:
+        if parent.endswith(("/", ":")):
+            parent, name = place.rstrip("/"), ""
+        mirror = Mirror(parent, Path(scratch))
+        mirror.fetch(mirror.root / name)
+        return Verifier(mirror).folder(mirror.root / name)
+
+
+class Verifier:
+    """Looks at each folder once; those of a mirror are fetched first."""
+
+    def __init__(self, storage: Storage):
+        self.storage = storage
+        self.found = Findings()
+        self.seen: set[Path] = set()
+
+    def folder(self, path: Path) -> Findings:
+        """Check a folder of any kind."""
+        if (path / MANIFEST).is_file():
+            self.dataset(path)
+        elif (path / "store.json").is_file():
+            self.store(path)
+        elif (path / DESCRIPTION).is_file():
+            self.distilled(path)
+        elif (path / "run.yaml").is_file():
+            self.run(path)
+        elif any((path / name).is_file() for name in PHASE_FILES):
+            self.phase(path)
+        elif phases := _folders(path, "phase-*"):
+            for each in phases:
+                self.phase(each)
+        elif any((path / name).is_dir() for name in ("data", "experts", "phases")):
+            self.whole(path)
+        else:
+            raise ValueError(
+                f"{self.storage.address(path)} holds nothing that rmdd writes (no {MANIFEST}, store.json, "
+                f"{DESCRIPTION}, run.yaml, phase or storage folders); give one of these folders"
+            )
+        return self.found
+
+    def whole(self, path: Path) -> None:
+        """A storage: all that lies in it."""
+        for each in (*_folders(path, "data/*"), *_folders(path, "experts/*")):
+            if (each / MANIFEST).is_file():
+                self.dataset(each)
+            elif (each / "store.json").is_file():
+                self.store(each)
+            else:
+                self.found.unfinished.append(self.storage.address(each))
+        for each in _folders(path, "phases/*/phase-*"):
+            self.phase(each)
+        for record in sorted(path.glob("baselines/*/*.json")):
+            self._json(record, "delete it and run again: it is made anew")
+        for file in sorted(path.glob("*/run.yaml")):
+            self.run(file.parent)
+
+    def dataset(self, path: Path) -> None:
+        """Shards against the manifest, row by row."""
+        if not self._begin(path):
+            return
+        before = len(self.found.faults)
+        copy = "copy it again, or delete the dataset and ingest again"
+        manifest = self._json(path / MANIFEST, copy)
+        with self._told(path / MANIFEST, copy):
+            for shard in manifest["shards"]:
+                file = path / shard["file"]
+                if not file.is_file():
+                    self._fault(file, "is missing", copy)
+                elif file.stat().st_size != shard["bytes"]:
+                    self._fault(file, f"has {file.stat().st_size} bytes, the manifest says {shard['bytes']}", copy)
+                elif sha256_file(file) != shard["sha256"]:
+                    self._fault(file, "has another SHA-256 than the manifest says", copy)
+        if len(self.found.faults) == before:
+            with self._told(path, copy):
+                Dataset.open(path).verify()
+
+    def store(self, path: Path, experts: int | None = None) -> None:
+        """Every kept epoch of every expert; `experts` are expected, else those up to the last that is there."""
+        if not self._begin(path):
+            return
+        with self._told(path / "store.json", "delete the store and train again"):
+            store = Store.open(path)
+            shared = store.spec["shared"]
+            if shared:
+                self._tensors(path / "theta-0.safetensors", {n: store.shapes[n] for n in shared}, "copy it again")
+            there = [int(p.name.removeprefix("expert-")) for p in _folders(path, "expert-*")]
+            for number in range(experts if experts is not None else max(there, default=-1) + 1):
+                self._expert(store, number, finished=experts is not None)
+
+    def _expert(self, store: Store, number: int, finished: bool) -> None:
+        folder = store.folder(number)
+        again = f"delete {self.storage.address(folder)} and train that expert again with `rmdd experts`"
+        if not store.is_complete(number):
+            if (running := folder / "running.safetensors").is_file():
+                self._checked(running, "state", again)
+            if finished or not folder.is_dir():
+                self._fault(folder, "expert is missing or not finished", "train it with `rmdd experts`")
+            else:
+                self.found.unfinished.append(self.storage.address(folder))
+            return
+        with self._told(folder / "expert.json", again):
+            record = store.record(number)
+            for epoch in (e for e in range(store.epochs + 1) if store.kept(e)):
+                file = folder / f"epoch-{epoch:04d}.safetensors"
+                listed = record.get("files", {}).get(file.name)
+                if not file.is_file():
+                    self._fault(file, "is missing", again)
+                elif listed and file.stat().st_size != listed["bytes"]:
+                    self._fault(file, f"has {file.stat().st_size} bytes, expert.json says {listed['bytes']}", again)
+                elif listed and sha256_file(file) != listed["sha256"]:
+                    self._fault(file, "has another SHA-256 than expert.json says", again)
+                else:
+                    names = set(store.shapes) - (set(store.spec["shared"]) if epoch == 0 else set())
+                    self._tensors(file, {n: store.shapes[n] for n in names}, again)
+
+    def phase(self, path: Path, phase: config.Phase | None = None, snapshots: int = 1) -> None:
+        """Checkpoints, sets and logs; a finished `phase` must have all its snapshots."""
+        if not self._begin(path):
+            return
+        again = f"delete {self.storage.address(path)} to distil that phase again"
+        for file in sorted(path.glob("*.safetensors")):
+            is_state = file.name in ("state.safetensors", "good.safetensors")
+            todo = f"delete it and run again, or {again}" if is_state else again
+            self._checked(file, "state" if is_state else "set", todo)
+        if (path / "records.json").is_file():
+            self._json(path / "records.json", again)
+        for log in sorted(path.glob("*.jsonl")):
+            self._lines(log)
+        for iteration in snapshot_iterations(phase.iterations, snapshots) if phase else ():
+            file = path / f"set-{iteration:06d}.safetensors"
+            if not file.is_file():
+                self._fault(file, "is missing", again)
+
+    def distilled(self, path: Path) -> None:
+        """The distilled set, as its reader finds it."""
+        if not self._begin(path):
+            return
+        again = "get the set again, or write it again with `rmdd report`"
+        before = len(self.found.faults)
+        info = self._json(path / DESCRIPTION, again)
+        for name, sha256 in (info or {}).get("sha256", {}).items():
+            if not (path / name).is_file():
+                self._fault(path / name, "is missing", again)
+            elif sha256_file(path / name) != sha256:
+                self._fault(path / name, f"has another SHA-256 than {DESCRIPTION} says", again)
+        if len(self.found.faults) == before:
+            with self._told(path, again):
+                DistilledSet.load(path)
+
+    def run(self, path: Path) -> None:
+        """A run's own files and, where it is finished, all that it was made from."""
+        if not self._begin(path):
+            return
+        for file in sorted((*path.glob("*.json"), *path.glob("students/*.json"))):
+            self._json(file, "delete it and resume the run: it is made anew")
+        for log in sorted(path.glob("*.jsonl")):
+            self._lines(log)
+        with self._told(path / "run.yaml", "write the run file anew with the values of before, or begin another run"):
+            run = config.load(path / "run.yaml")
+            if path.name != f"{run.name}-{run.hash_of()[:8]}":
+                self._fault(path / "run.yaml", "means another run than its folder is named after", "name it back")
+            if not (path / "set" / DESCRIPTION).is_file():
+                self.found.unfinished.append(self.storage.address(path))
+                return
+            self.distilled(path / "set")
+            made_from = read_json(path / "set" / DESCRIPTION)["provenance"]
+            self._sources(path.parent, run, made_from, read_json(path / "data.json"))
+
+    def _sources(self, root: Path, run: config.Run, made_from: dict[str, Any], data: dict[str, Any]) -> None:
+        store, phases = root / "experts" / made_from["experts"], root / "phases" / made_from["phases"]
+        dataset = Path(data["path"])
+        if run.data.source != "dataset":
+            dataset = root / "data" / dataset.name
+        for each, what in ((dataset, "ingest"), (store, "experts"), (phases, "distill")):
+            self.storage.fetch(each)
+            if not each.is_dir():
+                self._fault(each, "is missing, and the run was made from it", f"run `rmdd {what}` again")
+        if dataset.is_dir():
+            self.dataset(dataset)
+        if store.is_dir():
+            self.store(store, run.experts.num)
+        for number, phase in enumerate(run.distill.phases) if phases.is_dir() else ():
+            self.phase(phases / f"phase-{number}", phase, run.distill.snapshots)
+
+    # -- single files ------------------------------------------------------------------------------------------------
+
+    def _begin(self, path: Path) -> bool:
+        if path in self.seen:
+            return False
+        self.seen.add(path)
+        self.found.checked.append(self.storage.address(path))
+        return True
+
+    def _fault(self, path: Path, wrong: str, todo: str) -> None:
+        fault = Fault(self.storage.address(path), wrong, todo)
+        if fault not in self.found.faults:
+            self.found.faults.append(fault)
+
+    @contextlib.contextmanager
+    def _told(self, path: Path, todo: str) -> Iterator[None]:
+        """Turn what a reader refuses into a fault."""
+        try:
+            yield
+        except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+            self._fault(path, str(error) if isinstance(error, ValueError | OSError) else repr(error), todo)
+
+    def _json(self, path: Path, todo: str) -> Any:
+        with self._told(path, todo):
+            return read_json(path)
+
+    def _lines(self, path: Path) -> None:
+        """A log may end in the middle of a line, if its writer was killed; no other line may be broken."""
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+            try:
+                json.loads(line)
+            except ValueError:
+                if line.endswith("\n"):
+                    self._fault(path, f"line {number} is no JSON", "take the line out; nothing is computed from it")
+
+    def _checked(self, path: Path, entry: str, todo: str) -> None:
+        try:
+            tensors, _ = load_checked(path, entry)
+        except (Damaged, OSError) as error:
+            self._fault(path, str(error), todo)
+            return
+        self._finite(path, tensors, todo)
+
+    def _tensors(self, path: Path, shapes: dict[str, tuple[int, ...]], todo: str) -> None:
+        try:
+            tensors = load_file(path)
+        except Exception as error:
+            self._fault(path, f"cannot be read: {error}", todo)
+            return
+        found = {name: tuple(t.shape) for name, t in tensors.items()}
+        wrong = sorted(n for n in found.keys() | shapes.keys() if found.get(n) != shapes.get(n))
+        if wrong:
+            n = wrong[0]
+            self._fault(path, f"{n} is {found.get(n, 'missing')}, store.json says {shapes.get(n, 'nothing')}", todo)
+        self._finite(path, tensors, todo)
+
+    def _finite(self, path: Path, tensors: dict[str, torch.Tensor], todo: str) -> None:
+        bad = [name for name, t in tensors.items() if not torch.isfinite(t).all()]
+        if bad:
+            self._fault(path, f"{len(bad)} tensors hold numbers that are not finite (first: {bad[0]})", todo)
+
+
+def _folders(path: Path, pattern: str) -> list[Path]:
+    return sorted(p for p in path.glob(pattern) if p.is_dir() and not is_temporary(p.name))

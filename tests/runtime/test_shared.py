@@ -1,0 +1,70 @@
+"""More than one node needs a storage that all of them see."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from rmdd.runtime.cluster import require_shared
+
+CODE = """
+import os, sys
+from pathlib import Path
+from ray.cluster_utils import Cluster
+import ray
+from rmdd.config import Runtime
+from rmdd.runtime.cluster import ENVIRONMENT, connected
+
+os.environ.update(ENVIRONMENT)
+here, elsewhere, shared = map(Path, sys.argv[1:])
+node = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+os.chdir(here)
+cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+os.chdir(elsewhere)
+other = cluster.add_node(**node)
+os.chdir(here)
+cluster.wait_for_nodes()
+try:
+    with connected(Runtime(storage=str(shared), address=cluster.address)) as found:
+        print("nodes", found.nodes)
+    # a path that means another folder on the other node, as a local disk does
+    try:
+        with connected(Runtime(storage="/proc/self/cwd/runs", address=cluster.address)):
+            print("begun")
+    except ValueError as error:
+        print("refused", error)
+    print("other", other.node_id)
+finally:
+    cluster.shutdown()
+"""
+
+
+@pytest.mark.ray
+def test_nodes_that_do_not_see_the_storage_are_named_before_anything_starts(tmp_path):
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    here.mkdir()
+    elsewhere.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, str(here), str(elsewhere), str(tmp_path / "shared")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "nodes 2\n" in done.stdout and "begun" not in done.stdout
+    other = re.search(r"other (\w+)", done.stdout)
+    assert other and re.search(
+        rf"refused the cluster has 2 nodes, and 1 of them do not see runtime.storage /proc/self/cwd/runs .*"
+        rf"\({other[1][:8]}\); mount one shared folder",
+        done.stdout,
+    )
+    assert list((tmp_path / "shared").iterdir()) == [] and list((here / "runs").iterdir()) == []
+
+
+@pytest.mark.ray
+def test_one_node_sees_its_own_folder(ray_local, tmp_path):
+    require_shared(tmp_path / "runs")
+    assert list((tmp_path / "runs").iterdir()) == []
