@@ -111,8 +111,13 @@ def outcome(debug: bool = False, folders: list[Path] | None = None) -> Iterator[
         raise typer.Exit(code) from error
 
     def how_to_resume(words: str) -> str:
-        begun = [folder for folder in folders or [] if (folder / "run.yaml").is_file()]
+        kept = ("run.yaml", "sweep.json")
+        begun = [folder for folder in folders or [] if any((folder / name).is_file() for name in kept)]
         return "".join(f"{words}: rmdd resume {shlex.quote(str(folder))}" for folder in begun)
+
+    def words(error: Exception) -> str:
+        """With where it happened, if that was another process."""
+        return "\n".join([str(error) or type(error).__name__, *getattr(error, "__notes__", [])])
 
     try:
         yield
@@ -121,13 +126,13 @@ def outcome(debug: bool = False, folders: list[Path] | None = None) -> Iterator[
     except KeyboardInterrupt as error:
         end(how_to_resume("stopped; resume with") or "stopped", 130, error)
     except ValueError as error:
-        end(f"error: {error}", 1, error)
+        end(f"error: {words(error)}", 1, error)
     except ArithmeticError as error:  # the same numbers would come again
         advice = "" if "rmdd run" in str(error) else "\nlower the rates it names and use `rmdd run` again"
-        end(f"error: {error}{advice}", 1, error)
+        end(f"error: {words(error)}{advice}", 1, error)
     except (RuntimeError, OSError, MemoryError) as error:
         resume_with = how_to_resume("\nwhen that is mended, resume with")
-        end(f"error: {error or type(error).__name__}{resume_with}", 1, error)
+        end(f"error: {words(error)}{resume_with}", 1, error)
 
 
 def stop_on_sigterm() -> None:

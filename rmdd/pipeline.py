@@ -22,7 +22,7 @@ from rmdd.evaluate.protocol import Job
 from rmdd.experts.store import Store
 from rmdd.experts.train import begin_store, kept_epochs
 from rmdd.files import atomic_path, read_json, write_json
-from rmdd.jobs import Executor, Interrupted, InTurn, Task
+from rmdd.jobs import Executor, Interrupted, InTurn, Task, time_limit
 from rmdd.models.image import image_identity
 from rmdd.models.text import encoder_identity, text_width
 from rmdd.progress import Progress
@@ -342,20 +342,31 @@ def over_budget(run: config.Run, width: int | None = None) -> str | None:
 
 
 @contextlib.contextmanager
+def open_executor(runtime: config.Runtime, events: Path, progress: Progress) -> Iterator[tuple[Executor, Any]]:
+    """Who does the work that `runtime` describes, and who the rows of an ingest; Ray is started and stopped here.
+
+    `events` gets a line for whatever happens to a worker. Ends after `runtime.time_limit` as on Ctrl-C.
+    """
+    with time_limit(runtime.time_limit, progress.say):
+        if runtime.ray == "off":
+            yield InTurn(runtime.threads), None
+            return
+        from rmdd.runtime.cluster import connected
+
+        with connected(runtime) as resources:
+            from rmdd.runtime.actors import SideBySide
+            from rmdd.runtime.stream import ray_executor
+
+            with SideBySide(runtime, resources, events, progress.say) as executor:
+                yield executor, ray_executor(resources.cpus)
+
+
+@contextlib.contextmanager
 def open_pipeline(run: config.Run, progress: Progress | None = None) -> Iterator[Pipeline]:
-    """A pipeline with the executor that `runtime.ray` names; Ray is started and stopped here."""
+    """A pipeline with the executor that `runtime` describes."""
     progress = progress or Progress()
-    if run.runtime.ray == "off":
-        yield Pipeline(run, InTurn(run.runtime.threads), progress)
-        return
-    from rmdd.runtime.cluster import connected
-
-    with connected(run.runtime) as resources:
-        from rmdd.runtime.actors import SideBySide
-        from rmdd.runtime.stream import ray_executor
-
-        events = run_folder(run) / "events.jsonl"
-        yield Pipeline(run, SideBySide(run.runtime, resources, events), progress, ray_executor(resources.cpus))
+    with open_executor(run.runtime, run_folder(run) / "events.jsonl", progress) as (executor, rows):
+        yield Pipeline(run, executor, progress, rows)
 
 
 def run(run: config.Run, progress: Progress | None = None) -> Result:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rmdd import config
+from rmdd import config, track
 from rmdd.data.material import Material, load_material
 from rmdd.data.shards import Dataset
 from rmdd.distill.matching import distill_phase, load_set
@@ -19,8 +19,11 @@ from rmdd.evaluate.protocol import Job, lesson_of, random_lesson, score_expert, 
 from rmdd.experts.store import Store
 from rmdd.experts.train import expert_model, train_expert
 from rmdd.files import locked, read_json, write_json
-from rmdd.jobs import Hooks
+from rmdd.jobs import Hooks, Task
 from rmdd.models.text import text_width
+
+CURVES = ("loss", "miss_image", "miss_text", "student_loss", "lr_image", "lr_text", "rollbacks")
+"""What is tracked of a phase."""
 
 
 @dataclass(frozen=True)
@@ -69,17 +72,37 @@ def _material(run: config.Run, data: Path, cache: Path, split: str) -> Material:
 
 
 def material(item: Item, split: str) -> Material:
-    return _material(item.run, item.places.data, item.places.cache, split)
+    """A split, loaded once for all runs that differ in nothing that shapes it."""
+    of_all = {"name": "run", "seed": 0, "distill": config.Distill(), "evaluate": config.Evaluate()}
+    return _material(item.run.model_copy(update=of_all), item.places.data, item.places.cache, split)
+
+
+def record(item: Item) -> Path:
+    """Where the record of a student lies; those of random pairs and full data are shared by runs."""
+    assert item.job is not None
+    shared = item.job.kind in ("tune", "baseline", "full")
+    return (item.places.baseline if shared else item.places.run / "students") / f"{item.job.name}.json"
+
+
+def target(task: Task, item: Item) -> Path:
+    """Where the result of a task goes: items with the same one are the same work."""
+    if task is student:
+        return record(item)
+    return item.places.phase(item.number) if task is phase else item.places.store / f"expert-{item.number:03d}"
 
 
 def expert(item: Item, hooks: Hooks) -> bool:
     """Train expert `item.number` to the end or until told to stop."""
 
-    def on_epoch(metrics: dict[str, Any]) -> None:
-        hooks.report({"done": metrics["epoch"], "loss": metrics["loss"], "val": metrics["val"]})
-
     store = Store.open(item.places.store)
-    with locked(store.folder(item.number)):
+    tracker = track.of(item.run, f"expert {item.number}", store.path.name, store.path / "curves" / f"{item.number:03d}")
+
+    def on_epoch(metrics: dict[str, Any]) -> None:
+        told = {"loss": metrics["loss"], "val": metrics["val"]}
+        tracker.add(metrics["epoch"], told)
+        hooks.report({"done": metrics["epoch"], **told})
+
+    with locked(store.folder(item.number)), tracker:
         return train_expert(
             item.run,
             item.number,
@@ -97,73 +120,54 @@ def phase(item: Item, hooks: Hooks) -> bool:
     """Distil phase `item.number` to the end or until told to stop."""
     places, run = item.places, item.run
     model = expert_model(run, 0, text_width(run.model.text))
-    tracker = _tracker(run, places.phase(item.number))
+    tracker = track.of(run, f"phase {item.number}", places.phases.name, places.phase(item.number))
+    pairs = run.distill.batch * run.distill.steps
 
     def on_step(metrics: dict[str, Any]) -> None:
-        hooks.report(
-            {
-                "done": metrics["iteration"],
-                "loss": metrics["loss"],
-                "lr_image": metrics["lr_image"],
-                "lr_text": metrics["lr_text"],
-            }
-        )
-        if tracker is not None:
-            for name in ("loss", "miss_image", "miss_text", "student_loss", "lr_image", "lr_text"):
-                if name in metrics:
-                    tracker.add_scalar(name, metrics[name], metrics["iteration"])
+        tracker.add(metrics["iteration"], {name: metrics[name] for name in CURVES if name in metrics})
+        shown = {name: metrics[name] for name in ("loss", "lr_image", "lr_text")}
+        pace = {"pairs/s": pairs / metrics["seconds"]} if metrics["seconds"] else {}
+        hooks.report({"done": metrics["iteration"], **shown, **pace})
 
-    try:
-        with locked(places.phase(item.number)):
-            return distill_phase(
-                run,
-                item.number,
-                Store.open(places.store),
-                model,
-                load_set(places.start(item.number)),
-                places.phase(item.number),
-                device_of(run),
-                f"{item.value}/{item.number}",
-                on_step,
-                hooks.should_stop,
-            )
-    finally:
-        if tracker is not None:
-            tracker.close()
+    with locked(places.phase(item.number)), tracker:
+        return distill_phase(
+            run,
+            item.number,
+            Store.open(places.store),
+            model,
+            load_set(places.start(item.number)),
+            places.phase(item.number),
+            device_of(run),
+            f"{item.value}/{item.number}",
+            on_step,
+            hooks.should_stop,
+        )
 
 
 def student(item: Item, hooks: Hooks) -> dict[str, Any]:
     """Train and score one student, or read its record if it has been; test is read once."""
     assert item.job is not None
     job, run, places = item.job, item.run, item.places
-    folder = places.baseline if job.kind in ("tune", "baseline", "full") else places.run / "students"
-    path = folder / f"{job.name}.json"
-    value = f"{item.value}/{'-'.join(map(str, item.iterations))}" if folder == places.run / "students" else folder.name
-    if path.is_file() and (record := read_json(path))["value"] == value:
+    path = record(item)
+    shared = path.parent == places.baseline
+    value = places.baseline.name if shared else f"{item.value}/{'-'.join(map(str, item.iterations))}"
+    if path.is_file() and (scored := read_json(path))["value"] == value:
         hooks.report({"done": 1})
-        return record
+        return scored
     device, val, test = device_of(run), material(item, "val"), material(item, "test")
     if job.kind == "full":
         model = expert_model(run, job.index, val.texts.shape[1])
         store = Store.open(places.store)
         model.load_trained(store.read(job.index, store.epochs))
-        record = score_expert(job, run, model, val, test, device)
+        scored = score_expert(job, run, model, val, test, device)
     else:
         if job.kind in ("tune", "baseline"):
             lessons = [random_lesson(run, material(item, "train"), job.index, job.lr)]
         else:
             sets = [load_set(places.set(p, iteration)) for p, iteration in enumerate(item.iterations)]
             lessons = [lesson_of(s, run.data.image_size) for s in sets]
-        record = train_and_score(job, run, lessons, val, test, device)
-    record["value"] = value
-    write_json(path, record)
-    hooks.report({"done": 1, "val": record["val"]["R@mean"]} if "val" in record else {"done": 1})
-    return record
-
-
-def _tracker(run: config.Run, folder: Path):
-    if run.runtime.track == "none":
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder / "tensorboard"))
+        scored = train_and_score(job, run, lessons, val, test, device)
+    scored["value"] = value
+    write_json(path, scored)
+    hooks.report({"done": 1, "val": scored["val"]["R@mean"]} if "val" in scored else {"done": 1})
+    return scored

@@ -1,6 +1,7 @@
 """Joining or starting a Ray cluster, and what it has to offer."""
 
 import contextlib
+import math
 import os
 import uuid
 from collections.abc import Iterator
@@ -26,17 +27,29 @@ class Resources:
     cpus: float
     gpus: float
     nodes: int
+    widest: float = math.inf
+    """CPUs of the node that has most."""
 
     def workers(self, runtime: config.Runtime, items: int) -> int:
-        """How many workers fit side by side: one per `threads` CPUs, or per share of a GPU (no share spans two)."""
-        share = runtime.gpus_per_worker
+        """How many workers fit side by side: as many as have their share of CPUs and of a GPU (no share spans two)."""
+        cpus, share = runtime.share
+        fit = [items, runtime.workers or items]
+        if cpus > 0:
+            fit.append(int(self.cpus / cpus + 1e-9))
         if share >= 1:
-            fit = int(self.gpus / share)
+            fit.append(int(self.gpus / share))
         elif share > 0:
-            fit = int(self.gpus) * int(1 / share + 1e-9)
-        else:
-            fit = int(self.cpus / runtime.threads)
-        return max(1, min(fit, items, runtime.workers or items))
+            fit.append(int(self.gpus) * int(1 / share + 1e-9))
+        return max(1, min(fit))
+
+
+def resources_now() -> Resources:
+    """What the cluster has now; nodes come and go."""
+    import ray
+
+    have = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus = [resources.get("CPU", 0.0) for resources in have]
+    return Resources(sum(cpus), sum(resources.get("GPU", 0.0) for resources in have), len(have), max(cpus, default=0.0))
 
 
 @contextlib.contextmanager
@@ -66,9 +79,7 @@ def connected(runtime: config.Runtime) -> Iterator[Resources]:
             object_store_memory=256 * 2**20,
         )
     try:
-        have = ray.cluster_resources()
-        nodes = sum(1 for node in ray.nodes() if node["Alive"])
-        found = Resources(have.get("CPU", 0.0), have.get("GPU", 0.0), nodes)
+        found = resources_now()
         if runtime.gpus_per_worker > found.gpus:
             raise ValueError(
                 f"runtime.gpus_per_worker asks for {runtime.gpus_per_worker} GPU(s) but the cluster has "
