@@ -116,7 +116,7 @@ def sweep(
     source: Source,
     over: Annotated[
         list[str] | None,
-        typer.Option("--over", metavar="A.B=C,D", help="A field and its values; repeat for all pairs."),
+        typer.Option("--over", metavar="A.B=C,D", help="A field and its values; can be repeated."),
     ] = None,
     settings: Annotated[
         Path | None, typer.Option("--settings", metavar="YAML", help="A list of mappings from fields to values.")
@@ -272,6 +272,7 @@ def _sweep(members: Callable[[], list[Any]], as_json: bool, quiet: bool, debug: 
         if mistakes := [f"{m.label}: {mistake}" for m in runs for mistake in impossible(m.run)]:
             raise config.ConfigError(mistakes, "sweep")
         folders.append(sweep_folder(runs))
+        stop_on_sigterm()
         with contextlib.redirect_stdout(sys.stderr):
             swept = run_all(runs, Progress(quiet))
         if as_json:

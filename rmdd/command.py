@@ -40,8 +40,8 @@ def do(load: Callable[[], config.Run], step: Step, as_json: bool, quiet: bool, d
         if check and (mistakes := impossible(run)):
             raise config.ConfigError(mistakes, run.name)
         folders.append(run_folder(run))
+        stop_on_sigterm()
         with contextlib.redirect_stdout(sys.stderr), open_pipeline(run, Progress(quiet)) as pipeline:
-            stop_on_sigterm()  # ray puts its own handler in place
             left = step(pipeline) | {"run": str(pipeline.folder)}
         lines = left.pop("say")
         if as_json:

@@ -3,6 +3,8 @@
 import contextlib
 import math
 import os
+import signal
+import threading
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,6 +69,7 @@ def connected(runtime: config.Runtime) -> Iterator[Resources]:
     import ray
 
     ours = not ray.is_initialized()
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     if ours and address:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     elif ours:
@@ -78,6 +81,8 @@ def connected(runtime: config.Runtime) -> Iterator[Resources]:
             logging_level="ERROR",
             object_store_memory=256 * 2**20,
         )
+    if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # ray.init puts its own in place
     try:
         found = resources_now()
         if runtime.gpus_per_worker > found.gpus:

@@ -38,7 +38,6 @@ def test_the_result_has_every_figure_and_is_written(tmp_path):
         bench_step(SMALL, chosen, repeats=0)
 
 
-@pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own():
     case = replace(SMALL, image_size=64, widths=(16,), batch=7, dtype="float32")
     unroll, ours = (peak_bytes(case, v) for v in (Variant("whole_unroll"), Variant("first_order", "first_order")))
