@@ -125,7 +125,7 @@ def _items(run: config.Run, folder: Path) -> list[Item]:
         begun = Synthetic(
             images=torch.randn(plan.pairs, 3, size, size, generator=random),
             texts=torch.randn(plan.pairs, width, generator=random) / width**0.5,
-            lr_image=rate,
+            lr_image=rate.clone(),
             lr_text=rate,
             similarity=similarity.initial(run.distill.similarity, plan.pairs, random),
             alpha=run.distill.similarity.alpha,

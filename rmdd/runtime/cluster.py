@@ -73,14 +73,7 @@ def connected(runtime: config.Runtime) -> Iterator[Resources]:
     if ours and address:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     elif ours:
-        ray.init(
-            address="local",
-            num_cpus=runtime.num_cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            object_store_memory=256 * 2**20,
-        )
+        _start(runtime)
     if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # ray.init puts its own in place
     try:
@@ -94,3 +87,24 @@ def connected(runtime: config.Runtime) -> Iterator[Resources]:
     finally:
         if ours:
             ray.shutdown()
+
+
+def _start(runtime: config.Runtime) -> None:
+    """Start a local cluster, once more if the first one does not come up, as happens on a busy machine."""
+    import ray
+
+    for attempt in (1, 2):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=runtime.num_cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                object_store_memory=256 * 2**20,
+            )
+            return
+        except Exception as error:  # Ray has no class of its own for it
+            ray.shutdown()
+            if attempt == 2 or "timed out" not in str(error):
+                raise RuntimeError(f"a local Ray could not be started: {error}") from error
