@@ -102,6 +102,47 @@ def made(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(p.relative_to(folder)): (p.stat().st_ino, p.stat().st_mtime_ns) for p in found}
 
 
+class Nodes:
+    """A cluster of processes on this machine whose nodes can be killed; the head does no work."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        health = {"initial_delay_ms": 0, "period_ms": 500, "timeout_ms": 2000, "failure_threshold": 4}
+        head = {"num_cpus": 0, "_system_config": {f"health_check_{key}": value for key, value in health.items()}}
+        small = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
+        self.cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=head | small))
+        self.nodes = [self.add(), self.add()]
+
+    @property
+    def place(self) -> dict[str, object]:
+        return {"num_cpus": None, "address": self.cluster.address}
+
+    def add(self):
+        return patiently(lambda: self.cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20))
+
+    def kill(self, node) -> None:
+        """As a machine that is switched off; another one comes in its place."""
+        self.cluster.remove_node(node, allow_graceful=False)
+        self.nodes.remove(node)
+        self.nodes.append(self.add())
+
+
+def patiently(begin: Callable):
+    """A node of Ray must come up within half a minute, which a busy machine may not give it."""
+    for _ in range(5):
+        with contextlib.suppress(Exception):
+            return begin()
+    return begin()
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    started = Nodes()
+    yield started
+    started.cluster.shutdown()
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("unbroken")
@@ -141,8 +182,10 @@ def in_phases(folder: Path, lines: int) -> Callable[[], object]:
     return lambda: lines_of(folder, "phases/*/phase-1/metrics.jsonl") >= lines and pid_of(folder, "phase 1")
 
 
-def test_killed_workers_are_replaced_and_go_on_from_their_checkpoints(tmp_path: Path, unbroken: dict) -> None:
-    process = start("run", str(write_run(tmp_path)), "--quiet")
+def test_killed_workers_are_replaced_and_go_on_from_their_checkpoints(
+    tmp_path: Path, unbroken: dict, nodes: Nodes
+) -> None:
+    process = start("run", str(write_run(tmp_path, **nodes.place)), "--quiet")
     begun = lambda: list((tmp_path / "runs").glob("experts/*/expert-001/running.safetensors"))  # noqa: E731
     os.kill(int(str(wait_for(lambda: begun() and pid_of(tmp_path, "expert 1"), process))), signal.SIGKILL)
     os.kill(int(str(wait_for(in_phases(tmp_path, 10), process))), signal.SIGKILL)
@@ -152,8 +195,8 @@ def test_killed_workers_are_replaced_and_go_on_from_their_checkpoints(tmp_path: 
     assert results(tmp_path) == unbroken
 
 
-def test_killed_and_terminated_drivers_go_on_with_resume(tmp_path: Path, unbroken: dict) -> None:
-    process = start("run", str(write_run(tmp_path)), "--quiet")
+def test_killed_and_terminated_drivers_go_on_with_resume(tmp_path: Path, unbroken: dict, nodes: Nodes) -> None:
+    process = start("run", str(write_run(tmp_path, **nodes.place)), "--quiet")
     kept: dict[str, tuple[int, int]] = {}
     run = run_of(tmp_path)
     for moment in ("experts/*/expert-000/expert.json", None, "tiny-*/students/*.json"):
@@ -180,46 +223,12 @@ def test_ray_off_gives_the_same_bits(tmp_path: Path, unbroken: dict) -> None:
     assert results(tmp_path) == unbroken
 
 
-class Nodes:
-    """A cluster of processes on this machine whose nodes can be killed; the head does no work."""
-
-    def __init__(self) -> None:
-        from ray.cluster_utils import Cluster
-
-        health = {"initial_delay_ms": 0, "period_ms": 500, "timeout_ms": 2000, "failure_threshold": 4}
-        head = {"num_cpus": 0, "_system_config": {f"health_check_{key}": value for key, value in health.items()}}
-        self.cluster = Cluster(initialize_head=True, head_node_args=head | self.small)
-        self.nodes = [self.add(), self.add()]
-
-    small = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
-
-    def add(self):
-        return self.cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
-
-    def kill(self, node) -> None:
-        """As a machine that is switched off; another one comes in its place."""
-        self.cluster.remove_node(node, allow_graceful=False)
-        self.nodes.remove(node)
-        self.nodes.append(self.add())
-
-
-@contextlib.contextmanager
-def nodes() -> Iterator[Nodes]:
-    started = Nodes()
-    try:
-        yield started
-    finally:
-        started.cluster.shutdown()
-
-
-def test_a_lost_node_costs_no_attempt(tmp_path: Path, unbroken: dict) -> None:
-    with nodes() as cluster:
-        file = write_run(tmp_path, num_cpus=None, address=cluster.cluster.address, max_restarts=0)
-        process = start("run", str(file), "--quiet")
-        wait_for(in_phases(tmp_path, 10), process)
-        where = [e["node"] for e in events(run_of(tmp_path) / "events.jsonl") if e["item"] == "phase 1"][-1]
-        cluster.kill(next(node for node in cluster.nodes if node.node_id == where))
-        finish(process)
+def test_a_lost_node_costs_no_attempt(tmp_path: Path, unbroken: dict, nodes: Nodes) -> None:
+    process = start("run", str(write_run(tmp_path, **nodes.place, max_restarts=0)), "--quiet")
+    wait_for(in_phases(tmp_path, 10), process)
+    where = [e["node"] for e in events(run_of(tmp_path) / "events.jsonl") if e["item"] == "phase 1"][-1]
+    nodes.kill(next(node for node in nodes.nodes if node.node_id == where))
+    finish(process)
     seen = [e["event"] for e in events(run_of(tmp_path) / "events.jsonl") if e["item"] == "phase 1"]
     assert seen == ["started", "lost", "started", "finished"]
     assert results(tmp_path) == unbroken
@@ -229,37 +238,37 @@ KILLS = 20
 
 
 @pytest.mark.slow
-def test_soak(tmp_path: Path, unbroken: dict) -> None:
+def test_soak(tmp_path: Path, unbroken: dict, nodes: Nodes) -> None:
     """At least twenty kills of drivers, workers and whole nodes at random moments, until whole runs have come of it."""
     draw, kills = random.Random(0), Counter[str]()
-    with nodes() as cluster:
-        for number in range(100):
-            folder = tmp_path / f"run-{number}"
-            file = write_run(folder, num_cpus=None, address=cluster.cluster.address, max_restarts=KILLS)
-            process, kept = start("run", str(file), "--quiet"), made(folder)
-            while wait_a_while(folder, process, draw):
-                victim = draw.choice(("driver", "worker", "worker", "node"))
-                working = pids(run_of(folder))
-                if victim == "driver":
-                    process.kill()
-                    process.communicate()
-                    process = start("resume", str(run_of(folder)), "--quiet")
-                elif victim == "node":
-                    cluster.kill(draw.choice(cluster.nodes))
-                elif working:
-                    item, pid = draw.choice(sorted(working.items()))
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                        victim = item.split()[0].split("-")[0]
-                kills[victim] += 1
-                print(f"run {number}: killed {victim}", dict(kills), flush=True)
-                assert kept.items() <= made(folder).items(), "what was finished is not done again"
-                kept = made(folder)
-            finish(process)
-            assert kept.items() <= made(folder).items()
-            assert results(folder) == unbroken
-            if kills.total() >= KILLS:
-                return
+    for number in range(100):
+        folder = tmp_path / f"run-{number}"
+        file = write_run(folder, **nodes.place, max_restarts=KILLS)
+        process, kept = start("run", str(file), "--quiet"), made(folder)
+        while wait_a_while(folder, process, draw):
+            victim = draw.choice(("driver", "worker", "worker", "node"))
+            working = pids(run_of(folder))
+            if victim == "driver":
+                process.kill()
+                process.communicate()
+                process = start("resume", str(run_of(folder)), "--quiet")
+            elif victim == "node":
+                nodes.kill(draw.choice(nodes.nodes))
+            elif working:
+                victim, pid = draw.choice(sorted(working.items()))
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            else:
+                continue
+            kills[victim] += 1
+            print(f"{time.strftime('%X')} run {number}: killed {victim}, {kills.total()} in all", flush=True)
+            assert kept.items() <= made(folder).items(), "what was finished is not done again"
+            kept = made(folder)
+        finish(process)
+        assert kept.items() <= made(folder).items()
+        assert results(folder) == unbroken
+        if kills.total() >= KILLS:
+            return
     raise AssertionError(f"only {kills} in 100 runs")
 
 

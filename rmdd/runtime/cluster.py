@@ -23,6 +23,8 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
 }
 
+START_ATTEMPTS = 4
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -90,10 +92,10 @@ def connected(runtime: config.Runtime) -> Iterator[Resources]:
 
 
 def _start(runtime: config.Runtime) -> None:
-    """Start a local cluster, once more if the first one does not come up, as happens on a busy machine."""
+    """Start a local cluster, and again if it does not come up in Ray's half minute, as on a very busy machine."""
     import ray
 
-    for attempt in (1, 2):
+    for attempt in range(START_ATTEMPTS):
         try:
             ray.init(
                 address="local",
@@ -106,5 +108,5 @@ def _start(runtime: config.Runtime) -> None:
             return
         except Exception as error:  # Ray has no class of its own for it
             ray.shutdown()
-            if attempt == 2 or "timed out" not in str(error):
+            if attempt == START_ATTEMPTS - 1 or "timed out" not in str(error):
                 raise RuntimeError(f"a local Ray could not be started: {error}") from error
