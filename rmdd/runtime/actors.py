@@ -237,8 +237,8 @@ class SideBySide(Executor):
         except ActorUnavailableError as error:  # its node went, or cannot be reached
             self._lose(slot, "lost", _one_line(error), counts=False)
         except RayError as error:
-            gone = bool(slot.hand.place) and slot.hand.place["node"] not in alive()
-            self._lose(slot, "lost" if gone else "died", _one_line(error), counts=not gone)
+            gone = "node has died" in str(error) or (slot.hand.place and slot.hand.place["node"] not in alive())
+            self._lose(slot, "lost" if gone else "died", _one_line(error), not gone)
         else:
             if told_to_stop and result is False:
                 self._lose(slot, "moved", "its node or process was told to go; it has saved", counts=False)
@@ -270,7 +270,7 @@ class SideBySide(Executor):
             return
         self.say(f"{slot.name}: {event} on {hand.words}: {why[:200]}")
         first, most = BACK_OFF
-        job.ready_at = time.monotonic() + (min(most, first * 2 ** (job.deaths - 1)) if counts else 0.0)
+        job.ready_at = time.monotonic() + min(most, first * 2 ** (job.deaths - 1 if counts else 0))
         self.waiting.insert(0, job)
 
     # -- ending --------------------------------------------------------------------------------------------------

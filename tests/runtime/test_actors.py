@@ -10,6 +10,7 @@ import pytest
 
 from rmdd.config import Runtime
 from rmdd.jobs import Executor, Interrupted, Piece, once
+from rmdd.runtime import actors
 from rmdd.runtime.actors import SideBySide
 from rmdd.runtime.cluster import Resources
 
@@ -87,6 +88,10 @@ def leave_once(item, hooks):
         time.sleep(0.02)
     (item / "saved").write_text(str(os.getpid()))
     return False
+
+
+def stop_once(item, hooks):
+    return "done" if (item / "saved").exists() else wait_to_be_stopped(item, hooks)
 
 
 def report_until_stopped(item, hooks):
@@ -188,6 +193,15 @@ def test_a_worker_that_hangs_is_killed_and_started_again(side_by_side, tmp_path)
 def test_a_worker_that_is_told_to_go_saves_and_another_goes_on(side_by_side, tmp_path):
     (pid,) = side_by_side(max_restarts=0).map(leave_once, [tmp_path], ["item 0"], ignore)
     assert pid != int((tmp_path / "saved").read_text())
+    assert [line["event"] for line in events(tmp_path)] == ["started", "moved", "started", "finished"]
+
+
+def test_a_worker_on_a_node_that_is_drained_saves_and_another_goes_on(side_by_side, ray_local, tmp_path, monkeypatch):
+    assert actors.draining() == set()
+    here, saved = ray_local.nodes()[0]["NodeID"], tmp_path / "saved"
+    monkeypatch.setattr(actors, "draining", lambda: set() if saved.exists() else {here})
+    monkeypatch.setattr(actors, "NODES_SECONDS", 0.1)
+    assert side_by_side(max_restarts=0).map(stop_once, [tmp_path], ["item 0"], ignore) == ["done"]
     assert [line["event"] for line in events(tmp_path)] == ["started", "moved", "started", "finished"]
 
 
