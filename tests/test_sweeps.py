@@ -28,7 +28,13 @@ TINY = {
         "text": {"name": "hashing", "width": 16, "projection": "linear"},
         "width": 8,
     },
-    "experts": {"num": 1, "epochs": 2, "batch": 16, "augment": {"crop": False, "flip": 0, "randaugment_ops": 0}},
+    "experts": {
+        "num": 1,
+        "epochs": 2,
+        "batch": 16,
+        "keep": "all",
+        "augment": {"crop": False, "flip": 0, "randaugment_ops": 0},
+    },
     "distill": {
         "budget": 9,
         "phases": [{"pairs": 4, "start": 0, "stop": 1, "endpoint": 1, "iterations": 3}],
