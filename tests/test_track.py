@@ -50,7 +50,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
 def test_a_rollback_takes_its_steps_back(tmp_path):
     with track.of(run_of(tmp_path, "tensorboard"), "phase 1", "0123abcd", tmp_path) as tracker:
         for step in (1, 2, 3, 2, 3, 4):
-            tracker.add(step, {"loss": step})
+            tracker.add(step, {"loss": float(step)})
     assert scalars(tmp_path) == [(1, 1), (2, 2), (3, 3), (4, 4)]
 
 
