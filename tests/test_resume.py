@@ -108,7 +108,7 @@ class Nodes:
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
-        health = {"initial_delay_ms": 0, "period_ms": 500, "timeout_ms": 2000, "failure_threshold": 4}
+        health = {"initial_delay_ms": 0, "period_ms": 1000, "timeout_ms": 5000, "failure_threshold": 3}
         head = {"num_cpus": 0, "_system_config": {f"health_check_{key}": value for key, value in health.items()}}
         small = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
         self.cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=head | small))
