@@ -166,7 +166,7 @@ def student(item: Item, hooks: Hooks) -> dict[str, Any]:
         else:
             sets = [load_set(places.set(p, iteration)) for p, iteration in enumerate(item.iterations)]
             lessons = [lesson_of(s, run.data.image_size) for s in sets]
-        scored = train_and_score(job, run, lessons, val, test, device)
+        scored = train_and_score(job, run, lessons, val, test, device, hooks.should_stop)  # a sign of life
     scored["value"] = value
     write_json(path, scored)
     hooks.report({"done": 1, "val": scored["val"]["R@mean"]} if "val" in scored else {"done": 1})
