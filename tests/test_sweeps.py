@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import statistics
+import subprocess
+import sys
 import time
 
 import pytest
@@ -124,6 +126,32 @@ def test_resuming_a_finished_sweep_makes_nothing_again(swept):
     before = {part: stamps(storage / part) for part in ("data", "experts", "phases", "baselines")}
     again = run_all(members_in(found.folder), QUIET)
     assert again.runs == found.runs and {part: stamps(storage / part) for part in before} == before
+
+
+def test_a_killed_sweep_goes_on(swept, tmp_path):
+    found, storage = swept
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny(tmp_path / "runs")))
+    over = ["--over", "distill.method=ptm_st,lors", "--over", "distill.seed=0,1"]
+    sets = [word for change in METHODS for word in ("--set", change)]
+    rmdd_ = [sys.executable, "-m", "rmdd"]
+    process = subprocess.Popen([*rmdd_, "sweep", str(tmp_path / "run.yaml"), *over, *sets, "--quiet"])
+    while len(made := list(tmp_path.glob("runs/phases/*/phase-0/set-*"))) < 2:
+        assert process.poll() is None, "it ended before it was killed"
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    begun = {path: path.stat().st_mtime_ns for path in made}
+    (folder,) = tmp_path.glob("runs/sweeps/*")
+    done = subprocess.run([*rmdd_, "resume", str(folder), "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["runs"]
+    assert [(r["val"], r["test_last"]) for r in rows] == [(r["val"], r["test_last"]) for r in found.runs]
+    assert begun == {path: path.stat().st_mtime_ns for path in made}
+    bits = [
+        {p.relative_to(root): p.read_bytes() for p in root.glob("*/phase-0/set-*")}
+        for root in (tmp_path / "runs" / "phases", storage / "phases")
+    ]
+    assert bits[0] == bits[1] and len(bits[0]) == 4
 
 
 def test_a_run_that_fails_is_told_and_stops_no_other(tmp_path):
