@@ -147,10 +147,8 @@ def test_a_killed_sweep_goes_on(swept, tmp_path):
     rows = json.loads(done.stdout)["runs"]
     assert [(r["val"], r["test_last"]) for r in rows] == [(r["val"], r["test_last"]) for r in found.runs]
     assert begun == {path: path.stat().st_mtime_ns for path in made}
-    bits = [
-        {p.relative_to(root): p.read_bytes() for p in root.glob("*/phase-0/set-*")}
-        for root in (tmp_path / "runs" / "phases", storage / "phases")
-    ]
+    roots = (tmp_path / "runs" / "phases", storage / "phases")
+    bits = [{p.relative_to(root): p.read_bytes() for p in root.glob("*/phase-0/set-*")} for root in roots]
     assert bits[0] == bits[1] and len(bits[0]) == 4
 
 
