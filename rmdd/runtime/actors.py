@@ -31,7 +31,7 @@ BACK_OFF = 0.5, 60.0
 """Seconds before an item whose worker died is begun again: at first, and at most after doubling."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """A piece and what became of it so far."""
 
@@ -42,7 +42,7 @@ class Job:
     ready_at: float = 0.0
 
 
-@dataclass
+@dataclass(eq=False)
 class Hand:
     """An actor and where it is, once it has answered."""
 
@@ -54,7 +54,7 @@ class Hand:
         return f"node {self.place['node'][:8]} ({self.place['host']}), pid {self.place['pid']}" if self.place else "?"
 
 
-@dataclass
+@dataclass(eq=False)
 class Slot:
     """An actor at work on one item."""
 
@@ -65,8 +65,8 @@ class Slot:
     where: Any
     """Answers once the actor is up; None when that has been logged."""
     beats: int = -1
-    seen: float = 0.0
-    """When the count of beats last rose."""
+    seen: float = field(default_factory=time.monotonic)
+    """When it began, or the count of beats last rose."""
 
     @property
     def name(self) -> str:
