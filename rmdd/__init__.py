@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rmdd.config import Run as Run
     from rmdd.config import load as load_config
     from rmdd.pipeline import run as run
+    from rmdd.sweeps import sweep as sweep
 
     __version__: str
 
@@ -25,9 +26,10 @@ _HOME = {
     "load": ("rmdd.artefact.distilled", "load"),
     "load_config": ("rmdd.config", "load"),
     "run": ("rmdd.pipeline", "run"),
+    "sweep": ("rmdd.sweeps", "sweep"),
 }
 
-__all__ = ["Run", "__version__", "load", "load_config", "run"]
+__all__ = ["Run", "__version__", "load", "load_config", "run", "sweep"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,9 @@
 """The command line: words to functions. Heavy modules are imported by the command that needs them."""
 
+import contextlib
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -109,14 +112,50 @@ def run_(source: Source, set_: Sets = None, json: Json = False, quiet: Quiet = F
 
 
 @app.command()
-def resume(
-    folder: Annotated[str, typer.Argument(metavar="RUN_FOLDER", help="The folder, or URI, of a run that was begun.")],
+def sweep(
+    source: Source,
+    over: Annotated[
+        list[str] | None,
+        typer.Option("--over", metavar="A.B=C,D", help="A field and its values; can be repeated."),
+    ] = None,
+    settings: Annotated[
+        Path | None, typer.Option("--settings", metavar="YAML", help="A list of mappings from fields to values.")
+    ] = None,
+    set_: Sets = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Go on with a run where it stopped."""
-    do(lambda: load_folder(folder), _everything, json, quiet, debug)
+    """Many runs as one, side by side: seeds, methods or settings; what they share is made once."""
+
+    def members() -> list[Any]:
+        from rmdd.sweeps import members, read_over, read_settings
+
+        listed = read_settings(settings) if settings else []
+        return members(lambda chosen: load(source, [*(set_ or []), *chosen]), read_over(over or []), listed)
+
+    _sweep(members, json, quiet, debug)
+
+
+@app.command()
+def resume(
+    folder: Annotated[
+        str, typer.Argument(metavar="RUN_FOLDER", help="The folder, or URI, of a run or a sweep that was begun.")
+    ],
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Go on with a run or a sweep where it stopped."""
+    runs: list[Any] = []
+    with outcome(debug):
+        from rmdd.sweeps import members_in
+
+        runs = members_in(folder)
+    if runs:
+        _sweep(lambda: runs, json, quiet, debug)
+    else:
+        do(lambda: load_folder(folder), _everything, json, quiet, debug)
 
 
 @app.command()
@@ -248,6 +287,34 @@ def _everything(pipeline: "Pipeline") -> dict[str, Any]:
             f"seconds: {seconds['this_sitting']:.0f} now; over all sittings {steps}",
         ],
     }
+
+
+def _sweep(members: Callable[[], list[Any]], as_json: bool, quiet: bool, debug: bool) -> None:
+    folders: dict[Path, str] = {}
+    with outcome(debug, folders):
+        runs = members()
+        from rmdd.check import impossible
+        from rmdd.progress import Progress
+        from rmdd.storage import address_of
+        from rmdd.sweeps import run_all, sweep_folder
+
+        if mistakes := [f"{m.label}: {mistake}" for m in runs for mistake in impossible(m.run)]:
+            raise config.ConfigError(mistakes, "sweep")
+        folder = sweep_folder(runs)
+        folders[folder] = address_of(runs[0].run.runtime, folder)
+        stop_on_sigterm()
+        with contextlib.redirect_stdout(sys.stderr):
+            swept = run_all(runs, Progress(quiet))
+        if as_json:
+            print_json({"sweep": folders[folder], "runs": swept.runs, "groups": swept.groups})
+        else:
+            from rmdd.console import stdout, sweep_table
+
+            stdout().print(sweep_table(swept.runs, swept.groups), highlight=False)
+            typer.echo(f"sweep: {folders[folder]} (results.json, runs.csv)")
+        if swept.failed:
+            reasons = "".join(f"\n{row['settings']}: {row['error']}" for row in swept.failed)
+            raise RuntimeError(f"{len(swept.failed)} of {len(runs)} runs failed{reasons}")
 
 
 def _table(evaluation: dict[str, Any]) -> Any:

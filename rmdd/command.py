@@ -42,8 +42,8 @@ def do(load: Callable[[], config.Run], step: Step, as_json: bool, quiet: bool, d
             raise config.ConfigError(mistakes, run.name)
         folder = run_folder(run)
         folders[folder] = address_of(run.runtime, folder)
+        stop_on_sigterm()
         with contextlib.redirect_stdout(sys.stderr), open_pipeline(run, Progress(quiet)) as pipeline:
-            stop_on_sigterm()  # ray puts its own handler in place
             left = step(pipeline) | {"run": str(pipeline.folder)}
         lines = left.pop("say")
         if is_uri(run.runtime.storage):
@@ -86,17 +86,9 @@ def load_folder(place: str) -> config.Run:
     import yaml
 
     from rmdd.pipeline import run_folder
-    from rmdd.storage import is_uri, open_storage
+    from rmdd.storage import located
 
-    if is_uri(place):
-        storage, _, name = place.rstrip("/").rpartition("/")
-        found = open_storage(config.load({"runtime": {"storage": storage}}).runtime)
-        folder = found.root / name
-        found.fetch(folder / "run.yaml")
-    else:
-        folder = Path(place).absolute()
-        storage, name = str(folder.parent), folder.name
-    file = folder / "run.yaml"
+    storage, file = located(place, "run.yaml", depth=1)
     if not file.is_file():
         raise config.ConfigError(["no run.yaml in it; give a run's folder, such as runs/demo-0123abcd"], place)
     raw = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -106,7 +98,7 @@ def load_folder(place: str) -> config.Run:
         run = config.load(raw)
     except config.ConfigError as error:
         raise config.ConfigError(error.mistakes, str(file)) from None
-    if run_folder(run).name != name:
+    if run_folder(run).name != file.parent.name:
         now = f"its run.yaml now means {run_folder(run).name}: it was changed, or the folder renamed"
         raise config.ConfigError([f"{now}; use `rmdd run {file}`"], place)
     return run
@@ -125,8 +117,13 @@ def outcome(debug: bool = False, folders: dict[Path, str] | None = None) -> Iter
         raise typer.Exit(code) from error
 
     def how_to_resume(words: str) -> str:
-        begun = [address for folder, address in (folders or {}).items() if (folder / "run.yaml").is_file()]
+        kept = ("run.yaml", "sweep.json")
+        begun = [address for folder, address in (folders or {}).items() if any((folder / k).is_file() for k in kept)]
         return "".join(f"{words}: rmdd resume {shlex.quote(address)}" for address in begun)
+
+    def words(error: Exception) -> str:
+        """With where it happened, if that was another process."""
+        return "\n".join([str(error) or type(error).__name__, *getattr(error, "__notes__", [])])
 
     try:
         yield
@@ -135,13 +132,13 @@ def outcome(debug: bool = False, folders: dict[Path, str] | None = None) -> Iter
     except KeyboardInterrupt as error:
         end(how_to_resume("stopped; resume with") or "stopped", 130, error)
     except ValueError as error:
-        end(f"error: {error}", 1, error)
+        end(f"error: {words(error)}", 1, error)
     except ArithmeticError as error:  # the same numbers would come again
         advice = "" if "rmdd run" in str(error) else "\nlower the rates it names and use `rmdd run` again"
-        end(f"error: {error}{advice}", 1, error)
+        end(f"error: {words(error)}{advice}", 1, error)
     except (RuntimeError, OSError, MemoryError) as error:
         resume_with = how_to_resume("\nwhen that is mended, resume with")
-        end(f"error: {error or type(error).__name__}{resume_with}", 1, error)
+        end(f"error: {words(error)}{resume_with}", 1, error)
 
 
 def stop_on_sigterm() -> None:

@@ -42,6 +42,22 @@ def result_table(evaluation: Mapping[str, Any]) -> Table:
     return table
 
 
+def sweep_table(runs: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> Table:
+    """A row per run (spread over its students), then one per setting (spread over seeds)."""
+    table = Table(title="R@mean in %, mean ± spread", caption="below: over seeds", caption_justify="left")
+    keys = dict.fromkeys(key for row in runs for key in row["settings"])
+    for column in keys:
+        table.add_column(column)
+    for column in ("val", "test"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for rows in (runs, groups if len(groups) < len(runs) else ()):
+        table.add_section()
+        for row in rows:
+            words = [str(row["settings"].get(key, "")) for key in keys]
+            table.add_row(*words, *(_spread(row[s]) if s in row else "failed" for s in ("val", "test_last")))
+    return table
+
+
 def _spread(value: Mapping[str, Any]) -> str:
     spread = value["std"]
     known = spread is not None and math.isfinite(spread)

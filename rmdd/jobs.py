@@ -1,13 +1,15 @@
 """Independent pieces of work and who does them: in turn in this process, or side by side on a cluster.
 
 A *task* is a plain function `task(item, hooks)`. It reports progress through its hooks, asks them whether to
-stop, keeps its own checkpoints, and gives the same bits wherever it runs.
+stop, keeps its own checkpoints, and gives the same bits wherever it runs. One that was stopped before its end
+returns False.
 """
 
 import contextlib
 import functools
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -28,39 +30,89 @@ class Hooks:
 Task = Callable[[Any, Hooks], Any]
 
 
+@dataclass
+class Piece:
+    """One item on its way: what to do with it, and whom to tell how it goes and how it ended."""
+
+    task: Task
+    item: Any
+    name: str
+    on_report: Callable[[dict[str, Any]], None]
+    settle: Callable[[Any, Exception | None], None]
+    """Takes the result, or the error that ended it. An error raised in here ends the work of all."""
+
+
+Source = Callable[[float], Sequence[Piece] | None]
+"""Gives the pieces that have come meanwhile, after so many seconds at most; None when no more will come."""
+
+
 @runtime_checkable
 class Executor(Protocol):
+    """Who does the work. Both raise `Interrupted` when work was asked to stop and has saved what it had."""
+
+    def serve(self, source: Source) -> None:
+        """Do all pieces as they come; the end of one is told to it alone."""
+        ...
+
     def map(
         self, task: Task, items: Sequence[Any], names: Sequence[str], on_report: Callable[[str, dict[str, Any]], None]
     ) -> list[Any]:
-        """Results in the order of `items`. `on_report(name, metrics)` sees the latest report of each item."""
-        ...
+        """Results in the order of `items`. `on_report(name, metrics)` sees the latest report of each item.
+
+        Raises the first error of a task, or `RuntimeError` when the workers of one keep dying.
+        """
+        results: dict[int, Any] = {}
+
+        def settle(place: int, result: Any, error: Exception | None) -> None:
+            if error is not None:
+                raise error
+            results[place] = result
+
+        pieces = [
+            Piece(task, item, name, functools.partial(on_report, name), functools.partial(settle, place))
+            for place, (item, name) in enumerate(zip(items, names, strict=True))
+        ]
+        self.serve(once(pieces))
+        return [results[place] for place in range(len(pieces))]
+
+
+def once(pieces: Sequence[Piece]) -> Source:
+    """All pieces at the first call."""
+    left = iter([pieces] if pieces else [])
+    return lambda seconds: next(left, None)
 
 
 @dataclass
-class InTurn:
+class InTurn(Executor):
     """One item after another in this process. Ctrl-C and SIGTERM ask the item at work to save and stop; a second
     one stops it where it is."""
 
     threads: int = 1
 
-    def map(
-        self, task: Task, items: Sequence[Any], names: Sequence[str], on_report: Callable[[str, dict[str, Any]], None]
-    ) -> list[Any]:
+    def serve(self, source: Source) -> None:
         import torch
 
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
             with _asked_to_stop() as stopped:
-                results = []
-                for item, name in zip(items, names, strict=True):
-                    results.append(task(item, Hooks(functools.partial(on_report, name), stopped)))
+                while (pieces := source(0.5)) is not None:
+                    for piece in pieces:
+                        result, failure = None, None
+                        try:
+                            result = piece.task(piece.item, Hooks(piece.on_report, stopped))
+                        except Exception as error:
+                            failure = error
+                        piece.settle(result, failure)
+                        if stopped():
+                            raise Interrupted
                     if stopped():
                         raise Interrupted
-                return results
         finally:
             torch.set_num_threads(before)
+
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
 
 
 @contextlib.contextmanager
@@ -76,9 +128,35 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set
         return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, ask) for number in STOPPING}
     try:
         yield asked.is_set
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def time_limit(minutes: float | None, say: Callable[[str], None]) -> Iterator[None]:
+    """Stop what goes on inside after `minutes` as Ctrl-C would. Raises `ValueError` outside the main thread."""
+    if minutes is None:
+        yield
+        return
+    if threading.current_thread() is not threading.main_thread():
+        raise ValueError("runtime.time_limit needs the main thread, where signals come in; unset it or run there")
+    began = time.monotonic()
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if time.monotonic() - began >= 60 * minutes:
+            say(f"the time limit of {minutes:g} minutes (runtime.time_limit) was reached")
+        raise
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -22,13 +22,14 @@ from rmdd.evaluate.protocol import Job
 from rmdd.experts.store import Store
 from rmdd.experts.train import begin_store, kept_epochs
 from rmdd.files import atomic_path, read_json, write_json
-from rmdd.jobs import Executor, Interrupted, InTurn, Task
+from rmdd.jobs import Executor, Interrupted, InTurn, Task, time_limit
 from rmdd.lease import held
 from rmdd.models.image import image_identity
 from rmdd.models.text import encoder_identity, text_width
 from rmdd.progress import Progress
 from rmdd.storage import open_storage, root_of
 from rmdd.tasks import Item, Places, device_of, expert, material, phase, student
+from rmdd.track import is_curve
 
 NUMBERS_VERSION = 3
 """Part of every hash; raised when a change of the code moves the numbers of an unchanged run file."""
@@ -120,7 +121,7 @@ class Pipeline:
         dataset = self.ingest()
         run, places = self.run, places_of(self.run, dataset)
         with self._timed("distill"):
-            self.storage.fetch(places.phases, _no_curves)
+            self.storage.fetch(places.phases, _no_curve)
             method = methods.find(run.distill.method)(run)
             for p in range(len(run.distill.phases)):
                 if not places.start(p).is_file():
@@ -131,7 +132,7 @@ class Pipeline:
             todo = [p for p, plan in enumerate(run.distill.phases) if not finished(places.phase(p), plan.iterations)]
             items = [replace(self._item(dataset), number=p) for p in todo]
             self._map("phases", phase, items, {f"phase {p}": run.distill.phases[p].iterations for p in todo})
-            self.storage.fetch(places.phases, _no_curves)
+            self.storage.fetch(places.phases, _no_curve)
         return [places.phase(p) for p in range(len(run.distill.phases))]
 
     def evaluate(self) -> dict[str, Any]:
@@ -300,11 +301,11 @@ def run_folder(run: config.Run) -> Path:
 
 def _records(name: str) -> bool:
     """What the driver reads of a store: all but the experts' parameters."""
-    return not name.endswith(".safetensors") or name.endswith("/theta-0.safetensors")
+    return _no_curve(name) and (not name.endswith(".safetensors") or name.endswith("/theta-0.safetensors"))
 
 
-def _no_curves(name: str) -> bool:
-    return "/tensorboard/" not in name
+def _no_curve(name: str) -> bool:
+    return not is_curve(name)
 
 
 def protocol_of(run: config.Run) -> dict[str, Any]:
@@ -362,24 +363,50 @@ def over_budget(run: config.Run, width: int | None = None) -> str | None:
 
 
 @contextlib.contextmanager
-def open_pipeline(run: config.Run, progress: Progress | None = None) -> Iterator[Pipeline]:
-    """A pipeline with the executor that `runtime.ray` names; Ray is started and stopped here."""
-    progress = progress or Progress()
-    storage = open_storage(run.runtime)
+def working_in(runtime: config.Runtime, *folders: Path) -> Iterator[None]:
+    """Hold `folders` of a storage that can be written; what has grown there is published at the end.
+
+    Raises `rmdd.lease.Held` when another process works in one of them.
+    """
+    storage = open_storage(runtime)
     storage.begin()
-    with held(run_folder(run), wait=False), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        for folder in folders:
+            stack.enter_context(held(folder, wait=False))
         stack.callback(storage.flush)
-        if run.runtime.ray == "off":
-            yield Pipeline(run, InTurn(run.runtime.threads), progress)
+        yield
+
+
+@contextlib.contextmanager
+def open_executor(runtime: config.Runtime, events: Path, progress: Progress) -> Iterator[tuple[Executor, Any]]:
+    """Who does the work that `runtime` describes, and who the rows of an ingest; Ray is started and stopped here.
+
+    `events` gets a line for whatever happens to a worker. Ends after `runtime.time_limit` as on Ctrl-C.
+    """
+    with time_limit(runtime.time_limit, progress.say):
+        if runtime.ray == "off":
+            yield InTurn(runtime.threads), None
             return
         from rmdd.runtime.cluster import connected
 
-        resources = stack.enter_context(connected(run.runtime))
-        from rmdd.runtime.actors import SideBySide
-        from rmdd.runtime.stream import ray_executor
+        with connected(runtime) as resources:
+            from rmdd.runtime.actors import SideBySide
+            from rmdd.runtime.stream import ray_executor
 
-        events = run_folder(run) / "events.jsonl"
-        yield Pipeline(run, SideBySide(run.runtime, resources, events), progress, ray_executor(resources.cpus))
+            with SideBySide(runtime, resources, events, progress.say) as executor:
+                yield executor, ray_executor(resources.cpus)
+
+
+@contextlib.contextmanager
+def open_pipeline(run: config.Run, progress: Progress | None = None) -> Iterator[Pipeline]:
+    """A pipeline with the executor that `runtime` describes."""
+    progress = progress or Progress()
+    folder = run_folder(run)
+    with (
+        working_in(run.runtime, folder),
+        open_executor(run.runtime, folder / "events.jsonl", progress) as (executor, rows),
+    ):
+        yield Pipeline(run, executor, progress, rows)
 
 
 def run(run: config.Run, progress: Progress | None = None) -> Result:

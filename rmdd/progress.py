@@ -17,7 +17,6 @@ from rich.text import Text
 
 LOG_SECONDS = 10.0
 ROWS = 16
-Update = Callable[[str, Mapping[str, Any]], None]
 
 
 @dataclass
@@ -60,37 +59,37 @@ class Progress:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
-    def stage(self, title: str, totals: Mapping[str, int]) -> Iterator[Update]:
+    def stage(self, title: str, totals: Mapping[str, int]) -> Iterator["Stage"]:
         """Yields `update(name, metrics)`: metrics["done"] counts the finished units of `name`, the rest is shown."""
-        stage = _Stage(title, {name: _Item(total) for name, total in totals.items()}, self.clock)
         live = not self.quiet and self.console.is_terminal
+        stage = Stage(title, self.clock, None if live else self.say)
+        stage.add(totals)
         if not live:
-            self.say(f"{title}: {len(totals)} to do")
-        shown = self.clock()
-
-        def update(name: str, metrics: Mapping[str, Any]) -> None:
-            nonlocal shown
-            stage.update(name, metrics)
-            if not live and self.clock() - shown >= LOG_SECONDS:
-                shown = self.clock()
-                self.say(stage.line(name))
-
+            self.say(f"{title}: {len(totals)} to do" if totals else title)
         table = Live(get_renderable=stage.table, console=self.console, refresh_per_second=2, transient=True)
         outcome = "stopped"
         try:
             with table if live else contextlib.nullcontext():
-                yield update
+                yield stage
             outcome = "done"
         finally:
             self.say(f"{title}: {outcome} after {_clock(self.clock() - stage.began)}")
 
 
-class _Stage:
-    def __init__(self, title: str, items: dict[str, _Item], clock: Callable[[], float]):
-        self.title, self.items, self.clock = title, items, clock
-        self.began = clock()
+class Stage:
+    """Items on their way to their totals; called with what one reports. `say` gets a line now and then."""
 
-    def update(self, name: str, metrics: Mapping[str, Any]) -> None:
+    def __init__(self, title: str, clock: Callable[[], float], say: Callable[[str], None] | None = None):
+        self.title, self.clock, self.say = title, clock, say
+        self.items: dict[str, _Item] = {}
+        self.began = self.said = clock()
+
+    def add(self, totals: Mapping[str, int]) -> None:
+        """Follow more items; those that are followed already go on."""
+        for name, total in totals.items():
+            self.items.setdefault(name, _Item(total))
+
+    def __call__(self, name: str, metrics: Mapping[str, Any]) -> None:
         item, now = self.items[name], self.clock()
         done = float(metrics.get("done", item.done))
         if item.began is None:
@@ -98,21 +97,24 @@ class _Stage:
             item.began, item.first = self.began if done <= 1 else now, 0 if done <= 1 else done
         item.done, item.seen = done, now
         item.metrics = {key: value for key, value in metrics.items() if key != "done"}
+        if self.say is not None and now - self.said >= LOG_SECONDS:
+            self.said = now
+            self.say(self.line(name))
 
     @property
     def finished(self) -> int:
-        return sum(item.finished for item in self.items.values())
+        return sum(item.finished for item in list(self.items.values()))
 
     @property
     def share(self) -> float:
-        total = sum(item.total for item in self.items.values())
-        return sum(min(item.done, item.total) for item in self.items.values()) / total if total else 1.0
+        total = sum(item.total for item in list(self.items.values()))
+        return sum(min(item.done, item.total) for item in list(self.items.values())) / total if total else 1.0
 
     @property
     def left(self) -> float | None:
         """Seconds until all are finished at the pace so far; None before there is a pace."""
-        won = sum(item.done - item.first for item in self.items.values() if item.began is not None)
-        missing = sum(max(item.total - item.done, 0) for item in self.items.values())
+        won = sum(item.done - item.first for item in list(self.items.values()) if item.began is not None)
+        missing = sum(max(item.total - item.done, 0) for item in list(self.items.values()))
         elapsed = self.clock() - self.began
         return missing * elapsed / won if won > 0 else None
 
@@ -124,7 +126,8 @@ class _Stage:
         return ", ".join(parts) + f"; {name}: {item.done:g}/{item.total} {_metrics(item.metrics)}".rstrip()
 
     def table(self) -> Group:
-        running = [(name, item) for name, item in self.items.items() if item.began is not None and not item.finished]
+        followed = list(self.items.items())  # others may be added meanwhile
+        running = [(name, item) for name, item in followed if item.began is not None and not item.finished]
         waiting = len(self.items) - self.finished - len(running)
         head = f"{self.title}  {self.finished} done, {len(running)} running, {waiting} waiting  {self.share:.0%}"
         left = "" if self.left is None else f"  {_clock(self.left)} left"

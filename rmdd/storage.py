@@ -258,6 +258,20 @@ def _scratch(runtime: config.Runtime) -> Path:
     return Path(tempfile.gettempdir()) / f"rmdd-{os.getuid()}"
 
 
+def located(place: str, name: str, depth: int) -> tuple[str, Path]:
+    """The storage that `place`, a folder or a URI, lies `depth` levels in, and its file `name`, fetched if there."""
+    if not is_uri(place):
+        folder = Path(place).absolute()
+        return str(folder.parents[depth - 1]), folder / name
+    storage, *names = place.rstrip("/").rsplit("/", depth)
+    if not re.fullmatch(r".+://.*[^/]", storage):
+        return place, Path(place) / name
+    found = open_storage(config.load({"runtime": {"storage": storage}}).runtime)
+    file = found.root.joinpath(*names, name)
+    found.fetch(file)
+    return storage, file
+
+
 def open_storage(runtime: config.Runtime) -> Storage:
     """The storage of a run as this process sees it.
 

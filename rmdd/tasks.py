@@ -6,6 +6,7 @@ same storage, and each goes on from its own last checkpoint.
 
 import contextlib
 import functools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rmdd import config
+from rmdd import config, track
 from rmdd.data.material import Material, load_material
 from rmdd.data.shards import Dataset
 from rmdd.distill.matching import distill_phase, load_set
@@ -21,10 +22,13 @@ from rmdd.evaluate.protocol import Job, lesson_of, random_lesson, score_expert, 
 from rmdd.experts.store import Store
 from rmdd.experts.train import expert_model, train_expert
 from rmdd.files import read_json, write_json
-from rmdd.jobs import Hooks
+from rmdd.jobs import Hooks, Task
 from rmdd.lease import held
 from rmdd.models.text import text_width
 from rmdd.storage import Storage, open_storage
+
+CURVES = ("loss", "miss_image", "miss_text", "student_loss", "lr_image", "lr_text", "rollbacks")
+"""What is tracked of a phase."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,23 @@ def _material(run: config.Run, data: Path, cache: Path, split: str) -> Material:
 
 
 def material(item: Item, split: str) -> Material:
-    return _material(item.run, item.places.data, item.places.cache, split)
+    """A split, loaded once for all runs that differ in nothing that shapes it."""
+    of_all = {"name": "run", "seed": 0, "distill": config.Distill(), "evaluate": config.Evaluate()}
+    return _material(item.run.model_copy(update=of_all), item.places.data, item.places.cache, split)
+
+
+def record(item: Item) -> Path:
+    """Where the record of a student lies; those of random pairs and full data are shared by runs."""
+    assert item.job is not None
+    shared = item.job.kind in ("tune", "baseline", "full")
+    return (item.places.baseline if shared else item.places.run / "students") / f"{item.job.name}.json"
+
+
+def target(task: Task, item: Item) -> Path:
+    """Where the result of a task goes: items with the same one are the same work."""
+    if task is student:
+        return record(item)
+    return item.places.phase(item.number) if task is phase else item.places.store / f"expert-{item.number:03d}"
 
 
 @contextlib.contextmanager
@@ -101,18 +121,35 @@ def _here(item: Item) -> tuple[Item, Storage]:
     return replace(item, places=item.places.under(storage.root)), storage
 
 
+@contextlib.contextmanager
+def _followed(item: Item, title: str, value: str, folder: Path, storage: Storage) -> Iterator[track.Tracker]:
+    """What follows a piece of work, going on from the curves in `folder`, which go to the storage at the end."""
+    for part in track.FOLDERS:
+        storage.fetch(folder / part)
+    try:
+        with track.of(item.run, title, value, folder) as tracker:
+            yield tracker
+    finally:
+        for part in track.FOLDERS:
+            storage.publish(folder / part)
+
+
 def expert(item: Item, hooks: Hooks) -> bool:
     """Train expert `item.number` to the end or until told to stop."""
     item, storage = _here(item)
     places = item.places
-
-    def on_epoch(metrics: dict[str, Any]) -> None:
-        hooks.report({"done": metrics["epoch"], "loss": metrics["loss"], "val": metrics["val"]})
-
+    curves = places.store / "curves" / f"{item.number:03d}"
     storage.fetch(places.data)
-    storage.fetch(places.store, lambda name: "/expert-" not in name)
+    storage.fetch(places.store, lambda name: "/expert-" not in name and not track.is_curve(name))
     store = Store.open(places.store)
-    with _alone(store.folder(item.number), storage, hooks) as hooks:
+    follow = _followed(item, f"expert {item.number}", places.store.name, curves, storage)
+    with _alone(store.folder(item.number), storage, hooks) as hooks, follow as tracker:
+
+        def on_epoch(metrics: dict[str, Any]) -> None:
+            told = {"loss": metrics["loss"], "val": metrics["val"]}
+            tracker.add(metrics["epoch"], told)
+            hooks.report({"done": metrics["epoch"], **told})
+
         return train_expert(
             item.run,
             item.number,
@@ -130,42 +167,30 @@ def phase(item: Item, hooks: Hooks) -> bool:
     """Distil phase `item.number` to the end or until told to stop."""
     item, storage = _here(item)
     places, run = item.places, item.run
-    storage.fetch(places.store, lambda name: not name.endswith("/running.safetensors"))
+    storage.fetch(places.store, lambda name: not name.endswith("/running.safetensors") and not track.is_curve(name))
     model = expert_model(run, 0, text_width(run.model.text))
-    tracker = _tracker(run, places.phase(item.number))
+    pairs = run.distill.batch * run.distill.steps
+    follow = _followed(item, f"phase {item.number}", places.phases.name, places.phase(item.number), storage)
+    with _alone(places.phase(item.number), storage, hooks) as hooks, follow as tracker:
 
-    def on_step(metrics: dict[str, Any]) -> None:
-        hooks.report(
-            {
-                "done": metrics["iteration"],
-                "loss": metrics["loss"],
-                "lr_image": metrics["lr_image"],
-                "lr_text": metrics["lr_text"],
-            }
+        def on_step(metrics: dict[str, Any]) -> None:
+            tracker.add(metrics["iteration"], {name: metrics[name] for name in CURVES if name in metrics})
+            shown = {name: metrics[name] for name in ("loss", "lr_image", "lr_text")}
+            pace = {"pairs/s": pairs / metrics["seconds"]} if metrics["seconds"] else {}
+            hooks.report({"done": metrics["iteration"], **shown, **pace})
+
+        return distill_phase(
+            run,
+            item.number,
+            Store.open(places.store),
+            model,
+            load_set(places.start(item.number)),
+            places.phase(item.number),
+            device_of(run),
+            f"{item.value}/{item.number}",
+            on_step,
+            hooks.should_stop,
         )
-        if tracker is not None:
-            for name in ("loss", "miss_image", "miss_text", "student_loss", "lr_image", "lr_text"):
-                if name in metrics:
-                    tracker.add_scalar(name, metrics[name], metrics["iteration"])
-
-    try:
-        with _alone(places.phase(item.number), storage, hooks) as hooks:
-            return distill_phase(
-                run,
-                item.number,
-                Store.open(places.store),
-                model,
-                load_set(places.start(item.number)),
-                places.phase(item.number),
-                device_of(run),
-                f"{item.value}/{item.number}",
-                on_step,
-                hooks.should_stop,
-            )
-    finally:
-        if tracker is not None:
-            tracker.close()
-            storage.publish(places.phase(item.number) / "tensorboard")
 
 
 def student(item: Item, hooks: Hooks) -> dict[str, Any]:
@@ -173,21 +198,22 @@ def student(item: Item, hooks: Hooks) -> dict[str, Any]:
     item, storage = _here(item)
     assert item.job is not None
     job, run, places = item.job, item.run, item.places
-    folder = places.baseline if job.kind in ("tune", "baseline", "full") else places.run / "students"
-    path = folder / f"{job.name}.json"
-    value = f"{item.value}/{'-'.join(map(str, item.iterations))}" if folder == places.run / "students" else folder.name
+    path = record(item)
+    shared = path.parent == places.baseline
+    value = places.baseline.name if shared else f"{item.value}/{'-'.join(map(str, item.iterations))}"
     storage.fetch(path)
-    if path.is_file() and (record := read_json(path))["value"] == value:
+    if path.is_file() and (scored := read_json(path))["value"] == value:
         hooks.report({"done": 1})
-        return record
+        return scored
     storage.fetch(places.data)
     device, val, test = device_of(run), material(item, "val"), material(item, "test")
     if job.kind == "full":
-        storage.fetch(places.store, lambda name: "/expert-" not in name or f"/expert-{job.index:03d}/" in name)
+        others = re.compile(rf"/expert-(?!{job.index:03d}/)")
+        storage.fetch(places.store, lambda name: not others.search(name) and not track.is_curve(name))
         model = expert_model(run, job.index, val.texts.shape[1])
         store = Store.open(places.store)
         model.load_trained(store.read(job.index, store.epochs))
-        record = score_expert(job, run, model, val, test, device)
+        scored = score_expert(job, run, model, val, test, device)
     else:
         if job.kind in ("tune", "baseline"):
             lessons = [random_lesson(run, material(item, "train"), job.index, job.lr)]
@@ -196,16 +222,8 @@ def student(item: Item, hooks: Hooks) -> dict[str, Any]:
                 storage.fetch(places.set(p, iteration))
             sets = [load_set(places.set(p, iteration)) for p, iteration in enumerate(item.iterations)]
             lessons = [lesson_of(s, run.data.image_size) for s in sets]
-        record = train_and_score(job, run, lessons, val, test, device)
-    record["value"] = value
-    write_json(path, record)
-    hooks.report({"done": 1, "val": record["val"]["R@mean"]} if "val" in record else {"done": 1})
-    return record
-
-
-def _tracker(run: config.Run, folder: Path):
-    if run.runtime.track == "none":
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder / "tensorboard"))
+        scored = train_and_score(job, run, lessons, val, test, device, hooks.should_stop)  # a sign of life
+    scored["value"] = value
+    write_json(path, scored)
+    hooks.report({"done": 1, "val": scored["val"]["R@mean"]} if "val" in scored else {"done": 1})
+    return scored

@@ -3,6 +3,8 @@
 import copy
 import json
 import shutil
+import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -174,3 +176,18 @@ def test_real_annotations_without_their_images_are_counted_and_then_refused(shar
     with pytest.raises(ValueError, match=r"split 'train' of the dataset at .* holds no pair .*quarantine.jsonl"):
         go(run)
     assert not (tmp_path / "experts").exists()
+
+
+def test_a_time_limit_stops_a_run_like_ctrl_c(storage):
+    def limited(minutes):
+        return load(storage, "distill.phases.0.iterations=20000", f"runtime.time_limit={minutes}")
+
+    said = []
+    progress = Progress(quiet=True)
+    progress.say = said.append
+    with pytest.raises(KeyboardInterrupt), open_pipeline(limited(0.05), progress) as pipeline:
+        pipeline.distill()
+    assert said[-1] == "the time limit of 0.05 minutes (runtime.time_limit) was reached"
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    with pytest.raises(ValueError, match="runtime.time_limit needs the main thread"), ThreadPoolExecutor(1) as pool:
+        pool.submit(go, limited(1), "ingest").result()

@@ -1,11 +1,14 @@
 """Kill what works, go on, and compare bits with a run that nobody touched."""
 
+import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -57,10 +60,10 @@ TINY = {
 }
 
 
-def write_run(folder: Path) -> Path:
+def write_run(folder: Path, **runtime: object) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    runtime = {"storage": str(folder / "runs"), "ray": "on", "num_cpus": 2, "track": "none"}
-    (folder / "run.yaml").write_text(yaml.safe_dump({**TINY, "runtime": runtime}))
+    places = {"storage": str(folder / "runs"), "ray": "on", "num_cpus": 2, "track": "none", **runtime}
+    (folder / "run.yaml").write_text(yaml.safe_dump({**TINY, "runtime": places}))
     return folder / "run.yaml"
 
 
@@ -89,8 +92,55 @@ def results(folder: Path) -> dict[str, bytes]:
         for p in runs.rglob("*")
         if p.is_file() and (p.suffix == ".safetensors" or p.name in ("evaluation.json", "expert.json"))
     ]
-    assert not [p for p in runs.rglob("*.tmp")], "a temporary file was left behind"
     return {str(p.relative_to(runs)): p.read_bytes() for p in files}
+
+
+def made(folder: Path) -> dict[str, tuple[int, int]]:
+    """Which finished experts, shards and records there are, by what changes when one is made again."""
+    patterns = ("data/*/*.parquet", "experts/*/*/expert.json", "baselines/*/*.json", "phases/*/*/start.safetensors")
+    found = [p for pattern in patterns for p in (folder / "runs").glob(pattern)]
+    return {str(p.relative_to(folder)): (p.stat().st_ino, p.stat().st_mtime_ns) for p in found}
+
+
+class Nodes:
+    """A cluster of processes on this machine whose nodes can be killed; the head does no work."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        health = {"initial_delay_ms": 0, "period_ms": 1000, "timeout_ms": 5000, "failure_threshold": 3}
+        head = {"num_cpus": 0, "_system_config": {f"health_check_{key}": value for key, value in health.items()}}
+        small = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
+        self.cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=head | small))
+        self.nodes = [self.add(), self.add()]
+
+    @property
+    def place(self) -> dict[str, object]:
+        return {"num_cpus": None, "address": self.cluster.address}
+
+    def add(self):
+        return patiently(lambda: self.cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20))
+
+    def kill(self, node) -> None:
+        """As a machine that is switched off; another one comes in its place."""
+        self.cluster.remove_node(node, allow_graceful=False)
+        self.nodes.remove(node)
+        self.nodes.append(self.add())
+
+
+def patiently(begin: Callable):
+    """A node of Ray must come up within half a minute, which a busy machine may not give it."""
+    for _ in range(5):
+        with contextlib.suppress(Exception):
+            return begin()
+    return begin()
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    started = Nodes()
+    yield started
+    started.cluster.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -124,61 +174,126 @@ def lines_of(folder: Path, pattern: str) -> int:
     return sum(len(p.read_text().splitlines()) for p in (folder / "runs").glob(pattern))
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    write_run(tmp_path)
-    yield tmp_path
+def run_of(folder: Path) -> Path:
+    return run_folder(config.load(folder / "run.yaml"))
 
 
-def test_killed_phase_actor_is_restarted_from_its_checkpoint(folder: Path, unbroken: dict[str, bytes]) -> None:
-    process = start("run", str(folder / "run.yaml"), "--quiet")
-    pid = wait_for(
-        lambda: lines_of(folder, "phases/*/phase-1/metrics.jsonl") >= 10 and pid_of(folder, "phase 1"), process
-    )
-    os.kill(int(str(pid)), signal.SIGKILL)
+def in_phases(folder: Path, lines: int) -> Callable[[], object]:
+    return lambda: lines_of(folder, "phases/*/phase-1/metrics.jsonl") >= lines and pid_of(folder, "phase 1")
+
+
+def test_killed_workers_are_replaced_and_go_on_from_their_checkpoints(
+    tmp_path: Path, unbroken: dict, nodes: Nodes
+) -> None:
+    process = start("run", str(write_run(tmp_path, **nodes.place)), "--quiet")
+    begun = lambda: list((tmp_path / "runs").glob("experts/*/expert-001/running.safetensors"))  # noqa: E731
+    os.kill(int(str(wait_for(lambda: begun() and pid_of(tmp_path, "expert 1"), process))), signal.SIGKILL)
+    os.kill(int(str(wait_for(in_phases(tmp_path, 10), process))), signal.SIGKILL)
     finish(process)
-    run = run_folder(config.load(folder / "run.yaml"))
-    assert [e["item"] for e in events(run / "events.jsonl") if e["event"] == "died"] == ["phase 1"]
-    assert results(folder) == unbroken
+    died = [e["item"] for e in events(run_of(tmp_path) / "events.jsonl") if e["event"] == "died"]
+    assert died == ["expert 1", "phase 1"]
+    assert results(tmp_path) == unbroken
 
 
-def test_killed_expert_worker_is_restarted_at_its_last_epoch(folder: Path, unbroken: dict[str, bytes]) -> None:
-    process = start("run", str(folder / "run.yaml"), "--quiet")
-    begun = lambda: list((folder / "runs").glob("experts/*/expert-001/running.safetensors"))  # noqa: E731
-    pid = wait_for(lambda: begun() and pid_of(folder, "expert 1"), process)
-    os.kill(int(str(pid)), signal.SIGKILL)
+def test_killed_and_terminated_drivers_go_on_with_resume(tmp_path: Path, unbroken: dict, nodes: Nodes) -> None:
+    process = start("run", str(write_run(tmp_path, **nodes.place)), "--quiet")
+    kept: dict[str, tuple[int, int]] = {}
+    run = run_of(tmp_path)
+    for moment in ("experts/*/expert-000/expert.json", None, "tiny-*/students/*.json"):
+        if moment is not None:
+            wait_for(lambda moment=moment: list((tmp_path / "runs").glob(moment)), process)
+            process.kill()
+            process.communicate()
+        else:
+            wait_for(in_phases(tmp_path, 5), process)
+            process.terminate()
+            output, _ = process.communicate(timeout=400)
+            assert process.returncode == 130 and f"rmdd resume {run}" in output, output
+        assert not (run / "evaluation.json").exists()
+        assert kept.items() <= made(tmp_path).items(), "what was finished is not done again"
+        kept = made(tmp_path)
+        process = start("resume", str(run), "--quiet")
     finish(process)
-    assert results(folder) == unbroken
+    assert kept and kept.items() <= made(tmp_path).items()
+    assert results(tmp_path) == unbroken
 
 
-@pytest.mark.parametrize(
-    "moment",
-    ["experts/*/expert-000/running.safetensors", "phases/*/phase-0/state.safetensors", "tiny-*/students/*.json"],
-)
-def test_killed_driver_goes_on_with_resume(folder: Path, unbroken: dict[str, bytes], moment: str) -> None:
-    process = start("run", str(folder / "run.yaml"), "--quiet")
-    wait_for(lambda: list((folder / "runs").glob(moment)), process)
-    process.kill()
-    process.communicate()
-    time.sleep(4)  # the workers of a killed driver end within 3 s
-    run = run_folder(config.load(folder / "run.yaml"))
-    assert not (run / "evaluation.json").exists()
-    finish(start("resume", str(run), "--quiet"))
-    assert results(folder) == unbroken
+def test_ray_off_gives_the_same_bits(tmp_path: Path, unbroken: dict) -> None:
+    finish(start("run", str(write_run(tmp_path)), "--set", "runtime.ray=off", "--quiet"))
+    assert results(tmp_path) == unbroken
 
 
-def test_terminated_run_saves_stops_and_says_how_to_go_on(folder: Path, unbroken: dict[str, bytes]) -> None:
-    process = start("run", str(folder / "run.yaml"))
-    wait_for(lambda: lines_of(folder, "phases/*/phase-0/metrics.jsonl") >= 5, process)
-    process.terminate()
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 130, output
-    run = run_folder(config.load(folder / "run.yaml"))
-    assert f"rmdd resume {run}" in output
-    finish(start("resume", str(run), "--quiet"))
-    assert results(folder) == unbroken
+def test_a_lost_node_costs_no_attempt(tmp_path: Path, unbroken: dict, nodes: Nodes) -> None:
+    process = start("run", str(write_run(tmp_path, **nodes.place, max_restarts=0)), "--quiet")
+    wait_for(in_phases(tmp_path, 10), process)
+    where = [e["node"] for e in events(run_of(tmp_path) / "events.jsonl") if e["item"] == "phase 1"][-1]
+    nodes.kill(next(node for node in nodes.nodes if node.node_id == where))
+    finish(process)
+    seen = [e["event"] for e in events(run_of(tmp_path) / "events.jsonl") if e["item"] == "phase 1"]
+    assert seen == ["started", "lost", "started", "finished"]
+    assert results(tmp_path) == unbroken
 
 
-def test_ray_off_gives_the_same_bits(folder: Path, unbroken: dict[str, bytes]) -> None:
-    finish(start("run", str(folder / "run.yaml"), "--set", "runtime.ray=off", "--quiet"))
-    assert results(folder) == unbroken
+KILLS = 20
+
+
+@pytest.mark.slow
+def test_soak(tmp_path: Path, unbroken: dict, nodes: Nodes) -> None:
+    """At least twenty kills of drivers, workers and whole nodes at random moments, until whole runs have come of it."""
+    draw, kills = random.Random(0), Counter[str]()
+    for number in range(100):
+        folder = tmp_path / f"run-{number}"
+        file = write_run(folder, **nodes.place, max_restarts=KILLS)
+        process, kept = start("run", str(file), "--quiet"), made(folder)
+        while wait_a_while(folder, process, draw):
+            victim = draw.choice(("driver", "worker", "worker", "node"))
+            working = pids(run_of(folder))
+            if victim == "driver":
+                process.kill()
+                process.communicate()
+                process = start("resume", str(run_of(folder)), "--quiet")
+            elif victim == "node":
+                nodes.kill(draw.choice(nodes.nodes))
+            elif working:
+                victim, pid = draw.choice(sorted(working.items()))
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            else:
+                continue
+            kills[victim] += 1
+            print(f"{time.strftime('%X')} run {number}: killed {victim}, {kills.total()} in all", flush=True)
+            assert kept.items() <= made(folder).items(), "what was finished is not done again"
+            kept = made(folder)
+        finish(process)
+        assert kept.items() <= made(folder).items()
+        assert results(folder) == unbroken
+        if kills.total() >= KILLS:
+            return
+    raise AssertionError(f"only {kills} in 100 runs")
+
+
+def pids(run: Path) -> dict[str, int]:
+    """Items at work and their processes."""
+    working = {}
+    for event in events(run / "events.jsonl"):
+        if event["event"] == "started":
+            working[event["item"]] = event["pid"]
+        else:
+            working.pop(event["item"], None)
+    return working
+
+
+def wait_a_while(folder: Path, process: subprocess.Popen[str], draw: random.Random) -> bool:
+    """Until the run has made some progress, and a random moment more; False when it has ended."""
+
+    def progress() -> int:
+        return lines_of(folder, "tiny-*/events.jsonl") + lines_of(folder, "phases/*/*/metrics.jsonl") // 10
+
+    before, until = progress(), None
+    while process.poll() is None:
+        if until is None and progress() > before:
+            until = time.monotonic() + draw.uniform(0, 5)
+        if until is not None and time.monotonic() > until:
+            return True
+        time.sleep(0.05)
+    return False

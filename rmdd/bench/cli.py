@@ -87,3 +87,23 @@ def bench_estimator(
         return {"rows": rows, "medians": medians, "say": [comparison(rows, medians)]}
 
     do(lambda: load(source, set_ or []), compare, json, quiet, debug)
+
+
+@bench.command("phases")
+def bench_phases(
+    phases: Annotated[str, typer.Option(help="Numbers of phases to compare.")] = "2,3",
+    iterations: Annotated[int, typer.Option(help="Iterations of each phase.")] = 60,
+    repeats: Annotated[int, typer.Option(help="How often each is measured; the medians are told.")] = 3,
+    out: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time phases side by side on Ray against the same ones in turn, one thread each."""
+    with outcome(debug):
+        from rmdd.bench.phases import Case, bench_phases, table
+
+        found = bench_phases(Case(iterations=iterations), [int(p) for p in phases.split(",")], repeats, out)
+    if json:
+        print_json(found)
+    else:
+        typer.echo(table(found))

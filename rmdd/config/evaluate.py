@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
 from rmdd.runfile import Section
@@ -68,13 +68,34 @@ class Runtime(Section):
     threads: PositiveInt = Field(1, description="CPU threads per worker; the same bits need the same number")
     loader_workers: Annotated[int, Field(ge=0)] = Field(0, description="processes per expert that decode and augment")
     gpus_per_worker: NonNegativeFloat = Field(0.0, description="share of a GPU that each worker gets; 0: CPUs")
+    cpus_per_worker: NonNegativeFloat | None = Field(
+        None, description="CPUs, or a share of one, that Ray keeps for each worker; null: `threads`, none beside a GPU"
+    )
     keep_parameters: Literal["device", "cpu", "recompute"] = Field(
         "device", description="where a step's K parameter vectors wait: there, on the CPU, or rebuilt from 2 sqrt(K)"
     )
     max_restarts: Annotated[int, Field(ge=0)] = Field(3, description="times a dead worker is started again")
-    track: Literal["tensorboard", "none"] = Field(
-        "tensorboard", description="where the curves of a distillation go, beside metrics.jsonl"
+    time_limit: PositiveFloat | None = Field(
+        None, description="minutes after which a run saves and stops, to be resumed, as on Ctrl-C; null: none"
     )
+    stall_limit: PositiveFloat | None = Field(
+        60.0, description="minutes without a sign of life after which a worker is killed and started again; null: none"
+    )
+    track: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        ("tensorboard",),
+        description="where curves go beside the JSON lines; wandb and mlflow: `pip install rmdd[track]`",
+    )
+
+    @field_validator("track", mode="before")
+    @classmethod
+    def _one_or_none(cls, value: Any) -> Any:
+        return ([] if value == "none" else [value]) if isinstance(value, str) else value
+
+    @property
+    def share(self) -> tuple[float, float]:
+        """CPUs and GPUs of one worker."""
+        usual = 0.0 if self.gpus_per_worker else float(self.threads)
+        return usual if self.cpus_per_worker is None else self.cpus_per_worker, self.gpus_per_worker
 
     def clashes(self) -> list[str]:
         scheme, is_uri, rest = self.storage.partition("://")

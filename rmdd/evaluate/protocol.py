@@ -11,7 +11,7 @@ Each row of the result table comes from jobs that know nothing of one another, s
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -76,7 +76,13 @@ def updates(run: config.Run) -> int:
 
 
 def train_and_score(
-    job: Job, run: config.Run, lessons: Sequence[Lesson], val: Material, test: Material, device: torch.device
+    job: Job,
+    run: config.Run,
+    lessons: Sequence[Lesson],
+    val: Material,
+    test: Material,
+    device: torch.device,
+    on_pass: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """Run one student job and return its record; `test` is scored only by kinds that report it."""
     rule = run.evaluate
@@ -93,6 +99,7 @@ def train_and_score(
     curve: list[dict[str, Any]] = []
 
     def at(subset: int, passes: int) -> None:
+        on_pass()
         last = subset == len(lessons) - 1 and passes == rule.epochs
         if job.kind == "reference" and (passes - 1) % rule.eval_every == 0:
             curve.append({"subset": subset, "passes": passes, "test": score(model, test, device, rule.chunk).as_dict()})

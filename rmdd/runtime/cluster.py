@@ -1,9 +1,12 @@
 """Joining or starting a Ray cluster, and what it has to offer."""
 
 import contextlib
+import math
 import os
 import shutil
+import signal
 import sys
+import threading
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +26,8 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
 }
 
+START_ATTEMPTS = 4
+
 GROW_SECONDS = 900.0
 """How long a cluster that grows may take to bring a first node with room for a worker."""
 
@@ -35,22 +40,35 @@ class Resources:
     cpus: float
     gpus: float
     nodes: int
+    widest: float = math.inf
+    """CPUs of the node that has most."""
     grows: bool = False
     """Whether nodes come for workers that wait; then as many may wait as `runtime.workers` says."""
 
     def workers(self, runtime: config.Runtime, items: int) -> int:
-        """How many workers fit side by side: one per `threads` CPUs, or per share of a GPU (no share spans two)."""
+        """How many workers fit side by side: as many as have their share of CPUs and of a GPU (no share spans two)."""
         asked = min(items, runtime.workers or items)
         if self.grows:
             return max(1, asked)
-        share = runtime.gpus_per_worker
+        cpus, share = runtime.share
+        fit = [asked]
+        if cpus > 0:
+            fit.append(int(self.cpus / cpus + 1e-9))
         if share >= 1:
-            fit = int(self.gpus / share)
+            fit.append(int(self.gpus / share))
         elif share > 0:
-            fit = int(self.gpus) * int(1 / share + 1e-9)
-        else:
-            fit = int(self.cpus / runtime.threads)
-        return max(1, min(fit, asked))
+            fit.append(int(self.gpus) * int(1 / share + 1e-9))
+        return max(1, min(fit))
+
+
+def resources_now(grows: bool = False) -> Resources:
+    """What the cluster has now; nodes come and go. One that grows will bring nodes as wide as a worker needs."""
+    import ray
+
+    have = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus = [resources.get("CPU", 0.0) for resources in have]
+    widest = math.inf if grows else max(cpus, default=0.0)
+    return Resources(sum(cpus), sum(resources.get("GPU", 0.0) for resources in have), len(have), widest, grows)
 
 
 @contextlib.contextmanager
@@ -69,30 +87,22 @@ def connected(runtime: config.Runtime) -> Iterator[Resources]:
     import ray
 
     ours = not ray.is_initialized()
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     if ours and address:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     elif ours:
-        ray.init(
-            address="local",
-            num_cpus=runtime.num_cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            object_store_memory=256 * 2**20,
-        )
+        _start(runtime)
+    if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # ray.init puts its own in place
     try:
-        grows = ours and bool(address) and runtime.workers is not None
-        if grows:
-            _await_room(runtime)
-        have = ray.cluster_resources()
-        nodes = sum(1 for node in ray.nodes() if node["Alive"])
-        found = Resources(have.get("CPU", 0.0), have.get("GPU", 0.0), nodes, grows)
+        grows = ours and bool(address) and runtime.workers is not None and _await_room(runtime)
+        found = resources_now(grows)
         if runtime.gpus_per_worker > found.gpus:
             raise ValueError(
                 f"runtime.gpus_per_worker asks for {runtime.gpus_per_worker} GPU(s) but the cluster has "
                 f"{found.gpus:g}; set it to 0 for CPUs, or add GPU nodes"
             )
-        if nodes > 1 and "://" not in runtime.storage:
+        if found.nodes > 1 and "://" not in runtime.storage:
             require_shared(Path(runtime.storage).absolute())
         yield found
     finally:
@@ -100,18 +110,40 @@ def connected(runtime: config.Runtime) -> Iterator[Resources]:
             ray.shutdown()
 
 
-def _await_room(runtime: config.Runtime) -> None:
-    """Wait until the cluster has had room for one worker. What waits is a placement group, which runs nothing."""
+def _start(runtime: config.Runtime) -> None:
+    """Start a local cluster, and again if it does not come up in Ray's half minute, as on a very busy machine."""
     import ray
 
-    share = runtime.gpus_per_worker
-    need = {"GPU": share} if share else {"CPU": float(runtime.threads)}
-    if all(ray.cluster_resources().get(name, 0.0) >= amount for name, amount in need.items()):
-        return
+    for attempt in range(START_ATTEMPTS):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=runtime.num_cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                object_store_memory=256 * 2**20,
+            )
+            return
+        except Exception as error:  # Ray has no class of its own for it
+            ray.shutdown()
+            if attempt == START_ATTEMPTS - 1 or "timed out" not in str(error):
+                raise RuntimeError(f"a local Ray could not be started: {error}") from error
+
+
+def _await_room(runtime: config.Runtime) -> bool:
+    """Wait until a node has had room for one worker; False when none came. What waits is a placement group, which
+    runs nothing."""
+    import ray
+
+    need = {name: share for name, share in zip(("CPU", "GPU"), runtime.share, strict=True) if share}
+    have = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if any(all(node.get(name, 0.0) >= share for name, share in need.items()) for node in have):
+        return True
     print(f"waiting up to {GROW_SECONDS / 60:.0f} minutes for a node with {need}", file=sys.stderr)
     group = ray.util.placement_group([need])
     try:
-        group.wait(GROW_SECONDS)
+        return group.wait(GROW_SECONDS)
     finally:
         ray.util.remove_placement_group(group)
 

@@ -48,7 +48,6 @@ def test_methods_are_measured_beside_the_case():
     assert not found.similarity
 
 
-@pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own():
     case = replace(SMALL, image_size=64, widths=(16,), batch=7, dtype="float32")
     unroll, ours = (peak_bytes(case, v) for v in (Variant("whole_unroll"), Variant("first_order", None, "first_order")))

@@ -1,13 +1,16 @@
 import json
 import os
+import re
 import signal
 import sys
 import time
+import urllib.request
 
 import pytest
 
 from rmdd.config import Runtime
-from rmdd.jobs import Executor, Interrupted
+from rmdd.jobs import Executor, Interrupted, Piece, once
+from rmdd.runtime import actors
 from rmdd.runtime.actors import SideBySide
 from rmdd.runtime.cluster import Resources
 
@@ -66,6 +69,47 @@ def wait_to_be_stopped(item, hooks):
         time.sleep(0.02)
     (item / "saved").touch()
     return False
+
+
+def hang_once(item, hooks):
+    hooks.report({"done": 1})
+    if not (item / "hung").exists():
+        (item / "hung").touch()
+        time.sleep(600)
+    return "done"
+
+
+def leave_once(item, hooks):
+    """As on a node that is to go: SIGTERM comes, the work is saved, and goes on elsewhere."""
+    if (item / "saved").exists():
+        return os.getpid()
+    os.kill(os.getpid(), signal.SIGTERM)
+    while not hooks.should_stop():
+        time.sleep(0.02)
+    (item / "saved").write_text(str(os.getpid()))
+    return False
+
+
+def stop_once(item, hooks):
+    return "done" if (item / "saved").exists() else wait_to_be_stopped(item, hooks)
+
+
+def report_until_stopped(item, hooks):
+    for done in range(1, 1200):
+        hooks.report({"done": done, "pairs/s": 12.5})
+        if (item / "stop").exists():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def meet(item, hooks):
+    """Ends when all the others are there."""
+    folder, number, others = item
+    (folder / f"here-{number}").touch()
+    while len(list(folder.glob("here-*"))) < others:
+        time.sleep(0.02)
+    return os.getpid()
 
 
 def test_results_come_in_order_from_few_actors(side_by_side, tmp_path):
@@ -134,3 +178,80 @@ def test_an_interrupt_lets_every_worker_save(side_by_side, tmp_path):
     with pytest.raises(Interrupted):
         side_by_side().map(wait_to_be_stopped, items, names_of(items), interrupt)
     assert all((item / "saved").exists() for item in items)
+
+
+def test_a_worker_that_hangs_is_killed_and_started_again(side_by_side, tmp_path):
+    told = []
+    executor = side_by_side(stall_limit=0.05)
+    executor.say = told.append
+    assert executor.map(hang_once, [tmp_path], ["item 0"], ignore) == ["done"]
+    assert [line["event"] for line in events(tmp_path)] == ["started", "hung", "started", "finished"]
+    assert events(tmp_path)[1]["why"].startswith("no sign of life for 0.05 minutes")
+    assert told[0].startswith("item 0: hung on node ") and told[1].startswith("item 0: goes on at node ")
+
+
+def test_a_worker_that_is_told_to_go_saves_and_another_goes_on(side_by_side, tmp_path):
+    (pid,) = side_by_side(max_restarts=0).map(leave_once, [tmp_path], ["item 0"], ignore)
+    assert pid != int((tmp_path / "saved").read_text())
+    assert [line["event"] for line in events(tmp_path)] == ["started", "moved", "started", "finished"]
+
+
+def test_a_worker_on_a_node_that_is_drained_saves_and_another_goes_on(side_by_side, ray_local, tmp_path, monkeypatch):
+    assert actors.draining() == set()
+    here, saved = ray_local.nodes()[0]["NodeID"], tmp_path / "saved"
+    monkeypatch.setattr(actors, "draining", lambda: set() if saved.exists() else {here})
+    monkeypatch.setattr(actors, "NODES_SECONDS", 0.1)
+    assert side_by_side(max_restarts=0).map(stop_once, [tmp_path], ["item 0"], ignore) == ["done"]
+    assert [line["event"] for line in events(tmp_path)] == ["started", "moved", "started", "finished"]
+
+
+def test_fractions_of_a_cpu_fit_side_by_side(side_by_side, tmp_path):
+    items = [(tmp_path, n, 6) for n in range(6)]
+    pids = side_by_side(workers=6, cpus_per_worker=0.5).map(meet, items, names_of(items), ignore)
+    assert len(set(pids)) == 6, "six on four CPUs"
+
+
+def test_an_error_says_where_it_happened(side_by_side, tmp_path):
+    with pytest.raises(ValueError) as caught:
+        side_by_side().map(fail_on_two, [2], ["item 2"], ignore)
+    where = events(tmp_path, "item 2")[0]
+    (note,) = caught.value.__notes__
+    assert note == f"item 2 failed on node {where['node'][:8]} ({where['host']}), pid {where['pid']}"
+
+
+def test_the_end_of_one_piece_is_told_to_it_alone(side_by_side):
+    ended = {}
+
+    def piece(number):
+        def settle(result, error):
+            ended[number] = result if error is None else str(error)
+
+        return Piece(fail_on_two, number, f"item {number}", lambda metrics: None, settle)
+
+    side_by_side().serve(once([piece(n) for n in range(4)]))
+    assert ended == {0: 0, 1: 1, 2: "item two cannot be had; leave it out", 3: 3}
+
+
+def test_actors_wait_for_the_next_items_inside_a_with(side_by_side):
+    with side_by_side() as executor:
+        first, second = (executor.map(square, [3, 4], ["a", "b"], ignore) for _ in range(2))
+        assert {pid for _, pid in first} == {pid for _, pid in second}
+    assert executor.idle == []
+
+
+def test_reports_are_metrics_of_the_dashboard(side_by_side, ray_local, tmp_path):
+    node = ray_local.nodes()[0]
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    found = {}
+
+    def look(name, metrics):
+        page = urllib.request.urlopen(address, timeout=5).read().decode()
+        for line in page.splitlines():
+            if match := re.match(r'ray_rmdd_(\w+){.*item="item 0".*} (\S+)', line):
+                found[match[1]] = float(match[2])
+        if "done_per_second" in found:
+            (tmp_path / "stop").touch()
+
+    side_by_side().map(report_until_stopped, [tmp_path], ["item 0"], look)
+    assert found["pairs_per_second"] == 12.5 and found["done"] > 1
+    assert found["done_per_second"] > 0 and found["peak_memory_bytes"] > 2**20

@@ -20,6 +20,9 @@ from rmdd.runtime.cluster import Resources, connected
         (8, 0, {"workers": 5}, 20, 5),
         (8, 0, {"workers": 5}, 4, 4),
         (2, 0, {"workers": 5}, 20, 2),
+        (2, 0, {"cpus_per_worker": 0.5}, 20, 4),
+        (4, 2, {"gpus_per_worker": 0.25, "cpus_per_worker": 1}, 20, 4),
+        (4, 2, {"gpus_per_worker": 0.25, "cpus_per_worker": 0}, 20, 8),
     ],
 )
 def test_how_many_workers_fit(cpus, gpus, rule, items, expected):

@@ -1,0 +1,149 @@
+"""Phases side by side against the same phases in turn, one thread each, by turns in one sitting.
+
+Three ratios of wall time. `work` counts from the moment the first phase begins to the end of the last, `workers` the
+whole call with the start of the workers, `ray` the start of Ray as well. In turn there is nothing to start.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from rmdd import config
+from rmdd.distill import similarity
+from rmdd.distill.matching import save_set
+from rmdd.distill.synthetic import Synthetic
+from rmdd.experts.store import Writer
+from rmdd.experts.train import begin_store, expert_model
+from rmdd.files import write_json
+from rmdd.jobs import Executor, Hooks, InTurn
+from rmdd.models.text import text_width
+from rmdd.pipeline import open_executor
+from rmdd.progress import Progress
+from rmdd.seeding import generator
+from rmdd.tasks import Item, Places, phase
+
+PARTS = ("work", "workers", "ray")
+
+
+@dataclass(frozen=True)
+class Case:
+    """The size of one phase: an iteration should be much more than overhead."""
+
+    iterations: int = 60
+    pairs: int = 48
+    batch: int = 16
+    steps: int = 6
+    image_size: int = 32
+    widths: tuple[int, ...] = (32, 32, 32)
+
+
+def bench_phases(case: Case, counts: Sequence[int], repeats: int, out: Path | None = None) -> dict[str, Any]:
+    """Seconds of each number of phases both ways, `repeats` times, and their ratios; also written to `out` as JSON.
+
+    Raises `ValueError` when there is nothing to measure.
+    """
+    if repeats < 1 or min(counts, default=0) < 1:
+        raise ValueError(f"nothing to measure: phases {list(counts)}, repeats {repeats}; give numbers from 1")
+    rows = []
+    with TemporaryDirectory() as temporary:
+        for count in counts:
+            run = _run_of(case, count, Path(temporary))
+            for repeat in range(repeats):
+                folder = Path(temporary) / f"{count}-{repeat}"
+                before = os.getloadavg()[0]
+                in_turn = _measure(InTurn(1), _items(run, folder / "in-turn"))
+                began = time.perf_counter()
+                with open_executor(run.runtime, folder / "events.jsonl", Progress(quiet=True)) as (executor, _):
+                    started = time.perf_counter() - began
+                    side = _measure(executor, _items(run, folder / "side-by-side"))
+                side["ray"] = side["workers"] + started
+                rows.append({"phases": count, "load": before, "in_turn": in_turn, "side_by_side": side})
+    found = {"case": asdict(case), "cpus": os.cpu_count(), "rows": rows, "ratios": ratios(rows)}
+    if out is not None:
+        write_json(out, found)
+    return found
+
+
+def ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Per number of phases, the median over repeats of side by side over in turn."""
+    found = []
+    for count in dict.fromkeys(row["phases"] for row in rows):
+        mine = [row for row in rows if row["phases"] == count]
+        parts = {p: statistics.median(r["side_by_side"][p] / r["in_turn"][p] for r in mine) for p in PARTS}
+        found.append({"phases": count, **parts})
+    return found
+
+
+def table(found: Mapping[str, Any]) -> str:
+    lines = [f"{'phases':>6} {'load':>6}  in turn, side by side: {', '.join(PARTS)} (seconds; ratio)"]
+    for row in found["rows"]:
+        one, other = row["in_turn"], row["side_by_side"]
+        parts = (f"{one[p]:.1f} {other[p]:.1f} ({other[p] / one[p]:.2f})" for p in PARTS)
+        lines.append(f"{row['phases']:>6} {row['load']:>6.1f}  {', '.join(parts)}")
+    lines += [
+        f"{r['phases']} phases side by side take {r['work']:.2f} of the time in turn; with the start of workers "
+        f"{r['workers']:.2f}, of Ray {r['ray']:.2f} (medians)"
+        for r in found["ratios"]
+    ]
+    return "\n".join(lines)
+
+
+def _run_of(case: Case, phases: int, storage: Path) -> config.Run:
+    each = {"pairs": case.pairs, "start": 0, "stop": 1, "endpoint": 1, "iterations": case.iterations}
+    image = {"name": "convnet", "weights": "random", "widths": case.widths, "projection": "linear"}
+    return config.load(
+        {
+            "name": "bench",
+            "data": {"image_size": case.image_size},
+            "model": {"image": image, "text": {"name": "hashing"}},
+            "experts": {"num": 1, "epochs": 1},
+            "distill": {"phases": [each] * phases, "batch": case.batch, "steps": case.steps, "similarity": {"rank": 4}},
+            "runtime": {"storage": str(storage), "track": "none", "num_cpus": max(phases, os.cpu_count() or 1)},
+        }
+    )
+
+
+def _items(run: config.Run, folder: Path) -> list[Item]:
+    """Phases that have not begun, and an expert that walked at random: the arithmetic of real ones."""
+    places = Places(folder, folder, folder / "store", folder / "phases", folder, folder)
+    width, size = text_width(run.model.text), run.stored_size
+    store, random = begin_store(run, places.store, width, {}), generator(0, "bench phases")
+    writer, theta = Writer(store, 0), expert_model(run, 0, width).trained()
+    for _ in range(2):
+        writer.add(theta, {})
+        theta = {n: p.detach() + 0.02 * torch.randn(p.shape, generator=random) for n, p in theta.items()}
+    writer.finish()
+    rate = torch.tensor(float(run.distill.inner_lr))
+    for number, plan in enumerate(run.distill.phases):
+        begun = Synthetic(
+            images=torch.randn(plan.pairs, 3, size, size, generator=random),
+            texts=torch.randn(plan.pairs, width, generator=random) / width**0.5,
+            lr_image=rate.clone(),
+            lr_text=rate,
+            similarity=similarity.initial(run.distill.similarity, plan.pairs, random),
+            alpha=run.distill.similarity.alpha,
+        )
+        save_set(begun, places.start(number))
+    return [Item(run, places, "bench", number) for number in range(len(run.distill.phases))]
+
+
+def _measure(executor: Executor, items: Sequence[Item]) -> dict[str, float]:
+    began = time.perf_counter()
+    names = [f"phase {item.number}" for item in items]
+    spans = executor.map(timed, items, names, lambda name, metrics: None)
+    took = time.perf_counter() - began
+    return {"work": max(end for _, end in spans) - min(begin for begin, _ in spans), "workers": took, "ray": took}
+
+
+def timed(item: Item, hooks: Hooks) -> tuple[float, float]:
+    """When a phase began and ended."""
+    began = time.time()
+    assert phase(item, hooks), "a bench is not stopped"
+    return began, time.time()
