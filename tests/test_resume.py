@@ -230,7 +230,7 @@ def test_a_lost_node_costs_no_attempt(tmp_path: Path, unbroken: dict, nodes: Nod
     nodes.kill(next(node for node in nodes.nodes if node.node_id == where))
     finish(process)
     seen = [e["event"] for e in events(run_of(tmp_path) / "events.jsonl") if e["item"] == "phase 1"]
-    assert seen == ["started", "lost", "started", "finished"]
+    assert seen[0] == "started" and seen[-2:] == ["started", "finished"] and set(seen[1:-2]) == {"lost"}
     assert results(tmp_path) == unbroken
 
 
