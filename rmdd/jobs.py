@@ -7,6 +7,7 @@ stop, keeps its own checkpoints, and gives the same bits wherever it runs.
 import contextlib
 import functools
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,15 +18,47 @@ class Interrupted(KeyboardInterrupt):
     """Work was asked to stop and has saved what it had."""
 
 
+@dataclass(frozen=True)
+class Seat:
+    """A place among the workers that do one item together."""
+
+    rank: int
+    size: int
+    host: str
+    """Address of this machine for the others."""
+    meet: Callable[[str | None], str]
+    """The first calls it with what the others are to know; they call it with None and get that."""
+
+
 @dataclass
 class Hooks:
     """What a task is given besides its item."""
 
     report: Callable[[dict[str, Any]], None] = lambda metrics: None
     should_stop: Callable[[], bool] = lambda: False
+    seat: Seat | None = None
+
+
+@dataclass(frozen=True)
+class Failed:
+    """What `spared` returns in the place of a result."""
+
+    reason: str
+    host: str
+    again: bool
+    """Whether another try may do better: not after a `ValueError` or the like, which the same numbers bring again."""
 
 
 Task = Callable[[Any, Hooks], Any]
+
+
+def spared(task: Task, item: Any, hooks: Hooks) -> Any:
+    """The task's result, or why it failed: an item that fails does not stop the others."""
+    try:
+        return task(item, hooks)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        return Failed(reason, socket.gethostname(), isinstance(error, RuntimeError | OSError | MemoryError))
 
 
 @runtime_checkable

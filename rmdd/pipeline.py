@@ -290,7 +290,7 @@ def run_folder(run: config.Run) -> Path:
 
 def protocol_of(run: config.Run) -> dict[str, Any]:
     """What shapes one expert; how many there are does not."""
-    return run.experts.model_dump(mode="json", exclude={"num"}) | {"seed": run.seed_of("experts")}
+    return run.experts.protocol() | {"seed": run.seed_of("experts")}
 
 
 def places_of(run: config.Run, dataset: Dataset) -> Places:

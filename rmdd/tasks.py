@@ -4,6 +4,7 @@ Each opens what it needs by path, so it runs the same in this process and on ano
 same storage, and each goes on from its own last checkpoint.
 """
 
+import contextlib
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from rmdd.data.material import Material, load_material
 from rmdd.data.shards import Dataset
 from rmdd.distill.matching import distill_phase, load_set
 from rmdd.evaluate.protocol import Job, lesson_of, random_lesson, score_expert, train_and_score
+from rmdd.experts import gang
+from rmdd.experts.feed import Stream
 from rmdd.experts.store import Store
 from rmdd.experts.train import expert_model, train_expert
 from rmdd.files import locked, read_json, write_json
@@ -57,6 +60,75 @@ class Item:
     job: Job | None = None
     iterations: tuple[int, ...] = ()
     """Per phase, the iteration of the set that a student learns from."""
+    stream: Stream | None = None
+    """Who reads the shards for an expert whose pictures are not cached; None: the process that trains it."""
+
+
+def device_of(run: config.Run) -> torch.device:
+    return torch.device("cuda" if run.runtime.gpus_per_worker > 0 else "cpu")
+
+
+@functools.lru_cache(maxsize=4)
+def _material(run: config.Run, data: Path, cache: Path, split: str) -> Material:
+    return load_material(run, Dataset.open(data), split, cache, str(device_of(run)))
+
+
+def material(item: Item, split: str) -> Material:
+    return _material(item.run, item.places.data, item.places.cache, split)
+
+
+def expert(item: Item, hooks: Hooks) -> bool:
+    """Train expert `item.number` to the end or until told to stop."""
+
+    def on_epoch(metrics: dict[str, Any]) -> None:
+        hooks.report({"done": metrics["epoch"], "loss": metrics["loss"], "val": metrics["val"]})
+
+    rule, device, seat = item.run.experts.gang, device_of(item.run), hooks.seat
+    if rule.workers > 1 and seat is None:
+        return gang.side_by_side(expert, item, hooks, rule.workers, item.run.runtime.threads)
+    store = Store.open(item.places.store)
+    leads = seat is None or seat.rank == 0
+    with locked(store.folder(item.number)) if leads else contextlib.nullcontext():
+        return train_expert(
+            item.run,
+            item.number,
+            store,
+            material(item, "train"),
+            material(item, "val"),
+            device,
+            on_epoch,
+            hooks.should_stop,
+            item.run.runtime.loader_workers,
+            item.stream,
+            gang.team_of(seat, rule.strategy, device) if seat else None,
+        )
+
+
+def phase(self, number: int) -> Path:
+        return self.phases / f"phase-{number}"
+
+    def start(self, number: int) -> Path:
+        """The set that a phase starts from."""
+        return self.phase(number) / "start.safetensors"
+
+    def set(self, number: int, iteration: int) -> Path:
+        return self.phase(number) / f"set-{iteration:06d}.safetensors"
+
+
+@dataclass(frozen=True)
+class Item:
+    """What every task is given: the run, the places, and a number or a job."""
+
+    run: config.Run
+    places: Places
+    value: str
+    """Hash of all that shaped the result; guards checkpoints against another run's."""
+    number: int = 0
+    job: Job | None = None
+    iterations: tuple[int, ...] = ()
+    """Per phase, the iteration of the set that a student learns from."""
+    stream: Stream | None = None
+    """Who reads the shards for an expert whose pictures are not cached; None: the process that trains it."""
 
 
 def device_of(run: config.Run) -> torch.device:
