@@ -425,7 +425,7 @@ def _outcome(debug: bool = False, folders: list[Path] | None = None) -> Iterator
         advice = "" if "rmdd run" in str(error) else "\nlower the rates it names and use `rmdd run` again"
         end(f"error: {error}{advice}", 1, error)
     except (RuntimeError, OSError, MemoryError) as error:
-        resume_with = how_to_resume("\nwhen that is mended, resume with")
+        resume_with = "" if "rmdd resume" in str(error) else how_to_resume("\nwhen that is mended, resume with")
         end(f"error: {error or type(error).__name__}{resume_with}", 1, error)
 
 

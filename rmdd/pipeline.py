@@ -5,8 +5,9 @@ the hash of what shaped them; two runs that differ in evaluation alone share the
 """
 
 import contextlib
+import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from rmdd.data.shards import Dataset
 from rmdd.distill.matching import finished, save_set, snapshot_iterations
 from rmdd.evaluate import protocol
 from rmdd.evaluate.protocol import Job
+from rmdd.experts import feed
 from rmdd.experts.store import Store
 from rmdd.experts.train import begin_store, kept_epochs
 from rmdd.files import atomic_path, read_json, write_json
-from rmdd.jobs import Executor, Interrupted, InTurn, Task
+from rmdd.jobs import Executor, Failed, Interrupted, InTurn, Task, spared
 from rmdd.models.image import image_identity
 from rmdd.models.text import encoder_identity, text_width
 from rmdd.progress import Progress
@@ -46,10 +48,23 @@ class Result:
 
 
 class Pipeline:
-    """The steps of one run over one executor. Use `open_pipeline`, which brings the executor."""
+    """The steps of one run over one executor. Use `open_pipeline`, which brings the executor.
 
-    def __init__(self, run: config.Run, executor: Executor, progress: Progress, row_executor: Any = None):
+    `fleet` makes the executor of experts from the name of their store, `stream` reads their pictures where they are
+    not cached; without them experts are items like others, and read for themselves.
+    """
+
+    def __init__(
+        self,
+        run: config.Run,
+        executor: Executor,
+        progress: Progress,
+        row_executor: Any = None,
+        fleet: Callable[[str], Executor] | None = None,
+        stream: feed.Stream | None = None,
+    ):
         self.run, self.executor, self.progress, self.row_executor = run, executor, progress, row_executor
+        self.fleet, self.stream = fleet, stream
         self.storage = Path(run.runtime.storage).absolute()
         self.folder = run_folder(run)
         self._dataset: Dataset | None = None
@@ -96,12 +111,9 @@ class Pipeline:
             }
             store = begin_store(run, places.store, text_width(run.model.text), facts)
             missing = [e for e in range(run.experts.num) if not store.is_complete(e)]
-            self._map(
-                "experts",
-                expert,
-                [replace(self._item(dataset), number=e) for e in missing],
-                {f"expert {e}": run.experts.epochs for e in missing},
-            )
+            if missing:
+                feed.prepare(run, material(self._item(dataset), "train"))
+            self._train([replace(self._item(dataset), number=e, stream=self.stream) for e in missing])
         self.progress.say(f"experts: {len(store.complete())} in {places.store} ({store.size() / 2**20:.0f} MiB)")
         return store
 
@@ -262,12 +274,33 @@ class Pipeline:
         items = [replace(item, job=job, iterations=candidates[job.snapshot]) for job in jobs]
         return self._map(title, student, items, dict.fromkeys([job.name for job in jobs], 1))
 
-    def _map(self, title: str, task: Task, items: list[Item], totals: dict[str, int]) -> list[Any]:
+    def _train(self, items: list[Item]) -> None:
+        """Train experts; one that fails is tried again after the others. Raises `RuntimeError` naming all that failed."""
+        executor = self.fleet(items[0].places.store.name) if self.fleet and items else None
+        task = functools.partial(spared, expert)
+        for attempt in range(self.run.runtime.max_restarts + 1):
+            totals = {f"expert {item.number}": self.run.experts.epochs for item in items}
+            results = self._map("experts", task, items, totals, executor)
+            failed = [(item, r) for item, r in zip(items, results, strict=True) if isinstance(r, Failed)]
+            items = [item for item, r in failed if r.again]
+            if not failed:
+                return
+            if len(items) < len(failed) or attempt == self.run.runtime.max_restarts:
+                break
+        lines = "".join(f"\n  expert {item.number} on {r.host}: {r.reason}" for item, r in failed)
+        raise RuntimeError(
+            f"{len(failed)} expert(s) could not be trained, the others were:{lines}\n"
+            f"when that is mended, resume with: rmdd resume {self.folder}"
+        )
+
+    def _map(
+        self, title: str, task: Task, items: list[Item], totals: dict[str, int], executor: Executor | None = None
+    ) -> list[Any]:
         """Results in order; `totals` names the items and says how much each has to do."""
         if not items:
             return []
         with self.progress.stage(title, totals) as update:
-            results = self.executor.map(task, items, list(totals), update)
+            results = (executor or self.executor).map(task, items, list(totals), update)
         if any(r is False for r in results):
             raise Interrupted
         return results
@@ -352,10 +385,26 @@ def open_pipeline(run: config.Run, progress: Progress | None = None) -> Iterator
 
     with connected(run.runtime) as resources:
         from rmdd.runtime.actors import SideBySide
+        from rmdd.runtime.feed import ray_stream
         from rmdd.runtime.stream import ray_executor
 
-        events = run_folder(run) / "events.jsonl"
-        yield Pipeline(run, SideBySide(run.runtime, resources, events), progress, ray_executor(resources.cpus))
+        runtime, gang, events = run.runtime, run.experts.gang.workers, run_folder(run) / "events.jsonl"
+
+        def fleet(name: str) -> Executor:
+            from rmdd.runtime.experts import Fleet
+
+            storage = Path(runtime.storage).absolute() / "fleets"
+            return Fleet(runtime, resources, events, f"experts-{name}", storage, gang)
+
+        yield Pipeline(
+            run,
+            SideBySide(runtime, resources, events),
+            progress,
+            ray_executor(resources.cpus),
+            fleet if gang > 1 or runtime.fleet == "train" else None,
+            # workers on CPUs hold them all
+            functools.partial(ray_stream, cpus=1 if runtime.gpus_per_worker else 0),
+        )
 
 
 def run(run: config.Run, progress: Progress | None = None) -> Result:

@@ -104,67 +104,6 @@ def expert(item: Item, hooks: Hooks) -> bool:
         )
 
 
-def phase(self, number: int) -> Path:
-        return self.phases / f"phase-{number}"
-
-    def start(self, number: int) -> Path:
-        """The set that a phase starts from."""
-        return self.phase(number) / "start.safetensors"
-
-    def set(self, number: int, iteration: int) -> Path:
-        return self.phase(number) / f"set-{iteration:06d}.safetensors"
-
-
-@dataclass(frozen=True)
-class Item:
-    """What every task is given: the run, the places, and a number or a job."""
-
-    run: config.Run
-    places: Places
-    value: str
-    """Hash of all that shaped the result; guards checkpoints against another run's."""
-    number: int = 0
-    job: Job | None = None
-    iterations: tuple[int, ...] = ()
-    """Per phase, the iteration of the set that a student learns from."""
-    stream: Stream | None = None
-    """Who reads the shards for an expert whose pictures are not cached; None: the process that trains it."""
-
-
-def device_of(run: config.Run) -> torch.device:
-    return torch.device("cuda" if run.runtime.gpus_per_worker > 0 else "cpu")
-
-
-@functools.lru_cache(maxsize=4)
-def _material(run: config.Run, data: Path, cache: Path, split: str) -> Material:
-    return load_material(run, Dataset.open(data), split, cache, str(device_of(run)))
-
-
-def material(item: Item, split: str) -> Material:
-    return _material(item.run, item.places.data, item.places.cache, split)
-
-
-def expert(item: Item, hooks: Hooks) -> bool:
-    """Train expert `item.number` to the end or until told to stop."""
-
-    def on_epoch(metrics: dict[str, Any]) -> None:
-        hooks.report({"done": metrics["epoch"], "loss": metrics["loss"], "val": metrics["val"]})
-
-    store = Store.open(item.places.store)
-    with locked(store.folder(item.number)):
-        return train_expert(
-            item.run,
-            item.number,
-            store,
-            material(item, "train"),
-            material(item, "val"),
-            device_of(item.run),
-            on_epoch,
-            hooks.should_stop,
-            item.run.runtime.loader_workers,
-        )
-
-
 def phase(item: Item, hooks: Hooks) -> bool:
     """Distil phase `item.number` to the end or until told to stop."""
     places, run = item.places, item.run
