@@ -1,20 +1,19 @@
 """The command line: words to functions. Heavy modules are imported by the command that needs them."""
 
 import contextlib
-import json
-import math
 import os
-import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from rmdd import config
+from rmdd.outcome import outcome as _outcome
+from rmdd.outcome import print_json as _print_json
 
 if TYPE_CHECKING:
     from rmdd.pipeline import Pipeline
@@ -181,7 +180,9 @@ def version() -> None:
     typer.echo(rmdd.__version__)
 
 
-bench = typer.Typer(help="Measure the engine of matching.", no_args_is_help=True, rich_markup_mode=None)
+bench = typer.Typer(
+    help="Measure the engine of matching, and fleets of experts.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(bench, name="bench")
 
 
@@ -256,6 +257,29 @@ def bench_estimator(
         return {"rows": rows, "medians": medians, "say": [comparison(rows, medians)]}
 
     _do(lambda: _load(source, set_ or []), compare, json, quiet, debug)
+
+
+@bench.command("experts")
+def bench_experts(
+    experts: Annotated[int, typer.Option(help="Tiny experts to train.")] = 8,
+    workers: Annotated[int, typer.Option(help="Workers side by side, and CPUs of the local Ray.")] = 2,
+    epochs: Annotated[int, typer.Option(help="Epochs of each.")] = 10,
+    each: Annotated[int, typer.Option(help="Experts that get a trainer of their own.")] = 2,
+    ways: Annotated[str, typer.Option(help="What to compare.")] = "in_turn,pool,train,trainer_each",
+    out: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time many experts, and their memory: in turn, by a pool of actors, by one run of Ray Train, by one each."""
+    with _outcome(debug):
+        from rmdd.bench import experts as bench
+
+        case = bench.Case(experts=experts, workers=workers, epochs=epochs, each=each)
+        found = bench.bench_experts(case, tuple(w for w in ways.split(",") if w), out)
+    if json:
+        _print_json(found)
+    else:
+        typer.echo(bench.table(found))
 
 
 def main() -> None:
@@ -397,54 +421,9 @@ def _load_folder(folder: Path) -> config.Run:
     return run
 
 
-@contextlib.contextmanager
-def _outcome(debug: bool = False, folders: list[Path] | None = None) -> Iterator[None]:
-    """Turns what can go wrong into a message on stderr and an exit code."""
-
-    def end(message: str, code: int, error: BaseException) -> NoReturn:
-        if debug:
-            import traceback
-
-            traceback.print_exc()
-        typer.echo(message, err=True)
-        raise typer.Exit(code) from error
-
-    def how_to_resume(words: str) -> str:
-        begun = [folder for folder in folders or [] if (folder / "run.yaml").is_file()]
-        return "".join(f"{words}: rmdd resume {shlex.quote(str(folder))}" for folder in begun)
-
-    try:
-        yield
-    except config.ConfigError as error:
-        end(str(error), 2, error)
-    except KeyboardInterrupt as error:
-        end(how_to_resume("stopped; resume with") or "stopped", 130, error)
-    except ValueError as error:
-        end(f"error: {error}", 1, error)
-    except ArithmeticError as error:  # the same numbers would come again
-        advice = "" if "rmdd run" in str(error) else "\nlower the rates it names and use `rmdd run` again"
-        end(f"error: {error}{advice}", 1, error)
-    except (RuntimeError, OSError, MemoryError) as error:
-        resume_with = "" if "rmdd resume" in str(error) else how_to_resume("\nwhen that is mended, resume with")
-        end(f"error: {error or type(error).__name__}{resume_with}", 1, error)
-
-
 def _stop_on_sigterm() -> None:
     def stop(number: int, frame: Any) -> NoReturn:
         raise KeyboardInterrupt
 
     with contextlib.suppress(ValueError):  # only the main thread may set handlers
         signal.signal(signal.SIGTERM, stop)
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(_finite(value), ensure_ascii=False))
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: the spread of a single value is null."""
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

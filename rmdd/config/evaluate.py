@@ -61,7 +61,8 @@ class Runtime(Section):
     threads: PositiveInt = Field(1, description="CPU threads per worker; the same bits need the same number")
     loader_workers: Annotated[int, Field(ge=0)] = Field(0, description="processes per expert that decode and augment")
     fleet: Literal["pool", "train"] = Field(
-        "pool", description="who trains experts: a pool of actors, or one run of Ray Train; gangs always take the latter"
+        "pool",
+        description="who trains experts: a pool of actors, or one run of Ray Train; gangs always take the latter",
     )
     min_workers: PositiveInt = Field(
         1, description="workers that a run of Ray Train starts or goes on with; it grows up to `workers` as nodes come"
@@ -75,7 +76,9 @@ class Runtime(Section):
     keep_parameters: Literal["device", "cpu", "recompute"] = Field(
         "device", description="where a step's K parameter vectors wait: there, on the CPU, or rebuilt from 2 sqrt(K)"
     )
-    max_restarts: Annotated[int, Field(ge=0)] = Field(3, description="times a dead worker is started again, and a failed expert tried")
+    max_restarts: Annotated[int, Field(ge=0)] = Field(
+        3, description="times a dead worker is started again, and a failed expert tried"
+    )
     track: Literal["tensorboard", "none"] = Field(
         "tensorboard", description="where the curves of a distillation go, beside metrics.jsonl"
     )

@@ -144,11 +144,17 @@ class Experts(Section):
     seed: int | None = Field(None, description="null: the run's seed")
 
     def clashes(self) -> list[str]:
+        found: list[str] = []
         if self.batch < self.gang.workers:
-            return [
+            found.append(
                 f"experts.batch {self.batch} cannot be split over experts.gang.workers {self.gang.workers}; raise it"
-            ]
-        return []
+            )
+        if self.gang.workers > 1 and self.gang.strategy != "ddp" and self.momentum:
+            found.append(
+                f"experts.momentum {self.momentum} lies in parts under experts.gang.strategy {self.gang.strategy}, and "
+                "cannot be resumed from; set it to 0, or the strategy to ddp"
+            )
+        return found
 
     def protocol(self) -> dict[str, Any]:
         """What shapes one expert, how many there are left out.

@@ -91,7 +91,7 @@ def order(rule: config.Shuffle, image_of: np.ndarray, key: Key) -> tuple[np.ndar
         records = torch.randperm(len(image_of), generator=generator(key[0], "expert order", *key[1:])).numpy()
         return records, list(range(0, len(records), rule.pairs))
     count = -(-(int(image_of[-1]) + 1) // rule.block)
-    blocks = torch.randperm(count, generator=generator(key[0], "expert blocks", *key[1:])).numpy()
+    blocks = torch.randperm(count, generator=generator(key[0], "expert blocks", *key[1:])).tolist()
     found: list[np.ndarray] = []
     for window, first in enumerate(range(0, count, rule.window)):
         mixed = [_records(image_of, block * rule.block, rule.block) for block in blocks[first : first + rule.window]]

@@ -20,6 +20,7 @@ from rmdd import config
 from rmdd.experts.train import Learner, Team, optimiser_of
 from rmdd.jobs import Hooks, Seat
 from rmdd.models.dual import DualEncoder, Params
+from rmdd.models.image import ConvNet
 from rmdd.models.losses import infonce
 
 LOCALHOST = "127.0.0.1"
@@ -110,6 +111,9 @@ class ZeroLearner(DdpLearner):
             deepspeed.zero.Init(module=towers, config_dict_or_path=settings, dtype=torch.float32)
             for buffer in model.buffers():
                 buffer.data = buffer.to(gang.device)
+            if isinstance(model.image_tower, ConvNet):  # its forward reads what its norms own
+                for p in model.image_tower.blocks[1::4].parameters():
+                    deepspeed.zero.register_external_parameter(model.image_tower, p)
         trained = [p for p in model.parameters() if p.requires_grad]
         self.wrapped, self.optimiser, _, _ = deepspeed.initialize(
             model=towers, model_parameters=trained, optimizer=optimiser_of(model, rule), config=settings
@@ -220,9 +224,7 @@ def _rank(
     torch.set_num_threads(threads)
     if torch.cuda.is_available():
         torch.cuda.set_device(rank % torch.cuda.device_count())
-    hooks = Hooks(
-        lambda metrics: said.put(("report", rank, metrics)), stop.is_set, Seat(rank, size, LOCALHOST, meet)
-    )
+    hooks = Hooks(lambda metrics: said.put(("report", rank, metrics)), stop.is_set, Seat(rank, size, LOCALHOST, meet))
     try:
         said.put(("done", rank, task(item, hooks)))
     except Exception as error:

@@ -140,9 +140,7 @@ class Roster:
 
     def _log(self, event: str, place: int, gang: int, **facts: Any) -> None:
         where = self.where.get(gang * self.size, {})
-        self.events.append(
-            {"time": round(time.time(), 3), "event": event, "item": self.names[place], **facts, **where}
-        )
+        self.events.append({"time": round(time.time(), 3), "event": event, "item": self.names[place], **facts, **where})
 
 
 class Line:
