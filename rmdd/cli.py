@@ -180,9 +180,7 @@ def version() -> None:
     typer.echo(rmdd.__version__)
 
 
-bench = typer.Typer(
-    help="Measure the engine of matching, and fleets of experts.", no_args_is_help=True, rich_markup_mode=None
-)
+bench = typer.Typer(help="Measure the engine of matching, and fleets.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench, name="bench")
 
 

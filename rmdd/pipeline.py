@@ -275,7 +275,7 @@ class Pipeline:
         return self._map(title, student, items, dict.fromkeys([job.name for job in jobs], 1))
 
     def _train(self, items: list[Item]) -> None:
-        """Train experts; one that fails is tried again after the others. Raises `RuntimeError` naming all that failed."""
+        """Train experts, failed ones again after the others; raises `RuntimeError` naming all that are given up."""
         executor = self.fleet(items[0].places.store.name) if self.fleet and items else None
         task = functools.partial(spared, expert)
         for attempt in range(self.run.runtime.max_restarts + 1):

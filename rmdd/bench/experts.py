@@ -1,8 +1,8 @@
 """What many experts cost: one after another, by a pool of actors, by one run of Ray Train, by a run of it for each.
 
 Every way trains the same tiny experts in a process and a storage of its own. Seconds are those of the experts' step;
-what starting Ray takes stands beside them. Memory is the peak, twice a second, of the proportional set size (each shared
-page counted once) summed over the process and all that it started (Linux).
+what starting Ray takes stands beside them. Memory is the peak, looked at twice a second, of the proportional set size
+(each shared page counted once) summed over the process and all that it started (Linux).
 """
 
 import contextlib
@@ -69,7 +69,7 @@ def run_of(case: Case, way: str, storage: Path) -> config.Run:
 
 
 def bench_experts(case: Case, ways: tuple[str, ...] = WAYS, out: Path | None = None) -> dict[str, Any]:
-    """Measure every way in turn; `found["ways"][name]` holds seconds, memory, and what an expert costs beyond its share.
+    """Measure every way in turn; `found["ways"][name]` holds seconds, memory and the overhead of an expert.
 
     Raises `RuntimeError` when one of them fails.
     """

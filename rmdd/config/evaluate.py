@@ -62,7 +62,7 @@ class Runtime(Section):
     loader_workers: Annotated[int, Field(ge=0)] = Field(0, description="processes per expert that decode and augment")
     fleet: Literal["pool", "train"] = Field(
         "pool",
-        description="who trains experts: a pool of actors, or one run of Ray Train; gangs always take the latter",
+        description="who trains experts: a pool of actors, or one run of Ray Train, which gangs always take",
     )
     min_workers: PositiveInt = Field(
         1, description="workers that a run of Ray Train starts or goes on with; it grows up to `workers` as nodes come"
@@ -77,7 +77,7 @@ class Runtime(Section):
         "device", description="where a step's K parameter vectors wait: there, on the CPU, or rebuilt from 2 sqrt(K)"
     )
     max_restarts: Annotated[int, Field(ge=0)] = Field(
-        3, description="times a dead worker is started again, and a failed expert tried"
+        3, description="times a dead worker or a failed expert is tried again"
     )
     track: Literal["tensorboard", "none"] = Field(
         "tensorboard", description="where the curves of a distillation go, beside metrics.jsonl"

@@ -98,8 +98,8 @@ class Shuffle(Section):
 
     kind: Literal["global", "windowed"] = Field(
         "global",
-        description="global: all records in one permutation; windowed: blocks of pairs in random order, and the records "
-        "of `window` blocks at a time shuffled",
+        description="global: all records in one permutation; windowed: blocks of pairs in random order, and the "
+        "records of `window` blocks at a time shuffled",
     )
     block: PositiveInt = Field(256, description="consecutive pairs that stay together; a pair is read with its block")
     window: PositiveInt = Field(8, description="blocks that are mixed; a stream holds the pictures of one window")

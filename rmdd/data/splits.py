@@ -172,7 +172,7 @@ def _encoded_cache(dataset: Dataset, split: str, rows: np.ndarray, path: Path) -
 
 
 def read_rows(dataset: Dataset, split: str, rows: np.ndarray) -> Iterator[tuple[int, bytes]]:
-    """(row, encoded image) for the given rows of a split, ascending, each once; reads only the row groups they lie in."""
+    """(row, encoded image) for the given rows of a split, ascending, each once; reads only their row groups."""
     wanted, first = np.unique(rows), 0
     for shard in dataset.manifest["shards"]:
         if shard["split"] != split:

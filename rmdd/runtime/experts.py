@@ -1,8 +1,8 @@
 """A fleet: one run of Ray Train whose workers take experts from a shared list until none is left.
 
-Start-up is paid once, not per expert; workers come and go between the elastic bounds. Train reports nothing and keeps no
-checkpoint here: what an expert has done lies in its store, from which it goes on. When a worker dies Train starts the
-group again, and every expert at work goes on from its last epoch; only the one whose worker died is charged with it.
+Start-up is paid once, not per expert; workers come and go between the elastic bounds. Train keeps no checkpoint here:
+what an expert has done lies in its store, from which it goes on. When a worker dies Train starts the group again, and
+every expert at work goes on from its last epoch; only the one whose worker died is charged with it.
 """
 
 import contextlib

@@ -125,7 +125,7 @@ def test_an_item_that_fails_is_tried_again_and_does_not_stop_the_others(fleet, t
     results = executor.map(spared_flaky, [(i, tmp_path) for i in range(5)], names, seen.__setitem__)
     assert [r for r in results if not isinstance(r, Failed)] == [0, 2, 3, 4]
     assert results[1].reason == "ValueError: item one cannot be had" and not results[1].again
-    assert seen == dict.fromkeys([n for n in names if n != "item 1"], {"done": 1})
+    assert seen == {n: {"done": 1} for n in names if n != "item 1"}
     log = tmp_path / "events.jsonl"
     by_item = {n: [e["event"] for e in events(log) if e["item"] == n] for n in names}
     assert by_item["item 1"] == ["started", "failed"]
