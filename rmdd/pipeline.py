@@ -277,21 +277,21 @@ class Pipeline:
     def _train(self, items: list[Item]) -> None:
         """Train experts, failed ones again after the others; raises `RuntimeError` naming all that are given up."""
         executor = self.fleet(items[0].places.store.name) if self.fleet and items else None
-        task = functools.partial(spared, expert)
-        for attempt in range(self.run.runtime.max_restarts + 1):
+        given_up: dict[str, list[str]] = {}
+        for left in reversed(range(self.run.runtime.max_restarts + 1)):
             totals = {f"expert {item.number}": self.run.experts.epochs for item in items}
-            results = self._map("experts", task, items, totals, executor)
+            results = self._map("experts", functools.partial(spared, expert), items, totals, executor)
             failed = [(item, r) for item, r in zip(items, results, strict=True) if isinstance(r, Failed)]
-            items = [item for item, r in failed if r.again]
-            if not failed:
-                return
-            if len(items) < len(failed) or attempt == self.run.runtime.max_restarts:
-                break
-        lines = "".join(f"\n  expert {item.number} on {r.host}: {r.reason}" for item, r in failed)
-        raise RuntimeError(
-            f"{len(failed)} expert(s) could not be trained, the others were:{lines}\n"
-            f"when that is mended, resume with: rmdd resume {self.folder}"
-        )
+            items = [item for item, r in failed if r.again and left]
+            for item, r in failed:
+                if item not in items:
+                    given_up.setdefault(f"on {r.host}: {r.reason}", []).append(str(item.number))
+        if given_up:
+            lines = "".join(f"\n  expert {', '.join(numbers)} {reason}" for reason, numbers in given_up.items())
+            raise RuntimeError(
+                f"{sum(map(len, given_up.values()))} expert(s) could not be trained; the others are:{lines}\n"
+                f"when that is mended, resume with: rmdd resume {self.folder}"
+            )
 
     def _map(
         self, title: str, task: Task, items: list[Item], totals: dict[str, int], executor: Executor | None = None

@@ -2,7 +2,8 @@
 
 Every way trains the same tiny experts in a process and a storage of its own. Seconds are those of the experts' step;
 what starting Ray takes stands beside them. Memory is the peak, looked at twice a second, of the proportional set size
-(each shared page counted once) summed over the process and all that it started (Linux).
+(each shared page counted once) summed over the process and all that it started (Linux). CPU seconds are theirs from
+start to end: where a machine is busy with other things, compare those.
 """
 
 import contextlib
@@ -91,7 +92,7 @@ def bench_experts(case: Case, ways: tuple[str, ...] = WAYS, out: Path | None = N
 
 
 def table(found: dict[str, Any]) -> str:
-    heads = ["", "experts", "seconds", "against in turn", "overhead per expert", "start of Ray", "peak MiB"]
+    heads = ["", "experts", "seconds", "against in turn", "overhead per expert", "start of Ray", "CPU seconds", "MiB"]
     lines = [heads]
     for way, row in found["ways"].items():
         ratio, overhead = (f"{row[k]:.2f}" if k in row else "-" for k in ("ratio", "overhead_per_expert"))
@@ -103,6 +104,7 @@ def table(found: dict[str, Any]) -> str:
                 ratio,
                 overhead,
                 f"{row['start']:.1f}",
+                f"{row['cpu_seconds']:.1f}",
                 f"{row['peak_bytes'] / 2**20:.0f}",
             ]
         )
@@ -115,15 +117,17 @@ def _measure(case: Case, way: str) -> dict[str, Any]:
         asked = json.dumps({"case": asdict(case), "way": way, "storage": folder})
         command = [sys.executable, "-m", "rmdd.bench.experts", asked]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        peak = 0
+        peak, cpu = 0, dict[int, float]()
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 output, errors = process.communicate(timeout=SAMPLE_SECONDS)
                 break
-            peak = max(peak, sum(_proportional(pid) for pid in _family(process.pid)))
+            family = list(_family(process.pid))
+            peak = max(peak, sum(_proportional(pid) for pid in family))
+            cpu |= {pid: max(_cpu_seconds(pid), cpu.get(pid, 0.0)) for pid in family}
     if process.returncode:
         raise RuntimeError(f"experts could not be trained by {way}: {errors[-1000:]}")
-    return json.loads(output.splitlines()[-1]) | {"peak_bytes": peak}
+    return json.loads(output.splitlines()[-1]) | {"peak_bytes": peak, "cpu_seconds": round(sum(cpu.values()), 1)}
 
 
 def _family(pid: int) -> Iterator[int]:
@@ -142,6 +146,14 @@ def _proportional(pid: int) -> int:
             if line.startswith("Pss:"):
                 return 1024 * int(line.split()[1])
     return 0
+
+
+def _cpu_seconds(pid: int) -> float:
+    """Of all its threads so far; 0 for a process that has ended."""
+    with contextlib.suppress(OSError):
+        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 
 def _train_here(case: Case, way: str, storage: Path) -> dict[str, Any]:

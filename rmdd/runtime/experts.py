@@ -150,15 +150,17 @@ class Line:
         self.roster, self.gang = roster, gang
         self.latest: dict[str, Any] | None = None
         self.stop = threading.Event()
+        self.lock = threading.Lock()
         threading.Thread(target=self._talk, daemon=True).start()
 
     def report(self, metrics: dict[str, Any]) -> None:
         self.latest = metrics
 
     def flush(self) -> None:
-        latest, self.latest = self.latest, None
-        if ray.get(self.roster.beat.remote(self.gang, latest)):
-            self.stop.set()
+        with self.lock:
+            latest, self.latest = self.latest, None
+            if ray.get(self.roster.beat.remote(self.gang, latest)):
+                self.stop.set()
 
     def _talk(self) -> None:
         with contextlib.suppress(RayActorError):
@@ -207,11 +209,10 @@ class Obituaries(UserCallback):
         self.roster = roster
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        raised = ("UserExceptionWithTraceback", "RuntimeError")
-        deaths = {
-            rank: None if type(error).__name__ in raised else " ".join(str(error).split())[:200]
-            for rank, error in worker_exceptions.items()
-        }
+        deaths: dict[int, str | None] = {}
+        for rank, error in worker_exceptions.items():  # what a worker raised comes wrapped in another class
+            died = type(error).__name__.startswith("WorkerHealthCheck")
+            deaths[rank] = " ".join(str(getattr(error, "health_check_failure", error)).split())[:200] if died else None
         ray.get(self.roster.lost.remote(deaths))
 
 
@@ -248,11 +249,11 @@ class Fleet:
             while thread.is_alive():
                 thread.join(POLL_SECONDS)
                 self._hear(roster, on_report)
-        except KeyboardInterrupt:
+        except BaseException as error:
             ray.get(roster.stop.remote())
             thread.join(STOP_SECONDS)
             self._hear(roster, lambda name, metrics: None)
-            raise Interrupted from None
+            raise (Interrupted() if isinstance(error, KeyboardInterrupt) else error) from None
         results = ray.get(roster.outcome.remote())
         ray.kill(roster)
         if problems and len(results) < len(items):

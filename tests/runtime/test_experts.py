@@ -51,6 +51,7 @@ def events(path, *kinds):
 def run_of(folder, num, **experts):
     raw = copy.deepcopy(TINY)
     raw["experts"] |= {"num": num, "epochs": 30, **experts}
+    raw["model"]["dropout"] = 0.0  # whose masks the ranks of a gang draw for themselves
     raw["runtime"] = {"storage": str(folder), "track": "none"}
     return config.load(raw)
 
@@ -166,7 +167,7 @@ def test_a_gang_of_two_with_a_killed_member_trains_what_one_worker_trains(fleet,
     assert store.path.name != one.path.name, "the gang is in the hash"
     a, b = (Store.open(s.path).read(0, 30) for s in (one, store))
     for name in a:
-        torch.testing.assert_close(b[name], a[name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(b[name], a[name], rtol=1e-2, atol=1e-3)
 
 
 def test_a_gang_that_does_not_fit_is_refused(fleet):
@@ -204,10 +205,12 @@ def test_a_death_is_charged_to_its_own_item_alone():
     for rank in (0, 1):
         made.enrol("second", rank, {"pid": 10 + rank, "host": "node"})
     assert made.faults == [0, 1, 0]
-    assert [made.take(0, 0), made.take(1, 0), made.take(0, 1)] == [0, 2, 1], "what was at work comes first"
+    assert [made.take(0, 0), made.take(1, 0)] == [0, 2], "what was at work comes first"
+    made.settle(0, True)
+    assert made.take(0, 1) == 1
     made.lost({0: "killed"})
     made.settle(1, True)
-    assert made.results == {1: Failed("its worker died (killed), 2 times", "node", False), 2: True}
+    assert made.results == {0: True, 1: Failed("its worker died (killed), 2 times", "node", False), 2: True}
     kinds = [(e["event"], e["item"]) for e in made.news()[0]]
     assert kinds.count(("died", "expert 1")) == 2 and made.news() == ([], {})
 
