@@ -269,21 +269,20 @@ class Fleet:
 
         threads = self.runtime.threads
         deaths = (self.runtime.max_restarts + 1) * (len(items) + 1)
-        trainer = TorchTrainer(
-            functools.partial(work, roster, task, items, self.size, threads),
-            torch_config=TorchConfig(backend="gloo"),
-            scaling_config=scaling,
-            run_config=RunConfig(
-                name=self.name,
-                storage_path=str(self.storage),
-                failure_config=FailureConfig(max_failures=deaths),
-                callbacks=[Obituaries(roster)],
-                worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
-                logging_config=LoggingConfig(log_level="ERROR"),
-            ),
-        )
         try:
-            trainer.fit()
+            TorchTrainer(
+                functools.partial(work, roster, task, items, self.size, threads),
+                torch_config=TorchConfig(backend="gloo"),
+                scaling_config=scaling,
+                run_config=RunConfig(
+                    name=self.name,
+                    storage_path=str(self.storage),
+                    failure_config=FailureConfig(max_failures=deaths),
+                    callbacks=[Obituaries(roster)],
+                    worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+                    logging_config=LoggingConfig(log_level="ERROR"),
+                ),
+            ).fit()
         except Exception as error:
             problems.append(error)
 
