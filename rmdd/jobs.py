@@ -8,6 +8,7 @@ returns False.
 import contextlib
 import functools
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,12 +20,35 @@ class Interrupted(KeyboardInterrupt):
     """Work was asked to stop and has saved what it had."""
 
 
+@dataclass(frozen=True)
+class Seat:
+    """A place among the workers that do one item together."""
+
+    rank: int
+    size: int
+    host: str
+    """Address of this machine for the others."""
+    meet: Callable[[str | None], str]
+    """The first calls it with what the others are to know; they call it with None and get that."""
+
+
 @dataclass
 class Hooks:
     """What a task is given besides its item."""
 
     report: Callable[[dict[str, Any]], None] = lambda metrics: None
     should_stop: Callable[[], bool] = lambda: False
+    seat: Seat | None = None
+
+
+@dataclass(frozen=True)
+class Failed:
+    """What `spared` returns in the place of a result."""
+
+    reason: str
+    host: str
+    again: bool
+    """Whether another try may do better: not after a `ValueError` or the like, which the same numbers bring again."""
 
 
 Task = Callable[[Any, Hooks], Any]
@@ -46,8 +70,27 @@ Source = Callable[[float], Sequence[Piece] | None]
 """Gives the pieces that have come meanwhile, after so many seconds at most; None when no more will come."""
 
 
+def spared(task: Task, item: Any, hooks: Hooks) -> Any:
+    """The task's result, or why it failed: an item that fails does not stop the others."""
+    try:
+        return task(item, hooks)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        return Failed(reason, socket.gethostname(), isinstance(error, RuntimeError | OSError | MemoryError))
+
+
+class Mapper(Protocol):
+    """Who does a list of items."""
+
+    def map(
+        self, task: Task, items: Sequence[Any], names: Sequence[str], on_report: Callable[[str, dict[str, Any]], None]
+    ) -> list[Any]:
+        """Results in the order of `items`. `on_report(name, metrics)` sees the latest report of each item."""
+        ...
+
+
 @runtime_checkable
-class Executor(Protocol):
+class Executor(Mapper, Protocol):
     """Who does the work. Both raise `Interrupted` when work was asked to stop and has saved what it had."""
 
     def serve(self, source: Source) -> None:
@@ -57,10 +100,7 @@ class Executor(Protocol):
     def map(
         self, task: Task, items: Sequence[Any], names: Sequence[str], on_report: Callable[[str, dict[str, Any]], None]
     ) -> list[Any]:
-        """Results in the order of `items`. `on_report(name, metrics)` sees the latest report of each item.
-
-        Raises the first error of a task, or `RuntimeError` when the workers of one keep dying.
-        """
+        """See `Mapper`. Raises the first error of a task, or `RuntimeError` when the workers of one keep dying."""
         results: dict[int, Any] = {}
 
         def settle(place: int, result: Any, error: Exception | None) -> None:

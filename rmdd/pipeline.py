@@ -5,25 +5,27 @@ the hash of what shaped them; two runs that differ in evaluation alone share the
 """
 
 import contextlib
+import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rmdd import config, methods
 from rmdd.artefact import budget
+from rmdd.crew import Crew, open_crew, working_in
 from rmdd.data.ingest import ingest, shaping
 from rmdd.data.material import Material
 from rmdd.data.shards import Dataset
 from rmdd.distill.matching import finished, save_set, snapshot_iterations
 from rmdd.evaluate import protocol
 from rmdd.evaluate.protocol import Job
+from rmdd.experts import feed
 from rmdd.experts.store import Store
 from rmdd.experts.train import begin_store, kept_epochs
 from rmdd.files import atomic_path, read_json, write_json
-from rmdd.jobs import Executor, Interrupted, InTurn, Task, time_limit
-from rmdd.lease import held
+from rmdd.jobs import Executor, Failed, Interrupted, Mapper, Task, spared
 from rmdd.models.image import image_identity
 from rmdd.models.text import encoder_identity, text_width
 from rmdd.progress import Progress
@@ -49,10 +51,23 @@ class Result:
 
 
 class Pipeline:
-    """The steps of one run over one executor. Use `open_pipeline`, which brings the executor."""
+    """The steps of one run over one executor. Use `open_pipeline`, which brings the executor.
 
-    def __init__(self, run: config.Run, executor: Executor, progress: Progress, row_executor: Any = None):
+    `fleet` makes the executor of experts from the name of their store, `stream` reads their pictures where they are
+    not cached; without them experts are items like others, and read for themselves.
+    """
+
+    def __init__(
+        self,
+        run: config.Run,
+        executor: Executor,
+        progress: Progress,
+        row_executor: Any = None,
+        fleet: Callable[[str], Mapper] | None = None,
+        stream: feed.Stream | None = None,
+    ):
         self.run, self.executor, self.progress, self.row_executor = run, executor, progress, row_executor
+        self.fleet, self.stream = fleet, stream
         self.storage = open_storage(run.runtime)
         self.folder = run_folder(run)
         self._dataset: Dataset | None = None
@@ -60,6 +75,13 @@ class Pipeline:
         self.folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(self.folder / "run.yaml") as temporary:
             temporary.write_text(config.dump(run), encoding="utf-8")
+
+    @classmethod
+    def of(cls, run: config.Run, crew: Crew, progress: Progress) -> "Pipeline":
+        size, fleet = run.experts.gang.workers, None
+        if crew.fleet is not None and (size > 1 or run.runtime.fleet == "train"):
+            fleet = functools.partial(crew.fleet, size=size)
+        return cls(run, crew.executor, progress, crew.rows, fleet, crew.stream)
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -104,12 +126,9 @@ class Pipeline:
             self.storage.fetch(places.store, _records)
             store = begin_store(run, places.store, text_width(run.model.text), facts)
             missing = [e for e in range(run.experts.num) if not store.is_complete(e)]
-            self._map(
-                "experts",
-                expert,
-                [replace(self._item(dataset), number=e) for e in missing],
-                {f"expert {e}": run.experts.epochs for e in missing},
-            )
+            if missing:
+                feed.prepare(run, material(self._item(dataset), "train"))
+            self._train([replace(self._item(dataset), number=e, stream=self.stream) for e in missing])
             self.storage.fetch(places.store, _records)
         self.progress.say(f"experts: {len(store.complete())} in {places.store} ({store.size() / 2**20:.0f} MiB)")
         return store
@@ -273,12 +292,32 @@ class Pipeline:
         items = [replace(item, job=job, iterations=candidates[job.snapshot]) for job in jobs]
         return self._map(title, student, items, dict.fromkeys([job.name for job in jobs], 1))
 
-    def _map(self, title: str, task: Task, items: list[Item], totals: dict[str, int]) -> list[Any]:
+    def _train(self, items: list[Item]) -> None:
+        """Train experts, failed ones again after the others; raises `RuntimeError` naming all that are given up."""
+        executor = self.fleet(items[0].places.store.name) if self.fleet and items else None
+        given_up: dict[str, list[str]] = {}
+        for left in reversed(range(self.run.runtime.max_restarts + 1)):
+            totals = {f"expert {item.number}": self.run.experts.epochs for item in items}
+            results = self._map("experts", functools.partial(spared, expert), items, totals, executor)
+            failed = [(item, r) for item, r in zip(items, results, strict=True) if isinstance(r, Failed)]
+            items = [item for item, r in failed if r.again and left]
+            for item, r in failed:
+                if item not in items:
+                    given_up.setdefault(f"on {r.host}: {r.reason}", []).append(str(item.number))
+        if given_up:
+            lines = "".join(f"\n  expert {', '.join(numbers)} {reason}" for reason, numbers in given_up.items())
+            raise RuntimeError(
+                f"{sum(map(len, given_up.values()))} expert(s) could not be trained; the others are:{lines}"
+            )
+
+    def _map(
+        self, title: str, task: Task, items: list[Item], totals: dict[str, int], executor: Mapper | None = None
+    ) -> list[Any]:
         """Results in order; `totals` names the items and says how much each has to do."""
         if not items:
             return []
         with self.progress.stage(title, totals) as update:
-            results = self.executor.map(task, items, list(totals), update)
+            results = (executor or self.executor).map(task, items, list(totals), update)
         if any(r is False for r in results):
             raise Interrupted
         return results
@@ -310,7 +349,7 @@ def _no_curve(name: str) -> bool:
 
 def protocol_of(run: config.Run) -> dict[str, Any]:
     """What shapes one expert; how many there are does not."""
-    return run.experts.model_dump(mode="json", exclude={"num"}) | {"seed": run.seed_of("experts")}
+    return run.experts.protocol() | {"seed": run.seed_of("experts")}
 
 
 def places_of(run: config.Run, dataset: Dataset) -> Places:
@@ -363,50 +402,12 @@ def over_budget(run: config.Run, width: int | None = None) -> str | None:
 
 
 @contextlib.contextmanager
-def working_in(runtime: config.Runtime, *folders: Path) -> Iterator[None]:
-    """Hold `folders` of a storage that can be written; what has grown there is published at the end.
-
-    Raises `rmdd.lease.Held` when another process works in one of them.
-    """
-    storage = open_storage(runtime)
-    storage.begin()
-    with contextlib.ExitStack() as stack:
-        for folder in folders:
-            stack.enter_context(held(folder, wait=False))
-        stack.callback(storage.flush)
-        yield
-
-
-@contextlib.contextmanager
-def open_executor(runtime: config.Runtime, events: Path, progress: Progress) -> Iterator[tuple[Executor, Any]]:
-    """Who does the work that `runtime` describes, and who the rows of an ingest; Ray is started and stopped here.
-
-    `events` gets a line for whatever happens to a worker. Ends after `runtime.time_limit` as on Ctrl-C.
-    """
-    with time_limit(runtime.time_limit, progress.say):
-        if runtime.ray == "off":
-            yield InTurn(runtime.threads), None
-            return
-        from rmdd.runtime.cluster import connected
-
-        with connected(runtime) as resources:
-            from rmdd.runtime.actors import SideBySide
-            from rmdd.runtime.stream import ray_executor
-
-            with SideBySide(runtime, resources, events, progress.say) as executor:
-                yield executor, ray_executor(resources.cpus)
-
-
-@contextlib.contextmanager
 def open_pipeline(run: config.Run, progress: Progress | None = None) -> Iterator[Pipeline]:
-    """A pipeline with the executor that `runtime` describes."""
+    """A pipeline with the crew that `runtime` describes."""
     progress = progress or Progress()
     folder = run_folder(run)
-    with (
-        working_in(run.runtime, folder),
-        open_executor(run.runtime, folder / "events.jsonl", progress) as (executor, rows),
-    ):
-        yield Pipeline(run, executor, progress, rows)
+    with working_in(run.runtime, folder), open_crew(run.runtime, folder / "events.jsonl", progress) as crew:
+        yield Pipeline.of(run, crew, progress)
 
 
 def run(run: config.Run, progress: Progress | None = None) -> Result:

@@ -20,9 +20,10 @@ from typing import Any
 import yaml
 
 from rmdd import config
+from rmdd.crew import open_crew, working_in
 from rmdd.files import atomic_path, read_json, write_json
 from rmdd.jobs import Executor, Hooks, Interrupted, InTurn, Piece, Task
-from rmdd.pipeline import Pipeline, open_executor, run_folder, working_in
+from rmdd.pipeline import Pipeline, run_folder
 from rmdd.progress import Progress, Stage
 from rmdd.runfile import parse
 from rmdd.storage import address_of, located, root_of
@@ -158,17 +159,17 @@ def run_all(runs: Sequence[Member], progress: Progress | None = None) -> Swept:
     runtime, folder = runs[0].run.runtime, sweep_folder(runs)
     with (
         working_in(runtime, folder, *(run_folder(m.run) for m in runs)),
-        open_executor(runtime, folder / "events.jsonl", progress) as (executor, rows),
+        open_crew(runtime, folder / "events.jsonl", progress) as crew,
     ):
         begin(runs)
         errors: dict[str, Exception] = {}
-        pipelines = {m.label: Pipeline(m.run, executor, _Named(progress, m.label), rows) for m in runs}
+        pipelines = {m.label: Pipeline.of(m.run, crew, _Named(progress, m.label)) for m in runs}
         for label, pipeline in pipelines.items():
             with _kept(errors, label):
                 pipeline.check_budget()
                 pipeline.experts()
         with progress.stage("sweep", {}) as stage:
-            relay = Relay(executor)
+            relay = Relay(crew.executor)
             for label, pipeline in pipelines.items():
                 if label not in errors:
                     pipeline.executor = relay.place(label)

@@ -19,6 +19,8 @@ from rmdd.data.material import Material, load_material
 from rmdd.data.shards import Dataset
 from rmdd.distill.matching import distill_phase, load_set
 from rmdd.evaluate.protocol import Job, lesson_of, random_lesson, score_expert, train_and_score
+from rmdd.experts import gang
+from rmdd.experts.feed import Stream
 from rmdd.experts.store import Store
 from rmdd.experts.train import expert_model, train_expert
 from rmdd.files import read_json, write_json
@@ -74,6 +76,8 @@ class Item:
     job: Job | None = None
     iterations: tuple[int, ...] = ()
     """Per phase, the iteration of the set that a student learns from."""
+    stream: Stream | None = None
+    """Who reads the shards for an expert whose pictures are not cached; None: the process that trains it."""
 
 
 def device_of(run: config.Run) -> torch.device:
@@ -135,15 +139,22 @@ def _followed(item: Item, title: str, value: str, folder: Path, storage: Storage
 
 
 def expert(item: Item, hooks: Hooks) -> bool:
-    """Train expert `item.number` to the end or until told to stop."""
+    """Train expert `item.number` to the end or until told to stop. In a gang the first worker alone writes."""
+    rule, device, seat = item.run.experts.gang, device_of(item.run), hooks.seat
+    if rule.workers > 1 and seat is None:
+        return gang.side_by_side(expert, item, hooks, rule.workers, item.run.runtime.threads)
     item, storage = _here(item)
     places = item.places
-    curves = places.store / "curves" / f"{item.number:03d}"
     storage.fetch(places.data)
     storage.fetch(places.store, lambda name: "/expert-" not in name and not track.is_curve(name))
     store = Store.open(places.store)
-    follow = _followed(item, f"expert {item.number}", places.store.name, curves, storage)
-    with _alone(store.folder(item.number), storage, hooks) as hooks, follow as tracker:
+    with contextlib.ExitStack() as stack:
+        tracker = track.Tracker({})
+        if seat is None or seat.rank == 0:
+            hooks = stack.enter_context(_alone(store.folder(item.number), storage, hooks))
+            curves = places.store / "curves" / f"{item.number:03d}"
+            follow = _followed(item, f"expert {item.number}", places.store.name, curves, storage)
+            tracker = stack.enter_context(follow)
 
         def on_epoch(metrics: dict[str, Any]) -> None:
             told = {"loss": metrics["loss"], "val": metrics["val"]}
@@ -156,10 +167,12 @@ def expert(item: Item, hooks: Hooks) -> bool:
             store,
             material(item, "train"),
             material(item, "val"),
-            device_of(item.run),
+            device,
             on_epoch,
             hooks.should_stop,
             item.run.runtime.loader_workers,
+            item.stream,
+            gang.team_of(seat, rule.strategy, device) if seat else None,
         )
 
 

@@ -10,7 +10,7 @@ from rmdd.command import Debug, Json, Quiet, Sets, Source, do, load, outcome, pr
 if TYPE_CHECKING:
     from rmdd.pipeline import Pipeline
 
-bench = typer.Typer(help="Measure the engine of matching.", no_args_is_help=True, rich_markup_mode=None)
+bench = typer.Typer(help="Measure the engine of matching, and of fleets.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @bench.command("step")
@@ -107,3 +107,26 @@ def bench_phases(
         print_json(found)
     else:
         typer.echo(table(found))
+
+
+@bench.command("experts")
+def bench_experts(
+    experts: Annotated[int, typer.Option(help="Tiny experts to train.")] = 8,
+    workers: Annotated[int, typer.Option(help="Workers side by side, and CPUs of the local Ray.")] = 2,
+    epochs: Annotated[int, typer.Option(help="Epochs of each.")] = 10,
+    each: Annotated[int, typer.Option(help="Experts that get a trainer of their own.")] = 2,
+    ways: Annotated[str, typer.Option(help="What to compare.")] = "in_turn,pool,train,trainer_each",
+    out: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time many experts, and their memory: in turn, by a pool of actors, by one run of Ray Train, by one each."""
+    with outcome(debug):
+        from rmdd.bench import experts as fleets
+
+        case = fleets.Case(experts=experts, workers=workers, epochs=epochs, each=each)
+        found = fleets.bench_experts(case, tuple(w for w in ways.split(",") if w), out)
+    if json:
+        print_json(found)
+    else:
+        typer.echo(fleets.table(found))

@@ -28,7 +28,9 @@ from rmdd.config.evaluate import Evaluate, Runtime
 from rmdd.config.model import NO_AUGMENT as NO_AUGMENT
 from rmdd.config.model import Augment as Augment
 from rmdd.config.model import Experts, Model
+from rmdd.config.model import Gang as Gang
 from rmdd.config.model import ImageTower as ImageTower
+from rmdd.config.model import Shuffle as Shuffle
 from rmdd.config.model import TextTower as TextTower
 from rmdd.runfile import PRESETS as PRESETS
 from rmdd.runfile import ConfigError as ConfigError
@@ -140,6 +142,8 @@ class Run(Section):
         value: dict[str, Any] = {}
         for s in sections:
             value[s] = getattr(self, s).model_dump(mode="json")
+            if s == "experts":
+                value[s] = self.experts.protocol() | {"num": self.experts.num}
             if "seed" in value[s]:
                 value[s]["seed"] = self.seed_of(s)  # type: ignore[arg-type]
         value.get("data", {}).pop("root", None)

@@ -67,6 +67,18 @@ class Runtime(Section):
     )
     threads: PositiveInt = Field(1, description="CPU threads per worker; the same bits need the same number")
     loader_workers: Annotated[int, Field(ge=0)] = Field(0, description="processes per expert that decode and augment")
+    fleet: Literal["pool", "train"] = Field(
+        "pool",
+        description="who trains experts: a pool of actors, or one run of Ray Train, which gangs always take",
+    )
+    min_workers: PositiveInt = Field(
+        1, description="workers that a run of Ray Train starts or goes on with; it grows up to `workers` as nodes come"
+    )
+    cache_gb: NonNegativeFloat = Field(
+        20.0,
+        description="GB of disk and page cache for the pictures experts train on; what is larger is streamed from the "
+        "shards in every epoch, with the same bits",
+    )
     gpus_per_worker: NonNegativeFloat = Field(0.0, description="share of a GPU that each worker gets; 0: CPUs")
     cpus_per_worker: NonNegativeFloat | None = Field(
         None, description="CPUs, or a share of one, that Ray keeps for each worker; null: `threads`, none beside a GPU"
@@ -74,7 +86,9 @@ class Runtime(Section):
     keep_parameters: Literal["device", "cpu", "recompute"] = Field(
         "device", description="where a step's K parameter vectors wait: there, on the CPU, or rebuilt from 2 sqrt(K)"
     )
-    max_restarts: Annotated[int, Field(ge=0)] = Field(3, description="times a dead worker is started again")
+    max_restarts: Annotated[int, Field(ge=0)] = Field(
+        3, description="times a dead worker or a failed expert is tried again"
+    )
     time_limit: PositiveFloat | None = Field(
         None, description="minutes after which a run saves and stops, to be resumed, as on Ctrl-C; null: none"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -92,6 +92,35 @@ class Augment(Section):
 NO_AUGMENT = Augment(crop=False, flip=0.0, randaugment_ops=0)
 
 
+class Shuffle(Section):
+    """The order of an epoch, drawn anew for every expert and epoch. Either order has the same bits from the cache and
+    from a stream; a stream reads each picture once per epoch if windowed, and once per window if global."""
+
+    kind: Literal["global", "windowed"] = Field(
+        "global",
+        description="global: all records in one permutation; windowed: blocks of pairs in random order, and the "
+        "records of `window` blocks at a time shuffled",
+    )
+    block: PositiveInt = Field(256, description="consecutive pairs that stay together; a pair is read with its block")
+    window: PositiveInt = Field(8, description="blocks that are mixed; a stream holds the pictures of one window")
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of one window."""
+        return self.block * self.window
+
+
+class Gang(Section):
+    """Workers that train one expert together. The batch is split over them and the loss is that of the whole batch."""
+
+    workers: PositiveInt = Field(1, description="workers per expert, each with `runtime.gpus_per_worker` and `threads`")
+    strategy: Literal["ddp", "zero1", "zero2", "zero3"] = Field(
+        "ddp",
+        description="ddp: every worker holds all of it; zero1, zero2, zero3 (DeepSpeed): momentum, gradients too, "
+        "weights too lie in parts",
+    )
+
+
 class Experts(Section):
     """The teacher protocol. Defaults: 20 experts, 10 epochs over caption records, plain SGD, InfoNCE."""
 
@@ -103,6 +132,8 @@ class Experts(Section):
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of SGD; 0 is plain SGD")
     weight_decay: NonNegativeFloat = Field(0.0, description="of SGD, on every parameter")
     augment: Augment = Augment()
+    shuffle: Shuffle = Shuffle()
+    gang: Gang = Gang()
     keep: Literal["all", "endpoints"] | tuple[PositiveInt, ...] = Field(
         "endpoints",
         description="epochs that stay on disk; a list, such as [6, 8, 10], lets runs with other endpoints share them",
@@ -111,3 +142,28 @@ class Experts(Section):
         "float32", description="bfloat16-delta stores the difference to epoch 0 at half the size"
     )
     seed: int | None = Field(None, description="null: the run's seed")
+
+    def clashes(self) -> list[str]:
+        found: list[str] = []
+        if self.batch < self.gang.workers:
+            found.append(
+                f"experts.batch {self.batch} cannot be split over experts.gang.workers {self.gang.workers}; raise it"
+            )
+        if self.gang.workers > 1 and self.gang.strategy != "ddp" and self.momentum:
+            found.append(
+                f"experts.momentum {self.momentum} lies in parts under experts.gang.strategy {self.gang.strategy}, and "
+                "cannot be resumed from; set it to 0, or the strategy to ddp"
+            )
+        return found
+
+    def protocol(self) -> dict[str, Any]:
+        """What shapes one expert, how many there are left out.
+
+        Sections that change nothing as they are set are left out too: stores that are older than them stay valid.
+        """
+        exclude = {"num"}
+        if self.shuffle.kind == "global":
+            exclude.add("shuffle")
+        if self.gang.workers == 1:
+            exclude.add("gang")
+        return self.model_dump(mode="json", exclude=exclude)

@@ -25,15 +25,15 @@ class Material:
 
 
 def load_material(run: config.Run, dataset: Dataset, split: str, cache: Path, device: str = "cpu") -> Material:
-    """Decode and embed one split, or read both from the cache."""
+    """Embed one split, or read it from the cache. Pictures of `train` are decoded when they are asked for."""
     loaded = load_split(dataset, split, run.data, cache)
     if not loaded.captions:
         raise ValueError(
             f"split '{split}' of the dataset at {dataset.path} holds no pair with a caption; "
             f"see its manifest.json and quarantine.jsonl (counts: {dataset.counts})"
         )
-    if split == "train" and run.experts.augment.active:
-        loaded.encoded(0)  # copied once here, before every expert would
+    if split != "train":
+        loaded.images  # noqa: B018  # decoded once here, before every worker would
     mean, std = (
         normalisation_of(run.model.image) if run.data.normalise == "tower" else normalisation(run.data.normalise)
     )

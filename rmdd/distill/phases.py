@@ -166,7 +166,7 @@ def real_images(run: config.Run, train: Material, records: list[int], *, augment
     """The pictures of caption records as uint8 (M,3,S,S), squashed, or augmented as the experts saw them."""
     pictures = train.split.image_of[records]
     if not augmented:
-        return torch.from_numpy(train.split.images[pictures])
+        return torch.from_numpy(train.split.some_images(pictures))
     data, seed = run.data, run.seed_of("distill")
     drawn = []
     for picture, record in zip(pictures, records, strict=True):

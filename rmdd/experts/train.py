@@ -6,20 +6,22 @@ targets, plain SGD. Two captions of one image in a batch count as negatives of e
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from rmdd import config
-from rmdd.data.augment import augment
-from rmdd.data.images import decode, normalise
+from rmdd.data.images import normalise
 from rmdd.data.material import Material
 from rmdd.evaluate.students import score
+from rmdd.experts.feed import Epoch, Stream, pictures
 from rmdd.experts.store import Store, Writer
 from rmdd.models.dual import DualEncoder, Params, build, tower_of
 from rmdd.models.losses import infonce
-from rmdd.seeding import derive, generator
+from rmdd.seeding import derive
 
 
 def begin_store(run: config.Run, path: Path, text_width: int, facts: dict) -> Store:
@@ -51,6 +53,51 @@ def expert_model(run: config.Run, expert: int, text_width: int) -> DualEncoder:
     return build(run.model, text_width, run.data.image_size, run.seed_of("experts"), "expert", expert)
 
 
+class Learner:
+    """A model and its optimiser in one process. A `Team` of several has learners of its own."""
+
+    def __init__(self, model: DualEncoder, rule: config.Experts, momentum: Params):
+        self.model = model
+        self.optimiser = optimiser_of(model, rule)
+        for name, p in model.named_parameters():
+            if name in momentum:
+                self.optimiser.state[p]["momentum_buffer"] = momentum[name].to(p.device).clone()
+
+    def step(self, images: Float[Tensor, "B C H W"], texts: Float[Tensor, "B F"]) -> Float[Tensor, ""]:
+        """Take one step; the loss before it."""
+        loss = infonce(self.model(images, texts), torch.eye(len(images), device=images.device))
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimiser.step()
+        return loss.detach()
+
+    def trained(self) -> Params:
+        return self.model.trained()
+
+    def momentum(self) -> Params:
+        state = self.optimiser.state
+        buffers = {n: state[p].get("momentum_buffer") for n, p in self.model.named_parameters() if p.requires_grad}
+        return {n: b for n, b in buffers.items() if b is not None}
+
+
+class Team:
+    """Who trains one expert: here one worker alone. Several, `rmdd.experts.gang`, agree through the leader."""
+
+    rank, size = 0, 1
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def agreed(self, value: int) -> int:
+        """The leader's value."""
+        return value
+
+    def learner(self, model: DualEncoder, rule: config.Experts, momentum: Params, device: torch.device) -> Learner:
+        """Takes the model to the device; the leader's weights and momentum count."""
+        return Learner(model.to(device), rule, momentum)
+
+
 def train_expert(
     run: config.Run,
     expert: int,
@@ -61,122 +108,82 @@ def train_expert(
     on_epoch: Callable[[dict], None] = lambda metrics: None,
     should_stop: Callable[[], bool] = lambda: False,
     loader_workers: int = 0,
+    stream: Stream | None = None,
+    team: Team | None = None,
 ) -> bool:
     """Train until complete or told to stop; goes on after the last finished epoch. Returns whether complete.
 
-    Stopping leaves the epoch at work undone; it is begun again from its start.
+    Stopping leaves the epoch at work undone; it is begun again from its start. In a team every worker calls this, and
+    the leader reads and writes the store.
     """
-    if store.is_complete(expert):
+    team, rule = team or Team(), run.experts
+    if team.agreed(int(store.is_complete(expert))):
         return True
-    rule = run.experts
-    writer = Writer(store, expert)
-    model = expert_model(run, expert, train.texts.shape[1]).to(device)
-    if writer.epoch >= 0:
+    writer = Writer(store, expert) if team.leads else None
+    done = team.agreed(writer.epoch if writer else 0)
+    model = expert_model(run, expert, train.texts.shape[1])
+    if writer and done >= 0:
         model.load_trained(writer.params)
-    else:
-        writer.add(model.trained(), {"val": _val(model, val, run, device)})
-    optimiser = _optimiser(model, rule)
-    _restore_momentum(model, optimiser, writer.momentum)
-    while writer.epoch < rule.epochs:
-        loss = _epoch(run, expert, writer.epoch, model, optimiser, train, device, should_stop, loader_workers)
+    learner = team.learner(model, rule, writer.momentum if writer else {}, device)
+
+    def record(metrics: dict[str, Any], momentum: Params) -> None:
+        params = learner.trained()
+        if writer:
+            writer.check_finite(params)
+        metrics["val"] = score(model, val, device, run.evaluate.chunk).mean
+        if writer:
+            writer.add(params, metrics, momentum)
+
+    if done < 0:
+        record({}, {})
+        done = 0
+    stop = should_stop if team.size == 1 else lambda: bool(team.agreed(int(should_stop())))
+    while done < rule.epochs:
+        epoch = Epoch.of(run, train.split.image_of, expert, done).share(team.rank, team.size)
+        loss = _pass(run, epoch, learner, train, device, stop, loader_workers, stream, team.rank)
         if loss is None:
             return False
-        writer.check_finite(model.trained())
-        writer.add(model.trained(), {"loss": loss, "val": _val(model, val, run, device)}, _momentum(model, optimiser))
-        on_epoch({"expert": expert, **writer.metrics[-1]})
-    writer.finish()
+        record({"loss": loss}, learner.momentum())
+        done += 1
+        if writer:
+            on_epoch({"expert": expert, **writer.metrics[-1]})
+    if writer:
+        writer.finish()
     return True
 
 
-def _epoch(
+def _pass(
     run: config.Run,
-    expert: int,
-    epoch: int,
-    model: DualEncoder,
-    optimiser: torch.optim.SGD,
+    epoch: Epoch,
+    learner: Learner,
     train: Material,
     device: torch.device,
     should_stop: Callable[[], bool],
     loader_workers: int,
+    stream: Stream | None,
+    rank: int,
 ) -> float | None:
     """One pass over the caption records; its mean loss, or None when told to stop, which leaves the pass undone."""
-    rule, seed = run.experts, run.seed_of("experts")
-    order = torch.randperm(len(train.split.captions), generator=generator(seed, "expert order", expert, epoch)).numpy()
-    batch = min(rule.batch, len(order))
-    steps = len(order) // batch
-    model.train()
+    learner.model.train()
     total = torch.zeros((), device=device)
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
-        torch.manual_seed(derive(seed, "expert dropout", expert, epoch))
-        feed = Feed(train, order[: steps * batch].reshape(steps, batch), run, (seed, expert, epoch))
-        loader = torch.utils.data.DataLoader(feed, batch_size=None, num_workers=loader_workers)
-        targets = torch.eye(batch, device=device)
-        for images, texts in loader:
+        seed, *index = epoch.key
+        torch.manual_seed(derive(seed, "expert dropout", *index, *([rank] if rank else [])))
+        torch.empty((), dtype=torch.int64).random_()  # a loader once drew its seed here, and masks follow it
+        images = pictures(run, train, epoch, loader_workers, stream)
+        for records, batch in zip(epoch.records, images, strict=True):
             if should_stop():
                 return None
-            pixels = normalise(images.to(device, non_blocking=True), train.mean, train.std)
-            loss = infonce(model(pixels, texts.to(device, non_blocking=True)), targets)
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            optimiser.step()
-            total += loss.detach()
-    return float(total) / steps
+            texts = torch.from_numpy(np.ascontiguousarray(train.texts[records]))
+            pixels = normalise(batch.to(device, non_blocking=True), train.mean, train.std)
+            total += learner.step(pixels, texts.to(device, non_blocking=True))
+    return float(total) / len(epoch.records)
 
 
-class Feed(torch.utils.data.Dataset):
-    """Batches of (uint8 images (B,3,S,S), text embeddings (B,F)) in a given order; what augmentation draws depends
-    on the seed, the expert, the epoch and the record alone, so any number of loader workers gives the same bits."""
-
-    def __init__(self, material: Material, order: np.ndarray, run: config.Run, key: tuple[int, int, int]):
-        self.material, self.order, self.run, self.key = material, order, run, key
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        if step >= len(self.order):
-            raise IndexError(step)
-        records = self.order[step]
-        pictures = self.material.split.image_of[records]
-        texts = torch.from_numpy(np.ascontiguousarray(self.material.texts[records]))
-        if not self.run.experts.augment.active:
-            return torch.from_numpy(self.material.split.images[pictures]), texts
-        seed, expert, epoch = self.key
-        images = [
-            self._augmented(int(picture), generator(seed, "augment", expert, epoch, int(record)))
-            for picture, record in zip(pictures, records, strict=True)
-        ]
-        return torch.from_numpy(np.stack(images)), texts
-
-    def _augmented(self, picture: int, draw: torch.Generator) -> np.ndarray:
-        data = self.run.data
-        image = decode(
-            self.material.split.encoded(picture),
-            max_pixels=data.max_pixels,
-            background=data.background,
-            exif_orientation=data.exif_orientation,
-        )
-        return augment(image, self.run.experts.augment, data.image_size, draw)
-
-
-def _optimiser(model: DualEncoder, rule: config.Experts) -> torch.optim.SGD:
+def optimiser_of(model: DualEncoder, rule: config.Experts) -> torch.optim.SGD:
+    """SGD with a rate for each side."""
     rates = {"image": rule.lr_image, "text": rule.lr_text}
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = [{"params": [p for n, p in named if tower_of(n) == tower], "lr": lr} for tower, lr in rates.items()]
     return torch.optim.SGD(groups, lr=rule.lr_image, momentum=rule.momentum, weight_decay=rule.weight_decay)
-
-
-def _momentum(model: DualEncoder, optimiser: torch.optim.SGD) -> Params:
-    buffers = {n: optimiser.state[p].get("momentum_buffer") for n, p in model.named_parameters() if p.requires_grad}
-    return {n: b for n, b in buffers.items() if b is not None}
-
-
-def _restore_momentum(model: DualEncoder, optimiser: torch.optim.SGD, buffers: Params) -> None:
-    for name, p in model.named_parameters():
-        if name in buffers:
-            optimiser.state[p]["momentum_buffer"] = buffers[name].to(p.device).clone()
-
-
-def _val(model: DualEncoder, val: Material, run: config.Run, device: torch.device) -> float:
-    return score(model, val, device, run.evaluate.chunk).mean

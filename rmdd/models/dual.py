@@ -77,8 +77,11 @@ class DualEncoder(nn.Module):
         features = self.image_tower(images)
         if mixing is not None:
             features, texts = mixing(features), mixing(texts)
-        u, v = F.normalize(self.image_head(features), dim=1), self.embed_texts(texts)
-        with _full_precision(images.device.type):
+        return self.scores(F.normalize(self.image_head(features), dim=1), self.embed_texts(texts))
+
+    def scores(self, u: Float[Tensor, "M D"], v: Float[Tensor, "N D"]) -> Float[Tensor, "M N"]:
+        """Cosines of embedded images and texts over the temperature."""
+        with _full_precision(u.device.type):
             return _at_least_float32(u) @ _at_least_float32(v).T / self.temperature
 
     def trained(self) -> Params:

@@ -97,6 +97,10 @@ class SideBySide(Executor):
 
     def __exit__(self, *error: object) -> None:
         self._kept = False
+        self.rest()
+
+    def rest(self) -> None:
+        """Let go of actors that have no work, so that others find room."""
         self._dismiss(self.idle)
 
     def serve(self, source: Source) -> None:
@@ -113,7 +117,7 @@ class SideBySide(Executor):
                 self._wait()
                 self._look_after()
                 if any(slot.where is not None for slot in self.slots) and not self._ready():
-                    self._dismiss(self.idle)  # one without work may hold what another needs to start
+                    self.rest()  # one without work may hold what another needs to start
         except KeyboardInterrupt:
             self._stop()
             raise Interrupted from None
@@ -124,7 +128,7 @@ class SideBySide(Executor):
             self._dismiss([slot.hand for slot in self.slots])
             self.slots, self.waiting = [], []
             if not self._kept:
-                self._dismiss(self.idle)
+                self.rest()
 
     # -- starting ------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,12 @@ ENVIRONMENT = {
     "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "300",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
+    # Ray Train: look at workers twice a second, stay in the folder, and start no actor that waits for spot notices:
+    # an expert saves every epoch and goes on from there.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
 
 START_ATTEMPTS = 4

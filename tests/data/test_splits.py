@@ -10,7 +10,8 @@ from rmdd.data.captions import clean
 from rmdd.data.images import squash
 from rmdd.data.ingest import ingest
 from rmdd.data.material import load_material
-from rmdd.data.splits import load_split
+from rmdd.data.splits import load_split, read_rows
+from rmdd.experts.feed import prepare
 
 
 @pytest.fixture
@@ -38,7 +39,9 @@ def test_a_split_is_the_shards_squashed_and_flat(scenes, tmp_path):
 def test_the_cache_is_read_back_and_knows_what_shaped_it(scenes, tmp_path):
     dataset, data = scenes
     cache = tmp_path / "cache"
-    load_split(dataset, "val", data, cache).encoded(0)
+    first = load_split(dataset, "val", data, cache)
+    assert not cache.exists(), "nothing is decoded before it is asked for"
+    assert first.encoded(0) and len(first.images) == len(first)
     before = {file: file.stat().st_mtime_ns for file in cache.iterdir()}
     assert len(before) == 3
     again = load_split(dataset, "val", data, cache)
@@ -46,9 +49,9 @@ def test_the_cache_is_read_back_and_knows_what_shaped_it(scenes, tmp_path):
     assert isinstance(again.images, np.memmap) and not again.images.flags.writeable
     assert {file: file.stat().st_mtime_ns for file in cache.iterdir()} == before
     for change in ({"image_size": 8}, {"background": (0, 0, 0)}, {"exif_orientation": True}):
-        load_split(dataset, "val", data.model_copy(update=change), cache)
+        assert len(load_split(dataset, "val", data.model_copy(update=change), cache).images)
     assert len(list(cache.iterdir())) == 6
-    load_split(dataset, "val", data.model_copy(update={"captions": Captions(max_words=3)}), cache)
+    assert len(load_split(dataset, "val", data.model_copy(update={"captions": Captions(max_words=3)}), cache).images)
     assert len(list(cache.iterdir())) == 6  # the caption rule left all pictures in place
 
 
@@ -61,14 +64,35 @@ def test_workers_may_build_the_cache_at_once(scenes, tmp_path):
     assert not [file.name for file in (tmp_path / "cache").iterdir() if file.name.endswith(".tmp")]
 
 
-def test_what_experts_read_is_built_before_them(scenes, tmp_path):
+@pytest.mark.parametrize("augmented", [True, False])
+def test_what_experts_read_is_built_before_them_and_nothing_else(scenes, tmp_path, augmented):
     dataset, data = scenes
-    for augmented in (True, False):
-        rule = Augment() if augmented else NO_AUGMENT
-        text = TextTower(name="hashing", width=8)
-        run = Run(data=data, experts=Experts(augment=rule), model=Model(text=text))
-        load_material(run, dataset, "train", tmp_path / str(augmented))
-        assert bool(list((tmp_path / str(augmented)).glob("*.bin"))) == augmented
+    text = TextTower(name="hashing", width=8)
+    run = Run(data=data, experts=Experts(augment=Augment() if augmented else NO_AUGMENT), model=Model(text=text))
+    train = load_material(run, dataset, "train", tmp_path)
+    assert not [*tmp_path.glob("train-*.npy"), *tmp_path.glob("*.bin")]
+    prepare(run, train)
+    assert bool(list(tmp_path.glob("*.bin"))) == augmented
+    assert len([p for p in tmp_path.glob("train-*.npy") if "offsets" not in p.name]) == (not augmented)
+    load_material(run, dataset, "val", tmp_path)
+    assert len(list(tmp_path.glob("val-*.npy"))) == 1
+
+
+def test_some_images_are_the_same_with_and_without_the_cache(scenes, tmp_path):
+    dataset, data = scenes
+    index = np.array([3, 0, 3])
+    split = load_split(dataset, "train", data, tmp_path / "cache")
+    few = split.some_images(index)
+    assert not (tmp_path / "cache").exists(), "the others are left alone"
+    assert np.array_equal(few, split.images[index]) and np.array_equal(few, split.some_images(index))
+
+
+def test_rows_are_read_from_the_row_groups_they_lie_in(scenes):
+    dataset, _ = scenes
+    images = [pair.image for pair in dataset.pairs("train")]
+    wanted = np.array([7, 0, len(images) - 1, 7])
+    assert list(read_rows(dataset, "train", wanted)) == [(int(r), images[r]) for r in np.unique(wanted)]
+    assert list(read_rows(dataset, "train", np.array([], dtype=np.int64))) == []
 
 
 def test_the_limit_cuts_val_and_test_alone(scenes, tmp_path):

@@ -1,0 +1,244 @@
+"""Several workers that train one expert: DDP, or DeepSpeed's ZeRO where the towers do not fit one worker.
+
+B pairs in a batch, b of them on this rank, D joint width. Every rank embeds its share, all ranks gather the embeddings
+and compute the loss of the whole batch, so that each share meets all B - 1 negatives. A rank's gradient is that through
+its own share; their sum is the gradient of one worker, up to rounding and to dropout, whose masks every rank draws for
+itself. The first rank alone reads and writes the store.
+"""
+
+import os
+import queue
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rmdd import config
+from rmdd.experts.train import Learner, Team, optimiser_of
+from rmdd.jobs import Hooks, Seat
+from rmdd.models.dual import DualEncoder, Params
+from rmdd.models.image import ConvNet
+from rmdd.models.losses import infonce
+
+LOCALHOST = "127.0.0.1"
+_joined: "list[GangOf]" = []
+
+
+class GangOf(Team):
+    """The workers of this process group."""
+
+    def __init__(self, strategy: str, rank: int, size: int, device: torch.device):
+        self.strategy, self.rank, self.size, self.device = strategy, rank, size, device
+
+    def agreed(self, value: int) -> int:
+        said = torch.tensor(value, device=self.device)
+        dist.broadcast(said, 0)
+        return int(said)
+
+    def learner(self, model: DualEncoder, rule: config.Experts, momentum: Params, device: torch.device) -> Learner:
+        batch_norm = nn.modules.batchnorm._BatchNorm
+        if any(isinstance(m, batch_norm) and m.training for m in model.train().modules()):
+            raise ValueError(
+                "the image tower has batch normalisation, whose statistics would be those of a worker's share of the "
+                "batch; set experts.gang.workers to 1, or use a tower without it"
+            )
+        if self.strategy == "ddp":
+            return DdpLearner(model.to(device), rule, momentum, self)
+        return ZeroLearner(model, rule, momentum, self)
+
+
+class Towers(nn.Module):
+    """Both embeddings in one call, which is what DDP and DeepSpeed wrap."""
+
+    def __init__(self, model: DualEncoder):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, images: Float[Tensor, "b C H W"], texts: Float[Tensor, "b F"]
+    ) -> tuple[Float[Tensor, "b D"], Float[Tensor, "b D"]]:
+        return self.model.embed_images(images), self.model.embed_texts(texts)
+
+
+class DdpLearner(Learner):
+    def __init__(self, model: DualEncoder, rule: config.Experts, momentum: Params, gang: GangOf):
+        self.gang = gang
+        self.wrapped: nn.Module = nn.parallel.DistributedDataParallel(Towers(model))  # spreads the leader's weights
+        super().__init__(model, rule, self._spread(model, momentum))
+
+    def step(self, images: Float[Tensor, "B C H W"], texts: Float[Tensor, "B F"]) -> Float[Tensor, ""]:
+        u, v = (whole(share, self.gang.rank, self.gang.size) for share in self.wrapped(images, texts))
+        loss = infonce(self.model.scores(u, v), torch.eye(len(u), device=u.device))
+        self._descend(loss * self.gang.size)  # gradients are averaged over ranks, and their sum is wanted
+        return loss.detach()
+
+    def _descend(self, loss: Float[Tensor, ""]) -> None:
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimiser.step()
+
+    def _spread(self, model: DualEncoder, momentum: Params) -> Params:
+        """The leader's buffers on every rank."""
+        if not self.gang.agreed(len(momentum)):
+            return {}
+        shapes = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        buffers = {n: momentum[n].to(p.device) if n in momentum else torch.zeros_like(p) for n, p in shapes.items()}
+        for buffer in buffers.values():
+            dist.broadcast(buffer, 0)
+        return buffers
+
+
+class ZeroLearner(DdpLearner):
+    """ZeRO 1, 2 or 3 with a client optimiser, which compiles nothing."""
+
+    def __init__(self, model: DualEncoder, rule: config.Experts, momentum: Params, gang: GangOf):
+        deepspeed = _deepspeed()
+        self.gang, self.model = gang, model
+        self.gathered = deepspeed.zero.GatheredParameters
+        stage = int(gang.strategy[-1])
+        settings = {
+            "train_micro_batch_size_per_gpu": -(-rule.batch // gang.size),
+            "zero_optimization": {"stage": stage},
+            "gradient_clipping": 0.0,  # its default is 1
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        towers = Towers(model)
+        if stage == 3:  # weight by weight, so that the whole model never lies on one device
+            deepspeed.zero.Init(module=towers, config_dict_or_path=settings, dtype=torch.float32)
+            for buffer in model.buffers():
+                buffer.data = buffer.to(gang.device)
+            if isinstance(model.image_tower, ConvNet):  # its forward reads what its norms own
+                for p in model.image_tower.blocks[1::4].parameters():
+                    deepspeed.zero.register_external_parameter(model.image_tower, p)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.wrapped, self.optimiser, _, _ = deepspeed.initialize(
+            model=towers, model_parameters=trained, optimizer=optimiser_of(model, rule), config=settings
+        )
+
+    def _descend(self, loss: Float[Tensor, ""]) -> None:
+        engine: Any = self.wrapped
+        engine.backward(loss)
+        engine.step()
+
+    def trained(self) -> Params:
+        """All weights; every rank has to call it."""
+        named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        with self.gathered([p for _, p in named]):
+            return {n: p.detach().clone() for n, p in named}
+
+    def momentum(self) -> Params:
+        return {}
+
+
+def whole(share: Float[Tensor, "b D"], rank: int, size: int) -> Float[Tensor, "B D"]:
+    """The embeddings of all ranks in their order; the gradient flows to this rank's own."""
+    lengths = [torch.zeros((), dtype=torch.int64, device=share.device) for _ in range(size)]
+    dist.all_gather(lengths, torch.tensor(len(share), device=share.device))
+    longest = int(torch.stack(lengths).max())
+    padded = torch.zeros((longest, share.shape[1]), dtype=share.dtype, device=share.device)
+    padded[: len(share)] = share.detach()
+    parts = [torch.empty_like(padded) for _ in range(size)]
+    dist.all_gather(parts, padded)
+    return torch.cat([share if r == rank else parts[r][: int(lengths[r])] for r in range(size)])
+
+
+def team_of(seat: Seat, strategy: str, device: torch.device) -> GangOf:
+    """Join the gang of this seat; a process stays in it for all experts that it trains."""
+    if not _joined:
+        if dist.is_initialized():  # of all workers of a Train run, whatever their gang
+            dist.destroy_process_group()
+        if seat.rank == 0:
+            store = dist.TCPStore(seat.host, 0, seat.size, is_master=True, wait_for_workers=False)
+            seat.meet(f"{seat.host} {store.port}")
+        else:
+            host, port = seat.meet(None).split()
+            store = dist.TCPStore(host, int(port), seat.size, is_master=False)
+        here = torch.cuda.current_device() if device.type == "cuda" else seat.rank
+        os.environ.update(RANK=str(seat.rank), WORLD_SIZE=str(seat.size), LOCAL_RANK=str(here))
+        os.environ.setdefault("MASTER_ADDR", seat.host)
+        os.environ.setdefault("MASTER_PORT", str(store.port))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=seat.rank, world_size=seat.size)
+        _joined.append(GangOf(strategy, seat.rank, seat.size, device))
+    return _joined[0]
+
+
+def side_by_side(task: Callable[[Any, Hooks], bool], item: Any, hooks: Hooks, size: int, threads: int) -> bool:
+    """Do one item by `size` processes on this machine; without Ray. A rank that fails ends the others.
+
+    Raises `RuntimeError` with the reason of the first rank that failed.
+    """
+    context = torch.multiprocessing.get_context("spawn")
+    addresses, said, stop = context.Queue(), context.Queue(), context.Event()
+    ranks = [
+        context.Process(target=_rank, args=(task, item, rank, size, threads, addresses, said, stop), daemon=True)
+        for rank in range(size)
+    ]
+    for process in ranks:
+        process.start()
+    results: dict[int, bool] = {}
+    try:
+        while len(results) < size:
+            if hooks.should_stop():
+                stop.set()
+            try:
+                kind, rank, value = said.get(timeout=0.2)
+            except queue.Empty:
+                dead = [r for r, p in enumerate(ranks) if p.exitcode not in (None, 0) and r not in results]
+                if dead:
+                    code = ranks[dead[0]].exitcode
+                    raise RuntimeError(f"worker {dead[0]} of {size} died (exit code {code})") from None
+                continue
+            if kind == "report":
+                hooks.report(value)
+            elif kind == "failed":
+                raise ValueError(value) if rank < 0 else RuntimeError(value)
+            else:
+                results[rank] = value
+        return all(results.values())
+    finally:
+        for process in ranks:
+            process.join(timeout=5.0 if len(results) == size else 0.0)
+            process.kill()
+
+
+def _rank(
+    task: Callable[[Any, Hooks], bool],
+    item: Any,
+    rank: int,
+    size: int,
+    threads: int,
+    addresses: Any,
+    said: Any,
+    stop: Any,
+) -> None:
+    def meet(address: str | None) -> str:
+        for _ in range(size - 1 if address else 0):
+            addresses.put(address)
+        return address or addresses.get()
+
+    torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+    hooks = Hooks(lambda metrics: said.put(("report", rank, metrics)), stop.is_set, Seat(rank, size, LOCALHOST, meet))
+    try:
+        said.put(("done", rank, task(item, hooks)))
+    except Exception as error:
+        said.put(("failed", -1 if isinstance(error, ValueError) else rank, str(error) or type(error).__name__))
+
+
+def _deepspeed() -> Any:
+    try:
+        import deepspeed
+    except ImportError:
+        raise ValueError(
+            "experts.gang.strategy zero1, zero2 and zero3 need DeepSpeed: pip install 'rmdd[deepspeed]', or set ddp"
+        ) from None
+    if not torch.cuda.is_available():  # else a C++ extension is compiled that nothing here needs
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel("ERROR")
+    return deepspeed

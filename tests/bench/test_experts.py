@@ -1,0 +1,34 @@
+import pytest
+
+from rmdd.bench import experts as bench
+
+
+def test_the_yardstick_is_measured_with_its_memory(tmp_path):
+    case = bench.Case(experts=2, epochs=1, pairs=40, image_size=16, each=1)
+    found = bench.bench_experts(case, ("in_turn",), tmp_path / "out.json")
+    row = found["ways"]["in_turn"]
+    assert row["experts"] == 2 and row["seconds"] > 0 and row["peak_bytes"] > 50 * 2**20 and row["cpu_seconds"] > 0
+    assert (tmp_path / "out.json").is_file()
+    assert bench.table(found).splitlines()[1].split()[:3] == ["in", "turn", "2"]
+
+
+def test_ratios_and_overhead_are_those_of_the_figures(monkeypatch):
+    seconds = {"in_turn": 8.0, "pool": 5.0, "train": 12.0, "trainer_each": 20.0}
+    measure = lambda case, way: {  # noqa: E731
+        "experts": 2 if way == "trainer_each" else 8,
+        "seconds": seconds[way],
+        "start": 1.0,
+        "peak_bytes": 2**30,
+        "cpu_seconds": 9.0,
+    }
+    monkeypatch.setattr(bench, "_measure", measure)
+    ways = bench.bench_experts(bench.Case(experts=8, workers=2, each=2))["ways"]
+    assert [ways[w]["ratio"] for w in ("pool", "train", "trainer_each")] == [0.625, 1.5, 10.0]
+    assert [ways[w]["overhead_per_expert"] for w in ("pool", "train", "trainer_each")] == [0.12, 1.0, 9.0]
+
+
+def test_what_cannot_be_measured_is_refused():
+    with pytest.raises(ValueError, match="no way 'magic'; there are: in_turn, pool, train, trainer_each"):
+        bench.bench_experts(bench.Case(), ("magic",))
+    with pytest.raises(ValueError, match="each is 9 of 8 experts"):
+        bench.Case(each=9)

@@ -1,0 +1,75 @@
+"""Gangs without Ray: each test starts two processes on this machine."""
+
+import gangs
+import pytest
+import torch
+
+from rmdd import config
+from rmdd.experts.gang import side_by_side
+from rmdd.experts.store import Store
+from rmdd.experts.train import begin_store
+from rmdd.jobs import Hooks
+
+EPOCHS = 3
+
+
+def begun(path, **experts):
+    run = gangs.run_of(**experts)
+    begin_store(run, path, gangs.WIDTH, {})
+    return path, run
+
+
+def by_one(path, **experts):
+    item = begun(path, **experts)
+    assert gangs.train(item, Hooks())
+    return Store.open(path)
+
+
+def by_two(path, hooks=None, **experts):
+    return side_by_side(gangs.train, begun(path, **experts), hooks or Hooks(), 2, 1)
+
+
+def check_same(a, b):
+    assert a.complete() == b.complete() == [0]
+    for epoch in range(EPOCHS + 1):
+        for name, p in a.read(0, epoch).items():
+            torch.testing.assert_close(b.read(0, epoch)[name], p, rtol=1e-5, atol=1e-6)
+    losses = [[m.get("loss") for m in store.record(0)["metrics"][1:]] for store in (a, b)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_gradients_of_the_ranks_add_up_to_that_of_the_whole_batch():
+    assert side_by_side(gangs.exact, None, Hooks(), 2, 1)
+
+
+def test_a_stopped_and_resumed_gang_with_momentum_trains_what_one_worker_trains(tmp_path):
+    one, seen = by_one(tmp_path / "one", momentum=0.9), []
+    gang = {"momentum": 0.9, "gang": {"workers": 2}}
+    assert not by_two(tmp_path / "two", Hooks(seen.append, lambda: len(seen) >= 1), **gang)
+    store = Store.open(tmp_path / "two")
+    assert store.complete() == [] and (store.folder(0) / "running.safetensors").is_file()
+    assert by_two(tmp_path / "two", **gang)
+    check_same(one, store)
+
+
+def test_a_rank_that_fails_ends_the_gang_with_its_reason():
+    with pytest.raises((ValueError, RuntimeError), match="rank one cannot go on"):
+        side_by_side(gangs.die, None, Hooks(), 2, 1)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    ["zero3", pytest.param("zero1", marks=pytest.mark.slow), pytest.param("zero2", marks=pytest.mark.slow)],
+)
+def test_zero_trains_what_one_worker_trains(tmp_path, strategy):
+    pytest.importorskip("deepspeed")
+    one = by_one(tmp_path / "one")
+    assert by_two(tmp_path / strategy, gang={"workers": 2, "strategy": strategy})
+    check_same(one, Store.open(tmp_path / strategy))
+
+
+def test_what_cannot_be_split_is_refused():
+    with pytest.raises(ValueError, match=r"experts.batch 2 cannot be split over experts.gang.workers 3; raise it"):
+        config.Experts(batch=2, gang=config.Gang(workers=3))
+    with pytest.raises(ValueError, match="experts.momentum"):
+        config.Experts(momentum=0.9, gang=config.Gang(workers=2, strategy="zero2"))

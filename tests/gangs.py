@@ -1,0 +1,84 @@
+"""What the ranks of a gang do in tests; here, and not in a test file, because their processes have to import it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from rmdd import config
+from rmdd.data.material import Material
+from rmdd.data.shards import Dataset
+from rmdd.data.splits import Split
+from rmdd.experts import gang
+from rmdd.experts.store import Store
+from rmdd.experts.train import expert_model, train_expert
+from rmdd.jobs import Hooks
+from rmdd.models.losses import infonce
+
+SIZE, WIDTH, IMAGES, CAPTIONS = 8, 6, 11, 2
+CPU = torch.device("cpu")
+
+
+def run_of(**experts: Any) -> config.Run:
+    rule = {"num": 1, "epochs": 3, "batch": 5, "keep": "all", "lr_image": 0.05, "lr_text": 0.02}
+    image = config.ImageTower(name="convnet", weights="random", widths=(4,), groups=2, projection="linear")
+    return config.Run(
+        seed=5,
+        data=config.Data(image_size=SIZE),
+        model=config.Model(image=image, text=config.TextTower(name="hashing"), width=6, dropout=0.0, temperature=0.3),
+        experts=config.Experts(augment=config.NO_AUGMENT, **{**rule, **experts}),
+        distill=config.Distill(phases=(config.Phase(pairs=20, stop=1, endpoint=1),)),
+    )
+
+
+def material() -> Material:
+    random = np.random.default_rng(0)
+    pictures = random.integers(0, 256, (IMAGES, 3, SIZE, SIZE)).astype(np.uint8)
+    image_of = np.repeat(np.arange(IMAGES), CAPTIONS)
+    texts = random.standard_normal((len(image_of), WIDTH)).astype(np.float32)
+    names = [str(i) for i in range(IMAGES)]
+    dataset = Dataset(Path(), {})
+    split = Split("train", pictures, ["a"] * len(image_of), image_of, names, {}, dataset, np.arange(IMAGES), Path())
+    return Material(split, texts, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+def train(item: tuple[Path, config.Run], hooks: Hooks) -> bool:
+    path, run = item
+    team = gang.team_of(hooks.seat, run.experts.gang.strategy, CPU) if hooks.seat else None
+    data = material()
+    return train_expert(
+        run, 0, Store.open(path), data, data, CPU, hooks.report, hooks.should_stop, loader_workers=0, team=team
+    )
+
+
+def die(item: Path, hooks: Hooks) -> bool:
+    """The second rank fails; the first waits for it."""
+    gang.team_of(hooks.seat, "ddp", CPU)
+    if hooks.seat.rank == 1:
+        raise ValueError("rank one cannot go on")
+    dist.barrier()
+    return True
+
+
+def exact(item: None, hooks: Hooks) -> bool:
+    """Whether the ranks' gradients add up to that of the whole batch, which they split unevenly, in float64."""
+    team = gang.team_of(hooks.seat, "ddp", CPU)
+    model = expert_model(run_of(), 0, WIDTH).double()
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randn(5, 3, SIZE, SIZE, generator=draw, dtype=torch.float64)
+    texts = torch.randn(5, WIDTH, generator=draw, dtype=torch.float64)
+    wanted = infonce(model(images, texts), torch.eye(5))
+    whole = torch.autograd.grad(wanted, list(model.parameters()))
+    mine = [3, 2][team.rank]
+    own = slice(0, 3) if team.rank == 0 else slice(3, 5)
+    u, v = model.embed_images(images[own]), model.embed_texts(texts[own])
+    assert len(u) == mine
+    loss = infonce(model.scores(gang.whole(u, team.rank, 2), gang.whole(v, team.rank, 2)), torch.eye(5))
+    parts = torch.autograd.grad(loss, list(model.parameters()))
+    for part, full in zip(parts, whole, strict=True):
+        dist.all_reduce(part)
+        torch.testing.assert_close(part, full, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(loss, wanted, rtol=1e-12, atol=0)
+    return True

@@ -1,0 +1,241 @@
+"""Fleets of experts on a real local Ray: each test is one or two runs of Ray Train."""
+
+import copy
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_resume import TINY
+
+from rmdd import config
+from rmdd.config import Runtime
+from rmdd.experts.store import Store
+from rmdd.jobs import Executor, Failed, Interrupted, InTurn, spared
+from rmdd.pipeline import Pipeline
+from rmdd.progress import Progress
+from rmdd.runtime.cluster import ENVIRONMENT, Resources
+from rmdd.runtime.experts import Fleet, Roster
+from rmdd.runtime.feed import ray_stream
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture
+def fleet(ray_local, tmp_path, monkeypatch):
+    """Builds a fleet on four CPUs; tasks of this module travel by value, for workers cannot import a test."""
+    for name, value in ENVIRONMENT.items():
+        if name.startswith(("RAY_TRAIN", "RAY_CHDIR")):
+            monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    ray_local.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+    def build(size=1, **rule):
+        runtime = Runtime(**{"workers": 2, "min_workers": 2, **rule})
+        return Fleet(runtime, Resources(4.0, 0.0, 1), tmp_path / "events.jsonl", "experts-0", tmp_path / "train", size)
+
+    yield build
+    ray_local.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+def events(path, *kinds):
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [line for line in lines if not kinds or line["event"] in kinds]
+
+
+def run_of(folder, num, **experts):
+    raw = copy.deepcopy(TINY)
+    raw["experts"] |= {"num": num, "epochs": 30, **experts}
+    raw["model"]["dropout"] = 0.0  # whose masks the ranks of a gang draw for themselves
+    raw["runtime"] = {"storage": str(folder), "track": "none"}
+    return config.load(raw)
+
+
+def trained(run, executor=None, stream=None):
+    """The store that a run's experts go to, trained by the executor, or one after another in this process."""
+    fleet = None if executor is None else lambda name: executor
+    return Pipeline(run, InTurn(), Progress(quiet=True), fleet=fleet, stream=stream).experts()
+
+
+def files(store):
+    return {
+        p.relative_to(store.path): p.read_bytes() for p in store.path.rglob("*") if p.is_file() and p.suffix != ".lock"
+    }
+
+
+def kill_worker(store: Path, item: str, log: Path):
+    """Kill the worker of an item as soon as that has finished an epoch; returns the thread that does it."""
+
+    def strike():
+        while True:
+            pids = [e["pid"] for e in events(log, "started") if e["item"] == item]
+            if pids and list(store.glob(f"experts/*/expert-{int(item.split()[1]):03d}/running.safetensors")):
+                os.kill(pids[-1], signal.SIGKILL)
+                return
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=strike, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_fleet_with_a_killed_worker_trains_the_bits_of_one_process_and_later_only_what_is_new(fleet, tmp_path):
+    alone = files(trained(run_of(tmp_path / "alone", 4)))
+    log = tmp_path / "events.jsonl"
+    strike = kill_worker(tmp_path / "fleet", "expert 1", log)
+    store = trained(run_of(tmp_path / "fleet", 3), fleet())
+    strike.join(1)
+    assert not strike.is_alive() and [e["item"] for e in events(log, "died")] == ["expert 1"]
+    assert sorted(e["item"] for e in events(log, "finished")) == ["expert 0", "expert 1", "expert 2"]
+    assert {k: v for k, v in alone.items() if "expert-003" not in str(k)} == files(store)
+    assert all({"pid", "host", "attempt"} <= e.keys() for e in events(log, "started", "died"))
+
+    log.unlink()
+    before = {p: p.stat().st_mtime_ns for p in store.path.rglob("*.safetensors")}
+    store = trained(run_of(tmp_path / "fleet", 4), fleet())
+    assert [e["item"] for e in events(log, "started")] == ["expert 3"]
+    assert files(store) == alone
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def flaky(item, hooks):
+    """Fails for good on item 1; on item 2 until the second try; reports otherwise."""
+    place, folder = item
+    if place == 1:
+        raise ValueError("item one cannot be had")
+    if place == 2 and not (folder / "tried").exists():
+        (folder / "tried").touch()
+        raise RuntimeError("out of memory for once")
+    hooks.report({"done": 1})
+    return place
+
+
+def spared_flaky(item, hooks):
+    return spared(flaky, item, hooks)
+
+
+def test_an_item_that_fails_is_tried_again_and_does_not_stop_the_others(fleet, tmp_path):
+    executor, seen = fleet(), {}
+    assert isinstance(executor, Executor)
+    names = [f"item {i}" for i in range(5)]
+    results = executor.map(spared_flaky, [(i, tmp_path) for i in range(5)], names, seen.__setitem__)
+    assert [r for r in results if not isinstance(r, Failed)] == [0, 2, 3, 4]
+    assert results[1].reason == "ValueError: item one cannot be had" and not results[1].again
+    assert seen == {n: {"done": 1} for n in names if n != "item 1"}
+    log = tmp_path / "events.jsonl"
+    by_item = {n: [e["event"] for e in events(log) if e["item"] == n] for n in names}
+    assert by_item["item 1"] == ["started", "failed"]
+    assert by_item["item 2"] == ["started", "failed", "started", "finished"]
+    assert [e["attempt"] for e in events(log, "started") if e["item"] == "item 2"] == [1, 2]
+
+
+def wait_to_be_stopped(item, hooks):
+    hooks.report({"done": 1})
+    while not hooks.should_stop():
+        time.sleep(0.02)
+    (item / "saved").touch()
+    return False
+
+
+def test_an_interrupt_lets_every_worker_save(fleet, tmp_path):
+    items = [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
+    for item in items:
+        item.mkdir()
+    seen = set()
+
+    def interrupt(name, metrics):
+        seen.add(name)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        fleet().map(wait_to_be_stopped, items, ["a", "b", "c"], interrupt)
+    assert [(item / "saved").exists() for item in items] == [True, True, False], "no new item is begun"
+
+
+def test_a_gang_of_two_with_a_killed_member_trains_what_one_worker_trains(fleet, tmp_path):
+    one = trained(run_of(tmp_path / "one", 1))
+    log = tmp_path / "events.jsonl"
+    strike = kill_worker(tmp_path / "gang", "expert 0", log)
+    store = trained(run_of(tmp_path / "gang", 1, gang={"workers": 2}), fleet(size=2))
+    assert not strike.is_alive() and events(log, "died", "failed")
+    assert store.path.name != one.path.name, "the gang is in the hash"
+    a, b = (Store.open(s.path).read(0, 30) for s in (one, store))
+    for name in a:
+        torch.testing.assert_close(b[name], a[name], rtol=1e-2, atol=1e-3)
+
+
+def test_a_gang_that_does_not_fit_is_refused(fleet):
+    with pytest.raises(ValueError, match=r"asks for 5 workers side by side, the cluster has room for 4"):
+        fleet(size=5).map(flaky, [(0, None)], ["item"], lambda name, metrics: None)
+
+
+def test_ray_data_feeds_the_bits_of_the_cache(ray_local, tmp_path):
+    cached = trained(run_of(tmp_path / "cache", 1, epochs=3, keep="all"))
+    run = run_of(tmp_path / "stream", 1, epochs=3, keep="all")
+    run = run.model_copy(update={"runtime": run.runtime.model_copy(update={"cache_gb": 0.0})})
+    used = []
+
+    def stream(look, parts, width):
+        used.append(len(parts))
+        yield from ray_stream(look, parts, 2, cpus=0)
+
+    assert files(trained(run, stream=stream)) == files(cached) and len(used) == 3
+
+
+# -- the list itself -------------------------------------------------------------------------------------------------
+
+
+def roster(items=3, size=1, tries=1):
+    made = Roster([f"expert {i}" for i in range(items)], size, tries)
+    for rank in range(2 * size):
+        made.enrol("first", rank, {"pid": rank, "host": f"node-{rank}"})
+    return made
+
+
+def test_a_death_is_charged_to_its_own_item_alone():
+    made = roster()
+    assert [made.take(0, 0), made.take(1, 0)] == [0, 1]
+    made.lost({1: "killed"})
+    for rank in (0, 1):
+        made.enrol("second", rank, {"pid": 10 + rank, "host": "node"})
+    assert made.faults == [0, 1, 0]
+    assert [made.take(0, 0), made.take(1, 0)] == [0, 2], "what was at work comes first"
+    made.settle(0, True)
+    assert made.take(0, 1) == 1
+    made.lost({0: "killed"})
+    made.settle(1, True)
+    assert made.results == {0: True, 1: Failed("its worker died (killed), 2 times", "node", False), 2: True}
+    kinds = [(e["event"], e["item"]) for e in made.news()[0]]
+    assert kinds.count(("died", "expert 1")) == 2 and made.news() == ([], {})
+
+
+def test_members_of_a_gang_take_the_same_item():
+    made = roster(items=2, size=2)
+    assert [made.take(0, 0), made.take(1, 0), made.take(0, 0), made.take(1, 0)] == [0, 1, 0, 1]
+    made.settle(0, True)
+    assert made.take(0, 1) is None and made.take(0, 1) is None
+    made.explain(1, Failed("RuntimeError: connection closed", "a", True))
+    made.explain(1, Failed("ValueError: diverged", "b", False))
+    made.lost({2: None, 3: None})
+    assert made.results[1].reason == "ValueError: diverged"
+
+
+def test_a_smaller_group_takes_over_what_a_larger_one_left():
+    made = roster(items=2)
+    assert [made.take(0, 0), made.take(1, 0)] == [0, 1]
+    made.enrol("second", 0, {"pid": 9, "host": "node"})
+    assert [made.take(0, 0), made.take(0, 1)] == [0, 1] and made.faults == [0, 0]
+
+
+def test_a_stopped_list_gives_out_nothing():
+    made = roster()
+    assert made.take(0, 0) == 0 and not made.beat(0, {"done": 3})
+    made.stop()
+    assert made.beat(0, None) and made.take(1, 0) is None
+    assert made.news()[1] == {"expert 0": {"done": 3}}
