@@ -10,10 +10,10 @@ import csv
 import io
 from collections.abc import Iterator
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from rmdd.config import Annotations, Data
+from rmdd.data.place import Place, place
 from rmdd.data.shards import SPLITS
 from rmdd.data.sources.layouts import LISTS, describe, find_annotation, read_json_file, read_text
 from rmdd.data.sources.row import NO_SPLIT, Row, as_captions
@@ -25,10 +25,10 @@ FLICKR8K_LISTS = {
 KAGGLE_CAPTIONS = "captions.txt"
 
 
-def rows(data: Data) -> tuple[Iterator[Row], list[Path]]:
-    root, layout = Path(data.root or ""), data.layout
+def rows(data: Data) -> tuple[Iterator[Row], list[Place]]:
+    root, layout = place(data.root or ""), data.layout
     if isinstance(data.annotations, Annotations):
-        files: dict[str, Path] = {split: root / name for split, name in data.annotations.files.items()}
+        files: dict[str, Place] = {split: root / name for split, name in data.annotations.files.items()}
     else:
         assert layout is not None  # config.Data sees to it
         if layout == "flickr8k" and (released := _flickr8k(root)):
@@ -43,7 +43,7 @@ def rows(data: Data) -> tuple[Iterator[Row], list[Path]]:
     return chain.from_iterable(parts), list(files.values())
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
+def _records(path: Place) -> list[dict[str, Any]]:
     records = read_json_file(path)
     if not isinstance(records, list):
         karpathy = isinstance(records, dict) and "images" in records
@@ -55,7 +55,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _rows(path: Path, records: list[dict[str, Any]], split: str, source: str) -> Iterator[Row]:
+def _rows(path: Place, records: list[dict[str, Any]], split: str, source: str) -> Iterator[Row]:
     image_of: dict[Any, Any] = {}
     id_of: dict[Any, Any] = {}
     for i, record in enumerate(records):
@@ -69,7 +69,7 @@ def _rows(path: Path, records: list[dict[str, Any]], split: str, source: str) ->
         yield Row(image, as_captions(record["caption"]), split, source, f"{path.name} record {i}")
 
 
-def _flickr8k(root: Path) -> tuple[Iterator[Row], list[Path]] | None:
+def _flickr8k(root: Place) -> tuple[Iterator[Row], list[Place]] | None:
     if (root / FLICKR8K_TOKENS).is_file():
         split_of: dict[str, str] = {}
         files = [root / FLICKR8K_TOKENS]
@@ -84,7 +84,7 @@ def _flickr8k(root: Path) -> tuple[Iterator[Row], list[Path]] | None:
     return None
 
 
-def _token_rows(path: Path, split_of: dict[str, str]) -> Iterator[Row]:
+def _token_rows(path: Place, split_of: dict[str, str]) -> Iterator[Row]:
     for i, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
@@ -95,7 +95,7 @@ def _token_rows(path: Path, split_of: dict[str, str]) -> Iterator[Row]:
         yield Row(image, (caption,), split_of.get(image, NO_SPLIT), "flickr8k", f"{path.name} line {i}")
 
 
-def _kaggle_rows(path: Path) -> Iterator[Row]:
+def _kaggle_rows(path: Place) -> Iterator[Row]:
     reader = csv.reader(io.StringIO(read_text(path)), strict=True)
     header = next(reader, None)
     if header is None or [name.strip() for name in header] != ["image", "caption"]:
