@@ -6,15 +6,17 @@ the hash of what shaped them; two runs that differ in evaluation alone share the
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rmdd import config, methods
 from rmdd.artefact import budget
+from rmdd.data.captions import SplitCaptions
 from rmdd.data.ingest import ingest, shaping
 from rmdd.data.material import Material
+from rmdd.data.place import absolute
 from rmdd.data.shards import Dataset
 from rmdd.distill.matching import finished, save_set, snapshot_iterations
 from rmdd.evaluate import protocol
@@ -22,14 +24,17 @@ from rmdd.evaluate.protocol import Job
 from rmdd.experts.store import Store
 from rmdd.experts.train import begin_store, kept_epochs
 from rmdd.files import atomic_path, read_json, write_json
-from rmdd.jobs import Executor, Interrupted, InTurn, Task
+from rmdd.jobs import Executor, Interrupted, InTurn, Stream, Task, Values, in_turn
 from rmdd.models.image import image_identity
-from rmdd.models.text import encoder_identity, text_width
+from rmdd.models.text import embed, encoder_identity, text_width
 from rmdd.progress import Progress
 from rmdd.tasks import Item, Places, device_of, expert, material, phase, student
 
-NUMBERS_VERSION = 2
+NUMBERS_VERSION = 3
 """Part of every hash; raised when a change of the code moves the numbers of an unchanged run file."""
+
+ENCODERS = 64
+"""Encoders of captions side by side at most; `runtime.workers` and the cluster's size bound them too."""
 
 ONLY_DISTILLED = ("selection", "reference", "eval_every", "chunk", "lr", "text_lr", "temperature", "schedule", "epochs")
 """Fields of `evaluate` that random pairs and full data do not depend on."""
@@ -46,10 +51,18 @@ class Result:
 
 
 class Pipeline:
-    """The steps of one run over one executor. Use `open_pipeline`, which brings the executor."""
+    """The steps of one run over one executor and two streams. Use `open_pipeline`, which brings them."""
 
-    def __init__(self, run: config.Run, executor: Executor, progress: Progress, row_executor: Any = None):
-        self.run, self.executor, self.progress, self.row_executor = run, executor, progress, row_executor
+    def __init__(
+        self,
+        run: config.Run,
+        executor: Executor,
+        progress: Progress,
+        readers: Stream = in_turn,
+        encoders: Stream = in_turn,
+    ):
+        self.run, self.executor, self.progress = run, executor, progress
+        self.readers, self.encoders = readers, encoders
         self.storage = Path(run.runtime.storage).absolute()
         self.folder = run_folder(run)
         self._dataset: Dataset | None = None
@@ -68,9 +81,9 @@ class Pipeline:
             if run.data.source == "dataset":
                 dataset = Dataset.open(Path(str(run.data.root)))
             else:
-                root = str(Path(run.data.root).absolute()) if run.data.root else ""
+                root = absolute(run.data.root) if run.data.root else ""
                 name = config.hash_value({"data": shaping(run.data), "root": root})
-                dataset = ingest(run.data, self.storage / "data" / name, self.row_executor)
+                dataset = ingest(run.data, self.storage / "data" / name, self._watched("ingest", "pairs", self.readers))
             self._bind(dataset)
         counts = ", ".join(
             f"{split} {n['pairs']} pairs ({n['captions']} captions)" for split, n in dataset.counts.items()
@@ -85,6 +98,8 @@ class Pipeline:
         run, places = self.run, places_of(self.run, dataset)
         with self._timed("embed"):
             for split in ("train", "val", "test"):
+                if dataset.counts[split]["pairs"]:
+                    self._embed(dataset, split)
                 material(self._item(dataset), split)
         with self._timed("experts"):
             facts = {
@@ -255,6 +270,35 @@ class Pipeline:
             )
         write_json(path, {"data_hash": dataset.hash, "path": str(dataset.path)})
 
+    def _embed(self, dataset: Dataset, split: str) -> None:
+        """Embed the captions of a split into the cache, where they are not."""
+        run = self.run
+        embed(
+            SplitCaptions(dataset, split, run.data),
+            run.model.text,
+            places_of(run, dataset).cache,
+            device=str(device_of(run)),
+            threads=run.runtime.threads,
+            stream=self._watched(f"embed {split}", "captions", self.encoders),
+        )
+
+    def _watched(self, title: str, unit: str, stream: Stream) -> Stream:
+        """The stream with its progress shown: how many parts are done, and how many `unit` per second."""
+
+        def watched(make: Callable[[], Callable[[Values], Values]], items: Sequence[Values]) -> Iterator[Values]:
+            if not items:
+                return
+            with self.progress.stage(title, {"parts": len(items)}) as update:
+                began, units, found_there = time.perf_counter(), 0, 0
+                for done, result in enumerate(stream(make, items), start=1):
+                    units += result[unit]
+                    found_there += 0 if result.get("fresh", True) else result[unit]
+                    pace = (units - found_there) / (time.perf_counter() - began)
+                    update("parts", {"done": done, unit: units, f"{unit}/s": round(pace)})
+                    yield result
+
+        return watched
+
     def _students(
         self, dataset: Dataset, title: str, jobs: list[Job], candidates: list[tuple[int, ...]]
     ) -> list[dict[str, Any]]:
@@ -352,10 +396,14 @@ def open_pipeline(run: config.Run, progress: Progress | None = None) -> Iterator
 
     with connected(run.runtime) as resources:
         from rmdd.runtime.actors import SideBySide
-        from rmdd.runtime.stream import ray_executor
+        from rmdd.runtime.stream import over_actors, over_tasks
 
-        events = run_folder(run) / "events.jsonl"
-        yield Pipeline(run, SideBySide(run.runtime, resources, events), progress, ray_executor(resources.cpus))
+        rule = run.runtime
+        side_by_side = SideBySide(rule, resources, run_folder(run) / "events.jsonl")
+        readers = over_tasks(min(rule.reader_cpus, resources.cpus), rule.max_restarts)
+        cpus = 0.0 if rule.gpus_per_worker else min(rule.threads, resources.cpus)
+        encoders = over_actors(resources.workers(rule, ENCODERS), cpus, rule.gpus_per_worker, rule.max_restarts)
+        yield Pipeline(run, side_by_side, progress, readers, encoders)
 
 
 def run(run: config.Run, progress: Progress | None = None) -> Result:

@@ -59,6 +59,8 @@ class Runtime(Section):
         None, description="experts, phases or students side by side; null: one per CPU or GPU"
     )
     threads: PositiveInt = Field(1, description="CPU threads per worker; the same bits need the same number")
+    reader_cpus: PositiveFloat = Field(1.0, description="CPUs that each reader of an ingest takes; a half: two per CPU")
+    object_store_mb: Annotated[int, Field(ge=75)] = Field(256, description="object store of a local Ray, in MiB")
     loader_workers: Annotated[int, Field(ge=0)] = Field(0, description="processes per expert that decode and augment")
     gpus_per_worker: NonNegativeFloat = Field(0.0, description="share of a GPU that each worker gets; 0: CPUs")
     keep_parameters: Literal["device", "cpu", "recompute"] = Field(

@@ -25,7 +25,7 @@ from typing import Any
 from rmdd.config import Data, hash_value
 from rmdd.data import sources
 from rmdd.data.parts import Folders, PartWriter, write_entries
-from rmdd.data.place import hash_of, is_remote, place
+from rmdd.data.place import absolute, hash_of, is_remote
 from rmdd.data.plan import Plan, file_parts, make_plan, write_parts
 from rmdd.data.shards import MANIFEST, QUARANTINE, SCHEMA_VERSION, SPLITS, Dataset
 from rmdd.data.sources.layouts import alternatives
@@ -47,8 +47,8 @@ def ingest(data: Data, out: Path | str, stream: Stream = in_turn) -> Dataset:
     if data.source == "dataset":
         return Dataset.open(data.root or "")
     out = Path(out).absolute()
-    if data.root is not None and not is_remote(data.root):
-        data = data.model_copy(update={"root": str(place(data.root).absolute())})  # type: ignore[union-attr]
+    if data.root is not None:
+        data = data.model_copy(update={"root": absolute(data.root)})
     made_from, read = _input(data)
     if (finished := _finished(out, made_from, data)) is not None:
         return finished

@@ -95,6 +95,11 @@ def place(root: str) -> Place:
     return Remote(root, _file_system(root)[1].rstrip("/"))
 
 
+def absolute(root: str) -> str:
+    """The same place from any working folder."""
+    return root if is_remote(root) else str(Path(root.removeprefix("file://")).absolute())
+
+
 def is_remote(root: str | None) -> bool:
     return isinstance(root, str) and "://" in root and not root.startswith("file://")
 

@@ -63,7 +63,7 @@ def connected(runtime: config.Runtime) -> Iterator[Resources]:
             include_dashboard=False,
             log_to_driver=False,
             logging_level="ERROR",
-            object_store_memory=256 * 2**20,
+            object_store_memory=runtime.object_store_mb * 2**20,
         )
     try:
         have = ray.cluster_resources()
