@@ -181,7 +181,7 @@ def version() -> None:
     typer.echo(rmdd.__version__)
 
 
-bench = typer.Typer(help="Measure the engine of matching.", no_args_is_help=True, rich_markup_mode=None)
+bench = typer.Typer(help="Measure the engine of matching, and ingest.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench, name="bench")
 
 
@@ -256,6 +256,35 @@ def bench_estimator(
         return {"rows": rows, "medians": medians, "say": [comparison(rows, medians)]}
 
     _do(lambda: _load(source, set_ or []), compare, json, quiet, debug)
+
+
+@bench.command("ingest")
+def bench_ingest(
+    pairs: Annotated[int, typer.Option(help="Pairs to generate and read.")] = 20_000,
+    side: Annotated[int, typer.Option(help="Side of the JPEGs.")] = 32,
+    workers: Annotated[int, typer.Option(help="Processes that read.")] = 2,
+    object_store: Annotated[int, typer.Option(help="Object store of Ray, in MiB.")] = 512,
+    variants: Annotated[str, typer.Option(help="Which of loop, loader, rmdd, in_turn; the first is the yardstick.")] = (
+        "loop,loader,rmdd,in_turn"
+    ),
+    folder: Annotated[Path | None, typer.Option(help="Where the pairs lie and stay; default: a temporary one.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure pairs per second and peak memory of an ingest beside a plain loop and a torch DataLoader."""
+    with _outcome(debug):
+        import tempfile
+
+        from rmdd.bench import ingest
+
+        case = ingest.Case(pairs=pairs, side=side, workers=workers, object_store_mb=object_store)
+        with tempfile.TemporaryDirectory() as temporary:
+            found = ingest.bench_ingest(case, folder or Path(temporary), variants.split(","), out)
+    if json:
+        _print_json(found)
+    else:
+        typer.echo(ingest.table(found))
 
 
 def main() -> None:

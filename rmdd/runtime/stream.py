@@ -6,6 +6,7 @@ their item is done again.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,13 +14,19 @@ from typing import Any
 from rmdd.jobs import Stream, Values
 
 BLOCK_BYTES = 16 * 2**20
+_ERRORS = {"ValueError": ValueError, "OSError": OSError}
+"""A task's own errors that are told as they are; they are not tried again."""
 
 
 def over_tasks(cpus: float = 1.0, restarts: int = 3) -> Stream:
     """A stream over tasks that hold `cpus` CPUs each; an item whose worker dies is tried `restarts` times more."""
 
     def stream(make: Callable[[], Callable[[Values], Values]], items: Sequence[Values]) -> Iterator[Values]:
-        yield from _run(items, lambda d: d.map(lambda item: make()(item), num_cpus=cpus, max_retries=restarts))
+        options = {"max_retries": restarts}
+        yield from _run(
+            items,
+            lambda data: data.map(lambda row: _answer(make(), row), num_cpus=cpus, ray_remote_args_fn=lambda: options),
+        )
 
     return stream
 
@@ -30,47 +37,57 @@ def over_actors(actors: int, cpus: float = 1.0, gpus: float = 0.0, restarts: int
     def stream(make: Callable[[], Callable[[Values], Values]], items: Sequence[Values]) -> Iterator[Values]:
         from ray.data import ActorPoolStrategy
 
-        pool = ActorPoolStrategy(size=min(actors, len(items)))
-        options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": restarts, "max_task_retries": restarts}
-        yield from _run(items, lambda d: d.map(_Worker, fn_constructor_args=(make,), compute=pool, **options))
+        class Worker:
+            def __init__(self) -> None:
+                self.work = make()
+
+            def __call__(self, row: dict[str, str]) -> dict[str, str]:
+                return _answer(self.work, row)
+
+        pool = ActorPoolStrategy(size=min(actors, max(len(items), 1)))
+        options = {"max_restarts": restarts, "max_task_retries": restarts}
+        yield from _run(
+            items,
+            lambda data: data.map(
+                Worker, compute=pool, num_cpus=cpus, num_gpus=gpus, ray_remote_args_fn=lambda: options
+            ),
+        )
 
     return stream
 
 
-class _Worker:
-    def __init__(self, make: Callable[[], Callable[[Values], Values]]):
-        self.work = make()
-
-    def __call__(self, item: Values) -> Values:
-        return self.work(item)
+def _answer(work: Callable[[Values], Values], row: dict[str, str]) -> dict[str, str]:
+    """What crosses between processes is JSON: blocks of one column, and errors that keep their words."""
+    try:
+        return {"value": json.dumps({"result": work(json.loads(row["value"]))})}
+    except tuple(_ERRORS.values()) as error:
+        kind = "OSError" if isinstance(error, OSError) else "ValueError"
+        return {"value": json.dumps({"error": kind, "words": str(error)})}
 
 
 def _run(items: Sequence[Values], over: Callable[[Any], Any]) -> Iterator[Values]:
     import ray.data
-    from ray.exceptions import RayTaskError, WorkerCrashedError
+    from ray.exceptions import RayActorError, WorkerCrashedError
 
     if not items:
         return
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised here, with their cause
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised here
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = BLOCK_BYTES
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.use_datasource_v2 = False
-    blocks = ray.data.from_items(list(items), override_num_blocks=len(items))
+    rows = [{"value": json.dumps(item)} for item in items]
+    answers = over(ray.data.from_items(rows, override_num_blocks=len(rows)))
     try:
-        for batch in over(blocks).iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            yield from batch.to_pylist()
-    except RayTaskError as error:
-        raise _own(error) from None
-    except WorkerCrashedError as error:
+        for batch in answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for text in batch["value"].to_pylist():
+                answer = json.loads(text)
+                if "error" in answer:
+                    raise _ERRORS[answer["error"]](answer["words"])
+                yield answer["result"]
+    except (RayActorError, WorkerCrashedError) as error:
         raise RuntimeError(
-            f"workers keep dying ({error}); what was finished is kept; look for lack of memory, then start again"
+            f"workers keep dying ({' '.join(str(error).split())[:200]}); what was finished is kept; look for lack of "
+            "memory, then start again, or raise runtime.max_restarts"
         ) from error
-
-
-def _own(error: BaseException) -> BaseException:
-    """The worker's own error, without what Ray wraps around it."""
-    while inner := getattr(error, "cause", None) or error.__cause__:
-        error = inner
-    return error

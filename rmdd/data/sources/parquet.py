@@ -41,9 +41,7 @@ def slices(paths: list[str], data: Data) -> list[list[tuple[int, int]]]:
         return list(pool.map(lambda path: _slices(root / path, data), paths))
 
 
-def candidates(
-    file: str, start: int, stop: int, split: str | None, data: Data, tally: Tally
-) -> Iterator[Candidate]:
+def candidates(file: str, start: int, stop: int, split: str | None, data: Data, tally: Tally) -> Iterator[Candidate]:
     """The rows of some row groups, in order."""
     rule, where = data.parquet, place(data.root or "") / file
     with _opened(where) as table:
