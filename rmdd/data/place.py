@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any
 
 _BUFFER = 2**20
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -55,8 +55,8 @@ class Remote:
     def is_dir(self) -> bool:
         return self._info().type.name == "Directory"
 
-    def open(self, mode: str = "rb") -> IO[bytes]:
-        """For reading from front to end."""
+    def open(self, mode: str = "rb") -> Any:
+        """A pyarrow stream, for reading from front to end."""
         assert mode == "rb"
         return _file_system(self.base)[0].open_input_stream(self.path, buffer_size=_BUFFER)
 

@@ -60,7 +60,9 @@ def shards_of(folder):
 def test_parts_reach_the_asked_size(data, whole, tmp_path):
     shards = whole["manifest"]["shards"]
     assert len(shards) > 15 and sum(shard["rows"] for shard in shards) == PAIRS - 3
-    assert [shard["split"] for shard in shards] == sorted((s["split"] for s in shards), key=["train", "val", "test"].index)
+    assert [shard["split"] for shard in shards] == sorted(
+        (s["split"] for s in shards), key=["train", "val", "test"].index
+    )
     coarse = Dataset.open(ingest(data.model_copy(update={"shard_mb": 1.0}), tmp_path / "coarse").path)
     assert len(coarse.manifest["shards"]) == 3 and coarse.hash == whole["manifest"]["data_hash"]
     coarse.verify()
