@@ -156,11 +156,11 @@ def _run(task: dict[str, Any]) -> dict[str, Any]:
     began = time.perf_counter()
     with open(root / TABLE, encoding="utf-8", newline="") as f:
         rows = [(row["image"], row["caption"]) for row in csv.DictReader(f)]
-    samples = _Samples(root, rows)
+    samples: Any = _Samples(root, rows)
     if task["variant"] == "loop":
         written = _write((samples[i] for i in range(len(samples))), out)
     else:
-        loader = torch.utils.data.DataLoader(
+        loader: Any = torch.utils.data.DataLoader(
             samples, batch_size=ROWS_PER_GROUP, num_workers=case.workers, collate_fn=list
         )
         written = _write((sample for batch in loader for sample in batch), out)
@@ -204,7 +204,8 @@ def _write(samples: Iterator[tuple[str, str, bytes, bytes]], out: Path) -> int:
     import pyarrow.parquet as pq
 
     out.mkdir(parents=True)
-    whole, writer, rows, count = hashlib.sha256(), None, [], 0
+    whole, writer, count = hashlib.sha256(), None, 0
+    rows: list[tuple[str, str, bytes]] = []
     schema = pa.schema([("pair_id", pa.string()), ("image", pa.binary()), ("captions", pa.list_(pa.string()))])
 
     def flush() -> None:

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from rmdd.jobs import Stream, Values
+from rmdd.jobs import Stream, Values, in_turn
 
 BLOCK_BYTES = 16 * 2**20
 _ERRORS = {"ValueError": ValueError, "OSError": OSError}
@@ -22,6 +22,8 @@ def over_tasks(cpus: float = 1.0, restarts: int = 3) -> Stream:
     """A stream over tasks that hold `cpus` CPUs each; an item whose worker dies is tried `restarts` times more."""
 
     def stream(make: Callable[[], Callable[[Values], Values]], items: Sequence[Values]) -> Iterator[Values]:
+        if not items:
+            return
         options = {"max_retries": restarts}
         yield from _run(
             items,
@@ -32,9 +34,17 @@ def over_tasks(cpus: float = 1.0, restarts: int = 3) -> Stream:
 
 
 def over_actors(actors: int, cpus: float = 1.0, gpus: float = 0.0, restarts: int = 3) -> Stream:
-    """A stream over at most `actors` actors, each with `cpus` CPUs and a share of a GPU; each calls `make` once."""
+    """A stream over at most `actors` actors, each with `cpus` CPUs and a share of a GPU; each calls `make` once.
+
+    A single item that needs no GPU is done here: actors take longer to start.
+    """
 
     def stream(make: Callable[[], Callable[[Values], Values]], items: Sequence[Values]) -> Iterator[Values]:
+        if not items:
+            return
+        if len(items) == 1 and not gpus:
+            yield from in_turn(make, items)
+            return
         from ray.data import ActorPoolStrategy
 
         class Worker:
@@ -44,7 +54,7 @@ def over_actors(actors: int, cpus: float = 1.0, gpus: float = 0.0, restarts: int
             def __call__(self, row: dict[str, str]) -> dict[str, str]:
                 return _answer(self.work, row)
 
-        pool = ActorPoolStrategy(size=min(actors, max(len(items), 1)))
+        pool = ActorPoolStrategy(size=min(actors, len(items)))
         options = {"max_restarts": restarts, "max_task_retries": restarts}
         yield from _run(
             items,
@@ -69,8 +79,6 @@ def _run(items: Sequence[Values], over: Callable[[Any], Any]) -> Iterator[Values
     import ray.data
     from ray.exceptions import RayActorError, WorkerCrashedError
 
-    if not items:
-        return
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised here
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = BLOCK_BYTES
