@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from rmdd import config
+from rmdd.bench.commands import bench_ingest
+from rmdd.data.place import absolute
 
 if TYPE_CHECKING:
     from rmdd.pipeline import Pipeline
@@ -258,33 +260,7 @@ def bench_estimator(
     _do(lambda: _load(source, set_ or []), compare, json, quiet, debug)
 
 
-@bench.command("ingest")
-def bench_ingest(
-    pairs: Annotated[int, typer.Option(help="Pairs to generate and read.")] = 20_000,
-    side: Annotated[int, typer.Option(help="Side of the JPEGs.")] = 32,
-    workers: Annotated[int, typer.Option(help="Processes that read.")] = 2,
-    object_store: Annotated[int, typer.Option(help="Object store of Ray, in MiB.")] = 512,
-    variants: Annotated[str, typer.Option(help="Which of loop, loader, rmdd, in_turn; the first is the yardstick.")] = (
-        "loop,loader,rmdd,in_turn"
-    ),
-    folder: Annotated[Path | None, typer.Option(help="Where the pairs lie and stay; default: a temporary one.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
-    json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Measure pairs per second and peak memory of an ingest beside a plain loop and a torch DataLoader."""
-    with _outcome(debug):
-        import tempfile
-
-        from rmdd.bench import ingest
-
-        case = ingest.Case(pairs=pairs, side=side, workers=workers, object_store_mb=object_store)
-        with tempfile.TemporaryDirectory() as temporary:
-            found = ingest.bench_ingest(case, folder or Path(temporary), variants.split(","), out)
-    if json:
-        _print_json(found)
-    else:
-        typer.echo(ingest.table(found))
+bench.command("ingest")(bench_ingest)
 
 
 def main() -> None:
@@ -299,9 +275,8 @@ def main() -> None:
 def _ingest(pipeline: "Pipeline") -> dict[str, Any]:
     dataset = pipeline.ingest()
     rejected = dataset.manifest["quarantine"]
-    lines = [f"dataset: {dataset.path}"]
-    if rejected:
-        lines.append("quarantine: " + ", ".join(f"{n} {reason}" for reason, n in rejected.items()))
+    told = ", ".join(f"{n} {reason}" for reason, n in rejected.items())
+    lines = [f"dataset: {dataset.path}", *([f"quarantine: {told}"] if told else [])]
     return {"dataset": str(dataset.path), "counts": dataset.counts, "quarantine": rejected, "say": lines}
 
 
@@ -317,8 +292,7 @@ def _distill(pipeline: "Pipeline") -> dict[str, Any]:
 
 
 def _evaluate(pipeline: "Pipeline") -> dict[str, Any]:
-    evaluation = pipeline.evaluate()
-    path = str(pipeline.folder / "evaluation.json")
+    evaluation, path = pipeline.evaluate(), str(pipeline.folder / "evaluation.json")
     return {"evaluation": path, "table": evaluation["table"], "say": [_table(evaluation), f"evaluation: {path}"]}
 
 
@@ -377,9 +351,8 @@ def _do(load: Callable[[], config.Run], step: Step, as_json: bool, quiet: bool, 
             return
         from rmdd.console import stdout
 
-        out = stdout()
         for line in lines:
-            out.print(line, highlight=False, markup=False, soft_wrap=isinstance(line, str))
+            stdout().print(line, highlight=False, markup=False, soft_wrap=isinstance(line, str))
 
 
 def _load(source: str, sets: list[str]) -> config.Run:
@@ -391,13 +364,12 @@ def _load(source: str, sets: list[str]) -> config.Run:
     run = config.load(source, sets)
     data, image, text = run.data, run.model.image, run.model.text
     if data.root is not None:
-        data = data.model_copy(update={"root": _absolute(data.root)})
+        data = data.model_copy(update={"root": absolute(os.path.expanduser(data.root))})
     if image.weights != "pretrained" and not image.is_random:
         image = image.model_copy(update={"weights": _absolute(image.weights)})
     if Path(text.name).expanduser().is_dir():
         text = text.model_copy(update={"name": _absolute(text.name)})
-    model = run.model.model_copy(update={"image": image, "text": text})
-    return run.model_copy(update={"data": data, "model": model})
+    return run.model_copy(update={"data": data, "model": run.model.model_copy(update={"image": image, "text": text})})
 
 
 def _absolute(path: str) -> str:
@@ -409,8 +381,7 @@ def _load_folder(folder: Path) -> config.Run:
 
     from rmdd.pipeline import run_folder
 
-    folder = folder.absolute()
-    file = folder / "run.yaml"
+    file = (folder := folder.absolute()) / "run.yaml"
     if not file.is_file():
         raise config.ConfigError(["no run.yaml in it; give a run's folder, such as runs/demo-0123abcd"], str(folder))
     raw = yaml.safe_load(file.read_text(encoding="utf-8"))
