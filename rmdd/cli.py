@@ -241,9 +241,8 @@ def main(words: list[str] | None = None) -> None:
 def _ingest(pipeline: "Pipeline") -> dict[str, Any]:
     dataset = pipeline.ingest()
     rejected = dataset.manifest["quarantine"]
-    lines = [f"dataset: {dataset.path}"]
-    if rejected:
-        lines.append("quarantine: " + ", ".join(f"{n} {reason}" for reason, n in rejected.items()))
+    told = ", ".join(f"{n} {reason}" for reason, n in rejected.items())
+    lines = [f"dataset: {dataset.path}", *([f"quarantine: {told}"] if told else [])]
     return {"dataset": str(dataset.path), "counts": dataset.counts, "quarantine": rejected, "say": lines}
 
 
@@ -259,8 +258,7 @@ def _distill(pipeline: "Pipeline") -> dict[str, Any]:
 
 
 def _evaluate(pipeline: "Pipeline") -> dict[str, Any]:
-    evaluation = pipeline.evaluate()
-    path = str(pipeline.folder / "evaluation.json")
+    evaluation, path = pipeline.evaluate(), str(pipeline.folder / "evaluation.json")
     return {"evaluation": path, "table": evaluation["table"], "say": [_table(evaluation), f"evaluation: {path}"]}
 
 

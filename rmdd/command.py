@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from rmdd import config
+from rmdd.data.place import absolute
 
 if TYPE_CHECKING:
     from rmdd.pipeline import Pipeline
@@ -68,7 +69,7 @@ def load(source: str, sets: list[str]) -> config.Run:
     run = config.load(source, sets)
     data, image, text = run.data, run.model.image, run.model.text
     if data.root is not None:
-        data = data.model_copy(update={"root": _absolute(data.root)})
+        data = data.model_copy(update={"root": absolute(os.path.expanduser(data.root))})
     if image.weights != "pretrained" and not image.is_random:
         image = image.model_copy(update={"weights": _absolute(image.weights)})
     if Path(text.name).expanduser().is_dir():

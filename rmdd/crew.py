@@ -2,17 +2,20 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rmdd import config
-from rmdd.experts.feed import Stream
-from rmdd.jobs import Executor, InTurn, Mapper, time_limit
+from rmdd.experts import feed
+from rmdd.jobs import Executor, InTurn, Mapper, Stream, Values, in_turn, time_limit
 from rmdd.lease import held
 from rmdd.progress import Progress
 from rmdd.storage import address_of, is_uri, open_storage, root_of
+
+ENCODERS = 64
+"""Encoders of captions side by side at most; `runtime.workers` and the cluster's size bound them too."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +23,13 @@ class Crew:
     """An executor, and who does what is no item of its own."""
 
     executor: Executor
-    rows: Any = None
-    """Reads the rows of an ingest; None: this process."""
+    readers: Stream = in_turn
+    """Do the parts of an ingest."""
+    encoders: Stream = in_turn
+    """Embed blocks of captions."""
     fleet: Callable[..., Mapper] | None = None
     """`fleet(store, size=n)`: one run of Ray Train over gangs of n that train the experts of a store."""
-    stream: Stream | None = None
+    stream: feed.Stream | None = None
     """Reads the pictures of experts that are not cached; None: who trains them."""
 
 
@@ -58,11 +63,21 @@ def open_crew(runtime: config.Runtime, events: Path, progress: Progress) -> Iter
         with connected(runtime) as resources:
             from rmdd.runtime.actors import SideBySide
             from rmdd.runtime.feed import ray_stream
-            from rmdd.runtime.stream import ray_executor
+            from rmdd.runtime.stream import over_actors, over_tasks
 
-            # workers on CPUs hold them all; other machines do not see the files of a mirror
-            stream = functools.partial(ray_stream, cpus=1 if runtime.gpus_per_worker else 0)
+            cpus, gpus = (min(s, most) for s, most in zip(runtime.share, (resources.widest, math.inf), strict=True))
             with SideBySide(runtime, resources, events, progress.say) as executor:
+
+                def alone(stream: Stream) -> Stream:
+                    """Idle actors would keep the CPUs that its tasks wait for."""
+
+                    def streamed(
+                        make: Callable[[], Callable[[Values], Values]], items: Sequence[Values]
+                    ) -> Iterator[Values]:
+                        executor.rest()
+                        yield from stream(make, items)
+
+                    return streamed
 
                 def fleet(store: str, size: int) -> Mapper:
                     from rmdd.runtime.experts import Fleet
@@ -71,4 +86,11 @@ def open_crew(runtime: config.Runtime, events: Path, progress: Progress) -> Iter
                     place = address_of(runtime, root_of(runtime) / "fleets")
                     return Fleet(runtime, executor.resources, events, f"experts-{store}", place, size)
 
-                yield Crew(executor, ray_executor(resources.cpus), fleet, None if is_uri(runtime.storage) else stream)
+                restarts, crew = runtime.max_restarts, Crew(executor, fleet=fleet)
+                crew = replace(crew, readers=alone(over_tasks(min(runtime.reader_cpus, resources.widest), restarts)))
+                if not is_uri(runtime.storage):  # workers on CPUs hold them all
+                    crew = replace(crew, stream=functools.partial(ray_stream, cpus=1 if gpus else 0))
+                if not is_uri(runtime.storage) or (resources.nodes == 1 and not resources.grows):
+                    over = over_actors(resources.workers(runtime, ENCODERS), cpus, gpus, restarts)
+                    crew = replace(crew, encoders=alone(over))
+                yield crew

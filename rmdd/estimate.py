@@ -258,11 +258,19 @@ def known_counts(data: config.Data) -> tuple[Counts, str]:
 
         stored = Dataset.open(data.root or "").counts
         return {k: (c["pairs"], c["captions"]) for k, c in stored.items()}, "from the dataset"
-    if data.layout is not None and not Path(data.root or "").is_dir():
+    from rmdd.data.place import place
+
+    if data.layout is not None and not place(data.root or "").is_dir():
         return limited(PUBLISHED_COUNTS[data.layout], data), f"published; data.root {data.root} is not there"
     from rmdd.data import sources
     from rmdd.data.plan import make_plan
 
+    if data.source in sources.WHOLE:
+        files = sources.files(data)
+        raise ValueError(
+            f"what {len(files)} {data.source} files hold is not known before they are read; run `rmdd ingest` first "
+            "and check a run with data: {source: dataset, root: its folder}"
+        )
     plan = make_plan(sources.rows(data)[0], data)
     counts = {k: (len(rows), sum(len(r["captions"]) for r in rows)) for k, rows in plan.pairs.items()}
     return limited(counts, data), "from the annotations; no image was opened"

@@ -54,6 +54,22 @@ class Failed:
 Task = Callable[[Any, Hooks], Any]
 
 
+Values = dict[str, Any]
+"""Numbers and texts, small enough to be sent about."""
+
+
+@runtime_checkable
+class Stream(Protocol):
+    def __call__(self, make: Callable[[], Callable[[Values], Values]], items: Sequence[Values]) -> Iterator[Values]:
+        """What `make()` gives for each item, in any order; every worker calls `make` once or more."""
+        ...
+
+
+def in_turn(make: Callable[[], Callable[[Values], Values]], items: Sequence[Values]) -> Iterator[Values]:
+    """A `Stream` in this process."""
+    yield from map(make(), items)
+
+
 @dataclass
 class Piece:
     """One item on its way: what to do with it, and whom to tell how it goes and how it ended."""

@@ -15,8 +15,10 @@ from typing import Any
 from rmdd import config, methods
 from rmdd.artefact import budget
 from rmdd.crew import Crew, open_crew, working_in
+from rmdd.data.captions import SplitCaptions
 from rmdd.data.ingest import ingest, shaping
 from rmdd.data.material import Material
+from rmdd.data.place import absolute
 from rmdd.data.shards import Dataset
 from rmdd.distill.matching import finished, save_set, snapshot_iterations
 from rmdd.evaluate import protocol
@@ -25,15 +27,15 @@ from rmdd.experts import feed
 from rmdd.experts.store import Store
 from rmdd.experts.train import begin_store, kept_epochs
 from rmdd.files import atomic_path, read_json, write_json
-from rmdd.jobs import Executor, Failed, Interrupted, Mapper, Task, spared
+from rmdd.jobs import Executor, Failed, Interrupted, Mapper, Stream, Task, in_turn, spared
 from rmdd.models.image import image_identity
-from rmdd.models.text import encoder_identity, text_width
-from rmdd.progress import Progress
+from rmdd.models.text import embed, encoder_identity, text_width
+from rmdd.progress import Progress, watched
 from rmdd.storage import open_storage, root_of
 from rmdd.tasks import Item, Places, device_of, expert, material, phase, student
 from rmdd.track import is_curve
 
-NUMBERS_VERSION = 3
+NUMBERS_VERSION = 4
 """Part of every hash; raised when a change of the code moves the numbers of an unchanged run file."""
 
 ONLY_DISTILLED = ("selection", "reference", "eval_every", "chunk", "lr", "text_lr", "temperature", "schedule", "epochs")
@@ -51,7 +53,7 @@ class Result:
 
 
 class Pipeline:
-    """The steps of one run over one executor. Use `open_pipeline`, which brings the executor.
+    """The steps of one run over one executor and two streams. Use `open_pipeline`, which brings them.
 
     `fleet` makes the executor of experts from the name of their store, `stream` reads their pictures where they are
     not cached; without them experts are items like others, and read for themselves.
@@ -62,11 +64,13 @@ class Pipeline:
         run: config.Run,
         executor: Executor,
         progress: Progress,
-        row_executor: Any = None,
+        readers: Stream = in_turn,
+        encoders: Stream = in_turn,
         fleet: Callable[[str], Mapper] | None = None,
         stream: feed.Stream | None = None,
     ):
-        self.run, self.executor, self.progress, self.row_executor = run, executor, progress, row_executor
+        self.run, self.executor, self.progress = run, executor, progress
+        self.readers, self.encoders = readers, encoders
         self.fleet, self.stream = fleet, stream
         self.storage = open_storage(run.runtime)
         self.folder = run_folder(run)
@@ -81,7 +85,7 @@ class Pipeline:
         size, fleet = run.experts.gang.workers, None
         if crew.fleet is not None and (size > 1 or run.runtime.fleet == "train"):
             fleet = functools.partial(crew.fleet, size=size)
-        return cls(run, crew.executor, progress, crew.rows, fleet, crew.stream)
+        return cls(run, crew.executor, progress, crew.readers, crew.encoders, fleet, crew.stream)
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -94,12 +98,10 @@ class Pipeline:
             if run.data.source == "dataset":
                 dataset = Dataset.open(Path(str(run.data.root)))
             else:
-                root = str(Path(run.data.root).absolute()) if run.data.root else ""
+                root = absolute(run.data.root) if run.data.root else ""
                 name = config.hash_value({"data": shaping(run.data), "root": root})
-                folder = self.storage.root / "data" / name
-                self.storage.fetch(folder.parent, lambda file: file.startswith(f"data/{name}"))
-                dataset = ingest(run.data, folder, self.row_executor)
-                self.storage.publish(folder)
+                readers = watched(self.progress, "ingest", "pairs", self.readers)
+                dataset = ingest(run.data, self.storage.root / "data" / name, readers, run.runtime)
             self._bind(dataset)
         counts = ", ".join(
             f"{split} {n['pairs']} pairs ({n['captions']} captions)" for split, n in dataset.counts.items()
@@ -114,6 +116,8 @@ class Pipeline:
         run, places = self.run, places_of(self.run, dataset)
         with self._timed("embed"):
             for split in ("train", "val", "test"):
+                if dataset.counts[split]["pairs"]:
+                    self._embed(dataset, split)
                 material(self._item(dataset), split)
         with self._timed("experts"):
             facts = {
@@ -284,6 +288,18 @@ class Pipeline:
                 "give the run another name"
             )
         write_json(path, {"data_hash": dataset.hash, "path": str(dataset.path)})
+
+    def _embed(self, dataset: Dataset, split: str) -> None:
+        """Embed the captions of a split into the cache, where they are not."""
+        run = self.run
+        embed(
+            SplitCaptions(dataset, split, run.data),
+            run.model.text,
+            places_of(run, dataset).cache,
+            device=str(device_of(run)),
+            threads=run.runtime.threads,
+            stream=watched(self.progress, f"embed {split}", "captions", self.encoders),
+        )
 
     def _students(
         self, dataset: Dataset, title: str, jobs: list[Job], candidates: list[tuple[int, ...]]

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from rmdd import config
 from rmdd.files import clearly, is_temporary, register, sweep, temporary_beside
-from rmdd.lease import lock_of
+from rmdd.lease import Cell, LocalCell, lock_of
 
 MARKERS = ("manifest.json", "store.json", "expert.json", "set.json")
 """They say that a folder is whole, so they come last and go first."""
@@ -99,7 +99,9 @@ class Mirror(Storage):
     def address(self, path: Path) -> str:
         return f"{self.uri}/{self._name(path)}".rstrip("/") if path.is_relative_to(self.root) else str(path)
 
-    def cell(self, folder: Path) -> "RemoteCell":
+    def cell(self, folder: Path) -> Cell:
+        if not self._kept(self._name(folder)):
+            return LocalCell(folder)
         return RemoteCell(self.remote, f"{self._name(folder)}.lease")
 
     def fetch(self, path: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:

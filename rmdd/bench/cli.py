@@ -10,7 +10,7 @@ from rmdd.command import Debug, Json, Quiet, Sets, Source, do, load, outcome, pr
 if TYPE_CHECKING:
     from rmdd.pipeline import Pipeline
 
-bench = typer.Typer(help="Measure the engine of matching, and of fleets.", no_args_is_help=True, rich_markup_mode=None)
+bench = typer.Typer(help="Measure the engine of matching, fleets, ingest.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @bench.command("step")
@@ -130,3 +130,32 @@ def bench_experts(
         print_json(found)
     else:
         typer.echo(fleets.table(found))
+
+
+@bench.command("ingest")
+def bench_ingest(
+    pairs: Annotated[int, typer.Option(help="Pairs to generate and read.")] = 20_000,
+    side: Annotated[int, typer.Option(help="Side of the JPEGs.")] = 32,
+    workers: Annotated[int, typer.Option(help="Processes that read.")] = 2,
+    object_store: Annotated[int, typer.Option(help="Object store of Ray, in MiB.")] = 512,
+    variants: Annotated[str, typer.Option(help="Of loop, loader, rmdd, in_turn; the first is the yardstick.")] = (
+        "loop,loader,rmdd,in_turn"
+    ),
+    folder: Annotated[Path | None, typer.Option(help="Where the pairs lie and stay; default: a temporary one.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure pairs per second and peak memory of an ingest beside a plain loop and a torch DataLoader."""
+    with outcome(debug):
+        import tempfile
+
+        from rmdd.bench import ingest
+
+        case = ingest.Case(pairs=pairs, side=side, workers=workers, object_store_mb=object_store)
+        with tempfile.TemporaryDirectory() as temporary:
+            found = ingest.bench_ingest(case, folder or Path(temporary), variants.split(","), out)
+        if json:
+            print_json(found)
+        else:
+            typer.echo(ingest.table(found))

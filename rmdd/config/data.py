@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
+from urllib.parse import parse_qs, urlsplit
 
 from pydantic import Field
 
@@ -37,6 +39,23 @@ class Table(Section):
     split: str | None = Field("split", description="column with train/val/test; absent or null: cut by hash")
 
 
+class Tars(Section):
+    """Tar files of samples, as img2dataset writes them; captions from key.txt, else from key.json."""
+
+    files: str = Field("**/*.tar", description="glob or name-{000..146}.tar below data.root; several joined by ::")
+    split_by_name: bool = Field(True, description="train/val/test in a file's or folder's name; else cut by hash")
+
+
+class Parquet(Section):
+    """Parquet files with the images inside, as Hugging Face datasets has them."""
+
+    files: str = Field("**/*.parquet", description="glob or name-{000..146}.parquet below data.root; joined by ::")
+    image: str = Field("image", description="column of {bytes, path} or of bytes")
+    caption: str = Field("caption", description="column with a caption or a list of captions")
+    split: str | None = Field("split", description="column with train/val/test; absent or null: by name or hash")
+    split_by_name: bool = Field(True, description="train/val/test in a file's or folder's name; else cut by hash")
+
+
 class Annotations(Section):
     """A file per split, relative to data.root."""
 
@@ -53,10 +72,12 @@ class Annotations(Section):
 
 
 class Data(Section):
-    source: Literal["scenes", "karpathy", "lists", "table", "dataset"] = Field(
+    source: Literal["scenes", "karpathy", "lists", "table", "webdataset", "parquet", "dataset"] = Field(
         "scenes", description="lists: BLIP/LoRS train/val/test files; dataset: a folder that `rmdd ingest` wrote"
     )
-    root: str | None = Field(None, description="folder that image paths are relative to; not part of the hash")
+    root: str | None = Field(
+        None, description="folder or URI (s3://, gs://) that paths are relative to; not part of the hash"
+    )
     layout: Literal["flickr30k", "flickr8k", "coco", "cc3m"] | None = Field(
         None, description="known file names for `lists` and `karpathy`"
     )
@@ -65,6 +86,8 @@ class Data(Section):
     )
     scenes: Scenes = Scenes()
     table: Table = Table()
+    webdataset: Tars = Tars()
+    parquet: Parquet = Parquet()
     split_fractions: tuple[float, float, float] = Field(
         (0.8, 0.1, 0.1), description="train, val, test; used where the source has no splits; cut by a hash of the path"
     )
@@ -84,7 +107,12 @@ class Data(Section):
 
     def clashes(self) -> list[str]:
         source, found = self.source, []
-        if source in ("karpathy", "lists", "table", "dataset") and self.root is None:
+        if self.root is not None and _holds_secret(self.root):
+            found.append(
+                "data.root holds a password or key; leave it out and give it by the environment "
+                "(such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
+            )
+        if source != "scenes" and self.root is None:
             found.append(f"source '{source}' reads files; give data.root (--set data.root=FOLDER)")
         if source in ("karpathy", "lists") and self.layout is None and self.annotations is None:
             found.append(f"source '{source}' needs data.layout or data.annotations")
@@ -97,3 +125,9 @@ class Data(Section):
         if any(f < 0 for f in self.split_fractions) or abs(sum(self.split_fractions) - 1) > 1e-6:
             found.append(f"data.split_fractions must be three shares that sum to 1, found {self.split_fractions}")
         return found
+
+
+def _holds_secret(uri: str) -> bool:
+    parts = urlsplit(uri)
+    secret = re.compile(r"secret|password|token|credential|signature|access_?key|api_?key", re.IGNORECASE)
+    return "://" in uri and (":" in parts.netloc.rpartition("@")[0] or any(map(secret.search, parse_qs(parts.query))))

@@ -66,6 +66,8 @@ class Runtime(Section):
         "a cluster that grows is asked for as many",
     )
     threads: PositiveInt = Field(1, description="CPU threads per worker; the same bits need the same number")
+    reader_cpus: PositiveFloat = Field(1.0, description="CPUs that each reader of an ingest takes; a half: two per CPU")
+    object_store_mb: Annotated[int, Field(ge=75)] = Field(256, description="object store of a local Ray, in MiB")
     loader_workers: Annotated[int, Field(ge=0)] = Field(0, description="processes per expert that decode and augment")
     fleet: Literal["pool", "train"] = Field(
         "pool",

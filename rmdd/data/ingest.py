@@ -2,78 +2,158 @@
 
 The counts of the manifest add up: `rows_in` = pairs + `rows_merged` + all of `quarantine`, and
 `captions_in` = captions + all of `captions_dropped`.
+
+An ingest is cut into parts first (`rmdd.data.plan`), each part is written by itself (`rmdd.data.parts`), and the
+manifest is made last. Until then all lies in a folder `.NAME.parts` beside the dataset to be, where an ingest that was
+stopped goes on.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import itertools
 import json
 import os
 import shlex
 import sys
-import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
-from rmdd.config import Data
+from rmdd.config import Data, Runtime, hash_value
 from rmdd.data import sources
-from rmdd.data.plan import Plan, make_plan
-from rmdd.data.read import Reading, read
-from rmdd.data.shards import MANIFEST, QUARANTINE, SCHEMA, SCHEMA_VERSION, Dataset, Pair, ShardWriter
+from rmdd.data.parts import Folders, PartWriter, write_entries
+from rmdd.data.place import absolute, hash_of, is_remote
+from rmdd.data.plan import Plan, file_parts, make_plan, write_parts
+from rmdd.data.shards import MANIFEST, QUARANTINE, SCHEMA_VERSION, SPLITS, Dataset
 from rmdd.data.sources.layouts import alternatives
-from rmdd.files import sha256_file, write_json
-
-Executor = Callable[[Callable[[pa.Table], pa.Table], Iterable[pa.Table]], Iterator[pa.Table]]
-"""Maps a function over tables of planned rows and yields its results in order, a few at a time."""
+from rmdd.data.tally import Tally
+from rmdd.files import read_json, remove, write_json
+from rmdd.jobs import Stream, in_turn
+from rmdd.lease import held
+from rmdd.storage import Storage, open_storage
 
 _SHAPING = ("source", "layout", "annotations", "reencode", "shard_mb", "max_pixels")
 
 
-def ingest(data: Data, out: Path | str, executor: Executor | None = None) -> Dataset:
+def ingest(data: Data, out: Path | str, stream: Stream = in_turn, runtime: Runtime | None = None) -> Dataset:
     """Write `data` as a dataset into the folder `out`, or return the one that an equal ingest finished there.
 
-    The folder appears whole or not at all. Bad rows go to `quarantine.jsonl` and stop nothing; a layout that cannot
-    be read, or a folder that holds something else, raises `ValueError`. With `source: dataset` nothing is written:
-    it opens `data.root`.
+    The folder appears whole or not at all; a second ingest into it waits for the first. Bad rows go to
+    `quarantine.jsonl` and stop nothing; a layout that cannot be read, or a folder that holds something else, raises
+    `ValueError`. What was finished when an ingest died is not done again. With `source: dataset` nothing is written:
+    it opens `data.root`. `runtime` says in which storage `out` lies, if its URI is to have it too.
     """
     if data.source == "dataset":
         return Dataset.open(data.root or "")
-    out = Path(out)
-    rows, annotations = sources.rows(data)
-    made_from = {"config": shaping(data), "annotations": {path.name: sha256_file(path) for path in annotations}}
-    finished = _finished(out, made_from, data)
-    if finished is not None:
+    out = Path(out).absolute()
+    if data.root is not None:
+        data = data.model_copy(update={"root": absolute(data.root)})
+    storage = Storage(out.parent) if runtime is None else open_storage(runtime)
+    made_from, read = _input(data)
+    storage.fetch(out)
+    if (finished := _finished(out, made_from, data)) is not None:
         return finished
-
-    plan = make_plan(rows, data)
-    _check_root(plan, data)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent) as temporary:
-        fresh, stale = Path(temporary) / "fresh", Path(temporary) / "stale"
-        fresh.mkdir()
-        _write(plan, data, made_from, fresh, executor or map)
-        if _finished(out, made_from, data) is None:  # else an equal ingest was quicker, and its dataset may be in use
-            if out.exists():  # an empty folder, or a dataset whose missing images have turned up
-                os.replace(out, stale)
-            try:
-                os.replace(fresh, out)
-            except OSError:
-                if _finished(out, made_from, data) is None:
-                    raise
+    with held(out.with_name(f".{out.name}"), wait=True):
+        storage.fetch(out)
+        if (finished := _finished(out, made_from, data)) is not None:
+            return finished
+        folders = Folders(out.with_name(f".{out.name}.parts"))
+        storage.fetch(folders.plan)
+        parts = _begin(folders, made_from, read, data, storage)
+        anywhere = folders if runtime is None else Folders(folders.path.relative_to(storage.root))
+        write = functools.partial(PartWriter, data, anywhere, runtime)
+        written = {result["number"] for result in stream(write, parts)}
+        assert len(written) == len(parts), f"{len(parts) - len(written)} parts were never read"
+        storage.fetch(folders.path)
+        _finish(folders, made_from, parts)
+        if out.exists():  # an empty folder, or a dataset whose missing images have turned up
+            os.replace(out, folders.path / "stale")
+        os.replace(folders.dataset, out)
+        storage.publish(out)
+        remove(folders.path)
     return Dataset.open(out)
+
+
+def _input(data: Data) -> tuple[dict[str, Any], Any]:
+    """What the dataset is made from, and how to go on: rows of annotations, or files."""
+    made_from: dict[str, Any] = {"config": shaping(data), "annotations": {}}
+    if data.source in sources.WHOLE:
+        files = sources.files(data)
+        made_from["annotations"] = {f"{len(files)} files, names and sizes": hash_value(files)}
+        return made_from, files
+    rows, annotations = sources.rows(data)
+    made_from["annotations"] = {path.name: hash_of(path) for path in annotations}
+    return made_from, rows
+
+
+def _begin(
+    folders: Folders, made_from: dict[str, Any], read: Any, data: Data, storage: Storage
+) -> list[dict[str, Any]]:
+    """The parts of the ingest that was begun here, or of a new plan."""
+    path, value = folders.plan / "plan.json", {"schema_version": SCHEMA_VERSION, **made_from}
+    if path.is_file() and (plan := read_json(path))["made_from"] == value:
+        return plan["parts"]
+    remove(folders.path)
+    for folder in (folders.plan, folders.dataset):
+        folder.mkdir(parents=True)
+    tally, parts = Tally(), []
+    if data.source in sources.WHOLE:
+        parts = file_parts(read, data)
+    else:
+        plan = make_plan(read, data)
+        _check_root(plan, data)
+        tally, parts = plan.tally, write_parts(plan, data, folders.plan)
+    write_entries(folders.plan / QUARANTINE, tally.entries)
+    listed = [asdict(part) for part in parts]
+    storage.publish(folders.plan)
+    write_json(path, {"made_from": value, "parts": listed, "tally": tally.counts()})
+    return listed
+
+
+def _finish(folders: Folders, made_from: dict[str, Any], parts: list[dict[str, Any]]) -> None:
+    """Quarantine and manifest, from the records in the order of the parts."""
+    tally, content = Tally(), hashlib.sha256()
+    tally.add(read_json(folders.plan / "plan.json")["tally"])
+    shards: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    with open(folders.dataset / QUARANTINE, "wb") as quarantine:
+        quarantine.write((folders.plan / QUARANTINE).read_bytes())
+        for part in parts:
+            record = read_json(folders.record(part["number"]))
+            tally.add(record["tally"])
+            for shard in record["shards"]:
+                shards[shard["split"]].append(shard)
+            if folders.entries(part["number"]).is_file():
+                quarantine.write(folders.entries(part["number"]).read_bytes())
+    for shard in (shard for split in SPLITS for shard in shards[split]):
+        content.update(folders.digests(shard["file"]).read_bytes())
+    for left in folders.dataset.glob(".*.tmp"):  # of workers that were killed
+        left.unlink()
+    write_json(
+        folders.dataset / MANIFEST,
+        {
+            "schema_version": SCHEMA_VERSION,
+            "data_hash": content.hexdigest(),
+            "counts": {
+                split: {"pairs": sum(s["rows"] for s in found), "captions": sum(s["captions"] for s in found)}
+                for split, found in shards.items()
+            },
+            **{name: dict(sorted(n.items())) if isinstance(n, dict) else n for name, n in tally.counts().items()},
+            "shards": [shard for split in SPLITS for shard in shards[split]],
+            "command": shlex.join(sys.argv),
+            **made_from,
+        },
+    )
 
 
 def shaping(data: Data) -> dict[str, Any]:
     """The part of the config that decides what an ingest writes; where things lie is no part of it."""
     dumped = data.model_dump(mode="json")
     value = {name: dumped[name] for name in _SHAPING}
-    if data.source in ("scenes", "table"):
+    if data.source in dumped:
         value[data.source] = dumped[data.source]
-    if data.source in ("table", "lists"):
+    if data.source in ("table", "lists", "webdataset", "parquet"):
         value["split_fractions"] = dumped["split_fractions"]
     if data.reencode:
         value |= {name: dumped[name] for name in ("background", "exif_orientation")}
@@ -99,8 +179,8 @@ def _finished(out: Path, made_from: dict[str, Any], data: Data) -> Dataset | Non
 
 def _turned_up(dataset: Dataset, data: Data) -> bool:
     """Whether an image that was missing at ingest is there now."""
-    if not dataset.manifest["quarantine"].get("missing_file"):
-        return False
+    if not dataset.manifest["quarantine"].get("missing_file") or is_remote(data.root):
+        return False  # at a remote store each look is a request
     with open(dataset.path / QUARANTINE, encoding="utf-8") as lines:
         bad = (json.loads(line) for line in lines)
         missing = [entry["file"] for entry in bad if entry["reason"] == "missing_file"]
@@ -110,59 +190,15 @@ def _turned_up(dataset: Dataset, data: Data) -> bool:
 
 def _check_root(plan: Plan, data: Data) -> None:
     """Paths often begin with the very folder that was given as root."""
-    root = Path(os.path.abspath(data.root or ""))
-    for path in plan.images[:16]:
+    if is_remote(data.root):
+        return
+    root = Path(data.root or "")
+    for path in itertools.islice(plan.images(), 16):
         doubled = Path(path).parts[0] == root.name and len(Path(path).parts) > 1
         if doubled and not (root / path).is_file() and (root.parent / path).is_file():
             raise ValueError(
                 f"image paths start with '{root.name}/', the end of data.root {root}: set data.root to {root.parent}"
             )
-
-
-def _write(plan: Plan, data: Data, made_from: dict[str, Any], folder: Path, executor: Executor) -> None:
-    reading = Reading(
-        root=str(Path(data.root or "").absolute()),
-        layout=data.layout,
-        max_pixels=data.max_pixels,
-        background=data.background,
-        exif_orientation=data.exif_orientation,
-        reencode=data.reencode,
-    )
-    writer = ShardWriter(folder, int(data.shard_mb * 2**20))
-    quarantine, dropped = Counter(plan.quarantine), Counter(plan.captions_dropped)
-    with open(folder / QUARANTINE, "w", encoding="utf-8") as bad:
-
-        def report(entry: dict[str, Any]) -> None:
-            bad.write(json.dumps(entry, ensure_ascii=False) + "\n")
-
-        for entry in plan.reports:
-            report(entry)
-        for table in executor(functools.partial(read, reading=reading), plan.tables()):
-            for row in table.to_pylist():
-                if row["reason"] is None:
-                    fields = {name: row[name] for name in SCHEMA.names}
-                    writer.append(Pair(**fields | {"captions": tuple(row["captions"])}))
-                    continue
-                quarantine[row["reason"]] += 1
-                dropped["image_quarantined"] += len(row["captions"])
-                report({"what": "pair", "file": row["pair_id"]} | {k: row[k] for k in ("reason", "origin", "detail")})
-    shards, data_hash = writer.close()
-    write_json(
-        folder / MANIFEST,
-        {
-            "schema_version": SCHEMA_VERSION,
-            "data_hash": data_hash,
-            "counts": writer.counts,
-            "rows_in": plan.rows_in,
-            "rows_merged": plan.rows_merged,
-            "quarantine": dict(sorted(quarantine.items())),
-            "captions_in": plan.captions_in,
-            "captions_dropped": dict(sorted(dropped.items())),
-            "shards": shards,
-            "command": shlex.join(sys.argv),
-            **made_from,
-        },
-    )
 
 
 def quarantined(dataset: Dataset) -> list[dict[str, Any]]:

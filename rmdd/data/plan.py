@@ -1,61 +1,50 @@
-"""What an ingest will read: rows with checked paths and captions, one per image, grouped by split."""
+"""What an ingest will read, cut into parts before any image is opened.
+
+Lists of annotations are held in memory while they are checked, merged and cut, some 0.5 kB per row, and lie on
+disk afterwards. Tars and Parquet files are only listed.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from rmdd.config import Data
-from rmdd.data.read import PLAN_SCHEMA
+from rmdd.data.parts import Part
+from rmdd.data.place import is_remote, place
 from rmdd.data.shards import SPLITS
-from rmdd.data.sources.row import NO_SPLIT, Row
+from rmdd.data.sources import parquet
+from rmdd.data.sources.layouts import alternatives
+from rmdd.data.sources.listed import PLAN_SCHEMA
+from rmdd.data.sources.row import NO_SPLIT, Row, hash_split
+from rmdd.data.tally import Tally, is_text
 
-_ROWS_PER_TABLE = 32
 _DRIVE = re.compile(r"[A-Za-z]:")
+
+# A part is also closed at these numbers of rows, so that small pictures make many parts and not one.
+_FILES_PER_PART = 8192
+_DRAWINGS_PER_PART = 512
+_REMOTE_FILES_PER_PART = 2048
+"""Sizes of remote files would cost a request each."""
 
 
 @dataclass
 class Plan:
-    """All annotations of an ingest in memory, no image. `reports` are entries of the quarantine."""
+    """All annotations of an ingest in memory, no image."""
 
-    rows_in: int = 0
-    rows_merged: int = 0
-    captions_in: int = 0
-    quarantine: Counter[str] = field(default_factory=Counter)
-    captions_dropped: Counter[str] = field(default_factory=Counter)
-    reports: list[dict[str, Any]] = field(default_factory=list)
+    tally: Tally = field(default_factory=Tally)
     pairs: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {split: [] for split in SPLITS})
 
-    @property
-    def images(self) -> list[str]:
+    def images(self) -> Iterator[str]:
         """Paths of the images to be read, in order."""
-        return [pair["pair_id"] for split in SPLITS for pair in self.pairs[split] if pair["drawing"] is None]
-
-    def tables(self) -> Iterator[pa.Table]:
-        """The pairs, train first, in tables small enough to hold their images in memory."""
-        rows = [pair for split in SPLITS for pair in self.pairs[split]]
-        for start in range(0, len(rows), _ROWS_PER_TABLE):
-            yield pa.Table.from_pylist(rows[start : start + _ROWS_PER_TABLE], schema=PLAN_SCHEMA)
-
-    def reject(self, file: Any, reason: str, origin: str, detail: str, captions: int) -> None:
-        self.quarantine[reason] += 1
-        self.captions_dropped["image_quarantined"] += captions
-        self._report("pair", file, reason, origin, detail)
-
-    def drop(self, file: str, reason: str, origin: str, caption: Any) -> None:
-        self.captions_dropped[reason] += 1
-        self._report("caption", file, reason, origin, _shown(caption))
-
-    def _report(self, what: str, file: Any, reason: str, origin: str, detail: str) -> None:
-        shown = file if isinstance(file, str) and _is_text(file) else _shown(file)
-        self.reports.append({"what": what, "file": shown, "reason": reason, "origin": origin, "detail": detail})
+        return (pair["pair_id"] for split in SPLITS for pair in self.pairs[split] if pair["drawing"] is None)
 
 
 def make_plan(rows: Iterable[Row], data: Data) -> Plan:
@@ -64,39 +53,88 @@ def make_plan(rows: Iterable[Row], data: Data) -> Plan:
     Raises `ValueError` when there is no row at all or an image stands in two splits.
     """
     plan = Plan()
+    tally = plan.tally
     merged: dict[str, dict[str, Any]] = {}
     for row in rows:
-        plan.rows_in += 1
-        plan.captions_in += len(row.captions)
+        tally.rows_in += 1
+        tally.captions_in += len(row.captions)
         if row.split == NO_SPLIT:
-            plan.reject(row.image, "no_split", row.origin, "listed in no split", len(row.captions))
+            tally.reject(row.image, "no_split", row.origin, "listed in no split", len(row.captions))
             continue
         path, problem = _checked_path(row.image)
         if problem:
-            plan.reject(row.image, problem, row.origin, _PROBLEMS[problem], len(row.captions))
+            tally.reject(row.image, problem, row.origin, _PROBLEMS[problem], len(row.captions))
             continue
-        split = row.split or _cut(path, data.split_fractions)
+        split = row.split or hash_split(path, data.split_fractions)
         pair = merged.get(path)
         if pair is None:
             pair = merged[path] = {"pair_id": path, "captions": {}, "split": split, "source": row.source}
             pair |= {"origin": row.origin, "drawing": row.drawing}
         else:
-            plan.rows_merged += 1
+            tally.rows_merged += 1
             if pair["split"] != split:
                 raise ValueError(
                     f"image {path} is in {pair['split']} ({pair['origin']}) and in {split} ({row.origin}); "
                     "an image belongs to one split: remove it from the other"
                 )
-        _add_captions(pair["captions"], row, path, plan)
-    if not plan.rows_in:
+        tally.keep_captions(pair["captions"], row.captions, path, row.origin)
+    if not tally.rows_in:
         raise ValueError(f"data.source '{data.source}' holds no row at all; check that its files are the right ones")
     for pair in merged.values():
         pair["captions"] = list(pair["captions"])
         if pair["captions"]:
             plan.pairs[pair["split"]].append(pair)
         else:
-            plan.reject(pair["pair_id"], "no_caption", pair["origin"], "none of its captions can be used", 0)
+            tally.reject(pair["pair_id"], "no_caption", pair["origin"], "none of its captions can be used", 0)
     return plan
+
+
+def write_parts(plan: Plan, data: Data, folder: Path) -> list[Part]:
+    """Cut the pairs of each split into parts and write a file of rows for each."""
+    parts: list[Part] = []
+    for split in SPLITS:
+        for rows in _cut(plan.pairs[split], data):
+            part = Part(len(parts), "listed", f"{len(parts):05d}.parquet", split=split)
+            pq.write_table(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA), folder / part.file)
+            parts.append(part)
+    return parts
+
+
+def file_parts(files: list[tuple[str, int, str | None]], data: Data) -> list[Part]:
+    """A part per tar, or per stretch of row groups of a Parquet file."""
+    if data.source == "webdataset":
+        return [Part(n, "webdataset", path, split=split) for n, (path, _, split) in enumerate(files)]
+    stretches = parquet.slices([path for path, _, _ in files], data)
+    cut = [(path, split, s) for (path, _, split), found in zip(files, stretches, strict=True) for s in found]
+    return [Part(n, "parquet", path, start, stop, split) for n, (path, split, (start, stop)) in enumerate(cut)]
+
+
+def _cut(pairs: list[dict[str, Any]], data: Data) -> Iterator[list[dict[str, Any]]]:
+    """Stretches whose files together reach `data.shard_mb`, or that have rows enough."""
+    limit = data.shard_mb * 2**20
+    remote = is_remote(data.root)
+    root = "" if remote else str(place(data.root or ""))
+    rows: list[dict[str, Any]] = []
+    size = 0
+    for pair in pairs:
+        rows.append(pair)
+        drawn = pair["drawing"] is not None
+        most = _DRAWINGS_PER_PART if drawn else _REMOTE_FILES_PER_PART if remote else _FILES_PER_PART
+        size += 0 if drawn or remote else _size(root, pair["pair_id"], data.layout)
+        if size >= limit or len(rows) == most:
+            yield rows
+            rows, size = [], 0
+    if rows:
+        yield rows
+
+
+def _size(root: str, path: str, layout: str | None) -> int:
+    for name in alternatives(path, layout):
+        try:
+            return os.stat(os.path.join(root, name)).st_size
+        except (OSError, ValueError):
+            continue
+    return 0
 
 
 _PROBLEMS = {
@@ -108,7 +146,7 @@ _PROBLEMS = {
 
 def _checked_path(value: Any) -> tuple[str, str | None]:
     """A relative POSIX path without `.` and doubled slashes, or what is wrong with it."""
-    if not isinstance(value, str) or not value.strip() or not _is_text(value) or "\0" in value:
+    if not isinstance(value, str) or not value.strip() or not is_text(value) or "\0" in value:
         return "", "no_path"
     path = PurePosixPath(value.strip().replace("\\", "/"))
     if path.is_absolute() or _DRIVE.match(str(path)):
@@ -116,34 +154,3 @@ def _checked_path(value: Any) -> tuple[str, str | None]:
     if ".." in path.parts:
         return "", "escaping_path"
     return (str(path), None) if path.parts else ("", "no_path")
-
-
-def _add_captions(captions: dict[str, None], row: Row, path: str, plan: Plan) -> None:
-    for caption in row.captions:
-        if not isinstance(caption, str) or not _is_text(caption):
-            plan.drop(path, "caption_not_text", row.origin, caption)
-        elif not caption.strip():
-            plan.drop(path, "empty_caption", row.origin, caption)
-        elif caption in captions:
-            plan.drop(path, "duplicate_caption", row.origin, caption)
-        else:
-            captions[caption] = None
-
-
-def _cut(path: str, fractions: tuple[float, float, float]) -> str:
-    """Split of an image by a hash of its path: it stays whatever is added or removed beside it."""
-    share = int.from_bytes(hashlib.sha256(f"rmdd split/{path}".encode()).digest()[:8], "big") / 2**64
-    return "train" if share < fractions[0] else "val" if share < fractions[0] + fractions[1] else "test"
-
-
-def _is_text(value: str) -> bool:
-    """JSON can hold halves of surrogate pairs, which no UTF-8 file can."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _shown(value: Any) -> str:
-    return ascii(value)[:120] if not isinstance(value, str) or not _is_text(value) else repr(value)[:120]

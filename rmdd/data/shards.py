@@ -6,6 +6,7 @@ in, nor how the rows are cut into shards, nor the version of the Parquet writer 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rmdd.files import read_json, sha256_file
+from rmdd.files import atomic_path, read_json, sha256_file
 
 SCHEMA_VERSION = 1
 SPLITS = ("train", "val", "test")
@@ -32,8 +33,9 @@ SCHEMA = pa.schema(
     ]
 )
 
-_ROWS_PER_GROUP = 64
+_ROWS_PER_GROUP = 512
 _BYTES_PER_GROUP = 16 * 2**20
+_ROWS_PER_READ = 64
 
 
 @dataclass(frozen=True)
@@ -54,81 +56,66 @@ class Pair:
 
 
 class ShardWriter:
-    """Appends pairs, split by split; a shard is closed when its images reach `shard_bytes` or the split changes.
+    """Writes one shard, whole or not at all; holds one row group in memory.
 
-    Holds one row group in memory. `close()` returns what the manifest needs.
+    >>> with ShardWriter(folder / "train-00000.parquet") as writer:  # doctest: +SKIP
+    ...     writer.append(pair)
+    ...     entry = writer.finish()
     """
 
-    def __init__(self, folder: Path, shard_bytes: int):
-        self.folder = folder
-        self.shard_bytes = shard_bytes
-        self.shards: list[dict[str, Any]] = []
-        self.counts = {split: {"pairs": 0, "captions": 0} for split in SPLITS}
-        self._content = hashlib.sha256()
-        self._writer: pq.ParquetWriter | None = None
+    def __init__(self, path: Path):
+        self.path = path
+        self.digests = bytearray()
+        """The digests of all pairs, end to end."""
+        self._captions = 0
         self._rows: list[Pair] = []
-        self._split: str | None = None
-        self._numbers = dict.fromkeys(SPLITS, 0)
-        self._shard_content = hashlib.sha256()
-        self._shard_rows = self._shard_size = self._group_size = 0
+        self._group_size = 0
+
+    def __enter__(self) -> ShardWriter:
+        self._renamed_at_the_end = atomic_path(self.path)
+        self._temporary = self._renamed_at_the_end.__enter__()
+        self._writer = pq.ParquetWriter(
+            self._temporary,
+            SCHEMA,
+            compression="zstd",
+            use_dictionary=["split", "source"],
+            write_statistics=["pair_id"],
+        )
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        with contextlib.suppress(OSError):  # a full disk has been told already; `finish` closed a whole file
+            self._writer.close()
+        self._renamed_at_the_end.__exit__(*error)
 
     def append(self, pair: Pair) -> None:
         assert pair.captions and pair.split in SPLITS
-        if pair.split != self._split or self._shard_size >= self.shard_bytes:
-            self._finish_shard()
-            self._split = pair.split
-        digest = pair.digest()
-        self._content.update(digest)
-        self._shard_content.update(digest)
+        self.digests += pair.digest()
+        self._captions += len(pair.captions)
         self._rows.append(pair)
-        self._shard_rows += 1
-        self._shard_size += len(pair.image)
-        self.counts[pair.split]["pairs"] += 1
-        self.counts[pair.split]["captions"] += len(pair.captions)
         self._group_size += len(pair.image)
         if len(self._rows) == _ROWS_PER_GROUP or self._group_size >= _BYTES_PER_GROUP:
             self._flush()
 
-    def close(self) -> tuple[list[dict[str, Any]], str]:
-        """Finish the last shard; the shard entries and the hash of all rows in order."""
-        self._finish_shard()
-        return self.shards, self._content.hexdigest()
-
-    @property
-    def _path(self) -> Path:
-        return self.folder / f"{self._split}-{self._numbers[self._split or '']:05d}.parquet"
+    def finish(self) -> dict[str, Any]:
+        """Write what is left; the shard's entry in the manifest."""
+        self._flush()
+        self._writer.close()
+        return {
+            "file": self.path.name,
+            "split": self.path.name.split("-")[0],
+            "rows": len(self.digests) // hashlib.sha256().digest_size,
+            "captions": self._captions,
+            "bytes": self._temporary.stat().st_size,
+            "sha256": sha256_file(self._temporary),
+            "content": hashlib.sha256(self.digests).hexdigest(),
+        }
 
     def _flush(self) -> None:
-        if not self._rows:
-            return
-        if self._writer is None:
-            self._writer = pq.ParquetWriter(
-                self._path, SCHEMA, compression="zstd", use_dictionary=["split", "source"], write_statistics=["pair_id"]
-            )
-        columns = {name: [getattr(pair, name) for pair in self._rows] for name in SCHEMA.names}
-        self._writer.write_table(pa.table(columns, schema=SCHEMA))
-        self._rows, self._group_size = [], 0
-
-    def _finish_shard(self) -> None:
-        self._flush()
-        if self._writer is None:
-            return
-        self._writer.close()
-        self._writer = None
-        path, rows = self._path, self._shard_rows
-        self.shards.append(
-            {
-                "file": path.name,
-                "split": self._split,
-                "rows": rows,
-                "bytes": path.stat().st_size,
-                "sha256": sha256_file(path),
-                "content": self._shard_content.hexdigest(),
-            }
-        )
-        self._numbers[self._split or ""] += 1
-        self._shard_content = hashlib.sha256()
-        self._shard_rows = self._shard_size = 0
+        if self._rows:
+            columns = {name: [getattr(pair, name) for pair in self._rows] for name in SCHEMA.names}
+            self._writer.write_table(pa.table(columns, schema=SCHEMA))
+            self._rows, self._group_size = [], 0
 
 
 class Dataset:
@@ -180,7 +167,7 @@ class Dataset:
         for shard in self.manifest["shards"]:
             if shard["split"] == split:
                 with pq.ParquetFile(self.path / shard["file"]) as file:
-                    for batch in file.iter_batches(batch_size=_ROWS_PER_GROUP, columns=list(names)):
+                    for batch in file.iter_batches(batch_size=_ROWS_PER_READ, columns=list(names)):
                         yield from zip(*(batch.column(name).to_pylist() for name in names), strict=True)
 
     def pairs(self, split: str) -> Iterator[Pair]:

@@ -8,8 +8,9 @@ import functools
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ import torch
 from jaxtyping import Float32
 
 from rmdd.config import TextTower
-from rmdd.files import allocate, atomic_path, sha256_file
+from rmdd.files import allocate, atomic_path, read_json, sha256_file, write_json
+from rmdd.jobs import Stream, Values, in_turn
+from rmdd.lease import held
 from rmdd.seeding import generator
 
 MODEL_FILES = (".json", ".txt", ".model", ".safetensors", ".bin")  # weights, configuration and tokenizer
@@ -27,43 +30,88 @@ MODEL_FILES = (".json", ".txt", ".model", ".safetensors", ".bin")  # weights, co
 HASHING_VERSION = 1
 BUCKETS = 2**18
 NONZEROS = 8
-HASHING_ROWS = 8192
+
+BLOCK = 8192
+"""Captions that are encoded, kept and handed to a worker together."""
 
 
 def embed(
-    captions: Sequence[str],
+    captions: Iterable[str],
     tower: TextTower,
     cache: Path,
     *,
     batch: int = 256,
     device: torch.device | str = "cpu",
+    threads: int | None = None,
+    stream: Stream = in_turn,
 ) -> Float32[np.ndarray, "T F"]:
     """One vector per caption, in order, unit length if `tower.normalise`; memory-mapped read-only from `cache`.
 
-    Distinct captions are encoded once. Raises `ValueError` when there are none or the encoder cannot be had.
+    `captions` are gone over twice, and never held but `BLOCK` at a time. Blocks are what `stream` hands out, so its
+    workers must see `cache`; a block that is there is not encoded again. In a block distinct captions are encoded
+    once. Raises `ValueError` when there are none or the encoder cannot be had.
     """
-    if not captions:
+    key, count = _key(captions, tower, encoder_identity(tower))
+    if not count:
         raise ValueError("no captions to embed")
-    identity = encoder_identity(tower)
-    path = Path(cache) / f"text-{_key(captions, tower, identity)}.npy"
+    path = Path(cache) / f"text-{key}.npy"
     if not path.exists():
+        with held(path.with_suffix(""), wait=True):
+            if not path.exists():
+                _embed_blocks(captions, count, path, functools.partial(Encoder, tower, batch, device, threads), stream)
+    return np.load(path, mmap_mode="r")
+
+
+def _embed_blocks(
+    captions: Iterable[str], count: int, path: Path, make: Callable[[], "Encoder"], stream: Stream
+) -> None:
+    """Blocks lie in a folder beside `path` until they are joined."""
+    folder = path.with_suffix(".parts")
+    folder.mkdir(parents=True, exist_ok=True)
+    blocks: list[Path] = []
+    rest = iter(captions)
+    while block := list(islice(rest, BLOCK)):
+        blocks.append(folder / f"{len(blocks):06d}.npy")
+        if not blocks[-1].is_file():
+            write_json(blocks[-1].with_suffix(".json"), block)
+    missing: list[Values] = [{"captions": str(b.with_suffix(".json"))} for b in blocks if not b.is_file()]
+    for _ in stream(make, missing):
+        pass
+    width = np.load(blocks[0], mmap_mode="r").shape[1]
+    with atomic_path(path) as temporary:
+        out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=(count, width))
+        allocate(temporary)
+        for number, block_file in enumerate(blocks):
+            vectors = np.load(block_file, mmap_mode="r")
+            out[number * BLOCK : number * BLOCK + len(vectors)] = vectors
+        out.flush()
+        del out
+    shutil.rmtree(folder)
+
+
+class Encoder:
+    """A text tower at work: files of captions to files of vectors. It is loaded once."""
+
+    def __init__(self, tower: TextTower, batch: int, device: torch.device | str, threads: int | None):
+        self.tower, self.batch, self.threads = tower, batch, threads
+        self.encode = _hash_ngrams(tower.width) if tower.name == "hashing" else _Transformer(tower, batch, device)
+
+    def __call__(self, item: Values) -> Values:
+        source = Path(item["captions"])
+        captions = read_json(source)
         unique = sorted(set(captions))
-        if tower.name == "hashing":
-            vectors_UF = _hash_ngrams(unique, tower.width)
-        else:
-            vectors_UF = _encode(unique, tower, batch, device)
-        if tower.normalise:
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads or before)
+        try:
+            vectors_UF = self.encode(unique)
+        finally:
+            torch.set_num_threads(before)
+        if self.tower.normalise:
             vectors_UF = vectors_UF / np.maximum(np.linalg.norm(vectors_UF, axis=1, keepdims=True), 1e-12)
         row_of = {caption: row for row, caption in enumerate(unique)}
-        rows_T = np.fromiter((row_of[c] for c in captions), dtype=np.int64, count=len(captions))
-        shape = (len(captions), vectors_UF.shape[1])
-        with atomic_path(path) as temporary:
-            out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
-            allocate(temporary)
-            np.take(vectors_UF, rows_T, axis=0, out=out, mode="clip")  # the default mode would copy `out`
-            out.flush()
-            del out
-    return np.load(path, mmap_mode="r")
+        with atomic_path(source.with_suffix(".npy")) as temporary, open(temporary, "wb") as f:
+            np.save(f, vectors_UF[[row_of[c] for c in captions]].astype(np.float32, copy=False))
+        return {"captions": len(captions)}
 
 
 def text_width(tower: TextTower) -> int:
@@ -88,9 +136,19 @@ def _content(files: tuple[tuple[Path, int, int], ...]) -> str:
     return _sha256(part for path, _, _ in files for part in (path.name, sha256_file(path)))
 
 
-def _key(captions: Sequence[str], tower: TextTower, identity: str) -> str:
+def _key(captions: Iterable[str], tower: TextTower, identity: str) -> tuple[str, int]:
+    """Hash of all that shapes the vectors, and how many captions there are."""
     shape = [tower.width] if tower.name == "hashing" else [tower.pooling, tower.max_tokens]
-    return _sha256([identity, *map(str, shape), str(tower.normalise), *captions])[:32]
+    count = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal count
+        for caption in captions:
+            count += 1
+            yield caption
+
+    key = _sha256(chain([identity, *map(str, shape), str(tower.normalise)], counted()))[:32]
+    return key, count
 
 
 def _sha256(parts: Any) -> str:
@@ -206,21 +264,25 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _encode(
-    captions: list[str], tower: TextTower, batch: int, device: torch.device | str
-) -> Float32[np.ndarray, "U F"]:
+class _Transformer:
     """Captions of one token count run together: nothing is padded, so no vector depends on what ran beside it."""
-    config = _config(tower)
-    tokenizer, model = _load(tower, config, device)
-    tokens = tokenizer(captions, truncation=True, max_length=tower.max_tokens)
-    out_UF = np.empty((len(captions), config.hidden_size), dtype=np.float32)
-    with torch.inference_mode():
-        for rows in _batches([len(ids) for ids in tokens["input_ids"]], batch):
-            inputs = {name: torch.tensor([values[r] for r in rows], device=device) for name, values in tokens.items()}
-            hidden = model(**inputs).last_hidden_state
-            pooled = hidden[:, 0] if tower.pooling == "cls" else hidden.mean(dim=1)
-            out_UF[rows] = pooled.float().cpu().numpy()
-    return out_UF
+
+    def __init__(self, tower: TextTower, batch: int, device: torch.device | str):
+        self.tower, self.batch, self.device, self.config = tower, batch, device, _config(tower)
+        self.tokenizer, self.model = _load(tower, self.config, device)
+
+    def __call__(self, captions: list[str]) -> Float32[np.ndarray, "U F"]:
+        tokens = self.tokenizer(captions, truncation=True, max_length=self.tower.max_tokens)
+        out_UF = np.empty((len(captions), self.config.hidden_size), dtype=np.float32)
+        with torch.inference_mode():
+            for rows in _batches([len(ids) for ids in tokens["input_ids"]], self.batch):
+                inputs = {
+                    name: torch.tensor([values[r] for r in rows], device=self.device) for name, values in tokens.items()
+                }
+                hidden = self.model(**inputs).last_hidden_state
+                pooled = hidden[:, 0] if self.tower.pooling == "cls" else hidden.mean(dim=1)
+                out_UF[rows] = pooled.float().cpu().numpy()
+        return out_UF
 
 
 def _batches(lengths: list[int], batch: int) -> Iterator[list[int]]:
@@ -230,7 +292,7 @@ def _batches(lengths: list[int], batch: int) -> Iterator[list[int]]:
         yield from (rows[i : i + batch] for i in range(0, len(rows), batch))
 
 
-def _hash_ngrams(captions: list[str], width: int) -> Float32[np.ndarray, "U F"]:
+def _hash_ngrams(width: int) -> Callable[[list[str]], Float32[np.ndarray, "U F"]]:
     """Hashed word 1-2-grams and character 3-5-grams under a sparse random projection; mean square of an entry is one.
 
     Stateless: a caption's vector depends on nothing but the caption and `width`.
@@ -252,13 +314,13 @@ def _hash_ngrams(captions: list[str], width: int) -> Float32[np.ndarray, "U F"]:
         signs = torch.randint(2, (BUCKETS * NONZEROS,), generator=draw, dtype=torch.int8).numpy() * 2.0 - 1.0
         starts = np.arange(0, BUCKETS * NONZEROS + 1, NONZEROS, dtype=np.int32)
         projections.append(sparse.csr_array((signs * scale, columns, starts), shape=(BUCKETS, width)))
-    out_UF = np.empty((len(captions), width), dtype=np.float32)
-    for start in range(0, len(captions), HASHING_ROWS):
-        rows = slice(start, start + HASHING_ROWS)
-        block = 0.0
+
+    def encode(captions: list[str]) -> Float32[np.ndarray, "U F"]:
+        block: Any = 0.0
         for vectorizer, projection in zip(parts, projections, strict=True):
-            counts = vectorizer.transform(captions[rows])
+            counts = vectorizer.transform(captions)
             counts.data = 1 + np.log(counts.data)
             block = block + (normalize(counts) @ projection).toarray()
-        out_UF[rows] = block
-    return out_UF
+        return block.astype(np.float32)
+
+    return encode

@@ -128,7 +128,7 @@ def _start(runtime: config.Runtime) -> None:
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level="ERROR",
-                object_store_memory=256 * 2**20,
+                object_store_memory=runtime.object_store_mb * 2**20,
             )
             return
         except Exception as error:  # Ray has no class of its own for it

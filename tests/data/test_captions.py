@@ -5,8 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rmdd.config import Captions
-from rmdd.data.captions import clean
+from rmdd.config import Captions, Data
+from rmdd.data.captions import SplitCaptions, clean
+from rmdd.data.ingest import ingest
+from rmdd.data.splits import load_split
 
 GOLDEN_WORDS = [
     ("A Dog, running!  Fast.", "a dog, running fast"),
@@ -56,3 +58,16 @@ def test_parts_can_be_turned_off():
     assert clean("A Dog. #1", Captions(lowercase=False)) == "A Dog 1"
     assert clean("A Dog. #1", Captions(strip_punctuation=False)) == "a dog. #1"
     assert len(clean("w " * 99, Captions(max_words=None)).split()) == 99
+
+
+def test_what_is_embedded_is_what_a_split_holds(root, draw, put, tmp_path):
+    names = [f"{i}.png" for i in range(9)]
+    draw(*names)
+    records = [{"image": n, "caption": ["...", f"A {n}!", "Two."] if i % 3 else ["..."]} for i, n in enumerate(names)]
+    put("list.json", records)
+    for split in ("train", "val"):
+        data = Data(source="lists", root=str(root), annotations={split: "list.json"}, eval_limit=4, image_size=8)
+        dataset = ingest(data, tmp_path / split)
+        captions = SplitCaptions(dataset, split, data)
+        held = load_split(dataset, split, data, tmp_path / "cache").captions
+        assert list(captions) == held == list(captions) and len(held) == (12 if split == "train" else 8)

@@ -119,7 +119,7 @@ def test_an_equal_ingest_is_returned_as_it_is(messy, tmp_path):
     again = ingest(messy, tmp_path / "out")
     assert again.hash == first.hash
     assert {file: file.stat().st_mtime_ns for file in again.path.iterdir()} == times
-    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")] == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", "out", "root"]
 
 
 def test_a_missing_image_that_turns_up_is_taken_in(messy, draw, tmp_path):
@@ -128,25 +128,6 @@ def test_a_missing_image_that_turns_up_is_taken_in(messy, draw, tmp_path):
     after = adds_up(ingest(messy, tmp_path / "out"))
     assert after.counts["train"]["pairs"] == before.counts["train"]["pairs"] + 1
     assert "missing_file" not in after.manifest["quarantine"]
-
-
-@pytest.mark.parametrize("there_before", [False, True], ids=["no folder", "a dataset with missing images"])
-def test_of_two_ingests_side_by_side_the_first_stays(messy, draw, tmp_path, there_before):
-    out = tmp_path / "out"
-    if there_before:
-        ingest(messy, out)
-        draw("missing.png")
-    first, files = [], {}
-
-    def overtaken(function, tables):
-        yield from map(function, tables)
-        first.append(ingest(messy, out))
-        files.update({file: file.stat().st_ino for file in out.iterdir()})
-
-    second = ingest(messy, out, overtaken)
-    assert second.hash == first[0].hash and second.manifest == first[0].manifest
-    assert {file: file.stat().st_ino for file in out.iterdir()} == files
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "root"]
 
 
 def test_other_input_into_the_same_folder_is_refused(messy, put, tmp_path):
@@ -170,14 +151,27 @@ def test_a_folder_with_something_else_is_left_alone(messy, tmp_path):
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
-def test_a_failure_leaves_nothing_behind(messy, tmp_path):
-    def broken(function, tables):
-        yield function(next(iter(tables)))
+def test_a_failure_leaves_no_dataset_and_keeps_what_was_done(messy, tmp_path):
+    parts = []
+
+    def broken(make, items):
+        parts.extend(items)
+        yield make()(items[0])
         raise RuntimeError("the machine is gone")
 
+    fine = messy.model_copy(update={"shard_mb": 1e-4})
     with pytest.raises(RuntimeError):
-        ingest(messy, tmp_path / "out", broken)
-    assert [path.name for path in tmp_path.iterdir()] == ["root"]
+        ingest(fine, tmp_path / "out", broken)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", ".out.parts", "root"]
+    fresh = []
+
+    def counted(make, items):
+        for result in map(make(), items):
+            fresh.append(result["fresh"])
+            yield result
+
+    adds_up(ingest(fine, tmp_path / "out", counted))
+    assert fresh == [False] + [True] * (len(parts) - 1)
 
 
 def test_the_hash_knows_content_and_not_place(messy, tmp_path):
@@ -248,11 +242,11 @@ def test_real_slices_with_pictures_keep_five_and_six_captions(shared, root, draw
 
 @pytest.mark.ray
 def test_ray_and_plain_write_the_same_bytes(messy, ray_local, tmp_path):
-    from rmdd.runtime.stream import ray_executor
+    from rmdd.runtime.stream import over_tasks
 
     for data in (messy.model_copy(update={"shard_mb": 1e-3}), Data(scenes=Scenes(train=150, val=20, test=20, size=16))):
         plain = ingest(data, tmp_path / data.source / "plain")
-        streamed = adds_up(ingest(data, tmp_path / data.source / "ray", ray_executor(4)))
+        streamed = adds_up(ingest(data, tmp_path / data.source / "ray", over_tasks()))
         assert streamed.manifest == plain.manifest
         for file in os.listdir(plain.path):
             assert (plain.path / file).read_bytes() == (streamed.path / file).read_bytes(), file

@@ -6,6 +6,7 @@ import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast, CLIPConfig, GPT2Config, T5Config
 
 from rmdd.config import TextTower
+from rmdd.jobs import in_turn
 from rmdd.models import text
 from rmdd.models.text import embed, encoder_identity, text_width
 
@@ -87,18 +88,18 @@ def test_order_and_duplicates_do_not_matter(folder, tmp_path, name):
 
 
 def test_distinct_captions_are_encoded_once(folder, tmp_path, monkeypatch):
-    seen, encode = [], text._encode
-    monkeypatch.setattr(text, "_encode", lambda captions, *rest: seen.append(captions) or encode(captions, *rest))
+    seen, encode = [], text._Transformer.__call__
+    monkeypatch.setattr(text._Transformer, "__call__", lambda self, some: seen.append(some) or encode(self, some))
     embed(CAPTIONS, tower_of(folder), tmp_path)
     assert seen == [sorted(set(CAPTIONS))]
 
 
 def test_the_second_call_reads_the_file(folder, tmp_path, monkeypatch):
     first = embed(CAPTIONS, tower_of(folder), tmp_path)
-    monkeypatch.setattr(text, "_encode", None)
+    monkeypatch.setattr(text, "Encoder", None)
     second = embed(CAPTIONS, tower_of(folder), tmp_path)
     assert isinstance(second, np.memmap) and np.array_equal(first, second)
-    assert [p.name.startswith("text-") for p in tmp_path.iterdir()] == [True]
+    assert sorted(p.suffix for p in tmp_path.glob("text-*")) == [".lock", ".npy"]
 
 
 def test_everything_that_shapes_the_vectors_is_in_the_key(folder, tmp_path):
@@ -108,7 +109,7 @@ def test_everything_that_shapes_the_vectors_is_in_the_key(folder, tmp_path):
     embed(CAPTIONS, tower_of(folder, max_tokens=5), tmp_path)
     embed(CAPTIONS, TextTower(name="hashing", width=8), tmp_path)
     embed(CAPTIONS, TextTower(name="hashing", width=9), tmp_path)
-    assert len(list(tmp_path.iterdir())) == 6
+    assert len(list(tmp_path.glob("text-*.npy"))) == 6
 
 
 def test_the_identity_is_of_the_content_not_of_the_place(tmp_path):
@@ -132,11 +133,50 @@ def test_the_files_are_hashed_once_per_process(tmp_path, monkeypatch):
     assert encoder_identity(tower_of(here)) != first and len(hashed) == 2 * files
 
 
-def test_an_interrupted_call_leaves_nothing(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(np, "take", lambda *_, **__: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        embed(CAPTIONS, tower_of(folder), tmp_path)
-    assert not list(tmp_path.iterdir())
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(text, "BLOCK", 3)
+
+
+def test_an_interrupted_call_keeps_its_blocks(folder, small_blocks, tmp_path):
+    def stopped(make, items):
+        yield from in_turn(make, items[:2])
+        raise KeyboardInterrupt
+
+    seen = []
+
+    def counted(make, items):
+        seen.extend(items)
+        return in_turn(make, items)
+
+    with pytest.raises(KeyboardInterrupt):
+        embed(CAPTIONS, tower_of(folder), tmp_path, stream=stopped)
+    assert not list(tmp_path.glob("*.npy"))
+    vectors = embed(iter_twice(CAPTIONS), tower_of(folder), tmp_path, stream=counted)
+    assert len(seen) == 1 and not list(tmp_path.glob("*.parts"))
+    assert np.array_equal(vectors, embed(CAPTIONS, tower_of(folder), tmp_path / "whole"))
+    np.testing.assert_allclose(vectors, one_by_one(folder, "cls"), atol=1e-5)
+
+
+def iter_twice(captions):
+    """Captions that are read anew each time, as those of a dataset are."""
+
+    class Read:
+        def __iter__(self):
+            return iter(captions)
+
+    return Read()
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("name", ["folder", "hashing"])
+def test_actors_give_the_same_bits(folder, small_blocks, ray_local, tmp_path, name):
+    from rmdd.runtime.stream import over_actors
+
+    tower = TextTower(name="hashing", width=32) if name == "hashing" else tower_of(folder)
+    plain = embed(CAPTIONS, tower, tmp_path / "plain", threads=1)
+    spread = embed(CAPTIONS, tower, tmp_path / "ray", threads=1, stream=over_actors(2))
+    assert np.array_equal(plain, spread)
 
 
 def test_loading_an_encoder_moves_no_global_draw(folder, tmp_path):

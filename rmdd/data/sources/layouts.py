@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
+
+from rmdd.data.place import Place
 
 LISTS = {
     "flickr30k": ("flickr30k_{split}.json",),
@@ -25,7 +27,7 @@ _IMAGE_FOLDERS = {
 _COCO_2014 = re.compile(r"COCO_(?:train|val)2014_(\d{12}\.\w+)")
 
 
-def find_annotation(root: Path, names: Iterable[str], what: str) -> Path:
+def find_annotation(root: Place, names: Iterable[str], what: str) -> Place:
     """The first of `names` found in the root, in `annotations/` or beside the root."""
     tried = [root / folder / name for name in names for folder in _ANNOTATION_FOLDERS]
     for path in tried:
@@ -48,7 +50,7 @@ def alternatives(path: str, layout: str | None) -> list[str]:
     return found
 
 
-def read_json_file(path: Path) -> Any:
+def read_json_file(path: Place) -> Any:
     """Parsed JSON, with or without a byte-order mark. `ValueError` says what the file is instead."""
     text = read_text(path)
     try:
@@ -63,11 +65,11 @@ def read_json_file(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON: {error}") from None
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Place) -> str:
     if not path.is_file():
         raise ValueError(f"{path} not found; check data.root and the file named in the run file")
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 (byte {error.start}); convert it, e.g. with iconv -t UTF-8") from None
 

@@ -1,7 +1,8 @@
 """BLIP/LoRS lists: a JSON list per split. Train has a record per caption, val and test a record per image whose
 `caption` is a list; CC3M has a string everywhere. Both shapes are read in every split.
 
-Flickr8k is also read as it was released: a token file with three lists of image names, or Kaggle's `captions.txt`.
+Also read as they were released: Flickr8k's token file with three lists of image names, or Kaggle's `captions.txt`; and,
+with splits cut by hash, Flickr30k's token file and the `metadata.json` or `chat.json` of LLaVA's CC3M.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ import csv
 import io
 from collections.abc import Iterator
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from rmdd.config import Annotations, Data
+from rmdd.data.place import Place, place
 from rmdd.data.shards import SPLITS
 from rmdd.data.sources.layouts import LISTS, describe, find_annotation, read_json_file, read_text
 from rmdd.data.sources.row import NO_SPLIT, Row, as_captions
@@ -22,28 +23,37 @@ FLICKR8K_TOKENS = "Flickr8k.token.txt"
 FLICKR8K_LISTS = {
     split: f"Flickr_8k.{word}Images.txt" for split, word in (("train", "train"), ("val", "dev"), ("test", "test"))
 }
+FLICKR30K_TOKENS = "results_20130124.token"
 KAGGLE_CAPTIONS = "captions.txt"
+CC3M_RELEASED = ("metadata.json", "chat.json")
 
 
-def rows(data: Data) -> tuple[Iterator[Row], list[Path]]:
-    root, layout = Path(data.root or ""), data.layout
+def rows(data: Data) -> tuple[Iterator[Row], list[Place]]:
+    root, layout = place(data.root or ""), data.layout
     if isinstance(data.annotations, Annotations):
-        files: dict[str, Path] = {split: root / name for split, name in data.annotations.files.items()}
+        files: dict[str, Place] = {split: root / name for split, name in data.annotations.files.items()}
     else:
         assert layout is not None  # config.Data sees to it
         if layout == "flickr8k" and (released := _flickr8k(root)):
             return released
-        files = {}
+        files, missing = {}, []
         for split in SPLITS:
             names = [name.format(split=split) for name in LISTS[layout]]
-            files[split] = find_annotation(root, names, f"the {split} list of layout '{layout}'")
+            try:
+                files[split] = find_annotation(root, names, f"the {split} list of layout '{layout}'")
+            except ValueError as error:
+                missing.append(error)
+        if not files and (released := _released(root, layout)):
+            return released
+        if missing:
+            raise missing[0]
     lists = {split: (path, _records(path)) for split, path in files.items()}
     source = layout or "lists"
     parts = [_rows(path, records, split, source) for split, (path, records) in lists.items()]
     return chain.from_iterable(parts), list(files.values())
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
+def _records(path: Place) -> list[dict[str, Any]]:
     records = read_json_file(path)
     if not isinstance(records, list):
         karpathy = isinstance(records, dict) and "images" in records
@@ -55,7 +65,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _rows(path: Path, records: list[dict[str, Any]], split: str, source: str) -> Iterator[Row]:
+def _rows(path: Place, records: list[dict[str, Any]], split: str, source: str) -> Iterator[Row]:
     image_of: dict[Any, Any] = {}
     id_of: dict[Any, Any] = {}
     for i, record in enumerate(records):
@@ -69,7 +79,31 @@ def _rows(path: Path, records: list[dict[str, Any]], split: str, source: str) ->
         yield Row(image, as_captions(record["caption"]), split, source, f"{path.name} record {i}")
 
 
-def _flickr8k(root: Path) -> tuple[Iterator[Row], list[Path]] | None:
+def _released(root: Place, layout: str) -> tuple[Iterator[Row], list[Place]] | None:
+    """A release without splits."""
+    if layout == "flickr30k" and (path := root / FLICKR30K_TOKENS).is_file():
+        return _token_rows(path, None, layout), [path]
+    for name in CC3M_RELEASED if layout == "cc3m" else ():
+        if (root / name).is_file():
+            return _cc3m_rows(root / name), [root / name]
+    return None
+
+
+def _cc3m_rows(path: Place) -> Iterator[Row]:
+    """The raw CC3M caption: `caption` of the metadata, the answer of the chat."""
+    records = read_json_file(path)
+    if not isinstance(records, list):
+        raise ValueError(f"{path}: expected the JSON list of LLaVA's CC3M, found {describe(records)}")
+    for i, record in enumerate(records):
+        if not isinstance(record, dict) or "image" not in record or not {"caption", "conversations"} & record.keys():
+            raise ValueError(f"{path}: record {i} needs `image` and `caption` or `conversations`: {describe(record)}")
+        turns = record.get("conversations") or []
+        said = [turn.get("value") for turn in turns if isinstance(turn, dict) and turn.get("from") == "gpt"]
+        captions = (record["caption"],) if "caption" in record else tuple(said[:1])
+        yield Row(record["image"], captions, None, "cc3m", f"{path.name} record {i}")
+
+
+def _flickr8k(root: Place) -> tuple[Iterator[Row], list[Place]] | None:
     if (root / FLICKR8K_TOKENS).is_file():
         split_of: dict[str, str] = {}
         files = [root / FLICKR8K_TOKENS]
@@ -78,13 +112,13 @@ def _flickr8k(root: Path) -> tuple[Iterator[Row], list[Path]] | None:
             for line in read_text(files[-1]).splitlines():
                 if (image := line.strip()) and split_of.setdefault(image, split) != split:
                     raise ValueError(f"{files[-1]}: {image} is also in the {split_of[image]} list; remove it from one")
-        return _token_rows(files[0], split_of), files
+        return _token_rows(files[0], split_of, "flickr8k"), files
     if (root / KAGGLE_CAPTIONS).is_file():
         return _kaggle_rows(root / KAGGLE_CAPTIONS), [root / KAGGLE_CAPTIONS]
     return None
 
 
-def _token_rows(path: Path, split_of: dict[str, str]) -> Iterator[Row]:
+def _token_rows(path: Place, split_of: dict[str, str] | None, source: str) -> Iterator[Row]:
     for i, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
@@ -92,10 +126,11 @@ def _token_rows(path: Path, split_of: dict[str, str]) -> Iterator[Row]:
         image, hash_sign, _ = name.rpartition("#")
         if not tab or not hash_sign:
             raise ValueError(f"{path}: line {i} is not `<file>#<number><TAB><caption>`, found {line[:60]!r}")
-        yield Row(image, (caption,), split_of.get(image, NO_SPLIT), "flickr8k", f"{path.name} line {i}")
+        split = None if split_of is None else split_of.get(image, NO_SPLIT)
+        yield Row(image, (caption,), split, source, f"{path.name} line {i}")
 
 
-def _kaggle_rows(path: Path) -> Iterator[Row]:
+def _kaggle_rows(path: Place) -> Iterator[Row]:
     reader = csv.reader(io.StringIO(read_text(path)), strict=True)
     header = next(reader, None)
     if header is None or [name.strip() for name in header] != ["image", "caption"]:

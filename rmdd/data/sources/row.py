@@ -1,9 +1,13 @@
-"""One row of an annotation file, as found."""
+"""One row of an annotation file, as found, and what it becomes; which split it is in."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import re
+from dataclasses import dataclass, field
 from typing import Any
+
+from rmdd.data.decode import ImageError
 
 NO_SPLIT = "none"
 
@@ -38,3 +42,30 @@ class Row:
 def as_captions(value: Any) -> tuple[Any, ...]:
     """Loaders meet both a caption and a list of captions under one key."""
     return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What becomes a pair when its image can be decoded. Captions are checked."""
+
+    pair_id: str
+    captions: tuple[str, ...]
+    split: str
+    source: str
+    origin: str
+    image: bytes | ImageError = field(repr=False)
+
+
+def hash_split(path: str, fractions: tuple[float, float, float]) -> str:
+    """Split of an image by a hash of its path: it stays whatever is added or removed beside it."""
+    share = int.from_bytes(hashlib.sha256(f"rmdd split/{path}".encode()).digest()[:8], "big") / 2**64
+    return "train" if share < fractions[0] else "val" if share < fractions[0] + fractions[1] else "test"
+
+
+def named_split(path: str) -> str | None:
+    """Split that a file's name says, else the nearest folder that says one: `val/0.tar`, `test-00000.parquet`."""
+    for name in reversed(path.split("/")):
+        words = [SPLIT_NAMES[word] for word in re.split(r"[^a-z]+", name.lower()) if word in SPLIT_NAMES]
+        if words:
+            return words[0]
+    return None

@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw
@@ -128,7 +127,7 @@ class Scene:
     things: tuple[Thing, ...]
 
 
-def rows(data: Data) -> tuple[Iterator[Row], list[Path]]:
+def rows(data: Data) -> tuple[Iterator[Row], list[Any]]:
     return _rows(data.scenes), []
 
 

@@ -120,3 +120,30 @@ def test_flickr8k_from_kaggle_is_cut_by_hash(root, draw, put, tmp_path):
     put("captions.txt", "file,text\n1.jpg,x\n")
     with pytest.raises(ValueError, match="expected the header `image,caption`"):
         rows(root, layout="flickr8k")
+
+
+def test_flickr30k_as_released(root, put):
+    put("results_20130124.token", "1.jpg#0\tA dog runs .\r\n1.jpg#1\tIt runs .\r\n2.jpg#0\tA cat .\n")
+    found = rows(root, layout="flickr30k")
+    assert [(row.image, row.captions, row.split) for row in found] == [
+        ("1.jpg", ("A dog runs .",), None), ("1.jpg", ("It runs .",), None), ("2.jpg", ("A cat .",), None),
+    ]  # fmt: skip
+    put("results_20130124.token", "no token file")
+    with pytest.raises(ValueError, match="line 1 is not `<file>#<number><TAB><caption>`"):
+        rows(root, layout="flickr30k")
+
+
+def test_cc3m_as_released(root, draw, put, tmp_path):
+    draw("images/GCC_1.jpg", "images/GCC_2.jpg")
+    turns = [{"from": "human", "value": "Say it.\n<image>"}, {"from": "gpt", "value": "a quiet lane ."}]
+    put("chat.json", [{"id": "GCC_1", "image": "GCC_1.jpg", "conversations": turns}])
+    assert [(row.image, row.captions, row.split) for row in rows(root, layout="cc3m")] == [
+        ("GCC_1.jpg", ("a quiet lane .",), None)
+    ]
+    facts = {"caption": "a quiet lane .", "blip_caption": None, "url": "x"}
+    put("metadata.json", [{"id": f"GCC_{i}", "image": f"GCC_{i}.jpg"} | facts for i in (1, 2)])
+    dataset = ingest(Data(source="lists", layout="cc3m", root=str(root)), tmp_path / "out")
+    assert sum(count["pairs"] for count in dataset.counts.values()) == 2
+    put("metadata.json", [{"image": "GCC_1.jpg"}])
+    with pytest.raises(ValueError, match="record 0 needs `image` and `caption` or `conversations`"):
+        rows(root, layout="cc3m")

@@ -1,0 +1,240 @@
+"""How fast an ingest is and how much memory it takes, beside a plain loop and a torch DataLoader that do the same work.
+
+The same work: find the file, read it, decode it to be sure, hash the pair, write it to Parquet shards. Each variant
+runs in a process of its own, one after another; the peak is over the sum of PSS of all processes below it.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rmdd.files import atomic_path, write_json
+
+VARIANTS = ("loop", "loader", "rmdd", "in_turn")
+ROWS_PER_SHARD = 8192
+ROWS_PER_GROUP = 512
+FILES_PER_FOLDER = 1000
+SAMPLE_SECONDS = 0.5
+TABLE = "captions.csv"
+
+
+@dataclass(frozen=True)
+class Case:
+    """`pairs` JPEGs of `side` x `side` pixels, read by `workers` processes."""
+
+    pairs: int = 20_000
+    side: int = 32
+    seed: int = 0
+    workers: int = 2
+    object_store_mb: int = 512
+
+
+def bench_ingest(
+    case: Case, folder: Path, variants: Iterable[str] = VARIANTS, out: Path | None = None
+) -> dict[str, Any]:
+    """Measure each variant once, on the same generated pairs below `folder`; the numbers, also written to `out`."""
+    root = generate(case, folder / f"pairs-{case.pairs}-{case.side}-{case.seed}")
+    found: dict[str, Any] = {"case": asdict(case), "variants": {}}
+    for variant in variants:
+        if variant not in VARIANTS:
+            raise ValueError(f"no variant '{variant}'; there are: {', '.join(VARIANTS)}")
+        target = folder / variant
+        shutil.rmtree(target, ignore_errors=True)
+        found["variants"][variant] = _measured({"variant": variant, "case": asdict(case), "root": root, "out": target})
+        shutil.rmtree(target)
+    first = next(iter(found["variants"].values()))
+    for numbers in found["variants"].values():
+        numbers["ratio"] = round(numbers["pairs_per_s"] / first["pairs_per_s"], 3)
+    if out is not None:
+        write_json(out, found)
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """The numbers for people."""
+    case, variants = found["case"], found["variants"]
+    lines = [f"{case['pairs']} pairs of {case['side']} x {case['side']}, {case['workers']} workers"]
+    lines.append(
+        f"{'':10}{'pairs/s':>10}{'of ' + next(iter(variants)):>12}{'seconds':>10}{'start-up':>10}{'peak MiB':>10}"
+    )
+    for name, n in variants.items():
+        speed = f"{n['pairs_per_s']:>10.0f}{n['ratio']:>12.2f}{n['seconds']:>10.1f}"
+        lines.append(f"{name:10}{speed}{n['start_seconds']:>10.1f}{n['peak_mib']:>10.0f}")
+    return "\n".join(lines)
+
+
+def generate(case: Case, root: Path) -> Path:
+    """Blurred noise with one caption each, drawn from the seed; what is there is used."""
+    import torch
+    from PIL import Image
+
+    from rmdd.seeding import generator
+
+    if (root / TABLE).is_file():
+        return root
+    rows = []
+    for start in range(0, case.pairs, FILES_PER_FOLDER):
+        name = f"images/{start // FILES_PER_FOLDER:05d}"
+        (root / name).mkdir(parents=True, exist_ok=True)
+        draws = generator(case.seed, "bench ingest", start)
+        count = min(FILES_PER_FOLDER, case.pairs - start)
+        for i, small in enumerate(torch.randint(256, (count, 4, 4, 3), generator=draws, dtype=torch.uint8).numpy()):
+            path = f"{name}/{start + i:07d}.jpg"
+            Image.fromarray(small).resize((case.side, case.side)).save(root / path, "JPEG", quality=90)
+            rows.append((path, f"picture {start + i} whose first spot is {small[0, 0].tolist()}"))
+    with atomic_path(root / TABLE) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
+        csv.writer(f).writerows([("image", "caption"), *rows])
+    return root
+
+
+def pss_of_tree(root: int) -> int:
+    """Bytes of memory that a process and all below it hold, shared pages counted once."""
+    parents: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents.setdefault(int(stat.read_text().rpartition(")")[2].split()[1]), []).append(int(stat.parent.name))
+        except OSError:
+            continue
+    total, todo = 0, [root]
+    while todo:
+        pid = todo.pop()
+        todo += parents.get(pid, [])
+        try:
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        except OSError:
+            continue
+        total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+    return total
+
+
+def _measured(task: dict[str, Any]) -> dict[str, Any]:
+    began = time.perf_counter()
+    words = [sys.executable, "-m", "rmdd.bench.ingest", json.dumps(task, default=str)]
+    child = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    peak, ended = 0, threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not ended.wait(SAMPLE_SECONDS):
+            peak = max(peak, pss_of_tree(child.pid))
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    printed, _ = child.communicate()
+    ended.set()
+    sampler.join()
+    whole = time.perf_counter() - began
+    if child.returncode:
+        raise RuntimeError(f"the variant {task['variant']} failed; its message stands above")
+    found = json.loads(printed.splitlines()[-1])
+    seconds = found["seconds"]
+    return found | {
+        "pairs_per_s": round(found["pairs"] / seconds, 1),
+        "start_seconds": round(whole - seconds, 2),
+        "peak_mib": round(peak / 2**20, 1),
+    }
+
+
+def _run(task: dict[str, Any]) -> dict[str, Any]:
+    """One variant, in the process that is measured; its start and its imports are not in the seconds."""
+    case, root, out = Case(**task["case"]), Path(task["root"]), Path(task["out"])
+    if task["variant"] in ("rmdd", "in_turn"):
+        return _rmdd(case, root, out, "on" if task["variant"] == "rmdd" else "off")
+    import pyarrow.parquet  # noqa: F401
+    import torch.utils.data
+
+    began = time.perf_counter()
+    with open(root / TABLE, encoding="utf-8", newline="") as f:
+        rows = [(row["image"], row["caption"]) for row in csv.DictReader(f)]
+    samples: Any = _Samples(root, rows)
+    if task["variant"] == "loop":
+        written = _write((samples[i] for i in range(len(samples))), out)
+    else:
+        loader: Any = torch.utils.data.DataLoader(
+            samples, batch_size=ROWS_PER_GROUP, num_workers=case.workers, collate_fn=list
+        )
+        written = _write((sample for batch in loader for sample in batch), out)
+    return {"pairs": written, "seconds": round(time.perf_counter() - began, 2)}
+
+
+def _rmdd(case: Case, root: Path, out: Path, ray: Any) -> dict[str, Any]:
+    from rmdd import config
+    from rmdd.pipeline import open_pipeline
+    from rmdd.progress import Progress
+
+    runtime = config.Runtime(storage=str(out), ray=ray, num_cpus=case.workers, object_store_mb=case.object_store_mb)
+    run = config.Run(data=config.Data(source="table", root=str(root)), runtime=runtime)
+    with open_pipeline(run, Progress(quiet=True)) as pipeline:
+        began = time.perf_counter()
+        dataset = pipeline.ingest()
+        seconds = round(time.perf_counter() - began, 2)
+        pairs = sum(count["pairs"] for count in dataset.counts.values())
+        return {"pairs": pairs, "seconds": seconds, "data_hash": dataset.hash}
+
+
+class _Samples:
+    def __init__(self, root: Path, rows: list[tuple[str, str]]):
+        self.root, self.rows = root, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> tuple[str, str, bytes, bytes]:
+        from PIL import Image
+
+        name, caption = self.rows[i]
+        data = (self.root / name).read_bytes()
+        Image.open(io.BytesIO(data)).convert("RGB")
+        return name, caption, data, hashlib.sha256(data + caption.encode()).digest()
+
+
+def _write(samples: Iterator[tuple[str, str, bytes, bytes]], out: Path) -> int:
+    """Shards as a plain loop writes them; the number of pairs."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    out.mkdir(parents=True)
+    whole, writer, count = hashlib.sha256(), None, 0
+    rows: list[tuple[str, str, bytes]] = []
+    schema = pa.schema([("pair_id", pa.string()), ("image", pa.binary()), ("captions", pa.list_(pa.string()))])
+
+    def flush() -> None:
+        if rows and writer is not None:
+            names, captions, images = zip(*rows, strict=True)
+            columns = {"pair_id": list(names), "image": list(images), "captions": [[c] for c in captions]}
+            writer.write_table(pa.table(columns, schema=schema))
+            rows.clear()
+
+    for name, caption, image, digest in samples:
+        if count % ROWS_PER_SHARD == 0:
+            flush()
+            if writer is not None:
+                writer.close()
+            path = out / f"{count // ROWS_PER_SHARD:05d}.parquet"
+            writer = pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=False)
+        whole.update(digest)
+        rows.append((name, caption, image))
+        count += 1
+        if len(rows) == ROWS_PER_GROUP:
+            flush()
+    flush()
+    if writer is not None:
+        writer.close()
+    for shard in sorted(out.glob("*.parquet")):
+        with open(shard, "rb") as f:
+            hashlib.file_digest(f, "sha256")
+    return count
+
+
+if __name__ == "__main__":
+    print(json.dumps(_run(json.loads(sys.argv[1]))))

@@ -1,0 +1,62 @@
+"""Planned rows to image bytes: a picture is drawn, or its file found and read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rmdd.config import Data
+from rmdd.data.decode import ImageError
+from rmdd.data.place import Place, is_remote, place
+from rmdd.data.sources import scenes
+from rmdd.data.sources.layouts import alternatives
+from rmdd.data.sources.row import Candidate
+
+PLAN_SCHEMA = pa.schema(
+    [
+        ("pair_id", pa.string()),
+        ("captions", pa.list_(pa.string())),
+        ("split", pa.string()),
+        ("source", pa.string()),
+        ("origin", pa.string()),
+        ("drawing", pa.string()),
+    ]
+)
+
+_AT_ONCE = 32
+"""Requests under way at a remote store."""
+
+
+def candidates(plan: Path, data: Data) -> Iterator[Candidate]:
+    """The rows of one file of the plan, with their images."""
+    root = place(data.root or "")
+
+    def image_of(row: dict[str, Any]) -> bytes | ImageError:
+        try:
+            return _read(row["pair_id"], root, data) if row["drawing"] is None else scenes.draw(row["drawing"])
+        except ImageError as error:
+            return error
+
+    with pq.ParquetFile(plan) as file, ThreadPoolExecutor(_AT_ONCE) as pool:
+        for batch in file.iter_batches(batch_size=_AT_ONCE):
+            rows = batch.to_pylist()
+            images = pool.map(image_of, rows) if is_remote(data.root) else map(image_of, rows)
+            for row, image in zip(rows, images, strict=True):
+                captions = tuple(row["captions"])
+                yield Candidate(row["pair_id"], captions, row["split"], row["source"], row["origin"], image)
+
+
+def _read(path: str, root: Place, data: Data) -> bytes:
+    for name in alternatives(path, data.layout):
+        try:
+            return (root / name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            continue
+        except (OSError, ValueError) as error:  # no permission, a name too long, a null byte
+            raise ImageError("unreadable", str(error)[:200]) from None
+    raise ImageError("missing_file", "no such file under data.root")

@@ -1,0 +1,157 @@
+"""WebDataset tars as img2dataset writes them (LAION, DataComp): `key.jpg` beside `key.txt`, `key.json`, or both.
+
+A sample is a run of members whose path is the same up to the first dot of its last component. The caption is that of
+the text file, else `caption` or `captions` of the JSON. Tars are read from front to end, one sample in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from rmdd.config import Data
+from rmdd.data.decode import ImageError
+from rmdd.data.place import Place, find, place
+from rmdd.data.sources.row import Candidate, as_captions, hash_split, named_split
+from rmdd.data.tally import Tally, is_text
+
+IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2")
+MEMBER_BYTES = 2**28
+_LOOKED_AT = 64
+
+
+@dataclass
+class Sample:
+    key: str
+    members: dict[str, bytes | None] = field(default_factory=dict)
+    """By extension in lower case; None where it is larger than `MEMBER_BYTES`."""
+
+    @property
+    def image(self) -> bytes | ImageError:
+        for extension, data in self.members.items():
+            if extension in IMAGES:
+                return data or ImageError(
+                    *(("too_large", f"more than {MEMBER_BYTES} bytes") if data is None else ("truncated", "0 bytes"))
+                )
+        return ImageError("no_image", f"no image among {', '.join(self.members) or 'its members'}")
+
+    @property
+    def captions(self) -> tuple[Any, ...]:
+        """Unchecked; bytes stand for text that is not UTF-8."""
+        if text := self.members.get("txt"):
+            try:
+                return (text.decode("utf-8-sig").rstrip("\r\n"),)
+            except UnicodeDecodeError:
+                return (text,)
+        try:
+            facts = json.loads(self.members.get("json") or b"null")
+        except ValueError:
+            return ()
+        if not isinstance(facts, dict):
+            return ()
+        return as_captions(next((facts[k] for k in ("caption", "captions") if facts.get(k) is not None), ()))
+
+
+class Cut(Exception):
+    """A tar that ends, or is damaged, before its end mark."""
+
+
+class _Header(tarfile.TarInfo):
+    """tarfile takes a lost or damaged header for the end of the archive, silently."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> _Header:
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise Cut(str(error)) from None
+
+
+def files(data: Data) -> list[tuple[str, int, str | None]]:
+    """Path below the root, size and split of every tar. Raises `ValueError` when the first holds no pair."""
+    root, rule = place(data.root or ""), data.webdataset
+    found = find(root, rule.files)
+    if not found:
+        raise ValueError(f"no file under {root} matches data.webdataset.files '{rule.files}'; correct one of them")
+    _look(root / found[0][0])
+    return [(path, size, named_split(path) if rule.split_by_name else None) for path, size in found]
+
+
+def candidates(file: str, split: str | None, data: Data, tally: Tally) -> Iterator[Candidate]:
+    """The samples of one tar, in order. Where it is cut or damaged, what follows is one row of the quarantine."""
+    seen: set[str] = set()
+    try:
+        for sample in samples(place(data.root or "") / file):
+            if candidate := _candidate(sample, file, split, data, seen, tally):
+                yield candidate
+    except (Cut, tarfile.TarError, EOFError) as error:
+        tally.rows_in += 1
+        what = " ".join(str(error).split())[:160]
+        tally.reject(file, "truncated_tar", file, f"all after {len(seen)} samples is lost: {what}", 0)
+
+
+def samples(tar: Place) -> Iterator[Sample]:
+    """Raises `Cut`, `tarfile.TarError` or `EOFError` where the file ends too soon or is no tar."""
+    with tar.open("rb") as f, tarfile.open(fileobj=f, mode="r|*", tarinfo=_Header) as archive:
+        sample = None
+        for member in archive:
+            folder, _, name = member.name.removeprefix("./").rpartition("/")
+            stem, dot, extension = name.partition(".")
+            if not member.isfile() or not stem or not dot:
+                continue
+            key = f"{folder}/{stem}" if folder else stem
+            if sample is None or sample.key != key:
+                if sample is not None:
+                    yield sample
+                sample = Sample(key)
+            content = archive.extractfile(member) if member.size <= MEMBER_BYTES else None
+            sample.members.setdefault(extension.lower(), None if content is None else content.read())
+        if sample is not None:
+            yield sample
+
+
+def _candidate(
+    sample: Sample, file: str, split: str | None, data: Data, seen: set[str], tally: Tally
+) -> Candidate | None:
+    captions, image, origin = sample.captions, sample.image, f"{file} {sample.key}"
+    tally.rows_in += 1
+    tally.captions_in += len(captions)
+    if not is_text(sample.key):
+        tally.reject(sample.key, "no_path", origin, "its name is not UTF-8", len(captions))
+        return None
+    pair_id = f"{file}/{sample.key}"
+    if sample.key in seen:
+        tally.reject(pair_id, "duplicate_key", origin, "an earlier sample of this tar has its key", len(captions))
+        return None
+    seen.add(sample.key)
+    kept: dict[str, None] = {}
+    tally.keep_captions(kept, captions, pair_id, origin)
+    if not kept:
+        tally.reject(pair_id, "no_caption", origin, f"none among {', '.join(sample.members)}", 0)
+        return None
+    own = split or hash_split(pair_id, data.split_fractions)
+    return Candidate(pair_id, tuple(kept), own, "webdataset", origin, image)
+
+
+def _look(tar: Place) -> None:
+    """Stop at once where the layout is another."""
+    extensions: set[str] = set()
+    try:
+        for number, sample in enumerate(samples(tar)):
+            extensions |= sample.members.keys()
+            if sample.captions and not isinstance(sample.image, ImageError):
+                return
+            if number == _LOOKED_AT:
+                break
+    except (Cut, tarfile.TarError, EOFError) as error:
+        if not extensions:
+            raise ValueError(f"{tar} is not a tar file: {error}; correct data.webdataset.files") from None
+    raise ValueError(
+        f"{tar}: none of its first samples has an image ({', '.join(IMAGES[:4])}, ...) beside a caption (txt, or json "
+        f"with `caption`); found members of type {', '.join(sorted(extensions)) or 'none'}"
+    )

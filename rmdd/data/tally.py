@@ -1,0 +1,77 @@
+"""Counting what comes in, what is kept and why the rest is not, so that a manifest adds up."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Tally:
+    """Counts, and an entry of the quarantine for everything that is left out."""
+
+    rows_in: int = 0
+    rows_merged: int = 0
+    captions_in: int = 0
+    quarantine: Counter[str] = field(default_factory=Counter)
+    captions_dropped: Counter[str] = field(default_factory=Counter)
+    entries: list[dict[str, Any]] = field(default_factory=list)
+
+    def reject(self, file: Any, reason: str, origin: str, detail: str, captions: int) -> None:
+        """Leave out a row with all its captions."""
+        self.quarantine[reason] += 1
+        self.captions_dropped["image_quarantined"] += captions
+        self._enter("pair", file, reason, origin, detail)
+
+    def keep_captions(self, kept: dict[str, None], found: Iterable[Any], file: str, origin: str) -> None:
+        """Add to `kept` what is text, not blank and new; drop the rest."""
+        for caption in found:
+            if not isinstance(caption, str) or not is_text(caption):
+                self._drop(file, "caption_not_text", origin, caption)
+            elif not caption.strip():
+                self._drop(file, "empty_caption", origin, caption)
+            elif caption in kept:
+                self._drop(file, "duplicate_caption", origin, caption)
+            else:
+                kept[caption] = None
+
+    def counts(self) -> dict[str, Any]:
+        """All but the entries, as plain values."""
+        return {
+            "rows_in": self.rows_in,
+            "rows_merged": self.rows_merged,
+            "captions_in": self.captions_in,
+            "quarantine": dict(self.quarantine),
+            "captions_dropped": dict(self.captions_dropped),
+        }
+
+    def add(self, counts: dict[str, Any]) -> None:
+        """What `counts()` of another tally gave."""
+        self.rows_in += counts["rows_in"]
+        self.rows_merged += counts["rows_merged"]
+        self.captions_in += counts["captions_in"]
+        self.quarantine.update(counts["quarantine"])
+        self.captions_dropped.update(counts["captions_dropped"])
+
+    def _drop(self, file: str, reason: str, origin: str, caption: Any) -> None:
+        self.captions_dropped[reason] += 1
+        self._enter("caption", file, reason, origin, _shown(caption))
+
+    def _enter(self, what: str, file: Any, reason: str, origin: str, detail: str) -> None:
+        shown = file if isinstance(file, str) and is_text(file) else _shown(file)
+        self.entries.append({"what": what, "file": shown, "reason": reason, "origin": origin, "detail": detail})
+
+
+def is_text(value: str) -> bool:
+    """JSON can hold halves of surrogate pairs, which no UTF-8 file can."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _shown(value: Any) -> str:
+    return ascii(value)[:120] if not isinstance(value, str) or not is_text(value) else repr(value)[:120]

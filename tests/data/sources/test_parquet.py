@@ -1,0 +1,93 @@
+import io
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from rmdd.config import Data, Parquet
+from rmdd.data.ingest import ingest
+
+
+def picture(seed):
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+def write(path, images, captions, groups=None, **columns):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"image": images, "caption": captions, **columns}), path, row_group_size=groups)
+
+
+def held(root, **rule):
+    rest = {name: rule.pop(name) for name in ("shard_mb",) if name in rule}
+    return Data(source="parquet", root=str(root), parquet=Parquet(**rule), **rest)
+
+
+def pairs(dataset):
+    return {split: {p.pair_id: p.captions for p in dataset.pairs(split)} for split in ("train", "val", "test")}
+
+
+def test_the_layout_of_hugging_face(root, tmp_path):
+    inside = [{"bytes": picture(i), "path": f"{i}.png"} for i in range(5)]
+    write(root / "data" / "train-00000-of-00002.parquet", inside[:2], ["one", "two"])
+    write(root / "data" / "train-00001-of-00002.parquet", inside[2:3], ["three"])
+    write(root / "data" / "validation-00000-of-00001.parquet", inside[3:4], ["four"])
+    write(root / "data" / "test-00000-of-00001.parquet", inside[4:], ["five"])
+    dataset = ingest(held(root), tmp_path / "out")
+    assert pairs(dataset) == {
+        "train": {
+            "data/train-00000-of-00002.parquet/00000000": ("one",),
+            "data/train-00000-of-00002.parquet/00000001": ("two",),
+            "data/train-00001-of-00002.parquet/00000000": ("three",),
+        },
+        "val": {"data/validation-00000-of-00001.parquet/00000000": ("four",)},
+        "test": {"data/test-00000-of-00001.parquet/00000000": ("five",)},
+    }
+    assert [p.image for p in dataset.pairs("train")] == [picture(i) for i in range(3)]
+
+
+def test_columns_by_name_with_a_split_column_and_bad_rows(root, tmp_path):
+    table = {
+        "img": pa.array([picture(0), picture(1), None, b"no image", picture(4), picture(5)], pa.large_binary()),
+        "texts": [["a", "b"], ["c", None], ["d"], ["e", "f"], [], ["g"]],
+        "part": ["train", "dev", "train", "train", "test", "nowhere"],
+    }
+    pq.write_table(pa.table(table), root / "train.parquet")
+    dataset = ingest(held(root, image="img", caption="texts", split="part"), tmp_path / "out")
+    assert pairs(dataset) == {
+        "train": {"train.parquet/00000000": ("a", "b")}, "val": {"train.parquet/00000001": ("c",)}, "test": {},
+    }  # fmt: skip
+    assert dataset.manifest["quarantine"] == {"no_caption": 1, "no_image": 1, "no_split": 1, "undecodable": 1}
+    assert dataset.manifest["captions_dropped"] == {"caption_not_text": 1, "image_quarantined": 4}
+    assert dataset.manifest["rows_in"] == 6 and dataset.manifest["captions_in"] == 8
+
+
+def test_a_big_file_is_read_in_slices(root, tmp_path):
+    images, captions = [picture(i) for i in range(40)], [f"caption {i}" for i in range(40)]
+    write(root / "all.parquet", images, captions, groups=4)
+    sliced = ingest(held(root, shard_mb=2000 / 2**20), tmp_path / "sliced")
+    assert len({shard["file"].split("-")[1] for shard in sliced.manifest["shards"]}) > 3
+    whole = ingest(held(root), tmp_path / "whole")
+    assert pairs(whole) == pairs(sliced) and sum(len(p) for p in pairs(whole).values()) == 40
+    assert whole.hash == sliced.hash
+    by_id = {p.pair_id: (p.image, p.captions) for s in ("train", "val", "test") for p in whole.pairs(s)}
+    assert by_id == {f"all.parquet/{i:08d}": (images[i], (captions[i],)) for i in range(40)}
+
+
+def test_what_cannot_be_read_stops_at_once(root, tmp_path):
+    write(root / "a.parquet", [picture(0)], ["x"])
+    for rule, words in {
+        ("pixels", "caption"): "has no column 'pixels' but image, caption; set data.parquet.image",
+        ("image", "image"): "column 'image' is binary, expected text or a list of texts; set data.parquet.caption",
+        ("caption", "caption"): "column 'caption' is string, expected .bytes, path. or binary",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            ingest(held(root, image=rule[0], caption=rule[1]), tmp_path / "out")
+    (root / "a.parquet").write_bytes((root / "a.parquet").read_bytes()[:-9])
+    with pytest.raises(ValueError, match="a.parquet is not a whole Parquet file: .*fetch it again"):
+        ingest(held(root), tmp_path / "out")
+    with pytest.raises(ValueError, match="no file under .* matches data.parquet.files 'b"):
+        ingest(held(root, files="b*.parquet"), tmp_path / "out")

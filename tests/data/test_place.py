@@ -1,0 +1,118 @@
+import fsspec
+import pytest
+
+from rmdd.config import ConfigError, Data, load
+from rmdd.data.ingest import ingest
+from rmdd.data.place import Remote, find, place
+
+
+@pytest.fixture
+def memory():
+    """A store in memory that pyarrow knows nothing of."""
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    yield fs
+    fs.store.clear()
+
+
+def upload(fs, root, bucket):
+    for file in root.rglob("*"):
+        if file.is_file():
+            fs.pipe(f"/{bucket}/{file.relative_to(root).as_posix()}", file.read_bytes())
+
+
+@pytest.fixture
+def mine(root, draw, put):
+    draw("a.png", "sub/b.png", "c d#1.png")
+    put("annotations/train.json", [{"image": n, "caption": n} for n in ("a.png", "sub/b.png", "c d#1.png", "gone.png")])
+    return Data(source="lists", root=str(root), annotations={"train": "annotations/train.json"})
+
+
+def test_every_place_gives_the_same_dataset(mine, root, memory, tmp_path):
+    upload(memory, root, "bucket/deep")
+    local = ingest(mine, tmp_path / "local")
+    assert local.counts["train"]["pairs"] == 3 and local.manifest["quarantine"] == {"missing_file": 1}
+    for scheme, uri in {"file": f"file://{root}", "memory": "memory://bucket/deep/"}.items():
+        there = ingest(mine.model_copy(update={"root": uri}), tmp_path / scheme)
+        assert there.hash == local.hash and there.manifest["quarantine"] == {"missing_file": 1}
+        assert ingest(mine.model_copy(update={"root": uri}), tmp_path / scheme).manifest == there.manifest
+
+
+def test_a_bucket_of_s3(mine, root, tmp_path, monkeypatch):
+    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    try:
+        for name, value in {
+            "AWS_ACCESS_KEY_ID": "id",
+            "AWS_SECRET_ACCESS_KEY": "key",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }.items():
+            monkeypatch.setenv(name, value)
+        from pyarrow import fs
+
+        s3 = fs.S3FileSystem(
+            endpoint_override=f"{host}:{port}", scheme="http", region="us-east-1", allow_bucket_creation=True
+        )
+        s3.create_dir("bucket")
+        for file in root.rglob("*.*"):
+            with s3.open_output_stream(f"bucket/deep/{file.relative_to(root).as_posix()}") as out:
+                out.write(file.read_bytes())
+        uri = "s3://bucket/deep?region=us-east-1"
+        assert find(place(uri), "**/*.json")[0][0] == "annotations/train.json"
+        there = ingest(mine.model_copy(update={"root": uri}), tmp_path / "s3")
+        assert there.hash == ingest(mine, tmp_path / "local").hash
+    finally:
+        server.stop()
+
+
+def test_files_are_found_by_pattern_on_every_store(root, memory):
+    for name in ("a-000.tar", "a-001.tar", "a-002.tar", "deep/er/b.tar", "c.txt"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x" * len(name))
+    upload(memory, root, "bucket")
+    for where in (place(str(root)), place("memory://bucket")):
+        assert [name for name, _ in find(where, "**/*.tar")] == ["a-000.tar", "a-001.tar", "a-002.tar", "deep/er/b.tar"]
+        assert find(where, "*.tar") == [(f"a-{i:03d}.tar", 9) for i in range(3)]
+        assert find(where, "a-{001..002}.tar::c.{txt,txt}") == [("a-001.tar", 9), ("a-002.tar", 9), ("c.txt", 5)]
+        with pytest.raises(ValueError, match=r"a-003.tar is not there but 'a-\{000..003\}.tar' names it"):
+            find(where, "a-{000..003}.tar")
+
+
+def test_a_place_travels_and_knows_its_parts(memory):
+    import pickle
+
+    memory.pipe("/bucket/annotations/x.json", b"[]")
+    where = pickle.loads(pickle.dumps(place("memory://bucket/images")))
+    file = where / "../annotations/x.json"
+    assert isinstance(where, Remote) and str(file).endswith("bucket/annotations/x.json")
+    assert (file.name, file.stem, file.suffix) == ("x.json", "x", ".json")
+    assert file.is_file() and not where.is_file() and (where / "../annotations").is_dir()
+    assert file.read_bytes() == b"[]"
+
+
+def test_places_that_cannot_be_read_are_told(tmp_path):
+    for root, words in {
+        "nonsense://bucket": "nonsense://bucket cannot be opened: .*fsspec",
+        "memory://nothing-here": "is not a folder",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            ingest(Data(source="table", root=root), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://id:hunter2@bucket/x",
+        "s3://bucket/x?secret_key=hunter2",
+        "hdfs://me:hunter2@host/x",
+        "gs://b?access_token=hunter2",
+    ],
+)
+def test_credentials_do_not_belong_into_a_run_file(uri):
+    with pytest.raises(ConfigError, match="holds a password or key") as error:
+        load({"data": {"source": "table", "root": uri}})
+    assert "hunter2" not in str(error.value)
+    load({"data": {"source": "table", "root": "hdfs://me@host:9000/x?replication=1"}})
