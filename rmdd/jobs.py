@@ -95,6 +95,7 @@ def spared(task: Task, item: Any, hooks: Hooks) -> Any:
         return Failed(reason, socket.gethostname(), isinstance(error, RuntimeError | OSError | MemoryError))
 
 
+@runtime_checkable
 class Mapper(Protocol):
     """Who does a list of items."""
 
