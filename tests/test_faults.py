@@ -106,11 +106,13 @@ def test_a_phase_goes_on_after_a_full_disk(disk, store, tmp_path):
     toy.assert_same_results(disk.folder / "phase", tmp_path / "unbroken")
 
 
-def test_a_cache_that_does_not_fit_is_an_error_and_kills_nobody(disk):
-    tower = config.TextTower(name="hashing", width=2048)
+def test_a_cache_that_does_not_fit_is_an_error_and_kills_nobody(disk, tmp_path):
+    tower, captions = config.TextTower(name="hashing", width=2048), ["one", "two"] * 50
     with disk.full(), pytest.raises(OSError, match=NO_ROOM):
-        embed(["one", "two"] * 50, tower, disk.folder / "cache")
-    assert not [p for p in (disk.folder / "cache").iterdir()]
+        embed(captions, tower, disk.folder / "cache")
+    assert not [p for p in (disk.folder / "cache").rglob("*") if p.suffix in (".npy", ".tmp")]
+    whole = embed(captions, tower, tmp_path / "whole")
+    assert (embed(captions, tower, disk.folder / "cache") == whole).all()
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ def test_only_runtime_imports_ray(module):
     assert [name for name in imported(MODULES[module]) if within(name, "ray")] == []
 
 
-def test_only_the_pipeline_calls_runtime_and_only_inside_functions():
+def test_only_the_crew_calls_runtime_and_only_inside_functions():
     for module in MODULES.keys() - RUNTIME:
         tree = MODULES[module]
         lazy = lazy_part(tree)
@@ -56,7 +56,7 @@ def test_only_the_pipeline_calls_runtime_and_only_inside_functions():
             for node in ast.walk(tree)
             if isinstance(node, ast.Import | ast.ImportFrom) and any(within(n, "rmdd.runtime") for n in imported(node))
         ]
-        assert not nodes or module == "rmdd.pipeline", module
+        assert not nodes or module == "rmdd.crew", module
         assert all(node in lazy for node in nodes), f"{module} imports rmdd.runtime at its top"
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from rmdd import config
+from rmdd.crew import open_crew
 from rmdd.distill import similarity
 from rmdd.distill.matching import save_set
 from rmdd.distill.synthetic import Synthetic
@@ -24,7 +25,6 @@ from rmdd.experts.train import begin_store, expert_model
 from rmdd.files import write_json
 from rmdd.jobs import Executor, Hooks, InTurn
 from rmdd.models.text import text_width
-from rmdd.pipeline import open_executor
 from rmdd.progress import Progress
 from rmdd.seeding import generator
 from rmdd.tasks import Item, Places, phase
@@ -60,9 +60,9 @@ def bench_phases(case: Case, counts: Sequence[int], repeats: int, out: Path | No
                 before = os.getloadavg()[0]
                 in_turn = _measure(InTurn(1), _items(run, folder / "in-turn"))
                 began = time.perf_counter()
-                with open_executor(run.runtime, folder / "events.jsonl", Progress(quiet=True)) as (executor, _):
+                with open_crew(run.runtime, folder / "events.jsonl", Progress(quiet=True)) as crew:
                     started = time.perf_counter() - began
-                    side = _measure(executor, _items(run, folder / "side-by-side"))
+                    side = _measure(crew.executor, _items(run, folder / "side-by-side"))
                 side["ray"] = side["workers"] + started
                 rows.append({"phases": count, "load": before, "in_turn": in_turn, "side_by_side": side})
     found = {"case": asdict(case), "cpus": os.cpu_count(), "rows": rows, "ratios": ratios(rows)}

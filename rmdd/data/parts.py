@@ -80,7 +80,8 @@ class PartWriter:
         """Fields of a `Part` in; its number, how many pairs it holds, and whether it was written now."""
         part = Part(**item)
         try:
-            self.storage.fetch(self.folders.path, re.compile(rf"\b{part.number:05d}\.(parquet|jsonl?)\b").search)
+            own = re.compile(rf"\b{part.number:05d}\.(parquet|jsonl?)\b")
+            self.storage.fetch(self.folders.path, lambda name: own.search(name) is not None)
             record = self._finished(part)
             fresh = record is None
             record = record or self._write(part)
