@@ -141,7 +141,7 @@ def test_a_killed_sweep_goes_on(swept, tmp_path):
     process.kill()
     process.wait()
     begun = {path: path.stat().st_mtime_ns for path in made}
-    (folder,) = tmp_path.glob("runs/sweeps/*")
+    (folder,) = tmp_path.glob("runs/sweeps/*/")
     done = subprocess.run([*rmdd_, "resume", str(folder), "--json"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["runs"]
