@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -78,6 +79,7 @@ def _answer(work: Callable[[Values], Values], row: dict[str, str]) -> dict[str, 
 def _run(items: Sequence[Values], over: Callable[[Any], Any]) -> Iterator[Values]:
     import ray.data
     from ray.exceptions import RayActorError, WorkerCrashedError
+    from ray.util.annotations import RayDeprecationWarning
 
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised here
     context = ray.data.DataContext.get_current()
@@ -86,7 +88,9 @@ def _run(items: Sequence[Values], over: Callable[[Any], Any]) -> Iterator[Values
     context.print_on_execution_start = False
     context.use_datasource_v2 = False
     rows = [{"value": json.dumps(item)} for item in items]
-    answers = over(ray.data.from_items(rows, override_num_blocks=len(rows)))
+    with warnings.catch_warnings():  # Ray 2.60 has no other way to bound how often workers are replaced
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        answers = over(ray.data.from_items(rows, override_num_blocks=len(rows)))
     try:
         for batch in answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             for text in batch["value"].to_pylist():
