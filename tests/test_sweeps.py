@@ -152,6 +152,20 @@ def test_a_killed_sweep_goes_on(swept, tmp_path):
     assert bits[0] == bits[1] and len(bits[0]) == 4
 
 
+def test_a_sweep_at_a_uri_goes_on_on_another_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
+    uri = f"file://{tmp_path}/bucket"
+    found = rmdd.sweep(tiny(uri), {"evaluate.epochs": [1, 2]}, progress=QUIET)
+    address = f"{uri}/sweeps/{found.folder.name}"
+    assert all(row["folder"].startswith(uri) for row in found.runs) and not found.failed
+    before = {part: stamps(tmp_path / "bucket" / part) for part in ("data", "experts", "phases", "baselines")}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    again = CliRunner().invoke(cli.app, ["resume", address, "--json", "--quiet"])
+    assert again.exit_code == 0, again.stderr
+    assert json.loads(again.stdout)["runs"] == found.runs and json.loads(again.stdout)["sweep"] == address
+    assert {part: stamps(tmp_path / "bucket" / part) for part in before} == before
+
+
 def test_a_run_that_fails_is_told_and_stops_no_other(tmp_path):
     listed = [{"distill.lr_image": 1.0}, {"distill.lr_image": 1e38, "distill.guard.retries": 0}]
     found = rmdd.sweep(tiny(tmp_path), {}, settings=listed, progress=QUIET)
