@@ -57,7 +57,7 @@ def run_of(case: Case, way: str, storage: Path) -> config.Run:
                 "width": 32,
             },
             "experts": {"num": case.experts, "epochs": case.epochs, "batch": 32, "augment": {"randaugment_ops": 0}},
-            "distill": {"budget": 20, "phases": [{"pairs": 10, "stop": 1, "endpoint": 1}]},
+            "distill": {"budget": 20, "batch": 10, "phases": [{"pairs": 10, "stop": 1, "endpoint": 1}]},
             "runtime": {
                 "storage": str(storage),
                 "ray": "off" if way == "in_turn" else "on",

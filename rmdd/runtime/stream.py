@@ -48,23 +48,29 @@ def over_actors(actors: int, cpus: float = 1.0, gpus: float = 0.0, restarts: int
             return
         from ray.data import ActorPoolStrategy
 
-        class Worker:
-            def __init__(self) -> None:
-                self.work = make()
-
-            def __call__(self, row: dict[str, str]) -> dict[str, str]:
-                return _answer(self.work, row)
-
         pool = ActorPoolStrategy(size=min(actors, len(items)))
         options = {"max_restarts": restarts, "max_task_retries": restarts}
         yield from _run(
             items,
             lambda data: data.map(
-                Worker, compute=pool, num_cpus=cpus, num_gpus=gpus, ray_remote_args_fn=lambda: options
+                _Worker,
+                fn_constructor_args=(make,),
+                compute=pool,
+                num_cpus=cpus,
+                num_gpus=gpus,
+                ray_remote_args_fn=lambda: options,
             ),
         )
 
     return stream
+
+
+class _Worker:
+    def __init__(self, make: Callable[[], Callable[[Values], Values]]):
+        self.work = make()
+
+    def __call__(self, row: dict[str, str]) -> dict[str, str]:
+        return _answer(self.work, row)
 
 
 def _answer(work: Callable[[Values], Values], row: dict[str, str]) -> dict[str, str]:
