@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import rmdd
 from rmdd import cli, config
+from rmdd.distill.matching import finished
 from rmdd.jobs import Interrupted, InTurn
 from rmdd.pipeline import run_folder
 from rmdd.progress import Progress
@@ -135,7 +136,8 @@ def test_a_killed_sweep_goes_on(swept, tmp_path):
     sets = [word for change in METHODS for word in ("--set", change)]
     rmdd_ = [sys.executable, "-m", "rmdd"]
     process = subprocess.Popen([*rmdd_, "sweep", str(tmp_path / "run.yaml"), *over, *sets, "--quiet"])
-    while len(made := list(tmp_path.glob("runs/phases/*/phase-0/set-*"))) < 2:
+    sets_made = "runs/phases/*/phase-0/set-*"
+    while len(made := [p for p in tmp_path.glob(sets_made) if finished(p.parent, 3)]) < 2:
         assert process.poll() is None, "it ended before it was killed"
         time.sleep(0.02)
     process.kill()
