@@ -16,7 +16,7 @@ os.environ.update(
         "RAY_memory_monitor_refresh_ms": "0",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
         "RAY_DATA_USE_DATASOURCE_V2": "0",
-        "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "60",
+        "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "300",
         "RAY_AIR_NEW_OUTPUT": "0",
     }
 )
