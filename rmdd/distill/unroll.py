@@ -317,7 +317,8 @@ class _Path:
 def _pairs_at(synthetic: Synthetic, index: Int[Tensor, " B"]) -> dict[str, Tensor]:
     parts = similarity.gather(synthetic.similarity, index)
     named = {"images": synthetic.images[index], "texts": synthetic.texts[index]}
-    return named | {f"similarity.{n}": t for n, t in parts.items()}
+    named |= {f"similarity.{n}": t for n, t in parts.items()}
+    return {n: t.detach() for n, t in named.items()}  # a scalar diagonal is the set's own tensor
 
 
 def _target(synthetic: Synthetic, pairs: dict[str, Tensor]) -> Float[Tensor, "B B"]:
