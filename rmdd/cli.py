@@ -1,20 +1,14 @@
 """The command line: words to functions. Heavy modules are imported by the command that needs them."""
 
-import contextlib
-import json
-import math
-import os
-import shlex
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rmdd import config
+from rmdd.bench.cli import bench
+from rmdd.command import Debug, Json, Quiet, Sets, Source, do, load, load_folder, outcome, print_json, stop_on_sigterm
 
 if TYPE_CHECKING:
     from rmdd.pipeline import Pipeline
@@ -27,15 +21,7 @@ app = typer.Typer(
     help="Distil image-text data into a few hundred synthetic pairs. Start with `rmdd demo`.",
     epilog="Exit codes: 0 done, 1 a run failed, 2 a run file cannot be used, 130 stopped (a resumable run says how).",
 )
-
-Source = Annotated[str, typer.Argument(metavar="CONFIG", help="A preset's name or a YAML file.")]
-Sets = Annotated[
-    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a field, such as distill.phases.0.pairs=20.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, and nothing else there.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Step = Callable[["Pipeline"], dict[str, Any]]
+app.add_typer(bench, name="bench")
 
 
 @app.command()
@@ -48,13 +34,13 @@ def demo(
 ) -> None:
     """Distil drawn scenes on this machine, in minutes, and print how well it went."""
     sets = [*(set_ or []), *([f"runtime.storage={storage}"] if storage else [])]
-    _do(lambda: _load("demo", sets), _everything, json, quiet, debug)
+    do(lambda: load("demo", sets), _everything, json, quiet, debug)
 
 
 @app.command()
 def init(file: Annotated[Path, typer.Argument(help="The YAML file to write.")]) -> None:
     """Write a run file with every key, its default and its meaning."""
-    with _outcome():
+    with outcome():
         from rmdd.files import atomic_path
         from rmdd.template import template
 
@@ -68,8 +54,8 @@ def init(file: Annotated[Path, typer.Argument(help="The YAML file to write.")]) 
 @app.command()
 def check(source: Source, set_: Sets = None, json: Json = False, debug: Debug = False) -> None:
     """Say what a run would do and cost; touch nothing."""
-    with _outcome(debug):
-        run = _load(source, set_ or [])
+    with outcome(debug):
+        run = load(source, set_ or [])
         from rmdd.check import examine
 
         try:
@@ -77,7 +63,7 @@ def check(source: Source, set_: Sets = None, json: Json = False, debug: Debug = 
         except ValueError as error:
             raise config.ConfigError([str(error)], source) from error
         if json:
-            _print_json(facts)
+            print_json(facts)
         else:
             from rmdd import console
 
@@ -89,37 +75,37 @@ def check(source: Source, set_: Sets = None, json: Json = False, debug: Debug = 
 @app.command()
 def ingest(source: Source, set_: Sets = None, json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
     """Bring the pairs in: shards, a manifest and a quarantine."""
-    _do(lambda: _load(source, set_ or []), _ingest, json, quiet, debug)
+    do(lambda: load(source, set_ or []), _ingest, json, quiet, debug, check=False)
 
 
 @app.command()
 def experts(source: Source, set_: Sets = None, json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
     """Train the experts that are missing."""
-    _do(lambda: _load(source, set_ or []), _experts, json, quiet, debug)
+    do(lambda: load(source, set_ or []), _experts, json, quiet, debug)
 
 
 @app.command()
 def distill(source: Source, set_: Sets = None, json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
     """Distil the phases that are not finished."""
-    _do(lambda: _load(source, set_ or []), _distill, json, quiet, debug)
+    do(lambda: load(source, set_ or []), _distill, json, quiet, debug)
 
 
 @app.command()
 def evaluate(source: Source, set_: Sets = None, json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
     """Train students, choose on val, read test once."""
-    _do(lambda: _load(source, set_ or []), _evaluate, json, quiet, debug)
+    do(lambda: load(source, set_ or []), _evaluate, json, quiet, debug)
 
 
 @app.command()
 def report(source: Source, set_: Sets = None, json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
     """Write the distilled set and its page."""
-    _do(lambda: _load(source, set_ or []), _report, json, quiet, debug)
+    do(lambda: load(source, set_ or []), _report, json, quiet, debug)
 
 
 @app.command("run")
 def run_(source: Source, set_: Sets = None, json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
     """All steps, in order; what is there already is used."""
-    _do(lambda: _load(source, set_ or []), _everything, json, quiet, debug)
+    do(lambda: load(source, set_ or []), _everything, json, quiet, debug)
 
 
 @app.command()
@@ -130,7 +116,7 @@ def resume(
     debug: Debug = False,
 ) -> None:
     """Go on with a run where it stopped."""
-    _do(lambda: _load_folder(folder), _everything, json, quiet, debug)
+    do(lambda: load_folder(folder), _everything, json, quiet, debug)
 
 
 @app.command()
@@ -139,7 +125,7 @@ def presets(
     whole: Annotated[bool, typer.Option("--whole", help="Print it with the values of what it extends.")] = False,
 ) -> None:
     """List the run files that come with rmdd, or print one."""
-    with _outcome():
+    with outcome():
         names = config.preset_names()
         if name is not None and name not in names:
             raise config.ConfigError([config.no_preset(name)], "presets")
@@ -157,7 +143,7 @@ def methods(
     name: Annotated[str | None, typer.Argument(help="Tell all about this one.")] = None, json: Json = False
 ) -> None:
     """List the methods that a run file can name, or tell about one."""
-    with _outcome():
+    with outcome():
         from rmdd.methods.about import about, listing
 
         try:
@@ -165,7 +151,7 @@ def methods(
         except ValueError as error:
             raise config.ConfigError([str(error)], "methods") from error
         if json:
-            _print_json(facts)
+            print_json(facts)
             return
         from rmdd import console
 
@@ -181,89 +167,9 @@ def version() -> None:
     typer.echo(rmdd.__version__)
 
 
-bench = typer.Typer(help="Measure the engine of matching.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(bench, name="bench")
-
-
-@bench.command("step")
-def bench_step(
-    tower: Annotated[str, typer.Option(help="convnet or a timm model, with random weights.")] = "convnet",
-    widths: Annotated[str, typer.Option(help="convnet: channels of its blocks.")] = "64,64,64",
-    image_size: Annotated[int, typer.Option(help="Side of the pictures.")] = 64,
-    pairs: Annotated[int, typer.Option(help="Synthetic pairs M.")] = 100,
-    batch: Annotated[int, typer.Option(help="Pairs B of an inner step.")] = 20,
-    steps: Annotated[int, typer.Option(help="Inner steps K.")] = 8,
-    loss: Annotated[str, typer.Option(help="The student's loss.")] = "wbce",
-    similarity: Annotated[str, typer.Option(help="full, low_rank or identity.")] = "full",
-    yardsticks: Annotated[str, typer.Option(help="Which of whole_unroll, published, published_rebuilt.")] = (
-        "whole_unroll,published,published_rebuilt"
-    ),
-    options: Annotated[
-        list[str] | None, typer.Option("--engine", help="An engine to compare, such as bfloat16,recompute; repeat it.")
-    ] = None,
-    method: Annotated[
-        list[str] | None, typer.Option(help="Also the step of a method, such as repblend; repeat it.")
-    ] = None,
-    repeats: Annotated[int, typer.Option(help="Timed iterations of each variant.")] = 20,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    memory: Annotated[bool, typer.Option(help="Measure peak memory too.")] = True,
-    out: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
-    json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Time one iteration of matching and its memory against plain autograd and the published two-pass loop."""
-    with _outcome(debug):
-        from rmdd.bench import step
-
-        case = step.Case(
-            tower=tower,
-            widths=tuple(int(w) for w in widths.split(",")),
-            image_size=image_size,
-            pairs=pairs,
-            batch=batch,
-            steps=steps,
-            loss=loss,
-            similarity=similarity,  # type: ignore[arg-type]
-            threads=threads,
-            device=device,
-        )
-        engines = {name: step.engine_of(name) for name in ["", *(options or [])]}
-        chosen = step.variants(engines=engines, yardsticks=step.yardsticks_of(yardsticks), of_methods=method or [])
-        found = step.bench_step(case, chosen, repeats, out, memory)
-    if json:
-        _print_json(found)
-    else:
-        typer.echo(step.table(found))
-
-
-@bench.command("estimator")
-def bench_estimator(
-    source: Source,
-    set_: Sets = None,
-    phase: Annotated[int, typer.Option(help="The phase to follow.")] = 0,
-    iterations: Annotated[int, typer.Option(help="Outer iterations to follow it for.")] = 100,
-    every: Annotated[int, typer.Option(help="Iterations between comparisons.")] = 10,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Compare the first-order meta-gradient with the exact one along a run: cosine and norm ratio."""
-
-    def compare(pipeline: "Pipeline") -> dict[str, Any]:
-        from rmdd.bench import estimator
-        from rmdd.console import comparison
-
-        rows = estimator.of_run(pipeline, phase, iterations, every, lambda row: None)
-        medians = estimator.summary(rows)
-        return {"rows": rows, "medians": medians, "say": [comparison(rows, medians)]}
-
-    _do(lambda: _load(source, set_ or []), compare, json, quiet, debug)
-
-
 def main() -> None:
     """Entry point of the `rmdd` script."""
-    _stop_on_sigterm()
+    stop_on_sigterm()
     app(prog_name="rmdd")
 
 
@@ -325,129 +231,3 @@ def _table(evaluation: dict[str, Any]) -> Any:
     from rmdd.console import result_table
 
     return result_table(evaluation)
-
-
-# -- parts -----------------------------------------------------------------------------------------------------------
-
-
-def _do(load: Callable[[], config.Run], step: Step, as_json: bool, quiet: bool, debug: bool) -> None:
-    """Load, do one step over a pipeline, print what it left."""
-    folders: list[Path] = []
-    with _outcome(debug, folders):
-        run = load()
-        from rmdd.check import impossible
-        from rmdd.pipeline import open_pipeline, run_folder
-        from rmdd.progress import Progress
-
-        if step is not _ingest and (mistakes := impossible(run)):
-            raise config.ConfigError(mistakes, run.name)
-        folders.append(run_folder(run))
-        with contextlib.redirect_stdout(sys.stderr), open_pipeline(run, Progress(quiet)) as pipeline:
-            _stop_on_sigterm()  # ray puts its own handler in place
-            left = step(pipeline) | {"run": str(pipeline.folder)}
-        lines = left.pop("say")
-        if as_json:
-            _print_json(left)
-            return
-        from rmdd.console import stdout
-
-        out = stdout()
-        for line in lines:
-            out.print(line, highlight=False, markup=False, soft_wrap=isinstance(line, str))
-
-
-def _load(source: str, sets: list[str]) -> config.Run:
-    """The run with absolute paths, so that it can be resumed from anywhere.
-
-    The paths of weights and of a text encoder are in the hash of a run, which names its folder: the same files at
-    another place make another run.
-    """
-    run = config.load(source, sets)
-    data, image, text = run.data, run.model.image, run.model.text
-    if data.root is not None:
-        data = data.model_copy(update={"root": _absolute(data.root)})
-    if image.weights != "pretrained" and not image.is_random:
-        image = image.model_copy(update={"weights": _absolute(image.weights)})
-    if Path(text.name).expanduser().is_dir():
-        text = text.model_copy(update={"name": _absolute(text.name)})
-    model = run.model.model_copy(update={"image": image, "text": text})
-    return run.model_copy(update={"data": data, "model": model})
-
-
-def _absolute(path: str) -> str:
-    return os.path.abspath(os.path.expanduser(path))
-
-
-def _load_folder(folder: Path) -> config.Run:
-    import yaml
-
-    from rmdd.pipeline import run_folder
-
-    folder = folder.absolute()
-    file = folder / "run.yaml"
-    if not file.is_file():
-        raise config.ConfigError(["no run.yaml in it; give a run's folder, such as runs/demo-0123abcd"], str(folder))
-    raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-    if isinstance(raw, dict):
-        raw["runtime"] = {**(raw.get("runtime") or {}), "storage": str(folder.parent)}
-    try:
-        run = config.load(raw)
-    except config.ConfigError as error:
-        raise config.ConfigError(error.mistakes, str(file)) from None
-    if run_folder(run) != folder:
-        now = f"its run.yaml now means {run_folder(run).name}: it was changed, or the folder renamed"
-        raise config.ConfigError([f"{now}; use `rmdd run {file}`"], str(folder))
-    return run
-
-
-@contextlib.contextmanager
-def _outcome(debug: bool = False, folders: list[Path] | None = None) -> Iterator[None]:
-    """Turns what can go wrong into a message on stderr and an exit code."""
-
-    def end(message: str, code: int, error: BaseException) -> NoReturn:
-        if debug:
-            import traceback
-
-            traceback.print_exc()
-        typer.echo(message, err=True)
-        raise typer.Exit(code) from error
-
-    def how_to_resume(words: str) -> str:
-        begun = [folder for folder in folders or [] if (folder / "run.yaml").is_file()]
-        return "".join(f"{words}: rmdd resume {shlex.quote(str(folder))}" for folder in begun)
-
-    try:
-        yield
-    except config.ConfigError as error:
-        end(str(error), 2, error)
-    except KeyboardInterrupt as error:
-        end(how_to_resume("stopped; resume with") or "stopped", 130, error)
-    except ValueError as error:
-        end(f"error: {error}", 1, error)
-    except ArithmeticError as error:  # the same numbers would come again
-        advice = "" if "rmdd run" in str(error) else "\nlower the rates it names and use `rmdd run` again"
-        end(f"error: {error}{advice}", 1, error)
-    except (RuntimeError, OSError, MemoryError) as error:
-        resume_with = how_to_resume("\nwhen that is mended, resume with")
-        end(f"error: {error or type(error).__name__}{resume_with}", 1, error)
-
-
-def _stop_on_sigterm() -> None:
-    def stop(number: int, frame: Any) -> NoReturn:
-        raise KeyboardInterrupt
-
-    with contextlib.suppress(ValueError):  # only the main thread may set handlers
-        signal.signal(signal.SIGTERM, stop)
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(_finite(value), ensure_ascii=False))
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: the spread of a single value is null."""
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
