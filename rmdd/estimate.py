@@ -56,12 +56,14 @@ class Size:
 @dataclass(frozen=True)
 class Work:
     """Operations: `forward` and `training` per pair, `matching` per inner step with both passes, `features` per pair
-    in use and iteration of matching (a frozen tower's, there and back); and what the largest graph keeps, in bytes."""
+    in use and iteration of matching (a frozen tower's, there and back); and the bytes that their graphs keep: a frozen
+    tower's of one chunk, and that of an inner step."""
 
     forward: int
     training: int
     matching: int
     features: int
+    kept_by_tower: int
     kept: int
 
 
@@ -145,8 +147,9 @@ def work_of(model: DualEncoder, run: config.Run, text_width: int) -> Work:
             wanted = inputs + (list(params.values()) if run.distill.estimator == "exact" else [])
             torch.autograd.grad(q, wanted, allow_unused=True)
     matching = first + second.get_total_flops()
-    held = max(kept_by_tower.bytes, kept.bytes)
-    return Work(forward.get_total_flops() // batch, training // batch, matching, features, held)
+    return Work(
+        forward.get_total_flops() // batch, training // batch, matching, features, kept_by_tower.bytes, kept.bytes
+    )
 
 
 class _Kept(torch.autograd.graph.saved_tensors_hooks):
@@ -204,8 +207,9 @@ def matching_bytes(run: config.Run, size: Size, work: Work, text_width: int) -> 
     waiting = {"device": steps, "cpu": 0, "recompute": 2 * math.isqrt(steps - 1) + 2}[run.runtime.keep_parameters]
     vectors = waiting + 3 + (run.distill.estimator == "exact")
     learnable = max(synthetic_numbers(run, text_width))
-    graphs = max(1, min(run.distill.reuse_graphs, steps))
-    graph = graphs * GRAPH * work.kept / (2 if run.distill.precision == "bfloat16" else 1)
+    reach = math.isqrt(steps - 1) + 1 if run.runtime.keep_parameters == "recompute" else steps
+    graphs = max(1, min(run.distill.reuse_graphs, reach))
+    graph = GRAPH * max(work.kept_by_tower, graphs * work.kept / (2 if run.distill.precision == "bfloat16" else 1))
     return FLOAT * (vectors * size.trained + size.frozen + 4 * learnable) + round(graph)
 
 

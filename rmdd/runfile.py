@@ -172,8 +172,8 @@ def apply(raw: dict[str, Any], override: str, defaults: Mapping[str, Any], mista
 
 
 def filled(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """`raw` with the values of `defaults` wherever it has none; lists are taken whole."""
-    out = dict(raw)
+    """A copy of `raw` with the values of `defaults` wherever it has none; lists are taken whole."""
+    out = copy.deepcopy(dict(raw))
     for key, value in defaults.items():
         if isinstance(value, Mapping):
             inner = out.get(key)

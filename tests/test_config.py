@@ -1,3 +1,4 @@
+import copy
 import pickle
 
 import pytest
@@ -5,7 +6,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rmdd import config
+from rmdd import config, methods
 from rmdd.config import ConfigError, load
 
 PHASE = {"pairs": 20, "start": 0, "stop": 2, "endpoint": 3, "iterations": 10}
@@ -297,3 +298,10 @@ def test_a_run_is_a_value_that_can_be_a_key():
     a, b = load({"data": lists}), load({"data": lists})
     assert {a: 1}[b] == 1 and load({"data": lists}, ["seed=1"]) not in {a}
     assert hash(a.data.scenes) == hash(config.Scenes())
+
+
+def test_overrides_leave_the_values_of_a_method_as_they_are():
+    before = copy.deepcopy(methods.find("lors").defaults)
+    run = config.load("demo", ["distill.method=lors", "distill.phases.0.pairs=17", "distill.similarity.rank=2"])
+    assert run.distill.phases[0].pairs == 17 and run.distill.similarity.rank == 2
+    assert methods.find("lors").defaults == before

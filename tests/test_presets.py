@@ -14,7 +14,7 @@ PTM_ST = [
     *(f"{data}_ptm_st_{n}" for data in ("cc3m", "coco_dino_bge") for n in (100, 200, 500)),
 ]
 EMOJI = [f"emoji_{method}_100" for method in BUILT_IN]
-SMALL = "emoji_ptm_st_100_small"
+SMALL = {"emoji_ptm_st_100_small", "emoji_ptm_st_500_small"}
 
 # M, T+, iterations, rank, alpha, B, lr of images and texts, lr of the similarity, branches, temperature
 LORS = {
@@ -68,7 +68,7 @@ def load(name: str) -> config.Run:
 
 
 def test_the_presets_are_there():
-    known = {"demo", SMALL, *EMOJI, *PTM_ST, *ROWS, *LORS, *REPBLEND, *TESLA_VL, *MTT_VL, *ON_LORS}
+    known = {"demo", *SMALL, *EMOJI, *PTM_ST, *ROWS, *LORS, *REPBLEND, *TESLA_VL, *MTT_VL, *ON_LORS}
     assert set(NAMES) == known
 
 

@@ -135,7 +135,7 @@ def run_of(case: Case, method: str | None = None) -> config.Run:
         "model": {
             "image": image,
             "text": {"name": "hashing", "projection": "block" if image["projection"] != "linear" else "linear"},
-            "width": None if image["projection"] == "none" else case.width,
+            "width": case.width if convnet else None,
             "dropout": 0.0,
         },
         "distill": plan | {"phases": [phase], "batch": case.batch, "steps": case.steps},

@@ -119,7 +119,7 @@ class Distill(Section):
     reuse_graphs: Annotated[int, Field(ge=0)] = Field(
         0,
         description="last inner steps whose first pass keeps its graph for the second: up to two ninths less work "
-        "for each, and the memory of one graph for each beyond the first",
+        "for each, and a graph more to hold; moves the rounding; at most sqrt(steps) with keep_parameters: recompute",
     )
     loss: Literal["wbce", "infonce", "bce", "cwcl", "kl", "mse"] = Field(
         "wbce", description="loss of the student's steps, here and in evaluation"
@@ -207,6 +207,11 @@ class Distill(Section):
             mistakes.append(
                 "distill.ranges: drift finds whole epochs, ends included; set start_rule: exclusive and start_points: "
                 "integer"
+            )
+        if self.reuse_graphs and self.inner_dropout == "fresh_mask":
+            mistakes.append(
+                "distill.reuse_graphs keeps the masks of the first pass, which inner_dropout: fresh_mask draws anew; "
+                "set one of them otherwise"
             )
         if self.rate_branches == "separate" and (self.branches, self.estimator) != ("merged", "first_order"):
             mistakes.append("distill.rate_branches: separate is for branches: merged with estimator: first_order")

@@ -53,8 +53,9 @@ class Engine:
     """Where the K vectors of parameters wait for the second pass; `recompute` keeps about 2 sqrt(K) of them and
     takes most steps of the first pass twice."""
     reuse: int = 0
-    """The last so many steps keep the graph of the first pass for the second, which is then in reverse mode: about
-    two ninths less arithmetic for each, and one graph more to hold for each beyond the first."""
+    """The last so many steps (with `recompute`, of its last stretch) keep the graph of the first pass for the second,
+    which is then in reverse mode: about two ninths less arithmetic for each, and one graph more to hold for each beyond
+    the first."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def meta_gradient(
 ) -> MetaGradient:
     """Train from `start` on `synthetic` for K steps and differentiate the miss to `target`.
 
-    Memory: K+2 sets of parameters (exact: K+3) and the graph of one step. `student_loss` must give the same value for
+    Memory: the K sets of parameters, a few more, and the graph of one step. `student_loss` must give the same value for
     the same step in both passes (dropout draws by step). Raises `ValueError` when start equals target in a tower.
     """
     layout = _Layout.of(start)
@@ -95,7 +96,7 @@ def meta_gradient(
 
     path = _Path(passes, rates, begin, engine)
     adjoint = list(torch._foreach_sub(path.end, goal))
-    miss = {t: torch.stack(torch._foreach_norm(adjoint[part])).square().sum() / reach[t] for t, part in layout.parts()}
+    miss = {t: _squared(adjoint[part]) / reach[t] for t, part in layout.parts()}
     for tower, part in layout.parts():
         torch._foreach_mul_(adjoint[part], 2 / reach[tower])
 
@@ -311,13 +312,15 @@ class _Path:
             for tower, part in self.passes.layout.parts():
                 grads = [g.detach() for g in graph.grads[part]]
                 self.end += torch._foreach_add(theta[part], grads, alpha=-self.rates[tower])
+            del graph, grads
         return kept
 
 
 def _pairs_at(synthetic: Synthetic, index: Int[Tensor, " B"]) -> dict[str, Tensor]:
     parts = similarity.gather(synthetic.similarity, index)
     named = {"images": synthetic.images[index], "texts": synthetic.texts[index]}
-    return named | {f"similarity.{n}": t for n, t in parts.items()}
+    named |= {f"similarity.{n}": t for n, t in parts.items()}
+    return {n: t.detach() for n, t in named.items()}  # a scalar diagonal is the set's own tensor
 
 
 def _target(synthetic: Synthetic, pairs: dict[str, Tensor]) -> Float[Tensor, "B B"]:
@@ -339,8 +342,7 @@ def _reach(
     The only place of a step that waits for the device.
     """
     reach = {
-        tower: torch.stack([torch.dist(b, g) for b, g in zip(begin[part], goal[part], strict=True)]).square().sum()
-        for tower, part in layout.parts()
+        tower: _squared(b - g for b, g in zip(begin[part], goal[part], strict=True)) for tower, part in layout.parts()
     }
     numbers = torch.stack([*reach.values(), *(rates[tower] for tower in reach)]).tolist()
     for tower, distance in zip(reach, numbers, strict=False):
@@ -353,6 +355,11 @@ def _reach(
         both = torch.stack(list(reach.values())).sum()
         reach = dict.fromkeys(reach, both)
     return reach, dict(zip(reach, numbers[len(reach) :], strict=True))
+
+
+def _squared(vector: Iterable[Tensor]) -> Float[Tensor, ""]:
+    """Its squared length. (Norms that are squared afterwards lose digits in float32.)"""
+    return torch.stack([part.square().sum() for part in vector]).sum()
 
 
 def _along(vector: Vector, to: Vector, origin: Vector | None = None) -> Float[Tensor, ""]:

@@ -52,24 +52,24 @@ class TwiceDifferentiable(TorchFunctionMode):
 
 
 def _layer_norm(
-    x: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
-    rows = x.reshape(-1, 1, math.prod(shape))
-    if x.dtype == torch.bfloat16:
+    rows = input.reshape(-1, 1, math.prod(normalized_shape))
+    if input.dtype == torch.bfloat16:
         rows = rows.float()
-    out = group_norm(rows, rows.new_ones(1), rows.new_zeros(1), 1, eps).view(x.shape)
+    out = group_norm(rows, rows.new_ones(1), rows.new_zeros(1), 1, eps).view(input.shape)
     out = out if weight is None else out * weight
     return out if bias is None else out + bias
 
 
 def _group_norm(
-    x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Any:
-    return NotImplemented if weight is None or bias is None else group_norm(x, weight, bias, groups, eps)
+    return NotImplemented if weight is None or bias is None else group_norm(input, weight, bias, num_groups, eps)
 
 
 def _standardise(
-    x: Tensor,
+    input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None = None,
@@ -78,19 +78,19 @@ def _standardise(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    if not training or running_mean is not None or x.shape[0] != 1:
+    if not training or running_mean is not None or input.shape[0] != 1:
         return NotImplemented
-    channels = x.shape[1]
-    weight = x.new_ones(channels) if weight is None else weight
-    return group_norm(x, weight, x.new_zeros(channels) if bias is None else bias, channels, eps)
+    channels = input.shape[1]
+    weight = input.new_ones(channels) if weight is None else weight
+    return group_norm(input, weight, input.new_zeros(channels) if bias is None else bias, channels, eps)
 
 
-def _silu(x: Tensor, inplace: bool = False) -> Tensor:
-    return _SiLU.apply(x)
+def _silu(input: Tensor, inplace: bool = False) -> Tensor:
+    return _SiLU.apply(input)
 
 
 def _convolve(
-    x: Tensor,
+    input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     stride: Any = 1,
@@ -98,10 +98,10 @@ def _convolve(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Any:
-    pixels = *x.shape[2:], *weight.shape[2:]
-    if x.dim() != 4 or pixels != (1, 1, 1, 1) or groups != 1 or padding not in (0, (0, 0)):
+    pixels = *input.shape[2:], *weight.shape[2:]
+    if input.dim() != 4 or pixels != (1, 1, 1, 1) or groups != 1 or padding not in (0, (0, 0)):
         return NotImplemented
-    return F.linear(x.flatten(1), weight.flatten(1), bias)[:, :, None, None]
+    return F.linear(input.flatten(1), weight.flatten(1), bias)[:, :, None, None]
 
 
 def _log_softmax(x: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Any:

@@ -125,6 +125,11 @@ def test_reused_graphs_change_the_engine_and_not_the_gradient(store):
             torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-5 * tensor.abs().max().item())
 
 
+def test_a_reused_graph_would_repeat_what_fresh_masks_draw_anew():
+    with pytest.raises(ValueError, match="reuse_graphs keeps the masks"):
+        run_of(reuse_graphs=1, inner_dropout="fresh_mask")
+
+
 def test_matching_reads_the_path_that_was_asked_for(store):
     drawn = None
     losses = {}

@@ -168,6 +168,11 @@ def test_own_operations_have_torchs_values():
         lambda: F.silu(x.clone(), inplace=True),
         lambda: F.conv2d(pixel, matrix[:, :, None, None], weight[:5], stride=2),
         lambda: F.conv2d(pixel, matrix[:, :, None, None], padding=1),
+        lambda: F.conv2d(input=pixel, weight=matrix[:, :, None, None]),
+        lambda: F.layer_norm(input=x, normalized_shape=(8,), weight=weight),
+        lambda: F.group_norm(input=x, num_groups=2, weight=weight[:6], bias=bias[:6]),
+        lambda: F.batch_norm(input=x, running_mean=None, running_var=None, training=True),
+        lambda: F.softmax(input=x, dim=1),
     )
     for call in calls:
         expected = call()
