@@ -139,7 +139,8 @@ class Roster:
             self.results[place] = replace(reason, reason=reason.reason + times, again=False)
 
     def _log(self, event: str, place: int, gang: int, **facts: Any) -> None:
-        where = self.where.get(gang * self.size, {})
+        members = range(gang * self.size, (gang + 1) * self.size)
+        where = next((self.where[rank] for rank in members if rank in self.where), {})
         self.events.append({"time": round(time.time(), 3), "event": event, "item": self.names[place], **facts, **where})
 
 

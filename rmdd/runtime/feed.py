@@ -15,7 +15,7 @@ BLOCK_BYTES = 2**20
 
 
 def ray_stream(
-    look: Callable[[Any], Iterator[np.ndarray]], parts: Sequence[Any], width: int, cpus: float
+    look: Callable[[Any], Iterator[np.ndarray]], parts: Sequence[Any], width: int, cpus: int
 ) -> Iterator[np.ndarray]:
     """`rmdd.experts.feed.Stream`: `width` tasks of `cpus` CPUs each look at a part at a time.
 
