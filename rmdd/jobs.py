@@ -43,7 +43,7 @@ class Hooks:
 
 @dataclass(frozen=True)
 class Failed:
-    """What `spared` returns in the place of a result."""
+    """What stands in the place of a result that `Spared` did not get."""
 
     reason: str
     host: str
@@ -86,13 +86,26 @@ Source = Callable[[float], Sequence[Piece] | None]
 """Gives the pieces that have come meanwhile, after so many seconds at most; None when no more will come."""
 
 
-def spared(task: Task, item: Any, hooks: Hooks) -> Any:
-    """The task's result, or why it failed: an item that fails does not stop the others."""
-    try:
-        return task(item, hooks)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        return Failed(reason, socket.gethostname(), isinstance(error, RuntimeError | OSError | MemoryError))
+class GivenUp(RuntimeError):
+    """The workers of an item died too often."""
+
+    def __init__(self, message: str, host: str):
+        super().__init__(message)
+        self.host = host
+
+
+@dataclass(frozen=True)
+class Spared:
+    """The task, which returns why it failed where it fails: one item does not stop the others."""
+
+    task: Task
+
+    def __call__(self, item: Any, hooks: Hooks) -> Any:
+        try:
+            return self.task(item, hooks)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            return Failed(reason, socket.gethostname(), isinstance(error, RuntimeError | OSError | MemoryError))
 
 
 @runtime_checkable
@@ -117,10 +130,12 @@ class Executor(Mapper, Protocol):
     def map(
         self, task: Task, items: Sequence[Any], names: Sequence[str], on_report: Callable[[str, dict[str, Any]], None]
     ) -> list[Any]:
-        """See `Mapper`. Raises the first error of a task, or `RuntimeError` when the workers of one keep dying."""
+        """See `Mapper`. Raises the first error of a task, or `GivenUp`, which a `Spared` one returns as `Failed`."""
         results: dict[int, Any] = {}
 
         def settle(place: int, result: Any, error: Exception | None) -> None:
+            if isinstance(task, Spared) and isinstance(error, GivenUp):
+                result, error = Failed(str(error), error.host, again=False), None
             if error is not None:
                 raise error
             results[place] = result

@@ -27,7 +27,7 @@ from rmdd.experts import feed
 from rmdd.experts.store import Store
 from rmdd.experts.train import begin_store, kept_epochs
 from rmdd.files import atomic_path, read_json, write_json
-from rmdd.jobs import Executor, Failed, Interrupted, Mapper, Stream, Task, in_turn, spared
+from rmdd.jobs import Executor, Failed, Interrupted, Mapper, Spared, Stream, Task, in_turn
 from rmdd.models.image import image_identity
 from rmdd.models.text import embed, encoder_identity, text_width
 from rmdd.progress import Progress, watched
@@ -314,7 +314,7 @@ class Pipeline:
         given_up: dict[str, list[str]] = {}
         for left in reversed(range(self.run.runtime.max_restarts + 1)):
             totals = {f"expert {item.number}": self.run.experts.epochs for item in items}
-            results = self._map("experts", functools.partial(spared, expert), items, totals, executor)
+            results = self._map("experts", Spared(expert), items, totals, executor)
             failed = [(item, r) for item, r in zip(items, results, strict=True) if isinstance(r, Failed)]
             items = [item for item, r in failed if r.again and left]
             for item, r in failed:

@@ -47,8 +47,8 @@ class Findings:
 
 
 def verify(place: str) -> Findings:
-    """Check a dataset, a store, a phase, a distilled set, a run, or a whole storage: a folder, or a URI, of which a
-    copy is made in the temporary folder for the time being.
+    """Check a dataset, a store, a phase, a distilled set, a run, a sweep, or a whole storage: a folder, or a URI, of
+    which a copy is made in the temporary folder for the time being.
 
     Raises `ValueError` when there is nothing that rmdd writes.
     """
@@ -59,6 +59,8 @@ def verify(place: str) -> Findings:
     with tempfile.TemporaryDirectory(prefix="rmdd-verify-") as scratch:
         if parent.endswith(("/", ":")):
             parent, name = place.rstrip("/"), ""
+        if parent.endswith("/sweeps"):
+            parent, name = parent.removesuffix("/sweeps"), f"sweeps/{name}"
         mirror = Mirror(parent, Path(scratch))
         mirror.fetch(mirror.root / name)
         return Verifier(mirror).folder(mirror.root / name)
@@ -82,6 +84,8 @@ class Verifier:
             self.distilled(path)
         elif (path / "run.yaml").is_file():
             self.run(path)
+        elif (path / "sweep.json").is_file():
+            self.sweep(path)
         elif any((path / name).is_file() for name in PHASE_FILES):
             self.phase(path)
         elif phases := _folders(path, "phase-*"):
@@ -111,6 +115,8 @@ class Verifier:
             self._json(record, "delete it and run again: it is made anew")
         for file in sorted(path.glob("*/run.yaml")):
             self.run(file.parent)
+        for file in sorted(path.glob("sweeps/*/sweep.json")):
+            self.sweep(file.parent)
 
     def dataset(self, path: Path) -> None:
         """Shards against the manifest, row by row."""
@@ -223,6 +229,25 @@ class Verifier:
             self.distilled(path / "set")
             made_from = read_json(path / "set" / DESCRIPTION)["provenance"]
             self._sources(path.parent, run, made_from, read_json(path / "data.json"))
+
+    def sweep(self, path: Path) -> None:
+        """A sweep's table and all its runs."""
+        if not self._begin(path):
+            return
+        for file in sorted(path.glob("*.json")):
+            self._json(file, "delete it and resume the sweep: it is made anew")
+        if (path / "events.jsonl").is_file():
+            self._lines(path / "events.jsonl")
+        with self._told(path / "sweep.json", "begin the sweep again: what its runs have is used"):
+            root = path.parents[1]
+            for member in read_json(path / "sweep.json")["members"]:
+                run = config.load(member["run"])
+                folder = root / f"{run.name}-{run.hash_of()[:8]}"
+                self.storage.fetch(folder)
+                if (folder / "run.yaml").is_file():
+                    self.run(folder)
+                else:
+                    self.found.unfinished.append(self.storage.address(folder))
 
     def _sources(self, root: Path, run: config.Run, made_from: dict[str, Any], data: dict[str, Any]) -> None:
         store, phases = root / "experts" / made_from["experts"], root / "phases" / made_from["phases"]

@@ -22,6 +22,7 @@ from rmdd.pipeline import run_folder
 from rmdd.progress import Progress
 from rmdd.sweeps import Relay, members, members_in, read_over, run_all, sweep_folder
 from rmdd.tasks import Item, Places
+from rmdd.verify import verify
 
 TINY = {
     "name": "tiny",
@@ -159,6 +160,7 @@ def test_a_sweep_at_a_uri_goes_on_on_another_machine(tmp_path, monkeypatch):
     uri = f"file://{tmp_path}/bucket"
     found = rmdd.sweep(tiny(uri), {"evaluate.epochs": [1, 2]}, progress=QUIET)
     address = f"{uri}/sweeps/{found.folder.name}"
+    assert verify(address).faults == [] and len(verify(address).checked) >= 3, "the sweep and both runs"
     assert all(row["folder"].startswith(uri) for row in found.runs) and not found.failed
     before = {part: stamps(tmp_path / "bucket" / part) for part in ("data", "experts", "phases", "baselines")}
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))

@@ -18,7 +18,7 @@ from ray.util.metrics import Counter
 
 from rmdd import config
 from rmdd.files import append_jsonl
-from rmdd.jobs import Executor, Interrupted, Piece, Source, Task
+from rmdd.jobs import Executor, GivenUp, Interrupted, Piece, Source, Task
 from rmdd.runtime.cluster import Resources, resources_now
 from rmdd.runtime.nodes import alive, draining
 from rmdd.runtime.worker import Worker
@@ -104,7 +104,7 @@ class SideBySide(Executor):
         self._dismiss(self.idle)
 
     def serve(self, source: Source) -> None:
-        """See `rmdd.jobs.Executor`. A piece whose workers keep dying ends with a `RuntimeError`."""
+        """See `rmdd.jobs.Executor`. A piece whose workers keep dying ends with `GivenUp`."""
         more = True
         self._asked = time.monotonic()
         try:
@@ -266,9 +266,10 @@ class SideBySide(Executor):
         if job.deaths > self.runtime.max_restarts:
             job.piece.settle(
                 None,
-                RuntimeError(
+                GivenUp(
                     f"the worker of {slot.name} died {job.deaths} times (last on {hand.words}: {why[:200]}); "
-                    "its checkpoint is kept; look for lack of memory, then resume, or raise runtime.max_restarts"
+                    "its checkpoint is kept; look for lack of memory, then resume, or raise runtime.max_restarts",
+                    hand.place.get("host", "?"),
                 ),
             )
             return

@@ -9,7 +9,7 @@ import urllib.request
 import pytest
 
 from rmdd.config import Runtime
-from rmdd.jobs import Executor, Interrupted, Piece, once
+from rmdd.jobs import Executor, Interrupted, Piece, Spared, once
 from rmdd.runtime import actors
 from rmdd.runtime.actors import SideBySide
 from rmdd.runtime.cluster import Resources
@@ -161,6 +161,15 @@ def test_a_worker_that_keeps_dying_is_given_up(side_by_side, tmp_path):
         side_by_side(max_restarts=1).map(die_until, [(tmp_path, 9)], ["item 0"], ignore)
     assert [line["event"] for line in events(tmp_path)].count("died") == 2
     assert len(list(tmp_path.glob("died-*"))) == 2
+
+
+def test_a_spared_one_that_keeps_dying_stops_no_other(side_by_side, tmp_path):
+    for name in ("mortal", "whole"):
+        (tmp_path / name).mkdir()
+    items = [(tmp_path / "mortal", 9), (tmp_path / "whole", 0)]
+    lost, kept = side_by_side(max_restarts=1).map(Spared(die_until), items, names_of(items), ignore)
+    assert kept == "after 0"
+    assert lost.reason.startswith("the worker of item 0 died 2 times") and not lost.again and lost.host != "?"
 
 
 def test_an_interrupt_lets_every_worker_save(side_by_side, tmp_path):

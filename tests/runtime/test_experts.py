@@ -16,7 +16,7 @@ from test_resume import TINY
 from rmdd import config
 from rmdd.config import Runtime
 from rmdd.experts.store import Store
-from rmdd.jobs import Failed, Interrupted, InTurn, Mapper, spared
+from rmdd.jobs import Failed, Interrupted, InTurn, Mapper, Spared
 from rmdd.pipeline import Pipeline
 from rmdd.progress import Progress
 from rmdd.runtime.cluster import ENVIRONMENT, Resources
@@ -115,15 +115,11 @@ def flaky(item, hooks):
     return place
 
 
-def spared_flaky(item, hooks):
-    return spared(flaky, item, hooks)
-
-
 def test_an_item_that_fails_is_tried_again_and_does_not_stop_the_others(fleet, tmp_path):
     executor, seen = fleet(), {}
     assert isinstance(executor, Mapper)
     names = [f"item {i}" for i in range(5)]
-    results = executor.map(spared_flaky, [(i, tmp_path) for i in range(5)], names, seen.__setitem__)
+    results = executor.map(Spared(flaky), [(i, tmp_path) for i in range(5)], names, seen.__setitem__)
     assert [r for r in results if not isinstance(r, Failed)] == [0, 2, 3, 4]
     assert results[1].reason == "ValueError: item one cannot be had" and not results[1].again
     assert seen == {n: {"done": 1} for n in names if n != "item 1"}
