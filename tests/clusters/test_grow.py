@@ -7,12 +7,23 @@ from collections.abc import Iterator
 import pytest
 from ray_head import Head, started
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = pytest.mark.ray
 GROWS = """
 cluster_name: grows
 max_workers: 2
 idle_timeout_minutes: 5
-provider: {{type: fake_multinode, gcs_address: "{gcs}"}}
+auth: {{}}
+file_mounts: {{}}
+cluster_synced_files: []
+setup_commands: []
+worker_setup_commands: []
+worker_start_ray_commands: []
+provider:
+  type: fake_multinode
+  gcs_address: "{gcs}"
+  use_node_id_as_ip: true  # they share one address
+  disable_node_updaters: true
+  disable_launch_config_check: true
 head_node_type: ray.head.default
 available_node_types:
   ray.head.default: {{resources: {{}}, node_config: {{}}, min_workers: 0, max_workers: 0}}
