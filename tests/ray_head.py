@@ -4,6 +4,7 @@ import contextlib
 import os
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -77,7 +78,15 @@ class Head:
     def stop(self) -> None:
         self.process.terminate()
         self.process.wait(60)
+        self._end_nodes()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _end_nodes(self) -> None:
+        """Nodes that the autoscaler added are no children of the head, and would wait a minute for it."""
+        for file in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                if str(self.folder).encode() in file.read_bytes():
+                    os.kill(int(file.parent.name), signal.SIGKILL)
 
 
 @contextlib.contextmanager
