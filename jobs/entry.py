@@ -3,7 +3,7 @@
 import argparse
 import shlex
 import sys
-from pathlib import PurePath
+from pathlib import Path
 
 from rmdd import cli, config
 
@@ -36,9 +36,14 @@ def main(command: str) -> None:
 
 def lost_with_the_job(run: config.Run) -> list[str]:
     """Mistakes: places that would lie in the job's own copy of the working folder, which goes when the job does."""
+    image, text = run.model.image, run.model.text.name
     places = {"runtime.storage": run.runtime.storage, "data.root": run.data.root}
+    if image.weights != "pretrained" and not image.is_random:
+        places["model.image.weights"] = image.weights
+    if Path(text).is_dir():
+        places["model.text.name"] = text
     return [
         f"{key}: '{place}' would lie in the job's copy of the working folder; give a path that all nodes see"
         for key, place in places.items()
-        if place is not None and "://" not in place and not PurePath(place).is_absolute()
+        if place is not None and "://" not in place and not Path(place).is_absolute()
     ]

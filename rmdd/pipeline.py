@@ -31,7 +31,7 @@ from rmdd.jobs import Executor, Failed, Interrupted, Mapper, Spared, Stream, Tas
 from rmdd.models.image import image_identity
 from rmdd.models.text import embed, encoder_identity, text_width
 from rmdd.progress import Progress, watched
-from rmdd.storage import open_storage, root_of
+from rmdd.storage import anchored, open_storage, root_of
 from rmdd.tasks import Item, Places, device_of, expert, material, phase, student
 from rmdd.track import is_curve
 
@@ -69,6 +69,7 @@ class Pipeline:
         fleet: Callable[[str], Mapper] | None = None,
         stream: feed.Stream | None = None,
     ):
+        run = run.model_copy(update={"runtime": anchored(run.runtime)})
         self.run, self.executor, self.progress = run, executor, progress
         self.readers, self.encoders = readers, encoders
         self.fleet, self.stream = fleet, stream

@@ -235,6 +235,14 @@ def is_uri(storage: str) -> bool:
     return "://" in storage
 
 
+def anchored(runtime: config.Runtime) -> config.Runtime:
+    """With absolute paths: workers of a cluster have another working folder."""
+    places = {"storage": runtime.storage if is_uri(runtime.storage) else str(root_of(runtime))}
+    if runtime.scratch is not None:
+        places["scratch"] = str(_scratch(runtime))
+    return runtime.model_copy(update=places)
+
+
 def root_of(runtime: config.Runtime) -> Path:
     """The folder in which this machine works: the storage itself, or the mirror of a URI."""
     if not is_uri(runtime.storage):

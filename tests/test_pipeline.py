@@ -12,7 +12,8 @@ import torch
 import rmdd
 from rmdd import config
 from rmdd.data.ingest import ingest
-from rmdd.pipeline import open_pipeline, run_folder
+from rmdd.jobs import InTurn
+from rmdd.pipeline import Pipeline, open_pipeline, run_folder
 from rmdd.progress import Progress
 
 TINY = {
@@ -112,6 +113,20 @@ def test_running_again_changes_nothing(finished):
     go(load(finished))
     assert contents() == before
     assert {f: stamps(finished / f) for f in folders} == times
+
+
+def test_workers_are_told_where_a_relative_storage_lies(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen = []
+
+    class Elsewhere(InTurn):
+        def map(self, task, items, names, on_report):
+            seen.extend(item.run.runtime for item in items)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Pipeline(load("runs"), Elsewhere(), Progress(quiet=True)).experts()
+    assert seen and {runtime.storage for runtime in seen} == {str(tmp_path / "runs")}
 
 
 def test_another_evaluation_reuses_experts_and_phases(storage):

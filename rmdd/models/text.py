@@ -75,7 +75,7 @@ def _embed_blocks(
         if not blocks[-1].is_file():
             write_json(blocks[-1].with_suffix(".json"), block)
     missing: list[Values] = [{"captions": str(b.with_suffix(".json"))} for b in blocks if not b.is_file()]
-    for _ in stream(make, missing):
+    for _ in stream(make, missing) if missing else ():
         pass
     width = np.load(blocks[0], mmap_mode="r").shape[1]
     with atomic_path(path) as temporary:
@@ -90,10 +90,14 @@ def _embed_blocks(
 
 
 class Encoder:
-    """A text tower at work: files of captions to files of vectors. It is loaded once."""
+    """A text tower at work: files of captions to files of vectors. It is loaded once.
+
+    On the CPU where there is no GPU, which is so in the driver of a cluster whose head has none.
+    """
 
     def __init__(self, tower: TextTower, batch: int, device: torch.device | str, threads: int | None):
         self.tower, self.batch, self.threads = tower, batch, threads
+        device = device if torch.cuda.is_available() else "cpu"
         self.encode = _hash_ngrams(tower.width) if tower.name == "hashing" else _Transformer(tower, batch, device)
 
     def __call__(self, item: Values) -> Values:

@@ -52,6 +52,8 @@ def test_every_preset_can_be_a_job(monkeypatch, handed, preset) -> None:
         (["--config", "demo"], "runtime.storage: 'runs' would lie in the job's copy"),
         (["--config", "demo", *STORED, "--set", "data.root=images"], "data.root: 'images' would lie"),
         (["--config", "dmeo", *STORED], "demo"),
+        (["--config", "demo", *STORED, "--set", "model.image.weights=w.pt"], "model.image.weights: 'w.pt' would lie"),
+        (["--config", "demo", *STORED, "--set", "model.text.name=rmdd"], "model.text.name: 'rmdd' would lie"),
     ],
 )
 def test_what_would_be_lost_is_refused(monkeypatch, handed, capsys, words, told) -> None:
