@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rmdd import config
+from rmdd.data.place import absolute, is_remote
 
 # Set before ray is imported: workers at normal priority, no telemetry, no upload of the working folder, quiet Data.
 ENVIRONMENT = {
@@ -21,7 +22,6 @@ ENVIRONMENT = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DATA_USE_DATASOURCE_V2": "0",
-    "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "300",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
     # Ray Train: look at workers twice a second, stay in the folder, and start no actor that waits for spot notices:
@@ -108,8 +108,8 @@ def connected(runtime: config.Runtime) -> Iterator[Resources]:
                 f"runtime.gpus_per_worker asks for {runtime.gpus_per_worker} GPU(s) but the cluster has "
                 f"{found.gpus:g}; set it to 0 for CPUs, or add GPU nodes"
             )
-        if found.nodes > 1 and "://" not in runtime.storage:
-            require_shared(Path(runtime.storage).absolute())
+        if found.nodes > 1 and not is_remote(runtime.storage):
+            require_shared(Path(absolute(runtime.storage)))
         yield found
     finally:
         if ours:
