@@ -109,6 +109,8 @@ def test_places_that_cannot_be_read_are_told(tmp_path):
         "s3://bucket/x?secret_key=hunter2",
         "hdfs://me:hunter2@host/x",
         "gs://b?access_token=hunter2",
+        "abfs://c@account.dfs.core.windows.net/x?sv=2024-11-04&se=2030-01-01&sp=r&sig=hunter2",
+        "https://host/x?key=hunter2",
     ],
 )
 def test_credentials_do_not_belong_into_a_run_file(uri):
@@ -116,3 +118,8 @@ def test_credentials_do_not_belong_into_a_run_file(uri):
         load({"data": {"source": "table", "root": uri}})
     assert "hunter2" not in str(error.value)
     load({"data": {"source": "table", "root": "hdfs://me@host:9000/x?replication=1"}})
+
+
+def test_messages_show_no_settings_of_a_uri(tmp_path):
+    with pytest.raises(ValueError, match="memory://nothing is not a folder"):
+        ingest(Data(source="table", root="memory://nothing?setting=hunter2"), tmp_path / "out")
