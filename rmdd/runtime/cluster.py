@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rmdd import config
-from rmdd.data.place import absolute, is_remote
 
 # Set before ray is imported: workers at normal priority, no telemetry, no upload of the working folder, quiet Data.
 ENVIRONMENT = {
@@ -108,8 +107,9 @@ def connected(runtime: config.Runtime) -> Iterator[Resources]:
                 f"runtime.gpus_per_worker asks for {runtime.gpus_per_worker} GPU(s) but the cluster has "
                 f"{found.gpus:g}; set it to 0 for CPUs, or add GPU nodes"
             )
-        if found.nodes > 1 and not is_remote(runtime.storage):
-            require_shared(Path(absolute(runtime.storage)))
+        folder = runtime.storage.removeprefix("file://")
+        if found.nodes > 1 and "://" not in folder:
+            require_shared(Path(folder).absolute())
         yield found
     finally:
         if ours:

@@ -64,6 +64,8 @@ def test_a_bucket_of_s3(mine, root, tmp_path, monkeypatch):
         assert find(place(uri), "**/*.json")[0][0] == "annotations/train.json"
         there = ingest(mine.model_copy(update={"root": uri}), tmp_path / "s3")
         assert there.hash == ingest(mine, tmp_path / "local").hash
+        with pytest.raises(ValueError, match="data.root s3://bucket/nothing is not a folder"):
+            ingest(mine.model_copy(update={"root": "s3://bucket/nothing?region=us-east-1"}), tmp_path / "out")
     finally:
         server.stop()
 
@@ -118,8 +120,3 @@ def test_credentials_do_not_belong_into_a_run_file(uri):
         load({"data": {"source": "table", "root": uri}})
     assert "hunter2" not in str(error.value)
     load({"data": {"source": "table", "root": "hdfs://me@host:9000/x?replication=1"}})
-
-
-def test_messages_show_no_settings_of_a_uri(tmp_path):
-    with pytest.raises(ValueError, match="memory://nothing is not a folder"):
-        ingest(Data(source="table", root="memory://nothing?setting=hunter2"), tmp_path / "out")
