@@ -53,7 +53,7 @@ class LocalCell:
     def read(self) -> dict[str, Any] | None:
         try:
             return read_json(self.path)
-        except (OSError, ValueError):
+        except (FileNotFoundError, ValueError):
             return None
 
     def write(self, value: dict[str, Any]) -> None:
@@ -80,7 +80,7 @@ class Lease:
         """Raise `Held` when another process has taken over."""
         if self.lost:
             raise Held(
-                f"{self.folder} was taken over by {_holder(self.cell.read())} while this process stood still; let "
+                f"{self.folder} was taken over by {_successor(self.cell.read())} while this process stood still; let "
                 "that one finish, or end it and resume"
             )
 
@@ -105,8 +105,7 @@ class Lease:
     def _beat(self) -> None:
         while not self._done.wait(BEAT):
             with contextlib.suppress(OSError):  # a storage out of reach may come back before the lease expires
-                found = self.cell.read()
-                if found is not None and found["id"] != self.id:
+                if not self.owned():  # nobody but a successor, who may be done already, takes it away
                     self._lost.set()
                     return
                 self.beats += 1
@@ -174,6 +173,10 @@ def _held(folder: Path, found: dict[str, Any] | None) -> Held:
         f"{folder.name} is in use by {_holder(found)}; wait until that run is done, end it, or give this one another "
         f"name or another runtime.storage (folder: {folder})"
     )
+
+
+def _successor(found: dict[str, Any] | None) -> str:
+    return "a process that has ended since" if found is None else _holder(found)
 
 
 def _holder(found: dict[str, Any] | None) -> str:

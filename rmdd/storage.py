@@ -10,51 +10,31 @@ import contextlib
 import fcntl
 import functools
 import hashlib
-import json
 import os
 import posixpath
 import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 from rmdd import config
-from rmdd.files import clearly, is_temporary, register, sweep, temporary_beside
+from rmdd.files import clearly, is_temporary, register, remove, sweep, temporary_beside
 from rmdd.lease import Cell, LocalCell, lock_of
+from rmdd.remote import Remote, RemoteCell, Stamp
 
 MARKERS = ("manifest.json", "store.json", "expert.json", "set.json")
 """They say that a folder is whole, so they come last and go first."""
 
 LOCAL_ONLY = ("cache",)
-WHOLE_WHEN_WRITTEN = ("s3", "gcs", "abfs")
-"""File systems whose objects appear when they are complete; elsewhere a temporary name is needed."""
-
 LOG_SECONDS = 10.0
-ATTEMPTS = 4
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Stamp:
-    """Tells versions of one object apart."""
-
-    size: int
-    mtime_ns: int | None
-
-    @classmethod
-    def of(cls, path: Path) -> "Stamp | None":
-        try:
-            found = path.stat()
-        except FileNotFoundError:
-            return None
-        return cls(found.st_size, found.st_mtime_ns)
 
 
 class Storage:
     """Plain folder: `root` is it, and nothing has to be fetched or published."""
+
+    moves_at_once = True
+    """Whether a folder that moves is there whole or not at all."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -81,12 +61,22 @@ class Storage:
     def publish(self, folder: Path) -> None:
         """Make `folder` in the storage what it is here, as far as that has not been done file by file."""
 
+    def move(self, source: Path, target: Path) -> None:
+        """Put the folder `source` in the place of `target`, which goes."""
+        old = temporary_beside(target, "old")
+        if target.exists():
+            os.replace(target, old)
+        os.replace(source, target)
+        remove(old)
+
     def flush(self) -> None:
         """Publish logs that have grown."""
 
 
 class Mirror(Storage):
     """The local copy of what lies at `uri`, under `root`."""
+
+    moves_at_once = False
 
     def __init__(self, uri: str, root: Path):
         super().__init__(root)
@@ -128,15 +118,16 @@ class Mirror(Storage):
                     path.unlink(missing_ok=True)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name[:100]}.", suffix=".tmp", dir=path.parent) as folder:
-            copy = Path(folder) / "copy"
+        copy = temporary_beside(path)
+        try:
             with clearly(path):
                 self.remote.download(name, copy)
-            if stamp.mtime_ns is not None:
-                os.utime(copy, ns=(stamp.mtime_ns, stamp.mtime_ns))
+            _date(copy, stamp)
             with self._lock(fcntl.LOCK_EX):
                 if Stamp.of(path) == seen:
                     os.replace(copy, path)
+        finally:
+            copy.unlink(missing_ok=True)
 
     def publish(self, folder: Path) -> None:
         if not folder.is_relative_to(self.root):
@@ -145,12 +136,26 @@ class Mirror(Storage):
         here = {self._name(p): Stamp.of(p) for p in folder.rglob("*") if p.is_file()}
         here = {n: s for n, s in here.items() if self._kept(n)}
         changed = [n for n in sorted(here, key=_marker) if here[n] != there.get(n)]
-        gone = [n for n in there if n not in here and self._kept(n)]
+        gone = [n for n in sorted(there, key=_marker_first) if n not in here and self._kept(n)]
         markers = [n for n in changed if _marker(n)[0] and n in there]
         for name in [*(markers if len(changed) > len(markers) or gone else []), *gone]:
             self.remote.delete(name)
         for name in changed:
             self._upload(self.root / name)
+
+    def move(self, source: Path, target: Path) -> None:
+        """Object by object, on the store; what is there twice goes when all has come."""
+        was, now = self._name(source), self._name(target)
+        there = {n: stamp for n, stamp in self.remote.list(was).items() if self._kept(n)}
+        for name in sorted(self.remote.list(now), key=_marker_first):
+            self.remote.delete(name)
+        for name in sorted(there, key=_marker):
+            stamp = self.remote.copy(name, now + name.removeprefix(was))
+            if Stamp.of(self.root / name) == there[name]:
+                _date(self.root / name, stamp)
+        for name in there:
+            self.remote.delete(name)
+        super().move(source, target)
 
     @contextlib.contextmanager
     def changing(self, path: Path) -> Iterator[None]:
@@ -191,9 +196,7 @@ class Mirror(Storage):
         self.remote.sweep()
 
     def _upload(self, path: Path) -> None:
-        stamp = self.remote.upload(path, self._name(path))
-        if stamp.mtime_ns is not None:
-            os.utime(path, ns=(stamp.mtime_ns, stamp.mtime_ns))
+        _date(path, self.remote.upload(path, self._name(path)))
 
     def _name(self, path: Path) -> str:
         name = path.relative_to(self.root).as_posix()
@@ -212,9 +215,18 @@ class Mirror(Storage):
             yield
 
 
+def _date(path: Path, stamp: Stamp) -> None:
+    if stamp.mtime_ns is not None:
+        os.utime(path, ns=(stamp.mtime_ns, stamp.mtime_ns))
+
+
 def _marker(name: str) -> tuple[bool, str]:
     """Sorts the files of a folder so that those which say that it is whole come last."""
     return posixpath.basename(name) in MARKERS, name
+
+
+def _marker_first(name: str) -> tuple[bool, str]:
+    return not _marker(name)[0], name
 
 
 def _busy_in(path: Path) -> list[Path]:
@@ -294,152 +306,3 @@ def open_storage(runtime: config.Runtime) -> Storage:
 @functools.cache
 def _mirror(uri: str, root: Path) -> Mirror:
     return Mirror(uri, root)
-
-
-def _filesystem(uri: str) -> tuple[Any, str]:
-    """The file system of a URI and the path in it: of pyarrow where it has one, else of fsspec."""
-    import pyarrow
-    from pyarrow import fs
-
-    try:
-        found, path = fs.FileSystem.from_uri(uri)
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError):
-        import fsspec
-
-        try:
-            other, path = fsspec.core.url_to_fs(uri)
-        except (ValueError, ImportError) as error:
-            raise ValueError(
-                f"runtime.storage {uri}: {error}; give s3://, gs://, abfs:// or file://, a URI of an installed fsspec "
-                "file system, or a folder"
-            ) from error
-        found = fs.PyFileSystem(fs.FSSpecHandler(other))
-    return found, path.rstrip("/")
-
-
-def _copy(source: str, target: str, source_fs: Any, target_fs: Any) -> None:
-    from pyarrow import fs
-
-    local = fs.LocalFileSystem()
-    fs.copy_files(source, target, source_filesystem=source_fs or local, destination_filesystem=target_fs or local)
-
-
-# -- the other end ---------------------------------------------------------------------------------------------------
-
-
-class Remote:
-    """The objects under a URI, by their relative names."""
-
-    def __init__(self, uri: str):
-        self.uri = uri
-        self.fs, self.base = self._try("reach", "", lambda: _filesystem(uri))
-        self.whole = self.fs.type_name in WHOLE_WHEN_WRITTEN
-
-    def list(self, name: str) -> dict[str, Stamp]:
-        """All objects at or under `name`."""
-        from pyarrow.fs import FileSelector, FileType
-
-        selector = FileSelector(self._path(name), allow_not_found=True, recursive=True)
-
-        def look() -> dict[str, Stamp]:
-            found = [self.fs.get_file_info(self._path(name))]
-            if found[0].type != FileType.File:
-                found = self.fs.get_file_info(selector)
-            files = [f for f in found if f.type == FileType.File]
-            return {f.path[len(self.base) :].lstrip("/"): Stamp(f.size, f.mtime_ns) for f in files}
-
-        return self._try("list", name, look)
-
-    def stamp(self, name: str) -> Stamp | None:
-        return self.list(name).get(name)
-
-    def upload(self, path: Path, name: str) -> Stamp:
-        """Write an object that appears whole, and return its stamp."""
-        return self._put(name, lambda target: _copy(str(path), target, None, self.fs))
-
-    def write(self, name: str, value: bytes) -> None:
-        def write(target: str) -> None:
-            with self.fs.open_output_stream(target) as stream:
-                stream.write(value)
-
-        self._put(name, write)
-
-    def _put(self, name: str, write: Callable[[str], None]) -> Stamp:
-        path = self._path(name)
-        here, last = posixpath.split(path)
-        hidden = posixpath.join(here, temporary_beside(Path(last)).name)
-
-        def put() -> Stamp:
-            if self.whole:
-                write(path)
-            else:
-                self.fs.create_dir(here, recursive=True)
-                write(hidden)
-                self.fs.move(hidden, path)
-            found = self.fs.get_file_info(path)
-            return Stamp(found.size, found.mtime_ns)
-
-        return self._try("write", name, put)
-
-    def download(self, name: str, path: Path) -> None:
-        self._try("read", name, lambda: _copy(self._path(name), str(path), self.fs, None))
-
-    def read(self, name: str) -> bytes | None:
-        def read() -> bytes | None:
-            try:
-                with self.fs.open_input_stream(self._path(name)) as stream:
-                    return stream.read()
-            except FileNotFoundError:
-                return None
-
-        return self._try("read", name, read)
-
-    def delete(self, name: str) -> None:
-        def delete() -> None:
-            with contextlib.suppress(FileNotFoundError):
-                self.fs.delete_file(self._path(name))
-
-        self._try("delete", name, delete)
-
-    def sweep(self) -> None:
-        if self.fs.type_name == "local":
-            sweep(self.base)
-
-    def _path(self, name: str) -> str:
-        return posixpath.join(self.base, name) if name else self.base
-
-    def _try(self, what: str, name: str, do: Callable[[], T]) -> T:
-        """A cloud stumbles now and then: try again, then say what could not be done."""
-        for attempt in range(ATTEMPTS):
-            try:
-                return do()
-            except OSError as error:
-                if attempt + 1 < ATTEMPTS and not isinstance(error, FileNotFoundError | PermissionError):
-                    time.sleep(0.5 * 4**attempt)
-                    continue
-                raise OSError(
-                    f"cannot {what} {self.uri}{'/' if name else ''}{name}: {error}; look at the bucket, the network, "
-                    "and the credentials in the environment of this machine"
-                ) from error
-        raise AssertionError("the last attempt returns or raises")
-
-
-@dataclass(frozen=True)
-class RemoteCell:
-    """A lease at a URI, where nothing refuses a second writer."""
-
-    remote: Remote
-    name: str
-    exact = False
-
-    def read(self) -> dict[str, Any] | None:
-        try:
-            return json.loads(self.remote.read(self.name) or b"null")
-        except ValueError:
-            return None
-
-    def write(self, value: dict[str, Any]) -> None:
-        self.remote.write(self.name, json.dumps(value).encode())
-
-    def remove(self) -> None:
-        self.remote.delete(self.name)

@@ -146,7 +146,11 @@ class Verifier:
             store = Store.open(path)
             shared = store.spec["shared"]
             if shared:
-                self._tensors(path / "theta-0.safetensors", {n: store.shapes[n] for n in shared}, "copy it again")
+                listed, again = store.spec.get("shared_sha256"), "copy it again, or delete the store and train again"
+                if listed and store.start.is_file() and sha256_file(store.start) != listed:
+                    self._fault(store.start, "has another SHA-256 than store.json says", again)
+                else:
+                    self._tensors(store.start, {n: store.shapes[n] for n in shared}, again)
             there = [int(p.name.removeprefix("expert-")) for p in _folders(path, "expert-*")]
             for number in range(experts if experts is not None else max(there, default=-1) + 1):
                 self._expert(store, number, finished=experts is not None)
@@ -293,12 +297,12 @@ class Verifier:
 
     def _lines(self, path: Path) -> None:
         """A log may end in the middle of a line, if its writer was killed; no other line may be broken."""
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+        *lines, _ = path.read_bytes().split(b"\n")
+        for number, line in enumerate(lines, 1):
             try:
                 json.loads(line)
             except ValueError:
-                if line.endswith("\n"):
-                    self._fault(path, f"line {number} is no JSON", "take the line out; nothing is computed from it")
+                self._fault(path, f"line {number} is no JSON", "take the line out; nothing is computed from it")
 
     def _checked(self, path: Path, entry: str, todo: str) -> None:
         try:

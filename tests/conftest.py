@@ -16,7 +16,6 @@ os.environ.update(
         "RAY_memory_monitor_refresh_ms": "0",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
         "RAY_DATA_USE_DATASOURCE_V2": "0",
-        "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "300",
         "RAY_AIR_NEW_OUTPUT": "0",
     }
 )
@@ -69,3 +68,33 @@ def shared() -> Path:
     if not (folder / "reference" / "real_annotations").is_dir():
         pytest.skip("no folder `shared` beside the repository; set RMDD_SHARED")
     return folder
+
+
+@pytest.fixture(scope="session")
+def s3():
+    """A bucket on loopback; its address and credentials are in the environment."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "anyone",
+        "AWS_SECRET_ACCESS_KEY": "anything",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        from pyarrow.fs import FileSystem
+
+        FileSystem.from_uri("s3://bucket/?allow_bucket_creation=true")[0].create_dir("bucket")
+        yield "s3://bucket"
+    server.stop()
+
+
+@pytest.fixture(params=["file", "s3"])
+def uri(request, tmp_path):
+    return f"file://{tmp_path}/there" if request.param == "file" else f"{request.getfixturevalue('s3')}/{tmp_path.name}"

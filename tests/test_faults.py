@@ -8,6 +8,7 @@ import shutil
 import subprocess
 
 import pytest
+import torch
 import toy
 
 from rmdd import config
@@ -175,6 +176,23 @@ def test_flipped_bytes_of_an_expert(own_store):
     own_store.read(0, 2)
     with pytest.raises(ValueError, match=r"epoch-0002.* is damaged .*SHA-256.*train that expert again"):
         own_store.read(1, 2)
+
+
+def test_flipped_bytes_of_what_experts_start_from(tmp_path):
+    theta = {"a": torch.zeros(3), "b": torch.ones(2)}
+    spec = {"shared": {"a": theta["a"]}, "epochs": 1, "keep": None, "dtype": "float32", "facts": {}}
+    store = Store.create(tmp_path, {name: tuple(t.shape) for name, t in theta.items()}, **spec)
+    Writer(store, 0).add(theta, {})
+    flip(tmp_path / "theta-0.safetensors", back=3)
+    words = r"theta-0.* is damaged .*SHA-256.*delete the store and train again"
+    with pytest.raises(ValueError, match=words):
+        Store.open(tmp_path).read(0, 0)
+    with pytest.raises(ValueError, match=words):
+        Writer(store, 1).add(theta, {})
+    before = {k: v for k, v in store.spec.items() if k != "shared_sha256"}
+    (tmp_path / "store.json").write_text(json.dumps(before))  # as an earlier version wrote it
+    older = Store.create(tmp_path, store.shapes, **spec)
+    assert older.read(0, 0).keys() == theta.keys()
 
 
 def test_flipped_bytes_of_an_expert_in_training(store, tmp_path):

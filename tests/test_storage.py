@@ -14,40 +14,11 @@ import torch
 import toy
 
 from rmdd import config, files, lease
+from rmdd.data.ingest import ingest
 from rmdd.distill.matching import load_set
 from rmdd.files import append_jsonl, atomic_path, read_json, remove, sweep, temporary_beside, write_json
 from rmdd.lease import Held, held
 from rmdd.storage import Mirror, open_storage
-
-
-@pytest.fixture(scope="module")
-def s3():
-    """A bucket on loopback; its address and credentials are in the environment."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    environment = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "anyone",
-        "AWS_SECRET_ACCESS_KEY": "anything",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        from pyarrow.fs import FileSystem
-
-        FileSystem.from_uri("s3://bucket/?allow_bucket_creation=true")[0].create_dir("bucket")
-        yield "s3://bucket"
-    server.stop()
-
-
-@pytest.fixture(params=["file", "s3"])
-def uri(request, tmp_path):
-    return f"file://{tmp_path}/there" if request.param == "file" else f"{request.getfixturevalue('s3')}/{tmp_path.name}"
 
 
 @pytest.fixture
@@ -136,6 +107,31 @@ def test_a_secret_in_the_uri_is_refused_and_not_repeated(uri):
         config.load({"runtime": {"storage": uri}})
     assert "secret" not in str(caught.value)
     assert config.load({"runtime": {"storage": "abfs://container@account.dfs.core.windows.net/a"}})
+
+
+BRING = """
+import os, signal, sys
+from pathlib import Path
+from rmdd.remote import Remote
+from rmdd.storage import Mirror
+
+def download(self, name, path):
+    path.write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+Remote.download = download
+root = Path(sys.argv[2])
+Mirror(sys.argv[1], root).fetch(root)
+"""
+
+
+def test_a_download_that_was_killed_is_swept_at_once(tmp_path):
+    (tmp_path / "there" / "deep").mkdir(parents=True)
+    (tmp_path / "there" / "deep" / "x.json").write_text("1")
+    command = [sys.executable, "-c", BRING, f"file://{tmp_path}/there", str(tmp_path / "here")]
+    killed = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    assert killed.returncode == -signal.SIGKILL
+    assert [p.parent.name for p in sweep(tmp_path / "here")] == ["deep"]
 
 
 # -- a phase goes on from the published checkpoint -------------------------------------------------------------------
@@ -263,6 +259,46 @@ def test_a_holder_that_stood_still_learns_that_it_lost(quick, node):
         with pytest.raises(Held, match="was taken over by process 12 on node-7"):
             mine.check()
     assert a.cell(a.root / "run").read() == elsewhere(), "the other's lease stays"
+
+
+def test_a_holder_that_stood_still_learns_of_a_successor_that_is_done(quick, node):
+    cell = node("a").cell(node("a").root / "run")
+    with held(node("a").root / "run", wait=False) as mine:
+        deadline = time.monotonic() + 60
+        while not mine.lost and time.monotonic() < deadline:
+            cell.remove()  # as the successor does at its end
+            time.sleep(0.3)
+        with pytest.raises(Held, match="was taken over by a process that has ended since"):
+            mine.check()
+    assert cell.read() is None, "it was not written again"
+
+
+def test_an_ingest_that_was_taken_over_leaves_the_dataset_to_its_successor(quick, tmp_path):
+    out = tmp_path / "out"
+
+    def slow(make, items):
+        yield from map(make(), items)
+        deadline = time.monotonic() + 60
+        while read_json(tmp_path / ".out.lease")["id"] != "f" * 32 and time.monotonic() < deadline:
+            write_json(tmp_path / ".out.lease", elsewhere())
+            time.sleep(0.5)
+
+    with pytest.raises(Held, match="was taken over by process 12 on node-7"):
+        scenes = config.Scenes(train=6, val=2, test=2, size=16)
+        ingest(config.Data(scenes=scenes, image_size=16), out, slow)
+    assert not out.exists()
+
+
+def test_a_lease_that_cannot_be_read_is_not_lost(quick, tmp_path, monkeypatch):
+    def broken(path):
+        raise OSError(5, "Input/output error")
+
+    with held(tmp_path / "run", wait=False) as mine:
+        monkeypatch.setattr(lease, "read_json", broken)
+        time.sleep(0.5)
+        monkeypatch.undo()
+        mine.check()
+        assert mine.owned()
 
 
 # -- what is left half-written ---------------------------------------------------------------------------------------

@@ -5,12 +5,14 @@ import os
 import shutil
 
 import pytest
+import torch
 import toy
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from rmdd import cli, config
 from rmdd.data.ingest import ingest
+from rmdd.experts.store import Store, Writer
 from rmdd.verify import verify
 
 
@@ -104,6 +106,27 @@ def _broken_log(root):
     return "metrics.jsonl", "line 1 is no JSON"
 
 
+def _flipped_log(root):
+    log = root / "phases" / "p" / "phase-0" / "metrics.jsonl"
+    log.write_bytes(b"\xff" + log.read_bytes()[1:])
+    return "metrics.jsonl", "line 1 is no JSON"
+
+
+def _flipped_start(root):
+    """Of a store whose experts share one."""
+    folder = root / "experts" / "e"
+    shutil.rmtree(folder)
+    theta = {"a": torch.zeros(3), "b": torch.ones(2)}
+    shapes = {name: tuple(t.shape) for name, t in theta.items()}
+    store = Store.create(folder, shapes, shared={"a": theta["a"]}, epochs=0, keep=None, dtype="float32", facts={})
+    writer = Writer(store, 0)
+    writer.add(theta, {})
+    writer.finish()
+    assert verify(str(folder)).faults == []
+    flip(folder / "theta-0.safetensors", back=3)
+    return "theta-0.safetensors", "another SHA-256 than store.json says"
+
+
 def _schema(root):
     path = root / "experts" / "e" / "store.json"
     path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 9'))
@@ -121,6 +144,8 @@ def _schema(root):
         _missing_expert,
         _flipped_state,
         _broken_log,
+        _flipped_log,
+        _flipped_start,
         _schema,
     ],
 )
@@ -128,6 +153,12 @@ def test_the_one_broken_thing_is_named(root, harm):
     name, words = harm(root)
     ((found, wrong),) = faults(root)
     assert found == name and words in wrong
+
+
+def test_a_log_may_hold_any_text_and_end_in_the_middle_of_a_line(root):
+    with open(root / "phases" / "p" / "phase-0" / "metrics.jsonl", "a", encoding="utf-8") as log:
+        log.write('{"text": "one\u2028line"}\n{"half')
+    assert faults(root) == []
 
 
 def test_the_command_prints_what_is_broken_and_fails(root):

@@ -129,5 +129,6 @@ class Data(Section):
 
 def _holds_secret(uri: str) -> bool:
     parts = urlsplit(uri)
-    secret = re.compile(r"secret|password|token|credential|signature|access_?key|api_?key", re.IGNORECASE)
+    words = r"secret|password|token|credential|signature|(access|account|api|shared)_?key|^(sig|sas|key|auth)$"
+    secret = re.compile(words, re.IGNORECASE)
     return "://" in uri and (":" in parts.netloc.rpartition("@")[0] or any(map(secret.search, parse_qs(parts.query))))

@@ -14,7 +14,6 @@ import functools
 import hashlib
 import itertools
 import json
-import os
 import shlex
 import sys
 from dataclasses import asdict
@@ -29,7 +28,7 @@ from rmdd.data.plan import Plan, file_parts, make_plan, write_parts
 from rmdd.data.shards import MANIFEST, QUARANTINE, SCHEMA_VERSION, SPLITS, Dataset
 from rmdd.data.sources.layouts import alternatives
 from rmdd.data.tally import Tally
-from rmdd.files import read_json, remove, write_json
+from rmdd.files import atomic_path, read_json, remove, write_json
 from rmdd.jobs import Stream, in_turn
 from rmdd.lease import held
 from rmdd.storage import Storage, open_storage
@@ -52,27 +51,36 @@ def ingest(data: Data, out: Path | str, stream: Stream = in_turn, runtime: Runti
         data = data.model_copy(update={"root": absolute(data.root)})
     storage = Storage(out.parent) if runtime is None else open_storage(runtime)
     made_from, read = _input(data)
-    storage.fetch(out)
-    if (finished := _finished(out, made_from, data)) is not None:
-        return finished
-    with held(out.with_name(f".{out.name}"), wait=True):
-        storage.fetch(out)
-        if (finished := _finished(out, made_from, data)) is not None:
-            return finished
-        folders = Folders(out.with_name(f".{out.name}.parts"))
+    folders = Folders(out.with_name(f".{out.name}.parts"))
+
+    def look() -> tuple[Dataset | None, bool]:
+        """The finished dataset, and whether an ingest was begun or left something."""
         storage.fetch(folders.plan)
-        parts = _begin(folders, made_from, read, data, storage)
-        anywhere = folders if runtime is None else Folders(folders.path.relative_to(storage.root))
-        write = functools.partial(PartWriter, data, anywhere, runtime)
-        written = {result["number"] for result in stream(write, parts)}
-        assert len(written) == len(parts), f"{len(parts) - len(written)} parts were never read"
-        storage.fetch(folders.path)
-        _finish(folders, made_from, parts)
-        if out.exists():  # an empty folder, or a dataset whose missing images have turned up
-            os.replace(out, folders.path / "stale")
-        os.replace(folders.dataset, out)
-        storage.publish(out)
-        remove(folders.path)
+        storage.fetch(out)
+        begun = folders.parts.is_file()
+        return _finished(out, made_from, data, half_moved=begun and not storage.moves_at_once), begun
+
+    finished, begun = look()
+    if finished is not None and not begun:
+        return finished
+    with held(out.with_name(f".{out.name}"), wait=True) as lease:
+        finished, _ = look()
+        if finished is None:
+            parts = _begin(folders, made_from, read, data, storage)
+            anywhere = folders if runtime is None else Folders(folders.path.relative_to(storage.root))
+            write = functools.partial(PartWriter, data, anywhere, runtime)
+            written = {result["number"] for result in stream(write, parts)}
+            assert len(written) == len(parts), f"{len(parts) - len(written)} parts were never read"
+            for folder in (folders.plan, folders.records):
+                storage.fetch(folder)
+            lease.check()
+            _finish(folders, made_from, parts)
+            storage.move(folders.dataset, out)
+            storage.fetch(out)
+        lease.check()
+        for left in (folders.dataset, folders.records, folders.path):  # the plan last: it says that something is left
+            if left.is_dir():
+                remove(left)
     return Dataset.open(out)
 
 
@@ -92,7 +100,7 @@ def _begin(
     folders: Folders, made_from: dict[str, Any], read: Any, data: Data, storage: Storage
 ) -> list[dict[str, Any]]:
     """The parts of the ingest that was begun here, or of a new plan."""
-    path, value = folders.plan / "plan.json", {"schema_version": SCHEMA_VERSION, **made_from}
+    path, value = folders.parts, {"schema_version": SCHEMA_VERSION, **made_from}
     if path.is_file() and (plan := read_json(path))["made_from"] == value:
         return plan["parts"]
     remove(folders.path)
@@ -115,9 +123,9 @@ def _begin(
 def _finish(folders: Folders, made_from: dict[str, Any], parts: list[dict[str, Any]]) -> None:
     """Quarantine and manifest, from the records in the order of the parts."""
     tally, content = Tally(), hashlib.sha256()
-    tally.add(read_json(folders.plan / "plan.json")["tally"])
+    tally.add(read_json(folders.parts)["tally"])
     shards: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-    with open(folders.dataset / QUARANTINE, "wb") as quarantine:
+    with atomic_path(folders.dataset / QUARANTINE) as temporary, open(temporary, "wb") as quarantine:
         quarantine.write((folders.plan / QUARANTINE).read_bytes())
         for part in parts:
             record = read_json(folders.record(part["number"]))
@@ -129,7 +137,7 @@ def _finish(folders: Folders, made_from: dict[str, Any], parts: list[dict[str, A
     for shard in (shard for split in SPLITS for shard in shards[split]):
         content.update(folders.digests(shard["file"]).read_bytes())
     for left in folders.dataset.glob(".*.tmp"):  # of workers that were killed
-        left.unlink()
+        remove(left)
     write_json(
         folders.dataset / MANIFEST,
         {
@@ -160,10 +168,13 @@ def shaping(data: Data) -> dict[str, Any]:
     return value
 
 
-def _finished(out: Path, made_from: dict[str, Any], data: Data) -> Dataset | None:
+def _finished(out: Path, made_from: dict[str, Any], data: Data, half_moved: bool) -> Dataset | None:
+    """`half_moved`: without its manifest `out` is what a move that was killed has brought there so far."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not (out / MANIFEST).is_file():
+        if half_moved:
+            return None
         raise ValueError(f"{out} is not empty and holds no dataset; give an empty or a new folder")
     dataset = Dataset.open(out)
     found = {name: dataset.manifest[name] for name in made_from}

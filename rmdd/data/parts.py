@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import re
+import socket
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,18 +52,27 @@ class Folders:
         return self.path / "plan"
 
     @property
+    def parts(self) -> Path:
+        """The list of all parts; an ingest has begun when it is there."""
+        return self.plan / "plan.json"
+
+    @property
     def dataset(self) -> Path:
         return self.path / "dataset"
 
+    @property
+    def records(self) -> Path:
+        return self.path / "records"
+
     def record(self, number: int) -> Path:
-        return self.path / "records" / f"{number:05d}.json"
+        return self.records / f"{number:05d}.json"
 
     def entries(self, number: int) -> Path:
         """The part's lines of the quarantine."""
-        return self.path / "records" / f"{number:05d}.jsonl"
+        return self.records / f"{number:05d}.jsonl"
 
     def digests(self, shard: str) -> Path:
-        return self.path / "records" / f"{shard}.digests"
+        return self.records / f"{shard}.digests"
 
 
 class PartWriter:
@@ -80,6 +90,8 @@ class PartWriter:
         """Fields of a `Part` in; its number, how many pairs it holds, and whether it was written now."""
         part = Part(**item)
         try:
+            if not self.folders.parts.is_file():
+                raise OSError(f"{socket.gethostname()} does not see the storage: {self.folders.parts} is not there")
             own = re.compile(rf"\b{part.number:05d}\.(parquet|jsonl?)\b")
             self.storage.fetch(self.folders.path, lambda name: own.search(name) is not None)
             record = self._finished(part)

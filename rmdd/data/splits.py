@@ -19,6 +19,7 @@ from rmdd.data.captions import clean
 from rmdd.data.decode import decode, squash
 from rmdd.data.shards import Dataset
 from rmdd.files import allocate, atomic_path
+from rmdd.lease import held
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,19 @@ class Decoded:
         if not len(self.rows):
             return np.zeros(self.shape, dtype=np.uint8)  # an empty file cannot be mapped
         if not self.written:
-            with atomic_path(self.path) as temporary:
-                images = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=self.shape)
-                allocate(temporary)
-                for i, (_, image) in enumerate(read_rows(self.dataset, self.split, self.rows)):
-                    images[i] = squashed(image, self.data)
-                images.flush()
-                del images
+            with held(self.path.with_suffix(""), wait=True):
+                if not self.written:
+                    self._write()
         return np.load(self.path, mmap_mode="r")
+
+    def _write(self) -> None:
+        with atomic_path(self.path) as temporary:
+            images = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=self.shape)
+            allocate(temporary)
+            for i, (_, image) in enumerate(read_rows(self.dataset, self.split, self.rows)):
+                images[i] = squashed(image, self.data)
+            images.flush()
+            del images
 
     def some(self, index: np.ndarray) -> np.ndarray:
         """Images `index` without the file."""
@@ -155,20 +161,18 @@ def squashed(image: bytes, data: Data) -> np.ndarray:
 
 
 def _encoded_cache(dataset: Dataset, split: str, rows: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """All encoded images end to end, and the N+1 offsets between them; the offsets are written last.
-
-    Processes that build it side by side write the same bytes under names of their own and rename them: whichever is
-    last, every reader sees a whole file.
-    """
+    """All encoded images end to end, and the N+1 offsets between them; the offsets are written last."""
     offsets = path.with_suffix(".offsets.npy")
-    if not offsets.is_file() or not path.is_file():
-        ends = [0]
-        with atomic_path(path) as temporary, open(temporary, "wb") as f:
-            for _, image in read_rows(dataset, split, rows):
-                f.write(image)
-                ends.append(ends[-1] + len(image))
-        with atomic_path(offsets) as temporary, open(temporary, "wb") as f:
-            np.save(f, np.asarray(ends, dtype=np.int64))
+    if not (offsets.is_file() and path.is_file()):
+        with held(path.with_suffix(""), wait=True):
+            if not (offsets.is_file() and path.is_file()):
+                ends = [0]
+                with atomic_path(path) as temporary, open(temporary, "wb") as f:
+                    for _, image in read_rows(dataset, split, rows):
+                        f.write(image)
+                        ends.append(ends[-1] + len(image))
+                with atomic_path(offsets) as temporary, open(temporary, "wb") as f:
+                    np.save(f, np.asarray(ends, dtype=np.int64))
     return np.memmap(path, dtype=np.uint8, mode="r"), np.load(offsets)
 
 

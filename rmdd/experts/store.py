@@ -24,6 +24,7 @@ from rmdd.models.dual import Params, check_same_shapes
 from rmdd.tensors import Damaged, load_checked, save_checked
 
 SCHEMA = 1
+START = "theta-0.safetensors"
 
 
 class Store:
@@ -65,15 +66,17 @@ class Store:
         }
         if (path / "store.json").is_file():
             store = cls.open(path)
-            if store.spec != json.loads(json.dumps(spec)):
+            if {k: v for k, v in store.spec.items() if k != "shared_sha256"} != json.loads(json.dumps(spec)):
                 raise ValueError(
                     f"the store at {path} holds other experts (its store.json differs); give another storage folder"
                 )
             return store
         path.mkdir(parents=True, exist_ok=True)
         if shared:
-            with atomic_path(path / "theta-0.safetensors") as temporary:
+            start = path / START
+            with atomic_path(start) as temporary:
                 save_file({n: t.contiguous() for n, t in shared.items()}, temporary)
+            spec["shared_sha256"] = sha256_file(start)
         write_json(path / "store.json", spec)
         return cls.open(path)
 
@@ -93,6 +96,11 @@ class Store:
     @property
     def epochs(self) -> int:
         return self.spec["epochs"]
+
+    @property
+    def start(self) -> Path:
+        """The file of what all experts start from, where they share it."""
+        return self.path / START
 
     def kept(self, epoch: int) -> bool:
         return self.spec["keep"] == "all" or epoch in self.spec["keep"]
@@ -146,13 +154,24 @@ class Store:
     def _start(self, expert: int) -> Params:
         if expert not in self._theta_0:
             own = self._load(self._file(expert, 0))
-            if self.spec["shared"] and not self._shared:
-                self._shared = self._load(self.path / "theta-0.safetensors")
+            self._shared = self._shared or self.shared()
             both = {**self._shared, **own}
             check_same_shapes(self.shapes, {n: tuple(both[n].shape) for n in self.shapes if n in both})
             self._check(self._file(expert, 0))
             self._theta_0[expert] = {n: both[n] for n in self.shapes}
         return self._theta_0[expert]
+
+    def shared(self) -> Params:
+        """The epoch-0 parameters that all experts have in common. Raises `ValueError` when their file is damaged."""
+        if not self.spec["shared"]:
+            return {}
+        listed = self.spec.get("shared_sha256")  # older stores have none
+        if listed is not None and self.start.is_file() and sha256_file(self.start) != listed:
+            raise ValueError(
+                f"{self.start} is damaged (its SHA-256 is not the one in store.json); copy it again, or delete the "
+                "store and train again"
+            )
+        return self._load(self.start)
 
     def _file(self, expert: int, epoch: int) -> Path:
         return self.folder(expert) / f"epoch-{epoch:04d}.safetensors"
@@ -277,14 +296,12 @@ class Writer:
         self.files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
     def _check_shared(self, params: Params) -> None:
-        if self.store.spec["shared"]:
-            shared = self.store._load(self.store.path / "theta-0.safetensors")
-            changed = [n for n, p in shared.items() if not torch.equal(p, params[n])]
-            if changed:
-                raise ValueError(
-                    f"the pretrained tower is not the one in the store at {self.store.path} (first: {changed[0]}); its "
-                    "weights have changed since; train into another storage folder"
-                )
+        changed = [n for n, p in self.store.shared().items() if not torch.equal(p, params[n])]
+        if changed:
+            raise ValueError(
+                f"the pretrained tower is not the one in the store at {self.store.path} (first: {changed[0]}); its "
+                "weights have changed since; train into another storage folder"
+            )
 
     def finish(self) -> None:
         """Declare the expert complete; after this it is never trained again."""

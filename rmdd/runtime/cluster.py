@@ -21,7 +21,6 @@ ENVIRONMENT = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DATA_USE_DATASOURCE_V2": "0",
-    "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "300",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
     # Ray Train: look at workers twice a second, stay in the folder, and start no actor that waits for spot notices:
@@ -108,8 +107,9 @@ def connected(runtime: config.Runtime) -> Iterator[Resources]:
                 f"runtime.gpus_per_worker asks for {runtime.gpus_per_worker} GPU(s) but the cluster has "
                 f"{found.gpus:g}; set it to 0 for CPUs, or add GPU nodes"
             )
-        if found.nodes > 1 and "://" not in runtime.storage:
-            require_shared(Path(runtime.storage).absolute())
+        folder = runtime.storage.removeprefix("file://")
+        if found.nodes > 1 and "://" not in folder:
+            require_shared(Path(folder).absolute())
         yield found
     finally:
         if ours:

@@ -28,6 +28,7 @@ def ray_stream(
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.use_datasource_v2 = False
+    context.execution_no_progress_timeout_s = -1  # the expert may be busy for as long as it needs
     context.target_max_block_size = BLOCK_BYTES
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -93,6 +93,7 @@ def _run(items: Sequence[Values], over: Callable[[Any], Any]) -> Iterator[Values
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.use_datasource_v2 = False
+    context.execution_no_progress_timeout_s = -1  # an item may take as long as it needs
     rows = [{"value": json.dumps(item)} for item in items]
     with warnings.catch_warnings():  # Ray 2.60 has no other way to bound how often workers are replaced
         warnings.simplefilter("ignore", RayDeprecationWarning)

@@ -1,8 +1,10 @@
 """Ingest, the manifest's arithmetic, and what is refused. Sources have their own file."""
 
+import errno
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -97,6 +99,25 @@ def test_every_bad_row_is_counted_with_its_reason(messy, tmp_path):
     assert pairs["png_named.jpg"].captions == ("a list", "in train")
     missing = next(entry for entry in quarantined(dataset) if entry["reason"] == "missing_file")
     assert missing["file"] == "missing.png" and missing["origin"] == "train.json record 14"
+
+
+@pytest.mark.parametrize(
+    "number", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.ETIMEDOUT, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG]
+)
+def test_a_failing_disk_is_no_bad_image(messy, tmp_path, monkeypatch, number):
+    def read(path, real=Path.read_bytes):
+        if path.name == "b.png":
+            raise OSError(number, os.strerror(number))
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", read)
+        if number in (errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG):
+            assert ingest(messy, tmp_path / "out").manifest["quarantine"]["unreadable"] == 1
+            return
+        with pytest.raises(OSError, match=rf"part 0 .*{os.strerror(number)}.*mend this and start again"):
+            ingest(messy, tmp_path / "out")
+    assert "unreadable" not in ingest(messy, tmp_path / "out").manifest["quarantine"]
 
 
 def test_images_stay_as_they_came(messy, tmp_path):

@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ from PIL import Image
 
 from rmdd.config import Data, Table
 from rmdd.data.ingest import ingest, quarantined
-from rmdd.data.parts import PartWriter
+from rmdd.data.parts import Folders, PartWriter
 from rmdd.data.shards import Dataset
 from rmdd.jobs import in_turn
 
@@ -239,3 +240,26 @@ def test_the_second_of_two_ingests_waits_for_the_first(data, tmp_path):
     first.join()
     second.join()
     assert [dataset.hash for dataset in seen] == [Dataset.open(tmp_path / "out").hash] * 2
+
+
+def test_a_machine_that_does_not_see_the_storage_is_named(data, tmp_path):
+    def elsewhere(make, items):
+        yield from map(PartWriter(data, Folders(tmp_path / "not-mounted" / ".out.parts")), items)
+
+    with pytest.raises(OSError, match=rf"{socket.gethostname()} does not see the storage: .*not-mounted"):
+        ingest(data, tmp_path / "out", elsewhere)
+    assert not (tmp_path / "not-mounted").exists()
+
+
+@pytest.mark.ray
+def test_a_part_may_take_longer_than_ray_data_waits(ray_local, monkeypatch):
+    from ray.data import DataContext
+
+    from rmdd.runtime.stream import over_tasks
+
+    monkeypatch.setattr(DataContext.get_current(), "execution_no_progress_timeout_s", 1)
+
+    def make():
+        return lambda item: time.sleep(4) or item
+
+    assert list(over_tasks()(make, [{"number": 7}])) == [{"number": 7}]

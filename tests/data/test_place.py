@@ -64,6 +64,8 @@ def test_a_bucket_of_s3(mine, root, tmp_path, monkeypatch):
         assert find(place(uri), "**/*.json")[0][0] == "annotations/train.json"
         there = ingest(mine.model_copy(update={"root": uri}), tmp_path / "s3")
         assert there.hash == ingest(mine, tmp_path / "local").hash
+        with pytest.raises(ValueError, match="data.root s3://bucket/nothing is not a folder"):
+            ingest(mine.model_copy(update={"root": "s3://bucket/nothing?region=us-east-1"}), tmp_path / "out")
     finally:
         server.stop()
 
@@ -109,6 +111,8 @@ def test_places_that_cannot_be_read_are_told(tmp_path):
         "s3://bucket/x?secret_key=hunter2",
         "hdfs://me:hunter2@host/x",
         "gs://b?access_token=hunter2",
+        "abfs://c@account.dfs.core.windows.net/x?sv=2024-11-04&se=2030-01-01&sp=r&sig=hunter2",
+        "https://host/x?key=hunter2",
     ],
 )
 def test_credentials_do_not_belong_into_a_run_file(uri):

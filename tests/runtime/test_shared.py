@@ -4,9 +4,12 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from rmdd.config import Runtime
+from rmdd.runtime import cluster
 from rmdd.runtime.cluster import require_shared
 
 CODE = """
@@ -68,3 +71,14 @@ def test_nodes_that_do_not_see_the_storage_are_named_before_anything_starts(tmp_
 def test_one_node_sees_its_own_folder(ray_local, tmp_path):
     require_shared(tmp_path / "runs")
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+@pytest.mark.ray
+def test_a_folder_that_is_given_as_a_uri_is_asked_for_too(ray_local, monkeypatch):
+    asked = []
+    monkeypatch.setattr(cluster, "resources_now", lambda grows=False: cluster.Resources(cpus=2.0, gpus=0.0, nodes=2))
+    monkeypatch.setattr(cluster, "require_shared", asked.append)
+    for storage in ("file:///shared/runs", "s3://bucket/runs"):
+        with cluster.connected(Runtime(storage=storage)):
+            pass
+    assert asked == [Path("/shared/runs")]

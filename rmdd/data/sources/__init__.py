@@ -34,5 +34,5 @@ def files(data: Data) -> list[tuple[str, int, str | None]]:
 
 
 def _check_root(data: Data) -> None:
-    if data.root is not None and not place(data.root).is_dir():
-        raise ValueError(f"data.root {data.root} is not a folder; set it to the folder that image paths start in")
+    if data.root is not None and not (root := place(data.root)).is_dir():
+        raise ValueError(f"data.root {root} is not a folder; set it to the folder that image paths start in")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,6 +32,9 @@ PLAN_SCHEMA = pa.schema(
 _AT_ONCE = 32
 """Requests under way at a remote store."""
 
+_OF_THE_PATH = (errno.EACCES, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)
+"""What a disk refuses for one image; anything else may be right the next time, and ends the ingest."""
+
 
 def candidates(plan: Path, data: Data) -> Iterator[Candidate]:
     """The rows of one file of the plan, with their images."""
@@ -57,6 +61,8 @@ def _read(path: str, root: Place, data: Data) -> bytes:
             return (root / name).read_bytes()
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             continue
-        except (OSError, ValueError) as error:  # no permission, a name too long, a null byte
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and (error.errno not in _OF_THE_PATH or is_remote(data.root)):
+                raise
             raise ImageError("unreadable", str(error)[:200]) from None
     raise ImageError("missing_file", "no such file under data.root")

@@ -100,6 +100,7 @@ def samples(tar: Place) -> Iterator[Sample]:
     with tar.open("rb") as f, tarfile.open(fileobj=f, mode="r|*", tarinfo=_Header) as archive:
         sample = None
         for member in archive:
+            archive.members = []  # type: ignore[attr-defined]  # it would keep all
             folder, _, name = member.name.removeprefix("./").rpartition("/")
             stem, dot, extension = name.partition(".")
             if not member.isfile() or not stem or not dot:

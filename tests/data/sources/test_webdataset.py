@@ -1,3 +1,4 @@
+import gc
 import io
 import json
 import tarfile
@@ -8,6 +9,7 @@ from PIL import Image
 
 from rmdd.config import Data, Tars
 from rmdd.data.ingest import ingest, quarantined
+from rmdd.data.sources.webdataset import samples
 
 
 def picture(seed, kind="JPEG"):
@@ -138,6 +140,13 @@ def test_a_truncated_tar_says_what_it_lost(root, pack, tmp_path):
         assert entry["file"] == "1.tar"
         # the last sample before the cut may lack members that were still to come
         assert pairs is None or (found in (pairs - 1, pairs) and f"all after {found} samples" in entry["detail"])
+
+
+def test_what_was_read_of_a_tar_is_not_kept(root, pack):
+    tar = pack("a.tar", [(f"{i:04d}.txt", b"x") for i in range(200)])
+    for _ in samples(tar):
+        kept = sum(issubclass(type(found), tarfile.TarInfo) for found in gc.get_objects())
+        assert kept < 10
 
 
 def test_other_layouts_stop_at_once(root, pack, tmp_path):
