@@ -47,6 +47,7 @@ class Roster:
         self.generation = ""
         self.attempts, self.faults = [0] * len(names), [0] * len(names)
         self.results: dict[int, Any] = {}
+        self.up = False
         self.events: list[dict[str, Any]] = []
         self.reports: dict[str, dict[str, Any]] = {}
         self.stopping = False
@@ -60,19 +61,24 @@ class Roster:
             self.waiting.extendleft(sorted(self.running.values(), reverse=True))
             for things in (self.running, self.turns, self.addresses, self.reasons, self.where):
                 things.clear()
-        self.where[rank] = where
+        self.where[rank], self.up = where, True
 
-    def take(self, gang: int, turn: int) -> int | None:
-        """The item that a gang does in its turn, the same for all of it; None when there is none."""
+    def take(self, generation: str, gang: int, turn: int, leads: bool = True) -> list[int | None]:
+        """The item of a gang's turn, or None when there is none, in a list, which is empty until the leader drew it.
+
+        The leader draws once it has settled the item before; the others may be done with that earlier.
+        """
+        if generation != self.generation:
+            return [None]
         turns = self.turns.setdefault(gang, [])
-        if turn == len(turns):
+        if leads and turn == len(turns):
             place = None if self.stopping or not self.waiting else self.waiting.popleft()
             turns.append(place)
             if place is not None:
                 self.running[gang] = place
                 self.attempts[place] += 1
                 self._log("started", place, gang, attempt=self.attempts[place])
-        return turns[turn]
+        return turns[turn : turn + 1]
 
     def meet(self, gang: int, address: str | None) -> str | None:
         """The address of a gang's first member, once it has told it."""
@@ -86,8 +92,10 @@ class Roster:
             self.reports[self.names[self.running[gang]]] = report
         return self.stopping
 
-    def settle(self, gang: int, result: Any) -> None:
-        """A gang is done with its item."""
+    def settle(self, generation: str, gang: int, turn: int, result: Any) -> None:
+        """A gang is done with the item of its turn. Not heard from a generation that has ended, nor twice."""
+        if generation != self.generation or gang not in self.running or turn != len(self.turns[gang]) - 1:
+            return
         place = self.running.pop(gang)
         if isinstance(result, Failed):
             self._fault("failed", place, gang, result)
@@ -185,7 +193,9 @@ def work(roster: Any, task: Task, items: Sequence[Any], size: int, threads: int)
     line = Line(roster, gang)
     hooks = Hooks(line.report, line.stop.is_set, seat if size > 1 else None)
     for turn in itertools.count():
-        place = ray.get(roster.take.remote(gang, turn))
+        while not (drawn := ray.get(roster.take.remote(generation, gang, turn, seat.rank == 0))):
+            time.sleep(0.05)
+        (place,) = drawn
         if place is None:
             return
         result = task(items[place], hooks)
@@ -194,7 +204,7 @@ def work(roster: Any, task: Task, items: Sequence[Any], size: int, threads: int)
             raise RuntimeError(result.reason)  # ends the others, which may wait for this one
         if seat.rank == 0:
             line.flush()
-            ray.get(roster.settle.remote(gang, result))
+            ray.get(roster.settle.remote(generation, gang, turn, result))
 
 
 def _meet(roster: Any, gang: int, address: str | None) -> str:

@@ -154,18 +154,31 @@ def test_an_interrupt_lets_every_worker_save(fleet, tmp_path):
     assert [(item / "saved").exists() for item in items] == [True, True, False], "no new item is begun"
 
 
-def test_a_gang_of_two_with_a_killed_member_trains_the_bits_of_an_unbroken_one(fleet, tmp_path):
+def test_a_gang_with_a_killed_member_trains_the_bits_of_an_unbroken_one(fleet, tmp_path):
     rule = {"keep": "all", "epochs": 12}
-    one, unbroken = (trained(run_of(tmp_path / f"{n}", 1, **rule, gang={"workers": n})) for n in (1, 2))
+    one, unbroken = (trained(run_of(tmp_path / f"{n}", 2, **rule, gang={"workers": n})) for n in (1, 2))
     log = tmp_path / "events.jsonl"
     strike = kill_worker(tmp_path / "gang", "expert 0", log)
-    store = trained(run_of(tmp_path / "gang", 1, **rule, gang={"workers": 2}), fleet(size=2))
+    store = trained(run_of(tmp_path / "gang", 2, **rule, gang={"workers": 2}), fleet(size=2))
     assert not strike.is_alive() and events(log, "died", "failed")
     assert files(store) == files(unbroken)
     assert store.path.name != one.path.name, "the gang is in the hash"
     a, b = (Store.open(s.path).read(0, 2) for s in (one, store))
     for name in a:
         torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-5)
+
+
+def late_leader(item, hooks):
+    """The first of a gang is done after the others, as when it writes what they have trained together."""
+    time.sleep(0.5 * (hooks.seat.rank == 0))
+    return item
+
+
+def test_a_gang_does_one_item_after_another(fleet, tmp_path):
+    names = [f"item {i}" for i in range(3)]
+    assert fleet(size=2).map(late_leader, [7, 8, 9], names, lambda name, metrics: None) == [7, 8, 9]
+    expected = [(kind, name) for name in names for kind in ("started", "finished")]
+    assert [(e["event"], e["item"]) for e in events(tmp_path / "events.jsonl")] == expected
 
 
 def test_a_gang_that_does_not_fit_is_refused(fleet):
@@ -198,26 +211,29 @@ def roster(items=3, size=1, tries=1):
 
 def test_a_death_is_charged_to_its_own_item_alone():
     made = roster()
-    assert [made.take(0, 0), made.take(1, 0)] == [0, 1]
+    assert [made.take("first", gang, 0) for gang in (0, 1)] == [[0], [1]]
     made.lost({1: "killed"})
     for rank in (0, 1):
         made.enrol("second", rank, {"pid": 10 + rank, "host": "node"})
     assert made.faults == [0, 1, 0]
-    assert [made.take(0, 0), made.take(1, 0)] == [0, 2], "what was at work comes first"
-    made.settle(0, True)
-    assert made.take(0, 1) == 1
+    assert [made.take("second", gang, 0) for gang in (0, 1)] == [[0], [2]], "what was at work comes first"
+    made.settle("second", 0, 0, True)
+    assert made.take("second", 0, 1) == [1]
     made.lost({0: "killed"})
-    made.settle(1, True)
+    made.settle("second", 1, 0, True)
     assert made.results == {0: True, 1: Failed("its worker died (killed), 2 times", "node", False), 2: True}
     kinds = [(e["event"], e["item"]) for e in made.news()[0]]
     assert kinds.count(("died", "expert 1")) == 2 and made.news() == ([], {})
 
 
-def test_members_of_a_gang_take_the_same_item():
+def test_members_of_a_gang_take_the_item_that_its_leader_drew():
     made = roster(items=2, size=2)
-    assert [made.take(0, 0), made.take(1, 0), made.take(0, 0), made.take(1, 0)] == [0, 1, 0, 1]
-    made.settle(0, True)
-    assert made.take(0, 1) is None and made.take(0, 1) is None
+    assert made.take("first", 0, 0, leads=False) == []
+    assert [made.take("first", gang, 0, leads) for leads in (True, False) for gang in (0, 1)] == [[0], [1], [0], [1]]
+    assert made.take("first", 0, 1, leads=False) == [], "its leader still writes"
+    made.settle("first", 0, 0, True)
+    assert made.results == {0: True}
+    assert made.take("first", 0, 1) == [None] == made.take("first", 0, 1, leads=False)
     made.explain(1, Failed("RuntimeError: connection closed", "a", True))
     made.explain(1, Failed("ValueError: diverged", "b", False))
     made.lost({2: None, 3: None})
@@ -226,14 +242,28 @@ def test_members_of_a_gang_take_the_same_item():
 
 def test_a_smaller_group_takes_over_what_a_larger_one_left():
     made = roster(items=2)
-    assert [made.take(0, 0), made.take(1, 0)] == [0, 1]
+    assert [made.take("first", gang, 0) for gang in (0, 1)] == [[0], [1]]
     made.enrol("second", 0, {"pid": 9, "host": "node"})
-    assert [made.take(0, 0), made.take(0, 1)] == [0, 1] and made.faults == [0, 0]
+    assert [made.take("second", 0, turn) for turn in (0, 1)] == [[0], [1]] and made.faults == [0, 0]
+
+
+def test_a_worker_of_a_group_that_has_ended_is_not_heard():
+    made = roster(items=2)
+    assert made.take("first", 0, 0) == [0]
+    made.enrol("second", 0, {"pid": 9, "host": "node"})
+    assert made.take("second", 0, 0) == [0] and made.take("first", 0, 1) == [None]
+    made.settle("first", 0, 0, True)
+    assert made.results == {}
+    for _ in range(2):
+        made.settle("second", 0, 0, True)
+    assert made.results == {0: True} and made.take("second", 0, 1) == [1]
+    made.settle("second", 0, 0, True)
+    assert made.results == {0: True} and made.running == {0: 1}
 
 
 def test_a_stopped_list_gives_out_nothing():
     made = roster()
-    assert made.take(0, 0) == 0 and not made.beat(0, {"done": 3})
+    assert made.take("first", 0, 0) == [0] and not made.beat(0, {"done": 3})
     made.stop()
-    assert made.beat(0, None) and made.take(1, 0) is None
+    assert made.beat(0, None) and made.take("first", 1, 0) == [None]
     assert made.news()[1] == {"expert 0": {"done": 3}}
