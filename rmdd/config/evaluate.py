@@ -114,6 +114,11 @@ class Runtime(Section):
         return usual if self.cpus_per_worker is None else self.cpus_per_worker, self.gpus_per_worker
 
     def clashes(self) -> list[str]:
+        if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
+            return [
+                f"runtime.gpus_per_worker {self.gpus_per_worker:g} is neither a share of one GPU nor a number of them; "
+                "give a share up to 1, or a whole number"
+            ]
         scheme, is_uri, rest = self.storage.partition("://")
         user = rest.partition("/")[0].rpartition("@")[0]
         if is_uri and (":" in user or "?" in rest or "#" in rest):

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 from test_resume import TINY
 
@@ -19,7 +20,8 @@ from rmdd.experts.store import Store
 from rmdd.jobs import Failed, Interrupted, InTurn, Mapper, Spared
 from rmdd.pipeline import Pipeline
 from rmdd.progress import Progress
-from rmdd.runtime.cluster import ENVIRONMENT, Resources
+from rmdd.runtime import experts
+from rmdd.runtime.cluster import ENVIRONMENT, Resources, connected
 from rmdd.runtime.experts import Fleet, Roster
 from rmdd.runtime.feed import ray_stream
 
@@ -35,9 +37,9 @@ def fleet(ray_local, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     ray_local.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
-    def build(size=1, **rule):
+    def build(size=1, nodes=((4.0, 0.0),), **rule):
         runtime = Runtime(**{"workers": 2, "min_workers": 2, **rule})
-        return Fleet(runtime, Resources(4.0, 0.0, 1), tmp_path / "events.jsonl", "experts-0", tmp_path / "train", size)
+        return Fleet(runtime, Resources(nodes), tmp_path / "events.jsonl", "experts-0", tmp_path / "train", size)
 
     yield build
     ray_local.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
@@ -186,6 +188,42 @@ def test_a_gang_that_does_not_fit_is_refused(fleet):
         fleet(size=5).map(flaky, [(0, None)], ["item"], lambda name, metrics: None)
 
 
+def test_more_workers_to_start_with_than_fit_are_refused(fleet):
+    """Two nodes of three CPUs have room for one worker of two threads each, not for three."""
+    executor = fleet(size=3, nodes=((3.0, 0.0), (3.0, 0.0)), threads=2)
+    with pytest.raises(ValueError, match=r"gang.workers asks for 3 .* room for 2 of 0 GPU\(s\) and 2 CPU\(s\)"):
+        executor.map(flaky, [(0, None)], ["item"], lambda name, metrics: None)
+    with pytest.raises(ValueError, match=r"runtime.min_workers asks for 8 .* room for 4"):
+        fleet(workers=8, min_workers=8).map(flaky, [(0, None)] * 9, list("abcdefghi"), lambda name, metrics: None)
+
+
+def test_it_is_said_when_no_worker_comes_up(fleet, monkeypatch):
+    monkeypatch.setattr(experts, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(Fleet, "_fit", lambda self, *given: time.sleep(2))
+    executor, told = fleet(), []
+    executor.say = told.append
+    executor.map(flaky, [(0, None)] * 3, list("abc"), lambda name, metrics: None)
+    assert told[0].startswith("experts: no worker is up; Ray Train waits for room for 2 worker(s) with {'CPU': 1.0}")
+
+
+def test_a_list_that_is_lost_ends_with_an_error_that_can_be_resumed(fleet, monkeypatch):
+    def lose(self, roster, *given):
+        ray.kill(roster)
+        time.sleep(2)
+
+    monkeypatch.setattr(Fleet, "_fit", lose)
+    words = r"Ray failed \(ActorDiedError: .*what was finished is kept"
+    with pytest.raises(RuntimeError, match=words), connected(Runtime()):
+        fleet().map(flaky, [(0, None)], ["item"], lambda name, metrics: None)
+
+
+def test_a_worker_that_does_not_see_the_storage_takes_nothing(fleet, tmp_path, monkeypatch):
+    monkeypatch.setattr(experts, "folder_to_see", lambda runtime, events: tmp_path / "elsewhere")
+    with pytest.raises(RuntimeError, match=r"^node .* does not see .*elsewhere; .* what was trained is kept"):
+        fleet().map(Spared(flaky), [(0, tmp_path)] * 2, ["a", "b"], lambda name, metrics: None)
+    assert events(tmp_path / "events.jsonl") == []
+
+
 def test_ray_data_feeds_the_bits_of_the_cache(ray_local, tmp_path):
     cached = trained(run_of(tmp_path / "cache", 1, epochs=3, keep="all"))
     run = run_of(tmp_path / "stream", 1, epochs=3, keep="all")
@@ -223,7 +261,16 @@ def test_a_death_is_charged_to_its_own_item_alone():
     made.settle("second", 1, 0, True)
     assert made.results == {0: True, 1: Failed("its worker died (killed), 2 times", "node", False), 2: True}
     kinds = [(e["event"], e["item"]) for e in made.news()[0]]
-    assert kinds.count(("died", "expert 1")) == 2 and made.news() == ([], {})
+    assert kinds.count(("died", "expert 1")) == 2 and made.news()[:2] == ([], {})
+
+
+def test_an_item_whose_node_went_is_not_charged():
+    made = roster(size=2)
+    made.take("first", 0, 0)
+    made.lost({0: None, 1: "the node has died"}, away={1})
+    made.enrol("second", 0, {"pid": 9, "host": "node"})
+    assert made.faults == [0, 0, 0] and made.take("second", 0, 0) == [0]
+    assert [e["event"] for e in made.news()[0]] == ["started", "lost", "started"]
 
 
 def test_members_of_a_gang_take_the_item_that_its_leader_drew():
