@@ -95,7 +95,9 @@ class Runtime(Section):
         None, description="minutes after which a run saves and stops, to be resumed, as on Ctrl-C; null: none"
     )
     stall_limit: PositiveFloat | None = Field(
-        60.0, description="minutes without a sign of life after which a worker is killed and started again; null: none"
+        60.0,
+        description="minutes without a sign of life after which a worker is killed and started again; null: none; "
+        "workers of a run of Ray Train are not watched",
     )
     track: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
         ("tensorboard",),
