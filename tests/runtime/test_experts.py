@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import ray
 import torch
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from test_resume import TINY
 
 from rmdd import config
@@ -22,7 +23,7 @@ from rmdd.pipeline import Pipeline
 from rmdd.progress import Progress
 from rmdd.runtime import experts
 from rmdd.runtime.cluster import ENVIRONMENT, Resources, connected
-from rmdd.runtime.experts import Fleet, Roster
+from rmdd.runtime.experts import Fleet, Obituaries, Roster
 from rmdd.runtime.feed import ray_stream
 
 pytestmark = pytest.mark.ray
@@ -271,6 +272,19 @@ def test_an_item_whose_node_went_is_not_charged():
     made.enrol("second", 0, {"pid": 9, "host": "node"})
     assert made.faults == [0, 0, 0] and made.take("second", 0, 0) == [0]
     assert [e["event"] for e in made.news()[0]] == ["started", "lost", "started"]
+
+
+@pytest.mark.parametrize(("node", "faults"), [("here", 1), ("gone", 0)])
+def test_a_death_is_told_from_the_loss_of_a_node(node, faults, ray_local):
+    here = ray_local.get_runtime_context().get_node_id()
+    kept = ray_local.remote(Roster).options(num_cpus=0).remote(["expert 0"], 1, 0)
+    kept.enrol.remote("first", 0, {"pid": 1, "host": "a", "node": here if node == "here" else "0" * 56})
+    kept.take.remote("first", 0, 0)
+    Obituaries(kept).after_exception(None, {0: WorkerHealthCheckFailedError("it is gone", RuntimeError("killed"))})
+    results, _ = ray_local.get(kept.outcome.remote())
+    assert len(results) == faults
+    assert ray_local.get(kept.take.remote("first", 0, 1)) == ([None] if faults else [0])
+    ray_local.kill(kept)
 
 
 def test_members_of_a_gang_take_the_item_that_its_leader_drew():
