@@ -84,12 +84,12 @@ def open_crew(runtime: config.Runtime, events: Path, progress: Progress) -> Iter
 
                     executor.rest()
                     place = address_of(runtime, root_of(runtime) / "fleets")
-                    return Fleet(runtime, executor.resources, events, f"experts-{store}", place, size)
+                    return Fleet(runtime, executor.resources, events, f"experts-{store}", place, size, progress.say)
 
                 restarts, crew = runtime.max_restarts, Crew(executor, fleet=fleet)
                 crew = replace(crew, readers=alone(over_tasks(min(runtime.reader_cpus, resources.widest), restarts)))
-                if not is_uri(runtime.storage):  # workers on CPUs hold them all
-                    crew = replace(crew, stream=functools.partial(ray_stream, cpus=1 if gpus else 0))
+                if not is_uri(runtime.storage):  # workers that hold CPUs may hold them all
+                    crew = replace(crew, stream=functools.partial(ray_stream, cpus=1 if gpus and not cpus else 0))
                 if not is_uri(runtime.storage) or (resources.nodes == 1 and not resources.grows):
                     over = over_actors(resources.workers(runtime, ENCODERS), cpus, gpus, restarts)
                     crew = replace(crew, encoders=alone(over))

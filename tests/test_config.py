@@ -45,6 +45,11 @@ def with_phase(changes: dict, **distill) -> dict:
         ),
         ({"data": {"source": "lists", "root": "r", "annotations": {}}}, "data.annotations is empty"),
         ({"data": {"source": "karpathy", "root": "r", "annotations": {"val": "v.json"}}}, "use source: lists"),
+        (
+            {"experts": {"gang": {"workers": 2}}, "runtime": {"gpus_per_worker": 0.5}},
+            "set runtime.gpus_per_worker to 1, or experts.gang.workers to 1",
+        ),
+        ({"runtime": {"gpus_per_worker": 1.5}}, "give a share up to 1, or a whole number"),
         ({"experts": {"epochz": 3}}, "experts.epochz: unknown key"),
         ({"name": "../escape"}, "name"),
         ({"seed": "many"}, "seed"),

@@ -171,7 +171,8 @@ def _train_here(case: Case, way: str, storage: Path) -> dict[str, Any]:
             return {"experts": case.experts, "start": round(start, 2), "seconds": pipeline.all_seconds()["experts"]}
         began = time.perf_counter()
         for num in range(1, case.each + 1):
-            more = run.model_copy(update={"experts": run.experts.model_copy(update={"num": num})})
+            experts = run.experts.model_copy(update={"num": num})
+            more = run.model_copy(update={"name": f"{run.name}-{num}", "experts": experts})
             with open_pipeline(more, quiet) as one:
                 one.experts()
         seconds = round(time.perf_counter() - began, 2)

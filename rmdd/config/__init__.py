@@ -103,6 +103,12 @@ class Run(Section):
         ):
             if needs and self.experts.keep == "endpoints":
                 mistakes.append(f"{what} reads every epoch; set experts.keep: all")
+        gpus = self.runtime.gpus_per_worker
+        if self.experts.gang.workers > 1 and 0 < gpus < 1:
+            mistakes.append(
+                f"experts.gang.workers {self.experts.gang.workers} on shares of a GPU would put two on one, which NCCL "
+                "refuses; set runtime.gpus_per_worker to 1, or experts.gang.workers to 1"
+            )
         missing = [] if isinstance(self.experts.keep, str) else sorted(set(self.endpoints) - set(self.experts.keep))
         if missing:
             mistakes.append(

@@ -95,7 +95,9 @@ class Runtime(Section):
         None, description="minutes after which a run saves and stops, to be resumed, as on Ctrl-C; null: none"
     )
     stall_limit: PositiveFloat | None = Field(
-        60.0, description="minutes without a sign of life after which a worker is killed and started again; null: none"
+        60.0,
+        description="minutes without a sign of life after which a worker is killed and started again; null: none; "
+        "workers of a run of Ray Train are not watched",
     )
     track: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
         ("tensorboard",),
@@ -114,6 +116,11 @@ class Runtime(Section):
         return usual if self.cpus_per_worker is None else self.cpus_per_worker, self.gpus_per_worker
 
     def clashes(self) -> list[str]:
+        if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
+            return [
+                f"runtime.gpus_per_worker {self.gpus_per_worker:g} is neither a share of one GPU nor a number of them; "
+                "give a share up to 1, or a whole number"
+            ]
         scheme, is_uri, rest = self.storage.partition("://")
         user = rest.partition("/")[0].rpartition("@")[0]
         if is_uri and (":" in user or "?" in rest or "#" in rest):

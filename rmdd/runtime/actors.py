@@ -21,12 +21,13 @@ from rmdd.files import append_jsonl
 from rmdd.jobs import Executor, GivenUp, Interrupted, Piece, Source, Task
 from rmdd.runtime.cluster import Resources, resources_now
 from rmdd.runtime.nodes import alive, draining
-from rmdd.runtime.worker import Worker
+from rmdd.runtime.worker import Blind, Worker, folder_to_see
 
 POLL_SECONDS = 0.5
 NODES_SECONDS = 3.0
 """How often the cluster is asked which nodes it has."""
-STOP_SECONDS = 120.0
+STOP_SECONDS = 90.0
+"""For saving; who stops the driver leaves it 120."""
 BACK_OFF = 0.5, 60.0
 """Seconds before an item whose worker died is begun again: at first, and at most after doubling."""
 
@@ -87,6 +88,8 @@ class SideBySide(Executor):
     slots: list[Slot] = field(default_factory=list)
     waiting: list[Job] = field(default_factory=list)
     idle: list[Hand] = field(default_factory=list)
+    blind: set[str] = field(default_factory=set)
+    """Nodes that do not see the storage; nothing is put there again."""
     _kept: bool = False
     _asked: float = 0.0
     _tasks: dict[Task, Any] = field(default_factory=dict)
@@ -161,7 +164,9 @@ class SideBySide(Executor):
             "scheduling_strategy": "SPREAD",
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}},
         }
-        return ray.remote(Worker).options(**options).remote(threads)
+        if self.blind:
+            options["label_selector"] = {"ray.io/node-id": f"!in({','.join(sorted(self.blind))})"}
+        return ray.remote(Worker).options(**options).remote(threads, folder_to_see(self.runtime, self.events))
 
     def _announce(self, slot: Slot, timeout: float = 0.0) -> None:
         """Log the start of a slot once its actor answers."""
@@ -198,7 +203,7 @@ class SideBySide(Executor):
                 self._lose(slot, "hung", f"no sign of life for {minutes:g} minutes (runtime.stall_limit)", counts=True)
         if time.monotonic() - self._asked >= NODES_SECONDS:
             self._asked = time.monotonic()
-            self.resources = resources_now(self.resources.grows)
+            self.resources = resources_now(self.resources.grows, without=self.blind)
             self._leave(draining())
 
     def _report(self, slot: Slot) -> None:
@@ -232,6 +237,10 @@ class SideBySide(Executor):
         try:
             result, told_to_stop = ray.get(slot.result)
         except RayTaskError as error:
+            if isinstance(error.cause, Blind) and slot.hand.place:
+                self.blind.add(slot.hand.place["node"])
+                self._lose(slot, "lost", str(error.cause), counts=False)
+                return
             self.slots.remove(slot)
             self.idle.append(slot.hand)
             cause = error.cause if isinstance(error.cause, Exception) else error

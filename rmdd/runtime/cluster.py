@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,41 +39,54 @@ GROW_SECONDS = 900.0
 PROBE_SECONDS = 60.0
 """A node that has not answered by then does not see the storage."""
 
+_ASK = ", or set runtime.workers, so that a cluster that grows is asked for them"
+
 
 @dataclass(frozen=True)
 class Resources:
-    cpus: float
-    gpus: float
-    nodes: int
-    widest: float = math.inf
-    """CPUs of the node that has most."""
+    each: tuple[tuple[float, float], ...]
+    """CPUs and GPUs of every node."""
     grows: bool = False
-    """Whether nodes come for workers that wait; then as many may wait as `runtime.workers` says."""
+    """Whether nodes come for workers that wait, as wide as a worker needs; as many may wait as `runtime.workers` says.
+    """
+
+    @property
+    def nodes(self) -> int:
+        return len(self.each)
+
+    @property
+    def gpus(self) -> float:
+        return sum((gpus for _, gpus in self.each), 0.0)
+
+    @property
+    def widest(self) -> float:
+        """CPUs of the node that has most."""
+        return math.inf if self.grows else max((cpus for cpus, _ in self.each), default=0.0)
+
+    def room(self, runtime: config.Runtime) -> float:
+        """How many workers have their share of CPUs and of a GPU; no share spans two nodes or two GPUs."""
+        return sum((_room(cpus, gpus, *runtime.share) for cpus, gpus in self.each), 0.0)
 
     def workers(self, runtime: config.Runtime, items: int) -> int:
-        """How many workers fit side by side: as many as have their share of CPUs and of a GPU (no share spans two)."""
+        """How many workers to have side by side: as many as fit, and one at least."""
         asked = min(items, runtime.workers or items)
-        if self.grows:
-            return max(1, asked)
-        cpus, share = runtime.share
-        fit = [asked]
-        if cpus > 0:
-            fit.append(int(self.cpus / cpus + 1e-9))
-        if share >= 1:
-            fit.append(int(self.gpus / share))
-        elif share > 0:
-            fit.append(int(self.gpus) * int(1 / share + 1e-9))
-        return max(1, min(fit))
+        return max(1, asked if self.grows else int(min(asked, self.room(runtime))))
 
 
-def resources_now(grows: bool = False) -> Resources:
-    """What the cluster has now; nodes come and go. One that grows will bring nodes as wide as a worker needs."""
+def _room(cpus: float, gpus: float, cpu_share: float, gpu_share: float) -> float:
+    """How many workers one node has room for."""
+    by_cpus = (cpus / cpu_share + 1e-9) // 1 if cpu_share else math.inf
+    if gpu_share >= 1:
+        return min(by_cpus, gpus // gpu_share)
+    return min(by_cpus, gpus // 1 * ((1 / gpu_share + 1e-9) // 1)) if gpu_share else by_cpus
+
+
+def resources_now(grows: bool = False, without: Collection[str] = ()) -> Resources:
+    """What the cluster has now, but for some nodes; nodes come and go."""
     import ray
 
-    have = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    cpus = [resources.get("CPU", 0.0) for resources in have]
-    widest = math.inf if grows else max(cpus, default=0.0)
-    return Resources(sum(cpus), sum(resources.get("GPU", 0.0) for resources in have), len(have), widest, grows)
+    have = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in without]
+    return Resources(tuple((resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in have), grows)
 
 
 @contextlib.contextmanager
@@ -81,8 +94,8 @@ def connected(runtime: config.Runtime) -> Iterator[Resources]:
     """Join the cluster that `runtime.address` or RAY_ADDRESS names, or start a local one and stop it at the end.
 
     A cluster that this process had already joined is used and left alone. One that is joined here with
-    `runtime.workers` set is taken to grow: its first node is waited for. Raises `ValueError` when the cluster has
-    fewer GPUs than one worker asks for, or nodes that do not see the storage.
+    `runtime.workers` set is taken to grow: its first node is waited for. Raises `ValueError` when no node has room for
+    a worker, or some do not see the storage; `RuntimeError` when what is done inside meets an error of Ray's own.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -90,6 +103,7 @@ def connected(runtime: config.Runtime) -> Iterator[Resources]:
     if not address and "RAY_AUTH_TOKEN" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=uuid.uuid4().hex)
     import ray
+    from ray.exceptions import RayError
 
     ours = not ray.is_initialized()
     on_sigterm = signal.getsignal(signal.SIGTERM)
@@ -100,17 +114,26 @@ def connected(runtime: config.Runtime) -> Iterator[Resources]:
     if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # ray.init puts its own in place
     try:
-        grows = ours and bool(address) and runtime.workers is not None and _await_room(runtime)
+        grows = ours and bool(address) and runtime.workers is not None
+        if grows:
+            _await_room(runtime)
         found = resources_now(grows)
+        joined = bool(address) or not ours
         if runtime.gpus_per_worker > found.gpus:
             raise ValueError(
                 f"runtime.gpus_per_worker asks for {runtime.gpus_per_worker} GPU(s) but the cluster has "
-                f"{found.gpus:g}; set it to 0 for CPUs, or add GPU nodes"
+                f"{found.gpus:g}; set it to 0 for CPUs, or add GPU nodes{_ASK if joined else ''}"
             )
+        if joined and found.room(runtime) < 1:
+            raise ValueError(f"no node has room for a worker ({_need(runtime)}); add such nodes{_ASK}")
         folder = runtime.storage.removeprefix("file://")
         if found.nodes > 1 and "://" not in folder:
             require_shared(Path(folder).absolute())
         yield found
+    except RayError as error:
+        raise RuntimeError(
+            f"Ray failed ({type(error).__name__}: {' '.join(str(error).split())[:300]}); what was finished is kept"
+        ) from error
     finally:
         if ours:
             ray.shutdown()
@@ -137,19 +160,28 @@ def _start(runtime: config.Runtime) -> None:
                 raise RuntimeError(f"a local Ray could not be started: {error}") from error
 
 
-def _await_room(runtime: config.Runtime) -> bool:
-    """Wait until a node has had room for one worker; False when none came. What waits is a placement group, which
-    runs nothing."""
+def _need(runtime: config.Runtime) -> dict[str, float]:
+    return {name: share for name, share in zip(("CPU", "GPU"), runtime.share, strict=True) if share}
+
+
+def _await_room(runtime: config.Runtime) -> None:
+    """Wait until a node has had room for one worker. What waits is a placement group, which runs nothing.
+
+    Raises `ValueError` when none came.
+    """
     import ray
 
-    need = {name: share for name, share in zip(("CPU", "GPU"), runtime.share, strict=True) if share}
-    have = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if any(all(node.get(name, 0.0) >= share for name, share in need.items()) for node in have):
-        return True
-    print(f"waiting up to {GROW_SECONDS / 60:.0f} minutes for a node with {need}", file=sys.stderr)
+    if resources_now().room(runtime) >= 1:
+        return
+    need, minutes = _need(runtime), GROW_SECONDS / 60
+    print(f"waiting up to {minutes:.0f} minutes for a node with {need}", file=sys.stderr)
     group = ray.util.placement_group([need])
     try:
-        return group.wait(GROW_SECONDS)
+        if not group.wait(GROW_SECONDS):
+            raise ValueError(
+                f"no node with room for a worker ({need}) came within {minutes:g} minutes; ask for less by "
+                "runtime.gpus_per_worker, cpus_per_worker or threads, or see why the cluster brings no such node"
+            )
     finally:
         ray.util.remove_placement_group(group)
 

@@ -9,17 +9,16 @@ import contextlib
 import functools
 import itertools
 import os
-import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 
 from rmdd import config
@@ -27,6 +26,11 @@ from rmdd.files import append_jsonl
 from rmdd.jobs import Failed, Hooks, Interrupted, Mapper, Seat, Task
 from rmdd.runtime.actors import POLL_SECONDS, STOP_SECONDS
 from rmdd.runtime.cluster import Resources
+from rmdd.runtime.nodes import alive, here
+from rmdd.runtime.worker import Blind, folder_to_see, place_of_this_process, require_sight
+
+PATIENCE_SECONDS = 120.0
+"""After so long without a worker it is said what is waited for."""
 
 
 class Roster:
@@ -47,32 +51,44 @@ class Roster:
         self.generation = ""
         self.attempts, self.faults = [0] * len(names), [0] * len(names)
         self.results: dict[int, Any] = {}
+        self.refusal: str | None = None
+        self.up = False
         self.events: list[dict[str, Any]] = []
         self.reports: dict[str, dict[str, Any]] = {}
         self.stopping = False
 
     # -- for workers ---------------------------------------------------------------------------------------------
 
-    def enrol(self, generation: str, rank: int, where: dict[str, Any]) -> None:
-        """A worker is up. The first of a generation puts back what the one before left undone."""
+    def enrol(self, generation: str, rank: int, where: dict[str, Any]) -> bool:
+        """A worker is up; says whether to stop. The first of a generation puts back what the one before left undone."""
         if generation != self.generation:
             self.generation = generation
             self.waiting.extendleft(sorted(self.running.values(), reverse=True))
             for things in (self.running, self.turns, self.addresses, self.reasons, self.where):
                 things.clear()
-        self.where[rank] = where
+        self.where[rank], self.up = where, True
+        return self.stopping
 
-    def take(self, gang: int, turn: int) -> int | None:
-        """The item that a gang does in its turn, the same for all of it; None when there is none."""
+    def refuse(self, reason: str) -> None:
+        """A worker is where it cannot work, and so may be those that come after it: the list is closed."""
+        self.refusal, self.stopping = reason, True
+
+    def take(self, generation: str, gang: int, turn: int, leads: bool = True) -> list[int | None]:
+        """The item of a gang's turn, or None when there is none, in a list, which is empty until the leader drew it.
+
+        The leader draws once it has settled the item before; the others may be done with that earlier.
+        """
+        if generation != self.generation:
+            return [None]
         turns = self.turns.setdefault(gang, [])
-        if turn == len(turns):
+        if leads and turn == len(turns):
             place = None if self.stopping or not self.waiting else self.waiting.popleft()
             turns.append(place)
             if place is not None:
                 self.running[gang] = place
                 self.attempts[place] += 1
                 self._log("started", place, gang, attempt=self.attempts[place])
-        return turns[turn]
+        return turns[turn : turn + 1]
 
     def meet(self, gang: int, address: str | None) -> str | None:
         """The address of a gang's first member, once it has told it."""
@@ -86,8 +102,10 @@ class Roster:
             self.reports[self.names[self.running[gang]]] = report
         return self.stopping
 
-    def settle(self, gang: int, result: Any) -> None:
-        """A gang is done with its item."""
+    def settle(self, generation: str, gang: int, turn: int, result: Any) -> None:
+        """A gang is done with the item of its turn. Not heard from a generation that has ended, nor twice."""
+        if generation != self.generation or gang not in self.running or turn != len(self.turns[gang]) - 1:
+            return
         place = self.running.pop(gang)
         if isinstance(result, Failed):
             self._fault("failed", place, gang, result)
@@ -102,8 +120,12 @@ class Roster:
 
     # -- for the controller and the driver -----------------------------------------------------------------------
 
-    def lost(self, deaths: dict[int, str | None]) -> None:
-        """Ranks that ended: with the reason when they died, None when they raised what they have explained."""
+    def lost(self, deaths: dict[int, str | None], away: Set[int] = frozenset()) -> None:
+        """Ranks that ended: with the reason when they died, None when they raised what they have explained.
+
+        Those of `away` went with their node, which is no fault of the item.
+        """
+        self.up = False
         for gang in sorted({rank // self.size for rank in deaths}):
             if gang not in self.running:
                 continue
@@ -112,22 +134,30 @@ class Roster:
             died = next((deaths[r] for r in ranks if deaths[r]), None)
             host = self.where.get(ranks[0], {}).get("host", "?")
             explained = self.reasons.get(gang, Failed("it ended without a reason", host, True))
-            if died:
+            if died and not away.isdisjoint(ranks):
+                self._log("lost", place, gang, attempt=self.attempts[place], error=died)
+                self.waiting.appendleft(place)
+            elif died:
                 self._fault("died", place, gang, Failed(f"its worker died ({died})", host, True))
             else:
                 self._fault("failed", place, gang, explained)
 
-    def news(self) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
-        """Events and reports since the last call."""
-        found = self.events, self.reports
+    def nodes(self) -> dict[int, str]:
+        """The node of every rank."""
+        return {rank: where["node"] for rank, where in self.where.items()}
+
+    def news(self) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]], bool]:
+        """Events and reports since the last call, and whether workers are up."""
+        found = self.events, self.reports, self.up
         self.events, self.reports = [], {}
         return found
 
     def stop(self) -> None:
         self.stopping = True
 
-    def outcome(self) -> dict[int, Any]:
-        return self.results
+    def outcome(self) -> tuple[dict[int, Any], str | None]:
+        """Results by place, and why the list was closed if a worker refused."""
+        return self.results, self.refusal
 
     def _fault(self, event: str, place: int, gang: int, reason: Failed) -> None:
         self.faults[place] += 1
@@ -164,28 +194,39 @@ class Line:
                 self.stop.set()
 
     def _talk(self) -> None:
-        with contextlib.suppress(RayActorError):
+        try:
             while not self.stop.wait(POLL_SECONDS):
                 self.flush()
+        except RayActorError:
+            self.stop.set()  # nobody is left to work for
 
 
-def work(roster: Any, task: Task, items: Sequence[Any], size: int, threads: int) -> None:
-    """What every worker of the run does. Members of a gang past the last whole one have nothing to do."""
+def work(roster: Any, task: Task, items: Sequence[Any], size: int, threads: int, folder: Path | None) -> None:
+    """What every worker of the run does. Members of a gang past the last whole one have nothing to do.
+
+    Raises `RuntimeError` on a node that does not see `folder`.
+    """
     import torch
 
     torch.set_num_threads(threads)
     context = ray.train.get_context()
     rank, gang = context.get_world_rank(), context.get_world_rank() // size
     generation = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"  # Train draws a port for every group
-    where = {"pid": os.getpid(), "host": socket.gethostname()}
-    ray.get(roster.enrol.remote(generation, rank, where))
-    if (gang + 1) * size > context.get_world_size():
+    where = place_of_this_process()
+    if ray.get(roster.enrol.remote(generation, rank, where)) or (gang + 1) * size > context.get_world_size():
         return
+    try:
+        require_sight(folder)
+    except Blind as error:
+        ray.get(roster.refuse.remote(str(error)))
+        raise  # ends the others, which may wait for this one
     seat = Seat(rank % size, size, ray.util.get_node_ip_address(), functools.partial(_meet, roster, gang))
     line = Line(roster, gang)
     hooks = Hooks(line.report, line.stop.is_set, seat if size > 1 else None)
     for turn in itertools.count():
-        place = ray.get(roster.take.remote(gang, turn))
+        while not (drawn := ray.get(roster.take.remote(generation, gang, turn, seat.rank == 0))):
+            time.sleep(0.05)
+        (place,) = drawn
         if place is None:
             return
         result = task(items[place], hooks)
@@ -194,7 +235,7 @@ def work(roster: Any, task: Task, items: Sequence[Any], size: int, threads: int)
             raise RuntimeError(result.reason)  # ends the others, which may wait for this one
         if seat.rank == 0:
             line.flush()
-            ray.get(roster.settle.remote(gang, result))
+            ray.get(roster.settle.remote(generation, gang, turn, result))
 
 
 def _meet(roster: Any, gang: int, address: str | None) -> str:
@@ -210,11 +251,16 @@ class Obituaries(UserCallback):
         self.roster = roster
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        nodes, there = ray.get(self.roster.nodes.remote()), alive()
         deaths: dict[int, str | None] = {}
+        away = set()
         for rank, error in worker_exceptions.items():  # what a worker raised comes wrapped in another class
             died = type(error).__name__.startswith("WorkerHealthCheck")
-            deaths[rank] = " ".join(str(getattr(error, "health_check_failure", error)).split())[:200] if died else None
-        ray.get(self.roster.lost.remote(deaths))
+            failure = getattr(error, "health_check_failure", error)
+            deaths[rank] = " ".join(str(failure).split())[:200] if died else None
+            if nodes.get(rank) not in there or isinstance(failure, ActorUnavailableError):
+                away.add(rank)
+        ray.get(self.roster.lost.remote(deaths, away))
 
 
 @dataclass
@@ -231,32 +277,43 @@ class Fleet(Mapper):
     name: str
     storage: Path | str
     size: int = 1
+    say: Callable[[str], None] = lambda text: None
 
     def map(
         self, task: Task, items: Sequence[Any], names: Sequence[str], on_report: Callable[[str, dict[str, Any]], None]
     ) -> list[Any]:
         """See `rmdd.jobs.Mapper`; `Failed` in the place of what was given up.
 
-        Raises `ValueError` when no gang fits the cluster, `RuntimeError` when Train itself gives up.
+        Raises `ValueError` when no gang fits the cluster, `RuntimeError` when Train itself gives up or a node that
+        came later does not see the storage.
         """
         if not items:
             return []
         scaling = self._scaling(len(items))
-        roster = ray.remote(Roster).options(num_cpus=0).remote(list(names), self.size, self.runtime.max_restarts)
+        options = {"num_cpus": 0, "scheduling_strategy": here()}
+        roster = ray.remote(Roster).options(**options).remote(list(names), self.size, self.runtime.max_restarts)
         problems: list[Exception] = []
         thread = threading.Thread(target=self._fit, args=(roster, task, list(items), scaling, problems), daemon=True)
         thread.start()
+        up_at = time.monotonic()
         try:
             while thread.is_alive():
                 thread.join(POLL_SECONDS)
-                self._hear(roster, on_report)
+                if self._hear(roster, on_report):
+                    up_at = time.monotonic()
+                elif time.monotonic() - up_at > PATIENCE_SECONDS:
+                    up_at = time.monotonic()
+                    self.say(f"experts: no worker is up; Ray Train waits for room for {_least(scaling)}")
         except BaseException as error:
-            ray.get(roster.stop.remote())
-            thread.join(STOP_SECONDS)
-            self._hear(roster, lambda name, metrics: None)
+            with contextlib.suppress(RayActorError):
+                ray.get(roster.stop.remote())
+                thread.join(STOP_SECONDS)
+                self._hear(roster, lambda name, metrics: None)
             raise (Interrupted() if isinstance(error, KeyboardInterrupt) else error) from None
-        results = ray.get(roster.outcome.remote())
+        results, refusal = ray.get(roster.outcome.remote())
         ray.kill(roster)
+        if refusal:
+            raise RuntimeError(f"{refusal}; what was trained is kept")
         if problems and len(results) < len(items):
             raise RuntimeError(
                 f"the run of Ray Train ended ({' '.join(str(problems[0]).split())[:300]}); what was trained is kept"
@@ -270,9 +327,10 @@ class Fleet(Mapper):
 
         threads = self.runtime.threads
         deaths = (self.runtime.max_restarts + 1) * (len(items) + 1)
+        folder = folder_to_see(self.runtime, self.events)
         try:
             TorchTrainer(
-                functools.partial(work, roster, task, items, self.size, threads),
+                functools.partial(work, roster, task, items, self.size, threads, folder),
                 torch_config=TorchConfig(backend="gloo"),
                 scaling_config=scaling,
                 run_config=RunConfig(
@@ -290,26 +348,34 @@ class Fleet(Mapper):
     def _scaling(self, items: int) -> ScalingConfig:
         runtime, size = self.runtime, self.size
         room = self.resources.workers(runtime.model_copy(update={"workers": None}), items * size)
-        if room < size:
-            raise ValueError(
-                f"experts.gang.workers asks for {size} workers side by side, the cluster has room for {room} of "
-                f"{runtime.gpus_per_worker:g} GPU(s) and {runtime.threads} thread(s); lower one of them or add nodes"
-            )
         most = max(1, min(runtime.workers or room, items * size) // size) * size
         least = min(most, max(size, runtime.min_workers))
         cpus, gpus = runtime.share
+        if room < least:
+            asks = "experts.gang.workers" if least == size else "runtime.min_workers"
+            raise ValueError(
+                f"{asks} asks for {least} workers side by side, the cluster has room for {room} of {gpus:g} GPU(s) and "
+                f"{cpus:g} CPU(s); lower one of them or add nodes"
+            )
         return ScalingConfig(
             num_workers=most if least == most else (least, most),
             use_gpu=gpus > 0,
             resources_per_worker={
-                "CPU": min(cpus, self.resources.widest, self.resources.cpus),
+                "CPU": min(cpus, self.resources.widest),
                 **({"GPU": gpus} if gpus else {}),
             },
         )
 
-    def _hear(self, roster: Any, on_report: Callable[[str, dict[str, Any]], None]) -> None:
-        events, reports = ray.get(roster.news.remote())
+    def _hear(self, roster: Any, on_report: Callable[[str, dict[str, Any]], None]) -> bool:
+        """Pass on what is new; returns whether workers are up."""
+        events, reports, up = ray.get(roster.news.remote())
         for event in events:
             append_jsonl(self.events, event)
         for name, metrics in reports.items():
             on_report(name, metrics)
+        return up
+
+
+def _least(scaling: ScalingConfig) -> str:
+    least = scaling.num_workers if isinstance(scaling.num_workers, int) else scaling.num_workers[0]
+    return f"{least} worker(s) with {scaling.resources_per_worker} each"

@@ -1,11 +1,17 @@
 """Which nodes a cluster has, and which are about to leave."""
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
 def alive() -> set[str]:
     """Ids of the nodes that are there."""
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def here() -> NodeAffinitySchedulingStrategy:
+    """Places an actor on the node of this process."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def draining() -> set[str]:

@@ -9,19 +9,51 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.util.metrics import Gauge
 
+from rmdd import config
 from rmdd.jobs import Hooks, Task
+
+
+class Blind(RuntimeError):
+    """This node does not see the folder that all of them should."""
+
+
+def folder_to_see(runtime: config.Runtime, events: Path) -> Path | None:
+    """A folder that every node should see: that of the run, made if it is not there; None where it is at a URI."""
+    if "://" in runtime.storage:
+        return None
+    events.parent.mkdir(parents=True, exist_ok=True)
+    return events.parent.absolute()
+
+
+def require_sight(folder: Path | None) -> None:
+    """Raise `Blind` where a node that joined later, and so was not asked at the start, does not see `folder`."""
+    if folder is not None and not folder.is_dir():
+        here = place_of_this_process()
+        raise Blind(
+            f"node {here['node'][:8]} ({here['host']}) does not see {folder}; mount one shared folder at "
+            "runtime.storage on every node"
+        )
+
+
+def place_of_this_process() -> dict[str, Any]:
+    return {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "node": ray.get_runtime_context().get_node_id(),
+    }
 
 
 class Worker:
     """Runs tasks in one thread while another answers `status` and `stop`. SIGTERM is a `stop` too."""
 
-    def __init__(self, threads: int):
-        self.threads = threads
+    def __init__(self, threads: int, folder: Path | None = None):
+        self.threads, self.folder = threads, folder
         self.stopping = False
         self.beats = 0
         self.latest: dict[str, Any] = {}
@@ -31,14 +63,11 @@ class Worker:
 
     def where(self) -> dict[str, Any]:
         """The process and the node it is on."""
-        return {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "node": ray.get_runtime_context().get_node_id(),
-        }
+        return place_of_this_process()
 
     def run(self, task: Task, item: Any, name: str) -> tuple[Any, bool]:
-        """The result, and whether the task had been asked to stop."""
+        """The result, and whether the task had been asked to stop. Raises `Blind` where its folder is not seen."""
+        require_sight(self.folder)
         import torch
 
         torch.set_num_threads(self.threads)

@@ -32,3 +32,12 @@ def test_what_cannot_be_measured_is_refused():
         bench.bench_experts(bench.Case(), ("magic",))
     with pytest.raises(ValueError, match="each is 9 of 8 experts"):
         bench.Case(each=9)
+
+
+def test_all_experts_may_have_a_run_of_their_own(tmp_path, monkeypatch):
+    """The last of them is then a run of the same value as the one around it."""
+    case = bench.Case(experts=1, epochs=1, pairs=40, image_size=16, each=1)
+    without_ray = bench.run_of(case, "in_turn", tmp_path)
+    monkeypatch.setattr(bench, "run_of", lambda *given: without_ray)
+    row = bench._train_here(case, "trainer_each", tmp_path)
+    assert row["experts"] == 1

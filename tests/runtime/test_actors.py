@@ -22,7 +22,7 @@ def side_by_side(ray_local, tmp_path):
     """Builds an executor of two workers; its tasks travel by value, for workers cannot import a test."""
     ray_local.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     yield lambda **rule: SideBySide(
-        Runtime(**{"workers": 2, **rule}), Resources(8.0, 0.0, 1), tmp_path / "events.jsonl"
+        Runtime(**{"workers": 2, **rule}), Resources(((8.0, 0.0),)), tmp_path / "events.jsonl"
     )
     ray_local.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
