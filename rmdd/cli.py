@@ -143,7 +143,7 @@ def search(
     set_: Sets = None,
     resume: Annotated[
         str | None,
-        typer.Option("--resume", metavar="FOLDER", help="Go on with the search in this folder or at this URI."),
+        typer.Option("--resume", metavar="FOLDER", help="Go on with the search in this folder, or URI."),
     ] = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -334,7 +334,7 @@ def _sweep(members: Callable[[], list[Any]], as_json: bool, quiet: bool, debug: 
 
 
 def _search_of(source: str | None, sets: list[str], folder: str | None) -> config.Run:
-    """The run that a search begins with, or the one that it was begun with, with `search.trials` and the like changed."""
+    """The run that a search begins with, or was begun with, `search.trials` and the like changed."""
     from rmdd.searches import begun_in, search_folder
 
     if folder is None:

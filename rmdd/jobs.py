@@ -94,6 +94,7 @@ class GivenUp(RuntimeError):
         self.host = host
 
 
+@runtime_checkable
 class Climber(Protocol):
     """Work in rungs, which may be ended after each."""
 
@@ -102,6 +103,7 @@ class Climber(Protocol):
         ...
 
 
+@runtime_checkable
 class Inquiry(Protocol):
     """Who decides what is tried next, and whether it goes on. Called from one thread."""
 

@@ -1,8 +1,8 @@
 """The run file as typed, frozen models: every number of a run is decided here.
 
 This package imports neither torch nor ray. Fields that say where things are, how far to go or how often to save, and
-not what is computed, never enter a hash: `name`, `data.root`, everything under `search` and `runtime`, and of `distill` the fields
-`budget_check`, `checkpoint_every` and `guard.retries`.
+not what is computed, never enter a hash: `name`, `data.root`, everything under `search` and `runtime`, and
+of `distill` the fields `budget_check`, `checkpoint_every` and `guard.retries`.
 """
 
 from __future__ import annotations

@@ -18,15 +18,15 @@ KINDS = ("uniform", "loguniform", "int", "logint", "choice")
 
 
 class Dimension(Section):
-    """The values of one field: exactly one of uniform, loguniform, int, logint (ends included) and choice."""
+    """The values of one field: exactly one of uniform, loguniform, int, logint and choice."""
 
-    uniform: tuple[float, float] | None = None
-    loguniform: tuple[float, float] | None = None
-    logint: tuple[Whole, Whole] | None = None
-    choice: tuple[Any, ...] | None = None
+    uniform: tuple[float, float] | None = Field(None, description="numbers between two, ends included")
+    loguniform: tuple[float, float] | None = Field(None, description="the same, by their logarithm")
+    logint: tuple[Whole, Whole] | None = Field(None, description="whole numbers, by their logarithm")
+    choice: tuple[Any, ...] | None = Field(None, description="any values, also lists")
     step: PositiveFloat | None = Field(None, description="of uniform and int")
     when: dict[str, Any] = Field({}, description="other fields of the space, and the value, or list of values, of each")
-    int: tuple[Whole, Whole] | None = None
+    int: tuple[Whole, Whole] | None = Field(None, description="whole numbers")
 
     @property
     def kind(self) -> str:
@@ -94,8 +94,8 @@ class Search(Section):
     seed: Whole | None = Field(None, description="null: the run's seed")
     storage: str | None = Field(
         None,
-        description="URL of a database that several drivers may share, ${VARIABLES} taken from the environment; null: a "
-        "file beside the search",
+        description="URL of a database that several drivers may share, ${VARIABLES} taken from the environment; "
+        "null: a file beside the search",
     )
     warm_start: tuple[str, ...] = Field((), description="folders of earlier searches to learn from")
 
@@ -116,13 +116,9 @@ class Search(Section):
                 if each.kind in ("loguniform", "logint") or (each.kind == "uniform" and each.step is None)
             ]
         if self.cost != "none" and self.pruner != "none":
-            found.append(
-                f"search.pruner: {self.pruner} compares trials by val alone; set search.cost or pruner to none"
-            )
+            found.append(f"search.pruner: {self.pruner} compares by val alone; set search.cost or pruner to none")
         if self.cost != "none" and self.sampler == "cmaes":
-            found.append(
-                "search.sampler: cmaes knows one objective; set search.cost to none or sampler to tpe or nsgaii"
-            )
+            found.append("search.sampler: cmaes knows one objective; set search.cost to none, or take tpe or nsgaii")
         if self.storage is not None and re.search(r"://[^/@]*:(?!\$\{)[^/@]+@", self.storage):
             found.append(
                 "search.storage holds a password, which would end up in files; put it into an environment variable and "

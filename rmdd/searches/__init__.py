@@ -67,7 +67,7 @@ def refused(base: config.Run, run: config.Run) -> list[str]:
 
 
 def begun_in(place: Path | str) -> config.Run | None:
-    """The run of a search that was begun in a folder or at a URI, also in a storage that was moved; None without one."""
+    """The run of a search that was begun in a folder or at a URI, also in a moved storage; None without one."""
     storage, file = located(str(place), "search.json", depth=2)
     if not file.is_file():
         return None

@@ -99,7 +99,7 @@ class Space:
         if not self.dimensions:
             return ["search.space is empty; give fields to try, such as distill.lr_image: {loguniform: [10, 10000]}"]
         found = [
-            f"search.space.{field}: trials differ in fields of {', '.join(SECTIONS)}, so that their scores can be compared"
+            f"search.space.{field}: trials may differ in {', '.join(SECTIONS)}, or their scores could not be compared"
             for field in self.dimensions
             if field.split(".")[0] not in SECTIONS
         ]
@@ -207,10 +207,3 @@ def looked_up(run: Mapping[str, Any], field: str) -> Any:
         else:
             return None
     return node
-
-
-def flat(values: Mapping[str, Any]) -> str:
-    """Such as `distill.lr_image=120.5 distill.ema=0.99`."""
-    return " ".join(
-        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items()
-    )

@@ -1,4 +1,4 @@
-"""What a search knows: trials asked for and told, kept in Optuna's storage, which a kill or a second driver cannot hurt.
+"""What a search knows: trials asked for and told, in Optuna's storage, which no kill and no second driver can hurt.
 
 The storage is the truth: a trial is told to it when it ends and never made again. One whose driver died is taken over,
 with its number and its values, by whoever gets the lease of its folder.
@@ -9,7 +9,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState

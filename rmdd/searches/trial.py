@@ -69,7 +69,7 @@ class Trial(Pipeline):
         jobs = [job for job in protocol.selection_jobs(self.run, len(self.rungs)) if job.snapshot == step]
         records = self._students(dataset, "val", jobs, self.rungs)
         self.curve.append(statistics.fmean(record["val"]["R@mean"] for record in records))
-        told = {"step": step + 1, "val": self.curve[-1], "done": step + 1 == len(self.rungs)}
+        told: dict[str, Any] = {"step": step + 1, "val": self.curve[-1], "done": step + 1 == len(self.rungs)}
         if told["done"]:
             best = max if self.run.evaluate.selection == "val_best" else lambda curve: curve[-1]
             told |= {"value": best(self.curve), "cost": self.cost()}

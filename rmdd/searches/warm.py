@@ -49,9 +49,7 @@ def _known(place: str, folder: Path, base: config.Run) -> tuple[list[Known], lis
     earlier = config.load(read_json(folder / "search.json")["run"])
     for section in ("data", "evaluate"):
         if earlier.hash_of(section) != base.hash_of(section):
-            told = (
-                f"search.warm_start: {place} scored its trials with another `{section}` section, so they do not compare"
-            )
+            told = f"search.warm_start: {place} has another `{section}` section, so its scores do not compare"
             return [], [told]
     for row in read_json(folder / "results.json")["trials"]:
         run_file = folder / "trials" / f"{row['number']:03d}" / "run.yaml"
