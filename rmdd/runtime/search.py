@@ -142,6 +142,7 @@ def climb(
             storage_path=place,
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=runtime.max_restarts),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     )
     try:

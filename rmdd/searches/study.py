@@ -23,7 +23,7 @@ from rmdd.searches.warm import Known
 from rmdd.storage import is_uri, open_storage
 
 INFEASIBLE = "infeasible"
-TRIES = 200
+TRIES = 100
 """Draws in a row that clash with the run file before a search gives up."""
 
 WAIT_SECONDS = 60.0
