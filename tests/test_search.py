@@ -402,6 +402,21 @@ def test_more_trials_are_added_to_a_search_and_nothing_else_changes(searched):
     assert rows[:5] == before and len(rows) == 6 and begun_in(found.folder).search.trials == 6
 
 
+def test_trials_may_differ_in_their_experts(tmp_path):
+    space = {"experts.lr_image": {"choice": [0.1, 0.2]}, "model.width": {"choice": [4, 8]}}
+    found = rmdd.search(tiny(tmp_path, space, sampler="grid"), progress=QUIET)
+    assert [row["state"] for row in found.table.rows] == ["complete"] * 4
+    assert len(list((tmp_path / "experts").glob("*/expert-000/expert.json"))) == 4
+
+
+def test_experts_that_keep_too_little_for_the_space_are_told():
+    raw = tiny("runs", {"distill.phases.0.endpoint": {"int": [1, 2]}})
+    raw["experts"]["keep"] = "endpoints"
+    raw["experts"]["epochs"] = 3
+    with pytest.raises(config.ConfigError, match=r"endpoint: at 2: .*set experts.keep: all, so that they are trained"):
+        check(config.load(raw))
+
+
 def test_resume_needs_a_search(tmp_path):
     for words, told in (
         ([], "give CONFIG"),

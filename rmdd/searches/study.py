@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rmdd import config
 from rmdd.files import atomic_path, write_json
 from rmdd.jobs import Values
-from rmdd.lease import Held, held
+from rmdd.lease import Held, Lease, held
 from rmdd.searches.samplers import FIRST, pruner_of, sampler_of
 from rmdd.searches.space import Space, loader, overrides
 from rmdd.searches.warm import Known
@@ -79,7 +79,7 @@ class Study:
         self.stored = open_storage(base.runtime)
         self.trials: dict[str, optuna.Trial] = {}
         self.failures: dict[str, str] = {}
-        self._leases: dict[str, contextlib.ExitStack] = {}
+        self._leases: dict[str, tuple[Lease, contextlib.ExitStack]] = {}
         self._alone = contextlib.ExitStack()
         if is_uri(base.runtime.storage) and self.search.storage is None:  # its file is copied to and fro
             self._alone.enter_context(held(folder, wait=False))
@@ -92,7 +92,7 @@ class Study:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for stack in self._leases.values():
+        for _, stack in self._leases.values():
             stack.close()
         self._keep()
         self._alone.close()
@@ -136,6 +136,10 @@ class Study:
 
     def told(self, name: str, rung: Values) -> bool:
         trial = self.trials[name]
+        if self._leases[name][0].lost:
+            self.say(f"{name}: another driver took over while this one stood still")
+            self._let_go(name)
+            return False
         if "step" in rung:
             curve = trial.user_attrs.get("curve", [])
             if rung["step"] > len(curve):
@@ -175,13 +179,13 @@ class Study:
         name, place = self._name(trial.number), self.folder / "trials" / f"{trial.number:03d}"
         if taken_over and (name in self.trials or trial.user_attrs.get("storage") not in (None, self._where())):
             return None
-        lease = contextlib.ExitStack()
+        stack = contextlib.ExitStack()
         try:
-            lease.enter_context(held(place, wait=False))
+            lease = stack.enter_context(held(place, wait=False))
         except Held:
             return None
         if taken_over and self._state(trial.number) != TrialState.RUNNING:  # its driver ended it meanwhile
-            lease.close()
+            stack.close()
             return None
         trial.set_user_attr("storage", self._where())
         values = self.space.suggest(trial)
@@ -194,14 +198,14 @@ class Study:
             trial.set_user_attr(INFEASIBLE, True)
             trial.set_user_attr("error", "; ".join(mistakes))
             self.study.tell(trial, state=TrialState.FAIL)
-            lease.close()
+            stack.close()
             return None
         with atomic_path(place / "run.yaml") as temporary:
             temporary.write_text(config.dump(run), encoding="utf-8")
         write_json(place / "values.json", values)
         if taken_over:
             self.say(f"{name}: goes on")
-        self.trials[name], self._leases[name] = trial, lease
+        self.trials[name], self._leases[name] = trial, (lease, stack)
         self.show(name, {"done": 0})
         at = run.runtime.model_copy(update={"storage": self._where()})
         return name, run.model_copy(update={"runtime": at}).model_dump_json()
@@ -220,7 +224,7 @@ class Study:
 
     def _let_go(self, name: str) -> None:
         del self.trials[name]
-        self._leases.pop(name).close()
+        self._leases.pop(name)[1].close()
 
     def _learn(self, known: list[Known]) -> None:
         """Give the study what earlier searches found."""
