@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rmdd.config import Run as Run
     from rmdd.config import load as load_config
     from rmdd.pipeline import run as run
+    from rmdd.searches import search as search
     from rmdd.sweeps import sweep as sweep
 
     __version__: str
@@ -26,10 +27,11 @@ _HOME = {
     "load": ("rmdd.artefact.distilled", "load"),
     "load_config": ("rmdd.config", "load"),
     "run": ("rmdd.pipeline", "run"),
+    "search": ("rmdd.searches", "search"),
     "sweep": ("rmdd.sweeps", "sweep"),
 }
 
-__all__ = ["Run", "__version__", "load", "load_config", "run", "sweep"]
+__all__ = ["Run", "__version__", "load", "load_config", "run", "search", "sweep"]
 
 
 def __getattr__(name: str) -> Any:

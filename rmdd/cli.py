@@ -138,21 +138,39 @@ def sweep(
 
 
 @app.command()
-def resume(
-    folder: Annotated[
-        str, typer.Argument(metavar="RUN_FOLDER", help="The folder, or URI, of a run or a sweep that was begun.")
-    ],
+def search(
+    source: Annotated[str | None, typer.Argument(metavar="CONFIG", help="A preset's name or a YAML file.")] = None,
+    set_: Sets = None,
+    resume: Annotated[
+        str | None,
+        typer.Option("--resume", metavar="FOLDER", help="Go on with the search in this folder, or URI."),
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Go on with a run or a sweep where it stopped."""
+    """Try values of the fields in `search.space`, compare them on val, and write the best run file."""
+    _search(lambda: _search_of(source, set_ or [], resume), json, quiet, debug)
+
+
+@app.command()
+def resume(
+    folder: Annotated[str, typer.Argument(metavar="RUN_FOLDER", help="The folder, or URI, of a run, sweep or search.")],
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Go on with a run, a sweep or a search where it stopped."""
     runs: list[Any] = []
+    base: config.Run | None = None
     with outcome(debug):
+        from rmdd.searches import begun_in
         from rmdd.sweeps import members_in
 
-        runs = members_in(folder)
-    if runs:
+        runs, base = members_in(folder), begun_in(folder)
+    if base is not None:
+        _search(lambda: base, json, quiet, debug)
+    elif runs:
         _sweep(lambda: runs, json, quiet, debug)
     else:
         do(lambda: load_folder(folder), _everything, json, quiet, debug)
@@ -313,6 +331,58 @@ def _sweep(members: Callable[[], list[Any]], as_json: bool, quiet: bool, debug: 
         if swept.failed:
             reasons = "".join(f"\n{row['settings']}: {row['error']}" for row in swept.failed)
             raise RuntimeError(f"{len(swept.failed)} of {len(runs)} runs failed{reasons}")
+
+
+def _search_of(source: str | None, sets: list[str], folder: str | None) -> config.Run:
+    """The run that a search begins with, or was begun with, `search.trials` and the like changed."""
+    from rmdd.searches import begun_in, search_folder
+
+    if folder is None:
+        if source is None:
+            raise config.ConfigError(["give CONFIG to begin a search, or --resume FOLDER to go on with one"], "search")
+        return load(source, sets)
+    if source is not None:
+        raise config.ConfigError([f"--resume {folder} has its own run file; leave '{source}' out"], "search")
+    begun = begun_in(folder)
+    if begun is None:
+        raise config.ConfigError(["no search.json in it; give a folder such as runs/searches/demo-0123abcd"], folder)
+    changed = config.load(begun.model_dump(mode="json"), sets)
+    if search_folder(changed).name != search_folder(begun).name:
+        told = "--set changes what the search is; only search.trials, concurrency, storage and runtime may change"
+        raise config.ConfigError([told], folder)
+    return changed
+
+
+def _search(begin: Callable[[], config.Run], as_json: bool, quiet: bool, debug: bool) -> None:
+    folders: dict[Path, str] = {}
+    with outcome(debug, folders):
+        base = begin()
+        from rmdd.check import impossible
+        from rmdd.progress import Progress
+        from rmdd.searches import check as check_
+        from rmdd.searches import run_search, search_folder
+        from rmdd.storage import address_of
+
+        check_(base)
+        if mistakes := impossible(base):
+            raise config.ConfigError(mistakes, base.name)
+        folder = search_folder(base)
+        folders[folder] = address = address_of(base.runtime, folder)
+        stop_on_sigterm()
+        with contextlib.redirect_stdout(sys.stderr):
+            found = run_search(base, Progress(quiet))
+        table, best = found.table, found.table.winner
+        if as_json:
+            print_json({"search": address, "best": best, "front": table.best, "trials": table.rows})
+        else:
+            from rmdd.console import search_table, stdout
+
+            stdout().print(search_table(table.rows, table.best), highlight=False)
+            typer.echo(f"search: {address} (results.json, trials.csv, report.html)")
+            typer.echo(f"best run file: {address}/best.yaml" if best else "no trial has finished")
+        if found.failures:
+            reasons = "".join(f"\n{name}: {why}" for name, why in found.failures.items())
+            raise RuntimeError(f"{len(found.failures)} trial(s) could not be finished{reasons}")
 
 
 def _table(evaluation: dict[str, Any]) -> Any:

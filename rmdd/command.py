@@ -118,7 +118,7 @@ def outcome(debug: bool = False, folders: dict[Path, str] | None = None) -> Iter
         raise typer.Exit(code) from error
 
     def how_to_resume(words: str) -> str:
-        kept = ("run.yaml", "sweep.json")
+        kept = ("run.yaml", "sweep.json", "search.json")
         begun = [address for folder, address in (folders or {}).items() if any((folder / k).is_file() for k in kept)]
         return "".join(f"{words}: rmdd resume {shlex.quote(address)}" for address in begun)
 

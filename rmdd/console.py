@@ -58,6 +58,21 @@ def sweep_table(runs: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str,
     return table
 
 
+def search_table(rows: Sequence[Mapping[str, Any]], best: Sequence[int], most: int = 12) -> Table:
+    """The best trials of a search by val, and how many there are of each kind."""
+    states = [row["state"] for row in rows]
+    told = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    table = Table(title="val R@mean in %; test was not read", caption=told, caption_justify="left")
+    keys = dict.fromkeys(key for row in rows for key in row["values"])
+    for column in ("trial", *keys, "val", "state"):
+        table.add_column(column)
+    for row in sorted((r for r in rows if r["val"] is not None), key=lambda r: -r["val"])[:most]:
+        words = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in (row["values"].get(k, "") for k in keys)]
+        style = "bold" if row["number"] in best else None
+        table.add_row(f"{row['number']:03d}", *words, f"{row['val']:.1f}", row["state"], style=style)
+    return table
+
+
 def _spread(value: Mapping[str, Any]) -> str:
     spread = value["std"]
     known = spread is not None and math.isfinite(spread)

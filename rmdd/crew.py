@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rmdd import config
 from rmdd.experts import feed
-from rmdd.jobs import Executor, InTurn, Mapper, Stream, Values, in_turn, time_limit
+from rmdd.jobs import Climber, Executor, Inquiry, InTurn, Mapper, Stream, Values, in_turn, time_limit
 from rmdd.lease import held
 from rmdd.progress import Progress
 from rmdd.storage import address_of, is_uri, open_storage, root_of
@@ -31,6 +32,8 @@ class Crew:
     """`fleet(store, size=n)`: one run of Ray Train over gangs of n that train the experts of a store."""
     stream: feed.Stream | None = None
     """Reads the pictures of experts that are not cached; None: who trains them."""
+    climbers: Callable[[Inquiry, Callable[[Any], Climber], int | None], None] | None = None
+    """Climb side by side, so many at most, in a run of Ray Tune."""
 
 
 @contextlib.contextmanager
@@ -86,7 +89,14 @@ def open_crew(runtime: config.Runtime, events: Path, progress: Progress) -> Iter
                     place = address_of(runtime, root_of(runtime) / "fleets")
                     return Fleet(runtime, executor.resources, events, f"experts-{store}", place, size, progress.say)
 
-                restarts, crew = runtime.max_restarts, Crew(executor, fleet=fleet)
+                def climbers(inquiry: Inquiry, open_climber: Callable[[Any], Climber], most: int | None) -> None:
+                    from rmdd.runtime.search import climb
+
+                    executor.rest()
+                    place = address_of(runtime, root_of(runtime) / "fleets")
+                    climb(inquiry, open_climber, runtime, executor.resources, place, most)
+
+                restarts, crew = runtime.max_restarts, Crew(executor, fleet=fleet, climbers=climbers)
                 crew = replace(crew, readers=alone(over_tasks(min(runtime.reader_cpus, resources.widest), restarts)))
                 if not is_uri(runtime.storage):  # workers that hold CPUs may hold them all
                     crew = replace(crew, stream=functools.partial(ray_stream, cpus=1 if gpus and not cpus else 0))

@@ -94,6 +94,32 @@ class GivenUp(RuntimeError):
         self.host = host
 
 
+@runtime_checkable
+class Climber(Protocol):
+    """Work in rungs, which may be ended after each."""
+
+    def climb(self) -> Values:
+        """Do the next rung; `done` is true after the last."""
+        ...
+
+
+@runtime_checkable
+class Inquiry(Protocol):
+    """Who decides what is tried next, and whether it goes on. Called from one thread."""
+
+    def ask(self) -> tuple[str, Any] | None:
+        """A name and what to climb; None when nothing is left to begin."""
+        ...
+
+    def told(self, name: str, rung: Values) -> bool:
+        """Take what a rung gave; returns whether to climb on."""
+        ...
+
+    def failed(self, name: str, why: str) -> None:
+        """It could not be done here and now."""
+        ...
+
+
 @dataclass(frozen=True)
 class Spared:
     """The task, which returns why it failed where it fails: one item does not stop the others."""

@@ -73,6 +73,7 @@ class Pipeline:
         self.run, self.executor, self.progress = run, executor, progress
         self.readers, self.encoders = readers, encoders
         self.fleet, self.stream = fleet, stream
+        self.splits: tuple[str, ...] = ("train", "val", "test")
         self.storage = open_storage(run.runtime)
         self.folder = run_folder(run)
         self._dataset: Dataset | None = None
@@ -116,7 +117,7 @@ class Pipeline:
         dataset = self.ingest()
         run, places = self.run, places_of(self.run, dataset)
         with self._timed("embed"):
-            for split in ("train", "val", "test"):
+            for split in self.splits:
                 if dataset.counts[split]["pairs"]:
                     self._embed(dataset, split)
                 material(self._item(dataset), split)
@@ -138,8 +139,8 @@ class Pipeline:
         self.progress.say(f"experts: {len(store.complete())} in {places.store} ({store.size() / 2**20:.0f} MiB)")
         return store
 
-    def distill(self) -> list[Path]:
-        """Distil the phases that are not finished; returns their folders."""
+    def begin_phases(self) -> Places:
+        """Make what the phases start from, where it is not there."""
         self.check_budget()
         self.experts()
         dataset = self.ingest()
@@ -153,6 +154,13 @@ class Pipeline:
                     records = method.records(p, train)
                     write_json(places.phase(p) / "records.json", records)
                     save_set(method.initial(p, train, records), places.start(p))
+        return places
+
+    def distill(self) -> list[Path]:
+        """Distil the phases that are not finished; returns their folders."""
+        places = self.begin_phases()
+        run, dataset = self.run, self.ingest()
+        with self._timed("distill"):
             todo = [p for p, plan in enumerate(run.distill.phases) if not finished(places.phase(p), plan.iterations)]
             items = [replace(self._item(dataset), number=p) for p in todo]
             self._map("phases", phase, items, {f"phase {p}": run.distill.phases[p].iterations for p in todo})
@@ -164,8 +172,7 @@ class Pipeline:
         self.distill()
         dataset = self.ingest()
         run, rule = self.run, self.run.evaluate
-        snapshots = [snapshot_iterations(p.iterations, run.distill.snapshots) for p in run.distill.phases]
-        candidates = [tuple(s[min(i, len(s) - 1)] for s in snapshots) for i in range(max(map(len, snapshots)))]
+        candidates = candidates_of(run)
         with self._timed("evaluate"):
             select = protocol.selection_jobs(run, len(candidates)) if len(candidates) > 1 else []
             tune = protocol.tuning_jobs(run)
@@ -348,6 +355,12 @@ class Pipeline:
             total = self.all_seconds()
             total[step] = round(total.get(step, 0.0) + time.perf_counter() - began, 2)
             write_json(self.folder / "seconds.json", total)
+
+
+def candidates_of(run: config.Run) -> list[tuple[int, ...]]:
+    """What may be exported: per snapshot, the iteration of each phase."""
+    snapshots = [snapshot_iterations(p.iterations, run.distill.snapshots) for p in run.distill.phases]
+    return [tuple(s[min(i, len(s) - 1)] for s in snapshots) for i in range(max(map(len, snapshots)))]
 
 
 def run_folder(run: config.Run) -> Path:

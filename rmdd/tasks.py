@@ -92,6 +92,7 @@ def _material(run: config.Run, data: Path, cache: Path, split: str) -> Material:
 def material(item: Item, split: str) -> Material:
     """A split, loaded once for all runs that differ in nothing that shapes it."""
     of_all = {"name": "run", "seed": 0, "distill": config.Distill(), "evaluate": config.Evaluate()}
+    of_all |= {"search": config.Search()}
     return _material(item.run.model_copy(update=of_all), item.places.data, item.places.cache, split)
 
 
@@ -219,13 +220,15 @@ def student(item: Item, hooks: Hooks) -> dict[str, Any]:
         hooks.report({"done": 1})
         return scored
     storage.fetch(places.data)
-    device, val, test = device_of(run), material(item, "val"), material(item, "test")
+    device, val = device_of(run), material(item, "val")
+    test = None if job.kind in ("select", "tune") else material(item, "test")
     if job.kind == "full":
         others = re.compile(rf"/expert-(?!{job.index:03d}/)")
         storage.fetch(places.store, lambda name: not others.search(name) and not track.is_curve(name))
         model = expert_model(run, job.index, val.texts.shape[1])
         store = Store.open(places.store)
         model.load_trained(store.read(job.index, store.epochs))
+        assert test is not None
         scored = score_expert(job, run, model, val, test, device)
     else:
         if job.kind in ("tune", "baseline"):

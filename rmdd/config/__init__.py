@@ -1,8 +1,8 @@
 """The run file as typed, frozen models: every number of a run is decided here.
 
 This package imports neither torch nor ray. Fields that say where things are, how far to go or how often to save, and
-not what is computed, never enter a hash: `name`, `data.root`, everything under `runtime`, and of `distill` the fields
-`budget_check`, `checkpoint_every` and `guard.retries`.
+not what is computed, never enter a hash: `name`, `data.root`, everything under `search` and `runtime`, and
+of `distill` the fields `budget_check`, `checkpoint_every` and `guard.retries`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from rmdd.config.model import Gang as Gang
 from rmdd.config.model import ImageTower as ImageTower
 from rmdd.config.model import Shuffle as Shuffle
 from rmdd.config.model import TextTower as TextTower
+from rmdd.config.search import Dimension as Dimension
+from rmdd.config.search import Search
 from rmdd.runfile import PRESETS as PRESETS
 from rmdd.runfile import ConfigError as ConfigError
 from rmdd.runfile import Section as Section
@@ -56,6 +58,7 @@ class Run(Section):
     experts: Experts = Experts()
     distill: Distill = Distill()
     evaluate: Evaluate = Evaluate()
+    search: Search = Search()
     runtime: Runtime = Runtime()
 
     def clashes(self) -> list[str]:
@@ -113,6 +116,11 @@ class Run(Section):
         if missing:
             mistakes.append(
                 f"experts.keep {list(self.experts.keep)} leaves out {missing}, which this run reads; add them"
+            )
+        if self.search.pruner != "none" and d.snapshots < 2:
+            mistakes.append(
+                f"search.pruner: {self.search.pruner} compares trials at their snapshots, and distill.snapshots keeps "
+                f"{d.snapshots}; raise it"
             )
         return mistakes
 

@@ -80,11 +80,12 @@ def train_and_score(
     run: config.Run,
     lessons: Sequence[Lesson],
     val: Material,
-    test: Material,
+    test: Material | None,
     device: torch.device,
     on_pass: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
-    """Run one student job and return its record; `test` is scored only by kinds that report it."""
+    """Run one student job and return its record; `test` is scored only by kinds that report it,
+    and None for the others, which choose."""
     rule = run.evaluate
     loss = job.loss or run.distill.loss
     seed = run.seed_of("evaluate")
@@ -102,6 +103,7 @@ def train_and_score(
         on_pass()
         last = subset == len(lessons) - 1 and passes == rule.epochs
         if job.kind == "reference" and (passes - 1) % rule.eval_every == 0:
+            assert test is not None
             curve.append({"subset": subset, "passes": passes, "test": score(model, test, device, rule.chunk).as_dict()})
         elif job.kind == "student" and (last or passes % rule.eval_every == 0):
             curve.append({"subset": subset, "passes": passes, "val": score(model, val, device, rule.chunk).as_dict()})
@@ -117,6 +119,7 @@ def train_and_score(
         return record | {"test_best_reference": best["test"]}
     record["val"] = score(model, val, device, rule.chunk).as_dict()
     if job.kind in ("student", "baseline"):
+        assert test is not None
         record["test_last"] = score(model, test, device, rule.chunk).as_dict()
     return record
 

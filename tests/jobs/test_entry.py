@@ -10,7 +10,7 @@ import yaml
 from rmdd import cli, config
 
 JOBS = Path(__file__).parents[2] / "jobs"
-STEPS = ("ingest", "experts", "distill", "evaluate", "report", "run")
+STEPS = ("ingest", "experts", "distill", "evaluate", "report", "run", "search")
 STORED = ["--set", "runtime.storage=/shared/runs"]
 
 

@@ -1,0 +1,9 @@
+"""Try the values of `search.space`. Submitted twice, with `search.storage` set, two drivers share the trials.
+
+ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/search.py --config CONFIG
+"""
+
+from entry import main
+
+if __name__ == "__main__":
+    main("search")

@@ -1,0 +1,104 @@
+"""The page of a search: its table, which fields matter, and val over each of them."""
+
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+
+from rmdd import config
+from rmdd.files import atomic_path
+from rmdd.report.plots import IMAGE, INK, REST, STYLE, TEXT, Drawing
+
+if TYPE_CHECKING:
+    from rmdd.searches.table import Table
+
+HEAD = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+:root {{ color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif }}
+body {{ max-width: 72rem; margin: 2rem auto; padding: 0 1rem }}
+.plots {{ display: flex; flex-wrap: wrap; gap: 1rem }} .plots svg {{ width: 22rem }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
+th, td {{ padding: .2rem .7rem; text-align: left; border-bottom: 1px solid #8884 }} .best {{ font-weight: 700 }}
+</style></head><body>
+"""
+
+
+def write_page(path: Path, base: config.Run, table: "Table") -> None:
+    """Write the page; it makes no request of its own."""
+    title = f"search: {base.name}"
+    counts = {state: sum(row["state"] == state for row in table.rows) for state in {r["state"] for r in table.rows}}
+    told = ", ".join(f"{n} {state}" for state, n in sorted(counts.items()))
+    done = [row for row in table.rows if row["state"] == "complete"]
+    drawings = [importance(table.importance)] if table.importance else []
+    drawings += [slice_of(field, base, table) for field in base.search.space if any(field in r["values"] for r in done)]
+    if base.search.cost != "none" and done:
+        drawings.append(front(base.search.cost, table))
+    parts = [
+        HEAD.format(title=escape(title)),
+        f"<h1>{escape(title)}</h1><p>{escape(told)}. Val R@mean in %; test was not read. "
+        f"Sampler {base.search.sampler}, pruner {base.search.pruner}.</p>",
+        f'<div class="plots">{"".join(drawings)}</div>',
+        _rows(base, table),
+        "</body></html>\n",
+    ]
+    with atomic_path(path) as temporary:
+        temporary.write_text("\n".join(parts), encoding="utf-8")
+
+
+def _rows(base: config.Run, table: "Table") -> str:
+    fields = list(base.search.space)
+    head = "".join(f"<th>{escape(name)}</th>" for name in ("trial", "state", *fields, "val", "iterations"))
+    body = ""
+    for row in sorted(table.rows, key=lambda row: -1.0 if row["val"] is None else row["val"], reverse=True):
+        cells = [row["number"], row["state"], *(row["values"].get(f, "") for f in fields), row["val"]]
+        cells.append(row["cost"].get("iterations", ""))
+        style = ' class="best"' if row["number"] in table.best else ""
+        body += f"<tr{style}>" + "".join(f"<td>{escape(_word(cell))}</td>" for cell in cells) + "</tr>\n"
+    return f"<table><tr>{head}</tr>\n{body}</table>"
+
+
+def _word(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def importance(shares: dict[str, float]) -> str:
+    """A bar per field: its share of the spread of val."""
+    drawing = Drawing("what matters", "share of the spread of val", size=(4.0, 0.8 + 0.3 * len(shares)))
+    with matplotlib.rc_context(STYLE):
+        names = list(reversed(shares))
+        drawing.ax.barh(range(len(names)), [shares[name] for name in names], 0.62, color=TEXT)
+        drawing.ax.set_yticks(range(len(names)), names)
+        drawing.ax.set_xlim(0, 1)
+    return drawing.svg()
+
+
+def slice_of(field: str, base: config.Run, table: "Table") -> str:
+    """Val over one field, a point per trial: those that ended early are pale, the best is ringed."""
+    drawing, each = Drawing(field, "", "val R@mean"), base.search.space[field]
+    rows = [row for row in table.rows if field in row["values"] and row["val"] is not None]
+    choices = [str(choice) for choice in each.choice or ()]
+    with matplotlib.rc_context(STYLE):
+        for row in rows:
+            value = row["values"][field]
+            at = choices.index(str(value)) if choices else value
+            drawing.ax.plot([at], [row["val"]], "o", ms=4, color=IMAGE if row["state"] == "complete" else REST)
+            if row["number"] in table.best:
+                drawing.ax.plot([at], [row["val"]], "o", ms=9, mfc="none", color=INK)
+        if choices:
+            drawing.ax.set_xticks(range(len(choices)), choices)
+        elif each.kind.startswith("log"):
+            drawing.ax.set_xscale("log")
+    return drawing.svg()
+
+
+def front(cost: str, table: "Table") -> str:
+    """Val over cost; those that no other beats are ringed."""
+    drawing = Drawing("val against cost", cost, "val R@mean")
+    with matplotlib.rc_context(STYLE):
+        for row in table.rows:
+            if row["state"] == "complete":
+                drawing.ax.plot([row["cost"][cost]], [row["val"]], "o", ms=4, color=IMAGE)
+                if row["number"] in table.best:
+                    drawing.ax.plot([row["cost"][cost]], [row["val"]], "o", ms=9, mfc="none", color=INK)
+    return drawing.svg()

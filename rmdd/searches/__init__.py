@@ -1,0 +1,132 @@
+"""`rmdd search`: trials of one run with other values, compared by val R@mean.
+
+What the trials share, data and experts, is made first by the whole crew. Then each trial climbs from snapshot to
+snapshot, side by side through Ray Tune or in turn, and `rmdd.searches.study` decides what is tried and what goes on.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rmdd import config
+from rmdd.crew import open_crew, working_in
+from rmdd.files import read_json, write_json
+from rmdd.jobs import Climber, Inquiry, Values
+from rmdd.lease import held
+from rmdd.pipeline import Pipeline, candidates_of, over_budget
+from rmdd.progress import Progress
+from rmdd.searches.space import Space, loader
+from rmdd.searches.study import Study
+from rmdd.searches.table import Table, write_table
+from rmdd.searches.trial import SPLITS, open_trial
+from rmdd.searches.warm import known_from
+from rmdd.storage import located, open_storage, root_of
+
+LASTING = ("trials", "concurrency", "storage")
+"""Fields of `search` that may change between sittings."""
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What a search leaves: its folder, a row per trial, and what could not be done this time."""
+
+    folder: Path
+    table: Table
+    failures: dict[str, str]
+
+
+def search_folder(base: config.Run) -> Path:
+    """Where a search keeps its trials: named by what decides them."""
+    rule = base.search.model_dump(mode="json", exclude=set(LASTING))
+    value = config.hash_value({"run": base.hash_of(), "seed": base.seed, "search": rule})[:8]
+    return root_of(base.runtime) / "searches" / f"{base.name}-{value}"
+
+
+def check(base: config.Run) -> None:
+    """Raise `ConfigError` with all that is wrong with the space of a search."""
+    mistakes = Space(base.search).mistakes(loader(base), lambda run: refused(base, run))
+    if mistakes:
+        raise config.ConfigError(mistakes, base.name)
+
+
+def refused(base: config.Run, run: config.Run) -> list[str]:
+    """What is known to stop a trial before it begins, beside its run file."""
+    found = []
+    if run.distill.budget_check == "error":
+        try:
+            found += [told] if (told := over_budget(run)) else []
+        except ValueError as error:
+            found.append(str(error))
+    if _shares_experts(base) and run.experts.keep == "endpoints" and run.endpoints != base.endpoints:
+        found.append(
+            f"the trial reads epochs {list(run.endpoints)} and the experts keep {list(base.endpoints)}; set "
+            "experts.keep: all, so that they are trained once"
+        )
+    return found
+
+
+def begun_in(place: Path | str) -> config.Run | None:
+    """The run of a search that was begun in a folder or at a URI, also in a moved storage; None without one."""
+    storage, file = located(str(place), "search.json", depth=2)
+    if not file.is_file():
+        return None
+    run = read_json(file)["run"]
+    return config.load({**run, "runtime": {**run["runtime"], "storage": storage}})
+
+
+def search(
+    source: str | Path | Mapping[str, Any], overrides: Iterable[str] = (), progress: Progress | None = None
+) -> Searched:
+    """Search as the `search` section of a run file says; see `config.load` for `source` and `overrides`.
+
+    >>> search("demo", ["search.space={distill.lr_image: {loguniform: [10, 10000]}}"])  # doctest: +SKIP
+
+    Calling it again goes on where it stopped, also beside another driver at the same time.
+    """
+    base = config.load(source, overrides)
+    check(base)
+    return run_search(base, progress)
+
+
+def run_search(base: config.Run, progress: Progress | None = None) -> Searched:
+    """Make the trials that are missing, and write the table, the plots and the best run file."""
+    progress = progress or Progress()
+    folder, storage = search_folder(base), open_storage(base.runtime)
+    storage.fetch(folder)
+    known = known_from(base.search.warm_start, base)
+    with working_in(base.runtime), open_crew(base.runtime, folder / "events.jsonl", progress) as crew:
+        write_json(folder / "search.json", {"schema_version": 1, "run": base.model_dump(mode="json")})
+        with held(folder / "shared", wait=True):
+            pipeline = Pipeline.of(base, crew, progress)
+            pipeline.splits = SPLITS
+            (pipeline.experts if _shares_experts(base) else pipeline.ingest)()
+        with progress.stage("trials", {}) as stage:
+            rungs = len(candidates_of(base))
+
+            def show(name: str, metrics: Values) -> None:
+                stage.add({name: rungs})
+                stage(name, metrics)
+
+            with Study(base, folder, known, lambda run: refused(base, run), progress.say, show) as study:
+                try:
+                    (crew.climbers or in_turn)(study, open_trial, base.search.concurrency)
+                finally:
+                    table = write_table(base, folder, study.study)
+        return Searched(folder, table, study.failures)
+
+
+def in_turn(inquiry: Inquiry, open_climber: Callable[[Any], Climber], most: int | None = None) -> None:
+    """Climb one after the other in this process, whatever `most` allows."""
+    while (asked := inquiry.ask()) is not None:
+        name, what = asked
+        try:
+            climber = open_climber(what)
+            while inquiry.told(name, climber.climb()):
+                pass
+        except (RuntimeError, OSError, MemoryError) as error:
+            inquiry.failed(name, f"{type(error).__name__}: {error}")
+
+
+def _shares_experts(base: config.Run) -> bool:
+    return all(field.split(".")[0] == "distill" for field in base.search.space)

@@ -1,0 +1,99 @@
+"""Who chooses the values of the next trial, and who stops a poor one."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from rmdd import config
+from rmdd.searches.space import Space
+from rmdd.seeding import derive
+
+FIRST = "first"
+"""Of a study: the number of its first trial that was made here, those before were taken from earlier searches."""
+
+
+class Seeded(BaseSampler):
+    """A sampler made anew for every trial from its number, so that a search which was killed goes on as if it had not
+    been: nothing of a draw is left in a process."""
+
+    def __init__(self, make: Callable[[int], BaseSampler]):
+        self.make = make
+        self.number = -1
+        self.inner = make(0)
+
+    def _of(self, trial: FrozenTrial) -> BaseSampler:
+        if trial.number != self.number:
+            self.number, self.inner = trial.number, self.make(trial.number)
+        return self.inner
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self._of(trial).infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return self._of(trial).sample_relative(study, trial, search_space)
+
+    def sample_independent(self, study: Study, trial: FrozenTrial, name: str, distribution: BaseDistribution) -> Any:
+        return self._of(trial).sample_independent(study, trial, name, distribution)
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        self._of(trial).before_trial(study, trial)
+
+    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Any) -> None:
+        self._of(trial).after_trial(study, trial, state, values)
+
+
+class Grid(BaseSampler):
+    """Every combination once, by the number of the trial, so that drivers that share a study do not meet."""
+
+    def __init__(self, rows: list[dict[str, Any]]):
+        self.rows = rows
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {}
+
+    def sample_relative(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> Any:
+        return {}
+
+    def sample_independent(self, study: Study, trial: FrozenTrial, name: str, distribution: BaseDistribution) -> Any:
+        return self.rows[(trial.number - study.user_attrs.get(FIRST, 0)) % len(self.rows)][name]
+
+
+def sampler_of(search: config.Search, space: Space, seed: int) -> BaseSampler:
+    if search.sampler == "grid":
+        return Grid(space.grid())
+
+    def make(number: int) -> BaseSampler:
+        drawn = derive(seed, f"search by {search.sampler}", number) % 2**32
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return _sampler(search, drawn)
+
+    return Seeded(make)
+
+
+def _sampler(search: config.Search, seed: int) -> BaseSampler:
+    samplers = optuna.samplers
+    if search.sampler == "random":
+        return samplers.RandomSampler(seed=seed)
+    if search.sampler == "cmaes":
+        independent = samplers.RandomSampler(seed=seed)
+        return samplers.CmaEsSampler(seed=seed, independent_sampler=independent, warn_independent_sampling=False)
+    if search.sampler == "nsgaii":
+        return samplers.NSGAIISampler(population_size=max(2, search.startup), seed=seed)
+    return samplers.TPESampler(n_startup_trials=search.startup, multivariate=True, group=True, seed=seed)
+
+
+def pruner_of(search: config.Search) -> optuna.pruners.BasePruner:
+    if search.pruner == "asha":
+        return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=search.reduction)
+    if search.pruner == "median":
+        return optuna.pruners.MedianPruner(n_startup_trials=search.startup, n_warmup_steps=0)
+    return optuna.pruners.NopPruner()

@@ -1,0 +1,259 @@
+"""What a search knows: trials asked for and told, in Optuna's storage, which no kill and no second driver can hurt.
+
+The storage is the truth: a trial is told to it when it ends and never made again. One whose driver died is taken over,
+with its number and its values, by whoever gets the lease of its folder.
+"""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from rmdd import config
+from rmdd.files import atomic_path, write_json
+from rmdd.jobs import Values
+from rmdd.lease import Held, Lease, held
+from rmdd.searches.samplers import FIRST, pruner_of, sampler_of
+from rmdd.searches.space import Space, loader, overrides
+from rmdd.searches.warm import Known
+from rmdd.storage import is_uri, open_storage
+
+INFEASIBLE = "infeasible"
+TRIES = 100
+"""Draws in a row that clash with the run file before a search gives up."""
+
+WAIT_SECONDS = 60.0
+"""How long a driver waits for another that writes to the same SQLite file."""
+
+
+def url_of(search: config.Search, folder: Path) -> str:
+    """The database of a search, with its variables filled in."""
+    if search.storage is None:
+        return f"sqlite:///{folder / 'study.db'}"
+    url = os.path.expandvars(search.storage)
+    if "${" in url:
+        raise ValueError(f"search.storage {search.storage} names a variable that is not set; export it")
+    return url
+
+
+def open_study(base: config.Run, folder: Path) -> optuna.Study:
+    """The study of a search, made where it is not there."""
+    search, url = base.search, url_of(base.search, folder)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    engine = {"connect_args": {"timeout": WAIT_SECONDS}} if url.startswith("sqlite") else {}
+    try:
+        storage = optuna.storages.RDBStorage(url, engine_kwargs=engine)
+    except Exception as error:  # of the database's own driver, whichever it is
+        told = search.storage or url
+        raise ValueError(f"search.storage {told} cannot be opened: {type(error).__name__}: {error}") from error
+    seed = base.seed if search.seed is None else search.seed
+    return optuna.create_study(
+        study_name=folder.name,
+        storage=storage,
+        sampler=sampler_of(search, Space(search), seed),
+        pruner=pruner_of(search),
+        directions=["maximize"] if search.cost == "none" else ["maximize", "minimize"],
+        load_if_exists=True,
+    )
+
+
+class Study:
+    """The trials of one search as one driver sees them; an `rmdd.jobs.Inquiry`. Use it in a `with`."""
+
+    def __init__(
+        self,
+        base: config.Run,
+        folder: Path,
+        known: list[Known],
+        refused: Callable[[config.Run], list[str]] = lambda run: [],
+        say: Callable[[str], None] = lambda text: None,
+        show: Callable[[str, Values], None] = lambda name, metrics: None,
+    ):
+        self.base, self.search, self.folder = base, base.search, folder
+        self.refused, self.say, self.show = refused, say, show
+        self.space, self.load = Space(base.search), loader(base)
+        self.stored = open_storage(base.runtime)
+        self.trials: dict[str, optuna.Trial] = {}
+        self.failures: dict[str, str] = {}
+        self._leases: dict[str, tuple[Lease, contextlib.ExitStack]] = {}
+        self._alone = contextlib.ExitStack()
+        if is_uri(base.runtime.storage) and self.search.storage is None:  # its file is copied to and fro
+            self._alone.enter_context(held(folder, wait=False))
+        with self._asking():
+            self.study = open_study(base, folder)
+            if FIRST not in self.study.user_attrs:
+                self._learn(known)
+
+    def __enter__(self) -> "Study":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for _, stack in self._leases.values():
+            stack.close()
+        self._keep()
+        self._alone.close()
+
+    @property
+    def first(self) -> int:
+        return int(self.study.user_attrs[FIRST])
+
+    @property
+    def limit(self) -> int:
+        """How many trials there are to be."""
+        asked = self.search.trials
+        return min(asked, len(self.space.grid())) if self.search.sampler == "grid" else asked
+
+    def all(self) -> list[FrozenTrial]:
+        """Trials of this search, those of earlier ones left out."""
+        return [t for t in self.study.get_trials(deepcopy=False) if t.number >= self.first]
+
+    # -- what the runner calls ---------------------------------------------------------------------------------------
+
+    def ask(self) -> tuple[str, str] | None:
+        """The next trial: one that nobody works on any more, else a new one; None when there are enough."""
+        with self._asking():
+            for trial in self.all():
+                if trial.state == TrialState.RUNNING and self._name(trial.number) not in self.failures:
+                    found = self._begin(optuna.Trial(self.study, trial._trial_id), taken_over=True)
+                    if found is not None:
+                        return found
+            for _ in range(TRIES):
+                counted = [t for t in self.all() if not t.user_attrs.get(INFEASIBLE)]
+                gone = len(self.all()) if self.search.sampler == "grid" else 0  # a grid has no other draw to offer
+                if max(len(counted), gone) >= self.limit:
+                    return None
+                found = self._begin(self.study.ask())
+                if found is not None:
+                    return found
+        raise ValueError(
+            f"{TRIES} draws in a row clash with the run file, the last with: {self.all()[-1].user_attrs['error']}; "
+            "narrow search.space"
+        )
+
+    def told(self, name: str, rung: Values) -> bool:
+        trial = self.trials[name]
+        if self._leases[name][0].lost:
+            self.say(f"{name}: another driver took over while this one stood still")
+            self._let_go(name)
+            return False
+        if "step" in rung:
+            curve = trial.user_attrs.get("curve", [])
+            if rung["step"] > len(curve):
+                curve = [*curve, rung["val"]]
+                trial.set_user_attr("curve", curve)
+                if self.search.cost == "none":
+                    trial.report(rung["val"], rung["step"])
+            self.show(name, {"done": rung["step"], "val": rung["val"]})
+            stops = rung["step"] == len(curve) and self.search.pruner != "none" and trial.should_prune()
+            if stops and not rung["done"]:
+                self._end(name, state=TrialState.PRUNED)
+                return False
+        if not rung["done"]:
+            return True
+        if "error" in rung:
+            trial.set_user_attr("error", rung["error"])
+            self.say(f"{name}: {rung['error']}")
+        for what, spent in rung.get("cost", {}).items():
+            trial.set_user_attr(what, spent)
+        if "value" in rung:
+            cost = [] if self.search.cost == "none" else [rung["cost"][self.search.cost]]
+            self._end(name, [rung["value"], *cost])
+        else:
+            self._end(name, state=TrialState.FAIL)
+        return False
+
+    def failed(self, name: str, why: str) -> None:
+        """Leave a trial open, to be gone on with by the next driver."""
+        self.failures[name] = why
+        self.say(f"{name}: {why}")
+        self._let_go(name)
+
+    # -- parts -------------------------------------------------------------------------------------------------------
+
+    def _begin(self, trial: optuna.Trial, taken_over: bool = False) -> tuple[str, str] | None:
+        """Hold a trial and write down its run; None when another driver holds it, or its values clash."""
+        name, place = self._name(trial.number), self.folder / "trials" / f"{trial.number:03d}"
+        if taken_over and (name in self.trials or trial.user_attrs.get("storage") not in (None, self._where())):
+            return None
+        stack = contextlib.ExitStack()
+        try:
+            lease = stack.enter_context(held(place, wait=False))
+        except Held:
+            return None
+        if taken_over and self._state(trial.number) != TrialState.RUNNING:  # its driver ended it meanwhile
+            stack.close()
+            return None
+        trial.set_user_attr("storage", self._where())
+        values = self.space.suggest(trial)
+        try:
+            run = self.load(overrides(values))
+            mistakes = self.refused(run)
+        except config.ConfigError as error:
+            mistakes = error.mistakes
+        if mistakes:
+            trial.set_user_attr(INFEASIBLE, True)
+            trial.set_user_attr("error", "; ".join(mistakes))
+            self.study.tell(trial, state=TrialState.FAIL)
+            stack.close()
+            return None
+        with atomic_path(place / "run.yaml") as temporary:
+            temporary.write_text(config.dump(run), encoding="utf-8")
+        write_json(place / "values.json", values)
+        if taken_over:
+            self.say(f"{name}: goes on")
+        self.trials[name], self._leases[name] = trial, (lease, stack)
+        self.show(name, {"done": 0})
+        at = run.runtime.model_copy(update={"storage": self._where()})
+        return name, run.model_copy(update={"runtime": at}).model_dump_json()
+
+    def _state(self, number: int) -> TrialState:
+        return next(t.state for t in self.all() if t.number == number)
+
+    def _end(self, name: str, values: list[float] | None = None, state: TrialState | None = None) -> None:
+        self.study.tell(self.trials[name], values, state=state)
+        self.show(name, {"done": self.rungs(name)})
+        self._let_go(name)
+        self._keep()
+
+    def rungs(self, name: str) -> int:
+        return len(self.trials[name].user_attrs.get("curve", []))
+
+    def _let_go(self, name: str) -> None:
+        del self.trials[name]
+        self._leases.pop(name)[1].close()
+
+    def _learn(self, known: list[Known]) -> None:
+        """Give the study what earlier searches found."""
+        for each in known:
+            values = [each.value, *([] if self.search.cost == "none" else [each.cost[self.search.cost]])]
+            self.study.add_trial(
+                optuna.trial.create_trial(
+                    params=self.space.parameters(each.values),
+                    distributions=self.space.distributions(each.values),
+                    values=values,
+                    user_attrs={"from": each.source},
+                )
+            )
+        self.study.set_user_attr(FIRST, len(known))
+
+    def _keep(self) -> None:
+        """Have a storage at a URI hold what the search has so far."""
+        self.stored.publish(self.folder)
+
+    @contextlib.contextmanager
+    def _asking(self) -> Iterator[None]:
+        """One driver at a time decides what is tried next."""
+        with held(self.folder / "asking", wait=True), warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            yield
+
+    def _where(self) -> str:
+        return self.base.runtime.storage if is_uri(self.base.runtime.storage) else str(self.stored.root)
+
+    @staticmethod
+    def _name(number: int) -> str:
+        return f"trial {number:03d}"

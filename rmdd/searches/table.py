@@ -1,0 +1,120 @@
+"""What came of a search: a row per trial, the best run file, and the page with its plots."""
+
+import csv
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from rmdd import config
+from rmdd.files import atomic_path, write_json
+from rmdd.pipeline import run_folder
+from rmdd.searches.samplers import FIRST
+from rmdd.searches.space import Space, decoded, loader, overrides
+from rmdd.searches.study import INFEASIBLE
+from rmdd.storage import address_of
+
+STATES = {
+    TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+    TrialState.RUNNING: "open",
+    TrialState.WAITING: "open",
+}
+COSTS = ("iterations", "seconds")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows in the order of the trials; `best` are the numbers of those that no other is better than."""
+
+    rows: list[dict[str, Any]]
+    best: list[int]
+    importance: dict[str, float]
+
+    @property
+    def winner(self) -> dict[str, Any] | None:
+        """The best by val R@mean, the first of equals."""
+        rows = [row for row in self.rows if row["number"] in self.best]
+        return max(rows, key=lambda row: row["val"], default=None)
+
+
+def write_table(base: config.Run, folder: Path, study: optuna.Study) -> Table:
+    """Write `results.json`, `trials.csv`, `report.html` and, when a trial has finished, `best.yaml`."""
+    from rmdd.report.search import write_page
+
+    table = table_of(base, study)
+    best = table.winner
+    if best is not None:
+        with atomic_path(folder / "best.yaml") as temporary:
+            run = loader(base)(overrides(best["values"]))
+            temporary.write_text(config.dump(run), encoding="utf-8")
+    write_json(
+        folder / "results.json",
+        {"schema_version": 1, "best": table.best, "importance": table.importance, "trials": table.rows},
+    )
+    fields = list(base.search.space)
+    columns = ["number", "state", *fields, "val", "rungs", *COSTS, "run", "error"]
+    with atomic_path(folder / "trials.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        lines = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
+        lines.writeheader()
+        for row in table.rows:
+            lines.writerow({**row, **row["values"], **row["cost"], "rungs": len(row["curve"])})
+    write_page(folder / "report.html", base, table)
+    return table
+
+
+def table_of(base: config.Run, study: optuna.Study) -> Table:
+    trials = [t for t in study.get_trials(deepcopy=False) if t.number >= study.user_attrs.get(FIRST, 0)]
+    rows = [_row(base, t) for t in trials]
+    done = [row for row in rows if row["state"] == "complete"]
+    return Table(rows, _best(done, base.search.cost), _importance(study, trials))
+
+
+def _row(base: config.Run, trial: FrozenTrial) -> dict[str, Any]:
+    space, attrs = Space(base.search), trial.user_attrs
+    values = {f: decoded(space.dimensions[f], trial.params[f]) for f in space.dimensions if f in trial.params}
+    state = "infeasible" if attrs.get(INFEASIBLE) else STATES[trial.state]
+    curve = attrs.get("curve", [])
+    row: dict[str, Any] = {"number": trial.number, "state": state, "values": values, "curve": curve}
+    row["val"] = trial.values[0] if trial.values else curve[-1] if curve else None
+    row["cost"] = {what: attrs[what] for what in COSTS if what in attrs}
+    if state != "infeasible" and trial.state.is_finished():
+        row["run"] = address_of(base.runtime, run_folder(loader(base)(overrides(values))))
+    return row | ({"error": attrs["error"]} if "error" in attrs else {})
+
+
+def _best(done: Sequence[Mapping[str, Any]], cost: str) -> list[int]:
+    """Numbers of the trials that no other beats: in val, and where it counts in cost."""
+
+    def key(row: Mapping[str, Any]) -> tuple[float, float]:
+        return row["val"], 0.0 if cost == "none" else -row["cost"][cost]
+
+    def beaten(row: Mapping[str, Any]) -> bool:
+        mine = key(row)
+        others = [key(other) for other in done]
+        return any(o != mine and o[0] >= mine[0] and o[1] >= mine[1] for o in others)
+
+    best = [row["number"] for row in done if not beaten(row)]
+    return best if cost != "none" else best[:1]
+
+
+def _importance(study: optuna.Study, trials: Sequence[FrozenTrial]) -> dict[str, float]:
+    """How much of the spread of val each field explains (fANOVA), of fields that every finished trial has."""
+    done = [t for t in trials if t.state == TrialState.COMPLETE]
+    if len(done) < 3 or len({t.values[0] for t in done}) < 2:
+        return {}
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = optuna.importance.get_param_importances(
+                study, evaluator=evaluator, target=lambda trial: trial.values[0]
+            )
+    except (ValueError, RuntimeError):  # fields that no two trials share, or that do not vary
+        return {}
+    return {field: float(share) for field, share in found.items()}
