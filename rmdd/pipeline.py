@@ -21,6 +21,7 @@ from rmdd.data.material import Material
 from rmdd.data.place import absolute
 from rmdd.data.shards import Dataset
 from rmdd.distill.matching import finished, save_set, snapshot_iterations
+from rmdd.distill.planning import PLAN, stated, with_phases
 from rmdd.evaluate import protocol
 from rmdd.evaluate.protocol import Job
 from rmdd.experts import feed
@@ -32,7 +33,7 @@ from rmdd.models.image import image_identity
 from rmdd.models.text import embed, encoder_identity, text_width
 from rmdd.progress import Progress, watched
 from rmdd.storage import open_storage, root_of
-from rmdd.tasks import Item, Places, device_of, expert, material, phase, student
+from rmdd.tasks import Item, Places, device_of, expert, material, phase, plan, student
 from rmdd.track import is_curve
 
 NUMBERS_VERSION = 4
@@ -69,6 +70,8 @@ class Pipeline:
         fleet: Callable[[str], Mapper] | None = None,
         stream: feed.Stream | None = None,
     ):
+        if run.distill.plan.plans:
+            run = with_phases(run, [])  # those of an earlier sitting are in its plan
         self.run, self.executor, self.progress = run, executor, progress
         self.readers, self.encoders = readers, encoders
         self.fleet, self.stream = fleet, stream
@@ -137,10 +140,30 @@ class Pipeline:
         self.progress.say(f"experts: {len(store.complete())} in {places.store} ({store.size() / 2**20:.0f} MiB)")
         return store
 
+    def plan(self) -> config.Run:
+        """The run with phases: its own, or those that it finds once its experts are there."""
+        rule = self.run.distill
+        if rule.phases or not rule.plan.plans:
+            return self.run
+        self.experts()
+        dataset = self.ingest()
+        with self._timed("plan"):
+            self._map("plan", plan, [self._item(dataset)], {"plan": 1})
+            self.storage.fetch(self.folder)
+            found = read_json(self.folder / PLAN)
+            self.run = with_phases(self.run, found["phases"])
+        for reason in found["reasons"]:
+            self.progress.say(f"plan: {reason}")
+        if rule.plan.kind == "auto":
+            with atomic_path(self.folder / "planned.yaml") as temporary:
+                temporary.write_text(config.dump(stated(self.run)), encoding="utf-8")
+        return self.run
+
     def distill(self) -> list[Path]:
         """Distil the phases that are not finished; returns their folders."""
         self.check_budget()
         self.experts()
+        self.plan()
         dataset = self.ingest()
         run, places = self.run, places_of(self.run, dataset)
         with self._timed("distill"):
@@ -386,6 +409,8 @@ def places_of(run: config.Run, dataset: Dataset) -> Places:
     recipe = run.distill.model_dump(
         mode="json", exclude={"budget_check": True, "checkpoint_every": True, "guard": {"retries"}}
     )
+    if run.distill.plan.kind != "adaptive":
+        del recipe["plan"]  # phases are the same however they were found
     recipe["version"] = methods.find(run.distill.method).version
     distilled = {**trained, "num": run.experts.num, "distill": recipe | {"seed": run.seed_of("distill")}}
     rules = run.evaluate.model_dump(mode="json", exclude=set(ONLY_DISTILLED)) | {"seed": run.seed_of("evaluate")}

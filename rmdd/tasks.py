@@ -18,6 +18,7 @@ from rmdd import config, track
 from rmdd.data.material import Material, load_material
 from rmdd.data.shards import Dataset
 from rmdd.distill.matching import distill_phase, load_set
+from rmdd.distill.planning import PLAN, key_of, make_plan
 from rmdd.evaluate.protocol import Job, lesson_of, random_lesson, score_expert, train_and_score
 from rmdd.experts import gang
 from rmdd.experts.feed import Stream
@@ -106,6 +107,8 @@ def target(task: Task, item: Item) -> Path:
     """Where the result of a task goes: items with the same one are the same work."""
     if task is student:
         return record(item)
+    if task is plan:
+        return item.places.run / PLAN
     return item.places.phase(item.number) if task is phase else item.places.store / f"expert-{item.number:03d}"
 
 
@@ -204,6 +207,25 @@ def phase(item: Item, hooks: Hooks) -> bool:
             on_step,
             hooks.should_stop,
         )
+
+
+def plan(item: Item, hooks: Hooks) -> bool:
+    """Find the phases of a run that plans them and write them down, with a drawing; a plan that is there stays."""
+    item, storage = _here(item)
+    places, run = item.places, item.run
+    storage.fetch(places.run / PLAN)
+    written = places.run / PLAN
+    if not written.is_file() or read_json(written)["key"] != key_of(run, places.store.name):
+        from rmdd.analyse.drawing import draw_plan
+
+        storage.fetch(places.data)
+        storage.fetch(places.store, lambda name: not name.endswith("/running.safetensors") and not track.is_curve(name))
+        found = make_plan(run, Store.open(places.store), material(item, "train"), device_of(run))
+        draw_plan(found, places.run / "plan.svg")
+        write_json(written, found)
+        storage.flush()
+    hooks.report({"done": 1})
+    return True
 
 
 def student(item: Item, hooks: Hooks) -> dict[str, Any]:

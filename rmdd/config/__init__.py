@@ -34,6 +34,7 @@ from rmdd.config.model import Gang as Gang
 from rmdd.config.model import ImageTower as ImageTower
 from rmdd.config.model import Shuffle as Shuffle
 from rmdd.config.model import TextTower as TextTower
+from rmdd.config.plan import Plan as Plan
 from rmdd.runfile import PRESETS as PRESETS
 from rmdd.runfile import ConfigError as ConfigError
 from rmdd.runfile import Section as Section
@@ -103,6 +104,11 @@ class Run(Section):
         ):
             if needs and self.experts.keep == "endpoints":
                 mistakes.append(f"{what} reads every epoch; set experts.keep: all")
+        late = [e for e in d.plan.endpoints or () if d.plan.plans and e > self.experts.epochs]
+        if late:
+            mistakes.append(
+                f"distill.plan.endpoints {late} lie past the last expert epoch {self.experts.epochs}; leave them out"
+            )
         missing = [] if isinstance(self.experts.keep, str) else sorted(set(self.endpoints) - set(self.experts.keep))
         if missing:
             mistakes.append(
@@ -131,7 +137,12 @@ class Run(Section):
 
     @property
     def endpoints(self) -> tuple[int, ...]:
-        """Epochs a store must keep for this run, beside epoch 0; the last one gives the full-data bound."""
+        """Epochs a store must keep for this run, beside epoch 0; the last one gives the full-data bound.
+
+        A plan needs those that may be endpoints; where it names none, all that there are.
+        """
+        if self.distill.plan.plans:
+            return tuple(sorted({*(self.distill.plan.endpoints or ()), self.experts.epochs}))
         return tuple(sorted({self.endpoint_of(p) for p in range(len(self.distill.phases))} | {self.experts.epochs}))
 
     def seed_of(self, section: Literal["experts", "distill", "evaluate"]) -> int:
@@ -151,6 +162,7 @@ class Run(Section):
         value.get("data", {}).pop("root", None)
         for name in ("budget_check", "checkpoint_every"):
             value.get("distill", {}).pop(name, None)
+        value.get("distill", {}).pop("phases" if self.distill.plan.plans else "plan", None)
         value.get("distill", {}).get("guard", {}).pop("retries", None)
         return hash_value(value)
 

@@ -42,9 +42,10 @@ def begin_store(run: config.Run, path: Path, text_width: int, facts: dict) -> St
 
 def kept_epochs(run: config.Run) -> tuple[int, ...] | None:
     """The epochs that stay in the store; None for all."""
-    keep = run.experts.keep
+    keep, plan = run.experts.keep, run.distill.plan
     if isinstance(keep, str):
-        return None if keep == "all" else run.endpoints
+        any_endpoint = plan.plans and plan.endpoints is None
+        return None if keep == "all" or any_endpoint else run.endpoints
     return tuple(sorted(set(keep)))
 
 
