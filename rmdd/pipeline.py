@@ -21,7 +21,7 @@ from rmdd.data.material import Material
 from rmdd.data.place import absolute
 from rmdd.data.shards import Dataset
 from rmdd.distill.matching import finished, save_set, snapshot_iterations
-from rmdd.distill.planning import PLAN, stated, with_phases
+from rmdd.distill.planning import PLAN, with_phases
 from rmdd.evaluate import protocol
 from rmdd.evaluate.protocol import Job
 from rmdd.experts import feed
@@ -70,8 +70,7 @@ class Pipeline:
         fleet: Callable[[str], Mapper] | None = None,
         stream: feed.Stream | None = None,
     ):
-        if run.distill.plan.plans:
-            run = with_phases(run, [])  # those of an earlier sitting are in its plan
+        run = with_phases(run, []) if run.distill.plan.plans else run  # they are in the plan that lies there
         self.run, self.executor, self.progress = run, executor, progress
         self.readers, self.encoders = readers, encoders
         self.fleet, self.stream = fleet, stream
@@ -142,21 +141,15 @@ class Pipeline:
 
     def plan(self) -> config.Run:
         """The run with phases: its own, or those that it finds once its experts are there."""
-        rule = self.run.distill
-        if rule.phases or not rule.plan.plans:
-            return self.run
-        self.experts()
-        dataset = self.ingest()
-        with self._timed("plan"):
-            self._map("plan", plan, [self._item(dataset)], {"plan": 1})
-            self.storage.fetch(self.folder)
-            found = read_json(self.folder / PLAN)
-            self.run = with_phases(self.run, found["phases"])
-        for reason in found["reasons"]:
-            self.progress.say(f"plan: {reason}")
-        if rule.plan.kind == "auto":
-            with atomic_path(self.folder / "planned.yaml") as temporary:
-                temporary.write_text(config.dump(stated(self.run)), encoding="utf-8")
+        if not self.run.distill.phases:
+            self.experts()
+            with self._timed("plan"):
+                self._map("plan", plan, [self._item(self.ingest())], {"plan": 1})
+                self.storage.fetch(self.folder)
+                found = read_json(self.folder / PLAN)
+                self.run = with_phases(self.run, found["phases"])
+            for reason in found["reasons"]:
+                self.progress.say(f"plan: {reason}")
         return self.run
 
     def distill(self) -> list[Path]:

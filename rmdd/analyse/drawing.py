@@ -50,6 +50,22 @@ class Sheet:
                 ax.legend()
         return ax
 
+    def points(
+        self,
+        panel: int,
+        title: str,
+        groups: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+        xlabel: str,
+        ylabel: str,
+    ) -> None:
+        """Named groups of points, coloured in their order."""
+        ax, shades = self.panels[panel], matplotlib.colormaps["viridis"]
+        with matplotlib.rc_context(STYLE):
+            for i, (name, (x, y)) in enumerate(groups.items()):
+                ax.scatter(x, y, s=12, color=shades(i / max(1, len(groups) - 1)), label=name)
+            ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+            ax.legend(ncols=2)
+
     def matrix(self, panel: int, title: str, values: np.ndarray, ticks: Sequence[float], label: str) -> None:
         """A square of cosines, on a scale from -1 to 1."""
         ax = self.panels[panel]
@@ -83,7 +99,9 @@ def draw_plan(plan: Mapping[str, Any], path: Path) -> None:
         ax.axvline(phase["endpoint"], color=colour, ls="--", label=f"phase {p}: endpoint")
         ax.axvspan(phase["start"], phase["stop"] - 1, color=colour, alpha=0.15, label=f"phase {p}: starts")
     ax.legend(fontsize=8)
-    sheet.lines(1, "gain per unit of arc", epochs[1:], {"": found["gain_per_arc"]}, "epoch", "points per unit of length")
+    sheet.lines(
+        1, "gain per unit of arc", epochs[1:], {"": found["gain_per_arc"]}, "epoch", "points per unit of length"
+    )
     straight = {int(e): s for e, s in found["straightness"].items()}
     ax = sheet.lines(2, "straightness", list(straight), {"": list(straight.values())}, "endpoint", "chord over path")
     ax.set_ylim(0, 1.02)

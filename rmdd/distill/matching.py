@@ -194,6 +194,10 @@ class Matcher:
                 self._paths.pop(next(iter(self._paths)))
         return self._paths[expert]
 
+    def use_path(self, expert: int, path: shortcut.Path) -> None:
+        """Match `expert` along another path than the method's."""
+        self._paths[expert] = path
+
     def segment(self, drawn: Draw) -> tuple[Params, Params]:
         """Where the student starts and what it should reach; each tower at its own epoch."""
         path, ahead = self.path(self.experts[drawn.expert]), self.run.distill.match_epochs

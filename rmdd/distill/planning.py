@@ -2,8 +2,8 @@
 
 The rule, with `distill.plan` for its numbers:
 
-1. endpoints   E_p is the first epoch in which the teacher has reached the share `reach + p reach_step` of its whole gain
-               on val: what lies beyond brings little per unit of arc, and its gradients are large and disagree. Ends
+1. endpoints   E_p is the first epoch in which the teacher has reached the share `reach + p reach_step` of its whole
+               gain on val: what lies beyond brings little per unit of arc, by large gradients that disagree. Ends
                whose shortcut is bent by more than `min_straightness` allows are left out.
 2. phases      as many as have an endpoint of their own, `min_pairs` pairs and `min_iterations` updates each, at most
                `max_phases`, at least one. A student learns from the phases in turn, so each has to carry it alone.
@@ -208,7 +208,9 @@ def probe_start(
 def key_of(run: config.Run, store: str) -> str:
     """What a plan follows from: the experts and the recipe."""
     recipe = run.distill.model_dump(mode="json", exclude={"phases", "budget_check", "checkpoint_every", "guard"})
-    return config.hash_value({"store": store, "num": run.experts.num, "distill": recipe, "seed": run.seed_of("distill")})
+    return config.hash_value(
+        {"store": store, "num": run.experts.num, "distill": recipe, "seed": run.seed_of("distill")}
+    )
 
 
 def with_phases(run: config.Run, phases: list[dict[str, Any]]) -> config.Run:

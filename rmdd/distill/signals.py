@@ -1,6 +1,7 @@
 """What trajectories tell before anything is distilled: straightness, matching gradients, the teacher's gain.
 
-n epochs of a trajectory (m = n + 1 with epoch 0), T probed starts, R samples (expert and draw) of each, N numbers of a gradient.
+n epochs of a trajectory (m = n + 1 with epoch 0), T probed starts, R samples (expert and draw) of each, N and L numbers
+of a gradient by pictures and by texts.
 """
 
 import itertools
