@@ -39,7 +39,13 @@ class Sheet:
             self.figure.savefig(temporary, format="svg", metadata={"Date": None})
 
     def lines(
-        self, panel: int, title: str, x: Sequence[float], y: Mapping[str, Sequence[float]], xlabel: str, ylabel: str
+        self,
+        panel: int,
+        title: str,
+        x: Sequence[int | float],
+        y: Mapping[str, Sequence[int | float]],
+        xlabel: str,
+        ylabel: str,
     ) -> Axes:
         ax = self.panels[panel]
         with matplotlib.rc_context(STYLE):
@@ -54,7 +60,7 @@ class Sheet:
         self,
         panel: int,
         title: str,
-        groups: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+        groups: Mapping[str, tuple[Sequence[int | float], Sequence[int | float]]],
         xlabel: str,
         ylabel: str,
     ) -> None:
@@ -66,7 +72,7 @@ class Sheet:
             ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
             ax.legend(ncols=2)
 
-    def matrix(self, panel: int, title: str, values: np.ndarray, ticks: Sequence[float], label: str) -> None:
+    def matrix(self, panel: int, title: str, values: np.ndarray, ticks: Sequence[int | float], label: str) -> None:
         """A square of cosines, on a scale from -1 to 1."""
         ax = self.panels[panel]
         with matplotlib.rc_context(STYLE):

@@ -104,7 +104,7 @@ def pca(
     return {"rows": summary, "files": [str(f) for f in files]}
 
 
-def _few(probe: Probe, most: int = 10) -> list[tuple[int, float]]:
+def _few(probe: Probe, most: int = 10) -> list[tuple[int, int | float]]:
     """Starts, evenly thinned to as many as a legend holds."""
     step = -(-len(probe.starts) // most)
     return list(enumerate(probe.starts))[::step]

@@ -37,10 +37,12 @@ def joined(store: Store, expert: int) -> Path:
     return AnchoredPath({t: store.read(expert, t) for t in range(store.epochs + 1)}, store.norms(expert))
 
 
-def changes(matcher: Matcher, synthetic: Synthetic, expert: int, start: float, steps: list[float]) -> list[Tensor]:
+def changes(
+    matcher: Matcher, synthetic: Synthetic, expert: int, start: int | float, steps: list[float]
+) -> list[Tensor]:
     """By how much the gradient by pictures and texts changes from `start` to `start + d`, for each d of `steps`."""
 
-    def gradient(at: float) -> Tensor:
+    def gradient(at: int | float) -> Tensor:
         drawn = dataclasses.replace(matcher.draw(0), expert=expert, start=at, start_text=at)
         found = matcher.gradient(synthetic, drawn).gradient
         return torch.cat([found.images.flatten(), found.texts.flatten()])
@@ -53,7 +55,7 @@ def linearity(
     pipeline: Pipeline,
     *,
     endpoint: int | None = None,
-    start: float = 0.5,
+    start: int | float = 0.5,
     halvings: int = 5,
     inner_steps: int = 1,
     shortcut_only: bool = False,

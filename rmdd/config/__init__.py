@@ -104,6 +104,8 @@ class Run(Section):
         ):
             if needs and self.experts.keep == "endpoints":
                 mistakes.append(f"{what} reads every epoch; set experts.keep: all")
+        if d.plan.plans and self.experts.keep == "endpoints":
+            mistakes.append(f"distill.phases: {d.plan.kind} looks for its endpoints; set experts.keep: all, or a list")
         late = [e for e in d.plan.endpoints or () if d.plan.plans and e > self.experts.epochs]
         if late:
             mistakes.append(
@@ -137,10 +139,7 @@ class Run(Section):
 
     @property
     def endpoints(self) -> tuple[int, ...]:
-        """Epochs a store must keep for this run, beside epoch 0; the last one gives the full-data bound.
-
-        A plan needs those that may be endpoints; where it names none, all that there are.
-        """
+        """Epochs a store must keep for this run, beside epoch 0; the last one gives the full-data bound."""
         if self.distill.plan.plans:
             return tuple(sorted({*(self.distill.plan.endpoints or ()), self.experts.epochs}))
         return tuple(sorted({self.endpoint_of(p) for p in range(len(self.distill.phases))} | {self.experts.epochs}))
@@ -190,13 +189,31 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
     defaults = filled(usual, Run().model_dump(mode="json"))
     for override in overrides:
         apply(raw, override, defaults, mistakes)
-    run, wrong = validate(Run, filled(raw, usual))
+    run, wrong = validate(Run, _kept(filled(raw, usual)))
     mistakes += unknown + wrong
     if run is not None and method is not None:
         mistakes += method.mistakes(run)
     if run is None or mistakes:
         raise ConfigError(mistakes, where)
     return run
+
+
+def _kept(raw: dict[str, Any]) -> dict[str, Any]:
+    """`raw`, whose experts keep every epoch that a plan may make an endpoint, where it leaves it to the endpoints."""
+
+    def section(of: Any, name: str) -> dict[str, Any]:
+        found = of.get(name)
+        return found if isinstance(found, dict) else {}
+
+    distill, experts = section(raw, "distill"), section(raw, "experts")
+    plan = section(distill, "plan")
+    plans = distill.get("phases") in ("auto", "adaptive") or plan.get("kind", "stated") != "stated"
+    if not plans or experts.get("keep", "endpoints") != "endpoints":
+        return raw
+    few, last = plan.get("endpoints"), experts.get("epochs", Experts().epochs)
+    named = [*few, last] if isinstance(few, list | tuple) else []
+    keep = sorted(set(named)) if named and all(isinstance(e, int) for e in named) else "all"
+    return {**raw, "experts": {**experts, "keep": keep}}
 
 
 def _method_of(raw: Mapping[str, Any], overrides: Iterable[str]) -> tuple[type[Method] | None, list[str]]:

@@ -75,7 +75,7 @@ def straightness(store: Store, experts: Sequence[int], endpoint: int) -> float:
 class Probe:
     """Matching gradients with respect to a set at several starts, with the same batches and masks at all of them."""
 
-    starts: tuple[float, ...]
+    starts: tuple[int | float, ...]
     images: Float[Tensor, "T R N"]
     texts: Float[Tensor, "T R L"]
     miss: Float[Tensor, "T R"]
@@ -97,7 +97,7 @@ class Probe:
         return self.mean(part).norm(dim=1)
 
 
-def probe(matcher: Matcher, synthetic: Synthetic, starts: Sequence[float], draws: int = 1) -> Probe:
+def probe(matcher: Matcher, synthetic: Synthetic, starts: Sequence[int | float], draws: int = 1) -> Probe:
     """Matching gradients of `synthetic` at `starts` of the matcher's paths, for every expert and `draws` of batches."""
     samples = list(itertools.product(range(len(matcher.experts)), range(draws)))
     found: dict[str, list[Tensor]] = {"images": [], "texts": [], "miss": []}
@@ -109,7 +109,7 @@ def probe(matcher: Matcher, synthetic: Synthetic, starts: Sequence[float], draws
 
 
 def _gradients(
-    matcher: Matcher, synthetic: Synthetic, start: float, samples: Sequence[tuple[int, int]]
+    matcher: Matcher, synthetic: Synthetic, start: int | float, samples: Sequence[tuple[int, int]]
 ) -> Iterator[tuple[str, Tensor]]:
     for expert, draw in samples:
         drawn = replace(matcher.draw(draw), expert=expert, start=start, start_text=start)

@@ -42,10 +42,9 @@ def begin_store(run: config.Run, path: Path, text_width: int, facts: dict) -> St
 
 def kept_epochs(run: config.Run) -> tuple[int, ...] | None:
     """The epochs that stay in the store; None for all."""
-    keep, plan = run.experts.keep, run.distill.plan
+    keep = run.experts.keep
     if isinstance(keep, str):
-        any_endpoint = plan.plans and plan.endpoints is None
-        return None if keep == "all" or any_endpoint else run.endpoints
+        return None if keep == "all" else run.endpoints
     return tuple(sorted(set(keep)))
 
 
