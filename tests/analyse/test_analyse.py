@@ -150,7 +150,7 @@ def test_tables_of_phases():
     assert shift["as given"] == [p.model_dump(mode="json") for p in run.distill.phases]
     assert [p["start"] for p in shift["ranges not shifted"]] == [0, 0]
     assert [p["endpoint"] for p in shift["endpoints not shifted"]] == [2, 2]
-    assert list(table_settings(run, "endpoints")) == ["2+3"], "1+2 has no room for starts, 3+4 ends past the experts"
+    assert list(table_settings(run, "endpoints")) == ["1+2", "2+3"], "3+4 ends past the experts"
     with pytest.raises(ValueError, match="the run has one; give it two or more"):
         table_settings(load("runs", f"distill.phases={json.dumps(PHASES[:1])}"), "shift")
     with pytest.raises(ValueError, match="one of shift, endpoints, delta"):
@@ -159,17 +159,24 @@ def test_tables_of_phases():
 
 def test_a_table_is_a_sweep(trained):
     found = say(trained, "sweep", "--table", "endpoints")
-    assert [r["row"] for r in found["rows"]] == ["2+3"] and found["rows"][0]["student"] >= 0
+    assert [r["row"] for r in found["rows"]] == ["1+2", "2+3"] and all(r["student"] >= 0 for r in found["rows"])
     assert (trained / "runs" / "sweeps").is_dir()
 
 
 def test_the_gradient_is_linear_in_the_start_on_a_straight_path(trained):
-    """The ratio settles: each halving moves it about half as much as the one before."""
+    """The ratio settles, once no ReLU turns between the two starts any more."""
     with open_pipeline(load(trained / "runs"), Progress(quiet=True)) as pipeline:
-        found = linearity(pipeline, halvings=6, start=0.25)
-    ratios = [row["shortcut"] for row in found["rows"]]
-    assert all(math.isfinite(r) and r > 0 for r in ratios)
-    assert abs(ratios[-1] - ratios[-2]) < 0.05 * ratios[-1]
+        found = linearity(pipeline, halvings=10, start=1.3)
+    assert [row["d"] for row in found["rows"]] == [0.1 / 2**i for i in range(11)]
+    for name in ("shortcut", "joined"):
+        ratios = [row[name] for row in found["rows"]]
+        assert all(math.isfinite(r) and r > 0 for r in ratios)
+        assert abs(ratios[-1] - ratios[-2]) < 0.01 * ratios[-1]
+
+
+def test_a_start_past_the_path_is_refused(trained):
+    done = CliRunner().invoke(app, ["analyse", "linearity", str(trained / "run.yaml"), "--start", "1.95", "--quiet"])
+    assert done.exit_code == 1 and "must lie in 0-2; give another start" in done.stderr
 
 
 def test_stores_that_keep_endpoints_have_shortcuts_only(trained):
