@@ -56,7 +56,7 @@ def measure(run: config.Run, store: Store) -> Measured:
     """Curves of all experts, straightness of the first few at every epoch that may be an endpoint."""
     everyone = [e for e in store.complete() if e < run.experts.num]
     few, plan = everyone[: run.distill.plan.experts], run.distill.plan
-    candidates = plan.endpoints or [e for e in range(1, store.epochs + 1) if store.kept(e)]
+    candidates = plan.endpoints or store.kept_epochs[1:]
     straight = {e: signals.straightness(store, few, e) for e in candidates}
     return Measured(signals.val_curve(store, everyone), signals.arc_lengths(store, everyone), straight)
 
@@ -127,13 +127,13 @@ def ranges(
             reach + 1 - start < plan.min_starts or float(cosines[reach, reach + 1]) >= plan.agreement
         ):
             reach += 1
-        found.append((start, reach + (rule.start_rule == "exclusive" or rule.start_points == "continuous")))
+        found.append((start, reach + (rule.start_rule == "exclusive" or bool(_beyond(rule)))))
     return found
 
 
 def _beyond(rule: config.Distill) -> int:
     """1 where a start may lie at, or anywhere up to, the exclusive end of its range."""
-    return int(rule.start_points == "continuous")
+    return int(rule.start_points == "continuous" or rule.plan.kind == "adaptive")
 
 
 def make_plan(run: config.Run, store: Store, train: Material, device: torch.device) -> dict[str, Any]:
@@ -192,11 +192,7 @@ def make_plan(run: config.Run, store: Store, train: Material, device: torch.devi
 def probe_start(
     run: config.Run, store: Store, train: Material, device: torch.device, phase: int, pairs: int, end: int
 ) -> signals.Probe:
-    """First-order matching gradients of the pairs that a phase begins with, at every start of its path.
-
-    First-order even where the run uses the exact one: an unstable student's exact gradient is noise that hides whether
-    starts agree.
-    """
+    """Matching gradients of the pairs that a phase begins with, at every start of its path."""
     rule, plan = run.distill, run.distill.plan
     probing = signals.probing(run, end, rule.trajectory, pairs, experts=plan.experts)
     method = methods.find(rule.method)(probing)
