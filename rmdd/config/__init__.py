@@ -201,7 +201,7 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
 def _kept(raw: dict[str, Any]) -> dict[str, Any]:
     """`raw`, whose experts keep every epoch that a plan may make an endpoint, where it leaves it to the endpoints."""
 
-    def section(of: Any, name: str) -> dict[str, Any]:
+    def section(of: Mapping[Any, Any], name: str) -> dict[Any, Any]:
         found = of.get(name)
         return found if isinstance(found, dict) else {}
 
