@@ -2,7 +2,8 @@
 
 This package imports neither torch nor ray. Fields that say where things are, how far to go or how often to save, and
 not what is computed, never enter a hash: `name`, `data.root`, everything under `runtime`, and of `distill` the fields
-`budget_check`, `checkpoint_every` and `guard.retries`.
+`budget_check`, `checkpoint_every` and `guard.retries`. Of `phases` and `plan` only one does: what the phases are, or
+what they are found by.
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ def make_plan(run: config.Run, store: Store, train: Material, device: torch.devi
     seen: list[signals.Probe] = []
 
     def agreement(phase: int, end: int) -> Float[Tensor, "T T"]:
-        seen.append(probe_start(run, store, train, device, phase, pairs[phase], end))
+        seen.append(probe_start(run, store, train, device, pairs[phase], end))
         return seen[-1].agreement()
 
     spans = ranges(run, ends, agreement)
@@ -190,9 +190,9 @@ def make_plan(run: config.Run, store: Store, train: Material, device: torch.devi
 
 
 def probe_start(
-    run: config.Run, store: Store, train: Material, device: torch.device, phase: int, pairs: int, end: int
+    run: config.Run, store: Store, train: Material, device: torch.device, pairs: int, end: int
 ) -> signals.Probe:
-    """Matching gradients of the pairs that a phase begins with, at every start of its path."""
+    """Matching gradients of real pairs, as many as the phase has, at every start of its path."""
     rule, plan = run.distill, run.distill.plan
     probing = signals.probing(run, end, rule.trajectory, pairs, experts=plan.experts)
     method = methods.find(rule.method)(probing)
