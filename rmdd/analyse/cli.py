@@ -110,7 +110,7 @@ def sweep_(
     def rows(run: "config.Run", progress: "Progress") -> dict[str, Any]:
         from rmdd.analyse.tables import sweep
 
-        return sweep(run, progress, table)  # type: ignore[arg-type]
+        return sweep(run, progress, table)
 
     _runs(source, set_ or [], rows, json, quiet, debug)
 

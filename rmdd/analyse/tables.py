@@ -7,7 +7,7 @@ scored like one.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from rmdd import config
 from rmdd.analyse.drawing import Sheet, write_csv
@@ -21,7 +21,7 @@ from rmdd.pipeline import open_pipeline, run_folder
 from rmdd.progress import Progress
 from rmdd.sweeps import Member, Swept, members, run_all
 
-Table = Literal["shift", "endpoints", "delta"]
+TABLES = ("shift", "endpoints", "delta")
 
 
 def collapse_members(
@@ -84,15 +84,15 @@ def collapse(
     return _left(folder, "collapse", rows, sheet, swept)
 
 
-def table_settings(run: config.Run, table: Table) -> dict[str, list[dict[str, Any]]]:
+def table_settings(run: config.Run, table: str) -> dict[str, list[dict[str, Any]]]:
     """Phases of each row of a table, by its name.
 
     `shift` (Table 13): ranges, or endpoints, as the first phase has them in all phases. `endpoints` (Table 14): all
     endpoints earlier and later by the distance of two phases, or by one epoch. `delta` (Table 15): ranges that move on
     by 0, 1 and 2 epochs a phase. Rows that do not fit the experts are left out.
     """
-    if table not in get_args(Table):
-        raise ValueError(f"no table '{table}'; give one of {', '.join(get_args(Table))}")
+    if table not in TABLES:
+        raise ValueError(f"no table '{table}'; give one of {', '.join(TABLES)}")
     phases = [p.model_dump(mode="json") for p in run.distill.phases]
     first, own = phases[0], {"as given": phases}
     if table != "endpoints" and len(phases) < 2:
@@ -121,7 +121,7 @@ def table_settings(run: config.Run, table: Table) -> dict[str, list[dict[str, An
     return {name: row for name, row in rows.items() if all(_fits(run, p) for p in row)}
 
 
-def sweep(run: config.Run, progress: Progress, table: Table) -> dict[str, Any]:
+def sweep(run: config.Run, progress: Progress, table: str) -> dict[str, Any]:
     """One of the tables of `table_settings`, scored on val. Writes sweep-TABLE.csv and .svg to the folder `analyse`."""
     folder, (run, _) = run_folder(run), _prepared(run, progress)
     settings = table_settings(run, table)
