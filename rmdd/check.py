@@ -8,6 +8,7 @@ from typing import Any
 from rmdd import config, estimate
 from rmdd.artefact import budget
 from rmdd.data.shards import Dataset
+from rmdd.distill.planning import PLAN, foreseen, with_phases
 from rmdd.experts.store import Store
 from rmdd.experts.train import kept_epochs
 from rmdd.files import read_json
@@ -43,6 +44,7 @@ def examine(run: config.Run) -> dict[str, Any]:
     tower = run.model.image
     size = estimate.size_of(model, pretrained=tower.weights != "random")
     work = estimate.work_of(model, run, width)
+    run, planned = _with_phases(run, width)
     dataset, places = _already_there(run)
     if dataset is not None:
         counts = {k: (c["pairs"], c["captions"]) for k, c in dataset.counts.items()}
@@ -88,7 +90,7 @@ def examine(run: config.Run) -> dict[str, Any]:
         "memory": {"matching_step": estimate.matching_bytes(run, size, work, width)},
         "time": _time(run, estimate.operations(run, counts, work)),
         "gpus": _gpus(run),
-        "remarks": ([remark] if remark else [])
+        "remarks": [r for r in (remark, planned) if r]
         + [f"split '{split}' is empty; a run needs all three" for split, (pairs, _) in counts.items() if not pairs],
     }
 
@@ -100,6 +102,15 @@ def _model(run: config.Run, text_width: int) -> DualEncoder:
         weights_file(tower)
     with matching_context(tower.name) if tower.trainable else contextlib.nullcontext():
         return estimate.model_on_meta(run, text_width)
+
+
+def _with_phases(run: config.Run, text_width: int) -> tuple[config.Run, str | None]:
+    """A run that plans its phases with those of its plan, or with what can be foreseen of them, and a remark."""
+    if not run.distill.plan.plans:
+        return run, None
+    if (written := run_folder(run) / PLAN).is_file():
+        return with_phases(run, read_json(written)["phases"]), f"phases as planned in {written}"
+    return foreseen(run, text_width), "phases are planned after the experts; ranges and endpoints are not known yet"
 
 
 def _already_there(run: config.Run) -> tuple[Dataset | None, Places | None]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rmdd import config
+from rmdd.analyse.cli import analyse
 from rmdd.bench.cli import bench
 from rmdd.command import Debug, Json, Quiet, Sets, Source, do, load, load_folder, outcome, print_json, stop_on_sigterm
 
@@ -25,6 +26,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 a run failed, 2 a run file cannot be used, 130 stopped (a resumable run says how).",
 )
 app.add_typer(bench, name="bench")
+app.add_typer(analyse, name="analyse")
 
 
 @app.command()

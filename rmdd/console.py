@@ -165,6 +165,18 @@ def comparison(rows: Sequence[Mapping[str, Any]], medians: Mapping[str, Mapping[
     return table
 
 
+def rows_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Plain rows, a column per key."""
+    table = Table()
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    for name in columns:
+        table.add_column(name, justify="right" if isinstance(rows[0].get(name), float | int) else "left")
+    for row in rows:
+        values = [row.get(name, "") for name in columns]
+        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values))
+    return table
+
+
 def _pair(cosine: float, ratio: float) -> str:
     return "-" if math.isnan(cosine) else f"{cosine:.2f} ({ratio:.2g})"
 

@@ -21,6 +21,7 @@ from rmdd.data.material import Material
 from rmdd.data.place import absolute
 from rmdd.data.shards import Dataset
 from rmdd.distill.matching import finished, save_set, snapshot_iterations
+from rmdd.distill.planning import PLAN, with_phases
 from rmdd.evaluate import protocol
 from rmdd.evaluate.protocol import Job
 from rmdd.experts import feed
@@ -32,7 +33,7 @@ from rmdd.models.image import image_identity
 from rmdd.models.text import embed, encoder_identity, text_width
 from rmdd.progress import Progress, watched
 from rmdd.storage import anchored, open_storage, root_of
-from rmdd.tasks import Item, Places, device_of, expert, material, phase, student
+from rmdd.tasks import Item, Places, device_of, expert, material, phase, plan, student
 from rmdd.track import is_curve
 
 NUMBERS_VERSION = 4
@@ -70,6 +71,7 @@ class Pipeline:
         stream: feed.Stream | None = None,
     ):
         run = run.model_copy(update={"runtime": anchored(run.runtime)})
+        run = with_phases(run, []) if run.distill.plan.plans else run  # they are in the plan that lies there
         self.run, self.executor, self.progress = run, executor, progress
         self.readers, self.encoders = readers, encoders
         self.fleet, self.stream = fleet, stream
@@ -139,10 +141,24 @@ class Pipeline:
         self.progress.say(f"experts: {len(store.complete())} in {places.store} ({store.size() / 2**20:.0f} MiB)")
         return store
 
+    def plan(self) -> config.Run:
+        """The run with phases: its own, or those that it finds once its experts are there."""
+        if not self.run.distill.phases:
+            self.experts()
+            with self._timed("plan"):
+                self._map("plan", plan, [self._item(self.ingest())], {"plan": 1})
+                self.storage.fetch(self.folder)
+                found = read_json(self.folder / PLAN)
+                self.run = with_phases(self.run, found["phases"])
+            for reason in found["reasons"]:
+                self.progress.say(f"plan: {reason}")
+        return self.run
+
     def begin_phases(self) -> Places:
         """Make what the phases start from, where it is not there."""
         self.check_budget()
         self.experts()
+        self.plan()
         dataset = self.ingest()
         run, places = self.run, places_of(self.run, dataset)
         with self._timed("distill"):
@@ -400,6 +416,8 @@ def places_of(run: config.Run, dataset: Dataset) -> Places:
     recipe = run.distill.model_dump(
         mode="json", exclude={"budget_check": True, "checkpoint_every": True, "guard": {"retries"}}
     )
+    if run.distill.plan.kind != "adaptive":
+        del recipe["plan"]  # phases are the same however they were found
     recipe["version"] = methods.find(run.distill.method).version
     distilled = {**trained, "num": run.experts.num, "distill": recipe | {"seed": run.seed_of("distill")}}
     rules = run.evaluate.model_dump(mode="json", exclude=set(ONLY_DISTILLED)) | {"seed": run.seed_of("evaluate")}

@@ -18,12 +18,13 @@ from rmdd import config, track
 from rmdd.data.material import Material, load_material
 from rmdd.data.shards import Dataset
 from rmdd.distill.matching import distill_phase, load_set
+from rmdd.distill.planning import PLAN, key_of, make_plan, stated, with_phases
 from rmdd.evaluate.protocol import Job, lesson_of, random_lesson, score_expert, train_and_score
 from rmdd.experts import gang
 from rmdd.experts.feed import Stream
 from rmdd.experts.store import Store
 from rmdd.experts.train import expert_model, train_expert
-from rmdd.files import read_json, write_json
+from rmdd.files import atomic_path, read_json, write_json
 from rmdd.jobs import Hooks, Task
 from rmdd.lease import held
 from rmdd.models.text import text_width
@@ -107,6 +108,8 @@ def target(task: Task, item: Item) -> Path:
     """Where the result of a task goes: items with the same one are the same work."""
     if task is student:
         return record(item)
+    if task is plan:
+        return item.places.run / PLAN
     return item.places.phase(item.number) if task is phase else item.places.store / f"expert-{item.number:03d}"
 
 
@@ -205,6 +208,31 @@ def phase(item: Item, hooks: Hooks) -> bool:
             on_step,
             hooks.should_stop,
         )
+
+
+def plan(item: Item, hooks: Hooks) -> bool:
+    """Find the phases of a run that plans them; a plan that is there stays.
+
+    Writes plan.json with signals and reasons, plan.svg, and planned.yaml, the same run with its phases listed.
+    """
+    item, storage = _here(item)
+    places, run = item.places, item.run
+    storage.fetch(places.run / PLAN)
+    written = places.run / PLAN
+    if not written.is_file() or read_json(written)["key"] != key_of(run, places.store.name):
+        from rmdd.analyse.drawing import draw_plan
+
+        storage.fetch(places.data)
+        storage.fetch(places.store, lambda name: not name.endswith("/running.safetensors") and not track.is_curve(name))
+        found = make_plan(run, Store.open(places.store), material(item, "train"), device_of(run))
+        draw_plan(found, places.run / "plan.svg")
+        if run.distill.plan.kind == "auto":
+            with atomic_path(places.run / "planned.yaml") as temporary:
+                temporary.write_text(config.dump(stated(with_phases(run, found["phases"]))), encoding="utf-8")
+        write_json(written, found)
+        storage.flush()
+    hooks.report({"done": 1})
+    return True
 
 
 def student(item: Item, hooks: Hooks) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from rmdd import config
 from rmdd.artefact.distilled import DESCRIPTION, DistilledSet
 from rmdd.data.shards import MANIFEST, Dataset
 from rmdd.distill.matching import snapshot_iterations
+from rmdd.distill.planning import PLAN, with_phases
 from rmdd.experts.store import Store
 from rmdd.files import is_temporary, read_json, sha256_file
 from rmdd.storage import Mirror, Storage, is_uri
@@ -225,6 +226,8 @@ class Verifier:
             self._lines(log)
         with self._told(path / "run.yaml", "write the run file anew with the values of before, or begin another run"):
             run = config.load(path / "run.yaml")
+            if run.distill.plan.plans and (path / PLAN).is_file():
+                run = with_phases(run, read_json(path / PLAN)["phases"])
             if path.name != f"{run.name}-{run.hash_of()[:8]}":
                 self._fault(path / "run.yaml", "means another run than its folder is named after", "name it back")
             if not (path / "set" / DESCRIPTION).is_file():

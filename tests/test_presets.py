@@ -4,6 +4,7 @@ import pytest
 
 from rmdd import config
 from rmdd.artefact import budget
+from rmdd.distill.planning import foreseen
 from rmdd.methods import BUILT_IN
 from rmdd.methods.ptm_st import without
 
@@ -15,6 +16,7 @@ PTM_ST = [
 ]
 EMOJI = [f"emoji_{method}_100" for method in BUILT_IN]
 SMALL = {"emoji_ptm_st_100_small", "emoji_ptm_st_500_small"}
+PLANNED = {"emoji_ptm_st_auto_100", "emoji_ptm_st_auto_200"}
 
 # M, T+, iterations, rank, alpha, B, lr of images and texts, lr of the similarity, branches, temperature
 LORS = {
@@ -68,7 +70,7 @@ def load(name: str) -> config.Run:
 
 
 def test_the_presets_are_there():
-    known = {"demo", *SMALL, *EMOJI, *PTM_ST, *ROWS, *LORS, *REPBLEND, *TESLA_VL, *MTT_VL, *ON_LORS}
+    known = {"demo", *SMALL, *PLANNED, *EMOJI, *PTM_ST, *ROWS, *LORS, *REPBLEND, *TESLA_VL, *MTT_VL, *ON_LORS}
     assert set(NAMES) == known
 
 
@@ -78,7 +80,7 @@ def test_loads_under_its_own_name_and_within_its_budget(name):
     assert run.name == name
     text = run.model.text
     width = text.width if text.name == "hashing" else TEXT_WIDTH[text.name]
-    rule = run.distill
+    rule = (foreseen(run, width) if run.distill.plan.plans else run).distill
     kind, rank = rule.similarity.kind, rule.similarity.rank
     pairs = [p.pairs for p in rule.phases]
     paid = (rule.budget, run.data.image_size, width, kind, rank, run.stored_size)
@@ -92,7 +94,8 @@ def test_a_name_says_dataset_method_and_budget(name):
     run = load(name)
     data = name.partition("_")[0]
     assert run.data.layout == (None if data == "emoji" else data)
-    assert f"{run.distill.method}_{run.distill.budget}" in name
+    assert f"{run.distill.method}_{run.distill.budget}" in name.replace("_auto", "")
+    assert run.distill.plan.plans == ("_auto_" in name)
 
 
 @pytest.mark.parametrize("name", PTM_ST)

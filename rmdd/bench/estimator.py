@@ -97,7 +97,7 @@ def of_run(
     pipeline: Pipeline, phase: int, iterations: int, every: int, on_row: Callable[[dict[str, Any]], None]
 ) -> list[dict[str, Any]]:
     """`along` for a phase of a run, whose experts are trained first where they are missing."""
-    run = pipeline.run
+    run = pipeline.plan()
     if not 0 <= phase < len(run.distill.phases):
         raise ValueError(f"the run has phases 0-{len(run.distill.phases) - 1}; there is no phase {phase}")
     if every < 1 or iterations < 1:

@@ -1,8 +1,9 @@
 """The run file as typed, frozen models: every number of a run is decided here.
 
 This package imports neither torch nor ray. Fields that say where things are, how far to go or how often to save, and
-not what is computed, never enter a hash: `name`, `data.root`, everything under `search` and `runtime`, and
-of `distill` the fields `budget_check`, `checkpoint_every` and `guard.retries`.
+not what is computed, never enter a hash: `name`, `data.root`, everything under `search` and `runtime`, and of `distill`
+the fields `budget_check`, `checkpoint_every` and `guard.retries`. Of `phases` and `plan` only one does: what the phases
+are, or what they are found by.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from rmdd.config.model import Gang as Gang
 from rmdd.config.model import ImageTower as ImageTower
 from rmdd.config.model import Shuffle as Shuffle
 from rmdd.config.model import TextTower as TextTower
+from rmdd.config.plan import Plan as Plan
 from rmdd.config.search import Dimension as Dimension
 from rmdd.config.search import Search
 from rmdd.runfile import PRESETS as PRESETS
@@ -112,6 +114,13 @@ class Run(Section):
                 f"experts.gang.workers {self.experts.gang.workers} on shares of a GPU would put two on one, which NCCL "
                 "refuses; set runtime.gpus_per_worker to 1, or experts.gang.workers to 1"
             )
+        if d.plan.plans and self.experts.keep == "endpoints":
+            mistakes.append(f"distill.phases: {d.plan.kind} looks for its endpoints; set experts.keep: all, or a list")
+        late = [e for e in d.plan.endpoints or () if d.plan.plans and e > self.experts.epochs]
+        if late:
+            mistakes.append(
+                f"distill.plan.endpoints {late} lie past the last expert epoch {self.experts.epochs}; leave them out"
+            )
         missing = [] if isinstance(self.experts.keep, str) else sorted(set(self.endpoints) - set(self.experts.keep))
         if missing:
             mistakes.append(
@@ -146,6 +155,8 @@ class Run(Section):
     @property
     def endpoints(self) -> tuple[int, ...]:
         """Epochs a store must keep for this run, beside epoch 0; the last one gives the full-data bound."""
+        if self.distill.plan.plans:
+            return tuple(sorted({*(self.distill.plan.endpoints or ()), self.experts.epochs}))
         return tuple(sorted({self.endpoint_of(p) for p in range(len(self.distill.phases))} | {self.experts.epochs}))
 
     def seed_of(self, section: Literal["experts", "distill", "evaluate"]) -> int:
@@ -165,6 +176,7 @@ class Run(Section):
         value.get("data", {}).pop("root", None)
         for name in ("budget_check", "checkpoint_every"):
             value.get("distill", {}).pop(name, None)
+        value.get("distill", {}).pop("phases" if self.distill.plan.plans else "plan", None)
         value.get("distill", {}).get("guard", {}).pop("retries", None)
         return hash_value(value)
 
@@ -192,13 +204,31 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
     defaults = filled(usual, Run().model_dump(mode="json"))
     for override in overrides:
         apply(raw, override, defaults, mistakes)
-    run, wrong = validate(Run, filled(raw, usual))
+    run, wrong = validate(Run, _kept(filled(raw, usual)))
     mistakes += unknown + wrong
     if run is not None and method is not None:
         mistakes += method.mistakes(run)
     if run is None or mistakes:
         raise ConfigError(mistakes, where)
     return run
+
+
+def _kept(raw: dict[str, Any]) -> dict[str, Any]:
+    """`raw`, whose experts keep every epoch that a plan may make an endpoint, where it leaves it to the endpoints."""
+
+    def section(of: Mapping[Any, Any], name: str) -> dict[Any, Any]:
+        found = of.get(name)
+        return found if isinstance(found, dict) else {}
+
+    distill, experts = section(raw, "distill"), section(raw, "experts")
+    plan = section(distill, "plan")
+    plans = distill.get("phases") in ("auto", "adaptive") or plan.get("kind", "stated") != "stated"
+    if not plans or experts.get("keep", "endpoints") != "endpoints":
+        return raw
+    few, last = plan.get("endpoints"), experts.get("epochs", Experts().epochs)
+    named = [*few, last] if isinstance(few, list | tuple) else []
+    keep = sorted(set(named)) if named and all(isinstance(e, int) for e in named) else "all"
+    return {**raw, "experts": {**experts, "keep": keep}}
 
 
 def _method_of(raw: Mapping[str, Any], overrides: Iterable[str]) -> tuple[type[Method] | None, list[str]]:

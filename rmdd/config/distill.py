@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
+from rmdd.config.plan import Plan
 from rmdd.runfile import Section
 
 
@@ -84,8 +85,11 @@ class Distill(Section):
     options: dict[str, Any] = Field({}, description="fields of a method from outside the package")
     budget: PositiveInt = Field(100, description="pairs, counted memory-fair: the similarity is paid for in pairs")
     phases: tuple[Phase, ...] = Field(
-        (Phase(pairs=99),), description="sub-problems, in the order in which students learn from them"
+        (Phase(pairs=99),),
+        description="sub-problems, in the order in which students learn from them; or auto, found from the experts "
+        "before distilling, or adaptive, which also move while distilling",
     )
+    plan: Plan = Plan()
     budget_check: Literal["error", "warn"] = Field(
         "error", description="what happens when the phases cost more than the budget"
     )
@@ -177,6 +181,14 @@ class Distill(Section):
     )
     seed: int | None = Field(None, description="null: the run's seed")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _word_for_phases(cls, value: Any) -> Any:
+        """`phases: auto` is an empty list and `plan.kind: auto`."""
+        if isinstance(value, dict) and value.get("phases") in ("auto", "adaptive"):
+            return {**value, "phases": (), "plan": {**dict(value.get("plan") or {}), "kind": value["phases"]}}
+        return value
+
     @property
     def method_name(self) -> str:
         """What results are filed under: the name of the method, or of the class where an import path is given."""
@@ -192,8 +204,10 @@ class Distill(Section):
         mistakes = []
         if self.method_name in ("random", "full"):
             mistakes.append(f"distill.method is {self.method}, but '{self.method_name}' is a row of every result table")
-        if not self.phases:
-            mistakes.append("distill.phases is empty; give at least one")
+        if self.plan.plans:
+            mistakes += self._cannot_plan()
+        elif not self.phases:
+            mistakes.append("distill.phases is empty; give at least one, or auto")
         if self.start_points == "continuous" and self.trajectory == "original":
             mistakes.append(
                 "distill.start_points: continuous needs a path between the epochs; set distill.trajectory to shortcut "
@@ -242,4 +256,15 @@ class Distill(Section):
                     f"{this}: rank {self.similarity.rank} costs more than the full {phase.pairs} x {phase.pairs} "
                     f"matrix; use at most {phase.pairs // 2} or distill.similarity.kind: full"
                 )
+        return mistakes
+
+    def _cannot_plan(self) -> list[str]:
+        word = f"distill.phases: {self.plan.kind}"
+        mistakes = []
+        if self.trajectory == "convexified":
+            mistakes.append(f"{word} chooses endpoints, which a convexified path has not; set trajectory: shortcut")
+        if self.starts == "independent" or self.ranges == "drift":
+            mistakes.append(f"{word} plans one range for both towers; set starts: together and ranges: stated")
+        if self.plan.kind == "adaptive" and (self.trajectory, self.endpoint_rule) != ("shortcut", "inclusive"):
+            mistakes.append(f"{word} moves along a straight path; set trajectory: shortcut, endpoint_rule: inclusive")
         return mistakes

@@ -19,7 +19,7 @@ from torch import Tensor
 from rmdd import config, methods
 from rmdd.distill.frozen import features_of, to_pixels
 from rmdd.distill.guard import Derailed, vitals, what_is_wrong
-from rmdd.distill.phases import Draw
+from rmdd.distill.phases import Draw, Ranges, Window
 from rmdd.distill.synthetic import Synthetic, enlarged, from_tensors
 from rmdd.distill.unroll import Engine, MetaGradient, forward_suits, meta_gradient, squared_distance
 from rmdd.experts import shortcut
@@ -47,6 +47,8 @@ class State:
     momentum: dict[str, Tensor]
     halvings: int = 0
     """How often the phase derailed, and its outer rates were halved."""
+    window: Window | None = None
+    """What the last update was drawn from, where that moves."""
 
     @classmethod
     def begin(cls, initial: Synthetic) -> "State":
@@ -60,6 +62,7 @@ class State:
             self.average.map(move),
             {n: move(t) for n, t in self.momentum.items()},
             self.halvings,
+            self.window,
         )
 
     def save(self, path: Path, key: str) -> None:
@@ -70,6 +73,7 @@ class State:
         }
         named = {f"{g}/{n}": t for g, ts in groups.items() for n, t in ts.items()}
         facts = {"iteration": self.iteration, "alpha": self.raw.alpha, "key": key, "halvings": self.halvings}
+        facts |= {"window": self.window} if self.window else {}
         save_checked(path, named, "state", facts)
 
     @classmethod
@@ -93,6 +97,7 @@ class State:
             from_tensors(part["average"], facts["alpha"]),
             part["momentum"],
             facts["halvings"],
+            Window(*facts["window"]) if "window" in facts else None,
         )
 
 
@@ -128,13 +133,16 @@ def outer_step(state: State, gradient: Synthetic, rule: config.Distill) -> State
             raw[name] = raw[name].clamp(min=rule.min_inner_lr)
             average[name] = average[name].clamp(min=rule.min_inner_lr)
     stepped = state.raw.with_tensors(raw), state.average.with_tensors(average)
-    return State(state.iteration + 1, *stepped, momentum, state.halvings)
+    return State(state.iteration + 1, *stepped, momentum, state.halvings, state.window)
 
 
 class Matcher:
     """One phase's meta-gradients: the model, built once, and the experts' paths, opened once each."""
 
     def __init__(self, run: config.Run, phase: int, store: Store, model: DualEncoder, device: torch.device):
+        if run.distill.plan.kind == "adaptive":
+            continuous = run.distill.model_copy(update={"start_points": "continuous"})
+            run = run.model_copy(update={"distill": continuous})
         self.run, self.phase, self.store, self.device = run, phase, store, device
         self.method = methods.find(run.distill.method)(run)
         self.experts = [e for e in store.complete() if e < run.experts.num]
@@ -147,8 +155,9 @@ class Matcher:
         self.frozen_tower = None if run.model.image.trainable else self._features
         self.student = self.model if self.frozen_tower is None else self.model.on_features()
         self._engine: Engine | None = None
-        self.ranges = self.method.ranges(store, self.experts, phase)
+        self.ranges: Ranges = dict(self.method.ranges(store, self.experts, phase))
         self._paths: dict[int, shortcut.Path] = {}
+        self._endpoint: int | None = None
 
     def _seen(self, synthetic: Synthetic, drawn: Draw) -> Synthetic:
         assert self.frozen_tower is not None
@@ -188,11 +197,25 @@ class Matcher:
 
     def path(self, expert: int) -> shortcut.Path:
         if expert not in self._paths:
-            self._paths[expert] = self.method.path(self.store, expert, self.phase)
+            if self._endpoint is None:
+                self._paths[expert] = self.method.path(self.store, expert, self.phase)
+            else:
+                self._paths[expert] = shortcut.open_path(self.store, expert, self.run.distill, self._endpoint)
             one = 4 * sum(math.prod(shape) for shape in self.store.shapes.values())
             while len(self._paths) > 1 and one * sum(p.vectors for p in self._paths.values()) > PATH_BYTES:
                 self._paths.pop(next(iter(self._paths)))
         return self._paths[expert]
+
+    def look_through(self, window: Window) -> None:
+        """Draw from the range of `window`, and match along paths to its endpoint."""
+        self.ranges = {tower: (window.low, window.stop) for tower in TOWERS}
+        if window.endpoint != self._endpoint:
+            self._endpoint = window.endpoint
+            self._paths.clear()
+
+    def use_path(self, expert: int, path: shortcut.Path) -> None:
+        """Match `expert` along another path than the method's."""
+        self._paths[expert] = path
 
     def segment(self, drawn: Draw) -> tuple[Params, Params]:
         """Where the student starts and what it should reach; each tower at its own epoch."""
@@ -282,6 +305,8 @@ def distill_phase(
     `rollbacks.jsonl` a line per rollback, and `set-<iteration>.safetensors` for every snapshot.
     Raises `Derailed` after too many rollbacks, with the last good state saved.
     """
+    from rmdd.distill.adaptive import adapted  # which is written in terms of this module
+
     rule, total = run.distill, run.distill.phases[phase].iterations
     log, rollbacks = folder / "metrics.jsonl", folder / "rollbacks.jsonl"
     files = {name: folder / f"{name}.safetensors" for name in ("state", "good")}
@@ -310,6 +335,7 @@ def distill_phase(
     snapshots = snapshot_iterations(total, rule.snapshots)
     while state.iteration < total:
         began = time.perf_counter()
+        state = adapted(matcher, state) if rule.plan.kind == "adaptive" else state
         drawn = matcher.draw(state.iteration)
         found = matcher.gradient(state.raw, drawn)
         after = outer_step(state, found.gradient, rule)
@@ -362,6 +388,8 @@ def distill_phase(
         }
         if rule.skip_above is not None:
             metrics["skipped"] = skipped
+        if state.window is not None:
+            metrics |= state.window._asdict()
         lines.append(metrics)
         on_step(metrics)
         stopping = should_stop()

@@ -5,6 +5,7 @@ M pairs of the phase, B pairs in a mini-batch, K inner steps.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +23,18 @@ from rmdd.seeding import derive, generator
 
 # Mean and deviation of normalised pixels and of BERT embeddings, for starts from noise.
 NOISE_PIXEL_MEAN, NOISE_PIXEL_STD = (-0.0626, -0.0221, 0.0680), (1.0451, 1.0752, 1.0539)
+
+
+Ranges = dict[str, tuple[int | float, int | float]]
+"""Per tower, the half-open range of start epochs."""
+
+
+class Window(NamedTuple):
+    """Real-valued starts in [low, stop) of shortcuts to `endpoint`, where these move."""
+
+    low: float
+    stop: float
+    endpoint: int
 
 
 @dataclass(frozen=True)
@@ -55,7 +68,7 @@ def draw(
     iteration: int,
     experts: int,
     seed: int,
-    ranges: Mapping[str, tuple[int, int]] | None = None,
+    ranges: Mapping[str, tuple[int | float, int | float]] | None = None,
 ) -> Draw:
     """The draws of one outer iteration, a function of (seed, phase, iteration) alone.
 
@@ -83,12 +96,16 @@ def draw(
 
 
 def _start(
-    rule: config.Distill, plan: config.Phase, span: tuple[int, int], iteration: int, random: torch.Generator
+    rule: config.Distill,
+    plan: config.Phase,
+    span: tuple[int | float, int | float],
+    iteration: int,
+    random: torch.Generator,
 ) -> int | float:
     low, stop = span[0], growing_stop(plan, span[1], iteration)
     if rule.start_points == "continuous":
         return low + (stop - low) * float(torch.rand((), generator=random, dtype=torch.float64))
-    return int(torch.randint(low, stop + (rule.start_rule == "inclusive"), (1,), generator=random))
+    return int(torch.randint(int(low), int(stop) + (rule.start_rule == "inclusive"), (1,), generator=random))
 
 
 def _blends(rule: config.Distill, batches: Tensor, place: tuple[int, int], seed: int) -> tuple[Blend, ...]:

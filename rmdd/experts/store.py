@@ -105,6 +105,11 @@ class Store:
     def kept(self, epoch: int) -> bool:
         return self.spec["keep"] == "all" or epoch in self.spec["keep"]
 
+    @property
+    def kept_epochs(self) -> list[int]:
+        """Epochs that can be read, ascending, with epoch 0."""
+        return [e for e in range(self.epochs + 1) if self.kept(e)]
+
     def folder(self, expert: int) -> Path:
         return self.path / f"expert-{expert:03d}"
 

@@ -80,7 +80,9 @@ class Method:
 
         return drift_ranges(store, experts, self.run.endpoint_of(phase) - self.rule.match_epochs)
 
-    def draw(self, phase: int, iteration: int, experts: int, ranges: Mapping[str, tuple[int, int]]) -> Draw:
+    def draw(
+        self, phase: int, iteration: int, experts: int, ranges: Mapping[str, tuple[int | float, int | float]]
+    ) -> Draw:
         """Everything random about one outer iteration."""
         from rmdd.distill import phases
 

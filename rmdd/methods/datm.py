@@ -14,7 +14,7 @@ from rmdd.methods.lors import LoRS
 from rmdd.runfile import filled
 
 
-def growing_stop(phase: config.Phase, stop: int, iteration: int) -> int:
+def growing_stop(phase: config.Phase, stop: int | float, iteration: int) -> int | float:
     """The exclusive upper bound U(i) of the start epochs at an iteration counted from 0; `stop` where none grows."""
     if phase.grow_from is None or phase.grow_until is None:
         return stop

@@ -125,7 +125,7 @@ def climb(
     name = f"search-{uuid.uuid4().hex[:8]}"
     trainable = tune.with_resources(
         tune.with_parameters(Climbing, open_climber=open_climber, threads=runtime.threads),
-        {"cpu": min(cpus, resources.widest, resources.cpus), "gpu": math.ceil(gpus) if gpus > 1 else gpus},
+        {"cpu": min(cpus, resources.widest), "gpu": math.ceil(gpus) if gpus > 1 else gpus},
     )
     tuner = tune.Tuner(
         trainable,

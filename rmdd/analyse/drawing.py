@@ -1,0 +1,116 @@
+"""Drawings and tables of analyses as files: SVG and CSV, written whole."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from rmdd.files import atomic_path
+
+COLOURS = ("#e8590c", "#1c7ed6", "#2f9e44", "#9c36b5", "#868e96")
+STYLE: dict[Any, Any] = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "svg.hashsalt": "rmdd",
+}
+
+
+class Sheet:
+    """A row of panels; `save` writes it as SVG."""
+
+    def __init__(self, panels: int, width: float = 3.6, height: float = 3.0):
+        with matplotlib.rc_context(STYLE):
+            self.figure = Figure(figsize=(width * panels, height), layout="constrained")
+            self.panels: list[Axes] = list(np.atleast_1d(self.figure.subplots(1, panels)))
+
+    def save(self, path: Path) -> None:
+        with matplotlib.rc_context(STYLE), atomic_path(path) as temporary:
+            self.figure.savefig(temporary, format="svg", metadata={"Date": None})
+
+    def lines(
+        self,
+        panel: int,
+        title: str,
+        x: Sequence[int | float],
+        y: Mapping[str, Sequence[int | float]],
+        xlabel: str,
+        ylabel: str,
+    ) -> Axes:
+        ax = self.panels[panel]
+        with matplotlib.rc_context(STYLE):
+            for (name, values), colour in zip(y.items(), COLOURS * (1 + len(y)), strict=False):
+                ax.plot(x, values, marker="o", ms=3, color=colour, label=name)
+            ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+            if len(y) > 1:
+                ax.legend()
+        return ax
+
+    def points(
+        self,
+        panel: int,
+        title: str,
+        groups: Mapping[str, tuple[Sequence[int | float], Sequence[int | float]]],
+        xlabel: str,
+        ylabel: str,
+    ) -> None:
+        """Named groups of points, coloured in their order."""
+        ax, shades = self.panels[panel], matplotlib.colormaps["viridis"]
+        with matplotlib.rc_context(STYLE):
+            for i, (name, (x, y)) in enumerate(groups.items()):
+                ax.scatter(x, y, s=12, color=shades(i / max(1, len(groups) - 1)), label=name)
+            ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+            ax.legend(ncols=2)
+
+    def matrix(self, panel: int, title: str, values: np.ndarray, ticks: Sequence[int | float], label: str) -> None:
+        """A square of cosines, on a scale from -1 to 1."""
+        ax = self.panels[panel]
+        with matplotlib.rc_context(STYLE):
+            picture = ax.imshow(values, cmap="RdBu_r", vmin=-1, vmax=1)
+            places = range(len(ticks))
+            names = [f"{t:g}" for t in ticks]
+            ax.set(title=title, xlabel=label, ylabel=label, xticks=places, yticks=places)
+            ax.set_xticklabels(names)
+            ax.set_yticklabels(names)
+            self.figure.colorbar(picture, ax=ax, shrink=0.8)
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One line per row, columns in order of first appearance."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, columns, restval="")
+        table.writeheader()
+        table.writerows(rows)
+
+
+def draw_plan(plan: Mapping[str, Any], path: Path) -> None:
+    """Why a plan came out as it did: the teacher's gain, how bent its paths are, and which starts agree."""
+    found = plan["signals"]
+    sheet = Sheet(3 + len(found["agreement"]))
+    epochs = list(range(len(found["val"])))
+    ax = sheet.lines(0, "share of the teacher's gain", epochs, {"": found["share"]}, "epoch", "share of gain on val")
+    for p, phase in enumerate(plan["phases"]):
+        colour = COLOURS[(p + 1) % len(COLOURS)]
+        ax.axvline(phase["endpoint"], color=colour, ls="--", label=f"phase {p}: endpoint")
+        ax.axvspan(phase["start"], phase["stop"] - 1, color=colour, alpha=0.15, label=f"phase {p}: starts")
+    ax.legend(fontsize=8)
+    sheet.lines(
+        1, "gain per unit of arc", epochs[1:], {"": found["gain_per_arc"]}, "epoch", "points per unit of length"
+    )
+    straight = {int(e): s for e, s in found["straightness"].items()}
+    ax = sheet.lines(2, "straightness", list(straight), {"": list(straight.values())}, "endpoint", "chord over path")
+    ax.set_ylim(0, 1.02)
+    for p, matrix in enumerate(found["agreement"]):
+        sheet.matrix(3 + p, f"gradients agree: phase {p}", np.array(matrix), range(len(matrix)), "start epoch")
+    sheet.save(path)

@@ -1,0 +1,110 @@
+"""Do the matching gradients of different starts agree? (PTM-ST, figures 4, 2b and 6.)
+
+The set is what the first phase begins with. Batches and masks are the same at every start, and gradients are averaged
+over experts and draws. The paper fixes neither.
+"""
+
+from typing import Any
+
+from rmdd.analyse.drawing import Sheet, write_csv
+from rmdd.analyse.setting import Setting, chosen
+from rmdd.distill.signals import PARTS, Probe, off_diagonal, principal
+from rmdd.pipeline import Pipeline
+
+
+def gradients(
+    pipeline: Pipeline,
+    *,
+    endpoint: int | None = None,
+    experts: int | None = None,
+    draws: int = 2,
+    shortcut_only: bool = False,
+) -> dict[str, Any]:
+    """Cosine matrices over starts, of the pictures' and the texts' gradients, and their lengths.
+
+    Writes gradients.csv, gradient_norms.csv and gradients.svg to the run's folder `analyse`.
+    """
+    setting = Setting(pipeline, endpoint=endpoint, experts=experts)
+    probes = {name: setting.probe(name, draws) for name in chosen(shortcut_only)}
+    cosines, sizes, summary = [], [], []
+    sheet = Sheet(2 * len(probes) + 1)
+    for row, (name, probe) in enumerate(probes.items()):
+        for column, part in enumerate(PARTS):
+            matrix = probe.cosine(part)
+            summary.append({"trajectory": name, "of": part, **off_diagonal(matrix)})
+            sheet.matrix(2 * row + column, f"{name}: {part}", matrix.numpy(), probe.starts, "start epoch")
+            cosines += [
+                {"trajectory": name, "of": part, "start": a, "other": b, "cosine": float(matrix[i, j])}
+                for i, a in enumerate(probe.starts)
+                for j, b in enumerate(probe.starts)
+            ]
+        sizes += _sizes(name, probe)
+    lines = {name: probe.norms("images").tolist() for name, probe in probes.items()}
+    ax = sheet.lines(2 * len(probes), "length of the gradient", setting.starts(), lines, "start epoch", "by images")
+    ax.set_yscale("log")
+    files = {name: setting.folder / name for name in ("gradients.csv", "gradient_norms.csv", "gradients.svg")}
+    write_csv(files["gradients.csv"], cosines)
+    write_csv(files["gradient_norms.csv"], sizes)
+    sheet.save(files["gradients.svg"])
+    return {"rows": summary, "files": [str(f) for f in files.values()]}
+
+
+def _sizes(name: str, probe: Probe) -> list[dict[str, Any]]:
+    norms = {part: probe.norms(part).tolist() for part in PARTS}
+    miss = probe.miss.mean(dim=1).tolist()
+    return [
+        {"trajectory": name, "start": start, "images": norms["images"][i], "texts": norms["texts"][i], "miss": miss[i]}
+        for i, start in enumerate(probe.starts)
+    ]
+
+
+def pca(
+    pipeline: Pipeline,
+    *,
+    endpoint: int | None = None,
+    experts: int | None = None,
+    draws: int = 4,
+    shortcut_only: bool = False,
+) -> dict[str, Any]:
+    """The first two principal components of the pictures' gradients, a point per start, expert and draw.
+
+    Each kind of trajectory has components of its own. Writes pca.csv and pca.svg to the run's folder `analyse`.
+    """
+    setting = Setting(pipeline, endpoint=endpoint, experts=experts)
+    labels, points, summary = setting.labels(draws), [], []
+    sheet = Sheet(len(chosen(shortcut_only)), width=4.4)
+    for panel, name in enumerate(chosen(shortcut_only)):
+        probe = setting.probe(name, draws)
+        flat = probe.images.flatten(0, 1)
+        if len(flat) < 3:
+            raise ValueError(f"{len(flat)} gradients have no two components; give more experts or draws")
+        places, shares = principal(flat)
+        coordinates = places.unflatten(0, probe.images.shape[:2])
+        summary.append({"trajectory": name, "first": float(shares[0]), "second": float(shares[1])})
+        lengths = probe.images.norm(dim=2)
+        points += [
+            {
+                "trajectory": name,
+                "start": start,
+                "expert": expert,
+                "draw": draw,
+                "first": float(coordinates[i, j, 0]),
+                "second": float(coordinates[i, j, 1]),
+                "length": float(lengths[i, j]),
+            }
+            for i, start in enumerate(probe.starts)
+            for j, (expert, draw) in enumerate(labels)
+        ]
+        groups = {f"{s:g}": (coordinates[i, :, 0].tolist(), coordinates[i, :, 1].tolist()) for i, s in _few(probe)}
+        axes = (f"first component ({shares[0]:.0%})", f"second component ({shares[1]:.0%})")
+        sheet.points(panel, f"{name}: gradients by start epoch", groups, *axes)
+    files = [setting.folder / "pca.csv", setting.folder / "pca.svg"]
+    write_csv(files[0], points)
+    sheet.save(files[1])
+    return {"rows": summary, "files": [str(f) for f in files]}
+
+
+def _few(probe: Probe, most: int = 10) -> list[tuple[int, int | float]]:
+    """Starts, evenly thinned to as many as a legend holds."""
+    step = -(-len(probe.starts) // most)
+    return list(enumerate(probe.starts))[::step]

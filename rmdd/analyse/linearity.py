@@ -1,0 +1,93 @@
+"""Proposition 1 of PTM-ST in numbers: on a straight path the matching gradient changes linearly with the start.
+
+    |grad L(t + d) - grad L(t)| / d   tends to a constant as d goes to 0
+
+In float64, with the same batches and masks. `joined` is the original trajectory with straight lines between its epochs:
+straight around t as well, but with a bend at every epoch, which a target on the far side of it feels.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rmdd.analyse.drawing import Sheet, write_csv
+from rmdd.analyse.setting import Setting, check_every_epoch
+from rmdd.distill.matching import Matcher
+from rmdd.distill.signals import probing
+from rmdd.distill.synthetic import Synthetic
+from rmdd.experts.shortcut import AnchoredPath, Path
+from rmdd.experts.store import Store
+from rmdd.experts.train import expert_model
+from rmdd.models.dual import Params
+from rmdd.pipeline import Pipeline
+
+
+class DoubleStore(Store):
+    """A store whose checkpoints come in float64."""
+
+    def read(self, expert: int, epoch: int) -> Params:
+        return {n: p.double() for n, p in super().read(expert, epoch).items()}
+
+
+def joined(store: Store, expert: int) -> Path:
+    """The trajectory as trained, with straight lines between its epochs."""
+    check_every_epoch(store)
+    return AnchoredPath({t: store.read(expert, t) for t in range(store.epochs + 1)}, store.norms(expert))
+
+
+def changes(
+    matcher: Matcher, synthetic: Synthetic, expert: int, start: int | float, steps: list[float]
+) -> list[Tensor]:
+    """By how much the gradient by pictures and texts changes from `start` to `start + d`, for each d of `steps`."""
+
+    def gradient(at: int | float) -> Tensor:
+        drawn = dataclasses.replace(matcher.draw(0), expert=expert, start=at, start_text=at)
+        found = matcher.gradient(synthetic, drawn).gradient
+        return torch.cat([found.images.flatten(), found.texts.flatten()])
+
+    origin = gradient(start)
+    return [(gradient(start + d) - origin).norm() for d in steps]
+
+
+def linearity(
+    pipeline: Pipeline,
+    *,
+    endpoint: int | None = None,
+    start: int | float = 0.5,
+    halvings: int = 5,
+    inner_steps: int = 1,
+    shortcut_only: bool = False,
+) -> dict[str, Any]:
+    """The ratio for d = 0.1 and its halves, on the first expert; one student step, as in the proposition.
+
+    Writes linearity.csv and linearity.svg to the run's folder `analyse`.
+    """
+    setting = Setting(pipeline, endpoint=endpoint, experts=1)
+    store = DoubleStore.open(setting.store.path)
+    steps = [0.1 / 2**i for i in range(halvings + 1)]
+    last = setting.endpoint - setting.run.distill.match_epochs
+    if not 0 <= start <= last - steps[0]:
+        raise ValueError(f"a start at {start} and {steps[0]} beyond it must lie in 0-{last}; give another start")
+    run = probing(setting.run, setting.endpoint, "shortcut", setting.pairs, 1)
+    rule = run.distill.model_copy(update={"steps": inner_steps, "inner_dropout": "off", "estimator": "exact"})
+    run = run.model_copy(update={"distill": rule})
+    synthetic = setting.initial(run).map(Tensor.double)
+    ratios: dict[str, list[float]] = {}
+    for name in ("shortcut",) if shortcut_only else ("shortcut", "joined"):
+        model = expert_model(run, 0, setting.train.texts.shape[1]).double()
+        matcher = Matcher(run, 0, store, model, setting.device)
+        if name == "joined":
+            matcher.use_path(matcher.experts[0], joined(store, matcher.experts[0]))
+        found = changes(matcher, synthetic, 0, start, steps)
+        ratios[name] = [float(c) / d for c, d in zip(found, steps, strict=True)]
+    rows = [{"d": d, **{name: ratios[name][i] for name in ratios}} for i, d in enumerate(steps)]
+    sheet = Sheet(1, width=4.4)
+    ax = sheet.lines(0, f"start {start:g}", steps, ratios, "d", "change of the gradient / d")
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    files = [setting.folder / "linearity.csv", setting.folder / "linearity.svg"]
+    write_csv(files[0], rows)
+    sheet.save(files[1])
+    return {"rows": rows, "files": [str(f) for f in files]}
