@@ -15,8 +15,8 @@ from rmdd.files import read_json
 from rmdd.models.dual import DualEncoder
 from rmdd.models.image import double_backward, matching_context, weights_file
 from rmdd.models.text import encoder_identity
-from rmdd.pipeline import over_budget, places_of, run_folder
-from rmdd.tasks import Places
+from rmdd.pipeline import over_budget
+from rmdd.places import Places, places_of, run_folder
 
 
 def impossible(run: config.Run) -> list[str]:

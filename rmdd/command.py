@@ -35,7 +35,8 @@ def do(load: Callable[[], config.Run], step: Step, as_json: bool, quiet: bool, d
     with outcome(debug, folders):
         run = load()
         from rmdd.check import impossible
-        from rmdd.pipeline import open_pipeline, run_folder
+        from rmdd.pipeline import open_pipeline
+        from rmdd.places import run_folder
         from rmdd.progress import Progress
         from rmdd.storage import address_of, is_uri
 
@@ -86,7 +87,7 @@ def load_folder(place: str) -> config.Run:
     """The run that was begun in a folder, or at a URI."""
     import yaml
 
-    from rmdd.pipeline import run_folder
+    from rmdd.places import run_folder
     from rmdd.storage import located
 
     storage, file = located(place, "run.yaml", depth=1)

@@ -26,21 +26,15 @@ from rmdd.evaluate import protocol
 from rmdd.evaluate.protocol import Job
 from rmdd.experts import feed
 from rmdd.experts.store import Store
-from rmdd.experts.train import begin_store, kept_epochs
+from rmdd.experts.train import begin_store
 from rmdd.files import atomic_path, read_json, write_json
 from rmdd.jobs import Executor, Failed, Interrupted, Mapper, Spared, Stream, Task, in_turn
-from rmdd.models.image import image_identity
 from rmdd.models.text import embed, encoder_identity, text_width
+from rmdd.places import Places, device_of, places_of, protocol_of, run_folder
 from rmdd.progress import Progress, watched
-from rmdd.storage import anchored, open_storage, root_of
-from rmdd.tasks import Item, Places, device_of, expert, material, phase, plan, student
+from rmdd.storage import anchored, open_storage
+from rmdd.tasks import Item, expert, material, phase, plan, student
 from rmdd.track import is_curve
-
-NUMBERS_VERSION = 4
-"""Part of every hash; raised when a change of the code moves the numbers of an unchanged run file."""
-
-ONLY_DISTILLED = ("selection", "reference", "eval_every", "chunk", "lr", "text_lr", "temperature", "schedule", "epochs")
-"""Fields of `evaluate` that random pairs and full data do not depend on."""
 
 
 @dataclass(frozen=True)
@@ -379,11 +373,6 @@ def candidates_of(run: config.Run) -> list[tuple[int, ...]]:
     return [tuple(s[min(i, len(s) - 1)] for s in snapshots) for i in range(max(map(len, snapshots)))]
 
 
-def run_folder(run: config.Run) -> Path:
-    """Where a run keeps its results: its name and the hash of its value."""
-    return root_of(run.runtime) / f"{run.name}-{run.hash_of()[:8]}"
-
-
 def _records(name: str) -> bool:
     """What the driver reads of a store: all but the experts' parameters."""
     return _no_curve(name) and (not name.endswith(".safetensors") or name.endswith("/theta-0.safetensors"))
@@ -391,48 +380,6 @@ def _records(name: str) -> bool:
 
 def _no_curve(name: str) -> bool:
     return not is_curve(name)
-
-
-def protocol_of(run: config.Run) -> dict[str, Any]:
-    """What shapes one expert; how many there are does not."""
-    return run.experts.protocol() | {"seed": run.seed_of("experts")}
-
-
-def places_of(run: config.Run, dataset: Dataset) -> Places:
-    """Where the parts of a run lie: each under the hash of all that shapes it."""
-    trained = {
-        "version": NUMBERS_VERSION,
-        "device": device_of(run).type,
-        "data": dataset.hash,
-        "view": run.data.model_dump(
-            mode="json", include={"image_size", "normalise", "captions", "eval_limit", "background", "exif_orientation"}
-        ),
-        "model": run.model.model_dump(mode="json"),
-        "image": image_identity(run.model.image),
-        "text": encoder_identity(run.model.text),
-        "experts": protocol_of(run),
-        "kept": kept_epochs(run) or "all",
-    }
-    recipe = run.distill.model_dump(
-        mode="json", exclude={"budget_check": True, "checkpoint_every": True, "guard": {"retries"}}
-    )
-    if run.distill.plan.kind != "adaptive":
-        del recipe["plan"]  # phases are the same however they were found
-    recipe["version"] = methods.find(run.distill.method).version
-    distilled = {**trained, "num": run.experts.num, "distill": recipe | {"seed": run.seed_of("distill")}}
-    rules = run.evaluate.model_dump(mode="json", exclude=set(ONLY_DISTILLED)) | {"seed": run.seed_of("evaluate")}
-    facts = {"num": run.experts.num, "budget": run.distill.budget, "updates": protocol.updates(run)}
-    baseline = {**trained, **facts, "evaluate": rules}
-    storage = root_of(run.runtime)
-    return Places(
-        data=dataset.path,
-        cache=storage / "cache",
-        store=storage / "experts" / config.hash_value(trained),
-        phases=storage / "phases" / config.hash_value(distilled),
-        baseline=storage / "baselines" / config.hash_value(baseline),
-        run=run_folder(run),
-        root=storage,
-    )
 
 
 def over_budget(run: config.Run, width: int | None = None) -> str | None:

@@ -23,7 +23,8 @@ from rmdd import config
 from rmdd.crew import open_crew, working_in
 from rmdd.files import atomic_path, read_json, write_json
 from rmdd.jobs import Executor, Hooks, Interrupted, InTurn, Piece, Task
-from rmdd.pipeline import Pipeline, run_folder
+from rmdd.pipeline import Pipeline
+from rmdd.places import run_folder
 from rmdd.progress import Progress, Stage
 from rmdd.runfile import parse
 from rmdd.storage import address_of, located, root_of

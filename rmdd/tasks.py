@@ -8,11 +8,9 @@ import contextlib
 import functools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from rmdd import config, track
 from rmdd.data.material import Material, load_material
@@ -28,41 +26,11 @@ from rmdd.files import atomic_path, read_json, write_json
 from rmdd.jobs import Hooks, Task
 from rmdd.lease import held
 from rmdd.models.text import text_width
+from rmdd.places import Places, device_of
 from rmdd.storage import Storage, open_storage
 
 CURVES = ("loss", "miss_image", "miss_text", "student_loss", "lr_image", "lr_text", "rollbacks")
 """What is tracked of a phase."""
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where the parts of a run lie."""
-
-    data: Path
-    cache: Path
-    store: Path
-    phases: Path
-    baseline: Path
-    run: Path
-    root: Path = Path()
-    """The storage that these lie in, as the process sees it that named them."""
-
-    def under(self, root: Path) -> "Places":
-        """The same places for a process that sees the storage at `root`."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Places(
-            **{n: root / p.relative_to(self.root) if p.is_relative_to(self.root) else p for n, p in moved.items()}
-        )
-
-    def phase(self, number: int) -> Path:
-        return self.phases / f"phase-{number}"
-
-    def start(self, number: int) -> Path:
-        """The set that a phase starts from."""
-        return self.phase(number) / "start.safetensors"
-
-    def set(self, number: int, iteration: int) -> Path:
-        return self.phase(number) / f"set-{iteration:06d}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -79,10 +47,6 @@ class Item:
     """Per phase, the iteration of the set that a student learns from."""
     stream: Stream | None = None
     """Who reads the shards for an expert whose pictures are not cached; None: the process that trains it."""
-
-
-def device_of(run: config.Run) -> torch.device:
-    return torch.device("cuda" if run.runtime.gpus_per_worker > 0 else "cpu")
 
 
 @functools.lru_cache(maxsize=4)

@@ -13,7 +13,8 @@ import rmdd
 from rmdd import config
 from rmdd.data.ingest import ingest
 from rmdd.jobs import InTurn
-from rmdd.pipeline import Pipeline, open_pipeline, run_folder
+from rmdd.pipeline import Pipeline, open_pipeline
+from rmdd.places import run_folder
 from rmdd.progress import Progress
 
 TINY = {

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import rmdd
 from rmdd import cli, config, tasks
-from rmdd.pipeline import run_folder
+from rmdd.places import run_folder
 from rmdd.searches import begun_in, check, in_turn, search_folder
 from rmdd.searches.samplers import pruner_of, sampler_of
 from rmdd.searches.space import Space, loader, overrides

@@ -18,10 +18,10 @@ import rmdd
 from rmdd import cli, config
 from rmdd.distill.matching import finished
 from rmdd.jobs import Interrupted, InTurn
-from rmdd.pipeline import run_folder
+from rmdd.places import Places, run_folder
 from rmdd.progress import Progress
 from rmdd.sweeps import Relay, members, members_in, read_over, run_all, sweep_folder
-from rmdd.tasks import Item, Places
+from rmdd.tasks import Item
 from rmdd.verify import verify
 
 TINY = {

@@ -12,7 +12,7 @@ from rmdd.distill.synthetic import Synthetic
 from rmdd.experts.store import Store
 from rmdd.experts.train import expert_model
 from rmdd.pipeline import Pipeline
-from rmdd.tasks import device_of
+from rmdd.places import device_of
 
 TRAJECTORIES = ("original", "shortcut")
 

@@ -17,7 +17,8 @@ from rmdd.distill.planning import stated
 from rmdd.distill.signals import val_curve
 from rmdd.experts.store import Store
 from rmdd.models.text import text_width
-from rmdd.pipeline import open_pipeline, run_folder
+from rmdd.pipeline import open_pipeline
+from rmdd.places import run_folder
 from rmdd.progress import Progress
 from rmdd.sweeps import Member, Swept, members, run_all
 

@@ -19,7 +19,7 @@ from rmdd.experts.store import Store
 from rmdd.experts.train import expert_model
 from rmdd.models.dual import DualEncoder
 from rmdd.pipeline import Pipeline
-from rmdd.tasks import device_of
+from rmdd.places import device_of
 
 
 def along(

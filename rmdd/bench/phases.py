@@ -25,9 +25,10 @@ from rmdd.experts.train import begin_store, expert_model
 from rmdd.files import write_json
 from rmdd.jobs import Executor, Hooks, InTurn
 from rmdd.models.text import text_width
+from rmdd.places import Places
 from rmdd.progress import Progress
 from rmdd.seeding import generator
-from rmdd.tasks import Item, Places, phase
+from rmdd.tasks import Item, phase
 
 PARTS = ("work", "workers", "ray")
 

@@ -72,7 +72,7 @@ def prototypes(run: config.Run, phase: int, pairs: int, train: Material) -> list
     """
     from sklearn.cluster import MiniBatchKMeans
 
-    from rmdd.tasks import device_of
+    from rmdd.places import device_of
 
     seed = run.seed_of("distill")
     check_enough(phase, pairs, train)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from rmdd import config
     from rmdd.artefact.distilled import DistilledSet, Subset
-    from rmdd.tasks import Places
+    from rmdd.places import Places
 
 RECALLS = ("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10", "R@mean")
 GALLERY = 60  # most pairs shown

@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from rmdd import config
 from rmdd.files import atomic_path, write_json
-from rmdd.pipeline import run_folder
+from rmdd.places import run_folder
 from rmdd.searches.samplers import FIRST
 from rmdd.searches.space import Space, decoded, loader, overrides
 from rmdd.searches.study import INFEASIBLE

@@ -13,7 +13,8 @@ from rmdd.analyse.linearity import linearity
 from rmdd.analyse.tables import collapse_members, table_settings
 from rmdd.cli import app
 from rmdd.experts.store import Store
-from rmdd.pipeline import open_pipeline, places_of, run_folder
+from rmdd.pipeline import open_pipeline
+from rmdd.places import places_of, run_folder
 from rmdd.progress import Progress
 
 EPOCHS = 3

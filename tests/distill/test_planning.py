@@ -17,7 +17,8 @@ from rmdd import config
 from rmdd.check import examine
 from rmdd.distill.planning import Measured, endpoints, ranges, sizes, with_phases
 from rmdd.experts.train import kept_epochs
-from rmdd.pipeline import open_pipeline, run_folder
+from rmdd.pipeline import open_pipeline
+from rmdd.places import run_folder
 from rmdd.progress import Progress
 from rmdd.verify import verify
 

@@ -15,7 +15,8 @@ import rmdd
 from rmdd import config, methods
 from rmdd.methods.about import about, listing
 from rmdd.models.dual import build
-from rmdd.pipeline import open_pipeline, run_folder
+from rmdd.pipeline import open_pipeline
+from rmdd.places import run_folder
 from rmdd.progress import Progress
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")

@@ -15,9 +15,9 @@ from rmdd.distill import similarity
 from rmdd.distill.matching import save_set
 from rmdd.distill.synthetic import Synthetic
 from rmdd.files import append_jsonl
+from rmdd.places import Places
 from rmdd.report import page, plots
 from rmdd.report.page import headline, write_report
-from rmdd.tasks import Places
 
 HOSTILE = "<script>alert('x')</script> & \"a\" <img src=x onerror=alert(1)>"
 VOID = {"meta", "img", "br", "link", "input", "hr"}

@@ -1,0 +1,103 @@
+"""Where a run and its parts lie: each under the hash of all that shapes it."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rmdd import config, methods
+from rmdd.data.shards import Dataset
+from rmdd.evaluate import protocol
+from rmdd.experts.train import kept_epochs
+from rmdd.models.image import image_identity
+from rmdd.models.text import encoder_identity
+from rmdd.storage import root_of
+
+NUMBERS_VERSION = 4
+"""Part of every hash; raised when a change of the code moves the numbers of an unchanged run file."""
+
+ONLY_DISTILLED = ("selection", "reference", "eval_every", "chunk", "lr", "text_lr", "temperature", "schedule", "epochs")
+"""Fields of `evaluate` that random pairs and full data do not depend on."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the parts of a run lie."""
+
+    data: Path
+    cache: Path
+    store: Path
+    phases: Path
+    baseline: Path
+    run: Path
+    root: Path = Path()
+    """The storage that these lie in, as the process sees it that named them."""
+
+    def under(self, root: Path) -> "Places":
+        """The same places for a process that sees the storage at `root`."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Places(
+            **{n: root / p.relative_to(self.root) if p.is_relative_to(self.root) else p for n, p in moved.items()}
+        )
+
+    def phase(self, number: int) -> Path:
+        return self.phases / f"phase-{number}"
+
+    def start(self, number: int) -> Path:
+        """The set that a phase starts from."""
+        return self.phase(number) / "start.safetensors"
+
+    def set(self, number: int, iteration: int) -> Path:
+        return self.phase(number) / f"set-{iteration:06d}.safetensors"
+
+
+def run_folder(run: config.Run) -> Path:
+    """Where a run keeps its results: its name and the hash of its value."""
+    return root_of(run.runtime) / f"{run.name}-{run.hash_of()[:8]}"
+
+
+def device_of(run: config.Run) -> torch.device:
+    return torch.device("cuda" if run.runtime.gpus_per_worker > 0 else "cpu")
+
+
+def protocol_of(run: config.Run) -> dict[str, Any]:
+    """What shapes one expert; how many there are does not."""
+    return run.experts.protocol() | {"seed": run.seed_of("experts")}
+
+
+def places_of(run: config.Run, dataset: Dataset) -> Places:
+    """Where the parts of a run lie: each under the hash of all that shapes it."""
+    trained = {
+        "version": NUMBERS_VERSION,
+        "device": device_of(run).type,
+        "data": dataset.hash,
+        "view": run.data.model_dump(
+            mode="json", include={"image_size", "normalise", "captions", "eval_limit", "background", "exif_orientation"}
+        ),
+        "model": run.model.model_dump(mode="json"),
+        "image": image_identity(run.model.image),
+        "text": encoder_identity(run.model.text),
+        "experts": protocol_of(run),
+        "kept": kept_epochs(run) or "all",
+    }
+    recipe = run.distill.model_dump(
+        mode="json", exclude={"budget_check": True, "checkpoint_every": True, "guard": {"retries"}}
+    )
+    if run.distill.plan.kind != "adaptive":
+        del recipe["plan"]  # phases are the same however they were found
+    recipe["version"] = methods.find(run.distill.method).version
+    distilled = {**trained, "num": run.experts.num, "distill": recipe | {"seed": run.seed_of("distill")}}
+    rules = run.evaluate.model_dump(mode="json", exclude=set(ONLY_DISTILLED)) | {"seed": run.seed_of("evaluate")}
+    facts = {"num": run.experts.num, "budget": run.distill.budget, "updates": protocol.updates(run)}
+    baseline = {**trained, **facts, "evaluate": rules}
+    storage = root_of(run.runtime)
+    return Places(
+        data=dataset.path,
+        cache=storage / "cache",
+        store=storage / "experts" / config.hash_value(trained),
+        phases=storage / "phases" / config.hash_value(distilled),
+        baseline=storage / "baselines" / config.hash_value(baseline),
+        run=run_folder(run),
+        root=storage,
+    )
