@@ -132,7 +132,7 @@ def test_one_node_sees_its_own_folder(ray_local, tmp_path):
 @pytest.mark.ray
 def test_a_folder_that_is_given_as_a_uri_is_asked_for_too(ray_local, monkeypatch):
     asked = []
-    monkeypatch.setattr(cluster, "resources_now", lambda grows=False: cluster.Resources(cpus=2.0, gpus=0.0, nodes=2))
+    monkeypatch.setattr(cluster, "resources_now", lambda grows=False: cluster.Resources(((1.0, 0.0), (1.0, 0.0))))
     monkeypatch.setattr(cluster, "require_shared", asked.append)
     for storage in ("file:///shared/runs", "s3://bucket/runs"):
         with cluster.connected(Runtime(storage=storage)):
