@@ -352,7 +352,7 @@ class Pipeline:
 
 def run_folder(run: config.Run) -> Path:
     """Where a run keeps its results: its name and the hash of its value."""
-    return root_of(run.runtime) / f"{run.name}-{run.hash_of()[:8]}"
+    return root_of(run.runtime) / run.folder_name
 
 
 def _records(name: str) -> bool:
