@@ -54,7 +54,7 @@ class Places:
 
 def run_folder(run: config.Run) -> Path:
     """Where a run keeps its results: its name and the hash of its value."""
-    return root_of(run.runtime) / f"{run.name}-{run.hash_of()[:8]}"
+    return root_of(run.runtime) / run.folder_name
 
 
 def device_of(run: config.Run) -> torch.device:

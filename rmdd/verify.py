@@ -228,7 +228,7 @@ class Verifier:
             run = config.load(path / "run.yaml")
             if run.distill.plan.plans and (path / PLAN).is_file():
                 run = with_phases(run, read_json(path / PLAN)["phases"])
-            if path.name != f"{run.name}-{run.hash_of()[:8]}":
+            if path.name != run.folder_name:
                 self._fault(path / "run.yaml", "means another run than its folder is named after", "name it back")
             if not (path / "set" / DESCRIPTION).is_file():
                 self.found.unfinished.append(self.storage.address(path))
@@ -249,7 +249,7 @@ class Verifier:
             root = path.parents[1]
             for member in read_json(path / "sweep.json")["members"]:
                 run = config.load(member["run"])
-                folder = root / f"{run.name}-{run.hash_of()[:8]}"
+                folder = root / run.folder_name
                 self.storage.fetch(folder)
                 if (folder / "run.yaml").is_file():
                     self.run(folder)

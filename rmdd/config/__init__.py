@@ -163,6 +163,11 @@ class Run(Section):
         own = getattr(self, section).seed
         return self.seed if own is None else own
 
+    @property
+    def folder_name(self) -> str:
+        """Of its results: the name and the hash of its value."""
+        return f"{self.name}-{self.hash_of()[:8]}"
+
     def hash_of(self, *sections: str) -> str:
         """Hash of the named sections (all that matter when none is named), seeds resolved, places left out."""
         sections = sections or ("data", "model", "experts", "distill", "evaluate")
