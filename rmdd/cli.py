@@ -184,7 +184,7 @@ def verify(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Check manifests, hashes and numbers of a dataset, store, phase, set, run or storage; touch nothing."""
+    """Check manifests, hashes and numbers of a dataset, store, phase, set, run, search or storage; touch nothing."""
     with outcome(debug):
         from rmdd.verify import verify as verify_
 

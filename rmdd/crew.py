@@ -93,8 +93,7 @@ def open_crew(runtime: config.Runtime, events: Path, progress: Progress) -> Iter
                     from rmdd.runtime.search import climb
 
                     executor.rest()
-                    place = address_of(runtime, root_of(runtime) / "fleets")
-                    climb(inquiry, open_climber, runtime, executor.resources, place, most)
+                    climb(inquiry, open_climber, runtime, executor.resources, most, progress.say)
 
                 restarts, crew = runtime.max_restarts, Crew(executor, fleet=fleet, climbers=climbers)
                 crew = replace(crew, readers=alone(over_tasks(min(runtime.reader_cpus, resources.widest), restarts)))

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 
@@ -98,8 +98,8 @@ class GivenUp(RuntimeError):
 class Climber(Protocol):
     """Work in rungs, which may be ended after each."""
 
-    def climb(self) -> Values:
-        """Do the next rung; `done` is true after the last."""
+    def climb(self, hooks: Hooks) -> Values:
+        """Do the next rung; `done` is true after the last. Raises `Interrupted` when asked to stop."""
         ...
 
 
@@ -183,9 +183,10 @@ def once(pieces: Sequence[Piece]) -> Source:
 @dataclass
 class InTurn(Executor):
     """One item after another in this process. Ctrl-C and SIGTERM ask the item at work to save and stop; a second
-    one stops it where it is."""
+    one stops it where it is. `hooks` see all reports, and may ask to stop too."""
 
     threads: int = 1
+    hooks: Hooks = field(default_factory=Hooks)
 
     def serve(self, source: Source) -> None:
         import torch
@@ -193,12 +194,16 @@ class InTurn(Executor):
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
-            with _asked_to_stop() as stopped:
+            with _asked_to_stop() as signalled:
+
+                def stopped() -> bool:
+                    return signalled() | self.hooks.should_stop()
+
                 while (pieces := source(0.5)) is not None:
                     for piece in pieces:
                         result, failure = None, None
                         try:
-                            result = piece.task(piece.item, Hooks(piece.on_report, stopped))
+                            result = piece.task(piece.item, Hooks(self._telling(piece), stopped))
                         except Exception as error:
                             failure = error
                         piece.settle(result, failure)
@@ -208,6 +213,13 @@ class InTurn(Executor):
                         raise Interrupted
         finally:
             torch.set_num_threads(before)
+
+    def _telling(self, piece: Piece) -> Callable[[dict[str, Any]], None]:
+        def report(metrics: dict[str, Any]) -> None:
+            piece.on_report(metrics)
+            self.hooks.report(metrics)
+
+        return report
 
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)

@@ -6,6 +6,7 @@ finished run was made from is still there. Work that is not finished is no fault
 
 import contextlib
 import json
+import sqlite3
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -48,8 +49,8 @@ class Findings:
 
 
 def verify(place: str) -> Findings:
-    """Check a dataset, a store, a phase, a distilled set, a run, a sweep, or a whole storage: a folder, or a URI, of
-    which a copy is made in the temporary folder for the time being.
+    """Check a dataset, a store, a phase, a distilled set, a run, a sweep, a search, or a whole storage: a folder, or
+    a URI, of which a copy is made in the temporary folder for the time being.
 
     Raises `ValueError` when there is nothing that rmdd writes.
     """
@@ -60,8 +61,9 @@ def verify(place: str) -> Findings:
     with tempfile.TemporaryDirectory(prefix="rmdd-verify-") as scratch:
         if parent.endswith(("/", ":")):
             parent, name = place.rstrip("/"), ""
-        if parent.endswith("/sweeps"):
-            parent, name = parent.removesuffix("/sweeps"), f"sweeps/{name}"
+        for kind in ("sweeps", "searches"):
+            if parent.endswith(f"/{kind}"):
+                parent, name = parent.removesuffix(f"/{kind}"), f"{kind}/{name}"
         mirror = Mirror(parent, Path(scratch))
         mirror.fetch(mirror.root / name)
         return Verifier(mirror).folder(mirror.root / name)
@@ -87,6 +89,8 @@ class Verifier:
             self.run(path)
         elif (path / "sweep.json").is_file():
             self.sweep(path)
+        elif (path / "search.json").is_file():
+            self.search(path)
         elif any((path / name).is_file() for name in PHASE_FILES):
             self.phase(path)
         elif phases := _folders(path, "phase-*"):
@@ -114,6 +118,8 @@ class Verifier:
             self.phase(each)
         for record in sorted(path.glob("baselines/*/*.json")):
             self._json(record, "delete it and run again: it is made anew")
+        for file in sorted(path.glob("searches/*/search.json")):
+            self.search(file.parent)
         for file in sorted(path.glob("*/run.yaml")):
             self.run(file.parent)
         for file in sorted(path.glob("sweeps/*/sweep.json")):
@@ -241,22 +247,58 @@ class Verifier:
         """A sweep's table and all its runs."""
         if not self._begin(path):
             return
-        for file in sorted(path.glob("*.json")):
-            self._json(file, "delete it and resume the sweep: it is made anew")
-        if (path / "events.jsonl").is_file():
-            self._lines(path / "events.jsonl")
+        self._files(path, "sweep")
         with self._told(path / "sweep.json", "begin the sweep again: what its runs have is used"):
             root = path.parents[1]
             for member in read_json(path / "sweep.json")["members"]:
-                run = config.load(member["run"])
-                folder = root / run.folder_name
+                folder = root / config.load(member["run"]).folder_name
                 self.storage.fetch(folder)
                 if (folder / "run.yaml").is_file():
                     self.run(folder)
                 else:
                     self.found.unfinished.append(self.storage.address(folder))
 
-    def _sources(self, root: Path, run: config.Run, made_from: dict[str, Any], data: dict[str, Any]) -> None:
+    def search(self, path: Path) -> None:
+        """A search's table, its database where that lies beside it, and the runs of its trials."""
+        if not self._begin(path):
+            return
+        self._files(path, "search")
+        with self._told(path / "search.json", "begin the search again: what its trials have is used"):
+            config.load(read_json(path / "search.json")["run"])
+        if (path / "study.db").is_file():
+            self._database(path / "study.db")
+        rows: dict[int, dict[str, Any]] = {}
+        if (path / "results.json").is_file():
+            with self._told(path / "results.json", "delete it and resume the search: it is made anew"):
+                rows = {row["number"]: row for row in read_json(path / "results.json")["trials"]}
+        for file in sorted(path.glob("trials/*/run.yaml")):
+            with self._told(file, "resume the search: it is made anew"):
+                self._trial(path.parents[1], config.load(file), rows.get(int(file.parent.name), {"state": "open"}))
+        if (path / "best.yaml").is_file():
+            with self._told(path / "best.yaml", "resume the search: it is made anew"):
+                config.load(path / "best.yaml")
+
+    def _trial(self, root: Path, run: config.Run, row: dict[str, Any]) -> None:
+        """What a trial was made from, and the run that repeats it where that has been made."""
+        folder = root / run.folder_name
+        self.storage.fetch(folder)
+        if (folder / "set" / DESCRIPTION).is_file():
+            self.run(folder)
+        elif row["state"] == "open":
+            self.found.unfinished.append(self.storage.address(folder))
+        if not self._begin(folder):
+            return
+        for file in sorted((*folder.glob("*.json"), *folder.glob("students/*.json"))):
+            self._json(file, "delete it and resume the search: it is made anew")
+        if "phases" not in row or not (folder / "data.json").is_file():
+            return
+        if run.distill.plan.plans:
+            run = with_phases(run, read_json(folder / PLAN)["phases"])
+        self._sources(root, run, row, read_json(folder / "data.json"), whole=row["state"] == "complete")
+
+    def _sources(
+        self, root: Path, run: config.Run, made_from: dict[str, Any], data: dict[str, Any], whole: bool = True
+    ) -> None:
         store, phases = root / "experts" / made_from["experts"], root / "phases" / made_from["phases"]
         dataset = Path(data["path"])
         if run.data.source != "dataset":
@@ -270,7 +312,13 @@ class Verifier:
         if store.is_dir():
             self.store(store, run.experts.num)
         for number, phase in enumerate(run.distill.phases) if phases.is_dir() else ():
-            self.phase(phases / f"phase-{number}", phase, run.distill.snapshots)
+            self.phase(phases / f"phase-{number}", phase if whole else None, run.distill.snapshots)
+
+    def _files(self, path: Path, what: str) -> None:
+        for file in sorted(path.glob("*.json")):
+            self._json(file, f"delete it and resume the {what}: it is made anew")
+        if (path / "events.jsonl").is_file():
+            self._lines(path / "events.jsonl")
 
     # -- single files ------------------------------------------------------------------------------------------------
 
@@ -297,6 +345,16 @@ class Verifier:
     def _json(self, path: Path, todo: str) -> Any:
         with self._told(path, todo):
             return read_json(path)
+
+    def _database(self, path: Path) -> None:
+        """SQLite's own check, by a connection that cannot write."""
+        try:
+            with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
+                wrong = database.execute("PRAGMA integrity_check(1)").fetchone()[0]
+        except sqlite3.Error as error:
+            wrong = str(error)
+        if wrong != "ok":
+            self._fault(path, f"is no sound database: {wrong}", "bring a copy back; without it a search begins anew")
 
     def _lines(self, path: Path) -> None:
         """A log may end in the middle of a line, if its writer was killed; no other line may be broken."""

@@ -1,30 +1,23 @@
-"""A search: what can be tried, who chooses, what survives, and that test stays closed."""
+"""A search: what can be tried, who chooses, and what is kept of it."""
 
 import copy
-import csv
 import itertools
 import json
 import math
-import os
-import signal
 import statistics
-import subprocess
-import sys
-import time
 
 import optuna
 import pytest
 import yaml
-from test_sweeps import QUIET, TINY
+from test_sweeps import TINY
 from typer.testing import CliRunner
 
-import rmdd
-from rmdd import cli, config, tasks
-from rmdd.places import run_folder
-from rmdd.searches import begun_in, check, in_turn, search_folder
+from rmdd import cli, config
+from rmdd.searches import check, in_turn
 from rmdd.searches.samplers import pruner_of, sampler_of
 from rmdd.searches.space import Space, loader, overrides
 from rmdd.searches.study import Study
+from rmdd.searches.warm import Known
 
 LR = {"loguniform": [0.1, 100]}
 BOTH = {
@@ -59,6 +52,20 @@ def base_of(place="runs", space=None, **rule):
         ({"distill.phases.1.pairs": {"int": [2, 4]}}, "search.space.distill.phases.1.pairs: at 2: .*no entry '1'"),
         ({"distill.phases.0.endpoint": {"int": [1, 9]}}, "distill.phases.0.endpoint: at 9: .*for epoch 9"),
         ({"distill.phases.0.pairs": {"int": [4, 400]}}, "search.space.distill.phases.0.pairs: at 400: "),
+        (
+            {"distill.similarity.kind": BOTH["distill.similarity.kind"]}
+            | {"distill.similarity.rank": {"int": [1, 2], "when": {"distill.similarity.kind": ["full", "diagonal"]}}},
+            "rank.when: distill.similarity.kind is never diagonal",
+        ),
+        (
+            {"distill.steps": {"int": [1, 4]}, "distill.ema": {"choice": [0, 1], "when": {"distill.steps": 9}}},
+            "never 9",
+        ),
+        (
+            {"distill.phases.0.pairs": {"int": [3, 4]}, "distill.phases": {"choice": ["auto"]}},
+            "phases.0.pairs: lies within distill.phases",
+        ),
+        ({"distill.plan.reach": {"uniform": [0.5, 0.9]}}, "plan.reach: the phases are listed.*distill.phases: auto"),
         ({"evaluate.epochs": {"int": [1, 4]}}, "search.space.evaluate.epochs: trials may differ in model, experts"),
     ],
 )
@@ -136,6 +143,11 @@ def test_conditional_fields_are_drawn_when_their_condition_holds():
     ]
 
 
+def test_a_grid_tries_no_value_too():
+    search = config.Search(space={"distill.temperature": {"choice": [None, 0.1]}}, sampler="grid")
+    assert Space(search).grid() == [{"distill.temperature": None}, {"distill.temperature": 0.1}]
+
+
 def test_choices_may_be_lists():
     phases = [
         [{"pairs": 4, "stop": 1, "endpoint": 1, "iterations": 3}],
@@ -207,7 +219,7 @@ def asked(base, folder, value):
         def __init__(self, text):
             self.run, self.step = config.Run.model_validate_json(text), 0
 
-        def climb(self):
+        def climb(self, hooks):
             self.step += 1
             val = value(self.run, self.step)
             cost = {"iterations": float(self.run.distill.steps), "seconds": 1.0}
@@ -264,164 +276,41 @@ def test_what_fails_by_its_values_is_told_and_what_fails_by_chance_stays_open(tm
     assert second.failures == {} and [t.values for t in second.all()] == [[1.0], [2.0], [3.0]]
 
 
+def test_what_was_half_learned_when_killed_is_learned_once(tmp_path, monkeypatch):
+    base = base_of(tmp_path)
+    known = [Known(f"earlier#{n}", {"distill.lr_image": 1.0 + n}, float(n), {}) for n in range(3)]
+    with monkeypatch.context() as patch:
+        add, calls = optuna.Study.add_trial, itertools.count()
+        patch.setattr(optuna.Study, "add_trial", lambda self, t: add(self, t) if next(calls) < 2 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            Study(base, tmp_path / "s", known)
+    with Study(base, tmp_path / "s", known) as study:
+        assert [t.params["distill.lr_image"] for t in study.study.trials] == [1.0, 2.0, 3.0] and study.all() == []
+
+
+def test_a_trial_at_work_goes_on_in_a_storage_that_has_moved(tmp_path):
+    with Study(base_of(tmp_path / "old"), tmp_path / "old" / "s", []) as study:
+        name, _ = study.ask()
+    (tmp_path / "old").rename(tmp_path / "new")
+    with Study(base_of(tmp_path / "new"), tmp_path / "new" / "s", []) as study:
+        again, text = study.ask()
+        assert again == name and config.Run.model_validate_json(text).runtime.storage == str(tmp_path / "new")
+        assert study.ask()[0] != name
+
+
+def test_a_trial_that_has_ended_is_no_longer_shown_at_work(tmp_path):
+    shown = {}
+    with Study(base_of(tmp_path, trials=1), tmp_path / "s", [], show=shown.__setitem__) as study:
+        name, _ = study.ask()
+        study.told(name, {"step": 1, "val": 1.0, "done": False})
+        assert shown[name]["done"] == 1
+        study.told(name, {"done": True, "error": "no such tower"})
+    assert shown[name]["done"] == math.inf
+
+
 def test_a_space_without_room_gives_up_with_the_reason(tmp_path, monkeypatch):
     monkeypatch.setattr("rmdd.searches.study.TRIES", 3)
     base = base_of(tmp_path)
     told = "clash with the run file, the last with: no such tower; narrow search.space"
     with Study(base, tmp_path / "s", [], lambda run: ["no such tower"]) as study, pytest.raises(ValueError, match=told):
         study.ask()
-
-
-# -- whole searches --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def searched(tmp_path_factory):
-    storage = tmp_path_factory.mktemp("search")
-    opened = []
-    with pytest.MonkeyPatch.context() as patch:
-        load = tasks.load_material
-        patch.setattr(tasks, "load_material", lambda *given: opened.append(given[2]) or load(*given))
-        found = rmdd.search(tiny(storage, {"distill.lr_image": LR, **BOTH}, trials=5, pruner="asha"), progress=QUIET)
-    return found, storage, set(opened)
-
-
-def test_a_search_leaves_its_table_plots_and_best_run_file(searched):
-    found, storage, _ = searched
-    rows = json.loads((found.folder / "results.json").read_text())["trials"]
-    assert rows == found.table.rows and len(rows) == 5 and not found.failures
-    done = [row for row in rows if row["state"] == "complete"]
-    assert done and {row["state"] for row in rows} <= {"complete", "pruned"}
-    assert found.table.winner["val"] == max(row["val"] for row in done)
-    with open(found.folder / "trials.csv", newline="") as file:
-        lines = list(csv.DictReader(file))
-    assert [float(line["distill.lr_image"]) for line in lines] == [row["values"]["distill.lr_image"] for row in rows]
-    page = (found.folder / "report.html").read_text()
-    assert page.count("<svg") >= 2 and "http" not in page.replace("http-equiv", "")
-    assert len(list((storage / "experts").glob("*/"))) == 1, "experts are trained once"
-    assert found.folder.parent == storage / "searches"
-
-
-def test_no_trial_opens_test(searched):
-    found, storage, opened = searched
-    assert opened == {"train", "val"}
-    assert not [p for row in found.table.rows for p in config.Path(row["run"]).glob("students/student*")]
-    assert not list(storage.glob("baselines/*"))
-
-
-def test_the_best_run_file_repeats_its_trial_bit_for_bit(searched, tmp_path):
-    found, storage, _ = searched
-    best = found.table.winner
-    run = config.load(found.folder / "best.yaml", [f"runtime.storage={tmp_path}"])
-    again = rmdd.run(run, QUIET)
-    there, here = (sorted(root.glob("phases/*/phase-0/set-*")) for root in (storage, tmp_path))
-    bits = {(p.parts[-3], p.name): p.read_bytes() for p in there}
-    assert len(here) == 3 and all(bits[p.parts[-3], p.name] == p.read_bytes() for p in here)
-    assert [v["R@mean"] for v in again.evaluation["selection"]["val"]] == best["curve"]
-    text = (found.folder / "trials" / f"{best['number']:03d}" / "run.yaml").read_text()
-    assert config.load(yaml.safe_load(text)).hash_of() == run.hash_of()
-    assert run_folder(run).name == config.Path(best["run"]).name
-
-
-def test_a_search_learns_from_an_earlier_one(searched, tmp_path):
-    found, storage, _ = searched
-    warm = base_of(storage, warm_start=[str(found.folder)], trials=1, sampler="tpe", snapshots=2)
-    later = rmdd.search(warm.model_dump(mode="json"), progress=QUIET)
-    done = [row for row in found.table.rows if row["state"] == "complete"]
-    study = optuna.load_study(study_name=later.folder.name, storage=f"sqlite:///{later.folder}/study.db")
-    assert [t.params["distill.lr_image"] for t in study.trials[: len(done)]] == [
-        row["values"]["distill.lr_image"] for row in done
-    ]
-    assert [row["number"] for row in later.table.rows] == [len(done)], "what was learned is no result of this search"
-    for wrong, told in (
-        ({"evaluate": {**TINY["evaluate"], "epochs": 3}}, "has another `evaluate` section"),
-        ({"search": {"space": {"distill.lr_image": LR}, "warm_start": [str(tmp_path)]}}, "no results.json in"),
-    ):
-        with pytest.raises(config.ConfigError, match=told):
-            rmdd.search({**warm.model_dump(mode="json"), **wrong}, progress=QUIET)
-
-
-def begin(*words):
-    command = [sys.executable, "-m", "rmdd", "search", *map(str, words), "--quiet"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(process, reached):
-    deadline = time.monotonic() + 120
-    while not reached():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def test_two_kills_lose_nothing(searched, tmp_path):
-    found, _, _ = searched
-    file, storage = tmp_path / "run.yaml", tmp_path / "runs"
-    raw = tiny(storage, {"distill.lr_image": LR, **BOTH}, trials=5, pruner="asha")
-    file.write_text(yaml.safe_dump(raw))
-    for kills in (1, 2):
-        folder = search_folder(config.load(file))
-        process = begin(file) if kills == 1 else begin("--resume", folder)
-        wait_for(process, lambda: len(list(folder.glob("trials/*/run.yaml"))) > 2 * kills - 1)  # noqa: B023
-        wait_for(process, lambda: len(list(storage.glob("phases/*/phase-0/set-000001*"))) > 2 * kills - 1)  # noqa: B023
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-        study = optuna.load_study(study_name=folder.name, storage=f"sqlite:///{folder}/study.db")
-        ended = {t.number: (t.values, t.datetime_complete) for t in study.trials if t.state.is_finished()}
-        assert ended
-    done = CliRunner().invoke(cli.app, ["resume", str(folder), "--json", "--quiet"])
-    assert done.exit_code == 0, done.stderr
-    rows = json.loads(done.stdout)["trials"]
-    keep = ("number", "state", "values", "curve", "val")
-    assert [{k: row[k] for k in keep} for row in rows] == [{k: row[k] for k in keep} for row in found.table.rows]
-    study = optuna.load_study(study_name=folder.name, storage=f"sqlite:///{folder}/study.db")
-    assert ended.items() <= {t.number: (t.values, t.datetime_complete) for t in study.trials}.items()
-
-
-def test_two_drivers_share_the_trials_of_one_database(tmp_path):
-    file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(tiny(tmp_path / "runs", trials=6, storage=f"sqlite:///{tmp_path}/shared.db")))
-    drivers = [begin(file), begin(file)]
-    ends = [driver.communicate(timeout=180) for driver in drivers]
-    assert [driver.returncode for driver in drivers] == [0, 0], ends
-    folder = search_folder(config.load(file))
-    study = optuna.load_study(study_name=folder.name, storage=f"sqlite:///{tmp_path}/shared.db")
-    assert [t.state.name for t in study.trials] == ["COMPLETE"] * 6
-    assert not (folder / "study.db").exists()
-
-
-def test_more_trials_are_added_to_a_search_and_nothing_else_changes(searched):
-    found, _, _ = searched
-    before = found.table.rows
-    words = ["search", "--resume", str(found.folder), "--json", "--quiet"]
-    other = CliRunner().invoke(cli.app, [*words, "--set", "distill.steps=3"])
-    assert other.exit_code == 2 and "--set changes what the search is" in other.stderr
-    more = CliRunner().invoke(cli.app, [*words, "--set", "search.trials=6"])
-    assert more.exit_code == 0, more.stderr
-    rows = json.loads(more.stdout)["trials"]
-    assert rows[:5] == before and len(rows) == 6 and begun_in(found.folder).search.trials == 6
-
-
-def test_trials_may_differ_in_their_experts(tmp_path):
-    space = {"experts.lr_image": {"choice": [0.1, 0.2]}, "model.width": {"choice": [4, 8]}}
-    found = rmdd.search(tiny(tmp_path, space, sampler="grid"), progress=QUIET)
-    assert [row["state"] for row in found.table.rows] == ["complete"] * 4
-    assert len(list((tmp_path / "experts").glob("*/expert-000/expert.json"))) == 4
-
-
-def test_experts_that_keep_too_little_for_the_space_are_told():
-    raw = tiny("runs", {"distill.phases.0.endpoint": {"int": [1, 2]}})
-    raw["experts"]["keep"] = "endpoints"
-    raw["experts"]["epochs"] = 3
-    with pytest.raises(config.ConfigError, match=r"endpoint: at 2: .*set experts.keep: all, so that they are trained"):
-        check(config.load(raw))
-
-
-def test_resume_needs_a_search(tmp_path):
-    for words, told in (
-        ([], "give CONFIG"),
-        (["--resume", str(tmp_path)], "no search.json in it"),
-        (["demo", "--resume", str(tmp_path)], "leave 'demo' out"),
-    ):
-        done = CliRunner().invoke(cli.app, ["search", *words])
-        assert done.exit_code == 2 and told in done.stderr

@@ -1,5 +1,6 @@
 """The page of a search: its table, which fields matter, and val over each of them."""
 
+import json
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,9 @@ from rmdd.report.plots import IMAGE, INK, REST, STYLE, TEXT, Drawing
 
 if TYPE_CHECKING:
     from rmdd.searches.table import Table
+
+LABEL = 18
+"""Letters of a choice under a plot; the table has all."""
 
 HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
@@ -62,6 +66,12 @@ def _word(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def _label(choice: Any) -> str:
+    """Short, and with no formula in it."""
+    text = str(choice).replace("$", r"\$")
+    return text if len(text) <= LABEL else f"{text[: LABEL - 3]}..."
+
+
 def importance(shares: dict[str, float]) -> str:
     """A bar per field: its share of the spread of val."""
     drawing = Drawing("what matters", "share of the spread of val", size=(4.0, 0.8 + 0.3 * len(shares)))
@@ -77,16 +87,16 @@ def slice_of(field: str, base: config.Run, table: "Table") -> str:
     """Val over one field, a point per trial: those that ended early are pale, the best is ringed."""
     drawing, each = Drawing(field, "", "val R@mean"), base.search.space[field]
     rows = [row for row in table.rows if field in row["values"] and row["val"] is not None]
-    choices = [str(choice) for choice in each.choice or ()]
+    choices = [json.dumps(choice) for choice in each.choice or ()]
     with matplotlib.rc_context(STYLE):
         for row in rows:
             value = row["values"][field]
-            at = choices.index(str(value)) if choices else value
+            at = choices.index(json.dumps(value)) if choices else value
             drawing.ax.plot([at], [row["val"]], "o", ms=4, color=IMAGE if row["state"] == "complete" else REST)
             if row["number"] in table.best:
                 drawing.ax.plot([at], [row["val"]], "o", ms=9, mfc="none", color=INK)
         if choices:
-            drawing.ax.set_xticks(range(len(choices)), choices)
+            drawing.ax.set_xticks(range(len(choices)), [_label(choice) for choice in each.choice or ()])
         elif each.kind.startswith("log"):
             drawing.ax.set_xscale("log")
     return drawing.svg()

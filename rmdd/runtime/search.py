@@ -6,19 +6,24 @@ nothing that matters: one that was killed is followed by a new one, not restored
 
 import json
 import math
-import shutil
-import uuid
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from rmdd import config
-from rmdd.jobs import Climber, Inquiry
+from rmdd.jobs import Climber, Inquiry, Interrupted
+from rmdd.runtime.actors import STOP_SECONDS
 from rmdd.runtime.cluster import Resources
+from rmdd.runtime.watch import BEAT_SECONDS, Pulse, Watch
+from rmdd.runtime.worker import require_sight
+from rmdd.storage import is_uri
 
 MANY = 10**6
 
@@ -26,15 +31,31 @@ MANY = 10**6
 class Climbing(tune.Trainable):
     """A step is a rung. One actor climbs for many trials, one after the other."""
 
-    def setup(self, config: dict[str, Any], open_climber: Callable[[Any], Climber], threads: int) -> None:
+    def setup(
+        self,
+        config: dict[str, Any],
+        open_climber: Callable[[Any], Climber],
+        threads: int,
+        folder: Path | None,
+        watch: Any,
+    ) -> None:
+        require_sight(folder)
         import torch
 
         torch.set_num_threads(threads)
-        self.open_climber = open_climber
+        self.open_climber, self.watch, self.pulse = open_climber, watch, Pulse(watch)
         self.climber = open_climber(config["what"])
 
     def step(self) -> dict[str, Any]:
-        rung = self.climber.climb()
+        self.pulse.begin(self.trial_id)
+        try:
+            rung = self.climber.climb(self.pulse.hooks)
+        except (Exception, Interrupted) as error:
+            why = str(error) or "its process was told to go; it has saved"
+            ray.get(self.watch.blame.remote(self.trial_id, f"{type(error).__name__}: {why}"))
+            raise RuntimeError(why) from error
+        finally:
+            self.pulse.end()
         return {"val": rung.get("val", 0.0), "rung": json.dumps(rung), "done": rung["done"]}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -45,9 +66,9 @@ class Climbing(tune.Trainable):
 class Asking(Searcher):
     """Tune's searcher: hands on what the inquiry says, at most `width` at a time."""
 
-    def __init__(self, inquiry: Inquiry, width: int):
+    def __init__(self, inquiry: Inquiry, width: int, watch: Any):
         super().__init__(metric="val", mode="max")
-        self.inquiry, self.width = inquiry, width
+        self.inquiry, self.width, self.watch = inquiry, width, watch
         self.names: dict[str, str] = {}
         """Of those at work, by Tune's id."""
         self.problem: Exception | None = None
@@ -83,8 +104,9 @@ class Asking(Searcher):
         if result is not None and "rung" in result and not error:
             self.told(trial_id, result)
         else:
-            why = "its worker failed or died too often (runtime.max_restarts); it goes on with the next `rmdd search`"
-            self.inquiry.failed(self.names.pop(trial_id), why)
+            why = ray.get(self.watch.reason.remote(trial_id)) or "its worker died"
+            told = "more often than runtime.max_restarts allows; it goes on with the next `rmdd search`"
+            self.inquiry.failed(self.names.pop(trial_id), f"{why} ({told})")
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         pass
@@ -102,9 +124,43 @@ class Judged(FIFOScheduler):
     def __init__(self, asking: Asking):
         super().__init__()
         self.asking = asking
+        self.controller: Any = None
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        self.controller = tune_controller
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         return self.CONTINUE if self.asking.told(trial.trial_id, result) else self.STOP
+
+    def end(self) -> None:
+        """Let no worker outlive the search, also where the cluster does."""
+        if self.controller is None:
+            return
+        for trial in self.controller.get_live_trials():
+            if (actor := trial.temporary_state.ray_actor) is not None:
+                ray.kill(actor)
+        self.controller.cleanup()
+
+
+class Guarding(tune.Callback):
+    """Kills workers that give no sign of life; Tune begins their trials again."""
+
+    def __init__(self, watch: Any, minutes: float | None, say: Callable[[str], None]):
+        self.watch, self.minutes, self.say = watch, minutes, say
+        self.looked = time.monotonic()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune saves its callbacks; this one is never restored
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if self.minutes is None or time.monotonic() - self.looked < BEAT_SECONDS:
+            return
+        self.looked = time.monotonic()
+        silent = ray.get(self.watch.silent.remote(60 * self.minutes))
+        for trial in trials:
+            if trial.trial_id in silent and (actor := trial.temporary_state.ray_actor) is not None:
+                self.say(f"no sign of life of a worker for {self.minutes:g} minutes (runtime.stall_limit); it is ended")
+                ray.kill(actor)
 
 
 def climb(
@@ -112,43 +168,57 @@ def climb(
     open_climber: Callable[[Any], Climber],
     runtime: config.Runtime,
     resources: Resources,
-    place: str,
     most: int | None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Climb side by side, as many as have room and at most `most`, until the inquiry has nothing left to begin.
 
-    `place`, a folder that all nodes see or a URI, holds what Tune writes while it runs. Ctrl-C ends at once; trials go
-    on from their checkpoints.
+    Ctrl-C asks the workers to save what they have, and a second one ends them.
     """
     cpus, gpus = runtime.share
-    asking = Asking(inquiry, min(resources.workers(runtime, MANY), most or MANY))
-    name = f"search-{uuid.uuid4().hex[:8]}"
+    watch = ray.remote(Watch).options(num_cpus=0, max_concurrency=1).remote()
+    asking = Asking(inquiry, min(resources.workers(runtime, MANY), most or MANY), watch)
+    judged = Judged(asking)
+    folder = None if is_uri(runtime.storage) else Path(runtime.storage).absolute()
+    given = {"open_climber": open_climber, "threads": runtime.threads, "folder": folder, "watch": watch}
     trainable = tune.with_resources(
-        tune.with_parameters(Climbing, open_climber=open_climber, threads=runtime.threads),
+        tune.with_parameters(Climbing, **given),
         {"cpu": min(cpus, resources.widest), "gpu": math.ceil(gpus) if gpus > 1 else gpus},
     )
-    tuner = tune.Tuner(
-        trainable,
-        tune_config=tune.TuneConfig(
-            metric="val",
-            mode="max",
-            num_samples=-1,
-            search_alg=asking,
-            scheduler=Judged(asking),
-            reuse_actors=True,
-        ),
-        run_config=tune.RunConfig(
-            name=name,
-            storage_path=place,
-            verbose=0,
-            failure_config=tune.FailureConfig(max_failures=runtime.max_restarts),
-            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-        ),
-    )
     try:
-        tuner.fit()
+        with tempfile.TemporaryDirectory(prefix="rmdd-search-") as place:  # what Tune writes; nothing of it is read
+            tune.Tuner(
+                trainable,
+                tune_config=tune.TuneConfig(
+                    metric="val",
+                    mode="max",
+                    num_samples=-1,
+                    search_alg=asking,
+                    scheduler=judged,
+                    reuse_actors=True,
+                ),
+                run_config=tune.RunConfig(
+                    name="search",
+                    storage_path=place,
+                    verbose=0,
+                    callbacks=[Guarding(watch, runtime.stall_limit, say)],
+                    failure_config=tune.FailureConfig(max_failures=runtime.max_restarts),
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                ),
+            ).fit()
+    except KeyboardInterrupt:
+        _save(watch)
+        raise Interrupted from None
     finally:
-        if "://" not in place:
-            shutil.rmtree(Path(place) / name, ignore_errors=True)
+        judged.end()
+        ray.kill(watch)
     if asking.problem is not None:
         raise asking.problem
+
+
+def _save(watch: Any) -> None:
+    """Have the workers save, and wait for it."""
+    deadline = time.monotonic() + STOP_SECONDS
+    ray.get(watch.stop.remote())
+    while ray.get(watch.at_work.remote()) and time.monotonic() < deadline:
+        time.sleep(BEAT_SECONDS / 10)

@@ -11,10 +11,12 @@ from typing import Any
 
 from rmdd import config
 from rmdd.crew import open_crew, working_in
+from rmdd.distill.planning import foreseen
 from rmdd.files import read_json, write_json
-from rmdd.jobs import Climber, Inquiry, Values
+from rmdd.jobs import Climber, Hooks, Inquiry, Values
 from rmdd.lease import held
-from rmdd.pipeline import Pipeline, candidates_of, over_budget
+from rmdd.models.text import text_width
+from rmdd.pipeline import Pipeline, over_budget
 from rmdd.progress import Progress
 from rmdd.searches.space import Space, loader
 from rmdd.searches.study import Study
@@ -45,9 +47,24 @@ def search_folder(base: config.Run) -> Path:
 
 def check(base: config.Run) -> None:
     """Raise `ConfigError` with all that is wrong with the space of a search."""
-    mistakes = Space(base.search).mistakes(loader(base), lambda run: refused(base, run))
+    mistakes = _planned(base) or Space(base.search).mistakes(loader(base), lambda run: refused(base, run))
     if mistakes:
         raise config.ConfigError(mistakes, base.name)
+
+
+def _planned(base: config.Run) -> list[str]:
+    """Fields of phases that plan themselves, and of a plan that nobody follows."""
+    plan, fields = base.distill.plan, base.search.space
+    if plan.plans:
+        return [
+            f"search.space.{field}: distill.phases is {plan.kind}, so there is no such number to try; try "
+            "distill.plan.reach, max_phases or endpoints instead, or list the phases in distill.phases"
+            for field in fields
+            if field.startswith("distill.phases.")
+        ]
+    told = "the phases are listed, so no plan is made and every trial would be the same; set distill.phases: auto"
+    alone = "distill.phases" not in fields
+    return [f"search.space.{field}: {told}" for field in fields if alone and field.startswith("distill.plan.")]
 
 
 def refused(base: config.Run, run: config.Run) -> list[str]:
@@ -55,7 +72,10 @@ def refused(base: config.Run, run: config.Run) -> list[str]:
     found = []
     if run.distill.budget_check == "error":
         try:
-            found += [told] if (told := over_budget(run)) else []
+            if run.distill.plan.plans:
+                foreseen(run, text_width(run.model.text))
+            elif told := over_budget(run):
+                found.append(told)
         except ValueError as error:
             found.append(str(error))
     if _shares_experts(base) and run.experts.keep == "endpoints" and run.endpoints != base.endpoints:
@@ -102,11 +122,11 @@ def run_search(base: config.Run, progress: Progress | None = None) -> Searched:
             pipeline.splits = SPLITS
             (pipeline.experts if _shares_experts(base) else pipeline.ingest)()
         with progress.stage("trials", {}) as stage:
-            rungs = len(candidates_of(base))
+            rungs = base.distill.snapshots
 
             def show(name: str, metrics: Values) -> None:
                 stage.add({name: rungs})
-                stage(name, metrics)
+                stage(name, {**metrics, "done": min(metrics["done"], rungs)})
 
             with Study(base, folder, known, lambda run: refused(base, run), progress.say, show) as study:
                 try:
@@ -122,7 +142,7 @@ def in_turn(inquiry: Inquiry, open_climber: Callable[[Any], Climber], most: int 
         name, what = asked
         try:
             climber = open_climber(what)
-            while inquiry.told(name, climber.climb()):
+            while inquiry.told(name, climber.climb(Hooks())):
                 pass
         except (RuntimeError, OSError, MemoryError) as error:
             inquiry.failed(name, f"{type(error).__name__}: {error}")

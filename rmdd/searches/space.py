@@ -78,10 +78,11 @@ class Space:
         """Every combination, with conditions followed; values as Optuna keeps them."""
         rows: list[dict[str, Any]] = [{}]
         for field, each in self.dimensions.items():
+            points = _points(each)
             rows = [
-                {**row, **({field: value} if value is not None else {})}
+                drawn
                 for row in rows
-                for value in (_points(each) if each.holds(self._decoded(row)) else [None])
+                for drawn in ([{**row, field: p} for p in points] if each.holds(self._decoded(row)) else [row])
             ]
         return rows
 
@@ -102,6 +103,12 @@ class Space:
             f"search.space.{field}: trials may differ in {', '.join(SECTIONS)}, or their scores could not be compared"
             for field in self.dimensions
             if field.split(".")[0] not in SECTIONS
+        ]
+        found += self._never() + [
+            f"search.space.{field}: lies within {other}, which is in the space too and would overwrite it; keep one"
+            for field in self.dimensions
+            for other in self.dimensions
+            if field.startswith(f"{other}.")
         ]
         if found:
             return found
@@ -129,6 +136,15 @@ class Space:
             if all(wrong(drawn) for drawn in self._draws(pinned)):
                 found.append(f"search.space.{field}: at {_yaml(value)}: {told[0]}")
         return found
+
+    def _never(self) -> list[str]:
+        return [
+            f"search.space.{field}.when: {other} is never {_yaml(value)} in this space; add that value or correct it"
+            for field, each in self.dimensions.items()
+            for other, wanted in each.when.items()
+            for value in (wanted if isinstance(wanted, list) else [wanted])
+            if not _inside(self.dimensions[other], value)
+        ]
 
     def _conditions(self, field: str) -> dict[str, Any]:
         """Values with which the conditions of `field` hold."""

@@ -5,6 +5,7 @@ with its number and its values, by whoever gets the lease of its folder.
 """
 
 import contextlib
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,6 +24,9 @@ from rmdd.searches.warm import Known
 from rmdd.storage import is_uri, open_storage
 
 INFEASIBLE = "infeasible"
+PARTS = ("experts", "phases")
+"""Folders of the storage that a trial is made of."""
+
 TRIES = 100
 """Draws in a row that clash with the run file before a search gives up."""
 
@@ -140,6 +144,9 @@ class Study:
             self.say(f"{name}: another driver took over while this one stood still")
             self._let_go(name)
             return False
+        for what in PARTS:
+            if what in rung and what not in trial.user_attrs:
+                trial.set_user_attr(what, rung[what])
         if "step" in rung:
             curve = trial.user_attrs.get("curve", [])
             if rung["step"] > len(curve):
@@ -177,7 +184,7 @@ class Study:
     def _begin(self, trial: optuna.Trial, taken_over: bool = False) -> tuple[str, str] | None:
         """Hold a trial and write down its run; None when another driver holds it, or its values clash."""
         name, place = self._name(trial.number), self.folder / "trials" / f"{trial.number:03d}"
-        if taken_over and (name in self.trials or trial.user_attrs.get("storage") not in (None, self._where())):
+        if taken_over and (name in self.trials or not self._lies_here(trial, place)):
             return None
         stack = contextlib.ExitStack()
         try:
@@ -210,25 +217,27 @@ class Study:
         at = run.runtime.model_copy(update={"storage": self._where()})
         return name, run.model_copy(update={"runtime": at}).model_dump_json()
 
+    def _lies_here(self, trial: optuna.Trial, place: Path) -> bool:
+        """Whether a trial was begun in this storage, which may have moved since, and not in another one of drivers
+        that share a database."""
+        return trial.user_attrs.get("storage") in (None, self._where()) or (place / "run.yaml").is_file()
+
     def _state(self, number: int) -> TrialState:
         return next(t.state for t in self.all() if t.number == number)
 
     def _end(self, name: str, values: list[float] | None = None, state: TrialState | None = None) -> None:
         self.study.tell(self.trials[name], values, state=state)
-        self.show(name, {"done": self.rungs(name)})
         self._let_go(name)
         self._keep()
 
-    def rungs(self, name: str) -> int:
-        return len(self.trials[name].user_attrs.get("curve", []))
-
     def _let_go(self, name: str) -> None:
+        self.show(name, {"done": math.inf})
         del self.trials[name]
         self._leases.pop(name)[1].close()
 
     def _learn(self, known: list[Known]) -> None:
         """Give the study what earlier searches found."""
-        for each in known:
+        for each in known[len(self.study.get_trials(deepcopy=False)) :]:
             values = [each.value, *([] if self.search.cost == "none" else [each.cost[self.search.cost]])]
             self.study.add_trial(
                 optuna.trial.create_trial(

@@ -15,7 +15,7 @@ from rmdd.files import atomic_path, write_json
 from rmdd.places import run_folder
 from rmdd.searches.samplers import FIRST
 from rmdd.searches.space import Space, decoded, loader, overrides
-from rmdd.searches.study import INFEASIBLE
+from rmdd.searches.study import INFEASIBLE, PARTS
 from rmdd.storage import address_of
 
 STATES = {
@@ -85,7 +85,7 @@ def _row(base: config.Run, trial: FrozenTrial) -> dict[str, Any]:
     row["cost"] = {what: attrs[what] for what in COSTS if what in attrs}
     if state != "infeasible" and trial.state.is_finished():
         row["run"] = address_of(base.runtime, run_folder(loader(base)(overrides(values))))
-    return row | ({"error": attrs["error"]} if "error" in attrs else {})
+    return row | {what: attrs[what] for what in (*PARTS, "error") if what in attrs}
 
 
 def _best(done: Sequence[Mapping[str, Any]], cost: str) -> list[int]:

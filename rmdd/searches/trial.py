@@ -39,18 +39,19 @@ class Trial(Pipeline):
     """A run in rungs, one per snapshot. What is there already is used, so climbing again goes on where it stopped."""
 
     def __init__(self, run: config.Run):
-        super().__init__(run, InTurn(run.runtime.threads), Progress(quiet=True))
+        self.worker = InTurn(run.runtime.threads)
+        super().__init__(run, self.worker, Progress(quiet=True))
         self.splits = SPLITS
-        self.rungs = candidates_of(run)
         self.curve: list[float] = []
 
-    def climb(self) -> dict[str, Any]:
+    def climb(self, hooks: Hooks) -> dict[str, Any]:
         """Distil up to the next snapshot and score it: `step`, `val` R@mean there, and `done` at the last one with the
         `value` of the trial and its `cost`.
 
         `error` says why no number came of it: rates that derail a phase make a worthless trial (value 0), what the run
         file cannot be used for makes none.
         """
+        self.worker.hooks = hooks
         try:
             return self._climb()
         except ArithmeticError as error:
@@ -60,16 +61,16 @@ class Trial(Pipeline):
 
     def _climb(self) -> dict[str, Any]:
         places, dataset = self.begin_phases(), self.ingest()
-        step = len(self.curve)
-        rung = self.rungs[step]
-        for p, iteration in enumerate(rung):
+        step, rungs = len(self.curve), candidates_of(self.run)
+        for p, iteration in enumerate(rungs[step]):
             if not places.set(p, iteration).is_file():
                 item = replace(self._item(dataset), number=p)
                 self._map("phases", Until(iteration), [item], {f"phase {p}": iteration})
-        jobs = [job for job in protocol.selection_jobs(self.run, len(self.rungs)) if job.snapshot == step]
-        records = self._students(dataset, "val", jobs, self.rungs)
+        jobs = [job for job in protocol.selection_jobs(self.run, len(rungs)) if job.snapshot == step]
+        records = self._students(dataset, "val", jobs, rungs)
         self.curve.append(statistics.fmean(record["val"]["R@mean"] for record in records))
-        told: dict[str, Any] = {"step": step + 1, "val": self.curve[-1], "done": step + 1 == len(self.rungs)}
+        told: dict[str, Any] = {"step": step + 1, "val": self.curve[-1], "done": step + 1 == len(rungs)}
+        told |= {"experts": places.store.name, "phases": places.phases.name}
         if told["done"]:
             best = max if self.run.evaluate.selection == "val_best" else lambda curve: curve[-1]
             told |= {"value": best(self.curve), "cost": self.cost()}

@@ -1,7 +1,9 @@
 """`ray job submit` from the repository to a head that was started the way `clusters/` starts it."""
 
+import json
 import os
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,9 +36,9 @@ def head() -> Iterator[Head]:
         yield head
 
 
-def job(storage: Path) -> list[str]:
-    sets = [f"runtime.storage={storage}", *TINY]
-    return ["python", "jobs/run.py", "--config", "demo", *(w for s in sets for w in ("--set", s))]
+def job(storage: Path, step: str = "run", *more: str) -> list[str]:
+    sets = [f"runtime.storage={storage}", *TINY, *more]
+    return ["python", f"jobs/{step}.py", "--config", "demo", *(w for s in sets for w in ("--set", s))]
 
 
 def results(storage: Path) -> dict[str, bytes]:
@@ -74,6 +76,18 @@ def test_a_stopped_job_saves_and_goes_on_when_submitted_again(head: Head, unbrok
     head.do(*shlex.split(again.partition("submit it again: ")[2]))
     assert iterations(tmp_path) == 200
     assert results(tmp_path) == results(unbroken)
+
+
+def test_a_search_runs_as_a_job(head: Head, unbroken: Path, tmp_path: Path) -> None:
+    for shared in ("data", "experts"):
+        shutil.copytree(unbroken / shared, tmp_path / shared)
+    few = "distill.phases.0.iterations=2", "distill.snapshots=1"
+    space = "search={space: {distill.lr_image: {loguniform: [1, 100]}}, trials: 2, sampler: random}"
+    output = head.do(*SUBMIT, "--", *job(tmp_path, "search", *few, space))
+    (folder,) = tmp_path.glob("searches/*/")
+    rows = json.loads((folder / "results.json").read_text())["trials"]
+    assert [row["state"] for row in rows] == ["complete"] * 2
+    assert "succeeded" in output and f"best run file: {folder}/best.yaml" in output
 
 
 def iterations(storage: Path) -> int:

@@ -12,6 +12,8 @@ from test_sweeps import QUIET
 
 import rmdd
 from rmdd import config
+from rmdd.command import stop_on_sigterm
+from rmdd.jobs import Interrupted
 from rmdd.runtime.cluster import ENVIRONMENT, resources_now
 from rmdd.runtime.search import climb
 
@@ -73,7 +75,7 @@ def counting(folder, dies=()):
         def __init__(self, number):
             self.number, self.step = number, 0
 
-        def climb(self):
+        def climb(self, hooks):
             self.step += 1
             mark = folder / f"died-{self.number}"
             if self.number in dies and self.step == 2 and not mark.exists():
@@ -87,7 +89,7 @@ def counting(folder, dies=()):
 def test_trials_stop_when_told_and_a_dead_worker_is_replaced(ray_local, tmp_path):
     runtime = config.Runtime(storage=str(tmp_path))
     inquiry = Numbers([1, 5, 2, 7], stop_below=3)
-    climb(inquiry, counting(tmp_path, dies=(7,)), runtime, resources_now(), str(tmp_path / "tune"), 2)
+    climb(inquiry, counting(tmp_path, dies=(7,)), runtime, resources_now(), 2)
     assert inquiry.most == 2 and inquiry.open == set() and inquiry.lost == {}
     steps = {name: [s for n, s in inquiry.heard if n == name] for name in ("n1", "n2", "n5", "n7")}
     assert steps == {"n1": [1], "n2": [1], "n5": [1, 2, 3], "n7": [1, 1, 2, 3]}
@@ -99,17 +101,78 @@ def test_an_error_of_the_inquiry_ends_the_search(ray_local, tmp_path):
             raise ValueError("narrow search.space")
 
     with pytest.raises(ValueError, match="narrow search.space"):
-        climb(Broken([1]), counting(tmp_path), config.Runtime(), resources_now(), str(tmp_path / "tune"), None)
+        climb(Broken([1]), counting(tmp_path), config.Runtime(storage=str(tmp_path)), resources_now(), None)
 
 
-def test_ctrl_c_leaves_trials_to_be_gone_on_with(ray_local, tmp_path):
-    class Slow(Numbers):
-        def told(self, name, rung):
-            if rung["step"] == 2:
-                signal.raise_signal(signal.SIGINT)
-                time.sleep(0.2)
-            return super().told(name, rung)
+def wait_for(reached):
+    deadline = time.monotonic() + 60
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def ended(folder):
+    """Whether the processes that wrote their number into `folder` are gone."""
+    pids = [int(file.name.removeprefix("pid-")) for file in folder.glob("pid-*")]
+    return bool(pids) and not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+
+
+def test_a_worker_that_hangs_is_replaced(ray_local, tmp_path):
+    class Hanging:
+        def __init__(self, number):
+            self.mark = tmp_path / f"pid-{os.getpid()}"
+
+        def climb(self, hooks):
+            first = not list(tmp_path.glob("pid-*"))
+            self.mark.touch()
+            if first:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return {"step": 1, "val": 1.0, "done": True}
+
+    said, inquiry = [], Numbers([1])
+    runtime = config.Runtime(storage=str(tmp_path), stall_limit=3 / 60)
+    climb(inquiry, Hanging, runtime, resources_now(), 1, said.append)
+    assert inquiry.heard == [("n1", 1)] and "no sign of life" in said[0] and len(list(tmp_path.glob("pid-*"))) == 2
+
+
+def test_why_a_trial_failed_is_told(ray_local, tmp_path):
+    class Failing:
+        def __init__(self, number):
+            pass
+
+        def climb(self, hooks):
+            raise RuntimeError("out of memory on the card")
+
+    inquiry = Numbers([1])
+    climb(inquiry, Failing, config.Runtime(storage=str(tmp_path), max_restarts=0), resources_now(), 1)
+    assert "out of memory on the card" in inquiry.lost["n1"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_when_stopped_workers_save_and_end_also_in_a_cluster_that_stays(ray_local, tmp_path, number):
+    class Saving:
+        def __init__(self, number):
+            (tmp_path / f"pid-{os.getpid()}").touch()
+
+        def climb(self, hooks):
+            (tmp_path / "climbs").touch()
+            while not hooks.should_stop():
+                time.sleep(0.05)
+            (tmp_path / "saved").touch()
+            raise Interrupted
+
+    def stop():
+        wait_for((tmp_path / "climbs").exists)
+        os.kill(os.getpid(), number)
 
     assert threading.current_thread() is threading.main_thread()
-    with pytest.raises(KeyboardInterrupt):
-        climb(Slow([1, 2]), counting(tmp_path), config.Runtime(), resources_now(), str(tmp_path / "tune"), 1)
+    before = signal.getsignal(signal.SIGTERM)
+    stop_on_sigterm()
+    threading.Thread(target=stop).start()
+    try:
+        with pytest.raises(Interrupted):
+            climb(Numbers([1, 2]), Saving, config.Runtime(storage=str(tmp_path)), resources_now(), 1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (tmp_path / "saved").exists()
+    wait_for(lambda: ended(tmp_path))
