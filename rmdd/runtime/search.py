@@ -133,7 +133,7 @@ class Judged(FIFOScheduler):
         return self.CONTINUE if self.asking.told(trial.trial_id, result) else self.STOP
 
     def end(self) -> None:
-        """Let no worker outlive the search, also where the cluster does."""
+        """Let no worker outlive a search that was stopped, also where the cluster does: Tune leaves them."""
         if self.controller is None:
             return
         for trial in self.controller.get_live_trials():
@@ -207,10 +207,12 @@ def climb(
                 ),
             ).fit()
     except KeyboardInterrupt:
-        _save(watch)
+        try:
+            _save(watch)
+        finally:
+            judged.end()
         raise Interrupted from None
     finally:
-        judged.end()
         ray.kill(watch)
     if asking.problem is not None:
         raise asking.problem

@@ -132,7 +132,7 @@ def test_a_worker_that_hangs_is_replaced(ray_local, tmp_path):
     said, inquiry = [], Numbers([1])
     runtime = config.Runtime(storage=str(tmp_path), stall_limit=3 / 60)
     climb(inquiry, Hanging, runtime, resources_now(), 1, said.append)
-    assert inquiry.heard == [("n1", 1)] and "no sign of life" in said[0] and len(list(tmp_path.glob("pid-*"))) == 2
+    assert inquiry.heard == [("n1", 1)] and "no sign of life" in said[0] and len(list(tmp_path.glob("pid-*"))) > 1
 
 
 def test_why_a_trial_failed_is_told(ray_local, tmp_path):
