@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from rmdd import cli, config
 from rmdd.searches import check, in_turn
-from rmdd.searches.samplers import pruner_of, sampler_of
+from rmdd.searches.samplers import begun, pruner_of, sampler_of
 from rmdd.searches.space import Space, loader, overrides
 from rmdd.searches.study import Study
 from rmdd.searches.warm import Known
@@ -233,20 +233,35 @@ def asked(base, folder, value):
 def test_a_grid_tries_every_combination_once_and_passes_over_those_that_clash(tmp_path):
     space = {"distill.batch": {"int": [2, 5]}, "distill.estimator": {"choice": ["exact", "first_order"]}}
     study = asked(base_of(tmp_path, space, sampler="grid", trials=99), tmp_path / "s", lambda run, step: 1.0)
-    tried = [t for t in study.all() if t.state == optuna.trial.TrialState.COMPLETE]
+    tried = [t for t in begun(study.study) if t.state == optuna.trial.TrialState.COMPLETE]
     assert sorted(t.params["distill.batch"] for t in tried) == [2, 2, 3, 3, 4, 4]
-    clash = [t for t in study.all() if t.user_attrs.get("infeasible")]
+    clash = [t for t in begun(study.study) if t.user_attrs.get("infeasible")]
     assert len(clash) == 2 and all("distill.batch 5 is larger" in t.user_attrs["error"] for t in clash)
+
+
+@pytest.mark.parametrize("own", [2.5, 1e-6])
+def test_a_search_starts_from_the_run_file(tmp_path, own):
+    def lr(study):
+        return [t.params["distill.lr_image"] for t in begun(study.study)]
+
+    space = {"distill.lr_image": LR}
+    given = {**tiny(tmp_path, space, trials=3)}
+    given["distill"] = {**given["distill"], "lr_image": own}
+    base = config.load(given)
+    found = lr(asked(base, tmp_path / "s", lambda run, step: run.distill.lr_image))
+    assert len(found) == 3 and (found[0] == own) == (own == 2.5)
+    without = base.model_copy(update={"search": base.search.model_copy(update={"base": False})})
+    assert own not in lr(asked(without, tmp_path / "t", lambda run, step: run.distill.lr_image))
 
 
 @pytest.mark.parametrize("pruner", ["asha", "median"])
 def test_poor_trials_are_stopped_by_their_curve(tmp_path, pruner):
     base = base_of(tmp_path, pruner=pruner, trials=12, sampler="random", reduction=2)
     study = asked(base, tmp_path / "s", lambda run, step: math.log10(run.distill.lr_image) * step)
-    done = [t for t in study.all() if t.state == optuna.trial.TrialState.COMPLETE]
-    stopped = [t for t in study.all() if t.state == optuna.trial.TrialState.PRUNED]
+    done = [t for t in begun(study.study) if t.state == optuna.trial.TrialState.COMPLETE]
+    stopped = [t for t in begun(study.study) if t.state == optuna.trial.TrialState.PRUNED]
     assert len(done) + len(stopped) == 12 and len(stopped) >= 3
-    assert max(t.params["distill.lr_image"] for t in study.all()) in [t.params["distill.lr_image"] for t in done]
+    assert max(t.params["distill.lr_image"] for t in begun(study.study)) in [t.params["distill.lr_image"] for t in done]
     assert all(len(t.user_attrs["curve"]) < 3 for t in stopped) and pruner_of(base.search) is not None
 
 
@@ -273,7 +288,7 @@ def test_what_fails_by_its_values_is_told_and_what_fails_by_chance_stays_open(tm
     first = asked(base, tmp_path / "s", value)
     assert list(first.failures) == ["trial 001"] and "the disk is away" in first.failures["trial 001"]
     second = asked(base, tmp_path / "s", value)
-    assert second.failures == {} and [t.values for t in second.all()] == [[1.0], [2.0], [3.0]]
+    assert second.failures == {} and [t.values for t in begun(second.study)] == [[1.0], [2.0], [3.0]]
 
 
 def test_what_was_half_learned_when_killed_is_learned_once(tmp_path, monkeypatch):
@@ -285,7 +300,7 @@ def test_what_was_half_learned_when_killed_is_learned_once(tmp_path, monkeypatch
         with pytest.raises(ZeroDivisionError):
             Study(base, tmp_path / "s", known)
     with Study(base, tmp_path / "s", known) as study:
-        assert [t.params["distill.lr_image"] for t in study.study.trials] == [1.0, 2.0, 3.0] and study.all() == []
+        assert [t.params["distill.lr_image"] for t in study.study.trials] == [1.0, 2.0, 3.0] and begun(study.study) == []
 
 
 def test_a_trial_at_work_goes_on_in_a_storage_that_has_moved(tmp_path):

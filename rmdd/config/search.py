@@ -79,6 +79,9 @@ class Search(Section):
         "also uniform, int, logint (with step: N), choice: [a, b], and when: {other.field: value}",
     )
     trials: PositiveInt = Field(24, description="how many to make; can be raised later")
+    base: bool = Field(
+        True, description="the first trial takes the run file's own values where they lie in the space; a grid does not"
+    )
     sampler: Literal["tpe", "random", "cmaes", "grid", "nsgaii"] = Field("tpe", description="who chooses the values")
     pruner: Literal["none", "asha", "median"] = Field(
         "none", description="stops poor trials by their val at the snapshots of the distillation (distill.snapshots)"

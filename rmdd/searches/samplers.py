@@ -18,6 +18,12 @@ FIRST = "first"
 """Of a study: the number of its first trial that was made here, those before were taken from earlier searches."""
 
 
+def begun(study: Study) -> list[FrozenTrial]:
+    """Trials of this search: those of earlier ones are left out, and what a killed driver was about to begin."""
+    first = study.user_attrs.get(FIRST, 0)
+    return [t for t in study.get_trials(deepcopy=False) if t.number >= first and t.state != TrialState.WAITING]
+
+
 class Seeded(BaseSampler):
     """A sampler made anew for every trial from its number, so that a search which was killed goes on as if it had not
     been: nothing of a draw is left in a process."""

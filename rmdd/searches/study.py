@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from rmdd import config
 from rmdd.files import atomic_path, write_json
 from rmdd.jobs import Values
 from rmdd.lease import Held, Lease, held
-from rmdd.searches.samplers import FIRST, pruner_of, sampler_of
+from rmdd.searches.samplers import FIRST, begun, pruner_of, sampler_of
 from rmdd.searches.space import Space, loader, overrides
 from rmdd.searches.warm import Known
 from rmdd.storage import is_uri, open_storage
@@ -111,31 +111,30 @@ class Study:
         asked = self.search.trials
         return min(asked, len(self.space.grid())) if self.search.sampler == "grid" else asked
 
-    def all(self) -> list[FrozenTrial]:
-        """Trials of this search, those of earlier ones left out."""
-        return [t for t in self.study.get_trials(deepcopy=False) if t.number >= self.first]
-
     # -- what the runner calls ---------------------------------------------------------------------------------------
 
     def ask(self) -> tuple[str, str] | None:
         """The next trial: one that nobody works on any more, else a new one; None when there are enough."""
         with self._asking():
-            for trial in self.all():
+            for trial in begun(self.study):
                 if trial.state == TrialState.RUNNING and self._name(trial.number) not in self.failures:
                     found = self._begin(optuna.Trial(self.study, trial._trial_id), taken_over=True)
                     if found is not None:
                         return found
             for _ in range(TRIES):
-                counted = [t for t in self.all() if not t.user_attrs.get(INFEASIBLE)]
-                gone = len(self.all()) if self.search.sampler == "grid" else 0  # a grid has no other draw to offer
+                made = begun(self.study)
+                counted = [t for t in made if not t.user_attrs.get(INFEASIBLE)]
+                gone = len(made) if self.search.sampler == "grid" else 0  # a grid has no other draw to offer
                 if max(len(counted), gone) >= self.limit:
                     return None
+                if not made:
+                    self._begin_with_the_run_file()
                 found = self._begin(self.study.ask())
                 if found is not None:
                     return found
+        last = begun(self.study)[-1].user_attrs["error"]
         raise ValueError(
-            f"{TRIES} draws in a row clash with the run file, the last with: {self.all()[-1].user_attrs['error']}; "
-            "narrow search.space"
+            f"{TRIES} draws in a row clash with the run file, the last with: {last}; narrow search.space"
         )
 
     def told(self, name: str, rung: Values) -> bool:
@@ -223,7 +222,7 @@ class Study:
         return trial.user_attrs.get("storage") in (None, self._where()) or (place / "run.yaml").is_file()
 
     def _state(self, number: int) -> TrialState:
-        return next(t.state for t in self.all() if t.number == number)
+        return next(t.state for t in begun(self.study) if t.number == number)
 
     def _end(self, name: str, values: list[float] | None = None, state: TrialState | None = None) -> None:
         self.study.tell(self.trials[name], values, state=state)
@@ -234,6 +233,12 @@ class Study:
         self.show(name, {"done": math.inf})
         del self.trials[name]
         self._leases.pop(name)[1].close()
+
+    def _begin_with_the_run_file(self) -> None:
+        """Have the first trial take the run file's own values, where the space holds them."""
+        own = self.space.active(self.base.model_dump(mode="json")) if self.search.base else None
+        if own is not None and self.search.sampler != "grid":
+            self.study.enqueue_trial(self.space.parameters(own), skip_if_exists=True)
 
     def _learn(self, known: list[Known]) -> None:
         """Give the study what earlier searches found."""

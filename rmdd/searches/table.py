@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rmdd import config
 from rmdd.files import atomic_path, write_json
 from rmdd.places import run_folder
-from rmdd.searches.samplers import FIRST
+from rmdd.searches.samplers import begun
 from rmdd.searches.space import Space, decoded, loader, overrides
 from rmdd.searches.study import INFEASIBLE, PARTS
 from rmdd.storage import address_of
@@ -69,7 +69,7 @@ def write_table(base: config.Run, folder: Path, study: optuna.Study) -> Table:
 
 
 def table_of(base: config.Run, study: optuna.Study) -> Table:
-    trials = [t for t in study.get_trials(deepcopy=False) if t.number >= study.user_attrs.get(FIRST, 0)]
+    trials = begun(study)
     rows = [_row(base, t) for t in trials]
     done = [row for row in rows if row["state"] == "complete"]
     return Table(rows, _best(done, base.search.cost), _importance(study, trials))
