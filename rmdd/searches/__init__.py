@@ -102,7 +102,7 @@ def run_search(base: config.Run, progress: Progress | None = None) -> Searched:
             pipeline.splits = SPLITS
             (pipeline.experts if _shares_experts(base) else pipeline.ingest)()
         with progress.stage("trials", {}) as stage:
-            rungs = len(candidates_of(base))
+            rungs = len(candidates_of(base)) if base.distill.phases else base.distill.snapshots
 
             def show(name: str, metrics: Values) -> None:
                 stage.add({name: rungs})

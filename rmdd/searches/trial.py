@@ -41,7 +41,6 @@ class Trial(Pipeline):
     def __init__(self, run: config.Run):
         super().__init__(run, InTurn(run.runtime.threads), Progress(quiet=True))
         self.splits = SPLITS
-        self.rungs = candidates_of(run)
         self.curve: list[float] = []
 
     def climb(self) -> dict[str, Any]:
@@ -60,16 +59,16 @@ class Trial(Pipeline):
 
     def _climb(self) -> dict[str, Any]:
         places, dataset = self.begin_phases(), self.ingest()
-        step = len(self.curve)
-        rung = self.rungs[step]
+        step, rungs = len(self.curve), candidates_of(self.run)
+        rung = rungs[step]
         for p, iteration in enumerate(rung):
             if not places.set(p, iteration).is_file():
                 item = replace(self._item(dataset), number=p)
                 self._map("phases", Until(iteration), [item], {f"phase {p}": iteration})
-        jobs = [job for job in protocol.selection_jobs(self.run, len(self.rungs)) if job.snapshot == step]
-        records = self._students(dataset, "val", jobs, self.rungs)
+        jobs = [job for job in protocol.selection_jobs(self.run, len(rungs)) if job.snapshot == step]
+        records = self._students(dataset, "val", jobs, rungs)
         self.curve.append(statistics.fmean(record["val"]["R@mean"] for record in records))
-        told: dict[str, Any] = {"step": step + 1, "val": self.curve[-1], "done": step + 1 == len(self.rungs)}
+        told: dict[str, Any] = {"step": step + 1, "val": self.curve[-1], "done": step + 1 == len(rungs)}
         if told["done"]:
             best = max if self.run.evaluate.selection == "val_best" else lambda curve: curve[-1]
             told |= {"value": best(self.curve), "cost": self.cost()}
