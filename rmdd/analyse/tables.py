@@ -37,7 +37,12 @@ def collapse_members(
         "endpoint": last + (run.distill.endpoint_rule == "exclusive"),
         "iterations": iterations or run.distill.phases[0].iterations,
     }
-    same = {"starts": "together", "ranges": "stated", "start_points": "integer", "start_rule": "exclusive"}
+    same: dict[str, Any] = {
+        "starts": "together",
+        "ranges": "stated",
+        "start_points": "integer",
+        "start_rule": "exclusive",
+    }
     same |= {"anchors": 2, "smooth_anchors": False}
     run = run.model_copy(update={"distill": run.distill.model_copy(update=same)})
     settings = [
@@ -175,6 +180,8 @@ def table_members(run: config.Run, table: str) -> tuple[list[str], list[Member],
     distinct: dict[str, str] = {}
     for name, phases in settings.items():
         distinct.setdefault(json.dumps(phases), name)
+    if not distinct:
+        raise config.ConfigError([f"no row of the table '{table}' fits the experts; train them for longer"], "analyse")
     return list(distinct.values()), _members(run, [{"distill.phases": json.loads(p)} for p in distinct]), left_out
 
 
