@@ -207,7 +207,7 @@ def test_tables_of_phases():
 
 def test_cells_that_fail_are_told_and_end_with_1(trained):
     pairs = json.dumps([{**PHASES[0], "pairs": 100}])
-    words = ["--table", "endpoints", "--set", f"distill.phases={pairs}", "--set", "distill.budget=110"]
+    words = ["--table", "endpoints", "--set", f"distill.phases={pairs}", "--set", "distill.budget=120"]
     done = CliRunner().invoke(app, ["analyse", "sweep", str(trained / "run.yaml"), *words, "--json", "--quiet"])
     assert done.exit_code == 1 and "3 of 3 runs failed" in done.stderr and "wants 100 pairs" in done.stderr
     assert all("wants 100 pairs" in row["error"] for row in json.loads(done.stdout)["rows"])
