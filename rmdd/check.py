@@ -8,7 +8,7 @@ from typing import Any
 from rmdd import config, estimate
 from rmdd.artefact import budget
 from rmdd.data.shards import Dataset
-from rmdd.distill.planning import PLAN, foreseen, with_phases
+from rmdd.distill.planning import PLAN, foreseen, with_phases, without_a_phase
 from rmdd.experts.store import Store
 from rmdd.experts.train import kept_epochs
 from rmdd.files import read_json
@@ -27,7 +27,7 @@ def impossible(run: config.Run) -> list[str]:
     except ValueError as error:
         mistakes.append(str(error))
     try:
-        if run.distill.budget_check == "error" and (over := over_budget(run)):
+        if (run.distill.budget_check == "error" or not run.distill.phases) and (over := over_budget(run)):
             mistakes.append(over)
     except ValueError as error:
         mistakes.append(str(error))
@@ -43,8 +43,8 @@ def examine(run: config.Run) -> dict[str, Any]:
     model = _model(run, width)
     tower = run.model.image
     size = estimate.size_of(model, pretrained=tower.weights != "random")
-    work = estimate.work_of(model, run, width)
     run, planned = _with_phases(run, width)
+    work = estimate.work_of(model, run, width)
     dataset, places = _already_there(run)
     if dataset is not None:
         counts = {k: (c["pairs"], c["captions"]) for k, c in dataset.counts.items()}
@@ -110,6 +110,8 @@ def _with_phases(run: config.Run, text_width: int) -> tuple[config.Run, str | No
         return run, None
     if (written := run_folder(run) / PLAN).is_file():
         return with_phases(run, read_json(written)["phases"]), f"phases as planned in {written}"
+    if mistake := without_a_phase(run, text_width):
+        raise config.ConfigError([mistake], run.name)
     return foreseen(run, text_width), "phases are planned after the experts; ranges and endpoints are not known yet"
 
 

@@ -21,7 +21,7 @@ from rmdd.data.material import Material
 from rmdd.data.place import absolute
 from rmdd.data.shards import Dataset
 from rmdd.distill.matching import finished, save_set, snapshot_iterations
-from rmdd.distill.planning import PLAN, with_phases
+from rmdd.distill.planning import PLAN, with_phases, without_a_phase
 from rmdd.evaluate import protocol
 from rmdd.evaluate.protocol import Job
 from rmdd.experts import feed
@@ -144,6 +144,7 @@ class Pipeline:
                 self.storage.fetch(self.folder)
                 found = read_json(self.folder / PLAN)
                 self.run = with_phases(self.run, found["phases"])
+            self.check_budget()
             for reason in found["reasons"]:
                 self.progress.say(f"plan: {reason}")
         return self.run
@@ -284,7 +285,7 @@ class Pipeline:
     def check_budget(self) -> None:
         """Raise `ValueError` (or warn, as configured) when the phases cost more than the budget."""
         message = over_budget(self.run)
-        if message and self.run.distill.budget_check == "error":
+        if message and (self.run.distill.budget_check == "error" or not self.run.distill.phases):
             raise ValueError(message)
         if message:
             self.progress.say(f"warning: {message}")
@@ -383,13 +384,18 @@ def _no_curve(name: str) -> bool:
 
 
 def over_budget(run: config.Run, width: int | None = None) -> str | None:
-    """A message when the phases cost more than the budget, else None; `width` is that of text embeddings if known."""
-    rule = run.distill
+    """A message when the phases cost more than the budget, or it holds none that could be planned, else None.
+
+    `width` is that of text embeddings if known.
+    """
+    rule, width = run.distill, width or text_width(run.model.text)
+    if not rule.phases:
+        return without_a_phase(run, width)
     return budget.check(
         [p.pairs for p in rule.phases],
         rule.budget,
         image_size=run.data.image_size,
-        text_width=width or text_width(run.model.text),
+        text_width=width,
         kind=rule.similarity.kind,
         rank=rule.similarity.rank,
         stored_size=run.stored_size,

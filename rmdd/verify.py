@@ -232,8 +232,8 @@ class Verifier:
             self._lines(log)
         with self._told(path / "run.yaml", "write the run file anew with the values of before, or begin another run"):
             run = config.load(path / "run.yaml")
-            if run.distill.plan.plans and (path / PLAN).is_file():
-                run = with_phases(run, read_json(path / PLAN)["phases"])
+            if run.distill.plan.plans:
+                run = self._planned(path / PLAN, run)
             if path.name != run.folder_name:
                 self._fault(path / "run.yaml", "means another run than its folder is named after", "name it back")
             if not (path / "set" / DESCRIPTION).is_file():
@@ -242,6 +242,17 @@ class Verifier:
             self.distilled(path / "set")
             made_from = read_json(path / "set" / DESCRIPTION)["provenance"]
             self._sources(path.parent, run, made_from, read_json(path / "data.json"))
+
+    def _planned(self, path: Path, run: config.Run) -> config.Run:
+        """`run` with the phases of its plan, which is there once anything was distilled."""
+        again = "delete it and resume the run: it is made anew"
+        if not path.is_file():
+            if (path.parent / "set" / DESCRIPTION).is_file():
+                self._fault(path, "is missing", "resume the run: it is made anew")
+            return run
+        with self._told(path, again):
+            return with_phases(run, read_json(path)["phases"])
+        return run
 
     def sweep(self, path: Path) -> None:
         """A sweep's table and all its runs."""

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rmdd import config
 from rmdd.command import Debug, Json, Quiet, Sets, Source, do, load, outcome, print_json, stop_on_sigterm
 
 if TYPE_CHECKING:
-    from rmdd import config
     from rmdd.pipeline import Pipeline
     from rmdd.progress import Progress
 
@@ -63,7 +63,7 @@ def pca_(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Principal components of the matching gradients by start epoch (Figures 2b and 6)."""
+    """Principal components of the matching gradients by start epoch (Figures 2b and 6a)."""
 
     def step(pipeline: "Pipeline") -> dict[str, Any]:
         from rmdd.analyse.gradients import pca
@@ -86,10 +86,13 @@ def collapse_(
 ) -> None:
     """Teacher against student by last start epoch (Figure 2a, Table 7); a distillation each."""
 
-    def table(run: "config.Run", progress: "Progress") -> dict[str, Any]:
+    def table(run: config.Run, progress: "Progress") -> dict[str, Any]:
         from rmdd.analyse.tables import collapse
 
-        stops = [int(e) for e in epochs.split(",")] if epochs else None
+        try:
+            stops = [int(e) for e in epochs.split(",")] if epochs is not None else None
+        except ValueError:
+            raise config.ConfigError([f"--epochs {epochs}: write whole numbers, such as 2,4,6"], "analyse") from None
         kinds = tuple(trajectories.split(","))
         return collapse(run, progress, epochs=stops, iterations=iterations, trajectories=kinds)
 
@@ -107,7 +110,7 @@ def sweep_(
 ) -> None:
     """What ranges and endpoints that move from phase to phase are worth; a distillation per row."""
 
-    def rows(run: "config.Run", progress: "Progress") -> dict[str, Any]:
+    def rows(run: config.Run, progress: "Progress") -> dict[str, Any]:
         from rmdd.analyse.tables import sweep
 
         return sweep(run, progress, table)
@@ -150,26 +153,31 @@ def linearity_(
 def _runs(
     source: str,
     sets: list[str],
-    table: Callable[["config.Run", "Progress"], dict[str, Any]],
+    table: Callable[[config.Run, "Progress"], dict[str, Any]],
     as_json: bool,
     quiet: bool,
     debug: bool,
 ) -> None:
     """A table whose cells are runs of their own."""
     with outcome(debug):
+        from rmdd.check import impossible
         from rmdd.progress import Progress
 
         run = load(source, sets)
+        if mistakes := impossible(run):
+            raise config.ConfigError(mistakes, run.name)
         stop_on_sigterm()
         with contextlib.redirect_stdout(sys.stderr):
             found = table(run, Progress(quiet))
         if as_json:
             print_json(found)
-            return
-        from rmdd.console import stdout
+        else:
+            from rmdd.console import stdout
 
-        for line in _told(found)["say"]:
-            stdout().print(line, highlight=False, markup=False, soft_wrap=isinstance(line, str))
+            for line in _told(found)["say"]:
+                stdout().print(line, highlight=False, markup=False, soft_wrap=isinstance(line, str))
+        if failed := [row["error"] for row in found["rows"] if "error" in row]:
+            raise RuntimeError("\n".join([f"{len(failed)} of {len(found['rows'])} runs failed", *failed]))
 
 
 def _told(found: dict[str, Any]) -> dict[str, Any]:

@@ -82,7 +82,7 @@ class Sheet:
             ax.set(title=title, xlabel=label, ylabel=label, xticks=places, yticks=places)
             ax.set_xticklabels(names)
             ax.set_yticklabels(names)
-            self.figure.colorbar(picture, ax=ax, shrink=0.8)
+            self.figure.colorbar(picture, ax=ax, shrink=0.8, label="cosine")
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -100,10 +100,10 @@ def draw_plan(plan: Mapping[str, Any], path: Path) -> None:
     sheet = Sheet(3 + len(found["agreement"]))
     epochs = list(range(len(found["val"])))
     ax = sheet.lines(0, "share of the teacher's gain", epochs, {"": found["share"]}, "epoch", "share of gain on val")
-    for p, phase in enumerate(plan["phases"]):
+    for p, (end, (first, last)) in enumerate(zip(plan["endpoints"], plan["starts"], strict=True)):
         colour = COLOURS[(p + 1) % len(COLOURS)]
-        ax.axvline(phase["endpoint"], color=colour, ls="--", label=f"phase {p}: endpoint")
-        ax.axvspan(phase["start"], phase["stop"] - 1, color=colour, alpha=0.15, label=f"phase {p}: starts")
+        ax.axvline(end, color=colour, ls="--", label=f"phase {p}: endpoint")
+        ax.axvspan(first - 0.1, last + 0.1, color=colour, alpha=0.15, label=f"phase {p}: starts")
     ax.legend(fontsize=8)
     sheet.lines(
         1, "gain per unit of arc", epochs[1:], {"": found["gain_per_arc"]}, "epoch", "points per unit of length"

@@ -1,4 +1,4 @@
-"""Do the matching gradients of different starts agree? (PTM-ST, figures 4, 2b and 6.)
+"""Do the matching gradients of different starts agree? (PTM-ST, figures 4, 2b and 6a.)
 
 The set is what the first phase begins with. Batches and masks are the same at every start, and gradients are averaged
 over experts and draws. The paper fixes neither.
@@ -24,8 +24,8 @@ def gradients(
 
     Writes gradients.csv, gradient_norms.csv and gradients.svg to the run's folder `analyse`.
     """
-    setting = Setting(pipeline, endpoint=endpoint, experts=experts)
-    probes = {name: setting.probe(name, draws) for name in chosen(shortcut_only)}
+    setting = Setting(pipeline, chosen(shortcut_only), endpoint=endpoint, experts=experts)
+    probes = {name: setting.probe(name, draws, averaged=True) for name in setting.trajectories}
     cosines, sizes, summary = [], [], []
     sheet = Sheet(2 * len(probes) + 1)
     for row, (name, probe) in enumerate(probes.items()):
@@ -40,7 +40,8 @@ def gradients(
             ]
         sizes += _sizes(name, probe)
     lines = {name: probe.norms("images").tolist() for name, probe in probes.items()}
-    ax = sheet.lines(2 * len(probes), "length of the gradient", setting.starts(), lines, "start epoch", "by images")
+    title, ylabel = "length of the gradient", "norm of the gradient by images"
+    ax = sheet.lines(2 * len(probes), title, setting.starts(), lines, "start epoch", ylabel)
     ax.set_yscale("log")
     files = {name: setting.folder / name for name in ("gradients.csv", "gradient_norms.csv", "gradients.svg")}
     write_csv(files["gradients.csv"], cosines)
@@ -70,15 +71,12 @@ def pca(
 
     Each kind of trajectory has components of its own. Writes pca.csv and pca.svg to the run's folder `analyse`.
     """
-    setting = Setting(pipeline, endpoint=endpoint, experts=experts)
+    setting = Setting(pipeline, chosen(shortcut_only), endpoint=endpoint, experts=experts, least=3, draws=draws)
     labels, points, summary = setting.labels(draws), [], []
-    sheet = Sheet(len(chosen(shortcut_only)), width=4.4)
-    for panel, name in enumerate(chosen(shortcut_only)):
+    sheet = Sheet(len(setting.trajectories), width=4.4)
+    for panel, name in enumerate(setting.trajectories):
         probe = setting.probe(name, draws)
-        flat = probe.images.flatten(0, 1)
-        if len(flat) < 3:
-            raise ValueError(f"{len(flat)} gradients have no two components; give more experts or draws")
-        places, shares = principal(flat)
+        places, shares = principal(probe.images.flatten(0, 1))
         coordinates = places.unflatten(0, probe.images.shape[:2])
         summary.append({"trajectory": name, "first": float(shares[0]), "second": float(shares[1])})
         lengths = probe.images.norm(dim=2)

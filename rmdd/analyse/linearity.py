@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rmdd import config
 from rmdd.analyse.drawing import Sheet, write_csv
-from rmdd.analyse.setting import Setting, check_every_epoch
+from rmdd.analyse.setting import Setting, chosen, endpoint_of
 from rmdd.distill.matching import Matcher
 from rmdd.distill.signals import probing
 from rmdd.distill.synthetic import Synthetic
@@ -33,7 +34,6 @@ class DoubleStore(Store):
 
 def joined(store: Store, expert: int) -> Path:
     """The trajectory as trained, with straight lines between its epochs."""
-    check_every_epoch(store)
     return AnchoredPath({t: store.read(expert, t) for t in range(store.epochs + 1)}, store.norms(expert))
 
 
@@ -64,15 +64,17 @@ def linearity(
 
     Writes linearity.csv and linearity.svg to the run's folder `analyse`.
     """
-    setting = Setting(pipeline, endpoint=endpoint, experts=1)
-    store = DoubleStore.open(setting.store.path)
     steps = [0.1 / 2**i for i in range(halvings + 1)]
-    last = setting.endpoint - setting.run.distill.match_epochs
+    last = endpoint_of(pipeline.run, endpoint) - pipeline.run.distill.match_epochs
     if not 0 <= start <= last - steps[0]:
-        raise ValueError(f"a start at {start} and {steps[0]} beyond it must lie in 0-{last}; give another start")
+        told = f"a start at {start} and {steps[0]} beyond it must lie in 0-{last}; give another --start or --endpoint"
+        raise config.ConfigError([told], "analyse")
+    setting = Setting(pipeline, chosen(shortcut_only), endpoint=endpoint, experts=1)
+    store = DoubleStore.open(setting.store.path)
     run = probing(setting.run, setting.endpoint, "shortcut", setting.pairs, 1)
-    rule = run.distill.model_copy(update={"steps": inner_steps, "inner_dropout": "off", "estimator": "exact"})
-    run = run.model_copy(update={"distill": rule})
+    once: dict[str, Any] = {"steps": inner_steps, "inner_dropout": "off", "estimator": "exact"}
+    once |= {"precision": "float32", "reuse_graphs": 0}  # float32: no rounding to bfloat16 on the way
+    run = run.model_copy(update={"distill": run.distill.model_copy(update=once)})
     synthetic = setting.initial(run).map(Tensor.double)
     ratios: dict[str, list[float]] = {}
     for name in ("shortcut",) if shortcut_only else ("shortcut", "joined"):
@@ -84,7 +86,8 @@ def linearity(
         ratios[name] = [float(c) / d for c, d in zip(found, steps, strict=True)]
     rows = [{"d": d, **{name: ratios[name][i] for name in ratios}} for i, d in enumerate(steps)]
     sheet = Sheet(1, width=4.4)
-    ax = sheet.lines(0, f"start {start:g}", steps, ratios, "d", "change of the gradient / d")
+    xlabel, ylabel = "d, epochs between the starts", "norm of the gradient's change / d"
+    ax = sheet.lines(0, f"linear in the start? start {start:g}", steps, ratios, xlabel, ylabel)
     ax.set_xscale("log")
     ax.set_yscale("log")
     files = [setting.folder / "linearity.csv", setting.folder / "linearity.svg"]

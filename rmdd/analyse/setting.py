@@ -9,8 +9,7 @@ from rmdd import config, methods
 from rmdd.distill import signals
 from rmdd.distill.matching import Matcher
 from rmdd.distill.synthetic import Synthetic
-from rmdd.experts.store import Store
-from rmdd.experts.train import expert_model
+from rmdd.experts.train import expert_model, kept_epochs
 from rmdd.pipeline import Pipeline
 from rmdd.places import device_of
 
@@ -20,32 +19,47 @@ TRAJECTORIES = ("original", "shortcut")
 class Setting:
     """The experts of a run, trained first where they are missing, and the real pairs that its first phase begins with.
 
-    `experts` limits how many are used, `endpoint` is where shortcuts end (default: the last epoch).
+    `experts` limits how many are used, `endpoint` is where shortcuts end (default: the last epoch), `least` how many
+    gradients of one trajectory are needed, with `draws` of each start and expert. Raises `ConfigError` before anything
+    is trained when the run's experts cannot be looked at like that.
     """
 
-    def __init__(self, pipeline: Pipeline, *, endpoint: int | None = None, experts: int | None = None):
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        trajectories: Sequence[str],
+        *,
+        endpoint: int | None = None,
+        experts: int | None = None,
+        least: int = 1,
+        draws: int = 1,
+    ):
+        run = pipeline.run
+        self.trajectories, self.endpoint = trajectories, endpoint_of(run, endpoint)
+        self.num = min(experts or run.experts.num, run.experts.num)
+        gradients = (self.endpoint - run.distill.match_epochs + 1) * self.num * draws
+        mistakes = every_epoch(run) if "original" in trajectories else []
+        if not (mistakes or self.endpoint in kept_by(run)):
+            mistakes.append(
+                f"the experts keep epochs {sorted(kept_by(run))}, asked for shortcuts to {self.endpoint}; give one of "
+                "them as --endpoint, or train experts with experts.keep: all"
+            )
+        if gradients < least:
+            mistakes.append(f"{gradients} gradients, {least} are needed; give more --experts or --draws")
+        if mistakes:
+            raise config.ConfigError(mistakes, "analyse")
         self.run = pipeline.plan()
         self.store, self.train = pipeline.experts(), pipeline.material("train")
-        self.endpoint = self.store.epochs if endpoint is None else endpoint
-        self.num = min(experts or self.run.experts.num, self.run.experts.num)
         self.folder: Path = pipeline.folder / "analyse"
         self.pairs = self.run.distill.phases[0].pairs
         self.device = device_of(self.run)
-        least = self.run.distill.match_epochs
-        if not least <= self.endpoint <= self.store.epochs:
-            raise ValueError(
-                f"asked for shortcuts to epoch {self.endpoint}; give one from {least} to {self.store.epochs}, where "
-                "the experts end"
-            )
 
     def initial(self, run: config.Run) -> Synthetic:
         method = methods.find(run.distill.method)(run)
         return method.initial(0, self.train, method.records(0, self.train)).map(lambda t: t.to(self.device))
 
     def probing(self, trajectory: str) -> config.Run:
-        """The run on one kind of path; raises `ValueError` where the store cannot give it."""
-        if trajectory == "original":
-            check_every_epoch(self.store)
+        """The run on one kind of path."""
         return signals.probing(self.run, self.endpoint, trajectory, self.pairs, self.num)
 
     def matcher(self, trajectory: str) -> Matcher:
@@ -61,24 +75,39 @@ class Setting:
         """Numbers of the experts that are used."""
         return [e for e in self.store.complete() if e < self.num]
 
-    def probe(self, trajectory: str, draws: int) -> signals.Probe:
+    def probe(self, trajectory: str, draws: int, *, averaged: bool = False) -> signals.Probe:
         """Matching gradients at every start of the paths of one kind."""
         run = self.probing(trajectory)
-        return signals.probe(self.matcher(trajectory), self.initial(run), self.starts(), draws)
+        return signals.probe(self.matcher(trajectory), self.initial(run), self.starts(), draws, averaged=averaged)
 
     def labels(self, draws: int) -> list[tuple[int, int]]:
         """Expert and draw of each sample of a probe."""
         return list(itertools.product(self.samples, range(draws)))
 
 
-def check_every_epoch(store: Store) -> None:
-    """Raise `ValueError` when a store does not keep the whole trajectory."""
-    gone = [e for e in range(store.epochs + 1) if not store.kept(e)]
-    if gone:
-        raise ValueError(
-            f"original trajectories need every epoch and the store at {store.path} keeps {store.spec['keep']} of "
-            f"0-{store.epochs}; train experts with experts.keep: all, or look at shortcuts only (--shortcut-only)"
-        )
+def endpoint_of(run: config.Run, endpoint: int | None) -> int:
+    """Where shortcuts end. Raises `ConfigError` where the experts have no such epoch."""
+    least, last = run.distill.match_epochs, run.experts.epochs
+    if endpoint is not None and not least <= endpoint <= last:
+        told = f"asked for shortcuts to epoch {endpoint}; give one from {least} to {last}, where the experts end"
+        raise config.ConfigError([told], "analyse")
+    return last if endpoint is None else endpoint
+
+
+def kept_by(run: config.Run) -> set[int]:
+    """Epochs that the store of a run keeps."""
+    last = run.experts.epochs
+    return {0, *(kept_epochs(run) or range(last)), last}
+
+
+def every_epoch(run: config.Run) -> list[str]:
+    """What is wrong where a run's store does not keep the whole trajectory."""
+    if len(kept_by(run)) > run.experts.epochs:
+        return []
+    return [
+        f"original trajectories need every epoch and the experts keep {sorted(kept_by(run))}; train experts with "
+        "experts.keep: all, or look at shortcuts only"
+    ]
 
 
 def chosen(shortcut_only: bool) -> Sequence[str]:

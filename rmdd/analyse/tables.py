@@ -11,39 +11,67 @@ from typing import Any
 
 from rmdd import config
 from rmdd.analyse.drawing import Sheet, write_csv
-from rmdd.analyse.setting import TRAJECTORIES, check_every_epoch
+from rmdd.analyse.setting import TRAJECTORIES, every_epoch
 from rmdd.artefact import budget
 from rmdd.distill.planning import stated
 from rmdd.distill.signals import val_curve
 from rmdd.experts.store import Store
+from rmdd.experts.train import kept_epochs
 from rmdd.models.text import text_width
 from rmdd.pipeline import open_pipeline
 from rmdd.places import run_folder
 from rmdd.progress import Progress
 from rmdd.sweeps import Member, Swept, members, run_all
 
-TABLES = ("shift", "endpoints", "delta")
+AXES = {"shift": "ranges and endpoints", "endpoints": "endpoints of the phases", "delta": "epochs from range to range"}
+TABLES = tuple(AXES)
 
 
 def collapse_members(
     run: config.Run, epochs: Sequence[int], trajectories: Sequence[str], iterations: int | None = None
 ) -> list[Member]:
-    """One run per trajectory and last start epoch: all pairs in one phase, starts uniform in 0 .. e - 1."""
-    first, last = run.distill.phases[0], run.experts.epochs
-    wrong = [e for e in epochs if not 1 <= e <= last - run.distill.match_epochs + 1]
-    if wrong:
-        raise ValueError(
-            f"starts below epoch {wrong[0]} do not fit experts of {last} epochs; give epochs from 1 to "
-            f"{last - run.distill.match_epochs + 1}"
-        )
-    pairs = _pairs_in_one(run)
-    settings = []
-    for trajectory in trajectories:
-        for e in epochs:
-            phase = first.model_dump(mode="json") | {"pairs": pairs, "start": 0, "stop": e, "endpoint": last}
-            phase |= {"iterations": iterations} if iterations else {}
-            settings.append({"distill.trajectory": trajectory, "distill.phases": [phase]})
+    """One run per trajectory and last start epoch: all pairs in one phase, whole starts uniform in 0 .. e - 1."""
+    last = run.experts.epochs
+    phase: dict[str, Any] = {
+        "pairs": _pairs_in_one(run),
+        "endpoint": last + (run.distill.endpoint_rule == "exclusive"),
+        "iterations": iterations or run.distill.phases[0].iterations,
+    }
+    same: dict[str, Any] = {
+        "starts": "together",
+        "ranges": "stated",
+        "start_points": "integer",
+        "start_rule": "exclusive",
+    }
+    same |= {"anchors": 2, "smooth_anchors": False}
+    run = run.model_copy(update={"distill": run.distill.model_copy(update=same)})
+    settings = [
+        {"distill.trajectory": trajectory, "distill.phases": [phase | {"start": 0, "stop": e}]}
+        for trajectory in trajectories
+        for e in epochs
+    ]
     return _members(run, settings)
+
+
+def collapse_axes(
+    run: config.Run, epochs: Sequence[int] | None, trajectories: Sequence[str]
+) -> tuple[list[int], list[str]]:
+    """Last start epochs, five by default, and trajectories. Raises `ConfigError` with all that does not fit the run."""
+    last = run.experts.epochs - run.distill.match_epochs + 1
+    chosen = sorted(set(epochs or [max(1, round(last * i / 5)) for i in range(1, 6)]))
+    mistakes = [
+        f"starts below epoch {e} do not fit experts of {run.experts.epochs} epochs; give epochs from 1 to {last}"
+        for e in chosen
+        if not 1 <= e <= last
+    ]
+    wrong = sorted(set(trajectories) - set(TRAJECTORIES))
+    if wrong or not trajectories:
+        mistakes.append(f"no trajectory '{', '.join(wrong)}'; give one or both of {', '.join(TRAJECTORIES)}")
+    if "original" in trajectories:
+        mistakes += every_epoch(run)
+    if mistakes:
+        raise config.ConfigError(mistakes, "analyse")
+    return chosen, list(dict.fromkeys(trajectories))
 
 
 def collapse(
@@ -58,14 +86,10 @@ def collapse(
 
     Writes collapse.csv and collapse.svg to the run's folder `analyse`.
     """
+    epochs, trajectories = collapse_axes(run, epochs, trajectories)
+    if run.distill.phases:
+        collapse_members(run, epochs, trajectories, iterations)  # what is wrong with a cell is told first
     folder, (run, store) = run_folder(run), _prepared(run, progress)
-    if "original" in trajectories:
-        check_every_epoch(store)
-    last = run.experts.epochs
-    epochs = sorted(set(epochs or [max(1, round(last * i / 5)) for i in range(1, 6)]))
-    wrong = sorted(set(trajectories) - set(TRAJECTORIES))
-    if wrong or not trajectories:
-        raise ValueError(f"no trajectory '{', '.join(wrong)}'; give one or both of {', '.join(TRAJECTORIES)}")
     cells = collapse_members(run, epochs, trajectories, iterations)
     swept = run_all(cells, progress)
     teacher = val_curve(store, [e for e in store.complete() if e < run.experts.num])
@@ -79,65 +103,86 @@ def collapse(
     for trajectory in trajectories:
         of_one = [r for r in rows if r["trajectory"] == trajectory]
         lines[f"student, {trajectory}"] = [r.get("student", float("nan")) for r in of_one]
-    sheet.lines(
-        0, "teacher and student", epochs, lines, "epoch of the teacher, last start of the student", "val R@mean"
-    )
+    xlabel = "epochs of the teacher; exclusive end of the starts"
+    sheet.lines(0, "teacher and student", epochs, lines, xlabel, "val R@mean, %")
     return _left(folder, "collapse", rows, sheet, swept)
 
 
-def table_settings(run: config.Run, table: str) -> dict[str, list[dict[str, Any]]]:
-    """Phases of each row of a table, by its name.
+def table_settings(run: config.Run, table: str) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
+    """Phases of each row of a table, by its name, and the names of rows that do not fit the experts.
 
     `shift` (Table 13): ranges, or endpoints, as the first phase has them in all phases. `endpoints` (Table 14): all
     endpoints earlier and later by the distance of two phases, or by one epoch. `delta` (Table 15): ranges that move on
-    by 0, 1 and 2 epochs a phase. Rows that do not fit the experts are left out.
+    by 0, 1 and 2 epochs a phase. Raises `ConfigError` for a table that the run cannot fill.
     """
-    if table not in TABLES:
-        raise ValueError(f"no table '{table}'; give one of {', '.join(TABLES)}")
+    check_table(run, table)
     phases = [p.model_dump(mode="json") for p in run.distill.phases]
     first, own = phases[0], {"as given": phases}
     if table != "endpoints" and len(phases) < 2:
-        raise ValueError(
-            f"the table '{table}' moves phases against each other and the run has one; give it two or more"
+        raise config.ConfigError(
+            [f"the table '{table}' moves phases against each other and the run has one; give it two or more"], "analyse"
         )
     if table == "shift":
-        still = {key: first[key] for key in ("start", "stop")}
-        rows = own | {
-            "ranges not shifted": [p | still for p in phases],
-            "endpoints not shifted": [p | {"endpoint": first["endpoint"]} for p in phases],
-        }
+        rows = own | {"ranges not shifted": [p | _moved(first, 0) for p in phases]}
+        if run.distill.trajectory == "shortcut":
+            rows["endpoints not shifted"] = [p | {"endpoint": first["endpoint"]} for p in phases]
     elif table == "endpoints":
-        step = phases[1]["endpoint"] - first["endpoint"] if len(phases) > 1 else 1
+        step = phases[1]["endpoint"] - first["endpoint"] if len(phases) > 1 else 0
         rows = {
             "+".join(str(p["endpoint"] + d) for p in phases): [p | {"endpoint": p["endpoint"] + d} for p in phases]
-            for d in (-step, 0, step)
+            for d in (-(step or 1), 0, step or 1)
         }
     else:
-        rows = {
-            f"delta {d}": [
-                p | {"start": first["start"] + d * i, "stop": first["stop"] + d * i} for i, p in enumerate(phases)
-            ]
-            for d in (0, 1, 2)
-        }
-    return {name: row for name, row in rows.items() if all(_fits(run, p) for p in row)}
+        rows = {f"delta {d}": [p | _moved(first, d * i) for i, p in enumerate(phases)] for d in (0, 1, 2)}
+    fit = {name: row for name, row in rows.items() if all(_fits(run, p) for p in row)}
+    return fit, [name for name in rows if name not in fit]
+
+
+def check_table(run: config.Run, table: str) -> None:
+    """Raise `ConfigError` when there is no such table, or none for the path of a run."""
+    if table not in TABLES:
+        raise config.ConfigError([f"no table '{table}'; give one of {', '.join(TABLES)}"], "analyse")
+    if table == "endpoints" and run.distill.trajectory != "shortcut":
+        told = f"a path of kind '{run.distill.trajectory}' has no endpoint to move; set distill.trajectory: shortcut"
+        raise config.ConfigError([f"the table 'endpoints': {told}"], "analyse")
+
+
+def _moved(first: dict[str, Any], by: int) -> dict[str, Any]:
+    """The ranges of a phase, moved on."""
+    ranges = ("start", "stop", "start_text", "stop_text", "grow_from")
+    return {key: None if first[key] is None else first[key] + by for key in ranges}
 
 
 def sweep(run: config.Run, progress: Progress, table: str) -> dict[str, Any]:
     """One of the tables of `table_settings`, scored on val. Writes sweep-TABLE.csv and .svg to the folder `analyse`."""
+    check_table(run, table)
+    if run.distill.phases:
+        table_members(run, table)  # what is wrong with a row is told first
     folder, (run, _) = run_folder(run), _prepared(run, progress)
-    settings = table_settings(run, table)
-    distinct: dict[str, str] = {}
-    for name, phases in settings.items():
-        distinct.setdefault(json.dumps(phases), name)
-    cells = _members(run, [{"distill.phases": json.loads(phases)} for phases in distinct])
+    names, cells, left_out = table_members(run, table)
+    for name in left_out:
+        progress.say(f"the row '{name}' does not fit the experts and is left out")
     swept = run_all(cells, progress)
-    rows = [{"row": name, **_student(found)} for name, found in zip(distinct.values(), swept.runs, strict=True)]
+    rows = [{"row": name, **_student(found)} for name, found in zip(names, swept.runs, strict=True)]
     sheet = Sheet(1, width=1.5 + 1.3 * len(rows))
     places = list(range(len(rows)))
-    ax = sheet.lines(0, table, places, {"": [r.get("student", float("nan")) for r in rows]}, "", "val R@mean")
+    ax = sheet.lines(
+        0, table, places, {"": [r.get("student", float("nan")) for r in rows]}, AXES[table], "val R@mean, %"
+    )
     ax.set_xticks(places)
     ax.set_xticklabels([r["row"] for r in rows])
     return _left(folder, f"sweep-{table}", rows, sheet, swept)
+
+
+def table_members(run: config.Run, table: str) -> tuple[list[str], list[Member], list[str]]:
+    """Names and runs of a table's rows, rows of the same phases once, and names of those that do not fit."""
+    settings, left_out = table_settings(run, table)
+    distinct: dict[str, str] = {}
+    for name, phases in settings.items():
+        distinct.setdefault(json.dumps(phases), name)
+    if not distinct:
+        raise config.ConfigError([f"no row of the table '{table}' fits the experts; train them for longer"], "analyse")
+    return list(distinct.values()), _members(run, [{"distill.phases": json.loads(p)} for p in distinct]), left_out
 
 
 def _pairs_in_one(run: config.Run) -> int:
@@ -156,6 +201,8 @@ def _fits(run: config.Run, phase: dict[str, Any]) -> bool:
 def _members(run: config.Run, settings: list[dict[str, Any]]) -> list[Member]:
     """Runs on the experts of `run`: what the store keeps stays as it is, lest others be trained."""
     raw = run.model_dump(mode="json")
+    kept = kept_epochs(run)
+    raw["experts"]["keep"] = "all" if kept is None else list(kept)
     return members(lambda chosen: config.load(raw, chosen), {}, settings)
 
 

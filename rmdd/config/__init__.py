@@ -209,6 +209,8 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
     defaults = filled(usual, Run().model_dump(mode="json"))
     for override in overrides:
         apply(raw, override, defaults, mistakes)
+    if any(o.startswith("distill.phases=") for o in overrides):
+        _listed(raw.get("distill"))
     run, wrong = validate(Run, _kept(filled(raw, usual)))
     mistakes += unknown + wrong
     if run is not None and method is not None:
@@ -216,6 +218,13 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
     if run is None or mistakes:
         raise ConfigError(mistakes, where)
     return run
+
+
+def _listed(distill: Any) -> None:
+    """Let phases that are listed hold where the file says, as that of a run that planned its phases does, `kind: auto`;
+    in place."""
+    if isinstance(distill, dict) and isinstance(distill.get("phases"), list) and isinstance(distill.get("plan"), dict):
+        distill["plan"].pop("kind", None)
 
 
 def _kept(raw: dict[str, Any]) -> dict[str, Any]:
@@ -230,7 +239,8 @@ def _kept(raw: dict[str, Any]) -> dict[str, Any]:
     plans = distill.get("phases") in ("auto", "adaptive") or plan.get("kind", "stated") != "stated"
     if not plans or experts.get("keep", "endpoints") != "endpoints":
         return raw
-    few, last = plan.get("endpoints"), experts.get("epochs", Experts().epochs)
+    original = distill.get("trajectory") == "original"
+    few, last = None if original else plan.get("endpoints"), experts.get("epochs", Experts().epochs)
     named = [*few, last] if isinstance(few, list | tuple) else []
     keep = sorted(set(named)) if named and all(isinstance(e, int) for e in named) else "all"
     return {**raw, "experts": {**experts, "keep": keep}}

@@ -186,7 +186,10 @@ class Distill(Section):
     def _word_for_phases(cls, value: Any) -> Any:
         """`phases: auto` is an empty list and `plan.kind: auto`."""
         if isinstance(value, dict) and value.get("phases") in ("auto", "adaptive"):
-            return {**value, "phases": (), "plan": {**dict(value.get("plan") or {}), "kind": value["phases"]}}
+            plan = {} if value.get("plan") is None else value["plan"]
+            plan = plan.model_dump() if isinstance(plan, Plan) else plan
+            if isinstance(plan, dict):
+                return {**value, "phases": (), "plan": {**plan, "kind": value["phases"]}}
         return value
 
     @property

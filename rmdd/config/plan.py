@@ -36,7 +36,7 @@ class Plan(Section):
         None, description="epochs that may be endpoints, which the store keeps; null: every epoch that is kept"
     )
     experts: PositiveInt = Field(2, description="experts whose checkpoints are read for the signals")
-    draws: PositiveInt = Field(2, description="mini-batch draws of each for matching gradients")
+    draws: PositiveInt = Field(2, description="mini-batch draws of each for the gradients of a plan; a move takes one")
     every: PositiveInt = Field(50, description="adaptive: updates between moves of range and endpoint")
     pace: PositiveFloat = Field(0.25, description="adaptive: most epochs that a bound moves at once")
 

@@ -144,7 +144,7 @@ def check_enough(phase: int, pairs: int, train: Material) -> None:
     if pairs > total:
         raise ValueError(
             f"phase {phase} wants {pairs} pairs but the train split has {total} caption records; lower "
-            f"distill.phases.{phase}.pairs or ingest more data"
+            f"distill.phases.{phase}.pairs (or distill.budget, where phases are planned), or ingest more data"
         )
 
 

@@ -3,8 +3,9 @@
 The rule, with `distill.plan` for its numbers:
 
 1. endpoints   E_p is the first epoch in which the teacher has reached the share `reach + p reach_step` of its whole
-               gain on val: what lies beyond brings little per unit of arc, by large gradients that disagree. Ends
-               whose shortcut is bent by more than `min_straightness` allows are left out.
+               gain on val: what lies beyond brings little per unit of arc, by large gradients that disagree. It is
+               later than E_(p-1), and the teacher has gained since. Ends whose shortcut is bent by more than
+               `min_straightness` allows are left out.
 2. phases      as many as have an endpoint of their own, `min_pairs` pairs and `min_iterations` updates each, at most
                `max_phases`, at least one. A student learns from the phases in turn, so each has to carry it alone.
 3. sizes       the budget's pairs, the similarity paid for, spread evenly; the updates likewise.
@@ -79,7 +80,7 @@ def endpoints(run: config.Run, measured: Measured) -> list[int]:
     found: list[int] = []
     for p in range(plan.max_phases):
         wanted = min(1.0, plan.reach + p * plan.reach_step)
-        after = [e for e in able if not found or e > found[-1]]
+        after = [e for e in able if not found or measured.share[e] > measured.share[found[-1]]]
         reached = [e for e in after if measured.share[e] >= wanted]
         if not after or (found and not reached):
             break
@@ -131,6 +132,15 @@ def ranges(
     return found
 
 
+def without_a_phase(run: config.Run, text_width: int) -> str | None:
+    """A message when the budget of a run that plans its phases holds none, else None."""
+    try:
+        sizes(run, text_width, 1)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def _beyond(rule: config.Distill) -> int:
     """1 where a start may lie at, or anywhere up to, the exclusive end of its range."""
     return int(rule.start_points == "continuous" or rule.plan.kind == "adaptive")
@@ -174,6 +184,8 @@ def make_plan(run: config.Run, store: Store, train: Material, device: torch.devi
         "key": key_of(run, store.path.name),
         "kind": plan.kind,
         "phases": [p.model_dump(mode="json") for p in phases],
+        "endpoints": ends,
+        "starts": [[p.start, p.stop - (rule.start_rule == "exclusive" and not _beyond(rule))] for p in phases],
         "reasons": reasons,
         "signals": {
             "val": measured.val.tolist(),
@@ -198,14 +210,19 @@ def probe_start(
     method = methods.find(rule.method)(probing)
     synthetic = method.initial(0, train, method.records(0, train)).map(lambda t: t.to(device))
     matcher = Matcher(probing, 0, store, expert_model(run, 0, train.texts.shape[1]), device)
-    return signals.probe(matcher, synthetic, range(end - rule.match_epochs + 1), plan.draws)
+    return signals.probe(matcher, synthetic, range(end - rule.match_epochs + 1), plan.draws, averaged=True)
 
 
 def key_of(run: config.Run, store: str) -> str:
     """What a plan follows from: the experts and the recipe."""
     recipe = run.distill.model_dump(mode="json", exclude={"phases", "budget_check", "checkpoint_every", "guard"})
     return config.hash_value(
-        {"store": store, "num": run.experts.num, "distill": recipe, "seed": run.seed_of("distill")}
+        {
+            "store": store,
+            "num": run.experts.num,
+            "distill": recipe | {"version": methods.find(run.distill.method).version},
+            "seed": run.seed_of("distill"),
+        }
     )
 
 
@@ -223,9 +240,9 @@ def stated(run: config.Run) -> config.Run:
 
 def foreseen(run: config.Run, text_width: int) -> config.Run:
     """`run` with phases as they may come out, known without experts: number, sizes and updates are what cost."""
-    epochs = run.experts.epochs
-    pairs = sizes(run, text_width, min(run.distill.plan.max_phases, epochs))
-    updates = budget.split(run.distill.plan.iterations, len(pairs))
+    epochs, plan = run.experts.epochs, run.distill.plan
+    pairs = sizes(run, text_width, min(plan.max_phases, len(plan.endpoints or range(epochs))))
+    updates = budget.split(plan.iterations, len(pairs))
     end = epochs + (run.distill.endpoint_rule == "exclusive")
     phases = [{"pairs": m, "stop": 1, "endpoint": end, "iterations": n} for m, n in zip(pairs, updates, strict=True)]
     return run.model_copy(

@@ -22,6 +22,9 @@ from rmdd.experts.store import Store
 
 PARTS = ("images", "texts")
 
+COLUMNS = 2**20
+"""Of wide rows that are held in float64 at once."""
+
 
 def val_curve(store: Store, experts: Sequence[int]) -> Float[np.ndarray, " m"]:
     """The teacher's val R@mean after every epoch, the mean over `experts`.
@@ -77,6 +80,7 @@ class Probe:
     """Matching gradients with respect to a set at several starts, with the same batches and masks at all of them."""
 
     starts: tuple[int | float, ...]
+    """R is 1 where gradients are means over samples."""
     images: Float[Tensor, "T R N"]
     texts: Float[Tensor, "T R L"]
     miss: Float[Tensor, "T R"]
@@ -104,22 +108,31 @@ def probe(
     starts: Sequence[int | float],
     draws: int = 1,
     experts: int | None = None,
+    *,
+    averaged: bool = False,
 ) -> Probe:
     """First-order matching gradients of `synthetic` at `starts` of the matcher's paths, for every one of its experts
-    (or the first `experts`) and `draws` of batches.
+    (or the first `experts`) and `draws` of batches; `averaged` holds their mean alone, a gradient a start.
 
     First-order even where the run uses the exact one: the exact gradient of an unstable student is noise that hides
     whether starts agree.
     """
     samples = list(itertools.product(range(len(matcher.experts))[:experts], range(draws)))
-    found: dict[str, list[Tensor]] = {"images": [], "texts": [], "miss": []}
-    for start, (expert, draw) in itertools.product(starts, samples):
-        drawn = replace(matcher.draw(draw), expert=expert, start=start, start_text=start)
-        seen = matcher.gradient(synthetic, drawn, estimator="first_order")
-        for name, value in zip(found, (seen.gradient.images, seen.gradient.texts, seen.loss), strict=True):
-            found[name].append(value.detach().cpu().flatten())
-    shape = (len(starts), len(samples))
-    images, texts, miss = (torch.stack(found[name]).unflatten(0, shape) for name in found)
+    found: tuple[list[Tensor], ...] = [], [], []
+    for start in starts:
+        here: tuple[list[Tensor], ...] = [], [], []
+        for expert, draw in samples:
+            drawn = replace(matcher.draw(draw), expert=expert, start=start, start_text=start)
+            seen = matcher.gradient(synthetic, drawn, estimator="first_order")
+            for values, value in zip(here, (seen.gradient.images, seen.gradient.texts, seen.loss), strict=True):
+                one = value.detach().cpu().flatten()
+                if averaged and values:
+                    values[0] += one
+                else:
+                    values.append(one.clone())
+        for starts_of, values in zip(found, here, strict=True):
+            starts_of.append(torch.stack(values) / (len(samples) if averaged else 1))
+    images, texts, miss = map(torch.stack, found)
     return Probe(tuple(starts), images, texts, miss.squeeze(2))
 
 
@@ -136,7 +149,8 @@ def probing(run: config.Run, endpoint: int, trajectory: str, pairs: int, experts
         "endpoint_rule": "inclusive",
         "ranges": "stated",
     }
-    changes |= {"starts": "together", "plan": config.Plan()}
+    changes |= {"starts": "together", "start_points": "integer", "start_rule": "exclusive"}
+    changes |= {"anchors": 2, "smooth_anchors": False, "plan": config.Plan()}
     return run.model_copy(
         update={
             "distill": rule.model_copy(update=changes),
@@ -147,14 +161,24 @@ def probing(run: config.Run, endpoint: int, trajectory: str, pairs: int, experts
 
 def cosine_matrix(vectors: Float[Tensor, "T N"]) -> Float[Tensor, "T T"]:
     """Cosines between rows; 0 with a row of zeros."""
-    unit = torch.nn.functional.normalize(vectors.double(), dim=1)
-    return unit @ unit.T
+    products = _products(vectors)
+    lengths = products.diagonal().sqrt()
+    return products / torch.outer(lengths, lengths).clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def _products(vectors: Float[Tensor, "T N"], *, centred: bool = False) -> Float[Tensor, "T T"]:
+    """Scalar products of rows in float64, a piece of their columns at a time."""
+    found = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
+    for piece in vectors.split(COLUMNS, dim=1):
+        wide = piece.double()
+        wide = wide - wide.mean(dim=0) if centred else wide
+        found += wide @ wide.T
+    return found
 
 
 def principal(vectors: Float[Tensor, "R N"], components: int = 2) -> tuple[Float[Tensor, "R C"], Float[Tensor, " C"]]:
     """Coordinates on the first principal components of centred rows, and the share of variance that each explains."""
-    centred = vectors.double() - vectors.double().mean(dim=0)
-    values, sides = torch.linalg.eigh(centred @ centred.T)
+    values, sides = torch.linalg.eigh(_products(vectors, centred=True))
     order = values.argsort(descending=True)[:components]
     largest = values[order].clamp(min=0)
     signs = sides[:, order].gather(0, sides[:, order].abs().argmax(dim=0, keepdim=True)).sign()

@@ -2,17 +2,25 @@
 
 import copy
 import csv
+import dataclasses
+import itertools
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from rmdd import config
 from rmdd.analyse.linearity import linearity
-from rmdd.analyse.tables import collapse_members, table_settings
+from rmdd.analyse.setting import TRAJECTORIES, Setting
+from rmdd.analyse.tables import collapse_axes, collapse_members, table_settings
 from rmdd.cli import app
+from rmdd.distill.phases import draw
 from rmdd.experts.store import Store
+from rmdd.experts.train import kept_epochs
 from rmdd.pipeline import open_pipeline
 from rmdd.places import places_of, run_folder
 from rmdd.progress import Progress
@@ -136,26 +144,73 @@ def test_a_cell_of_the_collapse_is_one_phase_with_the_whole_budget():
     (member,) = collapse_members(run, [2], ["original"], 7)
     (phase,) = member.run.distill.phases
     assert (phase.start, phase.stop, phase.iterations, phase.pairs) == (0, 2, 7, 8)
-    with pytest.raises(ValueError, match=r"below epoch 4 do not fit experts of 3 epochs; give epochs from 1 to 3"):
-        collapse_members(run, [4], ["original"])
+    with pytest.raises(config.ConfigError, match=r"below epoch 4 do not fit experts of 3 epochs; give .* 1 to 3"):
+        collapse_axes(run, [4], ["original"])
+
+
+ONE = ["distill.phases.1.start=0", "distill.phases.1.stop=1"]
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        ["distill.match_epochs=2", *ONE],
+        ["distill.start_rule=inclusive", "distill.phases.0.endpoint=3", *ONE],
+        ["distill.endpoint_rule=exclusive", "distill.phases.0.endpoint=3", "distill.phases.1.endpoint=4"],
+        ["distill.start_points=continuous", *ONE],
+        ["distill.trajectory=convexified", "distill.anchors=3", "distill.start_points=continuous", *ONE],
+    ],
+)
+def test_the_starts_of_a_cell_are_its_own_whatever_the_run_draws(sets):
+    """By default, all last starts that fit; on both kinds of trajectory."""
+    run = load("runs", *sets)
+    epochs, kinds = collapse_axes(run, None, ["original", "shortcut"])
+    cells = collapse_members(run, epochs, kinds)
+    assert epochs[-1] == EPOCHS - run.distill.match_epochs + 1 and len(cells) == 2 * len(epochs)
+    for cell in cells:
+        (phase,) = cell.run.distill.phases
+        draws = [draw(cell.run.distill, 0, i, 2, 0) for i in range(30)]
+        assert {d.start for d in draws} == {d.start_text for d in draws} == set(range(phase.stop))
+        assert cell.run.distill.trajectory == "original" or cell.run.endpoint_of(0) == EPOCHS
+
+
+def test_cells_read_the_store_of_the_run():
+    """What it keeps stays, so that no other experts are trained."""
+    run = load("runs", "experts.keep=endpoints", f"distill.phases={json.dumps(PHASES[:1])}")
+    (member,) = collapse_members(run, [1], ["shortcut"])
+    assert kept_epochs(member.run) == kept_epochs(run) == (2, 3)
 
 
 def test_tables_of_phases():
     run = load("runs")
-    assert [[(p["start"], p["stop"]) for p in row] for row in table_settings(run, "delta").values()] == [
+    delta, left_out = table_settings(run, "delta")
+    assert not left_out
+    assert [[(p["start"], p["stop"]) for p in row] for row in delta.values()] == [
         [(0, 1), (0, 1)],
         [(0, 1), (1, 2)],
         [(0, 1), (2, 3)],
     ]
-    shift = table_settings(run, "shift")
+    shift, _ = table_settings(run, "shift")
     assert shift["as given"] == [p.model_dump(mode="json") for p in run.distill.phases]
     assert [p["start"] for p in shift["ranges not shifted"]] == [0, 0]
     assert [p["endpoint"] for p in shift["endpoints not shifted"]] == [2, 2]
-    assert list(table_settings(run, "endpoints")) == ["1+2", "2+3"], "3+4 ends past the experts"
-    with pytest.raises(ValueError, match="the run has one; give it two or more"):
-        table_settings(load("runs", f"distill.phases={json.dumps(PHASES[:1])}"), "shift")
-    with pytest.raises(ValueError, match="one of shift, endpoints, delta"):
-        table_settings(run, "sizes")
+    rows, left_out = table_settings(run, "endpoints")
+    assert list(rows) == ["1+2", "2+3"] and left_out == ["3+4"], "it ends past the experts"
+    alike, _ = table_settings(load("runs", f"distill.phases={json.dumps([PHASES[0]] * 2)}"), "endpoints")
+    assert list(alike) == ["1+1", "2+2", "3+3"]
+    original = load("runs", "distill.trajectory=original")
+    assert list(table_settings(original, "shift")[0]) == ["as given", "ranges not shifted"]
+    apart = json.dumps([PHASES[0] | {"start_text": 0, "stop_text": 1}, PHASES[1]])
+    moved, _ = table_settings(load("runs", f"distill.phases={apart}", "distill.starts=independent"), "delta")
+    assert [(p["start_text"], p["stop_text"]) for p in moved["delta 1"]] == [(0, 1), (1, 2)]
+
+
+def test_cells_that_fail_are_told_and_end_with_1(trained):
+    pairs = json.dumps([{**PHASES[0], "pairs": 100}])
+    words = ["--table", "endpoints", "--set", f"distill.phases={pairs}", "--set", "distill.budget=120"]
+    done = CliRunner().invoke(app, ["analyse", "sweep", str(trained / "run.yaml"), *words, "--json", "--quiet"])
+    assert done.exit_code == 1 and "3 of 3 runs failed" in done.stderr and "wants 100 pairs" in done.stderr
+    assert all("wants 100 pairs" in row["error"] for row in json.loads(done.stdout)["rows"])
 
 
 def test_a_table_is_a_sweep(trained):
@@ -175,16 +230,64 @@ def test_the_gradient_is_linear_in_the_start_on_a_straight_path(trained):
         assert abs(ratios[-1] - ratios[-2]) < 0.01 * ratios[-1]
 
 
-def test_a_start_past_the_path_is_refused(trained):
-    done = CliRunner().invoke(app, ["analyse", "linearity", str(trained / "run.yaml"), "--start", "1.95", "--quiet"])
-    assert done.exit_code == 1 and "must lie in 0-2; give another start" in done.stderr
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["linearity", "--start", "1.95"], "must lie in 0-2; give another --start"),
+        (["linearity", "--endpoint", "1"], "must lie in 0-0; give another --start or --endpoint"),
+        (["gradients", "--endpoint", "4"], "asked for shortcuts to epoch 4; give one from 1 to 3"),
+        (["gradients", "--draws", "0"], "--draws"),
+        (["pca", "--endpoint", "2", "--experts", "1", "--draws", "1"], "2 gradients, 3 are needed"),
+        (["collapse", "--epochs", "2,x"], "--epochs 2,x: write whole numbers, such as 2,4,6"),
+        (["collapse", "--epochs", "0,2,4"], "starts below epoch 4 do not fit experts of 3 epochs"),
+        (["collapse", "--trajectories", "orignal"], "no trajectory 'orignal'; give one or both of original, shortcut"),
+        (["sweep", "--table", "sizes"], "no table 'sizes'; give one of shift, endpoints, delta"),
+        (["sweep", "--set", "distill.phases=" + json.dumps(PHASES[:1])], "the run has one; give it two or more"),
+        (["sweep", "--table", "endpoints", "--set", "distill.trajectory=original"], "has no endpoint to move"),
+        (["sweep", "--table", "endpoints", "--set", "experts.keep=endpoints"], "leaves out [1]"),
+        (["collapse", "--set", "distill.budget=2"], "budget 2 is"),
+        (["collapse", "--set", "experts.keep=endpoints"], "original trajectories need every epoch"),
+        (["gradients", "--set", "experts.keep=endpoints"], "experts.keep: all, or look at shortcuts only"),
+        (
+            ["gradients", "--set", "experts.keep=[2,3]", "--shortcut-only", "--endpoint", "1"],
+            "the experts keep epochs [0, 2, 3], asked for shortcuts to 1",
+        ),
+    ],
+)
+def test_what_cannot_be_asked_is_told_before_experts_are_trained(trained, words, told):
+    before = set((trained / "runs" / "experts").iterdir())
+    word, *rest = words
+    done = CliRunner().invoke(app, ["analyse", word, str(trained / "run.yaml"), *rest, "--set", "seed=77", "--quiet"])
+    assert done.exit_code == 2, done.output
+    assert told in " ".join(done.stderr.replace("│", " ").split())
+    assert set((trained / "runs" / "experts").iterdir()) == before
 
 
-def test_stores_that_keep_endpoints_have_shortcuts_only(trained):
-    sets = ["--set", "experts.keep=endpoints"]
-    done = CliRunner().invoke(app, ["analyse", "gradients", str(trained / "run.yaml"), *sets, "--quiet"])
-    assert done.exit_code == 1
-    assert "original trajectories need every epoch" in done.stderr and "experts.keep: all" in done.stderr
-    assert "--shortcut-only" in done.stderr
-    found = say(trained, "gradients", *sets, "--shortcut-only", "--draws", "1")
+def test_stores_that_keep_endpoints_have_shortcuts(trained):
+    found = say(trained, "gradients", "--set", "experts.keep=endpoints", "--shortcut-only", "--draws", "1")
     assert {r["trajectory"] for r in found["rows"]} == {"shortcut"}
+    words = set(re.findall(r"<!-- (.*?) -->", Path(found["files"][2]).read_text()))
+    assert {"start epoch", "cosine", "shortcut: images", "length of the gradient"} <= words
+
+
+def test_norms_and_components_are_those_of_the_gradients(trained):
+    """gradient_norms.csv and pca.csv against gradients taken one by one."""
+    folder = run_folder(load(trained / "runs")) / "analyse"
+    say(trained, "gradients", "--draws", "2")
+    say(trained, "pca", "--draws", "2")
+    with open_pipeline(load(trained / "runs"), Progress(quiet=True)) as pipeline:
+        setting = Setting(pipeline, TRAJECTORIES)
+        for kind in TRAJECTORIES:
+            matcher, first = setting.matcher(kind), setting.initial(setting.probing(kind))
+            found = []
+            for start, expert, d in itertools.product(range(EPOCHS), (0, 1), (0, 1)):
+                drawn = dataclasses.replace(matcher.draw(d), expert=expert, start=start, start_text=start)
+                found.append(matcher.gradient(first, drawn, estimator="first_order").gradient.images.double().flatten())
+            rows = torch.stack(found)
+            norms = [float(r["images"]) for r in rows_of(folder / "gradient_norms.csv") if r["trajectory"] == kind]
+            assert norms == pytest.approx(rows.unflatten(0, (EPOCHS, 4)).mean(1).norm(dim=1).tolist(), rel=1e-4)
+            points = [r for r in rows_of(folder / "pca.csv") if r["trajectory"] == kind]
+            assert [float(p["length"]) for p in points] == pytest.approx(rows.norm(dim=1).tolist(), rel=1e-4)
+            centred = rows - rows.mean(0)
+            slow = (centred @ torch.linalg.svd(centred, full_matrices=False)[2][0]).abs()
+            assert [abs(float(p["first"])) for p in points] == pytest.approx(slow.tolist(), rel=1e-3, abs=1e-5)

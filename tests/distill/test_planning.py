@@ -3,23 +3,30 @@
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from typer.testing import CliRunner
 
 from rmdd import config
-from rmdd.check import examine
-from rmdd.distill.planning import Measured, endpoints, ranges, sizes, with_phases
+from rmdd.check import examine, impossible
+from rmdd.cli import app
+from rmdd.command import load_folder
+from rmdd.distill.planning import Measured, endpoints, key_of, ranges, sizes, with_phases
 from rmdd.experts.train import kept_epochs
 from rmdd.pipeline import open_pipeline
 from rmdd.places import run_folder
 from rmdd.progress import Progress
+from rmdd.searches.trial import Trial
+from rmdd.sweeps import sweep
 from rmdd.verify import verify
 
 # PTM-ST, Table 7, with the odd epochs between their neighbours
@@ -59,11 +66,33 @@ def test_an_early_saturated_teacher_ends_early():
     assert endpoints(published(100), measured(emoji))[:2] == [3, 4]
 
 
+def test_a_phase_ends_later_than_the_one_before_and_where_the_teacher_has_more():
+    flat = [0.0, 50.0, 97.0, 97.0, 98.0, 100.0, 100.0, 99.0, 100.0, 100.0, 100.0]
+    assert endpoints(published(1000, max_phases=6), measured(flat)) == [2, 4, 5], "nothing is gained beyond 5"
+    assert endpoints(published(1000, reach=1.0), measured(flat)) == [5]
+
+
 def test_bent_shortcuts_are_no_endpoints():
     straight = {e: 1 / e for e in range(1, 11)}
     assert endpoints(published(100), measured(FLICKR, straight)) == [4]
     with pytest.raises(ValueError, match=r"no epoch of \[5\] may be an endpoint.*min_straightness"):
         endpoints(published(100), measured(FLICKR, {5: 0.1}))
+
+
+def test_a_budget_without_a_phase_is_told_before_anything_is_made(tmp_path):
+    run = load(tmp_path, "distill.budget=2")
+    (mistake,) = impossible(run)
+    assert "the budget of 2 holds 1 pairs and a phase needs 3; raise distill.budget" in mistake
+    with pytest.raises(ValueError, match="the budget of 2 holds"), open_pipeline(run, Progress(quiet=True)) as pipeline:
+        pipeline.check_budget()
+    done = CliRunner().invoke(app, ["check", _written(run, tmp_path)])
+    assert done.exit_code == 2 and "the budget of 2 holds" in done.stderr
+    assert not (tmp_path / "experts").exists()
+
+
+def test_more_pairs_than_records_are_told_by_what_was_set(tmp_path):
+    with pytest.raises(ValueError, match=r"wants 7\d pairs but the train split has \d+ .* or distill.budget, where"):
+        go(load(tmp_path, "distill.budget=80", "distill.plan.max_phases=1"), "plan")
 
 
 @pytest.mark.parametrize(("budget", "phases"), [(100, 1), (200, 2), (1000, 3)])
@@ -114,6 +143,7 @@ def test_auto_reads_back_and_is_no_phase_list():
         (["distill.plan.endpoints=[4, 12]"], r"endpoints \[12\] lie past the last expert epoch 10"),
         (["distill.phases=autos"], "distill.phases"),
         (["distill.phases=[]", "distill.plan={}"], "give at least one, or auto"),
+        (["distill.phases=auto", "distill.plan=5"], "distill.plan"),
         (["distill.phases=adaptive", "distill.trajectory=original", "experts.keep=all"], "along a straight path"),
         (["experts.keep=[4, 6]", "distill.plan.endpoints=[4, 5]"], r"leaves out \[5, 10\]"),
     ):
@@ -130,6 +160,29 @@ def test_a_plan_keeps_what_may_be_an_endpoint():
     listed = [{"pairs": 90, "endpoint": 5, "iterations": 5}]
     assert kept_epochs(with_phases(few, listed)) == (4, 6, 10), "before and after"
     assert run.hash_of() == with_phases(run, listed).hash_of()
+
+
+def test_a_plan_on_original_trajectories_keeps_all_of_them():
+    run = config.load("flickr30k_ptm_st_100", [*_sets(phases="auto", plan={"endpoints": [4]}, trajectory="original")])
+    assert run.experts.keep == "all"
+
+
+def test_phases_that_are_listed_over_a_plan_are_taken():
+    """A resolved run file has `kind: auto` in its plan."""
+    listed = [{"pairs": 90, "endpoint": 5, "iterations": 5}]
+    run = config.load(published(100).model_dump(), [f"distill.phases={json.dumps(listed)}"])
+    assert run.distill.plan.kind == "stated" and run.distill.phases[0].pairs == 90
+    with pytest.raises(config.ConfigError, match="distill.phases.0.pairs=90"):
+        config.load(published(100).model_dump(), ["distill.phases.0.pairs=90"])
+
+
+def test_a_plan_is_made_anew_when_what_it_follows_from_changes():
+    run = published(100)
+    key = key_of(run, "store")
+    assert key == key_of(config.load(run.model_dump(), ["distill.guard.every=7", "evaluate.epochs=3"]), "store")
+    others = ["distill.plan.agreement=0.5", "distill.budget=90", "distill.steps=3", "seed=5", "experts.num=7"]
+    keys = {key, key_of(run, "another"), *(key_of(config.load(run.model_dump(), [o]), "store") for o in others)}
+    assert len(keys) == 2 + len(others)
 
 
 def test_a_run_without_a_plan_has_the_hash_of_before():
@@ -172,6 +225,11 @@ TINY = {
 
 def load(storage, *overrides):
     return config.load({**copy.deepcopy(TINY), "runtime": {"storage": str(storage), "ray": "off"}}, overrides)
+
+
+def _written(run, folder):
+    (folder / "run.yaml").write_text(config.dump(run))
+    return str(folder / "run.yaml")
 
 
 def go(run, step="all"):
@@ -235,14 +293,107 @@ def test_a_check_says_what_is_foreseen_and_then_what_is_planned(finished, tmp_pa
     assert all(p["done"] for p in done["phases"]) and any("as planned in" in r for r in done["remarks"])
 
 
-def test_a_killed_planned_run_goes_on_with_the_same_bits(finished, tmp_path):
-    run = load(tmp_path / "runs", "distill.checkpoint_every=1")
-    (tmp_path / "run.yaml").write_text(config.dump(run))
-    process = subprocess.Popen([sys.executable, "-m", "rmdd", "distill", str(tmp_path / "run.yaml"), "--quiet"])
-    while process.poll() is None and not list((tmp_path / "runs").glob("phases/*/phase-*/state.safetensors")):
+def test_what_is_foreseen_has_no_more_phases_than_endpoints(tmp_path):
+    assert [p["pairs"] for p in examine(load(tmp_path, "distill.plan.endpoints=[2]"))["phases"]] == [8]
+
+
+def test_a_planned_run_with_a_frozen_tower_can_be_checked(tmp_path):
+    run = load(tmp_path, "model.image.trainable=false")
+    assert examine(run)["time"]["operations"]["distill"] > 0
+
+
+def test_a_plan_that_is_gone_or_broken_is_told(finished, tmp_path):
+    storage = tmp_path / "runs"
+    shutil.copytree(finished, storage)
+    plan = run_folder(load(storage)) / "plan.json"
+    text = plan.read_text()
+    for wrong in (None, text[:50], json.dumps({"phases": 3}), text.replace('"pairs"', '"fairs"')):
+        plan.unlink() if wrong is None else plan.write_text(wrong)
+        faults = verify(str(plan.parent)).faults
+        assert faults and {Path(f.path).name for f in faults} == {"plan.json"}, wrong
+        assert all("made anew" in f.todo for f in faults)
+    plan.unlink()
+    go(load(storage), "plan")
+    assert verify(str(plan.parent)).faults == []
+    assert json.loads(plan.read_text())["phases"] == json.loads(text)["phases"]
+
+
+def test_a_planned_run_moves_with_its_storage(finished, tmp_path):
+    """Plan, phases and students are found where the storage was moved to."""
+    shutil.copytree(finished, tmp_path / "there")
+    run = load_folder(str(tmp_path / "there" / run_folder(load(finished)).name))
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "there").glob("*/*/*/*.safetensors")}
+    plan = (run_folder(run) / "plan.json").stat().st_mtime_ns
+    go(run)
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert (run_folder(run) / "plan.json").stat().st_mtime_ns == plan
+    assert verify(str(tmp_path / "there")).faults == []
+
+
+def test_a_planned_run_in_the_cloud_is_taken_up_by_another_machine(finished, tmp_path):
+    uri = f"file://{tmp_path}/bucket"
+    seen = []
+    for machine in ("one", "other"):
+        run = load(tmp_path, f"runtime.storage={uri}", f"runtime.scratch={tmp_path / machine}")
+        go(run, "plan" if machine == "one" else "distill")
+        told = {p.name: p.read_bytes() for p in (tmp_path / "bucket" / run_folder(run).name).glob("plan*")}
+        assert told.keys() == {"plan.json", "plan.svg", "planned.yaml"}
+        seen.append(told)
+    assert seen[0] == seen[1]
+    assert phase_files(tmp_path / "bucket") == phase_files(finished)
+    assert verify(f"{uri}/{run_folder(run).name}").faults == []
+
+
+def test_planned_runs_make_a_sweep(tmp_path):
+    swept = sweep(load(tmp_path).model_dump(), {"distill.plan.max_phases": [1, 2]}, progress=Progress(quiet=True))
+    assert not swept.failed
+    plans = [json.loads((Path(row["folder"]) / "plan.json").read_text()) for row in swept.runs]
+    assert [len(plan["phases"]) for plan in plans] == [1, 2]
+
+
+def test_a_trial_of_a_search_plans_its_phases(tmp_path):
+    trial = Trial(load(tmp_path, "distill.snapshots=2"))
+    assert [trial.climb()["done"] for _ in range(2)] == [False, True]
+    assert len(list(tmp_path.glob("phases/*/phase-*/set-*"))) == 4
+
+
+def test_a_plan_that_was_changed_by_hand_keeps_to_the_budget(finished, tmp_path):
+    storage = tmp_path / "runs"
+    shutil.copytree(finished, storage)
+    path = run_folder(load(storage)) / "plan.json"
+    plan = json.loads(path.read_text())
+    plan["phases"][0]["pairs"] = 40
+    path.write_text(json.dumps(plan))
+    with pytest.raises(ValueError, match="budget 9 is"):
+        go(load(storage), "plan")
+
+
+def kill_when_begun(run, folder):
+    """Distil in a process of its own, which dies once a phase has a checkpoint."""
+    process = subprocess.Popen([sys.executable, "-m", "rmdd", "distill", _written(run, folder), "--quiet"])
+    while process.poll() is None and not list(run_folder(run).parent.glob("phases/*/phase-*/state.safetensors")):
         time.sleep(0.01)
     if process.poll() is None:
         os.kill(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def test_a_killed_planned_run_goes_on_with_the_same_bits(finished, tmp_path):
+    run = load(tmp_path / "runs", "distill.checkpoint_every=1")
+    kill_when_begun(run, tmp_path)
     go(run, "distill")
     assert phase_files(tmp_path / "runs") == phase_files(finished)
+
+
+def test_a_killed_adaptive_run_goes_on_with_the_same_bits(tmp_path):
+    plan = {"iterations": 12, "min_iterations": 50, "every": 2, "agreement": -1, "experts": 1, "draws": 1, "pace": 0.3}
+    sets = ["distill.phases=adaptive", f"distill.plan={json.dumps(plan)}", "distill.checkpoint_every=1"]
+    whole, killed = (load(tmp_path / name, *sets, "distill.plan.endpoints=[2, 3]") for name in ("whole", "killed"))
+    go(whole, "distill")
+    kill_when_begun(killed, tmp_path)
+    go(killed, "distill")
+    assert phase_files(tmp_path / "killed") == phase_files(tmp_path / "whole") != {}
+    (log,) = (tmp_path / "killed").glob("phases/*/phase-0/metrics.jsonl")
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == list(range(1, 13))
+    assert all(line["low"] <= line["start"] < line["stop"] <= line["endpoint"] - 1 for line in lines)

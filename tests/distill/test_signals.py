@@ -123,6 +123,45 @@ def test_principal_components_are_those_of_the_covariance():
         assert float(shares[c]) == pytest.approx(float(values[k] / values.sum()))
 
 
+@pytest.mark.parametrize("trajectory", ["original", "shortcut"])
+@pytest.mark.parametrize("draws", [{"start_points": "continuous"}, {"start_rule": "inclusive"}])
+def test_every_draw_of_a_probed_run_lies_on_its_path(make, trajectory, draws):
+    """Whatever the starts of the run itself; the engine is settled with a draw."""
+    made = make(probing(method_run("ptm_st", **draws), EPOCHS, trajectory, PAIRS))
+    for i in range(20):
+        made.matcher.segment(made.matcher.draw(i))
+    assert torch.isfinite(probe(made.matcher, made.begun, [0, 2], experts=1).images).all()
+
+
+def test_the_shortcut_of_a_run_with_anchors_is_the_straight_one(make):
+    run = method_run("mct", anchors=3, smooth_anchors=True, phases=[{"pairs": PAIRS, "stop": 2, "endpoint": EPOCHS}])
+    made = make(probing(run, EPOCHS, "shortcut", PAIRS))
+    for t in (1, 2.5):
+        slow = shortcut(made.store, 0, EPOCHS, t)
+        for name, found in made.matcher.path(0).at(t).items():
+            torch.testing.assert_close(found, slow[name], rtol=1e-9, atol=1e-12)
+
+
+def test_a_probe_of_means_holds_one_gradient_a_start(make):
+    made = make(probing(RUN, EPOCHS, "shortcut", PAIRS))
+    every, means = (probe(made.matcher, made.begun, range(3), 2, averaged=a) for a in (False, True))
+    assert means.images.shape[1] == means.texts.shape[1] == means.miss.shape[1] == 1 and every.images.shape[1] == 4
+    for part in ("images", "texts"):
+        torch.testing.assert_close(means.mean(part), every.mean(part))
+    torch.testing.assert_close(means.miss[:, 0], every.miss.mean(dim=1))
+
+
+@pytest.mark.parametrize("width", [1, 4, 100])
+def test_products_of_wide_rows_are_made_in_pieces(monkeypatch, width):
+    monkeypatch.setattr(signals, "COLUMNS", width)
+    rows = torch.randn(4, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 3
+    unit = rows / rows.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(cosine_matrix(rows), unit @ unit.T)
+    places, _ = principal(rows, 3)
+    apart = torch.cdist(rows, rows)
+    torch.testing.assert_close(torch.cdist(places, places), apart)
+
+
 def test_a_probed_run_uses_the_first_experts():
     run = probing(method_run("ptm_st", estimator="exact", start_points="continuous"), 3, "original", PAIRS, 1)
     assert (run.experts.num, run.distill.trajectory) == (1, "original")
