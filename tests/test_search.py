@@ -300,7 +300,8 @@ def test_what_was_half_learned_when_killed_is_learned_once(tmp_path, monkeypatch
         with pytest.raises(ZeroDivisionError):
             Study(base, tmp_path / "s", known)
     with Study(base, tmp_path / "s", known) as study:
-        assert [t.params["distill.lr_image"] for t in study.study.trials] == [1.0, 2.0, 3.0] and begun(study.study) == []
+        assert [t.params["distill.lr_image"] for t in study.study.trials] == [1.0, 2.0, 3.0]
+        assert begun(study.study) == []
 
 
 def test_a_trial_at_work_goes_on_in_a_storage_that_has_moved(tmp_path):

@@ -133,9 +133,7 @@ class Study:
                 if found is not None:
                     return found
         last = begun(self.study)[-1].user_attrs["error"]
-        raise ValueError(
-            f"{TRIES} draws in a row clash with the run file, the last with: {last}; narrow search.space"
-        )
+        raise ValueError(f"{TRIES} draws in a row clash with the run file, the last with: {last}; narrow search.space")
 
     def told(self, name: str, rung: Values) -> bool:
         trial = self.trials[name]
