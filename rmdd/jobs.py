@@ -194,7 +194,7 @@ class InTurn(Executor):
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
-            with _asked_to_stop() as signalled:
+            with asked_to_stop() as signalled:
 
                 def stopped() -> bool:
                     return signalled() | self.hooks.should_stop()
@@ -226,7 +226,7 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
 
 
 @contextlib.contextmanager
-def _asked_to_stop() -> Iterator[Callable[[], bool]]:
+def asked_to_stop() -> Iterator[Callable[[], bool]]:
     """Yield a function that says whether a signal has come; the second one raises `KeyboardInterrupt`."""
     asked = threading.Event()
 

@@ -17,6 +17,7 @@ os.environ.update(
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
         "RAY_DATA_USE_DATASOURCE_V2": "0",
         "RAY_AIR_NEW_OUTPUT": "0",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",
     }
 )
 

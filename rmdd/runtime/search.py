@@ -18,12 +18,11 @@ from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from rmdd import config
-from rmdd.jobs import Climber, Inquiry, Interrupted
+from rmdd.jobs import Climber, Inquiry, Interrupted, asked_to_stop
 from rmdd.runtime.actors import STOP_SECONDS
 from rmdd.runtime.cluster import Resources
 from rmdd.runtime.watch import BEAT_SECONDS, Pulse, Watch
-from rmdd.runtime.worker import require_sight
-from rmdd.storage import is_uri
+from rmdd.runtime.worker import folder_to_see, require_sight
 
 MANY = 10**6
 
@@ -143,16 +142,21 @@ class Judged(FIFOScheduler):
 
 
 class Guarding(tune.Callback):
-    """Kills workers that give no sign of life; Tune begins their trials again."""
+    """Ends the search when it was asked to stop, and workers that give no sign of life; Tune begins their trials again.
 
-    def __init__(self, watch: Any, minutes: float | None, say: Callable[[str], None]):
-        self.watch, self.minutes, self.say = watch, minutes, say
+    A signal that raised wherever it came could be lost in what Ray calls from its own threads.
+    """
+
+    def __init__(self, watch: Any, stopped: Callable[[], bool], minutes: float | None, say: Callable[[str], None]):
+        self.watch, self.stopped, self.minutes, self.say = watch, stopped, minutes, say
         self.looked = time.monotonic()
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune saves its callbacks; this one is never restored
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if self.stopped():
+            raise Interrupted
         if self.minutes is None or time.monotonic() - self.looked < BEAT_SECONDS:
             return
         self.looked = time.monotonic()
@@ -179,14 +183,17 @@ def climb(
     watch = ray.remote(Watch).options(num_cpus=0, max_concurrency=1).remote()
     asking = Asking(inquiry, min(resources.workers(runtime, MANY), most or MANY), watch)
     judged = Judged(asking)
-    folder = None if is_uri(runtime.storage) else Path(runtime.storage).absolute()
+    folder = folder_to_see(runtime, Path(runtime.storage) / "searches")
     given = {"open_climber": open_climber, "threads": runtime.threads, "folder": folder, "watch": watch}
     trainable = tune.with_resources(
         tune.with_parameters(Climbing, **given),
         {"cpu": min(cpus, resources.widest), "gpu": math.ceil(gpus) if gpus > 1 else gpus},
     )
     try:
-        with tempfile.TemporaryDirectory(prefix="rmdd-search-") as place:  # what Tune writes; nothing of it is read
+        with (
+            asked_to_stop() as stopped,
+            tempfile.TemporaryDirectory(prefix="rmdd-search-") as place,  # what Tune writes; nothing of it is read
+        ):
             tune.Tuner(
                 trainable,
                 tune_config=tune.TuneConfig(
@@ -201,7 +208,7 @@ def climb(
                     name="search",
                     storage_path=place,
                     verbose=0,
-                    callbacks=[Guarding(watch, runtime.stall_limit, say)],
+                    callbacks=[Guarding(watch, stopped, runtime.stall_limit, say)],
                     failure_config=tune.FailureConfig(max_failures=runtime.max_restarts),
                     checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 ),

@@ -22,6 +22,7 @@ from rmdd.cli import app
 from rmdd.command import load_folder
 from rmdd.distill.planning import Measured, endpoints, key_of, ranges, sizes, with_phases
 from rmdd.experts.train import kept_epochs
+from rmdd.jobs import Hooks
 from rmdd.pipeline import open_pipeline
 from rmdd.places import run_folder
 from rmdd.progress import Progress
@@ -91,7 +92,7 @@ def test_a_budget_without_a_phase_is_told_before_anything_is_made(tmp_path):
 
 
 def test_more_pairs_than_records_are_told_by_what_was_set(tmp_path):
-    with pytest.raises(ValueError, match=r"wants 7\d pairs but the train split has \d+ .* or distill.budget, where"):
+    with pytest.raises(ValueError, match=r"wants 7\d pairs but the train split has \d+ .*\(or distill.budget, where"):
         go(load(tmp_path, "distill.budget=80", "distill.plan.max_phases=1"), "plan")
 
 
@@ -194,17 +195,32 @@ def test_a_run_without_a_plan_has_the_hash_of_before():
 
 TINY = {
     "name": "tiny",
-    "data": {"source": "scenes", "image_size": 16, "scenes": {"train": 12, "val": 5, "test": 5, "size": 16}},
+    "data": {"source": "scenes", "image_size": 16, "scenes": {"train": 12, "val": 20, "test": 5, "size": 16}},
     "model": {
         "image": {"name": "convnet", "weights": "random:0", "widths": [4], "groups": 2, "projection": "linear"},
         "text": {"name": "hashing", "width": 16, "projection": "linear"},
         "width": 8,
     },
-    "experts": {"num": 2, "epochs": 3, "batch": 16, "augment": {"crop": False, "flip": 0, "randaugment_ops": 0}},
+    "experts": {
+        "num": 2,
+        "epochs": 3,
+        "batch": 16,
+        "lr_image": 0.3,
+        "lr_text": 0.3,
+        "augment": {"crop": False, "flip": 0, "randaugment_ops": 0},
+    },
     "distill": {
         "budget": 9,
         "phases": "auto",
-        "plan": {"iterations": 12, "min_iterations": 5, "min_pairs": 4, "experts": 1, "draws": 1},
+        "plan": {
+            "iterations": 12,
+            "min_iterations": 5,
+            "min_pairs": 4,
+            "experts": 1,
+            "draws": 1,
+            "reach": 0.1,
+            "reach_step": 0.8,  # these experts gain on val in their second and in their third epoch
+        },
         "batch": 3,
         "steps": 2,
         "lr_image": 1.0,
@@ -353,7 +369,7 @@ def test_planned_runs_make_a_sweep(tmp_path):
 
 def test_a_trial_of_a_search_plans_its_phases(tmp_path):
     trial = Trial(load(tmp_path, "distill.snapshots=2"))
-    assert [trial.climb()["done"] for _ in range(2)] == [False, True]
+    assert [trial.climb(Hooks())["done"] for _ in range(2)] == [False, True]
     assert len(list(tmp_path.glob("phases/*/phase-*/set-*"))) == 4
 
 
