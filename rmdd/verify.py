@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from rmdd import config
 from rmdd.artefact.distilled import DESCRIPTION, DistilledSet
+from rmdd.coresets.forgetting import FILE as FORGETTING
 from rmdd.data.shards import MANIFEST, Dataset
 from rmdd.distill.matching import snapshot_iterations
 from rmdd.distill.planning import PLAN, with_phases
@@ -181,6 +182,8 @@ class Verifier:
                 else:
                     names = set(store.shapes) - (set(store.spec["shared"]) if epoch == 0 else set())
                     self._tensors(file, {n: store.shapes[n] for n in names}, again)
+            if FORGETTING in record.get("files", {}):
+                self._checked(folder / FORGETTING, "forgetting", again)
 
     def phase(self, path: Path, phase: config.Phase | None = None, snapshots: int = 1) -> None:
         """Checkpoints, sets and logs; a finished `phase` must have all its snapshots."""
