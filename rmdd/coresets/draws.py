@@ -34,6 +34,6 @@ def smallest(
     return ids[np.lexsort((ids, hashes(ids, seed, what)))][:k]
 
 
-def merged(parts: Sequence[Int64[np.ndarray, " n"]], k: int, seed: int) -> Int64[np.ndarray, " k"]:
+def merged(parts: Sequence[np.ndarray], k: int, seed: int) -> np.ndarray:
     """The draw of k from all that `parts` were drawn from by `smallest`, k or more from each that had as many."""
     return smallest(np.concatenate(list(parts)), k, seed)

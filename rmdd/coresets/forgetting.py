@@ -71,6 +71,7 @@ class Counts:
             tensors, facts = load_checked(path, "forgetting")
         except Damaged as error:
             raise ValueError(f"{path} is damaged ({error}); delete {folder} and train that expert again") from error
+        facts.pop("schema_version", None)
         return cls.of(tensors, facts)
 
     def save(self, folder: Path) -> None:

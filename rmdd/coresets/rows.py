@@ -102,7 +102,7 @@ class Rows:
                     block = buffer[: len(block)].copy_(torch.from_numpy(np.array(block))).numpy()
                 yield slice(first + start, first + start + len(block)), _float32(block)
 
-    def at(self, places: Iterable[int]) -> Float32[np.ndarray, "n D"]:
+    def at(self, places: Sequence[int] | np.ndarray) -> Float32[np.ndarray, "n D"]:
         """Copies of the rows at some places."""
         places = [int(p) for p in places]
         found = np.empty((len(places), self.width), np.float32)

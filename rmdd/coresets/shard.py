@@ -15,6 +15,7 @@ from jaxtyping import Float32, Float64, Int64
 from rmdd.coresets.rows import Rows
 from rmdd.jobs import Here
 
+Ids = Sequence[int] | np.ndarray
 TOLD = 5
 """Ids that an error names."""
 
@@ -77,25 +78,25 @@ class Shard:
         """Of rows that were not dropped, ascending."""
         return np.sort(self.rows.ids[self.kept])
 
-    def drop(self, ids: Iterable[int]) -> None:
+    def drop(self, ids: Ids) -> None:
         """Leave out the rows of `ids` that are here."""
         places = self._places(ids)
         self.kept[places] = self.free[places] = False
 
-    def take(self, ids: Iterable[int]) -> None:
+    def take(self, ids: Ids) -> None:
         self.free[self._places(ids)] = False
 
     def release(self) -> None:
         """Begin anew: nothing is taken, no centre is told."""
         self.free, self._near = self.kept.copy(), None
 
-    def rows_of(self, ids: Sequence[int] | np.ndarray) -> tuple[Int64[np.ndarray, " n"], Float32[np.ndarray, "n D"]]:
+    def rows_of(self, ids: Ids) -> tuple[Int64[np.ndarray, " n"], Float32[np.ndarray, "n D"]]:
         """Those of `ids` that are here, and their rows."""
         places = self._places(ids)
         return self.rows.ids[places], self.rows.at(places)
 
-    def _places(self, ids: Iterable[int]) -> np.ndarray:
-        wanted = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), dtype=np.int64)
+    def _places(self, ids: Ids) -> np.ndarray:
+        wanted = np.asarray(ids, dtype=np.int64)
         if not len(self._sorted):
             return np.zeros(0, np.int64)
         found = np.searchsorted(self._sorted, wanted)
@@ -104,7 +105,7 @@ class Shard:
 
     # -- choosing ------------------------------------------------------------------------------------------------
 
-    def along(self, w: Float64[np.ndarray, " D"], taken: Iterable[int], explicit: bool = False) -> Best | None:
+    def along(self, w: Float64[np.ndarray, " D"], taken: Ids, explicit: bool = False) -> Best | None:
         """The free row with the largest <w, x>, or <w, x> - |x|^2 / 2, after those of `taken` were taken."""
         self.take(taken)
         direction = w.astype(np.float32)
@@ -115,7 +116,7 @@ class Shard:
             best.offer(where, x, value if squares is None else value - squares[where] / 2)
         return best.found
 
-    def nearest(self, point: Float64[np.ndarray, " D"], taken: Iterable[int] = ()) -> Best | None:
+    def nearest(self, point: Float64[np.ndarray, " D"], taken: Ids = ()) -> Best | None:
         """The free row nearest to `point`; its value is minus the squared distance."""
         self.take(taken)
         best = _Search(self)
@@ -123,7 +124,7 @@ class Shard:
             best.offer(where, x, -self._distances(where, x, point.astype(np.float32)))
         return best.found
 
-    def farthest(self, centres: Float32[np.ndarray, "C D"], taken: Iterable[int]) -> Best | None:
+    def farthest(self, centres: Float32[np.ndarray, "C D"], taken: Ids) -> Best | None:
         """The free row farthest from all centres told so far; its value is the squared distance to the nearest."""
         self.take(taken)
         if self._near is None:
