@@ -40,6 +40,7 @@ from rmdd.models.image import build_image_tower, image_identity
 from rmdd.models.text import encoder_identity
 from rmdd.places import device_of
 from rmdd.seeding import generator
+from rmdd.storage import open_storage
 from rmdd.tasks import Item, material
 
 BLOCK = 2048
@@ -239,6 +240,7 @@ class ImageEncoder:
 def trained_expert(item: Item, number: int, train: Material) -> Any:
     """Expert `number` of the run's store after its last epoch, in eval mode."""
     store = Store.open(item.places.store)
+    open_storage(item.run.runtime).fetch(store.folder(number))
     if not store.is_complete(number):
         raise ValueError(
             f"expert {number} is not in the store at {store.path}, which has {store.complete()}; name one of these, or "

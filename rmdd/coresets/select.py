@@ -345,7 +345,9 @@ class Selection:
             assert self.sides is not None
             score = cosines(self.sides, self.items, choice.caption)
             return np.lexsort((np.arange(len(score)), -score)).tolist()
-        counts = Counts.load(Store.open(self.pipeline.item().places.store).folder(choice.expert))
+        folder = Store.open(self.pipeline.item().places.store).folder(choice.expert)
+        self.pipeline.storage.fetch(folder)
+        counts = Counts.load(folder)
         self.facts |= counts.summary()
         records = counts.ranking(choice.never_learned)
         if choice.unit == "record":

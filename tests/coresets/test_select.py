@@ -7,16 +7,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import rmdd
 from rmdd import cli, config
+from rmdd.artefact import distilled
 from rmdd.coresets.subset import Subset
 from rmdd.data.shards import MANIFEST, Dataset
 from rmdd.data.splits import load_split
 from rmdd.files import read_json, sha256_file, write_json
 from rmdd.pipeline import Pipeline
 from rmdd.progress import Progress
+from rmdd.verify import verify
 
 TRAIN, WIDTH = 30, 6
 METHODS = ("random", "herding", "k_center", "medoids", "clip_score", "forgetting")
@@ -93,6 +96,13 @@ def columns(run):
     return np.array(table.column("image.clip").to_pylist()), [
         np.array(t) for t in table.column("text.clip").to_pylist()
     ]
+
+
+def distilled_set():
+    """Two pairs of pictures of 16 x 16: some kilobytes."""
+    two = distilled.Subset(torch.zeros(2, 3, 16, 16), torch.zeros(2, 16), {}, 1.0, 0.1, 0.1, ["a", "b"], ["x", "y"])
+    model = {"image": {"name": "convnet", "weights": "random"}, "text": {"name": "hashing"}, "temperature": 0.07}
+    return distilled.DistilledSet((two,), (0.5,) * 3, (0.5,) * 3, model, "lors", "wbce", {"name": "x", "data": {}})
 
 
 def normal(rows):
@@ -242,7 +252,9 @@ def test_subsets_are_of_their_data(run, train, tmp_path):
         subset.rows(other)
     with pytest.raises(ValueError, match="this subset was chosen from data"):
         Subset(**{**subset.__dict__, "data_hash": "0" * 64}).rows(train)
+    assert verify(str(folder)).faults == []
     write_json(folder / "subset.json", read_json(folder / "subset.json") | {"schema_version": 9})
+    assert len(verify(str(folder)).faults) == 1
     with pytest.raises(ValueError, match="schema version 9"):
         Subset.load(folder)
     with pytest.raises(ValueError, match="holds no subset"):
@@ -265,6 +277,10 @@ def test_the_command_line(storage, run, tmp_path):
     assert told["subset"].startswith(f"{storage}/coresets/tiny-k_center-")
     assert {p.name for p in (storage / "coresets").glob("*/*")} == {"subset.json", "preview.png"}
     assert "pairs of 30 images" in words("--pairs", "3", "--method", "random").stdout
+    small = distilled_set().save(tmp_path / "set")
+    done = words("--method", "random", "--like", str(small), "--json")
+    facts = json.loads(done.stdout)["facts"]
+    assert 0 < facts["bytes"]["total"] <= distilled_set().budget()["total"]["bytes"] < 30 * 1000
     for wrong, told in (
         (["--method", "herding"], "give either pairs or bytes, found neither"),
         (["--method", "clip-score", "--pairs", "3"], "compare an image with its text, which the untrained towers"),
