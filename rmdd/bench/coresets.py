@@ -5,6 +5,7 @@ of its own; the peak is over its PSS, mapped pages of the features counted.
 """
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -91,7 +92,9 @@ def table(found: dict[str, Any]) -> str:
 
 def _measured(task: dict[str, Any]) -> dict[str, Any]:
     words = [sys.executable, "-m", "rmdd.bench.coresets", json.dumps(task)]
-    child = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    threads = str(task["case"]["threads"])
+    limits = {f"{library}_NUM_THREADS": threads for library in ("OMP", "OPENBLAS", "MKL")}
+    child = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env={**os.environ, **limits})
     peak, ended = 0, threading.Event()
 
     def sample() -> None:
@@ -115,32 +118,30 @@ def _run(task: dict[str, Any]) -> dict[str, Any]:
     import resource
 
     import torch
-    from threadpoolctl import threadpool_limits
 
     case, picks = Case(**task["case"]), task["picks"]
     torch.set_num_threads(case.threads)
     seconds: dict[str, float] = {}
-    with threadpool_limits(case.threads):
-        began = time.perf_counter()
-        ranks = here(Rows.open(Path(task["root"])))
-        mu = greedy.mean(ranks, greedy.checked(ranks).largest)
-        seconds["mean"] = round(time.perf_counter() - began, 2)
-        chosen: list[int] = []
-        last = 0.0
-        if task["method"] == "medoids":
-            for k in picks:
-                began = time.perf_counter()
-                chosen = clusters.medoids(here(ranks.parts[0].rows), k, case.seed)
-                seconds[str(k)] = round(time.perf_counter() - began, 2)
-        else:
-            order = _order(task["method"], ranks, mu, case.seed)
-            for best in order:
-                if len(chosen) == picks[-1]:
-                    last = best.value
-                    break
-                chosen.append(best.id)
-                if len(chosen) in picks:
-                    seconds[str(len(chosen))] = round(time.perf_counter() - began, 2)
+    began = time.perf_counter()
+    ranks = here(Rows.open(Path(task["root"])))
+    mu = greedy.mean(ranks, greedy.checked(ranks).largest)
+    seconds["mean"] = round(time.perf_counter() - began, 2)
+    chosen: list[int] = []
+    last = 0.0
+    if task["method"] == "medoids":
+        for k in picks:
+            began = time.perf_counter()
+            chosen = clusters.medoids(here(ranks.parts[0].rows), k, case.seed)
+            seconds[str(k)] = round(time.perf_counter() - began, 2)
+    else:
+        order = _order(task["method"], ranks, mu, case.seed)
+        for best in order:
+            if len(chosen) == picks[-1]:
+                last = best.value
+                break
+            chosen.append(best.id)
+            if len(chosen) in picks:
+                seconds[str(len(chosen))] = round(time.perf_counter() - began, 2)
     error = float(np.linalg.norm(mu - greedy.rows_of(ranks, chosen).astype(np.float64).mean(axis=0)))
     return {
         "seconds": seconds,
