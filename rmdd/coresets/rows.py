@@ -26,7 +26,8 @@ ROWS_PER_FILE = 262_144
 CHUNK_BYTES = 32 * 2**20
 """Of the float32 rows that are worked on at a time."""
 
-Part = tuple[Int64[np.ndarray, " n"], Float[np.ndarray, "n D"]]
+Part = tuple[Int64[np.ndarray, " _"], Float[np.ndarray, "_ _"]]
+"""Ids and their rows; parts differ in how many."""
 
 
 @dataclass(frozen=True, eq=False)
