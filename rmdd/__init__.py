@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rmdd.artefact.distilled import load as load
     from rmdd.config import Run as Run
     from rmdd.config import load as load_config
+    from rmdd.coresets.select import coreset as coreset
     from rmdd.pipeline import run as run
     from rmdd.searches import search as search
     from rmdd.sweeps import sweep as sweep
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Run": ("rmdd.config", "Run"),
+    "coreset": ("rmdd.coresets.select", "coreset"),
     "load": ("rmdd.artefact.distilled", "load"),
     "load_config": ("rmdd.config", "load"),
     "run": ("rmdd.pipeline", "run"),
@@ -31,7 +33,7 @@ _HOME = {
     "sweep": ("rmdd.sweeps", "sweep"),
 }
 
-__all__ = ["Run", "__version__", "load", "load_config", "run", "search", "sweep"]
+__all__ = ["Run", "__version__", "coreset", "load", "load_config", "run", "search", "sweep"]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,7 @@ from rmdd import config
 from rmdd.analyse.cli import analyse
 from rmdd.bench.cli import bench
 from rmdd.command import Debug, Json, Quiet, Sets, Source, do, load, load_folder, outcome, print_json, stop_on_sigterm
+from rmdd.coresets.cli import coreset
 
 if TYPE_CHECKING:
     from rmdd.pipeline import Pipeline
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 app.add_typer(analyse, name="analyse")
+app.command("coreset")(coreset)
 
 
 @app.command()

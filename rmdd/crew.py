@@ -10,13 +10,29 @@ from typing import Any
 
 from rmdd import config
 from rmdd.experts import feed
-from rmdd.jobs import Climber, Executor, Inquiry, InTurn, Mapper, Stream, Values, in_turn, time_limit
+from rmdd.jobs import (
+    Climber,
+    Executor,
+    Inquiry,
+    InTurn,
+    Mapper,
+    OpenRanks,
+    Ranks,
+    Stream,
+    Values,
+    in_turn,
+    ranks_here,
+    time_limit,
+)
 from rmdd.lease import held
 from rmdd.progress import Progress
 from rmdd.storage import address_of, is_uri, open_storage, root_of
 
 ENCODERS = 64
 """Encoders of captions side by side at most; `runtime.workers` and the cluster's size bound them too."""
+
+RANKS = 64
+"""Ranks that hold the rows of a coreset at most."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +50,8 @@ class Crew:
     """Reads the pictures of experts that are not cached; None: who trains them."""
     climbers: Callable[[Inquiry, Callable[[Any], Climber], int | None], None] | None = None
     """Climb side by side, so many at most, in a run of Ray Tune."""
+    ranks: OpenRanks = ranks_here
+    """Hold the rows that a coreset is chosen from."""
 
 
 @contextlib.contextmanager
@@ -95,11 +113,20 @@ def open_crew(runtime: config.Runtime, events: Path, progress: Progress) -> Iter
                     executor.rest()
                     climb(inquiry, open_climber, runtime, executor.resources, most, progress.say)
 
+                @contextlib.contextmanager
+                def ranks(make: Callable[[int, int], Any], size: int | None = None) -> Iterator[Ranks]:
+                    from rmdd.runtime.coresets import ranks_of_actors
+
+                    executor.rest()
+                    count = size or resources.workers(runtime, RANKS)
+                    with ranks_of_actors(make, count, cpus, runtime.threads) as found:
+                        yield found
+
                 restarts, crew = runtime.max_restarts, Crew(executor, fleet=fleet, climbers=climbers)
                 crew = replace(crew, readers=alone(over_tasks(min(runtime.reader_cpus, resources.widest), restarts)))
                 if not is_uri(runtime.storage):  # workers that hold CPUs may hold them all
                     crew = replace(crew, stream=functools.partial(ray_stream, cpus=1 if gpus and not cpus else 0))
                 if not is_uri(runtime.storage) or (resources.nodes == 1 and not resources.grows):
                     over = over_actors(resources.workers(runtime, ENCODERS), cpus, gpus, restarts)
-                    crew = replace(crew, encoders=alone(over))
+                    crew = replace(crew, encoders=alone(over), ranks=ranks)
                 yield crew

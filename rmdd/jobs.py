@@ -120,6 +120,40 @@ class Inquiry(Protocol):
         ...
 
 
+class Lost(RuntimeError):
+    """One of some ranks died, and what it held is gone."""
+
+
+@runtime_checkable
+class Ranks(Protocol):
+    """Who each hold a part of something, and are asked together."""
+
+    def ask(self, what: str, *given: Any) -> list[Any]:
+        """What the method `what` of every part returns, in the order of ranks. Raises `Lost`."""
+        ...
+
+
+@dataclass
+class Here(Ranks):
+    """All parts in this process."""
+
+    parts: Sequence[Any]
+
+    def ask(self, what: str, *given: Any) -> list[Any]:
+        return [getattr(part, what)(*given) for part in self.parts]
+
+
+OpenRanks = Callable[[Callable[[int, int], Any], int | None], contextlib.AbstractContextManager[Ranks]]
+"""Opens so many ranks (None: as many as do well); each makes its part from its number and their number."""
+
+
+@contextlib.contextmanager
+def ranks_here(make: Callable[[int, int], Any], size: int | None = None) -> Iterator[Ranks]:
+    """`OpenRanks` in this process."""
+    count = size or 1
+    yield Here([make(rank, count) for rank in range(count)])
+
+
 @dataclass(frozen=True)
 class Spared:
     """The task, which returns why it failed where it fails: one item does not stop the others."""

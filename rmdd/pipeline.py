@@ -28,7 +28,7 @@ from rmdd.experts import feed
 from rmdd.experts.store import Store
 from rmdd.experts.train import begin_store
 from rmdd.files import atomic_path, read_json, write_json
-from rmdd.jobs import Executor, Failed, Interrupted, Mapper, Spared, Stream, Task, in_turn
+from rmdd.jobs import Executor, Failed, Interrupted, Mapper, OpenRanks, Spared, Stream, Task, in_turn, ranks_here
 from rmdd.models.text import embed, encoder_identity, text_width
 from rmdd.places import Places, device_of, places_of, protocol_of, run_folder
 from rmdd.progress import Progress, watched
@@ -51,7 +51,7 @@ class Pipeline:
     """The steps of one run over one executor and two streams. Use `open_pipeline`, which brings them.
 
     `fleet` makes the executor of experts from the name of their store, `stream` reads their pictures where they are
-    not cached; without them experts are items like others, and read for themselves.
+    not cached; without them experts are items like others, and read for themselves. `ranks` hold rows of features.
     """
 
     def __init__(
@@ -63,12 +63,13 @@ class Pipeline:
         encoders: Stream = in_turn,
         fleet: Callable[[str], Mapper] | None = None,
         stream: feed.Stream | None = None,
+        ranks: OpenRanks = ranks_here,
     ):
         run = run.model_copy(update={"runtime": anchored(run.runtime)})
         run = with_phases(run, []) if run.distill.plan.plans else run  # they are in the plan that lies there
         self.run, self.executor, self.progress = run, executor, progress
         self.readers, self.encoders = readers, encoders
-        self.fleet, self.stream = fleet, stream
+        self.fleet, self.stream, self.ranks = fleet, stream, ranks
         self.splits: tuple[str, ...] = ("train", "val", "test")
         self.storage = open_storage(run.runtime)
         self.folder = run_folder(run)
@@ -83,7 +84,7 @@ class Pipeline:
         size, fleet = run.experts.gang.workers, None
         if crew.fleet is not None and (size > 1 or run.runtime.fleet == "train"):
             fleet = functools.partial(crew.fleet, size=size)
-        return cls(run, crew.executor, progress, crew.readers, crew.encoders, fleet, crew.stream)
+        return cls(run, crew.executor, progress, crew.readers, crew.encoders, fleet, crew.stream, crew.ranks)
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -278,7 +279,16 @@ class Pipeline:
 
     def material(self, split: str) -> Material:
         """A split with its embeddings."""
-        return material(self._item(self.ingest()), split)
+        return material(self.item(), split)
+
+    def item(self) -> Item:
+        """What a task of this run is given."""
+        return self._item(self.ingest())
+
+    def embed(self, split: str) -> Material:
+        """Embed the captions of a split by the crew, where they are not; returns `material(split)`."""
+        self._embed(self.ingest(), split)
+        return self.material(split)
 
     # -- parts ---------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from rmdd.files import clearly, is_temporary, register, remove, sweep, temporary
 from rmdd.lease import Cell, LocalCell, lock_of
 from rmdd.remote import Remote, RemoteCell, Stamp
 
-MARKERS = ("manifest.json", "store.json", "expert.json", "set.json")
+MARKERS = ("manifest.json", "store.json", "expert.json", "set.json", "subset.json")
 """They say that a folder is whole, so they come last and go first."""
 
 LOCAL_ONLY = ("cache",)

@@ -18,6 +18,9 @@ from safetensors.torch import load_file
 
 from rmdd import config
 from rmdd.artefact.distilled import DESCRIPTION, DistilledSet
+from rmdd.coresets.forgetting import FILE as FORGETTING
+from rmdd.coresets.subset import DESCRIPTION as SUBSET
+from rmdd.coresets.subset import Subset
 from rmdd.data.shards import MANIFEST, Dataset
 from rmdd.distill.matching import snapshot_iterations
 from rmdd.distill.planning import PLAN, with_phases
@@ -85,6 +88,8 @@ class Verifier:
             self.store(path)
         elif (path / DESCRIPTION).is_file():
             self.distilled(path)
+        elif (path / SUBSET).is_file():
+            self.subset(path)
         elif (path / "run.yaml").is_file():
             self.run(path)
         elif (path / "sweep.json").is_file():
@@ -120,6 +125,8 @@ class Verifier:
             self._json(record, "delete it and run again: it is made anew")
         for file in sorted(path.glob("searches/*/search.json")):
             self.search(file.parent)
+        for file in sorted(path.glob(f"coresets/*/{SUBSET}")):
+            self.subset(file.parent)
         for file in sorted(path.glob("*/run.yaml")):
             self.run(file.parent)
         for file in sorted(path.glob("sweeps/*/sweep.json")):
@@ -187,6 +194,14 @@ class Verifier:
                 else:
                     names = set(store.shapes) - (set(store.spec["shared"]) if epoch == 0 else set())
                     self._tensors(file, {n: store.shapes[n] for n in names}, again)
+            if FORGETTING in record.get("files", {}):
+                self._checked(folder / FORGETTING, "forgetting", again)
+
+    def subset(self, path: Path) -> None:
+        """A coreset can be read."""
+        if self._begin(path):
+            with self._told(path / SUBSET, f"delete {self.storage.address(path)} and choose it again"):
+                Subset.load(path)
 
     def phase(self, path: Path, phase: config.Phase | None = None, snapshots: int = 1) -> None:
         """Checkpoints, sets and logs; a finished `phase` must have all its snapshots."""

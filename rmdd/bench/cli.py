@@ -10,7 +10,7 @@ from rmdd.command import Debug, Json, Quiet, Sets, Source, do, load, outcome, pr
 if TYPE_CHECKING:
     from rmdd.pipeline import Pipeline
 
-bench = typer.Typer(help="Measure the engine of matching, fleets, ingest.", no_args_is_help=True, rich_markup_mode=None)
+bench = typer.Typer(help="Measure matching, fleets, ingest, coresets.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @bench.command("step")
@@ -159,3 +159,32 @@ def bench_ingest(
             print_json(found)
         else:
             typer.echo(ingest.table(found))
+
+
+@bench.command("coresets")
+def bench_coresets(
+    rows: Annotated[int, typer.Option(help="Features to generate.")] = 1_000_000,
+    width: Annotated[int, typer.Option(help="Numbers in each.")] = 384,
+    dtype: Annotated[str, typer.Option(help="float32 or float16, on disk.")] = "float32",
+    picks: Annotated[str, typer.Option(help="Sizes of the coresets.")] = "100,500",
+    methods: Annotated[str, typer.Option(help="Of herding, k_center, medoids.")] = "herding,k_center",
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    folder: Annotated[Path | None, typer.Option(help="Where features lie and stay; default: a temporary one.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time herding and k-center over generated features on disk, and their memory."""
+    with outcome(debug):
+        import tempfile
+
+        from rmdd.bench import coresets
+
+        case = coresets.Case(rows=rows, width=width, dtype=dtype, threads=threads)
+        sizes, chosen = [int(k) for k in picks.split(",")], methods.split(",")
+        with tempfile.TemporaryDirectory() as temporary:
+            found = coresets.bench_coresets(case, sizes, folder or Path(temporary), chosen, out)
+        if json:
+            print_json(found)
+        else:
+            typer.echo(coresets.table(found))

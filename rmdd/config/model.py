@@ -141,6 +141,11 @@ class Experts(Section):
     dtype: Literal["float32", "bfloat16-delta"] = Field(
         "float32", description="bfloat16-delta stores the difference to epoch 0 at half the size"
     )
+    forgetting: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="records of a fixed pool that all are scored against after every epoch, to count forgetting events "
+        "for a coreset (1000 to 4000); 0: not counted; changes no number of an expert",
+    )
     seed: int | None = Field(None, description="null: the run's seed")
 
     def clashes(self) -> list[str]:
@@ -166,4 +171,6 @@ class Experts(Section):
             exclude.add("shuffle")
         if self.gang.workers == 1:
             exclude.add("gang")
+        if not self.forgetting:
+            exclude.add("forgetting")
         return self.model_dump(mode="json", exclude=exclude)

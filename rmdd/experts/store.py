@@ -4,6 +4,7 @@
     theta-0.safetensors             what every expert starts from: the image tower, where it is pretrained
     expert-003/epoch-0006.safetensors
     expert-003/expert.json          per-epoch metrics, step norms, bytes and SHA-256 of each file; says "complete"
+    expert-003/forgetting.safetensors  counts of forgetting events, where experts.forgetting asked for them
     expert-003/running.safetensors  the last finished epoch of an expert still in training
 
 Every file is written under a temporary name and renamed. Reading one checkpoint touches only its file and,
@@ -235,6 +236,8 @@ class Writer:
         self.files: dict[str, dict[str, Any]] = {}
         self._previous: Params = {}
         self.momentum: Params = {}
+        self.counts: Params = {}
+        """What is counted while it trains, as it was after the last finished epoch."""
         if store.is_complete(expert):
             raise ValueError(
                 f"expert {expert} of the store at {store.path} is complete; delete {self.folder} to train it again"
@@ -253,13 +256,20 @@ class Writer:
         self.files = state.get("files", {})
         self._previous = {n: tensors[n] for n in self.store.shapes}
         self.momentum = {n.removeprefix("momentum/"): t for n, t in tensors.items() if n.startswith("momentum/")}
+        self.counts = {n.removeprefix("counts/"): t for n, t in tensors.items() if n.startswith("counts/")}
 
     @property
     def params(self) -> Params:
         """Parameters after the last finished epoch."""
         return self._previous
 
-    def add(self, params: Params, metrics: Mapping[str, Any], momentum: Params | None = None) -> None:
+    def add(
+        self,
+        params: Params,
+        metrics: Mapping[str, Any],
+        momentum: Params | None = None,
+        counts: Params | None = None,
+    ) -> None:
         """Record the state after the next epoch (the first call: before training).
 
         Raises `ValueError` on non-finite parameters, before anything is written.
@@ -275,9 +285,11 @@ class Writer:
             self._write(epoch, params)
         self.metrics.append({"epoch": epoch, **metrics})
         self.epoch, self._previous, self.momentum = epoch, params, dict(momentum or {})
+        self.counts = dict(counts or {})
         state = {"epoch": epoch, "norms": self.norms, "metrics": self.metrics, "files": self.files}
         buffers = {f"momentum/{n}": t for n, t in self.momentum.items()}
-        save_checked(self.running, {**params, **buffers}, "state", state)
+        counted = {f"counts/{n}": t for n, t in self.counts.items()}
+        save_checked(self.running, {**params, **buffers, **counted}, "state", state)
 
     def check_finite(self, params: Params) -> None:
         """Raise `ValueError` when the parameters after the next epoch are no numbers."""
@@ -298,6 +310,10 @@ class Writer:
         path = self.store._file(self.expert, epoch)
         with atomic_path(path) as temporary:
             save_file(params, temporary)
+        self.enter(path)
+
+    def enter(self, path: Path) -> None:
+        """Name a file of the expert in its record."""
         self.files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
     def _check_shared(self, params: Params) -> None:

@@ -5,6 +5,7 @@ targets, plain SGD. Two captions of one image in a batch count as negatives of e
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmdd import config
+from rmdd.coresets import forgetting
 from rmdd.data.images import normalise
 from rmdd.data.material import Material
 from rmdd.evaluate.students import score
@@ -125,14 +127,17 @@ def train_expert(
     if writer and done >= 0:
         model.load_trained(writer.params)
     learner = team.learner(model, rule, writer.momentum if writer else {}, device)
+    watch = Watch.of(run, train, writer.counts if writer else {}) if rule.forgetting else None
 
     def record(metrics: dict[str, Any], momentum: Params) -> None:
         params = learner.trained()
         if writer:
             writer.check_finite(params)
         metrics["val"] = score(model, val, device, run.evaluate.chunk).mean
+        if watch and done >= 0:
+            watch.visit(model, device, done + 1)
         if writer:
-            writer.add(params, metrics, momentum)
+            writer.add(params, metrics, momentum, watch.counts.tensors() if watch else None)
 
     if done < 0:
         record({}, {})
@@ -148,8 +153,31 @@ def train_expert(
         if writer:
             on_epoch({"expert": expert, **writer.metrics[-1]})
     if writer:
+        if watch:
+            watch.counts.save(writer.folder)
+            writer.enter(writer.folder / forgetting.FILE)
         writer.finish()
     return True
+
+
+class Watch:
+    """Counts what an expert forgets; see `rmdd.coresets.forgetting`. Training does not notice."""
+
+    def __init__(self, train: Material, pool: np.ndarray, counts: forgetting.Counts):
+        self.train, self.pool, self.counts = train, pool, counts
+
+    @classmethod
+    def of(cls, run: config.Run, train: Material, counted: Params) -> "Watch":
+        """Goes on from what was `counted`."""
+        records = len(train.split.image_of)
+        pool = forgetting.pool_of(train.split.image_of, run.experts.forgetting, run.seed_of("experts"))
+        facts = {"pool": len(pool), "epochs": run.experts.epochs, "records": records}
+        counts = forgetting.Counts.of(counted) if counted else forgetting.Counts.new(records)
+        return cls(train, pool, replace(counts, facts=facts))
+
+    def visit(self, model: DualEncoder, device: torch.device, epoch: int) -> None:
+        lead = forgetting.margins(model, self.train, self.pool, device)
+        self.counts = self.counts.visited(epoch, lead > forgetting.MARGIN, lead)
 
 
 def _pass(

@@ -1,0 +1,90 @@
+"""What is asked of a coreset."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from rmdd.config import Run
+from rmdd.config.numbers import PositiveInt
+from rmdd.runfile import Section
+
+POOL = 1000
+"""Records that forgetting is counted against where `experts.forgetting` does not say."""
+BY_FEATURES = ("herding", "k_center", "medoids", "clip_score")
+
+Method = Literal["random", "herding", "k_center", "forgetting", "medoids", "clip_score"]
+Unit = Literal["image", "record"]
+Space = Literal["joint", "image", "text", "sum"]
+
+
+class Choice(Section):
+    """A method, how much it may choose, and what it looks at. Give `pairs` or `bytes`."""
+
+    method: Method = Field("herding", description="how pairs are chosen")
+    pairs: Annotated[int, Field(ge=0)] | None = Field(None, description="pairs to choose")
+    bytes: PositiveInt | None = Field(None, description="as many as fit, as encoded images and captions")
+    seed: int | None = Field(None, description="null: the run's seed")
+    unit: Unit = Field("image", description="image: at most one caption of an image; record: any caption records")
+    caption: Literal["mean", "seeded"] = Field(
+        "mean", description="text of an image: the mean over its captions, or the one that is drawn to go with it"
+    )
+    encoder: str = Field(
+        "tower",
+        pattern=r"^(tower|expert(:\d+)?|columns:[^/\\]+)$",
+        description="tower: the run's towers untrained by pairs, no projection; expert:N: expert N of the store; "
+        "columns:NAME: the columns image.NAME and text.NAME of the dataset",
+    )
+    space: Space = Field("joint", description="joint: both sides end to end; sum: the sum of both, for one width")
+    dtype: Literal["float32", "float16"] = Field("float32", description="of the features on disk")
+    draw: Literal["permutation", "hash"] = Field("permutation", description="random: of all items, or smallest hashes")
+    start: Literal["random", "mean"] = Field("random", description="k_center: first item, drawn or nearest the mean")
+    clusters: Annotated[int, Field(ge=0)] = Field(0, description="choose within so many k-means clusters; 0: in all")
+    quota: Literal["equal", "proportional", "sqrt"] = Field("equal", description="share of a cluster, by its size")
+    guard: Literal["none", "centroids", "cosine"] = Field(
+        "none", description="first drop items far from 1,000 k-means centroids, or with a low image-text cosine"
+    )
+    guard_share: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="share that a guard drops")
+    expert: Annotated[int, Field(ge=0)] = Field(0, description="forgetting: of which expert of the store")
+    never_learned: Literal["first", "last", "exclude"] = Field(
+        "last", description="forgetting: where records go that were never found; first is the published rule"
+    )
+
+    def clashes(self) -> list[str]:
+        found = []
+        if (self.pairs is None) == (self.bytes is None):
+            found.append("give either pairs or bytes, found " + ("neither" if self.pairs is None else "both"))
+        if self.clusters and self.method == "medoids":
+            found.append("medoids are one of each cluster already; leave clusters out")
+        cosines = [f"method {self.method}"] if self.method == "clip_score" else []
+        cosines += ["guard cosine"] if self.guard == "cosine" else []
+        if cosines and self.encoder == "tower":
+            found.append(
+                f"{' and '.join(cosines)} compare an image with its text, which the untrained towers do not bring "
+                "together; set encoder to columns:NAME (CLIP features of the dataset) or expert:N"
+            )
+        return found
+
+    @property
+    def needs_features(self) -> bool:
+        return self.method in BY_FEATURES or self.clusters > 0 or self.guard != "none"
+
+    def options(self) -> dict[str, Any]:
+        """The fields that have an effect beside method, size, seed and unit."""
+        used = []
+        if self.needs_features:
+            used += ["encoder", "space", "dtype"] + (["caption"] if self.unit == "image" else [])
+        used += {"random": ["draw"], "k_center": ["start"], "forgetting": ["expert", "never_learned"]}.get(
+            self.method, []
+        )
+        used += ["clusters", "quota"] if self.clusters else []
+        used += ["guard", "guard_share"] if self.guard != "none" else []
+        return {name: getattr(self, name) for name in used}
+
+    def prepared(self, run: Run) -> Run:
+        """The run with an expert that is watched for what it forgets, where that is asked for and it has none."""
+        if self.method != "forgetting" or run.experts.forgetting:
+            return run
+        watched = {"forgetting": POOL, "num": self.expert + 1}
+        return run.model_copy(update={"experts": run.experts.model_copy(update=watched)})

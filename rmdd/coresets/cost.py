@@ -1,0 +1,56 @@
+"""What real pairs cost: bytes as an encoded image and a sentence, and parameters as a student sees them.
+
+An image that goes with two captions is counted once in bytes, and twice in parameters, as the papers count pairs.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from jaxtyping import Int64
+
+from rmdd.artefact.budget import pair_parameters
+from rmdd.data.splits import Split
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Bytes of every image as it lies in the shards, and of every caption in UTF-8."""
+
+    images: Int64[np.ndarray, " N"]
+    captions: Int64[np.ndarray, " T"]
+    image_of: Int64[np.ndarray, " T"]
+
+    @classmethod
+    def of(cls, split: Split) -> "Costs":
+        sizes = []
+        for shard in split.dataset.manifest["shards"]:
+            if shard["split"] == split.name:
+                with pq.ParquetFile(split.dataset.path / shard["file"]) as file:
+                    for batch in file.iter_batches(batch_size=64, columns=["image"]):
+                        sizes.append(pc.binary_length(batch.column("image")).to_numpy(zero_copy_only=False))
+        images = np.concatenate(sizes).astype(np.int64)[split.rows]
+        return cls(images, np.array([len(c.encode()) for c in split.captions], np.int64), split.image_of)
+
+    def bytes_of(self, records: Sequence[int]) -> dict[str, int]:
+        images = int(self.images[np.unique(self.image_of[list(records)])].sum()) if records else 0
+        captions = int(self.captions[list(records)].sum()) if records else 0
+        return {"images": images, "captions": captions, "total": images + captions}
+
+    def within(self, records: Iterable[int], limit: int) -> Iterator[int]:
+        """Records in their order, until the next does not fit `limit` bytes."""
+        seen: set[int] = set()
+        for record in records:
+            image = int(self.image_of[record])
+            limit -= int(self.captions[record]) + (0 if image in seen else int(self.images[image]))
+            if limit < 0:
+                return
+            seen.add(image)
+            yield record
+
+
+def parameters(pairs: int, image_size: int, text_width: int) -> int:
+    """Numbers that so many pairs are to a student."""
+    return pairs * pair_parameters(image_size, text_width)

@@ -1,0 +1,353 @@
+"""What items look like: embeddings of both sides by a fixed encoder, and the space that they are compared in.
+
+    joint  normalise([normalise(u); normalise(v)])     squared distance = mean of those of both sides
+    image  normalise(u)        text  normalise(v)
+    sum    normalise(normalise(u) + normalise(v))
+
+Everything is computed once and kept in the run's cache under the hash of what shaped it; see `rmdd.coresets.rows`.
+N images, T captions, D features.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Float32, Int64
+
+from rmdd import config
+from rmdd.coresets.choice import Choice, Unit
+from rmdd.coresets.draws import hashes
+from rmdd.coresets.rows import DESCRIPTION, SCHEMA_VERSION, Part, Rows, write_rows
+from rmdd.coresets.shard import TOLD
+from rmdd.data.captions import clean
+from rmdd.data.images import normalise
+from rmdd.data.material import Material
+from rmdd.data.splits import Split
+from rmdd.experts.store import Store
+from rmdd.experts.train import expert_model
+from rmdd.files import atomic_path, write_json
+from rmdd.jobs import Stream, Values
+from rmdd.lease import held
+from rmdd.models.image import build_image_tower, image_identity
+from rmdd.models.text import encoder_identity
+from rmdd.places import device_of
+from rmdd.seeding import generator
+from rmdd.storage import open_storage
+from rmdd.tasks import Item, material
+
+BLOCK = 2048
+"""Images that are encoded, kept and handed to a worker together."""
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class Items:
+    """What is chosen from: item i shows image `image_of[i]` and returns record `record_of[i]`."""
+
+    unit: Unit
+    image_of: Int64[np.ndarray, " items"]
+    record_of: Int64[np.ndarray, " items"]
+
+    @classmethod
+    def of(cls, split: Split, unit: Unit, seed: int) -> "Items":
+        """Records, or images with one caption each, drawn by hash."""
+        if unit == "record":
+            return cls(unit, split.image_of, np.arange(len(split.image_of)))
+        numbers = np.arange(len(split))
+        first, stop = np.searchsorted(split.image_of, [numbers, numbers + 1])
+        drawn = hashes(numbers, seed, "coreset caption") % (stop - first).astype(np.uint64)
+        return cls(unit, numbers, first + drawn.astype(np.int64))
+
+    def __len__(self) -> int:
+        return len(self.image_of)
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Image rows (N, ...) and text rows (T, ...) of an encoder, as it gives them."""
+
+    images: Rows
+    texts: Rows
+    split: Split
+
+    def blocks(self, items: Items, caption: str) -> Iterator[tuple[Int64[np.ndarray, " n"], np.ndarray, np.ndarray]]:
+        """Ids of items, and both their sides at unit length. Raises `ValueError` that names pairs without features."""
+        split = self.split
+        for start in range(0, len(items), BLOCK):
+            ids = np.arange(start, min(start + BLOCK, len(items)))
+            images = items.image_of[ids]
+            low, high = int(images[0]), int(images[-1]) + 1
+            u = unit(_read(self.images, low, high), split, np.arange(low, high), "image")[images - low]
+            if items.unit == "record":
+                yield ids, u, unit(_read(self.texts, start, start + len(ids)), split, images, "text")
+                continue
+            first, stop = np.searchsorted(split.image_of, [low, high])
+            v = unit(_read(self.texts, int(first), int(stop)), split, split.image_of[first:stop], "text")
+            if caption == "seeded":
+                yield ids, u, v[items.record_of[ids] - first]
+            else:
+                begins = np.searchsorted(split.image_of[first:stop], images)
+                yield ids, u, unit(np.add.reduceat(v, begins, axis=0), split, images, "mean text")
+
+
+def features(
+    item: Item, train: Material, items: Items, choice: Choice, stream: Stream
+) -> tuple[Rows, dict[str, Any], Sides, Path]:
+    """The rows of all items in the space asked for, what they are, their sides, and the folder of the rows."""
+    identity = {"data": train.split.dataset.hash, **encoder_facts(item, choice.encoder)}
+    sides = _sides(item, train, choice.encoder, identity, stream)
+    about: dict[str, Any] = {"space": choice.space, "unit": choice.unit, "dtype": choice.dtype, **identity}
+    if choice.unit == "image":
+        about["caption"] = choice.caption
+        about |= {"draw": config.hash_value(items.record_of.tolist())} if choice.caption == "seeded" else {}
+    folder = item.places.cache / f"features-{config.hash_value(about)}"
+    with held(folder, wait=True):
+        if not (folder / DESCRIPTION).is_file():
+            blocks = _in_space(sides, items, choice)
+            first = next(blocks)
+            write_rows(folder, itertools.chain([first], blocks), first[1].shape[1], choice.dtype, about)
+    return Rows.open(folder), about, sides, folder
+
+
+def cosines(sides: Sides, items: Items, caption: str) -> Float32[np.ndarray, " items"]:
+    """Of image and text of every item. Raises `ValueError` when they do not lie in one space."""
+    if sides.images.width != sides.texts.width:
+        widths = f"{sides.images.width} and {sides.texts.width}"
+        raise ValueError(f"image and text features of {widths} numbers have no cosine; use columns:NAME or expert:N")
+    return np.concatenate([np.vecdot(u, v) for _, u, v in sides.blocks(items, caption)])
+
+
+def unit(rows: np.ndarray, split: Split, images: np.ndarray, what: str) -> Float32[np.ndarray, "n D"]:
+    """Rows at unit length; the row of image `images[i]` is named when it cannot be brought there."""
+    rows = np.ascontiguousarray(rows, dtype=np.float32)
+    largest = np.abs(rows).max(axis=1, keepdims=True)
+    bad = ~np.isfinite(largest[:, 0]) | (largest[:, 0] == 0)
+    if bad.any():
+        named = list(dict.fromkeys(split.pair_ids[int(i)] for i in images[bad]))
+        raise ValueError(
+            f"{int(bad.sum())} {what} features are zero or not finite (first pairs: {', '.join(named[:TOLD])}); leave "
+            "these pairs out of the dataset, or use another encoder"
+        )
+    rows = rows / largest  # so that no length under- or overflows
+    return rows / np.sqrt(np.vecdot(rows, rows))[:, None]
+
+
+def _read(rows: Rows, start: int, stop: int) -> Float32[np.ndarray, "n D"]:
+    return np.concatenate([x.copy() for _, x in rows.between(start, stop).chunks()])
+
+
+def _in_space(sides: Sides, items: Items, choice: Choice) -> Iterator[Part]:
+    for ids, u, v in sides.blocks(items, choice.caption):
+        rows = _combined(choice.space, u, v)
+        yield ids, unit(rows, sides.split, items.image_of[ids], choice.space) if choice.space == "sum" else rows
+
+
+def _combined(space: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    if space == "joint":
+        return np.concatenate([u, v], axis=1) * np.float32(0.5**0.5)
+    if space == "sum":
+        if u.shape[1] != v.shape[1]:
+            raise ValueError(
+                f"space sum adds image features of {u.shape[1]} to text features of {v.shape[1]} numbers; use joint, "
+                "or an encoder with one width (expert:N, columns:NAME)"
+            )
+        return u + v
+    return u if space == "image" else v
+
+
+# -- encoders --------------------------------------------------------------------------------------------------------
+
+
+def encoder_facts(item: Item, encoder: str) -> dict[str, Any]:
+    """What decides the features of an encoder, but for the data."""
+    run = item.run
+    view = {"image_size", "normalise", "captions", "background", "exif_orientation"}
+    kind, _, name = encoder.partition(":")
+    facts: dict[str, Any] = {
+        "encoder": f"expert:{name or 0}" if kind == "expert" else encoder,
+        "device": device_of(run).type,
+        "view": run.data.model_dump(mode="json", include=view),
+    }
+    if kind == "expert":
+        return facts | {"store": item.places.store.name, "epoch": run.experts.epochs}
+    if kind == "tower":
+        image = run.model.image
+        facts |= {"image": image_identity(image), "tower": image.model_dump(mode="json", exclude={"projection"})}
+        facts |= {"text": encoder_identity(run.model.text), "texts": run.model.text.model_dump(mode="json")}
+        return facts | ({"seed": run.seed_of("experts")} if image.weights == "random" else {})
+    return facts
+
+
+def _sides(item: Item, train: Material, encoder: str, identity: dict[str, Any], stream: Stream) -> Sides:
+    split = train.split
+    kind, _, name = encoder.partition(":")
+    folder = item.places.cache / f"sides-{config.hash_value(identity)}"
+    images, texts = folder / "images", folder / "texts"
+    with held(folder, wait=True):
+        if kind == "columns":
+            for path, column in ((images, f"image.{name}"), (texts, f"text.{name}")):
+                if not (path / DESCRIPTION).is_file():
+                    write_rows(path, *_columns(split, item.run.data, column), "float32", identity)
+        else:
+            if not (images / DESCRIPTION).is_file():
+                _encode_images(item, encoder, split, images, identity, stream)
+            if kind == "expert" and not (texts / DESCRIPTION).is_file():
+                write_rows(texts, *_expert_texts(item, int(name or 0), train), "float32", identity)
+    embedded = Rows.of(train.texts) if kind == "tower" else Rows.open(texts)
+    return Sides(Rows.open(images), embedded, split)
+
+
+class ImageEncoder:
+    """An image tower at work: numbers of blocks to files of rows. It is loaded once."""
+
+    def __init__(self, item: Item, encoder: str, folder: Path):
+        self.train, self.folder, self.threads = material(item, "train"), folder, item.run.runtime.threads
+        self.device = device_of(item.run) if torch.cuda.is_available() else torch.device("cpu")
+        kind, _, name = encoder.partition(":")
+        run = item.run
+        if kind == "expert":
+            self.encode: Any = trained_expert(item, int(name or 0), self.train).to(self.device).embed_images
+        else:
+            draw = generator(run.seed_of("experts"), "coreset tower")
+            self.encode = build_image_tower(run.model.image, draw, run.data.image_size).eval().to(self.device)
+
+    def __call__(self, values: Values) -> Values:
+        split, first = self.train.split, values["block"] * BLOCK
+        ids = np.arange(first, min(first + BLOCK, len(split)))
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            with torch.no_grad():
+                rows = [self._batch(ids[i : i + BATCH]) for i in range(0, len(ids), BATCH)]
+        finally:
+            torch.set_num_threads(before)
+        save_block(self.folder, values["block"], ids, np.concatenate(rows))
+        return {"images": len(ids)}
+
+    def _batch(self, index: np.ndarray) -> np.ndarray:
+        pixels = torch.from_numpy(np.array(self.train.split.some_images(index))).to(self.device)
+        return self.encode(normalise(pixels, self.train.mean, self.train.std)).float().cpu().numpy()
+
+
+def trained_expert(item: Item, number: int, train: Material) -> Any:
+    """Expert `number` of the run's store after its last epoch, in eval mode."""
+    store = Store.open(item.places.store)
+    open_storage(item.run.runtime).fetch(store.folder(number))
+    if not store.is_complete(number):
+        raise ValueError(
+            f"expert {number} is not in the store at {store.path}, which has {store.complete()}; name one of these, or "
+            "raise experts.num"
+        )
+    model = expert_model(item.run, number, train.texts.shape[1])
+    model.load_trained(store.read(number, store.epochs))
+    return model.eval()
+
+
+def _encode_images(
+    item: Item, encoder: str, split: Split, folder: Path, identity: dict[str, Any], stream: Stream
+) -> None:
+    blocks = range(-(-len(split) // BLOCK))
+    missing: list[Values] = [{"block": b} for b in blocks if not (folder / _name(b)).is_file()]
+    make = functools.partial(ImageEncoder, item, encoder, folder)
+    for _ in stream(make, missing) if missing else ():
+        pass
+    names = [_name(b) for b in blocks]
+    width = np.load(folder / names[0], mmap_mode="r").shape[1]
+    about = {"schema_version": SCHEMA_VERSION, "rows": len(split), "width": width, "dtype": "float32", "files": names}
+    write_json(folder / DESCRIPTION, about | {"facts": identity})
+
+
+def _name(block: int) -> str:
+    return f"part-{block:05d}.npy"
+
+
+def save_block(folder: Path, block: int, ids: np.ndarray, rows: np.ndarray) -> None:
+    """Write one part; the file of rows, which says that it is there, comes last."""
+    name = _name(block)
+    for path, values in ((folder / name.replace(".npy", ".ids.npy"), ids.astype(np.int64)), (folder / name, rows)):
+        with atomic_path(path) as temporary, open(temporary, "wb") as f:
+            np.save(f, values)
+
+
+def _expert_texts(item: Item, number: int, train: Material) -> tuple[Iterator[Part], int]:
+    model = trained_expert(item, number, train)
+
+    def embedded(start: int) -> np.ndarray:
+        with torch.no_grad():
+            return model.embed_texts(torch.from_numpy(np.array(train.texts[start : start + BLOCK]))).numpy()
+
+    count = len(train.texts)
+    width = embedded(0).shape[1]
+    return ((np.arange(s, min(s + BLOCK, count)), embedded(s)) for s in range(0, count, BLOCK)), width
+
+
+# -- columns of the dataset ------------------------------------------------------------------------------------------
+
+
+def _columns(split: Split, data: config.Data, column: str) -> tuple[Iterator[Part], int]:
+    """Rows of a column of fixed-size lists, one per image or per caption that the caption rule left, and their width.
+
+    Raises `ValueError` when there is no such column, or an entry is of another size.
+    """
+    shards = [s for s in split.dataset.manifest["shards"] if s["split"] == split.name]
+    blocks = _column_blocks(split, data, column, [split.dataset.path / s["file"] for s in shards])
+    first = next(blocks)
+
+    def all_of() -> Iterator[Part]:
+        yield first
+        for ids, rows in blocks:
+            if rows.shape[1] != first[1].shape[1]:
+                raise _ragged(column)
+            yield ids, rows
+
+    return all_of(), first[1].shape[1]
+
+
+def _column_blocks(split: Split, data: config.Data, column: str, files: list[Path]) -> Iterator[Part]:
+    of_image, count = column.startswith("image."), 0
+    for path in files:
+        with pq.ParquetFile(path) as file:
+            if column not in file.schema_arrow.names:
+                there = [n for n in file.schema_arrow.names if n.startswith(("image.", "text."))]
+                raise ValueError(
+                    f"{path} has no column '{column}'; it has {', '.join(there) or 'no features'}: write them into the "
+                    "shards, or set encoder to tower or expert:N"
+                )
+            for batch in file.iter_batches(batch_size=BLOCK, columns=["captions", column]):
+                texts = batch.column("captions").to_pylist()
+                kept = [[bool(clean(c, data.captions)) for c in captions] for captions in texts]
+                mask = np.array([any(k) for k in kept] if of_image else [one for k in kept for one in k], bool)
+                rows = _matrix(batch.column(column), column, len(texts) if of_image else [len(k) for k in kept])[mask]
+                if len(rows):
+                    yield np.arange(count, count + len(rows)), rows
+                    count += len(rows)
+
+
+def _matrix(values: pa.Array, column: str, wanted: int | list[int]) -> np.ndarray:
+    """(n, D) from lists, or (captions, D) from lists of lists."""
+    if not isinstance(wanted, int):
+        found = pc.list_value_length(values).fill_null(0).to_pylist()
+        if found != wanted:
+            bad = next(i for i, (a, b) in enumerate(zip(found, wanted, strict=True)) if a != b)
+            raise ValueError(f"column '{column}' holds {found[bad]} rows for a pair of {wanted[bad]} captions")
+        values = values.flatten()
+        wanted = sum(wanted)
+    flat = values.flatten().to_numpy(zero_copy_only=False)
+    if not wanted or len(flat) % wanted or not len(flat):
+        raise _ragged(column)
+    width = len(flat) // wanted
+    if pc.any(pc.not_equal(pc.list_value_length(values), width)).as_py():
+        raise _ragged(column)
+    return flat.reshape(wanted, width).astype(np.float32)
+
+
+def _ragged(column: str) -> ValueError:
+    return ValueError(f"the entries of column '{column}' differ in size; they must all have the same")

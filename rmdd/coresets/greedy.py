@@ -1,0 +1,98 @@
+"""Herding and k-center: one item after another, each the best against all picked before.
+
+    herding    w_1 = mu;  pick argmax <w_t, x>;  w_{t+1} = w_t + mu - x_t          (Welling 2009, over all items)
+    k-center   pick the item farthest from its nearest pick (Gonzalez 1985; radius at most twice the optimum)
+
+Both hand out picks without end, so the first j of k are the picks of j, and both go on after picks made before with
+the bits of a run that was never stopped. D features.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float32, Float64
+
+from rmdd.coresets.shard import TOLD, Best, Check, best_of
+from rmdd.jobs import Ranks
+from rmdd.seeding import generator
+
+Start = Literal["random", "mean"]
+
+
+def checked(ranks: Ranks) -> Check:
+    """Look at all rows. Raises `ValueError` that names rows that are zero or not finite, or when there are none."""
+    found: list[Check] = ranks.ask("check")
+    bad = sum(c.bad for c in found)
+    if bad:
+        first = sorted(i for c in found for i in c.first_bad)[:TOLD]
+        raise ValueError(
+            f"{bad} of {sum(c.rows for c in found)} features are zero or not finite (first ids: {first}); leave these "
+            "items out, or use another encoder"
+        )
+    if not (rows := sum(c.rows for c in found)):
+        raise ValueError("there are no features to choose from")
+    return Check(rows, max(c.largest for c in found), 0, ())
+
+
+def mean(ranks: Ranks, largest: float) -> Float64[np.ndarray, " D"]:
+    """Of all kept rows, whose entries are at most `largest`: the same bits however they lie."""
+    count = sum(ranks.ask("count"))
+    size = math.ceil(math.log2(largest)) + 1
+    bits = min(52 - size, 62 - size - math.ceil(math.log2(count + 1)))
+    return np.ldexp(np.sum(ranks.ask("total", bits), axis=0).astype(np.float64), -bits) / count
+
+
+def rows_of(ranks: Ranks, ids: Sequence[int]) -> Float32[np.ndarray, "n D"]:
+    """The rows of `ids`, in their order. Raises `ValueError` when one is nowhere."""
+    found: dict[int, np.ndarray] = {}
+    for numbers, rows in ranks.ask("rows_of", np.asarray(ids, dtype=np.int64)):
+        found.update(zip(numbers.tolist(), rows, strict=True))
+    if missing := [i for i in ids if i not in found]:
+        raise ValueError(f"{len(missing)} ids have no features (first: {missing[:TOLD]})")
+    return np.stack([found[i] for i in ids])
+
+
+def herding(
+    ranks: Ranks, mu: Float64[np.ndarray, " D"], begun: Sequence[int] = (), explicit: bool = False
+) -> Iterator[Best]:
+    """The picks after those `begun` with, until no item is left.
+
+    `explicit` minimises the distance of the mean of the picks to `mu`, which is the same for rows of equal length.
+    """
+    w, taken = mu.copy(), list(begun)
+    for row in rows_of(ranks, taken) if taken else ():
+        w += mu - row
+    while (best := best_of(ranks.ask("along", w, taken, explicit))) is not None:
+        yield best
+        w += mu - best.row
+        taken = [best.id]
+
+
+def k_center(ranks: Ranks, first: Best, begun: Sequence[int] = ()) -> Iterator[Best]:
+    """The picks after those `begun` with, until no item is left, `first` being the very first.
+
+    The value of a pick is its squared distance to the picks before: the squared radius that these cover all with.
+    """
+    if not begun:
+        yield first
+    taken = list(begun) or [first.id]
+    centres = rows_of(ranks, taken) if begun else first.row[None]
+    while (best := best_of(ranks.ask("farthest", centres, taken))) is not None:
+        yield best
+        centres, taken = best.row[None], [best.id]
+
+
+def start_of(ranks: Ranks, rule: Start, seed: int, mu: Float64[np.ndarray, " D"]) -> Best:
+    """The first centre: a seeded random item, or the one nearest the mean."""
+    if rule == "mean":
+        best = best_of(ranks.ask("nearest", mu))
+        assert best is not None
+    else:
+        import torch
+
+        ids = np.sort(np.concatenate(ranks.ask("ids")))
+        drawn = int(ids[int(torch.randint(len(ids), (), generator=generator(seed, "coreset start")))])
+        best = Best(0.0, drawn, rows_of(ranks, [drawn])[0])
+    return Best(math.inf, best.id, best.row)

@@ -1,0 +1,149 @@
+"""Features on disk: memory-mapped files of rows with their ids.
+
+    rows.json                      schema version, rows, width, dtype, files, what the rows are
+    part-00000.npy  (n, D)         float16 or float32
+    part-00000.ids.npy  (n,)       int64
+
+N rows, D features.
+"""
+
+import bisect
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int64
+
+from rmdd.files import atomic_path, read_json, write_json
+
+SCHEMA_VERSION = 1
+DESCRIPTION = "rows.json"
+ROWS_PER_FILE = 262_144
+CHUNK_BYTES = 32 * 2**20
+"""Of the float32 rows that are worked on at a time."""
+
+Part = tuple[Int64[np.ndarray, " _"], Float[np.ndarray, "_ _"]]
+"""Ids and their rows; parts differ in how many."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows with distinct ids, in memory or mapped from files; read as float32."""
+
+    parts: tuple[Part, ...]
+    width: int
+
+    @classmethod
+    def of(cls, rows: np.ndarray, ids: Sequence[int] | np.ndarray | None = None) -> "Rows":
+        """Rows (N, D) in memory; ids are their places where none are given."""
+        numbers = np.arange(len(rows)) if ids is None else np.asarray(ids)
+        if rows.ndim != 2 or numbers.shape != (len(rows),):
+            raise ValueError(f"rows are (N, D) with N ids, found {rows.shape} and {numbers.shape}")
+        if len(np.unique(numbers)) != len(numbers):
+            raise ValueError("the ids of rows must be distinct, and some come twice")
+        return cls(((numbers.astype(np.int64), rows),), rows.shape[1])
+
+    @classmethod
+    def open(cls, folder: Path | str) -> "Rows":
+        """Map the files of a folder. Raises `ValueError` when it is none of ours or of another schema version."""
+        folder = Path(folder)
+        if not (folder / DESCRIPTION).is_file():
+            raise ValueError(f"{folder} holds no features (no {DESCRIPTION}); delete it, and they are made anew")
+        facts = read_json(folder / DESCRIPTION)
+        if facts["schema_version"] != SCHEMA_VERSION:
+            found = facts["schema_version"]
+            raise ValueError(f"{folder} has schema version {found}, this rmdd reads {SCHEMA_VERSION}; delete it")
+        parts = tuple(
+            (np.load(folder / _ids(name), mmap_mode="r"), np.load(folder / name, mmap_mode="r"))
+            for name in facts["files"]
+        )
+        return cls(parts, facts["width"])
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @functools.cached_property
+    def _ends(self) -> list[int]:
+        return [0, *np.cumsum([len(ids) for ids, _ in self.parts]).tolist()]
+
+    @functools.cached_property
+    def ids(self) -> Int64[np.ndarray, " N"]:
+        return np.concatenate([ids for ids, _ in self.parts]) if self.parts else np.zeros(0, np.int64)
+
+    @property
+    def chunk(self) -> int:
+        """Rows to work on at a time."""
+        return max(1, CHUNK_BYTES // (4 * max(1, self.width)))
+
+    def share(self, rank: int, size: int) -> "Rows":
+        """The consecutive rows of one of `size` ranks."""
+        count = len(self)
+        return self.between(count * rank // size, count * (rank + 1) // size)
+
+    def between(self, start: int, stop: int) -> "Rows":
+        cut = []
+        for (ids, rows), first in zip(self.parts, self._ends, strict=False):
+            low, high = max(start - first, 0), min(stop - first, len(ids))
+            if low < high:
+                cut.append((ids[low:high], rows[low:high]))
+        return Rows(tuple(cut), self.width)
+
+    def chunks(self, size: int | None = None) -> Iterator[tuple[slice, Float32[np.ndarray, "n D"]]]:
+        """The places of at most `size` consecutive rows at a time, and these rows."""
+        size = self.chunk if size is None else size
+        for (_, rows), first in zip(self.parts, self._ends, strict=False):
+            buffer = torch.empty((min(size, len(rows)) if rows.dtype == np.float16 else 0, self.width))
+            for start in range(0, len(rows), size):
+                block = rows[start : start + size]
+                if block.dtype == np.float16:  # torch converts several times faster than numpy
+                    block = buffer[: len(block)].copy_(torch.from_numpy(np.array(block))).numpy()
+                yield slice(first + start, first + start + len(block)), _float32(block)
+
+    def at(self, places: Sequence[int] | np.ndarray) -> Float32[np.ndarray, "n D"]:
+        """Copies of the rows at some places."""
+        places = [int(p) for p in places]
+        found = np.empty((len(places), self.width), np.float32)
+        for i, place in enumerate(places):
+            part = bisect.bisect_right(self._ends, place) - 1
+            found[i] = self.parts[part][1][place - self._ends[part]]
+        return found
+
+
+def write_rows(folder: Path, blocks: Iterable[Part], width: int, dtype: str, facts: Mapping[str, Any]) -> Rows:
+    """Write blocks of rows to files of up to `ROWS_PER_FILE`, whole or not at all."""
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        names: list[str] = []
+        held: list[Part] = []
+        count = total = 0
+
+        def flush() -> None:
+            names.append(f"part-{len(names):05d}.npy")
+            np.save(temporary / names[-1], np.concatenate([rows for _, rows in held]).astype(dtype, copy=False))
+            np.save(temporary / _ids(names[-1]), np.concatenate([ids for ids, _ in held]))
+            held.clear()
+
+        for ids, rows in blocks:
+            held.append((ids.astype(np.int64, copy=False), rows.astype(dtype, copy=False)))
+            count += len(ids)
+            total += len(ids)
+            if count >= ROWS_PER_FILE:
+                flush()
+                count = 0
+        if held:
+            flush()
+        about = {"schema_version": SCHEMA_VERSION, "rows": total, "width": width, "dtype": dtype, "files": names}
+        write_json(temporary / DESCRIPTION, about | {"facts": dict(facts)})
+    return Rows.open(folder)
+
+
+def _ids(name: str) -> str:
+    return name.removesuffix(".npy") + ".ids.npy"
+
+
+def _float32(rows: np.ndarray) -> Float32[np.ndarray, "n D"]:
+    return np.ascontiguousarray(rows, dtype=np.float32)

@@ -1,0 +1,197 @@
+"""The rows of one rank, and all that is asked of them while a coreset is chosen.
+
+Every number of a row is computed from that row alone (`numpy.vecdot`: one dot product a row), so neither chunks nor
+ranks nor the order of rows change a bit of it; only which of two centroids at equal distance a row goes to, up to
+rounding, may (a matrix product). N rows of this rank, D features, K centroids, C centres.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Float64, Int64
+
+from rmdd.coresets.rows import Rows
+from rmdd.jobs import Here
+
+Ids = Sequence[int] | np.ndarray
+TOLD = 5
+"""Ids that an error names."""
+
+
+class Best(NamedTuple):
+    """A row that no other surpasses."""
+
+    value: float
+    id: int
+    row: Float32[np.ndarray, " D"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """What the rows of one rank are like."""
+
+    rows: int
+    largest: float
+    """Absolute value."""
+    bad: int
+    first_bad: tuple[int, ...]
+
+
+class Shard:
+    """One rank's rows. Rows that were dropped count for nothing, rows that were taken cannot be chosen again."""
+
+    def __init__(self, rows: Rows, chunk: int | None = None):
+        self.rows, self.chunk = rows, chunk
+        self.kept = np.ones(len(rows), bool)
+        self.free = np.ones(len(rows), bool)
+        self._near: np.ndarray | None = None
+        self._squares: np.ndarray | None = None
+        self._order = np.argsort(rows.ids, kind="stable")
+        self._sorted = rows.ids[self._order]
+
+    # -- about the rows ------------------------------------------------------------------------------------------
+
+    def check(self) -> Check:
+        """Look for rows that are not finite or zero."""
+        largest, bad = 0.0, []
+        for where, x in self.rows.chunks(self.chunk):
+            high = np.abs(x).max(axis=1, initial=0.0)
+            wrong = ~np.isfinite(high) | (high == 0)
+            bad += self.rows.ids[where][wrong].tolist()
+            largest = max(largest, float(high[~wrong].max(initial=0.0)))
+        return Check(len(self.rows), largest, len(bad), tuple(sorted(bad)[:TOLD]))
+
+    def count(self) -> int:
+        """Rows that were not dropped."""
+        return int(self.kept.sum())
+
+    def total(self, bits: int) -> Int64[np.ndarray, " D"]:
+        """The sum of all rows in units of 2^-bits: whole numbers, which add up the same in any order."""
+        total = np.zeros(self.rows.width, np.int64)
+        for where, x in self.rows.chunks(self.chunk):
+            total += np.rint(np.ldexp(x[self.kept[where]].astype(np.float64), bits)).astype(np.int64).sum(axis=0)
+        return total
+
+    def ids(self) -> Int64[np.ndarray, " n"]:
+        """Of rows that were not dropped, ascending."""
+        return np.sort(self.rows.ids[self.kept])
+
+    def drop(self, ids: Ids) -> None:
+        """Leave out the rows of `ids` that are here."""
+        places = self._places(ids)
+        self.kept[places] = self.free[places] = False
+
+    def take(self, ids: Ids) -> None:
+        self.free[self._places(ids)] = False
+
+    def release(self) -> None:
+        """Begin anew: nothing is taken, no centre is told."""
+        self.free, self._near = self.kept.copy(), None
+
+    def rows_of(self, ids: Ids) -> tuple[Int64[np.ndarray, " n"], Float32[np.ndarray, "n D"]]:
+        """Those of `ids` that are here, and their rows."""
+        places = self._places(ids)
+        return self.rows.ids[places], self.rows.at(places)
+
+    def _places(self, ids: Ids) -> np.ndarray:
+        wanted = np.asarray(ids, dtype=np.int64)
+        if not len(self._sorted):
+            return np.zeros(0, np.int64)
+        found = np.searchsorted(self._sorted, wanted)
+        here = (found < len(self._sorted)) & (self._sorted[np.minimum(found, len(self._sorted) - 1)] == wanted)
+        return self._order[found[here]]
+
+    # -- choosing ------------------------------------------------------------------------------------------------
+
+    def along(self, w: Float64[np.ndarray, " D"], taken: Ids, explicit: bool = False) -> Best | None:
+        """The free row with the largest <w, x>, or <w, x> - |x|^2 / 2, after those of `taken` were taken."""
+        self.take(taken)
+        direction = w.astype(np.float32)
+        squares = self.squares() if explicit else None
+        best = _Search(self)
+        for where, x in self.rows.chunks(self.chunk):
+            value = np.vecdot(x, direction)
+            best.offer(where, x, value if squares is None else value - squares[where] / 2)
+        return best.found
+
+    def nearest(self, point: Float64[np.ndarray, " D"], taken: Ids = ()) -> Best | None:
+        """The free row nearest to `point`; its value is minus the squared distance."""
+        self.take(taken)
+        best = _Search(self)
+        for where, x in self.rows.chunks(self.chunk):
+            best.offer(where, x, -self._distances(where, x, point.astype(np.float32)))
+        return best.found
+
+    def farthest(self, centres: Float32[np.ndarray, "C D"], taken: Ids) -> Best | None:
+        """The free row farthest from all centres told so far; its value is the squared distance to the nearest."""
+        self.take(taken)
+        if self._near is None:
+            self._near = np.full(len(self.rows), np.inf, np.float32)
+        best = _Search(self)
+        for where, x in self.rows.chunks(self.chunk):
+            for centre in centres:
+                np.minimum(self._near[where], self._distances(where, x, centre), out=self._near[where])
+            best.offer(where, x, self._near[where])
+        return best.found
+
+    def squares(self) -> Float32[np.ndarray, " N"]:
+        """|x|^2 of every row."""
+        if self._squares is None:
+            self._squares = np.empty(len(self.rows), np.float32)
+            for where, x in self.rows.chunks(self.chunk):
+                self._squares[where] = np.vecdot(x, x)
+        return self._squares
+
+    def _distances(self, where: slice, x: np.ndarray, centre: np.ndarray) -> np.ndarray:
+        """|x|^2 + |c|^2 - 2 <x, c>, which is exactly 0 for a copy of the centre."""
+        return np.maximum(self.squares()[where] + np.vecdot(centre, centre) - 2 * np.vecdot(x, centre), 0)
+
+    # -- clusters ------------------------------------------------------------------------------------------------
+
+    def assigned(self, centroids: Float32[np.ndarray, "K D"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids of kept rows, the nearest centroid of each, and the squared distance to it."""
+        label = np.empty(len(self.rows), np.int32)
+        distance = np.empty(len(self.rows), np.float32)
+        half = np.vecdot(centroids, centroids) / 2
+        for where, x in self.rows.chunks(min(self.chunk or self.rows.chunk, max(1, 2**23 // len(centroids)))):
+            label[where] = (half - x @ centroids.T).argmin(axis=1)
+            gap = x - centroids[label[where]]
+            distance[where] = np.vecdot(gap, gap)
+        return self.rows.ids[self.kept], label[self.kept], distance[self.kept]
+
+    def medoids(self, centroids: Float32[np.ndarray, "K D"]) -> dict[int, tuple[float, int]]:
+        """Per cluster that has members here, the squared distance and the id of the member nearest the centroid."""
+        ids, label, distance = self.assigned(centroids)
+        order = np.lexsort((ids, distance, label))
+        found, first = np.unique(label[order], return_index=True)
+        return {int(c): (float(distance[order[i]]), int(ids[order[i]])) for c, i in zip(found, first, strict=True)}
+
+
+class _Search:
+    """The best free row so far: the largest value, and of equal ones the smallest id."""
+
+    def __init__(self, shard: Shard):
+        self.shard = shard
+        self.found: Best | None = None
+
+    def offer(self, where: slice, x: np.ndarray, value: np.ndarray) -> None:
+        free = np.flatnonzero(self.shard.free[where])
+        if not len(free):
+            return
+        ids, values = self.shard.rows.ids[where][free], value[free]
+        equal = np.flatnonzero(values == values.max())
+        place = equal[ids[equal].argmin()]
+        one = Best(float(values[place]), int(ids[place]), x[free[place]].copy())
+        self.found = best_of([self.found, one])
+
+
+def best_of(found: Iterable[Best | None]) -> Best | None:
+    """The lexicographic maximum of (value, -id); None when there is none."""
+    return max((b for b in found if b is not None), key=lambda b: (b.value, -b.id), default=None)
+
+
+def here(rows: Rows, ranks: int = 1, chunk: int | None = None) -> Here:
+    """Rows cut over so many ranks of this process."""
+    return Here([Shard(rows.share(rank, ranks), chunk) for rank in range(ranks)])

@@ -1,0 +1,76 @@
+"""A coreset on disk: a folder with `subset.json`, which names pairs of a dataset and says how they were chosen."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rmdd.data.splits import Split
+from rmdd.files import read_json, write_json
+
+SCHEMA_VERSION = 1
+DESCRIPTION, PREVIEW = "subset.json", "preview.png"
+TOLD = 3
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Real pairs in the order in which they were chosen."""
+
+    method: str
+    options: dict[str, Any]
+    seed: int
+    unit: Literal["image", "record"]
+    data_hash: str
+    features: dict[str, Any]
+    """Encoder and space of what was looked at; empty for methods that look at nothing."""
+    records: tuple[tuple[str, int], ...]
+    """`pair_id`, and which of the captions that the caption rule left the pair."""
+    facts: dict[str, Any] = field(default_factory=dict, compare=False)
+    """Objective, shares, pairs, parameters, bytes, seconds."""
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def save(self, folder: Path | str) -> Path:
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / DESCRIPTION, {"schema_version": SCHEMA_VERSION, **asdict(self)})
+        return folder
+
+    @classmethod
+    def load(cls, folder: Path | str) -> "Subset":
+        """Raises `ValueError` when the folder holds no subset, a damaged one, or one of another schema version."""
+        path = Path(folder) / DESCRIPTION
+        if not path.is_file():
+            raise ValueError(f"{folder} holds no subset (no {DESCRIPTION}); choose one with `rmdd coreset`")
+        try:
+            facts = read_json(path)
+            version = facts.pop("schema_version")
+            records = tuple((str(pair_id), int(caption)) for pair_id, caption in facts.pop("records"))
+            subset = cls(**facts, records=records)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); delete {folder} and choose it again") from None
+        if version != SCHEMA_VERSION:
+            raise ValueError(f"{path} has schema version {version}, this rmdd reads {SCHEMA_VERSION}; choose it again")
+        return subset
+
+    def rows(self, split: Split) -> list[int]:
+        """The caption records of these pairs in `split`. Raises `ValueError` when it is of other data or lacks some."""
+        if split.dataset.hash != self.data_hash:
+            raise ValueError(
+                f"this subset was chosen from data {self.data_hash[:12]}, the dataset at {split.dataset.path} is "
+                f"{split.dataset.hash[:12]}; use the dataset that it was chosen from"
+            )
+        first: dict[str, int] = {}
+        count = [0] * len(split)
+        for record, image in enumerate(split.image_of.tolist()):
+            first.setdefault(split.pair_ids[image], record)
+            count[image] += 1
+        captions = dict(zip(split.pair_ids, count, strict=True))
+        missing = [pair for pair, caption in self.records if not 0 <= caption < captions.get(pair, 0)]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(self.records)} pairs are not in split '{split.name}' (first: "
+                f"{missing[:TOLD]}); use the split and the caption rule (data.captions) that they were chosen with"
+            )
+        return [first[pair] + caption for pair, caption in self.records]

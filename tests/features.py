@@ -1,0 +1,40 @@
+"""Features and slow, obvious versions of the methods that choose from them."""
+
+import itertools
+
+import numpy as np
+
+
+def unit_rows(count, width, seed=0, dtype=np.float32):
+    rows = np.random.default_rng(seed).standard_normal((count, width))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(dtype)
+
+
+def herding(rows, k):
+    """Greedy matching of the mean in float64: at every step the item that brings the mean of the picks nearest."""
+    x, chosen = rows.astype(np.float64), []
+    for t in range(1, k + 1):
+        free = [i for i in range(len(x)) if i not in chosen]
+        miss = {i: np.linalg.norm(x.mean(axis=0) - (x[chosen].sum(axis=0) + x[i]) / t) for i in free}
+        chosen.append(min(free, key=lambda i: miss[i]))
+    return chosen
+
+
+def k_center(rows, first, k):
+    """Farthest points, every distance computed anew at every step; also the distance of each pick."""
+    x, chosen, far = rows.astype(np.float64), [first], []
+    while len(chosen) < k:
+        nearest = np.array([min(np.linalg.norm(x[i] - x[c]) for c in chosen) for i in range(len(x))])
+        nearest[chosen] = -1
+        chosen.append(int(nearest.argmax()))
+        far.append(float(nearest.max()))
+    return chosen, far
+
+
+def radius(rows, centres):
+    x = rows.astype(np.float64)
+    return max(min(np.linalg.norm(row - x[c]) for c in centres) for row in x)
+
+
+def best_radius(rows, k):
+    return min(radius(rows, centres) for centres in itertools.combinations(range(len(rows)), k))
