@@ -14,7 +14,8 @@ from rmdd.crew import open_crew, working_in
 from rmdd.files import read_json, write_json
 from rmdd.jobs import Climber, Inquiry, Values
 from rmdd.lease import held
-from rmdd.pipeline import Pipeline, candidates_of, over_budget
+from rmdd.pipeline import Pipeline, over_budget
+from rmdd.places import candidates_of
 from rmdd.progress import Progress
 from rmdd.searches.space import Space, loader
 from rmdd.searches.study import Study
