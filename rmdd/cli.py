@@ -109,6 +109,12 @@ def report(source: Source, set_: Sets = None, json: Json = False, quiet: Quiet =
     do(lambda: load(source, set_ or []), _report, json, quiet, debug)
 
 
+@app.command()
+def health(source: Source, set_: Sets = None, json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
+    """Say how far the embeddings of the set have collapsed, beside real pairs, over its distillation."""
+    do(lambda: load(source, set_ or []), _health, json, quiet, debug)
+
+
 @app.command("run")
 def run_(source: Source, set_: Sets = None, json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
     """All steps, in order; what is there already is used."""
@@ -282,6 +288,16 @@ def _distill(pipeline: "Pipeline") -> dict[str, Any]:
 def _evaluate(pipeline: "Pipeline") -> dict[str, Any]:
     evaluation, path = pipeline.evaluate(), str(pipeline.folder / "evaluation.json")
     return {"evaluation": path, "table": evaluation["table"], "say": [_table(evaluation), f"evaluation: {path}"]}
+
+
+def _health(pipeline: "Pipeline") -> dict[str, Any]:
+    from rmdd.report.health import write_health
+
+    found = pipeline.health()
+    files = [str(file) for file in write_health(found, pipeline.folder)]
+    from rmdd.console import health_table
+
+    return {**found, "files": files, "say": [health_table(found["rows"]), *(f"wrote {file}" for file in files)]}
 
 
 def _report(pipeline: "Pipeline") -> dict[str, Any]:

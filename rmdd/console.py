@@ -177,6 +177,16 @@ def rows_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def health_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A line per number, a column per set and iteration."""
+    table = Table()
+    for title in ("", *(" ".join(map(str, (row["set"], *row.get("iterations", ())))) for row in rows)):
+        table.add_column(title, justify="right" if title else "left")
+    for name in dict.fromkeys(key for row in rows for key in row if key not in ("set", "iterations")):
+        table.add_row(name, *(f"{row[name]:.4g}" if name in row else "" for row in rows))
+    return table
+
+
 def _pair(cosine: float, ratio: float) -> str:
     return "-" if math.isnan(cosine) else f"{cosine:.2f} ({ratio:.2g})"
 

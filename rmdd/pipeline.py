@@ -20,7 +20,7 @@ from rmdd.data.ingest import ingest, shaping
 from rmdd.data.material import Material
 from rmdd.data.place import absolute
 from rmdd.data.shards import Dataset
-from rmdd.distill.matching import finished, save_set, snapshot_iterations
+from rmdd.distill.matching import finished, save_set
 from rmdd.distill.planning import PLAN, with_phases, without_a_phase
 from rmdd.evaluate import protocol
 from rmdd.evaluate.protocol import Job
@@ -30,10 +30,10 @@ from rmdd.experts.train import begin_store
 from rmdd.files import atomic_path, read_json, write_json
 from rmdd.jobs import Executor, Failed, Interrupted, Mapper, OpenRanks, Spared, Stream, Task, in_turn, ranks_here
 from rmdd.models.text import embed, encoder_identity, text_width
-from rmdd.places import Places, device_of, places_of, protocol_of, run_folder
+from rmdd.places import HEALTH, Places, candidates_of, device_of, places_of, protocol_of, run_folder
 from rmdd.progress import Progress, watched
 from rmdd.storage import anchored, open_storage
-from rmdd.tasks import Item, expert, material, phase, plan, student
+from rmdd.tasks import Item, checkup, expert, material, phase, plan, student
 from rmdd.track import is_curve
 
 
@@ -242,6 +242,17 @@ class Pipeline:
         write_json(self.folder / "evaluation.json", evaluation)
         return evaluation
 
+    def health(self) -> dict[str, Any]:
+        """See the sets over the distillation through the first expert; returns and writes `health.json`."""
+        self.distill()
+        with self._timed("health"):
+            self._map("health", checkup, [self._item(self.ingest())], {"health": 1})
+            self.storage.fetch(self.folder / HEALTH)
+        found = read_json(self.folder / HEALTH)
+        for told in found["warnings"]:
+            self.progress.say(f"warning: modality collapse? {told}")
+        return found
+
     def export(self) -> Path:
         """Write the distilled set with its numbers; returns its folder."""
         from rmdd.artefact.assemble import assemble
@@ -257,7 +268,7 @@ class Pipeline:
         """Draw the page; returns its path."""
         from rmdd.report.page import write_report
 
-        path = self.export()
+        path, seen = self.export(), self.health()
         with self._timed("report"):
             dataset = self.ingest()
             page = self.folder / "report.html"
@@ -268,6 +279,7 @@ class Pipeline:
                 path,
                 read_json(self.folder / "evaluation.json"),
                 self.all_seconds(),
+                seen,
             )
         return page
 
@@ -376,12 +388,6 @@ class Pipeline:
             total = self.all_seconds()
             total[step] = round(total.get(step, 0.0) + time.perf_counter() - began, 2)
             write_json(self.folder / "seconds.json", total)
-
-
-def candidates_of(run: config.Run) -> list[tuple[int, ...]]:
-    """What may be exported: per snapshot, the iteration of each phase."""
-    snapshots = [snapshot_iterations(p.iterations, run.distill.snapshots) for p in run.distill.phases]
-    return [tuple(s[min(i, len(s) - 1)] for s in snapshots) for i in range(max(map(len, snapshots)))]
 
 
 def _records(name: str) -> bool:

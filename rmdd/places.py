@@ -8,6 +8,7 @@ import torch
 
 from rmdd import config, methods
 from rmdd.data.shards import Dataset
+from rmdd.distill.matching import snapshot_iterations
 from rmdd.evaluate import protocol
 from rmdd.experts.train import kept_epochs
 from rmdd.models.image import image_identity
@@ -16,6 +17,9 @@ from rmdd.storage import root_of
 
 NUMBERS_VERSION = 4
 """Part of every hash; raised when a change of the code moves the numbers of an unchanged run file."""
+
+HEALTH = "health.json"
+"""In the run folder: embedding health over the distillation."""
 
 ONLY_DISTILLED = ("selection", "reference", "eval_every", "chunk", "lr", "text_lr", "temperature", "schedule", "epochs")
 """Fields of `evaluate` that random pairs and full data do not depend on."""
@@ -101,3 +105,9 @@ def places_of(run: config.Run, dataset: Dataset) -> Places:
         run=run_folder(run),
         root=storage,
     )
+
+
+def candidates_of(run: config.Run) -> list[tuple[int, ...]]:
+    """What may be exported: per snapshot, the iteration of each phase."""
+    snapshots = [snapshot_iterations(p.iterations, run.distill.snapshots) for p in run.distill.phases]
+    return [tuple(s[min(i, len(s) - 1)] for s in snapshots) for i in range(max(map(len, snapshots)))]

@@ -25,8 +25,9 @@ from rmdd.experts.train import expert_model, train_expert
 from rmdd.files import atomic_path, read_json, write_json
 from rmdd.jobs import Hooks, Task
 from rmdd.lease import held
+from rmdd.models.dual import DualEncoder
 from rmdd.models.text import text_width
-from rmdd.places import Places, device_of
+from rmdd.places import HEALTH, Places, candidates_of, device_of
 from rmdd.storage import Storage, open_storage
 
 CURVES = ("loss", "miss_image", "miss_text", "student_loss", "lr_image", "lr_text", "rollbacks")
@@ -72,8 +73,8 @@ def target(task: Task, item: Item) -> Path:
     """Where the result of a task goes: items with the same one are the same work."""
     if task is student:
         return record(item)
-    if task is plan:
-        return item.places.run / PLAN
+    if task in (plan, checkup):
+        return item.places.run / (PLAN if task is plan else HEALTH)
     return item.places.phase(item.number) if task is phase else item.places.store / f"expert-{item.number:03d}"
 
 
@@ -104,6 +105,15 @@ def _followed(item: Item, title: str, value: str, folder: Path, storage: Storage
     finally:
         for part in track.FOLDERS:
             storage.publish(folder / part)
+
+
+def _trained(item: Item, storage: Storage, number: int, text_width: int) -> DualEncoder:
+    """Expert `number` after its last epoch; of the store only its files are fetched."""
+    others = re.compile(rf"/expert-(?!{number:03d}/)")
+    storage.fetch(item.places.store, lambda name: not others.search(name) and not track.is_curve(name))
+    model, store = expert_model(item.run, number, text_width), Store.open(item.places.store)
+    model.load_trained(store.read(number, store.epochs))
+    return model
 
 
 def expert(item: Item, hooks: Hooks) -> bool:
@@ -199,6 +209,27 @@ def plan(item: Item, hooks: Hooks) -> bool:
     return True
 
 
+def checkup(item: Item, hooks: Hooks) -> bool:
+    """See the sets of a run through the last epoch of its first expert, and write down their health."""
+    from rmdd.evaluate.checkup import checkup as see
+
+    item, storage = _here(item)
+    places, run = item.places, item.run
+    path = places.run / HEALTH
+    storage.fetch(path)
+    if not path.is_file() or read_json(path)["value"] != item.value:
+        storage.fetch(places.data)
+        storage.fetch(places.phases, lambda name: not track.is_curve(name))
+        train, val = material(item, "train"), material(item, "val")
+        model = _trained(item, storage, Store.open(places.store).complete()[0], train.texts.shape[1])
+        rungs = [(0,) * len(run.distill.phases), *candidates_of(run)]
+        paths = [[places.start(p) if i == 0 else places.set(p, i) for p, i in enumerate(rung)] for rung in rungs]
+        sets = [(rung, [load_set(file) for file in files]) for rung, files in zip(rungs, paths, strict=True)]
+        write_json(path, see(run, model, sets, train, val, device_of(run)) | {"value": item.value})
+    hooks.report({"done": 1})
+    return True
+
+
 def student(item: Item, hooks: Hooks) -> dict[str, Any]:
     """Train and score one student, or read its record if it has been; test is read once."""
     item, storage = _here(item)
@@ -215,11 +246,7 @@ def student(item: Item, hooks: Hooks) -> dict[str, Any]:
     device, val = device_of(run), material(item, "val")
     test = None if job.kind in ("select", "tune") else material(item, "test")
     if job.kind == "full":
-        others = re.compile(rf"/expert-(?!{job.index:03d}/)")
-        storage.fetch(places.store, lambda name: not others.search(name) and not track.is_curve(name))
-        model = expert_model(run, job.index, val.texts.shape[1])
-        store = Store.open(places.store)
-        model.load_trained(store.read(job.index, store.epochs))
+        model = _trained(item, storage, job.index, val.texts.shape[1])
         assert test is not None
         scored = score_expert(job, run, model, val, test, device)
     else:

@@ -5,6 +5,7 @@ import json
 import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 import rmdd
 from rmdd import config
 from rmdd.data.ingest import ingest
+from rmdd.distill.matching import load_set, save_set
 from rmdd.jobs import InTurn
 from rmdd.pipeline import Pipeline, open_pipeline
 from rmdd.places import run_folder
@@ -207,3 +209,31 @@ def test_a_time_limit_stops_a_run_like_ctrl_c(storage):
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
     with pytest.raises(ValueError, match="runtime.time_limit needs the main thread"), ThreadPoolExecutor(1) as pool:
         pool.submit(go, limited(1), "ingest").result()
+
+
+def test_health_is_seen_over_the_distillation_and_repeats(tmp_path):
+    run = load(tmp_path)
+    found = go(run, "health")
+    assert [row.get("iterations") for row in found["rows"]] == [[0, 0], [2, 2], [4, 3], None, None]
+    assert [row["set"] for row in found["rows"]] == [*["distilled"] * 3, "random pairs", "val"]
+    assert [row["pairs"] for row in found["rows"]] == [8, 8, 8, 8, 5]
+    first, last = found["rows"][0], found["rows"][2]
+    assert first["stripes"] == 0 < last["stripes"]
+    assert first["cosine_image"] != last["cosine_image"]
+    file = run_folder(run) / "health.json"
+    before = file.read_bytes()
+    shutil.rmtree(run_folder(run))
+    go(run, "health")
+    assert file.read_bytes() == before
+
+
+def test_a_collapsed_set_is_warned_of(tmp_path):
+    run = load(tmp_path)
+    with open_pipeline(run, Progress(quiet=True)) as pipeline:
+        pipeline.distill()
+        places = pipeline._item(pipeline.ingest()).places
+        for p, iteration in enumerate((4, 3)):
+            file = places.set(p, iteration)
+            whole = load_set(file)
+            save_set(replace(whole, images=whole.images[:1].expand_as(whole.images).clone()), file)
+        assert any("image" in told for told in pipeline.health()["warnings"])

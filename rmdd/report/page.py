@@ -39,10 +39,17 @@ STRONGEST = 3  # links across pairs that are named under a heat map
 
 
 def write_report(
-    page: Path, run: config.Run, places: Places, set_path: Path, evaluation: dict[str, Any], seconds: dict[str, float]
+    page: Path,
+    run: config.Run,
+    places: Places,
+    set_path: Path,
+    evaluation: dict[str, Any],
+    seconds: dict[str, float],
+    seen: dict[str, Any],
 ) -> None:
-    """Draw the page of a run whose set lies at `set_path`. Needs no network, neither to write nor to read."""
+    """Draw the page of a run whose set lies at `set_path` and whose health was `seen`. Needs no network."""
     from rmdd.artefact.distilled import DistilledSet
+    from rmdd.report import health
 
     distilled = DistilledSet.load(set_path)
     logs = [_read_log(places.phase(p) / "metrics.jsonl") for p in range(len(distilled.subsets))]
@@ -66,6 +73,8 @@ def write_report(
         "similarity": _similarity(distilled.subsets),
         "matching": [_matching(run, lines) for lines in logs],
         "val_plots": _val_plots(run, distilled, evaluation),
+        "health": [Markup(drawing) for drawing in health.drawings(seen)],
+        "warnings": seen["warnings"],
         "steps": seconds,
         "total_seconds": sum(seconds.values()),
         "speed": [_speed(lines) for lines in logs],

@@ -8,7 +8,8 @@ from typing import Any
 from rmdd import config
 from rmdd.evaluate import protocol
 from rmdd.jobs import Hooks, InTurn
-from rmdd.pipeline import Pipeline, candidates_of
+from rmdd.pipeline import Pipeline
+from rmdd.places import candidates_of
 from rmdd.progress import Progress
 from rmdd.tasks import Item, phase
 

@@ -20,6 +20,24 @@ from rmdd.report import page, plots
 from rmdd.report.page import headline, write_report
 
 HOSTILE = "<script>alert('x')</script> & \"a\" <img src=x onerror=alert(1)>"
+SEEN = {
+    "rows": [
+        *(
+            {"set": "distilled", "iterations": [i], "cosine_image": 0.3 + i / 100, "cosine_text": 0.2}
+            | {"rank_image": 9.0, "rank_text": 8.0, "gap": 0.5}
+            for i in (0, 40)
+        ),
+        {
+            "set": "random pairs",
+            "cosine_image": 0.3,
+            "cosine_text": 0.2,
+            "rank_image": 9.0,
+            "rank_text": 8.0,
+            "gap": 0.5,
+        },
+    ],
+    "warnings": [f"image embeddings {HOSTILE}"],
+}
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
@@ -128,7 +146,7 @@ def written(tmp_path, evaluation=None, seconds=None, **options):
     run, places, path = make_run(tmp_path, **options)
     evaluation = evaluation or evaluation_of([40] * len(run.distill.phases))
     seconds = seconds or {"experts": 75.0, "distill": 4000.0}
-    write_report(tmp_path / "report.html", run, places, path, evaluation, seconds)
+    write_report(tmp_path / "report.html", run, places, path, evaluation, seconds, SEEN)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert len(text) < 3_000_000
     return text
@@ -171,7 +189,7 @@ def test_logs_may_be_absent_or_cut_short(tmp_path, logged):
     if logged:
         with open(places.phase(0) / "metrics.jsonl", "a") as log:
             log.write('{"iteration": 41}\n{"phase": 0, "iterat')
-    write_report(tmp_path / "report.html", run, places, path, evaluation_of([40]), {})
+    write_report(tmp_path / "report.html", run, places, path, evaluation_of([40]), {}, SEEN)
     text = (tmp_path / "report.html").read_text()
     Page(text)
     assert ("No iteration of this phase was logged" in text) == (not logged)
@@ -193,7 +211,7 @@ def test_large_sets_stay_small_pages(tmp_path):
 def test_two_writes_give_the_same_bytes(tmp_path):
     run, places, path = make_run(tmp_path)
     for name in ("a", "b"):
-        write_report(tmp_path / name, run, places, path, evaluation_of([40]), {"distill": 1.0})
+        write_report(tmp_path / name, run, places, path, evaluation_of([40]), {"distill": 1.0}, SEEN)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 

@@ -1,0 +1,57 @@
+"""Health over the distillation as files and as drawings of the page."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rmdd.analyse.drawing import Sheet, write_csv
+from rmdd.report import plots
+
+SIDES = ("image", "text")
+
+
+def write_health(found: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write health.csv and health.svg; returns their paths."""
+    rows = [row | {"iterations": " ".join(map(str, row.get("iterations", ())))} for row in found["rows"]]
+    write_csv(folder / "health.csv", rows)
+    files = [folder / "health.json", folder / "health.csv"]
+    if not _panels(found):
+        return files
+    sheet = Sheet(len(_panels(found)))
+    for i, (title, x, lines, (level, name)) in enumerate(_panels(found)):
+        ax = sheet.lines(i, title, x, lines, "iteration", "")
+        ax.axhline(level, color="black", lw=0.8, ls=":", label=name)
+        ax.legend(fontsize=8)
+    sheet.save(folder / "health.svg")
+    return [*files, folder / "health.svg"]
+
+
+def drawings(found: Mapping[str, Any]) -> list[str]:
+    """The same as inline SVG."""
+    return [plots.curves(title, x, lines, "iteration", level=level) for title, x, lines, level in _panels(found)]
+
+
+def _panels(
+    found: Mapping[str, Any],
+) -> list[tuple[str, Sequence[int], dict[str, list[float]], tuple[float, str]]]:
+    """Title, iterations (of the longest phase), lines, and what random real pairs have."""
+    sets = [row for row in found["rows"] if row["set"] == "distilled"]
+    real = next(row for row in found["rows"] if row["set"] == "random pairs")
+    x = [max(row["iterations"]) for row in sets]
+    if any("cosine_image" not in row for row in (*sets, real)):
+        return []
+    panels = [
+        (
+            f"mean cosine of {side}s",
+            x,
+            {side: [row[f"cosine_{side}"] for row in sets]},
+            (real[f"cosine_{side}"], "real"),
+        )
+        for side in SIDES
+    ]
+    ranks = {side: [row[f"rank_{side}"] / max(real[f"rank_{side}"], 1e-12) for row in sets] for side in SIDES}
+    return [
+        *panels,
+        ("effective rank over that of random pairs", x, ranks, (1.0, "random pairs")),
+        ("modality gap", x, {"gap": [row["gap"] for row in sets]}, (real["gap"], "random pairs")),
+    ]
