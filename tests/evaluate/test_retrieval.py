@@ -198,5 +198,7 @@ def test_bad_input_is_counted_and_refused():
         recalls_from_scores(scores, image_of)
     with pytest.raises(ValueError, match="0 images and 0 captions"):
         recalls(images[:0], texts[:0], image_of[:0])
-    with pytest.raises(ValueError, match="chunk and every K"):
+    with pytest.raises(ValueError, match="chunk must be at least 1; found 0"):
         recalls(images, texts, image_of, chunk=0)
+    with pytest.raises(ValueError, match=r"every K must be at least 1; found K \(0, 1\)"):
+        recalls(images, texts, image_of, (0, 1))
