@@ -17,7 +17,19 @@ from rmdd.data.material import Material, load_material
 from rmdd.data.shards import Dataset
 from rmdd.distill.matching import distill_phase, load_set
 from rmdd.distill.planning import PLAN, key_of, make_plan, stated, with_phases
-from rmdd.evaluate.protocol import Job, lesson_of, random_lesson, score_expert, train_and_score
+from rmdd.evaluate import records
+from rmdd.evaluate.protocol import (
+    CHOOSING,
+    OF_RANDOM_PAIRS,
+    Job,
+    door,
+    lesson_of,
+    random_lesson,
+    score_expert,
+    soft_lesson,
+    train_and_score,
+)
+from rmdd.evaluate.retrieval import Ranks
 from rmdd.experts import gang
 from rmdd.experts.feed import Stream
 from rmdd.experts.store import Store
@@ -25,6 +37,7 @@ from rmdd.experts.train import expert_model, train_expert
 from rmdd.files import atomic_path, read_json, write_json
 from rmdd.jobs import Hooks, Task
 from rmdd.lease import held
+from rmdd.models.dual import DualEncoder
 from rmdd.models.text import text_width
 from rmdd.places import Places, device_of
 from rmdd.storage import Storage, open_storage
@@ -55,7 +68,11 @@ def _material(run: config.Run, data: Path, cache: Path, split: str) -> Material:
 
 
 def material(item: Item, split: str) -> Material:
-    """A split, loaded once for all runs that differ in nothing that shapes it."""
+    """A split, loaded once for all runs that differ in nothing that shapes it.
+
+    Raises `TestIsClosed` for test and a job that something is chosen by.
+    """
+    door(item.job, split)
     of_all = {"name": "run", "seed": 0, "distill": config.Distill(), "evaluate": config.Evaluate()}
     of_all |= {"search": config.Search()}
     return _material(item.run.model_copy(update=of_all), item.places.data, item.places.cache, split)
@@ -207,31 +224,46 @@ def student(item: Item, hooks: Hooks) -> dict[str, Any]:
     path = record(item)
     shared = path.parent == places.baseline
     value = places.baseline.name if shared else f"{item.value}/{'-'.join(map(str, item.iterations))}"
-    storage.fetch(path)
-    if path.is_file() and (scored := read_json(path))["value"] == value:
+    for each in (path, *(() if job.kind in CHOOSING else (records.test_file(path), records.ranks_file(path)))):
+        storage.fetch(each)
+    known = records.read(path, value)
+    if known is not None:
         hooks.report({"done": 1})
-        return scored
+        return known
     storage.fetch(places.data)
     device, val = device_of(run), material(item, "val")
-    test = None if job.kind in ("select", "tune") else material(item, "test")
+    test = None if job.kind in CHOOSING else material(item, "test")
+
+    def keep(ranks: Ranks) -> None:
+        ranks.save(records.ranks_file(path))
+
     if job.kind == "full":
-        others = re.compile(rf"/expert-(?!{job.index:03d}/)")
-        storage.fetch(places.store, lambda name: not others.search(name) and not track.is_curve(name))
-        model = expert_model(run, job.index, val.texts.shape[1])
-        store = Store.open(places.store)
-        model.load_trained(store.read(job.index, store.epochs))
         assert test is not None
-        scored = score_expert(job, run, model, val, test, device)
+        scored = score_expert(job, run, _trained(item, job.index, storage), val, test, device, on_ranks=keep)
     else:
-        if job.kind in ("tune", "baseline"):
+        if job.kind in ("soft_tune", "soft"):
+            teacher = _trained(item, job.index % run.experts.num, storage)
+            lessons = [soft_lesson(run, material(item, "train"), job.index, job.lr, teacher, device)]
+        elif job.kind in OF_RANDOM_PAIRS:
             lessons = [random_lesson(run, material(item, "train"), job.index, job.lr)]
         else:
             for p, iteration in enumerate(item.iterations):
                 storage.fetch(places.set(p, iteration))
             sets = [load_set(places.set(p, iteration)) for p, iteration in enumerate(item.iterations)]
             lessons = [lesson_of(s, run.data.image_size) for s in sets]
-        scored = train_and_score(job, run, lessons, val, test, device, hooks.should_stop)  # a sign of life
+        alive = hooks.should_stop  # a sign of life
+        scored = train_and_score(job, run, lessons, val, test, device, alive, on_ranks=keep)
     scored["value"] = value
-    write_json(path, scored)
+    records.write(path, scored)
     hooks.report({"done": 1, "val": scored["val"]["R@mean"]} if "val" in scored else {"done": 1})
     return scored
+
+
+def _trained(item: Item, expert: int, storage: Storage) -> DualEncoder:
+    """An expert after its last epoch."""
+    others = re.compile(rf"/expert-(?!{expert:03d}/)")
+    storage.fetch(item.places.store, lambda name: not others.search(name) and not track.is_curve(name))
+    store = Store.open(item.places.store)
+    model = expert_model(item.run, expert, material(item, "val").texts.shape[1])
+    model.load_trained(store.read(expert, store.epochs))
+    return model
