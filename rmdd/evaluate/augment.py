@@ -60,7 +60,7 @@ def _uniform(images: Tensor, random: torch.Generator, low: float, high: float) -
 def _colour(images: Tensor, random: torch.Generator) -> Tensor:
     images = images + _uniform(images, random, -BRIGHTNESS / 2, BRIGHTNESS / 2)
     grey = images.mean(1, keepdim=True)
-    images = grey + _uniform(images, random, 0, SATURATION) * (images - grey)
+    images = grey + _uniform(images, random, 0.0, SATURATION) * (images - grey)
     level = images.mean((1, 2, 3), keepdim=True)
     return level + _uniform(images, random, CONTRAST, 1 + CONTRAST) * (images - level)
 
@@ -88,7 +88,7 @@ def _cutout(images: Tensor, random: torch.Generator) -> Tensor:
 
 
 def _flip(images: Tensor, random: torch.Generator) -> Tensor:
-    return torch.where(_uniform(images, random, 0, 1) < 0.5, images.flip(3), images)
+    return torch.where(_uniform(images, random, 0.0, 1.0) < 0.5, images.flip(3), images)
 
 
 def _scale(images: Tensor, random: torch.Generator) -> Tensor:

@@ -51,6 +51,8 @@ class Ranks:
     image_ties: Int[Tensor, " T"] | None = None
     """How many of the candidates above are there by a tie alone; None: not known."""
     text_ties: Int[Tensor, " I"] | None = None
+    text_own: Int[Tensor, " I"] | None = None
+    """Per image, how many captions of its own score as high as its best."""
 
     @classmethod
     def worst(cls, image_of: Int[Tensor, " T"]) -> "Ranks":
@@ -65,6 +67,28 @@ class Ranks:
         ir, ir_gap = _recall(self.image, self.image_ties, ks)
         tr, tr_gap = _recall(self.text, self.text_ties, ks)
         return Recalls(ir, tr, max(ir_gap, tr_gap))
+
+    def expected(self, ks: Sequence[int] = KS) -> Recalls:
+        """Recalls on average over random orders of what ties. Raises `ValueError` where ties are not known."""
+        if self.image_ties is None or self.text_ties is None or self.text_own is None:
+            raise ValueError("these ranks were kept without their ties; rank the embeddings again")
+
+        def percent(rank: Tensor, ties: Tensor, own: Tensor, k: int) -> float:
+            """1 - C(ties, q) / C(ties + own, q) with q places left in the first k, as a product of q factors."""
+            left = (k - (rank - ties)).clamp(min=0)[:, None]
+            place = torch.arange(k, dtype=torch.float64)
+            factor = (ties[:, None] - place).clamp(min=0) / (ties + own)[:, None].sub(place).clamp(min=1)
+            return 100 * float((1 - torch.where(place < left, factor, 1.0).prod(1)).mean())
+
+        one = torch.ones_like(self.image)
+        ir = {k: percent(self.image, self.image_ties, one, k) for k in ks}
+        return Recalls(ir, {k: percent(self.text, self.text_ties, self.text_own, k) for k in ks}, 0.0)
+
+    def optimistic(self, ks: Sequence[int] = KS) -> Recalls:
+        """Recalls with every tie in the model's favour."""
+        if self.image_ties is None or self.text_ties is None:
+            raise ValueError("these ranks were kept without their ties; rank the embeddings again")
+        return Ranks(self.image - self.image_ties, self.text - self.text_ties, self.image_of).recalls(ks)
 
     def save(self, path: Path) -> None:
         """As int32 in a safetensors file."""
@@ -146,9 +170,9 @@ def chance(image_of: Int[Tensor, " T"], ks: Sequence[int] = KS) -> Recalls:
 def _both(text_rows, image_rows, image_of: Tensor, num_images: int, chunk: int) -> Ranks:
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1; found {chunk}")
-    of_image, image_ties = _ranks(text_rows, image_of[:, None], chunk)
-    of_text, text_ties = _ranks(image_rows, _captions_of(image_of, num_images), chunk)
-    return Ranks(of_image.cpu(), of_text.cpu(), image_of.cpu(), image_ties.cpu(), text_ties.cpu())
+    of_image, image_ties, _ = _ranks(text_rows, image_of[:, None], chunk)
+    of_text, text_ties, own = _ranks(image_rows, _captions_of(image_of, num_images), chunk)
+    return Ranks(*(t.cpu() for t in (of_image, of_text, image_of, image_ties, text_ties, own)))
 
 
 def _captions_of(image_of: Int[Tensor, " T"], num_images: int) -> Int[Tensor, "I P"]:
@@ -162,9 +186,10 @@ def _captions_of(image_of: Int[Tensor, " T"], num_images: int) -> Int[Tensor, "I
 
 def _ranks(
     rows: Callable[[int, int], Tensor], positives_QP: Int[Tensor, "Q P"], chunk: int
-) -> tuple[Int[Tensor, " Q"], Int[Tensor, " Q"]]:
-    """Pessimistic 0-based rank of each query's best positive, and how many candidates merely tie with it."""
-    pessimistic, ties = [], []
+) -> tuple[Int[Tensor, " Q"], Int[Tensor, " Q"], Int[Tensor, " Q"]]:
+    """Pessimistic 0-based rank of each query's best positive, how many candidates merely tie with it, and how many
+    positives are as good."""
+    pessimistic, ties, good = [], [], []
     for start in range(0, len(positives_QP), chunk):
         score_qC = rows(start, start + chunk)
         index_qP = positives_QP[start : start + chunk]
@@ -174,10 +199,11 @@ def _ranks(
         level = (score_qC >= best_q1).sum(1, dtype=torch.int32).long() - above
         repeats = torch.zeros_like(index_qP, dtype=torch.bool)
         repeats[:, 1:] = index_qP[:, 1:] == index_qP[:, :-1]
-        tied = level - ((own_qP == best_q1) & ~repeats).sum(1)
+        good.append(((own_qP == best_q1) & ~repeats).sum(1))
+        tied = level - good[-1]
         pessimistic.append(above + tied)
         ties.append(tied)
-    return torch.cat(pessimistic), torch.cat(ties)
+    return torch.cat(pessimistic), torch.cat(ties), torch.cat(good)
 
 
 def _recall(pessimistic: Tensor, ties: Tensor | None, ks: Sequence[int]) -> tuple[dict[int, float], float]:
