@@ -11,6 +11,7 @@ from rich.text import Text
 
 from rmdd.config import as_yaml
 from rmdd.methods import TITLES
+from rmdd.report import referee
 
 METRICS = ("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10")
 NAMES = {"random": "random pairs", "full": "full data", **TITLES}
@@ -26,7 +27,8 @@ def stdout() -> Console:
 
 def result_table(evaluation: Mapping[str, Any]) -> Table:
     """A row each for random pairs, the method, and full data: R@mean on val and test, and the recalls on test."""
-    table = Table(title="Recall in %, mean ± spread", caption=evaluation["spread"], caption_justify="left")
+    caption = "\n".join([evaluation["spread"], *referee.lines(evaluation, NAMES)])
+    table = Table(title="Recall in %, mean ± spread", caption=caption, caption_justify="left")
     table.add_column("trained on")
     for column in ("val R@mean", "test R@mean", *METRICS):
         table.add_column(column, justify="right", no_wrap=True)

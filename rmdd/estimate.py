@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rmdd import config
 from rmdd.distill.frozen import CHUNK
 from rmdd.distill.matching import snapshot_iterations
-from rmdd.evaluate.students import reference_rule
+from rmdd.evaluate.references import reference_of
 from rmdd.models.dual import DualEncoder, build, tower_of
 from rmdd.models.losses import LOSSES
 
@@ -235,14 +235,17 @@ def operations(run: config.Run, counts: Counts, work: Work) -> dict[str, int]:
     select = rule.selection_students * snapshots if snapshots > 1 else 0
     tune = len(rule.baseline_lrs) * len(rule.baseline_losses) * min(rule.selection_students, rule.baseline_draws)
     curve = len(subsets) * (rule.epochs // rule.eval_every) * val
-    reference = reference_rule(rule)
-    scored = len(subsets) * (1 + (reference.epochs - 1) // reference.eval_every) * test
+    reference = reference_of(run)
     random_pairs = [run.distill.budget]
     evaluate = (
         select * student(subsets, rule.epochs, val)
         + tune * student(random_pairs, rule.epochs, val)
         + rule.students * student(subsets, rule.epochs, curve + val + test)
-        + (rule.students * student(subsets, reference.epochs, scored) if rule.reference else 0)
+        + (
+            reference.students * student(subsets, reference.course.epochs, len(subsets) * len(reference.points) * test)
+            if reference
+            else 0
+        )
         + min(rule.students, rule.baseline_draws) * student(random_pairs, rule.epochs, val + test)
         + teach.num * (val + test) * work.forward
     )

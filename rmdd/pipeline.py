@@ -22,10 +22,11 @@ from rmdd.data.place import absolute
 from rmdd.data.shards import Dataset
 from rmdd.distill.matching import finished, save_set
 from rmdd.distill.planning import PLAN, with_phases, without_a_phase
-from rmdd.evaluate import protocol
+from rmdd.evaluate import protocol, records, scores, summary
 from rmdd.evaluate.protocol import Job
+from rmdd.evaluate.references import reference_of
 from rmdd.experts import feed
-from rmdd.experts.store import Store
+from rmdd.experts.store import Store, stored_bytes
 from rmdd.experts.train import begin_store
 from rmdd.files import atomic_path, read_json, write_json
 from rmdd.jobs import Executor, Failed, Interrupted, Mapper, OpenRanks, Spared, Stream, Task, in_turn, ranks_here
@@ -33,7 +34,7 @@ from rmdd.models.text import embed, encoder_identity, text_width
 from rmdd.places import HEALTH, Places, candidates_of, device_of, places_of, protocol_of, run_folder
 from rmdd.progress import Progress, watched
 from rmdd.storage import anchored, open_storage
-from rmdd.tasks import Item, checkup, expert, material, phase, plan, student
+from rmdd.tasks import Item, checkup, expert, material, phase, plan, record, student
 from rmdd.track import is_curve
 
 
@@ -188,22 +189,26 @@ class Pipeline:
         with self._timed("evaluate"):
             select = protocol.selection_jobs(run, len(candidates)) if len(candidates) > 1 else []
             tune = protocol.tuning_jobs(run)
-            records = self._students(dataset, "choices on val", select + tune, candidates)
+            recipe = scores.choices(run) if rule.scores else []
+            tried_all = self._students(dataset, "choices on val", select + tune + recipe, candidates)
+            rates = scores.chosen_rates(list(zip(recipe, tried_all[len(select + tune) :], strict=True)))
             chosen = len(candidates) - 1
             curve: dict[int, float] = {}
             if select:
-                best, curve = protocol.best_by_val([(j.snapshot, r) for j, r in zip(select, records, strict=False)])
+                best, curve = protocol.best_by_val([(j.snapshot, r) for j, r in zip(select, tried_all, strict=False)])
                 chosen = best if rule.selection == "val_best" else chosen
             (loss, lr), tried = protocol.best_by_val(
-                [((j.loss, j.lr), r) for j, r in zip(tune, records[len(select) :], strict=True)]
+                [((j.loss, j.lr), r) for j, r in zip(tune, tried_all[len(select) :], strict=False)]
             )
+            reference = reference_of(run)
             final = [Job("student", i) for i in range(rule.students)]
-            final += [Job("reference", i) for i in range(rule.students if rule.reference else 0)]
+            final += [Job("reference", i) for i in range(reference.students if reference else 0)]
             final += [
                 Job("baseline", i % rule.baseline_draws, loss=loss, lr=lr)
                 for i in range(min(rule.students, rule.baseline_draws))
             ]
             final += [Job("full", e) for e in Store.open(places_of(run, dataset).store).complete()[: run.experts.num]]
+            final += scores.finals(run, rates) if rule.scores else []
             rows = list(
                 zip(
                     final,
@@ -211,6 +216,8 @@ class Pipeline:
                     strict=True,
                 )
             )
+            paths = {j: record(replace(self._item(dataset), job=j)) for j in final if j.kind != "reference"}
+            ranks = {job: records.ranks_of(path, self.storage) for job, path in paths.items()}
         by_kind = {k: [r for j, r in rows if j.kind == k] for k in ("student", "reference", "baseline", "full")}
         table = {
             "random": {k: protocol.summary(by_kind["baseline"], k) for k in ("val", "test_last")},
@@ -223,7 +230,7 @@ class Pipeline:
             )
         evaluation = {
             "table": table,
-            "diverged": {kind: sum("diverged" in r for r in records) for kind, records in by_kind.items()},
+            "diverged": {kind: sum("diverged" in r for r in rs) for kind, rs in by_kind.items()},
             "galleries": {s: material(self._item(dataset), s).split.facts() for s in ("train", "val", "test")},
             "spread": "sample standard deviation over students (distilled), draws (random) and experts (full)",
             "iterations": list(candidates[chosen]),
@@ -239,7 +246,12 @@ class Pipeline:
             },
             "student_curves": [r["curve"] for r in by_kind["student"]],
         }
+        width = material(self._item(dataset), "val").texts.shape[1]
+        evaluation |= summary.beside(run, table, rows, ranks, width)
+        if rule.scores:
+            evaluation["scores"] = scores.result(run, ranks, rates)
         write_json(self.folder / "evaluation.json", evaluation)
+        self.cost()
         return evaluation
 
     def health(self) -> dict[str, Any]:
@@ -251,6 +263,17 @@ class Pipeline:
         found = read_json(self.folder / HEALTH)
         for told in found["warnings"]:
             self.progress.say(f"warning: modality collapse? {told}")
+        return found
+
+    def cost(self) -> dict[str, Any]:
+        """What the run has cost by the clock up to now; returns and writes `cost.json`.
+
+        It lies apart from `evaluation.json`, which a run that was killed and resumed gives to the bit.
+        """
+        places = places_of(self.run, self.ingest())
+        logs = [places.phase(p) / "metrics.jsonl" for p in range(len(self.run.distill.phases))]
+        found = summary.clocks(self.run, logs, stored_bytes(places.store), self.all_seconds())
+        write_json(self.folder / "cost.json", found)
         return found
 
     def export(self) -> Path:

@@ -21,7 +21,10 @@ NUMBERS_VERSION = 4
 HEALTH = "health.json"
 """In the run folder: embedding health over the distillation."""
 
-ONLY_DISTILLED = ("selection", "reference", "eval_every", "chunk", "lr", "text_lr", "temperature", "schedule", "epochs")
+ONLY_DISTILLED = (
+    *("selection", "reference", "scores", "eval_every", "chunk"),
+    *("lr", "text_lr", "temperature", "schedule", "epochs"),
+)
 """Fields of `evaluate` that random pairs and full data do not depend on."""
 
 
@@ -93,6 +96,8 @@ def places_of(run: config.Run, dataset: Dataset) -> Places:
     recipe["version"] = methods.find(run.distill.method).version
     distilled = {**trained, "num": run.experts.num, "distill": recipe | {"seed": run.seed_of("distill")}}
     rules = run.evaluate.model_dump(mode="json", exclude=set(ONLY_DISTILLED)) | {"seed": run.seed_of("evaluate")}
+    if run.evaluate.augment == "none":
+        del rules["augment"]
     facts = {"num": run.experts.num, "budget": run.distill.budget, "updates": protocol.updates(run)}
     baseline = {**trained, **facts, "evaluate": rules}
     storage = root_of(run.runtime)

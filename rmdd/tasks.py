@@ -17,7 +17,19 @@ from rmdd.data.material import Material, load_material
 from rmdd.data.shards import Dataset
 from rmdd.distill.matching import distill_phase, load_set
 from rmdd.distill.planning import PLAN, key_of, make_plan, stated, with_phases
-from rmdd.evaluate.protocol import Job, lesson_of, random_lesson, score_expert, train_and_score
+from rmdd.evaluate import records
+from rmdd.evaluate.protocol import (
+    CHOOSING,
+    OF_RANDOM_PAIRS,
+    Job,
+    door,
+    lesson_of,
+    random_lesson,
+    score_expert,
+    soft_lesson,
+    train_and_score,
+)
+from rmdd.evaluate.retrieval import Ranks
 from rmdd.experts import gang
 from rmdd.experts.feed import Stream
 from rmdd.experts.store import Store
@@ -56,7 +68,11 @@ def _material(run: config.Run, data: Path, cache: Path, split: str) -> Material:
 
 
 def material(item: Item, split: str) -> Material:
-    """A split, loaded once for all runs that differ in nothing that shapes it."""
+    """A split, loaded once for all runs that differ in nothing that shapes it.
+
+    Raises `TestIsClosed` for test and a job that something is chosen by.
+    """
+    door(item.job, split)
     of_all = {"name": "run", "seed": 0, "distill": config.Distill(), "evaluate": config.Evaluate()}
     of_all |= {"search": config.Search()}
     return _material(item.run.model_copy(update=of_all), item.places.data, item.places.cache, split)
@@ -105,15 +121,6 @@ def _followed(item: Item, title: str, value: str, folder: Path, storage: Storage
     finally:
         for part in track.FOLDERS:
             storage.publish(folder / part)
-
-
-def _trained(item: Item, storage: Storage, number: int, text_width: int) -> DualEncoder:
-    """Expert `number` after its last epoch; of the store only its files are fetched."""
-    others = re.compile(rf"/expert-(?!{number:03d}/)")
-    storage.fetch(item.places.store, lambda name: not others.search(name) and not track.is_curve(name))
-    model, store = expert_model(item.run, number, text_width), Store.open(item.places.store)
-    model.load_trained(store.read(number, store.epochs))
-    return model
 
 
 def expert(item: Item, hooks: Hooks) -> bool:
@@ -221,7 +228,7 @@ def checkup(item: Item, hooks: Hooks) -> bool:
         storage.fetch(places.data)
         storage.fetch(places.phases, lambda name: not track.is_curve(name))
         train, val = material(item, "train"), material(item, "val")
-        model = _trained(item, storage, Store.open(places.store).complete()[0], train.texts.shape[1])
+        model = _trained(item, Store.open(places.store).complete()[0], storage)
         rungs = [(0,) * len(run.distill.phases), *candidates_of(run)]
         paths = [[places.start(p) if i == 0 else places.set(p, i) for p, i in enumerate(rung)] for rung in rungs]
         sets = [(rung, [load_set(file) for file in files]) for rung, files in zip(rungs, paths, strict=True)]
@@ -238,27 +245,46 @@ def student(item: Item, hooks: Hooks) -> dict[str, Any]:
     path = record(item)
     shared = path.parent == places.baseline
     value = places.baseline.name if shared else f"{item.value}/{'-'.join(map(str, item.iterations))}"
-    storage.fetch(path)
-    if path.is_file() and (scored := read_json(path))["value"] == value:
+    for each in (path, *(() if job.kind in CHOOSING else (records.test_file(path), records.ranks_file(path)))):
+        storage.fetch(each)
+    known, unranked = records.read(path, value), job.kind in (*CHOOSING, "reference")
+    if known is not None and (unranked or records.ranks_file(path).is_file()):  # older records have no ranks
         hooks.report({"done": 1})
-        return scored
+        return known
     storage.fetch(places.data)
     device, val = device_of(run), material(item, "val")
-    test = None if job.kind in ("select", "tune") else material(item, "test")
+    test = None if job.kind in CHOOSING else material(item, "test")
+
+    def keep(ranks: Ranks) -> None:
+        ranks.save(records.ranks_file(path))
+
     if job.kind == "full":
-        model = _trained(item, storage, job.index, val.texts.shape[1])
         assert test is not None
-        scored = score_expert(job, run, model, val, test, device)
+        scored = score_expert(job, run, _trained(item, job.index, storage), val, test, device, on_ranks=keep)
     else:
-        if job.kind in ("tune", "baseline"):
+        if job.kind in ("soft_tune", "soft"):
+            teacher = _trained(item, job.index % run.experts.num, storage)
+            lessons = [soft_lesson(run, material(item, "train"), job.index, job.lr, teacher, device)]
+        elif job.kind in OF_RANDOM_PAIRS:
             lessons = [random_lesson(run, material(item, "train"), job.index, job.lr)]
         else:
             for p, iteration in enumerate(item.iterations):
                 storage.fetch(places.set(p, iteration))
             sets = [load_set(places.set(p, iteration)) for p, iteration in enumerate(item.iterations)]
             lessons = [lesson_of(s, run.data.image_size) for s in sets]
-        scored = train_and_score(job, run, lessons, val, test, device, hooks.should_stop)  # a sign of life
+        alive = hooks.should_stop  # a sign of life
+        scored = train_and_score(job, run, lessons, val, test, device, alive, on_ranks=keep)
     scored["value"] = value
-    write_json(path, scored)
+    records.write(path, scored)
     hooks.report({"done": 1, "val": scored["val"]["R@mean"]} if "val" in scored else {"done": 1})
     return scored
+
+
+def _trained(item: Item, expert: int, storage: Storage) -> DualEncoder:
+    """An expert after its last epoch."""
+    others = re.compile(rf"/expert-(?!{expert:03d}/)")
+    storage.fetch(item.places.store, lambda name: not others.search(name) and not track.is_curve(name))
+    store = Store.open(item.places.store)
+    model = expert_model(item.run, expert, material(item, "val").texts.shape[1])
+    model.load_trained(store.read(expert, store.epochs))
+    return model

@@ -19,6 +19,7 @@ from rmdd.pipeline import Pipeline, open_pipeline
 from rmdd.places import run_folder
 from rmdd.progress import Progress
 
+CLOCKS = ("seconds.json", "cost.json", "report.html")
 TINY = {
     "name": "tiny",
     "data": {"source": "scenes", "image_size": 16, "scenes": {"train": 12, "val": 5, "test": 5, "size": 16}},
@@ -95,6 +96,40 @@ def test_a_run_leaves_a_table_a_set_and_a_page(finished):
     assert not list(finished.rglob("*.tmp"))
 
 
+def test_everything_the_referee_can_tell(storage):
+    run = load(storage, "evaluate.reference=edge", "evaluate.scores=true", "evaluate.students=1")
+    go(run)
+    evaluation = json.loads((run_folder(run) / "evaluation.json").read_text())
+    table, found = evaluation["table"], evaluation["certainty"]
+    for row, recalls in found["test_last"].items():
+        for metric, interval in recalls.items():
+            assert interval["low"] <= interval["high"]
+            assert interval["mean"] == pytest.approx(table[row]["test_last"][metric]["mean"])
+    gain = found["minus_random"]["ptm_st"]["R@mean"]["mean"]
+    rows = [table[row]["test_last"]["R@mean"]["mean"] for row in ("ptm_st", "random")]
+    assert gain == pytest.approx(rows[0] - rows[1])
+    reference, picked = evaluation["reference"], table["ptm_st"]["test_best_reference"]["R@mean"]
+    assert (reference["protocol"], reference["scorings"], reference["students"], picked["n"]) == ("edge", 40, 1, 1)
+    assert reference["minus_test_last"] == pytest.approx(picked["mean"] - rows[0])
+    assert set(evaluation["scores"]["points"]) == {"HLR", "IOR", "augmented", "plain"}
+    assert evaluation["scores"]["rates"] == {"dsa": 0.1, "none": 0.1}
+    assert evaluation["size"]["pairs"] == 8 and evaluation["size"]["set_bytes"] == 4 * (8 * (768 + 16) + 32 + 4)
+    cost = json.loads((run_folder(run) / "cost.json").read_text())
+    assert cost["seconds_per_iteration"] > 0 and cost["iterations_timed"] == 7 and cost["gpu_hours"] == 0
+    page = (run_folder(run) / "report.html").read_text()
+    assert "What picking on test adds" in page and "IOR: the set minus random pairs by the same recipe" in page
+
+
+def test_a_record_without_its_ranks_or_its_test_scores_is_made_again(storage):
+    (baseline,) = (storage / "baselines").iterdir()
+    ranks, apart = baseline / "baseline-000.ranks.safetensors", baseline / "baseline-001.test.json"
+    before = ranks.read_bytes(), apart.read_bytes()
+    ranks.unlink()
+    apart.unlink()
+    go(load(storage), "evaluate")
+    assert (ranks.read_bytes(), apart.read_bytes()) == before
+
+
 def test_the_exported_set_loads_and_trains(finished):
     distilled = rmdd.load(run_folder(load(finished)) / "set")
     assert [s.pairs for s in distilled.subsets] == [4, 4]
@@ -108,7 +143,7 @@ def test_the_exported_set_loads_and_trains(finished):
 
 def test_running_again_changes_nothing(finished):
     def contents():
-        files = [p for p in finished.rglob("*") if p.is_file() and p.name not in ("seconds.json", "report.html")]
+        files = [p for p in finished.rglob("*") if p.is_file() and p.name not in CLOCKS]
         return {str(p.relative_to(finished)): p.read_bytes() for p in files}
 
     before, folders = contents(), ("data", "cache", "experts", "phases", "baselines")

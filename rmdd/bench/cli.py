@@ -10,7 +10,9 @@ from rmdd.command import Debug, Json, Quiet, Sets, Source, do, load, outcome, pr
 if TYPE_CHECKING:
     from rmdd.pipeline import Pipeline
 
-bench = typer.Typer(help="Measure matching, fleets, ingest, coresets.", no_args_is_help=True, rich_markup_mode=None)
+bench = typer.Typer(
+    help="Measure matching, fleets, ingest, coresets, the metric.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
 @bench.command("step")
@@ -188,3 +190,26 @@ def bench_coresets(
             print_json(found)
         else:
             typer.echo(coresets.table(found))
+
+
+@bench.command("metric")
+def bench_metric(
+    images: Annotated[int, typer.Option(help="Images of the gallery.")] = 5000,
+    texts: Annotated[int, typer.Option(help="Captions of the gallery.")] = 25_010,
+    width: Annotated[int, typer.Option(help="Length of an embedding.")] = 512,
+    chunk: Annotated[int, typer.Option(help="Queries scored at once.")] = 256,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    repeats: Annotated[int, typer.Option(help="Timed rankings; the quickest is told.")] = 3,
+    out: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time the exact ranking of a gallery, by default of COCO's size, and measure its peak memory."""
+    with outcome(debug):
+        from rmdd.bench import metric
+
+        found = metric.bench_metric(metric.Case(images, texts, width, chunk, threads), repeats, out)
+    if json:
+        print_json(found)
+    else:
+        typer.echo(metric.table(found))

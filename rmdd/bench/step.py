@@ -322,7 +322,8 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def _resident(field_name: Literal["VmRSS", "VmHWM"]) -> int:
+def resident(field_name: Literal["VmRSS", "VmHWM"]) -> int:
+    """Bytes that this process holds now, or held at its peak."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field_name}:"):
             return 1024 * int(line.split()[1])
@@ -335,9 +336,9 @@ def _measure_here(case: Case, variant: Variant) -> int:
     run()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     run()
-    return _resident("VmHWM") - before
+    return resident("VmHWM") - before
 
 
 if __name__ == "__main__":

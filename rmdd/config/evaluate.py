@@ -32,7 +32,17 @@ class Evaluate(Section):
     )
     temperature: PositiveFloat | None = Field(None, description="of the students' cosines; null: as distilled with")
     eval_every: PositiveInt = Field(10, description="passes between scorings on val")
-    reference: bool = Field(True, description="also score the papers' protocol, labelled test_best_reference")
+    augment: Literal["none", "dsa", "randaugment"] = Field(
+        "none", description="of the students' pictures, of random pairs too; randaugment: as experts train by default"
+    )
+    reference: Literal["auto", "none", "lors", "ptm_st", "repblend", "mtt_vl", "mdm", "pds", "edge"] = Field(
+        "auto",
+        description="also score by a paper's released protocol, as test_best_reference; auto: that of the method, at "
+        "the loss, batch, momentum and decay of this run; a name: exactly as coded",
+    )
+    scores: bool = Field(
+        False, description="also HLR, IOR, LRS and ARS: what the recipe adds, and random pairs by the same recipe"
+    )
     selection: Literal["last", "val_best"] = Field("last", description="which snapshot of the distillation is exported")
     selection_students: PositiveInt = Field(
         2, description="students per snapshot, and random draws per rate and loss, that a choice on val is made by"
@@ -46,6 +56,11 @@ class Evaluate(Section):
     baseline_draws: PositiveInt = Field(5, description="different random subsets, one per student")
     chunk: PositiveInt = Field(256, description="queries scored at once")
     seed: int | None = Field(None, description="null: the run's seed")
+
+    @field_validator("reference", mode="before")
+    @classmethod
+    def _once_a_switch(cls, value: Any) -> Any:
+        return {True: "auto", False: "none"}.get(value, value) if isinstance(value, bool) else value
 
 
 class Runtime(Section):

@@ -6,13 +6,19 @@ Each row of the result table comes from jobs that know nothing of one another, s
     tune       random pairs with one loss and rate, scored on val only; the best rate trains the baseline
     student    the exported set: a curve on val, then val and test once at the last pass
     baseline   random pairs at the chosen loss and rate: val and test once
-    reference  the released protocol: the best *test* score over its passes, for comparison with papers only
+    reference  a released protocol: its scorings of *test*, for comparison with papers only
     full       an expert trained on all pairs: val and test once
+
+and of `rmdd.evaluate.scores`, on request: hard, own, soft_tune (val only) and soft.
+
+Jobs that choose have no way to test: `door` refuses to open it for them, `train_and_score` to be given it, and
+`best_by_val` any record that holds a score of it. Student i of every kind has the same heads, and with as many pairs
+the same batches, so rows differ in what is learned from alone.
 """
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -23,12 +29,23 @@ from rmdd.data.material import Material
 from rmdd.distill import similarity
 from rmdd.distill.phases import real_images
 from rmdd.distill.synthetic import Synthetic, enlarged
-from rmdd.evaluate.retrieval import Recalls
-from rmdd.evaluate.students import Diverged, Lesson, reference_rule, score, train_student
+from rmdd.evaluate.references import reference_of
+from rmdd.evaluate.retrieval import Ranks, Recalls
+from rmdd.evaluate.students import Course, Diverged, Lesson, rank, score, train_student
 from rmdd.models.dual import DualEncoder, build
 from rmdd.seeding import generator
 
-Kind = Literal["select", "tune", "student", "baseline", "reference", "full"]
+Kind = Literal["select", "tune", "student", "baseline", "reference", "full", "hard", "own", "soft_tune", "soft"]
+CHOOSING = ("select", "tune", "soft_tune")
+"""Kinds whose scores something is chosen by; they are scored on val, and test is closed to them."""
+OF_THE_SET = ("select", "student", "reference", "hard", "own")
+OF_RANDOM_PAIRS = ("tune", "baseline", "soft_tune", "soft")
+
+
+class TestIsClosed(PermissionError):
+    """What a choice depends on asked for the test split, or was given a score of it."""
+
+    __test__ = False
 
 
 @dataclass(frozen=True)
@@ -40,17 +57,26 @@ class Job:
     snapshot: int = -1
     loss: str = ""
     lr: float = 0.0
+    augment: str = ""
+    """Of kinds own, soft_tune and soft; empty: as the run says."""
 
     @property
     def name(self) -> str:
-        extra = (
-            f"-{self.snapshot:02d}"
-            if self.kind == "select"
-            else f"-{self.loss}-{self.lr:g}"
-            if self.kind == "tune"
-            else ""
-        )
+        extra = {
+            "select": f"-{self.snapshot:02d}",
+            "tune": f"-{self.loss}-{self.lr:g}",
+            "own": f"-{self.augment}",
+            "soft": f"-{self.augment}",
+            "soft_tune": f"-{self.augment}-{self.lr:g}",
+        }.get(self.kind, "")
         return f"{self.kind}{extra}-{self.index:03d}"
+
+
+def door(job: Job | None, split: str) -> str:
+    """`split`, where `job` may look at it. Raises `TestIsClosed` for test and a job that something is chosen by."""
+    if split == "test" and job is not None and job.kind in CHOOSING:
+        raise TestIsClosed(f"{job.name} is scored for a choice, and choices are made on val; test is closed to it")
+    return split
 
 
 def lesson_of(synthetic: Synthetic, image_size: int) -> Lesson:
@@ -69,6 +95,29 @@ def random_lesson(run: config.Run, train: Material, draw: int, lr: float) -> Les
     return Lesson(images, torch.tensor(train.texts[records]), torch.eye(pairs), lr, lr)
 
 
+def hardened(lesson: Lesson, run: config.Run) -> Lesson:
+    """What images and texts alone are worth: each belongs to its own, at the rates of the experts."""
+    own = torch.eye(len(lesson.images))
+    return replace(lesson, similarity=own, lr_image=run.experts.lr_image, lr_text=run.experts.lr_text)
+
+
+def soft_lesson(
+    run: config.Run, train: Material, draw: int, lr: float, teacher: DualEncoder, device: torch.device
+) -> Lesson:
+    """Random pairs by the recipe of the set: with a similarity where that has one, as a teacher sees it.
+
+    S = sigmoid(cosine / temperature); the teacher is an expert after its last epoch.
+    """
+    lesson = random_lesson(run, train, draw, lr)
+    if run.distill.similarity.kind == "identity":
+        return lesson
+    teacher = teacher.to(device).eval()
+    with torch.no_grad():
+        u = torch.cat([teacher.embed_images(x.to(device)) for x in lesson.images.split(run.evaluate.chunk)])
+        v = teacher.embed_texts(lesson.texts.to(device))
+        return replace(lesson, similarity=torch.sigmoid(u @ v.T / run.model.temperature).cpu())
+
+
 def updates(run: config.Run) -> int:
     """Steps that a student of the distilled set makes; one of random pairs gets as many."""
     rule = run.evaluate
@@ -83,57 +132,94 @@ def train_and_score(
     test: Material | None,
     device: torch.device,
     on_pass: Callable[[], object] = lambda: None,
+    *,
+    on_ranks: Callable[[Ranks], object] = lambda ranks: None,
 ) -> dict[str, Any]:
-    """Run one student job and return its record; `test` is scored only by kinds that report it,
-    and None for the others, which choose."""
-    rule = run.evaluate
-    loss = job.loss or run.distill.loss
-    seed = run.seed_of("evaluate")
-    if job.kind == "reference":
-        rule = reference_rule(rule)
-    if job.kind in ("tune", "baseline"):
-        passes = round(updates(run) / -(-len(lessons[0].images) // rule.batch))
-        rule = rule.model_copy(update={"epochs": max(1, passes)})
+    """Run one student job and return its record; `test` is None for jobs that choose, else `TestIsClosed` is raised.
+
+    `on_ranks` gets what the queries of test found, at the last pass.
+    """
+    if job.kind in CHOOSING and test is not None:
+        door(job, "test")
+    rule, seed = run.evaluate, run.seed_of("evaluate")
+    loss, course = job.loss or run.distill.loss, Course.of(rule)
+    points: tuple[int, ...] = ()
+    pixels = val if test is None else test
     model = build(run.model, lessons[0].texts.shape[1], run.data.image_size, seed, "student", job.index).to(device)
-    if job.kind in ("select", "student", "reference"):
+    if job.kind in OF_THE_SET or job.kind in ("soft_tune", "soft"):
         model.temperature = run.student_temperature
+    if job.kind == "reference":
+        found = reference_of(run)
+        assert found is not None and test is not None
+        peeked = val if found.split(run.data.layout) == "val" else test
+        loss, course, points, model.temperature = found.loss, found.course, found.points, found.temperature
+        lessons = found.lessons(lessons)
+    elif job.kind == "hard":
+        loss, lessons = "infonce", [hardened(x, run) for x in lessons]
+    elif job.kind in OF_RANDOM_PAIRS:
+        passes = round(updates(run) / -(-len(lessons[0].images) // rule.batch))
+        course = replace(course, epochs=max(1, passes))
+        if course.drop_after is not None:
+            course = replace(course, drop_after=(course.epochs + 1) // 2)
+    course = replace(course, augment=job.augment or course.augment)
+    if course.augment != "none":
+        course = replace(course, mean=pixels.mean, std=pixels.std)
     curve: list[dict[str, Any]] = []
 
     def at(subset: int, passes: int) -> None:
         on_pass()
-        last = subset == len(lessons) - 1 and passes == rule.epochs
-        if job.kind == "reference" and (passes - 1) % rule.eval_every == 0:
-            assert test is not None
-            curve.append({"subset": subset, "passes": passes, "test": score(model, test, device, rule.chunk).as_dict()})
+        last = subset == len(lessons) - 1 and passes == course.epochs
+        if job.kind == "reference" and passes in points:
+            curve.append(
+                {"subset": subset, "passes": passes, "test": score(model, peeked, device, rule.chunk).as_dict()}
+            )
         elif job.kind == "student" and (last or passes % rule.eval_every == 0):
             curve.append({"subset": subset, "passes": passes, "val": score(model, val, device, rule.chunk).as_dict()})
 
     try:
-        train_student(model, lessons, rule, loss, seed, job.index, at)
+        train_student(model, lessons, course, loss, seed, job.index, at)
     except Diverged as error:
-        scores = dict.fromkeys(("val", "test_last", "test_best_reference"), _nothing())
-        return {"job": job.name, "curve": curve, **scores, "diverged": str(error)}
+        keys = ("val",) if job.kind in CHOOSING else ("val", "test_last", "test_best_reference")
+        if test is not None and job.kind != "reference":
+            on_ranks(Ranks.worst(torch.from_numpy(test.split.image_of)))
+        return {"job": job.name, "curve": curve, **dict.fromkeys(keys, _nothing()), "diverged": str(error)}
     record: dict[str, Any] = {"job": job.name, "curve": curve}
     if job.kind == "reference":
-        best = max(curve, key=lambda point: point["test"]["R@mean"])
-        return record | {"test_best_reference": best["test"]}
+        assert found is not None
+        of_best = max(curve, key=lambda point: point["test"]["R@mean"])
+        return record | {"test_best_reference": (of_best if found.reported == "best" else curve[-1])["test"]}
     record["val"] = score(model, val, device, rule.chunk).as_dict()
-    if job.kind in ("student", "baseline"):
+    if job.kind not in CHOOSING:
         assert test is not None
-        record["test_last"] = score(model, test, device, rule.chunk).as_dict()
+        record["test_last"] = _read_test(model, test, device, rule.chunk, on_ranks)
     return record
 
 
 def score_expert(
-    job: Job, run: config.Run, model: DualEncoder, val: Material, test: Material, device: torch.device
+    job: Job,
+    run: config.Run,
+    model: DualEncoder,
+    val: Material,
+    test: Material,
+    device: torch.device,
+    *,
+    on_ranks: Callable[[Ranks], object] = lambda ranks: None,
 ) -> dict[str, Any]:
     """The full-data bound: one expert after its last epoch."""
     chunk = run.evaluate.chunk
     return {
         "job": job.name,
         "val": score(model.to(device), val, device, chunk).as_dict(),
-        "test_last": score(model, test, device, chunk).as_dict(),
+        "test_last": _read_test(model, test, device, chunk, on_ranks),
     }
+
+
+def _read_test(
+    model: DualEncoder, test: Material, device: torch.device, chunk: int, on_ranks: Callable[[Ranks], object]
+) -> dict[str, float]:
+    found = rank(model, test, device, chunk)
+    on_ranks(found)
+    return found.recalls().as_dict()
 
 
 def selection_jobs(run: config.Run, snapshots: int) -> list[Job]:
@@ -150,9 +236,16 @@ def tuning_jobs(run: config.Run) -> list[Job]:
 
 
 def best_by_val(records: Sequence[tuple[Any, dict[str, Any]]]) -> tuple[Any, dict[Any, float]]:
-    """Given (choice, record) rows, the choice with the best mean val R@mean (the first of equals) and all means."""
+    """Given (choice, record) rows, the choice with the best mean val R@mean (the first of equals) and all means.
+
+    Raises `TestIsClosed` for a record that holds a score of test.
+    """
     groups: dict[Any, list[float]] = {}
     for choice, record in records:
+        if seen := [key for key in record if key.startswith("test")]:
+            raise TestIsClosed(
+                f"a choice was given {', '.join(seen)} of {record.get('job', choice)}; choose by val alone"
+            )
         groups.setdefault(choice, []).append(record["val"]["R@mean"])
     means = {choice: statistics.fmean(values) for choice, values in groups.items()}
     return max(means, key=lambda choice: means[choice]), means

@@ -6,15 +6,17 @@ passes, gives every subset its own learned rates, optimiser and schedule, choose
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from rmdd import config
 from rmdd.data.images import normalise
 from rmdd.data.material import Material
-from rmdd.evaluate.retrieval import Recalls, recalls
+from rmdd.evaluate.augment import augmentation
+from rmdd.evaluate.retrieval import Ranks, Recalls, ranks
 from rmdd.models.dual import TOWERS, DualEncoder, tower_of
 from rmdd.models.losses import LOSSES
 from rmdd.seeding import derive, generator
@@ -35,8 +37,57 @@ class Lesson:
     lr_text: float
 
 
+@dataclass(frozen=True)
+class Course:
+    """How a student is trained on the subsets of a set, in order."""
+
+    epochs: int
+    """Passes over each subset."""
+    batch: int
+    momentum: float
+    weight_decay: float
+    drop_after: int | None
+    """Passes of a subset after which rates are multiplied by `drop`; None: never."""
+    drop: float = 0.1
+    chain: bool = False
+    """One optimiser for all subsets, whose momentum carries over, and one drop, in the first."""
+    rates: Literal["own", "last"] = "own"
+    """Each subset's rates, or the last one's for all."""
+    text_rate: Literal["own", "image"] = "own"
+    batches: Literal["drawn", "cut", "cut_full"] = "drawn"
+    """drawn: each of a pass's ceil(M / B) steps takes B pairs of a fresh shuffle, as code with a similarity does, so
+    that no batch is short; cut: one shuffle per pass, the last batch short; cut_full: without a short one."""
+    augment: str = "none"
+    trains: Literal["all", "heads", "text head"] = "all"
+    """What of the parameters that the model trains."""
+    mean: tuple[float, float, float] | None = None
+    """Pixel constants of the pictures, for augmentations that need 8 bits."""
+    std: tuple[float, float, float] | None = None
+
+    @classmethod
+    def of(cls, rule: config.Evaluate) -> "Course":
+        """Of our own protocol: the rate drops after half of the passes."""
+        return cls(
+            epochs=rule.epochs,
+            batch=rule.batch,
+            momentum=rule.momentum,
+            weight_decay=rule.weight_decay,
+            drop_after=(rule.epochs + 1) // 2,
+            drop=rule.lr_drop,
+            chain=rule.schedule == "shared",
+            rates=rule.lr,
+            text_rate=rule.text_lr,
+            augment=rule.augment,
+        )
+
+
 def score(model: DualEncoder, material: Material, device: torch.device, chunk: int = 256) -> Recalls:
-    """Retrieval recalls of `model` on a split, in eval mode; leaves the mode as it was.
+    """Retrieval recalls of `rank`."""
+    return rank(model, material, device, chunk).recalls()
+
+
+def rank(model: DualEncoder, material: Material, device: torch.device, chunk: int = 256) -> Ranks:
+    """What every query of a split finds with `model`, in eval mode; leaves the mode as it was.
 
     Raises `Diverged` when its embeddings are not finite or zero.
     """
@@ -62,13 +113,13 @@ def score(model: DualEncoder, material: Material, device: torch.device, chunk: i
     for side, embeddings in (("image", images), ("text", texts)):
         if not (torch.isfinite(embeddings).all() and (embeddings != 0).any(dim=1).all()):
             raise Diverged(f"the {side} embeddings collapsed: some are zero or not finite")
-    return recalls(images, texts, torch.from_numpy(split.image_of).to(device), chunk=chunk)
+    return ranks(images, texts, torch.from_numpy(split.image_of).to(device), chunk=chunk)
 
 
 def train_student(
     model: DualEncoder,
     lessons: Sequence[Lesson],
-    rule: config.Evaluate,
+    course: Course,
     loss: str,
     seed: int,
     student: int,
@@ -76,30 +127,34 @@ def train_student(
 ) -> None:
     """Train `model` in place on the lessons in order. `at(subset, passes)` is called after every pass.
 
-    Each pass takes ceil(M/B) steps and each step a fresh random batch, as the published code does. The rate
-    drops after half of the passes: of every subset (`per_subset`), or once, of the first (`shared`).
+    Batches, dropout and augmentation are drawn by (seed, student, subset, pass) alone: student i meets the same draws
+    whatever it learns from, so that methods are compared on the same students.
     Raises `Diverged` for a rate that is not positive and when the loss is not finite.
     """
     device = next(model.parameters()).device
     optimiser = None
+    seen = None if course.augment == "none" else augmentation(course.augment, course.mean, course.std)
+    for name, p in model.named_parameters():
+        p.requires_grad_(p.requires_grad and _is_trained(name, course))
     model.train()
     for s, lesson in enumerate(lessons):
-        rates = lessons[-1] if rule.lr == "last" else lesson
-        if optimiser is None or rule.schedule == "per_subset":
-            optimiser = _optimiser(model, rates, rule, s)
+        rates = lessons[-1] if course.rates == "last" else lesson
+        if optimiser is None or not course.chain:
+            optimiser = _optimiser(model, rates, course, s)
         images, texts = lesson.images.to(device), lesson.texts.to(device)
         similarity = lesson.similarity.to(device)
-        pairs, batch = len(images), min(rule.batch, len(images))
-        for epoch in range(rule.epochs):
-            if epoch == (rule.epochs + 1) // 2 and (rule.schedule == "per_subset" or s == 0):
+        for epoch in range(course.epochs):
+            if epoch == course.drop_after and (s == 0 or not course.chain):
                 for group in optimiser.param_groups:
-                    group["lr"] *= rule.lr_drop
+                    group["lr"] *= course.drop
             draw = generator(seed, "student batches", student, s, epoch)
+            views = generator(seed, "student augment", student, s, epoch)
             with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
                 torch.manual_seed(derive(seed, "student dropout", student, s, epoch))
-                for _ in range(-(-pairs // rule.batch)):
-                    index = torch.randperm(pairs, generator=draw)[:batch].to(device)
-                    value = LOSSES[loss](model(images[index], texts[index]), similarity[index][:, index])
+                for chosen in batches(len(images), course, draw):
+                    index = chosen.to(device)
+                    pictures = images[index] if seen is None else seen(images[index], views)
+                    value = LOSSES[loss](model(pictures, texts[index]), similarity[index][:, index])
                     optimiser.zero_grad(set_to_none=True)
                     value.backward()
                     optimiser.step()
@@ -111,25 +166,31 @@ def train_student(
             at(s, epoch + 1)
 
 
-def _optimiser(model: DualEncoder, rates: Lesson, rule: config.Evaluate, subset: int) -> torch.optim.SGD:
-    by_tower = {"image": rates.lr_image, "text": rates.lr_image if rule.text_lr == "image" else rates.lr_text}
-    for tower, lr in by_tower.items():
-        if not lr > 0:
+def batches(pairs: int, course: Course, random: torch.Generator) -> list[Int[Tensor, " b"]]:
+    """The batches of one pass. A subset smaller than a batch is one batch."""
+    if course.batches == "drawn":
+        return [torch.randperm(pairs, generator=random)[: course.batch] for _ in range(-(-pairs // course.batch))]
+    cut = torch.randperm(pairs, generator=random).split(course.batch)
+    whole = course.batches == "cut" or len(cut) == 1 or len(cut[-1]) == course.batch
+    return list(cut if whole else cut[:-1])
+
+
+def _optimiser(model: DualEncoder, rates: Lesson, course: Course, subset: int) -> torch.optim.SGD:
+    by_tower = {"image": rates.lr_image, "text": rates.lr_image if course.text_rate == "image" else rates.lr_text}
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    groups = []
+    for tower in TOWERS:
+        lr, params = by_tower[tower], [p for n, p in named if tower_of(n) == tower]
+        if params and not lr > 0:
             raise Diverged(
                 f"subset {subset} has the learned {tower} rate {lr:.4g}, which trains nothing; set "
                 "distill.min_inner_lr and lower distill.lr_lr"
             )
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    groups = [{"params": [p for n, p in named if tower_of(n) == t], "lr": by_tower[t]} for t in TOWERS]
-    return torch.optim.SGD(groups, lr=rates.lr_image, momentum=rule.momentum, weight_decay=rule.weight_decay)
+        groups += [{"params": params, "lr": lr}] if params else []
+    return torch.optim.SGD(groups, lr=rates.lr_image, momentum=course.momentum, weight_decay=course.weight_decay)
 
 
-def reference_rule(rule: config.Evaluate) -> config.Evaluate:
-    """The released evaluation of LoRS and PTM-ST, used for every method: 101 passes a subset, one optimiser and one
-    drop for all, the last subset's rates.
-
-    Departures: rates are the averaged ones, a projection on a frozen image tower is trained too, and the temperature is
-    that of the distillation. Batch, momentum and decay stay those of `rule`, which the presets named after the paper
-    set to the paper's. MTT-VL trained 51 passes and scored once, RepBlend scored every 20 passes.
-    """
-    return rule.model_copy(update={"epochs": 101, "schedule": "shared", "lr": "last", "lr_drop": 0.1, "eval_every": 10})
+def _is_trained(name: str, course: Course) -> bool:
+    if course.trains == "all":
+        return True
+    return name.startswith("text_head.") or (course.trains == "heads" and name.startswith("image_head."))

@@ -27,6 +27,8 @@ class Method:
 
     defaults: ClassVar[Mapping[str, Any]] = {}
     """Values of the run file that hold where it says nothing, by section."""
+    reference: ClassVar[str | None] = None
+    """The protocol of `rmdd.evaluate.references` by which its paper scored students."""
     version: ClassVar[int] = 1
     """Raise it when a change of the code moves the numbers; part of the hash of every phase."""
 

@@ -18,6 +18,7 @@ from rmdd.methods.base import Method
 
 
 class LoRS(Method):
+    reference = "lors"
     defaults = {
         "experts": {"keep": "all"},
         "distill": {

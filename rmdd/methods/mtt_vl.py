@@ -15,6 +15,7 @@ from rmdd.methods.base import Method
 
 
 class MTTVL(Method):
+    reference = "mtt_vl"
     defaults = {
         "experts": {"keep": "all"},
         "distill": {

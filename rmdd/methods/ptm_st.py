@@ -37,3 +37,5 @@ def without(run: config.Run, *, ptm: bool = False, st: bool = False, ema: bool =
 
 class PTMST(Method):
     """The defaults of `distill` are PTM-ST's, but for the exact gradient; presets named after the paper set its own."""
+
+    reference = "ptm_st"

@@ -26,6 +26,7 @@ def blend(features: Float[Tensor, "B D"], weight: float, partner: Int[Tensor, " 
 
 
 class RepBlend(LoRS):
+    reference = "repblend"
     defaults = filled(
         {"model": {"image": {"trainable": False, "projection": "block"}}, "distill": {"blend": 1.0}}, LoRS.defaults
     )

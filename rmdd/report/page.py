@@ -20,9 +20,9 @@ from PIL import Image
 from rmdd.data.images import denormalise
 from rmdd.distill.matching import load_set
 from rmdd.experts.store import stored_bytes
-from rmdd.files import atomic_path
+from rmdd.files import atomic_path, read_json
 from rmdd.methods import TITLES
-from rmdd.report import plots
+from rmdd.report import plots, referee
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,6 +54,7 @@ def write_report(
     distilled = DistilledSet.load(set_path)
     logs = [_read_log(places.phase(p) / "metrics.jsonl") for p in range(len(distilled.subsets))]
     name = TITLES.get(distilled.method, distilled.method)
+    cost = page.with_name("cost.json")
     facts = {
         "run": run,
         "name": name,
@@ -63,6 +64,8 @@ def write_report(
         "tiles": _tiles(distilled, evaluation, seconds),
         "groups": _result_groups(name, distilled, evaluation),
         "recalls": RECALLS,
+        "referee": referee.tables(evaluation, _labels(name, distilled, evaluation), RECALLS),
+        "cost_rows": referee.cost_rows(evaluation, read_json(cost) if cost.is_file() else {}),
         "results_plot": Markup(plots.results(_bars(name, distilled, evaluation))),
         "gallery": _gallery(run, places, distilled),
         "moved": [

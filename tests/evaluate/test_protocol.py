@@ -14,7 +14,9 @@ from rmdd.distill.synthetic import Synthetic
 from rmdd.evaluate import protocol
 from rmdd.evaluate.protocol import (
     Job,
+    TestIsClosed,
     best_by_val,
+    door,
     lesson_of,
     random_lesson,
     score_expert,
@@ -24,6 +26,9 @@ from rmdd.evaluate.protocol import (
     tuning_jobs,
 )
 from rmdd.models.dual import build
+from rmdd.places import Places
+from rmdd.tasks import Item
+from rmdd.tasks import material as material_of
 
 SIZE, TEXT_WIDTH, CAPTIONS = 8, 6, 2
 CPU = torch.device("cpu")
@@ -75,12 +80,17 @@ def scored(monkeypatch):
     """Which splits were scored, in order."""
     seen = []
 
-    def counted(model, material, device, chunk=256):
-        seen.append({id(VAL): "val", id(TEST): "test"}[id(material)])
-        return score(model, material, device, chunk)
+    def counted(name):
+        original = getattr(protocol, name)
 
-    score = protocol.score
-    monkeypatch.setattr(protocol, "score", counted)
+        def count(model, material, device, chunk=256):
+            seen.append({id(VAL): "val", id(TEST): "test"}[id(material)])
+            return original(model, material, device, chunk)
+
+        monkeypatch.setattr(protocol, name, count)
+
+    counted("score")
+    counted("rank")
     return seen
 
 
@@ -157,10 +167,26 @@ def test_the_summary_is_a_mean_and_a_sample_deviation():
     assert alone == {"mean": 1.0, "std": None, "n": 1}
 
 
-@pytest.mark.parametrize("kind", ["select", "tune"])
+@pytest.mark.parametrize("kind", ["select", "tune", "soft_tune"])
+def test_a_choice_that_asks_for_test_is_refused(kind):
+    run, job = run_of(), Job(kind, 0, snapshot=0, loss="infonce", lr=0.05)
+    with pytest.raises(TestIsClosed, match=f"{kind}.* is scored for a choice, .* test is closed to it"):
+        train_and_score(job, run, lessons(run), VAL, POISON, CPU)
+    with pytest.raises(TestIsClosed, match="choices are made on val"):
+        material_of(Item(run, Places(*[Path()] * 6), "value", job=job), "test")
+    assert door(job, "val") == "val" and door(Job("student", 0), "test") == "test"
+
+
+def test_a_choice_cannot_be_given_a_score_of_test():
+    rows = [("a", {"val": {"R@mean": 1.0}}), ("b", {"val": {"R@mean": 0.0}, "test_last": {"R@mean": 9.0}})]
+    with pytest.raises(TestIsClosed, match="a choice was given test_last of b; choose by val alone"):
+        best_by_val(rows)
+
+
+@pytest.mark.parametrize("kind", ["select", "tune", "soft_tune"])
 def test_choices_never_read_test(kind):
     run = run_of()
-    record = train_and_score(Job(kind, 0, snapshot=0, loss="infonce", lr=0.05), run, lessons(run), VAL, POISON, CPU)
+    record = train_and_score(Job(kind, 0, snapshot=0, loss="infonce", lr=0.05), run, lessons(run), VAL, None, CPU)
     assert set(record) == {"job", "curve", "val"} and record["curve"] == []
 
 
@@ -208,7 +234,7 @@ def test_a_record_is_a_function_of_the_job():
 @pytest.mark.parametrize("kind", ["tune", "select"])
 def test_a_choice_that_diverges_scores_nothing(kind):
     run = run_of()
-    record = train_and_score(Job(kind, 0, loss="infonce"), run, lessons(run, 1, lr=1e38), VAL, POISON, CPU)
+    record = train_and_score(Job(kind, 0, loss="infonce"), run, lessons(run, 1, lr=1e38), VAL, None, CPU)
     assert set(record["val"].values()) == {0.0} and "diverged on subset 0" in record["diverged"]
     best, _ = best_by_val([("wild", record), ("tame", {"val": {"R@mean": 0.1}})])
     assert best == "tame"
@@ -240,7 +266,8 @@ def test_students_of_the_set_divide_by_its_temperature_and_others_by_the_models(
 
     monkeypatch.setattr(protocol, "train_student", train)
     for kind in ("select", "student", "reference", "baseline", "tune"):
-        train_and_score(Job(kind, 0), run, lessons(run, 1), VAL, TEST, CPU)
+        test = None if kind in ("select", "tune") else TEST
+        train_and_score(Job(kind, 0), run, lessons(run, 1), VAL, test, CPU)
     of_the_set = dict.fromkeys(("select", "student", "reference"), expected)
     assert seen == of_the_set | {"baseline": 0.3, "tune": 0.3}
 

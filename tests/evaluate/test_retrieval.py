@@ -1,11 +1,12 @@
 import math
+from itertools import permutations
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rmdd.evaluate.retrieval import Recalls, recalls, recalls_from_scores
+from rmdd.evaluate.retrieval import Ranks, Recalls, chance, ranks, ranks_from_scores, recalls, recalls_from_scores
 
 KS = (1, 2, 3, 5, 10)
 GOLDEN = torch.tensor([[0.9, 0.1, 0.8, 0.2, 0.3, 0.4], [0.7, 0.6, 0.5, 0.4, 0.3, 0.2], [0.9, 0.8, 0.7, 0.6, 0.1, 0.2]])
@@ -198,5 +199,137 @@ def test_bad_input_is_counted_and_refused():
         recalls_from_scores(scores, image_of)
     with pytest.raises(ValueError, match="0 images and 0 captions"):
         recalls(images[:0], texts[:0], image_of[:0])
-    with pytest.raises(ValueError, match="chunk and every K"):
+    with pytest.raises(ValueError, match="chunk must be at least 1; found 0"):
         recalls(images, texts, image_of, chunk=0)
+    with pytest.raises(ValueError, match=r"every K must be at least 1; found K \(0, 1\)"):
+        recalls(images, texts, image_of, (0, 1))
+
+
+def test_golden_example_under_every_rule_for_ties():
+    found = ranks_from_scores(GOLDEN, GOLDEN_OF)
+    assert found.text.tolist() == [0, 2, 4] and found.image.tolist() == [1, 2, 2, 1, 2, 2]
+    assert (found.image - found.image_ties).tolist() == [0, 2, 2, 1, 2, 1]
+    by_rule = (found.optimistic((1, 2, 3)), found.recalls((1, 2, 3)), found.expected((1, 2, 3)))
+    table = {1: (100 / 6, 0, 100 / 12), 2: (50, 100 / 3, 500 / 12), 3: (100, 100, 100)}
+    assert {k: tuple(r.ir[k] for r in by_rule) for k in table} == {k: pytest.approx(v) for k, v in table.items()}
+    assert by_rule[2].tr == pytest.approx({1: 100 / 3, 2: 100 / 3, 3: 200 / 3})
+
+
+def over_all_orders(row, own, k):
+    """Percent of the orders of what ties with the best of `own` in which one of `own` is among the first k."""
+    best = max(row[j] for j in own)
+    above, level = sum(v > best for v in row), [j for j, v in enumerate(row) if v == best]
+    hits = [bool(set(order[: max(0, k - above)]) & set(own)) for order in permutations(level)]
+    return 100 * sum(hits) / len(hits)
+
+
+@pytest.mark.parametrize("counts", [[2, 1, 3], [1, 1, 1, 1], [5, 1]])
+def test_expected_recall_is_the_mean_over_all_orders_of_what_ties(counts):
+    for seed in range(4):
+        scores, image_of = problem(seed, counts, levels=2)
+        found, of = ranks_from_scores(scores, image_of).expected((1, 2)), image_of.tolist()
+        for k in (1, 2):
+            ir = [over_all_orders(column, [of[j]], k) for j, column in enumerate(scores.T.tolist())]
+            owned = [[j for j, i in enumerate(of) if i == image] for image in range(len(counts))]
+            tr = [over_all_orders(row, own, k) for row, own in zip(scores.tolist(), owned, strict=True)]
+            assert found.ir[k] == pytest.approx(sum(ir) / len(ir)) and found.tr[k] == pytest.approx(sum(tr) / len(tr))
+
+
+@pytest.mark.parametrize("counts", GALLERIES.values(), ids=GALLERIES)
+def test_constant_scores_are_chance_on_average(counts):
+    _, image_of = problem(5, counts)
+    found = ranks_from_scores(torch.zeros(len(counts), sum(counts)), image_of)
+    by_chance = chance(image_of)
+    if len(counts) > 10:
+        assert found.recalls().mean == 0
+    assert found.optimistic().mean == 100
+    assert found.expected().as_dict() == pytest.approx(by_chance.as_dict())
+
+
+def test_chance_is_that_of_the_published_galleries():
+    """Flickr30k's test and val, and COCO's 5,000 images, ten of them with six captions."""
+    flickr = chance(torch.arange(1000).repeat_interleave(5))
+    assert [round(v, 3) for v in (*flickr.ir.values(), *flickr.tr.values())] == [0.1, 0.5, 1.0, 0.1, 0.499, 0.996]
+    val = chance(torch.arange(1014).repeat_interleave(5))
+    assert [round(v, 3) for v in (*val.ir.values(), *val.tr.values())] == [0.099, 0.493, 0.986, 0.099, 0.492, 0.983]
+    coco = chance(torch.cat([torch.arange(5000).repeat_interleave(5), torch.arange(10)]))
+    assert [round(v, 3) for v in (*coco.ir.values(), *coco.tr.values())] == [0.02, 0.1, 0.2, 0.02, 0.1, 0.2]
+
+
+def cut_to_the_best(scores, k=128):
+    """The released evaluation: all but the k best of every query are -100."""
+    images, texts = (torch.full(m.shape, -100.0) for m in (scores, scores.T))
+    for kept, full in ((images, scores), (texts, scores.T)):
+        best, where = full.topk(k, dim=1)
+        kept.scatter_(1, where, best)
+    return images, texts.T
+
+
+def test_the_cut_at_128_of_released_code_changes_no_recall_up_to_10():
+    images, texts, image_of = problem(10, [1] * 150 + [2] * 20, width=16)
+    scores = torch.nn.functional.normalize(images) @ torch.nn.functional.normalize(texts).T / 0.07
+    exact, (by_image, by_text) = recalls_from_scores(scores, image_of), cut_to_the_best(scores)
+    assert recalls_from_scores(by_image, image_of).tr == exact.tr
+    assert recalls_from_scores(by_text, image_of).ir == exact.ir
+    late = recalls_from_scores(by_text, image_of, (140,)).ir[140]
+    assert late != recalls_from_scores(scores, image_of, (140,)).ir[140], "beyond 128 it does"
+
+
+def test_images_with_six_captions_count_as_they_are():
+    image_of = torch.cat([torch.arange(40).repeat_interleave(5), torch.arange(4)])
+    g = torch.Generator().manual_seed(0)
+    found = ranks(torch.randn(40, 8, generator=g), torch.randn(204, 8, generator=g), image_of)
+    assert len(found.image) == 204 and len(found.text) == 40
+
+
+def broken_embeddings():
+    """Models that know nothing, each in a way that dataset order could reward."""
+    g = torch.Generator().manual_seed(0)
+    image_of = torch.arange(60).repeat_interleave(5)
+    images, texts, one = torch.randn(60, 16, generator=g), torch.randn(300, 16, generator=g), torch.randn(1, 16)
+    few = torch.randn(4, 16, generator=g)
+    yield "collapsed", one.expand(60, -1), one.expand(300, -1), image_of
+    yield "images collapsed", one.expand(60, -1), texts, image_of
+    yield "texts collapsed", images, one.expand(300, -1), image_of
+    yield "four points", few[torch.arange(60) % 4], few[torch.arange(300) % 4], image_of
+    yield "every image twice", images[:30].repeat(2, 1), texts, image_of
+    yield "low precision", images.round(), texts.round(), image_of
+    yield "one axis", images.sign() * torch.eye(16)[0], texts.sign() * torch.eye(16)[0], image_of
+
+
+@pytest.mark.parametrize("case", list(broken_embeddings()), ids=lambda case: case[0])
+def test_collapsed_and_duplicate_embeddings_never_score_above_chance(case):
+    name, images, texts, image_of = case
+    found, by_chance = recalls(images, texts, image_of).as_dict(), chance(image_of).as_dict()
+    spread = {m: 4 * math.sqrt(v * (100 - v) / (300 if m.startswith("IR") else 60)) for m, v in by_chance.items()}
+    for metric, value in found.items():
+        if name in ("collapsed", "four points", "one axis"):
+            limit = by_chance[metric]
+        elif "collapsed" in name and metric != "R@mean":  # every query has one ranking, whose first K are of K images
+            limit = 100 * int(metric.partition("@")[2]) / 60 + 1e-9
+        else:
+            limit = by_chance[metric] + spread[metric]
+        assert value <= limit, (name, metric)
+
+
+def test_nan_and_zero_embeddings_have_no_score():
+    images, texts, image_of = problem(8, [2] * 6, width=8)
+    for bad in (torch.nan, torch.inf, 0.0):
+        with pytest.raises(ValueError, match="of 6 image embeddings"):
+            recalls(images * bad, texts, image_of)
+
+
+def test_ranks_come_back_from_their_file(tmp_path):
+    found = ranks(*problem(3, RAGGED, width=8))
+    found.save(tmp_path / "a.safetensors")
+    again = Ranks.load(tmp_path / "a.safetensors")
+    for name in found.__dataclass_fields__:
+        assert torch.equal(getattr(found, name), getattr(again, name))
+    assert again.recalls() == found.recalls()
+    bare = Ranks(found.image, found.text, found.image_of)
+    bare.save(tmp_path / "b.safetensors")
+    assert Ranks.load(tmp_path / "b.safetensors").recalls().as_dict() == found.recalls().as_dict()
+    with pytest.raises(ValueError, match="without their ties"):
+        bare.expected()
+    worst = Ranks.worst(found.image_of)
+    assert worst.recalls().mean == 0 and torch.equal(worst.image_of, found.image_of)

@@ -12,7 +12,7 @@ from rmdd.data.material import Material
 from rmdd.data.shards import Dataset
 from rmdd.data.splits import Split
 from rmdd.evaluate.retrieval import recalls
-from rmdd.evaluate.students import Diverged, Lesson, reference_rule, score, train_student
+from rmdd.evaluate.students import Course, Diverged, Lesson, score, train_student
 from rmdd.models.dual import build, tower_of
 from rmdd.models.losses import LOSSES
 from rmdd.seeding import generator
@@ -42,7 +42,7 @@ def lessons():
 
 def rule_of(**change):
     rule = {"epochs": 4, "batch": 3, "momentum": 0.9, "weight_decay": 1e-2, "lr_drop": 0.1}
-    return config.Evaluate(**{**rule, **change})
+    return Course.of(config.Evaluate(**{**rule, **change}))
 
 
 def plain_loop(model, lessons, rule, loss):
@@ -50,12 +50,12 @@ def plain_loop(model, lessons, rule, loss):
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     speed, rate = {}, {}
     for s, one in enumerate(lessons):
-        if s == 0 or rule.schedule == "per_subset":
-            rates = lessons[-1] if rule.lr == "last" else one
+        if s == 0 or not rule.chain:
+            rates = lessons[-1] if rule.rates == "last" else one
             speed, rate = {}, {"image": rates.lr_image, "text": rates.lr_text}
         for epoch in range(rule.epochs):
-            dropped = epoch >= math.ceil(rule.epochs / 2) and (s == 0 or rule.schedule == "per_subset")
-            dropped = dropped or (s > 0 and rule.schedule == "shared")
+            dropped = epoch >= math.ceil(rule.epochs / 2) and (s == 0 or not rule.chain)
+            dropped = dropped or (s > 0 and rule.chain)
             random = generator(SEED, "student batches", STUDENT, s, epoch)
             steps = len(one.images) // rule.batch + (len(one.images) % rule.batch > 0)
             for _ in range(steps):
@@ -67,7 +67,7 @@ def plain_loop(model, lessons, rule, loss):
                 with torch.no_grad():
                     for (name, p), g in zip(params.items(), grads, strict=True):
                         speed[name] = rule.momentum * speed.get(name, 0) + g + rule.weight_decay * p
-                        p -= rate[tower_of(name)] * (rule.lr_drop if dropped else 1) * speed[name]
+                        p -= rate[tower_of(name)] * (rule.drop if dropped else 1) * speed[name]
 
 
 def distance(a, b):
@@ -168,11 +168,6 @@ def test_a_diverging_student_stops():
         FloatingPointError, match=r"student 2 diverged on subset 0 in pass \d: loss nan at rates 1e\+200"
     ):
         train_student(fresh(), wild, rule_of(epochs=9), "infonce", SEED, STUDENT)
-
-
-def test_the_reference_protocol_is_the_released_one():
-    rule = reference_rule(config.Evaluate(epochs=7, schedule="per_subset", lr="own", lr_drop=0.5, batch=64))
-    assert (rule.epochs, rule.schedule, rule.lr, rule.lr_drop, rule.batch) == (101, "shared", "last", 0.1, 64)
 
 
 @pytest.mark.parametrize("chunk", [2, 100])

@@ -14,9 +14,9 @@ from rmdd.artefact.distilled import DistilledSet, Subset
 from rmdd.distill import similarity
 from rmdd.distill.matching import save_set
 from rmdd.distill.synthetic import Synthetic
-from rmdd.files import append_jsonl
+from rmdd.files import append_jsonl, write_json
 from rmdd.places import Places
-from rmdd.report import page, plots
+from rmdd.report import page, plots, referee
 from rmdd.report.page import headline, write_report
 
 HOSTILE = "<script>alert('x')</script> & \"a\" <img src=x onerror=alert(1)>"
@@ -173,6 +173,45 @@ def test_the_numbers_are_on_it(tmp_path):
     facts = ("1,234", "picked on the test set", "infonce", "0.3", "1.2 min", "1.1 h", "3.0 MiB", "0.25 s", "0.138")
     for fact in facts:
         assert fact in text
+
+
+def spans(mean):
+    return {name: {"mean": mean, "low": mean - 1.5, "high": mean + 2.5} for name in score(0)}
+
+
+def test_what_the_referee_found_is_on_it(tmp_path):
+    evaluation = evaluation_of([40])
+    (tmp_path / "bare").mkdir()
+    bare = written(tmp_path / "bare", evaluation)
+    assert "How certain" not in bare and "What picking on test adds" not in bare and "LRS" not in bare
+    evaluation["certainty"] = {
+        "over": "images of test",
+        "test_last": {"random": spans(18.0), "ptm_st": spans(34.0)},
+        "minus_random": {"ptm_st": spans(16.25)},
+    }
+    picked = {"protocol": "lors", "reported": "best", "scorings": 11, "minus_test_last": 2.5, "minus_own_last": 0.75}
+    evaluation["reference"] = picked
+    evaluation["size"] = {"pairs": 5, "set_bytes": 61440}
+    points = {key: {"mean": 7.5, "low": -1.0, "high": 9.0} for key in ("HLR", "IOR", "augmented", "plain")}
+    evaluation["scores"] = {"points": points, "LRS": 28.25, "ARS": 31.5, "augment": "dsa", "similarity": "identity"}
+    clocks = {"seconds_per_iteration": 0.125, "iterations_timed": 1500, "gpus": 2, "gpu_hours": 3.5}
+    write_json(tmp_path / "cost.json", clocks | {"distill_gpu_hours": 1.25})
+    text = written(tmp_path, evaluation)
+    Page(text)
+    for told in (
+        "34.0 [32.5, 36.5]",
+        "+16.2 [+14.8, +18.8]",
+        "best of 11",
+        "+2.5",
+        "+0.8",
+        "+7.5 [-1.0, +9.0]",
+        "31.5",
+    ):
+        assert told in text
+    for told in ("1.25 for distilling, 3.5 for the whole run on 2 GPUs", "0.125 s, the median of 1,500", "61,440"):
+        assert told in text
+    said = referee.lines(evaluation, {"ptm_st": "PTM-ST"})
+    assert "PTM-ST minus random pairs [95 %]: +16.2 [+14.8, +18.8]" in said and "LRS, 0 to 100: 28.2" in said
 
 
 def test_a_single_student_has_no_spread(tmp_path):

@@ -1,0 +1,147 @@
+"""Intervals over the images of a gallery: how far a recall, or a difference, would move on other images.
+
+Images are drawn with replacement and their captions move with them: captions of one image succeed together, so drawing
+them apart would give intervals that are too narrow. Differences are paired: both sides see the same images.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rmdd.evaluate.retrieval import KS, Ranks
+from rmdd.seeding import generator
+
+# I images, R draws, S recalls
+
+DRAWS = 2000
+STRIDE = 100
+"""Draws that are counted at once."""
+METRICS = (*(f"IR@{k}" for k in KS), *(f"TR@{k}" for k in KS), "R@mean")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Percent (points, for a difference): the value on the gallery as it is, and the ends of its interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def interval(
+    ranks: Sequence[Ranks], metric: str = "R@mean", draws: int = DRAWS, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """Of the mean over students that were scored on one gallery. `metric` is IR@K, TR@K or R@mean.
+
+    Raises `ValueError` for no students, for galleries that differ and for a metric that is none.
+    """
+    return intervals(ranks, (metric,), draws, seed, level)[metric]
+
+
+def difference(
+    a: Sequence[Ranks],
+    b: Sequence[Ranks],
+    metric: str = "R@mean",
+    draws: int = DRAWS,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """Of mean over students of `a` minus that of `b`, both on the same draws of images."""
+    return differences(a, b, (metric,), draws, seed, level)[metric]
+
+
+def intervals(
+    ranks: Sequence[Ranks],
+    metrics: Sequence[str] = METRICS,
+    draws: int = DRAWS,
+    seed: int = 0,
+    level: float = 0.95,
+) -> dict[str, Interval]:
+    """`interval` of several metrics at once."""
+    _check(ranks, draws, level)
+    return _summed([_hits(ranks, metric) for metric in metrics], metrics, _captions(ranks[0]), draws, seed, level)
+
+
+def differences(
+    a: Sequence[Ranks],
+    b: Sequence[Ranks],
+    metrics: Sequence[str] = METRICS,
+    draws: int = DRAWS,
+    seed: int = 0,
+    level: float = 0.95,
+) -> dict[str, Interval]:
+    """`difference` of several metrics at once."""
+    _check([*a, *b] if a and b else [], draws, level)
+    hits = [{k: h - other[k] for k, h in _hits(a, m).items()} for m in metrics for other in (_hits(b, m),)]
+    return _summed(hits, metrics, _captions(a[0]), draws, seed, level)
+
+
+def _check(ranks: Sequence[Ranks], draws: int, level: float) -> None:
+    if not ranks:
+        raise ValueError("there are no ranks to draw from; give those of at least one student of each side")
+    if draws < 1 or not 0 < level < 1:
+        raise ValueError(f"draws must be at least 1 and level between 0 and 1; found {draws} and {level:g}")
+    if not all(torch.equal(ranks[0].image_of, r.image_of) for r in ranks):
+        raise ValueError("these ranks are of different galleries; score all students on the same split, in one order")
+
+
+def _captions(ranks: Ranks) -> Float[Tensor, " I"]:
+    return torch.bincount(ranks.image_of, minlength=len(ranks.text)).double()
+
+
+def _hits(ranks: Sequence[Ranks], metric: str) -> dict[str, Float[Tensor, " I"]]:
+    """Per direction, what each image adds to the mean over students: its share of hits, averaged over K."""
+    kind, _, k = metric.partition("@")
+    if metric != "R@mean" and (kind not in ("IR", "TR") or not k.isdigit() or int(k) < 1):
+        raise ValueError(f"no metric '{metric}'; there are IR@K, TR@K and R@mean")
+    ks = KS if metric == "R@mean" else (int(k),)
+    found: dict[str, Tensor] = {}
+    if kind != "TR":
+        hits = _mean([r.image for r in ranks], ks)
+        total = torch.zeros(len(ranks[0].text), dtype=torch.float64)
+        found["IR"] = total.index_add_(0, ranks[0].image_of, hits)
+    if kind != "IR":
+        found["TR"] = _mean([r.text for r in ranks], ks)
+    return found
+
+
+def _mean(ranks: Sequence[Tensor], ks: Sequence[int]) -> Tensor:
+    return torch.stack([(r < k).double() for r in ranks for k in ks]).mean(0)
+
+
+def _summed(
+    hits: Sequence[dict[str, Tensor]],
+    metrics: Sequence[str],
+    captions: Float[Tensor, " I"],
+    draws: int,
+    seed: int,
+    level: float,
+) -> dict[str, Interval]:
+    """Intervals of sums of hits over sums of what there was to hit: captions for IR, images for TR."""
+    names = [(m, side) for m, found in enumerate(hits) for side in found]
+    columns = torch.stack([captions, *(hits[m][side] for m, side in names)], dim=1)
+    drawn_RS = torch.cat([counts @ columns for counts in _counts(len(captions), draws, seed)])
+    tail = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    found = {}
+    for m, metric in enumerate(metrics):
+        here = {side: 1 + s for s, (of, side) in enumerate(names) if of == m}
+
+        def value(sums: Tensor, here: dict[str, int] = here) -> Tensor:
+            sides = [sums[:, c] / (sums[:, 0] if side == "IR" else len(captions)) for side, c in here.items()]
+            return 100 * torch.stack(sides).mean(0)
+
+        low, high = torch.quantile(value(drawn_RS), tail).tolist()
+        found[metric] = Interval(float(value(columns.sum(0, keepdim=True))), low, high)
+    return found
+
+
+def _counts(images: int, draws: int, seed: int) -> Iterator[Float[Tensor, "r I"]]:
+    """How often each image is in each draw; the same for all that have as many images, and the same seed."""
+    for start in range(0, draws, STRIDE):
+        rows = min(STRIDE, draws - start)
+        index = torch.randint(images, (rows, images), generator=generator(seed, "bootstrap", start))
+        ones = torch.ones(rows, images, dtype=torch.float64)
+        yield torch.zeros(rows, images, dtype=torch.float64).scatter_add_(1, index, ones)

@@ -1,0 +1,110 @@
+"""What `evaluation.json` says beside the table: certainty over images, the gap of peeking, and what it cost."""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rmdd import config
+from rmdd.artefact import budget
+from rmdd.evaluate.bootstrap import DRAWS, METRICS, differences, intervals
+from rmdd.evaluate.protocol import Job
+from rmdd.evaluate.references import Reference, reference_of
+from rmdd.evaluate.retrieval import Ranks
+
+FLOAT = 4
+
+
+def beside(
+    run: config.Run,
+    table: Mapping[str, Any],
+    rows: Sequence[tuple[Job, Mapping[str, Any]]],
+    ranks: Mapping[Job, Ranks],
+    text_width: int,
+) -> dict[str, Any]:
+    """`certainty`, `size` and, where a reference was scored, `reference`, from all final students and their records."""
+    name = run.distill.method_name
+    kinds = {"random": "baseline", name: "student", "full": "full"}
+    of_rows = {row: [r for job, r in ranks.items() if job.kind == kind] for row, kind in kinds.items()}
+    found = {"certainty": certainty(of_rows), "size": size(run, text_width)}
+    peeked = [record for job, record in rows if job.kind == "reference"]
+    if peeked and (reference := reference_of(run)):
+        honest = table[name]["test_last"]["R@mean"]["mean"]
+        found["reference"] = peeking(reference, run.data.layout, peeked, honest)
+    return found
+
+
+def certainty(ranks: Mapping[str, Sequence[Ranks]], random: str = "random") -> dict[str, Any]:
+    """95 % intervals of `test_last` per row of the table, over the images of test, and of each row minus `random`."""
+    return {
+        "over": f"images of test, drawn with their captions {DRAWS} times; 95 %, of the mean over students",
+        "test_last": {row: {m: asdict(i) for m, i in intervals(found).items()} for row, found in ranks.items()},
+        "minus_random": {
+            row: {m: asdict(i) for m, i in differences(found, ranks[random], METRICS).items()}
+            for row, found in ranks.items()
+            if row != random
+        },
+        "ties": {row: max(r.recalls().gap for r in found) for row, found in ranks.items()},
+    }
+
+
+def peeking(
+    reference: Reference, layout: str | None, records: Sequence[Mapping[str, Any]], test_last: float
+) -> dict[str, Any]:
+    """The protocol, and how far its number lies above the honest one, and above the last pass of its own students."""
+    best = statistics.fmean(r["test_best_reference"]["R@mean"] for r in records)
+    last = [r["curve"][-1]["test"]["R@mean"] if r["curve"] and "diverged" not in r else 0.0 for r in records]
+    return {
+        "protocol": reference.name,
+        "split": reference.split(layout),
+        "reported": reference.reported,
+        "scorings": max(len(r["curve"]) for r in records),
+        "students": len(records),
+        "minus_test_last": best - test_last,
+        "minus_own_last": best - statistics.fmean(last),
+    }
+
+
+def size(run: config.Run, text_width: int) -> dict[str, Any]:
+    """What the set takes in float32, similarity and rates included, and what a real pair of the same would."""
+    rule, kind = run.distill, run.distill.similarity
+    pairs = [p.pairs for p in rule.phases]
+    numbers = budget.cost(pairs, run.stored_size, text_width, kind.kind, kind.rank)
+    return {
+        "pairs": sum(pairs),
+        "numbers": numbers,
+        "set_bytes": FLOAT * numbers,
+        "iterations": [p.iterations for p in rule.phases],
+    }
+
+
+def clocks(run: config.Run, logs: Sequence[Path], store_bytes: int, steps: Mapping[str, float]) -> dict[str, Any]:
+    """What was measured, and so differs from one run to the next: seconds per iteration, GPU-hours, bytes of the store.
+
+    GPU-hours are wall hours times GPUs: of distilling, over its iterations, each on one worker; of all steps, as long
+    as they took with every GPU that the run was given, busy or not.
+    """
+    taken = [
+        json.loads(line)["seconds"] for log in logs if log.is_file() for line in log.read_text().splitlines() if line
+    ]
+    each = run.runtime.gpus_per_worker
+    return {
+        "seconds_per_iteration": statistics.median(taken) if taken else None,
+        "iterations_timed": len(taken),
+        "distill_gpu_hours": sum(taken) / 3600 * each,
+        "wall_hours": {step: seconds / 3600 for step, seconds in steps.items()},
+        "gpus": each * _workers(run),
+        "gpu_hours": sum(steps.values()) / 3600 * each * _workers(run),
+        "store_bytes": store_bytes,
+    }
+
+
+def _workers(run: config.Run) -> int:
+    """Workers side by side: as asked for, else one per GPU that this machine has."""
+    if run.runtime.workers is not None or run.runtime.gpus_per_worker == 0:
+        return run.runtime.workers or 1
+    import torch
+
+    return max(1, int(torch.cuda.device_count() / run.runtime.gpus_per_worker))
