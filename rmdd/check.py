@@ -9,6 +9,7 @@ from rmdd import config, estimate
 from rmdd.artefact import budget
 from rmdd.data.shards import Dataset
 from rmdd.distill.planning import PLAN, foreseen, with_phases
+from rmdd.evaluate import probes
 from rmdd.experts.store import Store
 from rmdd.experts.train import kept_epochs
 from rmdd.files import read_json
@@ -20,7 +21,8 @@ from rmdd.places import Places, places_of, run_folder
 
 
 def impossible(run: config.Run) -> list[str]:
-    """What can be known to stop a run before anything of it is made: a tower that cannot be had, phases over budget."""
+    """What can be known to stop a run before anything of it is made: a tower that cannot be had, phases over budget,
+    files of a probe that cannot be read."""
     mistakes = []
     try:
         _model(run, text_width=1)
@@ -31,7 +33,7 @@ def impossible(run: config.Run) -> list[str]:
             mistakes.append(over)
     except ValueError as error:
         mistakes.append(str(error))
-    return mistakes
+    return mistakes + probes.faults(run)
 
 
 def examine(run: config.Run) -> dict[str, Any]:
@@ -39,6 +41,8 @@ def examine(run: config.Run) -> dict[str, Any]:
 
     Raises `ValueError` where a tower or an annotation file cannot be had.
     """
+    if faults := probes.faults(run):
+        raise ValueError("; ".join(faults))
     width, remark = estimate.text_features(run.model.text)
     model = _model(run, width)
     tower = run.model.image

@@ -388,6 +388,6 @@ def _search(begin: Callable[[], config.Run], as_json: bool, quiet: bool, debug: 
 
 
 def _table(evaluation: dict[str, Any]) -> Any:
-    from rmdd.console import result_table
+    from rmdd.console import results
 
-    return result_table(evaluation)
+    return results(evaluation)

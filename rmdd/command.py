@@ -76,7 +76,12 @@ def load(source: str, sets: list[str]) -> config.Run:
     if Path(text.name).expanduser().is_dir():
         text = text.model_copy(update={"name": _absolute(text.name)})
     model = run.model.model_copy(update={"image": image, "text": text})
-    return run.model_copy(update={"data": data, "model": model})
+    probes = {
+        name: probe.moved(lambda path: absolute(os.path.expanduser(path)))
+        for name, probe in run.evaluate.probes.items()
+    }
+    evaluate = run.evaluate.model_copy(update={"probes": probes})
+    return run.model_copy(update={"data": data, "model": model, "evaluate": evaluate})
 
 
 def _absolute(path: str) -> str:

@@ -17,6 +17,7 @@ from rmdd.data.material import Material, load_material
 from rmdd.data.shards import Dataset
 from rmdd.distill.matching import distill_phase, load_set
 from rmdd.distill.planning import PLAN, key_of, make_plan, stated, with_phases
+from rmdd.evaluate.probes import Probing
 from rmdd.evaluate.protocol import Job, lesson_of, random_lesson, score_expert, train_and_score
 from rmdd.experts import gang
 from rmdd.experts.feed import Stream
@@ -25,6 +26,7 @@ from rmdd.experts.train import expert_model, train_expert
 from rmdd.files import atomic_path, read_json, write_json
 from rmdd.jobs import Hooks, Task
 from rmdd.lease import held
+from rmdd.models.dual import DualEncoder
 from rmdd.models.text import text_width
 from rmdd.places import Places, device_of
 from rmdd.storage import Storage, open_storage
@@ -208,9 +210,28 @@ def student(item: Item, hooks: Hooks) -> dict[str, Any]:
     shared = path.parent == places.baseline
     value = places.baseline.name if shared else f"{item.value}/{'-'.join(map(str, item.iterations))}"
     storage.fetch(path)
-    if path.is_file() and (scored := read_json(path))["value"] == value:
+    scored: dict[str, Any] = read_json(path) if path.is_file() else {}
+    known, asked = scored.get("value") == value, Probing(run, job, path, value, storage)
+    if known and not asked.missing:
         hooks.report({"done": 1})
-        return scored
+        return asked.added_to(scored)
+    model = asked.restored() if known else None
+    if model is None:
+        again, model = _train_and_score(item, storage, asked, hooks)
+        if not known:  # a student that is trained again for new probes keeps the scores it had
+            scored = again | {"value": value}
+            write_json(path, scored)
+    asked.ask(model, device_of(run), hooks.should_stop)
+    hooks.report({"done": 1, "val": scored["val"]["R@mean"]} if "val" in scored else {"done": 1})
+    return asked.added_to(scored)
+
+
+def _train_and_score(
+    item: Item, storage: Storage, asked: Probing, hooks: Hooks
+) -> tuple[dict[str, Any], DualEncoder | None]:
+    """The record of a student and, if it was trained to the end, itself."""
+    assert item.job is not None
+    job, run, places = item.job, item.run, item.places
     storage.fetch(places.data)
     device, val = device_of(run), material(item, "val")
     test = None if job.kind in ("select", "tune") else material(item, "test")
@@ -221,17 +242,20 @@ def student(item: Item, hooks: Hooks) -> dict[str, Any]:
         store = Store.open(places.store)
         model.load_trained(store.read(job.index, store.epochs))
         assert test is not None
-        scored = score_expert(job, run, model, val, test, device)
+        return score_expert(job, run, model, val, test, device), model
+    if job.kind in ("tune", "baseline"):
+        lessons = [random_lesson(run, material(item, "train"), job.index, job.lr)]
     else:
-        if job.kind in ("tune", "baseline"):
-            lessons = [random_lesson(run, material(item, "train"), job.index, job.lr)]
-        else:
-            for p, iteration in enumerate(item.iterations):
-                storage.fetch(places.set(p, iteration))
-            sets = [load_set(places.set(p, iteration)) for p, iteration in enumerate(item.iterations)]
-            lessons = [lesson_of(s, run.data.image_size) for s in sets]
-        scored = train_and_score(job, run, lessons, val, test, device, hooks.should_stop)  # a sign of life
-    scored["value"] = value
-    write_json(path, scored)
-    hooks.report({"done": 1, "val": scored["val"]["R@mean"]} if "val" in scored else {"done": 1})
-    return scored
+        for p, iteration in enumerate(item.iterations):
+            storage.fetch(places.set(p, iteration))
+        sets = [load_set(places.set(p, iteration)) for p, iteration in enumerate(item.iterations)]
+        lessons = [lesson_of(s, run.data.image_size) for s in sets]
+    trained: list[DualEncoder] = []
+
+    def finished(model: DualEncoder) -> None:
+        asked.keep(model)
+        trained.append(model)
+
+    alive = hooks.should_stop  # a sign of life
+    scored = train_and_score(job, run, lessons, val, test, device, alive, finished)
+    return scored, trained[0] if trained else None

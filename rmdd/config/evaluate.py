@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
+from rmdd.config.probes import Probe
+from rmdd.config.probes import clashes as clashes_of_probes
 from rmdd.runfile import Section
 
 
@@ -45,7 +47,13 @@ class Evaluate(Section):
     )
     baseline_draws: PositiveInt = Field(5, description="different random subsets, one per student")
     chunk: PositiveInt = Field(256, description="queries scored at once")
+    probes: dict[str, Probe] = Field(
+        {}, description="what else the final students are asked, by a free name: zero_shot, vqa or retrieval"
+    )
     seed: int | None = Field(None, description="null: the run's seed")
+
+    def clashes(self) -> list[str]:
+        return clashes_of_probes(self.probes)
 
 
 class Runtime(Section):

@@ -83,9 +83,10 @@ def train_and_score(
     test: Material | None,
     device: torch.device,
     on_pass: Callable[[], object] = lambda: None,
+    finished: Callable[[DualEncoder], object] = lambda model: None,
 ) -> dict[str, Any]:
     """Run one student job and return its record; `test` is scored only by kinds that report it,
-    and None for the others, which choose."""
+    and None for the others, which choose. `finished` is given the student once it is trained to the end."""
     rule = run.evaluate
     loss = job.loss or run.distill.loss
     seed = run.seed_of("evaluate")
@@ -117,6 +118,7 @@ def train_and_score(
     if job.kind == "reference":
         best = max(curve, key=lambda point: point["test"]["R@mean"])
         return record | {"test_best_reference": best["test"]}
+    finished(model)
     record["val"] = score(model, val, device, rule.chunk).as_dict()
     if job.kind in ("student", "baseline"):
         assert test is not None
