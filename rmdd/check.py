@@ -94,7 +94,7 @@ def examine(run: config.Run) -> dict[str, Any]:
         "memory": {"matching_step": estimate.matching_bytes(run, size, work, width)},
         "time": _time(run, estimate.operations(run, counts, work)),
         "gpus": _gpus(run),
-        "remarks": [r for r in (remark, planned) if r]
+        "remarks": [r for r in (remark, planned, *probes.costs(run, width)) if r]
         + [f"split '{split}' is empty; a run needs all three" for split, (pairs, _) in counts.items() if not pairs],
     }
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from rmdd import config
+from rmdd.config.probes import moved
 from rmdd.data.place import absolute
 
 if TYPE_CHECKING:
@@ -70,18 +71,19 @@ def load(source: str, sets: list[str]) -> config.Run:
     run = config.load(source, sets)
     data, image, text = run.data, run.model.image, run.model.text
     if data.root is not None:
-        data = data.model_copy(update={"root": absolute(os.path.expanduser(data.root))})
+        data = data.model_copy(update={"root": _place(data.root)})
     if image.weights != "pretrained" and not image.is_random:
         image = image.model_copy(update={"weights": _absolute(image.weights)})
     if Path(text.name).expanduser().is_dir():
         text = text.model_copy(update={"name": _absolute(text.name)})
     model = run.model.model_copy(update={"image": image, "text": text})
-    probes = {
-        name: probe.moved(lambda path: absolute(os.path.expanduser(path)))
-        for name, probe in run.evaluate.probes.items()
-    }
+    probes = {name: moved(probe, _place) for name, probe in run.evaluate.probes.items()}
     evaluate = run.evaluate.model_copy(update={"probes": probes})
     return run.model_copy(update={"data": data, "model": model, "evaluate": evaluate})
+
+
+def _place(path: str) -> str:
+    return absolute(os.path.expanduser(path))
 
 
 def _absolute(path: str) -> str:

@@ -27,7 +27,8 @@ def cifar10(root, labels, names=("airplane", "automobile", "bird")):
     """The binary version: a label byte and 3 x 1024 bytes per record."""
     root.mkdir(parents=True, exist_ok=True)
     (root / "batches.meta.txt").write_text("\n".join(names) + "\n\n")
-    records = [bytes([label]) + bytes([40 * label + 3] * 1024 + [2] * 1024 + [i] * 1024) for i, label in enumerate(labels)]
+    planes = [[40 * label + 3] * 1024 + [2] * 1024 + [i] * 1024 for i, label in enumerate(labels)]
+    records = [bytes([label, *pixels]) for label, pixels in zip(labels, planes, strict=True)]
     (root / "test_batch.bin").write_bytes(b"".join(records))
 
 
@@ -44,11 +45,11 @@ def coco_pictures(root, ids, folder="val2014"):
         picture(root / folder / f"COCO_{folder}_{number:012d}.jpg", seed=number)
 
 
-def textcaps(root, split, images, captions=2):
-    """A record per caption; train and val pictures lie in train_images."""
+def textcaps(root, split, images, captions=2, say="A sign that says {image} #{n}.".format):
+    """A record per caption, as `say(image=..., n=...)` words it; train and val pictures lie in train_images."""
     records = []
     for i, image in enumerate(images):
-        strings = [f"A sign that says {image} #{n}." for n in range(captions)]
+        strings = [say(image=image, n=n) for n in range(captions)]
         picture(root / "train_images" / f"{image}.jpg", seed=i)
         for n, string in enumerate(strings):
             records.append(

@@ -37,6 +37,8 @@ from rmdd.config.model import Shuffle as Shuffle
 from rmdd.config.model import TextTower as TextTower
 from rmdd.config.plan import Plan as Plan
 from rmdd.config.probes import ClassData as ClassData
+from rmdd.config.probes import Classes as Classes
+from rmdd.config.probes import CocoQa as CocoQa
 from rmdd.config.probes import CocoQaData as CocoQaData
 from rmdd.config.probes import Retrieval as Retrieval
 from rmdd.config.probes import Vqa as Vqa

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -76,31 +76,26 @@ class ClassData(_ProbeData):
     source: Literal["classes"] = "classes"  # type: ignore[assignment]
     classes: Classes = Classes()
 
+    def faults(self) -> list[str]:
+        limited = "data.eval_limit would keep the first classes; draw some by data.classes.number"
+        return super().faults() + ([limited] if self.eval_limit else [])
+
 
 class CocoQaData(_ProbeData):
     source: Literal["cocoqa"] = "cocoqa"  # type: ignore[assignment]
     layout: Literal["coco"] = "coco"
     cocoqa: CocoQa = CocoQa()
 
+    def faults(self) -> list[str]:
+        limited = "data.eval_limit would keep the first pictures; draw questions by data.cocoqa.questions"
+        return super().faults() + ([limited] if self.eval_limit else [])
+
 
 class PairData(_ProbeData):
     """Anything that `rmdd ingest` reads."""
 
 
-class _Asked(Section):
-    data: _ProbeData
-
-    def moved(self, place: Callable[[str], str]) -> Self:
-        """With every path as `place` gives it."""
-        root = self.data.root
-        return (
-            self
-            if root is None
-            else self.model_copy(update={"data": self.data.model_copy(update={"root": place(root)})})
-        )
-
-
-class ZeroShot(_Asked):
+class ZeroShot(Section):
     """Classification by the nearest class: the mean of its prompts."""
 
     kind: Literal["zero_shot"] = "zero_shot"
@@ -112,13 +107,8 @@ class ZeroShot(_Asked):
     caption_rule: bool = Field(True, description="put prompts through data.captions, as captions are")
     ks: Ks = Field((1, 5, 10), description="ACC@K for those below the number of classes")
 
-    def moved(self, place: Callable[[str], str]) -> Self:
-        moved, named = super().moved(place), self.templates
-        is_file = isinstance(named, str) and named not in TEMPLATES
-        return moved.model_copy(update={"templates": place(str(named))}) if is_file else moved
 
-
-class Vqa(_Asked):
+class Vqa(Section):
     """COCO-QA as retrieval: a sentence per candidate answer, ranked by its cosine with the picture."""
 
     kind: Literal["vqa"] = "vqa"
@@ -135,7 +125,7 @@ class Vqa(_Asked):
         return [f"template of a vqa probe lacks {' and '.join(missing)}, found {self.template!r}"] if missing else []
 
 
-class Retrieval(_Asked):
+class Retrieval(Section):
     """Retrieval on another dataset: TextCaps, CC3M, or any that can be ingested."""
 
     kind: Literal["retrieval"] = "retrieval"
@@ -146,10 +136,21 @@ class Retrieval(_Asked):
 Probe = Annotated[ZeroShot | Vqa | Retrieval, Field(discriminator="kind")]
 
 
+def moved(probe: Probe, place: Callable[[str], str]) -> Probe:
+    """The probe with every path as `place` gives it."""
+    root = probe.data.root
+    if root is not None:
+        probe = probe.model_copy(update={"data": probe.data.model_copy(update={"root": place(root)})})
+    if isinstance(probe, ZeroShot) and isinstance(probe.templates, str) and probe.templates not in TEMPLATES:
+        probe = probe.model_copy(update={"templates": place(probe.templates)})
+    return probe
+
+
 def told(name: str, message: str) -> str:
     """A message about a probe's own `data`, as one about the run."""
     where = f"evaluate.probes.{name}"
-    return f"{where}: " + re.sub(r"\bdata\.(?=[a-z_]+\b)", f"{where}.data.", message)
+    fields = "|".join({**ClassData.model_fields, **CocoQaData.model_fields})
+    return f"{where}: " + re.sub(rf"(?<![\w./])data\.(?=({fields})\b)", f"{where}.data.", message)
 
 
 def clashes(probes: dict[str, Any]) -> list[str]:

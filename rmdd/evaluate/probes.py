@@ -92,6 +92,21 @@ def _look(run: config.Run, probe: Probe) -> None:
         raise ValueError(f"of the first {len(first)} pictures none is there, such as {first[0]}; correct data.root")
 
 
+def costs(run: config.Run, width: int) -> list[str]:
+    """What embedding the sentences of large probes takes."""
+    told = []
+    for name, probe in run.evaluate.probes.items():
+        if isinstance(probe, config.Vqa):
+            data = data_of(run, probe)
+            answers = {q.answer for split in ("train", "test") for q in cocoqa.read(data, split)}
+            total = len({q.question for q in cocoqa.asked(data)}) * len(answers)
+            told.append(
+                f"probe {name} embeds {total:,} sentences, {4 * width * total / 2**30:.1f} GiB in the cache; "
+                f"evaluate.probes.{name}.data.cocoqa.questions takes fewer"
+            )
+    return told
+
+
 def prepare(
     run: config.Run, name: str, train: Dataset, readers: Stream = in_turn, encoders: Stream = in_turn
 ) -> dict[str, Any]:
@@ -206,7 +221,7 @@ class Probing:
         run = self.run
         width, seed = text_width(run.model.text), run.seed_of("evaluate")
         model = build(run.model, width, run.data.image_size, seed, "student", self.index)
-        model.load_trained(params)
+        model.load_trained({name: params[name] for name in model.trained() if name in params})
         return model
 
     def keep(self, model: DualEncoder) -> None:
@@ -270,6 +285,7 @@ def _asked(
     facts: dict[str, Any] = {
         "split": probe.split,
         "gallery": split.facts(),
+        "caption_rule": data.captions.model_dump(),
         "chance": chance(captions),
         "overlap": {"pictures": both, "share": both / len(split)},
     }

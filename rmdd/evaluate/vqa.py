@@ -37,6 +37,7 @@ def ask(
     kept = [q for q in test if q.image in image_of]
     answers = sorted({q.answer for q in (*train, *cocoqa.read(data, "test"))})
     questions = sorted({q.question for q in kept})
+    ks = [k for k in probe.ks if k < len(answers)]
     answer_of, question_of = ({word: i for i, word in enumerate(words)} for words in (answers, questions))
     return {
         "questions": questions,
@@ -46,8 +47,8 @@ def ask(
         "caption_rule": run.data.captions.model_dump() if probe.caption_rule else None,
         "pairs": sorted([question_of[q.question], image_of[q.image], answer_of[q.answer]] for q in kept),
         "seen": [i for i, pair_id in enumerate(split.pair_ids) if picture(pair_id) in seen],
-        "ks": list(probe.ks),
-        "majority": majority(train, kept, probe.ks),
+        "ks": ks,
+        "majority": majority(train, kept, ks),
         "types": dict(Counter(q.type for q in kept)),
         "without_picture": len(test) - len(kept),
     }
@@ -89,7 +90,7 @@ def facts(asked: dict[str, Any]) -> dict[str, Any]:
         "distinct_questions": len(asked["questions"]),
         "answers": len(asked["answers"]),
         "overlap": {"pictures": len(seen), "questions": on_seen, "share": on_seen / len(pairs)},
-        "chance": {f"ACC@{k}": min(100.0, 100 * k / len(asked["answers"])) for k in asked["ks"]},
+        "chance": {f"ACC@{k}": 100 * k / len(asked["answers"]) for k in asked["ks"]},
     }
 
 

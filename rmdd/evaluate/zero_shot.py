@@ -120,7 +120,7 @@ def facts(asked: dict[str, Any]) -> dict[str, Any]:
         "classes": asked["classes"],
         "names": names,
         "templates": asked["templates"],
-        "duplicate_names": len(names) - len(set(names)),
+        "duplicate_names": sum(names.count(name) > 1 for name in names),
         "chance": {f"ACC@{k}": 100 * k / total for k in asked["ks"]},
     }
 

@@ -77,9 +77,9 @@ def _chosen(ids: list[str], rule: Any, root: Place) -> list[str]:
         if unknown := [c for c in rule.only if c not in ids]:
             raise ValueError(f"data.classes.only names '{unknown[0]}', which is no class of {root}")
         return [c for c in ids if c in rule.only]
-    wanted = rule.number or len(ids)
-    if wanted > len(ids) or len(ids) < 2:
-        needs = f"data.classes.number asks for {wanted} classes" if wanted > 1 else "classification needs two classes"
+    wanted = rule.number or max(2, len(ids))
+    if wanted > len(ids):
+        needs = f"data.classes.number asks for {wanted} classes" if rule.number else "classification needs two classes"
         raise ValueError(f"{needs}, but {root / rule.images} holds {len(ids)}")
     drawn = sorted(ids, key=lambda c: hashlib.sha256(f"rmdd classes/{rule.seed}/{c}".encode()).digest())[:wanted]
     return [c for c in ids if c in set(drawn)]

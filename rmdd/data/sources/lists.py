@@ -92,22 +92,30 @@ def _released(root: Place, layout: str, shares: Shares) -> tuple[Iterator[Row], 
         return _token_rows(path, None, layout), [path]
     for name in CC3M_RELEASED if layout == "cc3m" else ():
         if (root / name).is_file():
-            return cut_exactly(_cc3m_rows(root / name), shares), [root / name]
+            return _cut_exactly(_cc3m_rows(root / name), shares), [root / name]
     return None
 
 
-def cut_exactly(rows: Iterator[Row], shares: Shares) -> Iterator[Row]:
-    """Images in the order of a hash of their path, cut into train, val and test by number: 3:1:1 of 595,375 are
-    357,225, 119,075 and 119,075, and the first n of a split are a fair sample of it."""
+def _cut_exactly(rows: Iterator[Row], shares: Shares) -> Iterator[Row]:
+    """Images in the order of a hash of their path, cut by number, so that the first n of a split are a fair sample."""
     found = list(rows)
     images = sorted(
         {str(row.image) for row in found}, key=lambda image: sha256(f"rmdd order/{image}".encode()).digest()
     )
     place_of = {image: i for i, image in enumerate(images)}
-    train, val = (round(len(images) * end) for end in (shares[0], shares[0] + shares[1]))
+    train, val = ends(len(images), shares)
     for row in sorted(found, key=lambda row: place_of[str(row.image)]):
         place = place_of[str(row.image)]
         yield replace(row, split="train" if place < train else "val" if place < val else "test")
+
+
+def ends(total: int, shares: Shares) -> tuple[int, int]:
+    """Where train and val end when `total` images are cut in these shares.
+
+    >>> ends(595_375, (0.6, 0.2, 0.2))  # 357,225, 119,075 and 119,075
+    (357225, 476300)
+    """
+    return round(total * shares[0]), round(total * (shares[0] + shares[1]))
 
 
 def _cc3m_rows(path: Place) -> Iterator[Row]:
