@@ -41,8 +41,6 @@ def examine(run: config.Run) -> dict[str, Any]:
 
     Raises `ValueError` where a tower or an annotation file cannot be had.
     """
-    if faults := probes.faults(run):
-        raise ValueError("; ".join(faults))
     width, remark = estimate.text_features(run.model.text)
     model = _model(run, width)
     tower = run.model.image

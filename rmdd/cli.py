@@ -13,6 +13,7 @@ from rmdd import config
 from rmdd.analyse.cli import analyse
 from rmdd.bench.cli import bench
 from rmdd.command import Debug, Json, Quiet, Sets, Source, do, load, load_folder, outcome, print_json, stop_on_sigterm
+from rmdd.evaluate.probe_cli import probe
 
 if TYPE_CHECKING:
     from rmdd.pipeline import Pipeline
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 app.add_typer(analyse, name="analyse")
+app.command("probe")(probe)
 
 
 @app.command()
@@ -62,7 +64,10 @@ def check(source: Source, set_: Sets = None, json: Json = False, debug: Debug = 
     with outcome(debug):
         run = load(source, set_ or [])
         from rmdd.check import examine
+        from rmdd.evaluate.probes import faults
 
+        if mistakes := faults(run):
+            raise config.ConfigError(mistakes, source)
         try:
             facts = examine(run)
         except ValueError as error:

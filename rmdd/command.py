@@ -68,7 +68,11 @@ def load(source: str, sets: list[str]) -> config.Run:
     The paths of weights and of a text encoder are in the hash of a run, which names its folder: the same files at
     another place make another run.
     """
-    run = config.load(source, sets)
+    return placed(config.load(source, sets))
+
+
+def placed(run: config.Run) -> config.Run:
+    """The run with absolute paths."""
     data, image, text = run.data, run.model.image, run.model.text
     if data.root is not None:
         data = data.model_copy(update={"root": _place(data.root)})

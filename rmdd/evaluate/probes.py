@@ -86,7 +86,7 @@ def _look(run: config.Run, probe: Probe) -> None:
     rows, _ = sources.rows(data)
     if isinstance(probe, config.Vqa):
         cocoqa.read(data, "train")
-    first = list(itertools.islice((row.image for row in rows if row.drawing is None), LOOKED_AT))
+    first = list(dict.fromkeys(itertools.islice((row.image for row in rows if row.drawing is None), LOOKED_AT)))
     there = (place(data.root or "") / path for image in first for path in alternatives(str(image), data.layout))
     if first and not is_remote(data.root) and not any(path.is_file() for path in there):
         raise ValueError(f"of the first {len(first)} pictures none is there, such as {first[0]}; correct data.root")
@@ -108,11 +108,11 @@ def costs(run: config.Run, width: int) -> list[str]:
 
 
 def prepare(
-    run: config.Run, name: str, train: Dataset, readers: Stream = in_turn, encoders: Stream = in_turn
+    run: config.Run, name: str, train: Dataset | None, readers: Stream = in_turn, encoders: Stream = in_turn
 ) -> dict[str, Any]:
     """Ingest and embed what probe `name` asks, and write it down for the students; returns the facts about it.
 
-    `train` is the dataset of the distillation, whose train pictures are looked for among those of the probe. Raises
+    `train` is the dataset of the distillation, if known, whose train pictures are looked for among the probe's. Raises
     `ValueError` for files that cannot be read, and when no picture is left.
     """
     probe, storage = run.evaluate.probes[name], open_storage(run.runtime)
@@ -127,7 +127,7 @@ def prepare(
         if not len(split):
             why = f"{dataset.path / 'quarantine.jsonl'} says why: {dataset.manifest['quarantine']}"
             raise ValueError(f"no picture of split '{_split(probe)}' can be used; {why}")
-        seen = frozenset(vqa.picture(pair_id) for (pair_id,) in train.columns("train", "pair_id"))
+        seen = None if train is None else frozenset(vqa.picture(p) for (p,) in train.columns("train", "pair_id"))
         asked, facts = _asked(run, probe, data, split, seen)
     except ValueError as error:
         raise ValueError(told(name, str(error))) from error
@@ -269,7 +269,7 @@ def chance(captions: list[int]) -> dict[str, float]:
 
 
 def _asked(
-    run: config.Run, probe: Probe, data: Any, split: Split, seen: frozenset[str]
+    run: config.Run, probe: Probe, data: Any, split: Split, seen: frozenset[str] | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What is asked, and what stands beside the scores."""
     if isinstance(probe, config.ZeroShot):
@@ -281,14 +281,15 @@ def _asked(
     captions = [0] * len(split)
     for image in split.image_of.tolist():
         captions[image] += 1
-    both = sum(vqa.picture(pair_id) in seen for pair_id in split.pair_ids)
     facts: dict[str, Any] = {
         "split": probe.split,
         "gallery": split.facts(),
         "caption_rule": data.captions.model_dump(),
         "chance": chance(captions),
-        "overlap": {"pictures": both, "share": both / len(split)},
     }
+    if seen is not None:
+        both = sum(vqa.picture(pair_id) in seen for pair_id in split.pair_ids)
+        facts["overlap"] = {"pictures": both, "share": both / len(split)}
     if data.layout == "textcaps" and data.annotations is None and probe.split == "test":
         facts["note"] = textcaps.NOTE
     return {"split": probe.split, "captions": data.captions.model_dump(), "limit": data.eval_limit}, facts

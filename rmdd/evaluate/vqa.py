@@ -29,9 +29,9 @@ PAIRS = 32
 
 
 def ask(
-    probe: config.Vqa, data: config.CocoQaData, run: config.Run, split: Split, seen: frozenset[str]
+    probe: config.Vqa, data: config.CocoQaData, run: config.Run, split: Split, seen: frozenset[str] | None
 ) -> dict[str, Any]:
-    """Distinct questions, answers, and who is asked what; `seen` are the pictures of the distillation's train split."""
+    """Distinct questions, answers, and who is asked what; `seen` are the pictures that were distilled, if known."""
     train, test = cocoqa.read(data, "train"), cocoqa.asked(data)
     image_of = {pair_id: i for i, pair_id in enumerate(split.pair_ids)}
     kept = [q for q in test if q.image in image_of]
@@ -46,7 +46,7 @@ def ask(
         "question_mark": probe.question_mark,
         "caption_rule": run.data.captions.model_dump() if probe.caption_rule else None,
         "pairs": sorted([question_of[q.question], image_of[q.image], answer_of[q.answer]] for q in kept),
-        "seen": [i for i, pair_id in enumerate(split.pair_ids) if picture(pair_id) in seen],
+        "seen": None if seen is None else [i for i, p in enumerate(split.pair_ids) if picture(p) in seen],
         "ks": ks,
         "majority": majority(train, kept, ks),
         "types": dict(Counter(q.type for q in kept)),
@@ -81,15 +81,19 @@ def _frequent(counted: tuple[str, int]) -> tuple[int, str]:
 
 
 def facts(asked: dict[str, Any]) -> dict[str, Any]:
-    pairs, seen = asked["pairs"], set(asked["seen"])
+    pairs = asked["pairs"]
     told = ("template", "question_mark", "caption_rule", "majority", "types", "without_picture")
-    on_seen = sum(image in seen for _, image, _ in pairs)
+    overlap = {}
+    if asked["seen"] is not None:
+        seen = set(asked["seen"])
+        on_seen = sum(image in seen for _, image, _ in pairs)
+        overlap = {"overlap": {"pictures": len(seen), "questions": on_seen, "share": on_seen / len(pairs)}}
     return {
         **{name: asked[name] for name in told},
         "questions": len(pairs),
         "distinct_questions": len(asked["questions"]),
         "answers": len(asked["answers"]),
-        "overlap": {"pictures": len(seen), "questions": on_seen, "share": on_seen / len(pairs)},
+        **overlap,
         "chance": {f"ACC@{k}": 100 * k / len(asked["answers"]) for k in asked["ks"]},
     }
 
@@ -115,7 +119,7 @@ def _sentence(asked: dict[str, Any], question: str, answer: str) -> str:
 
 def metrics(asked: dict[str, Any]) -> list[str]:
     names = ["ACC", "blind ACC"]
-    on_seen = {image for _, image, _ in asked["pairs"]} & set(asked["seen"])
+    on_seen = {image for _, image, _ in asked["pairs"]} & set(asked["seen"] or ())
     if on_seen and any(image not in on_seen for _, image, _ in asked["pairs"]):
         names.append("unseen ACC")
     return [f"{name}@{k}" for name in names for k in asked["ks"]]
@@ -153,7 +157,7 @@ def score(
             alive()
     rank, ks = torch.cat(seeing), asked["ks"]
     found = ranking.accuracies(rank, ks) | ranking.accuracies(torch.cat(blind), ks, "blind ACC")
-    unseen = ~torch.isin(pairs[:, 1], torch.tensor(asked["seen"], device=device))
+    unseen = ~torch.isin(pairs[:, 1], torch.tensor(asked["seen"] or [], dtype=pairs.dtype, device=device))
     if unseen.any() and not unseen.all():
         found |= ranking.accuracies(rank[unseen], ks, "unseen ACC")
     return found
