@@ -73,7 +73,7 @@ class _ProbeData(Data):
 
 
 class ClassData(_ProbeData):
-    source: Literal["classes"] = "classes"  # type: ignore[assignment]
+    source: Literal["classes"] = Field("classes", description="labelled pictures")  # type: ignore[assignment]
     classes: Classes = Classes()
 
     def faults(self) -> list[str]:
@@ -82,8 +82,8 @@ class ClassData(_ProbeData):
 
 
 class CocoQaData(_ProbeData):
-    source: Literal["cocoqa"] = "cocoqa"  # type: ignore[assignment]
-    layout: Literal["coco"] = "coco"
+    source: Literal["cocoqa"] = Field("cocoqa", description="COCO-QA")  # type: ignore[assignment]
+    layout: Literal["coco"] = Field("coco", description="pictures may have their names of 2014 or of 2017")
     cocoqa: CocoQa = CocoQa()
 
     def faults(self) -> list[str]:
@@ -98,7 +98,7 @@ class PairData(_ProbeData):
 class ZeroShot(Section):
     """Classification by the nearest class: the mean of its prompts."""
 
-    kind: Literal["zero_shot"] = "zero_shot"
+    kind: Literal["zero_shot"] = Field("zero_shot", description="classification")
     data: ClassData
     templates: str | tuple[str, ...] = Field(
         "single",
@@ -111,7 +111,7 @@ class ZeroShot(Section):
 class Vqa(Section):
     """COCO-QA as retrieval: a sentence per candidate answer, ranked by its cosine with the picture."""
 
-    kind: Literal["vqa"] = "vqa"
+    kind: Literal["vqa"] = Field("vqa", description="questions about pictures")
     data: CocoQaData
     template: str = Field("Question: {question} Answer: {answer}.", description="the sentence")
     question_mark: bool = Field(False, description="end questions with ` ?`; the files have none")
@@ -128,8 +128,8 @@ class Vqa(Section):
 class Retrieval(Section):
     """Retrieval on another dataset: TextCaps, CC3M, or any that can be ingested."""
 
-    kind: Literal["retrieval"] = "retrieval"
-    data: PairData
+    kind: Literal["retrieval"] = Field("retrieval", description="retrieval elsewhere")
+    data: PairData = Field(description="any source of the section data")
     split: Literal["train", "val", "test"] = Field("test", description="the gallery")
 
 
