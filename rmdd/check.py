@@ -9,6 +9,7 @@ from rmdd import config, estimate
 from rmdd.artefact import budget
 from rmdd.data.shards import Dataset
 from rmdd.distill.planning import PLAN, foreseen, with_phases, without_a_phase
+from rmdd.evaluate import probes
 from rmdd.experts.store import Store
 from rmdd.experts.train import kept_epochs
 from rmdd.files import read_json
@@ -20,7 +21,8 @@ from rmdd.places import Places, places_of, run_folder
 
 
 def impossible(run: config.Run) -> list[str]:
-    """What can be known to stop a run before anything of it is made: a tower that cannot be had, phases over budget."""
+    """What can be known to stop a run before anything of it is made: a tower that cannot be had, phases over budget,
+    files of a probe that cannot be read."""
     mistakes = []
     try:
         _model(run, text_width=1)
@@ -31,7 +33,7 @@ def impossible(run: config.Run) -> list[str]:
             mistakes.append(over)
     except ValueError as error:
         mistakes.append(str(error))
-    return mistakes
+    return mistakes + probes.faults(run)
 
 
 def examine(run: config.Run) -> dict[str, Any]:
@@ -90,7 +92,7 @@ def examine(run: config.Run) -> dict[str, Any]:
         "memory": {"matching_step": estimate.matching_bytes(run, size, work, width)},
         "time": _time(run, estimate.operations(run, counts, work)),
         "gpus": _gpus(run),
-        "remarks": [r for r in (remark, planned) if r]
+        "remarks": [r for r in (remark, planned, *probes.costs(run, width)) if r]
         + [f"split '{split}' is empty; a run needs all three" for split, (pairs, _) in counts.items() if not pairs],
     }
 

@@ -14,6 +14,7 @@ from rmdd.analyse.cli import analyse
 from rmdd.bench.cli import bench
 from rmdd.command import Debug, Json, Quiet, Sets, Source, do, load, load_folder, outcome, print_json, stop_on_sigterm
 from rmdd.coresets.cli import coreset
+from rmdd.evaluate.probe_cli import probe
 
 if TYPE_CHECKING:
     from rmdd.pipeline import Pipeline
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.add_typer(bench, name="bench")
 app.add_typer(analyse, name="analyse")
 app.command("coreset")(coreset)
+app.command("probe")(probe)
 
 
 @app.command()
@@ -64,7 +66,10 @@ def check(source: Source, set_: Sets = None, json: Json = False, debug: Debug = 
     with outcome(debug):
         run = load(source, set_ or [])
         from rmdd.check import examine
+        from rmdd.evaluate.probes import faults
 
+        if mistakes := faults(run):
+            raise config.ConfigError(mistakes, source)
         try:
             facts = examine(run)
         except ValueError as error:
@@ -406,6 +411,6 @@ def _search(begin: Callable[[], config.Run], as_json: bool, quiet: bool, debug: 
 
 
 def _table(evaluation: dict[str, Any]) -> Any:
-    from rmdd.console import result_table
+    from rmdd.console import results
 
-    return result_table(evaluation)
+    return results(evaluation)

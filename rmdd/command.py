@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from rmdd import config
+from rmdd.config.probes import moved
 from rmdd.data.place import absolute
 
 if TYPE_CHECKING:
@@ -67,16 +68,26 @@ def load(source: str, sets: list[str]) -> config.Run:
     The paths of weights and of a text encoder are in the hash of a run, which names its folder: the same files at
     another place make another run.
     """
-    run = config.load(source, sets)
+    return placed(config.load(source, sets))
+
+
+def placed(run: config.Run) -> config.Run:
+    """The run with absolute paths."""
     data, image, text = run.data, run.model.image, run.model.text
     if data.root is not None:
-        data = data.model_copy(update={"root": absolute(os.path.expanduser(data.root))})
+        data = data.model_copy(update={"root": _place(data.root)})
     if image.weights != "pretrained" and not image.is_random:
         image = image.model_copy(update={"weights": _absolute(image.weights)})
     if Path(text.name).expanduser().is_dir():
         text = text.model_copy(update={"name": _absolute(text.name)})
     model = run.model.model_copy(update={"image": image, "text": text})
-    return run.model_copy(update={"data": data, "model": model})
+    probes = {name: moved(probe, _place) for name, probe in run.evaluate.probes.items()}
+    evaluate = run.evaluate.model_copy(update={"probes": probes})
+    return run.model_copy(update={"data": data, "model": model, "evaluate": evaluate})
+
+
+def _place(path: str) -> str:
+    return absolute(os.path.expanduser(path))
 
 
 def _absolute(path: str) -> str:

@@ -25,6 +25,30 @@ def stdout() -> Console:
     return console if console.is_terminal else Console(width=132, soft_wrap=True)
 
 
+def results(evaluation: Mapping[str, Any]) -> RenderableType:
+    """The result table, and one per probe."""
+    return Group(result_table(evaluation), *(probe_table(evaluation, name) for name in evaluation.get("probes", ())))
+
+
+def probe_table(evaluation: Mapping[str, Any], name: str) -> Table:
+    """The scores of one probe, beside chance and, for questions, the most frequent answers."""
+    facts = evaluation["probes"][name]
+    table = Table(title=f"Probe {name} ({facts['kind']}), in %", title_justify="left")
+    rows = {row: scores["probes"][name] for row, scores in evaluation["table"].items()}
+    metrics = list(next(iter(rows.values())))
+    table.add_column("trained on")
+    for metric in metrics:
+        table.add_column(metric, justify="right", no_wrap=True)
+    for row, scores in rows.items():
+        table.add_row(NAMES.get(row, row), *(_spread(scores[metric]) for metric in metrics))
+    table.add_section()
+    known = {"chance": facts["chance"], "most frequent answer": facts.get("majority", {}).get("all")}
+    for label, values in known.items():
+        if values:
+            table.add_row(label, *(f"{values[m]:.1f}" if m in values else "" for m in metrics), style="dim")
+    return table
+
+
 def result_table(evaluation: Mapping[str, Any]) -> Table:
     """A row each for random pairs, the method, and full data: R@mean on val and test, and the recalls on test."""
     caption = "\n".join([evaluation["spread"], *referee.lines(evaluation, NAMES)])

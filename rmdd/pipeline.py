@@ -23,6 +23,7 @@ from rmdd.data.shards import Dataset
 from rmdd.distill.matching import finished, save_set
 from rmdd.distill.planning import PLAN, with_phases, without_a_phase
 from rmdd.evaluate import protocol, records, scores, summary
+from rmdd.evaluate.probes import prepare, remarks
 from rmdd.evaluate.protocol import Job
 from rmdd.evaluate.references import reference_of
 from rmdd.experts import feed
@@ -186,6 +187,7 @@ class Pipeline:
         dataset = self.ingest()
         run, rule = self.run, self.run.evaluate
         candidates = candidates_of(run)
+        facts = self.probes()
         with self._timed("evaluate"):
             select = protocol.selection_jobs(run, len(candidates)) if len(candidates) > 1 else []
             tune = protocol.tuning_jobs(run)
@@ -219,7 +221,7 @@ class Pipeline:
             paths = {j: record(replace(self._item(dataset), job=j)) for j in final if j.kind != "reference"}
             ranks = {job: records.ranks_of(path, self.storage) for job, path in paths.items()}
         by_kind = {k: [r for j, r in rows if j.kind == k] for k in ("student", "reference", "baseline", "full")}
-        table = {
+        table: dict[str, dict[str, Any]] = {
             "random": {k: protocol.summary(by_kind["baseline"], k) for k in ("val", "test_last")},
             run.distill.method_name: {k: protocol.summary(by_kind["student"], k) for k in ("val", "test_last")},
             "full": {k: protocol.summary(by_kind["full"], k) for k in ("val", "test_last")},
@@ -228,8 +230,13 @@ class Pipeline:
             table[run.distill.method_name]["test_best_reference"] = protocol.summary(
                 by_kind["reference"], "test_best_reference"
             )
+        for row, kind in (("random", "baseline"), (run.distill.method_name, "student"), ("full", "full")):
+            if facts:
+                probed = [r["probes"] for r in by_kind[kind]]
+                table[row]["probes"] = {name: protocol.summary(probed, name) for name in facts}
         evaluation = {
             "table": table,
+            **({"probes": facts} if facts else {}),
             "diverged": {kind: sum("diverged" in r for r in rs) for kind, rs in by_kind.items()},
             "galleries": {s: material(self._item(dataset), s).split.facts() for s in ("train", "val", "test")},
             "spread": "sample standard deviation over students (distilled), draws (random) and experts (full)",
@@ -275,6 +282,18 @@ class Pipeline:
         found = summary.clocks(self.run, logs, stored_bytes(places.store), self.all_seconds())
         write_json(self.folder / "cost.json", found)
         return found
+
+    def probes(self) -> dict[str, dict[str, Any]]:
+        """Ingest and embed what `evaluate.probes` ask of the final students; returns the facts about each."""
+        facts: dict[str, dict[str, Any]] = {}
+        for name in self.run.evaluate.probes:
+            with self._timed("probes"):
+                readers = watched(self.progress, f"ingest {name}", "pairs", self.readers)
+                encoders = watched(self.progress, f"embed {name}", "captions", self.encoders)
+                facts[name] = prepare(self.run, name, self.ingest(), readers, encoders)
+            for line in remarks(name, facts[name]):
+                self.progress.say(line)
+        return facts
 
     def export(self) -> Path:
         """Write the distilled set with its numbers; returns its folder."""

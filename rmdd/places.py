@@ -25,7 +25,7 @@ ONLY_DISTILLED = (
     *("selection", "reference", "scores", "eval_every", "chunk"),
     *("lr", "text_lr", "temperature", "schedule", "epochs"),
 )
-"""Fields of `evaluate` that random pairs and full data do not depend on."""
+"""Fields of `evaluate` that random pairs and full data do not depend on. Nor do they on `probes`."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ def places_of(run: config.Run, dataset: Dataset) -> Places:
         del recipe["plan"]  # phases are the same however they were found
     recipe["version"] = methods.find(run.distill.method).version
     distilled = {**trained, "num": run.experts.num, "distill": recipe | {"seed": run.seed_of("distill")}}
-    rules = run.evaluate.model_dump(mode="json", exclude=set(ONLY_DISTILLED)) | {"seed": run.seed_of("evaluate")}
+    rules = run.evaluate.model_dump(mode="json", exclude={*ONLY_DISTILLED, "probes"})
+    rules["seed"] = run.seed_of("evaluate")
     if run.evaluate.augment == "none":
         del rules["augment"]
     facts = {"num": run.experts.num, "budget": run.distill.budget, "updates": protocol.updates(run)}

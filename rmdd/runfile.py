@@ -210,7 +210,10 @@ def validate(kind: type[S], raw: dict[str, Any]) -> tuple[S | None, list[str]]:
 def _mistake(error: Any) -> str:
     """One line for one of pydantic's errors: the field, what is wrong, what was found."""
     # pydantic also names the member of a union that it tried, such as `str`
-    where = ".".join(str(part) for part in error["loc"] if part != "str" and "[" not in str(part))
+    place = error["loc"]
+    if place[:2] == ("evaluate", "probes"):  # what is at the fourth place is the kind, by which a union is told apart
+        place = (*place[:3], *place[4:])
+    where = ".".join(str(part) for part in place if part != "str" and "[" not in str(part))
     if error["type"] == "extra_forbidden":
         return f"{where}: unknown key; `rmdd init` writes every key with its meaning"
     message = error["msg"].removeprefix("Value error, ")

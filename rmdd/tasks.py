@@ -18,6 +18,7 @@ from rmdd.data.shards import Dataset
 from rmdd.distill.matching import distill_phase, load_set
 from rmdd.distill.planning import PLAN, key_of, make_plan, stated, with_phases
 from rmdd.evaluate import records
+from rmdd.evaluate.probes import Probing
 from rmdd.evaluate.protocol import (
     CHOOSING,
     OF_RANDOM_PAIRS,
@@ -247,10 +248,31 @@ def student(item: Item, hooks: Hooks) -> dict[str, Any]:
     value = places.baseline.name if shared else f"{item.value}/{'-'.join(map(str, item.iterations))}"
     for each in (path, *(() if job.kind in CHOOSING else (records.test_file(path), records.ranks_file(path)))):
         storage.fetch(each)
-    known, unranked = records.read(path, value), job.kind in (*CHOOSING, "reference")
-    if known is not None and (unranked or records.ranks_file(path).is_file()):  # older records have no ranks
+    scored, unranked = records.read(path, value), job.kind in (*CHOOSING, "reference")
+    if not unranked and not records.ranks_file(path).is_file():  # older records have no ranks
+        scored = None
+    asked = Probing(run, job, path, value, storage)
+    if scored is not None and not asked.missing:
         hooks.report({"done": 1})
-        return known
+        return asked.added_to(scored)
+    model = asked.restored() if scored is not None else None
+    if model is None:
+        again, model = _train_and_score(item, storage, asked, path, hooks)
+        if scored is None:  # a student that is trained again for new probes keeps the scores it had
+            scored = again | {"value": value}
+            records.write(path, scored)
+    assert scored is not None
+    asked.ask(model, device_of(run), hooks.should_stop)
+    hooks.report({"done": 1, "val": scored["val"]["R@mean"]} if "val" in scored else {"done": 1})
+    return asked.added_to(scored)
+
+
+def _train_and_score(
+    item: Item, storage: Storage, asked: Probing, path: Path, hooks: Hooks
+) -> tuple[dict[str, Any], DualEncoder | None]:
+    """The record of a student and, if it was trained to the end, itself."""
+    assert item.job is not None
+    job, run, places = item.job, item.run, item.places
     storage.fetch(places.data)
     device, val = device_of(run), material(item, "val")
     test = None if job.kind in CHOOSING else material(item, "test")
@@ -260,24 +282,27 @@ def student(item: Item, hooks: Hooks) -> dict[str, Any]:
 
     if job.kind == "full":
         assert test is not None
-        scored = score_expert(job, run, _trained(item, job.index, storage), val, test, device, on_ranks=keep)
+        model = _trained(item, job.index, storage)
+        return score_expert(job, run, model, val, test, device, on_ranks=keep), model
+    if job.kind in ("soft_tune", "soft"):
+        teacher = _trained(item, job.index % run.experts.num, storage)
+        lessons = [soft_lesson(run, material(item, "train"), job.index, job.lr, teacher, device)]
+    elif job.kind in OF_RANDOM_PAIRS:
+        lessons = [random_lesson(run, material(item, "train"), job.index, job.lr)]
     else:
-        if job.kind in ("soft_tune", "soft"):
-            teacher = _trained(item, job.index % run.experts.num, storage)
-            lessons = [soft_lesson(run, material(item, "train"), job.index, job.lr, teacher, device)]
-        elif job.kind in OF_RANDOM_PAIRS:
-            lessons = [random_lesson(run, material(item, "train"), job.index, job.lr)]
-        else:
-            for p, iteration in enumerate(item.iterations):
-                storage.fetch(places.set(p, iteration))
-            sets = [load_set(places.set(p, iteration)) for p, iteration in enumerate(item.iterations)]
-            lessons = [lesson_of(s, run.data.image_size) for s in sets]
-        alive = hooks.should_stop  # a sign of life
-        scored = train_and_score(job, run, lessons, val, test, device, alive, on_ranks=keep)
-    scored["value"] = value
-    records.write(path, scored)
-    hooks.report({"done": 1, "val": scored["val"]["R@mean"]} if "val" in scored else {"done": 1})
-    return scored
+        for p, iteration in enumerate(item.iterations):
+            storage.fetch(places.set(p, iteration))
+        sets = [load_set(places.set(p, iteration)) for p, iteration in enumerate(item.iterations)]
+        lessons = [lesson_of(s, run.data.image_size) for s in sets]
+    trained: list[DualEncoder] = []
+
+    def finished(model: DualEncoder) -> None:
+        asked.keep(model)
+        trained.append(model)
+
+    alive = hooks.should_stop  # a sign of life
+    scored = train_and_score(job, run, lessons, val, test, device, alive, finished, on_ranks=keep)
+    return scored, trained[0] if trained else None
 
 
 def _trained(item: Item, expert: int, storage: Storage) -> DualEncoder:

@@ -46,8 +46,8 @@ def assemble(item: Item, train: Material, evaluation: dict[str, Any]) -> Distill
 
 
 def portable(run: config.Run) -> dict[str, Any]:
-    """The resolved run without the fields that name places: `runtime` and `data.root`."""
-    return run.model_dump(mode="json", exclude={"runtime": True, "data": {"root"}})
+    """The resolved run without the fields that name places: `runtime`, `data.root` and `evaluate.probes`."""
+    return run.model_dump(mode="json", exclude={"runtime": True, "data": {"root"}, "evaluate": {"probes"}})
 
 
 def nearest(queries: Float[Tensor, "M F"], captions: Float[np.ndarray, "T F"], chunk: int = CHUNK) -> Int[Tensor, " M"]:

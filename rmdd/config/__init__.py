@@ -3,7 +3,7 @@
 This package imports neither torch nor ray. Fields that say where things are, how far to go or how often to save, and
 not what is computed, never enter a hash: `name`, `data.root`, everything under `search` and `runtime`, and of `distill`
 the fields `budget_check`, `checkpoint_every` and `guard.retries`. Of `phases` and `plan` only one does: what the phases
-are, or what they are found by.
+are, or what they are found by. `evaluate.probes` do not either: their scores lie under hashes of their own.
 """
 
 from __future__ import annotations
@@ -36,6 +36,14 @@ from rmdd.config.model import ImageTower as ImageTower
 from rmdd.config.model import Shuffle as Shuffle
 from rmdd.config.model import TextTower as TextTower
 from rmdd.config.plan import Plan as Plan
+from rmdd.config.probes import ClassData as ClassData
+from rmdd.config.probes import Classes as Classes
+from rmdd.config.probes import CocoQa as CocoQa
+from rmdd.config.probes import CocoQaData as CocoQaData
+from rmdd.config.probes import Retrieval as Retrieval
+from rmdd.config.probes import Vqa as Vqa
+from rmdd.config.probes import ZeroShot as ZeroShot
+from rmdd.config.probes import foreign_view
 from rmdd.config.search import Dimension as Dimension
 from rmdd.config.search import Search
 from rmdd.runfile import PRESETS as PRESETS
@@ -64,7 +72,7 @@ class Run(Section):
     runtime: Runtime = Runtime()
 
     def clashes(self) -> list[str]:
-        mistakes = []
+        mistakes = foreign_view(self.evaluate.probes, self.data)
         image = self.model.image
         if self.distill.inner_dropout == "fresh_mask" and self.runtime.keep_parameters == "recompute":
             mistakes.append(
@@ -179,6 +187,7 @@ class Run(Section):
             if "seed" in value[s]:
                 value[s]["seed"] = self.seed_of(s)  # type: ignore[arg-type]
         value.get("data", {}).pop("root", None)
+        value.get("evaluate", {}).pop("probes", None)
         for name in ("budget_check", "checkpoint_every"):
             value.get("distill", {}).pop(name, None)
         value.get("distill", {}).pop("phases" if self.distill.plan.plans else "plan", None)

@@ -78,7 +78,7 @@ class Data(Section):
     root: str | None = Field(
         None, description="folder or URI (s3://, gs://) that paths are relative to; not part of the hash"
     )
-    layout: Literal["flickr30k", "flickr8k", "coco", "cc3m"] | None = Field(
+    layout: Literal["flickr30k", "flickr8k", "coco", "cc3m", "textcaps"] | None = Field(
         None, description="known file names for `lists` and `karpathy`"
     )
     annotations: str | Annotations | None = Field(

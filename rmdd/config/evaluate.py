@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
+from rmdd.config.probes import Probe
+from rmdd.config.probes import clashes as clashes_of_probes
 from rmdd.runfile import Section
 
 
@@ -55,12 +57,18 @@ class Evaluate(Section):
     )
     baseline_draws: PositiveInt = Field(5, description="different random subsets, one per student")
     chunk: PositiveInt = Field(256, description="queries scored at once")
+    probes: dict[str, Probe] = Field(
+        {}, description="what else the final students are asked, by a free name: zero_shot, vqa or retrieval"
+    )
     seed: int | None = Field(None, description="null: the run's seed")
 
     @field_validator("reference", mode="before")
     @classmethod
     def _once_a_switch(cls, value: Any) -> Any:
         return {True: "auto", False: "none"}.get(value, value) if isinstance(value, bool) else value
+
+    def clashes(self) -> list[str]:
+        return clashes_of_probes(self.probes)
 
 
 class Runtime(Section):

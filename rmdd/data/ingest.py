@@ -93,6 +93,11 @@ def _input(data: Data) -> tuple[dict[str, Any], Any]:
         return made_from, files
     rows, annotations = sources.rows(data)
     made_from["annotations"] = {path.name: hash_of(path) for path in annotations}
+    if data.source == "classes":  # folders have no list
+        listed = list(rows)
+        named = hash_value([[row.image, *row.captions] for row in listed])
+        made_from["annotations"][f"{len(listed)} pictures, names and classes"] = named
+        return made_from, iter(listed)
     return made_from, rows
 
 

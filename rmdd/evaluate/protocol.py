@@ -132,12 +132,13 @@ def train_and_score(
     test: Material | None,
     device: torch.device,
     on_pass: Callable[[], object] = lambda: None,
+    finished: Callable[[DualEncoder], object] = lambda model: None,
     *,
     on_ranks: Callable[[Ranks], object] = lambda ranks: None,
 ) -> dict[str, Any]:
     """Run one student job and return its record; `test` is None for jobs that choose, else `TestIsClosed` is raised.
 
-    `on_ranks` gets what the queries of test found, at the last pass.
+    `finished` is given the student once it is trained to the end, and `on_ranks` what the queries of test found then.
     """
     if job.kind in CHOOSING and test is not None:
         door(job, "test")
@@ -188,6 +189,7 @@ def train_and_score(
         assert found is not None
         of_best = max(curve, key=lambda point: point["test"]["R@mean"])
         return record | {"test_best_reference": (of_best if found.reported == "best" else curve[-1])["test"]}
+    finished(model)
     record["val"] = score(model, val, device, rule.chunk).as_dict()
     if job.kind not in CHOOSING:
         assert test is not None

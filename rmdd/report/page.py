@@ -63,6 +63,7 @@ def write_report(
         "headline": headline(name, distilled, evaluation),
         "tiles": _tiles(distilled, evaluation, seconds),
         "groups": _result_groups(name, distilled, evaluation),
+        "probes": _probes(name, distilled, evaluation),
         "recalls": RECALLS,
         "referee": referee.tables(evaluation, _labels(name, distilled, evaluation), RECALLS),
         "cost_rows": referee.cost_rows(evaluation, read_json(cost) if cost.is_file() else {}),
@@ -204,6 +205,31 @@ def _result_groups(name: str, distilled: DistilledSet, evaluation: dict[str, Any
         }
         for kind, title in titles.items()
         if any(kind in table[row] for row in labels)
+    ]
+
+
+def _probes(name: str, distilled: DistilledSet, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+    """Per probe, its rows and what else is to be said about it."""
+    labels, table = _labels(name, distilled, evaluation), evaluation["table"]
+    return [
+        {
+            "name": probe,
+            "facts": facts,
+            "metrics": list(table["random"]["probes"][probe]),
+            "rows": [
+                {"label": label, "ours": row == distilled.method, "scores": table[row]["probes"][probe]}
+                for row, label in labels.items()
+            ],
+            "known": {
+                label: values
+                for label, values in (
+                    ("chance", facts["chance"]),
+                    ("most frequent answer in train for the type", facts.get("majority", {}).get("all")),
+                )
+                if values
+            },
+        }
+        for probe, facts in evaluation.get("probes", {}).items()
     ]
 
 

@@ -18,9 +18,10 @@ def rows(data: Data) -> tuple[Iterator[Row], list[Place]]:
 
     A layout that cannot be read raises `ValueError`, at the latest while the rows are drawn.
     """
-    from rmdd.data.sources import karpathy, lists, scenes, table
+    from rmdd.data.sources import classes, cocoqa, karpathy, lists, scenes, table
 
     sources = {"karpathy": karpathy.rows, "lists": lists.rows, "table": table.rows, "scenes": scenes.rows}
+    sources |= {"classes": classes.rows, "cocoqa": cocoqa.rows}
     _check_root(data)
     return sources[data.source](data)
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from rmdd.config import Data
 from rmdd.data.decode import ImageError
 from rmdd.data.place import Place, is_remote, place
-from rmdd.data.sources import scenes
+from rmdd.data.sources import classes, scenes
 from rmdd.data.sources.layouts import alternatives
 from rmdd.data.sources.row import Candidate
 
@@ -42,7 +42,10 @@ def candidates(plan: Path, data: Data) -> Iterator[Candidate]:
 
     def image_of(row: dict[str, Any]) -> bytes | ImageError:
         try:
-            return _read(row["pair_id"], root, data) if row["drawing"] is None else scenes.draw(row["drawing"])
+            drawing = row["drawing"]
+            if drawing is None:
+                return _read(row["pair_id"], root, data)
+            return classes.draw(root, drawing) if data.source == "classes" else scenes.draw(drawing)
         except ImageError as error:
             return error
 

@@ -2,7 +2,7 @@
 `caption` is a list; CC3M has a string everywhere. Both shapes are read in every split.
 
 Also read as they were released: Flickr8k's token file with three lists of image names, or Kaggle's `captions.txt`; and,
-with splits cut by hash, Flickr30k's token file and the `metadata.json` or `chat.json` of LLaVA's CC3M.
+with splits cut by hash, Flickr30k's token file and the `metadata.json` or `chat.json` of LLaVA's CC3M, in exact shares.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator
+from dataclasses import replace
+from hashlib import sha256
 from itertools import chain
 from typing import Any
 
 from rmdd.config import Annotations, Data
 from rmdd.data.place import Place, place
 from rmdd.data.shards import SPLITS
+from rmdd.data.sources import textcaps
 from rmdd.data.sources.layouts import LISTS, describe, find_annotation, read_json_file, read_text
 from rmdd.data.sources.row import NO_SPLIT, Row, as_captions
 
@@ -27,9 +30,13 @@ FLICKR30K_TOKENS = "results_20130124.token"
 KAGGLE_CAPTIONS = "captions.txt"
 CC3M_RELEASED = ("metadata.json", "chat.json")
 
+Shares = tuple[float, float, float]
+
 
 def rows(data: Data) -> tuple[Iterator[Row], list[Place]]:
     root, layout = place(data.root or ""), data.layout
+    if layout == "textcaps":
+        return textcaps.rows(data)
     if isinstance(data.annotations, Annotations):
         files: dict[str, Place] = {split: root / name for split, name in data.annotations.files.items()}
     else:
@@ -43,7 +50,7 @@ def rows(data: Data) -> tuple[Iterator[Row], list[Place]]:
                 files[split] = find_annotation(root, names, f"the {split} list of layout '{layout}'")
             except ValueError as error:
                 missing.append(error)
-        if not files and (released := _released(root, layout)):
+        if not files and (released := _released(root, layout, data.split_fractions)):
             return released
         if missing:
             raise missing[0]
@@ -79,14 +86,36 @@ def _rows(path: Place, records: list[dict[str, Any]], split: str, source: str) -
         yield Row(image, as_captions(record["caption"]), split, source, f"{path.name} record {i}")
 
 
-def _released(root: Place, layout: str) -> tuple[Iterator[Row], list[Place]] | None:
+def _released(root: Place, layout: str, shares: Shares) -> tuple[Iterator[Row], list[Place]] | None:
     """A release without splits."""
     if layout == "flickr30k" and (path := root / FLICKR30K_TOKENS).is_file():
         return _token_rows(path, None, layout), [path]
     for name in CC3M_RELEASED if layout == "cc3m" else ():
         if (root / name).is_file():
-            return _cc3m_rows(root / name), [root / name]
+            return _cut_exactly(_cc3m_rows(root / name), shares), [root / name]
     return None
+
+
+def _cut_exactly(rows: Iterator[Row], shares: Shares) -> Iterator[Row]:
+    """Images in the order of a hash of their path, cut by number, so that the first n of a split are a fair sample."""
+    found = list(rows)
+    images = sorted(
+        {str(row.image) for row in found}, key=lambda image: sha256(f"rmdd order/{image}".encode()).digest()
+    )
+    place_of = {image: i for i, image in enumerate(images)}
+    train, val = ends(len(images), shares)
+    for row in sorted(found, key=lambda row: place_of[str(row.image)]):
+        place = place_of[str(row.image)]
+        yield replace(row, split="train" if place < train else "val" if place < val else "test")
+
+
+def ends(total: int, shares: Shares) -> tuple[int, int]:
+    """Where train and val end when `total` images are cut in these shares.
+
+    >>> ends(595_375, (0.6, 0.2, 0.2))  # 357,225, 119,075 and 119,075
+    (357225, 476300)
+    """
+    return round(total * shares[0]), round(total * (shares[0] + shares[1]))
 
 
 def _cc3m_rows(path: Place) -> Iterator[Row]:

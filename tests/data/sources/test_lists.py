@@ -3,7 +3,9 @@ import pytest
 from rmdd.config import Data
 from rmdd.data import sources
 from rmdd.data.ingest import ingest
+from rmdd.data.sources.lists import ends
 from rmdd.data.sources.row import NO_SPLIT
+from rmdd.data.splits import load_split
 
 TRAIN = [
     {"image": "i/1.jpg", "caption": "One.", "image_id": 0},
@@ -138,7 +140,7 @@ def test_cc3m_as_released(root, draw, put, tmp_path):
     turns = [{"from": "human", "value": "Say it.\n<image>"}, {"from": "gpt", "value": "a quiet lane ."}]
     put("chat.json", [{"id": "GCC_1", "image": "GCC_1.jpg", "conversations": turns}])
     assert [(row.image, row.captions, row.split) for row in rows(root, layout="cc3m")] == [
-        ("GCC_1.jpg", ("a quiet lane .",), None)
+        ("GCC_1.jpg", ("a quiet lane .",), "train")
     ]
     facts = {"caption": "a quiet lane .", "blip_caption": None, "url": "x"}
     put("metadata.json", [{"id": f"GCC_{i}", "image": f"GCC_{i}.jpg"} | facts for i in (1, 2)])
@@ -147,3 +149,27 @@ def test_cc3m_as_released(root, draw, put, tmp_path):
     put("metadata.json", [{"image": "GCC_1.jpg"}])
     with pytest.raises(ValueError, match="record 0 needs `image` and `caption` or `conversations`"):
         rows(root, layout="cc3m")
+
+
+def test_cc3m_is_cut_at_exact_shares_in_an_order_that_is_not_the_files(root, draw, put, tmp_path):
+    names = [f"GCC_train_{i:09d}.jpg" for i in range(25)]
+    records = [{"image": name, "caption": f"caption {name}"} for name in names]
+    put("metadata.json", records)
+    thirds = {"split_fractions": (0.6, 0.2, 0.2)}
+    cut = {row.image: row.split for row in rows(root, layout="cc3m", **thirds)}
+    order = [row.image for row in rows(root, layout="cc3m", **thirds)]
+    assert [list(cut.values()).count(split) for split in ("train", "val", "test")] == [15, 5, 5]
+    assert order != names and sorted(order) == names
+    put("metadata.json", records[::-1])
+    assert {row.image: row.split for row in rows(root, layout="cc3m", **thirds)} == cut
+    assert [row.image for row in rows(root, layout="cc3m", **thirds)] == order
+
+    draw(*(f"images/{name}" for name in names))
+    data = Data(source="lists", layout="cc3m", root=str(root), eval_limit=3, image_size=8, **thirds)
+    dataset = ingest(data, tmp_path / "out")
+    gallery = load_split(dataset, "test", data, tmp_path / "cache").pair_ids
+    assert gallery == [name for name in order if cut[name] == "test"][:3]
+
+
+def test_the_papers_split_of_cc3m_has_the_papers_sizes():
+    assert ends(595_375, (0.6, 0.2, 0.2)) == (357_225, 357_225 + 119_075)

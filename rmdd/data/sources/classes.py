@@ -1,0 +1,181 @@
+"""Labelled pictures, for zero-shot classification: a folder per class, a list of files, or CIFAR's binary version.
+
+The caption of a picture is the id of its class: the folder's name, what the list says, or CIFAR's own name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from rmdd.config import Data
+from rmdd.data.place import Place, Remote, find, place, size_of
+from rmdd.data.sources.layouts import describe, read_text
+from rmdd.data.sources.row import Row
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+CIFAR = {"cifar10": ("batches.meta.txt", "test_batch.bin", 1), "cifar100": ("fine_label_names.txt", "test.bin", 2)}
+"""Names of the classes, pictures, and bytes of labels before each picture, the class's the last."""
+_PIXELS = 3 * 32 * 32
+_KAGGLE = "ImageId,PredictionString"
+
+
+@dataclass(frozen=True)
+class Labelled:
+    names: dict[str, tuple[str, ...]]
+    """The classes in sorted order (CIFAR: in its own), each with its names, the usual one first."""
+    pictures: list[Row]
+    files: list[Place]
+    """The lists that were read."""
+
+
+def rows(data: Data) -> tuple[Iterator[Row], list[Place]]:
+    found = read(data)
+    return iter(found.pictures), found.files
+
+
+def read(data: Any) -> Labelled:
+    """Classes and pictures that `data.classes` picks. Raises `ValueError` that names file and line."""
+    root, rule = place(data.root or ""), data.classes
+    known, files = _names(root / rule.names) if rule.names else ({}, [])
+    if rule.layout in CIFAR:
+        ids, pictures, more = _cifar(root / rule.images if rule.images else root, rule.images, rule.layout)
+    elif rule.layout == "list":
+        ids, pictures, more = _list(root, rule, known)
+    else:
+        ids, pictures, more = _folders(root, rule.images)
+    chosen = _chosen(ids, rule, root)
+    if rule.names and (nameless := [c for c in chosen if c not in known]):
+        raise ValueError(
+            f"{root / rule.names} has no name for {len(nameless)} classes, such as '{nameless[0]}'; add it"
+        )
+    names = {c: known.get(c) or (c.replace("_", " "),) for c in chosen}
+    return Labelled(names, [row for row in pictures if row.captions[0] in names], files + more)
+
+
+def draw(root: Place, spec: str) -> bytes:
+    """A picture of CIFAR's as PNG bytes."""
+    at = json.loads(spec)
+    file = root / at["file"]
+    with file.open_at_random() if isinstance(file, Remote) else file.open("rb") as f:
+        f.seek(at["offset"])
+        pixels = np.frombuffer(f.read(_PIXELS), dtype=np.uint8).reshape(3, 32, 32)
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _chosen(ids: list[str], rule: Any, root: Place) -> list[str]:
+    if rule.only is not None:
+        if unknown := [c for c in rule.only if c not in ids]:
+            raise ValueError(f"data.classes.only names '{unknown[0]}', which is no class of {root}")
+        return [c for c in ids if c in rule.only]
+    wanted = rule.number or max(2, len(ids))
+    if wanted > len(ids):
+        needs = f"data.classes.number asks for {wanted} classes" if rule.number else "classification needs two classes"
+        raise ValueError(f"{needs}, but {root / rule.images} holds {len(ids)}")
+    drawn = sorted(ids, key=lambda c: hashlib.sha256(f"rmdd classes/{rule.seed}/{c}".encode()).digest())[:wanted]
+    return [c for c in ids if c in set(drawn)]
+
+
+def _folders(root: Place, images: str) -> tuple[list[str], list[Row], list[Place]]:
+    if not (root / images).is_dir():
+        raise ValueError(f"{root / images} is not a folder; set data.classes.images to the folder of class folders")
+    pictures = []
+    for path, _ in find(root, f"{images}/**/*" if images else "**/*"):
+        inside = path.removeprefix(f"{images}/").split("/")
+        if len(inside) > 1 and path.lower().endswith(SUFFIXES):
+            pictures.append(Row(path, (inside[0],), "test", "classes", path))
+    ids = sorted({row.captions[0] for row in pictures})
+    if not ids:
+        raise ValueError(f"{root / images} holds no folder with pictures; expected a folder per class")
+    return ids, pictures, []
+
+
+def _list(root: Place, rule: Any, known: dict[str, Any]) -> tuple[list[str], list[Row], list[Place]]:
+    path = root / rule.file
+    lines = [(i, line.strip()) for i, line in enumerate(read_text(path).split("\n"), start=1) if line.strip()]
+    kaggle = bool(lines) and lines[0][1] == _KAGGLE
+    ids = sorted(known)
+    pictures = []
+    for i, line in lines[1:] if kaggle else lines:
+        name, label = _kaggle(line) if kaggle else _file_and_class(line)
+        if not label:
+            numbers = "; a number alone counts classes as the ILSVRC toolkit does" if line.isdecimal() else ""
+            raise ValueError(f"{path}: line {i} is not `FILE CLASS`, found {line[:60]!r}{numbers}; give `FILE CLASS`")
+        if label.isdecimal() and label not in known:
+            if not ids or int(label) >= len(ids):
+                needs = f"there are {len(ids)}" if ids else "data.classes.names must say which class that is"
+                raise ValueError(f"{path}: line {i} has class number {label}, but {needs}")
+            label = ids[int(label)]
+        elif known and label not in known:
+            raise ValueError(f"{path}: line {i} has class '{label}', which {root / rule.names} does not name")
+        pictures.append(Row(f"{rule.images}/{name}".lstrip("/"), (label,), "test", "classes", f"{path.name} line {i}"))
+    return sorted({row.captions[0] for row in pictures}), pictures, [path]
+
+
+def _file_and_class(line: str) -> tuple[str, str]:
+    words = line.rsplit(None, 1)
+    return (words[0], words[1]) if len(words) == 2 else (line, "")
+
+
+def _kaggle(line: str) -> tuple[str, str]:
+    name, _, rest = line.partition(",")
+    return f"{name}.JPEG", rest.split(" ", 1)[0].strip()
+
+
+def _cifar(folder: Place, images: str, layout: str) -> tuple[list[str], list[Row], list[Place]]:
+    names, binary, labels = CIFAR[layout]
+    for name in (names, binary):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name} not found; layout {layout} is the binary version of CIFAR, unpacked")
+    ids = [line.strip() for line in read_text(folder / names).split("\n") if line.strip()]
+    path, size = folder / binary, labels + _PIXELS
+    if not size_of(path) or size_of(path) % size:
+        raise ValueError(f"{path} has {size_of(path)} bytes, not a number of records of {size}; take a whole copy")
+    pictures = []
+    with path.open("rb") as f:
+        number = 0
+        while record := f.read(size):
+            label = record[labels - 1]
+            if label >= len(ids):
+                raise ValueError(f"{path}: record {number} has class {label}, but {folder / names} names {len(ids)}")
+            at = {"file": f"{images}/{binary}".lstrip("/"), "offset": number * size + labels}
+            name = f"{at['file']}/{number:05d}"
+            pictures.append(Row(name, (ids[label],), "test", "classes", f"{binary} record {number}", json.dumps(at)))
+            number += 1
+    return ids, pictures, [folder / names, path]
+
+
+def _names(path: Place) -> tuple[dict[str, tuple[str, ...]], list[Place]]:
+    text = read_text(path)
+    found: dict[str, tuple[str, ...]] = {}
+    if text.lstrip().startswith("{"):
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from None
+        for key, value in content.items():
+            names = value if isinstance(value, list) else [value]
+            if not names or not all(isinstance(name, str) and name.strip() for name in names):
+                raise ValueError(f"{path}: class '{key}' needs a name or a list of names, found {describe(value)}")
+            found[key] = tuple(name.strip() for name in names)
+        return found, [path]
+    for i, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        key, _, rest = line.strip().partition(" ")
+        names = [name.strip() for name in rest.split(",") if name.strip()]
+        if not names:
+            raise ValueError(f"{path}: line {i} is not `CLASS name, synonym`, found {line[:60]!r}")
+        if key in found:
+            raise ValueError(f"{path}: line {i} names class '{key}' again; leave one line out")
+        found[key] = tuple(names)
+    return found, [path]

@@ -1,0 +1,92 @@
+"""COCO-QA: four line-aligned text files per split. Its rows are the pictures of the test questions.
+
+Questions of test lie on val2014 pictures; a question is lower-case, tokenised and has no question mark.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from rmdd.config import Data
+from rmdd.data.place import Place, place
+from rmdd.data.sources.layouts import read_text
+from rmdd.data.sources.row import Row
+
+FILES = ("questions.txt", "answers.txt", "img_ids.txt", "types.txt")
+TYPES = ("object", "number", "colour", "location")
+
+
+@dataclass(frozen=True)
+class Question:
+    question: str
+    answer: str
+    image: str
+    """Path below the folder that holds val2014."""
+    type: str
+    line: int
+
+
+def read(data: Any, split: str) -> list[Question]:
+    """All questions of `split`, train or test, in file order. Raises `ValueError` with file and line."""
+    root = place(data.root or "")
+    folder = root / data.cocoqa.folder / split
+    lines = {name: _lines(folder / name) for name in FILES}
+    counts = {name: len(found) for name, found in lines.items()}
+    if len(set(counts.values())) > 1:
+        told = ", ".join(f"{name} {n}" for name, n in counts.items())
+        raise ValueError(f"{folder}: the four files must have as many lines, found {told}; take a whole copy")
+    if not counts[FILES[0]]:
+        raise ValueError(f"{folder / FILES[0]} holds no question; take a whole copy")
+    pictures = {"train": "train2014", "test": "val2014"}[split]
+    found = []
+    for i, (question, answer, number, kind) in enumerate(zip(*lines.values(), strict=True), start=1):
+        for name, word in zip(FILES, (question, answer, number, kind), strict=True):
+            if not word:
+                raise ValueError(f"{folder / name}: line {i} is empty; the lines of the four files belong together")
+        if not number.isdecimal():
+            raise ValueError(f"{folder / FILES[2]}: line {i} is {number!r}, expected the number of a COCO image")
+        if kind not in ("0", "1", "2", "3"):
+            raise ValueError(f"{folder / FILES[3]}: line {i} is {kind!r}, expected a type from 0 to 3")
+        image = f"{pictures}/COCO_{pictures}_{int(number):012d}.jpg"
+        found.append(Question(question, answer, image, TYPES[int(kind)], i))
+    return found
+
+
+def asked(data: Any) -> list[Question]:
+    """The test questions that are asked: all, or as many as are drawn by a hash of seed and line."""
+    questions, rule = read(data, "test"), data.cocoqa
+    if rule.questions is None or rule.questions >= len(questions):
+        return questions
+
+    def order(q: Question) -> bytes:
+        return hashlib.sha256(f"rmdd cocoqa/{rule.seed}/{q.line}".encode()).digest()
+
+    return sorted(sorted(questions, key=order)[: rule.questions], key=lambda q: q.line)
+
+
+def rows(data: Data) -> tuple[Iterator[Row], list[Place]]:
+    questions = asked(data)
+    folder = place(data.root or "") / data.cocoqa.folder  # type: ignore[attr-defined]
+    files = [folder / split / name for split in ("train", "test") for name in FILES]
+    found = (
+        Row(
+            q.image,
+            (f"Question: {q.question} Answer: {q.answer}.",),
+            "test",
+            "cocoqa",
+            f"test/img_ids.txt line {q.line}",
+        )
+        for q in questions
+    )
+    return found, files
+
+
+def _lines(path: Place) -> list[str]:
+    """Lines without spaces around them, blank ones at the end left out."""
+    lines = [line.strip() for line in read_text(path).split("\n")]
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines

@@ -1,0 +1,52 @@
+"""TextCaps: `{"dataset_name", "data": [{image_id, caption_str, reference_strs, ...}]}`, a record per caption.
+
+The captions of its test split are withheld, so its val split is our test, and a val split is cut from train by a hash.
+Train and val pictures lie in `train_images`, whatever `image_path` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+from rmdd.config import Annotations, Data
+from rmdd.data.place import Place, place
+from rmdd.data.sources.layouts import describe, find_annotation, read_json_file
+from rmdd.data.sources.row import Row, hash_split
+
+FILES = {"train": "TextCaps_0.1_train.json", "test": "TextCaps_0.1_val.json"}
+NOTE = "TextCaps' val split serves as test: the captions of its test split are withheld"
+
+
+def rows(data: Data) -> tuple[Iterator[Row], list[Place]]:
+    root = place(data.root or "")
+    named = isinstance(data.annotations, Annotations)
+    if isinstance(data.annotations, Annotations):
+        files = {split: root / name for split, name in data.annotations.files.items()}
+    else:
+        files = {split: find_annotation(root, [name], f"TextCaps' {name}") for split, name in FILES.items()}
+    held_out = data.split_fractions[1] if "train" in files and not named else 0.0
+    parts = [_rows(path, _records(path), split, held_out) for split, path in files.items()]
+    return chain.from_iterable(parts), list(files.values())
+
+
+def _records(path: Place) -> list[Any]:
+    content = read_json_file(path)
+    if not isinstance(content, dict) or not isinstance(content.get("data"), list):
+        raise ValueError(f"{path}: expected an object with a list `data` (TextCaps), found {describe(content)}")
+    for i, record in enumerate(content["data"]):
+        if not isinstance(record, dict) or not isinstance(record.get("image_id"), str):
+            raise ValueError(f"{path}: record {i} needs a string `image_id`, found {describe(record)}")
+        if not {"caption_str", "reference_strs"} & record.keys():
+            hint = f"; {NOTE}: use {FILES['test']}" if record.get("set_name") == "test" else ""
+            raise ValueError(f"{path}: record {i} has no caption_str and no reference_strs{hint}")
+    return content["data"]
+
+
+def _rows(path: Place, records: list[dict[str, Any]], split: str, held_out: float) -> Iterator[Row]:
+    for i, record in enumerate(records):
+        image = f"train_images/{record['image_id']}.jpg"
+        captions = (record["caption_str"],) if "caption_str" in record else tuple(record["reference_strs"])
+        cut = hash_split(image, (1 - held_out, held_out, 0.0)) if split == "train" and held_out else split
+        yield Row(image, captions, cut, "textcaps", f"{path.name} record {i}")

@@ -1,0 +1,67 @@
+import json
+
+import formats
+import pytest
+
+from rmdd import config
+from rmdd.data import sources
+from rmdd.data.ingest import ingest
+from rmdd.estimate import known_counts
+
+
+def data_of(root, **changes):
+    return config.Data(source="lists", layout="textcaps", root=str(root), **changes)
+
+
+@pytest.fixture
+def released(root):
+    formats.textcaps(root, "train", [f"{i:016x}" for i in range(40)])
+    formats.textcaps(root, "val", ["00aa00aa00aa00aa", "11bb11bb11bb11bb"], captions=5)
+    return root
+
+
+def test_val_is_test_and_a_val_is_cut_from_train(released, tmp_path):
+    dataset = ingest(data_of(released), tmp_path / "out")
+    assert dataset.counts["test"] == {"pairs": 2, "captions": 10}
+    train, val = dataset.counts["train"]["pairs"], dataset.counts["val"]["pairs"]
+    assert train + val == 40 and 0 < val < train
+    assert dataset.manifest["rows_merged"] == 80 - 40 + 10 - 2 and not dataset.manifest["quarantine"]
+    first = next(dataset.pairs("test"))
+    assert first.pair_id == "train_images/00aa00aa00aa00aa.jpg"
+    assert first.captions[1] == "A sign that says 00aa00aa00aa00aa #1."
+
+
+def test_one_file_is_enough_for_a_probe(released, tmp_path):
+    (released / "TextCaps_0.1_train.json").unlink()
+    dataset = ingest(data_of(released, annotations={"test": "TextCaps_0.1_val.json"}), tmp_path / "out")
+    assert {split: n["pairs"] for split, n in dataset.counts.items()} == {"train": 0, "val": 0, "test": 2}
+    with pytest.raises(ValueError, match=r"TextCaps_0.1_train.json not found"):
+        sources.rows(data_of(released))
+
+
+def test_without_caption_str_the_references_are_read(released):
+    path = released / "TextCaps_0.1_val.json"
+    whole = json.loads(path.read_text())
+    for record in whole["data"]:
+        del record["caption_str"]
+    path.write_text(json.dumps(whole))
+    rows = [row for row in sources.rows(data_of(released))[0] if row.split == "test"]
+    assert len(rows) == 10 and all(len(row.captions) == 5 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ([{"image": "a", "caption": "b"}], r"expected an object with a list `data` \(TextCaps\), found a list of 1"),
+        ({"data": [{"image_id": 3}]}, "record 0 needs a string `image_id`"),
+        ({"data": [{"image_id": "a", "set_name": "test"}]}, "record 0 has no caption_str.*use TextCaps_0.1_val.json"),
+    ],
+)
+def test_other_files_are_named(released, content, words):
+    (released / "TextCaps_0.1_val.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"TextCaps_0.1_val.json: {words}"):
+        list(sources.rows(data_of(released))[0])
+
+
+def test_its_size_is_known_before_it_is_there(tmp_path):
+    assert known_counts(data_of(tmp_path / "absent"))[0]["test"] == (3166, 15830)
