@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rmdd import config, methods
 from rmdd.artefact import budget
@@ -63,6 +63,7 @@ class Pipeline:
         encoders: Stream = in_turn,
         fleet: Callable[[str], Mapper] | None = None,
         stream: feed.Stream | None = None,
+        folder: Path | None = None,
     ):
         run = run.model_copy(update={"runtime": anchored(run.runtime)})
         run = with_phases(run, []) if run.distill.plan.plans else run  # they are in the plan that lies there
@@ -71,7 +72,7 @@ class Pipeline:
         self.fleet, self.stream = fleet, stream
         self.splits: tuple[str, ...] = ("train", "val", "test")
         self.storage = open_storage(run.runtime)
-        self.folder = run_folder(run)
+        self.folder = folder or run_folder(run)
         self._dataset: Dataset | None = None
         self.storage.fetch(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -79,11 +80,11 @@ class Pipeline:
             temporary.write_text(config.dump(run), encoding="utf-8")
 
     @classmethod
-    def of(cls, run: config.Run, crew: Crew, progress: Progress) -> "Pipeline":
+    def of(cls, run: config.Run, crew: Crew, progress: Progress, folder: Path | None = None) -> Self:
         size, fleet = run.experts.gang.workers, None
         if crew.fleet is not None and (size > 1 or run.runtime.fleet == "train"):
             fleet = functools.partial(crew.fleet, size=size)
-        return cls(run, crew.executor, progress, crew.readers, crew.encoders, fleet, crew.stream)
+        return cls(run, crew.executor, progress, crew.readers, crew.encoders, fleet, crew.stream, folder)
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -108,15 +109,20 @@ class Pipeline:
         self._dataset = dataset
         return dataset
 
-    def experts(self) -> Store:
-        """Train the experts that are missing."""
+    def embed(self) -> Dataset:
+        """Embed the captions of all splits, and decode the pictures that are scored."""
         dataset = self.ingest()
-        run, places = self.run, places_of(self.run, dataset)
         with self._timed("embed"):
             for split in self.splits:
                 if dataset.counts[split]["pairs"]:
                     self._embed(dataset, split)
                 material(self._item(dataset), split)
+        return dataset
+
+    def experts(self) -> Store:
+        """Train the experts that are missing."""
+        dataset = self.embed()
+        run, places = self.run, places_of(self.run, dataset)
         with self._timed("experts"):
             facts = {
                 "protocol": protocol_of(run),

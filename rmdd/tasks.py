@@ -17,6 +17,7 @@ from rmdd.data.material import Material, load_material
 from rmdd.data.shards import Dataset
 from rmdd.distill.matching import distill_phase, load_set
 from rmdd.distill.planning import PLAN, key_of, make_plan, stated, with_phases
+from rmdd.evaluate.lessons import read_lessons
 from rmdd.evaluate.protocol import Job, lesson_of, random_lesson, score_expert, train_and_score
 from rmdd.experts import gang
 from rmdd.experts.feed import Stream
@@ -34,6 +35,15 @@ CURVES = ("loss", "miss_image", "miss_text", "student_loss", "lr_image", "lr_tex
 
 
 @dataclass(frozen=True)
+class Taught:
+    """What a student learns that no phase of its run made, and where its record goes; paths within the storage."""
+
+    lessons: Path
+    """See `rmdd.evaluate.lessons`."""
+    records: Path
+
+
+@dataclass(frozen=True)
 class Item:
     """What every task is given: the run, the places, and a number or a job."""
 
@@ -47,6 +57,7 @@ class Item:
     """Per phase, the iteration of the set that a student learns from."""
     stream: Stream | None = None
     """Who reads the shards for an expert whose pictures are not cached; None: the process that trains it."""
+    taught: Taught | None = None
 
 
 @functools.lru_cache(maxsize=4)
@@ -64,6 +75,8 @@ def material(item: Item, split: str) -> Material:
 def record(item: Item) -> Path:
     """Where the record of a student lies; those of random pairs and full data are shared by runs."""
     assert item.job is not None
+    if item.taught is not None:
+        return item.places.root / item.taught.records / f"{item.job.name}.json"
     shared = item.job.kind in ("tune", "baseline", "full")
     return (item.places.baseline if shared else item.places.run / "students") / f"{item.job.name}.json"
 
@@ -223,7 +236,11 @@ def student(item: Item, hooks: Hooks) -> dict[str, Any]:
         assert test is not None
         scored = score_expert(job, run, model, val, test, device)
     else:
-        if job.kind in ("tune", "baseline"):
+        if item.taught is not None:
+            given = places.root / item.taught.lessons
+            storage.fetch(given)
+            lessons = read_lessons(given, run, lambda: material(item, "train"), job.lr)
+        elif job.kind in ("tune", "baseline"):
             lessons = [random_lesson(run, material(item, "train"), job.index, job.lr)]
         else:
             for p, iteration in enumerate(item.iterations):

@@ -48,7 +48,7 @@ class Findings:
 
 
 def verify(place: str) -> Findings:
-    """Check a dataset, a store, a phase, a distilled set, a run, a sweep, or a whole storage: a folder, or a URI, of
+    """Check a dataset, a store, a phase, a distilled set, a run, a sweep, a comparison, or a whole storage: a folder, or a URI, of
     which a copy is made in the temporary folder for the time being.
 
     Raises `ValueError` when there is nothing that rmdd writes.
@@ -60,8 +60,9 @@ def verify(place: str) -> Findings:
     with tempfile.TemporaryDirectory(prefix="rmdd-verify-") as scratch:
         if parent.endswith(("/", ":")):
             parent, name = place.rstrip("/"), ""
-        if parent.endswith("/sweeps"):
-            parent, name = parent.removesuffix("/sweeps"), f"sweeps/{name}"
+        for inner in ("sweeps", "comparisons"):
+            if parent.endswith(f"/{inner}"):
+                parent, name = parent.removesuffix(f"/{inner}"), f"{inner}/{name}"
         mirror = Mirror(parent, Path(scratch))
         mirror.fetch(mirror.root / name)
         return Verifier(mirror).folder(mirror.root / name)
@@ -87,6 +88,8 @@ class Verifier:
             self.run(path)
         elif (path / "sweep.json").is_file():
             self.sweep(path)
+        elif (path / "comparison.json").is_file():
+            self.comparison(path)
         elif any((path / name).is_file() for name in PHASE_FILES):
             self.phase(path)
         elif phases := _folders(path, "phase-*"):
@@ -118,6 +121,10 @@ class Verifier:
             self.run(file.parent)
         for file in sorted(path.glob("sweeps/*/sweep.json")):
             self.sweep(file.parent)
+        for record in sorted(path.glob("comparisons/students/*/*.json")):
+            self._json(record, "delete it and resume its comparison: it is made anew")
+        for file in sorted(path.glob("comparisons/*/comparison.json")):
+            self.comparison(file.parent)
 
     def dataset(self, path: Path) -> None:
         """Shards against the manifest, row by row."""
@@ -255,6 +262,17 @@ class Verifier:
                     self.run(folder)
                 else:
                     self.found.unfinished.append(self.storage.address(folder))
+
+    def comparison(self, path: Path) -> None:
+        """The table of a comparison or a transfer."""
+        if not self._begin(path):
+            return
+        for file in sorted(path.glob("*.json")):
+            self._json(file, "make the comparison again: students that are there are not trained again")
+        if (path / "events.jsonl").is_file():
+            self._lines(path / "events.jsonl")
+        if not (path / "results.json").is_file():
+            self.found.unfinished.append(self.storage.address(path))
 
     def _sources(self, root: Path, run: config.Run, made_from: dict[str, Any], data: dict[str, Any]) -> None:
         store, phases = root / "experts" / made_from["experts"], root / "phases" / made_from["phases"]

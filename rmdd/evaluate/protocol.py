@@ -18,11 +18,10 @@ from typing import Any, Literal
 import torch
 
 from rmdd import config
-from rmdd.data.images import normalise
 from rmdd.data.material import Material
 from rmdd.distill import similarity
-from rmdd.distill.phases import real_images
 from rmdd.distill.synthetic import Synthetic, enlarged
+from rmdd.evaluate.lessons import real_lesson
 from rmdd.evaluate.retrieval import Recalls
 from rmdd.evaluate.students import Diverged, Lesson, reference_rule, score, train_student
 from rmdd.models.dual import DualEncoder, build
@@ -65,8 +64,7 @@ def random_lesson(run: config.Run, train: Material, draw: int, lr: float) -> Les
     total = len(train.split.captions)
     pairs = min(run.distill.budget, total)
     records = torch.randperm(total, generator=generator(run.seed_of("evaluate"), "random pairs", draw))[:pairs].tolist()
-    images = normalise(real_images(run, train, records), train.mean, train.std)
-    return Lesson(images, torch.tensor(train.texts[records]), torch.eye(pairs), lr, lr)
+    return real_lesson(run, train, records, lr)
 
 
 def updates(run: config.Run) -> int:
