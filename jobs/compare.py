@@ -1,6 +1,7 @@
 """Evaluate sets and subsets, by paths that the head sees, under the protocol of CONFIG.
 
-ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/compare.py --config CONFIG A B random full
+ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/compare.py --config CONFIG \\
+  A B random
 """
 
 from entry import main

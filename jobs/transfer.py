@@ -1,6 +1,7 @@
 """Train students with other towers on a set, by a path that the head sees.
 
-ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/transfer.py --config CONFIG SET --to TOWER
+ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/transfer.py --config CONFIG \\
+  SET --to TOWER
 """
 
 from entry import main

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeVar
 
 from rmdd import config, methods
 from rmdd.artefact import budget
@@ -35,6 +35,8 @@ from rmdd.progress import Progress, watched
 from rmdd.storage import anchored, open_storage
 from rmdd.tasks import Item, expert, material, phase, plan, student
 from rmdd.track import is_curve
+
+P = TypeVar("P", bound="Pipeline")
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Pipeline:
             temporary.write_text(config.dump(run), encoding="utf-8")
 
     @classmethod
-    def of(cls, run: config.Run, crew: Crew, progress: Progress, folder: Path | None = None) -> Self:
+    def of(cls: type[P], run: config.Run, crew: Crew, progress: Progress, folder: Path | None = None) -> P:
         size, fleet = run.experts.gang.workers, None
         if crew.fleet is not None and (size > 1 or run.runtime.fleet == "train"):
             fleet = functools.partial(crew.fleet, size=size)

@@ -48,8 +48,8 @@ class Findings:
 
 
 def verify(place: str) -> Findings:
-    """Check a dataset, a store, a phase, a distilled set, a run, a sweep, a comparison, or a whole storage: a folder, or a URI, of
-    which a copy is made in the temporary folder for the time being.
+    """Check a dataset, a store, a phase, a distilled set, a run, a sweep, a comparison, or a whole storage: a folder,
+    or a URI, of which a copy is made in the temporary folder for the time being.
 
     Raises `ValueError` when there is nothing that rmdd writes.
     """

@@ -43,6 +43,7 @@ NOT_LEARNED_BY = (
 """Fields of `evaluate` that one student does not depend on."""
 
 Rates = Literal["learned", "tuned", "trained"]
+Costs = dict[str, int | float | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +57,7 @@ class Row:
     rates: Rates
     lessons: Path | None = None
     """Within the storage; None for random pairs and full data, which a run has itself."""
-    costs: dict[str, float | None] = field(default_factory=dict)
+    costs: Costs = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
 
     def choices(self) -> list[Job]:
@@ -148,7 +149,7 @@ class Grounds(Pipeline):
         change = {"loss": found.loss or rule.loss, "temperature": temperature_of(found) or rule.temperature}
         run = self.run.model_copy(update={"distill": rule.model_copy(update=change)})
         held = found.budget()
-        costs: dict[str, float | None] = {
+        costs: Costs = {
             "pairs": found.num_pairs,
             "parameters": held["total"]["parameters"],
             "bytes": held["total"]["bytes"],
@@ -189,13 +190,13 @@ class Grounds(Pipeline):
     def _kept(self, file: Path) -> Path:
         return file.relative_to(self.storage.root)
 
-    def _real(self, records: int) -> dict[str, float | None]:
+    def _real(self, records: int) -> Costs:
         train = self.material("train")
         records = min(records, len(train.split.captions))
         each = 3 * self.run.data.image_size**2 + train.texts.shape[1]
         return {"pairs": records, "parameters": records * each, "bytes": None, "seconds": None}
 
-    def _full(self) -> dict[str, float | None]:
+    def _full(self) -> Costs:
         shards = [s for s in self.ingest().manifest["shards"] if s["split"] == "train"]
         held = self._real(len(self.material("train").split.captions))
         return held | {"pairs": sum(s["rows"] for s in shards), "bytes": sum(s["bytes"] for s in shards)}

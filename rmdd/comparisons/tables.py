@@ -122,7 +122,7 @@ def gain(value: Mapping[str, Any] | None) -> str:
     return f"{value['mean']:+.1f}" + ("" if inner is None else f" ({inner['low']:+.1f} to {inner['high']:+.1f})")
 
 
-def count(value: float | None) -> str:
+def count(value: int | float | None) -> str:
     return "" if value is None else f"{value:,.0f}"
 
 
