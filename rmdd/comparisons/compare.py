@@ -193,8 +193,7 @@ def begin(
     """A comparison, checked. Raises `ConfigError` with all that is wrong."""
     entries = open_entries(words)
     run = protocol_of(entries, source, overrides, load)
-    wrong = [mistake for entry in entries for mistake in misfits(entry, run, reencode)]
-    wrong += unbuildable(run)
+    wrong = unbuildable(run) or [mistake for entry in entries for mistake in misfits(entry, run, reencode)]
     names = [e.name for e in entries]
     if against is not None and against not in names:
         wrong.append(f"--against {against}: there is no such row; there are {', '.join(names)}")
@@ -230,6 +229,6 @@ def unbuildable(run: config.Run) -> list[str]:
         if tower.weights != "pretrained" and not tower.is_random:
             weights_file(tower)
         estimate.model_on_meta(run, text_width(run.model.text))
-    except ValueError as error:
-        return [str(error)]
+    except (ValueError, ArithmeticError) as error:  # some of timm's divide by a size that has come to nothing
+        return [f"image tower '{run.model.image.name}': {error}" if isinstance(error, ArithmeticError) else str(error)]
     return []

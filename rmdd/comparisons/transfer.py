@@ -203,7 +203,7 @@ def target(run: config.Run, word: str) -> config.Run:
     """
     first, joined, second = ("", "+", word[5:]) if word.startswith("text:") else word.partition("+text:")
     name, _, weights = first.partition("@")
-    if not (name or (first == "" and second)) or bool(joined) != bool(second):
+    if not (name or word.startswith("text:")) or bool(joined) != bool(second):
         raise ValueError("write a tower as IMAGE, IMAGE@WEIGHTS, text:ENCODER or IMAGE+text:ENCODER")
     image, text = run.model.image, run.model.text
     if name:
@@ -261,7 +261,7 @@ def begin(
     if entry.distilled is None:
         raise config.ConfigError([f"{word} is no distilled set; give the folder of one, or of its run"], "transfer")
     run = planned(protocol_of([entry], source, overrides, load), "transfer")
-    wrong = [*misfits(entry, run, reencode=False), *unbuildable(run)]
+    wrong = unbuildable(run) or misfits(entry, run, reencode=False)
     wrong += [] if to else ["no tower to go to; give --to TOWER, such as --to resnet18"]
     targets: list[config.Run] = []
     for name in to:
@@ -271,8 +271,8 @@ def begin(
             told = error.errors()[0]["msg"] if hasattr(error, "errors") else str(error)
             wrong.append(f"--to {name}: {told.removeprefix('Value error, ')}")
             continue
-        told_of = [m for m in (*unbuildable(there), *misfits(entry, _own_image(there, run), reencode=True))]
-        wrong += [f"--to {name}: {mistake}" for mistake in told_of]
+        unfit = unbuildable(there) or misfits(entry, _own_image(there, run), reencode=True)
+        wrong += [f"--to {name}: {mistake}" for mistake in unfit]
         if there.model == run.model:
             wrong.append(f"--to {name}: these are the towers that the set was made for, which stand there anyway")
         elif there.model in [t.model for t in targets]:
