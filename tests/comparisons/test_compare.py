@@ -20,6 +20,7 @@ from rmdd import cli, config
 from rmdd.artefact.distilled import DistilledSet
 from rmdd.comparisons import begun_in, certainty, engine
 from rmdd.comparisons.compare import begin
+from rmdd.comparisons.published import beside
 from rmdd.coresets.subset import Subset
 from rmdd.data.shards import Dataset
 from rmdd.data.splits import load_split
@@ -110,6 +111,19 @@ def test_differences_are_paired_and_ratios_are_of_means(compared):
     assert own["of_full"] == pytest.approx(100 * own["test_last"]["R@mean"]["mean"] / bound)
     assert own["costs"]["parameters"] == DistilledSet.load(Path(own["from"]) / "set").budget()["total"]["parameters"]
     assert own["costs"]["seconds"] > 0 and full["costs"]["bytes"] > 0
+
+
+def test_published_numbers_of_the_dataset_and_budget_stand_apart(storage):
+    one, _ = folders(storage)
+    found = rmdd.compare([one], None, ["data.layout=flickr30k", "distill.budget=100"], progress=QUIET)
+    assert found.published == beside("flickr30k", 100) and len(found.rows) == 1
+    ours, theirs = (found.folder / "table.md").read_text().split("## published, not measured here")
+    assert "LoRS" not in ours and "picked on test" in theirs and "arXiv:2603.25388" in theirs
+    assert "<section class=apart>" in (found.folder / "table.html").read_text()
+    with open(found.folder / "table.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["published"] for line in lines] == ["False"] + ["True"] * len(found.published)
+    assert all(line["source"] and not line["test_last_R@mean_mean"] for line in lines[1:])
 
 
 def test_a_row_more_trains_only_its_students(storage):
