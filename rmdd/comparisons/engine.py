@@ -39,6 +39,7 @@ NOT_LEARNED_BY = (
     "baseline_losses",
     "baseline_draws",
     "chunk",
+    "scores",
 )
 """Fields of `evaluate` that one student does not depend on."""
 
