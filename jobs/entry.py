@@ -11,8 +11,10 @@ SUBMIT = "ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- 
 UNUSABLE = 2
 
 
-def main(command: str) -> None:
+def main(command: str, option: bool = False) -> None:
     """Do `rmdd COMMAND CONFIG --set ...` for the job that was started as `python jobs/X.py --config CONFIG --set ...`.
+
+    `option`: the command takes `--config CONFIG` itself.
 
     Ends with the exit code of the command line.
     """
@@ -27,7 +29,8 @@ def main(command: str) -> None:
         print(error, file=sys.stderr)
         raise SystemExit(UNUSABLE) from error
     try:
-        cli.main([command, known.config, *(word for change in known.set for word in ("--set", change)), *further])
+        given = ["--config", known.config] if option else [known.config]
+        cli.main([command, *given, *(word for change in known.set for word in ("--set", change)), *further])
     except SystemExit as end:
         if end.code not in (None, 0, UNUSABLE):
             print(f"or submit it again: {SUBMIT} {shlex.join(sys.argv)}", file=sys.stderr)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rmdd.artefact.distilled import load as load
+    from rmdd.comparisons.compare import compare as compare
+    from rmdd.comparisons.transfer import transfer as transfer
     from rmdd.config import Run as Run
     from rmdd.config import load as load_config
     from rmdd.coresets.select import coreset as coreset
@@ -25,15 +27,28 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Run": ("rmdd.config", "Run"),
+    "compare": ("rmdd.comparisons.compare", "compare"),
     "coreset": ("rmdd.coresets.select", "coreset"),
     "load": ("rmdd.artefact.distilled", "load"),
     "load_config": ("rmdd.config", "load"),
     "run": ("rmdd.pipeline", "run"),
     "search": ("rmdd.searches", "search"),
     "sweep": ("rmdd.sweeps", "sweep"),
+    "transfer": ("rmdd.comparisons.transfer", "transfer"),
 }
 
-__all__ = ["Run", "__version__", "coreset", "load", "load_config", "run", "search", "sweep"]
+__all__ = [
+    "Run",
+    "__version__",
+    "compare",
+    "coreset",
+    "load",
+    "load_config",
+    "run",
+    "search",
+    "sweep",
+    "transfer",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,7 @@ from rmdd import config
 from rmdd.analyse.cli import analyse
 from rmdd.bench.cli import bench
 from rmdd.command import Debug, Json, Quiet, Sets, Source, do, load, load_folder, outcome, print_json, stop_on_sigterm
+from rmdd.comparisons import cli as comparisons
 from rmdd.coresets.cli import coreset
 from rmdd.evaluate.probe_cli import probe
 
@@ -31,6 +32,7 @@ app.add_typer(bench, name="bench")
 app.add_typer(analyse, name="analyse")
 app.command("coreset")(coreset)
 app.command("probe")(probe)
+comparisons.register(app)
 
 
 @app.command()
@@ -170,20 +172,24 @@ def search(
 
 @app.command()
 def resume(
-    folder: Annotated[str, typer.Argument(metavar="RUN_FOLDER", help="The folder, or URI, of a run, sweep or search.")],
+    folder: Annotated[str, typer.Argument(metavar="RUN_FOLDER", help="That, or URI, of a run, sweep, search, ...")],
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Go on with a run, a sweep or a search where it stopped."""
+    """Go on with a run, a sweep, a search or a comparison where it stopped."""
     runs: list[Any] = []
     base: config.Run | None = None
+    compared: Any = None
     with outcome(debug):
+        from rmdd.comparisons import begun_in as comparison_in
         from rmdd.searches import begun_in
         from rmdd.sweeps import members_in
 
-        runs, base = members_in(folder), begun_in(folder)
-    if base is not None:
+        runs, base, compared = members_in(folder), begun_in(folder), comparison_in(folder)
+    if compared is not None:
+        comparisons.go(lambda: compared, json, quiet, debug)
+    elif base is not None:
         _search(lambda: base, json, quiet, debug)
     elif runs:
         _sweep(lambda: runs, json, quiet, debug)

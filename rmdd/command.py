@@ -7,7 +7,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -62,7 +62,7 @@ def do(load: Callable[[], config.Run], step: Step, as_json: bool, quiet: bool, d
             out.print(line, highlight=False, markup=False, soft_wrap=isinstance(line, str))
 
 
-def load(source: str, sets: list[str]) -> config.Run:
+def load(source: str | Mapping[str, Any], sets: list[str]) -> config.Run:
     """The run with absolute paths, so that it can be resumed from anywhere.
 
     The paths of weights and of a text encoder are in the hash of a run, which names its folder: the same files at
@@ -130,7 +130,7 @@ def outcome(debug: bool = False, folders: dict[Path, str] | None = None) -> Iter
         raise typer.Exit(code) from error
 
     def how_to_resume(words: str) -> str:
-        kept = ("run.yaml", "sweep.json", "search.json")
+        kept = ("run.yaml", "sweep.json", "search.json", "comparison.json")
         begun = [address for folder, address in (folders or {}).items() if any((folder / k).is_file() for k in kept)]
         return "".join(f"{words}: rmdd resume {shlex.quote(address)}" for address in begun)
 

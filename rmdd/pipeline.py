@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rmdd import config, methods
 from rmdd.artefact import budget
@@ -37,6 +37,8 @@ from rmdd.progress import Progress, watched
 from rmdd.storage import anchored, open_storage
 from rmdd.tasks import Item, checkup, expert, material, phase, plan, record, student
 from rmdd.track import is_curve
+
+P = TypeVar("P", bound="Pipeline")
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Pipeline:
         fleet: Callable[[str], Mapper] | None = None,
         stream: feed.Stream | None = None,
         ranks: OpenRanks = ranks_here,
+        folder: Path | None = None,
     ):
         run = run.model_copy(update={"runtime": anchored(run.runtime)})
         run = with_phases(run, []) if run.distill.plan.plans else run  # they are in the plan that lies there
@@ -74,7 +77,7 @@ class Pipeline:
         self.fleet, self.stream, self.ranks = fleet, stream, ranks
         self.splits: tuple[str, ...] = ("train", "val", "test")
         self.storage = open_storage(run.runtime)
-        self.folder = run_folder(run)
+        self.folder = folder or run_folder(run)
         self._dataset: Dataset | None = None
         self.storage.fetch(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -82,11 +85,11 @@ class Pipeline:
             temporary.write_text(config.dump(run), encoding="utf-8")
 
     @classmethod
-    def of(cls, run: config.Run, crew: Crew, progress: Progress) -> "Pipeline":
+    def of(cls: type[P], run: config.Run, crew: Crew, progress: Progress, folder: Path | None = None) -> P:
         size, fleet = run.experts.gang.workers, None
         if crew.fleet is not None and (size > 1 or run.runtime.fleet == "train"):
             fleet = functools.partial(crew.fleet, size=size)
-        return cls(run, crew.executor, progress, crew.readers, crew.encoders, fleet, crew.stream, crew.ranks)
+        return cls(run, crew.executor, progress, crew.readers, crew.encoders, fleet, crew.stream, crew.ranks, folder)
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -111,15 +114,20 @@ class Pipeline:
         self._dataset = dataset
         return dataset
 
-    def experts(self) -> Store:
-        """Train the experts that are missing."""
+    def embed(self) -> Dataset:
+        """Embed the captions of all splits, and decode the pictures that are scored."""
         dataset = self.ingest()
-        run, places = self.run, places_of(self.run, dataset)
         with self._timed("embed"):
             for split in self.splits:
                 if dataset.counts[split]["pairs"]:
                     self._embed(dataset, split)
                 material(self._item(dataset), split)
+        return dataset
+
+    def experts(self) -> Store:
+        """Train the experts that are missing."""
+        dataset = self.embed()
+        run, places = self.run, places_of(self.run, dataset)
         with self._timed("experts"):
             facts = {
                 "protocol": protocol_of(run),

@@ -73,9 +73,9 @@ def protocol_of(run: config.Run) -> dict[str, Any]:
     return run.experts.protocol() | {"seed": run.seed_of("experts")}
 
 
-def places_of(run: config.Run, dataset: Dataset) -> Places:
-    """Where the parts of a run lie: each under the hash of all that shapes it."""
-    trained = {
+def seen_by(run: config.Run, dataset: Dataset) -> dict[str, Any]:
+    """What shapes whatever is trained and scored: the data as models see it, and the models."""
+    return {
         "version": NUMBERS_VERSION,
         "device": device_of(run).type,
         "data": dataset.hash,
@@ -85,9 +85,12 @@ def places_of(run: config.Run, dataset: Dataset) -> Places:
         "model": run.model.model_dump(mode="json"),
         "image": image_identity(run.model.image),
         "text": encoder_identity(run.model.text),
-        "experts": protocol_of(run),
-        "kept": kept_epochs(run) or "all",
     }
+
+
+def places_of(run: config.Run, dataset: Dataset) -> Places:
+    """Where the parts of a run lie: each under the hash of all that shapes it."""
+    trained = seen_by(run, dataset) | {"experts": protocol_of(run), "kept": kept_epochs(run) or "all"}
     recipe = run.distill.model_dump(
         mode="json", exclude={"budget_check": True, "checkpoint_every": True, "guard": {"retries"}}
     )

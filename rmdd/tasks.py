@@ -18,6 +18,7 @@ from rmdd.data.shards import Dataset
 from rmdd.distill.matching import distill_phase, load_set
 from rmdd.distill.planning import PLAN, key_of, make_plan, stated, with_phases
 from rmdd.evaluate import records
+from rmdd.evaluate.lessons import read_lessons
 from rmdd.evaluate.probes import Probing
 from rmdd.evaluate.protocol import (
     CHOOSING,
@@ -48,6 +49,15 @@ CURVES = ("loss", "miss_image", "miss_text", "student_loss", "lr_image", "lr_tex
 
 
 @dataclass(frozen=True)
+class Taught:
+    """What a student learns that no phase of its run made, and where its record goes; paths within the storage."""
+
+    lessons: Path
+    """See `rmdd.evaluate.lessons`."""
+    records: Path
+
+
+@dataclass(frozen=True)
 class Item:
     """What every task is given: the run, the places, and a number or a job."""
 
@@ -61,6 +71,7 @@ class Item:
     """Per phase, the iteration of the set that a student learns from."""
     stream: Stream | None = None
     """Who reads the shards for an expert whose pictures are not cached; None: the process that trains it."""
+    taught: Taught | None = None
 
 
 @functools.lru_cache(maxsize=4)
@@ -82,6 +93,8 @@ def material(item: Item, split: str) -> Material:
 def record(item: Item) -> Path:
     """Where the record of a student lies; those of random pairs and full data are shared by runs."""
     assert item.job is not None
+    if item.taught is not None:
+        return item.places.root / item.taught.records / f"{item.job.name}.json"
     shared = item.job.kind in ("tune", "baseline", "full")
     return (item.places.baseline if shared else item.places.run / "students") / f"{item.job.name}.json"
 
@@ -284,7 +297,11 @@ def _train_and_score(
         assert test is not None
         model = _trained(item, job.index, storage)
         return score_expert(job, run, model, val, test, device, on_ranks=keep), model
-    if job.kind in ("soft_tune", "soft"):
+    if item.taught is not None:
+        given = places.root / item.taught.lessons
+        storage.fetch(given)
+        lessons = read_lessons(given, run, lambda: material(item, "train"), job.lr)
+    elif job.kind in ("soft_tune", "soft"):
         teacher = _trained(item, job.index % run.experts.num, storage)
         lessons = [soft_lesson(run, material(item, "train"), job.index, job.lr, teacher, device)]
     elif job.kind in OF_RANDOM_PAIRS:

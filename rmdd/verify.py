@@ -52,8 +52,8 @@ class Findings:
 
 
 def verify(place: str) -> Findings:
-    """Check a dataset, a store, a phase, a distilled set, a run, a sweep, a search, or a whole storage: a folder, or
-    a URI, of which a copy is made in the temporary folder for the time being.
+    """Check a dataset, a store, a phase, a distilled set, a run, a sweep, a search, a coreset, a comparison, or a whole
+    storage: a folder, or a URI, of which a copy is made in the temporary folder for the time being.
 
     Raises `ValueError` when there is nothing that rmdd writes.
     """
@@ -64,7 +64,7 @@ def verify(place: str) -> Findings:
     with tempfile.TemporaryDirectory(prefix="rmdd-verify-") as scratch:
         if parent.endswith(("/", ":")):
             parent, name = place.rstrip("/"), ""
-        for kind in ("sweeps", "searches"):
+        for kind in ("sweeps", "searches", "comparisons"):
             if parent.endswith(f"/{kind}"):
                 parent, name = parent.removesuffix(f"/{kind}"), f"{kind}/{name}"
         mirror = Mirror(parent, Path(scratch))
@@ -96,6 +96,8 @@ class Verifier:
             self.sweep(path)
         elif (path / "search.json").is_file():
             self.search(path)
+        elif (path / "comparison.json").is_file():
+            self.comparison(path)
         elif any((path / name).is_file() for name in PHASE_FILES):
             self.phase(path)
         elif phases := _folders(path, "phase-*"):
@@ -131,6 +133,10 @@ class Verifier:
             self.run(file.parent)
         for file in sorted(path.glob("sweeps/*/sweep.json")):
             self.sweep(file.parent)
+        for record in sorted(path.glob("comparisons/students/*/*.json")):
+            self._json(record, "delete it and resume its comparison: it is made anew")
+        for file in sorted(path.glob("comparisons/*/comparison.json")):
+            self.comparison(file.parent)
 
     def dataset(self, path: Path) -> None:
         """Shards against the manifest, row by row."""
@@ -321,6 +327,17 @@ class Verifier:
         if run.distill.plan.plans:
             run = with_phases(run, read_json(folder / PLAN)["phases"])
         self._sources(root, run, row, read_json(folder / "data.json"), whole=row["state"] == "complete")
+
+    def comparison(self, path: Path) -> None:
+        """The table of a comparison or a transfer."""
+        if not self._begin(path):
+            return
+        for file in sorted(path.glob("*.json")):
+            self._json(file, "make the comparison again: students that are there are not trained again")
+        if (path / "events.jsonl").is_file():
+            self._lines(path / "events.jsonl")
+        if not (path / "results.json").is_file():
+            self.found.unfinished.append(self.storage.address(path))
 
     def _sources(
         self, root: Path, run: config.Run, made_from: dict[str, Any], data: dict[str, Any], whole: bool = True

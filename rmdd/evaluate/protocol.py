@@ -24,11 +24,10 @@ from typing import Any, Literal
 import torch
 
 from rmdd import config
-from rmdd.data.images import normalise
 from rmdd.data.material import Material
 from rmdd.distill import similarity
-from rmdd.distill.phases import real_images
 from rmdd.distill.synthetic import Synthetic, enlarged
+from rmdd.evaluate.lessons import real_lesson
 from rmdd.evaluate.references import reference_of
 from rmdd.evaluate.retrieval import Ranks, Recalls
 from rmdd.evaluate.students import Course, Diverged, Lesson, rank, score, train_student
@@ -91,8 +90,7 @@ def random_lesson(run: config.Run, train: Material, draw: int, lr: float) -> Les
     total = len(train.split.captions)
     pairs = min(run.distill.budget, total)
     records = torch.randperm(total, generator=generator(run.seed_of("evaluate"), "random pairs", draw))[:pairs].tolist()
-    images = normalise(real_images(run, train, records), train.mean, train.std)
-    return Lesson(images, torch.tensor(train.texts[records]), torch.eye(pairs), lr, lr)
+    return real_lesson(run, train, records, lr)
 
 
 def hardened(lesson: Lesson, run: config.Run) -> Lesson:

@@ -11,6 +11,7 @@ from rmdd import cli, config
 
 JOBS = Path(__file__).parents[2] / "jobs"
 STEPS = ("ingest", "experts", "distill", "evaluate", "report", "run", "search")
+COMPARISONS = {"compare": ["A", "random"], "transfer": ["SET", "--to", "resnet18"]}
 STORED = ["--set", "runtime.storage=/shared/runs"]
 
 
@@ -31,13 +32,19 @@ def start(monkeypatch, step: str, *words: str) -> None:
 
 
 def test_there_is_an_entry_for_every_step() -> None:
-    assert {p.stem for p in JOBS.glob("*.py")} == {*STEPS, "entry"}
+    assert {p.stem for p in JOBS.glob("*.py")} == {*STEPS, *COMPARISONS, "entry"}
 
 
 @pytest.mark.parametrize("step", STEPS)
 def test_an_entry_does_its_step(monkeypatch, handed, step) -> None:
     start(monkeypatch, step, "--config", "demo", *STORED, "--quiet", "--set", "experts.num=3")
     assert handed == [step, "demo", *STORED, "--set", "experts.num=3", "--quiet"]
+
+
+@pytest.mark.parametrize("verb", COMPARISONS)
+def test_an_entry_of_a_comparison_hands_on_what_is_compared(monkeypatch, handed, verb) -> None:
+    start(monkeypatch, verb, "--config", "demo", *STORED, *COMPARISONS[verb])
+    assert handed == [verb, "--config", "demo", *STORED, *COMPARISONS[verb]]
 
 
 @pytest.mark.parametrize("preset", config.preset_names())

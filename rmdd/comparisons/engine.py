@@ -1,0 +1,263 @@
+"""Rows of a comparison to their scores: what each learns, its rates by val where they are chosen, its students.
+
+Every student is an item of its own under the hash of its lesson and its protocol, so a comparison that was stopped goes
+on, and one with more rows trains only theirs. Random pairs and full data are those of `rmdd run`, records included.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from rmdd import config
+from rmdd.comparisons.entries import Entry, renormalised, same_text, seconds_of, temperature_of
+from rmdd.crew import Crew
+from rmdd.data.material import Material
+from rmdd.evaluate import protocol
+from rmdd.evaluate.lessons import write_lessons, write_records
+from rmdd.evaluate.protocol import Job
+from rmdd.evaluate.students import Lesson
+from rmdd.experts.store import Store
+from rmdd.jobs import Failed, Interrupted, Spared
+from rmdd.models.text import embed
+from rmdd.pipeline import Pipeline
+from rmdd.places import device_of, places_of, seen_by
+from rmdd.progress import Progress
+from rmdd.tasks import Item, Taught, record, student
+
+FOLDER = Path("comparisons")
+LESSONS, STUDENTS = FOLDER / "lessons", FOLDER / "students"
+
+NOT_LEARNED_BY = (
+    "students",
+    "reference",
+    "selection",
+    "selection_students",
+    "baseline_lrs",
+    "baseline_losses",
+    "baseline_draws",
+    "chunk",
+    "scores",
+)
+"""Fields of `evaluate` that one student does not depend on."""
+
+Rates = Literal["learned", "tuned", "trained"]
+Costs = dict[str, int | float | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One row: what is learned, by the students of which run, with which rates."""
+
+    name: str
+    entry: Entry
+    grounds: "Grounds"
+    run: config.Run
+    rates: Rates
+    lessons: Path | None = None
+    """Within the storage; None for random pairs and full data, which a run has itself."""
+    costs: Costs = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
+
+    def choices(self) -> list[Job]:
+        """Students by which rates (and the loss of real pairs) are chosen on val."""
+        rule = self.run.evaluate
+        if self.rates != "tuned":
+            return []
+        if self.entry.kind != "set":
+            return protocol.tuning_jobs(self.run)
+        students = range(rule.selection_students)
+        return [Job("select", i, snapshot=0, lr=lr) for lr in rule.baseline_lrs for i in students]
+
+    def students(self, loss: str, lr: float) -> list[Job]:
+        """Those whose scores are the row."""
+        rule = self.run.evaluate
+        if self.entry.kind == "full":
+            store = Store.open(places_of(self.run, self.grounds.ingest()).store)
+            return [Job("full", e) for e in store.complete()[: self.run.experts.num]]
+        if self.entry.kind == "set":
+            return [Job("student", i, lr=lr) for i in range(rule.students)]
+        number = rule.students if self.entry.kind == "subset" else min(rule.students, rule.baseline_draws)
+        return [Job("baseline", i, loss=loss, lr=lr) for i in range(number)]
+
+    def item(self, job: Job) -> Item:
+        dataset = self.grounds.ingest()
+        places = places_of(self.run, dataset)
+        if self.lessons is None:
+            return Item(self.run, places, places.phases.name, job=job)
+        rule = self.run.evaluate.model_dump(mode="json", exclude=set(NOT_LEARNED_BY))
+        learned: dict[str, Any] = {"lessons": self.lessons.name, "lr": job.lr}
+        if self.entry.kind == "set":
+            learned |= {"loss": self.run.distill.loss, "temperature": self.run.student_temperature}
+        else:
+            learned |= {"loss": job.loss, "updates": protocol.updates(self.run)}
+        value = config.hash_value(
+            {**seen_by(self.run, dataset), "evaluate": rule | {"seed": self.run.seed_of("evaluate")}, **learned}
+        )
+        return Item(self.run, places, value, job=job, taught=Taught(self.lessons, STUDENTS / value))
+
+
+class Grounds(Pipeline):
+    """What the rows of one protocol have in common: data, embeddings, and experts where full data is a row."""
+
+    @classmethod
+    def at(cls, run: config.Run, folder: Path, crew: Crew, progress: Progress) -> "Grounds":
+        return cls.of(run, crew, progress, folder)
+
+    def row(self, name: str, entry: Entry, rates: Rates | None = None) -> Row:
+        """Raises ValueError where the entry does not fit the data."""
+        if entry.kind == "full":
+            self.experts()
+            return Row(name, entry, self, self.run, "trained", costs=self._full())
+        if entry.kind == "random":
+            rule = self.run.distill
+            run = self.run.model_copy(
+                update={"distill": rule.model_copy(update={"budget": entry.pairs or rule.budget})}
+            )
+            return Row(name, entry, self, run, "tuned", costs=self._real(run.distill.budget))
+        if entry.subset is not None:
+            rows = entry.subset.rows(self.material("train").split)
+            costs = self._real(len(rows)) | {"seconds": seconds_of(entry, self.storage.root)}
+            told = entry.subset.facts.get("bytes")
+            costs |= {"bytes": told} if isinstance(told, int | float) else {}
+            return Row(name, entry, self, self.run, "tuned", self._kept(write_records(self._lessons, rows)), costs)
+        assert entry.distilled is not None
+        return self._distilled(name, entry, rates or entry.rates)
+
+    def _distilled(self, name: str, entry: Entry, rates: Rates) -> Row:
+        found = entry.distilled
+        assert found is not None
+        train, remarks = self.material("train"), []
+        lessons, duplicates = self._learned(entry, train)
+        if duplicates is not None:
+            remarks.append(
+                f"texts are the nearest real captions of its own, encoded anew; {duplicates} of {found.num_pairs} are "
+                "the caption of an earlier pair"
+            )
+        if found.mean and (found.mean, found.std) != (tuple(train.mean), tuple(train.std)):
+            remarks.append("pictures were brought to the pixel constants of this protocol")
+        towers = found.model.get("image", {})
+        if towers.get("trainable", True) != self.run.model.image.trainable:
+            remarks.append(
+                f"made for {'trained' if towers['trainable'] else 'frozen'} image towers, students' are "
+                f"{'trained' if self.run.model.image.trainable else 'frozen'}"
+            )
+        if not found.model:
+            remarks.append("bare tensors: that they are of these encoders and data is taken on trust")
+        rule = self.run.distill
+        change = {"loss": found.loss or rule.loss, "temperature": temperature_of(found) or rule.temperature}
+        run = self.run.model_copy(update={"distill": rule.model_copy(update=change)})
+        held = found.budget()
+        costs: Costs = {
+            "pairs": found.num_pairs,
+            "parameters": held["total"]["parameters"],
+            "bytes": held["total"]["bytes"],
+            "seconds": seconds_of(entry, self.storage.root),
+        }
+        if duplicates is not None:
+            costs["duplicates"] = duplicates
+        kept = self._kept(write_lessons(self._lessons, lessons))
+        return Row(name, entry, self, run, rates, kept, costs, tuple(remarks))
+
+    def _learned(self, entry: Entry, train: Material) -> tuple[list[Lesson], int | None]:
+        """The lessons of a set, and how many captions came twice where its texts had to be encoded anew."""
+        found = entry.distilled
+        assert found is not None
+        texts, duplicates = [subset.texts for subset in found.subsets], None
+        if not same_text(found, self.run):
+            captions = [caption for subset in found.subsets for caption in subset.captions]
+            cache = places_of(self.run, self.ingest()).cache
+            vectors = embed(captions, self.run.model.text, cache, device=str(device_of(self.run)))
+            texts = list(torch.tensor(vectors).split([subset.pairs for subset in found.subsets]))
+            duplicates = len(captions) - len(set(captions))
+        lessons = [
+            Lesson(
+                renormalised(subset.images, found, train.mean, train.std),
+                own,
+                subset.matrix,
+                subset.lr_image,
+                subset.lr_text,
+            )
+            for subset, own in zip(found.subsets, texts, strict=True)
+        ]
+        return lessons, duplicates
+
+    @property
+    def _lessons(self) -> Path:
+        return self.storage.root / LESSONS
+
+    def _kept(self, file: Path) -> Path:
+        return file.relative_to(self.storage.root)
+
+    def _real(self, records: int) -> Costs:
+        train = self.material("train")
+        records = min(records, len(train.split.captions))
+        each = 3 * self.run.data.image_size**2 + train.texts.shape[1]
+        return {"pairs": records, "parameters": records * each, "bytes": None, "seconds": None}
+
+    def _full(self) -> Costs:
+        shards = [s for s in self.ingest().manifest["shards"] if s["split"] == "train"]
+        held = self._real(len(self.material("train").split.captions))
+        return held | {"pairs": sum(s["rows"] for s in shards), "bytes": sum(s["bytes"] for s in shards)}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The students of a row in order, and how their rates came about; `error` where there are none."""
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    ranks: list[Path] = field(default_factory=list)
+    """Where the ranks of each student's test captions and images lie, if they were kept."""
+    chosen: dict[str, Any] | None = None
+    error: str | None = None
+
+
+def score(rows: Sequence[Row], crew: Crew, progress: Progress) -> list[Scored]:
+    """All students of all rows, side by side: first those by which val chooses, then those that test is read for."""
+    choices = {id(row): row.choices() for row in rows}
+    tried = _do("choices on val", [(row, job) for row in rows for job in choices[id(row)]], crew, progress)
+    chosen: dict[int, dict[str, Any]] = {}
+    errors: dict[int, str] = {}
+    for row in rows:
+        seen = [((job.loss, job.lr), tried[id(row), job]) for job in choices[id(row)]]
+        if failed := next((r for _, r in seen if isinstance(r, Failed)), None):
+            errors[id(row)] = failed.reason
+        elif seen:
+            (loss, lr), means = protocol.best_by_val(seen)
+            grid = [{"loss": c[0] or row.run.distill.loss, "lr": c[1], "R@mean": v} for c, v in means.items()]
+            chosen[id(row)] = {"loss": loss or row.run.distill.loss, "lr": lr, "val": grid}
+    final: dict[int, list[Job]] = {}
+    for row in rows:
+        if id(row) not in errors:
+            rule = chosen.get(id(row), {"loss": "", "lr": 0.0})
+            final[id(row)] = row.students(rule["loss"], rule["lr"])
+    done = _do("students", [(row, job) for row in rows for job in final.get(id(row), [])], crew, progress)
+    return [_scored(row, final.get(id(row), []), done, chosen.get(id(row)), errors.get(id(row))) for row in rows]
+
+
+def _scored(
+    row: Row, jobs: list[Job], done: dict[tuple[int, Job], Any], chosen: dict[str, Any] | None, error: str | None
+) -> Scored:
+    results = [done[id(row), job] for job in jobs]
+    error = error or next((r.reason for r in results if isinstance(r, Failed)), None)
+    if error is not None:
+        return Scored(chosen=chosen, error=error)
+    files = [record(row.item(job)).with_suffix(".ranks.safetensors") for job in jobs]
+    for file in files:
+        row.grounds.storage.fetch(file)
+    return Scored(results, [file for file in files if file.is_file()], chosen)
+
+
+def _do(title: str, jobs: list[tuple[Row, Job]], crew: Crew, progress: Progress) -> dict[tuple[int, Job], Any]:
+    """The records of students by row and job; one that fails does not stop the others."""
+    if not jobs:
+        return {}
+    names = [f"{row.name}: {job.name}" + (f" at {job.lr:g}" if job.lr else "") for row, job in jobs]
+    items = [replace(row.item(job), job=job) for row, job in jobs]
+    with progress.stage(title, dict.fromkeys(names, 1)) as update:
+        results = crew.executor.map(Spared(student), items, names, update)
+    if any(r is False for r in results):
+        raise Interrupted
+    return {(id(row), job): result for (row, job), result in zip(jobs, results, strict=True)}

@@ -1,0 +1,139 @@
+"""Rows as Markdown, CSV and one self-contained HTML page."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from rmdd.comparisons.results import RECALLS, SPLITS
+from rmdd.files import atomic_path
+
+HEAD = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+:root {{ color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif }}
+body {{ max-width: 90rem; margin: 2rem auto; padding: 0 1rem }} .wide {{ overflow-x: auto }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }}
+th, td {{ padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #8884; white-space: nowrap }}
+th:first-child, td:first-child, .text {{ text-align: left }}
+.apart {{ border-left: 4px solid #8886; padding-left: 1rem; margin-top: 3rem; color: #888 }}
+</style></head><body>
+"""
+
+
+TEXTS = ("method", "rates", "choice", "text encoder", "encoders", "protocol", "source")
+"""Columns of words, set to the left."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, cells as words, and what is to be known to read them; `apart`: not measured here."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+    apart: bool = False
+
+
+def markdown(title: str, tables: Sequence[Table]) -> str:
+    parts = [f"# {title}"]
+    for table in tables:
+        parts.append(f"## {table.title}")
+        first = [c in TEXTS or k == 0 for k, c in enumerate(table.columns)]
+        lines = [table.columns, ["---" if left else "---:" for left in first], *table.rows]
+        parts.append("\n".join("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |" for cells in lines))
+        if table.notes:
+            parts.append("\n".join(f"- {note}" for note in table.notes))
+    return "\n\n".join(parts) + "\n"
+
+
+def page(title: str, tables: Sequence[Table]) -> str:
+    """It makes no request of its own."""
+    parts = [HEAD.format(title=escape(title)), f"<h1>{escape(title)}</h1>"]
+    for table in tables:
+        left = [' class="text"' if c in TEXTS else "" for c in table.columns]
+        head = "".join(f"<th{k}>{escape(c)}</th>" for c, k in zip(table.columns, left, strict=True))
+        body = "\n".join(
+            "<tr>" + "".join(f"<td{k}>{escape(c)}</td>" for c, k in zip(cells, left, strict=True)) + "</tr>"
+            for cells in table.rows
+        )
+        notes = "".join(f"<li>{escape(note)}</li>" for note in table.notes)
+        parts.append(
+            f'<section{" class=apart" if table.apart else ""}><h2>{escape(table.title)}</h2>\n<div class="wide">'
+            f"<table><tr>{head}</tr>\n{body}</table></div>\n<ul>{notes}</ul></section>"
+        )
+    return "\n".join([*parts, "</body></html>\n"])
+
+
+def csv_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line per row; the columns are all keys in the order in which they come."""
+    buffer = io.StringIO(newline="")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: "" if v is None else v for k, v in row.items()} for row in rows)
+    return buffer.getvalue()
+
+
+def flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of results in columns of numbers; `published` says whether it was measured here."""
+    out = {key: row[key] for key in ("name", "kind", "method", "tower", "text", "rates") if key in row}
+    out["published"] = False
+    for split in SPLITS if "error" not in row else ():
+        for metric in ("R@mean", *RECALLS):
+            out |= {f"{split}_{metric}_{part}": row[split][metric][part] for part in ("mean", "std", "n")}
+    for name in ("interval", "difference"):
+        found = row.get(name) or {}
+        inner = found.get("interval") or {} if name == "difference" else found
+        out |= {f"{name}_{part}": inner.get(part) for part in ("low", "high")}
+    out["difference_mean"] = (row.get("difference") or {}).get("mean")
+    out["difference_to"] = (row.get("difference") or {}).get("to")
+    return out | {"of_full": row.get("of_full"), **row.get("costs", {}), "error": row.get("error")}
+
+
+def write(folder: Path, title: str, tables: Sequence[Table], rows: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """`table.md`, `table.html` and `table.csv`; returns them."""
+    texts = {"table.md": markdown(title, tables), "table.html": page(title, tables), "table.csv": csv_of(rows)}
+    for name, text in texts.items():
+        with atomic_path(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return [folder / name for name in texts]
+
+
+# -- cells ---------------------------------------------------------------------------------------------------------
+
+
+def spread(value: Mapping[str, Any]) -> str:
+    return f"{value['mean']:.1f}" + ("" if value["std"] is None else f" ± {value['std']:.1f}")
+
+
+def between(value: Mapping[str, Any] | None) -> str:
+    return "" if value is None else f"{value['low']:.1f} to {value['high']:.1f}"
+
+
+def gain(value: Mapping[str, Any] | None) -> str:
+    """A difference and its interval."""
+    if value is None:
+        return ""
+    inner = value["interval"]
+    return f"{value['mean']:+.1f}" + ("" if inner is None else f" ({inner['low']:+.1f} to {inner['high']:+.1f})")
+
+
+def count(value: int | float | None) -> str:
+    return "" if value is None else f"{value:,.0f}"
+
+
+def recalls(row: Mapping[str, Any]) -> list[str]:
+    """Val R@mean, test R@mean and the six recalls on test."""
+    if "error" in row:
+        return ["failed", *[""] * (1 + len(RECALLS))]
+    return [spread(row["val"]["R@mean"]), *(spread(row["test_last"][m]) for m in ("R@mean", *RECALLS))]
+
+
+def remarks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is to be said of single rows, errors last."""
+    found = [f"{row['name']}: {remark}" for row in rows for remark in row["remarks"]]
+    return [*found, *(f"{row['name']} failed: {row['error']}" for row in rows if "error" in row)]

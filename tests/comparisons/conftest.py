@@ -1,0 +1,101 @@
+"""Two tiny runs in one storage, whose sets are compared and transferred."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+import rmdd
+from rmdd import config
+from rmdd.places import run_folder
+from rmdd.progress import Progress
+
+QUIET = Progress(quiet=True)
+TINY = {
+    "name": "one",
+    "data": {"source": "scenes", "image_size": 16, "scenes": {"train": 12, "val": 5, "test": 5, "size": 16}},
+    "model": {
+        "image": {"name": "convnet", "weights": "random:0", "widths": [4], "groups": 2, "projection": "linear"},
+        "text": {"name": "hashing", "width": 16, "projection": "linear"},
+        "width": 8,
+    },
+    "experts": {
+        "num": 2,
+        "epochs": 2,
+        "batch": 16,
+        "keep": "all",
+        "augment": {"crop": False, "flip": 0, "randaugment_ops": 0},
+    },
+    "distill": {
+        "method": "ptm_st",
+        "budget": 9,
+        "phases": [
+            {"pairs": 4, "start": 0, "stop": 1, "endpoint": 1, "iterations": 2},
+            {"pairs": 3, "start": 0, "stop": 1, "endpoint": 2, "iterations": 2},
+        ],
+        "batch": 3,
+        "steps": 2,
+        "lr_image": 1.0,
+        "lr_text": 1.0,
+        "lr_similarity": 0.1,
+        "lr_lr": 1e-5,
+        "snapshots": 1,
+    },
+    "evaluate": {
+        "epochs": 3,
+        "students": 3,
+        "batch": 4,
+        "eval_every": 2,
+        "reference": False,
+        "selection_students": 1,
+        "baseline_lrs": [0.03, 0.3],
+        "baseline_losses": ["infonce"],
+        "baseline_draws": 3,
+    },
+}
+OTHER = {"name": "two", "distill": {**TINY["distill"], "seed": 9, "loss": "infonce", "temperature": 0.3}}
+
+
+def tiny(storage, **sections):
+    raw = copy.deepcopy(TINY) | {"runtime": {"storage": str(storage), "ray": "off", "track": "none"}}
+    return raw | copy.deepcopy(sections)
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """A storage with two finished runs."""
+    storage = tmp_path_factory.mktemp("made") / "runs"
+    for sections in ({}, OTHER):
+        rmdd.run(config.load(tiny(storage, **sections)), QUIET)
+    return storage
+
+
+@pytest.fixture
+def storage(made, tmp_path):
+    """A copy of it, to be changed at will."""
+    return shutil.copytree(made, tmp_path / "runs")
+
+
+@pytest.fixture
+def run_of():
+    return lambda storage, **sections: run_folder(config.load(tiny(storage, **sections)))
+
+
+WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a the red green blue yellow circle square triangle on left right of".split()
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory):
+    """A small text encoder of transformers with random weights."""
+    folder = tmp_path_factory.mktemp("encoder") / "bert"
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    shape = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = BertModel(BertConfig(vocab_size=len(WORDS), max_position_embeddings=80, initializer_range=0.5, **shape))
+        model.save_pretrained(folder)
+    return folder

@@ -1,0 +1,339 @@
+"""Sets, subsets, random pairs and full data under one protocol: fair, resumable, and with the numbers of a run."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import rmdd
+from rmdd import cli, config
+from rmdd.artefact.distilled import DistilledSet
+from rmdd.comparisons import begun_in, certainty, engine
+from rmdd.comparisons.compare import begin
+from rmdd.comparisons.published import beside
+from rmdd.coresets.subset import Subset
+from rmdd.data.shards import Dataset
+from rmdd.data.splits import load_split
+from rmdd.progress import Progress
+from rmdd.seeding import generator
+from rmdd.verify import verify
+
+QUIET = Progress(quiet=True)
+RECALLS = ("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10", "R@mean")
+OTHER = {"name": "two", "distill": {"seed": 9, "loss": "infonce", "temperature": 0.3}}
+
+
+def folders(storage):
+    return tuple(next(storage.glob(f"{name}-*")) for name in ("one", "two"))
+
+
+def table_of(run):
+    return json.loads((run / "evaluation.json").read_text())["table"]
+
+
+def records(storage):
+    found = storage.glob("comparisons/students/*/*.json")
+    return {p: p.stat().st_mtime_ns for p in found if not p.name.endswith(".test.json")}
+
+
+def whole(record):
+    """A record with its scores on test, which may lie apart."""
+    apart = record.with_suffix(".test.json")
+    return json.loads(record.read_text()) | (json.loads(apart.read_text()) if apart.is_file() else {})
+
+
+def protocol(storage):
+    return config.load(folders(storage)[0] / "run.yaml", [f"runtime.storage={storage}"])
+
+
+def train_split(storage):
+    (manifest,) = storage.glob("data/*/manifest.json")
+    return load_split(Dataset.open(manifest.parent), "train", protocol(storage).data, storage / "cache")
+
+
+def subset_of(storage, rows, **facts):
+    split, pairs = train_split(storage), []
+    first = {image: int((split.image_of == image).argmax()) for image in range(len(split))}
+    for row in rows:
+        image = int(split.image_of[row])
+        pairs.append((split.pair_ids[image], row - first[image]))
+    return Subset("herding", {}, 0, "record", split.dataset.hash, {}, tuple(pairs), facts)
+
+
+@pytest.fixture(scope="module")
+def compared(made, tmp_path_factory):
+    one, two = folders(shutil.copytree(made, tmp_path_factory.mktemp("compared") / "runs"))
+    return rmdd.compare([one, two / "set", "random", "random:4", "full"], progress=QUIET)
+
+
+def test_the_numbers_are_those_of_the_runs(made, compared):
+    one, two = map(table_of, folders(made))
+    rows = {row["name"]: row for row in compared.rows}
+    alike = {folders(made)[0].name: one["ptm_st"], "random": one["random"], "full": one["full"]}
+    for name, scores in alike.items():
+        for split in ("val", "test_last"):
+            assert rows[name][split] == scores[split], name
+    other = rows[folders(made)[1].name]
+    assert other["test_last"] == two["ptm_st"]["test_last"], "its own loss and temperature, the protocol of the first"
+    assert rows["random:4"]["costs"]["pairs"] == 4 and rows["random"]["costs"]["pairs"] == 9
+    assert not compared.failed and compared.published == []
+
+
+def test_the_tables_say_the_same_in_every_form(compared):
+    folder = compared.folder
+    assert {p.name for p in folder.iterdir()} >= {"table.md", "table.csv", "table.html", "results.json"}
+    assert json.loads((folder / "results.json").read_text())["rows"] == compared.rows
+    with open(folder / "table.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    text, page = (folder / "table.md").read_text(), (folder / "table.html").read_text()
+    assert "http" not in page.replace("<!doctype", "") and "<script" not in page
+    for line, row in zip(lines, compared.rows, strict=True):
+        assert line["name"] == row["name"] and line["published"] == "False"
+        for metric in RECALLS:
+            assert float(line[f"test_last_{metric}_mean"]) == row["test_last"][metric]["mean"]
+        cells = next(c for c in text.splitlines() if c.startswith(f"| {row['name']} |"))
+        for shown in (f"{row['test_last'][m]['mean']:.1f}" for m in RECALLS):
+            assert shown in cells and shown in page
+    assert all("±" in line for line in text.splitlines() if line.startswith("| random"))
+
+
+def test_differences_are_paired_and_ratios_are_of_means(compared):
+    rows = {row["kind"]: row for row in compared.rows}
+    random, full, own = (compared.rows[2]["students"], rows["full"], compared.rows[0])
+    gains = [a - b for a, b in zip(own["students"], random, strict=True)]
+    assert own["difference"]["mean"] == pytest.approx(sum(gains) / 3) and own["difference"]["n"] == 3
+    assert own["difference"]["to"] == "random" and "difference" not in compared.rows[2]
+    assert full["difference"] is None, "experts are no students of the same number"
+    bound = full["test_last"]["R@mean"]["mean"]
+    assert own["of_full"] == pytest.approx(100 * own["test_last"]["R@mean"]["mean"] / bound)
+    assert own["costs"]["parameters"] == DistilledSet.load(Path(own["from"]) / "set").budget()["total"]["parameters"]
+    assert own["costs"]["seconds"] > 0 and full["costs"]["bytes"] > 0
+
+
+def test_published_numbers_of_the_dataset_and_budget_stand_apart(storage):
+    one, _ = folders(storage)
+    found = rmdd.compare([one], None, ["data.layout=flickr30k", "distill.budget=100"], progress=QUIET)
+    assert found.published == beside("flickr30k", 100) and len(found.rows) == 1
+    ours, theirs = (found.folder / "table.md").read_text().split("## published, not measured here")
+    assert "LoRS" not in ours and "picked on test" in theirs and "arXiv:2603.25388" in theirs
+    assert "<section class=apart>" in (found.folder / "table.html").read_text()
+    with open(found.folder / "table.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["published"] for line in lines] == ["False"] + ["True"] * len(found.published)
+    assert all(line["source"] and not line["test_last_R@mean_mean"] for line in lines[1:])
+
+
+def test_a_row_more_trains_only_its_students(storage):
+    one, two = folders(storage)
+    rmdd.compare([one, "random"], progress=QUIET)
+    before = records(storage)
+    assert len(before) == 3, "random pairs are those of the run"
+    found = rmdd.compare([one, two, "random"], progress=QUIET)
+    after = records(storage)
+    assert len(after) == 6 and {p: after[p] for p in before} == before
+    assert begun_in(found.folder).go(QUIET).rows == found.rows and records(storage) == after
+    assert not verify(str(found.folder)).faults
+    found = rmdd.compare([one, two, "random"], overrides=["evaluate.epochs=1"], progress=QUIET)
+    assert len(records(storage)) == 12, "another protocol has other students"
+
+
+def test_a_subset_is_tuned_on_val_as_random_pairs_are(storage):
+    run = protocol(storage)
+    total = len(train_split(storage).captions)
+    draw = torch.randperm(total, generator=generator(run.seed_of("evaluate"), "random pairs", 0))[:9].tolist()
+    subset_of(storage, draw, seconds=2.5, bytes=77).save(storage.parent / "chosen")
+    found = rmdd.compare([storage.parent / "chosen", "random"], run, progress=QUIET)
+    ours, random = found.rows
+    assert ours["chosen"]["lr"] in run.evaluate.baseline_lrs and len(ours["chosen"]["val"]) == 2
+    assert (ours["method"], ours["rates"], ours["name"]) == ("herding", "tuned", "chosen")
+    assert {"pairs": 9, "bytes": 77, "seconds": 2.5}.items() <= ours["costs"].items()
+    assert ours["chosen"] == random["chosen"], "the one draw that both choose by"
+    assert ours["students"][0] == random["students"][0], "the same pairs, the same student"
+    assert len(records(storage)) == 2 + 3
+    tuned = [json.loads(p.read_text()) for p in records(storage) if p.name.startswith("tune")]
+    assert tuned and all("test" not in str(record) for record in tuned)
+
+
+def test_bare_tensors_are_trusted_and_tuned_where_they_bring_no_rates(storage):
+    one, _ = folders(storage)
+    found = DistilledSet.load(one / "set")
+    tensors = {f"{k}.{n}": t for k, s in enumerate(found.subsets) for n, t in s.tensors().items()}
+    save_file(tensors, storage.parent / "bare.safetensors")
+    save_file({n: t for n, t in tensors.items() if ".lr_" not in n}, storage.parent / "rateless.safetensors")
+    save_file({"images": tensors["0.images"], "texts": tensors["0.texts"]}, storage.parent / "plain.safetensors")
+    words = [one, *(storage.parent / f"{n}.safetensors" for n in ("bare", "rateless", "plain"))]
+    own, bare, rateless, plain = rmdd.compare(words, progress=QUIET).rows
+    assert bare["test_last"] == own["test_last"] and bare["val"] == own["val"]
+    assert "taken on trust" in bare["remarks"][0]
+    assert rateless["rates"] == plain["rates"] == "tuned" and rateless["chosen"]["lr"] in (0.03, 0.3)
+    assert plain["costs"]["pairs"] == 4 and rateless["costs"]["pairs"] == 7
+    save_file({"images": tensors["0.images"]}, storage.parent / "half.safetensors")
+    with pytest.raises(config.ConfigError, match="needs images and texts"):
+        rmdd.compare([one, storage.parent / "half.safetensors"], progress=QUIET)
+
+
+def test_what_does_not_fit_is_refused_by_name_before_anything_starts(storage, bert):
+    one, two = folders(storage)
+    text = json.dumps({"name": str(bert), "projection": "linear", "max_tokens": 40})
+    words = [str(one), f"second={two}", "random", "--json", "--quiet"]
+    sets = [f"model.text={text}", "data.image_size=32", "model.image.name=test_resnet", "model.image.weights=random"]
+    result = CliRunner().invoke(cli.app, ["compare", *words, *(w for s in sets for w in ("--set", s))])
+    assert result.exit_code == 2 and not (storage / "comparisons").exists()
+    for name in (one.name, "second"):
+        for told in ("pictures of 16 pixels, students see 32", "image tower convnet", "text encoder hashing"):
+            assert f"{name} was made for" in result.stderr and told in result.stderr
+    assert "--reencode" in result.stderr and "rmdd transfer" in result.stderr
+    for words, told in (
+        ([str(one), str(two / "set"), str(storage / "nothing")], "nothing there to compare"),
+        ([str(one), str(one / "set")], "hold the same; leave one out"),
+        ([f"x={one}", f"x={two}"], "two rows would be called x"),
+        ([str(one), "--against", "full"], "--against full: there is no such row"),
+        (["random", "full"], "give --config CONFIG"),
+        ([str(one), "--set", "evaluate.epochs=0"], "evaluate.epochs"),
+    ):
+        result = CliRunner().invoke(cli.app, ["compare", *words, "--quiet"])
+        assert result.exit_code == 2 and told in result.stderr, told
+    assert not (storage / "comparisons").exists()
+
+
+def test_a_set_or_subset_of_other_data_is_refused(storage, tmp_path):
+    one, _ = folders(storage)
+    subset_of(storage, [0, 1, 2]).save(tmp_path / "chosen")
+    words = [str(one), str(tmp_path / "chosen"), "random", "--quiet", "--set", "data.scenes.seed=5"]
+    result = CliRunner().invoke(cli.app, ["compare", *words])
+    assert result.exit_code == 2
+    assert f"{one.name} was made from other data" in result.stderr and "chosen was made from other" in result.stderr
+
+
+def test_texts_are_encoded_anew_when_asked(storage, bert):
+    one, _ = folders(storage)
+    text = json.dumps({"name": str(bert), "projection": "linear", "max_tokens": 40})
+    found = rmdd.compare([one], None, [f"model.text={text}"], reencode=True, progress=QUIET)
+    captions = [c for s in DistilledSet.load(one / "set").subsets for c in s.captions]
+    twice = len(captions) - len(set(captions))
+    assert (
+        found.rows[0]["costs"]["duplicates"] == twice and f"{twice} of 7 are the caption" in found.rows[0]["remarks"][0]
+    )
+
+
+def test_pixel_constants_are_brought_over(storage):
+    one, _ = folders(storage)
+    (row,) = rmdd.compare([one], None, ["data.normalise=half"], progress=QUIET).rows
+    assert "pixel constants" in row["remarks"][0]
+    (file,) = (storage / "comparisons" / "lessons").glob("*.safetensors")
+    found, ours = DistilledSet.load(one / "set"), load_file(file)["0.images"]
+    mean, std = (torch.tensor(c)[:, None, None] for c in (found.mean, found.std))
+    torch.testing.assert_close(ours * 0.5 + 0.5, found.subsets[0].images * std + mean)
+
+
+def test_a_student_that_diverges_counts_as_nothing_and_an_error_stops_no_other_row(storage, tmp_path, monkeypatch):
+    one, two = folders(storage)
+    found = DistilledSet.load(one / "set")
+    wild = replace(found, subsets=tuple(replace(s, lr_image=-1.0) for s in found.subsets))
+    wild.save(tmp_path / "wild")
+    compared = rmdd.compare([f"wild={tmp_path / 'wild'}", one], protocol(storage), progress=QUIET)
+    assert compared.rows[0]["students"] == [0.0] * 3 and "3 of 3 students diverged" in compared.rows[0]["remarks"][0]
+
+    work = engine.student
+
+    def fails(item, hooks):
+        if item.run.student_temperature == 0.3:
+            raise OSError("a disk that is gone")
+        return work(item, hooks)
+
+    monkeypatch.setattr(engine, "student", fails)
+    result = CliRunner().invoke(cli.app, ["compare", str(one), f"second={two}", "--json", "--quiet"])
+    assert result.exit_code == 1 and "1 of 2 rows failed" in result.stderr
+    rows = json.loads(result.stdout)["rows"]
+    assert rows[1]["error"] == "OSError: a disk that is gone" and "test_last" in rows[0] and rows[0]["of_full"] is None
+
+
+def test_intervals_come_from_the_ranks_that_students_leave(storage, tmp_path, monkeypatch):
+    """The bootstrap itself is tested where it is; here, that it is asked for the right students."""
+    one, two = folders(storage)
+    compared = rmdd.compare([one, two], progress=QUIET)
+    for record in records(storage):
+        record.with_suffix(".ranks.safetensors").write_text(str(whole(record)["test_last"]["R@mean"]))
+
+    def told(what, *sides):
+        values = [[float(Path(f).read_text()) for f in side] for side in sides]
+        asked.append((what, *values))
+        return {"mean": 0.0, "low": 1.0, "high": 2.0}
+
+    asked = []
+    monkeypatch.setattr(certainty, "_told", told)
+    ours, other = rmdd.compare([one, two], progress=QUIET).rows
+    first, second = (row["students"] for row in compared.rows)
+    assert asked == [("interval", first), ("interval", second), ("difference", second, first)]
+    assert ours["interval"]["high"] == other["difference"]["interval"]["high"] == 2.0
+    assert "1.0 to 2.0" in (compared.folder / "table.md").read_text()
+
+
+def test_a_killed_comparison_goes_on(storage):
+    one, two = folders(storage)
+    command = [sys.executable, "-m", "rmdd", "compare", str(one), str(two), "random", "full"]
+    process = subprocess.Popen([*command, "--quiet", "--set", "evaluate.students=6"])
+    while not (begun := records(storage)):
+        assert process.poll() is None, "it ended before it was killed"
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    (folder,) = [p.parent for p in storage.glob("comparisons/*/comparison.json")]
+    assert not (folder / "results.json").exists() and len(begun) < 12
+    done = subprocess.run([*command[:3], "resume", str(folder), "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    again = records(storage)
+    assert len(again) == 12 and {p: again[p] for p in begun} == begun
+    whole = rmdd.compare([one, two, "random", "full"], None, ["evaluate.students=6"], progress=QUIET)
+    assert json.loads(done.stdout)["rows"] == whole.rows and records(storage) == again
+
+
+def test_a_comparison_goes_on_in_a_storage_that_was_moved(storage, tmp_path):
+    one, two = folders(storage)
+    found = rmdd.compare([one, two], progress=QUIET)
+    moved = storage.rename(tmp_path / "elsewhere")
+    folder = moved / found.folder.relative_to(storage)
+    again = begun_in(folder).go(QUIET)
+    assert again.folder == folder and [r["students"] for r in again.rows] == [r["students"] for r in found.rows]
+
+
+@pytest.mark.ray
+def test_ray_changes_no_number(ray_local, storage, compared):
+    one, two = folders(storage)
+    on = ["runtime.ray=on", "runtime.workers=2"]
+    found = rmdd.compare([one, two, "random", "random:4", "full"], None, on, progress=QUIET)
+    assert [r["students"] for r in found.rows] == [r["students"] for r in compared.rows]
+    finished = [json.loads(line) for line in (found.folder / "events.jsonl").read_text().splitlines()]
+    assert sum(line["event"] == "finished" for line in finished) >= 6
+
+
+def test_at_a_uri_sets_are_read_and_tables_kept(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "scratch"))
+    shutil.copytree(made, tmp_path / "bucket")
+    one, _ = folders(made)
+    address = f"file://{tmp_path}/bucket/{one.name}"
+    result = CliRunner().invoke(cli.app, ["compare", address, "random", "--json", "--quiet"])
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["comparison"].startswith(f"file://{tmp_path}/bucket/comparisons/one-")
+    assert found["rows"][0]["test_last"]["R@mean"] == table_of(one)["ptm_st"]["test_last"]["R@mean"]
+    assert list((tmp_path / "bucket" / "comparisons").glob("one-*/table.md"))
+    assert not verify(found["comparison"]).faults
+
+
+def test_a_planned_run_is_no_protocol_before_its_plan(tmp_path, made):
+    run = {"extends": "emoji_ptm_st_auto_100", "data": {"root": str(tmp_path)}}
+    run["runtime"] = {"storage": str(tmp_path), "ray": "off"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    with pytest.raises(config.ConfigError, match="its phases are planned and it was not run yet"):
+        begin(["random"], tmp_path / "run.yaml", [])
