@@ -8,7 +8,7 @@ from typing import Any
 from rmdd import config, estimate
 from rmdd.artefact import budget
 from rmdd.data.shards import Dataset
-from rmdd.distill.planning import PLAN, foreseen, with_phases, without_a_phase
+from rmdd.distill.planning import PLAN, foreseen, over_budget, with_phases, without_a_phase
 from rmdd.evaluate import probes
 from rmdd.experts.store import Store
 from rmdd.experts.train import kept_epochs
@@ -16,7 +16,6 @@ from rmdd.files import read_json
 from rmdd.models.dual import DualEncoder
 from rmdd.models.image import double_backward, matching_context, weights_file
 from rmdd.models.text import encoder_identity
-from rmdd.pipeline import over_budget
 from rmdd.places import Places, places_of, run_folder
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rmdd import config, methods
-from rmdd.artefact import budget
 from rmdd.crew import Crew, open_crew, working_in
 from rmdd.data.captions import SplitCaptions
 from rmdd.data.ingest import ingest, shaping
@@ -21,7 +20,7 @@ from rmdd.data.material import Material
 from rmdd.data.place import absolute
 from rmdd.data.shards import Dataset
 from rmdd.distill.matching import finished, save_set
-from rmdd.distill.planning import PLAN, with_phases, without_a_phase
+from rmdd.distill.planning import PLAN, over_budget, with_phases
 from rmdd.evaluate import protocol, records, scores, summary
 from rmdd.evaluate.probes import prepare, remarks
 from rmdd.evaluate.protocol import Job
@@ -219,29 +218,12 @@ class Pipeline:
             ]
             final += [Job("full", e) for e in Store.open(places_of(run, dataset).store).complete()[: run.experts.num]]
             final += scores.finals(run, rates) if rule.scores else []
-            rows = list(
-                zip(
-                    final,
-                    self._students(dataset, "students", final, [candidates[chosen]] * len(candidates)),
-                    strict=True,
-                )
-            )
+            taught = self._students(dataset, "students", final, [candidates[chosen]] * len(candidates))
+            rows = list(zip(final, taught, strict=True))
             paths = {j: record(replace(self._item(dataset), job=j)) for j in final if j.kind != "reference"}
             ranks = {job: records.ranks_of(path, self.storage) for job, path in paths.items()}
-        by_kind = {k: [r for j, r in rows if j.kind == k] for k in ("student", "reference", "baseline", "full")}
-        table: dict[str, dict[str, Any]] = {
-            "random": {k: protocol.summary(by_kind["baseline"], k) for k in ("val", "test_last")},
-            run.distill.method_name: {k: protocol.summary(by_kind["student"], k) for k in ("val", "test_last")},
-            "full": {k: protocol.summary(by_kind["full"], k) for k in ("val", "test_last")},
-        }
-        if by_kind["reference"]:
-            table[run.distill.method_name]["test_best_reference"] = protocol.summary(
-                by_kind["reference"], "test_best_reference"
-            )
-        for row, kind in (("random", "baseline"), (run.distill.method_name, "student"), ("full", "full")):
-            if facts:
-                probed = [r["probes"] for r in by_kind[kind]]
-                table[row]["probes"] = {name: protocol.summary(probed, name) for name in facts}
+        by_kind = summary.by_kind(rows)
+        table = summary.table_of(run.distill.method_name, by_kind, facts)
         evaluation = {
             "table": table,
             **({"probes": facts} if facts else {}),
@@ -347,7 +329,7 @@ class Pipeline:
         """What a task of this run is given."""
         return self._item(self.ingest())
 
-    def embed(self, split: str) -> Material:
+    def embedded(self, split: str) -> Material:
         """Embed the captions of a split by the crew, where they are not; returns `material(split)`."""
         self._embed(self.ingest(), split)
         return self.material(split)
@@ -447,25 +429,6 @@ def _records(name: str) -> bool:
 
 def _no_curve(name: str) -> bool:
     return not is_curve(name)
-
-
-def over_budget(run: config.Run, width: int | None = None) -> str | None:
-    """A message when the phases cost more than the budget, or it holds none that could be planned, else None.
-
-    `width` is that of text embeddings if known.
-    """
-    rule, width = run.distill, width or text_width(run.model.text)
-    if not rule.phases:
-        return without_a_phase(run, width)
-    return budget.check(
-        [p.pairs for p in rule.phases],
-        rule.budget,
-        image_size=run.data.image_size,
-        text_width=width,
-        kind=rule.similarity.kind,
-        rank=rule.similarity.rank,
-        stored_size=run.stored_size,
-    )
 
 
 @contextlib.contextmanager

@@ -80,7 +80,7 @@ def choose(pipeline: "Pipeline", choice: Choice, ranks: int | None = None) -> tu
     """
     if choice.method == "forgetting" or (choice.needs_features and choice.encoder.startswith("expert")):
         pipeline.experts()
-    train = pipeline.embed("train")
+    train = pipeline.embedded("train")
     left = pipeline.run.runtime.max_restarts
     while True:
         try:

@@ -248,3 +248,22 @@ def foreseen(run: config.Run, text_width: int) -> config.Run:
     return run.model_copy(
         update={"distill": run.distill.model_copy(update={"phases": tuple(config.Phase(**p) for p in phases)})}
     )
+
+
+def over_budget(run: config.Run, width: int | None = None) -> str | None:
+    """A message when the phases cost more than the budget, or it holds none that could be planned, else None.
+
+    `width` is that of text embeddings if known.
+    """
+    rule, width = run.distill, width or text_width(run.model.text)
+    if not rule.phases:
+        return without_a_phase(run, width)
+    return budget.check(
+        [p.pairs for p in rule.phases],
+        rule.budget,
+        image_size=run.data.image_size,
+        text_width=width,
+        kind=rule.similarity.kind,
+        rank=rule.similarity.rank,
+        stored_size=run.stored_size,
+    )

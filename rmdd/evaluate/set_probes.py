@@ -16,7 +16,7 @@ from rmdd.crew import open_crew, working_in
 from rmdd.distill.synthetic import enlarged
 from rmdd.evaluate import protocol
 from rmdd.evaluate.probes import Probing, faults, prepare, remarks
-from rmdd.evaluate.students import Diverged, Lesson, train_student
+from rmdd.evaluate.students import Course, Diverged, Lesson, train_student
 from rmdd.files import sha256_file, write_json
 from rmdd.jobs import Hooks, Interrupted
 from rmdd.models.dual import DualEncoder, build
@@ -104,7 +104,7 @@ def _trained(item: Item, asked: Probing, hooks: Hooks) -> DualEncoder | None:
         hooks.should_stop()
 
     try:
-        train_student(model, lessons, run.evaluate, run.distill.loss, seed, item.index, alive)
+        train_student(model, lessons, Course.of(run.evaluate), run.distill.loss, seed, item.index, alive)
     except Diverged:
         return None
     asked.keep(model)

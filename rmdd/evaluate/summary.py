@@ -10,11 +10,36 @@ from typing import Any
 from rmdd import config
 from rmdd.artefact import budget
 from rmdd.evaluate.bootstrap import DRAWS, METRICS, differences, intervals
-from rmdd.evaluate.protocol import Job
+from rmdd.evaluate.protocol import Job, summary
 from rmdd.evaluate.references import Reference, reference_of
 from rmdd.evaluate.retrieval import Ranks
 
 FLOAT = 4
+
+
+ROWS = {"random": "baseline", "": "student", "full": "full"}
+"""Kind of students of each row of the table; "" stands for the method."""
+
+
+def by_kind(rows: Sequence[tuple[Job, dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """The records of the kinds that the table tells of."""
+    return {kind: [r for job, r in rows if job.kind == kind] for kind in (*ROWS.values(), "reference")}
+
+
+def table_of(
+    method: str, records: Mapping[str, Sequence[dict[str, Any]]], probes: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Mean and spread of each row: val, test at the last pass, the reference where it was scored, and probes."""
+    table: dict[str, dict[str, Any]] = {}
+    for row, kind in ROWS.items():
+        found: dict[str, Any] = {key: summary(records[kind], key) for key in ("val", "test_last")}
+        if probes:
+            asked = [record["probes"] for record in records[kind]]
+            found["probes"] = {name: summary(asked, name) for name in probes}
+        table[row or method] = found
+    if records["reference"]:
+        table[method]["test_best_reference"] = summary(records["reference"], "test_best_reference")
+    return table
 
 
 def beside(
@@ -26,8 +51,7 @@ def beside(
 ) -> dict[str, Any]:
     """`certainty`, `size` and, where a reference was scored, `reference`, from all final students and their records."""
     name = run.distill.method_name
-    kinds = {"random": "baseline", name: "student", "full": "full"}
-    of_rows = {row: [r for job, r in ranks.items() if job.kind == kind] for row, kind in kinds.items()}
+    of_rows = {row or name: [r for job, r in ranks.items() if job.kind == kind] for row, kind in ROWS.items()}
     found = {"certainty": certainty(of_rows), "size": size(run, text_width)}
     peeked = [record for job, record in rows if job.kind == "reference"]
     if peeked and (reference := reference_of(run)):

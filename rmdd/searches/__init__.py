@@ -11,12 +11,12 @@ from typing import Any
 
 from rmdd import config
 from rmdd.crew import open_crew, working_in
-from rmdd.distill.planning import foreseen
+from rmdd.distill.planning import foreseen, over_budget
 from rmdd.files import read_json, write_json
 from rmdd.jobs import Climber, Hooks, Inquiry, Values
 from rmdd.lease import held
 from rmdd.models.text import text_width
-from rmdd.pipeline import Pipeline, over_budget
+from rmdd.pipeline import Pipeline
 from rmdd.progress import Progress
 from rmdd.searches.space import Space, loader
 from rmdd.searches.study import Study
