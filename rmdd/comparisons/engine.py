@@ -34,6 +34,8 @@ NOT_LEARNED_BY = (
     "students",
     "reference",
     "selection",
+    "scores",
+    "probes",
     "selection_students",
     "baseline_lrs",
     "baseline_losses",
