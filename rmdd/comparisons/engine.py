@@ -34,7 +34,6 @@ NOT_LEARNED_BY = (
     "students",
     "reference",
     "selection",
-    "scores",
     "probes",
     "selection_students",
     "baseline_lrs",
