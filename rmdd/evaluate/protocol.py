@@ -223,9 +223,7 @@ def _scored(
     return scores
 
 
-def _diverged(
-    job: Job, error: Diverged, test: Material | None, on_ranks: Callable[[Ranks], object]
-) -> dict[str, Any]:
+def _diverged(job: Job, error: Diverged, test: Material | None, on_ranks: Callable[[Ranks], object]) -> dict[str, Any]:
     """Nothing found, on whatever would have been scored."""
     keys = ("val",) if job.kind in CHOOSING else ("val", "test_last", "test_best_reference")
     if test is not None and job.kind != "reference":
