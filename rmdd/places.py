@@ -22,7 +22,7 @@ HEALTH = "health.json"
 """In the run folder: embedding health over the distillation."""
 
 ONLY_DISTILLED = (
-    *("selection", "reference", "scores", "eval_every", "chunk"),
+    *("students", "selection", "reference", "scores", "eval_every", "chunk"),
     *("lr", "text_lr", "temperature", "schedule", "epochs"),
 )
 """Fields of `evaluate` that random pairs and full data do not depend on. Nor do they on `probes`."""
@@ -102,7 +102,7 @@ def places_of(run: config.Run, dataset: Dataset) -> Places:
     rules["seed"] = run.seed_of("evaluate")
     if run.evaluate.augment == "none":
         del rules["augment"]
-    facts = {"num": run.experts.num, "budget": run.distill.budget, "updates": protocol.updates(run)}
+    facts = {"budget": run.distill.budget, "updates": protocol.updates(run)}
     baseline = {**trained, **facts, "evaluate": rules}
     storage = root_of(run.runtime)
     return Places(

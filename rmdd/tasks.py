@@ -241,6 +241,7 @@ def checkup(item: Item, hooks: Hooks) -> bool:
     if not path.is_file() or read_json(path)["value"] != item.value:
         storage.fetch(places.data)
         storage.fetch(places.phases, lambda name: not track.is_curve(name))
+        storage.fetch(places.store, lambda name: not name.endswith(".safetensors") and not track.is_curve(name))
         train, val = material(item, "train"), material(item, "val")
         model = _trained(item, Store.open(places.store).complete()[0], storage)
         rungs = [(0,) * len(run.distill.phases), *candidates_of(run)]
@@ -270,8 +271,8 @@ def student(item: Item, hooks: Hooks) -> dict[str, Any]:
         return asked.added_to(scored)
     model = asked.restored() if scored is not None else None
     if model is None:
-        again, model = _train_and_score(item, storage, asked, path, hooks)
-        if scored is None:  # a student that is trained again for new probes keeps the scores it had
+        again, model = _train_and_score(item, storage, asked, path if scored is None else None, hooks)
+        if scored is None:  # a student that is trained again for new probes keeps the scores and ranks it had
             scored = again | {"value": value}
             records.write(path, scored)
     assert scored is not None
@@ -281,9 +282,9 @@ def student(item: Item, hooks: Hooks) -> dict[str, Any]:
 
 
 def _train_and_score(
-    item: Item, storage: Storage, asked: Probing, path: Path, hooks: Hooks
+    item: Item, storage: Storage, asked: Probing, path: Path | None, hooks: Hooks
 ) -> tuple[dict[str, Any], DualEncoder | None]:
-    """The record of a student and, if it was trained to the end, itself."""
+    """The record of a student and, if it was trained to the end, itself; its ranks go beside `path`."""
     assert item.job is not None
     job, run, places = item.job, item.run, item.places
     storage.fetch(places.data)
@@ -291,7 +292,8 @@ def _train_and_score(
     test = None if job.kind in CHOOSING else material(item, "test")
 
     def keep(ranks: Ranks) -> None:
-        ranks.save(records.ranks_file(path))
+        if path is not None:
+            ranks.save(records.ranks_file(path))
 
     if job.kind == "full":
         assert test is not None

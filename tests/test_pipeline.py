@@ -176,6 +176,12 @@ def test_another_evaluation_reuses_experts_and_phases(storage):
     assert len(list((storage / "baselines").iterdir())) == 2
 
 
+def test_fewer_students_reuse_the_random_pairs(storage):
+    before = stamps(storage / "baselines")
+    go(load(storage, "evaluate.students=1"), "evaluate")
+    assert stamps(storage / "baselines") == before
+
+
 def test_another_distillation_reuses_experts_and_baselines(storage):
     times = {f: stamps(storage / f) for f in ("data", "cache", "experts", "baselines")}
     go(load(storage, "distill.lr_image=2", "distill.steps=1"), "evaluate")

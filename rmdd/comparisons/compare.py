@@ -209,7 +209,12 @@ def protocol_of(
     overrides: list[str],
     load: Load,
 ) -> config.Run:
-    """The run whose data and evaluation hold for all rows. Raises `ConfigError`."""
+    """The run whose data and evaluation hold for all rows; a comparison asks no probes. Raises `ConfigError`."""
+    run = _protocol_of(entries, source, overrides, load)
+    return run.model_copy(update={"evaluate": run.evaluate.model_copy(update={"probes": {}})})
+
+
+def _protocol_of(entries: Sequence[Entry], source: Source | None, overrides: list[str], load: Load) -> config.Run:
     if isinstance(source, config.Run):
         source = source.model_dump(mode="json")
     if source is not None:

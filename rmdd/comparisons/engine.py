@@ -15,8 +15,8 @@ from rmdd import config
 from rmdd.comparisons.entries import Entry, renormalised, same_text, seconds_of, temperature_of
 from rmdd.crew import Crew
 from rmdd.data.material import Material
-from rmdd.evaluate import protocol
-from rmdd.evaluate.lessons import write_lessons, write_records
+from rmdd.evaluate import protocol, records
+from rmdd.evaluate.lessons import lessons_of, write_lessons, write_records
 from rmdd.evaluate.protocol import Job
 from rmdd.evaluate.students import Lesson
 from rmdd.experts.store import Store
@@ -174,14 +174,8 @@ class Grounds(Pipeline):
             texts = list(torch.tensor(vectors).split([subset.pairs for subset in found.subsets]))
             duplicates = len(captions) - len(set(captions))
         lessons = [
-            Lesson(
-                renormalised(subset.images, found, train.mean, train.std),
-                own,
-                subset.matrix,
-                subset.lr_image,
-                subset.lr_text,
-            )
-            for subset, own in zip(found.subsets, texts, strict=True)
+            replace(lesson, images=renormalised(lesson.images, found, train.mean, train.std), texts=own)
+            for lesson, own in zip(lessons_of(found), texts, strict=True)
         ]
         return lessons, duplicates
 
@@ -245,7 +239,7 @@ def _scored(
     error = error or next((r.reason for r in results if isinstance(r, Failed)), None)
     if error is not None:
         return Scored(chosen=chosen, error=error)
-    files = [record(row.item(job)).with_suffix(".ranks.safetensors") for job in jobs]
+    files = [records.ranks_file(record(row.item(job))) for job in jobs]
     for file in files:
         row.grounds.storage.fetch(file)
     return Scored(results, [file for file in files if file.is_file()], chosen)

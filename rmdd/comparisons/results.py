@@ -35,11 +35,6 @@ def told(row: Row, scored: Scored) -> dict[str, Any]:
     plain["interval"] = certainty.interval(scored.ranks if len(scored.ranks) == len(scored.records) else [])
     if scored.chosen is not None:
         plain["chosen"] = scored.chosen
-    names = {name for r in scored.records for name in r.get("probes", {})}
-    if names:
-        plain["probes"] = {
-            name: summary([r["probes"] for r in scored.records if name in r["probes"]], name) for name in sorted(names)
-        }
     return plain
 
 

@@ -47,7 +47,7 @@ def scatter_add(total: dict[str, Tensor], index: Int[Tensor, " B"], parts: dict[
             total[name].add_(part)
 
 
-def dense(parts: dict[str, Tensor], alpha: float, like: Float[Tensor, "B *_"]) -> Float[Tensor, "B B"]:
+def dense(parts: dict[str, Tensor], alpha: float, like: Float[Tensor, " B *_"]) -> Float[Tensor, "B B"]:
     """S = matrix, or diag(scale) + alpha/R left right^T, or the identity; differentiable, never clamped."""
     if "matrix" in parts:
         return parts["matrix"]

@@ -16,7 +16,7 @@ from torch import Tensor
 class Synthetic:
     """Tensors of one phase; images live in normalised space, nothing is bounded."""
 
-    images: Float[Tensor, "M *image"]
+    images: Float[Tensor, " M *image"]
     """(M,3,H,W) as stored, or (M,D) features where a frozen tower lies in front."""
     texts: Float[Tensor, "M F"]
     lr_image: Float[Tensor, ""]

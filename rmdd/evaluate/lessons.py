@@ -15,12 +15,23 @@ import torch
 from safetensors.torch import load_file, save
 
 from rmdd import config
+from rmdd.artefact.distilled import DistilledSet
 from rmdd.data.images import normalise
 from rmdd.data.material import Material
 from rmdd.distill.phases import real_images
 from rmdd.distill.synthetic import enlarged
 from rmdd.evaluate.students import Lesson
 from rmdd.files import atomic_path, read_json
+
+
+def lessons_of(found: DistilledSet) -> list[Lesson]:
+    """What students learn from a set in order, its pictures of the side they are stored with."""
+    return [Lesson(s.images, s.texts, s.matrix, s.lr_image, s.lr_text) for s in found.subsets]
+
+
+def enlarged_to(size: int, lessons: Sequence[Lesson]) -> list[Lesson]:
+    """The same with pictures of the side that towers see."""
+    return [replace(lesson, images=enlarged(lesson.images, size)) for lesson in lessons]
 
 
 def write_lessons(folder: Path, lessons: Sequence[Lesson]) -> Path:
@@ -52,16 +63,12 @@ def read_lessons(path: Path, run: config.Run, train: Callable[[], Material], lr:
         return [real_lesson(run, train(), read_json(path), lr)]
     tensors = load_file(path)
     subsets = range(1 + max(int(name.partition(".")[0]) for name in tensors))
+    learned = ("images", "texts", "similarity")
     lessons = [
-        Lesson(
-            enlarged(tensors[f"{k}.images"], run.data.image_size),
-            tensors[f"{k}.texts"],
-            tensors[f"{k}.similarity"],
-            tensors[f"{k}.lr_image"].item(),
-            tensors[f"{k}.lr_text"].item(),
-        )
+        Lesson(*(tensors[f"{k}.{n}"] for n in learned), *(tensors[f"{k}.{n}"].item() for n in ("lr_image", "lr_text")))
         for k in subsets
     ]
+    lessons = enlarged_to(run.data.image_size, lessons)
     return [replace(lesson, lr_image=lr, lr_text=lr) for lesson in lessons] if lr else lessons
 
 

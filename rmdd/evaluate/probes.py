@@ -6,7 +6,6 @@ weights beside them: other probes ask it again without training it anew.
 """
 
 import itertools
-import math
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +26,7 @@ from rmdd.data.sources.layouts import alternatives
 from rmdd.data.splits import Split, load_split
 from rmdd.evaluate import students, vqa, zero_shot
 from rmdd.evaluate.protocol import Job
+from rmdd.evaluate.retrieval import chance
 from rmdd.evaluate.students import Diverged
 from rmdd.files import read_json, write_json
 from rmdd.jobs import Stream, in_turn
@@ -258,16 +258,6 @@ def remarks(name: str, facts: dict[str, Any]) -> list[str]:
     return told
 
 
-def chance(captions: list[int]) -> dict[str, float]:
-    """Recalls in percent of a model that guesses, in a gallery of images with so many captions each."""
-    images, texts = len(captions), sum(captions)
-    found = {f"IR@{k}": 100 * min(k, images) / images for k in (1, 5, 10)}
-    for k in (1, 5, 10):
-        missed = [math.comb(texts - m, k) / math.comb(texts, k) if k <= texts else 0.0 for m in captions]
-        found[f"TR@{k}"] = 100 * (1 - sum(missed) / images)
-    return found | {"R@mean": sum(found.values()) / 6}
-
-
 def _asked(
     run: config.Run, probe: Probe, data: Any, split: Split, seen: frozenset[str] | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -278,14 +268,11 @@ def _asked(
     if isinstance(probe, config.Vqa):
         asked = vqa.ask(probe, data, run, split, seen)
         return asked, vqa.facts(asked)
-    captions = [0] * len(split)
-    for image in split.image_of.tolist():
-        captions[image] += 1
     facts: dict[str, Any] = {
         "split": probe.split,
         "gallery": split.facts(),
         "caption_rule": data.captions.model_dump(),
-        "chance": chance(captions),
+        "chance": chance(torch.from_numpy(split.image_of)).as_dict(),
     }
     if seen is not None:
         both = sum(vqa.picture(pair_id) in seen for pair_id in split.pair_ids)

@@ -160,9 +160,7 @@ def train_and_score(
         course = replace(course, epochs=max(1, passes))
         if course.drop_after is not None:
             course = replace(course, drop_after=(course.epochs + 1) // 2)
-    course = replace(course, augment=job.augment or course.augment)
-    if course.augment != "none":
-        course = replace(course, mean=pixels.mean, std=pixels.std)
+    course = replace(course, augment=job.augment or course.augment).on(pixels.mean, pixels.std)
     curve: list[dict[str, Any]] = []
 
     def at(subset: int, passes: int) -> None:
@@ -175,24 +173,17 @@ def train_and_score(
         elif job.kind == "student" and (last or passes % rule.eval_every == 0):
             curve.append({"subset": subset, "passes": passes, "val": score(model, val, device, rule.chunk).as_dict()})
 
+    record: dict[str, Any] = {"job": job.name, "curve": curve}
     try:
         train_student(model, lessons, course, loss, seed, job.index, at)
-    except Diverged as error:
-        keys = ("val",) if job.kind in CHOOSING else ("val", "test_last", "test_best_reference")
-        if test is not None and job.kind != "reference":
-            on_ranks(Ranks.worst(torch.from_numpy(test.split.image_of)))
-        return {"job": job.name, "curve": curve, **dict.fromkeys(keys, _nothing()), "diverged": str(error)}
-    record: dict[str, Any] = {"job": job.name, "curve": curve}
-    if job.kind == "reference":
-        assert found is not None
-        of_best = max(curve, key=lambda point: point["test"]["R@mean"])
-        return record | {"test_best_reference": (of_best if found.reported == "best" else curve[-1])["test"]}
-    finished(model)
-    record["val"] = score(model, val, device, rule.chunk).as_dict()
-    if job.kind not in CHOOSING:
-        assert test is not None
-        record["test_last"] = _read_test(model, test, device, rule.chunk, on_ranks)
-    return record
+        if job.kind == "reference":
+            assert found is not None
+            of_best = max(curve, key=lambda point: point["test"]["R@mean"])
+            return record | {"test_best_reference": (of_best if found.reported == "best" else curve[-1])["test"]}
+        finished(model)
+        return record | _scored(job, model, val, test, device, rule.chunk, on_ranks)
+    except Diverged as error:  # in training, or where its embeddings are to be scored
+        return record | _diverged(job, error, test, on_ranks)
 
 
 def score_expert(
@@ -206,20 +197,38 @@ def score_expert(
     on_ranks: Callable[[Ranks], object] = lambda ranks: None,
 ) -> dict[str, Any]:
     """The full-data bound: one expert after its last epoch."""
-    chunk = run.evaluate.chunk
-    return {
-        "job": job.name,
-        "val": score(model.to(device), val, device, chunk).as_dict(),
-        "test_last": _read_test(model, test, device, chunk, on_ranks),
-    }
+    try:
+        found = _scored(job, model.to(device), val, test, device, run.evaluate.chunk, on_ranks)
+    except Diverged as error:
+        found = _diverged(job, error, test, on_ranks)
+    return {"job": job.name} | found
 
 
-def _read_test(
-    model: DualEncoder, test: Material, device: torch.device, chunk: int, on_ranks: Callable[[Ranks], object]
-) -> dict[str, float]:
-    found = rank(model, test, device, chunk)
-    on_ranks(found)
-    return found.recalls().as_dict()
+def _scored(
+    job: Job,
+    model: DualEncoder,
+    val: Material,
+    test: Material | None,
+    device: torch.device,
+    chunk: int,
+    on_ranks: Callable[[Ranks], object],
+) -> dict[str, Any]:
+    """What a model scores after its last pass: on val and, unless something is chosen by it, once on test."""
+    scores = {"val": score(model, val, device, chunk).as_dict()}
+    if job.kind not in CHOOSING:
+        assert test is not None
+        found = rank(model, test, device, chunk)
+        on_ranks(found)
+        scores["test_last"] = found.recalls().as_dict()
+    return scores
+
+
+def _diverged(job: Job, error: Diverged, test: Material | None, on_ranks: Callable[[Ranks], object]) -> dict[str, Any]:
+    """Nothing found, on whatever would have been scored."""
+    keys = ("val",) if job.kind in CHOOSING else ("val", "test_last", "test_best_reference")
+    if test is not None and job.kind != "reference":
+        on_ranks(Ranks.worst(torch.from_numpy(test.split.image_of)))
+    return dict.fromkeys(keys, _nothing()) | {"diverged": str(error)}
 
 
 def selection_jobs(run: config.Run, snapshots: int) -> list[Job]:

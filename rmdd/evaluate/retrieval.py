@@ -56,9 +56,10 @@ class Ranks:
 
     @classmethod
     def worst(cls, image_of: Int[Tensor, " T"]) -> "Ranks":
-        """Of a model that finds nothing, such as a student that diverged."""
-        num_texts, num_images = len(image_of), int(image_of.max()) + 1
-        return cls(torch.full((num_texts,), num_images), torch.full((num_images,), num_texts), image_of.cpu().long())
+        """Of a model that finds nothing at any K, such as a student that diverged."""
+        never = torch.iinfo(torch.int32).max
+        images = torch.full((int(image_of.max()) + 1,), never)
+        return cls(torch.full((len(image_of),), never), images, image_of.cpu().long())
 
     def recalls(self, ks: Sequence[int] = KS) -> Recalls:
         """Percentages of the queries whose rank is below K. The gap is 0 where ties are not known."""

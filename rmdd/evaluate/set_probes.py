@@ -13,10 +13,10 @@ from rmdd.artefact.distilled import TENSORS, DistilledSet
 from rmdd.command import placed
 from rmdd.config.probes import VIEW
 from rmdd.crew import open_crew, working_in
-from rmdd.distill.synthetic import enlarged
 from rmdd.evaluate import protocol
+from rmdd.evaluate.lessons import enlarged_to, lessons_of
 from rmdd.evaluate.probes import Probing, faults, prepare, remarks
-from rmdd.evaluate.students import Course, Diverged, Lesson, train_student
+from rmdd.evaluate.students import Course, Diverged, train_student
 from rmdd.files import sha256_file, write_json
 from rmdd.jobs import Hooks, Interrupted
 from rmdd.models.dual import DualEncoder, build
@@ -96,7 +96,8 @@ def _trained(item: Item, asked: Probing, hooks: Hooks) -> DualEncoder | None:
     """None if it diverged."""
     run, distilled = item.run, DistilledSet.load(item.set)
     size, seed = run.data.image_size, run.seed_of("evaluate")
-    lessons = [Lesson(enlarged(s.images, size), s.texts, s.matrix, s.lr_image, s.lr_text) for s in distilled.subsets]
+    lessons = enlarged_to(size, lessons_of(distilled))
+    course = Course.of(run.evaluate).on(distilled.mean, distilled.std)
     model = build(run.model, lessons[0].texts.shape[1], size, seed, "student", item.index).to(device_of(run))
     model.temperature = run.student_temperature
 
@@ -104,7 +105,7 @@ def _trained(item: Item, asked: Probing, hooks: Hooks) -> DualEncoder | None:
         hooks.should_stop()
 
     try:
-        train_student(model, lessons, Course.of(run.evaluate), run.distill.loss, seed, item.index, alive)
+        train_student(model, lessons, course, run.distill.loss, seed, item.index, alive)
     except Diverged:
         return None
     asked.keep(model)

@@ -5,7 +5,7 @@ passes, gives every subset its own learned rates, optimiser and schedule, choose
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -60,9 +60,9 @@ class Course:
     augment: str = "none"
     trains: Literal["all", "heads", "text head"] = "all"
     """What of the parameters that the model trains."""
-    mean: tuple[float, float, float] | None = None
+    mean: tuple[float, ...] | None = None
     """Pixel constants of the pictures, for augmentations that need 8 bits."""
-    std: tuple[float, float, float] | None = None
+    std: tuple[float, ...] | None = None
 
     @classmethod
     def of(cls, rule: config.Evaluate) -> "Course":
@@ -79,6 +79,10 @@ class Course:
             text_rate=rule.text_lr,
             augment=rule.augment,
         )
+
+    def on(self, mean: Sequence[float], std: Sequence[float]) -> "Course":
+        """The same for pictures that were normalised with these constants."""
+        return replace(self, mean=tuple(mean), std=tuple(std))
 
 
 def score(model: DualEncoder, material: Material, device: torch.device, chunk: int = 256) -> Recalls:

@@ -67,7 +67,7 @@ def majority(train: Sequence[Any], test: Sequence[Any], ks: Sequence[int]) -> di
     for q in train:
         counts[q.type][q.answer] += 1
     order = {t: {a: i for i, (a, _) in enumerate(sorted(c.items(), key=_frequent))} for t, c in counts.items()}
-    never = len({q.answer for q in (*train, *test)})
+    never = max(ks, default=0)
     ranks: dict[str, list[int]] = defaultdict(list)
     for q in test:
         rank = order.get(q.type, {}).get(q.answer, never)

@@ -69,7 +69,7 @@ class DualEncoder(nn.Module):
 
     def forward(
         self,
-        images: Float[Tensor, "B *image"],
+        images: Float[Tensor, " B *image"],
         texts: Float[Tensor, "B F"],
         mixing: Callable[[Tensor], Tensor] | None = None,
     ) -> Float[Tensor, "B B"]:

@@ -258,6 +258,15 @@ def test_a_student_that_diverges_counts_as_nothing_and_an_error_stops_no_other_r
     assert rows[1]["error"] == "OSError: a disk that is gone" and "test_last" in rows[0] and rows[0]["of_full"] is None
 
 
+def test_probes_of_the_run_file_are_not_asked(storage):
+    one, _ = folders(storage)
+    raw = protocol(storage).model_dump(mode="json")
+    raw["evaluate"]["probes"] = {"elsewhere": {"kind": "retrieval", "data": raw["data"]}}
+    compared = rmdd.compare([one, "random"], raw, progress=QUIET)
+    assert [row.get("error") for row in compared.rows] == [None, None]
+    assert compared.rows[0]["students"] == rmdd.compare([one, "random"], progress=QUIET).rows[0]["students"]
+
+
 def test_intervals_come_from_the_ranks_that_students_leave(storage, tmp_path, monkeypatch):
     """The bootstrap itself is tested where it is; here, that it is asked for the right students."""
     one, two = folders(storage)

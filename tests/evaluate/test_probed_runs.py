@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import formats
 import pytest
@@ -9,11 +10,14 @@ from probing import BASE, run_of, textcaps_probe, vqa_probe, zero_shot_probe
 from typer.testing import CliRunner
 
 from rmdd import cli, config
-from rmdd.evaluate import probes
+from rmdd.evaluate import probes, set_probes
+from rmdd.evaluate.set_probes import probe_set
 from rmdd.files import _keepers as keepers
+from rmdd.jobs import Hooks
 from rmdd.pipeline import open_pipeline
 from rmdd.places import run_folder
 from rmdd.progress import Progress
+from rmdd.tasks import checkup
 
 
 @pytest.mark.parametrize("word", ("check", "run"))
@@ -109,7 +113,8 @@ def test_probes_that_come_later_change_no_score(finished, tmp_path, formats_):
     assert bare.hash_of() == probed.hash_of() and run_folder(bare) == run_folder(probed)
     before = go(bare)
     assert "probes" not in before and not files(tmp_path, "*.trained.safetensors")
-    records = files(tmp_path / "runs", "student-*.json") | files(tmp_path / "runs", "baseline-*.json")
+    kept = ("student-*.json", "baseline-*.json", "*.ranks.safetensors")
+    records = {p: t for pattern in kept for p, t in files(tmp_path / "runs", pattern).items()}
     table = go(probed)["table"]
     assert table == finished[1].evaluation["table"]
     assert {row: {k: v for k, v in of.items() if k != "probes"} for row, of in table.items()} == before["table"]
@@ -150,6 +155,16 @@ def test_a_set_alone_can_be_probed(finished, storage, tmp_path, formats_):
     assert code == 2 and "evaluate.probes.gone: evaluate.probes.gone.data.root" in told
 
 
+def test_a_set_whose_students_are_augmented_can_be_probed_alone(tmp_path, formats_):
+    run = run_of(tmp_path / "runs", {}, "evaluate.augment=randaugment", "evaluate.students=1")
+    asked = {"cocoqa": vqa_probe(formats_ / "coco")}
+    path = go(run, "export")
+    away = [f"runtime.{o}" for o in (f"storage={tmp_path / 'away'}", "ray=off", "track=none")]
+    found = probe_set(path, set_probes.run_of(path, asked, away), Progress(quiet=True))
+    probed = go(run_of(tmp_path / "runs", asked, "evaluate.augment=randaugment", "evaluate.students=1"))
+    assert found["table"]["ptm_st"]["probes"] == probed["table"]["ptm_st"]["probes"]
+
+
 def test_a_finished_run_can_be_probed(finished, storage, tmp_path, formats_):
     folder = run_folder(run_of(storage, {}))
     file = tmp_path / "probes.yaml"
@@ -173,3 +188,17 @@ def test_probes_of_a_run_whose_storage_is_a_uri(tmp_path, formats_):
             keepers.pop(root, None)
     assert first["probes"] == second["probes"] and first["table"] == second["table"]
     assert list((tmp_path / "there").rglob("student-000.probe-*.json"))
+
+
+def test_health_is_seen_from_a_machine_that_has_no_file_yet(tmp_path):
+    run = run_of(f"file://{tmp_path}/there", {}, f"runtime.scratch={tmp_path}/a")
+    try:
+        with open_pipeline(run, Progress(quiet=True)) as pipeline:
+            pipeline.distill()
+            item = pipeline.item()
+        runtime = item.run.runtime.model_copy(update={"scratch": f"{tmp_path}/b"})
+        assert checkup(replace(item, run=item.run.model_copy(update={"runtime": runtime})), Hooks())
+    finally:
+        for root in [root for root in keepers if root.is_relative_to(tmp_path)]:
+            keepers.pop(root, None)
+    assert list((tmp_path / "there").glob("probed-*/health.json"))

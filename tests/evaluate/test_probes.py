@@ -13,7 +13,7 @@ from probing import WIDTH, run_of, textcaps_probe, vqa_probe, zero_shot_probe
 from rmdd import config
 from rmdd.data.ingest import ingest
 from rmdd.data.sources.cocoqa import Question
-from rmdd.evaluate import probes, ranking, vqa, zero_shot
+from rmdd.evaluate import probes, ranking, retrieval, vqa, zero_shot
 from rmdd.models.dual import build
 from rmdd.places import run_folder
 
@@ -140,6 +140,8 @@ def test_majority_answers_come_from_train_and_by_type():
     assert found["number"] == {"ACC@1": 50, "ACC@2": 100}
     assert found["colour"] == {"ACC@1": 0, "ACC@2": 50}, "equal counts: blue before red"
     assert found["all"] == {"ACC@1": 25, "ACC@2": 75}
+    never = vqa.majority(asked(("red", "colour")), asked(("green", "colour")), [5])
+    assert never["all"] == {"ACC@5": 0}, "an answer that train never gave is found by no K"
 
 
 def test_pictures_that_were_distilled_are_counted_and_scored_apart(tmp_path, ready):
@@ -212,7 +214,7 @@ def test_random_towers_retrieve_by_chance(tmp_path, ready):
     ],
 )
 def test_chance_of_retrieval_is_that_of_the_reference(captions, ir, tr):
-    found = probes.chance(captions)
+    found = retrieval.chance(torch.arange(len(captions)).repeat_interleave(torch.tensor(captions))).as_dict()
     for k, i, t in zip((1, 5, 10), ir, tr, strict=True):
         assert found[f"IR@{k}"] == pytest.approx(i, abs=6e-4) and found[f"TR@{k}"] == pytest.approx(t, abs=6e-4)
 

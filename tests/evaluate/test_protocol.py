@@ -281,3 +281,29 @@ def test_random_pairs_get_as_many_updates_as_the_distilled_set(monkeypatch):
     train_and_score(Job("baseline", 0), run, lessons(run, 1), VAL, TEST, CPU)
     train_and_score(Job("student", 0), run, lessons(run, 2), VAL, TEST, CPU)
     assert seen == {1: 10, 2: 5}
+
+
+@pytest.mark.parametrize("kind", ["tune", "select", "student", "baseline", "hard"])
+def test_a_student_whose_last_step_breaks_it_counts_as_nothing(kind, monkeypatch):
+    """Its losses are finite, as they are taken before the step; what it embeds then is not."""
+    run, told = run_of(epochs=1, eval_every=9), []
+
+    def train(model, given, course, loss, seed, student, at):
+        with torch.no_grad():
+            next(iter(model.text_head.parameters())).fill_(float("nan"))
+
+    monkeypatch.setattr(protocol, "train_student", train)
+    test = None if kind in protocol.CHOOSING else TEST
+    record = train_and_score(Job(kind, 0), run, lessons(run, 1), VAL, test, CPU, on_ranks=told.append)
+    assert set(record["val"].values()) == {0.0} and "text embeddings collapsed" in record["diverged"]
+    assert [r.recalls().as_dict() for r in told] == ([] if test is None else [record["test_last"]])
+
+
+def test_a_full_data_expert_that_collapsed_counts_as_nothing():
+    run, told = run_of(), []
+    model = build(run.model, TEXT_WIDTH, SIZE, 0, "expert", 0)
+    with torch.no_grad():
+        for p in model.text_head.parameters():
+            p.zero_()
+    record = score_expert(Job("full", 0), run, model, VAL, TEST, CPU, on_ranks=told.append)
+    assert set(record["test_last"].values()) == {0.0} and "collapsed" in record["diverged"] and len(told) == 1

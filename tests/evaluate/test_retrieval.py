@@ -333,3 +333,10 @@ def test_ranks_come_back_from_their_file(tmp_path):
         bare.expected()
     worst = Ranks.worst(found.image_of)
     assert worst.recalls().mean == 0 and torch.equal(worst.image_of, found.image_of)
+
+
+def test_what_finds_nothing_has_no_recall_in_a_gallery_smaller_than_k(tmp_path):
+    worst = Ranks.worst(torch.tensor([0, 0, 1, 1, 2]))
+    worst.save(tmp_path / "worst.safetensors")
+    for found in (worst, Ranks.load(tmp_path / "worst.safetensors")):
+        assert set(found.recalls().as_dict().values()) == {0.0}
