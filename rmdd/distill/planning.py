@@ -34,6 +34,7 @@ from rmdd.distill import signals
 from rmdd.distill.matching import Matcher
 from rmdd.experts.store import Store
 from rmdd.experts.train import expert_model
+from rmdd.models import text
 
 SCHEMA = 1
 PLAN = "plan.json"
@@ -255,7 +256,7 @@ def over_budget(run: config.Run, width: int | None = None) -> str | None:
 
     `width` is that of text embeddings if known.
     """
-    rule, width = run.distill, width or text_width(run.model.text)
+    rule, width = run.distill, width or text.text_width(run.model.text)
     if not rule.phases:
         return without_a_phase(run, width)
     return budget.check(
