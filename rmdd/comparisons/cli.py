@@ -126,18 +126,19 @@ def go(begin: "Callable[[], Comparison | Transfer]", as_json: bool, quiet: bool,
 
 def _print(tables: "Sequence[Table]") -> None:
     from rich.table import Table as Drawn
+    from rich.text import Text
 
     from rmdd.comparisons.tables import TEXTS
     from rmdd.console import stdout
 
     out = stdout()
     for table in tables:
-        drawn = Drawn(title=table.title, style="dim" if table.apart else "")
+        drawn = Drawn(title=Text(table.title), style="dim" if table.apart else "")
         for k, name in enumerate(table.columns):
             left = k == 0 or name in TEXTS
-            drawn.add_column(name, justify="left" if left else "right", no_wrap=not left)
+            drawn.add_column(Text(name), justify="left" if left else "right", no_wrap=not left)
         for cells in table.rows:
-            drawn.add_row(*cells)
+            drawn.add_row(*map(Text, cells))
         out.print(drawn, highlight=False)
         for note in table.notes:
             out.print(f"- {note}", highlight=False, markup=False)

@@ -8,7 +8,7 @@ from typing import Any
 from rmdd import config, estimate
 from rmdd.comparisons import published, results, tables
 from rmdd.comparisons.engine import FOLDER, Grounds, Row, score
-from rmdd.comparisons.entries import Entry, check_data, made_by, misfits, open_entries, planned
+from rmdd.comparisons.entries import Entry, made_by, misfits, open_entries, planned
 from rmdd.comparisons.tables import Table
 from rmdd.crew import open_crew, working_in
 from rmdd.files import write_json
@@ -74,9 +74,9 @@ class Comparison:
         with working_in(runtime, folder), open_crew(runtime, folder / "events.jsonl", progress) as crew:
             self.begin()
             grounds = Grounds.at(self.run, folder / "protocol", crew, progress)
-            dataset = grounds.embed()
-            if wrong := [mistake for entry in self.entries for mistake in check_data(entry, dataset.hash)]:
+            if wrong := grounds.check(self.entries):
                 raise config.ConfigError(wrong, "comparison")
+            grounds.embed()
             rows = [grounds.row(entry.name, entry) for entry in self.entries]
             return self._written(rows, list(zip(rows, score(rows, crew, progress), strict=True)))
 
@@ -131,6 +131,10 @@ def reading(known: Sequence[str]) -> list[str]:
         "Random pairs are drawn anew for every student and full data has experts for students, so their spread is over "
         "draws and experts. Rates (and the loss) of real pairs are chosen on val; a distilled set brings its own.",
     ]
+    notes.append(
+        "Pairs are counted as students see them, those of all data as images. Bytes of real pairs are images as they "
+        "lie in the shards and captions in UTF-8 (of random pairs the mean over draws), those of a set its tensors."
+    )
     if "interval" in known:
         notes.append("Intervals are at 95 %, by resampling test images with all of their captions.")
     if "of_full" in known:

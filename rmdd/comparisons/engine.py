@@ -4,6 +4,7 @@ Every student is an item of its own under the hash of its lesson and its protoco
 on, and one with more rows trains only theirs. Random pairs and full data are those of `rmdd run`, records included.
 """
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any, Literal
 import torch
 
 from rmdd import config
-from rmdd.comparisons.entries import Entry, renormalised, same_text, seconds_of, temperature_of
+from rmdd.comparisons.entries import Entry, check_data, renormalised, same_text, seconds_of, temperature_of
+from rmdd.coresets import cost
 from rmdd.crew import Crew
 from rmdd.data.material import Material
+from rmdd.data.splits import load_split
 from rmdd.evaluate import protocol, records
 from rmdd.evaluate.lessons import lessons_of, write_lessons, write_records
 from rmdd.evaluate.protocol import Job
@@ -107,6 +110,21 @@ class Grounds(Pipeline):
     def at(cls, run: config.Run, folder: Path, crew: Crew, progress: Progress) -> "Grounds":
         return cls.of(run, crew, progress, folder)
 
+    def check(self, entries: Sequence[Entry]) -> list[str]:
+        """Why entries do not belong to the data, or are not in its training split."""
+        dataset = self.ingest()
+        wrong = [mistake for entry in entries for mistake in check_data(entry, dataset.hash)]
+        subsets = [] if wrong else [entry for entry in entries if entry.subset is not None]
+        split = load_split(dataset, "train", self.run.data, places_of(self.run, dataset).cache) if subsets else None
+        for entry in subsets:
+            assert entry.subset is not None and split is not None
+            try:
+                if not entry.subset.rows(split):
+                    wrong.append(f"{entry.name} holds no pairs")
+            except ValueError as error:
+                wrong.append(f"{entry.name}: {error}")
+        return wrong
+
     def row(self, name: str, entry: Entry, rates: Rates | None = None) -> Row:
         """Raises ValueError where the entry does not fit the data."""
         if entry.kind == "full":
@@ -117,12 +135,12 @@ class Grounds(Pipeline):
             run = self.run.model_copy(
                 update={"distill": rule.model_copy(update={"budget": entry.pairs or rule.budget})}
             )
-            return Row(name, entry, self, run, "tuned", costs=self._real(run.distill.budget))
+            train, number = self.material("train"), min(run.evaluate.students, run.evaluate.baseline_draws)
+            draws = [protocol.random_records(run, train, draw) for draw in range(number)]
+            return Row(name, entry, self, run, "tuned", costs=self._real(draws))
         if entry.subset is not None:
             rows = entry.subset.rows(self.material("train").split)
-            costs = self._real(len(rows)) | {"seconds": seconds_of(entry, self.storage.root)}
-            told = entry.subset.facts.get("bytes")
-            costs |= {"bytes": told} if isinstance(told, int | float) else {}
+            costs = self._real([rows]) | {"seconds": seconds_of(entry, self.storage.root)}
             return Row(name, entry, self, self.run, "tuned", self._kept(write_records(self._lessons, rows)), costs)
         assert entry.distilled is not None
         return self._distilled(name, entry, rates or entry.rates)
@@ -147,6 +165,10 @@ class Grounds(Pipeline):
             )
         if not found.model:
             remarks.append("bare tensors: that they are of these encoders and data is taken on trust")
+        epochs, batch = self.run.evaluate.epochs, self.run.evaluate.batch
+        steps = sum(-(-subset.pairs // batch) * epochs for subset in found.subsets)
+        if steps != (real := protocol.updates(self.run)):
+            remarks.append(f"its students make {steps:,} updates, those of real pairs {real:,}")
         rule = self.run.distill
         change = {"loss": found.loss or rule.loss, "temperature": temperature_of(found) or rule.temperature}
         run = self.run.model_copy(update={"distill": rule.model_copy(update=change)})
@@ -186,16 +208,18 @@ class Grounds(Pipeline):
     def _kept(self, file: Path) -> Path:
         return file.relative_to(self.storage.root)
 
-    def _real(self, records: int) -> Costs:
-        train = self.material("train")
-        records = min(records, len(train.split.captions))
-        each = 3 * self.run.data.image_size**2 + train.texts.shape[1]
-        return {"pairs": records, "parameters": records * each, "bytes": None, "seconds": None}
+    def _real(self, draws: Sequence[Sequence[int]]) -> Costs:
+        """Of as many records in every draw; bytes are their mean."""
+        train, pairs = self.material("train"), len(draws[0])
+        costs = cost.Costs.of(train.split, places_of(self.run, self.ingest()).cache)
+        held = statistics.fmean(costs.bytes_of(draw)["total"] for draw in draws)
+        numbers = cost.parameters(pairs, self.run.data.image_size, train.texts.shape[1])
+        return {"pairs": pairs, "parameters": numbers, "bytes": round(held), "seconds": None}
 
     def _full(self) -> Costs:
-        shards = [s for s in self.ingest().manifest["shards"] if s["split"] == "train"]
-        held = self._real(len(self.material("train").split.captions))
-        return held | {"pairs": sum(s["rows"] for s in shards), "bytes": sum(s["bytes"] for s in shards)}
+        """Pairs are images here, with all of their captions."""
+        split = self.material("train").split
+        return self._real([range(len(split.captions))]) | {"pairs": len(split)}
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from rmdd.comparisons.compare import (
     worded,
 )
 from rmdd.comparisons.engine import FOLDER, Grounds, Row, Scored, score
-from rmdd.comparisons.entries import Entry, check_data, misfits, open_entries
+from rmdd.comparisons.entries import Entry, misfits, open_entries
 from rmdd.comparisons.tables import Table
 from rmdd.crew import Crew, open_crew, working_in
 from rmdd.files import write_json
@@ -98,9 +98,9 @@ class Transfer:
 
     def _rows(self, run: config.Run, folder: Path, crew: Crew, progress: Progress) -> list[Row]:
         grounds = Grounds.at(run, folder, crew, progress)
-        dataset = grounds.embed()
-        if wrong := check_data(self.entry, dataset.hash):
+        if wrong := grounds.check([self.entry]):
             raise config.ConfigError(wrong, "transfer")
+        grounds.embed()
         tower = towers(run)
         kinds = ("learned", "tuned") if self.entry.rates == "learned" else ("tuned",)
         rows = [grounds.row(f"{tower}, {rates} rates", self.entry, rates) for rates in kinds]  # type: ignore[arg-type]

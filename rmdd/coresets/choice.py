@@ -6,15 +6,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from rmdd.config import Run
+from rmdd.config import ConfigError, Run
 from rmdd.config.numbers import PositiveInt
 from rmdd.runfile import Section
 
 POOL = 1000
 """Records that forgetting is counted against where `experts.forgetting` does not say."""
-BY_FEATURES = ("herding", "k_center", "medoids", "clip_score")
+BY_FEATURES = ("herding", "k_center", "medoids", "matched", "clip_score")
+AT_ONCE = ("medoids", "matched")
+"""Methods whose fewer picks are not the first of more."""
 
-Method = Literal["random", "herding", "k_center", "forgetting", "medoids", "clip_score"]
+Method = Literal["random", "herding", "k_center", "forgetting", "medoids", "matched", "clip_score"]
 Unit = Literal["image", "record"]
 Space = Literal["joint", "image", "text", "sum"]
 
@@ -55,8 +57,10 @@ class Choice(Section):
         found = []
         if (self.pairs is None) == (self.bytes is None):
             found.append("give either pairs or bytes, found " + ("neither" if self.pairs is None else "both"))
-        if self.clusters and self.method == "medoids":
-            found.append("medoids are one of each cluster already; leave clusters out")
+        if self.clusters and self.method in AT_ONCE:
+            found.append(f"{self.method} makes clusters of its own; leave clusters out")
+        if self.method == "matched" and self.space != "joint":
+            found.append(f"method matched clusters both sides apart, which space {self.space} does not hold; use joint")
         cosines = [f"method {self.method}"] if self.method == "clip_score" else []
         cosines += ["guard cosine"] if self.guard == "cosine" else []
         if cosines and self.encoder == "tower":
@@ -82,9 +86,26 @@ class Choice(Section):
         used += ["guard", "guard_share"] if self.guard != "none" else []
         return {name: getattr(self, name) for name in used}
 
+    @property
+    def experts(self) -> list[int]:
+        """The experts that are looked at."""
+        kind, _, number = self.encoder.partition(":")
+        seen = [int(number or 0)] if self.needs_features and kind == "expert" else []
+        return seen + ([self.expert] if self.method == "forgetting" else [])
+
     def prepared(self, run: Run) -> Run:
-        """The run with an expert that is watched for what it forgets, where that is asked for and it has none."""
+        """The run with an expert that is watched for what it forgets, where that is asked for and it has none.
+
+        Raises `ConfigError` for an expert that the run does not train.
+        """
+        found = self._watched(run)
+        if missing := [n for n in self.experts if n >= found.experts.num]:
+            told = f"expert {max(missing)} is asked for, and the run has {found.experts.num}; raise experts.num"
+            raise ConfigError([told], "coreset")
+        return found
+
+    def _watched(self, run: Run) -> Run:
         if self.method != "forgetting" or run.experts.forgetting:
             return run
-        watched = {"forgetting": POOL, "num": self.expert + 1}
+        watched = {"forgetting": POOL, "num": 1 + max(self.experts)}
         return run.model_copy(update={"experts": run.experts.model_copy(update=watched)})

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def coreset(
     source: Source,
     method: Annotated[
-        str, typer.Option(help="random, herding, k-center, forgetting, medoids or clip-score.")
+        str, typer.Option(help="random, herding, k-center, forgetting, medoids, matched or clip-score.")
     ] = "herding",
     pairs: Annotated[int | None, typer.Option(help="Pairs to choose.")] = None,
     bytes_: Annotated[
@@ -38,7 +38,9 @@ def coreset(
         list[str] | None,
         typer.Option("--option", metavar="A=B", help="More: caption, dtype, draw, start, quota, guard_share, expert."),
     ] = None,
-    ranks: Annotated[int | None, typer.Option(help="Workers that hold the features; default: by their size.")] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Workers that hold the features; default: by their size.")
+    ] = None,
     set_: Sets = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -53,9 +55,9 @@ def coreset(
     def prepared() -> config.Run:
         asked.update(_options(options or []))
         if like is not None:
-            from rmdd.artefact.distilled import load as load_set
-
-            asked["bytes"] = load_set(like).budget()["total"]["bytes"]
+            if bytes_ is not None:
+                raise config.ConfigError(["--like and --bytes both say how many bytes; give one"], "coreset")
+            asked["bytes"] = _bytes_of(like)
         return _choice(asked).prepared(load(source, set_ or []))
 
     def step(pipeline: "Pipeline") -> dict[str, Any]:
@@ -71,6 +73,17 @@ def coreset(
         return {"subset": str(folder), "method": subset.method, "facts": facts, "say": lines}
 
     do(prepared, step, json, quiet, debug, check=False)
+
+
+def _bytes_of(folder: Path) -> int:
+    from rmdd import config
+    from rmdd.artefact.distilled import load
+
+    try:
+        found: int = load(folder).budget()["total"]["bytes"]
+    except (ValueError, OSError) as error:
+        raise config.ConfigError([f"--like {folder}: {error}"], "coreset") from error
+    return found
 
 
 def _choice(asked: dict[str, Any]) -> Any:

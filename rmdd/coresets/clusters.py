@@ -46,12 +46,12 @@ def fit(
     return np.ascontiguousarray(found.cluster_centers_, dtype=np.float32)
 
 
-def centroids_of(ranks: Ranks, k: int, seed: int) -> Float32[np.ndarray, "K D"]:
-    """Centroids of all kept rows. Raises `ValueError` when there are fewer rows than `k`."""
+def centroids_of(ranks: Ranks, k: int, seed: int, side: slice = slice(None)) -> Float32[np.ndarray, "K D"]:
+    """Centroids of all kept rows, or of some of their columns. Raises `ValueError` for fewer rows than `k`."""
     ids = np.concatenate(ranks.ask("ids"))
     size = max(SAMPLE, 4 * k)
     drawn = np.sort(ids if len(ids) <= size else smallest(ids, size, seed, "k-means sample"))
-    return fit(rows_of(ranks, drawn.tolist()), k, seed)
+    return fit(np.ascontiguousarray(rows_of(ranks, drawn.tolist())[:, side]), k, seed)
 
 
 def medoids(ranks: Ranks, k: int, seed: int) -> list[int]:

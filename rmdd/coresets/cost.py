@@ -5,6 +5,7 @@ An image that goes with two captions is counted once in bytes, and twice in para
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
@@ -13,6 +14,7 @@ from jaxtyping import Int64
 
 from rmdd.artefact.budget import pair_parameters
 from rmdd.data.splits import Split
+from rmdd.files import atomic_path
 
 
 @dataclass(frozen=True)
@@ -24,15 +26,14 @@ class Costs:
     image_of: Int64[np.ndarray, " T"]
 
     @classmethod
-    def of(cls, split: Split) -> "Costs":
-        sizes = []
-        for shard in split.dataset.manifest["shards"]:
-            if shard["split"] == split.name:
-                with pq.ParquetFile(split.dataset.path / shard["file"]) as file:
-                    for batch in file.iter_batches(batch_size=64, columns=["image"]):
-                        sizes.append(pc.binary_length(batch.column("image")).to_numpy(zero_copy_only=False))
-        images = np.concatenate(sizes).astype(np.int64)[split.rows]
-        return cls(images, np.array([len(c.encode()) for c in split.captions], np.int64), split.image_of)
+    def of(cls, split: Split, cache: Path) -> "Costs":
+        """Sizes of images are read from the shards once, and then from `cache`."""
+        file = cache / f"image-bytes-{split.dataset.hash[:16]}-{split.name}.npy"
+        if not file.is_file():
+            with atomic_path(file) as temporary, open(temporary, "wb") as f:
+                np.save(f, _image_bytes(split))
+        captions = np.array([len(c.encode()) for c in split.captions], np.int64)
+        return cls(np.load(file)[split.rows], captions, split.image_of)
 
     def bytes_of(self, records: Sequence[int]) -> dict[str, int]:
         images = int(self.images[np.unique(self.image_of[list(records)])].sum()) if records else 0
@@ -49,6 +50,17 @@ class Costs:
                 return
             seen.add(image)
             yield record
+
+
+def _image_bytes(split: Split) -> Int64[np.ndarray, " rows"]:
+    """Of every row of the shards of a split."""
+    sizes = [np.zeros(0, np.int64)]
+    for shard in split.dataset.manifest["shards"]:
+        if shard["split"] == split.name:
+            with pq.ParquetFile(split.dataset.path / shard["file"]) as file:
+                for batch in file.iter_batches(batch_size=64, columns=["image"]):
+                    sizes.append(pc.binary_length(batch.column("image")).to_numpy(zero_copy_only=False))
+    return np.concatenate(sizes).astype(np.int64)
 
 
 def parameters(pairs: int, image_size: int, text_width: int) -> int:

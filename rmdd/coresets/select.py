@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rmdd import config
-from rmdd.coresets import clusters, greedy
-from rmdd.coresets.choice import Choice
+from rmdd.coresets import clusters, greedy, matched
+from rmdd.coresets.choice import AT_ONCE, Choice
 from rmdd.coresets.cost import Costs, parameters
 from rmdd.coresets.draws import permuted, smallest
 from rmdd.coresets.features import Items, Sides, cosines, features
@@ -132,7 +132,6 @@ class Selection:
         self.pipeline, self.choice, self.train, self.run = pipeline, choice, train, pipeline.run
         self.seed = self.run.seed if choice.seed is None else choice.seed
         self.items = Items.of(train.split, choice.unit, self.seed)
-        self.costs = Costs.of(train.split)
         self.facts: dict[str, Any] = {}
         self.sides: Sides | None = None
         self.key = ""
@@ -186,6 +185,10 @@ class Selection:
             for image, record, begin in zip(images.tolist(), records, first.tolist(), strict=True)
         )
 
+    @functools.cached_property
+    def costs(self) -> Costs:
+        return Costs.of(self.train.split, self.pipeline.item().places.cache)
+
     def cost(self, records: Sequence[int]) -> dict[str, Any]:
         images = len(set(self.train.split.image_of[list(records)].tolist())) if records else 0
         numbers = parameters(len(records), self.run.data.image_size, self.train.texts.shape[1])
@@ -226,10 +229,16 @@ class Selection:
             ranks.ask("drop", dropped)
             ids = np.setdiff1d(ids, dropped)
             self.facts["guard"] = {"kind": choice.guard, "share": choice.guard_share, "dropped": len(dropped)}
+        if ranks and choice.clusters and choice.method == "forgetting":  # quotas count what can be chosen
+            never = np.setdiff1d(ids, self.ranking)
+            ranks.ask("drop", never)
+            ids = np.setdiff1d(ids, never)
         if (choice.pairs or 0) > len(ids):
-            left = f"{len(ids)} left by the guard of {len(self.items)}" if "guard" in self.facts else str(len(ids))
+            by = ["the guard"] if "guard" in self.facts else []
+            by += ["never_learned exclude"] if choice.never_learned == "exclude" else []
+            left = f"{len(ids)} left by {' and '.join(by)} of {len(self.items)}" if by else str(len(ids))
             raise ValueError(f"asked for {choice.pairs} pairs, and there are {left} {choice.unit}s to choose from")
-        if choice.clusters or choice.method == "medoids":
+        if choice.clusters or choice.method in AT_ONCE:
             assert ranks is not None
             found = self.at_once(ranks, len(ids))
         else:
@@ -276,29 +285,43 @@ class Selection:
         return found
 
     def at_once(self, ranks: Ranks, available: int) -> list[int]:
-        """A choice whose items depend on how many there are; for bytes the number is lowered until they fit."""
+        """A choice whose items depend on how many there are; for bytes, so many that one more would not fit."""
         choice = self.choice
 
-        def of(k: int) -> list[int]:
+        def of(k: int) -> tuple[list[int], dict[str, Any]]:
             if choice.method == "medoids":
-                return clusters.medoids(ranks, k, self.seed)
+                return clusters.medoids(ranks, k, self.seed), {}
+            if choice.method == "matched":
+                assert self.sides is not None
+                chosen, told = matched.matched(ranks, k, self.seed, self.sides.images.width)
+                return chosen, {"matched": told}
             count = min(choice.clusters, available)
             method = functools.partial(self.ordered, keep=False)
-            return clusters.balanced(
+            chosen = clusters.balanced(
                 ranks, k, count, choice.quota, self.seed, lambda own: method(own, np.concatenate(own.ask("ids")))
             )
+            return chosen, {}
 
-        if choice.bytes is None:
-            return of(choice.pairs or 0)
+        best, told = of(choice.pairs or 0) if choice.bytes is None else self.most(ranks, of, available)
+        self.facts |= told
+        return best
+
+    def most(
+        self, ranks: Ranks, of: Callable[[int], tuple[list[int], dict[str, Any]]], available: int
+    ) -> tuple[list[int], dict[str, Any]]:
+        """`of` the largest number whose items fit the bytes."""
+        limit = self.choice.bytes or 0
         total = self.costs.bytes_of(self.items.record_of.tolist())["total"]
-        k = min(available, choice.bytes * len(self.items) // total)
-        while True:
+        k = min(available, max(1, limit * len(self.items) // total))
+        best: tuple[list[int], dict[str, Any]] = [], {}
+        fits, over = 0, available + 1
+        while over - fits > 1:
             ranks.ask("release")
             found = of(k)
-            used = self.costs.bytes_of(self.items.record_of[found].tolist())["total"]
-            if used <= choice.bytes:
-                return found
-            k = min(k - 1, k * choice.bytes // used)
+            used = self.costs.bytes_of(self.items.record_of[found[0]].tolist())["total"]
+            fits, over, best = (k, over, found) if used <= limit else (fits, k, best)
+            k = min(max(k * limit // used, fits + 1), over - 1)
+        return best
 
     def guarded(self, ranks: Ranks, ids: np.ndarray) -> np.ndarray:
         choice = self.choice

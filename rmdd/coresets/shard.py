@@ -48,6 +48,7 @@ class Shard:
         self.free = np.ones(len(rows), bool)
         self._near: np.ndarray | None = None
         self._squares: np.ndarray | None = None
+        self._cells: np.ndarray | None = None
         self._order = np.argsort(rows.ids, kind="stable")
         self._sorted = rows.ids[self._order]
 
@@ -150,12 +151,15 @@ class Shard:
 
     # -- clusters ------------------------------------------------------------------------------------------------
 
-    def assigned(self, centroids: Float32[np.ndarray, "K D"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids of kept rows, the nearest centroid of each, and the squared distance to it."""
+    def assigned(
+        self, centroids: Float32[np.ndarray, "K C"], first: int = 0
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids of kept rows, the nearest centroid of each, by columns from `first`, and the squared distance to it."""
         label = np.empty(len(self.rows), np.int32)
         distance = np.empty(len(self.rows), np.float32)
         half = np.vecdot(centroids, centroids) / 2
         for where, x in self.rows.chunks(min(self.chunk or self.rows.chunk, max(1, 2**23 // len(centroids)))):
+            x = x[:, first : first + centroids.shape[1]]
             label[where] = (half - x @ centroids.T).argmin(axis=1)
             gap = x - centroids[label[where]]
             distance[where] = np.vecdot(gap, gap)
@@ -163,10 +167,53 @@ class Shard:
 
     def medoids(self, centroids: Float32[np.ndarray, "K D"]) -> dict[int, tuple[float, int]]:
         """Per cluster that has members here, the squared distance and the id of the member nearest the centroid."""
-        ids, label, distance = self.assigned(centroids)
-        order = np.lexsort((ids, distance, label))
-        found, first = np.unique(label[order], return_index=True)
-        return {int(c): (float(distance[order[i]]), int(ids[order[i]])) for c, i in zip(found, first, strict=True)}
+        return _first_of(*self.assigned(centroids))
+
+    # -- two sides -----------------------------------------------------------------------------------------------
+
+    def overlap(self, images: Float32[np.ndarray, "K U"], texts: Float32[np.ndarray, "K V"]) -> np.ndarray:
+        """(K, K): kept rows by the nearest image and text centroid; the columns of images come first."""
+        self._cells = np.stack([self.assigned(images)[1], self.assigned(texts, images.shape[1])[1]])
+        found = np.zeros((len(images), len(images)), np.int64)
+        np.add.at(found, tuple(self._cells), 1)
+        return found
+
+    def sums(self, partner: Int64[np.ndarray, " K"], bits: int) -> np.ndarray:
+        """(K, D): of the rows in image cluster c and text cluster `partner[c]`, as whole numbers; see `total`."""
+        total = np.zeros((len(partner), self.rows.width), np.int64)
+        inside = self._inside(partner)
+        for where, x in self.rows.chunks(self.chunk):
+            chosen = inside[where] >= 0
+            numbers = np.rint(np.ldexp(x[chosen].astype(np.float64), bits)).astype(np.int64)
+            np.add.at(total, inside[where][chosen], numbers)
+        return total
+
+    def inner(
+        self, partner: Int64[np.ndarray, " K"], points: Float32[np.ndarray, "K D"]
+    ) -> dict[int, tuple[float, int]]:
+        """Per c, of the same rows the squared distance and the id of the one nearest `points[c]`."""
+        inside = self._inside(partner)
+        distance = np.zeros(len(self.rows), np.float32)
+        for where, x in self.rows.chunks(self.chunk):
+            gap = x - points[inside[where]]
+            distance[where] = np.vecdot(gap, gap)
+        chosen = inside >= 0
+        return _first_of(self.rows.ids[chosen], inside[chosen], distance[chosen])
+
+    def _inside(self, partner: np.ndarray) -> Int64[np.ndarray, " N"]:
+        """The image cluster of rows whose text cluster is its partner, else -1."""
+        assert self._cells is not None
+        image, text = self._cells
+        found = np.full(len(self.rows), -1, np.int64)
+        found[self.kept] = np.where(partner[image] == text, image, -1)
+        return found
+
+
+def _first_of(ids: np.ndarray, label: np.ndarray, distance: np.ndarray) -> dict[int, tuple[float, int]]:
+    """Per label the smallest distance, and its id."""
+    order = np.lexsort((ids, distance, label))
+    found, first = np.unique(label[order], return_index=True)
+    return {int(c): (float(distance[order[i]]), int(ids[order[i]])) for c, i in zip(found, first, strict=True)}
 
 
 class _Search:

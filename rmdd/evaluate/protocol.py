@@ -87,10 +87,13 @@ def lesson_of(synthetic: Synthetic, image_size: int) -> Lesson:
 
 def random_lesson(run: config.Run, train: Material, draw: int, lr: float) -> Lesson:
     """`budget` real caption records drawn uniformly, identity similarity, one rate for both towers."""
-    total = len(train.split.captions)
-    pairs = min(run.distill.budget, total)
-    records = torch.randperm(total, generator=generator(run.seed_of("evaluate"), "random pairs", draw))[:pairs].tolist()
-    return real_lesson(run, train, records, lr)
+    return real_lesson(run, train, random_records(run, train, draw), lr)
+
+
+def random_records(run: config.Run, train: Material, draw: int) -> list[int]:
+    """The caption records of a draw: `budget` of them, or all where there are fewer."""
+    draw_ = generator(run.seed_of("evaluate"), "random pairs", draw)
+    return torch.randperm(len(train.split.captions), generator=draw_)[: run.distill.budget].tolist()
 
 
 def hardened(lesson: Lesson, run: config.Run) -> Lesson:

@@ -147,16 +147,71 @@ def test_a_row_more_trains_only_its_students(storage):
     assert len(records(storage)) == 12, "another protocol has other students"
 
 
+def test_a_coreset_and_a_run_end_to_end(storage):
+    one, _ = folders(storage)
+    run = protocol(storage)
+    chosen = rmdd.coreset(run, method="herding", pairs=6, progress=QUIET)
+    (folder,) = (storage / "coresets").iterdir()
+    result = CliRunner().invoke(cli.app, ["compare", str(one), f"core={folder}", "random", "full", "--json", "--quiet"])
+    assert result.exit_code == 0, result.stderr
+    own, core, random, full = json.loads(result.stdout)["rows"]
+    assert (core["name"], core["method"], core["rates"]) == ("core", "herding", "tuned")
+    assert core["costs"]["bytes"] == chosen.facts["bytes"]["total"]
+    assert core["costs"]["parameters"] == chosen.facts["parameters"] and core["costs"]["pairs"] == 6
+    split, draws = train_split(storage), []
+    for draw in range(3):
+        order = torch.randperm(len(split.captions), generator=generator(run.seed_of("evaluate"), "random pairs", draw))
+        rows = order[:9].tolist()
+        images = sum(len(split.encoded(i)) for i in {int(split.image_of[r]) for r in rows})
+        draws.append(images + sum(len(split.captions[r].encode()) for r in rows))
+    assert random["costs"]["bytes"] == round(sum(draws) / 3)
+    all_bytes = sum(len(split.encoded(i)) for i in range(12)) + sum(len(c.encode()) for c in split.captions)
+    assert full["costs"]["bytes"] == all_bytes and full["costs"]["pairs"] == 12
+    assert len(core["students"]) == 3 and core["difference"]["to"] == "random" and not own["remarks"]
+
+
+def test_a_set_of_other_phases_says_how_many_updates_it_gets(storage):
+    one, _ = folders(storage)
+    found = DistilledSet.load(one / "set")
+    replace(found, subsets=found.subsets[:1]).save(storage.parent / "half")
+    rows = rmdd.compare([storage.parent / "half"], protocol(storage), progress=QUIET).rows
+    assert rows[0]["remarks"] == ["its students make 3 updates, those of real pairs 6"]
+
+
+def test_subsets_are_looked_for_before_anything_is_trained(storage, monkeypatch):
+    one, _ = folders(storage)
+    foreign = replace(subset_of(storage, [0, 1]), records=(("nowhere", 0),))
+    foreign.save(storage.parent / "foreign")
+    replace(foreign, records=()).save(storage.parent / "none")
+    monkeypatch.setattr(engine.Grounds, "embed", lambda self: pytest.fail("captions were embedded"))
+    words = ["compare", str(one), "full", str(storage.parent / "foreign"), str(storage.parent / "none"), "--quiet"]
+    result = CliRunner().invoke(cli.app, words)
+    assert result.exit_code == 2, result.output
+    assert "foreign: 1 of 1 pairs are not in split 'train'" in result.stderr and "none holds no pairs" in result.stderr
+
+
+def test_names_are_no_markup(storage):
+    one, _ = folders(storage)
+    odd = shutil.copytree(one / "set", storage.parent / "a[red]|<b>&=1")
+    result = CliRunner().invoke(cli.app, ["compare", str(odd), "--config", str(one / "run.yaml"), "--quiet"])
+    assert result.exit_code == 0, result.stderr
+    assert "a[red]|<b>&=1" in result.stdout
+    folder = Path(result.stdout.split("comparison: ")[-1].split(" (table.md")[0])
+    page = (folder / "table.html").read_text()
+    assert "a[red]|&lt;b&gt;&amp;=1" in page and "<b>" not in page
+    assert r"| a[red]\|<b>&=1 |" in (folder / "table.md").read_text()
+
+
 def test_a_subset_is_tuned_on_val_as_random_pairs_are(storage):
     run = protocol(storage)
     total = len(train_split(storage).captions)
     draw = torch.randperm(total, generator=generator(run.seed_of("evaluate"), "random pairs", 0))[:9].tolist()
-    subset_of(storage, draw, seconds=2.5, bytes=77).save(storage.parent / "chosen")
+    subset_of(storage, draw, seconds=2.5).save(storage.parent / "chosen")
     found = rmdd.compare([storage.parent / "chosen", "random"], run, progress=QUIET)
     ours, random = found.rows
     assert ours["chosen"]["lr"] in run.evaluate.baseline_lrs and len(ours["chosen"]["val"]) == 2
     assert (ours["method"], ours["rates"], ours["name"]) == ("herding", "tuned", "chosen")
-    assert {"pairs": 9, "bytes": 77, "seconds": 2.5}.items() <= ours["costs"].items()
+    assert {"pairs": 9, "seconds": 2.5}.items() <= ours["costs"].items()
     assert ours["chosen"] == random["chosen"], "the one draw that both choose by"
     assert ours["students"][0] == random["students"][0], "the same pairs, the same student"
     assert len(records(storage)) == 2 + 3

@@ -122,6 +122,14 @@ def test_a_mean_that_is_not_printed_is_in_brackets():
     assert flat(found[0])["published"] is True and "apart" in tables.page("t", [told])
 
 
+def test_variants_keep_their_brackets():
+    done = CliRunner().invoke(cli.app, ["published", "--method", "NCFM", "--json"])
+    variants = {row["method"] for row in json.loads(done.stdout)}
+    shown = CliRunner().invoke(cli.app, ["published", "--method", "NCFM"], env={"COLUMNS": "300"}).stdout
+    assert "NCFM[clusters=100;ipc=1]" in variants
+    assert shown.count("[") >= len(variants)
+
+
 def test_the_command_prints_them():
     done = CliRunner().invoke(cli.app, ["published", "--dataset", "flickr30k", "--pairs", "100", "--json"])
     assert done.exit_code == 0 and json.loads(done.stdout) == published("flickr30k", 100)

@@ -22,7 +22,7 @@ from rmdd.progress import Progress
 from rmdd.verify import verify
 
 TRAIN, WIDTH = 30, 6
-METHODS = ("random", "herding", "k_center", "medoids", "clip_score", "forgetting")
+METHODS = ("random", "herding", "k_center", "medoids", "matched", "clip_score", "forgetting")
 QUIET = Progress(quiet=True)
 
 
@@ -124,7 +124,7 @@ def test_every_method_gives_distinct_training_pairs_again_and_again(run, train, 
         assert {p for p, _ in choose(run, method, TRAIN).records} == set(train.pair_ids)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "medoids"])
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("medoids", "matched")])
 def test_fewer_pairs_are_the_first_of_more_and_ranks_do_not_matter(run, method):
     few, more = choose(run, method, 4, seed=5), choose(run, method, 11, seed=5, ranks=3)
     assert few.records == more.records[:4]
@@ -175,6 +175,34 @@ def test_guards_leave_out_what_does_not_belong(run, columns, train):
 def test_choices_within_clusters(run, method):
     subset = choose(run, method, 9, clusters=3)
     assert len({p for p, _ in subset.records}) == 9 and subset.options["quota"] == "equal"
+
+
+def test_clusters_count_what_can_be_chosen(run):
+    whole = choose(run, "forgetting", 2, never_learned="exclude", unit="record", encoder="tower")
+    never = round(whole.facts["never_learned"] * whole.facts["items"])
+    left = whole.facts["items"] - never
+    assert never > 0
+    same = {"clusters": 3, "never_learned": "exclude", "unit": "record", "encoder": "tower"}
+    assert len(choose(run, "forgetting", left, **same)) == left
+    with pytest.raises(ValueError, match=f"there are {left} left by never_learned exclude of"):
+        choose(run, "forgetting", left + 1, **same)
+
+
+@pytest.mark.parametrize("method", ["medoids", "matched"])
+def test_clustered_choices_fill_the_bytes(run, train, method):
+    """One more would not fit, also where those that are chosen are smaller than most."""
+    sizes = [len(train.encoded(i)) for i in range(TRAIN)]
+    for limit in (sum(sizes) // 4, sum(sizes) // 2, 2 * sum(sizes)):
+        subset = choose(run, method, None, bytes=limit, seed=3)
+        assert subset.facts["bytes"]["total"] <= limit
+        if len(subset) < TRAIN:
+            assert choose(run, method, len(subset) + 1, seed=3).facts["bytes"]["total"] > limit
+    assert len(choose(run, method, None, bytes=1)) == 0
+
+
+def test_what_matching_found_is_told(run, columns):
+    subset = choose(run, "matched", 6, unit="record")
+    assert set(subset.facts["matched"]) == {"overlap", "empty"} and 0 < subset.facts["matched"]["overlap"] <= 1
 
 
 def test_as_many_as_fit_the_bytes(run, train):
@@ -286,6 +314,13 @@ def test_the_command_line(storage, run, tmp_path):
         (["--method", "clip-score", "--pairs", "3"], "compare an image with its text, which the untrained towers"),
         (["--method", "best", "--pairs", "3"], "method"),
         (["--pairs", "3", "--option", "x"], "write it as name=value"),
+        (["--like", str(small), "--bytes", "9"], "--like and --bytes both say how many bytes"),
+        (["--like", str(tmp_path / "no")], "--like"),
+        (["--pairs", "3", "--ranks", "0"], "--ranks"),
+        (["--pairs", "3", "--encoder", "expert:7"], "expert 7 is asked for, and the run has 1; raise experts.num"),
+        (["--pairs", "3", "--method", "forgetting", "--option", "expert=2"], "expert 2 is asked for"),
+        (["--pairs", "3", "--method", "matched", "--clusters", "2"], "matched makes clusters of its own"),
+        (["--pairs", "3", "--method", "matched", "--space", "image"], "method matched clusters both sides apart"),
     ):
         done = words(*wrong)
         assert done.exit_code == 2 and told in done.output, done.output
