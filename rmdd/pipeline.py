@@ -32,7 +32,7 @@ from rmdd.jobs import Executor, Failed, Interrupted, Mapper, Spared, Stream, Tas
 from rmdd.models.text import embed, encoder_identity, text_width
 from rmdd.places import Places, device_of, places_of, protocol_of, run_folder
 from rmdd.progress import Progress, watched
-from rmdd.storage import anchored, open_storage
+from rmdd.storage import anchored, open_storage, root_of
 from rmdd.tasks import Item, expert, material, phase, plan, student
 from rmdd.track import is_curve
 
@@ -94,12 +94,10 @@ class Pipeline:
         with self._timed("ingest"):
             run = self.run
             if run.data.source == "dataset":
-                dataset = Dataset.open(Path(str(run.data.root)))
+                dataset = Dataset.open(dataset_folder(run))
             else:
-                root = absolute(run.data.root) if run.data.root else ""
-                name = config.hash_value({"data": shaping(run.data), "root": root})
                 readers = watched(self.progress, "ingest", "pairs", self.readers)
-                dataset = ingest(run.data, self.storage.root / "data" / name, readers, run.runtime)
+                dataset = ingest(run.data, dataset_folder(run), readers, run.runtime)
             self._bind(dataset)
         counts = ", ".join(
             f"{split} {n['pairs']} pairs ({n['captions']} captions)" for split, n in dataset.counts.items()
@@ -381,6 +379,15 @@ def _records(name: str) -> bool:
 
 def _no_curve(name: str) -> bool:
     return not is_curve(name)
+
+
+def dataset_folder(run: config.Run) -> Path:
+    """Where the dataset of a run lies, or will: named by its source and by what shapes it."""
+    if run.data.source == "dataset":
+        return Path(str(run.data.root))
+    root = absolute(run.data.root) if run.data.root else ""
+    name = config.hash_value({"data": shaping(run.data), "root": root})
+    return root_of(run.runtime) / "data" / name
 
 
 def over_budget(run: config.Run, width: int | None = None) -> str | None:
