@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import os
 import re
@@ -65,7 +66,7 @@ def test_ticks_of_a_logarithmic_range_are_few_and_told_as_they_are():
 
 def test_a_search_counts_its_trials_by_those_asked_for(tmp_path):
     out = io.StringIO()
-    clock = iter(range(0, 10**6, 11))  # every report comes late enough for a line of the log
+    clock = (11.0 * tick for tick in itertools.count())  # every report comes late enough for a line of the log
     progress = Progress(console=Console(file=out, width=200), clock=lambda: next(clock))
     for trials in (2, 3):
         rmdd.search(tiny(tmp_path, trials=trials), progress=progress)

@@ -111,7 +111,7 @@ def slice_of(field: str, base: config.Run, table: "Table") -> str:
     return drawing.svg()
 
 
-def _trials(drawing: Drawing, at: Sequence[float], rows: Sequence[Mapping[str, Any]], table: "Table") -> None:
+def _trials(drawing: Drawing, at: Sequence[float | int], rows: Sequence[Mapping[str, Any]], table: "Table") -> None:
     """A point per trial, by how it ended, with a ring around the best."""
     for name, colour, complete in (("complete", IMAGE, True), ("pruned or open", REST, False)):
         points = [(x, r["val"]) for x, r in zip(at, rows, strict=True) if (r["state"] == "complete") == complete]
@@ -121,7 +121,7 @@ def _trials(drawing: Drawing, at: Sequence[float], rows: Sequence[Mapping[str, A
         drawing.ax.plot(*zip(*best, strict=True), "o", ms=9, mfc="none", color=INK, label="best")
 
 
-def log_ticks(low: float, high: float, whole: bool = False) -> list[float]:
+def log_ticks(low: float | int, high: float | int, whole: bool = False) -> list[float | int]:
     """Up to four numbers of two digits, evenly spread over a logarithmic range."""
     spread = (float(f"{tick:.2g}") for tick in np.geomspace(low, high, 4))
     return list(dict.fromkeys(round(tick) if whole else tick for tick in spread))
