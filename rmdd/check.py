@@ -7,7 +7,7 @@ from typing import Any
 
 from rmdd import config, estimate
 from rmdd.artefact import budget
-from rmdd.data.shards import Dataset
+from rmdd.data.shards import MANIFEST, Dataset
 from rmdd.distill.planning import PLAN, foreseen, over_budget, with_phases, without_a_phase
 from rmdd.evaluate import probes
 from rmdd.experts.store import Store
@@ -16,7 +16,7 @@ from rmdd.files import read_json
 from rmdd.models.dual import DualEncoder
 from rmdd.models.image import double_backward, matching_context, weights_file
 from rmdd.models.text import encoder_identity
-from rmdd.places import Places, places_of, run_folder
+from rmdd.places import Places, dataset_folder, places_of, run_folder
 
 
 def impossible(run: config.Run) -> list[str]:
@@ -41,10 +41,12 @@ def examine(run: config.Run) -> dict[str, Any]:
     Raises `ValueError` where a tower or an annotation file cannot be had.
     """
     width, remark = estimate.text_features(run.model.text)
+    tried = _search(run)
     model = _model(run, width)
     tower = run.model.image
     size = estimate.size_of(model, pretrained=tower.weights != "random")
     run, planned = _with_phases(run, width)
+    guessed = bool(run.distill.plan.plans and not (run_folder(run) / PLAN).is_file())
     work = estimate.work_of(model, run, width)
     dataset, places = _already_there(run)
     if dataset is not None:
@@ -74,7 +76,8 @@ def examine(run: config.Run) -> dict[str, Any]:
             "store": str(places.store) if places else None,
             "epochs_kept": [0, *(kept_epochs(run) or range(1, run.experts.epochs + 1))],
         },
-        "phases": [p.model_dump() | {"done": _distilled(places, i, p)} for i, p in enumerate(run.distill.phases)],
+        "phases": [_phase(places, i, p, guessed) for i, p in enumerate(run.distill.phases)],
+        "phases_foreseen": guessed,
         "phases_folder": str(places.phases) if places else None,
         "budget": {
             "pairs": run.distill.budget,
@@ -90,6 +93,7 @@ def examine(run: config.Run) -> dict[str, Any]:
         },
         "memory": {"matching_step": estimate.matching_bytes(run, size, work, width)},
         "time": _time(run, estimate.operations(run, counts, work)),
+        "search": tried,
         "gpus": _gpus(run),
         "remarks": [r for r in (remark, planned, *probes.costs(run, width)) if r]
         + [f"split '{split}' is empty; a run needs all three" for split, (pairs, _) in counts.items() if not pairs],
@@ -105,6 +109,21 @@ def _model(run: config.Run, text_width: int) -> DualEncoder:
         return estimate.model_on_meta(run, text_width)
 
 
+def _search(run: config.Run) -> dict[str, Any] | None:
+    """What `rmdd search` would try; raises `ConfigError` where the run file cannot take it."""
+    if not run.search.space:
+        return None
+    from rmdd import searches
+    from rmdd.searches.space import Space
+
+    searches.check(run, lambda tower: estimate.text_features(tower)[0])
+    return {
+        "fields": list(run.search.space),
+        "trials": Space(run.search).trials,
+        "experts": "shared" if searches.shares_experts(run) else "of each trial",
+    }
+
+
 def _with_phases(run: config.Run, text_width: int) -> tuple[config.Run, str | None]:
     """A run that plans its phases with those of its plan, or with what can be foreseen of them, and a remark."""
     if not run.distill.plan.plans:
@@ -113,16 +132,16 @@ def _with_phases(run: config.Run, text_width: int) -> tuple[config.Run, str | No
         return with_phases(run, read_json(written)["phases"]), f"phases as planned in {written}"
     if mistake := without_a_phase(run, text_width):
         raise config.ConfigError([mistake], run.name)
-    return foreseen(run, text_width), "phases are planned after the experts; ranges and endpoints are not known yet"
+    return foreseen(run, text_width), (
+        "number and sizes of the phases are foreseen, not known; phases are planned after the experts"
+    )
 
 
 def _already_there(run: config.Run) -> tuple[Dataset | None, Places | None]:
-    """The dataset and the folders of an earlier sitting of this run."""
+    """The dataset and the folders of an earlier sitting of this run, or of another one that shares them."""
     record = run_folder(run) / "data.json"
-    if not record.is_file():
-        return None, None
-    path = Path(read_json(record)["path"])
-    if not path.is_dir():
+    path = Path(read_json(record)["path"]) if record.is_file() else dataset_folder(run)
+    if not (path / MANIFEST).is_file():
         return None, None
     dataset = Dataset.open(path)
     if not _encoder_at_hand(run.model.text):
@@ -143,6 +162,12 @@ def _encoder_at_hand(tower: config.TextTower) -> bool:
 
 def _complete(places: Places | None) -> int:
     return len(Store.open(places.store).complete()) if places and (places.store / "store.json").is_file() else 0
+
+
+def _phase(places: Places | None, number: int, phase: config.Phase, guessed: bool) -> dict[str, Any]:
+    """A phase as plain values; of one that is only foreseen, what is planned after the experts is None."""
+    unknown = dict.fromkeys(("start", "stop", "start_text", "stop_text", "endpoint")) if guessed else {}
+    return phase.model_dump() | unknown | {"done": not guessed and _distilled(places, number, phase)}
 
 
 def _distilled(places: Places | None, number: int, phase: config.Phase) -> bool:

@@ -74,6 +74,8 @@ def check(source: Source, set_: Sets = None, json: Json = False, debug: Debug = 
             raise config.ConfigError(mistakes, source)
         try:
             facts = examine(run)
+        except config.ConfigError:
+            raise
         except ValueError as error:
             raise config.ConfigError([str(error)], source) from error
         if json:
@@ -203,7 +205,7 @@ def verify(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Check manifests, hashes and numbers of a dataset, store, phase, set, run, search or storage; touch nothing."""
+    """Check manifests, hashes, numbers of a dataset, store, phase, set, run, sweep, search, storage; touch nothing."""
     with outcome(debug):
         from rmdd.verify import verify as verify_
 

@@ -99,11 +99,14 @@ def load_folder(place: str) -> config.Run:
     import yaml
 
     from rmdd.places import run_folder
-    from rmdd.storage import located
+    from rmdd.storage import is_uri, located
 
     storage, file = located(place, "run.yaml", depth=1)
     if not file.is_file():
-        raise config.ConfigError(["no run.yaml in it; give a run's folder, such as runs/demo-0123abcd"], place)
+        absent = not is_uri(place) and not file.parent.is_dir()
+        found = "there is no such folder" if absent else "no run.yaml, sweep.json or search.json in it"
+        advice = "give the folder of a run, a sweep or a search, such as runs/demo-0123abcd"
+        raise config.ConfigError([f"{found}; {advice}"], place)
     raw = yaml.safe_load(file.read_text(encoding="utf-8"))
     if isinstance(raw, dict):
         raw["runtime"] = {**(raw.get("runtime") or {}), "storage": storage}

@@ -127,6 +127,10 @@ def _facts(facts: Mapping[str, Any]) -> Table:
         if not gpus["each"]
         else f"{gpus['each']:g} per worker; {gpus['experts']:g} keep all experts busy, {gpus['phases']:g} all phases",
     }
+    if tried := facts["search"]:
+        cost = "the distillation" if tried["experts"] == "shared" else "experts and distillation"
+        fields, trials = len(tried["fields"]), tried["trials"]
+        rows["search"] = f"{fields} fields, {trials} trials, at most {trials} times {cost}"
     if pay["over"]:
         rows["budget"] = f"[bold red]{pay['over']}[/]"
     for name, text in rows.items():
@@ -135,13 +139,14 @@ def _facts(facts: Mapping[str, Any]) -> Table:
 
 
 def _phases(facts: Mapping[str, Any]) -> Table:
-    table = Table(title="Phases")
+    guessed = facts["phases_foreseen"]
+    table = Table(title="Phases, as foreseen" if guessed else "Phases")
     for column in ("phase", "pairs", "starts", "endpoint", "iterations", "done"):
         table.add_column(column, justify="right")
     for number, p in enumerate(facts["phases"]):
-        starts = f"{p['start']} to {p['stop'] - 1}"
+        starts, end = ("planned",) * 2 if guessed else (f"{p['start']} to {p['stop'] - 1}", str(p["endpoint"]))
         done = "yes" if p["done"] else "no"
-        table.add_row(str(number), str(p["pairs"]), starts, str(p["endpoint"]), str(p["iterations"]), done)
+        table.add_row(str(number), str(p["pairs"]), starts, end, str(p["iterations"]), done)
     return table
 
 

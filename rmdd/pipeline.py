@@ -15,9 +15,8 @@ from typing import Any, TypeVar
 from rmdd import config, methods
 from rmdd.crew import Crew, open_crew, working_in
 from rmdd.data.captions import SplitCaptions
-from rmdd.data.ingest import ingest, shaping
+from rmdd.data.ingest import ingest
 from rmdd.data.material import Material
-from rmdd.data.place import absolute
 from rmdd.data.shards import Dataset
 from rmdd.distill.matching import finished, save_set
 from rmdd.distill.planning import PLAN, over_budget, with_phases
@@ -31,7 +30,7 @@ from rmdd.experts.train import begin_store
 from rmdd.files import atomic_path, read_json, write_json
 from rmdd.jobs import Executor, Failed, Interrupted, Mapper, OpenRanks, Spared, Stream, Task, in_turn, ranks_here
 from rmdd.models.text import embed, encoder_identity, text_width
-from rmdd.places import HEALTH, Places, candidates_of, device_of, places_of, protocol_of, run_folder
+from rmdd.places import HEALTH, Places, candidates_of, dataset_folder, device_of, places_of, protocol_of, run_folder
 from rmdd.progress import Progress, watched
 from rmdd.storage import anchored, open_storage
 from rmdd.tasks import Item, checkup, expert, material, phase, plan, record, student
@@ -99,12 +98,10 @@ class Pipeline:
         with self._timed("ingest"):
             run = self.run
             if run.data.source == "dataset":
-                dataset = Dataset.open(Path(str(run.data.root)))
+                dataset = Dataset.open(dataset_folder(run))
             else:
-                root = absolute(run.data.root) if run.data.root else ""
-                name = config.hash_value({"data": shaping(run.data), "root": root})
                 readers = watched(self.progress, "ingest", "pairs", self.readers)
-                dataset = ingest(run.data, self.storage.root / "data" / name, readers, run.runtime)
+                dataset = ingest(run.data, dataset_folder(run), readers, run.runtime)
             self._bind(dataset)
         counts = ", ".join(
             f"{split} {n['pairs']} pairs ({n['captions']} captions)" for split, n in dataset.counts.items()

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from rmdd import config, methods
+from rmdd.data.ingest import shaping
+from rmdd.data.place import absolute
 from rmdd.data.shards import Dataset
 from rmdd.distill.matching import snapshot_iterations
 from rmdd.evaluate import protocol
@@ -62,6 +64,15 @@ class Places:
 def run_folder(run: config.Run) -> Path:
     """Where a run keeps its results: its name and the hash of its value."""
     return root_of(run.runtime) / run.folder_name
+
+
+def dataset_folder(run: config.Run) -> Path:
+    """Where the dataset of a run lies, or will: named by its source and by what shapes it."""
+    if run.data.source == "dataset":
+        return Path(str(run.data.root))
+    root = absolute(run.data.root) if run.data.root else ""
+    name = config.hash_value({"data": shaping(run.data), "root": root})
+    return root_of(run.runtime) / "data" / name
 
 
 def device_of(run: config.Run) -> torch.device:

@@ -84,12 +84,17 @@ class Stage:
     def __init__(self, title: str, clock: Callable[[], float], say: Callable[[str], None] | None = None):
         self.title, self.clock, self.say = title, clock, say
         self.items: dict[str, _Item] = {}
+        self.most = self.each = self.ended = 0
         self.began = self.said = clock()
 
     def add(self, totals: Mapping[str, int]) -> None:
         """Follow more items; those that are followed already go on."""
         for name, total in totals.items():
             self.items.setdefault(name, _Item(total))
+
+    def expect(self, most: int, each: int, ended: int) -> None:
+        """There will be `most` items of `each` units, `ended` of them elsewhere; others are added as they begin."""
+        self.most, self.each, self.ended = most, each, ended
 
     def __call__(self, name: str, metrics: Mapping[str, Any]) -> None:
         item, now = self.items[name], self.clock()
@@ -104,25 +109,35 @@ class Stage:
             self.say(self.line(name))
 
     @property
+    def count(self) -> int:
+        """All items, also those that are not named yet."""
+        return max(self.most, len(self.items) + self.ended)
+
+    @property
     def finished(self) -> int:
-        return sum(item.finished for item in list(self.items.values()))
+        return self.ended + sum(item.finished for item in list(self.items.values()))
 
     @property
     def share(self) -> float:
-        total = sum(item.total for item in list(self.items.values()))
-        return sum(min(item.done, item.total) for item in list(self.items.values())) / total if total else 1.0
+        total = sum(item.total for item in list(self.items.values())) + self._nameless * self.each
+        done = sum(min(item.done, item.total) for item in list(self.items.values()))
+        return (done + self.ended * self.each) / (total + self.ended * self.each) if total + self.ended else 1.0
+
+    @property
+    def _nameless(self) -> int:
+        return self.count - len(self.items) - self.ended
 
     @property
     def left(self) -> float | None:
         """Seconds until all are finished at the pace so far; None before there is a pace."""
         won = sum(item.done - item.first for item in list(self.items.values()) if item.began is not None)
-        missing = sum(max(item.total - item.done, 0) for item in list(self.items.values()))
+        missing = sum(max(item.total - item.done, 0) for item in list(self.items.values())) + self._nameless * self.each
         elapsed = self.clock() - self.began
         return missing * elapsed / won if won > 0 else None
 
     def line(self, name: str) -> str:
         item = self.items[name]
-        parts = [f"{self.title}: {self.finished}/{len(self.items)} done, {self.share:.0%}"]
+        parts = [f"{self.title}: {self.finished}/{self.count} done, {self.share:.0%}"]
         if self.left is not None:
             parts.append(f"{_clock(self.left)} left")
         return ", ".join(parts) + f"; {name}: {item.done:g}/{item.total} {_metrics(item.metrics)}".rstrip()
@@ -130,7 +145,7 @@ class Stage:
     def table(self) -> Group:
         followed = list(self.items.items())  # others may be added meanwhile
         running = [(name, item) for name, item in followed if item.began is not None and not item.finished]
-        waiting = len(self.items) - self.finished - len(running)
+        waiting = self.count - self.finished - len(running)
         head = f"{self.title}  {self.finished} done, {len(running)} running, {waiting} waiting  {self.share:.0%}"
         left = "" if self.left is None else f"  {_clock(self.left)} left"
         rows = Table.grid(padding=(0, 2))

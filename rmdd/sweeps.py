@@ -35,15 +35,16 @@ SCORES = ("val", "test_last")
 
 @dataclass(frozen=True)
 class Member:
-    """One run of a sweep, and the values that set it apart."""
+    """One run of a sweep, the values that set it apart, and a name where it has one."""
 
     settings: dict[str, Any]
     run: config.Run
+    name: str | None = None
 
     @property
     def label(self) -> str:
-        """Such as `distill.method=lors distill.seed=0`."""
-        return " ".join(f"{key}={_word(value)}" for key, value in self.settings.items()) or self.run.name
+        """Its name, else such as `distill.method=lors distill.seed=0`."""
+        return self.name or " ".join(f"{key}={_word(value)}" for key, value in self.settings.items()) or self.run.name
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def sweep_folder(runs: Sequence[Member]) -> Path:
 def begin(runs: Sequence[Member]) -> Path:
     """Keep what the sweep is, so that it can be resumed by its folder; returns the folder."""
     folder = sweep_folder(runs)
-    plain = [{"settings": m.settings, "run": m.run.model_dump(mode="json")} for m in runs]
+    plain = [{"settings": m.settings, "run": m.run.model_dump(mode="json"), "name": m.name} for m in runs]
     write_json(folder / "sweep.json", {"schema_version": 1, "members": plain})
     return folder
 
@@ -133,7 +134,8 @@ def members_in(place: Path | str) -> list[Member]:
     listed = read_json(file)["members"] if file.is_file() else []
     moved = {"storage": storage}
     return [
-        Member(m["settings"], config.load({**m["run"], "runtime": {**m["run"]["runtime"], **moved}})) for m in listed
+        Member(m["settings"], config.load({**m["run"], "runtime": {**m["run"]["runtime"], **moved}}), m.get("name"))
+        for m in listed
     ]
 
 

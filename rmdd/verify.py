@@ -105,10 +105,12 @@ class Verifier:
                 self.phase(each)
         elif any((path / name).is_dir() for name in ("data", "experts", "phases")):
             self.whole(path)
+        elif not path.exists():
+            raise ValueError(f"there is no {self.storage.address(path)}; give a folder that rmdd wrote, or its URI")
         else:
             raise ValueError(
                 f"{self.storage.address(path)} holds nothing that rmdd writes (no {MANIFEST}, store.json, "
-                f"{DESCRIPTION}, run.yaml, phase or storage folders); give one of these folders"
+                f"{DESCRIPTION}, run.yaml, sweep.json, search.json, phase or storage folders); give one of these"
             )
         return self.found
 

@@ -112,6 +112,8 @@ def test_all_mistakes_are_told_at_once(here):
     bad = sets("experts.num=0", "distil.budget=3", "evaluate.students=many", "distill.phases.7.pairs=3")
     done = rmdd_("run", "demo", *bad)
     assert done.exit_code == 2 and done.stdout == ""
+    word = rmdd_("run", "demo", *sets("distill.phases=automatic"))
+    assert word.exit_code == 2 and "distill.phases: give a list of phases, or one of auto and adaptive" in word.stderr
     for words in ("experts.num", "distil: unknown key", "evaluate.students", "no entry '7'", "4 mistake"):
         assert words in done.stderr
     assert not list(here.iterdir())
@@ -170,6 +172,21 @@ def test_check_refuses_what_does_not_fit(here):
     assert over.exit_code == 2 and "over by" in over.stderr
     tower = rmdd_("check", "demo", *sets("model.image.name=nfnet_10"))
     assert tower.exit_code == 2 and "nfnet_l0" in tower.stderr
+
+
+def test_check_looks_at_the_search_too(here):
+    space = "search.space={distill.lr_image: {loguniform: [1, 10]}, experts.lr_image: {choice: [0.1, 0.2]}}"
+    shown = rmdd_("check", "demo", *sets(*TINY, space))
+    assert shown.exit_code == 0, shown.stderr
+    assert "2 fields, 24 trials, at most 24 times experts and distillation" in shown.stdout
+    grid = ("search.space={distill.steps: {int: [2, 4]}}", "search.sampler=grid")
+    facts = json.loads(rmdd_("check", "demo", "--json", *sets(*TINY, *grid)).stdout)
+    assert facts["search"] == {"fields": ["distill.steps"], "trials": 3, "experts": "shared"}
+    wrong = ("{distill.lr_imgae: {uniform: [1, 2]}}", "{distill.phases.0.endpoint: {int: [1, 99]}}")
+    for given, words in zip(wrong, ("lr_imgae: at 1.0: distill.lr_imgae: unknown key", "at 99: "), strict=True):
+        done = rmdd_("check", "demo", *sets(*TINY, f"search.space={given}"))
+        assert done.exit_code == 2 and words in done.stderr and done.stderr.count("mistake") == 1
+    assert not list(here.iterdir())
 
 
 def test_a_published_preset_is_checked_without_its_data_or_weights(here):
@@ -239,7 +256,8 @@ def test_resume_keeps_the_folder_wherever_it_lies(here, monkeypatch):
 
 
 def test_resume_refuses_what_it_cannot_go_on_with(here, monkeypatch):
-    assert "no run.yaml" in rmdd_("resume", "nowhere").stderr
+    assert "there is no such folder; give the folder of a run, a sweep or a search" in rmdd_("resume", "nowhere").stderr
+    assert "no run.yaml, sweep.json or search.json in it" in rmdd_("resume", str(here)).stderr
     steps = Steps().install(monkeypatch)
     rmdd_("run", "demo", "--quiet")
     file = steps.folder / "run.yaml"

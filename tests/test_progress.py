@@ -32,6 +32,22 @@ def test_log_has_start_end_and_at_most_a_line_in_ten_seconds():
     assert lines[1] == "phases: 0/2 done, 10%, 0:01:30 left; phase 0: 20/100 loss 0.25"
 
 
+def test_items_that_are_to_come_count():
+    clock = Clock()
+    progress, out = follow(clock)
+    with progress.stage("trials", {}) as stage:
+        for number in (3, 4):
+            stage.add({f"trial {number}": 2})
+            stage.expect(8, 2, ended=3)
+        clock.now = 20.0
+        stage("trial 3", {"done": 2})
+        assert (stage.finished, stage.count, stage.share, stage.left) == (4, 8, 8 / 16, None)
+        clock.now = 40.0
+        stage("trial 4", {"done": 1})
+        assert stage.left == 40.0 * 7
+    assert "trials: 4/8 done, 56%, 0:04:40 left; trial 4: 1/2" in out.getvalue()
+
+
 def test_a_resumed_item_is_not_credited_with_earlier_work():
     clock = Clock()
     progress, out = follow(clock)

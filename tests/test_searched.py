@@ -1,8 +1,11 @@
 """Whole searches: what they leave, what survives, and that test stays closed."""
 
 import csv
+import io
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +15,7 @@ import time
 import optuna
 import pytest
 import yaml
+from rich.console import Console
 from test_search import BOTH, LR, base_of, tiny
 from test_sweeps import QUIET, TINY
 from typer.testing import CliRunner
@@ -19,7 +23,8 @@ from typer.testing import CliRunner
 import rmdd
 from rmdd import cli, config, tasks
 from rmdd.places import run_folder
-from rmdd.report.search import write_page
+from rmdd.progress import Progress
+from rmdd.report.search import log_ticks, write_page
 from rmdd.searches import begun_in, check, search_folder
 from rmdd.searches.table import Table
 from rmdd.verify import verify
@@ -47,9 +52,26 @@ def test_a_search_leaves_its_table_plots_and_best_run_file(searched):
         lines = list(csv.DictReader(file))
     assert [float(line["distill.lr_image"]) for line in lines] == [row["values"]["distill.lr_image"] for row in rows]
     page = (found.folder / "report.html").read_text()
+    assert "best.yaml" in page and ">complete</text>" in page and ">best</text>" in page
     assert page.count("<svg") >= 2 and "http" not in page.replace("http-equiv", "")
     assert len(list((storage / "experts").glob("*/"))) == 1, "experts are trained once"
     assert found.folder.parent == storage / "searches"
+
+
+def test_ticks_of_a_logarithmic_range_are_few_and_told_as_they_are():
+    assert log_ticks(10, 10000) == [10, 100, 1000, 10000]
+    assert log_ticks(0.005, 0.05) == [0.005, 0.011, 0.023, 0.05]
+    assert log_ticks(1, 3, whole=True) == [1, 2, 3]
+
+
+def test_a_search_counts_its_trials_by_those_asked_for(tmp_path):
+    out = io.StringIO()
+    clock = (11.0 * tick for tick in itertools.count())  # every report comes late enough for a line of the log
+    progress = Progress(console=Console(file=out, width=200), clock=lambda: next(clock))
+    for trials in (2, 3):
+        rmdd.search(tiny(tmp_path, trials=trials), progress=progress)
+    shown = re.findall(r"^trials: (\d)/(\d) done", out.getvalue(), re.MULTILINE)
+    assert {most for _, most in shown} == {"2", "3"} and min(done for done, most in shown if most == "3") == "2"
 
 
 def test_no_trial_opens_test(searched):

@@ -174,3 +174,5 @@ def test_the_command_prints_what_is_broken_and_fails(root):
 def test_a_folder_of_something_else_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds nothing that rmdd writes"):
         verify(str(tmp_path))
+    with pytest.raises(ValueError, match=r"there is no .*/absent; give a folder that rmdd wrote"):
+        verify(str(tmp_path / "absent"))

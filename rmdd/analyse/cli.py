@@ -77,14 +77,16 @@ def pca_(
 def collapse_(
     source: Source,
     set_: Sets = None,
-    epochs: Annotated[str | None, typer.Option(help="Last start epochs, such as 2,4,6; default: five of them.")] = None,
+    epochs: Annotated[
+        str | None, typer.Option(help="Stops (exclusive ends of the range of starts), such as 2,4,6; default: five.")
+    ] = None,
     iterations: Annotated[int | None, typer.Option(min=1, help="Updates of each; default: those of phase 0.")] = None,
     trajectories: Annotated[str, typer.Option(help="original, shortcut, or both with a comma.")] = "original",
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Teacher against student by last start epoch (Figure 2a, Table 7); a distillation each."""
+    """Teacher against student by stop of the starts (Figure 2a, Table 7); a distillation each."""
 
     def table(run: config.Run, progress: "Progress") -> dict[str, Any]:
         from rmdd.analyse.tables import collapse
@@ -181,7 +183,8 @@ def _runs(
 
 
 def _told(found: dict[str, Any]) -> dict[str, Any]:
-    """With lines for people: the rows as a table, and the files."""
+    """With lines for people: the rows as a table, what they are, and the files."""
     from rmdd.console import rows_table
 
-    return found | {"say": [rows_table(found["rows"]), *(f"wrote {file}" for file in found["files"])]}
+    table, notes = rows_table(found["rows"]), [found["note"]] if "note" in found else []
+    return found | {"say": [table, *notes, *(f"wrote {file}" for file in found["files"])]}

@@ -3,12 +3,14 @@
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from rmdd.files import atomic_path
 
@@ -46,15 +48,35 @@ class Sheet:
         y: Mapping[str, Sequence[int | float]],
         xlabel: str,
         ylabel: str,
+        spreads: Mapping[str, Sequence[float]] = MappingProxyType({}),
     ) -> Axes:
+        """Named lines, with error bars where a spread is given; whole numbers get whole ticks."""
         ax = self.panels[panel]
         with matplotlib.rc_context(STYLE):
             for (name, values), colour in zip(y.items(), COLOURS * (1 + len(y)), strict=False):
-                ax.plot(x, values, marker="o", ms=3, color=colour, label=name)
+                ax.errorbar(x, values, spreads.get(name), marker="o", ms=3, capsize=2, color=colour, label=name)
             ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+            if all(isinstance(value, int) for value in x):
+                ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
             if len(y) > 1:
                 ax.legend()
         return ax
+
+    def rows(
+        self,
+        panel: int,
+        title: str,
+        names: Sequence[str],
+        means: Sequence[float],
+        spreads: Sequence[float],
+        ylabel: str,
+    ) -> None:
+        """A point with an error bar per name; names have no order, so no line joins them."""
+        ax, places = self.panels[panel], range(len(names))
+        with matplotlib.rc_context(STYLE):
+            ax.errorbar(places, means, spreads, fmt="o", ms=5, capsize=4, color=COLOURS[0])
+            ax.set(title=title, ylabel=ylabel, xlim=(-0.5, len(names) - 0.5))
+            ax.set_xticks(places, names)
 
     def points(
         self,
@@ -63,14 +85,15 @@ class Sheet:
         groups: Mapping[str, tuple[Sequence[int | float], Sequence[int | float]]],
         xlabel: str,
         ylabel: str,
+        legend: str,
     ) -> None:
-        """Named groups of points, coloured in their order."""
+        """Named groups of points, coloured in their order; `legend` says what the names are."""
         ax, shades = self.panels[panel], matplotlib.colormaps["viridis"]
         with matplotlib.rc_context(STYLE):
             for i, (name, (x, y)) in enumerate(groups.items()):
                 ax.scatter(x, y, s=12, color=shades(i / max(1, len(groups) - 1)), label=name)
             ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
-            ax.legend(ncols=2)
+            ax.legend(ncols=2, title=legend, title_fontsize=8)
 
     def matrix(self, panel: int, title: str, values: np.ndarray, ticks: Sequence[int | float], label: str) -> None:
         """A square of cosines, on a scale from -1 to 1."""

@@ -95,7 +95,7 @@ def pca(
         ]
         groups = {f"{s:g}": (coordinates[i, :, 0].tolist(), coordinates[i, :, 1].tolist()) for i, s in _few(probe)}
         axes = (f"first component ({shares[0]:.0%})", f"second component ({shares[1]:.0%})")
-        sheet.points(panel, f"{name}: gradients by start epoch", groups, *axes)
+        sheet.points(panel, f"{name}: gradients", groups, *axes, legend="start epoch")
     files = [setting.folder / "pca.csv", setting.folder / "pca.svg"]
     write_csv(files[0], points)
     sheet.save(files[1])

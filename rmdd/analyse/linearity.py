@@ -1,6 +1,6 @@
 """Proposition 1 of PTM-ST in numbers: on a straight path the matching gradient changes linearly with the start.
 
-    |grad L(t + d) - grad L(t)| / d   tends to a constant as d goes to 0
+    ratio = |grad L(start + distance) - grad L(start)| / distance   tends to a constant as the distance goes to 0
 
 In float64, with the same batches and masks. `joined` is the original trajectory with straight lines between its epochs:
 straight around t as well, but with a bend at every epoch, which a target on the far side of it feels.
@@ -23,6 +23,12 @@ from rmdd.experts.store import Store
 from rmdd.experts.train import expert_model
 from rmdd.models.dual import Params
 from rmdd.pipeline import Pipeline
+
+NOTE = (
+    "ratio: norm of the change of the matching gradient from start to start + distance, over the distance (epochs); "
+    "Proposition 1 says that it levels off as the distance goes to 0. joined: the original trajectory, straight "
+    "between its epochs"
+)
 
 
 class DoubleStore(Store):
@@ -60,7 +66,7 @@ def linearity(
     inner_steps: int = 1,
     shortcut_only: bool = False,
 ) -> dict[str, Any]:
-    """The ratio for d = 0.1 and its halves, on the first expert; one student step, as in the proposition.
+    """The ratio for a distance of 0.1 epochs and its halves, on the first expert; one student step, as in the paper.
 
     Writes linearity.csv and linearity.svg to the run's folder `analyse`.
     """
@@ -84,13 +90,17 @@ def linearity(
             matcher.use_path(matcher.experts[0], joined(store, matcher.experts[0]))
         found = changes(matcher, synthetic, 0, start, steps)
         ratios[name] = [float(c) / d for c, d in zip(found, steps, strict=True)]
-    rows = [{"d": d, **{name: ratios[name][i] for name in ratios}} for i, d in enumerate(steps)]
+    rows = [
+        {"trajectory": name, "start": start, "distance": d, "ratio": ratio}
+        for name, of_one in ratios.items()
+        for d, ratio in zip(steps, of_one, strict=True)
+    ]
     sheet = Sheet(1, width=4.4)
-    xlabel, ylabel = "d, epochs between the starts", "norm of the gradient's change / d"
+    xlabel, ylabel = "distance, epochs between the starts", "ratio: change of the gradient / distance"
     ax = sheet.lines(0, f"linear in the start? start {start:g}", steps, ratios, xlabel, ylabel)
     ax.set_xscale("log")
     ax.set_yscale("log")
     files = [setting.folder / "linearity.csv", setting.folder / "linearity.svg"]
     write_csv(files[0], rows)
     sheet.save(files[1])
-    return {"rows": rows, "files": [str(f) for f in files]}
+    return {"rows": rows, "note": NOTE, "files": [str(f) for f in files]}

@@ -5,7 +5,8 @@ scored like one.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,19 @@ from rmdd.places import run_folder
 from rmdd.progress import Progress
 from rmdd.sweeps import Member, Swept, members, run_all
 
-AXES = {"shift": "ranges and endpoints", "endpoints": "endpoints of the phases", "delta": "epochs from range to range"}
-TABLES = tuple(AXES)
+TITLES = {
+    "shift": "ranges and endpoints, shifted from phase to phase or not",
+    "endpoints": "endpoints of the phases",
+    "delta": "epochs by which ranges move on from phase to phase",
+}
+TABLES = tuple(TITLES)
+STOP = "exclusive end of the range of starts"
 
 
 def collapse_members(
     run: config.Run, epochs: Sequence[int], trajectories: Sequence[str], iterations: int | None = None
 ) -> list[Member]:
-    """One run per trajectory and last start epoch: all pairs in one phase, whole starts uniform in 0 .. e - 1."""
+    """One run per trajectory and stop: all pairs in one phase, whole starts uniform in 0 .. stop - 1."""
     last = run.experts.epochs
     phase: dict[str, Any] = {
         "pairs": _pairs_in_one(run),
@@ -45,24 +51,28 @@ def collapse_members(
     }
     same |= {"anchors": 2, "smooth_anchors": False}
     run = run.model_copy(update={"distill": run.distill.model_copy(update=same)})
-    settings = [
-        {"distill.trajectory": trajectory, "distill.phases": [phase | {"start": 0, "stop": e}]}
+    settings = {
+        f"{trajectory}, {stop}": {
+            "distill.trajectory": trajectory,
+            "distill.phases": [phase | {"start": 0, "stop": stop}],
+        }
         for trajectory in trajectories
-        for e in epochs
-    ]
+        for stop in epochs
+    }
     return _members(run, settings)
 
 
 def collapse_axes(
     run: config.Run, epochs: Sequence[int] | None, trajectories: Sequence[str]
 ) -> tuple[list[int], list[str]]:
-    """Last start epochs, five by default, and trajectories. Raises `ConfigError` with all that does not fit the run."""
+    """Stops, five by default, and trajectories. Raises `ConfigError` with all that does not fit the run."""
     last = run.experts.epochs - run.distill.match_epochs + 1
     chosen = sorted(set(epochs or [max(1, round(last * i / 5)) for i in range(1, 6)]))
     mistakes = [
-        f"starts below epoch {e} do not fit experts of {run.experts.epochs} epochs; give epochs from 1 to {last}"
-        for e in chosen
-        if not 1 <= e <= last
+        f"--epochs: stop {stop} ({STOP}) does not fit experts of {run.experts.epochs} epochs; give stops from 1 to "
+        f"{last}"
+        for stop in chosen
+        if not 1 <= stop <= last
     ]
     wrong = sorted(set(trajectories) - set(TRAJECTORIES))
     if wrong or not trajectories:
@@ -82,8 +92,9 @@ def collapse(
     iterations: int | None = None,
     trajectories: Sequence[str] = ("original",),
 ) -> dict[str, Any]:
-    """Teacher against student by last start epoch (PTM-ST, figure 2a and Table 7); scored on val.
+    """Teacher against student by stop, the exclusive end of the range of starts (PTM-ST, figure 2a and Table 7).
 
+    Scored on val.
     Writes collapse.csv and collapse.svg to the run's folder `analyse`.
     """
     epochs, trajectories = collapse_axes(run, epochs, trajectories)
@@ -96,15 +107,15 @@ def collapse(
     rows: list[dict[str, Any]] = []
     for member, found in zip(cells, swept.runs, strict=True):
         stop = member.run.distill.phases[0].stop
-        row = {"trajectory": member.run.distill.trajectory, "epoch": stop, "teacher": float(teacher[stop])}
+        row = {"trajectory": member.run.distill.trajectory, "stop": stop, "teacher": float(teacher[stop])}
         rows.append(row | _student(found))
     sheet = Sheet(1, width=4.4)
-    lines = {"teacher": [float(teacher[e]) for e in epochs]}
+    lines, spreads = {"teacher": [float(teacher[e]) for e in epochs]}, {}
     for trajectory in trajectories:
-        of_one = [r for r in rows if r["trajectory"] == trajectory]
-        lines[f"student, {trajectory}"] = [r.get("student", float("nan")) for r in of_one]
-    xlabel = "epochs of the teacher; exclusive end of the starts"
-    sheet.lines(0, "teacher and student", epochs, lines, xlabel, "val R@mean, %")
+        name = f"student, {trajectory}"
+        lines[name], spreads[name] = _scores([r for r in rows if r["trajectory"] == trajectory])
+    xlabel = f"stop ({STOP}); epoch of the teacher"
+    sheet.lines(0, "teacher and student", epochs, lines, xlabel, "val R@mean, %", spreads)
     return _left(folder, "collapse", rows, sheet, swept)
 
 
@@ -165,12 +176,7 @@ def sweep(run: config.Run, progress: Progress, table: str) -> dict[str, Any]:
     swept = run_all(cells, progress)
     rows = [{"row": name, **_student(found)} for name, found in zip(names, swept.runs, strict=True)]
     sheet = Sheet(1, width=1.5 + 1.3 * len(rows))
-    places = list(range(len(rows)))
-    ax = sheet.lines(
-        0, table, places, {"": [r.get("student", float("nan")) for r in rows]}, AXES[table], "val R@mean, %"
-    )
-    ax.set_xticks(places)
-    ax.set_xticklabels([r["row"] for r in rows])
+    sheet.rows(0, f"students by {TITLES[table]}", names, *_scores(rows), "val R@mean, %")
     return _left(folder, f"sweep-{table}", rows, sheet, swept)
 
 
@@ -182,7 +188,8 @@ def table_members(run: config.Run, table: str) -> tuple[list[str], list[Member],
         distinct.setdefault(json.dumps(phases), name)
     if not distinct:
         raise config.ConfigError([f"no row of the table '{table}' fits the experts; train them for longer"], "analyse")
-    return list(distinct.values()), _members(run, [{"distill.phases": json.loads(p)} for p in distinct]), left_out
+    cells = _members(run, {name: {"distill.phases": json.loads(phases)} for phases, name in distinct.items()})
+    return list(distinct.values()), cells, left_out
 
 
 def _pairs_in_one(run: config.Run) -> int:
@@ -198,18 +205,25 @@ def _fits(run: config.Run, phase: dict[str, Any]) -> bool:
     return run.distill.reach(config.Phase(**phase)) <= limit
 
 
-def _members(run: config.Run, settings: list[dict[str, Any]]) -> list[Member]:
-    """Runs on the experts of `run`: what the store keeps stays as it is, lest others be trained."""
+def _members(run: config.Run, settings: Mapping[str, dict[str, Any]]) -> list[Member]:
+    """Named runs on the experts of `run`: what the store keeps stays as it is, lest others be trained."""
     raw = run.model_dump(mode="json")
     kept = kept_epochs(run)
     raw["experts"]["keep"] = "all" if kept is None else list(kept)
-    return members(lambda chosen: config.load(raw, chosen), {}, settings)
+    runs = members(lambda chosen: config.load(raw, chosen), {}, settings.values())
+    return [replace(member, name=name) for name, member in zip(settings, runs, strict=True)]
 
 
 def _student(found: dict[str, Any]) -> dict[str, Any]:
     if "error" in found:
         return {"error": found["error"]}
     return {"student": found["val"]["mean"], "spread": found["val"]["std"]}
+
+
+def _scores(rows: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
+    """Mean and spread of the students of each row; not a number where there is none."""
+    nothing = float("nan")
+    return [r.get("student", nothing) for r in rows], [r.get("spread", nothing) for r in rows]
 
 
 def _prepared(run: config.Run, progress: Progress) -> tuple[config.Run, Store]:

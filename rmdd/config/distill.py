@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
 from rmdd.config.plan import Plan
@@ -76,6 +76,10 @@ class Guard(Section):
     dead_similarity: bool = Field(
         True, description="wbce: no learned diagonal entry above 0.5, so that no pair is a positive, has derailed"
     )
+
+
+WORDS = ("auto", "adaptive")
+"""What `phases` may say in place of a list."""
 
 
 class Distill(Section):
@@ -185,11 +189,18 @@ class Distill(Section):
     @classmethod
     def _word_for_phases(cls, value: Any) -> Any:
         """`phases: auto` is an empty list and `plan.kind: auto`."""
-        if isinstance(value, dict) and value.get("phases") in ("auto", "adaptive"):
+        if isinstance(value, dict) and value.get("phases") in WORDS:
             plan = {} if value.get("plan") is None else value["plan"]
             plan = plan.model_dump() if isinstance(plan, Plan) else plan
             if isinstance(plan, dict):
                 return {**value, "phases": (), "plan": {**plan, "kind": value["phases"]}}
+        return value
+
+    @field_validator("phases", mode="before")
+    @classmethod
+    def _list_of_phases(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError(f"give a list of phases, or one of {' and '.join(WORDS)}")
         return value
 
     @property

@@ -169,16 +169,19 @@ def make_plan(run: config.Run, store: Store, train: Material, device: torch.devi
         for m, (low, stop), end, count in zip(pairs, spans, ends, updates, strict=True)
     ]
     share = measured.share
+    fewer = f"; only {asked} of the epochs have a wanted share of the gain" if asked < plan.max_phases else ""
     reasons = [
-        f"{len(phases)} of at most {asked} phases: {'+'.join(map(str, pairs))} pairs fit the budget of {rule.budget}, "
-        f"{'+'.join(map(str, updates))} updates; a phase wants {plan.min_pairs} and {plan.min_iterations}"
+        f"{len(phases)} of at most {plan.max_phases} phases: {'+'.join(map(str, pairs))} pairs fit the budget of "
+        f"{rule.budget}, {'+'.join(map(str, updates))} updates; a phase wants {plan.min_pairs} and "
+        f"{plan.min_iterations}{fewer}"
     ]
     for p, (phase, end, probe) in enumerate(zip(phases, ends, seen, strict=True)):
         beside = ", ".join(f"{c:.2f}" for c in probe.agreement().diagonal(1).tolist())
         reasons.append(
             f"phase {p} ends at epoch {end}, where the teacher has {share[end]:.2f} of its gain (wanted "
             f"{min(1.0, plan.reach + p * plan.reach_step):.2f}) and the shortcut {measured.straightness[end]:.2f} of "
-            f"its path; starts [{phase.start}, {phase.stop}): neighbouring starts agree by {beside or 'none'}"
+            f"its path; starts [{phase.start}, {phase.stop}): neighbouring starts agree by {beside or 'none'} "
+            f"(wanted {plan.agreement:.2f})"
         )
     return {
         "schema_version": SCHEMA,

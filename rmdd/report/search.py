@@ -1,11 +1,14 @@
 """The page of a search: its table, which fields matter, and val over each of them."""
 
 import json
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
+import numpy as np
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from rmdd import config
 from rmdd.files import atomic_path
@@ -14,6 +17,7 @@ from rmdd.report.plots import IMAGE, INK, REST, STYLE, TEXT, Drawing
 if TYPE_CHECKING:
     from rmdd.searches.table import Table
 
+BEST = " The run file of the best trial is best.yaml, beside this page."
 LABEL = 18
 """Letters of a choice under a plot; the table has all."""
 
@@ -23,6 +27,7 @@ HEAD = """<!doctype html>
 body {{ max-width: 72rem; margin: 2rem auto; padding: 0 1rem }}
 .plots {{ display: flex; flex-wrap: wrap; gap: 1rem }} .plots svg {{ width: 22rem }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
+.table {{ overflow-x: auto }}
 th, td {{ padding: .2rem .7rem; text-align: left; border-bottom: 1px solid #8884 }} .best {{ font-weight: 700 }}
 </style></head><body>
 """
@@ -41,7 +46,10 @@ def write_page(path: Path, base: config.Run, table: "Table") -> None:
     parts = [
         HEAD.format(title=escape(title)),
         f"<h1>{escape(title)}</h1><p>{escape(told)}. Val R@mean in %; test was not read. "
-        f"Sampler {base.search.sampler}, pruner {base.search.pruner}.</p>",
+        f"Sampler {base.search.sampler}, pruner {base.search.pruner}.{BEST if table.best else ''}</p>",
+        f"<p>What matters is judged by {len(done)} finished trials (fANOVA); of few it means little.</p>"
+        if table.importance
+        else "",
         f'<div class="plots">{"".join(drawings)}</div>',
         _rows(base, table),
         "</body></html>\n",
@@ -59,7 +67,7 @@ def _rows(base: config.Run, table: "Table") -> str:
         cells.append(row["cost"].get("iterations", ""))
         style = ' class="best"' if row["number"] in table.best else ""
         body += f"<tr{style}>" + "".join(f"<td>{escape(_word(cell))}</td>" for cell in cells) + "</tr>\n"
-    return f"<table><tr>{head}</tr>\n{body}</table>"
+    return f'<div class="table"><table><tr>{head}</tr>\n{body}</table></div>'
 
 
 def _word(value: Any) -> str:
@@ -84,31 +92,45 @@ def importance(shares: dict[str, float]) -> str:
 
 
 def slice_of(field: str, base: config.Run, table: "Table") -> str:
-    """Val over one field, a point per trial: those that ended early are pale, the best is ringed."""
+    """Val over one field, a point per trial: those without a last snapshot are pale, the best is ringed."""
     drawing, each = Drawing(field, "", "val R@mean"), base.search.space[field]
     rows = [row for row in table.rows if field in row["values"] and row["val"] is not None]
     choices = [json.dumps(choice) for choice in each.choice or ()]
+    values = [row["values"][field] for row in rows]
     with matplotlib.rc_context(STYLE):
-        for row in rows:
-            value = row["values"][field]
-            at = choices.index(json.dumps(value)) if choices else value
-            drawing.ax.plot([at], [row["val"]], "o", ms=4, color=IMAGE if row["state"] == "complete" else REST)
-            if row["number"] in table.best:
-                drawing.ax.plot([at], [row["val"]], "o", ms=9, mfc="none", color=INK)
+        _trials(drawing, [choices.index(json.dumps(v)) for v in values] if choices else values, rows, table)
         if choices:
             drawing.ax.set_xticks(range(len(choices)), [_label(choice) for choice in each.choice or ()])
         elif each.kind.startswith("log"):
             drawing.ax.set_xscale("log")
+            ticks = log_ticks(*each.ends, whole=each.kind == "logint")
+            drawing.ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            drawing.ax.xaxis.set_minor_locator(NullLocator())
+        elif each.kind == "int":
+            drawing.ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
     return drawing.svg()
+
+
+def _trials(drawing: Drawing, at: Sequence[float | int], rows: Sequence[Mapping[str, Any]], table: "Table") -> None:
+    """A point per trial, by how it ended, with a ring around the best."""
+    for name, colour, complete in (("complete", IMAGE, True), ("pruned or open", REST, False)):
+        points = [(x, r["val"]) for x, r in zip(at, rows, strict=True) if (r["state"] == "complete") == complete]
+        if points:
+            drawing.ax.plot(*zip(*points, strict=True), "o", ms=4, color=colour, label=name)
+    if best := [(x, r["val"]) for x, r in zip(at, rows, strict=True) if r["number"] in table.best]:
+        drawing.ax.plot(*zip(*best, strict=True), "o", ms=9, mfc="none", color=INK, label="best")
+
+
+def log_ticks(low: float | int, high: float | int, whole: bool = False) -> list[float | int]:
+    """Up to four numbers of two digits, evenly spread over a logarithmic range."""
+    spread = (float(f"{tick:.2g}") for tick in np.geomspace(low, high, 4))
+    return list(dict.fromkeys(round(tick) if whole else tick for tick in spread))
 
 
 def front(cost: str, table: "Table") -> str:
     """Val over cost; those that no other beats are ringed."""
     drawing = Drawing("val against cost", cost, "val R@mean")
     with matplotlib.rc_context(STYLE):
-        for row in table.rows:
-            if row["state"] == "complete":
-                drawing.ax.plot([row["cost"][cost]], [row["val"]], "o", ms=4, color=IMAGE)
-                if row["number"] in table.best:
-                    drawing.ax.plot([row["cost"][cost]], [row["val"]], "o", ms=9, mfc="none", color=INK)
+        rows = [row for row in table.rows if row["state"] == "complete"]
+        _trials(drawing, [row["cost"][cost] for row in rows], rows, table)
     return drawing.svg()

@@ -28,6 +28,8 @@ from rmdd.storage import located, open_storage, root_of
 LASTING = ("trials", "concurrency", "storage")
 """Fields of `search` that may change between sittings."""
 
+WidthOf = Callable[[config.TextTower], int]
+
 
 @dataclass(frozen=True)
 class Searched:
@@ -45,9 +47,9 @@ def search_folder(base: config.Run) -> Path:
     return root_of(base.runtime) / "searches" / f"{base.name}-{value}"
 
 
-def check(base: config.Run) -> None:
-    """Raise `ConfigError` with all that is wrong with the space of a search."""
-    mistakes = _planned(base) or Space(base.search).mistakes(loader(base), lambda run: refused(base, run))
+def check(base: config.Run, width_of: WidthOf = text_width) -> None:
+    """Raise `ConfigError` with all that is wrong with the space; `width_of` gives the length of a text embedding."""
+    mistakes = _planned(base) or Space(base.search).mistakes(loader(base), lambda run: refused(base, run, width_of))
     if mistakes:
         raise config.ConfigError(mistakes, base.name)
 
@@ -67,18 +69,18 @@ def _planned(base: config.Run) -> list[str]:
     return [f"search.space.{field}: {told}" for field in fields if alone and field.startswith("distill.plan.")]
 
 
-def refused(base: config.Run, run: config.Run) -> list[str]:
+def refused(base: config.Run, run: config.Run, width_of: WidthOf = text_width) -> list[str]:
     """What is known to stop a trial before it begins, beside its run file."""
     found = []
     if run.distill.budget_check == "error":
         try:
             if run.distill.plan.plans:
-                foreseen(run, text_width(run.model.text))
-            elif told := over_budget(run):
+                foreseen(run, width_of(run.model.text))
+            elif told := over_budget(run, width_of(run.model.text)):
                 found.append(told)
         except ValueError as error:
             found.append(str(error))
-    if _shares_experts(base) and run.experts.keep == "endpoints" and run.endpoints != base.endpoints:
+    if shares_experts(base) and run.experts.keep == "endpoints" and run.endpoints != base.endpoints:
         found.append(
             f"the trial reads epochs {list(run.endpoints)} and the experts keep {list(base.endpoints)}; set "
             "experts.keep: all, so that they are trained once"
@@ -120,12 +122,13 @@ def run_search(base: config.Run, progress: Progress | None = None) -> Searched:
         with held(folder / "shared", wait=True):
             pipeline = Pipeline.of(base, crew, progress)
             pipeline.splits = SPLITS
-            (pipeline.experts if _shares_experts(base) else pipeline.ingest)()
+            (pipeline.experts if shares_experts(base) else pipeline.ingest)()
         with progress.stage("trials", {}) as stage:
             rungs = base.distill.snapshots
 
             def show(name: str, metrics: Values) -> None:
                 stage.add({name: rungs})
+                stage.expect(study.limit, rungs, len(study.ended - stage.items.keys()))
                 stage(name, {**metrics, "done": min(metrics["done"], rungs)})
 
             with Study(base, folder, known, lambda run: refused(base, run), progress.say, show) as study:
@@ -148,5 +151,6 @@ def in_turn(inquiry: Inquiry, open_climber: Callable[[Any], Climber], most: int 
             inquiry.failed(name, f"{type(error).__name__}: {error}")
 
 
-def _shares_experts(base: config.Run) -> bool:
+def shares_experts(base: config.Run) -> bool:
+    """Whether all trials of a search are distilled from the same experts."""
     return all(field.split(".")[0] == "distill" for field in base.search.space)

@@ -38,6 +38,7 @@ class Space:
     """The dimensions of a search, each after those that it depends on."""
 
     def __init__(self, search: config.Search):
+        self.search = search
         self.dimensions = {field: search.space[field] for field in search.ordered()}
 
     def suggest(self, trial: Any) -> dict[str, Any]:
@@ -85,6 +86,11 @@ class Space:
                 for drawn in ([{**row, field: p} for p in points] if each.holds(self._decoded(row)) else [row])
             ]
         return rows
+
+    @property
+    def trials(self) -> int:
+        """How many there are to be: those asked for, of a grid no more than it has points."""
+        return min(self.search.trials, len(self.grid())) if self.search.sampler == "grid" else self.search.trials
 
     def _decoded(self, row: Mapping[str, Any]) -> dict[str, Any]:
         return {field: decoded(self.dimensions[field], value) for field, value in row.items()}

@@ -108,8 +108,14 @@ class Study:
     @property
     def limit(self) -> int:
         """How many trials there are to be."""
-        asked = self.search.trials
-        return min(asked, len(self.space.grid())) if self.search.sampler == "grid" else asked
+        return self.space.trials
+
+    @property
+    def ended(self) -> set[str]:
+        """Names of the trials that ended, also in earlier sittings and by other drivers, of those that count."""
+        grid = self.search.sampler == "grid"
+        ended = (t for t in begun(self.study) if t.state.is_finished())
+        return {self._name(t.number) for t in ended if grid or not t.user_attrs.get(INFEASIBLE)}
 
     # -- what the runner calls ---------------------------------------------------------------------------------------
 

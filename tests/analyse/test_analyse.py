@@ -24,6 +24,7 @@ from rmdd.experts.train import kept_epochs
 from rmdd.pipeline import open_pipeline
 from rmdd.places import places_of, run_folder
 from rmdd.progress import Progress
+from rmdd.sweeps import members_in
 
 EPOCHS = 3
 PHASES = [
@@ -124,7 +125,10 @@ def test_components_of_the_gradients(trained):
 
 def test_the_collapse_has_teacher_and_student(trained):
     found = say(trained, "collapse", "--epochs", "1,3", "--iterations", "2", "--trajectories", "original,shortcut")
-    assert [(r["trajectory"], r["epoch"]) for r in found["rows"]] == [
+    words = re.findall(r"<!-- (.*?) -->", Path(found["files"][1]).read_text())
+    assert "stop (exclusive end of the range of starts); epoch of the teacher" in words
+    assert not [w for w in words if re.fullmatch(r"\d\.\d+", w) and float(w) <= 3], "epochs are whole"
+    assert [(r["trajectory"], r["stop"]) for r in found["rows"]] == [
         ("original", 1),
         ("original", 3),
         ("shortcut", 1),
@@ -144,7 +148,10 @@ def test_a_cell_of_the_collapse_is_one_phase_with_the_whole_budget():
     (member,) = collapse_members(run, [2], ["original"], 7)
     (phase,) = member.run.distill.phases
     assert (phase.start, phase.stop, phase.iterations, phase.pairs) == (0, 2, 7, 8)
-    with pytest.raises(config.ConfigError, match=r"below epoch 4 do not fit experts of 3 epochs; give .* 1 to 3"):
+    assert member.label == "original, 2"
+    with pytest.raises(
+        config.ConfigError, match=r"stop 4 .exclusive end.* not fit experts of 3 epochs; give .* 1 to 3"
+    ):
         collapse_axes(run, [4], ["original"])
 
 
@@ -216,6 +223,9 @@ def test_cells_that_fail_are_told_and_end_with_1(trained):
 def test_a_table_is_a_sweep(trained):
     found = say(trained, "sweep", "--table", "endpoints")
     assert [r["row"] for r in found["rows"]] == ["1+2", "2+3"] and all(r["student"] >= 0 for r in found["rows"])
+    words = re.findall(r"<!-- (.*?) -->", Path(found["files"][1]).read_text())
+    assert "students by endpoints of the phases" in words and {"1+2", "2+3"} <= set(words)
+    assert [m.label for m in members_in(found["sweep"])] == ["1+2", "2+3"]
     assert (trained / "runs" / "sweeps").is_dir()
 
 
@@ -223,9 +233,10 @@ def test_the_gradient_is_linear_in_the_start_on_a_straight_path(trained):
     """The ratio settles, once no ReLU turns between the two starts any more."""
     with open_pipeline(load(trained / "runs"), Progress(quiet=True)) as pipeline:
         found = linearity(pipeline, halvings=10, start=1.3)
-    assert [row["d"] for row in found["rows"]] == [0.1 / 2**i for i in range(11)]
     for name in ("shortcut", "joined"):
-        ratios = [row[name] for row in found["rows"]]
+        rows = [row for row in found["rows"] if row["trajectory"] == name]
+        assert [(row["start"], row["distance"]) for row in rows] == [(1.3, 0.1 / 2**i) for i in range(11)]
+        ratios = [row["ratio"] for row in rows]
         assert all(math.isfinite(r) and r > 0 for r in ratios)
         assert abs(ratios[-1] - ratios[-2]) < 0.01 * ratios[-1]
 
@@ -239,7 +250,7 @@ def test_the_gradient_is_linear_in_the_start_on_a_straight_path(trained):
         (["gradients", "--draws", "0"], "--draws"),
         (["pca", "--endpoint", "2", "--experts", "1", "--draws", "1"], "2 gradients, 3 are needed"),
         (["collapse", "--epochs", "2,x"], "--epochs 2,x: write whole numbers, such as 2,4,6"),
-        (["collapse", "--epochs", "0,2,4"], "starts below epoch 4 do not fit experts of 3 epochs"),
+        (["collapse", "--epochs", "0,2,4"], "stop 4 (exclusive end of the range of starts) does not fit experts of 3"),
         (["collapse", "--trajectories", "orignal"], "no trajectory 'orignal'; give one or both of original, shortcut"),
         (["sweep", "--table", "sizes"], "no table 'sizes'; give one of shift, endpoints, delta"),
         (["sweep", "--set", "distill.phases=" + json.dumps(PHASES[:1])], "the run has one; give it two or more"),

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -18,12 +18,14 @@ from typer.testing import CliRunner
 import rmdd
 from rmdd import cli, config
 from rmdd.artefact.distilled import DistilledSet
-from rmdd.comparisons import begun_in, certainty, engine
+from rmdd.comparisons import begun_in, engine
 from rmdd.comparisons.compare import begin
 from rmdd.comparisons.published import beside
 from rmdd.coresets.subset import Subset
 from rmdd.data.shards import Dataset
 from rmdd.data.splits import load_split
+from rmdd.evaluate import bootstrap
+from rmdd.evaluate.retrieval import Ranks
 from rmdd.progress import Progress
 from rmdd.seeding import generator
 from rmdd.verify import verify
@@ -151,7 +153,7 @@ def test_a_coreset_and_a_run_end_to_end(storage):
     one, _ = folders(storage)
     run = protocol(storage)
     chosen = rmdd.coreset(run, method="herding", pairs=6, progress=QUIET)
-    (folder,) = (storage / "coresets").iterdir()
+    (folder,) = (f.parent for f in storage.glob("coresets/*/subset.json"))
     result = CliRunner().invoke(cli.app, ["compare", str(one), f"core={folder}", "random", "full", "--json", "--quiet"])
     assert result.exit_code == 0, result.stderr
     own, core, random, full = json.loads(result.stdout)["rows"]
@@ -193,7 +195,8 @@ def test_subsets_are_looked_for_before_anything_is_trained(storage, monkeypatch)
 def test_names_are_no_markup(storage):
     one, _ = folders(storage)
     odd = shutil.copytree(one / "set", storage.parent / "a[red]|<b>&=1")
-    result = CliRunner().invoke(cli.app, ["compare", str(odd), "--config", str(one / "run.yaml"), "--quiet"])
+    words = ["compare", str(odd), "--config", str(one / "run.yaml"), "--set", f"runtime.storage={storage}", "--quiet"]
+    result = CliRunner().invoke(cli.app, words, env={"COLUMNS": "300"})
     assert result.exit_code == 0, result.stderr
     assert "a[red]|<b>&=1" in result.stdout
     folder = Path(result.stdout.split("comparison: ")[-1].split(" (table.md")[0])
@@ -322,25 +325,18 @@ def test_probes_of_the_run_file_are_not_asked(storage):
     assert compared.rows[0]["students"] == rmdd.compare([one, "random"], progress=QUIET).rows[0]["students"]
 
 
-def test_intervals_come_from_the_ranks_that_students_leave(storage, tmp_path, monkeypatch):
-    """The bootstrap itself is tested where it is; here, that it is asked for the right students."""
+def test_intervals_come_from_the_ranks_that_students_leave(storage):
     one, two = folders(storage)
     compared = rmdd.compare([one, two], progress=QUIET)
-    for record in records(storage):
-        record.with_suffix(".ranks.safetensors").write_text(str(whole(record)["test_last"]["R@mean"]))
-
-    def told(what, *sides):
-        values = [[float(Path(f).read_text()) for f in side] for side in sides]
-        asked.append((what, *values))
-        return {"mean": 0.0, "low": 1.0, "high": 2.0}
-
-    asked = []
-    monkeypatch.setattr(certainty, "_told", told)
-    ours, other = rmdd.compare([one, two], progress=QUIET).rows
-    first, second = (row["students"] for row in compared.rows)
-    assert asked == [("interval", first), ("interval", second), ("difference", second, first)]
-    assert ours["interval"]["high"] == other["difference"]["interval"]["high"] == 2.0
-    assert "1.0 to 2.0" in (compared.folder / "table.md").read_text()
+    files = {whole(r)["test_last"]["R@mean"]: r.with_suffix(".ranks.safetensors") for r in records(storage)}
+    first, second = ([Ranks.load(files[score]) for score in row["students"]] for row in compared.rows)
+    ours, other = compared.rows
+    assert ours["interval"] == asdict(bootstrap.interval(first))
+    assert other["interval"] == asdict(bootstrap.interval(second))
+    assert other["difference"]["interval"] == asdict(bootstrap.difference(second, first))
+    assert (
+        f"{ours['interval']['low']:.1f} to {ours['interval']['high']:.1f}" in (compared.folder / "table.md").read_text()
+    )
 
 
 def test_a_killed_comparison_goes_on(storage):

@@ -269,6 +269,7 @@ def test_a_planned_run_leaves_its_plan_and_a_whole_result(finished):
     folder = run_folder(run)
     plan = json.loads((folder / "plan.json").read_text())
     assert len(plan["phases"]) == len(plan["signals"]["agreement"]) == 2
+    assert "(wanted 0.70)" in plan["reasons"][1]
     assert len(plan["reasons"]) == 3 and "share" in plan["signals"]
     assert (folder / "plan.svg").read_text().startswith("<?xml")
     assert config.load(folder / "run.yaml") == run
@@ -304,6 +305,10 @@ def test_planning_again_gives_the_same_plan(finished, tmp_path):
 def test_a_check_says_what_is_foreseen_and_then_what_is_planned(finished, tmp_path):
     fresh = examine(load(tmp_path))
     assert [p["pairs"] for p in fresh["phases"]] == [4, 4] and not fresh["budget"]["over"]
+    assert {p["endpoint"] for p in fresh["phases"]} == {p["start"] for p in fresh["phases"]} == {None}
+    shown = CliRunner().invoke(app, ["check", _written(load(tmp_path / "runs"), tmp_path)])
+    assert "as foreseen" in shown.stdout and shown.stdout.count("planned ") >= 4
+    (tmp_path / "run.yaml").unlink()
     assert any("planned after the experts" in r for r in fresh["remarks"]) and not list(tmp_path.iterdir())
     done = examine(load(finished))
     assert all(p["done"] for p in done["phases"]) and any("as planned in" in r for r in done["remarks"])

@@ -37,7 +37,8 @@ def slow_bce(logits, similarity):
     for i in range(size):
         for j in range(size):
             p, s = 1 / (1 + math.exp(-logits[i][j])), similarity[i][j]
-            total -= s * math.log(p) + (1 - s) * math.log(1 - p)
+            other = 1 / (1 + math.exp(logits[i][j]))  # 1 - p, which cancels near 1
+            total -= s * math.log(p) + (1 - s) * math.log(other)
     return total / size**2
 
 
