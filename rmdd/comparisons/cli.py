@@ -124,7 +124,13 @@ def go(begin: "Callable[[], Comparison | Transfer]", as_json: bool, quiet: bool,
             raise RuntimeError(f"{len(found.failed)} of {len(found.rows)} rows failed{reasons}")
 
 
+LEFT_TO_FILES = ("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10", "parameters", "bytes", "seconds")
+"""Columns of measured tables that a terminal has no room for."""
+
+
 def _print(tables: "Sequence[Table]") -> None:
+    from rich import box
+    from rich.measure import Measurement
     from rich.table import Table as Drawn
     from rich.text import Text
 
@@ -133,12 +139,14 @@ def _print(tables: "Sequence[Table]") -> None:
 
     out = stdout()
     for table in tables:
-        drawn = Drawn(title=Text(table.title), style="dim" if table.apart else "")
-        for k, name in enumerate(table.columns):
-            left = k == 0 or name in TEXTS
-            drawn.add_column(Text(name), justify="left" if left else "right", no_wrap=not left)
+        drawn = Drawn(title=Text(table.title), style="dim" if table.apart else "", box=box.SIMPLE_HEAD)
+        shown = [k for k, name in enumerate(table.columns) if table.apart or name not in LEFT_TO_FILES]
+        for k in shown:
+            left = k == 0 or table.columns[k] in TEXTS
+            drawn.add_column(Text(table.columns[k]), justify="left" if left else "right", overflow="fold")
         for cells in table.rows:
-            drawn.add_row(*map(Text, cells))
-        out.print(drawn, highlight=False)
+            drawn.add_row(*(Text(cells[k]) for k in shown))
+        whole = Measurement.get(out, out.options.update(max_width=1000), drawn).maximum
+        out.print(drawn, highlight=False, width=None if out.is_terminal else max(whole, out.width))
         for note in table.notes:
             out.print(f"- {note}", highlight=False, markup=False)
