@@ -102,10 +102,6 @@ class Study:
         self._alone.close()
 
     @property
-    def first(self) -> int:
-        return int(self.study.user_attrs[FIRST])
-
-    @property
     def limit(self) -> int:
         """How many trials there are to be."""
         return self.space.trials
