@@ -11,13 +11,15 @@ from torch import Tensor
 
 Encode = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Pictures and texts of some pairs to their features."""
+LossOf = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
+"""Image and text features to the loss and its parts."""
 
 
 def gradient_in_chunks(
     encode: Encode,
     images: Tensor,
     texts: Tensor,
-    loss_of: Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]],
+    loss_of: LossOf,
     chunk: int,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The gradients of `loss_of(image features, text features)`, which also gives its parts, by pictures and texts."""

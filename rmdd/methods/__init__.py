@@ -20,6 +20,8 @@ BUILT_IN = {
     "datm": "rmdd.methods.datm:DATM",
     "mct": "rmdd.methods.mct:MCT",
     "amd": "rmdd.methods.amd:AMD",
+    "ncfm": "rmdd.methods.ncfm:NCFM",
+    "covmatch": "rmdd.methods.covmatch:CovMatch",
 }
 TITLES = {
     "mtt_vl": "MTT-VL",
@@ -30,6 +32,8 @@ TITLES = {
     "datm": "DATM",
     "mct": "MCT",
     "amd": "AMD",
+    "ncfm": "NCFM",
+    "covmatch": "CovMatch",
 }
 """What tables and pages call a method; one from outside goes by its name."""
 GROUP = "rmdd.methods"
