@@ -29,8 +29,9 @@ def material(images=24, width=toy.TEXT_WIDTH, captions=2):
     return Material(split, texts.astype(np.float32), (0.5, 0.5, 0.5), (0.3, 0.3, 0.3))
 
 
-def run_of(method, options, *, pairs=6, iterations=5, text=None, **distill):
-    model = toy.TINY["model"] | ({"text": text} if text else {})
+def run_of(method, options, *, pairs=6, iterations=5, text=None, weights="random:0", **distill):
+    image = toy.TINY["model"]["image"] | {"weights": weights}
+    model = toy.TINY["model"] | {"image": image} | ({"text": text} if text else {})
     plan = {"method": method, "phases": [{"pairs": pairs, "iterations": iterations}], "options": options}
     rule = {"budget": pairs, "lr_image": 0.1, "lr_text": 0.1, **distill}
     return config.load({**toy.TINY, "model": model, "distill": plan | rule})

@@ -55,8 +55,8 @@ class CovMatch(DistributionMethod):
     needs = ()
     card = "2510.18583"
     verified = (
-        "losses, chunked gradient and resume against slow float64 versions, both text modes on small towers; the "
-        "published figures need a GPU, NFNet and BERT weights and trained text students"
+        "losses and chunked gradients equal slow float64 ones, both kinds of texts on small towers. "
+        "Open: published figures, students that train the text tower"
     )
     defaults = {
         "experts": {"num": 1, "keep": "endpoints"},

@@ -125,6 +125,16 @@ def test_the_online_model_learns_and_begins_anew(setting):
     assert not torch.equal(states[4]["head_image.weight"], states[5]["head_image.weight"])
 
 
+def test_a_tower_without_weights_is_drawn_anew():
+    _, begun, objective = opened(run_of("covmatch", SMALL | {"reset": 1}, weights="random"), None, material())
+    name = next(n for n, p in objective.model.named_parameters() if n.startswith("image_tower.") and p.ndim == 4)
+    turns = []
+    for iteration in range(3):
+        turns.append(objective.model.state_dict()[name].clone())
+        objective.after(begun, iteration)
+    assert not any(torch.equal(turns[i], turns[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
 def test_the_online_step_is_that_of_torch(setting):
     run, train = setting
     _, begun, objective = opened(with_options(run, online_momentum=0, weight_decay=0), None, train)
