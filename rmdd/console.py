@@ -227,8 +227,8 @@ def _pair(cosine: float, ratio: float) -> str:
 def methods(listed: Sequence[Mapping[str, Any]]) -> Table:
     """A line per method: its family, what it needs, where it was published, and what was verified of it."""
     caption = (
-        "Open: what only a GPU with the weights and the datasets can show. Of one method, rmdd methods NAME tells the "
-        "idea, the equations, the values and the presets."
+        "Open: what only a GPU with the weights and the datasets can show.\n"
+        "rmdd methods NAME tells the idea, the equations, the values and the presets."
     )
     table = Table(caption=caption, caption_justify="left", width=TABLE_WIDTH)
     for column in ("method", "family", "needs", "card"):
