@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rmdd import config, methods
+from rmdd.data.material import Material
 from rmdd.distill.frozen import features_of, to_pixels
 from rmdd.distill.loop import State as State
 from rmdd.distill.loop import Step, drive, outer_step
@@ -22,6 +23,7 @@ from rmdd.distill.synthetic import Synthetic, enlarged
 from rmdd.distill.unroll import Engine, MetaGradient, forward_suits, meta_gradient, squared_distance
 from rmdd.experts import shortcut
 from rmdd.experts.store import Store
+from rmdd.files import write_json
 from rmdd.models.dual import TOWERS, DualEncoder, Params, tower_of
 from rmdd.models.image import matching_context
 
@@ -207,3 +209,10 @@ def distill_phase(
         return Matching(Matcher(run, phase, store, model, device), begun)
 
     return drive(run, phase, initial, folder, device, key, stepper, on_step, should_stop)
+
+
+def begin_phase(method: methods.Method, phase: int, train: Material, folder: Path) -> None:
+    """Choose and keep what a phase starts from."""
+    records = method.records(phase, train)
+    write_json(folder / "records.json", records)
+    save_set(method.initial(phase, train, records), folder / "start.safetensors")

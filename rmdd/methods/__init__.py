@@ -4,11 +4,17 @@ A package brings its own by an entry point of the group `rmdd.methods`; a run fi
 path, `module:Class`.
 """
 
+from __future__ import annotations
+
 import difflib
 import importlib
 from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
 
 from rmdd.methods.base import Method as Method
+
+if TYPE_CHECKING:
+    from rmdd import config
 
 BUILT_IN = {
     "mtt_vl": "rmdd.methods.mtt_vl:MTTVL",
@@ -19,6 +25,7 @@ BUILT_IN = {
     "datm": "rmdd.methods.datm:DATM",
     "mct": "rmdd.methods.mct:MCT",
     "amd": "rmdd.methods.amd:AMD",
+    "mdm": "rmdd.methods.mdm:MDM",
 }
 TITLES = {
     "mtt_vl": "MTT-VL",
@@ -29,6 +36,7 @@ TITLES = {
     "datm": "DATM",
     "mct": "MCT",
     "amd": "AMD",
+    "mdm": "MDM",
 }
 """What tables and pages call a method; one from outside goes by its name."""
 GROUP = "rmdd.methods"
@@ -60,3 +68,11 @@ def find(name: str) -> type[Method]:
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise ValueError(f"'{place}' is no method; derive it from rmdd.methods.Method")
     return found
+
+
+def draws_of(run: config.Run) -> int:
+    """Draws whose gradients a step of a distribution method averages."""
+    from rmdd.methods.distribution import DistributionMethod
+
+    method = find(run.distill.method)(run)
+    return method.options.draws if isinstance(method, DistributionMethod) else 1
