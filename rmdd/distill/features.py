@@ -121,9 +121,7 @@ def method_of(run: config.Run) -> DistributionMethod:
     """Raises `ValueError` for a method of another family."""
     method = methods.find(run.distill.method)(run)
     if not isinstance(method, DistributionMethod):
-        raise ValueError(
-            f"distill.method {run.distill.method} matches no distributions; it is of family {method.family}"
-        )
+        raise ValueError(f"distill.method {run.distill.method} is of family {method.family}, which has another loop")
     return method
 
 

@@ -1,6 +1,6 @@
 """Real pairs to begin with: those nearest to the centres of clusters of joint image-text embeddings (MDM).
 
-N records, n of them clustered, K clusters, D joint width, W width of a row: 2 D for both halves side by side, D for one.
+N records, n of them clustered, K clusters, I images, D joint width, W width of a row: 2 D for both halves, D for one.
 """
 
 from collections.abc import Iterator

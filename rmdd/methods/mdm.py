@@ -80,9 +80,7 @@ class MDM(DistributionMethod):
     options: Options
     reference = "mdm"
     card = "2605.23482"
-    verified = (
-        "losses, merging and resuming against slow versions, and emoji pairs; published numbers need NFNet and BERT"
-    )
+    verified = "terms against slow versions, resuming, emoji pairs; the published numbers need NFNet, BERT and a GPU"
     defaults = {
         "experts": {"keep": "all"},
         "distill": {
