@@ -27,6 +27,7 @@ BUILT_IN = {
     "amd": "rmdd.methods.amd:AMD",
     "ncfm": "rmdd.methods.ncfm:NCFM",
     "covmatch": "rmdd.methods.covmatch:CovMatch",
+    "mdm": "rmdd.methods.mdm:MDM",
 }
 TITLES = {
     "mtt_vl": "MTT-VL",
@@ -39,6 +40,7 @@ TITLES = {
     "amd": "AMD",
     "ncfm": "NCFM",
     "covmatch": "CovMatch",
+    "mdm": "MDM",
 }
 """What tables and pages call a method; one from outside goes by its name."""
 GROUP = "rmdd.methods"
@@ -77,4 +79,4 @@ def draws_of(run: config.Run) -> int:
     from rmdd.methods.distribution import DistributionMethod
 
     method = find(run.distill.method)(run)
-    return method.options.draws if isinstance(method, DistributionMethod) else 1  # type: ignore[attr-defined]
+    return method.options.draws if isinstance(method, DistributionMethod) else 1

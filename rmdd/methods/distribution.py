@@ -62,6 +62,8 @@ class DistributionMethod(Method, ABC):
         )
         clip: PositiveFloat | None = Field(None, description="joint norm that the gradient is cut to; null: none")
 
+    options: Options
+
     def records(self, phase: int, train: Material, store: Store | None = None) -> list[int]:
         """The caption records that a phase starts from; the experts of `store` are there."""
         return super().records(phase, train)
