@@ -5,7 +5,6 @@ it is -<C, P> + rho/2 ||P||^2, least at P = C / rho. Heads that learn from the s
 data should be C_T. n pairs, V and L widths of image and text features, K joint width.
 """
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 

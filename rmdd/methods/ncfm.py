@@ -1,8 +1,8 @@
 """NCFM: neural characteristic function matching (CVPR 2025), on pairs by clusters in the place of classes.
 
-Real pairs are clustered by k-means of their joint features f = [v ; t] / sqrt 2 (unit v, t of a final expert). Each of C
-clusters gets ipc pairs, and these should have its whole distribution of features, compared by characteristic functions
-at T frequencies (`rmdd.distill.characteristic`):
+Real pairs are clustered by k-means of their joint features f = [v ; t] / sqrt 2 (unit v, t of a final expert). Each of
+C clusters gets ipc pairs, and these should have its whole distribution of features, compared by characteristic
+functions at T frequencies (`rmdd.distill.characteristic`):
 
     encoder    (1 - b) theta_0 + b theta_n of one expert, b ~ U(0,1), anew for every draw
     maximise   psi, which makes the frequencies, takes a step on -NCFD            (network: true)
@@ -11,9 +11,10 @@ at T frequencies (`rmdd.distill.characteristic`):
     halve      both rates, each by its own, when the loss has not fallen for `patience` steps
 
 From the appendix of PTM-ST (arXiv 2603.25388, E), the only published attempt on pairs, at the level of random pairs.
-Where paper and code of the original differ: rows of psi scale fresh noise (`repeat` as released), two forwards with psi
-first, a scheduler of psi's own. psi moves between the steps of the set, on the batch and encoder of the next one, so the
-first step sees it as drawn. With one pair a cluster this is little more than matching of means: no modulus can change.
+Where paper and code of the original differ: rows of psi scale fresh noise (`repeat` as released), two forwards with
+psi first, a scheduler of psi's own. psi moves between the steps of the set, on the batch and encoder of the next one,
+so the first step sees it as drawn. With one pair a cluster this is little more than matching of means: no modulus can
+change.
 """
 
 from __future__ import annotations
@@ -54,10 +55,7 @@ KEPT = 8
 class NCFM(DistributionMethod):
     needs = ("experts",)
     card = "CVPR 2025"
-    verified = (
-        "losses and gradients equal slow float64 ones, network and resume checked. "
-        "Open: published figures"
-    )
+    verified = "losses and gradients equal slow float64 ones, network and resume checked. Open: published figures"
     defaults = {
         "experts": {"keep": "endpoints"},
         "distill": {
@@ -232,7 +230,9 @@ class CharacteristicMatching:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive(self.seed, "frequency network", phase))
                 rule = self.rule
-                self.psi = FrequencyNet(self.width, rule.network_norm, repeat=rule.repeat, learned_scale=rule.learned_scale)
+                self.psi = FrequencyNet(
+                    self.width, rule.network_norm, repeat=rule.repeat, learned_scale=rule.learned_scale
+                )
             self.psi.to(device)
             trained = [p for p in self.psi.parameters() if p.requires_grad]
             kind = torch.optim.Adam if self.rule.network_optimiser == "adam" else torch.optim.SGD
@@ -281,7 +281,9 @@ class CharacteristicMatching:
         for c in clusters:
             random = generator(self.seed, "real batch", self.phase, iteration, draw, c)
             own = np.flatnonzero(self.labels == c)
-            batches.append(own[torch.randperm(len(own), generator=random)[: self.rule.real_batch].sort().values.numpy()])
+            batches.append(
+                own[torch.randperm(len(own), generator=random)[: self.rule.real_batch].sort().values.numpy()]
+            )
         records, found = np.concatenate(batches), []
         with torch.no_grad():
             for start in range(0, len(records), self.rule.chunk):

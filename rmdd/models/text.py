@@ -229,7 +229,7 @@ def _config(tower: TextTower) -> Any:
 def load(tower: TextTower, device: torch.device | str) -> tuple[Any, torch.nn.Module]:
     """The tokenizer and the transformers model of `tower`, in eval mode. Raises `ValueError` when it has none."""
     if tower.name == "hashing":
-        raise ValueError("model.text.name hashing has no tokens; give a transformers encoder, such as bert-base-uncased")
+        raise ValueError("model.text.name is hashing, which has no tokens; give a transformers encoder")
     return _load(tower, _config(tower), device)
 
 

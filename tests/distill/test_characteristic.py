@@ -35,9 +35,7 @@ def slow_ncfd(real, synthetic, frequencies, w_amplitude, w_phase):
 @pytest.mark.parametrize("weights", [(0.5, 0.5), (1.0, 1.0), (0.8, 0.2), (0.3, 0.7), (1.0, 0.0), (0.0, 1.0)])
 def test_equals_the_double_loop(weights):
     real, synthetic, t = drawn(9, 4), 0.5 + drawn(5, 4, seed=1), drawn(7, 4, seed=2)
-    assert float(ncfd(real, synthetic, t, *weights)) == pytest.approx(
-        slow_ncfd(real, synthetic, t, *weights), rel=1e-6
-    )
+    assert float(ncfd(real, synthetic, t, *weights)) == pytest.approx(slow_ncfd(real, synthetic, t, *weights), rel=1e-6)
 
 
 def test_amplitude_and_phase_add_up_to_the_squared_distance():
@@ -86,7 +84,9 @@ def test_a_modulus_of_zero_has_a_finite_gradient():
     """Two points at 0 and pi along t: exp(0) + exp(i pi) = 0."""
     points = torch.tensor([[0.0], [math.pi]], dtype=torch.float64, requires_grad=True)
     for weights in ((0.5, 0.5), (0.8, 0.2)):
-        (grad,) = torch.autograd.grad(ncfd(drawn(5, 1), points, torch.ones(1, 1, dtype=torch.float64), *weights), points)
+        (grad,) = torch.autograd.grad(
+            ncfd(drawn(5, 1), points, torch.ones(1, 1, dtype=torch.float64), *weights), points
+        )
         assert torch.isfinite(grad).all()
 
 

@@ -51,7 +51,7 @@ def slow_loss(objective, train, images, texts, iteration):
 
     def covariance(vs, ls):
         mean_v, mean_l = sum(vs) / len(vs), sum(ls) / len(ls)
-        return sum(torch.outer(v - mean_v, l - mean_l) for v, l in zip(vs, ls, strict=True)) / (len(vs) - 1)
+        return sum(torch.outer(v - mean_v, t - mean_l) for v, t in zip(vs, ls, strict=True)) / (len(vs) - 1)
 
     gap = rule.rho * covariance(h_v, h_l) - covariance(g_v, g_l)
     of_means = 0.0
@@ -180,7 +180,7 @@ def test_a_frozen_image_tower_stays(bert):
 
 
 def test_token_embeddings_read_as_the_captions_do(bert, tmp_path):
-    """Initial captions: what the frozen tower makes of their words is what it makes of them; padding changes nothing."""
+    """What the frozen tower makes of the words of the initial captions is what it makes of them, padded or not."""
     for pooling, unit in (("cls", False), ("mean", True)):
         tower = {"name": bert, "pooling": pooling, "max_tokens": 12, "normalise": unit}
         run, train = run_of("covmatch", {**SMALL, "texts": "tokens", "chunk": 4}, text=tower), material()

@@ -74,7 +74,10 @@ def test_rates_are_paced(store, tmp_path):
     run = run_of("ncfm", NCFM, momentum=0)
     random = torch.Generator().manual_seed(0)
     begun = Synthetic(
-        torch.randn(6, 3, 8, 8, generator=random), torch.randn(6, 5, generator=random), torch.tensor(0.1), torch.tensor(0.1)
+        torch.randn(6, 3, 8, 8, generator=random),
+        torch.randn(6, 5, generator=random),
+        torch.tensor(0.1),
+        torch.tensor(0.1),
     )
     gradient = begun.map(torch.ones_like)
     rank = SimpleNamespace(

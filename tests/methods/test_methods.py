@@ -80,9 +80,7 @@ CARDS |= {
     "ncfm": PAIRED | {"lr_image": 0.1, "lr_text": 0.1},
     "covmatch": PAIRED | {"lr_image": 1.0, "lr_text": 1.0, "phases.0.iterations": 10_000},
 }
-EXPERTS = {
-    name: "endpoints" if name in ("ptm_st", "mct", "ncfm", "covmatch") else "all" for name in BUILT_IN
-}
+EXPERTS = {name: "endpoints" if name in ("ptm_st", "mct", "ncfm", "covmatch") else "all" for name in BUILT_IN}
 TRAJECTORY = [name for name in sorted(BUILT_IN) if methods.find(name).family == "trajectory"]
 
 
