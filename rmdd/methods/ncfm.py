@@ -333,8 +333,8 @@ class CharacteristicMatching:
 
             parts |= self._add(found, synthetic, rows.sort().values.to(self.device), apart)
             total = total + parts["loss_calibration"]
-        told = {"loss": total, **parts, "pace": 0.5**self.plateau.halvings}
-        return found, {name: float(value) for name, value in told.items()}
+        told = {name: float(value) for name, value in {"loss": total, **parts}.items()}
+        return found, told | {"pace": 0.5**self.plateau.halvings}
 
     def _add(self, total: Synthetic, synthetic: Synthetic, rows: Tensor, loss_of: LossOf) -> dict[str, Tensor]:
         """Add the gradient by the pairs at `rows` to `total`, in place; the parts of the loss."""

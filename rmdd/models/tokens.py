@@ -5,6 +5,7 @@ B captions of L tokens each at most, d width of a word embedding, F of a caption
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ class TokenTower(nn.Module):
     def __init__(self, tower: TextTower, device: torch.device | str = "cpu"):
         super().__init__()
         self.tower = tower
+        self.model: Any
         self.tokenizer, self.model = load(tower, device)
 
     def words(self, captions: Sequence[str]) -> Float[Tensor, "B L d"]:
