@@ -6,7 +6,7 @@ M pairs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 from pydantic import Field
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rmdd.models.dual import DualEncoder
 
 
+@runtime_checkable
 class Objective(Protocol):
     """What a step goes down. All that is drawn depends on iteration and draw alone."""
 
