@@ -233,7 +233,8 @@ class Objective:
         leaves = [t[rows].detach().requires_grad_() for t in (synthetic.images, synthetic.texts)]
         with self._masks(derive(self.seed, "mdm dropout", *place)), self._precision():
             with torch.no_grad():
-                seen = self._embed(self._pictures(real), torch.from_numpy(np.array(self.train.texts[real])))
+                texts = torch.from_numpy(np.array(self.train.texts[real]))
+                seen = self._embed(self._pictures(real).to(leaves[0]), texts.to(leaves[1]))
             made = self._embed(enlarged(leaves[0], self.run.data.image_size), leaves[1])
         parts = self.parts(seen, made)
         loss = options.contrastive * parts["loss_nce"]
@@ -263,8 +264,7 @@ class Objective:
 
     def _embed(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(texts.dtype, torch.float32)
-        pair = self.model.embed_images(images), self.model.embed_texts(texts.to(self.device))
-        return pair[0].to(dtype), pair[1].to(dtype)
+        return self.model.embed_images(images).to(dtype), self.model.embed_texts(texts).to(dtype)
 
     def _pictures(self, records: np.ndarray) -> Tensor:
         pixels = self.train.split.some_images(self.train.split.image_of[records])
