@@ -227,7 +227,7 @@ def _pair(cosine: float, ratio: float) -> str:
 def methods(listed: Sequence[Mapping[str, Any]]) -> Table:
     """A line per method: its family, what it needs, where it was published, and what was verified of it."""
     caption = (
-        "Open: what only a GPU with the weights and the datasets can show.\n"
+        "What is open takes a GPU, the weights and the datasets.\n"
         "rmdd methods NAME tells the idea, the equations, the values and the presets."
     )
     table = Table(caption=caption, caption_justify="left", width=TABLE_WIDTH)
@@ -239,8 +239,8 @@ def methods(listed: Sequence[Mapping[str, Any]]) -> Table:
         if family not in (None, each["family"]):
             table.add_section()
         family = each["family"]
-        needs = "\n".join(each["needs"]) or "-"
-        table.add_row(each["name"], family or "?", needs, each["card"] or "-", each["status"] or "-")
+        needs, card = "\n".join(each["needs"]) or "-", each["card"].removeprefix("arXiv ")
+        table.add_row(each["name"], family or "?", needs, card or "-", each["status"] or "-")
     return table
 
 

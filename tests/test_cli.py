@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -151,16 +152,17 @@ def test_the_table_of_methods_fits_a_terminal():
     assert max(map(len, lines)) <= 80
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
     rows = [row for row in cells if row[0]]
-    assert [row[:2] + row[3:4] for row in rows] == [[each["name"], each["family"], each["card"]] for each in listed]
+    plain = [[each["name"], each["family"], each["card"].removeprefix("arXiv ")] for each in listed]
+    assert [row[:2] + row[3:4] for row in rows] == plain
     assert rows[[row[0] for row in rows].index("lors")][2] == "experts"
     for each in listed:
         assert each["family"] in ("trajectory", "distribution", "generative"), each["name"]
         assert each["card"] and {"experts", "features", "diffusion", "captioner"} >= set(each["needs"]), each["name"]
-        assert "Open:" in each["status"], f"{each['name']} says what was not verified"
+        assert re.search("Open:|GPU", each["status"]), f"{each['name']} says what was not verified"
     families = [each["family"] for each in listed]
     assert families == sorted(families, key=["trajectory", "distribution", "generative"].index), "together"
     words = " ".join(row[4] for row in cells)
-    assert all(" ".join(each["status"].split()[:3]) in words for each in listed)
+    assert all(" ".join(each["status"].split()[:2]) in words for each in listed)
 
 
 def test_one_method_is_told_about():

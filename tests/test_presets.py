@@ -70,6 +70,7 @@ NCFM = {f"flickr30k_ncfm_{c}x{m}": (c, m) for c, m in ((100, 1), (100, 2), (100,
 # rho, lambda, iterations
 COVMATCH = {100: (2, 0.1, 10_000), 200: (1, 0.1, 10_000), 500: (1, 0.5, 20_000)}
 COV = [f"{d}_covmatch{kind}_{n}" for d in ("flickr30k", "coco") for kind in ("", "_frozen_text") for n in COVMATCH]
+MDM = [f"{data}_mdm_{n}" for data in ("flickr8k", "flickr30k", "coco") for n in (100, 200, 500)]
 VARIANTS = {"emoji_covmatch_tokens_100"}
 
 
@@ -79,7 +80,7 @@ def load(name: str) -> config.Run:
 
 def test_the_presets_are_there():
     known = {"demo", *SMALL, *PLANNED, *EMOJI, *PTM_ST, *ROWS, *LORS, *REPBLEND, *TESLA_VL, *MTT_VL, *ON_LORS}
-    known |= {*NCFM, *COV, *VARIANTS}
+    known |= {*NCFM, *COV, *MDM, *VARIANTS}
     assert set(NAMES) == known
 
 

@@ -78,6 +78,7 @@ PAIRED = {
 }
 CARDS |= {
     "ncfm": PAIRED | {"lr_image": 0.1, "lr_text": 0.1},
+    "mdm": PAIRED | {"phases.0.iterations": 3000},
     "covmatch": PAIRED | {"lr_image": 1.0, "lr_text": 1.0, "phases.0.iterations": 10_000},
 }
 EXPERTS = {name: "endpoints" if name in ("ptm_st", "mct", "ncfm", "covmatch") else "all" for name in BUILT_IN}
