@@ -17,6 +17,7 @@ PTM_ST = [
     *(f"{data}_ptm_st_{n}" for data in ("cc3m", "coco_dino_bge") for n in (100, 200, 500)),
 ]
 EMOJI = [f"emoji_{method}_100" for method in BUILT_IN]
+MDM = [f"{data}_mdm_{n}" for data in ("flickr8k", "flickr30k", "coco") for n in (100, 200, 500)]
 SMALL = {"emoji_ptm_st_100_small", "emoji_ptm_st_500_small"}
 PLANNED = {"emoji_ptm_st_auto_100", "emoji_ptm_st_auto_200"}
 
@@ -70,7 +71,6 @@ NCFM = {f"flickr30k_ncfm_{c}x{m}": (c, m) for c, m in ((100, 1), (100, 2), (100,
 # rho, lambda, iterations
 COVMATCH = {100: (2, 0.1, 10_000), 200: (1, 0.1, 10_000), 500: (1, 0.5, 20_000)}
 COV = [f"{d}_covmatch{kind}_{n}" for d in ("flickr30k", "coco") for kind in ("", "_frozen_text") for n in COVMATCH]
-MDM = [f"{data}_mdm_{n}" for data in ("flickr8k", "flickr30k", "coco") for n in (100, 200, 500)]
 VARIANTS = {"emoji_covmatch_tokens_100"}
 
 

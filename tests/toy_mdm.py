@@ -60,8 +60,9 @@ def made(folder):
     run = run_of(folder)
     pipeline = Pipeline(run, InTurn(1), Progress(quiet=True))
     train = pipeline.embedded("train")
-    store = store_of(folder / "store", model_of(run, train).trained(), epochs=3)
-    return SimpleNamespace(folder=folder, run=run, train=train, store=store, item=pipeline.item())
+    item = pipeline.item()
+    store = store_of(item.places.store, model_of(run, train).trained(), epochs=3)
+    return SimpleNamespace(folder=folder, run=run, train=train, store=store, item=item)
 
 
 def model_of(run, train):

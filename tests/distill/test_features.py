@@ -1,7 +1,8 @@
 """The distribution-matching loop: the plain loop's bits, whoever makes the draws and however often it is stopped."""
 
-import functools
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,11 +120,19 @@ def test_any_number_of_ranks_gives_the_same_bits(toy, learning, whole, tmp_path,
 def test_ranks_on_ray_give_the_same_bits_stopped_and_resumed(ray_local, toy, learning, whole, tmp_path):
     from rmdd.runtime.coresets import ranks_of_actors
 
-    threads = torch.get_num_threads()
-    make = functools.partial(rank, toy, learning)
-    with ranks_of_actors(make, 2, 1, threads) as ranks:
+    threads, item, tests = torch.get_num_threads(), replace(toy.item, run=learning), str(Path(__file__).parents[1])
+
+    def make(number, size):
+        import sys
+
+        sys.path.insert(0, tests)  # where the method is
+        from rmdd.tasks import rank_of_phase
+
+        return rank_of_phase(item, number, size)
+
+    with ranks_of_actors(make, 2, 1.0, threads) as ranks:
         assert not distil(toy, tmp_path, learning, ranks, **stop_after(4))
-    with ranks_of_actors(make, 2, 1, threads) as ranks:
+    with ranks_of_actors(make, 2, 1.0, threads) as ranks:
         assert distil(toy, tmp_path, learning, ranks)
     assert_same_results(whole, tmp_path)
 

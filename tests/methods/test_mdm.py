@@ -289,6 +289,25 @@ def test_what_cannot_be_is_refused(change, words):
         config.load(filled(change, TINY))
 
 
+RATES = {"flickr8k": (100, 100, 1000), "flickr30k": (100, 1000, 1000), "coco": (1000, 1000, 5000)}
+
+
+@pytest.mark.parametrize("data", RATES)
+def test_cells_of_table_s3(data):
+    for pairs, rate in zip((100, 200, 500), RATES[data], strict=True):
+        run = config.load(f"{data}_mdm_{pairs}", ["data.root=somewhere"])
+        rule, (phase,), o = run.distill, run.distill.phases, features.method_of(run).options
+        assert (phase.pairs, phase.iterations, rule.lr_image, rule.lr_text) == (pairs, 3000, rate, rate)
+        assert (rule.momentum, rule.ema, rule.inner_lr, rule.loss) == (0.5, 0, 0.1, "infonce")
+        assert (o.clip, o.real_batch, o.synthetic_batch, o.alpha, o.sigma) == (1.0, 64, 64, 0.5, 0.5)
+        assert (o.agreement, o.discrepancy, o.contrastive, o.kernel, o.statistic) == (0.8, 0.8, 1.0, "geodesic", "v")
+        assert (o.root, o.teacher, o.partners, o.resample_every, o.first_epoch) == (True, "mixed", "any", 1, 1)
+        assert (o.cluster, o.teacher_dropout, o.positive_cosine) == ("joint", False, True)
+        assert (run.model.temperature, run.experts.num, run.experts.epochs, run.experts.keep) == (0.07, 20, 10, "all")
+        assert (run.evaluate.epochs, run.evaluate.augment, run.evaluate.momentum) == (100, "dsa", 0.9)
+        assert (run.evaluate.weight_decay, run.evaluate.lr_drop) == (5e-4, 0.1)
+
+
 def write_run(folder, **distill):
     rule = {**TINY["distill"], "phases": [{"pairs": 6, "iterations": 60}], **distill}
     folder.mkdir()

@@ -67,6 +67,18 @@ CARDS = {
     "datm": LORS | {"phases.0.start": 0, "phases.0.stop": 4, "phases.0.grow_from": 2, "phases.0.grow_until": 1500},
     "mct": LORS | {"trajectory": "convexified", "start_points": "continuous", "anchors": 2, "smooth_anchors": False},
     "amd": LORS | {"starts": "independent", "ranges": "drift", "init": "prototypes"},
+    "mdm": {
+        "similarity.kind": "identity",
+        "loss": "infonce",
+        "lr_image": 1000.0,
+        "lr_text": 1000.0,
+        "momentum": 0.5,
+        "ema": 0.0,
+        "inner_lr": 0.1,
+        "phases.0.pairs": 100,
+        "phases.0.iterations": 3000,
+        "options": {},
+    },
 }
 PAIRED = {
     "similarity.kind": "identity",
@@ -78,7 +90,6 @@ PAIRED = {
 }
 CARDS |= {
     "ncfm": PAIRED | {"lr_image": 0.1, "lr_text": 0.1},
-    "mdm": PAIRED | {"phases.0.iterations": 3000},
     "covmatch": PAIRED | {"lr_image": 1.0, "lr_text": 1.0, "phases.0.iterations": 10_000},
 }
 EXPERTS = {name: "endpoints" if name in ("ptm_st", "mct", "ncfm", "covmatch") else "all" for name in BUILT_IN}
