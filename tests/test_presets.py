@@ -15,6 +15,7 @@ PTM_ST = [
     *(f"{data}_ptm_st_{n}" for data in ("cc3m", "coco_dino_bge") for n in (100, 200, 500)),
 ]
 EMOJI = [f"emoji_{method}_100" for method in BUILT_IN]
+MDM = [f"{data}_mdm_{n}" for data in ("flickr8k", "flickr30k", "coco") for n in (100, 200, 500)]
 SMALL = {"emoji_ptm_st_100_small", "emoji_ptm_st_500_small"}
 PLANNED = {"emoji_ptm_st_auto_100", "emoji_ptm_st_auto_200"}
 
@@ -70,7 +71,7 @@ def load(name: str) -> config.Run:
 
 
 def test_the_presets_are_there():
-    known = {"demo", *SMALL, *PLANNED, *EMOJI, *PTM_ST, *ROWS, *LORS, *REPBLEND, *TESLA_VL, *MTT_VL, *ON_LORS}
+    known = {"demo", *MDM, *SMALL, *PLANNED, *EMOJI, *PTM_ST, *ROWS, *LORS, *REPBLEND, *TESLA_VL, *MTT_VL, *ON_LORS}
     assert set(NAMES) == known
 
 
@@ -218,7 +219,9 @@ def test_emoji_presets_share_all_but_the_method(name):
     frozen = {"trainable": False, "projection": "block"}
     image = base.model.image.model_copy(update=frozen if name == "emoji_repblend_100" else {})
     assert run.model == base.model.model_copy(update={"image": image})
-    assert run.distill.estimator == ("exact" if name in ("emoji_ptm_st_100", "emoji_mtt_vl_100") else "first_order")
+    if run.distill.family == "trajectory":
+        exact = name in ("emoji_ptm_st_100", "emoji_mtt_vl_100")
+        assert run.distill.estimator == ("exact" if exact else "first_order")
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "demo"])

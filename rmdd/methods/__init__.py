@@ -25,6 +25,7 @@ BUILT_IN = {
     "datm": "rmdd.methods.datm:DATM",
     "mct": "rmdd.methods.mct:MCT",
     "amd": "rmdd.methods.amd:AMD",
+    "mdm": "rmdd.methods.mdm:MDM",
 }
 TITLES = {
     "mtt_vl": "MTT-VL",
@@ -35,6 +36,7 @@ TITLES = {
     "datm": "DATM",
     "mct": "MCT",
     "amd": "AMD",
+    "mdm": "MDM",
 }
 """What tables and pages call a method; one from outside goes by its name."""
 GROUP = "rmdd.methods"
@@ -73,4 +75,4 @@ def draws_of(run: config.Run) -> int:
     from rmdd.methods.distribution import DistributionMethod
 
     method = find(run.distill.method)(run)
-    return method.options.draws if isinstance(method, DistributionMethod) else 1  # type: ignore[attr-defined]
+    return method.options.draws if isinstance(method, DistributionMethod) else 1

@@ -6,7 +6,7 @@ M pairs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 from pydantic import Field
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rmdd.models.dual import DualEncoder
 
 
+@runtime_checkable
 class Objective(Protocol):
     """What a step goes down. All that is drawn depends on iteration and draw alone."""
 
@@ -57,6 +58,8 @@ class DistributionMethod(Method, ABC):
             description="draws whose gradients a step averages; workers share them, with the same bits",
         )
         clip: PositiveFloat | None = Field(None, description="joint norm that the gradient is cut to; null: none")
+
+    options: Options
 
     def records(self, phase: int, train: Material, store: Store | None = None) -> list[int]:
         """The caption records that a phase starts from; the experts of `store` are there."""
