@@ -258,7 +258,10 @@ def methods(
             return
         from rmdd import console
 
-        for line in console.methods(facts) if name is None else console.method(facts):
+        if name is None:
+            console.stdout().print(console.methods(facts))
+            return
+        for line in console.method(facts):
             typer.echo(line)
 
 
