@@ -28,6 +28,7 @@ from rmdd.experts import feed
 from rmdd.experts.store import Store, stored_bytes
 from rmdd.experts.train import begin_store
 from rmdd.files import atomic_path, read_json, write_json
+from rmdd.generate.parts import obtain
 from rmdd.generate.studio import Tools
 from rmdd.jobs import (
     Executor,
@@ -50,6 +51,7 @@ from rmdd.places import (
     dataset_folder,
     device_of,
     is_made,
+    parts_of,
     places_of,
     protocol_of,
     run_folder,
@@ -118,6 +120,7 @@ class Pipeline:
         """Bring the data in, or open what was ingested before."""
         if self._dataset is not None:
             return self._dataset
+        obtain(parts_of(self.run))
         with self._timed("ingest"):
             run = self.run
             if run.data.source == "dataset":

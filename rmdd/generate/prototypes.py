@@ -121,7 +121,7 @@ def raw_cosines(sides: Sides) -> Float32[np.ndarray, " T"]:
     if sides.images.width != sides.texts.width:
         widths = f"{sides.images.width} and {sides.texts.width}"
         raise ValueError(
-            f"image and text features of {widths} numbers have no cosine; set rm_ratio to 0, or use a CLIP"
+            f"image and text features of {widths} numbers have no cosine; set rm_ratio: 0, or take a CLIP"
         )
     found = np.empty(len(sides.texts), np.float32)
     for where, texts in sides.texts.chunks():
@@ -207,7 +207,8 @@ def topped_up(cells: Sequence[Cell], pairs: int, a: Ids, b: Ids, joint: Any, see
     found = list(cells)
     taken = np.zeros(len(a), bool)
     for cell in found:
-        taken[cell.images[:0] if not cell.shared else cell.images] = True
+        if cell.shared:
+            taken[cell.images] = True
     rest = _unmatched(a, b, taken)
     while len(found) < pairs:
         sizes = [len(c.images) if c.shared else 0 for c in found]
