@@ -35,6 +35,7 @@ def planted(order, each=5, seed=0):
     return images, centres[np.asarray(order)[group]] + noise(len(group), seed + 1), group
 
 
+@settings(deadline=None)
 @given(k=st.integers(1, 5), n=st.integers(0, 30), seed=st.integers(0, 999))
 def test_overlaps_are_counted_densely(k, n, seed):
     random = np.random.default_rng(seed)
@@ -43,7 +44,7 @@ def test_overlaps_are_counted_densely(k, n, seed):
     assert contingency(a, b, k).tolist() == slow
 
 
-@settings(max_examples=40)
+@settings(deadline=None, max_examples=40)
 @given(size=st.integers(1, 6), seed=st.integers(0, 999))
 def test_no_assignment_overlaps_more(size, seed):
     overlap = np.random.default_rng(seed).integers(0, 9, (size, size))
@@ -144,7 +145,7 @@ def test_what_is_nearest_with_and_without_repeats():
         retrieved(queries, rows, np.array([2]), False)
 
 
-@settings(max_examples=25)
+@settings(deadline=None, max_examples=25)
 @given(count=st.integers(1, 5), more=st.integers(0, 3), seed=st.integers(0, 99))
 def test_assigned_rows_are_those_of_the_largest_sum(count, more, seed):
     rows, queries = noise(count + more, seed).astype(np.float32), noise(count, seed + 1).astype(np.float32)
