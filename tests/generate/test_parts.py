@@ -114,8 +114,13 @@ def test_of_a_hub_only_what_is_loaded_is_fetched():
 
 @pytest.mark.parametrize(
     ("head", "licence"),
-    [("license: mit", "mit"), ("license: other\nlicense_name: open-x", "open-x"), ("license: [a, b]", "a or b")]
-    + [("tags: [x]", None), ("license: {", None)],
+    [
+        ("license: mit", "mit"),
+        ("license: other\nlicense_name: open-x", "open-x"),
+        ("license: [a, b]", "a or b"),
+        ("tags: [x]", None),
+        ("license: {", None),
+    ],
 )
 def test_licences_as_cards_name_them(tmp_path, head, licence):
     (tmp_path / "README.md").write_text(f"---\n{head}\n---\ntext --- text\n")
