@@ -12,14 +12,21 @@ import time
 import numpy as np
 import pytest
 import tiny_parts
+import torch
 import yaml
+from PIL import Image
+from safetensors.numpy import load_file
+from transformers import CLIPModel, CLIPProcessor
 
 import rmdd
 from rmdd import config
 from rmdd.check import examine, impossible
+from rmdd.config import Captions
 from rmdd.coresets.features import identity_of
 from rmdd.coresets.rows import Rows
 from rmdd.coresets.select import coreset
+from rmdd.data.captions import clean
+from rmdd.data.decode import decode
 from rmdd.data.images import denormalise
 from rmdd.generate.decode import StableUnclip
 from rmdd.methods.pds import decoder_of
@@ -100,7 +107,6 @@ def test_shards_become_a_set_with_real_captions_and_a_student(finished, parts):
         subset.captions
     )
     pictures = denormalise(subset.images, found.mean, found.std).permute(0, 2, 3, 1).numpy()
-    from PIL import Image
 
     shown = [np.asarray(Image.open(p)) for p in sorted((item.places.phase(0) / "pairs").glob("*.png"))]
     assert (np.stack(shown) == pictures).all()
@@ -112,7 +118,6 @@ def test_shards_become_a_set_with_real_captions_and_a_student(finished, parts):
 
 
 def test_pictures_are_those_of_the_pipeline_for_the_prototypes(finished, parts):
-    from safetensors.numpy import load_file
 
     storage, _ = finished
     run = load(storage, **parts)
@@ -122,14 +127,12 @@ def test_pictures_are_those_of_the_pipeline_for_the_prototypes(finished, parts):
     rows = load_file(folder / "requests.safetensors")["embedding"]
     assert rows.shape == (PAIRS, tiny_parts.D) and np.linalg.norm(rows, axis=1).std() > 1e-4  # not of unit length
     options = rmdd.methods.find("pds")(run).options
-    import torch
 
     decoder = decoder_of(
         options, parts["decoder"] and __import__("pathlib").Path(parts["decoder"]), torch.device("cpu")
     )
     assert isinstance(decoder, StableUnclip)
     made = decoder.decode([r | {"embedding": torch.from_numpy(rows[r["index"]])} for r in requests[: options.batch]])
-    from PIL import Image
 
     for i, image in enumerate(made):
         assert (np.asarray(image) == np.asarray(Image.open(folder / "pairs" / f"{i:06d}.png"))).all()
@@ -154,12 +157,6 @@ def test_another_storage_gives_the_same_bytes_and_features_are_made_once(finishe
 
 
 def test_images_are_embedded_once_as_clip_itself_does(finished, parts):
-    import torch
-    from transformers import CLIPModel, CLIPProcessor
-
-    from rmdd.config import Captions
-    from rmdd.data.captions import clean
-    from rmdd.data.decode import decode
 
     storage, _ = finished
     with open_pipeline(load(storage, **parts), Progress(quiet=True)) as pipeline:
