@@ -10,6 +10,7 @@ from rmdd.generate.features import part_of
 from rmdd.generate.parts import Part, faults, licence_of, missing, obtain, told, wanted
 
 HUB = "nobody/tiny-clip"
+OLD = "0ddba11" + 33 * "0"
 
 
 @pytest.fixture(autouse=True)
@@ -81,11 +82,11 @@ def test_weights_in_parts_are_whole_when_all_are_there(made, tmp_path):
 
 def test_a_hub_id_is_taken_from_the_cache_and_pinned_by_its_commit(made, tmp_path):
     snapshot = in_cache(made[0], tmp_path / "hub")
-    in_cache(made[0], tmp_path / "hub", "0ld")
+    in_cache(made[0], tmp_path / "hub", OLD)
     (tmp_path / "hub" / "models--nobody--tiny-clip" / "refs" / "main").write_text("c0ffee")
     part = part_of(HUB)
     assert part.folder() == snapshot and part.identity() == "c0ffee" and not part.is_local
-    assert part_of(f"{HUB}@0ld").identity() == "0ld"
+    assert part_of(f"{HUB}@{OLD}").identity() == OLD
     assert part.facts()["id"] == HUB and part.facts()["licence"] == "mit"
     (snapshot / "model.safetensors").unlink()  # a download that was cut off
     assert part.lacking() == ["weights (*.safetensors)"]
