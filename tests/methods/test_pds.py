@@ -21,6 +21,7 @@ from transformers import CLIPModel, CLIPProcessor
 import rmdd
 from rmdd import config
 from rmdd.check import examine, impossible
+from rmdd.command import placed
 from rmdd.config import Captions
 from rmdd.coresets.features import identity_of
 from rmdd.coresets.rows import Rows
@@ -260,6 +261,16 @@ def test_missing_parts_stop_a_run_before_any_work(parts, tmp_path, monkeypatch):
 def test_options_that_cannot_work_are_told(tmp_path, options, words):
     with pytest.raises(config.ConfigError, match=words):
         load(tmp_path, **options)
+
+
+def test_folders_of_a_run_file_become_absolute(parts, tmp_path, monkeypatch):
+    place = Path(parts["decoder"])
+    monkeypatch.chdir(place.parent)
+    run = placed(load(tmp_path, **{**parts, "features": "clip:./clip", "decoder": f"./{place.name}"}))
+    given = run.distill.options
+    assert (given["features"], given["decoder"], given["dtype"]) == (parts["features"], parts["decoder"], "float32")
+    hub = placed(load(tmp_path, features="clip:a/b@c", decoder="d/e")).distill.options
+    assert hub == {"features": "clip:a/b@c", "decoder": "d/e"}
 
 
 def test_places_depend_on_the_bytes_of_the_parts(finished, parts, tmp_path):
