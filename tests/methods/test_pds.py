@@ -157,7 +157,7 @@ def test_another_storage_gives_the_same_bytes_and_features_are_made_once(finishe
     assert stamps == {p.name: p.stat().st_mtime_ns for p in sides.rglob("*.npy")}
     assert features_in(tmp_path) == [sides]
     found = coreset(run, method="clip_score", encoder=parts["features"], pairs=3, progress=Progress(quiet=True))
-    assert len(found.pairs) == 3 and features_in(tmp_path) == [sides]
+    assert len(found.records) == 3 and features_in(tmp_path) == [sides]
 
 
 def test_images_are_embedded_once_as_clip_itself_does(finished, parts):
