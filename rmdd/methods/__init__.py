@@ -25,6 +25,9 @@ BUILT_IN = {
     "datm": "rmdd.methods.datm:DATM",
     "mct": "rmdd.methods.mct:MCT",
     "amd": "rmdd.methods.amd:AMD",
+    "ncfm": "rmdd.methods.ncfm:NCFM",
+    "covmatch": "rmdd.methods.covmatch:CovMatch",
+    "mdm": "rmdd.methods.mdm:MDM",
     "pds": "rmdd.methods.pds:PDS",
 }
 TITLES = {
@@ -36,6 +39,9 @@ TITLES = {
     "datm": "DATM",
     "mct": "MCT",
     "amd": "AMD",
+    "ncfm": "NCFM",
+    "covmatch": "CovMatch",
+    "mdm": "MDM",
     "pds": "PDS",
 }
 """What tables and pages call a method; one from outside goes by its name."""
@@ -75,4 +81,4 @@ def draws_of(run: config.Run) -> int:
     from rmdd.methods.distribution import DistributionMethod
 
     method = find(run.distill.method)(run)
-    return method.options.draws if isinstance(method, DistributionMethod) else 1  # type: ignore[attr-defined]
+    return method.options.draws if isinstance(method, DistributionMethod) else 1
