@@ -55,6 +55,7 @@ TESLA_VL = {
 }
 MTT_VL = {f"{d}_mtt_vl_{n}": (n, 2, 2000, 100, 1000) for d in ("flickr30k", "coco") for n in (100, 200, 500, 1000)}
 ON_LORS = [f"{d}_{m}_{n}" for d in ("flickr30k", "coco") for m in ("datm", "mct", "amd") for n in (100, 200, 500)]
+PDS = [f"{d}_pds_{n}" for d in ("flickr30k", "coco") for n in (100, 300, 500)]
 # PTM, ST, EMA: the rows of Table 4; row 8 is the preset itself
 TABLE_4 = {
     "base": (False, False, False),
@@ -80,7 +81,7 @@ def load(name: str) -> config.Run:
 
 def test_the_presets_are_there():
     known = {"demo", *SMALL, *PLANNED, *EMOJI, *PTM_ST, *ROWS, *LORS, *REPBLEND, *TESLA_VL, *MTT_VL, *ON_LORS}
-    known |= {*NCFM, *COV, *MDM, *VARIANTS}
+    known |= {*NCFM, *COV, *MDM, *VARIANTS, *PDS}
     assert set(NAMES) == known
 
 
@@ -259,3 +260,19 @@ def test_cells_of_covmatch(name):
 def test_without_its_data_a_preset_says_what_to_give(name):
     with pytest.raises(config.ConfigError, match=r"--set data\.root=FOLDER"):
         config.load(name)
+
+
+@pytest.mark.parametrize("name", PDS)
+def test_published_values_of_pds(name):
+    run = load(name)
+    method = methods.find(run.distill.method)(run)
+    given = method.options
+    assert (given.rm_ratio, given.starts, given.normalize, given.rescale) == (0.2, 20, False, False)
+    assert (given.steps, given.guidance, given.noise_level) == (100, 5, 10)
+    assert (given.decode, given.negative_prompt, given.texts) == ("unclip", "text, watermark", "captions")
+    clip, decoder = method.parts()
+    assert (clip.id, decoder.id) == (
+        "openai/clip-vit-large-patch14",
+        "stabilityai/stable-diffusion-2-1-unclip-small",
+    )
+    assert [p.pairs for p in run.distill.phases] == [run.distill.budget] and run.data.image_size == 224

@@ -28,6 +28,7 @@ BUILT_IN = {
     "ncfm": "rmdd.methods.ncfm:NCFM",
     "covmatch": "rmdd.methods.covmatch:CovMatch",
     "mdm": "rmdd.methods.mdm:MDM",
+    "pds": "rmdd.methods.pds:PDS",
 }
 TITLES = {
     "mtt_vl": "MTT-VL",
@@ -41,6 +42,7 @@ TITLES = {
     "ncfm": "NCFM",
     "covmatch": "CovMatch",
     "mdm": "MDM",
+    "pds": "PDS",
 }
 """What tables and pages call a method; one from outside goes by its name."""
 GROUP = "rmdd.methods"
