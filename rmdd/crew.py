@@ -32,7 +32,7 @@ ENCODERS = 64
 """Encoders of captions side by side at most; `runtime.workers` and the cluster's size bound them too."""
 
 RANKS = 64
-"""Ranks that hold the rows of a coreset at most."""
+"""Ranks that hold the rows of a coreset, or share the draws of a step, at most."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Crew:
     climbers: Callable[[Inquiry, Callable[[Any], Climber], int | None], None] | None = None
     """Climb side by side, so many at most, in a run of Ray Tune."""
     ranks: OpenRanks = ranks_here
-    """Hold the rows that a coreset is chosen from."""
+    """Hold the rows that a coreset is chosen from, or share the draws of a step."""
 
 
 @contextlib.contextmanager
@@ -114,11 +114,13 @@ def open_crew(runtime: config.Runtime, events: Path, progress: Progress) -> Iter
                     climb(inquiry, open_climber, runtime, executor.resources, most, progress.say)
 
                 @contextlib.contextmanager
-                def ranks(make: Callable[[int, int], Any], size: int | None = None) -> Iterator[Ranks]:
+                def ranks(
+                    make: Callable[[int, int], Any], size: int | None = None, most: int | None = None
+                ) -> Iterator[Ranks]:
                     from rmdd.runtime.coresets import ranks_of_actors
 
                     executor.rest()
-                    count = size or resources.workers(runtime, RANKS)
+                    count = size or resources.workers(runtime, most or RANKS)
                     with ranks_of_actors(make, count, cpus, runtime.threads) as found:
                         yield found
 

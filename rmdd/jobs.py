@@ -143,12 +143,13 @@ class Here(Ranks):
         return [getattr(part, what)(*given) for part in self.parts]
 
 
-OpenRanks = Callable[[Callable[[int, int], Any], int | None], contextlib.AbstractContextManager[Ranks]]
-"""Opens so many ranks (None: as many as do well); each makes its part from its number and their number."""
+OpenRanks = Callable[..., contextlib.AbstractContextManager[Ranks]]
+"""`open(make, size, most)` opens `size` ranks (None: as many as do well, up to `most`, if given); each makes its part
+from its number and their number, `make(rank, size)`."""
 
 
 @contextlib.contextmanager
-def ranks_here(make: Callable[[int, int], Any], size: int | None = None) -> Iterator[Ranks]:
+def ranks_here(make: Callable[[int, int], Any], size: int | None = None, most: int | None = None) -> Iterator[Ranks]:
     """`OpenRanks` in this process."""
     count = size or 1
     yield Here([make(rank, count) for rank in range(count)])

@@ -18,7 +18,7 @@ from rmdd.data.captions import SplitCaptions
 from rmdd.data.ingest import ingest
 from rmdd.data.material import Material
 from rmdd.data.shards import Dataset
-from rmdd.distill.matching import finished, save_set
+from rmdd.distill.matching import begin_phase
 from rmdd.distill.planning import PLAN, over_budget, with_phases
 from rmdd.evaluate import protocol, records, scores, summary
 from rmdd.evaluate.probes import prepare, remarks
@@ -28,12 +28,35 @@ from rmdd.experts import feed
 from rmdd.experts.store import Store, stored_bytes
 from rmdd.experts.train import begin_store
 from rmdd.files import atomic_path, read_json, write_json
-from rmdd.jobs import Executor, Failed, Interrupted, Mapper, OpenRanks, Spared, Stream, Task, in_turn, ranks_here
+from rmdd.generate.studio import Tools
+from rmdd.jobs import (
+    Executor,
+    Failed,
+    Interrupted,
+    InTurn,
+    Mapper,
+    OpenRanks,
+    Spared,
+    Stream,
+    Task,
+    in_turn,
+    ranks_here,
+)
 from rmdd.models.text import embed, encoder_identity, text_width
-from rmdd.places import HEALTH, Places, candidates_of, dataset_folder, device_of, places_of, protocol_of, run_folder
+from rmdd.places import (
+    HEALTH,
+    Places,
+    candidates_of,
+    dataset_folder,
+    device_of,
+    is_made,
+    places_of,
+    protocol_of,
+    run_folder,
+)
 from rmdd.progress import Progress, watched
 from rmdd.storage import anchored, open_storage
-from rmdd.tasks import Item, checkup, expert, material, phase, plan, record, student
+from rmdd.tasks import Item, checkup, expert, generate, material, phase, plan, rank_of_phase, record, student
 from rmdd.track import is_curve
 
 P = TypeVar("P", bound="Pipeline")
@@ -165,13 +188,11 @@ class Pipeline:
         run, places = self.run, places_of(self.run, dataset)
         with self._timed("distill"):
             self.storage.fetch(places.phases, _no_curve)
-            method = methods.find(run.distill.method)(run)
-            for p in range(len(run.distill.phases)):
-                if not places.start(p).is_file():
-                    train = material(self._item(dataset), "train")
-                    records = method.records(p, train)
-                    write_json(places.phase(p) / "records.json", records)
-                    save_set(method.initial(p, train, records), places.start(p))
+            if run.distill.family == "trajectory":  # the others make theirs where they work
+                method = methods.find(run.distill.method)(run)
+                for p in range(len(run.distill.phases)):
+                    if not places.start(p).is_file():
+                        begin_phase(method, p, material(self._item(dataset), "train"), places.phase(p))
         return places
 
     def distill(self) -> list[Path]:
@@ -179,9 +200,19 @@ class Pipeline:
         places = self.begin_phases()
         run, dataset = self.run, self.ingest()
         with self._timed("distill"):
-            todo = [p for p, plan in enumerate(run.distill.phases) if not finished(places.phase(p), plan.iterations)]
+            todo = [p for p in range(len(run.distill.phases)) if not is_made(run, places, p)]
             items = [replace(self._item(dataset), number=p) for p in todo]
-            self._map("phases", phase, items, {f"phase {p}": run.distill.phases[p].iterations for p in todo})
+            totals = {f"phase {p}": run.distill.phases[p].iterations for p in todo}
+            here = InTurn(run.runtime.threads)  # for what has others do its parts
+            if run.distill.family == "generative":
+                make = functools.partial(generate, tools=Tools(self.executor, self.encoders, self.ranks, self.progress))
+                self._map("phases", make, items, totals, here)
+            elif run.distill.family == "distribution" and (draws := methods.draws_of(run)) > 1:
+                for item, (name, total) in zip(items, totals.items(), strict=True):
+                    with self.ranks(functools.partial(rank_of_phase, item), None, draws) as ranks:
+                        self._map("phases", functools.partial(phase, ranks=ranks), [item], {name: total}, here)
+            else:
+                self._map("phases", phase, items, totals)
             self.storage.fetch(places.phases, _no_curve)
         return [places.phase(p) for p in range(len(run.distill.phases))]
 

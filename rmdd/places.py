@@ -10,7 +10,7 @@ from rmdd import config, methods
 from rmdd.data.ingest import shaping
 from rmdd.data.place import absolute
 from rmdd.data.shards import Dataset
-from rmdd.distill.matching import snapshot_iterations
+from rmdd.distill.matching import finished, snapshot_iterations
 from rmdd.evaluate import protocol
 from rmdd.experts.train import kept_epochs
 from rmdd.models.image import image_identity
@@ -125,6 +125,14 @@ def places_of(run: config.Run, dataset: Dataset) -> Places:
         run=run_folder(run),
         root=storage,
     )
+
+
+def is_made(run: config.Run, places: Places, number: int) -> bool:
+    """Whether a phase has come to its end."""
+    total = run.distill.phases[number].iterations
+    if run.distill.family == "generative":  # its set comes last
+        return places.set(number, total).is_file()
+    return finished(places.phase(number), total)
 
 
 def candidates_of(run: config.Run) -> list[tuple[int, ...]]:

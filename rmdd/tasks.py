@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rmdd import config, track
+from rmdd import config, jobs, methods, track
 from rmdd.data.material import Material, load_material
 from rmdd.data.shards import Dataset
 from rmdd.distill.matching import distill_phase, load_set
@@ -37,8 +37,10 @@ from rmdd.experts.feed import Stream
 from rmdd.experts.store import Store
 from rmdd.experts.train import expert_model, train_expert
 from rmdd.files import atomic_path, read_json, write_json
+from rmdd.generate.studio import Studio, Tools
 from rmdd.jobs import Hooks, Task
 from rmdd.lease import held
+from rmdd.methods.generative import GenerativeMethod
 from rmdd.models.dual import DualEncoder
 from rmdd.models.text import text_width
 from rmdd.places import HEALTH, Places, candidates_of, device_of
@@ -175,34 +177,66 @@ def expert(item: Item, hooks: Hooks) -> bool:
         )
 
 
-def phase(item: Item, hooks: Hooks) -> bool:
-    """Distil phase `item.number` to the end or until told to stop."""
+def phase(item: Item, hooks: Hooks, ranks: jobs.Ranks | None = None) -> bool:
+    """Distil phase `item.number` to the end or until told to stop; `ranks` share the draws of a step."""
     item, storage = _here(item)
     places, run = item.places, item.run
-    storage.fetch(places.store, lambda name: not name.endswith("/running.safetensors") and not track.is_curve(name))
+    storage.fetch(places.store, _no_running)
     model = expert_model(run, 0, text_width(run.model.text))
     pairs = run.distill.batch * run.distill.steps
-    follow = _followed(item, f"phase {item.number}", places.phases.name, places.phase(item.number), storage)
-    with _alone(places.phase(item.number), storage, hooks) as hooks, follow as tracker:
+    title, folder, key = f"phase {item.number}", places.phase(item.number), f"{item.value}/{item.number}"
+    follow = _followed(item, title, places.phases.name, folder, storage)
+    with _alone(folder, storage, hooks) as hooks, follow as tracker:
 
         def on_step(metrics: dict[str, Any]) -> None:
-            tracker.add(metrics["iteration"], {name: metrics[name] for name in CURVES if name in metrics})
-            shown = {name: metrics[name] for name in ("loss", "lr_image", "lr_text")}
-            pace = {"pairs/s": pairs / metrics["seconds"]} if metrics["seconds"] else {}
+            tracker.add(metrics["iteration"], {n: v for n, v in metrics.items() if n in CURVES or n.startswith("loss")})
+            shown: dict[str, Any] = {name: metrics[name] for name in ("loss", "lr_image", "lr_text") if name in metrics}
+            pace = {"pairs/s": metrics.get("pairs", pairs) / metrics["seconds"]} if metrics["seconds"] else {}
             hooks.report({"done": metrics["iteration"], **shown, **pace})
 
-        return distill_phase(
-            run,
-            item.number,
-            Store.open(places.store),
-            model,
-            load_set(places.start(item.number)),
-            places.phase(item.number),
-            device_of(run),
-            f"{item.value}/{item.number}",
-            on_step,
-            hooks.should_stop,
-        )
+        store, device, stop = Store.open(places.store), device_of(run), hooks.should_stop
+        if run.distill.family == "distribution":
+            from rmdd.distill import features
+
+            storage.fetch(places.data)
+            train = material(item, "train")
+            return features.distill_phase(
+                run, item.number, store, model, train, folder, device, key, on_step, stop, ranks
+            )
+        start = load_set(places.start(item.number))
+        return distill_phase(run, item.number, store, model, start, folder, device, key, on_step, stop)
+
+
+def _no_running(name: str) -> bool:
+    """What is read of a store whose experts are there."""
+    return not name.endswith("/running.safetensors") and not track.is_curve(name)
+
+
+def rank_of_phase(item: Item, rank: int, size: int) -> Any:
+    """One of those who share the draws of every step of phase `item.number`."""
+    from rmdd.distill import features
+
+    item, storage = _here(item)
+    storage.fetch(item.places.data)
+    storage.fetch(item.places.store, _no_running)
+    model = expert_model(item.run, 0, text_width(item.run.model.text))
+    store, train = Store.open(item.places.store), material(item, "train")
+    return features.Rank(item.run, item.number, store, model, train, device_of(item.run), rank, size)
+
+
+def generate(item: Item, hooks: Hooks, tools: Tools) -> bool:
+    """Make phase `item.number` of a generative method: those of its pairs that are not there."""
+    item, storage = _here(item)
+    places = item.places
+    storage.fetch(places.data)
+    folder = places.phase(item.number)
+    with _alone(folder, storage, hooks) as hooks:
+        if not places.set(item.number, 1).is_file():
+            method = methods.find(item.run.distill.method)(item.run)
+            assert isinstance(method, GenerativeMethod)
+            method.make(Studio(item, material(item, "train"), folder, tools, hooks), item.number)
+    hooks.report({"done": 1})
+    return True
 
 
 def plan(item: Item, hooks: Hooks) -> bool:
@@ -218,7 +252,7 @@ def plan(item: Item, hooks: Hooks) -> bool:
         from rmdd.analyse.drawing import draw_plan
 
         storage.fetch(places.data)
-        storage.fetch(places.store, lambda name: not name.endswith("/running.safetensors") and not track.is_curve(name))
+        storage.fetch(places.store, _no_running)
         found = make_plan(run, Store.open(places.store), material(item, "train"), device_of(run))
         draw_plan(found, places.run / "plan.svg")
         if run.distill.plan.kind == "auto":

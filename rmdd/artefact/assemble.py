@@ -22,6 +22,8 @@ from rmdd.models.text import encoder_identity
 from rmdd.tasks import Item
 
 CHUNK = 8192
+CAPTIONS, PARTS = "captions.json", "parts.json"
+"""In the folder of a generated phase: the strings of its pairs, and the pretrained parts that made it."""
 
 
 def assemble(item: Item, train: Material, evaluation: dict[str, Any]) -> DistilledSet:
@@ -67,6 +69,11 @@ def _subset(item: Item, train: Material, phase: int) -> Subset:
     synthetic = load_set(item.places.set(phase, item.iterations[phase]))
     records: list[int] = read_json(item.places.phase(phase) / "records.json")
     split, real = train.split, item.run.distill.init != "noise"
+    written = item.places.phase(phase) / CAPTIONS
+    if written.is_file():  # pairs that carry their own strings
+        captions = read_json(written)
+    else:
+        captions = [split.captions[i] for i in nearest(synthetic.texts, train.texts).tolist()]
     return Subset(
         images=synthetic.images,
         texts=synthetic.texts,
@@ -74,7 +81,7 @@ def _subset(item: Item, train: Material, phase: int) -> Subset:
         alpha=synthetic.alpha,
         lr_image=float(synthetic.lr_image),
         lr_text=float(synthetic.lr_text),
-        captions=[split.captions[i] for i in nearest(synthetic.texts, train.texts).tolist()],
+        captions=captions,
         source_ids=[split.pair_ids[split.image_of[r]] if real else "" for r in records],
         captions_before=[split.captions[r] for r in records] if real else (),
     )
@@ -82,6 +89,8 @@ def _subset(item: Item, train: Material, phase: int) -> Subset:
 
 def _provenance(item: Item) -> dict[str, Any]:
     run, data = item.run, Dataset.open(item.places.data)
+    asked = [item.places.phase(p) / PARTS for p in range(len(run.distill.phases))]
+    parts = {part["role"]: part for path in asked if path.is_file() for part in read_json(path)}
     return {
         "rmdd": rmdd.__version__,
         "torch": torch.__version__,
@@ -93,6 +102,7 @@ def _provenance(item: Item) -> dict[str, Any]:
         "experts": item.places.store.name,
         "phases": item.places.phases.name,
         "iterations": list(item.iterations),
+        **({"parts": list(parts.values())} if parts else {}),
         "seeds": {
             "experts": run.seed_of("experts"),
             "distill": run.seed_of("distill"),

@@ -144,7 +144,8 @@ class Run(Section):
     def endpoint_of(self, phase: int) -> int:
         """The last expert epoch that a phase reads."""
         d, p = self.distill, self.distill.phases[phase]
-        if d.trajectory == "convexified" or (d.ranges == "drift" and d.trajectory == "original"):
+        whole = d.family != "trajectory" or d.trajectory == "convexified"
+        if whole or (d.ranges == "drift" and d.trajectory == "original"):
             return self.experts.epochs
         if d.trajectory == "shortcut":
             return p.endpoint - (d.endpoint_rule == "exclusive")

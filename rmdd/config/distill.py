@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
 from rmdd.config.plan import Plan
 from rmdd.runfile import Section
+
+if TYPE_CHECKING:
+    from rmdd.methods.base import Family
 
 
 class Phase(Section):
@@ -208,6 +211,16 @@ class Distill(Section):
         """What results are filed under: the name of the method, or of the class where an import path is given."""
         return self.method.rpartition(":")[2]
 
+    @property
+    def family(self) -> Family:
+        """Which loop the method is a recipe of; trajectory where it cannot be found."""
+        from rmdd import methods
+
+        try:
+            return methods.find(self.method).family
+        except ValueError:
+            return "trajectory"
+
     def reach(self, phase: Phase) -> int:
         """The last epoch that a start of `phase` and its target may need."""
         stop = max(stop for _, stop in phase.ranges.values())
@@ -218,6 +231,8 @@ class Distill(Section):
         mistakes = []
         if self.method_name in ("random", "full"):
             mistakes.append(f"distill.method is {self.method}, but '{self.method_name}' is a row of every result table")
+        if self.family != "trajectory":
+            return mistakes + self._clashes_without_a_path()
         if self.plan.plans:
             mistakes += self._cannot_plan()
         elif not self.phases:
@@ -270,6 +285,22 @@ class Distill(Section):
                     f"{this}: rank {self.similarity.rank} costs more than the full {phase.pairs} x {phase.pairs} "
                     f"matrix; use at most {phase.pairs // 2} or distill.similarity.kind: full"
                 )
+        return mistakes
+
+    def _clashes_without_a_path(self) -> list[str]:
+        """What a method that matches no trajectory cannot use."""
+        mistakes = []
+        if self.plan.plans or not self.phases:
+            mistakes.append(f"distill.method {self.method} has no path to plan phases from; list distill.phases")
+        if self.similarity.kind != "identity":
+            mistakes.append(f"distill.method {self.method} learns no similarity; set distill.similarity.kind: identity")
+        for p, phase in enumerate(self.phases):
+            if phase.pairs < 2:
+                mistakes.append(
+                    f"distill.phases.{p}.pairs is {phase.pairs}: one pair has no negatives; give at least 2"
+                )
+            if self.family == "generative" and phase.iterations != 1:
+                mistakes.append(f"distill.phases.{p}.iterations: {self.method} makes its pairs once; set it to 1")
         return mistakes
 
     def _cannot_plan(self) -> list[str]:

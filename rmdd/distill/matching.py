@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rmdd import config, methods
+from rmdd.data.material import Material
 from rmdd.distill.frozen import features_of, to_pixels
 from rmdd.distill.guard import Derailed, vitals, what_is_wrong
 from rmdd.distill.phases import Draw, Ranges, Window
@@ -24,7 +25,7 @@ from rmdd.distill.synthetic import Synthetic, enlarged, from_tensors
 from rmdd.distill.unroll import Engine, MetaGradient, forward_suits, meta_gradient, squared_distance
 from rmdd.experts import shortcut
 from rmdd.experts.store import Store
-from rmdd.files import append_jsonl, atomic_path
+from rmdd.files import append_jsonl, atomic_path, write_json
 from rmdd.models.dual import TOWERS, DualEncoder, Params, tower_of
 from rmdd.models.image import matching_context
 from rmdd.tensors import Damaged, facts_of, load_checked, save_checked
@@ -413,6 +414,13 @@ def distill_phase(
 def snapshot_iterations(total: int, count: int) -> list[int]:
     """Iterations, evenly spaced and ending with the last, whose sets are kept."""
     return sorted({math.ceil(total * (i + 1) / count) for i in range(count)})
+
+
+def begin_phase(method: methods.Method, phase: int, train: Material, folder: Path) -> None:
+    """Choose and keep what a phase starts from."""
+    records = method.records(phase, train)
+    write_json(folder / "records.json", records)
+    save_set(method.initial(phase, train, records), folder / "start.safetensors")
 
 
 def save_set(synthetic: Synthetic, path: Path) -> None:

@@ -63,12 +63,12 @@ def read_lessons(path: Path, run: config.Run, train: Callable[[], Material], lr:
         return [real_lesson(run, train(), read_json(path), lr)]
     tensors = load_file(path)
     subsets = range(1 + max(int(name.partition(".")[0]) for name in tensors))
-    learned = ("images", "texts", "similarity")
-    lessons = [
-        Lesson(*(tensors[f"{k}.{n}"] for n in learned), *(tensors[f"{k}.{n}"].item() for n in ("lr_image", "lr_text")))
-        for k in subsets
-    ]
-    lessons = enlarged_to(run.data.image_size, lessons)
+
+    def subset(k: int) -> Lesson:
+        learned = tensors[f"{k}.images"], tensors[f"{k}.texts"], tensors[f"{k}.similarity"]
+        return Lesson(*learned, tensors[f"{k}.lr_image"].item(), tensors[f"{k}.lr_text"].item())
+
+    lessons = enlarged_to(run.data.image_size, [subset(k) for k in subsets])
     return [replace(lesson, lr_image=lr, lr_text=lr) for lesson in lessons] if lr else lessons
 
 

@@ -8,6 +8,7 @@ import difflib
 import importlib
 from importlib.metadata import entry_points
 
+from rmdd import config
 from rmdd.methods.base import Method as Method
 
 BUILT_IN = {
@@ -60,3 +61,11 @@ def find(name: str) -> type[Method]:
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise ValueError(f"'{place}' is no method; derive it from rmdd.methods.Method")
     return found
+
+
+def draws_of(run: config.Run) -> int:
+    """Draws whose gradients a step of a distribution method averages."""
+    from rmdd.methods.distribution import DistributionMethod
+
+    method = find(run.distill.method)(run)
+    return method.options.draws if isinstance(method, DistributionMethod) else 1  # type: ignore[attr-defined]

@@ -1,12 +1,15 @@
-"""What a method is: values for the run file, and the parts of the matching loop that it may replace."""
+"""What a method is: values for the run file, and the parts of a loop that it may replace."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rmdd import config
 from rmdd.runfile import Section, validate
+
+Family = Literal["trajectory", "distribution", "generative"]
+Need = Literal["experts", "features", "diffusion", "captioner"]
 
 if TYPE_CHECKING:
     from rmdd.data.material import Material
@@ -19,12 +22,22 @@ if TYPE_CHECKING:
 
 
 class Method:
-    """A recipe on the matching loop. Most only set `defaults`; a new idea replaces one of the parts below them.
+    """A recipe on the trajectory-matching loop. Most only set `defaults`; a new idea replaces one of the parts below
+    them. Those of the other families derive from `rmdd.methods.distribution.DistributionMethod` and
+    `rmdd.methods.generative.GenerativeMethod`.
 
     Parts are functions of the run, the phase and the iteration alone: what they draw comes from
     `rmdd.seeding.generator`, so that a run that was killed goes on with the same bits.
     """
 
+    family: ClassVar[Family] = "trajectory"
+    """Which loop it is a recipe of."""
+    needs: ClassVar[tuple[Need, ...]] = ("experts",)
+    """What must be there before it begins."""
+    card: ClassVar[str] = ""
+    """Where it was published: an arXiv number or a venue."""
+    verified: ClassVar[str] = ""
+    """What was verified of it, and what only a GPU with weights can show."""
     defaults: ClassVar[Mapping[str, Any]] = {}
     """Values of the run file that hold where it says nothing, by section."""
     reference: ClassVar[str | None] = None

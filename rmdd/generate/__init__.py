@@ -1,0 +1,1 @@
+"""Generative distillation: features, prototypes, decoders, and the studio that a method works in."""

@@ -1,0 +1,73 @@
+"""Methods that match distributions of features: real batches against the synthetic one, with a single-level update.
+
+M pairs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from pydantic import Field
+
+from rmdd.config.numbers import PositiveFloat, PositiveInt
+from rmdd.methods.base import Family, Method
+from rmdd.runfile import Section
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from rmdd.data.material import Material
+    from rmdd.distill.synthetic import Synthetic
+    from rmdd.experts.store import Store
+    from rmdd.models.dual import DualEncoder
+
+
+class Objective(Protocol):
+    """What a step goes down. All that is drawn depends on iteration and draw alone."""
+
+    def gradient(self, synthetic: Synthetic, iteration: int, draw: int) -> tuple[Synthetic, dict[str, float]]:
+        """The gradient of one draw's loss in every tensor of the set, and the loss and its parts by name."""
+        ...
+
+    def after(self, synthetic: Synthetic, iteration: int) -> None:
+        """What follows a step, alike on every rank: a move of an online model or of a frequency network."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it has learned itself, for the checkpoint."""
+        ...
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Go on from `tensors`."""
+        ...
+
+
+class DistributionMethod(Method, ABC):
+    """A recipe on the distribution-matching loop (`rmdd.distill.features`)."""
+
+    family: ClassVar[Family] = "distribution"
+
+    class Options(Section):
+        """What all methods of the family have; they add their own."""
+
+        draws: PositiveInt = Field(
+            1,
+            description="draws whose gradients a step averages; workers share them, with the same bits",
+        )
+        clip: PositiveFloat | None = Field(None, description="joint norm that the gradient is cut to; null: none")
+
+    def records(self, phase: int, train: Material, store: Store | None = None) -> list[int]:
+        """The caption records that a phase starts from; the experts of `store` are there."""
+        return super().records(phase, train)
+
+    @abstractmethod
+    def objective(
+        self, phase: int, store: Store, train: Material, model: DualEncoder, device: torch.device
+    ) -> Objective:
+        """What the steps of a phase go down."""
+
+    def exported(self, synthetic: Synthetic) -> Synthetic:
+        """What students get of the set that was learned: its texts as (M, F) embeddings."""
+        return synthetic
