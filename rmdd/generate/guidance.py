@@ -35,7 +35,9 @@ def step_deviation(scheduler: Any, t: Tensor, predicted: Tensor, channels: int, 
 
 
 def _is_ddim(scheduler: Any) -> bool:
-    return "eta" in scheduler.step.__code__.co_varnames
+    from diffusers import DDIMScheduler
+
+    return isinstance(scheduler, DDIMScheduler)
 
 
 def guided(
