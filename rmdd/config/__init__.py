@@ -66,7 +66,7 @@ class Run(Section):
     data: Data = Data()
     model: Model = Model()
     experts: Experts = Experts()
-    distill: Distill = Distill()
+    distill: Distill = Field(default_factory=Distill)  # which asks the methods, and these this module
     evaluate: Evaluate = Evaluate()
     search: Search = Search()
     runtime: Runtime = Runtime()

@@ -4,12 +4,17 @@ A package brings its own by an entry point of the group `rmdd.methods`; a run fi
 path, `module:Class`.
 """
 
+from __future__ import annotations
+
 import difflib
 import importlib
 from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
 
-from rmdd import config
 from rmdd.methods.base import Method as Method
+
+if TYPE_CHECKING:
+    from rmdd import config
 
 BUILT_IN = {
     "mtt_vl": "rmdd.methods.mtt_vl:MTTVL",
