@@ -110,15 +110,15 @@ class Projector(nn.Module):
 def alignment(
     read: Float[Tensor, "B F"],
     texts: Float[Tensor, "B F"],
-    same: Int[Tensor, " B"],
+    positive: Bool[Tensor, "B B"],
     temperature: float,
 ) -> Float[Tensor, ""]:
-    """InfoNCE in both directions whose positives are the rows with the same number in `same`, in the mean form.
+    """InfoNCE in both directions in the mean form: -log of the mean probability of a row's positives.
 
-    With distinct numbers it is symmetric cross-entropy.
+    `positive` is symmetric and true on the diagonal; true nowhere else it makes this symmetric cross-entropy.
     """
+    assert positive.diagonal().all(), "a row without a positive has no loss"
     logits = F.normalize(read, dim=1) @ F.normalize(texts, dim=1).T / temperature
-    positive = same[:, None] == same[None, :]
     none = torch.finfo(logits.dtype).min
 
     def rows(logits: Tensor) -> Tensor:
@@ -126,6 +126,11 @@ def alignment(
         return (positive.sum(dim=1).log() - torch.logsumexp(told, dim=1)).mean()
 
     return (rows(logits) + rows(logits.T)) / 2
+
+
+def positives(pictures: Int[Tensor, " B"], captions: Int[Tensor, " B"]) -> Bool[Tensor, "B B"]:
+    """Pairs of the same picture or of the same caption; equal numbers for equal ones."""
+    return (pictures[:, None] == pictures[None, :]) | (captions[:, None] == captions[None, :])
 
 
 def ramp(step: int, total: int, low: float, high: float) -> float:
