@@ -23,11 +23,11 @@ from rmdd.distill.planning import PLAN, over_budget, with_phases
 from rmdd.evaluate import protocol, records, scores, summary
 from rmdd.evaluate.probes import prepare, remarks
 from rmdd.evaluate.protocol import Job
-from rmdd.evaluate.references import reference_of
 from rmdd.experts import feed
 from rmdd.experts.store import Store, stored_bytes
 from rmdd.experts.train import begin_store
 from rmdd.files import atomic_path, read_json, write_json
+from rmdd.generate.parts import obtain
 from rmdd.generate.studio import Tools
 from rmdd.jobs import (
     Executor,
@@ -50,6 +50,7 @@ from rmdd.places import (
     dataset_folder,
     device_of,
     is_made,
+    parts_of,
     places_of,
     protocol_of,
     run_folder,
@@ -118,6 +119,7 @@ class Pipeline:
         """Bring the data in, or open what was ingested before."""
         if self._dataset is not None:
             return self._dataset
+        obtain(parts_of(self.run))
         with self._timed("ingest"):
             run = self.run
             if run.data.source == "dataset":
@@ -237,14 +239,8 @@ class Pipeline:
             (loss, lr), tried = protocol.best_by_val(
                 [((j.loss, j.lr), r) for j, r in zip(tune, tried_all[len(select) :], strict=False)]
             )
-            reference = reference_of(run)
-            final = [Job("student", i) for i in range(rule.students)]
-            final += [Job("reference", i) for i in range(reference.students if reference else 0)]
-            final += [
-                Job("baseline", i % rule.baseline_draws, loss=loss, lr=lr)
-                for i in range(min(rule.students, rule.baseline_draws))
-            ]
-            final += [Job("full", e) for e in Store.open(places_of(run, dataset).store).complete()[: run.experts.num]]
+            experts = Store.open(places_of(run, dataset).store).complete()[: run.experts.num]
+            final = protocol.final_jobs(run, loss, lr, experts)
             final += scores.finals(run, rates) if rule.scores else []
             taught = self._students(dataset, "students", final, [candidates[chosen]] * len(candidates))
             rows = list(zip(final, taught, strict=True))
@@ -258,17 +254,7 @@ class Pipeline:
             "diverged": {kind: sum("diverged" in r for r in rs) for kind, rs in by_kind.items()},
             "galleries": {s: material(self._item(dataset), s).split.facts() for s in ("train", "val", "test")},
             "spread": "sample standard deviation over students (distilled), draws (random) and experts (full)",
-            "iterations": list(candidates[chosen]),
-            "selection": {
-                "rule": rule.selection,
-                "val": [{"iterations": list(candidates[s]), "R@mean": v} for s, v in curve.items()],
-            },
-            "baseline": {
-                "pairs": run.distill.budget,
-                "loss": loss,
-                "lr": lr,
-                "val": [{"loss": c[0], "lr": c[1], "R@mean": v} for c, v in tried.items()],
-            },
+            **summary.choices(run, candidates, chosen, curve, (loss, lr), tried),
             "student_curves": [r["curve"] for r in by_kind["student"]],
         }
         width = material(self._item(dataset), "val").texts.shape[1]
@@ -331,16 +317,9 @@ class Pipeline:
         path, seen = self.export(), self.health()
         with self._timed("report"):
             dataset = self.ingest()
-            page = self.folder / "report.html"
-            write_report(
-                page,
-                self.run,
-                places_of(self.run, dataset),
-                path,
-                read_json(self.folder / "evaluation.json"),
-                self.all_seconds(),
-                seen,
-            )
+            page, places = self.folder / "report.html", places_of(self.run, dataset)
+            evaluation = read_json(self.folder / "evaluation.json")
+            write_report(page, self.run, places, path, evaluation, self.all_seconds(), seen)
         return page
 
     def all(self) -> Result:

@@ -44,7 +44,9 @@ class Setting:
                 f"the experts keep epochs {sorted(kept_by(run))}, asked for shortcuts to {self.endpoint}; give one of "
                 "them as --endpoint, or train experts with experts.keep: all"
             )
-        if gradients < least:
+        if run.distill.family != "trajectory":
+            mistakes = [f"method {run.distill.method} matches no trajectories; name one that does (see `rmdd methods`)"]
+        elif gradients < least:
             mistakes.append(f"{gradients} gradients, {least} are needed; give more --experts or --draws")
         if mistakes:
             raise config.ConfigError(mistakes, "analyse")

@@ -119,6 +119,17 @@ def soft_lesson(
         return replace(lesson, similarity=torch.sigmoid(u @ v.T / run.model.temperature).cpu())
 
 
+def final_jobs(run: config.Run, loss: str, lr: float, experts: Sequence[int]) -> list[Job]:
+    """The students whose scores are told: of the set, by the reference protocol, of random pairs at the loss and rate
+    that val chose, and `experts` as the full-data bound."""
+    rule, reference = run.evaluate, reference_of(run)
+    jobs = [Job("student", i) for i in range(rule.students)]
+    jobs += [Job("reference", i) for i in range(reference.students if reference else 0)]
+    draws = range(min(rule.students, rule.baseline_draws))
+    jobs += [Job("baseline", i % rule.baseline_draws, loss=loss, lr=lr) for i in draws]
+    return jobs + [Job("full", e) for e in experts]
+
+
 def updates(run: config.Run) -> int:
     """Steps that a student of the distilled set makes; one of random pairs gets as many."""
     rule = run.evaluate

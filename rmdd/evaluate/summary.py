@@ -42,6 +42,31 @@ def table_of(
     return table
 
 
+def choices(
+    run: config.Run,
+    candidates: Sequence[tuple[int, ...]],
+    chosen: int,
+    curve: Mapping[int, float],
+    baseline: tuple[str, float],
+    tried: Mapping[tuple[str, float], float],
+) -> dict[str, Any]:
+    """What was chosen on val: the snapshot of the set, by `curve`, and loss and rate of random pairs, by `tried`."""
+    loss, lr = baseline
+    return {
+        "iterations": list(candidates[chosen]),
+        "selection": {
+            "rule": run.evaluate.selection,
+            "val": [{"iterations": list(candidates[s]), "R@mean": v} for s, v in curve.items()],
+        },
+        "baseline": {
+            "pairs": run.distill.budget,
+            "loss": loss,
+            "lr": lr,
+            "val": [{"loss": c[0], "lr": c[1], "R@mean": v} for c, v in tried.items()],
+        },
+    }
+
+
 def beside(
     run: config.Run,
     table: Mapping[str, Any],

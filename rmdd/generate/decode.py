@@ -18,7 +18,6 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from rmdd import config
 from rmdd.data.splits import Split
 from rmdd.files import atomic_path, read_json, write_json
 from rmdd.jobs import Values
@@ -298,12 +297,11 @@ def write_requests(folder: Path, requests: Sequence[Values], tensors: dict[str, 
     """What pairs are made from, for the workers: small values of each, and tensors whose row i belongs to pair i."""
     if any(len(t) != len(requests) for t in tensors.values()):
         raise ValueError(f"{len(requests)} pairs, and rows { ({n: len(t) for n, t in tensors.items()}) }")
-    key = config.hash_value(list(requests))
     save_checked(folder / f"{REQUESTS}.safetensors", {n: t.contiguous() for n, t in tensors.items()}, REQUESTS, {})
-    write_json(folder / f"{REQUESTS}.json", {"key": key, "requests": list(requests)})
+    write_json(folder / f"{REQUESTS}.json", list(requests))
 
 
 def read_requests(folder: Path) -> list[Request]:
     tensors, _ = load_checked(folder / f"{REQUESTS}.safetensors", REQUESTS)
-    plain: list[Values] = read_json(folder / f"{REQUESTS}.json")["requests"]
+    plain: list[Values] = read_json(folder / f"{REQUESTS}.json")
     return [{**values, **{name: rows[i] for name, rows in tensors.items()}} for i, values in enumerate(plain)]

@@ -98,9 +98,9 @@ class Studio:
 
     def features(self, encoder: str) -> "Sides":
         """Both sides of the train split by an encoder of `rmdd.coresets`, such as `clip:ID`, raw; made once."""
-        from rmdd.coresets.features import sides
+        from rmdd.coresets.features import sides_of
 
-        return sides(self.item, self.train, encoder, self.stream(f"features of {encoder}", "rows"))
+        return sides_of(self.item, self.train, encoder, self.stream(f"features of {encoder}", "rows"))
 
     def draw(
         self,

@@ -63,6 +63,8 @@ class Trial(Pipeline):
     def _climb(self) -> dict[str, Any]:
         places, dataset = self.begin_phases(), self.ingest()
         step, rungs = len(self.curve), candidates_of(self.run)
+        if self.run.distill.family == "generative":  # which has one rung
+            self.distill()
         for p, iteration in enumerate(rungs[step]):
             if not places.set(p, iteration).is_file():
                 item = replace(self._item(dataset), number=p)
