@@ -49,8 +49,8 @@ from rmdd.places import (
     candidates_of,
     dataset_folder,
     device_of,
+    generative,
     is_made,
-    parts_of,
     places_of,
     protocol_of,
     run_folder,
@@ -119,7 +119,7 @@ class Pipeline:
         """Bring the data in, or open what was ingested before."""
         if self._dataset is not None:
             return self._dataset
-        obtain(parts_of(self.run))
+        self._bring_parts()
         with self._timed("ingest"):
             run = self.run
             if run.data.source == "dataset":
@@ -368,6 +368,14 @@ class Pipeline:
                 "give the run another name"
             )
         write_json(path, {"data_hash": dataset.hash, "path": str(dataset.path)})
+
+    def _bring_parts(self) -> None:
+        """Have the pretrained parts of the run's method here before anything else; raises `ConfigError` with all that
+        cannot be had."""
+        if method := generative(self.run):
+            if mistakes := method.faults():
+                raise config.ConfigError(mistakes, self.run.name)
+            obtain(method.parts())
 
     def _embed(self, dataset: Dataset, split: str) -> None:
         """Embed the captions of a split into the cache, where they are not."""

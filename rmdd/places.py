@@ -13,7 +13,6 @@ from rmdd.data.shards import Dataset
 from rmdd.distill.matching import finished, snapshot_iterations
 from rmdd.evaluate import protocol
 from rmdd.experts.train import kept_epochs
-from rmdd.generate.parts import Part
 from rmdd.methods.generative import GenerativeMethod
 from rmdd.models.image import image_identity
 from rmdd.models.text import encoder_identity
@@ -110,8 +109,8 @@ def places_of(run: config.Run, dataset: Dataset) -> Places:
     if run.distill.plan.kind != "adaptive":
         del recipe["plan"]  # phases are the same however they were found
     recipe["version"] = methods.find(run.distill.method).version
-    if parts := parts_of(run):
-        recipe["parts"] = [part.identity() for part in parts]
+    if method := generative(run):
+        recipe["parts"] = [part.identity() for part in method.parts()]
     distilled = {**trained, "num": run.experts.num, "distill": recipe | {"seed": run.seed_of("distill")}}
     rules = run.evaluate.model_dump(mode="json", exclude={*ONLY_DISTILLED, "probes"})
     rules["seed"] = run.seed_of("evaluate")
@@ -131,10 +130,10 @@ def places_of(run: config.Run, dataset: Dataset) -> Places:
     )
 
 
-def parts_of(run: config.Run) -> list[Part]:
-    """The pretrained parts that the run's method asks for."""
+def generative(run: config.Run) -> GenerativeMethod | None:
+    """The run's method, where it is one that asks for pretrained parts."""
     method = methods.find(run.distill.method)
-    return method(run).parts() if issubclass(method, GenerativeMethod) else []
+    return method(run) if issubclass(method, GenerativeMethod) else None
 
 
 def is_made(run: config.Run, places: Places, number: int) -> bool:

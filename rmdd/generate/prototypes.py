@@ -120,9 +120,7 @@ def raw_cosines(sides: Sides) -> Float32[np.ndarray, " T"]:
     """Of every caption record. Raises `ValueError` when the sides lie in different spaces, or features are zero."""
     if sides.images.width != sides.texts.width:
         widths = f"{sides.images.width} and {sides.texts.width}"
-        raise ValueError(
-            f"image and text features of {widths} numbers have no cosine; set rm_ratio: 0, or take a CLIP"
-        )
+        raise ValueError(f"image and text features of {widths} numbers have no cosine; set rm_ratio: 0, or take a CLIP")
     found = np.empty(len(sides.texts), np.float32)
     for where, texts in sides.texts.chunks():
         found[where] = np.vecdot(_unit(sides.images.at(sides.split.image_of[where])), _unit(texts))

@@ -25,6 +25,7 @@ BUILT_IN = {
     "datm": "rmdd.methods.datm:DATM",
     "mct": "rmdd.methods.mct:MCT",
     "amd": "rmdd.methods.amd:AMD",
+    "pds": "rmdd.methods.pds:PDS",
 }
 TITLES = {
     "mtt_vl": "MTT-VL",
@@ -35,6 +36,7 @@ TITLES = {
     "datm": "DATM",
     "mct": "MCT",
     "amd": "AMD",
+    "pds": "PDS",
 }
 """What tables and pages call a method; one from outside goes by its name."""
 GROUP = "rmdd.methods"
