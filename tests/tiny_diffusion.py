@@ -1,4 +1,4 @@
-"""A tiny Stable Diffusion, DiT and captioners of the real classes with random weights, saved as a user would have them."""
+"""Tiny Stable Diffusion, DiT and captioners of the real classes with random weights, saved as a user has them."""
 
 from pathlib import Path
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from rmdd.generate.fusion import after, first_end
+
 
 @dataclass
 class Texts:
@@ -22,8 +23,6 @@ class Texts:
     """The state of the first end-of-text token."""
     padding: Bool[Tensor, "B L"]
     """True behind it."""
-    cut: int
-    """Captions that were longer than the encoder reads."""
 
 
 class Diffusion:
@@ -46,12 +45,7 @@ class Diffusion:
 
     def grid(self, size: int) -> tuple[int, int]:
         """Rows and columns of the latent of a picture. Raises `ValueError` for sizes the encoder cannot halve."""
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        if size % factor:
-            raise ValueError(
-                f"distill.options.size {size} is no multiple of {factor}, by which this model's encoder shrinks pictures"
-            )
-        return size // factor, size // factor
+        return grid_of(len(self.vae.config.block_out_channels), size)
 
     def latents(
         self, pixels: Float[Tensor, "B 3 S S"], random: torch.Generator | None = None
@@ -67,22 +61,28 @@ class Diffusion:
         """Pictures around [-1, 1] of unscaled latents."""
         return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
 
-    def ids(self, captions: Sequence[str]) -> tuple[Int[Tensor, "B L"], int]:
-        """Padded token numbers, and how many captions lost their end."""
+    @torch.no_grad()
+    def texts(self, captions: Sequence[str]) -> Texts:
+        """Captions padded to the length that the encoder reads, and cut where they are longer."""
         length = self.tokenizer.model_max_length
         ids = self.tokenizer(
             list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-        ).input_ids
-        whole = self.tokenizer(list(captions), truncation=False, padding=False, verbose=False).input_ids
-        return ids.to(self.device), sum(len(one) > length for one in whole)
-
-    @torch.no_grad()
-    def texts(self, captions: Sequence[str]) -> Texts:
-        ids, cut = self.ids(captions)
+        ).input_ids.to(self.device)
         tokens = self.text_encoder(ids).last_hidden_state.float()
         ends = first_end(ids, int(self.tokenizer.eos_token_id))
         pooled = tokens[torch.arange(len(ids), device=ids.device), ends]
-        return Texts(tokens, pooled, after(ends, ids.shape[1]), cut)
+        return Texts(tokens, pooled, after(ends, ids.shape[1]))
+
+
+def grid_of(blocks: int, size: int) -> tuple[int, int]:
+    """Rows and columns of a latent behind an encoder of so many blocks. Raises `ValueError` for other sizes."""
+    factor = 2 ** (blocks - 1)
+    if size % factor:
+        raise ValueError(
+            f"pictures of side {size} cannot be halved {blocks - 1} times by this model's encoder; give a multiple of "
+            f"{factor} as the size in distill.options"
+        )
+    return size // factor, size // factor
 
 
 def as_signed(pictures: UInt8[Tensor, "B 3 S S"]) -> Float[Tensor, "B 3 S S"]:

@@ -29,7 +29,7 @@ from rmdd.generate.edge_losses import (
     target_of,
 )
 from rmdd.runfile import Section
-from rmdd.seeding import derive, generator
+from rmdd.seeding import generator
 
 
 class EdgeTuning(Section):
@@ -137,7 +137,6 @@ class EdgeTrainer:
         if rule.save_memory:
             diffusion.unet.enable_gradient_checkpointing()
             diffusion.vae.enable_gradient_checkpointing()
-        self.cut_captions = 0
 
     # -- a batch -----------------------------------------------------------------------------------------------------
 
@@ -157,12 +156,10 @@ class EdgeTrainer:
         latents = torch.cat([self.diffusion.latents(pixels[rows], random) for rows in self._parts(len(records))])
         times = torch.randint(rule.max_step, (len(records),), generator=random)
         noise = torch.randn(latents.shape, generator=random)
-        texts = self.diffusion.texts(captions)
-        self.cut_captions += texts.cut
         number = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
         return Batch(
             latents * self.diffusion.scale,
-            texts.tokens,
+            self.diffusion.texts(captions).tokens,
             self._text_features(captions),
             torch.tensor([number[c] for c in captions], device=device),
             times.to(device),
@@ -257,11 +254,6 @@ def draws(seed: int, count: int, number: int, start: int = 0) -> list[int]:
         )
     order = torch.randperm(count, generator=generator(seed, "edge captions"))
     return order[start : start + number].tolist()
-
-
-def seed_of(seed: int, phase: int, picture: int, attempt: int = 0) -> int:
-    """The seed of one picture's generator."""
-    return derive(seed, "edge picture", phase, picture, attempt)
 
 
 def _standardised(pixels: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B 3 S S"]:

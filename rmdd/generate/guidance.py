@@ -69,9 +69,9 @@ def guided(
     return x
 
 
-def text_denoiser(unet: Any, texts: Tensor, empty: Tensor, scale: float) -> Denoise:
+def text_denoiser(unet: Any, texts: Tensor, empty: Tensor | None, scale: float) -> Denoise:
     """A text-conditioned UNet with classifier-free guidance; `texts` (B,L,F), `empty` those of the empty caption."""
-    both = torch.cat([empty, texts]) if scale > 1 else texts
+    both = torch.cat([empty, texts]) if empty is not None and scale > 1 else texts
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         if scale <= 1:

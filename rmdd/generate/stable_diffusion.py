@@ -17,8 +17,11 @@ from pydantic import Field
 from torch import Tensor
 
 from rmdd.config.numbers import NonNegativeFloat, PositiveInt
+from rmdd.files import read_json
 from rmdd.generate.decode import Offload, Precision, Request, pictures, placed, quiet, random_of
+from rmdd.generate.diffusion import Diffusion, grid_of
 from rmdd.generate.guidance import guided, scheduler_for, text_denoiser
+from rmdd.generate.parts import Part
 from rmdd.generate.tuning import read_tuned, use_tuned
 from rmdd.runfile import Section
 
@@ -53,6 +56,29 @@ def load_pipeline(folder: Path, dtype: torch.dtype = torch.float32, kind: str = 
         )
     loaded.set_progress_bar_config(disable=True)
     return loaded
+
+
+def generator_part(name: str) -> Part:
+    return Part.of("generator", name, "diffusers", option="distill.options.generator")
+
+
+def diffusion_of(folder: Path, device: torch.device) -> Diffusion:
+    """The pipeline of a folder in parts, float32, on a device that is there."""
+    return Diffusion(load_pipeline(folder).to(device if torch.cuda.is_available() else "cpu"))
+
+
+def latent_shape(folder: Path, size: int) -> tuple[int, int, int]:
+    """Channels, rows and columns of the latents of pictures of side `size`, by the pipeline in `folder`."""
+    vae = read_json(folder / "vae" / "config.json")
+    return int(vae["latent_channels"]), *grid_of(len(vae["block_out_channels"]), size)
+
+
+def cut_captions(folder: Path, captions: Sequence[str]) -> int:
+    """How many captions are longer than the text encoder of the pipeline in `folder` reads."""
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    return sum(len(ids) > tokenizer.model_max_length for ids in tokenizer(list(captions), verbose=False).input_ids)
 
 
 class FromCaption:

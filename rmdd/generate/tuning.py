@@ -135,7 +135,7 @@ def _restore(trainer: Trainer, path: Path, key: str) -> int:
     try:
         named, facts = load_checked(path, "state")
     except Damaged as error:
-        raise ValueError(f"the checkpoint {path} is damaged ({error}); delete it to begin this training anew") from error
+        raise ValueError(f"the checkpoint {path} is damaged ({error}); delete it to begin anew") from error
     if facts["key"] != key:
         raise ValueError(f"the checkpoint {path} belongs to another configuration; delete it")
     state: dict[int, dict[str, Tensor]] = {}

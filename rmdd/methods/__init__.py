@@ -26,6 +26,8 @@ BUILT_IN = {
     "mct": "rmdd.methods.mct:MCT",
     "amd": "rmdd.methods.amd:AMD",
     "pds": "rmdd.methods.pds:PDS",
+    "edge": "rmdd.methods.edge:EDGE",
+    "evlf": "rmdd.methods.evlf:EVLF",
 }
 TITLES = {
     "mtt_vl": "MTT-VL",
@@ -37,6 +39,8 @@ TITLES = {
     "mct": "MCT",
     "amd": "AMD",
     "pds": "PDS",
+    "edge": "EDGE",
+    "evlf": "EVLF",
 }
 """What tables and pages call a method; one from outside goes by its name."""
 GROUP = "rmdd.methods"
