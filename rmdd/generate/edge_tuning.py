@@ -237,7 +237,8 @@ class EdgeTrainer:
                 ((again * features.grad[rows]).sum() + rule.anchor * miss / count).backward()
                 misses += miss.detach()
             losses["anchor"] = misses / count
-        return {"loss": float(self._sum(losses)), **{name: float(value) for name, value in losses.items()}}
+        told = {"loss": self._sum(losses), **losses}
+        return {name: float(value.detach()) for name, value in told.items()}
 
     def _sum(self, losses: dict[str, Tensor]) -> Tensor:
         rule = self.rule

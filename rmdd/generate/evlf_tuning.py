@@ -124,7 +124,11 @@ class FusionTrainer:
         return order[place * self.batch_size :][: self.batch_size].tolist()
 
     def losses(
-        self, latents: Float[Tensor, "B C h w"], texts: Texts, tokens: Float[Tensor, "B L F"], positive: Bool[Tensor, "B B"]
+        self,
+        latents: Float[Tensor, "B C h w"],
+        texts: Texts,
+        tokens: Float[Tensor, "B L F"],
+        positive: Bool[Tensor, "B B"],
     ) -> dict[str, Tensor]:
         """The alignment, whose target is the clean text, and the likeness of fused latents."""
         fused = self.fusion(latents, tokens, texts.padding)
@@ -156,6 +160,6 @@ class FusionTrainer:
             loss = rule.align * losses["align"] + weight * losses["rebuild"]
             (loss / rule.accumulate).backward()
             for name, value in {"loss": loss, **losses}.items():
-                told[name] += float(value) / rule.accumulate
+                told[name] += float(value.detach()) / rule.accumulate
         nn.utils.clip_grad_norm_(list(self.parameters.values()), rule.clip)
         return told | {"rebuild_weight": weight}

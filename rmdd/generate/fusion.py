@@ -123,7 +123,7 @@ def alignment(
 
     def rows(logits: Tensor) -> Tensor:
         told = F.log_softmax(logits, dim=1).masked_fill(~positive, none)
-        return (positive.sum(dim=1).log() - torch.logsumexp(told, dim=1)).mean()
+        return (positive.sum(dim=1).to(told.dtype).log() - torch.logsumexp(told, dim=1)).mean()
 
     return (rows(logits) + rows(logits.T)) / 2
 

@@ -24,7 +24,7 @@ class Modes:
     records: list[int]
     """Of each cluster the record whose caption lies nearest the mean of its captions."""
     members: list[int]
-    """How many records are in each; 0 where coinciding latents left one empty, and the nearest free record stands in."""
+    """How many records are in each; 0 where coinciding latents left one empty, and a free record stands in."""
 
 
 def modes_of(

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ def tune(
     folder: Path,
     key: str,
     checkpoint_every: int,
-    on_step: Callable[[dict[str, float]], None] = lambda metrics: None,
+    on_step: Callable[[dict[str, Any]], None] = lambda metrics: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> bool:
     """Train to the end or until told to stop, from the last checkpoint in `folder`. Returns whether it finished.
@@ -59,7 +59,7 @@ def tune(
     state, log = folder / STATE, folder / LOG
     done = _restore(trainer, state, key) if state.is_file() else 0
     _cut(log, done)
-    lines: list[dict[str, float]] = []
+    lines: list[dict[str, Any]] = []
     skipped = 0
     while done < trainer.total:
         began = time.perf_counter()
@@ -80,8 +80,8 @@ def tune(
             trainer.optimiser.step()
         told = {n: v if math.isfinite(v) else None for n, v in losses.items()}
         metrics = {"step": done, **told, "skipped": skip, "seconds": round(time.perf_counter() - began, 4)}
-        lines.append(metrics)  # type: ignore[arg-type]
-        on_step(metrics)  # type: ignore[arg-type]
+        lines.append(metrics)
+        on_step(metrics)
         stopping = should_stop()
         if stopping or done % checkpoint_every == 0 or done == trainer.total:
             for line in lines:
@@ -113,7 +113,7 @@ def use_tuned(module: nn.Module, tuned: Mapping[str, Tensor]) -> None:
         own[name].data.copy_(value)
 
 
-def losses_of(folder: Path) -> list[dict[str, float]]:
+def losses_of(folder: Path) -> list[dict[str, Any]]:
     """What was logged of the steps, in order."""
     return [json.loads(line) for line in (folder / LOG).read_text(encoding="utf-8").splitlines()]
 

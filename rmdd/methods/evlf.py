@@ -56,8 +56,8 @@ class EVLF(TunedMethod):
     needs: tuple[Need, ...] = ("diffusion",)
     verified = (
         "every step with tiny parts of the real classes: the untrained fusion changes nothing, losses go down, "
-        "guidance 0 is the plain sampler, runs repeat and resume to the bit; no retrieval number is published, and what its "
-        "pictures are worth takes a GPU and Stable Diffusion's weights"
+        "guidance 0 is the plain sampler, runs repeat and resume to the bit; no retrieval number is published, and what "
+        "its pictures are worth takes a GPU and Stable Diffusion's weights"
     )
     defaults = {
         "distill": {
