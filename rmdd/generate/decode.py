@@ -245,7 +245,7 @@ class Painter:
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), quiet():
                 made = self.decoder.decode(block)
         finally:
             torch.set_num_threads(before)

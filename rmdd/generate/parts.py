@@ -49,7 +49,7 @@ class Part:
     files: tuple[str, ...] = ()
     """Files that it needs beside configuration and weights; `a|b` is either."""
     option: str = ""
-    """The field of the run file that names it, for messages."""
+    """What to write in a run file to take it from a folder, for messages, such as `distill.options.decoder: FOLDER`."""
 
     @classmethod
     def of(cls, role: str, name: str, kind: Kind = "transformers", files: Sequence[str] = (), option: str = "") -> Part:
@@ -99,7 +99,7 @@ class Part:
         """One line: what is missing, how large it is, and what to do."""
         lacking, size = self.lacking(), ABOUT_BYTES.get(self.id)
         shown = ", ".join(lacking[:4]) + (f" and {len(lacking) - 4} more" if len(lacking) > 4 else "")
-        field = f"set {self.option} to" if self.option else "give"
+        field = f"set {self.option}," if self.option else "give"
         if self.is_local:
             found = "there is no such folder" if self.place() is None else f"it lacks {shown}"
             saved = "save_pretrained of its pipeline" if self.kind == "diffusers" else "save_pretrained, with processor"

@@ -138,7 +138,8 @@ class Studio:
         """Write what later steps read: the set comes last, and says that the phase is done.
 
         `records` are the real pairs that it started from, `captions` the strings; `texts` what students get for them,
-        by default what the run's text tower makes of them. Raises `ValueError` for what does not fit together.
+        by default what the run's text tower makes of them; `facts` go into the artefact. Raises `ValueError` for what
+        does not fit together.
         """
         run, rule, count = self.run, self.run.distill, len(pictures)
         if not count == len(records) == len(captions):

@@ -128,11 +128,11 @@ class PDS(GenerativeMethod):
         from rmdd.generate.features import part_of
 
         kind, _, name = self.options.features.partition(":")
-        asked = [part_of(name, "distill.options.features to clip: and")] if kind == "clip" else []
+        asked = [part_of(name, "distill.options.features: clip:FOLDER")] if kind == "clip" else []
         how = self.options.decode
         if how != "nearest":
             name = self.options.decoder or DECODERS[how]
-            asked.append(parts.Part.of("decoder", name, "diffusers", option="distill.options.decoder"))
+            asked.append(parts.Part.of("decoder", name, "diffusers", option="distill.options.decoder: FOLDER"))
         return asked
 
     def faults(self) -> list[str]:
@@ -186,7 +186,8 @@ class PDS(GenerativeMethod):
             tensors = {"embedding": torch.from_numpy(found.images)}
             pictures = studio.draw(make, requests, tensors, options.batch)
         texts = None if options.texts == "captions" else torch.from_numpy(shared_texts(studio.train.texts, found))
-        studio.finish(pictures, records, captions, texts, self.parts(), found.facts)
+        facts = {"pictures": "real" if options.decode == "nearest" else "generated", **found.facts}
+        studio.finish(pictures, records, captions, texts, self.parts(), facts)
 
 
 def decoder_of(options: PDS.Options, folder: Path, device: torch.device) -> Decoder:
