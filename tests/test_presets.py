@@ -52,6 +52,10 @@ TESLA_VL = {
 }
 MTT_VL = {f"{d}_mtt_vl_{n}": (n, 2, 2000, 100, 1000) for d in ("flickr30k", "coco") for n in (100, 200, 500, 1000)}
 ON_LORS = [f"{d}_{m}_{n}" for d in ("flickr30k", "coco") for m in ("datm", "mct", "amd") for n in (100, 200, 500)]
+DRAWN = [
+    *(f"{data}_edge_{n}" for data in ("flickr30k", "coco") for n in (500, 1000)),
+    *(f"{data}_evlf_{n}" for data in ("flickr30k", "coco") for n in (100, 500)),
+]
 # PTM, ST, EMA: the rows of Table 4; row 8 is the preset itself
 TABLE_4 = {
     "base": (False, False, False),
@@ -71,6 +75,7 @@ def load(name: str) -> config.Run:
 
 def test_the_presets_are_there():
     known = {"demo", *SMALL, *PLANNED, *EMOJI, *PTM_ST, *ROWS, *LORS, *REPBLEND, *TESLA_VL, *MTT_VL, *ON_LORS}
+    known |= set(DRAWN)
     assert set(NAMES) == known
 
 

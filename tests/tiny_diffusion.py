@@ -172,5 +172,3 @@ def llava(folder):
     )
     processor.save_pretrained(folder)
     return Path(folder)
-
-

@@ -1,6 +1,6 @@
 """EVLF's training: the fusion and the reader that aligns fused latents with texts, while they stay what they were.
 
-    L = lambda_1 L_align(reader(z~), pooled text) + lambda_2(step) MSE(z~, z)
+L = lambda_1 L_align(reader(z~), pooled text) + lambda_2(step) MSE(z~, z)
 """
 
 from collections.abc import Callable, Sequence

@@ -67,9 +67,7 @@ class Fuser:
         return (fused * self.diffusion.scale).flatten(1).cpu().numpy().astype(np.float16)
 
 
-def fused_rows(
-    studio: Studio, generator: Path, rule: FusionRule, size: int, tuned: Path | None, identity: str
-) -> Rows:
+def fused_rows(studio: Studio, generator: Path, rule: FusionRule, size: int, tuned: Path | None, identity: str) -> Rows:
     """The fused latents of all caption records of the train split, made where they are not there."""
     about = [identity, rule.model_dump(mode="json"), size, None if tuned is None else tuned.name, studio.seed]
     about += [studio.train.split.dataset.hash, studio.run.data.captions.model_dump(mode="json")]

@@ -48,18 +48,12 @@ def modes_of(
     count = np.bincount(label, minlength=k)
     centres = _means(rows, label, k, count)
     nearest = _nearest(rows, label, centres)
-    free = np.ones(len(rows), bool)
-    for cluster in np.flatnonzero(count):
-        free[nearest[cluster]] = False
-    for cluster in np.flatnonzero(count == 0):
-        nearest[cluster] = np.flatnonzero(free)[0]
-        free[nearest[cluster]] = False
-        centres[cluster] = rows.at([nearest[cluster]])[0]
+    said = [_spokesman(texts, ids[label == cluster]) if count[cluster] else -1 for cluster in range(k)]
+    free = np.setdiff1d(places, np.concatenate([nearest[count > 0], np.flatnonzero(np.isin(ids, said))]))
+    for cluster, place in zip(np.flatnonzero(count == 0), free, strict=False):
+        nearest[cluster], said[cluster] = place, int(ids[place])
+        centres[cluster] = rows.at(free[free == place])[0]
     latents = centres if kind == "centre" else rows.at(nearest)
-    said = [
-        _spokesman(texts, ids[label == cluster]) if count[cluster] else int(ids[nearest[cluster]])
-        for cluster in range(k)
-    ]
     return Modes(latents.astype(np.float32), said, count.tolist())
 
 

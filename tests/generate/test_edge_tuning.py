@@ -18,7 +18,10 @@ CAPTIONS = ["a red dog", "two cats", "a blue ball", "the green tree", "a red dog
 
 def drawn_pictures(records, size):
     return torch.cat(
-        [torch.randint(256, (1, 3, size, size), generator=generator(0, "pixels", r), dtype=torch.uint8) for r in records]
+        [
+            torch.randint(256, (1, 3, size, size), generator=generator(0, "pixels", r), dtype=torch.uint8)
+            for r in records
+        ]
     )
 
 
@@ -136,8 +139,10 @@ def test_a_stopped_training_goes_on_with_the_same_bits(make, tmp_path):
     assert tune(make(), tmp_path / "parts", "key", 2)
     a, b = ((tmp_path / name / TUNED).read_bytes() for name in ("whole", "parts"))
     assert a == b
-    told = [[{k: v for k, v in line.items() if k != "seconds"} for line in losses_of(tmp_path / n)] for n in
-            ("whole", "parts")]
+    told = [
+        [{k: v for k, v in line.items() if k != "seconds"} for line in losses_of(tmp_path / n)]
+        for n in ("whole", "parts")
+    ]
     assert told[0] == told[1] and [line["step"] for line in told[0]] == [1, 2, 3, 4, 5, 6]
     unet = tiny_diffusion.unet()
     use_tuned(unet, read_tuned(tmp_path / "whole"))

@@ -127,9 +127,7 @@ def test_the_pooled_state_is_that_of_the_first_end_of_text():
 
 def test_text_is_dropped_whole_in_the_share_asked_for_and_blurred_otherwise():
     tokens = torch.ones(2, 40, 25)
-    seen = [
-        blurred_text(tokens, generator(0, "blur", i), drop_all=0.2, drop=0.1, noise=0.01) for i in range(200)
-    ]
+    seen = [blurred_text(tokens, generator(0, "blur", i), drop_all=0.2, drop=0.1, noise=0.01) for i in range(200)]
     whole = [s for s in seen if s.any()]
     assert 140 < len(whole) < 180
     rest = torch.cat(whole)

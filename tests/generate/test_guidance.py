@@ -138,7 +138,8 @@ def test_guided_classes_with_a_learned_variance_end_nearer_and_the_quirk_leaves_
             for s in (0.0, 0.1)
         ]
         all_four, three = (
-            class_denoiser(dit.transformer, classes, 4.0, guided_channels=n)(first, torch.tensor(500)) for n in (None, 3)
+            class_denoiser(dit.transformer, classes, 4.0, guided_channels=n)(first, torch.tensor(500))
+            for n in (None, 3)
         )
         given = dit.transformer(first, timestep=torch.tensor([500, 500]), class_labels=classes).sample
     assert all(e.isfinite().all() for e in ends)
