@@ -58,10 +58,7 @@ class Captioning(Section):
 class EDGE(TunedMethod):
     card = "arXiv 2509.15472"
     needs: tuple[Need, ...] = ("features", "diffusion", "captioner")
-    verified = (
-        "every step with tiny parts of the real classes: losses against float64 oracles, they go down, runs repeat and "
-        "resume to the bit; what pictures of Stable Diffusion 1.5 are worth to students takes a GPU and its weights"
-    )
+    verified = "whole with tiny parts of the real classes; what pictures of real weights teach: GPU"
     defaults = {
         "distill": {
             "phases": [{"pairs": 500, "iterations": 1}],

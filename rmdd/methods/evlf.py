@@ -51,14 +51,14 @@ if TYPE_CHECKING:
     from rmdd.generate.studio import Studio
 
 
+class LatentSampling(Sampling):
+    size: PositiveInt = Field(256, description="side of the pictures, in training and as drawn; the set's is another")
+
+
 class EVLF(TunedMethod):
     card = "arXiv 2603.07476"
     needs: tuple[Need, ...] = ("diffusion",)
-    verified = (
-        "every step with tiny parts of the real classes: the untrained fusion changes nothing, losses go down, "
-        "guidance 0 is the plain sampler, runs repeat and resume to the bit; no retrieval number is published, and what "
-        "its pictures are worth takes a GPU and Stable Diffusion's weights"
-    )
+    verified = "whole with tiny parts of the real classes, in the image-text form; what pictures of real weights teach: GPU"
     defaults = {
         "distill": {
             "phases": [{"pairs": 100, "iterations": 1}],
@@ -90,7 +90,7 @@ class EVLF(TunedMethod):
         pull_until: int = Field(
             25, ge=0, description="mode_guidance: the pull acts while more steps than these are left"
         )
-        sampling: Sampling = Sampling(size=256)
+        sampling: LatentSampling = LatentSampling()
 
     options: Options
 
