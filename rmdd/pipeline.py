@@ -27,7 +27,6 @@ from rmdd.experts import feed
 from rmdd.experts.store import Store, stored_bytes
 from rmdd.experts.train import begin_store
 from rmdd.files import atomic_path, read_json, write_json
-from rmdd.generate.parts import obtain
 from rmdd.generate.studio import Tools
 from rmdd.jobs import (
     Executor,
@@ -46,10 +45,10 @@ from rmdd.models.text import embed, encoder_identity, text_width
 from rmdd.places import (
     HEALTH,
     Places,
+    bring_parts,
     candidates_of,
     dataset_folder,
     device_of,
-    generative,
     is_made,
     places_of,
     protocol_of,
@@ -119,7 +118,7 @@ class Pipeline:
         """Bring the data in, or open what was ingested before."""
         if self._dataset is not None:
             return self._dataset
-        self._bring_parts()
+        bring_parts(self.run)
         with self._timed("ingest"):
             run = self.run
             if run.data.source == "dataset":
@@ -368,14 +367,6 @@ class Pipeline:
                 "give the run another name"
             )
         write_json(path, {"data_hash": dataset.hash, "path": str(dataset.path)})
-
-    def _bring_parts(self) -> None:
-        """Have the pretrained parts of the run's method here before anything else; raises `ConfigError` with all that
-        cannot be had."""
-        if method := generative(self.run):
-            if mistakes := method.faults():
-                raise config.ConfigError(mistakes, self.run.name)
-            obtain(method.parts())
 
     def _embed(self, dataset: Dataset, split: str) -> None:
         """Embed the captions of a split into the cache, where they are not."""

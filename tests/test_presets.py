@@ -5,7 +5,7 @@ import pytest
 from rmdd import config
 from rmdd.artefact import budget
 from rmdd.distill.planning import foreseen
-from rmdd.methods import BUILT_IN
+from rmdd.methods import BUILT_IN, find
 from rmdd.methods.ptm_st import without
 
 NAMES = config.preset_names()
@@ -56,6 +56,7 @@ DRAWN = [
     *(f"{data}_edge_{n}" for data in ("flickr30k", "coco") for n in (500, 1000)),
     *(f"{data}_evlf_{n}" for data in ("flickr30k", "coco") for n in (100, 500)),
 ]
+PDS = [f"{d}_pds_{n}" for d in ("flickr30k", "coco") for n in (100, 300, 500)]
 # PTM, ST, EMA: the rows of Table 4; row 8 is the preset itself
 TABLE_4 = {
     "base": (False, False, False),
@@ -74,8 +75,21 @@ def load(name: str) -> config.Run:
 
 
 def test_the_presets_are_there():
-    known = {"demo", *SMALL, *PLANNED, *EMOJI, *PTM_ST, *ROWS, *LORS, *REPBLEND, *TESLA_VL, *MTT_VL, *ON_LORS}
-    known |= set(DRAWN)
+    known = {
+        "demo",
+        *SMALL,
+        *PLANNED,
+        *EMOJI,
+        *PTM_ST,
+        *ROWS,
+        *LORS,
+        *REPBLEND,
+        *TESLA_VL,
+        *MTT_VL,
+        *ON_LORS,
+        *PDS,
+        *DRAWN,
+    }
     assert set(NAMES) == known
 
 
@@ -230,3 +244,19 @@ def test_emoji_presets_share_all_but_the_method(name):
 def test_without_its_data_a_preset_says_what_to_give(name):
     with pytest.raises(config.ConfigError, match=r"--set data\.root=FOLDER"):
         config.load(name)
+
+
+@pytest.mark.parametrize("name", PDS)
+def test_published_values_of_pds(name):
+    run = load(name)
+    method = find(run.distill.method)(run)
+    given = method.options
+    assert (given.rm_ratio, given.starts, given.normalize, given.rescale) == (0.2, 20, False, False)
+    assert (given.steps, given.guidance, given.noise_level) == (100, 5, 10)
+    assert (given.decode, given.negative_prompt, given.texts) == ("unclip", "text, watermark", "captions")
+    clip, decoder = method.parts()
+    assert (clip.id, decoder.id) == (
+        "openai/clip-vit-large-patch14",
+        "stabilityai/stable-diffusion-2-1-unclip-small",
+    )
+    assert [p.pairs for p in run.distill.phases] == [run.distill.budget] and run.data.image_size == 224

@@ -133,7 +133,7 @@ class EdgeTrainer:
         self.parameters: dict[str, nn.Parameter] = biases_and_norms(diffusion.unet)
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
-        self.optimiser = torch.optim.SGD(self.parameters.values(), lr=rule.lr)
+        self.optimiser: torch.optim.Optimizer = torch.optim.SGD(self.parameters.values(), lr=rule.lr)
         if rule.save_memory:
             diffusion.unet.enable_gradient_checkpointing()
             diffusion.vae.enable_gradient_checkpointing()

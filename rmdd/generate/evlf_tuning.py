@@ -115,7 +115,7 @@ class FusionTrainer:
             {"params": list(fusion.values()), "lr": rule.lr},
             {"params": list(reader.values()), "lr": rule.lr_reader},
         ]
-        self.optimiser = torch.optim.AdamW(groups, weight_decay=rule.weight_decay)
+        self.optimiser: torch.optim.Optimizer = torch.optim.AdamW(groups, weight_decay=rule.weight_decay)
 
     def drawn(self, number: int) -> list[int]:
         """The caption records of a batch, cut from a permutation per epoch."""

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from rmdd.config.numbers import NonNegativeFloat, PositiveInt
 from rmdd.files import read_json
-from rmdd.generate.decode import Offload, Precision, Request, pictures, placed, quiet, random_of
+from rmdd.generate.decode import Offload, Precision, Request, pictures, placed, quiet
 from rmdd.generate.diffusion import Diffusion, grid_of
 from rmdd.generate.guidance import guided, scheduler_for, text_denoiser
 from rmdd.generate.parts import Part
 from rmdd.generate.tuning import read_tuned, use_tuned
 from rmdd.runfile import Section
+from rmdd.seeding import generator
 
 _logger = logging.getLogger(__name__)
 
@@ -34,7 +35,9 @@ class Sampling(Section):
     steps: PositiveInt = Field(50, description="denoising steps")
     guidance: NonNegativeFloat = Field(7.5, description="scale of classifier-free guidance; at most 1: without")
     size: PositiveInt = Field(512, description="side of the pictures as drawn; the set has data.image_size")
-    batch: PositiveInt = Field(4, description="pictures that are drawn together; part of what shapes them")
+    batch: PositiveInt = Field(
+        1, description="pictures that are drawn together; above 1 their last bits depend on how many"
+    )
     dtype: Precision = Field("float32", description="of the whole pipeline while it draws")
     offload: Offload = Field("none", description="keep parts of the pipeline in main memory until they are needed")
     redraws: int = Field(3, ge=0, description="further seeds for a picture that comes out as one colour")
@@ -70,7 +73,8 @@ def diffusion_of(folder: Path, device: torch.device) -> Diffusion:
 def latent_shape(folder: Path, size: int) -> tuple[int, int, int]:
     """Channels, rows and columns of the latents of pictures of side `size`, by the pipeline in `folder`."""
     vae = read_json(folder / "vae" / "config.json")
-    return int(vae["latent_channels"]), *grid_of(len(vae["block_out_channels"]), size)
+    rows, columns = grid_of(len(vae["block_out_channels"]), size)
+    return int(vae["latent_channels"]), rows, columns
 
 
 def cut_captions(folder: Path, captions: Sequence[str]) -> int:
@@ -107,7 +111,7 @@ class FromCaption:
 
     def _drawn(self, requests: Sequence[Request], attempt: int) -> list[Image.Image]:
         what = f"picture {attempt}" if attempt else "picture"
-        return pictures(requests, self._images(requests, [random_of(r, what) for r in requests]))
+        return pictures(requests, self._images(requests, [_random_of(r, what) for r in requests]))
 
     def _prompts(self, requests: Sequence[Request]) -> list[str]:
         return [self.prefix + r["caption"] for r in requests]
@@ -183,6 +187,11 @@ class NearLatent(FromCaption):
         images = pipeline.vae.decode(x / pipeline.vae.config.scaling_factor, return_dict=False)[0]
         pipeline.maybe_free_model_hooks()
         return (images.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _random_of(request: Request, what: str) -> torch.Generator:
+    """Of a picture, by its number among those of all phases, which would else begin from the same noise."""
+    return generator(request["seed"], what, request["number"])
 
 
 def modes_of(requests: Sequence[Request]) -> Float[Tensor, "B C h w"]:

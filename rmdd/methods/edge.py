@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -57,7 +57,7 @@ class Captioning(Section):
 
 class EDGE(TunedMethod):
     card = "arXiv 2509.15472"
-    needs: tuple[Need, ...] = ("features", "diffusion", "captioner")
+    needs: ClassVar[tuple[Need, ...]] = ("features", "diffusion", "captioner")
     verified = "whole with tiny parts of the real classes; what pictures of real weights teach: GPU"
     defaults = {
         "distill": {
@@ -154,7 +154,11 @@ class EDGE(TunedMethod):
         start = self.before(phase, lambda pairs: len(self.rows(pairs)))
         drawn = draws(self.seed, len(split.captions), len(rows), start)
         tuned, generator = self.tuned(studio), self.parts()[0]
-        asked = [{"caption": split.captions[r], "record": r, "generator": generator.identity()} for r in drawn]
+        identity = generator.identity()
+        asked: list[Values] = [
+            {"caption": split.captions[r], "record": r, "number": start + k, "generator": identity}
+            for k, r in enumerate(drawn)
+        ]
         make = functools.partial(
             FromCaption, generator.folder(), studio.device, options.sampling, tuned, options.prefix
         )

@@ -39,7 +39,6 @@ from rmdd.generate.stable_diffusion import (
     generator_part,
     latent_shape,
 )
-from rmdd.methods.base import Need
 from rmdd.methods.tuned import TunedMethod
 from rmdd.runfile import Section
 from rmdd.seeding import generator
@@ -57,8 +56,7 @@ class LatentSampling(Sampling):
 
 class EVLF(TunedMethod):
     card = "arXiv 2603.07476"
-    needs: tuple[Need, ...] = ("diffusion",)
-    verified = "whole with tiny parts of the real classes, in the image-text form; what pictures of real weights teach: GPU"
+    verified = "whole with tiny parts of the real classes, as image-text; what pictures of real weights teach: GPU"
     defaults = {
         "distill": {
             "phases": [{"pairs": 100, "iterations": 1}],
@@ -147,12 +145,16 @@ class EVLF(TunedMethod):
         total = sum(p.pairs for p in self.rule.phases)
         found = modes_of(rows, train.texts, total, self.seed, components=options.components, kind=options.mode)
         order = torch.randperm(total, generator=generator(self.seed, "evlf modes")).tolist()
-        mine = order[self.before(phase, lambda pairs: pairs) :][: studio.pairs]
+        start = self.before(phase, lambda pairs: pairs)
+        mine = order[start : start + studio.pairs]
         records = [found.records[k] for k in mine]
         captions = [train.split.captions[r] for r in records]
         pictures = studio.draw(
             self._painter(folder, studio.device),
-            [{"caption": c, "record": r, "generator": identity} for c, r in zip(captions, records, strict=True)],
+            [
+                {"caption": train.split.captions[r], "record": r, "number": start + k, "generator": identity}
+                for k, r in enumerate(records)
+            ],
             {"mode": torch.from_numpy(found.latents[mine]).view(-1, *latent_shape(folder, options.sampling.size))},
             batch=options.sampling.batch,
         )

@@ -47,6 +47,7 @@ STEPS, GUIDANCE = {"unclip": 100, "karlo": 25}, {"unclip": 5.0, "karlo": 8.0}
 
 
 class PDS(GenerativeMethod):
+    reference = "pds"
     card = "arXiv 2602.19756"
     verified = (
         "whole with tiny parts of the real classes and with decode: nearest on emoji; pictures of real weights: GPU"

@@ -1,7 +1,7 @@
 """Matched prototypes against counts by hand, brute force and planted clusters."""
 
 import itertools
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from rmdd.coresets.features import Sides
 from rmdd.coresets.matched import match
 from rmdd.coresets.rows import Rows, write_rows
+from rmdd.data.shards import Dataset
+from rmdd.data.splits import Split
 from rmdd.generate.prototypes import contingency, find, partition, raw_cosines, refilled, retrieved
 from rmdd.jobs import ranks_here
 
@@ -19,7 +21,9 @@ WIDTH = 6
 
 def sides(images, texts, image_of=None):
     image_of = np.arange(len(texts)) if image_of is None else np.asarray(image_of)
-    split = SimpleNamespace(image_of=image_of, pair_ids=[f"pair {i}" for i in range(len(images))])
+    names, pixels = [f"pair {i}" for i in range(len(images))], np.zeros((len(images), 3, 1, 1), np.uint8)
+    captions, rows = [f"caption {i}" for i in range(len(texts))], np.arange(len(images))
+    split = Split("train", pixels, captions, image_of, names, {}, Dataset(Path(), {}), rows, Path())
     return Sides(Rows.of(images.astype(np.float32)), Rows.of(texts.astype(np.float32)), split)
 
 
@@ -35,6 +39,7 @@ def planted(order, each=5, seed=0):
     return images, centres[np.asarray(order)[group]] + noise(len(group), seed + 1), group
 
 
+@settings(deadline=None)
 @given(k=st.integers(1, 5), n=st.integers(0, 30), seed=st.integers(0, 999))
 def test_overlaps_are_counted_densely(k, n, seed):
     random = np.random.default_rng(seed)
@@ -43,7 +48,7 @@ def test_overlaps_are_counted_densely(k, n, seed):
     assert contingency(a, b, k).tolist() == slow
 
 
-@settings(max_examples=40)
+@settings(deadline=None, max_examples=40)
 @given(size=st.integers(1, 6), seed=st.integers(0, 999))
 def test_no_assignment_overlaps_more(size, seed):
     overlap = np.random.default_rng(seed).integers(0, 9, (size, size))
@@ -54,7 +59,7 @@ def test_no_assignment_overlaps_more(size, seed):
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 0, 3, 1]])
 def test_planted_clusters_are_found_whatever_their_labels(order):
     images, texts, group = planted(order)
-    found, kept = find(sides(images, texts), 4, 0, ranks_here, rm_ratio=0, starts=4)
+    found, kept = find(sides(images, texts), 4, 0, ranks_here, rm_ratio=0.0, starts=4)
     assert kept.tolist() == list(range(20)) and found.facts["overlap"] == 1 and found.facts["pairless"] == 0
     assert sorted(tuple(c.images) for c in found.cells) == [tuple(np.flatnonzero(group == g)) for g in range(4)]
     for cell, image, text in zip(found.cells, found.images, found.texts, strict=True):
@@ -66,7 +71,7 @@ def test_planted_clusters_are_found_whatever_their_labels(order):
 
 def test_rescaled_prototypes_have_the_length_of_their_members():
     images, texts, _ = planted([0, 1])
-    found, _ = find(sides(images, texts), 2, 0, ranks_here, rm_ratio=0, starts=2, rescale=True)
+    found, _ = find(sides(images, texts), 2, 0, ranks_here, rm_ratio=0.0, starts=2, rescale=True)
     lengths = [np.linalg.norm(images[c.images], axis=1).mean() for c in found.cells]
     assert np.allclose(np.linalg.norm(found.images, axis=1), lengths, rtol=1e-5)
 
@@ -87,7 +92,7 @@ def test_matches_that_share_nothing(rule):
     images, _, group = planted([0, 1, 2], each=8)
     texts = np.where((group == 0)[:, None], 50.0, -50.0) * np.eye(1, WIDTH) + 1e-3 * noise(24, 3)
     texts[group == 0] += np.where(np.arange(8) < 4, 20.0, -20.0)[:, None] * np.eye(WIDTH)[1]
-    found, _ = find(sides(images, texts), 3, 0, ranks_here, rm_ratio=0, starts=4, pairless=rule)
+    found, _ = find(sides(images, texts), 3, 0, ranks_here, rm_ratio=0.0, starts=4, pairless=rule)
     assert found.facts["pairless"] == 1
     assert len(found.images) == len(found.texts) == len(found.cells) == (2 if rule == "drop" else 3)
     shared = [c for c in found.cells if c.shared]
@@ -104,7 +109,7 @@ def test_as_many_pairs_as_asked_for_come_out(count, distinct, seed, data):
     """Also where clusters share little, and where features coincide."""
     pairs = data.draw(st.integers(1, count))
     images = noise(distinct, seed)[np.random.default_rng(seed).integers(0, distinct, count)]
-    found, _ = find(sides(images, noise(count, seed + 1)), pairs, seed, ranks_here, rm_ratio=0, starts=1)
+    found, _ = find(sides(images, noise(count, seed + 1)), pairs, seed, ranks_here, rm_ratio=0.0, starts=1)
     assert len(found.images) == len(found.cells) == pairs and all(len(c.images) and c.shared for c in found.cells)
     members = np.concatenate([c.images for c in found.cells])
     assert len(set(members.tolist())) == len(members)
@@ -144,7 +149,7 @@ def test_what_is_nearest_with_and_without_repeats():
         retrieved(queries, rows, np.array([2]), False)
 
 
-@settings(max_examples=25)
+@settings(deadline=None, max_examples=25)
 @given(count=st.integers(1, 5), more=st.integers(0, 3), seed=st.integers(0, 99))
 def test_assigned_rows_are_those_of_the_largest_sum(count, more, seed):
     rows, queries = noise(count + more, seed).astype(np.float32), noise(count, seed + 1).astype(np.float32)
@@ -161,6 +166,6 @@ def test_what_cannot_be_done_is_told():
         find(sides(noise(10), noise(10, 1)), 9, 0, ranks_here, rm_ratio=0.2)
     with pytest.raises(ValueError, match="set rm_ratio: 0"):
         find(sides(noise(4), noise(4, 1, 3)), 2, 0, ranks_here)
-    found, _ = find(sides(noise(9), noise(9, 1, 3)), 4, 0, ranks_here, rm_ratio=0, starts=1)
+    found, _ = find(sides(noise(9), noise(9, 1, 3)), 4, 0, ranks_here, rm_ratio=0.0, starts=1)
     sizes = [len(c.images) for c in found.cells]
     assert sizes == sorted(sizes, reverse=True)  # two spaces have no cosine to order by

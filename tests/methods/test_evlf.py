@@ -13,7 +13,7 @@ from rmdd.distill.matching import load_set
 from rmdd.tensors import load_checked
 
 FUSION = {"steps": 6, "batch": 3, "width": 16, "reader_width": 8, "checkpoint_every": 2}
-SAMPLING = {"size": 16, "steps": 3, "batch": 2}
+SAMPLING = {"size": 16, "steps": 3}
 
 
 @pytest.fixture(scope="module")
