@@ -237,7 +237,9 @@ def test_emoji_presets_share_all_but_the_method(name):
     frozen = {"trainable": False, "projection": "block"}
     image = base.model.image.model_copy(update=frozen if name == "emoji_repblend_100" else {})
     assert run.model == base.model.model_copy(update={"image": image})
-    assert run.distill.estimator == ("exact" if name in ("emoji_ptm_st_100", "emoji_mtt_vl_100") else "first_order")
+    if run.distill.family == "trajectory":
+        exact = name in ("emoji_ptm_st_100", "emoji_mtt_vl_100")
+        assert run.distill.estimator == ("exact" if exact else "first_order")
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "demo"])
@@ -260,3 +262,25 @@ def test_published_values_of_pds(name):
         "stabilityai/stable-diffusion-2-1-unclip-small",
     )
     assert [p.pairs for p in run.distill.phases] == [run.distill.budget] and run.data.image_size == 224
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_published_values_of_edge_and_evlf(name):
+    run = load(name)
+    given = find(run.distill.method)(run).options
+    assert [p.pairs for p in run.distill.phases] == [run.distill.budget] and run.data.image_size == 224
+    assert (given.generator, run.distill.loss) == ("stable-diffusion-v1-5/stable-diffusion-v1-5", "infonce")
+    assert (given.sampling.steps, given.sampling.guidance) == (50, 7.5)
+    if run.distill.method == "edge":
+        tuning = given.tuning
+        assert (tuning.lr, tuning.temperature, tuning.batch, tuning.epochs) == (1e-3, 0.1, 128, 10)
+        assert (tuning.contrast, tuning.diverse, tuning.fraction, given.captions_per_image) == (1, 1, 1, 2)
+        assert (given.sampling.size, given.clip) == (512, "openai/clip-vit-base-patch32")
+    else:
+        fusion = given.fusion
+        assert (fusion.width, fusion.heads, fusion.layers, fusion.dropout) == (256, 4, 2, 0.1)
+        assert (fusion.lr, fusion.lr_reader, fusion.weight_decay, fusion.clip) == (3e-4, 1e-4, 1e-2, 1)
+        assert (fusion.epochs, fusion.batch, fusion.accumulate, fusion.temperature) == (4, 16, 2, 0.07)
+        assert (fusion.align, fusion.rebuild_low, fusion.rebuild_high) == (0.1, 0.05, 1)
+        assert (fusion.drop_text, fusion.drop_entries, fusion.text_noise) == (0.2, 0.1, 0.01)
+        assert (given.pull, given.pull_until, given.sampling.size) == (0.1, 25, 256)
