@@ -167,7 +167,7 @@ class NearLatent(FromCaption):
     ):
         super().__init__(folder, device, rule)
         self.scheduler = scheduler_for(scheduler, self.pipeline.scheduler.config)
-        self.options = {"strength": strength, "stop": stop, "eta": eta}
+        self.options: dict[str, Any] = {"strength": strength, "stop": stop, "eta": eta}
 
     def _images(self, requests: Sequence[Request], randoms: list[torch.Generator]) -> np.ndarray:
         pipeline, modes = self.pipeline, modes_of(requests).to(self.device, self.dtype)
@@ -200,4 +200,5 @@ def modes_of(requests: Sequence[Request]) -> Float[Tensor, "B C h w"]:
 
 def is_plain(image: Image.Image) -> bool:
     """Whether it has one colour."""
-    return all(low == high for low, high in image.convert("RGB").getextrema())
+    pixels = np.asarray(image.convert("RGB"))
+    return bool((pixels == pixels[0, 0]).all())

@@ -56,7 +56,7 @@ class Captioning(Section):
 
 
 class EDGE(TunedMethod):
-    card = "arXiv 2509.15472"
+    card = "2509.15472"
     needs: ClassVar[tuple[Need, ...]] = ("features", "diffusion", "captioner")
     verified = "whole with tiny parts of the real classes; what pictures of real weights teach: GPU"
     defaults = {
@@ -68,7 +68,7 @@ class EDGE(TunedMethod):
         },
     }
 
-    class Options(Section):
+    class Options(TunedMethod.Options):
         generator: str = Field(
             "stable-diffusion-v1-5/stable-diffusion-v1-5",
             description="Stable Diffusion pipeline: hub id, id@revision, or a folder written by save_pretrained",

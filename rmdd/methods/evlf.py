@@ -40,7 +40,6 @@ from rmdd.generate.stable_diffusion import (
     latent_shape,
 )
 from rmdd.methods.tuned import TunedMethod
-from rmdd.runfile import Section
 from rmdd.seeding import generator
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ class LatentSampling(Sampling):
 
 
 class EVLF(TunedMethod):
-    card = "arXiv 2603.07476"
+    card = "2603.07476"
     verified = "whole with tiny parts of the real classes, as image-text; what pictures of real weights teach: GPU"
     defaults = {
         "distill": {
@@ -66,7 +65,7 @@ class EVLF(TunedMethod):
         },
     }
 
-    class Options(Section):
+    class Options(TunedMethod.Options):
         generator: str = Field(
             "stable-diffusion-v1-5/stable-diffusion-v1-5",
             description="Stable Diffusion pipeline: hub id, id@revision, or a folder written by save_pretrained",
