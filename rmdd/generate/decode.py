@@ -125,7 +125,7 @@ class Karlo:
             CLIPVisionModelWithProjection,
         )
 
-        models = {
+        models: dict[str, Any] = {
             "decoder": UNet2DConditionModel,
             "text_encoder": CLIPTextModelWithProjection,
             "text_proj": UnCLIPTextProjModel,
@@ -133,7 +133,7 @@ class Karlo:
             "super_res_first": UNet2DModel,
             "super_res_last": UNet2DModel,
         }
-        rest = {
+        rest: dict[str, Any] = {
             "tokenizer": CLIPTokenizer,
             "feature_extractor": CLIPImageProcessor,
             "decoder_scheduler": UnCLIPScheduler,
@@ -141,9 +141,12 @@ class Karlo:
         }
         self.dtype, self.width = getattr(torch, dtype), width_of(folder)
         with quiet():
-            parts = {n: kind.from_pretrained(folder / n, dtype=self.dtype).eval() for n, kind in models.items()}
+            parts: dict[str, Any] = {
+                n: kind.from_pretrained(folder / n, dtype=self.dtype).eval() for n, kind in models.items()
+            }
             parts |= {n: kind.from_pretrained(folder / n) for n, kind in rest.items()}
-            self.pipeline = UnCLIPImageVariationPipeline(**parts)
+            whole: Any = UnCLIPImageVariationPipeline
+            self.pipeline = whole(**parts)
         self.device = placed(self.pipeline, device, offload)
         self.options = {
             "decoder_num_inference_steps": steps,
@@ -257,7 +260,7 @@ class Painter:
     def _save(self, request: Request, image: Image.Image) -> None:
         index = request["index"]
         image = image.convert("RGB")
-        if not image.width or not image.height or all(low == high for low, high in image.getextrema()):
+        if not image.width or not image.height or not np.asarray(image).reshape(-1, 3).std(axis=0).any():
             raise ValueError(
                 f"the picture of pair {index} is empty or of one colour ({image.width} x {image.height}); the decoder "
                 "failed: look at its precision and its parts"

@@ -25,6 +25,9 @@ BUILT_IN = {
     "datm": "rmdd.methods.datm:DATM",
     "mct": "rmdd.methods.mct:MCT",
     "amd": "rmdd.methods.amd:AMD",
+    "ncfm": "rmdd.methods.ncfm:NCFM",
+    "covmatch": "rmdd.methods.covmatch:CovMatch",
+    "mdm": "rmdd.methods.mdm:MDM",
     "pds": "rmdd.methods.pds:PDS",
     "edge": "rmdd.methods.edge:EDGE",
     "evlf": "rmdd.methods.evlf:EVLF",
@@ -38,6 +41,9 @@ TITLES = {
     "datm": "DATM",
     "mct": "MCT",
     "amd": "AMD",
+    "ncfm": "NCFM",
+    "covmatch": "CovMatch",
+    "mdm": "MDM",
     "pds": "PDS",
     "edge": "EDGE",
     "evlf": "EVLF",
@@ -79,4 +85,4 @@ def draws_of(run: config.Run) -> int:
     from rmdd.methods.distribution import DistributionMethod
 
     method = find(run.distill.method)(run)
-    return method.options.draws if isinstance(method, DistributionMethod) else 1  # type: ignore[attr-defined]
+    return method.options.draws if isinstance(method, DistributionMethod) else 1

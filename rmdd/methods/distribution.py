@@ -6,7 +6,7 @@ M pairs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 from pydantic import Field
 
@@ -24,11 +24,15 @@ if TYPE_CHECKING:
     from rmdd.models.dual import DualEncoder
 
 
+@runtime_checkable
 class Objective(Protocol):
     """What a step goes down. All that is drawn depends on iteration and draw alone."""
 
     def gradient(self, synthetic: Synthetic, iteration: int, draw: int) -> tuple[Synthetic, dict[str, float]]:
-        """The gradient of one draw's loss in every tensor of the set, and the loss and its parts by name."""
+        """The gradient of one draw's loss in every tensor of the set, and the loss and its parts by name.
+
+        A part `pace`, the same for all draws of a step, is a factor on the rates of pictures and texts.
+        """
         ...
 
     def after(self, synthetic: Synthetic, iteration: int) -> None:
@@ -57,6 +61,8 @@ class DistributionMethod(Method, ABC):
             description="draws whose gradients a step averages; workers share them, with the same bits",
         )
         clip: PositiveFloat | None = Field(None, description="joint norm that the gradient is cut to; null: none")
+
+    options: Options
 
     def records(self, phase: int, train: Material, store: Store | None = None) -> list[int]:
         """The caption records that a phase starts from; the experts of `store` are there."""

@@ -28,7 +28,6 @@ from rmdd import config
 from rmdd.config.numbers import PositiveInt
 from rmdd.generate import parts
 from rmdd.methods.generative import GenerativeMethod
-from rmdd.runfile import Section
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,7 +60,7 @@ class PDS(GenerativeMethod):
         },
     }
 
-    class Options(Section):
+    class Options(GenerativeMethod.Options):
         features: str = Field(
             f"clip:{CLIP}",
             pattern=r"^(clip:.+|tower|expert(:\d+)?|columns:[^/\\]+)$",
@@ -103,6 +102,8 @@ class PDS(GenerativeMethod):
         offload: Literal["none", "model", "sequential"] = Field(
             "none", description="parts of the decoder wait in main memory, by model or layer by layer (accelerate)"
         )
+
+    options: Options
 
     @classmethod
     def clashes(cls, run: config.Run) -> list[str]:

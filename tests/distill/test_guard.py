@@ -7,7 +7,7 @@ import torch
 from toy import RATES, assert_same_results, distil, first_set, lines_of, run_of, same_tensors, stop_after
 
 from rmdd import config
-from rmdd.distill import matching
+from rmdd.distill import loop, matching
 from rmdd.distill.guard import Derailed, vitals, what_is_wrong
 from rmdd.distill.matching import State
 
@@ -171,7 +171,7 @@ def test_killed_in_the_middle_of_a_rollback_has_the_bits_of_unbroken(
 
         return maybe
 
-    judge = matching.what_is_wrong
+    judge = loop.what_is_wrong
 
     def arm(*args):
         found = judge(*args)
@@ -180,8 +180,8 @@ def test_killed_in_the_middle_of_a_rollback_has_the_bits_of_unbroken(
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(matching, "what_is_wrong", arm)
-        patch.setattr(matching, "append_jsonl", counted(matching.append_jsonl))
+        patch.setattr(loop, "what_is_wrong", arm)
+        patch.setattr(loop, "append_jsonl", counted(loop.append_jsonl))
         patch.setattr(State, "save", counted(State.save))
         with pytest.raises(Killed):
             distil(run, store, tmp_path / "broken")

@@ -287,3 +287,17 @@ def test_places_depend_on_the_bytes_of_the_parts(finished, parts, tmp_path):
     again = places_of(load(storage, **other), dataset)
     assert again.phases != before.phases and again.store == before.store and again.baseline == before.baseline
     assert run_folder(run).is_dir()
+
+
+@pytest.mark.ray
+def test_actors_make_the_same_bits(ray_local, finished, parts, tmp_path, monkeypatch):
+    monkeypatch.setattr("rmdd.generate.prototypes.RANKS_FROM", 0)
+    storage = shutil.copytree(finished[0], tmp_path / "runs")
+    more = {**parts, "batch": 2, "rm_ratio": 0.1}
+    (alone,) = go(load(shutil.copytree(finished[0], tmp_path / "alone"), **more), "distill")
+    made = raw(storage, **more)
+    made["runtime"] = {"storage": str(storage), "ray": "on", "num_cpus": 2, "workers": 2, "track": "none"}
+    (there,) = go(config.load(made), "distill")
+    assert images_of(there) == images_of(alone) and len(images_of(there)) == PAIRS
+    name = "set-000001.safetensors"
+    assert there.parent.name == alone.parent.name and (there / name).read_bytes() == (alone / name).read_bytes()

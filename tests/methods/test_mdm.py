@@ -1,0 +1,355 @@
+"""MDM: the start, the teacher and the gradient against slow versions, and a run killed and gone on with."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from toy import CPU, same_tensors
+from toy_mdm import TINY, distil, made, model_of, run_of
+
+from rmdd import config
+from rmdd.data.images import normalise
+from rmdd.distill import features
+from rmdd.distill.joint import Embedded, centres, nearest_pairs
+from rmdd.distill.loop import load_set
+from rmdd.files import read_json
+from rmdd.methods.mdm import Teacher
+from rmdd.places import run_folder
+from rmdd.seeding import generator
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return made(tmp_path_factory.mktemp("mdm"))
+
+
+def teacher_of(toy, options=None):
+    method = features.method_of(run_of(toy.folder, options))
+    return Teacher(method, 0, toy.store, model_of(toy.run, toy.train), CPU)
+
+
+def params_of(teacher):
+    return {n: p.clone() for n, p in teacher.model.named_parameters()}
+
+
+def cosine(a, b):
+    return float(a @ b / (a.norm() * b.norm()))
+
+
+# -- the start -------------------------------------------------------------------------------------------------------
+
+
+def slow_rows(model, train, side):
+    found = []
+    for record in range(len(train.texts)):
+        pixels = torch.from_numpy(np.array(train.split.images[train.split.image_of[record]]))[None]
+        with torch.no_grad():
+            v = model.embed_images(normalise(pixels, train.mean, train.std))[0]
+            t = model.embed_texts(torch.from_numpy(np.array(train.texts[record]))[None])[0]
+        found.append({"joint": torch.cat([v, t]) / math.sqrt(2), "image": v, "text": t}[side])
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("side", ["joint", "image", "text"])
+def test_pairs_to_begin_with_are_those_nearest_to_centres(toy, side):
+    teacher = teacher_of(toy)
+    teacher.begin()
+    rows = slow_rows(teacher.model, toy.train, side)
+    embedded = Embedded.by(teacher.model, toy.train, CPU, side)
+    torch.testing.assert_close(embedded.rows(np.arange(len(rows))), rows, rtol=1e-4, atol=1e-5)
+    found = nearest_pairs(embedded, 6, generator(0, "x"))
+    assert found == nearest_pairs(embedded, 6, generator(0, "x")) and len(set(found)) == 6
+    random = generator(0, "x")
+    drawn = np.sort(torch.randperm(len(rows), generator=random).numpy())
+    middle = centres(embedded.rows(drawn), 6, random)
+    assert middle.norm(dim=1).tolist() == pytest.approx([1.0] * 6, abs=1e-5)
+    label = (rows @ middle.T).argmax(dim=1)
+    for k in range(6):
+        own = [r for r in range(len(rows)) if label[r] == k]
+        mean = rows[own].sum(dim=0)
+        assert cosine(mean, middle[k]) == pytest.approx(1, abs=1e-5), "k-means has come to rest"
+    free = [k for k in range(6) if int(label[found[k]]) == k]
+    pictures = toy.train.split.image_of[found]
+    assert len(free) >= 4 and len(set(pictures.tolist())) == 6
+    for k in free:
+        near = rows @ middle[k]
+        better = [r for r in range(len(rows)) if label[r] == k and near[r] > near[found[k]] + 1e-6]
+        assert all(toy.train.split.image_of[r] in pictures for r in better)
+
+
+def test_clusters_without_a_picture_of_their_own_take_another_pair(toy):
+    """As many clusters as captions: more than there are pictures, and some of them empty."""
+    teacher = teacher_of(toy)
+    teacher.begin()
+    total, pictures = len(toy.train.texts), len(toy.train.split)
+    embedded = Embedded.by(teacher.model, toy.train, CPU, "image")
+    assert total > pictures
+    found = nearest_pairs(embedded, total, generator(1, "x"))
+    assert sorted(found) == list(range(total))
+    fewer = nearest_pairs(embedded, pictures, generator(1, "x"))
+    assert len(set(toy.train.split.image_of[fewer].tolist())) == pictures, "no picture twice while there are enough"
+
+
+@pytest.mark.parametrize(("options", "distill"), [({"cluster": "random"}, {}), ({}, {"init": "noise"})])
+def test_random_pairs_and_noise_need_no_teacher(toy, options, distill):
+    method = features.method_of(run_of(toy.folder, options, **distill))
+    records = method.records(0, toy.train, None)
+    assert len(set(records)) == 6
+    begun = method.initial(0, toy.train, records)
+    real = torch.from_numpy(toy.train.texts[records])
+    assert torch.equal(begun.texts, real) == (not distill)
+
+
+def test_more_pairs_than_there_are_is_refused(toy):
+    run = run_of(toy.folder, budget=5000, phases=[{"pairs": 5000}])
+    with pytest.raises(ValueError, match=r"wants 5000 pairs but the train split has \d+ caption records"):
+        features.method_of(run).records(0, toy.train, toy.store)
+
+
+# -- the teacher -----------------------------------------------------------------------------------------------------
+
+
+def test_a_mixed_teacher_lies_between_its_checkpoints_and_the_stores_start(toy):
+    teacher, found = teacher_of(toy), []
+    anchor = toy.store.read(0, 0)
+    for iteration in range(4):
+        teacher.turn(iteration, 0)
+        found.append(params_of(teacher))
+        near = []
+        for e1, t1 in [(e, t) for e in range(2) for t in range(1, 4)]:
+            for e2, t2 in [(e, t) for e in range(2) for t in range(1, 4)]:
+                one, two = toy.store.read(e1, t1), toy.store.read(e2, t2)
+                off = 0.0
+                for n, w in anchor.items():
+                    d1, d2 = (one[n] - w).flatten().double(), (two[n] - w).flatten().double()
+                    c = min(1.0, max(0.0, cosine(d1, d2))) if d1.norm() * d2.norm() > 0 else 0.0
+                    wanted = w.flatten() + 0.5 * c / (1 + c) * (d1 + d2)
+                    off = max(off, float((found[-1][n].flatten() - wanted).abs().max()))
+                near.append((off, (e1, t1) != (e2, t2)))
+        assert min(near)[0] < 1e-5 and min(near)[1]
+    assert not same_tensors(found[0], found[1])
+    assert len(teacher.pool._held) <= 7, "six checkpoints and the anchor"
+
+
+def test_a_teacher_stays_as_long_as_it_is_told_and_each_draw_has_its_own(toy):
+    teacher, seen = teacher_of(toy, {"resample_every": 3}), {}
+    for iteration in range(6):
+        for draw in (0, 1):
+            teacher.turn(iteration, draw)
+            seen[iteration, draw] = params_of(teacher)
+    assert same_tensors(seen[0, 0], seen[2, 0]) and same_tensors(seen[3, 1], seen[5, 1])
+    assert not same_tensors(seen[2, 0], seen[3, 0]) and not same_tensors(seen[0, 0], seen[0, 1])
+
+
+@pytest.mark.parametrize("kind", ["weighted_sum", "naive", "expert", "pretrained"])
+def test_other_teachers(toy, kind):
+    teacher, anchor = teacher_of(toy, {"teacher": kind}), toy.store.read(0, 0)
+    cells = [(e, t) for e in range(2) for t in ((3,) if kind == "weighted_sum" else (1, 2, 3))]
+    for iteration in range(6):
+        teacher.turn(iteration, 0)
+        now = params_of(teacher)
+        if kind == "pretrained":
+            assert same_tensors(now, anchor)
+            continue
+        shares = []
+        for cell in cells:
+            moved = {n: p - anchor[n] for n, p in toy.store.read(*cell).items()}
+            way = torch.cat([d.flatten() for d in moved.values()]).double()
+            gone = torch.cat([(now[n] - anchor[n]).flatten() for n in moved]).double()
+            share = float(way @ gone / (way @ way))
+            if (gone - share * way).norm() < 1e-5 * way.norm():
+                shares.append(share)
+        low, high = {"weighted_sum": (0.2, 0.5), "naive": (0.1, 0.9), "expert": (1.0, 1.0)}[kind]
+        assert len(shares) == 1 and low - 1e-5 <= shares[0] <= high + 1e-5
+
+
+def test_partners_of_one_expert_move_around_its_own_start(toy, monkeypatch):
+    reads = []
+    read = toy.store.read
+    monkeypatch.setattr(type(toy.store), "read", lambda self, e, t: reads.append((e, t)) or read(e, t))
+    for iteration in range(8):
+        teacher = teacher_of(toy, {"partners": "same_expert"})
+        reads.clear()
+        teacher.turn(iteration, 0)
+        assert len(reads) == 3 and len({e for e, _ in reads}) == 1 and {0} < {t for _, t in reads}
+    mixed = teacher_of(toy)
+    reads.clear()
+    mixed.turn(0, 0)
+    assert len(reads) == 3 and (0, 0) in reads, "a teacher reads two checkpoints and the anchor"
+
+
+# -- the gradient ----------------------------------------------------------------------------------------------------
+
+
+def slow_loss(model, o, real, made, tau):
+    """The card's loss in double loops, on embeddings normalised by hand."""
+
+    def units(x):
+        return [row / row.norm() for row in x]
+
+    def joint(v, t, sign):
+        return [(x + sign * y) / (x + sign * y).norm() for x, y in zip(v, t, strict=True)]
+
+    def mean(a, b):
+        total = 0.0
+        for x in a:
+            for y in b:
+                phi = torch.acos((x @ y).clamp(-1 + 1e-6, 1 - 1e-6))
+                total = total + torch.exp(-(phi**2) / (2 * o.sigma**2))
+        return total / (len(a) * len(b))
+
+    sides = []
+    for images, texts in (real, made):
+        v, t = model.image_head(model.image_tower(images)), model.text_head(texts)
+        sides.append((units(v), units(t)))
+    (vr, tr), (v, t) = sides
+    z = torch.stack([torch.stack([x @ y / tau for y in t]) for x in v])
+    both = [torch.logsumexp(z[i], 0) + torch.logsumexp(z[:, i], 0) - 2 * z[i, i] for i in range(len(v))]
+    nce = sum(both) / (2 * len(v))
+    energies = []
+    for sign in (1, -1):
+        a, b = joint(vr, tr, sign), joint(v, t, sign)
+        energies.append(torch.sqrt((mean(a, a) + mean(b, b) - 2 * mean(a, b)).clamp(min=0) + 1e-8))
+    return nce + o.agreement * energies[0] + o.discrepancy * energies[1]
+
+
+def test_the_gradient_is_that_of_the_double_loop(toy):
+    run = run_of(toy.folder, {"agreement": 0.7, "discrepancy": 0.9})
+    method = features.method_of(run)
+    model = model_of(run, toy.train).double()
+    objective = method.objective(0, toy.store, toy.train, model, CPU)
+    begun = method.initial(0, toy.train, [0, 5, 11, 17, 30, 41]).map(torch.Tensor.double)
+    for iteration in (0, 3):
+        gradient, told = objective.gradient(begun, iteration, 0)
+        random = generator(method.seed, "mdm batches", 0, iteration, 0)
+        real = torch.randperm(len(toy.train.texts), generator=random)[:8].numpy()
+        rows = torch.randperm(6, generator=random)[:4]
+        pixels = torch.from_numpy(np.array(toy.train.split.images[toy.train.split.image_of[real]]))
+        texts = torch.from_numpy(np.array(toy.train.texts[real])).double()
+        seen = normalise(pixels, toy.train.mean, toy.train.std).double(), texts
+        leaves = [begun.images.clone().requires_grad_(), begun.texts.clone().requires_grad_()]
+        loss = slow_loss(model, method.options, seen, (leaves[0][rows], leaves[1][rows]), run.model.temperature)
+        slow = torch.autograd.grad(loss, leaves)
+        assert told["loss"] == pytest.approx(loss.item(), rel=1e-4)  # joint features are normalised a hair short
+        for found, wanted in zip((gradient.images, gradient.texts), slow, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())
+        untouched = sorted(set(range(6)) - set(rows.tolist()))
+        assert not gradient.images[untouched].any() and not gradient.texts[untouched].any()
+        assert not gradient.lr_image and not gradient.lr_text
+
+
+def test_dropout_is_off_unless_asked_for_and_then_seeded(toy):
+    found = {}
+    for dropout in (False, True):
+        method = features.method_of(run_of(toy.folder, {"teacher_dropout": dropout}))
+        begun = method.initial(0, toy.train, list(range(6)))
+        for turn in (0, 1):
+            torch.manual_seed(turn)
+            objective = method.objective(0, toy.store, toy.train, model_of(toy.run, toy.train), CPU)
+            found[dropout, turn] = objective.gradient(begun, 0, 0)[0].tensors()
+            assert not objective.model.training
+        assert same_tensors(found[dropout, 0], found[dropout, 1])
+    assert not same_tensors(found[False, 0], found[True, 0])
+
+
+def test_momentum_moves_pairs_that_were_not_drawn(toy, tmp_path):
+    run = run_of(toy.folder, {"synthetic_batch": 2}, momentum=0.9)
+    distil(toy, tmp_path, run)
+    start, end = (load_set(tmp_path / f) for f in ("start.safetensors", "set-000007.safetensors"))
+    moved = (start.images != end.images).flatten(1).any(1)
+    assert moved.sum() > 2 and torch.equal(start.lr_image, end.lr_image)
+
+
+# -- the run ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"distill": {"options": {"synthetic_batch": 1}}}, "synthetic_batch is 1: a pair alone has no negatives"),
+        ({"distill": {"options": {"first_epoch": 9}}}, r"first_epoch 9 lies past the last of experts.epochs 3"),
+        ({"distill": {"options": {"kernel": "cosine"}}}, "distill.options.kernel"),
+        ({"distill": {"similarity": {"kind": "full"}}}, "set distill.similarity.kind: identity"),
+        ({"model": {"image": {"weights": "random"}}}, r"starts every tower elsewhere; set random:SEED"),
+    ],
+)
+def test_what_cannot_be_is_refused(change, words):
+    from rmdd.runfile import filled
+
+    with pytest.raises(config.ConfigError, match=words):
+        config.load(filled(change, TINY))
+
+
+RATES = {"flickr8k": (100, 100, 1000), "flickr30k": (100, 1000, 1000), "coco": (1000, 1000, 5000)}
+
+
+@pytest.mark.parametrize("data", RATES)
+def test_cells_of_table_s3(data):
+    for pairs, rate in zip((100, 200, 500), RATES[data], strict=True):
+        run = config.load(f"{data}_mdm_{pairs}", ["data.root=somewhere"])
+        rule, (phase,), o = run.distill, run.distill.phases, features.method_of(run).options
+        assert (phase.pairs, phase.iterations, rule.lr_image, rule.lr_text) == (pairs, 3000, rate, rate)
+        assert (rule.momentum, rule.ema, rule.inner_lr, rule.loss) == (0.5, 0, 0.1, "infonce")
+        assert (o.clip, o.real_batch, o.synthetic_batch, o.alpha, o.sigma) == (1.0, 64, 64, 0.5, 0.5)
+        assert (o.agreement, o.discrepancy, o.contrastive, o.kernel, o.statistic) == (0.8, 0.8, 1.0, "geodesic", "v")
+        assert (o.root, o.teacher, o.partners, o.resample_every, o.first_epoch) == (True, "mixed", "any", 1, 1)
+        assert (o.cluster, o.teacher_dropout, o.positive_cosine) == ("joint", False, True)
+        assert (run.model.temperature, run.experts.num, run.experts.epochs, run.experts.keep) == (0.07, 20, 10, "all")
+        assert (run.evaluate.epochs, run.evaluate.augment, run.evaluate.momentum) == (100, "dsa", 0.9)
+        assert (run.evaluate.weight_decay, run.evaluate.lr_drop) == (5e-4, 0.1)
+
+
+def write_run(folder, **distill):
+    rule = {**TINY["distill"], "phases": [{"pairs": 6, "iterations": 60}], **distill}
+    folder.mkdir()
+    runtime = {"storage": str(folder / "runs"), "ray": "off", "track": "none"}
+    (folder / "run.yaml").write_text(yaml.safe_dump({**TINY, "distill": rule, "runtime": runtime}))
+    return folder / "run.yaml"
+
+
+def start(word, file):
+    command = [sys.executable, "-m", "rmdd", word, str(file), "--quiet"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def phase_files(folder: Path):
+    found = [p for p in (folder / "runs").glob("phases/*/phase-0/*") if p.suffix == ".safetensors"]
+    return {p.name: p.read_bytes() for p in found}
+
+
+def test_a_killed_run_goes_on_with_the_same_bits_and_is_evaluated(tmp_path):
+    whole, broken = write_run(tmp_path / "whole"), write_run(tmp_path / "broken")
+    process = start("run", whole)
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    folder = run_folder(config.load(whole))
+    evaluation = read_json(folder / "evaluation.json")
+    assert evaluation["table"]["mdm"]["test_last"]["R@mean"]["n"] == 1
+    assert len(yaml.safe_load((folder / "run.yaml").read_text())["distill"]["phases"]) == 1
+    assert (folder / "report.html").is_file() and (folder / "set" / "set.json").is_file()
+
+    process = start("distill", broken)
+    deadline = time.monotonic() + 300
+    checkpoint = "broken/runs/phases/*/phase-0/state.safetensors"
+    while time.monotonic() < deadline and not list(tmp_path.glob(checkpoint)):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert "set-000060.safetensors" not in phase_files(tmp_path / "broken")
+    process = start("distill", broken)
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    assert phase_files(tmp_path / "broken") == phase_files(tmp_path / "whole")
+    (log,) = (tmp_path / "broken").glob("runs/phases/*/phase-0/metrics.jsonl")
+    assert [json.loads(line)["iteration"] for line in log.read_text().splitlines()] == list(range(1, 61))

@@ -1,0 +1,110 @@
+"""MDM on drawn scenes: a tiny run, its training split, and experts that walk at random in the place of trained ones."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import torch
+from toy import CPU, store_of
+
+from rmdd import config
+from rmdd.distill import features
+from rmdd.experts.train import expert_model
+from rmdd.jobs import Here, InTurn
+from rmdd.methods.mdm import MDM, Objective
+from rmdd.pipeline import Pipeline
+from rmdd.progress import Progress
+
+PAIRS, ITERATIONS = 6, 7
+TINY = {
+    "name": "tiny",
+    "data": {"source": "scenes", "image_size": 8, "scenes": {"train": 24, "val": 6, "test": 6, "size": 16}},
+    "model": {
+        "image": {"name": "convnet", "weights": "random:0", "widths": [8], "groups": 2, "projection": "linear"},
+        "text": {"name": "hashing", "width": 16, "projection": "block"},
+        "width": 6,
+    },
+    "experts": {
+        "num": 2,
+        "epochs": 3,
+        "batch": 8,
+        "augment": {"crop": False, "flip": 0, "randaugment_ops": 0},
+        "keep": "all",
+    },
+    "distill": {
+        "method": "mdm",
+        "budget": PAIRS,
+        "phases": [{"pairs": PAIRS, "iterations": ITERATIONS}],
+        "lr_image": 3.0,
+        "lr_text": 2.0,
+        "checkpoint_every": 3,
+        "snapshots": 2,
+        "options": {"real_batch": 8, "synthetic_batch": 4, "clip": 0.1},
+    },
+    "evaluate": {
+        "epochs": 2,
+        "students": 1,
+        "baseline_lrs": [0.1],
+        "baseline_losses": ["infonce"],
+        "baseline_draws": 1,
+    },
+}
+
+
+def run_of(folder, options=None, **distill):
+    rule = {**TINY["distill"], **distill, "options": {**TINY["distill"]["options"], **(options or {})}}
+    return config.load({**TINY, "distill": rule, "runtime": {"storage": str(folder), "ray": "off", "track": "none"}})
+
+
+def made(folder):
+    """A run, its training split and its store."""
+    run = run_of(folder)
+    pipeline = Pipeline(run, InTurn(1), Progress(quiet=True))
+    train = pipeline.embedded("train")
+    item = pipeline.item()
+    store = store_of(item.places.store, model_of(run, train).trained(), epochs=3)
+    return SimpleNamespace(folder=folder, run=run, train=train, store=store, item=item)
+
+
+def model_of(run, train):
+    return expert_model(run, 0, train.texts.shape[1])
+
+
+def rank(made, run, number=0, size=1):
+    return features.Rank(run, 0, made.store, model_of(run, made.train), made.train, CPU, number, size)
+
+
+def distil(made, folder, run=None, ranks=None, **hooks):
+    run = run or made.run
+    model = model_of(run, made.train)
+    return features.distill_phase(run, 0, made.store, model, made.train, folder, CPU, "key", ranks=ranks, **hooks)
+
+
+def side_by_side(made, run, size):
+    return Here([rank(made, run, number, size) for number in range(size)])
+
+
+class Learning(MDM):
+    """MDM that also learns a number, which weighs its gradients: what an online model is to other methods."""
+
+    def objective(self, phase, store, train, model, device):
+        return Learner(self, phase, store, train, model, device)
+
+    def exported(self, synthetic):
+        return replace(synthetic, texts=2 * synthetic.texts)
+
+
+class Learner(Objective):
+    weight = torch.ones(())
+
+    def gradient(self, synthetic, iteration, draw):
+        gradient, told = super().gradient(synthetic, iteration, draw)
+        return gradient.map(lambda t: self.weight * t), told
+
+    def after(self, synthetic, iteration):
+        self.weight = 0.9 * self.weight + 0.01 * iteration * synthetic.images.mean()
+
+    def tensors(self):
+        return {"weight": self.weight}
+
+    def load(self, tensors):
+        self.weight = tensors["weight"]
