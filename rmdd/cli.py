@@ -120,7 +120,7 @@ def report(source: Source, set_: Sets = None, json: Json = False, quiet: Quiet =
 
 @app.command()
 def health(source: Source, set_: Sets = None, json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
-    """Say how far the embeddings of the set have collapsed, beside real pairs, over its distillation."""
+    """Distil what is not there, and say how far the embeddings of the set have collapsed, beside real pairs."""
     do(lambda: load(source, set_ or []), _health, json, quiet, debug)
 
 
@@ -258,7 +258,10 @@ def methods(
             return
         from rmdd import console
 
-        for line in console.methods(facts) if name is None else console.method(facts):
+        if name is None:
+            console.stdout().print(console.methods(facts))
+            return
+        for line in console.method(facts):
             typer.echo(line)
 
 

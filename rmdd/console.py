@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from textwrap import indent, wrap
+from textwrap import indent
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -16,6 +16,8 @@ from rmdd.report import referee
 METRICS = ("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10")
 NAMES = {"random": "random pairs", "full": "full data", **TITLES}
 PAD = "  "
+TABLE_WIDTH = 80
+"""Of the table of methods, which is read beside a run file."""
 PICKED = "reference protocol,\npicked on test"
 
 
@@ -222,18 +224,31 @@ def _pair(cosine: float, ratio: float) -> str:
     return "-" if math.isnan(cosine) else f"{cosine:.2f} ({ratio:.2g})"
 
 
-def methods(listed: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Every method in a few lines: its name and summary, then its presets."""
-    lines = []
+def methods(listed: Sequence[Mapping[str, Any]]) -> Table:
+    """A line per method: its family, what it needs, where it was published, and what was verified of it."""
+    caption = (
+        "What is open takes a GPU, the weights and the datasets.\n"
+        "rmdd methods NAME tells the idea, the equations, the values and the presets."
+    )
+    table = Table(caption=caption, caption_justify="left", width=TABLE_WIDTH)
+    for column in ("method", "family", "needs", "card"):
+        table.add_column(column, overflow="fold")
+    table.add_column("status", ratio=1)
+    family = None
     for each in listed:
-        presets = ", ".join(each["presets"]) or "no preset"
-        lines += [f"{each['name']}: {each['summary']}", *wrap(presets, 116, initial_indent=PAD, subsequent_indent=PAD)]
-    return lines
+        if family not in (None, each["family"]):
+            table.add_section()
+        family = each["family"]
+        needs, card = "\n".join(each["needs"]) or "-", each["card"].removeprefix("arXiv ")
+        table.add_row(each["name"], family or "?", needs, card or "-", each["status"] or "-")
+    return table
 
 
 def method(facts: Mapping[str, Any]) -> list[str]:
     """One method: its own words, then the values it sets, its options and its presets."""
     lines = [facts["text"], "", f"from: {facts['place']}"]
+    lines += [f"family: {facts['family']}; needs: {', '.join(facts['needs']) or 'nothing'}"]
+    lines += [f"status: {facts['status']}"] if facts["status"] else []
     if facts["defaults"]:
         lines += ["sets, unless the run file does:", *indent(as_yaml(facts["defaults"]), PAD).splitlines()]
     if facts["options"]:

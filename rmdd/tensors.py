@@ -37,7 +37,8 @@ def load_checked(path: Path, entry: str) -> tuple[dict[str, Tensor], dict[str, A
     checksum = facts.pop("sha256", None)
     try:
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # copied, for memory that lies elsewhere than torch puts it can change the last bit of a product
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except Exception as error:
         raise Damaged(str(error)) from error
     if checksum is not None and checksum != _checksum(tensors, facts):

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -142,8 +143,26 @@ def test_methods_are_listed_with_their_presets():
     assert listed["lors"]["summary"].startswith("LoRS: low-rank similarity mining")
     users = [preset for each in listed.values() for preset in each["presets"]]
     assert sorted(users) == config.preset_names()
-    shown = rmdd_("methods").stdout
-    assert "demo" in shown and all(name in shown for name in listed)
+    assert "demo" in listed["ptm_st"]["presets"]
+
+
+def test_the_table_of_methods_fits_a_terminal():
+    listed = json.loads(rmdd_("methods", "--json").stdout)
+    lines = rmdd_("methods").stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
+    rows = [row for row in cells if row[0]]
+    plain = [[each["name"], each["family"], each["card"].removeprefix("arXiv ")] for each in listed]
+    assert [row[:2] + row[3:4] for row in rows] == plain
+    assert rows[[row[0] for row in rows].index("lors")][2] == "experts"
+    for each in listed:
+        assert each["family"] in ("trajectory", "distribution", "generative"), each["name"]
+        assert each["card"] and {"experts", "features", "diffusion", "captioner"} >= set(each["needs"]), each["name"]
+        assert re.search("Open:|GPU", each["status"]), f"{each['name']} says what was not verified"
+    families = [each["family"] for each in listed]
+    assert families == sorted(families, key=["trajectory", "distribution", "generative"].index), "together"
+    words = " ".join(row[4] for row in cells)
+    assert all(" ".join(each["status"].split()[:2]) in words for each in listed)
 
 
 def test_one_method_is_told_about():
@@ -151,6 +170,8 @@ def test_one_method_is_told_about():
     assert "theta_l(t) = theta_l(0)" in shown and "start_points: continuous" in shown and "emoji_mct_100" in shown
     facts = json.loads(rmdd_("methods", "mct", "--json").stdout)
     assert facts["defaults"]["distill"]["trajectory"] == "convexified" and facts["place"] == "rmdd.methods.mct:MCT"
+    assert (facts["family"], facts["needs"], facts["card"]) == ("trajectory", ["experts"], "2406.19827")
+    assert f"status: {facts['status']}" in shown and "family: trajectory; needs: experts" in shown
     wrong = rmdd_("methods", "lros")
     assert wrong.exit_code == 2 and "did you mean lors?" in wrong.stderr
 

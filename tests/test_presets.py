@@ -1,8 +1,10 @@
 """Every preset against the cards: the tables below were typed from the papers and scripts, not from the files."""
 
+import re
+
 import pytest
 
-from rmdd import config
+from rmdd import config, methods
 from rmdd.artefact import budget
 from rmdd.distill.planning import foreseen
 from rmdd.methods import BUILT_IN
@@ -64,6 +66,12 @@ TABLE_4 = {
     "no_ema": (True, True, False),
 }
 ROWS = [f"{data}_ptm_st_500_{row}" for data in ("flickr30k", "coco") for row in TABLE_4]
+# clusters and pairs of each: the rows of PTM-ST's Appendix E
+NCFM = {f"flickr30k_ncfm_{c}x{m}": (c, m) for c, m in ((100, 1), (100, 2), (100, 5), (200, 1), (200, 2), (500, 1))}
+# rho, lambda, iterations
+COVMATCH = {100: (2, 0.1, 10_000), 200: (1, 0.1, 10_000), 500: (1, 0.5, 20_000)}
+COV = [f"{d}_covmatch{kind}_{n}" for d in ("flickr30k", "coco") for kind in ("", "_frozen_text") for n in COVMATCH]
+VARIANTS = {"emoji_covmatch_tokens_100"}
 
 
 def load(name: str) -> config.Run:
@@ -71,7 +79,8 @@ def load(name: str) -> config.Run:
 
 
 def test_the_presets_are_there():
-    known = {"demo", *MDM, *SMALL, *PLANNED, *EMOJI, *PTM_ST, *ROWS, *LORS, *REPBLEND, *TESLA_VL, *MTT_VL, *ON_LORS}
+    known = {"demo", *SMALL, *PLANNED, *EMOJI, *PTM_ST, *ROWS, *LORS, *REPBLEND, *TESLA_VL, *MTT_VL, *ON_LORS}
+    known |= {*NCFM, *COV, *MDM, *VARIANTS}
     assert set(NAMES) == known
 
 
@@ -95,7 +104,9 @@ def test_a_name_says_dataset_method_and_budget(name):
     run = load(name)
     data = name.partition("_")[0]
     assert run.data.layout == (None if data == "emoji" else data)
-    assert f"{run.distill.method}_{run.distill.budget}" in name.replace("_auto", "")
+    plain = re.sub("_auto|_frozen_text|_tokens", "", name)
+    plain = re.sub(r"(\d+)x(\d+)", lambda found: str(int(found[1]) * int(found[2])), plain)
+    assert f"{run.distill.method}_{run.distill.budget}" in plain
     assert run.distill.plan.plans == ("_auto_" in name)
 
 
@@ -222,6 +233,26 @@ def test_emoji_presets_share_all_but_the_method(name):
     if run.distill.family == "trajectory":
         exact = name in ("emoji_ptm_st_100", "emoji_mtt_vl_100")
         assert run.distill.estimator == ("exact" if exact else "first_order")
+
+
+@pytest.mark.parametrize("name", NCFM)
+def test_rows_of_appendix_e(name):
+    run, (clusters, each) = load(name), NCFM[name]
+    rule, options = run.distill, methods.find("ncfm")(run).options
+    assert (options.clusters, rule.phases[0].pairs, len(rule.phases)) == (clusters, clusters * each, 1)
+    assert (options.frequencies, options.network, options.w_amplitude, options.w_phase) == (512, True, 0.5, 0.5)
+    assert (options.lr_network, rule.lr_image, rule.lr_text, options.pick) == (0.1, 0.1, 0.1, "random")
+    assert (options.scale, options.real_batch, options.calibration, options.patience) == (300, 1024, 1, 500)
+
+
+@pytest.mark.parametrize("name", COV)
+def test_cells_of_covmatch(name):
+    run = load(name)
+    rule, options = run.distill, methods.find("covmatch")(run).options
+    assert (options.rho, options.mean_weight, rule.phases[0].iterations) == COVMATCH[rule.budget]
+    assert (rule.lr_image, rule.lr_text, rule.momentum, options.reset, rule.ema) == (1, 1, 0.5, 50, 0)
+    assert options.texts == ("frozen" if "_frozen_text_" in name else "tokens") and options.real_batch == 128
+    assert rule.optimiser == "sgd" and options.clip is None
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "demo"])

@@ -114,6 +114,8 @@ class Grounds(Pipeline):
         """Why entries do not belong to the data, or are not in its training split."""
         dataset = self.ingest()
         wrong = [mistake for entry in entries for mistake in check_data(entry, dataset.hash)]
+        most = dataset.counts["train"]["captions"]
+        wrong += [f"{e.name} asks for more than the {most} captions of train" for e in entries if (e.pairs or 0) > most]
         subsets = [] if wrong else [entry for entry in entries if entry.subset is not None]
         split = load_split(dataset, "train", self.run.data, places_of(self.run, dataset).cache) if subsets else None
         for entry in subsets:

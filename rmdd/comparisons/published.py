@@ -42,6 +42,7 @@ UNKNOWN = "not stated"
 NOTES = (
     "Published numbers were not measured here. They come from other students, schedules and budgets, and their spread "
     "is over students alone; several protocols pick the best pass on test.",
+    "An R@mean in brackets was not printed and is the mean of the six recalls.",
     "Full-data bounds of one paper are no bound for the numbers of another.",
 )
 
@@ -93,15 +94,17 @@ def published(
     `dataset` is a layout of a run file or a name as printed, `method` a family such as LoRS; case does not matter.
     Raises ValueError for one that is not there.
     """
-    known = {cell.dataset for cell in cells()}
+    datasets = {cell.dataset for cell in cells()}
     if dataset is not None:
         asked = LAYOUTS.get(dataset.lower(), dataset)
-        dataset = next((name for name in known if name.lower() == asked.lower()), None)
+        dataset = next((name for name in datasets if name.lower() == asked.lower()), None)
         if dataset is None:
-            raise ValueError(f"no published numbers of dataset '{asked}'; there are: {', '.join(sorted(known))}")
+            raise ValueError(f"no published numbers of dataset '{asked}'; there are: {', '.join(sorted(datasets))}")
     families = {cell.family for cell in cells()}
     if method is not None and method.lower() not in {f.lower() for f in families}:
         raise ValueError(f"no published numbers of method '{method}'; there are: {', '.join(sorted(families))}")
+    if pairs is not None and str(pairs) not in (known := budgets(dataset)):
+        raise ValueError(f"no published numbers at a budget of '{pairs}'; there are: {', '.join(known)}")
     rows: dict[tuple[str, ...], dict[str, Any]] = {}
     for cell in cells():
         wanted = dataset in (None, cell.dataset) and (pairs is None or cell.pairs == str(pairs))
@@ -115,6 +118,12 @@ def published(
     return list(rows.values())
 
 
+def budgets(dataset: str | None = None) -> list[str]:
+    """Of the cells of a dataset as printed, or of all; words and blanks after numbers."""
+    found = {cell.pairs for cell in cells() if dataset in (None, cell.dataset)}
+    return sorted(found, key=lambda b: (not b.isdigit(), int(b) if b.isdigit() else 0, b))
+
+
 def beside(layout: str | None, budget: int) -> list[dict[str, Any]]:
     """Recalls published for the dataset of a run file, at its budget and of full data; none for other datasets.
 
@@ -122,14 +131,17 @@ def beside(layout: str | None, budget: int) -> list[dict[str, Any]]:
     """
     if layout not in LAYOUTS:
         return []
-    found = [row for row in (*published(layout, budget), *published(layout, "full")) if "[" not in row["method"]]
+    sizes = [size for size in (str(budget), "full") if size in budgets(LAYOUTS[layout])]
+    found = [row for size in sizes for row in published(layout, size) if "[" not in row["method"]]
     return [row for row in found if row["metrics"].keys() & {*RECALLS, "R@mean"}]
 
 
 def table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
-    """A table apart from ours; an R@mean in brackets is not printed but worked out from the six recalls."""
+    """A table apart from ours, of recalls where there are any, else of what there is."""
     metrics = ["R@mean", *RECALLS]
-    metrics += [m for m in UNITS if m not in metrics and any(m in row["metrics"] for row in rows)]
+    if not any(m in row["metrics"] for m in metrics for row in rows):
+        metrics = [m for m in UNITS if any(m in row["metrics"] for row in rows)]
+    rows = [row for row in rows if any(m in row["metrics"] for m in metrics)]
     lines = []
     for row in rows:
         encoders = " + ".join(filter(None, (row["image_encoder"], row["text_encoder"]))) or "not stated"

@@ -21,7 +21,7 @@ def coreset(
         int | None, typer.Option("--bytes", metavar="N", help="As many as fit, as encoded images and captions.")
     ] = None,
     like: Annotated[
-        Path | None, typer.Option(metavar="SET", help="As many as fit the bytes of this distilled set.")
+        Path | None, typer.Option(metavar="SET", help="As many as fit the bytes of this distilled set, or of a run's.")
     ] = None,
     unit: Annotated[str, typer.Option(help="image: one caption of an image at most; record: any captions.")] = "image",
     encoder: Annotated[
@@ -69,6 +69,8 @@ def coreset(
         told = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in shown.items())
         size = f"{facts['pairs']} pairs of {facts['items']} {subset.unit}s"
         cost = f"{facts['bytes']['total']:,} bytes, {facts['parameters']:,} parameters"
+        if facts["pairs"] == facts["items"]:
+            cost += "; that is all of them, so that nothing was chosen"
         lines = [f"{subset.method}: {size}, {cost}", *([told] if told else []), f"subset: {folder}"]
         return {"subset": str(folder), "method": subset.method, "facts": facts, "say": lines}
 
@@ -80,7 +82,8 @@ def _bytes_of(folder: Path) -> int:
     from rmdd.artefact.distilled import load
 
     try:
-        found: int = load(folder).budget()["total"]["bytes"]
+        own = folder / "set"
+        found: int = load(own if own.is_dir() else folder).budget()["total"]["bytes"]
     except (ValueError, OSError) as error:
         raise config.ConfigError([f"--like {folder}: {error}"], "coreset") from error
     return found

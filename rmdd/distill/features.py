@@ -73,9 +73,11 @@ class Averaging:
         inorder = [found[draw % len(found)][draw // len(found)] for draw in range(self.options.draws)]
         gradient, told = mean([(g.map(lambda t: t.to(self.device)), parts) for g, parts in inorder])
         gradient, norm = clipped(gradient, self.options.clip)
+        pace = told.get("pace", 1.0)
+        paced = {"lr_image": pace * self.rule.lr_image, "lr_text": pace * self.rule.lr_text}
         return Step(
             before=state,
-            after=outer_step(state, gradient, self.rule),
+            after=outer_step(state, gradient, self.rule.model_copy(update=paced)),
             loss=norm.new_tensor(told.pop("loss")),
             numbers={"grad_norm": norm},
             facts=told,

@@ -18,7 +18,8 @@ class Synthetic:
 
     images: Float[Tensor, " M *image"]
     """(M,3,H,W) as stored, or (M,D) features where a frozen tower lies in front."""
-    texts: Float[Tensor, "M F"]
+    texts: Float[Tensor, " M *text"]
+    """(M,F) embeddings, or (M,L,d) of tokens where a method learns these; padding is zero."""
     lr_image: Float[Tensor, ""]
     lr_text: Float[Tensor, ""]
     similarity: dict[str, Tensor] = field(default_factory=dict)

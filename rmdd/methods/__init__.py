@@ -25,6 +25,8 @@ BUILT_IN = {
     "datm": "rmdd.methods.datm:DATM",
     "mct": "rmdd.methods.mct:MCT",
     "amd": "rmdd.methods.amd:AMD",
+    "ncfm": "rmdd.methods.ncfm:NCFM",
+    "covmatch": "rmdd.methods.covmatch:CovMatch",
     "mdm": "rmdd.methods.mdm:MDM",
 }
 TITLES = {
@@ -36,6 +38,8 @@ TITLES = {
     "datm": "DATM",
     "mct": "MCT",
     "amd": "AMD",
+    "ncfm": "NCFM",
+    "covmatch": "CovMatch",
     "mdm": "MDM",
 }
 """What tables and pages call a method; one from outside goes by its name."""

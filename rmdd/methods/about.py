@@ -2,22 +2,25 @@
 
 import inspect
 import sys
-from typing import Any
+from typing import Any, get_args
 
 from rmdd import config, methods
+from rmdd.methods.base import Family
 
 
 def listing() -> list[dict[str, Any]]:
-    """Every method by name: where it is, one line about it, its presets. One that cannot be imported says so."""
+    """Every method by name, families together: where it is, one line about it, what it needs, its card, its status and
+    its presets. One that cannot be imported says so."""
     users = presets_by_method()
     listed = []
     for name, place in sorted(methods.names().items()):
         try:
-            line = summary(name)
+            told = {"summary": summary(name), **_standing(methods.find(name))}
         except ValueError as error:
-            line = str(error)
-        listed.append({"name": name, "place": place, "summary": line, "presets": users.get(name, [])})
-    return listed
+            told = {"summary": str(error), "family": "", "needs": [], "card": "", "status": str(error)}
+        listed.append({"name": name, "place": place, **told, "presets": users.get(name, [])})
+    order = [*get_args(Family), ""]
+    return sorted(listed, key=lambda each: order.index(each["family"]))
 
 
 def about(name: str) -> dict[str, Any]:
@@ -27,10 +30,21 @@ def about(name: str) -> dict[str, Any]:
         "name": name,
         "place": f"{method.__module__}:{method.__qualname__}",
         "summary": summary(name),
+        **_standing(method),
         "text": _words(method),
         "defaults": dict(method.defaults),
         "options": {key: field.description or "" for key, field in method.Options.model_fields.items()},
         "presets": presets_by_method().get(name, []),
+    }
+
+
+def _standing(method: type[methods.Method]) -> dict[str, Any]:
+    """Its family, what must be there before it begins, where it was published, and what was verified of it."""
+    return {
+        "family": method.family,
+        "needs": list(method.needs),
+        "card": method.card,
+        "status": method.verified,
     }
 
 

@@ -97,4 +97,9 @@ def prototypes(run: config.Run, phase: int, pairs: int, train: Material) -> list
 
 
 class AMD(LoRS):
+    card = "ICLR 2026"
+    verified = (
+        "ranges of planted drifts, prototypes and steps equal slow float64 ones; as LoRS on emoji. "
+        "Open: published figures"
+    )
     defaults = filled({"distill": {"starts": "independent", "ranges": "drift", "init": "prototypes"}}, LoRS.defaults)

@@ -29,7 +29,10 @@ class Objective(Protocol):
     """What a step goes down. All that is drawn depends on iteration and draw alone."""
 
     def gradient(self, synthetic: Synthetic, iteration: int, draw: int) -> tuple[Synthetic, dict[str, float]]:
-        """The gradient of one draw's loss in every tensor of the set, and the loss and its parts by name."""
+        """The gradient of one draw's loss in every tensor of the set, and the loss and its parts by name.
+
+        A part `pace`, the same for all draws of a step, is a factor on the rates of pictures and texts.
+        """
         ...
 
     def after(self, synthetic: Synthetic, iteration: int) -> None:

@@ -15,6 +15,7 @@ from rmdd.runfile import filled
 
 
 class MCT(LoRS):
+    card = "2406.19827"
     defaults = filled(
         {
             "experts": {"keep": "endpoints"},

@@ -39,3 +39,8 @@ class PTMST(Method):
     """The defaults of `distill` are PTM-ST's, but for the exact gradient; presets named after the paper set its own."""
 
     reference = "ptm_st"
+    card = "2603.25388"
+    verified = (
+        "paths, gradients and averages equal slow float64 ones; best on emoji, all rows of Table 4 run. "
+        "Open: published figures"
+    )

@@ -226,6 +226,13 @@ def _config(tower: TextTower) -> Any:
     return config
 
 
+def load(tower: TextTower, device: torch.device | str) -> tuple[Any, torch.nn.Module]:
+    """The tokenizer and the transformers model of `tower`, in eval mode. Raises `ValueError` when it has none."""
+    if tower.name == "hashing":
+        raise ValueError("model.text.name is hashing, which has no tokens; give a transformers encoder")
+    return _load(tower, _config(tower), device)
+
+
 def _load(tower: TextTower, config: Any, device: torch.device | str) -> tuple[Any, torch.nn.Module]:
     from transformers import AutoModel, AutoTokenizer
 

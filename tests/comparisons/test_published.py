@@ -107,7 +107,7 @@ def test_rows_are_found_by_layout_name_budget_and_method():
     assert all(r["protocol"] == "best of several passes, picked on test" and r["source"] for r in rows)
     assert {r["pairs"] for r in beside("coco", 500)} == {"500", "full"} and beside(None, 500) == []
     assert not any("[" in r["method"] for r in beside("flickr30k", 500))
-    for wrong in ({"dataset": "emoji"}, {"method": "nobody"}):
+    for wrong in ({"dataset": "emoji"}, {"method": "nobody"}, {"pairs": "abc"}, {"dataset": "coco", "pairs": 7}):
         with pytest.raises(ValueError, match="there are: "):
             published(**wrong)
 

@@ -80,7 +80,19 @@ CARDS = {
         "options": {},
     },
 }
-EXPERTS = {name: "endpoints" if name in ("ptm_st", "mct") else "all" for name in BUILT_IN}
+PAIRED = {
+    "similarity.kind": "identity",
+    "loss": "infonce",
+    "optimiser": "sgd",
+    "momentum": 0.5,
+    "ema": 0.0,
+    "phases.0.pairs": 100,
+}
+CARDS |= {
+    "ncfm": PAIRED | {"lr_image": 0.1, "lr_text": 0.1},
+    "covmatch": PAIRED | {"lr_image": 1.0, "lr_text": 1.0, "phases.0.iterations": 10_000},
+}
+EXPERTS = {name: "endpoints" if name in ("ptm_st", "mct", "ncfm", "covmatch") else "all" for name in BUILT_IN}
 TRAJECTORY = [name for name in sorted(BUILT_IN) if methods.find(name).family == "trajectory"]
 
 

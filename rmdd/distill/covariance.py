@@ -1,0 +1,34 @@
+"""Cross-covariance of image and text features, and what CovMatch (arXiv 2510.18583) matches of it.
+
+With linear heads G on frozen features the contrastive problem depends on the data through C alone: with P = G_v^T G_l
+it is -<C, P> + rho/2 ||P||^2, least at P = C / rho. Heads that learn from the set find C_S / rho; those that serve real
+data should be C_T. n pairs, V and L widths of image and text features, K joint width.
+"""
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+def cross_covariance(image: Float[Tensor, "n V"], text: Float[Tensor, "n L"]) -> Float[Tensor, "V L"]:
+    """C = 1/(n-1) sum of (h_v - mean)(h_l - mean)^T. Raises `ValueError` for fewer than two pairs."""
+    if len(image) < 2:
+        raise ValueError(f"a covariance needs at least 2 pairs, found {len(image)}; raise the batch")
+    return (image - image.mean(dim=0)).T @ (text - text.mean(dim=0)) / (len(image) - 1)
+
+
+def linear_contrast(
+    head_image: Float[Tensor, "K V"], head_text: Float[Tensor, "K L"], covariance: Float[Tensor, "V L"], rho: float
+) -> Float[Tensor, ""]:
+    """The contrastive loss of linear heads: -Tr(G_v C G_l^T) + rho/2 ||G_v^T G_l||^2."""
+    product = head_image.T @ head_text
+    return -(covariance * product).sum() + rho / 2 * product.square().sum()
+
+
+def covariance_loss(real: Float[Tensor, "V L"], synthetic: Float[Tensor, "V L"], rho: float) -> Float[Tensor, ""]:
+    """|| rho C_T - C_S ||_F^2."""
+    return (rho * real - synthetic).square().sum()
+
+
+def mean_loss(real: Float[Tensor, "n K"], synthetic: Float[Tensor, "m K"]) -> Float[Tensor, ""]:
+    """The squared distance of the means."""
+    return (real.mean(dim=0) - synthetic.mean(dim=0)).square().sum()

@@ -1,0 +1,217 @@
+"""CovMatch on toy pairs: loss and gradient against plain sums, the online model's steps, both kinds of texts."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from objectives import descend, material, objective_of, opened, run_of
+from toy import same_tensors
+
+from rmdd import config
+from rmdd.data.images import normalise
+from rmdd.models.text import embed
+from rmdd.models.tokens import TokenTower, mask_of
+from rmdd.seeding import generator
+
+SMALL = {"real_batch": 8, "reset": 4, "rho": 1.5, "mean_weight": 0.3}
+
+
+@pytest.fixture(params=["frozen", "tokens"])
+def setting(request, bert, tmp_path):
+    """Options, run and pairs of each kind of texts."""
+    if request.param == "frozen":
+        return run_of("covmatch", SMALL), material()
+    tower = {"name": bert, "pooling": "mean", "max_tokens": 12}
+    run = run_of("covmatch", {**SMALL, "texts": "tokens", "chunk": 4}, text=tower)
+    train = material()
+    return run, dataclasses.replace(train, texts=np.array(embed(train.split.captions, run.model.text, tmp_path)))
+
+
+def with_options(run, **options):
+    rule = run.distill.model_copy(update={"options": run.distill.options | options})
+    return run.model_copy(update={"distill": rule})
+
+
+def slow_loss(objective, train, images, texts, iteration):
+    """By the definition, one pair at a time: plain sums for every entry of C."""
+    rule, model = objective.rule, objective.model
+    draws = generator(objective.seed, "real batch", 0, iteration, 0)
+    records = torch.randperm(len(train.split.captions), generator=draws)[: rule.real_batch].tolist()
+    pixels = normalise(torch.from_numpy(train.split.images[train.split.image_of[records]]), train.mean, train.std)
+    h_v = [model.image_tower(x[None].to(images.dtype))[0] for x in pixels]
+    if model.text_tower is None:
+        h_l = [torch.tensor(train.texts[r]).to(images.dtype) for r in records]
+    else:
+        h_l = [model.text_tower(model.text_tower.words([train.split.captions[r]]))[0] for r in records]
+    g_v = [model.image_tower(x[None])[0] for x in images]
+    g_l = list(texts) if model.text_tower is None else [model.text_tower(y[None])[0] for y in texts]
+
+    def covariance(vs, ls):
+        mean_v, mean_l = sum(vs) / len(vs), sum(ls) / len(ls)
+        return sum(torch.outer(v - mean_v, t - mean_l) for v, t in zip(vs, ls, strict=True)) / (len(vs) - 1)
+
+    gap = rule.rho * covariance(h_v, h_l) - covariance(g_v, g_l)
+    of_means = 0.0
+    for head, real, own in ((model.head_image, h_v, g_v), (model.head_text, h_l, g_l)):
+        apart = sum(head(h) for h in real) / len(real) - sum(head(h) for h in own) / len(own)
+        of_means = of_means + (apart**2).sum()
+    return (gap**2).sum() + rule.mean_weight * of_means
+
+
+def test_loss_and_gradient_equal_the_slow_ones(setting):
+    """In float64, at the start and after a few steps of the online model."""
+    run, train = setting
+    for chunk in (2, 64):
+        _, begun, objective = opened(with_options(run, chunk=chunk), None, train)
+        objective.model.double()
+        begun = begun.map(torch.Tensor.double)
+        objective.train = dataclasses.replace(train, texts=train.texts.astype(np.float64))
+        draw = objective._real
+        objective._real = lambda *a, draw=draw: (draw(*a)[0].double(), draw(*a)[1])
+        for iteration in range(3):
+            found, parts = objective.gradient(begun, iteration, 0)
+            leaves = begun.images.clone().requires_grad_(), begun.texts.clone().requires_grad_()
+            slow = slow_loss(objective, train, *leaves, iteration)
+            assert parts["loss"] == pytest.approx(float(slow.detach()), rel=1e-9)
+            assert parts["loss"] == pytest.approx(parts["loss_covariance"] + 0.3 * parts["loss_mean"])
+            for one, other in zip((found.images, found.texts), torch.autograd.grad(slow, leaves), strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-11)
+            assert float(found.lr_image) == float(found.lr_text) == 0
+            objective.after(begun, iteration)
+
+
+def test_the_set_comes_closer_to_the_real_covariance(setting):
+    run, train = setting
+    _, begun, objective = opened(with_options(run, real_batch=48, reset=99, lr_tower=0, lr_head=0), None, train)
+    after, losses = descend(objective, begun, 40, lr=0.02)
+    assert losses[-1]["loss"] < 0.7 * losses[0]["loss"]
+    assert not torch.equal(after.texts, begun.texts)
+
+
+def test_the_online_model_learns_and_begins_anew(setting):
+    run, train = setting
+    _, begun, objective = opened(run, None, train)
+    trained = {n for n, p in objective.model.named_parameters() if p.requires_grad}
+    assert {"head_image.weight", "head_text.weight"} < trained
+    assert any(n.startswith("text_tower.") for n in trained) == (begun.texts.ndim == 3)
+    states = [{n: t.clone() for n, t in objective.model.state_dict().items()}]
+    for iteration in range(5):
+        objective.after(begun, iteration)
+        states.append({n: t.clone() for n, t in objective.model.state_dict().items()})
+    moved = {n for n in trained if not torch.equal(states[0][n], states[3][n])}
+    assert {n for n in trained if "text_tower" not in n} <= moved
+    towers = [n for n in trained if not n.startswith("head_")]
+    assert all(torch.equal(states[0][n], states[4][n]) for n in towers), "pretrained again"
+    assert not torch.equal(states[0]["head_image.weight"], states[4]["head_image.weight"]), "other heads"
+    assert not torch.equal(states[4]["head_image.weight"], states[5]["head_image.weight"])
+
+
+def test_a_tower_without_weights_is_drawn_anew():
+    _, begun, objective = opened(run_of("covmatch", SMALL | {"reset": 1}, weights="random"), None, material())
+    name = next(n for n, p in objective.model.named_parameters() if n.startswith("image_tower.") and p.ndim == 4)
+    turns = []
+    for iteration in range(3):
+        turns.append(objective.model.state_dict()[name].clone())
+        objective.after(begun, iteration)
+    assert not any(torch.equal(turns[i], turns[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_the_online_step_is_that_of_torch(setting):
+    run, train = setting
+    _, begun, objective = opened(with_options(run, online_momentum=0, weight_decay=0), None, train)
+    images, texts = objective._real("online batch", 0)
+    before = objective.model.head_image.weight.detach().clone()
+    v, t = objective._encode(images, texts)
+    logits = F.normalize(v @ before.T, dim=1) @ F.normalize(objective.model.head_text(t), dim=1).T / 0.5
+    head = before.requires_grad_()
+    logits = F.normalize(v @ head.T, dim=1) @ F.normalize(objective.model.head_text(t), dim=1).T / 0.5
+    labels = torch.arange(len(images))
+    loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    (grad,) = torch.autograd.grad(loss, head)
+    objective.after(begun, 0)
+    torch.testing.assert_close(objective.model.head_image.weight.detach(), (head - 0.1 * grad).detach())
+
+
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_what_is_learned_goes_on_with_the_same_bits(setting, average):
+    run, train = setting
+    run = with_options(run, average=average)
+    method, begun, unbroken = opened(run, None, train)
+    whole, losses = descend(unbroken, begun, 7, lr=0.01)
+    for stop in (3, 4, 6):  # before, at and after a reset
+        first = objective_of(method, None, train)
+        half, _ = descend(first, begun, stop, lr=0.01)
+        kept = {n: t.clone() for n, t in first.tensors().items()}
+        assert ("taken" in kept) == (stop != 4), "a fresh model needs no tensors"
+        descend(first, half, 1, start=stop)
+        for second in (objective_of(method, None, train), first):
+            second.load(kept)
+            rest, more = descend(second, half, 7 - stop, start=stop, lr=0.01)
+            assert same_tensors(rest.tensors(), whole.tensors()) and more == losses[stop:]
+            assert same_tensors(second.tensors(), unbroken.tensors())
+
+
+def test_the_real_covariance_is_averaged_since_the_last_reset(setting):
+    run, train = setting
+    _, begun, objective = opened(with_options(run, average=0.75, lr_tower=0, lr_head=0), None, train)
+    seen = []
+    for iteration in range(2):
+        images, texts = objective._real("online batch", iteration)
+        v, t = (f.detach() for f in objective._encode(images, texts))
+        seen.append((v - v.mean(0)).T @ (t - t.mean(0)) / (len(v) - 1))
+        objective.after(begun, iteration)
+    torch.testing.assert_close(objective.mean, 0.75 * seen[0] + 0.25 * seen[1])
+    objective.after(begun, 2)
+    objective.after(begun, 3)
+    assert objective.mean is None
+
+
+def test_a_frozen_image_tower_stays(bert):
+    run = run_of("covmatch", SMALL)
+    image = run.model.image.model_copy(update={"trainable": False, "projection": "block"})
+    run = run.model_copy(update={"model": run.model.model_copy(update={"image": image})})
+    _, begun, objective = opened(run, None, material())
+    before = {n: t.clone() for n, t in objective.model.image_tower.state_dict().items()}
+    descend(objective, begun, 2, lr=0.01)
+    assert same_tensors(before, objective.model.image_tower.state_dict())
+
+
+def test_token_embeddings_read_as_the_captions_do(bert, tmp_path):
+    """What the frozen tower makes of the words of the initial captions is what it makes of them, padded or not."""
+    for pooling, unit in (("cls", False), ("mean", True)):
+        tower = {"name": bert, "pooling": pooling, "max_tokens": 12, "normalise": unit}
+        run, train = run_of("covmatch", {**SMALL, "texts": "tokens", "chunk": 4}, text=tower), material()
+        texts = np.array(embed(train.split.captions, run.model.text, tmp_path))
+        method, begun, _ = opened(run, None, dataclasses.replace(train, texts=texts))
+        records = method.records(0, train)
+        lengths = [len(train.split.captions[r].split()) + 2 for r in records]
+        assert mask_of(begun.texts).sum(dim=1).tolist() == lengths and len(set(lengths)) > 1
+        students = method.exported(begun)
+        torch.testing.assert_close(students.texts, torch.tensor(texts[records]), rtol=1e-4, atol=1e-5)
+        assert torch.equal(students.images, begun.images)
+
+
+def test_padding_has_no_gradient(bert):
+    tower = TokenTower(config.TextTower(name=bert, pooling="mean", max_tokens=12))
+    words = tower.words(["red circle", "green square by a tree"]).detach().requires_grad_()
+    (grad,) = torch.autograd.grad(tower(words).square().sum(), words)
+    mask = mask_of(words)
+    assert (~mask).sum() == 3 and grad[~mask].abs().max() == 0 and grad[mask].abs().min(dim=1).values.max() > 0
+
+
+def test_texts_stay_as_long_as_their_captions(setting):
+    run, train = setting
+    _, begun, objective = opened(run, None, train)
+    after, _ = descend(objective, begun, 3, lr=0.01)
+    if begun.texts.ndim == 3:
+        assert torch.equal(mask_of(begun.texts), mask_of(after.texts))
+
+
+def test_what_cannot_work_is_refused():
+    with pytest.raises(config.ConfigError, match=r"texts: tokens needs a tower with tokens; set model.text.name"):
+        run_of("covmatch", {"texts": "tokens"})
+    with pytest.raises(config.ConfigError, match=r"begins from the masks of captions; set distill.init: real"):
+        run_of("covmatch", {"texts": "tokens"}, text={"name": str(Path(__file__).parent)}, init="noise")
