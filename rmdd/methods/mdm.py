@@ -56,7 +56,7 @@ class MDM(DistributionMethod):
         )
         partners: Literal["any", "same_expert"] = Field(
             "any",
-            description="mixed: two checkpoints of the pool; or two of one expert, around its own start, for experts whose "
+            description="mixed: two checkpoints of the pool; or two of one expert, around its own start, where "
             "heads start apart",
         )
         alpha: NonNegativeFloat = Field(0.5, description="mixed: share of the way from the anchor")
