@@ -56,8 +56,8 @@ class MDM(DistributionMethod):
         )
         partners: Literal["any", "same_expert"] = Field(
             "any",
-            description="mixed: two checkpoints of the pool; or two of one expert, around its own start, for experts "
-            "whose heads start apart",
+            description="mixed: two checkpoints of the pool; or two of one expert, around its own start, where "
+            "heads start apart",
         )
         alpha: NonNegativeFloat = Field(0.5, description="mixed: share of the way from the anchor")
         positive_cosine: bool = Field(
@@ -79,6 +79,7 @@ class MDM(DistributionMethod):
             return [f"{n} is 1: a pair alone has no negatives; give at least 2" for n in small]
 
     options: Options
+
     reference = "mdm"
     card = "2605.23482"
     verified = "terms against slow versions, resuming, emoji pairs; the published numbers need NFNet, BERT and a GPU"
