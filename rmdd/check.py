@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from rmdd import config, estimate
+from rmdd import config, estimate, methods
 from rmdd.artefact import budget
 from rmdd.data.shards import MANIFEST, Dataset
 from rmdd.distill.planning import PLAN, foreseen, over_budget, with_phases, without_a_phase
@@ -18,6 +18,9 @@ from rmdd.models.dual import DualEncoder
 from rmdd.models.image import double_backward, matching_context, weights_file
 from rmdd.models.text import encoder_identity
 from rmdd.places import Places, dataset_folder, generative, places_of, run_folder
+
+OF_PATH = ("start", "stop", "start_text", "stop_text", "endpoint")
+"""Fields of a phase that lie on a path."""
 
 
 def impossible(run: config.Run) -> list[str]:
@@ -64,13 +67,14 @@ def examine(run: config.Run) -> dict[str, Any]:
     return {
         "run": str(run_folder(run)),
         "hash": run.hash_of(),
+        "family": run.distill.family,
         "data": {"counts": counts, "origin": origin, "ingested": dataset is not None},
         "model": {
             "image": size.image,
             "text": size.text,
             "frozen": size.frozen,
             "text_width": width,
-            "double_backward": double_backward(tower.name).value if tower.trainable else "not needed",
+            "double_backward": double_backward(tower.name).value if _matched(run) else "not needed",
         },
         "experts": {
             "num": run.experts.num,
@@ -78,7 +82,7 @@ def examine(run: config.Run) -> dict[str, Any]:
             "store": str(places.store) if places else None,
             "epochs_kept": [0, *(kept_epochs(run) or range(1, run.experts.epochs + 1))],
         },
-        "phases": [_phase(places, i, p, guessed) for i, p in enumerate(run.distill.phases)],
+        "phases": [_phase(run, places, i, guessed) for i in range(len(run.distill.phases))],
         "phases_foreseen": guessed,
         "phases_folder": str(places.phases) if places else None,
         "budget": {
@@ -93,12 +97,12 @@ def examine(run: config.Run) -> dict[str, Any]:
             "store": estimate.store_bytes(size, run.experts.num, kept, run.experts.dtype),
             "phases": estimate.phases_bytes(run, width),
         },
-        "memory": {"matching_step": estimate.matching_bytes(run, size, work, width)},
+        "memory": _memory(run, counts, size, work, width),
         "time": _time(run, estimate.operations(run, counts, work)),
         "search": tried,
         "parts": [parts.told(part) for part in _parts(run)],
         "gpus": _gpus(run),
-        "remarks": [r for r in (remark, planned, *probes.costs(run, width)) if r]
+        "remarks": [r for r in (remark, planned, *_of_family(run), *probes.costs(run, width)) if r]
         + [f"split '{split}' is empty; a run needs all three" for split, (pairs, _) in counts.items() if not pairs],
     }
 
@@ -109,12 +113,41 @@ def _parts(run: config.Run) -> list[parts.Part]:
 
 
 def _model(run: config.Run, text_width: int) -> DualEncoder:
-    """The run's dual encoder without values; raises `ValueError` when its image tower cannot be had or matched."""
+    """The run's dual encoder without values. Raises `ValueError` when its image tower cannot be had, or not be matched
+    where it would be."""
     tower = run.model.image
     if tower.weights != "pretrained" and not tower.is_random:
         weights_file(tower)
-    with matching_context(tower.name) if tower.trainable else contextlib.nullcontext():
+    with matching_context(tower.name) if _matched(run) else contextlib.nullcontext():
         return estimate.model_on_meta(run, text_width)
+
+
+def _matched(run: config.Run) -> bool:
+    """Whether steps of the image tower are differentiated."""
+    return run.model.image.trainable and run.distill.family == "trajectory"
+
+
+def _memory(
+    run: config.Run, counts: estimate.Counts, size: estimate.Size, work: estimate.Work, text_width: int
+) -> dict[str, int]:
+    """Of a step, where there are any."""
+    if run.distill.family == "trajectory":
+        return {"matching_step": estimate.matching_bytes(run, size, work, text_width)}
+    if run.distill.family == "distribution":
+        return {"step": estimate.step_bytes(run, counts, size, work, text_width)}
+    return {}
+
+
+def _of_family(run: config.Run) -> list[str]:
+    """What is not counted of other families, and what does nothing there."""
+    rule, remarks = run.distill, []
+    if rule.family == "generative":
+        remarks.append("features, training and drawing by pretrained parts are not counted")
+    elif rule.options.get("texts") == "tokens":
+        remarks.append("the text tower, which learns along, is not counted")
+    if idle := rule.idle():
+        remarks.append(f"of no effect with method {rule.method}: distill.{', '.join(idle)}")
+    return remarks
 
 
 def _search(run: config.Run) -> dict[str, Any] | None:
@@ -172,10 +205,15 @@ def _complete(places: Places | None) -> int:
     return len(Store.open(places.store).complete()) if places and (places.store / "store.json").is_file() else 0
 
 
-def _phase(places: Places | None, number: int, phase: config.Phase, guessed: bool) -> dict[str, Any]:
+def _phase(run: config.Run, places: Places | None, number: int, guessed: bool) -> dict[str, Any]:
     """A phase as plain values; of one that is only foreseen, what is planned after the experts is None."""
-    unknown = dict.fromkeys(("start", "stop", "start_text", "stop_text", "endpoint")) if guessed else {}
-    return phase.model_dump() | unknown | {"done": not guessed and _distilled(places, number, phase)}
+    phase, matched = run.distill.phases[number], run.distill.family == "trajectory"
+    values = phase.model_dump(include=None if matched else {"pairs", "iterations"})
+    return (
+        values
+        | (dict.fromkeys(OF_PATH) if guessed else {})
+        | {"done": not guessed and _distilled(places, number, phase)}
+    )
 
 
 def _distilled(places: Places | None, number: int, phase: config.Phase) -> bool:
@@ -184,12 +222,18 @@ def _distilled(places: Places | None, number: int, phase: config.Phase) -> bool:
 
 def _gpus(run: config.Run) -> dict[str, float]:
     """What one worker asks for, and what would keep all of a step's items busy side by side."""
-    each = run.runtime.gpus_per_worker
+    each, side_by_side = run.runtime.gpus_per_worker, _side_by_side(run)
     return {
         "each": each,
         "experts": each * min(run.experts.num, run.runtime.workers or run.experts.num),
-        "phases": each * min(len(run.distill.phases), run.runtime.workers or len(run.distill.phases)),
+        "phases": each * min(side_by_side, run.runtime.workers or side_by_side),
     }
+
+
+def _side_by_side(run: config.Run) -> int:
+    """Who can distil at once: a worker per phase, or, one phase after another, per draw of a step."""
+    draws = methods.draws_of(run)
+    return draws if draws > 1 else len(run.distill.phases)
 
 
 def _time(run: config.Run, operations: dict[str, int]) -> dict[str, Any]:
@@ -202,6 +246,6 @@ def _time(run: config.Run, operations: dict[str, int]) -> dict[str, Any]:
         cpus = runtime.num_cpus or os.cpu_count() or 1
         slots = 1 if runtime.ray == "off" else runtime.workers or max(1, cpus // runtime.threads)
         assumed = f"{slots} worker(s) of {runtime.threads} CPU thread(s) at {estimate.CPU_FLOPS / 1e9:g} GFLOP/s each"
-    items = {"experts": run.experts.num, "distill": len(run.distill.phases), "evaluate": slots}
+    items = {"experts": run.experts.num, "distill": _side_by_side(run), "evaluate": slots}
     seconds = {step: n / (throughput * min(slots, items[step])) for step, n in operations.items()}
     return {"assumed": assumed, "operations": operations, "seconds": seconds}

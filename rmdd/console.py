@@ -147,12 +147,14 @@ def _facts(facts: Mapping[str, Any]) -> Table:
 def _phases(facts: Mapping[str, Any]) -> Table:
     guessed = facts["phases_foreseen"]
     table = Table(title="Phases, as foreseen" if guessed else "Phases")
-    for column in ("phase", "pairs", "starts", "endpoint", "iterations", "done"):
+    matched = facts["family"] == "trajectory"
+    for column in ("phase", "pairs", *(("starts", "endpoint") if matched else ()), "iterations", "done"):
         table.add_column(column, justify="right")
     for number, p in enumerate(facts["phases"]):
-        starts, end = ("planned",) * 2 if guessed else (f"{p['start']} to {p['stop'] - 1}", str(p["endpoint"]))
-        done = "yes" if p["done"] else "no"
-        table.add_row(str(number), str(p["pairs"]), starts, end, str(p["iterations"]), done)
+        path = ["planned"] * 2
+        if not guessed:
+            path = [f"{p['start']} to {p['stop'] - 1}", str(p["endpoint"])] if matched else []
+        table.add_row(str(number), str(p["pairs"]), *path, str(p["iterations"]), "yes" if p["done"] else "no")
     return table
 
 
@@ -162,12 +164,12 @@ def _costs(facts: Mapping[str, Any]) -> Table:
     table = Table(title="Rough cost", caption=assumed, caption_justify="left")
     for column in ("step", "disk", "memory of a worker", "operations", "time"):
         table.add_column(column, justify="right")
-    step_memory = facts["memory"]["matching_step"]
+    step_memory = next(iter(facts["memory"].values()), None)
     rows = (("experts", disk["store"], None), ("distill", disk["phases"], step_memory), ("evaluate", None, None))
     table.add_row("ingest, embed", f"{_bytes(disk['cache'])} + shards", "", "", "")
     for step, stored, memory in rows:
-        operations = f"{time['operations'][step]:.1e}"
-        table.add_row(step, _bytes(stored), _bytes(memory), operations, duration(time["seconds"][step]))
+        counted = (f"{time['operations'][step]:.1e}", duration(time["seconds"][step]))
+        table.add_row(step, _bytes(stored), _bytes(memory), *(counted if time["operations"][step] else ("", "")))
     return table
 
 

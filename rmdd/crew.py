@@ -115,13 +115,16 @@ def open_crew(runtime: config.Runtime, events: Path, progress: Progress) -> Iter
 
                 @contextlib.contextmanager
                 def ranks(
-                    make: Callable[[int, int], Any], size: int | None = None, most: int | None = None
+                    make: Callable[[int, int], Any],
+                    size: int | None = None,
+                    most: int | None = None,
+                    accelerated: bool = False,
                 ) -> Iterator[Ranks]:
                     from rmdd.runtime.coresets import ranks_of_actors
 
                     executor.rest()
                     count = size or resources.workers(runtime, most or RANKS)
-                    with ranks_of_actors(make, count, cpus, runtime.threads) as found:
+                    with ranks_of_actors(make, count, cpus, runtime.threads, gpus if accelerated else 0) as found:
                         yield found
 
                 restarts, crew = runtime.max_restarts, Crew(executor, fleet=fleet, climbers=climbers)

@@ -13,10 +13,11 @@ import torch
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from rmdd import config
+from rmdd import config, methods
 from rmdd.distill.frozen import CHUNK
 from rmdd.distill.matching import snapshot_iterations
 from rmdd.evaluate.references import reference_of
+from rmdd.methods.distribution import DistributionMethod, Effort
 from rmdd.models.dual import DualEncoder, build, tower_of
 from rmdd.models.losses import LOSSES
 
@@ -66,6 +67,10 @@ class Work:
     features: int
     kept_by_tower: int
     kept: int
+    gradient: int = 0
+    """Of a method that matches no trajectories: per pair, there and back to it; all that was told of matching is 0."""
+    kept_of_pair: int = 0
+    """Bytes that such a graph keeps of a pair."""
 
 
 def text_features(tower: config.TextTower) -> tuple[int, str | None]:
@@ -128,6 +133,12 @@ def work_of(model: DualEncoder, run: config.Run, text_width: int) -> Work:
         with FlopCounterMode(display=False) as forward, torch.no_grad():
             model(images, texts)
         first = training = trained(model)
+        if run.distill.family != "trajectory":
+            with FlopCounterMode(display=False) as once, kept:
+                pairs = [t.requires_grad_() for t in (images, texts)]
+                torch.autograd.grad(loss(model(*(t.clone() for t in pairs)), target), pairs)
+            gradient, of_pair = once.get_total_flops() // batch, kept.bytes // batch
+            return Work(forward.get_total_flops() // batch, training // batch, 0, 0, 0, 0, gradient, of_pair)
         if not run.model.image.trainable:  # matching sees its features, computed once an iteration and carried back
             chunk = min(CHUNK, max(p.pairs for p in run.distill.phases))
             pictures = torch.empty(chunk, 3, size, size, device="meta", requires_grad=True)
@@ -189,10 +200,11 @@ def synthetic_numbers(run: config.Run, text_width: int) -> list[int]:
 
 
 def phases_bytes(run: config.Run, text_width: int) -> int:
-    """Start, state (raw, momentum, average) and snapshots of every phase."""
+    """Start, state (raw, momentum, average; none where there are no steps) and snapshots of every phase."""
     per_phase = zip(run.distill.phases, synthetic_numbers(run, text_width), strict=True)
+    state = 0 if run.distill.family == "generative" else 3
     return sum(
-        FLOAT * n * (1 + 3 + len(snapshot_iterations(p.iterations, run.distill.snapshots))) for p, n in per_phase
+        FLOAT * n * (1 + state + len(snapshot_iterations(p.iterations, run.distill.snapshots))) for p, n in per_phase
     )
 
 
@@ -214,6 +226,37 @@ def matching_bytes(run: config.Run, size: Size, work: Work, text_width: int) -> 
     return FLOAT * (vectors * size.trained + size.frozen + 4 * learnable) + round(graph)
 
 
+def effort_of(run: config.Run, phase: int, records: int) -> Effort:
+    """What a step of a distribution method takes."""
+    method = methods.find(run.distill.method)(run)
+    assert isinstance(method, DistributionMethod)
+    return method.effort(phase, records)
+
+
+def step_bytes(run: config.Run, counts: Counts, size: Size, work: Work, text_width: int) -> int:
+    """Peak of one step of matching distributions: models, the set with its gradient, momentum and average, a graph."""
+    efforts = [effort_of(run, p, counts["train"][1]) for p in range(len(run.distill.phases))]
+    held = max(e.models for e in efforts) * size.trained + max(e.numbers for e in efforts) + size.frozen
+    graph = max(e.at_once for e in efforts) * work.kept_of_pair / (2 if run.distill.precision == "bfloat16" else 1)
+    return FLOAT * (held + 4 * max(synthetic_numbers(run, text_width))) + round(GRAPH * graph)
+
+
+def _distilling(run: config.Run, counts: Counts, work: Work) -> int:
+    """Operations of all phases; none are known of a generative method's parts."""
+    if run.distill.family == "generative":
+        return 0
+    total = 0
+    for p, plan in enumerate(run.distill.phases):
+        if run.distill.family == "distribution":
+            effort = effort_of(run, p, counts["train"][1])
+            step = effort.forward * work.forward + effort.back * work.gradient + effort.trained * work.training
+        else:
+            steps = run.distill.steps
+            step = steps * work.matching + min(plan.pairs, steps * run.distill.batch) * work.features
+        total += plan.iterations * step
+    return total
+
+
 def operations(run: config.Run, counts: Counts, work: Work) -> dict[str, int]:
     """Operations of each step of the run, all experts, phases and students together."""
     rule, teach = run.evaluate, run.experts
@@ -222,10 +265,6 @@ def operations(run: config.Run, counts: Counts, work: Work) -> dict[str, int]:
     batch = min(teach.batch, records) or 1
     one_epoch = (records // batch) * batch * work.training + val * work.forward
     experts = teach.num * (teach.epochs * one_epoch + val * work.forward)
-    steps, seen = run.distill.steps, run.distill.steps * run.distill.batch
-    matching = sum(
-        p.iterations * (steps * work.matching + min(p.pairs, seen) * work.features) for p in run.distill.phases
-    )
     subsets = [p.pairs for p in run.distill.phases]
 
     def student(pairs: list[int], passes: int, images_scored: int) -> int:
@@ -250,7 +289,7 @@ def operations(run: config.Run, counts: Counts, work: Work) -> dict[str, int]:
         + min(rule.students, rule.baseline_draws) * student(random_pairs, rule.epochs, val + test)
         + teach.num * (val + test) * work.forward
     )
-    return {"experts": experts, "distill": matching, "evaluate": evaluate}
+    return {"experts": experts, "distill": _distilling(run, counts, work), "evaluate": evaluate}
 
 
 def known_counts(data: config.Data) -> tuple[Counts, str]:

@@ -13,7 +13,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+T = TypeVar("T")
 
 
 class Interrupted(KeyboardInterrupt):
@@ -144,15 +146,30 @@ class Here(Ranks):
 
 
 OpenRanks = Callable[..., contextlib.AbstractContextManager[Ranks]]
-"""`open(make, size, most)` opens `size` ranks (None: as many as do well, up to `most`, if given); each makes its part
-from its number and their number, `make(rank, size)`."""
+"""`open(make, size, most, accelerated)` opens `size` ranks (None: as many as do well, up to `most`, if given); each
+makes its part from its number and their number, `make(rank, size)`, and has a worker's share of a GPU if it is
+`accelerated`."""
 
 
 @contextlib.contextmanager
-def ranks_here(make: Callable[[int, int], Any], size: int | None = None, most: int | None = None) -> Iterator[Ranks]:
+def ranks_here(
+    make: Callable[[int, int], Any], size: int | None = None, most: int | None = None, accelerated: bool = False
+) -> Iterator[Ranks]:
     """`OpenRanks` in this process."""
     count = size or 1
     yield Here([make(rank, count) for rank in range(count)])
+
+
+def with_restarts(work: Callable[[], T], restarts: int, say: Callable[[str], None]) -> T:
+    """`work()`, which opens ranks and goes on from what it kept, again after each `Lost`, up to so many times."""
+    for left in reversed(range(restarts + 1)):
+        try:
+            return work()
+        except Lost as error:
+            if not left:
+                raise
+            say(f"{error}; the ranks start again from what was kept")
+    raise AssertionError("unreachable")
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ from rmdd.places import (
 )
 from rmdd.progress import Progress, watched
 from rmdd.storage import anchored, open_storage
-from rmdd.tasks import Item, checkup, expert, generate, material, phase, plan, rank_of_phase, record, student
+from rmdd.tasks import Item, checkup, expert, generate, material, phase, plan, record, shared_phase, student
 from rmdd.track import is_curve
 
 P = TypeVar("P", bound="Pipeline")
@@ -209,9 +209,8 @@ class Pipeline:
                 make = functools.partial(generate, tools=Tools(self.executor, self.encoders, self.ranks, self.progress))
                 self._map("phases", make, items, totals, here)
             elif run.distill.family == "distribution" and (draws := methods.draws_of(run)) > 1:
-                for item, (name, total) in zip(items, totals.items(), strict=True):
-                    with self.ranks(functools.partial(rank_of_phase, item), None, draws) as ranks:
-                        self._map("phases", functools.partial(phase, ranks=ranks), [item], {name: total}, here)
+                shared = functools.partial(shared_phase, ranks=self.ranks, draws=draws, say=self.progress.say)
+                self._map("phases", shared, items, totals, here)
             else:
                 self._map("phases", phase, items, totals)
             self.storage.fetch(places.phases, _no_curve)

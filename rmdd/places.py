@@ -81,6 +81,11 @@ def device_of(run: config.Run) -> torch.device:
     return torch.device("cuda" if run.runtime.gpus_per_worker > 0 else "cpu")
 
 
+def device_here(run: config.Run) -> torch.device:
+    """`device_of`, or the CPU in a process without a GPU, such as a driver whose ranks have them."""
+    return device_of(run) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def protocol_of(run: config.Run) -> dict[str, Any]:
     """What shapes one expert; how many there are does not."""
     return run.experts.protocol() | {"seed": run.seed_of("experts")}

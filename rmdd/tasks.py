@@ -7,7 +7,7 @@ same storage, and each goes on from its own last checkpoint.
 import contextlib
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from rmdd.experts.store import Store
 from rmdd.experts.train import expert_model, train_expert
 from rmdd.files import atomic_path, read_json, write_json
 from rmdd.generate.studio import Studio, Tools
-from rmdd.jobs import Hooks, Task
+from rmdd.jobs import Hooks, OpenRanks, Task, with_restarts
 from rmdd.lease import held
 from rmdd.methods.generative import GenerativeMethod
 from rmdd.methods.tuned import TunedMethod
@@ -184,7 +184,6 @@ def phase(item: Item, hooks: Hooks, ranks: jobs.Ranks | None = None) -> bool:
     places, run = item.places, item.run
     storage.fetch(places.store, _no_running)
     model = expert_model(run, 0, text_width(run.model.text))
-    pairs = run.distill.batch * run.distill.steps
     title, folder, key = f"phase {item.number}", places.phase(item.number), f"{item.value}/{item.number}"
     follow = _followed(item, title, places.phases.name, folder, storage)
     with _alone(folder, storage, hooks) as hooks, follow as tracker:
@@ -192,7 +191,7 @@ def phase(item: Item, hooks: Hooks, ranks: jobs.Ranks | None = None) -> bool:
         def on_step(metrics: dict[str, Any]) -> None:
             tracker.add(metrics["iteration"], {n: v for n, v in metrics.items() if n in CURVES or n.startswith("loss")})
             shown: dict[str, Any] = {name: metrics[name] for name in ("loss", "lr_image", "lr_text") if name in metrics}
-            pace = {"pairs/s": metrics.get("pairs", pairs) / metrics["seconds"]} if metrics["seconds"] else {}
+            pace = {"pairs/s": pairs / metrics["seconds"]} if metrics["seconds"] else {}
             hooks.report({"done": metrics["iteration"], **shown, **pace})
 
         store, device, stop = Store.open(places.store), device_of(run), hooks.should_stop
@@ -201,16 +200,27 @@ def phase(item: Item, hooks: Hooks, ranks: jobs.Ranks | None = None) -> bool:
 
             storage.fetch(places.data)
             train = material(item, "train")
+            pairs = features.method_of(run).effort(item.number, len(train.split.captions)).pairs
             return features.distill_phase(
                 run, item.number, store, model, train, folder, device, key, on_step, stop, ranks
             )
-        start = load_set(places.start(item.number))
+        pairs, start = run.distill.batch * run.distill.steps, load_set(places.start(item.number))
         return distill_phase(run, item.number, store, model, start, folder, device, key, on_step, stop)
 
 
 def _no_running(name: str) -> bool:
     """What is read of a store whose experts are there."""
     return not name.endswith("/running.safetensors") and not track.is_curve(name)
+
+
+def shared_phase(item: Item, hooks: Hooks, ranks: OpenRanks, draws: int, say: Callable[[str], None]) -> bool:
+    """`phase`, by ranks that share the `draws` of a step; they are opened again when one dies."""
+
+    def distilled() -> bool:
+        with ranks(functools.partial(rank_of_phase, item), None, draws, True) as found:
+            return phase(item, hooks, found)
+
+    return with_restarts(distilled, item.run.runtime.max_restarts, say)
 
 
 def rank_of_phase(item: Item, rank: int, size: int) -> Any:
@@ -235,7 +245,9 @@ def generate(item: Item, hooks: Hooks, tools: Tools) -> bool:
         if not places.set(item.number, 1).is_file():
             method = methods.find(item.run.distill.method)(item.run)
             assert isinstance(method, GenerativeMethod)
-            method.make(Studio(item, material(item, "train"), folder, tools, hooks), item.number)
+            studio = Studio(item, material(item, "train"), folder, tools, hooks)
+            restarts = item.run.runtime.max_restarts
+            with_restarts(lambda: method.make(studio, item.number), restarts, tools.progress.say)
     hooks.report({"done": 1})
     return True
 

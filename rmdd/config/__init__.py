@@ -74,7 +74,8 @@ class Run(Section):
     def clashes(self) -> list[str]:
         mistakes = foreign_view(self.evaluate.probes, self.data)
         image = self.model.image
-        if self.distill.inner_dropout == "fresh_mask" and self.runtime.keep_parameters == "recompute":
+        d, matched = self.distill, self.distill.family == "trajectory"
+        if matched and d.inner_dropout == "fresh_mask" and self.runtime.keep_parameters == "recompute":
             mistakes.append(
                 "runtime.keep_parameters: recompute takes steps of the first pass again, which distill.inner_dropout: "
                 "fresh_mask would draw other masks for; set one of them otherwise"
@@ -100,21 +101,20 @@ class Run(Section):
                 f"distill.phases ask for epoch {reach} but experts are trained for {self.experts.epochs}; "
                 f"set experts.epochs to {reach} or lower the endpoints"
             )
-        for p, phase in enumerate(self.distill.phases):
-            last = self.distill.reach(phase)
-            if self.distill.trajectory == "convexified" and last > self.experts.epochs:
+        for p, phase in enumerate(d.phases if matched else ()):
+            last = d.reach(phase)
+            if d.trajectory == "convexified" and last > self.experts.epochs:
                 stop = phase.stop - last + self.experts.epochs
                 mistakes.append(
                     f"distill.phases.{p} reaches epoch {last} of a path that ends with the experts at "
                     f"{self.experts.epochs}; set distill.phases.{p}.stop to {stop} or train longer"
                 )
-        d = self.distill
         for what, needs in (
             ("distill.trajectory 'original'", d.trajectory == "original"),
             ("distill.ranges 'drift'", d.ranges == "drift"),
             ("distill.anchors between the ends", d.trajectory == "convexified" and (d.anchors > 2 or d.smooth_anchors)),
         ):
-            if needs and self.experts.keep == "endpoints":
+            if matched and needs and self.experts.keep == "endpoints":
                 mistakes.append(f"{what} reads every epoch; set experts.keep: all")
         gpus = self.runtime.gpus_per_worker
         if self.experts.gang.workers > 1 and 0 < gpus < 1:

@@ -85,11 +85,24 @@ WORDS = ("auto", "adaptive")
 """What `phases` may say in place of a list."""
 
 
+OF_PATHS = (
+    *("trajectory", "anchors", "smooth_anchors", "endpoint_rule", "starts", "ranges", "start_points", "start_rule"),
+    *("estimator", "reuse_graphs", "steps", "match_epochs", "batch", "batches", "branches", "rate_branches"),
+    *("inner_dropout", "lr_similarity", "lr_lr"),
+)
+"""Fields that only matching of trajectories reads."""
+OF_STEPS = (
+    *("precision", "optimiser", "lr_image", "lr_text", "momentum", "min_inner_lr", "ema", "init_augment"),
+    *("checkpoint_every", "snapshots"),
+)
+"""Those that only methods with outer updates read."""
+
+
 class Distill(Section):
     method: str = Field(
         "ptm_st", description="the recipe: a name of `rmdd methods`, or module:Class; its values hold unless set here"
     )
-    options: dict[str, Any] = Field({}, description="fields of a method from outside the package")
+    options: dict[str, Any] = Field({}, description="fields of the method's own; `rmdd methods NAME` tells them")
     budget: PositiveInt = Field(100, description="pairs, counted memory-fair: the similarity is paid for in pairs")
     phases: tuple[Phase, ...] = Field(
         (Phase(pairs=99),),
@@ -294,6 +307,11 @@ class Distill(Section):
             mistakes.append(f"distill.method {self.method} has no path to plan phases from; list distill.phases")
         if self.similarity.kind != "identity":
             mistakes.append(f"distill.method {self.method} learns no similarity; set distill.similarity.kind: identity")
+        if self.blend:
+            mistakes.append(f"distill.blend is of inner steps, which {self.method} does not make; set it to 0")
+        if self.family == "generative":
+            asked = {"init": self.init != "real", "stored_size": self.stored_size, "skip_above": self.skip_above}
+            mistakes += [f"distill.{n} is not for {self.method}; leave it out" for n, given in asked.items() if given]
         for p, phase in enumerate(self.phases):
             if phase.pairs < 2:
                 mistakes.append(
@@ -302,6 +320,13 @@ class Distill(Section):
             if self.family == "generative" and phase.iterations != 1:
                 mistakes.append(f"distill.phases.{p}.iterations: {self.method} makes its pairs once; set it to 1")
         return mistakes
+
+    def idle(self) -> list[str]:
+        """Fields that were moved from their defaults and do nothing with a method of this family."""
+        if self.family == "trajectory":
+            return []
+        fields = OF_PATHS + (OF_STEPS if self.family == "generative" else ())
+        return [name for name in fields if getattr(self, name) != type(self).model_fields[name].default]
 
     def _cannot_plan(self) -> list[str]:
         word = f"distill.phases: {self.plan.kind}"

@@ -25,7 +25,7 @@ from rmdd.coresets.subset import DESCRIPTION, PREVIEW, Subset
 from rmdd.data.material import Material
 from rmdd.experts.store import Store
 from rmdd.files import atomic_path, read_json, write_json
-from rmdd.jobs import Lost, Ranks
+from rmdd.jobs import Ranks, with_restarts
 from rmdd.lease import held
 from rmdd.runfile import validate
 
@@ -81,15 +81,11 @@ def choose(pipeline: "Pipeline", choice: Choice, ranks: int | None = None) -> tu
     if choice.method == "forgetting" or (choice.needs_features and choice.encoder.startswith("expert")):
         pipeline.experts()
     train = pipeline.embedded("train")
-    left = pipeline.run.runtime.max_restarts
-    while True:
-        try:
-            return Selection(pipeline, choice, train).result(ranks)
-        except Lost as error:
-            if not left:
-                raise
-            left -= 1
-            pipeline.progress.say(f"coreset: {error}; the ranks start again from the picks that were kept")
+
+    def chosen() -> tuple[Subset, Path]:
+        return Selection(pipeline, choice, train).result(ranks)
+
+    return with_restarts(chosen, pipeline.run.runtime.max_restarts, pipeline.progress.say)
 
 
 @dataclass

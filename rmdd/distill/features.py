@@ -143,9 +143,10 @@ def distill_phase(
     """Distil one phase by matching distributions; see `rmdd.distill.loop.drive`.
 
     Writes `records.json` and `start.safetensors`, as students would get it, where they are not there. `ranks` hold a
-    `Rank` each; None: this process makes all draws.
+    `Rank` each; None: this process makes all draws. Several are averaged on the CPU, wherever they were made.
     """
     method = method_of(run)
+    place = device if method.options.draws == 1 else torch.device("cpu")
     chosen, start = folder / "records.json", folder / "start.safetensors"
     if not chosen.is_file():
         write_json(chosen, method.records(phase, train, store))
@@ -154,6 +155,6 @@ def distill_phase(
         save_set(method.exported(initial), start)
 
     def stepper(begun: Synthetic) -> Averaging:
-        return Averaging(run, ranks or Here([Rank(run, phase, store, model, train, device)]), device)
+        return Averaging(run, ranks or Here([Rank(run, phase, store, model, train, device)]), place)
 
-    return drive(run, phase, initial, folder, device, key, stepper, on_step, should_stop, method.exported)
+    return drive(run, phase, initial, folder, place, key, stepper, on_step, should_stop, method.exported)

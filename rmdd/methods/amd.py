@@ -72,11 +72,11 @@ def prototypes(run: config.Run, phase: int, pairs: int, train: Material) -> list
     """
     from sklearn.cluster import MiniBatchKMeans
 
-    from rmdd.places import device_of
+    from rmdd.places import device_here
 
     seed = run.seed_of("distill")
     check_enough(phase, pairs, train)
-    device = device_of(run)
+    device = device_here(run)
     model = build(run.model, train.texts.shape[1], run.data.image_size, run.seed_of("experts"), "expert", 0)
     tower = model.to(device).eval()
     with torch.no_grad():

@@ -37,7 +37,7 @@ from rmdd.distill.chunks import gradient_in_chunks
 from rmdd.distill.covariance import covariance_loss, cross_covariance, mean_loss
 from rmdd.distill.learned import load_tensors, tensors_of
 from rmdd.distill.synthetic import Synthetic, enlarged, zeros_like
-from rmdd.methods.distribution import DistributionMethod
+from rmdd.methods.distribution import DistributionMethod, Effort
 from rmdd.models.dual import DualEncoder
 from rmdd.models.image import build_image_tower
 from rmdd.models.losses import infonce
@@ -93,9 +93,11 @@ class CovMatch(DistributionMethod):
 
     @classmethod
     def clashes(cls, run: config.Run) -> list[str]:
-        if run.distill.options.get("texts", "frozen") == "frozen":
-            return []
         found = []
+        if run.distill.precision != "float32":
+            found.append("distill.method covmatch compares covariances; set distill.precision: float32")
+        if run.distill.options.get("texts", "frozen") == "frozen":
+            return found
         if run.model.text.name == "hashing":
             found.append(
                 "distill.options.texts: tokens needs a tower with tokens; set model.text.name to a transformers encoder"
@@ -107,9 +109,9 @@ class CovMatch(DistributionMethod):
     @functools.cached_property
     def tower(self) -> TokenTower:
         """The frozen text tower, as pretrained."""
-        from rmdd.places import device_of
+        from rmdd.places import device_here
 
-        return TokenTower(self.run.model.text, device_of(self.run)).requires_grad_(False)
+        return TokenTower(self.run.model.text, device_here(self.run)).requires_grad_(False)
 
     def initial(self, phase: int, train: Material, records: list[int]) -> Synthetic:
         begun = super().initial(phase, train, records)
@@ -126,6 +128,14 @@ class CovMatch(DistributionMethod):
         with torch.no_grad():
             texts = [self.tower(part.to(device)) for part in words.split(self.options.chunk)]
         return dataclasses.replace(synthetic, texts=torch.cat(texts).to(words.device))
+
+    def effort(self, phase: int, records: int) -> Effort:
+        draws, real = self.options.draws, min(self.options.real_batch, records)
+        pairs, chunk = self.rule.phases[phase].pairs, self.options.chunk
+        twice = pairs if pairs > chunk else 0
+        at_once = max(real, min(pairs, chunk))
+        # the online model, its gradients and momentum, and how it begins
+        return Effort(draws * (real + twice), draws * pairs, at_once, trained=real, models=4)
 
     def objective(
         self, phase: int, store: Store, train: Material, model: DualEncoder, device: torch.device

@@ -6,6 +6,7 @@ M pairs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 from pydantic import Field
@@ -47,6 +48,28 @@ class Objective(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Effort:
+    """What a step of a phase takes, all draws together."""
+
+    forward: int
+    """Pairs that go through the towers without a graph."""
+    back: int
+    """Pairs that go through them and whose gradient comes back."""
+    at_once: int
+    """Pairs with one graph, at most."""
+    trained: int = 0
+    """Pairs that an online model learns from."""
+    models: int = 1
+    """Sets of trained parameters that are held."""
+    numbers: int = 0
+    """What else is held beside the set."""
+
+    @property
+    def pairs(self) -> int:
+        return self.forward + self.back + self.trained
+
+
 class DistributionMethod(Method, ABC):
     """A recipe on the distribution-matching loop (`rmdd.distill.features`)."""
 
@@ -72,6 +95,11 @@ class DistributionMethod(Method, ABC):
         self, phase: int, store: Store, train: Material, model: DualEncoder, device: torch.device
     ) -> Objective:
         """What the steps of a phase go down."""
+
+    def effort(self, phase: int, records: int) -> Effort:
+        """What a step takes of so many caption records; for estimates and for the pace that is told."""
+        pairs = self.rule.phases[phase].pairs
+        return Effort(0, self.options.draws * pairs, pairs)
 
     def exported(self, synthetic: Synthetic) -> Synthetic:
         """What students get of the set that was learned: its texts as (M, F) embeddings."""

@@ -32,7 +32,7 @@ from rmdd.distill.joint import Embedded, Side, nearest_pairs
 from rmdd.distill.phases import check_enough, choose_records
 from rmdd.distill.synthetic import Synthetic, enlarged, zeros_like
 from rmdd.experts.store import Store
-from rmdd.methods.distribution import DistributionMethod
+from rmdd.methods.distribution import DistributionMethod, Effort
 from rmdd.models.dual import DualEncoder, Params
 from rmdd.seeding import derive, generator
 
@@ -56,8 +56,8 @@ class MDM(DistributionMethod):
         )
         partners: Literal["any", "same_expert"] = Field(
             "any",
-            description="mixed: two checkpoints of the pool; or two of one expert, around its own start, where "
-            "heads start apart",
+            description="mixed: two checkpoints of the pool, around the first expert's start; or two of one expert, "
+            "around its own, where heads start apart. Sums: whose start the anchor is",
         )
         alpha: NonNegativeFloat = Field(0.5, description="mixed: share of the way from the anchor")
         positive_cosine: bool = Field(
@@ -99,7 +99,7 @@ class MDM(DistributionMethod):
     @classmethod
     def clashes(cls, run: config.Run) -> list[str]:
         options, mistakes = cls.Options(**run.distill.options), []
-        apart = options.teacher != "expert" and options.partners == "any"
+        apart = options.teacher not in ("expert", "pretrained") and options.partners == "any"
         if apart and run.model.image.trainable and run.model.image.weights == "random":
             mistakes.append(
                 "distill.method mdm averages experts, but model.image.weights: random starts every tower elsewhere; "
@@ -110,22 +110,41 @@ class MDM(DistributionMethod):
                 f"distill.options.first_epoch {options.first_epoch} lies past the last of experts.epochs "
                 f"{run.experts.epochs}; lower it"
             )
+        elif options.teacher == "mixed":
+            from rmdd.experts.train import kept_epochs
+
+            kept = kept_epochs(run) or range(1, run.experts.epochs + 1)
+            epochs = sum(e >= options.first_epoch for e in kept)
+            if epochs * (1 if options.partners == "same_expert" else run.experts.num) < 2:
+                mistakes.append(
+                    "distill.method mdm mixes two checkpoints of its experts and would find one; raise experts.num, or "
+                    "set experts.keep: all"
+                )
+        if run.distill.init == "prototypes":
+            mistakes.append(
+                "distill.init: prototypes is a choice of its own; set distill.options.cluster: joint instead"
+            )
         return mistakes
 
     def records(self, phase: int, train: Material, store: Store | None = None) -> list[int]:
         from rmdd.experts.train import expert_model
-        from rmdd.places import device_of
+        from rmdd.places import device_here
 
         pairs, side = self.rule.phases[phase].pairs, self.options.cluster
         if self.rule.init == "noise" or side == "random":
             return choose_records(phase, pairs, train, self.seed)
         assert store is not None
         check_enough(phase, pairs, train)
-        device = device_of(self.run)
+        device = device_here(self.run)
         model = expert_model(self.run, 0, train.texts.shape[1])
         Teacher(self, phase, store, model, device).begin()
         embedded = Embedded.by(model, train, device, _side(side))
         return nearest_pairs(embedded, pairs, generator(self.seed, "mdm clusters", phase))
+
+    def effort(self, phase: int, records: int) -> Effort:
+        draws, real = self.options.draws, min(self.options.real_batch, records)
+        made = min(real, self.options.synthetic_batch, self.rule.phases[phase].pairs)
+        return Effort(draws * real, draws * made, made, models=5)  # anchor, two checkpoints, their mean, the teacher
 
     def objective(
         self, phase: int, store: Store, train: Material, model: DualEncoder, device: torch.device
@@ -185,7 +204,8 @@ class Teacher:
             last, low, high = (True, 0.2, 0.5) if kind == "weighted_sum" else (False, 0.1, 0.9)
             cell = one(pool.epochs[-1:] if last else pool.epochs)
             drawn = low + (high - low) * float(torch.rand((), generator=random, dtype=torch.float64))
-            params = merging.between(self._start(pool.experts[0]), self._read(cell), drawn if share is None else share)
+            anchor = self._start(cell.expert if self.options.partners == "same_expert" else pool.experts[0])
+            params = merging.between(anchor, self._read(cell), drawn if share is None else share)
         for name, p in self._own.items():
             p.copy_(params[name])
 

@@ -37,7 +37,7 @@ from rmdd.distill.classes import chosen, clusters_of
 from rmdd.distill.learned import load_tensors, tensors_of
 from rmdd.distill.synthetic import Synthetic, enlarged, zeros_like
 from rmdd.experts.train import expert_model
-from rmdd.methods.distribution import DistributionMethod
+from rmdd.methods.distribution import DistributionMethod, Effort
 from rmdd.models.dual import DualEncoder, Params
 from rmdd.models.losses import infonce
 from rmdd.seeding import derive, generator
@@ -122,6 +122,10 @@ class NCFM(DistributionMethod):
             found.append("distill.options.repeat and learned_scale are of the network; set network: true")
         if options.w_amplitude == options.w_phase == 0:
             found.append("distill.options: w_amplitude and w_phase are both 0; set one of them above")
+        if run.distill.init == "prototypes":
+            found.append("distill.init: prototypes is a choice of its own; set distill.options.pick: nearest instead")
+        if run.distill.precision != "float32":
+            found.append("distill.method ncfm takes cosines of large angles; set distill.precision: float32")
         return found
 
     def shape(self, phase: int) -> tuple[int, int]:
@@ -139,9 +143,9 @@ class NCFM(DistributionMethod):
 
     def clustered(self, phase: int, train: Material, store: Store) -> tuple[np.ndarray, np.ndarray]:
         """The joint features of all records in the first final expert, and the cluster of each."""
-        from rmdd.places import device_of
+        from rmdd.places import device_here
 
-        device, expert = device_of(self.run), store.complete()[0]
+        device, expert = device_here(self.run), store.complete()[0]
         model = expert_model(self.run, expert, train.texts.shape[1]).to(device).eval()
         model.load_trained(store.read(expert, store.epochs))
         clusters, ipc = self.shape(phase)
@@ -173,6 +177,18 @@ class NCFM(DistributionMethod):
             return None
         drawn = torch.randn(self._joint_width(model), width, generator=generator(self.seed, "projection", phase))
         return (drawn / width**0.5).to(device)
+
+    def effort(self, phase: int, records: int) -> Effort:
+        options, chunk = self.options, self.options.chunk
+        clusters, ipc = self.shape(phase)
+        seen = min(options.subset or clusters, clusters)
+        real, made = seen * min(options.real_batch, -(-records // clusters)), seen * ipc
+        other = min(options.calibration_batch, clusters * ipc) if options.calibration else 0
+        forward = options.draws * (real + sum(n for n in (made, other) if n > chunk))
+        if options.network or options.patience:
+            forward += made  # of the next step, whose first draw sees these real features too
+        at_once = min(chunk, max(made, other))
+        return Effort(forward, options.draws * (made + other), at_once, models=1 + min(KEPT, 2 * self.run.experts.num))
 
     def objective(
         self, phase: int, store: Store, train: Material, model: DualEncoder, device: torch.device
@@ -225,6 +241,9 @@ class CharacteristicMatching:
         self.plateau = Plateau(self.rule.patience)
         self._labels: np.ndarray | None = None
         self._ends: dict[tuple[int, int], Params] = {}
+        self._ahead: tuple[int, list[Tensor]] | None = None
+        """An iteration, and the real features that its first draw sees."""
+        self.temperature = method.run.distill.temperature or method.run.model.temperature
         self.psi: FrequencyNet | None = None
         if self.rule.network:
             with torch.random.fork_rng(devices=[]):
@@ -312,7 +331,9 @@ class CharacteristicMatching:
         self._load("blend", iteration, draw)
         clusters = self._subset(iteration, draw)
         with torch.no_grad():
-            real, frequencies = self._real(clusters, iteration, draw), self._frequencies(iteration, draw)
+            ahead = self._ahead if draw == 0 and self._ahead and self._ahead[0] == iteration else None
+            real = ahead[1] if ahead else self._real(clusters, iteration, draw)
+            frequencies = self._frequencies(iteration, draw)
 
         def matched(images: Tensor, texts: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             each = self._discrepancy(real, joint(images, texts, self.projection), frequencies)
@@ -328,7 +349,7 @@ class CharacteristicMatching:
             rows = torch.randperm(synthetic.pairs, generator=random)[: self.rule.calibration_batch]
 
             def apart(u: Tensor, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-                loss = self.rule.calibration * infonce(self.model.scores(u, v), torch.eye(len(u), device=u.device))
+                loss = self.rule.calibration * infonce(u @ v.T / self.temperature, torch.eye(len(u), device=u.device))
                 return loss, {"loss_calibration": loss}
 
             parts |= self._add(found, synthetic, rows.sort().values.to(self.device), apart)
@@ -355,6 +376,7 @@ class CharacteristicMatching:
         rows = self._rows(clusters)
         with torch.no_grad():
             real = self._real(clusters, ahead, 0)
+            self._ahead = (ahead, real)
             pairs = (synthetic.images[rows].split(self.rule.chunk), synthetic.texts[rows].split(self.rule.chunk))
             seen = [self._encode(*part) for part in zip(*pairs, strict=True)]
             points = torch.cat([joint(*part, self.projection) for part in seen])

@@ -333,6 +333,10 @@ def _matching(run: config.Run, lines: list[dict[str, Any]]) -> list[Markup]:
         ("student loss, first inner step", {"student_loss": ""}, None),
         ("learned rates", rates, None),
     ]
+    if run.distill.family == "distribution":
+        names = dict.fromkeys(name for line in lines for name in line if name.startswith("loss_"))
+        parts = {name: name.removeprefix("loss_").replace("_", " ") for name in names}
+        wanted = [("loss", {"loss": ""}, None), ("its parts", parts, None), ("gradient norm", {"grad_norm": ""}, None)]
     drawn = []
     for title, names, level in wanted:
         names = {key: label for key, label in names.items() if any(key in line for line in lines)}

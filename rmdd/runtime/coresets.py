@@ -34,16 +34,19 @@ class Actors(Ranks):
         try:
             return ray.get([actor.ask.remote(what, told) for actor in self.actors])
         except RayActorError as error:
-            raise Lost(f"a rank that holds features died ({' '.join(str(error).split())[:200]})") from error
+            raise Lost(f"a rank died ({' '.join(str(error).split())[:200]})") from error
         except RayTaskError as error:
             raise (error.cause if isinstance(error.cause, Exception) else error) from None
 
 
 @contextlib.contextmanager
-def ranks_of_actors(make: Callable[[int, int], Any], size: int, cpus: float, threads: int) -> Iterator[Actors]:
-    """So many actors of `cpus` CPUs each, spread over the nodes; they end with the block."""
+def ranks_of_actors(
+    make: Callable[[int, int], Any], size: int, cpus: float, threads: int, gpus: float = 0
+) -> Iterator[Actors]:
+    """So many actors of `cpus` CPUs and `gpus` GPUs each, spread over the nodes; they end with the block."""
     options: dict[str, Any] = {
         "num_cpus": cpus,
+        "num_gpus": gpus,
         "scheduling_strategy": "SPREAD",
         "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}},
     }

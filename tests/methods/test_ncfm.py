@@ -85,7 +85,8 @@ def slow_parts(objective, train, synthetic, iteration):
     objective.model.float()
     objective.projection = kept
     half = both.shape[1] // 2
-    logits = (both[:, :half] @ both[:, half:].T / model.temperature).tolist()
+    temperature = run.distill.temperature or model.temperature
+    logits = (both[:, :half] @ both[:, half:].T / temperature).tolist()
     n, total = len(logits), 0.0
     for i in range(n):
         for line in (logits[i], [row[i] for row in logits]):
@@ -112,6 +113,27 @@ def test_the_loss_equals_the_slow_one(store, train, options):
         assert parts["loss_calibration"] == pytest.approx(calibration, rel=1e-4)
         assert parts["loss"] == pytest.approx(ncfd + calibration, rel=1e-4)
     assert found[0] != found[1]
+
+
+def test_pairs_are_told_apart_at_the_temperature_of_the_students(store, train):
+    run = run_of("ncfm", SMALL, temperature=0.2)
+    _, begun, objective = opened(run, store, train)
+    parts = objective.gradient(begun, 0, 0)[1]
+    assert parts["loss_calibration"] == pytest.approx(slow_parts(objective, train, begun, 0)[1], rel=1e-4)
+
+
+def test_real_features_seen_ahead_are_those_of_the_step(store, train, monkeypatch):
+    """Encoded once, with the bits that a step without a look ahead sees."""
+    _, begun, objective = opened(run_of("ncfm", {**SMALL, "patience": 3}), store, train)
+    before, asked = objective._real, []
+    monkeypatch.setattr(objective, "_real", lambda *given: asked.append(given) or before(*given))
+    objective.gradient(begun, 0, 0)
+    objective.after(begun, 0)
+    ahead = objective.gradient(begun, 1, 0)
+    assert [given[1:] for given in asked] == [(0, 0), (1, 0)]
+    _, _, fresh = opened(run_of("ncfm", {**SMALL, "patience": 3}), store, train)
+    alone = fresh.gradient(begun, 1, 0)
+    assert torch.equal(ahead[0].images, alone[0].images) and ahead[1]["loss"] == alone[1]["loss"]
 
 
 def test_the_gradient_is_that_of_the_loss(store, train):

@@ -46,7 +46,7 @@ def test_errors_are_told_and_a_death_is_a_loss(ray_local, tmp_path):
         with pytest.raises(TypeError, match="missing"):
             ranks.ask("take")
         ray_local.kill(ranks.actors[1])
-        with pytest.raises(Lost, match="a rank that holds features died"):
+        with pytest.raises(Lost, match="a rank died"):
             ranks.ask("check")
 
 

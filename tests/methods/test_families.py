@@ -1,0 +1,197 @@
+"""What differs between families outside their loops: what a run is told beforehand, what is refused, dead ranks."""
+
+import contextlib
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from toy import assert_same_results
+from toy_mdm import TINY, run_of
+
+from rmdd import config, console, estimate
+from rmdd.check import examine, impossible
+from rmdd.jobs import Here, Hooks, InTurn, Lost, ranks_here
+from rmdd.methods.distribution import Effort
+from rmdd.pipeline import Pipeline
+from rmdd.progress import Progress
+from rmdd.tasks import phase
+
+COUNTS = {"train": (24, 120), "val": (6, 30), "test": (6, 30)}
+OTHERS = {
+    "ncfm": {"clusters": 3, "subset": 2, "real_batch": 16, "network": True, "calibration_batch": 4, "chunk": 4},
+    "covmatch": {"real_batch": 16, "chunk": 4},
+}
+
+
+def of_method(method, folder="absent", **distill):
+    rule = {"method": method, "similarity": {"kind": "identity"}, "options": OTHERS.get(method, {})}
+    raw = {**TINY, "distill": {**TINY["distill"], **rule, **distill}}
+    return config.load({**raw, "runtime": {"storage": str(folder), "ray": "off", "track": "none"}})
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "effort"),
+    [
+        ("mdm", {"draws": 3, "real_batch": 8, "synthetic_batch": 4}, Effort(24, 12, 4, models=5)),
+        ("mdm", {"real_batch": 999}, Effort(120, 6, 6, models=5)),
+        # two clusters of 2 pairs and 16 real ones, 4 pairs apart, and 4 pairs of the next step
+        ("ncfm", OTHERS["ncfm"], Effort(2 * 16 + 4, 8, 4, models=5)),
+        ("covmatch", OTHERS["covmatch"], Effort(16 + 6, 6, 16, trained=16, models=4)),
+    ],
+)
+def test_what_a_step_takes(method, options, effort):
+    assert estimate.effort_of(of_method(method, options=options), 0, 120) == effort
+
+
+@pytest.mark.parametrize("method", ["mdm", "ncfm", "covmatch"])
+def test_a_run_that_matches_distributions_is_estimated_as_such(method, tmp_path, capsys):
+    run = of_method(method, tmp_path)
+    facts = examine(run)
+    work = estimate.work_of(estimate.model_on_meta(run, 16), run, 16)
+    assert work.matching == 0 and work.forward < work.gradient < work.training + work.forward
+    e = estimate.effort_of(run, 0, 120)
+    step = e.forward * work.forward + e.back * work.gradient + e.trained * work.training
+    assert facts["time"]["operations"]["distill"] == 7 * step
+    size = estimate.size_of(estimate.model_on_meta(run, 16), pretrained=False)
+    least = 4 * (e.models * size.trained + 4 * 6 * (3 * 8 * 8 + 16)) + e.at_once * work.kept_of_pair
+    assert list(facts["memory"]) == ["step"] and least < facts["memory"]["step"] < 2 * least
+    assert facts["phases"] == [{"pairs": 6, "iterations": 7, "done": False}]
+    assert facts["model"]["double_backward"] == "not needed"
+    console.stdout().print(console.plan(facts))
+    shown = capsys.readouterr().out
+    assert "endpoint" not in shown and "starts" not in shown.replace("starts every", "")
+
+
+def test_a_run_that_draws_pictures_is_estimated_without_steps(tmp_path, capsys):
+    phases = [{"pairs": 6, "iterations": 1}]
+    run = of_method("pds", tmp_path, phases=phases, snapshots=1, options={"features": "expert:0", "decode": "nearest"})
+    facts = examine(run)
+    assert facts["memory"] == {} and facts["time"]["operations"]["distill"] == 0
+    assert facts["disk"]["phases"] == 4 * 2 * 6 * (3 * 8 * 8 + 16), "start and set"
+    assert any("pretrained parts are not counted" in remark for remark in facts["remarks"])
+    console.stdout().print(console.plan(facts))
+    assert "endpoint" not in capsys.readouterr().out
+
+
+def test_a_tower_without_a_second_derivative_is_for_those_that_need_none():
+    tower = {"name": "test_mambaout", "weights": "random:0", "projection": "linear"}
+    matched, other = (
+        config.load(
+            {
+                **TINY,
+                "data": {**TINY["data"], "image_size": 32},
+                "model": {**TINY["model"], "image": tower},
+                "distill": {**TINY["distill"], "method": method, "options": {}, "similarity": {"kind": "identity"}}
+                | ({"batch": 4, "phases": [{"pairs": 6, "endpoint": 3}]} if method == "lors" else {}),
+            }
+        )
+        for method in ("lors", "mdm")
+    )
+    from rmdd.models import image
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(image, "double_backward", lambda name: image.Support.NO)
+        assert any("no second derivative" in told for told in impossible(matched))
+        assert not impossible(other)
+
+
+@pytest.mark.parametrize(
+    ("method", "distill", "told"),
+    [
+        ("mdm", {"init": "prototypes"}, "distill.init: prototypes is a choice of its own"),
+        ("ncfm", {"init": "prototypes"}, "distill.init: prototypes is a choice of its own"),
+        ("ncfm", {"precision": "bfloat16"}, "set distill.precision: float32"),
+        ("covmatch", {"precision": "bfloat16"}, "set distill.precision: float32"),
+        ("covmatch", {"blend": 0.5}, "distill.blend is of inner steps"),
+        ("pds", {"init": "noise", "phases": [{"pairs": 6, "iterations": 1}]}, "distill.init is not for pds"),
+        ("pds", {"stored_size": 4, "phases": [{"pairs": 6, "iterations": 1}]}, "distill.stored_size is not for pds"),
+    ],
+)
+def test_what_a_method_would_not_heed_is_refused(method, distill, told):
+    with pytest.raises(config.ConfigError, match=told):
+        of_method(method, **distill)
+
+
+def test_a_mixture_needs_two_checkpoints():
+    one = {"num": 1, "keep": "endpoints"}
+    with pytest.raises(config.ConfigError, match="mixes two checkpoints of its experts and would find one"):
+        config.load({**TINY, "experts": {**TINY["experts"], **one}})
+    config.load({**TINY, "experts": {**TINY["experts"], "num": 1}})
+
+
+def test_what_does_nothing_is_told_and_checks_of_paths_are_not_made(tmp_path):
+    run = of_method("covmatch", tmp_path, steps=3, trajectory="original", inner_dropout="fresh_mask")
+    assert run.distill.idle() == ["trajectory", "steps", "inner_dropout"]
+    assert "of no effect with method covmatch: distill.trajectory, steps, inner_dropout" in examine(run)["remarks"]
+    raw = run.model_dump(mode="json")
+    raw["experts"]["keep"], raw["runtime"]["keep_parameters"] = "endpoints", "recompute"
+    config.load(raw)
+    assert of_method("lors", batch=2, steps=3, phases=[{"pairs": 6, "endpoint": 3}], options={}).distill.idle() == []
+
+
+def test_the_pace_counts_the_pairs_of_a_step(tmp_path):
+    pipeline = Pipeline(run_of(tmp_path), InTurn(1), Progress(quiet=True))
+    pipeline.experts()
+    told = []
+    assert phase(pipeline.item(), Hooks(told.append))
+    seconds = {8 + 4: [t["pairs/s"] for t in told if "pairs/s" in t]}
+    lines = (pipeline.item().places.phase(0) / "metrics.jsonl").read_text().splitlines()
+    import json
+
+    taken = [json.loads(line)["seconds"] for line in lines]
+    assert seconds == {12: pytest.approx([12 / s for s in taken if s])}
+
+
+def test_ranks_that_die_are_opened_again_and_the_phase_goes_on(tmp_path):
+    opened, said = [], []
+
+    class Fragile(Here):
+        def ask(self, what, *given):
+            if what == "gradient" and given[1] == 5 and len(opened) < 3:
+                raise Lost("a rank died")
+            return super().ask(what, *given)
+
+    @contextlib.contextmanager
+    def fragile(make, size=None, most=None, accelerated=False):
+        opened.append((most, accelerated))
+        yield Fragile([make(rank, 2) for rank in range(2)])
+
+    run = run_of(tmp_path, {"draws": 2})
+    quiet = Progress(quiet=True)
+    quiet.say = said.append
+    (folder,) = Pipeline(run, InTurn(1), quiet, ranks=fragile).distill()
+    assert opened == [(2, True)] * 3
+    assert sum("a rank died; the ranks start again from what was kept" in line for line in said) == 2
+    shutil.move(folder, tmp_path / "found")
+    (whole,) = Pipeline(run, InTurn(1), Progress(quiet=True), ranks=ranks_here).distill()
+    assert_same_results(whole, tmp_path / "found")
+    shutil.rmtree(whole)
+    opened.clear()
+    limited = run.model_copy(update={"runtime": run.runtime.model_copy(update={"max_restarts": 1})})
+    with pytest.raises(Lost):
+        Pipeline(limited, InTurn(1), quiet, ranks=fragile).distill()
+    assert len(opened) == 2
+
+
+def test_a_sum_with_one_experts_start_is_around_that_start(tmp_path):
+    from toy_mdm import made, model_of
+
+    from rmdd.distill import merging
+    from rmdd.methods.mdm import MDM, Teacher
+
+    toy = made(tmp_path)
+    run = run_of(tmp_path, {"teacher": "naive", "partners": "same_expert"})
+    model = model_of(run, toy.train)
+    seen = []
+    start = merging.between
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merging, "between", lambda a, b, s: seen.append((a, b)) or start(a, b, s))
+        teacher = Teacher(MDM(run), 0, toy.store, model, torch.device("cpu"))
+        for iteration in range(8):
+            teacher.turn(iteration, 0)
+    cells = {e: [toy.store.read(e, n) for n in range(4)] for e in (0, 1)}
+    same = SimpleNamespace(of=lambda a, b: all(torch.equal(a[n], b[n]) for n in a))
+    owners = [{e for e, kept in cells.items() if any(same.of(b, p) for p in kept[1:])} for _, b in seen]
+    assert set().union(*owners) == {0, 1}
+    assert all(same.of(a, cells[e][0]) for (a, _), owner in zip(seen, owners, strict=True) for e in owner)
