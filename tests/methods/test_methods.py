@@ -92,7 +92,10 @@ CARDS |= {
     "ncfm": PAIRED | {"lr_image": 0.1, "lr_text": 0.1},
     "covmatch": PAIRED | {"lr_image": 1.0, "lr_text": 1.0, "phases.0.iterations": 10_000},
 }
-EXPERTS = {name: "endpoints" if name in ("ptm_st", "mct", "ncfm", "covmatch") else "all" for name in BUILT_IN}
+MADE = {"similarity.kind": "identity", "loss": "infonce", "phases.0.iterations": 1, "options": {}}
+CARDS |= {name: MADE | {"phases.0.pairs": pairs} for name, pairs in {"pds": 100, "edge": 500, "evlf": 100}.items()}
+ENDPOINTS = ("ptm_st", "mct", "ncfm", "covmatch", "pds", "edge", "evlf")
+EXPERTS = {name: "endpoints" if name in ENDPOINTS else "all" for name in BUILT_IN}
 TRAJECTORY = [name for name in sorted(BUILT_IN) if methods.find(name).family == "trajectory"]
 
 
