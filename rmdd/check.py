@@ -13,15 +13,16 @@ from rmdd.evaluate import probes
 from rmdd.experts.store import Store
 from rmdd.experts.train import kept_epochs
 from rmdd.files import read_json
+from rmdd.generate import parts
 from rmdd.models.dual import DualEncoder
 from rmdd.models.image import double_backward, matching_context, weights_file
 from rmdd.models.text import encoder_identity
-from rmdd.places import Places, dataset_folder, places_of, run_folder
+from rmdd.places import Places, dataset_folder, generative, places_of, run_folder
 
 
 def impossible(run: config.Run) -> list[str]:
-    """What can be known to stop a run before anything of it is made: a tower that cannot be had, phases over budget,
-    files of a probe that cannot be read."""
+    """What can be known to stop a run before anything of it is made: a tower or a pretrained part that cannot be had,
+    phases over budget, files of a probe that cannot be read."""
     mistakes = []
     try:
         _model(run, text_width=1)
@@ -32,7 +33,8 @@ def impossible(run: config.Run) -> list[str]:
             mistakes.append(over)
     except ValueError as error:
         mistakes.append(str(error))
-    return mistakes + probes.faults(run)
+    method = generative(run)
+    return mistakes + probes.faults(run) + (method.faults() if method else [])
 
 
 def examine(run: config.Run) -> dict[str, Any]:
@@ -94,10 +96,16 @@ def examine(run: config.Run) -> dict[str, Any]:
         "memory": {"matching_step": estimate.matching_bytes(run, size, work, width)},
         "time": _time(run, estimate.operations(run, counts, work)),
         "search": tried,
+        "parts": [parts.told(part) for part in _parts(run)],
         "gpus": _gpus(run),
         "remarks": [r for r in (remark, planned, *probes.costs(run, width)) if r]
         + [f"split '{split}' is empty; a run needs all three" for split, (pairs, _) in counts.items() if not pairs],
     }
+
+
+def _parts(run: config.Run) -> list[parts.Part]:
+    method = generative(run)
+    return method.parts() if method else []
 
 
 def _model(run: config.Run, text_width: int) -> DualEncoder:
@@ -144,7 +152,7 @@ def _already_there(run: config.Run) -> tuple[Dataset | None, Places | None]:
     if not (path / MANIFEST).is_file():
         return None, None
     dataset = Dataset.open(path)
-    if not _encoder_at_hand(run.model.text):
+    if not _encoder_at_hand(run.model.text) or parts.missing(_parts(run)):
         return dataset, None
     return dataset, places_of(run, dataset)
 

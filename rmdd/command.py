@@ -83,7 +83,15 @@ def placed(run: config.Run) -> config.Run:
     model = run.model.model_copy(update={"image": image, "text": text})
     probes = {name: moved(probe, _place) for name, probe in run.evaluate.probes.items()}
     evaluate = run.evaluate.model_copy(update={"probes": probes})
-    return run.model_copy(update={"data": data, "model": model, "evaluate": evaluate})
+    options = {name: _part(value) if isinstance(value, str) else value for name, value in run.distill.options.items()}
+    distill = run.distill.model_copy(update={"options": options})
+    return run.model_copy(update={"data": data, "model": model, "distill": distill, "evaluate": evaluate})
+
+
+def _part(option: str) -> str:
+    """An option that names a folder, such as `./model` or `clip:./model`, with its absolute path."""
+    kind, colon, path = option.rpartition(":")
+    return f"{kind}{colon}{_absolute(path)}" if "/" in path and Path(path).expanduser().is_dir() else option
 
 
 def _place(path: str) -> str:

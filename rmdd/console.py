@@ -129,6 +129,10 @@ def _facts(facts: Mapping[str, Any]) -> Table:
         if not gpus["each"]
         else f"{gpus['each']:g} per worker; {gpus['experts']:g} keep all experts busy, {gpus['phases']:g} all phases",
     }
+    for part in facts["parts"]:
+        size = "size unknown" if part["bytes"] is None else f"{part['bytes'] / 1e9:.2f} GB"
+        there = f"MISSING: {', '.join(part['missing'][:4])}" if part["missing"] else f"revision {part['revision'][:15]}"
+        rows[part["role"]] = f"{part['id']}, {size}, licence {part['licence'] or 'not stated'}; {there}"
     if tried := facts["search"]:
         cost = "the distillation" if tried["experts"] == "shared" else "experts and distillation"
         fields, trials = len(tried["fields"]), tried["trials"]

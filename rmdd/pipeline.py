@@ -45,6 +45,7 @@ from rmdd.models.text import embed, encoder_identity, text_width
 from rmdd.places import (
     HEALTH,
     Places,
+    bring_parts,
     candidates_of,
     dataset_folder,
     device_of,
@@ -117,6 +118,7 @@ class Pipeline:
         """Bring the data in, or open what was ingested before."""
         if self._dataset is not None:
             return self._dataset
+        bring_parts(self.run)
         with self._timed("ingest"):
             run = self.run
             if run.data.source == "dataset":
@@ -313,17 +315,15 @@ class Pipeline:
 
         path, seen = self.export(), self.health()
         with self._timed("report"):
-            dataset = self.ingest()
-            page, places = self.folder / "report.html", places_of(self.run, dataset)
-            evaluation = read_json(self.folder / "evaluation.json")
-            write_report(page, self.run, places, path, evaluation, self.all_seconds(), seen)
+            page, places = self.folder / "report.html", places_of(self.run, self.ingest())
+            found = read_json(self.folder / "evaluation.json")
+            write_report(page, self.run, places, path, found, self.all_seconds(), seen)
         return page
 
     def all(self) -> Result:
         """Everything, in order."""
         page = self.report()
-        evaluation = read_json(self.folder / "evaluation.json")
-        return Result(self.folder / "set", page, evaluation, self.all_seconds())
+        return Result(self.folder / "set", page, read_json(self.folder / "evaluation.json"), self.all_seconds())
 
     def material(self, split: str) -> Material:
         """A split with its embeddings."""

@@ -13,6 +13,8 @@ from rmdd.data.shards import Dataset
 from rmdd.distill.matching import finished, snapshot_iterations
 from rmdd.evaluate import protocol
 from rmdd.experts.train import kept_epochs
+from rmdd.generate.parts import obtain
+from rmdd.methods.generative import GenerativeMethod
 from rmdd.models.image import image_identity
 from rmdd.models.text import encoder_identity
 from rmdd.storage import root_of
@@ -108,6 +110,8 @@ def places_of(run: config.Run, dataset: Dataset) -> Places:
     if run.distill.plan.kind != "adaptive":
         del recipe["plan"]  # phases are the same however they were found
     recipe["version"] = methods.find(run.distill.method).version
+    if method := generative(run):
+        recipe["parts"] = [part.identity() for part in method.parts()]
     distilled = {**trained, "num": run.experts.num, "distill": recipe | {"seed": run.seed_of("distill")}}
     rules = run.evaluate.model_dump(mode="json", exclude={*ONLY_DISTILLED, "probes"})
     rules["seed"] = run.seed_of("evaluate")
@@ -125,6 +129,21 @@ def places_of(run: config.Run, dataset: Dataset) -> Places:
         run=run_folder(run),
         root=storage,
     )
+
+
+def generative(run: config.Run) -> GenerativeMethod | None:
+    """The run's method, where it is one that asks for pretrained parts."""
+    method = methods.find(run.distill.method)
+    return method(run) if issubclass(method, GenerativeMethod) else None
+
+
+def bring_parts(run: config.Run) -> None:
+    """Have the pretrained parts of a run here before anything else of it. Raises `ConfigError` with all that cannot be
+    had."""
+    if method := generative(run):
+        if mistakes := method.faults():
+            raise config.ConfigError(mistakes, run.name)
+        obtain(method.parts())
 
 
 def is_made(run: config.Run, places: Places, number: int) -> bool:

@@ -22,8 +22,8 @@ from rmdd.models.text import encoder_identity
 from rmdd.tasks import Item
 
 CHUNK = 8192
-CAPTIONS, PARTS = "captions.json", "parts.json"
-"""In the folder of a generated phase: the strings of its pairs, and the pretrained parts that made it."""
+CAPTIONS, PARTS, FACTS = "captions.json", "parts.json", "facts.json"
+"""In the folder of a generated phase: the strings of its pairs, the pretrained parts that made it, and how it went."""
 
 
 def assemble(item: Item, train: Material, evaluation: dict[str, Any]) -> DistilledSet:
@@ -91,6 +91,7 @@ def _provenance(item: Item) -> dict[str, Any]:
     run, data = item.run, Dataset.open(item.places.data)
     asked = [item.places.phase(p) / PARTS for p in range(len(run.distill.phases))]
     parts = {part["role"]: part for path in asked if path.is_file() for part in read_json(path)}
+    told = [path.with_name(FACTS) for path in asked if path.with_name(FACTS).is_file()]
     return {
         "rmdd": rmdd.__version__,
         "torch": torch.__version__,
@@ -103,6 +104,7 @@ def _provenance(item: Item) -> dict[str, Any]:
         "phases": item.places.phases.name,
         "iterations": list(item.iterations),
         **({"parts": list(parts.values())} if parts else {}),
+        **({"generated": read_json(told[0])} if told else {}),
         "seeds": {
             "experts": run.seed_of("experts"),
             "distill": run.seed_of("distill"),

@@ -34,9 +34,9 @@ class Choice(Section):
     )
     encoder: str = Field(
         "tower",
-        pattern=r"^(tower|expert(:\d+)?|columns:[^/\\]+)$",
+        pattern=r"^(tower|expert(:\d+)?|columns:[^/\\]+|clip:.+)$",
         description="tower: the run's towers untrained by pairs, no projection; expert:N: expert N of the store; "
-        "columns:NAME: the columns image.NAME and text.NAME of the dataset",
+        "columns:NAME: the columns image.NAME and text.NAME of the dataset; clip:NAME: a CLIP by hub id or folder",
     )
     space: Space = Field("joint", description="joint: both sides end to end; sum: the sum of both, for one width")
     dtype: Literal["float32", "float16"] = Field("float32", description="of the features on disk")
@@ -66,7 +66,7 @@ class Choice(Section):
         if cosines and self.encoder == "tower":
             found.append(
                 f"{' and '.join(cosines)} compare an image with its text, which the untrained towers do not bring "
-                "together; set encoder to columns:NAME (CLIP features of the dataset) or expert:N"
+                "together; set encoder to clip:NAME, columns:NAME (features of the dataset) or expert:N"
             )
         return found
 

@@ -25,7 +25,10 @@ def coreset(
     ] = None,
     unit: Annotated[str, typer.Option(help="image: one caption of an image at most; record: any captions.")] = "image",
     encoder: Annotated[
-        str, typer.Option(help="tower, expert:N, or columns:NAME for features in the dataset.")
+        str,
+        typer.Option(
+            help="tower, expert:N, columns:NAME for features in the dataset, or clip:NAME, a hub id or folder."
+        ),
     ] = "tower",
     space: Annotated[str, typer.Option(help="joint, image, text or sum.")] = "joint",
     seed: Annotated[int | None, typer.Option(help="Default: the run's.")] = None,

@@ -28,7 +28,12 @@ Quota = Literal["equal", "proportional", "sqrt"]
 
 
 def fit(
-    sample: Float32[np.ndarray, "n D"], k: int, seed: int, iterations: int = 100, starts: int = 3
+    sample: Float32[np.ndarray, "n D"],
+    k: int,
+    seed: int,
+    iterations: int = 100,
+    starts: int = 3,
+    mini_batch: int = MINI_BATCH,
 ) -> Float32[np.ndarray, "K D"]:
     """K-means centroids, from k-means++ starts. Fewer than `k` distinct rows give centroids that coincide."""
     from sklearn.cluster import KMeans, MiniBatchKMeans
@@ -39,8 +44,8 @@ def fit(
     options = {"n_clusters": k, "n_init": starts, "max_iter": iterations, "random_state": derive(seed, "k-means") >> 31}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # of rows that are not distinct, or few iterations
-        if len(sample) > MINI_BATCH:
-            found = MiniBatchKMeans(batch_size=MINI_BATCH, **options).fit(sample)
+        if len(sample) > mini_batch:
+            found = MiniBatchKMeans(batch_size=mini_batch, **options).fit(sample)
         else:
             found = KMeans(**options).fit(sample)
     return np.ascontiguousarray(found.cluster_centers_, dtype=np.float32)

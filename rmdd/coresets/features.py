@@ -10,7 +10,7 @@ N images, T captions, D features.
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,8 +102,8 @@ def features(
     item: Item, train: Material, items: Items, choice: Choice, stream: Stream
 ) -> tuple[Rows, dict[str, Any], Sides, Path]:
     """The rows of all items in the space asked for, what they are, their sides, and the folder of the rows."""
-    identity = {"data": train.split.dataset.hash, **encoder_facts(item, choice.encoder)}
-    sides = _sides(item, train, choice.encoder, identity, stream)
+    identity = identity_of(item, train, choice.encoder)
+    sides = sides_of(item, train, choice.encoder, stream)
     about: dict[str, Any] = {"space": choice.space, "unit": choice.unit, "dtype": choice.dtype, **identity}
     if choice.unit == "image":
         about["caption"] = choice.caption
@@ -166,11 +166,21 @@ def _combined(space: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 # -- encoders --------------------------------------------------------------------------------------------------------
 
 
+def identity_of(item: Item, train: Material, encoder: str) -> dict[str, Any]:
+    """All that decides the features of an encoder."""
+    return {"data": train.split.dataset.hash, **encoder_facts(item, encoder)}
+
+
 def encoder_facts(item: Item, encoder: str) -> dict[str, Any]:
     """What decides the features of an encoder, but for the data."""
     run = item.run
     view = {"image_size", "normalise", "captions", "background", "exif_orientation"}
     kind, _, name = encoder.partition(":")
+    if kind == "clip":
+        from rmdd.generate.features import part_of
+
+        own = run.data.model_dump(mode="json", include=view - {"image_size", "normalise"})
+        return {"encoder": "clip", "part": part_of(name).identity(), "device": device_of(run).type, "view": own}
     facts: dict[str, Any] = {
         "encoder": f"expert:{name or 0}" if kind == "expert" else encoder,
         "device": device_of(run).type,
@@ -186,8 +196,9 @@ def encoder_facts(item: Item, encoder: str) -> dict[str, Any]:
     return facts
 
 
-def _sides(item: Item, train: Material, encoder: str, identity: dict[str, Any], stream: Stream) -> Sides:
-    split = train.split
+def sides_of(item: Item, train: Material, encoder: str, stream: Stream) -> Sides:
+    """Images and captions of the split by an encoder, read from the cache or made by `stream`, block by block."""
+    split, identity = train.split, identity_of(item, train, encoder)
     kind, _, name = encoder.partition(":")
     folder = item.places.cache / f"sides-{config.hash_value(identity)}"
     images, texts = folder / "images", folder / "texts"
@@ -196,9 +207,16 @@ def _sides(item: Item, train: Material, encoder: str, identity: dict[str, Any], 
             for path, column in ((images, f"image.{name}"), (texts, f"text.{name}")):
                 if not (path / DESCRIPTION).is_file():
                     write_rows(path, *_columns(split, item.run.data, column), "float32", identity)
+        elif kind == "clip":
+            from rmdd.generate.features import ClipBlocks, part_of
+
+            place = part_of(name).folder()
+            _encode(images, len(split), functools.partial(ClipBlocks, item, place, images, "image"), identity, stream)
+            _encode(
+                texts, len(train.texts), functools.partial(ClipBlocks, item, place, texts, "text"), identity, stream
+            )
         else:
-            if not (images / DESCRIPTION).is_file():
-                _encode_images(item, encoder, split, images, identity, stream)
+            _encode(images, len(split), functools.partial(ImageEncoder, item, encoder, images), identity, stream)
             if kind == "expert" and not (texts / DESCRIPTION).is_file():
                 write_rows(texts, *_expert_texts(item, int(name or 0), train), "float32", identity)
     embedded = Rows.of(train.texts) if kind == "tower" else Rows.open(texts)
@@ -230,7 +248,7 @@ class ImageEncoder:
         finally:
             torch.set_num_threads(before)
         save_block(self.folder, values["block"], ids, np.concatenate(rows))
-        return {"images": len(ids)}
+        return {"rows": len(ids)}
 
     def _batch(self, index: np.ndarray) -> np.ndarray:
         pixels = torch.from_numpy(np.array(self.train.split.some_images(index))).to(self.device)
@@ -251,17 +269,19 @@ def trained_expert(item: Item, number: int, train: Material) -> Any:
     return model.eval()
 
 
-def _encode_images(
-    item: Item, encoder: str, split: Split, folder: Path, identity: dict[str, Any], stream: Stream
+def _encode(
+    folder: Path, count: int, make: Callable[[], Callable[[Values], Values]], identity: dict[str, Any], stream: Stream
 ) -> None:
-    blocks = range(-(-len(split) // BLOCK))
+    """`count` rows in `folder`, where they are not; blocks that are there stay."""
+    if (folder / DESCRIPTION).is_file():
+        return
+    blocks = range(-(-count // BLOCK))
     missing: list[Values] = [{"block": b} for b in blocks if not (folder / _name(b)).is_file()]
-    make = functools.partial(ImageEncoder, item, encoder, folder)
     for _ in stream(make, missing) if missing else ():
         pass
     names = [_name(b) for b in blocks]
     width = np.load(folder / names[0], mmap_mode="r").shape[1]
-    about = {"schema_version": SCHEMA_VERSION, "rows": len(split), "width": width, "dtype": "float32", "files": names}
+    about = {"schema_version": SCHEMA_VERSION, "rows": count, "width": width, "dtype": "float32", "files": names}
     write_json(folder / DESCRIPTION, about | {"facts": identity})
 
 

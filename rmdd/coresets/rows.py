@@ -36,6 +36,8 @@ class Rows:
 
     parts: tuple[Part, ...]
     width: int
+    folder: Path | None = None
+    """Where all of them lie, if they do."""
 
     @classmethod
     def of(cls, rows: np.ndarray, ids: Sequence[int] | np.ndarray | None = None) -> "Rows":
@@ -61,7 +63,7 @@ class Rows:
             (np.load(folder / _ids(name), mmap_mode="r"), np.load(folder / name, mmap_mode="r"))
             for name in facts["files"]
         )
-        return cls(parts, facts["width"])
+        return cls(parts, facts["width"], folder)
 
     def __len__(self) -> int:
         return self._ends[-1]

@@ -1,14 +1,36 @@
-"""What a generative method works with."""
+"""What a generative method works with: features of the data, workers that hold a model, and where its pairs go.
 
-from __future__ import annotations
+M pairs of the phase, F text feature width, S side of a picture.
+"""
 
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from rmdd.jobs import Executor, Hooks, OpenRanks, Stream
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from rmdd import config
+from rmdd.data.captions import clean
+from rmdd.data.images import normalise
+from rmdd.distill import phases
+from rmdd.distill.matching import save_set
+from rmdd.distill.synthetic import Synthetic, reduced
+from rmdd.files import write_json
+from rmdd.generate.decode import Decoder, Painter, is_painted, picture_of, read_requests, write_requests
+from rmdd.generate.parts import Part
+from rmdd.jobs import Executor, Hooks, Interrupted, OpenRanks, Stream, Values, in_turn
+from rmdd.models.text import embed
+from rmdd.places import device_of
+from rmdd.progress import watched
 
 if TYPE_CHECKING:
+    from rmdd.coresets.features import Sides
     from rmdd.data.material import Material
     from rmdd.progress import Progress
     from rmdd.tasks import Item
@@ -24,16 +46,136 @@ class Tools:
     """Actors that hold a model: features, captions, decoding."""
     ranks: OpenRanks
     """Hold rows of features."""
-    progress: Progress
+    progress: "Progress"
 
 
 @dataclass(frozen=True)
 class Studio:
     """One phase of a generative method in the making."""
 
-    item: Item
-    train: Material
+    item: "Item"
+    train: "Material"
     folder: Path
     """Of the phase, held."""
     tools: Tools
     hooks: Hooks
+
+    @property
+    def run(self) -> config.Run:
+        return self.item.run
+
+    @property
+    def phase(self) -> int:
+        return self.item.number
+
+    @property
+    def pairs(self) -> int:
+        """M, as asked for."""
+        return self.run.distill.phases[self.phase].pairs
+
+    @property
+    def seed(self) -> int:
+        return self.run.seed_of("distill")
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.run)
+
+    def stream(self, title: str, unit: str, here: bool = False) -> Stream:
+        """The workers, with their progress shown, who stop between two items when that is asked; `here`: this process.
+
+        What `make()` returns must give `{unit: count}` for an item.
+        """
+        each = watched(self.tools.progress, title, unit, in_turn if here else self.tools.encoders)
+
+        def streamed(make: Callable[[], Callable[[Values], Values]], items: Sequence[Values]) -> Any:
+            for done in each(make, items):
+                yield done
+                if self.hooks.should_stop():
+                    raise Interrupted
+
+        return streamed
+
+    def features(self, encoder: str) -> "Sides":
+        """Both sides of the train split by an encoder of `rmdd.coresets`, such as `clip:ID`, raw; made once."""
+        from rmdd.coresets.features import sides_of
+
+        return sides_of(self.item, self.train, encoder, self.stream(f"features of {encoder}", "rows"))
+
+    def draw(
+        self,
+        make: Callable[[], Decoder],
+        requests: Sequence[Values],
+        tensors: Mapping[str, Tensor] | None = None,
+        batch: int = 1,
+        here: bool = False,
+    ) -> list[Path]:
+        """The pictures of all pairs; those that are there, made from the same request, stay.
+
+        `requests` are small values of each pair, `index` and `seed` are added; row i of every tensor goes to pair i.
+        `make` is called in the workers, or in this process if `here`, and must travel there.
+        """
+        numbered = [{**request, "index": i, "seed": self.seed} for i, request in enumerate(requests)]
+        write_requests(self.folder, numbered, dict(tensors or {}))
+        asked = read_requests(self.folder)
+        todo = sorted({r["index"] // batch for r in asked if not is_painted(self.folder, r)})
+        size, threads = self.run.data.image_size, self.run.runtime.threads
+        painter = functools.partial(Painter, make, self.folder, batch, size, threads)
+        blocks: list[Values] = [{"block": block} for block in todo]
+        for _ in self.stream(f"pictures of phase {self.phase}", "pictures", here)(painter, blocks):
+            pass
+        return [picture_of(self.folder, i) for i in range(len(asked))]
+
+    def finish(
+        self,
+        pictures: Sequence[Path],
+        records: Sequence[int],
+        captions: Sequence[str],
+        texts: Float[Tensor, "M F"] | None = None,
+        parts: Sequence[Part] = (),
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write what later steps read: the set comes last, and says that the phase is done.
+
+        `records` are the real pairs that it started from, `captions` the strings; `texts` what students get for them,
+        by default what the run's text tower makes of them; `facts` go into the artefact. Raises `ValueError` for what
+        does not fit together.
+        """
+        run, rule, count = self.run, self.run.distill, len(pictures)
+        if not count == len(records) == len(captions):
+            raise ValueError(f"{count} pictures, {len(records)} records and {len(captions)} captions make no pairs")
+        if empty := [i for i, caption in enumerate(captions) if not clean(caption, run.data.captions)]:
+            raise ValueError(f"the captions of pairs {empty[:5]} are empty; look at what made them")
+        texts = self.embedded(captions) if texts is None else texts.float()
+        if texts.shape != (count, self.train.texts.shape[1]) or not texts.isfinite().all():
+            wanted = f"({count}, {self.train.texts.shape[1]})"
+            raise ValueError(f"texts must be finite and of shape {wanted}, found {tuple(texts.shape)}")
+        images = normalise(
+            torch.stack([read_picture(p, run.data.image_size) for p in pictures]), self.train.mean, self.train.std
+        )
+        rates = (rule.inner_lr, rule.inner_lr_text or rule.inner_lr)
+        lr_image, lr_text = (torch.tensor(float(rate)) for rate in rates)
+        made = Synthetic(reduced(images, run.stored_size), texts, lr_image, lr_text)
+        save_set(phases.initial(run, self.phase, self.train, list(records)), self.folder / "start.safetensors")
+        write_json(self.folder / "records.json", [int(r) for r in records])
+        write_json(self.folder / "captions.json", list(captions))
+        write_json(self.folder / "parts.json", [part.facts() for part in parts])
+        write_json(self.folder / "facts.json", dict(facts or {}))
+        save_set(made, self.folder / "set-000001.safetensors")
+
+    def embedded(self, captions: Sequence[str]) -> Float[Tensor, "M F"]:
+        """What the run's text tower makes of captions, cleaned as the run cleans its own."""
+        run = self.run
+        cleaned = [clean(caption, run.data.captions) for caption in captions]
+        found = embed(
+            cleaned, run.model.text, self.item.places.cache, device=str(self.device), threads=run.runtime.threads
+        )
+        return torch.from_numpy(np.array(found))
+
+
+def read_picture(path: Path, size: int) -> Tensor:
+    """A picture of a pair as uint8 (3, S, S). Raises `ValueError` when it is of another size or kind."""
+    with Image.open(path) as image:
+        if image.size != (size, size) or image.mode != "RGB":
+            raise ValueError(f"{path} is {image.mode} {image.size}, not RGB of side {size}; delete it to make it again")
+        return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())

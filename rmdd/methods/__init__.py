@@ -28,6 +28,9 @@ BUILT_IN = {
     "ncfm": "rmdd.methods.ncfm:NCFM",
     "covmatch": "rmdd.methods.covmatch:CovMatch",
     "mdm": "rmdd.methods.mdm:MDM",
+    "pds": "rmdd.methods.pds:PDS",
+    "edge": "rmdd.methods.edge:EDGE",
+    "evlf": "rmdd.methods.evlf:EVLF",
 }
 TITLES = {
     "mtt_vl": "MTT-VL",
@@ -41,6 +44,9 @@ TITLES = {
     "ncfm": "NCFM",
     "covmatch": "CovMatch",
     "mdm": "MDM",
+    "pds": "PDS",
+    "edge": "EDGE",
+    "evlf": "EVLF",
 }
 """What tables and pages call a method; one from outside goes by its name."""
 GROUP = "rmdd.methods"

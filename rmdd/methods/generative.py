@@ -22,6 +22,12 @@ class GenerativeMethod(Method, ABC):
         """The pretrained parts that it asks for."""
         return []
 
+    def faults(self) -> list[str]:
+        """What can be known to keep its parts from working, a line each; asks a hub, downloads nothing."""
+        from rmdd.generate import parts
+
+        return parts.faults(self.parts())
+
     @abstractmethod
     def make(self, studio: Studio, phase: int) -> None:
         """Make the pairs of a phase, those that are not there, and leave them by `studio.finish`."""

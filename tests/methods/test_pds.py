@@ -1,0 +1,303 @@
+"""PDS from shards to an evaluated student, with tiny parts that lie in folders as a user's would."""
+
+import copy
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_parts
+import torch
+import yaml
+from PIL import Image
+from safetensors.numpy import load_file
+from transformers import CLIPModel, CLIPProcessor
+
+import rmdd
+from rmdd import config
+from rmdd.check import examine, impossible
+from rmdd.command import placed
+from rmdd.config import Captions
+from rmdd.coresets.features import identity_of
+from rmdd.coresets.rows import Rows
+from rmdd.coresets.select import coreset
+from rmdd.data.captions import clean
+from rmdd.data.decode import decode
+from rmdd.data.images import denormalise
+from rmdd.generate.decode import StableUnclip
+from rmdd.methods.pds import decoder_of
+from rmdd.pipeline import open_pipeline
+from rmdd.places import places_of, run_folder
+from rmdd.progress import Progress
+
+PAIRS = 6
+TINY = {
+    "name": "tiny",
+    "data": {"source": "scenes", "image_size": 16, "scenes": {"train": 12, "val": 5, "test": 5, "size": 24}},
+    "model": {
+        "image": {"name": "convnet", "weights": "random", "widths": [4], "groups": 2, "projection": "linear"},
+        "text": {"name": "hashing", "width": 16, "projection": "linear"},
+        "width": 8,
+    },
+    "experts": {"num": 1, "epochs": 1, "batch": 16, "augment": {"crop": False, "flip": 0, "randaugment_ops": 0}},
+    "distill": {"method": "pds", "budget": PAIRS, "phases": [{"pairs": PAIRS, "iterations": 1}]},
+    "evaluate": {
+        "epochs": 1,
+        "students": 1,
+        "reference": False,
+        "baseline_lrs": [0.1],
+        "baseline_losses": ["infonce"],
+        "baseline_draws": 1,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    place = tmp_path_factory.mktemp("parts")
+    return {
+        "features": f"clip:{tiny_parts.clip(place / 'clip', licence='mit')}",
+        "decoder": str(tiny_parts.stable_unclip(place / "unclip", licence="openrail++")),
+        "steps": 2,
+        "dtype": "float32",
+        "starts": 2,
+    }
+
+
+def raw(storage, **options):
+    made = {**copy.deepcopy(TINY), "runtime": {"storage": str(storage), "ray": "off", "track": "none"}}
+    made["distill"]["options"] = options
+    return made
+
+
+def load(storage, **options):
+    return config.load(raw(storage, **options))
+
+
+def go(run, step):
+    with open_pipeline(run, Progress(quiet=True)) as pipeline:
+        return getattr(pipeline, step)()
+
+
+def images_of(folder):
+    return [p.read_bytes() for p in sorted((folder / "pairs").glob("*.png"))]
+
+
+def features_in(storage):
+    return [p for p in (storage / "cache").glob("sides-*") if p.is_dir()]
+
+
+@pytest.fixture(scope="module")
+def finished(parts, tmp_path_factory):
+    """A storage with a whole run, and what it returned."""
+    storage = tmp_path_factory.mktemp("runs")
+    return storage, go(load(storage, **parts), "all")
+
+
+def test_shards_become_a_set_with_real_captions_and_a_student(finished, parts):
+    storage, result = finished
+    run = load(storage, **parts)
+    assert set(result.evaluation["table"]) == {"random", "pds", "full"}
+    found = rmdd.load(result.set)
+    (subset,) = found.subsets
+    with open_pipeline(run, Progress(quiet=True)) as pipeline:
+        split, item = pipeline.material("train").split, pipeline.item()
+    assert subset.pairs == PAIRS and subset.kind == "identity" and set(subset.captions) <= set(split.captions)
+    assert [split.captions[i] for i in json.loads((item.places.phase(0) / "records.json").read_text())] == list(
+        subset.captions
+    )
+    pictures = denormalise(subset.images, found.mean, found.std).permute(0, 2, 3, 1).numpy()
+
+    shown = [np.asarray(Image.open(p)) for p in sorted((item.places.phase(0) / "pairs").glob("*.png"))]
+    assert (np.stack(shown) == pictures).all()
+    told = {part["role"]: part for part in found.provenance["parts"]}
+    assert told["clip"]["licence"] == "mit" and told["decoder"]["revision"].startswith("sha256:")
+    assert found.provenance["generated"]["kept"] == len(split.captions) - int(0.2 * len(split.captions))
+    card = (result.set / "README.md").read_text()
+    assert "openrail++" in card and "no safety checker" in card and told["decoder"]["revision"] in card
+
+
+def test_pictures_are_those_of_the_pipeline_for_the_prototypes(finished, parts):
+
+    storage, _ = finished
+    run = load(storage, **parts)
+    with open_pipeline(run, Progress(quiet=True)) as pipeline:
+        folder = pipeline.item().places.phase(0)
+    requests = json.loads((folder / "requests.json").read_text())
+    rows = load_file(folder / "requests.safetensors")["embedding"]
+    assert rows.shape == (PAIRS, tiny_parts.D) and np.linalg.norm(rows, axis=1).std() > 1e-4  # not of unit length
+    options = rmdd.methods.find("pds")(run).options
+
+    decoder = decoder_of(options, Path(parts["decoder"]), torch.device("cpu"))
+    assert isinstance(decoder, StableUnclip)
+    made = decoder.decode([r | {"embedding": torch.from_numpy(rows[r["index"]])} for r in requests[: options.batch]])
+
+    for i, image in enumerate(made):
+        assert (np.asarray(image) == np.asarray(Image.open(folder / "pairs" / f"{i:06d}.png"))).all()
+
+
+def test_another_storage_gives_the_same_bytes_and_features_are_made_once(finished, parts, tmp_path):
+    storage, _ = finished
+    run = load(tmp_path, **parts)
+    (folder,) = go(run, "distill")
+    with open_pipeline(load(storage, **parts), Progress(quiet=True)) as pipeline:
+        first = pipeline.item().places
+    assert images_of(folder) == images_of(first.phase(0)) and len(images_of(folder)) == PAIRS
+    assert (folder / "set-000001.safetensors").read_bytes() == first.set(0, 1).read_bytes()
+    (sides,) = features_in(tmp_path)
+    stamps = {p.name: p.stat().st_mtime_ns for p in sides.rglob("*.npy")}
+    (other,) = go(load(tmp_path, **{**parts, "rm_ratio": 0.5, "decode": "nearest", "decoder": None}), "distill")
+    assert other.parent != folder.parent  # what pruning keeps is in the key
+    assert stamps == {p.name: p.stat().st_mtime_ns for p in sides.rglob("*.npy")}
+    assert features_in(tmp_path) == [sides]
+    found = coreset(run, method="clip_score", encoder=parts["features"], pairs=3, progress=Progress(quiet=True))
+    assert len(found.records) == 3 and features_in(tmp_path) == [sides]
+
+
+def test_images_are_embedded_once_as_clip_itself_does(finished, parts):
+
+    storage, _ = finished
+    with open_pipeline(load(storage, **parts), Progress(quiet=True)) as pipeline:
+        item, train = pipeline.item(), pipeline.material("train")
+    folder = item.places.cache / f"sides-{config.hash_value(identity_of(item, train, parts['features']))}"
+    images, texts = Rows.open(folder / "images"), Rows.open(folder / "texts")
+    assert (len(images), len(texts)) == (12, len(train.split.captions)) and images.width == tiny_parts.D
+    place = parts["features"].removeprefix("clip:")
+    model, processor = CLIPModel.from_pretrained(place), CLIPProcessor.from_pretrained(place)
+    rule = {name: getattr(item.run.data, name) for name in ("max_pixels", "background")}
+    picture = decode(train.split.encoded(7), **rule)
+    caption = clean(train.split.captions[3].upper() + "!", Captions())
+    inputs = processor(text=[caption], images=[picture], return_tensors="pt", truncation=True, max_length=77)
+    with torch.no_grad():
+        out = model(**inputs)
+        raw_image = model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output
+    assert np.allclose(images.at([7]), raw_image.numpy(), atol=1e-5)
+    direction = texts.at([3])[0] / np.linalg.norm(texts.at([3])[0])
+    assert np.allclose(direction, out.text_embeds[0].detach().numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"features": "tower", "rm_ratio": 0, "repeats": "forbid"},
+        {"features": "expert:0", "texts": "prototypes", "repeats": "forbid"},
+    ],
+)
+def test_the_nearest_real_images_need_no_parts(finished, options, tmp_path):
+    storage = shutil.copytree(finished[0], tmp_path / "runs")
+    run = load(storage, decode="nearest", starts=2, **options)
+    assert impossible(run) == [] and rmdd.methods.find("pds")(run).parts() == []
+    result = go(run, "all")
+    found = rmdd.load(result.set)
+    with open_pipeline(run, Progress(quiet=True)) as pipeline:
+        train = pipeline.material("train")
+    real = {image.tobytes() for image in np.asarray(train.split.images)}
+    shown = denormalise(found.subsets[0].images, found.mean, found.std).numpy()
+    assert {image.tobytes() for image in shown} <= real and len({image.tobytes() for image in shown}) == PAIRS
+    captions = found.subsets[0].captions
+    assert len(set(captions)) == PAIRS and set(captions) <= set(train.split.captions)
+    rows = train.texts[[train.split.captions.index(c) for c in captions]]
+    assert np.array_equal(found.subsets[0].texts.numpy(), rows) == (options.get("texts") != "prototypes")
+    assert "parts" not in found.provenance and "real ones" in (result.set / "README.md").read_text()
+
+
+def test_a_killed_decoding_goes_on_with_the_same_bits(finished, parts, tmp_path):
+    storage = shutil.copytree(finished[0], tmp_path / "runs")
+    slow = {**parts, "steps": 25, "batch": 1}
+    untouched = shutil.copytree(finished[0], tmp_path / "untouched")
+    (whole,) = go(load(untouched, **slow), "distill")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw(storage, **slow)))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    words = [sys.executable, "-m", "rmdd", "distill", str(tmp_path / "run.yaml"), "--quiet"]
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    folder = storage / "phases" / whole.parent.name / "phase-0"
+    while len(images_of(folder)) < 2:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    left = {p.name: p.stat().st_mtime_ns for p in (folder / "pairs").glob("*.json")}
+    assert 0 < len(left) < PAIRS and not (folder / "set-000001.safetensors").exists()
+    go(load(storage, **slow), "distill")
+    assert images_of(folder) == images_of(whole)
+    assert {n: (folder / "pairs" / n).stat().st_mtime_ns for n in left} == left
+    names = ["set-000001.safetensors", "start.safetensors", "captions.json", "records.json", "parts.json", "facts.json"]
+    assert all((folder / n).read_bytes() == (whole / n).read_bytes() for n in names)
+
+
+def test_missing_parts_stop_a_run_before_any_work(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    run = load(tmp_path / "runs")
+    asked = ["openai/clip-vit-large-patch14", "stabilityai/stable-diffusion-2-1-unclip-small"]
+    assert all(name in line for name, line in zip(asked, impossible(run), strict=True))
+    with pytest.raises(config.ConfigError, match="2 mistake") as error:
+        go(run, "all")
+    assert all(name in str(error.value) for name in asked) and not (tmp_path / "runs" / "data").exists()
+    assert [part["missing"] for part in examine(run)["parts"]] == [["all of it"]] * 2
+    whole = examine(load(tmp_path / "runs", **parts))["parts"]
+    assert [(p["role"], p["missing"], p["licence"]) for p in whole] == [
+        ("clip", [], "mit"),
+        ("decoder", [], "openrail++"),
+    ]
+    wide = tiny_parts.clip(tmp_path / "wide", width=32)
+    (line,) = impossible(load(tmp_path / "runs", **{**parts, "features": f"clip:{wide}"}))
+    assert "embeddings of width 32" in line and "takes 24" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"features": "tower"}, "reads CLIP embeddings, and distill.options.features is tower"),
+        ({"features": "tower", "decode": "nearest"}, "set distill.options.rm_ratio to 0"),
+        ({"features": "expert:1", "decode": "nearest"}, "the run trains 1 experts"),
+        ({"decode": "nearest", "decoder": "x/y"}, "needs no decoder"),
+        ({"steps": 0, "speed": 1}, "distill.options.speed"),
+    ],
+)
+def test_options_that_cannot_work_are_told(tmp_path, options, words):
+    with pytest.raises(config.ConfigError, match=words):
+        load(tmp_path, **options)
+
+
+def test_folders_of_a_run_file_become_absolute(parts, tmp_path, monkeypatch):
+    place = Path(parts["decoder"])
+    monkeypatch.chdir(place.parent)
+    run = placed(load(tmp_path, **{**parts, "features": "clip:./clip", "decoder": f"./{place.name}"}))
+    given = run.distill.options
+    assert (given["features"], given["decoder"], given["dtype"]) == (parts["features"], parts["decoder"], "float32")
+    hub = placed(load(tmp_path, features="clip:a/b@c", decoder="d/e")).distill.options
+    assert hub == {"features": "clip:a/b@c", "decoder": "d/e"}
+
+
+def test_places_depend_on_the_bytes_of_the_parts(finished, parts, tmp_path):
+    storage, _ = finished
+    run = load(storage, **parts)
+    with open_pipeline(run, Progress(quiet=True)) as pipeline:
+        dataset = pipeline.ingest()
+    before = places_of(run, dataset)
+    clip = shutil.copytree(parts["features"].removeprefix("clip:"), tmp_path / "clip")
+    other = {**parts, "features": f"clip:{tiny_parts.clip(clip, seed=5)}"}
+    again = places_of(load(storage, **other), dataset)
+    assert again.phases != before.phases and again.store == before.store and again.baseline == before.baseline
+    assert run_folder(run).is_dir()
+
+
+@pytest.mark.ray
+def test_actors_make_the_same_bits(ray_local, finished, parts, tmp_path, monkeypatch):
+    monkeypatch.setattr("rmdd.generate.prototypes.RANKS_FROM", 0)
+    storage = shutil.copytree(finished[0], tmp_path / "runs")
+    more = {**parts, "batch": 2, "rm_ratio": 0.1}
+    (alone,) = go(load(shutil.copytree(finished[0], tmp_path / "alone"), **more), "distill")
+    made = raw(storage, **more)
+    made["runtime"] = {"storage": str(storage), "ray": "on", "num_cpus": 2, "workers": 2, "track": "none"}
+    (there,) = go(config.load(made), "distill")
+    assert images_of(there) == images_of(alone) and len(images_of(there)) == PAIRS
+    name = "set-000001.safetensors"
+    assert there.parent.name == alone.parent.name and (there / name).read_bytes() == (alone / name).read_bytes()
