@@ -285,7 +285,7 @@ def test_published_values_of_pds(name):
 @pytest.mark.parametrize("name", DRAWN)
 def test_published_values_of_edge_and_evlf(name):
     run = load(name)
-    given = find(run.distill.method)(run).options
+    given = methods.find(run.distill.method)(run).options
     assert [p.pairs for p in run.distill.phases] == [run.distill.budget] and run.data.image_size == 224
     assert (given.generator, run.distill.loss) == ("stable-diffusion-v1-5/stable-diffusion-v1-5", "infonce")
     assert (given.sampling.steps, given.sampling.guidance) == (50, 7.5)
