@@ -41,6 +41,7 @@ from rmdd.generate.studio import Studio, Tools
 from rmdd.jobs import Hooks, Task
 from rmdd.lease import held
 from rmdd.methods.generative import GenerativeMethod
+from rmdd.methods.tuned import TunedMethod
 from rmdd.models.dual import DualEncoder
 from rmdd.models.text import text_width
 from rmdd.places import HEALTH, Places, candidates_of, device_of
@@ -237,6 +238,25 @@ def generate(item: Item, hooks: Hooks, tools: Tools) -> bool:
             method.make(Studio(item, material(item, "train"), folder, tools, hooks), item.number)
     hooks.report({"done": 1})
     return True
+
+
+def tuning(item: Item, hooks: Hooks) -> bool:
+    """Train what a generative method draws with, to the end or until told to stop."""
+    from rmdd.generate.tuning import tune
+
+    item, storage = _here(item)
+    storage.fetch(item.places.data)
+    method = methods.find(item.run.distill.method)(item.run)
+    assert isinstance(method, TunedMethod)
+    train = material(item, "train")
+    folder = method.tuned_folder(item.places.root, train)
+    with _alone(folder, storage, hooks) as hooks:
+
+        def on_step(metrics: dict[str, Any]) -> None:
+            hooks.report({"done": metrics["step"], "loss": metrics["loss"]})
+
+        trainer = method.trainer(train, device_of(item.run))
+        return tune(trainer, folder, folder.name, method.checkpoint_every, on_step, hooks.should_stop)
 
 
 def plan(item: Item, hooks: Hooks) -> bool:

@@ -55,6 +55,10 @@ TESLA_VL = {
 }
 MTT_VL = {f"{d}_mtt_vl_{n}": (n, 2, 2000, 100, 1000) for d in ("flickr30k", "coco") for n in (100, 200, 500, 1000)}
 ON_LORS = [f"{d}_{m}_{n}" for d in ("flickr30k", "coco") for m in ("datm", "mct", "amd") for n in (100, 200, 500)]
+DRAWN = [
+    *(f"{data}_edge_{n}" for data in ("flickr30k", "coco") for n in (500, 1000)),
+    *(f"{data}_evlf_{n}" for data in ("flickr30k", "coco") for n in (100, 500)),
+]
 PDS = [f"{d}_pds_{n}" for d in ("flickr30k", "coco") for n in (100, 300, 500)]
 # PTM, ST, EMA: the rows of Table 4; row 8 is the preset itself
 TABLE_4 = {
@@ -81,7 +85,7 @@ def load(name: str) -> config.Run:
 
 def test_the_presets_are_there():
     known = {"demo", *SMALL, *PLANNED, *EMOJI, *PTM_ST, *ROWS, *LORS, *REPBLEND, *TESLA_VL, *MTT_VL, *ON_LORS}
-    known |= {*NCFM, *COV, *MDM, *VARIANTS, *PDS}
+    known |= {*NCFM, *COV, *MDM, *VARIANTS, *PDS, *DRAWN}
     assert set(NAMES) == known
 
 
@@ -276,3 +280,25 @@ def test_published_values_of_pds(name):
         "stabilityai/stable-diffusion-2-1-unclip-small",
     )
     assert [p.pairs for p in run.distill.phases] == [run.distill.budget] and run.data.image_size == 224
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_published_values_of_edge_and_evlf(name):
+    run = load(name)
+    given = methods.find(run.distill.method)(run).options
+    assert [p.pairs for p in run.distill.phases] == [run.distill.budget] and run.data.image_size == 224
+    assert (given.generator, run.distill.loss) == ("stable-diffusion-v1-5/stable-diffusion-v1-5", "infonce")
+    assert (given.sampling.steps, given.sampling.guidance) == (50, 7.5)
+    if run.distill.method == "edge":
+        tuning = given.tuning
+        assert (tuning.lr, tuning.temperature, tuning.batch, tuning.epochs) == (1e-3, 0.1, 128, 10)
+        assert (tuning.contrast, tuning.diverse, tuning.fraction, given.captions_per_image) == (1, 1, 1, 2)
+        assert (given.sampling.size, given.clip) == (512, "openai/clip-vit-base-patch32")
+    else:
+        fusion = given.fusion
+        assert (fusion.width, fusion.heads, fusion.layers, fusion.dropout) == (256, 4, 2, 0.1)
+        assert (fusion.lr, fusion.lr_reader, fusion.weight_decay, fusion.clip) == (3e-4, 1e-4, 1e-2, 1)
+        assert (fusion.epochs, fusion.batch, fusion.accumulate, fusion.temperature) == (4, 16, 2, 0.07)
+        assert (fusion.align, fusion.rebuild_low, fusion.rebuild_high) == (0.1, 0.05, 1)
+        assert (fusion.drop_text, fusion.drop_entries, fusion.text_noise) == (0.2, 0.1, 0.01)
+        assert (given.pull, given.pull_until, given.sampling.size) == (0.1, 25, 256)

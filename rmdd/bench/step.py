@@ -88,9 +88,9 @@ def variants(
     of_methods: Sequence[str] = (),
 ) -> list[Variant]:
     """The yardsticks, then every estimator on every engine for the case's own student and for each of `of_methods`."""
-    for method in of_methods:
-        if methods.find(method).family != "trajectory":
-            raise ValueError(f"method {method} matches no trajectories and has no such step; leave it out")
+    for name in of_methods:
+        if methods.find(name).family != "trajectory":
+            raise ValueError(f"method {name} matches no trajectories and has no such step; leave it out")
     found = [Variant(y) for y in yardsticks]
     for method in (None, *of_methods):
         for label, engine in (engines or {"": AS_RUN}).items():

@@ -30,6 +30,10 @@ SMALL = ("*.json", "*.txt", "*.model", "README.md")
 ABOUT_BYTES = {
     "openai/clip-vit-large-patch14": 1_710_000_000,
     "stabilityai/stable-diffusion-2-1-unclip-small": 6_400_000_000,
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": 5_480_000_000,
+    "openai/clip-vit-base-patch32": 605_000_000,
+    "Salesforce/blip-image-captioning-large": 1_880_000_000,
+    "llava-hf/llava-1.5-7b-hf": 14_100_000_000,
 }
 """Weights in float32 of the parts that presets name, from their numbers of parameters; told where no hub answers."""
 

@@ -29,6 +29,8 @@ BUILT_IN = {
     "covmatch": "rmdd.methods.covmatch:CovMatch",
     "mdm": "rmdd.methods.mdm:MDM",
     "pds": "rmdd.methods.pds:PDS",
+    "edge": "rmdd.methods.edge:EDGE",
+    "evlf": "rmdd.methods.evlf:EVLF",
 }
 TITLES = {
     "mtt_vl": "MTT-VL",
@@ -43,6 +45,8 @@ TITLES = {
     "covmatch": "CovMatch",
     "mdm": "MDM",
     "pds": "PDS",
+    "edge": "EDGE",
+    "evlf": "EVLF",
 }
 """What tables and pages call a method; one from outside goes by its name."""
 GROUP = "rmdd.methods"

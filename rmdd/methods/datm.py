@@ -24,8 +24,7 @@ def growing_stop(phase: config.Phase, stop: int | float, iteration: int) -> int 
 class DATM(LoRS):
     card = "2310.05773"
     verified = (
-        "growing ranges and steps equal slow float64 ones; below LoRS on emoji, as published. "
-        "Open: published figures"
+        "growing ranges and steps equal slow float64 ones; below LoRS on emoji, as published. Open: published figures"
     )
     # the range for 100 pairs and 10 epochs is ours: the paper prints none for pairs
     defaults = filled(

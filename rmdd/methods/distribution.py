@@ -12,7 +12,6 @@ from pydantic import Field
 
 from rmdd.config.numbers import PositiveFloat, PositiveInt
 from rmdd.methods.base import Family, Method
-from rmdd.runfile import Section
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +52,7 @@ class DistributionMethod(Method, ABC):
 
     family: ClassVar[Family] = "distribution"
 
-    class Options(Section):
+    class Options(Method.Options):
         """What all methods of the family have; they add their own."""
 
         draws: PositiveInt = Field(

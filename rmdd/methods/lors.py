@@ -20,10 +20,7 @@ from rmdd.methods.base import Method
 class LoRS(Method):
     reference = "lors"
     card = "2406.03793"
-    verified = (
-        "gradients and steps equal slow float64 ones; above random pairs on emoji. "
-        "Open: published figures"
-    )
+    verified = "gradients and steps equal slow float64 ones; above random pairs on emoji. Open: published figures"
     defaults = {
         "experts": {"keep": "all"},
         "distill": {

@@ -40,44 +40,46 @@ POOL_BYTES = 4 * 2**30
 """Checkpoints held in memory at most."""
 
 
-class Options(DistributionMethod.Options):
-    clip: PositiveFloat | None = Field(1.0, description="joint norm that the gradient is cut to; null: none")
-    real_batch: PositiveInt = Field(64, description="real pairs B_r of a step; fewer where there are fewer")
-    synthetic_batch: PositiveInt = Field(64, description="pairs of the set in a step, B_s; never more than B_r")
-    cluster: Literal["joint", "image", "text", "random"] = Field(
-        "joint", description="embeddings that the pairs to begin with are found by; distill.init: noise begins without"
-    )
-    teacher: Literal["mixed", "weighted_sum", "naive", "expert", "pretrained"] = Field(
-        "mixed",
-        description="mixed; or a checkpoint's weighted sum with the anchor (weighted_sum: the last, share in [0.2, "
-        "0.5]; naive: any, in [0.1, 0.9]), a checkpoint, or the anchor alone",
-    )
-    partners: Literal["any", "same_expert"] = Field(
-        "any",
-        description="mixed: two checkpoints of the pool; or two of one expert, around its own start, for experts whose "
-        "heads start apart",
-    )
-    alpha: NonNegativeFloat = Field(0.5, description="mixed: share of the way from the anchor")
-    positive_cosine: bool = Field(True, description="mixed: count opposed displacements as orthogonal; false: as coded")
-    first_epoch: PositiveInt = Field(1, description="of the checkpoints drawn from")
-    resample_every: PositiveInt = Field(1, description="iterations with one teacher")
-    teacher_dropout: bool = Field(False, description="keep the heads' dropout on, as coded")
-    agreement: NonNegativeFloat = Field(0.8, description="weight of the energy of agreement features")
-    discrepancy: NonNegativeFloat = Field(0.8, description="weight of the energy of discrepancy features")
-    contrastive: NonNegativeFloat = Field(1.0, description="weight of the contrastive term")
-    kernel: sphere.Kernel = Field("geodesic", description="of both energies; chordal: Gaussian of the chord")
-    sigma: PositiveFloat = Field(0.5, description="width of the kernel, in radians")
-    statistic: sphere.Statistic = Field("v", description="u leaves the diagonal out, as coded")
-    root: bool = Field(True, description="of the energies, as printed; false: squared")
-
-    def clashes(self) -> list[str]:
-        small = [n for n in ("real_batch", "synthetic_batch") if getattr(self, n) < 2]
-        return [f"{n} is 1: a pair alone has no negatives; give at least 2" for n in small]
-
-
 class MDM(DistributionMethod):
-    Options = Options
+    class Options(DistributionMethod.Options):
+        clip: PositiveFloat | None = Field(1.0, description="joint norm that the gradient is cut to; null: none")
+        real_batch: PositiveInt = Field(64, description="real pairs B_r of a step; fewer where there are fewer")
+        synthetic_batch: PositiveInt = Field(64, description="pairs of the set in a step, B_s; never more than B_r")
+        cluster: Literal["joint", "image", "text", "random"] = Field(
+            "joint",
+            description="embeddings that the pairs to begin with are found by; distill.init: noise begins without",
+        )
+        teacher: Literal["mixed", "weighted_sum", "naive", "expert", "pretrained"] = Field(
+            "mixed",
+            description="mixed; or a checkpoint's weighted sum with the anchor (weighted_sum: the last, share in [0.2, "
+            "0.5]; naive: any, in [0.1, 0.9]), a checkpoint, or the anchor alone",
+        )
+        partners: Literal["any", "same_expert"] = Field(
+            "any",
+            description="mixed: two checkpoints of the pool; or two of one expert, around its own start, where "
+            "heads start apart",
+        )
+        alpha: NonNegativeFloat = Field(0.5, description="mixed: share of the way from the anchor")
+        positive_cosine: bool = Field(
+            True, description="mixed: count opposed displacements as orthogonal; false: as coded"
+        )
+        first_epoch: PositiveInt = Field(1, description="of the checkpoints drawn from")
+        resample_every: PositiveInt = Field(1, description="iterations with one teacher")
+        teacher_dropout: bool = Field(False, description="keep the heads' dropout on, as coded")
+        agreement: NonNegativeFloat = Field(0.8, description="weight of the energy of agreement features")
+        discrepancy: NonNegativeFloat = Field(0.8, description="weight of the energy of discrepancy features")
+        contrastive: NonNegativeFloat = Field(1.0, description="weight of the contrastive term")
+        kernel: sphere.Kernel = Field("geodesic", description="of both energies; chordal: Gaussian of the chord")
+        sigma: PositiveFloat = Field(0.5, description="width of the kernel, in radians")
+        statistic: sphere.Statistic = Field("v", description="u leaves the diagonal out, as coded")
+        root: bool = Field(True, description="of the energies, as printed; false: squared")
+
+        def clashes(self) -> list[str]:
+            small = [n for n in ("real_batch", "synthetic_batch") if getattr(self, n) < 2]
+            return [f"{n} is 1: a pair alone has no negatives; give at least 2" for n in small]
+
     options: Options
+
     reference = "mdm"
     card = "2605.23482"
     verified = "terms against slow versions, resuming, emoji pairs; the published numbers need NFNet, BERT and a GPU"

@@ -18,8 +18,7 @@ class MTTVL(Method):
     reference = "mtt_vl"
     card = "2308.07545"
     verified = (
-        "gradients equal the whole unroll in float64; at the level of random pairs on emoji. "
-        "Open: published figures"
+        "gradients equal the whole unroll in float64; at the level of random pairs on emoji. Open: published figures"
     )
     defaults = {
         "experts": {"keep": "all"},

@@ -28,10 +28,7 @@ def blend(features: Float[Tensor, "B D"], weight: float, partner: Int[Tensor, " 
 class RepBlend(LoRS):
     reference = "repblend"
     card = "2505.14705"
-    verified = (
-        "blended steps equal slow float64 ones; above random pairs on emoji. "
-        "Open: published figures"
-    )
+    verified = "blended steps equal slow float64 ones; above random pairs on emoji. Open: published figures"
     defaults = filled(
         {"model": {"image": {"trainable": False, "projection": "block"}}, "distill": {"blend": 1.0}}, LoRS.defaults
     )

@@ -13,10 +13,7 @@ from rmdd.runfile import filled
 
 class TeslaVL(LoRS):
     card = "2211.10586"
-    verified = (
-        "gradients equal its two passes in float64; below random pairs on emoji. "
-        "Open: published figures"
-    )
+    verified = "gradients equal its two passes in float64; below random pairs on emoji. Open: published figures"
     defaults = filled(
         {
             "distill": {

@@ -1,0 +1,106 @@
+"""The losses by which EDGE fine-tunes a diffusion model, and the clean estimate that they look at.
+
+    L_C = 1/2 [CE(Z, arange) + CE(Z^T, arange)],  Z = a b^T / tau of unit features
+    L_D = 1/(B(B-1)) sum_{p != q} <j_p, j_q>,     j = [i ; w] / ||[i ; w]||
+    z^  from z_t and what the UNet predicts, by what kind of prediction that is
+
+B batch, D features, C h w a latent.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+Prediction = Literal["epsilon", "v_prediction", "sample"]
+
+NORMS = (nn.GroupNorm, nn.LayerNorm, nn.modules.batchnorm._NormBase, nn.RMSNorm)
+
+
+def contrastive(
+    images: Float[Tensor, "B D"],
+    texts: Float[Tensor, "B D"],
+    temperature: float,
+    captions: Int[Tensor, " B"] | None = None,
+) -> Float[Tensor, ""]:
+    """L_C. Pairs with the same number in `captions` have equal captions and are no negatives of one another."""
+    logits = F.normalize(images, dim=1) @ F.normalize(texts, dim=1).T / temperature
+    if captions is not None:
+        logits = logits.masked_fill(_others(captions), torch.finfo(logits.dtype).min)
+    own = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+
+def _others(captions: Int[Tensor, " B"]) -> Bool[Tensor, "B B"]:
+    """Who else has the same caption."""
+    same = captions[:, None] == captions[None, :]
+    return same & ~torch.eye(len(captions), dtype=torch.bool, device=captions.device)
+
+
+def diversity(
+    images: Float[Tensor, "B D"], texts: Float[Tensor, "B D"], *, unit_halves: bool = True
+) -> Float[Tensor, ""]:
+    """L_D, in [-1, 1]; lower is more diverse. The release joins raw features (`unit_halves=False`).
+
+    Raises `ValueError` for fewer than two pairs.
+    """
+    count = len(images)
+    if count < 2:
+        raise ValueError(f"diversity compares pairs within a batch, found {count}; give at least 2")
+    halves = [F.normalize(h, dim=1) for h in (images, texts)] if unit_halves else [images, texts]
+    joint = F.normalize(torch.cat(halves, dim=1), dim=1)
+    products = joint @ joint.T
+    return (products.sum() - products.diagonal().sum()) / (count * (count - 1))
+
+
+def per_sample(values: Float[Tensor, " B"], like: Tensor) -> Tensor:
+    """(B) against the dimensions of `like`."""
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def noised(
+    clean: Float[Tensor, "B C h w"], noise: Float[Tensor, "B C h w"], alpha_bar: Float[Tensor, " B"]
+) -> Float[Tensor, "B C h w"]:
+    """z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps."""
+    signal = per_sample(alpha_bar, clean)
+    return signal.sqrt() * clean + (1 - signal).sqrt() * noise
+
+
+def clean_estimate(
+    noisy: Float[Tensor, "B C h w"],
+    predicted: Float[Tensor, "B C h w"],
+    alpha_bar: Float[Tensor, " B"],
+    kind: Prediction,
+) -> Float[Tensor, "B C h w"]:
+    """z^, the clean latent that a prediction stands for."""
+    signal = per_sample(alpha_bar, noisy)
+    if kind == "sample":
+        return predicted
+    if kind == "v_prediction":
+        return signal.sqrt() * noisy - (1 - signal).sqrt() * predicted
+    return (noisy - (1 - signal).sqrt() * predicted) / signal.sqrt()
+
+
+def target_of(
+    clean: Float[Tensor, "B C h w"],
+    noise: Float[Tensor, "B C h w"],
+    alpha_bar: Float[Tensor, " B"],
+    kind: Prediction,
+) -> Float[Tensor, "B C h w"]:
+    """What a UNet of this kind was trained to predict."""
+    signal = per_sample(alpha_bar, clean)
+    if kind == "sample":
+        return clean
+    return signal.sqrt() * noise - (1 - signal).sqrt() * clean if kind == "v_prediction" else noise
+
+
+def biases_and_norms(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of normalisations and all biases, by the kind of their module ("DiffFit")."""
+    found = {}
+    for where, part in module.named_modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            if name == "bias" or isinstance(part, NORMS):
+                found[f"{where}.{name}" if where else name] = parameter
+    return found

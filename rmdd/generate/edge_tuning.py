@@ -1,0 +1,269 @@
+"""EDGE's fine-tuning: gradients of its losses in the biases and normalisations of a UNet.
+
+    z_t = noised(z_0), prediction = UNet(z_t, t, e), z^ = clean estimate, x^ = VAE(z^ / scale), i = CLIP(x^)
+    L   = lambda_c L_C(i, w) + lambda_d L_D(i, w) + lambda_n MSE(prediction, its target)
+
+The batch of the contrastive loss may be larger than what fits: features are then made twice, first without a graph for
+the loss of all of them, then part by part for their gradient (gradient caching).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, UInt8
+from pydantic import Field
+from torch import Tensor, nn
+
+from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
+from rmdd.data.images import NORMALISATIONS
+from rmdd.generate.diffusion import Diffusion, as_signed
+from rmdd.generate.edge_losses import (
+    biases_and_norms,
+    clean_estimate,
+    contrastive,
+    diversity,
+    noised,
+    target_of,
+)
+from rmdd.runfile import Section
+from rmdd.seeding import generator
+
+
+class EdgeTuning(Section):
+    """How the generator is fine-tuned."""
+
+    epochs: PositiveInt = Field(10, description="passes over the captions")
+    fraction: float = Field(1.0, gt=0, le=1, description="of the captions, drawn once")
+    steps: int | None = Field(None, ge=0, description="updates in place of epochs; 0 takes the generator as it is")
+    batch: int = Field(128, ge=2, description="pairs B that are contrasted")
+    micro_batch: PositiveInt | None = Field(
+        None, description="pairs that go through the networks together, with the same gradient; null: all"
+    )
+    size: PositiveInt = Field(256, description="side of the pictures in fine-tuning; the release has 224")
+    lr: PositiveFloat = Field(1e-3, description="of plain SGD")
+    contrast: NonNegativeFloat = Field(1.0, description="lambda_c, weight of the contrastive loss")
+    diverse: NonNegativeFloat = Field(1.0, description="lambda_d, weight of the diversity loss")
+    anchor: NonNegativeFloat = Field(
+        1.0, description="lambda_n, weight of the noise prediction that keeps the model a generator; the release has 0"
+    )
+    temperature: PositiveFloat = Field(0.1, description="tau of the contrastive loss")
+    unit_halves: bool = Field(True, description="unit length for image and text before they are joined; release: false")
+    max_step: PositiveInt = Field(
+        600, description="time steps are drawn below it, for 1/sqrt(abar_t) grows to 15; the release has 1000"
+    )
+    weighting: Literal["none", "alpha_bar"] = Field(
+        "none", description="alpha_bar lets a sample's gradient count by its signal level, so that high noise may stay"
+    )
+    clamp: PositiveFloat | None = Field(6.0, description="bound of the clean estimate in scaled units; null: none")
+    recipe: Literal["corrected", "released"] = Field(
+        "corrected",
+        description="released feeds clean latents to the UNet, decodes scaled ones, and gives CLIP's pixels to the "
+        "VAE and the VAE's to CLIP",
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of matrix products; parameters and their updates are float32"
+    )
+    save_memory: bool = Field(False, description="recompute activations of UNet and decoder in the backward pass")
+    checkpoint_every: PositiveInt = Field(100, description="updates between checkpoints")
+
+    def clashes(self) -> list[str]:
+        if self.micro_batch is not None and self.micro_batch > self.batch:
+            return [f"tuning.micro_batch {self.micro_batch} is larger than tuning.batch {self.batch}; lower it"]
+        return []
+
+    def updates(self, captions: int) -> int:
+        """Steps over so many captions."""
+        used = self.used(captions)
+        return self.epochs * max(1, used // min(self.batch, used)) if self.steps is None else self.steps
+
+    def used(self, captions: int) -> int:
+        """Of so many captions."""
+        return min(captions, max(2, int(self.fraction * captions)))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch before noise, on the device."""
+
+    latents: Float[Tensor, "B C h w"]
+    """z_0, scaled."""
+    tokens: Float[Tensor, "B L F"]
+    texts: Float[Tensor, "B D"]
+    """CLIP features of the captions."""
+    captions: Int[Tensor, " B"]
+    """Equal numbers for equal captions."""
+    times: Int[Tensor, " B"]
+    noise: Float[Tensor, "B C h w"]
+
+    def part(self, rows: slice) -> "Batch":
+        return Batch(**{name: value[rows] for name, value in vars(self).items()})
+
+
+class EdgeTrainer:
+    """See `rmdd.generate.tuning.Trainer`. `pictures(records, size)` gives those of caption records as uint8."""
+
+    def __init__(
+        self,
+        rule: EdgeTuning,
+        diffusion: Diffusion,
+        clip: Any,
+        clip_tokenizer: Any,
+        captions: Sequence[str],
+        pictures: Callable[[list[int], int], UInt8[Tensor, "B 3 S S"]],
+        seed: int,
+    ):
+        if len(captions) < 2:
+            raise ValueError("EDGE contrasts pairs, found a train split of one caption; ingest more data")
+        self.rule, self.diffusion, self.seed = rule, diffusion, seed
+        self.clip, self.clip_tokenizer = clip.requires_grad_(False).eval(), clip_tokenizer
+        self.captions, self.pictures = captions, pictures
+        diffusion.grid(rule.size)
+        if rule.max_step > len(diffusion.alpha_bar):
+            raise ValueError(
+                f"distill.options.tuning.max_step {rule.max_step} lies past this model's {len(diffusion.alpha_bar)} "
+                "time steps; lower it"
+            )
+        order = torch.randperm(len(captions), generator=generator(seed, "edge fraction"))
+        self.records = order[: rule.used(len(captions))]
+        self.batch_size = min(rule.batch, len(self.records))
+        self.total = rule.updates(len(captions))
+        self.parameters: dict[str, nn.Parameter] = biases_and_norms(diffusion.unet)
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+        self.optimiser: torch.optim.Optimizer = torch.optim.SGD(self.parameters.values(), lr=rule.lr)
+        if rule.save_memory:
+            diffusion.unet.enable_gradient_checkpointing()
+            diffusion.vae.enable_gradient_checkpointing()
+
+    # -- a batch -----------------------------------------------------------------------------------------------------
+
+    def drawn(self, step: int) -> list[int]:
+        """The caption records of a step, cut from a permutation per epoch."""
+        epoch, place = divmod(step, len(self.records) // self.batch_size)
+        order = torch.randperm(len(self.records), generator=generator(self.seed, "edge epoch", epoch))
+        return self.records[order[place * self.batch_size :][: self.batch_size]].tolist()
+
+    @torch.no_grad()
+    def batch(self, step: int) -> Batch:
+        """All that is random about a step, drawn on the CPU."""
+        rule, device, random = self.rule, self.diffusion.device, generator(self.seed, "edge step", step)
+        records = self.drawn(step)
+        captions = [self.captions[r] for r in records]
+        pixels = self._for_vae(self.pictures(records, rule.size).to(device))
+        latents = torch.cat([self.diffusion.latents(pixels[rows], random) for rows in self._parts(len(records))])
+        times = torch.randint(rule.max_step, (len(records),), generator=random)
+        noise = torch.randn(latents.shape, generator=random)
+        number = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
+        return Batch(
+            latents * self.diffusion.scale,
+            self.diffusion.texts(captions).tokens,
+            self._text_features(captions),
+            torch.tensor([number[c] for c in captions], device=device),
+            times.to(device),
+            noise.to(device),
+        )
+
+    def _parts(self, count: int) -> Iterator[slice]:
+        size = self.rule.micro_batch or count
+        return (slice(start, start + size) for start in range(0, count, size))
+
+    def _for_vae(self, pictures: UInt8[Tensor, "B 3 S S"]) -> Float[Tensor, "B 3 S S"]:
+        if self.rule.recipe == "corrected":
+            return as_signed(pictures)
+        return _standardised(pictures.to(torch.float32) / 255)
+
+    def _text_features(self, captions: list[str]) -> Float[Tensor, "B D"]:
+        limit = self.clip.config.text_config.max_position_embeddings
+        ids = self.clip_tokenizer(captions, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+        return self.clip.get_text_features(**ids.to(self.diffusion.device)).pooler_output.float()
+
+    # -- the losses --------------------------------------------------------------------------------------------------
+
+    def look(self, batch: Batch) -> tuple[Float[Tensor, "B D"], Float[Tensor, ""]]:
+        """CLIP features of what the UNet takes the noisy latents for, and the sum of squared misses per entry."""
+        rule, diffusion = self.rule, self.diffusion
+        alpha_bar = diffusion.alpha_bar[batch.times]
+        noisy = noised(batch.latents, batch.noise, alpha_bar)
+        given = noisy if rule.recipe == "corrected" else batch.latents
+        with torch.autocast(diffusion.device.type, torch.bfloat16, enabled=rule.precision == "bfloat16"):
+            predicted = diffusion.unet(given, batch.times, encoder_hidden_states=batch.tokens, return_dict=False)[0]
+            predicted = predicted.float()
+            estimate = clean_estimate(noisy, predicted, alpha_bar, diffusion.prediction)
+            if rule.clamp is not None:
+                estimate = estimate.clamp(-rule.clamp, rule.clamp)
+            pixels = diffusion.decode(estimate / diffusion.scale if rule.recipe == "corrected" else estimate)
+            features = self.clip.get_image_features(pixel_values=self._for_clip(pixels)).pooler_output
+        if rule.weighting == "alpha_bar":
+            features = _weighted(features.float(), alpha_bar)
+        wanted = target_of(batch.latents, batch.noise, alpha_bar, diffusion.prediction)
+        return features.float(), F.mse_loss(predicted, wanted, reduction="sum") / wanted[0].numel()
+
+    def _for_clip(self, pixels: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B 3 s s"]:
+        side = self.clip.config.vision_config.image_size
+        pixels = pixels if self.rule.recipe == "released" else (pixels.float() + 1) / 2
+        if pixels.shape[-1] != side:
+            pixels = F.interpolate(pixels, (side, side), mode="bicubic", antialias=True)
+        return pixels if self.rule.recipe == "released" else _standardised(pixels)
+
+    def pull(self, features: Float[Tensor, "B D"], batch: Batch) -> dict[str, Tensor]:
+        """The losses on features of a whole batch."""
+        rule = self.rule
+        return {
+            "contrast": contrastive(features, batch.texts, rule.temperature, batch.captions),
+            "diversity": diversity(features, batch.texts, unit_halves=rule.unit_halves),
+        }
+
+    def gradient(self, step: int) -> dict[str, float]:
+        rule, batch = self.rule, self.batch(step)
+        count = len(batch.latents)
+        parts = list(self._parts(count))
+        if len(parts) == 1:
+            features, miss = self.look(batch)
+            losses = self.pull(features, batch) | {"anchor": miss / count}
+            self._sum(losses).backward()
+        else:
+            with torch.no_grad():
+                features = torch.cat([self.look(batch.part(rows))[0] for rows in parts])
+            features.requires_grad_(True)
+            losses = self.pull(features, batch)
+            (rule.contrast * losses["contrast"] + rule.diverse * losses["diversity"]).backward()
+            assert features.grad is not None
+            misses = torch.zeros((), device=features.device)
+            for rows in parts:
+                again, miss = self.look(batch.part(rows))
+                ((again * features.grad[rows]).sum() + rule.anchor * miss / count).backward()
+                misses += miss.detach()
+            losses["anchor"] = misses / count
+        told = {"loss": self._sum(losses), **losses}
+        return {name: float(value.detach()) for name, value in told.items()}
+
+    def _sum(self, losses: dict[str, Tensor]) -> Tensor:
+        rule = self.rule
+        return rule.contrast * losses["contrast"] + rule.diverse * losses["diversity"] + rule.anchor * losses["anchor"]
+
+
+def draws(seed: int, count: int, number: int, start: int = 0) -> list[int]:
+    """`number` of `count` captions, uniform without replacement and the same in every process; `start` of the same
+    order are left to others. Raises `ValueError` when there are too few."""
+    if start + number > count:
+        raise ValueError(
+            f"{start + number} pictures are asked for, each of a caption of its own, but the train split has {count}; "
+            "lower distill.phases.*.pairs, raise distill.options.captions_per_image, or ingest more data"
+        )
+    order = torch.randperm(count, generator=generator(seed, "edge captions"))
+    return order[start : start + number].tolist()
+
+
+def _standardised(pixels: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B 3 S S"]:
+    """Pixels in [0, 1] with CLIP's mean and deviation."""
+    mean, std = (torch.tensor(v, device=pixels.device).view(1, 3, 1, 1) for v in NORMALISATIONS["clip"])
+    return (pixels - mean) / std
+
+
+def _weighted(features: Float[Tensor, "B D"], weight: Float[Tensor, " B"]) -> Float[Tensor, "B D"]:
+    """The same features, whose gradient counts by `weight`."""
+    w = weight[:, None]
+    return w * features + (1 - w) * features.detach()

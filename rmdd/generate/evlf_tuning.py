@@ -1,0 +1,165 @@
+"""EVLF's training: the fusion and the reader that aligns fused latents with texts, while they stay what they were.
+
+L = lambda_1 L_align(reader(z~), pooled text) + lambda_2(step) MSE(z~, z)
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, UInt8
+from pydantic import Field
+from torch import Tensor, nn
+
+from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
+from rmdd.generate.diffusion import Diffusion, Texts, as_signed
+from rmdd.generate.fusion import Fusion, Projector, alignment, blurred_text, positives, ramp
+from rmdd.runfile import Section
+from rmdd.seeding import derive, generator
+
+
+class FusionRule(Section):
+    """The fusion module and how it is trained."""
+
+    width: PositiveInt = Field(256, description="fusion width d")
+    heads: PositiveInt = Field(4, description="attention heads")
+    layers: PositiveInt = Field(2, description="attention layers")
+    dropout: float = Field(0.1, ge=0, lt=1, description="within the layers")
+    kv: Literal["both", "text"] = Field(
+        "both", description="what latents attend to: image and text tokens, as released, or text alone, as printed"
+    )
+    residual: bool = Field(
+        True,
+        description="add to the latent through a convolution that starts at zero, so that z~ = z before training; "
+        "false as published, where the identity has to be learned",
+    )
+    reader_width: PositiveInt = Field(64, description="channels of the reader's convolution")
+    epochs: PositiveInt = Field(4, description="passes over the captions")
+    steps: int | None = Field(None, ge=0, description="updates in place of epochs; 0 leaves the fusion untrained")
+    batch: int = Field(16, ge=2, description="pairs B of a batch")
+    accumulate: PositiveInt = Field(2, description="batches of one update")
+    lr: PositiveFloat = Field(3e-4, description="of the fusion (AdamW)")
+    lr_reader: PositiveFloat = Field(1e-4, description="of the reader (AdamW)")
+    weight_decay: NonNegativeFloat = Field(1e-2, description="of both")
+    clip: PositiveFloat = Field(1.0, description="bound of the gradient's norm")
+    temperature: PositiveFloat = Field(0.07, description="tau of the alignment")
+    align: NonNegativeFloat = Field(0.1, description="lambda_1, weight of the alignment")
+    rebuild_low: NonNegativeFloat = Field(0.05, description="lambda_2 at the first update, weight of the likeness")
+    rebuild_high: NonNegativeFloat = Field(1.0, description="lambda_2 from half of the updates on")
+    drop_text: float = Field(0.2, ge=0, le=1, description="chance that a batch sees no text")
+    drop_entries: float = Field(0.1, ge=0, lt=1, description="share of text entries that are zero otherwise")
+    text_noise: NonNegativeFloat = Field(0.01, description="deviation of the noise added to text entries")
+    flip: float = Field(0.0, ge=0, le=1, description="chance of a mirrored picture; published 0.5, for classes")
+    checkpoint_every: PositiveInt = Field(200, description="updates between checkpoints")
+
+    def clashes(self) -> list[str]:
+        if self.width % self.heads:
+            return [f"fusion.width {self.width} cannot be cut into {self.heads} heads; give a multiple"]
+        return []
+
+    def updates(self, captions: int) -> int:
+        """Steps over so many captions."""
+        each = min(self.batch, captions) * self.accumulate
+        return self.epochs * max(1, captions // each) if self.steps is None else self.steps
+
+
+def fusion_of(rule: FusionRule, diffusion: Diffusion, size: int, seed: int) -> tuple[Fusion, Projector]:
+    """The untrained modules for pictures of side `size`, drawn by `seed`."""
+    grid, channels = diffusion.grid(size), int(diffusion.vae.config.latent_channels)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed, "evlf modules"))
+        fusion = Fusion(
+            diffusion.text_width,
+            grid,
+            channels=channels,
+            width=rule.width,
+            heads=rule.heads,
+            layers=rule.layers,
+            dropout=rule.dropout,
+            keys=rule.kv,
+            residual=rule.residual,
+        )
+        reader = Projector(diffusion.text_width, grid, channels=channels, width=rule.reader_width)
+    return fusion.to(diffusion.device), reader.to(diffusion.device)
+
+
+class FusionTrainer:
+    """See `rmdd.generate.tuning.Trainer`. `pictures(records, size)` gives those of caption records as uint8, `image_of`
+    says which picture each is of."""
+
+    def __init__(
+        self,
+        rule: FusionRule,
+        diffusion: Diffusion,
+        captions: Sequence[str],
+        image_of: Sequence[int],
+        pictures: Callable[[list[int], int], UInt8[Tensor, "B 3 S S"]],
+        size: int,
+        seed: int,
+    ):
+        if len(set(image_of)) < 2:
+            raise ValueError("EVLF aligns pairs against others, found a train split of one picture; ingest more data")
+        self.rule, self.diffusion, self.size, self.seed = rule, diffusion, size, seed
+        self.captions, self.pictures = captions, pictures
+        numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
+        self.image_of, self.caption_of = image_of, [numbers[caption] for caption in captions]
+        self.fusion, self.reader = fusion_of(rule, diffusion, size, seed)
+        self.fusion.train()
+        self.total = rule.updates(len(captions))
+        self.batch_size = min(rule.batch, len(captions))
+        fusion = {f"fusion.{n}": p for n, p in self.fusion.named_parameters()}
+        reader = {f"reader.{n}": p for n, p in self.reader.named_parameters()}
+        self.parameters: dict[str, nn.Parameter] = fusion | reader
+        groups = [
+            {"params": list(fusion.values()), "lr": rule.lr},
+            {"params": list(reader.values()), "lr": rule.lr_reader},
+        ]
+        self.optimiser: torch.optim.Optimizer = torch.optim.AdamW(groups, weight_decay=rule.weight_decay)
+
+    def drawn(self, number: int) -> list[int]:
+        """The caption records of a batch, cut from a permutation per epoch."""
+        epoch, place = divmod(number, len(self.captions) // self.batch_size)
+        order = torch.randperm(len(self.captions), generator=generator(self.seed, "evlf epoch", epoch))
+        return order[place * self.batch_size :][: self.batch_size].tolist()
+
+    def losses(
+        self,
+        latents: Float[Tensor, "B C h w"],
+        texts: Texts,
+        tokens: Float[Tensor, "B L F"],
+        positive: Bool[Tensor, "B B"],
+    ) -> dict[str, Tensor]:
+        """The alignment, whose target is the clean text, and the likeness of fused latents."""
+        fused = self.fusion(latents, tokens, texts.padding)
+        return {
+            "align": alignment(self.reader(fused), texts.pooled, positive, self.rule.temperature),
+            "rebuild": F.mse_loss(fused, latents),
+        }
+
+    def gradient(self, step: int) -> dict[str, float]:
+        rule, device = self.rule, self.diffusion.device
+        weight = ramp(step, self.total, rule.rebuild_low, rule.rebuild_high)
+        told = {"loss": 0.0, "align": 0.0, "rebuild": 0.0}
+        for number in range(step * rule.accumulate, (step + 1) * rule.accumulate):
+            random, records = generator(self.seed, "evlf batch", number), self.drawn(number)
+            pictures = self.pictures(records, self.size)
+            mirrored = torch.rand(len(records), generator=random) < rule.flip
+            pictures = torch.where(mirrored.view(-1, 1, 1, 1), pictures.flip(-1), pictures)
+            with torch.no_grad():
+                latents = self.diffusion.latents(as_signed(pictures.to(device)))
+                texts = self.diffusion.texts([self.captions[r] for r in records])
+                tokens = blurred_text(
+                    texts.tokens, random, drop_all=rule.drop_text, drop=rule.drop_entries, noise=rule.text_noise
+                )
+            same = [torch.tensor([int(of[r]) for r in records]) for of in (self.image_of, self.caption_of)]
+            positive = positives(*same).to(device)
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                torch.manual_seed(derive(self.seed, "evlf dropout", number))
+                losses = self.losses(latents, texts, tokens, positive)
+            loss = rule.align * losses["align"] + weight * losses["rebuild"]
+            (loss / rule.accumulate).backward()
+            for name, value in {"loss": loss, **losses}.items():
+                told[name] += float(value.detach()) / rule.accumulate
+        nn.utils.clip_grad_norm_(list(self.parameters.values()), rule.clip)
+        return told | {"rebuild_weight": weight}

@@ -1,0 +1,91 @@
+"""All pairs of a split as fused latents, block by block, on workers. D numbers of a latent."""
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rmdd import config
+from rmdd.coresets.rows import Part, Rows
+from rmdd.data.splits import squashed
+from rmdd.files import atomic_path
+from rmdd.generate.diffusion import as_signed
+from rmdd.generate.evlf_tuning import FusionRule, fusion_of
+from rmdd.generate.stable_diffusion import diffusion_of
+from rmdd.generate.studio import Studio
+from rmdd.generate.tuning import read_tuned, use_tuned
+from rmdd.jobs import Values
+from rmdd.places import device_of
+from rmdd.storage import open_storage
+from rmdd.tasks import Item, material
+
+BLOCK = 512
+"""Caption records of a file."""
+BATCH = 16
+
+
+class Fuser:
+    """A trained fusion at work: numbers of blocks of records to files of scaled fused latents (n, D), float16."""
+
+    def __init__(
+        self, item: Item, generator: Path, rule: FusionRule, size: int, seed: int, tuned: Path | None, folder: Path
+    ):
+        self.split, self.folder, self.threads = material(item, "train").split, folder, item.run.runtime.threads
+        self.data = item.run.data.model_copy(update={"image_size": size})
+        self.diffusion = diffusion_of(generator, device_of(item.run))
+        self.fusion, _ = fusion_of(rule, self.diffusion, size, seed)
+        self.fusion.eval()
+        if tuned is not None:
+            read = read_tuned(tuned)
+            use_tuned(self.fusion, {n.removeprefix("fusion."): t for n, t in read.items() if n.startswith("fusion.")})
+
+    def __call__(self, values: Values) -> Values:
+        first = values["block"] * BLOCK
+        records = np.arange(first, min(first + BLOCK, len(self.split.captions)))
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            parts = [self.fused(records[i : i + BATCH]) for i in range(0, len(records), BATCH)]
+        finally:
+            torch.set_num_threads(before)
+        rows = np.concatenate(parts)
+        if not np.isfinite(rows).all():
+            raise ValueError("fused latents are not finite; train the fusion with lower rates (distill.options.fusion)")
+        with atomic_path(_file(self.folder, values["block"])) as temporary, open(temporary, "wb") as file:
+            np.save(file, rows)
+        return {"pairs": len(records)}
+
+    @torch.inference_mode()
+    def fused(self, records: np.ndarray) -> np.ndarray:
+        """Rows of some records; each picture is encoded once."""
+        images, places = np.unique(self.split.image_of[records], return_inverse=True)
+        pictures = np.stack([squashed(self.split.encoded(int(i)), self.data) for i in images])
+        latents = self.diffusion.latents(as_signed(torch.from_numpy(pictures).to(self.diffusion.device)))
+        texts = self.diffusion.texts([self.split.captions[r] for r in records])
+        fused = self.fusion(latents[torch.from_numpy(places).to(latents.device)], texts.tokens, texts.padding)
+        return (fused * self.diffusion.scale).flatten(1).cpu().numpy().astype(np.float16)
+
+
+def fused_rows(studio: Studio, generator: Path, rule: FusionRule, size: int, tuned: Path | None, identity: str) -> Rows:
+    """The fused latents of all caption records of the train split, made where they are not there."""
+    about = [identity, rule.model_dump(mode="json"), size, None if tuned is None else tuned.name, studio.seed]
+    about += [studio.train.split.dataset.hash, studio.run.data.captions.model_dump(mode="json")]
+    folder = studio.item.places.root / "tuned" / f"fused-{config.hash_value([*about, studio.device.type])}"
+    storage, count = open_storage(studio.run.runtime), len(studio.train.split.captions)
+    storage.fetch(folder)
+    blocks = range(-(-count // BLOCK))
+    todo: list[Values] = [{"block": b} for b in blocks if not _file(folder, b).is_file()]
+    make = functools.partial(Fuser, studio.item, generator, rule, size, studio.seed, tuned, folder)
+    for _ in studio.stream("fused latents", "pairs")(make, todo):
+        pass
+    storage.fetch(folder)
+    parts: list[Part] = []
+    for block in blocks:
+        rows = np.load(_file(folder, block), mmap_mode="r")
+        parts.append((np.arange(block * BLOCK, block * BLOCK + len(rows)), rows))
+    return Rows(tuple(parts), parts[0][1].shape[1])
+
+
+def _file(folder: Path, block: int) -> Path:
+    return folder / f"{block:06d}.npy"

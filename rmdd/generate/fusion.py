@@ -1,0 +1,167 @@
+"""EVLF's fusion of a latent with the text of its picture, and the losses that train it.
+
+Latent positions attend to text tokens (and, as released, to each other), so that the fused latent still looks like
+the latent it came from and can be read linearly as the embedding of its text.
+
+    L = lambda_1 L_align + lambda_2(step) MSE(z~, z)
+
+B batch, C h w a latent, unscaled, N = h w its positions, L text tokens, F text width, d fusion width.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+
+class Layer(nn.Module):
+    """Attention to fixed keys and a feed-forward net, each with a normalised sum behind it."""
+
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, heads, dropout=dropout, batch_first=True)
+        self.norm_attention, self.norm_feed = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.feed = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(2 * width, width)
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, x: Float[Tensor, "B N d"], keys: Float[Tensor, "B K d"], padding: Bool[Tensor, "B K"]
+    ) -> Float[Tensor, "B N d"]:
+        seen, _ = self.attention(x, keys, keys, key_padding_mask=padding, need_weights=False)
+        x = self.norm_attention(x + self.dropout(seen))
+        return self.norm_feed(x + self.dropout(self.feed(x)))
+
+
+class Fusion(nn.Module):
+    """Latents and text tokens to latents of the same scale.
+
+    `keys: both` attends to image and text tokens, as released, `text` to text alone, as printed; either are made once
+    before the layers. With `residual` the output is added to the latent through a convolution that starts at zero, so
+    an untrained module changes nothing; without it (as published) the identity has to be learned.
+    """
+
+    def __init__(
+        self,
+        text_width: int,
+        grid: tuple[int, int],
+        *,
+        channels: int = 4,
+        width: int = 256,
+        heads: int = 4,
+        layers: int = 2,
+        dropout: float = 0.1,
+        keys: Literal["both", "text"] = "both",
+        residual: bool = True,
+    ):
+        super().__init__()
+        self.grid, self.keys, self.residual = grid, keys, residual
+        self.image_in = nn.Conv2d(channels, width, 1)
+        self.text_in = nn.Linear(text_width, width)
+        self.position = nn.Parameter(torch.randn(1, grid[0] * grid[1], width))
+        self.layers = nn.ModuleList(Layer(width, heads, dropout) for _ in range(layers))
+        self.image_out = nn.Conv2d(width, channels, 1)
+        if residual:
+            nn.init.zeros_(self.image_out.weight)
+            nn.init.zeros_(self.image_out.bias)  # type: ignore[arg-type]
+
+    def forward(
+        self,
+        latents: Float[Tensor, "B C h w"],
+        tokens: Float[Tensor, "B L F"],
+        padding: Bool[Tensor, "B L"],
+    ) -> Float[Tensor, "B C h w"]:
+        """`padding` is true for tokens that nothing shall see. Raises `ValueError` for another grid."""
+        if latents.shape[-2:] != self.grid:
+            raise ValueError(
+                f"this fusion was made for latents of {self.grid[0]} x {self.grid[1]}, found "
+                f"{latents.shape[-2]} x {latents.shape[-1]}; keep one picture size in training and sampling"
+            )
+        x = self.image_in(latents).flatten(2).transpose(1, 2) + self.position
+        text = self.text_in(tokens)
+        if self.keys == "both":
+            keys, hidden = torch.cat([x, text], dim=1), F.pad(padding, (x.shape[1], 0))
+        else:
+            keys, hidden = text, padding
+        for layer in self.layers:
+            x = layer(x, keys, hidden)
+        out = self.image_out(x.transpose(1, 2).reshape(len(x), -1, *self.grid))
+        return latents + out if self.residual else out
+
+
+class Projector(nn.Module):
+    """Reads a latent as a text embedding. Raises `ValueError` for a grid it cannot be cut into 4 x 4 from."""
+
+    def __init__(self, text_width: int, grid: tuple[int, int], *, channels: int = 4, width: int = 64):
+        super().__init__()
+        if min(grid) < 4:
+            raise ValueError(f"latents of {grid[0]} x {grid[1]} are too small for the projector; give larger pictures")
+        self.cut = nn.Conv2d(channels, width, 4, stride=4)
+        self.read = nn.Linear(16 * width, text_width)
+        self.norm = nn.LayerNorm(text_width)
+
+    def forward(self, latents: Float[Tensor, "B C h w"]) -> Float[Tensor, "B F"]:
+        return self.norm(self.read(F.adaptive_avg_pool2d(self.cut(latents), 4).flatten(1)))
+
+
+def alignment(
+    read: Float[Tensor, "B F"],
+    texts: Float[Tensor, "B F"],
+    positive: Bool[Tensor, "B B"],
+    temperature: float,
+) -> Float[Tensor, ""]:
+    """InfoNCE in both directions in the mean form: -log of the mean probability of a row's positives.
+
+    `positive` is symmetric and true on the diagonal; true nowhere else it makes this symmetric cross-entropy.
+    """
+    assert positive.diagonal().all(), "a row without a positive has no loss"
+    logits = F.normalize(read, dim=1) @ F.normalize(texts, dim=1).T / temperature
+    none = torch.finfo(logits.dtype).min
+
+    def rows(logits: Tensor) -> Tensor:
+        told = F.log_softmax(logits, dim=1).masked_fill(~positive, none)
+        return (positive.sum(dim=1).to(told.dtype).log() - torch.logsumexp(told, dim=1)).mean()
+
+    return (rows(logits) + rows(logits.T)) / 2
+
+
+def positives(pictures: Int[Tensor, " B"], captions: Int[Tensor, " B"]) -> Bool[Tensor, "B B"]:
+    """Pairs of the same picture or of the same caption; equal numbers for equal ones."""
+    return (pictures[:, None] == pictures[None, :]) | (captions[:, None] == captions[None, :])
+
+
+def ramp(step: int, total: int, low: float, high: float) -> float:
+    """Linear from `low` at step 0 to `high` at half of `total`, then `high`."""
+    half = total / 2
+    return high if step >= half else low + (high - low) * step / half
+
+
+def first_end(ids: Int[Tensor, "B L"], end: int) -> Int[Tensor, " B"]:
+    """The place of the first end-of-text token; the last place where a text has none.
+
+    Stable Diffusion's tokenizer pads with that very token, so its last one says nothing.
+    """
+    ends = ids == end
+    return torch.where(ends.any(dim=1), ends.int().argmax(dim=1), ids.shape[1] - 1)
+
+
+def after(places: Int[Tensor, " B"], length: int) -> Bool[Tensor, "B L"]:
+    """True for tokens behind a place."""
+    return torch.arange(length, device=places.device)[None, :] > places[:, None]
+
+
+def blurred_text(
+    tokens: Float[Tensor, "B L F"], random: torch.Generator, *, drop_all: float, drop: float, noise: float
+) -> Float[Tensor, "B L F"]:
+    """Text as it is trained on: all of it zero at times, else with entries dropped and noise added.
+
+    `random` is a CPU generator, so that every device draws the same.
+    """
+    if float(torch.rand((), generator=random)) < drop_all:
+        return torch.zeros_like(tokens)
+    kept = torch.rand(tokens.shape, generator=random).to(tokens.device) >= drop
+    added = torch.randn(tokens.shape, generator=random).to(tokens.device) * noise
+    return tokens * kept / (1 - drop) + added

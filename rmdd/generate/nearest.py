@@ -1,0 +1,75 @@
+"""The real captions nearest to drawn pictures by CLIP. P pictures, T captions, D features."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int64
+from PIL import Image
+
+from rmdd.coresets.rows import Rows
+from rmdd.files import atomic_path
+from rmdd.generate.features import Clip
+from rmdd.generate.studio import Studio
+from rmdd.jobs import Values
+
+BLOCK = 32
+"""Pictures that are looked at together."""
+
+
+class Looker:
+    """A CLIP at work: files of pictures to a file of their features."""
+
+    def __init__(self, folder: Path, device: torch.device, threads: int):
+        self.clip, self.threads = Clip(folder, device), threads
+
+    def __call__(self, item: Values) -> Values:
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            images = []
+            for path in item["pictures"]:
+                with Image.open(path) as opened:
+                    images.append(opened.convert("RGB"))
+            found = self.clip.images(images).cpu().numpy()
+        finally:
+            torch.set_num_threads(before)
+        with atomic_path(Path(item["out"])) as temporary, open(temporary, "wb") as file:
+            np.save(file, found)
+        return {"pictures": len(images)}
+
+
+def nearest_captions(
+    studio: Studio, clip: Path, pictures: Sequence[Path], texts: Rows, count: int
+) -> Int64[np.ndarray, "P n"]:
+    """Of each picture the caption records by falling cosine, enough of them that `count` differ in most data."""
+    starts = range(0, len(pictures), BLOCK)
+    items: list[Values] = [
+        {
+            "pictures": [str(p) for p in pictures[start : start + BLOCK]],
+            "out": str(studio.folder / "pairs" / f"clip-{start:06d}.npy"),
+        }
+        for start in starts
+    ]
+    make = functools.partial(Looker, clip, studio.device, studio.run.runtime.threads)
+    for _ in studio.stream(f"pictures seen in phase {studio.phase}", "pictures")(make, items):
+        pass
+    seen = np.concatenate([np.load(item["out"]) for item in items])
+    return nearest_rows(seen, texts, min(len(texts), 16 * count + 16))
+
+
+def nearest_rows(queries: Float32[np.ndarray, "P D"], rows: Rows, count: int) -> Int64[np.ndarray, "P n"]:
+    """Of each query the ids of `count` rows by falling cosine; of equal ones the smaller id first."""
+    queries = queries / np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-12)
+    best = np.zeros((len(queries), 0), np.float32)
+    ids = np.zeros((len(queries), 0), np.int64)
+    for where, block in rows.chunks():
+        block = block / np.maximum(np.linalg.norm(block, axis=1, keepdims=True), 1e-12)
+        here = np.broadcast_to(rows.ids[where], (len(queries), len(block)))
+        best = np.concatenate([best, queries @ block.T], axis=1)
+        ids = np.concatenate([ids, here], axis=1)
+        order = np.lexsort((ids, -best), axis=1)[:, :count]
+        best, ids = np.take_along_axis(best, order, 1), np.take_along_axis(ids, order, 1)
+    return ids

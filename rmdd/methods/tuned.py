@@ -1,0 +1,102 @@
+"""Generative methods that train something before they draw: one task with checkpoints, shared by runs that differ
+in budget or sampling alone."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from rmdd import config
+from rmdd.methods.base import Need
+from rmdd.methods.generative import GenerativeMethod
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from rmdd.data.material import Material
+    from rmdd.generate.studio import Studio
+    from rmdd.generate.tuning import Trainer
+
+
+class TunedMethod(GenerativeMethod):
+    """What is trained lies in the storage under the hash of all that shapes it."""
+
+    needs: ClassVar[tuple[Need, ...]] = ("diffusion",)
+
+    @property
+    @abstractmethod
+    def checkpoint_every(self) -> int:
+        """Updates between checkpoints."""
+
+    @abstractmethod
+    def shapes(self) -> dict[str, Any]:
+        """What shapes the training beside data, parts and seed."""
+
+    @abstractmethod
+    def updates(self, captions: int) -> int:
+        """Steps of the training over so many captions; 0 when nothing is trained."""
+
+    @abstractmethod
+    def trainer(self, train: Material, device: torch.device) -> Trainer:
+        """Who trains, see `rmdd.generate.tuning`."""
+
+    def tuned_folder(self, root: Path, train: Material) -> Path:
+        from rmdd.places import NUMBERS_VERSION, device_of
+
+        view = {"captions", "background", "exif_orientation"}
+        facts = {
+            "version": [NUMBERS_VERSION, type(self).version],
+            "method": type(self).__name__,
+            "device": device_of(self.run).type,
+            "data": train.split.dataset.hash,
+            "view": self.run.data.model_dump(mode="json", include=view),
+            "parts": [part.identity() for part in self.parts() if part.role != "captioner"],
+            "seed": self.seed,
+            **self.shapes(),
+        }
+        return root / "tuned" / config.hash_value(facts)
+
+    def tuned(self, studio: Studio) -> Path | None:
+        """The folder of what was trained, after it was; None when nothing is."""
+        from rmdd.generate.tuning import is_tuned
+        from rmdd.jobs import Interrupted
+        from rmdd.storage import open_storage
+        from rmdd.tasks import tuning
+
+        total = self.updates(len(studio.train.split.captions))
+        if not total:
+            return None
+        folder, storage = self.tuned_folder(studio.item.places.root, studio.train), open_storage(self.run.runtime)
+        storage.fetch(folder)
+        if not is_tuned(folder):
+            with studio.tools.progress.stage("fine-tuning", {"fine-tuning": total}) as update:
+                done = studio.tools.executor.map(tuning, [studio.item], ["fine-tuning"], update)
+            if not all(done):
+                raise Interrupted
+            storage.fetch(folder)
+        return folder
+
+    def pictures(self, train: Material) -> Callable[[list[int], int], Tensor]:
+        """Gives the pictures of caption records as uint8 (B, 3, S, S), squashed to the side asked for."""
+        import numpy as np
+        import torch
+
+        from rmdd.data.splits import squashed
+
+        split, data = train.split, self.run.data
+
+        def some(records: list[int], size: int) -> Tensor:
+            images = split.image_of[records]
+            if size == data.image_size:
+                return torch.from_numpy(np.array(split.some_images(images)))
+            sized = data.model_copy(update={"image_size": size})
+            return torch.from_numpy(np.stack([squashed(split.encoded(int(i)), sized) for i in images]))
+
+        return some
+
+    def before(self, phase: int, count: Callable[[int], int]) -> int:
+        """`count` of the pairs of all earlier phases, added up: phases share one draw and take their parts of it."""
+        return sum(count(p.pairs) for p in self.rule.phases[:phase])

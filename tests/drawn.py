@@ -1,0 +1,84 @@
+"""Tiny runs of methods that draw pictures, and real processes to kill while they do."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+from rmdd import config
+
+TINY = {
+    "name": "tiny",
+    "seed": 5,
+    "data": {"source": "scenes", "image_size": 16, "scenes": {"train": 12, "val": 6, "test": 6, "size": 16}},
+    "model": {
+        "image": {"name": "convnet", "weights": "random", "widths": [8], "groups": 4, "projection": "linear"},
+        "text": {"name": "hashing", "width": 16, "projection": "block"},
+        "width": 8,
+    },
+    "experts": {"num": 1, "epochs": 1, "batch": 16, "augment": {"crop": False, "flip": 0, "randaugment_ops": 0}},
+    "evaluate": {
+        "students": 1,
+        "epochs": 1,
+        "batch": 4,
+        "baseline_lrs": [0.1],
+        "baseline_losses": ["infonce"],
+        "baseline_draws": 1,
+    },
+}
+
+
+def raw_run(storage, method, pairs, options, **distill):
+    """The run file of a tiny run without Ray."""
+    plan = {"method": method, "budget": pairs, "phases": [{"pairs": pairs, "iterations": 1}], "inner_lr": 0.1}
+    places = {"storage": str(storage), "ray": "off", "track": "none"}
+    return {**TINY, "distill": {**plan, **distill, "options": options}, "runtime": places}
+
+
+def run_of(*args, **distill):
+    return config.load(raw_run(*args, **distill))
+
+
+def phase_of(storage, number=0):
+    """The folder of a phase of the one run in a storage."""
+    (found,) = Path(storage).glob(f"phases/*/phase-{number}")
+    return found
+
+
+def results(storage):
+    """All that the value of the one run in a storage decides, without clocks."""
+    storage = Path(storage)
+    wanted = [
+        p
+        for pattern in ("tuned/*/tuned.safetensors", "phases/*/*/*.safetensors", "phases/*/*/pairs/*", "tiny-*/*.json")
+        for p in storage.glob(pattern)
+        if p.name not in ("seconds.json", "cost.json", "data.json")
+    ]
+    return {str(p.relative_to(storage)): p.read_bytes() for p in wanted}
+
+
+def begin(folder, raw):
+    """A real process that does a run."""
+    file = Path(folder) / "run.yaml"
+    file.write_text(yaml.safe_dump(raw))
+    return subprocess.Popen(
+        [sys.executable, "-m", "rmdd", "run", str(file), "--quiet"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def kill_when(process, storage, pattern, seconds=500):
+    """SIGKILL when a file of that name is there."""
+    deadline = time.monotonic() + seconds
+    while not list(Path(storage).glob(pattern)):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, f"{pattern} never came"
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
