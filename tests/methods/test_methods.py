@@ -92,7 +92,19 @@ CARDS |= {
     "ncfm": PAIRED | {"lr_image": 0.1, "lr_text": 0.1},
     "covmatch": PAIRED | {"lr_image": 1.0, "lr_text": 1.0, "phases.0.iterations": 10_000},
 }
-EXPERTS = {name: "endpoints" if name in ("ptm_st", "mct", "ncfm", "covmatch") else "all" for name in BUILT_IN}
+MADE = {"similarity.kind": "identity", "loss": "infonce", "phases.0.iterations": 1}
+CARDS |= {
+    "pds": MADE | {"phases.0.pairs": 100},
+    "edge": MADE | {"phases.0.pairs": 500},
+    "evlf": MADE | {"phases.0.pairs": 100},
+}
+OPTIONS = {
+    "pds": {"rm_ratio": 0.2, "starts": 20, "normalize": False, "noise_level": 10},
+    "edge": {"captions_per_image": 2},
+    "evlf": {"strength": 0.7, "pull": 0.1, "pull_until": 25},
+}
+ENDS = ("ptm_st", "mct", "ncfm", "covmatch", "pds", "edge", "evlf")
+EXPERTS = {name: "endpoints" if name in ENDS else "all" for name in BUILT_IN}
 TRAJECTORY = [name for name in sorted(BUILT_IN) if methods.find(name).family == "trajectory"]
 
 
@@ -106,6 +118,8 @@ def value_at(section, path):
 def test_defaults_are_the_documented_ones(name):
     run = config.load({"distill": {"method": name}})
     assert {path: value_at(run.distill, path) for path in CARDS[name]} == CARDS[name]
+    given = methods.find(name)(run).options
+    assert {option: getattr(given, option) for option in OPTIONS.get(name, {})} == OPTIONS.get(name, {})
     assert run.experts.keep == EXPERTS[name]
     assert (run.model.image.trainable, run.model.image.projection) == (
         (False, "block") if name == "repblend" else (True, "none")
