@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from rmdd import config
-from rmdd.data.images import normalisation
+from rmdd.data.images import normalisation, normalise
 from rmdd.data.shards import Dataset
 from rmdd.data.splits import Split, load_split
 from rmdd.models.image import normalisation_of
@@ -22,6 +23,11 @@ class Material:
     """Caption embeddings (T, F), float32, in the order of `split.captions`."""
     mean: Constants
     std: Constants
+
+    def pictures(self, index: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Some pictures (n,3,S,S), normalised."""
+        pixels = torch.from_numpy(np.array(self.split.some_images(index)))
+        return normalise(pixels.to(device), self.mean, self.std)
 
 
 def load_material(run: config.Run, dataset: Dataset, split: str, cache: Path, device: str = "cpu") -> Material:

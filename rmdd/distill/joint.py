@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rmdd.data.images import normalise
 from rmdd.data.material import Material
 from rmdd.models.dual import DualEncoder
 
@@ -41,9 +40,8 @@ class Embedded:
         count, rows = len(train.split) if side != "text" else 0, []
         with torch.no_grad():
             for start in range(0, count, IMAGES):
-                pixels = train.split.some_images(np.arange(start, min(start + IMAGES, count)))
-                images = normalise(torch.from_numpy(np.array(pixels)).to(device), train.mean, train.std)
-                rows.append(model.embed_images(images).float())
+                index = np.arange(start, min(start + IMAGES, count))
+                rows.append(model.embed_images(train.pictures(index, device)).float())
         return cls(torch.cat(rows) if rows else torch.empty(0, 0, device=device), model, train, side)
 
     def __len__(self) -> int:

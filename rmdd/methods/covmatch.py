@@ -31,7 +31,6 @@ from torch import Tensor, nn
 
 from rmdd import config
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
-from rmdd.data.images import normalise
 from rmdd.data.material import Material
 from rmdd.distill.chunks import gradient_in_chunks
 from rmdd.distill.covariance import covariance_loss, cross_covariance, mean_loss
@@ -207,8 +206,7 @@ class CovarianceMatching:
         total = len(self.train.split.captions)
         drawn = generator(self.seed, what, self.phase, *index)
         records = torch.randperm(total, generator=drawn)[: self.rule.real_batch].sort().values.numpy()
-        pixels = torch.from_numpy(self.train.split.some_images(self.train.split.image_of[records])).to(self.device)
-        images = normalise(pixels, self.train.mean, self.train.std)
+        images = self.train.pictures(self.train.split.image_of[records], self.device)
         return images, self._texts(records.tolist())
 
     def _texts(self, records: Sequence[int]) -> Tensor:

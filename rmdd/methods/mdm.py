@@ -25,7 +25,6 @@ from torch import Tensor
 
 from rmdd import config
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
-from rmdd.data.images import normalise
 from rmdd.data.material import Material
 from rmdd.distill import merging, sphere
 from rmdd.distill.joint import Embedded, Side, nearest_pairs
@@ -236,12 +235,8 @@ class Objective:
         self, method: MDM, phase: int, store: Store, train: Material, model: DualEncoder, device: torch.device
     ):
         self.run, self.options, self.phase, self.seed = method.run, method.options, phase, method.seed
-        self.teacher, self.model, self.train, self.device = (
-            Teacher(method, phase, store, model, device),
-            model,
-            train,
-            device,
-        )
+        self.teacher = Teacher(method, phase, store, model, device)
+        self.model, self.train, self.device = model, train, device
         self.temperature = method.rule.temperature or method.run.model.temperature
 
     def gradient(self, synthetic: Synthetic, iteration: int, draw: int) -> tuple[Synthetic, dict[str, float]]:
@@ -256,7 +251,8 @@ class Objective:
         with self._masks(derive(self.seed, "mdm dropout", *place)), self._precision():
             with torch.no_grad():
                 texts = torch.from_numpy(np.array(self.train.texts[real]))
-                seen = self._embed(self._pictures(real).to(leaves[0]), texts.to(leaves[1]))
+                pictures = self.train.pictures(self.train.split.image_of[real], self.device)
+                seen = self._embed(pictures.to(leaves[0]), texts.to(leaves[1]))
             made = self._embed(enlarged(leaves[0], self.run.data.image_size), leaves[1])
         parts = self.parts(seen, made)
         loss = options.contrastive * parts["loss_nce"]
@@ -287,10 +283,6 @@ class Objective:
     def _embed(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(texts.dtype, torch.float32)
         return self.model.embed_images(images).to(dtype), self.model.embed_texts(texts).to(dtype)
-
-    def _pictures(self, records: np.ndarray) -> Tensor:
-        pixels = self.train.split.some_images(self.train.split.image_of[records])
-        return normalise(torch.from_numpy(np.array(pixels)).to(self.device), self.train.mean, self.train.std)
 
     @contextlib.contextmanager
     def _masks(self, seed: int):

@@ -29,7 +29,6 @@ from torch import Tensor
 
 from rmdd import config
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
-from rmdd.data.images import normalise
 from rmdd.data.material import Material
 from rmdd.distill.characteristic import FrequencyNet, ncfd, wrong_count
 from rmdd.distill.chunks import LossOf, gradient_in_chunks
@@ -155,7 +154,7 @@ class NCFM(DistributionMethod):
             sides = []
             for start in range(0, len(train.split), self.options.chunk):
                 index = np.arange(start, min(start + self.options.chunk, len(train.split)))
-                sides.append(model.embed_images(_pictures(train, index, device)))
+                sides.append(model.embed_images(train.pictures(index, device)))
             images = torch.cat(sides)
             for rows in np.array_split(np.arange(len(points)), max(1, len(points) // 4096)):
                 texts = model.embed_texts(torch.tensor(train.texts[rows]).to(device))
@@ -200,10 +199,6 @@ def joint(images: Tensor, texts: Tensor, projection: Tensor | None) -> Tensor:
     """Unit features of images and texts side by side, unit length again, projected."""
     both = torch.cat([images, texts], dim=1) / 2**0.5
     return both if projection is None else both @ projection
-
-
-def _pictures(train: Material, index: np.ndarray, device: torch.device) -> Tensor:
-    return normalise(torch.from_numpy(train.split.some_images(index)).to(device), train.mean, train.std)
 
 
 class Plateau:
@@ -307,7 +302,7 @@ class CharacteristicMatching:
         with torch.no_grad():
             for start in range(0, len(records), self.rule.chunk):
                 rows = records[start : start + self.rule.chunk]
-                pixels = _pictures(self.train, self.train.split.image_of[rows], self.device)
+                pixels = self.train.pictures(self.train.split.image_of[rows], self.device)
                 texts = torch.tensor(self.train.texts[rows]).to(self.device)
                 found.append(joint(*self._encode(pixels, texts), self.projection))
         return list(torch.cat(found).split([len(b) for b in batches]))

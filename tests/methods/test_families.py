@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from toy import assert_same_results
+from toy import assert_same_results, lines_of
 from toy_mdm import TINY, run_of
 
 from rmdd import config, console, estimate
@@ -135,12 +135,8 @@ def test_the_pace_counts_the_pairs_of_a_step(tmp_path):
     pipeline.experts()
     told = []
     assert phase(pipeline.item(), Hooks(told.append))
-    seconds = {8 + 4: [t["pairs/s"] for t in told if "pairs/s" in t]}
-    lines = (pipeline.item().places.phase(0) / "metrics.jsonl").read_text().splitlines()
-    import json
-
-    taken = [json.loads(line)["seconds"] for line in lines]
-    assert seconds == {12: pytest.approx([12 / s for s in taken if s])}
+    taken = [line["seconds"] for line in lines_of(pipeline.item().places.phase(0))]
+    assert [t["pairs/s"] for t in told if "pairs/s" in t] == pytest.approx([12 / s for s in taken if s])
 
 
 def test_ranks_that_die_are_opened_again_and_the_phase_goes_on(tmp_path):
@@ -195,3 +191,14 @@ def test_a_sum_with_one_experts_start_is_around_that_start(tmp_path):
     owners = [{e for e, kept in cells.items() if any(same.of(b, p) for p in kept[1:])} for _, b in seen]
     assert set().union(*owners) == {0, 1}
     assert all(same.of(a, cells[e][0]) for (a, _), owner in zip(seen, owners, strict=True) for e in owner)
+
+
+def test_the_page_and_the_table_tell_of_no_paths(tmp_path):
+    from rmdd.comparisons.compare import rate
+
+    run = run_of(tmp_path)
+    page = Pipeline(run, InTurn(1), Progress(quiet=True)).report().read_text(encoding="utf-8")
+    assert "expert paths" not in page and "Learned rates" not in page and "inner steps" not in page
+    assert "Matched for" in page and "gradient norm" in page and "its parts" in page
+    told = {"rates": "learned", "kind": "set"}
+    assert (rate(told | {"method": "mdm"}), rate(told | {"method": "lors"})) == ("as set", "learned")
