@@ -53,7 +53,7 @@ def modes_of(
     free = free[np.argsort(np.isin(free, nearest[count > 0]), kind="stable")]  # those that stand for no mode first
     for cluster, place in zip(np.flatnonzero(count == 0), free, strict=False):
         nearest[cluster], said[cluster] = place, int(ids[place])
-        centres[cluster] = rows.at([place])[0]
+        centres[cluster] = rows.at(free[free == place])[0]
     latents = centres if kind == "centre" else rows.at(nearest)
     return Modes(latents.astype(np.float32), said, count.tolist())
 
