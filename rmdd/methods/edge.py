@@ -114,7 +114,8 @@ class EDGE(TunedMethod):
         rule = self.options.captioner
         assert rule.kind in DEFAULT_IDS
         files = ("preprocessor_config.json|processor_config.json", "tokenizer.json|vocab.txt|tokenizer.model")
-        return Part.of("captioner", rule.id or DEFAULT_IDS[rule.kind], files=files, option="distill.options.captioner.id: FOLDER")
+        option = "distill.options.captioner.id: FOLDER"
+        return Part.of("captioner", rule.id or DEFAULT_IDS[rule.kind], files=files, option=option)
 
     @property
     def checkpoint_every(self) -> int:
