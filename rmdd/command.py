@@ -83,9 +83,15 @@ def placed(run: config.Run) -> config.Run:
     model = run.model.model_copy(update={"image": image, "text": text})
     probes = {name: moved(probe, _place) for name, probe in run.evaluate.probes.items()}
     evaluate = run.evaluate.model_copy(update={"probes": probes})
-    options = {name: _part(value) if isinstance(value, str) else value for name, value in run.distill.options.items()}
-    distill = run.distill.model_copy(update={"options": options})
+    distill = run.distill.model_copy(update={"options": _parts(run.distill.options)})
     return run.model_copy(update={"data": data, "model": model, "distill": distill, "evaluate": evaluate})
+
+
+def _parts(options: Mapping[str, Any]) -> dict[str, Any]:
+    def moved(value: Any) -> Any:
+        return _parts(value) if isinstance(value, Mapping) else _part(value) if isinstance(value, str) else value
+
+    return {name: moved(value) for name, value in options.items()}
 
 
 def _part(option: str) -> str:

@@ -106,6 +106,10 @@ def target(task: Task, item: Item) -> Path:
     """Where the result of a task goes: items with the same one are the same work."""
     if task is student:
         return record(item)
+    if task is tuning:
+        method = methods.find(item.run.distill.method)(item.run)
+        assert isinstance(method, TunedMethod)
+        return method.tuned_folder(item.places.root, Dataset.open(item.places.data).hash)
     if task in (plan, checkup):
         return item.places.run / (PLAN if task is plan else HEALTH)
     return item.places.phase(item.number) if task is phase else item.places.store / f"expert-{item.number:03d}"
@@ -261,7 +265,7 @@ def tuning(item: Item, hooks: Hooks) -> bool:
     method = methods.find(item.run.distill.method)(item.run)
     assert isinstance(method, TunedMethod)
     train = material(item, "train")
-    folder = method.tuned_folder(item.places.root, train)
+    folder = method.tuned_folder(item.places.root, train.split.dataset.hash)
     with _alone(folder, storage, hooks) as hooks:
 
         def on_step(metrics: dict[str, Any]) -> None:

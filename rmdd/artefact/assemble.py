@@ -104,7 +104,7 @@ def _provenance(item: Item) -> dict[str, Any]:
         "phases": item.places.phases.name,
         "iterations": list(item.iterations),
         **({"parts": list(parts.values())} if parts else {}),
-        **({"generated": read_json(told[0])} if told else {}),
+        **({"generated": {path.parent.name: read_json(path) for path in told}} if told else {}),
         "seeds": {
             "experts": run.seed_of("experts"),
             "distill": run.seed_of("distill"),

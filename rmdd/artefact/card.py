@@ -125,7 +125,7 @@ def _made(distilled: DistilledSet) -> str:
     generated = distilled.provenance.get("generated")
     if generated is None:
         return OPTIMISED
-    return PICKED if generated.get("pictures") == "real" else DECODED
+    return PICKED if next(iter(generated.values())).get("pictures") == "real" else DECODED
 
 
 def _licences(parts: list[dict[str, Any]]) -> str:

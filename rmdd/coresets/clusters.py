@@ -38,11 +38,12 @@ def fit(
     """K-means centroids, from k-means++ starts. Fewer than `k` distinct rows give centroids that coincide."""
     from sklearn.cluster import KMeans, MiniBatchKMeans
     from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits
 
     if not 0 < k <= len(sample):
         raise ValueError(f"{len(sample)} rows cannot be put into {k} clusters; ask for 1 to {len(sample)}")
     options = {"n_clusters": k, "n_init": starts, "max_iter": iterations, "random_state": derive(seed, "k-means") >> 31}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), threadpool_limits(1):  # sums over threads depend on how many there are
         warnings.simplefilter("ignore", ConvergenceWarning)  # of rows that are not distinct, or few iterations
         if len(sample) > mini_batch:
             found = MiniBatchKMeans(batch_size=mini_batch, **options).fit(sample)

@@ -265,13 +265,15 @@ class Painter:
                 f"the picture of pair {index} is empty or of one colour ({image.width} x {image.height}); the decoder "
                 "failed: look at its precision and its parts"
             )
-        native = list(image.size)
+        native, redrawn = list(image.size), image.info.get("redrawn", 0)
         if image.size != (self.size, self.size):
             image = image.resize((self.size, self.size), Image.Resampling.LANCZOS)
         with atomic_path(picture_of(self.folder, index)) as temporary:
             image.save(temporary, "PNG")
         told = {name: value for name, value in request.items() if not isinstance(value, Tensor)}
         about = told | {"native": native, "request": request_hash(request)}
+        if redrawn:
+            about["redrawn"] = redrawn  # how many seeds gave one colour
         write_json(picture_of(self.folder, index).with_suffix(".json"), about)
 
 

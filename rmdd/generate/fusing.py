@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rmdd import config
 from rmdd.coresets.rows import Part, Rows
 from rmdd.data.splits import squashed
 from rmdd.files import atomic_path
@@ -67,11 +66,8 @@ class Fuser:
         return (fused * self.diffusion.scale).flatten(1).cpu().numpy().astype(np.float16)
 
 
-def fused_rows(studio: Studio, generator: Path, rule: FusionRule, size: int, tuned: Path | None, identity: str) -> Rows:
-    """The fused latents of all caption records of the train split, made where they are not there."""
-    about = [identity, rule.model_dump(mode="json"), size, None if tuned is None else tuned.name, studio.seed]
-    about += [studio.train.split.dataset.hash, studio.run.data.captions.model_dump(mode="json")]
-    folder = studio.item.places.root / "tuned" / f"fused-{config.hash_value([*about, studio.device.type])}"
+def fused_rows(studio: Studio, generator: Path, rule: FusionRule, size: int, tuned: Path | None, folder: Path) -> Rows:
+    """The fused latents of all caption records of the train split, in `folder`, made where they are not there."""
     storage, count = open_storage(studio.run.runtime), len(studio.train.split.captions)
     storage.fetch(folder)
     blocks = range(-(-count // BLOCK))

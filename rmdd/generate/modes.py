@@ -49,7 +49,8 @@ def modes_of(
     centres = _means(rows, label, k, count)
     nearest = _nearest(rows, label, centres)
     said = [_spokesman(texts, ids[label == cluster]) if count[cluster] else -1 for cluster in range(k)]
-    free = np.setdiff1d(places, np.concatenate([nearest[count > 0], np.flatnonzero(np.isin(ids, said))]))
+    free = np.flatnonzero(~np.isin(ids, said))
+    free = free[np.argsort(np.isin(free, nearest[count > 0]), kind="stable")]  # those that stand for no mode first
     for cluster, place in zip(np.flatnonzero(count == 0), free, strict=False):
         nearest[cluster], said[cluster] = place, int(ids[place])
         centres[cluster] = rows.at(free[free == place])[0]
@@ -60,15 +61,17 @@ def modes_of(
 def reduced(rows: Rows, components: int | None, seed: int) -> Float32[np.ndarray, "T P"]:
     """Rows in their principal components, found from some of them; no more than they have."""
     from sklearn.decomposition import PCA
+    from threadpoolctl import threadpool_limits
 
     count = len(rows)
     if components is None or components >= min(count, rows.width):
-        return np.concatenate([block for _, block in rows.chunks()])
+        return np.concatenate([block.copy() for _, block in rows.chunks()])  # chunks share a buffer
     some = np.arange(count) if count <= REDUCED_FROM else np.sort(smallest(np.arange(count), REDUCED_FROM, seed, "pca"))
-    solver = PCA(components, svd_solver="randomized", random_state=derive(seed, "pca") >> 31).fit(rows.at(some))
     out = np.empty((count, components), np.float32)
-    for where, block in rows.chunks():
-        out[where] = solver.transform(block)
+    with threadpool_limits(1):  # sums over threads depend on how many there are
+        solver = PCA(components, svd_solver="randomized", random_state=derive(seed, "pca") >> 31).fit(rows.at(some))
+        for where, block in rows.chunks():
+            out[where] = solver.transform(block)
     return out
 
 

@@ -51,7 +51,7 @@ class Part:
     kind: Kind = "transformers"
     """diffusers: a pipeline with a model_index.json and a folder for every component."""
     files: tuple[str, ...] = ()
-    """Files that it needs beside configuration and weights; `a|b` is either."""
+    """Files that it needs beside configuration and weights, `a|b` is either; of a pipeline, the components."""
     option: str = ""
     """What to write in a run file to take it from a folder, for messages, such as `distill.options.decoder: FOLDER`."""
 
@@ -60,7 +60,7 @@ class Part:
         """A part as a run file names it: a folder, or a hub id that may end in `@REVISION`."""
         path = Path(name).expanduser()
         if path.is_dir() or _is_path(name):
-            return cls(role, str(path), None, kind, tuple(files), option)
+            return cls(role, os.path.abspath(path), None, kind, tuple(files), option)
         id, _, revision = name.partition("@")
         return cls(role, id, revision or None, kind, tuple(files), option)
 
@@ -72,13 +72,15 @@ class Part:
         """The folder that holds what there is of it; None when nothing is there. Asks no network."""
         if self.is_local:
             return Path(self.id) if Path(self.id).is_dir() else None
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
 
-        try:
-            return Path(snapshot_download(self.id, revision=self.revision, local_files_only=True))
-        except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
+        described = "config.json" if self.kind == "transformers" else "model_index.json"
+        try:  # not snapshot_download, which takes a snapshot without the files that nobody loads for cut off
+            found = try_to_load_from_cache(self.id, described, revision=self.revision)
+        except HFValidationError:
             return None
+        return Path(found).parent if isinstance(found, str) else None
 
     def lacking(self) -> list[str]:
         """What is not there of it, by file name; empty when it is whole."""
@@ -89,7 +91,9 @@ class Part:
             return _lacking_model(folder, self.files)
         if not (folder / "model_index.json").is_file():
             return ["model_index.json"]
-        return [gap for name in components(folder) for gap in _lacking_component(folder / name)]
+        listed = components(folder)
+        gaps = [f"{name}/" for name in self.files if name not in listed]
+        return gaps + [gap for name in listed for gap in _lacking_component(folder / name)]
 
     def folder(self) -> Path:
         """Where it lies, whole. Raises `ValueError` that says what is missing and how to get it."""
@@ -103,18 +107,18 @@ class Part:
         """One line: what is missing, how large it is, and what to do."""
         lacking, size = self.lacking(), ABOUT_BYTES.get(self.id)
         shown = ", ".join(lacking[:4]) + (f" and {len(lacking) - 4} more" if len(lacking) > 4 else "")
-        field = f"set {self.option}," if self.option else "give"
+        field = f" ({self.option})" if self.option else ""
         if self.is_local:
             found = "there is no such folder" if self.place() is None else f"it lacks {shown}"
             saved = "save_pretrained of its pipeline" if self.kind == "diffusers" else "save_pretrained, with processor"
-            return f"{self.role}: folder {self.id}: {found}; {field} a folder that was written by {saved}"
+            return f"{self.role}: folder {self.id}: {found}; give a folder that was written by {saved}{field}"
         about = f", about {size / 1e9:.1f} GB" if size else ""
         at = f" --revision {self.revision}" if self.revision else ""
         name = self.id + (f"@{self.revision}" if self.revision else "")
         return (
             f"{self.role}: {name}{about} is not on this machine ({shown}{'; ' + why if why else ''}); where there is "
-            f"a network run `hf download {self.id}{at}` and bring its cache here (HF_HOME), or {field} a folder "
-            "that holds it"
+            f"a network run `hf download {self.id}{at}` and bring its cache here (HF_HOME), or give a folder "
+            f"that holds it{field}"
         )
 
     def identity(self) -> str:
@@ -270,7 +274,7 @@ def _download(part: Part) -> None:
 
     listed = HfApi().model_info(part.id, revision=part.revision)
     names = wanted([s.rfilename for s in listed.siblings or []], part.kind)
-    snapshot_download(part.id, revision=listed.sha if part.revision is None else part.revision, allow_patterns=names)
+    snapshot_download(part.id, revision=part.revision, allow_patterns=names)  # a commit would leave no word of `main`
 
 
 @functools.lru_cache(maxsize=16)

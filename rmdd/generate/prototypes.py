@@ -140,13 +140,10 @@ def partition(
 
     No cluster is empty as long as there are enough distinct rows.
     """
-    from threadpoolctl import threadpool_limits
-
     size = max(SAMPLE, 4 * k)
     drawn = of if len(of) <= size else of[np.sort(smallest(np.arange(len(of)), size, seed, "k-means sample"))]
     sample = rows.at(drawn)
-    with threadpool_limits(1):  # sums over threads would depend on how many there are
-        centroids = fit(_unit(sample) if normalize else sample, k, seed, starts=starts, mini_batch=MINI_BATCH)
+    centroids = fit(_unit(sample) if normalize else sample, k, seed, starts=starts, mini_batch=MINI_BATCH)
     if rows.folder is not None and 4 * len(rows) * rows.width >= RANKS_FROM:
         with ranks(functools.partial(open_side, rows.folder, normalize)) as held:
             label, distance = _nearest(held, centroids, len(rows))
@@ -222,10 +219,7 @@ def topped_up(cells: Sequence[Cell], pairs: int, a: Ids, b: Ids, joint: Any, see
 
 
 def _halves(members: Ids, rows: np.ndarray, seed: int) -> list[Ids]:
-    from threadpoolctl import threadpool_limits
-
-    with threadpool_limits(1):
-        centroids = fit(rows, 2, derive(seed, "split of a cell", int(members[0]), len(members)))
+    centroids = fit(rows, 2, derive(seed, "split of a cell", int(members[0]), len(members)))
     _, label, _ = Shard(Rows.of(rows)).assigned(centroids)
     halves = [members[label == half] for half in (0, 1)]
     if not all(len(half) for half in halves):  # members that coincide

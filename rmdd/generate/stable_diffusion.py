@@ -34,7 +34,9 @@ class Sampling(Section):
 
     steps: PositiveInt = Field(50, description="denoising steps")
     guidance: NonNegativeFloat = Field(7.5, description="scale of classifier-free guidance; at most 1: without")
-    size: PositiveInt = Field(512, description="side of the pictures as drawn; the set has data.image_size")
+    size: PositiveInt = Field(
+        512, multiple_of=8, description="side of the pictures as drawn; the set has data.image_size"
+    )
     batch: PositiveInt = Field(
         1, description="pictures that are drawn together; above 1 their last bits depend on how many"
     )
@@ -51,7 +53,6 @@ def load_pipeline(folder: Path, dtype: torch.dtype = torch.float32, kind: str = 
         loaded = getattr(diffusers, f"{kind}Pipeline").from_pretrained(
             str(folder),
             dtype=dtype,
-            use_safetensors=True,
             local_files_only=True,
             safety_checker=None,
             feature_extractor=None,
@@ -62,7 +63,8 @@ def load_pipeline(folder: Path, dtype: torch.dtype = torch.float32, kind: str = 
 
 
 def generator_part(name: str) -> Part:
-    return Part.of("generator", name, "diffusers", option="distill.options.generator")
+    needs = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+    return Part.of("generator", name, "diffusers", needs, option="distill.options.generator: FOLDER")
 
 
 def diffusion_of(folder: Path, device: torch.device) -> Diffusion:

@@ -28,6 +28,7 @@ from rmdd.jobs import Executor, Hooks, Interrupted, OpenRanks, Stream, Values, i
 from rmdd.models.text import embed
 from rmdd.places import device_of
 from rmdd.progress import watched
+from rmdd.storage import open_storage
 
 if TYPE_CHECKING:
     from rmdd.coresets.features import Sides
@@ -89,7 +90,7 @@ class Studio:
         each = watched(self.tools.progress, title, unit, in_turn if here else self.tools.encoders)
 
         def streamed(make: Callable[[], Callable[[Values], Values]], items: Sequence[Values]) -> Any:
-            for done in each(make, items):
+            for done in each(functools.partial(_stored, make, self.run.runtime), items):
                 yield done
                 if self.hooks.should_stop():
                     raise Interrupted
@@ -171,6 +172,12 @@ class Studio:
             cleaned, run.model.text, self.item.places.cache, device=str(self.device), threads=run.runtime.threads
         )
         return torch.from_numpy(np.array(found))
+
+
+def _stored(make: Callable[[], Callable[[Values], Values]], runtime: config.Runtime) -> Callable[[Values], Values]:
+    """`make()` in a worker that publishes what it writes into the run's storage."""
+    open_storage(runtime)
+    return make()
 
 
 def read_picture(path: Path, size: int) -> Tensor:

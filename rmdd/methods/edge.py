@@ -100,7 +100,7 @@ class EDGE(TunedMethod):
         if options.tuning.steps != 0 or nearest:
             from rmdd.generate.features import part_of
 
-            found.append(part_of(options.clip, "distill.options.clip"))
+            found.append(part_of(options.clip, "distill.options.clip: FOLDER"))
         if self._asks and not nearest:
             found.append(self._captioner)
         return found
@@ -114,7 +114,8 @@ class EDGE(TunedMethod):
         rule = self.options.captioner
         assert rule.kind in DEFAULT_IDS
         files = ("preprocessor_config.json|processor_config.json", "tokenizer.json|vocab.txt|tokenizer.model")
-        return Part.of("captioner", rule.id or DEFAULT_IDS[rule.kind], files=files, option=f"{rule.kind} captioner.id")
+        option = "distill.options.captioner.id: FOLDER"
+        return Part.of("captioner", rule.id or DEFAULT_IDS[rule.kind], files=files, option=option)
 
     @property
     def checkpoint_every(self) -> int:
@@ -122,6 +123,10 @@ class EDGE(TunedMethod):
 
     def shapes(self) -> dict[str, Any]:
         return {"tuning": self.options.tuning.model_dump(mode="json", exclude={"checkpoint_every", "save_memory"})}
+
+    def sizes(self) -> dict[str, int]:
+        tuning, drawn = self.options.tuning, {"sampling.size": self.options.sampling.size}
+        return drawn if tuning.steps == 0 else {"tuning.size": tuning.size, **drawn}
 
     def updates(self, captions: int) -> int:
         return self.options.tuning.updates(captions)

@@ -50,7 +50,9 @@ if TYPE_CHECKING:
 
 
 class LatentSampling(Sampling):
-    size: PositiveInt = Field(256, description="side of the pictures, in training and as drawn; the set's is another")
+    size: PositiveInt = Field(
+        256, multiple_of=8, description="side of the pictures, in training and as drawn; the set's is another"
+    )
 
 
 class EVLF(TunedMethod):
@@ -94,10 +96,15 @@ class EVLF(TunedMethod):
     @classmethod
     def clashes(cls, run: config.Run) -> list[str]:
         options = cls.Options(**run.distill.options)
-        guided = options.sampler == "mode_guidance"
-        if guided and options.pull and options.pull_until >= options.sampling.steps - 1:
+        guided, steps = options.sampler == "mode_guidance", options.sampling.steps
+        if not guided and int(steps * options.strength) < 1:
             return [
-                f"distill.options.pull_until {options.pull_until} leaves none of the {options.sampling.steps} steps to "
+                f"distill.options.strength {options.strength} leaves none of the {steps} steps to denoise a mode; "
+                "raise it, or distill.options.sampling.steps"
+            ]
+        if guided and options.pull and options.pull_until >= steps - 1:
+            return [
+                f"distill.options.pull_until {options.pull_until} leaves none of the {steps} steps to "
                 "be guided; lower it"
             ]
         return []
@@ -106,6 +113,9 @@ class EVLF(TunedMethod):
 
     def parts(self) -> list[Part]:
         return [generator_part(self.options.generator)]
+
+    def sizes(self) -> dict[str, int]:
+        return {"sampling.size": self.options.sampling.size}
 
     @property
     def checkpoint_every(self) -> int:
@@ -140,7 +150,9 @@ class EVLF(TunedMethod):
         options, train, part = self.options, studio.train, self.parts()[0]
         folder, identity = part.folder(), part.identity()
         tuned = self.tuned(studio)
-        rows = fused_rows(studio, folder, options.fusion, options.sampling.size, tuned, identity)
+        beside = self.folder_of(studio)
+        fused = beside.with_name(f"fused-{beside.name}")  # what shapes a training shapes what it gives
+        rows = fused_rows(studio, folder, options.fusion, options.sampling.size, tuned, fused)
         total = sum(p.pairs for p in self.rule.phases)
         found = modes_of(rows, train.texts, total, self.seed, components=options.components, kind=options.mode)
         order = torch.randperm(total, generator=generator(self.seed, "evlf modes")).tolist()

@@ -42,6 +42,11 @@ DECODERS = {
     "unclip": "stabilityai/stable-diffusion-2-1-unclip-small",
     "karlo": "kakaobrain/karlo-v1-alpha-image-variations",
 }
+COMPONENTS = {
+    "unclip": ("image_normalizer", "image_noising_scheduler", "text_encoder", "unet", "vae"),
+    "karlo": ("decoder", "text_proj", "image_encoder", "super_res_first", "super_res_last"),
+}
+"""What tells such a pipeline from others."""
 STEPS, GUIDANCE = {"unclip": 100, "karlo": 25}, {"unclip": 5.0, "karlo": 8.0}
 
 
@@ -134,7 +139,8 @@ class PDS(GenerativeMethod):
         how = self.options.decode
         if how != "nearest":
             name = self.options.decoder or DECODERS[how]
-            asked.append(parts.Part.of("decoder", name, "diffusers", option="distill.options.decoder: FOLDER"))
+            needs, option = COMPONENTS[how], "distill.options.decoder: FOLDER"
+            asked.append(parts.Part.of("decoder", name, "diffusers", needs, option))
         return asked
 
     def faults(self) -> list[str]:

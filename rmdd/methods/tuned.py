@@ -40,10 +40,26 @@ class TunedMethod(GenerativeMethod):
         """Steps of the training over so many captions; 0 when nothing is trained."""
 
     @abstractmethod
+    def sizes(self) -> dict[str, int]:
+        """Sides of the pictures that its first part, the generator, encodes and draws, by option."""
+
+    def faults(self) -> list[str]:
+        from rmdd.generate.stable_diffusion import latent_shape
+
+        found, generator = super().faults(), self.parts()[0]
+        for option, size in () if generator.lacking() else self.sizes().items():
+            try:
+                latent_shape(generator.folder(), size)
+            except ValueError as error:
+                found.append(f"distill.options.{option}: {error}")
+        return found
+
+    @abstractmethod
     def trainer(self, train: Material, device: torch.device) -> Trainer:
         """Who trains, see `rmdd.generate.tuning`."""
 
-    def tuned_folder(self, root: Path, train: Material) -> Path:
+    def tuned_folder(self, root: Path, data: str) -> Path:
+        """Where it lies in the storage `root`, for data of that hash."""
         from rmdd.places import NUMBERS_VERSION, device_of
 
         view = {"captions", "background", "exif_orientation"}
@@ -51,13 +67,16 @@ class TunedMethod(GenerativeMethod):
             "version": [NUMBERS_VERSION, type(self).version],
             "method": type(self).__name__,
             "device": device_of(self.run).type,
-            "data": train.split.dataset.hash,
+            "data": data,
             "view": self.run.data.model_dump(mode="json", include=view),
             "parts": [part.identity() for part in self.parts() if part.role != "captioner"],
             "seed": self.seed,
             **self.shapes(),
         }
         return root / "tuned" / config.hash_value(facts)
+
+    def folder_of(self, studio: Studio) -> Path:
+        return self.tuned_folder(studio.item.places.root, studio.train.split.dataset.hash)
 
     def tuned(self, studio: Studio) -> Path | None:
         """The folder of what was trained, after it was; None when nothing is."""
@@ -69,7 +88,7 @@ class TunedMethod(GenerativeMethod):
         total = self.updates(len(studio.train.split.captions))
         if not total:
             return None
-        folder, storage = self.tuned_folder(studio.item.places.root, studio.train), open_storage(self.run.runtime)
+        folder, storage = self.folder_of(studio), open_storage(self.run.runtime)
         storage.fetch(folder)
         if not is_tuned(folder):
             with studio.tools.progress.stage("fine-tuning", {"fine-tuning": total}) as update:

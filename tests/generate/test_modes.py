@@ -54,6 +54,13 @@ def test_equal_latents_leave_no_mode_without_a_record():
         modes_of(Rows.of(rows), np.eye(6, dtype=np.float32), 7, seed=0)
 
 
+def test_fewer_distinct_latents_than_modes_leave_each_a_record_of_its_own():
+    rows = np.repeat(np.eye(4, dtype=np.float32), [4, 3, 2, 1], axis=0)
+    found = modes_of(Rows.of(rows), np.random.default_rng(0).standard_normal((10, 3)), 9, seed=0)
+    assert len(set(found.records)) == 9 and set(found.records) <= set(range(10))
+    assert (np.linalg.norm(found.latents, axis=1) > 0.9).all(), "a latent that is there"
+
+
 def test_assignment_against_a_double_loop_and_all_components_keep_distances():
     rows, _, _ = planted(seed=3)
     centres = rows[:5] + 0.3

@@ -1,7 +1,13 @@
 """Pretrained parts: found, pinned, and missed, without a network."""
 
+import contextlib
 import json
+import os
 import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import tiny_parts
@@ -97,10 +103,78 @@ def test_without_network_a_missing_hub_id_is_told_with_its_size_and_a_way_out():
     (line,) = faults([part])
     for words in ("clip: openai/clip-vit-large-patch14@abc", "1.7 GB", "offline mode", "hf download", "--revision abc"):
         assert words in line
-    assert "set distill.options.features: clip:FOLDER" in line
+    assert line.endswith("give a folder that holds it (distill.options.features: clip:FOLDER)")
     assert told(part)["missing"] == ["all of it"] and told(part)["bytes"] == 1_710_000_000
     with pytest.raises(ValueError, match=r"1 pretrained part\(s\) are missing"):
         obtain([part])
+
+
+@contextlib.contextmanager
+def hub_of(folder):
+    """The address of a hub that serves `folder` as `HUB`; OLD is its commit."""
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self):
+            path, body, kind = self.path.partition("?")[0], b"", {"Content-Type": "application/json"}
+            names = sorted(p.name for p in folder.iterdir())
+            if f"{HUB}/resolve/" in path:
+                body = (folder / path.rsplit("/", 1)[1]).read_bytes()
+                kind = {"ETag": f'"{path.rsplit("/", 1)[1]}"', "X-Repo-Commit": OLD}
+            elif f"{HUB}/tree/" in path:
+                entry = {"type": "file", "oid": OLD}
+                body = json.dumps([{**entry, "path": n, "size": (folder / n).stat().st_size} for n in names]).encode()
+            else:
+                body = json.dumps({"id": HUB, "sha": OLD, "siblings": [{"rfilename": n} for n in names]}).encode()
+            self.send_response(200)
+            for name, value in {**kind, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            """Nothing is told."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+ASK = """
+import sys
+from rmdd.generate.features import part_of
+from rmdd.generate.parts import faults, obtain
+part = part_of(sys.argv[1])
+before = part.lacking()
+assert faults([part]) == []
+obtain([part])
+print(before, part.identity(), sorted(p.name for p in part.folder().iterdir()))
+"""
+
+
+@pytest.mark.parametrize("name", [HUB, f"{HUB}@{OLD}"])
+def test_what_was_fetched_from_a_hub_is_found_again_without_a_network(made, tmp_path, name):
+    clip = shutil.copytree(made[0], tmp_path / "clip")
+    (clip / "tf_model.h5").write_bytes(b"of another library")
+    usual = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+
+    def ask(**environment):
+        words = [sys.executable, "-c", ASK, name]
+        environment = usual | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"} | environment
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    files = sorted(p.name for p in made[0].iterdir())
+    with hub_of(clip) as address:
+        assert ask(HF_ENDPOINT=address) == f"['all of it'] {OLD} {files}"
+    assert ask(HF_HUB_OFFLINE="1") == f"[] {OLD} {files}"
 
 
 def test_of_a_hub_only_what_is_loaded_is_fetched():

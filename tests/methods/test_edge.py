@@ -1,6 +1,7 @@
 """EDGE from shards to an evaluated set on tiny parts, killed on its way, and with captioners of every kind."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import drawn
@@ -13,9 +14,11 @@ from PIL import Image
 
 import rmdd
 from rmdd import config, pipeline
+from rmdd.check import impossible
 from rmdd.distill.matching import load_set
 from rmdd.generate.stable_diffusion import FromCaption, Sampling
 from rmdd.methods.edge import EDGE
+from rmdd.tasks import expert, target, tuning
 
 TUNING = {"steps": 6, "batch": 3, "size": 16, "checkpoint_every": 2}
 SAMPLING = {"size": 16, "steps": 2}
@@ -145,11 +148,25 @@ def test_mistakes_are_told_before_any_work(parts, tmp_path):
     with pytest.raises(config.ConfigError, match=r"micro_batch 9 is larger than tuning.batch 4; lower it"):
         drawn.run_of(tmp_path, "edge", 6, options(parts, tuning={"batch": 4, "micro_batch": 9}))
     run = drawn.run_of(tmp_path, "edge", 6, options({**parts, "generator": str(tmp_path / "none")}))
-    with pytest.raises(ValueError, match="generator: folder .*none: there is no such folder; set distill.options.gen"):
+    with pytest.raises(
+        ValueError, match=r"generator: folder .*none: there is no such folder; give .*options.generator: F"
+    ):
         pipeline.run(run)
     assert not list(tmp_path.glob("experts/*"))
     with pytest.raises(ValueError, match="72 pictures are asked for.*has 60"):
         pipeline.run(drawn.run_of(tmp_path, "edge", 72, options(parts, captions_per_image=1, tuning={"steps": 0})))
+
+
+def test_each_tuning_of_a_sweep_and_the_expert_are_work_of_their_own(parts, tmp_path):
+    run = drawn.run_of(tmp_path, "edge", 4, options(parts))
+    other = drawn.run_of(tmp_path, "edge", 4, options(parts, tuning={**TUNING, "lr": 0.5}))
+    with pipeline.open_pipeline(run) as opened:
+        item = opened.item()
+    items = [item, replace(item, run=other)]
+    places = [target(task, one) for task in (tuning, expert) for one in items]
+    assert len(set(places)) == 3 and places[2] == places[3], "both need the same expert"
+    size = drawn.run_of(tmp_path, "edge", 4, options(parts, tuning={**TUNING, "size": 17}))
+    assert any("tuning.size: pictures of side 17" in line for line in impossible(size))
 
 
 def test_rows_per_picture():

@@ -97,6 +97,13 @@ def test_samplers_differ_and_the_pull_shows(painter, unbroken):
     assert all(not torch.equal(found[a], found[b]) for a, b in pairs)
 
 
+def test_steps_and_sizes_that_give_no_picture_are_told_before_any_work(painter, tmp_path):
+    with pytest.raises(config.ConfigError, match="strength 0.3 leaves none of the 3 steps to denoise a mode"):
+        drawn.run_of(tmp_path, "evlf", 5, options(painter, strength=0.3))
+    with pytest.raises(config.ConfigError, match=r"sampling.size: .*multiple of 8"):
+        drawn.run_of(tmp_path, "evlf", 5, options(painter, sampling={"size": 12}))
+
+
 def test_a_pull_that_never_acts_is_a_mistake(painter, tmp_path):
     with pytest.raises(config.ConfigError, match="pull_until 25 leaves none of the 3 steps to be guided; lower it"):
         drawn.run_of(tmp_path, "evlf", 5, options(painter, sampler="mode_guidance"))

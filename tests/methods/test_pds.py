@@ -118,7 +118,7 @@ def test_shards_become_a_set_with_real_captions_and_a_student(finished, parts):
     assert (np.stack(shown) == pictures).all()
     told = {part["role"]: part for part in found.provenance["parts"]}
     assert told["clip"]["licence"] == "mit" and told["decoder"]["revision"].startswith("sha256:")
-    assert found.provenance["generated"]["kept"] == len(split.captions) - int(0.2 * len(split.captions))
+    assert found.provenance["generated"]["phase-0"]["kept"] == len(split.captions) - int(0.2 * len(split.captions))
     card = (result.set / "README.md").read_text()
     assert "openrail++" in card and "no safety checker" in card and told["decoder"]["revision"] in card
 
