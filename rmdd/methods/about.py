@@ -1,11 +1,13 @@
 """What there is to say about a method: its own words, the values it sets, and the presets that use it."""
 
 import inspect
+import json
 import sys
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from rmdd import config, methods
 from rmdd.methods.base import Family
+from rmdd.runfile import Section
 
 
 def listing() -> list[dict[str, Any]]:
@@ -33,9 +35,27 @@ def about(name: str) -> dict[str, Any]:
         **_standing(method),
         "text": _words(method),
         "defaults": dict(method.defaults),
-        "options": {key: field.description or "" for key, field in method.Options.model_fields.items()},
+        "options": _options(method.Options),
         "presets": presets_by_method().get(name, []),
     }
+
+
+def _options(section: type[Section], before: str = "") -> dict[str, str]:
+    """Every field below `distill.options`: its meaning, what it may say, and its default."""
+    found: dict[str, str] = {}
+    for name, field in section.model_fields.items():
+        key, kind = f"{before}{name}", field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            found |= _options(kind, f"{key}.")
+            continue
+        choices = [str(c) for part in (kind, *get_args(kind)) if get_origin(part) is Literal for c in get_args(part)]
+        default = (
+            "none" if field.is_required() else json.dumps(field.get_default(call_default_factory=True), default=str)
+        )
+        told = [f"one of {', '.join(choices)}"] if choices else []
+        facts = "; ".join([*told, f"default {default}"])
+        found[key] = f"{field.description} ({facts})" if field.description else facts
+    return found
 
 
 def _standing(method: type[methods.Method]) -> dict[str, Any]:

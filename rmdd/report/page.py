@@ -334,15 +334,19 @@ def _matching(run: config.Run, lines: list[dict[str, Any]]) -> list[Markup]:
         ("learned rates", rates, None),
     ]
     if run.distill.family == "distribution":
-        names = dict.fromkeys(name for line in lines for name in line if name.startswith("loss_"))
-        parts = {name: name.removeprefix("loss_").replace("_", " ") for name in names}
+        parts = {
+            name: name.removeprefix("loss_").replace("_", " ")
+            for line in lines
+            for name in line
+            if name.startswith("loss_")
+        }
         wanted = [("loss", {"loss": ""}, None), ("its parts", parts, None), ("gradient norm", {"grad_norm": ""}, None)]
     drawn = []
-    for title, names, level in wanted:
-        names = {key: label for key, label in names.items() if any(key in line for line in lines)}
-        rows = [line for line in lines if all(key in line for key in names)]
-        if names and rows:
-            series = {label: [row[key] for row in rows] for key, label in names.items()}
+    for title, labels, level in wanted:
+        shown = {key: label for key, label in labels.items() if any(key in line for line in lines)}
+        rows = [line for line in lines if all(key in line for key in shown)]
+        if shown and rows:
+            series = {label: [row[key] for row in rows] for key, label in shown.items()}
             drawn.append(Markup(plots.curves(title, [r["iteration"] for r in rows], series, "iteration", level=level)))
     return drawn
 

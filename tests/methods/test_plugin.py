@@ -86,7 +86,7 @@ def test_it_is_listed_with_what_it_says(installed):
     (listed,) = [each for each in listing() if each["name"] == "decaying"]
     assert listed["summary"] == "Students whose weights decay." and listed["place"] == "decaying:Decaying"
     facts = about("decaying:Decaying")
-    assert facts["options"] == {"decay": "weight of the squared parameters"}
+    assert facts["options"] == {"decay": "weight of the squared parameters (default 0.1)"}
     assert facts["defaults"] == {"distill": {"inner_dropout": "off"}}
 
 
