@@ -124,7 +124,7 @@ def open_crew(runtime: config.Runtime, events: Path, progress: Progress) -> Iter
 
                     executor.rest()
                     count = size or resources.workers(runtime, most or RANKS)
-                    with ranks_of_actors(make, count, cpus, runtime.threads, gpus if accelerated else 0) as found:
+                    with ranks_of_actors(make, count, cpus, runtime.threads, gpus if accelerated else 0.0) as found:
                         yield found
 
                 restarts, crew = runtime.max_restarts, Crew(executor, fleet=fleet, climbers=climbers)

@@ -5,7 +5,10 @@ import uuid
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
+settings.register_profile("shared", deadline=None)  # seconds say nothing on a machine that does other work too
+settings.load_profile("shared")
 os.environ.update(
     {
         "RAY_AUTH_MODE": "token",

@@ -118,8 +118,8 @@ def table(run: config.Run, rows: Sequence[dict[str, Any]], against: str) -> Tabl
 def rate(row: Mapping[str, Any]) -> str:
     """Where the rates came from; those chosen on val with the loss of real pairs."""
     if "chosen" not in row:
-        fixed = row["rates"] == "learned" and config.Distill(method=row["method"]).family != "trajectory"
-        return "as set" if fixed else row["rates"]
+        family = config.Distill.model_construct(method=row["method"]).family
+        return "as set" if row["rates"] == "learned" and family != "trajectory" else row["rates"]
     loss = "" if row["kind"] == "set" else f"{row['chosen']['loss']}, "
     return f"by val: {loss}{row['chosen']['lr']:g}"
 

@@ -41,7 +41,7 @@ class Actors(Ranks):
 
 @contextlib.contextmanager
 def ranks_of_actors(
-    make: Callable[[int, int], Any], size: int, cpus: float, threads: int, gpus: float = 0
+    make: Callable[[int, int], Any], size: int, cpus: float, threads: int, gpus: float = 0.0
 ) -> Iterator[Actors]:
     """So many actors of `cpus` CPUs and `gpus` GPUs each, spread over the nodes; they end with the block."""
     options: dict[str, Any] = {
