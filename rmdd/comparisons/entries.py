@@ -46,11 +46,17 @@ class Entry:
         return self.subset.method if self.subset is not None else self.kind
 
 
+LEASES = (".lock", ".lease")
+"""Lie beside folders; `runs/name-*` of a shell names them too."""
+
+
 def open_entries(words: Iterable[str]) -> list[Entry]:
     """Every word as an entry. Raises `ConfigError` with all that cannot be opened."""
     entries: list[Entry] = []
     mistakes: list[str] = []
     for word in words:
+        if Path(word).suffix in LEASES and Path(word).is_file():
+            continue
         try:
             entries.append(open_entry(word))
         except (ValueError, OSError) as error:

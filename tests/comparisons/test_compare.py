@@ -20,6 +20,7 @@ from rmdd import cli, config
 from rmdd.artefact.distilled import DistilledSet
 from rmdd.comparisons import begun_in, engine
 from rmdd.comparisons.compare import begin
+from rmdd.comparisons.entries import open_entries
 from rmdd.comparisons.published import beside
 from rmdd.coresets.subset import Subset
 from rmdd.data.shards import Dataset
@@ -238,6 +239,13 @@ def test_bare_tensors_are_trusted_and_tuned_where_they_bring_no_rates(storage):
     save_file({"images": tensors["0.images"]}, storage.parent / "half.safetensors")
     with pytest.raises(config.ConfigError, match="needs images and texts"):
         rmdd.compare([one, storage.parent / "half.safetensors"], progress=QUIET)
+
+
+def test_a_pattern_of_the_shell_names_runs_alone(storage):
+    one, _ = folders(storage)
+    lock = one.with_name(f"{one.name}.lock")
+    lock.touch()
+    assert [entry.name for entry in open_entries([str(one), str(lock)])] == [one.name]
 
 
 def test_what_does_not_fit_is_refused_by_name_before_anything_starts(storage, bert):
