@@ -234,6 +234,21 @@ def append_jsonl(path: Path | str, value: Any) -> None:
         keeper.appended(path)
 
 
+def cut_jsonl(path: Path, count: str, reached: int) -> None:
+    """Drop lines whose `count` lies past `reached` and a half-written last one, so that a resumed log has each once."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)[count] <= reached:
+                kept.append(line)
+        except json.JSONDecodeError:
+            break
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
 def sha256_file(path: Path | str) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()

@@ -20,7 +20,7 @@ from rmdd import config
 from rmdd.distill.guard import Derailed, vitals, what_is_wrong
 from rmdd.distill.phases import Window
 from rmdd.distill.synthetic import Synthetic, from_tensors
-from rmdd.files import append_jsonl, atomic_path
+from rmdd.files import append_jsonl, cut_jsonl
 from rmdd.tensors import Damaged, facts_of, load_checked, save_checked
 
 _logger = logging.getLogger(__name__)
@@ -215,8 +215,8 @@ def drive(
     state = _last_state(files["state"], files["good"], key).to(device) if files["state"].is_file() else None
     if good and good.halvings > (state.halvings if state else 0):  # killed in the middle of a rollback
         state = good
-    _cut_log(log, "iteration", state.iteration if state else 0)
-    _cut_log(rollbacks, "halvings", state.halvings if state else 0)
+    cut_jsonl(log, "iteration", state.iteration if state else 0)
+    cut_jsonl(rollbacks, "halvings", state.halvings if state else 0)
     last_set = folder / f"set-{total:06d}.safetensors"
     if state and state.iteration >= total:
         if not last_set.is_file():
@@ -261,7 +261,7 @@ def drive(
                 )
             _logger.warning("%s; back to iteration %d, outer rates halved", where, state.iteration)
             lines[:] = [line for line in lines if line["iteration"] <= state.iteration]
-            _cut_log(log, "iteration", state.iteration)
+            cut_jsonl(log, "iteration", state.iteration)
             write_lines()
             append_jsonl(rollbacks, {"to": state.iteration, "halvings": state.halvings, "why": where})
             good.save(files["good"], key)
@@ -333,19 +333,3 @@ def load_set(path: Path) -> Synthetic:
             f"the set {path} is damaged ({error}); delete {path.parent} to distil that phase again"
         ) from error
     return from_tensors(tensors, float(facts["alpha"]))
-
-
-def _cut_log(log: Path, count: str, reached: int) -> None:
-    """Drop lines after the checkpoint, whose `count` is `reached`, and a half-written last one, so that a resumed log
-    has each once."""
-    if not log.is_file():
-        return
-    good = []
-    for line in log.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)[count] <= reached:
-                good.append(line)
-        except json.JSONDecodeError:
-            break
-    with atomic_path(log) as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in good), encoding="utf-8")

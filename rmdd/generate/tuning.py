@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from rmdd.files import append_jsonl, atomic_path
+from rmdd.files import append_jsonl, cut_jsonl
 from rmdd.tensors import Damaged, load_checked, save_checked
 
 _logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def tune(
         return True
     state, log = folder / STATE, folder / LOG
     done = _restore(trainer, state, key) if state.is_file() else 0
-    _cut(log, done)
+    cut_jsonl(log, "step", done)
     lines: list[dict[str, Any]] = []
     skipped = 0
     while done < trainer.total:
@@ -149,19 +149,3 @@ def _restore(trainer: Trainer, path: Path, key: str) -> int:
     groups = trainer.optimiser.state_dict()["param_groups"]
     trainer.optimiser.load_state_dict({"state": state, "param_groups": groups})
     return int(facts["step"])
-
-
-def _cut(log: Path, done: int) -> None:
-    """Drop lines of steps after `done`, and a half-written last one."""
-    if not log.is_file():
-        return
-    kept = []
-    for line in log.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] > done:
-                break
-        except json.JSONDecodeError:
-            break
-        kept.append(line)
-    with atomic_path(log) as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

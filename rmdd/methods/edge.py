@@ -69,10 +69,6 @@ class EDGE(TunedMethod):
     }
 
     class Options(TunedMethod.Options):
-        generator: str = Field(
-            "stable-diffusion-v1-5/stable-diffusion-v1-5",
-            description="Stable Diffusion pipeline: hub id, id@revision, or a folder written by save_pretrained",
-        )
         clip: str = Field("openai/clip-vit-base-patch32", description="CLIP of the losses: hub id or folder")
         captions_per_image: PositiveInt = Field(2, description="cpi, rows of the set with the same picture")
         captioner: Captioning = Captioning()

@@ -68,10 +68,6 @@ class EVLF(TunedMethod):
     }
 
     class Options(TunedMethod.Options):
-        generator: str = Field(
-            "stable-diffusion-v1-5/stable-diffusion-v1-5",
-            description="Stable Diffusion pipeline: hub id, id@revision, or a folder written by save_pretrained",
-        )
         fusion: FusionRule = FusionRule()
         components: PositiveInt | None = Field(
             256, description="principal components that latents are clustered in; null: all their numbers"

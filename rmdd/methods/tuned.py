@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pydantic import Field
+
 from rmdd import config
 from rmdd.methods.base import Need
 from rmdd.methods.generative import GenerativeMethod
@@ -25,6 +27,12 @@ class TunedMethod(GenerativeMethod):
     """What is trained lies in the storage under the hash of all that shapes it."""
 
     needs: ClassVar[tuple[Need, ...]] = ("diffusion",)
+
+    class Options(GenerativeMethod.Options):
+        generator: str = Field(
+            "stable-diffusion-v1-5/stable-diffusion-v1-5",
+            description="Stable Diffusion pipeline: hub id, id@revision, or a folder written by save_pretrained",
+        )
 
     @property
     @abstractmethod
