@@ -5,7 +5,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from rmdd import cli, config
+from rmdd import config
+from rmdd.cli import app as cli
 
 SUBMIT = "ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python"
 UNUSABLE = 2

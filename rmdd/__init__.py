@@ -15,25 +15,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rmdd.artefact.distilled import load as load
     from rmdd.comparisons.compare import compare as compare
+    from rmdd.comparisons.coreset import coreset as coreset
     from rmdd.comparisons.transfer import transfer as transfer
     from rmdd.config import Run as Run
     from rmdd.config import load as load_config
-    from rmdd.coresets.select import coreset as coreset
     from rmdd.pipeline import run as run
     from rmdd.searches import search as search
-    from rmdd.sweeps import sweep as sweep
+    from rmdd.searches.sweeps import sweep as sweep
 
     __version__: str
 
 _HOME = {
     "Run": ("rmdd.config", "Run"),
     "compare": ("rmdd.comparisons.compare", "compare"),
-    "coreset": ("rmdd.coresets.select", "coreset"),
+    "coreset": ("rmdd.comparisons.coreset", "coreset"),
     "load": ("rmdd.artefact.distilled", "load"),
     "load_config": ("rmdd.config", "load"),
     "run": ("rmdd.pipeline", "run"),
     "search": ("rmdd.searches", "search"),
-    "sweep": ("rmdd.sweeps", "sweep"),
+    "sweep": ("rmdd.searches.sweeps", "sweep"),
     "transfer": ("rmdd.comparisons.transfer", "transfer"),
 }
 

@@ -13,22 +13,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rmdd import config, methods
-from rmdd.crew import Crew, open_crew, working_in
+from rmdd.core.files import atomic_path, read_json, write_json
+from rmdd.core.progress import Progress, watched
+from rmdd.core.storage import anchored, open_storage
+from rmdd.core.tracking import is_curve
 from rmdd.data.captions import SplitCaptions
 from rmdd.data.ingest import ingest
 from rmdd.data.material import Material
 from rmdd.data.shards import Dataset
-from rmdd.distill.matching import begin_phase
-from rmdd.distill.planning import PLAN, over_budget, with_phases
+from rmdd.distill.trajectory.matching import begin_phase
+from rmdd.distill.trajectory.planning import PLAN, over_budget, with_phases
 from rmdd.evaluate import protocol, records, scores, summary
-from rmdd.evaluate.probes import prepare, remarks
+from rmdd.evaluate.probes.of_run import prepare, remarks
 from rmdd.evaluate.protocol import Job
-from rmdd.experts import feed
-from rmdd.experts.store import Store, stored_bytes
-from rmdd.experts.train import begin_store
-from rmdd.files import atomic_path, read_json, write_json
-from rmdd.generate.studio import Tools
-from rmdd.jobs import (
+from rmdd.execution.backend import Crew, open_crew, working_in
+from rmdd.execution.tasks import (
     Executor,
     Failed,
     Interrupted,
@@ -41,8 +40,12 @@ from rmdd.jobs import (
     in_turn,
     ranks_here,
 )
+from rmdd.experts import feed
+from rmdd.experts.store import Store, stored_bytes
+from rmdd.experts.train import begin_store
+from rmdd.generate.studio import Tools
 from rmdd.models.text import embed, encoder_identity, text_width
-from rmdd.places import (
+from rmdd.runs.paths import (
     HEALTH,
     Places,
     bring_parts,
@@ -54,10 +57,7 @@ from rmdd.places import (
     protocol_of,
     run_folder,
 )
-from rmdd.progress import Progress, watched
-from rmdd.storage import anchored, open_storage
-from rmdd.tasks import Item, checkup, expert, generate, material, phase, plan, record, shared_phase, student
-from rmdd.track import is_curve
+from rmdd.runs.tasks import Item, checkup, expert, generate, material, phase, plan, record, shared_phase, student
 
 P = TypeVar("P", bound="Pipeline")
 

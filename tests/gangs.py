@@ -11,10 +11,10 @@ from rmdd import config
 from rmdd.data.material import Material
 from rmdd.data.shards import Dataset
 from rmdd.data.splits import Split
+from rmdd.execution.tasks import Hooks
 from rmdd.experts import gang
 from rmdd.experts.store import Store
 from rmdd.experts.train import expert_model, train_expert
-from rmdd.jobs import Hooks
 from rmdd.models.losses import infonce
 
 SIZE, WIDTH, IMAGES, CAPTIONS = 8, 6, 11, 2

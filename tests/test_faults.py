@@ -12,14 +12,14 @@ import torch
 import toy
 
 from rmdd import config
+from rmdd.core.locks import Held
+from rmdd.core.storage import open_storage
 from rmdd.data.ingest import ingest
 from rmdd.data.shards import Dataset
-from rmdd.distill.matching import load_set, save_set
+from rmdd.distill.trajectory.matching import load_set, save_set
 from rmdd.experts.store import Store, Writer
-from rmdd.lease import Held
 from rmdd.models.text import embed
 from rmdd.pipeline import open_pipeline
-from rmdd.storage import open_storage
 
 
 def mounted(folder, *options):

@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rmdd"
 SOURCES = {p.relative_to(ROOT).with_suffix(""): ast.parse(p.read_text()) for p in sorted(PACKAGE.rglob("*.py"))}
 MODULES = {".".join(path.parts).removesuffix(".__init__"): tree for path, tree in SOURCES.items()}
-RUNTIME = {name for name in MODULES if name == "rmdd.runtime" or name.startswith("rmdd.runtime.")}
-RUNTIME_MAY_IMPORT = {"rmdd.config", "rmdd.files", "rmdd.jobs", "rmdd.data.ingest"}
+RUNTIME = {name for name in MODULES if name == "rmdd.execution.ray" or name.startswith("rmdd.execution.ray.")}
+RUNTIME_MAY_IMPORT = {"rmdd.config", "rmdd.core.files", "rmdd.execution.tasks", "rmdd.data.ingest"}
 LINES = 450
 
 
@@ -38,8 +38,8 @@ def lazy_part(tree: ast.Module) -> set[ast.AST]:
 
 
 def test_the_scan_sees_the_package():
-    assert {"rmdd", "rmdd.pipeline", "rmdd.runtime.actors", "rmdd.distill.unroll"} <= MODULES.keys()
-    assert any(within(name, "ray") for name in imported(MODULES["rmdd.runtime.stream"]))
+    assert {"rmdd", "rmdd.pipeline", "rmdd.execution.ray.actors", "rmdd.distill.unroll"} <= MODULES.keys()
+    assert any(within(name, "ray") for name in imported(MODULES["rmdd.execution.ray.stream"]))
 
 
 @pytest.mark.parametrize("module", sorted(MODULES.keys() - RUNTIME))
@@ -54,10 +54,11 @@ def test_only_the_crew_calls_runtime_and_only_inside_functions():
         nodes = [
             node
             for node in ast.walk(tree)
-            if isinstance(node, ast.Import | ast.ImportFrom) and any(within(n, "rmdd.runtime") for n in imported(node))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            and any(within(n, "rmdd.execution.ray") for n in imported(node))
         ]
-        assert not nodes or module == "rmdd.crew", module
-        assert all(node in lazy for node in nodes), f"{module} imports rmdd.runtime at its top"
+        assert not nodes or module == "rmdd.execution.backend", module
+        assert all(node in lazy for node in nodes), f"{module} imports rmdd.execution.ray at its top"
 
 
 @pytest.mark.parametrize("module", sorted(RUNTIME))

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import torch
 
 from rmdd import config
-from rmdd.distill.matching import Matcher, distill_phase
 from rmdd.distill.similarity import initial as initial_similarity
 from rmdd.distill.synthetic import Synthetic
+from rmdd.distill.trajectory.matching import Matcher, distill_phase
 from rmdd.experts.store import Store, Writer
 from rmdd.models.dual import build
 

@@ -7,12 +7,12 @@ import torch
 from toy import CPU, store_of
 
 from rmdd import config
-from rmdd.distill import features
+from rmdd.core.progress import Progress
+from rmdd.distill.distribution import matching as features
+from rmdd.execution.tasks import Here, InTurn
 from rmdd.experts.train import expert_model
-from rmdd.jobs import Here, InTurn
 from rmdd.methods.mdm import MDM, Objective
 from rmdd.pipeline import Pipeline
-from rmdd.progress import Progress
 
 PAIRS, ITERATIONS = 6, 7
 TINY = {

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from rmdd.files import atomic_path
+from rmdd.core.files import atomic_path
 
 COLOURS = ("#e8590c", "#1c7ed6", "#2f9e44", "#9c36b5", "#868e96")
 STYLE: dict[Any, Any] = {

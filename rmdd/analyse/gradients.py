@@ -8,7 +8,7 @@ from typing import Any
 
 from rmdd.analyse.drawing import Sheet, write_csv
 from rmdd.analyse.setting import Setting, chosen
-from rmdd.distill.signals import PARTS, Probe, off_diagonal, principal
+from rmdd.distill.trajectory.signals import PARTS, Probe, off_diagonal, principal
 from rmdd.pipeline import Pipeline
 
 

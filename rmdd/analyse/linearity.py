@@ -15,9 +15,9 @@ from torch import Tensor
 from rmdd import config
 from rmdd.analyse.drawing import Sheet, write_csv
 from rmdd.analyse.setting import Setting, chosen, endpoint_of
-from rmdd.distill.matching import Matcher
-from rmdd.distill.signals import probing
 from rmdd.distill.synthetic import Synthetic
+from rmdd.distill.trajectory.matching import Matcher
+from rmdd.distill.trajectory.signals import probing
 from rmdd.experts.shortcut import AnchoredPath, Path
 from rmdd.experts.store import Store
 from rmdd.experts.train import expert_model

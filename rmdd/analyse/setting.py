@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rmdd import config, methods
-from rmdd.distill import signals
-from rmdd.distill.matching import Matcher
 from rmdd.distill.synthetic import Synthetic
+from rmdd.distill.trajectory import signals
+from rmdd.distill.trajectory.matching import Matcher
 from rmdd.experts.train import expert_model, kept_epochs
 from rmdd.pipeline import Pipeline
-from rmdd.places import device_of
+from rmdd.runs.paths import device_of
 
 TRAJECTORIES = ("original", "shortcut")
 

@@ -14,15 +14,15 @@ from rmdd import config
 from rmdd.analyse.drawing import Sheet, write_csv
 from rmdd.analyse.setting import TRAJECTORIES, every_epoch
 from rmdd.artefact import budget
-from rmdd.distill.planning import stated
-from rmdd.distill.signals import val_curve
+from rmdd.core.progress import Progress
+from rmdd.distill.trajectory.planning import stated
+from rmdd.distill.trajectory.signals import val_curve
 from rmdd.experts.store import Store
 from rmdd.experts.train import kept_epochs
 from rmdd.models.text import text_width
 from rmdd.pipeline import open_pipeline
-from rmdd.places import run_folder
-from rmdd.progress import Progress
-from rmdd.sweeps import Member, Swept, members, run_all
+from rmdd.runs.paths import run_folder
+from rmdd.searches.sweeps import Member, Swept, members, run_all
 
 TITLES = {
     "shift": "ranges and endpoints, shifted from phase to phase or not",

@@ -13,13 +13,13 @@ from torch import Tensor
 import rmdd
 from rmdd import config
 from rmdd.artefact.distilled import DistilledSet, Subset
+from rmdd.core.files import read_json
 from rmdd.data.material import Material
 from rmdd.data.shards import Dataset
-from rmdd.distill.matching import load_set
 from rmdd.distill.similarity import per_pair
-from rmdd.files import read_json
+from rmdd.distill.trajectory.matching import load_set
 from rmdd.models.text import encoder_identity
-from rmdd.tasks import Item
+from rmdd.runs.tasks import Item
 
 CHUNK = 8192
 CAPTIONS, PARTS, FACTS = "captions.json", "parts.json", "facts.json"

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from rmdd.artefact import card
 from rmdd.artefact.budget import pair_parameters
+from rmdd.core.files import atomic_path, read_json, sha256_file, temporary_beside, write_json
 from rmdd.distill import similarity
 from rmdd.distill.synthetic import enlarged
-from rmdd.files import atomic_path, read_json, sha256_file, temporary_beside, write_json
 
 SCHEMA_VERSION = 1
 DESCRIPTION, TENSORS, CAPTIONS = "set.json", "tensors.safetensors", "captions.parquet"

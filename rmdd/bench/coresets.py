@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from rmdd.bench.ingest import SAMPLE_SECONDS, pss_of_tree
+from rmdd.core.files import write_json
+from rmdd.core.seeding import generator
 from rmdd.coresets import clusters, greedy
 from rmdd.coresets.rows import DESCRIPTION, Part, Rows, write_rows
 from rmdd.coresets.shard import Best, here
-from rmdd.files import write_json
-from rmdd.seeding import generator
 
 METHODS = ("herding", "k_center", "medoids")
 BLOCK = 65_536

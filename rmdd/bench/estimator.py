@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from rmdd import config, methods
-from rmdd.distill.matching import Matcher, State, outer_step
 from rmdd.distill.synthetic import Synthetic
+from rmdd.distill.trajectory.matching import Matcher, State, outer_step
 from rmdd.experts.store import Store
 from rmdd.experts.train import expert_model
 from rmdd.models.dual import DualEncoder
 from rmdd.pipeline import Pipeline
-from rmdd.places import device_of
+from rmdd.runs.paths import device_of
 
 
 def along(

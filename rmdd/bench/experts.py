@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rmdd import config
-from rmdd.files import write_json
+from rmdd.core.files import write_json
 
 WAYS = ("in_turn", "pool", "train", "trainer_each")
 SAMPLE_SECONDS = 0.5
@@ -157,8 +157,8 @@ def _cpu_seconds(pid: int) -> float:
 
 
 def _train_here(case: Case, way: str, storage: Path) -> dict[str, Any]:
+    from rmdd.core.progress import Progress
     from rmdd.pipeline import open_pipeline
-    from rmdd.progress import Progress
 
     run, quiet = run_of(case, way, storage), Progress(quiet=True)
     before = time.perf_counter()

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rmdd.files import atomic_path, write_json
+from rmdd.core.files import atomic_path, write_json
 
 VARIANTS = ("loop", "loader", "rmdd", "in_turn")
 ROWS_PER_SHARD = 8192
@@ -78,7 +78,7 @@ def generate(case: Case, root: Path) -> Path:
     import torch
     from PIL import Image
 
-    from rmdd.seeding import generator
+    from rmdd.core.seeding import generator
 
     if (root / TABLE).is_file():
         return root
@@ -169,8 +169,8 @@ def _run(task: dict[str, Any]) -> dict[str, Any]:
 
 def _rmdd(case: Case, root: Path, out: Path, ray: Any) -> dict[str, Any]:
     from rmdd import config
+    from rmdd.core.progress import Progress
     from rmdd.pipeline import open_pipeline
-    from rmdd.progress import Progress
 
     runtime = config.Runtime(storage=str(out), ray=ray, num_cpus=case.workers, object_store_mb=case.object_store_mb)
     run = config.Run(data=config.Data(source="table", root=str(root)), runtime=runtime)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rmdd.files import write_json
+from rmdd.core.files import write_json
 
 
 @dataclass(frozen=True)

@@ -16,19 +16,19 @@ from typing import Any
 import torch
 
 from rmdd import config
-from rmdd.crew import open_crew
+from rmdd.core.files import write_json
+from rmdd.core.progress import Progress
+from rmdd.core.seeding import generator
 from rmdd.distill import similarity
-from rmdd.distill.matching import save_set
 from rmdd.distill.synthetic import Synthetic
+from rmdd.distill.trajectory.matching import save_set
+from rmdd.execution.backend import open_crew
+from rmdd.execution.tasks import Executor, Hooks, InTurn
 from rmdd.experts.store import Writer
 from rmdd.experts.train import begin_store, expert_model
-from rmdd.files import write_json
-from rmdd.jobs import Executor, Hooks, InTurn
 from rmdd.models.text import text_width
-from rmdd.places import Places
-from rmdd.progress import Progress
-from rmdd.seeding import generator
-from rmdd.tasks import Item, phase
+from rmdd.runs.paths import Places
+from rmdd.runs.tasks import Item, phase
 
 PARTS = ("work", "workers", "ray")
 

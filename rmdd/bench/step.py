@@ -22,13 +22,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from rmdd import config, methods, seeding
+from rmdd import config, methods
 from rmdd.bench.yardsticks import plain, published, whole_unroll
+from rmdd.core import seeding
+from rmdd.core.files import write_json
 from rmdd.distill import similarity
-from rmdd.distill.frozen import features_of, to_pixels
 from rmdd.distill.synthetic import Synthetic
+from rmdd.distill.trajectory.frozen import features_of, to_pixels
 from rmdd.distill.unroll import Engine, forward_suits, meta_gradient
-from rmdd.files import write_json
 from rmdd.models.dual import TOWERS, build
 from rmdd.models.image import matching_context
 from rmdd.models.losses import LOSSES

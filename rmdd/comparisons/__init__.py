@@ -14,8 +14,8 @@ def begun_in(place: Path | str) -> "Comparison | Transfer | None":
     Raises `ConfigError` when the sets are not there any more.
     """
     from rmdd import config
-    from rmdd.files import read_json
-    from rmdd.storage import located
+    from rmdd.core.files import read_json
+    from rmdd.core.storage import located
 
     storage, file = located(str(place), "comparison.json", depth=2)
     if not file.is_file():

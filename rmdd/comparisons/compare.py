@@ -5,17 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rmdd import config, estimate
+from rmdd import config
 from rmdd.comparisons import published, results, tables
 from rmdd.comparisons.engine import FOLDER, Grounds, Row, score
 from rmdd.comparisons.entries import Entry, made_by, misfits, open_entries, planned
 from rmdd.comparisons.tables import Table
-from rmdd.crew import open_crew, working_in
-from rmdd.files import write_json
+from rmdd.core.files import write_json
+from rmdd.core.progress import Progress
+from rmdd.core.storage import root_of
+from rmdd.execution.backend import open_crew, working_in
 from rmdd.models.image import weights_file
 from rmdd.models.text import text_width
-from rmdd.progress import Progress
-from rmdd.storage import root_of
+from rmdd.runs import cost as estimate
 
 SCHEMA_VERSION = 1
 BEGUN, RESULTS = "comparison.json", "results.json"

@@ -14,21 +14,21 @@ import torch
 
 from rmdd import config
 from rmdd.comparisons.entries import Entry, check_data, renormalised, same_text, seconds_of, temperature_of
+from rmdd.core.progress import Progress
 from rmdd.coresets import cost
-from rmdd.crew import Crew
 from rmdd.data.material import Material
 from rmdd.data.splits import load_split
 from rmdd.evaluate import protocol, records
 from rmdd.evaluate.lessons import lessons_of, write_lessons, write_records
 from rmdd.evaluate.protocol import Job
 from rmdd.evaluate.students import Lesson
+from rmdd.execution.backend import Crew
+from rmdd.execution.tasks import Failed, Interrupted, Spared
 from rmdd.experts.store import Store
-from rmdd.jobs import Failed, Interrupted, Spared
 from rmdd.models.text import embed
 from rmdd.pipeline import Pipeline
-from rmdd.places import device_of, places_of, seen_by
-from rmdd.progress import Progress
-from rmdd.tasks import Item, Taught, record, student
+from rmdd.runs.paths import device_of, places_of, seen_by
+from rmdd.runs.tasks import Item, Taught, record, student
 
 FOLDER = Path("comparisons")
 LESSONS, STUDENTS = FOLDER / "lessons", FOLDER / "students"

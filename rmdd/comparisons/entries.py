@@ -13,10 +13,10 @@ import torch
 from rmdd import config
 from rmdd.artefact import distilled
 from rmdd.artefact.distilled import DistilledSet
+from rmdd.core.files import read_json, sha256_file
+from rmdd.core.storage import is_uri, open_storage
 from rmdd.coresets import subset as coreset
 from rmdd.coresets.subset import Subset
-from rmdd.files import read_json, sha256_file
-from rmdd.storage import is_uri, open_storage
 
 Kind = Literal["set", "subset", "random", "full"]
 
@@ -277,8 +277,8 @@ def planned(run: config.Run, where: str) -> config.Run:
     """`run` with its phases listed: those of random pairs make as many updates. Raises `ConfigError` without a plan."""
     if not run.distill.plan.plans:
         return run
-    from rmdd.distill.planning import PLAN, stated, with_phases
-    from rmdd.places import run_folder
+    from rmdd.distill.trajectory.planning import PLAN, stated, with_phases
+    from rmdd.runs.paths import run_folder
 
     file = run_folder(run) / PLAN
     if not file.is_file():

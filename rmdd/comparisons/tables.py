@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rmdd.comparisons.results import RECALLS, SPLITS
-from rmdd.files import atomic_path
+from rmdd.core.files import atomic_path
 
 HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>

@@ -29,10 +29,10 @@ from rmdd.comparisons.compare import (
 from rmdd.comparisons.engine import FOLDER, Grounds, Row, Scored, score
 from rmdd.comparisons.entries import Entry, misfits, open_entries
 from rmdd.comparisons.tables import Table
-from rmdd.crew import Crew, open_crew, working_in
-from rmdd.files import write_json
-from rmdd.progress import Progress
-from rmdd.storage import root_of
+from rmdd.core.files import write_json
+from rmdd.core.progress import Progress
+from rmdd.core.storage import root_of
+from rmdd.execution.backend import Crew, open_crew, working_in
 
 POOLINGS = ("cls", "mean")
 

@@ -44,15 +44,15 @@ from rmdd.config.probes import Retrieval as Retrieval
 from rmdd.config.probes import Vqa as Vqa
 from rmdd.config.probes import ZeroShot as ZeroShot
 from rmdd.config.probes import foreign_view
+from rmdd.config.runfile import PRESETS as PRESETS
+from rmdd.config.runfile import ConfigError as ConfigError
+from rmdd.config.runfile import Section as Section
+from rmdd.config.runfile import apply, extended, filled, hash_value, validate
+from rmdd.config.runfile import no_preset as no_preset
+from rmdd.config.runfile import preset_names as preset_names
+from rmdd.config.runfile import read as read
 from rmdd.config.search import Dimension as Dimension
 from rmdd.config.search import Search
-from rmdd.runfile import PRESETS as PRESETS
-from rmdd.runfile import ConfigError as ConfigError
-from rmdd.runfile import Section as Section
-from rmdd.runfile import apply, extended, filled, hash_value, validate
-from rmdd.runfile import no_preset as no_preset
-from rmdd.runfile import preset_names as preset_names
-from rmdd.runfile import read as read
 
 if TYPE_CHECKING:
     from rmdd.methods.base import Method

@@ -9,7 +9,7 @@ from urllib.parse import parse_qs, urlsplit
 from pydantic import Field
 
 from rmdd.config.numbers import PositiveInt
-from rmdd.runfile import Section
+from rmdd.config.runfile import Section
 
 
 class Captions(Section):

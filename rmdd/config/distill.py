@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
 from rmdd.config.plan import Plan
-from rmdd.runfile import Section
+from rmdd.config.runfile import Section
 
 if TYPE_CHECKING:
     from rmdd.methods.base import Family

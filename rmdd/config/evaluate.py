@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
 from rmdd.config.probes import Probe
 from rmdd.config.probes import clashes as clashes_of_probes
-from rmdd.runfile import Section
+from rmdd.config.runfile import Section
 
 
 class Evaluate(Section):

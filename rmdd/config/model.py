@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
-from rmdd.runfile import Section
+from rmdd.config.runfile import Section
 
 
 class ImageTower(Section):

@@ -7,12 +7,12 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
-from rmdd.runfile import Section
+from rmdd.config.runfile import Section
 
 
 class Plan(Section):
-    """What `phases: auto` and `phases: adaptive` go by (`rmdd.distill.planning` has the rule). The phases that are
-    found go to plan.json in the run folder, and a run that lists them is the same one."""
+    """What `phases: auto` and `phases: adaptive` go by (the rule: `rmdd.distill.trajectory.planning`). The phases
+    that are found go to plan.json in the run folder, and a run that lists them is the same one."""
 
     kind: Literal["stated", "auto", "adaptive"] = Field(
         "stated", description="what `phases` says: a list, or one of the two words"

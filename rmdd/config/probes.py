@@ -14,7 +14,7 @@ from pydantic import Field
 
 from rmdd.config.data import Data
 from rmdd.config.numbers import PositiveInt
-from rmdd.runfile import Section
+from rmdd.config.runfile import Section
 
 VIEW = ("image_size", "normalise", "captions", "background", "exif_orientation")
 """Fields of `data` that a probe takes from the run."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from rmdd.config.numbers import PositiveFloat, PositiveInt
-from rmdd.runfile import Section
+from rmdd.config.runfile import Section
 
 Whole = int
 """`int` is the name of a field below."""

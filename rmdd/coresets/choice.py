@@ -8,7 +8,7 @@ from pydantic import Field
 
 from rmdd.config import ConfigError, Run
 from rmdd.config.numbers import PositiveInt
-from rmdd.runfile import Section
+from rmdd.config.runfile import Section
 
 POOL = 1000
 """Records that forgetting is counted against where `experts.forgetting` does not say."""

@@ -12,12 +12,12 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float32, Int64
 
+from rmdd.core.seeding import derive
 from rmdd.coresets.draws import smallest
 from rmdd.coresets.greedy import rows_of
 from rmdd.coresets.rows import Rows
 from rmdd.coresets.shard import Shard, best_of
-from rmdd.jobs import Here, Ranks
-from rmdd.seeding import derive
+from rmdd.execution.tasks import Here, Ranks
 
 SAMPLE = 65_536
 MINI_BATCH = 16_384

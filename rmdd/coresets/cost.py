@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 from jaxtyping import Int64
 
 from rmdd.artefact.budget import pair_parameters
+from rmdd.core.files import atomic_path
 from rmdd.data.splits import Split
-from rmdd.files import atomic_path
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from jaxtyping import Int64, UInt64
 
-from rmdd.seeding import derive, generator
+from rmdd.core.seeding import derive, generator
 
 
 def permuted(ids: Int64[np.ndarray, " N"], seed: int) -> Int64[np.ndarray, " N"]:

@@ -23,6 +23,10 @@ import torch
 from jaxtyping import Float32, Int64
 
 from rmdd import config
+from rmdd.core.files import atomic_path, write_json
+from rmdd.core.locks import held
+from rmdd.core.seeding import generator
+from rmdd.core.storage import open_storage
 from rmdd.coresets.choice import Choice, Unit
 from rmdd.coresets.draws import hashes
 from rmdd.coresets.rows import DESCRIPTION, SCHEMA_VERSION, Part, Rows, write_rows
@@ -31,17 +35,13 @@ from rmdd.data.captions import clean
 from rmdd.data.images import normalise
 from rmdd.data.material import Material
 from rmdd.data.splits import Split
+from rmdd.execution.tasks import Stream, Values
 from rmdd.experts.store import Store
 from rmdd.experts.train import expert_model
-from rmdd.files import atomic_path, write_json
-from rmdd.jobs import Stream, Values
-from rmdd.lease import held
 from rmdd.models.image import build_image_tower, image_identity
 from rmdd.models.text import encoder_identity
-from rmdd.places import device_of
-from rmdd.seeding import generator
-from rmdd.storage import open_storage
-from rmdd.tasks import Item, material
+from rmdd.runs.paths import device_of
+from rmdd.runs.tasks import Item, material
 
 BLOCK = 2048
 """Images that are encoded, kept and handed to a worker together."""

@@ -17,11 +17,11 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int, Int64
 from torch import Tensor
 
+from rmdd.core.seeding import generator
+from rmdd.core.tensors import Damaged, load_checked, save_checked
 from rmdd.data.images import normalise
 from rmdd.data.material import Material
 from rmdd.models.dual import DualEncoder
-from rmdd.seeding import generator
-from rmdd.tensors import Damaged, load_checked, save_checked
 
 FILE = "forgetting.safetensors"
 BLOCK = 256

@@ -14,9 +14,9 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float32, Float64
 
+from rmdd.core.seeding import generator
 from rmdd.coresets.shard import TOLD, Best, Check, best_of
-from rmdd.jobs import Ranks
-from rmdd.seeding import generator
+from rmdd.execution.tasks import Ranks
 
 Start = Literal["random", "mean"]
 

@@ -17,7 +17,7 @@ from jaxtyping import Float32, Int64
 from rmdd.coresets.clusters import centroids_of
 from rmdd.coresets.greedy import checked
 from rmdd.coresets.shard import best_of
-from rmdd.jobs import Ranks
+from rmdd.execution.tasks import Ranks
 
 
 def matched(ranks: Ranks, k: int, seed: int, image_width: int) -> tuple[list[int], dict[str, Any]]:

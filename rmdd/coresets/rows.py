@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64
 
-from rmdd.files import atomic_path, read_json, write_json
+from rmdd.core.files import atomic_path, read_json, write_json
 
 SCHEMA_VERSION = 1
 DESCRIPTION = "rows.json"

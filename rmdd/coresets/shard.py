@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
 from rmdd.coresets.rows import Rows
-from rmdd.jobs import Here
+from rmdd.execution.tasks import Here
 
 Ids = Sequence[int] | np.ndarray
 TOLD = 5

@@ -4,8 +4,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from rmdd.core.files import read_json, write_json
 from rmdd.data.splits import Split
-from rmdd.files import read_json, write_json
 
 SCHEMA_VERSION = 1
 DESCRIPTION, PREVIEW = "subset.json", "preview.png"

@@ -21,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from rmdd.config import Data, Runtime, hash_value
+from rmdd.core.files import atomic_path, read_json, remove, write_json
+from rmdd.core.locks import held
+from rmdd.core.storage import Storage, open_storage
 from rmdd.data import sources
 from rmdd.data.parts import Folders, PartWriter, write_entries
 from rmdd.data.place import absolute, hash_of, is_remote
@@ -28,10 +31,7 @@ from rmdd.data.plan import Plan, file_parts, make_plan, write_parts
 from rmdd.data.shards import MANIFEST, QUARANTINE, SCHEMA_VERSION, SPLITS, Dataset
 from rmdd.data.sources.layouts import alternatives
 from rmdd.data.tally import Tally
-from rmdd.files import atomic_path, read_json, remove, write_json
-from rmdd.jobs import Stream, in_turn
-from rmdd.lease import held
-from rmdd.storage import Storage, open_storage
+from rmdd.execution.tasks import Stream, in_turn
 
 _SHAPING = ("source", "layout", "annotations", "reencode", "shard_mb", "max_pixels")
 

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rmdd.config import Data, Runtime
+from rmdd.core.files import atomic_path, read_json, sha256_file, write_json
+from rmdd.core.storage import Storage, open_storage
 from rmdd.data.decode import ImageError, decode
 from rmdd.data.shards import SPLITS, Pair, ShardWriter
 from rmdd.data.sources import listed, parquet, webdataset
 from rmdd.data.sources.row import Candidate
 from rmdd.data.tally import Tally
-from rmdd.files import atomic_path, read_json, sha256_file, write_json
-from rmdd.storage import Storage, open_storage
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rmdd.files import atomic_path, read_json, sha256_file
+from rmdd.core.files import atomic_path, read_json, sha256_file
 
 SCHEMA_VERSION = 1
 SPLITS = ("train", "val", "test")

@@ -15,11 +15,11 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from rmdd.config import Data, hash_value
+from rmdd.core.files import allocate, atomic_path
+from rmdd.core.locks import held
 from rmdd.data.captions import clean
 from rmdd.data.decode import decode, squash
 from rmdd.data.shards import Dataset
-from rmdd.files import allocate, atomic_path
-from rmdd.lease import held
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from rmdd import config
+from rmdd.core.files import append_jsonl, cut_jsonl
+from rmdd.core.tensors import Damaged, facts_of, load_checked, save_checked
 from rmdd.distill.guard import Derailed, vitals, what_is_wrong
 from rmdd.distill.phases import Window
 from rmdd.distill.synthetic import Synthetic, from_tensors
-from rmdd.files import append_jsonl, cut_jsonl
-from rmdd.tensors import Damaged, facts_of, load_checked, save_checked
 
 _logger = logging.getLogger(__name__)
 

@@ -13,13 +13,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from rmdd import config
+from rmdd.core.seeding import derive, generator
 from rmdd.data.augment import augment
 from rmdd.data.images import decode, normalise
 from rmdd.data.material import Material
 from rmdd.distill import similarity
 from rmdd.distill.synthetic import Synthetic, reduced
 from rmdd.methods.datm import growing_stop
-from rmdd.seeding import derive, generator
 
 # Mean and deviation of normalised pixels and of BERT embeddings, for starts from noise.
 NOISE_PIXEL_MEAN, NOISE_PIXEL_STD = (-0.0626, -0.0221, 0.0680), (1.0451, 1.0752, 1.0539)

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rmdd.core.seeding import generator
 from rmdd.evaluate.retrieval import KS, Ranks
-from rmdd.seeding import generator
 
 # I images, R draws, S recalls
 

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rmdd import config
+from rmdd.core.seeding import generator
 from rmdd.data.images import normalise
 from rmdd.data.material import Material
 from rmdd.distill import similarity
@@ -15,7 +16,6 @@ from rmdd.distill.phases import real_images
 from rmdd.distill.synthetic import Synthetic, enlarged
 from rmdd.evaluate.health import collapsed, health, stripes
 from rmdd.models.dual import DualEncoder
-from rmdd.seeding import generator
 
 MOST = 5_000
 """Most pairs of val that are looked at."""

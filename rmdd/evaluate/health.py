@@ -16,7 +16,7 @@ from sklearn.linear_model import RidgeClassifier
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from torch import Tensor
 
-from rmdd.seeding import derive, generator
+from rmdd.core.seeding import derive, generator
 
 EXACT = 10_000
 """Most rows whose pairs of rows are all looked at; of more, `SAMPLE` pairs are drawn."""

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save
 
 from rmdd import config
 from rmdd.artefact.distilled import DistilledSet
+from rmdd.core.files import atomic_path, read_json
 from rmdd.data.images import normalise
 from rmdd.data.material import Material
 from rmdd.distill.phases import real_images
 from rmdd.distill.synthetic import enlarged
 from rmdd.evaluate.students import Lesson
-from rmdd.files import atomic_path, read_json
 
 
 def lessons_of(found: DistilledSet) -> list[Lesson]:

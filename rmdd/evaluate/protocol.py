@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 
 from rmdd import config
+from rmdd.core.seeding import generator
 from rmdd.data.material import Material
 from rmdd.distill import similarity
 from rmdd.distill.synthetic import Synthetic, enlarged
@@ -32,7 +33,6 @@ from rmdd.evaluate.references import reference_of
 from rmdd.evaluate.retrieval import Ranks, Recalls
 from rmdd.evaluate.students import Course, Diverged, Lesson, rank, score, train_student
 from rmdd.models.dual import DualEncoder, build
-from rmdd.seeding import generator
 
 Kind = Literal["select", "tune", "student", "baseline", "reference", "full", "hard", "own", "soft_tune", "soft"]
 CHOOSING = ("select", "tune", "soft_tune")

@@ -6,9 +6,9 @@ Selection opens the first alone. The second is written before it, so a record th
 from pathlib import Path
 from typing import Any
 
+from rmdd.core.files import read_json, write_json
+from rmdd.core.storage import Storage
 from rmdd.evaluate.retrieval import Ranks
-from rmdd.files import read_json, write_json
-from rmdd.storage import Storage
 
 
 def test_file(path: Path) -> Path:

@@ -95,7 +95,7 @@ class Ranks:
         """As int32 in a safetensors file."""
         from safetensors.torch import save_file
 
-        from rmdd.files import atomic_path
+        from rmdd.core.files import atomic_path
 
         tensors = {name: getattr(self, name) for name in self.__dataclass_fields__}
         with atomic_path(path) as temporary:

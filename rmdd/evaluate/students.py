@@ -13,13 +13,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rmdd import config
+from rmdd.core.seeding import derive, generator
 from rmdd.data.images import normalise
 from rmdd.data.material import Material
 from rmdd.evaluate.augment import augmentation
 from rmdd.evaluate.retrieval import Ranks, Recalls, ranks
 from rmdd.models.dual import TOWERS, DualEncoder, tower_of
 from rmdd.models.losses import LOSSES
-from rmdd.seeding import derive, generator
 
 
 class Diverged(FloatingPointError):

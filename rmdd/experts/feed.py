@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from rmdd import config
+from rmdd.core.seeding import generator
 from rmdd.data.augment import augment
 from rmdd.data.decode import decode
 from rmdd.data.material import Material
 from rmdd.data.shards import Dataset
 from rmdd.data.splits import read_rows, squashed
-from rmdd.seeding import generator
 
 Key = tuple[int, int, int]
 """(seed, expert, epoch)."""
@@ -77,7 +77,7 @@ class Look:
 
 
 Stream = Callable[[Look, Sequence[Part], int], Iterable[np.ndarray]]
-"""Applies the look to the parts, so many at a time and in order, elsewhere: `rmdd.runtime.feed`."""
+"""Applies the look to the parts, so many at a time and in order, elsewhere: `rmdd.execution.ray.feed`."""
 
 
 @functools.lru_cache(maxsize=4)

@@ -17,8 +17,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rmdd import config
+from rmdd.execution.tasks import Hooks, Seat
 from rmdd.experts.train import Learner, Team, optimiser_of
-from rmdd.jobs import Hooks, Seat
 from rmdd.models.dual import DualEncoder, Params
 from rmdd.models.image import ConvNet
 from rmdd.models.losses import infonce

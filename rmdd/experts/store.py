@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from rmdd.files import atomic_path, read_json, remove, sha256_file, write_json
+from rmdd.core.files import atomic_path, read_json, remove, sha256_file, write_json
+from rmdd.core.tensors import Damaged, load_checked, save_checked
 from rmdd.models.dual import Params, check_same_shapes
-from rmdd.tensors import Damaged, load_checked, save_checked
 
 SCHEMA = 1
 START = "theta-0.safetensors"

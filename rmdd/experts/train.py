@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmdd import config
+from rmdd.core.seeding import derive
 from rmdd.coresets import forgetting
 from rmdd.data.images import normalise
 from rmdd.data.material import Material
@@ -23,7 +24,6 @@ from rmdd.experts.feed import Epoch, Stream, pictures
 from rmdd.experts.store import Store, Writer
 from rmdd.models.dual import DualEncoder, Params, build, tower_of
 from rmdd.models.losses import infonce
-from rmdd.seeding import derive
 
 
 def begin_store(run: config.Run, path: Path, text_width: int, facts: dict) -> Store:

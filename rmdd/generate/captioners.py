@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 
 from rmdd.config import Captions
+from rmdd.core.files import read_json, write_json
+from rmdd.core.seeding import derive
 from rmdd.data.captions import clean
-from rmdd.files import read_json, write_json
+from rmdd.execution.tasks import Values
 from rmdd.generate.decode import Precision, quiet
-from rmdd.jobs import Values
-from rmdd.seeding import derive
 
 Backend = Literal["blip", "llava"]
 PROMPTS = {

@@ -18,11 +18,11 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from rmdd.core.files import atomic_path, read_json, write_json
+from rmdd.core.seeding import generator
+from rmdd.core.tensors import load_checked, save_checked
 from rmdd.data.splits import Split
-from rmdd.files import atomic_path, read_json, write_json
-from rmdd.jobs import Values
-from rmdd.seeding import generator
-from rmdd.tensors import load_checked, save_checked
+from rmdd.execution.tasks import Values
 
 Request = dict[str, Any]
 """What a pair is made from: `index`, `seed`, and what its decoder reads, such as `caption` or a row `embedding`."""

@@ -18,6 +18,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
+from rmdd.config.runfile import Section
+from rmdd.core.seeding import generator
 from rmdd.data.images import NORMALISATIONS
 from rmdd.generate.diffusion import Diffusion, as_signed
 from rmdd.generate.edge_losses import (
@@ -28,8 +30,6 @@ from rmdd.generate.edge_losses import (
     noised,
     target_of,
 )
-from rmdd.runfile import Section
-from rmdd.seeding import generator
 
 
 class EdgeTuning(Section):

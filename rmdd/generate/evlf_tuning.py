@@ -13,10 +13,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
+from rmdd.config.runfile import Section
+from rmdd.core.seeding import derive, generator
 from rmdd.generate.diffusion import Diffusion, Texts, as_signed
 from rmdd.generate.fusion import Fusion, Projector, alignment, blurred_text, positives, ramp
-from rmdd.runfile import Section
-from rmdd.seeding import derive, generator
 
 
 class FusionRule(Section):

@@ -16,16 +16,16 @@ from PIL import Image
 from torch import Tensor
 
 from rmdd.config import Captions
+from rmdd.core.files import read_json
 from rmdd.coresets.features import BLOCK, save_block
 from rmdd.data.captions import clean
 from rmdd.data.decode import decode
 from rmdd.data.splits import read_rows
-from rmdd.files import read_json
+from rmdd.execution.tasks import Values
 from rmdd.generate.decode import quiet
 from rmdd.generate.parts import Part
-from rmdd.jobs import Values
-from rmdd.places import device_of
-from rmdd.tasks import Item, material
+from rmdd.runs.paths import device_of
+from rmdd.runs.tasks import Item, material
 
 BATCH = 64
 FILES = ("preprocessor_config.json|processor_config.json", "tokenizer.json|vocab.json")

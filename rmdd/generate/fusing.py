@@ -6,18 +6,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from rmdd.core.files import atomic_path
+from rmdd.core.storage import open_storage
 from rmdd.coresets.rows import Part, Rows
 from rmdd.data.splits import squashed
-from rmdd.files import atomic_path
+from rmdd.execution.tasks import Values
 from rmdd.generate.diffusion import as_signed
 from rmdd.generate.evlf_tuning import FusionRule, fusion_of
 from rmdd.generate.stable_diffusion import diffusion_of
 from rmdd.generate.studio import Studio
 from rmdd.generate.tuning import read_tuned, use_tuned
-from rmdd.jobs import Values
-from rmdd.places import device_of
-from rmdd.storage import open_storage
-from rmdd.tasks import Item, material
+from rmdd.runs.paths import device_of
+from rmdd.runs.tasks import Item, material
 
 BLOCK = 512
 """Caption records of a file."""

@@ -9,10 +9,10 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Float32, Int64
 
+from rmdd.core.seeding import derive
 from rmdd.coresets.clusters import SAMPLE, fit
 from rmdd.coresets.draws import smallest
 from rmdd.coresets.rows import Rows
-from rmdd.seeding import derive
 
 REDUCED_FROM = 16_384
 """Rows that principal components are found from at most."""

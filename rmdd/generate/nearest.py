@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float32, Int64
 from PIL import Image
 
+from rmdd.core.files import atomic_path
 from rmdd.coresets.rows import Rows
-from rmdd.files import atomic_path
+from rmdd.execution.tasks import Values
 from rmdd.generate.features import Clip
 from rmdd.generate.studio import Studio
-from rmdd.jobs import Values
 
 BLOCK = 32
 """Pictures that are looked at together."""

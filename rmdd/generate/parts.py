@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rmdd.files import read_json, sha256_file
+from rmdd.core.files import read_json, sha256_file
 
 Kind = Literal["transformers", "diffusers"]
 

@@ -13,14 +13,14 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
+from rmdd.core.seeding import derive
 from rmdd.coresets.clusters import SAMPLE, fit, worst
 from rmdd.coresets.draws import smallest
 from rmdd.coresets.features import Sides
 from rmdd.coresets.matched import match
 from rmdd.coresets.rows import Rows
 from rmdd.coresets.shard import Shard, here
-from rmdd.jobs import OpenRanks, Ranks
-from rmdd.seeding import derive
+from rmdd.execution.tasks import OpenRanks, Ranks
 
 MINI_BATCH = 10_000
 CHUNK = 8192

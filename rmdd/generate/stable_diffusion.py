@@ -17,14 +17,14 @@ from pydantic import Field
 from torch import Tensor
 
 from rmdd.config.numbers import NonNegativeFloat, PositiveInt
-from rmdd.files import read_json
+from rmdd.config.runfile import Section
+from rmdd.core.files import read_json
+from rmdd.core.seeding import generator
 from rmdd.generate.decode import Offload, Precision, Request, pictures, placed, quiet
 from rmdd.generate.diffusion import Diffusion, grid_of
 from rmdd.generate.guidance import guided, scheduler_for, text_denoiser
 from rmdd.generate.parts import Part
 from rmdd.generate.tuning import read_tuned, use_tuned
-from rmdd.runfile import Section
-from rmdd.seeding import generator
 
 _logger = logging.getLogger(__name__)
 

@@ -16,25 +16,25 @@ from PIL import Image
 from torch import Tensor
 
 from rmdd import config
+from rmdd.core.files import write_json
+from rmdd.core.progress import watched
+from rmdd.core.storage import open_storage
 from rmdd.data.captions import clean
 from rmdd.data.images import normalise
 from rmdd.distill import phases
-from rmdd.distill.matching import save_set
 from rmdd.distill.synthetic import Synthetic, reduced
-from rmdd.files import write_json
+from rmdd.distill.trajectory.matching import save_set
+from rmdd.execution.tasks import Executor, Hooks, Interrupted, OpenRanks, Stream, Values, in_turn
 from rmdd.generate.decode import Decoder, Painter, is_painted, picture_of, read_requests, write_requests
 from rmdd.generate.parts import Part
-from rmdd.jobs import Executor, Hooks, Interrupted, OpenRanks, Stream, Values, in_turn
 from rmdd.models.text import embed
-from rmdd.places import device_of
-from rmdd.progress import watched
-from rmdd.storage import open_storage
+from rmdd.runs.paths import device_of
 
 if TYPE_CHECKING:
+    from rmdd.core.progress import Progress
     from rmdd.coresets.features import Sides
     from rmdd.data.material import Material
-    from rmdd.progress import Progress
-    from rmdd.tasks import Item
+    from rmdd.runs.tasks import Item
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from rmdd.files import append_jsonl, cut_jsonl
-from rmdd.tensors import Damaged, load_checked, save_checked
+from rmdd.core.files import append_jsonl, cut_jsonl
+from rmdd.core.tensors import Damaged, load_checked, save_checked
 
 _logger = logging.getLogger(__name__)
 

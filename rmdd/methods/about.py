@@ -6,8 +6,8 @@ import sys
 from typing import Any, Literal, get_args, get_origin
 
 from rmdd import config, methods
+from rmdd.config.runfile import Section
 from rmdd.methods.base import Family
-from rmdd.runfile import Section
 
 
 def listing() -> list[dict[str, Any]]:

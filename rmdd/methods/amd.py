@@ -17,14 +17,14 @@ import numpy as np
 import torch
 
 from rmdd import config
+from rmdd.config.runfile import filled
+from rmdd.core.seeding import derive
 from rmdd.data.images import normalise
 from rmdd.data.material import Material
 from rmdd.distill.phases import check_enough
 from rmdd.experts.store import Store
 from rmdd.methods.lors import LoRS
 from rmdd.models.dual import TOWERS, Params, build, tower_of
-from rmdd.runfile import filled
-from rmdd.seeding import derive
 
 _logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def prototypes(run: config.Run, phase: int, pairs: int, train: Material) -> list
     """
     from sklearn.cluster import MiniBatchKMeans
 
-    from rmdd.places import device_here
+    from rmdd.runs.paths import device_here
 
     seed = run.seed_of("distill")
     check_enough(phase, pairs, train)

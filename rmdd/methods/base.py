@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rmdd import config
-from rmdd.runfile import Section, validate
+from rmdd.config.runfile import Section, validate
 
 Family = Literal["trajectory", "distribution", "generative"]
 Need = Literal["experts", "features", "diffusion", "captioner"]
@@ -27,7 +27,7 @@ class Method:
     `rmdd.methods.generative.GenerativeMethod`.
 
     Parts are functions of the run, the phase and the iteration alone: what they draw comes from
-    `rmdd.seeding.generator`, so that a run that was killed goes on with the same bits.
+    `rmdd.core.seeding.generator`, so that a run that was killed goes on with the same bits.
     """
 
     family: ClassVar[Family] = "trajectory"
@@ -107,7 +107,7 @@ class Method:
 
     def student_loss(self, model: DualEncoder, drawn: Draw) -> StudentLoss:
         """The loss of one inner step, as a function of the parameters."""
-        from rmdd.distill.inner import student_loss
+        from rmdd.distill.trajectory.inner import student_loss
 
         size = self.run.data.image_size
         return student_loss(model, self.rule, drawn.dropout_seeds, drawn.blends, size)

@@ -31,17 +31,17 @@ from torch import Tensor, nn
 
 from rmdd import config
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
+from rmdd.core.seeding import generator
 from rmdd.data.material import Material
-from rmdd.distill.chunks import gradient_in_chunks
-from rmdd.distill.covariance import covariance_loss, cross_covariance, mean_loss
-from rmdd.distill.learned import load_tensors, tensors_of
+from rmdd.distill.distribution.chunks import gradient_in_chunks
+from rmdd.distill.distribution.covariance import covariance_loss, cross_covariance, mean_loss
+from rmdd.distill.distribution.learned import load_tensors, tensors_of
 from rmdd.distill.synthetic import Synthetic, enlarged, zeros_like
 from rmdd.methods.distribution import DistributionMethod, Effort
 from rmdd.models.dual import DualEncoder
 from rmdd.models.image import build_image_tower
 from rmdd.models.losses import infonce
 from rmdd.models.tokens import TokenTower, mask_of
-from rmdd.seeding import generator
 
 if TYPE_CHECKING:
     from rmdd.experts.store import Store
@@ -108,7 +108,7 @@ class CovMatch(DistributionMethod):
     @functools.cached_property
     def tower(self) -> TokenTower:
         """The frozen text tower, as pretrained."""
-        from rmdd.places import device_here
+        from rmdd.runs.paths import device_here
 
         return TokenTower(self.run.model.text, device_here(self.run)).requires_grad_(False)
 

@@ -10,8 +10,8 @@ for pairs; its loss threshold is `distill.skip_above`, off here, for it is set f
 """
 
 from rmdd import config
+from rmdd.config.runfile import filled
 from rmdd.methods.lors import LoRS
-from rmdd.runfile import filled
 
 
 def growing_stop(phase: config.Phase, stop: int | float, iteration: int) -> int | float:

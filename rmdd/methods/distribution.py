@@ -71,7 +71,7 @@ class Effort:
 
 
 class DistributionMethod(Method, ABC):
-    """A recipe on the distribution-matching loop (`rmdd.distill.features`)."""
+    """A recipe on the distribution-matching loop (`rmdd.distill.distribution.matching`)."""
 
     family: ClassVar[Family] = "distribution"
 

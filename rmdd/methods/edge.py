@@ -25,15 +25,15 @@ from pydantic import Field
 
 from rmdd import config
 from rmdd.config.numbers import PositiveInt
+from rmdd.config.runfile import Section
+from rmdd.execution.tasks import Values
 from rmdd.generate.captioners import DEFAULT_IDS, PROMPTS, Describer, Gathered, Speaker, alike, described
 from rmdd.generate.decode import Precision
 from rmdd.generate.edge_tuning import EdgeTrainer, EdgeTuning, draws
 from rmdd.generate.parts import Part
 from rmdd.generate.stable_diffusion import FromCaption, Sampling, cut_captions, diffusion_of, generator_part
-from rmdd.jobs import Values
 from rmdd.methods.base import Need
 from rmdd.methods.tuned import TunedMethod
-from rmdd.runfile import Section
 
 if TYPE_CHECKING:
     import torch

@@ -27,6 +27,7 @@ from pydantic import Field
 
 from rmdd import config
 from rmdd.config.numbers import NonNegativeFloat, PositiveInt
+from rmdd.core.seeding import generator
 from rmdd.generate.decode import Decoder
 from rmdd.generate.evlf_tuning import FusionRule, FusionTrainer
 from rmdd.generate.parts import Part
@@ -40,7 +41,6 @@ from rmdd.generate.stable_diffusion import (
     latent_shape,
 )
 from rmdd.methods.tuned import TunedMethod
-from rmdd.seeding import generator
 
 if TYPE_CHECKING:
     import torch

@@ -10,8 +10,8 @@ past the last epoch are refused where the code clamps them. All else is LoRS; PT
 of its own per phase and whole epochs (`rmdd.experts.shortcut` holds both).
 """
 
+from rmdd.config.runfile import filled
 from rmdd.methods.lors import LoRS
-from rmdd.runfile import filled
 
 
 class MCT(LoRS):

@@ -4,10 +4,10 @@ No student is unrolled: the set is moved so that its features lie as real ones d
 every step. M pairs, B_r and B_s real and synthetic pairs of a batch, v and t unit embeddings of image and text.
 
     start    k-means (cosine, K = M) on [v ; t] of all real pairs; per cluster the pair nearest to its centre
-    teacher  w* = w_0 + alpha c/(1+c) (d_1 + d_2) per tensor, of two random checkpoints (`rmdd.distill.merging`)
+    teacher  w* = w_0 + alpha c/(1+c) (d_1 + d_2) per tensor, of two random checkpoints (`distribution.merging`)
     loss     nce + lambda_agr GKE(u real, u synthetic) + lambda_dis GKE(g real, g synthetic), with the directions in
              which image and text agree, u = (v + t)/|v + t|, and differ, g = (v - t)/|v - t|, and GKE the energy of a
-             Gaussian kernel of angles (`rmdd.distill.sphere`); nce, the contrastive loss of the synthetic pairs
+             Gaussian kernel of angles (`distribution.sphere`); nce, the contrastive loss of the synthetic pairs
     step     joint gradient cut to norm 1, SGD with momentum 0.5 on images and texts; the set has no other tensors
 
 Paper where paper and code differ (V-statistic, teacher in eval mode, 64 real pairs), but for three traps: c is kept
@@ -25,15 +25,15 @@ from torch import Tensor
 
 from rmdd import config
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
+from rmdd.core.seeding import derive, generator
 from rmdd.data.material import Material
-from rmdd.distill import merging, sphere
-from rmdd.distill.joint import Embedded, Side, nearest_pairs
+from rmdd.distill.distribution import merging, sphere
+from rmdd.distill.distribution.joint import Embedded, Side, nearest_pairs
 from rmdd.distill.phases import check_enough, choose_records
 from rmdd.distill.synthetic import Synthetic, enlarged, zeros_like
 from rmdd.experts.store import Store
 from rmdd.methods.distribution import DistributionMethod, Effort
 from rmdd.models.dual import DualEncoder, Params
-from rmdd.seeding import derive, generator
 
 POOL_BYTES = 4 * 2**30
 """Checkpoints held in memory at most."""
@@ -127,7 +127,7 @@ class MDM(DistributionMethod):
 
     def records(self, phase: int, train: Material, store: Store | None = None) -> list[int]:
         from rmdd.experts.train import expert_model
-        from rmdd.places import device_here
+        from rmdd.runs.paths import device_here
 
         pairs, side = self.rule.phases[phase].pairs, self.options.cluster
         if self.rule.init == "noise" or side == "random":

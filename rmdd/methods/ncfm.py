@@ -2,7 +2,7 @@
 
 Real pairs are clustered by k-means of their joint features f = [v ; t] / sqrt 2 (unit v, t of a final expert). Each of
 C clusters gets ipc pairs, and these should have its whole distribution of features, compared by characteristic
-functions at T frequencies (`rmdd.distill.characteristic`):
+functions at T frequencies (`rmdd.distill.distribution.characteristic`):
 
     encoder    (1 - b) theta_0 + b theta_n of one expert, b ~ U(0,1), anew for every draw
     maximise   psi, which makes the frequencies, takes a step on -NCFD            (network: true)
@@ -29,17 +29,17 @@ from torch import Tensor
 
 from rmdd import config
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
+from rmdd.core.seeding import derive, generator
 from rmdd.data.material import Material
-from rmdd.distill.characteristic import FrequencyNet, ncfd, wrong_count
-from rmdd.distill.chunks import LossOf, gradient_in_chunks
-from rmdd.distill.classes import chosen, clusters_of
-from rmdd.distill.learned import load_tensors, tensors_of
+from rmdd.distill.distribution.characteristic import FrequencyNet, ncfd, wrong_count
+from rmdd.distill.distribution.chunks import LossOf, gradient_in_chunks
+from rmdd.distill.distribution.classes import chosen, clusters_of
+from rmdd.distill.distribution.learned import load_tensors, tensors_of
 from rmdd.distill.synthetic import Synthetic, enlarged, zeros_like
 from rmdd.experts.train import expert_model
 from rmdd.methods.distribution import DistributionMethod, Effort
 from rmdd.models.dual import DualEncoder, Params
 from rmdd.models.losses import infonce
-from rmdd.seeding import derive, generator
 
 if TYPE_CHECKING:
     from rmdd.experts.store import Store
@@ -142,7 +142,7 @@ class NCFM(DistributionMethod):
 
     def clustered(self, phase: int, train: Material, store: Store) -> tuple[np.ndarray, np.ndarray]:
         """The joint features of all records in the first final expert, and the cluster of each."""
-        from rmdd.places import device_here
+        from rmdd.runs.paths import device_here
 
         device, expert = device_here(self.run), store.complete()[0]
         model = expert_model(self.run, expert, train.texts.shape[1]).to(device).eval()

@@ -16,8 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rmdd import config
+from rmdd.config.runfile import filled
 from rmdd.methods.lors import LoRS
-from rmdd.runfile import filled
 
 
 def blend(features: Float[Tensor, "B D"], weight: float, partner: Int[Tensor, " B"]) -> Float[Tensor, "B D"]:

@@ -7,8 +7,8 @@ and a truncation for more (`distill.estimator: exact` has the same memory). It s
 pairs as the budget. Its rates are LoRS's, for no script was released.
 """
 
+from rmdd.config.runfile import filled
 from rmdd.methods.lors import LoRS
-from rmdd.runfile import filled
 
 
 class TeslaVL(LoRS):

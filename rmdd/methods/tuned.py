@@ -68,7 +68,7 @@ class TunedMethod(GenerativeMethod):
 
     def tuned_folder(self, root: Path, data: str) -> Path:
         """Where it lies in the storage `root`, for data of that hash."""
-        from rmdd.places import NUMBERS_VERSION, device_of
+        from rmdd.runs.paths import NUMBERS_VERSION, device_of
 
         view = {"captions", "background", "exif_orientation"}
         facts = {
@@ -88,10 +88,10 @@ class TunedMethod(GenerativeMethod):
 
     def tuned(self, studio: Studio) -> Path | None:
         """The folder of what was trained, after it was; None when nothing is."""
+        from rmdd.core.storage import open_storage
+        from rmdd.execution.tasks import Interrupted
         from rmdd.generate.tuning import is_tuned
-        from rmdd.jobs import Interrupted
-        from rmdd.storage import open_storage
-        from rmdd.tasks import tuning
+        from rmdd.runs.tasks import tuning
 
         total = self.updates(len(studio.train.split.captions))
         if not total:

@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rmdd import config
+from rmdd.core.seeding import derive, generator
 from rmdd.models.image import build_image_tower
-from rmdd.seeding import derive, generator
 
 Params = dict[str, Tensor]
 TOWERS = ("image", "text")

@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rmdd import seeding
 from rmdd.config import ImageTower
-from rmdd.files import sha256_file
+from rmdd.core import seeding
+from rmdd.core.files import sha256_file
 from rmdd.models.fused import norm_relu_pool
 
 HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")

@@ -19,10 +19,10 @@ import torch
 from jaxtyping import Float32
 
 from rmdd.config import TextTower
-from rmdd.files import allocate, atomic_path, read_json, sha256_file, write_json
-from rmdd.jobs import Stream, Values, in_turn
-from rmdd.lease import held
-from rmdd.seeding import generator
+from rmdd.core.files import allocate, atomic_path, read_json, sha256_file, write_json
+from rmdd.core.locks import held
+from rmdd.core.seeding import generator
+from rmdd.execution.tasks import Stream, Values, in_turn
 
 MODEL_FILES = (".json", ".txt", ".model", ".safetensors", ".bin")  # weights, configuration and tokenizer
 

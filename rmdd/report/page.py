@@ -17,10 +17,10 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from rmdd.core.files import atomic_path, read_json
 from rmdd.data.images import denormalise
-from rmdd.distill.matching import load_set
+from rmdd.distill.trajectory.matching import load_set
 from rmdd.experts.store import stored_bytes
-from rmdd.files import atomic_path, read_json
 from rmdd.methods import TITLES
 from rmdd.report import plots, referee
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from rmdd import config
     from rmdd.artefact.distilled import DistilledSet, Subset
-    from rmdd.places import Places
+    from rmdd.runs.paths import Places
 
 RECALLS = ("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10", "R@mean")
 GALLERY = 60  # most pairs shown

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from rmdd import config
-from rmdd.files import atomic_path
+from rmdd.core.files import atomic_path
 from rmdd.report.plots import IMAGE, INK, REST, STYLE, TEXT, Drawing
 
 if TYPE_CHECKING:

@@ -10,20 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from rmdd import config
-from rmdd.crew import open_crew, working_in
-from rmdd.distill.planning import foreseen, over_budget
-from rmdd.files import read_json, write_json
-from rmdd.jobs import Climber, Hooks, Inquiry, Values
-from rmdd.lease import held
+from rmdd.core.files import read_json, write_json
+from rmdd.core.locks import held
+from rmdd.core.progress import Progress
+from rmdd.core.storage import located, open_storage, root_of
+from rmdd.distill.trajectory.planning import foreseen, over_budget
+from rmdd.execution.backend import open_crew, working_in
+from rmdd.execution.tasks import Climber, Hooks, Inquiry, Values
 from rmdd.models.text import text_width
 from rmdd.pipeline import Pipeline
-from rmdd.progress import Progress
 from rmdd.searches.space import Space, loader
 from rmdd.searches.study import Study
 from rmdd.searches.table import Table, write_table
 from rmdd.searches.trial import SPLITS, open_trial
-from rmdd.searches.warm import known_from
-from rmdd.storage import located, open_storage, root_of
+from rmdd.searches.warm_start import known_from
 
 LASTING = ("trials", "concurrency", "storage")
 """Fields of `search` that may change between sittings."""

@@ -11,8 +11,8 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from rmdd import config
+from rmdd.core.seeding import derive
 from rmdd.searches.space import Space
-from rmdd.seeding import derive
 
 FIRST = "first"
 """Of a study: the number of its first trial that was made here, those before were taken from earlier searches."""

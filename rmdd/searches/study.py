@@ -15,13 +15,13 @@ import optuna
 from optuna.trial import TrialState
 
 from rmdd import config
-from rmdd.files import atomic_path, write_json
-from rmdd.jobs import Values
-from rmdd.lease import Held, Lease, held
+from rmdd.core.files import atomic_path, write_json
+from rmdd.core.locks import Held, Lease, held
+from rmdd.core.storage import is_uri, open_storage
+from rmdd.execution.tasks import Values
 from rmdd.searches.samplers import FIRST, begun, pruner_of, sampler_of
 from rmdd.searches.space import Space, loader, overrides
-from rmdd.searches.warm import Known
-from rmdd.storage import is_uri, open_storage
+from rmdd.searches.warm_start import Known
 
 INFEASIBLE = "infeasible"
 PARTS = ("experts", "phases")
@@ -66,7 +66,7 @@ def open_study(base: config.Run, folder: Path) -> optuna.Study:
 
 
 class Study:
-    """The trials of one search as one driver sees them; an `rmdd.jobs.Inquiry`. Use it in a `with`."""
+    """The trials of one search as one driver sees them; an `rmdd.execution.tasks.Inquiry`. Use it in a `with`."""
 
     def __init__(
         self,

@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rmdd import config
+from rmdd.core.progress import Progress
 from rmdd.evaluate import protocol
-from rmdd.jobs import Hooks, InTurn
+from rmdd.execution.tasks import Hooks, InTurn
 from rmdd.pipeline import Pipeline
-from rmdd.places import candidates_of
-from rmdd.progress import Progress
-from rmdd.tasks import Item, phase
+from rmdd.runs.paths import candidates_of
+from rmdd.runs.tasks import Item, phase
 
 SPLITS = ("train", "val")
 

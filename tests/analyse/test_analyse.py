@@ -17,14 +17,14 @@ from rmdd import config
 from rmdd.analyse.linearity import linearity
 from rmdd.analyse.setting import TRAJECTORIES, Setting
 from rmdd.analyse.tables import collapse_axes, collapse_members, table_settings
-from rmdd.cli import app
+from rmdd.cli.app import app
+from rmdd.core.progress import Progress
 from rmdd.distill.phases import draw
 from rmdd.experts.store import Store
 from rmdd.experts.train import kept_epochs
 from rmdd.pipeline import open_pipeline
-from rmdd.places import places_of, run_folder
-from rmdd.progress import Progress
-from rmdd.sweeps import members_in
+from rmdd.runs.paths import places_of, run_folder
+from rmdd.searches.sweeps import members_in
 
 EPOCHS = 3
 PHASES = [

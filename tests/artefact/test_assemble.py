@@ -4,15 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from rmdd import config, tasks
+from rmdd import config
 from rmdd.artefact.assemble import assemble, nearest, portable
 from rmdd.artefact.distilled import DistilledSet
+from rmdd.core.files import write_json
 from rmdd.data.ingest import ingest
 from rmdd.data.material import load_material
 from rmdd.data.shards import Dataset
 from rmdd.distill import phases
-from rmdd.distill.matching import save_set
-from rmdd.files import write_json
+from rmdd.distill.trajectory.matching import save_set
+from rmdd.runs import tasks
 
 RUN = {
     "name": "tiny",

@@ -7,7 +7,7 @@ import torch
 from toy import CPU, encoder, first_set, run_of
 
 from rmdd.bench.estimator import along, cosine, norm_ratio, summary
-from rmdd.distill.matching import Matcher, State, outer_step
+from rmdd.distill.trajectory.matching import Matcher, State, outer_step
 
 
 def test_rows_are_of_the_run_itself(store):

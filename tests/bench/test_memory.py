@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from rmdd import config, estimate
+from rmdd import config
 from rmdd.bench.step import Case, Variant, peak_bytes
 from rmdd.distill.unroll import Engine
+from rmdd.runs import cost as estimate
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 CASE = Case(widths=(32, 64), image_size=32, text_width=2048, width=1024, pairs=40, batch=20, threads=1)

@@ -1,7 +1,7 @@
 import pytest
 
 from rmdd.bench.metric import Case, bench_metric, table
-from rmdd.files import read_json
+from rmdd.core.files import read_json
 
 
 def test_a_small_gallery_is_timed_in_a_process_of_its_own(tmp_path):

@@ -34,8 +34,8 @@ import json, time
 from pathlib import Path
 import ray
 from rmdd.config import Runtime
-from rmdd.runtime.actors import SideBySide
-from rmdd.runtime.cluster import connected
+from rmdd.execution.ray.actors import SideBySide
+from rmdd.execution.ray.cluster import connected
 
 def meet(folder, hooks):  # ends when two nodes have been here
     (folder / ray.get_runtime_context().get_node_id()).touch()

@@ -9,8 +9,8 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 import rmdd
 from rmdd import config
-from rmdd.places import run_folder
-from rmdd.progress import Progress
+from rmdd.core.progress import Progress
+from rmdd.runs.paths import run_folder
 
 QUIET = Progress(quiet=True)
 TINY = {

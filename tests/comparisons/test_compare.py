@@ -16,20 +16,21 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import rmdd
-from rmdd import cli, config
+from rmdd import config
 from rmdd.artefact.distilled import DistilledSet
+from rmdd.cli import app as cli
 from rmdd.comparisons import begun_in, engine
 from rmdd.comparisons.compare import begin
 from rmdd.comparisons.entries import open_entries
 from rmdd.comparisons.published import beside
+from rmdd.core.progress import Progress
+from rmdd.core.seeding import generator
 from rmdd.coresets.subset import Subset
 from rmdd.data.shards import Dataset
 from rmdd.data.splits import load_split
 from rmdd.evaluate import bootstrap
 from rmdd.evaluate.retrieval import Ranks
-from rmdd.progress import Progress
-from rmdd.seeding import generator
-from rmdd.verify import verify
+from rmdd.runs.verify import verify
 
 QUIET = Progress(quiet=True)
 RECALLS = ("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10", "R@mean")

@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from rmdd import cli
+from rmdd.cli import app as cli
 from rmdd.comparisons import tables
 from rmdd.comparisons.published import LAYOUTS, PERCENT, UNITS, beside, cells, flat, published, table
 

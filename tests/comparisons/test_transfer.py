@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import rmdd
-from rmdd import cli, config
+from rmdd import config
 from rmdd.artefact.distilled import DistilledSet
+from rmdd.cli import app as cli
 from rmdd.comparisons.transfer import begin, target
+from rmdd.core.progress import Progress
 from rmdd.models.dual import build
 from rmdd.models.text import embed
-from rmdd.progress import Progress
 
 QUIET = Progress(quiet=True)
 IMAGES = ("test_resnet", "test_nfnet", "test_efficientnet", "test_vit")

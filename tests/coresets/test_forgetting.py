@@ -14,14 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rmdd import config
+from rmdd.core.progress import Progress
 from rmdd.coresets import forgetting
 from rmdd.coresets.forgetting import Counts
 from rmdd.experts.store import Store
 from rmdd.experts.train import expert_model
 from rmdd.pipeline import open_pipeline
-from rmdd.places import places_of
-from rmdd.progress import Progress
-from rmdd.verify import verify
+from rmdd.runs.paths import places_of
+from rmdd.runs.verify import verify
 
 EPOCHS = 4
 
@@ -191,7 +191,7 @@ import os, signal, sys
 from rmdd import config
 from rmdd.experts import store
 from rmdd.pipeline import open_pipeline
-from rmdd.progress import Progress
+from rmdd.core.progress import Progress
 
 add = store.Writer.add
 def killed(self, *given, **named):

@@ -5,12 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from rmdd import config, files
+from rmdd import config
+from rmdd.core import files
+from rmdd.core.files import remove
+from rmdd.core.remote import Remote
+from rmdd.core.storage import open_storage
 from rmdd.data.ingest import ingest
 from rmdd.data.parts import PartWriter
-from rmdd.files import remove
-from rmdd.remote import Remote
-from rmdd.storage import open_storage
 
 SCENES = config.Data(scenes=config.Scenes(train=6, val=2, test=2, size=16), image_size=16)
 

@@ -263,7 +263,7 @@ def test_real_slices_with_pictures_keep_five_and_six_captions(shared, root, draw
 
 @pytest.mark.ray
 def test_ray_and_plain_write_the_same_bytes(messy, ray_local, tmp_path):
-    from rmdd.runtime.stream import over_tasks
+    from rmdd.execution.ray.stream import over_tasks
 
     for data in (messy.model_copy(update={"shard_mb": 1e-3}), Data(scenes=Scenes(train=150, val=20, test=20, size=16))):
         plain = ingest(data, tmp_path / data.source / "plain")

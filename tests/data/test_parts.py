@@ -20,7 +20,7 @@ from rmdd.config import Data, Table
 from rmdd.data.ingest import ingest, quarantined
 from rmdd.data.parts import Folders, PartWriter
 from rmdd.data.shards import Dataset
-from rmdd.jobs import in_turn
+from rmdd.execution.tasks import in_turn
 
 PAIRS = 60
 
@@ -136,7 +136,7 @@ class MortalWriter(PartWriter):
 
 @pytest.mark.ray
 def test_a_killed_worker_is_replaced(data, whole, ray_local, tmp_path):
-    from rmdd.runtime.stream import over_tasks
+    from rmdd.execution.ray.stream import over_tasks
 
     def mortal(make, items):
         yield from over_tasks()(functools.partial(MortalWriter, *make.args), items)
@@ -151,7 +151,7 @@ def test_a_killed_worker_is_replaced(data, whole, ray_local, tmp_path):
 
 @pytest.mark.ray
 def test_a_workers_own_error_keeps_its_words(data, ray_local, tmp_path):
-    from rmdd.runtime.stream import over_tasks
+    from rmdd.execution.ray.stream import over_tasks
 
     def read_only(make, items):
         folder = tmp_path / ".out.parts" / "records"
@@ -189,7 +189,7 @@ def test_a_full_disk_is_told_and_loses_nothing(data, whole, tmp_path):
         "import resource, sys\n"
         "from rmdd.config import Data\n"
         "from rmdd.data.ingest import ingest\n"
-        "from rmdd.jobs import in_turn\n"
+        "from rmdd.execution.tasks import in_turn\n"
         "def filling(make, items):\n"
         "    yield from in_turn(make, items[:1])\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
@@ -255,7 +255,7 @@ def test_a_machine_that_does_not_see_the_storage_is_named(data, tmp_path):
 def test_a_part_may_take_longer_than_ray_data_waits(ray_local, monkeypatch):
     from ray.data import DataContext
 
-    from rmdd.runtime.stream import over_tasks
+    from rmdd.execution.ray.stream import over_tasks
 
     monkeypatch.setattr(DataContext.get_current(), "execution_no_progress_timeout_s", 1)
 

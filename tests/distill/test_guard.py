@@ -7,9 +7,10 @@ import torch
 from toy import RATES, assert_same_results, distil, first_set, lines_of, run_of, same_tensors, stop_after
 
 from rmdd import config
-from rmdd.distill import loop, matching
+from rmdd.distill import loop
 from rmdd.distill.guard import Derailed, vitals, what_is_wrong
-from rmdd.distill.matching import State
+from rmdd.distill.trajectory import matching
+from rmdd.distill.trajectory.matching import State
 
 BAD = 5
 """The iteration that derails, counted from 0; states to go back to are kept at 2 and 4."""

@@ -6,8 +6,8 @@ import pytest
 import torch
 from toy import CPU, SIZE, encoder, first_set, run_of
 
-from rmdd.distill.matching import Matcher
 from rmdd.distill.synthetic import enlarged, reduced
+from rmdd.distill.trajectory.matching import Matcher
 
 
 def test_reduced_pixels_are_means():

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rmdd import config
-from rmdd.distill.inner import student_loss
 from rmdd.distill.phases import mini_batches
 from rmdd.distill.synthetic import Synthetic
+from rmdd.distill.trajectory.inner import student_loss
 from rmdd.distill.unroll import meta_gradient
 from rmdd.models.dual import build, tower_of
 from rmdd.models.image import matching_context

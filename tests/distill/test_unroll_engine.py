@@ -10,7 +10,7 @@ from distill.test_unroll import ESTIMATORS, assert_close, encoder, loss_of, prob
 from torch.autograd import forward_ad
 from toy import CPU, first_set, run_of
 
-from rmdd.distill.matching import Matcher
+from rmdd.distill.trajectory.matching import Matcher
 from rmdd.distill.unroll import Engine, forward_suits, meta_gradient
 from rmdd.models.fused import TwiceDifferentiable, group_norm, norm_relu_pool
 from rmdd.models.image import matching_context

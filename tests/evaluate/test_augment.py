@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from rmdd.core.seeding import generator
 from rmdd.data.images import denormalise, normalise
 from rmdd.evaluate.augment import CUT, FAMILIES, augmentation, dsa
-from rmdd.seeding import generator
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
+from rmdd.core.seeding import generator
 from rmdd.evaluate.bootstrap import METRICS, Interval, difference, differences, interval, intervals
 from rmdd.evaluate.retrieval import Ranks
-from rmdd.seeding import generator
 
 RAGGED = [5, 1, 6, 2, 5, 5, 3, 6, 5, 4]
 

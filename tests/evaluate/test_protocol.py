@@ -26,9 +26,9 @@ from rmdd.evaluate.protocol import (
     tuning_jobs,
 )
 from rmdd.models.dual import build
-from rmdd.places import Places
-from rmdd.tasks import Item
-from rmdd.tasks import material as material_of
+from rmdd.runs.paths import Places
+from rmdd.runs.tasks import Item
+from rmdd.runs.tasks import material as material_of
 
 SIZE, TEXT_WIDTH, CAPTIONS = 8, 6, 2
 CPU = torch.device("cpu")

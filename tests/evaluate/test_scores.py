@@ -3,11 +3,11 @@ import math
 import pytest
 import torch
 
+from rmdd.core.files import read_json
 from rmdd.evaluate import protocol, records, scores
 from rmdd.evaluate.protocol import Job, TestIsClosed, hardened, soft_lesson, train_and_score
 from rmdd.evaluate.retrieval import Ranks
 from rmdd.evaluate.scores import ars, lrs, squashed
-from rmdd.files import read_json
 from rmdd.models.dual import build
 from tests.evaluate.test_protocol import CPU, POISON, SIZE, TEST, TEXT_WIDTH, TRAIN, VAL, lessons, run_of
 

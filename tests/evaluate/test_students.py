@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rmdd import config
+from rmdd.core.seeding import generator
 from rmdd.data.images import normalise
 from rmdd.data.material import Material
 from rmdd.data.shards import Dataset
@@ -15,7 +16,6 @@ from rmdd.evaluate.retrieval import recalls
 from rmdd.evaluate.students import Course, Diverged, Lesson, score, train_student
 from rmdd.models.dual import build, tower_of
 from rmdd.models.losses import LOSSES
-from rmdd.seeding import generator
 
 TEXT_WIDTH, SIZE, SEED, STUDENT = 5, 8, 4, 2
 

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from rmdd import config
+from rmdd.core.seeding import generator
 from rmdd.data.ingest import ingest
 from rmdd.data.material import load_material
 from rmdd.experts.feed import Epoch, order, pictures, prepare
 from rmdd.experts.store import Store
 from rmdd.experts.train import begin_store, train_expert
-from rmdd.seeding import generator
 
 PAIRS = 70
 WINDOWED = config.Shuffle(kind="windowed", block=8, window=2)

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from rmdd import config
+from rmdd.execution.tasks import Hooks
 from rmdd.experts.gang import side_by_side
 from rmdd.experts.store import Store
 from rmdd.experts.train import begin_store
-from rmdd.jobs import Hooks
 
 EPOCHS = 3
 

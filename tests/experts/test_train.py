@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from rmdd import config
+from rmdd.core.seeding import generator
 from rmdd.data.images import normalise
 from rmdd.data.material import Material
 from rmdd.data.shards import Dataset
@@ -18,7 +19,6 @@ from rmdd.evaluate.students import score
 from rmdd.experts.store import Store
 from rmdd.experts.train import begin_store, expert_model, train_expert
 from rmdd.models.dual import build, tower_of
-from rmdd.seeding import generator
 
 SIZE, TEXT_WIDTH, IMAGES, CAPTIONS, EPOCHS = 8, 6, 11, 2, 3
 CPU = torch.device("cpu")

@@ -6,8 +6,8 @@ import pytest
 import tiny_diffusion
 import torch
 
+from rmdd.core.seeding import generator
 from rmdd.generate.edge_losses import biases_and_norms, clean_estimate, contrastive, diversity, noised, target_of
-from rmdd.seeding import generator
 
 
 def features(count=5, width=7, seed=0):

@@ -7,11 +7,11 @@ import tiny_diffusion
 import tiny_parts
 import torch
 
+from rmdd.core.seeding import generator
 from rmdd.generate.diffusion import Diffusion
 from rmdd.generate.edge_losses import contrastive, diversity
 from rmdd.generate.edge_tuning import EdgeTrainer, EdgeTuning, draws
 from rmdd.generate.tuning import TUNED, losses_of, read_tuned, tune, use_tuned
-from rmdd.seeding import generator
 
 CAPTIONS = ["a red dog", "two cats", "a blue ball", "the green tree", "a red dog", "one bird", "a hat", "some fish"]
 

@@ -4,10 +4,10 @@ import pytest
 import tiny_diffusion
 import torch
 
+from rmdd.core.seeding import generator
 from rmdd.generate.diffusion import Diffusion, as_signed
 from rmdd.generate.evlf_tuning import FusionRule, FusionTrainer, fusion_of
 from rmdd.generate.tuning import TUNED, tune
-from rmdd.seeding import generator
 
 CAPTIONS = ["a red dog", "a dog", "two cats", "a blue ball", "the green tree", "one bird", "two cats", "some fish"]
 IMAGE_OF = [0, 0, 1, 2, 3, 4, 5, 6]

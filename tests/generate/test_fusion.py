@@ -7,8 +7,8 @@ import torch
 from tiny_parts import clip_tokenizer
 from torch import nn
 
+from rmdd.core.seeding import generator
 from rmdd.generate.fusion import Fusion, Projector, after, alignment, blurred_text, first_end, positives, ramp
-from rmdd.seeding import generator
 
 GRID, LENGTH, WIDTH = (4, 6), 7, 5
 

@@ -4,8 +4,8 @@ import pytest
 import tiny_diffusion
 import torch
 
+from rmdd.core.seeding import generator
 from rmdd.generate.guidance import class_denoiser, guided, scheduler_for, step_deviation, text_denoiser
-from rmdd.seeding import generator
 
 CAPTIONS = ["a red dog", "two cats on a mat"]
 

@@ -13,8 +13,8 @@ from rmdd.coresets.matched import match
 from rmdd.coresets.rows import Rows, write_rows
 from rmdd.data.shards import Dataset
 from rmdd.data.splits import Split
+from rmdd.execution.tasks import ranks_here
 from rmdd.generate.prototypes import contingency, find, partition, raw_cosines, refilled, retrieved
-from rmdd.jobs import ranks_here
 
 WIDTH = 6
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rmdd import cli, config
+from rmdd import config
+from rmdd.cli import app as cli
 
 JOBS = Path(__file__).parents[2] / "jobs"
 STEPS = ("ingest", "experts", "distill", "evaluate", "report", "run", "search")

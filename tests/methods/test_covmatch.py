@@ -11,10 +11,10 @@ from objectives import descend, material, objective_of, opened, run_of
 from toy import same_tensors
 
 from rmdd import config
+from rmdd.core.seeding import generator
 from rmdd.data.images import normalise
 from rmdd.models.text import embed
 from rmdd.models.tokens import TokenTower, mask_of
-from rmdd.seeding import generator
 
 SMALL = {"real_batch": 8, "reset": 4, "rho": 1.5, "mean_weight": 0.3}
 

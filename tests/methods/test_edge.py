@@ -14,11 +14,11 @@ from PIL import Image
 
 import rmdd
 from rmdd import config, pipeline
-from rmdd.check import impossible
-from rmdd.distill.matching import load_set
+from rmdd.distill.trajectory.matching import load_set
 from rmdd.generate.stable_diffusion import FromCaption, Sampling
 from rmdd.methods.edge import EDGE
-from rmdd.tasks import expert, target, tuning
+from rmdd.runs.preflight import impossible
+from rmdd.runs.tasks import expert, target, tuning
 
 TUNING = {"steps": 6, "batch": 3, "size": 16, "checkpoint_every": 2}
 SAMPLING = {"size": 16, "steps": 2}

@@ -9,13 +9,15 @@ import torch
 from toy import assert_same_results, lines_of
 from toy_mdm import TINY, run_of
 
-from rmdd import config, console, estimate
-from rmdd.check import examine, impossible
-from rmdd.jobs import Here, Hooks, InTurn, Lost, ranks_here
+from rmdd import config
+from rmdd.cli import console
+from rmdd.core.progress import Progress
+from rmdd.execution.tasks import Here, Hooks, InTurn, Lost, ranks_here
 from rmdd.methods.distribution import Effort
 from rmdd.pipeline import Pipeline
-from rmdd.progress import Progress
-from rmdd.tasks import phase
+from rmdd.runs import cost as estimate
+from rmdd.runs.preflight import examine, impossible
+from rmdd.runs.tasks import phase
 
 COUNTS = {"train": (24, 120), "val": (6, 30), "test": (6, 30)}
 OTHERS = {
@@ -173,7 +175,7 @@ def test_ranks_that_die_are_opened_again_and_the_phase_goes_on(tmp_path):
 def test_a_sum_with_one_experts_start_is_around_that_start(tmp_path):
     from toy_mdm import made, model_of
 
-    from rmdd.distill import merging
+    from rmdd.distill.distribution import merging
     from rmdd.methods.mdm import MDM, Teacher
 
     toy = made(tmp_path)

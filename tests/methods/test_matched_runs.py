@@ -11,14 +11,14 @@ from toy import CPU, assert_same_results, lines_of, stop_after
 
 import rmdd
 from rmdd import config
-from rmdd.distill.features import Averaging, distill_phase
+from rmdd.core.progress import Progress
+from rmdd.distill.distribution.matching import Averaging, distill_phase
 from rmdd.distill.loop import State, load_set
 from rmdd.distill.synthetic import Synthetic
-from rmdd.jobs import Here
+from rmdd.execution.tasks import Here
 from rmdd.models.dual import build
 from rmdd.models.text import embed
 from rmdd.pipeline import open_pipeline
-from rmdd.progress import Progress
 
 NCFM = {"frequencies": 32, "clusters": 2, "network": True, "patience": 1}
 COVMATCH = {"real_batch": 8, "reset": 4, "average": 0.5}

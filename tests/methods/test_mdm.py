@@ -17,14 +17,14 @@ from toy import CPU, same_tensors
 from toy_mdm import TINY, distil, made, model_of, run_of
 
 from rmdd import config
+from rmdd.core.files import read_json
+from rmdd.core.seeding import generator
 from rmdd.data.images import normalise
-from rmdd.distill import features
-from rmdd.distill.joint import Embedded, centres, nearest_pairs
+from rmdd.distill.distribution import matching as features
+from rmdd.distill.distribution.joint import Embedded, centres, nearest_pairs
 from rmdd.distill.loop import load_set
-from rmdd.files import read_json
 from rmdd.methods.mdm import Teacher
-from rmdd.places import run_folder
-from rmdd.seeding import generator
+from rmdd.runs.paths import run_folder
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +283,7 @@ def test_momentum_moves_pairs_that_were_not_drawn(toy, tmp_path):
     ],
 )
 def test_what_cannot_be_is_refused(change, words):
-    from rmdd.runfile import filled
+    from rmdd.config.runfile import filled
 
     with pytest.raises(config.ConfigError, match=words):
         config.load(filled(change, TINY))

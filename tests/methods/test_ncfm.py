@@ -11,9 +11,9 @@ from objectives import descend, material, objective_of, opened, run_of
 from toy import same_tensors
 
 from rmdd import config
+from rmdd.core.seeding import generator
 from rmdd.data.images import normalise
 from rmdd.methods.ncfm import NCFM, Plateau
-from rmdd.seeding import generator
 
 SMALL = {"frequencies": 32, "clusters": 2, "patience": None}
 

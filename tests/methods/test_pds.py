@@ -21,20 +21,20 @@ from transformers import CLIPModel, CLIPProcessor
 
 import rmdd
 from rmdd import config
-from rmdd.check import examine, impossible
-from rmdd.command import placed
+from rmdd.cli.common import placed
+from rmdd.comparisons.coreset import coreset
 from rmdd.config import Captions
+from rmdd.core.progress import Progress
 from rmdd.coresets.features import identity_of
 from rmdd.coresets.rows import Rows
-from rmdd.coresets.select import coreset
 from rmdd.data.captions import clean
 from rmdd.data.decode import decode
 from rmdd.data.images import denormalise
 from rmdd.generate.decode import StableUnclip
 from rmdd.methods.pds import decoder_of
 from rmdd.pipeline import open_pipeline
-from rmdd.places import places_of, run_folder
-from rmdd.progress import Progress
+from rmdd.runs.paths import places_of, run_folder
+from rmdd.runs.preflight import examine, impossible
 
 PAIRS = 6
 TINY = {

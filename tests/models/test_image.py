@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from rmdd.config import ImageTower
+from rmdd.core.seeding import generator
 from rmdd.models.image import (
     TABLE,
     Support,
@@ -17,7 +18,6 @@ from rmdd.models.image import (
     matching_context,
     normalisation_of,
 )
-from rmdd.seeding import generator
 
 TINY = timm.list_models("test_*")
 CONVNET = ImageTower(name="convnet", weights="random", widths=(8, 12), groups=4)

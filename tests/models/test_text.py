@@ -6,7 +6,7 @@ import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast, CLIPConfig, GPT2Config, T5Config
 
 from rmdd.config import TextTower
-from rmdd.jobs import in_turn
+from rmdd.execution.tasks import in_turn
 from rmdd.models import text
 from rmdd.models.text import embed, encoder_identity, text_width
 
@@ -171,7 +171,7 @@ def iter_twice(captions):
 @pytest.mark.ray
 @pytest.mark.parametrize("name", ["folder", "hashing"])
 def test_actors_give_the_same_bits(folder, small_blocks, ray_local, tmp_path, name):
-    from rmdd.runtime.stream import over_actors
+    from rmdd.execution.ray.stream import over_actors
 
     tower = TextTower(name="hashing", width=32) if name == "hashing" else tower_of(folder)
     plain = embed(CAPTIONS, tower, tmp_path / "plain", threads=1)

@@ -11,13 +11,13 @@ import torch
 
 from rmdd import config
 from rmdd.artefact.distilled import DistilledSet, Subset
+from rmdd.core.files import append_jsonl, write_json
 from rmdd.distill import similarity
-from rmdd.distill.matching import save_set
 from rmdd.distill.synthetic import Synthetic
-from rmdd.files import append_jsonl, write_json
-from rmdd.places import Places
+from rmdd.distill.trajectory.matching import save_set
 from rmdd.report import page, plots, referee
 from rmdd.report.page import headline, write_report
+from rmdd.runs.paths import Places
 
 HOSTILE = "<script>alert('x')</script> & \"a\" <img src=x onerror=alert(1)>"
 SEEN = {

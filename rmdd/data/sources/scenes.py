@@ -142,7 +142,7 @@ def _rows(config: Scenes) -> Iterator[Row]:
 
 def plan(config: Scenes) -> dict[str, list[Scene]]:
     """Distinct scenes for every split. Test and val are drawn first: they stay when train grows."""
-    from rmdd.seeding import generator
+    from rmdd.core.seeding import generator
 
     seen: set[Scene] = set()
     drawn: dict[str, list[Scene]] = {}
@@ -162,7 +162,7 @@ def captions(scene: Scene, seed: int, split: str, index: int) -> list[str]:
     """Five different sentences, worded by a draw of their own."""
     import torch
 
-    from rmdd.seeding import generator
+    from rmdd.core.seeding import generator
 
     draws = generator(seed, f"scene captions/{split}", index)
     sentences = SENTENCES[scene.arrangement]
@@ -210,7 +210,7 @@ def _shift(scene: Scene, seed: int, split: str, index: int) -> list[list[float]]
     """Up to 2 % of the side, for each of the shapes, so that places are not exact."""
     import torch
 
-    from rmdd.seeding import generator
+    from rmdd.core.seeding import generator
 
     draws = generator(seed, f"scene shift/{split}", index)
     return ((torch.rand(len(scene.things), 2, generator=draws) - 0.5) * 0.04).tolist()

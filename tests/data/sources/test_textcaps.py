@@ -6,7 +6,7 @@ import pytest
 from rmdd import config
 from rmdd.data import sources
 from rmdd.data.ingest import ingest
-from rmdd.estimate import known_counts
+from rmdd.runs.cost import known_counts
 
 
 def data_of(root, **changes):

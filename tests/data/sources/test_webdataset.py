@@ -163,7 +163,7 @@ def test_other_layouts_stop_at_once(root, pack, tmp_path):
 
 @pytest.mark.ray
 def test_ray_and_plain_write_the_same_bytes(root, pack, ray_local, tmp_path):
-    from rmdd.runtime.stream import over_tasks
+    from rmdd.execution.ray.stream import over_tasks
 
     for tar in range(4):
         pack(f"{tar}.tar", [m for i in range(20) for m in sample(f"{tar}{i}", f"caption {tar} {i}", i)])

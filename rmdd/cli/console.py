@@ -1,0 +1,262 @@
+"""What commands print for people: the result table and the plan of a run."""
+
+import math
+from collections.abc import Mapping, Sequence
+from textwrap import indent
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from rmdd.config import as_yaml
+from rmdd.methods import TITLES
+from rmdd.report import referee
+
+METRICS = ("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10")
+NAMES = {"random": "random pairs", "full": "full data", **TITLES}
+PAD = "  "
+TABLE_WIDTH = 80
+"""Of the table of methods, which is read beside a run file."""
+PICKED = "reference protocol,\npicked on test"
+
+
+def stdout() -> Console:
+    """As wide as the terminal; in a file or a pipe, as wide as the widest table."""
+    console = Console()
+    return console if console.is_terminal else Console(width=132, soft_wrap=True)
+
+
+def results(evaluation: Mapping[str, Any]) -> RenderableType:
+    """The result table, and one per probe."""
+    return Group(result_table(evaluation), *(probe_table(evaluation, name) for name in evaluation.get("probes", ())))
+
+
+def probe_table(evaluation: Mapping[str, Any], name: str) -> Table:
+    """The scores of one probe, beside chance and, for questions, the most frequent answers."""
+    facts = evaluation["probes"][name]
+    table = Table(title=f"Probe {name} ({facts['kind']}), in %", title_justify="left")
+    rows = {row: scores["probes"][name] for row, scores in evaluation["table"].items()}
+    metrics = list(next(iter(rows.values())))
+    table.add_column("trained on")
+    for metric in metrics:
+        table.add_column(metric, justify="right", no_wrap=True)
+    for row, scores in rows.items():
+        table.add_row(NAMES.get(row, row), *(_spread(scores[metric]) for metric in metrics))
+    table.add_section()
+    known = {"chance": facts["chance"], "most frequent answer": facts.get("majority", {}).get("all")}
+    for label, values in known.items():
+        if values:
+            table.add_row(label, *(f"{values[m]:.1f}" if m in values else "" for m in metrics), style="dim")
+    return table
+
+
+def result_table(evaluation: Mapping[str, Any]) -> Table:
+    """A row each for random pairs, the method, and full data: R@mean on val and test, and the recalls on test."""
+    caption = "\n".join([evaluation["spread"], *referee.lines(evaluation, NAMES)])
+    table = Table(title="Recall in %, mean ± spread", caption=caption, caption_justify="left")
+    table.add_column("trained on")
+    for column in ("val R@mean", "test R@mean", *METRICS):
+        table.add_column(column, justify="right", no_wrap=True)
+    rows = evaluation["table"]
+    for name, row in rows.items():
+        on_test = (_spread(row["test_last"][m]) for m in ("R@mean", *METRICS))
+        table.add_row(NAMES.get(name, name), _spread(row["val"]["R@mean"]), *on_test)
+    for name, row in rows.items():
+        if picked := row.get("test_best_reference"):
+            table.add_section()
+            on_test = (_spread(picked[m]) for m in ("R@mean", *METRICS))
+            table.add_row(f"{NAMES.get(name, name)}, {PICKED}", "", *on_test, style="dim")
+    return table
+
+
+def sweep_table(runs: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> Table:
+    """A row per run (spread over its students), then one per setting (spread over seeds)."""
+    table = Table(title="R@mean in %, mean ± spread", caption="below: over seeds", caption_justify="left")
+    keys = dict.fromkeys(key for row in runs for key in row["settings"])
+    for column in keys:
+        table.add_column(column)
+    for column in ("val", "test"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for rows in (runs, groups if len(groups) < len(runs) else ()):
+        table.add_section()
+        for row in rows:
+            words = [str(row["settings"].get(key, "")) for key in keys]
+            table.add_row(*words, *(_spread(row[s]) if s in row else "failed" for s in ("val", "test_last")))
+    return table
+
+
+def search_table(rows: Sequence[Mapping[str, Any]], best: Sequence[int], most: int = 12) -> Table:
+    """The best trials of a search by val, and how many there are of each kind."""
+    states = [row["state"] for row in rows]
+    told = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    table = Table(title="val R@mean in %; test was not read", caption=told, caption_justify="left")
+    keys = dict.fromkeys(key for row in rows for key in row["values"])
+    for column in ("trial", *keys, "val", "state"):
+        table.add_column(column)
+    for row in sorted((r for r in rows if r["val"] is not None), key=lambda r: -r["val"])[:most]:
+        words = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in (row["values"].get(k, "") for k in keys)]
+        style = "bold" if row["number"] in best else None
+        table.add_row(f"{row['number']:03d}", *words, f"{row['val']:.1f}", row["state"], style=style)
+    return table
+
+
+def _spread(value: Mapping[str, Any]) -> str:
+    spread = value["std"]
+    known = spread is not None and math.isfinite(spread)
+    return f"{value['mean']:.1f} ± {spread:.1f}" if known else f"{value['mean']:.1f}"
+
+
+def plan(facts: Mapping[str, Any]) -> RenderableType:
+    """What `rmdd.runs.preflight.examine` found."""
+    return Group(_facts(facts), _phases(facts), _costs(facts), *(Text(f"note: {r}") for r in facts["remarks"]))
+
+
+def _facts(facts: Mapping[str, Any]) -> Table:
+    data, model, experts, pay, gpus = (facts[k] for k in ("data", "model", "experts", "budget", "gpus"))
+    splits = data["counts"].items()
+    counts = ", ".join(f"{split} {images:,} images / {captions:,} captions" for split, (images, captions) in splits)
+    grid = Table.grid(padding=(0, 2))
+    rows = {
+        "run": f"{facts['run']}",
+        "data": f"{counts} ({data['origin']})",
+        "trained": f"image {model['image']:,} + text {model['text']:,} parameters; frozen {model['frozen']:,}; "
+        f"double backward {model['double_backward']}",
+        "experts": f"{experts['num']} to have, {experts['complete']} there; epochs kept {experts['epochs_kept']}; "
+        f"store {experts['store'] or 'named once the data is ingested'}",
+        "budget": f"{pay['used']:.2f} of {pay['pairs']} pairs ({pay['numbers']:,} of {pay['limit']:,} numbers)",
+        "GPUs": "none asked for"
+        if not gpus["each"]
+        else f"{gpus['each']:g} per worker; {gpus['experts']:g} keep all experts busy, {gpus['phases']:g} all phases",
+    }
+    for part in facts["parts"]:
+        size = "size unknown" if part["bytes"] is None else f"{part['bytes'] / 1e9:.2f} GB"
+        there = f"MISSING: {', '.join(part['missing'][:4])}" if part["missing"] else f"revision {part['revision'][:15]}"
+        rows[part["role"]] = f"{part['id']}, {size}, licence {part['licence'] or 'not stated'}; {there}"
+    if tried := facts["search"]:
+        cost = "the distillation" if tried["experts"] == "shared" else "experts and distillation"
+        fields, trials = len(tried["fields"]), tried["trials"]
+        rows["search"] = f"{fields} fields, {trials} trials, at most {trials} times {cost}"
+    if pay["over"]:
+        rows["budget"] = f"[bold red]{pay['over']}[/]"
+    for name, text in rows.items():
+        grid.add_row(name, text)
+    return grid
+
+
+def _phases(facts: Mapping[str, Any]) -> Table:
+    guessed = facts["phases_foreseen"]
+    table = Table(title="Phases, as foreseen" if guessed else "Phases")
+    matched = facts["family"] == "trajectory"
+    for column in ("phase", "pairs", *(("starts", "endpoint") if matched else ()), "iterations", "done"):
+        table.add_column(column, justify="right")
+    for number, p in enumerate(facts["phases"]):
+        path = ["planned"] * 2
+        if not guessed:
+            path = [f"{p['start']} to {p['stop'] - 1}", str(p["endpoint"])] if matched else []
+        table.add_row(str(number), str(p["pairs"]), *path, str(p["iterations"]), "yes" if p["done"] else "no")
+    return table
+
+
+def _costs(facts: Mapping[str, Any]) -> Table:
+    disk, time = facts["disk"], facts["time"]
+    assumed = f"time: {time['assumed']} (assumed), loading of data not counted"
+    table = Table(title="Rough cost", caption=assumed, caption_justify="left")
+    for column in ("step", "disk", "memory of a worker", "operations", "time"):
+        table.add_column(column, justify="right")
+    step_memory = next(iter(facts["memory"].values()), None)
+    rows = (("experts", disk["store"], None), ("distill", disk["phases"], step_memory), ("evaluate", None, None))
+    table.add_row("ingest, embed", f"{_bytes(disk['cache'])} + shards", "", "", "")
+    for step, stored, memory in rows:
+        counted = (f"{time['operations'][step]:.1e}", duration(time["seconds"][step]))
+        table.add_row(step, _bytes(stored), _bytes(memory), *(counted if time["operations"][step] else ("", "")))
+    return table
+
+
+def _bytes(number: int | None) -> str:
+    if number is None:
+        return ""
+    power = min(4, max(0, (number.bit_length() - 1) // 10))
+    return f"{number / 1024**power:.{min(power, 1)}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def duration(seconds: float) -> str:
+    """In the unit that reads best."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def comparison(rows: Sequence[Mapping[str, Any]], medians: Mapping[str, Mapping[str, float]]) -> Table:
+    """First-order against exact meta-gradients: a line per comparison, cosine and norm ratio of every tensor."""
+    table = Table(title="first-order against exact meta-gradient: cosine (norm ratio)")
+    table.add_column("iteration", justify="right")
+    for name in medians:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        if "stopped" in row:
+            table.add_row(str(row["iteration"]), row["stopped"])
+            continue
+        table.add_row(str(row["iteration"]), *(_pair(row["cosine"][n], row["norm_ratio"][n]) for n in medians))
+    table.add_section()
+    table.add_row("median", *(_pair(m["cosine"], m["norm_ratio"]) for m in medians.values()))
+    return table
+
+
+def rows_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Plain rows, a column per key."""
+    table = Table()
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    for name in columns:
+        table.add_column(name, justify="right" if isinstance(rows[0].get(name), float | int) else "left")
+    for row in rows:
+        values = [row.get(name, "") for name in columns]
+        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values))
+    return table
+
+
+def health_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A line per number, a column per set and iteration."""
+    table = Table()
+    for title in ("", *(" ".join(map(str, (row["set"], *row.get("iterations", ())))) for row in rows)):
+        table.add_column(title, justify="right" if title else "left")
+    for name in dict.fromkeys(key for row in rows for key in row if key not in ("set", "iterations")):
+        table.add_row(name, *(f"{row[name]:.4g}" if name in row else "" for row in rows))
+    return table
+
+
+def _pair(cosine: float, ratio: float) -> str:
+    return "-" if math.isnan(cosine) else f"{cosine:.2f} ({ratio:.2g})"
+
+
+def methods(listed: Sequence[Mapping[str, Any]]) -> Table:
+    """A line per method: its family, what it needs, where it was published, and what was verified of it."""
+    caption = (
+        "What is open takes a GPU, the weights and the datasets.\n"
+        "rmdd methods NAME tells the idea, the equations, the values and the presets."
+    )
+    table = Table(caption=caption, caption_justify="left", width=TABLE_WIDTH)
+    for column in ("method", "family", "needs", "card"):
+        table.add_column(column, overflow="fold")
+    table.add_column("status", ratio=1)
+    family = None
+    for each in listed:
+        if family not in (None, each["family"]):
+            table.add_section()
+        family = each["family"]
+        needs, card = "\n".join(each["needs"]) or "-", each["card"].removeprefix("arXiv ")
+        table.add_row(each["name"], family or "?", needs, card or "-", each["status"] or "-")
+    return table
+
+
+def method(facts: Mapping[str, Any]) -> list[str]:
+    """One method: its own words, then the values it sets, its options and its presets."""
+    lines = [facts["text"], "", f"from: {facts['place']}"]
+    lines += [f"family: {facts['family']}; needs: {', '.join(facts['needs']) or 'nothing'}"]
+    lines += [f"status: {facts['status']}"] if facts["status"] else []
+    if facts["defaults"]:
+        lines += ["sets, unless the run file does:", *indent(as_yaml(facts["defaults"]), PAD).splitlines()]
+    if facts["options"]:
+        lines += ["distill.options:", *(f"{PAD}{key}: {meaning}" for key, meaning in facts["options"].items())]
+    return [*lines, f"presets: {', '.join(facts['presets']) or 'none'}"]

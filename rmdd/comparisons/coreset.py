@@ -1,0 +1,382 @@
+"""A coreset of a run's training split: features, picks, and the folder that says what was chosen."""
+
+import functools
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rmdd import config
+from rmdd.config.runfile import validate
+from rmdd.core.files import atomic_path, read_json, write_json
+from rmdd.core.locks import held
+from rmdd.coresets import clusters, greedy, matched
+from rmdd.coresets.choice import AT_ONCE, Choice
+from rmdd.coresets.cost import Costs, parameters
+from rmdd.coresets.draws import permuted, smallest
+from rmdd.coresets.features import Items, Sides, cosines, features
+from rmdd.coresets.forgetting import Counts
+from rmdd.coresets.rows import Rows
+from rmdd.coresets.shard import Best, Shard
+from rmdd.coresets.subset import DESCRIPTION, PREVIEW, Subset
+from rmdd.data.material import Material
+from rmdd.execution.tasks import Ranks, with_restarts
+from rmdd.experts.store import Store
+
+if TYPE_CHECKING:
+    from rmdd.core.progress import Progress
+    from rmdd.pipeline import Pipeline
+
+RANKS_FROM = 256 * 2**20
+"""Bytes of features from which they are spread over ranks."""
+EVERY = 200
+"""Picks between checkpoints."""
+PREVIEWED = 64
+Order = Callable[[Ranks | None, np.ndarray], Iterator[int]]
+"""Items in the order of a method, out of the given ids, which the ranks hold the rows of."""
+
+
+def coreset(
+    run: config.Run | str | Path | dict[str, Any],
+    *,
+    progress: "Progress | None" = None,
+    ranks: int | None = None,
+    **choice: Any,
+) -> Subset:
+    """Choose real pairs of a run's training split; the fields of `rmdd.coresets.choice.Choice` say how.
+
+    >>> rmdd.coreset("demo", method="herding", pairs=100)  # doctest: +SKIP
+
+    Raises `ConfigError` with all that is wrong with the choice.
+    """
+    from rmdd.pipeline import open_pipeline
+
+    asked = choice_of(choice)
+    run = run if isinstance(run, config.Run) else config.load(run)
+    with open_pipeline(asked.prepared(run), progress) as pipeline:
+        return choose(pipeline, asked, ranks)[0]
+
+
+def choice_of(fields: dict[str, Any]) -> Choice:
+    """Raises `ConfigError` with every mistake."""
+    method = str(fields.get("method", "herding")).replace("-", "_")
+    found, mistakes = validate(Choice, {**fields, "method": method})
+    if found is None or mistakes:
+        raise config.ConfigError(mistakes, "coreset")
+    return found
+
+
+def choose(pipeline: "Pipeline", choice: Choice, ranks: int | None = None) -> tuple[Subset, Path]:
+    """The subset and its folder, `<storage>/coresets/<run>-<method>-<hash>`; one that is there is read.
+
+    `ranks` hold the rows; None: one, or the workers of the run where the features are large. Ranks that die are
+    opened again, and go on from the picks that were kept.
+    """
+    if choice.method == "forgetting" or (choice.needs_features and choice.encoder.startswith("expert")):
+        pipeline.experts()
+    train = pipeline.embedded("train")
+
+    def chosen() -> tuple[Subset, Path]:
+        return Selection(pipeline, choice, train).result(ranks)
+
+    return with_restarts(chosen, pipeline.run.runtime.max_restarts, pipeline.progress.say)
+
+
+@dataclass
+class Trail:
+    """Picks so far, by value and id, kept in a file: a longer coreset goes on from a shorter one."""
+
+    path: Path
+    ids: list[int] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, path: Path) -> "Trail":
+        found = read_json(path) if path.is_file() else {"ids": [], "values": []}
+        return cls(path, found["ids"], [math.inf if v is None else v for v in found["values"]])
+
+    def follow(self, more: Callable[[Sequence[int]], Iterator[Best]]) -> Iterator[tuple[int, float]]:
+        """All picks: those kept, then those that `more` gives after them."""
+        kept = len(self.ids)
+        yield from list(zip(self.ids, self.values, strict=True))
+        try:
+            for best in more(list(self.ids)):
+                self.ids.append(best.id)
+                self.values.append(best.value)
+                if len(self.ids) % EVERY == 0:
+                    self.save()
+                yield best.id, best.value
+        finally:
+            if len(self.ids) > kept:
+                self.save()
+
+    def save(self) -> None:
+        finite = [v if math.isfinite(v) else None for v in self.values]
+        write_json(self.path, {"ids": self.ids, "values": finite})
+
+
+class Selection:
+    """One coreset in the making."""
+
+    def __init__(self, pipeline: "Pipeline", choice: Choice, train: Material):
+        self.pipeline, self.choice, self.train, self.run = pipeline, choice, train, pipeline.run
+        self.seed = self.run.seed if choice.seed is None else choice.seed
+        self.items = Items.of(train.split, choice.unit, self.seed)
+        self.facts: dict[str, Any] = {}
+        self.sides: Sides | None = None
+        self.key = ""
+        """Of everything that decides the picks, but for how many."""
+        self.values: list[float] = []
+        """Of greedy picks, in their order."""
+        self._mean: np.ndarray | None = None
+
+    def result(self, ranks: int | None) -> tuple[Subset, Path]:
+        began = time.perf_counter()
+        choice, item, run = self.choice, self.pipeline.item(), self.run
+        about: dict[str, Any] = {}
+        rows: Rows | None = None
+        folder = Path()
+        if choice.needs_features:
+            rows, about, self.sides, folder = features(item, self.train, self.items, choice, self.pipeline.encoders)
+        data = self.train.split.dataset.hash
+        store = {"store": item.places.store.name} if choice.method == "forgetting" else {}
+        what = {"data": data, "captions": run.data.captions.model_dump(), "method": choice.method, "seed": self.seed}
+        what |= {"unit": choice.unit, "options": choice.options(), "features": about, **store}
+        self.key = config.hash_value(what)
+        size = {"pairs": choice.pairs, "bytes": choice.bytes}
+        name = f"{run.name}-{choice.method}-{config.hash_value(what | size)[:8]}"
+        target = self.pipeline.storage.root / "coresets" / name
+        self.pipeline.storage.fetch(target)
+        if (target / DESCRIPTION).is_file():
+            return Subset.load(target), target
+        with held(target, wait=True):
+            if rows is None:
+                chosen = self.chosen(None)
+            else:
+                many = ranks or (None if 4 * len(rows) * rows.width >= RANKS_FROM else 1)
+                with self.pipeline.ranks(functools.partial(open_shard, folder), many) as found:
+                    chosen = self.chosen(found)
+            records = self.items.record_of[chosen].tolist()
+            self.facts |= self.cost(records) | {"seconds": round(time.perf_counter() - began, 3)}
+            options = choice.options()
+            subset = Subset(
+                choice.method, options, self.seed, choice.unit, data, about, self.named(records), self.facts
+            )
+            self.preview(chosen, target / PREVIEW)
+            subset.save(target)
+        return subset, target
+
+    def named(self, records: Sequence[int]) -> tuple[tuple[str, int], ...]:
+        split = self.train.split
+        images = split.image_of[list(records)]
+        first = np.searchsorted(split.image_of, images)
+        return tuple(
+            (split.pair_ids[image], record - begin)
+            for image, record, begin in zip(images.tolist(), records, first.tolist(), strict=True)
+        )
+
+    @functools.cached_property
+    def costs(self) -> Costs:
+        return Costs.of(self.train.split, self.pipeline.item().places.cache)
+
+    def cost(self, records: Sequence[int]) -> dict[str, Any]:
+        images = len(set(self.train.split.image_of[list(records)].tolist())) if records else 0
+        numbers = parameters(len(records), self.run.data.image_size, self.train.texts.shape[1])
+        return {
+            "pairs": len(records),
+            "images": images,
+            "parameters": numbers,
+            "bytes": self.costs.bytes_of(records),
+            "items": len(self.items),
+        }
+
+    def preview(self, chosen: Sequence[int], path: Path) -> None:
+        """The first pictures, row by row."""
+        from PIL import Image
+
+        shown = self.items.image_of[list(chosen[:PREVIEWED])]
+        if not len(shown):
+            return
+        index, place = np.unique(shown, return_inverse=True)
+        images = np.asarray(self.train.split.some_images(index))[place].transpose(0, 2, 3, 1)
+        side = math.ceil(math.sqrt(len(images)))
+        edge = images.shape[1]
+        sheet = Image.new("RGB", (side * edge, -(-len(images) // side) * edge), "white")
+        for i, image in enumerate(images):
+            sheet.paste(Image.fromarray(np.ascontiguousarray(image)), (i % side * edge, i // side * edge))
+        with atomic_path(path) as temporary:
+            sheet.save(temporary, "PNG")
+
+    # -- picks ---------------------------------------------------------------------------------------------------
+
+    def chosen(self, ranks: Ranks | None) -> list[int]:
+        """Item ids in the order in which they were chosen."""
+        choice, ids = self.choice, np.arange(len(self.items))
+        if ranks:
+            greedy.checked(ranks)
+        if ranks and choice.guard != "none":
+            dropped = self.guarded(ranks, ids)
+            ranks.ask("drop", dropped)
+            ids = np.setdiff1d(ids, dropped)
+            self.facts["guard"] = {"kind": choice.guard, "share": choice.guard_share, "dropped": len(dropped)}
+        if ranks and choice.clusters and choice.method == "forgetting":  # quotas count what can be chosen
+            never = np.setdiff1d(ids, self.ranking)
+            ranks.ask("drop", never)
+            ids = np.setdiff1d(ids, never)
+        if (choice.pairs or 0) > len(ids):
+            by = ["the guard"] if "guard" in self.facts else []
+            by += ["never_learned exclude"] if choice.never_learned == "exclude" else []
+            left = f"{len(ids)} left by {' and '.join(by)} of {len(self.items)}" if by else str(len(ids))
+            raise ValueError(f"asked for {choice.pairs} pairs, and there are {left} {choice.unit}s to choose from")
+        if choice.clusters or choice.method in AT_ONCE:
+            assert ranks is not None
+            found = self.at_once(ranks, len(ids))
+        else:
+            with closing(self.ordered(ranks, ids)) as order:  # type: ignore[type-var]
+                found = self.filled(order)
+                if choice.method == "k_center" and found:
+                    self.facts["radius"] = self.radius(order, len(found))
+        if ranks and found:
+            own = greedy.rows_of(ranks, found).astype(np.float64).mean(axis=0)
+            self.facts["mean_error"] = float(np.linalg.norm(self.mean(ranks) - own))
+        return found
+
+    def mean(self, ranks: Ranks) -> np.ndarray:
+        """Of all rows that are kept."""
+        if self._mean is None:
+            self._mean = greedy.mean(ranks, greedy.checked(ranks).largest)
+        return self._mean
+
+    def radius(self, order: Iterator[int], picks: int) -> float:
+        """Of the balls around the first `picks` that hold all items: how far away the next pick is."""
+        if len(self.values) <= picks:
+            next(order, None)
+        return math.sqrt(self.values[picks]) if len(self.values) > picks else 0.0
+
+    def filled(self, order: Iterator[int]) -> list[int]:
+        """As many of `order` as were asked for. Raises `ValueError` when there are fewer."""
+        choice = self.choice
+        if choice.bytes is not None:
+            record_of = self.items.record_of
+            item_of = {}
+
+            def records() -> Iterator[int]:
+                for item in order:
+                    item_of[int(record_of[item])] = item
+                    yield int(record_of[item])
+
+            return [item_of[record] for record in self.costs.within(records(), choice.bytes)]
+        found = list(itertools.islice(order, choice.pairs))
+        if len(found) < (choice.pairs or 0):
+            raise ValueError(
+                f"asked for {choice.pairs} pairs, and {choice.method} leaves {len(found)} of {len(self.items)}; ask "
+                "for fewer, or set never_learned to last"
+            )
+        return found
+
+    def at_once(self, ranks: Ranks, available: int) -> list[int]:
+        """A choice whose items depend on how many there are; for bytes, so many that one more would not fit."""
+        choice = self.choice
+
+        def of(k: int) -> tuple[list[int], dict[str, Any]]:
+            if choice.method == "medoids":
+                return clusters.medoids(ranks, k, self.seed), {}
+            if choice.method == "matched":
+                assert self.sides is not None
+                chosen, told = matched.matched(ranks, k, self.seed, self.sides.images.width)
+                return chosen, {"matched": told}
+            count = min(choice.clusters, available)
+            method = functools.partial(self.ordered, keep=False)
+            chosen = clusters.balanced(
+                ranks, k, count, choice.quota, self.seed, lambda own: method(own, np.concatenate(own.ask("ids")))
+            )
+            return chosen, {}
+
+        best, told = of(choice.pairs or 0) if choice.bytes is None else self.most(ranks, of, available)
+        self.facts |= told
+        return best
+
+    def most(
+        self, ranks: Ranks, of: Callable[[int], tuple[list[int], dict[str, Any]]], available: int
+    ) -> tuple[list[int], dict[str, Any]]:
+        """`of` the largest number whose items fit the bytes."""
+        limit = self.choice.bytes or 0
+        total = self.costs.bytes_of(self.items.record_of.tolist())["total"]
+        k = min(available, max(1, limit * len(self.items) // total))
+        best: tuple[list[int], dict[str, Any]] = [], {}
+        fits, over = 0, available + 1
+        while over - fits > 1:
+            ranks.ask("release")
+            found = of(k)
+            used = self.costs.bytes_of(self.items.record_of[found[0]].tolist())["total"]
+            fits, over, best = (k, over, found) if used <= limit else (fits, k, best)
+            k = min(max(k * limit // used, fits + 1), over - 1)
+        return best
+
+    def guarded(self, ranks: Ranks, ids: np.ndarray) -> np.ndarray:
+        choice = self.choice
+        if choice.guard == "centroids":
+            return clusters.outliers(ranks, choice.guard_share, self.seed)
+        assert self.sides is not None
+        return clusters.worst(ids, cosines(self.sides, self.items, choice.caption), choice.guard_share)
+
+    def ordered(self, ranks: Ranks | None, ids: np.ndarray, keep: bool = True) -> Iterator[int]:
+        """Items out of `ids` in the order of the method."""
+        choice = self.choice
+        if choice.method == "random":
+            draw = permuted(ids, self.seed) if choice.draw == "permutation" else smallest(ids, None, self.seed)
+            yield from draw.tolist()
+        elif choice.method in ("forgetting", "clip_score"):
+            among = set(ids.tolist())
+            yield from (item for item in self.ranking if item in among)
+        else:
+            assert ranks is not None
+            yield from self.greedily(ranks, keep)
+
+    def greedily(self, ranks: Ranks, keep: bool) -> Iterator[int]:
+        mu = self.mean(ranks) if keep else greedy.mean(ranks, greedy.checked(ranks).largest)
+
+        def more(begun: Sequence[int]) -> Iterator[Best]:
+            if self.choice.method == "herding":
+                return greedy.herding(ranks, mu, begun)
+            return greedy.k_center(ranks, greedy.start_of(ranks, self.choice.start, self.seed, mu), begun)
+
+        if not keep:
+            yield from (best.id for best in more([]))
+            return
+        path = self.pipeline.item().places.cache / f"picks-{self.key}.json"
+        with held(path, wait=True), closing(Trail.open(path).follow(more)) as trail:  # type: ignore[type-var]
+            for item, value in trail:
+                self.values.append(value)
+                yield item
+
+    @functools.cached_property
+    def ranking(self) -> list[int]:
+        """All items, best first, where that does not depend on what was chosen before."""
+        choice = self.choice
+        if choice.method == "clip_score":
+            assert self.sides is not None
+            score = cosines(self.sides, self.items, choice.caption)
+            return np.lexsort((np.arange(len(score)), -score)).tolist()
+        folder = Store.open(self.pipeline.item().places.store).folder(choice.expert)
+        self.pipeline.storage.fetch(folder)
+        counts = Counts.load(folder)
+        self.facts |= counts.summary()
+        records = counts.ranking(choice.never_learned)
+        if choice.unit == "record":
+            return records.tolist()
+        images = self.train.split.image_of[records]
+        _, first = np.unique(images, return_index=True)
+        first = np.sort(first)
+        self.items.record_of[images[first]] = records[first]
+        return images[first].tolist()
+
+
+def open_shard(folder: Path, rank: int, size: int) -> Shard:
+    return Shard(Rows.open(folder).share(rank, size))

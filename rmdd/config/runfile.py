@@ -1,0 +1,254 @@
+"""Run files as text: presets and YAML in, overrides applied, every mistake told. What the fields are is in `config`."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+PRESETS = Path(__file__).parents[1] / "presets"
+S = TypeVar("S", bound="Section")
+
+
+class Section(BaseModel):
+    """Part of a run file, frozen and without unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+
+    def clashes(self) -> list[str]:
+        """What is wrong between fields that are each right."""
+        return []
+
+    @model_validator(mode="after")
+    def _check(self, info: Any) -> Section:
+        found = self.clashes()
+        if found and info.context is None:
+            raise ValueError("; ".join(found))
+        if found and info.context is not None:
+            info.context.extend(found)  # `validate` tells them all at once
+        return self
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())  # a field may hold a mapping
+
+
+class ConfigError(ValueError):
+    """Every mistake of a run file at once: one line each, naming the field."""
+
+    def __init__(self, mistakes: Iterable[str], where: str = "run file"):
+        self.mistakes = list(mistakes)
+        self.where = where
+        super().__init__(f"{where}: {len(self.mistakes)} mistake(s)\n" + "\n".join(f"  - {m}" for m in self.mistakes))
+
+    def __reduce__(self):
+        return type(self), (self.mistakes, self.where)
+
+
+def preset_names() -> list[str]:
+    """Presets that can be run; what they share lies in `presets/bases`."""
+    return sorted(p.stem for p in PRESETS.glob("*.yaml"))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without the words on, off, yes and no for booleans: `ray: off` means the word."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:bool"]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
+def parse(text: str) -> Any:
+    """One YAML value; raises `yaml.YAMLError`."""
+    return _Loader(text).get_single_data()
+
+
+def read(source: str | Path) -> dict[str, Any]:
+    """The mapping in a preset or a YAML file with what it extends, not yet checked.
+
+    Raises `ConfigError` when a file cannot be found or read.
+    """
+    path = Path(source)
+    if str(source) in preset_names():  # a file of that name is read as ./NAME
+        path = PRESETS / f"{source}.yaml"
+    elif not path.is_file():
+        raise ConfigError(["no such file; " + _where_else() if path.suffix else no_preset(str(source))], str(source))
+    return extended(_mapping(path, str(source)), path.parent, str(source), (path.resolve(),))
+
+
+def no_preset(name: str) -> str:
+    near = difflib.get_close_matches(name, preset_names(), n=1)
+    return f"no preset '{name}'; " + (f"did you mean {near[0]}? " if near else "") + _where_else()
+
+
+def _where_else() -> str:
+    return f"give one of the {len(preset_names())} that `rmdd presets` lists, or a YAML file"
+
+
+def _mapping(path: Path, where: str) -> dict[str, Any]:
+    """The mapping in the file at `path`. Raises `ConfigError` for anything else."""
+    try:
+        raw = parse(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError([f"not valid YAML: {' '.join(str(error).split())}"], where) from None
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise ConfigError([f"expected sections such as `data:` at the top, found a {type(raw).__name__}"], where)
+    return raw
+
+
+def extended(raw: dict[str, Any], folder: Path, where: str, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """`raw` with the values of the file that its key `extends` names, wherever it has none; lists are taken whole.
+
+    `extends` is the name of a preset, or a path relative to `folder`; `chain` are the files that led here. Raises
+    `ConfigError` when there is no such file, or when files extend each other in a circle.
+    """
+    name = raw.pop("extends", None)
+    if name is None:
+        return raw
+    if not isinstance(name, str):
+        raise ConfigError([f"extends: give the name of a preset or the path of a YAML file, found {name!r}"], where)
+    preset = PRESETS / f"{name}.yaml"
+    path = preset if preset.is_file() else folder / Path(name).expanduser()
+    if not path.is_file():
+        looked = f"; there is no file {path}" if path.suffix else ""
+        raise ConfigError([f"extends: {no_preset(name)}{looked}"], where)
+    path = path.resolve()
+    if path in chain:
+        circle = " -> ".join(p.name for p in (*chain[chain.index(path) :], path))
+        raise ConfigError([f"extends: files extend each other in a circle, {circle}; take one `extends` out"], where)
+    return filled(raw, extended(_mapping(path, str(path)), path.parent, str(path), (*chain, path)))
+
+
+def apply(raw: dict[str, Any], override: str, defaults: Mapping[str, Any], mistakes: list[str]) -> None:
+    """Set `a.b=c` in `raw`, in place; what is wrong with it is added to `mistakes`.
+
+    An entry of a list that `raw` does not spell out changes the list of `defaults`.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        mistakes.append(f"--set {override}: write it as section.field=value")
+        return
+    try:
+        value = parse(text)
+    except yaml.YAMLError:
+        mistakes.append(f"--set {override}: '{text}' is not a YAML value")
+        return
+    node: Any = raw
+    usual: Any = defaults
+    *parents, last = key.split(".")
+    for part in parents:
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                mistakes.append(f"--set {override}: no entry '{part}' (there are {len(node)})")
+                return
+            node = node[int(part)]
+        else:
+            usual = usual.get(part) if isinstance(usual, Mapping) else None
+            node = node.setdefault(part, copy.deepcopy(usual) if isinstance(usual, list) else {})
+        if not isinstance(node, dict | list):
+            mistakes.append(f"--set {override}: '{part}' is a value, not a section")
+            return
+    if isinstance(node, list):
+        if not last.isdigit() or int(last) >= len(node):
+            mistakes.append(f"--set {override}: no entry '{last}' (there are {len(node)})")
+            return
+        node[int(last)] = value
+    else:
+        node[last] = value
+
+
+def filled(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `raw` with the values of `defaults` wherever it has none; lists are taken whole."""
+    out = copy.deepcopy(dict(raw))
+    for key, value in defaults.items():
+        if isinstance(value, Mapping):
+            inner = out.get(key)
+            if inner is None or isinstance(inner, Mapping):
+                out[key] = filled(inner or {}, value)
+        else:
+            out.setdefault(key, copy.deepcopy(value))
+    return out
+
+
+def validate(kind: type[S], raw: dict[str, Any]) -> tuple[S | None, list[str]]:
+    """`raw` as a section, and every mistake in it.
+
+    Fields are checked against each other only where all can be read. So those that cannot are left out, and what
+    then is wrong is told as well, unless it is about them. Changes `raw`.
+    """
+    mistakes: list[str] = []
+    broken: set[str] = set()
+    while True:
+        clashes: list[str] = []
+        try:
+            value = kind.model_validate(raw, context=clashes)
+        except ValidationError as error:
+            mistakes += [] if broken else [_mistake(e) for e in error.errors()]
+            left_out = _without(raw, [e["loc"] for e in error.errors()])
+            if not left_out:
+                return None, mistakes
+            broken |= left_out
+            continue
+        mistakes += [clash for clash in dict.fromkeys(clashes) if not _concerns(clash, broken)]
+        return (None if mistakes else value), mistakes
+
+
+def _mistake(error: Any) -> str:
+    """One line for one of pydantic's errors: the field, what is wrong, what was found."""
+    # pydantic also names the member of a union that it tried, such as `str`
+    place = error["loc"]
+    if place[:2] == ("evaluate", "probes"):  # what is at the fourth place is the kind, by which a union is told apart
+        place = (*place[:3], *place[4:])
+    where = ".".join(str(part) for part in place if part != "str" and "[" not in str(part))
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown key; `rmdd init` writes every key with its meaning"
+    message = error["msg"].removeprefix("Value error, ")
+    shown = (
+        ""
+        if isinstance(error.get("input"), dict | BaseModel) or error["type"] == "missing"
+        else f", found {error.get('input')!r}"
+    )
+    return f"{where}: {message}{shown}" if where else message
+
+
+def _without(raw: dict[str, Any], places: Iterable[Sequence[Any]]) -> set[str]:
+    """Delete from `raw`, in place, the field nearest to each of `places`; returns the names of those deleted."""
+    deleted = set()
+    for place in places:
+        node: Any = raw
+        nearest: tuple[dict[str, Any], Any] | None = None
+        for part in place:
+            if isinstance(node, dict) and part in node:
+                nearest = node, part
+            elif not (isinstance(node, list) and isinstance(part, int) and part < len(node)):
+                break
+            node = node[part]
+        if nearest is not None:
+            del nearest[0][nearest[1]]
+            deleted.add(str(nearest[1]))
+    return deleted
+
+
+def _concerns(message: str, names: Iterable[str]) -> bool:
+    """Whether `message` names one of the fields `names`."""
+    return any(re.search(rf"\b{re.escape(name)}\b", message) for name in names)
+
+
+def hash_value(value: Any) -> str:
+    """First 16 hex digits of the SHA-256 of the canonical JSON of `value`."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

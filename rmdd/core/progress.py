@@ -1,0 +1,187 @@
+"""What a person sees while work goes on: a live table on a terminal, plain lines in a log, nothing when quiet.
+
+Everything goes to stderr, so that stdout belongs to results.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from rmdd.execution.tasks import Stream, Values
+
+LOG_SECONDS = 10.0
+ROWS = 16
+
+
+@dataclass
+class _Item:
+    total: int
+    done: float = 0
+    first: float = 0
+    """What was done at the first report: a resumed item is not credited with earlier work."""
+    began: float | None = None
+    seen: float = 0.0
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> bool:
+        return self.done >= self.total
+
+    @property
+    def rate(self) -> float:
+        """Units per second since the first report."""
+        elapsed = self.seen - (self.began or 0.0)
+        return (self.done - self.first) / elapsed if elapsed > 0 else 0.0
+
+
+class Progress:
+    """`say` prints a line; `stage` follows items to their totals.
+
+    >>> with Progress(quiet=True).stage("experts", {"expert 0": 10}) as update:
+    ...     update("expert 0", {"done": 3, "loss": 0.7})
+    """
+
+    def __init__(
+        self, quiet: bool = False, console: Console | None = None, clock: Callable[[], float] = time.monotonic
+    ):
+        self.quiet = quiet
+        self.console = console or Console(stderr=True)
+        self.clock = clock
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def stage(self, title: str, totals: Mapping[str, int]) -> Iterator["Stage"]:
+        """Yields `update(name, metrics)`: metrics["done"] counts the finished units of `name`, the rest is shown."""
+        live = not self.quiet and self.console.is_terminal
+        stage = Stage(title, self.clock, None if live else self.say)
+        stage.add(totals)
+        if not live:
+            self.say(f"{title}: {len(totals)} to do" if totals else title)
+        table = Live(get_renderable=stage.table, console=self.console, refresh_per_second=2, transient=True)
+        outcome = "stopped"
+        try:
+            with table if live else contextlib.nullcontext():
+                yield stage
+            outcome = "done"
+        finally:
+            self.say(f"{title}: {outcome} after {_clock(self.clock() - stage.began)}")
+
+
+class Stage:
+    """Items on their way to their totals; called with what one reports. `say` gets a line now and then."""
+
+    def __init__(self, title: str, clock: Callable[[], float], say: Callable[[str], None] | None = None):
+        self.title, self.clock, self.say = title, clock, say
+        self.items: dict[str, _Item] = {}
+        self.most = self.each = self.ended = 0
+        self.began = self.said = clock()
+
+    def add(self, totals: Mapping[str, int]) -> None:
+        """Follow more items; those that are followed already go on."""
+        for name, total in totals.items():
+            self.items.setdefault(name, _Item(total))
+
+    def expect(self, most: int, each: int, ended: int) -> None:
+        """There will be `most` items of `each` units, `ended` of them elsewhere; others are added as they begin."""
+        self.most, self.each, self.ended = most, each, ended
+
+    def __call__(self, name: str, metrics: Mapping[str, Any]) -> None:
+        item, now = self.items[name], self.clock()
+        done = float(metrics.get("done", item.done))
+        if item.began is None:
+            # one unit is credited: the time before the first report was spent on it
+            item.began, item.first = self.began if done <= 1 else now, 0 if done <= 1 else done
+        item.done, item.seen = done, now
+        item.metrics = {key: value for key, value in metrics.items() if key != "done"}
+        if self.say is not None and now - self.said >= LOG_SECONDS:
+            self.said = now
+            self.say(self.line(name))
+
+    @property
+    def count(self) -> int:
+        """All items, also those that are not named yet."""
+        return max(self.most, len(self.items) + self.ended)
+
+    @property
+    def finished(self) -> int:
+        return self.ended + sum(item.finished for item in list(self.items.values()))
+
+    @property
+    def share(self) -> float:
+        total = sum(item.total for item in list(self.items.values())) + self._nameless * self.each
+        done = sum(min(item.done, item.total) for item in list(self.items.values()))
+        return (done + self.ended * self.each) / (total + self.ended * self.each) if total + self.ended else 1.0
+
+    @property
+    def _nameless(self) -> int:
+        return self.count - len(self.items) - self.ended
+
+    @property
+    def left(self) -> float | None:
+        """Seconds until all are finished at the pace so far; None before there is a pace."""
+        won = sum(item.done - item.first for item in list(self.items.values()) if item.began is not None)
+        missing = sum(max(item.total - item.done, 0) for item in list(self.items.values())) + self._nameless * self.each
+        elapsed = self.clock() - self.began
+        return missing * elapsed / won if won > 0 else None
+
+    def line(self, name: str) -> str:
+        item = self.items[name]
+        parts = [f"{self.title}: {self.finished}/{self.count} done, {self.share:.0%}"]
+        if self.left is not None:
+            parts.append(f"{_clock(self.left)} left")
+        return ", ".join(parts) + f"; {name}: {item.done:g}/{item.total} {_metrics(item.metrics)}".rstrip()
+
+    def table(self) -> Group:
+        followed = list(self.items.items())  # others may be added meanwhile
+        running = [(name, item) for name, item in followed if item.began is not None and not item.finished]
+        waiting = self.count - self.finished - len(running)
+        head = f"{self.title}  {self.finished} done, {len(running)} running, {waiting} waiting  {self.share:.0%}"
+        left = "" if self.left is None else f"  {_clock(self.left)} left"
+        rows = Table.grid(padding=(0, 2))
+        rows.add_row("all", ProgressBar(1.0, self.share, width=24), "", "", "", _clock(self.clock() - self.began))
+        for name, item in running[:ROWS]:
+            wait = _clock((item.total - item.done) / item.rate) if item.rate > 0 else "-"
+            pace = f"{item.rate:.3g}/s" if item.rate > 0 else "-"
+            bar = ProgressBar(item.total, item.done, width=24)
+            rows.add_row(name, bar, f"{item.done:g}/{item.total}", pace, wait, _metrics(item.metrics))
+        more = [Text(f"and {len(running) - ROWS} more")] if len(running) > ROWS else []
+        return Group(Text(head + left, style="bold"), rows, *more)
+
+
+def _metrics(metrics: Mapping[str, Any]) -> str:
+    return " ".join(f"{k} {v:.4g}" if isinstance(v, int | float) else f"{k} {v}" for k, v in metrics.items())
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+def watched(progress: Progress, title: str, unit: str, stream: Stream) -> Stream:
+    """`stream` with its progress shown: how many parts are done, and how many `unit` per second."""
+
+    def watch(make: Callable[[], Callable[[Values], Values]], items: Sequence[Values]) -> Iterator[Values]:
+        if not items:
+            return
+        with progress.stage(title, {"parts": len(items)}) as update:
+            began, units, found_there = time.perf_counter(), 0, 0
+            for done, result in enumerate(stream(make, items), start=1):
+                units += result[unit]
+                found_there += 0 if result.get("fresh", True) else result[unit]
+                pace = (units - found_there) / (time.perf_counter() - began)
+                update("parts", {"done": done, unit: units, f"{unit}/s": round(pace)})
+                yield result
+
+    return watch

@@ -1,0 +1,305 @@
+"""Probes of a run: prepared once by the driver, then answered by every final student.
+
+What a probe asks lies in `probes/NAME.json` of the run's folder, its pictures in a dataset that `ingest` wrote, its
+embedded sentences in the cache. The scores of a student lie beside its record under the hash of what was asked, and its
+weights beside them: other probes ask it again without training it anew.
+"""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from rmdd import config
+from rmdd.config.probes import VIEW, Probe, told
+from rmdd.core.files import read_json, write_json
+from rmdd.core.storage import Storage, open_storage
+from rmdd.core.tensors import Damaged, load_checked, save_checked
+from rmdd.data import sources
+from rmdd.data.images import normalisation
+from rmdd.data.ingest import ingest, shaping
+from rmdd.data.material import Material
+from rmdd.data.place import absolute, is_remote, place
+from rmdd.data.shards import Dataset
+from rmdd.data.sources import cocoqa, textcaps
+from rmdd.data.sources.layouts import alternatives
+from rmdd.data.splits import Split, load_split
+from rmdd.evaluate import students
+from rmdd.evaluate.probes import vqa, zero_shot
+from rmdd.evaluate.protocol import Job
+from rmdd.evaluate.retrieval import chance
+from rmdd.evaluate.students import Diverged
+from rmdd.execution.tasks import Stream, in_turn
+from rmdd.models.dual import DualEncoder, build
+from rmdd.models.image import normalisation_of
+from rmdd.models.text import embed, text_width
+from rmdd.runs.paths import device_of, run_folder
+
+VERSION = 1
+"""Part of the hash of what is asked; raised when a change of the code moves the scores of an unchanged probe."""
+
+PROBED = ("student", "baseline", "full")
+"""Kinds of jobs that are probed: those that choose nothing."""
+
+ASKING: dict[str, ModuleType] = {"zero_shot": zero_shot, "vqa": vqa}
+RECALLS = [f"{side}R@{k}" for side in "IT" for k in (1, 5, 10)] + ["R@mean"]
+LOOKED_AT = 64
+"""Pictures that are looked for before anything starts."""
+
+_AS_WRITTEN = config.Captions(lowercase=False, strip_punctuation=False, max_words=None)
+
+
+def data_of(run: config.Run, probe: Probe) -> Any:
+    """The probe's data as the run sees it. The captions of labelled pictures are their classes, kept as they are."""
+    view = {field: getattr(run.data, field) for field in VIEW}
+    if probe.kind != "retrieval":
+        view["captions"] = _AS_WRITTEN
+    root = absolute(probe.data.root) if probe.data.root else None
+    return probe.data.model_copy(update=view | {"root": root})
+
+
+def faults(run: config.Run) -> list[str]:
+    """What stops a probe, as far as it can be known from its files without opening a picture."""
+    found = []
+    for name, probe in run.evaluate.probes.items():
+        try:
+            _look(run, probe)
+        except (ValueError, OSError) as error:
+            found.append(told(name, str(error)))
+    return found
+
+
+def _look(run: config.Run, probe: Probe) -> None:
+    data = data_of(run, probe)
+    if isinstance(probe, config.ZeroShot):
+        zero_shot.templates(probe.templates)
+    if data.source == "dataset":
+        if not Dataset.open(data.root).counts[probe.split]["pairs"]:  # type: ignore[union-attr]
+            raise ValueError(f"the dataset at {data.root} has no pair in the split that is asked for")
+        return
+    if data.source in sources.WHOLE:
+        if not sources.files(data):
+            raise ValueError(f"{data.root} holds no file that data.{data.source}.files names")
+        return
+    rows, _ = sources.rows(data)
+    if isinstance(probe, config.Vqa):
+        cocoqa.read(data, "train")
+    first = list(dict.fromkeys(itertools.islice((row.image for row in rows if row.drawing is None), LOOKED_AT)))
+    there = (place(data.root or "") / path for image in first for path in alternatives(str(image), data.layout))
+    if first and not is_remote(data.root) and not any(path.is_file() for path in there):
+        raise ValueError(f"of the first {len(first)} pictures none is there, such as {first[0]}; correct data.root")
+
+
+def costs(run: config.Run, width: int) -> list[str]:
+    """What embedding the sentences of large probes takes."""
+    told = []
+    for name, probe in run.evaluate.probes.items():
+        if isinstance(probe, config.Vqa):
+            data = data_of(run, probe)
+            answers = {q.answer for split in ("train", "test") for q in cocoqa.read(data, split)}
+            total = len({q.question for q in cocoqa.asked(data)}) * len(answers)
+            told.append(
+                f"probe {name} embeds {total:,} sentences, {4 * width * total / 2**30:.1f} GiB in the cache; "
+                f"evaluate.probes.{name}.data.cocoqa.questions takes fewer"
+            )
+    return told
+
+
+def prepare(
+    run: config.Run, name: str, train: Dataset | None, readers: Stream = in_turn, encoders: Stream = in_turn
+) -> dict[str, Any]:
+    """Ingest and embed what probe `name` asks, and write it down for the students; returns the facts about it.
+
+    `train` is the dataset of the distillation, if known, whose train pictures are looked for among the probe's. Raises
+    `ValueError` for files that cannot be read, and when no picture is left.
+    """
+    probe, storage = run.evaluate.probes[name], open_storage(run.runtime)
+    data = data_of(run, probe)
+    try:
+        if data.source == "dataset":
+            dataset = Dataset.open(data.root)
+        else:
+            value = config.hash_value({"data": shaping(data), "root": data.root or ""})
+            dataset = ingest(data, storage.root / "data" / value, readers, run.runtime)
+        split = load_split(dataset, _split(probe), data, storage.root / "cache")
+        if not len(split):
+            why = f"{dataset.path / 'quarantine.jsonl'} says why: {dataset.manifest['quarantine']}"
+            raise ValueError(f"no picture of split '{_split(probe)}' can be used; {why}")
+        seen = None if train is None else frozenset(vqa.picture(p) for (p,) in train.columns("train", "pair_id"))
+        asked, facts = _asked(run, probe, data, split, seen)
+    except ValueError as error:
+        raise ValueError(told(name, str(error))) from error
+    split.images  # noqa: B018  # decoded once here, before every worker would
+    for block in _sentences(probe, asked, split):
+        cache, device = storage.root / "cache", str(device_of(run))
+        embed(block, run.model.text, cache, device=device, threads=run.runtime.threads, stream=encoders)
+    facts = {
+        "kind": probe.kind,
+        "pictures": len(split),
+        "data_hash": dataset.hash,
+        "quarantine": dataset.manifest["quarantine"],
+    } | facts
+    key = config.hash_value({"version": VERSION, "kind": probe.kind, "data": dataset.hash, "asked": asked})
+    inside = dataset.path.is_relative_to(storage.root)
+    path = dataset.path.relative_to(storage.root) if inside else dataset.path
+    kept = {"key": key, "dataset": str(path), "asked": asked, "facts": facts}
+    write_json(_file(run, name), {"schema_version": 1, **kept})
+    return facts
+
+
+def probe(
+    model: DualEncoder,
+    run: config.Run,
+    name: str,
+    device: torch.device,
+    alive: Callable[[], object] = lambda: None,
+) -> dict[str, float]:
+    """What `model` scores in probe `name`, which `prepare` prepared, in percent; 0 where its embeddings collapsed.
+
+    `alive` is called now and then. The model is left in the mode it was in.
+    """
+    wanted, storage = run.evaluate.probes[name], open_storage(run.runtime)
+    kept = _prepared(run, name, storage)
+    path = storage.root / kept["dataset"]
+    storage.fetch(path)
+    data, cache = data_of(run, wanted), storage.root / "cache"
+    split = load_split(Dataset.open(path), _split(wanted), data, cache)
+    constants = (
+        normalisation_of(run.model.image) if run.data.normalise == "tower" else normalisation(run.data.normalise)
+    )
+
+    def embedded(texts: list[str]) -> Any:
+        return embed(texts, run.model.text, cache, device=str(device))
+
+    was_training, chunk = model.training, run.evaluate.chunk
+    model.eval()
+    try:
+        if isinstance(wanted, config.Retrieval):
+            material = Material(split, embedded(split.captions), *constants)
+            return students.score(model, material, device, chunk).as_dict()
+        score = ASKING[wanted.kind].score
+        return score(model, kept["asked"], split, constants, embedded, device, chunk, alive)
+    except Diverged:
+        return dict.fromkeys(_metrics(wanted, kept["asked"]), 0.0)
+    finally:
+        model.train(was_training)
+
+
+class Probing:
+    """The probes of one student, whose record lies at `record` and is of `value`; none for one that chooses."""
+
+    def __init__(self, run: config.Run, job: Job, record: Path, value: str, storage: Storage):
+        self.run, self.index, self.value = run, job.index, value
+        self.scores: dict[str, dict[str, float]] = {}
+        self.files: dict[str, Path] = {}
+        self.weights = record.with_name(f"{record.stem}.trained.safetensors")
+        for name in run.evaluate.probes if job.kind in PROBED else ():
+            key = _prepared(run, name, storage)["key"]
+            file = self.files[name] = record.with_name(f"{record.stem}.probe-{key}.json")
+            storage.fetch(file)
+            if file.is_file() and (found := read_json(file))["value"] == value:
+                self.scores[name] = found["scores"]
+        if self.missing:
+            storage.fetch(self.weights)
+
+    @property
+    def missing(self) -> list[str]:
+        return [name for name in self.files if name not in self.scores]
+
+    def restored(self) -> DualEncoder | None:
+        """The student as it was kept."""
+        if not self.weights.is_file():
+            return None
+        try:
+            params, facts = load_checked(self.weights, "student")
+        except Damaged:
+            return None
+        if facts["value"] != self.value:
+            return None
+        run = self.run
+        width, seed = text_width(run.model.text), run.seed_of("evaluate")
+        model = build(run.model, width, run.data.image_size, seed, "student", self.index)
+        model.load_trained({name: params[name] for name in model.trained() if name in params})
+        return model
+
+    def keep(self, model: DualEncoder) -> None:
+        """Write the student down for probes to come."""
+        if self.files:
+            save_checked(self.weights, model.trained(), "student", {"value": self.value})
+
+    def ask(self, model: DualEncoder | None, device: torch.device, alive: Callable[[], object]) -> None:
+        """Score what is missing; a student that diverged in training, None, scores 0."""
+        for name in self.missing:
+            if model is None:
+                kept = read_json(_file(self.run, name))
+                scores = dict.fromkeys(_metrics(self.run.evaluate.probes[name], kept["asked"]), 0.0)
+            else:
+                scores = probe(model.to(device), self.run, name, device, alive)
+            self.scores[name] = scores
+            write_json(self.files[name], {"value": self.value, "name": name, "scores": scores})
+
+    def added_to(self, record: dict[str, Any]) -> dict[str, Any]:
+        return record | {"probes": {name: self.scores[name] for name in self.files}} if self.files else record
+
+
+def remarks(name: str, facts: dict[str, Any]) -> list[str]:
+    """What a person should know before reading the scores."""
+    told = [f"probe {name}: {facts['pictures']} pictures"]
+    if lost := facts["quarantine"]:
+        told.append(f"probe {name}: left out {', '.join(f'{n} {reason}' for reason, n in lost.items())}")
+    if (both := facts.get("overlap")) and both["pictures"]:
+        told.append(f"probe {name}: {both['pictures']} of its pictures are in the train split, which was distilled")
+    if facts.get("duplicate_names"):
+        told.append(f"probe {name}: {facts['duplicate_names']} classes share a name with another; they tie and miss")
+    if "note" in facts:
+        told.append(f"probe {name}: {facts['note']}")
+    return told
+
+
+def _asked(
+    run: config.Run, probe: Probe, data: Any, split: Split, seen: frozenset[str] | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is asked, and what stands beside the scores."""
+    if isinstance(probe, config.ZeroShot):
+        asked = zero_shot.ask(probe, data, run, split)
+        return asked, zero_shot.facts(asked)
+    if isinstance(probe, config.Vqa):
+        asked = vqa.ask(probe, data, run, split, seen)
+        return asked, vqa.facts(asked)
+    facts: dict[str, Any] = {
+        "split": probe.split,
+        "gallery": split.facts(),
+        "caption_rule": data.captions.model_dump(),
+        "chance": chance(torch.from_numpy(split.image_of)).as_dict(),
+    }
+    if seen is not None:
+        both = sum(vqa.picture(pair_id) in seen for pair_id in split.pair_ids)
+        facts["overlap"] = {"pictures": both, "share": both / len(split)}
+    if data.layout == "textcaps" and data.annotations is None and probe.split == "test":
+        facts["note"] = textcaps.NOTE
+    return {"split": probe.split, "captions": data.captions.model_dump(), "limit": data.eval_limit}, facts
+
+
+def _sentences(probe: Probe, asked: dict[str, Any], split: Split) -> Any:
+    return [split.captions] if probe.kind == "retrieval" else ASKING[probe.kind].sentences(asked)
+
+
+def _metrics(probe: Probe, asked: dict[str, Any]) -> list[str]:
+    return RECALLS if probe.kind == "retrieval" else ASKING[probe.kind].metrics(asked)
+
+
+def _split(probe: Probe) -> str:
+    return probe.split if isinstance(probe, config.Retrieval) else "test"
+
+
+def _file(run: config.Run, name: str) -> Path:
+    return run_folder(run) / "probes" / f"{name}.json"
+
+
+def _prepared(run: config.Run, name: str, storage: Storage) -> dict[str, Any]:
+    file = _file(run, name)
+    storage.fetch(file)
+    return read_json(file)

@@ -1,0 +1,163 @@
+"""COCO-QA as retrieval: for a question, a sentence per candidate answer, ranked by its cosine with the picture.
+
+Candidates are all distinct answers of train and test. As the question is the same for all of them, only the answer
+tells them apart; so a student stands beside itself blind (all pictures replaced by their mean embedding), and beside
+the answers most frequent in train for that type of question.
+Q distinct questions, A answers, N asked (question, picture) pairs, I pictures, D joint width.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from rmdd import config
+from rmdd.data.captions import clean
+from rmdd.data.material import Constants
+from rmdd.data.sources import cocoqa
+from rmdd.data.splits import Split
+from rmdd.evaluate.probes import ranking
+from rmdd.models.dual import DualEncoder
+
+BLOCK = 2**18
+"""Sentences that are embedded and kept in one file."""
+
+PAIRS = 32
+"""Pairs of a question and a picture that are scored at once."""
+
+
+def ask(
+    probe: config.Vqa, data: config.CocoQaData, run: config.Run, split: Split, seen: frozenset[str] | None
+) -> dict[str, Any]:
+    """Distinct questions, answers, and who is asked what; `seen` are the pictures that were distilled, if known."""
+    train, test = cocoqa.read(data, "train"), cocoqa.asked(data)
+    image_of = {pair_id: i for i, pair_id in enumerate(split.pair_ids)}
+    kept = [q for q in test if q.image in image_of]
+    answers = sorted({q.answer for q in (*train, *cocoqa.read(data, "test"))})
+    questions = sorted({q.question for q in kept})
+    ks = [k for k in probe.ks if k < len(answers)]
+    answer_of, question_of = ({word: i for i, word in enumerate(words)} for words in (answers, questions))
+    return {
+        "questions": questions,
+        "answers": answers,
+        "template": probe.template,
+        "question_mark": probe.question_mark,
+        "caption_rule": run.data.captions.model_dump() if probe.caption_rule else None,
+        "pairs": sorted([question_of[q.question], image_of[q.image], answer_of[q.answer]] for q in kept),
+        "seen": None if seen is None else [i for i, p in enumerate(split.pair_ids) if picture(p) in seen],
+        "ks": ks,
+        "majority": majority(train, kept, ks),
+        "types": dict(Counter(q.type for q in kept)),
+        "without_picture": len(test) - len(kept),
+    }
+
+
+def picture(pair_id: str) -> str:
+    """A name of the picture that COCO's releases of 2014 and 2017 share; for other pictures the id itself."""
+    name = pair_id.rsplit("/", 1)[-1].rsplit(".", 1)[0]
+    number = name.rsplit("_", 1)[-1] if name.startswith("COCO_") else name
+    return f"coco {number}" if len(number) == 12 and number.isdecimal() else pair_id
+
+
+def majority(train: Sequence[Any], test: Sequence[Any], ks: Sequence[int]) -> dict[str, dict[str, float]]:
+    """ACC@K of the answers that train gives most often to questions of the type, in all and per type."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for q in train:
+        counts[q.type][q.answer] += 1
+    order = {t: {a: i for i, (a, _) in enumerate(sorted(c.items(), key=_frequent))} for t, c in counts.items()}
+    never = max(ks, default=0)
+    ranks: dict[str, list[int]] = defaultdict(list)
+    for q in test:
+        rank = order.get(q.type, {}).get(q.answer, never)
+        ranks["all"].append(rank)
+        ranks[q.type].append(rank)
+    return {name: ranking.accuracies(torch.tensor(found), ks) for name, found in ranks.items()}
+
+
+def _frequent(counted: tuple[str, int]) -> tuple[int, str]:
+    return -counted[1], counted[0]
+
+
+def facts(asked: dict[str, Any]) -> dict[str, Any]:
+    pairs = asked["pairs"]
+    told = ("template", "question_mark", "caption_rule", "majority", "types", "without_picture")
+    overlap = {}
+    if asked["seen"] is not None:
+        seen = set(asked["seen"])
+        on_seen = sum(image in seen for _, image, _ in pairs)
+        overlap = {"overlap": {"pictures": len(seen), "questions": on_seen, "share": on_seen / len(pairs)}}
+    return {
+        **{name: asked[name] for name in told},
+        "questions": len(pairs),
+        "distinct_questions": len(asked["questions"]),
+        "answers": len(asked["answers"]),
+        **overlap,
+        "chance": {f"ACC@{k}": 100 * k / len(asked["answers"]) for k in asked["ks"]},
+    }
+
+
+def sentences(asked: dict[str, Any]) -> Iterator[list[str]]:
+    """Blocks of whole questions, each question with all answers."""
+    for start, stop in _blocks(asked):
+        yield [_sentence(asked, q, a) for q in asked["questions"][start:stop] for a in asked["answers"]]
+
+
+def _blocks(asked: dict[str, Any]) -> Iterator[tuple[int, int]]:
+    step = max(1, BLOCK // len(asked["answers"]))
+    total = len(asked["questions"])
+    return ((start, min(start + step, total)) for start in range(0, total, step))
+
+
+def _sentence(asked: dict[str, Any], question: str, answer: str) -> str:
+    question = f"{question} ?" if asked["question_mark"] else question
+    text = asked["template"].replace("{question}", question).replace("{answer}", answer)
+    rule = asked["caption_rule"]
+    return text if rule is None else clean(text, config.Captions(**rule))
+
+
+def metrics(asked: dict[str, Any]) -> list[str]:
+    names = ["ACC", "blind ACC"]
+    on_seen = {image for _, image, _ in asked["pairs"]} & set(asked["seen"] or ())
+    if on_seen and any(image not in on_seen for _, image, _ in asked["pairs"]):
+        names.append("unseen ACC")
+    return [f"{name}@{k}" for name in names for k in asked["ks"]]
+
+
+@torch.no_grad()
+def score(
+    model: DualEncoder,
+    asked: dict[str, Any],
+    split: Split,
+    constants: tuple[Constants, Constants],
+    embed: Callable[[list[str]], Any],
+    device: torch.device,
+    chunk: int,
+    alive: Callable[[], object],
+) -> dict[str, float]:
+    """ACC@K in percent of `model`, which is in eval mode: with pictures, blind, and on pictures that the distillation
+    has not seen (where it has seen some and not all). Raises `Diverged`."""
+    images_ID = ranking.embed_pictures(model, split.images, constants, device, chunk, alive)
+    mean_D = F.normalize(images_ID.mean(0), dim=0)
+    pairs = torch.tensor(asked["pairs"], device=device)
+    answers, together = len(asked["answers"]), max(1, ranking.TEXTS // len(asked["answers"]))
+    seeing, blind = [], []
+    for (first, last), block in zip(_blocks(asked), sentences(asked), strict=True):
+        vectors = embed(block)
+        for start in range(first, last, together):
+            stop = min(start + together, last)
+            rows = vectors[(start - first) * answers : (stop - first) * answers]
+            texts_QAD = ranking.embed_texts(model, rows, device).unflatten(0, (stop - start, answers))
+            here = pairs[(pairs[:, 0] >= start) & (pairs[:, 0] < stop)]
+            for some in here.split(PAIRS):
+                texts_NAD, images_ND = texts_QAD[some[:, 0] - start], images_ID[some[:, 1]]
+                seeing.append(ranking.ranks(torch.einsum("nad,nd->na", texts_NAD, images_ND), some[:, 2]))
+                blind.append(ranking.ranks((texts_QAD @ mean_D)[some[:, 0] - start], some[:, 2]))
+            alive()
+    rank, ks = torch.cat(seeing), asked["ks"]
+    found = ranking.accuracies(rank, ks) | ranking.accuracies(torch.cat(blind), ks, "blind ACC")
+    unseen = ~torch.isin(pairs[:, 1], torch.tensor(asked["seen"] or [], dtype=pairs.dtype, device=device))
+    if unseen.any() and not unseen.all():
+        found |= ranking.accuracies(rank[unseen], ks, "unseen ACC")
+    return found

@@ -1,0 +1,158 @@
+"""Zero-shot classification: a picture is of the class whose prompts it is nearest to.
+
+A prototype is the normalised mean of the normalised text embeddings of a class's prompts, through the student's text
+head. ACC@K: the right class is among the K with the highest cosines; ties count against the student.
+N pictures, C classes, P prompts of all classes, D joint width.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from rmdd import config
+from rmdd.data.captions import clean
+from rmdd.data.material import Constants
+from rmdd.data.sources import classes
+from rmdd.data.splits import Split
+from rmdd.evaluate.probes import ranking
+from rmdd.models.dual import DualEncoder
+
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    "single": ("a photo of a {}.",),
+    # the subset that CLIP's authors found to do nearly as well as all of theirs
+    "seven": (
+        "itap of a {}.",
+        "a bad photo of the {}.",
+        "a origami {}.",
+        "a photo of the large {}.",
+        "a {} in a video game.",
+        "art of the {}.",
+        "a photo of the small {}.",
+    ),
+    # ours, for pictures of few pixels
+    "cifar": (
+        "a photo of a {}.",
+        "a small photo of a {}.",
+        "a tiny picture of a {}.",
+        "a blurry photo of the {}.",
+        "a dark photo of the {}.",
+        "a bright photo of the {}.",
+        "a grainy picture of a {}.",
+        "a close view of a {}.",
+        "a cropped picture of the {}.",
+        "one {} seen from the side.",
+    ),
+    # ours, for photographs of objects
+    "imagenet": (
+        "a photo of a {}.",
+        "a photo of the {}.",
+        "a picture of one {}.",
+        "a close-up of a {}.",
+        "a {} seen from far away.",
+        "a large {}.",
+        "a small {}.",
+        "a clean {} on a plain background.",
+        "a {} outdoors.",
+        "a {} indoors.",
+        "a dark photo of a {}.",
+        "a bright photo of a {}.",
+        "a blurry photo of a {}.",
+        "a drawing of a {}.",
+        "a toy {}.",
+    ),
+}
+
+TOGETHER = 4096
+"""Pictures that are compared with all classes at once."""
+
+
+def templates(named: str | tuple[str, ...]) -> tuple[str, ...]:
+    """The templates of that name, in that file (a line each), or as given. Raises `ValueError`."""
+    if not isinstance(named, str):
+        where, lines = "templates", list(enumerate(named))
+    elif named in TEMPLATES:
+        return TEMPLATES[named]
+    else:
+        path = Path(named).expanduser()
+        if not path.is_file():
+            raise ValueError(f"templates '{named}' is neither a file nor one of {', '.join(TEMPLATES)}")
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 (byte {error.start}); give a text file") from None
+        where = str(path)
+        lines = [(i, line.strip()) for i, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    if not lines:
+        raise ValueError(f"{where} holds no template; write lines such as: a photo of a {{}}.")
+    for i, line in lines:
+        if "{}" not in line:
+            raise ValueError(f"{where}: line {i} is no template, found {line[:60]!r}; write {{}} where the class goes")
+    return tuple(line for _, line in lines)
+
+
+def ask(probe: config.ZeroShot, data: config.ClassData, run: config.Run, split: Split) -> dict[str, Any]:
+    """Classes with their prompts, and the class of each picture of `split`."""
+    names = classes.read(data).names
+    number_of = {clean(c, data.captions): i for i, c in enumerate(names)}
+    lines = templates(probe.templates)
+    prompts = []
+    for of_class in names.values():
+        used = of_class if data.classes.synonyms else of_class[:1]
+        written = [line.replace("{}", name) for name in used for line in lines]
+        prompts.append([clean(p, run.data.captions) for p in written] if probe.caption_rule else written)
+    return {
+        "classes": list(names),
+        "names": [of_class[0] for of_class in names.values()],
+        "templates": list(lines),
+        "prompts": prompts,
+        "labels": [number_of[split.captions[j]] for j in range(len(split.captions))],
+        "ks": [k for k in probe.ks if k < len(names)],
+    }
+
+
+def facts(asked: dict[str, Any]) -> dict[str, Any]:
+    """What stands beside the scores."""
+    names, total = asked["names"], len(asked["classes"])
+    return {
+        "classes": asked["classes"],
+        "names": names,
+        "templates": asked["templates"],
+        "duplicate_names": sum(names.count(name) > 1 for name in names),
+        "chance": {f"ACC@{k}": 100 * k / total for k in asked["ks"]},
+    }
+
+
+def sentences(asked: dict[str, Any]) -> list[list[str]]:
+    """What the text encoder embeds, in blocks."""
+    return [[prompt for prompts in asked["prompts"] for prompt in prompts]]
+
+
+def metrics(asked: dict[str, Any]) -> list[str]:
+    return [f"ACC@{k}" for k in asked["ks"]]
+
+
+@torch.no_grad()
+def score(
+    model: DualEncoder,
+    asked: dict[str, Any],
+    split: Split,
+    constants: tuple[Constants, Constants],
+    embed: Callable[[list[str]], Any],
+    device: torch.device,
+    chunk: int,
+    alive: Callable[[], object],
+) -> dict[str, float]:
+    """ACC@K in percent of `model`, which is in eval mode. Raises `Diverged`."""
+    texts_PD = ranking.embed_texts(model, embed(sentences(asked)[0]), device)
+    means = [part.mean(0) for part in texts_PD.split([len(prompts) for prompts in asked["prompts"]])]
+    prototypes_CD = F.normalize(torch.stack(means), dim=1)
+    images_ND = ranking.embed_pictures(model, split.images, constants, device, chunk, alive)
+    labels = torch.tensor(asked["labels"], device=device)
+    rank = [
+        ranking.ranks(images_ND[i : i + TOGETHER] @ prototypes_CD.T, labels[i : i + TOGETHER])
+        for i in range(0, len(labels), TOGETHER)
+    ]
+    return ranking.accuracies(torch.cat(rank), asked["ks"])

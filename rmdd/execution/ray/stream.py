@@ -1,0 +1,112 @@
+"""Ray Data as the stream of an ingest and of an embedding: small items fan out, their results come as they are done.
+
+What is large goes by path from storage to storage; blocks hold numbers and texts. Workers that die are replaced and
+their item is done again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from rmdd.execution.tasks import Stream, Values, in_turn
+
+BLOCK_BYTES = 16 * 2**20
+_ERRORS = {"ValueError": ValueError, "OSError": OSError}
+"""A task's own errors that are told as they are; they are not tried again."""
+
+
+def over_tasks(cpus: float = 1.0, restarts: int = 3) -> Stream:
+    """A stream over tasks that hold `cpus` CPUs each; an item whose worker dies is tried `restarts` times more."""
+
+    def stream(make: Callable[[], Callable[[Values], Values]], items: Sequence[Values]) -> Iterator[Values]:
+        if not items:
+            return
+        options = {"max_retries": restarts}
+        yield from _run(
+            items,
+            lambda data: data.map(lambda row: _answer(make(), row), num_cpus=cpus, ray_remote_args_fn=lambda: options),
+        )
+
+    return stream
+
+
+def over_actors(actors: int, cpus: float = 1.0, gpus: float = 0.0, restarts: int = 3) -> Stream:
+    """A stream over at most `actors` actors, each with `cpus` CPUs and a share of a GPU; each calls `make` once.
+
+    A single item that needs no GPU is done here: actors take longer to start.
+    """
+
+    def stream(make: Callable[[], Callable[[Values], Values]], items: Sequence[Values]) -> Iterator[Values]:
+        if not items:
+            return
+        if len(items) == 1 and not gpus:
+            yield from in_turn(make, items)
+            return
+        from ray.data import ActorPoolStrategy
+
+        pool = ActorPoolStrategy(size=min(actors, len(items)))
+        options = {"max_restarts": restarts, "max_task_retries": restarts}
+        yield from _run(
+            items,
+            lambda data: data.map(
+                _Worker,
+                fn_constructor_args=(make,),
+                compute=pool,
+                num_cpus=cpus,
+                num_gpus=gpus,
+                ray_remote_args_fn=lambda: options,
+            ),
+        )
+
+    return stream
+
+
+class _Worker:
+    def __init__(self, make: Callable[[], Callable[[Values], Values]]):
+        self.work = make()
+
+    def __call__(self, row: dict[str, str]) -> dict[str, str]:
+        return _answer(self.work, row)
+
+
+def _answer(work: Callable[[Values], Values], row: dict[str, str]) -> dict[str, str]:
+    """What crosses between processes is JSON: blocks of one column, and errors that keep their words."""
+    try:
+        return {"value": json.dumps({"result": work(json.loads(row["value"]))})}
+    except tuple(_ERRORS.values()) as error:
+        kind = "OSError" if isinstance(error, OSError) else "ValueError"
+        return {"value": json.dumps({"error": kind, "words": str(error)})}
+
+
+def _run(items: Sequence[Values], over: Callable[[Any], Any]) -> Iterator[Values]:
+    import ray.data
+    from ray.exceptions import RayActorError, WorkerCrashedError
+    from ray.util.annotations import RayDeprecationWarning
+
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised here
+    context = ray.data.DataContext.get_current()
+    context.target_max_block_size = BLOCK_BYTES
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.use_datasource_v2 = False
+    context.execution_no_progress_timeout_s = -1  # an item may take as long as it needs
+    rows = [{"value": json.dumps(item)} for item in items]
+    with warnings.catch_warnings():  # Ray 2.60 has no other way to bound how often workers are replaced
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        answers = over(ray.data.from_items(rows, override_num_blocks=len(rows)))
+    try:
+        for batch in answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for text in batch["value"].to_pylist():
+                answer = json.loads(text)
+                if "error" in answer:
+                    raise _ERRORS[answer["error"]](answer["words"])
+                yield answer["result"]
+    except (RayActorError, WorkerCrashedError) as error:
+        raise RuntimeError(
+            f"workers keep dying ({' '.join(str(error).split())[:200]}); what was finished is kept; look for lack of "
+            "memory, then start again, or raise runtime.max_restarts"
+        ) from error

@@ -1,0 +1,165 @@
+"""Where a run and its parts lie: each under the hash of all that shapes it."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rmdd import config, methods
+from rmdd.core.storage import root_of
+from rmdd.data.ingest import shaping
+from rmdd.data.place import absolute
+from rmdd.data.shards import Dataset
+from rmdd.distill.trajectory.matching import finished, snapshot_iterations
+from rmdd.evaluate import protocol
+from rmdd.experts.train import kept_epochs
+from rmdd.generate.parts import obtain
+from rmdd.methods.generative import GenerativeMethod
+from rmdd.models.image import image_identity
+from rmdd.models.text import encoder_identity
+
+NUMBERS_VERSION = 4
+"""Part of every hash; raised when a change of the code moves the numbers of an unchanged run file."""
+
+HEALTH = "health.json"
+"""In the run folder: embedding health over the distillation."""
+
+ONLY_DISTILLED = (
+    *("students", "selection", "reference", "scores", "eval_every", "chunk"),
+    *("lr", "text_lr", "temperature", "schedule", "epochs"),
+)
+"""Fields of `evaluate` that random pairs and full data do not depend on. Nor do they on `probes`."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the parts of a run lie."""
+
+    data: Path
+    cache: Path
+    store: Path
+    phases: Path
+    baseline: Path
+    run: Path
+    root: Path = Path()
+    """The storage that these lie in, as the process sees it that named them."""
+
+    def under(self, root: Path) -> "Places":
+        """The same places for a process that sees the storage at `root`."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Places(
+            **{n: root / p.relative_to(self.root) if p.is_relative_to(self.root) else p for n, p in moved.items()}
+        )
+
+    def phase(self, number: int) -> Path:
+        return self.phases / f"phase-{number}"
+
+    def start(self, number: int) -> Path:
+        """The set that a phase starts from."""
+        return self.phase(number) / "start.safetensors"
+
+    def set(self, number: int, iteration: int) -> Path:
+        return self.phase(number) / f"set-{iteration:06d}.safetensors"
+
+
+def run_folder(run: config.Run) -> Path:
+    """Where a run keeps its results: its name and the hash of its value."""
+    return root_of(run.runtime) / run.folder_name
+
+
+def dataset_folder(run: config.Run) -> Path:
+    """Where the dataset of a run lies, or will: named by its source and by what shapes it."""
+    if run.data.source == "dataset":
+        return Path(str(run.data.root))
+    root = absolute(run.data.root) if run.data.root else ""
+    name = config.hash_value({"data": shaping(run.data), "root": root})
+    return root_of(run.runtime) / "data" / name
+
+
+def device_of(run: config.Run) -> torch.device:
+    return torch.device("cuda" if run.runtime.gpus_per_worker > 0 else "cpu")
+
+
+def device_here(run: config.Run) -> torch.device:
+    """`device_of`, or the CPU in a process without a GPU, such as a driver whose ranks have them."""
+    return device_of(run) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def protocol_of(run: config.Run) -> dict[str, Any]:
+    """What shapes one expert; how many there are does not."""
+    return run.experts.protocol() | {"seed": run.seed_of("experts")}
+
+
+def seen_by(run: config.Run, dataset: Dataset) -> dict[str, Any]:
+    """What shapes whatever is trained and scored: the data as models see it, and the models."""
+    return {
+        "version": NUMBERS_VERSION,
+        "device": device_of(run).type,
+        "data": dataset.hash,
+        "view": run.data.model_dump(
+            mode="json", include={"image_size", "normalise", "captions", "eval_limit", "background", "exif_orientation"}
+        ),
+        "model": run.model.model_dump(mode="json"),
+        "image": image_identity(run.model.image),
+        "text": encoder_identity(run.model.text),
+    }
+
+
+def places_of(run: config.Run, dataset: Dataset) -> Places:
+    """Where the parts of a run lie: each under the hash of all that shapes it."""
+    trained = seen_by(run, dataset) | {"experts": protocol_of(run), "kept": kept_epochs(run) or "all"}
+    recipe = run.distill.model_dump(
+        mode="json", exclude={"budget_check": True, "checkpoint_every": True, "guard": {"retries"}}
+    )
+    if run.distill.plan.kind != "adaptive":
+        del recipe["plan"]  # phases are the same however they were found
+    recipe["version"] = methods.find(run.distill.method).version
+    if method := generative(run):
+        recipe["parts"] = [part.identity() for part in method.parts()]
+    distilled = {**trained, "num": run.experts.num, "distill": recipe | {"seed": run.seed_of("distill")}}
+    rules = run.evaluate.model_dump(mode="json", exclude={*ONLY_DISTILLED, "probes"})
+    rules["seed"] = run.seed_of("evaluate")
+    if run.evaluate.augment == "none":
+        del rules["augment"]
+    facts = {"budget": run.distill.budget, "updates": protocol.updates(run)}
+    baseline = {**trained, **facts, "evaluate": rules}
+    storage = root_of(run.runtime)
+    return Places(
+        data=dataset.path,
+        cache=storage / "cache",
+        store=storage / "experts" / config.hash_value(trained),
+        phases=storage / "phases" / config.hash_value(distilled),
+        baseline=storage / "baselines" / config.hash_value(baseline),
+        run=run_folder(run),
+        root=storage,
+    )
+
+
+def generative(run: config.Run) -> GenerativeMethod | None:
+    """The run's method, where it is one that asks for pretrained parts."""
+    method = methods.find(run.distill.method)
+    return method(run) if issubclass(method, GenerativeMethod) else None
+
+
+def bring_parts(run: config.Run) -> None:
+    """Have the pretrained parts of a run here before anything else of it. Raises `ConfigError` with all that cannot be
+    had."""
+    if method := generative(run):
+        if mistakes := method.faults():
+            raise config.ConfigError(mistakes, run.name)
+        obtain(method.parts())
+
+
+def is_made(run: config.Run, places: Places, number: int) -> bool:
+    """Whether a phase has come to its end."""
+    total = run.distill.phases[number].iterations
+    if run.distill.family == "generative":  # its set comes last
+        return places.set(number, total).is_file()
+    return finished(places.phase(number), total)
+
+
+def candidates_of(run: config.Run) -> list[tuple[int, ...]]:
+    """What may be exported: per snapshot, the iteration of each phase."""
+    snapshots = [snapshot_iterations(p.iterations, run.distill.snapshots) for p in run.distill.phases]
+    return [tuple(s[min(i, len(s) - 1)] for s in snapshots) for i in range(max(map(len, snapshots)))]

@@ -1,0 +1,252 @@
+"""`rmdd check`: what a run would do, where, and at about what cost. Touches nothing."""
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+from rmdd import config, methods
+from rmdd.artefact import budget
+from rmdd.core.files import read_json
+from rmdd.data.shards import MANIFEST, Dataset
+from rmdd.distill.trajectory.planning import PLAN, foreseen, over_budget, with_phases, without_a_phase
+from rmdd.evaluate.probes import of_run as probes
+from rmdd.experts.store import Store
+from rmdd.experts.train import kept_epochs
+from rmdd.generate import parts
+from rmdd.models.dual import DualEncoder
+from rmdd.models.image import double_backward, matching_context, weights_file
+from rmdd.models.text import encoder_identity
+from rmdd.runs import cost as estimate
+from rmdd.runs.paths import Places, dataset_folder, generative, places_of, run_folder
+
+OF_PATH = ("start", "stop", "start_text", "stop_text", "endpoint")
+"""Fields of a phase that lie on a path."""
+
+
+def impossible(run: config.Run) -> list[str]:
+    """What can be known to stop a run before anything of it is made: a tower or a pretrained part that cannot be had,
+    phases over budget, files of a probe that cannot be read."""
+    mistakes = []
+    try:
+        _model(run, text_width=1)
+    except ValueError as error:
+        mistakes.append(str(error))
+    try:
+        if (run.distill.budget_check == "error" or not run.distill.phases) and (over := over_budget(run)):
+            mistakes.append(over)
+    except ValueError as error:
+        mistakes.append(str(error))
+    method = generative(run)
+    return mistakes + probes.faults(run) + (method.faults() if method else [])
+
+
+def examine(run: config.Run) -> dict[str, Any]:
+    """Everything that `rmdd check` prints, as plain values; bytes, seconds and operations are numbers.
+
+    Raises `ValueError` where a tower or an annotation file cannot be had.
+    """
+    width, remark = estimate.text_features(run.model.text)
+    tried = _search(run)
+    model = _model(run, width)
+    tower = run.model.image
+    size = estimate.size_of(model, pretrained=tower.weights != "random")
+    run, planned = _with_phases(run, width)
+    guessed = bool(run.distill.plan.plans and not (run_folder(run) / PLAN).is_file())
+    work = estimate.work_of(model, run, width)
+    dataset, places = _already_there(run)
+    if dataset is not None:
+        counts = {k: (c["pairs"], c["captions"]) for k, c in dataset.counts.items()}
+        counts, origin = estimate.limited(counts, run.data), f"from {dataset.path}"
+    else:
+        counts, origin = estimate.known_counts(run.data)
+    similarity, sizes = run.distill.similarity, [p.pairs for p in run.distill.phases]
+    unit = budget.pair_parameters(run.data.image_size, width)
+    cost = budget.cost(sizes, run.stored_size, width, similarity.kind, similarity.rank)
+    kept = len(kept_epochs(run) or range(run.experts.epochs))
+    over = over_budget(run, width)
+    return {
+        "run": str(run_folder(run)),
+        "hash": run.hash_of(),
+        "family": run.distill.family,
+        "data": {"counts": counts, "origin": origin, "ingested": dataset is not None},
+        "model": {
+            "image": size.image,
+            "text": size.text,
+            "frozen": size.frozen,
+            "text_width": width,
+            "double_backward": double_backward(tower.name).value if _matched(run) else "not needed",
+        },
+        "experts": {
+            "num": run.experts.num,
+            "complete": _complete(places),
+            "store": str(places.store) if places else None,
+            "epochs_kept": [0, *(kept_epochs(run) or range(1, run.experts.epochs + 1))],
+        },
+        "phases": [_phase(run, places, i, guessed) for i in range(len(run.distill.phases))],
+        "phases_foreseen": guessed,
+        "phases_folder": str(places.phases) if places else None,
+        "budget": {
+            "pairs": run.distill.budget,
+            "used": cost / unit,
+            "numbers": cost,
+            "limit": run.distill.budget * unit,
+            "over": over,
+        },
+        "disk": {
+            "cache": estimate.cache_bytes(run, counts, width),
+            "store": estimate.store_bytes(size, run.experts.num, kept, run.experts.dtype),
+            "phases": estimate.phases_bytes(run, width),
+        },
+        "memory": _memory(run, counts, size, work, width),
+        "time": _time(run, estimate.operations(run, counts, work)),
+        "search": tried,
+        "parts": [parts.told(part) for part in _parts(run)],
+        "gpus": _gpus(run),
+        "remarks": [r for r in (remark, planned, *_of_family(run), *probes.costs(run, width)) if r]
+        + [f"split '{split}' is empty; a run needs all three" for split, (pairs, _) in counts.items() if not pairs],
+    }
+
+
+def _parts(run: config.Run) -> list[parts.Part]:
+    method = generative(run)
+    return method.parts() if method else []
+
+
+def _model(run: config.Run, text_width: int) -> DualEncoder:
+    """The run's dual encoder without values. Raises `ValueError` when its image tower cannot be had, or not be matched
+    where it would be."""
+    tower = run.model.image
+    if tower.weights != "pretrained" and not tower.is_random:
+        weights_file(tower)
+    with matching_context(tower.name) if _matched(run) else contextlib.nullcontext():
+        return estimate.model_on_meta(run, text_width)
+
+
+def _matched(run: config.Run) -> bool:
+    """Whether steps of the image tower are differentiated."""
+    return run.model.image.trainable and run.distill.family == "trajectory"
+
+
+def _memory(
+    run: config.Run, counts: estimate.Counts, size: estimate.Size, work: estimate.Work, text_width: int
+) -> dict[str, int]:
+    """Of a step, where there are any."""
+    if run.distill.family == "trajectory":
+        return {"matching_step": estimate.matching_bytes(run, size, work, text_width)}
+    if run.distill.family == "distribution":
+        return {"step": estimate.step_bytes(run, counts, size, work, text_width)}
+    return {}
+
+
+def _of_family(run: config.Run) -> list[str]:
+    """What is not counted of other families, and what does nothing there."""
+    rule, remarks = run.distill, []
+    if rule.family == "generative":
+        remarks.append("features, training and drawing by pretrained parts are not counted")
+    elif rule.options.get("texts") == "tokens":
+        remarks.append("the text tower, which learns along, is not counted")
+    if idle := rule.idle():
+        remarks.append(f"of no effect with method {rule.method}: distill.{', '.join(idle)}")
+    return remarks
+
+
+def _search(run: config.Run) -> dict[str, Any] | None:
+    """What `rmdd search` would try; raises `ConfigError` where the run file cannot take it."""
+    if not run.search.space:
+        return None
+    from rmdd import searches
+    from rmdd.searches.space import Space
+
+    searches.check(run, lambda tower: estimate.text_features(tower)[0])
+    return {
+        "fields": list(run.search.space),
+        "trials": Space(run.search).trials,
+        "experts": "shared" if searches.shares_experts(run) else "of each trial",
+    }
+
+
+def _with_phases(run: config.Run, text_width: int) -> tuple[config.Run, str | None]:
+    """A run that plans its phases with those of its plan, or with what can be foreseen of them, and a remark."""
+    if not run.distill.plan.plans:
+        return run, None
+    if (written := run_folder(run) / PLAN).is_file():
+        return with_phases(run, read_json(written)["phases"]), f"phases as planned in {written}"
+    if mistake := without_a_phase(run, text_width):
+        raise config.ConfigError([mistake], run.name)
+    return foreseen(run, text_width), (
+        "number and sizes of the phases are foreseen, not known; phases are planned after the experts"
+    )
+
+
+def _already_there(run: config.Run) -> tuple[Dataset | None, Places | None]:
+    """The dataset and the folders of an earlier sitting of this run, or of another one that shares them."""
+    record = run_folder(run) / "data.json"
+    path = Path(read_json(record)["path"]) if record.is_file() else dataset_folder(run)
+    if not (path / MANIFEST).is_file():
+        return None, None
+    dataset = Dataset.open(path)
+    if not _encoder_at_hand(run.model.text) or parts.missing(_parts(run)):
+        return dataset, None
+    return dataset, places_of(run, dataset)
+
+
+def _encoder_at_hand(tower: config.TextTower) -> bool:
+    """Whether the text encoder can be identified without a download."""
+    if tower.name == "hashing" or tower.name.startswith("package:") or Path(tower.name).expanduser().is_dir():
+        return True
+    from huggingface_hub import try_to_load_from_cache
+
+    if not isinstance(try_to_load_from_cache(tower.name, "config.json"), str):
+        return False
+    return bool(encoder_identity(tower))
+
+
+def _complete(places: Places | None) -> int:
+    return len(Store.open(places.store).complete()) if places and (places.store / "store.json").is_file() else 0
+
+
+def _phase(run: config.Run, places: Places | None, number: int, guessed: bool) -> dict[str, Any]:
+    """A phase as plain values; of one that is only foreseen, what is planned after the experts is None."""
+    phase, matched = run.distill.phases[number], run.distill.family == "trajectory"
+    values = phase.model_dump(include=None if matched else {"pairs", "iterations"})
+    return (
+        values
+        | (dict.fromkeys(OF_PATH) if guessed else {})
+        | {"done": not guessed and _distilled(places, number, phase)}
+    )
+
+
+def _distilled(places: Places | None, number: int, phase: config.Phase) -> bool:
+    return places is not None and places.set(number, phase.iterations).is_file()
+
+
+def _gpus(run: config.Run) -> dict[str, float]:
+    """What one worker asks for, and what would keep all of a step's items busy side by side."""
+    each, side_by_side = run.runtime.gpus_per_worker, _side_by_side(run)
+    return {
+        "each": each,
+        "experts": each * min(run.experts.num, run.runtime.workers or run.experts.num),
+        "phases": each * min(side_by_side, run.runtime.workers or side_by_side),
+    }
+
+
+def _side_by_side(run: config.Run) -> int:
+    """Who can distil at once: a worker per phase, or, one phase after another, per draw of a step."""
+    draws = methods.draws_of(run)
+    return draws if draws > 1 else len(run.distill.phases)
+
+
+def _time(run: config.Run, operations: dict[str, int]) -> dict[str, Any]:
+    runtime = run.runtime
+    if runtime.gpus_per_worker > 0:
+        throughput, slots = estimate.GPU_FLOPS, 1
+        assumed = f"one GPU at {estimate.GPU_FLOPS / 1e12:g} TFLOP/s"
+    else:
+        throughput = estimate.CPU_FLOPS * runtime.threads
+        cpus = runtime.num_cpus or os.cpu_count() or 1
+        slots = 1 if runtime.ray == "off" else runtime.workers or max(1, cpus // runtime.threads)
+        assumed = f"{slots} worker(s) of {runtime.threads} CPU thread(s) at {estimate.CPU_FLOPS / 1e9:g} GFLOP/s each"
+    items = {"experts": run.experts.num, "distill": _side_by_side(run), "evaluate": slots}
+    seconds = {step: n / (throughput * min(slots, items[step])) for step, n in operations.items()}
+    return {"assumed": assumed, "operations": operations, "seconds": seconds}

@@ -1,0 +1,423 @@
+"""Many runs as one: seeds, methods or settings side by side, over one executor.
+
+Runs share what the hashes say they share. Data and experts are made first, run by run. Then each run goes its way in
+a thread of its own, one thread at a time: it gives way to the others only while its phases or students are at work.
+So a piece that two runs need is there when the second one asks, or on its way, and is waited for.
+"""
+
+import contextlib
+import csv
+import functools
+import itertools
+import json
+import statistics
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rmdd import config
+from rmdd.config.runfile import parse
+from rmdd.core.files import atomic_path, read_json, write_json
+from rmdd.core.progress import Progress, Stage
+from rmdd.core.storage import address_of, located, root_of
+from rmdd.execution.backend import open_crew, working_in
+from rmdd.execution.tasks import Executor, Hooks, Interrupted, InTurn, Piece, Task
+from rmdd.pipeline import Pipeline
+from rmdd.runs.paths import run_folder
+from rmdd.runs.tasks import target
+
+SCORES = ("val", "test_last")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of a sweep, the values that set it apart, and a name where it has one."""
+
+    settings: dict[str, Any]
+    run: config.Run
+    name: str | None = None
+
+    @property
+    def label(self) -> str:
+        """Its name, else such as `distill.method=lors distill.seed=0`."""
+        return self.name or " ".join(f"{key}={_word(value)}" for key, value in self.settings.items()) or self.run.name
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What a sweep leaves: its folder, a row per run, and a row per setting with the spread over its seeds."""
+
+    folder: Path
+    runs: list[dict[str, Any]]
+    groups: list[dict[str, Any]]
+
+    @property
+    def failed(self) -> list[dict[str, Any]]:
+        return [row for row in self.runs if "error" in row]
+
+
+def members(
+    load: Callable[[list[str]], config.Run],
+    over: Mapping[str, Sequence[Any]],
+    settings: Iterable[Mapping[str, Any]] = (),
+) -> list[Member]:
+    """The runs of a sweep: each of `settings` with every combination of the values in `over`, keys dotted.
+
+    `load(overrides)` gives a run. Raises `ConfigError` with the mistakes of all runs.
+    """
+    found: dict[str, Member] = {}
+    mistakes: list[str] = []
+    for fixed, values in itertools.product(list(settings) or [{}], itertools.product(*over.values())):
+        chosen = {**fixed, **dict(zip(over, values, strict=True))}
+        if shared := [key for key in chosen if key.split(".")[0] in ("runtime", "name")]:
+            raise config.ConfigError([f"{shared[0]} is the same for all runs of a sweep; give it by --set"], "sweep")
+        try:
+            run = load([f"{key}={json.dumps(value)}" for key, value in chosen.items()])
+        except config.ConfigError as error:
+            mistakes += [f"{chosen}: {m}" for m in error.mistakes]
+            continue
+        if (value := run.hash_of()) in found:
+            mistakes.append(f"{chosen} and {found[value].settings} are the same run; take one out")
+        found[value] = Member(chosen, run)
+    if mistakes:
+        raise config.ConfigError(mistakes, "sweep")
+    return list(found.values())
+
+
+def read_over(words: Iterable[str]) -> dict[str, list[Any]]:
+    """`a.b=1,2` or `a.b=[1, 2]` as a key and its values. Raises `ConfigError`."""
+    over = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        try:
+            values = parse(f"[{text}]")
+        except yaml.YAMLError:
+            values = None
+        if not key or not equals or not values:
+            raise config.ConfigError([f"--over {word}: write it as section.field=value,value"], "sweep")
+        over[key] = values[0] if len(values) == 1 and isinstance(values[0], list) else values
+    return over
+
+
+def read_settings(file: Path) -> list[dict[str, Any]]:
+    """A YAML list of mappings from dotted keys to values. Raises `ConfigError`."""
+    if not file.is_file():
+        raise config.ConfigError(["no such file"], str(file))
+    found = parse(file.read_text(encoding="utf-8"))
+    if not isinstance(found, list) or not found or not all(isinstance(each, dict) for each in found):
+        raise config.ConfigError(["write a list, each entry a mapping such as {distill.method: lors}"], str(file))
+    return found
+
+
+def sweep_folder(runs: Sequence[Member]) -> Path:
+    """Where a sweep keeps its table: named by the values of its runs."""
+    first = runs[0].run
+    value = config.hash_value(sorted(m.run.hash_of() for m in runs))[:8]
+    return root_of(first.runtime) / "sweeps" / f"{first.name}-{value}"
+
+
+def begin(runs: Sequence[Member]) -> Path:
+    """Keep what the sweep is, so that it can be resumed by its folder; returns the folder."""
+    folder = sweep_folder(runs)
+    plain = [{"settings": m.settings, "run": m.run.model_dump(mode="json"), "name": m.name} for m in runs]
+    write_json(folder / "sweep.json", {"schema_version": 1, "members": plain})
+    return folder
+
+
+def members_in(place: Path | str) -> list[Member]:
+    """The runs of a sweep that was begun in a folder or at a URI, also in a storage that was moved; [] without one."""
+    storage, file = located(str(place), "sweep.json", depth=2)
+    listed = read_json(file)["members"] if file.is_file() else []
+    moved = {"storage": storage}
+    return [
+        Member(m["settings"], config.load({**m["run"], "runtime": {**m["run"]["runtime"], **moved}}), m.get("name"))
+        for m in listed
+    ]
+
+
+def sweep(
+    source: str | Path | Mapping[str, Any],
+    over: Mapping[str, Sequence[Any]],
+    overrides: Iterable[str] = (),
+    settings: Iterable[Mapping[str, Any]] = (),
+    progress: Progress | None = None,
+) -> Swept:
+    """Run `source` with every combination of the values in `over`, each as `config.load` would; see `members`.
+
+    >>> sweep("demo", {"distill.seed": [0, 1], "distill.method": ["lors", "ptm_st"]})  # doctest: +SKIP
+
+    Calling it again goes on where it stopped. A run that fails does not stop the others; see `Swept.failed`.
+    """
+    fixed = list(overrides)
+    return run_all(members(lambda chosen: config.load(source, [*fixed, *chosen]), over, settings), progress)
+
+
+def run_all(runs: Sequence[Member], progress: Progress | None = None) -> Swept:
+    """Do all runs of a sweep and write `results.json` and `runs.csv` to its folder."""
+    progress = progress or Progress()
+    runtime, folder = runs[0].run.runtime, sweep_folder(runs)
+    with (
+        working_in(runtime, folder, *(run_folder(m.run) for m in runs)),
+        open_crew(runtime, folder / "events.jsonl", progress) as crew,
+    ):
+        begin(runs)
+        errors: dict[str, Exception] = {}
+        pipelines = {m.label: Pipeline.of(m.run, crew, _Named(progress, m.label)) for m in runs}
+        for label, pipeline in pipelines.items():
+            with _kept(errors, label):
+                pipeline.check_budget()
+                pipeline.experts()
+        with progress.stage("sweep", {}) as stage:
+            relay = Relay(crew.executor)
+            for label, pipeline in pipelines.items():
+                if label not in errors:
+                    pipeline.executor = relay.place(label)
+                    pipeline.progress = _Named(progress, label, stage)
+                    relay.enter(label, pipeline.all)
+            errors |= relay.go()
+        return _collect(folder, runs, errors)
+
+
+@contextlib.contextmanager
+def _kept(errors: dict[str, Exception], label: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        errors[label] = error
+
+
+class _Named(Progress):
+    """The progress of one run within a sweep: its name before every line and item, its items in the one table."""
+
+    def __init__(self, progress: Progress, label: str, table: Stage | None = None):
+        super().__init__(progress.quiet, progress.console, progress.clock)
+        self.label, self.table = label, table
+
+    def say(self, text: str) -> None:
+        super().say(f"{self.label}: {text}")
+
+    @contextlib.contextmanager
+    def stage(self, title: str, totals: Mapping[str, int]) -> Iterator[Any]:
+        if self.table is None:
+            with super().stage(title, totals) as update:
+                yield update
+            return
+        names = {name: f"{self.label}: {name}" for name in totals}
+        table = self.table
+        table.add({names[name]: total for name, total in totals.items()})
+        yield lambda name, metrics: table(names[name], metrics)
+
+
+@dataclass
+class _Work:
+    """A piece that one or more runs wait for."""
+
+    reports: list[Callable[[dict[str, Any]], None]] = field(default_factory=list)
+    settled: bool = False
+    result: Any = None
+    error: Exception | None = None
+
+    def report(self, metrics: dict[str, Any]) -> None:
+        for each in self.reports:
+            each(metrics)
+
+    def settle(self, result: Any, error: Exception | None) -> None:
+        self.settled, self.result, self.error = True, result, error
+
+
+class Relay:
+    """Runs that take turns, and hand their pieces to one executor. The turn is given up only while waiting for them."""
+
+    def __init__(self, executor: Executor):
+        self.executor = executor
+        self.turn = threading.Lock()
+        self.news = threading.Condition()
+        self.queue: list[Piece] = []
+        self.work: dict[Path, _Work] = {}
+        self.runs: list[threading.Thread] = []
+        self.running = 0
+        self.stopped = False
+        self.errors: dict[str, Exception] = {}
+
+    def enter(self, label: str, run: Callable[[], Any]) -> None:
+        """Let `run()` take part under a name."""
+
+        def take_part() -> None:
+            try:
+                with self.turn, contextlib.suppress(Interrupted), _kept(self.errors, label):
+                    self._check()
+                    run()
+            finally:
+                with self.news:
+                    self.running -= 1
+                    self.news.notify_all()
+
+        self.running += 1
+        self.runs.append(threading.Thread(target=take_part, name=label, daemon=True))
+
+    def go(self) -> dict[str, Exception]:
+        """Do all of it; returns the errors by name. Raises `Interrupted` when asked to stop."""
+        for run in self.runs:
+            run.start()
+        try:
+            self.executor.serve(self._more)
+        except BaseException:
+            with self.news:
+                self.stopped = True
+                self.news.notify_all()
+            raise
+        finally:
+            for run in self.runs:
+                run.join()
+        return self.errors
+
+    def place(self, label: str) -> Executor:
+        """The executor of one run."""
+        return _Place(self, label)
+
+    def _more(self, seconds: float) -> list[Piece] | None:
+        with self.news:
+            self.news.wait_for(lambda: self.queue or not self.running, timeout=seconds)
+            pieces, self.queue = self.queue, []
+            return pieces if pieces or self.running else None
+
+    def _check(self) -> None:
+        if self.stopped:
+            raise Interrupted
+
+    def map(
+        self,
+        label: str,
+        task: Task,
+        items: Sequence[Any],
+        names: Sequence[str],
+        on_report: Callable[[str, dict[str, Any]], None],
+    ) -> list[Any]:
+        with self.news:
+            self._check()
+            awaited = []
+            for item, name in zip(items, names, strict=True):
+                place = target(task, item)
+                if place not in self.work:
+                    work = self.work[place] = _Work()
+                    self.queue.append(
+                        Piece(
+                            self._in_turn(task),
+                            item,
+                            f"{label}: {name}",
+                            work.report,
+                            functools.partial(self._told, work),
+                        )
+                    )
+                self.work[place].reports.append(functools.partial(on_report, name))
+                awaited.append(self.work[place])
+            self.news.notify_all()
+        self.turn.release()
+        try:
+            with self.news:
+                self.news.wait_for(lambda: self.stopped or all(work.settled for work in awaited))
+        finally:
+            self.turn.acquire()
+        self._check()
+        for work in awaited:
+            if work.error is not None:
+                raise work.error
+        return [work.result for work in awaited]
+
+    def _told(self, work: _Work, result: Any, error: Exception | None) -> None:
+        with self.news:
+            work.settle(result, error)
+            self.news.notify_all()
+
+    def _in_turn(self, task: Task) -> Task:
+        """In this process a task must not run beside another run: both would draw from torch's global state."""
+        if not isinstance(self.executor, InTurn):
+            return task
+
+        def alone(item: Any, hooks: Hooks) -> Any:
+            with self.turn:
+                return task(item, hooks)
+
+        return alone
+
+
+class _Place(Executor):
+    def __init__(self, relay: Relay, label: str):
+        self.relay, self.label = relay, label
+
+    def serve(self, source: Any) -> None:
+        raise AssertionError("the pieces of a sweep are served by its relay")
+
+    def map(
+        self, task: Task, items: Sequence[Any], names: Sequence[str], on_report: Callable[[str, dict[str, Any]], None]
+    ) -> list[Any]:
+        return self.relay.map(self.label, task, items, names, on_report)
+
+
+# -- results -------------------------------------------------------------------------------------------------------
+
+
+def _collect(folder: Path, runs: Sequence[Member], errors: Mapping[str, Exception]) -> Swept:
+    rows = [_row(m, errors.get(m.label)) for m in runs]
+    swept = Swept(folder, rows, _groups(rows))
+    write_json(folder / "results.json", {"schema_version": 1, "runs": rows, "groups": swept.groups})
+    keys = list(dict.fromkeys(key for m in runs for key in m.settings))
+    columns = [
+        *keys,
+        "method",
+        *(f"{split}_{part}" for split in SCORES for part in ("mean", "std", "n")),
+        "folder",
+        "error",
+    ]
+    with atomic_path(folder / "runs.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, columns, restval="")
+        table.writeheader()
+        for row in rows:
+            flat = {f"{split}_{part}": v for split in SCORES for part, v in row.get(split, {}).items()}
+            words = {key: _word(value) for key, value in row["settings"].items()}
+            table.writerow(words | flat | {k: row[k] for k in ("method", "folder", "error") if k in row})
+    return swept
+
+
+def _row(member: Member, error: Exception | None) -> dict[str, Any]:
+    """R@mean of one run: mean, spread and number over its students."""
+    folder, name = run_folder(member.run), member.run.distill.method_name
+    address = address_of(member.run.runtime, folder)
+    row: dict[str, Any] = {"settings": member.settings, "method": name, "folder": address}
+    if error is not None:
+        return row | {"error": "; ".join([str(error) or type(error).__name__, *getattr(error, "__notes__", [])])}
+    table = read_json(folder / "evaluation.json")["table"]
+    return row | {split: table[name][split]["R@mean"] for split in SCORES}
+
+
+def _groups(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Runs that differ in seeds alone: the mean of their means, and its sample standard deviation over seeds."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(json.dumps(_seedless(row["settings"]), sort_keys=True), []).append(row)
+    found = []
+    for each in groups.values():
+        done = [row for row in each if "error" not in row]
+        group: dict[str, Any] = {
+            "settings": _seedless(each[0]["settings"]),
+            "method": each[0]["method"],
+            "n": len(done),
+        }
+        for split in SCORES if done else ():
+            means = [row[split]["mean"] for row in done]
+            spread = statistics.stdev(means) if len(means) > 1 else None
+            group[split] = {"mean": statistics.fmean(means), "std": spread, "n": len(means)}
+        found.append(group)
+    return found
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _seedless(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key.split(".")[-1] != "seed"}

@@ -1,0 +1,325 @@
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import rmdd.pipeline
+from rmdd import config
+from rmdd.cli import app as cli
+from rmdd.config.template import template
+from rmdd.execution.tasks import Interrupted
+
+TINY = [
+    "data.scenes={train: 24, val: 8, test: 8, size: 16}",
+    "data.image_size=16",
+    "model.image.widths=[8, 8]",
+    "distill.phases=[{pairs: 8, start: 0, stop: 1, endpoint: 2, iterations: 4}]",
+    "distill.budget=10",
+    "distill.batch=4",
+]
+
+
+def rmdd_(*words: str):
+    return CliRunner().invoke(cli.app, list(words), catch_exceptions=False)
+
+
+def sets(*changes: str) -> list[str]:
+    return [word for change in changes for word in ("--set", change)]
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@dataclass
+class Steps:
+    """Stands in for the pipeline: does as told, and keeps the run it was given."""
+
+    error: BaseException | None = None
+    runs: list[config.Run] = field(default_factory=list)
+    folder: Path = Path()
+
+    def install(self, monkeypatch):
+        from contextlib import contextmanager
+
+        @contextmanager
+        def opened(run, progress=None):
+            self.runs.append(run)
+            self.folder = rmdd.pipeline.run_folder(run)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "run.yaml").write_text(config.dump(run))
+            yield self
+
+        monkeypatch.setattr(rmdd.pipeline, "open_pipeline", opened)
+        return self
+
+    def all(self) -> Any:
+        print("a library chatters")
+        if self.error:
+            raise self.error
+        value = {"mean": 20.0, "std": 1.5, "n": 5}
+        recalls = dict.fromkeys(("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10", "R@mean"), value)
+        alone = {metric: {**v, "std": math.nan} for metric, v in recalls.items()}
+        table = {"random": {"val": recalls, "test_last": recalls}, "full": {"val": alone, "test_last": alone}}
+        table["ptm_st"] = {"val": recalls, "test_last": recalls, "test_best_reference": recalls}
+        evaluation = {"table": table, "spread": "over students"}
+        return rmdd.pipeline.Result(self.folder / "set", self.folder / "report.html", evaluation, {"distill": 3.0})
+
+
+def test_help_answers_without_torch_or_ray():
+    code = (
+        "import sys; from rmdd.cli import app as cli; sys.argv = ['rmdd', '--help']\ntry: cli.main()\nexcept SystemExit: pass\n"
+        "print('HEAVY', [m for m in ('torch', 'ray', 'transformers', 'timm', 'pyarrow', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
+    assert "HEAVY []" in done.stdout and "resume" in done.stdout
+
+
+def test_init_writes_the_defaults_and_overwrites_nothing(here):
+    assert rmdd_("init", "my.yaml").exit_code == 0
+    assert config.load("my.yaml") == config.Run()
+    (here / "my.yaml").write_text("name: mine")
+    again = rmdd_("init", "my.yaml")
+    assert again.exit_code == 2 and "exists already" in again.stderr
+    assert (here / "my.yaml").read_text() == "name: mine"
+
+
+def test_the_template_has_every_key():
+    def keys(value: Any) -> Any:
+        return {k: keys(v) for k, v in value.items()} if isinstance(value, dict) else None
+
+    assert keys(yaml.safe_load(template("a.yaml"))) == keys(config.Run().model_dump(mode="json"))
+
+
+def test_all_mistakes_are_told_at_once(here):
+    bad = sets("experts.num=0", "distil.budget=3", "evaluate.students=many", "distill.phases.7.pairs=3")
+    done = rmdd_("run", "demo", *bad)
+    assert done.exit_code == 2 and done.stdout == ""
+    word = rmdd_("run", "demo", *sets("distill.phases=automatic"))
+    assert word.exit_code == 2 and "distill.phases: give a list of phases, or one of auto and adaptive" in word.stderr
+    for words in ("experts.num", "distil: unknown key", "evaluate.students", "no entry '7'", "4 mistake"):
+        assert words in done.stderr
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize("command", ["check", "ingest", "experts", "distill", "evaluate", "report", "run"])
+def test_a_name_that_is_no_preset_is_a_config_mistake(command):
+    done = rmdd_(command, "dmeo")
+    assert done.exit_code == 2 and "no preset 'dmeo'; did you mean demo?" in done.stderr
+
+
+def test_presets_are_listed_and_printed():
+    listed = rmdd_("presets").stdout
+    assert all(name in listed for name in config.preset_names())
+    assert yaml.safe_load(rmdd_("presets", "demo").stdout)["name"] == "demo"
+    assert rmdd_("presets", "nope").exit_code == 2
+    short, whole = (yaml.safe_load(rmdd_("presets", "coco_amd_500", *more).stdout) for more in ((), ("--whole",)))
+    assert short["extends"] == "coco_lors_500" and "extends" not in whole
+    assert whole["distill"]["method"] == "amd" and whole["distill"]["lr_image"] == 5000
+    assert rmdd_("version").stdout.strip()
+
+
+def test_methods_are_listed_with_their_presets():
+    listed = {each["name"]: each for each in json.loads(rmdd_("methods", "--json").stdout)}
+    assert {"mtt_vl", "tesla_vl", "lors", "repblend", "ptm_st", "datm", "mct", "amd"} <= listed.keys()
+    assert listed["lors"]["summary"].startswith("LoRS: low-rank similarity mining")
+    users = [preset for each in listed.values() for preset in each["presets"]]
+    assert sorted(users) == config.preset_names()
+    assert "demo" in listed["ptm_st"]["presets"]
+
+
+def test_the_table_of_methods_fits_a_terminal():
+    listed = json.loads(rmdd_("methods", "--json").stdout)
+    lines = rmdd_("methods").stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
+    rows = [row for row in cells if row[0]]
+    plain = [[each["name"], each["family"], each["card"].removeprefix("arXiv ")] for each in listed]
+    assert [row[:2] + row[3:4] for row in rows] == plain
+    assert rows[[row[0] for row in rows].index("lors")][2] == "experts"
+    for each in listed:
+        assert each["family"] in ("trajectory", "distribution", "generative"), each["name"]
+        assert each["card"] and {"experts", "features", "diffusion", "captioner"} >= set(each["needs"]), each["name"]
+        assert re.search("Open:|GPU", each["status"]), f"{each['name']} says what was not verified"
+    families = [each["family"] for each in listed]
+    assert families == sorted(families, key=["trajectory", "distribution", "generative"].index), "together"
+    words = " ".join(row[4] for row in cells)
+    assert all(" ".join(each["status"].split()[:2]) in words for each in listed)
+
+
+def test_one_method_is_told_about():
+    shown = rmdd_("methods", "mct").stdout
+    assert "theta_l(t) = theta_l(0)" in shown and "start_points: continuous" in shown and "emoji_mct_100" in shown
+    facts = json.loads(rmdd_("methods", "mct", "--json").stdout)
+    assert facts["defaults"]["distill"]["trajectory"] == "convexified" and facts["place"] == "rmdd.methods.mct:MCT"
+    assert (facts["family"], facts["needs"], facts["card"]) == ("trajectory", ["experts"], "2406.19827")
+    assert f"status: {facts['status']}" in shown and "family: trajectory; needs: experts" in shown
+    wrong = rmdd_("methods", "lros")
+    assert wrong.exit_code == 2 and "did you mean lors?" in wrong.stderr
+
+
+def test_check_touches_nothing_and_counts(here):
+    done = rmdd_("check", "demo", "--json", *sets(*TINY))
+    assert done.exit_code == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["data"]["counts"]["train"] == [24, 120]
+    assert facts["phases"][0]["pairs"] == 8 and not facts["data"]["ingested"]
+    assert facts["time"]["seconds"]["distill"] > 0 and facts["memory"]["matching_step"] > 0
+    shown = rmdd_("check", "demo", *sets(*TINY))
+    assert "Phases" in shown.stdout and "assumed" in shown.stdout
+    assert not list(here.iterdir())
+
+
+def test_check_refuses_what_does_not_fit(here):
+    over = rmdd_("check", "demo", *sets(*TINY, "distill.budget=8"))
+    assert over.exit_code == 2 and "over by" in over.stderr
+    tower = rmdd_("check", "demo", *sets("model.image.name=nfnet_10"))
+    assert tower.exit_code == 2 and "nfnet_l0" in tower.stderr
+
+
+def test_check_looks_at_the_search_too(here):
+    space = "search.space={distill.lr_image: {loguniform: [1, 10]}, experts.lr_image: {choice: [0.1, 0.2]}}"
+    shown = rmdd_("check", "demo", *sets(*TINY, space))
+    assert shown.exit_code == 0, shown.stderr
+    assert "2 fields, 24 trials, at most 24 times experts and distillation" in shown.stdout
+    grid = ("search.space={distill.steps: {int: [2, 4]}}", "search.sampler=grid")
+    facts = json.loads(rmdd_("check", "demo", "--json", *sets(*TINY, *grid)).stdout)
+    assert facts["search"] == {"fields": ["distill.steps"], "trials": 3, "experts": "shared"}
+    wrong = ("{distill.lr_imgae: {uniform: [1, 2]}}", "{distill.phases.0.endpoint: {int: [1, 99]}}")
+    for given, words in zip(wrong, ("lr_imgae: at 1.0: distill.lr_imgae: unknown key", "at 99: "), strict=True):
+        done = rmdd_("check", "demo", *sets(*TINY, f"search.space={given}"))
+        assert done.exit_code == 2 and words in done.stderr and done.stderr.count("mistake") == 1
+    assert not list(here.iterdir())
+
+
+def test_a_published_preset_is_checked_without_its_data_or_weights(here):
+    done = rmdd_("check", "flickr30k_ptm_st_100", "--json", "--set", "data.root=absent")
+    facts = json.loads(done.stdout)
+    assert facts["model"]["image"] == 32_769_488 and facts["model"]["text"] == 7_087_104
+    assert "published" in facts["data"]["origin"]
+
+
+def test_run_prints_the_table_and_the_places(here, monkeypatch):
+    Steps().install(monkeypatch)
+    done = rmdd_("demo", "--quiet", "--storage", "out")
+    assert done.exit_code == 0, done.stderr
+    wanted = ("random pairs", "PTM-ST", "full data", "20.0 ± 1.5", "picked on test", "distilled set:", "page:")
+    for words in (*wanted, "seconds:"):
+        assert words in done.stdout
+    assert "chatters" not in done.stdout and (here / "out").is_dir()
+
+
+def test_json_is_one_object_and_nothing_else(here, monkeypatch):
+    Steps().install(monkeypatch)
+    left = json.loads(rmdd_("run", "demo", "--json", *sets("seed=4")).stdout)
+    assert left["table"]["full"]["val"]["R@mean"] == {"mean": 20.0, "std": None, "n": 5}
+    assert Path(left["set"]).parent == Path(left["run"]) == Path(left["page"]).parent
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words", "resumable"),
+    [
+        (ValueError("no such thing"), 1, "error: no such thing", False),
+        (FloatingPointError("not finite"), 1, "error: not finite\nlower the rates it names and use `rmdd run`", False),
+        (RuntimeError("worker died"), 1, "error: worker died\nwhen that is mended, resume with: ", True),
+        (OSError("disk full"), 1, "error: disk full", True),
+        (KeyboardInterrupt(), 130, "stopped; resume with: ", True),
+        (Interrupted(), 130, "stopped; resume with: ", True),
+    ],
+)
+def test_a_failed_run_says_how_to_go_on(here, monkeypatch, error, code, words, resumable):
+    steps = Steps(error).install(monkeypatch)
+    done = rmdd_("run", "demo", "--quiet")
+    assert done.exit_code == code and done.stdout == ""
+    assert words in done.stderr and (f"rmdd resume {steps.folder}" in done.stderr) == resumable
+    assert "Traceback" not in done.stderr
+    assert "Traceback" in rmdd_("run", "demo", "--quiet", "--debug").stderr
+
+
+def test_sigterm_stops_like_ctrl_c(here, monkeypatch):
+    class Terminated(Steps):
+        def all(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.sigtimedwait([], 5)
+
+    Terminated().install(monkeypatch)
+    done = rmdd_("run", "demo", "--quiet")
+    assert done.exit_code == 130 and "rmdd resume" in done.stderr
+
+
+def test_resume_keeps_the_folder_wherever_it_lies(here, monkeypatch):
+    steps = Steps().install(monkeypatch)
+    rmdd_("run", "demo", "--quiet", *sets("seed=7"))
+    (here / "runs").rename(here / "moved")
+    folder = here / "moved" / steps.folder.name
+    (here / "elsewhere").mkdir()
+    monkeypatch.chdir(here / "elsewhere")
+    assert rmdd_("resume", str(folder), "--quiet").exit_code == 0
+    assert steps.folder == folder and steps.runs[0].hash_of() == steps.runs[1].hash_of()
+
+
+def test_resume_refuses_what_it_cannot_go_on_with(here, monkeypatch):
+    assert "there is no such folder; give the folder of a run, a sweep or a search" in rmdd_("resume", "nowhere").stderr
+    assert "no run.yaml, sweep.json or search.json in it" in rmdd_("resume", str(here)).stderr
+    steps = Steps().install(monkeypatch)
+    rmdd_("run", "demo", "--quiet")
+    file = steps.folder / "run.yaml"
+    file.write_text(file.read_text().replace("budget: 50", "budget: 60"))
+    changed = rmdd_("resume", str(steps.folder))
+    assert changed.exit_code == 2 and "it was changed" in changed.stderr
+
+
+def test_relative_paths_are_kept_absolute(here, monkeypatch):
+    monkeypatch.setattr("rmdd.runs.preflight.impossible", lambda run: [])
+    steps = Steps().install(monkeypatch)
+    (here / "bert").mkdir()
+    local = ("data.root=images", "model.image.weights=w/nfnet.pth", "model.text.name=bert")
+    rmdd_("run", "flickr30k_ptm_st_100", "--quiet", *sets(*local))
+    rmdd_("run", "flickr30k_ptm_st_100", "--quiet", *sets("data.root=images"))
+    first, second = steps.runs
+    assert first.data.root == second.data.root == str(here / "images")
+    assert first.model.image.weights == str(here / "w" / "nfnet.pth") and first.model.text.name == str(here / "bert")
+    assert (second.model.image.weights, second.model.text.name) == ("pretrained", "bert-base-uncased")
+
+
+@pytest.mark.parametrize("command", ["run", "experts", "distill", "evaluate", "report"])
+def test_what_cannot_work_is_found_before_any_folder_is_made(here, command):
+    wrong = ("model.image.name=nfnet_10", "model.image.weights=absent.pth", "distill.budget=8")
+    done = rmdd_(command, "demo", *sets(*TINY, *wrong))
+    assert done.exit_code == 2 and "2 mistake(s)" in done.stderr
+    assert f"no weights file '{here / 'absent.pth'}'" in done.stderr and "over by" in done.stderr
+    for changes, words in (
+        (("model.image.name=nfnet_10",), "the closest names are nfnet_l0"),
+        (("data.normalise=tower",), "convnet has no normalisation of its own"),
+        (("model.image.name=lcnet_035",), "no second derivative"),
+        (("model.text.name=package:absent",), "not an installed package"),
+    ):
+        done = rmdd_(command, "demo", *sets(*TINY, *changes))
+        assert done.exit_code == 2 and words in done.stderr
+    assert not list(here.iterdir())
+
+
+def test_check_names_an_empty_split(here):
+    (here / "captions.csv").write_text("image,caption,split\na.png,one,train\nb.png,two,test\n")
+    table = ("data.source=table", f"data.root={here}")
+    done = rmdd_("check", "demo", *sets(*TINY, *table))
+    assert done.exit_code == 0 and "split 'val' is empty; a run needs all three" in done.stdout

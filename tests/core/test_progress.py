@@ -1,0 +1,85 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from rmdd.core.progress import Progress
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def follow(clock: Clock, **options) -> tuple[Progress, io.StringIO]:
+    out = io.StringIO()
+    return Progress(console=Console(file=out, width=200, **options), clock=clock), out
+
+
+def test_log_has_start_end_and_at_most_a_line_in_ten_seconds():
+    clock = Clock()
+    progress, out = follow(clock)
+    with progress.stage("phases", {"phase 0": 100, "phase 1": 100}) as update:
+        for done in range(1, 101):
+            clock.now += 0.5
+            update("phase 0", {"done": done, "loss": 0.25})
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "phases: 2 to do"
+    assert lines[-1] == "phases: done after 0:00:50"
+    assert len(lines) == 2 + 5
+    assert lines[1] == "phases: 0/2 done, 10%, 0:01:30 left; phase 0: 20/100 loss 0.25"
+
+
+def test_items_that_are_to_come_count():
+    clock = Clock()
+    progress, out = follow(clock)
+    with progress.stage("trials", {}) as stage:
+        for number in (3, 4):
+            stage.add({f"trial {number}": 2})
+            stage.expect(8, 2, ended=3)
+        clock.now = 20.0
+        stage("trial 3", {"done": 2})
+        assert (stage.finished, stage.count, stage.share, stage.left) == (4, 8, 8 / 16, None)
+        clock.now = 40.0
+        stage("trial 4", {"done": 1})
+        assert stage.left == 40.0 * 7
+    assert "trials: 4/8 done, 56%, 0:04:40 left; trial 4: 1/2" in out.getvalue()
+
+
+def test_a_resumed_item_is_not_credited_with_earlier_work():
+    clock = Clock()
+    progress, out = follow(clock)
+    with progress.stage("phases", {"phase 0": 100}) as update:
+        update("phase 0", {"done": 50})
+        clock.now = 10.0
+        update("phase 0", {"done": 60})
+    assert "0:00:40 left" in out.getvalue()
+
+
+def test_live_table_has_a_row_per_running_item_and_counts_the_finished():
+    clock = Clock()
+    progress, out = follow(clock, force_terminal=True)
+    with progress.stage("experts", {f"expert {e}": 2 for e in range(30)}) as update:
+        for e in range(5):
+            update(f"expert {e}", {"done": 2, "val": 40.0})
+        for e in range(5, 25):
+            clock.now += 1
+            update(f"expert {e}", {"done": 1, "val": 33.25})
+    text = out.getvalue()
+    assert "5 done, 20 running, 5 waiting" in text
+    assert "val 33.25" in text and "and 4 more" in text
+    assert "experts: done" in text
+
+
+def test_an_error_ends_the_stage_and_quiet_says_nothing():
+    progress, out = follow(Clock())
+    with pytest.raises(ValueError), progress.stage("experts", {"expert 0": 1}):
+        raise ValueError
+    assert "experts: stopped" in out.getvalue()
+    quiet = Progress(quiet=True, console=Console(file=io.StringIO()))
+    quiet.say("hello")
+    with quiet.stage("experts", {"expert 0": 1}) as update:
+        update("expert 0", {"done": 1})
+    assert quiet.console.file.getvalue() == ""

@@ -1,0 +1,356 @@
+"""Storage at a URI and on a folder, who may work in it, and what killed processes leave."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import toy
+
+from rmdd import config
+from rmdd.core import files
+from rmdd.core import locks as lease
+from rmdd.core.files import append_jsonl, atomic_path, read_json, remove, sweep, temporary_beside, write_json
+from rmdd.core.locks import Held, held
+from rmdd.core.storage import Mirror, open_storage
+from rmdd.data.ingest import ingest
+from rmdd.distill.trajectory.matching import load_set
+
+
+@pytest.fixture
+def node(uri, tmp_path):
+    """`node("a")` is the storage as machine a sees it."""
+    mirrors = {}
+    yield lambda name: mirrors.setdefault(name, Mirror(uri, tmp_path / name))
+    for mirror in mirrors.values():
+        files._keepers.pop(mirror.root, None)
+
+
+def names(mirror):
+    return set(mirror.remote.list(""))
+
+
+# -- mirrors ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_whole_here_is_there_and_reaches_another_node(node):
+    a, b = node("a"), node("b")
+    write_json(a.root / "run" / "x.json", 1)
+    with atomic_path(a.root / "set") as folder:
+        folder.mkdir()
+        write_json(folder / "set.json", {"v": 1})
+        (folder / "tensors").write_bytes(b"12345")
+    write_json(a.root / "cache" / "local.json", 1)
+    assert names(a) == {"run/x.json", "set/set.json", "set/tensors"}
+    b.fetch(b.root)
+    assert read_json(b.root / "run" / "x.json") == 1 and (b.root / "set" / "tensors").read_bytes() == b"12345"
+    assert not list(b.root.rglob("*.tmp"))
+
+
+def test_a_fetched_folder_is_what_the_storage_holds(node):
+    a, b = node("a"), node("b")
+    for name in ("kept", "gone"):
+        write_json(a.root / "phase" / f"{name}.json", 1)
+    b.fetch(b.root / "phase")
+    time.sleep(1.1)  # S3 counts whole seconds
+    write_json(b.root / "phase" / "kept.json", 2)  # as long as before
+    remove(b.root / "phase" / "gone.json")
+    (a.root / "phase" / "never-published.json").write_text("3")
+    a.fetch(a.root / "phase")
+    assert {p.name for p in (a.root / "phase").iterdir()} == {"kept.json"}
+    assert read_json(a.root / "phase" / "kept.json") == 2
+
+
+def test_a_removed_folder_goes_there_too(node):
+    a = node("a")
+    write_json(a.root / "expert-000" / "epoch.json", 1)
+    write_json(a.root / "expert-001" / "epoch.json", 1)
+    remove(a.root / "expert-000")
+    assert names(a) == {"expert-001/epoch.json"}
+
+
+def test_a_checkpoint_never_arrives_before_its_log(node):
+    a = node("a")
+    for i in range(3):
+        append_jsonl(a.root / "phase" / "metrics.jsonl", {"iteration": i})
+    assert "phase/metrics.jsonl" not in names(a)
+    write_json(a.root / "phase" / "state.json", 3)
+    assert (a.remote.read("phase/metrics.jsonl") or b"").count(b"\n") == 3
+
+
+def test_what_a_live_process_of_this_machine_holds_is_not_fetched_over(node):
+    a, b = node("a"), node("b")
+    write_json(b.root / "store" / "expert-000" / "running.json", 1)
+    a.fetch(a.root / "store")
+    with held(a.root / "store" / "expert-000", wait=False):
+        (a.root / "store" / "expert-000" / "running.json").write_text("22")  # newer, on its way to the storage
+        a.fetch(a.root / "store")
+        assert read_json(a.root / "store" / "expert-000" / "running.json") == 22
+
+
+def test_a_bucket_that_is_not_there_is_named(s3, tmp_path):
+    storage = open_storage(config.Runtime(storage="s3://no-such-bucket/runs", scratch=str(tmp_path)))
+    words = r"cannot \w+ s3://no-such-bucket/runs.*credentials in the environment"
+    with pytest.raises(OSError, match=words), held(storage.root / "run", wait=False):
+        pass
+
+
+@pytest.mark.parametrize(
+    "uri", ["s3://me:secret@bucket/a", "s3://bucket/a?secret_key=secret", "abfs://:secret@account/a"]
+)
+def test_a_secret_in_the_uri_is_refused_and_not_repeated(uri):
+    with pytest.raises(config.ConfigError, match="by the environment") as caught:
+        config.load({"runtime": {"storage": uri}})
+    assert "secret" not in str(caught.value)
+    assert config.load({"runtime": {"storage": "abfs://container@account.dfs.core.windows.net/a"}})
+
+
+BRING = """
+import os, signal, sys
+from pathlib import Path
+from rmdd.core.remote import Remote
+from rmdd.core.storage import Mirror
+
+def download(self, name, path):
+    path.write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+Remote.download = download
+root = Path(sys.argv[2])
+Mirror(sys.argv[1], root).fetch(root)
+"""
+
+
+def test_a_download_that_was_killed_is_swept_at_once(tmp_path):
+    (tmp_path / "there" / "deep").mkdir(parents=True)
+    (tmp_path / "there" / "deep" / "x.json").write_text("1")
+    command = [sys.executable, "-c", BRING, f"file://{tmp_path}/there", str(tmp_path / "here")]
+    killed = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    assert killed.returncode == -signal.SIGKILL
+    assert [p.parent.name for p in sweep(tmp_path / "here")] == ["deep"]
+
+
+# -- a phase goes on from the published checkpoint -------------------------------------------------------------------
+
+PHASE = """
+import os, signal, sys
+from pathlib import Path
+import toy
+from rmdd.distill.trajectory.matching import distill_phase
+from rmdd.experts.store import Store
+from rmdd.core.locks import held
+from rmdd.core.storage import Mirror
+
+uri, root, kill = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+mirror, run, seen = Mirror(uri, root), toy.run_of(iterations=9), []
+def on_step(metrics):
+    seen.append(metrics)
+    if len(seen) == kill:
+        os.kill(os.getpid(), signal.SIGKILL)
+folder = root / "phases" / "phase-0"
+mirror.fetch(root / "store")
+with held(folder, wait=True):
+    mirror.fetch(folder)
+    print("goes on with", (folder / "state.safetensors").is_file(), flush=True)
+    toy.distil(run, Store.open(root / "store"), folder, on_step=on_step)
+    mirror.flush()
+"""
+
+
+def phase_on(uri, root, kill=0):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    command = [sys.executable, "-c", PHASE, uri, str(root), str(kill)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_a_killed_phase_resumes_on_another_node_with_an_empty_mirror(node, uri, store, tmp_path):
+    a = node("a")
+    shutil.copytree(store.path, a.root / "store")
+    a.publish(a.root / "store")
+    killed = phase_on(uri, tmp_path / "b", kill=5)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    shutil.rmtree(tmp_path / "b")
+    resumed = phase_on(uri, tmp_path / "c")
+    assert resumed.stdout == "goes on with True\n", resumed.stderr
+    a.fetch(a.root / "phases")
+    toy.distil(toy.run_of(iterations=9), store, tmp_path / "unbroken")
+    toy.assert_same_results(a.root / "phases" / "phase-0", tmp_path / "unbroken")
+
+
+# -- leases ----------------------------------------------------------------------------------------------------------
+
+HOLD = """
+import sys, time
+from rmdd.core.locks import held
+with held(sys.argv[1], wait=False):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "run")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_second_run_is_told_who_holds_the_folder(holder, tmp_path):
+    words = rf"run is in use by process {holder.pid} on .*wait .*end it, or give .*another"
+    with pytest.raises(Held, match=words), held(tmp_path / "run", wait=False):
+        pass
+
+
+def test_the_lease_of_a_killed_process_is_taken_over_at_once(holder, tmp_path):
+    holder.kill()
+    holder.wait()
+    assert read_json(tmp_path / "run.lease")["pid"] == holder.pid
+    with held(tmp_path / "run", wait=False):
+        assert read_json(tmp_path / "run.lease")["pid"] == os.getpid()
+    assert not (tmp_path / "run.lease").exists()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(lease, "BEAT", 0.1)
+    monkeypatch.setattr(lease, "EXPIRES", 1.5)
+    monkeypatch.setattr(lease, "SETTLE", 0.3)
+    monkeypatch.setattr(lease, "POLL", 0.05)
+
+
+def elsewhere(beats=0):
+    return {"id": "f" * 32, "beats": beats, "machine": "another", "host": "node-7", "pid": 12, "seen": "now"}
+
+
+def test_a_lease_of_another_machine_that_moves_is_respected_until_it_stands_still(quick, node, monkeypatch):
+    a = node("a")
+    folder = a.root / "run"
+    cell = a.cell(folder)
+    cell.write(elsewhere())
+    beats = iter(range(1, 100))
+    monkeypatch.setattr(lease.time, "sleep", lambda s, sleep=time.sleep: (cell.write(elsewhere(next(beats))), sleep(s)))
+    with pytest.raises(Held, match="process 12 on node-7"), held(folder, wait=False):
+        pass
+    monkeypatch.undo()
+    monkeypatch.setattr(lease, "EXPIRES", 0.5)
+    with held(folder, wait=False) as mine:
+        assert mine.owned()
+    assert cell.read() is None
+
+
+def test_a_holder_that_stood_still_learns_that_it_lost(quick, node):
+    a = node("a")
+    with held(a.root / "run", wait=False) as mine:
+        deadline = time.monotonic() + 60
+        while not mine.lost and time.monotonic() < deadline:
+            a.cell(a.root / "run").write(elsewhere())  # a heartbeat may have just been on its way
+            time.sleep(0.3)
+        with pytest.raises(Held, match="was taken over by process 12 on node-7"):
+            mine.check()
+    assert a.cell(a.root / "run").read() == elsewhere(), "the other's lease stays"
+
+
+def test_a_holder_that_stood_still_learns_of_a_successor_that_is_done(quick, node):
+    cell = node("a").cell(node("a").root / "run")
+    with held(node("a").root / "run", wait=False) as mine:
+        deadline = time.monotonic() + 60
+        while not mine.lost and time.monotonic() < deadline:
+            cell.remove()  # as the successor does at its end
+            time.sleep(0.3)
+        with pytest.raises(Held, match="was taken over by a process that has ended since"):
+            mine.check()
+    assert cell.read() is None, "it was not written again"
+
+
+def test_an_ingest_that_was_taken_over_leaves_the_dataset_to_its_successor(quick, tmp_path):
+    out = tmp_path / "out"
+
+    def slow(make, items):
+        yield from map(make(), items)
+        deadline = time.monotonic() + 60
+        while read_json(tmp_path / ".out.lease")["id"] != "f" * 32 and time.monotonic() < deadline:
+            write_json(tmp_path / ".out.lease", elsewhere())
+            time.sleep(0.5)
+
+    with pytest.raises(Held, match="was taken over by process 12 on node-7"):
+        scenes = config.Scenes(train=6, val=2, test=2, size=16)
+        ingest(config.Data(scenes=scenes, image_size=16), out, slow)
+    assert not out.exists()
+
+
+def test_a_lease_that_cannot_be_read_is_not_lost(quick, tmp_path, monkeypatch):
+    def broken(path):
+        raise OSError(5, "Input/output error")
+
+    with held(tmp_path / "run", wait=False) as mine:
+        monkeypatch.setattr(lease, "read_json", broken)
+        time.sleep(0.5)
+        monkeypatch.undo()
+        mine.check()
+        assert mine.owned()
+
+
+# -- what is left half-written ---------------------------------------------------------------------------------------
+
+WRITE = """
+import os, signal, sys
+from rmdd.core.files import atomic_path
+with atomic_path(sys.argv[1]) as temporary:
+    temporary.mkdir()
+    (temporary / "half").write_text("half")
+    print("writing", flush=True)
+    signal.pause()
+"""
+
+
+def test_only_what_nobody_writes_any_more_is_swept(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITE, str(tmp_path / "deep" / "set")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "writing\n"
+    mine = temporary_beside(tmp_path / "mine")
+    mine.touch()
+    foreign, old = tmp_path / ".x.0123abcd-1-abcdef.tmp", tmp_path / ".y.0123abcd-1-abcdef.tmp"
+    foreign.touch()
+    old.touch()
+    os.utime(old, (time.time() - 2 * files.ABANDONED_SECONDS,) * 2)
+    not_ours = tmp_path / "letter.tmp"
+    not_ours.touch()
+    assert sweep(tmp_path) == [old]
+    process.kill()
+    process.communicate()
+    assert [p.parent.name for p in sweep(tmp_path)] == ["deep"]
+    assert mine.exists() and foreign.exists() and not_ours.exists() and not list((tmp_path / "deep").iterdir())
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    write_json(tmp_path / "a.json", 1)
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"what": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_set_of_before_checksums_is_still_read(tmp_path):
+    from safetensors.torch import save_file
+
+    first = toy.first_set()
+    save_file(first.tensors(), tmp_path / "set.safetensors", metadata={"alpha": "3.0"})
+    found = load_set(tmp_path / "set.safetensors")
+    assert found.alpha == 3.0 and torch.equal(found.images, first.images)

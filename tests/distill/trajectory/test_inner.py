@@ -1,0 +1,71 @@
+"""What the student's loss draws and divides by, step by step."""
+
+import pytest
+import torch
+from slow import wbce
+from toy import MODEL, encoder, first_set
+
+from rmdd import config
+from rmdd.distill.phases import Blend, draw
+from rmdd.distill.trajectory.inner import student_loss
+from rmdd.models.dual import DualEncoder
+
+SET = first_set().map(torch.Tensor.double)
+TARGET = torch.eye(6, dtype=torch.float64)
+
+
+def model_of(dropout) -> DualEncoder:
+    return encoder(config.Model(**{**MODEL, "dropout": dropout})).double()
+
+
+def losses(rule, calls, dropout=0.5, **more):
+    """The loss at each of `calls`, a list of steps."""
+    model = model_of(dropout)
+    compute = student_loss(model, rule, (101, 202, 303), **more)
+    return [compute(model.trained(), SET.images, SET.texts, TARGET, step).item() for step in calls]
+
+
+def test_a_step_has_one_mask_in_both_passes_and_no_other_step_has_it():
+    forward, backward = losses(config.Distill(), [0, 1, 2]), losses(config.Distill(), [0, 1, 2, 2, 1, 0])
+    assert backward[:3] == forward and backward[3:] == forward[::-1]
+    assert len(set(forward)) == 3
+
+
+def test_fresh_masks_differ_between_the_passes_and_repeat_in_another_run():
+    rule = config.Distill(inner_dropout="fresh_mask")
+    both = losses(rule, [0, 1, 1, 0])
+    assert len(set(both)) == 4 and losses(rule, [0, 1, 1, 0]) == both
+
+
+def test_without_dropout_nothing_is_drawn():
+    assert len(set(losses(config.Distill(inner_dropout="off"), [0, 1, 2]))) == 1
+    before = torch.get_rng_state()
+    losses(config.Distill(), [0, 1])
+    assert torch.equal(torch.get_rng_state(), before), "the global generator is left as it was"
+
+
+@pytest.mark.parametrize("temperature", [None, 0.07, 0.376, 2.0])
+def test_cosines_are_divided_by_the_temperature(temperature):
+    model = model_of(0.0)
+    cosines = model.embed_images(SET.images) @ model.embed_texts(SET.texts).T
+    expected = wbce(cosines / (temperature or MODEL["temperature"]), TARGET).item()
+    found = losses(config.Distill(temperature=temperature), [0], dropout=0.0)[0]
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_step_has_one_blend_in_both_passes():
+    order = torch.tensor([5, 3, 4, 0, 1, 2])
+    blends = tuple(Blend(w, order) for w in (1.0, 0.0, 0.3))
+    found = losses(config.Distill(), [0, 1, 2, 2, 1, 0], dropout=0.0, blends=blends)
+    assert found[:3] == found[3:][::-1] and found[0] != found[2]
+    assert found[0] == losses(config.Distill(), [0], dropout=0.0)[0], "all of their own"
+    model = model_of(0.0)
+    swapped = wbce(model(SET.images[order], SET.texts[order]), TARGET).item()
+    assert found[1] == pytest.approx(swapped, rel=1e-12), "all of the partner's"
+
+
+def test_a_draw_blends_only_where_asked():
+    phases = (config.Phase(pairs=6, stop=2),)
+    assert draw(config.Distill(phases=phases, batch=3), 0, 4, 2, seed=1).blends is None
+    blends = draw(config.Distill(phases=phases, batch=3, steps=4, blend=0.2), 0, 4, 2, seed=1).blends
+    assert len(blends) == 4 and all(sorted(b.partner.tolist()) == [0, 1, 2] and 0 <= b.weight <= 1 for b in blends)

@@ -1,0 +1,206 @@
+"""Whole tiny runs with probes, and what `rmdd probe`, `check` and `run` say."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import formats
+import pytest
+from probing import BASE, run_of, textcaps_probe, vqa_probe, zero_shot_probe
+from typer.testing import CliRunner
+
+from rmdd import config
+from rmdd.cli import app as cli
+from rmdd.core.files import _keepers as keepers
+from rmdd.core.progress import Progress
+from rmdd.evaluate.probes import of_run as probes
+from rmdd.evaluate.probes import of_set as set_probes
+from rmdd.evaluate.probes.of_set import probe_set
+from rmdd.execution.tasks import Hooks
+from rmdd.pipeline import open_pipeline
+from rmdd.runs.paths import run_folder
+from rmdd.runs.tasks import checkup
+
+
+@pytest.mark.parametrize("word", ("check", "run"))
+def test_a_wrong_path_ends_a_command_before_anything_starts(tmp_path, word):
+    formats.cocoqa(tmp_path / "qa" / "cocoqa", [("what", "dog", 1, 0)], [("what", "dog", 1, 0)])
+    (tmp_path / "qa" / "cocoqa" / "train" / "types.txt").write_text("7\n")
+    formats.textcaps(tmp_path / "text", "val", ["a"])
+    (tmp_path / "text" / "train_images").rename(tmp_path / "text" / "elsewhere")
+    asked = {
+        "gone": zero_shot_probe(tmp_path / "gone"),
+        "qa": vqa_probe(tmp_path / "qa"),
+        "text": textcaps_probe(tmp_path / "text"),
+        "prompts": zero_shot_probe(tmp_path, templates="no-such-file.txt"),
+    }
+    file = tmp_path / "run.yaml"
+    file.write_text(config.dump(run_of(tmp_path / "runs", asked)))
+    result = CliRunner().invoke(cli.app, [word, str(file)])
+    assert result.exit_code == 2 and not (tmp_path / "runs").exists()
+    for words in (
+        "evaluate.probes.gone: evaluate.probes.gone.data.root",
+        "types.txt: line 1 is '7'",
+        "of the first 1 pictures none is there, such as train_images/a.jpg; correct evaluate.probes.text.data.root",
+        "no-such-file.txt' is neither a file nor one of single, seven, cifar, imagenet",
+    ):
+        assert words in result.stderr
+
+
+@pytest.fixture(scope="module")
+def formats_(tmp_path_factory):
+    """Generated data in the real formats."""
+    root = tmp_path_factory.mktemp("formats")
+    formats.class_folders(root / "in", ["n01", "n02", "n03"])
+    (root / "in" / "map.txt").write_text("n01 tench\nn02 crane\nn03 kite, hawk\n")
+    formats.cifar10(root / "cifar", [0, 1, 2, 0])
+    rows = [(f"what {i % 3}", f"a{i % 12}", 100 + i % 5, i % 4) for i in range(24)]
+    formats.cocoqa(root / "coco" / "cocoqa", rows, rows)
+    formats.coco_pictures(root / "coco", range(100, 105))
+    formats.textcaps(root / "text", "val", ["c", "d", "e"])
+    return root
+
+
+def asked_of(root):
+    return {
+        "imagenet": zero_shot_probe(root / "in", {"names": "map.txt"}, templates="imagenet"),
+        "cifar": zero_shot_probe(root / "cifar", {"images": "", "layout": "cifar10"}, templates="cifar"),
+        "cocoqa": vqa_probe(root / "coco"),
+        "textcaps": textcaps_probe(root / "text"),
+        "scenes": {"kind": "retrieval", "data": BASE["data"] | {"scenes": {"test": 6, "seed": 5, "size": 16}}},
+    }
+
+
+def go(run, step="evaluate"):
+    with open_pipeline(run, Progress(quiet=True)) as pipeline:
+        return getattr(pipeline, step)()
+
+
+def files(folder, pattern):
+    return {p: p.stat().st_mtime_ns for p in folder.rglob(pattern)}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, formats_):
+    """A storage with a run that had its probes from the start, and its result."""
+    storage = tmp_path_factory.mktemp("finished")
+    return storage, go(run_of(storage, asked_of(formats_)), "all")
+
+
+@pytest.fixture
+def storage(finished, tmp_path):
+    return shutil.copytree(finished[0], tmp_path / "runs")
+
+
+def test_a_run_with_probes_from_end_to_end(finished, formats_):
+    _, result = finished
+    table, facts = result.evaluation["table"], result.evaluation["probes"]
+    for row, n in (("random", 1), ("ptm_st", 2), ("full", 1)):
+        scores = table[row]["probes"]
+        assert list(scores) == list(asked_of(formats_)) == list(facts)
+        assert {value["n"] for of in scores.values() for value in of.values()} == {n}
+        assert all(0 <= value["mean"] <= 100 for of in scores.values() for value in of.values())
+        assert {"ACC@1", "ACC@5", "ACC@10", "blind ACC@1"} <= scores["cocoqa"].keys()
+        assert scores["textcaps"].keys() == set(probes.RECALLS) and list(scores["cifar"]) == ["ACC@1"]
+    assert facts["imagenet"]["names"] == ["tench", "crane", "kite"] and facts["scenes"]["pictures"] == 6
+    page = result.report.read_text()
+    assert "Probes" in page and "24 questions, 12 answers" in page and "a photo of a {}." in page
+    stored = json.loads((result.set / "set.json").read_text())
+    assert "probes" not in stored["config"]["evaluate"] and str(formats_) not in json.dumps(stored)
+    assert set(stored["metrics"]["full"]["probes"]) == set(asked_of(formats_))
+
+
+def test_probes_that_come_later_change_no_score(finished, tmp_path, formats_):
+    bare, probed = run_of(tmp_path / "runs", {}), run_of(tmp_path / "runs", asked_of(formats_))
+    assert bare.hash_of() == probed.hash_of() and run_folder(bare) == run_folder(probed)
+    before = go(bare)
+    assert "probes" not in before and not files(tmp_path, "*.trained.safetensors")
+    kept = ("student-*.json", "baseline-*.json", "*.ranks.safetensors")
+    records = {p: t for pattern in kept for p, t in files(tmp_path / "runs", pattern).items()}
+    table = go(probed)["table"]
+    assert table == finished[1].evaluation["table"]
+    assert {row: {k: v for k, v in of.items() if k != "probes"} for row, of in table.items()} == before["table"]
+    assert {p: p.stat().st_mtime_ns for p in records} == records
+
+
+def test_other_probes_train_no_student_again(finished, storage, formats_, monkeypatch):
+    kept = files(storage, "*.trained.safetensors")
+    assert len(kept) == 3
+    monkeypatch.setattr("rmdd.runs.tasks.train_and_score", None)
+    other = {"words": vqa_probe(formats_ / "coco", question_mark=True)}
+    assert set(go(run_of(storage, other))["table"]["random"]["probes"]) == {"words"}
+    for file in storage.rglob("*.probe-*.json"):
+        file.unlink()
+    assert go(run_of(storage, asked_of(formats_)))["table"] == finished[1].evaluation["table"], "by the weights kept"
+    assert files(storage, "*.trained.safetensors") == kept
+
+
+def rmdd_(*words):
+    result = CliRunner().invoke(cli.app, [*map(str, words), "--quiet", "--json"], catch_exceptions=False)
+    return result.exit_code, result.stderr if result.exit_code else json.loads(result.stdout)
+
+
+def test_a_set_alone_can_be_probed(finished, storage, tmp_path, formats_):
+    shutil.copytree(finished[1].set, tmp_path / "shared" / "set")
+    shutil.rmtree(storage)
+    file = tmp_path / "probes.yaml"
+    file.write_text(json.dumps(asked_of(formats_)))
+    away = [
+        word for o in (f"storage={tmp_path / 'away'}", "ray=off", "track=none") for word in ("--set", f"runtime.{o}")
+    ]
+    code, found = rmdd_("probe", tmp_path / "shared" / "set", "--probes", file, *away)
+    assert code == 0, found
+    assert found["table"]["ptm_st"]["probes"] == finished[1].evaluation["table"]["ptm_st"]["probes"]
+    assert "overlap" not in found["probes"]["cocoqa"], "which pictures were distilled is not in a set"
+    file.write_text(json.dumps({"gone": zero_shot_probe(tmp_path / "gone")}))
+    code, told = rmdd_("probe", tmp_path / "shared" / "set", "--probes", file, *away)
+    assert code == 2 and "evaluate.probes.gone: evaluate.probes.gone.data.root" in told
+
+
+def test_a_set_whose_students_are_augmented_can_be_probed_alone(tmp_path, formats_):
+    run = run_of(tmp_path / "runs", {}, "evaluate.augment=randaugment", "evaluate.students=1")
+    asked = {"cocoqa": vqa_probe(formats_ / "coco")}
+    path = go(run, "export")
+    away = [f"runtime.{o}" for o in (f"storage={tmp_path / 'away'}", "ray=off", "track=none")]
+    found = probe_set(path, set_probes.run_of(path, asked, away), Progress(quiet=True))
+    probed = go(run_of(tmp_path / "runs", asked, "evaluate.augment=randaugment", "evaluate.students=1"))
+    assert found["table"]["ptm_st"]["probes"] == probed["table"]["ptm_st"]["probes"]
+
+
+def test_a_finished_run_can_be_probed(finished, storage, tmp_path, formats_):
+    folder = run_folder(run_of(storage, {}))
+    file = tmp_path / "probes.yaml"
+    file.write_text(json.dumps({"cocoqa": vqa_probe(formats_ / "coco")}))
+    code, found = rmdd_("probe", folder, "--probes", file)
+    assert code == 0, found
+    row = finished[1].evaluation["table"]["full"]["probes"]
+    assert found["table"]["full"] == {"cocoqa": row["cocoqa"]}
+    code, told = rmdd_("probe", folder, "--probes", file, "--set", "evaluate.students=3")
+    assert code == 2 and "--set changes what the run is" in told
+
+
+def test_probes_of_a_run_whose_storage_is_a_uri(tmp_path, formats_):
+    asked = {"cocoqa": vqa_probe(formats_ / "coco")}
+    run = run_of(f"file://{tmp_path}/there", asked, f"runtime.scratch={tmp_path}/a")
+    try:
+        first = go(run)
+        second = go(run.model_copy(update={"runtime": run.runtime.model_copy(update={"scratch": f"{tmp_path}/b"})}))
+    finally:
+        for root in [root for root in keepers if root.is_relative_to(tmp_path)]:
+            keepers.pop(root, None)
+    assert first["probes"] == second["probes"] and first["table"] == second["table"]
+    assert list((tmp_path / "there").rglob("student-000.probe-*.json"))
+
+
+def test_health_is_seen_from_a_machine_that_has_no_file_yet(tmp_path):
+    run = run_of(f"file://{tmp_path}/there", {}, f"runtime.scratch={tmp_path}/a")
+    try:
+        with open_pipeline(run, Progress(quiet=True)) as pipeline:
+            pipeline.distill()
+            item = pipeline.item()
+        runtime = item.run.runtime.model_copy(update={"scratch": f"{tmp_path}/b"})
+        assert checkup(replace(item, run=item.run.model_copy(update={"runtime": runtime})), Hooks())
+    finally:
+        for root in [root for root in keepers if root.is_relative_to(tmp_path)]:
+            keepers.pop(root, None)
+    assert list((tmp_path / "there").glob("probed-*/health.json"))

@@ -1,0 +1,330 @@
+"""Fleets of experts on a real local Ray: each test is one or two runs of Ray Train."""
+
+import copy
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from test_resume import TINY
+
+from rmdd import config
+from rmdd.config import Runtime
+from rmdd.core.progress import Progress
+from rmdd.execution.ray import experts
+from rmdd.execution.ray.cluster import ENVIRONMENT, Resources, connected
+from rmdd.execution.ray.feed import ray_stream
+from rmdd.execution.ray.train import Fleet, Obituaries, Roster
+from rmdd.execution.tasks import Failed, Interrupted, InTurn, Mapper, Spared
+from rmdd.experts.store import Store
+from rmdd.pipeline import Pipeline
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture
+def fleet(ray_local, tmp_path, monkeypatch):
+    """Builds a fleet on four CPUs; tasks of this module travel by value, for workers cannot import a test."""
+    for name, value in ENVIRONMENT.items():
+        if name.startswith(("RAY_TRAIN", "RAY_CHDIR")):
+            monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    ray_local.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+    def build(size=1, nodes=((4.0, 0.0),), **rule):
+        runtime = Runtime(**{"workers": 2, "min_workers": 2, **rule})
+        return Fleet(runtime, Resources(nodes), tmp_path / "events.jsonl", "experts-0", tmp_path / "train", size)
+
+    yield build
+    ray_local.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+def events(path, *kinds):
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [line for line in lines if not kinds or line["event"] in kinds]
+
+
+def run_of(folder, num, **experts):
+    raw = copy.deepcopy(TINY)
+    raw["experts"] |= {"num": num, "epochs": 30, **experts}
+    raw["model"]["dropout"] = 0.0  # whose masks the ranks of a gang draw for themselves
+    raw["runtime"] = {"storage": str(folder), "track": "none"}
+    return config.load(raw)
+
+
+def trained(run, executor=None, stream=None):
+    """The store that a run's experts go to, trained by the executor, or one after another in this process."""
+    fleet = None if executor is None else lambda name: executor
+    return Pipeline(run, InTurn(), Progress(quiet=True), fleet=fleet, stream=stream).experts()
+
+
+def files(store):
+    return {
+        p.relative_to(store.path): p.read_bytes() for p in store.path.rglob("*") if p.is_file() and p.suffix != ".lock"
+    }
+
+
+def kill_worker(store: Path, item: str, log: Path):
+    """Kill the worker of an item as soon as that has finished an epoch; returns the thread that does it."""
+
+    def strike():
+        while True:
+            pids = [e["pid"] for e in events(log, "started") if e["item"] == item]
+            if pids and list(store.glob(f"experts/*/expert-{int(item.split()[1]):03d}/running.safetensors")):
+                os.kill(pids[-1], signal.SIGKILL)
+                return
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=strike, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_fleet_with_a_killed_worker_trains_the_bits_of_one_process_and_later_only_what_is_new(fleet, tmp_path):
+    alone = files(trained(run_of(tmp_path / "alone", 4)))
+    log = tmp_path / "events.jsonl"
+    strike = kill_worker(tmp_path / "fleet", "expert 1", log)
+    store = trained(run_of(tmp_path / "fleet", 3), fleet())
+    strike.join(1)
+    assert not strike.is_alive() and [e["item"] for e in events(log, "died")] == ["expert 1"]
+    assert sorted(e["item"] for e in events(log, "finished")) == ["expert 0", "expert 1", "expert 2"]
+    assert {k: v for k, v in alone.items() if "expert-003" not in str(k)} == files(store)
+    assert all({"pid", "host", "attempt"} <= e.keys() for e in events(log, "started", "died"))
+
+    log.unlink()
+    before = {p: p.stat().st_mtime_ns for p in store.path.rglob("*.safetensors")}
+    store = trained(run_of(tmp_path / "fleet", 4), fleet())
+    assert [e["item"] for e in events(log, "started")] == ["expert 3"]
+    assert files(store) == alone
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def flaky(item, hooks):
+    """Fails for good on item 1; on item 2 until the second try; reports otherwise."""
+    place, folder = item
+    if place == 1:
+        raise ValueError("item one cannot be had")
+    if place == 2 and not (folder / "tried").exists():
+        (folder / "tried").touch()
+        raise RuntimeError("out of memory for once")
+    hooks.report({"done": 1})
+    return place
+
+
+def test_an_item_that_fails_is_tried_again_and_does_not_stop_the_others(fleet, tmp_path):
+    executor, seen = fleet(), {}
+    assert isinstance(executor, Mapper)
+    names = [f"item {i}" for i in range(5)]
+    results = executor.map(Spared(flaky), [(i, tmp_path) for i in range(5)], names, seen.__setitem__)
+    assert [r for r in results if not isinstance(r, Failed)] == [0, 2, 3, 4]
+    assert results[1].reason == "ValueError: item one cannot be had" and not results[1].again
+    assert seen == {n: {"done": 1} for n in names if n != "item 1"}
+    log = tmp_path / "events.jsonl"
+    by_item = {n: [e["event"] for e in events(log) if e["item"] == n] for n in names}
+    assert by_item["item 1"] == ["started", "failed"]
+    assert by_item["item 2"] == ["started", "failed", "started", "finished"]
+    assert [e["attempt"] for e in events(log, "started") if e["item"] == "item 2"] == [1, 2]
+
+
+def wait_to_be_stopped(item, hooks):
+    hooks.report({"done": 1})
+    while not hooks.should_stop():
+        time.sleep(0.02)
+    (item / "saved").touch()
+    return False
+
+
+def test_an_interrupt_lets_every_worker_save(fleet, tmp_path):
+    items = [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
+    for item in items:
+        item.mkdir()
+    seen = set()
+
+    def interrupt(name, metrics):
+        seen.add(name)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        fleet().map(wait_to_be_stopped, items, ["a", "b", "c"], interrupt)
+    assert [(item / "saved").exists() for item in items] == [True, True, False], "no new item is begun"
+
+
+def test_a_gang_with_a_killed_member_trains_the_bits_of_an_unbroken_one(fleet, tmp_path):
+    rule = {"keep": "all", "epochs": 12}
+    one, unbroken = (trained(run_of(tmp_path / f"{n}", 2, **rule, gang={"workers": n})) for n in (1, 2))
+    log = tmp_path / "events.jsonl"
+    strike = kill_worker(tmp_path / "gang", "expert 0", log)
+    store = trained(run_of(tmp_path / "gang", 2, **rule, gang={"workers": 2}), fleet(size=2))
+    assert not strike.is_alive() and events(log, "died", "failed")
+    assert files(store) == files(unbroken)
+    assert store.path.name != one.path.name, "the gang is in the hash"
+    a, b = (Store.open(s.path).read(0, 2) for s in (one, store))
+    for name in a:
+        torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-5)
+
+
+def late_leader(item, hooks):
+    """The first of a gang is done after the others, as when it writes what they have trained together."""
+    time.sleep(0.5 * (hooks.seat.rank == 0))
+    return item
+
+
+def test_a_gang_does_one_item_after_another(fleet, tmp_path):
+    names = [f"item {i}" for i in range(3)]
+    assert fleet(size=2).map(late_leader, [7, 8, 9], names, lambda name, metrics: None) == [7, 8, 9]
+    expected = [(kind, name) for name in names for kind in ("started", "finished")]
+    assert [(e["event"], e["item"]) for e in events(tmp_path / "events.jsonl")] == expected
+
+
+def test_a_gang_that_does_not_fit_is_refused(fleet):
+    with pytest.raises(ValueError, match=r"asks for 5 workers side by side, the cluster has room for 4"):
+        fleet(size=5).map(flaky, [(0, None)], ["item"], lambda name, metrics: None)
+
+
+def test_more_workers_to_start_with_than_fit_are_refused(fleet):
+    """Two nodes of three CPUs have room for one worker of two threads each, not for three."""
+    executor = fleet(size=3, nodes=((3.0, 0.0), (3.0, 0.0)), threads=2)
+    with pytest.raises(ValueError, match=r"gang.workers asks for 3 .* room for 2 of 0 GPU\(s\) and 2 CPU\(s\)"):
+        executor.map(flaky, [(0, None)], ["item"], lambda name, metrics: None)
+    with pytest.raises(ValueError, match=r"runtime.min_workers asks for 8 .* room for 4"):
+        fleet(workers=8, min_workers=8).map(flaky, [(0, None)] * 9, list("abcdefghi"), lambda name, metrics: None)
+
+
+def test_it_is_said_when_no_worker_comes_up(fleet, monkeypatch):
+    monkeypatch.setattr(experts, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(Fleet, "_fit", lambda self, *given: time.sleep(2))
+    executor, told = fleet(), []
+    executor.say = told.append
+    executor.map(flaky, [(0, None)] * 3, list("abc"), lambda name, metrics: None)
+    assert told[0].startswith("experts: no worker is up; Ray Train waits for room for 2 worker(s) with {'CPU': 1.0}")
+
+
+def test_a_list_that_is_lost_ends_with_an_error_that_can_be_resumed(fleet, monkeypatch):
+    def lose(self, roster, *given):
+        ray.kill(roster)
+        time.sleep(2)
+
+    monkeypatch.setattr(Fleet, "_fit", lose)
+    words = r"Ray failed \(ActorDiedError: .*what was finished is kept"
+    with pytest.raises(RuntimeError, match=words), connected(Runtime()):
+        fleet().map(flaky, [(0, None)], ["item"], lambda name, metrics: None)
+
+
+def test_a_worker_that_does_not_see_the_storage_takes_nothing(fleet, tmp_path, monkeypatch):
+    monkeypatch.setattr(experts, "folder_to_see", lambda runtime, events: tmp_path / "elsewhere")
+    with pytest.raises(RuntimeError, match=r"^node .* does not see .*elsewhere; .* what was trained is kept"):
+        fleet().map(Spared(flaky), [(0, tmp_path)] * 2, ["a", "b"], lambda name, metrics: None)
+    assert events(tmp_path / "events.jsonl") == []
+
+
+def test_ray_data_feeds_the_bits_of_the_cache(ray_local, tmp_path):
+    cached = trained(run_of(tmp_path / "cache", 1, epochs=3, keep="all"))
+    run = run_of(tmp_path / "stream", 1, epochs=3, keep="all")
+    run = run.model_copy(update={"runtime": run.runtime.model_copy(update={"cache_gb": 0.0})})
+    used = []
+
+    def stream(look, parts, width):
+        used.append(len(parts))
+        yield from ray_stream(look, parts, 2, cpus=0)
+
+    assert files(trained(run, stream=stream)) == files(cached) and len(used) == 3
+
+
+# -- the list itself -------------------------------------------------------------------------------------------------
+
+
+def roster(items=3, size=1, tries=1):
+    made = Roster([f"expert {i}" for i in range(items)], size, tries)
+    for rank in range(2 * size):
+        made.enrol("first", rank, {"pid": rank, "host": f"node-{rank}"})
+    return made
+
+
+def test_a_death_is_charged_to_its_own_item_alone():
+    made = roster()
+    assert [made.take("first", gang, 0) for gang in (0, 1)] == [[0], [1]]
+    made.lost({1: "killed"})
+    for rank in (0, 1):
+        made.enrol("second", rank, {"pid": 10 + rank, "host": "node"})
+    assert made.faults == [0, 1, 0]
+    assert [made.take("second", gang, 0) for gang in (0, 1)] == [[0], [2]], "what was at work comes first"
+    made.settle("second", 0, 0, True)
+    assert made.take("second", 0, 1) == [1]
+    made.lost({0: "killed"})
+    made.settle("second", 1, 0, True)
+    assert made.results == {0: True, 1: Failed("its worker died (killed), 2 times", "node", False), 2: True}
+    kinds = [(e["event"], e["item"]) for e in made.news()[0]]
+    assert kinds.count(("died", "expert 1")) == 2 and made.news()[:2] == ([], {})
+
+
+def test_an_item_whose_node_went_is_not_charged():
+    made = roster(size=2)
+    made.take("first", 0, 0)
+    made.lost({0: None, 1: "the node has died"}, away={1})
+    made.enrol("second", 0, {"pid": 9, "host": "node"})
+    assert made.faults == [0, 0, 0] and made.take("second", 0, 0) == [0]
+    assert [e["event"] for e in made.news()[0]] == ["started", "lost", "started"]
+
+
+@pytest.mark.parametrize(("node", "faults"), [("here", 1), ("gone", 0)])
+def test_a_death_is_told_from_the_loss_of_a_node(node, faults, ray_local):
+    here = ray_local.get_runtime_context().get_node_id()
+    kept = ray_local.remote(Roster).options(num_cpus=0).remote(["expert 0"], 1, 0)
+    kept.enrol.remote("first", 0, {"pid": 1, "host": "a", "node": here if node == "here" else "0" * 56})
+    kept.take.remote("first", 0, 0)
+    Obituaries(kept).after_exception(None, {0: WorkerHealthCheckFailedError("it is gone", RuntimeError("killed"))})
+    results, _ = ray_local.get(kept.outcome.remote())
+    assert len(results) == faults
+    assert ray_local.get(kept.take.remote("first", 0, 1)) == ([None] if faults else [0])
+    ray_local.kill(kept)
+
+
+def test_members_of_a_gang_take_the_item_that_its_leader_drew():
+    made = roster(items=2, size=2)
+    assert made.take("first", 0, 0, leads=False) == []
+    assert [made.take("first", gang, 0, leads) for leads in (True, False) for gang in (0, 1)] == [[0], [1], [0], [1]]
+    assert made.take("first", 0, 1, leads=False) == [], "its leader still writes"
+    made.settle("first", 0, 0, True)
+    assert made.results == {0: True}
+    assert made.take("first", 0, 1) == [None] == made.take("first", 0, 1, leads=False)
+    made.explain(1, Failed("RuntimeError: connection closed", "a", True))
+    made.explain(1, Failed("ValueError: diverged", "b", False))
+    made.lost({2: None, 3: None})
+    assert made.results[1].reason == "ValueError: diverged"
+
+
+def test_a_smaller_group_takes_over_what_a_larger_one_left():
+    made = roster(items=2)
+    assert [made.take("first", gang, 0) for gang in (0, 1)] == [[0], [1]]
+    made.enrol("second", 0, {"pid": 9, "host": "node"})
+    assert [made.take("second", 0, turn) for turn in (0, 1)] == [[0], [1]] and made.faults == [0, 0]
+
+
+def test_a_worker_of_a_group_that_has_ended_is_not_heard():
+    made = roster(items=2)
+    assert made.take("first", 0, 0) == [0]
+    made.enrol("second", 0, {"pid": 9, "host": "node"})
+    assert made.take("second", 0, 0) == [0] and made.take("first", 0, 1) == [None]
+    made.settle("first", 0, 0, True)
+    assert made.results == {}
+    for _ in range(2):
+        made.settle("second", 0, 0, True)
+    assert made.results == {0: True} and made.take("second", 0, 1) == [1]
+    made.settle("second", 0, 0, True)
+    assert made.results == {0: True} and made.running == {0: 1}
+
+
+def test_a_stopped_list_gives_out_nothing():
+    made = roster()
+    assert made.take("first", 0, 0) == [0] and not made.beat(0, {"done": 3})
+    made.stop()
+    assert made.beat(0, None) and made.take("first", 1, 0) == [None]
+    assert made.news()[1] == {"expert 0": {"done": 3}}

@@ -1,0 +1,178 @@
+"""Ray Tune runs the trials of a search: with the numbers of one without Ray, and through deaths of workers."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+import yaml
+from test_search import BOTH, LR, tiny
+from test_sweeps import QUIET
+
+import rmdd
+from rmdd import config
+from rmdd.cli.common import stop_on_sigterm
+from rmdd.execution.ray.cluster import ENVIRONMENT, resources_now
+from rmdd.execution.ray.tune import climb
+from rmdd.execution.tasks import Interrupted
+
+pytestmark = pytest.mark.ray
+KEEP = ("number", "state", "values", "curve", "val")
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch):
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_ray_changes_no_number_and_leaves_nothing_behind(ray_local, tmp_path):
+    raw = tiny(tmp_path / "on", {"distill.lr_image": LR, **BOTH}, trials=5, pruner="asha", concurrency=1)
+    raw["runtime"]["ray"] = "on"
+    on = rmdd.search(raw, progress=QUIET)
+    raw["runtime"] |= {"ray": "off", "storage": str(tmp_path / "off")}
+    off = rmdd.search(raw, progress=QUIET)
+    rows = [[{key: row[key] for key in KEEP} for row in found.table.rows] for found in (on, off)]
+    assert rows[0] == rows[1] and len(rows[0]) == 5 and on.failures == {}
+    sets = [{p.parts[-3:]: p.read_bytes() for p in (tmp_path / n).glob("phases/*/*/set-*")} for n in ("on", "off")]
+    assert sets[0] == sets[1]
+    assert not list((tmp_path / "on" / "fleets").glob("search-*"))
+    assert config.load(yaml.safe_load((on.folder / "best.yaml").read_text())).hash_of()
+
+
+class Numbers:
+    """An inquiry over whole numbers, which keeps what it was told."""
+
+    def __init__(self, numbers, stop_below=0):
+        self.left, self.stop_below = list(numbers), stop_below
+        self.heard, self.open, self.most, self.lost = [], set(), 0, {}
+
+    def ask(self):
+        if not self.left:
+            return None
+        number = self.left.pop(0)
+        self.open.add(f"n{number}")
+        self.most = max(self.most, len(self.open))
+        return f"n{number}", number
+
+    def told(self, name, rung):
+        self.heard.append((name, rung["step"]))
+        goes_on = not rung["done"] and rung["val"] >= self.stop_below
+        if not goes_on:
+            self.open.discard(name)
+        return goes_on
+
+    def failed(self, name, why):
+        self.open.discard(name)
+        self.lost[name] = why
+
+
+def counting(folder, dies=()):
+    """Climbers that climb three rungs; those of the numbers in `dies` kill their process at the second, once."""
+
+    class Counter:
+        def __init__(self, number):
+            self.number, self.step = number, 0
+
+        def climb(self, hooks):
+            self.step += 1
+            mark = folder / f"died-{self.number}"
+            if self.number in dies and self.step == 2 and not mark.exists():
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return {"step": self.step, "val": float(self.number), "done": self.step == 3}
+
+    return Counter
+
+
+def test_trials_stop_when_told_and_a_dead_worker_is_replaced(ray_local, tmp_path):
+    runtime = config.Runtime(storage=str(tmp_path))
+    inquiry = Numbers([1, 5, 2, 7], stop_below=3)
+    climb(inquiry, counting(tmp_path, dies=(7,)), runtime, resources_now(), 2)
+    assert inquiry.most == 2 and inquiry.open == set() and inquiry.lost == {}
+    steps = {name: [s for n, s in inquiry.heard if n == name] for name in ("n1", "n2", "n5", "n7")}
+    assert steps == {"n1": [1], "n2": [1], "n5": [1, 2, 3], "n7": [1, 1, 2, 3]}
+
+
+def test_an_error_of_the_inquiry_ends_the_search(ray_local, tmp_path):
+    class Broken(Numbers):
+        def ask(self):
+            raise ValueError("narrow search.space")
+
+    with pytest.raises(ValueError, match="narrow search.space"):
+        climb(Broken([1]), counting(tmp_path), config.Runtime(storage=str(tmp_path)), resources_now(), None)
+
+
+def wait_for(reached):
+    deadline = time.monotonic() + 60
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def ended(folder):
+    """Whether the processes that wrote their number into `folder` are gone."""
+    pids = [int(file.name.removeprefix("pid-")) for file in folder.glob("pid-*")]
+    return bool(pids) and not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+
+
+def test_a_worker_that_hangs_is_replaced(ray_local, tmp_path):
+    class Hanging:
+        def __init__(self, number):
+            self.mark = tmp_path / f"pid-{os.getpid()}"
+
+        def climb(self, hooks):
+            first = not list(tmp_path.glob("pid-*"))
+            self.mark.touch()
+            if first:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return {"step": 1, "val": 1.0, "done": True}
+
+    said, inquiry = [], Numbers([1])
+    runtime = config.Runtime(storage=str(tmp_path), stall_limit=3 / 60)
+    climb(inquiry, Hanging, runtime, resources_now(), 1, said.append)
+    assert inquiry.heard == [("n1", 1)] and "no sign of life" in said[0] and len(list(tmp_path.glob("pid-*"))) > 1
+
+
+def test_why_a_trial_failed_is_told(ray_local, tmp_path):
+    class Failing:
+        def __init__(self, number):
+            pass
+
+        def climb(self, hooks):
+            raise RuntimeError("out of memory on the card")
+
+    inquiry = Numbers([1])
+    climb(inquiry, Failing, config.Runtime(storage=str(tmp_path), max_restarts=0), resources_now(), 1)
+    assert "out of memory on the card" in inquiry.lost["n1"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_when_stopped_workers_save_and_end_also_in_a_cluster_that_stays(ray_local, tmp_path, number):
+    class Saving:
+        def __init__(self, number):
+            (tmp_path / f"pid-{os.getpid()}").touch()
+
+        def climb(self, hooks):
+            (tmp_path / "climbs").touch()
+            while not hooks.should_stop():
+                time.sleep(0.05)
+            (tmp_path / "saved").touch()
+            raise Interrupted
+
+    def stop():
+        wait_for((tmp_path / "climbs").exists)
+        os.kill(os.getpid(), number)
+
+    assert threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)
+    stop_on_sigterm()
+    threading.Thread(target=stop).start()
+    try:
+        with pytest.raises(Interrupted):
+            climb(Numbers([1, 2]), Saving, config.Runtime(storage=str(tmp_path)), resources_now(), 1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (tmp_path / "saved").exists()
+    wait_for(lambda: ended(tmp_path))

@@ -1,0 +1,179 @@
+"""`rmdd verify` on everything that rmdd writes: silent on what is whole, and it names what is not."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+import toy
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from rmdd import config
+from rmdd.cli import app as cli
+from rmdd.data.ingest import ingest
+from rmdd.experts.store import Store, Writer
+from rmdd.runs.verify import verify
+
+
+def flip(path, back=7):
+    data = bytearray(path.read_bytes())
+    data[-back] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, store):
+    """A storage with a dataset, a store and a finished phase."""
+    root = tmp_path_factory.mktemp("storage")
+    scenes = config.Scenes(train=6, val=2, test=2, size=16)
+    ingest(config.Data(scenes=scenes, image_size=16), root / "data" / "d")
+    shutil.copytree(store.path, root / "experts" / "e")
+    toy.distil(toy.run_of(iterations=4), store, root / "phases" / "p" / "phase-0")
+    return root
+
+
+@pytest.fixture
+def root(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "storage")
+    return tmp_path / "storage"
+
+
+def faults(place):
+    return [(os.path.basename(f.path), f.wrong) for f in verify(str(place)).faults]
+
+
+@pytest.mark.parametrize("part", ["", "data/d", "experts/e", "phases/p", "phases/p/phase-0"])
+def test_what_is_whole_passes(root, part):
+    found = verify(str(root / part))
+    assert found.faults == [] and found.unfinished == []
+    assert len(found.checked) == (3 if part == "" else 1)
+
+
+def test_a_uri_is_checked_by_a_copy(root):
+    flip(root / "experts" / "e" / "expert-000" / "epoch-0002.safetensors")
+    (fault,) = verify(f"file://{root}/experts/e").faults
+    assert fault.path == f"file://{root}/experts/e/expert-000/epoch-0002.safetensors"
+
+
+def _truncate(root):
+    shard = next((root / "data" / "d").glob("*.parquet"))
+    os.truncate(shard, 100)
+    return shard.name, "bytes, the manifest says"
+
+
+def _flipped_shard(root):
+    shard = next((root / "data" / "d").glob("*.parquet"))
+    flip(shard, back=300)
+    return shard.name, "another SHA-256 than the manifest says"
+
+
+def _flipped_epoch(root):
+    flip(root / "experts" / "e" / "expert-001" / "epoch-0001.safetensors")
+    return "epoch-0001.safetensors", "another SHA-256 than expert.json says"
+
+
+def _infinite(root):
+    folder = root / "experts" / "e" / "expert-000"
+    tensors = load_file(folder / "epoch-0001.safetensors")
+    name = min(tensors)
+    tensors[name].view(-1)[0] = float("nan")
+    save_file(tensors, folder / "epoch-0001.safetensors")
+    record = json.loads((folder / "expert.json").read_text())
+    del record["files"]  # as a store of an earlier version
+    (folder / "expert.json").write_text(json.dumps(record))
+    return "epoch-0001.safetensors", f"not finite (first: {name})"
+
+
+def _missing_epoch(root):
+    (root / "experts" / "e" / "expert-001" / "epoch-0003.safetensors").unlink()
+    return "epoch-0003.safetensors", "is missing"
+
+
+def _missing_expert(root):
+    shutil.rmtree(root / "experts" / "e" / "expert-000")
+    return "expert-000", "missing or not finished"
+
+
+def _flipped_state(root):
+    flip(root / "phases" / "p" / "phase-0" / "state.safetensors")
+    return "state.safetensors", "its SHA-256 is not the one"
+
+
+def _broken_log(root):
+    log = root / "phases" / "p" / "phase-0" / "metrics.jsonl"
+    log.write_text("{half\n" + log.read_text())
+    return "metrics.jsonl", "line 1 is no JSON"
+
+
+def _flipped_log(root):
+    log = root / "phases" / "p" / "phase-0" / "metrics.jsonl"
+    log.write_bytes(b"\xff" + log.read_bytes()[1:])
+    return "metrics.jsonl", "line 1 is no JSON"
+
+
+def _flipped_start(root):
+    """Of a store whose experts share one."""
+    folder = root / "experts" / "e"
+    shutil.rmtree(folder)
+    theta = {"a": torch.zeros(3), "b": torch.ones(2)}
+    shapes = {name: tuple(t.shape) for name, t in theta.items()}
+    store = Store.create(folder, shapes, shared={"a": theta["a"]}, epochs=0, keep=None, dtype="float32", facts={})
+    writer = Writer(store, 0)
+    writer.add(theta, {})
+    writer.finish()
+    assert verify(str(folder)).faults == []
+    flip(folder / "theta-0.safetensors", back=3)
+    return "theta-0.safetensors", "another SHA-256 than store.json says"
+
+
+def _schema(root):
+    path = root / "experts" / "e" / "store.json"
+    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 9'))
+    return "store.json", "schema version 9"
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        _truncate,
+        _flipped_shard,
+        _flipped_epoch,
+        _infinite,
+        _missing_epoch,
+        _missing_expert,
+        _flipped_state,
+        _broken_log,
+        _flipped_log,
+        _flipped_start,
+        _schema,
+    ],
+)
+def test_the_one_broken_thing_is_named(root, harm):
+    name, words = harm(root)
+    ((found, wrong),) = faults(root)
+    assert found == name and words in wrong
+
+
+def test_a_log_may_hold_any_text_and_end_in_the_middle_of_a_line(root):
+    with open(root / "phases" / "p" / "phase-0" / "metrics.jsonl", "a", encoding="utf-8") as log:
+        log.write('{"text": "one\u2028line"}\n{"half')
+    assert faults(root) == []
+
+
+def test_the_command_prints_what_is_broken_and_fails(root):
+    run = lambda *words: CliRunner().invoke(cli.app, ["verify", str(root), *words])  # noqa: E731
+    assert run().exit_code == 0 and "3 checked, 0 broken" in run().stdout
+    name, _ = _flipped_epoch(root)
+    done = run()
+    assert done.exit_code == 1 and f"{name}: has another SHA-256" in done.stdout and "train that expert" in done.stdout
+    left = json.loads(run("--json").stdout)
+    assert [f["path"].endswith(name) for f in left["faults"]] == [True]
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds nothing that rmdd writes"):
+        verify(str(tmp_path))
+    with pytest.raises(ValueError, match=r"there is no .*/absent; give a folder that rmdd wrote"):
+        verify(str(tmp_path / "absent"))

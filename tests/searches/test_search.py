@@ -1,0 +1,258 @@
+"""Whole searches: what they leave, what survives, and that test stays closed."""
+
+import csv
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import optuna
+import pytest
+import yaml
+from rich.console import Console
+from test_search import BOTH, LR, base_of, tiny
+from test_sweeps import QUIET, TINY
+from typer.testing import CliRunner
+
+import rmdd
+from rmdd import config
+from rmdd.cli import app as cli
+from rmdd.core.progress import Progress
+from rmdd.report.search import log_ticks, write_page
+from rmdd.runs import tasks
+from rmdd.runs.paths import run_folder
+from rmdd.runs.verify import verify
+from rmdd.searches import begun_in, check, search_folder
+from rmdd.searches.table import Table
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    storage = tmp_path_factory.mktemp("search")
+    opened = []
+    with pytest.MonkeyPatch.context() as patch:
+        load = tasks.load_material
+        patch.setattr(tasks, "load_material", lambda *given: opened.append(given[2]) or load(*given))
+        found = rmdd.search(tiny(storage, {"distill.lr_image": LR, **BOTH}, trials=5, pruner="asha"), progress=QUIET)
+    return found, storage, set(opened)
+
+
+def test_a_search_leaves_its_table_plots_and_best_run_file(searched):
+    found, storage, _ = searched
+    rows = json.loads((found.folder / "results.json").read_text())["trials"]
+    assert rows == found.table.rows and len(rows) == 5 and not found.failures
+    done = [row for row in rows if row["state"] == "complete"]
+    assert done and {row["state"] for row in rows} <= {"complete", "pruned"}
+    assert found.table.winner["val"] == max(row["val"] for row in done)
+    with open(found.folder / "trials.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [float(line["distill.lr_image"]) for line in lines] == [row["values"]["distill.lr_image"] for row in rows]
+    page = (found.folder / "report.html").read_text()
+    assert "best.yaml" in page and ">complete</text>" in page and ">best</text>" in page
+    assert page.count("<svg") >= 2 and "http" not in page.replace("http-equiv", "")
+    assert len(list((storage / "experts").glob("*/"))) == 1, "experts are trained once"
+    assert found.folder.parent == storage / "searches"
+
+
+def test_ticks_of_a_logarithmic_range_are_few_and_told_as_they_are():
+    assert log_ticks(10, 10000) == [10, 100, 1000, 10000]
+    assert log_ticks(0.005, 0.05) == [0.005, 0.011, 0.023, 0.05]
+    assert log_ticks(1, 3, whole=True) == [1, 2, 3]
+
+
+def test_a_search_counts_its_trials_by_those_asked_for(tmp_path):
+    out = io.StringIO()
+    clock = (11.0 * tick for tick in itertools.count())  # every report comes late enough for a line of the log
+    progress = Progress(console=Console(file=out, width=200), clock=lambda: next(clock))
+    for trials in (2, 3):
+        rmdd.search(tiny(tmp_path, trials=trials), progress=progress)
+    shown = re.findall(r"^trials: (\d)/(\d) done", out.getvalue(), re.MULTILINE)
+    assert {most for _, most in shown} == {"2", "3"} and min(done for done, most in shown if most == "3") == "2"
+
+
+def test_no_trial_opens_test(searched):
+    found, storage, opened = searched
+    assert opened == {"train", "val"}
+    assert not [p for row in found.table.rows for p in config.Path(row["run"]).glob("students/student*")]
+    assert not list(storage.glob("baselines/*"))
+
+
+def test_the_best_run_file_repeats_its_trial_bit_for_bit(searched, tmp_path):
+    found, storage, _ = searched
+    best = found.table.winner
+    run = config.load(found.folder / "best.yaml", [f"runtime.storage={tmp_path}"])
+    again = rmdd.run(run, QUIET)
+    there, here = (sorted(root.glob("phases/*/phase-0/set-*")) for root in (storage, tmp_path))
+    bits = {(p.parts[-3], p.name): p.read_bytes() for p in there}
+    assert len(here) == 3 and all(bits[p.parts[-3], p.name] == p.read_bytes() for p in here)
+    assert [v["R@mean"] for v in again.evaluation["selection"]["val"]] == best["curve"]
+    text = (found.folder / "trials" / f"{best['number']:03d}" / "run.yaml").read_text()
+    assert config.load(yaml.safe_load(text)).hash_of() == run.hash_of()
+    assert run_folder(run).name == config.Path(best["run"]).name
+
+
+def test_a_search_learns_from_an_earlier_one(searched, tmp_path):
+    found, storage, _ = searched
+    warm = base_of(storage, warm_start=[str(found.folder)], trials=1, sampler="tpe", snapshots=2)
+    later = rmdd.search(warm.model_dump(mode="json"), progress=QUIET)
+    done = [row for row in found.table.rows if row["state"] == "complete"]
+    study = optuna.load_study(study_name=later.folder.name, storage=f"sqlite:///{later.folder}/study.db")
+    assert [t.params["distill.lr_image"] for t in study.trials[: len(done)]] == [
+        row["values"]["distill.lr_image"] for row in done
+    ]
+    assert [row["number"] for row in later.table.rows] == [len(done)], "what was learned is no result of this search"
+    for wrong, told in (
+        ({"evaluate": {**TINY["evaluate"], "epochs": 3}}, "has another `evaluate` section"),
+        ({"search": {"space": {"distill.lr_image": LR}, "warm_start": [str(tmp_path)]}}, "no results.json in"),
+    ):
+        with pytest.raises(config.ConfigError, match=told):
+            rmdd.search({**warm.model_dump(mode="json"), **wrong}, progress=QUIET)
+
+
+def begin(*words):
+    command = [sys.executable, "-m", "rmdd", "search", *map(str, words), "--quiet"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(process, reached):
+    deadline = time.monotonic() + 120
+    while not reached():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_two_kills_lose_nothing(searched, tmp_path):
+    found, _, _ = searched
+    file, storage = tmp_path / "run.yaml", tmp_path / "runs"
+    raw = tiny(storage, {"distill.lr_image": LR, **BOTH}, trials=5, pruner="asha")
+    file.write_text(yaml.safe_dump(raw))
+    for kills in (1, 2):
+        folder = search_folder(config.load(file))
+        process = begin(file) if kills == 1 else begin("--resume", folder)
+        wait_for(process, lambda: len(list(folder.glob("trials/*/run.yaml"))) > 2 * kills - 1)  # noqa: B023
+        wait_for(process, lambda: len(list(storage.glob("phases/*/phase-0/set-000001*"))) > 2 * kills - 1)  # noqa: B023
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        study = optuna.load_study(study_name=folder.name, storage=f"sqlite:///{folder}/study.db")
+        ended = {t.number: (t.values, t.datetime_complete) for t in study.trials if t.state.is_finished()}
+        assert ended
+    done = CliRunner().invoke(cli.app, ["resume", str(folder), "--json", "--quiet"])
+    assert done.exit_code == 0, done.stderr
+    rows = json.loads(done.stdout)["trials"]
+    keep = ("number", "state", "values", "curve", "val")
+    assert [{k: row[k] for k in keep} for row in rows] == [{k: row[k] for k in keep} for row in found.table.rows]
+    study = optuna.load_study(study_name=folder.name, storage=f"sqlite:///{folder}/study.db")
+    assert ended.items() <= {t.number: (t.values, t.datetime_complete) for t in study.trials}.items()
+
+
+def test_two_drivers_share_the_trials_of_one_database(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(tiny(tmp_path / "runs", trials=6, storage=f"sqlite:///{tmp_path}/shared.db")))
+    drivers = [begin(file), begin(file)]
+    ends = [driver.communicate(timeout=180) for driver in drivers]
+    assert [driver.returncode for driver in drivers] == [0, 0], ends
+    folder = search_folder(config.load(file))
+    study = optuna.load_study(study_name=folder.name, storage=f"sqlite:///{tmp_path}/shared.db")
+    assert [t.state.name for t in study.trials] == ["COMPLETE"] * 6
+    assert not (folder / "study.db").exists()
+
+
+def test_a_driver_that_is_killed_beside_another_loses_no_trial_and_none_is_made_twice(tmp_path):
+    file, url = tmp_path / "run.yaml", f"sqlite:///{tmp_path}/shared.db"
+    file.write_text(yaml.safe_dump(tiny(tmp_path / "runs", trials=6, storage=url)))
+    folder = search_folder(config.load(file))
+    killed, other = begin(file), begin(file)
+    wait_for(killed, lambda: len(list(folder.glob("trials/*/run.yaml"))) > 1)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert other.communicate(timeout=180) and other.returncode == 0
+    found = rmdd.search(file, progress=QUIET)
+    assert [row["state"] for row in found.table.rows] == ["complete"] * 6
+    assert len(list(folder.glob("trials/*/run.yaml"))) == 6
+    for row in found.table.rows:
+        (log,) = (tmp_path / "runs" / "phases" / row["phases"]).glob("phase-0/metrics.jsonl")
+        assert [json.loads(line)["iteration"] for line in log.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_plans_are_searched_and_their_phases_have_no_numbers_to_try(tmp_path):
+    raw = tiny(tmp_path / "runs", {"distill.plan.reach": {"choice": [0.5, 0.9]}}, sampler="grid", snapshots=2)
+    raw["distill"] |= {"phases": "auto", "plan": {"iterations": 2, "min_pairs": 2, "min_straightness": 0}}
+    found = rmdd.search(raw, progress=QUIET)
+    assert [row["state"] for row in found.table.rows] == ["complete"] * 2
+    best = found.table.winner
+    run = config.load(found.folder / "best.yaml", [f"runtime.storage={tmp_path / 'again'}"])
+    assert [v["R@mean"] for v in rmdd.run(run, QUIET).evaluation["selection"]["val"]] == best["curve"]
+    raw["search"]["space"] = {"distill.phases.0.endpoint": {"int": [1, 2]}}
+    with pytest.raises(config.ConfigError, match=r"phases.0.endpoint: distill.phases is auto.*try distill.plan.reach"):
+        check(config.load(raw))
+
+
+def test_verify_knows_a_search(searched, tmp_path):
+    found, storage, _ = searched
+    shutil.copytree(storage, root := tmp_path / "copy")
+    folder = root / "searches" / found.folder.name
+    tried = {os.path.basename(row["run"]) for row in found.table.rows}
+    for place in (str(folder), f"file://{folder}", str(root)):
+        whole = verify(place)
+        assert whole.faults == [] and len(whole.checked) > len(found.table.rows)
+        assert not tried & {os.path.basename(left) for left in whole.unfinished}
+    best = found.table.winner
+    for broken in (folder / "study.db", next((root / "phases" / best["phases"]).glob("phase-0/set-000003*"))):
+        broken.write_bytes(broken.read_bytes()[:3000])
+        assert broken.name in [os.path.basename(fault.path) for fault in verify(str(folder)).faults]
+
+
+def test_the_page_shows_what_it_is_given_as_text(tmp_path):
+    name = "<b>$x_</b>"
+    rows = [
+        {"number": n, "state": "complete", "values": {"distill.options.x": v}, "val": float(n), "cost": {}}
+        for n, v in enumerate((name, [{"pairs": 100, "start": 0, "stop": 4, "endpoint": 6}] * 2))
+    ]
+    base = base_of(space={"distill.options.x": {"choice": [row["values"]["distill.options.x"] for row in rows]}})
+    write_page(tmp_path / "report.html", base, Table(rows, [1], {"distill.options.x": 1.0}))
+    page = (tmp_path / "report.html").read_text()
+    assert "<b>" not in page and "&lt;b&gt;" in page
+
+
+def test_more_trials_are_added_to_a_search_and_nothing_else_changes(searched):
+    found, _, _ = searched
+    before = found.table.rows
+    words = ["search", "--resume", str(found.folder), "--json", "--quiet"]
+    other = CliRunner().invoke(cli.app, [*words, "--set", "distill.steps=3"])
+    assert other.exit_code == 2 and "--set changes what the search is" in other.stderr
+    more = CliRunner().invoke(cli.app, [*words, "--set", "search.trials=6"])
+    assert more.exit_code == 0, more.stderr
+    rows = json.loads(more.stdout)["trials"]
+    assert rows[:5] == before and len(rows) == 6 and begun_in(found.folder).search.trials == 6
+
+
+def test_trials_may_differ_in_their_experts(tmp_path):
+    space = {"experts.lr_image": {"choice": [0.1, 0.2]}, "model.width": {"choice": [4, 8]}}
+    found = rmdd.search(tiny(tmp_path, space, sampler="grid"), progress=QUIET)
+    assert [row["state"] for row in found.table.rows] == ["complete"] * 4
+    assert len(list((tmp_path / "experts").glob("*/expert-000/expert.json"))) == 4
+
+
+def test_experts_that_keep_too_little_for_the_space_are_told():
+    raw = tiny("runs", {"distill.phases.0.endpoint": {"int": [1, 2]}})
+    raw["experts"]["keep"] = "endpoints"
+    raw["experts"]["epochs"] = 3
+    with pytest.raises(config.ConfigError, match=r"endpoint: at 2: .*set experts.keep: all, so that they are trained"):
+        check(config.load(raw))
+
+
+def test_resume_needs_a_search(tmp_path):
+    for words, told in (
+        ([], "give CONFIG"),
+        (["--resume", str(tmp_path)], "no search.json in it"),
+        (["demo", "--resume", str(tmp_path)], "leave 'demo' out"),
+    ):
+        done = CliRunner().invoke(cli.app, ["search", *words])
+        assert done.exit_code == 2 and told in done.stderr

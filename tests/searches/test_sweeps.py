@@ -1,0 +1,265 @@
+"""Many runs as one: what is shared is made once, what fails stays alone, what was stopped goes on."""
+
+import copy
+import csv
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import rmdd
+from rmdd import config
+from rmdd.cli import app as cli
+from rmdd.core.progress import Progress
+from rmdd.distill.trajectory.matching import finished
+from rmdd.execution.tasks import Interrupted, InTurn
+from rmdd.runs.paths import Places, run_folder
+from rmdd.runs.tasks import Item
+from rmdd.runs.verify import verify
+from rmdd.searches.sweeps import Relay, members, members_in, read_over, run_all, sweep_folder
+
+TINY = {
+    "name": "tiny",
+    "data": {"source": "scenes", "image_size": 16, "scenes": {"train": 12, "val": 5, "test": 5, "size": 16}},
+    "model": {
+        "image": {"name": "convnet", "weights": "random", "widths": [4], "groups": 2, "projection": "linear"},
+        "text": {"name": "hashing", "width": 16, "projection": "linear"},
+        "width": 8,
+    },
+    "experts": {
+        "num": 1,
+        "epochs": 2,
+        "batch": 16,
+        "keep": "all",
+        "augment": {"crop": False, "flip": 0, "randaugment_ops": 0},
+    },
+    "distill": {
+        "budget": 9,
+        "phases": [{"pairs": 4, "start": 0, "stop": 1, "endpoint": 1, "iterations": 3}],
+        "batch": 3,
+        "steps": 2,
+        "lr_image": 1.0,
+        "lr_text": 1.0,
+        "lr_similarity": 0.1,
+        "lr_lr": 1e-5,
+        "snapshots": 1,
+    },
+    "evaluate": {
+        "epochs": 2,
+        "students": 2,
+        "reference": False,
+        "baseline_lrs": [0.1],
+        "baseline_losses": ["infonce"],
+        "baseline_draws": 2,
+    },
+}
+METHODS = [f"distill.{key}={json.dumps(value)}" for key, value in TINY["distill"].items() if key != "budget"]
+"""As overrides, for a method brings its own values; LoRS's factors are paid for in pairs."""
+METHODS += ["distill.similarity.rank=2", "distill.budget=10"]
+QUIET = Progress(quiet=True)
+
+
+def tiny(storage):
+    return {**copy.deepcopy(TINY), "runtime": {"storage": str(storage), "ray": "off", "track": "none"}}
+
+
+def stamps(folder):
+    return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.stat().st_ino) for p in folder.rglob("*.*")}
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    storage = tmp_path_factory.mktemp("sweep")
+    over = {"distill.method": ["ptm_st", "lors"], "distill.seed": [0, 1]}
+    return rmdd.sweep(tiny(storage), over, METHODS, progress=QUIET), storage
+
+
+def test_every_combination_is_run_and_shares_what_it_can(swept):
+    found, storage = swept
+    assert [tuple(row["settings"].values()) for row in found.runs] == [
+        ("ptm_st", 0),
+        ("ptm_st", 1),
+        ("lors", 0),
+        ("lors", 1),
+    ]
+    assert not found.failed and len({row["folder"] for row in found.runs}) == 4
+    assert [len(list((storage / part).glob("*/"))) for part in ("data", "experts", "phases")] == [1, 1, 4]
+    assert all((storage / row["folder"] / "report.html").is_file() for row in found.runs)
+
+
+def test_the_table_has_runs_and_the_spread_over_seeds(swept):
+    found, _ = swept
+    for row in found.runs:
+        table = json.loads((config.Path(row["folder"]) / "evaluation.json").read_text())["table"][row["method"]]
+        assert row["test_last"] == table["test_last"]["R@mean"] and row["val"]["n"] == 2
+    assert [group["settings"] for group in found.groups] == [{"distill.method": "ptm_st"}, {"distill.method": "lors"}]
+    means = [row["test_last"]["mean"] for row in found.runs[:2]]
+    spread = {"mean": statistics.fmean(means), "std": statistics.stdev(means), "n": 2}
+    assert found.groups[0]["test_last"] == pytest.approx(spread)
+    assert json.loads((found.folder / "results.json").read_text())["runs"] == found.runs
+    with open(found.folder / "runs.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["distill.method"] for line in lines] == ["ptm_st", "ptm_st", "lors", "lors"]
+    assert float(lines[3]["test_last_mean"]) == found.runs[3]["test_last"]["mean"] and lines[3]["error"] == ""
+
+
+def test_a_sweep_gives_the_bits_of_its_runs_alone(swept, tmp_path):
+    found, storage = swept
+    alone = config.load(tiny(tmp_path), [*METHODS, "distill.method=lors", "distill.seed=1"])
+    rmdd.run(alone, QUIET)
+    assert run_folder(alone).name == config.Path(found.runs[3]["folder"]).name
+    sets = [sorted(root.glob("phases/*/phase-0/set-*")) for root in (tmp_path, storage)]
+    assert sets[0][0].read_bytes() in [path.read_bytes() for path in sets[1]]
+    evaluations = [
+        (folder / "evaluation.json").read_bytes()
+        for folder in (run_folder(alone), config.Path(found.runs[3]["folder"]))
+    ]
+    assert evaluations[0] == evaluations[1]
+
+
+def test_resuming_a_finished_sweep_makes_nothing_again(swept):
+    found, storage = swept
+    before = {part: stamps(storage / part) for part in ("data", "experts", "phases", "baselines")}
+    again = run_all(members_in(found.folder), QUIET)
+    assert again.runs == found.runs and {part: stamps(storage / part) for part in before} == before
+
+
+def test_a_killed_sweep_goes_on(swept, tmp_path):
+    found, storage = swept
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny(tmp_path / "runs")))
+    over = ["--over", "distill.method=ptm_st,lors", "--over", "distill.seed=0,1"]
+    sets = [word for change in METHODS for word in ("--set", change)]
+    rmdd_ = [sys.executable, "-m", "rmdd"]
+    process = subprocess.Popen([*rmdd_, "sweep", str(tmp_path / "run.yaml"), *over, *sets, "--quiet"])
+    sets_made = "runs/phases/*/phase-0/set-*"
+    while len(made := [p for p in tmp_path.glob(sets_made) if finished(p.parent, 3)]) < 2:
+        assert process.poll() is None, "it ended before it was killed"
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    begun = {path: path.stat().st_mtime_ns for path in made}
+    (folder,) = tmp_path.glob("runs/sweeps/*/")
+    done = subprocess.run([*rmdd_, "resume", str(folder), "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["runs"]
+    assert [(r["val"], r["test_last"]) for r in rows] == [(r["val"], r["test_last"]) for r in found.runs]
+    assert begun == {path: path.stat().st_mtime_ns for path in made}
+    roots = (tmp_path / "runs" / "phases", storage / "phases")
+    bits = [{p.relative_to(root): p.read_bytes() for p in root.glob("*/phase-0/set-*")} for root in roots]
+    assert bits[0] == bits[1] and len(bits[0]) == 4
+
+
+def test_a_sweep_at_a_uri_goes_on_on_another_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
+    uri = f"file://{tmp_path}/bucket"
+    found = rmdd.sweep(tiny(uri), {"evaluate.epochs": [1, 2]}, progress=QUIET)
+    address = f"{uri}/sweeps/{found.folder.name}"
+    assert verify(address).faults == [] and len(verify(address).checked) >= 3, "the sweep and both runs"
+    assert all(row["folder"].startswith(uri) for row in found.runs) and not found.failed
+    before = {part: stamps(tmp_path / "bucket" / part) for part in ("data", "experts", "phases", "baselines")}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    again = CliRunner().invoke(cli.app, ["resume", address, "--json", "--quiet"])
+    assert again.exit_code == 0, again.stderr
+    assert json.loads(again.stdout)["runs"] == found.runs and json.loads(again.stdout)["sweep"] == address
+    assert {part: stamps(tmp_path / "bucket" / part) for part in before} == before
+
+
+def test_a_run_that_fails_is_told_and_stops_no_other(tmp_path):
+    listed = [{"distill.lr_image": 1.0}, {"distill.lr_image": 1e38, "distill.guard.retries": 0}]
+    found = rmdd.sweep(tiny(tmp_path), {}, settings=listed, progress=QUIET)
+    assert "test_last" in found.runs[0] and "error" not in found.runs[0]
+    assert [row["settings"] for row in found.failed] == [listed[1]] and "phase 0, iteration" in found.failed[0]["error"]
+    assert found.groups[1]["n"] == 0
+
+
+def test_settings_by_words_and_by_file(tmp_path):
+    assert read_over(["a.b=0,1", "c=[x, y]", "d=[[1, 2], [3]]"]) == {"a.b": [0, 1], "c": ["x", "y"], "d": [[1, 2], [3]]}
+    for wrong in ("a", "=1", "a=", "a=["):
+        with pytest.raises(config.ConfigError, match="write it as section.field=value,value"):
+            read_over([wrong])
+    file = tmp_path / "settings.yaml"
+    file.write_text("- {distill.method: lors, distill.seed: 3}\n- {distill.method: mct}\n")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny(tmp_path)))
+    words = ["sweep", str(tmp_path / "run.yaml"), "--settings", str(file), "--over", "distill.steps=0,2"]
+    wrong = CliRunner().invoke(cli.app, words)
+    assert wrong.exit_code == 2 and "distill.steps" in wrong.stderr and "'distill.method': 'mct'" in wrong.stderr
+
+
+def test_runs_that_are_the_same_or_differ_in_places_are_refused(tmp_path):
+    def load(overrides):
+        return config.load(tiny(tmp_path), overrides)
+
+    with pytest.raises(config.ConfigError, match=r"are the same run; take one out"):
+        members(load, {"distill.checkpoint_every": [5, 10]})
+    with pytest.raises(config.ConfigError, match=r"runtime.workers is the same for all runs"):
+        members(load, {"runtime.workers": [1, 2]})
+
+
+class Watched(InTurn):
+    """In turn, and telling what came."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def serve(self, source):
+        def watched(seconds):
+            pieces = source(seconds)
+            self.names += [piece.name for piece in pieces or []]
+            return pieces
+
+        super().serve(watched)
+
+
+def test_a_piece_that_two_runs_need_is_made_once(tmp_path):
+    runs = members(lambda o: config.load(tiny(tmp_path), o), {"evaluate.epochs": [1, 2]})
+    executor, asked = Watched(), []
+    relay = Relay(executor)
+
+    def work(label):
+        places = Places(*[tmp_path] * 6)
+        results = relay.place(label).map(
+            phase_of_none, [Item(m.run, places, "") for m in runs[:1]], ["phase 0"], lambda n, m: asked.append(label)
+        )
+        assert results == [True]
+
+    def phase_of_none(item, hooks):
+        hooks.report({"done": 1})
+        return True
+
+    for label in ("one", "two"):
+        relay.enter(label, lambda label=label: work(label))
+    assert relay.go() == {} and executor.names == ["one: phase 0"] and sorted(asked) == ["one", "two"]
+
+
+def test_a_stop_reaches_every_run(tmp_path):
+    relay = Relay(InTurn())
+
+    def interrupt(item, hooks):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        return not hooks.should_stop()
+
+    def work():
+        relay.place("one").map(interrupt, [Item(config.Run(), Places(*[tmp_path] * 6), "")], ["it"], lambda n, m: None)
+        raise AssertionError("a stopped run goes no further")
+
+    relay.enter("one", work)
+    relay.enter("two", work)
+    with pytest.raises(Interrupted):
+        relay.go()
+    assert relay.errors == {} and not any(run.is_alive() for run in relay.runs)
+
+
+def test_the_folder_of_a_sweep_is_named_by_its_runs(tmp_path):
+    def folder(*seeds):
+        return sweep_folder(members(lambda o: config.load(tiny(tmp_path), o), {"distill.seed": list(seeds)}))
+
+    assert folder(0, 1) == folder(1, 0) != folder(0, 2)
