@@ -1,7 +1,8 @@
 """Ray Tune as the runner of a search: it places trials, restarts those whose worker died, and ends those told to end.
 
-What is tried and what goes on is asked of an `Inquiry` (`rmdd.execution.tasks`), which lives in the driver. So a run of
-Tune keeps nothing that matters: one that was killed is followed by a new one, not restored, and drivers can share a search.
+What is tried and what goes on is asked of an `Inquiry` (`rmdd.execution.tasks`), which lives in the driver. So a
+run of Tune keeps nothing that matters: one that was killed is followed by a new one, not restored, and drivers can
+share a search.
 """
 
 import json
