@@ -87,7 +87,8 @@ class Steps:
 
 def test_help_answers_without_torch_or_ray():
     code = (
-        "import sys; from rmdd.cli import app; sys.argv = ['rmdd', '--help']\ntry: app.main()\nexcept SystemExit: pass\n"
+        "import sys; from rmdd.cli import app; sys.argv = ['rmdd', '--help']\n"
+        "try: app.main()\nexcept SystemExit: pass\n"
         "print('HEAVY', [m for m in ('torch', 'ray', 'transformers', 'timm', 'pyarrow', 'numpy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
