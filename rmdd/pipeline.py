@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rmdd import config, methods
+from rmdd.core.device import device_of
 from rmdd.core.files import atomic_path, read_json, write_json
 from rmdd.core.progress import Progress, watched
 from rmdd.core.storage import anchored, open_storage
 from rmdd.core.tracking import is_curve
 from rmdd.data.captions import SplitCaptions
 from rmdd.data.ingest import ingest
-from rmdd.data.material import Material
 from rmdd.data.shards import Dataset
 from rmdd.distill.trajectory.matching import begin_phase
 from rmdd.distill.trajectory.planning import PLAN, over_budget, with_phases
@@ -44,6 +44,7 @@ from rmdd.experts import feed
 from rmdd.experts.store import Store, stored_bytes
 from rmdd.experts.train import begin_store
 from rmdd.generate.studio import Tools
+from rmdd.models.prepared import PreparedSplit
 from rmdd.models.text import embed, encoder_identity, text_width
 from rmdd.runs.paths import (
     HEALTH,
@@ -51,13 +52,12 @@ from rmdd.runs.paths import (
     bring_parts,
     candidates_of,
     dataset_folder,
-    device_of,
     is_made,
     places_of,
     protocol_of,
     run_folder,
 )
-from rmdd.runs.tasks import Item, checkup, expert, generate, material, phase, plan, record, shared_phase, student
+from rmdd.runs.tasks import Item, checkup, expert, generate, phase, plan, prepared_split, record, shared_phase, student
 
 P = TypeVar("P", bound="Pipeline")
 
@@ -141,7 +141,7 @@ class Pipeline:
             for split in self.splits:
                 if dataset.counts[split]["pairs"]:
                     self._embed(dataset, split)
-                material(self._item(dataset), split)
+                prepared_split(self._item(dataset), split)
         return dataset
 
     def experts(self) -> Store:
@@ -160,7 +160,7 @@ class Pipeline:
             store = begin_store(run, places.store, text_width(run.model.text), facts)
             missing = [e for e in range(run.experts.num) if not store.is_complete(e)]
             if missing:
-                feed.prepare(run, material(self._item(dataset), "train"))
+                feed.prepare(run, prepared_split(self._item(dataset), "train"))
             self._train([replace(self._item(dataset), number=e, stream=self.stream) for e in missing])
             self.storage.fetch(places.store, _records)
         self.progress.say(f"experts: {len(store.complete())} in {places.store} ({store.size() / 2**20:.0f} MiB)")
@@ -193,7 +193,7 @@ class Pipeline:
                 method = methods.find(run.distill.method)(run)
                 for p in range(len(run.distill.phases)):
                     if not places.start(p).is_file():
-                        begin_phase(method, p, material(self._item(dataset), "train"), places.phase(p))
+                        begin_phase(method, p, prepared_split(self._item(dataset), "train"), places.phase(p))
         return places
 
     def distill(self) -> list[Path]:
@@ -250,12 +250,12 @@ class Pipeline:
             "table": table,
             **({"probes": facts} if facts else {}),
             "diverged": {kind: sum("diverged" in r for r in rs) for kind, rs in by_kind.items()},
-            "galleries": {s: material(self._item(dataset), s).split.facts() for s in ("train", "val", "test")},
+            "galleries": {s: prepared_split(self._item(dataset), s).split.facts() for s in ("train", "val", "test")},
             "spread": "sample standard deviation over students (distilled), draws (random) and experts (full)",
             **summary.choices(run, candidates, chosen, curve, (loss, lr), tried),
             "student_curves": [r["curve"] for r in by_kind["student"]],
         }
-        width = material(self._item(dataset), "val").texts.shape[1]
+        width = prepared_split(self._item(dataset), "val").texts.shape[1]
         evaluation |= summary.beside(run, table, rows, ranks, width)
         if rule.scores:
             evaluation["scores"] = scores.result(run, ranks, rates)
@@ -305,7 +305,7 @@ class Pipeline:
         dataset = self.ingest()
         with self._timed("export"):
             item = replace(self._item(dataset), iterations=tuple(evaluation["iterations"]))
-            assemble(item, material(item, "train"), evaluation).save(self.folder / "set", overwrite=True)
+            assemble(item, prepared_split(item, "train"), evaluation).save(self.folder / "set", overwrite=True)
         return self.folder / "set"
 
     def report(self) -> Path:
@@ -324,18 +324,18 @@ class Pipeline:
         page = self.report()
         return Result(self.folder / "set", page, read_json(self.folder / "evaluation.json"), self.all_seconds())
 
-    def material(self, split: str) -> Material:
+    def prepared_split(self, split: str) -> PreparedSplit:
         """A split with its embeddings."""
-        return material(self.item(), split)
+        return prepared_split(self.item(), split)
 
     def item(self) -> Item:
         """What a task of this run is given."""
         return self._item(self.ingest())
 
-    def embedded(self, split: str) -> Material:
-        """Embed the captions of a split by the crew, where they are not; returns `material(split)`."""
+    def embedded(self, split: str) -> PreparedSplit:
+        """Embed the captions of a split by the crew, where they are not; returns `prepared_split(split)`."""
         self._embed(self.ingest(), split)
-        return self.material(split)
+        return self.prepared_split(split)
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
@@ -372,7 +372,7 @@ class Pipeline:
             SplitCaptions(dataset, split, run.data),
             run.model.text,
             places_of(run, dataset).cache,
-            device=str(device_of(run)),
+            device=str(device_of(run.runtime)),
             threads=run.runtime.threads,
             stream=watched(self.progress, f"embed {split}", "captions", self.encoders),
         )

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 
 from rmdd import config
-from rmdd.data.material import Material
 from rmdd.data.shards import Dataset
 from rmdd.data.splits import Split
 from rmdd.execution.tasks import Hooks
@@ -16,6 +15,7 @@ from rmdd.experts import gang
 from rmdd.experts.store import Store
 from rmdd.experts.train import expert_model, train_expert
 from rmdd.models.losses import infonce
+from rmdd.models.prepared import PreparedSplit
 
 SIZE, WIDTH, IMAGES, CAPTIONS = 8, 6, 11, 2
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ def run_of(**experts: Any) -> config.Run:
     )
 
 
-def material() -> Material:
+def prepared_split() -> PreparedSplit:
     random = np.random.default_rng(0)
     pictures = random.integers(0, 256, (IMAGES, 3, SIZE, SIZE)).astype(np.uint8)
     image_of = np.repeat(np.arange(IMAGES), CAPTIONS)
@@ -41,13 +41,13 @@ def material() -> Material:
     names = [str(i) for i in range(IMAGES)]
     dataset = Dataset(Path(), {})
     split = Split("train", pictures, ["a"] * len(image_of), image_of, names, {}, dataset, np.arange(IMAGES), Path())
-    return Material(split, texts, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    return PreparedSplit(split, texts, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
 def train(item: tuple[Path, config.Run], hooks: Hooks) -> bool:
     path, run = item
     team = gang.team_of(hooks.seat, run.experts.gang.strategy, CPU) if hooks.seat else None
-    data = material()
+    data = prepared_split()
     return train_expert(
         run, 0, Store.open(path), data, data, CPU, hooks.report, hooks.should_stop, loader_workers=0, team=team
     )

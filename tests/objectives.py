@@ -7,15 +7,15 @@ import torch
 import toy
 
 from rmdd import config, methods
-from rmdd.data.material import Material
 from rmdd.data.shards import Dataset
 from rmdd.data.splits import Split
 from rmdd.models.dual import build
+from rmdd.models.prepared import PreparedSplit
 
 WORDS = ("red circle", "green square by a tree", "blue thing")
 
 
-def material(images=24, width=toy.TEXT_WIDTH, captions=2):
+def prepared_split(images=24, width=toy.TEXT_WIDTH, captions=2):
     """Pictures of three colours and captions of three directions, with noise."""
     random = np.random.default_rng(0)
     colour = np.array([(250, 20, 20), (20, 250, 20), (20, 20, 250)])[np.arange(images) % 3]
@@ -26,7 +26,7 @@ def material(images=24, width=toy.TEXT_WIDTH, captions=2):
     names = [str(i) for i in range(images)]
     pixels = pictures.astype(np.uint8)
     split = Split("train", pixels, said, image_of, names, {}, Dataset(Path(), {}), np.arange(images), Path())
-    return Material(split, texts.astype(np.float32), (0.5, 0.5, 0.5), (0.3, 0.3, 0.3))
+    return PreparedSplit(split, texts.astype(np.float32), (0.5, 0.5, 0.5), (0.3, 0.3, 0.3))
 
 
 def run_of(method, options, *, pairs=6, iterations=5, text=None, weights="random:0", **distill):

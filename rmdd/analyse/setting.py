@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rmdd import config, methods
+from rmdd.core.device import device_of
 from rmdd.distill.synthetic import Synthetic
 from rmdd.distill.trajectory import signals
 from rmdd.distill.trajectory.matching import Matcher
 from rmdd.experts.train import expert_model, kept_epochs
 from rmdd.pipeline import Pipeline
-from rmdd.runs.paths import device_of
 
 TRAJECTORIES = ("original", "shortcut")
 
@@ -51,10 +51,10 @@ class Setting:
         if mistakes:
             raise config.ConfigError(mistakes, "analyse")
         self.run = pipeline.plan()
-        self.store, self.train = pipeline.experts(), pipeline.material("train")
+        self.store, self.train = pipeline.experts(), pipeline.prepared_split("train")
         self.folder: Path = pipeline.folder / "analyse"
         self.pairs = self.run.distill.phases[0].pairs
-        self.device = device_of(self.run)
+        self.device = device_of(self.run.runtime)
 
     def initial(self, run: config.Run) -> Synthetic:
         method = methods.find(run.distill.method)(run)

@@ -14,10 +14,10 @@ import rmdd
 from rmdd import config
 from rmdd.artefact.distilled import DistilledSet, Subset
 from rmdd.core.files import read_json
-from rmdd.data.material import Material
 from rmdd.data.shards import Dataset
 from rmdd.distill.similarity import per_pair
 from rmdd.distill.trajectory.matching import load_set
+from rmdd.models.prepared import PreparedSplit
 from rmdd.models.text import encoder_identity
 from rmdd.runs.tasks import Item
 
@@ -26,7 +26,7 @@ CAPTIONS, PARTS, FACTS = "captions.json", "parts.json", "facts.json"
 """In the folder of a generated phase: the strings of its pairs, the pretrained parts that made it, and how it went."""
 
 
-def assemble(item: Item, train: Material, evaluation: dict[str, Any]) -> DistilledSet:
+def assemble(item: Item, train: PreparedSplit, evaluation: dict[str, Any]) -> DistilledSet:
     """The set that `evaluation` chose, with its captions, its origin and its numbers.
 
     `item.iterations` names the snapshot of each phase. A phase that began from noise has no source pairs.
@@ -65,7 +65,7 @@ def nearest(queries: Float[Tensor, "M F"], captions: Float[np.ndarray, "T F"], c
     return where
 
 
-def _subset(item: Item, train: Material, phase: int) -> Subset:
+def _subset(item: Item, train: PreparedSplit, phase: int) -> Subset:
     synthetic = load_set(item.places.set(phase, item.iterations[phase]))
     records: list[int] = read_json(item.places.phase(phase) / "records.json")
     split, real = train.split, item.run.distill.init != "noise"

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from rmdd import config, methods
+from rmdd.core.device import device_of
 from rmdd.distill.synthetic import Synthetic
 from rmdd.distill.trajectory.matching import Matcher, State, outer_step
 from rmdd.experts.store import Store
 from rmdd.experts.train import expert_model
 from rmdd.models.dual import DualEncoder
 from rmdd.pipeline import Pipeline
-from rmdd.runs.paths import device_of
 
 
 def along(
@@ -103,8 +103,10 @@ def of_run(
     if every < 1 or iterations < 1:
         raise ValueError(f"asked for {iterations} iterations and a comparison every {every}; give at least 1 of each")
     store = pipeline.experts()
-    train = pipeline.material("train")
+    train = pipeline.prepared_split("train")
     method = methods.find(run.distill.method)(run)
     initial = method.initial(phase, train, method.records(phase, train))
     model = expert_model(run, 0, train.texts.shape[1])
-    return along(run, phase, store, model, initial, device_of(run), iterations=iterations, every=every, on_row=on_row)
+    return along(
+        run, phase, store, model, initial, device_of(run.runtime), iterations=iterations, every=every, on_row=on_row
+    )

@@ -165,7 +165,7 @@ def _train_here(case: Case, way: str, storage: Path) -> dict[str, Any]:
     with open_pipeline(run, quiet) as pipeline:
         start = time.perf_counter() - before
         for split in ("train", "val"):
-            pipeline.material(split)
+            pipeline.prepared_split(split)
         if way != "trainer_each":
             pipeline.experts()
             return {"experts": case.experts, "start": round(start, 2), "seconds": pipeline.all_seconds()["experts"]}

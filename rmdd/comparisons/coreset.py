@@ -25,9 +25,9 @@ from rmdd.coresets.forgetting import Counts
 from rmdd.coresets.rows import Rows
 from rmdd.coresets.shard import Best, Shard
 from rmdd.coresets.subset import DESCRIPTION, PREVIEW, Subset
-from rmdd.data.material import Material
 from rmdd.execution.tasks import Ranks, with_restarts
 from rmdd.experts.store import Store
+from rmdd.models.prepared import PreparedSplit
 
 if TYPE_CHECKING:
     from rmdd.core.progress import Progress
@@ -124,7 +124,7 @@ class Trail:
 class Selection:
     """One coreset in the making."""
 
-    def __init__(self, pipeline: "Pipeline", choice: Choice, train: Material):
+    def __init__(self, pipeline: "Pipeline", choice: Choice, train: PreparedSplit):
         self.pipeline, self.choice, self.train, self.run = pipeline, choice, train, pipeline.run
         self.seed = self.run.seed if choice.seed is None else choice.seed
         self.items = Items.of(train.split, choice.unit, self.seed)

@@ -14,9 +14,9 @@ import torch
 
 from rmdd import config
 from rmdd.comparisons.entries import Entry, check_data, renormalised, same_text, seconds_of, temperature_of
+from rmdd.core.device import device_of
 from rmdd.core.progress import Progress
 from rmdd.coresets import cost
-from rmdd.data.material import Material
 from rmdd.data.splits import load_split
 from rmdd.evaluate import protocol, records
 from rmdd.evaluate.lessons import lessons_of, write_lessons, write_records
@@ -25,9 +25,10 @@ from rmdd.evaluate.students import Lesson
 from rmdd.execution.backend import Crew
 from rmdd.execution.tasks import Failed, Interrupted, Spared
 from rmdd.experts.store import Store
+from rmdd.models.prepared import PreparedSplit
 from rmdd.models.text import embed
 from rmdd.pipeline import Pipeline
-from rmdd.runs.paths import device_of, places_of, seen_by
+from rmdd.runs.paths import places_of, seen_by
 from rmdd.runs.tasks import Item, Taught, record, student
 
 FOLDER = Path("comparisons")
@@ -137,11 +138,11 @@ class Grounds(Pipeline):
             run = self.run.model_copy(
                 update={"distill": rule.model_copy(update={"budget": entry.pairs or rule.budget})}
             )
-            train, number = self.material("train"), min(run.evaluate.students, run.evaluate.baseline_draws)
+            train, number = self.prepared_split("train"), min(run.evaluate.students, run.evaluate.baseline_draws)
             draws = [protocol.random_records(run, train, draw) for draw in range(number)]
             return Row(name, entry, self, run, "tuned", costs=self._real(draws))
         if entry.subset is not None:
-            rows = entry.subset.rows(self.material("train").split)
+            rows = entry.subset.rows(self.prepared_split("train").split)
             costs = self._real([rows]) | {"seconds": seconds_of(entry, self.storage.root)}
             return Row(name, entry, self, self.run, "tuned", self._kept(write_records(self._lessons, rows)), costs)
         assert entry.distilled is not None
@@ -150,7 +151,7 @@ class Grounds(Pipeline):
     def _distilled(self, name: str, entry: Entry, rates: Rates) -> Row:
         found = entry.distilled
         assert found is not None
-        train, remarks = self.material("train"), []
+        train, remarks = self.prepared_split("train"), []
         lessons, duplicates = self._learned(entry, train)
         if duplicates is not None:
             remarks.append(
@@ -186,7 +187,7 @@ class Grounds(Pipeline):
         kept = self._kept(write_lessons(self._lessons, lessons))
         return Row(name, entry, self, run, rates, kept, costs, tuple(remarks))
 
-    def _learned(self, entry: Entry, train: Material) -> tuple[list[Lesson], int | None]:
+    def _learned(self, entry: Entry, train: PreparedSplit) -> tuple[list[Lesson], int | None]:
         """The lessons of a set, and how many captions came twice where its texts had to be encoded anew."""
         found = entry.distilled
         assert found is not None
@@ -194,7 +195,7 @@ class Grounds(Pipeline):
         if not same_text(found, self.run):
             captions = [caption for subset in found.subsets for caption in subset.captions]
             cache = places_of(self.run, self.ingest()).cache
-            vectors = embed(captions, self.run.model.text, cache, device=str(device_of(self.run)))
+            vectors = embed(captions, self.run.model.text, cache, device=str(device_of(self.run.runtime)))
             texts = list(torch.tensor(vectors).split([subset.pairs for subset in found.subsets]))
             duplicates = len(captions) - len(set(captions))
         lessons = [
@@ -212,7 +213,7 @@ class Grounds(Pipeline):
 
     def _real(self, draws: Sequence[Sequence[int]]) -> Costs:
         """Of as many records in every draw; bytes are their mean."""
-        train, pairs = self.material("train"), len(draws[0])
+        train, pairs = self.prepared_split("train"), len(draws[0])
         costs = cost.Costs.of(train.split, places_of(self.run, self.ingest()).cache)
         held = statistics.fmean(costs.bytes_of(draw)["total"] for draw in draws)
         numbers = cost.parameters(pairs, self.run.data.image_size, train.texts.shape[1])
@@ -220,7 +221,7 @@ class Grounds(Pipeline):
 
     def _full(self) -> Costs:
         """Pairs are images here, with all of their captions."""
-        split = self.material("train").split
+        split = self.prepared_split("train").split
         return self._real([range(len(split.captions))]) | {"pairs": len(split)}
 
 

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float32, Int64
 
 from rmdd import config
+from rmdd.core.device import device_of
 from rmdd.core.files import atomic_path, write_json
 from rmdd.core.locks import held
 from rmdd.core.seeding import generator
@@ -33,15 +34,14 @@ from rmdd.coresets.rows import DESCRIPTION, SCHEMA_VERSION, Part, Rows, write_ro
 from rmdd.coresets.shard import TOLD
 from rmdd.data.captions import clean
 from rmdd.data.images import normalise
-from rmdd.data.material import Material
 from rmdd.data.splits import Split
 from rmdd.execution.tasks import Stream, Values
 from rmdd.experts.store import Store
 from rmdd.experts.train import expert_model
 from rmdd.models.image import build_image_tower, image_identity
+from rmdd.models.prepared import PreparedSplit
 from rmdd.models.text import encoder_identity
-from rmdd.runs.paths import device_of
-from rmdd.runs.tasks import Item, material
+from rmdd.runs.tasks import Item, prepared_split
 
 BLOCK = 2048
 """Images that are encoded, kept and handed to a worker together."""
@@ -99,7 +99,7 @@ class Sides:
 
 
 def features(
-    item: Item, train: Material, items: Items, choice: Choice, stream: Stream
+    item: Item, train: PreparedSplit, items: Items, choice: Choice, stream: Stream
 ) -> tuple[Rows, dict[str, Any], Sides, Path]:
     """The rows of all items in the space asked for, what they are, their sides, and the folder of the rows."""
     identity = identity_of(item, train, choice.encoder)
@@ -166,7 +166,7 @@ def _combined(space: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 # -- encoders --------------------------------------------------------------------------------------------------------
 
 
-def identity_of(item: Item, train: Material, encoder: str) -> dict[str, Any]:
+def identity_of(item: Item, train: PreparedSplit, encoder: str) -> dict[str, Any]:
     """All that decides the features of an encoder."""
     return {"data": train.split.dataset.hash, **encoder_facts(item, encoder)}
 
@@ -180,10 +180,10 @@ def encoder_facts(item: Item, encoder: str) -> dict[str, Any]:
         from rmdd.generate.features import part_of
 
         own = run.data.model_dump(mode="json", include=view - {"image_size", "normalise"})
-        return {"encoder": "clip", "part": part_of(name).identity(), "device": device_of(run).type, "view": own}
+        return {"encoder": "clip", "part": part_of(name).identity(), "device": device_of(run.runtime).type, "view": own}
     facts: dict[str, Any] = {
         "encoder": f"expert:{name or 0}" if kind == "expert" else encoder,
-        "device": device_of(run).type,
+        "device": device_of(run.runtime).type,
         "view": run.data.model_dump(mode="json", include=view),
     }
     if kind == "expert":
@@ -196,7 +196,7 @@ def encoder_facts(item: Item, encoder: str) -> dict[str, Any]:
     return facts
 
 
-def sides_of(item: Item, train: Material, encoder: str, stream: Stream) -> Sides:
+def sides_of(item: Item, train: PreparedSplit, encoder: str, stream: Stream) -> Sides:
     """Images and captions of the split by an encoder, read from the cache or made by `stream`, block by block."""
     split, identity = train.split, identity_of(item, train, encoder)
     kind, _, name = encoder.partition(":")
@@ -227,8 +227,8 @@ class ImageEncoder:
     """An image tower at work: numbers of blocks to files of rows. It is loaded once."""
 
     def __init__(self, item: Item, encoder: str, folder: Path):
-        self.train, self.folder, self.threads = material(item, "train"), folder, item.run.runtime.threads
-        self.device = device_of(item.run) if torch.cuda.is_available() else torch.device("cpu")
+        self.train, self.folder, self.threads = prepared_split(item, "train"), folder, item.run.runtime.threads
+        self.device = device_of(item.run.runtime) if torch.cuda.is_available() else torch.device("cpu")
         kind, _, name = encoder.partition(":")
         run = item.run
         if kind == "expert":
@@ -255,7 +255,7 @@ class ImageEncoder:
         return self.encode(normalise(pixels, self.train.mean, self.train.std)).float().cpu().numpy()
 
 
-def trained_expert(item: Item, number: int, train: Material) -> Any:
+def trained_expert(item: Item, number: int, train: PreparedSplit) -> Any:
     """Expert `number` of the run's store after its last epoch, in eval mode."""
     store = Store.open(item.places.store)
     open_storage(item.run.runtime).fetch(store.folder(number))
@@ -297,7 +297,7 @@ def save_block(folder: Path, block: int, ids: np.ndarray, rows: np.ndarray) -> N
             np.save(f, values)
 
 
-def _expert_texts(item: Item, number: int, train: Material) -> tuple[Iterator[Part], int]:
+def _expert_texts(item: Item, number: int, train: PreparedSplit) -> tuple[Iterator[Part], int]:
     model = trained_expert(item, number, train)
 
     def embedded(start: int) -> np.ndarray:

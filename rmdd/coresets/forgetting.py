@@ -20,8 +20,8 @@ from torch import Tensor
 from rmdd.core.seeding import generator
 from rmdd.core.tensors import Damaged, load_checked, save_checked
 from rmdd.data.images import normalise
-from rmdd.data.material import Material
 from rmdd.models.dual import DualEncoder
+from rmdd.models.prepared import PreparedSplit
 
 FILE = "forgetting.safetensors"
 BLOCK = 256
@@ -132,22 +132,22 @@ def pool_of(image_of: Int64[np.ndarray, " T"], size: int, seed: int) -> Int64[np
 
 
 def margins(
-    model: DualEncoder, material: Material, pool: Int64[np.ndarray, " P"], device: torch.device
+    model: DualEncoder, prepared: PreparedSplit, pool: Int64[np.ndarray, " P"], device: torch.device
 ) -> Float32[Tensor, " T"]:
     """By how much every record leads what is best in the pool, in cosines: the smaller of both directions.
 
     In eval mode; leaves the mode of `model` as it was.
     """
-    split, image_of = material.split, material.split.image_of
+    split, image_of = prepared.split, prepared.split.image_of
     was_training = model.training
     model.eval()
 
     def images(index: np.ndarray) -> Tensor:
         pixels = torch.from_numpy(np.array(split.some_images(index)))
-        return model.embed_images(normalise(pixels.to(device), material.mean, material.std))
+        return model.embed_images(normalise(pixels.to(device), prepared.mean, prepared.std))
 
     def texts(index: np.ndarray) -> Tensor:
-        return model.embed_texts(torch.from_numpy(np.array(material.texts[index])).to(device))
+        return model.embed_texts(torch.from_numpy(np.array(prepared.texts[index])).to(device))
 
     found = []
     with torch.no_grad():

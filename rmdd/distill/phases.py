@@ -16,10 +16,10 @@ from rmdd import config
 from rmdd.core.seeding import derive, generator
 from rmdd.data.augment import augment
 from rmdd.data.images import decode, normalise
-from rmdd.data.material import Material
 from rmdd.distill import similarity
 from rmdd.distill.synthetic import Synthetic, reduced
 from rmdd.methods.datm import growing_stop
+from rmdd.models.prepared import PreparedSplit
 
 # Mean and deviation of normalised pixels and of BERT embeddings, for starts from noise.
 NOISE_PIXEL_MEAN, NOISE_PIXEL_STD = (-0.0626, -0.0221, 0.0680), (1.0451, 1.0752, 1.0539)
@@ -138,7 +138,7 @@ def mini_batches(
     return torch.stack(rows)
 
 
-def check_enough(phase: int, pairs: int, train: Material) -> None:
+def check_enough(phase: int, pairs: int, train: PreparedSplit) -> None:
     """Raise `ValueError` when a phase wants more pairs than there are caption records."""
     total = len(train.split.captions)
     if pairs > total:
@@ -148,14 +148,14 @@ def check_enough(phase: int, pairs: int, train: Material) -> None:
         )
 
 
-def choose_records(phase: int, pairs: int, train: Material, seed: int) -> list[int]:
+def choose_records(phase: int, pairs: int, train: PreparedSplit, seed: int) -> list[int]:
     """Caption records that a phase starts from: uniform without replacement, so two may share an image."""
     check_enough(phase, pairs, train)
     total = len(train.split.captions)
     return torch.randperm(total, generator=generator(seed, "initial records", phase))[:pairs].tolist()
 
 
-def initial(run: config.Run, phase: int, train: Material, records: list[int]) -> Synthetic:
+def initial(run: config.Run, phase: int, train: PreparedSplit, records: list[int]) -> Synthetic:
     """The synthetic set that a phase starts from: real records, or noise of the same statistics."""
     rule, seed = run.distill, run.seed_of("distill")
     random = generator(seed, "initial tensors", phase)
@@ -179,7 +179,7 @@ def initial(run: config.Run, phase: int, train: Material, records: list[int]) ->
     )
 
 
-def real_images(run: config.Run, train: Material, records: list[int], *, augmented: bool = False) -> Tensor:
+def real_images(run: config.Run, train: PreparedSplit, records: list[int], *, augmented: bool = False) -> Tensor:
     """The pictures of caption records as uint8 (M,3,S,S), squashed, or augmented as the experts saw them."""
     pictures = train.split.image_of[records]
     if not augmented:

@@ -10,12 +10,12 @@ from torch import Tensor
 from rmdd import config
 from rmdd.core.seeding import generator
 from rmdd.data.images import normalise
-from rmdd.data.material import Material
 from rmdd.distill import similarity
 from rmdd.distill.phases import real_images
 from rmdd.distill.synthetic import Synthetic, enlarged
 from rmdd.evaluate.health import collapsed, health, stripes
 from rmdd.models.dual import DualEncoder
+from rmdd.models.prepared import PreparedSplit
 
 MOST = 5_000
 """Most pairs of val that are looked at."""
@@ -27,8 +27,8 @@ def checkup(
     run: config.Run,
     model: DualEncoder,
     sets: Sequence[tuple[tuple[int, ...], Sequence[Synthetic]]],
-    train: Material,
-    val: Material,
+    train: PreparedSplit,
+    val: PreparedSplit,
     device: torch.device,
 ) -> dict[str, Any]:
     """Rows of health and warnings. `sets` gives, oldest first, the iteration of each phase and their sets, which are
@@ -65,9 +65,9 @@ def _of_sets(run: config.Run, subsets: Sequence[Synthetic]) -> Iterator[Batch]:
             yield enlarged(subset.images[part], run.data.image_size), subset.texts[part]
 
 
-def _of_records(run: config.Run, material: Material, records: Int[Tensor, " N"]) -> Iterator[Batch]:
+def _of_records(run: config.Run, prepared: PreparedSplit, records: Int[Tensor, " N"]) -> Iterator[Batch]:
     for part in records.split(run.evaluate.chunk):
         images: Float[Tensor, "n 3 S S"] = normalise(
-            real_images(run, material, part.tolist()), material.mean, material.std
+            real_images(run, prepared, part.tolist()), prepared.mean, prepared.std
         )
-        yield images, torch.tensor(material.texts[part.numpy()])
+        yield images, torch.tensor(prepared.texts[part.numpy()])

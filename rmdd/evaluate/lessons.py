@@ -18,10 +18,10 @@ from rmdd import config
 from rmdd.artefact.distilled import DistilledSet
 from rmdd.core.files import atomic_path, read_json
 from rmdd.data.images import normalise
-from rmdd.data.material import Material
 from rmdd.distill.phases import real_images
 from rmdd.distill.synthetic import enlarged
 from rmdd.evaluate.students import Lesson
+from rmdd.models.prepared import PreparedSplit
 
 
 def lessons_of(found: DistilledSet) -> list[Lesson]:
@@ -57,7 +57,7 @@ def _keep(folder: Path, suffix: str, data: bytes) -> Path:
     return path
 
 
-def read_lessons(path: Path, run: config.Run, train: Callable[[], Material], lr: float) -> list[Lesson]:
+def read_lessons(path: Path, run: config.Run, train: Callable[[], PreparedSplit], lr: float) -> list[Lesson]:
     """What a student learns in order, at the picture size of `run`. `lr`, unless 0, takes the place of both rates."""
     if path.suffix == ".json":
         return [real_lesson(run, train(), read_json(path), lr)]
@@ -72,7 +72,7 @@ def read_lessons(path: Path, run: config.Run, train: Callable[[], Material], lr:
     return [replace(lesson, lr_image=lr, lr_text=lr) for lesson in lessons] if lr else lessons
 
 
-def real_lesson(run: config.Run, train: Material, records: list[int], lr: float) -> Lesson:
+def real_lesson(run: config.Run, train: PreparedSplit, records: list[int], lr: float) -> Lesson:
     """Real caption records with identity similarity and one rate for both towers."""
     images = normalise(real_images(run, train, records), train.mean, train.std)
     return Lesson(images, torch.tensor(train.texts[records]), torch.eye(len(records)), lr, lr)

@@ -25,7 +25,6 @@ import torch
 
 from rmdd import config
 from rmdd.core.seeding import generator
-from rmdd.data.material import Material
 from rmdd.distill import similarity
 from rmdd.distill.synthetic import Synthetic, enlarged
 from rmdd.evaluate.lessons import real_lesson
@@ -33,6 +32,7 @@ from rmdd.evaluate.references import reference_of
 from rmdd.evaluate.retrieval import Ranks, Recalls
 from rmdd.evaluate.students import Course, Diverged, Lesson, rank, score, train_student
 from rmdd.models.dual import DualEncoder, build
+from rmdd.models.prepared import PreparedSplit
 
 Kind = Literal["select", "tune", "student", "baseline", "reference", "full", "hard", "own", "soft_tune", "soft"]
 CHOOSING = ("select", "tune", "soft_tune")
@@ -85,12 +85,12 @@ def lesson_of(synthetic: Synthetic, image_size: int) -> Lesson:
     return Lesson(images, synthetic.texts, s, float(synthetic.lr_image), float(synthetic.lr_text))
 
 
-def random_lesson(run: config.Run, train: Material, draw: int, lr: float) -> Lesson:
+def random_lesson(run: config.Run, train: PreparedSplit, draw: int, lr: float) -> Lesson:
     """`budget` real caption records drawn uniformly, identity similarity, one rate for both towers."""
     return real_lesson(run, train, random_records(run, train, draw), lr)
 
 
-def random_records(run: config.Run, train: Material, draw: int) -> list[int]:
+def random_records(run: config.Run, train: PreparedSplit, draw: int) -> list[int]:
     """The caption records of a draw: `budget` of them, or all where there are fewer."""
     draw_ = generator(run.seed_of("evaluate"), "random pairs", draw)
     return torch.randperm(len(train.split.captions), generator=draw_)[: run.distill.budget].tolist()
@@ -103,7 +103,7 @@ def hardened(lesson: Lesson, run: config.Run) -> Lesson:
 
 
 def soft_lesson(
-    run: config.Run, train: Material, draw: int, lr: float, teacher: DualEncoder, device: torch.device
+    run: config.Run, train: PreparedSplit, draw: int, lr: float, teacher: DualEncoder, device: torch.device
 ) -> Lesson:
     """Random pairs by the recipe of the set: with a similarity where that has one, as a teacher sees it.
 
@@ -140,8 +140,8 @@ def train_and_score(
     job: Job,
     run: config.Run,
     lessons: Sequence[Lesson],
-    val: Material,
-    test: Material | None,
+    val: PreparedSplit,
+    test: PreparedSplit | None,
     device: torch.device,
     on_pass: Callable[[], object] = lambda: None,
     finished: Callable[[DualEncoder], object] = lambda model: None,
@@ -204,8 +204,8 @@ def score_expert(
     job: Job,
     run: config.Run,
     model: DualEncoder,
-    val: Material,
-    test: Material,
+    val: PreparedSplit,
+    test: PreparedSplit,
     device: torch.device,
     *,
     on_ranks: Callable[[Ranks], object] = lambda ranks: None,
@@ -221,8 +221,8 @@ def score_expert(
 def _scored(
     job: Job,
     model: DualEncoder,
-    val: Material,
-    test: Material | None,
+    val: PreparedSplit,
+    test: PreparedSplit | None,
     device: torch.device,
     chunk: int,
     on_ranks: Callable[[Ranks], object],
@@ -237,7 +237,9 @@ def _scored(
     return scores
 
 
-def _diverged(job: Job, error: Diverged, test: Material | None, on_ranks: Callable[[Ranks], object]) -> dict[str, Any]:
+def _diverged(
+    job: Job, error: Diverged, test: PreparedSplit | None, on_ranks: Callable[[Ranks], object]
+) -> dict[str, Any]:
     """Nothing found, on whatever would have been scored."""
     keys = ("val",) if job.kind in CHOOSING else ("val", "test_last", "test_best_reference")
     if test is not None and job.kind != "reference":

@@ -15,11 +15,11 @@ from torch import Tensor
 from rmdd import config
 from rmdd.core.seeding import derive, generator
 from rmdd.data.images import normalise
-from rmdd.data.material import Material
 from rmdd.evaluate.augment import augmentation
 from rmdd.evaluate.retrieval import Ranks, Recalls, ranks
 from rmdd.models.dual import TOWERS, DualEncoder, tower_of
 from rmdd.models.losses import LOSSES
+from rmdd.models.prepared import PreparedSplit
 
 
 class Diverged(FloatingPointError):
@@ -85,32 +85,32 @@ class Course:
         return replace(self, mean=tuple(mean), std=tuple(std))
 
 
-def score(model: DualEncoder, material: Material, device: torch.device, chunk: int = 256) -> Recalls:
+def score(model: DualEncoder, prepared: PreparedSplit, device: torch.device, chunk: int = 256) -> Recalls:
     """Retrieval recalls of `rank`."""
-    return rank(model, material, device, chunk).recalls()
+    return rank(model, prepared, device, chunk).recalls()
 
 
-def rank(model: DualEncoder, material: Material, device: torch.device, chunk: int = 256) -> Ranks:
+def rank(model: DualEncoder, prepared: PreparedSplit, device: torch.device, chunk: int = 256) -> Ranks:
     """What every query of a split finds with `model`, in eval mode; leaves the mode as it was.
 
     Raises `Diverged` when its embeddings are not finite or zero.
     """
     was_training = model.training
     model.eval()
-    split = material.split
+    split = prepared.split
     with torch.no_grad():
         images = torch.cat(
             [
                 model.embed_images(
-                    normalise(torch.tensor(split.images[i : i + chunk]).to(device), material.mean, material.std)
+                    normalise(torch.tensor(split.images[i : i + chunk]).to(device), prepared.mean, prepared.std)
                 )
                 for i in range(0, len(split.images), chunk)
             ]
         )
         texts = torch.cat(
             [
-                model.embed_texts(torch.tensor(material.texts[i : i + 4 * chunk]).to(device))
-                for i in range(0, len(material.texts), 4 * chunk)
+                model.embed_texts(torch.tensor(prepared.texts[i : i + 4 * chunk]).to(device))
+                for i in range(0, len(prepared.texts), 4 * chunk)
             ]
         )
     model.train(was_training)

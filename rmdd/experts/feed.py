@@ -18,9 +18,9 @@ from rmdd import config
 from rmdd.core.seeding import generator
 from rmdd.data.augment import augment
 from rmdd.data.decode import decode
-from rmdd.data.material import Material
 from rmdd.data.shards import Dataset
 from rmdd.data.splits import read_rows, squashed
+from rmdd.models.prepared import PreparedSplit
 
 Key = tuple[int, int, int]
 """(seed, expert, epoch)."""
@@ -129,27 +129,27 @@ class Epoch:
         return Epoch(np.array_split(self.records, size, axis=1)[rank], self.begins, self.key)
 
 
-def fits(run: config.Run, material: Material) -> bool:
+def fits(run: config.Run, prepared: PreparedSplit) -> bool:
     """Whether the pictures that experts train on are cached, or streamed."""
-    return material.split.cache_bytes(run.experts.augment.active) <= run.runtime.cache_gb * 1e9
+    return prepared.split.cache_bytes(run.experts.augment.active) <= run.runtime.cache_gb * 1e9
 
 
-def prepare(run: config.Run, material: Material) -> None:
+def prepare(run: config.Run, prepared: PreparedSplit) -> None:
     """Write the cache that experts train from, if it fits, before every worker would."""
-    if fits(run, material) and run.experts.augment.active:
-        material.split.encoded(0)
-    elif fits(run, material):
-        material.split.images  # noqa: B018
+    if fits(run, prepared) and run.experts.augment.active:
+        prepared.split.encoded(0)
+    elif fits(run, prepared):
+        prepared.split.images  # noqa: B018
 
 
 def pictures(
-    run: config.Run, material: Material, epoch: Epoch, workers: int = 0, stream: Stream | None = None
+    run: config.Run, prepared: PreparedSplit, epoch: Epoch, workers: int = 0, stream: Stream | None = None
 ) -> Iterator[Tensor]:
     """uint8 (B, 3, S, S) for every step. `workers` processes decode, those of `stream` where one is given."""
-    split = material.split
+    split = prepared.split
     look = Look(split.dataset.path, split.name, run.data, run.experts.augment, epoch.key)
-    if fits(run, material):
-        yield from _loaded(_Cached(material, epoch.records, look), workers)
+    if fits(run, prepared):
+        yield from _loaded(_Cached(prepared, epoch.records, look), workers)
         return
     ends = [*epoch.begins[1:], len(epoch.records)]
     rows = split.rows[split.image_of[epoch.records]]
@@ -166,7 +166,7 @@ def _loaded(source: torch.utils.data.Dataset, workers: int) -> torch.utils.data.
 
 @dataclass
 class _Cached(torch.utils.data.Dataset):
-    material: Material
+    prepared: PreparedSplit
     records: np.ndarray
     look: Look
 
@@ -174,7 +174,7 @@ class _Cached(torch.utils.data.Dataset):
         return len(self.records)
 
     def __getitem__(self, step: int) -> Tensor:
-        split, records = self.material.split, self.records[step]
+        split, records = self.prepared.split, self.records[step]
         index = split.image_of[records]
         if not self.look.augment.active:
             return torch.from_numpy(split.images[index])

@@ -18,12 +18,12 @@ from rmdd import config
 from rmdd.core.seeding import derive
 from rmdd.coresets import forgetting
 from rmdd.data.images import normalise
-from rmdd.data.material import Material
 from rmdd.evaluate.students import score
 from rmdd.experts.feed import Epoch, Stream, pictures
 from rmdd.experts.store import Store, Writer
 from rmdd.models.dual import DualEncoder, Params, build, tower_of
 from rmdd.models.losses import infonce
+from rmdd.models.prepared import PreparedSplit
 
 
 def begin_store(run: config.Run, path: Path, text_width: int, facts: dict) -> Store:
@@ -104,8 +104,8 @@ def train_expert(
     run: config.Run,
     expert: int,
     store: Store,
-    train: Material,
-    val: Material,
+    train: PreparedSplit,
+    val: PreparedSplit,
     device: torch.device,
     on_epoch: Callable[[dict], None] = lambda metrics: None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -163,11 +163,11 @@ def train_expert(
 class Watch:
     """Counts what an expert forgets; see `rmdd.coresets.forgetting`. Training does not notice."""
 
-    def __init__(self, train: Material, pool: np.ndarray, counts: forgetting.Counts):
+    def __init__(self, train: PreparedSplit, pool: np.ndarray, counts: forgetting.Counts):
         self.train, self.pool, self.counts = train, pool, counts
 
     @classmethod
-    def of(cls, run: config.Run, train: Material, counted: Params) -> "Watch":
+    def of(cls, run: config.Run, train: PreparedSplit, counted: Params) -> "Watch":
         """Goes on from what was `counted`."""
         records = len(train.split.image_of)
         pool = forgetting.pool_of(train.split.image_of, run.experts.forgetting, run.seed_of("experts"))
@@ -184,7 +184,7 @@ def _pass(
     run: config.Run,
     epoch: Epoch,
     learner: Learner,
-    train: Material,
+    train: PreparedSplit,
     device: torch.device,
     should_stop: Callable[[], bool],
     loader_workers: int,

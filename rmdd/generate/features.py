@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from rmdd.config import Captions
+from rmdd.core.device import device_of
 from rmdd.core.files import read_json
 from rmdd.coresets.features import BLOCK, save_block
 from rmdd.data.captions import clean
@@ -24,8 +25,7 @@ from rmdd.data.splits import read_rows
 from rmdd.execution.tasks import Values
 from rmdd.generate.decode import quiet
 from rmdd.generate.parts import Part
-from rmdd.runs.paths import device_of
-from rmdd.runs.tasks import Item, material
+from rmdd.runs.tasks import Item, prepared_split
 
 BATCH = 64
 FILES = ("preprocessor_config.json|processor_config.json", "tokenizer.json|vocab.json")
@@ -69,9 +69,9 @@ class ClipBlocks:
     """Numbers of blocks of one side to files of rows. The CLIP is loaded once."""
 
     def __init__(self, item: Item, place: Path, folder: Path, side: Literal["image", "text"]):
-        self.split, self.folder, self.side = material(item, "train").split, folder, side
+        self.split, self.folder, self.side = prepared_split(item, "train").split, folder, side
         self.data, self.threads = item.run.data, item.run.runtime.threads
-        self.clip = Clip(place, device_of(item.run))
+        self.clip = Clip(place, device_of(item.run.runtime))
 
     def __call__(self, values: Values) -> Values:
         first = values["block"] * BLOCK

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from rmdd.core.device import device_of
 from rmdd.core.files import atomic_path
 from rmdd.core.storage import open_storage
 from rmdd.coresets.rows import Part, Rows
@@ -16,8 +17,7 @@ from rmdd.generate.evlf_tuning import FusionRule, fusion_of
 from rmdd.generate.stable_diffusion import diffusion_of
 from rmdd.generate.studio import Studio
 from rmdd.generate.tuning import read_tuned, use_tuned
-from rmdd.runs.paths import device_of
-from rmdd.runs.tasks import Item, material
+from rmdd.runs.tasks import Item, prepared_split
 
 BLOCK = 512
 """Caption records of a file."""
@@ -30,9 +30,9 @@ class Fuser:
     def __init__(
         self, item: Item, generator: Path, rule: FusionRule, size: int, seed: int, tuned: Path | None, folder: Path
     ):
-        self.split, self.folder, self.threads = material(item, "train").split, folder, item.run.runtime.threads
+        self.split, self.folder, self.threads = prepared_split(item, "train").split, folder, item.run.runtime.threads
         self.data = item.run.data.model_copy(update={"image_size": size})
-        self.diffusion = diffusion_of(generator, device_of(item.run))
+        self.diffusion = diffusion_of(generator, device_of(item.run.runtime))
         self.fusion, _ = fusion_of(rule, self.diffusion, size, seed)
         self.fusion.eval()
         if tuned is not None:

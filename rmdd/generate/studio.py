@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from rmdd import config
+from rmdd.core.device import device_of
 from rmdd.core.files import write_json
 from rmdd.core.progress import watched
 from rmdd.core.storage import open_storage
@@ -28,12 +29,11 @@ from rmdd.execution.tasks import Executor, Hooks, Interrupted, OpenRanks, Stream
 from rmdd.generate.decode import Decoder, Painter, is_painted, picture_of, read_requests, write_requests
 from rmdd.generate.parts import Part
 from rmdd.models.text import embed
-from rmdd.runs.paths import device_of
 
 if TYPE_CHECKING:
     from rmdd.core.progress import Progress
     from rmdd.coresets.features import Sides
-    from rmdd.data.material import Material
+    from rmdd.models.prepared import PreparedSplit
     from rmdd.runs.tasks import Item
 
 
@@ -55,7 +55,7 @@ class Studio:
     """One phase of a generative method in the making."""
 
     item: "Item"
-    train: "Material"
+    train: "PreparedSplit"
     folder: Path
     """Of the phase, held."""
     tools: Tools
@@ -80,7 +80,7 @@ class Studio:
 
     @property
     def device(self) -> torch.device:
-        return device_of(self.run)
+        return device_of(self.run.runtime)
 
     def stream(self, title: str, unit: str, here: bool = False) -> Stream:
         """The workers, with their progress shown, who stop between two items when that is asked; `here`: this process.

@@ -20,11 +20,11 @@ from rmdd import config
 from rmdd.config.runfile import filled
 from rmdd.core.seeding import derive
 from rmdd.data.images import normalise
-from rmdd.data.material import Material
 from rmdd.distill.phases import check_enough
 from rmdd.experts.store import Store
 from rmdd.methods.lors import LoRS
 from rmdd.models.dual import TOWERS, Params, build, tower_of
+from rmdd.models.prepared import PreparedSplit
 
 _logger = logging.getLogger(__name__)
 
@@ -65,18 +65,18 @@ def _mean(store: Store, experts: Sequence[int], epoch: int) -> Params:
     return total
 
 
-def prototypes(run: config.Run, phase: int, pairs: int, train: Material) -> list[int]:
+def prototypes(run: config.Run, phase: int, pairs: int, train: PreparedSplit) -> list[int]:
     """The caption records nearest to the `pairs` k-means centres of image and text embeddings, unit length each.
 
     Unit lengths, so that neither side outweighs the other, and k-means by mini-batches, for the sake of COCO, are ours.
     """
     from sklearn.cluster import MiniBatchKMeans
 
-    from rmdd.runs.paths import device_here
+    from rmdd.core.device import device_here
 
     seed = run.seed_of("distill")
     check_enough(phase, pairs, train)
-    device = device_here(run)
+    device = device_here(run.runtime)
     model = build(run.model, train.texts.shape[1], run.data.image_size, run.seed_of("experts"), "expert", 0)
     tower = model.to(device).eval()
     with torch.no_grad():

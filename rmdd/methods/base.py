@@ -12,13 +12,13 @@ Family = Literal["trajectory", "distribution", "generative"]
 Need = Literal["experts", "features", "diffusion", "captioner"]
 
 if TYPE_CHECKING:
-    from rmdd.data.material import Material
     from rmdd.distill.phases import Draw
     from rmdd.distill.synthetic import Synthetic
     from rmdd.distill.unroll import StudentLoss
     from rmdd.experts.shortcut import Path
     from rmdd.experts.store import Store
     from rmdd.models.dual import DualEncoder
+    from rmdd.models.prepared import PreparedSplit
 
 
 class Method:
@@ -66,7 +66,7 @@ class Method:
         """What the method cannot work with, one line each that says what to set."""
         return []
 
-    def records(self, phase: int, train: Material) -> list[int]:
+    def records(self, phase: int, train: PreparedSplit) -> list[int]:
         """The caption records that a phase starts from."""
         from rmdd.distill import phases
         from rmdd.methods.amd import prototypes
@@ -76,7 +76,7 @@ class Method:
             return prototypes(self.run, phase, pairs, train)
         return phases.choose_records(phase, pairs, train, self.seed)
 
-    def initial(self, phase: int, train: Material, records: list[int]) -> Synthetic:
+    def initial(self, phase: int, train: PreparedSplit, records: list[int]) -> Synthetic:
         """The set that a phase starts from."""
         from rmdd.distill import phases
 

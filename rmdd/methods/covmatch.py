@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from rmdd import config
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
 from rmdd.core.seeding import generator
-from rmdd.data.material import Material
 from rmdd.distill.distribution.chunks import gradient_in_chunks
 from rmdd.distill.distribution.covariance import covariance_loss, cross_covariance, mean_loss
 from rmdd.distill.distribution.learned import load_tensors, tensors_of
@@ -41,6 +40,7 @@ from rmdd.methods.distribution import DistributionMethod, Effort
 from rmdd.models.dual import DualEncoder
 from rmdd.models.image import build_image_tower
 from rmdd.models.losses import infonce
+from rmdd.models.prepared import PreparedSplit
 from rmdd.models.tokens import TokenTower, mask_of
 
 if TYPE_CHECKING:
@@ -108,11 +108,11 @@ class CovMatch(DistributionMethod):
     @functools.cached_property
     def tower(self) -> TokenTower:
         """The frozen text tower, as pretrained."""
-        from rmdd.runs.paths import device_here
+        from rmdd.core.device import device_here
 
-        return TokenTower(self.run.model.text, device_here(self.run)).requires_grad_(False)
+        return TokenTower(self.run.model.text, device_here(self.run.runtime)).requires_grad_(False)
 
-    def initial(self, phase: int, train: Material, records: list[int]) -> Synthetic:
+    def initial(self, phase: int, train: PreparedSplit, records: list[int]) -> Synthetic:
         begun = super().initial(phase, train, records)
         if self.options.texts == "frozen":
             return begun
@@ -137,7 +137,7 @@ class CovMatch(DistributionMethod):
         return Effort(draws * (real + twice), draws * pairs, at_once, trained=real, models=4)
 
     def objective(
-        self, phase: int, store: Store, train: Material, model: DualEncoder, device: torch.device
+        self, phase: int, store: Store, train: PreparedSplit, model: DualEncoder, device: torch.device
     ) -> CovarianceMatching:
         tower = TokenTower(self.run.model.text, device) if self.options.texts == "tokens" else None
         online = Online(model.image_tower, tower, train.texts.shape[1], self.options.head_width or self.run.model.width)
@@ -170,7 +170,7 @@ class Online(nn.Module):
 class CovarianceMatching:
     """The objective of one phase: the online model, and what it has seen since its last reset."""
 
-    def __init__(self, method: CovMatch, phase: int, train: Material, online: Online, device: torch.device):
+    def __init__(self, method: CovMatch, phase: int, train: PreparedSplit, online: Online, device: torch.device):
         self.run, self.rule, self.seed = method.run, method.options, method.seed
         self.phase, self.train, self.model, self.device = phase, train, online, device
         towers = [p for n, p in online.named_parameters() if p.requires_grad and not n.startswith("head_")]

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from rmdd.data.material import Material
     from rmdd.distill.synthetic import Synthetic
     from rmdd.experts.store import Store
     from rmdd.models.dual import DualEncoder
+    from rmdd.models.prepared import PreparedSplit
 
 
 @runtime_checkable
@@ -86,13 +86,13 @@ class DistributionMethod(Method, ABC):
 
     options: Options
 
-    def records(self, phase: int, train: Material, store: Store | None = None) -> list[int]:
+    def records(self, phase: int, train: PreparedSplit, store: Store | None = None) -> list[int]:
         """The caption records that a phase starts from; the experts of `store` are there."""
         return super().records(phase, train)
 
     @abstractmethod
     def objective(
-        self, phase: int, store: Store, train: Material, model: DualEncoder, device: torch.device
+        self, phase: int, store: Store, train: PreparedSplit, model: DualEncoder, device: torch.device
     ) -> Objective:
         """What the steps of a phase go down."""
 

@@ -38,8 +38,8 @@ from rmdd.methods.tuned import TunedMethod
 if TYPE_CHECKING:
     import torch
 
-    from rmdd.data.material import Material
     from rmdd.generate.studio import Studio
+    from rmdd.models.prepared import PreparedSplit
 
 
 class Captioning(Section):
@@ -127,7 +127,7 @@ class EDGE(TunedMethod):
     def updates(self, captions: int) -> int:
         return self.options.tuning.updates(captions)
 
-    def trainer(self, train: Material, device: torch.device) -> EdgeTrainer:
+    def trainer(self, train: PreparedSplit, device: torch.device) -> EdgeTrainer:
         from rmdd.generate.features import Clip
 
         generator, clip = self.parts()[:2]

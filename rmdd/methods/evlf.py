@@ -45,8 +45,8 @@ from rmdd.methods.tuned import TunedMethod
 if TYPE_CHECKING:
     import torch
 
-    from rmdd.data.material import Material
     from rmdd.generate.studio import Studio
+    from rmdd.models.prepared import PreparedSplit
 
 
 class LatentSampling(Sampling):
@@ -124,7 +124,7 @@ class EVLF(TunedMethod):
     def updates(self, captions: int) -> int:
         return self.options.fusion.updates(captions)
 
-    def trainer(self, train: Material, device: torch.device) -> FusionTrainer:
+    def trainer(self, train: PreparedSplit, device: torch.device) -> FusionTrainer:
         return FusionTrainer(
             self.options.fusion,
             diffusion_of(self.parts()[0].folder(), device),

@@ -26,7 +26,6 @@ from torch import Tensor
 from rmdd import config
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
 from rmdd.core.seeding import derive, generator
-from rmdd.data.material import Material
 from rmdd.distill.distribution import merging, sphere
 from rmdd.distill.distribution.joint import Embedded, Side, nearest_pairs
 from rmdd.distill.phases import check_enough, choose_records
@@ -34,6 +33,7 @@ from rmdd.distill.synthetic import Synthetic, enlarged, zeros_like
 from rmdd.experts.store import Store
 from rmdd.methods.distribution import DistributionMethod, Effort
 from rmdd.models.dual import DualEncoder, Params
+from rmdd.models.prepared import PreparedSplit
 
 POOL_BYTES = 4 * 2**30
 """Checkpoints held in memory at most."""
@@ -125,16 +125,16 @@ class MDM(DistributionMethod):
             )
         return mistakes
 
-    def records(self, phase: int, train: Material, store: Store | None = None) -> list[int]:
+    def records(self, phase: int, train: PreparedSplit, store: Store | None = None) -> list[int]:
+        from rmdd.core.device import device_here
         from rmdd.experts.train import expert_model
-        from rmdd.runs.paths import device_here
 
         pairs, side = self.rule.phases[phase].pairs, self.options.cluster
         if self.rule.init == "noise" or side == "random":
             return choose_records(phase, pairs, train, self.seed)
         assert store is not None
         check_enough(phase, pairs, train)
-        device = device_here(self.run)
+        device = device_here(self.run.runtime)
         model = expert_model(self.run, 0, train.texts.shape[1])
         Teacher(self, phase, store, model, device).begin()
         embedded = Embedded.by(model, train, device, _side(side))
@@ -146,7 +146,7 @@ class MDM(DistributionMethod):
         return Effort(draws * real, draws * made, made, models=5)  # anchor, two checkpoints, their mean, the teacher
 
     def objective(
-        self, phase: int, store: Store, train: Material, model: DualEncoder, device: torch.device
+        self, phase: int, store: Store, train: PreparedSplit, model: DualEncoder, device: torch.device
     ) -> "Objective":
         return Objective(self, phase, store, train, model, device)
 
@@ -232,7 +232,7 @@ class Objective:
     """The loss of one draw: a teacher, a real and a synthetic batch. It learns nothing itself."""
 
     def __init__(
-        self, method: MDM, phase: int, store: Store, train: Material, model: DualEncoder, device: torch.device
+        self, method: MDM, phase: int, store: Store, train: PreparedSplit, model: DualEncoder, device: torch.device
     ):
         self.run, self.options, self.phase, self.seed = method.run, method.options, phase, method.seed
         self.teacher = Teacher(method, phase, store, model, device)

@@ -30,7 +30,6 @@ from torch import Tensor
 from rmdd import config
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
 from rmdd.core.seeding import derive, generator
-from rmdd.data.material import Material
 from rmdd.distill.distribution.characteristic import FrequencyNet, ncfd, wrong_count
 from rmdd.distill.distribution.chunks import LossOf, gradient_in_chunks
 from rmdd.distill.distribution.classes import chosen, clusters_of
@@ -40,6 +39,7 @@ from rmdd.experts.train import expert_model
 from rmdd.methods.distribution import DistributionMethod, Effort
 from rmdd.models.dual import DualEncoder, Params
 from rmdd.models.losses import infonce
+from rmdd.models.prepared import PreparedSplit
 
 if TYPE_CHECKING:
     from rmdd.experts.store import Store
@@ -133,18 +133,18 @@ class NCFM(DistributionMethod):
         clusters = self.options.clusters or pairs
         return clusters, pairs // clusters
 
-    def records(self, phase: int, train: Material, store: Store | None = None) -> list[int]:
+    def records(self, phase: int, train: PreparedSplit, store: Store | None = None) -> list[int]:
         assert store is not None, "clusters are those of an expert's features"
         clusters, ipc = self.shape(phase)
         points, labels = self.clustered(phase, train, store)
         seed = derive(self.seed, "clusters", phase)
         return chosen(points, train.split.image_of, labels, clusters, ipc, self.options.pick, seed)
 
-    def clustered(self, phase: int, train: Material, store: Store) -> tuple[np.ndarray, np.ndarray]:
+    def clustered(self, phase: int, train: PreparedSplit, store: Store) -> tuple[np.ndarray, np.ndarray]:
         """The joint features of all records in the first final expert, and the cluster of each."""
-        from rmdd.runs.paths import device_here
+        from rmdd.core.device import device_here
 
-        device, expert = device_here(self.run), store.complete()[0]
+        device, expert = device_here(self.run.runtime), store.complete()[0]
         model = expert_model(self.run, expert, train.texts.shape[1]).to(device).eval()
         model.load_trained(store.read(expert, store.epochs))
         clusters, ipc = self.shape(phase)
@@ -190,7 +190,7 @@ class NCFM(DistributionMethod):
         return Effort(forward, options.draws * (made + other), at_once, models=1 + min(KEPT, 2 * self.run.experts.num))
 
     def objective(
-        self, phase: int, store: Store, train: Material, model: DualEncoder, device: torch.device
+        self, phase: int, store: Store, train: PreparedSplit, model: DualEncoder, device: torch.device
     ) -> CharacteristicMatching:
         return CharacteristicMatching(self, phase, store, train, model, device)
 
@@ -226,7 +226,7 @@ class CharacteristicMatching:
     """The objective of one phase: encoders to look through, clusters to match, and the network psi."""
 
     def __init__(
-        self, method: NCFM, phase: int, store: Store, train: Material, model: DualEncoder, device: torch.device
+        self, method: NCFM, phase: int, store: Store, train: PreparedSplit, model: DualEncoder, device: torch.device
     ):
         self.method, self.rule, self.seed, self.phase = method, method.options, method.seed, phase
         self.store, self.train, self.device = store, train, device

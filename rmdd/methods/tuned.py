@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from rmdd.data.material import Material
     from rmdd.generate.studio import Studio
     from rmdd.generate.tuning import Trainer
+    from rmdd.models.prepared import PreparedSplit
 
 
 class TunedMethod(GenerativeMethod):
@@ -63,18 +63,19 @@ class TunedMethod(GenerativeMethod):
         return found
 
     @abstractmethod
-    def trainer(self, train: Material, device: torch.device) -> Trainer:
+    def trainer(self, train: PreparedSplit, device: torch.device) -> Trainer:
         """Who trains, see `rmdd.generate.tuning`."""
 
     def tuned_folder(self, root: Path, data: str) -> Path:
         """Where it lies in the storage `root`, for data of that hash."""
-        from rmdd.runs.paths import NUMBERS_VERSION, device_of
+        from rmdd.core.device import device_of
+        from rmdd.runs.paths import NUMBERS_VERSION
 
         view = {"captions", "background", "exif_orientation"}
         facts = {
             "version": [NUMBERS_VERSION, type(self).version],
             "method": type(self).__name__,
-            "device": device_of(self.run).type,
+            "device": device_of(self.run.runtime).type,
             "data": data,
             "view": self.run.data.model_dump(mode="json", include=view),
             "parts": [part.identity() for part in self.parts() if part.role != "captioner"],
@@ -106,7 +107,7 @@ class TunedMethod(GenerativeMethod):
             storage.fetch(folder)
         return folder
 
-    def pictures(self, train: Material) -> Callable[[list[int], int], Tensor]:
+    def pictures(self, train: PreparedSplit) -> Callable[[list[int], int], Tensor]:
         """Gives the pictures of caption records as uint8 (B, 3, S, S), squashed to the side asked for."""
         import numpy as np
         import torch

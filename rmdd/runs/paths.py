@@ -4,9 +4,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rmdd import config, methods
+from rmdd.core.device import device_of
 from rmdd.core.storage import root_of
 from rmdd.data.ingest import shaping
 from rmdd.data.place import absolute
@@ -77,15 +76,6 @@ def dataset_folder(run: config.Run) -> Path:
     return root_of(run.runtime) / "data" / name
 
 
-def device_of(run: config.Run) -> torch.device:
-    return torch.device("cuda" if run.runtime.gpus_per_worker > 0 else "cpu")
-
-
-def device_here(run: config.Run) -> torch.device:
-    """`device_of`, or the CPU in a process without a GPU, such as a driver whose ranks have them."""
-    return device_of(run) if torch.cuda.is_available() else torch.device("cpu")
-
-
 def protocol_of(run: config.Run) -> dict[str, Any]:
     """What shapes one expert; how many there are does not."""
     return run.experts.protocol() | {"seed": run.seed_of("experts")}
@@ -95,7 +85,7 @@ def seen_by(run: config.Run, dataset: Dataset) -> dict[str, Any]:
     """What shapes whatever is trained and scored: the data as models see it, and the models."""
     return {
         "version": NUMBERS_VERSION,
-        "device": device_of(run).type,
+        "device": device_of(run.runtime).type,
         "data": dataset.hash,
         "view": run.data.model_dump(
             mode="json", include={"image_size", "normalise", "captions", "eval_limit", "background", "exif_orientation"}

@@ -14,10 +14,10 @@ from typing import Any
 
 from rmdd import config, methods
 from rmdd.core import tracking as track
+from rmdd.core.device import device_of
 from rmdd.core.files import atomic_path, read_json, write_json
 from rmdd.core.locks import held
 from rmdd.core.storage import Storage, open_storage
-from rmdd.data.material import Material, load_material
 from rmdd.data.shards import Dataset
 from rmdd.distill.trajectory.matching import distill_phase, load_set
 from rmdd.distill.trajectory.planning import PLAN, key_of, make_plan, stated, with_phases
@@ -46,8 +46,9 @@ from rmdd.generate.studio import Studio, Tools
 from rmdd.methods.generative import GenerativeMethod
 from rmdd.methods.tuned import TunedMethod
 from rmdd.models.dual import DualEncoder
+from rmdd.models.prepared import PreparedSplit, SplitSource
 from rmdd.models.text import text_width
-from rmdd.runs.paths import HEALTH, Places, candidates_of, device_of
+from rmdd.runs.paths import HEALTH, Places, candidates_of
 
 CURVES = ("loss", "miss_image", "miss_text", "student_loss", "lr_image", "lr_text", "rollbacks")
 """What is tracked of a phase."""
@@ -78,21 +79,20 @@ class Item:
     """Who reads the shards for an expert whose pictures are not cached; None: the process that trains it."""
     taught: Taught | None = None
 
+    @property
+    def source(self) -> SplitSource:
+        """Where the splits of the run are read from."""
+        run = self.run
+        return SplitSource(self.places.data, self.places.cache, run.data, run.model, device_of(run.runtime))
 
-@functools.lru_cache(maxsize=4)
-def _material(run: config.Run, data: Path, cache: Path, split: str) -> Material:
-    return load_material(run, Dataset.open(data), split, cache, str(device_of(run)))
 
-
-def material(item: Item, split: str) -> Material:
+def prepared_split(item: Item, split: str) -> PreparedSplit:
     """A split, loaded once for all runs that differ in nothing that shapes it.
 
     Raises `TestIsClosed` for test and a job that something is chosen by.
     """
     door(item.job, split)
-    of_all = {"name": "run", "seed": 0, "distill": config.Distill(), "evaluate": config.Evaluate()}
-    of_all |= {"search": config.Search()}
-    return _material(item.run.model_copy(update=of_all), item.places.data, item.places.cache, split)
+    return item.source.open(split)
 
 
 def record(item: Item) -> Path:
@@ -148,7 +148,7 @@ def _followed(item: Item, title: str, value: str, folder: Path, storage: Storage
 
 def expert(item: Item, hooks: Hooks) -> bool:
     """Train expert `item.number` to the end or until told to stop. In a gang the first worker alone writes."""
-    rule, device, seat = item.run.experts.gang, device_of(item.run), hooks.seat
+    rule, device, seat = item.run.experts.gang, device_of(item.run.runtime), hooks.seat
     if rule.workers > 1 and seat is None:
         return gang.side_by_side(expert, item, hooks, rule.workers, item.run.runtime.threads)
     item, storage = _here(item)
@@ -173,8 +173,8 @@ def expert(item: Item, hooks: Hooks) -> bool:
             item.run,
             item.number,
             store,
-            material(item, "train"),
-            material(item, "val"),
+            prepared_split(item, "train"),
+            prepared_split(item, "val"),
             device,
             on_epoch,
             hooks.should_stop,
@@ -200,12 +200,12 @@ def phase(item: Item, hooks: Hooks, ranks: jobs.Ranks | None = None) -> bool:
             pace = {"pairs/s": pairs / metrics["seconds"]} if metrics["seconds"] else {}
             hooks.report({"done": metrics["iteration"], **shown, **pace})
 
-        store, device, stop = Store.open(places.store), device_of(run), hooks.should_stop
+        store, device, stop = Store.open(places.store), device_of(run.runtime), hooks.should_stop
         if run.distill.family == "distribution":
             from rmdd.distill.distribution import matching as features
 
             storage.fetch(places.data)
-            train = material(item, "train")
+            train = prepared_split(item, "train")
             pairs = features.method_of(run).effort(item.number, len(train.split.captions)).pairs
             return features.distill_phase(
                 run, item.number, store, model, train, folder, device, key, on_step, stop, ranks
@@ -237,8 +237,8 @@ def rank_of_phase(item: Item, rank: int, size: int) -> Any:
     storage.fetch(item.places.data)
     storage.fetch(item.places.store, _no_running)
     model = expert_model(item.run, 0, text_width(item.run.model.text))
-    store, train = Store.open(item.places.store), material(item, "train")
-    return features.Rank(item.run, item.number, store, model, train, device_of(item.run), rank, size)
+    store, train = Store.open(item.places.store), prepared_split(item, "train")
+    return features.Rank(item.run, item.number, store, model, train, device_of(item.run.runtime), rank, size)
 
 
 def generate(item: Item, hooks: Hooks, tools: Tools) -> bool:
@@ -251,7 +251,7 @@ def generate(item: Item, hooks: Hooks, tools: Tools) -> bool:
         if not places.set(item.number, 1).is_file():
             method = methods.find(item.run.distill.method)(item.run)
             assert isinstance(method, GenerativeMethod)
-            studio = Studio(item, material(item, "train"), folder, tools, hooks)
+            studio = Studio(item, prepared_split(item, "train"), folder, tools, hooks)
             restarts = item.run.runtime.max_restarts
             with_restarts(lambda: method.make(studio, item.number), restarts, tools.progress.say)
     hooks.report({"done": 1})
@@ -266,14 +266,14 @@ def tuning(item: Item, hooks: Hooks) -> bool:
     storage.fetch(item.places.data)
     method = methods.find(item.run.distill.method)(item.run)
     assert isinstance(method, TunedMethod)
-    train = material(item, "train")
+    train = prepared_split(item, "train")
     folder = method.tuned_folder(item.places.root, train.split.dataset.hash)
     with _alone(folder, storage, hooks) as hooks:
 
         def on_step(metrics: dict[str, Any]) -> None:
             hooks.report({"done": metrics["step"], "loss": metrics["loss"]})
 
-        trainer = method.trainer(train, device_of(item.run))
+        trainer = method.trainer(train, device_of(item.run.runtime))
         return tune(trainer, folder, folder.name, method.checkpoint_every, on_step, hooks.should_stop)
 
 
@@ -291,7 +291,7 @@ def plan(item: Item, hooks: Hooks) -> bool:
 
         storage.fetch(places.data)
         storage.fetch(places.store, _no_running)
-        found = make_plan(run, Store.open(places.store), material(item, "train"), device_of(run))
+        found = make_plan(run, Store.open(places.store), prepared_split(item, "train"), device_of(run.runtime))
         draw_plan(found, places.run / "plan.svg")
         if run.distill.plan.kind == "auto":
             with atomic_path(places.run / "planned.yaml") as temporary:
@@ -314,12 +314,12 @@ def checkup(item: Item, hooks: Hooks) -> bool:
         storage.fetch(places.data)
         storage.fetch(places.phases, lambda name: not track.is_curve(name))
         storage.fetch(places.store, lambda name: not name.endswith(".safetensors") and not track.is_curve(name))
-        train, val = material(item, "train"), material(item, "val")
+        train, val = prepared_split(item, "train"), prepared_split(item, "val")
         model = _trained(item, Store.open(places.store).complete()[0], storage)
         rungs = [(0,) * len(run.distill.phases), *candidates_of(run)]
         paths = [[places.start(p) if i == 0 else places.set(p, i) for p, i in enumerate(rung)] for rung in rungs]
         sets = [(rung, [load_set(file) for file in files]) for rung, files in zip(rungs, paths, strict=True)]
-        write_json(path, see(run, model, sets, train, val, device_of(run)) | {"value": item.value})
+        write_json(path, see(run, model, sets, train, val, device_of(run.runtime)) | {"value": item.value})
     hooks.report({"done": 1})
     return True
 
@@ -348,7 +348,7 @@ def student(item: Item, hooks: Hooks) -> dict[str, Any]:
             scored = again | {"value": value}
             records.write(path, scored)
     assert scored is not None
-    asked.ask(model, device_of(run), hooks.should_stop)
+    asked.ask(model, device_of(run.runtime), hooks.should_stop)
     hooks.report({"done": 1, "val": scored["val"]["R@mean"]} if "val" in scored else {"done": 1})
     return asked.added_to(scored)
 
@@ -360,8 +360,8 @@ def _train_and_score(
     assert item.job is not None
     job, run, places = item.job, item.run, item.places
     storage.fetch(places.data)
-    device, val = device_of(run), material(item, "val")
-    test = None if job.kind in CHOOSING else material(item, "test")
+    device, val = device_of(run.runtime), prepared_split(item, "val")
+    test = None if job.kind in CHOOSING else prepared_split(item, "test")
 
     def keep(ranks: Ranks) -> None:
         if path is not None:
@@ -374,12 +374,12 @@ def _train_and_score(
     if item.taught is not None:
         given = places.root / item.taught.lessons
         storage.fetch(given)
-        lessons = read_lessons(given, run, lambda: material(item, "train"), job.lr)
+        lessons = read_lessons(given, run, lambda: prepared_split(item, "train"), job.lr)
     elif job.kind in ("soft_tune", "soft"):
         teacher = _trained(item, job.index % run.experts.num, storage)
-        lessons = [soft_lesson(run, material(item, "train"), job.index, job.lr, teacher, device)]
+        lessons = [soft_lesson(run, prepared_split(item, "train"), job.index, job.lr, teacher, device)]
     elif job.kind in OF_RANDOM_PAIRS:
-        lessons = [random_lesson(run, material(item, "train"), job.index, job.lr)]
+        lessons = [random_lesson(run, prepared_split(item, "train"), job.index, job.lr)]
     else:
         for p, iteration in enumerate(item.iterations):
             storage.fetch(places.set(p, iteration))
@@ -401,6 +401,6 @@ def _trained(item: Item, expert: int, storage: Storage) -> DualEncoder:
     others = re.compile(rf"/expert-(?!{expert:03d}/)")
     storage.fetch(item.places.store, lambda name: not others.search(name) and not track.is_curve(name))
     store = Store.open(item.places.store)
-    model = expert_model(item.run, expert, material(item, "val").texts.shape[1])
+    model = expert_model(item.run, expert, prepared_split(item, "val").texts.shape[1])
     model.load_trained(store.read(expert, store.epochs))
     return model

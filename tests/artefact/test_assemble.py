@@ -9,10 +9,10 @@ from rmdd.artefact.assemble import assemble, nearest, portable
 from rmdd.artefact.distilled import DistilledSet
 from rmdd.core.files import write_json
 from rmdd.data.ingest import ingest
-from rmdd.data.material import load_material
 from rmdd.data.shards import Dataset
 from rmdd.distill import phases
 from rmdd.distill.trajectory.matching import save_set
+from rmdd.models.prepared import prepare_split
 from rmdd.runs import tasks
 
 RUN = {
@@ -36,7 +36,7 @@ def finished(tmp_path, **distill):
         baseline=tmp_path / "baselines",
         run=tmp_path / "run",
     )
-    train = load_material(run, Dataset.open(dataset.path), "train", places.cache)
+    train = prepare_split(run.data, run.model, Dataset.open(dataset.path), "train", places.cache)
     chosen = []
     for p, plan in enumerate(run.distill.phases):
         records = phases.choose_records(p, plan.pairs, train, run.seed_of("distill"))

@@ -118,7 +118,7 @@ def run_of(storage, forgetting_=5, **experts):
 
 def trained(run):
     with open_pipeline(run, Progress(quiet=True)) as pipeline:
-        return pipeline.experts(), pipeline.material("train")
+        return pipeline.experts(), pipeline.prepared_split("train")
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from rmdd.config import NO_AUGMENT, Augment, Captions, Data, Experts, Model, Run
 from rmdd.data.captions import clean
 from rmdd.data.images import squash
 from rmdd.data.ingest import ingest
-from rmdd.data.material import load_material
 from rmdd.data.splits import load_split, read_rows
 from rmdd.experts.feed import prepare
+from rmdd.models.prepared import prepare_split
 
 
 @pytest.fixture
@@ -80,12 +80,12 @@ def test_what_experts_read_is_built_before_them_and_nothing_else(scenes, tmp_pat
     dataset, data = scenes
     text = TextTower(name="hashing", width=8)
     run = Run(data=data, experts=Experts(augment=Augment() if augmented else NO_AUGMENT), model=Model(text=text))
-    train = load_material(run, dataset, "train", tmp_path)
+    train = prepare_split(run.data, run.model, dataset, "train", tmp_path)
     assert not [*tmp_path.glob("train-*.npy"), *tmp_path.glob("*.bin")]
     prepare(run, train)
     assert bool(list(tmp_path.glob("*.bin"))) == augmented
     assert len([p for p in tmp_path.glob("train-*.npy") if "offsets" not in p.name]) == (not augmented)
-    load_material(run, dataset, "val", tmp_path)
+    prepare_split(run.data, run.model, dataset, "val", tmp_path)
     assert len(list(tmp_path.glob("val-*.npy"))) == 1
 
 

@@ -10,11 +10,11 @@ from PIL import Image
 
 from rmdd import config
 from rmdd.data.images import normalise
-from rmdd.data.material import Material
 from rmdd.data.shards import Dataset
 from rmdd.data.splits import Split
 from rmdd.distill.phases import NOISE_PIXEL_MEAN, NOISE_PIXEL_STD, choose_records, draw, initial, mini_batches
 from rmdd.distill.similarity import dense
+from rmdd.models.prepared import PreparedSplit
 
 
 def rule(**change):
@@ -96,7 +96,7 @@ class MemorySplit(Split):
         return file.getvalue()
 
 
-def material():
+def prepared_split():
     random = np.random.default_rng(0)
     image_of = np.repeat(np.arange(IMAGES), CAPTIONS)
     pictures = random.integers(0, 256, (IMAGES, 3, SIZE, SIZE)).astype(np.uint8)
@@ -104,10 +104,10 @@ def material():
     names = [str(i) for i in range(IMAGES)]
     captions = [f"caption {i}" for i in range(len(image_of))]
     split = MemorySplit("train", pictures, captions, image_of, names, {}, Dataset(Path(), {}), np.arange(9), Path())
-    return Material(split, texts, (0.5, 0.4, 0.3), (0.25, 0.2, 0.3))
+    return PreparedSplit(split, texts, (0.5, 0.4, 0.3), (0.25, 0.2, 0.3))
 
 
-TRAIN, RECORDS = material(), [5, 0, 17, 4]
+TRAIN, RECORDS = prepared_split(), [5, 0, 17, 4]
 
 
 def run_of(augment=config.NO_AUGMENT, **distill):

@@ -7,7 +7,6 @@ import torch
 
 from rmdd import config
 from rmdd.data.images import normalise
-from rmdd.data.material import Material
 from rmdd.data.shards import Dataset
 from rmdd.data.splits import Split
 from rmdd.distill.synthetic import Synthetic
@@ -26,15 +25,16 @@ from rmdd.evaluate.protocol import (
     tuning_jobs,
 )
 from rmdd.models.dual import build
+from rmdd.models.prepared import PreparedSplit
 from rmdd.runs.paths import Places
 from rmdd.runs.tasks import Item
-from rmdd.runs.tasks import material as material_of
+from rmdd.runs.tasks import prepared_split as prepared_of
 
 SIZE, TEXT_WIDTH, CAPTIONS = 8, 6, 2
 CPU = torch.device("cpu")
 
 
-def material(seed=0, images=11):
+def prepared_split(seed=0, images=11):
     """Random pictures and caption embeddings, in memory."""
     random = np.random.default_rng(seed)
     image_of = np.repeat(np.arange(images), CAPTIONS)
@@ -43,10 +43,10 @@ def material(seed=0, images=11):
     names = [str(i) for i in range(images)]
     captions = [f"caption {i}" for i in range(len(image_of))]
     split = Split("s", pictures, captions, image_of, names, {}, Dataset(Path(), {}), np.arange(images), Path())
-    return Material(split, texts, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    return PreparedSplit(split, texts, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
-class Poisoned(Material):
+class Poisoned(PreparedSplit):
     """A split that must not be looked at."""
 
     def __getattribute__(self, name):
@@ -56,7 +56,7 @@ class Poisoned(Material):
 
 
 POISON = object.__new__(Poisoned)
-TRAIN, VAL, TEST = material(0, 20), material(1), material(2)
+TRAIN, VAL, TEST = prepared_split(0, 20), prepared_split(1), prepared_split(2)
 
 
 def run_of(**evaluate):
@@ -83,9 +83,9 @@ def scored(monkeypatch):
     def counted(name):
         original = getattr(protocol, name)
 
-        def count(model, material, device, chunk=256):
-            seen.append({id(VAL): "val", id(TEST): "test"}[id(material)])
-            return original(model, material, device, chunk)
+        def count(model, prepared, device, chunk=256):
+            seen.append({id(VAL): "val", id(TEST): "test"}[id(prepared)])
+            return original(model, prepared, device, chunk)
 
         monkeypatch.setattr(protocol, name, count)
 
@@ -138,7 +138,7 @@ def test_random_pairs_depend_on_the_evaluation_seed_and_the_draw_alone():
 
 
 def test_a_budget_past_the_data_takes_all_of_it():
-    few = material(3, 2)
+    few = prepared_split(3, 2)
     assert len(random_lesson(run_of(), few, 0, 0.3).images) == 2 * CAPTIONS
 
 
@@ -173,7 +173,7 @@ def test_a_choice_that_asks_for_test_is_refused(kind):
     with pytest.raises(TestIsClosed, match=f"{kind}.* is scored for a choice, .* test is closed to it"):
         train_and_score(job, run, lessons(run), VAL, POISON, CPU)
     with pytest.raises(TestIsClosed, match="choices are made on val"):
-        material_of(Item(run, Places(*[Path()] * 6), "value", job=job), "test")
+        prepared_of(Item(run, Places(*[Path()] * 6), "value", job=job), "test")
     assert door(job, "val") == "val" and door(Job("student", 0), "test") == "test"
 
 

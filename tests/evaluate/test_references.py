@@ -89,9 +89,9 @@ def calls(monkeypatch):
 
         return view
 
-    def score(model, material, device, chunk=256):
+    def score(model, prepared, device, chunk=256):
         seen.model = model
-        seen.scored.append(({id(VAL): "val", id(TEST): "test"}[id(material)], len(seen.steps)))
+        seen.scored.append(({id(VAL): "val", id(TEST): "test"}[id(prepared)], len(seen.steps)))
         value = float(-abs(len(seen.scored) - 3))
         return SimpleNamespace(as_dict=lambda: {"R@mean": value, "point": len(seen.scored)})
 

@@ -9,13 +9,13 @@ import torch
 from rmdd import config
 from rmdd.core.seeding import generator
 from rmdd.data.images import normalise
-from rmdd.data.material import Material
 from rmdd.data.shards import Dataset
 from rmdd.data.splits import Split
 from rmdd.evaluate.retrieval import recalls
 from rmdd.evaluate.students import Course, Diverged, Lesson, score, train_student
 from rmdd.models.dual import build, tower_of
 from rmdd.models.losses import LOSSES
+from rmdd.models.prepared import PreparedSplit
 
 TEXT_WIDTH, SIZE, SEED, STUDENT = 5, 8, 4, 2
 
@@ -177,13 +177,13 @@ def test_score_is_the_recall_of_the_embeddings_in_eval_mode(chunk):
     image_of = np.array([0, 0, 1, 2, 2, 2, 3, 4])
     split = Split("val", images, ["a"] * 8, image_of, list("vwxyz"), {}, Dataset(Path(), {}), np.arange(5), Path())
     texts = random.standard_normal((8, TEXT_WIDTH)).astype(np.float32)
-    material = Material(split, texts, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    prepared = PreparedSplit(split, texts, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
     model = fresh(dropout=0.5).float()
     model.train()
-    found = score(model, material, torch.device("cpu"), chunk)
+    found = score(model, prepared, torch.device("cpu"), chunk)
     assert model.training
     model.eval()
     with torch.no_grad():
-        u = model.embed_images(normalise(torch.from_numpy(images), material.mean, material.std))
+        u = model.embed_images(normalise(torch.from_numpy(images), prepared.mean, prepared.std))
         v = model.embed_texts(torch.from_numpy(texts))
     assert found.as_dict() == recalls(u, v, torch.from_numpy(image_of)).as_dict()

@@ -7,10 +7,10 @@ import torch
 from rmdd import config
 from rmdd.core.seeding import generator
 from rmdd.data.ingest import ingest
-from rmdd.data.material import load_material
 from rmdd.experts.feed import Epoch, order, pictures, prepare
 from rmdd.experts.store import Store
 from rmdd.experts.train import begin_store, train_expert
+from rmdd.models.prepared import prepare_split
 
 PAIRS = 70
 WINDOWED = config.Shuffle(kind="windowed", block=8, window=2)
@@ -38,14 +38,14 @@ def dataset(tmp_path_factory):
     return ingest(data, tmp_path_factory.mktemp("data"))
 
 
-def material_of(run, dataset, path):
-    return load_material(run, dataset, "train", path)
+def prepared_of(run, dataset, path):
+    return prepare_split(run.data, run.model, dataset, "train", path)
 
 
 def fed(run, dataset, path, epoch=1, **how):
-    material = material_of(run, dataset, path)
-    plan = Epoch.of(run, material.split.image_of, 3, epoch)
-    return plan, torch.stack(list(pictures(run, material, plan, **how)))
+    prepared = prepared_of(run, dataset, path)
+    plan = Epoch.of(run, prepared.split.image_of, 3, epoch)
+    return plan, torch.stack(list(pictures(run, prepared, plan, **how)))
 
 
 def by_hand(look, parts, width):
@@ -69,7 +69,7 @@ def test_cache_shards_and_stream_give_the_same_bits(dataset, tmp_path, augment, 
 def test_a_stream_trains_the_expert_that_a_cache_trains(dataset, tmp_path):
     for cached in (True, False):
         run = run_of(cached=cached, augment=True)
-        train, val = material_of(run, dataset, tmp_path), load_material(run, dataset, "val", tmp_path)
+        train, val = prepared_of(run, dataset, tmp_path), prepare_split(run.data, run.model, dataset, "val", tmp_path)
         store = begin_store(run, tmp_path / str(cached), 8, {})
         assert train_expert(run, 0, store, train, val, torch.device("cpu"), stream=None if cached else by_hand)
     a, b = (Store.open(tmp_path / name).read(0, 2) for name in ("True", "False"))
@@ -124,7 +124,7 @@ def test_a_gang_shares_every_batch():
 
 def test_the_budget_decides(dataset, tmp_path):
     run = run_of()
-    train = material_of(run, dataset, tmp_path)
+    train = prepared_of(run, dataset, tmp_path)
     size = train.split.cache_bytes(encoded=False)
     assert size == PAIRS * 3 * 12 * 12
     for gigabytes, built in ((0.9 * size / 1e9, 0), (1.1 * size / 1e9, 1)):

@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 from rmdd import config
 from rmdd.core.seeding import generator
 from rmdd.data.images import normalise
-from rmdd.data.material import Material
 from rmdd.data.shards import Dataset
 from rmdd.data.splits import Split
 from rmdd.evaluate.students import score
 from rmdd.experts.store import Store
 from rmdd.experts.train import begin_store, expert_model, train_expert
 from rmdd.models.dual import build, tower_of
+from rmdd.models.prepared import PreparedSplit
 
 SIZE, TEXT_WIDTH, IMAGES, CAPTIONS, EPOCHS = 8, 6, 11, 2, 3
 CPU = torch.device("cpu")
@@ -43,7 +43,7 @@ class MemorySplit(Split):
         return file.getvalue()
 
 
-def material(seed=0, images=IMAGES):
+def prepared_split(seed=0, images=IMAGES):
     """Pictures of one colour each, and captions whose embeddings tell the colour with some noise."""
     random = np.random.default_rng(seed)
     colours = random.integers(0, 256, (images, 3))
@@ -56,7 +56,7 @@ def material(seed=0, images=IMAGES):
     split = MemorySplit(
         "train", pictures, ["a"] * len(image_of), image_of, names, {}, Dataset(Path(), {}), np.arange(images), Path()
     )
-    return Material(split, texts, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    return PreparedSplit(split, texts, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
 def run_of(*, augment=False, dropout=0.0, image=None, **experts):
@@ -79,7 +79,7 @@ def run_of(*, augment=False, dropout=0.0, image=None, **experts):
 
 def train(run, path, *, expert=0, data=None, **hooks):
     store = begin_store(run, path, TEXT_WIDTH, {})
-    done = train_expert(run, expert, store, data or material(), material(1, 5), CPU, **hooks)
+    done = train_expert(run, expert, store, data or prepared_split(), prepared_split(1, 5), CPU, **hooks)
     return store, done
 
 
@@ -117,7 +117,7 @@ def test_stopped_and_resumed_has_the_bits_of_unbroken(tmp_path, stop, momentum):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16-delta"])
 @pytest.mark.parametrize("pictures", [3, 25, 50])
 def test_killed_within_an_epoch_and_resumed_has_the_bits_of_unbroken(tmp_path, pictures, keep, dtype):
-    run, mortal = run_of(keep=keep, dtype=dtype, **NOISY), material()
+    run, mortal = run_of(keep=keep, dtype=dtype, **NOISY), prepared_split()
     object.__setattr__(mortal.split, "killed_at", pictures)
     train(run, tmp_path / "whole")
     with pytest.raises(Killed):
@@ -136,7 +136,7 @@ def test_loader_processes_change_no_bit(tmp_path):
 
 def test_training_is_the_plain_loop(tmp_path):
     """InfoNCE by torch's cross entropy, in batches of a shuffled list of captions, the short rest dropped."""
-    run, data = run_of(), material()
+    run, data = run_of(), prepared_split()
     store, _ = train(run, tmp_path, data=data)
     model, rates = expert_model(run, 0, TEXT_WIDTH), {"image": 0.05, "text": 0.02}
     pixels = normalise(torch.from_numpy(data.split.images), data.mean, data.std)
@@ -158,7 +158,7 @@ def test_training_is_the_plain_loop(tmp_path):
             losses.append(loss.item())
         assert store.record(0)["metrics"][epoch + 1]["loss"] == pytest.approx(sum(losses) / 5, rel=1e-5)
     assert distance(store.read(0, EPOCHS), model.trained()) < 1e-5
-    final = score(model, material(1, 5), CPU).mean
+    final = score(model, prepared_split(1, 5), CPU).mean
     assert store.record(0)["metrics"][EPOCHS]["val"] == pytest.approx(final)
 
 
@@ -285,6 +285,6 @@ def test_a_store_of_another_protocol_is_refused(tmp_path):
 
 
 def test_a_split_smaller_than_the_batch_is_one_batch(tmp_path):
-    few = material(images=2)
+    few = prepared_split(images=2)
     store, done = train(run_of(batch=64), tmp_path, data=few)
     assert done and np.isfinite([m["loss"] for m in store.record(0)["metrics"][1:]]).all()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from objectives import material
+from objectives import prepared_split
 
 
 @pytest.fixture(scope="session")
@@ -11,7 +11,7 @@ def bert(tmp_path_factory):
     from transformers import BertConfig, BertModel, BertTokenizer
 
     folder = tmp_path_factory.mktemp("bert")
-    words = sorted({w for said in material().split.captions for w in said.split()})
+    words = sorted({w for said in prepared_split().split.captions for w in said.split()})
     (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
     BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
     shape = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}

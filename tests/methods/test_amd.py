@@ -9,11 +9,11 @@ from slow import assert_equals_slow, plain_loss, two_passes, wbce
 from toy import EPOCHS, method_run
 
 from rmdd.data.images import normalise
-from rmdd.data.material import Material
 from rmdd.data.shards import Dataset
 from rmdd.data.splits import Split
 from rmdd.experts.store import Store, Writer
 from rmdd.methods.amd import drift_ranges, mean_drift, prototypes
+from rmdd.models.prepared import PreparedSplit
 
 NAMES = {"image_tower.w": (2, 3), "image_head.b": (4,), "text_head.w": (3, 2)}
 
@@ -118,7 +118,7 @@ def test_a_matcher_finds_the_ranges_in_its_experts(make):
     assert made.matcher.ranges == drift_ranges(made.store, [0, 1], EPOCHS - 1)
 
 
-def material(images=30, width=toy.TEXT_WIDTH):
+def prepared_split(images=30, width=toy.TEXT_WIDTH):
     """Pictures of three colours and captions of three directions, with noise; two captions a picture."""
     random = np.random.default_rng(0)
     colour = np.array([(250, 20, 20), (20, 250, 20), (20, 20, 250)])[np.arange(images) % 3]
@@ -128,7 +128,7 @@ def material(images=30, width=toy.TEXT_WIDTH):
     names, captions = [str(i) for i in range(images)], [f"caption {i}" for i in range(2 * images)]
     pictures = pictures.astype(np.uint8)
     split = Split("train", pictures, captions, image_of, names, {}, Dataset(Path(), {}), np.arange(9), Path())
-    return Material(split, texts.astype(np.float32), (0.5, 0.5, 0.5), (0.3, 0.3, 0.3))
+    return PreparedSplit(split, texts.astype(np.float32), (0.5, 0.5, 0.5), (0.3, 0.3, 0.3))
 
 
 @pytest.mark.parametrize("pairs", [3, 12])
@@ -144,7 +144,7 @@ def test_prototypes_are_the_records_nearest_to_the_centres(pairs, monkeypatch):
             return self
 
     monkeypatch.setattr(sklearn.cluster, "MiniBatchKMeans", Watched)
-    run, train = method_run("amd"), material()
+    run, train = method_run("amd"), prepared_split()
     chosen = prototypes(run, 0, pairs, train)
     points, means = fitted[0]
 

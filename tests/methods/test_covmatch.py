@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from objectives import descend, material, objective_of, opened, run_of
+from objectives import descend, objective_of, opened, prepared_split, run_of
 from toy import same_tensors
 
 from rmdd import config
@@ -23,10 +23,10 @@ SMALL = {"real_batch": 8, "reset": 4, "rho": 1.5, "mean_weight": 0.3}
 def setting(request, bert, tmp_path):
     """Options, run and pairs of each kind of texts."""
     if request.param == "frozen":
-        return run_of("covmatch", SMALL), material()
+        return run_of("covmatch", SMALL), prepared_split()
     tower = {"name": bert, "pooling": "mean", "max_tokens": 12}
     run = run_of("covmatch", {**SMALL, "texts": "tokens", "chunk": 4}, text=tower)
-    train = material()
+    train = prepared_split()
     return run, dataclasses.replace(train, texts=np.array(embed(train.split.captions, run.model.text, tmp_path)))
 
 
@@ -110,7 +110,7 @@ def test_the_online_model_learns_and_begins_anew(setting):
 
 
 def test_a_tower_without_weights_is_drawn_anew():
-    _, begun, objective = opened(run_of("covmatch", SMALL | {"reset": 1}, weights="random"), None, material())
+    _, begun, objective = opened(run_of("covmatch", SMALL | {"reset": 1}, weights="random"), None, prepared_split())
     name = next(n for n, p in objective.model.named_parameters() if n.startswith("image_tower.") and p.ndim == 4)
     turns = []
     for iteration in range(3):
@@ -173,7 +173,7 @@ def test_a_frozen_image_tower_stays(bert):
     run = run_of("covmatch", SMALL)
     image = run.model.image.model_copy(update={"trainable": False, "projection": "block"})
     run = run.model_copy(update={"model": run.model.model_copy(update={"image": image})})
-    _, begun, objective = opened(run, None, material())
+    _, begun, objective = opened(run, None, prepared_split())
     before = {n: t.clone() for n, t in objective.model.image_tower.state_dict().items()}
     descend(objective, begun, 2, lr=0.01)
     assert same_tensors(before, objective.model.image_tower.state_dict())
@@ -183,7 +183,7 @@ def test_token_embeddings_read_as_the_captions_do(bert, tmp_path):
     """What the frozen tower makes of the words of the initial captions is what it makes of them, padded or not."""
     for pooling, unit in (("cls", False), ("mean", True)):
         tower = {"name": bert, "pooling": pooling, "max_tokens": 12, "normalise": unit}
-        run, train = run_of("covmatch", {**SMALL, "texts": "tokens", "chunk": 4}, text=tower), material()
+        run, train = run_of("covmatch", {**SMALL, "texts": "tokens", "chunk": 4}, text=tower), prepared_split()
         texts = np.array(embed(train.split.captions, run.model.text, tmp_path))
         method, begun, _ = opened(run, None, dataclasses.replace(train, texts=texts))
         records = method.records(0, train)

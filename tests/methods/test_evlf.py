@@ -50,7 +50,7 @@ def test_an_evaluated_set_of_real_captions(unbroken):
     found = load_set(folder / "set-000001.safetensors")
     assert found.images.shape == (5, 3, 16, 16) and not found.similarity
     with pipeline.open_pipeline(config.load(folder.parents[2].glob("tiny-*/run.yaml").__next__())) as opened:
-        train = opened.material("train").split
+        train = opened.prepared_split("train").split
     assert told(folder, "captions") == [train.captions[r] for r in told(folder, "records")]
     assert sum(told(folder, "facts")["members"]) == len(train.captions) and len(set(told(folder, "records"))) == 5
     assert result.evaluation["table"]["evlf"]["test_last"]["R@mean"]["n"] == 1
@@ -73,7 +73,7 @@ def test_an_untrained_fusion_clusters_the_latents_as_they_are(painter, tmp_path)
     modes, _ = load_checked(folder / "requests.safetensors", "requests")
     diffusion = tiny_diffusion.stable_diffusion()
     with pipeline.open_pipeline(config.load(next(tmp_path.glob("tiny-*/run.yaml")))) as opened:
-        images = torch.from_numpy(np.array(opened.material("train").split.images))
+        images = torch.from_numpy(np.array(opened.prepared_split("train").split.images))
     with torch.no_grad():
         latents = diffusion.vae.encode(images / 127.5 - 1).latent_dist.mean * 0.18215
     for mode in modes["mode"]:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from objectives import material, run_of
+from objectives import prepared_split, run_of
 from toy import CPU, assert_same_results, lines_of, stop_after
 
 import rmdd
@@ -46,11 +46,11 @@ def setting(request, bert, tmp_path):
     """A run of each kind, and its pairs."""
     rule = {"iterations": 6, "checkpoint_every": 2, "snapshots": 2, "guard": {"every": 3}}
     if request.param == "ncfm":
-        return run_of("ncfm", NCFM, **rule), material()
+        return run_of("ncfm", NCFM, **rule), prepared_split()
     if request.param == "covmatch":
-        return run_of("covmatch", COVMATCH | {"draws": 2}, lr_image=0.01, lr_text=0.01, **rule), material()
+        return run_of("covmatch", COVMATCH | {"draws": 2}, lr_image=0.01, lr_text=0.01, **rule), prepared_split()
     text, options = {"name": bert, "pooling": "mean", "max_tokens": 12}, COVMATCH | {"texts": "tokens"}
-    run, train = run_of("covmatch", options, text=text, lr_image=0.01, lr_text=0.01, **rule), material()
+    run, train = run_of("covmatch", options, text=text, lr_image=0.01, lr_text=0.01, **rule), prepared_split()
     return run, dataclasses.replace(train, texts=np.array(embed(train.split.captions, run.model.text, tmp_path)))
 
 
@@ -87,7 +87,7 @@ def test_rates_are_paced(store, tmp_path):
     after = Averaging(run, Here([rank]), CPU).step(State.begin(begun)).after.raw
     torch.testing.assert_close(after.images, begun.images - 0.25 * 0.1)
     torch.testing.assert_close(after.texts, begun.texts - 0.25 * 0.1)
-    assert distil(run_of("ncfm", NCFM | {"lr_network": 0.0}), store, material(), tmp_path)
+    assert distil(run_of("ncfm", NCFM | {"lr_network": 0.0}), store, prepared_split(), tmp_path)
     paces = [line["pace"] for line in lines_of(tmp_path)]
     assert paces[0] == 1 and paces == sorted(paces, reverse=True) and paces[-1] < 1
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from objectives import descend, material, objective_of, opened, run_of
+from objectives import descend, objective_of, opened, prepared_split, run_of
 from toy import same_tensors
 
 from rmdd import config
@@ -20,7 +20,7 @@ SMALL = {"frequencies": 32, "clusters": 2, "patience": None}
 
 @pytest.fixture(scope="module")
 def train():
-    return material()
+    return prepared_split()
 
 
 def slow_discrepancy(real, own, frequencies, w_amplitude, w_phase):

@@ -107,7 +107,7 @@ def test_shards_become_a_set_with_real_captions_and_a_student(finished, parts):
     found = rmdd.load(result.set)
     (subset,) = found.subsets
     with open_pipeline(run, Progress(quiet=True)) as pipeline:
-        split, item = pipeline.material("train").split, pipeline.item()
+        split, item = pipeline.prepared_split("train").split, pipeline.item()
     assert subset.pairs == PAIRS and subset.kind == "identity" and set(subset.captions) <= set(split.captions)
     assert [split.captions[i] for i in json.loads((item.places.phase(0) / "records.json").read_text())] == list(
         subset.captions
@@ -164,7 +164,7 @@ def test_images_are_embedded_once_as_clip_itself_does(finished, parts):
 
     storage, _ = finished
     with open_pipeline(load(storage, **parts), Progress(quiet=True)) as pipeline:
-        item, train = pipeline.item(), pipeline.material("train")
+        item, train = pipeline.item(), pipeline.prepared_split("train")
     folder = item.places.cache / f"sides-{config.hash_value(identity_of(item, train, parts['features']))}"
     images, texts = Rows.open(folder / "images"), Rows.open(folder / "texts")
     assert (len(images), len(texts)) == (12, len(train.split.captions)) and images.width == tiny_parts.D
@@ -196,7 +196,7 @@ def test_the_nearest_real_images_need_no_parts(finished, options, tmp_path):
     result = go(run, "all")
     found = rmdd.load(result.set)
     with open_pipeline(run, Progress(quiet=True)) as pipeline:
-        train = pipeline.material("train")
+        train = pipeline.prepared_split("train")
     real = {image.tobytes() for image in np.asarray(train.split.images)}
     shown = denormalise(found.subsets[0].images, found.mean, found.std).numpy()
     assert {image.tobytes() for image in shown} <= real and len({image.tobytes() for image in shown}) == PAIRS

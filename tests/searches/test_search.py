@@ -37,8 +37,8 @@ def searched(tmp_path_factory):
     storage = tmp_path_factory.mktemp("search")
     opened = []
     with pytest.MonkeyPatch.context() as patch:
-        load = tasks.load_material
-        patch.setattr(tasks, "load_material", lambda *given: opened.append(given[2]) or load(*given))
+        load = tasks.prepare_split
+        patch.setattr(tasks, "prepare_split", lambda *given: opened.append(given[2]) or load(*given))
         found = rmdd.search(tiny(storage, {"distill.lr_image": LR, **BOTH}, trials=5, pruner="asha"), progress=QUIET)
     return found, storage, set(opened)
 

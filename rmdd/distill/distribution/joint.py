@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rmdd.data.material import Material
 from rmdd.models.dual import DualEncoder
+from rmdd.models.prepared import PreparedSplit
 
 Side = Literal["joint", "image", "text"]
 
@@ -31,11 +31,11 @@ class Embedded:
 
     images: Float[Tensor, "I D"]
     model: DualEncoder
-    train: Material
+    train: PreparedSplit
     side: Side
 
     @classmethod
-    def by(cls, model: DualEncoder, train: Material, device: torch.device, side: Side) -> "Embedded":
+    def by(cls, model: DualEncoder, train: PreparedSplit, device: torch.device, side: Side) -> "Embedded":
         """`model` is on `device`, in eval mode."""
         count, rows = len(train.split) if side != "text" else 0, []
         with torch.no_grad():

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from rmdd import config, methods
 from rmdd.core.files import read_json, write_json
-from rmdd.data.material import Material
 from rmdd.distill.loop import State, Step, drive, outer_step, save_set
 from rmdd.distill.synthetic import Synthetic
 from rmdd.execution.tasks import Here, Ranks
 from rmdd.experts.store import Store
 from rmdd.methods.distribution import DistributionMethod
 from rmdd.models.dual import DualEncoder
+from rmdd.models.prepared import PreparedSplit
 
 Told = dict[str, float]
 """A loss and its parts by name."""
@@ -34,7 +34,7 @@ class Rank:
         phase: int,
         store: Store,
         model: DualEncoder,
-        train: Material,
+        train: PreparedSplit,
         device: torch.device,
         rank: int = 0,
         size: int = 1,
@@ -132,7 +132,7 @@ def distill_phase(
     phase: int,
     store: Store,
     model: DualEncoder,
-    train: Material,
+    train: PreparedSplit,
     folder: Path,
     device: torch.device,
     key: str,

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from rmdd import config, methods
 from rmdd.core.files import write_json
-from rmdd.data.material import Material
 from rmdd.distill.loop import State as State
 from rmdd.distill.loop import Step, drive, outer_step
 from rmdd.distill.loop import finished as finished
@@ -26,6 +25,7 @@ from rmdd.experts import shortcut
 from rmdd.experts.store import Store
 from rmdd.models.dual import TOWERS, DualEncoder, Params, tower_of
 from rmdd.models.image import matching_context
+from rmdd.models.prepared import PreparedSplit
 
 PATH_BYTES = 4 * 2**30
 """Checkpoints of experts held in memory at most; beyond it the one opened first is read again when its turn comes."""
@@ -211,7 +211,7 @@ def distill_phase(
     return drive(run, phase, initial, folder, device, key, stepper, on_step, should_stop)
 
 
-def begin_phase(method: methods.Method, phase: int, train: Material, folder: Path) -> None:
+def begin_phase(method: methods.Method, phase: int, train: PreparedSplit, folder: Path) -> None:
     """Choose and keep what a phase starts from."""
     records = method.records(phase, train)
     write_json(folder / "records.json", records)

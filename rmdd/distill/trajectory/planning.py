@@ -29,11 +29,11 @@ from torch import Tensor
 
 from rmdd import config, methods
 from rmdd.artefact import budget
-from rmdd.data.material import Material
 from rmdd.distill.trajectory import signals
 from rmdd.distill.trajectory.matching import Matcher
 from rmdd.experts.store import Store
 from rmdd.experts.train import expert_model
+from rmdd.models.prepared import PreparedSplit
 from rmdd.models.text import text_width as width_of
 
 SCHEMA = 1
@@ -147,7 +147,7 @@ def _beyond(rule: config.Distill) -> int:
     return int(rule.start_points == "continuous" or rule.plan.kind == "adaptive")
 
 
-def make_plan(run: config.Run, store: Store, train: Material, device: torch.device) -> dict[str, Any]:
+def make_plan(run: config.Run, store: Store, train: PreparedSplit, device: torch.device) -> dict[str, Any]:
     """The phases of `run`, with the signals and reasons that led to them, as plain values."""
     began, rule, plan = time.perf_counter(), run.distill, run.distill.plan
     measured = measure(run, store)
@@ -206,7 +206,7 @@ def make_plan(run: config.Run, store: Store, train: Material, device: torch.devi
 
 
 def probe_start(
-    run: config.Run, store: Store, train: Material, device: torch.device, pairs: int, end: int
+    run: config.Run, store: Store, train: PreparedSplit, device: torch.device, pairs: int, end: int
 ) -> signals.Probe:
     """Matching gradients of real pairs, as many as the phase has, at every start of its path."""
     rule, plan = run.distill, run.distill.plan

@@ -15,13 +15,13 @@ import torch
 
 from rmdd import config
 from rmdd.config.probes import VIEW, Probe, told
+from rmdd.core.device import device_of
 from rmdd.core.files import read_json, write_json
 from rmdd.core.storage import Storage, open_storage
 from rmdd.core.tensors import Damaged, load_checked, save_checked
 from rmdd.data import sources
 from rmdd.data.images import normalisation
 from rmdd.data.ingest import ingest, shaping
-from rmdd.data.material import Material
 from rmdd.data.place import absolute, is_remote, place
 from rmdd.data.shards import Dataset
 from rmdd.data.sources import cocoqa, textcaps
@@ -35,8 +35,9 @@ from rmdd.evaluate.students import Diverged
 from rmdd.execution.tasks import Stream, in_turn
 from rmdd.models.dual import DualEncoder, build
 from rmdd.models.image import normalisation_of
+from rmdd.models.prepared import PreparedSplit
 from rmdd.models.text import embed, text_width
-from rmdd.runs.paths import device_of, run_folder
+from rmdd.runs.paths import run_folder
 
 VERSION = 1
 """Part of the hash of what is asked; raised when a change of the code moves the scores of an unchanged probe."""
@@ -134,7 +135,7 @@ def prepare(
         raise ValueError(told(name, str(error))) from error
     split.images  # noqa: B018  # decoded once here, before every worker would
     for block in _sentences(probe, asked, split):
-        cache, device = storage.root / "cache", str(device_of(run))
+        cache, device = storage.root / "cache", str(device_of(run.runtime))
         embed(block, run.model.text, cache, device=device, threads=run.runtime.threads, stream=encoders)
     facts = {
         "kind": probe.kind,
@@ -178,8 +179,8 @@ def probe(
     model.eval()
     try:
         if isinstance(wanted, config.Retrieval):
-            material = Material(split, embedded(split.captions), *constants)
-            return students.score(model, material, device, chunk).as_dict()
+            prepared = PreparedSplit(split, embedded(split.captions), *constants)
+            return students.score(model, prepared, device, chunk).as_dict()
         score = ASKING[wanted.kind].score
         return score(model, kept["asked"], split, constants, embedded, device, chunk, alive)
     except Diverged:

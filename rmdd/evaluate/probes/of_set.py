@@ -12,6 +12,7 @@ from rmdd import config
 from rmdd.artefact.distilled import TENSORS, DistilledSet
 from rmdd.cli.common import placed
 from rmdd.config.probes import VIEW
+from rmdd.core.device import device_of
 from rmdd.core.files import sha256_file, write_json
 from rmdd.core.progress import Progress, watched
 from rmdd.core.storage import anchored, open_storage
@@ -23,7 +24,7 @@ from rmdd.execution.backend import open_crew, working_in
 from rmdd.execution.tasks import Hooks, Interrupted
 from rmdd.models.dual import DualEncoder, build
 from rmdd.models.text import encoder_identity
-from rmdd.runs.paths import device_of, run_folder
+from rmdd.runs.paths import run_folder
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def student(item: Item, hooks: Hooks) -> dict[str, Any]:
     job = protocol.Job("student", item.index)
     asked = Probing(run, job, run_folder(run) / "students" / f"{job.name}.json", item.value, storage)
     if asked.missing:
-        asked.ask(asked.restored() or _trained(item, asked, hooks), device_of(run), hooks.should_stop)
+        asked.ask(asked.restored() or _trained(item, asked, hooks), device_of(run.runtime), hooks.should_stop)
     hooks.report({"done": 1})
     return asked.added_to({"job": job.name})
 
@@ -98,7 +99,7 @@ def _trained(item: Item, asked: Probing, hooks: Hooks) -> DualEncoder | None:
     size, seed = run.data.image_size, run.seed_of("evaluate")
     lessons = enlarged_to(size, lessons_of(distilled))
     course = Course.of(run.evaluate).on(distilled.mean, distilled.std)
-    model = build(run.model, lessons[0].texts.shape[1], size, seed, "student", item.index).to(device_of(run))
+    model = build(run.model, lessons[0].texts.shape[1], size, seed, "student", item.index).to(device_of(run.runtime))
     model.temperature = run.student_temperature
 
     def alive(subset: int, passes: int) -> None:

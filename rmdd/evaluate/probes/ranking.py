@@ -11,9 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rmdd.data.images import normalise
-from rmdd.data.material import Constants
 from rmdd.evaluate.students import Diverged
 from rmdd.models.dual import DualEncoder
+from rmdd.models.prepared import Constants
 
 TOLERANCE = 1e-6
 """Cosines nearer than this are tied: equal candidates may differ in the last bits, by where they stand."""

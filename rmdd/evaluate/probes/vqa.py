@@ -15,11 +15,11 @@ import torch.nn.functional as F
 
 from rmdd import config
 from rmdd.data.captions import clean
-from rmdd.data.material import Constants
 from rmdd.data.sources import cocoqa
 from rmdd.data.splits import Split
 from rmdd.evaluate.probes import ranking
 from rmdd.models.dual import DualEncoder
+from rmdd.models.prepared import Constants
 
 BLOCK = 2**18
 """Sentences that are embedded and kept in one file."""

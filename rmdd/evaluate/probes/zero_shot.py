@@ -14,11 +14,11 @@ import torch.nn.functional as F
 
 from rmdd import config
 from rmdd.data.captions import clean
-from rmdd.data.material import Constants
 from rmdd.data.sources import classes
 from rmdd.data.splits import Split
 from rmdd.evaluate.probes import ranking
 from rmdd.models.dual import DualEncoder
+from rmdd.models.prepared import Constants
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "single": ("a photo of a {}.",),
