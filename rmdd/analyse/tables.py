@@ -13,7 +13,7 @@ from typing import Any
 from rmdd import config
 from rmdd.analyse.drawing import Sheet, write_csv
 from rmdd.analyse.setting import TRAJECTORIES, every_epoch
-from rmdd.artefact import budget
+from rmdd.config import budget
 from rmdd.core.progress import Progress
 from rmdd.distill.trajectory.planning import stated
 from rmdd.distill.trajectory.signals import val_curve

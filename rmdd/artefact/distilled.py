@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmdd.artefact import card
-from rmdd.artefact.budget import pair_parameters
+from rmdd.config.budget import pair_parameters
 from rmdd.core.files import atomic_path, read_json, sha256_file, temporary_beside, write_json
 from rmdd.distill import similarity
 from rmdd.distill.synthetic import enlarged
@@ -124,7 +124,7 @@ class DistilledSet:
 
     def budget(self) -> dict[str, Any]:
         """What the set holds, in parameters, in bytes as stored, and in pairs of `unit` parameters, where the rates
-        of plain pairs are not counted (see `rmdd.artefact.budget`)."""
+        of plain pairs are not counted (see `rmdd.config.budget`)."""
         unit = pair_parameters(self.image_size, self.subsets[0].texts.shape[1])
         parts = {part: {"parameters": 0, "bytes": 0} for part in ("images", "texts", "similarity", "rates")}
         for subset in self.subsets:

@@ -20,13 +20,14 @@ from rmdd.coresets import clusters, greedy, matched
 from rmdd.coresets.choice import AT_ONCE, Choice
 from rmdd.coresets.cost import Costs, parameters
 from rmdd.coresets.draws import permuted, smallest
-from rmdd.coresets.features import Items, Sides, cosines, features
+from rmdd.coresets.features import Items, Sides, cosines
 from rmdd.coresets.forgetting import Counts
 from rmdd.coresets.rows import Rows
 from rmdd.coresets.shard import Best, Shard
 from rmdd.coresets.subset import DESCRIPTION, PREVIEW, Subset
 from rmdd.execution.tasks import Ranks, with_restarts
 from rmdd.experts.store import Store
+from rmdd.generate.features import features
 from rmdd.models.prepared import PreparedSplit
 
 if TYPE_CHECKING:
@@ -143,7 +144,9 @@ class Selection:
         rows: Rows | None = None
         folder = Path()
         if choice.needs_features:
-            rows, about, self.sides, folder = features(item, self.train, self.items, choice, self.pipeline.encoders)
+            rows, about, self.sides, folder = features(
+                item.feature_source, self.train, self.items, choice, self.pipeline.encoders
+            )
         data = self.train.split.dataset.hash
         store = {"store": item.places.store.name} if choice.method == "forgetting" else {}
         what = {"data": data, "captions": run.data.captions.model_dump(), "method": choice.method, "seed": self.seed}

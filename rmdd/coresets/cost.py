@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Int64
 
-from rmdd.artefact.budget import pair_parameters
+from rmdd.config.budget import pair_parameters
 from rmdd.core.files import atomic_path
 from rmdd.data.splits import Split
 

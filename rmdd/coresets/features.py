@@ -8,8 +8,6 @@ Everything is computed once and kept in the run's cache under the hash of what s
 N images, T captions, D features.
 """
 
-import functools
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,29 +17,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
 from jaxtyping import Float32, Int64
 
 from rmdd import config
-from rmdd.core.device import device_of
 from rmdd.core.files import atomic_path, write_json
-from rmdd.core.locks import held
-from rmdd.core.seeding import generator
-from rmdd.core.storage import open_storage
 from rmdd.coresets.choice import Choice, Unit
 from rmdd.coresets.draws import hashes
-from rmdd.coresets.rows import DESCRIPTION, SCHEMA_VERSION, Part, Rows, write_rows
+from rmdd.coresets.rows import DESCRIPTION, SCHEMA_VERSION, Part, Rows
 from rmdd.coresets.shard import TOLD
 from rmdd.data.captions import clean
-from rmdd.data.images import normalise
 from rmdd.data.splits import Split
 from rmdd.execution.tasks import Stream, Values
-from rmdd.experts.store import Store
-from rmdd.experts.train import expert_model
-from rmdd.models.image import build_image_tower, image_identity
-from rmdd.models.prepared import PreparedSplit
-from rmdd.models.text import encoder_identity
-from rmdd.runs.tasks import Item, prepared_split
 
 BLOCK = 2048
 """Images that are encoded, kept and handed to a worker together."""
@@ -98,25 +84,6 @@ class Sides:
                 yield ids, u, unit(np.add.reduceat(v, begins, axis=0), split, images, "mean text")
 
 
-def features(
-    item: Item, train: PreparedSplit, items: Items, choice: Choice, stream: Stream
-) -> tuple[Rows, dict[str, Any], Sides, Path]:
-    """The rows of all items in the space asked for, what they are, their sides, and the folder of the rows."""
-    identity = identity_of(item, train, choice.encoder)
-    sides = sides_of(item, train, choice.encoder, stream)
-    about: dict[str, Any] = {"space": choice.space, "unit": choice.unit, "dtype": choice.dtype, **identity}
-    if choice.unit == "image":
-        about["caption"] = choice.caption
-        about |= {"draw": config.hash_value(items.record_of.tolist())} if choice.caption == "seeded" else {}
-    folder = item.places.cache / f"features-{config.hash_value(about)}"
-    with held(folder, wait=True):
-        if not (folder / DESCRIPTION).is_file():
-            blocks = _in_space(sides, items, choice)
-            first = next(blocks)
-            write_rows(folder, itertools.chain([first], blocks), first[1].shape[1], choice.dtype, about)
-    return Rows.open(folder), about, sides, folder
-
-
 def cosines(sides: Sides, items: Items, caption: str) -> Float32[np.ndarray, " items"]:
     """Of image and text of every item. Raises `ValueError` when they do not lie in one space."""
     if sides.images.width != sides.texts.width:
@@ -144,7 +111,7 @@ def _read(rows: Rows, start: int, stop: int) -> Float32[np.ndarray, "n D"]:
     return np.concatenate([x.copy() for _, x in rows.between(start, stop).chunks()])
 
 
-def _in_space(sides: Sides, items: Items, choice: Choice) -> Iterator[Part]:
+def in_space(sides: Sides, items: Items, choice: Choice) -> Iterator[Part]:
     for ids, u, v in sides.blocks(items, choice.caption):
         rows = _combined(choice.space, u, v)
         yield ids, unit(rows, sides.split, items.image_of[ids], choice.space) if choice.space == "sum" else rows
@@ -163,113 +130,10 @@ def _combined(space: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return u if space == "image" else v
 
 
-# -- encoders --------------------------------------------------------------------------------------------------------
+# -- rows of an encoder, block by block ------------------------------------------------------------------------------
 
 
-def identity_of(item: Item, train: PreparedSplit, encoder: str) -> dict[str, Any]:
-    """All that decides the features of an encoder."""
-    return {"data": train.split.dataset.hash, **encoder_facts(item, encoder)}
-
-
-def encoder_facts(item: Item, encoder: str) -> dict[str, Any]:
-    """What decides the features of an encoder, but for the data."""
-    run = item.run
-    view = {"image_size", "normalise", "captions", "background", "exif_orientation"}
-    kind, _, name = encoder.partition(":")
-    if kind == "clip":
-        from rmdd.generate.features import part_of
-
-        own = run.data.model_dump(mode="json", include=view - {"image_size", "normalise"})
-        return {"encoder": "clip", "part": part_of(name).identity(), "device": device_of(run.runtime).type, "view": own}
-    facts: dict[str, Any] = {
-        "encoder": f"expert:{name or 0}" if kind == "expert" else encoder,
-        "device": device_of(run.runtime).type,
-        "view": run.data.model_dump(mode="json", include=view),
-    }
-    if kind == "expert":
-        return facts | {"store": item.places.store.name, "epoch": run.experts.epochs}
-    if kind == "tower":
-        image = run.model.image
-        facts |= {"image": image_identity(image), "tower": image.model_dump(mode="json", exclude={"projection"})}
-        facts |= {"text": encoder_identity(run.model.text), "texts": run.model.text.model_dump(mode="json")}
-        return facts | ({"seed": run.seed_of("experts")} if image.weights == "random" else {})
-    return facts
-
-
-def sides_of(item: Item, train: PreparedSplit, encoder: str, stream: Stream) -> Sides:
-    """Images and captions of the split by an encoder, read from the cache or made by `stream`, block by block."""
-    split, identity = train.split, identity_of(item, train, encoder)
-    kind, _, name = encoder.partition(":")
-    folder = item.places.cache / f"sides-{config.hash_value(identity)}"
-    images, texts = folder / "images", folder / "texts"
-    with held(folder, wait=True):
-        if kind == "columns":
-            for path, column in ((images, f"image.{name}"), (texts, f"text.{name}")):
-                if not (path / DESCRIPTION).is_file():
-                    write_rows(path, *_columns(split, item.run.data, column), "float32", identity)
-        elif kind == "clip":
-            from rmdd.generate.features import ClipBlocks, part_of
-
-            place = part_of(name).folder()
-            _encode(images, len(split), functools.partial(ClipBlocks, item, place, images, "image"), identity, stream)
-            _encode(
-                texts, len(train.texts), functools.partial(ClipBlocks, item, place, texts, "text"), identity, stream
-            )
-        else:
-            _encode(images, len(split), functools.partial(ImageEncoder, item, encoder, images), identity, stream)
-            if kind == "expert" and not (texts / DESCRIPTION).is_file():
-                write_rows(texts, *_expert_texts(item, int(name or 0), train), "float32", identity)
-    embedded = Rows.of(train.texts) if kind == "tower" else Rows.open(texts)
-    return Sides(Rows.open(images), embedded, split)
-
-
-class ImageEncoder:
-    """An image tower at work: numbers of blocks to files of rows. It is loaded once."""
-
-    def __init__(self, item: Item, encoder: str, folder: Path):
-        self.train, self.folder, self.threads = prepared_split(item, "train"), folder, item.run.runtime.threads
-        self.device = device_of(item.run.runtime) if torch.cuda.is_available() else torch.device("cpu")
-        kind, _, name = encoder.partition(":")
-        run = item.run
-        if kind == "expert":
-            self.encode: Any = trained_expert(item, int(name or 0), self.train).to(self.device).embed_images
-        else:
-            draw = generator(run.seed_of("experts"), "coreset tower")
-            self.encode = build_image_tower(run.model.image, draw, run.data.image_size).eval().to(self.device)
-
-    def __call__(self, values: Values) -> Values:
-        split, first = self.train.split, values["block"] * BLOCK
-        ids = np.arange(first, min(first + BLOCK, len(split)))
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
-        try:
-            with torch.no_grad():
-                rows = [self._batch(ids[i : i + BATCH]) for i in range(0, len(ids), BATCH)]
-        finally:
-            torch.set_num_threads(before)
-        save_block(self.folder, values["block"], ids, np.concatenate(rows))
-        return {"rows": len(ids)}
-
-    def _batch(self, index: np.ndarray) -> np.ndarray:
-        pixels = torch.from_numpy(np.array(self.train.split.some_images(index))).to(self.device)
-        return self.encode(normalise(pixels, self.train.mean, self.train.std)).float().cpu().numpy()
-
-
-def trained_expert(item: Item, number: int, train: PreparedSplit) -> Any:
-    """Expert `number` of the run's store after its last epoch, in eval mode."""
-    store = Store.open(item.places.store)
-    open_storage(item.run.runtime).fetch(store.folder(number))
-    if not store.is_complete(number):
-        raise ValueError(
-            f"expert {number} is not in the store at {store.path}, which has {store.complete()}; name one of these, or "
-            "raise experts.num"
-        )
-    model = expert_model(item.run, number, train.texts.shape[1])
-    model.load_trained(store.read(number, store.epochs))
-    return model.eval()
-
-
-def _encode(
+def encode_blocks(
     folder: Path, count: int, make: Callable[[], Callable[[Values], Values]], identity: dict[str, Any], stream: Stream
 ) -> None:
     """`count` rows in `folder`, where they are not; blocks that are there stay."""
@@ -297,22 +161,10 @@ def save_block(folder: Path, block: int, ids: np.ndarray, rows: np.ndarray) -> N
             np.save(f, values)
 
 
-def _expert_texts(item: Item, number: int, train: PreparedSplit) -> tuple[Iterator[Part], int]:
-    model = trained_expert(item, number, train)
-
-    def embedded(start: int) -> np.ndarray:
-        with torch.no_grad():
-            return model.embed_texts(torch.from_numpy(np.array(train.texts[start : start + BLOCK]))).numpy()
-
-    count = len(train.texts)
-    width = embedded(0).shape[1]
-    return ((np.arange(s, min(s + BLOCK, count)), embedded(s)) for s in range(0, count, BLOCK)), width
-
-
 # -- columns of the dataset ------------------------------------------------------------------------------------------
 
 
-def _columns(split: Split, data: config.Data, column: str) -> tuple[Iterator[Part], int]:
+def column_rows(split: Split, data: config.Data, column: str) -> tuple[Iterator[Part], int]:
     """Rows of a column of fixed-size lists, one per image or per caption that the caption rule left, and their width.
 
     Raises `ValueError` when there is no such column, or an entry is of another size.

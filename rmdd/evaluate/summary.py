@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rmdd import config
-from rmdd.artefact import budget
+from rmdd.config import budget
 from rmdd.evaluate.bootstrap import DRAWS, METRICS, differences, intervals
 from rmdd.evaluate.protocol import Job, summary
 from rmdd.evaluate.references import Reference, reference_of

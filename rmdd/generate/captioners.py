@@ -19,7 +19,8 @@ from rmdd.core.files import read_json, write_json
 from rmdd.core.seeding import derive
 from rmdd.data.captions import clean
 from rmdd.execution.tasks import Values
-from rmdd.generate.decode import Precision, quiet
+from rmdd.generate.decode import Precision
+from rmdd.models.pretrained import quiet
 
 Backend = Literal["blip", "llava"]
 PROMPTS = {
@@ -50,7 +51,7 @@ class Speaker:
             "blip": transformers.BlipForConditionalGeneration,
             "llava": transformers.LlavaForConditionalGeneration,
         }[backend]
-        with quiet():
+        with quiet("transformers", "diffusers"):
             self.processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
             model = kind.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
         self.model = model.to(self.device).eval()

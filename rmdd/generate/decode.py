@@ -5,10 +5,9 @@ does not depend on which were made before. Pictures of a block are made together
 that a resume makes the same ones. B pictures of a block, D width of the embedding space.
 """
 
-import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -23,6 +22,7 @@ from rmdd.core.seeding import generator
 from rmdd.core.tensors import load_checked, save_checked
 from rmdd.data.splits import Split
 from rmdd.execution.tasks import Values
+from rmdd.models.pretrained import quiet
 
 Request = dict[str, Any]
 """What a pair is made from: `index`, `seed`, and what its decoder reads, such as `caption` or a row `embedding`."""
@@ -77,7 +77,7 @@ class StableUnclip:
     ):
         from diffusers import StableUnCLIPImg2ImgPipeline
 
-        with quiet():
+        with quiet("transformers", "diffusers"):
             self.pipeline = StableUnCLIPImg2ImgPipeline.from_pretrained(
                 folder, dtype=getattr(torch, dtype), local_files_only=True
             )
@@ -140,7 +140,7 @@ class Karlo:
             "super_res_scheduler": UnCLIPScheduler,
         }
         self.dtype, self.width = getattr(torch, dtype), width_of(folder)
-        with quiet():
+        with quiet("transformers", "diffusers"):
             parts: dict[str, Any] = {
                 n: kind.from_pretrained(folder / n, dtype=self.dtype).eval() for n, kind in models.items()
             }
@@ -208,26 +208,6 @@ def placed(pipeline: Any, device: torch.device, offload: Offload) -> torch.devic
     return device
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the progress bars and the advice of diffusers and transformers while parts are loaded."""
-    from diffusers.utils import logging as diffusers
-    from transformers.utils import logging as transformers
-
-    before = diffusers.get_verbosity(), transformers.get_verbosity()
-    bars = diffusers.is_progress_bar_enabled(), transformers.is_progress_bar_enabled()
-    for log in (diffusers, transformers):
-        log.set_verbosity_error()
-        log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for log, level, bar in zip((diffusers, transformers), before, bars, strict=True):
-            log.set_verbosity(level)
-            if bar:
-                log.enable_progress_bar()
-
-
 # -- pairs, one file each --------------------------------------------------------------------------------------------
 
 
@@ -248,7 +228,7 @@ class Painter:
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
-            with torch.inference_mode(), quiet():
+            with torch.inference_mode(), quiet("transformers", "diffusers"):
                 made = self.decoder.decode(block)
         finally:
             torch.set_num_threads(before)

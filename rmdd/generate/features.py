@@ -1,77 +1,196 @@
-"""CLIP at work: images and captions of a split to projected features of raw scale, block by block.
+"""Features of the training split by an encoder, made block by block and kept in the cache.
 
-Images go through the processor of the CLIP itself (resize and centre crop, no augmentation), each once however many
-captions it has; captions are cleaned as published (lower case, no punctuation, 30 words at most). Nothing is brought
-to unit length: unCLIP decoders read the length too. n rows of a block, D projection width.
+An encoder is named by `tower` (the run's own towers before training), `expert:N`, `clip:ID` or `columns:NAME`.
+Every image is encoded once, however many captions it has. n rows of a block, D width of a row.
 """
 
-from collections.abc import Sequence
+import functools
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float32
-from PIL import Image
-from torch import Tensor
 
-from rmdd.config import Captions
-from rmdd.core.device import device_of
-from rmdd.core.files import read_json
-from rmdd.coresets.features import BLOCK, save_block
-from rmdd.data.captions import clean
+from rmdd import config
+from rmdd.core.device import device_here, device_of
+from rmdd.core.locks import held
+from rmdd.core.seeding import generator
+from rmdd.core.storage import open_storage
+from rmdd.coresets.choice import Choice
+from rmdd.coresets.features import BLOCK, Items, Sides, column_rows, encode_blocks, in_space, save_block
+from rmdd.coresets.rows import DESCRIPTION, Part, Rows, write_rows
 from rmdd.data.decode import decode
+from rmdd.data.images import normalise
 from rmdd.data.splits import read_rows
-from rmdd.execution.tasks import Values
-from rmdd.generate.decode import quiet
-from rmdd.generate.parts import Part
-from rmdd.runs.tasks import Item, prepared_split
+from rmdd.execution.tasks import Stream, Values
+from rmdd.experts.store import Store
+from rmdd.models.clip import Clip, clip_part
+from rmdd.models.dual import DualEncoder, build
+from rmdd.models.image import build_image_tower, image_identity
+from rmdd.models.prepared import PreparedSplit, SplitSource
+from rmdd.models.text import encoder_identity
 
-BATCH = 64
-FILES = ("preprocessor_config.json|processor_config.json", "tokenizer.json|vocab.json")
-
-
-def part_of(name: str, option: str = "") -> Part:
-    """The CLIP that an encoder `clip:NAME` names."""
-    return Part.of("clip", name, files=FILES, option=option)
+BATCH, CLIP_BATCH = 256, 64
+"""Images or captions that go through an encoder together."""
 
 
-def width_of(folder: Path) -> int:
-    """D of the CLIP in a folder."""
-    return int(read_json(folder / "config.json")["projection_dim"])
+@dataclass(frozen=True)
+class FeatureSource:
+    """What a worker needs to embed the training split of a run. It is small enough to be sent to one."""
+
+    splits: SplitSource
+    store: Path
+    """Of the experts."""
+    epochs: int
+    """Of an expert."""
+    seed: int
+    """Of the experts."""
+    runtime: config.Runtime
 
 
-class Clip:
-    """A CLIP with its processor, in float32."""
-
-    def __init__(self, folder: Path, device: torch.device):
-        from transformers import CLIPModel, CLIPProcessor
-
-        self.device = device if torch.cuda.is_available() else torch.device("cpu")
-        with quiet():
-            self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().to(self.device)
-            self.processor: Any = CLIPProcessor.from_pretrained(folder)
-
-    @torch.inference_mode()
-    def images(self, images: Sequence[Image.Image]) -> Float32[Tensor, "n D"]:
-        pixels = self.processor.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
-        return _projected(self.model.get_image_features(pixel_values=pixels.to(self.device)))
-
-    @torch.inference_mode()
-    def captions(self, captions: Sequence[str]) -> Float32[Tensor, "n D"]:
-        cleaned = [clean(caption, Captions()) for caption in captions]
-        tokens = self.processor.tokenizer(cleaned, padding=True, truncation=True, max_length=77, return_tensors="pt")
-        inputs = {name: tokens[name].to(self.device) for name in ("input_ids", "attention_mask")}
-        return _projected(self.model.get_text_features(**inputs))
+def features(
+    source: FeatureSource, train: PreparedSplit, items: Items, choice: Choice, stream: Stream
+) -> tuple[Rows, dict[str, Any], Sides, Path]:
+    """The rows of all items in the space asked for, what they are, their sides, and the folder of the rows."""
+    identity = identity_of(source, train, choice.encoder)
+    sides = sides_of(source, train, choice.encoder, stream)
+    about: dict[str, Any] = {"space": choice.space, "unit": choice.unit, "dtype": choice.dtype, **identity}
+    if choice.unit == "image":
+        about["caption"] = choice.caption
+        about |= {"draw": config.hash_value(items.record_of.tolist())} if choice.caption == "seeded" else {}
+    folder = source.splits.cache / f"features-{config.hash_value(about)}"
+    with held(folder, wait=True):
+        if not (folder / DESCRIPTION).is_file():
+            blocks = in_space(sides, items, choice)
+            first = next(blocks)
+            write_rows(folder, itertools.chain([first], blocks), first[1].shape[1], choice.dtype, about)
+    return Rows.open(folder), about, sides, folder
 
 
-class ClipBlocks:
+def identity_of(source: FeatureSource, train: PreparedSplit, encoder: str) -> dict[str, Any]:
+    """All that decides the features of an encoder."""
+    return {"data": train.split.dataset.hash, **encoder_facts(source, encoder)}
+
+
+def encoder_facts(source: FeatureSource, encoder: str) -> dict[str, Any]:
+    """What decides the features of an encoder, but for the data."""
+    data, model, device = source.splits.data, source.splits.model, device_of(source.runtime).type
+    view = {"image_size", "normalise", "captions", "background", "exif_orientation"}
+    kind, _, name = encoder.partition(":")
+    if kind == "clip":
+        own = data.model_dump(mode="json", include=view - {"image_size", "normalise"})
+        return {"encoder": "clip", "part": clip_part(name).identity(), "device": device, "view": own}
+    facts: dict[str, Any] = {
+        "encoder": f"expert:{name or 0}" if kind == "expert" else encoder,
+        "device": device,
+        "view": data.model_dump(mode="json", include=view),
+    }
+    if kind == "expert":
+        return facts | {"store": source.store.name, "epoch": source.epochs}
+    if kind == "tower":
+        image = model.image
+        facts |= {"image": image_identity(image), "tower": image.model_dump(mode="json", exclude={"projection"})}
+        facts |= {"text": encoder_identity(model.text), "texts": model.text.model_dump(mode="json")}
+        return facts | ({"seed": source.seed} if image.weights == "random" else {})
+    return facts
+
+
+def sides_of(source: FeatureSource, train: PreparedSplit, encoder: str, stream: Stream) -> Sides:
+    """Images and captions of the split by an encoder, read from the cache or made by `stream`, block by block."""
+    split, identity = train.split, identity_of(source, train, encoder)
+    kind, _, name = encoder.partition(":")
+    folder = source.splits.cache / f"sides-{config.hash_value(identity)}"
+    images, texts = folder / "images", folder / "texts"
+    with held(folder, wait=True):
+        if kind == "columns":
+            for path, column in ((images, f"image.{name}"), (texts, f"text.{name}")):
+                if not (path / DESCRIPTION).is_file():
+                    write_rows(path, *column_rows(split, source.splits.data, column), "float32", identity)
+        elif kind == "clip":
+            clip = clip_part(name).folder()
+            of_images = functools.partial(ClipEncoder, source, clip, images, "image")
+            of_texts = functools.partial(ClipEncoder, source, clip, texts, "text")
+            encode_blocks(images, len(split), of_images, identity, stream)
+            encode_blocks(texts, len(train.texts), of_texts, identity, stream)
+        else:
+            tower = functools.partial(TowerEncoder, source, encoder, images)
+            encode_blocks(images, len(split), tower, identity, stream)
+            if kind == "expert" and not (texts / DESCRIPTION).is_file():
+                write_rows(texts, *_expert_texts(source, int(name or 0), train), "float32", identity)
+    embedded = Rows.of(train.texts) if kind == "tower" else Rows.open(texts)
+    return Sides(Rows.open(images), embedded, split)
+
+
+class TowerEncoder:
+    """An image tower at work: numbers of blocks to files of rows. It is loaded once."""
+
+    def __init__(self, source: FeatureSource, encoder: str, folder: Path):
+        self.train, self.folder, self.threads = source.splits.open("train"), folder, source.runtime.threads
+        self.device = device_here(source.runtime)
+        kind, _, name = encoder.partition(":")
+        if kind == "expert":
+            self.encode: Any = trained_expert(source, int(name or 0), self.train).to(self.device).embed_images
+        else:
+            draw = generator(source.seed, "coreset tower")
+            image, size = source.splits.model.image, source.splits.data.image_size
+            self.encode = build_image_tower(image, draw, size).eval().to(self.device)
+
+    def __call__(self, values: Values) -> Values:
+        split, first = self.train.split, values["block"] * BLOCK
+        ids = np.arange(first, min(first + BLOCK, len(split)))
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            with torch.no_grad():
+                rows = [self._batch(ids[i : i + BATCH]) for i in range(0, len(ids), BATCH)]
+        finally:
+            torch.set_num_threads(before)
+        save_block(self.folder, values["block"], ids, np.concatenate(rows))
+        return {"rows": len(ids)}
+
+    def _batch(self, index: np.ndarray) -> np.ndarray:
+        pixels = torch.from_numpy(np.array(self.train.split.some_images(index))).to(self.device)
+        return self.encode(normalise(pixels, self.train.mean, self.train.std)).float().cpu().numpy()
+
+
+def trained_expert(source: FeatureSource, number: int, train: PreparedSplit) -> DualEncoder:
+    """Expert `number` of the run's store after its last epoch, in eval mode."""
+    store = Store.open(source.store)
+    open_storage(source.runtime).fetch(store.folder(number))
+    if not store.is_complete(number):
+        raise ValueError(
+            f"expert {number} is not in the store at {store.path}, which has {store.complete()}; name one of these, or "
+            "raise experts.num"
+        )
+    size = source.splits.data.image_size
+    model = build(source.splits.model, train.texts.shape[1], size, source.seed, "expert", number)
+    model.load_trained(store.read(number, store.epochs))
+    return model.eval()
+
+
+def _expert_texts(source: FeatureSource, number: int, train: PreparedSplit) -> tuple[Iterator[Part], int]:
+    model = trained_expert(source, number, train)
+
+    def embedded(start: int) -> np.ndarray:
+        with torch.no_grad():
+            return model.embed_texts(torch.from_numpy(np.array(train.texts[start : start + BLOCK]))).numpy()
+
+    count = len(train.texts)
+    width = embedded(0).shape[1]
+    return ((np.arange(s, min(s + BLOCK, count)), embedded(s)) for s in range(0, count, BLOCK)), width
+
+
+class ClipEncoder:
     """Numbers of blocks of one side to files of rows. The CLIP is loaded once."""
 
-    def __init__(self, item: Item, place: Path, folder: Path, side: Literal["image", "text"]):
-        self.split, self.folder, self.side = prepared_split(item, "train").split, folder, side
-        self.data, self.threads = item.run.data, item.run.runtime.threads
-        self.clip = Clip(place, device_of(item.run.runtime))
+    def __init__(self, source: FeatureSource, clip: Path, folder: Path, side: Literal["image", "text"]):
+        self.split, self.folder, self.side = source.splits.open("train").split, folder, side
+        self.data, self.threads = source.splits.data, source.runtime.threads
+        self.clip = Clip(clip, device_of(source.runtime))
 
     def __call__(self, values: Values) -> Values:
         first = values["block"] * BLOCK
@@ -79,7 +198,7 @@ class ClipBlocks:
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
-            rows = np.concatenate([self._rows(ids[i : i + BATCH]) for i in range(0, len(ids), BATCH)])
+            rows = np.concatenate([self._rows(ids[i : i + CLIP_BATCH]) for i in range(0, len(ids), CLIP_BATCH)])
         finally:
             torch.set_num_threads(before)
         if not np.isfinite(rows).all():
@@ -96,8 +215,3 @@ class ClipBlocks:
         rule = {name: getattr(self.data, name) for name in ("max_pixels", "background", "exif_orientation")}
         encoded = dict(read_rows(self.split.dataset, "train", self.split.rows[ids]))
         return self.clip.images([decode(encoded[int(row)], **rule) for row in self.split.rows[ids]]).cpu().numpy()
-
-
-def _projected(found: Any) -> Tensor:
-    """The projected features, which transformers wraps since version 5."""
-    return (found if isinstance(found, Tensor) else found.pooler_output).float()

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rmdd.core.device import device_of
 from rmdd.core.files import atomic_path
 from rmdd.core.storage import open_storage
 from rmdd.coresets.rows import Part, Rows
@@ -17,7 +16,7 @@ from rmdd.generate.evlf_tuning import FusionRule, fusion_of
 from rmdd.generate.stable_diffusion import diffusion_of
 from rmdd.generate.studio import Studio
 from rmdd.generate.tuning import read_tuned, use_tuned
-from rmdd.runs.tasks import Item, prepared_split
+from rmdd.models.prepared import SplitSource
 
 BLOCK = 512
 """Caption records of a file."""
@@ -28,11 +27,19 @@ class Fuser:
     """A trained fusion at work: numbers of blocks of records to files of scaled fused latents (n, D), float16."""
 
     def __init__(
-        self, item: Item, generator: Path, rule: FusionRule, size: int, seed: int, tuned: Path | None, folder: Path
+        self,
+        splits: SplitSource,
+        threads: int,
+        generator: Path,
+        rule: FusionRule,
+        size: int,
+        seed: int,
+        tuned: Path | None,
+        folder: Path,
     ):
-        self.split, self.folder, self.threads = prepared_split(item, "train").split, folder, item.run.runtime.threads
-        self.data = item.run.data.model_copy(update={"image_size": size})
-        self.diffusion = diffusion_of(generator, device_of(item.run.runtime))
+        self.split, self.folder, self.threads = splits.open("train").split, folder, threads
+        self.data = splits.data.model_copy(update={"image_size": size})
+        self.diffusion = diffusion_of(generator, splits.device)
         self.fusion, _ = fusion_of(rule, self.diffusion, size, seed)
         self.fusion.eval()
         if tuned is not None:
@@ -72,7 +79,8 @@ def fused_rows(studio: Studio, generator: Path, rule: FusionRule, size: int, tun
     storage.fetch(folder)
     blocks = range(-(-count // BLOCK))
     todo: list[Values] = [{"block": b} for b in blocks if not _file(folder, b).is_file()]
-    make = functools.partial(Fuser, studio.item, generator, rule, size, studio.seed, tuned, folder)
+    splits, threads = studio.item.feature_source.splits, studio.run.runtime.threads
+    make = functools.partial(Fuser, splits, threads, generator, rule, size, studio.seed, tuned, folder)
     for _ in studio.stream("fused latents", "pairs")(make, todo):
         pass
     storage.fetch(folder)

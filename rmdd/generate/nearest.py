@@ -12,8 +12,8 @@ from PIL import Image
 from rmdd.core.files import atomic_path
 from rmdd.coresets.rows import Rows
 from rmdd.execution.tasks import Values
-from rmdd.generate.features import Clip
 from rmdd.generate.studio import Studio
+from rmdd.models.clip import Clip
 
 BLOCK = 32
 """Pictures that are looked at together."""

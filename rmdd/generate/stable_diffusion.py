@@ -20,11 +20,11 @@ from rmdd.config.numbers import NonNegativeFloat, PositiveInt
 from rmdd.config.runfile import Section
 from rmdd.core.files import read_json
 from rmdd.core.seeding import generator
-from rmdd.generate.decode import Offload, Precision, Request, pictures, placed, quiet
+from rmdd.generate.decode import Offload, Precision, Request, pictures, placed
 from rmdd.generate.diffusion import Diffusion, grid_of
 from rmdd.generate.guidance import guided, scheduler_for, text_denoiser
-from rmdd.generate.parts import Part
 from rmdd.generate.tuning import read_tuned, use_tuned
+from rmdd.models.pretrained import Part, quiet
 
 _logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def load_pipeline(folder: Path, dtype: torch.dtype = torch.float32, kind: str = 
     """`<kind>Pipeline` of a folder, without a safety checker: what that blacks out would enter the set."""
     import diffusers
 
-    with quiet():
+    with quiet("transformers", "diffusers"):
         loaded = getattr(diffusers, f"{kind}Pipeline").from_pretrained(
             str(folder),
             dtype=dtype,

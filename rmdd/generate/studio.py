@@ -27,7 +27,8 @@ from rmdd.distill.synthetic import Synthetic, reduced
 from rmdd.distill.trajectory.matching import save_set
 from rmdd.execution.tasks import Executor, Hooks, Interrupted, OpenRanks, Stream, Values, in_turn
 from rmdd.generate.decode import Decoder, Painter, is_painted, picture_of, read_requests, write_requests
-from rmdd.generate.parts import Part
+from rmdd.generate.features import sides_of
+from rmdd.models.pretrained import Part
 from rmdd.models.text import embed
 
 if TYPE_CHECKING:
@@ -99,9 +100,7 @@ class Studio:
 
     def features(self, encoder: str) -> "Sides":
         """Both sides of the train split by an encoder of `rmdd.coresets`, such as `clip:ID`, raw; made once."""
-        from rmdd.coresets.features import sides_of
-
-        return sides_of(self.item, self.train, encoder, self.stream(f"features of {encoder}", "rows"))
+        return sides_of(self.item.feature_source, self.train, encoder, self.stream(f"features of {encoder}", "rows"))
 
     def draw(
         self,

@@ -30,10 +30,10 @@ from rmdd.execution.tasks import Values
 from rmdd.generate.captioners import DEFAULT_IDS, PROMPTS, Describer, Gathered, Speaker, alike, described
 from rmdd.generate.decode import Precision
 from rmdd.generate.edge_tuning import EdgeTrainer, EdgeTuning, draws
-from rmdd.generate.parts import Part
 from rmdd.generate.stable_diffusion import FromCaption, Sampling, cut_captions, diffusion_of, generator_part
 from rmdd.methods.base import Need
 from rmdd.methods.tuned import TunedMethod
+from rmdd.models.pretrained import Part
 
 if TYPE_CHECKING:
     import torch
@@ -94,9 +94,9 @@ class EDGE(TunedMethod):
         options, found = self.options, [generator_part(self.options.generator)]
         nearest = self._asks and options.captioner.kind == "nearest"
         if options.tuning.steps != 0 or nearest:
-            from rmdd.generate.features import part_of
+            from rmdd.models.clip import clip_part
 
-            found.append(part_of(options.clip, "distill.options.clip: FOLDER"))
+            found.append(clip_part(options.clip, "distill.options.clip: FOLDER"))
         if self._asks and not nearest:
             found.append(self._captioner)
         return found
@@ -128,7 +128,7 @@ class EDGE(TunedMethod):
         return self.options.tuning.updates(captions)
 
     def trainer(self, train: PreparedSplit, device: torch.device) -> EdgeTrainer:
-        from rmdd.generate.features import Clip
+        from rmdd.models.clip import Clip
 
         generator, clip = self.parts()[:2]
         seen = Clip(clip.folder(), device)

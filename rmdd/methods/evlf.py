@@ -30,7 +30,6 @@ from rmdd.config.numbers import NonNegativeFloat, PositiveInt
 from rmdd.core.seeding import generator
 from rmdd.generate.decode import Decoder
 from rmdd.generate.evlf_tuning import FusionRule, FusionTrainer
-from rmdd.generate.parts import Part
 from rmdd.generate.stable_diffusion import (
     FromLatent,
     NearLatent,
@@ -41,6 +40,7 @@ from rmdd.generate.stable_diffusion import (
     latent_shape,
 )
 from rmdd.methods.tuned import TunedMethod
+from rmdd.models.pretrained import Part
 
 if TYPE_CHECKING:
     import torch

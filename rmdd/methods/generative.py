@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 from rmdd.methods.base import Family, Method, Need
 
 if TYPE_CHECKING:
-    from rmdd.generate.parts import Part
     from rmdd.generate.studio import Studio
+    from rmdd.models.pretrained import Part
 
 
 class GenerativeMethod(Method, ABC):
@@ -24,7 +24,7 @@ class GenerativeMethod(Method, ABC):
 
     def faults(self) -> list[str]:
         """What can be known to keep its parts from working, a line each; asks a hub, downloads nothing."""
-        from rmdd.generate import parts
+        from rmdd.models import pretrained as parts
 
         return parts.faults(self.parts())
 

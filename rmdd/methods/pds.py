@@ -26,8 +26,9 @@ from pydantic import Field
 
 from rmdd import config
 from rmdd.config.numbers import PositiveInt
-from rmdd.generate import parts
 from rmdd.methods.generative import GenerativeMethod
+from rmdd.models import pretrained as parts
+from rmdd.models.clip import clip_part, projection_width
 
 if TYPE_CHECKING:
     import numpy as np
@@ -132,10 +133,8 @@ class PDS(GenerativeMethod):
         return found
 
     def parts(self) -> list[parts.Part]:
-        from rmdd.generate.features import part_of
-
         kind, _, name = self.options.features.partition(":")
-        asked = [part_of(name, "distill.options.features: clip:FOLDER")] if kind == "clip" else []
+        asked = [clip_part(name, "distill.options.features: clip:FOLDER")] if kind == "clip" else []
         how = self.options.decode
         if how != "nearest":
             name = self.options.decoder or DECODERS[how]
@@ -146,10 +145,10 @@ class PDS(GenerativeMethod):
     def faults(self) -> list[str]:
         found, asked = super().faults(), self.parts()
         if len(asked) == 2 and not parts.missing(asked):
-            from rmdd.generate import decode, features
+            from rmdd.generate import decode
 
             clip, decoder = (part.folder() for part in asked)
-            if (given := features.width_of(clip)) != (taken := decode.width_of(decoder)):
+            if (given := projection_width(clip)) != (taken := decode.width_of(decoder)):
                 found.append(
                     f"distill.options.features: {asked[0].id} gives embeddings of width {given}, and the decoder "
                     f"{asked[1].id} takes {taken}; take the CLIP that the decoder was trained with"

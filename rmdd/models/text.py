@@ -3,7 +3,6 @@
 T captions, U distinct captions, F features.
 """
 
-import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -23,6 +22,7 @@ from rmdd.core.files import allocate, atomic_path, read_json, sha256_file, write
 from rmdd.core.locks import held
 from rmdd.core.seeding import generator
 from rmdd.execution.tasks import Stream, Values, in_turn
+from rmdd.models.pretrained import quiet
 
 MODEL_FILES = (".json", ".txt", ".model", ".safetensors", ".bin")  # weights, configuration and tokenizer
 
@@ -239,7 +239,8 @@ def _load(tower: TextTower, config: Any, device: torch.device | str) -> tuple[An
     source, revision = _source(tower), getattr(config, "_commit_hash", None) or "main"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-        with torch.random.fork_rng(devices=[]), _quiet():  # unused heads, such as a missing pooler, are drawn at random
+        # the fork: unused heads, such as a missing pooler, are drawn at random
+        with torch.random.fork_rng(devices=[]), quiet("transformers"):
             model, info = AutoModel.from_pretrained(
                 source, revision=revision, config=config, dtype=torch.float32, output_loading_info=True
             )
@@ -257,22 +258,6 @@ def _load(tower: TextTower, config: Any, device: torch.device | str) -> tuple[An
     if tower.max_tokens > longest:
         raise ValueError(f"model.text.max_tokens is {tower.max_tokens} but '{tower.name}' reads {longest}; lower it")
     return tokenizer, model.to(device).eval()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bar and its report on heads that an encoder does not use."""
-    from transformers.utils import logging
-
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
 
 
 class _Transformer:

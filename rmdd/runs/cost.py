@@ -193,7 +193,7 @@ def store_bytes(size: Size, experts: int, epochs_kept: int, dtype: str = "float3
 
 def synthetic_numbers(run: config.Run, text_width: int) -> list[int]:
     """Learnable numbers per phase."""
-    from rmdd.artefact.budget import cost
+    from rmdd.config.budget import cost
 
     s = run.distill.similarity
     return [cost([p.pairs], run.stored_size, text_width, s.kind, s.rank) for p in run.distill.phases]

@@ -13,9 +13,9 @@ from rmdd.data.shards import Dataset
 from rmdd.distill.trajectory.matching import finished, snapshot_iterations
 from rmdd.evaluate import protocol
 from rmdd.experts.train import kept_epochs
-from rmdd.generate.parts import obtain
 from rmdd.methods.generative import GenerativeMethod
 from rmdd.models.image import image_identity
+from rmdd.models.pretrained import obtain
 from rmdd.models.text import encoder_identity
 
 NUMBERS_VERSION = 4

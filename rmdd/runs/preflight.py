@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from rmdd import config, methods
-from rmdd.artefact import budget
+from rmdd.config import budget
 from rmdd.core.files import read_json
 from rmdd.data.shards import MANIFEST, Dataset
 from rmdd.distill.trajectory.planning import PLAN, foreseen, over_budget, with_phases, without_a_phase
 from rmdd.evaluate.probes import of_run as probes
 from rmdd.experts.store import Store
 from rmdd.experts.train import kept_epochs
-from rmdd.generate import parts
+from rmdd.models import pretrained as parts
 from rmdd.models.dual import DualEncoder
 from rmdd.models.image import double_backward, matching_context, weights_file
 from rmdd.models.text import encoder_identity

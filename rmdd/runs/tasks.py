@@ -42,6 +42,7 @@ from rmdd.experts import gang
 from rmdd.experts.feed import Stream
 from rmdd.experts.store import Store
 from rmdd.experts.train import expert_model, train_expert
+from rmdd.generate.features import FeatureSource
 from rmdd.generate.studio import Studio, Tools
 from rmdd.methods.generative import GenerativeMethod
 from rmdd.methods.tuned import TunedMethod
@@ -84,6 +85,12 @@ class Item:
         """Where the splits of the run are read from."""
         run = self.run
         return SplitSource(self.places.data, self.places.cache, run.data, run.model, device_of(run.runtime))
+
+    @property
+    def feature_source(self) -> FeatureSource:
+        """What embeds the training split."""
+        run = self.run
+        return FeatureSource(self.source, self.places.store, run.experts.epochs, run.seed_of("experts"), run.runtime)
 
 
 def prepared_split(item: Item, split: str) -> PreparedSplit:

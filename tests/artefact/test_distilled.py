@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 
 import rmdd
 from rmdd.artefact import distilled
-from rmdd.artefact.budget import cost
 from rmdd.artefact.distilled import DistilledSet, Subset
+from rmdd.config.budget import cost
 
 KINDS = ("full", "low_rank", "identity")
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from rmdd import config, methods
-from rmdd.artefact import budget
+from rmdd.config import budget
 from rmdd.distill.trajectory.planning import foreseen
 from rmdd.methods import BUILT_IN
 from rmdd.methods.ptm_st import without

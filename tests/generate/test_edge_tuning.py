@@ -27,7 +27,7 @@ def drawn_pictures(records, size):
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    from rmdd.generate.features import Clip
+    from rmdd.models.clip import Clip
 
     return Clip(tiny_parts.clip(tmp_path_factory.mktemp("clip")), torch.device("cpu"))
 

@@ -25,12 +25,12 @@ from rmdd.cli.common import placed
 from rmdd.comparisons.coreset import coreset
 from rmdd.config import Captions
 from rmdd.core.progress import Progress
-from rmdd.coresets.features import identity_of
 from rmdd.coresets.rows import Rows
 from rmdd.data.captions import clean
 from rmdd.data.decode import decode
 from rmdd.data.images import denormalise
 from rmdd.generate.decode import StableUnclip
+from rmdd.generate.features import identity_of
 from rmdd.methods.pds import decoder_of
 from rmdd.pipeline import open_pipeline
 from rmdd.runs.paths import places_of, run_folder
@@ -165,7 +165,9 @@ def test_images_are_embedded_once_as_clip_itself_does(finished, parts):
     storage, _ = finished
     with open_pipeline(load(storage, **parts), Progress(quiet=True)) as pipeline:
         item, train = pipeline.item(), pipeline.prepared_split("train")
-    folder = item.places.cache / f"sides-{config.hash_value(identity_of(item, train, parts['features']))}"
+    folder = (
+        item.places.cache / f"sides-{config.hash_value(identity_of(item.feature_source, train, parts['features']))}"
+    )
     images, texts = Rows.open(folder / "images"), Rows.open(folder / "texts")
     assert (len(images), len(texts)) == (12, len(train.split.captions)) and images.width == tiny_parts.D
     place = parts["features"].removeprefix("clip:")

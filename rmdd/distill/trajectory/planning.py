@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmdd import config, methods
-from rmdd.artefact import budget
+from rmdd.config import budget
 from rmdd.distill.trajectory import signals
 from rmdd.distill.trajectory.matching import Matcher
 from rmdd.experts.store import Store

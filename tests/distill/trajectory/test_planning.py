@@ -111,7 +111,7 @@ def test_few_updates_make_one_phase():
 
 
 def test_sizes_use_the_budget_up():
-    from rmdd.artefact import budget
+    from rmdd.config import budget
 
     run = published(200)
     found = sizes(run, 768, 3)

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rmdd.artefact.budget import check, cost, largest, pair_parameters, similarity_parameters, split
+from rmdd.config.budget import check, cost, largest, pair_parameters, similarity_parameters, split
 
 PAPER = {"image_size": 224, "text_width": 768}
 

@@ -12,8 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import tiny_parts
 
-from rmdd.generate.features import part_of
-from rmdd.generate.parts import Part, faults, licence_of, missing, obtain, told, wanted
+from rmdd.models.clip import clip_part
+from rmdd.models.pretrained import Part, faults, licence_of, missing, obtain, told, wanted
 
 HUB = "nobody/tiny-clip"
 OLD = "0ddba11" + 33 * "0"
@@ -42,7 +42,7 @@ def in_cache(folder, cache, commit="c0ffee", name=HUB):
 
 def test_a_folder_is_whole_pinned_by_its_bytes_and_tells_its_licence(made, tmp_path):
     clip, unclip = (shutil.copytree(path, tmp_path / path.name) for path in made)
-    parts = [part_of(str(clip)), Part.of("decoder", str(unclip), "diffusers")]
+    parts = [clip_part(str(clip)), Part.of("decoder", str(unclip), "diffusers")]
     assert missing(parts) == faults(parts) == []
     obtain(parts)
     facts = [told(part) for part in parts]
@@ -55,7 +55,7 @@ def test_a_folder_is_whole_pinned_by_its_bytes_and_tells_its_licence(made, tmp_p
     tiny_parts.clip(clip, seed=9)  # the same shapes and sizes, other numbers
     assert parts[0].identity() != before
     moved = shutil.copytree(made[0], tmp_path / "elsewhere")
-    assert part_of(str(moved)).identity() == before
+    assert clip_part(str(moved)).identity() == before
 
 
 def test_what_a_folder_lacks_is_named(made, tmp_path):
@@ -64,13 +64,13 @@ def test_what_a_folder_lacks_is_named(made, tmp_path):
     (clip / "tokenizer.json").unlink()
     (unclip / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     shutil.rmtree(unclip / "scheduler")
-    parts = [part_of(str(clip)), Part.of("decoder", str(unclip), "diffusers")]
+    parts = [clip_part(str(clip)), Part.of("decoder", str(unclip), "diffusers")]
     assert parts[0].lacking() == ["weights (*.safetensors)", "tokenizer.json|vocab.json"]
     assert parts[1].lacking() == ["scheduler/", "unet/weights (*.safetensors)"]
     with pytest.raises(ValueError, match=r"2 pretrained part\(s\) are missing") as error:
         obtain(parts)
     assert f"folder {clip}: it lacks weights" in str(error.value) and "scheduler/" in str(error.value)
-    gone = part_of(str(tmp_path / "nowhere"))
+    gone = clip_part(str(tmp_path / "nowhere"))
     assert gone.lacking() == ["all of it"] and "there is no such folder" in faults([gone])[0]
     with pytest.raises(ValueError, match="no such folder"):
         gone.folder()
@@ -81,25 +81,25 @@ def test_weights_in_parts_are_whole_when_all_are_there(made, tmp_path):
     names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     (clip / "model.safetensors").rename(clip / names[0])
     (clip / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict(zip("ab", names, strict=True))}))
-    assert part_of(str(clip)).lacking() == [names[1]]
+    assert clip_part(str(clip)).lacking() == [names[1]]
     (clip / names[1]).write_bytes(b"rest")
-    assert part_of(str(clip)).lacking() == []
+    assert clip_part(str(clip)).lacking() == []
 
 
 def test_a_hub_id_is_taken_from_the_cache_and_pinned_by_its_commit(made, tmp_path):
     snapshot = in_cache(made[0], tmp_path / "hub")
     in_cache(made[0], tmp_path / "hub", OLD)
     (tmp_path / "hub" / "models--nobody--tiny-clip" / "refs" / "main").write_text("c0ffee")
-    part = part_of(HUB)
+    part = clip_part(HUB)
     assert part.folder() == snapshot and part.identity() == "c0ffee" and not part.is_local
-    assert part_of(f"{HUB}@{OLD}").identity() == OLD
+    assert clip_part(f"{HUB}@{OLD}").identity() == OLD
     assert part.facts()["id"] == HUB and part.facts()["licence"] == "mit"
     (snapshot / "model.safetensors").unlink()  # a download that was cut off
     assert part.lacking() == ["weights (*.safetensors)"]
 
 
 def test_without_network_a_missing_hub_id_is_told_with_its_size_and_a_way_out():
-    part = part_of("openai/clip-vit-large-patch14@abc", "distill.options.features: clip:FOLDER")
+    part = clip_part("openai/clip-vit-large-patch14@abc", "distill.options.features: clip:FOLDER")
     (line,) = faults([part])
     for words in ("clip: openai/clip-vit-large-patch14@abc", "1.7 GB", "offline mode", "hf download", "--revision abc"):
         assert words in line
@@ -148,9 +148,9 @@ def hub_of(folder):
 
 ASK = """
 import sys
-from rmdd.generate.features import part_of
-from rmdd.generate.parts import faults, obtain
-part = part_of(sys.argv[1])
+from rmdd.models.clip import clip_part
+from rmdd.models.pretrained import faults, obtain
+part = clip_part(sys.argv[1])
 before = part.lacking()
 assert faults([part]) == []
 obtain([part])

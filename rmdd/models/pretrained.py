@@ -6,11 +6,13 @@ of it is pinned: a folder by the hash of its files, a hub id by its commit.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import functools
 import hashlib
+import importlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -291,3 +293,20 @@ def _unreachable(part: Part) -> str:
 
 def _briefly(error: Exception) -> str:
     return (" ".join(str(error).split()) or type(error).__name__)[:120]
+
+
+@contextlib.contextmanager
+def quiet(*libraries: Literal["transformers", "diffusers"]) -> Iterator[None]:
+    """Load models without the progress bars and the advice of these libraries."""
+    logs = [importlib.import_module(f"{library}.utils.logging") for library in libraries]
+    before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
+    for log in logs:
+        log.set_verbosity_error()
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log, (level, bar) in zip(logs, before, strict=True):
+            log.set_verbosity(level)
+            if bar:
+                log.enable_progress_bar()

@@ -1,0 +1,61 @@
+"""CLIP: images and captions to projected features of raw scale.
+
+Images go through the processor of the CLIP itself (resize and centre crop, no augmentation); captions are cleaned as
+published (lower case, no punctuation, 30 words at most). Nothing is brought to unit length: unCLIP decoders read the
+length too. n rows, D projection width.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float32
+from PIL import Image
+from torch import Tensor
+
+from rmdd.config import Captions
+from rmdd.core.files import read_json
+from rmdd.data.captions import clean
+from rmdd.models.pretrained import Part, quiet
+
+FILES = ("preprocessor_config.json|processor_config.json", "tokenizer.json|vocab.json")
+
+
+def clip_part(name: str, option: str = "") -> Part:
+    """The CLIP that an encoder `clip:NAME` names."""
+    return Part.of("clip", name, files=FILES, option=option)
+
+
+def projection_width(folder: Path) -> int:
+    """D of the CLIP in a folder."""
+    return int(read_json(folder / "config.json")["projection_dim"])
+
+
+class Clip:
+    """A CLIP with its processor, in float32."""
+
+    def __init__(self, folder: Path, device: torch.device):
+        from transformers import CLIPModel, CLIPProcessor
+
+        self.device = device if torch.cuda.is_available() else torch.device("cpu")
+        with quiet("transformers"):
+            self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().to(self.device)
+            self.processor: Any = CLIPProcessor.from_pretrained(folder)
+
+    @torch.inference_mode()
+    def images(self, images: Sequence[Image.Image]) -> Float32[Tensor, "n D"]:
+        pixels = self.processor.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
+        return _projected(self.model.get_image_features(pixel_values=pixels.to(self.device)))
+
+    @torch.inference_mode()
+    def captions(self, captions: Sequence[str]) -> Float32[Tensor, "n D"]:
+        cleaned = [clean(caption, Captions()) for caption in captions]
+        tokens = self.processor.tokenizer(cleaned, padding=True, truncation=True, max_length=77, return_tensors="pt")
+        inputs = {name: tokens[name].to(self.device) for name in ("input_ids", "attention_mask")}
+        return _projected(self.model.get_text_features(**inputs))
+
+
+def _projected(found: Any) -> Tensor:
+    """The projected features, which transformers wraps since version 5."""
+    return (found if isinstance(found, Tensor) else found.pooler_output).float()
