@@ -19,14 +19,15 @@ if TYPE_CHECKING:
     from rmdd.comparisons.transfer import transfer as transfer
     from rmdd.config import Run as Run
     from rmdd.config import load as load_config
+    from rmdd.core.version import VERSION as __version__
     from rmdd.pipeline import run as run
     from rmdd.searches import search as search
     from rmdd.searches.sweeps import sweep as sweep
 
-    __version__: str
 
 _HOME = {
     "Run": ("rmdd.config", "Run"),
+    "__version__": ("rmdd.core.version", "VERSION"),
     "compare": ("rmdd.comparisons.compare", "compare"),
     "coreset": ("rmdd.comparisons.coreset", "coreset"),
     "load": ("rmdd.artefact.distilled", "load"),
@@ -52,8 +53,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        return _version()
     if name not in _HOME:
         raise AttributeError(f"module 'rmdd' has no attribute '{name}'; it has {', '.join(__all__)}")
     module, attribute = _HOME[name]
@@ -62,12 +61,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("rmdd")
-    except PackageNotFoundError:  # a source tree that was never installed
-        return "0+unknown"

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rmdd import config, methods
+from rmdd.artefact.assemble import assemble
+from rmdd.artefact.card import export
 from rmdd.core.device import device_of
 from rmdd.core.files import atomic_path, read_json, write_json
 from rmdd.core.progress import Progress, watched
-from rmdd.core.storage import anchored, open_storage
+from rmdd.core.storage import anchored, open_storage, run_folder
 from rmdd.core.tracking import is_curve
+from rmdd.core.version import VERSION
 from rmdd.data.captions import SplitCaptions
 from rmdd.data.ingest import ingest
 from rmdd.data.shards import Dataset
@@ -46,17 +49,7 @@ from rmdd.experts.train import begin_store
 from rmdd.generate.studio import Tools
 from rmdd.models.prepared import PreparedSplit
 from rmdd.models.text import embed, encoder_identity, text_width
-from rmdd.runs.paths import (
-    HEALTH,
-    Places,
-    bring_parts,
-    candidates_of,
-    dataset_folder,
-    is_made,
-    places_of,
-    protocol_of,
-    run_folder,
-)
+from rmdd.runs.paths import HEALTH, Places, bring_parts, candidates_of, dataset_folder, is_made, places_of, protocol_of
 from rmdd.runs.tasks import Item, checkup, expert, generate, phase, plan, prepared_split, record, shared_phase, student
 
 P = TypeVar("P", bound="Pipeline")
@@ -299,13 +292,20 @@ class Pipeline:
 
     def export(self) -> Path:
         """Write the distilled set with its numbers; returns its folder."""
-        from rmdd.artefact.assemble import assemble
-
         evaluation = self.evaluate()
         dataset = self.ingest()
         with self._timed("export"):
-            item = replace(self._item(dataset), iterations=tuple(evaluation["iterations"]))
-            assemble(item, prepared_split(item, "train"), evaluation).save(self.folder / "set", overwrite=True)
+            item, iterations = self._item(dataset), evaluation["iterations"]
+            distilled = assemble(
+                self.run,
+                prepared_split(item, "train"),
+                [item.places.set(p, i) for p, i in enumerate(iterations)],
+                experts=item.places.store.name,
+                iterations=iterations,
+                metrics=evaluation["table"],
+                version=VERSION,
+            )
+            export(distilled, self.folder / "set", overwrite=True)
         return self.folder / "set"
 
     def report(self) -> Path:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from rmdd import config
 from rmdd.data.shards import Dataset
 from rmdd.data.splits import Split
+from rmdd.evaluate.students import score
 from rmdd.execution.tasks import Hooks
 from rmdd.experts import gang
 from rmdd.experts.store import Store
@@ -49,7 +50,16 @@ def train(item: tuple[Path, config.Run], hooks: Hooks) -> bool:
     team = gang.team_of(hooks.seat, run.experts.gang.strategy, CPU) if hooks.seat else None
     data = prepared_split()
     return train_expert(
-        run, 0, Store.open(path), data, data, CPU, hooks.report, hooks.should_stop, loader_workers=0, team=team
+        run,
+        0,
+        Store.open(path),
+        data,
+        lambda model: score(model, data, CPU).mean,
+        CPU,
+        hooks.report,
+        hooks.should_stop,
+        loader_workers=0,
+        team=team,
     )
 
 

@@ -13,11 +13,11 @@ import torch
 import rmdd
 from rmdd import config
 from rmdd.core.progress import Progress
+from rmdd.core.storage import run_folder
 from rmdd.data.ingest import ingest
 from rmdd.distill.trajectory.matching import load_set, save_set
 from rmdd.execution.tasks import InTurn
 from rmdd.pipeline import Pipeline, open_pipeline
-from rmdd.runs.paths import run_folder
 
 CLOCKS = ("seconds.json", "cost.json", "report.html")
 TINY = {

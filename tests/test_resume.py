@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from rmdd import config
-from rmdd.runs.paths import run_folder
+from rmdd.core.storage import run_folder
 
 pytestmark = pytest.mark.ray
 

@@ -15,13 +15,13 @@ from rmdd.analyse.drawing import Sheet, write_csv
 from rmdd.analyse.setting import TRAJECTORIES, every_epoch
 from rmdd.config import budget
 from rmdd.core.progress import Progress
+from rmdd.core.storage import run_folder
 from rmdd.distill.trajectory.planning import stated
 from rmdd.distill.trajectory.signals import val_curve
 from rmdd.experts.store import Store
 from rmdd.experts.train import kept_epochs
 from rmdd.models.text import text_width
 from rmdd.pipeline import open_pipeline
-from rmdd.runs.paths import run_folder
 from rmdd.searches.sweeps import Member, Swept, members, run_all
 
 TITLES = {

@@ -3,6 +3,8 @@
 M synthetic texts, T real captions, F text feature width.
 """
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,30 +12,36 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-import rmdd
 from rmdd import config
 from rmdd.artefact.distilled import DistilledSet, Subset
 from rmdd.core.files import read_json
-from rmdd.data.shards import Dataset
 from rmdd.distill.similarity import per_pair
 from rmdd.distill.trajectory.matching import load_set
 from rmdd.models.prepared import PreparedSplit
 from rmdd.models.text import encoder_identity
-from rmdd.runs.tasks import Item
 
 CHUNK = 8192
 CAPTIONS, PARTS, FACTS = "captions.json", "parts.json", "facts.json"
 """In the folder of a generated phase: the strings of its pairs, the pretrained parts that made it, and how it went."""
 
 
-def assemble(item: Item, train: PreparedSplit, evaluation: dict[str, Any]) -> DistilledSet:
-    """The set that `evaluation` chose, with its captions, its origin and its numbers.
+def assemble(
+    run: config.Run,
+    train: PreparedSplit,
+    sets: Sequence[Path],
+    *,
+    experts: str,
+    iterations: Sequence[int],
+    metrics: dict[str, Any],
+    version: str,
+) -> DistilledSet:
+    """The distilled set of a run: its captions, its origin and its numbers.
 
-    `item.iterations` names the snapshot of each phase. A phase that began from noise has no source pairs.
+    `sets` are the chosen snapshot of each phase, in the phase's folder, and `iterations` the updates of each; `experts`
+    is the hash of their store, `version` that of rmdd. A phase that began from noise has no source pairs.
     """
-    run = item.run
     return DistilledSet(
-        subsets=tuple(_subset(item, train, p) for p in range(len(run.distill.phases))),
+        subsets=tuple(_subset(path, train, real=run.distill.init != "noise") for path in sets),
         mean=train.mean,
         std=train.std,
         model=run.model.model_dump(mode="json")
@@ -42,8 +50,8 @@ def assemble(item: Item, train: PreparedSplit, evaluation: dict[str, Any]) -> Di
         loss=run.distill.loss,
         config=portable(run),
         image_size=run.data.image_size,
-        provenance=_provenance(item),
-        metrics=evaluation["table"],
+        provenance=_provenance(run, train, sets, experts, iterations, version),
+        metrics=metrics,
     )
 
 
@@ -65,11 +73,10 @@ def nearest(queries: Float[Tensor, "M F"], captions: Float[np.ndarray, "T F"], c
     return where
 
 
-def _subset(item: Item, train: PreparedSplit, phase: int) -> Subset:
-    synthetic = load_set(item.places.set(phase, item.iterations[phase]))
-    records: list[int] = read_json(item.places.phase(phase) / "records.json")
-    split, real = train.split, item.run.distill.init != "noise"
-    written = item.places.phase(phase) / CAPTIONS
+def _subset(path: Path, train: PreparedSplit, real: bool) -> Subset:
+    synthetic, split = load_set(path), train.split
+    records: list[int] = read_json(path.parent / "records.json")
+    written = path.parent / CAPTIONS
     if written.is_file():  # pairs that carry their own strings
         captions = read_json(written)
     else:
@@ -87,22 +94,23 @@ def _subset(item: Item, train: PreparedSplit, phase: int) -> Subset:
     )
 
 
-def _provenance(item: Item) -> dict[str, Any]:
-    run, data = item.run, Dataset.open(item.places.data)
-    asked = [item.places.phase(p) / PARTS for p in range(len(run.distill.phases))]
+def _provenance(
+    run: config.Run, train: PreparedSplit, sets: Sequence[Path], experts: str, iterations: Sequence[int], version: str
+) -> dict[str, Any]:
+    data, asked = train.split.dataset, [path.parent / PARTS for path in sets]
     parts = {part["role"]: part for path in asked if path.is_file() for part in read_json(path)}
     told = [path.with_name(FACTS) for path in asked if path.with_name(FACTS).is_file()]
     return {
-        "rmdd": rmdd.__version__,
+        "rmdd": version,
         "torch": torch.__version__,
         "data": {
             "hash": data.hash,
             "counts": data.counts,
             "bytes": sum(shard["bytes"] for shard in data.manifest["shards"]),
         },
-        "experts": item.places.store.name,
-        "phases": item.places.phases.name,
-        "iterations": list(item.iterations),
+        "experts": experts,
+        "phases": sets[0].parent.parent.name,
+        "iterations": list(iterations),
         **({"parts": list(parts.values())} if parts else {}),
         **({"generated": {path.parent.name: read_json(path) for path in told}} if told else {}),
         "seeds": {

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
+from rmdd.artefact.distilled import CARD as CARD_FILE
+from rmdd.artefact.distilled import PREVIEW, DistilledSet
 from rmdd.data.images import denormalise
-
-if TYPE_CHECKING:
-    from rmdd.artefact.distilled import DistilledSet
 
 PREVIEW_PAIRS = 64
 TILE = (64, 128)  # smallest and largest side of a picture in the preview
@@ -24,6 +25,14 @@ LOSSES = {
     "kl": "sum(F.kl_div(z.log_softmax(d), (10 * s).softmax(d)) for d in (0, 1)) / 2",
     "mse": "(z.sigmoid() - s).square().mean()",
 }
+
+
+def export(distilled: DistilledSet, path: Path | str, overwrite: bool = False) -> Path:
+    """Save a set with its card and its preview. An existing set is replaced only when asked to."""
+    picture = io.BytesIO()
+    preview(distilled).save(picture, "PNG")
+    beside = {PREVIEW: picture.getvalue(), CARD_FILE: text(distilled).encode("utf-8")}
+    return distilled.save(path, overwrite, beside)
 
 
 def preview(distilled: DistilledSet) -> Image.Image:

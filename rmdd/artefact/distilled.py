@@ -5,16 +5,16 @@ M pairs of a subset, H x W image size, F text embedding width, R similarity rank
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rmdd.artefact import card
 from rmdd.config.budget import pair_parameters
 from rmdd.core.files import atomic_path, read_json, sha256_file, temporary_beside, write_json
 from rmdd.distill import similarity
@@ -146,8 +146,11 @@ class DistilledSet:
         """All pairs in training order as `image` (3, S, S) for S = `image_size`, `text`, `subset` and `index` in it."""
         return Pairs(self.subsets, self.image_size)
 
-    def save(self, path: Path | str, overwrite: bool = False) -> Path:
-        """Write the set as a folder, whole or not at all. An existing set is replaced only when asked to."""
+    def save(
+        self, path: Path | str, overwrite: bool = False, beside: Mapping[str, bytes] = MappingProxyType({})
+    ) -> Path:
+        """Write the set as a folder, whole or not at all, with the files `beside`, such as its card
+        (`rmdd.artefact.card.export`). An existing set is replaced only when asked to."""
         from safetensors.torch import save
 
         path = Path(path)
@@ -161,8 +164,8 @@ class DistilledSet:
             }
             (folder / TENSORS).write_bytes(save(tensors))  # save_file would make it readable by its owner alone
             _write_captions(self.subsets, folder / CAPTIONS)
-            card.preview(self).save(folder / PREVIEW)
-            (folder / CARD).write_text(card.text(self), encoding="utf-8")
+            for name, content in beside.items():
+                (folder / name).write_bytes(content)
             write_json(folder / DESCRIPTION, self._description(folder, tensors))
             aside = _move_aside(path)
         if aside:

@@ -280,9 +280,9 @@ def methods(
 @app.command()
 def version() -> None:
     """Print the version."""
-    import rmdd
+    from rmdd.core.version import VERSION
 
-    typer.echo(rmdd.__version__)
+    typer.echo(VERSION)
 
 
 def main(words: list[str] | None = None) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import shlex
 import signal
 import sys
@@ -14,8 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from rmdd import config
-from rmdd.config.probes import moved
-from rmdd.data.place import absolute
+from rmdd.runs.absolute import with_absolute_paths
 
 if TYPE_CHECKING:
     from rmdd.pipeline import Pipeline
@@ -36,9 +34,8 @@ def do(load: Callable[[], config.Run], step: Step, as_json: bool, quiet: bool, d
     with outcome(debug, folders):
         run = load()
         from rmdd.core.progress import Progress
-        from rmdd.core.storage import address_of, is_uri
+        from rmdd.core.storage import address_of, is_uri, run_folder
         from rmdd.pipeline import open_pipeline
-        from rmdd.runs.paths import run_folder
         from rmdd.runs.preflight import impossible
 
         if check and (mistakes := impossible(run)):
@@ -68,52 +65,14 @@ def load(source: str | Mapping[str, Any], sets: list[str]) -> config.Run:
     The paths of weights and of a text encoder are in the hash of a run, which names its folder: the same files at
     another place make another run.
     """
-    return placed(config.load(source, sets))
-
-
-def placed(run: config.Run) -> config.Run:
-    """The run with absolute paths."""
-    data, image, text = run.data, run.model.image, run.model.text
-    if data.root is not None:
-        data = data.model_copy(update={"root": _place(data.root)})
-    if image.weights != "pretrained" and not image.is_random:
-        image = image.model_copy(update={"weights": _absolute(image.weights)})
-    if Path(text.name).expanduser().is_dir():
-        text = text.model_copy(update={"name": _absolute(text.name)})
-    model = run.model.model_copy(update={"image": image, "text": text})
-    probes = {name: moved(probe, _place) for name, probe in run.evaluate.probes.items()}
-    evaluate = run.evaluate.model_copy(update={"probes": probes})
-    distill = run.distill.model_copy(update={"options": _parts(run.distill.options)})
-    return run.model_copy(update={"data": data, "model": model, "distill": distill, "evaluate": evaluate})
-
-
-def _parts(options: Mapping[str, Any]) -> dict[str, Any]:
-    def moved(value: Any) -> Any:
-        return _parts(value) if isinstance(value, Mapping) else _part(value) if isinstance(value, str) else value
-
-    return {name: moved(value) for name, value in options.items()}
-
-
-def _part(option: str) -> str:
-    """An option that names a folder, such as `./model` or `clip:./model`, with its absolute path."""
-    kind, colon, path = option.rpartition(":")
-    return f"{kind}{colon}{_absolute(path)}" if "/" in path and Path(path).expanduser().is_dir() else option
-
-
-def _place(path: str) -> str:
-    return absolute(os.path.expanduser(path))
-
-
-def _absolute(path: str) -> str:
-    return os.path.abspath(os.path.expanduser(path))
+    return with_absolute_paths(config.load(source, sets))
 
 
 def load_folder(place: str) -> config.Run:
     """The run that was begun in a folder, or at a URI."""
     import yaml
 
-    from rmdd.core.storage import is_uri, located
-    from rmdd.runs.paths import run_folder
+    from rmdd.core.storage import is_uri, located, run_folder
 
     storage, file = located(place, "run.yaml", depth=1)
     if not file.is_file():

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from rmdd import config
-from rmdd.cli.common import Debug, Json, Quiet, Sets, do, load_folder, outcome, placed, print_json, stop_on_sigterm
+from rmdd.cli.common import Debug, Json, Quiet, Sets, do, load_folder, outcome, print_json, stop_on_sigterm
+from rmdd.runs.absolute import with_absolute_paths
 
 
 def probe(
@@ -24,8 +25,8 @@ def probe(
         do(lambda: _run_with(place, probes, set_ or []), _evaluated, json, quiet, debug)
         return
     with outcome(debug):
+        from rmdd.comparisons.probe_set import probe_set, run_of
         from rmdd.core.progress import Progress
-        from rmdd.evaluate.probes.of_set import probe_set, run_of
 
         path = Path(place).expanduser()
         run = run_of(path, _read(probes), set_ or [])
@@ -45,7 +46,7 @@ def probe(
 def _run_with(place: str, file: Path, overrides: list[str]) -> config.Run:
     raw = load_folder(place).model_dump(mode="json")
     raw["evaluate"]["probes"] = _read(file)
-    run, begun = placed(config.load(raw, overrides)), load_folder(place)
+    run, begun = with_absolute_paths(config.load(raw, overrides)), load_folder(place)
     if run.hash_of() != begun.hash_of():
         told = "--set changes what the run is; only evaluate.probes, storage and runtime may change"
         raise config.ConfigError([told], place)

@@ -277,8 +277,8 @@ def planned(run: config.Run, where: str) -> config.Run:
     """`run` with its phases listed: those of random pairs make as many updates. Raises `ConfigError` without a plan."""
     if not run.distill.plan.plans:
         return run
+    from rmdd.core.storage import run_folder
     from rmdd.distill.trajectory.planning import PLAN, stated, with_phases
-    from rmdd.runs.paths import run_folder
 
     file = run_folder(run) / PLAN
     if not file.is_file():

@@ -264,6 +264,11 @@ def root_of(runtime: config.Runtime) -> Path:
     return _scratch(runtime) / f"{name}-{hashlib.sha256(uri.encode()).hexdigest()[:8]}"
 
 
+def run_folder(run: config.Run) -> Path:
+    """Where a run keeps its results: its name and the hash of its value."""
+    return root_of(run.runtime) / run.folder_name
+
+
 def address_of(runtime: config.Runtime, path: Path) -> str:
     """How a person names `path` of a storage, from any machine."""
     if not is_uri(runtime.storage):

@@ -18,7 +18,6 @@ from rmdd import config
 from rmdd.core.seeding import derive
 from rmdd.coresets import forgetting
 from rmdd.data.images import normalise
-from rmdd.evaluate.students import score
 from rmdd.experts.feed import Epoch, Stream, pictures
 from rmdd.experts.store import Store, Writer
 from rmdd.models.dual import DualEncoder, Params, build, tower_of
@@ -105,7 +104,7 @@ def train_expert(
     expert: int,
     store: Store,
     train: PreparedSplit,
-    val: PreparedSplit,
+    score: Callable[[DualEncoder], float],
     device: torch.device,
     on_epoch: Callable[[dict], None] = lambda metrics: None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -114,6 +113,8 @@ def train_expert(
     team: Team | None = None,
 ) -> bool:
     """Train until complete or told to stop; goes on after the last finished epoch. Returns whether complete.
+
+    `score` gives the val R@mean of a model on `device`.
 
     Stopping leaves the epoch at work undone; it is begun again from its start. In a team every worker calls this, and
     the leader reads and writes the store.
@@ -133,7 +134,7 @@ def train_expert(
         params = learner.trained()
         if writer:
             writer.check_finite(params)
-        metrics["val"] = score(model, val, device, run.evaluate.chunk).mean
+        metrics["val"] = score(model)
         if watch and done >= 0:
             watch.visit(model, device, done + 1)
         if writer:

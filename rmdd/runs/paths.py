@@ -6,7 +6,7 @@ from typing import Any
 
 from rmdd import config, methods
 from rmdd.core.device import device_of
-from rmdd.core.storage import root_of
+from rmdd.core.storage import root_of, run_folder
 from rmdd.data.ingest import shaping
 from rmdd.data.place import absolute
 from rmdd.data.shards import Dataset
@@ -60,11 +60,6 @@ class Places:
 
     def set(self, number: int, iteration: int) -> Path:
         return self.phase(number) / f"set-{iteration:06d}.safetensors"
-
-
-def run_folder(run: config.Run) -> Path:
-    """Where a run keeps its results: its name and the hash of its value."""
-    return root_of(run.runtime) / run.folder_name
 
 
 def dataset_folder(run: config.Run) -> Path:

@@ -8,6 +8,7 @@ from typing import Any
 from rmdd import config, methods
 from rmdd.config import budget
 from rmdd.core.files import read_json
+from rmdd.core.storage import run_folder
 from rmdd.data.shards import MANIFEST, Dataset
 from rmdd.distill.trajectory.planning import PLAN, foreseen, over_budget, with_phases, without_a_phase
 from rmdd.evaluate.probes import of_run as probes
@@ -18,7 +19,7 @@ from rmdd.models.dual import DualEncoder
 from rmdd.models.image import double_backward, matching_context, weights_file
 from rmdd.models.text import encoder_identity
 from rmdd.runs import cost as estimate
-from rmdd.runs.paths import Places, dataset_folder, generative, places_of, run_folder
+from rmdd.runs.paths import Places, dataset_folder, generative, places_of
 
 OF_PATH = ("start", "stop", "start_text", "stop_text", "endpoint")
 """Fields of a phase that lie on a path."""

@@ -36,6 +36,7 @@ from rmdd.evaluate.protocol import (
     train_and_score,
 )
 from rmdd.evaluate.retrieval import Ranks
+from rmdd.evaluate.students import score
 from rmdd.execution import tasks as jobs
 from rmdd.execution.tasks import Hooks, OpenRanks, Task, with_restarts
 from rmdd.experts import gang
@@ -176,12 +177,13 @@ def expert(item: Item, hooks: Hooks) -> bool:
             tracker.add(metrics["epoch"], told)
             hooks.report({"done": metrics["epoch"], **told})
 
+        val, chunk = prepared_split(item, "val"), item.run.evaluate.chunk
         return train_expert(
             item.run,
             item.number,
             store,
             prepared_split(item, "train"),
-            prepared_split(item, "val"),
+            lambda model: score(model, val, device, chunk).mean,
             device,
             on_epoch,
             hooks.should_stop,

@@ -23,11 +23,10 @@ from rmdd import config
 from rmdd.config.runfile import parse
 from rmdd.core.files import atomic_path, read_json, write_json
 from rmdd.core.progress import Progress, Stage
-from rmdd.core.storage import address_of, located, root_of
+from rmdd.core.storage import address_of, located, root_of, run_folder
 from rmdd.execution.backend import open_crew, working_in
 from rmdd.execution.tasks import Executor, Hooks, Interrupted, InTurn, Piece, Task
 from rmdd.pipeline import Pipeline
-from rmdd.runs.paths import run_folder
 from rmdd.runs.tasks import target
 
 SCORES = ("val", "test_last")

@@ -12,8 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from rmdd import config
 from rmdd.core.files import atomic_path, write_json
-from rmdd.core.storage import address_of
-from rmdd.runs.paths import run_folder
+from rmdd.core.storage import address_of, run_folder
 from rmdd.searches.samplers import begun
 from rmdd.searches.space import Space, decoded, loader, overrides
 from rmdd.searches.study import INFEASIBLE, PARTS

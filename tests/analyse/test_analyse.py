@@ -19,11 +19,12 @@ from rmdd.analyse.setting import TRAJECTORIES, Setting
 from rmdd.analyse.tables import collapse_axes, collapse_members, table_settings
 from rmdd.cli.app import app
 from rmdd.core.progress import Progress
+from rmdd.core.storage import run_folder
 from rmdd.distill.phases import draw
 from rmdd.experts.store import Store
 from rmdd.experts.train import kept_epochs
 from rmdd.pipeline import open_pipeline
-from rmdd.runs.paths import places_of, run_folder
+from rmdd.runs.paths import places_of
 from rmdd.searches.sweeps import members_in
 
 EPOCHS = 3

@@ -13,7 +13,7 @@ from rmdd.data.shards import Dataset
 from rmdd.distill import phases
 from rmdd.distill.trajectory.matching import save_set
 from rmdd.models.prepared import prepare_split
-from rmdd.runs import tasks
+from rmdd.runs.paths import Places
 
 RUN = {
     "name": "tiny",
@@ -28,7 +28,7 @@ EVALUATION = {"table": {"ptm_st": {"val": {"R@mean": {"mean": 1.5, "std": 0.5, "
 def finished(tmp_path, **distill):
     run = config.load(RUN | {"distill": RUN["distill"] | distill})
     dataset = ingest(run.data, tmp_path / "data")
-    places = tasks.Places(
+    places = Places(
         data=dataset.path,
         cache=tmp_path / "cache",
         store=tmp_path / "experts" / "eee",
@@ -43,12 +43,15 @@ def finished(tmp_path, **distill):
         write_json(places.phase(p) / "records.json", records)
         save_set(phases.initial(run, p, train, records), places.set(p, plan.iterations))
         chosen.append(records)
-    return tasks.Item(run, places, "value", iterations=(6, 4)), train, chosen
+    sets = [places.set(0, 6), places.set(1, 4)]
+    assembled = assemble(
+        run, train, sets, experts="eee", iterations=(6, 4), metrics=EVALUATION["table"], version="1.2.3"
+    )
+    return run, assembled, train, chosen
 
 
 def test_an_unmoved_set_is_nearest_to_what_it_started_from(tmp_path):
-    item, train, chosen = finished(tmp_path)
-    distilled = assemble(item, train, EVALUATION)
+    _, distilled, train, chosen = finished(tmp_path)
     assert [s.pairs for s in distilled.subsets] == [4, 3]
     for subset, records in zip(distilled.subsets, chosen, strict=True):
         assert list(subset.captions_before) == [train.split.captions[r] for r in records]
@@ -59,23 +62,23 @@ def test_an_unmoved_set_is_nearest_to_what_it_started_from(tmp_path):
 
 
 def test_it_says_where_it_comes_from_and_nothing_about_this_machine(tmp_path):
-    item, train, _ = finished(tmp_path)
-    distilled = assemble(item, train, EVALUATION)
+    run, distilled, train, _ = finished(tmp_path)
     origin = distilled.provenance
-    assert origin["data"]["hash"] == Dataset.open(item.places.data).hash
+    assert origin["data"]["hash"] == train.split.dataset.hash
+    assert origin["rmdd"] == "1.2.3"
     assert origin["data"]["counts"]["train"]["pairs"] == 10
     assert (origin["experts"], origin["phases"], origin["iterations"]) == ("eee", "ppp", [6, 4])
     assert origin["seeds"] == {"experts": 3, "distill": 3, "evaluate": 3}
     assert "runtime" not in distilled.config and "root" not in distilled.config["data"]
-    assert config.load(distilled.config).hash_of() == item.run.hash_of()
+    assert config.load(distilled.config).hash_of() == run.hash_of()
     saved = distilled.save(tmp_path / "set")
     assert str(tmp_path) not in (saved / "set.json").read_text()
     assert DistilledSet.load(saved).provenance == origin
 
 
 def test_a_start_from_noise_has_no_source(tmp_path):
-    item, train, _ = finished(tmp_path, init="noise")
-    subset = assemble(item, train, EVALUATION).subsets[0]
+    _, distilled, train, _ = finished(tmp_path, init="noise")
+    subset = distilled.subsets[0]
     assert set(subset.source_ids) == {""} and not subset.captions_before
     assert set(subset.captions) <= set(train.split.captions)
 

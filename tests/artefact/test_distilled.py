@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import rmdd
-from rmdd.artefact import distilled
+from rmdd.artefact import card
 from rmdd.artefact.distilled import DistilledSet, Subset
 from rmdd.config.budget import cost
 
@@ -58,7 +58,7 @@ def make_set(kind="full", loss="wbce", pairs=(6, 5), **change):
 
 @pytest.fixture
 def saved(tmp_path):
-    return make_set().save(tmp_path / "set")
+    return card.export(make_set(), tmp_path / "set")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -106,7 +106,7 @@ def test_folder(saved):
 
 
 def test_preview_of_many_pairs(tmp_path):
-    folder = make_set(pairs=(70, 30)).save(tmp_path / "set")
+    folder = card.export(make_set(pairs=(70, 30)), tmp_path / "set")
     with Image.open(folder / "preview.png") as preview:
         assert preview.size == (8 * 66 + 2, 8 * 66 + 2)
 
@@ -125,7 +125,7 @@ def test_budget_agrees_with_the_plan(kind):
 
 @pytest.mark.parametrize(("kind", "loss"), [*((k, "wbce") for k in KINDS), ("low_rank", "infonce")])
 def test_card_script_trains_without_rmdd(tmp_path, kind, loss):
-    folder = make_set(kind, loss).save(tmp_path / "set")
+    folder = card.export(make_set(kind, loss), tmp_path / "set")
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     assert len(code.strip().splitlines()) <= 12 and "rmdd" not in code
     alone = "import sys\nsys.modules['rmdd'] = None\n" + code
@@ -139,7 +139,7 @@ def test_card_script_trains_without_rmdd(tmp_path, kind, loss):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("loss", ["wbce", "infonce"])
 def test_card_script_lines_are_short(kind, loss):
-    code = distilled.card.script(make_set(kind, loss)).splitlines()
+    code = card.script(make_set(kind, loss)).splitlines()
     assert len(code) <= 12 and max(map(len, code)) <= 125
 
 

@@ -10,7 +10,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 import rmdd
 from rmdd import config
 from rmdd.core.progress import Progress
-from rmdd.runs.paths import run_folder
+from rmdd.core.storage import run_folder
 
 QUIET = Progress(quiet=True)
 TINY = {

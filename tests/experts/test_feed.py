@@ -7,6 +7,7 @@ import torch
 from rmdd import config
 from rmdd.core.seeding import generator
 from rmdd.data.ingest import ingest
+from rmdd.evaluate.students import score
 from rmdd.experts.feed import Epoch, order, pictures, prepare
 from rmdd.experts.store import Store
 from rmdd.experts.train import begin_store, train_expert
@@ -71,7 +72,8 @@ def test_a_stream_trains_the_expert_that_a_cache_trains(dataset, tmp_path):
         run = run_of(cached=cached, augment=True)
         train, val = prepared_of(run, dataset, tmp_path), prepare_split(run.data, run.model, dataset, "val", tmp_path)
         store = begin_store(run, tmp_path / str(cached), 8, {})
-        assert train_expert(run, 0, store, train, val, torch.device("cpu"), stream=None if cached else by_hand)
+        stream, cpu = None if cached else by_hand, torch.device("cpu")
+        assert train_expert(run, 0, store, train, lambda model: score(model, val, cpu).mean, cpu, stream=stream)  # noqa: B023
     a, b = (Store.open(tmp_path / name).read(0, 2) for name in ("True", "False"))
     assert all(torch.equal(a[n], b[n]) for n in a)
 

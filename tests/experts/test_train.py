@@ -77,9 +77,13 @@ def run_of(*, augment=False, dropout=0.0, image=None, **experts):
     )
 
 
+def val_score(model):
+    return score(model, prepared_split(1, 5), CPU, 256).mean
+
+
 def train(run, path, *, expert=0, data=None, **hooks):
     store = begin_store(run, path, TEXT_WIDTH, {})
-    done = train_expert(run, expert, store, data or prepared_split(), prepared_split(1, 5), CPU, **hooks)
+    done = train_expert(run, expert, store, data or prepared_split(), val_score, CPU, **hooks)
     return store, done
 
 

@@ -19,12 +19,12 @@ from toy_mdm import TINY, distil, made, model_of, run_of
 from rmdd import config
 from rmdd.core.files import read_json
 from rmdd.core.seeding import generator
+from rmdd.core.storage import run_folder
 from rmdd.data.images import normalise
 from rmdd.distill.distribution import matching as features
 from rmdd.distill.distribution.joint import Embedded, centres, nearest_pairs
 from rmdd.distill.loop import load_set
 from rmdd.methods.mdm import Teacher
-from rmdd.runs.paths import run_folder
 
 
 @pytest.fixture(scope="module")

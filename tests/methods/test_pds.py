@@ -21,10 +21,10 @@ from transformers import CLIPModel, CLIPProcessor
 
 import rmdd
 from rmdd import config
-from rmdd.cli.common import placed
 from rmdd.comparisons.coreset import coreset
 from rmdd.config import Captions
 from rmdd.core.progress import Progress
+from rmdd.core.storage import run_folder
 from rmdd.coresets.rows import Rows
 from rmdd.data.captions import clean
 from rmdd.data.decode import decode
@@ -33,7 +33,8 @@ from rmdd.generate.decode import StableUnclip
 from rmdd.generate.features import identity_of
 from rmdd.methods.pds import decoder_of
 from rmdd.pipeline import open_pipeline
-from rmdd.runs.paths import places_of, run_folder
+from rmdd.runs.absolute import with_absolute_paths
+from rmdd.runs.paths import places_of
 from rmdd.runs.preflight import examine, impossible
 
 PAIRS = 6
@@ -271,10 +272,10 @@ def test_options_that_cannot_work_are_told(tmp_path, options, words):
 def test_folders_of_a_run_file_become_absolute(parts, tmp_path, monkeypatch):
     place = Path(parts["decoder"])
     monkeypatch.chdir(place.parent)
-    run = placed(load(tmp_path, **{**parts, "features": "clip:./clip", "decoder": f"./{place.name}"}))
+    run = with_absolute_paths(load(tmp_path, **{**parts, "features": "clip:./clip", "decoder": f"./{place.name}"}))
     given = run.distill.options
     assert (given["features"], given["decoder"], given["dtype"]) == (parts["features"], parts["decoder"], "float32")
-    hub = placed(load(tmp_path, features="clip:a/b@c", decoder="d/e")).distill.options
+    hub = with_absolute_paths(load(tmp_path, features="clip:a/b@c", decoder="d/e")).distill.options
     assert hub == {"features": "clip:a/b@c", "decoder": "d/e"}
 
 

@@ -14,10 +14,10 @@ import torch
 import rmdd
 from rmdd import config, methods
 from rmdd.core.progress import Progress
+from rmdd.core.storage import run_folder
 from rmdd.methods.about import about, listing
 from rmdd.models.dual import build
 from rmdd.pipeline import open_pipeline
-from rmdd.runs.paths import run_folder
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 METHOD = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "(Method):" in block)

@@ -18,9 +18,10 @@ import rmdd
 from rmdd import config
 from rmdd.cli import app as cli
 from rmdd.core.progress import Progress
+from rmdd.core.storage import run_folder
 from rmdd.distill.trajectory.matching import finished
 from rmdd.execution.tasks import Interrupted, InTurn
-from rmdd.runs.paths import Places, run_folder
+from rmdd.runs.paths import Places
 from rmdd.runs.tasks import Item
 from rmdd.runs.verify import verify
 from rmdd.searches.sweeps import Relay, members, members_in, read_over, run_all, sweep_folder

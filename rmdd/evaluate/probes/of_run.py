@@ -17,7 +17,7 @@ from rmdd import config
 from rmdd.config.probes import VIEW, Probe, told
 from rmdd.core.device import device_of
 from rmdd.core.files import read_json, write_json
-from rmdd.core.storage import Storage, open_storage
+from rmdd.core.storage import Storage, open_storage, run_folder
 from rmdd.core.tensors import Damaged, load_checked, save_checked
 from rmdd.data import sources
 from rmdd.data.images import normalisation
@@ -37,7 +37,6 @@ from rmdd.models.dual import DualEncoder, build
 from rmdd.models.image import normalisation_of
 from rmdd.models.prepared import PreparedSplit
 from rmdd.models.text import embed, text_width
-from rmdd.runs.paths import run_folder
 
 VERSION = 1
 """Part of the hash of what is asked; raised when a change of the code moves the scores of an unchanged probe."""

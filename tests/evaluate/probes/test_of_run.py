@@ -11,14 +11,14 @@ from typer.testing import CliRunner
 
 from rmdd import config
 from rmdd.cli import app as cli
+from rmdd.comparisons.probe_set import probe_set
 from rmdd.core.files import _keepers as keepers
 from rmdd.core.progress import Progress
+from rmdd.core.storage import run_folder
 from rmdd.evaluate.probes import of_run as probes
 from rmdd.evaluate.probes import of_set as set_probes
-from rmdd.evaluate.probes.of_set import probe_set
 from rmdd.execution.tasks import Hooks
 from rmdd.pipeline import open_pipeline
-from rmdd.runs.paths import run_folder
 from rmdd.runs.tasks import checkup
 
 

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from probing import WIDTH, run_of, textcaps_probe, vqa_probe, zero_shot_probe
 
 from rmdd import config
+from rmdd.core.storage import run_folder
 from rmdd.data.ingest import ingest
 from rmdd.data.sources.cocoqa import Question
 from rmdd.evaluate import retrieval
 from rmdd.evaluate.probes import of_run as probes
 from rmdd.evaluate.probes import ranking, vqa, zero_shot
 from rmdd.models.dual import build
-from rmdd.runs.paths import run_folder
 
 CPU = torch.device("cpu")
 

@@ -10,12 +10,11 @@ from typing import Any
 
 from rmdd import config
 from rmdd.artefact.distilled import TENSORS, DistilledSet
-from rmdd.cli.common import placed
 from rmdd.config.probes import VIEW
 from rmdd.core.device import device_of
 from rmdd.core.files import sha256_file, write_json
 from rmdd.core.progress import Progress, watched
-from rmdd.core.storage import anchored, open_storage
+from rmdd.core.storage import anchored, open_storage, run_folder
 from rmdd.evaluate import protocol
 from rmdd.evaluate.lessons import enlarged_to, lessons_of
 from rmdd.evaluate.probes.of_run import Probing, faults, prepare, remarks
@@ -24,7 +23,7 @@ from rmdd.execution.backend import open_crew, working_in
 from rmdd.execution.tasks import Hooks, Interrupted
 from rmdd.models.dual import DualEncoder, build
 from rmdd.models.text import encoder_identity
-from rmdd.runs.paths import run_folder
+from rmdd.runs.absolute import with_absolute_paths
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ def run_of(path: Path, probes: Mapping[str, Any], overrides: Sequence[str] = ())
     raw = {key: made[key] for key in ("seed", "model", "experts", "distill")}
     raw["data"] = {field: made["data"][field] for field in VIEW}
     raw["evaluate"] = made["evaluate"] | {"probes": dict(probes)}
-    run = placed(config.load(raw | {"name": f"probes-of-{distilled.method}"}, overrides))
+    run = with_absolute_paths(config.load(raw | {"name": f"probes-of-{distilled.method}"}, overrides))
     mistakes = faults(run)
     known, here = distilled.model.get("text_encoder"), encoder_identity(run.model.text)
     if known and known != here:
