@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from jaxtyping import install_import_hook
 
 settings.register_profile("shared", deadline=None)  # seconds say nothing on a machine that does other work too
 settings.load_profile("shared")
@@ -23,6 +24,45 @@ os.environ.update(
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
     }
 )
+
+
+def pytest_configure(config):
+    """Processes of pytest-xdist check types too: jaxtyping reads the command line only, which they do not have."""
+    if hasattr(config, "workerinput"):
+        *packages, checker = config.option.jaxtyping_packages.split(",")
+        install_import_hook(packages, checker)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """With pytest-xdist one process has the local cluster of Ray, and tests of a file share what they make."""
+    if not hasattr(config, "workerinput"):
+        return
+    shares = {item.path for item in items if "ray_local" in item.fixturenames}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.path in shares else str(item.path)))
+    items.sort(key=lambda item: item.path not in shares)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_ink():
+    """Figures are built and written, but not painted, which is half the time of a tiny run: see `ink`."""
+    from matplotlib.figure import Figure
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "draw", lambda figure, renderer: None)
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def ink(no_ink):
+    """Figures are painted as they are for users."""
+    from matplotlib.figure import Figure
+
+    empty = Figure.draw
+    no_ink.undo()
+    yield
+    no_ink.setattr(Figure, "draw", empty)
 
 
 @pytest.fixture(scope="session")

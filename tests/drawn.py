@@ -7,35 +7,23 @@ import time
 from pathlib import Path
 
 import yaml
+from tiny import changed, stored
 
 from rmdd import config
 
-TINY = {
-    "name": "tiny",
-    "seed": 5,
-    "data": {"source": "scenes", "image_size": 16, "scenes": {"train": 12, "val": 6, "test": 6, "size": 16}},
-    "model": {
-        "image": {"name": "convnet", "weights": "random", "widths": [8], "groups": 4, "projection": "linear"},
-        "text": {"name": "hashing", "width": 16, "projection": "block"},
-        "width": 8,
-    },
-    "experts": {"num": 1, "epochs": 1, "batch": 16, "augment": {"crop": False, "flip": 0, "randaugment_ops": 0}},
-    "evaluate": {
-        "students": 1,
-        "epochs": 1,
-        "batch": 4,
-        "baseline_lrs": [0.1],
-        "baseline_losses": ["infonce"],
-        "baseline_draws": 1,
-    },
-}
+TINY = changed(
+    seed=5,
+    data={"scenes": {"val": 6, "test": 6}},
+    model={"image": {"widths": [8], "groups": 4}, "text": {"projection": "block"}},
+    experts={"epochs": 1},
+    evaluate={"students": 1, "epochs": 1, "batch": 4, "reference": "auto", "baseline_draws": 1},
+)
 
 
 def raw_run(storage, method, pairs, options, **distill):
     """The run file of a tiny run without Ray."""
     plan = {"method": method, "budget": pairs, "phases": [{"pairs": pairs, "iterations": 1}], "inner_lr": 0.1}
-    places = {"storage": str(storage), "ray": "off", "track": "none"}
-    return {**TINY, "distill": {**plan, **distill, "options": options}, "runtime": places}
+    return stored(storage, TINY, distill={**plan, **distill, "options": options})
 
 
 def run_of(*args, **distill):

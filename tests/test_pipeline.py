@@ -1,6 +1,5 @@
 """One run in this process: what is reused, what is refused, what comes out."""
 
-import copy
 import json
 import shutil
 import signal
@@ -8,7 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
+import tiny
 import torch
+from tiny import go
 
 import rmdd
 from rmdd import config
@@ -20,48 +21,19 @@ from rmdd.execution.tasks import InTurn
 from rmdd.pipeline import Pipeline, open_pipeline
 
 CLOCKS = ("seconds.json", "cost.json", "report.html")
-TINY = {
-    "name": "tiny",
-    "data": {"source": "scenes", "image_size": 16, "scenes": {"train": 12, "val": 5, "test": 5, "size": 16}},
-    "model": {
-        "image": {"name": "convnet", "weights": "random", "widths": [4], "groups": 2, "projection": "linear"},
-        "text": {"name": "hashing", "width": 16, "projection": "linear"},
-        "width": 8,
-    },
-    "experts": {"num": 1, "epochs": 2, "batch": 16, "augment": {"crop": False, "flip": 0, "randaugment_ops": 0}},
-    "distill": {
-        "budget": 9,
+TINY = tiny.changed(
+    distill={
         "phases": [
             {"pairs": 4, "start": 0, "stop": 1, "endpoint": 1, "iterations": 4},
             {"pairs": 4, "start": 0, "stop": 2, "endpoint": 2, "iterations": 3},
         ],
-        "batch": 3,
-        "steps": 2,
-        "lr_image": 1.0,
-        "lr_text": 1.0,
-        "lr_similarity": 0.1,
-        "lr_lr": 1e-5,
         "snapshots": 2,
-    },
-    "evaluate": {
-        "epochs": 2,
-        "students": 2,
-        "reference": False,
-        "baseline_lrs": [0.1],
-        "baseline_losses": ["infonce"],
-        "baseline_draws": 2,
-    },
-}
+    }
+)
 
 
 def load(storage, *overrides, **sections):
-    raw = {**copy.deepcopy(TINY), "runtime": {"storage": str(storage), "ray": "off", "track": "none"}, **sections}
-    return config.load(raw, overrides)
-
-
-def go(run, step="all"):
-    with open_pipeline(run, Progress(quiet=True)) as pipeline:
-        return getattr(pipeline, step)()
+    return config.load(tiny.stored(storage, TINY, **sections), overrides)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Kill what works, go on, and compare bits with a run that nobody touched."""
+"""Kill what works on Ray, go on, and compare bits with a run without Ray that nobody touched."""
 
 import contextlib
 import json
@@ -14,50 +14,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny_killed import TINY
 
 from rmdd import config
 from rmdd.core.storage import run_folder
 
 pytestmark = pytest.mark.ray
-
-TINY = {
-    "name": "tiny",
-    "data": {"source": "scenes", "image_size": 16, "scenes": {"train": 60, "val": 12, "test": 12, "size": 16}},
-    "model": {
-        "image": {"name": "convnet", "weights": "random", "widths": [8, 8], "groups": 4, "projection": "linear"},
-        "text": {"name": "hashing", "width": 32, "projection": "block"},
-        "width": 16,
-    },
-    "experts": {
-        "num": 2,
-        "epochs": 6,
-        "batch": 16,
-        "augment": {"crop": True, "flip": 0.5, "randaugment_ops": 2},
-    },
-    "distill": {
-        "budget": 14,
-        "phases": [
-            {"pairs": 6, "start": 0, "stop": 1, "endpoint": 2, "iterations": 60},
-            {"pairs": 7, "start": 1, "stop": 2, "endpoint": 3, "iterations": 60},
-        ],
-        "batch": 3,
-        "steps": 2,
-        "inner_lr": 0.01,
-        "lr_lr": 1e-5,
-        "lr_image": 1.0,
-        "lr_text": 1.0,
-        "lr_similarity": 0.1,
-        "checkpoint_every": 5,
-        "snapshots": 2,
-    },
-    "evaluate": {
-        "epochs": 3,
-        "students": 2,
-        "baseline_lrs": [0.1],
-        "baseline_losses": ["infonce"],
-        "baseline_draws": 2,
-    },
-}
 
 
 def write_run(folder: Path, **runtime: object) -> Path:
@@ -146,7 +108,7 @@ def nodes() -> Iterator[Nodes]:
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("unbroken")
-    finish(start("run", str(write_run(folder)), "--quiet"))
+    finish(start("run", str(write_run(folder)), "--set", "runtime.ray=off", "--quiet"))
     return results(folder)
 
 
@@ -215,11 +177,6 @@ def test_killed_and_terminated_drivers_go_on_with_resume(tmp_path: Path, unbroke
         process = start("resume", str(run), "--quiet")
     finish(process)
     assert kept and kept.items() <= made(tmp_path).items()
-    assert results(tmp_path) == unbroken
-
-
-def test_ray_off_gives_the_same_bits(tmp_path: Path, unbroken: dict) -> None:
-    finish(start("run", str(write_run(tmp_path)), "--set", "runtime.ray=off", "--quiet"))
     assert results(tmp_path) == unbroken
 
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+import tiny
 import torch
 from toy import CPU, store_of
 
@@ -15,21 +16,12 @@ from rmdd.methods.mdm import MDM, Objective
 from rmdd.pipeline import Pipeline
 
 PAIRS, ITERATIONS = 6, 7
-TINY = {
-    "name": "tiny",
-    "data": {"source": "scenes", "image_size": 8, "scenes": {"train": 24, "val": 6, "test": 6, "size": 16}},
-    "model": {
-        "image": {"name": "convnet", "weights": "random:0", "widths": [8], "groups": 2, "projection": "linear"},
-        "text": {"name": "hashing", "width": 16, "projection": "block"},
-        "width": 6,
-    },
-    "experts": {
-        "num": 2,
-        "epochs": 3,
-        "batch": 8,
-        "augment": {"crop": False, "flip": 0, "randaugment_ops": 0},
-        "keep": "all",
-    },
+TINY = tiny.changed(
+    data={"image_size": 8, "scenes": {"train": 24, "val": 6, "test": 6}},
+    model={"image": {"weights": "random:0", "widths": [8]}, "text": {"projection": "block"}, "width": 6},
+    experts={"num": 2, "epochs": 3, "batch": 8, "keep": "all"},
+    evaluate={"students": 1, "reference": "auto", "baseline_draws": 1},
+) | {
     "distill": {
         "method": "mdm",
         "budget": PAIRS,
@@ -39,14 +31,7 @@ TINY = {
         "checkpoint_every": 3,
         "snapshots": 2,
         "options": {"real_batch": 8, "synthetic_batch": 4, "clip": 0.1},
-    },
-    "evaluate": {
-        "epochs": 2,
-        "students": 1,
-        "baseline_lrs": [0.1],
-        "baseline_losses": ["infonce"],
-        "baseline_draws": 1,
-    },
+    }
 }
 
 

@@ -1,6 +1,5 @@
 """The analyses on a tiny run, through the words that people type and the functions below them."""
 
-import copy
 import csv
 import dataclasses
 import itertools
@@ -10,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from typer.testing import CliRunner
 
@@ -27,50 +27,22 @@ from rmdd.pipeline import open_pipeline
 from rmdd.runs.paths import places_of
 from rmdd.searches.sweeps import members_in
 
+pytestmark = pytest.mark.usefixtures("ink")
+
 EPOCHS = 3
 PHASES = [
     {"pairs": 4, "start": 0, "stop": 1, "endpoint": 2, "iterations": 2},
     {"pairs": 4, "start": 1, "stop": 2, "endpoint": 3, "iterations": 2},
 ]
-TINY = {
-    "name": "tiny",
-    "data": {"source": "scenes", "image_size": 16, "scenes": {"train": 12, "val": 5, "test": 5, "size": 16}},
-    "model": {
-        "image": {"name": "convnet", "weights": "random:0", "widths": [4], "groups": 2, "projection": "linear"},
-        "text": {"name": "hashing", "width": 16, "projection": "linear"},
-        "width": 8,
-    },
-    "experts": {
-        "num": 2,
-        "epochs": EPOCHS,
-        "batch": 16,
-        "keep": "all",
-        "augment": {"crop": False, "flip": 0, "randaugment_ops": 0},
-    },
-    "distill": {
-        "budget": 9,
-        "phases": PHASES,
-        "batch": 3,
-        "steps": 2,
-        "lr_image": 1.0,
-        "lr_text": 1.0,
-        "lr_similarity": 0.1,
-        "lr_lr": 1e-5,
-    },
-    "evaluate": {
-        "epochs": 2,
-        "students": 2,
-        "reference": False,
-        "baseline_lrs": [0.1],
-        "baseline_losses": ["infonce"],
-        "baseline_draws": 2,
-    },
-}
+TINY = tiny.changed(
+    model={"image": {"weights": "random:0"}},
+    experts={"num": 2, "epochs": EPOCHS, "keep": "all"},
+    distill={"phases": PHASES},
+)
 
 
 def load(storage, *overrides):
-    runtime = {"storage": str(storage), "ray": "off", "track": "none"}
-    return config.load({**copy.deepcopy(TINY), "runtime": runtime}, overrides)
+    return config.load(tiny.stored(storage, TINY), overrides)
 
 
 @pytest.fixture(scope="module")

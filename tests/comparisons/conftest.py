@@ -1,66 +1,43 @@
 """Two tiny runs in one storage, whose sets are compared and transferred."""
 
-import copy
 import shutil
 
 import pytest
 import torch
+from tiny import QUIET, changed, stored
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 import rmdd
 from rmdd import config
-from rmdd.core.progress import Progress
 from rmdd.core.storage import run_folder
 
-QUIET = Progress(quiet=True)
-TINY = {
-    "name": "one",
-    "data": {"source": "scenes", "image_size": 16, "scenes": {"train": 12, "val": 5, "test": 5, "size": 16}},
-    "model": {
-        "image": {"name": "convnet", "weights": "random:0", "widths": [4], "groups": 2, "projection": "linear"},
-        "text": {"name": "hashing", "width": 16, "projection": "linear"},
-        "width": 8,
-    },
-    "experts": {
-        "num": 2,
-        "epochs": 2,
-        "batch": 16,
-        "keep": "all",
-        "augment": {"crop": False, "flip": 0, "randaugment_ops": 0},
-    },
-    "distill": {
+TINY = changed(
+    name="one",
+    model={"image": {"weights": "random:0"}},
+    experts={"num": 2, "keep": "all"},
+    distill={
         "method": "ptm_st",
-        "budget": 9,
         "phases": [
             {"pairs": 4, "start": 0, "stop": 1, "endpoint": 1, "iterations": 2},
             {"pairs": 3, "start": 0, "stop": 1, "endpoint": 2, "iterations": 2},
         ],
-        "batch": 3,
-        "steps": 2,
-        "lr_image": 1.0,
-        "lr_text": 1.0,
-        "lr_similarity": 0.1,
-        "lr_lr": 1e-5,
         "snapshots": 1,
     },
-    "evaluate": {
+    evaluate={
         "epochs": 3,
         "students": 3,
         "batch": 4,
         "eval_every": 2,
-        "reference": False,
         "selection_students": 1,
         "baseline_lrs": [0.03, 0.3],
-        "baseline_losses": ["infonce"],
         "baseline_draws": 3,
     },
-}
+)
 OTHER = {"name": "two", "distill": {**TINY["distill"], "seed": 9, "loss": "infonce", "temperature": 0.3}}
 
 
 def tiny(storage, **sections):
-    raw = copy.deepcopy(TINY) | {"runtime": {"storage": str(storage), "ray": "off", "track": "none"}}
-    return raw | copy.deepcopy(sections)
+    return stored(storage, TINY, **sections)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """PDS from shards to an evaluated student, with tiny parts that lie in folders as a user's would."""
 
-import copy
 import json
 import os
 import shutil
@@ -12,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import tiny_parts
 import torch
 import yaml
 from PIL import Image
 from safetensors.numpy import load_file
+from tiny import go
 from transformers import CLIPModel, CLIPProcessor
 
 import rmdd
@@ -38,25 +39,11 @@ from rmdd.runs.paths import places_of
 from rmdd.runs.preflight import examine, impossible
 
 PAIRS = 6
-TINY = {
-    "name": "tiny",
-    "data": {"source": "scenes", "image_size": 16, "scenes": {"train": 12, "val": 5, "test": 5, "size": 24}},
-    "model": {
-        "image": {"name": "convnet", "weights": "random", "widths": [4], "groups": 2, "projection": "linear"},
-        "text": {"name": "hashing", "width": 16, "projection": "linear"},
-        "width": 8,
-    },
-    "experts": {"num": 1, "epochs": 1, "batch": 16, "augment": {"crop": False, "flip": 0, "randaugment_ops": 0}},
-    "distill": {"method": "pds", "budget": PAIRS, "phases": [{"pairs": PAIRS, "iterations": 1}]},
-    "evaluate": {
-        "epochs": 1,
-        "students": 1,
-        "reference": False,
-        "baseline_lrs": [0.1],
-        "baseline_losses": ["infonce"],
-        "baseline_draws": 1,
-    },
-}
+TINY = tiny.changed(
+    data={"scenes": {"size": 24}},
+    experts={"epochs": 1},
+    evaluate={"epochs": 1, "students": 1, "baseline_draws": 1},
+) | {"distill": {"method": "pds", "budget": PAIRS, "phases": [{"pairs": PAIRS, "iterations": 1}]}}
 
 
 @pytest.fixture(scope="module")
@@ -72,18 +59,11 @@ def parts(tmp_path_factory):
 
 
 def raw(storage, **options):
-    made = {**copy.deepcopy(TINY), "runtime": {"storage": str(storage), "ray": "off", "track": "none"}}
-    made["distill"]["options"] = options
-    return made
+    return tiny.stored(storage, TINY, distill={**TINY["distill"], "options": options})
 
 
 def load(storage, **options):
     return config.load(raw(storage, **options))
-
-
-def go(run, step):
-    with open_pipeline(run, Progress(quiet=True)) as pipeline:
-        return getattr(pipeline, step)()
 
 
 def images_of(folder):

@@ -19,6 +19,8 @@ from rmdd.report import page, plots, referee
 from rmdd.report.page import headline, write_report
 from rmdd.runs.paths import Places
 
+pytestmark = pytest.mark.usefixtures("ink")
+
 HOSTILE = "<script>alert('x')</script> & \"a\" <img src=x onerror=alert(1)>"
 SEEN = {
     "rows": [

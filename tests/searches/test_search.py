@@ -16,8 +16,9 @@ import optuna
 import pytest
 import yaml
 from rich.console import Console
-from test_search import BOTH, LR, base_of, tiny
-from test_sweeps import QUIET, TINY
+from tiny import QUIET
+from tiny_search import BOTH, LR, TINY, base_of
+from tiny_search import searched as raw_of
 from typer.testing import CliRunner
 
 import rmdd
@@ -31,6 +32,8 @@ from rmdd.runs.verify import verify
 from rmdd.searches import begun_in, check, search_folder
 from rmdd.searches.table import Table
 
+pytestmark = pytest.mark.usefixtures("ink")
+
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory):
@@ -39,7 +42,7 @@ def searched(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         load = tasks.prepare_split
         patch.setattr(tasks, "prepare_split", lambda *given: opened.append(given[2]) or load(*given))
-        found = rmdd.search(tiny(storage, {"distill.lr_image": LR, **BOTH}, trials=5, pruner="asha"), progress=QUIET)
+        found = rmdd.search(raw_of(storage, {"distill.lr_image": LR, **BOTH}, trials=5, pruner="asha"), progress=QUIET)
     return found, storage, set(opened)
 
 
@@ -71,7 +74,7 @@ def test_a_search_counts_its_trials_by_those_asked_for(tmp_path):
     clock = (11.0 * tick for tick in itertools.count())  # every report comes late enough for a line of the log
     progress = Progress(console=Console(file=out, width=200), clock=lambda: next(clock))
     for trials in (2, 3):
-        rmdd.search(tiny(tmp_path, trials=trials), progress=progress)
+        rmdd.search(raw_of(tmp_path, trials=trials), progress=progress)
     shown = re.findall(r"^trials: (\d)/(\d) done", out.getvalue(), re.MULTILINE)
     assert {most for _, most in shown} == {"2", "3"} and min(done for done, most in shown if most == "3") == "2"
 
@@ -131,7 +134,7 @@ def wait_for(process, reached):
 def test_two_kills_lose_nothing(searched, tmp_path):
     found, _, _ = searched
     file, storage = tmp_path / "run.yaml", tmp_path / "runs"
-    raw = tiny(storage, {"distill.lr_image": LR, **BOTH}, trials=5, pruner="asha")
+    raw = raw_of(storage, {"distill.lr_image": LR, **BOTH}, trials=5, pruner="asha")
     file.write_text(yaml.safe_dump(raw))
     for kills in (1, 2):
         folder = search_folder(config.load(file))
@@ -154,7 +157,7 @@ def test_two_kills_lose_nothing(searched, tmp_path):
 
 def test_two_drivers_share_the_trials_of_one_database(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(tiny(tmp_path / "runs", trials=6, storage=f"sqlite:///{tmp_path}/shared.db")))
+    file.write_text(yaml.safe_dump(raw_of(tmp_path / "runs", trials=6, storage=f"sqlite:///{tmp_path}/shared.db")))
     drivers = [begin(file), begin(file)]
     ends = [driver.communicate(timeout=180) for driver in drivers]
     assert [driver.returncode for driver in drivers] == [0, 0], ends
@@ -166,7 +169,7 @@ def test_two_drivers_share_the_trials_of_one_database(tmp_path):
 
 def test_a_driver_that_is_killed_beside_another_loses_no_trial_and_none_is_made_twice(tmp_path):
     file, url = tmp_path / "run.yaml", f"sqlite:///{tmp_path}/shared.db"
-    file.write_text(yaml.safe_dump(tiny(tmp_path / "runs", trials=6, storage=url)))
+    file.write_text(yaml.safe_dump(raw_of(tmp_path / "runs", trials=6, storage=url)))
     folder = search_folder(config.load(file))
     killed, other = begin(file), begin(file)
     wait_for(killed, lambda: len(list(folder.glob("trials/*/run.yaml"))) > 1)
@@ -182,7 +185,7 @@ def test_a_driver_that_is_killed_beside_another_loses_no_trial_and_none_is_made_
 
 
 def test_plans_are_searched_and_their_phases_have_no_numbers_to_try(tmp_path):
-    raw = tiny(tmp_path / "runs", {"distill.plan.reach": {"choice": [0.5, 0.9]}}, sampler="grid", snapshots=2)
+    raw = raw_of(tmp_path / "runs", {"distill.plan.reach": {"choice": [0.5, 0.9]}}, sampler="grid", snapshots=2)
     raw["distill"] |= {"phases": "auto", "plan": {"iterations": 2, "min_pairs": 2, "min_straightness": 0}}
     found = rmdd.search(raw, progress=QUIET)
     assert [row["state"] for row in found.table.rows] == ["complete"] * 2
@@ -235,13 +238,13 @@ def test_more_trials_are_added_to_a_search_and_nothing_else_changes(searched):
 
 def test_trials_may_differ_in_their_experts(tmp_path):
     space = {"experts.lr_image": {"choice": [0.1, 0.2]}, "model.width": {"choice": [4, 8]}}
-    found = rmdd.search(tiny(tmp_path, space, sampler="grid"), progress=QUIET)
+    found = rmdd.search(raw_of(tmp_path, space, sampler="grid"), progress=QUIET)
     assert [row["state"] for row in found.table.rows] == ["complete"] * 4
     assert len(list((tmp_path / "experts").glob("*/expert-000/expert.json"))) == 4
 
 
 def test_experts_that_keep_too_little_for_the_space_are_told():
-    raw = tiny("runs", {"distill.phases.0.endpoint": {"int": [1, 2]}})
+    raw = raw_of("runs", {"distill.phases.0.endpoint": {"int": [1, 2]}})
     raw["experts"]["keep"] = "endpoints"
     raw["experts"]["epochs"] = 3
     with pytest.raises(config.ConfigError, match=r"endpoint: at 2: .*set experts.keep: all, so that they are trained"):

@@ -1,6 +1,5 @@
 """A search: what can be tried, who chooses, and what is kept of it."""
 
-import copy
 import itertools
 import json
 import math
@@ -9,7 +8,7 @@ import statistics
 import optuna
 import pytest
 import yaml
-from test_sweeps import TINY
+from tiny_search import BOTH, LR, base_of, searched
 from typer.testing import CliRunner
 
 from rmdd import config
@@ -19,25 +18,6 @@ from rmdd.searches.samplers import begun, pruner_of, sampler_of
 from rmdd.searches.space import Space, loader, overrides
 from rmdd.searches.study import Study
 from rmdd.searches.warm_start import Known
-
-LR = {"loguniform": [0.1, 100]}
-BOTH = {
-    "distill.similarity.kind": {"choice": ["full", "low_rank"]},
-    "distill.similarity.rank": {"int": [1, 2], "when": {"distill.similarity.kind": "low_rank"}},
-}
-
-
-def tiny(place, space=None, snapshots=3, **rule):
-    raw = copy.deepcopy(TINY)
-    raw["distill"] |= {"snapshots": snapshots, "budget": 10, "checkpoint_every": 1}
-    raw["runtime"] = {"storage": str(place), "ray": "off", "track": "none"}
-    raw["search"] = {"space": space or {"distill.lr_image": LR}, "startup": 3, **rule}
-    return raw
-
-
-def base_of(place="runs", space=None, **rule):
-    return config.load(tiny(place, space, **rule))
-
 
 # -- spaces ----------------------------------------------------------------------------------------------------------
 
@@ -112,7 +92,7 @@ def test_a_search_section_that_cannot_be_is_refused(rule, told):
 
 def test_every_mistake_is_told_at_once(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(tiny(tmp_path / "runs", {"distill.lr": LR, "distill.ema": {"uniform": [0, 1]}})))
+    file.write_text(yaml.safe_dump(searched(tmp_path / "runs", {"distill.lr": LR, "distill.ema": {"uniform": [0, 1]}})))
     done = CliRunner().invoke(cli.app, ["search", str(file)])
     assert done.exit_code == 2 and "2 mistake(s)" in done.stderr and not (tmp_path / "runs").exists()
     assert "search.space.distill.lr: " in done.stderr and "search.space.distill.ema: at 1.0" in done.stderr
@@ -246,7 +226,7 @@ def test_a_search_starts_from_the_run_file(tmp_path, own):
         return [t.params["distill.lr_image"] for t in begun(study.study)]
 
     space = {"distill.lr_image": LR}
-    given = {**tiny(tmp_path, space, trials=3)}
+    given = {**searched(tmp_path, space, trials=3)}
     given["distill"] = {**given["distill"], "lr_image": own}
     base = config.load(given)
     found = lr(asked(base, tmp_path / "s", lambda run, step: run.distill.lr_image))

@@ -1,6 +1,5 @@
 """Many runs as one: what is shared is made once, what fails stays alone, what was stopped goes on."""
 
-import copy
 import csv
 import json
 import os
@@ -12,12 +11,14 @@ import time
 
 import pytest
 import yaml
+from tiny import QUIET
+from tiny_search import METHODS
+from tiny_search import swept as raw_of
 from typer.testing import CliRunner
 
 import rmdd
 from rmdd import config
 from rmdd.cli import app as cli
-from rmdd.core.progress import Progress
 from rmdd.core.storage import run_folder
 from rmdd.distill.trajectory.matching import finished
 from rmdd.execution.tasks import Interrupted, InTurn
@@ -25,50 +26,6 @@ from rmdd.runs.paths import Places
 from rmdd.runs.tasks import Item
 from rmdd.runs.verify import verify
 from rmdd.searches.sweeps import Relay, members, members_in, read_over, run_all, sweep_folder
-
-TINY = {
-    "name": "tiny",
-    "data": {"source": "scenes", "image_size": 16, "scenes": {"train": 12, "val": 5, "test": 5, "size": 16}},
-    "model": {
-        "image": {"name": "convnet", "weights": "random", "widths": [4], "groups": 2, "projection": "linear"},
-        "text": {"name": "hashing", "width": 16, "projection": "linear"},
-        "width": 8,
-    },
-    "experts": {
-        "num": 1,
-        "epochs": 2,
-        "batch": 16,
-        "keep": "all",
-        "augment": {"crop": False, "flip": 0, "randaugment_ops": 0},
-    },
-    "distill": {
-        "budget": 9,
-        "phases": [{"pairs": 4, "start": 0, "stop": 1, "endpoint": 1, "iterations": 3}],
-        "batch": 3,
-        "steps": 2,
-        "lr_image": 1.0,
-        "lr_text": 1.0,
-        "lr_similarity": 0.1,
-        "lr_lr": 1e-5,
-        "snapshots": 1,
-    },
-    "evaluate": {
-        "epochs": 2,
-        "students": 2,
-        "reference": False,
-        "baseline_lrs": [0.1],
-        "baseline_losses": ["infonce"],
-        "baseline_draws": 2,
-    },
-}
-METHODS = [f"distill.{key}={json.dumps(value)}" for key, value in TINY["distill"].items() if key != "budget"]
-"""As overrides, for a method brings its own values; LoRS's factors are paid for in pairs."""
-METHODS += ["distill.similarity.rank=2", "distill.budget=10"]
-QUIET = Progress(quiet=True)
-
-
-def tiny(storage):
-    return {**copy.deepcopy(TINY), "runtime": {"storage": str(storage), "ray": "off", "track": "none"}}
 
 
 def stamps(folder):
@@ -79,7 +36,7 @@ def stamps(folder):
 def swept(tmp_path_factory):
     storage = tmp_path_factory.mktemp("sweep")
     over = {"distill.method": ["ptm_st", "lors"], "distill.seed": [0, 1]}
-    return rmdd.sweep(tiny(storage), over, METHODS, progress=QUIET), storage
+    return rmdd.sweep(raw_of(storage), over, METHODS, progress=QUIET), storage
 
 
 def test_every_combination_is_run_and_shares_what_it_can(swept):
@@ -113,7 +70,7 @@ def test_the_table_has_runs_and_the_spread_over_seeds(swept):
 
 def test_a_sweep_gives_the_bits_of_its_runs_alone(swept, tmp_path):
     found, storage = swept
-    alone = config.load(tiny(tmp_path), [*METHODS, "distill.method=lors", "distill.seed=1"])
+    alone = config.load(raw_of(tmp_path), [*METHODS, "distill.method=lors", "distill.seed=1"])
     rmdd.run(alone, QUIET)
     assert run_folder(alone).name == config.Path(found.runs[3]["folder"]).name
     sets = [sorted(root.glob("phases/*/phase-0/set-*")) for root in (tmp_path, storage)]
@@ -134,7 +91,7 @@ def test_resuming_a_finished_sweep_makes_nothing_again(swept):
 
 def test_a_killed_sweep_goes_on(swept, tmp_path):
     found, storage = swept
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny(tmp_path / "runs")))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw_of(tmp_path / "runs")))
     over = ["--over", "distill.method=ptm_st,lors", "--over", "distill.seed=0,1"]
     sets = [word for change in METHODS for word in ("--set", change)]
     rmdd_ = [sys.executable, "-m", "rmdd"]
@@ -160,7 +117,7 @@ def test_a_killed_sweep_goes_on(swept, tmp_path):
 def test_a_sweep_at_a_uri_goes_on_on_another_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
     uri = f"file://{tmp_path}/bucket"
-    found = rmdd.sweep(tiny(uri), {"evaluate.epochs": [1, 2]}, progress=QUIET)
+    found = rmdd.sweep(raw_of(uri), {"evaluate.epochs": [1, 2]}, progress=QUIET)
     address = f"{uri}/sweeps/{found.folder.name}"
     assert verify(address).faults == [] and len(verify(address).checked) >= 3, "the sweep and both runs"
     assert all(row["folder"].startswith(uri) for row in found.runs) and not found.failed
@@ -174,7 +131,7 @@ def test_a_sweep_at_a_uri_goes_on_on_another_machine(tmp_path, monkeypatch):
 
 def test_a_run_that_fails_is_told_and_stops_no_other(tmp_path):
     listed = [{"distill.lr_image": 1.0}, {"distill.lr_image": 1e38, "distill.guard.retries": 0}]
-    found = rmdd.sweep(tiny(tmp_path), {}, settings=listed, progress=QUIET)
+    found = rmdd.sweep(raw_of(tmp_path), {}, settings=listed, progress=QUIET)
     assert "test_last" in found.runs[0] and "error" not in found.runs[0]
     assert [row["settings"] for row in found.failed] == [listed[1]] and "phase 0, iteration" in found.failed[0]["error"]
     assert found.groups[1]["n"] == 0
@@ -187,7 +144,7 @@ def test_settings_by_words_and_by_file(tmp_path):
             read_over([wrong])
     file = tmp_path / "settings.yaml"
     file.write_text("- {distill.method: lors, distill.seed: 3}\n- {distill.method: mct}\n")
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny(tmp_path)))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw_of(tmp_path)))
     words = ["sweep", str(tmp_path / "run.yaml"), "--settings", str(file), "--over", "distill.steps=0,2"]
     wrong = CliRunner().invoke(cli.app, words)
     assert wrong.exit_code == 2 and "distill.steps" in wrong.stderr and "'distill.method': 'mct'" in wrong.stderr
@@ -195,7 +152,7 @@ def test_settings_by_words_and_by_file(tmp_path):
 
 def test_runs_that_are_the_same_or_differ_in_places_are_refused(tmp_path):
     def load(overrides):
-        return config.load(tiny(tmp_path), overrides)
+        return config.load(raw_of(tmp_path), overrides)
 
     with pytest.raises(config.ConfigError, match=r"are the same run; take one out"):
         members(load, {"distill.checkpoint_every": [5, 10]})
@@ -220,7 +177,7 @@ class Watched(InTurn):
 
 
 def test_a_piece_that_two_runs_need_is_made_once(tmp_path):
-    runs = members(lambda o: config.load(tiny(tmp_path), o), {"evaluate.epochs": [1, 2]})
+    runs = members(lambda o: config.load(raw_of(tmp_path), o), {"evaluate.epochs": [1, 2]})
     executor, asked = Watched(), []
     relay = Relay(executor)
 
@@ -261,6 +218,6 @@ def test_a_stop_reaches_every_run(tmp_path):
 
 def test_the_folder_of_a_sweep_is_named_by_its_runs(tmp_path):
     def folder(*seeds):
-        return sweep_folder(members(lambda o: config.load(tiny(tmp_path), o), {"distill.seed": list(seeds)}))
+        return sweep_folder(members(lambda o: config.load(raw_of(tmp_path), o), {"distill.seed": list(seeds)}))
 
     assert folder(0, 1) == folder(1, 0) != folder(0, 2)

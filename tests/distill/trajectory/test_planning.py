@@ -1,6 +1,5 @@
 """The rule of `phases: auto` on known signals, and runs that plan themselves."""
 
-import copy
 import json
 import os
 import shutil
@@ -12,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import yaml
+from tiny import go
 from typer.testing import CliRunner
 
 from rmdd import config
@@ -193,24 +194,11 @@ def test_a_run_without_a_plan_has_the_hash_of_before():
     assert raised.hash_of() == run.hash_of(), "a knob that nothing reads"
 
 
-TINY = {
-    "name": "tiny",
-    "data": {"source": "scenes", "image_size": 16, "scenes": {"train": 12, "val": 20, "test": 5, "size": 16}},
-    "model": {
-        "image": {"name": "convnet", "weights": "random:0", "widths": [4], "groups": 2, "projection": "linear"},
-        "text": {"name": "hashing", "width": 16, "projection": "linear"},
-        "width": 8,
-    },
-    "experts": {
-        "num": 2,
-        "epochs": 3,
-        "batch": 16,
-        "lr_image": 0.3,
-        "lr_text": 0.3,
-        "augment": {"crop": False, "flip": 0, "randaugment_ops": 0},
-    },
-    "distill": {
-        "budget": 9,
+TINY = tiny.changed(
+    data={"scenes": {"val": 20}},
+    model={"image": {"weights": "random:0"}},
+    experts={"num": 2, "epochs": 3, "lr_image": 0.3, "lr_text": 0.3},
+    distill={
         "phases": "auto",
         "plan": {
             "iterations": 12,
@@ -221,36 +209,17 @@ TINY = {
             "reach": 0.1,
             "reach_step": 0.8,  # these experts gain on val in their second and in their third epoch
         },
-        "batch": 3,
-        "steps": 2,
-        "lr_image": 1.0,
-        "lr_text": 1.0,
-        "lr_similarity": 0.1,
-        "lr_lr": 1e-5,
     },
-    "evaluate": {
-        "epochs": 2,
-        "students": 2,
-        "reference": False,
-        "baseline_lrs": [0.1],
-        "baseline_losses": ["infonce"],
-        "baseline_draws": 2,
-    },
-}
+)
 
 
 def load(storage, *overrides):
-    return config.load({**copy.deepcopy(TINY), "runtime": {"storage": str(storage), "ray": "off"}}, overrides)
+    return config.load(tiny.stored(storage, TINY), overrides)
 
 
 def _written(run, folder):
     (folder / "run.yaml").write_text(config.dump(run))
     return str(folder / "run.yaml")
-
-
-def go(run, step="all"):
-    with open_pipeline(run, Progress(quiet=True)) as pipeline:
-        return getattr(pipeline, step)()
 
 
 @pytest.fixture(scope="module")

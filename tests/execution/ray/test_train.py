@@ -13,12 +13,12 @@ import pytest
 import ray
 import torch
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
-from test_resume import TINY
+from tiny_killed import TINY
 
 from rmdd import config
 from rmdd.config import Runtime
 from rmdd.core.progress import Progress
-from rmdd.execution.ray import experts
+from rmdd.execution.ray import train
 from rmdd.execution.ray.cluster import ENVIRONMENT, Resources, connected
 from rmdd.execution.ray.feed import ray_stream
 from rmdd.execution.ray.train import Fleet, Obituaries, Roster
@@ -199,7 +199,7 @@ def test_more_workers_to_start_with_than_fit_are_refused(fleet):
 
 
 def test_it_is_said_when_no_worker_comes_up(fleet, monkeypatch):
-    monkeypatch.setattr(experts, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(train, "PATIENCE_SECONDS", 0.1)
     monkeypatch.setattr(Fleet, "_fit", lambda self, *given: time.sleep(2))
     executor, told = fleet(), []
     executor.say = told.append
@@ -219,7 +219,7 @@ def test_a_list_that_is_lost_ends_with_an_error_that_can_be_resumed(fleet, monke
 
 
 def test_a_worker_that_does_not_see_the_storage_takes_nothing(fleet, tmp_path, monkeypatch):
-    monkeypatch.setattr(experts, "folder_to_see", lambda runtime, events: tmp_path / "elsewhere")
+    monkeypatch.setattr(train, "folder_to_see", lambda runtime, events: tmp_path / "elsewhere")
     with pytest.raises(RuntimeError, match=r"^node .* does not see .*elsewhere; .* what was trained is kept"):
         fleet().map(Spared(flaky), [(0, tmp_path)] * 2, ["a", "b"], lambda name, metrics: None)
     assert events(tmp_path / "events.jsonl") == []

@@ -7,8 +7,8 @@ import time
 
 import pytest
 import yaml
-from test_search import BOTH, LR, tiny
-from test_sweeps import QUIET
+from tiny import QUIET
+from tiny_search import BOTH, LR, searched
 
 import rmdd
 from rmdd import config
@@ -28,7 +28,7 @@ def _environment(monkeypatch):
 
 
 def test_ray_changes_no_number_and_leaves_nothing_behind(ray_local, tmp_path):
-    raw = tiny(tmp_path / "on", {"distill.lr_image": LR, **BOTH}, trials=5, pruner="asha", concurrency=1)
+    raw = searched(tmp_path / "on", {"distill.lr_image": LR, **BOTH}, trials=5, pruner="asha", concurrency=1)
     raw["runtime"]["ray"] = "on"
     on = rmdd.search(raw, progress=QUIET)
     raw["runtime"] |= {"ray": "off", "storage": str(tmp_path / "off")}

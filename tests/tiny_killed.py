@@ -1,0 +1,40 @@
+"""A tiny run that takes long enough to be killed at many moments."""
+
+TINY = {
+    "name": "tiny",
+    "data": {"source": "scenes", "image_size": 16, "scenes": {"train": 60, "val": 12, "test": 12, "size": 16}},
+    "model": {
+        "image": {"name": "convnet", "weights": "random", "widths": [8, 8], "groups": 4, "projection": "linear"},
+        "text": {"name": "hashing", "width": 32, "projection": "block"},
+        "width": 16,
+    },
+    "experts": {
+        "num": 2,
+        "epochs": 6,
+        "batch": 16,
+        "augment": {"crop": True, "flip": 0.5, "randaugment_ops": 2},
+    },
+    "distill": {
+        "budget": 14,
+        "phases": [
+            {"pairs": 6, "start": 0, "stop": 1, "endpoint": 2, "iterations": 60},
+            {"pairs": 7, "start": 1, "stop": 2, "endpoint": 3, "iterations": 60},
+        ],
+        "batch": 3,
+        "steps": 2,
+        "inner_lr": 0.01,
+        "lr_lr": 1e-5,
+        "lr_image": 1.0,
+        "lr_text": 1.0,
+        "lr_similarity": 0.1,
+        "checkpoint_every": 5,
+        "snapshots": 2,
+    },
+    "evaluate": {
+        "epochs": 3,
+        "students": 2,
+        "baseline_lrs": [0.1],
+        "baseline_losses": ["infonce"],
+        "baseline_draws": 2,
+    },
+}
