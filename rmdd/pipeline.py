@@ -17,7 +17,7 @@ from rmdd.artefact.assemble import assemble
 from rmdd.artefact.card import export
 from rmdd.core.device import device_of
 from rmdd.core.files import atomic_path, read_json, write_json
-from rmdd.core.progress import Progress, watched
+from rmdd.core.progress import Progress
 from rmdd.core.storage import anchored, open_storage, run_folder
 from rmdd.core.tracking import is_curve
 from rmdd.core.version import VERSION
@@ -29,20 +29,11 @@ from rmdd.distill.trajectory.planning import PLAN, over_budget, with_phases
 from rmdd.evaluate import protocol, records, scores, summary
 from rmdd.evaluate.probes.of_run import prepare, remarks
 from rmdd.evaluate.protocol import Job
-from rmdd.execution.backend import Crew, open_crew, working_in
-from rmdd.execution.tasks import (
-    Executor,
-    Failed,
-    Interrupted,
-    InTurn,
-    Mapper,
-    OpenRanks,
-    Spared,
-    Stream,
-    Task,
-    in_turn,
-    ranks_here,
-)
+from rmdd.execution.backend import Backend, hold_folders, open_backend
+from rmdd.execution.executor import Executor, Mapper
+from rmdd.execution.in_turn import InTurn
+from rmdd.execution.parts import OpenParts, parts_here
+from rmdd.execution.tasks import Failed, Interrupted, Spared, Stream, Task, in_turn, watched
 from rmdd.experts import feed
 from rmdd.experts.store import Store, stored_bytes
 from rmdd.experts.train import begin_store
@@ -81,7 +72,7 @@ class Pipeline:
         encoders: Stream = in_turn,
         fleet: Callable[[str], Mapper] | None = None,
         stream: feed.Stream | None = None,
-        ranks: OpenRanks = ranks_here,
+        ranks: OpenParts = parts_here,
         folder: Path | None = None,
     ):
         run = run.model_copy(update={"runtime": anchored(run.runtime)})
@@ -99,11 +90,21 @@ class Pipeline:
             temporary.write_text(config.dump(run), encoding="utf-8")
 
     @classmethod
-    def of(cls: type[P], run: config.Run, crew: Crew, progress: Progress, folder: Path | None = None) -> P:
+    def of(cls: type[P], run: config.Run, backend: Backend, progress: Progress, folder: Path | None = None) -> P:
         size, fleet = run.experts.gang.workers, None
-        if crew.fleet is not None and (size > 1 or run.runtime.fleet == "train"):
-            fleet = functools.partial(crew.fleet, size=size)
-        return cls(run, crew.executor, progress, crew.readers, crew.encoders, fleet, crew.stream, crew.ranks, folder)
+        if backend.expert_pool is not None and (size > 1 or run.runtime.fleet == "train"):
+            fleet = functools.partial(backend.expert_pool, size=size)
+        return cls(
+            run,
+            backend.executor,
+            progress,
+            backend.readers,
+            backend.encoders,
+            fleet,
+            backend.pictures,
+            backend.open_parts,
+            folder,
+        )
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -333,7 +334,7 @@ class Pipeline:
         return self._item(self.ingest())
 
     def embedded(self, split: str) -> PreparedSplit:
-        """Embed the captions of a split by the crew, where they are not; returns `prepared_split(split)`."""
+        """Embed the captions of a split by the backend, where they are not; returns `prepared_split(split)`."""
         self._embed(self.ingest(), split)
         return self.prepared_split(split)
 
@@ -436,11 +437,11 @@ def _no_curve(name: str) -> bool:
 
 @contextlib.contextmanager
 def open_pipeline(run: config.Run, progress: Progress | None = None) -> Iterator[Pipeline]:
-    """A pipeline with the crew that `runtime` describes."""
+    """A pipeline with the backend that `runtime` describes."""
     progress = progress or Progress()
     folder = run_folder(run)
-    with working_in(run.runtime, folder), open_crew(run.runtime, folder / "events.jsonl", progress) as crew:
-        yield Pipeline.of(run, crew, progress)
+    with hold_folders(run.runtime, folder), open_backend(run.runtime, folder / "events.jsonl", progress) as backend:
+        yield Pipeline.of(run, backend, progress)
 
 
 def run(run: config.Run, progress: Progress | None = None) -> Result:

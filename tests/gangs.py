@@ -47,7 +47,7 @@ def prepared_split() -> PreparedSplit:
 
 def train(item: tuple[Path, config.Run], hooks: Hooks) -> bool:
     path, run = item
-    team = gang.team_of(hooks.seat, run.experts.gang.strategy, CPU) if hooks.seat else None
+    team = gang.team_of(hooks.member, run.experts.gang.strategy, CPU) if hooks.member else None
     data = prepared_split()
     return train_expert(
         run,
@@ -65,8 +65,8 @@ def train(item: tuple[Path, config.Run], hooks: Hooks) -> bool:
 
 def die(item: Path, hooks: Hooks) -> bool:
     """The second rank fails; the first waits for it."""
-    gang.team_of(hooks.seat, "ddp", CPU)
-    if hooks.seat.rank == 1:
+    gang.team_of(hooks.member, "ddp", CPU)
+    if hooks.member.rank == 1:
         raise ValueError("rank one cannot go on")
     dist.barrier()
     return True
@@ -74,7 +74,7 @@ def die(item: Path, hooks: Hooks) -> bool:
 
 def exact(item: None, hooks: Hooks) -> bool:
     """Whether the ranks' gradients add up to that of the whole batch, which they split unevenly, in float64."""
-    team = gang.team_of(hooks.seat, "ddp", CPU)
+    team = gang.team_of(hooks.member, "ddp", CPU)
     model = expert_model(run_of(), 0, WIDTH).double()
     draw = torch.Generator().manual_seed(0)
     images = torch.randn(5, 3, SIZE, SIZE, generator=draw, dtype=torch.float64)

@@ -17,7 +17,7 @@ from rmdd.core.progress import Progress
 from rmdd.core.storage import run_folder
 from rmdd.data.ingest import ingest
 from rmdd.distill.trajectory.matching import load_set, save_set
-from rmdd.execution.tasks import InTurn
+from rmdd.execution.in_turn import InTurn
 from rmdd.pipeline import Pipeline, open_pipeline
 
 CLOCKS = ("seconds.json", "cost.json", "report.html")

@@ -10,7 +10,8 @@ from toy import CPU, store_of
 from rmdd import config
 from rmdd.core.progress import Progress
 from rmdd.distill.distribution import matching as features
-from rmdd.execution.tasks import Here, InTurn
+from rmdd.execution.in_turn import InTurn
+from rmdd.execution.parts import PartsHere
 from rmdd.experts.train import expert_model
 from rmdd.methods.mdm import MDM, Objective
 from rmdd.pipeline import Pipeline
@@ -65,7 +66,7 @@ def distil(made, folder, run=None, ranks=None, **hooks):
 
 
 def side_by_side(made, run, size):
-    return Here([rank(made, run, number, size) for number in range(size)])
+    return PartsHere([rank(made, run, number, size) for number in range(size)])
 
 
 class Learning(MDM):

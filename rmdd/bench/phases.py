@@ -22,8 +22,10 @@ from rmdd.core.seeding import generator
 from rmdd.distill import similarity
 from rmdd.distill.synthetic import Synthetic
 from rmdd.distill.trajectory.matching import save_set
-from rmdd.execution.backend import open_crew
-from rmdd.execution.tasks import Executor, Hooks, InTurn
+from rmdd.execution.backend import open_backend
+from rmdd.execution.executor import Executor
+from rmdd.execution.in_turn import InTurn
+from rmdd.execution.tasks import Hooks
 from rmdd.experts.store import Writer
 from rmdd.experts.train import begin_store, expert_model
 from rmdd.models.text import text_width
@@ -61,9 +63,9 @@ def bench_phases(case: Case, counts: Sequence[int], repeats: int, out: Path | No
                 before = os.getloadavg()[0]
                 in_turn = _measure(InTurn(1), _items(run, folder / "in-turn"))
                 began = time.perf_counter()
-                with open_crew(run.runtime, folder / "events.jsonl", Progress(quiet=True)) as crew:
+                with open_backend(run.runtime, folder / "events.jsonl", Progress(quiet=True)) as backend:
                     started = time.perf_counter() - began
-                    side = _measure(crew.executor, _items(run, folder / "side-by-side"))
+                    side = _measure(backend.executor, _items(run, folder / "side-by-side"))
                 side["ray"] = side["workers"] + started
                 rows.append({"phases": count, "load": before, "in_turn": in_turn, "side_by_side": side})
     found = {"case": asdict(case), "cpus": os.cpu_count(), "rows": rows, "ratios": ratios(rows)}

@@ -13,7 +13,7 @@ from rmdd.comparisons.tables import Table
 from rmdd.core.files import write_json
 from rmdd.core.progress import Progress
 from rmdd.core.storage import root_of
-from rmdd.execution.backend import open_crew, working_in
+from rmdd.execution.backend import hold_folders, open_backend
 from rmdd.models.image import weights_file
 from rmdd.models.text import text_width
 from rmdd.runs import cost as estimate
@@ -72,14 +72,14 @@ class Comparison:
         """Train what is missing and write the tables. Going on after an interruption is calling it again."""
         progress = progress or Progress()
         runtime, folder = self.run.runtime, self.folder
-        with working_in(runtime, folder), open_crew(runtime, folder / "events.jsonl", progress) as crew:
+        with hold_folders(runtime, folder), open_backend(runtime, folder / "events.jsonl", progress) as backend:
             self.begin()
-            grounds = Grounds.at(self.run, folder / "protocol", crew, progress)
+            grounds = Grounds.at(self.run, folder / "protocol", backend, progress)
             if wrong := grounds.check(self.entries):
                 raise config.ConfigError(wrong, "comparison")
             grounds.embed()
             rows = [grounds.row(entry.name, entry) for entry in self.entries]
-            return self._written(rows, list(zip(rows, score(rows, crew, progress), strict=True)))
+            return self._written(rows, list(zip(rows, score(rows, backend, progress), strict=True)))
 
     def _written(self, rows: Sequence[Row], scored: list[tuple[Row, Any]]) -> Compared:
         told = [results.told(row, s) for row, s in scored]

@@ -25,7 +25,7 @@ from rmdd.coresets.forgetting import Counts
 from rmdd.coresets.rows import Rows
 from rmdd.coresets.shard import Best, Shard
 from rmdd.coresets.subset import DESCRIPTION, PREVIEW, Subset
-from rmdd.execution.tasks import Ranks, with_restarts
+from rmdd.execution.parts import WorkerParts, with_restarts
 from rmdd.experts.store import Store
 from rmdd.generate.features import features
 from rmdd.models.prepared import PreparedSplit
@@ -39,7 +39,7 @@ RANKS_FROM = 256 * 2**20
 EVERY = 200
 """Picks between checkpoints."""
 PREVIEWED = 64
-Order = Callable[[Ranks | None, np.ndarray], Iterator[int]]
+Order = Callable[[WorkerParts | None, np.ndarray], Iterator[int]]
 """Items in the order of a method, out of the given ids, which the ranks hold the rows of."""
 
 
@@ -76,7 +76,7 @@ def choice_of(fields: dict[str, Any]) -> Choice:
 def choose(pipeline: "Pipeline", choice: Choice, ranks: int | None = None) -> tuple[Subset, Path]:
     """The subset and its folder, `<storage>/coresets/<run>-<method>-<hash>`; one that is there is read.
 
-    `ranks` hold the rows; None: one, or the workers of the run where the features are large. Ranks that die are
+    `ranks` hold the rows; None: one, or the workers of the run where the features are large. WorkerParts that die are
     opened again, and go on from the picks that were kept.
     """
     if choice.method == "forgetting" or (choice.needs_features and choice.encoder.startswith("expert")):
@@ -218,7 +218,7 @@ class Selection:
 
     # -- picks ---------------------------------------------------------------------------------------------------
 
-    def chosen(self, ranks: Ranks | None) -> list[int]:
+    def chosen(self, ranks: WorkerParts | None) -> list[int]:
         """Item ids in the order in which they were chosen."""
         choice, ids = self.choice, np.arange(len(self.items))
         if ranks:
@@ -250,7 +250,7 @@ class Selection:
             self.facts["mean_error"] = float(np.linalg.norm(self.mean(ranks) - own))
         return found
 
-    def mean(self, ranks: Ranks) -> np.ndarray:
+    def mean(self, ranks: WorkerParts) -> np.ndarray:
         """Of all rows that are kept."""
         if self._mean is None:
             self._mean = greedy.mean(ranks, greedy.checked(ranks).largest)
@@ -283,7 +283,7 @@ class Selection:
             )
         return found
 
-    def at_once(self, ranks: Ranks, available: int) -> list[int]:
+    def at_once(self, ranks: WorkerParts, available: int) -> list[int]:
         """A choice whose items depend on how many there are; for bytes, so many that one more would not fit."""
         choice = self.choice
 
@@ -306,7 +306,7 @@ class Selection:
         return best
 
     def most(
-        self, ranks: Ranks, of: Callable[[int], tuple[list[int], dict[str, Any]]], available: int
+        self, ranks: WorkerParts, of: Callable[[int], tuple[list[int], dict[str, Any]]], available: int
     ) -> tuple[list[int], dict[str, Any]]:
         """`of` the largest number whose items fit the bytes."""
         limit = self.choice.bytes or 0
@@ -322,14 +322,14 @@ class Selection:
             k = min(max(k * limit // used, fits + 1), over - 1)
         return best
 
-    def guarded(self, ranks: Ranks, ids: np.ndarray) -> np.ndarray:
+    def guarded(self, ranks: WorkerParts, ids: np.ndarray) -> np.ndarray:
         choice = self.choice
         if choice.guard == "centroids":
             return clusters.outliers(ranks, choice.guard_share, self.seed)
         assert self.sides is not None
         return clusters.worst(ids, cosines(self.sides, self.items, choice.caption), choice.guard_share)
 
-    def ordered(self, ranks: Ranks | None, ids: np.ndarray, keep: bool = True) -> Iterator[int]:
+    def ordered(self, ranks: WorkerParts | None, ids: np.ndarray, keep: bool = True) -> Iterator[int]:
         """Items out of `ids` in the order of the method."""
         choice = self.choice
         if choice.method == "random":
@@ -342,7 +342,7 @@ class Selection:
             assert ranks is not None
             yield from self.greedily(ranks, keep)
 
-    def greedily(self, ranks: Ranks, keep: bool) -> Iterator[int]:
+    def greedily(self, ranks: WorkerParts, keep: bool) -> Iterator[int]:
         mu = self.mean(ranks) if keep else greedy.mean(ranks, greedy.checked(ranks).largest)
 
         def more(begun: Sequence[int]) -> Iterator[Best]:

@@ -22,7 +22,7 @@ from rmdd.evaluate import protocol, records
 from rmdd.evaluate.lessons import lessons_of, write_lessons, write_records
 from rmdd.evaluate.protocol import Job
 from rmdd.evaluate.students import Lesson
-from rmdd.execution.backend import Crew
+from rmdd.execution.backend import Backend
 from rmdd.execution.tasks import Failed, Interrupted, Spared
 from rmdd.experts.store import Store
 from rmdd.models.prepared import PreparedSplit
@@ -108,8 +108,8 @@ class Grounds(Pipeline):
     """What the rows of one protocol have in common: data, embeddings, and experts where full data is a row."""
 
     @classmethod
-    def at(cls, run: config.Run, folder: Path, crew: Crew, progress: Progress) -> "Grounds":
-        return cls.of(run, crew, progress, folder)
+    def at(cls, run: config.Run, folder: Path, backend: Backend, progress: Progress) -> "Grounds":
+        return cls.of(run, backend, progress, folder)
 
     def check(self, entries: Sequence[Entry]) -> list[str]:
         """Why entries do not belong to the data, or are not in its training split."""
@@ -236,10 +236,10 @@ class Scored:
     error: str | None = None
 
 
-def score(rows: Sequence[Row], crew: Crew, progress: Progress) -> list[Scored]:
+def score(rows: Sequence[Row], backend: Backend, progress: Progress) -> list[Scored]:
     """All students of all rows, side by side: first those by which val chooses, then those that test is read for."""
     choices = {id(row): row.choices() for row in rows}
-    tried = _do("choices on val", [(row, job) for row in rows for job in choices[id(row)]], crew, progress)
+    tried = _do("choices on val", [(row, job) for row in rows for job in choices[id(row)]], backend, progress)
     chosen: dict[int, dict[str, Any]] = {}
     errors: dict[int, str] = {}
     for row in rows:
@@ -255,7 +255,7 @@ def score(rows: Sequence[Row], crew: Crew, progress: Progress) -> list[Scored]:
         if id(row) not in errors:
             rule = chosen.get(id(row), {"loss": "", "lr": 0.0})
             final[id(row)] = row.students(rule["loss"], rule["lr"])
-    done = _do("students", [(row, job) for row in rows for job in final.get(id(row), [])], crew, progress)
+    done = _do("students", [(row, job) for row in rows for job in final.get(id(row), [])], backend, progress)
     return [_scored(row, final.get(id(row), []), done, chosen.get(id(row)), errors.get(id(row))) for row in rows]
 
 
@@ -272,14 +272,14 @@ def _scored(
     return Scored(results, [file for file in files if file.is_file()], chosen)
 
 
-def _do(title: str, jobs: list[tuple[Row, Job]], crew: Crew, progress: Progress) -> dict[tuple[int, Job], Any]:
+def _do(title: str, jobs: list[tuple[Row, Job]], backend: Backend, progress: Progress) -> dict[tuple[int, Job], Any]:
     """The records of students by row and job; one that fails does not stop the others."""
     if not jobs:
         return {}
     names = [f"{row.name}: {job.name}" + (f" at {job.lr:g}" if job.lr else "") for row, job in jobs]
     items = [replace(row.item(job), job=job) for row, job in jobs]
     with progress.stage(title, dict.fromkeys(names, 1)) as update:
-        results = crew.executor.map(Spared(student), items, names, update)
+        results = backend.executor.map(Spared(student), items, names, update)
     if any(r is False for r in results):
         raise Interrupted
     return {(id(row), job): result for (row, job), result in zip(jobs, results, strict=True)}

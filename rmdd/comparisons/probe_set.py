@@ -13,14 +13,14 @@ from rmdd.artefact.distilled import TENSORS, DistilledSet
 from rmdd.config.probes import VIEW
 from rmdd.core.device import device_of
 from rmdd.core.files import sha256_file, write_json
-from rmdd.core.progress import Progress, watched
+from rmdd.core.progress import Progress
 from rmdd.core.storage import anchored, open_storage, run_folder
 from rmdd.evaluate import protocol
 from rmdd.evaluate.lessons import enlarged_to, lessons_of
 from rmdd.evaluate.probes.of_run import Probing, faults, prepare, remarks
 from rmdd.evaluate.students import Course, Diverged, train_student
-from rmdd.execution.backend import open_crew, working_in
-from rmdd.execution.tasks import Hooks, Interrupted
+from rmdd.execution.backend import hold_folders, open_backend
+from rmdd.execution.tasks import Hooks, Interrupted, watched
 from rmdd.models.dual import DualEncoder, build
 from rmdd.models.text import encoder_identity
 from rmdd.runs.absolute import with_absolute_paths
@@ -61,18 +61,18 @@ def probe_set(path: Path, run: config.Run, progress: Progress) -> dict[str, Any]
     value = sha256_file(path / TENSORS)[:16]
     run = run.model_copy(update={"name": f"{run.name}-{value[:8]}"})
     folder = run_folder(run)
-    with working_in(run.runtime, folder), open_crew(run.runtime, folder / "events.jsonl", progress) as crew:
+    with hold_folders(run.runtime, folder), open_backend(run.runtime, folder / "events.jsonl", progress) as backend:
         facts = {}
         for name in run.evaluate.probes:
-            readers = watched(progress, f"ingest {name}", "pairs", crew.readers)
-            encoders = watched(progress, f"embed {name}", "captions", crew.encoders)
+            readers = watched(progress, f"ingest {name}", "pairs", backend.readers)
+            encoders = watched(progress, f"embed {name}", "captions", backend.encoders)
             facts[name] = prepare(run, name, None, readers, encoders)
             for line in remarks(name, facts[name]):
                 progress.say(line)
         items = [Item(run, path.absolute(), i, value) for i in range(run.evaluate.students)]
         names = [f"student {item.index}" for item in items]
         with progress.stage("students", dict.fromkeys(names, 1)) as update:
-            records = crew.executor.map(student, items, names, update)
+            records = backend.executor.map(student, items, names, update)
         if any(r is False for r in records):
             raise Interrupted
         scores = {name: protocol.summary([r["probes"] for r in records], name) for name in facts}

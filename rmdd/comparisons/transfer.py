@@ -32,7 +32,7 @@ from rmdd.comparisons.tables import Table
 from rmdd.core.files import write_json
 from rmdd.core.progress import Progress
 from rmdd.core.storage import root_of
-from rmdd.execution.backend import Crew, open_crew, working_in
+from rmdd.execution.backend import Backend, hold_folders, open_backend
 
 POOLINGS = ("cls", "mean")
 
@@ -87,17 +87,17 @@ class Transfer:
         """Train what is missing and write the matrix. Going on after an interruption is calling it again."""
         progress = progress or Progress()
         runtime, folder = self.run.runtime, self.folder
-        with working_in(runtime, folder), open_crew(runtime, folder / "events.jsonl", progress) as crew:
+        with hold_folders(runtime, folder), open_backend(runtime, folder / "events.jsonl", progress) as backend:
             self.begin()
             rows = [
                 row
                 for k, run in enumerate((self.run, *self.targets))
-                for row in self._rows(run, folder / "towers" / f"{k:02d}", crew, progress)
+                for row in self._rows(run, folder / "towers" / f"{k:02d}", backend, progress)
             ]
-            return self._written(rows, score(rows, crew, progress))
+            return self._written(rows, score(rows, backend, progress))
 
-    def _rows(self, run: config.Run, folder: Path, crew: Crew, progress: Progress) -> list[Row]:
-        grounds = Grounds.at(run, folder, crew, progress)
+    def _rows(self, run: config.Run, folder: Path, backend: Backend, progress: Progress) -> list[Row]:
+        grounds = Grounds.at(run, folder, backend, progress)
         if wrong := grounds.check([self.entry]):
             raise config.ConfigError(wrong, "transfer")
         grounds.embed()

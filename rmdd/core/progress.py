@@ -5,7 +5,7 @@ Everything goes to stderr, so that stdout belongs to results.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,6 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
-
-from rmdd.execution.tasks import Stream, Values
 
 LOG_SECONDS = 10.0
 ROWS = 16
@@ -167,21 +165,3 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}"
-
-
-def watched(progress: Progress, title: str, unit: str, stream: Stream) -> Stream:
-    """`stream` with its progress shown: how many parts are done, and how many `unit` per second."""
-
-    def watch(make: Callable[[], Callable[[Values], Values]], items: Sequence[Values]) -> Iterator[Values]:
-        if not items:
-            return
-        with progress.stage(title, {"parts": len(items)}) as update:
-            began, units, found_there = time.perf_counter(), 0, 0
-            for done, result in enumerate(stream(make, items), start=1):
-                units += result[unit]
-                found_there += 0 if result.get("fresh", True) else result[unit]
-                pace = (units - found_there) / (time.perf_counter() - began)
-                update("parts", {"done": done, unit: units, f"{unit}/s": round(pace)})
-                yield result
-
-    return watch

@@ -17,7 +17,7 @@ from rmdd.coresets.draws import smallest
 from rmdd.coresets.greedy import rows_of
 from rmdd.coresets.rows import Rows
 from rmdd.coresets.shard import Shard, best_of
-from rmdd.execution.tasks import Here, Ranks
+from rmdd.execution.parts import PartsHere, WorkerParts
 
 SAMPLE = 65_536
 MINI_BATCH = 16_384
@@ -52,7 +52,7 @@ def fit(
     return np.ascontiguousarray(found.cluster_centers_, dtype=np.float32)
 
 
-def centroids_of(ranks: Ranks, k: int, seed: int, side: slice = slice(None)) -> Float32[np.ndarray, "K D"]:
+def centroids_of(ranks: WorkerParts, k: int, seed: int, side: slice = slice(None)) -> Float32[np.ndarray, "K D"]:
     """Centroids of all kept rows, or of some of their columns. Raises `ValueError` for fewer rows than `k`."""
     ids = np.concatenate(ranks.ask("ids"))
     size = max(SAMPLE, 4 * k)
@@ -60,7 +60,7 @@ def centroids_of(ranks: Ranks, k: int, seed: int, side: slice = slice(None)) -> 
     return fit(np.ascontiguousarray(rows_of(ranks, drawn.tolist())[:, side]), k, seed)
 
 
-def medoids(ranks: Ranks, k: int, seed: int) -> list[int]:
+def medoids(ranks: WorkerParts, k: int, seed: int) -> list[int]:
     """Of `k` clusters the member nearest each centroid; for one without members the nearest item not yet chosen."""
     if not k:
         return []
@@ -98,7 +98,7 @@ def quotas(sizes: Sequence[int], k: int, rule: Quota) -> list[int]:
 
 
 def balanced(
-    ranks: Ranks, k: int, clusters: int, rule: Quota, seed: int, method: Callable[[Ranks], Iterator[int]]
+    ranks: WorkerParts, k: int, clusters: int, rule: Quota, seed: int, method: Callable[[WorkerParts], Iterator[int]]
 ) -> list[int]:
     """`method`, which picks from some rows, applied to every cluster for its quota; the picks of cluster 0 first."""
     centroids = centroids_of(ranks, clusters, seed)
@@ -109,13 +109,15 @@ def balanced(
     chosen: list[int] = []
     for own, quota in zip(members, quotas([len(m) for m in members], k, rule), strict=True):
         if quota:
-            one = Here([Shard(Rows.of(rows_of(ranks, own.tolist()), own))])
+            one = PartsHere([Shard(Rows.of(rows_of(ranks, own.tolist()), own))])
             picks = method(one)
             chosen += [next(picks) for _ in range(quota)]
     return chosen
 
 
-def outliers(ranks: Ranks, share: float, seed: int, centroids: int = OUTLIER_CENTROIDS) -> Int64[np.ndarray, " n"]:
+def outliers(
+    ranks: WorkerParts, share: float, seed: int, centroids: int = OUTLIER_CENTROIDS
+) -> Int64[np.ndarray, " n"]:
     """The ids of the given share of rows that lie farthest from the nearest of `centroids` k-means centroids."""
     ids = np.concatenate(ranks.ask("ids"))
     parts = ranks.ask("assigned", centroids_of(ranks, min(centroids, max(1, len(ids) // 10)), seed))

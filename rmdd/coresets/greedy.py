@@ -16,12 +16,12 @@ from jaxtyping import Float32, Float64
 
 from rmdd.core.seeding import generator
 from rmdd.coresets.shard import TOLD, Best, Check, best_of
-from rmdd.execution.tasks import Ranks
+from rmdd.execution.parts import WorkerParts
 
 Start = Literal["random", "mean"]
 
 
-def checked(ranks: Ranks) -> Check:
+def checked(ranks: WorkerParts) -> Check:
     """Look at all rows. Raises `ValueError` that names rows that are zero or not finite, or when there are none."""
     found: list[Check] = ranks.ask("check")
     bad = sum(c.bad for c in found)
@@ -36,7 +36,7 @@ def checked(ranks: Ranks) -> Check:
     return Check(rows, max(c.largest for c in found), 0, ())
 
 
-def mean(ranks: Ranks, largest: float) -> Float64[np.ndarray, " D"]:
+def mean(ranks: WorkerParts, largest: float) -> Float64[np.ndarray, " D"]:
     """Of all kept rows, whose entries are at most `largest`: the same bits however they lie."""
     count = sum(ranks.ask("count"))
     size = math.ceil(math.log2(largest)) + 1
@@ -44,7 +44,7 @@ def mean(ranks: Ranks, largest: float) -> Float64[np.ndarray, " D"]:
     return np.ldexp(np.sum(ranks.ask("total", bits), axis=0).astype(np.float64), -bits) / count
 
 
-def rows_of(ranks: Ranks, ids: Sequence[int]) -> Float32[np.ndarray, "n D"]:
+def rows_of(ranks: WorkerParts, ids: Sequence[int]) -> Float32[np.ndarray, "n D"]:
     """The rows of `ids`, in their order. Raises `ValueError` when one is nowhere."""
     found: dict[int, np.ndarray] = {}
     for numbers, rows in ranks.ask("rows_of", np.asarray(ids, dtype=np.int64)):
@@ -55,7 +55,7 @@ def rows_of(ranks: Ranks, ids: Sequence[int]) -> Float32[np.ndarray, "n D"]:
 
 
 def herding(
-    ranks: Ranks, mu: Float64[np.ndarray, " D"], begun: Sequence[int] = (), explicit: bool = False
+    ranks: WorkerParts, mu: Float64[np.ndarray, " D"], begun: Sequence[int] = (), explicit: bool = False
 ) -> Iterator[Best]:
     """The picks after those `begun` with, until no item is left.
 
@@ -70,7 +70,7 @@ def herding(
         taken = [best.id]
 
 
-def k_center(ranks: Ranks, first: Best, begun: Sequence[int] = ()) -> Iterator[Best]:
+def k_center(ranks: WorkerParts, first: Best, begun: Sequence[int] = ()) -> Iterator[Best]:
     """The picks after those `begun` with, until no item is left, `first` being the very first.
 
     The value of a pick is its squared distance to the picks before: the squared radius that these cover all with.
@@ -84,7 +84,7 @@ def k_center(ranks: Ranks, first: Best, begun: Sequence[int] = ()) -> Iterator[B
         centres, taken = best.row[None], [best.id]
 
 
-def start_of(ranks: Ranks, rule: Start, seed: int, mu: Float64[np.ndarray, " D"]) -> Best:
+def start_of(ranks: WorkerParts, rule: Start, seed: int, mu: Float64[np.ndarray, " D"]) -> Best:
     """The first centre: a seeded random item, or the one nearest the mean."""
     if rule == "mean":
         best = best_of(ranks.ask("nearest", mu))

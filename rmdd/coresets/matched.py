@@ -17,10 +17,10 @@ from jaxtyping import Float32, Int64
 from rmdd.coresets.clusters import centroids_of
 from rmdd.coresets.greedy import checked
 from rmdd.coresets.shard import best_of
-from rmdd.execution.tasks import Ranks
+from rmdd.execution.parts import WorkerParts
 
 
-def matched(ranks: Ranks, k: int, seed: int, image_width: int) -> tuple[list[int], dict[str, Any]]:
+def matched(ranks: WorkerParts, k: int, seed: int, image_width: int) -> tuple[list[int], dict[str, Any]]:
     """Ids of `k` rows, those of the largest overlap first, and how well the sides agree.
 
     The first `image_width` columns are those of the image.
@@ -55,7 +55,7 @@ def match(overlap: Int64[np.ndarray, "K K"]) -> Int64[np.ndarray, " K"]:
 
 
 def _prototypes(
-    ranks: Ranks, partner: np.ndarray, common: np.ndarray, without: Float32[np.ndarray, "K D"]
+    ranks: WorkerParts, partner: np.ndarray, common: np.ndarray, without: Float32[np.ndarray, "K D"]
 ) -> Float32[np.ndarray, "K D"]:
     """Means of the common rows of every pair, the same bits however rows lie; `without` any, that row."""
     largest = checked(ranks).largest

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
 from rmdd.coresets.rows import Rows
-from rmdd.execution.tasks import Here
+from rmdd.execution.parts import PartsHere
 
 Ids = Sequence[int] | np.ndarray
 TOLD = 5
@@ -239,6 +239,6 @@ def best_of(found: Iterable[Best | None]) -> Best | None:
     return max((b for b in found if b is not None), key=lambda b: (b.value, -b.id), default=None)
 
 
-def here(rows: Rows, ranks: int = 1, chunk: int | None = None) -> Here:
+def here(rows: Rows, ranks: int = 1, chunk: int | None = None) -> PartsHere:
     """Rows cut over so many ranks of this process."""
-    return Here([Shard(rows.share(rank, ranks), chunk) for rank in range(ranks)])
+    return PartsHere([Shard(rows.share(rank, ranks), chunk) for rank in range(ranks)])

@@ -1,9 +1,9 @@
-"""Who does the work of runs, and in which folders: made from `runtime`, for one run or for all of a sweep."""
+"""Who does the work of runs: this process, or a Ray cluster; made from `runtime`, for one run or for all of a sweep."""
 
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,51 +12,45 @@ from rmdd import config
 from rmdd.core.locks import held
 from rmdd.core.progress import Progress
 from rmdd.core.storage import address_of, is_uri, open_storage, root_of
-from rmdd.execution.tasks import (
-    Climber,
-    Executor,
-    Inquiry,
-    InTurn,
-    Mapper,
-    OpenRanks,
-    Ranks,
-    Stream,
-    Values,
-    in_turn,
-    ranks_here,
-    time_limit,
-)
-from rmdd.experts import feed
+from rmdd.execution.executor import Executor, Mapper
+from rmdd.execution.in_turn import InTurn
+from rmdd.execution.parts import OpenParts, WorkerParts, parts_here
+from rmdd.execution.signals import time_limit
+from rmdd.execution.tasks import Stream, Values, in_turn
+from rmdd.execution.trials import RunTrials, TrialRunner, TrialSource, trials_in_turn
 
-ENCODERS = 64
-"""Encoders of captions side by side at most; `runtime.workers` and the cluster's size bound them too."""
+MOST_ENCODERS = 64
+"""Most workers that embed captions side by side; `runtime.workers` and the cluster's size bound them too."""
 
-RANKS = 64
-"""Ranks that hold the rows of a coreset, or share the draws of a step, at most."""
+MOST_PARTS = 64
+"""Most workers that hold parts of a coreset, or share the draws of a step."""
+
+PictureReader = Callable[..., Iterable[Any]]
+"""See `rmdd.experts.feed.Stream`."""
 
 
 @dataclass(frozen=True)
-class Crew:
-    """An executor, and who does what is no item of its own."""
+class Backend:
+    """The executor of a run's tasks, and who does its other work. By default all of it is done in this process."""
 
     executor: Executor
     readers: Stream = in_turn
     """Do the parts of an ingest."""
     encoders: Stream = in_turn
     """Embed blocks of captions."""
-    fleet: Callable[..., Mapper] | None = None
-    """`fleet(store, size=n)`: one run of Ray Train over gangs of n that train the experts of a store."""
-    stream: feed.Stream | None = None
-    """Reads the pictures of experts that are not cached; None: who trains them."""
-    climbers: Callable[[Inquiry, Callable[[Any], Climber], int | None], None] | None = None
-    """Climb side by side, so many at most, in a run of Ray Tune."""
-    ranks: OpenRanks = ranks_here
-    """Hold the rows that a coreset is chosen from, or share the draws of a step."""
+    expert_pool: Callable[..., Mapper] | None = None
+    """`expert_pool(store, size=n)`: a run of Ray Train whose workers train experts of a store, n to an expert."""
+    pictures: PictureReader | None = None
+    """Reads the pictures of experts that are not cached; None: the process that trains reads them."""
+    run_trials: RunTrials = trials_in_turn
+    """Makes the trials of a search."""
+    open_parts: OpenParts = parts_here
+    """Workers that hold the rows that a coreset is chosen from, or share the draws of a step."""
 
 
 @contextlib.contextmanager
-def working_in(runtime: config.Runtime, *folders: Path) -> Iterator[None]:
-    """Hold `folders` of a storage that can be written; what has grown there is published at the end.
+def hold_folders(runtime: config.Runtime, *folders: Path) -> Iterator[None]:
+    """Hold `folders` of a storage that can be written; new files in them are published at the end.
 
     Raises `rmdd.core.locks.Held` when another process works in one of them.
     """
@@ -70,14 +64,14 @@ def working_in(runtime: config.Runtime, *folders: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def open_crew(runtime: config.Runtime, events: Path, progress: Progress) -> Iterator[Crew]:
-    """The crew that `runtime` describes; Ray is started and stopped here.
+def open_backend(runtime: config.Runtime, events: Path, progress: Progress) -> Iterator[Backend]:
+    """The backend that `runtime` describes; Ray is started and stopped here.
 
-    `events` gets a line for whatever happens to a worker. Ends after `runtime.time_limit` as on Ctrl-C.
+    `events` gets a line for each start, death and end of a worker. Ends after `runtime.time_limit` as on Ctrl-C.
     """
     with time_limit(runtime.time_limit, progress.say):
         if runtime.ray == "off":
-            yield Crew(InTurn(runtime.threads))
+            yield Backend(InTurn(runtime.threads))
             return
         from rmdd.execution.ray.cluster import connected
 
@@ -89,8 +83,8 @@ def open_crew(runtime: config.Runtime, events: Path, progress: Progress) -> Iter
             cpus, gpus = (min(s, most) for s, most in zip(runtime.share, (resources.widest, math.inf), strict=True))
             with SideBySide(runtime, resources, events, progress.say) as executor:
 
-                def alone(stream: Stream) -> Stream:
-                    """Idle actors would keep the CPUs that its tasks wait for."""
+                def after_rest(stream: Stream) -> Stream:
+                    """Idle actors would keep the CPUs that the stream's tasks wait for."""
 
                     def streamed(
                         make: Callable[[], Callable[[Values], Values]], items: Sequence[Values]
@@ -100,38 +94,44 @@ def open_crew(runtime: config.Runtime, events: Path, progress: Progress) -> Iter
 
                     return streamed
 
-                def fleet(store: str, size: int) -> Mapper:
-                    from rmdd.execution.ray.train import Fleet
+                def expert_pool(store: str, size: int) -> Mapper:
+                    from rmdd.execution.ray.train import ExpertPool
 
                     executor.rest()
-                    place = address_of(runtime, root_of(runtime) / "fleets")
-                    return Fleet(runtime, executor.resources, events, f"experts-{store}", place, size, progress.say)
+                    folder = address_of(runtime, root_of(runtime) / "fleets")
+                    return ExpertPool(
+                        runtime, executor.resources, events, f"experts-{store}", folder, size, progress.say
+                    )
 
-                def climbers(inquiry: Inquiry, open_climber: Callable[[Any], Climber], most: int | None) -> None:
-                    from rmdd.execution.ray.tune import climb
+                def run_trials(
+                    source: TrialSource, open_runner: Callable[[Any], TrialRunner], most: int | None
+                ) -> None:
+                    from rmdd.execution.ray import tune
 
                     executor.rest()
-                    climb(inquiry, open_climber, runtime, executor.resources, most, progress.say)
+                    tune.run_trials(source, open_runner, runtime, executor.resources, most, progress.say)
 
                 @contextlib.contextmanager
-                def ranks(
+                def open_parts(
                     make: Callable[[int, int], Any],
                     size: int | None = None,
                     most: int | None = None,
                     accelerated: bool = False,
-                ) -> Iterator[Ranks]:
-                    from rmdd.execution.ray.ranks import ranks_of_actors
+                ) -> Iterator[WorkerParts]:
+                    from rmdd.execution.ray.worker_parts import parts_on_actors
 
                     executor.rest()
-                    count = size or resources.workers(runtime, most or RANKS)
-                    with ranks_of_actors(make, count, cpus, runtime.threads, gpus if accelerated else 0.0) as found:
-                        yield found
+                    count = size or resources.workers(runtime, most or MOST_PARTS)
+                    with parts_on_actors(make, count, cpus, runtime.threads, gpus if accelerated else 0.0) as parts:
+                        yield parts
 
-                restarts, crew = runtime.max_restarts, Crew(executor, fleet=fleet, climbers=climbers)
-                crew = replace(crew, readers=alone(over_tasks(min(runtime.reader_cpus, resources.widest), restarts)))
+                restarts = runtime.max_restarts
+                readers = after_rest(over_tasks(min(runtime.reader_cpus, resources.widest), restarts))
+                backend = Backend(executor, readers, expert_pool=expert_pool, run_trials=run_trials)
                 if not is_uri(runtime.storage):  # workers that hold CPUs may hold them all
-                    crew = replace(crew, stream=functools.partial(ray_stream, cpus=1 if gpus and not cpus else 0))
+                    pictures = functools.partial(ray_stream, cpus=1 if gpus and not cpus else 0)
+                    backend = replace(backend, pictures=pictures)
                 if not is_uri(runtime.storage) or (resources.nodes == 1 and not resources.grows):
-                    over = over_actors(resources.workers(runtime, ENCODERS), cpus, gpus, restarts)
-                    crew = replace(crew, encoders=alone(over), ranks=ranks)
-                yield crew
+                    over = over_actors(resources.workers(runtime, MOST_ENCODERS), cpus, gpus, restarts)
+                    backend = replace(backend, encoders=after_rest(over), open_parts=open_parts)
+                yield backend

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rmdd import config
-from rmdd.execution.tasks import Hooks, Seat
+from rmdd.execution.tasks import GroupMember, Hooks
 from rmdd.experts.train import Learner, Team, optimiser_of
 from rmdd.models.dual import DualEncoder, Params
 from rmdd.models.image import ConvNet
@@ -146,24 +146,24 @@ def whole(share: Float[Tensor, "b D"], rank: int, size: int) -> Float[Tensor, "B
     return torch.cat([share if r == rank else parts[r][: int(lengths[r])] for r in range(size)])
 
 
-def team_of(seat: Seat, strategy: str, device: torch.device) -> GangOf:
-    """Join the gang of this seat; a process stays in it for all experts that it trains."""
+def team_of(member: GroupMember, strategy: str, device: torch.device) -> GangOf:
+    """Join the gang of this member; a process stays in it for all experts that it trains."""
     if not _joined:
         if dist.is_initialized():  # of all workers of a Train run, whatever their gang
             dist.destroy_process_group()
-        if seat.rank == 0:
-            store = dist.TCPStore(seat.host, 0, seat.size, is_master=True, wait_for_workers=False)
-            seat.meet(f"{seat.host} {store.port}")
+        if member.rank == 0:
+            store = dist.TCPStore(member.host, 0, member.size, is_master=True, wait_for_workers=False)
+            member.meet(f"{member.host} {store.port}")
         else:
-            host, port = seat.meet(None).split()
-            store = dist.TCPStore(host, int(port), seat.size, is_master=False)
-        here = torch.cuda.current_device() if device.type == "cuda" else seat.rank
-        os.environ.update(RANK=str(seat.rank), WORLD_SIZE=str(seat.size), LOCAL_RANK=str(here))
-        os.environ.setdefault("MASTER_ADDR", seat.host)
+            host, port = member.meet(None).split()
+            store = dist.TCPStore(host, int(port), member.size, is_master=False)
+        here = torch.cuda.current_device() if device.type == "cuda" else member.rank
+        os.environ.update(RANK=str(member.rank), WORLD_SIZE=str(member.size), LOCAL_RANK=str(here))
+        os.environ.setdefault("MASTER_ADDR", member.host)
         os.environ.setdefault("MASTER_PORT", str(store.port))
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=seat.rank, world_size=seat.size)
-        _joined.append(GangOf(strategy, seat.rank, seat.size, device))
+        dist.init_process_group(backend, store=store, rank=member.rank, world_size=member.size)
+        _joined.append(GangOf(strategy, member.rank, member.size, device))
     return _joined[0]
 
 
@@ -224,7 +224,9 @@ def _rank(
     torch.set_num_threads(threads)
     if torch.cuda.is_available():
         torch.cuda.set_device(rank % torch.cuda.device_count())
-    hooks = Hooks(lambda metrics: said.put(("report", rank, metrics)), stop.is_set, Seat(rank, size, LOCALHOST, meet))
+    hooks = Hooks(
+        lambda metrics: said.put(("report", rank, metrics)), stop.is_set, GroupMember(rank, size, LOCALHOST, meet)
+    )
     try:
         said.put(("done", rank, task(item, hooks)))
     except Exception as error:

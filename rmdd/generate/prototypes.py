@@ -20,7 +20,7 @@ from rmdd.coresets.features import Sides
 from rmdd.coresets.matched import match
 from rmdd.coresets.rows import Rows
 from rmdd.coresets.shard import Shard, here
-from rmdd.execution.tasks import OpenRanks, Ranks
+from rmdd.execution.parts import OpenParts, WorkerParts
 
 MINI_BATCH = 10_000
 CHUNK = 8192
@@ -57,7 +57,7 @@ def find(
     sides: Sides,
     pairs: int,
     seed: int,
-    ranks: OpenRanks,
+    ranks: OpenParts,
     *,
     rm_ratio: float = 0.2,
     starts: int = 20,
@@ -134,7 +134,7 @@ def raw_cosines(sides: Sides) -> Float32[np.ndarray, " T"]:
 
 
 def partition(
-    rows: Rows, of: Ids, k: int, seed: int, ranks: OpenRanks, starts: int = 20, normalize: bool = False
+    rows: Rows, of: Ids, k: int, seed: int, ranks: OpenParts, starts: int = 20, normalize: bool = False
 ) -> Ids:
     """The k-means cluster of every record, whose features are row `of[n]`; fitted on a sample of at most `SAMPLE`.
 
@@ -158,7 +158,7 @@ def open_side(folder: Path, normalize: bool, rank: int, size: int) -> Shard:
     return Shard(_units(rows) if normalize else rows)
 
 
-def _nearest(ranks: Ranks, centroids: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+def _nearest(ranks: WorkerParts, centroids: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     label, distance = np.empty(count, np.int64), np.empty(count, np.float32)
     for ids, found, far in ranks.ask("assigned", centroids):
         label[ids], distance[ids] = found, far

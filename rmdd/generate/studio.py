@@ -18,14 +18,15 @@ from torch import Tensor
 from rmdd import config
 from rmdd.core.device import device_of
 from rmdd.core.files import write_json
-from rmdd.core.progress import watched
 from rmdd.core.storage import open_storage
 from rmdd.data.captions import clean
 from rmdd.data.images import normalise
 from rmdd.distill import phases
 from rmdd.distill.synthetic import Synthetic, reduced
 from rmdd.distill.trajectory.matching import save_set
-from rmdd.execution.tasks import Executor, Hooks, Interrupted, OpenRanks, Stream, Values, in_turn
+from rmdd.execution.executor import Executor
+from rmdd.execution.parts import OpenParts
+from rmdd.execution.tasks import Hooks, Interrupted, Stream, Values, in_turn, watched
 from rmdd.generate.decode import Decoder, Painter, is_painted, picture_of, read_requests, write_requests
 from rmdd.generate.features import sides_of
 from rmdd.models.pretrained import Part
@@ -46,7 +47,7 @@ class Tools:
     """Trains what is fine-tuned: one task with checkpoints."""
     encoders: Stream
     """Actors that hold a model: features, captions, decoding."""
-    ranks: OpenRanks
+    ranks: OpenParts
     """Hold rows of features."""
     progress: "Progress"
 

@@ -37,8 +37,8 @@ from rmdd.evaluate.protocol import (
 )
 from rmdd.evaluate.retrieval import Ranks
 from rmdd.evaluate.students import score
-from rmdd.execution import tasks as jobs
-from rmdd.execution.tasks import Hooks, OpenRanks, Task, with_restarts
+from rmdd.execution.parts import OpenParts, WorkerParts, with_restarts
+from rmdd.execution.tasks import Hooks, Task
 from rmdd.experts import gang
 from rmdd.experts.feed import Stream
 from rmdd.experts.store import Store
@@ -156,8 +156,8 @@ def _followed(item: Item, title: str, value: str, folder: Path, storage: Storage
 
 def expert(item: Item, hooks: Hooks) -> bool:
     """Train expert `item.number` to the end or until told to stop. In a gang the first worker alone writes."""
-    rule, device, seat = item.run.experts.gang, device_of(item.run.runtime), hooks.seat
-    if rule.workers > 1 and seat is None:
+    rule, device, member = item.run.experts.gang, device_of(item.run.runtime), hooks.member
+    if rule.workers > 1 and member is None:
         return gang.side_by_side(expert, item, hooks, rule.workers, item.run.runtime.threads)
     item, storage = _here(item)
     places = item.places
@@ -166,7 +166,7 @@ def expert(item: Item, hooks: Hooks) -> bool:
     store = Store.open(places.store)
     with contextlib.ExitStack() as stack:
         tracker = track.Tracker({})
-        if seat is None or seat.rank == 0:
+        if member is None or member.rank == 0:
             hooks = stack.enter_context(_alone(store.folder(item.number), storage, hooks))
             curves = places.store / "curves" / f"{item.number:03d}"
             follow = _followed(item, f"expert {item.number}", places.store.name, curves, storage)
@@ -189,11 +189,11 @@ def expert(item: Item, hooks: Hooks) -> bool:
             hooks.should_stop,
             item.run.runtime.loader_workers,
             item.stream,
-            gang.team_of(seat, rule.strategy, device) if seat else None,
+            gang.team_of(member, rule.strategy, device) if member else None,
         )
 
 
-def phase(item: Item, hooks: Hooks, ranks: jobs.Ranks | None = None) -> bool:
+def phase(item: Item, hooks: Hooks, ranks: WorkerParts | None = None) -> bool:
     """Distil phase `item.number` to the end or until told to stop; `ranks` share the draws of a step."""
     item, storage = _here(item)
     places, run = item.places, item.run
@@ -228,7 +228,7 @@ def _no_running(name: str) -> bool:
     return not name.endswith("/running.safetensors") and not track.is_curve(name)
 
 
-def shared_phase(item: Item, hooks: Hooks, ranks: OpenRanks, draws: int, say: Callable[[str], None]) -> bool:
+def shared_phase(item: Item, hooks: Hooks, ranks: OpenParts, draws: int, say: Callable[[str], None]) -> bool:
     """`phase`, by ranks that share the `draws` of a step; they are opened again when one dies."""
 
     def distilled() -> bool:

@@ -1,6 +1,6 @@
 """`rmdd search`: trials of one run with other values, compared by val R@mean.
 
-What the trials share, data and experts, is made first by the whole crew. Then each trial climbs from snapshot to
+What the trials share, data and experts, is made first by all workers. Then each trial goes from snapshot to
 snapshot, side by side through Ray Tune or in turn, and `rmdd.searches.study` decides what is tried and what goes on.
 """
 
@@ -15,8 +15,8 @@ from rmdd.core.locks import held
 from rmdd.core.progress import Progress
 from rmdd.core.storage import located, open_storage, root_of
 from rmdd.distill.trajectory.planning import foreseen, over_budget
-from rmdd.execution.backend import open_crew, working_in
-from rmdd.execution.tasks import Climber, Hooks, Inquiry, Values
+from rmdd.execution.backend import hold_folders, open_backend
+from rmdd.execution.tasks import Values
 from rmdd.models.text import text_width
 from rmdd.pipeline import Pipeline
 from rmdd.searches.space import Space, loader
@@ -117,10 +117,10 @@ def run_search(base: config.Run, progress: Progress | None = None) -> Searched:
     folder, storage = search_folder(base), open_storage(base.runtime)
     storage.fetch(folder)
     known = known_from(base.search.warm_start, base)
-    with working_in(base.runtime), open_crew(base.runtime, folder / "events.jsonl", progress) as crew:
+    with hold_folders(base.runtime), open_backend(base.runtime, folder / "events.jsonl", progress) as backend:
         write_json(folder / "search.json", {"schema_version": 1, "run": base.model_dump(mode="json")})
         with held(folder / "shared", wait=True):
-            pipeline = Pipeline.of(base, crew, progress)
+            pipeline = Pipeline.of(base, backend, progress)
             pipeline.splits = SPLITS
             (pipeline.experts if shares_experts(base) else pipeline.ingest)()
         with progress.stage("trials", {}) as stage:
@@ -133,22 +133,10 @@ def run_search(base: config.Run, progress: Progress | None = None) -> Searched:
 
             with Study(base, folder, known, lambda run: refused(base, run), progress.say, show) as study:
                 try:
-                    (crew.climbers or in_turn)(study, open_trial, base.search.concurrency)
+                    backend.run_trials(study, open_trial, base.search.concurrency)
                 finally:
                     table = write_table(base, folder, study.study)
         return Searched(folder, table, study.failures)
-
-
-def in_turn(inquiry: Inquiry, open_climber: Callable[[Any], Climber], most: int | None = None) -> None:
-    """Climb one after the other in this process, whatever `most` allows."""
-    while (asked := inquiry.ask()) is not None:
-        name, what = asked
-        try:
-            climber = open_climber(what)
-            while inquiry.told(name, climber.climb(Hooks())):
-                pass
-        except (RuntimeError, OSError, MemoryError) as error:
-            inquiry.failed(name, f"{type(error).__name__}: {error}")
 
 
 def shares_experts(base: config.Run) -> bool:

@@ -66,7 +66,7 @@ def open_study(base: config.Run, folder: Path) -> optuna.Study:
 
 
 class Study:
-    """The trials of one search as one driver sees them; an `rmdd.execution.tasks.Inquiry`. Use it in a `with`."""
+    """The trials of one search as one driver sees them; an `rmdd.execution.trials.TrialSource`. Use it in a `with`."""
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ class Study:
         last = begun(self.study)[-1].user_attrs["error"]
         raise ValueError(f"{TRIES} draws in a row clash with the run file, the last with: {last}; narrow search.space")
 
-    def told(self, name: str, rung: Values) -> bool:
+    def tell(self, name: str, rung: Values) -> bool:
         trial = self.trials[name]
         if self._leases[name][0].lost:
             self.say(f"{name}: another driver took over while this one stood still")
@@ -172,7 +172,7 @@ class Study:
             self._end(name, state=TrialState.FAIL)
         return False
 
-    def failed(self, name: str, why: str) -> None:
+    def fail(self, name: str, why: str) -> None:
         """Leave a trial open, to be gone on with by the next driver."""
         self.failures[name] = why
         self.say(f"{name}: {why}")

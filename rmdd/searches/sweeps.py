@@ -7,13 +7,11 @@ So a piece that two runs need is there when the second one asks, or on its way, 
 
 import contextlib
 import csv
-import functools
 import itertools
 import json
 import statistics
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,8 @@ from rmdd.config.runfile import parse
 from rmdd.core.files import atomic_path, read_json, write_json
 from rmdd.core.progress import Progress, Stage
 from rmdd.core.storage import address_of, located, root_of, run_folder
-from rmdd.execution.backend import open_crew, working_in
-from rmdd.execution.tasks import Executor, Hooks, Interrupted, InTurn, Piece, Task
+from rmdd.execution.backend import hold_folders, open_backend
+from rmdd.execution.scheduler import SweepScheduler, errors_kept
 from rmdd.pipeline import Pipeline
 from rmdd.runs.tasks import target
 
@@ -160,33 +158,25 @@ def run_all(runs: Sequence[Member], progress: Progress | None = None) -> Swept:
     progress = progress or Progress()
     runtime, folder = runs[0].run.runtime, sweep_folder(runs)
     with (
-        working_in(runtime, folder, *(run_folder(m.run) for m in runs)),
-        open_crew(runtime, folder / "events.jsonl", progress) as crew,
+        hold_folders(runtime, folder, *(run_folder(m.run) for m in runs)),
+        open_backend(runtime, folder / "events.jsonl", progress) as backend,
     ):
         begin(runs)
         errors: dict[str, Exception] = {}
-        pipelines = {m.label: Pipeline.of(m.run, crew, _Named(progress, m.label)) for m in runs}
+        pipelines = {m.label: Pipeline.of(m.run, backend, _Named(progress, m.label)) for m in runs}
         for label, pipeline in pipelines.items():
-            with _kept(errors, label):
+            with errors_kept(errors, label):
                 pipeline.check_budget()
                 pipeline.experts()
         with progress.stage("sweep", {}) as stage:
-            relay = Relay(crew.executor)
+            scheduler = SweepScheduler(backend.executor, target)
             for label, pipeline in pipelines.items():
                 if label not in errors:
-                    pipeline.executor = relay.place(label)
+                    pipeline.executor = scheduler.executor_of(label)
                     pipeline.progress = _Named(progress, label, stage)
-                    relay.enter(label, pipeline.all)
-            errors |= relay.go()
+                    scheduler.add(label, pipeline.all)
+            errors |= scheduler.run_all()
         return _collect(folder, runs, errors)
-
-
-@contextlib.contextmanager
-def _kept(errors: dict[str, Exception], label: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        errors[label] = error
 
 
 class _Named(Progress):
@@ -209,152 +199,6 @@ class _Named(Progress):
         table = self.table
         table.add({names[name]: total for name, total in totals.items()})
         yield lambda name, metrics: table(names[name], metrics)
-
-
-@dataclass
-class _Work:
-    """A piece that one or more runs wait for."""
-
-    reports: list[Callable[[dict[str, Any]], None]] = field(default_factory=list)
-    settled: bool = False
-    result: Any = None
-    error: Exception | None = None
-
-    def report(self, metrics: dict[str, Any]) -> None:
-        for each in self.reports:
-            each(metrics)
-
-    def settle(self, result: Any, error: Exception | None) -> None:
-        self.settled, self.result, self.error = True, result, error
-
-
-class Relay:
-    """Runs that take turns, and hand their pieces to one executor. The turn is given up only while waiting for them."""
-
-    def __init__(self, executor: Executor):
-        self.executor = executor
-        self.turn = threading.Lock()
-        self.news = threading.Condition()
-        self.queue: list[Piece] = []
-        self.work: dict[Path, _Work] = {}
-        self.runs: list[threading.Thread] = []
-        self.running = 0
-        self.stopped = False
-        self.errors: dict[str, Exception] = {}
-
-    def enter(self, label: str, run: Callable[[], Any]) -> None:
-        """Let `run()` take part under a name."""
-
-        def take_part() -> None:
-            try:
-                with self.turn, contextlib.suppress(Interrupted), _kept(self.errors, label):
-                    self._check()
-                    run()
-            finally:
-                with self.news:
-                    self.running -= 1
-                    self.news.notify_all()
-
-        self.running += 1
-        self.runs.append(threading.Thread(target=take_part, name=label, daemon=True))
-
-    def go(self) -> dict[str, Exception]:
-        """Do all of it; returns the errors by name. Raises `Interrupted` when asked to stop."""
-        for run in self.runs:
-            run.start()
-        try:
-            self.executor.serve(self._more)
-        except BaseException:
-            with self.news:
-                self.stopped = True
-                self.news.notify_all()
-            raise
-        finally:
-            for run in self.runs:
-                run.join()
-        return self.errors
-
-    def place(self, label: str) -> Executor:
-        """The executor of one run."""
-        return _Place(self, label)
-
-    def _more(self, seconds: float) -> list[Piece] | None:
-        with self.news:
-            self.news.wait_for(lambda: self.queue or not self.running, timeout=seconds)
-            pieces, self.queue = self.queue, []
-            return pieces if pieces or self.running else None
-
-    def _check(self) -> None:
-        if self.stopped:
-            raise Interrupted
-
-    def map(
-        self,
-        label: str,
-        task: Task,
-        items: Sequence[Any],
-        names: Sequence[str],
-        on_report: Callable[[str, dict[str, Any]], None],
-    ) -> list[Any]:
-        with self.news:
-            self._check()
-            awaited = []
-            for item, name in zip(items, names, strict=True):
-                place = target(task, item)
-                if place not in self.work:
-                    work = self.work[place] = _Work()
-                    self.queue.append(
-                        Piece(
-                            self._in_turn(task),
-                            item,
-                            f"{label}: {name}",
-                            work.report,
-                            functools.partial(self._told, work),
-                        )
-                    )
-                self.work[place].reports.append(functools.partial(on_report, name))
-                awaited.append(self.work[place])
-            self.news.notify_all()
-        self.turn.release()
-        try:
-            with self.news:
-                self.news.wait_for(lambda: self.stopped or all(work.settled for work in awaited))
-        finally:
-            self.turn.acquire()
-        self._check()
-        for work in awaited:
-            if work.error is not None:
-                raise work.error
-        return [work.result for work in awaited]
-
-    def _told(self, work: _Work, result: Any, error: Exception | None) -> None:
-        with self.news:
-            work.settle(result, error)
-            self.news.notify_all()
-
-    def _in_turn(self, task: Task) -> Task:
-        """In this process a task must not run beside another run: both would draw from torch's global state."""
-        if not isinstance(self.executor, InTurn):
-            return task
-
-        def alone(item: Any, hooks: Hooks) -> Any:
-            with self.turn:
-                return task(item, hooks)
-
-        return alone
-
-
-class _Place(Executor):
-    def __init__(self, relay: Relay, label: str):
-        self.relay, self.label = relay, label
-
-    def serve(self, source: Any) -> None:
-        raise AssertionError("the pieces of a sweep are served by its relay")
-
-    def map(
-        self, task: Task, items: Sequence[Any], names: Sequence[str], on_report: Callable[[str, dict[str, Any]], None]
-    ) -> list[Any]:
-        return self.relay.map(self.label, task, items, names, on_report)
 
 
 # -- results -------------------------------------------------------------------------------------------------------

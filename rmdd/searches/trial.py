@@ -8,7 +8,8 @@ from typing import Any
 from rmdd import config
 from rmdd.core.progress import Progress
 from rmdd.evaluate import protocol
-from rmdd.execution.tasks import Hooks, InTurn
+from rmdd.execution.in_turn import InTurn
+from rmdd.execution.tasks import Hooks
 from rmdd.pipeline import Pipeline
 from rmdd.runs.paths import candidates_of
 from rmdd.runs.tasks import Item, phase
@@ -37,7 +38,7 @@ class Until:
 
 
 class Trial(Pipeline):
-    """A run in rungs, one per snapshot. What is there already is used, so climbing again goes on where it stopped."""
+    """A run in rungs, one per snapshot. Finished rungs are reused: a trial run again goes on where it stopped."""
 
     def __init__(self, run: config.Run):
         self.worker = InTurn(run.runtime.threads)
@@ -45,7 +46,7 @@ class Trial(Pipeline):
         self.splits = SPLITS
         self.curve: list[float] = []
 
-    def climb(self, hooks: Hooks) -> dict[str, Any]:
+    def run_rung(self, hooks: Hooks) -> dict[str, Any]:
         """Distil up to the next snapshot and score it: `step`, `val` R@mean there, and `done` at the last one with the
         `value` of the trial and its `cost`.
 
@@ -54,13 +55,13 @@ class Trial(Pipeline):
         """
         self.worker.hooks = hooks
         try:
-            return self._climb()
+            return self._run_rung()
         except ArithmeticError as error:
             return {"done": True, "value": 0.0, "cost": self.cost(), "error": str(error)}
         except ValueError as error:
             return {"done": True, "error": str(error)}
 
-    def _climb(self) -> dict[str, Any]:
+    def _run_rung(self) -> dict[str, Any]:
         places, dataset = self.begin_phases(), self.ingest()
         step, rungs = len(self.curve), candidates_of(self.run)
         if self.run.distill.family == "generative":  # which has one rung

@@ -334,7 +334,7 @@ def test_an_expert_is_watched_where_none_was(run):
 
 
 def test_a_pipeline_has_ranks_of_its_own_process(run):
-    from rmdd.execution.tasks import InTurn
+    from rmdd.execution.in_turn import InTurn
 
     pipeline = Pipeline(run, InTurn(), QUIET)
     with pipeline.ranks(lambda rank, size: [rank, size], 3) as ranks:

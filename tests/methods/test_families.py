@@ -12,7 +12,9 @@ from toy_mdm import TINY, run_of
 from rmdd import config
 from rmdd.cli import console
 from rmdd.core.progress import Progress
-from rmdd.execution.tasks import Here, Hooks, InTurn, Lost, ranks_here
+from rmdd.execution.in_turn import InTurn
+from rmdd.execution.parts import PartLost, PartsHere, parts_here
+from rmdd.execution.tasks import Hooks
 from rmdd.methods.distribution import Effort
 from rmdd.pipeline import Pipeline
 from rmdd.runs import cost as estimate
@@ -144,10 +146,10 @@ def test_the_pace_counts_the_pairs_of_a_step(tmp_path):
 def test_ranks_that_die_are_opened_again_and_the_phase_goes_on(tmp_path):
     opened, said = [], []
 
-    class Fragile(Here):
+    class Fragile(PartsHere):
         def ask(self, what, *given):
             if what == "gradient" and given[1] == 5 and len(opened) < 3:
-                raise Lost("a rank died")
+                raise PartLost("a rank died")
             return super().ask(what, *given)
 
     @contextlib.contextmanager
@@ -162,12 +164,12 @@ def test_ranks_that_die_are_opened_again_and_the_phase_goes_on(tmp_path):
     assert opened == [(2, True)] * 3
     assert sum("a rank died; the ranks start again from what was kept" in line for line in said) == 2
     shutil.move(folder, tmp_path / "found")
-    (whole,) = Pipeline(run, InTurn(1), Progress(quiet=True), ranks=ranks_here).distill()
+    (whole,) = Pipeline(run, InTurn(1), Progress(quiet=True), ranks=parts_here).distill()
     assert_same_results(whole, tmp_path / "found")
     shutil.rmtree(whole)
     opened.clear()
     limited = run.model_copy(update={"runtime": run.runtime.model_copy(update={"max_restarts": 1})})
-    with pytest.raises(Lost):
+    with pytest.raises(PartLost):
         Pipeline(limited, InTurn(1), quiet, ranks=fragile).distill()
     assert len(opened) == 2
 

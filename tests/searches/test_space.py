@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from rmdd import config
 from rmdd.cli import app as cli
-from rmdd.searches import check, in_turn
+from rmdd.execution.trials import trials_in_turn
+from rmdd.searches import check
 from rmdd.searches.samplers import begun, pruner_of, sampler_of
 from rmdd.searches.space import Space, loader, overrides
 from rmdd.searches.study import Study
@@ -200,14 +201,14 @@ def asked(base, folder, value):
         def __init__(self, text):
             self.run, self.step = config.Run.model_validate_json(text), 0
 
-        def climb(self, hooks):
+        def run_rung(self, hooks):
             self.step += 1
             val = value(self.run, self.step)
             cost = {"iterations": float(self.run.distill.steps), "seconds": 1.0}
             return {"step": self.step, "val": val, "done": self.step == 3, "value": val, "cost": cost}
 
     with Study(base, folder, []) as study:
-        in_turn(study, Climb)
+        trials_in_turn(study, Climb)
         return study
 
 
@@ -299,9 +300,9 @@ def test_a_trial_that_has_ended_is_no_longer_shown_at_work(tmp_path):
     shown = {}
     with Study(base_of(tmp_path, trials=1), tmp_path / "s", [], show=shown.__setitem__) as study:
         name, _ = study.ask()
-        study.told(name, {"step": 1, "val": 1.0, "done": False})
+        study.tell(name, {"step": 1, "val": 1.0, "done": False})
         assert shown[name]["done"] == 1
-        study.told(name, {"done": True, "error": "no such tower"})
+        study.tell(name, {"done": True, "error": "no such tower"})
     assert shown[name]["done"] == math.inf
 
 

@@ -21,11 +21,13 @@ from rmdd import config
 from rmdd.cli import app as cli
 from rmdd.core.storage import run_folder
 from rmdd.distill.trajectory.matching import finished
-from rmdd.execution.tasks import Interrupted, InTurn
+from rmdd.execution.in_turn import InTurn
+from rmdd.execution.scheduler import SweepScheduler
+from rmdd.execution.tasks import Interrupted
 from rmdd.runs.paths import Places
-from rmdd.runs.tasks import Item
+from rmdd.runs.tasks import Item, target
 from rmdd.runs.verify import verify
-from rmdd.searches.sweeps import Relay, members, members_in, read_over, run_all, sweep_folder
+from rmdd.searches.sweeps import members, members_in, read_over, run_all, sweep_folder
 
 
 def stamps(folder):
@@ -179,11 +181,11 @@ class Watched(InTurn):
 def test_a_piece_that_two_runs_need_is_made_once(tmp_path):
     runs = members(lambda o: config.load(raw_of(tmp_path), o), {"evaluate.epochs": [1, 2]})
     executor, asked = Watched(), []
-    relay = Relay(executor)
+    scheduler = SweepScheduler(executor, target)
 
     def work(label):
         places = Places(*[tmp_path] * 6)
-        results = relay.place(label).map(
+        results = scheduler.executor_of(label).map(
             phase_of_none, [Item(m.run, places, "") for m in runs[:1]], ["phase 0"], lambda n, m: asked.append(label)
         )
         assert results == [True]
@@ -193,12 +195,12 @@ def test_a_piece_that_two_runs_need_is_made_once(tmp_path):
         return True
 
     for label in ("one", "two"):
-        relay.enter(label, lambda label=label: work(label))
-    assert relay.go() == {} and executor.names == ["one: phase 0"] and sorted(asked) == ["one", "two"]
+        scheduler.add(label, lambda label=label: work(label))
+    assert scheduler.run_all() == {} and executor.names == ["one: phase 0"] and sorted(asked) == ["one", "two"]
 
 
 def test_a_stop_reaches_every_run(tmp_path):
-    relay = Relay(InTurn())
+    scheduler = SweepScheduler(InTurn(), target)
 
     def interrupt(item, hooks):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -206,14 +208,16 @@ def test_a_stop_reaches_every_run(tmp_path):
         return not hooks.should_stop()
 
     def work():
-        relay.place("one").map(interrupt, [Item(config.Run(), Places(*[tmp_path] * 6), "")], ["it"], lambda n, m: None)
+        scheduler.executor_of("one").map(
+            interrupt, [Item(config.Run(), Places(*[tmp_path] * 6), "")], ["it"], lambda n, m: None
+        )
         raise AssertionError("a stopped run goes no further")
 
-    relay.enter("one", work)
-    relay.enter("two", work)
+    scheduler.add("one", work)
+    scheduler.add("two", work)
     with pytest.raises(Interrupted):
-        relay.go()
-    assert relay.errors == {} and not any(run.is_alive() for run in relay.runs)
+        scheduler.run_all()
+    assert scheduler.errors == {} and not any(run.is_alive() for run in scheduler.runs)
 
 
 def test_the_folder_of_a_sweep_is_named_by_its_runs(tmp_path):

@@ -15,7 +15,7 @@ from rmdd import config, methods
 from rmdd.core.files import read_json, write_json
 from rmdd.distill.loop import State, Step, drive, outer_step, save_set
 from rmdd.distill.synthetic import Synthetic
-from rmdd.execution.tasks import Here, Ranks
+from rmdd.execution.parts import PartsHere, WorkerParts
 from rmdd.experts.store import Store
 from rmdd.methods.distribution import DistributionMethod
 from rmdd.models.dual import DualEncoder
@@ -62,10 +62,10 @@ class Rank:
 class Averaging:
     """The updates of a phase, as `rmdd.distill.loop` takes them: mean gradients of ranks, clipped together."""
 
-    def __init__(self, run: config.Run, ranks: Ranks, device: torch.device):
+    def __init__(self, run: config.Run, ranks: WorkerParts, device: torch.device):
         self.rule, self.options = run.distill, method_of(run).options
         self.ranks, self.device = ranks, device
-        self.near = isinstance(ranks, Here)
+        self.near = isinstance(ranks, PartsHere)
         self.learns = bool(self.learned())
 
     def step(self, state: State) -> Step:
@@ -138,7 +138,7 @@ def distill_phase(
     key: str,
     on_step: Callable[[dict], None] = lambda metrics: None,
     should_stop: Callable[[], bool] = lambda: False,
-    ranks: Ranks | None = None,
+    ranks: WorkerParts | None = None,
 ) -> bool:
     """Distil one phase by matching distributions; see `rmdd.distill.loop.drive`.
 
@@ -155,6 +155,6 @@ def distill_phase(
         save_set(method.exported(initial), start)
 
     def stepper(begun: Synthetic) -> Averaging:
-        return Averaging(run, ranks or Here([Rank(run, phase, store, model, train, device)]), place)
+        return Averaging(run, ranks or PartsHere([Rank(run, phase, store, model, train, device)]), place)
 
     return drive(run, phase, initial, folder, place, key, stepper, on_step, should_stop, method.exported)

@@ -15,13 +15,13 @@ from rmdd.execution.tasks import Hooks
 BEAT_SECONDS = 1.0
 
 
-class Watch:
+class TrialMonitor:
     """What is known of the workers, by the trial that each is at."""
 
     def __init__(self) -> None:
         self.beats: dict[str, tuple[int, float]] = {}
         """Of those at work: signs of life, and when their number last rose."""
-        self.why: dict[str, str] = {}
+        self.reasons: dict[str, str] = {}
         self.stopping = False
 
     def hear(self, trial: str, beats: int | None) -> bool:
@@ -40,12 +40,12 @@ class Watch:
             del self.beats[trial]
         return found
 
-    def blame(self, trial: str, why: str) -> None:
-        self.why[trial] = why
+    def note_failure(self, trial: str, why: str) -> None:
+        self.reasons[trial] = why
 
     def reason(self, trial: str) -> str | None:
         """Why a trial last failed, as its worker put it."""
-        return self.why.get(trial)
+        return self.reasons.get(trial)
 
     def stop(self) -> None:
         self.stopping = True
@@ -54,14 +54,14 @@ class Watch:
         return bool(self.beats)
 
 
-class Pulse:
-    """In a worker: sends its beats from a thread, and gives its climber hooks."""
+class TrialHeartbeat:
+    """In a worker: sends its beats from a thread, and gives the runner of its trial hooks."""
 
-    def __init__(self, watch: Any):
-        self.watch = watch
+    def __init__(self, monitor: Any):
+        self.monitor = monitor
         self.trial, self.beats, self.stopping = "", 0, False
         self.hooks = Hooks(report=lambda metrics: self._live(), should_stop=self._should_stop)
-        threading.Thread(target=self._tell, name="pulse", daemon=True).start()
+        threading.Thread(target=self._send, name="heartbeat", daemon=True).start()
 
     def begin(self, trial: str) -> None:
         self._live()
@@ -80,9 +80,9 @@ class Pulse:
         return self.stopping
 
     def _hear(self, trial: str, beats: int | None) -> None:
-        self.stopping = ray.get(self.watch.hear.remote(trial, beats))
+        self.stopping = ray.get(self.monitor.hear.remote(trial, beats))
 
-    def _tell(self) -> None:
+    def _send(self) -> None:
         try:
             while True:
                 if trial := self.trial:

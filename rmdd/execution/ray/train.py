@@ -1,4 +1,4 @@
-"""A fleet: one run of Ray Train whose workers take experts from a shared list until none is left.
+"""A pool for experts: one run of Ray Train whose workers take experts from a shared list until none is left.
 
 Start-up is paid once, not per expert; workers come and go between the elastic bounds. Train keeps no checkpoint here:
 what an expert has done lies in its store, from which it goes on. When a worker dies Train starts the group again, and
@@ -20,23 +20,28 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 
 from rmdd import config
 from rmdd.core.files import append_jsonl
+from rmdd.execution.executor import Mapper
 from rmdd.execution.ray.actors import POLL_SECONDS, STOP_SECONDS
 from rmdd.execution.ray.cluster import Resources
 from rmdd.execution.ray.nodes import alive, here
-from rmdd.execution.ray.worker import Blind, folder_to_see, place_of_this_process, require_sight
-from rmdd.execution.tasks import Failed, Hooks, Interrupted, Mapper, Seat, Task
+from rmdd.execution.ray.worker import StorageNotVisible, folder_to_check, require_visible, this_process
+from rmdd.execution.tasks import Failed, GroupMember, Hooks, Interrupted, Task
+
+DIED = WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
+"""What Train raises for a worker that died; what a worker raised itself comes wrapped in another class."""
 
 PATIENCE_SECONDS = 120.0
 """After so long without a worker it is said what is waited for."""
 
 
-class Roster:
+class WorkQueue:
     """The shared list, as an actor: who does what, what came of it, and whether to stop. Outlives the workers.
 
-    A *gang* is `size` consecutive ranks that do an item together. A *generation* is a group of workers that Train
+    A *group* is `size` consecutive ranks that do an item together. A *generation* is a group of workers that Train
     started together.
     """
 
@@ -73,50 +78,50 @@ class Roster:
         """A worker is where it cannot work, and so may be those that come after it: the list is closed."""
         self.refusal, self.stopping = reason, True
 
-    def take(self, generation: str, gang: int, turn: int, leads: bool = True) -> list[int | None]:
-        """The item of a gang's turn, or None when there is none, in a list, which is empty until the leader drew it.
+    def take(self, generation: str, group: int, turn: int, leads: bool = True) -> list[int | None]:
+        """The item of a group's turn, or None when there is none, in a list, which is empty until the leader drew it.
 
         The leader draws once it has settled the item before; the others may be done with that earlier.
         """
         if generation != self.generation:
             return [None]
-        turns = self.turns.setdefault(gang, [])
+        turns = self.turns.setdefault(group, [])
         if leads and turn == len(turns):
             place = None if self.stopping or not self.waiting else self.waiting.popleft()
             turns.append(place)
             if place is not None:
-                self.running[gang] = place
+                self.running[group] = place
                 self.attempts[place] += 1
-                self._log("started", place, gang, attempt=self.attempts[place])
+                self._log("started", place, group, attempt=self.attempts[place])
         return turns[turn : turn + 1]
 
-    def meet(self, gang: int, address: str | None) -> str | None:
-        """The address of a gang's first member, once it has told it."""
+    def meet(self, group: int, address: str | None) -> str | None:
+        """The address of a group's first member, once it has told it."""
         if address:
-            self.addresses[gang] = address
-        return self.addresses.get(gang)
+            self.addresses[group] = address
+        return self.addresses.get(group)
 
-    def beat(self, gang: int, report: dict[str, Any] | None) -> bool:
+    def beat(self, group: int, report: dict[str, Any] | None) -> bool:
         """Take a progress report; say whether to stop."""
-        if report and gang in self.running:
-            self.reports[self.names[self.running[gang]]] = report
+        if report and group in self.running:
+            self.reports[self.names[self.running[group]]] = report
         return self.stopping
 
-    def settle(self, generation: str, gang: int, turn: int, result: Any) -> None:
-        """A gang is done with the item of its turn. Not heard from a generation that has ended, nor twice."""
-        if generation != self.generation or gang not in self.running or turn != len(self.turns[gang]) - 1:
+    def settle(self, generation: str, group: int, turn: int, result: Any) -> None:
+        """A group is done with the item of its turn. Not heard from a generation that has ended, nor twice."""
+        if generation != self.generation or group not in self.running or turn != len(self.turns[group]) - 1:
             return
-        place = self.running.pop(gang)
+        place = self.running.pop(group)
         if isinstance(result, Failed):
-            self._fault("failed", place, gang, result)
+            self._fault("failed", place, group, result)
         else:
             self.results[place] = result
-            self._log("finished" if result is not False else "stopped", place, gang)
+            self._log("finished" if result is not False else "stopped", place, group)
 
-    def explain(self, gang: int, reason: Failed) -> None:
-        """Why a member is about to end the gang."""
-        if gang not in self.reasons or not reason.again:
-            self.reasons[gang] = reason
+    def explain(self, group: int, reason: Failed) -> None:
+        """Why a member is about to end the group."""
+        if group not in self.reasons or not reason.again:
+            self.reasons[group] = reason
 
     # -- for the controller and the driver -----------------------------------------------------------------------
 
@@ -126,21 +131,21 @@ class Roster:
         Those of `away` went with their node, which is no fault of the item.
         """
         self.up = False
-        for gang in sorted({rank // self.size for rank in deaths}):
-            if gang not in self.running:
+        for group in sorted({rank // self.size for rank in deaths}):
+            if group not in self.running:
                 continue
-            place = self.running.pop(gang)
-            ranks = [r for r in deaths if r // self.size == gang]
+            place = self.running.pop(group)
+            ranks = [r for r in deaths if r // self.size == group]
             died = next((deaths[r] for r in ranks if deaths[r]), None)
             host = self.where.get(ranks[0], {}).get("host", "?")
-            explained = self.reasons.get(gang, Failed("it ended without a reason", host, True))
+            explained = self.reasons.get(group, Failed("it ended without a reason", host, True))
             if died and not away.isdisjoint(ranks):
-                self._log("lost", place, gang, attempt=self.attempts[place], error=died)
+                self._log("lost", place, group, attempt=self.attempts[place], error=died)
                 self.waiting.appendleft(place)
             elif died:
-                self._fault("died", place, gang, Failed(f"its worker died ({died})", host, True))
+                self._fault("died", place, group, Failed(f"its worker died ({died})", host, True))
             else:
-                self._fault("failed", place, gang, explained)
+                self._fault("failed", place, group, explained)
 
     def nodes(self) -> dict[int, str]:
         """The node of every rank."""
@@ -159,26 +164,26 @@ class Roster:
         """Results by place, and why the list was closed if a worker refused."""
         return self.results, self.refusal
 
-    def _fault(self, event: str, place: int, gang: int, reason: Failed) -> None:
+    def _fault(self, event: str, place: int, group: int, reason: Failed) -> None:
         self.faults[place] += 1
-        self._log(event, place, gang, attempt=self.attempts[place], error=reason.reason)
+        self._log(event, place, group, attempt=self.attempts[place], error=reason.reason)
         if reason.again and self.faults[place] <= self.tries:
             self.waiting.append(place)
         else:
             times = f", {self.faults[place]} times" if self.faults[place] > 1 else ""
             self.results[place] = replace(reason, reason=reason.reason + times, again=False)
 
-    def _log(self, event: str, place: int, gang: int, **facts: Any) -> None:
-        members = range(gang * self.size, (gang + 1) * self.size)
+    def _log(self, event: str, place: int, group: int, **facts: Any) -> None:
+        members = range(group * self.size, (group + 1) * self.size)
         where = next((self.where[rank] for rank in members if rank in self.where), {})
         self.events.append({"time": round(time.time(), 3), "event": event, "item": self.names[place], **facts, **where})
 
 
-class Line:
-    """A worker's line to the roster: twice a second it sends the latest report and hears whether to stop."""
+class Heartbeat:
+    """A worker's messages to the work queue: twice a second it sends the latest report and hears whether to stop."""
 
-    def __init__(self, roster: Any, gang: int):
-        self.roster, self.gang = roster, gang
+    def __init__(self, queue: Any, group: int):
+        self.queue, self.group = queue, group
         self.latest: dict[str, Any] | None = None
         self.stop = threading.Event()
         self.lock = threading.Lock()
@@ -190,7 +195,7 @@ class Line:
     def flush(self) -> None:
         with self.lock:
             latest, self.latest = self.latest, None
-            if ray.get(self.roster.beat.remote(self.gang, latest)):
+            if ray.get(self.queue.beat.remote(self.group, latest)):
                 self.stop.set()
 
     def _talk(self) -> None:
@@ -201,8 +206,8 @@ class Line:
             self.stop.set()  # nobody is left to work for
 
 
-def work(roster: Any, task: Task, items: Sequence[Any], size: int, threads: int, folder: Path | None) -> None:
-    """What every worker of the run does. Members of a gang past the last whole one have nothing to do.
+def work(queue: Any, task: Task, items: Sequence[Any], size: int, threads: int, folder: Path | None) -> None:
+    """What every worker of the run does. Members of a group past the last whole one have nothing to do.
 
     Raises `RuntimeError` on a node that does not see `folder`.
     """
@@ -210,65 +215,65 @@ def work(roster: Any, task: Task, items: Sequence[Any], size: int, threads: int,
 
     torch.set_num_threads(threads)
     context = ray.train.get_context()
-    rank, gang = context.get_world_rank(), context.get_world_rank() // size
+    rank, group = context.get_world_rank(), context.get_world_rank() // size
     generation = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"  # Train draws a port for every group
-    where = place_of_this_process()
-    if ray.get(roster.enrol.remote(generation, rank, where)) or (gang + 1) * size > context.get_world_size():
+    where = this_process()
+    if ray.get(queue.enrol.remote(generation, rank, where)) or (group + 1) * size > context.get_world_size():
         return
     try:
-        require_sight(folder)
-    except Blind as error:
-        ray.get(roster.refuse.remote(str(error)))
+        require_visible(folder)
+    except StorageNotVisible as error:
+        ray.get(queue.refuse.remote(str(error)))
         raise  # ends the others, which may wait for this one
-    seat = Seat(rank % size, size, ray.util.get_node_ip_address(), functools.partial(_meet, roster, gang))
-    line = Line(roster, gang)
-    hooks = Hooks(line.report, line.stop.is_set, seat if size > 1 else None)
+    member = GroupMember(rank % size, size, ray.util.get_node_ip_address(), functools.partial(_meet, queue, group))
+    heartbeat = Heartbeat(queue, group)
+    hooks = Hooks(heartbeat.report, heartbeat.stop.is_set, member if size > 1 else None)
     for turn in itertools.count():
-        while not (drawn := ray.get(roster.take.remote(generation, gang, turn, seat.rank == 0))):
+        while not (drawn := ray.get(queue.take.remote(generation, group, turn, member.rank == 0))):
             time.sleep(0.05)
         (place,) = drawn
         if place is None:
             return
         result = task(items[place], hooks)
         if isinstance(result, Failed) and size > 1:
-            ray.get(roster.explain.remote(gang, result))
+            ray.get(queue.explain.remote(group, result))
             raise RuntimeError(result.reason)  # ends the others, which may wait for this one
-        if seat.rank == 0:
-            line.flush()
-            ray.get(roster.settle.remote(generation, gang, turn, result))
+        if member.rank == 0:
+            heartbeat.flush()
+            ray.get(queue.settle.remote(generation, group, turn, result))
 
 
-def _meet(roster: Any, gang: int, address: str | None) -> str:
-    while not (found := ray.get(roster.meet.remote(gang, address))):
+def _meet(queue: Any, group: int, address: str | None) -> str:
+    while not (found := ray.get(queue.meet.remote(group, address))):
         time.sleep(0.05)
     return found
 
 
-class Obituaries(UserCallback):
-    """Tells the roster which workers ended; runs in Train's controller."""
+class WorkerDeaths(UserCallback):
+    """Tells the work queue which workers ended; runs in Train's controller."""
 
-    def __init__(self, roster: Any):
-        self.roster = roster
+    def __init__(self, queue: Any):
+        self.queue = queue
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        nodes, there = ray.get(self.roster.nodes.remote()), alive()
+        nodes, there = ray.get(self.queue.nodes.remote()), alive()
         deaths: dict[int, str | None] = {}
         away = set()
-        for rank, error in worker_exceptions.items():  # what a worker raised comes wrapped in another class
-            died = type(error).__name__.startswith("WorkerHealthCheck")
+        for rank, error in worker_exceptions.items():
+            died = isinstance(error, DIED)
             failure = getattr(error, "health_check_failure", error)
             deaths[rank] = " ".join(str(failure).split())[:200] if died else None
             if nodes.get(rank) not in there or isinstance(failure, ActorUnavailableError):
                 away.add(rank)
-        ray.get(self.roster.lost.remote(deaths, away))
+        ray.get(self.queue.lost.remote(deaths, away))
 
 
 @dataclass
-class Fleet(Mapper):
+class ExpertPool(Mapper):
     """An executor that is one run of Ray Train. An item that fails is tried again and does not stop the others.
 
     `size` workers do each item together. `name` is the run's under `storage`: from the hash of what is trained, so that
-    no other run is taken for this one. `events` gets a JSON line for every start, death, failure and end.
+    no other run is taken for this one. `events` gets a JSON heartbeat for every start, death, failure and end.
     """
 
     runtime: config.Runtime
@@ -282,36 +287,36 @@ class Fleet(Mapper):
     def map(
         self, task: Task, items: Sequence[Any], names: Sequence[str], on_report: Callable[[str, dict[str, Any]], None]
     ) -> list[Any]:
-        """See `rmdd.execution.tasks.Mapper`; `Failed` in the place of what was given up.
+        """See `rmdd.execution.executor.Mapper`; `Failed` in the place of what was given up.
 
-        Raises `ValueError` when no gang fits the cluster, `RuntimeError` when Train itself gives up or a node that
+        Raises `ValueError` when no group fits the cluster, `RuntimeError` when Train itself gives up or a node that
         came later does not see the storage.
         """
         if not items:
             return []
         scaling = self._scaling(len(items))
         options = {"num_cpus": 0, "scheduling_strategy": here()}
-        roster = ray.remote(Roster).options(**options).remote(list(names), self.size, self.runtime.max_restarts)
+        queue = ray.remote(WorkQueue).options(**options).remote(list(names), self.size, self.runtime.max_restarts)
         problems: list[Exception] = []
-        thread = threading.Thread(target=self._fit, args=(roster, task, list(items), scaling, problems), daemon=True)
+        thread = threading.Thread(target=self._fit, args=(queue, task, list(items), scaling, problems), daemon=True)
         thread.start()
         up_at = time.monotonic()
         try:
             while thread.is_alive():
                 thread.join(POLL_SECONDS)
-                if self._hear(roster, on_report):
+                if self._hear(queue, on_report):
                     up_at = time.monotonic()
                 elif time.monotonic() - up_at > PATIENCE_SECONDS:
                     up_at = time.monotonic()
                     self.say(f"experts: no worker is up; Ray Train waits for room for {_least(scaling)}")
         except BaseException as error:
             with contextlib.suppress(RayActorError):
-                ray.get(roster.stop.remote())
+                ray.get(queue.stop.remote())
                 thread.join(STOP_SECONDS)
-                self._hear(roster, lambda name, metrics: None)
+                self._hear(queue, lambda name, metrics: None)
             raise (Interrupted() if isinstance(error, KeyboardInterrupt) else error) from None
-        results, refusal = ray.get(roster.outcome.remote())
-        ray.kill(roster)
+        results, refusal = ray.get(queue.outcome.remote())
+        ray.kill(queue)
         if refusal:
             raise RuntimeError(f"{refusal}; what was trained is kept")
         if problems and len(results) < len(items):
@@ -320,24 +325,22 @@ class Fleet(Mapper):
             ) from problems[0]
         return [results.get(i, False) for i in range(len(items))]
 
-    def _fit(
-        self, roster: Any, task: Task, items: list[Any], scaling: ScalingConfig, problems: list[Exception]
-    ) -> None:
+    def _fit(self, queue: Any, task: Task, items: list[Any], scaling: ScalingConfig, problems: list[Exception]) -> None:
         from ray.train.torch import TorchConfig, TorchTrainer
 
         threads = self.runtime.threads
         deaths = (self.runtime.max_restarts + 1) * (len(items) + 1)
-        folder = folder_to_see(self.runtime, self.events)
+        folder = folder_to_check(self.runtime, self.events)
         try:
             TorchTrainer(
-                functools.partial(work, roster, task, items, self.size, threads, folder),
+                functools.partial(work, queue, task, items, self.size, threads, folder),
                 torch_config=TorchConfig(backend="gloo"),
                 scaling_config=scaling,
                 run_config=RunConfig(
                     name=self.name,
                     storage_path=str(self.storage),
                     failure_config=FailureConfig(max_failures=deaths),
-                    callbacks=[Obituaries(roster)],
+                    callbacks=[WorkerDeaths(queue)],
                     worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
                     logging_config=LoggingConfig(log_level="ERROR"),
                 ),
@@ -366,9 +369,9 @@ class Fleet(Mapper):
             },
         )
 
-    def _hear(self, roster: Any, on_report: Callable[[str, dict[str, Any]], None]) -> bool:
+    def _hear(self, queue: Any, on_report: Callable[[str, dict[str, Any]], None]) -> bool:
         """Pass on what is new; returns whether workers are up."""
-        events, reports, up = ray.get(roster.news.remote())
+        events, reports, up = ray.get(queue.news.remote())
         for event in events:
             append_jsonl(self.events, event)
         for name, metrics in reports.items():

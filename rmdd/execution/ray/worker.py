@@ -19,11 +19,11 @@ from rmdd import config
 from rmdd.execution.tasks import Hooks, Task
 
 
-class Blind(RuntimeError):
+class StorageNotVisible(RuntimeError):
     """This node does not see the folder that all of them should."""
 
 
-def folder_to_see(runtime: config.Runtime, events: Path) -> Path | None:
+def folder_to_check(runtime: config.Runtime, events: Path) -> Path | None:
     """A folder that every node should see: that of the run, made if it is not there; None where it is at a URI."""
     if "://" in runtime.storage:
         return None
@@ -31,17 +31,17 @@ def folder_to_see(runtime: config.Runtime, events: Path) -> Path | None:
     return events.parent.absolute()
 
 
-def require_sight(folder: Path | None) -> None:
-    """Raise `Blind` where a node that joined later, and so was not asked at the start, does not see `folder`."""
+def require_visible(folder: Path | None) -> None:
+    """Raise `StorageNotVisible` on a node that joined after the start, was not asked, and does not see `folder`."""
     if folder is not None and not folder.is_dir():
-        here = place_of_this_process()
-        raise Blind(
+        here = this_process()
+        raise StorageNotVisible(
             f"node {here['node'][:8]} ({here['host']}) does not see {folder}; mount one shared folder at "
             "runtime.storage on every node"
         )
 
 
-def place_of_this_process() -> dict[str, Any]:
+def this_process() -> dict[str, Any]:
     return {
         "pid": os.getpid(),
         "host": socket.gethostname(),
@@ -63,11 +63,11 @@ class Worker:
 
     def where(self) -> dict[str, Any]:
         """The process and the node it is on."""
-        return place_of_this_process()
+        return this_process()
 
     def run(self, task: Task, item: Any, name: str) -> tuple[Any, bool]:
-        """The result, and whether the task had been asked to stop. Raises `Blind` where its folder is not seen."""
-        require_sight(self.folder)
+        """The result, and whether the task had been asked to stop. Raises `StorageNotVisible`."""
+        require_visible(self.folder)
         import torch
 
         torch.set_num_threads(self.threads)

@@ -118,7 +118,7 @@ def test_any_number_of_ranks_gives_the_same_bits(toy, learning, whole, tmp_path,
 
 @pytest.mark.ray
 def test_ranks_on_ray_give_the_same_bits_stopped_and_resumed(ray_local, toy, learning, whole, tmp_path):
-    from rmdd.execution.ray.ranks import ranks_of_actors
+    from rmdd.execution.ray.worker_parts import parts_on_actors
 
     threads, item, tests = torch.get_num_threads(), replace(toy.item, run=learning), str(Path(__file__).parents[2])
 
@@ -130,9 +130,9 @@ def test_ranks_on_ray_give_the_same_bits_stopped_and_resumed(ray_local, toy, lea
 
         return rank_of_phase(item, number, size)
 
-    with ranks_of_actors(make, 2, 1.0, threads) as ranks:
+    with parts_on_actors(make, 2, 1.0, threads) as ranks:
         assert not distil(toy, tmp_path, learning, ranks, **stop_after(4))
-    with ranks_of_actors(make, 2, 1.0, threads) as ranks:
+    with parts_on_actors(make, 2, 1.0, threads) as ranks:
         assert distil(toy, tmp_path, learning, ranks)
     assert_same_results(whole, tmp_path)
 

@@ -343,7 +343,7 @@ def test_planned_runs_make_a_sweep(tmp_path):
 
 def test_a_trial_of_a_search_plans_its_phases(tmp_path):
     trial = Trial(load(tmp_path, "distill.snapshots=2"))
-    assert [trial.climb(Hooks())["done"] for _ in range(2)] == [False, True]
+    assert [trial.run_rung(Hooks())["done"] for _ in range(2)] == [False, True]
     assert len(list(tmp_path.glob("phases/*/phase-*/set-*"))) == 4
 
 

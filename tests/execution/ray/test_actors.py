@@ -9,10 +9,11 @@ import urllib.request
 import pytest
 
 from rmdd.config import Runtime
+from rmdd.execution.executor import Executor, Piece, once
 from rmdd.execution.ray import actors
 from rmdd.execution.ray.actors import SideBySide
 from rmdd.execution.ray.cluster import Resources
-from rmdd.execution.tasks import Executor, Interrupted, Piece, Spared, once
+from rmdd.execution.tasks import Interrupted, Spared
 
 pytestmark = pytest.mark.ray
 

@@ -6,7 +6,7 @@ from ray.exceptions import RayActorError
 
 from rmdd.config import Runtime
 from rmdd.core.progress import Progress
-from rmdd.execution.backend import open_crew
+from rmdd.execution.backend import open_backend
 from rmdd.execution.ray import cluster
 from rmdd.execution.ray.cluster import Resources, connected
 
@@ -68,8 +68,8 @@ def test_gpus_that_are_not_there_are_an_error_and_a_joined_cluster_stays(ray_loc
 )
 def test_readers_of_pictures_ask_for_no_cpu_that_workers_may_hold(rule, cpus, monkeypatch, tmp_path):
     monkeypatch.setattr(cluster, "connected", lambda runtime: contextlib.nullcontext(Resources(((4.0, 1.0),))))
-    with open_crew(Runtime(**rule), tmp_path / "events.jsonl", Progress(quiet=True)) as crew:
-        assert crew.stream.keywords == {"cpus": cpus}
+    with open_backend(Runtime(**rule), tmp_path / "events.jsonl", Progress(quiet=True)) as backend:
+        assert backend.pictures.keywords == {"cpus": cpus}
 
 
 @pytest.mark.ray

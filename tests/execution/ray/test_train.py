@@ -18,11 +18,13 @@ from tiny_killed import TINY
 from rmdd import config
 from rmdd.config import Runtime
 from rmdd.core.progress import Progress
+from rmdd.execution.executor import Mapper
+from rmdd.execution.in_turn import InTurn
 from rmdd.execution.ray import train
 from rmdd.execution.ray.cluster import ENVIRONMENT, Resources, connected
 from rmdd.execution.ray.feed import ray_stream
-from rmdd.execution.ray.train import Fleet, Obituaries, Roster
-from rmdd.execution.tasks import Failed, Interrupted, InTurn, Mapper, Spared
+from rmdd.execution.ray.train import ExpertPool, WorkerDeaths, WorkQueue
+from rmdd.execution.tasks import Failed, Interrupted, Spared
 from rmdd.experts.store import Store
 from rmdd.pipeline import Pipeline
 
@@ -40,7 +42,7 @@ def fleet(ray_local, tmp_path, monkeypatch):
 
     def build(size=1, nodes=((4.0, 0.0),), **rule):
         runtime = Runtime(**{"workers": 2, "min_workers": 2, **rule})
-        return Fleet(runtime, Resources(nodes), tmp_path / "events.jsonl", "experts-0", tmp_path / "train", size)
+        return ExpertPool(runtime, Resources(nodes), tmp_path / "events.jsonl", "experts-0", tmp_path / "train", size)
 
     yield build
     ray_local.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
@@ -173,7 +175,7 @@ def test_a_gang_with_a_killed_member_trains_the_bits_of_an_unbroken_one(fleet, t
 
 def late_leader(item, hooks):
     """The first of a gang is done after the others, as when it writes what they have trained together."""
-    time.sleep(0.5 * (hooks.seat.rank == 0))
+    time.sleep(0.5 * (hooks.member.rank == 0))
     return item
 
 
@@ -200,7 +202,7 @@ def test_more_workers_to_start_with_than_fit_are_refused(fleet):
 
 def test_it_is_said_when_no_worker_comes_up(fleet, monkeypatch):
     monkeypatch.setattr(train, "PATIENCE_SECONDS", 0.1)
-    monkeypatch.setattr(Fleet, "_fit", lambda self, *given: time.sleep(2))
+    monkeypatch.setattr(ExpertPool, "_fit", lambda self, *given: time.sleep(2))
     executor, told = fleet(), []
     executor.say = told.append
     executor.map(flaky, [(0, None)] * 3, list("abc"), lambda name, metrics: None)
@@ -212,14 +214,14 @@ def test_a_list_that_is_lost_ends_with_an_error_that_can_be_resumed(fleet, monke
         ray.kill(roster)
         time.sleep(2)
 
-    monkeypatch.setattr(Fleet, "_fit", lose)
+    monkeypatch.setattr(ExpertPool, "_fit", lose)
     words = r"Ray failed \(ActorDiedError: .*what was finished is kept"
     with pytest.raises(RuntimeError, match=words), connected(Runtime()):
         fleet().map(flaky, [(0, None)], ["item"], lambda name, metrics: None)
 
 
 def test_a_worker_that_does_not_see_the_storage_takes_nothing(fleet, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "folder_to_see", lambda runtime, events: tmp_path / "elsewhere")
+    monkeypatch.setattr(train, "folder_to_check", lambda runtime, events: tmp_path / "elsewhere")
     with pytest.raises(RuntimeError, match=r"^node .* does not see .*elsewhere; .* what was trained is kept"):
         fleet().map(Spared(flaky), [(0, tmp_path)] * 2, ["a", "b"], lambda name, metrics: None)
     assert events(tmp_path / "events.jsonl") == []
@@ -242,7 +244,7 @@ def test_ray_data_feeds_the_bits_of_the_cache(ray_local, tmp_path):
 
 
 def roster(items=3, size=1, tries=1):
-    made = Roster([f"expert {i}" for i in range(items)], size, tries)
+    made = WorkQueue([f"expert {i}" for i in range(items)], size, tries)
     for rank in range(2 * size):
         made.enrol("first", rank, {"pid": rank, "host": f"node-{rank}"})
     return made
@@ -277,10 +279,10 @@ def test_an_item_whose_node_went_is_not_charged():
 @pytest.mark.parametrize(("node", "faults"), [("here", 1), ("gone", 0)])
 def test_a_death_is_told_from_the_loss_of_a_node(node, faults, ray_local):
     here = ray_local.get_runtime_context().get_node_id()
-    kept = ray_local.remote(Roster).options(num_cpus=0).remote(["expert 0"], 1, 0)
+    kept = ray_local.remote(WorkQueue).options(num_cpus=0).remote(["expert 0"], 1, 0)
     kept.enrol.remote("first", 0, {"pid": 1, "host": "a", "node": here if node == "here" else "0" * 56})
     kept.take.remote("first", 0, 0)
-    Obituaries(kept).after_exception(None, {0: WorkerHealthCheckFailedError("it is gone", RuntimeError("killed"))})
+    WorkerDeaths(kept).after_exception(None, {0: WorkerHealthCheckFailedError("it is gone", RuntimeError("killed"))})
     results, _ = ray_local.get(kept.outcome.remote())
     assert len(results) == faults
     assert ray_local.get(kept.take.remote("first", 0, 1)) == ([None] if faults else [0])

@@ -14,7 +14,7 @@ import rmdd
 from rmdd import config
 from rmdd.cli.common import stop_on_sigterm
 from rmdd.execution.ray.cluster import ENVIRONMENT, resources_now
-from rmdd.execution.ray.tune import climb
+from rmdd.execution.ray.tune import run_trials
 from rmdd.execution.tasks import Interrupted
 
 pytestmark = pytest.mark.ray
@@ -42,7 +42,7 @@ def test_ray_changes_no_number_and_leaves_nothing_behind(ray_local, tmp_path):
 
 
 class Numbers:
-    """An inquiry over whole numbers, which keeps what it was told."""
+    """A source of trials over whole numbers, which keeps what it was told."""
 
     def __init__(self, numbers, stop_below=0):
         self.left, self.stop_below = list(numbers), stop_below
@@ -56,26 +56,26 @@ class Numbers:
         self.most = max(self.most, len(self.open))
         return f"n{number}", number
 
-    def told(self, name, rung):
+    def tell(self, name, rung):
         self.heard.append((name, rung["step"]))
         goes_on = not rung["done"] and rung["val"] >= self.stop_below
         if not goes_on:
             self.open.discard(name)
         return goes_on
 
-    def failed(self, name, why):
+    def fail(self, name, why):
         self.open.discard(name)
         self.lost[name] = why
 
 
 def counting(folder, dies=()):
-    """Climbers that climb three rungs; those of the numbers in `dies` kill their process at the second, once."""
+    """Runners of trials with three rungs; those of the numbers in `dies` kill their process at the second, once."""
 
     class Counter:
         def __init__(self, number):
             self.number, self.step = number, 0
 
-        def climb(self, hooks):
+        def run_rung(self, hooks):
             self.step += 1
             mark = folder / f"died-{self.number}"
             if self.number in dies and self.step == 2 and not mark.exists():
@@ -88,20 +88,20 @@ def counting(folder, dies=()):
 
 def test_trials_stop_when_told_and_a_dead_worker_is_replaced(ray_local, tmp_path):
     runtime = config.Runtime(storage=str(tmp_path))
-    inquiry = Numbers([1, 5, 2, 7], stop_below=3)
-    climb(inquiry, counting(tmp_path, dies=(7,)), runtime, resources_now(), 2)
-    assert inquiry.most == 2 and inquiry.open == set() and inquiry.lost == {}
-    steps = {name: [s for n, s in inquiry.heard if n == name] for name in ("n1", "n2", "n5", "n7")}
+    source = Numbers([1, 5, 2, 7], stop_below=3)
+    run_trials(source, counting(tmp_path, dies=(7,)), runtime, resources_now(), 2)
+    assert source.most == 2 and source.open == set() and source.lost == {}
+    steps = {name: [s for n, s in source.heard if n == name] for name in ("n1", "n2", "n5", "n7")}
     assert steps == {"n1": [1], "n2": [1], "n5": [1, 2, 3], "n7": [1, 1, 2, 3]}
 
 
-def test_an_error_of_the_inquiry_ends_the_search(ray_local, tmp_path):
+def test_an_error_of_the_source_ends_the_search(ray_local, tmp_path):
     class Broken(Numbers):
         def ask(self):
             raise ValueError("narrow search.space")
 
     with pytest.raises(ValueError, match="narrow search.space"):
-        climb(Broken([1]), counting(tmp_path), config.Runtime(storage=str(tmp_path)), resources_now(), None)
+        run_trials(Broken([1]), counting(tmp_path), config.Runtime(storage=str(tmp_path)), resources_now(), None)
 
 
 def wait_for(reached):
@@ -122,17 +122,17 @@ def test_a_worker_that_hangs_is_replaced(ray_local, tmp_path):
         def __init__(self, number):
             self.mark = tmp_path / f"pid-{os.getpid()}"
 
-        def climb(self, hooks):
+        def run_rung(self, hooks):
             first = not list(tmp_path.glob("pid-*"))
             self.mark.touch()
             if first:
                 os.kill(os.getpid(), signal.SIGSTOP)
             return {"step": 1, "val": 1.0, "done": True}
 
-    said, inquiry = [], Numbers([1])
+    said, source = [], Numbers([1])
     runtime = config.Runtime(storage=str(tmp_path), stall_limit=3 / 60)
-    climb(inquiry, Hanging, runtime, resources_now(), 1, said.append)
-    assert inquiry.heard == [("n1", 1)] and "no sign of life" in said[0] and len(list(tmp_path.glob("pid-*"))) > 1
+    run_trials(source, Hanging, runtime, resources_now(), 1, said.append)
+    assert source.heard == [("n1", 1)] and "no sign of life" in said[0] and len(list(tmp_path.glob("pid-*"))) > 1
 
 
 def test_why_a_trial_failed_is_told(ray_local, tmp_path):
@@ -140,12 +140,12 @@ def test_why_a_trial_failed_is_told(ray_local, tmp_path):
         def __init__(self, number):
             pass
 
-        def climb(self, hooks):
+        def run_rung(self, hooks):
             raise RuntimeError("out of memory on the card")
 
-    inquiry = Numbers([1])
-    climb(inquiry, Failing, config.Runtime(storage=str(tmp_path), max_restarts=0), resources_now(), 1)
-    assert "out of memory on the card" in inquiry.lost["n1"]
+    source = Numbers([1])
+    run_trials(source, Failing, config.Runtime(storage=str(tmp_path), max_restarts=0), resources_now(), 1)
+    assert "out of memory on the card" in source.lost["n1"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -154,7 +154,7 @@ def test_when_stopped_workers_save_and_end_also_in_a_cluster_that_stays(ray_loca
         def __init__(self, number):
             (tmp_path / f"pid-{os.getpid()}").touch()
 
-        def climb(self, hooks):
+        def run_rung(self, hooks):
             (tmp_path / "climbs").touch()
             while not hooks.should_stop():
                 time.sleep(0.05)
@@ -171,7 +171,7 @@ def test_when_stopped_workers_save_and_end_also_in_a_cluster_that_stays(ray_loca
     threading.Thread(target=stop).start()
     try:
         with pytest.raises(Interrupted):
-            climb(Numbers([1, 2]), Saving, config.Runtime(storage=str(tmp_path)), resources_now(), 1)
+            run_trials(Numbers([1, 2]), Saving, config.Runtime(storage=str(tmp_path)), resources_now(), 1)
     finally:
         signal.signal(signal.SIGTERM, before)
     assert (tmp_path / "saved").exists()

@@ -11,8 +11,8 @@ from rmdd.comparisons.coreset import open_shard
 from rmdd.coresets import clusters, greedy
 from rmdd.coresets.rows import Rows, write_rows
 from rmdd.coresets.shard import here
-from rmdd.execution.ray.ranks import Actors, ranks_of_actors
-from rmdd.execution.tasks import Lost
+from rmdd.execution.parts import PartLost
+from rmdd.execution.ray.worker_parts import ActorParts, parts_on_actors
 
 pytestmark = pytest.mark.ray
 ROWS = slow.unit_rows(23, 6)
@@ -32,7 +32,7 @@ def test_ranks_choose_what_one_process_does(ray_local, tmp_path):
     write_rows(tmp_path / "f", [(np.arange(23), ROWS)], 6, "float32", {})
     alone = chosen(here(Rows.of(ROWS)), 15)
     for size in (1, 2, 3):  # 15 picks are more than a rank of 3 has rows, and 23 is a multiple of neither
-        with ranks_of_actors(partial(open_shard, tmp_path / "f"), size, 1.0, 1) as ranks:
+        with parts_on_actors(partial(open_shard, tmp_path / "f"), size, 1.0, 1) as ranks:
             assert chosen(ranks, 15) == alone
 
 
@@ -40,13 +40,13 @@ def test_errors_are_told_and_a_death_is_a_loss(ray_local, tmp_path):
     rows = ROWS.copy()
     rows[20] = np.nan
     write_rows(tmp_path / "f", [(np.arange(23), rows)], 6, "float32", {})
-    with ranks_of_actors(partial(open_shard, tmp_path / "f"), 2, 0.5, 1) as ranks:
+    with parts_on_actors(partial(open_shard, tmp_path / "f"), 2, 0.5, 1) as ranks:
         with pytest.raises(ValueError, match=r"1 of 23 features are zero or not finite \(first ids: \[20\]\)"):
             greedy.checked(ranks)
         with pytest.raises(TypeError, match="missing"):
             ranks.ask("take")
         ray_local.kill(ranks.actors[1])
-        with pytest.raises(Lost, match="a rank died"):
+        with pytest.raises(PartLost, match="a rank died"):
             ranks.ask("check")
 
 
@@ -68,7 +68,7 @@ def test_a_choice_survives_the_death_of_a_rank(ray_local, tmp_path, monkeypatch)
     runs = {ray: config.load(raw, [f"runtime.storage={tmp_path / ray}", f"runtime.ray={ray}"]) for ray in ("on", "off")}
     quiet = Progress(quiet=True)
     whole = rmdd.coreset(runs["off"], method="k_center", pairs=9, progress=quiet)
-    before, calls = Actors.ask, []
+    before, calls = ActorParts.ask, []
 
     def ask(self, what, *given):
         calls.append(what)
@@ -76,7 +76,7 @@ def test_a_choice_survives_the_death_of_a_rank(ray_local, tmp_path, monkeypatch)
             ray_local.kill(self.actors[1])
         return before(self, what, *given)
 
-    monkeypatch.setattr(Actors, "ask", ask)
+    monkeypatch.setattr(ActorParts, "ask", ask)
     found = rmdd.coreset(runs["on"], method="k_center", pairs=9, ranks=2, progress=quiet)
     assert calls.count("check") == 2 * calls[: calls.index("farthest")].count("check"), "the ranks began twice"
     assert found.records == whole.records and found.facts["radius"] == whole.facts["radius"]

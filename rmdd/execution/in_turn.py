@@ -1,0 +1,51 @@
+"""The executor without Ray: one item after another in this process."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from rmdd.execution.executor import Executor, Piece, PieceSource
+from rmdd.execution.signals import asked_to_stop
+from rmdd.execution.tasks import Hooks, Interrupted
+
+
+@dataclass
+class InTurn(Executor):
+    """One item after another in this process. Ctrl-C and SIGTERM ask the running item to save and stop; a second
+    one stops it where it is. `hooks` see all reports, and may ask to stop too."""
+
+    threads: int = 1
+    hooks: Hooks = field(default_factory=Hooks)
+
+    def serve(self, source: PieceSource) -> None:
+        import torch
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            with asked_to_stop() as signalled:
+
+                def stopped() -> bool:
+                    return signalled() | self.hooks.should_stop()
+
+                while (pieces := source(0.5)) is not None:
+                    for piece in pieces:
+                        result, failure = None, None
+                        try:
+                            result = piece.task(piece.item, Hooks(self._reporting(piece), stopped))
+                        except Exception as error:
+                            failure = error
+                        piece.settle(result, failure)
+                        if stopped():
+                            raise Interrupted
+                    if stopped():
+                        raise Interrupted
+        finally:
+            torch.set_num_threads(before)
+
+    def _reporting(self, piece: Piece) -> Callable[[dict[str, Any]], None]:
+        def report(metrics: dict[str, Any]) -> None:
+            piece.on_report(metrics)
+            self.hooks.report(metrics)
+
+        return report

@@ -1,0 +1,164 @@
+"""Several runs over one executor: each in a thread, one thread at a time, with shared work done once."""
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rmdd.execution.executor import Executor, Piece, PieceSource
+from rmdd.execution.in_turn import InTurn
+from rmdd.execution.tasks import Hooks, Interrupted, Task
+
+
+@contextlib.contextmanager
+def errors_kept(errors: dict[str, Exception], label: str) -> Iterator[None]:
+    """Put an error of the block under `label` instead of raising it."""
+    try:
+        yield
+    except Exception as error:
+        errors[label] = error
+
+
+@dataclass
+class _SharedPiece:
+    """A piece that one or more runs wait for."""
+
+    reports: list[Callable[[dict[str, Any]], None]] = field(default_factory=list)
+    settled: bool = False
+    result: Any = None
+    error: Exception | None = None
+
+    def report(self, metrics: dict[str, Any]) -> None:
+        for each in self.reports:
+            each(metrics)
+
+    def settle(self, result: Any, error: Exception | None) -> None:
+        self.settled, self.result, self.error = True, result, error
+
+
+class SweepScheduler:
+    """Lets runs take turns: a run gives up its turn only while it waits for its pieces.
+
+    So a piece that two runs need is finished or on its way when the second one asks for it, and is done once.
+    """
+
+    def __init__(self, executor: Executor, target: Callable[[Task, Any], Path]):
+        self.executor, self.target = executor, target
+        self.turn = threading.Lock()
+        self.changed = threading.Condition()
+        self.queue: list[Piece] = []
+        self.shared: dict[Path, _SharedPiece] = {}
+        self.runs: list[threading.Thread] = []
+        self.running = 0
+        self.stopped = False
+        self.errors: dict[str, Exception] = {}
+
+    def add(self, label: str, run: Callable[[], Any]) -> None:
+        """Let `run()` take part under a name."""
+
+        def take_part() -> None:
+            try:
+                with self.turn, contextlib.suppress(Interrupted), errors_kept(self.errors, label):
+                    self._check()
+                    run()
+            finally:
+                with self.changed:
+                    self.running -= 1
+                    self.changed.notify_all()
+
+        self.running += 1
+        self.runs.append(threading.Thread(target=take_part, name=label, daemon=True))
+
+    def run_all(self) -> dict[str, Exception]:
+        """Do all runs; returns the errors by name. Raises `Interrupted` when asked to stop."""
+        for run in self.runs:
+            run.start()
+        try:
+            self.executor.serve(self._new_pieces)
+        except BaseException:
+            with self.changed:
+                self.stopped = True
+                self.changed.notify_all()
+            raise
+        finally:
+            for run in self.runs:
+                run.join()
+        return self.errors
+
+    def executor_of(self, label: str) -> Executor:
+        """The executor of one run."""
+        return _RunExecutor(self, label)
+
+    def map(
+        self,
+        label: str,
+        task: Task,
+        items: Sequence[Any],
+        names: Sequence[str],
+        on_report: Callable[[str, dict[str, Any]], None],
+    ) -> list[Any]:
+        with self.changed:
+            self._check()
+            awaited = []
+            for item, name in zip(items, names, strict=True):
+                target = self.target(task, item)
+                if target not in self.shared:
+                    shared = self.shared[target] = _SharedPiece()
+                    settle = functools.partial(self._settle, shared)
+                    self.queue.append(Piece(self._alone(task), item, f"{label}: {name}", shared.report, settle))
+                self.shared[target].reports.append(functools.partial(on_report, name))
+                awaited.append(self.shared[target])
+            self.changed.notify_all()
+        self.turn.release()
+        try:
+            with self.changed:
+                self.changed.wait_for(lambda: self.stopped or all(shared.settled for shared in awaited))
+        finally:
+            self.turn.acquire()
+        self._check()
+        for shared in awaited:
+            if shared.error is not None:
+                raise shared.error
+        return [shared.result for shared in awaited]
+
+    def _new_pieces(self, seconds: float) -> list[Piece] | None:
+        with self.changed:
+            self.changed.wait_for(lambda: self.queue or not self.running, timeout=seconds)
+            pieces, self.queue = self.queue, []
+            return pieces if pieces or self.running else None
+
+    def _check(self) -> None:
+        if self.stopped:
+            raise Interrupted
+
+    def _settle(self, shared: _SharedPiece, result: Any, error: Exception | None) -> None:
+        with self.changed:
+            shared.settle(result, error)
+            self.changed.notify_all()
+
+    def _alone(self, task: Task) -> Task:
+        """In this process a task must not run beside another run: both would draw from torch's global state."""
+        if not isinstance(self.executor, InTurn):
+            return task
+
+        def alone(item: Any, hooks: Hooks) -> Any:
+            with self.turn:
+                return task(item, hooks)
+
+        return alone
+
+
+class _RunExecutor(Executor):
+    def __init__(self, scheduler: SweepScheduler, label: str):
+        self.scheduler, self.label = scheduler, label
+
+    def serve(self, source: PieceSource) -> None:
+        raise AssertionError("the pieces of a sweep are served by its scheduler")
+
+    def map(
+        self, task: Any, items: Sequence[Any], names: Sequence[str], on_report: Callable[[str, dict[str, Any]], None]
+    ) -> list[Any]:
+        return self.scheduler.map(self.label, task, items, names, on_report)

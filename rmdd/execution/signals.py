@@ -1,0 +1,56 @@
+"""How work is asked to stop: by Ctrl-C, SIGTERM, or a time limit."""
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+
+
+@contextlib.contextmanager
+def asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Yield a function that says whether a signal has come; the second one raises `KeyboardInterrupt`."""
+    asked = threading.Event()
+
+    def ask(number: int, frame: object) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    before = {number: signal.signal(number, ask) for number in STOPPING}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def time_limit(minutes: float | None, say: Callable[[str], None]) -> Iterator[None]:
+    """Stop the block after `minutes` as Ctrl-C would. Raises `ValueError` outside the main thread."""
+    if minutes is None:
+        yield
+        return
+    if threading.current_thread() is not threading.main_thread():
+        raise ValueError("runtime.time_limit needs the main thread, where signals come in; unset it or run there")
+    began = time.monotonic()
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if time.monotonic() - began >= 60 * minutes:
+            say(f"the time limit of {minutes:g} minutes (runtime.time_limit) was reached")
+        raise
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
