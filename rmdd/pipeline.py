@@ -154,7 +154,8 @@ class Pipeline:
             store = begin_store(run, places.store, text_width(run.model.text), facts)
             missing = [e for e in range(run.experts.num) if not store.is_complete(e)]
             if missing:
-                feed.prepare(run, prepared_split(self._item(dataset), "train"))
+                train = prepared_split(self._item(dataset), "train")
+                feed.prepare(train, run.experts.augment, run.runtime.cache_gb)
             self._train([replace(self._item(dataset), number=e, stream=self.stream) for e in missing])
             self.storage.fetch(places.store, _records)
         self.progress.say(f"experts: {len(store.complete())} in {places.store} ({store.size() / 2**20:.0f} MiB)")

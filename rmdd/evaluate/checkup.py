@@ -9,9 +9,7 @@ from torch import Tensor
 
 from rmdd import config
 from rmdd.core.seeding import generator
-from rmdd.data.images import normalise
 from rmdd.distill import similarity
-from rmdd.distill.phases import real_images
 from rmdd.distill.synthetic import Synthetic, enlarged
 from rmdd.evaluate.health import collapsed, health, stripes
 from rmdd.models.dual import DualEncoder
@@ -33,41 +31,44 @@ def checkup(
 ) -> dict[str, Any]:
     """Rows of health and warnings. `sets` gives, oldest first, the iteration of each phase and their sets, which are
     seen as one; random pairs are as many, the first ones that the baseline draws."""
-    model = model.to(device).eval()
+    model, seed, chunk, size = model.to(device).eval(), run.seed_of("evaluate"), run.evaluate.chunk, run.data.image_size
+
+    def health_of(batches: Iterator[Batch]) -> dict[str, float]:
+        images, texts = _embedded(model, batches, device)
+        return health(images, texts, seed)
+
     rows: list[dict[str, Any]] = []
     for iterations, subsets in sets:
-        row = {"set": "distilled", "iterations": list(iterations)} | _seen(run, model, _of_sets(run, subsets), device)
+        row = {"set": "distilled", "iterations": list(iterations)} | health_of(_of_sets(subsets, size, chunk))
         learned = [similarity.dense(s.similarity, s.alpha, s.texts) for s in subsets]
         rows.append(row | {"stripes": sum(map(stripes, learned)) / len(learned)})
     pairs = int(rows[-1]["pairs"])
-    records = torch.randperm(len(train.split.captions), generator=generator(run.seed_of("evaluate"), "random pairs", 0))
-    real = {"set": "random pairs"} | _seen(run, model, _of_records(run, train, records[:pairs]), device)
+    records = torch.randperm(len(train.split.captions), generator=generator(seed, "random pairs", 0))
+    real = {"set": "random pairs"} | health_of(_of_records(train, records[:pairs], chunk))
     first = torch.from_numpy(val.split.image_of).diff(prepend=torch.tensor([-1])).nonzero().flatten()
-    chosen = torch.randperm(len(first), generator=generator(run.seed_of("evaluate"), "health of val"))[:MOST]
-    whole = {"set": "val"} | _seen(run, model, _of_records(run, val, first[chosen.sort().values]), device)
+    chosen = torch.randperm(len(first), generator=generator(seed, "health of val"))[:MOST]
+    whole = {"set": "val"} | health_of(_of_records(val, first[chosen.sort().values], chunk))
     told = collapsed(rows[-1], real)
     return {"schema_version": 1, "rows": [*rows, real, whole], "warnings": told}
 
 
-def _seen(run: config.Run, model: DualEncoder, batches: Iterator[Batch], device: torch.device) -> dict[str, float]:
+def _embedded(model: DualEncoder, batches: Iterator[Batch], device: torch.device) -> tuple[Tensor, Tensor]:
     embedded = []
     with torch.no_grad():
         for images, texts in batches:
             embedded.append((model.embed_images(images.to(device)).cpu(), model.embed_texts(texts.to(device)).cpu()))
     images, texts = (torch.cat(side) for side in zip(*embedded, strict=True))
-    return health(images, texts, run.seed_of("evaluate"))
+    return images, texts
 
 
-def _of_sets(run: config.Run, subsets: Sequence[Synthetic]) -> Iterator[Batch]:
+def _of_sets(subsets: Sequence[Synthetic], size: int, chunk: int) -> Iterator[Batch]:
     for subset in subsets:
-        for i in range(0, len(subset.texts), run.evaluate.chunk):
-            part = slice(i, i + run.evaluate.chunk)
-            yield enlarged(subset.images[part], run.data.image_size), subset.texts[part]
+        for i in range(0, len(subset.texts), chunk):
+            part = slice(i, i + chunk)
+            yield enlarged(subset.images[part], size), subset.texts[part]
 
 
-def _of_records(run: config.Run, prepared: PreparedSplit, records: Int[Tensor, " N"]) -> Iterator[Batch]:
-    for part in records.split(run.evaluate.chunk):
-        images: Float[Tensor, "n 3 S S"] = normalise(
-            real_images(run, prepared, part.tolist()), prepared.mean, prepared.std
-        )
+def _of_records(prepared: PreparedSplit, records: Int[Tensor, " N"], chunk: int) -> Iterator[Batch]:
+    for part in records.split(chunk):
+        images: Float[Tensor, "n 3 S S"] = prepared.pictures(prepared.split.image_of[part.numpy()])
         yield images, torch.tensor(prepared.texts[part.numpy()])

@@ -14,11 +14,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save
 
-from rmdd import config
 from rmdd.artefact.distilled import DistilledSet
 from rmdd.core.files import atomic_path, read_json
-from rmdd.data.images import normalise
-from rmdd.distill.phases import real_images
 from rmdd.distill.synthetic import enlarged
 from rmdd.evaluate.students import Lesson
 from rmdd.models.prepared import PreparedSplit
@@ -57,10 +54,10 @@ def _keep(folder: Path, suffix: str, data: bytes) -> Path:
     return path
 
 
-def read_lessons(path: Path, run: config.Run, train: Callable[[], PreparedSplit], lr: float) -> list[Lesson]:
-    """What a student learns in order, at the picture size of `run`. `lr`, unless 0, takes the place of both rates."""
+def read_lessons(path: Path, image_size: int, train: Callable[[], PreparedSplit], lr: float) -> list[Lesson]:
+    """What a student learns in order, with pictures of side `image_size`. `lr`, unless 0, replaces both rates."""
     if path.suffix == ".json":
-        return [real_lesson(run, train(), read_json(path), lr)]
+        return [real_lesson(train(), read_json(path), lr)]
     tensors = load_file(path)
     subsets = range(1 + max(int(name.partition(".")[0]) for name in tensors))
 
@@ -68,11 +65,11 @@ def read_lessons(path: Path, run: config.Run, train: Callable[[], PreparedSplit]
         learned = tensors[f"{k}.images"], tensors[f"{k}.texts"], tensors[f"{k}.similarity"]
         return Lesson(*learned, tensors[f"{k}.lr_image"].item(), tensors[f"{k}.lr_text"].item())
 
-    lessons = enlarged_to(run.data.image_size, [subset(k) for k in subsets])
+    lessons = enlarged_to(image_size, [subset(k) for k in subsets])
     return [replace(lesson, lr_image=lr, lr_text=lr) for lesson in lessons] if lr else lessons
 
 
-def real_lesson(run: config.Run, train: PreparedSplit, records: list[int], lr: float) -> Lesson:
+def real_lesson(train: PreparedSplit, records: list[int], lr: float) -> Lesson:
     """Real caption records with identity similarity and one rate for both towers."""
-    images = normalise(real_images(run, train, records), train.mean, train.std)
+    images = train.pictures(train.split.image_of[records])
     return Lesson(images, torch.tensor(train.texts[records]), torch.eye(len(records)), lr, lr)

@@ -87,7 +87,7 @@ def lesson_of(synthetic: Synthetic, image_size: int) -> Lesson:
 
 def random_lesson(run: config.Run, train: PreparedSplit, draw: int, lr: float) -> Lesson:
     """`budget` real caption records drawn uniformly, identity similarity, one rate for both towers."""
-    return real_lesson(run, train, random_records(run, train, draw), lr)
+    return real_lesson(train, random_records(run, train, draw), lr)
 
 
 def random_records(run: config.Run, train: PreparedSplit, draw: int) -> list[int]:
@@ -96,10 +96,10 @@ def random_records(run: config.Run, train: PreparedSplit, draw: int) -> list[int
     return torch.randperm(len(train.split.captions), generator=draw_)[: run.distill.budget].tolist()
 
 
-def hardened(lesson: Lesson, run: config.Run) -> Lesson:
+def hardened(lesson: Lesson, experts: config.Experts) -> Lesson:
     """What images and texts alone are worth: each belongs to its own, at the rates of the experts."""
     own = torch.eye(len(lesson.images))
-    return replace(lesson, similarity=own, lr_image=run.experts.lr_image, lr_text=run.experts.lr_text)
+    return replace(lesson, similarity=own, lr_image=experts.lr_image, lr_text=experts.lr_text)
 
 
 def soft_lesson(
@@ -168,7 +168,7 @@ def train_and_score(
         loss, course, points, model.temperature = found.loss, found.course, found.points, found.temperature
         lessons = found.lessons(lessons)
     elif job.kind == "hard":
-        loss, lessons = "infonce", [hardened(x, run) for x in lessons]
+        loss, lessons = "infonce", [hardened(x, run.experts) for x in lessons]
     elif job.kind in OF_RANDOM_PAIRS:
         passes = round(updates(run) / -(-len(lessons[0].images) // rule.batch))
         course = replace(course, epochs=max(1, passes))

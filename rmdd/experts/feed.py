@@ -115,11 +115,11 @@ class Epoch:
     key: Key
 
     @classmethod
-    def of(cls, run: config.Run, image_of: np.ndarray, expert: int, epoch: int) -> "Epoch":
+    def of(cls, experts: config.Experts, seed: int, image_of: np.ndarray, expert: int, epoch: int) -> "Epoch":
         """The last short batch is dropped; fewer records than a batch are one batch."""
-        key = (run.seed_of("experts"), expert, epoch)
-        records, begins = order(run.experts.shuffle, image_of, key)
-        batch = min(run.experts.batch, len(records))
+        key = (seed, expert, epoch)
+        records, begins = order(experts.shuffle, image_of, key)
+        batch = min(experts.batch, len(records))
         steps = len(records) // batch
         at = sorted({-(-begin // batch) for begin in begins})
         return cls(records[: steps * batch].reshape(steps, batch), tuple(s for s in at if s < steps), key)
@@ -129,16 +129,16 @@ class Epoch:
         return Epoch(np.array_split(self.records, size, axis=1)[rank], self.begins, self.key)
 
 
-def fits(run: config.Run, prepared: PreparedSplit) -> bool:
+def fits(prepared: PreparedSplit, augment: config.Augment, cache_gb: float) -> bool:
     """Whether the pictures that experts train on are cached, or streamed."""
-    return prepared.split.cache_bytes(run.experts.augment.active) <= run.runtime.cache_gb * 1e9
+    return prepared.split.cache_bytes(augment.active) <= cache_gb * 1e9
 
 
-def prepare(run: config.Run, prepared: PreparedSplit) -> None:
+def prepare(prepared: PreparedSplit, augment: config.Augment, cache_gb: float) -> None:
     """Write the cache that experts train from, if it fits, before every worker would."""
-    if fits(run, prepared) and run.experts.augment.active:
+    if fits(prepared, augment, cache_gb) and augment.active:
         prepared.split.encoded(0)
-    elif fits(run, prepared):
+    elif fits(prepared, augment, cache_gb):
         prepared.split.images  # noqa: B018
 
 
@@ -148,7 +148,7 @@ def pictures(
     """uint8 (B, 3, S, S) for every step. `workers` processes decode, those of `stream` where one is given."""
     split = prepared.split
     look = Look(split.dataset.path, split.name, run.data, run.experts.augment, epoch.key)
-    if fits(run, prepared):
+    if fits(prepared, run.experts.augment, run.runtime.cache_gb):
         yield from _loaded(_Cached(prepared, epoch.records, look), workers)
         return
     ends = [*epoch.begins[1:], len(epoch.records)]

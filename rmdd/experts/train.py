@@ -128,7 +128,7 @@ def train_expert(
     if writer and done >= 0:
         model.load_trained(writer.params)
     learner = team.learner(model, rule, writer.momentum if writer else {}, device)
-    watch = Watch.of(run, train, writer.counts if writer else {}) if rule.forgetting else None
+    watch = Watch.of(rule, run.seed_of("experts"), train, writer.counts if writer else {}) if rule.forgetting else None
 
     def record(metrics: dict[str, Any], momentum: Params) -> None:
         params = learner.trained()
@@ -145,7 +145,7 @@ def train_expert(
         done = 0
     stop = should_stop if team.size == 1 else lambda: bool(team.agreed(int(should_stop())))
     while done < rule.epochs:
-        epoch = Epoch.of(run, train.split.image_of, expert, done).share(team.rank, team.size)
+        epoch = Epoch.of(rule, run.seed_of("experts"), train.split.image_of, expert, done).share(team.rank, team.size)
         loss = _pass(run, epoch, learner, train, device, stop, loader_workers, stream, team.rank)
         if loss is None:
             return False
@@ -168,11 +168,11 @@ class Watch:
         self.train, self.pool, self.counts = train, pool, counts
 
     @classmethod
-    def of(cls, run: config.Run, train: PreparedSplit, counted: Params) -> "Watch":
+    def of(cls, rule: config.Experts, seed: int, train: PreparedSplit, counted: Params) -> "Watch":
         """Goes on from what was `counted`."""
         records = len(train.split.image_of)
-        pool = forgetting.pool_of(train.split.image_of, run.experts.forgetting, run.seed_of("experts"))
-        facts = {"pool": len(pool), "epochs": run.experts.epochs, "records": records}
+        pool = forgetting.pool_of(train.split.image_of, rule.forgetting, seed)
+        facts = {"pool": len(pool), "epochs": rule.epochs, "records": records}
         counts = forgetting.Counts.of(counted) if counted else forgetting.Counts.new(records)
         return cls(train, pool, replace(counts, facts=facts))
 

@@ -383,7 +383,7 @@ def _train_and_score(
     if item.taught is not None:
         given = places.root / item.taught.lessons
         storage.fetch(given)
-        lessons = read_lessons(given, run, lambda: prepared_split(item, "train"), job.lr)
+        lessons = read_lessons(given, run.data.image_size, lambda: prepared_split(item, "train"), job.lr)
     elif job.kind in ("soft_tune", "soft"):
         teacher = _trained(item, job.index % run.experts.num, storage)
         lessons = [soft_lesson(run, prepared_split(item, "train"), job.index, job.lr, teacher, device)]

@@ -65,7 +65,7 @@ def test_rates_of_random_pairs_are_chosen_per_augmentation_on_val():
 
 def test_hard_labels_are_the_identity_at_the_rates_of_the_experts():
     run = run_of()
-    lesson = hardened(lessons(run, 1, lr=0.7)[0], run)
+    lesson = hardened(lessons(run, 1, lr=0.7)[0], run.experts)
     assert torch.equal(lesson.similarity, torch.eye(7))
     assert (lesson.lr_image, lesson.lr_text) == (run.experts.lr_image, run.experts.lr_text)
 

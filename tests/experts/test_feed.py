@@ -45,7 +45,7 @@ def prepared_of(run, dataset, path):
 
 def fed(run, dataset, path, epoch=1, **how):
     prepared = prepared_of(run, dataset, path)
-    plan = Epoch.of(run, prepared.split.image_of, 3, epoch)
+    plan = Epoch.of(run.experts, run.seed_of("experts"), prepared.split.image_of, 3, epoch)
     return plan, torch.stack(list(pictures(run, prepared, plan, **how)))
 
 
@@ -118,7 +118,7 @@ def test_the_order_does_not_know_how_rows_are_cut_into_shards(tmp_path):
 def test_a_gang_shares_every_batch():
     run = run_of()
     image_of = np.repeat(np.arange(PAIRS), 3)
-    whole = Epoch.of(run, image_of, 0, 0)
+    whole = Epoch.of(run.experts, run.seed_of("experts"), image_of, 0, 0)
     shares = [whole.share(rank, 3) for rank in range(3)]
     assert [s.records.shape[1] for s in shares] == [6, 5, 5]
     assert np.array_equal(np.concatenate([s.records for s in shares], axis=1), whole.records)
@@ -130,7 +130,7 @@ def test_the_budget_decides(dataset, tmp_path):
     size = train.split.cache_bytes(encoded=False)
     assert size == PAIRS * 3 * 12 * 12
     for gigabytes, built in ((0.9 * size / 1e9, 0), (1.1 * size / 1e9, 1)):
-        prepare(run.model_copy(update={"runtime": config.Runtime(cache_gb=gigabytes)}), train)
+        prepare(train, run.experts.augment, gigabytes)
         assert len(list(tmp_path.glob("train-*.npy"))) == built
 
 

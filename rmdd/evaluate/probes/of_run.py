@@ -52,9 +52,12 @@ LOOKED_AT = 64
 _AS_WRITTEN = config.Captions(lowercase=False, strip_punctuation=False, max_words=None)
 
 
-def data_of(run: config.Run, probe: Probe) -> Any:
-    """The probe's data as the run sees it. The captions of labelled pictures are their classes, kept as they are."""
-    view = {field: getattr(run.data, field) for field in VIEW}
+def data_of(data: config.Data, probe: Probe) -> Any:
+    """The probe's data as a run with `data` sees it.
+
+    The captions of labelled pictures are their classes, kept as they are.
+    """
+    view = {field: getattr(data, field) for field in VIEW}
     if probe.kind != "retrieval":
         view["captions"] = _AS_WRITTEN
     root = absolute(probe.data.root) if probe.data.root else None
@@ -66,14 +69,14 @@ def faults(run: config.Run) -> list[str]:
     found = []
     for name, probe in run.evaluate.probes.items():
         try:
-            _look(run, probe)
+            _look(run.data, probe)
         except (ValueError, OSError) as error:
             found.append(told(name, str(error)))
     return found
 
 
-def _look(run: config.Run, probe: Probe) -> None:
-    data = data_of(run, probe)
+def _look(of_run: config.Data, probe: Probe) -> None:
+    data = data_of(of_run, probe)
     if isinstance(probe, config.ZeroShot):
         zero_shot.templates(probe.templates)
     if data.source == "dataset":
@@ -98,7 +101,7 @@ def costs(run: config.Run, width: int) -> list[str]:
     told = []
     for name, probe in run.evaluate.probes.items():
         if isinstance(probe, config.Vqa):
-            data = data_of(run, probe)
+            data = data_of(run.data, probe)
             answers = {q.answer for split in ("train", "test") for q in cocoqa.read(data, split)}
             total = len({q.question for q in cocoqa.asked(data)}) * len(answers)
             told.append(
@@ -117,7 +120,7 @@ def prepare(
     `ValueError` for files that cannot be read, and when no picture is left.
     """
     probe, storage = run.evaluate.probes[name], open_storage(run.runtime)
-    data = data_of(run, probe)
+    data = data_of(run.data, probe)
     try:
         if data.source == "dataset":
             dataset = Dataset.open(data.root)
@@ -129,7 +132,7 @@ def prepare(
             why = f"{dataset.path / 'quarantine.jsonl'} says why: {dataset.manifest['quarantine']}"
             raise ValueError(f"no picture of split '{_split(probe)}' can be used; {why}")
         seen = None if train is None else frozenset(vqa.picture(p) for (p,) in train.columns("train", "pair_id"))
-        asked, facts = _asked(run, probe, data, split, seen)
+        asked, facts = _asked(run.data.captions, probe, data, split, seen)
     except ValueError as error:
         raise ValueError(told(name, str(error))) from error
     split.images  # noqa: B018  # decoded once here, before every worker would
@@ -146,7 +149,7 @@ def prepare(
     inside = dataset.path.is_relative_to(storage.root)
     path = dataset.path.relative_to(storage.root) if inside else dataset.path
     kept = {"key": key, "dataset": str(path), "asked": asked, "facts": facts}
-    write_json(_file(run, name), {"schema_version": 1, **kept})
+    write_json(_file(run_folder(run), name), {"schema_version": 1, **kept})
     return facts
 
 
@@ -162,10 +165,10 @@ def probe(
     `alive` is called now and then. The model is left in the mode it was in.
     """
     wanted, storage = run.evaluate.probes[name], open_storage(run.runtime)
-    kept = _prepared(run, name, storage)
+    kept = _prepared(run_folder(run), name, storage)
     path = storage.root / kept["dataset"]
     storage.fetch(path)
-    data, cache = data_of(run, wanted), storage.root / "cache"
+    data, cache = data_of(run.data, wanted), storage.root / "cache"
     split = load_split(Dataset.open(path), _split(wanted), data, cache)
     constants = (
         normalisation_of(run.model.image) if run.data.normalise == "tower" else normalisation(run.data.normalise)
@@ -197,7 +200,7 @@ class Probing:
         self.files: dict[str, Path] = {}
         self.weights = record.with_name(f"{record.stem}.trained.safetensors")
         for name in run.evaluate.probes if job.kind in PROBED else ():
-            key = _prepared(run, name, storage)["key"]
+            key = _prepared(run_folder(run), name, storage)["key"]
             file = self.files[name] = record.with_name(f"{record.stem}.probe-{key}.json")
             storage.fetch(file)
             if file.is_file() and (found := read_json(file))["value"] == value:
@@ -234,7 +237,7 @@ class Probing:
         """Score what is missing; a student that diverged in training, None, scores 0."""
         for name in self.missing:
             if model is None:
-                kept = read_json(_file(self.run, name))
+                kept = read_json(_file(run_folder(self.run), name))
                 scores = dict.fromkeys(_metrics(self.run.evaluate.probes[name], kept["asked"]), 0.0)
             else:
                 scores = probe(model.to(device), self.run, name, device, alive)
@@ -260,14 +263,14 @@ def remarks(name: str, facts: dict[str, Any]) -> list[str]:
 
 
 def _asked(
-    run: config.Run, probe: Probe, data: Any, split: Split, seen: frozenset[str] | None
+    captions: config.Captions, probe: Probe, data: Any, split: Split, seen: frozenset[str] | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What is asked, and what stands beside the scores."""
     if isinstance(probe, config.ZeroShot):
-        asked = zero_shot.ask(probe, data, run, split)
+        asked = zero_shot.ask(probe, data, captions, split)
         return asked, zero_shot.facts(asked)
     if isinstance(probe, config.Vqa):
-        asked = vqa.ask(probe, data, run, split, seen)
+        asked = vqa.ask(probe, data, captions, split, seen)
         return asked, vqa.facts(asked)
     facts: dict[str, Any] = {
         "split": probe.split,
@@ -295,11 +298,12 @@ def _split(probe: Probe) -> str:
     return probe.split if isinstance(probe, config.Retrieval) else "test"
 
 
-def _file(run: config.Run, name: str) -> Path:
-    return run_folder(run) / "probes" / f"{name}.json"
+def _file(folder: Path, name: str) -> Path:
+    """What probe `name` asks, in the folder of a run."""
+    return folder / "probes" / f"{name}.json"
 
 
-def _prepared(run: config.Run, name: str, storage: Storage) -> dict[str, Any]:
-    file = _file(run, name)
+def _prepared(folder: Path, name: str, storage: Storage) -> dict[str, Any]:
+    file = _file(folder, name)
     storage.fetch(file)
     return read_json(file)

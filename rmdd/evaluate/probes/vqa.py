@@ -29,9 +29,10 @@ PAIRS = 32
 
 
 def ask(
-    probe: config.Vqa, data: config.CocoQaData, run: config.Run, split: Split, seen: frozenset[str] | None
+    probe: config.Vqa, data: config.CocoQaData, captions: config.Captions, split: Split, seen: frozenset[str] | None
 ) -> dict[str, Any]:
-    """Distinct questions, answers, and who is asked what; `seen` are the pictures that were distilled, if known."""
+    """Distinct questions, answers, and who is asked what; `captions` is the run's rule,
+    `seen` are the pictures that were distilled, if known."""
     train, test = cocoqa.read(data, "train"), cocoqa.asked(data)
     image_of = {pair_id: i for i, pair_id in enumerate(split.pair_ids)}
     kept = [q for q in test if q.image in image_of]
@@ -44,7 +45,7 @@ def ask(
         "answers": answers,
         "template": probe.template,
         "question_mark": probe.question_mark,
-        "caption_rule": run.data.captions.model_dump() if probe.caption_rule else None,
+        "caption_rule": captions.model_dump() if probe.caption_rule else None,
         "pairs": sorted([question_of[q.question], image_of[q.image], answer_of[q.answer]] for q in kept),
         "seen": None if seen is None else [i for i, p in enumerate(split.pair_ids) if picture(p) in seen],
         "ks": ks,

@@ -93,8 +93,8 @@ def templates(named: str | tuple[str, ...]) -> tuple[str, ...]:
     return tuple(line for _, line in lines)
 
 
-def ask(probe: config.ZeroShot, data: config.ClassData, run: config.Run, split: Split) -> dict[str, Any]:
-    """Classes with their prompts, and the class of each picture of `split`."""
+def ask(probe: config.ZeroShot, data: config.ClassData, captions: config.Captions, split: Split) -> dict[str, Any]:
+    """Classes with their prompts, and the class of each picture of `split`. `captions` is the run's rule."""
     names = classes.read(data).names
     number_of = {clean(c, data.captions): i for i, c in enumerate(names)}
     lines = templates(probe.templates)
@@ -102,7 +102,7 @@ def ask(probe: config.ZeroShot, data: config.ClassData, run: config.Run, split: 
     for of_class in names.values():
         used = of_class if data.classes.synonyms else of_class[:1]
         written = [line.replace("{}", name) for name in used for line in lines]
-        prompts.append([clean(p, run.data.captions) for p in written] if probe.caption_rule else written)
+        prompts.append([clean(p, captions) for p in written] if probe.caption_rule else written)
     return {
         "classes": list(names),
         "names": [of_class[0] for of_class in names.values()],
