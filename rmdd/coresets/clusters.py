@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from rmdd.core.seeding import derive
+from rmdd.core.threads import one_thread
 from rmdd.coresets.draws import smallest
 from rmdd.coresets.greedy import rows_of
 from rmdd.coresets.rows import Rows
@@ -38,12 +39,11 @@ def fit(
     """K-means centroids, from k-means++ starts. Fewer than `k` distinct rows give centroids that coincide."""
     from sklearn.cluster import KMeans, MiniBatchKMeans
     from sklearn.exceptions import ConvergenceWarning
-    from threadpoolctl import threadpool_limits
 
     if not 0 < k <= len(sample):
         raise ValueError(f"{len(sample)} rows cannot be put into {k} clusters; ask for 1 to {len(sample)}")
     options = {"n_clusters": k, "n_init": starts, "max_iter": iterations, "random_state": derive(seed, "k-means") >> 31}
-    with warnings.catch_warnings(), threadpool_limits(1):  # sums over threads depend on how many there are
+    with warnings.catch_warnings(), one_thread():
         warnings.simplefilter("ignore", ConvergenceWarning)  # of rows that are not distinct, or few iterations
         if len(sample) > mini_batch:
             found = MiniBatchKMeans(batch_size=mini_batch, **options).fit(sample)

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int, Int64
 from torch import Tensor
 
+from rmdd.core.chunks import in_chunks
 from rmdd.core.seeding import generator
 from rmdd.core.tensors import Damaged, load_checked, save_checked
 from rmdd.data.images import normalise
@@ -152,8 +153,8 @@ def margins(
     found = []
     with torch.no_grad():
         shown, of_pool = np.unique(image_of[pool], return_inverse=True)
-        u_PD = torch.cat([images(shown[i : i + BLOCK]) for i in range(0, len(shown), BLOCK)])
-        v_PD = torch.cat([texts(pool[i : i + BLOCK]) for i in range(0, len(pool), BLOCK)])
+        u_PD = in_chunks(images, shown, BLOCK)
+        v_PD = in_chunks(texts, pool, BLOCK)
         rivals = torch.from_numpy(shown).to(device)
         captions_of = torch.from_numpy(shown[of_pool]).to(device)
         for first in range(0, len(split), BLOCK):

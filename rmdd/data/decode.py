@@ -8,6 +8,8 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps
 
+from rmdd.config import Data
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF")
 """What is tried on the bytes, whatever the file is called; leaves out formats that run other programs (EPS)."""
 
@@ -54,6 +56,11 @@ def decode(
         if isinstance(error, Image.UnidentifiedImageError):
             detail = f"{len(data)} bytes in no known image format"
         raise ImageError("truncated" if "truncated" in detail.lower() else "undecodable", detail[:200]) from None
+
+
+def decode_as(image: bytes, data: Data) -> Image.Image:
+    """`decode` with the settings of a run."""
+    return decode(image, max_pixels=data.max_pixels, background=data.background, exif_orientation=data.exif_orientation)
 
 
 def squash(image: Image.Image, size: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from rmdd.config import Data, Runtime
 from rmdd.core.files import atomic_path, read_json, sha256_file, write_json
 from rmdd.core.storage import Storage, open_storage
-from rmdd.data.decode import ImageError, decode
+from rmdd.data.decode import ImageError, decode_as
 from rmdd.data.shards import SPLITS, Pair, ShardWriter
 from rmdd.data.sources import listed, parquet, webdataset
 from rmdd.data.sources.row import Candidate
@@ -166,9 +166,7 @@ def write_entries(path: Path, entries: list[dict[str, Any]]) -> None:
 def _checked(image: bytes | ImageError, data: Data) -> bytes:
     if isinstance(image, ImageError):
         raise image
-    decoded = decode(
-        image, max_pixels=data.max_pixels, background=data.background, exif_orientation=data.exif_orientation
-    )
+    decoded = decode_as(image, data)
     if data.reencode is None:
         return image
     from PIL import Image

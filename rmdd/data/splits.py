@@ -18,7 +18,7 @@ from rmdd.config import Data, hash_value
 from rmdd.core.files import allocate, atomic_path
 from rmdd.core.locks import held
 from rmdd.data.captions import clean
-from rmdd.data.decode import decode, squash
+from rmdd.data.decode import decode_as, squash
 from rmdd.data.shards import Dataset
 
 
@@ -154,10 +154,7 @@ def load_split(dataset: Dataset, split: str, data: Data, cache: Path | str) -> S
 
 def squashed(image: bytes, data: Data) -> np.ndarray:
     """An encoded image as uint8 (3, S, S)."""
-    picture = decode(
-        image, max_pixels=data.max_pixels, background=data.background, exif_orientation=data.exif_orientation
-    )
-    return squash(picture, data.image_size)
+    return squash(decode_as(image, data), data.image_size)
 
 
 def _encoded_cache(dataset: Dataset, split: str, rows: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray]:

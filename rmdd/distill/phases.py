@@ -15,7 +15,8 @@ from torch import Tensor
 from rmdd import config
 from rmdd.core.seeding import derive, generator
 from rmdd.data.augment import augment
-from rmdd.data.images import decode, normalise
+from rmdd.data.decode import decode_as
+from rmdd.data.images import normalise
 from rmdd.distill import similarity
 from rmdd.distill.synthetic import Synthetic, reduced
 from rmdd.methods.datm import growing_stop
@@ -187,12 +188,7 @@ def real_images(run: config.Run, train: PreparedSplit, records: list[int], *, au
     data, seed = run.data, run.seed_of("distill")
     drawn = []
     for picture, record in zip(pictures, records, strict=True):
-        image = decode(
-            train.split.encoded(int(picture)),
-            max_pixels=data.max_pixels,
-            background=data.background,
-            exif_orientation=data.exif_orientation,
-        )
+        image = decode_as(train.split.encoded(int(picture)), data)
         drawn.append(
             torch.from_numpy(
                 augment(image, run.experts.augment, data.image_size, generator(seed, "initial augment", record))

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rmdd import config
+from rmdd.core.chunks import in_chunks
 from rmdd.core.seeding import derive, generator
 from rmdd.data.images import normalise
 from rmdd.evaluate.augment import augmentation
@@ -99,20 +100,12 @@ def rank(model: DualEncoder, prepared: PreparedSplit, device: torch.device, chun
     model.eval()
     split = prepared.split
     with torch.no_grad():
-        images = torch.cat(
-            [
-                model.embed_images(
-                    normalise(torch.tensor(split.images[i : i + chunk]).to(device), prepared.mean, prepared.std)
-                )
-                for i in range(0, len(split.images), chunk)
-            ]
+        images = in_chunks(
+            lambda rows: model.embed_images(normalise(torch.tensor(rows).to(device), prepared.mean, prepared.std)),
+            split.images,
+            chunk,
         )
-        texts = torch.cat(
-            [
-                model.embed_texts(torch.tensor(prepared.texts[i : i + 4 * chunk]).to(device))
-                for i in range(0, len(prepared.texts), 4 * chunk)
-            ]
-        )
+        texts = in_chunks(lambda rows: model.embed_texts(torch.tensor(rows).to(device)), prepared.texts, 4 * chunk)
     model.train(was_training)
     for side, embeddings in (("image", images), ("text", texts)):
         if not (torch.isfinite(embeddings).all() and (embeddings != 0).any(dim=1).all()):

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from rmdd.core.threads import torch_threads
 from rmdd.execution.executor import Executor, Piece, PieceSource
 from rmdd.execution.signals import asked_to_stop
 from rmdd.execution.tasks import Hooks, Interrupted
@@ -18,30 +19,23 @@ class InTurn(Executor):
     hooks: Hooks = field(default_factory=Hooks)
 
     def serve(self, source: PieceSource) -> None:
-        import torch
+        with torch_threads(self.threads), asked_to_stop() as signalled:
 
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
-        try:
-            with asked_to_stop() as signalled:
+            def stopped() -> bool:
+                return signalled() | self.hooks.should_stop()
 
-                def stopped() -> bool:
-                    return signalled() | self.hooks.should_stop()
-
-                while (pieces := source(0.5)) is not None:
-                    for piece in pieces:
-                        result, failure = None, None
-                        try:
-                            result = piece.task(piece.item, Hooks(self._reporting(piece), stopped))
-                        except Exception as error:
-                            failure = error
-                        piece.settle(result, failure)
-                        if stopped():
-                            raise Interrupted
+            while (pieces := source(0.5)) is not None:
+                for piece in pieces:
+                    result, failure = None, None
+                    try:
+                        result = piece.task(piece.item, Hooks(self._reporting(piece), stopped))
+                    except Exception as error:
+                        failure = error
+                    piece.settle(result, failure)
                     if stopped():
                         raise Interrupted
-        finally:
-            torch.set_num_threads(before)
+                if stopped():
+                    raise Interrupted
 
     def _reporting(self, piece: Piece) -> Callable[[dict[str, Any]], None]:
         def report(metrics: dict[str, Any]) -> None:

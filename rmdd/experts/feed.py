@@ -17,7 +17,7 @@ from torch import Tensor
 from rmdd import config
 from rmdd.core.seeding import generator
 from rmdd.data.augment import augment
-from rmdd.data.decode import decode
+from rmdd.data.decode import decode_as
 from rmdd.data.shards import Dataset
 from rmdd.data.splits import read_rows, squashed
 from rmdd.models.prepared import PreparedSplit
@@ -51,12 +51,7 @@ class Look:
         if not self.augment.active:
             return squashed(image, self.data)
         seed, expert, epoch = self.key
-        picture = decode(
-            image,
-            max_pixels=self.data.max_pixels,
-            background=self.data.background,
-            exif_orientation=self.data.exif_orientation,
-        )
+        picture = decode_as(image, self.data)
         return augment(picture, self.augment, self.data.image_size, generator(seed, "augment", expert, epoch, record))
 
     def read(self, part: Part) -> dict[int, bytes | np.ndarray]:

@@ -17,6 +17,7 @@ from PIL import Image
 from rmdd.config import Captions
 from rmdd.core.files import read_json, write_json
 from rmdd.core.seeding import derive
+from rmdd.core.threads import torch_threads
 from rmdd.data.captions import clean
 from rmdd.execution.tasks import Values
 from rmdd.generate.decode import Precision
@@ -138,14 +139,10 @@ class Describer:
             seed = derive(self.seed, "captioner", item["index"], attempt)
             return self.captioner.describe(image, wanted, seed)
 
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
-        try:
+        with torch_threads(self.threads):
             with Image.open(item["picture"]) as opened:
                 image = opened.convert("RGB")
             found = gather(ask, item["count"], item["caption"], item["real"], self.rule, self.tries)
-        finally:
-            torch.set_num_threads(before)
         write_json(Path(item["out"]), {"key": item["key"], **vars(found)})
         return {"captions": len(found.captions)}
 

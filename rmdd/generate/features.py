@@ -16,14 +16,16 @@ import torch
 from jaxtyping import Float32
 
 from rmdd import config
+from rmdd.core.chunks import in_chunks
 from rmdd.core.device import device_here, device_of
 from rmdd.core.locks import held
 from rmdd.core.seeding import generator
 from rmdd.core.storage import open_storage
+from rmdd.core.threads import torch_threads
 from rmdd.coresets.choice import Choice
 from rmdd.coresets.features import BLOCK, Items, Sides, column_rows, encode_blocks, in_space, save_block
 from rmdd.coresets.rows import DESCRIPTION, Part, Rows, write_rows
-from rmdd.data.decode import decode
+from rmdd.data.decode import decode_as
 from rmdd.data.images import normalise
 from rmdd.data.splits import read_rows
 from rmdd.execution.tasks import Stream, Values
@@ -142,14 +144,9 @@ class TowerEncoder:
     def __call__(self, values: Values) -> Values:
         split, first = self.train.split, values["block"] * BLOCK
         ids = np.arange(first, min(first + BLOCK, len(split)))
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
-        try:
-            with torch.no_grad():
-                rows = [self._batch(ids[i : i + BATCH]) for i in range(0, len(ids), BATCH)]
-        finally:
-            torch.set_num_threads(before)
-        save_block(self.folder, values["block"], ids, np.concatenate(rows))
+        with torch_threads(self.threads), torch.no_grad():
+            rows = in_chunks(self._batch, ids, BATCH)
+        save_block(self.folder, values["block"], ids, rows)
         return {"rows": len(ids)}
 
     def _batch(self, index: np.ndarray) -> np.ndarray:
@@ -195,12 +192,8 @@ class ClipEncoder:
     def __call__(self, values: Values) -> Values:
         first = values["block"] * BLOCK
         ids = np.arange(first, min(first + BLOCK, len(self.split if self.side == "image" else self.split.captions)))
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
-        try:
-            rows = np.concatenate([self._rows(ids[i : i + CLIP_BATCH]) for i in range(0, len(ids), CLIP_BATCH)])
-        finally:
-            torch.set_num_threads(before)
+        with torch_threads(self.threads):
+            rows = in_chunks(self._rows, ids, CLIP_BATCH)
         if not np.isfinite(rows).all():
             bad = int(ids[~np.isfinite(rows).all(axis=1)][0])
             raise ValueError(
@@ -212,6 +205,5 @@ class ClipEncoder:
     def _rows(self, ids: np.ndarray) -> Float32[np.ndarray, "n D"]:
         if self.side == "text":
             return self.clip.captions([self.split.captions[i] for i in ids]).cpu().numpy()
-        rule = {name: getattr(self.data, name) for name in ("max_pixels", "background", "exif_orientation")}
         encoded = dict(read_rows(self.split.dataset, "train", self.split.rows[ids]))
-        return self.clip.images([decode(encoded[int(row)], **rule) for row in self.split.rows[ids]]).cpu().numpy()
+        return self.clip.images([decode_as(encoded[int(row)], self.data) for row in self.split.rows[ids]]).cpu().numpy()

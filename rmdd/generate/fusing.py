@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from rmdd.core.chunks import in_chunks
 from rmdd.core.files import atomic_path
 from rmdd.core.storage import open_storage
+from rmdd.core.threads import torch_threads
 from rmdd.coresets.rows import Part, Rows
 from rmdd.data.splits import squashed
 from rmdd.execution.tasks import Values
@@ -49,13 +51,8 @@ class Fuser:
     def __call__(self, values: Values) -> Values:
         first = values["block"] * BLOCK
         records = np.arange(first, min(first + BLOCK, len(self.split.captions)))
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
-        try:
-            parts = [self.fused(records[i : i + BATCH]) for i in range(0, len(records), BATCH)]
-        finally:
-            torch.set_num_threads(before)
-        rows = np.concatenate(parts)
+        with torch_threads(self.threads):
+            rows = in_chunks(self.fused, records, BATCH)
         if not np.isfinite(rows).all():
             raise ValueError("fused latents are not finite; train the fusion with lower rates (distill.options.fusion)")
         with atomic_path(_file(self.folder, values["block"])) as temporary, open(temporary, "wb") as file:

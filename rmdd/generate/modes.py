@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Int64
 
 from rmdd.core.seeding import derive
+from rmdd.core.threads import one_thread
 from rmdd.coresets.clusters import SAMPLE, fit
 from rmdd.coresets.draws import smallest
 from rmdd.coresets.rows import Rows
@@ -61,14 +62,13 @@ def modes_of(
 def reduced(rows: Rows, components: int | None, seed: int) -> Float32[np.ndarray, "T P"]:
     """Rows in their principal components, found from some of them; no more than they have."""
     from sklearn.decomposition import PCA
-    from threadpoolctl import threadpool_limits
 
     count = len(rows)
     if components is None or components >= min(count, rows.width):
         return np.concatenate([block.copy() for _, block in rows.chunks()])  # chunks share a buffer
     some = np.arange(count) if count <= REDUCED_FROM else np.sort(smallest(np.arange(count), REDUCED_FROM, seed, "pca"))
     out = np.empty((count, components), np.float32)
-    with threadpool_limits(1):  # sums over threads depend on how many there are
+    with one_thread():
         solver = PCA(components, svd_solver="randomized", random_state=derive(seed, "pca") >> 31).fit(rows.at(some))
         for where, block in rows.chunks():
             out[where] = solver.transform(block)

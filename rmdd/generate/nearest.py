@@ -10,6 +10,7 @@ from jaxtyping import Float32, Int64
 from PIL import Image
 
 from rmdd.core.files import atomic_path
+from rmdd.core.threads import torch_threads
 from rmdd.coresets.rows import Rows
 from rmdd.execution.tasks import Values
 from rmdd.generate.studio import Studio
@@ -26,16 +27,12 @@ class Looker:
         self.clip, self.threads = Clip(folder, device), threads
 
     def __call__(self, item: Values) -> Values:
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
-        try:
+        with torch_threads(self.threads):
             images = []
             for path in item["pictures"]:
                 with Image.open(path) as opened:
                     images.append(opened.convert("RGB"))
             found = self.clip.images(images).cpu().numpy()
-        finally:
-            torch.set_num_threads(before)
         with atomic_path(Path(item["out"])) as temporary, open(temporary, "wb") as file:
             np.save(file, found)
         return {"pictures": len(images)}

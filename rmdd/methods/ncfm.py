@@ -29,6 +29,7 @@ from torch import Tensor
 
 from rmdd import config
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
+from rmdd.core.chunks import in_chunks
 from rmdd.core.seeding import derive, generator
 from rmdd.distill.distribution.characteristic import FrequencyNet, ncfd, wrong_count
 from rmdd.distill.distribution.chunks import LossOf, gradient_in_chunks
@@ -151,11 +152,8 @@ class NCFM(DistributionMethod):
         projection = self.projection(phase, model, device)
         points = np.empty((len(train.texts), self.width(model)), dtype=np.float32)
         with torch.no_grad():
-            sides = []
-            for start in range(0, len(train.split), self.options.chunk):
-                index = np.arange(start, min(start + self.options.chunk, len(train.split)))
-                sides.append(model.embed_images(train.pictures(index, device)))
-            images = torch.cat(sides)
+            every = np.arange(len(train.split))
+            images = in_chunks(lambda rows: model.embed_images(train.pictures(rows, device)), every, self.options.chunk)
             for rows in np.array_split(np.arange(len(points)), max(1, len(points) // 4096)):
                 texts = model.embed_texts(torch.tensor(train.texts[rows]).to(device))
                 points[rows] = joint(images[train.split.image_of[rows]], texts, projection).cpu().numpy()
@@ -298,14 +296,15 @@ class CharacteristicMatching:
             batches.append(
                 own[torch.randperm(len(own), generator=random)[: self.rule.real_batch].sort().values.numpy()]
             )
-        records, found = np.concatenate(batches), []
+
+        def embedded(rows: np.ndarray) -> Tensor:
+            pixels = self.train.pictures(self.train.split.image_of[rows], self.device)
+            texts = torch.tensor(self.train.texts[rows]).to(self.device)
+            return joint(*self._encode(pixels, texts), self.projection)
+
         with torch.no_grad():
-            for start in range(0, len(records), self.rule.chunk):
-                rows = records[start : start + self.rule.chunk]
-                pixels = self.train.pictures(self.train.split.image_of[rows], self.device)
-                texts = torch.tensor(self.train.texts[rows]).to(self.device)
-                found.append(joint(*self._encode(pixels, texts), self.projection))
-        return list(torch.cat(found).split([len(b) for b in batches]))
+            found = in_chunks(embedded, np.concatenate(batches), self.rule.chunk)
+        return list(found.split([len(b) for b in batches]))
 
     def _encode(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
         pixels = enlarged(images, self.method.run.data.image_size)

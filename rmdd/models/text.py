@@ -21,6 +21,7 @@ from rmdd.config import TextTower
 from rmdd.core.files import allocate, atomic_path, read_json, sha256_file, write_json
 from rmdd.core.locks import held
 from rmdd.core.seeding import generator
+from rmdd.core.threads import torch_threads
 from rmdd.execution.tasks import Stream, Values, in_turn
 from rmdd.models.pretrained import quiet
 
@@ -104,12 +105,8 @@ class Encoder:
         source = Path(item["captions"])
         captions = read_json(source)
         unique = sorted(set(captions))
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads or before)
-        try:
+        with torch_threads(self.threads):
             vectors_UF = self.encode(unique)
-        finally:
-            torch.set_num_threads(before)
         if self.tower.normalise:
             vectors_UF = vectors_UF / np.maximum(np.linalg.norm(vectors_UF, axis=1, keepdims=True), 1e-12)
         row_of = {caption: row for row, caption in enumerate(unique)}

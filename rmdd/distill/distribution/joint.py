@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rmdd.core.chunks import in_chunks
 from rmdd.models.dual import DualEncoder
 from rmdd.models.prepared import PreparedSplit
 
@@ -37,12 +38,15 @@ class Embedded:
     @classmethod
     def by(cls, model: DualEncoder, train: PreparedSplit, device: torch.device, side: Side) -> "Embedded":
         """`model` is on `device`, in eval mode."""
-        count, rows = len(train.split) if side != "text" else 0, []
+        if side == "text":
+            return cls(torch.empty(0, 0, device=device), model, train, side)
         with torch.no_grad():
-            for start in range(0, count, IMAGES):
-                index = np.arange(start, min(start + IMAGES, count))
-                rows.append(model.embed_images(train.pictures(index, device)).float())
-        return cls(torch.cat(rows) if rows else torch.empty(0, 0, device=device), model, train, side)
+            images = in_chunks(
+                lambda rows: model.embed_images(train.pictures(rows, device)).float(),
+                np.arange(len(train.split)),
+                IMAGES,
+            )
+        return cls(images, model, train, side)
 
     def __len__(self) -> int:
         return len(self.train.split.captions)

@@ -18,6 +18,7 @@ from ray.util.metrics import Counter
 
 from rmdd import config
 from rmdd.core.files import append_jsonl
+from rmdd.core.threads import thread_variables
 from rmdd.execution.executor import Executor, GivenUp, Piece, PieceSource
 from rmdd.execution.ray.cluster import Resources, resources_now
 from rmdd.execution.ray.nodes import alive, draining
@@ -163,7 +164,7 @@ class SideBySide(Executor):
             "num_gpus": gpus,
             "max_concurrency": 2,
             "scheduling_strategy": "SPREAD",
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+            "runtime_env": thread_variables(threads),
         }
         if self.without_storage:
             options["label_selector"] = {"ray.io/node-id": f"!in({','.join(sorted(self.without_storage))})"}

@@ -24,6 +24,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, Work
 
 from rmdd import config
 from rmdd.core.files import append_jsonl
+from rmdd.core.threads import thread_variables
 from rmdd.execution.executor import Mapper
 from rmdd.execution.ray.actors import POLL_SECONDS, STOP_SECONDS
 from rmdd.execution.ray.cluster import Resources
@@ -341,7 +342,7 @@ class ExpertPool(Mapper):
                     storage_path=str(self.storage),
                     failure_config=FailureConfig(max_failures=deaths),
                     callbacks=[WorkerDeaths(queue)],
-                    worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+                    worker_runtime_env=thread_variables(threads),
                     logging_config=LoggingConfig(log_level="ERROR"),
                 ),
             ).fit()

@@ -7,6 +7,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from rmdd.core.threads import thread_variables
 from rmdd.execution.parts import PartLost, WorkerParts
 
 
@@ -48,7 +49,7 @@ def parts_on_actors(
         "num_cpus": cpus,
         "num_gpus": gpus,
         "scheduling_strategy": "SPREAD",
-        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+        "runtime_env": thread_variables(threads),
     }
     actor_class = ray.remote(PartActor).options(**options)
     actors = [actor_class.remote(make, rank, size, threads) for rank in range(size)]
