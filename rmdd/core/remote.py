@@ -1,13 +1,18 @@
-"""The objects at a URI: listed, read, written whole, and copied; through pyarrow, or else fsspec."""
+"""The objects at a URI: listed, read, written whole, and copied; through pyarrow, or else fsspec.
+
+Credentials come from the environment alone, as these libraries look for them.
+"""
 
 import contextlib
+import functools
+import glob
 import json
 import posixpath
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from rmdd.core.files import sweep, temporary_beside
@@ -16,6 +21,7 @@ WHOLE_WHEN_WRITTEN = ("s3", "gcs", "abfs")
 """File systems whose objects appear when they are complete; elsewhere a temporary name is needed."""
 
 ATTEMPTS = 4
+BUFFER = 2**20
 T = TypeVar("T")
 
 
@@ -35,22 +41,22 @@ class Stamp:
         return cls(found.st_size, found.st_mtime_ns)
 
 
-class Remote:
+class ObjectStore:
     """The objects under a URI, by their relative names."""
 
     def __init__(self, uri: str):
         self.uri = uri
-        self.fs, self.base = self._try("reach", "", lambda: _filesystem(uri))
+        self.fs, self.base = self._try("reach", "", lambda: _file_system(uri))
         self.whole = self.fs.type_name in WHOLE_WHEN_WRITTEN
 
     def list(self, name: str) -> dict[str, Stamp]:
         """All objects at or under `name`."""
         from pyarrow.fs import FileSelector, FileType
 
-        selector = FileSelector(self._path(name), allow_not_found=True, recursive=True)
+        selector = FileSelector(self.path(name), allow_not_found=True, recursive=True)
 
         def look() -> dict[str, Stamp]:
-            found = [self.fs.get_file_info(self._path(name))]
+            found = [self.fs.get_file_info(self.path(name))]
             if found[0].type != FileType.File:
                 found = self.fs.get_file_info(selector)
             files = [f for f in found if f.type == FileType.File]
@@ -70,9 +76,9 @@ class Remote:
 
         def copy(target: str) -> None:
             try:
-                _copy(self._path(name), target, self.fs, self.fs)
+                _copy(self.path(name), target, self.fs, self.fs)
             except (NotImplementedError, OSError):  # HDFS has no copy, that of S3 ends at 5 GB
-                with self.fs.open_input_stream(self._path(name)) as a, self.fs.open_output_stream(target) as b:
+                with self.fs.open_input_stream(self.path(name)) as a, self.fs.open_output_stream(target) as b:
                     shutil.copyfileobj(a, b, 2**20)
 
         return self._put(to, copy)
@@ -85,7 +91,7 @@ class Remote:
         self._put(name, write)
 
     def _put(self, name: str, write: Callable[[str], None]) -> Stamp:
-        path = self._path(name)
+        path = self.path(name)
         here, last = posixpath.split(path)
         hidden = posixpath.join(here, temporary_beside(Path(last)).name)
 
@@ -102,22 +108,44 @@ class Remote:
         return self._try("write", name, put)
 
     def download(self, name: str, path: Path) -> None:
-        self._try("read", name, lambda: _copy(self._path(name), str(path), self.fs, None))
+        self._try("read", name, lambda: _copy(self.path(name), str(path), self.fs, None))
 
     def read(self, name: str) -> bytes | None:
         def read() -> bytes | None:
             try:
-                with self.fs.open_input_stream(self._path(name)) as stream:
+                with self.fs.open_input_stream(self.path(name)) as stream:
                     return stream.read()
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 return None
 
         return self._try("read", name, read)
 
+    def open(self, name: str, seekable: bool = False) -> Any:
+        """A pyarrow file to read from front to end, or one that can seek."""
+        path = self.path(name)
+        if seekable:
+            return self._try("read", name, lambda: self.fs.open_input_file(path))
+        return self._try("read", name, lambda: self.fs.open_input_stream(path, buffer_size=BUFFER))
+
+    def info(self, name: str) -> Any:
+        """pyarrow's `FileInfo` of an object or a folder, which need not be there."""
+        return self._try("look at", name, lambda: self.fs.get_file_info(self.path(name)))
+
+    def glob(self, name: str, pattern: str) -> Iterator[tuple[str, int]]:
+        """Name below `name` and size of the objects that `pattern` picks."""
+        from fsspec.implementations.arrow import ArrowFSWrapper
+
+        inside = self.path(name).rstrip("/")
+        whole = f"{glob.escape(inside)}/{pattern}"
+        found = self._try("list", name, lambda: ArrowFSWrapper(self.fs).glob(whole, detail=True))
+        for path, info in found.items():
+            if info["type"] == "file":
+                yield path.lstrip("/")[len(inside.lstrip("/")) :].lstrip("/"), info["size"]
+
     def delete(self, name: str) -> None:
         def delete() -> None:
             with contextlib.suppress(FileNotFoundError):
-                self.fs.delete_file(self._path(name))
+                self.fs.delete_file(self.path(name))
 
         self._try("delete", name, delete)
 
@@ -125,8 +153,9 @@ class Remote:
         if self.fs.type_name == "local":
             sweep(self.base)
 
-    def _path(self, name: str) -> str:
-        return posixpath.join(self.base, name) if name else self.base
+    def path(self, name: str) -> str:
+        """Where an object lies in the file system."""
+        return posixpath.normpath(posixpath.join(self.base, name)) if name else self.base
 
     def _try(self, what: str, name: str, do: Callable[[], T]) -> T:
         """A cloud stumbles now and then: try again, then say what could not be done."""
@@ -138,52 +167,123 @@ class Remote:
                     time.sleep(0.5 * 4**attempt)
                     continue
                 raise OSError(
-                    f"cannot {what} {self.uri}{'/' if name else ''}{name}: {error}; look at the bucket, the network, "
-                    "and the credentials in the environment of this machine"
+                    f"cannot {what} {_shown(self.uri)}{'/' if name else ''}{name}: {error}; look at the bucket, the "
+                    "network, and the credentials in the environment of this machine"
                 ) from error
         raise AssertionError("the last attempt returns or raises")
 
 
 @dataclass(frozen=True)
-class RemoteCell:
+class RemotePath:
+    """The part of `pathlib.Path` that reading needs, at a URI. Travels between processes."""
+
+    uri: str
+    inside: str = ""
+    """Below `uri`, or beside it (`../x`)."""
+
+    def __truediv__(self, name: str) -> "RemotePath":
+        return RemotePath(self.uri, posixpath.normpath(posixpath.join(self.inside, name)))
+
+    def __str__(self) -> str:
+        return f"{self.uri.split('://', 1)[0]}://{self.path.lstrip('/')}"
+
+    @property
+    def store(self) -> ObjectStore:
+        return _store(self.uri)
+
+    @property
+    def path(self) -> str:
+        return self.store.path(self.inside)
+
+    @property
+    def name(self) -> str:
+        return posixpath.basename(self.path)
+
+    @property
+    def stem(self) -> str:
+        return PurePosixPath(self.path).stem
+
+    @property
+    def suffix(self) -> str:
+        return PurePosixPath(self.path).suffix
+
+    @property
+    def size(self) -> int:
+        return int(self.store.info(self.inside).size)
+
+    def is_file(self) -> bool:
+        return bool(self.store.info(self.inside).is_file)
+
+    def is_dir(self) -> bool:
+        return self.store.info(self.inside).type.name == "Directory"
+
+    def open(self, mode: str = "rb") -> Any:
+        """To read from front to end."""
+        assert mode == "rb"
+        return self.store.open(self.inside)
+
+    def read_bytes(self) -> bytes:
+        found = self.store.read(self.inside)
+        if found is None:
+            raise FileNotFoundError(f"there is no {self}")
+        return found
+
+    def glob(self, pattern: str) -> Iterator[tuple[str, int]]:
+        return self.store.glob(self.inside, pattern)
+
+
+@dataclass(frozen=True)
+class RemoteLeaseCell:
     """A lease at a URI, where nothing refuses a second writer."""
 
-    remote: Remote
+    store: ObjectStore
     name: str
     exact = False
 
     def read(self) -> dict[str, Any] | None:
         try:
-            return json.loads(self.remote.read(self.name) or b"null")
+            return json.loads(self.store.read(self.name) or b"null")
         except ValueError:
             return None
 
     def write(self, value: dict[str, Any]) -> None:
-        self.remote.write(self.name, json.dumps(value).encode())
+        self.store.write(self.name, json.dumps(value).encode())
 
     def remove(self) -> None:
-        self.remote.delete(self.name)
+        self.store.delete(self.name)
 
 
-def _filesystem(uri: str) -> tuple[Any, str]:
-    """The file system of a URI and the path in it: of pyarrow where it has one, else of fsspec."""
+@functools.lru_cache(maxsize=8)
+def _store(uri: str) -> ObjectStore:
+    return ObjectStore(uri)
+
+
+def _file_system(uri: str) -> tuple[Any, str]:
+    """The file system of a URI and the path in it: of pyarrow where it has one, else of fsspec.
+
+    Raises `ValueError` for a URI that neither can read.
+    """
     import pyarrow
     from pyarrow import fs
 
     try:
         found, path = fs.FileSystem.from_uri(uri)
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError):
-        import fsspec
-
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
         try:
+            import fsspec
+
             other, path = fsspec.core.url_to_fs(uri)
-        except (ValueError, ImportError) as error:
+        except (ValueError, ImportError) as second:
             raise ValueError(
-                f"runtime.storage {uri}: {error}; give s3://, gs://, abfs:// or file://, a URI of an installed fsspec "
-                "file system, or a folder"
-            ) from error
+                f"{_shown(uri)} cannot be opened: pyarrow says '{error}', fsspec says '{second}'; install the package "
+                "that fsspec names, or give a folder, or a URI of s3://, gs://, hdfs://, abfs:// or file://"
+            ) from None
         found = fs.PyFileSystem(fs.FSSpecHandler(other))
     return found, path.rstrip("/")
+
+
+def _shown(uri: str) -> str:
+    return uri.split("?", 1)[0].rstrip("/")
 
 
 def _copy(source: str, target: str, source_fs: Any, target_fs: Any) -> None:

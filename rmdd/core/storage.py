@@ -21,7 +21,7 @@ from pathlib import Path
 from rmdd import config
 from rmdd.core.files import clearly, is_temporary, register, remove, sweep, temporary_beside
 from rmdd.core.locks import Cell, LocalCell, lock_of
-from rmdd.core.remote import Remote, RemoteCell, Stamp
+from rmdd.core.remote import ObjectStore, RemoteLeaseCell, Stamp
 
 MARKERS = ("manifest.json", "store.json", "expert.json", "set.json", "subset.json")
 """They say that a folder is whole, so they come last and go first."""
@@ -81,7 +81,7 @@ class Mirror(Storage):
     def __init__(self, uri: str, root: Path):
         super().__init__(root)
         self.uri = uri.rstrip("/")
-        self.remote = Remote(self.uri)
+        self.remote = ObjectStore(self.uri)
         self._grown: set[Path] = set()
         self._flushed = time.monotonic()
         register(self)
@@ -92,7 +92,7 @@ class Mirror(Storage):
     def cell(self, folder: Path) -> Cell:
         if not self._kept(self._name(folder)):
             return LocalCell(folder)
-        return RemoteCell(self.remote, f"{self._name(folder)}.lease")
+        return RemoteLeaseCell(self.remote, f"{self._name(folder)}.lease")
 
     def fetch(self, path: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
         """Folders inside `path` that a live process of this machine holds are newer here, and left as they are."""

@@ -25,8 +25,8 @@ from rmdd.core.files import atomic_path, read_json, remove, write_json
 from rmdd.core.locks import held
 from rmdd.core.storage import Storage, open_storage
 from rmdd.data import sources
+from rmdd.data.inputs import absolute, hash_of, is_remote
 from rmdd.data.parts import Folders, PartWriter, write_entries
-from rmdd.data.place import absolute, hash_of, is_remote
 from rmdd.data.plan import Plan, file_parts, make_plan, write_parts
 from rmdd.data.shards import MANIFEST, QUARANTINE, SCHEMA_VERSION, SPLITS, Dataset
 from rmdd.data.sources.layouts import alternatives

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rmdd.config import Data
+from rmdd.data.inputs import input_path, is_remote
 from rmdd.data.parts import Part
-from rmdd.data.place import is_remote, place
 from rmdd.data.shards import SPLITS
 from rmdd.data.sources import parquet
 from rmdd.data.sources.layouts import alternatives
@@ -113,7 +113,7 @@ def _cut(pairs: list[dict[str, Any]], data: Data) -> Iterator[list[dict[str, Any
     """Stretches whose files together reach `data.shard_mb`, or that have rows enough."""
     limit = data.shard_mb * 2**20
     remote = is_remote(data.root)
-    root = "" if remote else str(place(data.root or ""))
+    root = "" if remote else str(input_path(data.root))
     rows: list[dict[str, Any]] = []
     size = 0
     for pair in pairs:

@@ -225,13 +225,8 @@ class Painter:
     def __call__(self, values: Values) -> Values:
         first = values["block"] * self.batch
         block = self.requests[first : first + self.batch]
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
-        try:
-            with torch.inference_mode(), quiet("transformers", "diffusers"):
-                made = self.decoder.decode(block)
-        finally:
-            torch.set_num_threads(before)
+        with torch_threads(self.threads), torch.inference_mode(), quiet("transformers", "diffusers"):
+            made = self.decoder.decode(block)
         for request, image in zip(block, made, strict=True):
             if not is_painted(self.folder, request):
                 self._save(request, image)

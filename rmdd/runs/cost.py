@@ -305,9 +305,9 @@ def known_counts(data: config.Data) -> tuple[Counts, str]:
 
         stored = Dataset.open(data.root or "").counts
         return {k: (c["pairs"], c["captions"]) for k, c in stored.items()}, "from the dataset"
-    from rmdd.data.place import place
+    from rmdd.data.inputs import input_path
 
-    if data.layout is not None and not place(data.root or "").is_dir():
+    if data.layout is not None and not input_path(data.root).is_dir():
         return limited(PUBLISHED_COUNTS[data.layout], data), f"published; data.root {data.root} is not there"
     from rmdd.data import sources
     from rmdd.data.plan import make_plan

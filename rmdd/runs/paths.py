@@ -8,7 +8,7 @@ from rmdd import config, methods
 from rmdd.core.device import device_of
 from rmdd.core.storage import root_of, run_folder
 from rmdd.data.ingest import shaping
-from rmdd.data.place import absolute
+from rmdd.data.inputs import absolute
 from rmdd.data.shards import Dataset
 from rmdd.distill.trajectory.matching import finished, snapshot_iterations
 from rmdd.evaluate import protocol

@@ -114,14 +114,14 @@ def test_a_secret_in_the_uri_is_refused_and_not_repeated(uri):
 BRING = """
 import os, signal, sys
 from pathlib import Path
-from rmdd.core.remote import Remote
+from rmdd.core.remote import ObjectStore
 from rmdd.core.storage import Mirror
 
 def download(self, name, path):
     path.write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
 
-Remote.download = download
+ObjectStore.download = download
 root = Path(sys.argv[2])
 Mirror(sys.argv[1], root).fetch(root)
 """

@@ -8,7 +8,7 @@ import pytest
 from rmdd import config
 from rmdd.core import files
 from rmdd.core.files import remove
-from rmdd.core.remote import Remote
+from rmdd.core.remote import ObjectStore
 from rmdd.core.storage import open_storage
 from rmdd.data.ingest import ingest
 from rmdd.data.parts import PartWriter
@@ -36,14 +36,14 @@ def at(uri, tmp_path):
 def test_an_ingest_that_was_killed_while_its_dataset_moved_goes_on(at, last, tmp_path, monkeypatch):
     a, b, moved = at("a"), at("b"), []
 
-    def copy(self, name, to, real=Remote.copy):
+    def copy(self, name, to, real=ObjectStore.copy):
         if len(moved) == last:
             raise KeyboardInterrupt
         moved.append(real(self, name, to))
         return moved[-1]
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Remote, "copy", copy)
+        patch.setattr(ObjectStore, "copy", copy)
         ingest(SCENES, a.out, runtime=a.runtime)
     fresh = []
 
@@ -71,10 +71,10 @@ def test_what_workers_wrote_is_moved_on_the_store_and_fetched_once(at, monkeypat
             seen.extend([(what, name)] if "-" in name and name.endswith(".parquet") else [])
             return real(self, *words)
 
-        monkeypatch.setattr(Remote, what, told)
+        monkeypatch.setattr(ObjectStore, what, told)
 
-    watch("download", Remote.download)
-    watch("upload", Remote.upload)
+    watch("download", ObjectStore.download)
+    watch("upload", ObjectStore.upload)
 
     def elsewhere(make, items):
         yield from map(PartWriter(SCENES, make.args[1], worker.runtime), items)

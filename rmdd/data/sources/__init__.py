@@ -6,14 +6,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rmdd.config import Data
-from rmdd.data.place import Place, place
+from rmdd.data.inputs import InputPath, input_path
 from rmdd.data.sources.row import Row
 
 WHOLE = ("webdataset", "parquet")
 """Sources whose files hold images and captions together."""
 
 
-def rows(data: Data) -> tuple[Iterator[Row], list[Place]]:
+def rows(data: Data) -> tuple[Iterator[Row], list[InputPath]]:
     """The rows of `data.source` in file order, and the annotation files they come from.
 
     A layout that cannot be read raises `ValueError`, at the latest while the rows are drawn.
@@ -35,5 +35,5 @@ def files(data: Data) -> list[tuple[str, int, str | None]]:
 
 
 def _check_root(data: Data) -> None:
-    if data.root is not None and not (root := place(data.root)).is_dir():
+    if data.root is not None and not (root := input_path(data.root)).is_dir():
         raise ValueError(f"data.root {root} is not a folder; set it to the folder that image paths start in")

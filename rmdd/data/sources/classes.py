@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from rmdd.config import Data
-from rmdd.data.place import Place, Remote, find, place, size_of
+from rmdd.data.inputs import InputPath, find, input_path, seekable, size_of
 from rmdd.data.sources.layouts import describe, read_text
 from rmdd.data.sources.row import Row
 
@@ -32,18 +32,18 @@ class Labelled:
     names: dict[str, tuple[str, ...]]
     """The classes in sorted order (CIFAR: in its own), each with its names, the usual one first."""
     pictures: list[Row]
-    files: list[Place]
+    files: list[InputPath]
     """The lists that were read."""
 
 
-def rows(data: Data) -> tuple[Iterator[Row], list[Place]]:
+def rows(data: Data) -> tuple[Iterator[Row], list[InputPath]]:
     found = read(data)
     return iter(found.pictures), found.files
 
 
 def read(data: Any) -> Labelled:
     """Classes and pictures that `data.classes` picks. Raises `ValueError` that names file and line."""
-    root, rule = place(data.root or ""), data.classes
+    root, rule = input_path(data.root), data.classes
     known, files = _names(root / rule.names) if rule.names else ({}, [])
     if rule.layout in CIFAR:
         ids, pictures, more = _cifar(root / rule.images if rule.images else root, rule.images, rule.layout)
@@ -60,11 +60,11 @@ def read(data: Any) -> Labelled:
     return Labelled(names, [row for row in pictures if row.captions[0] in names], files + more)
 
 
-def draw(root: Place, spec: str) -> bytes:
+def draw(root: InputPath, spec: str) -> bytes:
     """A picture of CIFAR's as PNG bytes."""
     at = json.loads(spec)
     file = root / at["file"]
-    with file.open_at_random() if isinstance(file, Remote) else file.open("rb") as f:
+    with seekable(file) as f:
         f.seek(at["offset"])
         pixels = np.frombuffer(f.read(_PIXELS), dtype=np.uint8).reshape(3, 32, 32)
     buffer = io.BytesIO()
@@ -72,7 +72,7 @@ def draw(root: Place, spec: str) -> bytes:
     return buffer.getvalue()
 
 
-def _chosen(ids: list[str], rule: Any, root: Place) -> list[str]:
+def _chosen(ids: list[str], rule: Any, root: InputPath) -> list[str]:
     if rule.only is not None:
         if unknown := [c for c in rule.only if c not in ids]:
             raise ValueError(f"data.classes.only names '{unknown[0]}', which is no class of {root}")
@@ -85,7 +85,7 @@ def _chosen(ids: list[str], rule: Any, root: Place) -> list[str]:
     return [c for c in ids if c in set(drawn)]
 
 
-def _folders(root: Place, images: str) -> tuple[list[str], list[Row], list[Place]]:
+def _folders(root: InputPath, images: str) -> tuple[list[str], list[Row], list[InputPath]]:
     if not (root / images).is_dir():
         raise ValueError(f"{root / images} is not a folder; set data.classes.images to the folder of class folders")
     pictures = []
@@ -99,7 +99,7 @@ def _folders(root: Place, images: str) -> tuple[list[str], list[Row], list[Place
     return ids, pictures, []
 
 
-def _list(root: Place, rule: Any, known: dict[str, Any]) -> tuple[list[str], list[Row], list[Place]]:
+def _list(root: InputPath, rule: Any, known: dict[str, Any]) -> tuple[list[str], list[Row], list[InputPath]]:
     path = root / rule.file
     lines = [(i, line.strip()) for i, line in enumerate(read_text(path).split("\n"), start=1) if line.strip()]
     kaggle = bool(lines) and lines[0][1] == _KAGGLE
@@ -131,7 +131,7 @@ def _kaggle(line: str) -> tuple[str, str]:
     return f"{name}.JPEG", rest.split(" ", 1)[0].strip()
 
 
-def _cifar(folder: Place, images: str, layout: str) -> tuple[list[str], list[Row], list[Place]]:
+def _cifar(folder: InputPath, images: str, layout: str) -> tuple[list[str], list[Row], list[InputPath]]:
     names, binary, labels = CIFAR[layout]
     for name in (names, binary):
         if not (folder / name).is_file():
@@ -154,7 +154,7 @@ def _cifar(folder: Place, images: str, layout: str) -> tuple[list[str], list[Row
     return ids, pictures, [folder / names, path]
 
 
-def _names(path: Place) -> tuple[dict[str, tuple[str, ...]], list[Place]]:
+def _names(path: InputPath) -> tuple[dict[str, tuple[str, ...]], list[InputPath]]:
     text = read_text(path)
     found: dict[str, tuple[str, ...]] = {}
     if text.lstrip().startswith("{"):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rmdd.config import Data
-from rmdd.data.place import Place, place
+from rmdd.data.inputs import InputPath, input_path
 from rmdd.data.sources.layouts import read_text
 from rmdd.data.sources.row import Row
 
@@ -31,7 +31,7 @@ class Question:
 
 def read(data: Any, split: str) -> list[Question]:
     """All questions of `split`, train or test, in file order. Raises `ValueError` with file and line."""
-    root = place(data.root or "")
+    root = input_path(data.root)
     folder = root / data.cocoqa.folder / split
     lines = {name: _lines(folder / name) for name in FILES}
     counts = {name: len(found) for name, found in lines.items()}
@@ -67,9 +67,9 @@ def asked(data: Any) -> list[Question]:
     return sorted(sorted(questions, key=order)[: rule.questions], key=lambda q: q.line)
 
 
-def rows(data: Data) -> tuple[Iterator[Row], list[Place]]:
+def rows(data: Data) -> tuple[Iterator[Row], list[InputPath]]:
     questions = asked(data)
-    folder = place(data.root or "") / data.cocoqa.folder  # type: ignore[attr-defined]
+    folder = input_path(data.root) / data.cocoqa.folder  # type: ignore[attr-defined]
     files = [folder / split / name for split in ("train", "test") for name in FILES]
     found = (
         Row(
@@ -84,7 +84,7 @@ def rows(data: Data) -> tuple[Iterator[Row], list[Place]]:
     return found, files
 
 
-def _lines(path: Place) -> list[str]:
+def _lines(path: InputPath) -> list[str]:
     """Lines without spaces around them, blank ones at the end left out."""
     lines = [line.strip() for line in read_text(path).split("\n")]
     while lines and not lines[-1]:

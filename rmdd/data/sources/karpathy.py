@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from rmdd.config import Data
-from rmdd.data.place import Place, place
+from rmdd.data.inputs import InputPath, input_path
 from rmdd.data.sources.layouts import KARPATHY, describe, find_annotation, read_json_file
 from rmdd.data.sources.row import SPLIT_NAMES, Row
 
 
-def rows(data: Data) -> tuple[Iterator[Row], list[Place]]:
-    root = place(data.root or "")
+def rows(data: Data) -> tuple[Iterator[Row], list[InputPath]]:
+    root = input_path(data.root)
     if isinstance(data.annotations, str):
         path = root / data.annotations
     elif data.layout in KARPATHY:
@@ -31,7 +31,7 @@ def rows(data: Data) -> tuple[Iterator[Row], list[Place]]:
     return _rows(path, content["images"], source), [path]
 
 
-def _rows(path: Place, images: list[Any], source: str) -> Iterator[Row]:
+def _rows(path: InputPath, images: list[Any], source: str) -> Iterator[Row]:
     for i, image in enumerate(images):
         origin = f"{path.name} image {i}"
         if not isinstance(image, dict) or not isinstance(image.get("sentences"), list) or "split" not in image:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import PurePosixPath
 from typing import Any
 
-from rmdd.data.place import Place
+from rmdd.data.inputs import InputPath
 
 LISTS = {
     "flickr30k": ("flickr30k_{split}.json",),
@@ -27,7 +27,7 @@ _IMAGE_FOLDERS = {
 _COCO_2014 = re.compile(r"COCO_(?:train|val)2014_(\d{12}\.\w+)")
 
 
-def find_annotation(root: Place, names: Iterable[str], what: str) -> Place:
+def find_annotation(root: InputPath, names: Iterable[str], what: str) -> InputPath:
     """The first of `names` found in the root, in `annotations/` or beside the root."""
     tried = [root / folder / name for name in names for folder in _ANNOTATION_FOLDERS]
     for path in tried:
@@ -50,7 +50,7 @@ def alternatives(path: str, layout: str | None) -> list[str]:
     return found
 
 
-def read_json_file(path: Place) -> Any:
+def read_json_file(path: InputPath) -> Any:
     """Parsed JSON, with or without a byte-order mark. `ValueError` says what the file is instead."""
     text = read_text(path)
     try:
@@ -65,7 +65,7 @@ def read_json_file(path: Place) -> Any:
         raise ValueError(f"{path} is not JSON: {error}") from None
 
 
-def read_text(path: Place) -> str:
+def read_text(path: InputPath) -> str:
     if not path.is_file():
         raise ValueError(f"{path} not found; check data.root and the file named in the run file")
     try:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from rmdd.config import Data
 from rmdd.data.decode import ImageError
-from rmdd.data.place import Place, is_remote, place
+from rmdd.data.inputs import InputPath, input_path, is_remote
 from rmdd.data.sources import classes, scenes
 from rmdd.data.sources.layouts import alternatives
 from rmdd.data.sources.row import Candidate
@@ -38,7 +38,7 @@ _OF_THE_PATH = (errno.EACCES, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)
 
 def candidates(plan: Path, data: Data) -> Iterator[Candidate]:
     """The rows of one file of the plan, with their images."""
-    root = place(data.root or "")
+    root = input_path(data.root)
 
     def image_of(row: dict[str, Any]) -> bytes | ImageError:
         try:
@@ -58,7 +58,7 @@ def candidates(plan: Path, data: Data) -> Iterator[Candidate]:
                 yield Candidate(row["pair_id"], captions, row["split"], row["source"], row["origin"], image)
 
 
-def _read(path: str, root: Place, data: Data) -> bytes:
+def _read(path: str, root: InputPath, data: Data) -> bytes:
     for name in alternatives(path, data.layout):
         try:
             return (root / name).read_bytes()

@@ -16,7 +16,7 @@ from itertools import chain
 from typing import Any
 
 from rmdd.config import Annotations, Data
-from rmdd.data.place import Place, place
+from rmdd.data.inputs import InputPath, input_path
 from rmdd.data.shards import SPLITS
 from rmdd.data.sources import textcaps
 from rmdd.data.sources.layouts import LISTS, describe, find_annotation, read_json_file, read_text
@@ -33,12 +33,12 @@ CC3M_RELEASED = ("metadata.json", "chat.json")
 Shares = tuple[float, float, float]
 
 
-def rows(data: Data) -> tuple[Iterator[Row], list[Place]]:
-    root, layout = place(data.root or ""), data.layout
+def rows(data: Data) -> tuple[Iterator[Row], list[InputPath]]:
+    root, layout = input_path(data.root), data.layout
     if layout == "textcaps":
         return textcaps.rows(data)
     if isinstance(data.annotations, Annotations):
-        files: dict[str, Place] = {split: root / name for split, name in data.annotations.files.items()}
+        files: dict[str, InputPath] = {split: root / name for split, name in data.annotations.files.items()}
     else:
         assert layout is not None  # config.Data sees to it
         if layout == "flickr8k" and (released := _flickr8k(root)):
@@ -60,7 +60,7 @@ def rows(data: Data) -> tuple[Iterator[Row], list[Place]]:
     return chain.from_iterable(parts), list(files.values())
 
 
-def _records(path: Place) -> list[dict[str, Any]]:
+def _records(path: InputPath) -> list[dict[str, Any]]:
     records = read_json_file(path)
     if not isinstance(records, list):
         karpathy = isinstance(records, dict) and "images" in records
@@ -72,7 +72,7 @@ def _records(path: Place) -> list[dict[str, Any]]:
     return records
 
 
-def _rows(path: Place, records: list[dict[str, Any]], split: str, source: str) -> Iterator[Row]:
+def _rows(path: InputPath, records: list[dict[str, Any]], split: str, source: str) -> Iterator[Row]:
     image_of: dict[Any, Any] = {}
     id_of: dict[Any, Any] = {}
     for i, record in enumerate(records):
@@ -86,7 +86,7 @@ def _rows(path: Place, records: list[dict[str, Any]], split: str, source: str) -
         yield Row(image, as_captions(record["caption"]), split, source, f"{path.name} record {i}")
 
 
-def _released(root: Place, layout: str, shares: Shares) -> tuple[Iterator[Row], list[Place]] | None:
+def _released(root: InputPath, layout: str, shares: Shares) -> tuple[Iterator[Row], list[InputPath]] | None:
     """A release without splits."""
     if layout == "flickr30k" and (path := root / FLICKR30K_TOKENS).is_file():
         return _token_rows(path, None, layout), [path]
@@ -118,7 +118,7 @@ def ends(total: int, shares: Shares) -> tuple[int, int]:
     return round(total * shares[0]), round(total * (shares[0] + shares[1]))
 
 
-def _cc3m_rows(path: Place) -> Iterator[Row]:
+def _cc3m_rows(path: InputPath) -> Iterator[Row]:
     """The raw CC3M caption: `caption` of the metadata, the answer of the chat."""
     records = read_json_file(path)
     if not isinstance(records, list):
@@ -132,7 +132,7 @@ def _cc3m_rows(path: Place) -> Iterator[Row]:
         yield Row(record["image"], captions, None, "cc3m", f"{path.name} record {i}")
 
 
-def _flickr8k(root: Place) -> tuple[Iterator[Row], list[Place]] | None:
+def _flickr8k(root: InputPath) -> tuple[Iterator[Row], list[InputPath]] | None:
     if (root / FLICKR8K_TOKENS).is_file():
         split_of: dict[str, str] = {}
         files = [root / FLICKR8K_TOKENS]
@@ -147,7 +147,7 @@ def _flickr8k(root: Place) -> tuple[Iterator[Row], list[Place]] | None:
     return None
 
 
-def _token_rows(path: Place, split_of: dict[str, str] | None, source: str) -> Iterator[Row]:
+def _token_rows(path: InputPath, split_of: dict[str, str] | None, source: str) -> Iterator[Row]:
     for i, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
@@ -159,7 +159,7 @@ def _token_rows(path: Place, split_of: dict[str, str] | None, source: str) -> It
         yield Row(image, (caption,), split, source, f"{path.name} line {i}")
 
 
-def _kaggle_rows(path: Place) -> Iterator[Row]:
+def _kaggle_rows(path: InputPath) -> Iterator[Row]:
     reader = csv.reader(io.StringIO(read_text(path)), strict=True)
     header = next(reader, None)
     if header is None or [name.strip() for name in header] != ["image", "caption"]:

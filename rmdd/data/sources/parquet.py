@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from rmdd.config import Data
 from rmdd.data.decode import ImageError
-from rmdd.data.place import Place, Remote, find, place
+from rmdd.data.inputs import InputPath, find, input_path, parquet_file
 from rmdd.data.sources.row import SPLIT_NAMES, Candidate, as_captions, hash_split, named_split
 from rmdd.data.tally import Tally
 
@@ -24,7 +24,7 @@ _ROWS_PER_READ = 32
 
 def files(data: Data) -> list[tuple[str, int, str | None]]:
     """Path below the root, size and split of every file."""
-    root, rule = place(data.root or ""), data.parquet
+    root, rule = input_path(data.root), data.parquet
     found = find(root, rule.files)
     if not found:
         raise ValueError(f"no file under {root} matches data.parquet.files '{rule.files}'; correct one of them")
@@ -36,14 +36,14 @@ def slices(paths: list[str], data: Data) -> list[list[tuple[int, int]]]:
 
     Raises `ValueError` for a file that is no Parquet or lacks a column.
     """
-    root = place(data.root or "")
+    root = input_path(data.root)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         return list(pool.map(lambda path: _slices(root / path, data), paths))
 
 
 def candidates(file: str, start: int, stop: int, split: str | None, data: Data, tally: Tally) -> Iterator[Candidate]:
     """The rows of some row groups, in order."""
-    rule, where = data.parquet, place(data.root or "") / file
+    rule, where = data.parquet, input_path(data.root) / file
     with _opened(where) as table:
         groups = [table.metadata.row_group(g) for g in range(stop)]
         number = sum(group.num_rows for group in groups[:start])
@@ -69,7 +69,7 @@ def candidates(file: str, start: int, stop: int, split: str | None, data: Data, 
                 yield Candidate(pair_id, tuple(kept), own, "parquet", origin, _image(row[rule.image]))
 
 
-def _next(batches: Iterator[pa.RecordBatch], file: Place) -> pa.RecordBatch | None:
+def _next(batches: Iterator[pa.RecordBatch], file: InputPath) -> pa.RecordBatch | None:
     try:
         return next(batches, None)
     except (pa.ArrowInvalid, OSError) as error:
@@ -88,7 +88,7 @@ def _image(value: Any) -> bytes | ImageError:
     return data or ImageError("no_image", "the column holds no bytes")
 
 
-def _slices(file: Place, data: Data) -> list[tuple[int, int]]:
+def _slices(file: InputPath, data: Data) -> list[tuple[int, int]]:
     rule, limit = data.parquet, int(data.shard_mb * 2**20)
     with _opened(file) as table:
         columns = {field.name: field.type for field in table.schema_arrow}
@@ -104,7 +104,7 @@ def _slices(file: Place, data: Data) -> list[tuple[int, int]]:
     return found
 
 
-def _check(file: Place, name: str, columns: dict[str, Any], what: str, wanted: str, fits: Any) -> None:
+def _check(file: InputPath, name: str, columns: dict[str, Any], what: str, wanted: str, fits: Any) -> None:
     if name not in columns:
         raise ValueError(f"{file} has no column '{name}' but {', '.join(columns)}; set data.parquet.{what}")
     if not fits(columns[name]):
@@ -128,14 +128,14 @@ def _compressed(group: Any) -> int:
     return sum(group.column(c).total_compressed_size for c in range(group.num_columns))
 
 
-def _opened(file: Place) -> pq.ParquetFile:
+def _opened(file: InputPath) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(file.open_at_random() if isinstance(file, Remote) else file)
+        return parquet_file(file)
     except pa.ArrowInvalid as error:
         raise _damaged(file, error) from None
 
 
-def _damaged(file: Place, error: Exception) -> ValueError:
+def _damaged(file: InputPath, error: Exception) -> ValueError:
     return ValueError(
         f"{file} is not a whole Parquet file: {error}; fetch it again or leave it out of data.parquet.files"
     )

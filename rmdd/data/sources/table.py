@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from rmdd.config import Data, Table
-from rmdd.data.place import Place, Remote, place
+from rmdd.data.inputs import InputPath, input_path, parquet_file
 from rmdd.data.sources.layouts import describe, read_text
 from rmdd.data.sources.row import NO_SPLIT, SPLIT_NAMES, Row, as_captions
 
 
-def rows(data: Data) -> tuple[Iterator[Row], list[Place]]:
-    path = place(data.root or "") / data.table.file
+def rows(data: Data) -> tuple[Iterator[Row], list[InputPath]]:
+    path = input_path(data.root) / data.table.file
     if not path.is_file():
         raise ValueError(f"{path} not found; set data.table.file to the table, relative to data.root")
     readers = {".csv": _csv, ".tsv": _csv, ".txt": _csv, ".jsonl": _jsonl, ".ndjson": _jsonl, ".parquet": _parquet}
@@ -27,7 +27,7 @@ def rows(data: Data) -> tuple[Iterator[Row], list[Place]]:
     return _rows(path, readers[path.suffix.lower()](path), data.table), [path]
 
 
-def _rows(path: Place, records: Iterator[tuple[str, dict[str, Any]]], table: Table) -> Iterator[Row]:
+def _rows(path: InputPath, records: Iterator[tuple[str, dict[str, Any]]], table: Table) -> Iterator[Row]:
     for i, (where, record) in enumerate(records):
         missing = [column for column in (table.image, table.caption) if column not in record]
         if missing and i == 0:
@@ -40,7 +40,7 @@ def _rows(path: Place, records: Iterator[tuple[str, dict[str, Any]]], table: Tab
         yield Row(record.get(table.image), captions, _split(record, table, path, where), "table", origin)
 
 
-def _split(record: dict[str, Any], table: Table, path: Place, where: str) -> str | None:
+def _split(record: dict[str, Any], table: Table, path: InputPath, where: str) -> str | None:
     if table.split is None or table.split not in record:
         return None
     value = record[table.split]
@@ -66,7 +66,7 @@ def _unpacked(value: Any) -> Any:
     return value
 
 
-def _csv(path: Place) -> Iterator[tuple[str, dict[str, Any]]]:
+def _csv(path: InputPath) -> Iterator[tuple[str, dict[str, Any]]]:
     text = read_text(path)
     header = text.split("\n", 1)[0]
     delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",\t;|", key=header.count)
@@ -83,7 +83,7 @@ def _csv(path: Place) -> Iterator[tuple[str, dict[str, Any]]]:
         raise ValueError(f"{path}: line {reader.line_num} cannot be read: {error}") from None
 
 
-def _jsonl(path: Place) -> Iterator[tuple[str, dict[str, Any]]]:
+def _jsonl(path: InputPath) -> Iterator[tuple[str, dict[str, Any]]]:
     for i, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -97,12 +97,11 @@ def _jsonl(path: Place) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"line {i}", record
 
 
-def _parquet(path: Place) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet(path: InputPath) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path.open_at_random() if isinstance(path, Remote) else path) as file:
+        with parquet_file(path) as file:
             row = 0
             for batch in file.iter_batches():
                 for record in batch.to_pylist():

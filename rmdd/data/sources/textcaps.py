@@ -11,7 +11,7 @@ from itertools import chain
 from typing import Any
 
 from rmdd.config import Annotations, Data
-from rmdd.data.place import Place, place
+from rmdd.data.inputs import InputPath, input_path
 from rmdd.data.sources.layouts import describe, find_annotation, read_json_file
 from rmdd.data.sources.row import Row, hash_split
 
@@ -19,8 +19,8 @@ FILES = {"train": "TextCaps_0.1_train.json", "test": "TextCaps_0.1_val.json"}
 NOTE = "TextCaps' val split serves as test: the captions of its test split are withheld"
 
 
-def rows(data: Data) -> tuple[Iterator[Row], list[Place]]:
-    root = place(data.root or "")
+def rows(data: Data) -> tuple[Iterator[Row], list[InputPath]]:
+    root = input_path(data.root)
     named = isinstance(data.annotations, Annotations)
     if isinstance(data.annotations, Annotations):
         files = {split: root / name for split, name in data.annotations.files.items()}
@@ -31,7 +31,7 @@ def rows(data: Data) -> tuple[Iterator[Row], list[Place]]:
     return chain.from_iterable(parts), list(files.values())
 
 
-def _records(path: Place) -> list[Any]:
+def _records(path: InputPath) -> list[Any]:
     content = read_json_file(path)
     if not isinstance(content, dict) or not isinstance(content.get("data"), list):
         raise ValueError(f"{path}: expected an object with a list `data` (TextCaps), found {describe(content)}")
@@ -44,7 +44,7 @@ def _records(path: Place) -> list[Any]:
     return content["data"]
 
 
-def _rows(path: Place, records: list[dict[str, Any]], split: str, held_out: float) -> Iterator[Row]:
+def _rows(path: InputPath, records: list[dict[str, Any]], split: str, held_out: float) -> Iterator[Row]:
     for i, record in enumerate(records):
         image = f"train_images/{record['image_id']}.jpg"
         captions = (record["caption_str"],) if "caption_str" in record else tuple(record["reference_strs"])

@@ -14,7 +14,7 @@ from typing import Any
 
 from rmdd.config import Data
 from rmdd.data.decode import ImageError
-from rmdd.data.place import Place, find, place
+from rmdd.data.inputs import InputPath, find, input_path
 from rmdd.data.sources.row import Candidate, as_captions, hash_split, named_split
 from rmdd.data.tally import Tally, is_text
 
@@ -74,7 +74,7 @@ class _Header(tarfile.TarInfo):
 
 def files(data: Data) -> list[tuple[str, int, str | None]]:
     """Path below the root, size and split of every tar. Raises `ValueError` when the first holds no pair."""
-    root, rule = place(data.root or ""), data.webdataset
+    root, rule = input_path(data.root), data.webdataset
     found = find(root, rule.files)
     if not found:
         raise ValueError(f"no file under {root} matches data.webdataset.files '{rule.files}'; correct one of them")
@@ -86,7 +86,7 @@ def candidates(file: str, split: str | None, data: Data, tally: Tally) -> Iterat
     """The samples of one tar, in order. Where it is cut or damaged, what follows is one row of the quarantine."""
     seen: set[str] = set()
     try:
-        for sample in samples(place(data.root or "") / file):
+        for sample in samples(input_path(data.root) / file):
             if candidate := _candidate(sample, file, split, data, seen, tally):
                 yield candidate
     except (Cut, tarfile.TarError, EOFError) as error:
@@ -95,7 +95,7 @@ def candidates(file: str, split: str | None, data: Data, tally: Tally) -> Iterat
         tally.reject(file, "truncated_tar", file, f"all after {len(seen)} samples is lost: {what}", 0)
 
 
-def samples(tar: Place) -> Iterator[Sample]:
+def samples(tar: InputPath) -> Iterator[Sample]:
     """Raises `Cut`, `tarfile.TarError` or `EOFError` where the file ends too soon or is no tar."""
     with tar.open("rb") as f, tarfile.open(fileobj=f, mode="r|*", tarinfo=_Header) as archive:
         sample = None
@@ -139,7 +139,7 @@ def _candidate(
     return Candidate(pair_id, tuple(kept), own, "webdataset", origin, image)
 
 
-def _look(tar: Place) -> None:
+def _look(tar: InputPath) -> None:
     """Stop at once where the layout is another."""
     extensions: set[str] = set()
     try:

@@ -22,7 +22,7 @@ from rmdd.core.tensors import Damaged, load_checked, save_checked
 from rmdd.data import sources
 from rmdd.data.images import normalisation
 from rmdd.data.ingest import ingest, shaping
-from rmdd.data.place import absolute, is_remote, place
+from rmdd.data.inputs import absolute, input_path, is_remote
 from rmdd.data.shards import Dataset
 from rmdd.data.sources import cocoqa, textcaps
 from rmdd.data.sources.layouts import alternatives
@@ -91,7 +91,7 @@ def _look(of_run: config.Data, probe: Probe) -> None:
     if isinstance(probe, config.Vqa):
         cocoqa.read(data, "train")
     first = list(dict.fromkeys(itertools.islice((row.image for row in rows if row.drawing is None), LOOKED_AT)))
-    there = (place(data.root or "") / path for image in first for path in alternatives(str(image), data.layout))
+    there = (input_path(data.root) / path for image in first for path in alternatives(str(image), data.layout))
     if first and not is_remote(data.root) and not any(path.is_file() for path in there):
         raise ValueError(f"of the first {len(first)} pictures none is there, such as {first[0]}; correct data.root")
 

@@ -3,7 +3,7 @@ import pytest
 
 from rmdd.config import ConfigError, Data, load
 from rmdd.data.ingest import ingest
-from rmdd.data.place import Remote, find, place
+from rmdd.data.inputs import RemotePath, find, input_path
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def mine(root, draw, put):
     return Data(source="lists", root=str(root), annotations={"train": "annotations/train.json"})
 
 
-def test_every_place_gives_the_same_dataset(mine, root, memory, tmp_path):
+def test_every_file_system_gives_the_same_dataset(mine, root, memory, tmp_path):
     upload(memory, root, "bucket/deep")
     local = ingest(mine, tmp_path / "local")
     assert local.counts["train"]["pairs"] == 3 and local.manifest["quarantine"] == {"missing_file": 1}
@@ -61,7 +61,7 @@ def test_a_bucket_of_s3(mine, root, tmp_path, monkeypatch):
             with s3.open_output_stream(f"bucket/deep/{file.relative_to(root).as_posix()}") as out:
                 out.write(file.read_bytes())
         uri = "s3://bucket/deep?region=us-east-1"
-        assert find(place(uri), "**/*.json")[0][0] == "annotations/train.json"
+        assert find(input_path(uri), "**/*.json")[0][0] == "annotations/train.json"
         there = ingest(mine.model_copy(update={"root": uri}), tmp_path / "s3")
         assert there.hash == ingest(mine, tmp_path / "local").hash
         with pytest.raises(ValueError, match="data.root s3://bucket/nothing is not a folder"):
@@ -75,7 +75,7 @@ def test_files_are_found_by_pattern_on_every_store(root, memory):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(b"x" * len(name))
     upload(memory, root, "bucket")
-    for where in (place(str(root)), place("memory://bucket")):
+    for where in (input_path(str(root)), input_path("memory://bucket")):
         assert [name for name, _ in find(where, "**/*.tar")] == ["a-000.tar", "a-001.tar", "a-002.tar", "deep/er/b.tar"]
         assert find(where, "*.tar") == [(f"a-{i:03d}.tar", 9) for i in range(3)]
         assert find(where, "a-{001..002}.tar::c.{txt,txt}") == [("a-001.tar", 9), ("a-002.tar", 9), ("c.txt", 5)]
@@ -83,19 +83,19 @@ def test_files_are_found_by_pattern_on_every_store(root, memory):
             find(where, "a-{000..003}.tar")
 
 
-def test_a_place_travels_and_knows_its_parts(memory):
+def test_a_remote_path_travels_and_knows_its_parts(memory):
     import pickle
 
     memory.pipe("/bucket/annotations/x.json", b"[]")
-    where = pickle.loads(pickle.dumps(place("memory://bucket/images")))
+    where = pickle.loads(pickle.dumps(input_path("memory://bucket/images")))
     file = where / "../annotations/x.json"
-    assert isinstance(where, Remote) and str(file).endswith("bucket/annotations/x.json")
+    assert isinstance(where, RemotePath) and str(file).endswith("bucket/annotations/x.json")
     assert (file.name, file.stem, file.suffix) == ("x.json", "x", ".json")
     assert file.is_file() and not where.is_file() and (where / "../annotations").is_dir()
     assert file.read_bytes() == b"[]"
 
 
-def test_places_that_cannot_be_read_are_told(tmp_path):
+def test_roots_that_cannot_be_read_are_reported(tmp_path):
     for root, words in {
         "nonsense://bucket": "nonsense://bucket cannot be opened: .*fsspec",
         "memory://nothing-here": "is not a folder",
@@ -120,3 +120,25 @@ def test_credentials_do_not_belong_into_a_run_file(uri):
         load({"data": {"source": "table", "root": uri}})
     assert "hunter2" not in str(error.value)
     load({"data": {"source": "table", "root": "hdfs://me@host:9000/x?replication=1"}})
+
+
+def test_reading_asks_again_and_says_what_to_look_at(memory, monkeypatch):
+    memory.pipe("/bucket/a.json", b"[]")
+    file = input_path("memory://bucket") / "a.json"
+    failures = [OSError("reset by peer")] * 2
+    real = file.store.fs
+
+    class Flaky:
+        def open_input_stream(self, path):
+            if failures:
+                raise failures.pop()
+            return real.open_input_stream(path)
+
+    monkeypatch.setattr("rmdd.core.remote.time.sleep", lambda seconds: None)
+    monkeypatch.setattr(file.store, "fs", Flaky())
+    assert file.read_bytes() == b"[]" and not failures
+    failures += [OSError("gone")] * 4
+    with pytest.raises(OSError, match="cannot read memory://bucket/a.json: gone; look at the bucket"):
+        file.read_bytes()
+    with pytest.raises(FileNotFoundError):
+        (file / "../b.json").read_bytes()

@@ -1,0 +1,99 @@
+"""Where input lies: a path of this machine, or one at a URI."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import itertools
+import re
+from pathlib import Path
+from typing import Any
+
+from rmdd.core.remote import BUFFER, RemotePath
+
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_CHOICE = re.compile(r"\{([^{}]*,[^{}]*)\}")
+
+
+InputPath = Path | RemotePath
+
+
+def input_path(root: str | None) -> InputPath:
+    """The folder that `data.root` names. Raises `ValueError` for a URI that nothing here can read."""
+    scheme, separator, rest = (root or "").partition("://")
+    if not separator:
+        return Path(root or "")
+    if scheme == "file":
+        return Path(rest)
+    path = RemotePath(root or "")
+    try:
+        path.store  # noqa: B018  # opened once, to say early what cannot be
+    except OSError as error:
+        raise ValueError(str(error)) from error
+    return path
+
+
+def absolute(root: str) -> str:
+    """The same folder from any working folder."""
+    return root if is_remote(root) else str(Path(root.removeprefix("file://")).absolute())
+
+
+def is_remote(root: str | None) -> bool:
+    return isinstance(root, str) and "://" in root and not root.startswith("file://")
+
+
+def size_of(file: InputPath) -> int:
+    return file.size if isinstance(file, RemotePath) else file.stat().st_size
+
+
+def seekable(file: InputPath) -> Any:
+    """An open file that can seek."""
+    return file.store.open(file.inside, seekable=True) if isinstance(file, RemotePath) else file.open("rb")
+
+
+def parquet_file(file: InputPath) -> Any:
+    import pyarrow.parquet as pq  # slow to import, and not needed where only paths are handled
+
+    return pq.ParquetFile(seekable(file) if isinstance(file, RemotePath) else file)
+
+
+def hash_of(file: InputPath) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with file.open("rb") as f:
+        while block := f.read(BUFFER):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def find(root: InputPath, patterns: str) -> list[tuple[str, int]]:
+    """Relative path and size of the files that `patterns` names, sorted, each once.
+
+    Patterns are joined by `::`. `{000..146}` counts, `{a,b}` chooses, and `*`, `?` and `**` are those of a glob. Raises
+    `ValueError` for a counted or chosen file that is not there.
+    """
+    found: dict[str, int] = {}
+    for pattern in itertools.chain.from_iterable(_expanded(p) for p in patterns.split("::")):
+        if glob.has_magic(pattern):
+            if isinstance(root, RemotePath):
+                found.update(root.glob(pattern))
+            else:
+                files = (p for p in root.glob(pattern) if p.is_file())
+                found.update((p.relative_to(root).as_posix(), p.stat().st_size) for p in files)
+        elif (root / pattern).is_file():
+            found[pattern] = size_of(root / pattern)
+        else:
+            raise ValueError(f"{root / pattern} is not there but '{patterns}' names it; correct the pattern")
+    return sorted(found.items())
+
+
+def _expanded(pattern: str) -> list[str]:
+    if match := _RANGE.search(pattern):
+        first, last = match[1], match[2]
+        middles = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
+    elif match := _CHOICE.search(pattern):
+        middles = match[1].split(",")
+    else:
+        return [pattern]
+    before, after = pattern[: match.start()], pattern[match.end() :]
+    return [whole for middle in middles for whole in _expanded(before + middle + after)]
