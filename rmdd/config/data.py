@@ -8,6 +8,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from pydantic import Field
 
+from rmdd.config import sources
 from rmdd.config.numbers import PositiveInt
 from rmdd.config.runfile import Section
 
@@ -72,8 +73,10 @@ class Annotations(Section):
 
 
 class Data(Section):
-    source: Literal["scenes", "karpathy", "lists", "table", "webdataset", "parquet", "dataset"] = Field(
-        "scenes", description="lists: BLIP/LoRS train/val/test files; dataset: a folder that `rmdd ingest` wrote"
+    source: str = Field(
+        "scenes",
+        description="scenes, karpathy, lists (BLIP/LoRS train/val/test files), table, textcaps, webdataset, parquet, "
+        "or one that a package brings; dataset: a folder that `rmdd ingest` wrote",
     )
     root: str | None = Field(
         None, description="folder or URI (s3://, gs://) that paths are relative to; not part of the hash"
@@ -107,6 +110,10 @@ class Data(Section):
 
     def clashes(self) -> list[str]:
         source, found = self.source, []
+        if source != "dataset" and (wrong := sources.mistake(source)):
+            found.append(f"data.source: {wrong}")
+        elif source in sources.OF_PROBES and not hasattr(self, source):
+            found.append(f"data.source '{source}' is for evaluate.probes alone")
         if self.root is not None and _holds_secret(self.root):
             found.append(
                 "data.root holds a password or key; leave it out and give it by the environment "

@@ -21,18 +21,22 @@ from pathlib import Path
 from typing import Any
 
 from rmdd.config import Data, Runtime, hash_value
+from rmdd.config import sources as by_name
 from rmdd.core.files import atomic_path, read_json, remove, write_json
 from rmdd.core.locks import held
 from rmdd.core.storage import Storage, open_storage
 from rmdd.data import sources
+from rmdd.data.counts import IngestCounts
 from rmdd.data.inputs import absolute, hash_of, is_remote
-from rmdd.data.parts import Folders, PartWriter, write_entries
-from rmdd.data.plan import Plan, file_parts, make_plan, write_parts
+from rmdd.data.layouts import alternatives
+from rmdd.data.parts import IngestFolders, PartWriter, write_entries
+from rmdd.data.plan import IngestPlan, file_parts, make_plan, write_parts
 from rmdd.data.shards import MANIFEST, QUARANTINE, SCHEMA_VERSION, SPLITS, Dataset
-from rmdd.data.sources.layouts import alternatives
-from rmdd.data.tally import Tally
+from rmdd.data.source import SampleSource
 from rmdd.execution.tasks import Stream, in_turn
 
+PARTS_LAYOUT = 2
+"""Of the plan and the records of an unfinished ingest; one that another version began is done anew."""
 _SHAPING = ("source", "layout", "annotations", "reencode", "shard_mb", "max_pixels")
 
 
@@ -51,7 +55,7 @@ def ingest(data: Data, out: Path | str, stream: Stream = in_turn, runtime: Runti
         data = data.model_copy(update={"root": absolute(data.root)})
     storage = Storage(out.parent) if runtime is None else open_storage(runtime)
     made_from, read = _input(data)
-    folders = Folders(out.with_name(f".{out.name}.parts"))
+    folders = IngestFolders(out.with_name(f".{out.name}.parts"))
 
     def look() -> tuple[Dataset | None, bool]:
         """The finished dataset, and whether an ingest was begun or left something."""
@@ -67,7 +71,7 @@ def ingest(data: Data, out: Path | str, stream: Stream = in_turn, runtime: Runti
         finished, _ = look()
         if finished is None:
             parts = _begin(folders, made_from, read, data, storage)
-            anywhere = folders if runtime is None else Folders(folders.path.relative_to(storage.root))
+            anywhere = folders if runtime is None else IngestFolders(folders.path.relative_to(storage.root))
             write = functools.partial(PartWriter, data, anywhere, runtime)
             written = {result["number"] for result in stream(write, parts)}
             assert len(written) == len(parts), f"{len(parts) - len(written)} parts were never read"
@@ -87,13 +91,14 @@ def ingest(data: Data, out: Path | str, stream: Stream = in_turn, runtime: Runti
 def _input(data: Data) -> tuple[dict[str, Any], Any]:
     """What the dataset is made from, and how to go on: rows of annotations, or files."""
     made_from: dict[str, Any] = {"config": shaping(data), "annotations": {}}
-    if data.source in sources.WHOLE:
-        files = sources.files(data)
+    source = sources.find(data)
+    if isinstance(source, SampleSource):
+        files = source.files(data)
         made_from["annotations"] = {f"{len(files)} files, names and sizes": hash_value(files)}
         return made_from, files
-    rows, annotations = sources.rows(data)
+    rows, annotations = source.rows(data)
     made_from["annotations"] = {path.name: hash_of(path) for path in annotations}
-    if data.source == "classes":  # folders have no list
+    if source.without_list:
         listed = list(rows)
         named = hash_value([[row.image, *row.captions] for row in listed])
         made_from["annotations"][f"{len(listed)} pictures, names and classes"] = named
@@ -102,39 +107,40 @@ def _input(data: Data) -> tuple[dict[str, Any], Any]:
 
 
 def _begin(
-    folders: Folders, made_from: dict[str, Any], read: Any, data: Data, storage: Storage
+    folders: IngestFolders, made_from: dict[str, Any], read: Any, data: Data, storage: Storage
 ) -> list[dict[str, Any]]:
     """The parts of the ingest that was begun here, or of a new plan."""
-    path, value = folders.parts, {"schema_version": SCHEMA_VERSION, **made_from}
+    path, value = folders.parts, {"schema_version": SCHEMA_VERSION, "layout": PARTS_LAYOUT, **made_from}
     if path.is_file() and (plan := read_json(path))["made_from"] == value:
         return plan["parts"]
     remove(folders.path)
     for folder in (folders.plan, folders.dataset):
         folder.mkdir(parents=True)
-    tally, parts = Tally(), []
-    if data.source in sources.WHOLE:
-        parts = file_parts(read, data)
+    counts, parts = IngestCounts(), []
+    source = sources.find(data)
+    if isinstance(source, SampleSource):
+        parts = file_parts(source, read, data)
     else:
         plan = make_plan(read, data)
         _check_root(plan, data)
-        tally, parts = plan.tally, write_parts(plan, data, folders.plan)
-    write_entries(folders.plan / QUARANTINE, tally.entries)
+        counts, parts = plan.counts, write_parts(plan, data, folders.plan)
+    write_entries(folders.plan / QUARANTINE, counts.entries)
     listed = [asdict(part) for part in parts]
     storage.publish(folders.plan)
-    write_json(path, {"made_from": value, "parts": listed, "tally": tally.counts()})
+    write_json(path, {"made_from": value, "parts": listed, "counts": counts.as_json()})
     return listed
 
 
-def _finish(folders: Folders, made_from: dict[str, Any], parts: list[dict[str, Any]]) -> None:
+def _finish(folders: IngestFolders, made_from: dict[str, Any], parts: list[dict[str, Any]]) -> None:
     """Quarantine and manifest, from the records in the order of the parts."""
-    tally, content = Tally(), hashlib.sha256()
-    tally.add(read_json(folders.parts)["tally"])
+    counts, content = IngestCounts(), hashlib.sha256()
+    counts.add(read_json(folders.parts)["counts"])
     shards: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     with atomic_path(folders.dataset / QUARANTINE) as temporary, open(temporary, "wb") as quarantine:
         quarantine.write((folders.plan / QUARANTINE).read_bytes())
         for part in parts:
             record = read_json(folders.record(part["number"]))
-            tally.add(record["tally"])
+            counts.add(record["counts"])
             for shard in record["shards"]:
                 shards[shard["split"]].append(shard)
             if folders.entries(part["number"]).is_file():
@@ -152,7 +158,7 @@ def _finish(folders: Folders, made_from: dict[str, Any], parts: list[dict[str, A
                 split: {"pairs": sum(s["rows"] for s in found), "captions": sum(s["captions"] for s in found)}
                 for split, found in shards.items()
             },
-            **{name: dict(sorted(n.items())) if isinstance(n, dict) else n for name, n in tally.counts().items()},
+            **{name: dict(sorted(n.items())) if isinstance(n, dict) else n for name, n in counts.as_json().items()},
             "shards": [shard for split in SPLITS for shard in shards[split]],
             "command": shlex.join(sys.argv),
             **made_from,
@@ -166,7 +172,8 @@ def shaping(data: Data) -> dict[str, Any]:
     value = {name: dumped[name] for name in _SHAPING}
     if data.source in dumped:
         value[data.source] = dumped[data.source]
-    if data.source in ("table", "lists", "webdataset", "parquet"):
+    source = by_name.find(data.source)
+    if isinstance(source, SampleSource) or source.cut_by_hash:
         value["split_fractions"] = dumped["split_fractions"]
     if data.reencode:
         value |= {name: dumped[name] for name in ("background", "exif_orientation")}
@@ -204,7 +211,7 @@ def _turned_up(dataset: Dataset, data: Data) -> bool:
     return any((root / place).is_file() for file in missing for place in alternatives(file, data.layout))
 
 
-def _check_root(plan: Plan, data: Data) -> None:
+def _check_root(plan: IngestPlan, data: Data) -> None:
     """Paths often begin with the very folder that was given as root."""
     if is_remote(data.root):
         return

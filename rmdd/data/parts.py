@@ -14,35 +14,36 @@ import socket
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rmdd.config import Data, Runtime
 from rmdd.core.files import atomic_path, read_json, sha256_file, write_json
 from rmdd.core.storage import Storage, open_storage
+from rmdd.data import planned, sources
+from rmdd.data.counts import IngestCounts
 from rmdd.data.decode import ImageError, decode_as
 from rmdd.data.shards import SPLITS, Pair, ShardWriter
-from rmdd.data.sources import listed, parquet, webdataset
-from rmdd.data.sources.row import Candidate
-from rmdd.data.tally import Tally
+from rmdd.data.source import Candidate, SampleSource
 
 
 @dataclass(frozen=True)
-class Part:
+class IngestPart:
     """A stretch of planned rows, a tar, or some row groups of a Parquet file."""
 
     number: int
-    kind: Literal["listed", "webdataset", "parquet"]
+    kind: str
+    """`listed`, or the name of a source of samples."""
     file: str
     """Below the folder of the plan for `listed`, else below `data.root`."""
     start: int = 0
     stop: int = 0
-    """Row groups of a Parquet file."""
+    """A stretch of the file, such as row groups; 0 and 0: all of it."""
     split: str | None = None
     """Of all its pairs, where the file's name says it."""
 
 
 @dataclass(frozen=True)
-class Folders:
+class IngestFolders:
     """Where an unfinished ingest lies: plan, records and the dataset that is to be."""
 
     path: Path
@@ -81,14 +82,14 @@ class PartWriter:
     With `runtime`, `folders` lie relative to its storage, wherever that is on this machine.
     """
 
-    def __init__(self, data: Data, folders: Folders, runtime: Runtime | None = None):
+    def __init__(self, data: Data, folders: IngestFolders, runtime: Runtime | None = None):
         self.storage = Storage(Path()) if runtime is None else open_storage(runtime)
-        self.data, self.folders = data, Folders(self.storage.root / folders.path)
+        self.data, self.folders = data, IngestFolders(self.storage.root / folders.path)
         self.storage.fetch(self.folders.plan)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        """Fields of a `Part` in; its number, how many pairs it holds, and whether it was written now."""
-        part = Part(**item)
+        """Fields of an `IngestPart` in; its number, how many pairs it holds, and whether it was written now."""
+        part = IngestPart(**item)
         try:
             if not self.folders.parts.is_file():
                 raise OSError(f"{socket.gethostname()} does not see the storage: {self.folders.parts} is not there")
@@ -104,7 +105,7 @@ class PartWriter:
             ) from error
         return {"number": part.number, "pairs": sum(s["rows"] for s in record["shards"]), "fresh": fresh}
 
-    def _finished(self, part: Part) -> dict[str, Any] | None:
+    def _finished(self, part: IngestPart) -> dict[str, Any] | None:
         """The record of a part whose files are all there and whole."""
         path = self.folders.record(part.number)
         if not path.is_file():
@@ -118,11 +119,11 @@ class PartWriter:
                 return None
         return record
 
-    def _write(self, part: Part) -> dict[str, Any]:
-        tally, folders = Tally(), self.folders
+    def _write(self, part: IngestPart) -> dict[str, Any]:
+        counts, folders = IngestCounts(), self.folders
         with contextlib.ExitStack() as stack:
             writers: dict[str, ShardWriter] = {}
-            for pair in self._pairs(part, tally):
+            for pair in self._pairs(part, counts):
                 if pair.split not in writers:
                     path = folders.dataset / f"{pair.split}-{part.number:05d}.parquet"
                     writers[pair.split] = stack.enter_context(ShardWriter(path))
@@ -131,28 +132,27 @@ class PartWriter:
         for writer in writers.values():
             with atomic_path(folders.digests(writer.path.name)) as temporary:
                 temporary.write_bytes(writer.digests)
-        if tally.entries:
+        if counts.entries:
             with atomic_path(folders.entries(part.number)) as temporary:
-                write_entries(temporary, tally.entries)
-        record = {"part": asdict(part), "shards": shards, "tally": tally.counts()}
+                write_entries(temporary, counts.entries)
+        record = {"part": asdict(part), "shards": shards, "counts": counts.as_json()}
         write_json(folders.record(part.number), record)
         return record
 
-    def _pairs(self, part: Part, tally: Tally) -> Iterator[Pair]:
-        """The usable pairs of a part, in order; the rest goes to the tally."""
+    def _pairs(self, part: IngestPart, counts: IngestCounts) -> Iterator[Pair]:
+        """The usable pairs of a part, in order; the rest goes to the counts."""
         found: Iterator[Candidate]
-        if part.kind == "listed":
-            found = listed.candidates(self.folders.plan / part.file, self.data)
-        elif part.kind == "webdataset":
-            found = webdataset.candidates(part.file, part.split, self.data, tally)
+        source = sources.find(self.data)
+        if isinstance(source, SampleSource):
+            found = source.candidates(part.file, (part.start, part.stop), part.split, self.data, counts)
         else:
-            found = parquet.candidates(part.file, part.start, part.stop, part.split, self.data, tally)
+            found = planned.candidates(self.folders.plan / part.file, self.data, source)
         for candidate in found:
             try:
                 image = _checked(candidate.image, self.data)
             except ImageError as error:
                 captions = len(candidate.captions)
-                tally.reject(candidate.pair_id, error.reason, candidate.origin, error.detail, captions)
+                counts.reject(candidate.pair_id, error.reason, candidate.origin, error.detail, captions)
             else:
                 yield Pair(candidate.pair_id, image, candidate.captions, candidate.split, candidate.source)
 

@@ -17,14 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rmdd.config import Data
+from rmdd.data.counts import IngestCounts, is_text
 from rmdd.data.inputs import input_path, is_remote
-from rmdd.data.parts import Part
+from rmdd.data.layouts import alternatives
+from rmdd.data.parts import IngestPart
+from rmdd.data.planned import PLAN_SCHEMA
 from rmdd.data.shards import SPLITS
-from rmdd.data.sources import parquet
-from rmdd.data.sources.layouts import alternatives
-from rmdd.data.sources.listed import PLAN_SCHEMA
-from rmdd.data.sources.row import NO_SPLIT, Row, hash_split
-from rmdd.data.tally import Tally, is_text
+from rmdd.data.source import NO_SPLIT, AnnotationRow, SampleSource, hash_split
 
 _DRIVE = re.compile(r"[A-Za-z]:")
 
@@ -36,10 +35,10 @@ _REMOTE_FILES_PER_PART = 2048
 
 
 @dataclass
-class Plan:
+class IngestPlan:
     """All annotations of an ingest in memory, no image."""
 
-    tally: Tally = field(default_factory=Tally)
+    counts: IngestCounts = field(default_factory=IngestCounts)
     pairs: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {split: [] for split in SPLITS})
 
     def images(self) -> Iterator[str]:
@@ -47,23 +46,23 @@ class Plan:
         return (pair["pair_id"] for split in SPLITS for pair in self.pairs[split] if pair["drawing"] is None)
 
 
-def make_plan(rows: Iterable[Row], data: Data) -> Plan:
+def make_plan(rows: Iterable[AnnotationRow], data: Data) -> IngestPlan:
     """Check paths and captions, and merge the rows of one image into one pair in the place of the first.
 
     Raises `ValueError` when there is no row at all or an image stands in two splits.
     """
-    plan = Plan()
-    tally = plan.tally
+    plan = IngestPlan()
+    counts = plan.counts
     merged: dict[str, dict[str, Any]] = {}
     for row in rows:
-        tally.rows_in += 1
-        tally.captions_in += len(row.captions)
+        counts.rows_in += 1
+        counts.captions_in += len(row.captions)
         if row.split == NO_SPLIT:
-            tally.reject(row.image, "no_split", row.origin, "listed in no split", len(row.captions))
+            counts.reject(row.image, "no_split", row.origin, "listed in no split", len(row.captions))
             continue
         path, problem = _checked_path(row.image)
         if problem:
-            tally.reject(row.image, problem, row.origin, _PROBLEMS[problem], len(row.captions))
+            counts.reject(row.image, problem, row.origin, _PROBLEMS[problem], len(row.captions))
             continue
         split = row.split or hash_split(path, data.split_fractions)
         pair = merged.get(path)
@@ -71,42 +70,40 @@ def make_plan(rows: Iterable[Row], data: Data) -> Plan:
             pair = merged[path] = {"pair_id": path, "captions": {}, "split": split, "source": row.source}
             pair |= {"origin": row.origin, "drawing": row.drawing}
         else:
-            tally.rows_merged += 1
+            counts.rows_merged += 1
             if pair["split"] != split:
                 raise ValueError(
                     f"image {path} is in {pair['split']} ({pair['origin']}) and in {split} ({row.origin}); "
                     "an image belongs to one split: remove it from the other"
                 )
-        tally.keep_captions(pair["captions"], row.captions, path, row.origin)
-    if not tally.rows_in:
+        counts.keep_captions(pair["captions"], row.captions, path, row.origin)
+    if not counts.rows_in:
         raise ValueError(f"data.source '{data.source}' holds no row at all; check that its files are the right ones")
     for pair in merged.values():
         pair["captions"] = list(pair["captions"])
         if pair["captions"]:
             plan.pairs[pair["split"]].append(pair)
         else:
-            tally.reject(pair["pair_id"], "no_caption", pair["origin"], "none of its captions can be used", 0)
+            counts.reject(pair["pair_id"], "no_caption", pair["origin"], "none of its captions can be used", 0)
     return plan
 
 
-def write_parts(plan: Plan, data: Data, folder: Path) -> list[Part]:
+def write_parts(plan: IngestPlan, data: Data, folder: Path) -> list[IngestPart]:
     """Cut the pairs of each split into parts and write a file of rows for each."""
-    parts: list[Part] = []
+    parts: list[IngestPart] = []
     for split in SPLITS:
         for rows in _cut(plan.pairs[split], data):
-            part = Part(len(parts), "listed", f"{len(parts):05d}.parquet", split=split)
+            part = IngestPart(len(parts), "listed", f"{len(parts):05d}.parquet", split=split)
             pq.write_table(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA), folder / part.file)
             parts.append(part)
     return parts
 
 
-def file_parts(files: list[tuple[str, int, str | None]], data: Data) -> list[Part]:
-    """A part per tar, or per stretch of row groups of a Parquet file."""
-    if data.source == "webdataset":
-        return [Part(n, "webdataset", path, split=split) for n, (path, _, split) in enumerate(files)]
-    stretches = parquet.slices([path for path, _, _ in files], data)
+def file_parts(source: SampleSource, files: list[tuple[str, int, str | None]], data: Data) -> list[IngestPart]:
+    """A part per stretch of a file."""
+    stretches = source.stretches([path for path, _, _ in files], data)
     cut = [(path, split, s) for (path, _, split), found in zip(files, stretches, strict=True) for s in found]
-    return [Part(n, "parquet", path, start, stop, split) for n, (path, split, (start, stop)) in enumerate(cut)]
+    return [IngestPart(n, data.source, path, start, stop, split) for n, (path, split, (start, stop)) in enumerate(cut)]
 
 
 def _cut(pairs: list[dict[str, Any]], data: Data) -> Iterator[list[dict[str, Any]]]:

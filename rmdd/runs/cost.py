@@ -311,14 +311,16 @@ def known_counts(data: config.Data) -> tuple[Counts, str]:
         return limited(PUBLISHED_COUNTS[data.layout], data), f"published; data.root {data.root} is not there"
     from rmdd.data import sources
     from rmdd.data.plan import make_plan
+    from rmdd.data.source import SampleSource
 
-    if data.source in sources.WHOLE:
-        files = sources.files(data)
+    source = sources.find(data)
+    if isinstance(source, SampleSource):
+        files = source.files(data)
         raise ValueError(
             f"what {len(files)} {data.source} files hold is not known before they are read; run `rmdd ingest` first "
             "and check a run with data: {source: dataset, root: its folder}"
         )
-    plan = make_plan(sources.rows(data)[0], data)
+    plan = make_plan(source.rows(data)[0], data)
     counts = {k: (len(rows), sum(len(r["captions"]) for r in rows)) for k, rows in plan.pairs.items()}
     return limited(counts, data), "from the annotations; no image was opened"
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from rmdd.config import Data, Table
 from rmdd.data.ingest import ingest, quarantined
-from rmdd.data.parts import Folders, PartWriter
+from rmdd.data.parts import IngestFolders, PartWriter
 from rmdd.data.shards import Dataset
 from rmdd.execution.tasks import in_turn
 
@@ -125,8 +125,8 @@ def test_a_killed_ray_driver_goes_on(root, draw, put, tmp_path):
 class MortalWriter(PartWriter):
     """Kills its process in the middle of part 3, once."""
 
-    def _pairs(self, part, tally):
-        for pair in super()._pairs(part, tally):
+    def _pairs(self, part, counts):
+        for pair in super()._pairs(part, counts):
             yield pair
             mark = self.folders.path.parent / "killed"
             if part.number == 3 and not mark.exists():
@@ -244,7 +244,7 @@ def test_the_second_of_two_ingests_waits_for_the_first(data, tmp_path):
 
 def test_a_machine_that_does_not_see_the_storage_is_named(data, tmp_path):
     def elsewhere(make, items):
-        yield from map(PartWriter(data, Folders(tmp_path / "not-mounted" / ".out.parts")), items)
+        yield from map(PartWriter(data, IngestFolders(tmp_path / "not-mounted" / ".out.parts")), items)
 
     with pytest.raises(OSError, match=rf"{socket.gethostname()} does not see the storage: .*not-mounted"):
         ingest(data, tmp_path / "out", elsewhere)

@@ -17,8 +17,8 @@ from PIL import Image
 
 from rmdd.config import Data
 from rmdd.data.inputs import InputPath, find, input_path, seekable, size_of
-from rmdd.data.sources.layouts import describe, read_text
-from rmdd.data.sources.row import Row
+from rmdd.data.layouts import describe, read_text
+from rmdd.data.source import AnnotationRow, AnnotationSource
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 CIFAR = {"cifar10": ("batches.meta.txt", "test_batch.bin", 1), "cifar100": ("fine_label_names.txt", "test.bin", 2)}
@@ -31,12 +31,12 @@ _KAGGLE = "ImageId,PredictionString"
 class Labelled:
     names: dict[str, tuple[str, ...]]
     """The classes in sorted order (CIFAR: in its own), each with its names, the usual one first."""
-    pictures: list[Row]
+    pictures: list[AnnotationRow]
     files: list[InputPath]
     """The lists that were read."""
 
 
-def rows(data: Data) -> tuple[Iterator[Row], list[InputPath]]:
+def rows(data: Data) -> tuple[Iterator[AnnotationRow], list[InputPath]]:
     found = read(data)
     return iter(found.pictures), found.files
 
@@ -85,21 +85,21 @@ def _chosen(ids: list[str], rule: Any, root: InputPath) -> list[str]:
     return [c for c in ids if c in set(drawn)]
 
 
-def _folders(root: InputPath, images: str) -> tuple[list[str], list[Row], list[InputPath]]:
+def _folders(root: InputPath, images: str) -> tuple[list[str], list[AnnotationRow], list[InputPath]]:
     if not (root / images).is_dir():
         raise ValueError(f"{root / images} is not a folder; set data.classes.images to the folder of class folders")
     pictures = []
     for path, _ in find(root, f"{images}/**/*" if images else "**/*"):
         inside = path.removeprefix(f"{images}/").split("/")
         if len(inside) > 1 and path.lower().endswith(SUFFIXES):
-            pictures.append(Row(path, (inside[0],), "test", "classes", path))
+            pictures.append(AnnotationRow(path, (inside[0],), "test", "classes", path))
     ids = sorted({row.captions[0] for row in pictures})
     if not ids:
         raise ValueError(f"{root / images} holds no folder with pictures; expected a folder per class")
     return ids, pictures, []
 
 
-def _list(root: InputPath, rule: Any, known: dict[str, Any]) -> tuple[list[str], list[Row], list[InputPath]]:
+def _list(root: InputPath, rule: Any, known: dict[str, Any]) -> tuple[list[str], list[AnnotationRow], list[InputPath]]:
     path = root / rule.file
     lines = [(i, line.strip()) for i, line in enumerate(read_text(path).split("\n"), start=1) if line.strip()]
     kaggle = bool(lines) and lines[0][1] == _KAGGLE
@@ -117,7 +117,9 @@ def _list(root: InputPath, rule: Any, known: dict[str, Any]) -> tuple[list[str],
             label = ids[int(label)]
         elif known and label not in known:
             raise ValueError(f"{path}: line {i} has class '{label}', which {root / rule.names} does not name")
-        pictures.append(Row(f"{rule.images}/{name}".lstrip("/"), (label,), "test", "classes", f"{path.name} line {i}"))
+        pictures.append(
+            AnnotationRow(f"{rule.images}/{name}".lstrip("/"), (label,), "test", "classes", f"{path.name} line {i}")
+        )
     return sorted({row.captions[0] for row in pictures}), pictures, [path]
 
 
@@ -131,7 +133,7 @@ def _kaggle(line: str) -> tuple[str, str]:
     return f"{name}.JPEG", rest.split(" ", 1)[0].strip()
 
 
-def _cifar(folder: InputPath, images: str, layout: str) -> tuple[list[str], list[Row], list[InputPath]]:
+def _cifar(folder: InputPath, images: str, layout: str) -> tuple[list[str], list[AnnotationRow], list[InputPath]]:
     names, binary, labels = CIFAR[layout]
     for name in (names, binary):
         if not (folder / name).is_file():
@@ -149,7 +151,9 @@ def _cifar(folder: InputPath, images: str, layout: str) -> tuple[list[str], list
                 raise ValueError(f"{path}: record {number} has class {label}, but {folder / names} names {len(ids)}")
             at = {"file": f"{images}/{binary}".lstrip("/"), "offset": number * size + labels}
             name = f"{at['file']}/{number:05d}"
-            pictures.append(Row(name, (ids[label],), "test", "classes", f"{binary} record {number}", json.dumps(at)))
+            pictures.append(
+                AnnotationRow(name, (ids[label],), "test", "classes", f"{binary} record {number}", json.dumps(at))
+            )
             number += 1
     return ids, pictures, [folder / names, path]
 
@@ -179,3 +183,6 @@ def _names(path: InputPath) -> tuple[dict[str, tuple[str, ...]], list[InputPath]
             raise ValueError(f"{path}: line {i} names class '{key}' again; leave one line out")
         found[key] = tuple(names)
     return found, [path]
+
+
+SOURCE = AnnotationSource(rows, draw, without_list=True)

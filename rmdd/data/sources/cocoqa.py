@@ -12,8 +12,8 @@ from typing import Any
 
 from rmdd.config import Data
 from rmdd.data.inputs import InputPath, input_path
-from rmdd.data.sources.layouts import read_text
-from rmdd.data.sources.row import Row
+from rmdd.data.layouts import read_text
+from rmdd.data.source import AnnotationRow, AnnotationSource
 
 FILES = ("questions.txt", "answers.txt", "img_ids.txt", "types.txt")
 TYPES = ("object", "number", "colour", "location")
@@ -67,12 +67,12 @@ def asked(data: Any) -> list[Question]:
     return sorted(sorted(questions, key=order)[: rule.questions], key=lambda q: q.line)
 
 
-def rows(data: Data) -> tuple[Iterator[Row], list[InputPath]]:
+def rows(data: Data) -> tuple[Iterator[AnnotationRow], list[InputPath]]:
     questions = asked(data)
     folder = input_path(data.root) / data.cocoqa.folder  # type: ignore[attr-defined]
     files = [folder / split / name for split in ("train", "test") for name in FILES]
     found = (
-        Row(
+        AnnotationRow(
             q.image,
             (f"Question: {q.question} Answer: {q.answer}.",),
             "test",
@@ -90,3 +90,6 @@ def _lines(path: InputPath) -> list[str]:
     while lines and not lines[-1]:
         lines.pop()
     return lines
+
+
+SOURCE = AnnotationSource(rows)

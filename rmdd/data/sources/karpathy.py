@@ -10,11 +10,11 @@ from typing import Any
 
 from rmdd.config import Data
 from rmdd.data.inputs import InputPath, input_path
-from rmdd.data.sources.layouts import KARPATHY, describe, find_annotation, read_json_file
-from rmdd.data.sources.row import SPLIT_NAMES, Row
+from rmdd.data.layouts import KARPATHY, describe, find_annotation, read_json_file
+from rmdd.data.source import SPLIT_NAMES, AnnotationRow, AnnotationSource
 
 
-def rows(data: Data) -> tuple[Iterator[Row], list[InputPath]]:
+def rows(data: Data) -> tuple[Iterator[AnnotationRow], list[InputPath]]:
     root = input_path(data.root)
     if isinstance(data.annotations, str):
         path = root / data.annotations
@@ -31,7 +31,7 @@ def rows(data: Data) -> tuple[Iterator[Row], list[InputPath]]:
     return _rows(path, content["images"], source), [path]
 
 
-def _rows(path: InputPath, images: list[Any], source: str) -> Iterator[Row]:
+def _rows(path: InputPath, images: list[Any], source: str) -> Iterator[AnnotationRow]:
     for i, image in enumerate(images):
         origin = f"{path.name} image {i}"
         if not isinstance(image, dict) or not isinstance(image.get("sentences"), list) or "split" not in image:
@@ -42,4 +42,7 @@ def _rows(path: InputPath, images: list[Any], source: str) -> Iterator[Row]:
         if isinstance(name, str) and isinstance(folder, str) and folder:
             name = f"{folder}/{name}"
         captions = tuple(s.get("raw") if isinstance(s, dict) else s for s in image["sentences"])
-        yield Row(name, captions, SPLIT_NAMES[image["split"]], source, origin)
+        yield AnnotationRow(name, captions, SPLIT_NAMES[image["split"]], source, origin)
+
+
+SOURCE = AnnotationSource(rows)

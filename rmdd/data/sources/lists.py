@@ -17,10 +17,10 @@ from typing import Any
 
 from rmdd.config import Annotations, Data
 from rmdd.data.inputs import InputPath, input_path
+from rmdd.data.layouts import LISTS, describe, find_annotation, read_json_file, read_text
 from rmdd.data.shards import SPLITS
+from rmdd.data.source import NO_SPLIT, AnnotationRow, AnnotationSource, as_captions
 from rmdd.data.sources import textcaps
-from rmdd.data.sources.layouts import LISTS, describe, find_annotation, read_json_file, read_text
-from rmdd.data.sources.row import NO_SPLIT, Row, as_captions
 
 FLICKR8K_TOKENS = "Flickr8k.token.txt"
 FLICKR8K_LISTS = {
@@ -33,7 +33,7 @@ CC3M_RELEASED = ("metadata.json", "chat.json")
 Shares = tuple[float, float, float]
 
 
-def rows(data: Data) -> tuple[Iterator[Row], list[InputPath]]:
+def rows(data: Data) -> tuple[Iterator[AnnotationRow], list[InputPath]]:
     root, layout = input_path(data.root), data.layout
     if layout == "textcaps":
         return textcaps.rows(data)
@@ -72,7 +72,7 @@ def _records(path: InputPath) -> list[dict[str, Any]]:
     return records
 
 
-def _rows(path: InputPath, records: list[dict[str, Any]], split: str, source: str) -> Iterator[Row]:
+def _rows(path: InputPath, records: list[dict[str, Any]], split: str, source: str) -> Iterator[AnnotationRow]:
     image_of: dict[Any, Any] = {}
     id_of: dict[Any, Any] = {}
     for i, record in enumerate(records):
@@ -83,10 +83,10 @@ def _rows(path: InputPath, records: list[dict[str, Any]], split: str, source: st
                 f"{path}: record {i} pairs image_id {number!r} with {image!r}, an earlier record "
                 f"pairs {image_of[number]!r} with {id_of.get(image, number)!r}; one image has one image_id"
             )
-        yield Row(image, as_captions(record["caption"]), split, source, f"{path.name} record {i}")
+        yield AnnotationRow(image, as_captions(record["caption"]), split, source, f"{path.name} record {i}")
 
 
-def _released(root: InputPath, layout: str, shares: Shares) -> tuple[Iterator[Row], list[InputPath]] | None:
+def _released(root: InputPath, layout: str, shares: Shares) -> tuple[Iterator[AnnotationRow], list[InputPath]] | None:
     """A release without splits."""
     if layout == "flickr30k" and (path := root / FLICKR30K_TOKENS).is_file():
         return _token_rows(path, None, layout), [path]
@@ -96,7 +96,7 @@ def _released(root: InputPath, layout: str, shares: Shares) -> tuple[Iterator[Ro
     return None
 
 
-def _cut_exactly(rows: Iterator[Row], shares: Shares) -> Iterator[Row]:
+def _cut_exactly(rows: Iterator[AnnotationRow], shares: Shares) -> Iterator[AnnotationRow]:
     """Images in the order of a hash of their path, cut by number, so that the first n of a split are a fair sample."""
     found = list(rows)
     images = sorted(
@@ -118,7 +118,7 @@ def ends(total: int, shares: Shares) -> tuple[int, int]:
     return round(total * shares[0]), round(total * (shares[0] + shares[1]))
 
 
-def _cc3m_rows(path: InputPath) -> Iterator[Row]:
+def _cc3m_rows(path: InputPath) -> Iterator[AnnotationRow]:
     """The raw CC3M caption: `caption` of the metadata, the answer of the chat."""
     records = read_json_file(path)
     if not isinstance(records, list):
@@ -129,10 +129,10 @@ def _cc3m_rows(path: InputPath) -> Iterator[Row]:
         turns = record.get("conversations") or []
         said = [turn.get("value") for turn in turns if isinstance(turn, dict) and turn.get("from") == "gpt"]
         captions = (record["caption"],) if "caption" in record else tuple(said[:1])
-        yield Row(record["image"], captions, None, "cc3m", f"{path.name} record {i}")
+        yield AnnotationRow(record["image"], captions, None, "cc3m", f"{path.name} record {i}")
 
 
-def _flickr8k(root: InputPath) -> tuple[Iterator[Row], list[InputPath]] | None:
+def _flickr8k(root: InputPath) -> tuple[Iterator[AnnotationRow], list[InputPath]] | None:
     if (root / FLICKR8K_TOKENS).is_file():
         split_of: dict[str, str] = {}
         files = [root / FLICKR8K_TOKENS]
@@ -147,7 +147,7 @@ def _flickr8k(root: InputPath) -> tuple[Iterator[Row], list[InputPath]] | None:
     return None
 
 
-def _token_rows(path: InputPath, split_of: dict[str, str] | None, source: str) -> Iterator[Row]:
+def _token_rows(path: InputPath, split_of: dict[str, str] | None, source: str) -> Iterator[AnnotationRow]:
     for i, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
@@ -156,10 +156,10 @@ def _token_rows(path: InputPath, split_of: dict[str, str] | None, source: str) -
         if not tab or not hash_sign:
             raise ValueError(f"{path}: line {i} is not `<file>#<number><TAB><caption>`, found {line[:60]!r}")
         split = None if split_of is None else split_of.get(image, NO_SPLIT)
-        yield Row(image, (caption,), split, source, f"{path.name} line {i}")
+        yield AnnotationRow(image, (caption,), split, source, f"{path.name} line {i}")
 
 
-def _kaggle_rows(path: InputPath) -> Iterator[Row]:
+def _kaggle_rows(path: InputPath) -> Iterator[AnnotationRow]:
     reader = csv.reader(io.StringIO(read_text(path)), strict=True)
     header = next(reader, None)
     if header is None or [name.strip() for name in header] != ["image", "caption"]:
@@ -168,6 +168,9 @@ def _kaggle_rows(path: InputPath) -> Iterator[Row]:
         for line in reader:
             if line:
                 caption = ",".join(line[1:]) if len(line) > 1 else None
-                yield Row(line[0], (caption,), None, "flickr8k", f"{path.name} line {reader.line_num}")
+                yield AnnotationRow(line[0], (caption,), None, "flickr8k", f"{path.name} line {reader.line_num}")
     except csv.Error as error:
         raise ValueError(f"{path}: line {reader.line_num} is not CSV: {error}") from None
+
+
+SOURCE = AnnotationSource(rows, cut_by_hash=True)

@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rmdd.config import Data
+from rmdd.data.counts import IngestCounts
 from rmdd.data.decode import ImageError
 from rmdd.data.inputs import InputPath, find, input_path, parquet_file
-from rmdd.data.sources.row import SPLIT_NAMES, Candidate, as_captions, hash_split, named_split
-from rmdd.data.tally import Tally
+from rmdd.data.source import SPLIT_NAMES, Candidate, SampleSource, as_captions, hash_split, named_split
 
 _AT_ONCE = 16
 _ROWS_PER_READ = 32
@@ -41,8 +41,11 @@ def slices(paths: list[str], data: Data) -> list[list[tuple[int, int]]]:
         return list(pool.map(lambda path: _slices(root / path, data), paths))
 
 
-def candidates(file: str, start: int, stop: int, split: str | None, data: Data, tally: Tally) -> Iterator[Candidate]:
+def candidates(
+    file: str, stretch: tuple[int, int], split: str | None, data: Data, counts: IngestCounts
+) -> Iterator[Candidate]:
     """The rows of some row groups, in order."""
+    start, stop = stretch
     rule, where = data.parquet, input_path(data.root) / file
     with _opened(where) as table:
         groups = [table.metadata.row_group(g) for g in range(stop)]
@@ -54,17 +57,17 @@ def candidates(file: str, start: int, stop: int, split: str | None, data: Data, 
                 origin, pair_id = f"{file} row {number}", f"{file}/{number:08d}"
                 number += 1
                 captions = as_captions(row[rule.caption])
-                tally.rows_in += 1
-                tally.captions_in += len(captions)
+                counts.rows_in += 1
+                counts.captions_in += len(captions)
                 own = _split(row, split, pair_id, data)
                 if own is None:
                     detail = f"{row[rule.split or '']!r} in column '{rule.split}' is no split"[:160]
-                    tally.reject(pair_id, "no_split", origin, detail, len(captions))
+                    counts.reject(pair_id, "no_split", origin, detail, len(captions))
                     continue
                 kept: dict[str, None] = {}
-                tally.keep_captions(kept, captions, pair_id, origin)
+                counts.keep_captions(kept, captions, pair_id, origin)
                 if not kept:
-                    tally.reject(pair_id, "no_caption", origin, "none of its captions can be used", 0)
+                    counts.reject(pair_id, "no_caption", origin, "none of its captions can be used", 0)
                     continue
                 yield Candidate(pair_id, tuple(kept), own, "parquet", origin, _image(row[rule.image]))
 
@@ -139,3 +142,6 @@ def _damaged(file: InputPath, error: Exception) -> ValueError:
     return ValueError(
         f"{file} is not a whole Parquet file: {error}; fetch it again or leave it out of data.parquet.files"
     )
+
+
+SOURCE = SampleSource(files, candidates, slices)

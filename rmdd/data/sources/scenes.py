@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, ImageDraw
 
 from rmdd.config import Data, Scenes
-from rmdd.data.sources.row import Row
+from rmdd.data.source import AnnotationRow, AnnotationSource
 
 if TYPE_CHECKING:
     import torch
@@ -127,17 +127,17 @@ class Scene:
     things: tuple[Thing, ...]
 
 
-def rows(data: Data) -> tuple[Iterator[Row], list[Any]]:
+def rows(data: Data) -> tuple[Iterator[AnnotationRow], list[Any]]:
     return _rows(data.scenes), []
 
 
-def _rows(config: Scenes) -> Iterator[Row]:
+def _rows(config: Scenes) -> Iterator[AnnotationRow]:
     for split, scenes in plan(config).items():
         for i, scene in enumerate(scenes):
             name = f"scenes/{split}/{i:06d}"
             shift = _shift(scene, config.seed, split, i)
             spec = json.dumps({"scene": asdict(scene), "size": config.size, "shift": shift})
-            yield Row(name, tuple(captions(scene, config.seed, split, i)), split, "scenes", name, spec)
+            yield AnnotationRow(name, tuple(captions(scene, config.seed, split, i)), split, "scenes", name, spec)
 
 
 def plan(config: Scenes) -> dict[str, list[Scene]]:
@@ -284,3 +284,6 @@ def _ink(colour: tuple[int, int, int], texture: str, side: int) -> Image.Image:
                 x, y, r = (k + 0.5 * (j % 2)) * step, j * step, step * 0.28
                 pen.ellipse((x - r, y - r, x + r, y + r), fill=light)
     return ink
+
+
+SOURCE = AnnotationSource(rows, lambda root, drawing: draw(drawing))

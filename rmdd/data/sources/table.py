@@ -13,11 +13,11 @@ from typing import Any
 
 from rmdd.config import Data, Table
 from rmdd.data.inputs import InputPath, input_path, parquet_file
-from rmdd.data.sources.layouts import describe, read_text
-from rmdd.data.sources.row import NO_SPLIT, SPLIT_NAMES, Row, as_captions
+from rmdd.data.layouts import describe, read_text
+from rmdd.data.source import NO_SPLIT, SPLIT_NAMES, AnnotationRow, AnnotationSource, as_captions
 
 
-def rows(data: Data) -> tuple[Iterator[Row], list[InputPath]]:
+def rows(data: Data) -> tuple[Iterator[AnnotationRow], list[InputPath]]:
     path = input_path(data.root) / data.table.file
     if not path.is_file():
         raise ValueError(f"{path} not found; set data.table.file to the table, relative to data.root")
@@ -27,7 +27,7 @@ def rows(data: Data) -> tuple[Iterator[Row], list[InputPath]]:
     return _rows(path, readers[path.suffix.lower()](path), data.table), [path]
 
 
-def _rows(path: InputPath, records: Iterator[tuple[str, dict[str, Any]]], table: Table) -> Iterator[Row]:
+def _rows(path: InputPath, records: Iterator[tuple[str, dict[str, Any]]], table: Table) -> Iterator[AnnotationRow]:
     for i, (where, record) in enumerate(records):
         missing = [column for column in (table.image, table.caption) if column not in record]
         if missing and i == 0:
@@ -37,7 +37,7 @@ def _rows(path: InputPath, records: Iterator[tuple[str, dict[str, Any]]], table:
             )
         origin = f"{path.name} {where}"
         captions = as_captions(_unpacked(record.get(table.caption)))
-        yield Row(record.get(table.image), captions, _split(record, table, path, where), "table", origin)
+        yield AnnotationRow(record.get(table.image), captions, _split(record, table, path, where), "table", origin)
 
 
 def _split(record: dict[str, Any], table: Table, path: InputPath, where: str) -> str | None:
@@ -109,3 +109,6 @@ def _parquet(path: InputPath) -> Iterator[tuple[str, dict[str, Any]]]:
                     row += 1
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path} is not a Parquet file: {error}") from None
+
+
+SOURCE = AnnotationSource(rows, cut_by_hash=True)

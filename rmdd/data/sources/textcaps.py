@@ -12,14 +12,14 @@ from typing import Any
 
 from rmdd.config import Annotations, Data
 from rmdd.data.inputs import InputPath, input_path
-from rmdd.data.sources.layouts import describe, find_annotation, read_json_file
-from rmdd.data.sources.row import Row, hash_split
+from rmdd.data.layouts import describe, find_annotation, read_json_file
+from rmdd.data.source import AnnotationRow, AnnotationSource, hash_split
 
 FILES = {"train": "TextCaps_0.1_train.json", "test": "TextCaps_0.1_val.json"}
 NOTE = "TextCaps' val split serves as test: the captions of its test split are withheld"
 
 
-def rows(data: Data) -> tuple[Iterator[Row], list[InputPath]]:
+def rows(data: Data) -> tuple[Iterator[AnnotationRow], list[InputPath]]:
     root = input_path(data.root)
     named = isinstance(data.annotations, Annotations)
     if isinstance(data.annotations, Annotations):
@@ -44,9 +44,12 @@ def _records(path: InputPath) -> list[Any]:
     return content["data"]
 
 
-def _rows(path: InputPath, records: list[dict[str, Any]], split: str, held_out: float) -> Iterator[Row]:
+def _rows(path: InputPath, records: list[dict[str, Any]], split: str, held_out: float) -> Iterator[AnnotationRow]:
     for i, record in enumerate(records):
         image = f"train_images/{record['image_id']}.jpg"
         captions = (record["caption_str"],) if "caption_str" in record else tuple(record["reference_strs"])
         cut = hash_split(image, (1 - held_out, held_out, 0.0)) if split == "train" and held_out else split
-        yield Row(image, captions, cut, "textcaps", f"{path.name} record {i}")
+        yield AnnotationRow(image, captions, cut, "textcaps", f"{path.name} record {i}")
+
+
+SOURCE = AnnotationSource(rows, cut_by_hash=True)

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rmdd.config import Data
+from rmdd.data.counts import IngestCounts, is_text
 from rmdd.data.decode import ImageError
 from rmdd.data.inputs import InputPath, find, input_path
-from rmdd.data.sources.row import Candidate, as_captions, hash_split, named_split
-from rmdd.data.tally import Tally, is_text
+from rmdd.data.source import Candidate, SampleSource, as_captions, hash_split, named_split
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2")
 MEMBER_BYTES = 2**28
@@ -82,17 +82,19 @@ def files(data: Data) -> list[tuple[str, int, str | None]]:
     return [(path, size, named_split(path) if rule.split_by_name else None) for path, size in found]
 
 
-def candidates(file: str, split: str | None, data: Data, tally: Tally) -> Iterator[Candidate]:
+def candidates(
+    file: str, stretch: tuple[int, int], split: str | None, data: Data, counts: IngestCounts
+) -> Iterator[Candidate]:
     """The samples of one tar, in order. Where it is cut or damaged, what follows is one row of the quarantine."""
     seen: set[str] = set()
     try:
         for sample in samples(input_path(data.root) / file):
-            if candidate := _candidate(sample, file, split, data, seen, tally):
+            if candidate := _candidate(sample, file, split, data, seen, counts):
                 yield candidate
     except (Cut, tarfile.TarError, EOFError) as error:
-        tally.rows_in += 1
+        counts.rows_in += 1
         what = " ".join(str(error).split())[:160]
-        tally.reject(file, "truncated_tar", file, f"all after {len(seen)} samples is lost: {what}", 0)
+        counts.reject(file, "truncated_tar", file, f"all after {len(seen)} samples is lost: {what}", 0)
 
 
 def samples(tar: InputPath) -> Iterator[Sample]:
@@ -117,23 +119,23 @@ def samples(tar: InputPath) -> Iterator[Sample]:
 
 
 def _candidate(
-    sample: Sample, file: str, split: str | None, data: Data, seen: set[str], tally: Tally
+    sample: Sample, file: str, split: str | None, data: Data, seen: set[str], counts: IngestCounts
 ) -> Candidate | None:
     captions, image, origin = sample.captions, sample.image, f"{file} {sample.key}"
-    tally.rows_in += 1
-    tally.captions_in += len(captions)
+    counts.rows_in += 1
+    counts.captions_in += len(captions)
     if not is_text(sample.key):
-        tally.reject(sample.key, "no_path", origin, "its name is not UTF-8", len(captions))
+        counts.reject(sample.key, "no_path", origin, "its name is not UTF-8", len(captions))
         return None
     pair_id = f"{file}/{sample.key}"
     if sample.key in seen:
-        tally.reject(pair_id, "duplicate_key", origin, "an earlier sample of this tar has its key", len(captions))
+        counts.reject(pair_id, "duplicate_key", origin, "an earlier sample of this tar has its key", len(captions))
         return None
     seen.add(sample.key)
     kept: dict[str, None] = {}
-    tally.keep_captions(kept, captions, pair_id, origin)
+    counts.keep_captions(kept, captions, pair_id, origin)
     if not kept:
-        tally.reject(pair_id, "no_caption", origin, f"none among {', '.join(sample.members)}", 0)
+        counts.reject(pair_id, "no_caption", origin, f"none among {', '.join(sample.members)}", 0)
         return None
     own = split or hash_split(pair_id, data.split_fractions)
     return Candidate(pair_id, tuple(kept), own, "webdataset", origin, image)
@@ -156,3 +158,6 @@ def _look(tar: InputPath) -> None:
         f"{tar}: none of its first samples has an image ({', '.join(IMAGES[:4])}, ...) beside a caption (txt, or json "
         f"with `caption`); found members of type {', '.join(sorted(extensions)) or 'none'}"
     )
+
+
+SOURCE = SampleSource(files, candidates)

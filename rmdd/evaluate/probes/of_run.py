@@ -23,9 +23,10 @@ from rmdd.data import sources
 from rmdd.data.images import normalisation
 from rmdd.data.ingest import ingest, shaping
 from rmdd.data.inputs import absolute, input_path, is_remote
+from rmdd.data.layouts import alternatives
 from rmdd.data.shards import Dataset
+from rmdd.data.source import SampleSource
 from rmdd.data.sources import cocoqa, textcaps
-from rmdd.data.sources.layouts import alternatives
 from rmdd.data.splits import Split, load_split
 from rmdd.evaluate import students
 from rmdd.evaluate.probes import vqa, zero_shot
@@ -83,11 +84,12 @@ def _look(of_run: config.Data, probe: Probe) -> None:
         if not Dataset.open(data.root).counts[probe.split]["pairs"]:  # type: ignore[union-attr]
             raise ValueError(f"the dataset at {data.root} has no pair in the split that is asked for")
         return
-    if data.source in sources.WHOLE:
-        if not sources.files(data):
+    source = sources.find(data)
+    if isinstance(source, SampleSource):
+        if not source.files(data):
             raise ValueError(f"{data.root} holds no file that data.{data.source}.files names")
         return
-    rows, _ = sources.rows(data)
+    rows, _ = source.rows(data)
     if isinstance(probe, config.Vqa):
         cocoqa.read(data, "train")
     first = list(dict.fromkeys(itertools.islice((row.image for row in rows if row.drawing is None), LOOKED_AT)))

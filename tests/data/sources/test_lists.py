@@ -3,8 +3,8 @@ import pytest
 from rmdd.config import Data
 from rmdd.data import sources
 from rmdd.data.ingest import ingest
+from rmdd.data.source import NO_SPLIT
 from rmdd.data.sources.lists import ends
-from rmdd.data.sources.row import NO_SPLIT
 from rmdd.data.splits import load_split
 
 TRAIN = [

@@ -5,7 +5,7 @@ import pytest
 from rmdd.config import Data, Table
 from rmdd.data import sources
 from rmdd.data.ingest import ingest
-from rmdd.data.sources.row import NO_SPLIT
+from rmdd.data.source import NO_SPLIT
 
 EXPECTED = [
     ("1.png", ("A, b", "c"), "train"),

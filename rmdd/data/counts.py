@@ -9,7 +9,7 @@ from typing import Any
 
 
 @dataclass
-class Tally:
+class IngestCounts:
     """Counts, and an entry of the quarantine for everything that is left out."""
 
     rows_in: int = 0
@@ -37,7 +37,7 @@ class Tally:
             else:
                 kept[caption] = None
 
-    def counts(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """All but the entries, as plain values."""
         return {
             "rows_in": self.rows_in,
@@ -48,7 +48,7 @@ class Tally:
         }
 
     def add(self, counts: dict[str, Any]) -> None:
-        """What `counts()` of another tally gave."""
+        """What `as_json()` of another part gave."""
         self.rows_in += counts["rows_in"]
         self.rows_merged += counts["rows_merged"]
         self.captions_in += counts["captions_in"]

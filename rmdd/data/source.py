@@ -1,13 +1,21 @@
-"""One row of an annotation file, as found, and what it becomes; which split it is in."""
+"""What a source of pairs is, and what it yields.
+
+A source of annotations turns lists into rows and opens no picture. A source of samples lists files that hold pictures
+and captions together, and workers read them. Each source is one file in `rmdd.data.sources`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from rmdd.config import Data
+from rmdd.data.counts import IngestCounts
 from rmdd.data.decode import ImageError
+from rmdd.data.inputs import InputPath
 
 NO_SPLIT = "none"
 
@@ -24,7 +32,7 @@ SPLIT_NAMES = {
 
 
 @dataclass(frozen=True)
-class Row:
+class AnnotationRow:
     """`image` and `captions` are unchecked: whatever stood in the file."""
 
     image: Any
@@ -69,3 +77,29 @@ def named_split(path: str) -> str | None:
         if words:
             return words[0]
     return None
+
+
+@dataclass(frozen=True)
+class AnnotationSource:
+    """Lists that name pictures and say their captions."""
+
+    rows: Callable[[Data], tuple[Iterator[AnnotationRow], list[InputPath]]]
+    """The rows in file order, and the files that they come from. Raises `ValueError` for what cannot be read."""
+    draw: Callable[[InputPath, str], bytes] | None = None
+    """The bytes of a picture from `data.root` and `AnnotationRow.drawing`, for rows that have one."""
+    cut_by_hash: bool = False
+    """Whether `data.split_fractions` decides the split of some rows."""
+    without_list: bool = False
+    """Whether rows come from the names of files, which no list holds."""
+
+
+@dataclass(frozen=True)
+class SampleSource:
+    """Files that hold pictures beside their captions."""
+
+    files: Callable[[Data], list[tuple[str, int, str | None]]]
+    """Path below the root, size in bytes and split (None: not in its name) of every file."""
+    candidates: Callable[[str, tuple[int, int], str | None, Data, IngestCounts], Iterator[Candidate]]
+    """The pairs of a file, a stretch of it, and its split; what is no pair is counted."""
+    stretches: Callable[[list[str], Data], list[list[tuple[int, int]]]] = lambda files, data: [[(0, 0)]] * len(files)
+    """Parts in which each file is read, such as row groups. (0, 0): all of it at once."""

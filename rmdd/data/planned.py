@@ -14,9 +14,8 @@ import pyarrow.parquet as pq
 from rmdd.config import Data
 from rmdd.data.decode import ImageError
 from rmdd.data.inputs import InputPath, input_path, is_remote
-from rmdd.data.sources import classes, scenes
-from rmdd.data.sources.layouts import alternatives
-from rmdd.data.sources.row import Candidate
+from rmdd.data.layouts import alternatives
+from rmdd.data.source import AnnotationSource, Candidate
 
 PLAN_SCHEMA = pa.schema(
     [
@@ -36,7 +35,7 @@ _OF_THE_PATH = (errno.EACCES, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)
 """What a disk refuses for one image; anything else may be right the next time, and ends the ingest."""
 
 
-def candidates(plan: Path, data: Data) -> Iterator[Candidate]:
+def candidates(plan: Path, data: Data, source: AnnotationSource) -> Iterator[Candidate]:
     """The rows of one file of the plan, with their images."""
     root = input_path(data.root)
 
@@ -45,7 +44,8 @@ def candidates(plan: Path, data: Data) -> Iterator[Candidate]:
             drawing = row["drawing"]
             if drawing is None:
                 return _read(row["pair_id"], root, data)
-            return classes.draw(root, drawing) if data.source == "classes" else scenes.draw(drawing)
+            assert source.draw is not None, f"source {data.source} has rows to draw, and no function that draws"
+            return source.draw(root, drawing)
         except ImageError as error:
             return error
 

@@ -1,0 +1,136 @@
+"""A format of one's own: as one file in `rmdd/data/sources`, or from another package by an entry point."""
+
+import importlib
+import io
+import pkgutil
+import sys
+
+import pytest
+from PIL import Image
+
+from rmdd import config
+from rmdd.config import ConfigError
+from rmdd.config.sources import names
+from rmdd.data import sources
+from rmdd.data.ingest import ingest, quarantined
+
+LINES = '''
+"""A text file of `image: caption` lines."""
+
+from rmdd.data.inputs import input_path
+from rmdd.data.layouts import read_text
+from rmdd.data.source import AnnotationRow, AnnotationSource
+
+
+def rows(data):
+    path = input_path(data.root) / data.annotations
+    pairs = (line.split(": ", 1) for line in read_text(path).splitlines())
+    return (AnnotationRow(image, (said,), None, "lines", path.name) for image, said in pairs), [path]
+
+
+SOURCE = AnnotationSource(rows, cut_by_hash=True)
+'''
+TILES = '''
+"""A file of several pictures end to end, 100 bytes of caption before each; the stretches are numbers of pictures."""
+
+from rmdd.data.inputs import find, input_path
+from rmdd.data.source import Candidate, SampleSource
+
+def files(data):
+    return [(path, size, "train") for path, size in find(input_path(data.root), "*.tiles")]
+
+def stretches(paths, data):
+    return [[(0, 1), (1, 3)] for path in paths]
+
+def candidates(file, stretch, split, data, counts):
+    parts = (input_path(data.root) / file).read_bytes().split(b"|||")
+    for number in range(*stretch):
+        counts.rows_in += 1
+        counts.captions_in += 1
+        caption, image = parts[2 * number].decode(), parts[2 * number + 1]
+        yield Candidate(f"{file}/{number}", (caption,), split, "tiles", f"{file} {number}", image)
+
+SOURCE = SampleSource(files, candidates, stretches)
+'''
+
+
+@pytest.fixture
+def data(root, draw, put):
+    draw("a.png", "b.png")
+    put("all.txt", "a.png: a dog\na.png: a brown dog\nb.png: a cat\ngone.png: nothing\n")
+    return {"source": "lines", "root": str(root), "annotations": "all.txt"}
+
+
+@pytest.fixture
+def one_file(tmp_path, monkeypatch):
+    """The two formats as files that lie in the folder of the sources."""
+    (tmp_path / "formats").mkdir()
+    (tmp_path / "formats" / "lines.py").write_text(LINES)
+    (tmp_path / "formats" / "tiles.py").write_text(TILES)
+    monkeypatch.setattr(sources, "__path__", [*sources.__path__, str(tmp_path / "formats")])
+    monkeypatch.setattr(sources.__spec__, "submodule_search_locations", sources.__path__)
+    importlib.invalidate_caches()
+    yield
+    for name in ("lines", "tiles"):
+        sys.modules.pop(f"rmdd.data.sources.{name}", None)
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """The first format in another package, with the entry point that installing it writes."""
+    (tmp_path / "lined.py").write_text(LINES)
+    info = tmp_path / "lined-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lined\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[rmdd.sources]\nlines = lined:SOURCE\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    yield
+    sys.modules.pop("lined", None)
+
+
+@pytest.mark.parametrize("how", ["one_file", "installed"])
+def test_a_format_of_ones_own_is_ingested(how, request, data, tmp_path):
+    request.getfixturevalue(how)
+    run = config.load({"data": data})
+    dataset = ingest(run.data, tmp_path / "out")
+    captions = {pair.pair_id: pair.captions for split in dataset.counts for pair in dataset.pairs(split)}
+    assert captions == {"a.png": ("a dog", "a brown dog"), "b.png": ("a cat",)}
+    assert [(bad["file"], bad["reason"]) for bad in quarantined(dataset)] == [("gone.png", "missing_file")]
+    assert dataset.manifest["config"]["split_fractions"] and len(dataset.manifest["annotations"]) == 1
+    assert ingest(run.data, tmp_path / "out").hash == dataset.hash
+
+
+def test_samples_in_a_format_of_ones_own_are_read_in_stretches(one_file, root, tmp_path):
+    def png(colour):
+        buffer = io.BytesIO()
+        Image.new("RGB", (8, 8), colour).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    tiles = [part for colour in ("red", "green", "blue") for part in (colour.encode(), png(colour))]
+    (root / "x.tiles").write_bytes(b"|||".join(tiles))
+    run = config.load({"data": {"source": "tiles", "root": str(root)}})
+    dataset = ingest(run.data, tmp_path / "out")
+    assert [pair.captions for pair in dataset.pairs("train")] == [("red",), ("green",), ("blue",)]
+    assert [shard["rows"] for shard in dataset.manifest["shards"]] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("lines", r"no source 'lines'; there are: dataset, karpathy, lists, .*did you mean lists\?"),
+        ("nonsense", "an entry point of the group rmdd.sources"),
+        ("classes", "data.source 'classes' is for evaluate.probes alone"),
+    ],
+)
+def test_a_source_that_is_not_there_is_a_mistake_of_the_run_file(data, name, words):
+    with pytest.raises(ConfigError, match=words):
+        config.load({"data": data | {"source": name}})
+
+
+def test_every_file_of_the_folder_is_a_source():
+    found = {module.name for module in pkgutil.iter_modules(sources.__path__)}
+    assert found == names().keys()
+    assert all(
+        isinstance(sources.by_name.find(name), sources.AnnotationSource | sources.SampleSource) for name in found
+    )
