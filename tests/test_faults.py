@@ -16,7 +16,7 @@ from rmdd.core.locks import Held
 from rmdd.core.storage import open_storage
 from rmdd.data.ingest import ingest
 from rmdd.data.shards import Dataset
-from rmdd.distill.trajectory.matching import load_set, save_set
+from rmdd.distill.sets import load_set, save_set
 from rmdd.experts.store import Store, Writer
 from rmdd.models.text import embed
 from rmdd.pipeline import open_pipeline

@@ -16,7 +16,7 @@ from rmdd import config
 from rmdd.core.progress import Progress
 from rmdd.core.storage import run_folder
 from rmdd.data.ingest import ingest
-from rmdd.distill.trajectory.matching import load_set, save_set
+from rmdd.distill.sets import load_set, save_set
 from rmdd.execution.in_turn import InTurn
 from rmdd.pipeline import Pipeline, open_pipeline
 

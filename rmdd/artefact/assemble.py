@@ -15,8 +15,8 @@ from torch import Tensor
 from rmdd import config
 from rmdd.artefact.distilled import DistilledSet, Subset
 from rmdd.core.files import read_json
+from rmdd.distill.sets import load_set
 from rmdd.distill.similarity import per_pair
-from rmdd.distill.trajectory.matching import load_set
 from rmdd.models.prepared import PreparedSplit
 from rmdd.models.text import encoder_identity
 

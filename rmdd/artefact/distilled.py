@@ -17,10 +17,13 @@ from torch import Tensor
 
 from rmdd.config.budget import pair_parameters
 from rmdd.core.files import atomic_path, read_json, sha256_file, temporary_beside, write_json
+from rmdd.core.tensors import Damaged, joined, load_checked, parted
 from rmdd.distill import similarity
+from rmdd.distill.sets import ENTRY, write_subsets
 from rmdd.distill.synthetic import enlarged
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE = (1, 2)
 DESCRIPTION, TENSORS, CAPTIONS = "set.json", "tensors.safetensors", "captions.parquet"
 PREVIEW, CARD = "preview.png", "README.md"
 AS_WRITTEN = ("model", "method", "loss", "config", "provenance", "metrics")
@@ -151,28 +154,23 @@ class DistilledSet:
     ) -> Path:
         """Write the set as a folder, whole or not at all, with the files `beside`, such as its card
         (`rmdd.artefact.card.export`). An existing set is replaced only when asked to."""
-        from safetensors.torch import save
-
         path = Path(path)
         _check_free(path, overwrite)
         with atomic_path(path) as folder:
             folder.mkdir()
-            tensors = {
-                f"{k}.{name}": t.detach().cpu().contiguous().clone()
-                for k, subset in enumerate(self.subsets)
-                for name, t in subset.tensors().items()
-            }
-            (folder / TENSORS).write_bytes(save(tensors))  # save_file would make it readable by its owner alone
+            tensors = [subset.tensors() for subset in self.subsets]
+            write_subsets(folder / TENSORS, tensors, [subset.alpha for subset in self.subsets])
             _write_captions(self.subsets, folder / CAPTIONS)
             for name, content in beside.items():
                 (folder / name).write_bytes(content)
-            write_json(folder / DESCRIPTION, self._description(folder, tensors))
+            write_json(folder / DESCRIPTION, self._description(folder))
             aside = _move_aside(path)
         if aside:
             shutil.rmtree(aside)
         return path
 
-    def _description(self, folder: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    def _description(self, folder: Path) -> dict[str, Any]:
+        tensors = joined({str(k): subset.tensors() for k, subset in enumerate(self.subsets)})
         return {
             "schema_version": SCHEMA_VERSION,
             "method": self.method,
@@ -201,18 +199,16 @@ class DistilledSet:
     @classmethod
     def load(cls, path: Path | str) -> "DistilledSet":
         """Read a saved set. Raises ValueError when a file is missing, altered, or of another schema version."""
-        from safetensors.torch import load_file
-
         path = Path(path)
         info = _read_description(path)
         try:
             for name, sha256 in info["sha256"].items():
                 _check_bytes(path / name, sha256)
-            tensors = load_file(path / TENSORS)
+            tensors = _read_tensors(path / TENSORS, info["schema_version"])
             _check_tensors(path, tensors, info["tensors"])
-            rows = _read_captions(path / CAPTIONS)
+            rows, named = _read_captions(path / CAPTIONS), parted(tensors)
             return cls(
-                subsets=tuple(_subset(k, entry, tensors, rows) for k, entry in enumerate(info["subsets"])),
+                subsets=tuple(_subset(named[str(k)], s, rows[k]) for k, s in enumerate(info["subsets"])),
                 **info["normalisation"],
                 **{name: info[name] for name in AS_WRITTEN},
                 image_size=info.get("image_size", 0),
@@ -241,9 +237,7 @@ class Pairs(torch.utils.data.Dataset[dict[str, Any]]):
         return {"image": image, "text": self.subsets[k].texts[i], "subset": k, "index": i}
 
 
-def _subset(k: int, entry: dict[str, Any], tensors: dict[str, Tensor], rows: dict[int, dict[str, list]]) -> Subset:
-    prefix = f"{k}."
-    own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+def _subset(own: dict[str, Tensor], entry: dict[str, Any], strings: dict[str, list]) -> Subset:
     return Subset(
         images=own["images"],
         texts=own["texts"],
@@ -251,7 +245,7 @@ def _subset(k: int, entry: dict[str, Any], tensors: dict[str, Tensor], rows: dic
         alpha=entry["similarity"]["alpha"],
         lr_image=own["lr_image"].item(),
         lr_text=own["lr_text"].item(),
-        **rows[k],
+        **strings,
     )
 
 
@@ -296,12 +290,24 @@ def _read_description(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path / DESCRIPTION} is not valid JSON ({error}); get the set again") from None
     version = info.get("schema_version") if isinstance(info, dict) else None
-    if version != SCHEMA_VERSION:
+    if version not in READABLE:
         raise ValueError(
-            f"{path} has schema version {version} and this rmdd reads version {SCHEMA_VERSION}; "
+            f"{path} has schema version {version} and this rmdd reads {READABLE[0]} to {READABLE[-1]}; "
             "use the rmdd that wrote it, or write the set again"
         )
     return info
+
+
+def _read_tensors(path: Path, version: int) -> dict[str, Tensor]:
+    """By their names in the file. Version 1 had the same names, and no checksum of its own."""
+    if version == 1:
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    try:
+        return load_checked(path, ENTRY)[0]
+    except Damaged as error:
+        raise ValueError(f"{path} is damaged ({error}); get the set again") from error
 
 
 def _check_bytes(file: Path, sha256: str) -> None:

@@ -20,12 +20,11 @@ from rmdd.core.files import write_json
 from rmdd.core.progress import Progress
 from rmdd.core.seeding import generator
 from rmdd.distill import similarity
+from rmdd.distill.sets import save_set
 from rmdd.distill.synthetic import Synthetic
-from rmdd.distill.trajectory.matching import save_set
 from rmdd.execution.backend import open_backend
 from rmdd.execution.executor import Executor
 from rmdd.execution.in_turn import InTurn
-from rmdd.execution.tasks import Hooks
 from rmdd.experts.store import Writer
 from rmdd.experts.train import begin_store, expert_model
 from rmdd.models.text import text_width

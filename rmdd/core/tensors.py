@@ -1,11 +1,13 @@
 """Tensors and facts in one safetensors file that knows its own checksum.
 
-The metadata of a file holds one entry, for more would be written in no fixed order and equal runs would give unequal
-bytes: JSON with `schema_version`, the facts, and the SHA-256 of all else.
+Tensors that belong together are named GROUP.NAME: the subsets of a set (`0.images`), or what a checkpoint holds
+(`raw.images`). The metadata of a file holds one entry, for more would be written in no fixed order and equal runs would
+give unequal bytes: JSON with `schema_version`, the facts, and the SHA-256 of all else.
 """
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,29 +21,48 @@ from rmdd.core.files import atomic_path
 
 SCHEMA_VERSION = 1
 
+Groups = Mapping[str, Mapping[str, Tensor]]
+
 
 class Damaged(ValueError):
     """A file does not hold what was written."""
 
 
+def joined(groups: Groups) -> dict[str, Tensor]:
+    """The tensors of all groups by their names in a file."""
+    return {f"{group}.{name}": t for group, tensors in groups.items() for name, t in tensors.items()}
+
+
+def parted(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The inverse of `joined`; a group without tensors is not there."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for whole, t in tensors.items():
+        group, _, name = whole.partition(".")
+        groups.setdefault(group, {})[name] = t
+    return groups
+
+
 def save_checked(path: Path, tensors: Mapping[str, Tensor], entry: str, facts: Mapping[str, Any]) -> None:
     named = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
-    told = {"schema_version": SCHEMA_VERSION, **facts}
+    facts = {"schema_version": SCHEMA_VERSION, **facts}
     with atomic_path(path) as temporary:
-        save_file(named, temporary, metadata={entry: json.dumps(told | {"sha256": _checksum(named, told)})})
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors would make it readable by its owner alone
+        save_file(named, temporary, metadata={entry: json.dumps(facts | {"sha256": checksum(named, facts)})})
+        os.chmod(temporary, mode)
 
 
 def load_checked(path: Path, entry: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and facts. Raises `Damaged`, also for another schema version; older files have no checksum."""
+    """Tensors and facts. Raises `Damaged`, also for another schema version."""
     facts = facts_of(path, entry)
-    checksum = facts.pop("sha256", None)
+    expected = facts.pop("sha256", None)
     try:
         with safe_open(path, "pt") as file:
             # copied, for memory that lies elsewhere than torch puts it can change the last bit of a product
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except Exception as error:
         raise Damaged(str(error)) from error
-    if checksum is not None and checksum != _checksum(tensors, facts):
+    if expected != checksum(tensors, facts):
         raise Damaged("its SHA-256 is not the one it was written with")
     return tensors, facts
 
@@ -50,8 +71,7 @@ def facts_of(path: Path, entry: str) -> dict[str, Any]:
     """The facts in the header, read alone."""
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-        facts = json.loads(metadata[entry]) if entry in metadata else dict(metadata)  # as sets once were
+            facts = json.loads(file.metadata()[entry])
         version = facts.get("schema_version", SCHEMA_VERSION)
     except Exception as error:
         raise Damaged(f"its header cannot be read: {error}") from error
@@ -60,7 +80,7 @@ def facts_of(path: Path, entry: str) -> dict[str, Any]:
     return facts
 
 
-def _checksum(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
+def checksum(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name, t in sorted(tensors.items()):
         digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())

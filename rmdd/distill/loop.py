@@ -18,9 +18,10 @@ from torch import Tensor
 
 from rmdd import config
 from rmdd.core.files import append_jsonl, cut_jsonl
-from rmdd.core.tensors import Damaged, facts_of, load_checked, save_checked
+from rmdd.core.tensors import Damaged, facts_of, joined, load_checked, parted, save_checked
 from rmdd.distill.guard import Derailed, vitals, what_is_wrong
 from rmdd.distill.phases import Window
+from rmdd.distill.sets import save_set
 from rmdd.distill.synthetic import Synthetic, from_tensors
 
 _logger = logging.getLogger(__name__)
@@ -64,10 +65,9 @@ class State:
             "momentum": self.momentum,
             "learned": self.learned,
         }
-        named = {f"{g}/{n}": t for g, ts in groups.items() for n, t in ts.items()}
         facts = {"iteration": self.iteration, "alpha": self.raw.alpha, "key": key, "halvings": self.halvings}
         facts |= {"window": self.window} if self.window else {}
-        save_checked(path, named, "state", facts)
+        save_checked(path, joined(groups), "state", facts)
 
     @classmethod
     def load(cls, path: Path, key: str) -> "State":
@@ -80,18 +80,17 @@ class State:
             ) from error
         if facts["key"] != key:
             raise ValueError(f"the checkpoint {path} belongs to another configuration; use another run folder")
-        part = {
-            g: {n.removeprefix(f"{g}/"): t for n, t in named.items() if n.startswith(f"{g}/")}
-            for g in ("raw", "average", "momentum", "learned")
-        }
+        part = parted(named)
+        if not {"raw", "average"} <= part.keys():
+            raise Damaged(f"the checkpoint {path} was written by another version of rmdd; delete {path.parent}")
         return cls(
             facts["iteration"],
             from_tensors(part["raw"], facts["alpha"]),
             from_tensors(part["average"], facts["alpha"]),
-            part["momentum"],
+            part.get("momentum", {}),
             facts["halvings"],
             Window(*facts["window"]) if "window" in facts else None,
-            part["learned"],
+            part.get("learned", {}),
         )
 
 
@@ -318,18 +317,3 @@ def _with_learned(state: State, stepper: Stepper) -> State:
 def snapshot_iterations(total: int, count: int) -> list[int]:
     """Iterations, evenly spaced and ending with the last, whose sets are kept."""
     return sorted({math.ceil(total * (i + 1) / count) for i in range(count)})
-
-
-def save_set(synthetic: Synthetic, path: Path) -> None:
-    save_checked(path, synthetic.tensors(), "set", {"alpha": synthetic.alpha})
-
-
-def load_set(path: Path) -> Synthetic:
-    """Raises `ValueError` when the file is damaged."""
-    try:
-        tensors, facts = load_checked(path, "set")
-    except Damaged as error:
-        raise ValueError(
-            f"the set {path} is damaged ({error}); delete {path.parent} to distil that phase again"
-        ) from error
-    return from_tensors(tensors, float(facts["alpha"]))

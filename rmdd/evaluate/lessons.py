@@ -1,8 +1,7 @@
 """Lessons on disk, for students of what no phase of their run made.
 
-Two kinds of file, each named by the hash of its bytes: `.safetensors` holds M learned pairs per subset (`0.images`,
-`0.texts`, `0.similarity`, `0.lr_image`, `0.lr_text`, `1.images`, ...), `.json` the caption records of real pairs in the
-train split.
+Two kinds of file, each named by the hash of what it holds: `.safetensors` has learned pairs (see `rmdd.distill.sets`,
+always with a similarity in full), `.json` the caption records of real pairs in the train split.
 """
 
 import hashlib
@@ -12,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
 
 from rmdd.artefact.distilled import DistilledSet
 from rmdd.core.files import atomic_path, read_json
+from rmdd.distill.sets import name_by_content, read_subsets, write_subsets
 from rmdd.distill.synthetic import enlarged
 from rmdd.evaluate.students import Lesson
 from rmdd.models.prepared import PreparedSplit
@@ -33,21 +32,27 @@ def enlarged_to(size: int, lessons: Sequence[Lesson]) -> list[Lesson]:
 
 def write_lessons(folder: Path, lessons: Sequence[Lesson]) -> Path:
     """Keep learned pairs, pictures of the side they are stored with; returns the file."""
-    tensors: dict[str, torch.Tensor] = {}
-    for k, lesson in enumerate(lessons):
-        rates = {n: torch.tensor(getattr(lesson, n), dtype=torch.float64) for n in ("lr_image", "lr_text")}
-        learned = {"images": lesson.images, "texts": lesson.texts, "similarity": lesson.similarity}
-        tensors |= {f"{k}.{name}": t.detach().contiguous() for name, t in (learned | rates).items()}
-    return _keep(folder, ".safetensors", save(tensors))
+    subsets = [
+        {
+            "images": lesson.images,
+            "texts": lesson.texts,
+            "similarity.matrix": lesson.similarity,
+            "lr_image": torch.tensor(lesson.lr_image, dtype=torch.float64),
+            "lr_text": torch.tensor(lesson.lr_text, dtype=torch.float64),
+        }
+        for lesson in lessons
+    ]
+    alpha = [1.0] * len(subsets)
+    path = folder / name_by_content(subsets, alpha)
+    if not path.is_file():
+        write_subsets(path, subsets, alpha)
+    return path
 
 
 def write_records(folder: Path, records: Sequence[int]) -> Path:
     """Keep which caption records of the train split are learned from; returns the file."""
-    return _keep(folder, ".json", json.dumps(list(records)).encode())
-
-
-def _keep(folder: Path, suffix: str, data: bytes) -> Path:
-    path = folder / (hashlib.sha256(data).hexdigest()[:16] + suffix)
+    data = json.dumps(list(records)).encode()
+    path = folder / f"{hashlib.sha256(data).hexdigest()[:16]}.json"
     if not path.is_file():
         with atomic_path(path) as temporary:
             temporary.write_bytes(data)
@@ -58,14 +63,11 @@ def read_lessons(path: Path, image_size: int, train: Callable[[], PreparedSplit]
     """What a student learns in order, with pictures of side `image_size`. `lr`, unless 0, replaces both rates."""
     if path.suffix == ".json":
         return [real_lesson(train(), read_json(path), lr)]
-    tensors = load_file(path)
-    subsets = range(1 + max(int(name.partition(".")[0]) for name in tensors))
-
-    def subset(k: int) -> Lesson:
-        learned = tensors[f"{k}.images"], tensors[f"{k}.texts"], tensors[f"{k}.similarity"]
-        return Lesson(*learned, tensors[f"{k}.lr_image"].item(), tensors[f"{k}.lr_text"].item())
-
-    lessons = enlarged_to(image_size, [subset(k) for k in subsets])
+    learned = [
+        Lesson(t["images"], t["texts"], t["similarity.matrix"], t["lr_image"].item(), t["lr_text"].item())
+        for t, _ in read_subsets(path)
+    ]
+    lessons = enlarged_to(image_size, learned)
     return [replace(lesson, lr_image=lr, lr_text=lr) for lesson in lessons] if lr else lessons
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from rmdd.core.files import atomic_path, read_json, write_json
 from rmdd.core.seeding import generator
 from rmdd.core.tensors import load_checked, save_checked
+from rmdd.core.threads import torch_threads
 from rmdd.data.splits import Split
 from rmdd.execution.tasks import Values
 from rmdd.models.pretrained import quiet

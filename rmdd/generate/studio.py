@@ -22,11 +22,11 @@ from rmdd.core.storage import open_storage
 from rmdd.data.captions import clean
 from rmdd.data.images import normalise
 from rmdd.distill import phases
+from rmdd.distill.sets import save_set
 from rmdd.distill.synthetic import Synthetic, reduced
-from rmdd.distill.trajectory.matching import save_set
 from rmdd.execution.executor import Executor
 from rmdd.execution.parts import OpenParts
-from rmdd.execution.tasks import Hooks, Interrupted, Stream, Values, in_turn, watched
+from rmdd.execution.tasks import Executor, Hooks, Interrupted, Stream, Values, in_turn, watched
 from rmdd.generate.decode import Decoder, Painter, is_painted, picture_of, read_requests, write_requests
 from rmdd.generate.features import sides_of
 from rmdd.models.pretrained import Part

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rmdd.core.files import append_jsonl, cut_jsonl
-from rmdd.core.tensors import Damaged, load_checked, save_checked
+from rmdd.core.tensors import Damaged, joined, load_checked, parted, save_checked
 
 _logger = logging.getLogger(__name__)
 
@@ -125,10 +125,14 @@ def _finite(parameters: Mapping[str, nn.Parameter]) -> bool:
 
 
 def _save(trainer: Trainer, done: int, path: Path, key: str) -> None:
-    named: dict[str, Tensor] = {f"parameter/{n}": p.data for n, p in trainer.parameters.items()}
-    for number, entries in trainer.optimiser.state_dict()["state"].items():
-        named |= {f"optimiser/{number}/{n}": v for n, v in entries.items() if isinstance(v, Tensor)}
-    save_checked(path, named, "state", {"step": done, "key": key})
+    state = {
+        f"{number}.{name}": value
+        for number, entries in trainer.optimiser.state_dict()["state"].items()
+        for name, value in entries.items()
+        if isinstance(value, Tensor)
+    }
+    groups = {"parameter": {n: p.data for n, p in trainer.parameters.items()}, "optimiser": state}
+    save_checked(path, joined(groups), "state", {"step": done, "key": key})
 
 
 def _restore(trainer: Trainer, path: Path, key: str) -> int:
@@ -138,14 +142,10 @@ def _restore(trainer: Trainer, path: Path, key: str) -> int:
         raise ValueError(f"the checkpoint {path} is damaged ({error}); delete it to begin anew") from error
     if facts["key"] != key:
         raise ValueError(f"the checkpoint {path} belongs to another configuration; delete it")
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in named.items():
-        kind, _, rest = name.partition("/")
-        if kind == "parameter":
-            trainer.parameters[rest].data.copy_(value)
-        else:
-            number, _, entry = rest.partition("/")
-            state.setdefault(int(number), {})[entry] = value
+    saved = parted(named)
+    for name, value in saved["parameter"].items():
+        trainer.parameters[name].data.copy_(value)
+    state = {int(number): entries for number, entries in parted(saved.get("optimiser", {})).items()}
     groups = trainer.optimiser.state_dict()["param_groups"]
     trainer.optimiser.load_state_dict({"state": state, "param_groups": groups})
     return int(facts["step"])

@@ -19,7 +19,7 @@ from PIL import Image
 
 from rmdd.core.files import atomic_path, read_json
 from rmdd.data.images import denormalise
-from rmdd.distill.trajectory.matching import load_set
+from rmdd.distill.sets import load_set
 from rmdd.experts.store import stored_bytes
 from rmdd.methods import TITLES
 from rmdd.report import plots, referee

@@ -7,7 +7,7 @@ from typing import Any
 
 from rmdd import config
 from rmdd.config.probes import moved
-from rmdd.data.place import absolute
+from rmdd.data.inputs import absolute
 
 
 def with_absolute_paths(run: config.Run) -> config.Run:

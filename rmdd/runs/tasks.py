@@ -19,7 +19,8 @@ from rmdd.core.files import atomic_path, read_json, write_json
 from rmdd.core.locks import held
 from rmdd.core.storage import Storage, open_storage
 from rmdd.data.shards import Dataset
-from rmdd.distill.trajectory.matching import distill_phase, load_set
+from rmdd.distill.sets import load_set
+from rmdd.distill.trajectory.matching import distill_phase
 from rmdd.distill.trajectory.planning import PLAN, key_of, make_plan, stated, with_phases
 from rmdd.evaluate import records
 from rmdd.evaluate.lessons import read_lessons

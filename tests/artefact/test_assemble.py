@@ -11,7 +11,7 @@ from rmdd.core.files import write_json
 from rmdd.data.ingest import ingest
 from rmdd.data.shards import Dataset
 from rmdd.distill import phases
-from rmdd.distill.trajectory.matching import save_set
+from rmdd.distill.sets import save_set
 from rmdd.models.prepared import prepare_split
 from rmdd.runs.paths import Places
 

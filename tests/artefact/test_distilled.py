@@ -7,12 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 import rmdd
 from rmdd.artefact import card
 from rmdd.artefact.distilled import DistilledSet, Subset
 from rmdd.config.budget import cost
+from rmdd.core.files import sha256_file
 
 KINDS = ("full", "low_rank", "identity")
 
@@ -185,6 +187,18 @@ def edit(folder, change):
     (folder / "set.json").write_text(json.dumps(info))
 
 
+def test_a_set_of_schema_version_1_is_read(saved):
+    """Its tensors have the same names, in a file without metadata."""
+    new, file = rmdd.load(saved), saved / "tensors.safetensors"
+    save_file(load_file(file), file)
+    edit(saved, lambda info: info.update(schema_version=1, sha256=info["sha256"] | {file.name: sha256_file(file)}))
+    old = rmdd.load(saved)
+    assert old.num_pairs == new.num_pairs and old.config == new.config
+    for mine, its in zip(old.subsets, new.subsets, strict=True):
+        assert mine.tensors().keys() == its.tensors().keys() and mine.alpha == its.alpha
+        assert all(torch.equal(t, its.tensors()[name]) for name, t in mine.tensors().items())
+
+
 def test_other_descriptions_are_refused(saved, tmp_path):
     with pytest.raises(ValueError, match="no distilled set at"):
         rmdd.load(tmp_path / "nowhere")
@@ -194,8 +208,8 @@ def test_other_descriptions_are_refused(saved, tmp_path):
     edit(saved, lambda info: (info["tensors"]["0.images"].update(shape=[6, 3, 16, 16]), info.pop("subsets")))
     with pytest.raises(ValueError, match="not as this version writes it"):
         rmdd.load(saved)
-    edit(saved, lambda info: info.update(schema_version=2))
-    with pytest.raises(ValueError, match="schema version 2 and this rmdd reads version 1"):
+    edit(saved, lambda info: info.update(schema_version=3))
+    with pytest.raises(ValueError, match="schema version 3 and this rmdd reads 1 to 2"):
         rmdd.load(saved)
     (saved / "set.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):

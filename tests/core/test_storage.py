@@ -19,8 +19,9 @@ from rmdd.core import locks as lease
 from rmdd.core.files import append_jsonl, atomic_path, read_json, remove, sweep, temporary_beside, write_json
 from rmdd.core.locks import Held, held
 from rmdd.core.storage import Mirror, open_storage
+from rmdd.core.tensors import save_checked
 from rmdd.data.ingest import ingest
-from rmdd.distill.trajectory.matching import load_set
+from rmdd.distill.sets import load_set, save_set
 
 
 @pytest.fixture
@@ -347,10 +348,18 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_a_set_of_before_checksums_is_still_read(tmp_path):
-    from safetensors.torch import save_file
-
+def test_a_set_that_another_version_wrote_is_refused(tmp_path):
     first = toy.first_set()
-    save_file(first.tensors(), tmp_path / "set.safetensors", metadata={"alpha": "3.0"})
-    found = load_set(tmp_path / "set.safetensors")
-    assert found.alpha == 3.0 and torch.equal(found.images, first.images)
+    save_checked(tmp_path / "set.safetensors", first.tensors(), "set", {"alpha": 3.0})
+    with pytest.raises(ValueError, match="another version wrote it.*to distil that phase again"):
+        load_set(tmp_path / "set.safetensors")
+    save_set(first, tmp_path / "set.safetensors")
+    assert torch.equal(load_set(tmp_path / "set.safetensors").images, first.images)
+    assert (tmp_path / "set.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask()
+
+
+def umask():
+    """Of this process."""
+    before = os.umask(0)
+    os.umask(before)
+    return before

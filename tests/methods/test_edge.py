@@ -14,7 +14,7 @@ from PIL import Image
 
 import rmdd
 from rmdd import config, pipeline
-from rmdd.distill.trajectory.matching import load_set
+from rmdd.distill.sets import load_set
 from rmdd.generate.stable_diffusion import FromCaption, Sampling
 from rmdd.methods.edge import EDGE
 from rmdd.runs.preflight import impossible

@@ -10,7 +10,7 @@ import torch
 
 from rmdd import config, pipeline
 from rmdd.core.tensors import load_checked
-from rmdd.distill.trajectory.matching import load_set
+from rmdd.distill.sets import load_set
 
 FUSION = {"steps": 6, "batch": 3, "width": 16, "reader_width": 8, "checkpoint_every": 2}
 SAMPLING = {"size": 16, "steps": 3}

@@ -13,7 +13,8 @@ import rmdd
 from rmdd import config
 from rmdd.core.progress import Progress
 from rmdd.distill.distribution.matching import Averaging, distill_phase
-from rmdd.distill.loop import State, load_set
+from rmdd.distill.loop import State
+from rmdd.distill.sets import load_set
 from rmdd.distill.synthetic import Synthetic
 from rmdd.execution.parts import PartsHere
 from rmdd.models.dual import build

@@ -23,7 +23,7 @@ from rmdd.core.storage import run_folder
 from rmdd.data.images import normalise
 from rmdd.distill.distribution import matching as features
 from rmdd.distill.distribution.joint import Embedded, centres, nearest_pairs
-from rmdd.distill.loop import load_set
+from rmdd.distill.sets import load_set
 from rmdd.methods.mdm import Teacher
 
 

@@ -13,8 +13,8 @@ from rmdd import config
 from rmdd.artefact.distilled import DistilledSet, Subset
 from rmdd.core.files import append_jsonl, write_json
 from rmdd.distill import similarity
+from rmdd.distill.sets import save_set
 from rmdd.distill.synthetic import Synthetic
-from rmdd.distill.trajectory.matching import save_set
 from rmdd.report import page, plots, referee
 from rmdd.report.page import headline, write_report
 from rmdd.runs.paths import Places

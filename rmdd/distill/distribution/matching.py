@@ -13,7 +13,8 @@ from torch import Tensor
 
 from rmdd import config, methods
 from rmdd.core.files import read_json, write_json
-from rmdd.distill.loop import State, Step, drive, outer_step, save_set
+from rmdd.distill.loop import State, Step, drive, outer_step
+from rmdd.distill.sets import save_set
 from rmdd.distill.synthetic import Synthetic
 from rmdd.execution.parts import PartsHere, WorkerParts
 from rmdd.experts.store import Store

@@ -14,10 +14,9 @@ from rmdd.core.files import write_json
 from rmdd.distill.loop import State as State
 from rmdd.distill.loop import Step, drive, outer_step
 from rmdd.distill.loop import finished as finished
-from rmdd.distill.loop import load_set as load_set
-from rmdd.distill.loop import save_set as save_set
 from rmdd.distill.loop import snapshot_iterations as snapshot_iterations
 from rmdd.distill.phases import Draw, Ranges, Window
+from rmdd.distill.sets import save_set
 from rmdd.distill.synthetic import Synthetic, enlarged
 from rmdd.distill.trajectory.frozen import features_of, to_pixels
 from rmdd.distill.unroll import Engine, MetaGradient, forward_suits, meta_gradient, squared_distance

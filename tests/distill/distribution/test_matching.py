@@ -12,7 +12,8 @@ from toy_mdm import ITERATIONS, distil, made, rank, run_of, side_by_side
 from rmdd.core.files import read_json
 from rmdd.distill.distribution import matching as features
 from rmdd.distill.guard import Derailed
-from rmdd.distill.loop import State, load_set
+from rmdd.distill.loop import State
+from rmdd.distill.sets import load_set
 from rmdd.distill.synthetic import zeros_like
 
 

@@ -22,13 +22,12 @@ from toy import (
 
 from rmdd import config
 from rmdd.distill.phases import draw
+from rmdd.distill.sets import load_set, save_set
 from rmdd.distill.trajectory.inner import student_loss
 from rmdd.distill.trajectory.matching import (
     Matcher,
     State,
-    load_set,
     outer_step,
-    save_set,
     snapshot_iterations,
 )
 from rmdd.distill.unroll import Engine, meta_gradient

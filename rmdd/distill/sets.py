@@ -1,0 +1,53 @@
+"""The tensors of a set on disk: those of one phase, of what a student learns, or of a whole distilled set.
+
+The group of each subset is its number: `0.images`, `0.texts`, `0.similarity.matrix` (or `.scale`, `.left` and `.right`,
+or none), `0.lr_image`, `0.lr_text`. The facts hold `alpha`, a number for each subset.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from rmdd.core.tensors import Damaged, checksum, joined, load_checked, parted, save_checked
+from rmdd.distill.synthetic import Synthetic, from_tensors
+
+ENTRY = "set"
+
+
+def write_subsets(path: Path, subsets: Sequence[Mapping[str, Tensor]], alpha: Sequence[float]) -> None:
+    save_checked(path, _named(subsets), ENTRY, {"alpha": list(alpha)})
+
+
+def name_by_content(subsets: Sequence[Mapping[str, Tensor]], alpha: Sequence[float]) -> str:
+    """The same for the same tensors, as a file name."""
+    named = {name: t.detach().cpu().contiguous() for name, t in _named(subsets).items()}
+    return checksum(named, {"alpha": list(alpha)})[:16] + ".safetensors"
+
+
+def read_subsets(path: Path) -> list[tuple[dict[str, Tensor], float]]:
+    """Tensors and alpha of each subset in order. Raises `Damaged`."""
+    tensors, facts = load_checked(path, ENTRY)
+    groups, alpha = parted(tensors), facts["alpha"]
+    if not isinstance(alpha, list) or groups.keys() != {str(k) for k in range(len(alpha))}:
+        raise Damaged("its tensors are not named as this rmdd names them; another version wrote it")
+    return [(groups[str(k)], float(a)) for k, a in enumerate(alpha)]
+
+
+def save_set(synthetic: Synthetic, path: Path) -> None:
+    write_subsets(path, [synthetic.tensors()], [synthetic.alpha])
+
+
+def load_set(path: Path) -> Synthetic:
+    """Raises `ValueError` when the file is damaged."""
+    try:
+        ((tensors, alpha),) = read_subsets(path)
+    except Damaged as error:
+        raise ValueError(
+            f"the set {path} is damaged ({error}); delete {path.parent} to distil that phase again"
+        ) from error
+    return from_tensors(tensors, alpha)
+
+
+def _named(subsets: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return joined({str(k): tensors for k, tensors in enumerate(subsets)})
