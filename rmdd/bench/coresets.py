@@ -21,7 +21,7 @@ from rmdd.bench.ingest import SAMPLE_SECONDS, pss_of_tree
 from rmdd.core.files import write_json
 from rmdd.core.seeding import generator
 from rmdd.coresets import clusters, greedy
-from rmdd.coresets.rows import DESCRIPTION, Part, Rows, write_rows
+from rmdd.coresets.rows import DESCRIPTION, RowBlock, Rows, write_rows
 from rmdd.coresets.shard import Best, here
 
 METHODS = ("herding", "k_center", "medoids")
@@ -67,7 +67,7 @@ def generate(case: Case, root: Path) -> Path:
         return root
     centres = torch.randn(CENTRES, case.width, generator=generator(case.seed, "bench centres"))
 
-    def blocks() -> Iterator[Part]:
+    def blocks() -> Iterator[RowBlock]:
         for start in range(0, case.rows, BLOCK):
             draw = generator(case.seed, "bench features", start)
             ids = np.arange(start, min(start + BLOCK, case.rows))

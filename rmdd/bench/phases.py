@@ -25,6 +25,7 @@ from rmdd.distill.synthetic import Synthetic
 from rmdd.execution.backend import open_backend
 from rmdd.execution.executor import Executor
 from rmdd.execution.in_turn import InTurn
+from rmdd.execution.tasks import Hooks
 from rmdd.experts.store import Writer
 from rmdd.experts.train import begin_store, expert_model
 from rmdd.models.text import text_width

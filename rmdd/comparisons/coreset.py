@@ -18,13 +18,13 @@ from rmdd.core.files import atomic_path, read_json, write_json
 from rmdd.core.locks import held
 from rmdd.coresets import clusters, greedy, matched
 from rmdd.coresets.choice import AT_ONCE, Choice
-from rmdd.coresets.cost import Costs, parameters
+from rmdd.coresets.cost import ByteCosts, parameters
 from rmdd.coresets.draws import permuted, smallest
 from rmdd.coresets.features import Items, Sides, cosines
-from rmdd.coresets.forgetting import Counts
+from rmdd.coresets.forgetting import ForgettingCounts
 from rmdd.coresets.rows import Rows
 from rmdd.coresets.shard import Best, Shard
-from rmdd.coresets.subset import DESCRIPTION, PREVIEW, Subset
+from rmdd.coresets.subset import DESCRIPTION, PREVIEW, Coreset
 from rmdd.execution.parts import WorkerParts, with_restarts
 from rmdd.experts.store import Store
 from rmdd.generate.features import features
@@ -49,7 +49,7 @@ def coreset(
     progress: "Progress | None" = None,
     ranks: int | None = None,
     **choice: Any,
-) -> Subset:
+) -> Coreset:
     """Choose real pairs of a run's training split; the fields of `rmdd.coresets.choice.Choice` say how.
 
     >>> rmdd.coreset("demo", method="herding", pairs=100)  # doctest: +SKIP
@@ -73,7 +73,7 @@ def choice_of(fields: dict[str, Any]) -> Choice:
     return found
 
 
-def choose(pipeline: "Pipeline", choice: Choice, ranks: int | None = None) -> tuple[Subset, Path]:
+def choose(pipeline: "Pipeline", choice: Choice, ranks: int | None = None) -> tuple[Coreset, Path]:
     """The subset and its folder, `<storage>/coresets/<run>-<method>-<hash>`; one that is there is read.
 
     `ranks` hold the rows; None: one, or the workers of the run where the features are large. WorkerParts that die are
@@ -83,7 +83,7 @@ def choose(pipeline: "Pipeline", choice: Choice, ranks: int | None = None) -> tu
         pipeline.experts()
     train = pipeline.embedded("train")
 
-    def chosen() -> tuple[Subset, Path]:
+    def chosen() -> tuple[Coreset, Path]:
         return Selection(pipeline, choice, train).result(ranks)
 
     return with_restarts(chosen, pipeline.run.runtime.max_restarts, pipeline.progress.say)
@@ -137,7 +137,7 @@ class Selection:
         """Of greedy picks, in their order."""
         self._mean: np.ndarray | None = None
 
-    def result(self, ranks: int | None) -> tuple[Subset, Path]:
+    def result(self, ranks: int | None) -> tuple[Coreset, Path]:
         began = time.perf_counter()
         choice, item, run = self.choice, self.pipeline.item(), self.run
         about: dict[str, Any] = {}
@@ -157,7 +157,7 @@ class Selection:
         target = self.pipeline.storage.root / "coresets" / name
         self.pipeline.storage.fetch(target)
         if (target / DESCRIPTION).is_file():
-            return Subset.load(target), target
+            return Coreset.load(target), target
         with held(target, wait=True):
             if rows is None:
                 chosen = self.chosen(None)
@@ -168,7 +168,7 @@ class Selection:
             records = self.items.record_of[chosen].tolist()
             self.facts |= self.cost(records) | {"seconds": round(time.perf_counter() - began, 3)}
             options = choice.options()
-            subset = Subset(
+            subset = Coreset(
                 choice.method, options, self.seed, choice.unit, data, about, self.named(records), self.facts
             )
             self.preview(chosen, target / PREVIEW)
@@ -185,8 +185,8 @@ class Selection:
         )
 
     @functools.cached_property
-    def costs(self) -> Costs:
-        return Costs.of(self.train.split, self.pipeline.item().places.cache)
+    def costs(self) -> ByteCosts:
+        return ByteCosts.of(self.train.split, self.pipeline.item().places.cache)
 
     def cost(self, records: Sequence[int]) -> dict[str, Any]:
         images = len(set(self.train.split.image_of[list(records)].tolist())) if records else 0
@@ -369,7 +369,7 @@ class Selection:
             return np.lexsort((np.arange(len(score)), -score)).tolist()
         folder = Store.open(self.pipeline.item().places.store).folder(choice.expert)
         self.pipeline.storage.fetch(folder)
-        counts = Counts.load(folder)
+        counts = ForgettingCounts.load(folder)
         self.facts |= counts.summary()
         records = counts.ranking(choice.never_learned)
         if choice.unit == "record":

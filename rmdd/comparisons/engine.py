@@ -214,7 +214,7 @@ class Grounds(Pipeline):
     def _real(self, draws: Sequence[Sequence[int]]) -> Costs:
         """Of as many records in every draw; bytes are their mean."""
         train, pairs = self.prepared_split("train"), len(draws[0])
-        costs = cost.Costs.of(train.split, places_of(self.run, self.ingest()).cache)
+        costs = cost.ByteCosts.of(train.split, places_of(self.run, self.ingest()).cache)
         held = statistics.fmean(costs.bytes_of(draw)["total"] for draw in draws)
         numbers = cost.parameters(pairs, self.run.data.image_size, train.texts.shape[1])
         return {"pairs": pairs, "parameters": numbers, "bytes": round(held), "seconds": None}

@@ -16,7 +16,7 @@ from rmdd.artefact.distilled import DistilledSet
 from rmdd.core.files import read_json, sha256_file
 from rmdd.core.storage import is_uri, open_storage
 from rmdd.coresets import subset as coreset
-from rmdd.coresets.subset import Subset
+from rmdd.coresets.subset import Coreset
 
 Kind = Literal["set", "subset", "random", "full"]
 
@@ -31,7 +31,7 @@ class Entry:
     """Hash of what it holds."""
     place: Path | None = None
     distilled: DistilledSet | None = None
-    subset: Subset | None = None
+    subset: Coreset | None = None
     pairs: int | None = None
     """Of random pairs, where another number than the budget's was asked for."""
     rates: Literal["learned", "tuned"] = "tuned"
@@ -90,7 +90,7 @@ def open_entry(word: str) -> Entry:
         found_set = DistilledSet.load(place)
         return Entry(name or usual, "set", value_of(found_set), place, found_set, rates="learned", address=address)
     if (place / coreset.DESCRIPTION).is_file():
-        subset = Subset.load(place)
+        subset = Coreset.load(place)
         value = hashlib.sha256(json.dumps(subset.records).encode()).hexdigest()[:16]
         return Entry(name or usual, "subset", value, place, subset=subset, address=address)
     tensors = place if place.is_file() else place / distilled.TENSORS

@@ -21,7 +21,7 @@ from rmdd.config.data import Captions as Captions
 from rmdd.config.data import Data
 from rmdd.config.data import Parquet as Parquet
 from rmdd.config.data import Scenes as Scenes
-from rmdd.config.data import Table as Table
+from rmdd.config.data import TableSource as TableSource
 from rmdd.config.data import Tars as Tars
 from rmdd.config.distill import Distill
 from rmdd.config.distill import Guard as Guard

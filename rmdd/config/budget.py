@@ -9,7 +9,7 @@ has as many as its budget.
 from collections.abc import Sequence
 from typing import Literal
 
-Kind = Literal["full", "low_rank", "identity"]
+SimilarityKind = Literal["full", "low_rank", "identity"]
 
 RATES = 2
 
@@ -19,7 +19,7 @@ def pair_parameters(image_size: int, text_width: int) -> int:
     return 3 * image_size**2 + text_width
 
 
-def similarity_parameters(pairs: int, kind: Kind, rank: int = 0) -> int:
+def similarity_parameters(pairs: int, kind: SimilarityKind, rank: int = 0) -> int:
     """Numbers in the similarity of one phase."""
     if kind == "full":
         return pairs**2
@@ -28,13 +28,13 @@ def similarity_parameters(pairs: int, kind: Kind, rank: int = 0) -> int:
     return 0
 
 
-def cost(pairs: Sequence[int], stored_size: int, text_width: int, kind: Kind, rank: int = 0) -> int:
+def cost(pairs: Sequence[int], stored_size: int, text_width: int, kind: SimilarityKind, rank: int = 0) -> int:
     """Numbers in a set with `pairs[p]` pairs in phase p, pictures of side `stored_size`: pairs, similarities, rates."""
     learned = sum(similarity_parameters(m, kind, rank) for m in pairs) + rate_parameters(len(pairs), kind)
     return sum(pairs) * pair_parameters(stored_size, text_width) + learned
 
 
-def rate_parameters(phases: int, kind: Kind) -> int:
+def rate_parameters(phases: int, kind: SimilarityKind) -> int:
     """Learning rates that count."""
     return 0 if kind == "identity" else RATES * phases
 
@@ -48,7 +48,7 @@ def largest(
     budget: int,
     image_size: int,
     text_width: int,
-    kind: Kind,
+    kind: SimilarityKind,
     rank: int = 0,
     phases: int = 1,
     stored_size: int | None = None,
@@ -71,7 +71,7 @@ def check(
     budget: int,
     image_size: int,
     text_width: int,
-    kind: Kind,
+    kind: SimilarityKind,
     rank: int = 0,
     stored_size: int | None = None,
 ) -> str | None:

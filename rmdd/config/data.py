@@ -31,7 +31,7 @@ class Scenes(Section):
     seed: int = Field(0, description="another seed draws other pictures")
 
 
-class Table(Section):
+class TableSource(Section):
     """A folder of images plus one CSV, TSV, JSONL or Parquet table."""
 
     file: str = Field("captions.csv", description="relative to data.root")
@@ -88,7 +88,7 @@ class Data(Section):
         None, description="karpathy: one file; lists: a file per split; relative to root; null: by layout"
     )
     scenes: Scenes = Scenes()
-    table: Table = Table()
+    table: TableSource = TableSource()
     webdataset: Tars = Tars()
     parquet: Parquet = Parquet()
     split_fractions: tuple[float, float, float] = Field(

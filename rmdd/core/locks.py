@@ -30,7 +30,7 @@ class Held(RuntimeError):
 
 
 @runtime_checkable
-class Cell(Protocol):
+class LeaseCell(Protocol):
     """Where a lease is written; `exact` where the lock of the operating system already keeps all others out."""
 
     exact: bool
@@ -42,7 +42,7 @@ class Cell(Protocol):
     def remove(self) -> None: ...
 
 
-class LocalCell:
+class LocalLeaseCell:
     """A lease beside its folder, on a disk or a network file system."""
 
     exact = True
@@ -66,7 +66,7 @@ class LocalCell:
 class Lease:
     """What its holder has: `lost` when another took over, which can be after a long standstill only."""
 
-    def __init__(self, folder: Path, cell: Cell):
+    def __init__(self, folder: Path, cell: LeaseCell):
         self.folder, self.cell = folder, cell
         self.id, self.beats = uuid.uuid4().hex, 0
         self._lost, self._done = threading.Event(), threading.Event()
@@ -121,7 +121,7 @@ def held(folder: Path | str, *, wait: bool) -> Iterator[Lease]:
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     keeper = keeper_of(folder)
-    cell: Cell = LocalCell(folder) if keeper is None else keeper.cell(folder)
+    cell: LeaseCell = LocalLeaseCell(folder) if keeper is None else keeper.cell(folder)
     with open(lock_of(folder), "a") as lock:
         while not _locked(lock):
             if not wait:

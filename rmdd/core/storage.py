@@ -20,7 +20,7 @@ from pathlib import Path
 
 from rmdd import config
 from rmdd.core.files import clearly, is_temporary, register, remove, sweep, temporary_beside
-from rmdd.core.locks import Cell, LocalCell, lock_of
+from rmdd.core.locks import LeaseCell, LocalLeaseCell, lock_of
 from rmdd.core.remote import ObjectStore, RemoteLeaseCell, Stamp
 
 MARKERS = ("manifest.json", "store.json", "expert.json", "set.json", "subset.json")
@@ -89,9 +89,9 @@ class Mirror(Storage):
     def address(self, path: Path) -> str:
         return f"{self.uri}/{self._name(path)}".rstrip("/") if path.is_relative_to(self.root) else str(path)
 
-    def cell(self, folder: Path) -> Cell:
+    def cell(self, folder: Path) -> LeaseCell:
         if not self._kept(self._name(folder)):
-            return LocalCell(folder)
+            return LocalLeaseCell(folder)
         return RemoteLeaseCell(self.remote, f"{self._name(folder)}.lease")
 
     def fetch(self, path: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:

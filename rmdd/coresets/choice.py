@@ -16,19 +16,19 @@ BY_FEATURES = ("herding", "k_center", "medoids", "matched", "clip_score")
 AT_ONCE = ("medoids", "matched")
 """Methods whose fewer picks are not the first of more."""
 
-Method = Literal["random", "herding", "k_center", "forgetting", "medoids", "matched", "clip_score"]
-Unit = Literal["image", "record"]
-Space = Literal["joint", "image", "text", "sum"]
+SelectionMethod = Literal["random", "herding", "k_center", "forgetting", "medoids", "matched", "clip_score"]
+ChoiceUnit = Literal["image", "record"]
+FeatureSpace = Literal["joint", "image", "text", "sum"]
 
 
 class Choice(Section):
     """A method, how much it may choose, and what it looks at. Give `pairs` or `bytes`."""
 
-    method: Method = Field("herding", description="how pairs are chosen")
+    method: SelectionMethod = Field("herding", description="how pairs are chosen")
     pairs: Annotated[int, Field(ge=0)] | None = Field(None, description="pairs to choose")
     bytes: PositiveInt | None = Field(None, description="as many as fit, as encoded images and captions")
     seed: int | None = Field(None, description="null: the run's seed")
-    unit: Unit = Field("image", description="image: at most one caption of an image; record: any caption records")
+    unit: ChoiceUnit = Field("image", description="image: at most one caption of an image; record: any caption records")
     caption: Literal["mean", "seeded"] = Field(
         "mean", description="text of an image: the mean over its captions, or the one that is drawn to go with it"
     )
@@ -38,7 +38,7 @@ class Choice(Section):
         description="tower: the run's towers untrained by pairs, no projection; expert:N: expert N of the store; "
         "columns:NAME: the columns image.NAME and text.NAME of the dataset; clip:NAME: a CLIP by hub id or folder",
     )
-    space: Space = Field("joint", description="joint: both sides end to end; sum: the sum of both, for one width")
+    space: FeatureSpace = Field("joint", description="joint: both sides end to end; sum: their sum, for one width")
     dtype: Literal["float32", "float16"] = Field("float32", description="of the features on disk")
     draw: Literal["permutation", "hash"] = Field("permutation", description="random: of all items, or smallest hashes")
     start: Literal["random", "mean"] = Field("random", description="k_center: first item, drawn or nearest the mean")

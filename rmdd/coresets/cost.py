@@ -18,7 +18,7 @@ from rmdd.data.splits import Split
 
 
 @dataclass(frozen=True)
-class Costs:
+class ByteCosts:
     """Bytes of every image as it lies in the shards, and of every caption in UTF-8."""
 
     images: Int64[np.ndarray, " N"]
@@ -26,7 +26,7 @@ class Costs:
     image_of: Int64[np.ndarray, " T"]
 
     @classmethod
-    def of(cls, split: Split, cache: Path) -> "Costs":
+    def of(cls, split: Split, cache: Path) -> "ByteCosts":
         """Sizes of images are read from the shards once, and then from `cache`."""
         file = cache / f"image-bytes-{split.dataset.hash[:16]}-{split.name}.npy"
         if not file.is_file():

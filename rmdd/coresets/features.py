@@ -21,9 +21,9 @@ from jaxtyping import Float32, Int64
 
 from rmdd import config
 from rmdd.core.files import atomic_path, write_json
-from rmdd.coresets.choice import Choice, Unit
+from rmdd.coresets.choice import Choice, ChoiceUnit
 from rmdd.coresets.draws import hashes
-from rmdd.coresets.rows import DESCRIPTION, SCHEMA_VERSION, Part, Rows
+from rmdd.coresets.rows import DESCRIPTION, SCHEMA_VERSION, RowBlock, Rows
 from rmdd.coresets.shard import TOLD
 from rmdd.data.captions import clean
 from rmdd.data.splits import Split
@@ -38,12 +38,12 @@ BATCH = 256
 class Items:
     """What is chosen from: item i shows image `image_of[i]` and returns record `record_of[i]`."""
 
-    unit: Unit
+    unit: ChoiceUnit
     image_of: Int64[np.ndarray, " items"]
     record_of: Int64[np.ndarray, " items"]
 
     @classmethod
-    def of(cls, split: Split, unit: Unit, seed: int) -> "Items":
+    def of(cls, split: Split, unit: ChoiceUnit, seed: int) -> "Items":
         """Records, or images with one caption each, drawn by hash."""
         if unit == "record":
             return cls(unit, split.image_of, np.arange(len(split.image_of)))
@@ -111,7 +111,7 @@ def _read(rows: Rows, start: int, stop: int) -> Float32[np.ndarray, "n D"]:
     return np.concatenate([x.copy() for _, x in rows.between(start, stop).chunks()])
 
 
-def in_space(sides: Sides, items: Items, choice: Choice) -> Iterator[Part]:
+def in_space(sides: Sides, items: Items, choice: Choice) -> Iterator[RowBlock]:
     for ids, u, v in sides.blocks(items, choice.caption):
         rows = _combined(choice.space, u, v)
         yield ids, unit(rows, sides.split, items.image_of[ids], choice.space) if choice.space == "sum" else rows
@@ -164,7 +164,7 @@ def save_block(folder: Path, block: int, ids: np.ndarray, rows: np.ndarray) -> N
 # -- columns of the dataset ------------------------------------------------------------------------------------------
 
 
-def column_rows(split: Split, data: config.Data, column: str) -> tuple[Iterator[Part], int]:
+def column_rows(split: Split, data: config.Data, column: str) -> tuple[Iterator[RowBlock], int]:
     """Rows of a column of fixed-size lists, one per image or per caption that the caption rule left, and their width.
 
     Raises `ValueError` when there is no such column, or an entry is of another size.
@@ -173,7 +173,7 @@ def column_rows(split: Split, data: config.Data, column: str) -> tuple[Iterator[
     blocks = _column_blocks(split, data, column, [split.dataset.path / s["file"] for s in shards])
     first = next(blocks)
 
-    def all_of() -> Iterator[Part]:
+    def all_of() -> Iterator[RowBlock]:
         yield first
         for ids, rows in blocks:
             if rows.shape[1] != first[1].shape[1]:
@@ -183,7 +183,7 @@ def column_rows(split: Split, data: config.Data, column: str) -> tuple[Iterator[
     return all_of(), first[1].shape[1]
 
 
-def _column_blocks(split: Split, data: config.Data, column: str, files: list[Path]) -> Iterator[Part]:
+def _column_blocks(split: Split, data: config.Data, column: str, files: list[Path]) -> Iterator[RowBlock]:
     of_image, count = column.startswith("image."), 0
     for path in files:
         with pq.ParquetFile(path) as file:

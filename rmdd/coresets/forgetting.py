@@ -34,7 +34,7 @@ NeverLearned = Literal["first", "last", "exclude"]
 
 
 @dataclass(frozen=True)
-class Counts:
+class ForgettingCounts:
     """What is remembered of T records, as tensors of shape (T,)."""
 
     correct: Tensor
@@ -52,18 +52,18 @@ class Counts:
     facts: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @classmethod
-    def new(cls, records: int) -> "Counts":
+    def new(cls, records: int) -> "ForgettingCounts":
         small = torch.zeros(records, dtype=torch.int16)
         never = torch.full((records,), -1, dtype=torch.int8)
         flag, total = torch.zeros(records, dtype=torch.int8), torch.zeros(records)
         return cls(never, small, flag, small.clone(), small.clone(), total)
 
     @classmethod
-    def of(cls, tensors: dict[str, Tensor], facts: dict[str, Any] | None = None) -> "Counts":
+    def of(cls, tensors: dict[str, Tensor], facts: dict[str, Any] | None = None) -> "ForgettingCounts":
         return cls(**{name: tensors[name] for name in TENSORS}, facts=facts or {})
 
     @classmethod
-    def load(cls, folder: Path) -> "Counts":
+    def load(cls, folder: Path) -> "ForgettingCounts":
         """The counts stored with an expert. Raises `ValueError` when there are none or they are damaged."""
         path = folder / FILE
         if not path.is_file():
@@ -87,7 +87,7 @@ class Counts:
         correct: Bool[Tensor, " n"],
         margin: Float[Tensor, " n"] | None = None,
         records: Int[Tensor, " n"] | None = None,
-    ) -> "Counts":
+    ) -> "ForgettingCounts":
         """The counts after `epoch` has visited `records` (None: all); others keep what they have."""
         index = torch.arange(len(self.correct)) if records is None else records
         new = {name: t.clone() for name, t in self.tensors().items()}
@@ -99,7 +99,7 @@ class Counts:
         new["visits"][index] += 1
         if margin is not None:
             new["margins"][index] += margin
-        return Counts(**new, facts=self.facts)
+        return ForgettingCounts(**new, facts=self.facts)
 
     def ranking(self, never_learned: NeverLearned) -> Int64[np.ndarray, " n"]:
         """Records, the most forgotten first.
@@ -121,7 +121,7 @@ class Counts:
         return {"never_learned": float(never.float().mean()), "records_by_events": counted, **self.facts}
 
 
-TENSORS = tuple(f.name for f in fields(Counts) if f.name != "facts")
+TENSORS = tuple(f.name for f in fields(ForgettingCounts) if f.name != "facts")
 
 
 def pool_of(image_of: Int64[np.ndarray, " T"], size: int, seed: int) -> Int64[np.ndarray, " P"]:

@@ -26,7 +26,7 @@ ROWS_PER_FILE = 262_144
 CHUNK_BYTES = 32 * 2**20
 """Of the float32 rows that are worked on at a time."""
 
-Part = tuple[Int64[np.ndarray, " _"], Float[np.ndarray, "_ _"]]
+RowBlock = tuple[Int64[np.ndarray, " _"], Float[np.ndarray, "_ _"]]
 """Ids and their rows; parts differ in how many."""
 
 
@@ -34,7 +34,7 @@ Part = tuple[Int64[np.ndarray, " _"], Float[np.ndarray, "_ _"]]
 class Rows:
     """Rows with distinct ids, in memory or mapped from files; read as float32."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[RowBlock, ...]
     width: int
     folder: Path | None = None
     """Where all of them lie, if they do."""
@@ -115,12 +115,12 @@ class Rows:
         return found
 
 
-def write_rows(folder: Path, blocks: Iterable[Part], width: int, dtype: str, facts: Mapping[str, Any]) -> Rows:
+def write_rows(folder: Path, blocks: Iterable[RowBlock], width: int, dtype: str, facts: Mapping[str, Any]) -> Rows:
     """Write blocks of rows to files of up to `ROWS_PER_FILE`, whole or not at all."""
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         names: list[str] = []
-        held: list[Part] = []
+        held: list[RowBlock] = []
         count = total = 0
 
         def flush() -> None:

@@ -13,7 +13,7 @@ TOLD = 3
 
 
 @dataclass(frozen=True)
-class Subset:
+class Coreset:
     """Real pairs in the order in which they were chosen."""
 
     method: str
@@ -38,7 +38,7 @@ class Subset:
         return folder
 
     @classmethod
-    def load(cls, folder: Path | str) -> "Subset":
+    def load(cls, folder: Path | str) -> "Coreset":
         """Raises `ValueError` when the folder holds no subset, a damaged one, or one of another schema version."""
         path = Path(folder) / DESCRIPTION
         if not path.is_file():

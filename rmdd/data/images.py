@@ -13,16 +13,16 @@ from rmdd.data.decode import ImageError, decode, squash
 
 __all__ = ["NORMALISATIONS", "ImageError", "decode", "denormalise", "normalisation", "normalise", "squash"]
 
-Vector = tuple[float, float, float]
+PerChannel = tuple[float, float, float]
 
-NORMALISATIONS: dict[str, tuple[Vector, Vector]] = {
+NORMALISATIONS: dict[str, tuple[PerChannel, PerChannel]] = {
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
 
 
-def normalisation(name: str | tuple[Sequence[float], Sequence[float]]) -> tuple[Vector, Vector]:
+def normalisation(name: str | tuple[Sequence[float], Sequence[float]]) -> tuple[PerChannel, PerChannel]:
     """Mean and standard deviation of pixels in [0, 1], by name or as given."""
     if isinstance(name, str):
         if name not in NORMALISATIONS:

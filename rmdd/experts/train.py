@@ -164,7 +164,7 @@ def train_expert(
 class Watch:
     """Counts what an expert forgets; see `rmdd.coresets.forgetting`. Training does not notice."""
 
-    def __init__(self, train: PreparedSplit, pool: np.ndarray, counts: forgetting.Counts):
+    def __init__(self, train: PreparedSplit, pool: np.ndarray, counts: forgetting.ForgettingCounts):
         self.train, self.pool, self.counts = train, pool, counts
 
     @classmethod
@@ -173,7 +173,7 @@ class Watch:
         records = len(train.split.image_of)
         pool = forgetting.pool_of(train.split.image_of, rule.forgetting, seed)
         facts = {"pool": len(pool), "epochs": rule.epochs, "records": records}
-        counts = forgetting.Counts.of(counted) if counted else forgetting.Counts.new(records)
+        counts = forgetting.ForgettingCounts.of(counted) if counted else forgetting.ForgettingCounts.new(records)
         return cls(train, pool, replace(counts, facts=facts))
 
     def visit(self, model: DualEncoder, device: torch.device, epoch: int) -> None:

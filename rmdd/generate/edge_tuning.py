@@ -85,7 +85,7 @@ class EdgeTuning(Section):
 
 
 @dataclass(frozen=True)
-class Batch:
+class TuningBatch:
     """A batch before noise, on the device."""
 
     latents: Float[Tensor, "B C h w"]
@@ -98,8 +98,8 @@ class Batch:
     times: Int[Tensor, " B"]
     noise: Float[Tensor, "B C h w"]
 
-    def part(self, rows: slice) -> "Batch":
-        return Batch(**{name: value[rows] for name, value in vars(self).items()})
+    def part(self, rows: slice) -> "TuningBatch":
+        return TuningBatch(**{name: value[rows] for name, value in vars(self).items()})
 
 
 class EdgeTrainer:
@@ -147,7 +147,7 @@ class EdgeTrainer:
         return self.records[order[place * self.batch_size :][: self.batch_size]].tolist()
 
     @torch.no_grad()
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> TuningBatch:
         """All that is random about a step, drawn on the CPU."""
         rule, device, random = self.rule, self.diffusion.device, generator(self.seed, "edge step", step)
         records = self.drawn(step)
@@ -157,7 +157,7 @@ class EdgeTrainer:
         times = torch.randint(rule.max_step, (len(records),), generator=random)
         noise = torch.randn(latents.shape, generator=random)
         number = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
-        return Batch(
+        return TuningBatch(
             latents * self.diffusion.scale,
             self.diffusion.texts(captions).tokens,
             self._text_features(captions),
@@ -182,7 +182,7 @@ class EdgeTrainer:
 
     # -- the losses --------------------------------------------------------------------------------------------------
 
-    def look(self, batch: Batch) -> tuple[Float[Tensor, "B D"], Float[Tensor, ""]]:
+    def look(self, batch: TuningBatch) -> tuple[Float[Tensor, "B D"], Float[Tensor, ""]]:
         """CLIP features of what the UNet takes the noisy latents for, and the sum of squared misses per entry."""
         rule, diffusion = self.rule, self.diffusion
         alpha_bar = diffusion.alpha_bar[batch.times]
@@ -208,7 +208,7 @@ class EdgeTrainer:
             pixels = F.interpolate(pixels, (side, side), mode="bicubic", antialias=True)
         return pixels if self.rule.recipe == "released" else _standardised(pixels)
 
-    def pull(self, features: Float[Tensor, "B D"], batch: Batch) -> dict[str, Tensor]:
+    def pull(self, features: Float[Tensor, "B D"], batch: TuningBatch) -> dict[str, Tensor]:
         """The losses on features of a whole batch."""
         rule = self.rule
         return {

@@ -24,7 +24,7 @@ from rmdd.core.storage import open_storage
 from rmdd.core.threads import torch_threads
 from rmdd.coresets.choice import Choice
 from rmdd.coresets.features import BLOCK, Items, Sides, column_rows, encode_blocks, in_space, save_block
-from rmdd.coresets.rows import DESCRIPTION, Part, Rows, write_rows
+from rmdd.coresets.rows import DESCRIPTION, RowBlock, Rows, write_rows
 from rmdd.data.decode import decode_as
 from rmdd.data.images import normalise
 from rmdd.data.splits import read_rows
@@ -169,7 +169,7 @@ def trained_expert(source: FeatureSource, number: int, train: PreparedSplit) -> 
     return model.eval()
 
 
-def _expert_texts(source: FeatureSource, number: int, train: PreparedSplit) -> tuple[Iterator[Part], int]:
+def _expert_texts(source: FeatureSource, number: int, train: PreparedSplit) -> tuple[Iterator[RowBlock], int]:
     model = trained_expert(source, number, train)
 
     def embedded(start: int) -> np.ndarray:

@@ -10,7 +10,7 @@ from rmdd.core.chunks import in_chunks
 from rmdd.core.files import atomic_path
 from rmdd.core.storage import open_storage
 from rmdd.core.threads import torch_threads
-from rmdd.coresets.rows import Part, Rows
+from rmdd.coresets.rows import RowBlock, Rows
 from rmdd.data.splits import squashed
 from rmdd.execution.tasks import Values
 from rmdd.generate.diffusion import as_signed
@@ -81,7 +81,7 @@ def fused_rows(studio: Studio, generator: Path, rule: FusionRule, size: int, tun
     for _ in studio.stream("fused latents", "pairs")(make, todo):
         pass
     storage.fetch(folder)
-    parts: list[Part] = []
+    parts: list[RowBlock] = []
     for block in blocks:
         rows = np.load(_file(folder, block), mmap_mode="r")
         parts.append((np.arange(block * BLOCK, block * BLOCK + len(rows)), rows))

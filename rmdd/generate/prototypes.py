@@ -28,15 +28,15 @@ RANKS_FROM = 256 * 2**20
 """Bytes of features from which their rows are held by ranks."""
 
 Pairless = Literal["topup", "keep_centres", "drop"]
-Ids = Int64[np.ndarray, " _"]
+RecordIds = Int64[np.ndarray, " _"]
 
 
 @dataclass(frozen=True)
-class Cell:
+class PairMembers:
     """The records that one pair stands for; both are the same unless two clusters share none."""
 
-    images: Ids
-    texts: Ids
+    images: RecordIds
+    texts: RecordIds
 
     @property
     def shared(self) -> bool:
@@ -49,7 +49,7 @@ class Prototypes:
 
     images: Float32[np.ndarray, "M U"]
     texts: Float32[np.ndarray, "M V"]
-    cells: tuple[Cell, ...]
+    cells: tuple[PairMembers, ...]
     facts: dict[str, Any]
 
 
@@ -64,7 +64,7 @@ def find(
     normalize: bool = False,
     pairless: Pairless = "topup",
     rescale: bool = False,
-) -> tuple[Prototypes, Ids]:
+) -> tuple[Prototypes, RecordIds]:
     """The prototypes, those whose sides agree most first, and the records that pruning left.
 
     Raises `ValueError` where fewer records than `pairs` are left.
@@ -87,7 +87,7 @@ def find(
     partner = match(overlap)
     common = overlap[np.arange(pairs), partner]
 
-    def joint(members: Ids) -> Float32[np.ndarray, "n W"]:
+    def joint(members: RecordIds) -> Float32[np.ndarray, "n W"]:
         found = [_unit(rows.at(of[side][members])) for side, rows in (("image", sides.images), ("text", sides.texts))]
         return np.concatenate(found, axis=1)
 
@@ -112,7 +112,9 @@ def find(
         "largest_cell": max(len(c.images) for c in cells),
         "centres": sum(not c.shared for c in cells),
     }
-    kept = tuple(Cell(records[c.images], records[c.texts]) if not c.shared else _same(records[c.images]) for c in cells)
+    kept = tuple(
+        PairMembers(records[c.images], records[c.texts]) if not c.shared else _same(records[c.images]) for c in cells
+    )
     return Prototypes(images[order], texts[order], tuple(kept[i] for i in order), facts), records
 
 
@@ -134,8 +136,8 @@ def raw_cosines(sides: Sides) -> Float32[np.ndarray, " T"]:
 
 
 def partition(
-    rows: Rows, of: Ids, k: int, seed: int, ranks: OpenParts, starts: int = 20, normalize: bool = False
-) -> Ids:
+    rows: Rows, of: RecordIds, k: int, seed: int, ranks: OpenParts, starts: int = 20, normalize: bool = False
+) -> RecordIds:
     """The k-means cluster of every record, whose features are row `of[n]`; fitted on a sample of at most `SAMPLE`.
 
     No cluster is empty as long as there are enough distinct rows.
@@ -165,7 +167,7 @@ def _nearest(ranks: WorkerParts, centroids: np.ndarray, count: int) -> tuple[np.
     return label, distance
 
 
-def refilled(label: np.ndarray, distance: np.ndarray, of: Ids, k: int) -> Ids:
+def refilled(label: np.ndarray, distance: np.ndarray, of: RecordIds, k: int) -> RecordIds:
     """Clusters of all rows, where an empty one gets the row in use that lies farthest from its centroid."""
     label, used = label.copy(), np.unique(of)
     count = np.bincount(label[used], minlength=k)
@@ -183,18 +185,20 @@ def refilled(label: np.ndarray, distance: np.ndarray, of: Ids, k: int) -> Ids:
 # -- pairs of clusters -----------------------------------------------------------------------------------------------
 
 
-def contingency(a: Ids, b: Ids, k: int) -> Int64[np.ndarray, "K K"]:
+def contingency(a: RecordIds, b: RecordIds, k: int) -> Int64[np.ndarray, "K K"]:
     """How many records lie in image cluster i and text cluster j; clusters without members have zeros."""
     return np.bincount(a * k + b, minlength=k * k).reshape(k, k)
 
 
-def shared_cells(a: Ids, b: Ids, partner: Ids) -> list[Cell]:
+def shared_cells(a: RecordIds, b: RecordIds, partner: RecordIds) -> list[PairMembers]:
     """For every image cluster the records whose text cluster is its partner, where there are any."""
     inside = np.where(partner[a] == b, a, -1)
     return [_same(np.flatnonzero(inside == i)) for i in np.unique(inside[inside >= 0])]
 
 
-def topped_up(cells: Sequence[Cell], pairs: int, a: Ids, b: Ids, joint: Any, seed: int) -> list[Cell]:
+def topped_up(
+    cells: Sequence[PairMembers], pairs: int, a: RecordIds, b: RecordIds, joint: Any, seed: int
+) -> list[PairMembers]:
     """`pairs` cells: the largest is split in two by 2-means on `joint(members)` until there are enough.
 
     Where nothing is left to split, the largest cells that were not matched follow.
@@ -218,7 +222,7 @@ def topped_up(cells: Sequence[Cell], pairs: int, a: Ids, b: Ids, joint: Any, see
     return found
 
 
-def _halves(members: Ids, rows: np.ndarray, seed: int) -> list[Ids]:
+def _halves(members: RecordIds, rows: np.ndarray, seed: int) -> list[RecordIds]:
     centroids = fit(rows, 2, derive(seed, "split of a cell", int(members[0]), len(members)))
     _, label, _ = Shard(Rows.of(rows)).assigned(centroids)
     halves = [members[label == half] for half in (0, 1)]
@@ -227,7 +231,7 @@ def _halves(members: Ids, rows: np.ndarray, seed: int) -> list[Ids]:
     return halves
 
 
-def _unmatched(a: Ids, b: Ids, taken: Bool[np.ndarray, " N"]) -> list[Ids]:
+def _unmatched(a: RecordIds, b: RecordIds, taken: Bool[np.ndarray, " N"]) -> list[RecordIds]:
     """Records in no matched cell, by their two clusters, the most first."""
     left = np.flatnonzero(~taken)
     _, group = np.unique(np.stack([a[left], b[left]]), axis=1, return_inverse=True)
@@ -235,17 +239,17 @@ def _unmatched(a: Ids, b: Ids, taken: Bool[np.ndarray, " N"]) -> list[Ids]:
     return sorted(groups, key=lambda members: (-len(members), int(members[0])))
 
 
-def _centres(a: Ids, b: Ids, partner: Ids, empty: Ids) -> list[Cell]:
+def _centres(a: RecordIds, b: RecordIds, partner: RecordIds, empty: RecordIds) -> list[PairMembers]:
     """Both clusters of a match that shares no record; their means stand for their k-means centres."""
-    cells = [Cell(np.flatnonzero(a == i), np.flatnonzero(b == partner[i])) for i in empty]
+    cells = [PairMembers(np.flatnonzero(a == i), np.flatnonzero(b == partner[i])) for i in empty]
     return [cell for cell in cells if len(cell.images) and len(cell.texts)]
 
 
-def _same(members: Ids) -> Cell:
-    return Cell(members, members)
+def _same(members: RecordIds) -> PairMembers:
+    return PairMembers(members, members)
 
 
-def _mean(rows: Rows, members: Ids, rescale: bool) -> Float32[np.ndarray, " D"]:
+def _mean(rows: Rows, members: RecordIds, rescale: bool) -> Float32[np.ndarray, " D"]:
     found = rows.at(members).astype(np.float64)
     mean = found.mean(axis=0)
     if rescale:
@@ -264,7 +268,9 @@ def _units(rows: Rows) -> Rows:
 # -- what is nearest to a prototype ----------------------------------------------------------------------------------
 
 
-def retrieved(queries: Float32[np.ndarray, "M D"], rows: Rows, among: Ids, repeats: bool) -> Int64[np.ndarray, " M"]:
+def retrieved(
+    queries: Float32[np.ndarray, "M D"], rows: Rows, among: RecordIds, repeats: bool
+) -> Int64[np.ndarray, " M"]:
     """For each query the row out of `among` with the highest cosine, the first of equals; without `repeats` each row is
     taken once, such that the sum of cosines is largest. Raises `ValueError` for fewer rows than queries then."""
     count = len(queries)
@@ -283,7 +289,7 @@ def retrieved(queries: Float32[np.ndarray, "M D"], rows: Rows, among: Ids, repea
     return columns[column[np.argsort(query)]]
 
 
-def _best(queries: np.ndarray, rows: Rows, among: Ids, k: int) -> tuple[np.ndarray, np.ndarray]:
+def _best(queries: np.ndarray, rows: Rows, among: RecordIds, k: int) -> tuple[np.ndarray, np.ndarray]:
     """(M, k): the ids of the k best rows of each query, best first, and their cosines."""
     ids, score = np.zeros((len(queries), 0), np.int64), np.zeros((len(queries), 0), np.float32)
     among = np.sort(among)

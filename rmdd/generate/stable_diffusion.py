@@ -24,7 +24,7 @@ from rmdd.generate.decode import Offload, Precision, Request, pictures, placed
 from rmdd.generate.diffusion import Diffusion, grid_of
 from rmdd.generate.guidance import guided, scheduler_for, text_denoiser
 from rmdd.generate.tuning import read_tuned, use_tuned
-from rmdd.models.pretrained import Part, quiet
+from rmdd.models.pretrained import PretrainedModel, quiet
 
 _logger = logging.getLogger(__name__)
 
@@ -62,9 +62,9 @@ def load_pipeline(folder: Path, dtype: torch.dtype = torch.float32, kind: str = 
     return loaded
 
 
-def generator_part(name: str) -> Part:
+def generator_part(name: str) -> PretrainedModel:
     needs = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
-    return Part.of("generator", name, "diffusers", needs, option="distill.options.generator: FOLDER")
+    return PretrainedModel.of("generator", name, "diffusers", needs, option="distill.options.generator: FOLDER")
 
 
 def diffusion_of(folder: Path, device: torch.device) -> Diffusion:

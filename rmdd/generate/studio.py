@@ -26,10 +26,10 @@ from rmdd.distill.sets import save_set
 from rmdd.distill.synthetic import Synthetic, reduced
 from rmdd.execution.executor import Executor
 from rmdd.execution.parts import OpenParts
-from rmdd.execution.tasks import Executor, Hooks, Interrupted, Stream, Values, in_turn, watched
+from rmdd.execution.tasks import Hooks, Interrupted, Stream, Values, in_turn, watched
 from rmdd.generate.decode import Decoder, Painter, is_painted, picture_of, read_requests, write_requests
 from rmdd.generate.features import sides_of
-from rmdd.models.pretrained import Part
+from rmdd.models.pretrained import PretrainedModel
 from rmdd.models.text import embed
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class Studio:
         records: Sequence[int],
         captions: Sequence[str],
         texts: Float[Tensor, "M F"] | None = None,
-        parts: Sequence[Part] = (),
+        parts: Sequence[PretrainedModel] = (),
         facts: Mapping[str, Any] | None = None,
     ) -> None:
         """Write what later steps read: the set comes last, and says that the phase is done.

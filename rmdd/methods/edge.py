@@ -33,7 +33,7 @@ from rmdd.generate.edge_tuning import EdgeTrainer, EdgeTuning, draws
 from rmdd.generate.stable_diffusion import FromCaption, Sampling, cut_captions, diffusion_of, generator_part
 from rmdd.methods.base import Need
 from rmdd.methods.tuned import TunedMethod
-from rmdd.models.pretrained import Part
+from rmdd.models.pretrained import PretrainedModel
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +90,7 @@ class EDGE(TunedMethod):
 
     # -- parts and training ------------------------------------------------------------------------------------------
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[PretrainedModel]:
         options, found = self.options, [generator_part(self.options.generator)]
         nearest = self._asks and options.captioner.kind == "nearest"
         if options.tuning.steps != 0 or nearest:
@@ -106,12 +106,12 @@ class EDGE(TunedMethod):
         return self.options.captions_per_image > 1
 
     @property
-    def _captioner(self) -> Part:
+    def _captioner(self) -> PretrainedModel:
         rule = self.options.captioner
         assert rule.kind in DEFAULT_IDS
         files = ("preprocessor_config.json|processor_config.json", "tokenizer.json|vocab.txt|tokenizer.model")
         option = "distill.options.captioner.id: FOLDER"
-        return Part.of("captioner", rule.id or DEFAULT_IDS[rule.kind], files=files, option=option)
+        return PretrainedModel.of("captioner", rule.id or DEFAULT_IDS[rule.kind], files=files, option=option)
 
     @property
     def checkpoint_every(self) -> int:

@@ -40,7 +40,7 @@ from rmdd.generate.stable_diffusion import (
     latent_shape,
 )
 from rmdd.methods.tuned import TunedMethod
-from rmdd.models.pretrained import Part
+from rmdd.models.pretrained import PretrainedModel
 
 if TYPE_CHECKING:
     import torch
@@ -107,7 +107,7 @@ class EVLF(TunedMethod):
 
     # -- parts and training ------------------------------------------------------------------------------------------
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[PretrainedModel]:
         return [generator_part(self.options.generator)]
 
     def sizes(self) -> dict[str, int]:

@@ -9,7 +9,7 @@ from rmdd.methods.base import Family, Method, Need
 
 if TYPE_CHECKING:
     from rmdd.generate.studio import Studio
-    from rmdd.models.pretrained import Part
+    from rmdd.models.pretrained import PretrainedModel
 
 
 class GenerativeMethod(Method, ABC):
@@ -18,7 +18,7 @@ class GenerativeMethod(Method, ABC):
     family: ClassVar[Family] = "generative"
     needs: ClassVar[tuple[Need, ...]] = ("features", "diffusion")
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[PretrainedModel]:
         """The pretrained parts that it asks for."""
         return []
 

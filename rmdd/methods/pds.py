@@ -132,14 +132,14 @@ class PDS(GenerativeMethod):
             found.append(f"distill.options.features names {options.features}; the run trains {run.experts.num} experts")
         return found
 
-    def parts(self) -> list[parts.Part]:
+    def parts(self) -> list[parts.PretrainedModel]:
         kind, _, name = self.options.features.partition(":")
         asked = [clip_part(name, "distill.options.features: clip:FOLDER")] if kind == "clip" else []
         how = self.options.decode
         if how != "nearest":
             name = self.options.decoder or DECODERS[how]
             needs, option = COMPONENTS[how], "distill.options.decoder: FOLDER"
-            asked.append(parts.Part.of("decoder", name, "diffusers", needs, option))
+            asked.append(parts.PretrainedModel.of("decoder", name, "diffusers", needs, option))
         return asked
 
     def faults(self) -> list[str]:

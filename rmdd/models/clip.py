@@ -17,14 +17,14 @@ from torch import Tensor
 from rmdd.config import Captions
 from rmdd.core.files import read_json
 from rmdd.data.captions import clean
-from rmdd.models.pretrained import Part, quiet
+from rmdd.models.pretrained import PretrainedModel, quiet
 
 FILES = ("preprocessor_config.json|processor_config.json", "tokenizer.json|vocab.json")
 
 
-def clip_part(name: str, option: str = "") -> Part:
+def clip_part(name: str, option: str = "") -> PretrainedModel:
     """The CLIP that an encoder `clip:NAME` names."""
-    return Part.of("clip", name, files=FILES, option=option)
+    return PretrainedModel.of("clip", name, files=FILES, option=option)
 
 
 def projection_width(folder: Path) -> int:

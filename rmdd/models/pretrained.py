@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from rmdd.core.files import read_json, sha256_file
 
-Kind = Literal["transformers", "diffusers"]
+Library = Literal["transformers", "diffusers"]
 
 WEIGHTS = (
     "model.safetensors",
@@ -41,7 +41,7 @@ ABOUT_BYTES = {
 
 
 @dataclass(frozen=True)
-class Part:
+class PretrainedModel:
     """A pretrained model, or a pipeline of several, that a run asks for."""
 
     role: str
@@ -50,7 +50,7 @@ class Part:
     """Hub id or local folder."""
     revision: str | None = None
     """Branch, tag or commit of a hub id; None: its main branch, or what lies in the cache."""
-    kind: Kind = "transformers"
+    kind: Library = "transformers"
     """diffusers: a pipeline with a model_index.json and a folder for every component."""
     files: tuple[str, ...] = ()
     """Files that it needs beside configuration and weights, `a|b` is either; of a pipeline, the components."""
@@ -58,7 +58,9 @@ class Part:
     """What to write in a run file to take it from a folder, for messages, such as `distill.options.decoder: FOLDER`."""
 
     @classmethod
-    def of(cls, role: str, name: str, kind: Kind = "transformers", files: Sequence[str] = (), option: str = "") -> Part:
+    def of(
+        cls, role: str, name: str, kind: Library = "transformers", files: Sequence[str] = (), option: str = ""
+    ) -> PretrainedModel:
         """A part as a run file names it: a folder, or a hub id that may end in `@REVISION`."""
         path = Path(name).expanduser()
         if path.is_dir() or _is_path(name):
@@ -148,12 +150,12 @@ class Part:
         return [n for n in wanted(names, self.kind) if n != "README.md"]
 
 
-def missing(parts: Iterable[Part]) -> list[Part]:
+def missing(parts: Iterable[PretrainedModel]) -> list[PretrainedModel]:
     """Those that are not whole on this machine."""
     return [part for part in parts if part.lacking()]
 
 
-def obtain(parts: Iterable[Part]) -> None:
+def obtain(parts: Iterable[PretrainedModel]) -> None:
     """Download what is missing. Raises `ValueError` with every part that cannot be had."""
     told = []
     for part in missing(parts):
@@ -168,7 +170,7 @@ def obtain(parts: Iterable[Part]) -> None:
         raise ValueError(f"{len(told)} pretrained part(s) are missing:\n" + "\n".join(f"  - {line}" for line in told))
 
 
-def faults(parts: Iterable[Part]) -> list[str]:
+def faults(parts: Iterable[PretrainedModel]) -> list[str]:
     """What is missing and cannot be downloaded either, a line each. Downloads nothing."""
     told = []
     for part in missing(parts):
@@ -178,7 +180,7 @@ def faults(parts: Iterable[Part]) -> list[str]:
     return told
 
 
-def told(part: Part) -> dict[str, Any]:
+def told(part: PretrainedModel) -> dict[str, Any]:
     """What `rmdd check` shows: where it lies or what is missing, and its size where that is known."""
     lacking = part.lacking()
     if not lacking:
@@ -210,7 +212,7 @@ def components(folder: Path) -> dict[str, str]:
     return {name: value[1] for name, value in index.items() if isinstance(value, list) and all(value)}
 
 
-def wanted(names: Sequence[str], kind: Kind) -> list[str]:
+def wanted(names: Sequence[str], kind: Library) -> list[str]:
     """Of the files of a part those that it is loaded from: small ones, and per folder one format of weights."""
     found = []
     for folder in sorted({os.path.dirname(n) for n in names}):
@@ -269,7 +271,7 @@ def _content(folder: Path, files: tuple[tuple[str, int, int], ...]) -> str:
     return digest.hexdigest()
 
 
-def _download(part: Part) -> None:
+def _download(part: PretrainedModel) -> None:
     if part.is_local:
         return
     from huggingface_hub import HfApi, snapshot_download
@@ -280,7 +282,7 @@ def _download(part: Part) -> None:
 
 
 @functools.lru_cache(maxsize=16)
-def _unreachable(part: Part) -> str:
+def _unreachable(part: PretrainedModel) -> str:
     """Why a hub cannot give a part; empty when it can."""
     from huggingface_hub import HfApi
 

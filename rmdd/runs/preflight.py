@@ -109,7 +109,7 @@ def examine(run: config.Run) -> dict[str, Any]:
     }
 
 
-def _parts(run: config.Run) -> list[parts.Part]:
+def _parts(run: config.Run) -> list[parts.PretrainedModel]:
     method = generative(run)
     return method.parts() if method else []
 

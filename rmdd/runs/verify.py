@@ -23,7 +23,7 @@ from rmdd.core.storage import Mirror, Storage, is_uri
 from rmdd.core.tensors import Damaged, load_checked
 from rmdd.coresets.forgetting import FILE as FORGETTING
 from rmdd.coresets.subset import DESCRIPTION as SUBSET
-from rmdd.coresets.subset import Subset
+from rmdd.coresets.subset import Coreset
 from rmdd.data.shards import MANIFEST, Dataset
 from rmdd.distill.trajectory.matching import snapshot_iterations
 from rmdd.distill.trajectory.planning import PLAN, with_phases
@@ -209,7 +209,7 @@ class Verifier:
         """A coreset can be read."""
         if self._begin(path):
             with self._told(path / SUBSET, f"delete {self.storage.address(path)} and choose it again"):
-                Subset.load(path)
+                Coreset.load(path)
 
     def phase(self, path: Path, phase: config.Phase | None = None, snapshots: int = 1) -> None:
         """Checkpoints, sets and logs; a finished `phase` must have all its snapshots."""

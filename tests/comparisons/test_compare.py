@@ -25,7 +25,7 @@ from rmdd.comparisons.entries import open_entries
 from rmdd.comparisons.published import beside
 from rmdd.core.progress import Progress
 from rmdd.core.seeding import generator
-from rmdd.coresets.subset import Subset
+from rmdd.coresets.subset import Coreset
 from rmdd.data.shards import Dataset
 from rmdd.data.splits import load_split
 from rmdd.evaluate import bootstrap
@@ -71,7 +71,7 @@ def subset_of(storage, rows, **facts):
     for row in rows:
         image = int(split.image_of[row])
         pairs.append((split.pair_ids[image], row - first[image]))
-    return Subset("herding", {}, 0, "record", split.dataset.hash, {}, tuple(pairs), facts)
+    return Coreset("herding", {}, 0, "record", split.dataset.hash, {}, tuple(pairs), facts)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from rmdd.artefact import distilled
 from rmdd.cli import app as cli
 from rmdd.core.files import read_json, sha256_file, write_json
 from rmdd.core.progress import Progress
-from rmdd.coresets.subset import Subset
+from rmdd.coresets.subset import Coreset
 from rmdd.data.shards import MANIFEST, Dataset
 from rmdd.data.splits import load_split
 from rmdd.pipeline import Pipeline
@@ -275,19 +275,19 @@ def test_a_stopped_choice_goes_on_from_its_picks(run, monkeypatch):
 def test_subsets_are_of_their_data(run, train, tmp_path):
     subset = choose(run, "random", 4)
     folder = subset.save(tmp_path / "s")
-    assert Subset.load(folder) == subset and read_json(folder / "subset.json")["schema_version"] == 1
+    assert Coreset.load(folder) == subset and read_json(folder / "subset.json")["schema_version"] == 1
     other = load_split(Dataset.open(run.data.root), "val", run.data, tmp_path)
     with pytest.raises(ValueError, match="4 of 4 pairs are not in split 'val'"):
         subset.rows(other)
     with pytest.raises(ValueError, match="this subset was chosen from data"):
-        Subset(**{**subset.__dict__, "data_hash": "0" * 64}).rows(train)
+        Coreset(**{**subset.__dict__, "data_hash": "0" * 64}).rows(train)
     assert verify(str(folder)).faults == []
     write_json(folder / "subset.json", read_json(folder / "subset.json") | {"schema_version": 9})
     assert len(verify(str(folder)).faults) == 1
     with pytest.raises(ValueError, match="schema version 9"):
-        Subset.load(folder)
+        Coreset.load(folder)
     with pytest.raises(ValueError, match="holds no subset"):
-        Subset.load(tmp_path)
+        Coreset.load(tmp_path)
 
 
 def test_the_command_line(storage, run, tmp_path):
@@ -301,7 +301,7 @@ def test_the_command_line(storage, run, tmp_path):
     )
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
-    subset = Subset.load(told["subset"])
+    subset = Coreset.load(told["subset"])
     assert len(subset) == 6 and subset.options["start"] == "mean" and told["facts"]["radius"] > 0
     assert told["subset"].startswith(f"{storage}/coresets/tiny-k_center-")
     assert {p.name for p in (storage / "coresets").glob("*/*")} == {"subset.json", "preview.png"}

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rmdd import config
 from rmdd.core.progress import Progress
 from rmdd.coresets import forgetting
-from rmdd.coresets.forgetting import Counts
+from rmdd.coresets.forgetting import ForgettingCounts
 from rmdd.experts.store import Store
 from rmdd.experts.train import expert_model
 from rmdd.pipeline import open_pipeline
@@ -28,7 +28,7 @@ EPOCHS = 4
 
 def counted(*visits, margins=None):
     """The counts of records that are correct or not at each visit; None for a visit that leaves a record out."""
-    counts = Counts.new(len(visits[0]))
+    counts = ForgettingCounts.new(len(visits[0]))
     for epoch, visit in enumerate(visits, 1):
         there = torch.tensor([i for i, v in enumerate(visit) if v is not None], dtype=torch.int64)
         correct = torch.tensor([bool(visit[i]) for i in there])
@@ -66,10 +66,10 @@ def test_counts_come_back_from_disk_and_go_on(tmp_path):
     counts = counted([1, 0, 1], [0, 0, 1], margins=[0.1, 0.2, 0.3])
     counts.save(tmp_path)
     more = torch.tensor([True, True, False])
-    a, b = Counts.load(tmp_path).visited(3, more), counts.visited(3, more)
+    a, b = ForgettingCounts.load(tmp_path).visited(3, more), counts.visited(3, more)
     assert all(torch.equal(x, y) for x, y in zip(a.tensors().values(), b.tensors().values(), strict=True))
     with pytest.raises(ValueError, match="holds no forgetting counts; train it with experts.forgetting"):
-        Counts.load(tmp_path / "other")
+        ForgettingCounts.load(tmp_path / "other")
 
 
 def test_ties_go_by_last_event_then_margin_then_number():
@@ -155,7 +155,7 @@ def test_counts_are_those_of_the_checkpoints(watched):
         for epoch in range(1, EPOCHS + 1):
             model.load_trained(store.read(0, epoch))
             correct[epoch - 1] = [lead(model, train, t, pool) > forgetting.MARGIN for t in range(len(train.texts))]
-    counts = Counts.load(store.folder(0))
+    counts = ForgettingCounts.load(store.folder(0))
     assert counts.visits.tolist() == [EPOCHS] * len(train.texts)
     assert counts.events.tolist() == (correct[:-1] & ~correct[1:]).sum(axis=0).tolist()
     assert counts.learned.tolist() == correct.any(axis=0).tolist() and 0 < counts.learned.sum() < len(train.texts)
@@ -183,7 +183,7 @@ def test_damaged_counts_are_found(watched, tmp_path):
     path.write_bytes(path.read_bytes()[:-3] + b"abc")
     assert [str(path)] == [f.path for f in verify(str(copy)).faults]
     with pytest.raises(ValueError, match="is damaged"):
-        Counts.load(copy / "expert-000")
+        ForgettingCounts.load(copy / "expert-000")
 
 
 KILLED_AT = """

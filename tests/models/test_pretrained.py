@@ -13,7 +13,7 @@ import pytest
 import tiny_parts
 
 from rmdd.models.clip import clip_part
-from rmdd.models.pretrained import Part, faults, licence_of, missing, obtain, told, wanted
+from rmdd.models.pretrained import PretrainedModel, faults, licence_of, missing, obtain, told, wanted
 
 HUB = "nobody/tiny-clip"
 OLD = "0ddba11" + 33 * "0"
@@ -42,7 +42,7 @@ def in_cache(folder, cache, commit="c0ffee", name=HUB):
 
 def test_a_folder_is_whole_pinned_by_its_bytes_and_tells_its_licence(made, tmp_path):
     clip, unclip = (shutil.copytree(path, tmp_path / path.name) for path in made)
-    parts = [clip_part(str(clip)), Part.of("decoder", str(unclip), "diffusers")]
+    parts = [clip_part(str(clip)), PretrainedModel.of("decoder", str(unclip), "diffusers")]
     assert missing(parts) == faults(parts) == []
     obtain(parts)
     facts = [told(part) for part in parts]
@@ -64,7 +64,7 @@ def test_what_a_folder_lacks_is_named(made, tmp_path):
     (clip / "tokenizer.json").unlink()
     (unclip / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     shutil.rmtree(unclip / "scheduler")
-    parts = [clip_part(str(clip)), Part.of("decoder", str(unclip), "diffusers")]
+    parts = [clip_part(str(clip)), PretrainedModel.of("decoder", str(unclip), "diffusers")]
     assert parts[0].lacking() == ["weights (*.safetensors)", "tokenizer.json|vocab.json"]
     assert parts[1].lacking() == ["scheduler/", "unet/weights (*.safetensors)"]
     with pytest.raises(ValueError, match=r"2 pretrained part\(s\) are missing") as error:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from rmdd.config import Data, Table
+from rmdd.config import Data, TableSource
 from rmdd.data.inputs import InputPath, input_path, parquet_file
 from rmdd.data.layouts import describe, read_text
 from rmdd.data.source import NO_SPLIT, SPLIT_NAMES, AnnotationRow, AnnotationSource, as_captions
@@ -27,7 +27,9 @@ def rows(data: Data) -> tuple[Iterator[AnnotationRow], list[InputPath]]:
     return _rows(path, readers[path.suffix.lower()](path), data.table), [path]
 
 
-def _rows(path: InputPath, records: Iterator[tuple[str, dict[str, Any]]], table: Table) -> Iterator[AnnotationRow]:
+def _rows(
+    path: InputPath, records: Iterator[tuple[str, dict[str, Any]]], table: TableSource
+) -> Iterator[AnnotationRow]:
     for i, (where, record) in enumerate(records):
         missing = [column for column in (table.image, table.caption) if column not in record]
         if missing and i == 0:
@@ -40,7 +42,7 @@ def _rows(path: InputPath, records: Iterator[tuple[str, dict[str, Any]]], table:
         yield AnnotationRow(record.get(table.image), captions, _split(record, table, path, where), "table", origin)
 
 
-def _split(record: dict[str, Any], table: Table, path: InputPath, where: str) -> str | None:
+def _split(record: dict[str, Any], table: TableSource, path: InputPath, where: str) -> str | None:
     if table.split is None or table.split not in record:
         return None
     value = record[table.split]
