@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmdd.config.budget import pair_parameters
+from rmdd.core.checks import Check, Format
 from rmdd.core.files import atomic_path, read_json, sha256_file, temporary_beside, write_json
 from rmdd.core.tensors import Damaged, joined, load_checked, parted
 from rmdd.distill import similarity
@@ -341,3 +342,23 @@ def _move_aside(path: Path) -> Path | None:
     aside = temporary_beside(path, "old")
     os.replace(path, aside)
     return aside
+
+
+def verify(path: Path, check: Check) -> None:
+    """The set as its reader finds it."""
+    if not check.begin(path):
+        return
+    again = "get the set again, or write it again with `rmdd report`"
+    before = len(check.findings.faults)
+    info = check.json(path / DESCRIPTION, again)
+    for name, sha256 in (info or {}).get("sha256", {}).items():
+        if not (path / name).is_file():
+            check.fault(path / name, "is missing", again)
+        elif sha256_file(path / name) != sha256:
+            check.fault(path / name, f"has another SHA-256 than {DESCRIPTION} says", again)
+    if len(check.findings.faults) == before:
+        with check.refusals(path, again):
+            DistilledSet.load(path)
+
+
+FORMAT = Format((DESCRIPTION,), "", verify)

@@ -219,7 +219,7 @@ def verify(
 ) -> None:
     """Check manifests, hashes, numbers of a dataset, store, phase, set, run, sweep, search, storage; touch nothing."""
     with outcome(debug):
-        from rmdd.runs.verify import verify as verify_
+        from rmdd.cli.verify import verify as verify_
 
         found = verify_(path)
         if json:

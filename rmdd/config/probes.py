@@ -73,7 +73,7 @@ class _ProbeData(Data):
 
 
 class ClassData(_ProbeData):
-    source: Literal["classes"] = Field("classes", description="labelled pictures")  # type: ignore[assignment]
+    source: Literal["classes"] = Field("classes", description="labelled pictures")
     classes: Classes = Classes()
 
     def faults(self) -> list[str]:
@@ -82,7 +82,7 @@ class ClassData(_ProbeData):
 
 
 class CocoQaData(_ProbeData):
-    source: Literal["cocoqa"] = Field("cocoqa", description="COCO-QA")  # type: ignore[assignment]
+    source: Literal["cocoqa"] = Field("cocoqa", description="COCO-QA")
     layout: Literal["coco"] = Field("coco", description="pictures may have their names of 2014 or of 2017")
     cocoqa: CocoQa = CocoQa()
 

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from rmdd.core.checks import Check, Format
 from rmdd.core.files import read_json, write_json
 from rmdd.data.splits import Split
 
@@ -74,3 +75,13 @@ class Coreset:
                 f"{missing[:TOLD]}); use the split and the caption rule (data.captions) that they were chosen with"
             )
         return [first[pair] + caption for pair, caption in self.records]
+
+
+def verify(path: Path, check: Check) -> None:
+    """It can be read."""
+    if check.begin(path):
+        with check.refusals(path / DESCRIPTION, f"delete {check.storage.address(path)} and choose it again"):
+            Coreset.load(path)
+
+
+FORMAT = Format((DESCRIPTION,), "coresets/*", verify)

@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rmdd.core.checks import Check, Format
 from rmdd.core.files import atomic_path, read_json, sha256_file
 
 SCHEMA_VERSION = 1
@@ -191,3 +192,27 @@ class Dataset:
             raise ValueError(f"{self.path} holds {found}, its manifest says {self.counts}; ingest again")
         if content.hexdigest() != self.hash:
             raise ValueError(f"{self.path}: its rows are not those of its manifest (data_hash); ingest again")
+
+
+def verify(path: Path, check: Check) -> None:
+    """Shards against the manifest, row by row."""
+    if not check.begin(path):
+        return
+    before = len(check.findings.faults)
+    copy = "copy it again, or delete the dataset and ingest again"
+    manifest = check.json(path / MANIFEST, copy)
+    with check.refusals(path / MANIFEST, copy):
+        for shard in manifest["shards"]:
+            file = path / shard["file"]
+            if not file.is_file():
+                check.fault(file, "is missing", copy)
+            elif file.stat().st_size != shard["bytes"]:
+                check.fault(file, f"has {file.stat().st_size} bytes, the manifest says {shard['bytes']}", copy)
+            elif sha256_file(file) != shard["sha256"]:
+                check.fault(file, "has another SHA-256 than the manifest says", copy)
+    if len(check.findings.faults) == before:
+        with check.refusals(path, copy):
+            Dataset.open(path).verify()
+
+
+FORMAT = Format((MANIFEST,), "data/*", verify, always_marked=False)

@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rmdd import config
+from rmdd.core.checks import Check, Format
 from rmdd.core.files import append_jsonl, cut_jsonl
 from rmdd.core.tensors import Damaged, facts_of, joined, load_checked, parted, save_checked
 from rmdd.distill.guard import Derailed, vitals, what_is_wrong
@@ -317,3 +318,25 @@ def _with_learned(state: State, stepper: Stepper) -> State:
 def snapshot_iterations(total: int, count: int) -> list[int]:
     """Iterations, evenly spaced and ending with the last, whose sets are kept."""
     return sorted({math.ceil(total * (i + 1) / count) for i in range(count)})
+
+
+def verify(folder: Path, check: Check, snapshots: Iterable[int] = ()) -> None:
+    """Checkpoints, sets and logs of a phase; a finished one has a set for each of its `snapshots`."""
+    if not check.begin(folder):
+        return
+    again = f"delete {check.storage.address(folder)} to distil that phase again"
+    for file in sorted(folder.glob("*.safetensors")):
+        is_state = file.name in ("state.safetensors", "good.safetensors")
+        todo = f"delete it and run again, or {again}" if is_state else again
+        check.tensors(file, "state" if is_state else "set", todo)
+    if (folder / "records.json").is_file():
+        check.json(folder / "records.json", again)
+    for log in sorted(folder.glob("*.jsonl")):
+        check.lines(log)
+    for iteration in snapshots:
+        file = folder / f"set-{iteration:06d}.safetensors"
+        if not file.is_file():
+            check.fault(file, "is missing", again)
+
+
+FORMAT = Format(("start.safetensors", "state.safetensors", "records.json"), "phases/*/phase-*", verify)

@@ -20,11 +20,14 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from rmdd.core.files import atomic_path, read_json, remove, sha256_file, write_json
+from rmdd.core.checks import Check, Format
+from rmdd.core.files import atomic_path, is_temporary, read_json, remove, sha256_file, write_json
 from rmdd.core.tensors import Damaged, load_checked, save_checked
 from rmdd.models.dual import Params, check_same_shapes
 
 SCHEMA = 1
+FORGETTING = "forgetting.safetensors"
+"""Beside the epochs of an expert that counted what it forgets; see `rmdd.coresets.forgetting`."""
 START = "theta-0.safetensors"
 
 
@@ -339,3 +342,71 @@ class Writer:
             },
         )
         remove(self.running)
+
+
+def verify(path: Path, check: Check, experts: int | None = None) -> None:
+    """Every kept epoch of every expert; `experts` are expected, else those up to the last that is there."""
+    if not check.begin(path):
+        return
+    with check.refusals(path / "store.json", "delete the store and train again"):
+        store = Store.open(path)
+        shared = store.spec["shared"]
+        if shared:
+            listed, again = store.spec.get("shared_sha256"), "copy it again, or delete the store and train again"
+            if listed and store.start.is_file() and sha256_file(store.start) != listed:
+                check.fault(store.start, "has another SHA-256 than store.json says", again)
+            else:
+                _verify_shapes(store.start, {n: store.shapes[n] for n in shared}, again, check)
+        there = [int(p.name.removeprefix("expert-")) for p in path.glob("expert-*") if _is_folder(p)]
+        for number in range(experts if experts is not None else max(there, default=-1) + 1):
+            _verify_expert(store, number, experts is not None, check)
+
+
+def _verify_expert(store: Store, number: int, finished: bool, check: Check) -> None:
+    folder = store.folder(number)
+    again = f"delete {check.storage.address(folder)} and train that expert again with `rmdd experts`"
+    if not store.is_complete(number):
+        if (running := folder / "running.safetensors").is_file():
+            check.tensors(running, "state", again)
+        if finished or not folder.is_dir():
+            check.fault(folder, "expert is missing or not finished", "train it with `rmdd experts`")
+        else:
+            check.unfinished(folder)
+        return
+    with check.refusals(folder / "expert.json", again):
+        files = store.record(number).get("files", {})
+        for epoch in (e for e in range(store.epochs + 1) if store.kept(e)):
+            file = folder / f"epoch-{epoch:04d}.safetensors"
+            listed = files.get(file.name)
+            if not file.is_file():
+                check.fault(file, "is missing", again)
+            elif listed and file.stat().st_size != listed["bytes"]:
+                check.fault(file, f"has {file.stat().st_size} bytes, expert.json says {listed['bytes']}", again)
+            elif listed and sha256_file(file) != listed["sha256"]:
+                check.fault(file, "has another SHA-256 than expert.json says", again)
+            else:
+                names = set(store.shapes) - (set(store.spec["shared"]) if epoch == 0 else set())
+                _verify_shapes(file, {n: store.shapes[n] for n in names}, again, check)
+        if FORGETTING in files:
+            check.tensors(folder / FORGETTING, "forgetting", again)
+
+
+def _verify_shapes(path: Path, shapes: dict[str, tuple[int, ...]], todo: str, check: Check) -> None:
+    try:
+        tensors = load_file(path)
+    except Exception as error:
+        check.fault(path, f"cannot be read: {error}", todo)
+        return
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    wrong = sorted(n for n in found.keys() | shapes.keys() if found.get(n) != shapes.get(n))
+    if wrong:
+        n = wrong[0]
+        check.fault(path, f"{n} is {found.get(n, 'missing')}, store.json says {shapes.get(n, 'nothing')}", todo)
+    check.finite(path, tensors, todo)
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not is_temporary(path.name)
+
+
+FORMAT = Format(("store.json",), "experts/*", verify, always_marked=False)

@@ -101,7 +101,7 @@ def test_folder(saved):
         assert preview.size == (4 * 66 + 2, 3 * 66 + 2)
     assert len({f.stat().st_mode for f in saved.iterdir()}) == 1
     info = json.loads((saved / "set.json").read_text())
-    assert info["schema_version"] == 1 and info["num_pairs"] == 11
+    assert info["schema_version"] == 2 and info["num_pairs"] == 11
     assert [s["pairs"] for s in info["subsets"]] == [6, 5]
     text = (saved / "README.md").read_text()
     assert "| test_last.R@mean | 31.25 |" in text and "licence" in text and "{" not in text.split("```")[0]

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rmdd import config
+from rmdd.cli.verify import verify
 from rmdd.core.progress import Progress
 from rmdd.coresets import forgetting
 from rmdd.coresets.forgetting import ForgettingCounts
@@ -21,7 +22,6 @@ from rmdd.experts.store import Store
 from rmdd.experts.train import expert_model
 from rmdd.pipeline import open_pipeline
 from rmdd.runs.paths import places_of
-from rmdd.runs.verify import verify
 
 EPOCHS = 4
 

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import rmdd
 from rmdd import config
 from rmdd.cli import app as cli
+from rmdd.cli.verify import verify
 from rmdd.core.storage import run_folder
 from rmdd.distill.trajectory.matching import finished
 from rmdd.execution.in_turn import InTurn
@@ -26,7 +27,6 @@ from rmdd.execution.scheduler import SweepScheduler
 from rmdd.execution.tasks import Interrupted
 from rmdd.runs.paths import Places
 from rmdd.runs.tasks import Item, target
-from rmdd.runs.verify import verify
 from rmdd.searches.sweeps import members, members_in, read_over, run_all, sweep_folder
 
 

@@ -1,0 +1,25 @@
+"""All formats that `rmdd verify` knows, in the order in which a storage is walked."""
+
+from rmdd.comparisons.verify import COMPARISONS, STUDENTS
+from rmdd.core.checks import Findings
+from rmdd.runs import verify as walk
+from rmdd.searches.verify import SEARCHES, SWEEPS
+
+FORMATS = (
+    walk.DATASETS,
+    walk.STORES,
+    walk.SETS,
+    walk.PHASES,
+    walk.BASELINES,
+    SEARCHES,
+    walk.CORESETS,
+    walk.RUNS,
+    SWEEPS,
+    STUDENTS,
+    COMPARISONS,
+)
+
+
+def verify(address: str) -> Findings:
+    """Check a folder that rmdd wrote, or its URI. Raises `ValueError` when there is nothing that rmdd writes."""
+    return walk.verify(address, FORMATS)

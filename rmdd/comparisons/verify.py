@@ -1,0 +1,24 @@
+"""What `rmdd verify` checks of comparisons and transfers."""
+
+from pathlib import Path
+
+from rmdd.core.checks import Check, Format
+
+
+def verify_comparison(path: Path, check: Check) -> None:
+    """The table of a comparison or a transfer."""
+    if not check.begin(path):
+        return
+    for file in sorted(path.glob("*.json")):
+        check.json(file, "make the comparison again: students that are there are not trained again")
+    check.lines(path / "events.jsonl")
+    if not (path / "results.json").is_file():
+        check.unfinished(path)
+
+
+def _student(record: Path, check: Check) -> None:
+    check.json(record, "delete it and resume its comparison: it is made anew")
+
+
+STUDENTS = Format((), "comparisons/students/*/*.json", _student)
+COMPARISONS = Format(("comparison.json",), "comparisons/*", verify_comparison)

@@ -1,0 +1,89 @@
+"""What `rmdd verify` checks of sweeps and searches."""
+
+import contextlib
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+from rmdd import config
+from rmdd.artefact import distilled
+from rmdd.core.checks import Check, Format
+from rmdd.core.files import read_json
+from rmdd.distill.trajectory.planning import PLAN, with_phases
+from rmdd.runs.verify import REMADE, verify_records, verify_run, verify_sources
+
+
+def verify_sweep(path: Path, check: Check) -> None:
+    """A sweep's table and all its runs."""
+    if not check.begin(path):
+        return
+    _own_files(path, "sweep", check)
+    with check.refusals(path / "sweep.json", "begin the sweep again: what its runs have is used"):
+        root = path.parents[1]
+        for member in read_json(path / "sweep.json")["members"]:
+            folder = root / config.load(member["run"]).folder_name
+            check.storage.fetch(folder)
+            if (folder / "run.yaml").is_file():
+                verify_run(folder, check)
+            else:
+                check.unfinished(folder)
+
+
+def verify_search(path: Path, check: Check) -> None:
+    """A search's table, its database where that lies beside it, and the runs of its trials."""
+    if not check.begin(path):
+        return
+    _own_files(path, "search", check)
+    with check.refusals(path / "search.json", "begin the search again: what its trials have is used"):
+        config.load(read_json(path / "search.json")["run"])
+    if (path / "study.db").is_file():
+        _database(path / "study.db", check)
+    rows: dict[int, dict[str, Any]] = {}
+    if (path / "results.json").is_file():
+        with check.refusals(path / "results.json", REMADE.format("search")):
+            rows = {row["number"]: row for row in read_json(path / "results.json")["trials"]}
+    for file in sorted(path.glob("trials/*/run.yaml")):
+        with check.refusals(file, "resume the search: it is made anew"):
+            _trial(path.parents[1], config.load(file), rows.get(int(file.parent.name), {"state": "open"}), check)
+    if (path / "best.yaml").is_file():
+        with check.refusals(path / "best.yaml", "resume the search: it is made anew"):
+            config.load(path / "best.yaml")
+
+
+def _trial(root: Path, run: config.Run, row: dict[str, Any], check: Check) -> None:
+    """What a trial was made from, and the run that repeats it where that has been made."""
+    folder = root / run.folder_name
+    check.storage.fetch(folder)
+    if (folder / "set" / distilled.DESCRIPTION).is_file():
+        verify_run(folder, check)
+    elif row["state"] == "open":
+        check.unfinished(folder)
+    if not check.begin(folder):
+        return
+    verify_records(folder, check, "search")
+    if "phases" not in row or not (folder / "data.json").is_file():
+        return
+    if run.distill.plan.plans:
+        run = with_phases(run, read_json(folder / PLAN)["phases"])
+    verify_sources(root, run, row, read_json(folder / "data.json"), check, whole=row["state"] == "complete")
+
+
+def _own_files(path: Path, what: str, check: Check) -> None:
+    for file in sorted(path.glob("*.json")):
+        check.json(file, REMADE.format(what))
+    check.lines(path / "events.jsonl")
+
+
+def _database(path: Path, check: Check) -> None:
+    """SQLite's own check, by a connection that cannot write."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
+            wrong = database.execute("PRAGMA integrity_check(1)").fetchone()[0]
+    except sqlite3.Error as error:
+        wrong = str(error)
+    if wrong != "ok":
+        check.fault(path, f"is no sound database: {wrong}", "bring a copy back; without it a search begins anew")
+
+
+SWEEPS = Format(("sweep.json",), "sweeps/*", verify_sweep)
+SEARCHES = Format(("search.json",), "searches/*", verify_search)
