@@ -227,13 +227,13 @@ class Pairs(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __init__(self, subsets: Sequence[Subset], image_size: int):
         self.subsets, self.image_size = subsets, image_size
-        self.places = [(k, i) for k, subset in enumerate(subsets) for i in range(subset.pairs)]
+        self.numbers = [(k, i) for k, subset in enumerate(subsets) for i in range(subset.pairs)]
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.numbers)
 
     def __getitem__(self, item: int) -> dict[str, Any]:
-        k, i = self.places[item]
+        k, i = self.numbers[item]
         image = enlarged(self.subsets[k].images[i : i + 1], self.image_size)[0]
         return {"image": image, "text": self.subsets[k].texts[i], "subset": k, "index": i}
 

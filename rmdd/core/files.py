@@ -1,7 +1,7 @@
 """Files that are whole or absent: everything is written under a temporary name and renamed.
 
-A temporary name holds the machine and the process that write it, so that what a killed process left can be told from
-what a live one is writing, and swept.
+A temporary name holds the machine and the process that write it, so that what a killed process left can be swept,
+and what a live one is writing stays.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ _ADVICE = {
 
 @runtime_checkable
 class Keeper(Protocol):
-    """What is told of every change under the folder `root`; see `rmdd.core.storage.Mirror`."""
+    """What hears of every change under the folder `root`; see `rmdd.core.storage.Mirror`."""
 
     root: Path
 
@@ -126,8 +126,10 @@ def clearly(path: Path) -> Iterator[None]:
         number = _number(error)
         if number not in _ADVICE or _ADVICE[number] in str(error) or _elsewhere(error, path):
             raise
-        told = f"cannot write {path}: {os.strerror(number).lower()}; {_ADVICE[number]}. What was whole before still is"
-        raise OSError(number, told) from error
+        message = (
+            f"cannot write {path}: {os.strerror(number).lower()}; {_ADVICE[number]}. Files finished earlier are intact"
+        )
+        raise OSError(number, message) from error
 
 
 def _elsewhere(error: Exception, path: Path) -> bool:
@@ -140,9 +142,9 @@ def _number(error: Exception) -> int:
     """The error number of the operating system behind `error`, 0 when there is none."""
     if isinstance(error, OSError) and error.errno:
         return error.errno
-    told = re.search(r"os error (\d+)|errno (\d+)", str(error), re.IGNORECASE)  # safetensors; arrow
-    if told:
-        return int(told[1] or told[2])
+    match = re.search(r"os error (\d+)|errno (\d+)", str(error), re.IGNORECASE)  # safetensors; arrow
+    if match:
+        return int(match[1] or match[2])
     return errno.ENOSPC if re.search(r"requested and \d+ written", str(error)) else 0  # numpy
 
 

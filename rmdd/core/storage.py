@@ -249,10 +249,10 @@ def is_uri(storage: str) -> bool:
 
 def anchored(runtime: config.Runtime) -> config.Runtime:
     """With absolute paths: workers of a cluster have another working folder."""
-    places = {"storage": runtime.storage if is_uri(runtime.storage) else str(root_of(runtime))}
+    paths = {"storage": runtime.storage if is_uri(runtime.storage) else str(root_of(runtime))}
     if runtime.scratch is not None:
-        places["scratch"] = str(_scratch(runtime))
-    return runtime.model_copy(update=places)
+        paths["scratch"] = str(_scratch(runtime))
+    return runtime.model_copy(update=paths)
 
 
 def root_of(runtime: config.Runtime) -> Path:
@@ -285,14 +285,14 @@ def _scratch(runtime: config.Runtime) -> Path:
     return Path(tempfile.gettempdir()) / f"rmdd-{os.getuid()}"
 
 
-def located(place: str, name: str, depth: int) -> tuple[str, Path]:
-    """The storage that `place`, a folder or a URI, lies `depth` levels in, and its file `name`, fetched if there."""
-    if not is_uri(place):
-        folder = Path(place).absolute()
+def located(address: str, name: str, depth: int) -> tuple[str, Path]:
+    """The storage that `address`, a folder or a URI, lies `depth` levels in, and its file `name`, fetched if there."""
+    if not is_uri(address):
+        folder = Path(address).absolute()
         return str(folder.parents[depth - 1]), folder / name
-    storage, *names = place.rstrip("/").rsplit("/", depth)
+    storage, *names = address.rstrip("/").rsplit("/", depth)
     if not re.fullmatch(r".+://.*[^/]", storage):
-        return place, Path(place) / name
+        return address, Path(address) / name
     found = open_storage(config.load({"runtime": {"storage": storage}}).runtime)
     file = found.root.joinpath(*names, name)
     found.fetch(file)

@@ -141,7 +141,7 @@ class MLflow:
         of = experiment.experiment_id if experiment is not None else self.client.create_experiment(name)
         found = self.client.search_runs([of], f"tags.rmdd = '{value}'", max_results=1)
         self.id = (found or [self._begin(run, title, value, of)])[0].info.run_id
-        self.told: dict[str, int] = {}
+        self.last_steps: dict[str, int] = {}
 
     def _begin(self, run: config.Run, title: str, value: str, experiment: str) -> Any:
         begun = self.client.create_run(experiment, tags={"rmdd": value}, run_name=f"{run.name} {title}")
@@ -152,11 +152,11 @@ class MLflow:
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            if name not in self.told:
-                self.told[name] = max((m.step for m in self.client.get_metric_history(self.id, name)), default=0)
-            if step > self.told[name]:
+            if name not in self.last_steps:
+                self.last_steps[name] = max((m.step for m in self.client.get_metric_history(self.id, name)), default=0)
+            if step > self.last_steps[name]:
                 self.client.log_metric(self.id, name, value, step=step)
-                self.told[name] = step
+                self.last_steps[name] = step
 
     def close(self) -> None:
         self.client.set_terminated(self.id)

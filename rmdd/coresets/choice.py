@@ -100,8 +100,8 @@ class Choice(Section):
         """
         found = self._watched(run)
         if missing := [n for n in self.experts if n >= found.experts.num]:
-            told = f"expert {max(missing)} is asked for, and the run has {found.experts.num}; raise experts.num"
-            raise ConfigError([told], "coreset")
+            wrong = f"expert {max(missing)} is asked for, and the run has {found.experts.num}; raise experts.num"
+            raise ConfigError([wrong], "coreset")
         return found
 
     def _watched(self, run: Run) -> Run:

@@ -86,15 +86,15 @@ def quotas(sizes: Sequence[int], k: int, rule: Quota) -> list[int]:
     if not 0 <= k <= size.sum():
         raise ValueError(f"clusters of {size.sum()} items in all cannot give {k}")
     weight = {"equal": np.ones(len(size)), "proportional": size.astype(float), "sqrt": np.sqrt(size)}[rule]
-    given = np.zeros(len(size), np.int64)
-    while (left := k - int(given.sum())) > 0:
-        share = np.where(given < size, weight, 0.0)
+    granted = np.zeros(len(size), np.int64)
+    while (left := k - int(granted.sum())) > 0:
+        share = np.where(granted < size, weight, 0.0)
         exact = left * share / share.sum()
         part = np.floor(exact).astype(np.int64)
         order = np.argsort(-(exact - part), kind="stable")
         part[order[: left - int(part.sum())]] += 1
-        given = np.minimum(given + part, size)
-    return given.tolist()
+        granted = np.minimum(granted + part, size)
+    return granted.tolist()
 
 
 def balanced(

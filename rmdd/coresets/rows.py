@@ -41,7 +41,7 @@ class Rows:
 
     @classmethod
     def of(cls, rows: np.ndarray, ids: Sequence[int] | np.ndarray | None = None) -> "Rows":
-        """Rows (N, D) in memory; ids are their places where none are given."""
+        """Rows (N, D) in memory; ids are their positions unless others are passed."""
         numbers = np.arange(len(rows)) if ids is None else np.asarray(ids)
         if rows.ndim != 2 or numbers.shape != (len(rows),):
             raise ValueError(f"rows are (N, D) with N ids, found {rows.shape} and {numbers.shape}")
@@ -95,7 +95,7 @@ class Rows:
         return Rows(tuple(cut), self.width)
 
     def chunks(self, size: int | None = None) -> Iterator[tuple[slice, Float32[np.ndarray, "n D"]]]:
-        """The places of at most `size` consecutive rows at a time, and these rows."""
+        """The positions of at most `size` consecutive rows at a time, and these rows."""
         size = self.chunk if size is None else size
         for (_, rows), first in zip(self.parts, self._ends, strict=False):
             buffer = torch.empty((min(size, len(rows)) if rows.dtype == np.float16 else 0, self.width))
@@ -105,13 +105,13 @@ class Rows:
                     block = buffer[: len(block)].copy_(torch.from_numpy(np.array(block))).numpy()
                 yield slice(first + start, first + start + len(block)), _float32(block)
 
-    def at(self, places: Sequence[int] | np.ndarray) -> Float32[np.ndarray, "n D"]:
-        """Copies of the rows at some places."""
-        places = [int(p) for p in places]
-        found = np.empty((len(places), self.width), np.float32)
-        for i, place in enumerate(places):
-            part = bisect.bisect_right(self._ends, place) - 1
-            found[i] = self.parts[part][1][place - self._ends[part]]
+    def at(self, positions: Sequence[int] | np.ndarray) -> Float32[np.ndarray, "n D"]:
+        """Copies of the rows at some positions."""
+        positions = [int(p) for p in positions]
+        found = np.empty((len(positions), self.width), np.float32)
+        for i, position in enumerate(positions):
+            part = bisect.bisect_right(self._ends, position) - 1
+            found[i] = self.parts[part][1][position - self._ends[part]]
         return found
 
 

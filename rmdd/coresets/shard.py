@@ -81,11 +81,11 @@ class Shard:
 
     def drop(self, ids: Ids) -> None:
         """Leave out the rows of `ids` that are here."""
-        places = self._places(ids)
-        self.kept[places] = self.free[places] = False
+        positions = self._positions(ids)
+        self.kept[positions] = self.free[positions] = False
 
     def take(self, ids: Ids) -> None:
-        self.free[self._places(ids)] = False
+        self.free[self._positions(ids)] = False
 
     def release(self) -> None:
         """Begin anew: nothing is taken, no centre is told."""
@@ -93,10 +93,10 @@ class Shard:
 
     def rows_of(self, ids: Ids) -> tuple[Int64[np.ndarray, " n"], Float32[np.ndarray, "n D"]]:
         """Those of `ids` that are here, and their rows."""
-        places = self._places(ids)
-        return self.rows.ids[places], self.rows.at(places)
+        positions = self._positions(ids)
+        return self.rows.ids[positions], self.rows.at(positions)
 
-    def _places(self, ids: Ids) -> np.ndarray:
+    def _positions(self, ids: Ids) -> np.ndarray:
         wanted = np.asarray(ids, dtype=np.int64)
         if not len(self._sorted):
             return np.zeros(0, np.int64)
@@ -229,8 +229,8 @@ class _Search:
             return
         ids, values = self.shard.rows.ids[where][free], value[free]
         equal = np.flatnonzero(values == values.max())
-        place = equal[ids[equal].argmin()]
-        one = Best(float(values[place]), int(ids[place]), x[free[place]].copy())
+        position = equal[ids[equal].argmin()]
+        one = Best(float(values[position]), int(ids[position]), x[free[position]].copy())
         self.found = best_of([self.found, one])
 
 

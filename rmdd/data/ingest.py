@@ -208,7 +208,7 @@ def _turned_up(dataset: Dataset, data: Data) -> bool:
         bad = (json.loads(line) for line in lines)
         missing = [entry["file"] for entry in bad if entry["reason"] == "missing_file"]
     root = Path(data.root or "")
-    return any((root / place).is_file() for file in missing for place in alternatives(file, data.layout))
+    return any((root / name).is_file() for file in missing for name in alternatives(file, data.layout))
 
 
 def _check_root(plan: IngestPlan, data: Data) -> None:

@@ -60,8 +60,8 @@ class Speaker:
         self.prompt, self.tokens, self.backend = prompt, tokens, backend
 
     def describe(self, image: Image.Image, count: int, seed: int) -> list[str]:
-        given = {"images": [image]} | ({"text": [self.text]} if self.text else {})
-        inputs = self.processor(**given, return_tensors="pt").to(self.device, self.model.dtype)
+        asked = {"images": [image]} | ({"text": [self.text]} if self.text else {})
+        inputs = self.processor(**asked, return_tensors="pt").to(self.device, self.model.dtype)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
             with torch.inference_mode():
@@ -110,7 +110,7 @@ def gather(
                 refused += 1
             else:
                 found.append(caption)
-    told = len(found)
+    answered = len(found)
     for caption in real:
         if len(found) < count and caption not in (first, *found):
             found.append(caption)
@@ -119,7 +119,7 @@ def gather(
             f"a picture of {first!r} needs {count} more captions, and the captioner and {len(real)} real ones gave "
             f"{len(found)}; lower distill.options.captions_per_image"
         )
-    return Gathered(found, ["captioner"] * told + ["real"] * (count - told), refused)
+    return Gathered(found, ["captioner"] * answered + ["real"] * (count - answered), refused)
 
 
 def tidied(answer: str, rule: Captions) -> str:

@@ -246,8 +246,8 @@ class Painter:
             image = image.resize((self.size, self.size), Image.Resampling.LANCZOS)
         with atomic_path(picture_of(self.folder, index)) as temporary:
             image.save(temporary, "PNG")
-        told = {name: value for name, value in request.items() if not isinstance(value, Tensor)}
-        about = told | {"native": native, "request": request_hash(request)}
+        plain = {name: value for name, value in request.items() if not isinstance(value, Tensor)}
+        about = plain | {"native": native, "request": request_hash(request)}
         if redrawn:
             about["redrawn"] = redrawn  # how many seeds gave one colour
         write_json(picture_of(self.folder, index).with_suffix(".json"), about)

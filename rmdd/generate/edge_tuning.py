@@ -142,9 +142,9 @@ class EdgeTrainer:
 
     def drawn(self, step: int) -> list[int]:
         """The caption records of a step, cut from a permutation per epoch."""
-        epoch, place = divmod(step, len(self.records) // self.batch_size)
+        epoch, offset = divmod(step, len(self.records) // self.batch_size)
         order = torch.randperm(len(self.records), generator=generator(self.seed, "edge epoch", epoch))
-        return self.records[order[place * self.batch_size :][: self.batch_size]].tolist()
+        return self.records[order[offset * self.batch_size :][: self.batch_size]].tolist()
 
     @torch.no_grad()
     def batch(self, step: int) -> TuningBatch:
@@ -187,9 +187,9 @@ class EdgeTrainer:
         rule, diffusion = self.rule, self.diffusion
         alpha_bar = diffusion.alpha_bar[batch.times]
         noisy = noised(batch.latents, batch.noise, alpha_bar)
-        given = noisy if rule.recipe == "corrected" else batch.latents
+        latents = noisy if rule.recipe == "corrected" else batch.latents
         with torch.autocast(diffusion.device.type, torch.bfloat16, enabled=rule.precision == "bfloat16"):
-            predicted = diffusion.unet(given, batch.times, encoder_hidden_states=batch.tokens, return_dict=False)[0]
+            predicted = diffusion.unet(latents, batch.times, encoder_hidden_states=batch.tokens, return_dict=False)[0]
             predicted = predicted.float()
             estimate = clean_estimate(noisy, predicted, alpha_bar, diffusion.prediction)
             if rule.clamp is not None:
@@ -237,8 +237,8 @@ class EdgeTrainer:
                 ((again * features.grad[rows]).sum() + rule.anchor * miss / count).backward()
                 misses += miss.detach()
             losses["anchor"] = misses / count
-        told = {"loss": self._sum(losses), **losses}
-        return {name: float(value.detach()) for name, value in told.items()}
+        report = {"loss": self._sum(losses), **losses}
+        return {name: float(value.detach()) for name, value in report.items()}
 
     def _sum(self, losses: dict[str, Tensor]) -> Tensor:
         rule = self.rule

@@ -119,9 +119,9 @@ class FusionTrainer:
 
     def drawn(self, number: int) -> list[int]:
         """The caption records of a batch, cut from a permutation per epoch."""
-        epoch, place = divmod(number, len(self.captions) // self.batch_size)
+        epoch, offset = divmod(number, len(self.captions) // self.batch_size)
         order = torch.randperm(len(self.captions), generator=generator(self.seed, "evlf epoch", epoch))
-        return order[place * self.batch_size :][: self.batch_size].tolist()
+        return order[offset * self.batch_size :][: self.batch_size].tolist()
 
     def losses(
         self,
@@ -140,7 +140,7 @@ class FusionTrainer:
     def gradient(self, step: int) -> dict[str, float]:
         rule, device = self.rule, self.diffusion.device
         weight = ramp(step, self.total, rule.rebuild_low, rule.rebuild_high)
-        told = {"loss": 0.0, "align": 0.0, "rebuild": 0.0}
+        report = {"loss": 0.0, "align": 0.0, "rebuild": 0.0}
         for number in range(step * rule.accumulate, (step + 1) * rule.accumulate):
             random, records = generator(self.seed, "evlf batch", number), self.drawn(number)
             pictures = self.pictures(records, self.size)
@@ -160,6 +160,6 @@ class FusionTrainer:
             loss = rule.align * losses["align"] + weight * losses["rebuild"]
             (loss / rule.accumulate).backward()
             for name, value in {"loss": loss, **losses}.items():
-                told[name] += float(value.detach()) / rule.accumulate
+                report[name] += float(value.detach()) / rule.accumulate
         nn.utils.clip_grad_norm_(list(self.parameters.values()), rule.clip)
-        return told | {"rebuild_weight": weight}
+        return report | {"rebuild_weight": weight}

@@ -62,11 +62,11 @@ class Fuser:
     @torch.inference_mode()
     def fused(self, records: np.ndarray) -> np.ndarray:
         """Rows of some records; each picture is encoded once."""
-        images, places = np.unique(self.split.image_of[records], return_inverse=True)
+        images, positions = np.unique(self.split.image_of[records], return_inverse=True)
         pictures = np.stack([squashed(self.split.encoded(int(i)), self.data) for i in images])
         latents = self.diffusion.latents(as_signed(torch.from_numpy(pictures).to(self.diffusion.device)))
         texts = self.diffusion.texts([self.split.captions[r] for r in records])
-        fused = self.fusion(latents[torch.from_numpy(places).to(latents.device)], texts.tokens, texts.padding)
+        fused = self.fusion(latents[torch.from_numpy(positions).to(latents.device)], texts.tokens, texts.padding)
         return (fused * self.diffusion.scale).flatten(1).cpu().numpy().astype(np.float16)
 
 

@@ -122,8 +122,8 @@ def alignment(
     none = torch.finfo(logits.dtype).min
 
     def rows(logits: Tensor) -> Tensor:
-        told = F.log_softmax(logits, dim=1).masked_fill(~positive, none)
-        return (positive.sum(dim=1).to(told.dtype).log() - torch.logsumexp(told, dim=1)).mean()
+        logs = F.log_softmax(logits, dim=1).masked_fill(~positive, none)
+        return (positive.sum(dim=1).to(logs.dtype).log() - torch.logsumexp(logs, dim=1)).mean()
 
     return (rows(logits) + rows(logits.T)) / 2
 
@@ -140,7 +140,7 @@ def ramp(step: int, total: int, low: float, high: float) -> float:
 
 
 def first_end(ids: Int[Tensor, "B L"], end: int) -> Int[Tensor, " B"]:
-    """The place of the first end-of-text token; the last place where a text has none.
+    """The position of the first end-of-text token; the last one where a text has none.
 
     Stable Diffusion's tokenizer pads with that very token, so its last one says nothing.
     """
@@ -148,9 +148,9 @@ def first_end(ids: Int[Tensor, "B L"], end: int) -> Int[Tensor, " B"]:
     return torch.where(ends.any(dim=1), ends.int().argmax(dim=1), ids.shape[1] - 1)
 
 
-def after(places: Int[Tensor, " B"], length: int) -> Bool[Tensor, "B L"]:
-    """True for tokens behind a place."""
-    return torch.arange(length, device=places.device)[None, :] > places[:, None]
+def after(positions: Int[Tensor, " B"], length: int) -> Bool[Tensor, "B L"]:
+    """True for tokens behind a position."""
+    return torch.arange(length, device=positions.device)[None, :] > positions[:, None]
 
 
 def blurred_text(

@@ -76,8 +76,10 @@ def text_denoiser(unet: Any, texts: Tensor, empty: Tensor | None, scale: float) 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         if scale <= 1:
             return unet(x, t, encoder_hidden_states=both, return_dict=False)[0]
-        without, given = unet(torch.cat([x, x]), t, encoder_hidden_states=both, return_dict=False)[0].chunk(2)
-        return without + scale * (given - without)
+        unconditional, conditional = unet(torch.cat([x, x]), t, encoder_hidden_states=both, return_dict=False)[0].chunk(
+            2
+        )
+        return unconditional + scale * (conditional - unconditional)
 
     return denoise
 
@@ -97,9 +99,9 @@ def class_denoiser(transformer: Any, classes: Tensor, scale: float, *, guided_ch
         if scale <= 1:
             return transformer(x, timestep=t.expand(len(x)), class_labels=labels).sample
         out = transformer(torch.cat([x, x]), timestep=t.expand(2 * len(x)), class_labels=labels).sample
-        given, without = out.chunk(2)
-        moved = without[:, :count] + scale * (given[:, :count] - without[:, :count])
-        return torch.cat([moved, given[:, count:]], dim=1)
+        conditional, unconditional = out.chunk(2)
+        moved = unconditional[:, :count] + scale * (conditional[:, :count] - unconditional[:, :count])
+        return torch.cat([moved, conditional[:, count:]], dim=1)
 
     return denoise
 

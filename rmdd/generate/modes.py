@@ -43,8 +43,8 @@ def modes_of(
         raise ValueError(f"{k} pairs are asked for but there are {len(rows)} latents; lower distill.phases.*.pairs")
     low = reduced(rows, components, seed)
     ids = rows.ids
-    places = np.arange(len(rows))
-    sample = places if len(rows) <= SAMPLE else np.sort(smallest(places, max(SAMPLE, 4 * k), seed, "modes"))
+    positions = np.arange(len(rows))
+    sample = positions if len(rows) <= SAMPLE else np.sort(smallest(positions, max(SAMPLE, 4 * k), seed, "modes"))
     label = assigned(low, fit(np.ascontiguousarray(low[sample]), k, seed))
     count = np.bincount(label, minlength=k)
     centres = _means(rows, label, k, count)
@@ -52,9 +52,9 @@ def modes_of(
     said = [_spokesman(texts, ids[label == cluster]) if count[cluster] else -1 for cluster in range(k)]
     free = np.flatnonzero(~np.isin(ids, said))
     free = free[np.argsort(np.isin(free, nearest[count > 0]), kind="stable")]  # those that stand for no mode first
-    for cluster, place in zip(np.flatnonzero(count == 0), free, strict=False):
-        nearest[cluster], said[cluster] = place, int(ids[place])
-        centres[cluster] = rows.at(free[free == place])[0]
+    for cluster, position in zip(np.flatnonzero(count == 0), free, strict=False):
+        nearest[cluster], said[cluster] = position, int(ids[position])
+        centres[cluster] = rows.at(free[free == position])[0]
     latents = centres if kind == "centre" else rows.at(nearest)
     return Modes(latents.astype(np.float32), said, count.tolist())
 
@@ -95,14 +95,14 @@ def _means(rows: Rows, label: np.ndarray, k: int, count: np.ndarray) -> np.ndarr
 
 
 def _nearest(rows: Rows, label: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """The place of the member nearest to each centre; 0 for clusters without one."""
+    """The position of the member nearest to each centre; 0 for clusters without one."""
     best, found = np.full(len(centres), np.inf), np.zeros(len(centres), np.int64)
     for where, block in rows.chunks():
         distance = ((block - centres[label[where]]) ** 2).sum(1)
-        for place in np.argsort(distance, kind="stable"):
-            cluster = label[where][place]
-            if distance[place] < best[cluster]:
-                best[cluster], found[cluster] = distance[place], where.start + place
+        for position in np.argsort(distance, kind="stable"):
+            cluster = label[where][position]
+            if distance[position] < best[cluster]:
+                best[cluster], found[cluster] = distance[position], where.start + position
     return found
 
 

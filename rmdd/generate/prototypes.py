@@ -282,9 +282,9 @@ def retrieved(
     from scipy.sparse import csr_array
     from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
-    columns, place = np.unique(ids, return_inverse=True)
+    columns, position = np.unique(ids, return_inverse=True)
     starts = np.arange(count + 1) * count
-    cost = csr_array((2 - score.astype(np.float64).ravel(), place.ravel(), starts), shape=(count, len(columns)))
+    cost = csr_array((2 - score.astype(np.float64).ravel(), position.ravel(), starts), shape=(count, len(columns)))
     query, column = min_weight_full_bipartite_matching(cost)
     return columns[column[np.argsort(query)]]
 

@@ -102,13 +102,13 @@ class FromCaption:
     def decode(self, requests: Sequence[Request]) -> list[Image.Image]:
         """Raises `ValueError` for a picture that stays of one colour, or is not finite."""
         made = self._drawn(requests, 0)
-        for place, request in enumerate(requests):
+        for position, request in enumerate(requests):
             for attempt in range(1, self.rule.redraws + 1):
-                if not is_plain(made[place]):
+                if not is_plain(made[position]):
                     break
                 _logger.warning("the picture of pair %d has one colour; drawn again, try %d", request["index"], attempt)
-                made[place] = self._drawn([request], attempt)[0]
-                made[place].info["redrawn"] = attempt
+                made[position] = self._drawn([request], attempt)[0]
+                made[position].info["redrawn"] = attempt
         return made
 
     def _drawn(self, requests: Sequence[Request], attempt: int) -> list[Image.Image]:

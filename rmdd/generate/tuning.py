@@ -78,8 +78,8 @@ def tune(
         else:
             skipped = 0
             trainer.optimiser.step()
-        told = {n: v if math.isfinite(v) else None for n, v in losses.items()}
-        metrics = {"step": done, **told, "skipped": skip, "seconds": round(time.perf_counter() - began, 4)}
+        logged = {n: v if math.isfinite(v) else None for n, v in losses.items()}
+        metrics = {"step": done, **logged, "skipped": skip, "seconds": round(time.perf_counter() - began, 4)}
         lines.append(metrics)
         on_step(metrics)
         stopping = should_stop()

@@ -137,8 +137,8 @@ def image_identity(tower: ImageTower) -> str:
 
     check_name(tower.name)
     known = None if tower.name.startswith(HUB_PREFIXES) else timm.get_pretrained_cfg(tower.name)
-    place = known and (known.hf_hub_id or known.url)
-    return f"{place or tower.name}, timm {timm.__version__}"
+    source = known and (known.hf_hub_id or known.url)
+    return f"{source or tower.name}, timm {timm.__version__}"
 
 
 def weights_file(tower: ImageTower) -> Path:

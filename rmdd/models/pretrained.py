@@ -37,7 +37,7 @@ ABOUT_BYTES = {
     "Salesforce/blip-image-captioning-large": 1_880_000_000,
     "llava-hf/llava-1.5-7b-hf": 14_100_000_000,
 }
-"""Weights in float32 of the parts that presets name, from their numbers of parameters; told where no hub answers."""
+"""Weights in float32 of the parts that presets name, from their numbers of parameters; shown where no hub answers."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class PretrainedModel:
     def is_local(self) -> bool:
         return _is_path(self.id) or Path(self.id).is_dir()
 
-    def place(self) -> Path | None:
+    def location(self) -> Path | None:
         """The folder that holds what there is of it; None when nothing is there. Asks no network."""
         if self.is_local:
             return Path(self.id) if Path(self.id).is_dir() else None
@@ -88,7 +88,7 @@ class PretrainedModel:
 
     def lacking(self) -> list[str]:
         """What is not there of it, by file name; empty when it is whole."""
-        folder = self.place()
+        folder = self.location()
         if folder is None:
             return ["all of it"]
         if self.kind == "transformers":
@@ -103,7 +103,7 @@ class PretrainedModel:
         """Where it lies, whole. Raises `ValueError` that says what is missing and how to get it."""
         if self.lacking():
             raise ValueError(self.how_to_get())
-        found = self.place()
+        found = self.location()
         assert found is not None
         return found
 
@@ -113,7 +113,7 @@ class PretrainedModel:
         shown = ", ".join(lacking[:4]) + (f" and {len(lacking) - 4} more" if len(lacking) > 4 else "")
         field = f" ({self.option})" if self.option else ""
         if self.is_local:
-            found = "there is no such folder" if self.place() is None else f"it lacks {shown}"
+            found = "there is no such folder" if self.location() is None else f"it lacks {shown}"
             saved = "save_pretrained of its pipeline" if self.kind == "diffusers" else "save_pretrained, with processor"
             return f"{self.role}: folder {self.id}: {found}; give a folder that was written by {saved}{field}"
         about = f", about {size / 1e9:.1f} GB" if size else ""
@@ -157,30 +157,30 @@ def missing(parts: Iterable[PretrainedModel]) -> list[PretrainedModel]:
 
 def obtain(parts: Iterable[PretrainedModel]) -> None:
     """Download what is missing. Raises `ValueError` with every part that cannot be had."""
-    told = []
+    lines = []
     for part in missing(parts):
         try:
             _download(part)
         except Exception as error:  # whatever keeps a hub from answering
-            told.append(part.how_to_get(_briefly(error)))
+            lines.append(part.how_to_get(_briefly(error)))
             continue
         if part.lacking():
-            told.append(part.how_to_get())
-    if told:
-        raise ValueError(f"{len(told)} pretrained part(s) are missing:\n" + "\n".join(f"  - {line}" for line in told))
+            lines.append(part.how_to_get())
+    if lines:
+        raise ValueError(f"{len(lines)} pretrained part(s) are missing:\n" + "\n".join(f"  - {line}" for line in lines))
 
 
 def faults(parts: Iterable[PretrainedModel]) -> list[str]:
     """What is missing and cannot be downloaded either, a line each. Downloads nothing."""
-    told = []
+    lines = []
     for part in missing(parts):
         why = "" if part.is_local else _unreachable(part)
         if part.is_local or why:
-            told.append(part.how_to_get(why))
-    return told
+            lines.append(part.how_to_get(why))
+    return lines
 
 
-def told(part: PretrainedModel) -> dict[str, Any]:
+def summary(part: PretrainedModel) -> dict[str, Any]:
     """What `rmdd check` shows: where it lies or what is missing, and its size where that is known."""
     lacking = part.lacking()
     if not lacking:

@@ -181,7 +181,7 @@ def _package_folder(module: str) -> Path:
             f"text tower 'package:{module}' is not an installed package; install it, or set model.text.name to a "
             "folder or to hashing"
         )
-    found = [p for place in spec.submodule_search_locations for p in Path(place).rglob("config.json")]
+    found = [p for location in spec.submodule_search_locations for p in Path(location).rglob("config.json")]
     for path in sorted(found, key=lambda p: (len(p.parts), p)):
         if "model_type" in json.loads(path.read_text(encoding="utf-8")):
             return path.parent

@@ -102,7 +102,7 @@ def examine(run: config.Run) -> dict[str, Any]:
         "memory": _memory(run, counts, size, work, width),
         "time": _time(run, estimate.operations(run, counts, work)),
         "search": tried,
-        "parts": [parts.told(part) for part in _parts(run)],
+        "parts": [parts.summary(part) for part in _parts(run)],
         "gpus": _gpus(run),
         "remarks": [r for r in (remark, planned, *_of_family(run), *probes.costs(run, width)) if r]
         + [f"split '{split}' is empty; a run needs all three" for split, (pairs, _) in counts.items() if not pairs],

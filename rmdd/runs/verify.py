@@ -56,8 +56,8 @@ def _walk(path: Path, formats: Sequence[Format], check: Check) -> Findings:
         for each in phases:
             loop.verify(each, check)
     elif any((path / name).is_dir() for name in ("data", "experts", "phases")):
-        for each in formats:
-            _ask(each, path, check)
+        for form in formats:
+            _ask(form, path, check)
     elif not path.exists():
         raise ValueError(f"there is no {check.storage.address(path)}; give a folder that rmdd wrote, or its URI")
     else:

@@ -13,7 +13,7 @@ import pytest
 import tiny_parts
 
 from rmdd.models.clip import clip_part
-from rmdd.models.pretrained import PretrainedModel, faults, licence_of, missing, obtain, told, wanted
+from rmdd.models.pretrained import PretrainedModel, faults, licence_of, missing, obtain, summary, wanted
 
 HUB = "nobody/tiny-clip"
 OLD = "0ddba11" + 33 * "0"
@@ -45,7 +45,7 @@ def test_a_folder_is_whole_pinned_by_its_bytes_and_tells_its_licence(made, tmp_p
     parts = [clip_part(str(clip)), PretrainedModel.of("decoder", str(unclip), "diffusers")]
     assert missing(parts) == faults(parts) == []
     obtain(parts)
-    facts = [told(part) for part in parts]
+    facts = [summary(part) for part in parts]
     assert [f["licence"] for f in facts] == ["mit", None] and facts[0]["id"] == "clip" and facts[0]["local"]
     assert facts[0]["bytes"] == sum(p.stat().st_size for p in clip.iterdir() if p.name != "README.md")
     assert all(f["revision"].startswith("sha256:") and len(f["revision"]) == 71 for f in facts)
@@ -104,7 +104,7 @@ def test_without_network_a_missing_hub_id_is_told_with_its_size_and_a_way_out():
     for words in ("clip: openai/clip-vit-large-patch14@abc", "1.7 GB", "offline mode", "hf download", "--revision abc"):
         assert words in line
     assert line.endswith("give a folder that holds it (distill.options.features: clip:FOLDER)")
-    assert told(part)["missing"] == ["all of it"] and told(part)["bytes"] == 1_710_000_000
+    assert summary(part)["missing"] == ["all of it"] and summary(part)["bytes"] == 1_710_000_000
     with pytest.raises(ValueError, match=r"1 pretrained part\(s\) are missing"):
         obtain([part])
 
@@ -135,7 +135,7 @@ def hub_of(folder):
         do_HEAD = do_GET
 
         def log_message(self, *args):
-            """Nothing is told."""
+            """Nothing is summary."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -36,8 +36,8 @@ def read(data: Any, split: str) -> list[Question]:
     lines = {name: _lines(folder / name) for name in FILES}
     counts = {name: len(found) for name, found in lines.items()}
     if len(set(counts.values())) > 1:
-        told = ", ".join(f"{name} {n}" for name, n in counts.items())
-        raise ValueError(f"{folder}: the four files must have as many lines, found {told}; take a whole copy")
+        lengths = ", ".join(f"{name} {n}" for name, n in counts.items())
+        raise ValueError(f"{folder}: the four files must have as many lines, found {lengths}; take a whole copy")
     if not counts[FILES[0]]:
         raise ValueError(f"{folder / FILES[0]} holds no question; take a whole copy")
     pictures = {"train": "train2014", "test": "val2014"}[split]

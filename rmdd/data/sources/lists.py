@@ -102,11 +102,11 @@ def _cut_exactly(rows: Iterator[AnnotationRow], shares: Shares) -> Iterator[Anno
     images = sorted(
         {str(row.image) for row in found}, key=lambda image: sha256(f"rmdd order/{image}".encode()).digest()
     )
-    place_of = {image: i for i, image in enumerate(images)}
+    position_of = {image: i for i, image in enumerate(images)}
     train, val = ends(len(images), shares)
-    for row in sorted(found, key=lambda row: place_of[str(row.image)]):
-        place = place_of[str(row.image)]
-        yield replace(row, split="train" if place < train else "val" if place < val else "test")
+    for row in sorted(found, key=lambda row: position_of[str(row.image)]):
+        position = position_of[str(row.image)]
+        yield replace(row, split="train" if position < train else "val" if position < val else "test")
 
 
 def ends(total: int, shares: Shares) -> tuple[int, int]:
