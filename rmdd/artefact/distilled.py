@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmdd.config.budget import pair_parameters
-from rmdd.core.checks import Check, Format
+from rmdd.core.checks import DiskCheck, Format
 from rmdd.core.files import atomic_path, read_json, sha256_file, temporary_beside, write_json
 from rmdd.core.tensors import Damaged, joined, load_checked, parted
 from rmdd.distill import similarity
@@ -344,7 +344,7 @@ def _move_aside(path: Path) -> Path | None:
     return aside
 
 
-def verify(path: Path, check: Check) -> None:
+def verify(path: Path, check: DiskCheck) -> None:
     """The set as its reader finds it."""
     if not check.begin(path):
         return

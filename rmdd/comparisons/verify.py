@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from rmdd.core.checks import Check, Format
+from rmdd.core.checks import DiskCheck, Format
 
 
-def verify_comparison(path: Path, check: Check) -> None:
+def verify_comparison(path: Path, check: DiskCheck) -> None:
     """The table of a comparison or a transfer."""
     if not check.begin(path):
         return
@@ -16,7 +16,7 @@ def verify_comparison(path: Path, check: Check) -> None:
         check.unfinished(path)
 
 
-def _student(record: Path, check: Check) -> None:
+def _student(record: Path, check: DiskCheck) -> None:
     check.json(record, "delete it and resume its comparison: it is made anew")
 
 

@@ -36,7 +36,7 @@ class Findings:
         return asdict(self)
 
 
-class Check:
+class DiskCheck:
     """Looks at each folder once, and keeps what it finds; a folder of a mirror is fetched first."""
 
     def __init__(self, storage: Storage):
@@ -105,6 +105,6 @@ class Format:
     """Files of which one says that a folder is of this kind; none for loose files."""
     within: str
     """Where a storage has them: a pattern of folders, or of loose files; empty: in other folders only."""
-    check: Callable[[Path, Check], None]
+    check: Callable[[Path, DiskCheck], None]
     always_marked: bool = True
     """Whether a folder in that place that has no marker is something else, rather than not finished."""

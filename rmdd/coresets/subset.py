@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rmdd.core.checks import Check, Format
+from rmdd.core.checks import DiskCheck, Format
 from rmdd.core.files import read_json, write_json
 from rmdd.data.splits import Split
 
@@ -77,7 +77,7 @@ class Coreset:
         return [first[pair] + caption for pair, caption in self.records]
 
 
-def verify(path: Path, check: Check) -> None:
+def verify(path: Path, check: DiskCheck) -> None:
     """It can be read."""
     if check.begin(path):
         with check.refusals(path / DESCRIPTION, f"delete {check.storage.address(path)} and choose it again"):

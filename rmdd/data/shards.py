@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rmdd.core.checks import Check, Format
+from rmdd.core.checks import DiskCheck, Format
 from rmdd.core.files import atomic_path, read_json, sha256_file
 
 SCHEMA_VERSION = 1
@@ -194,7 +194,7 @@ class Dataset:
             raise ValueError(f"{self.path}: its rows are not those of its manifest (data_hash); ingest again")
 
 
-def verify(path: Path, check: Check) -> None:
+def verify(path: Path, check: DiskCheck) -> None:
     """Shards against the manifest, row by row."""
     if not check.begin(path):
         return

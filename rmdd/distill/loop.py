@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rmdd import config
-from rmdd.core.checks import Check, Format
+from rmdd.core.checks import DiskCheck, Format
 from rmdd.core.files import append_jsonl, cut_jsonl
 from rmdd.core.tensors import Damaged, facts_of, joined, load_checked, parted, save_checked
 from rmdd.distill.guard import Derailed, vitals, what_is_wrong
@@ -320,7 +320,7 @@ def snapshot_iterations(total: int, count: int) -> list[int]:
     return sorted({math.ceil(total * (i + 1) / count) for i in range(count)})
 
 
-def verify(folder: Path, check: Check, snapshots: Iterable[int] = ()) -> None:
+def verify(folder: Path, check: DiskCheck, snapshots: Iterable[int] = ()) -> None:
     """Checkpoints, sets and logs of a phase; a finished one has a set for each of its `snapshots`."""
     if not check.begin(folder):
         return

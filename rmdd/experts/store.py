@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from rmdd.core.checks import Check, Format
+from rmdd.core.checks import DiskCheck, Format
 from rmdd.core.files import atomic_path, is_temporary, read_json, remove, sha256_file, write_json
 from rmdd.core.tensors import Damaged, load_checked, save_checked
 from rmdd.models.dual import Params, check_same_shapes
@@ -344,7 +344,7 @@ class Writer:
         remove(self.running)
 
 
-def verify(path: Path, check: Check, experts: int | None = None) -> None:
+def verify(path: Path, check: DiskCheck, experts: int | None = None) -> None:
     """Every kept epoch of every expert; `experts` are expected, else those up to the last that is there."""
     if not check.begin(path):
         return
@@ -362,7 +362,7 @@ def verify(path: Path, check: Check, experts: int | None = None) -> None:
             _verify_expert(store, number, experts is not None, check)
 
 
-def _verify_expert(store: Store, number: int, finished: bool, check: Check) -> None:
+def _verify_expert(store: Store, number: int, finished: bool, check: DiskCheck) -> None:
     folder = store.folder(number)
     again = f"delete {check.storage.address(folder)} and train that expert again with `rmdd experts`"
     if not store.is_complete(number):
@@ -391,7 +391,7 @@ def _verify_expert(store: Store, number: int, finished: bool, check: Check) -> N
             check.tensors(folder / FORGETTING, "forgetting", again)
 
 
-def _verify_shapes(path: Path, shapes: dict[str, tuple[int, ...]], todo: str, check: Check) -> None:
+def _verify_shapes(path: Path, shapes: dict[str, tuple[int, ...]], todo: str, check: DiskCheck) -> None:
     try:
         tensors = load_file(path)
     except Exception as error:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rmdd import config
 from rmdd.artefact import distilled
-from rmdd.core.checks import Check, Findings, Format
+from rmdd.core.checks import DiskCheck, Findings, Format
 from rmdd.core.files import is_temporary, read_json
 from rmdd.core.storage import Mirror, Storage, is_uri
 from rmdd.coresets import subset
@@ -33,7 +33,7 @@ def verify(address: str, formats: Sequence[Format]) -> Findings:
     """
     if not is_uri(address):
         folder = Path(address).absolute()
-        return _walk(folder, formats, Check(Storage(folder)))
+        return _walk(folder, formats, DiskCheck(Storage(folder)))
     parent, _, name = address.rstrip("/").rpartition("/")
     with tempfile.TemporaryDirectory(prefix="rmdd-verify-") as scratch:
         if parent.endswith(("/", ":")):
@@ -43,10 +43,10 @@ def verify(address: str, formats: Sequence[Format]) -> Findings:
                 parent, name = parent.removesuffix(f"/{kind}"), f"{kind}/{name}"
         mirror = Mirror(parent, Path(scratch))
         mirror.fetch(mirror.root / name)
-        return _walk(mirror.root / name, formats, Check(mirror))
+        return _walk(mirror.root / name, formats, DiskCheck(mirror))
 
 
-def _walk(path: Path, formats: Sequence[Format], check: Check) -> Findings:
+def _walk(path: Path, formats: Sequence[Format], check: DiskCheck) -> Findings:
     """The folder as the first format that knows it, else all of its phases, else a whole storage."""
     surest_first = sorted(formats, key=lambda f: len(f.markers))
     own = next((f for f in surest_first if any((path / name).is_file() for name in f.markers)), None)
@@ -69,7 +69,7 @@ def _walk(path: Path, formats: Sequence[Format], check: Check) -> Findings:
     return check.findings
 
 
-def _ask(each: Format, storage: Path, check: Check) -> None:
+def _ask(each: Format, storage: Path, check: DiskCheck) -> None:
     """One format, of all that a storage has of it."""
     if not each.within:
         return
@@ -90,7 +90,7 @@ def folders(path: Path, pattern: str) -> list[Path]:
 # -- a run -----------------------------------------------------------------------------------------------------------
 
 
-def verify_run(path: Path, check: Check) -> None:
+def verify_run(path: Path, check: DiskCheck) -> None:
     """A run's own files and, where it is finished, all that it was made from."""
     if not check.begin(path):
         return
@@ -112,14 +112,14 @@ def verify_run(path: Path, check: Check) -> None:
         verify_sources(path.parent, run, made_from, read_json(path / "data.json"), check)
 
 
-def verify_records(path: Path, check: Check, what: str) -> None:
+def verify_records(path: Path, check: DiskCheck, what: str) -> None:
     """The records of a run and of its students."""
     for file in sorted((*path.glob("*.json"), *path.glob("students/*.json"))):
         check.json(file, REMADE.format(what))
 
 
 def verify_sources(
-    root: Path, run: config.Run, made_from: dict[str, Any], data: dict[str, Any], check: Check, whole: bool = True
+    root: Path, run: config.Run, made_from: dict[str, Any], data: dict[str, Any], check: DiskCheck, whole: bool = True
 ) -> None:
     """Dataset, experts and phases that a run was made from; `whole`: its phases are finished."""
     experts, phases = root / "experts" / made_from["experts"], root / "phases" / made_from["phases"]
@@ -139,7 +139,7 @@ def verify_sources(
         loop.verify(phases / f"phase-{number}", check, snapshots)
 
 
-def _planned(path: Path, run: config.Run, check: Check) -> config.Run:
+def _planned(path: Path, run: config.Run, check: DiskCheck) -> config.Run:
     """`run` with the phases of its plan, which is there once anything was distilled."""
     if not path.is_file():
         if (path.parent / "set" / distilled.DESCRIPTION).is_file():
@@ -150,7 +150,7 @@ def _planned(path: Path, run: config.Run, check: Check) -> config.Run:
     return run
 
 
-def _baseline(record: Path, check: Check) -> None:
+def _baseline(record: Path, check: DiskCheck) -> None:
     check.json(record, "delete it and run again: it is made anew")
 
 

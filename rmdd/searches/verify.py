@@ -7,13 +7,13 @@ from typing import Any
 
 from rmdd import config
 from rmdd.artefact import distilled
-from rmdd.core.checks import Check, Format
+from rmdd.core.checks import DiskCheck, Format
 from rmdd.core.files import read_json
 from rmdd.distill.trajectory.planning import PLAN, with_phases
 from rmdd.runs.verify import REMADE, verify_records, verify_run, verify_sources
 
 
-def verify_sweep(path: Path, check: Check) -> None:
+def verify_sweep(path: Path, check: DiskCheck) -> None:
     """A sweep's table and all its runs."""
     if not check.begin(path):
         return
@@ -29,7 +29,7 @@ def verify_sweep(path: Path, check: Check) -> None:
                 check.unfinished(folder)
 
 
-def verify_search(path: Path, check: Check) -> None:
+def verify_search(path: Path, check: DiskCheck) -> None:
     """A search's table, its database where that lies beside it, and the runs of its trials."""
     if not check.begin(path):
         return
@@ -50,7 +50,7 @@ def verify_search(path: Path, check: Check) -> None:
             config.load(path / "best.yaml")
 
 
-def _trial(root: Path, run: config.Run, row: dict[str, Any], check: Check) -> None:
+def _trial(root: Path, run: config.Run, row: dict[str, Any], check: DiskCheck) -> None:
     """What a trial was made from, and the run that repeats it where that has been made."""
     folder = root / run.folder_name
     check.storage.fetch(folder)
@@ -68,13 +68,13 @@ def _trial(root: Path, run: config.Run, row: dict[str, Any], check: Check) -> No
     verify_sources(root, run, row, read_json(folder / "data.json"), check, whole=row["state"] == "complete")
 
 
-def _own_files(path: Path, what: str, check: Check) -> None:
+def _own_files(path: Path, what: str, check: DiskCheck) -> None:
     for file in sorted(path.glob("*.json")):
         check.json(file, REMADE.format(what))
     check.lines(path / "events.jsonl")
 
 
-def _database(path: Path, check: Check) -> None:
+def _database(path: Path, check: DiskCheck) -> None:
     """SQLite's own check, by a connection that cannot write."""
     try:
         with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
