@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Int64
 
 from rmdd.config.budget import pair_parameters
-from rmdd.core.files import atomic_path
+from rmdd.core.arrays import write_array
 from rmdd.data.splits import Split
 
 
@@ -30,8 +30,7 @@ class ByteCosts:
         """Sizes of images are read from the shards once, and then from `cache`."""
         file = cache / f"image-bytes-{split.dataset.hash[:16]}-{split.name}.npy"
         if not file.is_file():
-            with atomic_path(file) as temporary, open(temporary, "wb") as f:
-                np.save(f, _image_bytes(split))
+            write_array(file, _image_bytes(split))
         captions = np.array([len(c.encode()) for c in split.captions], np.int64)
         return cls(np.load(file)[split.rows], captions, split.image_of)
 

@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 from jaxtyping import Float32, Int64
 
 from rmdd import config
-from rmdd.core.files import atomic_path, write_json
+from rmdd.core.arrays import write_array
+from rmdd.core.files import write_json
 from rmdd.coresets.choice import Choice, ChoiceUnit
 from rmdd.coresets.draws import hashes
 from rmdd.coresets.rows import DESCRIPTION, SCHEMA_VERSION, RowBlock, Rows
@@ -156,9 +157,8 @@ def _name(block: int) -> str:
 def save_block(folder: Path, block: int, ids: np.ndarray, rows: np.ndarray) -> None:
     """Write one part; the file of rows, which says that it is there, comes last."""
     name = _name(block)
-    for path, values in ((folder / name.replace(".npy", ".ids.npy"), ids.astype(np.int64)), (folder / name, rows)):
-        with atomic_path(path) as temporary, open(temporary, "wb") as f:
-            np.save(f, values)
+    write_array(folder / name.replace(".npy", ".ids.npy"), ids.astype(np.int64))
+    write_array(folder / name, rows)
 
 
 # -- columns of the dataset ------------------------------------------------------------------------------------------

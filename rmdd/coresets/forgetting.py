@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int, Int64
 from torch import Tensor
 
-from rmdd.core.chunks import in_chunks
+from rmdd.core.arrays import in_chunks
 from rmdd.core.seeding import generator
 from rmdd.core.tensors import Damaged, load_checked, save_checked
 from rmdd.data.images import normalise

@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from rmdd.config import Data, hash_value
-from rmdd.core.files import allocate, atomic_path
+from rmdd.core.arrays import mapped_array, write_array
+from rmdd.core.files import atomic_path
 from rmdd.core.locks import held
 from rmdd.data.captions import clean
 from rmdd.data.decode import decode_as, squash
@@ -50,13 +51,9 @@ class Decoded:
         return np.load(self.path, mmap_mode="r")
 
     def _write(self) -> None:
-        with atomic_path(self.path) as temporary:
-            images = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=self.shape)
-            allocate(temporary)
+        with mapped_array(self.path, self.shape, np.uint8) as images:
             for i, (_, image) in enumerate(read_rows(self.dataset, self.split, self.rows)):
                 images[i] = squashed(image, self.data)
-            images.flush()
-            del images
 
     def some(self, index: np.ndarray) -> np.ndarray:
         """Images `index` without the file."""
@@ -168,8 +165,7 @@ def _encoded_cache(dataset: Dataset, split: str, rows: np.ndarray, path: Path) -
                     for _, image in read_rows(dataset, split, rows):
                         f.write(image)
                         ends.append(ends[-1] + len(image))
-                with atomic_path(offsets) as temporary, open(temporary, "wb") as f:
-                    np.save(f, np.asarray(ends, dtype=np.int64))
+                write_array(offsets, np.asarray(ends, dtype=np.int64))
     return np.memmap(path, dtype=np.uint8, mode="r"), np.load(offsets)
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rmdd import config
-from rmdd.core.chunks import in_chunks
+from rmdd.core.arrays import in_chunks
 from rmdd.core.seeding import derive, generator
 from rmdd.data.images import normalise
 from rmdd.evaluate.augment import augmentation

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float32
 
 from rmdd import config
-from rmdd.core.chunks import in_chunks
+from rmdd.core.arrays import in_chunks
 from rmdd.core.device import device_here, device_of
 from rmdd.core.locks import held
 from rmdd.core.seeding import generator

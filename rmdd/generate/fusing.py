@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rmdd.core.chunks import in_chunks
-from rmdd.core.files import atomic_path
+from rmdd.core.arrays import in_chunks, write_array
 from rmdd.core.storage import open_storage
 from rmdd.core.threads import torch_threads
 from rmdd.coresets.rows import RowBlock, Rows
@@ -55,8 +54,7 @@ class Fuser:
             rows = in_chunks(self.fused, records, BATCH)
         if not np.isfinite(rows).all():
             raise ValueError("fused latents are not finite; train the fusion with lower rates (distill.options.fusion)")
-        with atomic_path(_file(self.folder, values["block"])) as temporary, open(temporary, "wb") as file:
-            np.save(file, rows)
+        write_array(_file(self.folder, values["block"]), rows)
         return {"pairs": len(records)}
 
     @torch.inference_mode()

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float32, Int64
 from PIL import Image
 
-from rmdd.core.files import atomic_path
+from rmdd.core.arrays import write_array
 from rmdd.core.threads import torch_threads
 from rmdd.coresets.rows import Rows
 from rmdd.execution.tasks import Values
@@ -33,8 +33,7 @@ class Looker:
                 with Image.open(path) as opened:
                     images.append(opened.convert("RGB"))
             found = self.clip.images(images).cpu().numpy()
-        with atomic_path(Path(item["out"])) as temporary, open(temporary, "wb") as file:
-            np.save(file, found)
+        write_array(Path(item["out"]), found)
         return {"pictures": len(images)}
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from rmdd import config
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
-from rmdd.core.chunks import in_chunks
+from rmdd.core.arrays import in_chunks
 from rmdd.core.seeding import derive, generator
 from rmdd.distill.distribution.characteristic import FrequencyNet, ncfd, wrong_count
 from rmdd.distill.distribution.chunks import LossOf, gradient_in_chunks

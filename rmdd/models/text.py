@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Float32
 
 from rmdd.config import TextTower
-from rmdd.core.files import allocate, atomic_path, read_json, sha256_file, write_json
+from rmdd.core.arrays import mapped_array, write_array
+from rmdd.core.files import read_json, sha256_file, write_json
 from rmdd.core.locks import held
 from rmdd.core.seeding import generator
 from rmdd.core.threads import torch_threads
@@ -79,14 +80,10 @@ def _embed_blocks(
     for _ in stream(make, missing) if missing else ():
         pass
     width = np.load(blocks[0], mmap_mode="r").shape[1]
-    with atomic_path(path) as temporary:
-        out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=(count, width))
-        allocate(temporary)
+    with mapped_array(path, (count, width), np.float32) as out:
         for number, block_file in enumerate(blocks):
             vectors = np.load(block_file, mmap_mode="r")
             out[number * BLOCK : number * BLOCK + len(vectors)] = vectors
-        out.flush()
-        del out
     shutil.rmtree(folder)
 
 
@@ -110,8 +107,8 @@ class Encoder:
         if self.tower.normalise:
             vectors_UF = vectors_UF / np.maximum(np.linalg.norm(vectors_UF, axis=1, keepdims=True), 1e-12)
         row_of = {caption: row for row, caption in enumerate(unique)}
-        with atomic_path(source.with_suffix(".npy")) as temporary, open(temporary, "wb") as f:
-            np.save(f, vectors_UF[[row_of[c] for c in captions]].astype(np.float32, copy=False))
+        vectors = vectors_UF[[row_of[c] for c in captions]].astype(np.float32, copy=False)
+        write_array(source.with_suffix(".npy"), vectors)
         return {"captions": len(captions)}
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rmdd.core.chunks import in_chunks
+from rmdd.core.arrays import in_chunks
 from rmdd.models.dual import DualEncoder
 from rmdd.models.prepared import PreparedSplit
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from rmdd.core.chunks import in_chunks
+from rmdd.core.arrays import in_chunks
 from rmdd.core.threads import one_thread, torch_threads
 
 
