@@ -52,12 +52,16 @@ def fit(
     return np.ascontiguousarray(found.cluster_centers_, dtype=np.float32)
 
 
+def sampled(ids: Int64[np.ndarray, " N"], k: int, seed: int, what: str = "k-means sample") -> Int64[np.ndarray, " n"]:
+    """The ids, ascending, that `k` centroids are fitted on: all, or as many as suffice."""
+    size = max(SAMPLE, 4 * k)
+    return np.sort(ids if len(ids) <= size else smallest(ids, size, seed, what))
+
+
 def centroids_of(ranks: WorkerParts, k: int, seed: int, side: slice = slice(None)) -> Float32[np.ndarray, "K D"]:
     """Centroids of all kept rows, or of some of their columns. Raises `ValueError` for fewer rows than `k`."""
     ids = np.concatenate(ranks.ask("ids"))
-    size = max(SAMPLE, 4 * k)
-    drawn = np.sort(ids if len(ids) <= size else smallest(ids, size, seed, "k-means sample"))
-    return fit(np.ascontiguousarray(rows_of(ranks, drawn.tolist())[:, side]), k, seed)
+    return fit(np.ascontiguousarray(rows_of(ranks, sampled(ids, k, seed).tolist())[:, side]), k, seed)
 
 
 def medoids(ranks: WorkerParts, k: int, seed: int) -> list[int]:

@@ -11,7 +11,7 @@ from jaxtyping import Float, Float32, Int64
 
 from rmdd.core.seeding import derive
 from rmdd.core.threads import one_thread
-from rmdd.coresets.clusters import SAMPLE, fit
+from rmdd.coresets.clusters import fit, sampled
 from rmdd.coresets.draws import smallest
 from rmdd.coresets.rows import Rows
 
@@ -44,8 +44,7 @@ def modes_of(
     low = reduced(rows, components, seed)
     ids = rows.ids
     positions = np.arange(len(rows))
-    sample = positions if len(rows) <= SAMPLE else np.sort(smallest(positions, max(SAMPLE, 4 * k), seed, "modes"))
-    label = assigned(low, fit(np.ascontiguousarray(low[sample]), k, seed))
+    label = assigned(low, fit(np.ascontiguousarray(low[sampled(positions, k, seed, "modes")]), k, seed))
     count = np.bincount(label, minlength=k)
     centres = _means(rows, label, k, count)
     nearest = _nearest(rows, label, centres)

@@ -14,8 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
 from rmdd.core.seeding import derive
-from rmdd.coresets.clusters import SAMPLE, fit, worst
-from rmdd.coresets.draws import smallest
+from rmdd.coresets.clusters import fit, sampled, worst
 from rmdd.coresets.features import Sides
 from rmdd.coresets.matched import match
 from rmdd.coresets.rows import Rows
@@ -138,13 +137,11 @@ def raw_cosines(sides: Sides) -> Float32[np.ndarray, " T"]:
 def partition(
     rows: Rows, of: RecordIds, k: int, seed: int, ranks: OpenParts, starts: int = 20, normalize: bool = False
 ) -> RecordIds:
-    """The k-means cluster of every record, whose features are row `of[n]`; fitted on a sample of at most `SAMPLE`.
+    """The k-means cluster of every record, whose features are row `of[n]`; fitted on a sample of them.
 
     No cluster is empty as long as there are enough distinct rows.
     """
-    size = max(SAMPLE, 4 * k)
-    drawn = of if len(of) <= size else of[np.sort(smallest(np.arange(len(of)), size, seed, "k-means sample"))]
-    sample = rows.at(drawn)
+    sample = rows.at(of[sampled(np.arange(len(of)), k, seed)])
     centroids = fit(_unit(sample) if normalize else sample, k, seed, starts=starts, mini_batch=MINI_BATCH)
     if rows.folder is not None and 4 * len(rows) * rows.width >= RANKS_FROM:
         with ranks(functools.partial(open_side, rows.folder, normalize)) as held:

@@ -18,6 +18,7 @@ import torch
 
 from rmdd import config
 from rmdd.config.runfile import filled
+from rmdd.core.arrays import in_chunks
 from rmdd.core.seeding import derive
 from rmdd.data.images import normalise
 from rmdd.distill.phases import check_enough
@@ -80,9 +81,12 @@ def prototypes(run: config.Run, phase: int, pairs: int, train: PreparedSplit) ->
     model = build(run.model, train.texts.shape[1], run.data.image_size, run.seed_of("experts"), "expert", 0)
     tower = model.to(device).eval()
     with torch.no_grad():
-        chunks = [train.split.images[i : i + 256] for i in range(0, len(train.split.images), 256)]
-        seen = [tower.image_tower(normalise(torch.tensor(c).to(device), train.mean, train.std)).cpu() for c in chunks]
-    images = torch.nn.functional.normalize(torch.cat(seen), dim=1).numpy()
+        seen = in_chunks(
+            lambda rows: tower.image_tower(normalise(torch.tensor(rows).to(device), train.mean, train.std)).cpu(),
+            train.split.images,
+            256,
+        )
+    images = torch.nn.functional.normalize(seen, dim=1).numpy()
     texts = torch.nn.functional.normalize(torch.tensor(train.texts), dim=1).numpy()
     points = np.concatenate([images[train.split.image_of], texts], axis=1)
     means = MiniBatchKMeans(pairs, random_state=derive(seed, "prototypes", phase) % 2**32, n_init=1, batch_size=4096)
