@@ -11,15 +11,14 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from PIL import Image, ImageDraw
 
 from rmdd.config import Data, Scenes
+from rmdd.core.seeding import generator
 from rmdd.data.source import AnnotationRow, AnnotationSource
-
-if TYPE_CHECKING:
-    import torch
 
 COLOURS = {
     "red": (214, 39, 40),
@@ -142,7 +141,6 @@ def _rows(config: Scenes) -> Iterator[AnnotationRow]:
 
 def plan(config: Scenes) -> dict[str, list[Scene]]:
     """Distinct scenes for every split. Test and val are drawn first: they stay when train grows."""
-    from rmdd.core.seeding import generator
 
     seen: set[Scene] = set()
     drawn: dict[str, list[Scene]] = {}
@@ -160,9 +158,6 @@ def plan(config: Scenes) -> dict[str, list[Scene]]:
 
 def captions(scene: Scene, seed: int, split: str, index: int) -> list[str]:
     """Five different sentences, worded by a draw of their own."""
-    import torch
-
-    from rmdd.core.seeding import generator
 
     draws = generator(seed, f"scene captions/{split}", index)
     sentences = SENTENCES[scene.arrangement]
@@ -188,7 +183,6 @@ def draw(spec: str) -> bytes:
 
 
 def _pick(options: Any, draws: torch.Generator) -> Any:
-    import torch
 
     options = tuple(options)
     return options[int(torch.randint(len(options), (), generator=draws))]
@@ -208,9 +202,6 @@ def _draw_scene(draws: torch.Generator) -> Scene:
 
 def _shift(scene: Scene, seed: int, split: str, index: int) -> list[list[float]]:
     """Up to 2 % of the side, for each of the shapes, so that places are not exact."""
-    import torch
-
-    from rmdd.core.seeding import generator
 
     draws = generator(seed, f"scene shift/{split}", index)
     return ((torch.rand(len(scene.things), 2, generator=draws) - 0.5) * 0.04).tolist()
