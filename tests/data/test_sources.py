@@ -3,7 +3,9 @@
 import importlib
 import io
 import pkgutil
+import re
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -14,22 +16,8 @@ from rmdd.config.sources import names
 from rmdd.data import sources
 from rmdd.data.ingest import ingest, quarantined
 
-LINES = '''
-"""A text file of `image: caption` lines."""
-
-from rmdd.data.inputs import input_path
-from rmdd.data.layouts import read_text
-from rmdd.data.source import AnnotationRow, AnnotationSource
-
-
-def rows(data):
-    path = input_path(data.root) / data.annotations
-    pairs = (line.split(": ", 1) for line in read_text(path).splitlines())
-    return (AnnotationRow(image, (said,), None, "lines", path.name) for image, said in pairs), [path]
-
-
-SOURCE = AnnotationSource(rows, cut_by_hash=True)
-'''
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+LINES = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "AnnotationSource(" in block)
 TILES = '''
 """A file of several pictures end to end, 100 bytes of caption before each; the stretches are numbers of pictures."""
 
