@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from rmdd.core.checks import DiskCheck, Format
+from rmdd.evaluate import records
 
 
 def verify_comparison(path: Path, check: DiskCheck) -> None:
@@ -17,7 +18,7 @@ def verify_comparison(path: Path, check: DiskCheck) -> None:
 
 
 def _student(record: Path, check: DiskCheck) -> None:
-    check.json(record, "delete it and resume its comparison: it is made anew")
+    records.verify(record, check, "resume its comparison")
 
 
 STUDENTS = Format((), "comparisons/students/*/*.json", _student)

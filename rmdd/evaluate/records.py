@@ -6,6 +6,7 @@ Selection opens the first alone. The second is written before it, so a record th
 from pathlib import Path
 from typing import Any
 
+from rmdd.core.checks import DiskCheck, Format
 from rmdd.core.files import read_json, write_json
 from rmdd.core.storage import Storage
 from rmdd.evaluate.retrieval import Ranks
@@ -49,3 +50,11 @@ def read(path: Path, value: str) -> dict[str, Any] | None:
 
 def _is_of_test(key: str, value: Any) -> bool:
     return key.startswith("test") or (key == "curve" and any("test" in point for point in value))
+
+
+def verify(record: Path, check: DiskCheck, again: str = "run again") -> None:
+    """It can be read; `again` makes it anew."""
+    check.json(record, f"delete it and {again}: it is made anew")
+
+
+BASELINES = Format((), "baselines/*/*.json", verify)

@@ -18,6 +18,7 @@ from rmdd.coresets import subset
 from rmdd.data import shards
 from rmdd.distill import loop
 from rmdd.distill.trajectory.planning import PLAN, with_phases
+from rmdd.evaluate import records
 from rmdd.experts import store
 
 COLLECTIONS = ("sweeps", "searches", "comparisons")
@@ -150,11 +151,7 @@ def _planned(path: Path, run: config.Run, check: DiskCheck) -> config.Run:
     return run
 
 
-def _baseline(record: Path, check: DiskCheck) -> None:
-    check.json(record, "delete it and run again: it is made anew")
-
-
 DATASETS, STORES, PHASES, CORESETS = shards.FORMAT, store.FORMAT, loop.FORMAT, subset.FORMAT
 SETS = distilled.FORMAT
-BASELINES = Format((), "baselines/*/*.json", _baseline)
+BASELINES = records.BASELINES
 RUNS = Format(("run.yaml",), "*", verify_run)
