@@ -90,15 +90,18 @@ class Comparison:
                 row["difference"] = results.against((row, scored[k][1]), (told[base], scored[base][1]))
         beside = published.beside(self.run.data.layout, self.run.distill.budget)
         title = f"comparison: {self.run.name}"
-        shown = (table(self.run, told, self.against), *_published(self.run, beside))
+        shown = (
+            table(protocol_words(self.run), told, self.against),
+            *_published(self.run.data.layout, self.run.distill.budget, beside),
+        )
         tables.write(self.folder, title, shown, [*map(tables.flat, told), *map(published.flat, beside)])
         kept = {"schema_version": SCHEMA_VERSION, "protocol": self.run.hash_of(), "against": self.against}
         write_json(self.folder / RESULTS, kept | {"rows": told, "published": beside})
         return Compared(self.folder, told, beside, shown)
 
 
-def table(run: config.Run, rows: Sequence[dict[str, Any]], against: str) -> Table:
-    """The rows as people read them."""
+def table(protocol: str, rows: Sequence[dict[str, Any]], against: str) -> Table:
+    """The rows as people read them; `protocol` says in words how students were trained."""
     known = [name for name in ("interval", "difference", "of_full") if any(row.get(name) for row in rows)]
     heads = {"interval": "95 % interval", "difference": f"against {against}", "of_full": "of full data"}
     costs = ("pairs", "parameters", "bytes", "seconds")
@@ -113,7 +116,7 @@ def table(run: config.Run, rows: Sequence[dict[str, Any]], against: str) -> Tabl
         }
         held = [tables.count(row["costs"].get(c)) for c in costs]
         cells.append([row["name"], row["method"], rate(row), *tables.recalls(row), *(shown[n] for n in known), *held])
-    return Table(f"measured: {protocol_words(run)}", columns, cells, [*reading(known), *tables.remarks(rows)])
+    return Table(f"measured: {protocol}", columns, cells, [*reading(known), *tables.remarks(rows)])
 
 
 def rate(row: Mapping[str, Any]) -> str:
@@ -153,11 +156,11 @@ def protocol_words(run: config.Run) -> str:
     )
 
 
-def _published(run: config.Run, beside: Sequence[dict[str, Any]]) -> list[Table]:
+def _published(layout: str | None, budget: int, beside: Sequence[dict[str, Any]]) -> list[Table]:
     if not beside:
         return []
-    name = published.LAYOUTS[str(run.data.layout)]
-    return [published.table(f"published, not measured here: {name}, {run.distill.budget} pairs and full data", beside)]
+    name = published.LAYOUTS[str(layout)]
+    return [published.table(f"published, not measured here: {name}, {budget} pairs and full data", beside)]
 
 
 def worded(entries: Iterable[Entry]) -> list[str]:

@@ -192,7 +192,7 @@ class Grounds(Pipeline):
         found = entry.distilled
         assert found is not None
         texts, duplicates = [subset.texts for subset in found.subsets], None
-        if not same_text(found, self.run):
+        if not same_text(found, self.run.model.text):
             captions = [caption for subset in found.subsets for caption in subset.captions]
             cache = places_of(self.run, self.ingest()).cache
             vectors = embed(captions, self.run.model.text, cache, device=str(device_of(self.run.runtime)))

@@ -14,9 +14,11 @@ from rmdd import config
 from rmdd.artefact import distilled
 from rmdd.artefact.distilled import DistilledSet
 from rmdd.core.files import read_json, sha256_file
-from rmdd.core.storage import is_uri, open_storage
+from rmdd.core.storage import is_uri, open_storage, run_folder
 from rmdd.coresets import subset as coreset
 from rmdd.coresets.subset import Coreset
+from rmdd.distill.trajectory.planning import PLAN, stated, with_phases
+from rmdd.models.text import encoder_identity, text_width
 
 Kind = Literal["set", "subset", "random", "full"]
 
@@ -195,7 +197,7 @@ def misfits(entry: Entry, run: config.Run, reencode: bool) -> list[str]:
         wrong.append(f"was made for pictures of {found.image_size} pixels, students see {size}")
     if towers and (told := image_start(towers["image"])) != (ours := image_start(run.model.image.model_dump())):
         wrong.append(f"was made for the image tower {told}, students have {ours}; `rmdd transfer` is for other towers")
-    if same_text(found, run):
+    if same_text(found, run.model.text):
         return [f"{entry.name} {each}" for each in wrong]
     told = towers.get("text", {}).get("name", "none that it names")
     if not reencode:
@@ -209,11 +211,8 @@ def misfits(entry: Entry, run: config.Run, reencode: bool) -> list[str]:
     return [f"{entry.name} {each}" for each in wrong]
 
 
-def same_text(found: DistilledSet, run: config.Run) -> bool:
-    """Whether a set's texts are of the space that the captions of `run` are embedded in; bare tensors are trusted."""
-    from rmdd.models.text import encoder_identity, text_width
-
-    ours = run.model.text
+def same_text(found: DistilledSet, ours: config.TextTower) -> bool:
+    """Whether a set's texts are of the space of the encoder `ours`; bare tensors are trusted."""
     if found.subsets[0].texts.shape[1] != text_width(ours):
         return False
     if not found.model:
@@ -277,9 +276,6 @@ def planned(run: config.Run, where: str) -> config.Run:
     """`run` with its phases listed: those of random pairs make as many updates. Raises `ConfigError` without a plan."""
     if not run.distill.plan.plans:
         return run
-    from rmdd.core.storage import run_folder
-    from rmdd.distill.trajectory.planning import PLAN, stated, with_phases
-
     file = run_folder(run) / PLAN
     if not file.is_file():
         told = "its phases are planned and it was not run yet; run it, or give a CONFIG that lists its phases"

@@ -101,7 +101,7 @@ class Transfer:
         if wrong := grounds.check([self.entry]):
             raise config.ConfigError(wrong, "transfer")
         grounds.embed()
-        tower = towers(run)
+        tower = towers(run.model)
         kinds = ("learned", "tuned") if self.entry.rates == "learned" else ("tuned",)
         rows = [grounds.row(f"{tower}, {rates} rates", self.entry, rates) for rates in kinds]  # type: ignore[arg-type]
         for asked, word in ((self.random, "random"), (self.full, "full")):
@@ -127,7 +127,7 @@ class Transfer:
                     if k != base:
                         told[k]["difference"] = results.against((told[k], scored[k]), (told[base], scored[base]))
         mean = means(told)
-        shown = matrix(self.run, told, mean)
+        shown = matrix(self.run.evaluate, told, mean)
         tables.write(self.folder, f"transfer: {self.entry.name}", shown, [tables.flat(row) for row in told])
         kept = {"schema_version": SCHEMA_VERSION, "set": self.entry.address, "transfer_mean": mean, "rows": told}
         write_json(self.folder / RESULTS, kept)
@@ -147,7 +147,7 @@ def means(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def matrix(run: config.Run, rows: Sequence[dict[str, Any]], mean: Mapping[str, Any]) -> tuple[Table, ...]:
+def matrix(rule: config.Evaluate, rows: Sequence[dict[str, Any]], mean: Mapping[str, Any]) -> tuple[Table, ...]:
     """The source architecture apart from the others."""
     known = [name for name in ("interval", "difference", "of_full") if any(row.get(name) for row in rows)]
     heads = {"interval": "95 % interval", "difference": "against random pairs", "of_full": "of full data"}
@@ -182,7 +182,6 @@ def matrix(run: config.Run, rows: Sequence[dict[str, Any]], mean: Mapping[str, A
         "The mean is over the towers of this table; the source architecture is not in it.",
     ]
     own = [cells(row) for row in rows if row["source"]]
-    rule = run.evaluate
     words = f"{rule.students} students, {rule.epochs} passes per subset, batch {rule.batch}"
     remarks = tables.remarks(rows)
     return (
@@ -191,8 +190,8 @@ def matrix(run: config.Run, rows: Sequence[dict[str, Any]], mean: Mapping[str, A
     )
 
 
-def towers(run: config.Run) -> str:
-    return f"{run.model.image.name} + {run.model.text.name}"
+def towers(model: config.Model) -> str:
+    return f"{model.image.name} + {model.text.name}"
 
 
 def target(run: config.Run, word: str) -> config.Run:
@@ -271,7 +270,7 @@ def begin(
             told = error.errors()[0]["msg"] if hasattr(error, "errors") else str(error)
             wrong.append(f"--to {name}: {told.removeprefix('Value error, ')}")
             continue
-        unfit = unbuildable(there) or misfits(entry, _own_image(there, run), reencode=True)
+        unfit = unbuildable(there) or misfits(entry, _with_image(there, run.model.image), reencode=True)
         wrong += [f"--to {name}: {mistake}" for mistake in unfit]
         if there.model == run.model:
             wrong.append(f"--to {name}: these are the towers that the set was made for, which stand there anyway")
@@ -283,6 +282,6 @@ def begin(
     return Transfer(entry, run, tuple(to), tuple(targets), random, full)
 
 
-def _own_image(there: config.Run, run: config.Run) -> config.Run:
-    """`there` with the image tower of the source, for what else could keep a set from fitting."""
-    return there.model_copy(update={"model": there.model.model_copy(update={"image": run.model.image})})
+def _with_image(run: config.Run, image: config.ImageTower) -> config.Run:
+    """`run` with the image tower of the source, for what else could keep a set from fitting."""
+    return run.model_copy(update={"model": run.model.model_copy(update={"image": image})})

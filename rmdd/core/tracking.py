@@ -73,10 +73,11 @@ class Tracker:
 def of(run: config.Run, title: str, value: str, folder: Path) -> Tracker:
     """What follows one phase or expert; `value` is the hash of what shaped it, under which a resumed one goes on."""
     value = f"{value}-{title.replace(' ', '-')}"
+    facts = run.model_dump(mode="json")
     openers: dict[str, Callable[[int], Sink]] = {
         "tensorboard": lambda step: TensorBoard(folder / "tensorboard", step),
-        "wandb": lambda step: Wandb(run, title, value, folder),
-        "mlflow": lambda step: MLflow(run, title, value),
+        "wandb": lambda step: Wandb(facts, title, value, folder),
+        "mlflow": lambda step: MLflow(facts, run.runtime, title, value),
     }
     return Tracker({name: openers[name] for name in run.runtime.track})
 
@@ -104,16 +105,16 @@ class TensorBoard:
 class Wandb:
     """A run of the project `rmdd`, in the group of its run; WANDB_MODE, WANDB_API_KEY and the like decide where."""
 
-    def __init__(self, run: config.Run, title: str, value: str, folder: Path):
+    def __init__(self, facts: dict[str, Any], title: str, value: str, folder: Path):
         import wandb
 
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "rmdd"),
             id=value,
             resume="allow",
-            name=f"{run.name} {title}",
-            group=run.name,
-            config=run.model_dump(mode="json"),
+            name=f"{facts['name']} {title}",
+            group=facts["name"],
+            config=facts,
             dir=str(folder),
             settings=wandb.Settings(silent=True),
         )
@@ -129,24 +130,24 @@ class Wandb:
 class MLflow:
     """A run of the experiment `rmdd`, at MLFLOW_TRACKING_URI or in `mlflow.db` on a storage that is a folder."""
 
-    def __init__(self, run: config.Run, title: str, value: str):
+    def __init__(self, facts: dict[str, Any], runtime: config.Runtime, title: str, value: str):
         from mlflow import MlflowClient
 
         uri = os.environ.get("MLFLOW_TRACKING_URI")
-        if not uri and is_uri(run.runtime.storage):
-            raise ValueError(f"{run.runtime.storage} cannot hold its database; set MLFLOW_TRACKING_URI to a server")
-        self.client = MlflowClient(uri or f"sqlite:///{root_of(run.runtime)}/mlflow.db")
+        if not uri and is_uri(runtime.storage):
+            raise ValueError(f"{runtime.storage} cannot hold its database; set MLFLOW_TRACKING_URI to a server")
+        self.client = MlflowClient(uri or f"sqlite:///{root_of(runtime)}/mlflow.db")
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "rmdd")
         experiment = self.client.get_experiment_by_name(name)
         of = experiment.experiment_id if experiment is not None else self.client.create_experiment(name)
         found = self.client.search_runs([of], f"tags.rmdd = '{value}'", max_results=1)
-        self.id = (found or [self._begin(run, title, value, of)])[0].info.run_id
+        self.id = (found or [self._begin(facts, title, value, of)])[0].info.run_id
         self.last_steps: dict[str, int] = {}
 
-    def _begin(self, run: config.Run, title: str, value: str, experiment: str) -> Any:
-        begun = self.client.create_run(experiment, tags={"rmdd": value}, run_name=f"{run.name} {title}")
+    def _begin(self, facts: dict[str, Any], title: str, value: str, experiment: str) -> Any:
+        begun = self.client.create_run(experiment, tags={"rmdd": value}, run_name=f"{facts['name']} {title}")
         for section in ("data", "model", "experts", "distill"):
-            for key, each in getattr(run, section).model_dump(mode="json").items():
+            for key, each in facts[section].items():
                 self.client.log_param(begun.info.run_id, f"{section}.{key}", str(each)[:500])
         return begun
 

@@ -163,7 +163,7 @@ def _search(run: config.Run) -> dict[str, Any] | None:
     return {
         "fields": list(run.search.space),
         "trials": Space(run.search).trials,
-        "experts": "shared" if searches.shares_experts(run) else "of each trial",
+        "experts": "shared" if searches.shares_experts(run.search.space) else "of each trial",
     }
 
 

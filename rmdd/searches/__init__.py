@@ -4,7 +4,7 @@ What the trials share, data and experts, is made first by all workers. Then each
 snapshot, side by side through Ray Tune or in turn, and `rmdd.searches.study` decides what is tried and what goes on.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,14 +49,15 @@ def search_folder(base: config.Run) -> Path:
 
 def check(base: config.Run, width_of: WidthOf = text_width) -> None:
     """Raise `ConfigError` with all that is wrong with the space; `width_of` gives the length of a text embedding."""
-    mistakes = _planned(base) or Space(base.search).mistakes(loader(base), lambda run: refused(base, run, width_of))
+    mistakes = _planned(base.distill.plan, base.search.space) or Space(base.search).mistakes(
+        loader(base), lambda run: refused(base, run, width_of)
+    )
     if mistakes:
         raise config.ConfigError(mistakes, base.name)
 
 
-def _planned(base: config.Run) -> list[str]:
+def _planned(plan: config.Plan, fields: Collection[str]) -> list[str]:
     """Fields of phases that plan themselves, and of a plan that nobody follows."""
-    plan, fields = base.distill.plan, base.search.space
     if plan.plans:
         return [
             f"search.space.{field}: distill.phases is {plan.kind}, so there is no such number to try; try "
@@ -80,7 +81,7 @@ def refused(base: config.Run, run: config.Run, width_of: WidthOf = text_width) -
                 found.append(told)
         except ValueError as error:
             found.append(str(error))
-    if shares_experts(base) and run.experts.keep == "endpoints" and run.endpoints != base.endpoints:
+    if shares_experts(base.search.space) and run.experts.keep == "endpoints" and run.endpoints != base.endpoints:
         found.append(
             f"the trial reads epochs {list(run.endpoints)} and the experts keep {list(base.endpoints)}; set "
             "experts.keep: all, so that they are trained once"
@@ -122,7 +123,7 @@ def run_search(base: config.Run, progress: Progress | None = None) -> Searched:
         with held(folder / "shared", wait=True):
             pipeline = Pipeline.of(base, backend, progress)
             pipeline.splits = SPLITS
-            (pipeline.experts if shares_experts(base) else pipeline.ingest)()
+            (pipeline.experts if shares_experts(base.search.space) else pipeline.ingest)()
         with progress.stage("trials", {}) as stage:
             rungs = base.distill.snapshots
 
@@ -139,6 +140,6 @@ def run_search(base: config.Run, progress: Progress | None = None) -> Searched:
         return Searched(folder, table, study.failures)
 
 
-def shares_experts(base: config.Run) -> bool:
+def shares_experts(space: Iterable[str]) -> bool:
     """Whether all trials of a search are distilled from the same experts."""
-    return all(field.split(".")[0] == "distill" for field in base.search.space)
+    return all(field.split(".")[0] == "distill" for field in space)

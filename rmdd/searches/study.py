@@ -44,9 +44,9 @@ def url_of(search: config.Search, folder: Path) -> str:
     return url
 
 
-def open_study(base: config.Run, folder: Path) -> optuna.Study:
-    """The study of a search, made where it is not there."""
-    search, url = base.search, url_of(base.search, folder)
+def open_study(search: config.Search, seed: int, folder: Path) -> optuna.Study:
+    """The study of a search, made where it is not there. `seed` is that of the sampler."""
+    url = url_of(search, folder)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     engine = {"connect_args": {"timeout": WAIT_SECONDS}} if url.startswith("sqlite") else {}
     try:
@@ -54,7 +54,6 @@ def open_study(base: config.Run, folder: Path) -> optuna.Study:
     except Exception as error:  # of the database's own driver, whichever it is
         told = search.storage or url
         raise ValueError(f"search.storage {told} cannot be opened: {type(error).__name__}: {error}") from error
-    seed = base.seed if search.seed is None else search.seed
     return optuna.create_study(
         study_name=folder.name,
         storage=storage,
@@ -88,7 +87,7 @@ class Study:
         if is_uri(base.runtime.storage) and self.search.storage is None:  # its file is copied to and fro
             self._alone.enter_context(held(folder, wait=False))
         with self._asking():
-            self.study = open_study(base, folder)
+            self.study = open_study(self.search, base.seed if self.search.seed is None else self.search.seed, folder)
             if FIRST not in self.study.user_attrs:
                 self._learn(known)
 
