@@ -24,7 +24,6 @@ from rmdd.core.version import VERSION
 from rmdd.data.captions import SplitCaptions
 from rmdd.data.ingest import ingest
 from rmdd.data.shards import Dataset
-from rmdd.distill.trajectory.matching import begin_phase
 from rmdd.distill.trajectory.planning import PLAN, over_budget, with_phases
 from rmdd.evaluate import protocol, records, scores, summary
 from rmdd.evaluate.probes.of_run import prepare, remarks
@@ -184,11 +183,9 @@ class Pipeline:
         run, places = self.run, places_of(self.run, dataset)
         with self._timed("distill"):
             self.storage.fetch(places.phases, _no_curve)
-            if run.distill.family == "trajectory":  # the others make theirs where they work
-                method = methods.find(run.distill.method)(run)
-                for p in range(len(run.distill.phases)):
-                    if not places.start(p).is_file():
-                        begin_phase(method, p, prepared_split(self._item(dataset), "train"), places.phase(p))
+            method = methods.method_of(run)
+            for p in range(len(run.distill.phases)):
+                method.begin(p, lambda: prepared_split(self._item(dataset), "train"), places.phase(p))
         return places
 
     def distill(self) -> list[Path]:
@@ -200,11 +197,12 @@ class Pipeline:
             items = [replace(self._item(dataset), number=p) for p in todo]
             totals = {f"phase {p}": run.distill.phases[p].iterations for p in todo}
             here = InTurn(run.runtime.threads)  # for what has others do its parts
-            if run.distill.family == "generative":
+            method = methods.method_of(run)
+            if not method.iterates:
                 make = functools.partial(generate, tools=Tools(self.executor, self.encoders, self.ranks, self.progress))
                 self._map("phases", make, items, totals, here)
-            elif run.distill.family == "distribution" and (draws := methods.draws_of(run)) > 1:
-                shared = functools.partial(shared_phase, ranks=self.ranks, draws=draws, say=self.progress.say)
+            elif method.draws > 1:
+                shared = functools.partial(shared_phase, ranks=self.ranks, draws=method.draws, say=self.progress.say)
                 self._map("phases", shared, items, totals, here)
             else:
                 self._map("phases", phase, items, totals)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from rmdd.distill.trajectory.matching import State, outer_step
+from rmdd.distill.loop import State, outer_step
 
 
 def wbce(logits, similarity):

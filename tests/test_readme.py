@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from rmdd import config
-from rmdd.methods import BUILT_IN
+from rmdd.config.recipes import BUILT_IN
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

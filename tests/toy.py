@@ -8,8 +8,10 @@ import torch
 from rmdd import config
 from rmdd.distill.similarity import initial as initial_similarity
 from rmdd.distill.synthetic import Synthetic
-from rmdd.distill.trajectory.matching import Matcher, distill_phase
+from rmdd.distill.trajectory.matching import Matcher
+from rmdd.distill.trajectory.stepping import distill_phase
 from rmdd.experts.store import Store, Writer
+from rmdd.methods import matching_method
 from rmdd.models.dual import build
 
 TEXT_WIDTH, SIZE, PAIRS, EPOCHS, EXPERTS = 5, 8, 6, 3, 2
@@ -104,13 +106,15 @@ def made(run, store, phase=0):
         model=model,
         store=store,
         begun=first_set(pairs=run.distill.phases[phase].pairs, **similarity).map(torch.Tensor.double),
-        matcher=Matcher(run, phase, store, model, CPU),
+        matcher=Matcher(matching_method(run), phase, store, model, CPU),
     )
 
 
 def distil(run, store, folder, *, phase=0, kind="full", key="key", **hooks):
     pairs = run.distill.phases[phase].pairs
-    return distill_phase(run, phase, store, encoder(run.model), first_set(kind, pairs), folder, CPU, key, **hooks)
+    return distill_phase(
+        matching_method(run), phase, store, encoder(run.model), first_set(kind, pairs), folder, CPU, key, **hooks
+    )
 
 
 def stop_after(steps):

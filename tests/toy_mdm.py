@@ -13,6 +13,7 @@ from rmdd.distill.distribution import matching as features
 from rmdd.execution.in_turn import InTurn
 from rmdd.execution.parts import PartsHere
 from rmdd.experts.train import expert_model
+from rmdd.methods import method_of
 from rmdd.methods.mdm import MDM, Objective
 from rmdd.pipeline import Pipeline
 
@@ -56,13 +57,15 @@ def model_of(run, train):
 
 
 def rank(made, run, number=0, size=1):
-    return features.Rank(run, 0, made.store, model_of(run, made.train), made.train, CPU, number, size)
+    return features.Rank(method_of(run), 0, made.store, model_of(run, made.train), made.train, CPU, number, size)
 
 
 def distil(made, folder, run=None, ranks=None, **hooks):
     run = run or made.run
     model = model_of(run, made.train)
-    return features.distill_phase(run, 0, made.store, model, made.train, folder, CPU, "key", ranks=ranks, **hooks)
+    return features.distill_phase(
+        method_of(run), 0, made.store, model, made.train, folder, CPU, "key", ranks=ranks, **hooks
+    )
 
 
 def side_by_side(made, run, size):

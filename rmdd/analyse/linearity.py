@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rmdd import config
+from rmdd import config, methods
 from rmdd.analyse.drawing import Sheet, write_csv
 from rmdd.analyse.setting import Setting, chosen, endpoint_of
 from rmdd.distill.synthetic import Synthetic
@@ -85,7 +85,7 @@ def linearity(
     ratios: dict[str, list[float]] = {}
     for name in ("shortcut",) if shortcut_only else ("shortcut", "joined"):
         model = expert_model(run, 0, setting.train.texts.shape[1]).double()
-        matcher = Matcher(run, 0, store, model, setting.device)
+        matcher = Matcher(methods.matching_method(run), 0, store, model, setting.device)
         if name == "joined":
             matcher.use_path(matcher.experts[0], joined(store, matcher.experts[0]))
         found = changes(matcher, synthetic, 0, start, steps)

@@ -44,10 +44,12 @@ class Setting:
                 f"the experts keep epochs {sorted(kept_by(run))}, asked for shortcuts to {self.endpoint}; give one of "
                 "them as --endpoint, or train experts with experts.keep: all"
             )
-        if run.distill.family != "trajectory":
-            mistakes = [f"method {run.distill.method} matches no trajectories; name one that does (see `rmdd methods`)"]
-        elif gradients < least:
+        if gradients < least:
             mistakes.append(f"{gradients} gradients, {least} are needed; give more --experts or --draws")
+        try:
+            methods.matching_method(run)
+        except ValueError as error:
+            mistakes = [str(error)]
         if mistakes:
             raise config.ConfigError(mistakes, "analyse")
         self.run = pipeline.plan()
@@ -57,7 +59,7 @@ class Setting:
         self.device = device_of(self.run.runtime)
 
     def initial(self, run: config.Run) -> Synthetic:
-        method = methods.find(run.distill.method)(run)
+        method = methods.method_of(run)
         return method.initial(0, self.train, method.records(0, self.train)).map(lambda t: t.to(self.device))
 
     def probing(self, trajectory: str) -> config.Run:
@@ -66,7 +68,7 @@ class Setting:
 
     def matcher(self, trajectory: str) -> Matcher:
         model = expert_model(self.run, 0, self.train.texts.shape[1])
-        return Matcher(self.probing(trajectory), 0, self.store, model, self.device)
+        return Matcher(methods.matching_method(self.probing(trajectory)), 0, self.store, model, self.device)
 
     def starts(self) -> range:
         """Every whole epoch from which a target can be reached."""

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from rmdd import config, methods
 from rmdd.core.device import device_of
+from rmdd.distill.loop import State, outer_step
 from rmdd.distill.synthetic import Synthetic
-from rmdd.distill.trajectory.matching import Matcher, State, outer_step
+from rmdd.distill.trajectory.matching import Matcher
 from rmdd.experts.store import Store
 from rmdd.experts.train import expert_model
 from rmdd.models.dual import DualEncoder
@@ -40,7 +41,7 @@ def along(
     The rates' "cosine" is the agreement of their signs. Stops early, with a row that says so, when the loop does not
     stay finite.
     """
-    matcher = Matcher(run, phase, store, model, device)
+    matcher = Matcher(methods.matching_method(run), phase, store, model, device)
     state = State.begin(initial).to(device)
     own = run.distill.estimator
     other: Literal["exact", "first_order"] = "first_order" if own == "exact" else "exact"
@@ -104,7 +105,7 @@ def of_run(
         raise ValueError(f"asked for {iterations} iterations and a comparison every {every}; give at least 1 of each")
     store = pipeline.experts()
     train = pipeline.prepared_split("train")
-    method = methods.find(run.distill.method)(run)
+    method = methods.matching_method(run)
     initial = method.initial(phase, train, method.records(phase, train))
     model = expert_model(run, 0, train.texts.shape[1])
     return along(

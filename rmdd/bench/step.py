@@ -90,7 +90,7 @@ def variants(
 ) -> list[Variant]:
     """The yardsticks, then every estimator on every engine for the case's own student and for each of `of_methods`."""
     for name in of_methods:
-        if methods.find(name).family != "trajectory":
+        if not methods.find(name).unrolls:
             raise ValueError(f"method {name} matches no trajectories and has no such step; leave it out")
     found = [Variant(y) for y in yardsticks]
     for method in (None, *of_methods):
@@ -151,7 +151,7 @@ def prepare(case: Case, method: str | None = None) -> Callable[[Variant], Callab
     """The case's tensors, and how a variant of `method` takes one iteration on them: (miss, gradient)."""
     device, dtype = torch.device(case.device), getattr(torch, case.dtype)
     run = run_of(case, method)
-    recipe = methods.find(run.distill.method)(run)
+    recipe = methods.matching_method(run)
 
     def encoder() -> Any:
         return build(run.model, case.text_width, case.image_size, seed=0, who="bench").to(device, dtype).train()

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rmdd.config import as_yaml
-from rmdd.methods import TITLES
+from rmdd.config.recipes import TITLES
 from rmdd.report import referee
 
 METRICS = ("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10")
@@ -147,7 +147,7 @@ def _facts(facts: Mapping[str, Any]) -> Table:
 def _phases(facts: Mapping[str, Any]) -> Table:
     guessed = facts["phases_foreseen"]
     table = Table(title="Phases, as foreseen" if guessed else "Phases")
-    matched = facts["family"] == "trajectory"
+    matched = any("start" in p for p in facts["phases"])
     for column in ("phase", "pairs", *(("starts", "endpoint") if matched else ()), "iterations", "done"):
         table.add_column(column, justify="right")
     for number, p in enumerate(facts["phases"]):

@@ -122,8 +122,8 @@ def table(protocol: str, rows: Sequence[dict[str, Any]], against: str) -> Table:
 def rate(row: Mapping[str, Any]) -> str:
     """Where the rates came from; those chosen on val with the loss of real pairs."""
     if "chosen" not in row:
-        family = config.Distill.model_construct(method=row["method"]).family
-        return "as set" if row["rates"] == "learned" and family != "trajectory" else row["rates"]
+        recipe = config.Distill.model_construct(method=row["method"]).recipe
+        return "as set" if row["rates"] == "learned" and recipe and not recipe.learns_rates else row["rates"]
     loss = "" if row["kind"] == "set" else f"{row['chosen']['loss']}, "
     return f"by val: {loss}{row['chosen']['lr']:g}"
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from rmdd.comparisons import certainty
 from rmdd.comparisons.engine import Row, Scored
+from rmdd.config.recipes import TITLES
 from rmdd.evaluate.protocol import summary
-from rmdd.methods import TITLES
 
 SPLITS = ("val", "test_last")
 RECALLS = ("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10")

@@ -11,11 +11,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field
 
+from rmdd.config import recipes
 from rmdd.config.data import Annotations as Annotations
 from rmdd.config.data import Captions as Captions
 from rmdd.config.data import Data
@@ -44,6 +45,7 @@ from rmdd.config.probes import Retrieval as Retrieval
 from rmdd.config.probes import Vqa as Vqa
 from rmdd.config.probes import ZeroShot as ZeroShot
 from rmdd.config.probes import foreign_view
+from rmdd.config.recipes import Recipe
 from rmdd.config.runfile import PRESETS as PRESETS
 from rmdd.config.runfile import ConfigError as ConfigError
 from rmdd.config.runfile import Section as Section
@@ -54,9 +56,6 @@ from rmdd.config.runfile import read as read
 from rmdd.config.search import Dimension as Dimension
 from rmdd.config.search import Search
 
-if TYPE_CHECKING:
-    from rmdd.methods.base import Method
-
 
 class Run(Section):
     """A whole run. `rmdd run FILE` turns it into a distilled set and a report."""
@@ -66,7 +65,7 @@ class Run(Section):
     data: Data = Data()
     model: Model = Model()
     experts: Experts = Experts()
-    distill: Distill = Field(default_factory=Distill)  # which asks the methods, and these this module
+    distill: Distill = Distill()
     evaluate: Evaluate = Evaluate()
     search: Search = Search()
     runtime: Runtime = Runtime()
@@ -74,12 +73,8 @@ class Run(Section):
     def clashes(self) -> list[str]:
         mistakes = foreign_view(self.evaluate.probes, self.data)
         image = self.model.image
-        d, matched = self.distill, self.distill.family == "trajectory"
-        if matched and d.inner_dropout == "fresh_mask" and self.runtime.keep_parameters == "recompute":
-            mistakes.append(
-                "runtime.keep_parameters: recompute takes steps of the first pass again, which distill.inner_dropout: "
-                "fresh_mask would draw other masks for; set one of them otherwise"
-            )
+        d, recipe = self.distill, self.distill.recipe
+        mistakes += recipe.clashes_of_family(self) if recipe else []
         if self.stored_size > self.data.image_size:
             mistakes.append(
                 f"distill.stored_size {self.stored_size} is larger than data.image_size {self.data.image_size}, which "
@@ -95,27 +90,12 @@ class Run(Section):
             mistakes.append("convnet has no pretrained weights; set model.image.weights to random or a weights file")
         if image.name == "convnet" and self.data.normalise == "tower":
             mistakes.append("convnet has no normalisation of its own; set data.normalise to clip, imagenet or half")
-        reach = max((self.endpoint_of(p) for p in range(len(self.distill.phases))), default=0)
+        reach = max((self.endpoint_of(p) for p in range(len(d.phases))), default=0) if recipe else 0
         if reach > self.experts.epochs:
             mistakes.append(
                 f"distill.phases ask for epoch {reach} but experts are trained for {self.experts.epochs}; "
                 f"set experts.epochs to {reach} or lower the endpoints"
             )
-        for p, phase in enumerate(d.phases if matched else ()):
-            last = d.reach(phase)
-            if d.trajectory == "convexified" and last > self.experts.epochs:
-                stop = phase.stop - last + self.experts.epochs
-                mistakes.append(
-                    f"distill.phases.{p} reaches epoch {last} of a path that ends with the experts at "
-                    f"{self.experts.epochs}; set distill.phases.{p}.stop to {stop} or train longer"
-                )
-        for what, needs in (
-            ("distill.trajectory 'original'", d.trajectory == "original"),
-            ("distill.ranges 'drift'", d.ranges == "drift"),
-            ("distill.anchors between the ends", d.trajectory == "convexified" and (d.anchors > 2 or d.smooth_anchors)),
-        ):
-            if matched and needs and self.experts.keep == "endpoints":
-                mistakes.append(f"{what} reads every epoch; set experts.keep: all")
         gpus = self.runtime.gpus_per_worker
         if self.experts.gang.workers > 1 and 0 < gpus < 1:
             mistakes.append(
@@ -129,11 +109,10 @@ class Run(Section):
             mistakes.append(
                 f"distill.plan.endpoints {late} lie past the last expert epoch {self.experts.epochs}; leave them out"
             )
-        missing = [] if isinstance(self.experts.keep, str) else sorted(set(self.endpoints) - set(self.experts.keep))
+        keep = self.experts.keep
+        missing = [] if isinstance(keep, str) or not recipe else sorted(set(self.endpoints) - set(keep))
         if missing:
-            mistakes.append(
-                f"experts.keep {list(self.experts.keep)} leaves out {missing}, which this run reads; add them"
-            )
+            mistakes.append(f"experts.keep {list(keep)} leaves out {missing}, which this run reads; add them")
         if self.search.pruner != "none" and d.snapshots < 2:
             mistakes.append(
                 f"search.pruner: {self.search.pruner} compares trials at their snapshots, and distill.snapshots keeps "
@@ -143,13 +122,7 @@ class Run(Section):
 
     def endpoint_of(self, phase: int) -> int:
         """The last expert epoch that a phase reads."""
-        d, p = self.distill, self.distill.phases[phase]
-        whole = d.family != "trajectory" or d.trajectory == "convexified"
-        if whole or (d.ranges == "drift" and d.trajectory == "original"):
-            return self.experts.epochs
-        if d.trajectory == "shortcut":
-            return p.endpoint - (d.endpoint_rule == "exclusive")
-        return d.reach(p)
+        return recipes.find(self.distill.method).endpoint_of(self, phase)
 
     @property
     def stored_size(self) -> int:
@@ -256,10 +229,8 @@ def _kept(raw: dict[str, Any]) -> dict[str, Any]:
     return {**raw, "experts": {**experts, "keep": keep}}
 
 
-def _method_of(raw: Mapping[str, Any], overrides: Iterable[str]) -> tuple[type[Method] | None, list[str]]:
+def _method_of(raw: Mapping[str, Any], overrides: Iterable[str]) -> tuple[Recipe | None, list[str]]:
     """The recipe that a run file or an override names, or what is wrong with the name."""
-    from rmdd import methods
-
     draft = copy.deepcopy(dict(raw))
     for override in overrides:
         if override.startswith("distill.method="):
@@ -267,7 +238,7 @@ def _method_of(raw: Mapping[str, Any], overrides: Iterable[str]) -> tuple[type[M
     section = draft.get("distill")
     name = section.get("method") if isinstance(section, Mapping) else None
     try:
-        return methods.find(Distill().method if name is None else str(name)), []
+        return recipes.find(Distill().method if name is None else str(name)), []
     except ValueError as error:
         return None, [f"distill.method: {error}"]
 

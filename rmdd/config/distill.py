@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from rmdd.config import recipes
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
 from rmdd.config.plan import Plan
+from rmdd.config.recipes import Recipe
 from rmdd.config.runfile import Section
-
-if TYPE_CHECKING:
-    from rmdd.methods.base import Family
 
 
 class Phase(Section):
@@ -83,19 +82,6 @@ class Guard(Section):
 
 WORDS = ("auto", "adaptive")
 """What `phases` may say in place of a list."""
-
-
-OF_PATHS = (
-    *("trajectory", "anchors", "smooth_anchors", "endpoint_rule", "starts", "ranges", "start_points", "start_rule"),
-    *("estimator", "reuse_graphs", "steps", "match_epochs", "batch", "batches", "branches", "rate_branches"),
-    *("inner_dropout", "lr_similarity", "lr_lr"),
-)
-"""Fields that only matching of trajectories reads."""
-OF_STEPS = (
-    *("precision", "optimiser", "lr_image", "lr_text", "momentum", "min_inner_lr", "ema", "init_augment"),
-    *("checkpoint_every", "snapshots"),
-)
-"""Those that only methods with outer updates read."""
 
 
 class Distill(Section):
@@ -225,14 +211,12 @@ class Distill(Section):
         return self.method.rpartition(":")[2]
 
     @property
-    def family(self) -> Family:
-        """Which loop the method is a recipe of; trajectory where it cannot be found."""
-        from rmdd import methods
-
+    def recipe(self) -> Recipe | None:
+        """The method; None where it cannot be found."""
         try:
-            return methods.find(self.method).family
+            return recipes.find(self.method)
         except ValueError:
-            return "trajectory"
+            return None
 
     def reach(self, phase: Phase) -> int:
         """The last epoch that a start of `phase` and its target may need."""
@@ -244,97 +228,9 @@ class Distill(Section):
         mistakes = []
         if self.method_name in ("random", "full"):
             mistakes.append(f"distill.method is {self.method}, but '{self.method_name}' is a row of every result table")
-        if self.family != "trajectory":
-            return mistakes + self._clashes_without_a_path()
-        if self.plan.plans:
-            mistakes += self._cannot_plan()
-        elif not self.phases:
-            mistakes.append("distill.phases is empty; give at least one, or auto")
-        if self.start_points == "continuous" and self.trajectory == "original":
-            mistakes.append(
-                "distill.start_points: continuous needs a path between the epochs; set distill.trajectory to shortcut "
-                "or convexified"
-            )
-        if (self.anchors > 2 or self.smooth_anchors) and self.trajectory != "convexified":
-            mistakes.append("distill.anchors and smooth_anchors belong to distill.trajectory: convexified")
-        if self.ranges == "drift" and self.starts == "together":
-            mistakes.append("distill.ranges: drift gives each tower its own range; set distill.starts: independent")
-        if self.ranges == "drift" and (self.start_rule == "inclusive" or self.start_points == "continuous"):
-            mistakes.append(
-                "distill.ranges: drift finds whole epochs, ends included; set start_rule: exclusive and start_points: "
-                "integer"
-            )
-        if self.reuse_graphs and self.inner_dropout == "fresh_mask":
-            mistakes.append(
-                "distill.reuse_graphs keeps the masks of the first pass, which inner_dropout: fresh_mask draws anew; "
-                "set one of them otherwise"
-            )
-        if self.rate_branches == "separate" and (self.branches, self.estimator) != ("merged", "first_order"):
-            mistakes.append("distill.rate_branches: separate is for branches: merged with estimator: first_order")
-        for p, phase in enumerate(self.phases):
-            this = f"distill.phases.{p}"
-            limit = phase.endpoint - (self.endpoint_rule == "exclusive")
-            for tower, (start, stop) in phase.ranges.items():
-                if start >= stop + (self.start_rule == "inclusive"):
-                    mistakes.append(f"{this}: {tower} start range [{start}, {stop}) is empty; raise stop")
-            if self.starts == "together" and (phase.start_text is not None or phase.stop_text is not None):
-                mistakes.append(f"{this}: start_text and stop_text need distill.starts: independent")
-            if self.trajectory == "shortcut" and self.ranges == "stated" and self.reach(phase) > limit:
-                stop = limit - self.reach(phase) + max(stop for _, stop in phase.ranges.values())
-                last = self.reach(phase) - self.match_epochs
-                mistakes.append(
-                    f"{this}: a start at epoch {last} matched {self.match_epochs} epoch(s) on ends past the endpoint "
-                    f"{limit}; set {this}.stop to {stop} or raise its endpoint"
-                )
-            if phase.pairs < 2:
-                mistakes.append(f"{this}.pairs is {phase.pairs}: one pair has no negatives; give at least 2")
-            elif self.batch > phase.pairs and self.batches == "cycle":
-                mistakes.append(
-                    f"distill.batch {self.batch} is larger than {this} with its {phase.pairs} pairs; set batch to at "
-                    f"most {phase.pairs}"
-                )
-            if self.similarity.kind == "low_rank" and 2 * self.similarity.rank > phase.pairs:
-                mistakes.append(
-                    f"{this}: rank {self.similarity.rank} costs more than the full {phase.pairs} x {phase.pairs} "
-                    f"matrix; use at most {phase.pairs // 2} or distill.similarity.kind: full"
-                )
-        return mistakes
-
-    def _clashes_without_a_path(self) -> list[str]:
-        """What a method that matches no trajectory cannot use."""
-        mistakes = []
-        if self.plan.plans or not self.phases:
-            mistakes.append(f"distill.method {self.method} has no path to plan phases from; list distill.phases")
-        if self.similarity.kind != "identity":
-            mistakes.append(f"distill.method {self.method} learns no similarity; set distill.similarity.kind: identity")
-        if self.blend:
-            mistakes.append(f"distill.blend is of inner steps, which {self.method} does not make; set it to 0")
-        if self.family == "generative":
-            asked = {"init": self.init != "real", "stored_size": self.stored_size, "skip_above": self.skip_above}
-            mistakes += [f"distill.{n} is not for {self.method}; leave it out" for n, given in asked.items() if given]
         for p, phase in enumerate(self.phases):
             if phase.pairs < 2:
                 mistakes.append(
                     f"distill.phases.{p}.pairs is {phase.pairs}: one pair has no negatives; give at least 2"
                 )
-            if self.family == "generative" and phase.iterations != 1:
-                mistakes.append(f"distill.phases.{p}.iterations: {self.method} makes its pairs once; set it to 1")
-        return mistakes
-
-    def idle(self) -> list[str]:
-        """Fields that were moved from their defaults and do nothing with a method of this family."""
-        if self.family == "trajectory":
-            return []
-        fields = OF_PATHS + (OF_STEPS if self.family == "generative" else ())
-        return [name for name in fields if getattr(self, name) != type(self).model_fields[name].default]
-
-    def _cannot_plan(self) -> list[str]:
-        word = f"distill.phases: {self.plan.kind}"
-        mistakes = []
-        if self.trajectory == "convexified":
-            mistakes.append(f"{word} chooses endpoints, which a convexified path has not; set trajectory: shortcut")
-        if self.starts == "independent" or self.ranges == "drift":
-            mistakes.append(f"{word} plans one range for both towers; set starts: together and ranges: stated")
-        if self.plan.kind == "adaptive" and (self.trajectory, self.endpoint_rule) != ("shortcut", "inclusive"):
-            mistakes.append(f"{word} moves along a straight path; set trajectory: shortcut, endpoint_rule: inclusive")
         return mistakes

@@ -18,8 +18,8 @@ from rmdd.data.augment import augment
 from rmdd.data.decode import decode_as
 from rmdd.data.images import normalise
 from rmdd.distill import similarity
+from rmdd.distill.starts import growing_stop
 from rmdd.distill.synthetic import Synthetic, reduced
-from rmdd.methods.datm import growing_stop
 from rmdd.models.prepared import PreparedSplit
 
 # Mean and deviation of normalised pixels and of BERT embeddings, for starts from noise.
@@ -137,23 +137,6 @@ def mini_batches(
         rows.append(order[cursor : cursor + batch])
         cursor += batch
     return torch.stack(rows)
-
-
-def check_enough(phase: int, pairs: int, train: PreparedSplit) -> None:
-    """Raise `ValueError` when a phase wants more pairs than there are caption records."""
-    total = len(train.split.captions)
-    if pairs > total:
-        raise ValueError(
-            f"phase {phase} wants {pairs} pairs but the train split has {total} caption records; lower "
-            f"distill.phases.{phase}.pairs (or distill.budget, where phases are planned), or ingest more data"
-        )
-
-
-def choose_records(phase: int, pairs: int, train: PreparedSplit, seed: int) -> list[int]:
-    """Caption records that a phase starts from: uniform without replacement, so two may share an image."""
-    check_enough(phase, pairs, train)
-    total = len(train.split.captions)
-    return torch.randperm(total, generator=generator(seed, "initial records", phase))[:pairs].tolist()
 
 
 def initial(run: config.Run, phase: int, train: PreparedSplit, records: list[int]) -> Synthetic:

@@ -13,7 +13,8 @@ from typing import Literal
 
 import torch
 
-from rmdd import config, methods
+from rmdd import config
+from rmdd.config import recipes
 from rmdd.evaluate.students import Course, Lesson
 
 TEMPERATURE = 0.07
@@ -147,7 +148,7 @@ def reference_of(run: config.Run) -> Reference | None:
         return None
     if rule.reference != "auto":
         return REFERENCES[rule.reference]
-    name = methods.find(run.distill.method).reference
+    name = recipes.find(run.distill.method).reference
     if name is None:
         return None
     found = REFERENCES[name]

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ DEFAULT_IDS = {"blip": "Salesforce/blip-image-captioning-large", "llava": "llava
 _SPACE = re.compile(r"\s+")
 
 
+@runtime_checkable
 class Captioner(Protocol):
     def describe(self, image: Image.Image, count: int, seed: int) -> list[str]:
         """Some captions of a picture as the model says them; about `count`, the same for the same seed."""

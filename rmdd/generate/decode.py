@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ PAIRS = "pairs"
 REQUESTS = "requests"
 
 
+@runtime_checkable
 class Decoder(Protocol):
     """Makes pictures of any size; `random_of` gives the generator of each."""
 

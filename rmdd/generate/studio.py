@@ -26,7 +26,7 @@ from rmdd.distill.sets import save_set
 from rmdd.distill.synthetic import Synthetic, reduced
 from rmdd.execution.executor import Executor
 from rmdd.execution.parts import OpenParts
-from rmdd.execution.tasks import Hooks, Interrupted, Stream, Values, in_turn, watched
+from rmdd.execution.tasks import Hooks, Interrupted, Stream, Task, Values, in_turn, watched
 from rmdd.generate.decode import Decoder, Painter, is_painted, picture_of, read_requests, write_requests
 from rmdd.generate.features import sides_of
 from rmdd.models.pretrained import PretrainedModel
@@ -62,6 +62,8 @@ class Studio:
     """Of the phase, held."""
     tools: Tools
     hooks: Hooks
+    tuning: Task
+    """Fine-tunes what the method draws with, for the item, see `rmdd.methods.tuned`."""
 
     @property
     def run(self) -> config.Run:

@@ -1,88 +1,30 @@
-"""Methods by name: the published ones, one file each, and those that other packages bring.
-
-A package brings its own by an entry point of the group `rmdd.methods`; a run file may also name one by its import
-path, `module:Class`.
-"""
+"""Methods: one file for each published one. Which there are, and those of other packages: `rmdd.config.recipes`."""
 
 from __future__ import annotations
 
-import difflib
-import importlib
-from importlib.metadata import entry_points
-from typing import TYPE_CHECKING
+from typing import cast
 
-from rmdd.methods.base import Method as Method
-
-if TYPE_CHECKING:
-    from rmdd import config
-
-BUILT_IN = {
-    "mtt_vl": "rmdd.methods.mtt_vl:MTTVL",
-    "tesla_vl": "rmdd.methods.tesla_vl:TeslaVL",
-    "lors": "rmdd.methods.lors:LoRS",
-    "repblend": "rmdd.methods.repblend:RepBlend",
-    "ptm_st": "rmdd.methods.ptm_st:PTMST",
-    "datm": "rmdd.methods.datm:DATM",
-    "mct": "rmdd.methods.mct:MCT",
-    "amd": "rmdd.methods.amd:AMD",
-    "ncfm": "rmdd.methods.ncfm:NCFM",
-    "covmatch": "rmdd.methods.covmatch:CovMatch",
-    "mdm": "rmdd.methods.mdm:MDM",
-    "pds": "rmdd.methods.pds:PDS",
-    "edge": "rmdd.methods.edge:EDGE",
-    "evlf": "rmdd.methods.evlf:EVLF",
-}
-TITLES = {
-    "mtt_vl": "MTT-VL",
-    "tesla_vl": "TESLA-VL",
-    "lors": "LoRS",
-    "repblend": "RepBlend",
-    "ptm_st": "PTM-ST",
-    "datm": "DATM",
-    "mct": "MCT",
-    "amd": "AMD",
-    "ncfm": "NCFM",
-    "covmatch": "CovMatch",
-    "mdm": "MDM",
-    "pds": "PDS",
-    "edge": "EDGE",
-    "evlf": "EVLF",
-}
-"""What tables and pages call a method; one from outside goes by its name."""
-GROUP = "rmdd.methods"
+from rmdd import config
+from rmdd.config import recipes
+from rmdd.methods.base import BaseMethod
+from rmdd.methods.trajectory import Method as Method
 
 
-def names() -> dict[str, str]:
-    """Every method that can be named without its import path, and where it is."""
-    return BUILT_IN | {p.name: p.value for p in entry_points(group=GROUP) if p.name not in BUILT_IN}
+def find(name: str) -> type[BaseMethod]:
+    """The method called `name`. Raises `ValueError` when there is none."""
+    return cast(type[BaseMethod], recipes.find(name))
 
 
-def find(name: str) -> type[Method]:
-    """The method called `name`. Raises `ValueError` when there is none, or when it is no `Method`."""
-    place = BUILT_IN.get(name, name)
-    if ":" not in place:
-        place = names().get(name, name)
-    module, colon, attribute = place.partition(":")
-    if not colon:
-        known = names()
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else "; or give one of your own as module:Class"
-        raise ValueError(f"no method '{name}'; there are: {', '.join(sorted(known))}{hint}")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+def method_of(run: config.Run) -> BaseMethod:
+    """The method of a run."""
+    return find(run.distill.method)(run)
+
+
+def matching_method(run: config.Run) -> Method:
+    """The method of a run that matches trajectories. Raises `ValueError` for another one."""
+    method = method_of(run)
+    if not isinstance(method, Method):
         raise ValueError(
-            f"cannot import method '{place}': {error}; install its package, or put its folder on PYTHONPATH, on every "
-            "node"
-        ) from error
-    if not (isinstance(found, type) and issubclass(found, Method)):
-        raise ValueError(f"'{place}' is no method; derive it from rmdd.methods.Method")
-    return found
-
-
-def draws_of(run: config.Run) -> int:
-    """Draws whose gradients a step of a distribution method averages."""
-    from rmdd.methods.distribution import DistributionMethod
-
-    method = find(run.distill.method)(run)
-    return method.options.draws if isinstance(method, DistributionMethod) else 1
+            f"method {run.distill.method} matches no trajectories; name one that does (see `rmdd methods`)"
+        )
+    return method

@@ -6,8 +6,9 @@ import sys
 from typing import Any, Literal, get_args, get_origin
 
 from rmdd import config, methods
+from rmdd.config.recipes import Family, names
 from rmdd.config.runfile import Section
-from rmdd.methods.base import Family
+from rmdd.methods.base import BaseMethod
 
 
 def listing() -> list[dict[str, Any]]:
@@ -15,7 +16,7 @@ def listing() -> list[dict[str, Any]]:
     its presets. One that cannot be imported says so."""
     users = presets_by_method()
     listed = []
-    for name, place in sorted(methods.names().items()):
+    for name, place in sorted(names().items()):
         try:
             told = {"summary": summary(name), **_standing(methods.find(name))}
         except ValueError as error:
@@ -58,7 +59,7 @@ def _options(section: type[Section], before: str = "") -> dict[str, str]:
     return found
 
 
-def _standing(method: type[methods.Method]) -> dict[str, Any]:
+def _standing(method: type[BaseMethod]) -> dict[str, Any]:
     """Its family, what must be there before it begins, where it was published, and what was verified of it."""
     return {
         "family": method.family,
@@ -81,6 +82,6 @@ def presets_by_method() -> dict[str, list[str]]:
     return found
 
 
-def _words(method: type[methods.Method]) -> str:
+def _words(method: type[BaseMethod]) -> str:
     """The docstring of its module, else its own."""
     return inspect.cleandoc(sys.modules[method.__module__].__doc__ or method.__doc__ or "")

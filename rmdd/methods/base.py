@@ -1,37 +1,53 @@
-"""What a method is: values for the run file, and the parts of a loop that it may replace."""
+"""What every method is: values for the run file, and what the steps of a run ask of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from rmdd import config
+from rmdd.config.recipes import Family
 from rmdd.config.runfile import Section, validate
-
-Family = Literal["trajectory", "distribution", "generative"]
-Need = Literal["experts", "features", "diffusion", "captioner"]
+from rmdd.distill import phases
+from rmdd.distill.loop import finished
+from rmdd.distill.starts import choose_records, prototypes
+from rmdd.distill.synthetic import Synthetic
+from rmdd.models.prepared import PreparedSplit
 
 if TYPE_CHECKING:
-    from rmdd.distill.phases import Draw
-    from rmdd.distill.synthetic import Synthetic
-    from rmdd.distill.unroll import StudentLoss
-    from rmdd.experts.shortcut import Path
+    import torch
+
+    from rmdd.execution.parts import WorkerParts
     from rmdd.experts.store import Store
     from rmdd.models.dual import DualEncoder
-    from rmdd.models.prepared import PreparedSplit
+    from rmdd.models.pretrained import PretrainedModel
+
+M = TypeVar("M", bound="BaseMethod")
+Need = Literal["experts", "features", "diffusion", "captioner"]
+
+OF_PATHS = (
+    *("trajectory", "anchors", "smooth_anchors", "endpoint_rule", "starts", "ranges", "start_points", "start_rule"),
+    *("estimator", "reuse_graphs", "steps", "match_epochs", "batch", "batches", "branches", "rate_branches"),
+    *("inner_dropout", "lr_similarity", "lr_lr"),
+)
+"""Fields of `distill` that only matching of trajectories reads."""
 
 
-class Method:
-    """A recipe on the trajectory-matching loop. Most only set `defaults`; a new idea replaces one of the parts below
-    them. Those of the other families derive from `rmdd.methods.distribution.DistributionMethod` and
-    `rmdd.methods.generative.GenerativeMethod`.
+Curves = tuple[str, dict[str, str], tuple[float, str] | None]
+"""A title, the numbers drawn under it with a label each, and a level with its name."""
+
+
+class BaseMethod:
+    """A recipe. Those that others derive from are `rmdd.methods.Method`, which matches trajectories,
+    `rmdd.methods.distribution.DistributionMethod` and `rmdd.methods.generative.GenerativeMethod`.
 
     Parts are functions of the run, the phase and the iteration alone: what they draw comes from
     `rmdd.core.seeding.generator`, so that a run that was killed goes on with the same bits.
     """
 
-    family: ClassVar[Family] = "trajectory"
-    """Which loop it is a recipe of."""
+    family: ClassVar[Family]
+    """Which loop it is a recipe of; told to people, and asked by no code."""
     needs: ClassVar[tuple[Need, ...]] = ("experts",)
     """What must be there before it begins."""
     card: ClassVar[str] = ""
@@ -45,6 +61,15 @@ class Method:
     version: ClassVar[int] = 1
     """Raise it when a change of the code moves the numbers; part of the hash of every phase."""
 
+    iterates: ClassVar[bool] = True
+    """Whether a phase is made by updates that one may stop between; else in one piece, by tasks of its own."""
+    unrolls: ClassVar[bool] = False
+    """Whether student steps are differentiated, so that a trainable tower must have a double backward."""
+    learns_rates: ClassVar[bool] = False
+    """Whether the inner rates of a set are learned; else they are as set."""
+    phase_fields: ClassVar[tuple[str, ...]] = ("pairs", "iterations")
+    """Fields of `distill.phases` that it reads."""
+
     class Options(Section):
         """Fields of the method's own, read from `distill.options`."""
 
@@ -52,6 +77,12 @@ class Method:
         self.run, self.rule = run, run.distill
         self.options = self.Options(**run.distill.options)
         self.seed = run.seed_of("distill")
+
+    def on(self: M, run: config.Run) -> M:
+        """The same method of another run."""
+        return type(self)(run)
+
+    # -- the run file ------------------------------------------------------------------------------------------------
 
     @classmethod
     def mistakes(cls, run: config.Run) -> list[str]:
@@ -66,48 +97,103 @@ class Method:
         """What the method cannot work with, one line each that says what to set."""
         return []
 
+    @classmethod
+    def clashes_of_family(cls, run: config.Run) -> list[str]:
+        """What is wrong between the fields of a run, whatever the options: here, without a path to match."""
+        mistakes, rule = [], run.distill
+        if rule.plan.plans or not rule.phases:
+            mistakes.append(f"distill.method {rule.method} has no path to plan phases from; list distill.phases")
+        if rule.similarity.kind != "identity":
+            mistakes.append(f"distill.method {rule.method} learns no similarity; set distill.similarity.kind: identity")
+        if rule.blend:
+            mistakes.append(f"distill.blend is of inner steps, which {rule.method} does not make; set it to 0")
+        return mistakes
+
+    @classmethod
+    def idle_fields(cls) -> tuple[str, ...]:
+        """Fields of `distill` that it does not read."""
+        return OF_PATHS
+
+    @classmethod
+    def endpoint_of(cls, run: config.Run, phase: int) -> int:
+        """The last expert epoch that a phase reads."""
+        return run.experts.epochs
+
+    # -- what must be there ------------------------------------------------------------------------------------------
+
+    def parts(self) -> list[PretrainedModel]:
+        """The pretrained parts that it asks for."""
+        return []
+
+    def faults(self) -> list[str]:
+        """What can be known to keep its parts from working, a line each; downloads nothing."""
+        return []
+
+    def uncounted(self) -> list[str]:
+        """Remarks on what estimates of its cost leave out."""
+        return []
+
+    def curves(self, logged: Iterable[str]) -> list[Curves]:
+        """What a page draws of a phase whose log has the numbers `logged`."""
+        return []
+
+    # -- the phases --------------------------------------------------------------------------------------------------
+
     def records(self, phase: int, train: PreparedSplit) -> list[int]:
         """The caption records that a phase starts from."""
-        from rmdd.distill import phases
-        from rmdd.methods.amd import prototypes
-
         pairs = self.rule.phases[phase].pairs
         if self.rule.init == "prototypes":
             return prototypes(self.run, phase, pairs, train)
-        return phases.choose_records(phase, pairs, train, self.seed)
+        return choose_records(phase, pairs, train, self.seed)
 
     def initial(self, phase: int, train: PreparedSplit, records: list[int]) -> Synthetic:
         """The set that a phase starts from."""
-        from rmdd.distill import phases
-
         return phases.initial(self.run, phase, train, records)
 
-    def path(self, store: Store, expert: int, phase: int) -> Path:
-        """What lies between a start and its target."""
-        from rmdd.experts import shortcut
+    def begin(self, phase: int, train: Callable[[], PreparedSplit], folder: Path) -> None:
+        """Write what a phase starts from into its folder, where that is done before phases are handed out."""
 
-        return shortcut.open_path(store, expert, self.rule, self.run.endpoint_of(phase))
+    def distil(
+        self,
+        phase: int,
+        store: Store,
+        model: DualEncoder,
+        train: Callable[[], PreparedSplit],
+        folder: Path,
+        device: torch.device,
+        key: str,
+        on_step: Callable[[dict], None] = lambda metrics: None,
+        should_stop: Callable[[], bool] = lambda: False,
+        ranks: WorkerParts | None = None,
+    ) -> bool:
+        """Make a phase that `iterates`, from its last checkpoint if it has one; returns whether it finished.
 
-    def ranges(self, store: Store, experts: Sequence[int], phase: int) -> dict[str, tuple[int, int]]:
-        """The half-open range of start epochs of each tower; asked once per phase."""
-        plan = self.rule.phases[phase]
-        if self.rule.ranges == "stated":
-            return plan.ranges
-        from rmdd.methods.amd import drift_ranges
+        `ranks` hold a `part_of_step` each; None: this process makes every step whole.
+        """
+        raise NotImplementedError(f"{type(self).__name__} makes a phase in one piece")
 
-        return drift_ranges(store, experts, self.run.endpoint_of(phase) - self.rule.match_epochs)
+    def is_made(self, phase: int, folder: Path) -> bool:
+        """Whether the phase in `folder` has come to its end."""
+        return finished(folder, self.rule.phases[phase].iterations)
 
-    def draw(
-        self, phase: int, iteration: int, experts: int, ranges: Mapping[str, tuple[int | float, int | float]]
-    ) -> Draw:
-        """Everything random about one outer iteration."""
-        from rmdd.distill import phases
+    @property
+    def draws(self) -> int:
+        """Draws of a step that workers can share; 1: a step is made by one."""
+        return 1
 
-        return phases.draw(self.rule, phase, iteration, experts, self.seed, ranges)
+    def part_of_step(
+        self,
+        phase: int,
+        store: Store,
+        model: DualEncoder,
+        train: PreparedSplit,
+        device: torch.device,
+        rank: int = 0,
+        size: int = 1,
+    ) -> Any:
+        """What one of the workers that share the draws of every step holds."""
+        raise NotImplementedError(f"{type(self).__name__} makes a step in one piece")
 
-    def student_loss(self, model: DualEncoder, drawn: Draw) -> StudentLoss:
-        """The loss of one inner step, as a function of the parameters."""
-        from rmdd.distill.trajectory.inner import student_loss
-
-        size = self.run.data.image_size
-        return student_loss(model, self.rule, drawn.dropout_seeds, drawn.blends, size)
+    def pairs_of_step(self, phase: int, train: Callable[[], PreparedSplit]) -> int:
+        """Pairs that go through the towers in an update; for the pace that people see."""
+        return self.rule.phases[phase].pairs

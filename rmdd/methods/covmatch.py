@@ -23,7 +23,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -31,20 +31,19 @@ from torch import Tensor, nn
 
 from rmdd import config
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
+from rmdd.core.device import device_here
 from rmdd.core.seeding import generator
 from rmdd.distill.distribution.chunks import gradient_in_chunks
 from rmdd.distill.distribution.covariance import covariance_loss, cross_covariance, mean_loss
 from rmdd.distill.distribution.learned import load_tensors, tensors_of
 from rmdd.distill.synthetic import Synthetic, enlarged, zeros_like
+from rmdd.experts.store import Store
 from rmdd.methods.distribution import DistributionMethod, Effort
 from rmdd.models.dual import DualEncoder
 from rmdd.models.image import build_image_tower
 from rmdd.models.losses import infonce
 from rmdd.models.prepared import PreparedSplit
 from rmdd.models.tokens import TokenTower, mask_of
-
-if TYPE_CHECKING:
-    from rmdd.experts.store import Store
 
 AVERAGE = "covariance"
 TURN = "turn"
@@ -108,9 +107,11 @@ class CovMatch(DistributionMethod):
     @functools.cached_property
     def tower(self) -> TokenTower:
         """The frozen text tower, as pretrained."""
-        from rmdd.core.device import device_here
-
         return TokenTower(self.run.model.text, device_here(self.run.runtime)).requires_grad_(False)
+
+    def uncounted(self) -> list[str]:
+        tokens = self.options.texts == "tokens"
+        return ["the text tower, which learns along, is not counted"] if tokens else []
 
     def initial(self, phase: int, train: PreparedSplit, records: list[int]) -> Synthetic:
         begun = super().initial(phase, train, records)

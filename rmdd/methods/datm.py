@@ -5,20 +5,13 @@ and larger budgets end with later ranges. With T0 = `grow_from`, T+ = `stop` and
 
     U(i) = min(T+, T0 + floor((T+ - T0) i / i_end)),      start ~ Uniform{T-, ..., U(i) - 1}
 
-All else is LoRS. DATM's other parts are for classification: its learned soft labels are what the learned similarity is
-for pairs; its loss threshold is `distill.skip_above`, off here, for it is set for losses of another size.
+U is `rmdd.distill.starts.growing_stop`; all else is LoRS. DATM's other parts are for classification: its learned soft
+labels are what the learned similarity is for pairs; its loss threshold is `distill.skip_above`, off here, for it is set
+for losses of another size.
 """
 
-from rmdd import config
 from rmdd.config.runfile import filled
 from rmdd.methods.lors import LoRS
-
-
-def growing_stop(phase: config.Phase, stop: int | float, iteration: int) -> int | float:
-    """The exclusive upper bound U(i) of the start epochs at an iteration counted from 0; `stop` where none grows."""
-    if phase.grow_from is None or phase.grow_until is None:
-        return stop
-    return min(stop, phase.grow_from + max(0, stop - phase.grow_from) * iteration // phase.grow_until)
 
 
 class DATM(LoRS):

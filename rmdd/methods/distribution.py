@@ -6,46 +6,26 @@ M pairs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 from rmdd.config.numbers import PositiveFloat, PositiveInt
-from rmdd.methods.base import Family, Method
+from rmdd.config.recipes import Family
+from rmdd.distill.distribution.matching import Objective, Rank, distill_phase
+from rmdd.distill.synthetic import Synthetic
+from rmdd.experts.store import Store
+from rmdd.methods.base import BaseMethod, Curves
+from rmdd.models.dual import DualEncoder
+from rmdd.models.prepared import PreparedSplit
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
-    from rmdd.distill.synthetic import Synthetic
-    from rmdd.experts.store import Store
-    from rmdd.models.dual import DualEncoder
-    from rmdd.models.prepared import PreparedSplit
-
-
-@runtime_checkable
-class Objective(Protocol):
-    """What a step goes down. All that is drawn depends on iteration and draw alone."""
-
-    def gradient(self, synthetic: Synthetic, iteration: int, draw: int) -> tuple[Synthetic, dict[str, float]]:
-        """The gradient of one draw's loss in every tensor of the set, and the loss and its parts by name.
-
-        A part `pace`, the same for all draws of a step, is a factor on the rates of pictures and texts.
-        """
-        ...
-
-    def after(self, synthetic: Synthetic, iteration: int) -> None:
-        """What follows a step, alike on every rank: a move of an online model or of a frequency network."""
-        ...
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What it has learned itself, for the checkpoint."""
-        ...
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Go on from `tensors`."""
-        ...
+    from rmdd.execution.parts import WorkerParts
 
 
 @dataclass(frozen=True)
@@ -70,12 +50,12 @@ class Effort:
         return self.forward + self.back + self.trained
 
 
-class DistributionMethod(Method, ABC):
+class DistributionMethod(BaseMethod, ABC):
     """A recipe on the distribution-matching loop (`rmdd.distill.distribution.matching`)."""
 
     family: ClassVar[Family] = "distribution"
 
-    class Options(Method.Options):
+    class Options(BaseMethod.Options):
         """What all methods of the family have; they add their own."""
 
         draws: PositiveInt = Field(
@@ -89,6 +69,44 @@ class DistributionMethod(Method, ABC):
     def records(self, phase: int, train: PreparedSplit, store: Store | None = None) -> list[int]:
         """The caption records that a phase starts from; the experts of `store` are there."""
         return super().records(phase, train)
+
+    def distil(
+        self,
+        phase: int,
+        store: Store,
+        model: DualEncoder,
+        train: Callable[[], PreparedSplit],
+        folder: Path,
+        device: torch.device,
+        key: str,
+        on_step: Callable[[dict], None] = lambda metrics: None,
+        should_stop: Callable[[], bool] = lambda: False,
+        ranks: WorkerParts | None = None,
+    ) -> bool:
+        return distill_phase(self, phase, store, model, train(), folder, device, key, on_step, should_stop, ranks)
+
+    @property
+    def draws(self) -> int:
+        return self.options.draws
+
+    def part_of_step(
+        self,
+        phase: int,
+        store: Store,
+        model: DualEncoder,
+        train: PreparedSplit,
+        device: torch.device,
+        rank: int = 0,
+        size: int = 1,
+    ) -> Rank:
+        return Rank(self, phase, store, model, train, device, rank, size)
+
+    def curves(self, logged: Iterable[str]) -> list[Curves]:
+        parts = {name: name.removeprefix("loss_").replace("_", " ") for name in logged if name.startswith("loss_")}
+        return [("loss", {"loss": ""}, None), ("its parts", parts, None), ("gradient norm", {"grad_norm": ""}, None)]
+
+    def pairs_of_step(self, phase: int, train: Callable[[], PreparedSplit]) -> int:
+        return self.effort(phase, len(train().split.captions)).pairs
 
     @abstractmethod
     def objective(

@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import Field
 
 from rmdd import config
@@ -30,16 +31,14 @@ from rmdd.execution.tasks import Values
 from rmdd.generate.captioners import DEFAULT_IDS, PROMPTS, Describer, Gathered, Speaker, alike, described
 from rmdd.generate.decode import Precision
 from rmdd.generate.edge_tuning import EdgeTrainer, EdgeTuning, draws
+from rmdd.generate.nearest import nearest_captions
 from rmdd.generate.stable_diffusion import FromCaption, Sampling, cut_captions, diffusion_of, generator_part
+from rmdd.generate.studio import Studio
 from rmdd.methods.base import Need
 from rmdd.methods.tuned import TunedMethod
+from rmdd.models.clip import Clip, clip_part
+from rmdd.models.prepared import PreparedSplit
 from rmdd.models.pretrained import PretrainedModel
-
-if TYPE_CHECKING:
-    import torch
-
-    from rmdd.generate.studio import Studio
-    from rmdd.models.prepared import PreparedSplit
 
 
 class Captioning(Section):
@@ -94,8 +93,6 @@ class EDGE(TunedMethod):
         options, found = self.options, [generator_part(self.options.generator)]
         nearest = self._asks and options.captioner.kind == "nearest"
         if options.tuning.steps != 0 or nearest:
-            from rmdd.models.clip import clip_part
-
             found.append(clip_part(options.clip, "distill.options.clip: FOLDER"))
         if self._asks and not nearest:
             found.append(self._captioner)
@@ -128,8 +125,6 @@ class EDGE(TunedMethod):
         return self.options.tuning.updates(captions)
 
     def trainer(self, train: PreparedSplit, device: torch.device) -> EdgeTrainer:
-        from rmdd.models.clip import Clip
-
         generator, clip = self.parts()[:2]
         seen = Clip(clip.folder(), device)
         return EdgeTrainer(
@@ -215,8 +210,6 @@ class EDGE(TunedMethod):
 
     def _nearest(self, studio: Studio, pictures: list[Path], drawn: list[int], rows: list[int]) -> list[Gathered]:
         """The real captions whose CLIP features lie nearest to those of each picture."""
-        from rmdd.generate.nearest import nearest_captions
-
         clip = self.parts()[1]
         texts = studio.features(f"clip:{self.options.clip}").texts
         found = nearest_captions(studio, clip.folder(), pictures, texts, max(rows))

@@ -21,8 +21,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import torch
 from pydantic import Field
 
 from rmdd import config
@@ -30,6 +31,8 @@ from rmdd.config.numbers import NonNegativeFloat, PositiveInt
 from rmdd.core.seeding import generator
 from rmdd.generate.decode import Decoder
 from rmdd.generate.evlf_tuning import FusionRule, FusionTrainer
+from rmdd.generate.fusing import fused_rows
+from rmdd.generate.modes import modes_of
 from rmdd.generate.stable_diffusion import (
     FromLatent,
     NearLatent,
@@ -39,14 +42,10 @@ from rmdd.generate.stable_diffusion import (
     generator_part,
     latent_shape,
 )
+from rmdd.generate.studio import Studio
 from rmdd.methods.tuned import TunedMethod
+from rmdd.models.prepared import PreparedSplit
 from rmdd.models.pretrained import PretrainedModel
-
-if TYPE_CHECKING:
-    import torch
-
-    from rmdd.generate.studio import Studio
-    from rmdd.models.prepared import PreparedSplit
 
 
 class LatentSampling(Sampling):
@@ -138,11 +137,6 @@ class EVLF(TunedMethod):
     # -- making pairs ------------------------------------------------------------------------------------------------
 
     def make(self, studio: Studio, phase: int) -> None:
-        import torch
-
-        from rmdd.generate.fusing import fused_rows
-        from rmdd.generate.modes import modes_of
-
         options, train, part = self.options, studio.train, self.parts()[0]
         folder, identity = part.folder(), part.identity()
         tuned = self.tuned(studio)

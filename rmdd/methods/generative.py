@@ -3,30 +3,54 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from pathlib import Path
+from typing import ClassVar
 
-from rmdd.methods.base import Family, Method, Need
+from rmdd import config
+from rmdd.config.recipes import Family
+from rmdd.generate.studio import Studio
+from rmdd.methods.base import OF_PATHS, BaseMethod, Need
+from rmdd.models import pretrained
 
-if TYPE_CHECKING:
-    from rmdd.generate.studio import Studio
-    from rmdd.models.pretrained import PretrainedModel
+OF_STEPS = (
+    *("precision", "optimiser", "lr_image", "lr_text", "momentum", "min_inner_lr", "ema", "init_augment"),
+    *("checkpoint_every", "snapshots"),
+)
+"""Fields of `distill` that only methods with outer updates read."""
 
 
-class GenerativeMethod(Method, ABC):
+class GenerativeMethod(BaseMethod, ABC):
     """A recipe on features, prototypes and decoders (`rmdd.generate`)."""
 
     family: ClassVar[Family] = "generative"
     needs: ClassVar[tuple[Need, ...]] = ("features", "diffusion")
+    iterates: ClassVar[bool] = False
 
-    def parts(self) -> list[PretrainedModel]:
-        """The pretrained parts that it asks for."""
-        return []
+    @classmethod
+    def clashes_of_family(cls, run: config.Run) -> list[str]:
+        rule, mistakes = run.distill, super().clashes_of_family(run)
+        asked = {"init": rule.init != "real", "stored_size": rule.stored_size, "skip_above": rule.skip_above}
+        mistakes += [f"distill.{name} is not for {rule.method}; leave it out" for name, set_ in asked.items() if set_]
+        return mistakes + [
+            f"distill.phases.{p}.iterations: {rule.method} makes its pairs once; set it to 1"
+            for p, phase in enumerate(rule.phases)
+            if phase.iterations != 1
+        ]
+
+    @classmethod
+    def idle_fields(cls) -> tuple[str, ...]:
+        return OF_PATHS + OF_STEPS
 
     def faults(self) -> list[str]:
         """What can be known to keep its parts from working, a line each; asks a hub, downloads nothing."""
-        from rmdd.models import pretrained as parts
+        return pretrained.faults(self.parts())
 
-        return parts.faults(self.parts())
+    def uncounted(self) -> list[str]:
+        return ["features, training and drawing by pretrained parts are not counted"]
+
+    def is_made(self, phase: int, folder: Path) -> bool:
+        """Its set comes last."""
+        return (folder / f"set-{self.rule.phases[phase].iterations:06d}.safetensors").is_file()
 
     @abstractmethod
     def make(self, studio: Studio, phase: int) -> None:

@@ -14,7 +14,7 @@ T+; and we keep the dropout mask in both passes, start from plain pictures, and 
 `similarity.diagonal`, `inner_dropout`, `init_augment` and `rate_branches` give the code's way back.
 """
 
-from rmdd.methods.base import Method
+from rmdd.methods.trajectory import Method
 
 
 class LoRS(Method):

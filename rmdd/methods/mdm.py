@@ -25,12 +25,14 @@ from torch import Tensor
 
 from rmdd import config
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
+from rmdd.core.device import device_here
 from rmdd.core.seeding import derive, generator
 from rmdd.distill.distribution import merging, sphere
 from rmdd.distill.distribution.joint import Embedded, Side, nearest_pairs
-from rmdd.distill.phases import check_enough, choose_records
+from rmdd.distill.starts import check_enough, choose_records
 from rmdd.distill.synthetic import Synthetic, enlarged, zeros_like
 from rmdd.experts.store import Store
+from rmdd.experts.train import expert_model, kept_epochs
 from rmdd.methods.distribution import DistributionMethod, Effort
 from rmdd.models.dual import DualEncoder, Params
 from rmdd.models.prepared import PreparedSplit
@@ -110,8 +112,6 @@ class MDM(DistributionMethod):
                 f"{run.experts.epochs}; lower it"
             )
         elif options.teacher == "mixed":
-            from rmdd.experts.train import kept_epochs
-
             kept = kept_epochs(run) or range(1, run.experts.epochs + 1)
             epochs = sum(e >= options.first_epoch for e in kept)
             if epochs * (1 if options.partners == "same_expert" else run.experts.num) < 2:
@@ -126,9 +126,6 @@ class MDM(DistributionMethod):
         return mistakes
 
     def records(self, phase: int, train: PreparedSplit, store: Store | None = None) -> list[int]:
-        from rmdd.core.device import device_here
-        from rmdd.experts.train import expert_model
-
         pairs, side = self.rule.phases[phase].pairs, self.options.cluster
         if self.rule.init == "noise" or side == "random":
             return choose_records(phase, pairs, train, self.seed)

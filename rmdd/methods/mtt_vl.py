@@ -11,7 +11,7 @@ we divide, and `distill.temperature: 0.376` gives theirs. Their students train t
 `evaluate.text_lr: image`.
 """
 
-from rmdd.methods.base import Method
+from rmdd.methods.trajectory import Method
 
 
 class MTTVL(Method):

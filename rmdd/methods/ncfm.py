@@ -20,7 +20,7 @@ change.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -30,20 +30,19 @@ from torch import Tensor
 from rmdd import config
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
 from rmdd.core.arrays import in_chunks
+from rmdd.core.device import device_here
 from rmdd.core.seeding import derive, generator
 from rmdd.distill.distribution.characteristic import FrequencyNet, ncfd, wrong_count
 from rmdd.distill.distribution.chunks import LossOf, gradient_in_chunks
 from rmdd.distill.distribution.classes import chosen, clusters_of
 from rmdd.distill.distribution.learned import load_tensors, tensors_of
 from rmdd.distill.synthetic import Synthetic, enlarged, zeros_like
+from rmdd.experts.store import Store
 from rmdd.experts.train import expert_model
 from rmdd.methods.distribution import DistributionMethod, Effort
 from rmdd.models.dual import DualEncoder, Params
 from rmdd.models.losses import infonce
 from rmdd.models.prepared import PreparedSplit
-
-if TYPE_CHECKING:
-    from rmdd.experts.store import Store
 
 _logger = logging.getLogger(__name__)
 
@@ -143,8 +142,6 @@ class NCFM(DistributionMethod):
 
     def clustered(self, phase: int, train: PreparedSplit, store: Store) -> tuple[np.ndarray, np.ndarray]:
         """The joint features of all records in the first final expert, and the cluster of each."""
-        from rmdd.core.device import device_here
-
         device, expert = device_here(self.run.runtime), store.complete()[0]
         model = expert_model(self.run, expert, train.texts.shape[1]).to(device).eval()
         model.load_trained(store.read(expert, store.epochs))

@@ -20,23 +20,21 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
+import numpy as np
+import torch
 from pydantic import Field
 
 from rmdd import config
 from rmdd.config.numbers import PositiveInt
+from rmdd.generate import decode
+from rmdd.generate.decode import Decoder, Nearest
+from rmdd.generate.prototypes import Prototypes, find, retrieved
+from rmdd.generate.studio import Studio
 from rmdd.methods.generative import GenerativeMethod
 from rmdd.models import pretrained as parts
 from rmdd.models.clip import clip_part, projection_width
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
-    from rmdd.generate.decode import Decoder
-    from rmdd.generate.prototypes import Prototypes
-    from rmdd.generate.studio import Studio
 
 CLIP = "openai/clip-vit-large-patch14"
 DECODERS = {
@@ -145,8 +143,6 @@ class PDS(GenerativeMethod):
     def faults(self) -> list[str]:
         found, asked = super().faults(), self.parts()
         if len(asked) == 2 and not parts.missing(asked):
-            from rmdd.generate import decode
-
             clip, decoder = (part.folder() for part in asked)
             if (given := projection_width(clip)) != (taken := decode.width_of(decoder)):
                 found.append(
@@ -156,12 +152,6 @@ class PDS(GenerativeMethod):
         return found
 
     def make(self, studio: Studio, phase: int) -> None:
-        import numpy as np
-        import torch
-
-        from rmdd.generate.decode import Nearest
-        from rmdd.generate.prototypes import find, retrieved
-
         options, split = self.options, studio.train.split
         sides = studio.features(options.features)
         found, kept = find(

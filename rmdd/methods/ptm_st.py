@@ -14,7 +14,7 @@ a phase makes exactly I_p updates, exported rates are averaged, and dropout keep
 """
 
 from rmdd import config
-from rmdd.methods.base import Method
+from rmdd.methods.trajectory import Method
 
 
 def without(run: config.Run, *, ptm: bool = False, st: bool = False, ema: bool = False) -> config.Run:

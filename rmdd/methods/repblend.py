@@ -9,20 +9,13 @@ Distilled images drift together, and so do texts, while the two modalities drift
                 through the frozen tower
 
 lam and q are drawn per step and the same in both passes. The paper prints one ratio over both projections
-(`branches: merged`, as its COCO scripts); its Flickr30k scripts take one per projection.
+(`branches: merged`, as its COCO scripts); its Flickr30k scripts take one per projection. The mix is
+`rmdd.distill.trajectory.inner.blend`, its draw `rmdd.distill.phases.Blend`.
 """
-
-from jaxtyping import Float, Int
-from torch import Tensor
 
 from rmdd import config
 from rmdd.config.runfile import filled
 from rmdd.methods.lors import LoRS
-
-
-def blend(features: Float[Tensor, "B D"], weight: float, partner: Int[Tensor, " B"]) -> Float[Tensor, "B D"]:
-    """Each row mixed with that of its partner: `weight` of its own."""
-    return weight * features + (1 - weight) * features[partner.to(features.device, non_blocking=True)]
 
 
 class RepBlend(LoRS):

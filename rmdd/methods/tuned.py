@@ -6,21 +6,25 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
+import torch
 from pydantic import Field
+from torch import Tensor
 
 from rmdd import config
+from rmdd.config.hashing import NUMBERS_VERSION
+from rmdd.core.device import device_of
+from rmdd.core.storage import open_storage
+from rmdd.data.splits import squashed
+from rmdd.execution.tasks import Interrupted
+from rmdd.generate.stable_diffusion import latent_shape
+from rmdd.generate.studio import Studio
+from rmdd.generate.tuning import Trainer, is_tuned
 from rmdd.methods.base import Need
 from rmdd.methods.generative import GenerativeMethod
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from rmdd.generate.studio import Studio
-    from rmdd.generate.tuning import Trainer
-    from rmdd.models.prepared import PreparedSplit
+from rmdd.models.prepared import PreparedSplit
 
 
 class TunedMethod(GenerativeMethod):
@@ -52,8 +56,6 @@ class TunedMethod(GenerativeMethod):
         """Sides of the pictures that its first part, the generator, encodes and draws, by option."""
 
     def faults(self) -> list[str]:
-        from rmdd.generate.stable_diffusion import latent_shape
-
         found, generator = super().faults(), self.parts()[0]
         for option, size in () if generator.lacking() else self.sizes().items():
             try:
@@ -68,9 +70,6 @@ class TunedMethod(GenerativeMethod):
 
     def tuned_folder(self, root: Path, data: str) -> Path:
         """Where it lies in the storage `root`, for data of that hash."""
-        from rmdd.core.device import device_of
-        from rmdd.runs.paths import NUMBERS_VERSION
-
         view = {"captions", "background", "exif_orientation"}
         facts = {
             "version": [NUMBERS_VERSION, type(self).version],
@@ -89,11 +88,6 @@ class TunedMethod(GenerativeMethod):
 
     def tuned(self, studio: Studio) -> Path | None:
         """The folder of what was trained, after it was; None when nothing is."""
-        from rmdd.core.storage import open_storage
-        from rmdd.execution.tasks import Interrupted
-        from rmdd.generate.tuning import is_tuned
-        from rmdd.runs.tasks import tuning
-
         total = self.updates(len(studio.train.split.captions))
         if not total:
             return None
@@ -101,7 +95,7 @@ class TunedMethod(GenerativeMethod):
         storage.fetch(folder)
         if not is_tuned(folder):
             with studio.tools.progress.stage("fine-tuning", {"fine-tuning": total}) as update:
-                done = studio.tools.executor.map(tuning, [studio.item], ["fine-tuning"], update)
+                done = studio.tools.executor.map(studio.tuning, [studio.item], ["fine-tuning"], update)
             if not all(done):
                 raise Interrupted
             storage.fetch(folder)
@@ -109,11 +103,6 @@ class TunedMethod(GenerativeMethod):
 
     def pictures(self, train: PreparedSplit) -> Callable[[list[int], int], Tensor]:
         """Gives the pictures of caption records as uint8 (B, 3, S, S), squashed to the side asked for."""
-        import numpy as np
-        import torch
-
-        from rmdd.data.splits import squashed
-
         split, data = train.split, self.run.data
 
         def some(records: list[int], size: int) -> Tensor:

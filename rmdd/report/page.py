@@ -17,11 +17,12 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from rmdd.config.recipes import TITLES
 from rmdd.core.files import atomic_path, read_json
 from rmdd.data.images import denormalise
 from rmdd.distill.sets import load_set
 from rmdd.experts.store import stored_bytes
-from rmdd.methods import TITLES
+from rmdd.methods import method_of
 from rmdd.report import plots, referee
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def write_report(
     cost = page.with_name("cost.json")
     facts = {
         "run": run,
+        "method": method_of(run),
         "name": name,
         "distilled": distilled,
         "evaluation": evaluation,
@@ -323,26 +325,8 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
 
 def _matching(run: config.Run, lines: list[dict[str, Any]]) -> list[Markup]:
     """The curves of one phase, of the iterations that were logged."""
-    if run.distill.branches == "merged":
-        miss = {"loss": "both towers"}
-    else:
-        miss = {"miss_image": "image tower", "miss_text": "text tower"}
-    rates = {"lr_image": "image tower", "lr_text": "text tower"}
-    wanted = [
-        ("matching loss", miss, (1.0, "the start itself")),
-        ("student loss, first inner step", {"student_loss": ""}, None),
-        ("learned rates", rates, None),
-    ]
-    if run.distill.family == "distribution":
-        parts = {
-            name: name.removeprefix("loss_").replace("_", " ")
-            for line in lines
-            for name in line
-            if name.startswith("loss_")
-        }
-        wanted = [("loss", {"loss": ""}, None), ("its parts", parts, None), ("gradient norm", {"grad_norm": ""}, None)]
-    drawn = []
-    for title, labels, level in wanted:
+    drawn, logged = [], {name: None for line in lines for name in line}
+    for title, labels, level in method_of(run).curves(logged):
         shown = {key: label for key, label in labels.items() if any(key in line for line in lines)}
         rows = [line for line in lines if all(key in line for key in shown)]
         if shown and rows:

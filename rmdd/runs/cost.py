@@ -14,8 +14,8 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from rmdd import config, methods
+from rmdd.distill.loop import snapshot_iterations
 from rmdd.distill.trajectory.frozen import CHUNK
-from rmdd.distill.trajectory.matching import snapshot_iterations
 from rmdd.evaluate.references import reference_of
 from rmdd.methods.distribution import DistributionMethod, Effort
 from rmdd.models.dual import DualEncoder, build, tower_of
@@ -133,7 +133,7 @@ def work_of(model: DualEncoder, run: config.Run, text_width: int) -> Work:
         with FlopCounterMode(display=False) as forward, torch.no_grad():
             model(images, texts)
         first = training = trained(model)
-        if run.distill.family != "trajectory":
+        if methods.find(run.distill.method).family != "trajectory":
             with FlopCounterMode(display=False) as once, kept:
                 pairs = [t.requires_grad_() for t in (images, texts)]
                 torch.autograd.grad(loss(model(*(t.clone() for t in pairs)), target), pairs)
@@ -202,7 +202,7 @@ def synthetic_numbers(run: config.Run, text_width: int) -> list[int]:
 def phases_bytes(run: config.Run, text_width: int) -> int:
     """Start, state (raw, momentum, average; none where there are no steps) and snapshots of every phase."""
     per_phase = zip(run.distill.phases, synthetic_numbers(run, text_width), strict=True)
-    state = 0 if run.distill.family == "generative" else 3
+    state = 0 if methods.find(run.distill.method).family == "generative" else 3
     return sum(
         FLOAT * n * (1 + state + len(snapshot_iterations(p.iterations, run.distill.snapshots))) for p, n in per_phase
     )
@@ -228,7 +228,7 @@ def matching_bytes(run: config.Run, size: Size, work: Work, text_width: int) -> 
 
 def effort_of(run: config.Run, phase: int, records: int) -> Effort:
     """What a step of a distribution method takes."""
-    method = methods.find(run.distill.method)(run)
+    method = methods.method_of(run)
     assert isinstance(method, DistributionMethod)
     return method.effort(phase, records)
 
@@ -243,11 +243,11 @@ def step_bytes(run: config.Run, counts: Counts, size: Size, work: Work, text_wid
 
 def _distilling(run: config.Run, counts: Counts, work: Work) -> int:
     """Operations of all phases; none are known of a generative method's parts."""
-    if run.distill.family == "generative":
+    if methods.find(run.distill.method).family == "generative":
         return 0
     total = 0
     for p, plan in enumerate(run.distill.phases):
-        if run.distill.family == "distribution":
+        if methods.find(run.distill.method).family == "distribution":
             effort = effort_of(run, p, counts["train"][1])
             step = effort.forward * work.forward + effort.back * work.gradient + effort.trained * work.training
         else:

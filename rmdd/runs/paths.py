@@ -5,21 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from rmdd import config, methods
+from rmdd.config.hashing import NUMBERS_VERSION as NUMBERS_VERSION
 from rmdd.core.device import device_of
 from rmdd.core.storage import root_of, run_folder
 from rmdd.data.ingest import shaping
 from rmdd.data.inputs import absolute
 from rmdd.data.shards import Dataset
-from rmdd.distill.trajectory.matching import finished, snapshot_iterations
+from rmdd.distill.loop import snapshot_iterations
 from rmdd.evaluate import protocol
 from rmdd.experts.train import kept_epochs
-from rmdd.methods.generative import GenerativeMethod
 from rmdd.models.image import image_identity
 from rmdd.models.pretrained import obtain
 from rmdd.models.text import encoder_identity
-
-NUMBERS_VERSION = 4
-"""Part of every hash; raised when a change of the code moves the numbers of an unchanged run file."""
 
 HEALTH = "health.json"
 """In the run folder: embedding health over the distillation."""
@@ -99,9 +96,9 @@ def places_of(run: config.Run, dataset: Dataset) -> Places:
     )
     if run.distill.plan.kind != "adaptive":
         del recipe["plan"]  # phases are the same however they were found
-    recipe["version"] = methods.find(run.distill.method).version
-    if method := generative(run):
-        recipe["parts"] = [part.identity() for part in method.parts()]
+    method = methods.method_of(run)
+    recipe["version"] = method.version
+    recipe["parts"] = [part.identity() for part in method.parts()]
     distilled = {**trained, "num": run.experts.num, "distill": recipe | {"seed": run.seed_of("distill")}}
     rules = run.evaluate.model_dump(mode="json", exclude={*ONLY_DISTILLED, "probes"})
     rules["seed"] = run.seed_of("evaluate")
@@ -121,27 +118,18 @@ def places_of(run: config.Run, dataset: Dataset) -> Places:
     )
 
 
-def generative(run: config.Run) -> GenerativeMethod | None:
-    """The run's method, where it is one that asks for pretrained parts."""
-    method = methods.find(run.distill.method)
-    return method(run) if issubclass(method, GenerativeMethod) else None
-
-
 def bring_parts(run: config.Run) -> None:
     """Have the pretrained parts of a run here before anything else of it. Raises `ConfigError` with all that cannot be
     had."""
-    if method := generative(run):
-        if mistakes := method.faults():
-            raise config.ConfigError(mistakes, run.name)
-        obtain(method.parts())
+    method = methods.method_of(run)
+    if mistakes := method.faults():
+        raise config.ConfigError(mistakes, run.name)
+    obtain(method.parts())
 
 
 def is_made(run: config.Run, places: Places, number: int) -> bool:
     """Whether a phase has come to its end."""
-    total = run.distill.phases[number].iterations
-    if run.distill.family == "generative":  # its set comes last
-        return places.set(number, total).is_file()
-    return finished(places.phase(number), total)
+    return methods.method_of(run).is_made(number, places.phase(number))
 
 
 def candidates_of(run: config.Run) -> list[tuple[int, ...]]:

@@ -19,7 +19,7 @@ from rmdd.models.dual import DualEncoder
 from rmdd.models.image import double_backward, matching_context, weights_file
 from rmdd.models.text import encoder_identity
 from rmdd.runs import cost as estimate
-from rmdd.runs.paths import Places, dataset_folder, generative, places_of
+from rmdd.runs.paths import Places, dataset_folder, places_of
 
 OF_PATH = ("start", "stop", "start_text", "stop_text", "endpoint")
 """Fields of a phase that lie on a path."""
@@ -38,8 +38,7 @@ def impossible(run: config.Run) -> list[str]:
             mistakes.append(over)
     except ValueError as error:
         mistakes.append(str(error))
-    method = generative(run)
-    return mistakes + probes.faults(run) + (method.faults() if method else [])
+    return mistakes + probes.faults(run) + methods.method_of(run).faults()
 
 
 def examine(run: config.Run) -> dict[str, Any]:
@@ -69,7 +68,7 @@ def examine(run: config.Run) -> dict[str, Any]:
     return {
         "run": str(run_folder(run)),
         "hash": run.hash_of(),
-        "family": run.distill.family,
+        "family": methods.find(run.distill.method).family,
         "data": {"counts": counts, "origin": origin, "ingested": dataset is not None},
         "model": {
             "image": size.image,
@@ -110,8 +109,7 @@ def examine(run: config.Run) -> dict[str, Any]:
 
 
 def _parts(run: config.Run) -> list[parts.PretrainedModel]:
-    method = generative(run)
-    return method.parts() if method else []
+    return methods.method_of(run).parts()
 
 
 def _model(run: config.Run, text_width: int) -> DualEncoder:
@@ -126,28 +124,25 @@ def _model(run: config.Run, text_width: int) -> DualEncoder:
 
 def _matched(run: config.Run) -> bool:
     """Whether steps of the image tower are differentiated."""
-    return run.model.image.trainable and run.distill.family == "trajectory"
+    return run.model.image.trainable and methods.find(run.distill.method).unrolls
 
 
 def _memory(
     run: config.Run, counts: estimate.Counts, size: estimate.Size, work: estimate.Work, text_width: int
 ) -> dict[str, int]:
     """Of a step, where there are any."""
-    if run.distill.family == "trajectory":
+    if methods.find(run.distill.method).family == "trajectory":
         return {"matching_step": estimate.matching_bytes(run, size, work, text_width)}
-    if run.distill.family == "distribution":
+    if methods.find(run.distill.method).family == "distribution":
         return {"step": estimate.step_bytes(run, counts, size, work, text_width)}
     return {}
 
 
 def _of_family(run: config.Run) -> list[str]:
     """What is not counted of other families, and what does nothing there."""
-    rule, remarks = run.distill, []
-    if rule.family == "generative":
-        remarks.append("features, training and drawing by pretrained parts are not counted")
-    elif rule.options.get("texts") == "tokens":
-        remarks.append("the text tower, which learns along, is not counted")
-    if idle := rule.idle():
+    rule, method = run.distill, methods.method_of(run)
+    remarks = method.uncounted()
+    if idle := [n for n in method.idle_fields() if getattr(rule, n) != config.Distill.model_fields[n].default]:
         remarks.append(f"of no effect with method {rule.method}: distill.{', '.join(idle)}")
     return remarks
 
@@ -209,8 +204,8 @@ def _complete(places: Places | None) -> int:
 
 def _phase(run: config.Run, places: Places | None, number: int, guessed: bool) -> dict[str, Any]:
     """A phase as plain values; of one that is only foreseen, what is planned after the experts is None."""
-    phase, matched = run.distill.phases[number], run.distill.family == "trajectory"
-    values = phase.model_dump(include=None if matched else {"pairs", "iterations"})
+    phase = run.distill.phases[number]
+    values = phase.model_dump(include=set(methods.find(run.distill.method).phase_fields))
     return (
         values
         | (dict.fromkeys(OF_PATH) if guessed else {})
@@ -234,7 +229,7 @@ def _gpus(run: config.Run) -> dict[str, float]:
 
 def _side_by_side(run: config.Run) -> int:
     """Who can distil at once: a worker per phase, or, one phase after another, per draw of a step."""
-    draws = methods.draws_of(run)
+    draws = methods.method_of(run).draws
     return draws if draws > 1 else len(run.distill.phases)
 
 

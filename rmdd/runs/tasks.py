@@ -20,7 +20,6 @@ from rmdd.core.locks import held
 from rmdd.core.storage import Storage, open_storage
 from rmdd.data.shards import Dataset
 from rmdd.distill.sets import load_set
-from rmdd.distill.trajectory.matching import distill_phase
 from rmdd.distill.trajectory.planning import PLAN, key_of, make_plan, stated, with_phases
 from rmdd.evaluate import records
 from rmdd.evaluate.lessons import read_lessons
@@ -118,7 +117,7 @@ def target(task: Task, item: Item) -> Path:
     if task is student:
         return record(item)
     if task is tuning:
-        method = methods.find(item.run.distill.method)(item.run)
+        method = methods.method_of(item.run)
         assert isinstance(method, TunedMethod)
         return method.tuned_folder(item.places.root, Dataset.open(item.places.data).hash)
     if task in (plan, checkup):
@@ -199,10 +198,14 @@ def phase(item: Item, hooks: Hooks, ranks: WorkerParts | None = None) -> bool:
     item, storage = _here(item)
     places, run = item.places, item.run
     storage.fetch(places.store, _no_running)
-    model = expert_model(run, 0, text_width(run.model.text))
+    method, model = methods.method_of(run), expert_model(run, 0, text_width(run.model.text))
     title, folder, key = f"phase {item.number}", places.phase(item.number), f"{item.value}/{item.number}"
     follow = _followed(item, title, places.phases.name, folder, storage)
     with _alone(folder, storage, hooks) as hooks, follow as tracker:
+
+        def train() -> PreparedSplit:
+            storage.fetch(places.data)
+            return prepared_split(item, "train")
 
         def on_step(metrics: dict[str, Any]) -> None:
             tracker.add(metrics["iteration"], {n: v for n, v in metrics.items() if n in CURVES or n.startswith("loss")})
@@ -211,17 +214,8 @@ def phase(item: Item, hooks: Hooks, ranks: WorkerParts | None = None) -> bool:
             hooks.report({"done": metrics["iteration"], **shown, **pace})
 
         store, device, stop = Store.open(places.store), device_of(run.runtime), hooks.should_stop
-        if run.distill.family == "distribution":
-            from rmdd.distill.distribution import matching as features
-
-            storage.fetch(places.data)
-            train = prepared_split(item, "train")
-            pairs = features.method_of(run).effort(item.number, len(train.split.captions)).pairs
-            return features.distill_phase(
-                run, item.number, store, model, train, folder, device, key, on_step, stop, ranks
-            )
-        pairs, start = run.distill.batch * run.distill.steps, load_set(places.start(item.number))
-        return distill_phase(run, item.number, store, model, start, folder, device, key, on_step, stop)
+        pairs = method.pairs_of_step(item.number, train)
+        return method.distil(item.number, store, model, train, folder, device, key, on_step, stop, ranks)
 
 
 def _no_running(name: str) -> bool:
@@ -241,14 +235,13 @@ def shared_phase(item: Item, hooks: Hooks, ranks: OpenParts, draws: int, say: Ca
 
 def rank_of_phase(item: Item, rank: int, size: int) -> Any:
     """One of those who share the draws of every step of phase `item.number`."""
-    from rmdd.distill.distribution import matching as features
-
     item, storage = _here(item)
     storage.fetch(item.places.data)
     storage.fetch(item.places.store, _no_running)
     model = expert_model(item.run, 0, text_width(item.run.model.text))
     store, train = Store.open(item.places.store), prepared_split(item, "train")
-    return features.Rank(item.run, item.number, store, model, train, device_of(item.run.runtime), rank, size)
+    device, method = device_of(item.run.runtime), methods.method_of(item.run)
+    return method.part_of_step(item.number, store, model, train, device, rank, size)
 
 
 def generate(item: Item, hooks: Hooks, tools: Tools) -> bool:
@@ -259,9 +252,9 @@ def generate(item: Item, hooks: Hooks, tools: Tools) -> bool:
     folder = places.phase(item.number)
     with _alone(folder, storage, hooks) as hooks:
         if not places.set(item.number, 1).is_file():
-            method = methods.find(item.run.distill.method)(item.run)
+            method = methods.method_of(item.run)
             assert isinstance(method, GenerativeMethod)
-            studio = Studio(item, prepared_split(item, "train"), folder, tools, hooks)
+            studio = Studio(item, prepared_split(item, "train"), folder, tools, hooks, tuning)
             restarts = item.run.runtime.max_restarts
             with_restarts(lambda: method.make(studio, item.number), restarts, tools.progress.say)
     hooks.report({"done": 1})
@@ -274,7 +267,7 @@ def tuning(item: Item, hooks: Hooks) -> bool:
 
     item, storage = _here(item)
     storage.fetch(item.places.data)
-    method = methods.find(item.run.distill.method)(item.run)
+    method = methods.method_of(item.run)
     assert isinstance(method, TunedMethod)
     train = prepared_split(item, "train")
     folder = method.tuned_folder(item.places.root, train.split.dataset.hash)
@@ -301,7 +294,12 @@ def plan(item: Item, hooks: Hooks) -> bool:
 
         storage.fetch(places.data)
         storage.fetch(places.store, _no_running)
-        found = make_plan(run, Store.open(places.store), prepared_split(item, "train"), device_of(run.runtime))
+        found = make_plan(
+            methods.matching_method(run),
+            Store.open(places.store),
+            prepared_split(item, "train"),
+            device_of(run.runtime),
+        )
         draw_plan(found, places.run / "plan.svg")
         if run.distill.plan.kind == "auto":
             with atomic_path(places.run / "planned.yaml") as temporary:

@@ -5,7 +5,7 @@ import statistics
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rmdd import config
+from rmdd import config, methods
 from rmdd.core.progress import Progress
 from rmdd.evaluate import protocol
 from rmdd.execution.in_turn import InTurn
@@ -64,7 +64,7 @@ class Trial(Pipeline):
     def _run_rung(self) -> dict[str, Any]:
         places, dataset = self.begin_phases(), self.ingest()
         step, rungs = len(self.curve), candidates_of(self.run)
-        if self.run.distill.family == "generative":  # which has one rung
+        if not methods.find(self.run.distill.method).iterates:  # which has one rung
             self.distill()
         for p, iteration in enumerate(rungs[step]):
             if not places.set(p, iteration).is_file():

@@ -7,14 +7,16 @@ import torch
 from toy import CPU, encoder, first_set, run_of
 
 from rmdd.bench.estimator import along, cosine, norm_ratio, summary
-from rmdd.distill.trajectory.matching import Matcher, State, outer_step
+from rmdd.distill.loop import State, outer_step
+from rmdd.distill.trajectory.matching import Matcher
+from rmdd.methods import matching_method
 
 
 def test_rows_are_of_the_run_itself(store):
     run = run_of(estimator="exact")
     rows = along(run, 0, store, encoder(), first_set(), CPU, iterations=5, every=2)
     assert [row["iteration"] for row in rows] == [0, 2, 4]
-    matcher, state = Matcher(run, 0, store, encoder(), CPU), State.begin(first_set())
+    matcher, state = Matcher(matching_method(run), 0, store, encoder(), CPU), State.begin(first_set())
     for iteration in range(5):
         drawn = matcher.draw(iteration)
         exact, first = (matcher.gradient(state.raw, drawn, estimator=e).gradient for e in ("exact", "first_order"))

@@ -5,9 +5,9 @@ import re
 import pytest
 
 from rmdd import config, methods
-from rmdd.config import budget
+from rmdd.config import budget, recipes
+from rmdd.config.recipes import BUILT_IN
 from rmdd.distill.trajectory.planning import foreseen
-from rmdd.methods import BUILT_IN
 from rmdd.methods.ptm_st import without
 
 NAMES = config.preset_names()
@@ -235,7 +235,7 @@ def test_emoji_presets_share_all_but_the_method(name):
     frozen = {"trainable": False, "projection": "block"}
     image = base.model.image.model_copy(update=frozen if name == "emoji_repblend_100" else {})
     assert run.model == base.model.model_copy(update={"image": image})
-    if run.distill.family == "trajectory":
+    if recipes.find(run.distill.method).family == "trajectory":
         exact = name in ("emoji_ptm_st_100", "emoji_mtt_vl_100")
         assert run.distill.estimator == ("exact" if exact else "first_order")
 

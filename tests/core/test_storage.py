@@ -143,7 +143,7 @@ PHASE = """
 import os, signal, sys
 from pathlib import Path
 import toy
-from rmdd.distill.trajectory.matching import distill_phase
+from rmdd.distill.trajectory.stepping import distill_phase
 from rmdd.experts.store import Store
 from rmdd.core.locks import held
 from rmdd.core.storage import Mirror

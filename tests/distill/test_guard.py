@@ -9,8 +9,8 @@ from toy import RATES, assert_same_results, distil, first_set, lines_of, run_of,
 from rmdd import config
 from rmdd.distill import loop
 from rmdd.distill.guard import Derailed, vitals, what_is_wrong
-from rmdd.distill.trajectory import matching
-from rmdd.distill.trajectory.matching import State
+from rmdd.distill.loop import State
+from rmdd.distill.trajectory import matching, stepping
 
 BAD = 5
 """The iteration that derails, counted from 0; states to go back to are kept at 2 and 4."""
@@ -43,13 +43,13 @@ DAMAGE = {
 
 def derail(monkeypatch, damage, times=1, at=BAD):
     """Spoil what an iteration gives until the outer rates were halved so many times."""
-    step = matching.outer_step
+    step = stepping.outer_step
 
     def spoilt(state, gradient, rule):
         after = step(state, gradient, rule)
         return replace(after, raw=damage(after.raw)) if state.iteration == at and state.halvings < times else after
 
-    monkeypatch.setattr(matching, "outer_step", spoilt)
+    monkeypatch.setattr(stepping, "outer_step", spoilt)
 
 
 def rollbacks_of(folder):

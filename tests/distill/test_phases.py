@@ -12,8 +12,9 @@ from rmdd import config
 from rmdd.data.images import normalise
 from rmdd.data.shards import Dataset
 from rmdd.data.splits import Split
-from rmdd.distill.phases import NOISE_PIXEL_MEAN, NOISE_PIXEL_STD, choose_records, draw, initial, mini_batches
+from rmdd.distill.phases import NOISE_PIXEL_MEAN, NOISE_PIXEL_STD, draw, initial, mini_batches
 from rmdd.distill.similarity import dense
+from rmdd.distill.starts import choose_records
 from rmdd.models.prepared import PreparedSplit
 
 

@@ -8,6 +8,7 @@ from toy import CPU, SIZE, encoder, first_set, run_of
 
 from rmdd.distill.synthetic import enlarged, reduced
 from rmdd.distill.trajectory.matching import Matcher
+from rmdd.methods import matching_method
 
 
 def test_reduced_pixels_are_means():
@@ -34,7 +35,7 @@ def test_a_flat_picture_stays_flat(size):
 def test_the_gradient_of_small_pictures_is_that_of_the_large_ones_carried_back(store, estimator):
     whole = replace(first_set(), images=first_set().images[:, :, ::2, ::2].clone())
     large = replace(whole, images=enlarged(whole.images, SIZE))
-    matcher = Matcher(run_of(estimator=estimator, stored_size=SIZE // 2), 0, store, encoder(), CPU)
+    matcher = Matcher(matching_method(run_of(estimator=estimator, stored_size=SIZE // 2)), 0, store, encoder(), CPU)
     drawn = matcher.draw(0)
     found, seen = (matcher.gradient(s, drawn).gradient for s in (whole, large))
     small = whole.images.clone().requires_grad_()

@@ -12,6 +12,7 @@ from toy import CPU, first_set, run_of
 
 from rmdd.distill.trajectory.matching import Matcher
 from rmdd.distill.unroll import Engine, forward_suits, meta_gradient
+from rmdd.methods import matching_method
 from rmdd.models.fused import TwiceDifferentiable, group_norm, norm_relu_pool
 from rmdd.models.image import matching_context
 
@@ -77,7 +78,7 @@ def test_forward_mode_that_does_not_suit_is_told_in_one_line(layer, caplog):
 
 @pytest.mark.parametrize(("mask", "second_pass"), [("same_mask", "forward"), ("fresh_mask", "reverse")])
 def test_a_phase_settles_its_engine_by_where_it_begins(store, mask, second_pass):
-    matcher = Matcher(run_of(inner_dropout=mask), 0, store, toy.encoder(), CPU)
+    matcher = Matcher(matching_method(run_of(inner_dropout=mask)), 0, store, toy.encoder(), CPU)
     assert matcher.engine(first_set()).second_pass == second_pass
     assert matcher.engine(first_set().map(lambda t: t * torch.nan)).second_pass == second_pass
 

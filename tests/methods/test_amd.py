@@ -11,8 +11,8 @@ from toy import EPOCHS, method_run
 from rmdd.data.images import normalise
 from rmdd.data.shards import Dataset
 from rmdd.data.splits import Split
+from rmdd.distill.starts import drift_ranges, mean_drift, prototypes
 from rmdd.experts.store import Store, Writer
-from rmdd.methods.amd import drift_ranges, mean_drift, prototypes
 from rmdd.models.prepared import PreparedSplit
 
 NAMES = {"image_tower.w": (2, 3), "image_head.b": (4,), "text_head.w": (3, 2)}

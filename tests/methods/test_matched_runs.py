@@ -17,6 +17,7 @@ from rmdd.distill.loop import State
 from rmdd.distill.sets import load_set
 from rmdd.distill.synthetic import Synthetic
 from rmdd.execution.parts import PartsHere
+from rmdd.methods import method_of
 from rmdd.models.dual import build
 from rmdd.models.text import embed
 from rmdd.pipeline import open_pipeline
@@ -39,7 +40,7 @@ runtime: {ray: off, track: none, num_cpus: 2}
 
 def distil(run, store, train, folder, **hooks):
     model = build(run.model, train.texts.shape[1], run.data.image_size, run.seed_of("experts"), "expert", 0)
-    return distill_phase(run, 0, store, model, train, folder, CPU, "key", **hooks)
+    return distill_phase(method_of(run), 0, store, model, train, folder, CPU, "key", **hooks)
 
 
 @pytest.fixture(params=["ncfm", "covmatch", "tokens"])
@@ -85,7 +86,7 @@ def test_rates_are_paced(store, tmp_path):
         gradient=lambda synthetic, iteration: [(gradient, {"loss": 1.0, "pace": 0.25})],
         tensors=dict,
     )
-    after = Averaging(run, PartsHere([rank]), CPU).step(State.begin(begun)).after.raw
+    after = Averaging(method_of(run), PartsHere([rank]), CPU).step(State.begin(begun)).after.raw
     torch.testing.assert_close(after.images, begun.images - 0.25 * 0.1)
     torch.testing.assert_close(after.texts, begun.texts - 0.25 * 0.1)
     assert distil(run_of("ncfm", NCFM | {"lr_network": 0.0}), store, prepared_split(), tmp_path)

@@ -21,9 +21,9 @@ from rmdd.core.files import read_json
 from rmdd.core.seeding import generator
 from rmdd.core.storage import run_folder
 from rmdd.data.images import normalise
-from rmdd.distill.distribution import matching as features
 from rmdd.distill.distribution.joint import Embedded, centres, nearest_pairs
 from rmdd.distill.sets import load_set
+from rmdd.methods import method_of
 from rmdd.methods.mdm import Teacher
 
 
@@ -33,7 +33,7 @@ def toy(tmp_path_factory):
 
 
 def teacher_of(toy, options=None):
-    method = features.method_of(run_of(toy.folder, options))
+    method = method_of(run_of(toy.folder, options))
     return Teacher(method, 0, toy.store, model_of(toy.run, toy.train), CPU)
 
 
@@ -101,7 +101,7 @@ def test_clusters_without_a_picture_of_their_own_take_another_pair(toy):
 
 @pytest.mark.parametrize(("options", "distill"), [({"cluster": "random"}, {}), ({}, {"init": "noise"})])
 def test_random_pairs_and_noise_need_no_teacher(toy, options, distill):
-    method = features.method_of(run_of(toy.folder, options, **distill))
+    method = method_of(run_of(toy.folder, options, **distill))
     records = method.records(0, toy.train, None)
     assert len(set(records)) == 6
     begun = method.initial(0, toy.train, records)
@@ -112,7 +112,7 @@ def test_random_pairs_and_noise_need_no_teacher(toy, options, distill):
 def test_more_pairs_than_there_are_is_refused(toy):
     run = run_of(toy.folder, budget=5000, phases=[{"pairs": 5000}])
     with pytest.raises(ValueError, match=r"wants 5000 pairs but the train split has \d+ caption records"):
-        features.method_of(run).records(0, toy.train, toy.store)
+        method_of(run).records(0, toy.train, toy.store)
 
 
 # -- the teacher -----------------------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ def slow_loss(model, o, real, made, tau):
 
 def test_the_gradient_is_that_of_the_double_loop(toy):
     run = run_of(toy.folder, {"agreement": 0.7, "discrepancy": 0.9})
-    method = features.method_of(run)
+    method = method_of(run)
     model = model_of(run, toy.train).double()
     objective = method.objective(0, toy.store, toy.train, model, CPU)
     begun = method.initial(0, toy.train, [0, 5, 11, 17, 30, 41]).map(torch.Tensor.double)
@@ -250,7 +250,7 @@ def test_the_gradient_is_that_of_the_double_loop(toy):
 def test_dropout_is_off_unless_asked_for_and_then_seeded(toy):
     found = {}
     for dropout in (False, True):
-        method = features.method_of(run_of(toy.folder, {"teacher_dropout": dropout}))
+        method = method_of(run_of(toy.folder, {"teacher_dropout": dropout}))
         begun = method.initial(0, toy.train, list(range(6)))
         for turn in (0, 1):
             torch.manual_seed(turn)
@@ -296,7 +296,7 @@ RATES = {"flickr8k": (100, 100, 1000), "flickr30k": (100, 1000, 1000), "coco": (
 def test_cells_of_table_s3(data):
     for pairs, rate in zip((100, 200, 500), RATES[data], strict=True):
         run = config.load(f"{data}_mdm_{pairs}", ["data.root=somewhere"])
-        rule, (phase,), o = run.distill, run.distill.phases, features.method_of(run).options
+        rule, (phase,), o = run.distill, run.distill.phases, method_of(run).options
         assert (phase.pairs, phase.iterations, rule.lr_image, rule.lr_text) == (pairs, 3000, rate, rate)
         assert (rule.momentum, rule.ema, rule.inner_lr, rule.loss) == (0.5, 0, 0.1, "infonce")
         assert (o.clip, o.real_batch, o.synthetic_batch, o.alpha, o.sigma) == (1.0, 64, 64, 0.5, 0.5)

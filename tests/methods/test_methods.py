@@ -6,7 +6,7 @@ from slow import fast_loop
 from toy import method_run
 
 from rmdd import config, methods
-from rmdd.methods import BUILT_IN
+from rmdd.config.recipes import BUILT_IN
 
 LORS = {
     "trajectory": "original",

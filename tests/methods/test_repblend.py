@@ -5,7 +5,7 @@ from torch.func import functional_call
 from toy import method_run
 
 from rmdd import config
-from rmdd.methods.repblend import blend
+from rmdd.distill.trajectory.inner import blend
 
 
 def blended_loss(made, drawn):

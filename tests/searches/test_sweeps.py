@@ -21,7 +21,7 @@ from rmdd import config
 from rmdd.cli import app as cli
 from rmdd.cli.verify import verify
 from rmdd.core.storage import run_folder
-from rmdd.distill.trajectory.matching import finished
+from rmdd.distill.loop import finished
 from rmdd.execution.in_turn import InTurn
 from rmdd.execution.scheduler import SweepScheduler
 from rmdd.execution.tasks import Interrupted

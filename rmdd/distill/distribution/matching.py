@@ -7,18 +7,18 @@ ranks gives the same bits.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from rmdd import config, methods
+from rmdd import config
 from rmdd.core.files import read_json, write_json
 from rmdd.distill.loop import State, Step, drive, outer_step
 from rmdd.distill.sets import save_set
 from rmdd.distill.synthetic import Synthetic
 from rmdd.execution.parts import PartsHere, WorkerParts
 from rmdd.experts.store import Store
-from rmdd.methods.distribution import DistributionMethod
 from rmdd.models.dual import DualEncoder
 from rmdd.models.prepared import PreparedSplit
 
@@ -26,12 +26,55 @@ Told = dict[str, float]
 """A loss and its parts by name."""
 
 
+@runtime_checkable
+class Objective(Protocol):
+    """What a step goes down. All that is drawn depends on iteration and draw alone."""
+
+    def gradient(self, synthetic: Synthetic, iteration: int, draw: int) -> tuple[Synthetic, dict[str, float]]:
+        """The gradient of one draw's loss in every tensor of the set, and the loss and its parts by name.
+
+        A part `pace`, the same for all draws of a step, is a factor on the rates of pictures and texts.
+        """
+        ...
+
+    def after(self, synthetic: Synthetic, iteration: int) -> None:
+        """What follows a step, alike on every rank: a move of an online model or of a frequency network."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it has learned itself, for the checkpoint."""
+        ...
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Go on from `tensors`."""
+        ...
+
+
+@runtime_checkable
+class Averaged(Protocol):
+    """What matching asks of a method; `rmdd.methods.distribution.DistributionMethod` has it."""
+
+    run: config.Run
+    options: Any
+    """Has `draws` and `clip`."""
+
+    def records(self, phase: int, train: PreparedSplit, store: Store | None = None) -> list[int]: ...
+
+    def initial(self, phase: int, train: PreparedSplit, records: list[int]) -> Synthetic: ...
+
+    def objective(
+        self, phase: int, store: Store, train: PreparedSplit, model: DualEncoder, device: torch.device
+    ) -> Objective: ...
+
+    def exported(self, synthetic: Synthetic) -> Synthetic: ...
+
+
 class Rank:
     """One of those who share the draws of every step."""
 
     def __init__(
         self,
-        run: config.Run,
+        method: Averaged,
         phase: int,
         store: Store,
         model: DualEncoder,
@@ -40,7 +83,6 @@ class Rank:
         rank: int = 0,
         size: int = 1,
     ):
-        method = method_of(run)
         self.objective = method.objective(phase, store, train, model, device)
         self.device, self.own = device, range(rank, method.options.draws, size)
 
@@ -63,8 +105,8 @@ class Rank:
 class Averaging:
     """The updates of a phase, as `rmdd.distill.loop` takes them: mean gradients of ranks, clipped together."""
 
-    def __init__(self, run: config.Run, ranks: WorkerParts, device: torch.device):
-        self.rule, self.options = run.distill, method_of(run).options
+    def __init__(self, method: Averaged, ranks: WorkerParts, device: torch.device):
+        self.rule, self.options = method.run.distill, method.options
         self.ranks, self.device = ranks, device
         self.near = isinstance(ranks, PartsHere)
         self.learns = bool(self.learned())
@@ -120,16 +162,8 @@ def clipped(gradient: Synthetic, limit: float | None) -> tuple[Synthetic, Tensor
     return gradient.map(lambda t: t * factor), norm
 
 
-def method_of(run: config.Run) -> DistributionMethod:
-    """Raises `ValueError` for a method of another family."""
-    method = methods.find(run.distill.method)(run)
-    if not isinstance(method, DistributionMethod):
-        raise ValueError(f"distill.method {run.distill.method} is of family {method.family}, which has another loop")
-    return method
-
-
 def distill_phase(
-    run: config.Run,
+    method: Averaged,
     phase: int,
     store: Store,
     model: DualEncoder,
@@ -146,7 +180,6 @@ def distill_phase(
     Writes `records.json` and `start.safetensors`, as students would get it, where they are not there. `ranks` hold a
     `Rank` each; None: this process makes all draws. Several are averaged on the CPU, wherever they were made.
     """
-    method = method_of(run)
     place = device if method.options.draws == 1 else torch.device("cpu")
     chosen, start = folder / "records.json", folder / "start.safetensors"
     if not chosen.is_file():
@@ -156,6 +189,6 @@ def distill_phase(
         save_set(method.exported(initial), start)
 
     def stepper(begun: Synthetic) -> Averaging:
-        return Averaging(run, ranks or PartsHere([Rank(run, phase, store, model, train, device)]), place)
+        return Averaging(method, ranks or PartsHere([Rank(method, phase, store, model, train, device)]), place)
 
-    return drive(run, phase, initial, folder, place, key, stepper, on_step, should_stop, method.exported)
+    return drive(method.run, phase, initial, folder, place, key, stepper, on_step, should_stop, method.exported)

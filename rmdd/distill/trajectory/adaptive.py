@@ -17,8 +17,9 @@ import functools
 from dataclasses import replace
 
 from rmdd.config import Plan
+from rmdd.distill.loop import State
 from rmdd.distill.phases import Window
-from rmdd.distill.trajectory.matching import Matcher, State
+from rmdd.distill.trajectory.matching import Matcher
 from rmdd.distill.trajectory.signals import probe, straightness
 from rmdd.experts.store import Store
 

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import functional_call
 
@@ -11,9 +12,13 @@ from rmdd import config
 from rmdd.distill.phases import Blend
 from rmdd.distill.synthetic import enlarged
 from rmdd.distill.unroll import StudentLoss
-from rmdd.methods.repblend import blend
 from rmdd.models.dual import DualEncoder, Params
 from rmdd.models.losses import LOSSES
+
+
+def blend(features: Float[Tensor, "B D"], weight: float, partner: Int[Tensor, " B"]) -> Float[Tensor, "B D"]:
+    """Each row mixed with that of its partner: `weight` of its own (`rmdd.methods.repblend`)."""
+    return weight * features + (1 - weight) * features[partner.to(features.device, non_blocking=True)]
 
 
 def student_loss(

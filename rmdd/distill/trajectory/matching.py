@@ -1,25 +1,18 @@
-"""The trajectory-matching loop of one phase: draw, unroll, step, average, checkpoint (`rmdd.distill.loop`)."""
+"""Meta-gradients of one phase: a draw, a student unrolled from it, its miss to the target."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from rmdd import config, methods
-from rmdd.core.files import write_json
-from rmdd.distill.loop import State as State
-from rmdd.distill.loop import Step, drive, outer_step
-from rmdd.distill.loop import finished as finished
-from rmdd.distill.loop import snapshot_iterations as snapshot_iterations
+from rmdd import config
 from rmdd.distill.phases import Draw, Ranges, Window
-from rmdd.distill.sets import save_set
 from rmdd.distill.synthetic import Synthetic, enlarged
 from rmdd.distill.trajectory.frozen import features_of, to_pixels
-from rmdd.distill.unroll import Engine, MetaGradient, forward_suits, meta_gradient, squared_distance
+from rmdd.distill.unroll import Engine, MetaGradient, StudentLoss, forward_suits, meta_gradient, squared_distance
 from rmdd.experts import shortcut
 from rmdd.experts.store import Store
 from rmdd.models.dual import TOWERS, DualEncoder, Params, tower_of
@@ -30,15 +23,40 @@ PATH_BYTES = 4 * 2**30
 """Checkpoints of experts held in memory at most; beyond it the one opened first is read again when its turn comes."""
 
 
+@runtime_checkable
+class Matched(Protocol):
+    """What matching asks of a method; `rmdd.methods.trajectory.Method` has it."""
+
+    run: config.Run
+
+    def on(self, run: config.Run) -> "Matched":
+        """The same method of another run."""
+        ...
+
+    def records(self, phase: int, train: PreparedSplit) -> list[int]: ...
+
+    def initial(self, phase: int, train: PreparedSplit, records: list[int]) -> Synthetic: ...
+
+    def path(self, store: Store, expert: int, phase: int) -> shortcut.Path: ...
+
+    def ranges(self, store: Store, experts: Sequence[int], phase: int) -> dict[str, tuple[int, int]]: ...
+
+    def draw(
+        self, phase: int, iteration: int, experts: int, ranges: Mapping[str, tuple[int | float, int | float]]
+    ) -> Draw: ...
+
+    def student_loss(self, model: DualEncoder, drawn: Draw) -> StudentLoss: ...
+
+
 class Matcher:
     """One phase's meta-gradients: the model, built once, and the experts' paths, opened once each."""
 
-    def __init__(self, run: config.Run, phase: int, store: Store, model: DualEncoder, device: torch.device):
-        if run.distill.plan.kind == "adaptive":
-            continuous = run.distill.model_copy(update={"start_points": "continuous"})
-            run = run.model_copy(update={"distill": continuous})
-        self.run, self.phase, self.store, self.device = run, phase, store, device
-        self.method = methods.find(run.distill.method)(run)
+    def __init__(self, method: Matched, phase: int, store: Store, model: DualEncoder, device: torch.device):
+        if method.run.distill.plan.kind == "adaptive":
+            continuous = method.run.distill.model_copy(update={"start_points": "continuous"})
+            method = method.on(method.run.model_copy(update={"distill": continuous}))
+        self.method, self.run = method, method.run
+        self.phase, self.store, self.device, run = phase, store, device, method.run
         self.experts = [e for e in store.complete() if e < run.experts.num]
         if len(self.experts) < run.experts.num:
             raise ValueError(
@@ -155,63 +173,3 @@ def _separate_rates(found: MetaGradient, start: Params, target: Params) -> MetaG
     old = found.gradient
     gradient = replace(old, lr_image=old.lr_image * both / scale["image"], lr_text=old.lr_text * both / scale["text"])
     return replace(found, gradient=gradient)
-
-
-class Matching:
-    """The updates of a phase, as `rmdd.distill.loop` takes them."""
-
-    def __init__(self, matcher: Matcher, begun: Synthetic):
-        self.matcher, self.rule = matcher, matcher.run.distill
-        matcher.engine(begun)
-
-    def step(self, state: State) -> Step:
-        from rmdd.distill.trajectory.adaptive import adapted  # which is written in terms of this module
-
-        state = adapted(self.matcher, state) if self.rule.plan.kind == "adaptive" else state
-        drawn = self.matcher.draw(state.iteration)
-        found = self.matcher.gradient(state.raw, drawn)
-        expert = self.matcher.experts[drawn.expert]
-        return Step(
-            before=state,
-            after=outer_step(state, found.gradient, self.rule),
-            loss=found.loss,
-            numbers={**{f"miss_{tower}": m for tower, m in found.miss.items()}, "student_loss": found.student_loss},
-            facts={"start": drawn.start, "start_text": drawn.start_text, "expert": expert},
-            drawn=f"expert {expert}, start epoch {drawn.start}",
-        )
-
-    def taken(self, state: State) -> None:
-        pass
-
-    def learned(self) -> dict[str, Tensor]:
-        return {}
-
-    def relearn(self, learned: dict[str, Tensor]) -> None:
-        pass
-
-
-def distill_phase(
-    run: config.Run,
-    phase: int,
-    store: Store,
-    model: DualEncoder,
-    initial: Synthetic,
-    folder: Path,
-    device: torch.device,
-    key: str,
-    on_step: Callable[[dict], None] = lambda metrics: None,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> bool:
-    """Distil one phase by matching trajectories; see `rmdd.distill.loop.drive`."""
-
-    def stepper(begun: Synthetic) -> Matching:
-        return Matching(Matcher(run, phase, store, model, device), begun)
-
-    return drive(run, phase, initial, folder, device, key, stepper, on_step, should_stop)
-
-
-def begin_phase(method: methods.Method, phase: int, train: PreparedSplit, folder: Path) -> None:
-    """Choose and keep what a phase starts from."""
-    records = method.records(phase, train)
-    write_json(folder / "records.json", records)
-    save_set(method.initial(phase, train, records), folder / "start.safetensors")

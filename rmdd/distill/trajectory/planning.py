@@ -27,10 +27,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rmdd import config, methods
-from rmdd.config import budget
+from rmdd import config
+from rmdd.config import budget, recipes
 from rmdd.distill.trajectory import signals
-from rmdd.distill.trajectory.matching import Matcher
+from rmdd.distill.trajectory.matching import Matched, Matcher
 from rmdd.experts.store import Store
 from rmdd.experts.train import expert_model
 from rmdd.models.prepared import PreparedSplit
@@ -147,8 +147,9 @@ def _beyond(rule: config.Distill) -> int:
     return int(rule.start_points == "continuous" or rule.plan.kind == "adaptive")
 
 
-def make_plan(run: config.Run, store: Store, train: PreparedSplit, device: torch.device) -> dict[str, Any]:
-    """The phases of `run`, with the signals and reasons that led to them, as plain values."""
+def make_plan(method: Matched, store: Store, train: PreparedSplit, device: torch.device) -> dict[str, Any]:
+    """The phases of a run, with the signals and reasons that led to them, as plain values."""
+    run = method.run
     began, rule, plan = time.perf_counter(), run.distill, run.distill.plan
     measured = measure(run, store)
     ends = endpoints(run, measured)
@@ -158,7 +159,7 @@ def make_plan(run: config.Run, store: Store, train: PreparedSplit, device: torch
     seen: list[signals.Probe] = []
 
     def agreement(phase: int, end: int) -> Float[Tensor, "T T"]:
-        seen.append(probe_start(run, store, train, device, pairs[phase], end))
+        seen.append(probe_start(method, store, train, device, pairs[phase], end))
         return seen[-1].agreement()
 
     spans = ranges(run, ends, agreement)
@@ -206,14 +207,14 @@ def make_plan(run: config.Run, store: Store, train: PreparedSplit, device: torch
 
 
 def probe_start(
-    run: config.Run, store: Store, train: PreparedSplit, device: torch.device, pairs: int, end: int
+    method: Matched, store: Store, train: PreparedSplit, device: torch.device, pairs: int, end: int
 ) -> signals.Probe:
     """Matching gradients of real pairs, as many as the phase has, at every start of its path."""
-    rule, plan = run.distill, run.distill.plan
+    run, rule, plan = method.run, method.run.distill, method.run.distill.plan
     probing = signals.probing(run, end, rule.trajectory, pairs, experts=plan.experts)
-    method = methods.find(rule.method)(probing)
+    method = method.on(probing)
     synthetic = method.initial(0, train, method.records(0, train)).map(lambda t: t.to(device))
-    matcher = Matcher(probing, 0, store, expert_model(run, 0, train.texts.shape[1]), device)
+    matcher = Matcher(method, 0, store, expert_model(run, 0, train.texts.shape[1]), device)
     return signals.probe(matcher, synthetic, range(end - rule.match_epochs + 1), plan.draws, averaged=True)
 
 
@@ -224,7 +225,7 @@ def key_of(run: config.Run, store: str) -> str:
         {
             "store": store,
             "num": run.experts.num,
-            "distill": recipe | {"version": methods.find(run.distill.method).version},
+            "distill": recipe | {"version": recipes.find(run.distill.method).version},
             "seed": run.seed_of("distill"),
         }
     )

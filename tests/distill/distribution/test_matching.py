@@ -15,6 +15,7 @@ from rmdd.distill.guard import Derailed
 from rmdd.distill.loop import State
 from rmdd.distill.sets import load_set
 from rmdd.distill.synthetic import zeros_like
+from rmdd.methods import matching_method, method_of
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def test_a_phase_is_the_plain_loop(toy, tmp_path):
     """torch's own clipping and SGD on the mean of two draws: the same bits."""
     run = run_of(toy.folder, {"draws": 2})
     assert distil(toy, tmp_path, run)
-    records, method = read_json(tmp_path / "records.json"), features.method_of(run)
+    records, method = read_json(tmp_path / "records.json"), method_of(run)
     assert len(set(records)) == 6
     begun = method.initial(0, toy.train, records)
     assert same_tensors(load_set(tmp_path / "start.safetensors").tensors(), begun.tensors())
@@ -66,7 +67,7 @@ def test_a_phase_is_the_plain_loop(toy, tmp_path):
 @pytest.mark.parametrize("limit", [None, 1e9, 0.5])
 def test_clipping_is_joint(toy, limit):
     run = run_of(toy.folder)
-    method = features.method_of(run)
+    method = method_of(run)
     gradient, _ = rank(toy, run).objective.gradient(method.initial(0, toy.train, list(range(6))), 0, 0)
     gradient = gradient.map(lambda t: 100 * t)
     cut, norm = features.clipped(gradient, limit)
@@ -106,7 +107,7 @@ def test_what_is_learned_beside_the_set_is_kept_and_sets_are_exported(toy, learn
     assert list(state.learned) == ["weight"] and state.learned["weight"] != 1
     found = load_set(whole / f"set-{ITERATIONS:06d}.safetensors")
     assert torch.equal(found.texts, 2 * state.average.texts) and torch.equal(found.images, state.average.images)
-    start, method = load_set(whole / "start.safetensors"), features.method_of(learning)
+    start, method = load_set(whole / "start.safetensors"), method_of(learning)
     begun = method.initial(0, toy.train, read_json(whole / "records.json"))
     assert torch.equal(start.texts, 2 * begun.texts)
 
@@ -176,13 +177,12 @@ def test_a_phase_that_always_derails_ends_with_what_to_do(toy, tmp_path, monkeyp
 
 
 def test_a_method_of_another_family_is_refused(toy):
-    run = toy.run.model_copy(update={"distill": toy.run.distill.model_copy(update={"method": "lors", "options": {}})})
-    with pytest.raises(ValueError, match="lors is of family trajectory, which has another loop"):
-        features.method_of(run)
+    with pytest.raises(ValueError, match="method mdm matches no trajectories; name one that does"):
+        matching_method(toy.run)
 
 
 def test_the_mean_of_one_draw_is_that_draw(toy):
-    begun = features.method_of(toy.run).initial(0, toy.train, list(range(6)))
+    begun = method_of(toy.run).initial(0, toy.train, list(range(6)))
     assert same_tensors(features.mean([(begun, {"loss": 2.0})])[0].tensors(), begun.tensors())
     both, told = features.mean([(begun, {"loss": 2.0}), (zeros_like(begun), {"loss": 1.0})])
     assert told == {"loss": 1.5} and torch.equal(both.images, begun.images.to(CPU) / 2)

@@ -8,11 +8,13 @@ import torch
 from toy import CPU, EPOCHS, PAIRS, assert_same_results, distil, encoder, first_set, lines_of, run_of, stop_after
 
 from rmdd import config
+from rmdd.distill.loop import State
 from rmdd.distill.phases import Window
-from rmdd.distill.trajectory import matching
+from rmdd.distill.trajectory import stepping
 from rmdd.distill.trajectory.adaptive import adapted
-from rmdd.distill.trajectory.matching import Matcher, State
+from rmdd.distill.trajectory.matching import Matcher
 from rmdd.distill.trajectory.signals import probe, straightness
+from rmdd.methods import matching_method
 
 
 def moving(stop=1, endpoint=2, iterations=5, **plan):
@@ -24,7 +26,11 @@ def moving(stop=1, endpoint=2, iterations=5, **plan):
 
 def windows(run, store, iterations):
     """The window of each update, the set standing still."""
-    matcher, state, found = Matcher(run, 0, store, encoder(run.model), CPU), State.begin(first_set()), []
+    matcher, state, found = (
+        Matcher(matching_method(run), 0, store, encoder(run.model), CPU),
+        State.begin(first_set()),
+        [],
+    )
     for iteration in range(iterations):
         state.iteration = iteration
         state = adapted(matcher, state)
@@ -43,7 +49,7 @@ def test_a_range_grows_while_all_agrees_and_takes_the_endpoint_along(store):
 def test_a_range_stands_where_nothing_beyond_agrees_and_nothing_within_opposes(store):
     found = windows(moving(stop=2, endpoint=3, agreement=1), store, 3)
     run = moving(stop=2, endpoint=3)
-    matcher = Matcher(run, 0, store, encoder(run.model), CPU)
+    matcher = Matcher(matching_method(run), 0, store, encoder(run.model), CPU)
     matcher.look_through(Window(0.0, 2.0, 3))
     opposed = float(probe(matcher, first_set(), [1.0, 2.0], experts=1).agreement()[0, 1]) < 0
     assert found == [Window(0, 2, 3)] * 2 + [Window(0, 1.5 if opposed else 2, 3)]
@@ -74,7 +80,7 @@ def test_a_stopped_phase_goes_on_with_the_same_bits(store, tmp_path, first):
 
 def test_a_derailed_phase_takes_its_window_back_and_goes_on_with_the_same_bits(store, tmp_path, monkeypatch):
     """Derails right after a move; once unbroken, once stopped in the iteration after the rollback."""
-    monkeypatch.setattr(matching, "outer_step", _spoilt(matching.outer_step, at=4))
+    monkeypatch.setattr(stepping, "outer_step", _spoilt(stepping.outer_step, at=4))
     run = moving(agreement=-1, iterations=7, pace=0.25)
     run = run.model_copy(update={"distill": run.distill.model_copy(update={"guard": config.Guard(every=3)})})
     assert distil(run, store, tmp_path / "whole")

@@ -11,6 +11,7 @@ from rmdd.distill.trajectory.frozen import features_of, to_pixels
 from rmdd.distill.trajectory.inner import student_loss
 from rmdd.distill.trajectory.matching import Matcher
 from rmdd.distill.unroll import meta_gradient
+from rmdd.methods import matching_method
 
 IMAGE = MODEL["image"] | {"weights": "random:0", "trainable": False, "projection": "block"}
 BATCHES = torch.tensor([[4, 0, 2], [2, 5, 4], [0, 5, 2]])
@@ -63,7 +64,7 @@ def test_a_frozen_tower_with_dropout_is_still(make):
     run = method_run("repblend")
     made = make(run)
     made.model.image_tower = nn.Sequential(made.model.image_tower, nn.Dropout(0.5)).requires_grad_(False).train()
-    matcher = Matcher(run, 0, made.store, made.model, torch.device("cpu"))
+    matcher = Matcher(matching_method(run), 0, made.store, made.model, torch.device("cpu"))
     first, second = (matcher.gradient(made.begun, matcher.draw(0)) for _ in range(2))
     assert torch.equal(first.loss, second.loss)
     assert torch.equal(first.gradient.images, second.gradient.images)

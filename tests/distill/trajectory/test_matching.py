@@ -21,16 +21,13 @@ from toy import (
 )
 
 from rmdd import config
+from rmdd.distill.loop import State, outer_step, snapshot_iterations
 from rmdd.distill.phases import draw
 from rmdd.distill.sets import load_set, save_set
 from rmdd.distill.trajectory.inner import student_loss
-from rmdd.distill.trajectory.matching import (
-    Matcher,
-    State,
-    outer_step,
-    snapshot_iterations,
-)
+from rmdd.distill.trajectory.matching import Matcher
 from rmdd.distill.unroll import Engine, meta_gradient
+from rmdd.methods import matching_method
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
@@ -103,7 +100,7 @@ def test_every_learnable_tensor_moves(store, tmp_path, kind, trajectory):
 
 def test_one_outer_step_moves_the_pairs_drawn_and_no_others(store):
     run = run_of(steps=1, batch=3)
-    matcher, state = Matcher(run, 0, store, encoder(), CPU), State.begin(first_set())
+    matcher, state = Matcher(matching_method(run), 0, store, encoder(), CPU), State.begin(first_set())
     drawn = matcher.draw(0)
     after = outer_step(state, matcher.gradient(state.raw, drawn).gradient, run.distill)
     assert after.iteration == 1 and state.iteration == 0
@@ -115,7 +112,7 @@ def test_one_outer_step_moves_the_pairs_drawn_and_no_others(store):
 def test_reused_graphs_change_the_engine_and_not_the_gradient(store):
     drawn, found = None, []
     for reuse in (0, 1, 5):
-        matcher = Matcher(run_of(reuse_graphs=reuse), 0, store, encoder(), CPU)
+        matcher = Matcher(matching_method(run_of(reuse_graphs=reuse)), 0, store, encoder(), CPU)
         drawn = drawn or matcher.draw(0)
         found.append(matcher.gradient(first_set(), drawn).gradient.tensors())
         assert matcher.engine(first_set()).reuse == reuse
@@ -133,7 +130,7 @@ def test_matching_reads_the_path_that_was_asked_for(store):
     drawn = None
     losses = {}
     for trajectory in ("original", "shortcut", "convexified"):
-        matcher = Matcher(run_of(trajectory=trajectory), 0, store, encoder(), CPU)
+        matcher = Matcher(matching_method(run_of(trajectory=trajectory)), 0, store, encoder(), CPU)
         drawn = matcher.draw(0)
         losses[trajectory] = matcher.gradient(first_set(), drawn).loss.item()
         assert matcher.path(0).endpoint == EPOCHS
@@ -142,7 +139,7 @@ def test_matching_reads_the_path_that_was_asked_for(store):
 
 def test_an_exclusive_endpoint_ends_one_epoch_early(store):
     plan = (config.Phase(pairs=PAIRS, start=0, stop=1, endpoint=EPOCHS),)
-    matcher = Matcher(run_of(phases=plan, endpoint_rule="exclusive"), 0, store, encoder(), CPU)
+    matcher = Matcher(matching_method(run_of(phases=plan, endpoint_rule="exclusive")), 0, store, encoder(), CPU)
     assert matcher.path(1).endpoint == EPOCHS - 1
     assert same_tensors(matcher.path(1).at(EPOCHS - 1), store.read(1, EPOCHS - 1))
 
@@ -296,7 +293,7 @@ def test_too_few_experts_are_an_error(store):
     with pytest.raises(
         ValueError, match=r"asks for 5 experts but the store at .* holds 2 finished ones; train the rest"
     ):
-        Matcher(run, 0, store, encoder(), CPU)
+        Matcher(matching_method(run), 0, store, encoder(), CPU)
 
 
 @pytest.mark.parametrize(("total", "count"), [(7, 2), (10, 1), (3, 3), (5, 9), (2000, 7)])

@@ -1,0 +1,65 @@
+"""The trajectory-matching loop of one phase: draw, unroll, step, average, checkpoint (`rmdd.distill.loop`)."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rmdd.distill.loop import State, Step, drive, outer_step
+from rmdd.distill.synthetic import Synthetic
+from rmdd.distill.trajectory.adaptive import adapted
+from rmdd.distill.trajectory.matching import Matched, Matcher
+from rmdd.experts.store import Store
+from rmdd.models.dual import DualEncoder
+
+
+class Matching:
+    """The updates of a phase, as `rmdd.distill.loop` takes them."""
+
+    def __init__(self, matcher: Matcher, begun: Synthetic):
+        self.matcher, self.rule = matcher, matcher.run.distill
+        matcher.engine(begun)
+
+    def step(self, state: State) -> Step:
+        state = adapted(self.matcher, state) if self.rule.plan.kind == "adaptive" else state
+        drawn = self.matcher.draw(state.iteration)
+        found = self.matcher.gradient(state.raw, drawn)
+        expert = self.matcher.experts[drawn.expert]
+        return Step(
+            before=state,
+            after=outer_step(state, found.gradient, self.rule),
+            loss=found.loss,
+            numbers={**{f"miss_{tower}": m for tower, m in found.miss.items()}, "student_loss": found.student_loss},
+            facts={"start": drawn.start, "start_text": drawn.start_text, "expert": expert},
+            drawn=f"expert {expert}, start epoch {drawn.start}",
+        )
+
+    def taken(self, state: State) -> None:
+        pass
+
+    def learned(self) -> dict[str, Tensor]:
+        return {}
+
+    def relearn(self, learned: dict[str, Tensor]) -> None:
+        pass
+
+
+def distill_phase(
+    method: Matched,
+    phase: int,
+    store: Store,
+    model: DualEncoder,
+    initial: Synthetic,
+    folder: Path,
+    device: torch.device,
+    key: str,
+    on_step: Callable[[dict], None] = lambda metrics: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Distil one phase by matching trajectories; see `rmdd.distill.loop.drive`."""
+
+    def stepper(begun: Synthetic) -> Matching:
+        return Matching(Matcher(method, phase, store, model, device), begun)
+
+    return drive(method.run, phase, initial, folder, device, key, stepper, on_step, should_stop)
