@@ -35,7 +35,7 @@ _ADVICE = {
 
 
 @runtime_checkable
-class Keeper(Protocol):
+class ChangeListener(Protocol):
     """What hears of every change under the folder `root`; see `rmdd.core.storage.Mirror`."""
 
     root: Path
@@ -53,17 +53,17 @@ class Keeper(Protocol):
         ...
 
 
-_keepers: dict[Path, Keeper] = {}
+_listeners: dict[Path, ChangeListener] = {}
 
 
-def register(keeper: Keeper) -> None:
-    _keepers[keeper.root] = keeper
+def register_listener(listener: ChangeListener) -> None:
+    _listeners[listener.root] = listener
 
 
-def keeper_of(path: Path | str) -> Keeper | None:
-    """The keeper whose folder `path` lies in."""
+def listener_of(path: Path | str) -> ChangeListener | None:
+    """The listener whose folder `path` lies in."""
     path = Path(path)
-    return next((keeper for root, keeper in _keepers.items() if path.is_relative_to(root)), None)
+    return next((listener for root, listener in _listeners.items() if path.is_relative_to(root)), None)
 
 
 @contextlib.contextmanager
@@ -93,8 +93,8 @@ def remove(path: Path | str) -> None:
 
 
 def _changing(path: Path) -> contextlib.AbstractContextManager[None]:
-    keeper = keeper_of(path)
-    return contextlib.nullcontext() if keeper is None else keeper.changing(path)
+    listener = listener_of(path)
+    return contextlib.nullcontext() if listener is None else listener.changing(path)
 
 
 def _remove(path: Path) -> None:
@@ -232,8 +232,8 @@ def append_jsonl(path: Path | str, value: Any) -> None:
             except OSError:
                 f.truncate(before)
                 raise
-    if (keeper := keeper_of(path)) is not None:
-        keeper.appended(path)
+    if (listener := listener_of(path)) is not None:
+        listener.appended(path)
 
 
 def cut_jsonl(path: Path, count: str, reached: int) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from rmdd.core.files import keeper_of, machine, read_json, remove, write_json
+from rmdd.core.files import listener_of, machine, read_json, remove, write_json
 
 BEAT = 5.0
 EXPIRES = 30.0
@@ -120,8 +120,8 @@ def held(folder: Path | str, *, wait: bool) -> Iterator[Lease]:
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    keeper = keeper_of(folder)
-    cell: LeaseCell = LocalLeaseCell(folder) if keeper is None else keeper.cell(folder)
+    listener = listener_of(folder)
+    cell: LeaseCell = LocalLeaseCell(folder) if listener is None else listener.cell(folder)
     with open(lock_of(folder), "a") as lock:
         while not _locked(lock):
             if not wait:

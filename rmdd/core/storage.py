@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rmdd import config
-from rmdd.core.files import clearly, is_temporary, register, remove, sweep, temporary_beside
+from rmdd.core.files import clearly, is_temporary, register_listener, remove, sweep, temporary_beside
 from rmdd.core.locks import LeaseCell, LocalLeaseCell, lock_of
 from rmdd.core.remote import ObjectStore, RemoteLeaseCell, Stamp
 
@@ -84,7 +84,7 @@ class Mirror(Storage):
         self.remote = ObjectStore(self.uri)
         self._grown: set[Path] = set()
         self._flushed = time.monotonic()
-        register(self)
+        register_listener(self)
 
     def address(self, path: Path) -> str:
         return f"{self.uri}/{self._name(path)}".rstrip("/") if path.is_relative_to(self.root) else str(path)

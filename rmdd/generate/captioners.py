@@ -1,6 +1,6 @@
 """Captions of drawn pictures: images to strings, by a captioner of transformers, and what is made of its answers.
 
-Answers are stripped, cleaned as the run cleans captions, and refused when empty or said before; a captioner is asked
+Answers are stripped, cleaned as the run cleans captions, and refused when empty or repeated; a captioner is asked
 again, and at last a real caption stands in.
 """
 
@@ -36,11 +36,11 @@ _SPACE = re.compile(r"\s+")
 @runtime_checkable
 class Captioner(Protocol):
     def describe(self, image: Image.Image, count: int, seed: int) -> list[str]:
-        """Some captions of a picture as the model says them; about `count`, the same for the same seed."""
+        """Some captions of a picture as the model gives them; about `count`, the same for the same seed."""
         ...
 
 
-class Speaker:
+class PretrainedCaptioner:
     """BLIP or LLaVA from a folder; answers are sampled under a seed of their own."""
 
     def __init__(
@@ -71,29 +71,29 @@ class Speaker:
                 )
         if self.backend == "llava":
             out = out[:, inputs["input_ids"].shape[1] :]
-        said = self.processor.batch_decode(out, skip_special_tokens=True)
-        return [one.removeprefix(self.prompt.lower()) for one in said] if self.backend == "blip" else said
+        answers = self.processor.batch_decode(out, skip_special_tokens=True)
+        return [one.removeprefix(self.prompt.lower()) for one in answers] if self.backend == "blip" else answers
 
 
 @dataclass(frozen=True)
-class Gathered:
+class FurtherCaptions:
     """The further captions of a picture, and where each came from."""
 
     captions: list[str]
     sources: list[str]
     """`captioner` or `real`, one per caption."""
     refused: int
-    """Answers that were empty or said before."""
+    """Answers that were empty or repeated."""
 
 
-def gather(
+def further_captions(
     ask: Callable[[int, int], Iterable[str]],
     count: int,
     first: str,
     real: Sequence[str],
     rule: Captions,
     tries: int,
-) -> Gathered:
+) -> FurtherCaptions:
     """`count` captions beside `first`, all different: answers of `ask(wanted, attempt)`, then real ones in their order.
 
     Raises `ValueError` when the real ones do not suffice either.
@@ -120,7 +120,7 @@ def gather(
             f"a picture of {first!r} needs {count} more captions, and the captioner and {len(real)} real ones gave "
             f"{len(found)}; lower distill.options.captions_per_image"
         )
-    return Gathered(found, ["captioner"] * answered + ["real"] * (count - answered), refused)
+    return FurtherCaptions(found, ["captioner"] * answered + ["real"] * (count - answered), refused)
 
 
 def tidied(answer: str, rule: Captions) -> str:
@@ -128,7 +128,7 @@ def tidied(answer: str, rule: Captions) -> str:
     return clean(_SPACE.sub(" ", answer).strip().strip("\"'").strip(), rule)
 
 
-class Describer:
+class CaptionWriter:
     """A captioner at work: a picture's path in, a JSON of its further captions beside it out."""
 
     def __init__(self, make: Callable[[], Captioner], rule: Captions, seed: int, tries: int, threads: int):
@@ -143,20 +143,20 @@ class Describer:
         with torch_threads(self.threads):
             with Image.open(item["picture"]) as opened:
                 image = opened.convert("RGB")
-            found = gather(ask, item["count"], item["caption"], item["real"], self.rule, self.tries)
+            found = further_captions(ask, item["count"], item["caption"], item["real"], self.rule, self.tries)
         write_json(Path(item["out"]), {"key": item["key"], **vars(found)})
         return {"captions": len(found.captions)}
 
 
-def described(path: Path, key: str) -> Gathered | None:
+def kept_captions(path: Path, key: str) -> FurtherCaptions | None:
     """What was gathered before, for the same picture, caption and captioner."""
     if not path.is_file():
         return None
     value = read_json(path)
-    return Gathered(value["captions"], value["sources"], value["refused"]) if value["key"] == key else None
+    return FurtherCaptions(value["captions"], value["sources"], value["refused"]) if value["key"] == key else None
 
 
-def alike(captions: Sequence[str], texts: np.ndarray, record: int, count: int, image_of: np.ndarray) -> list[str]:
+def stand_ins(captions: Sequence[str], texts: np.ndarray, record: int, count: int, image_of: np.ndarray) -> list[str]:
     """Real captions to stand in beside that of `record`: those of its own picture, then the nearest of others.
 
     `texts` (T,F) are the captions' embeddings. At most `count` of each kind.

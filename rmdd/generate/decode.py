@@ -213,7 +213,7 @@ def placed(pipeline: Any, device: torch.device, offload: Offload) -> torch.devic
 # -- pairs, one file each --------------------------------------------------------------------------------------------
 
 
-class Painter:
+class PictureWriter:
     """A decoder at work: numbers of blocks to pictures in `<folder>/pairs`, a PNG and a JSON each, the latter last.
 
     Pictures are RGB of side `size` (Lanczos). Raises `ValueError` for a picture of one colour or without pixels.
@@ -230,7 +230,7 @@ class Painter:
         with torch_threads(self.threads), torch.inference_mode(), quiet("transformers", "diffusers"):
             made = self.decoder.decode(block)
         for request, image in zip(block, made, strict=True):
-            if not is_painted(self.folder, request):
+            if not is_drawn(self.folder, request):
                 self._save(request, image)
         return {"pictures": len(block)}
 
@@ -258,7 +258,7 @@ def picture_of(folder: Path, index: int) -> Path:
     return folder / PAIRS / f"{index:06d}.png"
 
 
-def is_painted(folder: Path, request: Request) -> bool:
+def is_drawn(folder: Path, request: Request) -> bool:
     """Whether the picture of a pair is there, made from the same request."""
     path = picture_of(folder, request["index"])
     about = path.with_suffix(".json")

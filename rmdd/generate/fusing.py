@@ -24,7 +24,7 @@ BLOCK = 512
 BATCH = 16
 
 
-class Fuser:
+class FusionEncoder:
     """A trained fusion at work: numbers of blocks of records to files of scaled fused latents (n, D), float16."""
 
     def __init__(
@@ -75,7 +75,7 @@ def fused_rows(studio: Studio, generator: Path, rule: FusionRule, size: int, tun
     blocks = range(-(-count // BLOCK))
     todo: list[Values] = [{"block": b} for b in blocks if not _file(folder, b).is_file()]
     splits, threads = studio.item.feature_source.splits, studio.run.runtime.threads
-    make = functools.partial(Fuser, splits, threads, generator, rule, size, studio.seed, tuned, folder)
+    make = functools.partial(FusionEncoder, splits, threads, generator, rule, size, studio.seed, tuned, folder)
     for _ in studio.stream("fused latents", "pairs")(make, todo):
         pass
     storage.fetch(folder)

@@ -76,9 +76,8 @@ def text_denoiser(unet: Any, texts: Tensor, empty: Tensor | None, scale: float) 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         if scale <= 1:
             return unet(x, t, encoder_hidden_states=both, return_dict=False)[0]
-        unconditional, conditional = unet(torch.cat([x, x]), t, encoder_hidden_states=both, return_dict=False)[0].chunk(
-            2
-        )
+        predicted = unet(torch.cat([x, x]), t, encoder_hidden_states=both, return_dict=False)[0]
+        unconditional, conditional = predicted.chunk(2)
         return unconditional + scale * (conditional - unconditional)
 
     return denoise

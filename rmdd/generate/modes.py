@@ -48,14 +48,14 @@ def modes_of(
     count = np.bincount(label, minlength=k)
     centres = _means(rows, label, k, count)
     nearest = _nearest(rows, label, centres)
-    said = [_spokesman(texts, ids[label == cluster]) if count[cluster] else -1 for cluster in range(k)]
-    free = np.flatnonzero(~np.isin(ids, said))
+    captions = [_central_caption(texts, ids[label == cluster]) if count[cluster] else -1 for cluster in range(k)]
+    free = np.flatnonzero(~np.isin(ids, captions))
     free = free[np.argsort(np.isin(free, nearest[count > 0]), kind="stable")]  # those that stand for no mode first
     for cluster, position in zip(np.flatnonzero(count == 0), free, strict=False):
-        nearest[cluster], said[cluster] = position, int(ids[position])
+        nearest[cluster], captions[cluster] = position, int(ids[position])
         centres[cluster] = rows.at(free[free == position])[0]
     latents = centres if kind == "centre" else rows.at(nearest)
-    return Modes(latents.astype(np.float32), said, count.tolist())
+    return Modes(latents.astype(np.float32), captions, count.tolist())
 
 
 def reduced(rows: Rows, components: int | None, seed: int) -> Float32[np.ndarray, "T P"]:
@@ -105,7 +105,7 @@ def _nearest(rows: Rows, label: np.ndarray, centres: np.ndarray) -> np.ndarray:
     return found
 
 
-def _spokesman(texts: np.ndarray, members: np.ndarray) -> int:
+def _central_caption(texts: np.ndarray, members: np.ndarray) -> int:
     """The member whose text has the largest cosine with the mean of all members' unit texts."""
     own = np.asarray(texts[members], dtype=np.float64)
     own /= np.maximum(np.linalg.norm(own, axis=1, keepdims=True), 1e-12)

@@ -20,7 +20,7 @@ BLOCK = 32
 """Pictures that are looked at together."""
 
 
-class Looker:
+class PictureEncoder:
     """A CLIP at work: files of pictures to a file of their features."""
 
     def __init__(self, folder: Path, device: torch.device, threads: int):
@@ -49,7 +49,7 @@ def nearest_captions(
         }
         for start in starts
     ]
-    make = functools.partial(Looker, clip, studio.device, studio.run.runtime.threads)
+    make = functools.partial(PictureEncoder, clip, studio.device, studio.run.runtime.threads)
     for _ in studio.stream(f"pictures seen in phase {studio.phase}", "pictures")(make, items):
         pass
     seen = np.concatenate([np.load(item["out"]) for item in items])

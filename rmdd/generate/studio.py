@@ -27,7 +27,7 @@ from rmdd.distill.synthetic import Synthetic, reduced
 from rmdd.execution.executor import Executor
 from rmdd.execution.parts import OpenParts
 from rmdd.execution.tasks import Hooks, Interrupted, Stream, Task, Values, in_turn, watched
-from rmdd.generate.decode import Decoder, Painter, is_painted, picture_of, read_requests, write_requests
+from rmdd.generate.decode import Decoder, PictureWriter, is_drawn, picture_of, read_requests, write_requests
 from rmdd.generate.features import sides_of
 from rmdd.models.pretrained import PretrainedModel
 from rmdd.models.text import embed
@@ -121,11 +121,11 @@ class Studio:
         numbered = [{**request, "index": i, "seed": self.seed} for i, request in enumerate(requests)]
         write_requests(self.folder, numbered, dict(tensors or {}))
         asked = read_requests(self.folder)
-        todo = sorted({r["index"] // batch for r in asked if not is_painted(self.folder, r)})
+        todo = sorted({r["index"] // batch for r in asked if not is_drawn(self.folder, r)})
         size, threads = self.run.data.image_size, self.run.runtime.threads
-        painter = functools.partial(Painter, make, self.folder, batch, size, threads)
+        writer = functools.partial(PictureWriter, make, self.folder, batch, size, threads)
         blocks: list[Values] = [{"block": block} for block in todo]
-        for _ in self.stream(f"pictures of phase {self.phase}", "pictures", here)(painter, blocks):
+        for _ in self.stream(f"pictures of phase {self.phase}", "pictures", here)(writer, blocks):
             pass
         return [picture_of(self.folder, i) for i in range(len(asked))]
 

@@ -4,7 +4,6 @@ A trainer draws everything that one step needs from the number of the step. Its 
 optimiser lie in one file, `state.safetensors`; what comes of it in `tuned.safetensors`, written last.
 """
 
-import json
 import logging
 import math
 import time
@@ -111,11 +110,6 @@ def use_tuned(module: nn.Module, tuned: Mapping[str, Tensor]) -> None:
     own = dict(module.named_parameters())
     for name, value in tuned.items():
         own[name].data.copy_(value)
-
-
-def losses_of(folder: Path) -> list[dict[str, Any]]:
-    """What was logged of the steps, in order."""
-    return [json.loads(line) for line in (folder / LOG).read_text(encoding="utf-8").splitlines()]
 
 
 def _finite(parameters: Mapping[str, nn.Parameter]) -> bool:

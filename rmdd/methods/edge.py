@@ -28,7 +28,15 @@ from rmdd import config
 from rmdd.config.numbers import PositiveInt
 from rmdd.config.runfile import Section
 from rmdd.execution.tasks import Values
-from rmdd.generate.captioners import DEFAULT_IDS, PROMPTS, Describer, Gathered, Speaker, alike, described
+from rmdd.generate.captioners import (
+    DEFAULT_IDS,
+    PROMPTS,
+    CaptionWriter,
+    FurtherCaptions,
+    PretrainedCaptioner,
+    kept_captions,
+    stand_ins,
+)
 from rmdd.generate.decode import Precision
 from rmdd.generate.edge_tuning import EdgeTrainer, EdgeTuning, draws
 from rmdd.generate.nearest import nearest_captions
@@ -177,16 +185,16 @@ class EDGE(TunedMethod):
             },
         )
 
-    def _said(self, studio: Studio, pictures: list[Path], drawn: list[int], rows: list[int]) -> list[Gathered]:
+    def _said(self, studio: Studio, pictures: list[Path], drawn: list[int], rows: list[int]) -> list[FurtherCaptions]:
         """What else is said about each picture."""
         if not self._asks:
-            return [Gathered([], [], 0) for _ in pictures]
+            return [FurtherCaptions([], [], 0) for _ in pictures]
         if self.options.captioner.kind == "nearest":
             return self._nearest(studio, pictures, drawn, rows)
         rule, split, texts = self.options.captioner, studio.train.split, studio.train.texts
         kind: Any = rule.kind
         make = functools.partial(
-            Speaker,
+            PretrainedCaptioner,
             kind,
             self._captioner.folder(),
             studio.device,
@@ -196,19 +204,21 @@ class EDGE(TunedMethod):
         )
         items: list[Values] = []
         for index, (picture, record, count) in enumerate(zip(pictures, drawn, rows, strict=True)):
-            real = alike(split.captions, texts, record, count, split.image_of) if count > 1 else []
+            real = stand_ins(split.captions, texts, record, count, split.image_of) if count > 1 else []
             item = {"index": index, "caption": split.captions[record], "count": count - 1, "real": real}
             key = config.hash_value([item, self._captioner.identity(), rule.model_dump(mode="json"), self.seed])
             out = picture.with_suffix(".captions.json")
             items.append({**item, "picture": str(picture), "out": str(out), "key": key})
-        todo = [i for i in items if i["count"] and described(Path(i["out"]), i["key"]) is None]
+        todo = [i for i in items if i["count"] and kept_captions(Path(i["out"]), i["key"]) is None]
         threads = self.run.runtime.threads
-        work = functools.partial(Describer, make, self.run.data.captions, self.seed, rule.tries, threads)
+        work = functools.partial(CaptionWriter, make, self.run.data.captions, self.seed, rule.tries, threads)
         for _ in studio.stream(f"captions of phase {studio.phase}", "captions")(work, todo):
             pass
-        return [described(Path(i["out"]), i["key"]) or Gathered([], [], 0) for i in items]
+        return [kept_captions(Path(i["out"]), i["key"]) or FurtherCaptions([], [], 0) for i in items]
 
-    def _nearest(self, studio: Studio, pictures: list[Path], drawn: list[int], rows: list[int]) -> list[Gathered]:
+    def _nearest(
+        self, studio: Studio, pictures: list[Path], drawn: list[int], rows: list[int]
+    ) -> list[FurtherCaptions]:
         """The real captions whose CLIP features lie nearest to those of each picture."""
         clip = self.parts()[1]
         texts = studio.features(f"clip:{self.options.clip}").texts
@@ -221,5 +231,5 @@ class EDGE(TunedMethod):
                     f"{len(captions)} real captions hold no {count} different ones near a picture; lower "
                     "distill.options.captions_per_image"
                 )
-            said.append(Gathered(list(told)[: count - 1], ["real"] * (count - 1), 0))
+            said.append(FurtherCaptions(list(told)[: count - 1], ["real"] * (count - 1), 0))
         return said

@@ -30,7 +30,7 @@ def node(uri, tmp_path):
     mirrors = {}
     yield lambda name: mirrors.setdefault(name, Mirror(uri, tmp_path / name))
     for mirror in mirrors.values():
-        files._keepers.pop(mirror.root, None)
+        files._listeners.pop(mirror.root, None)
 
 
 def names(mirror):

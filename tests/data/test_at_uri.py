@@ -29,7 +29,7 @@ def at(uri, tmp_path):
 
     yield at
     for root in roots:
-        files._keepers.pop(root, None)
+        files._listeners.pop(root, None)
 
 
 @pytest.mark.parametrize("last", (0, 2, 4))

@@ -9,7 +9,14 @@ import torch
 from PIL import Image
 
 from rmdd.config import Captions
-from rmdd.generate.captioners import Describer, Speaker, alike, described, gather, tidied
+from rmdd.generate.captioners import (
+    CaptionWriter,
+    PretrainedCaptioner,
+    further_captions,
+    kept_captions,
+    stand_ins,
+    tidied,
+)
 
 RULE = Captions()
 REAL = ["a real one", "a cat", "another real one", "a third"]
@@ -26,22 +33,22 @@ def test_answers_are_tidied_as_captions_are():
 
 
 def test_empty_and_repeated_answers_are_refused_and_asked_for_again():
-    found = gather(saying(["", "A dog.", "a  dog"], ["a cat", "the hat"]), 2, "a dog", REAL, RULE, tries=3)
+    found = further_captions(saying(["", "A dog.", "a  dog"], ["a cat", "the hat"]), 2, "a dog", REAL, RULE, tries=3)
     assert (found.captions, found.sources, found.refused) == (["a cat", "the hat"], ["captioner"] * 2, 3)
 
 
 def test_real_captions_stand_in_at_last():
-    found = gather(saying(["a cat"], [" "]), 3, "a dog", REAL, RULE, tries=2)
+    found = further_captions(saying(["a cat"], [" "]), 3, "a dog", REAL, RULE, tries=2)
     assert found.captions == ["a cat", "a real one", "another real one"]
     assert found.sources == ["captioner", "real", "real"] and found.refused == 1
     with pytest.raises(ValueError, match="needs 9 more captions.*lower distill.options.captions_per_image"):
-        gather(saying(), 9, "a dog", REAL, RULE, tries=2)
+        further_captions(saying(), 9, "a dog", REAL, RULE, tries=2)
 
 
 def test_stand_ins_are_those_of_the_same_picture_then_the_nearest():
     captions = ["a", "b", "c", "d", "a", "e"]
     texts = np.array([[1, 0], [0, 1], [0.9, 0.1], [-1, 0], [1, 0.01], [0.5, 0.5]], np.float32)
-    found = alike(captions, texts, 0, 2, np.array([0, 0, 1, 1, 2, 2]))
+    found = stand_ins(captions, texts, 0, 2, np.array([0, 0, 1, 1, 2, 2]))
     assert found[0] == "b" and found[1:3] == ["c", "e"] and "a" not in found
 
 
@@ -58,7 +65,9 @@ def picture(seed=0):
 
 @pytest.mark.parametrize(("backend", "prompt"), [("blip", ""), ("blip", "a red"), ("llava", "describe a dog")])
 def test_captioners_of_transformers_speak_the_same_under_a_seed(folders, backend, prompt):
-    speaker = Speaker(backend, folders[backend], torch.device("cpu"), prompt=prompt, tokens=6, dtype="float32")
+    speaker = PretrainedCaptioner(
+        backend, folders[backend], torch.device("cpu"), prompt=prompt, tokens=6, dtype="float32"
+    )
     state = torch.get_rng_state()
     said = speaker.describe(picture(), 3, seed=1)
     assert len(said) == 3 and all(isinstance(s, str) for s in said)
@@ -75,8 +84,8 @@ def test_a_worker_writes_what_it_gathered_beside_the_picture(tmp_path):
     picture().save(tmp_path / "000003.png")
     item = {"index": 3, "caption": "a dog", "count": 2, "real": REAL, "key": "k"}
     item |= {"picture": str(tmp_path / "000003.png"), "out": str(tmp_path / "000003.captions.json")}
-    assert Describer(Echo, RULE, 0, 2, 1)(item) == {"captions": 2}
-    found = described(tmp_path / "000003.captions.json", "k")
+    assert CaptionWriter(Echo, RULE, 0, 2, 1)(item) == {"captions": 2}
+    found = kept_captions(tmp_path / "000003.captions.json", "k")
     assert found.captions == ["24 by 20", "a real one"] and found.sources == ["captioner", "real"]
-    assert described(tmp_path / "000003.captions.json", "other") is None
+    assert kept_captions(tmp_path / "000003.captions.json", "other") is None
     assert json.loads((tmp_path / "000003.captions.json").read_text())["refused"] == 3

@@ -8,7 +8,7 @@ import tiny_parts
 import torch
 from PIL import Image
 
-from rmdd.generate.decode import Karlo, Painter, StableUnclip, is_painted, picture_of, read_requests, write_requests
+from rmdd.generate.decode import Karlo, PictureWriter, StableUnclip, is_drawn, picture_of, read_requests, write_requests
 
 CPU = torch.device("cpu")
 WIDTH = {StableUnclip: tiny_parts.D, Karlo: 32}
@@ -92,31 +92,31 @@ class Drawn:
         return [Image.fromarray(image * (r["index"] not in self.flat) // (1 + len(requests))) for r in requests]
 
 
-def painter(folder, log, **options):
-    return Painter(functools.partial(Drawn, log, **options), folder, 2, 6, 1)
+def writer(folder, log, **options):
+    return PictureWriter(functools.partial(Drawn, log, **options), folder, 2, 6, 1)
 
 
 def test_pairs_are_files_and_a_block_is_made_as_it_was(tmp_path):
     write_requests(tmp_path, [{"index": i, "seed": 0} for i in range(5)], {"embedding": torch.arange(5.0)[:, None]})
     log = []
-    work = painter(tmp_path, log)
+    work = writer(tmp_path, log)
     assert [work({"block": b})["pictures"] for b in range(3)] == [2, 2, 1] and log == [[0, 1], [2, 3], [4]]
     asked = read_requests(tmp_path)
-    assert all(is_painted(tmp_path, r) for r in asked) and Image.open(picture_of(tmp_path, 3)).size == (6, 6)
+    assert all(is_drawn(tmp_path, r) for r in asked) and Image.open(picture_of(tmp_path, 3)).size == (6, 6)
     before = {i: picture_of(tmp_path, i).read_bytes() for i in range(5)}
     stamp = picture_of(tmp_path, 3).stat().st_mtime_ns
     picture_of(tmp_path, 2).with_suffix(".json").unlink()  # as a process leaves it that dies between the two files
-    painter(tmp_path, log)({"block": 1})
+    writer(tmp_path, log)({"block": 1})
     assert log[-1] == [2, 3] and {i: picture_of(tmp_path, i).read_bytes() for i in range(5)} == before
     assert picture_of(tmp_path, 3).stat().st_mtime_ns == stamp
     write_requests(tmp_path, [{"index": i, "seed": 0} for i in range(5)], {"embedding": torch.ones(5, 1)})
-    assert [is_painted(tmp_path, r) for r in read_requests(tmp_path)] == [False, True, False, False, False]
+    assert [is_drawn(tmp_path, r) for r in read_requests(tmp_path)] == [False, True, False, False, False]
 
 
 def test_pictures_of_one_colour_are_refused(tmp_path):
     write_requests(tmp_path, [{"index": i, "seed": 0} for i in range(2)], {})
     with pytest.raises(ValueError, match="the picture of pair 1 is empty or of one colour"):
-        painter(tmp_path, [], flat=(1,))({"block": 0})
+        writer(tmp_path, [], flat=(1,))({"block": 0})
     assert picture_of(tmp_path, 0).is_file() and not picture_of(tmp_path, 1).is_file()
     with pytest.raises(ValueError, match="2 pairs, and rows"):
         write_requests(tmp_path, [{"index": 0}, {"index": 1}], {"embedding": torch.ones(3, 1)})

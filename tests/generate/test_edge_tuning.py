@@ -1,6 +1,7 @@
 """EDGE's fine-tuning on tiny parts: what it moves, that it helps, and that it goes on with the same bits."""
 
 import copy
+import json
 
 import pytest
 import tiny_diffusion
@@ -11,9 +12,13 @@ from rmdd.core.seeding import generator
 from rmdd.generate.diffusion import Diffusion
 from rmdd.generate.edge_losses import contrastive, diversity
 from rmdd.generate.edge_tuning import EdgeTrainer, EdgeTuning, draws
-from rmdd.generate.tuning import TUNED, losses_of, read_tuned, tune, use_tuned
+from rmdd.generate.tuning import LOG, TUNED, read_tuned, tune, use_tuned
 
 CAPTIONS = ["a red dog", "two cats", "a blue ball", "the green tree", "a red dog", "one bird", "a hat", "some fish"]
+
+
+def losses_of(folder):
+    return [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
 
 
 def drawn_pictures(records, size):

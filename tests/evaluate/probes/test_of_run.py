@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from rmdd import config
 from rmdd.cli import app as cli
 from rmdd.comparisons.probe_set import probe_set
-from rmdd.core.files import _keepers as keepers
+from rmdd.core.files import _listeners as listeners
 from rmdd.core.progress import Progress
 from rmdd.core.storage import run_folder
 from rmdd.evaluate.probes import of_run as probes
@@ -186,8 +186,8 @@ def test_probes_of_a_run_whose_storage_is_a_uri(tmp_path, formats_):
         first = go(run)
         second = go(run.model_copy(update={"runtime": run.runtime.model_copy(update={"scratch": f"{tmp_path}/b"})}))
     finally:
-        for root in [root for root in keepers if root.is_relative_to(tmp_path)]:
-            keepers.pop(root, None)
+        for root in [root for root in listeners if root.is_relative_to(tmp_path)]:
+            listeners.pop(root, None)
     assert first["probes"] == second["probes"] and first["table"] == second["table"]
     assert list((tmp_path / "there").rglob("student-000.probe-*.json"))
 
@@ -201,6 +201,6 @@ def test_health_is_seen_from_a_machine_that_has_no_file_yet(tmp_path):
         runtime = item.run.runtime.model_copy(update={"scratch": f"{tmp_path}/b"})
         assert checkup(replace(item, run=item.run.model_copy(update={"runtime": runtime})), Hooks())
     finally:
-        for root in [root for root in keepers if root.is_relative_to(tmp_path)]:
-            keepers.pop(root, None)
+        for root in [root for root in listeners if root.is_relative_to(tmp_path)]:
+            listeners.pop(root, None)
     assert list((tmp_path / "there").glob("probed-*/health.json"))
