@@ -5,7 +5,13 @@ import json
 import numpy as np
 from PIL import Image
 
+from rmdd.data import sources
 from rmdd.data.sources.cocoqa import FILES
+
+
+def rows_of(data):
+    """The rows of a source of annotations."""
+    return list(sources.find(data).rows(data)[0])
 
 
 def picture(path, seed=0, size=(9, 7)):

@@ -85,6 +85,7 @@ class PartWriter:
     def __init__(self, data: Data, folders: IngestFolders, runtime: Runtime | None = None):
         self.storage = Storage(Path()) if runtime is None else open_storage(runtime)
         self.data, self.folders = data, IngestFolders(self.storage.root / folders.path)
+        self.source = sources.find(data)
         self.storage.fetch(self.folders.plan)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
@@ -142,11 +143,10 @@ class PartWriter:
     def _pairs(self, part: IngestPart, counts: IngestCounts) -> Iterator[Pair]:
         """The usable pairs of a part, in order; the rest goes to the counts."""
         found: Iterator[Candidate]
-        source = sources.find(self.data)
-        if isinstance(source, SampleSource):
-            found = source.candidates(part.file, (part.start, part.stop), part.split, self.data, counts)
+        if isinstance(self.source, SampleSource):
+            found = self.source.candidates(part.file, (part.start, part.stop), part.split, self.data, counts)
         else:
-            found = planned.candidates(self.folders.plan / part.file, self.data, source)
+            found = planned.candidates(self.folders.plan / part.file, self.data, self.source)
         for candidate in found:
             try:
                 image = _checked(candidate.image, self.data)

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from rmdd.config import Data, Table
+from rmdd.config import Data, TableSource
 from rmdd.data.ingest import ingest, quarantined
 from rmdd.data.parts import IngestFolders, PartWriter
 from rmdd.data.shards import Dataset
@@ -38,7 +38,7 @@ def data(root, put):
     (root / "031.png").unlink()
     (root / "059.png").write_bytes((root / "058.png").read_bytes()[:99])
     put("captions.csv", "\n".join(lines))
-    return Data(source="table", root=str(root), table=Table(), shard_mb=5000 / 2**20)
+    return Data(source="table", root=str(root), table=TableSource(), shard_mb=5000 / 2**20)
 
 
 def files(folder):

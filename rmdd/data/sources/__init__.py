@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from rmdd.config import Data
 from rmdd.config import sources as by_name
-from rmdd.data.inputs import InputPath, input_path
-from rmdd.data.source import AnnotationRow, AnnotationSource, SampleSource
+from rmdd.data.inputs import input_path
+from rmdd.data.source import AnnotationSource, SampleSource
 
 
 def find(data: Data) -> AnnotationSource | SampleSource:
@@ -18,13 +16,3 @@ def find(data: Data) -> AnnotationSource | SampleSource:
     if data.root is not None and not (root := input_path(data.root)).is_dir():
         raise ValueError(f"data.root {root} is not a folder; set it to the folder that image paths start in")
     return source
-
-
-def rows(data: Data) -> tuple[Iterator[AnnotationRow], list[InputPath]]:
-    """The rows of a source of annotations in file order, and the annotation files they come from.
-
-    A layout that cannot be read raises `ValueError`, at the latest while the rows are drawn.
-    """
-    source = find(data)
-    assert isinstance(source, AnnotationSource)
-    return source.rows(data)

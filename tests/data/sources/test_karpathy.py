@@ -1,7 +1,7 @@
 import pytest
+from formats import rows_of
 
 from rmdd.config import Data
-from rmdd.data import sources
 from rmdd.data.ingest import ingest
 
 
@@ -10,7 +10,7 @@ def image(name, split, *captions, **more):
 
 
 def rows(root, **options):
-    return list(sources.rows(Data(source="karpathy", root=str(root), **options))[0])
+    return rows_of(Data(source="karpathy", root=str(root), **options))
 
 
 def test_coco_takes_filepath_raw_and_restval(root, put):
@@ -82,6 +82,6 @@ def test_the_emoji_set_reads_alike_in_both_formats(shared):
     one = {row.image: (row.captions, row.split) for row in rows(emoji, annotations="emoji_karpathy.json")}
     files = {split: f"emoji_{split}.json" for split in ("train", "val", "test")}
     two: dict = {}
-    for row in sources.rows(Data(source="lists", root=str(emoji), annotations=files))[0]:
+    for row in rows_of(Data(source="lists", root=str(emoji), annotations=files)):
         two[row.image] = (two.get(row.image, ((), ""))[0] + row.captions, row.split)
     assert one == two and len(one) == 3767

@@ -1,7 +1,7 @@
 import pytest
+from formats import rows_of
 
 from rmdd.config import Data
-from rmdd.data import sources
 from rmdd.data.ingest import ingest
 from rmdd.data.source import NO_SPLIT
 from rmdd.data.sources.lists import ends
@@ -16,7 +16,7 @@ EVAL = [{"image": "i/3.jpg", "caption": ["Three.", "Tres."]}]
 
 
 def rows(root, **options):
-    return list(sources.rows(Data(source="lists", root=str(root), **options))[0])
+    return rows_of(Data(source="lists", root=str(root), **options))
 
 
 @pytest.mark.parametrize(

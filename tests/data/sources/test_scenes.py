@@ -2,10 +2,10 @@ import io
 import json
 
 import numpy as np
+from formats import rows_of
 from PIL import Image
 
 from rmdd.config import Captions, Data, Scenes
-from rmdd.data import sources
 from rmdd.data.captions import clean
 from rmdd.data.sources.scenes import SENTENCES, draw, plan
 
@@ -13,7 +13,7 @@ SMALL = Scenes(train=300, val=60, test=60, size=32)
 
 
 def rows(scenes=SMALL):
-    return list(sources.rows(Data(scenes=scenes))[0])
+    return rows_of(Data(scenes=scenes))
 
 
 def picture(row):

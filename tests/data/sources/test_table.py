@@ -1,9 +1,9 @@
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from formats import rows_of
 
-from rmdd.config import Data, Table
-from rmdd.data import sources
+from rmdd.config import Data, TableSource
 from rmdd.data.ingest import ingest
 from rmdd.data.source import NO_SPLIT
 
@@ -33,7 +33,7 @@ JSON_LINES = """{"image": "1.png", "caption": ["A, b", "c"], "split": "train"}
 
 
 def rows(root, **table):
-    return list(sources.rows(Data(source="table", root=str(root), table=Table(**table)))[0])
+    return rows_of(Data(source="table", root=str(root), table=TableSource(**table)))
 
 
 def seen(found):
@@ -66,7 +66,7 @@ def test_every_format_gives_the_same_rows(root, put, name, text):
 def test_rows_of_one_image_become_one_pair(root, draw, tmp_path):
     draw("1.png", "2.png", "3.png")
     write_parquet(root / "t.parquet")
-    dataset = ingest(Data(source="table", root=str(root), table=Table(file="t.parquet")), tmp_path / "out")
+    dataset = ingest(Data(source="table", root=str(root), table=TableSource(file="t.parquet")), tmp_path / "out")
     assert next(dataset.pairs("train")).captions == ("A, b", "c", "d")
     assert [dataset.counts[split]["pairs"] for split in ("train", "val", "test")] == [1, 1, 1]
 

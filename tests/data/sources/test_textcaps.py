@@ -2,9 +2,9 @@ import json
 
 import formats
 import pytest
+from formats import rows_of
 
 from rmdd import config
-from rmdd.data import sources
 from rmdd.data.ingest import ingest
 from rmdd.runs.cost import known_counts
 
@@ -36,7 +36,7 @@ def test_one_file_is_enough_for_a_probe(released, tmp_path):
     dataset = ingest(data_of(released, annotations={"test": "TextCaps_0.1_val.json"}), tmp_path / "out")
     assert {split: n["pairs"] for split, n in dataset.counts.items()} == {"train": 0, "val": 0, "test": 2}
     with pytest.raises(ValueError, match=r"TextCaps_0.1_train.json not found"):
-        sources.rows(data_of(released))
+        rows_of(data_of(released))
 
 
 def test_without_caption_str_the_references_are_read(released):
@@ -45,7 +45,7 @@ def test_without_caption_str_the_references_are_read(released):
     for record in whole["data"]:
         del record["caption_str"]
     path.write_text(json.dumps(whole))
-    rows = [row for row in sources.rows(data_of(released))[0] if row.split == "test"]
+    rows = [row for row in rows_of(data_of(released)) if row.split == "test"]
     assert len(rows) == 10 and all(len(row.captions) == 5 for row in rows)
 
 
@@ -60,7 +60,7 @@ def test_without_caption_str_the_references_are_read(released):
 def test_other_files_are_named(released, content, words):
     (released / "TextCaps_0.1_val.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=f"TextCaps_0.1_val.json: {words}"):
-        list(sources.rows(data_of(released))[0])
+        rows_of(data_of(released))
 
 
 def test_its_size_is_known_before_it_is_there(tmp_path):
