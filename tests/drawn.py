@@ -1,12 +1,10 @@
 """Tiny runs of methods that draw pictures, and real processes to kill while they do."""
 
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import yaml
+from processes import Rmdd
 from tiny import changed, stored
 
 from rmdd import config
@@ -52,21 +50,14 @@ def begin(folder, raw):
     """A real process that does a run."""
     file = Path(folder) / "run.yaml"
     file.write_text(yaml.safe_dump(raw))
-    return subprocess.Popen(
-        [sys.executable, "-m", "rmdd", "run", str(file), "--quiet"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    return Rmdd("run", file, "--quiet")
 
 
 def kill_when(process, storage, pattern, seconds=500):
     """SIGKILL when a file of that name is there."""
     deadline = time.monotonic() + seconds
     while not list(Path(storage).glob(pattern)):
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, f"{pattern} never came"
         time.sleep(0.005)
     process.kill()
-    process.communicate()

@@ -3,8 +3,6 @@
 import csv
 import json
 import shutil
-import subprocess
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from processes import Rmdd, done
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -350,21 +349,18 @@ def test_intervals_come_from_the_ranks_that_students_leave(storage):
 
 def test_a_killed_comparison_goes_on(storage):
     one, two = folders(storage)
-    command = [sys.executable, "-m", "rmdd", "compare", str(one), str(two), "random", "full"]
-    process = subprocess.Popen([*command, "--quiet", "--set", "evaluate.students=6"])
+    process = Rmdd("compare", one, two, "random", "full", "--quiet", "--set", "evaluate.students=6")
     while not (begun := records(storage)):
         assert process.poll() is None, "it ended before it was killed"
         time.sleep(0.02)
     process.kill()
-    process.wait()
     (folder,) = [p.parent for p in storage.glob("comparisons/*/comparison.json")]
     assert not (folder / "results.json").exists() and len(begun) < 12
-    done = subprocess.run([*command[:3], "resume", str(folder), "--json"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    resumed = json.loads(done("resume", folder, "--json"))
     again = records(storage)
     assert len(again) == 12 and {p: again[p] for p in begun} == begun
     whole = rmdd.compare([one, two, "random", "full"], None, ["evaluate.students=6"], progress=QUIET)
-    assert json.loads(done.stdout)["rows"] == whole.rows and records(storage) == again
+    assert resumed["rows"] == whole.rows and records(storage) == again
 
 
 def test_a_comparison_goes_on_in_a_storage_that_was_moved(storage, tmp_path):

@@ -27,6 +27,7 @@ TINY = [
     "evaluate.baseline_lrs=[0.1]",
     "evaluate.baseline_losses=[infonce]",
     "runtime.track=none",
+    "runtime.workers=1",  # each is a process that imports torch
 ]
 
 
@@ -65,6 +66,7 @@ def test_the_demo_runs_to_the_end(unbroken: Path) -> None:
 
 
 def test_a_stopped_job_saves_and_goes_on_when_submitted_again(head: Head, unbroken: Path, tmp_path: Path) -> None:
+    copy_experts(unbroken, tmp_path)
     head.do(*SUBMIT, "--no-wait", "--submission-id", "stopped", "--", *job(tmp_path))
     wait_for(lambda: iterations(tmp_path) >= 5 or head.client().get_job_status("stopped").is_terminal())
     head.client().stop_job("stopped")
@@ -79,8 +81,7 @@ def test_a_stopped_job_saves_and_goes_on_when_submitted_again(head: Head, unbrok
 
 
 def test_a_search_runs_as_a_job(head: Head, unbroken: Path, tmp_path: Path) -> None:
-    for shared in ("data", "experts"):
-        shutil.copytree(unbroken / shared, tmp_path / shared)
+    copy_experts(unbroken, tmp_path)
     few = "distill.phases.0.iterations=2", "distill.snapshots=1"
     space = "search={space: {distill.lr_image: {loguniform: [1, 100]}}, trials: 2, sampler: random}"
     output = head.do(*SUBMIT, "--", *job(tmp_path, "search", *few, space))
@@ -88,6 +89,11 @@ def test_a_search_runs_as_a_job(head: Head, unbroken: Path, tmp_path: Path) -> N
     rows = json.loads((folder / "results.json").read_text())["trials"]
     assert [row["state"] for row in rows] == ["complete"] * 2
     assert "succeeded" in output and f"best run file: {folder}/best.yaml" in output
+
+
+def copy_experts(storage: Path, other: Path) -> None:
+    for shared in ("data", "experts"):
+        shutil.copytree(storage / shared, other / shared)
 
 
 def iterations(storage: Path) -> int:

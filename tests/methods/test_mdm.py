@@ -2,10 +2,6 @@
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from processes import Rmdd, done
 from toy import CPU, same_tensors
 from toy_mdm import TINY, distil, made, model_of, run_of
 
@@ -316,12 +313,6 @@ def write_run(folder, **distill):
     return folder / "run.yaml"
 
 
-def start(word, file):
-    command = [sys.executable, "-m", "rmdd", word, str(file), "--quiet"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
 def phase_files(folder: Path):
     found = [p for p in (folder / "runs").glob("phases/*/phase-0/*") if p.suffix == ".safetensors"]
     return {p.name: p.read_bytes() for p in found}
@@ -329,27 +320,22 @@ def phase_files(folder: Path):
 
 def test_a_killed_run_goes_on_with_the_same_bits_and_is_evaluated(tmp_path):
     whole, broken = write_run(tmp_path / "whole"), write_run(tmp_path / "broken")
-    process = start("run", whole)
-    output, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, output
+    done("run", whole, "--quiet")
     folder = run_folder(config.load(whole))
     evaluation = read_json(folder / "evaluation.json")
     assert evaluation["table"]["mdm"]["test_last"]["R@mean"]["n"] == 1
     assert len(yaml.safe_load((folder / "run.yaml").read_text())["distill"]["phases"]) == 1
     assert (folder / "report.html").is_file() and (folder / "set" / "set.json").is_file()
 
-    process = start("distill", broken)
+    process = Rmdd("distill", broken, "--quiet")
     deadline = time.monotonic() + 300
     checkpoint = "broken/runs/phases/*/phase-0/state.safetensors"
     while time.monotonic() < deadline and not list(tmp_path.glob(checkpoint)):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.kill()
     assert "set-000060.safetensors" not in phase_files(tmp_path / "broken")
-    process = start("distill", broken)
-    output, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, output
+    done("distill", broken, "--quiet")
     assert phase_files(tmp_path / "broken") == phase_files(tmp_path / "whole")
     (log,) = (tmp_path / "broken").glob("runs/phases/*/phase-0/metrics.jsonl")
     assert [json.loads(line)["iteration"] for line in log.read_text().splitlines()] == list(range(1, 61))

@@ -1,11 +1,7 @@
 """PDS from shards to an evaluated student, with tiny parts that lie in folders as a user's would."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +12,7 @@ import tiny_parts
 import torch
 import yaml
 from PIL import Image
+from processes import Rmdd
 from safetensors.numpy import load_file
 from tiny import go
 from transformers import CLIPModel, CLIPProcessor
@@ -196,15 +193,12 @@ def test_a_killed_decoding_goes_on_with_the_same_bits(finished, parts, tmp_path)
     untouched = shutil.copytree(finished[0], tmp_path / "untouched")
     (whole,) = go(load(untouched, **slow), "distill")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw(storage, **slow)))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    words = [sys.executable, "-m", "rmdd", "distill", str(tmp_path / "run.yaml"), "--quiet"]
-    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = Rmdd("distill", tmp_path / "run.yaml", "--quiet", HF_HUB_OFFLINE="1")
     folder = storage / "phases" / whole.parent.name / "phase-0"
     while len(images_of(folder)) < 2:
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, process.communicate()
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
     left = {p.name: p.stat().st_mtime_ns for p in (folder / "pairs").glob("*.json")}
     assert 0 < len(left) < PAIRS and not (folder / "set-000001.safetensors").exists()
     go(load(storage, **slow), "distill")

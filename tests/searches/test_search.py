@@ -7,14 +7,12 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 
 import optuna
 import pytest
 import yaml
+from processes import Rmdd
 from rich.console import Console
 from tiny import QUIET
 from tiny_search import BOTH, LR, TINY, base_of
@@ -119,8 +117,7 @@ def test_a_search_learns_from_an_earlier_one(searched, tmp_path):
 
 
 def begin(*words):
-    command = [sys.executable, "-m", "rmdd", "search", *map(str, words), "--quiet"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return Rmdd("search", *words, "--quiet")
 
 
 def wait_for(process, reached):
@@ -141,8 +138,7 @@ def test_two_kills_lose_nothing(searched, tmp_path):
         process = begin(file) if kills == 1 else begin("--resume", folder)
         wait_for(process, lambda: len(list(folder.glob("trials/*/run.yaml"))) > 2 * kills - 1)  # noqa: B023
         wait_for(process, lambda: len(list(storage.glob("phases/*/phase-0/set-000001*"))) > 2 * kills - 1)  # noqa: B023
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
+        process.kill()
         study = optuna.load_study(study_name=folder.name, storage=f"sqlite:///{folder}/study.db")
         ended = {t.number: (t.values, t.datetime_complete) for t in study.trials if t.state.is_finished()}
         assert ended
@@ -173,8 +169,7 @@ def test_a_driver_that_is_killed_beside_another_loses_no_trial_and_none_is_made_
     folder = search_folder(config.load(file))
     killed, other = begin(file), begin(file)
     wait_for(killed, lambda: len(list(folder.glob("trials/*/run.yaml"))) > 1)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.communicate()
+    killed.kill()
     assert other.communicate(timeout=180) and other.returncode == 0
     found = rmdd.search(file, progress=QUIET)
     assert [row["state"] for row in found.table.rows] == ["complete"] * 6

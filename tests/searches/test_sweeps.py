@@ -5,12 +5,11 @@ import json
 import os
 import signal
 import statistics
-import subprocess
-import sys
 import time
 
 import pytest
 import yaml
+from processes import Rmdd, done
 from tiny import QUIET
 from tiny_search import METHODS
 from tiny_search import swept as raw_of
@@ -96,19 +95,15 @@ def test_a_killed_sweep_goes_on(swept, tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw_of(tmp_path / "runs")))
     over = ["--over", "distill.method=ptm_st,lors", "--over", "distill.seed=0,1"]
     sets = [word for change in METHODS for word in ("--set", change)]
-    rmdd_ = [sys.executable, "-m", "rmdd"]
-    process = subprocess.Popen([*rmdd_, "sweep", str(tmp_path / "run.yaml"), *over, *sets, "--quiet"])
+    process = Rmdd("sweep", tmp_path / "run.yaml", *over, *sets, "--quiet")
     sets_made = "runs/phases/*/phase-0/set-*"
     while len(made := [p for p in tmp_path.glob(sets_made) if finished(p.parent, 3)]) < 2:
         assert process.poll() is None, "it ended before it was killed"
         time.sleep(0.02)
     process.kill()
-    process.wait()
     begun = {path: path.stat().st_mtime_ns for path in made}
     (folder,) = tmp_path.glob("runs/sweeps/*/")
-    done = subprocess.run([*rmdd_, "resume", str(folder), "--json"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)["runs"]
+    rows = json.loads(done("resume", folder, "--json"))["runs"]
     assert [(r["val"], r["test_last"]) for r in rows] == [(r["val"], r["test_last"]) for r in found.runs]
     assert begun == {path: path.stat().st_mtime_ns for path in made}
     roots = (tmp_path / "runs" / "phases", storage / "phases")

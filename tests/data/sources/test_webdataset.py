@@ -144,9 +144,9 @@ def test_a_truncated_tar_says_what_it_lost(root, pack, tmp_path):
 
 def test_what_was_read_of_a_tar_is_not_kept(root, pack):
     tar = pack("a.tar", [(f"{i:04d}.txt", b"x") for i in range(200)])
-    for _ in samples(tar):
-        kept = sum(issubclass(type(found), tarfile.TarInfo) for found in gc.get_objects())
-        assert kept < 10
+    for number, _ in enumerate(samples(tar), 1):
+        if number in (100, 200):  # a look at every object of this process takes long
+            assert sum(issubclass(type(found), tarfile.TarInfo) for found in gc.get_objects()) < 10
 
 
 def test_other_layouts_stop_at_once(root, pack, tmp_path):

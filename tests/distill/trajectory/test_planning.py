@@ -1,11 +1,7 @@
 """The rule of `phases: auto` on known signals, and runs that plan themselves."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +10,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from processes import Rmdd
 from tiny import go
 from typer.testing import CliRunner
 
@@ -360,12 +357,10 @@ def test_a_plan_that_was_changed_by_hand_keeps_to_the_budget(finished, tmp_path)
 
 def kill_when_begun(run, folder):
     """Distil in a process of its own, which dies once a phase has a checkpoint."""
-    process = subprocess.Popen([sys.executable, "-m", "rmdd", "distill", _written(run, folder), "--quiet"])
+    process = Rmdd("distill", _written(run, folder), "--quiet")
     while process.poll() is None and not list(run_folder(run).parent.glob("phases/*/phase-*/state.safetensors")):
         time.sleep(0.01)
-    if process.poll() is None:
-        os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
 
 
 def test_a_killed_planned_run_goes_on_with_the_same_bits(finished, tmp_path):

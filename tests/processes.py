@@ -1,0 +1,75 @@
+"""Processes of the `rmdd` command, forked from one that has imported what they need: each is there at once."""
+
+import contextlib
+import os
+import sys
+import tempfile
+from multiprocessing import forkserver, get_context
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CONTEXT = get_context("forkserver")
+USED = """rmdd.cli.app rmdd.pipeline rmdd.searches rmdd.searches.sweeps rmdd.comparisons.compare rmdd.methods.ptm_st
+rmdd.evaluate.checkup rmdd.report.page rmdd.report.health torch._dynamo"""
+CONTEXT.set_forkserver_preload(USED.split())
+
+
+class Rmdd:
+    """`rmdd WORDS` at work, to be watched and killed as a `subprocess.Popen`."""
+
+    def __init__(self, *words: object, **environment: str):
+        with contextlib.chdir(ROOT), pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OMP_NUM_THREADS", "1")
+            forkserver.ensure_running()
+            self.folder = tempfile.TemporaryDirectory()
+            self.files = [Path(self.folder.name, name) for name in ("stdout", "stderr")]
+        variables = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+        asked = ([str(word) for word in words], variables, os.getcwd(), [str(file) for file in self.files])
+        self.process = CONTEXT.Process(target=_rmdd, args=asked)
+        self.process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def kill(self) -> None:
+        """SIGKILL, and its end."""
+        self.process.kill()
+        self.process.join()
+
+    def communicate(self, timeout: float = 400) -> tuple[str, str]:
+        """What it has written, once it has ended."""
+        self.process.join(timeout)
+        assert self.returncode is not None, f"it has not ended after {timeout} seconds"
+        written = [file.read_text() if file.exists() else "" for file in self.files]
+        return written[0], written[1]
+
+
+def done(*words: object, **environment: str) -> str:
+    """What `rmdd WORDS` prints."""
+    process = Rmdd(*words, **environment)
+    output, errors = process.communicate()
+    assert process.returncode == 0, output + errors
+    return output
+
+
+def _rmdd(words: list[str], environment: dict[str, str], folder: str, files: list[str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    for number, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = [str(ROOT / "rmdd" / "__main__.py"), *words]
+    from rmdd.cli.app import main
+
+    main()
