@@ -133,7 +133,7 @@ def work_of(model: DualEncoder, run: config.Run, text_width: int) -> Work:
         with FlopCounterMode(display=False) as forward, torch.no_grad():
             model(images, texts)
         first = training = trained(model)
-        if methods.find(run.distill.method).family != "trajectory":
+        if not methods.find(run.distill.method).unrolls:
             with FlopCounterMode(display=False) as once, kept:
                 pairs = [t.requires_grad_() for t in (images, texts)]
                 torch.autograd.grad(loss(model(*(t.clone() for t in pairs)), target), pairs)
@@ -202,7 +202,7 @@ def synthetic_numbers(run: config.Run, text_width: int) -> list[int]:
 def phases_bytes(run: config.Run, text_width: int) -> int:
     """Start, state (raw, momentum, average; none where there are no steps) and snapshots of every phase."""
     per_phase = zip(run.distill.phases, synthetic_numbers(run, text_width), strict=True)
-    state = 0 if methods.find(run.distill.method).family == "generative" else 3
+    state = 3 if methods.find(run.distill.method).iterates else 0
     return sum(
         FLOAT * n * (1 + state + len(snapshot_iterations(p.iterations, run.distill.snapshots))) for p, n in per_phase
     )
@@ -243,16 +243,16 @@ def step_bytes(run: config.Run, counts: Counts, size: Size, work: Work, text_wid
 
 def _distilling(run: config.Run, counts: Counts, work: Work) -> int:
     """Operations of all phases; none are known of a generative method's parts."""
-    if methods.find(run.distill.method).family == "generative":
+    method, total = methods.find(run.distill.method), 0
+    if not method.iterates:
         return 0
-    total = 0
     for p, plan in enumerate(run.distill.phases):
-        if methods.find(run.distill.method).family == "distribution":
-            effort = effort_of(run, p, counts["train"][1])
-            step = effort.forward * work.forward + effort.back * work.gradient + effort.trained * work.training
-        else:
+        if method.unrolls:
             steps = run.distill.steps
             step = steps * work.matching + min(plan.pairs, steps * run.distill.batch) * work.features
+        else:
+            effort = effort_of(run, p, counts["train"][1])
+            step = effort.forward * work.forward + effort.back * work.gradient + effort.trained * work.training
         total += plan.iterations * step
     return total
 

@@ -131,9 +131,10 @@ def _memory(
     run: config.Run, counts: estimate.Counts, size: estimate.Size, work: estimate.Work, text_width: int
 ) -> dict[str, int]:
     """Of a step, where there are any."""
-    if methods.find(run.distill.method).family == "trajectory":
+    method = methods.find(run.distill.method)
+    if method.unrolls:
         return {"matching_step": estimate.matching_bytes(run, size, work, text_width)}
-    if methods.find(run.distill.method).family == "distribution":
+    if method.iterates:
         return {"step": estimate.step_bytes(run, counts, size, work, text_width)}
     return {}
 
