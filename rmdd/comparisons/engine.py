@@ -34,20 +34,6 @@ from rmdd.runs.tasks import Item, Taught, record, student
 FOLDER = Path("comparisons")
 LESSONS, STUDENTS = FOLDER / "lessons", FOLDER / "students"
 
-NOT_LEARNED_BY = (
-    "students",
-    "reference",
-    "selection",
-    "probes",
-    "selection_students",
-    "baseline_lrs",
-    "baseline_losses",
-    "baseline_draws",
-    "chunk",
-    "scores",
-)
-"""Fields of `evaluate` that one student does not depend on."""
-
 Rates = Literal["learned", "tuned", "trained"]
 Costs = dict[str, int | float | None]
 
@@ -92,15 +78,13 @@ class Row:
         places = places_of(self.run, dataset)
         if self.lessons is None:
             return Item(self.run, places, places.phases.name, job=job)
-        rule = self.run.evaluate.model_dump(mode="json", exclude=set(NOT_LEARNED_BY))
+        rule = self.run.hashed("evaluate", "learned")
         learned: dict[str, Any] = {"lessons": self.lessons.name, "lr": job.lr}
         if self.entry.kind == "set":
             learned |= {"loss": self.run.distill.loss, "temperature": self.run.student_temperature}
         else:
             learned |= {"loss": job.loss, "updates": protocol.updates(self.run)}
-        value = config.hash_value(
-            {**seen_by(self.run, dataset), "evaluate": rule | {"seed": self.run.seed_of("evaluate")}, **learned}
-        )
+        value = config.hash_value({**seen_by(self.run, dataset), "evaluate": rule, **learned})
         return Item(self.run, places, value, job=job, taught=Taught(self.lessons, STUDENTS / value))
 
 

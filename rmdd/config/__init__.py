@@ -1,9 +1,7 @@
 """The run file as typed, frozen models: every number of a run is decided here.
 
 This package imports neither torch nor ray. Fields that say where things are, how far to go or how often to save, and
-not what is computed, never enter a hash: `name`, `data.root`, everything under `search` and `runtime`, and of `distill`
-the fields `budget_check`, `checkpoint_every` and `guard.retries`. Of `phases` and `plan` only one does: what the phases
-are, or what they are found by. `evaluate.probes` do not either: their scores lie under hashes of their own.
+not what is computed, enter no hash: each says so where it is declared (`rmdd.config.hashing`).
 """
 
 from __future__ import annotations
@@ -29,6 +27,7 @@ from rmdd.config.distill import Guard as Guard
 from rmdd.config.distill import Phase as Phase
 from rmdd.config.distill import Similarity as Similarity
 from rmdd.config.evaluate import Evaluate, Runtime
+from rmdd.config.hashing import Purpose, hash_value, hashed
 from rmdd.config.model import NO_AUGMENT as NO_AUGMENT
 from rmdd.config.model import Augment as Augment
 from rmdd.config.model import Experts, Model
@@ -49,7 +48,7 @@ from rmdd.config.recipes import Recipe
 from rmdd.config.runfile import PRESETS as PRESETS
 from rmdd.config.runfile import ConfigError as ConfigError
 from rmdd.config.runfile import Section as Section
-from rmdd.config.runfile import apply, extended, filled, hash_value, validate
+from rmdd.config.runfile import apply, extended, filled, validate
 from rmdd.config.runfile import no_preset as no_preset
 from rmdd.config.runfile import preset_names as preset_names
 from rmdd.config.runfile import read as read
@@ -152,21 +151,13 @@ class Run(Section):
 
     def hash_of(self, *sections: str) -> str:
         """Hash of the named sections (all that matter when none is named), seeds resolved, places left out."""
-        sections = sections or ("data", "model", "experts", "distill", "evaluate")
-        value: dict[str, Any] = {}
-        for s in sections:
-            value[s] = getattr(self, s).model_dump(mode="json")
-            if s == "experts":
-                value[s] = self.experts.protocol() | {"num": self.experts.num}
-            if "seed" in value[s]:
-                value[s]["seed"] = self.seed_of(s)  # type: ignore[arg-type]
-        value.get("data", {}).pop("root", None)
-        value.get("evaluate", {}).pop("probes", None)
-        for name in ("budget_check", "checkpoint_every"):
-            value.get("distill", {}).pop(name, None)
-        value.get("distill", {}).pop("phases" if self.distill.plan.plans else "plan", None)
-        value.get("distill", {}).get("guard", {}).pop("retries", None)
-        return hash_value(value)
+        named: Any = sections or ("data", "model", "experts", "distill", "evaluate")
+        return hash_value({section: self.hashed(section, "run") for section in named})
+
+    def hashed(self, section: Literal["data", "model", "experts", "distill", "evaluate"], purpose: Purpose) -> Any:
+        """The fields of a section that shape `purpose`, its seed resolved."""
+        value = hashed(getattr(self, section), purpose)
+        return value | {"seed": self.seed_of(section)} if "seed" in value else value  # type: ignore[arg-type]
 
 
 def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Run:

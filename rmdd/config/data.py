@@ -9,6 +9,7 @@ from urllib.parse import parse_qs, urlsplit
 from pydantic import Field
 
 from rmdd.config import sources
+from rmdd.config.hashing import Purpose, hash_only, no_hash
 from rmdd.config.numbers import PositiveInt
 from rmdd.config.runfile import Section
 
@@ -77,36 +78,67 @@ class Data(Section):
         "scenes",
         description="scenes, karpathy, lists (BLIP/LoRS train/val/test files), table, textcaps, webdataset, parquet, "
         "or one that a package brings; dataset: a folder that `rmdd ingest` wrote",
+        json_schema_extra=hash_only("run", "ingest"),
     )
     root: str | None = Field(
-        None, description="folder or URI (s3://, gs://) that paths are relative to; not part of the hash"
+        None,
+        description="folder or URI (s3://, gs://) that paths are relative to; not part of the hash",
+        json_schema_extra=no_hash(),
     )
     layout: Literal["flickr30k", "flickr8k", "coco", "cc3m", "textcaps"] | None = Field(
-        None, description="known file names for `lists` and `karpathy`"
+        None, description="known file names for `lists` and `karpathy`", json_schema_extra=hash_only("run", "ingest")
     )
     annotations: str | Annotations | None = Field(
-        None, description="karpathy: one file; lists: a file per split; relative to root; null: by layout"
+        None,
+        description="karpathy: one file; lists: a file per split; relative to root; null: by layout",
+        json_schema_extra=hash_only("run", "ingest"),
     )
-    scenes: Scenes = Scenes()
-    table: TableSource = TableSource()
-    webdataset: Tars = Tars()
-    parquet: Parquet = Parquet()
+    scenes: Scenes = Field(Scenes(), json_schema_extra=hash_only("run", "ingest"))
+    table: TableSource = Field(TableSource(), json_schema_extra=hash_only("run", "ingest"))
+    webdataset: Tars = Field(Tars(), json_schema_extra=hash_only("run", "ingest"))
+    parquet: Parquet = Field(Parquet(), json_schema_extra=hash_only("run", "ingest"))
     split_fractions: tuple[float, float, float] = Field(
-        (0.8, 0.1, 0.1), description="train, val, test; used where the source has no splits; cut by a hash of the path"
+        (0.8, 0.1, 0.1),
+        description="train, val, test; used where the source has no splits; cut by a hash of the path",
+        json_schema_extra=hash_only("run", "ingest"),
     )
-    eval_limit: PositiveInt | None = Field(None, description="first n pairs of val and test (CC3M: 10000)")
+    eval_limit: PositiveInt | None = Field(
+        None, description="first n pairs of val and test (CC3M: 10000)", json_schema_extra=hash_only("run", "view")
+    )
     reencode: PositiveInt | None = Field(
-        None, description="store images as PNG squashed to this side; null: as they came"
+        None,
+        description="store images as PNG squashed to this side; null: as they came",
+        json_schema_extra=hash_only("run", "ingest"),
     )
-    shard_mb: Annotated[float, Field(gt=0)] = Field(128, description="size in MiB at which a shard is closed")
-    max_pixels: PositiveInt = Field(89_478_485, description="larger images are quarantined as decompression bombs")
-    background: tuple[int, int, int] = Field((255, 255, 255), description="under transparent pixels")
-    exif_orientation: bool = Field(False, description="the published loaders ignore it")
-    image_size: Annotated[int, Field(ge=8)] = Field(224, description="square side in pixels; aspect ratio is squashed")
+    shard_mb: Annotated[float, Field(gt=0)] = Field(
+        128, description="size in MiB at which a shard is closed", json_schema_extra=hash_only("run", "ingest")
+    )
+    max_pixels: PositiveInt = Field(
+        89_478_485,
+        description="larger images are quarantined as decompression bombs",
+        json_schema_extra=hash_only("run", "ingest"),
+    )
+    background: tuple[int, int, int] = Field(
+        (255, 255, 255),
+        description="under transparent pixels",
+        json_schema_extra=hash_only("run", "ingest", "view", "features"),
+    )
+    exif_orientation: bool = Field(
+        False,
+        description="the published loaders ignore it",
+        json_schema_extra=hash_only("run", "ingest", "view", "features"),
+    )
+    image_size: Annotated[int, Field(ge=8)] = Field(
+        224,
+        description="square side in pixels; aspect ratio is squashed",
+        json_schema_extra=hash_only("run", "view", "features"),
+    )
     normalise: Literal["clip", "imagenet", "half", "tower"] = Field(
-        "clip", description="the papers use CLIP's constants for every tower; `tower` asks the timm model"
+        "clip",
+        description="the papers use CLIP's constants for every tower; `tower` asks the timm model",
+        json_schema_extra=hash_only("run", "view", "features"),
     )
-    captions: Captions = Captions()
+    captions: Captions = Field(Captions(), json_schema_extra=hash_only("run", "view", "features"))
 
     def clashes(self) -> list[str]:
         source, found = self.source, []
@@ -132,6 +164,13 @@ class Data(Section):
         if any(f < 0 for f in self.split_fractions) or abs(sum(self.split_fractions) - 1) > 1e-6:
             found.append(f"data.split_fractions must be three shares that sum to 1, found {self.split_fractions}")
         return found
+
+    def left_out(self, purpose: Purpose) -> tuple[str, ...]:
+        """Of a dataset as written: settings of other sources, and of decoding where pictures stay as they came."""
+        if purpose != "ingest":
+            return ()
+        others = [n for n, v in self if isinstance(v, Section) and n not in (self.source, "annotations")]
+        return tuple(others) if self.reencode else (*others, "background", "exif_orientation")
 
 
 def _holds_secret(uri: str) -> bool:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from rmdd.config import recipes
+from rmdd.config.hashing import Purpose, no_hash
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
 from rmdd.config.plan import Plan
 from rmdd.config.recipes import Recipe
@@ -70,7 +71,9 @@ class Similarity(Section):
 class Guard(Section):
     """What is taken for a derailed phase: it goes back to its last good state and on with halved outer rates."""
 
-    retries: Annotated[int, Field(ge=0)] = Field(3, description="rollbacks of a phase before it fails; in no hash")
+    retries: Annotated[int, Field(ge=0)] = Field(
+        3, description="rollbacks of a phase before it fails; in no hash", json_schema_extra=no_hash()
+    )
     every: PositiveInt = Field(50, description="iterations between the states to go back to")
     max_rate_growth: Annotated[float, Field(gt=1)] = Field(
         100.0, description="an inner rate this many times its start, or this small a share of it, has derailed"
@@ -94,10 +97,11 @@ class Distill(Section):
         (Phase(pairs=99),),
         description="sub-problems, in the order in which students learn from them; or auto, found from the experts "
         "before distilling, or adaptive, which also move while distilling",
+        json_schema_extra=no_hash("plan"),
     )
     plan: Plan = Plan()
     budget_check: Literal["error", "warn"] = Field(
-        "error", description="what happens when the phases cost more than the budget"
+        "error", description="what happens when the phases cost more than the budget", json_schema_extra=no_hash()
     )
     trajectory: Literal["original", "shortcut", "convexified"] = Field(
         "shortcut",
@@ -180,8 +184,8 @@ class Distill(Section):
         description="side of the pictures as stored and paid for; towers see them enlarged; null: data.image_size",
     )
     init_augment: bool = Field(False, description="start from augmented pictures, as LoRS does")
-    guard: Guard = Guard()
-    checkpoint_every: PositiveInt = Field(50, description="iterations between checkpoints")
+    guard: Guard = Field(Guard(), json_schema_extra=no_hash("plan"))
+    checkpoint_every: PositiveInt = Field(50, description="iterations between checkpoints", json_schema_extra=no_hash())
     snapshots: Annotated[int, Field(ge=1)] = Field(
         1, description="how many sets to keep, evenly spaced over the iterations; the last is always one of them"
     )
@@ -234,3 +238,9 @@ class Distill(Section):
                     f"distill.phases.{p}.pairs is {phase.pairs}: one pair has no negatives; give at least 2"
                 )
         return mistakes
+
+    def left_out(self, purpose: Purpose) -> tuple[str, ...]:
+        """A run is what its phases are, or what they are found by; a phase is the same however it was found."""
+        if purpose == "run":
+            return ("phases",) if self.plan.plans else ("plan",)
+        return ("plan",) if purpose == "phases" and self.plan.kind != "adaptive" else ()

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from rmdd.config.hashing import Purpose, no_hash
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
 from rmdd.config.probes import Probe
 from rmdd.config.probes import clashes as clashes_of_probes
@@ -16,9 +17,11 @@ class Evaluate(Section):
     """How students are trained and scored. Choices are made on val; test is read once."""
 
     students: Annotated[int, Field(ge=1)] = Field(
-        5, description="fresh models trained on the set; mean and spread are over them"
+        5,
+        description="fresh models trained on the set; mean and spread are over them",
+        json_schema_extra=no_hash("baseline", "learned"),
     )
-    epochs: PositiveInt = Field(50, description="passes per subset")
+    epochs: PositiveInt = Field(50, description="passes per subset", json_schema_extra=no_hash("baseline"))
     batch: Annotated[int, Field(ge=2)] = Field(128, description="pairs per step; a smaller subset is one batch")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of SGD")
     weight_decay: NonNegativeFloat = Field(5e-4, description="of SGD, on every parameter")
@@ -26,14 +29,26 @@ class Evaluate(Section):
         0.1, description="factor applied after half of a subset's passes"
     )
     schedule: Literal["per_subset", "shared"] = Field(
-        "per_subset", description="shared: one optimiser for all subsets, one drop"
+        "per_subset",
+        description="shared: one optimiser for all subsets, one drop",
+        json_schema_extra=no_hash("baseline"),
     )
-    lr: Literal["own", "last"] = Field("own", description="each subset's learned rates, or the last subset's for all")
+    lr: Literal["own", "last"] = Field(
+        "own",
+        description="each subset's learned rates, or the last subset's for all",
+        json_schema_extra=no_hash("baseline"),
+    )
     text_lr: Literal["own", "image"] = Field(
-        "own", description="image trains the text head at the image rate, as MTT-VL's code does"
+        "own",
+        description="image trains the text head at the image rate, as MTT-VL's code does",
+        json_schema_extra=no_hash("baseline"),
     )
-    temperature: PositiveFloat | None = Field(None, description="of the students' cosines; null: as distilled with")
-    eval_every: PositiveInt = Field(10, description="passes between scorings on val")
+    temperature: PositiveFloat | None = Field(
+        None, description="of the students' cosines; null: as distilled with", json_schema_extra=no_hash("baseline")
+    )
+    eval_every: PositiveInt = Field(
+        10, description="passes between scorings on val", json_schema_extra=no_hash("baseline")
+    )
     augment: Literal["none", "dsa", "randaugment"] = Field(
         "none", description="of the students' pictures, of random pairs too; randaugment: as experts train by default"
     )
@@ -41,24 +56,41 @@ class Evaluate(Section):
         "auto",
         description="also score by a paper's released protocol, as test_best_reference; auto: that of the method, at "
         "the loss, batch, momentum and decay of this run; a name: exactly as coded",
+        json_schema_extra=no_hash("baseline", "learned"),
     )
     scores: bool = Field(
-        False, description="also HLR, IOR, LRS and ARS: what the recipe adds, and random pairs by the same recipe"
+        False,
+        description="also HLR, IOR, LRS and ARS: what the recipe adds, and random pairs by the same recipe",
+        json_schema_extra=no_hash("baseline", "learned"),
     )
-    selection: Literal["last", "val_best"] = Field("last", description="which snapshot of the distillation is exported")
+    selection: Literal["last", "val_best"] = Field(
+        "last",
+        description="which snapshot of the distillation is exported",
+        json_schema_extra=no_hash("baseline", "learned"),
+    )
     selection_students: PositiveInt = Field(
-        2, description="students per snapshot, and random draws per rate and loss, that a choice on val is made by"
+        2,
+        description="students per snapshot, and random draws per rate and loss, that a choice on val is made by",
+        json_schema_extra=no_hash("learned"),
     )
     baseline_lrs: tuple[PositiveFloat, ...] = Field(
-        (0.01, 0.03, 0.1, 0.3, 1.0), description="rates tried for the random pairs, chosen on val"
+        (0.01, 0.03, 0.1, 0.3, 1.0),
+        description="rates tried for the random pairs, chosen on val",
+        json_schema_extra=no_hash("learned"),
     )
     baseline_losses: tuple[Literal["wbce", "infonce", "bce", "cwcl", "kl", "mse"], ...] = Field(
-        ("wbce", "infonce"), description="losses tried likewise"
+        ("wbce", "infonce"), description="losses tried likewise", json_schema_extra=no_hash("learned")
     )
-    baseline_draws: PositiveInt = Field(5, description="different random subsets, one per student")
-    chunk: PositiveInt = Field(256, description="queries scored at once")
+    baseline_draws: PositiveInt = Field(
+        5, description="different random subsets, one per student", json_schema_extra=no_hash("learned")
+    )
+    chunk: PositiveInt = Field(
+        256, description="queries scored at once", json_schema_extra=no_hash("baseline", "learned")
+    )
     probes: dict[str, Probe] = Field(
-        {}, description="what else the final students are asked, by a free name: zero_shot, vqa or retrieval"
+        {},
+        description="what else the final students are asked, by a free name: zero_shot, vqa or retrieval",
+        json_schema_extra=no_hash(),
     )
     seed: int | None = Field(None, description="null: the run's seed")
 
@@ -69,6 +101,10 @@ class Evaluate(Section):
 
     def clashes(self) -> list[str]:
         return clashes_of_probes(self.probes)
+
+    def left_out(self, purpose: Purpose) -> tuple[str, ...]:
+        """Plain pictures leave the students of random pairs as they were before there was a choice."""
+        return ("augment",) if purpose == "baseline" and self.augment == "none" else ()
 
 
 class Runtime(Section):

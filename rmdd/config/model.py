@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from rmdd.config.hashing import Purpose, hash_only
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
 from rmdd.config.runfile import Section
 
@@ -124,7 +125,9 @@ class Gang(Section):
 class Experts(Section):
     """The teacher protocol. Defaults: 20 experts, 10 epochs over caption records, plain SGD, InfoNCE."""
 
-    num: PositiveInt = Field(20, description="trajectories to train, each from its own seed")
+    num: PositiveInt = Field(
+        20, description="trajectories to train, each from its own seed", json_schema_extra=hash_only("run")
+    )
     epochs: PositiveInt = Field(10, description="passes over all caption records; the length of a trajectory")
     batch: Annotated[int, Field(ge=2)] = Field(128, description="caption records per step")
     lr_image: PositiveFloat = Field(0.1, description="constant rate of the image tower")
@@ -161,16 +164,8 @@ class Experts(Section):
             )
         return found
 
-    def protocol(self) -> dict[str, Any]:
-        """What shapes one expert, how many there are left out.
-
-        Sections that change nothing as they are set are left out too: stores that are older than them stay valid.
-        """
-        exclude = {"num"}
-        if self.shuffle.kind == "global":
-            exclude.add("shuffle")
-        if self.gang.workers == 1:
-            exclude.add("gang")
-        if not self.forgetting:
-            exclude.add("forgetting")
-        return self.model_dump(mode="json", exclude=exclude)
+    def left_out(self, purpose: Purpose) -> tuple[str, ...]:
+        """What changes nothing as it is set: stores that are older than it stay valid."""
+        idle = {"shuffle": self.shuffle.kind == "global", "gang": self.gang.workers == 1}
+        idle["forgetting"] = not self.forgetting
+        return tuple(name for name, is_idle in idle.items() if is_idle)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +11,8 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from rmdd.config.hashing import Purpose
 
 PRESETS = Path(__file__).parents[1] / "presets"
 S = TypeVar("S", bound="Section")
@@ -26,6 +26,10 @@ class Section(BaseModel):
     def clashes(self) -> list[str]:
         """What is wrong between fields that are each right."""
         return []
+
+    def left_out(self, purpose: Purpose) -> tuple[str, ...]:
+        """Fields that shape nothing for a purpose, as the others are set; see `rmdd.config.hashing`."""
+        return ()
 
     @model_validator(mode="after")
     def _check(self, info: Any) -> Section:
@@ -246,9 +250,3 @@ def _without(raw: dict[str, Any], places: Iterable[Sequence[Any]]) -> set[str]:
 def _concerns(message: str, names: Iterable[str]) -> bool:
     """Whether `message` names one of the fields `names`."""
     return any(re.search(rf"\b{re.escape(name)}\b", message) for name in names)
-
-
-def hash_value(value: Any) -> str:
-    """First 16 hex digits of the SHA-256 of the canonical JSON of `value`."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from rmdd.config.hashing import no_hash
 from rmdd.config.numbers import PositiveFloat, PositiveInt
 from rmdd.config.runfile import Section
 
@@ -78,7 +79,7 @@ class Search(Section):
         description="dotted fields of model, experts and distill, such as distill.lr_image: {loguniform: [10, 10000]}; "
         "also uniform, int, logint (with step: N), choice: [a, b], and when: {other.field: value}",
     )
-    trials: PositiveInt = Field(24, description="how many to make; can be raised later")
+    trials: PositiveInt = Field(24, description="how many to make; can be raised later", json_schema_extra=no_hash())
     base: bool = Field(
         True, description="the first trial takes the run file's own values where they lie in the space; a grid does not"
     )
@@ -93,12 +94,15 @@ class Search(Section):
         10, description="trials before tpe and median rely on what they saw, and the population of nsgaii"
     )
     reduction: Whole = Field(3, ge=2, description="asha lets one in so many climb to the next rung")
-    concurrency: PositiveInt | None = Field(None, description="trials side by side; null: as many as have room")
+    concurrency: PositiveInt | None = Field(
+        None, description="trials side by side; null: as many as have room", json_schema_extra=no_hash()
+    )
     seed: Whole | None = Field(None, description="null: the run's seed")
     storage: str | None = Field(
         None,
         description="URL of a database that several drivers may share, ${VARIABLES} taken from the environment; "
         "null: a file beside the search",
+        json_schema_extra=no_hash(),
     )
     warm_start: tuple[str, ...] = Field((), description="folders of earlier searches to learn from")
 

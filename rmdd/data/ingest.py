@@ -22,6 +22,7 @@ from typing import Any
 
 from rmdd.config import Data, Runtime, hash_value
 from rmdd.config import sources as by_name
+from rmdd.config.hashing import hashed
 from rmdd.core.files import atomic_path, read_json, remove, write_json
 from rmdd.core.locks import held
 from rmdd.core.storage import Storage, open_storage
@@ -37,7 +38,6 @@ from rmdd.execution.tasks import Stream, in_turn
 
 PARTS_LAYOUT = 2
 """Of the plan and the records of an unfinished ingest; one that another version began is done anew."""
-_SHAPING = ("source", "layout", "annotations", "reencode", "shard_mb", "max_pixels")
 
 
 def ingest(data: Data, out: Path | str, stream: Stream = in_turn, runtime: Runtime | None = None) -> Dataset:
@@ -168,15 +168,9 @@ def _finish(folders: IngestFolders, made_from: dict[str, Any], parts: list[dict[
 
 def shaping(data: Data) -> dict[str, Any]:
     """The part of the config that decides what an ingest writes; where things lie is no part of it."""
-    dumped = data.model_dump(mode="json")
-    value = {name: dumped[name] for name in _SHAPING}
-    if data.source in dumped:
-        value[data.source] = dumped[data.source]
-    source = by_name.find(data.source)
-    if isinstance(source, SampleSource) or source.cut_by_hash:
-        value["split_fractions"] = dumped["split_fractions"]
-    if data.reencode:
-        value |= {name: dumped[name] for name in ("background", "exif_orientation")}
+    value, source = hashed(data, "ingest"), by_name.find(data.source)
+    if not (isinstance(source, SampleSource) or source.cut_by_hash):
+        del value["split_fractions"]
     return value
 
 

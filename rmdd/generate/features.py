@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float32
 
 from rmdd import config
+from rmdd.config.hashing import hashed
 from rmdd.core.arrays import in_chunks
 from rmdd.core.device import device_here, device_of
 from rmdd.core.locks import held
@@ -81,15 +82,15 @@ def identity_of(source: FeatureSource, train: PreparedSplit, encoder: str) -> di
 def encoder_facts(source: FeatureSource, encoder: str) -> dict[str, Any]:
     """What decides the features of an encoder, but for the data."""
     data, model, device = source.splits.data, source.splits.model, device_of(source.runtime).type
-    view = {"image_size", "normalise", "captions", "background", "exif_orientation"}
+    view = hashed(data, "features")
     kind, _, name = encoder.partition(":")
     if kind == "clip":
-        own = data.model_dump(mode="json", include=view - {"image_size", "normalise"})
+        own = {name: view[name] for name in ("captions", "background", "exif_orientation")}
         return {"encoder": "clip", "part": clip_part(name).identity(), "device": device, "view": own}
     facts: dict[str, Any] = {
         "encoder": f"expert:{name or 0}" if kind == "expert" else encoder,
         "device": device,
-        "view": data.model_dump(mode="json", include=view),
+        "view": view,
     }
     if kind == "expert":
         return facts | {"store": source.store.name, "epoch": source.epochs}

@@ -119,6 +119,11 @@ class BaseMethod:
         """The last expert epoch that a phase reads."""
         return run.experts.epochs
 
+    def idle(self) -> list[str]:
+        """Fields of `distill` that were moved from their defaults and do nothing with it."""
+        usual = config.Distill.model_fields
+        return [name for name in self.idle_fields() if getattr(self.rule, name) != usual[name].default]
+
     # -- what must be there ------------------------------------------------------------------------------------------
 
     def parts(self) -> list[PretrainedModel]:

@@ -70,13 +70,13 @@ class TunedMethod(GenerativeMethod):
 
     def tuned_folder(self, root: Path, data: str) -> Path:
         """Where it lies in the storage `root`, for data of that hash."""
-        view = {"captions", "background", "exif_orientation"}
+        view = self.run.hashed("data", "features")
         facts = {
             "version": [NUMBERS_VERSION, type(self).version],
             "method": type(self).__name__,
             "device": device_of(self.run.runtime).type,
             "data": data,
-            "view": self.run.data.model_dump(mode="json", include=view),
+            "view": {n: view[n] for n in ("captions", "background", "exif_orientation")},
             "parts": [part.identity() for part in self.parts() if part.role != "captioner"],
             "seed": self.seed,
             **self.shapes(),

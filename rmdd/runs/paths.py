@@ -21,12 +21,6 @@ from rmdd.models.text import encoder_identity
 HEALTH = "health.json"
 """In the run folder: embedding health over the distillation."""
 
-ONLY_DISTILLED = (
-    *("students", "selection", "reference", "scores", "eval_every", "chunk"),
-    *("lr", "text_lr", "temperature", "schedule", "epochs"),
-)
-"""Fields of `evaluate` that random pairs and full data do not depend on. Nor do they on `probes`."""
-
 
 @dataclass(frozen=True)
 class Places:
@@ -70,7 +64,7 @@ def dataset_folder(run: config.Run) -> Path:
 
 def protocol_of(run: config.Run) -> dict[str, Any]:
     """What shapes one expert; how many there are does not."""
-    return run.experts.protocol() | {"seed": run.seed_of("experts")}
+    return run.hashed("experts", "experts")
 
 
 def seen_by(run: config.Run, dataset: Dataset) -> dict[str, Any]:
@@ -79,10 +73,8 @@ def seen_by(run: config.Run, dataset: Dataset) -> dict[str, Any]:
         "version": NUMBERS_VERSION,
         "device": device_of(run.runtime).type,
         "data": dataset.hash,
-        "view": run.data.model_dump(
-            mode="json", include={"image_size", "normalise", "captions", "eval_limit", "background", "exif_orientation"}
-        ),
-        "model": run.model.model_dump(mode="json"),
+        "view": run.hashed("data", "view"),
+        "model": run.hashed("model", "experts"),
         "image": image_identity(run.model.image),
         "text": encoder_identity(run.model.text),
     }
@@ -91,21 +83,13 @@ def seen_by(run: config.Run, dataset: Dataset) -> dict[str, Any]:
 def places_of(run: config.Run, dataset: Dataset) -> Places:
     """Where the parts of a run lie: each under the hash of all that shapes it."""
     trained = seen_by(run, dataset) | {"experts": protocol_of(run), "kept": kept_epochs(run) or "all"}
-    recipe = run.distill.model_dump(
-        mode="json", exclude={"budget_check": True, "checkpoint_every": True, "guard": {"retries"}}
-    )
-    if run.distill.plan.kind != "adaptive":
-        del recipe["plan"]  # phases are the same however they were found
+    recipe = run.hashed("distill", "phases")
     method = methods.method_of(run)
     recipe["version"] = method.version
     recipe["parts"] = [part.identity() for part in method.parts()]
-    distilled = {**trained, "num": run.experts.num, "distill": recipe | {"seed": run.seed_of("distill")}}
-    rules = run.evaluate.model_dump(mode="json", exclude={*ONLY_DISTILLED, "probes"})
-    rules["seed"] = run.seed_of("evaluate")
-    if run.evaluate.augment == "none":
-        del rules["augment"]
+    distilled = {**trained, "num": run.experts.num, "distill": recipe}
     facts = {"budget": run.distill.budget, "updates": protocol.updates(run)}
-    baseline = {**trained, **facts, "evaluate": rules}
+    baseline = {**trained, **facts, "evaluate": run.hashed("evaluate", "baseline")}
     storage = root_of(run.runtime)
     return Places(
         data=dataset.path,

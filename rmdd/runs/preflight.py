@@ -143,7 +143,7 @@ def _of_family(run: config.Run) -> list[str]:
     """What is not counted of other families, and what does nothing there."""
     rule, method = run.distill, methods.method_of(run)
     remarks = method.uncounted()
-    if idle := [n for n in method.idle_fields() if getattr(rule, n) != config.Distill.model_fields[n].default]:
+    if idle := method.idle():
         remarks.append(f"of no effect with method {rule.method}: distill.{', '.join(idle)}")
     return remarks
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rmdd import config
+from rmdd.config.hashing import hashed
 from rmdd.core.files import read_json, write_json
 from rmdd.core.locks import held
 from rmdd.core.progress import Progress
@@ -25,9 +26,6 @@ from rmdd.searches.table import Table, write_table
 from rmdd.searches.trial import SPLITS, open_trial
 from rmdd.searches.warm_start import known_from
 
-LASTING = ("trials", "concurrency", "storage")
-"""Fields of `search` that may change between sittings."""
-
 WidthOf = Callable[[config.TextTower], int]
 
 
@@ -42,7 +40,7 @@ class Searched:
 
 def search_folder(base: config.Run) -> Path:
     """Where a search keeps its trials: named by what decides them."""
-    rule = base.search.model_dump(mode="json", exclude=set(LASTING))
+    rule = hashed(base.search, "search")
     value = config.hash_value({"run": base.hash_of(), "seed": base.seed, "search": rule})[:8]
     return root_of(base.runtime) / "searches" / f"{base.name}-{value}"
 

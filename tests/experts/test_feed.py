@@ -138,4 +138,4 @@ def test_what_is_fed_where_is_in_no_hash_and_the_order_is():
     run = run_of(shuffle=config.Shuffle())
     assert run.hash_of() == run_of(cached=False, shuffle=config.Shuffle(block=2)).hash_of()
     assert run.hash_of() != run_of().hash_of() != run_of(shuffle=WINDOWED.model_copy(update={"block": 9})).hash_of()
-    assert "shuffle" not in run.experts.protocol() and "gang" not in run.experts.protocol()
+    assert "shuffle" not in run.hashed("experts", "experts") and "gang" not in run.hashed("experts", "experts")

@@ -15,6 +15,7 @@ from rmdd.core.progress import Progress
 from rmdd.execution.in_turn import InTurn
 from rmdd.execution.parts import PartLost, PartsHere, parts_here
 from rmdd.execution.tasks import Hooks
+from rmdd.methods import method_of
 from rmdd.methods.distribution import Effort
 from rmdd.pipeline import Pipeline
 from rmdd.runs import cost as estimate
@@ -126,12 +127,13 @@ def test_a_mixture_needs_two_checkpoints():
 
 def test_what_does_nothing_is_told_and_checks_of_paths_are_not_made(tmp_path):
     run = of_method("covmatch", tmp_path, steps=3, trajectory="original", inner_dropout="fresh_mask")
-    assert run.distill.idle() == ["trajectory", "steps", "inner_dropout"]
+    assert method_of(run).idle() == ["trajectory", "steps", "inner_dropout"]
     assert "of no effect with method covmatch: distill.trajectory, steps, inner_dropout" in examine(run)["remarks"]
     raw = run.model_dump(mode="json")
     raw["experts"]["keep"], raw["runtime"]["keep_parameters"] = "endpoints", "recompute"
     config.load(raw)
-    assert of_method("lors", batch=2, steps=3, phases=[{"pairs": 6, "endpoint": 3}], options={}).distill.idle() == []
+    lors = of_method("lors", batch=2, steps=3, phases=[{"pairs": 6, "endpoint": 3}], options={})
+    assert method_of(lors).idle() == []
 
 
 def test_the_pace_counts_the_pairs_of_a_step(tmp_path):

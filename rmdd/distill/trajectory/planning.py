@@ -220,13 +220,12 @@ def probe_start(
 
 def key_of(run: config.Run, store: str) -> str:
     """What a plan follows from: the experts and the recipe."""
-    recipe = run.distill.model_dump(mode="json", exclude={"phases", "budget_check", "checkpoint_every", "guard"})
+    recipe = run.hashed("distill", "plan")
     return config.hash_value(
         {
             "store": store,
             "num": run.experts.num,
             "distill": recipe | {"version": recipes.find(run.distill.method).version},
-            "seed": run.seed_of("distill"),
         }
     )
 

@@ -1,0 +1,57 @@
+"""What each field shapes: the same hashes as ever, and none for a field that does not say."""
+
+import pytest
+from changing import RUN, hashes, moved
+from hash_table import MOVES
+
+from rmdd import config
+from rmdd.runs import paths
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer")
+def test_a_field_moves_the_hashes_of_the_table_and_a_new_one_has_to_be_in_it(monkeypatch):
+    table = {field: moves.split() for moves, fields in MOVES.items() for field in fields.split()}
+    found = moved(monkeypatch)
+    assert found.keys() == table.keys(), "a new field goes into tests/hash_table.py: what does it shape?"
+    wrong = {
+        field: names for field, names in found.items() if names != ([] if table[field] == ["nothing"] else table[field])
+    }
+    assert wrong == {}
+
+
+TRAINED = {"run", "store", "phases", "baseline"}
+WINDOWED = {"experts": {"shuffle": {"kind": "windowed"}}}
+
+
+@pytest.mark.parametrize(
+    ("base", "change", "moves"),
+    [
+        ({}, {"experts": {"shuffle": {"block": 8}}}, set()),
+        (
+            {"experts": {"shuffle": {"kind": "windowed"}}},
+            {"experts": {"shuffle": {"block": 8}}},
+            TRAINED,
+        ),
+        ({}, {"experts": {"gang": {"strategy": "zero1"}}}, set()),
+        ({}, {"experts": {"forgetting": 100}}, TRAINED),
+        ({}, {"evaluate": {"augment": "dsa"}}, {"run", "baseline"}),
+        ({}, {"seed": 3}, TRAINED | {"plan"}),
+        ({}, {"distill": {"guard": {"retries": 9}}}, set()),
+        ({"distill": {"phases": "auto"}}, {"distill": {"plan": {"reach": 0.5}}}, {"run", "plan"}),
+        ({"distill": {"phases": "adaptive"}}, {"distill": {"plan": {"reach": 0.5}}}, {"run", "plan", "phases"}),
+        ({"data": {"reencode": None}}, {"data": {"background": (0, 0, 0)}}, TRAINED),
+        ({}, {"data": {"table": {"file": "x.csv"}}}, {"run"}),
+    ],
+)
+def test_what_changes_nothing_as_it_is_set_enters_no_hash(base, change, moves, monkeypatch):
+    for name in ("image_identity", "encoder_identity"):
+        monkeypatch.setattr(paths, name, lambda tower: "")
+
+    def hashed(*layers):
+        value = RUN.model_dump(mode="json")
+        for layer in layers:
+            value = config.runfile.filled(layer, value)
+        return hashes(config.Run.model_validate(value))
+
+    before, after = hashed(base), hashed(base, change)
+    assert {name for name in before if before[name] != after[name]} == moves

@@ -1,0 +1,75 @@
+"""Which hashes each field of a run file moves, read off the code before fields said so themselves."""
+
+MOVES = {
+    "baseline ingest phases run store": """
+        data.background data.exif_orientation
+    """,
+    "baseline phases plan run": """
+        distill.budget
+    """,
+    "baseline phases run": """
+        distill.phases
+    """,
+    "baseline phases run store": """
+        data.eval_limit data.image_size data.normalise data.captions.lowercase data.captions.strip_punctuation
+        data.captions.max_words model.image.name model.image.weights model.image.trainable model.image.widths
+        model.image.groups model.image.projection model.text.name model.text.pooling model.text.max_tokens
+        model.text.normalise model.text.width model.text.projection model.width model.dropout model.temperature
+        experts.epochs experts.batch experts.lr_image experts.lr_text experts.momentum experts.weight_decay
+        experts.augment.crop experts.augment.crop_scale experts.augment.crop_ratio experts.augment.flip
+        experts.augment.randaugment_ops experts.augment.randaugment_magnitude
+        experts.augment.randaugment_probability experts.shuffle.kind experts.gang.workers experts.keep
+        experts.dtype experts.forgetting experts.seed
+    """,
+    "baseline phases store": """
+        runtime.gpus_per_worker
+    """,
+    "baseline run": """
+        evaluate.epochs evaluate.batch evaluate.momentum evaluate.weight_decay evaluate.lr_drop evaluate.augment
+        evaluate.selection_students evaluate.baseline_lrs evaluate.baseline_losses evaluate.baseline_draws
+        evaluate.seed
+    """,
+    "ingest run": """
+        data.layout data.annotations data.scenes.train data.scenes.val data.scenes.test data.scenes.size
+        data.scenes.seed data.reencode data.shard_mb data.max_pixels
+    """,
+    "nothing": """
+        data.root experts.shuffle.block experts.shuffle.window experts.gang.strategy distill.budget_check
+        distill.guard.retries distill.checkpoint_every evaluate.probes search.space search.trials search.base
+        search.sampler search.pruner search.cost search.startup search.reduction search.concurrency search.seed
+        search.storage search.warm_start runtime.storage runtime.scratch runtime.ray runtime.address
+        runtime.num_cpus runtime.workers runtime.threads runtime.reader_cpus runtime.object_store_mb
+        runtime.loader_workers runtime.fleet runtime.min_workers runtime.cache_gb runtime.cpus_per_worker
+        runtime.keep_parameters runtime.max_restarts runtime.time_limit runtime.stall_limit runtime.track
+    """,
+    "phases plan run": """
+        experts.num distill.trajectory distill.anchors distill.smooth_anchors distill.endpoint_rule
+        distill.starts distill.ranges distill.start_points distill.start_rule distill.estimator
+        distill.precision distill.reuse_graphs distill.loss distill.temperature distill.similarity.kind
+        distill.similarity.rank distill.similarity.alpha distill.similarity.diagonal distill.similarity.clamp
+        distill.blend distill.steps distill.match_epochs distill.batch distill.batches distill.branches
+        distill.rate_branches distill.skip_above distill.inner_dropout distill.optimiser distill.lr_image
+        distill.lr_text distill.lr_similarity distill.lr_lr distill.momentum distill.inner_lr
+        distill.inner_lr_text distill.min_inner_lr distill.ema distill.init distill.stored_size
+        distill.init_augment distill.snapshots distill.seed
+    """,
+    "phases run": """
+        distill.guard.every distill.guard.max_rate_growth distill.guard.dead_similarity
+    """,
+    "plan": """
+        distill.plan.iterations distill.plan.max_phases distill.plan.min_iterations distill.plan.min_pairs
+        distill.plan.reach distill.plan.reach_step distill.plan.min_straightness distill.plan.agreement
+        distill.plan.min_starts distill.plan.endpoints distill.plan.experts distill.plan.draws
+        distill.plan.every distill.plan.pace
+    """,
+    "plan run": """
+        distill.plan.kind
+    """,
+    "run": """
+        data.table.file data.table.image data.table.caption data.table.split data.webdataset.files
+        data.webdataset.split_by_name data.parquet.files data.parquet.image data.parquet.caption
+        data.parquet.split data.parquet.split_by_name data.split_fractions evaluate.students evaluate.schedule
+        evaluate.lr evaluate.text_lr evaluate.temperature evaluate.eval_every evaluate.reference evaluate.scores
+        evaluate.selection evaluate.chunk
+    """,
+}
