@@ -14,9 +14,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from benchmarks import common
 
 from rmdd import config
-from rmdd.core.files import write_json
 from rmdd.core.progress import Progress
 from rmdd.core.seeding import generator
 from rmdd.distill import similarity
@@ -47,8 +47,8 @@ class Case:
     widths: tuple[int, ...] = (32, 32, 32)
 
 
-def bench_phases(case: Case, counts: Sequence[int], repeats: int, out: Path | None = None) -> dict[str, Any]:
-    """Seconds of each number of phases both ways, `repeats` times, and their ratios; also written to `out` as JSON.
+def bench_phases(case: Case, counts: Sequence[int], repeats: int) -> common.Numbers:
+    """Seconds of each number of phases both ways, `repeats` times, and their ratios.
 
     Raises `ValueError` when there is nothing to measure.
     """
@@ -68,10 +68,7 @@ def bench_phases(case: Case, counts: Sequence[int], repeats: int, out: Path | No
                     side = _measure(backend.executor, _items(run, folder / "side-by-side"))
                 side["ray"] = side["workers"] + started
                 rows.append({"phases": count, "load": before, "in_turn": in_turn, "side_by_side": side})
-    found = {"case": asdict(case), "cpus": os.cpu_count(), "rows": rows, "ratios": ratios(rows)}
-    if out is not None:
-        write_json(out, found)
-    return found
+    return {"case": asdict(case), "cpus": os.cpu_count(), "rows": rows, "ratios": ratios(rows)}
 
 
 def ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -150,3 +147,11 @@ def timed(item: Item, hooks: Hooks) -> tuple[float, float]:
     began = time.time()
     assert phase(item, hooks), "a bench is not stopped"
     return began, time.time()
+
+
+def _asked(case: Case, asked: Any) -> common.Numbers:
+    return bench_phases(case, [int(p) for p in asked.phases.split(",")], asked.repeats)
+
+
+if __name__ == "__main__":
+    common.main(__doc__, Case, _asked, table, phases="2,3", repeats=3)

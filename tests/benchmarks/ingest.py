@@ -7,24 +7,30 @@ runs in a process of its own, one after another; the peak is over the sum of PSS
 import csv
 import hashlib
 import io
-import json
 import shutil
-import subprocess
-import sys
-import threading
+import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rmdd.core.files import atomic_path, write_json
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch.utils.data
+from benchmarks import common
+from PIL import Image
+
+from rmdd import config
+from rmdd.core.files import atomic_path
+from rmdd.core.progress import Progress
+from rmdd.core.seeding import generator
+from rmdd.pipeline import open_pipeline
 
 VARIANTS = ("loop", "loader", "rmdd", "in_turn")
 ROWS_PER_SHARD = 8192
 ROWS_PER_GROUP = 512
 FILES_PER_FOLDER = 1000
-SAMPLE_SECONDS = 0.5
 TABLE = "captions.csv"
 
 
@@ -39,28 +45,27 @@ class Case:
     object_store_mb: int = 512
 
 
-def bench_ingest(
-    case: Case, folder: Path, variants: Iterable[str] = VARIANTS, out: Path | None = None
-) -> dict[str, Any]:
-    """Measure each variant once, on the same generated pairs below `folder`; the numbers, also written to `out`."""
+def bench_ingest(case: Case, folder: Path, variants: str | Sequence[str] = VARIANTS) -> common.Numbers:
+    """Measure each variant once, on the same generated pairs below `folder`."""
+    variants = common.known(variants, VARIANTS, "variant")
     root = generate(case, folder / f"pairs-{case.pairs}-{case.side}-{case.seed}")
-    found: dict[str, Any] = {"case": asdict(case), "variants": {}}
+    found: common.Numbers = {"case": asdict(case), "variants": {}}
     for variant in variants:
-        if variant not in VARIANTS:
-            raise ValueError(f"no variant '{variant}'; there are: {', '.join(VARIANTS)}")
         target = folder / variant
         shutil.rmtree(target, ignore_errors=True)
-        found["variants"][variant] = _measured({"variant": variant, "case": asdict(case), "root": root, "out": target})
+        numbers = common.measured("ingest", case, {"variant": variant, "root": str(root), "out": str(target)})
         shutil.rmtree(target)
+        seconds = numbers["seconds"]
+        numbers["pairs_per_s"] = round(numbers["pairs"] / seconds, 1)
+        numbers["start_seconds"] = round(numbers.pop("wall") - seconds, 2)
+        found["variants"][variant] = numbers
     first = next(iter(found["variants"].values()))
     for numbers in found["variants"].values():
         numbers["ratio"] = round(numbers["pairs_per_s"] / first["pairs_per_s"], 3)
-    if out is not None:
-        write_json(out, found)
     return found
 
 
-def table(found: dict[str, Any]) -> str:
+def table(found: common.Numbers) -> str:
     """The numbers for people."""
     case, variants = found["case"], found["variants"]
     lines = [f"{case['pairs']} pairs of {case['side']} x {case['side']}, {case['workers']} workers"]
@@ -75,11 +80,6 @@ def table(found: dict[str, Any]) -> str:
 
 def generate(case: Case, root: Path) -> Path:
     """Blurred noise with one caption each, drawn from the seed; what is there is used."""
-    import torch
-    from PIL import Image
-
-    from rmdd.core.seeding import generator
-
     if (root / TABLE).is_file():
         return root
     rows = []
@@ -97,62 +97,11 @@ def generate(case: Case, root: Path) -> Path:
     return root
 
 
-def pss_of_tree(root: int) -> int:
-    """Bytes of memory that a process and all below it hold, shared pages counted once."""
-    parents: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents.setdefault(int(stat.read_text().rpartition(")")[2].split()[1]), []).append(int(stat.parent.name))
-        except OSError:
-            continue
-    total, todo = 0, [root]
-    while todo:
-        pid = todo.pop()
-        todo += parents.get(pid, [])
-        try:
-            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        except OSError:
-            continue
-        total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-    return total
-
-
-def _measured(task: dict[str, Any]) -> dict[str, Any]:
-    began = time.perf_counter()
-    words = [sys.executable, "-m", "rmdd.bench.ingest", json.dumps(task, default=str)]
-    child = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
-    peak, ended = 0, threading.Event()
-
-    def sample() -> None:
-        nonlocal peak
-        while not ended.wait(SAMPLE_SECONDS):
-            peak = max(peak, pss_of_tree(child.pid))
-
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    printed, _ = child.communicate()
-    ended.set()
-    sampler.join()
-    whole = time.perf_counter() - began
-    if child.returncode:
-        raise RuntimeError(f"the variant {task['variant']} failed; its message stands above")
-    found = json.loads(printed.splitlines()[-1])
-    seconds = found["seconds"]
-    return found | {
-        "pairs_per_s": round(found["pairs"] / seconds, 1),
-        "start_seconds": round(whole - seconds, 2),
-        "peak_mib": round(peak / 2**20, 1),
-    }
-
-
-def _run(task: dict[str, Any]) -> dict[str, Any]:
+def _run(case: Case, task: common.Numbers) -> common.Numbers:
     """One variant, in the process that is measured; its start and its imports are not in the seconds."""
-    case, root, out = Case(**task["case"]), Path(task["root"]), Path(task["out"])
+    root, out = Path(task["root"]), Path(task["out"])
     if task["variant"] in ("rmdd", "in_turn"):
         return _rmdd(case, root, out, "on" if task["variant"] == "rmdd" else "off")
-    import pyarrow.parquet  # noqa: F401
-    import torch.utils.data
-
     began = time.perf_counter()
     with open(root / TABLE, encoding="utf-8", newline="") as f:
         rows = [(row["image"], row["caption"]) for row in csv.DictReader(f)]
@@ -167,11 +116,7 @@ def _run(task: dict[str, Any]) -> dict[str, Any]:
     return {"pairs": written, "seconds": round(time.perf_counter() - began, 2)}
 
 
-def _rmdd(case: Case, root: Path, out: Path, ray: Any) -> dict[str, Any]:
-    from rmdd import config
-    from rmdd.core.progress import Progress
-    from rmdd.pipeline import open_pipeline
-
+def _rmdd(case: Case, root: Path, out: Path, ray: Any) -> common.Numbers:
     runtime = config.Runtime(storage=str(out), ray=ray, num_cpus=case.workers, object_store_mb=case.object_store_mb)
     run = config.Run(data=config.Data(source="table", root=str(root)), runtime=runtime)
     with open_pipeline(run, Progress(quiet=True)) as pipeline:
@@ -190,8 +135,6 @@ class _Samples:
         return len(self.rows)
 
     def __getitem__(self, i: int) -> tuple[str, str, bytes, bytes]:
-        from PIL import Image
-
         name, caption = self.rows[i]
         data = (self.root / name).read_bytes()
         Image.open(io.BytesIO(data)).convert("RGB")
@@ -200,9 +143,6 @@ class _Samples:
 
 def _write(samples: Iterator[tuple[str, str, bytes, bytes]], out: Path) -> int:
     """Shards as a plain loop writes them; the number of pairs."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     out.mkdir(parents=True)
     whole, writer, count = hashlib.sha256(), None, 0
     rows: list[tuple[str, str, bytes]] = []
@@ -236,5 +176,10 @@ def _write(samples: Iterator[tuple[str, str, bytes, bytes]], out: Path) -> int:
     return count
 
 
+def _measure(case: Case, asked: Any) -> common.Numbers:
+    with tempfile.TemporaryDirectory() as temporary:
+        return bench_ingest(case, Path(asked.folder or temporary), asked.variants)
+
+
 if __name__ == "__main__":
-    print(json.dumps(_run(json.loads(sys.argv[1]))))
+    common.main(__doc__, Case, _measure, table, _run, variants=",".join(VARIANTS), folder="")

@@ -4,21 +4,18 @@ Features are float16 or float32 rows of unit length around seeded centres, writt
 of its own; the peak is over its PSS, mapped pages of the features counted.
 """
 
-import json
-import os
-import subprocess
-import sys
-import threading
+import resource
+import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from benchmarks import common
 
-from rmdd.bench.ingest import SAMPLE_SECONDS, pss_of_tree
-from rmdd.core.files import write_json
 from rmdd.core.seeding import generator
 from rmdd.coresets import clusters, greedy
 from rmdd.coresets.rows import DESCRIPTION, RowBlock, Rows, write_rows
@@ -41,28 +38,25 @@ class Case:
 
 
 def bench_coresets(
-    case: Case, picks: Sequence[int], folder: Path, methods: Iterable[str] = METHODS[:2], out: Path | None = None
-) -> dict[str, Any]:
+    case: Case, picks: Sequence[int], folder: Path, methods: str | Sequence[str] = METHODS[:2]
+) -> common.Numbers:
     """Run each method once up to the last of `picks`; seconds at each of them, peak memory, and the objective."""
-    methods = list(methods)
-    if unknown := [m for m in methods if m not in METHODS]:
-        raise ValueError(f"no method '{unknown[0]}' to measure; there are: {', '.join(METHODS)}")
+    methods, picks = common.known(methods, METHODS, "method"), sorted(picks)
     if not picks or not 0 < max(picks) < case.rows:
-        raise ValueError(f"picks {list(picks)} out of {case.rows} rows; give numbers from 1 to {case.rows - 1}")
+        raise ValueError(f"picks {picks} out of {case.rows} rows; give numbers from 1 to {case.rows - 1}")
     root = generate(case, folder / f"features-{case.rows}-{case.width}-{case.dtype}-{case.seed}")
-    found: dict[str, Any] = {"case": asdict(case), "picks": sorted(picks), "methods": {}}
+    threads = {f"{library}_NUM_THREADS": str(case.threads) for library in ("OMP", "OPENBLAS", "MKL")}
+    found: common.Numbers = {"case": asdict(case), "picks": picks, "methods": {}}
     for method in methods:
-        task = {"method": method, "case": asdict(case), "picks": sorted(picks), "root": str(root)}
-        found["methods"][method] = _measured(task)
-    if out is not None:
-        write_json(out, found)
+        task = {"method": method, "picks": picks, "root": str(root)}
+        numbers = common.measured("coresets", case, task, **threads)
+        numbers["peak_mib"] = round(max(numbers["peak_mib"], numbers.pop("high_water_mib")), 1)
+        found["methods"][method] = numbers
     return found
 
 
 def generate(case: Case, root: Path) -> Path:
     """The features, drawn from the seed; what is there is used."""
-    import torch
-
     if (root / DESCRIPTION).is_file():
         return root
     centres = torch.randn(CENTRES, case.width, generator=generator(case.seed, "bench centres"))
@@ -79,7 +73,7 @@ def generate(case: Case, root: Path) -> Path:
     return root
 
 
-def table(found: dict[str, Any]) -> str:
+def table(found: common.Numbers) -> str:
     """The numbers for people."""
     case, picks = found["case"], found["picks"]
     lines = [f"{case['rows']:,} x {case['width']} {case['dtype']}, {case['threads']} thread(s)"]
@@ -90,36 +84,9 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _measured(task: dict[str, Any]) -> dict[str, Any]:
-    words = [sys.executable, "-m", "rmdd.bench.coresets", json.dumps(task)]
-    threads = str(task["case"]["threads"])
-    limits = {f"{library}_NUM_THREADS": threads for library in ("OMP", "OPENBLAS", "MKL")}
-    child = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env={**os.environ, **limits})
-    peak, ended = 0, threading.Event()
-
-    def sample() -> None:
-        nonlocal peak
-        while not ended.wait(SAMPLE_SECONDS):
-            peak = max(peak, pss_of_tree(child.pid))
-
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    printed, _ = child.communicate()
-    ended.set()
-    sampler.join()
-    if child.returncode:
-        raise RuntimeError(f"the method {task['method']} failed; its message stands above")
-    found: dict[str, Any] = json.loads(printed.splitlines()[-1])
-    return found | {"peak_mib": round(max(peak / 2**20, found.pop("high_water_mib")), 1)}
-
-
-def _run(task: dict[str, Any]) -> dict[str, Any]:
+def _run(case: Case, task: common.Numbers) -> common.Numbers:
     """One method, in the process that is measured; seconds count from the opening of the features."""
-    import resource
-
-    import torch
-
-    case, picks = Case(**task["case"]), task["picks"]
+    picks = task["picks"]
     torch.set_num_threads(case.threads)
     seconds: dict[str, float] = {}
     began = time.perf_counter()
@@ -156,5 +123,12 @@ def _order(method: str, ranks: Any, mu: np.ndarray, seed: int) -> Iterator[Best]
     return greedy.k_center(ranks, greedy.start_of(ranks, "random", seed, mu))
 
 
+def _measure(case: Case, asked: Any) -> common.Numbers:
+    with tempfile.TemporaryDirectory() as temporary:
+        picks = [int(k) for k in asked.picks.split(",")]
+        return bench_coresets(case, picks, Path(asked.folder or temporary), asked.methods)
+
+
 if __name__ == "__main__":
-    print(json.dumps(_run(json.loads(sys.argv[1]))))
+    options = {"picks": "100,500", "methods": "herding,k_center", "folder": ""}
+    common.main(__doc__, Case, _measure, table, _run, **options)

@@ -6,23 +6,20 @@ what starting Ray takes stands beside them. Memory is the peak, looked at twice 
 start to end: where a machine is busy with other things, compare those.
 """
 
-import contextlib
-import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+from benchmarks import common
 
 from rmdd import config
-from rmdd.core.files import write_json
+from rmdd.core.progress import Progress
+from rmdd.pipeline import open_pipeline
 
 WAYS = ("in_turn", "pool", "train", "trainer_each")
-SAMPLE_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -69,14 +66,12 @@ def run_of(case: Case, way: str, storage: Path) -> config.Run:
     )
 
 
-def bench_experts(case: Case, ways: tuple[str, ...] = WAYS, out: Path | None = None) -> dict[str, Any]:
+def bench_experts(case: Case, ways: str | Sequence[str] = WAYS) -> common.Numbers:
     """Measure every way in turn; `found["ways"][name]` holds seconds, memory and the overhead of an expert.
 
     Raises `RuntimeError` when one of them fails.
     """
-    if unknown := [w for w in ways if w not in WAYS]:
-        raise ValueError(f"no way '{unknown[0]}'; there are: {', '.join(WAYS)}")
-    rows = {way: _measure(case, way) for way in ways}
+    rows = {way: _measure(case, way) for way in common.known(ways, WAYS, "way")}
     alone = rows.get("in_turn")
     for way, row in rows.items():
         if alone is None or way == "in_turn":
@@ -85,13 +80,10 @@ def bench_experts(case: Case, ways: tuple[str, ...] = WAYS, out: Path | None = N
         width = 1 if way == "trainer_each" else min(case.workers, case.experts)
         row["ratio"] = round(scale * row["seconds"] / alone["seconds"], 3)
         row["overhead_per_expert"] = round(row["seconds"] / row["experts"] - alone["seconds"] / case.experts / width, 2)
-    found = {"case": asdict(case), "load_average": os.getloadavg()[0], "ways": rows}
-    if out is not None:
-        write_json(out, found)
-    return found
+    return {"case": asdict(case), "load_average": os.getloadavg()[0], "ways": rows}
 
 
-def table(found: dict[str, Any]) -> str:
+def table(found: common.Numbers) -> str:
     heads = ["", "experts", "seconds", "against in turn", "overhead per expert", "start of Ray", "CPU seconds", "MiB"]
     lines = [heads]
     for way, row in found["ways"].items():
@@ -105,62 +97,20 @@ def table(found: dict[str, Any]) -> str:
                 overhead,
                 f"{row['start']:.1f}",
                 f"{row['cpu_seconds']:.1f}",
-                f"{row['peak_bytes'] / 2**20:.0f}",
+                f"{row['peak_mib']:.0f}",
             ]
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return common.columns(lines)
 
 
-def _measure(case: Case, way: str) -> dict[str, Any]:
+def _measure(case: Case, way: str) -> common.Numbers:
     with tempfile.TemporaryDirectory() as folder:
-        asked = json.dumps({"case": asdict(case), "way": way, "storage": folder})
-        command = [sys.executable, "-m", "rmdd.bench.experts", asked]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        peak, cpu = 0, dict[int, float]()
-        while True:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                output, errors = process.communicate(timeout=SAMPLE_SECONDS)
-                break
-            family = list(_family(process.pid))
-            peak = max(peak, sum(_proportional(pid) for pid in family))
-            cpu |= {pid: max(_cpu_seconds(pid), cpu.get(pid, 0.0)) for pid in family}
-    if process.returncode:
-        raise RuntimeError(f"experts could not be trained by {way}: {errors[-1000:]}")
-    return json.loads(output.splitlines()[-1]) | {"peak_bytes": peak, "cpu_seconds": round(sum(cpu.values()), 1)}
+        return common.measured("experts", case, {"way": way, "storage": folder})
 
 
-def _family(pid: int) -> Iterator[int]:
-    """A process and all that it started, and those again."""
-    yield pid
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            for child in task.read_text().split():
-                yield from _family(int(child))
-
-
-def _proportional(pid: int) -> int:
-    """Bytes; 0 for a process that has ended."""
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return 1024 * int(line.split()[1])
-    return 0
-
-
-def _cpu_seconds(pid: int) -> float:
-    """Of all its threads so far; 0 for a process that has ended."""
-    with contextlib.suppress(OSError):
-        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
-        return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
-    return 0.0
-
-
-def _train_here(case: Case, way: str, storage: Path) -> dict[str, Any]:
-    from rmdd.core.progress import Progress
-    from rmdd.pipeline import open_pipeline
-
-    run, quiet = run_of(case, way, storage), Progress(quiet=True)
+def _train_here(case: Case, task: common.Numbers) -> common.Numbers:
+    way = task["way"]
+    run, quiet = run_of(case, way, Path(task["storage"])), Progress(quiet=True)
     before = time.perf_counter()
     with open_pipeline(run, quiet) as pipeline:
         start = time.perf_counter() - before
@@ -180,5 +130,5 @@ def _train_here(case: Case, way: str, storage: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    asked = json.loads(sys.argv[1])
-    print(json.dumps(_train_here(Case(**asked["case"]), asked["way"], Path(asked["storage"]))))
+    ways = ",".join(WAYS)
+    common.main(__doc__, Case, lambda case, asked: bench_experts(case, asked.ways), table, _train_here, ways=ways)

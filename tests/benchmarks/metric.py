@@ -1,15 +1,14 @@
 """Time and memory of the retrieval metric on a gallery of a published size, in a process of its own."""
 
-import json
-import os
-import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from rmdd.core.files import write_json
+import torch
+from benchmarks import common
+
+from rmdd.bench.step import resident
+from rmdd.evaluate.retrieval import ranks
 
 
 @dataclass(frozen=True)
@@ -23,23 +22,16 @@ class Case:
     threads: int = 2
 
 
-def bench_metric(case: Case, repeats: int = 3, out: Path | None = None) -> dict[str, Any]:
+def bench_metric(case: Case, repeats: int = 3) -> common.Numbers:
     """Wall and CPU seconds of one ranking in both directions, the least of `repeats`; peak bytes of the whole process,
     and above what it held before."""
     if repeats < 1 or case.texts < case.images:
-        raise ValueError(f"give repeats of at least 1 and as many texts as images; found {repeats}, {case}")
-    command = [sys.executable, "-m", "rmdd.bench.metric", json.dumps({"case": asdict(case), "repeats": repeats})]
-    returning = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    done = subprocess.run(command, capture_output=True, text=True, env=returning)
-    if done.returncode:
-        raise RuntimeError(f"the metric could not be measured: {done.stderr.strip()[-300:]}")
-    found = {"case": asdict(case), **json.loads(done.stdout.splitlines()[-1])}
-    if out is not None:
-        write_json(out, found)
-    return found
+        raise ValueError(f"give repeats of at least 1 and as many texts as images; got {repeats}, {case}")
+    returning = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    return {"case": asdict(case), **common.measured("metric", case, {"repeats": repeats}, **returning)}
 
 
-def table(found: dict[str, Any]) -> str:
+def table(found: common.Numbers) -> str:
     """The result in one line."""
     case = found["case"]
     return (
@@ -49,12 +41,7 @@ def table(found: dict[str, Any]) -> str:
     )
 
 
-def _measure(case: Case, repeats: int) -> dict[str, float]:
-    import torch
-
-    from rmdd.bench.step import resident
-    from rmdd.evaluate.retrieval import ranks
-
+def _measure(case: Case, task: common.Numbers) -> common.Numbers:
     torch.set_num_threads(case.threads)
     random = torch.Generator().manual_seed(0)
     image_of = torch.arange(case.texts) % case.images
@@ -62,7 +49,7 @@ def _measure(case: Case, repeats: int) -> dict[str, float]:
     texts = torch.randn(case.texts, case.width, generator=random)
     Path("/proc/self/clear_refs").write_text("5")
     before, taken = resident("VmRSS"), []
-    for _ in range(repeats):
+    for _ in range(task["repeats"]):
         wall, cpu = time.perf_counter(), time.process_time()
         ranks(images, texts, image_of, case.chunk)
         taken.append((time.perf_counter() - wall, time.process_time() - cpu))
@@ -72,5 +59,4 @@ def _measure(case: Case, repeats: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    asked = json.loads(sys.argv[1])
-    print(json.dumps(_measure(Case(**asked["case"]), asked["repeats"])))
+    common.main(__doc__, Case, lambda case, asked: bench_metric(case, asked.repeats), table, _measure, repeats=3)
