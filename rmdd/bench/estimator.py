@@ -6,7 +6,6 @@ same draw, and both are compared, tensor by tensor. Nothing is saved.
 
 import math
 import statistics
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -33,7 +32,6 @@ def along(
     *,
     iterations: int,
     every: int,
-    on_row: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> list[dict[str, Any]]:
     """One row per comparison: `iteration`, `start`, `loss`, and by tensor the cosine and the norm ratio, first-order
     over exact.
@@ -51,7 +49,6 @@ def along(
         found = matcher.gradient(state.raw, drawn)
         if not math.isfinite(float(found.loss)):
             rows.append({"iteration": state.iteration, "stopped": "the loss is not finite"})
-            on_row(rows[-1])
             break
         if state.iteration % every == 0:
             both = {own: found.gradient, other: matcher.gradient(state.raw, drawn, estimator=other).gradient}
@@ -65,7 +62,6 @@ def along(
                     "norm_ratio": {n: norm_ratio(first[n], exact[n]) for n in exact},
                 }
             )
-            on_row(rows[-1])
         state = outer_step(state, found.gradient, run.distill)
     return rows
 
@@ -94,9 +90,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return found
 
 
-def of_run(
-    pipeline: Pipeline, phase: int, iterations: int, every: int, on_row: Callable[[dict[str, Any]], None]
-) -> list[dict[str, Any]]:
+def of_run(pipeline: Pipeline, phase: int, iterations: int, every: int) -> list[dict[str, Any]]:
     """`along` for a phase of a run, whose experts are trained first where they are missing."""
     run = pipeline.plan()
     if not 0 <= phase < len(run.distill.phases):
@@ -108,6 +102,4 @@ def of_run(
     method = methods.matching_method(run)
     initial = method.initial(phase, train, method.records(phase, train))
     model = expert_model(run, 0, train.texts.shape[1])
-    return along(
-        run, phase, store, model, initial, device_of(run.runtime), iterations=iterations, every=every, on_row=on_row
-    )
+    return along(run, phase, store, model, initial, device_of(run.runtime), iterations=iterations, every=every)

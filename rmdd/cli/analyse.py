@@ -1,25 +1,14 @@
-"""The words after `rmdd analyse`."""
+"""The analyses of PTM-ST: `rmdd analyse gradients`, `pca`, `collapse`, `sweep`, `linearity`."""
 
-import contextlib
-import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from rmdd import config
-from rmdd.cli.common import Debug, Json, Quiet, Sets, Source, do, load, outcome, print_json, stop_on_sigterm
+from rmdd.cli.command import Call, Output, command
+from rmdd.cli.console import rows_table
 
-if TYPE_CHECKING:
-    from rmdd.core.progress import Progress
-    from rmdd.pipeline import Pipeline
-
-analyse = typer.Typer(
-    help="The analyses of PTM-ST on a run's own experts: tables and drawings in its folder.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
-
+GROUP = "The analyses of PTM-ST on a run's own experts: tables and drawings in its folder."
 Endpoint = Annotated[int | None, typer.Option(help="Epoch at which shortcuts end; default: the last one.")]
 Experts = Annotated[int | None, typer.Option(min=1, help="Use only so many experts.")]
 Draws = Annotated[int, typer.Option(min=1, help="Draws of mini-batches per start and expert.")]
@@ -28,163 +17,101 @@ ShortcutOnly = Annotated[
 ]
 
 
-@analyse.command("gradients")
-def gradients_(
-    source: Source,
-    set_: Sets = None,
+@command
+def gradients(
+    call: Call,
+    run: config.Run,
     endpoint: Endpoint = None,
     experts: Experts = None,
     draws: Draws = 2,
     shortcut_only: ShortcutOnly = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
+) -> Output:
     """Cosines between the matching gradients of all starts, on original and shortcut trajectories (Figure 4)."""
+    from rmdd.analyse.gradients import gradients
 
-    def step(pipeline: "Pipeline") -> dict[str, Any]:
-        from rmdd.analyse.gradients import gradients
-
-        found = gradients(pipeline, endpoint=endpoint, experts=experts, draws=draws, shortcut_only=shortcut_only)
-        return _told(found)
-
-    do(lambda: load(source, set_ or []), step, json, quiet, debug)
+    with call.pipeline(run) as pipeline:
+        return _output(
+            gradients(pipeline, endpoint=endpoint, experts=experts, draws=draws, shortcut_only=shortcut_only)
+        )
 
 
-@analyse.command("pca")
-def pca_(
-    source: Source,
-    set_: Sets = None,
+@command
+def pca(
+    call: Call,
+    run: config.Run,
     endpoint: Endpoint = None,
     experts: Experts = None,
     draws: Draws = 4,
     shortcut_only: ShortcutOnly = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
+) -> Output:
     """Principal components of the matching gradients by start epoch (Figures 2b and 6a)."""
+    from rmdd.analyse.gradients import pca
 
-    def step(pipeline: "Pipeline") -> dict[str, Any]:
-        from rmdd.analyse.gradients import pca
-
-        return _told(pca(pipeline, endpoint=endpoint, experts=experts, draws=draws, shortcut_only=shortcut_only))
-
-    do(lambda: load(source, set_ or []), step, json, quiet, debug)
+    options: dict[str, Any] = {"endpoint": endpoint, "experts": experts, "draws": draws, "shortcut_only": shortcut_only}
+    with call.pipeline(run) as pipeline:
+        return _output(pca(pipeline, **options))
 
 
-@analyse.command("collapse")
-def collapse_(
-    source: Source,
-    set_: Sets = None,
+@command
+def collapse(
+    call: Call,
+    run: config.Run,
     epochs: Annotated[
         str | None, typer.Option(help="Stops (exclusive ends of the range of starts), such as 2,4,6; default: five.")
     ] = None,
     iterations: Annotated[int | None, typer.Option(min=1, help="Updates of each; default: those of phase 0.")] = None,
     trajectories: Annotated[str, typer.Option(help="original, shortcut, or both with a comma.")] = "original",
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
+) -> Output:
     """Teacher against student by stop of the starts (Figure 2a, Table 7); a distillation each."""
+    from rmdd.analyse.tables import collapse
 
-    def table(run: config.Run, progress: "Progress") -> dict[str, Any]:
-        from rmdd.analyse.tables import collapse
-
-        try:
-            stops = [int(e) for e in epochs.split(",")] if epochs is not None else None
-        except ValueError:
-            raise config.ConfigError([f"--epochs {epochs}: write whole numbers, such as 2,4,6"], "analyse") from None
-        kinds = tuple(trajectories.split(","))
-        return collapse(run, progress, epochs=stops, iterations=iterations, trajectories=kinds)
-
-    _runs(source, set_ or [], table, json, quiet, debug)
+    call.check(run)
+    try:
+        stops = [int(e) for e in epochs.split(",")] if epochs is not None else None
+    except ValueError:
+        raise config.ConfigError([f"--epochs {epochs}: write whole numbers, such as 2,4,6"], "analyse") from None
+    with call.working() as progress:
+        kinds = trajectories.split(",")
+        return _output(collapse(run, progress, epochs=stops, iterations=iterations, trajectories=kinds))
 
 
-@analyse.command("sweep")
-def sweep_(
-    source: Source,
-    set_: Sets = None,
+@command
+def sweep(
+    call: Call,
+    run: config.Run,
     table: Annotated[str, typer.Option(help="shift, endpoints or delta: Tables 13, 14 and 15.")] = "shift",
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
+) -> Output:
     """What ranges and endpoints that move from phase to phase are worth; a distillation per row."""
+    from rmdd.analyse.tables import sweep
 
-    def rows(run: config.Run, progress: "Progress") -> dict[str, Any]:
-        from rmdd.analyse.tables import sweep
-
-        return sweep(run, progress, table)
-
-    _runs(source, set_ or [], rows, json, quiet, debug)
+    call.check(run)
+    with call.working() as progress:
+        return _output(sweep(run, progress, table))
 
 
-@analyse.command("linearity")
-def linearity_(
-    source: Source,
-    set_: Sets = None,
+@command
+def linearity(
+    call: Call,
+    run: config.Run,
     endpoint: Endpoint = None,
     start: Annotated[float, typer.Option(help="Epoch to start at, which may lie between two.")] = 0.5,
     halvings: Annotated[int, typer.Option(min=1, help="How often the distance between starts is halved.")] = 5,
     inner_steps: Annotated[int, typer.Option(min=1, help="Student steps; the proposition is about one.")] = 1,
     shortcut_only: ShortcutOnly = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
+) -> Output:
     """How the matching gradient changes with the start (Proposition 1)."""
+    from rmdd.analyse.linearity import linearity
 
-    def step(pipeline: "Pipeline") -> dict[str, Any]:
-        from rmdd.analyse.linearity import linearity
-
-        return _told(
-            linearity(
-                pipeline,
-                endpoint=endpoint,
-                start=start,
-                halvings=halvings,
-                inner_steps=inner_steps,
-                shortcut_only=shortcut_only,
-            )
-        )
-
-    do(lambda: load(source, set_ or []), step, json, quiet, debug)
+    options: dict[str, Any] = {"endpoint": endpoint, "shortcut_only": shortcut_only}
+    with call.pipeline(run) as pipeline:
+        return _output(linearity(pipeline, start=start, halvings=halvings, inner_steps=inner_steps, **options))
 
 
-def _runs(
-    source: str,
-    sets: list[str],
-    table: Callable[[config.Run, "Progress"], dict[str, Any]],
-    as_json: bool,
-    quiet: bool,
-    debug: bool,
-) -> None:
-    """A table whose cells are runs of their own."""
-    with outcome(debug):
-        from rmdd.core.progress import Progress
-        from rmdd.runs.preflight import impossible
-
-        run = load(source, sets)
-        if mistakes := impossible(run):
-            raise config.ConfigError(mistakes, run.name)
-        stop_on_sigterm()
-        with contextlib.redirect_stdout(sys.stderr):
-            found = table(run, Progress(quiet))
-        if as_json:
-            print_json(found)
-        else:
-            from rmdd.cli.console import stdout
-
-            for line in _told(found)["say"]:
-                stdout().print(line, highlight=False, markup=False, soft_wrap=isinstance(line, str))
-        if failed := [row["error"] for row in found["rows"] if "error" in row]:
-            raise RuntimeError("\n".join([f"{len(failed)} of {len(found['rows'])} runs failed", *failed]))
-
-
-def _told(found: dict[str, Any]) -> dict[str, Any]:
-    """With lines for people: the rows as a table, what they are, and the files."""
-    from rmdd.cli.console import rows_table
-
-    table, notes = rows_table(found["rows"]), [found["note"]] if "note" in found else []
-    return found | {"say": [table, *notes, *(f"wrote {file}" for file in found["files"])]}
+def _output(result: dict[str, Any]) -> Output:
+    """The rows as a table, what they are, and the files; rows of runs that failed raise."""
+    rows = result["rows"]
+    notes = [result["note"]] if "note" in result else []
+    lines = [rows_table(rows), *notes, *(f"wrote {file}" for file in result["files"])]
+    failed = [row["error"] for row in rows if "error" in row]
+    error = RuntimeError("\n".join([f"{len(failed)} of {len(rows)} runs failed", *failed])) if failed else None
+    return Output(result, lines, error, wrap=True)

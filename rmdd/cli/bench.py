@@ -1,24 +1,19 @@
-"""The words after `rmdd bench`."""
+"""Measurements of the matching step: `rmdd bench step`, `estimator`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from rmdd.cli.common import Debug, Json, Quiet, Sets, Source, do, load, outcome, print_json
+from rmdd import config
+from rmdd.cli.command import Call, Output, command
+from rmdd.cli.console import comparison
 
-if TYPE_CHECKING:
-    from rmdd.pipeline import Pipeline
-
-bench = typer.Typer(
-    help="Measure one iteration of matching, and the first-order gradient against the exact one.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
+GROUP = "Measure one iteration of matching, and the first-order gradient against the exact one."
 
 
-@bench.command("step")
-def bench_step(
+@command(options=("json", "debug"))
+def step(
     tower: Annotated[str, typer.Option(help="convnet or a timm model, with random weights.")] = "convnet",
     widths: Annotated[str, typer.Option(help="convnet: channels of its blocks.")] = "64,64,64",
     image_size: Annotated[int, typer.Option(help="Side of the pictures.")] = 64,
@@ -41,53 +36,40 @@ def bench_step(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     memory: Annotated[bool, typer.Option(help="Measure peak memory too.")] = True,
     out: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
-    json: Json = False,
-    debug: Debug = False,
-) -> None:
+) -> Output:
     """Time one iteration of matching and its memory against plain autograd and the published two-pass loop."""
-    with outcome(debug):
-        from rmdd.bench import step
+    from rmdd.bench import step as bench
 
-        case = step.Case(
-            tower=tower,
-            widths=tuple(int(w) for w in widths.split(",")),
-            image_size=image_size,
-            pairs=pairs,
-            batch=batch,
-            steps=steps,
-            loss=loss,
-            similarity=similarity,  # type: ignore[arg-type]
-            threads=threads,
-            device=device,
-        )
-        engines = {name: step.engine_of(name) for name in ["", *(options or [])]}
-        chosen = step.variants(engines=engines, yardsticks=step.yardsticks_of(yardsticks), of_methods=method or [])
-        found = step.bench_step(case, chosen, repeats, out, memory)
-    if json:
-        print_json(found)
-    else:
-        typer.echo(step.table(found))
+    case = bench.Case(
+        tower=tower,
+        widths=tuple(int(w) for w in widths.split(",")),
+        image_size=image_size,
+        pairs=pairs,
+        batch=batch,
+        steps=steps,
+        loss=loss,
+        similarity=similarity,  # type: ignore[arg-type]
+        threads=threads,
+        device=device,
+    )
+    engines = {name: bench.engine_of(name) for name in ["", *(options or [])]}
+    chosen = bench.variants(engines=engines, yardsticks=bench.yardsticks_of(yardsticks), of_methods=method or [])
+    measured = bench.bench_step(case, chosen, repeats, out, memory)
+    return Output(measured, [bench.table(measured)])
 
 
-@bench.command("estimator")
-def bench_estimator(
-    source: Source,
-    set_: Sets = None,
+@command
+def estimator(
+    call: Call,
+    run: config.Run,
     phase: Annotated[int, typer.Option(help="The phase to follow.")] = 0,
     iterations: Annotated[int, typer.Option(help="Outer iterations to follow it for.")] = 100,
     every: Annotated[int, typer.Option(help="Iterations between comparisons.")] = 10,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
+) -> Output:
     """Compare the first-order meta-gradient with the exact one along a run: cosine and norm ratio."""
+    from rmdd.bench.estimator import of_run, summary
 
-    def compare(pipeline: "Pipeline") -> dict[str, Any]:
-        from rmdd.bench import estimator
-        from rmdd.cli.console import comparison
-
-        rows = estimator.of_run(pipeline, phase, iterations, every, lambda row: None)
-        medians = estimator.summary(rows)
-        return {"rows": rows, "medians": medians, "say": [comparison(rows, medians)]}
-
-    do(lambda: load(source, set_ or []), compare, json, quiet, debug)
+    with call.pipeline(run) as pipeline:
+        rows = of_run(pipeline, phase, iterations, every)
+    medians = summary(rows)
+    return Output({"rows": rows, "medians": medians}, [comparison(rows, medians)])

@@ -1,33 +1,35 @@
-"""The words of `rmdd compare`, `rmdd transfer` and `rmdd published`."""
+"""Sets beside each other and beside published numbers: `rmdd compare`, `transfer`, `published`."""
 
-import contextlib
-import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from rmdd import config
-from rmdd.cli.common import Debug, Json, Quiet, Sets, load, outcome, print_json, stop_on_sigterm
+from rmdd.cli.command import Call, Output, Sets, command, failure
+from rmdd.cli.loading import load
+from rmdd.core.storage import address_of
 
 if TYPE_CHECKING:
+    from rmdd.comparisons import tables
     from rmdd.comparisons.compare import Comparison
-    from rmdd.comparisons.tables import Table
     from rmdd.comparisons.transfer import Transfer
 
 Config = Annotated[
     str | None,
     typer.Option("--config", metavar="CONFIG", help="Protocol and data; default: what the first set was made by."),
 ]
+LEFT_TO_FILES = ("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10", "parameters", "bytes", "seconds")
+"""Columns of measured tables that a terminal has no room for."""
 
 
-def register(app: typer.Typer) -> None:
-    for command in (compare, transfer, published):
-        app.command()(command)
-
-
+@command
 def compare(
+    call: Call,
     words: Annotated[
         list[str],
         typer.Argument(
@@ -42,21 +44,16 @@ def compare(
     reencode: Annotated[
         bool, typer.Option("--reencode", help="Embed captions of sets with another text encoder anew.")
     ] = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
+) -> Output:
     """Evaluate sets and subsets under one protocol, in one table, with published numbers apart."""
+    from rmdd.comparisons.compare import begin
 
-    def begin() -> "Comparison":
-        from rmdd.comparisons.compare import begin
-
-        return begin(words, source, set_ or [], against, reencode, load)
-
-    go(begin, json, quiet, debug)
+    return compared(call, begin(words, source, set_ or [], against, reencode, load))
 
 
+@command
 def transfer(
+    call: Call,
     word: Annotated[str, typer.Argument(metavar="[NAME=]SET", help="The folder of a distilled set, or of its run.")],
     to: Annotated[
         list[str] | None,
@@ -66,87 +63,50 @@ def transfer(
     set_: Sets = None,
     random: Annotated[bool, typer.Option("--random", help="Random pairs for every tower, too.")] = False,
     full: Annotated[bool, typer.Option("--full", help="All pairs for every tower, too: trains its experts.")] = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
+) -> Output:
     """Train students with other towers on a set: learned rates, and rates chosen on val."""
+    from rmdd.comparisons.transfer import begin
 
-    def begin() -> "Transfer":
-        from rmdd.comparisons.transfer import begin
-
-        return begin(word, to or [], source, set_ or [], random=random, full=full, load=load)
-
-    go(begin, json, quiet, debug)
+    return compared(call, begin(word, to or [], source, set_ or [], random=random, full=full, load=load))
 
 
+@command(options=("json",))
 def published(
     dataset: Annotated[str | None, typer.Option(help="Such as flickr30k, flickr8k, coco, cc3m.")] = None,
     pairs: Annotated[str | None, typer.Option(help="Nominal budget, or full.")] = None,
     method: Annotated[str | None, typer.Option(help="Such as LoRS.")] = None,
-    json: Json = False,
-) -> None:
+) -> Output:
     """Print published numbers, with source and protocol."""
-    with outcome():
-        from rmdd.comparisons import published as numbers
+    from rmdd.comparisons import published as numbers
 
-        try:
-            rows = numbers.published(dataset, pairs, method)
-        except ValueError as error:
-            raise config.ConfigError([str(error)], "published") from error
-        if json:
-            print_json(rows)
-            return
-        _print([numbers.table("published, not measured here", rows)])
+    try:
+        rows = numbers.published(dataset, pairs, method)
+    except ValueError as error:
+        raise config.ConfigError([str(error)], "published") from error
+    return Output(rows, list(_drawn([numbers.table("published, not measured here", rows)])))
 
 
-def go(begin: "Callable[[], Comparison | Transfer]", as_json: bool, quiet: bool, debug: bool) -> None:
+def compared(call: Call, begun: "Comparison | Transfer") -> Output:
     """Begin or go on, print the tables, and say where they are."""
-    folders: dict[Path, str] = {}
-    with outcome(debug, folders):
-        asked = begin()
-        from rmdd.core.progress import Progress
-        from rmdd.core.storage import address_of
-
-        runtime, folder = asked.run.runtime, asked.folder
-        folders[folder] = address = address_of(runtime, folder)
-        stop_on_sigterm()
-        with contextlib.redirect_stdout(sys.stderr):
-            found: Any = asked.go(Progress(quiet))
-        if as_json:
-            rest = {"published": found.published} if hasattr(found, "published") else {"transfer_mean": found.mean}
-            print_json({"comparison": address, "rows": found.rows} | rest)
-        else:
-            _print(found.tables)
-            typer.echo(f"comparison: {address} (table.md, table.html, table.csv, results.json)")
-        if found.failed:
-            reasons = "".join(f"\n{row['name']}: {row['error']}" for row in found.failed)
-            raise RuntimeError(f"{len(found.failed)} of {len(found.rows)} rows failed{reasons}")
+    address = address_of(begun.run.runtime, begun.folder)
+    with call.working(begun.folder, address) as progress:
+        result: Any = begun.go(progress)
+    rest = {"published": result.published} if hasattr(result, "published") else {"transfer_mean": result.mean}
+    lines = [*_drawn(result.tables), f"comparison: {address} (table.md, table.html, table.csv, results.json)"]
+    failed = failure(f"of {len(result.rows)} rows failed", [(row["name"], row["error"]) for row in result.failed])
+    return Output({"comparison": address, "rows": result.rows} | rest, lines, failed)
 
 
-LEFT_TO_FILES = ("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10", "parameters", "bytes", "seconds")
-"""Columns of measured tables that a terminal has no room for."""
-
-
-def _print(tables: "Sequence[Table]") -> None:
-    from rich import box
-    from rich.measure import Measurement
-    from rich.table import Table as Drawn
-    from rich.text import Text
-
-    from rmdd.cli.console import stdout
+def _drawn(measured: "Sequence[tables.Table]") -> Iterable[RenderableType]:
     from rmdd.comparisons.tables import TEXTS
 
-    out = stdout()
-    for table in tables:
-        drawn = Drawn(title=Text(table.title), style="dim" if table.apart else "", box=box.SIMPLE_HEAD)
+    for table in measured:
+        drawn = Table(title=Text(table.title), style="dim" if table.apart else "", box=box.SIMPLE_HEAD)
         shown = [k for k, name in enumerate(table.columns) if table.apart or name not in LEFT_TO_FILES]
         for k in shown:
             left = k == 0 or table.columns[k] in TEXTS
             drawn.add_column(Text(table.columns[k]), justify="left" if left else "right", overflow="fold")
         for cells in table.rows:
             drawn.add_row(*(Text(cells[k]) for k in shown))
-        whole = Measurement.get(out, out.options.update(max_width=1000), drawn).maximum
-        out.print(drawn, highlight=False, width=None if out.is_terminal else max(whole, out.width))
-        for note in table.notes:
-            out.print(f"- {note}", highlight=False, markup=False)
+        yield drawn
+        yield from (Text(f"- {note}") for note in table.notes)

@@ -1,17 +1,19 @@
-"""The words of `rmdd coreset`."""
+"""Real pairs that a set has to beat: `rmdd coreset`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from rmdd.cli.common import Debug, Json, Quiet, Sets, Source, do, load
+from rmdd import config
+from rmdd.cli.command import Call, Output, Sets, Source, command
+from rmdd.cli.loading import load
+from rmdd.config.runfile import parse
 
-if TYPE_CHECKING:
-    from rmdd.pipeline import Pipeline
 
-
+@command
 def coreset(
+    call: Call,
     source: Source,
     method: Annotated[
         str, typer.Option(help="random, herding, k-center, forgetting, medoids, matched or clip-score.")
@@ -45,63 +47,43 @@ def coreset(
         int | None, typer.Option(min=1, help="Workers that hold the features; default: by their size.")
     ] = None,
     set_: Sets = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
+) -> Output:
     """Choose real pairs of the training split: the baselines, at equal pairs or at equal bytes."""
-    from rmdd import config
+    from rmdd.comparisons.coreset import choice_of, choose
 
+    if like is not None and bytes_ is not None:
+        raise config.ConfigError(["--like and --bytes both say how many bytes; give one"], "coreset")
     asked: dict[str, Any] = {"method": method, "pairs": pairs, "bytes": bytes_, "unit": unit, "encoder": encoder}
     asked |= {"space": space, "seed": seed, "clusters": clusters, "guard": guard, "never_learned": never_learned}
-
-    def prepared() -> config.Run:
-        asked.update(_options(options or []))
-        if like is not None:
-            if bytes_ is not None:
-                raise config.ConfigError(["--like and --bytes both say how many bytes; give one"], "coreset")
-            asked["bytes"] = _bytes_of(like)
-        return _choice(asked).prepared(load(source, set_ or []))
-
-    def step(pipeline: "Pipeline") -> dict[str, Any]:
-        from rmdd.comparisons.coreset import choose
-
-        subset, folder = choose(pipeline, _choice(asked), ranks)
-        facts = subset.facts
-        shown = {name: facts[name] for name in ("radius", "mean_error", "never_learned") if name in facts}
-        told = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in shown.items())
-        size = f"{facts['pairs']} pairs of {facts['items']} {subset.unit}s"
-        cost = f"{facts['bytes']['total']:,} bytes, {facts['parameters']:,} parameters"
-        if facts["pairs"] == facts["items"]:
-            cost += "; that is all of them, so that nothing was chosen"
-        lines = [f"{subset.method}: {size}, {cost}", *([told] if told else []), f"subset: {folder}"]
-        return {"subset": str(folder), "method": subset.method, "facts": facts, "say": lines}
-
-    do(prepared, step, json, quiet, debug, check=False)
+    asked |= _options(options or [])
+    if like is not None:
+        asked["bytes"] = _bytes_of(like)
+    choice = choice_of(asked)
+    with call.pipeline(choice.prepared(load(source, set_ or [])), check=False) as pipeline:
+        subset, folder = choose(pipeline, choice, ranks)
+    facts = subset.facts
+    shown = {name: facts[name] for name in ("radius", "mean_error", "never_learned") if name in facts}
+    measures = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in shown.items())
+    size = f"{facts['pairs']} pairs of {facts['items']} {subset.unit}s"
+    cost = f"{facts['bytes']['total']:,} bytes, {facts['parameters']:,} parameters"
+    if facts["pairs"] == facts["items"]:
+        cost += "; that is all of them, so that nothing was chosen"
+    lines = [f"{subset.method}: {size}, {cost}", *([measures] if measures else []), f"subset: {folder}"]
+    return Output({"subset": str(folder), "method": subset.method, "facts": facts}, lines)
 
 
 def _bytes_of(folder: Path) -> int:
-    from rmdd import config
-    from rmdd.artefact.distilled import load
+    from rmdd.artefact.distilled import load as load_set
 
+    own = folder / "set"
     try:
-        own = folder / "set"
-        found: int = load(own if own.is_dir() else folder).budget()["total"]["bytes"]
+        size: int = load_set(own if own.is_dir() else folder).budget()["total"]["bytes"]
     except (ValueError, OSError) as error:
         raise config.ConfigError([f"--like {folder}: {error}"], "coreset") from error
-    return found
-
-
-def _choice(asked: dict[str, Any]) -> Any:
-    from rmdd.comparisons.coreset import choice_of
-
-    return choice_of(asked)
+    return size
 
 
 def _options(texts: list[str]) -> dict[str, Any]:
-    from rmdd import config
-    from rmdd.config.runfile import parse
-
     split = [text.partition("=") for text in texts]
     if wrong := [name for name, equals, _ in split if not equals]:
         raise config.ConfigError([f"--option {name}: write it as name=value" for name in wrong], "coreset")

@@ -11,6 +11,9 @@ from rmdd.distill.synthetic import Synthetic
 class Derailed(FloatingPointError):
     """A phase went wrong more often than it may; its last good state is on disk."""
 
+    advice = ""
+    """What the command line adds to the message, which here says itself how to go on."""
+
 
 def vitals(synthetic: Synthetic, loss: Float[Tensor, ""]) -> Float[Tensor, "4"]:
     """Four numbers that tell whether a phase is alive, still on its device: the sum of all that must be finite,

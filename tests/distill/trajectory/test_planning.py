@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from rmdd import config
 from rmdd.cli.app import app
-from rmdd.cli.common import load_folder
+from rmdd.cli.loading import load_folder
 from rmdd.cli.verify import verify
 from rmdd.core.progress import Progress
 from rmdd.core.storage import run_folder

@@ -12,7 +12,7 @@ from tiny_search import BOTH, LR, searched
 
 import rmdd
 from rmdd import config
-from rmdd.cli.common import stop_on_sigterm
+from rmdd.cli.command import stop_on_sigterm
 from rmdd.execution.ray.cluster import ENVIRONMENT, resources_now
 from rmdd.execution.ray.tune import run_trials
 from rmdd.execution.tasks import Interrupted

@@ -1,0 +1,93 @@
+"""What touches no run: `rmdd init`, `check`, `verify`, `presets`, `methods`, `version`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rmdd import config
+from rmdd.cli import console
+from rmdd.cli.command import Output, Sets, Source, command
+from rmdd.cli.loading import load
+from rmdd.config.template import template
+from rmdd.core.files import atomic_path
+from rmdd.core.version import VERSION
+from rmdd.methods.about import about, listing
+
+
+@command(options=())
+def init(file: Annotated[Path, typer.Argument(help="The YAML file to write.")]) -> Output:
+    """Write a run file with every key, its default and its meaning."""
+    if file.exists():
+        raise config.ConfigError(["exists already and is left as it is; give another name"], str(file))
+    with atomic_path(file) as temporary:
+        temporary.write_text(template(str(file)), encoding="utf-8")
+    return Output(lines=[f"wrote {file}"])
+
+
+@command(options=("json", "debug"))
+def check(source: Source, set_: Sets = None) -> Output:
+    """Say what a run would do and cost; touch nothing."""
+    run = load(source, set_ or [])
+    from rmdd.evaluate.probes.of_run import faults
+    from rmdd.runs.preflight import examine
+
+    if mistakes := faults(run):
+        raise config.ConfigError(mistakes, source)
+    try:
+        facts = examine(run)
+    except config.ConfigError:
+        raise
+    except ValueError as error:
+        raise config.ConfigError([str(error)], source) from error
+    over = facts["budget"]["over"] if run.distill.budget_check == "error" else ""
+    return Output(facts, [console.plan(facts)], config.ConfigError([over], source) if over else None)
+
+
+@command(options=("json", "debug"))
+def verify(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A folder that rmdd wrote, or its URI.")],
+) -> Output:
+    """Check manifests, hashes, numbers of a dataset, store, phase, set, run, sweep, search, storage; touch nothing."""
+    from rmdd.runs.verify import verify as verify_
+
+    result = verify_(path)
+    lines = [f"BROKEN {fault.path}: {fault.wrong}; {fault.todo}" for fault in result.faults]
+    lines += [f"not finished: {place}" for place in result.unfinished]
+    lines += [f"{len(result.checked)} checked, {len(result.faults)} broken"]
+    return Output(result.as_json(), lines, typer.Exit(1) if result.faults else None)
+
+
+@command(options=())
+def presets(
+    name: Annotated[str | None, typer.Argument(help="Print this preset's file.")] = None,
+    whole: Annotated[bool, typer.Option("--whole", help="Print it with the values of what it extends.")] = False,
+) -> Output:
+    """List the run files that come with rmdd, or print one."""
+    names = config.preset_names()
+    if name is None:
+        first = {each: _text(each).partition("\n")[0].removeprefix("#").strip() for each in names}
+        return Output(lines=[f"{each:30} {line}" for each, line in first.items()])
+    if name not in names:
+        raise config.ConfigError([config.no_preset(name)], "presets")
+    return Output(lines=[(config.as_yaml(config.read(name)) if whole else _text(name)).rstrip()])
+
+
+def _text(preset: str) -> str:
+    return (config.PRESETS / f"{preset}.yaml").read_text(encoding="utf-8")
+
+
+@command(options=("json",))
+def methods(name: Annotated[str | None, typer.Argument(help="Tell all about this one.")] = None) -> Output:
+    """List the methods that a run file can name, or tell about one."""
+    try:
+        facts: Any = listing() if name is None else about(name)
+    except ValueError as error:
+        raise config.ConfigError([str(error)], "methods") from error
+    return Output(facts, [console.methods(facts)] if name is None else console.method(facts))
+
+
+@command(options=())
+def version() -> Output:
+    """Print the version."""
+    return Output(lines=[VERSION])

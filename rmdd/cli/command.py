@@ -1,0 +1,218 @@
+"""What every command does: common options, the run it works on, what it prints, and its exit code.
+
+A command is a function with the decorator `command` in a file of this folder. It returns an `Output`:
+
+    @command
+    def experts(call: Call, run: config.Run) -> Output:
+        "Train the experts that are missing."
+        with call.pipeline(run) as pipeline:
+            ...
+"""
+
+import contextlib
+import functools
+import inspect
+import json
+import math
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from rmdd import config
+from rmdd.cli.console import stdout
+from rmdd.cli.loading import load
+from rmdd.core.progress import Progress
+from rmdd.core.storage import address_of, is_uri, run_folder
+
+if TYPE_CHECKING:
+    from rmdd.pipeline import Pipeline
+
+Source = Annotated[str, typer.Argument(metavar="CONFIG", help="A preset's name or a YAML file.")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a field, such as distill.phases.0.pairs=20.")
+]
+Folder = Annotated[str, typer.Argument(metavar="RUN_FOLDER", help="That, or URI, of a run, sweep, search, ...")]
+COMMON = {
+    "json": Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, and nothing else there.")],
+    "quiet": Annotated[bool, typer.Option("--quiet", help="Show no progress.")],
+    "debug": Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")],
+}
+GENERAL_ADVICE = "lower the rates it names and use `rmdd run` again"
+BEGUN = ("run.yaml", "sweep.json", "search.json", "comparison.json")
+"""Files of a folder that `rmdd resume` can go on with."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a command leaves: the object that `--json` prints, lines and tables for people, and what went wrong."""
+
+    facts: Any = None
+    lines: Sequence[Any] = ()
+    failed: Exception | None = None
+    """Raised when all is printed."""
+    wrap: bool = False
+    """Long captions of tables are wrapped in a pipe, too."""
+
+
+def failure(summary: str, reasons: Iterable[tuple[Any, str]]) -> RuntimeError | None:
+    """What is raised when parts of the work failed, each with its reason; None when none did."""
+    lines = [f"{name}: {why}" for name, why in reasons]
+    return RuntimeError("\n".join([f"{len(lines)} {summary}", *lines])) if lines else None
+
+
+@dataclass
+class Call:
+    """One use of a command: how it shows progress, and the folders it works in."""
+
+    quiet: bool = False
+    folders: dict[Path, str] = field(default_factory=dict)
+    """Folders that can be resumed, and their addresses."""
+    more: dict[str, Any] = field(default_factory=dict)
+    """What every command on a pipeline adds to its facts."""
+
+    def check(self, run: config.Run, name: str | None = None) -> None:
+        """Raise `ConfigError` with all that makes the run impossible."""
+        from rmdd.runs.preflight import impossible
+
+        if mistakes := impossible(run):
+            raise config.ConfigError(mistakes, name or run.name)
+
+    @contextlib.contextmanager
+    def working(self, folder: Path | None = None, address: str = "") -> Iterator[Progress]:
+        """While work goes on, in a folder that can be resumed: what libraries print goes to stderr."""
+        if folder is not None:
+            self.folders[folder] = address
+        stop_on_sigterm()
+        with contextlib.redirect_stdout(sys.stderr):
+            yield Progress(self.quiet)
+
+    @contextlib.contextmanager
+    def pipeline(self, run: config.Run, check: bool = True) -> Iterator["Pipeline"]:
+        """The steps of a run; `check` first whether all of it can be done."""
+        from rmdd.pipeline import open_pipeline
+
+        if check:
+            self.check(run)
+        folder = run_folder(run)
+        address = address_of(run.runtime, folder)
+        with self.working(folder, address) as progress, open_pipeline(run, progress) as pipeline:
+            yield pipeline
+            self.more["run"] = str(pipeline.folder)
+        if is_uri(run.runtime.storage):
+            self.more["storage"] = address
+
+    def show(self, output: Output, as_json: bool) -> None:
+        """Print what a command left, and raise what went wrong."""
+        if as_json:
+            print_json(output.facts | self.more if self.more else output.facts)
+        else:
+            stored = [f"stored at: {self.more['storage']}"] if "storage" in self.more else []
+            for line in (*output.lines, *stored):
+                if isinstance(line, str):
+                    typer.echo(line)
+                else:
+                    stdout().print(line, highlight=False, soft_wrap=False if output.wrap or self.more else None)
+        if output.failed is not None:
+            raise output.failed
+
+
+def command(function: Callable[..., Output] | None = None, *, options: Sequence[str] = tuple(COMMON)) -> Any:
+    """Make a function a command, with the common `options`.
+
+    A parameter `run` becomes the words CONFIG and `--set`, and the function gets the run they make; a parameter `call`
+    is the `Call`. All others are parameters as Typer knows them.
+    """
+    if function is None:
+        return functools.partial(command, options=options)
+    asked = inspect.signature(function).parameters
+    own = {name: parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for name, parameter in asked.items()}
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in own.items():
+        if name == "run":
+            parameters += [parameter.replace(name="source", annotation=Source)]
+            parameters += [parameter.replace(name="set_", annotation=Sets, default=None)]
+        elif name != "call":
+            parameters.append(parameter)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters += [inspect.Parameter(o, keyword, annotation=COMMON[o], default=False) for o in options]
+
+    @functools.wraps(function)
+    def invoked(**words: Any) -> None:
+        as_json, quiet, debug = (words.pop(option, False) for option in COMMON)
+        call = Call(quiet)
+        with outcome(debug, call.folders):
+            if "run" in asked:
+                words["run"] = load(words.pop("source"), words.pop("set_") or [])
+            if "call" in asked:
+                words["call"] = call
+            call.show(function(**words), as_json)
+
+    invoked.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    invoked.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    invoked.command_name = function.__name__.strip("_").replace("_", "-")  # type: ignore[attr-defined]
+    return invoked
+
+
+@contextlib.contextmanager
+def outcome(debug: bool = False, folders: dict[Path, str] | None = None) -> Iterator[None]:
+    """Turns what can go wrong into a message on stderr and an exit code."""
+
+    def end(message: str, code: int, error: BaseException) -> NoReturn:
+        if debug:
+            import traceback
+
+            traceback.print_exc()
+        typer.echo(message, err=True)
+        raise typer.Exit(code) from error
+
+    def how_to_resume(words: str) -> str:
+        begun = [address for folder, address in (folders or {}).items() if any((folder / k).is_file() for k in BEGUN)]
+        return "".join(f"{words}: rmdd resume {shlex.quote(address)}" for address in begun)
+
+    def words(error: Exception) -> str:
+        """With where it happened, if that was another process."""
+        return "\n".join([str(error) or type(error).__name__, *getattr(error, "__notes__", [])])
+
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except config.ConfigError as error:
+        end(str(error), 2, error)
+    except KeyboardInterrupt as error:
+        end(how_to_resume("stopped; resume with") or "stopped", 130, error)
+    except ValueError as error:
+        end(f"error: {words(error)}", 1, error)
+    except ArithmeticError as error:  # the same numbers would come again
+        advice = getattr(error, "advice", GENERAL_ADVICE)
+        end("\n".join(filter(None, [f"error: {words(error)}", advice])), 1, error)
+    except (RuntimeError, OSError, MemoryError) as error:
+        resume_with = how_to_resume("\nwhen that is mended, resume with")
+        end(f"error: {words(error)}{resume_with}", 1, error)
+
+
+def stop_on_sigterm() -> None:
+    def stop(number: int, frame: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    with contextlib.suppress(ValueError):  # only the main thread may set handlers
+        signal.signal(signal.SIGTERM, stop)
+
+
+def print_json(value: Any) -> None:
+    typer.echo(json.dumps(_finite(value), ensure_ascii=False))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: the spread of a single value is null."""
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,107 @@
+"""A run and its steps: `rmdd demo`, `run`, `ingest`, `experts`, `distill`, `evaluate`, `report`, `health`."""
+
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rmdd import config
+from rmdd.cli.command import Call, Output, Sets, command
+from rmdd.cli.console import health_table, results
+from rmdd.cli.loading import load
+
+if TYPE_CHECKING:
+    from rmdd.pipeline import Pipeline
+
+
+@command
+def demo(
+    call: Call,
+    set_: Sets = None,
+    storage: Annotated[str | None, typer.Option(help="Folder of all runs; default: runs.")] = None,
+) -> Output:
+    """Distil drawn scenes on this machine, in minutes, and print how well it went."""
+    sets = [*(set_ or []), *([f"runtime.storage={storage}"] if storage else [])]
+    with call.pipeline(load("demo", sets)) as pipeline:
+        return everything(pipeline)
+
+
+@command
+def ingest(call: Call, run: config.Run) -> Output:
+    """Bring the pairs in: shards, a manifest and a quarantine."""
+    with call.pipeline(run, check=False) as pipeline:
+        dataset = pipeline.ingest()
+    rejected = dataset.manifest["quarantine"]
+    reasons = ", ".join(f"{n} {reason}" for reason, n in rejected.items())
+    lines = [f"dataset: {dataset.path}", *([f"quarantine: {reasons}"] if reasons else [])]
+    return Output({"dataset": str(dataset.path), "counts": dataset.counts, "quarantine": rejected}, lines)
+
+
+@command
+def experts(call: Call, run: config.Run) -> Output:
+    """Train the experts that are missing."""
+    with call.pipeline(run) as pipeline:
+        store = pipeline.experts()
+        facts = {"store": str(store.path), "complete": store.complete(), "bytes": store.size()}
+    return Output(facts, [f"experts: {store.path}"])
+
+
+@command
+def distill(call: Call, run: config.Run) -> Output:
+    """Distil the phases that are not finished."""
+    with call.pipeline(run) as pipeline:
+        folders = [str(folder) for folder in pipeline.distill()]
+    return Output({"phases": folders}, [f"phase {p}: {folder}" for p, folder in enumerate(folders)])
+
+
+@command
+def evaluate(call: Call, run: config.Run) -> Output:
+    """Train students, choose on val, read test once."""
+    with call.pipeline(run) as pipeline:
+        evaluation, path = pipeline.evaluate(), str(pipeline.folder / "evaluation.json")
+    facts = {"evaluation": path, "table": evaluation["table"]}
+    return Output(facts, [results(evaluation), f"evaluation: {path}"])
+
+
+@command
+def report(call: Call, run: config.Run) -> Output:
+    """Write the distilled set and its page."""
+    with call.pipeline(run) as pipeline:
+        page, set_ = str(pipeline.report()), str(pipeline.folder / "set")
+    return Output({"set": set_, "page": page}, [f"distilled set: {set_}", f"page: {page}"])
+
+
+@command
+def health(call: Call, run: config.Run) -> Output:
+    """Distil what is not there, and say how far the embeddings of the set have collapsed, beside real pairs."""
+    with call.pipeline(run) as pipeline:
+        from rmdd.report.health import write_health
+
+        measured = pipeline.health()
+        files = [str(file) for file in write_health(measured, pipeline.folder)]
+    lines = [health_table(measured["rows"]), *(f"wrote {file}" for file in files)]
+    return Output({**measured, "files": files}, lines)
+
+
+@command
+def run_(call: Call, run: config.Run) -> Output:
+    """All steps, in order; what is there already is used."""
+    with call.pipeline(run) as pipeline:
+        return everything(pipeline)
+
+
+def everything(pipeline: "Pipeline") -> Output:
+    """Do all steps, and say how well it went and where everything lies."""
+    began = time.perf_counter()
+    result = pipeline.all()
+    seconds = {"this_sitting": round(time.perf_counter() - began, 2), "steps": result.seconds}
+    steps = ", ".join(f"{step} {value:.0f}" for step, value in result.seconds.items())
+    lines = [
+        results(result.evaluation),
+        f"distilled set: {result.set}",
+        f"page: {result.report}",
+        f"run folder: {pipeline.folder}",
+        f"seconds: {seconds['this_sitting']:.0f} now; over all sittings {steps}",
+    ]
+    facts = {"set": str(result.set), "page": str(result.report), "table": result.evaluation["table"]}
+    return Output(facts | {"seconds": seconds}, lines)

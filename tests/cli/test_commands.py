@@ -1,0 +1,74 @@
+"""A command of one's own: as one new file of `rmdd/cli`, or from outside by an entry point."""
+
+import importlib
+import json
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+import rmdd.cli
+from rmdd.cli.app import build
+
+COMMANDS = '''
+from typing import Annotated
+
+import typer
+
+from rmdd import config
+from rmdd.cli.command import Call, Output, command
+
+
+@command
+def count_pairs(call: Call, run: config.Run, times: Annotated[int, typer.Option(help="Count so often.")] = 1) -> Output:
+    """Count the pairs of a budget."""
+    with call.working() as progress:
+        print("a library chatters")
+    if times == 0:
+        raise ValueError("nothing to count")
+    pairs = times * run.distill.budget
+    return Output({"pairs": pairs}, [f"{pairs} pairs"], config.ConfigError(["odd"], "count") if pairs % 2 else None)
+'''
+
+
+@pytest.fixture(params=["a file of the folder", "a group of the folder", "an entry point"])
+def words(request, tmp_path, monkeypatch):
+    """The words of the command, which was added in each way."""
+    if request.param == "an entry point":
+        name, folder = "counting_outside", tmp_path
+        info = tmp_path / "counting-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: counting\nVersion: 1.0\n")
+        points = "count-pairs = counting_outside:count_pairs\ndemo = counting_outside:count_pairs\n"
+        (info / "entry_points.txt").write_text(f"[rmdd.commands]\n{points}")
+        monkeypatch.syspath_prepend(tmp_path)
+    else:
+        name, folder = "counting", tmp_path / "more"
+        folder.mkdir()
+        monkeypatch.setattr(rmdd.cli, "__path__", [*rmdd.cli.__path__, str(folder)])
+    group = request.param == "a group of the folder"
+    (folder / f"{name}.py").write_text(COMMANDS + ("\nGROUP = 'Countings.'\n" if group else ""))
+    importlib.invalidate_caches()
+    yield ["counting", "count-pairs"] if group else ["count-pairs"]
+    sys.modules.pop(name, None)
+    sys.modules.pop(f"rmdd.cli.{name}", None)
+
+
+def test_a_new_command_has_the_options_and_the_frame_of_all(words):
+    app = build()
+    use = lambda *more: CliRunner().invoke(app, [*words, *more])  # noqa: E731
+    listed = CliRunner().invoke(app, [*words[:-1], "--help"], terminal_width=120).stdout
+    assert "count-pairs" in listed and "Count the pairs of a budget." in listed
+    asked = use("--help").stdout
+    assert all(word in asked for word in ("CONFIG", "--set", "--times", "--json", "--quiet", "--debug"))
+    assert use("demo", "--set", "distill.budget=30").stdout == "30 pairs\n"
+    assert json.loads(use("demo", "--set", "distill.budget=30", "--times", "2", "--json").stdout) == {"pairs": 60}
+    odd = use("demo", "--set", "distill.budget=31")
+    assert odd.exit_code == 2 and odd.stdout == "31 pairs\n" and "odd" in odd.stderr
+    nothing = use("demo", "--times", "0")
+    assert nothing.exit_code == 1 and nothing.stderr.endswith("error: nothing to count\n")
+    assert use("dmeo").exit_code == 2
+
+
+def test_a_command_from_outside_hides_none_of_rmdd(words):
+    assert "Distil drawn scenes" in CliRunner().invoke(build(), ["demo", "--help"]).stdout
