@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from rmdd import config, methods
-from rmdd.analyse.drawing import Sheet, write_csv
 from rmdd.analyse.setting import Setting, chosen, endpoint_of
 from rmdd.distill.synthetic import Synthetic
 from rmdd.distill.trajectory.matching import Matcher
@@ -23,6 +22,7 @@ from rmdd.experts.store import Store
 from rmdd.experts.train import expert_model
 from rmdd.models.dual import Params
 from rmdd.pipeline import Pipeline
+from rmdd.report.sheets import Sheet, write_csv
 
 NOTE = (
     "ratio: norm of the change of the matching gradient from start to start + distance, over the distance (epochs); "

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from rmdd import config
-from rmdd.analyse.drawing import Sheet, write_csv
 from rmdd.analyse.setting import TRAJECTORIES, every_epoch
 from rmdd.config import budget
 from rmdd.core.progress import Progress
@@ -22,6 +21,7 @@ from rmdd.experts.store import Store
 from rmdd.experts.train import kept_epochs
 from rmdd.models.text import text_width
 from rmdd.pipeline import open_pipeline
+from rmdd.report.sheets import Sheet, write_csv
 from rmdd.searches.sweeps import Member, Swept, members, run_all
 
 TITLES = {

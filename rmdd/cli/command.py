@@ -76,12 +76,16 @@ class Call:
     more: dict[str, Any] = field(default_factory=dict)
     """What every command on a pipeline adds to its facts."""
 
-    def check(self, run: config.Run, name: str | None = None) -> None:
-        """Raise `ConfigError` with all that makes the run impossible."""
+    def mistakes(self, run: config.Run) -> list[str]:
+        """All that makes the run impossible."""
         from rmdd.runs.preflight import impossible
 
-        if mistakes := impossible(run):
-            raise config.ConfigError(mistakes, name or run.name)
+        return impossible(run)
+
+    def check(self, run: config.Run) -> None:
+        """Raise `ConfigError` with all that makes the run impossible."""
+        if mistakes := self.mistakes(run):
+            raise config.ConfigError(mistakes, run.name)
 
     @contextlib.contextmanager
     def working(self, folder: Path | None = None, address: str = "") -> Iterator[Progress]:

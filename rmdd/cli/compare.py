@@ -1,7 +1,7 @@
 """Sets beside each other and beside published numbers: `rmdd compare`, `transfer`, `published`."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich import box
@@ -98,14 +98,12 @@ def compared(call: Call, begun: "Comparison | Transfer") -> Output:
 
 
 def _drawn(measured: "Sequence[tables.Table]") -> Iterable[RenderableType]:
-    from rmdd.comparisons.tables import TEXTS
-
     for table in measured:
         drawn = Table(title=Text(table.title), style="dim" if table.apart else "", box=box.SIMPLE_HEAD)
         shown = [k for k, name in enumerate(table.columns) if table.apart or name not in LEFT_TO_FILES]
         for k in shown:
-            left = k == 0 or table.columns[k] in TEXTS
-            drawn.add_column(Text(table.columns[k]), justify="left" if left else "right", overflow="fold")
+            justify: Literal["left", "right"] = "left" if table.left()[k] else "right"
+            drawn.add_column(Text(table.columns[k]), justify=justify, overflow="fold")
         for cells in table.rows:
             drawn.add_row(*(Text(cells[k]) for k in shown))
         yield drawn

@@ -38,10 +38,9 @@ def sweep(call: Call, source: Source, over: Over = None, settings: Settings = No
 
 def swept(call: Call, members: "list[Member]") -> Output:
     """Do a sweep or go on with it."""
-    from rmdd.runs.preflight import impossible
     from rmdd.searches.sweeps import run_all, sweep_folder
 
-    if mistakes := [f"{m.label}: {mistake}" for m in members for mistake in impossible(m.run)]:
+    if mistakes := [f"{m.label}: {mistake}" for m in members for mistake in call.mistakes(m.run)]:
         raise config.ConfigError(mistakes, "sweep")
     folder = sweep_folder(members)
     address = address_of(members[0].run.runtime, folder)

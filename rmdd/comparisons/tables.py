@@ -37,13 +37,16 @@ class Table:
     notes: Sequence[str] = ()
     apart: bool = False
 
+    def left(self) -> list[bool]:
+        """Whether the cells of each column are set to the left: names and words."""
+        return [k == 0 or name in TEXTS for k, name in enumerate(self.columns)]
+
 
 def markdown(title: str, tables: Sequence[Table]) -> str:
     parts = [f"# {title}"]
     for table in tables:
         parts.append(f"## {table.title}")
-        first = [c in TEXTS or k == 0 for k, c in enumerate(table.columns)]
-        lines = [table.columns, ["---" if left else "---:" for left in first], *table.rows]
+        lines = [table.columns, ["---" if left else "---:" for left in table.left()], *table.rows]
         parts.append("\n".join("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |" for cells in lines))
         if table.notes:
             parts.append("\n".join(f"- {note}" for note in table.notes))

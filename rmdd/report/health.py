@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rmdd.analyse.drawing import Sheet, write_csv
 from rmdd.report import plots
+from rmdd.report.sheets import Sheet, write_csv
 
 SIDES = ("image", "text")
 

@@ -17,19 +17,19 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from rmdd.artefact.distilled import DistilledSet, Subset
 from rmdd.config.recipes import TITLES
 from rmdd.core.files import atomic_path, read_json
 from rmdd.data.images import denormalise
 from rmdd.distill.sets import load_set
 from rmdd.experts.store import stored_bytes
 from rmdd.methods import method_of
-from rmdd.report import plots, referee
+from rmdd.report import health, plots, referee
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from rmdd import config
-    from rmdd.artefact.distilled import DistilledSet, Subset
     from rmdd.runs.paths import Places
 
 RECALLS = ("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10", "R@mean")
@@ -49,9 +49,6 @@ def write_report(
     seen: dict[str, Any],
 ) -> None:
     """Draw the page of a run whose set lies at `set_path` and whose health was `seen`. Needs no network."""
-    from rmdd.artefact.distilled import DistilledSet
-    from rmdd.report import health
-
     distilled = DistilledSet.load(set_path)
     logs = [_read_log(places.phase(p) / "metrics.jsonl") for p in range(len(distilled.subsets))]
     name = TITLES.get(distilled.method, distilled.method)

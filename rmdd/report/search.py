@@ -1,21 +1,23 @@
 """The page of a search: its table, which fields matter, and val over each of them."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from rmdd import config
+from rmdd.config.search import Dimension
 from rmdd.core.files import atomic_path
 from rmdd.report.plots import IMAGE, INK, REST, STYLE, TEXT, Drawing
 
-if TYPE_CHECKING:
-    from rmdd.searches.table import Table
+Rows = Sequence[Mapping[str, Any]]
+"""Trials in their order, as `rmdd.searches.table` has them."""
 
 BEST = " The run file of the best trial is best.yaml, beside this page."
 LABEL = 18
@@ -33,39 +35,45 @@ th, td {{ padding: .2rem .7rem; text-align: left; border-bottom: 1px solid #8884
 """
 
 
-def write_page(path: Path, base: config.Run, table: "Table") -> None:
-    """Write the page; it makes no request of its own."""
-    title = f"search: {base.name}"
-    counts = {state: sum(row["state"] == state for row in table.rows) for state in {r["state"] for r in table.rows}}
-    told = ", ".join(f"{n} {state}" for state, n in sorted(counts.items()))
-    done = [row for row in table.rows if row["state"] == "complete"]
-    drawings = [importance(table.importance)] if table.importance else []
-    drawings += [slice_of(field, base, table) for field in base.search.space if any(field in r["values"] for r in done)]
-    if base.search.cost != "none" and done:
-        drawings.append(front(base.search.cost, table))
+def write_page(
+    path: Path, name: str, rule: config.Search, rows: Rows, best: Sequence[int], shares: Mapping[str, float]
+) -> None:
+    """Write the page of the search of run `name`; `best` are the numbers of the best trials, `shares` what each field
+    explains of val. The page makes no request of its own."""
+    title = f"search: {name}"
+    counts = Counter(row["state"] for row in rows)
+    states = ", ".join(f"{n} {state}" for state, n in sorted(counts.items()))
+    done = [row for row in rows if row["state"] == "complete"]
+    drawings = [importance(shares)] if shares else []
+    drawings += [
+        slice_of(field, values, rows, best)
+        for field, values in rule.space.items()
+        if any(field in row["values"] for row in done)
+    ]
+    if rule.cost != "none" and done:
+        drawings.append(front(rule.cost, done, best))
     parts = [
         HEAD.format(title=escape(title)),
-        f"<h1>{escape(title)}</h1><p>{escape(told)}. Val R@mean in %; test was not read. "
-        f"Sampler {base.search.sampler}, pruner {base.search.pruner}.{BEST if table.best else ''}</p>",
+        f"<h1>{escape(title)}</h1><p>{escape(states)}. Val R@mean in %; test was not read. "
+        f"Sampler {rule.sampler}, pruner {rule.pruner}.{BEST if best else ''}</p>",
         f"<p>What matters is judged by {len(done)} finished trials (fANOVA); of few it means little.</p>"
-        if table.importance
+        if shares
         else "",
         f'<div class="plots">{"".join(drawings)}</div>',
-        _rows(base, table),
+        _rows(list(rule.space), rows, best),
         "</body></html>\n",
     ]
     with atomic_path(path) as temporary:
         temporary.write_text("\n".join(parts), encoding="utf-8")
 
 
-def _rows(base: config.Run, table: "Table") -> str:
-    fields = list(base.search.space)
+def _rows(fields: Sequence[str], rows: Rows, best: Sequence[int]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in ("trial", "state", *fields, "val", "iterations"))
     body = ""
-    for row in sorted(table.rows, key=lambda row: -1.0 if row["val"] is None else row["val"], reverse=True):
+    for row in sorted(rows, key=lambda row: -1.0 if row["val"] is None else row["val"], reverse=True):
         cells = [row["number"], row["state"], *(row["values"].get(f, "") for f in fields), row["val"]]
         cells.append(row["cost"].get("iterations", ""))
-        style = ' class="best"' if row["number"] in table.best else ""
+        style = ' class="best"' if row["number"] in best else ""
         body += f"<tr{style}>" + "".join(f"<td>{escape(_word(cell))}</td>" for cell in cells) + "</tr>\n"
     return f'<div class="table"><table><tr>{head}</tr>\n{body}</table></div>'
 
@@ -80,25 +88,25 @@ def _label(choice: Any) -> str:
     return text if len(text) <= LABEL else f"{text[: LABEL - 3]}..."
 
 
-def importance(shares: dict[str, float]) -> str:
+def importance(shares: Mapping[str, float]) -> str:
     """A bar per field: its share of the spread of val."""
     drawing = Drawing("what matters", "share of the spread of val", size=(4.0, 0.8 + 0.3 * len(shares)))
     with matplotlib.rc_context(STYLE):
-        names = list(reversed(shares))
+        names = list(shares)[::-1]
         drawing.ax.barh(range(len(names)), [shares[name] for name in names], 0.62, color=TEXT)
         drawing.ax.set_yticks(range(len(names)), names)
         drawing.ax.set_xlim(0, 1)
     return drawing.svg()
 
 
-def slice_of(field: str, base: config.Run, table: "Table") -> str:
+def slice_of(field: str, each: Dimension, rows: Rows, best: Sequence[int]) -> str:
     """Val over one field, a point per trial: those without a last snapshot are pale, the best is ringed."""
-    drawing, each = Drawing(field, "", "val R@mean"), base.search.space[field]
-    rows = [row for row in table.rows if field in row["values"] and row["val"] is not None]
+    drawing = Drawing(field, "", "val R@mean")
+    rows = [row for row in rows if field in row["values"] and row["val"] is not None]
     choices = [json.dumps(choice) for choice in each.choice or ()]
     values = [row["values"][field] for row in rows]
     with matplotlib.rc_context(STYLE):
-        _trials(drawing, [choices.index(json.dumps(v)) for v in values] if choices else values, rows, table)
+        _trials(drawing, [choices.index(json.dumps(v)) for v in values] if choices else values, rows, best)
         if choices:
             drawing.ax.set_xticks(range(len(choices)), [_label(choice) for choice in each.choice or ()])
         elif each.kind.startswith("log"):
@@ -111,13 +119,13 @@ def slice_of(field: str, base: config.Run, table: "Table") -> str:
     return drawing.svg()
 
 
-def _trials(drawing: Drawing, at: Sequence[float | int], rows: Sequence[Mapping[str, Any]], table: "Table") -> None:
+def _trials(drawing: Drawing, at: Sequence[float | int], rows: Rows, numbers: Sequence[int]) -> None:
     """A point per trial, by how it ended, with a ring around the best."""
     for name, colour, complete in (("complete", IMAGE, True), ("pruned or open", REST, False)):
         points = [(x, r["val"]) for x, r in zip(at, rows, strict=True) if (r["state"] == "complete") == complete]
         if points:
             drawing.ax.plot(*zip(*points, strict=True), "o", ms=4, color=colour, label=name)
-    if best := [(x, r["val"]) for x, r in zip(at, rows, strict=True) if r["number"] in table.best]:
+    if best := [(x, r["val"]) for x, r in zip(at, rows, strict=True) if r["number"] in numbers]:
         drawing.ax.plot(*zip(*best, strict=True), "o", ms=9, mfc="none", color=INK, label="best")
 
 
@@ -127,10 +135,9 @@ def log_ticks(low: float | int, high: float | int, whole: bool = False) -> list[
     return list(dict.fromkeys(round(tick) if whole else tick for tick in spread))
 
 
-def front(cost: str, table: "Table") -> str:
+def front(cost: str, done: Rows, best: Sequence[int]) -> str:
     """Val over cost; those that no other beats are ringed."""
     drawing = Drawing("val against cost", cost, "val R@mean")
     with matplotlib.rc_context(STYLE):
-        rows = [row for row in table.rows if row["state"] == "complete"]
-        _trials(drawing, [row["cost"][cost] for row in rows], rows, table)
+        _trials(drawing, [row["cost"][cost] for row in done], done, best)
     return drawing.svg()

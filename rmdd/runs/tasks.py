@@ -290,7 +290,7 @@ def plan(item: Item, hooks: Hooks) -> bool:
     storage.fetch(places.run / PLAN)
     written = places.run / PLAN
     if not written.is_file() or read_json(written)["key"] != key_of(run, places.store.name):
-        from rmdd.analyse.drawing import draw_plan
+        from rmdd.report.sheets import draw_plan
 
         storage.fetch(places.data)
         storage.fetch(places.store, _no_running)

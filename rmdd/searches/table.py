@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rmdd import config
 from rmdd.core.files import atomic_path, write_json
 from rmdd.core.storage import address_of, run_folder
+from rmdd.report.search import write_page
 from rmdd.searches.samplers import begun
 from rmdd.searches.space import Space, decoded, loader, overrides
 from rmdd.searches.study import INFEASIBLE, PARTS
@@ -44,8 +45,6 @@ class Table:
 
 def write_table(base: config.Run, folder: Path, study: optuna.Study) -> Table:
     """Write `results.json`, `trials.csv`, `report.html` and, when a trial has finished, `best.yaml`."""
-    from rmdd.report.search import write_page
-
     table = table_of(base, study)
     best = table.winner
     if best is not None:
@@ -63,7 +62,7 @@ def write_table(base: config.Run, folder: Path, study: optuna.Study) -> Table:
         lines.writeheader()
         for row in table.rows:
             lines.writerow({**row, **row["values"], **row["cost"], "rungs": len(row["curve"])})
-    write_page(folder / "report.html", base, table)
+    write_page(folder / "report.html", base.name, base.search, table.rows, table.best, table.importance)
     return table
 
 

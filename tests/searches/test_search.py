@@ -28,7 +28,6 @@ from rmdd.core.storage import run_folder
 from rmdd.report.search import log_ticks, write_page
 from rmdd.runs import tasks
 from rmdd.searches import begun_in, check, search_folder
-from rmdd.searches.table import Table
 
 pytestmark = pytest.mark.usefixtures("ink")
 
@@ -214,7 +213,7 @@ def test_the_page_shows_what_it_is_given_as_text(tmp_path):
         for n, v in enumerate((name, [{"pairs": 100, "start": 0, "stop": 4, "endpoint": 6}] * 2))
     ]
     base = base_of(space={"distill.options.x": {"choice": [row["values"]["distill.options.x"] for row in rows]}})
-    write_page(tmp_path / "report.html", base, Table(rows, [1], {"distill.options.x": 1.0}))
+    write_page(tmp_path / "report.html", base.name, base.search, rows, [1], {"distill.options.x": 1.0})
     page = (tmp_path / "report.html").read_text()
     assert "<b>" not in page and "&lt;b&gt;" in page
 
