@@ -71,7 +71,8 @@ def linearity(
     Writes linearity.csv and linearity.svg to the run's folder `analyse`.
     """
     steps = [0.1 / 2**i for i in range(halvings + 1)]
-    last = endpoint_of(pipeline.run, endpoint) - pipeline.run.distill.match_epochs
+    reach = pipeline.run.distill.match_epochs
+    last = endpoint_of(reach, pipeline.run.experts.epochs, endpoint) - reach
     if not 0 <= start <= last - steps[0]:
         told = f"a start at {start} and {steps[0]} beyond it must lie in 0-{last}; give another --start or --endpoint"
         raise config.ConfigError([told], "analyse")

@@ -35,7 +35,10 @@ class Setting:
         draws: int = 1,
     ):
         run = pipeline.run
-        self.trajectories, self.endpoint = trajectories, endpoint_of(run, endpoint)
+        self.trajectories, self.endpoint = (
+            trajectories,
+            endpoint_of(run.distill.match_epochs, run.experts.epochs, endpoint),
+        )
         self.num = min(experts or run.experts.num, run.experts.num)
         gradients = (self.endpoint - run.distill.match_epochs + 1) * self.num * draws
         mistakes = every_epoch(run) if "original" in trajectories else []
@@ -89,9 +92,8 @@ class Setting:
         return list(itertools.product(self.samples, range(draws)))
 
 
-def endpoint_of(run: config.Run, endpoint: int | None) -> int:
-    """Where shortcuts end. Raises `ConfigError` where the experts have no such epoch."""
-    least, last = run.distill.match_epochs, run.experts.epochs
+def endpoint_of(least: int, last: int, endpoint: int | None) -> int:
+    """Where shortcuts end: `endpoint`, or the last epoch. Raises `ConfigError` when it is not in least..last."""
     if endpoint is not None and not least <= endpoint <= last:
         told = f"asked for shortcuts to epoch {endpoint}; give one from {least} to {last}, where the experts end"
         raise config.ConfigError([told], "analyse")

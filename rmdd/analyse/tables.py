@@ -119,15 +119,15 @@ def collapse(
     return _left(folder, "collapse", rows, sheet, swept)
 
 
-def table_settings(run: config.Run, table: str) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
+def table_settings(rule: config.Distill, epochs: int, table: str) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
     """Phases of each row of a table, by its name, and the names of rows that do not fit the experts.
 
     `shift` (Table 13): ranges, or endpoints, as the first phase has them in all phases. `endpoints` (Table 14): all
     endpoints earlier and later by the distance of two phases, or by one epoch. `delta` (Table 15): ranges that move on
     by 0, 1 and 2 epochs a phase. Raises `ConfigError` for a table that the run cannot fill.
     """
-    check_table(run, table)
-    phases = [p.model_dump(mode="json") for p in run.distill.phases]
+    check_table(rule, table)
+    phases = [p.model_dump(mode="json") for p in rule.phases]
     first, own = phases[0], {"as given": phases}
     if table != "endpoints" and len(phases) < 2:
         raise config.ConfigError(
@@ -135,7 +135,7 @@ def table_settings(run: config.Run, table: str) -> tuple[dict[str, list[dict[str
         )
     if table == "shift":
         rows = own | {"ranges not shifted": [p | _moved(first, 0) for p in phases]}
-        if run.distill.trajectory == "shortcut":
+        if rule.trajectory == "shortcut":
             rows["endpoints not shifted"] = [p | {"endpoint": first["endpoint"]} for p in phases]
     elif table == "endpoints":
         step = phases[1]["endpoint"] - first["endpoint"] if len(phases) > 1 else 0
@@ -145,16 +145,16 @@ def table_settings(run: config.Run, table: str) -> tuple[dict[str, list[dict[str
         }
     else:
         rows = {f"delta {d}": [p | _moved(first, d * i) for i, p in enumerate(phases)] for d in (0, 1, 2)}
-    fit = {name: row for name, row in rows.items() if all(_fits(run, p) for p in row)}
+    fit = {name: row for name, row in rows.items() if all(_fits(rule, epochs, p) for p in row)}
     return fit, [name for name in rows if name not in fit]
 
 
-def check_table(run: config.Run, table: str) -> None:
+def check_table(rule: config.Distill, table: str) -> None:
     """Raise `ConfigError` when there is no such table, or none for the path of a run."""
     if table not in TABLES:
         raise config.ConfigError([f"no table '{table}'; give one of {', '.join(TABLES)}"], "analyse")
-    if table == "endpoints" and run.distill.trajectory != "shortcut":
-        told = f"a path of kind '{run.distill.trajectory}' has no endpoint to move; set distill.trajectory: shortcut"
+    if table == "endpoints" and rule.trajectory != "shortcut":
+        told = f"a path of kind '{rule.trajectory}' has no endpoint to move; set distill.trajectory: shortcut"
         raise config.ConfigError([f"the table 'endpoints': {told}"], "analyse")
 
 
@@ -166,7 +166,7 @@ def _moved(first: dict[str, Any], by: int) -> dict[str, Any]:
 
 def sweep(run: config.Run, progress: Progress, table: str) -> dict[str, Any]:
     """One of the tables of `table_settings`, scored on val. Writes sweep-TABLE.csv and .svg to the folder `analyse`."""
-    check_table(run, table)
+    check_table(run.distill, table)
     if run.distill.phases:
         table_members(run, table)  # what is wrong with a row is told first
     folder, (run, _) = run_folder(run), _prepared(run, progress)
@@ -182,7 +182,7 @@ def sweep(run: config.Run, progress: Progress, table: str) -> dict[str, Any]:
 
 def table_members(run: config.Run, table: str) -> tuple[list[str], list[Member], list[str]]:
     """Names and runs of a table's rows, rows of the same phases once, and names of those that do not fit."""
-    settings, left_out = table_settings(run, table)
+    settings, left_out = table_settings(run.distill, run.experts.epochs, table)
     distinct: dict[str, str] = {}
     for name, phases in settings.items():
         distinct.setdefault(json.dumps(phases), name)
@@ -198,11 +198,12 @@ def _pairs_in_one(run: config.Run) -> int:
     return budget.largest(*paid, stored_size=run.stored_size)
 
 
-def _fits(run: config.Run, phase: dict[str, Any]) -> bool:
-    if not 1 <= phase["endpoint"] - (run.distill.endpoint_rule == "exclusive") <= run.experts.epochs:
+def _fits(rule: config.Distill, epochs: int, phase: dict[str, Any]) -> bool:
+    """Whether experts of so many epochs have what a phase reads."""
+    if not 1 <= phase["endpoint"] - (rule.endpoint_rule == "exclusive") <= epochs:
         return False
-    limit = run.experts.epochs if run.distill.trajectory == "original" else phase["endpoint"]
-    return run.distill.reach(config.Phase(**phase)) <= limit
+    limit = epochs if rule.trajectory == "original" else phase["endpoint"]
+    return rule.reach(config.Phase(**phase)) <= limit
 
 
 def _members(run: config.Run, settings: Mapping[str, dict[str, Any]]) -> list[Member]:

@@ -67,7 +67,7 @@ def write_report(
         "referee": referee.tables(evaluation, _labels(name, distilled, evaluation), RECALLS),
         "cost_rows": referee.cost_rows(evaluation, read_json(cost) if cost.is_file() else {}),
         "results_plot": Markup(plots.results(_bars(name, distilled, evaluation))),
-        "gallery": _gallery(run, places, distilled),
+        "gallery": _gallery(places, distilled),
         "moved": [
             sum(a != b for a, b in zip(s.captions, s.captions_before, strict=bool(s.captions_before)))
             for s in distilled.subsets
@@ -75,7 +75,7 @@ def write_report(
         "last_starts": [p.stop - (run.distill.start_rule == "exclusive") for p in run.distill.phases],
         "similarity": _similarity(distilled.subsets),
         "matching": [_matching(run, lines) for lines in logs],
-        "val_plots": _val_plots(run, distilled, evaluation),
+        "val_plots": _val_plots(run.evaluate.epochs, evaluation),
         "health": [Markup(drawing) for drawing in health.drawings(seen)],
         "warnings": seen["warnings"],
         "steps": seconds,
@@ -242,7 +242,7 @@ def _shown(pairs: Sequence[int]) -> list[list[int]]:
     return [[i * m // n for i in range(n)] for m, n in zip(pairs, counts, strict=True)]
 
 
-def _gallery(run: config.Run, places: Places, distilled: DistilledSet) -> list[list[dict[str, Any]]]:
+def _gallery(places: Places, distilled: DistilledSet) -> list[list[dict[str, Any]]]:
     """Per subset, the shown pairs: pictures before and after as data URIs, captions before and after."""
     rows = _shown([s.pairs for s in distilled.subsets])
     _, _, height, width = distilled.subsets[0].images.shape
@@ -332,12 +332,12 @@ def _matching(run: config.Run, lines: list[dict[str, Any]]) -> list[Markup]:
     return drawn
 
 
-def _val_plots(run: config.Run, distilled: DistilledSet, evaluation: dict[str, Any]) -> list[Markup]:
+def _val_plots(epochs: int, evaluation: dict[str, Any]) -> list[Markup]:
     table, drawn = evaluation["table"], []
     if curves := [c for c in evaluation["student_curves"] if c]:
         rows = {"random pairs": "random", "full data": "full"}
         levels = {label: table[row]["val"]["R@mean"]["mean"] for label, row in rows.items()}
-        drawn.append(plots.students(curves, run.evaluate.epochs, levels))
+        drawn.append(plots.students(curves, epochs, levels))
     if evaluation["selection"]["val"]:
         drawn.append(plots.snapshots(evaluation["selection"]["val"], evaluation["iterations"]))
     if evaluation["baseline"]["val"]:

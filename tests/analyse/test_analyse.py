@@ -163,25 +163,27 @@ def test_cells_read_the_store_of_the_run():
 
 def test_tables_of_phases():
     run = load("runs")
-    delta, left_out = table_settings(run, "delta")
+    delta, left_out = table_settings(run.distill, EPOCHS, "delta")
     assert not left_out
     assert [[(p["start"], p["stop"]) for p in row] for row in delta.values()] == [
         [(0, 1), (0, 1)],
         [(0, 1), (1, 2)],
         [(0, 1), (2, 3)],
     ]
-    shift, _ = table_settings(run, "shift")
+    shift, _ = table_settings(run.distill, EPOCHS, "shift")
     assert shift["as given"] == [p.model_dump(mode="json") for p in run.distill.phases]
     assert [p["start"] for p in shift["ranges not shifted"]] == [0, 0]
     assert [p["endpoint"] for p in shift["endpoints not shifted"]] == [2, 2]
-    rows, left_out = table_settings(run, "endpoints")
+    rows, left_out = table_settings(run.distill, EPOCHS, "endpoints")
     assert list(rows) == ["1+2", "2+3"] and left_out == ["3+4"], "it ends past the experts"
-    alike, _ = table_settings(load("runs", f"distill.phases={json.dumps([PHASES[0]] * 2)}"), "endpoints")
+    twice = load("runs", f"distill.phases={json.dumps([PHASES[0]] * 2)}")
+    alike, _ = table_settings(twice.distill, EPOCHS, "endpoints")
     assert list(alike) == ["1+1", "2+2", "3+3"]
     original = load("runs", "distill.trajectory=original")
-    assert list(table_settings(original, "shift")[0]) == ["as given", "ranges not shifted"]
+    assert list(table_settings(original.distill, EPOCHS, "shift")[0]) == ["as given", "ranges not shifted"]
     apart = json.dumps([PHASES[0] | {"start_text": 0, "stop_text": 1}, PHASES[1]])
-    moved, _ = table_settings(load("runs", f"distill.phases={apart}", "distill.starts=independent"), "delta")
+    independent = load("runs", f"distill.phases={apart}", "distill.starts=independent")
+    moved, _ = table_settings(independent.distill, EPOCHS, "delta")
     assert [(p["start_text"], p["stop_text"]) for p in moved["delta 1"]] == [(0, 1), (1, 2)]
 
 
