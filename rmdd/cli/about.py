@@ -12,7 +12,6 @@ from rmdd.cli.loading import load
 from rmdd.config.template import template
 from rmdd.core.files import atomic_path
 from rmdd.core.version import VERSION
-from rmdd.methods.about import about, listing
 
 
 @command(options=())
@@ -49,7 +48,7 @@ def verify(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A folder that rmdd wrote, or its URI.")],
 ) -> Output:
     """Check manifests, hashes, numbers of a dataset, store, phase, set, run, sweep, search, storage; touch nothing."""
-    from rmdd.runs.verify import verify as verify_
+    from rmdd.searches.formats import verify as verify_
 
     result = verify_(path)
     lines = [f"BROKEN {fault.path}: {fault.wrong}; {fault.todo}" for fault in result.faults]
@@ -80,6 +79,8 @@ def _text(preset: str) -> str:
 @command(options=("json",))
 def methods(name: Annotated[str | None, typer.Argument(help="Tell all about this one.")] = None) -> Output:
     """List the methods that a run file can name, or tell about one."""
+    from rmdd.methods.about import about, listing
+
     try:
         facts: Any = listing() if name is None else about(name)
     except ValueError as error:

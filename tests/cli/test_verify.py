@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from rmdd import config
 from rmdd.cli import app as cli
-from rmdd.cli.verify import verify
 from rmdd.data.ingest import ingest
 from rmdd.experts.store import Store, Writer
+from rmdd.searches.formats import verify
 
 
 def flip(path, back=7):

@@ -18,7 +18,6 @@ import rmdd
 from rmdd import config
 from rmdd.artefact.distilled import DistilledSet
 from rmdd.cli import app as cli
-from rmdd.cli.verify import verify
 from rmdd.comparisons import begun_in, engine
 from rmdd.comparisons.compare import begin
 from rmdd.comparisons.entries import open_entries
@@ -30,6 +29,7 @@ from rmdd.data.shards import Dataset
 from rmdd.data.splits import load_split
 from rmdd.evaluate import bootstrap
 from rmdd.evaluate.retrieval import Ranks
+from rmdd.searches.formats import verify
 
 QUIET = Progress(quiet=True)
 RECALLS = ("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10", "R@mean")

@@ -14,13 +14,13 @@ import rmdd
 from rmdd import config
 from rmdd.artefact import distilled
 from rmdd.cli import app as cli
-from rmdd.cli.verify import verify
 from rmdd.core.files import read_json, sha256_file, write_json
 from rmdd.core.progress import Progress
 from rmdd.coresets.subset import Coreset
 from rmdd.data.shards import MANIFEST, Dataset
 from rmdd.data.splits import load_split
 from rmdd.pipeline import Pipeline
+from rmdd.searches.formats import verify
 
 TRAIN, WIDTH = 30, 6
 METHODS = ("random", "herding", "k_center", "medoids", "matched", "clip_score", "forgetting")

@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rmdd import config
-from rmdd.cli.verify import verify
 from rmdd.core.progress import Progress
 from rmdd.coresets import forgetting
 from rmdd.coresets.forgetting import ForgettingCounts
@@ -22,6 +21,7 @@ from rmdd.experts.store import Store
 from rmdd.experts.train import expert_model
 from rmdd.pipeline import open_pipeline
 from rmdd.runs.paths import places_of
+from rmdd.searches.formats import verify
 
 EPOCHS = 4
 

@@ -22,12 +22,12 @@ from typer.testing import CliRunner
 import rmdd
 from rmdd import config
 from rmdd.cli import app as cli
-from rmdd.cli.verify import verify
 from rmdd.core.progress import Progress
 from rmdd.core.storage import run_folder
 from rmdd.report.search import log_ticks, write_page
 from rmdd.runs import tasks
 from rmdd.searches import begun_in, check, search_folder
+from rmdd.searches.formats import verify
 
 pytestmark = pytest.mark.usefixtures("ink")
 

@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 import rmdd
 from rmdd import config
 from rmdd.cli import app as cli
-from rmdd.cli.verify import verify
 from rmdd.core.storage import run_folder
 from rmdd.distill.loop import finished
 from rmdd.execution.in_turn import InTurn
@@ -26,6 +25,7 @@ from rmdd.execution.scheduler import SweepScheduler
 from rmdd.execution.tasks import Interrupted
 from rmdd.runs.paths import Places
 from rmdd.runs.tasks import Item, target
+from rmdd.searches.formats import verify
 from rmdd.searches.sweeps import members, members_in, read_over, run_all, sweep_folder
 
 

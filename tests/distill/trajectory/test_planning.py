@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 from rmdd import config
 from rmdd.cli.app import app
 from rmdd.cli.loading import load_folder
-from rmdd.cli.verify import verify
 from rmdd.core.progress import Progress
 from rmdd.core.storage import run_folder
 from rmdd.distill.trajectory.planning import Measured, endpoints, key_of, ranges, sizes, with_phases
@@ -25,6 +24,7 @@ from rmdd.execution.tasks import Hooks
 from rmdd.experts.train import kept_epochs
 from rmdd.pipeline import open_pipeline
 from rmdd.runs.preflight import examine, impossible
+from rmdd.searches.formats import verify
 from rmdd.searches.sweeps import sweep
 from rmdd.searches.trial import Trial
 
