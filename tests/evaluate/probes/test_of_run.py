@@ -11,12 +11,12 @@ from typer.testing import CliRunner
 
 from rmdd import config
 from rmdd.cli import app as cli
+from rmdd.comparisons import probe_set as set_probes
 from rmdd.comparisons.probe_set import probe_set
 from rmdd.core.files import _listeners as listeners
 from rmdd.core.progress import Progress
 from rmdd.core.storage import run_folder
 from rmdd.evaluate.probes import of_run as probes
-from rmdd.evaluate.probes import of_set as set_probes
 from rmdd.execution.tasks import Hooks
 from rmdd.pipeline import open_pipeline
 from rmdd.runs.tasks import checkup
