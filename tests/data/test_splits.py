@@ -82,7 +82,7 @@ def test_what_experts_read_is_built_before_them_and_nothing_else(scenes, tmp_pat
     run = Run(data=data, experts=Experts(augment=Augment() if augmented else NO_AUGMENT), model=Model(text=text))
     train = prepare_split(run.data, run.model, dataset, "train", tmp_path)
     assert not [*tmp_path.glob("train-*.npy"), *tmp_path.glob("*.bin")]
-    prepare(run, train)
+    prepare(train, run.experts.augment, run.runtime.cache_gb)
     assert bool(list(tmp_path.glob("*.bin"))) == augmented
     assert len([p for p in tmp_path.glob("train-*.npy") if "offsets" not in p.name]) == (not augmented)
     prepare_split(run.data, run.model, dataset, "val", tmp_path)
