@@ -13,7 +13,7 @@ PACKAGE = ROOT / "rmdd"
 SOURCES = {p.relative_to(ROOT).with_suffix(""): ast.parse(p.read_text()) for p in sorted(PACKAGE.rglob("*.py"))}
 MODULES = {".".join(path.parts).removesuffix(".__init__"): tree for path, tree in SOURCES.items()}
 RUNTIME = {name for name in MODULES if name == "rmdd.execution.ray" or name.startswith("rmdd.execution.ray.")}
-RUNTIME_MAY_IMPORT = {"rmdd.config", "rmdd.core.files"} | {
+RUNTIME_MAY_IMPORT = {"rmdd.config", "rmdd.core.files", "rmdd.core.threads"} | {
     f"rmdd.execution.{name}" for name in ("executor", "parts", "signals", "tasks", "trials")
 }
 LINES = 450
