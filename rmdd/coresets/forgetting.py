@@ -21,11 +21,11 @@ from rmdd.core.arrays import in_chunks
 from rmdd.core.seeding import generator
 from rmdd.core.tensors import Damaged, load_checked, save_checked
 from rmdd.data.images import normalise
-from rmdd.experts.store import FORGETTING
 from rmdd.models.dual import DualEncoder
 from rmdd.models.prepared import PreparedSplit
 
-FILE = FORGETTING
+FILE = "forgetting.safetensors"
+"""In the folder of an expert."""
 BLOCK = 256
 """Images that are scored at a time."""
 MARGIN = 1e-6

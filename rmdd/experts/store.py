@@ -23,11 +23,10 @@ from safetensors.torch import load_file, save_file
 from rmdd.core.checks import DiskCheck, Format
 from rmdd.core.files import atomic_path, is_temporary, read_json, remove, sha256_file, write_json
 from rmdd.core.tensors import Damaged, load_checked, save_checked
+from rmdd.coresets import forgetting
 from rmdd.models.dual import Params, check_same_shapes
 
 SCHEMA = 1
-FORGETTING = "forgetting.safetensors"
-"""Beside the epochs of an expert that counted what it forgets; see `rmdd.coresets.forgetting`."""
 START = "theta-0.safetensors"
 
 
@@ -387,8 +386,8 @@ def _verify_expert(store: Store, number: int, finished: bool, check: DiskCheck) 
             else:
                 names = set(store.shapes) - (set(store.spec["shared"]) if epoch == 0 else set())
                 _verify_shapes(file, {n: store.shapes[n] for n in names}, again, check)
-        if FORGETTING in files:
-            check.tensors(folder / FORGETTING, "forgetting", again)
+        if forgetting.FILE in files:
+            check.tensors(folder / forgetting.FILE, "forgetting", again)
 
 
 def _verify_shapes(path: Path, shapes: dict[str, tuple[int, ...]], todo: str, check: DiskCheck) -> None:
