@@ -68,7 +68,7 @@ def changes(section: BaseModel, before: str = "") -> Iterator[tuple[str, Any]]:
 
 def hashes(run: config.Run) -> dict[str, str]:
     """All hashes that a run is known by."""
-    places = paths.places_of(run, Named())
+    places = paths.paths_of(run, Named())
     found = {name: getattr(places, name).name for name in ("store", "phases", "baseline")}
     return found | {
         "run": run.hash_of(),

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -13,12 +14,16 @@ from tiny import go
 
 import rmdd
 from rmdd import config
+from rmdd import pipeline as pipeline_module
 from rmdd.core.progress import Progress
 from rmdd.core.storage import run_folder
 from rmdd.data.ingest import ingest
 from rmdd.distill.sets import load_set, save_set
+from rmdd.execution.backend import Backend
 from rmdd.execution.in_turn import InTurn
 from rmdd.pipeline import Pipeline, open_pipeline
+from rmdd.runs import steps as steps_module
+from rmdd.runs.steps import Steps
 
 CLOCKS = ("seconds.json", "cost.json", "report.html")
 TINY = tiny.changed(
@@ -113,6 +118,37 @@ def test_the_exported_set_loads_and_trains(finished):
     assert distilled.metrics["ptm_st"]["val"]["R@mean"] == table["ptm_st"]["val"]["R@mean"]
 
 
+STEPS = ("ingest", "locate", "embed", "experts", "check_budget", "plan", "begin_phases", "distill", "probes")
+STEPS += ("evaluate", "cost", "health")
+
+
+def test_a_run_does_each_step_once_and_computes_its_paths_once(tmp_path, monkeypatch):
+    calls = Counter()
+
+    def counted(owner, name):
+        original = getattr(owner, name)
+
+        def counting(*given, **named):
+            calls[name] += 1
+            return original(*given, **named)
+
+        monkeypatch.setattr(owner, name, counting)
+
+    for name in STEPS:
+        counted(Steps, name)
+    for name in ("assemble", "write_report"):
+        counted(pipeline_module, name)
+    counted(steps_module, "paths_of")
+    go(load(tmp_path))
+    assert calls == dict.fromkeys([*STEPS, "assemble", "write_report", "paths_of"], 1)
+    calls.clear()
+    planned = load(
+        tmp_path, "distill.phases=auto", "distill.plan.min_pairs=2", "distill.plan.max_phases=1", "name=planned"
+    )
+    go(planned, "distill")
+    assert (calls["plan"], calls["paths_of"]) == (1, 2), "the paths of phases follow from the plan"
+
+
 def test_running_again_changes_nothing(finished):
     def contents():
         files = [p for p in finished.rglob("*") if p.is_file() and p.name not in CLOCKS]
@@ -135,7 +171,7 @@ def test_workers_are_told_where_a_relative_storage_lies(tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Pipeline(load("runs"), Elsewhere(), Progress(quiet=True)).experts()
+        Pipeline(load("runs"), Backend(Elsewhere()), Progress(quiet=True)).experts()
     assert seen and {runtime.storage for runtime in seen} == {str(tmp_path / "runs")}
 
 
@@ -244,7 +280,7 @@ def test_a_collapsed_set_is_warned_of(tmp_path):
     run = load(tmp_path)
     with open_pipeline(run, Progress(quiet=True)) as pipeline:
         pipeline.distill()
-        places = pipeline._item(pipeline.ingest()).places
+        places = pipeline.item().paths
         for p, iteration in enumerate((4, 3)):
             file = places.set(p, iteration)
             whole = load_set(file)

@@ -10,6 +10,7 @@ from toy import CPU, store_of
 from rmdd import config
 from rmdd.core.progress import Progress
 from rmdd.distill.distribution import matching as features
+from rmdd.execution.backend import Backend
 from rmdd.execution.in_turn import InTurn
 from rmdd.execution.parts import PartsHere
 from rmdd.experts.train import expert_model
@@ -45,10 +46,10 @@ def run_of(folder, options=None, **distill):
 def made(folder):
     """A run, its training split and its store."""
     run = run_of(folder)
-    pipeline = Pipeline(run, InTurn(1), Progress(quiet=True))
+    pipeline = Pipeline(run, Backend(InTurn(1)), Progress(quiet=True))
     train = pipeline.embedded("train")
     item = pipeline.item()
-    store = store_of(item.places.store, model_of(run, train).trained(), epochs=3)
+    store = store_of(item.paths.store, model_of(run, train).trained(), epochs=3)
     return SimpleNamespace(folder=folder, run=run, train=train, store=store, item=item)
 
 

@@ -74,7 +74,7 @@ class Comparison:
         runtime, folder = self.run.runtime, self.folder
         with hold_folders(runtime, folder), open_backend(runtime, folder / "events.jsonl", progress) as backend:
             self.begin()
-            grounds = Grounds.at(self.run, folder / "protocol", backend, progress)
+            grounds = Grounds(self.run, backend, progress, folder / "protocol")
             if wrong := grounds.check(self.entries):
                 raise config.ConfigError(wrong, "comparison")
             grounds.embed()

@@ -145,10 +145,10 @@ class Selection:
         folder = Path()
         if choice.needs_features:
             rows, about, self.sides, folder = features(
-                item.feature_source, self.train, self.items, choice, self.pipeline.encoders
+                item.feature_source, self.train, self.items, choice, self.pipeline.backend.encoders
             )
         data = self.train.split.dataset.hash
-        store = {"store": item.places.store.name} if choice.method == "forgetting" else {}
+        store = {"store": item.paths.store.name} if choice.method == "forgetting" else {}
         what = {"data": data, "captions": run.data.captions.model_dump(), "method": choice.method, "seed": self.seed}
         what |= {"unit": choice.unit, "options": choice.options(), "features": about, **store}
         self.key = config.hash_value(what)
@@ -163,7 +163,7 @@ class Selection:
                 chosen = self.chosen(None)
             else:
                 many = ranks or (None if 4 * len(rows) * rows.width >= RANKS_FROM else 1)
-                with self.pipeline.ranks(functools.partial(open_shard, folder), many) as found:
+                with self.pipeline.backend.open_parts(functools.partial(open_shard, folder), many) as found:
                     chosen = self.chosen(found)
             records = self.items.record_of[chosen].tolist()
             self.facts |= self.cost(records) | {"seconds": round(time.perf_counter() - began, 3)}
@@ -186,7 +186,7 @@ class Selection:
 
     @functools.cached_property
     def costs(self) -> ByteCosts:
-        return ByteCosts.of(self.train.split, self.pipeline.item().places.cache)
+        return ByteCosts.of(self.train.split, self.pipeline.item().paths.cache)
 
     def cost(self, records: Sequence[int]) -> dict[str, Any]:
         images = len(set(self.train.split.image_of[list(records)].tolist())) if records else 0
@@ -353,7 +353,7 @@ class Selection:
         if not keep:
             yield from (best.id for best in more([]))
             return
-        path = self.pipeline.item().places.cache / f"picks-{self.key}.json"
+        path = self.pipeline.item().paths.cache / f"picks-{self.key}.json"
         with held(path, wait=True), closing(Trail.open(path).follow(more)) as trail:  # type: ignore[type-var]
             for item, value in trail:
                 self.values.append(value)
@@ -367,7 +367,7 @@ class Selection:
             assert self.sides is not None
             score = cosines(self.sides, self.items, choice.caption)
             return np.lexsort((np.arange(len(score)), -score)).tolist()
-        folder = Store.open(self.pipeline.item().places.store).folder(choice.expert)
+        folder = Store.open(self.pipeline.item().paths.store).folder(choice.expert)
         self.pipeline.storage.fetch(folder)
         counts = ForgettingCounts.load(folder)
         self.facts |= counts.summary()

@@ -28,8 +28,9 @@ from rmdd.experts.store import Store
 from rmdd.models.prepared import PreparedSplit
 from rmdd.models.text import embed
 from rmdd.pipeline import Pipeline
-from rmdd.runs.paths import places_of, seen_by
-from rmdd.runs.tasks import Item, Taught, record, student
+from rmdd.runs.items import Item, Taught, record
+from rmdd.runs.paths import paths_of, seen_by
+from rmdd.runs.students import TrainStudent
 
 FOLDER = Path("comparisons")
 LESSONS, STUDENTS = FOLDER / "lessons", FOLDER / "students"
@@ -66,7 +67,7 @@ class Row:
         """Those whose scores are the row."""
         rule = self.run.evaluate
         if self.entry.kind == "full":
-            store = Store.open(places_of(self.run, self.grounds.ingest()).store)
+            store = Store.open(self.grounds.item().paths.store)
             return [Job("full", e) for e in store.complete()[: self.run.experts.num]]
         if self.entry.kind == "set":
             return [Job("student", i, lr=lr) for i in range(rule.students)]
@@ -75,9 +76,9 @@ class Row:
 
     def item(self, job: Job) -> Item:
         dataset = self.grounds.ingest()
-        places = places_of(self.run, dataset)
+        paths = paths_of(self.run, dataset)
         if self.lessons is None:
-            return Item(self.run, places, places.phases.name, job=job)
+            return Item(self.run, paths, paths.phases.name, job=job)
         rule = self.run.hashed("evaluate", "learned")
         learned: dict[str, Any] = {"lessons": self.lessons.name, "lr": job.lr}
         if self.entry.kind == "set":
@@ -85,15 +86,11 @@ class Row:
         else:
             learned |= {"loss": job.loss, "updates": protocol.updates(self.run)}
         value = config.hash_value({**seen_by(self.run, dataset), "evaluate": rule, **learned})
-        return Item(self.run, places, value, job=job, taught=Taught(self.lessons, STUDENTS / value))
+        return Item(self.run, paths, value, job=job, taught=Taught(self.lessons, STUDENTS / value))
 
 
 class Grounds(Pipeline):
     """What the rows of one protocol have in common: data, embeddings, and experts where full data is a row."""
-
-    @classmethod
-    def at(cls, run: config.Run, folder: Path, backend: Backend, progress: Progress) -> "Grounds":
-        return cls.of(run, backend, progress, folder)
 
     def check(self, entries: Sequence[Entry]) -> list[str]:
         """Why entries do not belong to the data, or are not in its training split."""
@@ -102,7 +99,7 @@ class Grounds(Pipeline):
         most = dataset.counts["train"]["captions"]
         wrong += [f"{e.name} asks for more than the {most} captions of train" for e in entries if (e.pairs or 0) > most]
         subsets = [] if wrong else [entry for entry in entries if entry.subset is not None]
-        split = load_split(dataset, "train", self.run.data, places_of(self.run, dataset).cache) if subsets else None
+        split = load_split(dataset, "train", self.run.data, self.item().paths.cache) if subsets else None
         for entry in subsets:
             assert entry.subset is not None and split is not None
             try:
@@ -178,7 +175,7 @@ class Grounds(Pipeline):
         texts, duplicates = [subset.texts for subset in found.subsets], None
         if not same_text(found, self.run.model.text):
             captions = [caption for subset in found.subsets for caption in subset.captions]
-            cache = places_of(self.run, self.ingest()).cache
+            cache = self.item().paths.cache
             vectors = embed(captions, self.run.model.text, cache, device=str(device_of(self.run.runtime)))
             texts = list(torch.tensor(vectors).split([subset.pairs for subset in found.subsets]))
             duplicates = len(captions) - len(set(captions))
@@ -198,7 +195,7 @@ class Grounds(Pipeline):
     def _real(self, draws: Sequence[Sequence[int]]) -> Costs:
         """Of as many records in every draw; bytes are their mean."""
         train, pairs = self.prepared_split("train"), len(draws[0])
-        costs = cost.ByteCosts.of(train.split, places_of(self.run, self.ingest()).cache)
+        costs = cost.ByteCosts.of(train.split, self.item().paths.cache)
         held = statistics.fmean(costs.bytes_of(draw)["total"] for draw in draws)
         numbers = cost.parameters(pairs, self.run.data.image_size, train.texts.shape[1])
         return {"pairs": pairs, "parameters": numbers, "bytes": round(held), "seconds": None}
@@ -263,7 +260,7 @@ def _do(title: str, jobs: list[tuple[Row, Job]], backend: Backend, progress: Pro
     names = [f"{row.name}: {job.name}" + (f" at {job.lr:g}" if job.lr else "") for row, job in jobs]
     items = [replace(row.item(job), job=job) for row, job in jobs]
     with progress.stage(title, dict.fromkeys(names, 1)) as update:
-        results = backend.executor.map(Spared(student), items, names, update)
+        results = backend.executor.map(Spared(TrainStudent()), items, names, update)
     if any(r is False for r in results):
         raise Interrupted
     return {(id(row), job): result for (row, job), result in zip(jobs, results, strict=True)}

@@ -97,7 +97,7 @@ class Transfer:
             return self._written(rows, score(rows, backend, progress))
 
     def _rows(self, run: config.Run, folder: Path, backend: Backend, progress: Progress) -> list[Row]:
-        grounds = Grounds.at(run, folder, backend, progress)
+        grounds = Grounds(run, backend, progress, folder)
         if wrong := grounds.check([self.entry]):
             raise config.ConfigError(wrong, "transfer")
         grounds.embed()

@@ -6,11 +6,19 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rmdd.execution.executor import Executor, Piece, PieceSource
 from rmdd.execution.in_turn import InTurn
 from rmdd.execution.tasks import Hooks, Interrupted, Task
+
+
+class TargetedTask(Protocol):
+    """A task that says where its result goes; items with the same target are the same work."""
+
+    def __call__(self, item: Any, hooks: Hooks) -> Any: ...
+
+    def target(self, item: Any) -> Path: ...
 
 
 @contextlib.contextmanager
@@ -45,8 +53,8 @@ class SweepScheduler:
     So a piece that two runs need is finished or on its way when the second one asks for it, and is done once.
     """
 
-    def __init__(self, executor: Executor, target: Callable[[Task, Any], Path]):
-        self.executor, self.target = executor, target
+    def __init__(self, executor: Executor):
+        self.executor = executor
         self.turn = threading.Lock()
         self.changed = threading.Condition()
         self.queue: list[Piece] = []
@@ -95,7 +103,7 @@ class SweepScheduler:
     def map(
         self,
         label: str,
-        task: Task,
+        task: TargetedTask,
         items: Sequence[Any],
         names: Sequence[str],
         on_report: Callable[[str, dict[str, Any]], None],
@@ -104,7 +112,7 @@ class SweepScheduler:
             self._check()
             awaited = []
             for item, name in zip(items, names, strict=True):
-                target = self.target(task, item)
+                target = task.target(item)
                 if target not in self.shared:
                     shared = self.shared[target] = _SharedPiece()
                     settle = functools.partial(self._settle, shared)

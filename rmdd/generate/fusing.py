@@ -74,7 +74,7 @@ def fused_rows(studio: Studio, generator: Path, rule: FusionRule, size: int, tun
     storage.fetch(folder)
     blocks = range(-(-count // BLOCK))
     todo: list[Values] = [{"block": b} for b in blocks if not _file(folder, b).is_file()]
-    splits, threads = studio.item.feature_source.splits, studio.run.runtime.threads
+    splits, threads = studio.feature_source.splits, studio.run.runtime.threads
     make = functools.partial(FusionEncoder, splits, threads, generator, rule, size, studio.seed, tuned, folder)
     for _ in studio.stream("fused latents", "pairs")(make, todo):
         pass

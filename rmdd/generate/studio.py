@@ -26,9 +26,9 @@ from rmdd.distill.sets import save_set
 from rmdd.distill.synthetic import Synthetic, reduced
 from rmdd.execution.executor import Executor
 from rmdd.execution.parts import OpenParts
-from rmdd.execution.tasks import Hooks, Interrupted, Stream, Task, Values, in_turn, watched
+from rmdd.execution.tasks import Hooks, Interrupted, Stream, Values, in_turn, watched
 from rmdd.generate.decode import Decoder, PictureWriter, is_drawn, picture_of, read_requests, write_requests
-from rmdd.generate.features import sides_of
+from rmdd.generate.features import FeatureSource, sides_of
 from rmdd.models.pretrained import PretrainedModel
 from rmdd.models.text import embed
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from rmdd.core.progress import Progress
     from rmdd.coresets.features import Sides
     from rmdd.models.prepared import PreparedSplit
-    from rmdd.runs.tasks import Item
 
 
 @dataclass(frozen=True)
@@ -56,22 +55,18 @@ class Tools:
 class Studio:
     """One phase of a generative method in the making."""
 
-    item: "Item"
+    run: config.Run
+    phase: int
+    feature_source: FeatureSource
+    root: Path
+    """Of the storage."""
     train: "PreparedSplit"
     folder: Path
     """Of the phase, held."""
     tools: Tools
     hooks: Hooks
-    tuning: Task
-    """Fine-tunes what the method draws with, for the item, see `rmdd.methods.tuned`."""
-
-    @property
-    def run(self) -> config.Run:
-        return self.item.run
-
-    @property
-    def phase(self) -> int:
-        return self.item.number
+    tune: Callable[[int], bool]
+    """Fine-tunes what the method draws with by so many updates; returns whether it finished."""
 
     @property
     def pairs(self) -> int:
@@ -103,7 +98,7 @@ class Studio:
 
     def features(self, encoder: str) -> "Sides":
         """Both sides of the train split by an encoder of `rmdd.coresets`, such as `clip:ID`, raw; made once."""
-        return sides_of(self.item.feature_source, self.train, encoder, self.stream(f"features of {encoder}", "rows"))
+        return sides_of(self.feature_source, self.train, encoder, self.stream(f"features of {encoder}", "rows"))
 
     def draw(
         self,
@@ -171,7 +166,11 @@ class Studio:
         run = self.run
         cleaned = [clean(caption, run.data.captions) for caption in captions]
         found = embed(
-            cleaned, run.model.text, self.item.places.cache, device=str(self.device), threads=run.runtime.threads
+            cleaned,
+            run.model.text,
+            self.feature_source.splits.cache,
+            device=str(self.device),
+            threads=run.runtime.threads,
         )
         return torch.from_numpy(np.array(found))
 

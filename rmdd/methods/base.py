@@ -177,7 +177,7 @@ class BaseMethod:
         """
         raise NotImplementedError(f"{type(self).__name__} makes a phase in one piece")
 
-    def is_made(self, phase: int, folder: Path) -> bool:
+    def is_finished(self, phase: int, folder: Path) -> bool:
         """Whether the phase in `folder` has come to its end."""
         return finished(folder, self.rule.phases[phase].iterations)
 

@@ -48,7 +48,7 @@ class GenerativeMethod(BaseMethod, ABC):
     def uncounted(self) -> list[str]:
         return ["features, training and drawing by pretrained parts are not counted"]
 
-    def is_made(self, phase: int, folder: Path) -> bool:
+    def is_finished(self, phase: int, folder: Path) -> bool:
         """Its set comes last."""
         return (folder / f"set-{self.rule.phases[phase].iterations:06d}.safetensors").is_file()
 

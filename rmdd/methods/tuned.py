@@ -84,7 +84,7 @@ class TunedMethod(GenerativeMethod):
         return root / "tuned" / config.hash_value(facts)
 
     def folder_of(self, studio: Studio) -> Path:
-        return self.tuned_folder(studio.item.places.root, studio.train.split.dataset.hash)
+        return self.tuned_folder(studio.root, studio.train.split.dataset.hash)
 
     def tuned(self, studio: Studio) -> Path | None:
         """The folder of what was trained, after it was; None when nothing is."""
@@ -94,9 +94,7 @@ class TunedMethod(GenerativeMethod):
         folder, storage = self.folder_of(studio), open_storage(self.run.runtime)
         storage.fetch(folder)
         if not is_tuned(folder):
-            with studio.tools.progress.stage("fine-tuning", {"fine-tuning": total}) as update:
-                done = studio.tools.executor.map(studio.tuning, [studio.item], ["fine-tuning"], update)
-            if not all(done):
+            if not studio.tune(total):
                 raise Interrupted
             storage.fetch(folder)
         return folder

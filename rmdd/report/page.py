@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rmdd import config
-    from rmdd.runs.paths import Places
+    from rmdd.runs.paths import RunPaths
 
 RECALLS = ("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10", "R@mean")
 GALLERY = 60  # most pairs shown
@@ -42,7 +42,7 @@ STRONGEST = 3  # links across pairs that are named under a heat map
 def write_report(
     page: Path,
     run: config.Run,
-    places: Places,
+    places: RunPaths,
     set_path: Path,
     evaluation: dict[str, Any],
     seconds: dict[str, float],
@@ -242,7 +242,7 @@ def _shown(pairs: Sequence[int]) -> list[list[int]]:
     return [[i * m // n for i in range(n)] for m, n in zip(pairs, counts, strict=True)]
 
 
-def _gallery(places: Places, distilled: DistilledSet) -> list[list[dict[str, Any]]]:
+def _gallery(places: RunPaths, distilled: DistilledSet) -> list[list[dict[str, Any]]]:
     """Per subset, the shown pairs: pictures before and after as data URIs, captions before and after."""
     rows = _shown([s.pairs for s in distilled.subsets])
     _, _, height, width = distilled.subsets[0].images.shape

@@ -23,7 +23,7 @@ HEALTH = "health.json"
 
 
 @dataclass(frozen=True)
-class Places:
+class RunPaths:
     """Where the parts of a run lie."""
 
     data: Path
@@ -35,10 +35,10 @@ class Places:
     root: Path = Path()
     """The storage that these lie in, as the process sees it that named them."""
 
-    def under(self, root: Path) -> "Places":
-        """The same places for a process that sees the storage at `root`."""
+    def under(self, root: Path) -> "RunPaths":
+        """The same paths for a process that sees the storage at `root`."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Places(
+        return RunPaths(
             **{n: root / p.relative_to(self.root) if p.is_relative_to(self.root) else p for n, p in moved.items()}
         )
 
@@ -51,6 +51,10 @@ class Places:
 
     def set(self, number: int, iteration: int) -> Path:
         return self.phase(number) / f"set-{iteration:06d}.safetensors"
+
+    def set_of(self, number: int, iteration: int) -> Path:
+        """`set`, or `start` for iteration 0."""
+        return self.set(number, iteration) if iteration else self.start(number)
 
 
 def dataset_folder(run: config.Run) -> Path:
@@ -80,7 +84,7 @@ def seen_by(run: config.Run, dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def places_of(run: config.Run, dataset: Dataset) -> Places:
+def paths_of(run: config.Run, dataset: Dataset) -> RunPaths:
     """Where the parts of a run lie: each under the hash of all that shapes it."""
     trained = seen_by(run, dataset) | {"experts": protocol_of(run), "kept": kept_epochs(run) or "all"}
     recipe = run.hashed("distill", "phases")
@@ -91,7 +95,7 @@ def places_of(run: config.Run, dataset: Dataset) -> Places:
     facts = {"budget": run.distill.budget, "updates": protocol.updates(run)}
     baseline = {**trained, **facts, "evaluate": run.hashed("evaluate", "baseline")}
     storage = root_of(run.runtime)
-    return Places(
+    return RunPaths(
         data=dataset.path,
         cache=storage / "cache",
         store=storage / "experts" / config.hash_value(trained),
@@ -111,9 +115,9 @@ def bring_parts(run: config.Run) -> None:
     obtain(method.parts())
 
 
-def is_made(run: config.Run, places: Places, number: int) -> bool:
-    """Whether a phase has come to its end."""
-    return methods.method_of(run).is_made(number, places.phase(number))
+def is_finished(run: config.Run, paths: RunPaths, number: int) -> bool:
+    """Whether a phase is finished; its method says how that is seen."""
+    return methods.method_of(run).is_finished(number, paths.phase(number))
 
 
 def candidates_of(run: config.Run) -> list[tuple[int, ...]]:

@@ -19,7 +19,7 @@ from rmdd.models.dual import DualEncoder
 from rmdd.models.image import double_backward, matching_context, weights_file
 from rmdd.models.text import encoder_identity
 from rmdd.runs import cost as estimate
-from rmdd.runs.paths import Places, dataset_folder, places_of
+from rmdd.runs.paths import RunPaths, dataset_folder, is_finished, paths_of
 
 OF_PATH = ("start", "stop", "start_text", "stop_text", "endpoint")
 """Fields of a phase that lie on a path."""
@@ -54,7 +54,7 @@ def examine(run: config.Run) -> dict[str, Any]:
     run, planned = _with_phases(run, width)
     guessed = bool(run.distill.plan.plans and not (run_folder(run) / PLAN).is_file())
     work = estimate.work_of(model, run, width)
-    dataset, places = _already_there(run)
+    dataset, paths = _already_there(run)
     if dataset is not None:
         counts = {k: (c["pairs"], c["captions"]) for k, c in dataset.counts.items()}
         counts, origin = estimate.limited(counts, run.data), f"from {dataset.path}"
@@ -79,13 +79,13 @@ def examine(run: config.Run) -> dict[str, Any]:
         },
         "experts": {
             "num": run.experts.num,
-            "complete": _complete(places),
-            "store": str(places.store) if places else None,
+            "complete": _complete(paths),
+            "store": str(paths.store) if paths else None,
             "epochs_kept": [0, *(kept_epochs(run) or range(1, run.experts.epochs + 1))],
         },
-        "phases": [_phase(run, places, i, guessed) for i in range(len(run.distill.phases))],
+        "phases": [_phase(run, paths, i, guessed) for i in range(len(run.distill.phases))],
         "phases_foreseen": guessed,
-        "phases_folder": str(places.phases) if places else None,
+        "phases_folder": str(paths.phases) if paths else None,
         "budget": {
             "pairs": run.distill.budget,
             "used": cost / unit,
@@ -176,7 +176,7 @@ def _with_phases(run: config.Run, text_width: int) -> tuple[config.Run, str | No
     )
 
 
-def _already_there(run: config.Run) -> tuple[Dataset | None, Places | None]:
+def _already_there(run: config.Run) -> tuple[Dataset | None, RunPaths | None]:
     """The dataset and the folders of an earlier sitting of this run, or of another one that shares them."""
     record = run_folder(run) / "data.json"
     path = Path(read_json(record)["path"]) if record.is_file() else dataset_folder(run)
@@ -185,7 +185,7 @@ def _already_there(run: config.Run) -> tuple[Dataset | None, Places | None]:
     dataset = Dataset.open(path)
     if not _encoder_at_hand(run.model.text) or parts.missing(_parts(run)):
         return dataset, None
-    return dataset, places_of(run, dataset)
+    return dataset, paths_of(run, dataset)
 
 
 def _encoder_at_hand(tower: config.TextTower) -> bool:
@@ -199,23 +199,19 @@ def _encoder_at_hand(tower: config.TextTower) -> bool:
     return bool(encoder_identity(tower))
 
 
-def _complete(places: Places | None) -> int:
-    return len(Store.open(places.store).complete()) if places and (places.store / "store.json").is_file() else 0
+def _complete(paths: RunPaths | None) -> int:
+    return len(Store.open(paths.store).complete()) if paths and (paths.store / "store.json").is_file() else 0
 
 
-def _phase(run: config.Run, places: Places | None, number: int, guessed: bool) -> dict[str, Any]:
+def _phase(run: config.Run, paths: RunPaths | None, number: int, guessed: bool) -> dict[str, Any]:
     """A phase as plain values; of one that is only foreseen, what is planned after the experts is None."""
     phase = run.distill.phases[number]
     values = phase.model_dump(include=set(methods.find(run.distill.method).phase_fields))
     return (
         values
         | (dict.fromkeys(OF_PATH) if guessed else {})
-        | {"done": not guessed and _distilled(places, number, phase)}
+        | {"done": not guessed and paths is not None and is_finished(run, paths, number)}
     )
-
-
-def _distilled(places: Places | None, number: int, phase: config.Phase) -> bool:
-    return places is not None and places.set(number, phase.iterations).is_file()
 
 
 def _gpus(run: config.Run) -> dict[str, float]:

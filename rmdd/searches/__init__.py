@@ -119,8 +119,7 @@ def run_search(base: config.Run, progress: Progress | None = None) -> Searched:
     with hold_folders(base.runtime), open_backend(base.runtime, folder / "events.jsonl", progress) as backend:
         write_json(folder / "search.json", {"schema_version": 1, "run": base.model_dump(mode="json")})
         with held(folder / "shared", wait=True):
-            pipeline = Pipeline.of(base, backend, progress)
-            pipeline.splits = SPLITS
+            pipeline = Pipeline(base, backend, progress, splits=SPLITS)
             (pipeline.experts if shares_experts(base.search.space) else pipeline.ingest)()
         with progress.stage("trials", {}) as stage:
             rungs = base.distill.snapshots

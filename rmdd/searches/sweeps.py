@@ -11,7 +11,7 @@ import itertools
 import json
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from rmdd.core.storage import address_of, located, root_of, run_folder
 from rmdd.execution.backend import hold_folders, open_backend
 from rmdd.execution.scheduler import SweepScheduler, errors_kept
 from rmdd.pipeline import Pipeline
-from rmdd.runs.tasks import target
 
 SCORES = ("val", "test_last")
 
@@ -163,17 +162,17 @@ def run_all(runs: Sequence[Member], progress: Progress | None = None) -> Swept:
     ):
         begin(runs)
         errors: dict[str, Exception] = {}
-        pipelines = {m.label: Pipeline.of(m.run, backend, _Named(progress, m.label)) for m in runs}
+        pipelines = {m.label: Pipeline(m.run, backend, _Named(progress, m.label)) for m in runs}
         for label, pipeline in pipelines.items():
             with errors_kept(errors, label):
                 pipeline.check_budget()
                 pipeline.experts()
         with progress.stage("sweep", {}) as stage:
-            scheduler = SweepScheduler(backend.executor, target)
+            scheduler = SweepScheduler(backend.executor)
             for label, pipeline in pipelines.items():
                 if label not in errors:
-                    pipeline.executor = scheduler.executor_of(label)
-                    pipeline.progress = _Named(progress, label, stage)
+                    of_run = replace(backend, executor=scheduler.executor_of(label))
+                    pipeline.work_with(of_run, _Named(progress, label, stage))
                     scheduler.add(label, pipeline.all)
             errors |= scheduler.run_all()
         return _collect(folder, runs, errors)

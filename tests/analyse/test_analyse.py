@@ -24,7 +24,7 @@ from rmdd.distill.phases import draw
 from rmdd.experts.store import Store
 from rmdd.experts.train import kept_epochs
 from rmdd.pipeline import open_pipeline
-from rmdd.runs.paths import places_of
+from rmdd.runs.paths import paths_of
 from rmdd.searches.sweeps import members_in
 
 pytestmark = pytest.mark.usefixtures("ink")
@@ -109,7 +109,7 @@ def test_the_collapse_has_teacher_and_student(trained):
     ]
     run = load(trained / "runs")
     with open_pipeline(run, Progress(quiet=True)) as pipeline:
-        store = Store.open(places_of(run, pipeline.ingest()).store)
+        store = Store.open(paths_of(run, pipeline.ingest()).store)
     val = [store.record(e)["metrics"][3]["val"] for e in (0, 1)]
     assert found["rows"][1]["teacher"] == pytest.approx(sum(val) / 2)
     assert all(0 <= r["student"] <= 100 for r in found["rows"])

@@ -13,7 +13,7 @@ from rmdd.data.shards import Dataset
 from rmdd.distill import phases
 from rmdd.distill.sets import save_set
 from rmdd.models.prepared import prepare_split
-from rmdd.runs.paths import Places
+from rmdd.runs.paths import RunPaths
 
 RUN = {
     "name": "tiny",
@@ -28,7 +28,7 @@ EVALUATION = {"table": {"ptm_st": {"val": {"R@mean": {"mean": 1.5, "std": 0.5, "
 def finished(tmp_path, **distill):
     run = config.load(RUN | {"distill": RUN["distill"] | distill})
     dataset = ingest(run.data, tmp_path / "data")
-    places = Places(
+    places = RunPaths(
         data=dataset.path,
         cache=tmp_path / "cache",
         store=tmp_path / "experts" / "eee",

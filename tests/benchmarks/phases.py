@@ -29,8 +29,9 @@ from rmdd.execution.tasks import Hooks
 from rmdd.experts.store import Writer
 from rmdd.experts.train import begin_store, expert_model
 from rmdd.models.text import text_width
-from rmdd.runs.paths import Places
-from rmdd.runs.tasks import Item, phase
+from rmdd.runs.items import Item
+from rmdd.runs.paths import RunPaths
+from rmdd.runs.tasks import DistillPhase
 
 PARTS = ("work", "workers", "ray")
 
@@ -112,7 +113,7 @@ def _run_of(case: Case, phases: int, storage: Path) -> config.Run:
 
 def _items(run: config.Run, folder: Path) -> list[Item]:
     """Phases that have not begun, and an expert that walked at random: the arithmetic of real ones."""
-    places = Places(folder, folder, folder / "store", folder / "phases", folder, folder)
+    places = RunPaths(folder, folder, folder / "store", folder / "phases", folder, folder)
     width, size = text_width(run.model.text), run.stored_size
     store, random = begin_store(run, places.store, width, {}), generator(0, "bench phases")
     writer, theta = Writer(store, 0), expert_model(run, 0, width).trained()
@@ -145,7 +146,7 @@ def _measure(executor: Executor, items: Sequence[Item]) -> dict[str, float]:
 def timed(item: Item, hooks: Hooks) -> tuple[float, float]:
     """When a phase began and ended."""
     began = time.time()
-    assert phase(item, hooks), "a bench is not stopped"
+    assert DistillPhase()(item, hooks), "a bench is not stopped"
     return began, time.time()
 
 

@@ -20,7 +20,7 @@ from rmdd.coresets.forgetting import ForgettingCounts
 from rmdd.experts.store import Store
 from rmdd.experts.train import expert_model
 from rmdd.pipeline import open_pipeline
-from rmdd.runs.paths import places_of
+from rmdd.runs.paths import paths_of
 from rmdd.searches.formats import verify
 
 EPOCHS = 4
@@ -219,7 +219,7 @@ def test_a_killed_expert_goes_on_with_the_bits_of_an_unbroken_one(watched, tmp_p
     assert (store.folder(0) / forgetting.FILE).read_bytes() == (whole.folder(0) / forgetting.FILE).read_bytes()
     assert store.record(0) == whole.record(0) and Store.open(store.path).complete() == [0]
     with open_pipeline(run, Progress(quiet=True)) as pipeline:
-        assert places_of(run, pipeline.ingest()).store == store.path
+        assert paths_of(run, pipeline.ingest()).store == store.path
 
 
 def test_a_pool_of_one_image_is_refused():

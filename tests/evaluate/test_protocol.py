@@ -26,9 +26,9 @@ from rmdd.evaluate.protocol import (
 )
 from rmdd.models.dual import build
 from rmdd.models.prepared import PreparedSplit
-from rmdd.runs.paths import Places
-from rmdd.runs.tasks import Item
-from rmdd.runs.tasks import prepared_split as prepared_of
+from rmdd.runs.items import Item
+from rmdd.runs.items import prepared_split as prepared_of
+from rmdd.runs.paths import RunPaths
 
 SIZE, TEXT_WIDTH, CAPTIONS = 8, 6, 2
 CPU = torch.device("cpu")
@@ -173,7 +173,7 @@ def test_a_choice_that_asks_for_test_is_refused(kind):
     with pytest.raises(TestIsClosed, match=f"{kind}.* is scored for a choice, .* test is closed to it"):
         train_and_score(job, run, lessons(run), VAL, POISON, CPU)
     with pytest.raises(TestIsClosed, match="choices are made on val"):
-        prepared_of(Item(run, Places(*[Path()] * 6), "value", job=job), "test")
+        prepared_of(Item(run, RunPaths(*[Path()] * 6), "value", job=job), "test")
     assert door(job, "val") == "val" and door(Job("student", 0), "test") == "test"
 
 

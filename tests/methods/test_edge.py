@@ -18,7 +18,7 @@ from rmdd.distill.sets import load_set
 from rmdd.generate.stable_diffusion import FromCaption, Sampling
 from rmdd.methods.edge import EDGE
 from rmdd.runs.preflight import impossible
-from rmdd.runs.tasks import expert, target, tuning
+from rmdd.runs.tasks import TrainExpert, TuneGenerator
 
 TUNING = {"steps": 6, "batch": 3, "size": 16, "checkpoint_every": 2}
 SAMPLING = {"size": 16, "steps": 2}
@@ -163,7 +163,7 @@ def test_each_tuning_of_a_sweep_and_the_expert_are_work_of_their_own(parts, tmp_
     with pipeline.open_pipeline(run) as opened:
         item = opened.item()
     items = [item, replace(item, run=other)]
-    places = [target(task, one) for task in (tuning, expert) for one in items]
+    places = [task.target(one) for task in (TuneGenerator(), TrainExpert()) for one in items]
     assert len(set(places)) == 3 and places[2] == places[3], "both need the same expert"
     size = drawn.run_of(tmp_path, "edge", 4, options(parts, tuning={**TUNING, "size": 17}))
     assert any("tuning.size: pictures of side 17" in line for line in impossible(size))

@@ -12,15 +12,16 @@ from toy_mdm import TINY, run_of
 from rmdd import config
 from rmdd.cli import console
 from rmdd.core.progress import Progress
+from rmdd.execution.backend import Backend
 from rmdd.execution.in_turn import InTurn
-from rmdd.execution.parts import PartLost, PartsHere, parts_here
+from rmdd.execution.parts import PartLost, PartsHere
 from rmdd.execution.tasks import Hooks
 from rmdd.methods import method_of
 from rmdd.methods.distribution import Effort
 from rmdd.pipeline import Pipeline
 from rmdd.runs import cost as estimate
 from rmdd.runs.preflight import examine, impossible
-from rmdd.runs.tasks import phase
+from rmdd.runs.tasks import DistillPhase
 
 COUNTS = {"train": (24, 120), "val": (6, 30), "test": (6, 30)}
 OTHERS = {
@@ -137,11 +138,11 @@ def test_what_does_nothing_is_told_and_checks_of_paths_are_not_made(tmp_path):
 
 
 def test_the_pace_counts_the_pairs_of_a_step(tmp_path):
-    pipeline = Pipeline(run_of(tmp_path), InTurn(1), Progress(quiet=True))
+    pipeline = Pipeline(run_of(tmp_path), Backend(InTurn(1)), Progress(quiet=True))
     pipeline.experts()
     told = []
-    assert phase(pipeline.item(), Hooks(told.append))
-    taken = [line["seconds"] for line in lines_of(pipeline.item().places.phase(0))]
+    assert DistillPhase()(pipeline.item(), Hooks(told.append))
+    taken = [line["seconds"] for line in lines_of(pipeline.item().paths.phase(0))]
     assert [t["pairs/s"] for t in told if "pairs/s" in t] == pytest.approx([12 / s for s in taken if s])
 
 
@@ -162,17 +163,17 @@ def test_ranks_that_die_are_opened_again_and_the_phase_goes_on(tmp_path):
     run = run_of(tmp_path, {"draws": 2})
     quiet = Progress(quiet=True)
     quiet.say = said.append
-    (folder,) = Pipeline(run, InTurn(1), quiet, ranks=fragile).distill()
+    (folder,) = Pipeline(run, Backend(InTurn(1), open_parts=fragile), quiet).distill()
     assert opened == [(2, True)] * 3
     assert sum("a rank died; the ranks start again from what was kept" in line for line in said) == 2
     shutil.move(folder, tmp_path / "found")
-    (whole,) = Pipeline(run, InTurn(1), Progress(quiet=True), ranks=parts_here).distill()
+    (whole,) = Pipeline(run, Backend(InTurn(1)), Progress(quiet=True)).distill()
     assert_same_results(whole, tmp_path / "found")
     shutil.rmtree(whole)
     opened.clear()
     limited = run.model_copy(update={"runtime": run.runtime.model_copy(update={"max_restarts": 1})})
     with pytest.raises(PartLost):
-        Pipeline(limited, InTurn(1), quiet, ranks=fragile).distill()
+        Pipeline(limited, Backend(InTurn(1), open_parts=fragile), quiet).distill()
     assert len(opened) == 2
 
 
@@ -203,7 +204,7 @@ def test_the_page_and_the_table_tell_of_no_paths(tmp_path):
     from rmdd.comparisons.compare import rate
 
     run = run_of(tmp_path)
-    page = Pipeline(run, InTurn(1), Progress(quiet=True)).report().read_text(encoding="utf-8")
+    page = Pipeline(run, Backend(InTurn(1)), Progress(quiet=True)).report().read_text(encoding="utf-8")
     assert "expert paths" not in page and "Learned rates" not in page and "inner steps" not in page
     assert "Matched for" in page and "gradient norm" in page and "its parts" in page
     told = {"rates": "learned", "kind": "set"}

@@ -32,7 +32,7 @@ from rmdd.generate.features import identity_of
 from rmdd.methods.pds import decoder_of
 from rmdd.pipeline import open_pipeline
 from rmdd.runs.absolute import with_absolute_paths
-from rmdd.runs.paths import places_of
+from rmdd.runs.paths import paths_of
 from rmdd.runs.preflight import examine, impossible
 
 PAIRS = 6
@@ -87,12 +87,12 @@ def test_shards_become_a_set_with_real_captions_and_a_student(finished, parts):
     with open_pipeline(run, Progress(quiet=True)) as pipeline:
         split, item = pipeline.prepared_split("train").split, pipeline.item()
     assert subset.pairs == PAIRS and subset.kind == "identity" and set(subset.captions) <= set(split.captions)
-    assert [split.captions[i] for i in json.loads((item.places.phase(0) / "records.json").read_text())] == list(
+    assert [split.captions[i] for i in json.loads((item.paths.phase(0) / "records.json").read_text())] == list(
         subset.captions
     )
     pictures = denormalise(subset.images, found.mean, found.std).permute(0, 2, 3, 1).numpy()
 
-    shown = [np.asarray(Image.open(p)) for p in sorted((item.places.phase(0) / "pairs").glob("*.png"))]
+    shown = [np.asarray(Image.open(p)) for p in sorted((item.paths.phase(0) / "pairs").glob("*.png"))]
     assert (np.stack(shown) == pictures).all()
     told = {part["role"]: part for part in found.provenance["parts"]}
     assert told["clip"]["licence"] == "mit" and told["decoder"]["revision"].startswith("sha256:")
@@ -106,7 +106,7 @@ def test_pictures_are_those_of_the_pipeline_for_the_prototypes(finished, parts):
     storage, _ = finished
     run = load(storage, **parts)
     with open_pipeline(run, Progress(quiet=True)) as pipeline:
-        folder = pipeline.item().places.phase(0)
+        folder = pipeline.item().paths.phase(0)
     requests = json.loads((folder / "requests.json").read_text())
     rows = load_file(folder / "requests.safetensors")["embedding"]
     assert rows.shape == (PAIRS, tiny_parts.D) and np.linalg.norm(rows, axis=1).std() > 1e-4  # not of unit length
@@ -125,7 +125,7 @@ def test_another_storage_gives_the_same_bytes_and_features_are_made_once(finishe
     run = load(tmp_path, **parts)
     (folder,) = go(run, "distill")
     with open_pipeline(load(storage, **parts), Progress(quiet=True)) as pipeline:
-        first = pipeline.item().places
+        first = pipeline.item().paths
     assert images_of(folder) == images_of(first.phase(0)) and len(images_of(folder)) == PAIRS
     assert (folder / "set-000001.safetensors").read_bytes() == first.set(0, 1).read_bytes()
     (sides,) = features_in(tmp_path)
@@ -143,9 +143,7 @@ def test_images_are_embedded_once_as_clip_itself_does(finished, parts):
     storage, _ = finished
     with open_pipeline(load(storage, **parts), Progress(quiet=True)) as pipeline:
         item, train = pipeline.item(), pipeline.prepared_split("train")
-    folder = (
-        item.places.cache / f"sides-{config.hash_value(identity_of(item.feature_source, train, parts['features']))}"
-    )
+    folder = item.paths.cache / f"sides-{config.hash_value(identity_of(item.feature_source, train, parts['features']))}"
     images, texts = Rows.open(folder / "images"), Rows.open(folder / "texts")
     assert (len(images), len(texts)) == (12, len(train.split.captions)) and images.width == tiny_parts.D
     place = parts["features"].removeprefix("clip:")
@@ -258,10 +256,10 @@ def test_places_depend_on_the_bytes_of_the_parts(finished, parts, tmp_path):
     run = load(storage, **parts)
     with open_pipeline(run, Progress(quiet=True)) as pipeline:
         dataset = pipeline.ingest()
-    before = places_of(run, dataset)
+    before = paths_of(run, dataset)
     clip = shutil.copytree(parts["features"].removeprefix("clip:"), tmp_path / "clip")
     other = {**parts, "features": f"clip:{tiny_parts.clip(clip, seed=5)}"}
-    again = places_of(load(storage, **other), dataset)
+    again = paths_of(load(storage, **other), dataset)
     assert again.phases != before.phases and again.store == before.store and again.baseline == before.baseline
     assert run_folder(run).is_dir()
 

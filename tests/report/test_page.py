@@ -17,7 +17,7 @@ from rmdd.distill.sets import save_set
 from rmdd.distill.synthetic import Synthetic
 from rmdd.report import page, plots, referee
 from rmdd.report.page import headline, write_report
-from rmdd.runs.paths import Places
+from rmdd.runs.paths import RunPaths
 
 pytestmark = pytest.mark.usefixtures("ink")
 
@@ -104,7 +104,7 @@ def make_run(tmp_path, pairs=(5,), kind="full", size=16, logged=40, captions_bef
             "phases": [{"pairs": m, "iterations": 40} for m in pairs],
         },
     })  # fmt: skip
-    places = Places(**{name: tmp_path / name for name in ("data", "cache", "store", "phases", "baseline", "run")})
+    places = RunPaths(**{name: tmp_path / name for name in ("data", "cache", "store", "phases", "baseline", "run")})
     places.store.mkdir()
     (places.store / "epoch.safetensors").write_bytes(bytes(3 * 2**20))
     subsets = []

@@ -23,9 +23,9 @@ from rmdd.distill.loop import finished
 from rmdd.execution.in_turn import InTurn
 from rmdd.execution.scheduler import SweepScheduler
 from rmdd.execution.tasks import Interrupted
-from rmdd.runs.paths import Places
-from rmdd.runs.tasks import Item, target
-from rmdd.searches.formats import verify
+from rmdd.runs.items import Item
+from rmdd.runs.paths import RunPaths
+from rmdd.runs.tasks import DistillPhase
 from rmdd.searches.sweeps import members, members_in, read_over, run_all, sweep_folder
 
 
@@ -176,18 +176,19 @@ class Watched(InTurn):
 def test_a_piece_that_two_runs_need_is_made_once(tmp_path):
     runs = members(lambda o: config.load(raw_of(tmp_path), o), {"evaluate.epochs": [1, 2]})
     executor, asked = Watched(), []
-    scheduler = SweepScheduler(executor, target)
+    scheduler = SweepScheduler(executor)
 
     def work(label):
-        places = Places(*[tmp_path] * 6)
+        places = RunPaths(*[tmp_path] * 6)
         results = scheduler.executor_of(label).map(
-            phase_of_none, [Item(m.run, places, "") for m in runs[:1]], ["phase 0"], lambda n, m: asked.append(label)
+            PhaseOfNone(), [Item(m.run, places, "") for m in runs[:1]], ["phase 0"], lambda n, m: asked.append(label)
         )
         assert results == [True]
 
-    def phase_of_none(item, hooks):
-        hooks.report({"done": 1})
-        return True
+    class PhaseOfNone(DistillPhase):
+        def __call__(self, item, hooks):
+            hooks.report({"done": 1})
+            return True
 
     for label in ("one", "two"):
         scheduler.add(label, lambda label=label: work(label))
@@ -195,16 +196,17 @@ def test_a_piece_that_two_runs_need_is_made_once(tmp_path):
 
 
 def test_a_stop_reaches_every_run(tmp_path):
-    scheduler = SweepScheduler(InTurn(), target)
+    scheduler = SweepScheduler(InTurn())
 
-    def interrupt(item, hooks):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.01)
-        return not hooks.should_stop()
+    class Interrupt(DistillPhase):
+        def __call__(self, item, hooks):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+            return not hooks.should_stop()
 
     def work():
         scheduler.executor_of("one").map(
-            interrupt, [Item(config.Run(), Places(*[tmp_path] * 6), "")], ["it"], lambda n, m: None
+            Interrupt(), [Item(config.Run(), RunPaths(*[tmp_path] * 6), "")], ["it"], lambda n, m: None
         )
         raise AssertionError("a stopped run goes no further")
 

@@ -128,9 +128,9 @@ def test_ranks_on_ray_give_the_same_bits_stopped_and_resumed(ray_local, toy, lea
         import sys
 
         sys.path.insert(0, tests)  # where the method is
-        from rmdd.runs.tasks import rank_of_phase
+        from rmdd.runs.tasks import part_of_phase
 
-        return rank_of_phase(item, number, size)
+        return part_of_phase(item, number, size)
 
     with parts_on_actors(make, 2, 1.0, threads) as ranks:
         assert not distil(toy, tmp_path, learning, ranks, **stop_after(4))

@@ -19,7 +19,7 @@ from rmdd.core.storage import run_folder
 from rmdd.evaluate.probes import of_run as probes
 from rmdd.execution.tasks import Hooks
 from rmdd.pipeline import open_pipeline
-from rmdd.runs.tasks import checkup
+from rmdd.runs.tasks import CheckHealth
 
 
 @pytest.mark.parametrize("word", ("check", "run"))
@@ -199,7 +199,7 @@ def test_health_is_seen_from_a_machine_that_has_no_file_yet(tmp_path):
             pipeline.distill()
             item = pipeline.item()
         runtime = item.run.runtime.model_copy(update={"scratch": f"{tmp_path}/b"})
-        assert checkup(replace(item, run=item.run.model_copy(update={"runtime": runtime})), Hooks())
+        assert CheckHealth()(replace(item, run=item.run.model_copy(update={"runtime": runtime})), Hooks())
     finally:
         for root in [root for root in listeners if root.is_relative_to(tmp_path)]:
             listeners.pop(root, None)

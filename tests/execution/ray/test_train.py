@@ -18,6 +18,7 @@ from tiny_killed import TINY
 from rmdd import config
 from rmdd.config import Runtime
 from rmdd.core.progress import Progress
+from rmdd.execution.backend import Backend
 from rmdd.execution.executor import Mapper
 from rmdd.execution.in_turn import InTurn
 from rmdd.execution.ray import train
@@ -63,8 +64,11 @@ def run_of(folder, num, **experts):
 
 def trained(run, executor=None, stream=None):
     """The store that a run's experts go to, trained by the executor, or one after another in this process."""
-    fleet = None if executor is None else lambda name: executor
-    return Pipeline(run, InTurn(), Progress(quiet=True), fleet=fleet, stream=stream).experts()
+    if executor is not None:  # `train` asks for it however few workers share an expert
+        run = run.model_copy(update={"runtime": run.runtime.model_copy(update={"fleet": "train"})})
+    pool = None if executor is None else lambda store, size: executor
+    backend = Backend(InTurn(), expert_pool=pool, pictures=stream)
+    return Pipeline(run, backend, Progress(quiet=True)).experts()
 
 
 def files(store):

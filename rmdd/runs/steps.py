@@ -1,0 +1,317 @@
+"""What each step of a run does: it takes what the steps before it returned, and returns a value.
+
+Every step first looks for results in the storage, so a run that is started again goes on where it stopped.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rmdd import config, methods
+from rmdd.core.device import device_of
+from rmdd.core.files import read_json, write_json
+from rmdd.core.progress import Progress
+from rmdd.core.storage import open_storage
+from rmdd.core.tracking import is_curve
+from rmdd.data.captions import SplitCaptions
+from rmdd.data.ingest import ingest
+from rmdd.data.shards import Dataset
+from rmdd.distill.trajectory.planning import PLAN, over_budget, with_phases
+from rmdd.evaluate import protocol, records, scores, summary
+from rmdd.evaluate.probes.of_run import prepare, remarks
+from rmdd.execution.backend import Backend
+from rmdd.execution.executor import Mapper
+from rmdd.execution.in_turn import InTurn
+from rmdd.execution.tasks import Failed, Interrupted, Spared, Task, watched
+from rmdd.experts import feed
+from rmdd.experts.store import Store, stored_bytes
+from rmdd.experts.train import begin_store
+from rmdd.generate.studio import Tools
+from rmdd.models.prepared import SplitSource
+from rmdd.models.text import embed, encoder_identity, text_width
+from rmdd.runs.items import Item, record
+from rmdd.runs.paths import HEALTH, bring_parts, candidates_of, dataset_folder, is_finished, paths_of, protocol_of
+from rmdd.runs.students import TrainStudent
+from rmdd.runs.tasks import CheckHealth, DistillPhase, DistillShared, GeneratePhase, MakePlan, TrainExpert
+
+
+class Steps:
+    """The steps of one run over one backend. Wall seconds of each are added up in `seconds.json`."""
+
+    def __init__(self, run: config.Run, backend: Backend, progress: Progress, folder: Path):
+        self.run, self.backend, self.progress, self.folder = run, backend, progress, folder
+        self.storage = open_storage(run.runtime)
+
+    # -- data ----------------------------------------------------------------------------------------------------
+
+    def ingest(self) -> Dataset:
+        """Bring the data in, or open what was ingested before."""
+        run = self.run
+        bring_parts(run)
+        with self.timed("ingest"):
+            if run.data.source == "dataset":
+                dataset = Dataset.open(dataset_folder(run))
+            else:
+                readers = watched(self.progress, "ingest", "pairs", self.backend.readers)
+                dataset = ingest(run.data, dataset_folder(run), readers, run.runtime)
+            self._bind(dataset)
+        counts = ", ".join(
+            f"{split} {n['pairs']} pairs ({n['captions']} captions)" for split, n in dataset.counts.items()
+        )
+        self.progress.say(f"data: {counts} at {dataset.path}")
+        return dataset
+
+    def locate(self, dataset: Dataset) -> Item:
+        """What every task of the run is given: the run, and the paths of its parts."""
+        paths = paths_of(self.run, dataset)
+        return Item(self.run, paths, paths.phases.name)
+
+    def embed(self, item: Item, dataset: Dataset, splits: Sequence[str]) -> SplitSource:
+        """Embed the captions of `splits`, and decode the pictures that are scored."""
+        with self.timed("embed"):
+            for split in splits:
+                if dataset.counts[split]["pairs"]:
+                    self.embed_split(item, dataset, split)
+                item.source.open(split)
+        return item.source
+
+    def embed_split(self, item: Item, dataset: Dataset, split: str) -> None:
+        """Embed the captions of a split into the cache, where they are not there yet."""
+        run = self.run
+        embed(
+            SplitCaptions(dataset, split, run.data),
+            run.model.text,
+            item.paths.cache,
+            device=str(device_of(run.runtime)),
+            threads=run.runtime.threads,
+            stream=watched(self.progress, f"embed {split}", "captions", self.backend.encoders),
+        )
+
+    def probes(self, dataset: Dataset) -> dict[str, dict[str, Any]]:
+        """Ingest and embed what `evaluate.probes` ask of the final students; returns the facts about each."""
+        facts: dict[str, dict[str, Any]] = {}
+        for name in self.run.evaluate.probes:
+            with self.timed("probes"):
+                readers = watched(self.progress, f"ingest {name}", "pairs", self.backend.readers)
+                encoders = watched(self.progress, f"embed {name}", "captions", self.backend.encoders)
+                facts[name] = prepare(self.run, name, dataset, readers, encoders)
+            for line in remarks(name, facts[name]):
+                self.progress.say(line)
+        return facts
+
+    # -- experts and phases --------------------------------------------------------------------------------------
+
+    def experts(self, item: Item, dataset: Dataset, splits: SplitSource) -> Store:
+        """Train the experts that are missing."""
+        run, path = self.run, item.paths.store
+        with self.timed("experts"):
+            facts = {
+                "protocol": protocol_of(run),
+                "model": run.model.model_dump(mode="json"),
+                "text_encoder": encoder_identity(run.model.text),
+                "data_hash": dataset.hash,
+                "config_hash": path.name,
+            }
+            self.storage.fetch(path, _records)
+            store = begin_store(run, path, text_width(run.model.text), facts)
+            missing = [e for e in range(run.experts.num) if not store.is_complete(e)]
+            if missing:
+                feed.prepare(splits.open("train"), run.experts.augment, run.runtime.cache_gb)
+            self._train([replace(item, number=e, stream=self.backend.pictures) for e in missing])
+            self.storage.fetch(path, _records)
+        self.progress.say(f"experts: {len(store.complete())} in {path} ({store.size() / 2**20:.0f} MiB)")
+        return store
+
+    def check_budget(self, run: config.Run) -> None:
+        """Raise `ValueError` (or warn, as configured) when the phases cost more than the budget."""
+        message = over_budget(run)
+        if message and (run.distill.budget_check == "error" or not run.distill.phases):
+            raise ValueError(message)
+        if message:
+            self.progress.say(f"warning: {message}")
+
+    def plan(self, item: Item, dataset: Dataset) -> Item:
+        """The run with phases and its paths: its own phases, or those that are planned from its experts."""
+        if self.run.distill.phases:
+            return item
+        with self.timed("plan"):
+            self.map("plan", MakePlan(), [item], {"plan": 1})
+            self.storage.fetch(self.folder)
+            plan = read_json(self.folder / PLAN)
+            run = with_phases(self.run, plan["phases"])
+        self.check_budget(run)
+        for reason in plan["reasons"]:
+            self.progress.say(f"plan: {reason}")
+        paths = paths_of(run, dataset)
+        return Item(run, paths, paths.phases.name)
+
+    def begin_phases(self, item: Item, splits: SplitSource) -> None:
+        """Write what the phases start from, where it is not there yet."""
+        with self.timed("distill"):
+            self.storage.fetch(item.paths.phases, _no_curve)
+            method = methods.method_of(item.run)
+            for p in range(len(item.run.distill.phases)):
+                method.begin(p, lambda: splits.open("train"), item.paths.phase(p))
+
+    def distill(self, item: Item) -> list[Path]:
+        """Distil the phases that are not finished; returns their folders."""
+        run, paths, backend = item.run, item.paths, self.backend
+        phases = range(len(run.distill.phases))
+        with self.timed("distill"):
+            todo = [p for p in phases if not is_finished(run, paths, p)]
+            items = [replace(item, number=p) for p in todo]
+            totals = {f"phase {p}": run.distill.phases[p].iterations for p in todo}
+            here = InTurn(run.runtime.threads)  # for a phase whose parts are done by others
+            method = methods.method_of(run)
+            if not method.iterates:
+                tools = Tools(backend.executor, backend.encoders, backend.open_parts, self.progress)
+                self.map("phases", GeneratePhase(tools), items, totals, here)
+            elif method.draws > 1:
+                shared = DistillShared(backend.open_parts, method.draws, self.progress.say)
+                self.map("phases", shared, items, totals, here)
+            else:
+                self.map("phases", DistillPhase(), items, totals)
+            self.storage.fetch(paths.phases, _no_curve)
+        return [paths.phase(p) for p in phases]
+
+    # -- students ------------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self, item: Item, splits: SplitSource, store: Store, facts: dict[str, dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Choose on val, train students, read test once; returns and writes `evaluation.json`."""
+        run, rule = item.run, item.run.evaluate
+        candidates = candidates_of(run)
+        with self.timed("evaluate"):
+            select = protocol.selection_jobs(run, len(candidates)) if len(candidates) > 1 else []
+            tune = protocol.tuning_jobs(run)
+            recipe = scores.choices(run) if rule.scores else []
+            tried_all = self.students(item, "choices on val", select + tune + recipe, candidates)
+            rates = scores.chosen_rates(list(zip(recipe, tried_all[len(select + tune) :], strict=True)))
+            chosen = len(candidates) - 1
+            curve: dict[int, float] = {}
+            if select:
+                best, curve = protocol.best_by_val([(j.snapshot, r) for j, r in zip(select, tried_all, strict=False)])
+                chosen = best if rule.selection == "val_best" else chosen
+            (loss, lr), tried = protocol.best_by_val(
+                [((j.loss, j.lr), r) for j, r in zip(tune, tried_all[len(select) :], strict=False)]
+            )
+            final = protocol.final_jobs(run, loss, lr, store.complete()[: run.experts.num])
+            final += scores.finals(run, rates) if rule.scores else []
+            trained = self.students(item, "students", final, [candidates[chosen]] * len(candidates))
+            rows = list(zip(final, trained, strict=True))
+            paths = {j: record(replace(item, job=j)) for j in final if j.kind != "reference"}
+            ranks = {job: records.ranks_of(path, self.storage) for job, path in paths.items()}
+        by_kind = summary.by_kind(rows)
+        table = summary.table_of(run.distill.method_name, by_kind, facts)
+        evaluation = {
+            "table": table,
+            **({"probes": facts} if facts else {}),
+            "diverged": {kind: sum("diverged" in r for r in rs) for kind, rs in by_kind.items()},
+            "galleries": {s: splits.open(s).split.facts() for s in ("train", "val", "test")},
+            "spread": "sample standard deviation over students (distilled), draws (random) and experts (full)",
+            **summary.choices(run, candidates, chosen, curve, (loss, lr), tried),
+            "student_curves": [r["curve"] for r in by_kind["student"]],
+        }
+        evaluation |= summary.beside(run, table, rows, ranks, splits.open("val").texts.shape[1])
+        if rule.scores:
+            evaluation["scores"] = scores.result(run, ranks, rates)
+        write_json(self.folder / "evaluation.json", evaluation)
+        return evaluation
+
+    def students(
+        self, item: Item, title: str, jobs: list[protocol.Job], candidates: list[tuple[int, ...]]
+    ) -> list[dict[str, Any]]:
+        """The records of students in the order of `jobs`."""
+        items = [replace(item, job=job, iterations=candidates[job.snapshot]) for job in jobs]
+        return self.map(title, TrainStudent(), items, dict.fromkeys([job.name for job in jobs], 1))
+
+    def health(self, item: Item) -> dict[str, Any]:
+        """Embed the sets over the distillation by the first expert; returns and writes `health.json`."""
+        with self.timed("health"):
+            self.map("health", CheckHealth(), [item], {"health": 1})
+            self.storage.fetch(self.folder / HEALTH)
+        health = read_json(self.folder / HEALTH)
+        for warning in health["warnings"]:
+            self.progress.say(f"warning: modality collapse? {warning}")
+        return health
+
+    def cost(self, item: Item) -> dict[str, Any]:
+        """What the run has cost by the clock up to now; returns and writes `cost.json`.
+
+        It lies apart from `evaluation.json`, which is the same to the bit after a kill and a resume.
+        """
+        logs = [item.paths.phase(p) / "metrics.jsonl" for p in range(len(item.run.distill.phases))]
+        cost = summary.clocks(item.run, logs, stored_bytes(item.paths.store), self.all_seconds())
+        write_json(self.folder / "cost.json", cost)
+        return cost
+
+    # -- parts ---------------------------------------------------------------------------------------------------
+
+    def map(
+        self, title: str, task: Task, items: list[Item], totals: dict[str, int], executor: Mapper | None = None
+    ) -> list[Any]:
+        """Results in order; `totals` names the items and says how much each has to do."""
+        if not items:
+            return []
+        with self.progress.stage(title, totals) as update:
+            results = (executor or self.backend.executor).map(task, items, list(totals), update)
+        if any(r is False for r in results):
+            raise Interrupted
+        return results
+
+    def all_seconds(self) -> dict[str, float]:
+        """Wall seconds per step, added up over all sittings of this run."""
+        return read_json(self.folder / "seconds.json") if (self.folder / "seconds.json").is_file() else {}
+
+    def _train(self, items: list[Item]) -> None:
+        """Train experts, failed ones again after the others; raises `RuntimeError` naming all that are given up."""
+        executor, runtime, size = None, self.run.runtime, self.run.experts.gang.workers
+        if items and self.backend.expert_pool is not None and (size > 1 or runtime.fleet == "train"):
+            executor = self.backend.expert_pool(items[0].paths.store.name, size=size)
+        given_up: dict[str, list[str]] = {}
+        for left in reversed(range(runtime.max_restarts + 1)):
+            totals = {f"expert {item.number}": self.run.experts.epochs for item in items}
+            results = self.map("experts", Spared(TrainExpert()), items, totals, executor)
+            failed = [(item, r) for item, r in zip(items, results, strict=True) if isinstance(r, Failed)]
+            items = [item for item, r in failed if r.again and left]
+            for item, r in failed:
+                if item not in items:
+                    given_up.setdefault(f"on {r.host}: {r.reason}", []).append(str(item.number))
+        if given_up:
+            lines = "".join(f"\n  expert {', '.join(numbers)} {reason}" for reason, numbers in given_up.items())
+            raise RuntimeError(
+                f"{sum(map(len, given_up.values()))} expert(s) could not be trained; the others are:{lines}"
+            )
+
+    def _bind(self, dataset: Dataset) -> None:
+        """Refuse a run folder that was begun with other data."""
+        path = self.folder / "data.json"
+        if path.is_file() and read_json(path)["data_hash"] != dataset.hash:
+            raise ValueError(
+                f"{self.folder} was begun with other data (hash {read_json(path)['data_hash']}, now {dataset.hash}); "
+                "give the run another name"
+            )
+        write_json(path, {"data_hash": dataset.hash, "path": str(dataset.path)})
+
+    @contextlib.contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            total = self.all_seconds()
+            total[step] = round(total.get(step, 0.0) + time.perf_counter() - began, 2)
+            write_json(self.folder / "seconds.json", total)
+
+
+def _records(name: str) -> bool:
+    """What the driver reads of a store: all but the experts' parameters."""
+    return _no_curve(name) and (not name.endswith(".safetensors") or name.endswith("/theta-0.safetensors"))
+
+
+def _no_curve(name: str) -> bool:
+    return not is_curve(name)

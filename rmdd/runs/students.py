@@ -1,0 +1,103 @@
+"""The task of a student: train and score it, or read its record."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rmdd.core.device import device_of
+from rmdd.core.storage import Storage
+from rmdd.distill.sets import load_set
+from rmdd.evaluate import records
+from rmdd.evaluate.lessons import read_lessons
+from rmdd.evaluate.probes.of_run import Probing
+from rmdd.evaluate.protocol import (
+    CHOOSING,
+    OF_RANDOM_PAIRS,
+    lesson_of,
+    random_lesson,
+    score_expert,
+    soft_lesson,
+    train_and_score,
+)
+from rmdd.evaluate.retrieval import Ranks
+from rmdd.execution.tasks import Hooks
+from rmdd.models.dual import DualEncoder
+from rmdd.runs.items import Item, located, prepared_split, record, trained_expert
+
+
+@dataclass(frozen=True)
+class TrainStudent:
+    """Train and score one student, or read its record if it has been; test is read once."""
+
+    def target(self, item: Item) -> Path:
+        return record(item)
+
+    def __call__(self, item: Item, hooks: Hooks) -> dict[str, Any]:
+        item, storage = located(item)
+        assert item.job is not None
+        job, run, paths = item.job, item.run, item.paths
+        path = record(item)
+        shared = path.parent == paths.baseline
+        value = paths.baseline.name if shared else f"{item.value}/{'-'.join(map(str, item.iterations))}"
+        for each in (path, *(() if job.kind in CHOOSING else (records.test_file(path), records.ranks_file(path)))):
+            storage.fetch(each)
+        scored, unranked = records.read(path, value), job.kind in (*CHOOSING, "reference")
+        if not unranked and not records.ranks_file(path).is_file():  # older records have no ranks
+            scored = None
+        asked = Probing(run, job, path, value, storage)
+        if scored is not None and not asked.missing:
+            hooks.report({"done": 1})
+            return asked.added_to(scored)
+        model = asked.restored() if scored is not None else None
+        if model is None:
+            again, model = _train_and_score(item, storage, asked, path if scored is None else None, hooks)
+            if scored is None:  # a student that is trained again for new probes keeps the scores and ranks it had
+                scored = again | {"value": value}
+                records.write(path, scored)
+        assert scored is not None
+        asked.ask(model, device_of(run.runtime), hooks.should_stop)
+        hooks.report({"done": 1, "val": scored["val"]["R@mean"]} if "val" in scored else {"done": 1})
+        return asked.added_to(scored)
+
+
+def _train_and_score(
+    item: Item, storage: Storage, asked: Probing, path: Path | None, hooks: Hooks
+) -> tuple[dict[str, Any], DualEncoder | None]:
+    """The record of a student and, if it was trained to the end, itself; its ranks go beside `path`."""
+    assert item.job is not None
+    job, run, paths = item.job, item.run, item.paths
+    storage.fetch(paths.data)
+    device, val = device_of(run.runtime), prepared_split(item, "val")
+    test = None if job.kind in CHOOSING else prepared_split(item, "test")
+
+    def keep(ranks: Ranks) -> None:
+        if path is not None:
+            ranks.save(records.ranks_file(path))
+
+    if job.kind == "full":
+        assert test is not None
+        model = trained_expert(item, job.index, storage)
+        return score_expert(job, run, model, val, test, device, on_ranks=keep), model
+    if item.taught is not None:
+        given = paths.root / item.taught.lessons
+        storage.fetch(given)
+        lessons = read_lessons(given, run.data.image_size, lambda: prepared_split(item, "train"), job.lr)
+    elif job.kind in ("soft_tune", "soft"):
+        teacher = trained_expert(item, job.index % run.experts.num, storage)
+        lessons = [soft_lesson(run, prepared_split(item, "train"), job.index, job.lr, teacher, device)]
+    elif job.kind in OF_RANDOM_PAIRS:
+        lessons = [random_lesson(run, prepared_split(item, "train"), job.index, job.lr)]
+    else:
+        for p, iteration in enumerate(item.iterations):
+            storage.fetch(paths.set(p, iteration))
+        sets = [load_set(paths.set(p, iteration)) for p, iteration in enumerate(item.iterations)]
+        lessons = [lesson_of(s, run.data.image_size) for s in sets]
+    trained: list[DualEncoder] = []
+
+    def finished(model: DualEncoder) -> None:
+        asked.keep(model)
+        trained.append(model)
+
+    alive = hooks.should_stop  # a sign of life
+    scored = train_and_score(job, run, lessons, val, test, device, alive, finished, on_ranks=keep)
+    return scored, trained[0] if trained else None
