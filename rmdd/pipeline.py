@@ -15,6 +15,7 @@ from rmdd import config
 from rmdd.artefact.assemble import assemble
 from rmdd.artefact.card import export
 from rmdd.core.files import atomic_path, read_json
+from rmdd.core.layout import require_layout
 from rmdd.core.progress import Progress
 from rmdd.core.storage import anchored, run_folder
 from rmdd.core.version import VERSION
@@ -73,6 +74,7 @@ class Pipeline:
         self.steps = Steps(run, backend, progress, folder or run_folder(run))
         self.splits, self.values = splits, dict[str, Any]()
         self.storage, self.folder = self.steps.storage, self.steps.folder
+        require_layout(self.storage)
         self.storage.fetch(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(self.folder / "run.yaml") as temporary:

@@ -16,7 +16,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from rmdd import config
 from rmdd.core.files import clearly, is_temporary, register_listener, remove, sweep, temporary_beside
@@ -28,6 +28,8 @@ MARKERS = ("manifest.json", "store.json", "expert.json", "set.json", "subset.jso
 
 LOCAL_ONLY = ("cache",)
 LOG_SECONDS = 10.0
+RESULTS = ("experts/*/store.json", "phases/*/phase-*/*", "*/run.yaml")
+"""Files of a storage that was used."""
 
 
 class Storage:
@@ -50,6 +52,10 @@ class Storage:
             probe.touch()
             probe.unlink()
         sweep(self.root)
+
+    def has_results(self) -> bool:
+        """Whether experts, phases or runs lie in it."""
+        return any(next(self.root.glob(pattern), None) for pattern in RESULTS)
 
     def address(self, path: Path) -> str:
         """How a person names `path`."""
@@ -194,6 +200,9 @@ class Mirror(Storage):
     def begin(self) -> None:
         super().begin()
         self.remote.sweep()
+
+    def has_results(self) -> bool:
+        return any(PurePosixPath(name).match(pattern) for name in self.remote.list("") for pattern in RESULTS)
 
     def _upload(self, path: Path) -> None:
         _date(path, self.remote.upload(path, self._name(path)))

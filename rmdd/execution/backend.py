@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rmdd import config
+from rmdd.core.layout import require_layout
 from rmdd.core.locks import held
 from rmdd.core.progress import Progress
 from rmdd.core.storage import address_of, is_uri, open_storage, root_of
@@ -52,10 +53,12 @@ class Backend:
 def hold_folders(runtime: config.Runtime, *folders: Path) -> Iterator[None]:
     """Hold `folders` of a storage that can be written; new files in them are published at the end.
 
-    Raises `rmdd.core.locks.Held` when another process works in one of them.
+    Raises `rmdd.core.locks.Held` when another process works in one of them, `ValueError` when the storage was written
+    in another layout.
     """
     storage = open_storage(runtime)
     storage.begin()
+    require_layout(storage)
     with contextlib.ExitStack() as stack:
         for folder in folders:
             stack.enter_context(held(folder, wait=False))

@@ -6,13 +6,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from rmdd.execution.executor import Executor, Piece, PieceSource
 from rmdd.execution.in_turn import InTurn
 from rmdd.execution.tasks import Hooks, Interrupted, Task
 
 
+@runtime_checkable
 class TargetedTask(Protocol):
     """A task that says where its result goes; items with the same target are the same work."""
 

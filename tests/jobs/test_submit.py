@@ -94,6 +94,7 @@ def test_a_search_runs_as_a_job(head: Head, unbroken: Path, tmp_path: Path) -> N
 def copy_experts(storage: Path, other: Path) -> None:
     for shared in ("data", "experts"):
         shutil.copytree(storage / shared, other / shared)
+    shutil.copy(storage / "storage.json", other)
 
 
 def iterations(storage: Path) -> int:
