@@ -30,11 +30,12 @@ def check(source: Source, set_: Sets = None) -> Output:
     run = load(source, set_ or [])
     from rmdd.evaluate.probes.of_run import faults
     from rmdd.runs.preflight import examine
+    from rmdd.searches import facts_of
 
     if mistakes := faults(run):
         raise config.ConfigError(mistakes, source)
     try:
-        facts = examine(run)
+        facts = examine(run, facts_of(run))
     except config.ConfigError:
         raise
     except ValueError as error:

