@@ -145,7 +145,7 @@ def test_a_run_does_each_step_once_and_computes_its_paths_once(tmp_path, monkeyp
     planned = load(
         tmp_path, "distill.phases=auto", "distill.plan.min_pairs=2", "distill.plan.max_phases=1", "name=planned"
     )
-    go(planned, "distill")
+    go(planned, "plan")
     assert (calls["plan"], calls["paths_of"]) == (1, 2), "the paths of phases follow from the plan"
 
 
