@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
 
 from rmdd.models.losses import FLOOR, LOSSES, infonce, wbce
 
@@ -143,3 +144,8 @@ def test_wbce_counts_one_half_as_negative_and_lives_without_positives():
     for similarity in (0.5 + 0.5 * torch.eye(3, dtype=torch.float64), torch.full((3, 3), 0.5, dtype=torch.float64)):
         expected = slow_wbce(logits.tolist(), similarity.tolist())
         assert wbce(logits, similarity).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_shapes_are_checked_in_every_process_of_this_suite():
+    with pytest.raises(TypeCheckError):
+        infonce(torch.zeros(2, 3), torch.zeros(2, 3))
