@@ -69,14 +69,18 @@ def ink(no_ink):
 def ray_local():
     """One local cluster for the whole run."""
     ray = pytest.importorskip("ray")
-    ray.init(
-        address="local",
-        num_cpus=4,
-        num_gpus=0,
-        object_store_memory=80 * 2**20,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
+    from ray_head import patiently
+
+    patiently(
+        lambda: ray.init(
+            address="local",
+            num_cpus=4,
+            num_gpus=0,
+            object_store_memory=80 * 2**20,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
     )
     yield ray
     ray.shutdown()

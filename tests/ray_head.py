@@ -103,6 +103,14 @@ def started(autoscaling: str | None = None, **flags: object) -> Iterator[Head]:
         yield head
 
 
+def patiently(begin: Callable):
+    """A node of Ray must come up within half a minute, which a busy machine may not give it."""
+    for _ in range(5):
+        with contextlib.suppress(Exception):
+            return begin()
+    return begin()
+
+
 def start_words() -> list[str]:
     commands = yaml.safe_load((CLUSTERS / "onprem.yaml").read_text())["head_start_ray_commands"]
     words = shlex.split(commands[-1])

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray_head import patiently
 from tiny_killed import TINY
 
 from rmdd import config
@@ -88,14 +89,6 @@ class Nodes:
         self.cluster.remove_node(node, allow_graceful=False)
         self.nodes.remove(node)
         self.nodes.append(self.add())
-
-
-def patiently(begin: Callable):
-    """A node of Ray must come up within half a minute, which a busy machine may not give it."""
-    for _ in range(5):
-        with contextlib.suppress(Exception):
-            return begin()
-    return begin()
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ import json, os, sys, time
 from pathlib import Path
 from ray.cluster_utils import Cluster
 import ray
+from ray_head import patiently
 from rmdd.config import Runtime
 from rmdd.execution.ray.actors import SideBySide
 from rmdd.execution.ray.cluster import ENVIRONMENT, connected
@@ -28,7 +29,7 @@ node = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
 local = "/proc/self/cwd/runs"  # a path that means another folder on the other node, as a local disk does
 events = Path(local, "one/events.jsonl")
 os.chdir(here)
-cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False}))
 rule = Runtime(storage=local, address=cluster.address, max_restarts=0)
 
 def until_it_is_lost(log, hooks):
@@ -40,7 +41,7 @@ try:
     with connected(rule) as found:
         first = ray.get_runtime_context().get_node_id()
         os.chdir(elsewhere)
-        other = cluster.add_node(**node)
+        other = patiently(lambda: cluster.add_node(**node))
         os.chdir(here)
         cluster.wait_for_nodes()
         told, log = [], here / "runs/one/events.jsonl"
