@@ -121,7 +121,7 @@ class SideBySide(Executor):
                 self._fill()
                 self._wait()
                 self._check_running()
-                if any(item.where is not None for item in self.running) and not self._ready():
+                if any(item.where is not None for item in self.running) and not self._next():
                     self.rest()  # one without work may hold what another needs to start
         except KeyboardInterrupt:
             self._stop()
@@ -137,12 +137,14 @@ class SideBySide(Executor):
 
     # -- starting ------------------------------------------------------------------------------------------------
 
-    def _ready(self) -> list[Attempts]:
-        return [attempts for attempts in self.waiting if attempts.ready_at <= time.monotonic()]
+    def _next(self) -> list[Attempts]:
+        """What can start now: it waits no longer, and the cluster has room for one more worker."""
+        room = self.resources.workers(self.runtime, len(self.running) + len(self.waiting)) - len(self.running)
+        ready = [attempts for attempts in self.waiting if attempts.ready_at <= time.monotonic()]
+        return ready[: max(0, room)]
 
     def _fill(self) -> None:
-        width = self.resources.workers(self.runtime, len(self.running) + len(self.waiting))
-        for attempts in self._ready()[: max(0, width - len(self.running))]:
+        for attempts in self._next():
             self.waiting.remove(attempts)
             self.running.append(self._start(attempts))
 
