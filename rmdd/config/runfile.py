@@ -17,6 +17,9 @@ from rmdd.config.hashing import Purpose
 PRESETS = Path(__file__).parents[1] / "presets"
 S = TypeVar("S", bound="Section")
 
+MOVED: dict[str, str] = {}
+"""Fields of older run files, and where each is now: the place to write it, for the message that names it."""
+
 
 class Section(BaseModel):
     """Part of a run file, frozen and without unknown keys."""
@@ -218,6 +221,8 @@ def _mistake(error: Any) -> str:
     if place[:2] == ("evaluate", "probes"):  # what is at the fourth place is the kind, by which a union is told apart
         place = (*place[:3], *place[4:])
     where = ".".join(str(part) for part in place if part != "str" and "[" not in str(part))
+    if where in MOVED:
+        return f"{where}: moved to {MOVED[where]}"
     if error["type"] == "extra_forbidden":
         return f"{where}: unknown key; `rmdd init` writes every key with its meaning"
     message = error["msg"].removeprefix("Value error, ")
