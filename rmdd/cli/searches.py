@@ -105,7 +105,8 @@ def searched(call: Call, base: config.Run) -> Output:
 @command
 def resume(call: Call, folder: Folder) -> Output:
     """Go on with a run, a sweep, a search or a comparison where it stopped."""
-    from rmdd import comparisons, searches
+    from rmdd import searches
+    from rmdd.comparisons import resume as comparisons
     from rmdd.searches.sweeps import members_in
 
     if members := members_in(folder):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from rmdd import config
 from rmdd.config.runfile import validate
 from rmdd.core.files import atomic_path, read_json, write_json
 from rmdd.core.locks import held
+from rmdd.core.progress import Progress
 from rmdd.coresets import clusters, greedy, matched
 from rmdd.coresets.choice import AT_ONCE, Choice
 from rmdd.coresets.cost import ByteCosts, parameters
@@ -29,10 +30,7 @@ from rmdd.execution.parts import WorkerParts, with_restarts
 from rmdd.experts.store import Store
 from rmdd.generate.features import features
 from rmdd.models.prepared import PreparedSplit
-
-if TYPE_CHECKING:
-    from rmdd.core.progress import Progress
-    from rmdd.pipeline import Pipeline
+from rmdd.pipeline import Pipeline, open_pipeline
 
 RANKS_FROM = 256 * 2**20
 """Bytes of features from which they are spread over ranks."""
@@ -56,8 +54,6 @@ def coreset(
 
     Raises `ConfigError` with all that is wrong with the choice.
     """
-    from rmdd.pipeline import open_pipeline
-
     asked = choice_of(choice)
     run = run if isinstance(run, config.Run) else config.load(run)
     with open_pipeline(asked.prepared(run), progress) as pipeline:

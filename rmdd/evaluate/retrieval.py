@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rmdd.core.files import atomic_path
+
 # I images, T captions, D joint width, Q queries and C candidates of one direction, q queries of one chunk,
 # P most right candidates of a query
 
@@ -94,8 +96,6 @@ class Ranks:
     def save(self, path: Path) -> None:
         """As int32 in a safetensors file."""
         from safetensors.torch import save_file
-
-        from rmdd.core.files import atomic_path
 
         tensors = {name: getattr(self, name) for name in self.__dataclass_fields__}
         with atomic_path(path) as temporary:

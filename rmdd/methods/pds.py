@@ -29,7 +29,7 @@ from pydantic import Field
 from rmdd import config
 from rmdd.config.numbers import PositiveInt
 from rmdd.generate import decode
-from rmdd.generate.decode import Decoder, Nearest
+from rmdd.generate.decode import Decoder, Karlo, Nearest, StableUnclip
 from rmdd.generate.prototypes import Prototypes, find, retrieved
 from rmdd.generate.studio import Studio
 from rmdd.methods.generative import GenerativeMethod
@@ -189,8 +189,6 @@ class PDS(GenerativeMethod):
 
 def decoder_of(options: PDS.Options, folder: Path, device: torch.device) -> Decoder:
     """The pipeline that a run asks for, loaded from its folder."""
-    from rmdd.generate.decode import Karlo, StableUnclip
-
     how = options.decode
     given: dict[str, Any] = {"dtype": options.dtype, "offload": options.offload}
     given |= {"steps": options.steps or STEPS[how], "guidance": options.guidance or GUIDANCE[how]}

@@ -18,10 +18,11 @@ import rmdd
 from rmdd import config
 from rmdd.artefact.distilled import DistilledSet
 from rmdd.cli import app as cli
-from rmdd.comparisons import begun_in, engine
+from rmdd.comparisons import engine
 from rmdd.comparisons.compare import begin
 from rmdd.comparisons.entries import open_entries
 from rmdd.comparisons.published import beside
+from rmdd.comparisons.resume import begun_in
 from rmdd.core.progress import Progress
 from rmdd.core.seeding import generator
 from rmdd.coresets.subset import Coreset

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rmdd.models.losses import infonce
+
 Kernel = Literal["geodesic", "laplacian", "chordal"]
 Statistic = Literal["v", "u"]
 
@@ -73,6 +75,4 @@ def _mean(k: Float[Tensor, "n n"], statistic: Statistic) -> Float[Tensor, ""]:
 
 def contrastive(images: Float[Tensor, "n D"], texts: Float[Tensor, "n D"], temperature: float) -> Float[Tensor, ""]:
     """Symmetric cross entropy of the pairs of a batch among each other."""
-    from rmdd.models.losses import infonce
-
     return infonce(images @ texts.T / temperature, torch.eye(len(images), dtype=images.dtype, device=images.device))
