@@ -117,6 +117,10 @@ def allocate(path: Path | str) -> None:
         os.posix_fallocate(f.fileno(), 0, max(1, os.fstat(f.fileno()).st_size))
 
 
+class CannotWrite(OSError):
+    """A disk cannot take a file; the message says what to do."""
+
+
 @contextlib.contextmanager
 def clearly(path: Path) -> Iterator[None]:
     """Give errors of a disk that cannot take `path` the words that help, whichever library found out."""
@@ -124,12 +128,12 @@ def clearly(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         number = _number(error)
-        if number not in _ADVICE or _ADVICE[number] in str(error) or _elsewhere(error, path):
+        if number not in _ADVICE or isinstance(error, CannotWrite) or _elsewhere(error, path):
             raise
         message = (
             f"cannot write {path}: {os.strerror(number).lower()}; {_ADVICE[number]}. Files finished earlier are intact"
         )
-        raise OSError(number, message) from error
+        raise CannotWrite(number, message) from error
 
 
 def _elsewhere(error: Exception, path: Path) -> bool:
