@@ -24,8 +24,8 @@ from rmdd import config
 from rmdd.cli import app as cli
 from rmdd.core.progress import Progress
 from rmdd.core.storage import run_folder
+from rmdd.models import prepared
 from rmdd.report.search import log_ticks, write_page
-from rmdd.runs import tasks
 from rmdd.searches import begun_in, check, search_folder
 from rmdd.searches.formats import verify
 
@@ -37,8 +37,8 @@ def searched(tmp_path_factory):
     storage = tmp_path_factory.mktemp("search")
     opened = []
     with pytest.MonkeyPatch.context() as patch:
-        load = tasks.prepare_split
-        patch.setattr(tasks, "prepare_split", lambda *given: opened.append(given[2]) or load(*given))
+        load = prepared.prepare_split
+        patch.setattr(prepared, "prepare_split", lambda *given: opened.append(given[3]) or load(*given))
         found = rmdd.search(raw_of(storage, {"distill.lr_image": LR, **BOTH}, trials=5, pruner="asha"), progress=QUIET)
     return found, storage, set(opened)
 

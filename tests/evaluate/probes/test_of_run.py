@@ -126,7 +126,7 @@ def test_probes_that_come_later_change_no_score(finished, tmp_path, formats_):
 def test_other_probes_train_no_student_again(finished, storage, formats_, monkeypatch):
     kept = files(storage, "*.trained.safetensors")
     assert len(kept) == 3
-    monkeypatch.setattr("rmdd.runs.tasks.train_and_score", None)
+    monkeypatch.setattr("rmdd.runs.students.train_and_score", None)
     other = {"words": vqa_probe(formats_ / "coco", question_mark=True)}
     assert set(go(run_of(storage, other))["table"]["random"]["probes"]) == {"words"}
     for file in storage.rglob("*.probe-*.json"):
