@@ -54,7 +54,7 @@ def made(folder):
 
 
 def model_of(run, train):
-    return expert_model(run, 0, train.texts.shape[1])
+    return expert_model(run.model, run.data.image_size, run.seed_of("experts"), 0, train.texts.shape[1])
 
 
 def rank(made, run, number=0, size=1):

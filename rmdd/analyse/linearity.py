@@ -85,7 +85,9 @@ def linearity(
     synthetic = setting.initial(run).map(Tensor.double)
     ratios: dict[str, list[float]] = {}
     for name in ("shortcut",) if shortcut_only else ("shortcut", "joined"):
-        model = expert_model(run, 0, setting.train.texts.shape[1]).double()
+        model = expert_model(
+            run.model, run.data.image_size, run.seed_of("experts"), 0, setting.train.texts.shape[1]
+        ).double()
         matcher = Matcher(methods.matching_method(run), 0, store, model, setting.device)
         if name == "joined":
             matcher.use_path(matcher.experts[0], joined(store, matcher.experts[0]))

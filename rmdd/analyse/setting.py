@@ -70,7 +70,9 @@ class Setting:
         return signals.probing(self.run, self.endpoint, trajectory, self.pairs, self.num)
 
     def matcher(self, trajectory: str) -> Matcher:
-        model = expert_model(self.run, 0, self.train.texts.shape[1])
+        model = expert_model(
+            self.run.model, self.run.data.image_size, self.run.seed_of("experts"), 0, self.train.texts.shape[1]
+        )
         return Matcher(methods.matching_method(self.probing(trajectory)), 0, self.store, model, self.device)
 
     def starts(self) -> range:
@@ -103,7 +105,7 @@ def endpoint_of(least: int, last: int, endpoint: int | None) -> int:
 def kept_by(run: config.Run) -> set[int]:
     """Epochs that the store of a run keeps."""
     last = run.experts.epochs
-    return {0, *(kept_epochs(run) or range(last)), last}
+    return {0, *(kept_epochs(run.experts, run.endpoints) or range(last)), last}
 
 
 def every_epoch(run: config.Run) -> list[str]:

@@ -209,7 +209,7 @@ def _fits(rule: config.Distill, epochs: int, phase: dict[str, Any]) -> bool:
 def _members(run: config.Run, settings: Mapping[str, dict[str, Any]]) -> list[Member]:
     """Named runs on the experts of `run`: what the store keeps stays as it is, lest others be trained."""
     raw = run.model_dump(mode="json")
-    kept = kept_epochs(run)
+    kept = kept_epochs(run.experts, run.endpoints)
     raw["experts"]["keep"] = "all" if kept is None else list(kept)
     runs = members(lambda chosen: config.load(raw, chosen), {}, settings.values())
     return [replace(member, name=name) for name, member in zip(settings, runs, strict=True)]

@@ -101,5 +101,5 @@ def of_run(pipeline: Pipeline, phase: int, iterations: int, every: int) -> list[
     train = pipeline.prepared_split("train")
     method = methods.matching_method(run)
     initial = method.initial(phase, train, method.records(phase, train))
-    model = expert_model(run, 0, train.texts.shape[1])
+    model = expert_model(run.model, run.data.image_size, run.seed_of("experts"), 0, train.texts.shape[1])
     return along(run, phase, store, model, initial, device_of(run.runtime), iterations=iterations, every=every)

@@ -32,7 +32,7 @@ def check(source: Source, set_: Sets = None) -> Output:
     from rmdd.runs.preflight import examine
     from rmdd.searches import facts_of
 
-    if mistakes := faults(run):
+    if mistakes := faults(run.data, run.evaluate.probes):
         raise config.ConfigError(mistakes, source)
     try:
         facts = examine(run, facts_of(run))

@@ -97,7 +97,7 @@ def compared(call: Call, begun: "Comparison | Transfer") -> Output:
     return Output({"comparison": address, "rows": result.rows} | rest, lines, failed)
 
 
-def _drawn(measured: "Sequence[tables.Table]") -> Iterable[RenderableType]:
+def _drawn(measured: "Sequence[tables.ResultTable]") -> Iterable[RenderableType]:
     for table in measured:
         drawn = Table(title=Text(table.title), style="dim" if table.apart else "", box=box.SIMPLE_HEAD)
         shown = [k for k, name in enumerate(table.columns) if table.apart or name not in LEFT_TO_FILES]

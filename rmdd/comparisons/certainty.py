@@ -1,4 +1,4 @@
-"""How sure a row is: intervals over images, from the ranks that students leave."""
+"""Intervals of a row over test images, from the ranks that its students leave."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from rmdd.evaluate.retrieval import Ranks
 
 def interval(ranks: Sequence[Path]) -> dict[str, float] | None:
     """95 % interval of R@mean over test images, of the mean student; None where ranks were not kept."""
-    return _told(bootstrap.interval(_loaded(ranks))) if ranks else None
+    return _plain(bootstrap.interval(_loaded(ranks))) if ranks else None
 
 
 def difference(ours: Sequence[Path], others: Sequence[Path]) -> dict[str, float] | None:
@@ -18,11 +18,11 @@ def difference(ours: Sequence[Path], others: Sequence[Path]) -> dict[str, float]
     number = min(len(ours), len(others))
     if not number:
         return None
-    return _told(bootstrap.difference(_loaded(ours[:number]), _loaded(others[:number])))
+    return _plain(bootstrap.difference(_loaded(ours[:number]), _loaded(others[:number])))
 
 
-def _told(found: Interval) -> dict[str, float]:
-    return {"mean": found.mean, "low": found.low, "high": found.high}
+def _plain(interval: Interval) -> dict[str, float]:
+    return {"mean": interval.mean, "low": interval.low, "high": interval.high}
 
 
 def _loaded(files: Sequence[Path]) -> list[Ranks]:

@@ -7,9 +7,9 @@ from typing import Any
 
 from rmdd import config
 from rmdd.comparisons import published, results, tables
-from rmdd.comparisons.engine import FOLDER, Grounds, Row, score
+from rmdd.comparisons.engine import FOLDER, ComparedRun, Row, score
 from rmdd.comparisons.entries import Entry, made_by, misfits, open_entries, planned
-from rmdd.comparisons.tables import Table
+from rmdd.comparisons.tables import ResultTable
 from rmdd.core.files import write_json
 from rmdd.core.progress import Progress
 from rmdd.core.storage import root_of
@@ -33,7 +33,7 @@ class Compared:
     folder: Path
     rows: list[dict[str, Any]]
     published: list[dict[str, Any]]
-    tables: tuple[Table, ...]
+    tables: tuple[ResultTable, ...]
 
     @property
     def failed(self) -> list[dict[str, Any]]:
@@ -52,8 +52,8 @@ class Comparison:
     @property
     def folder(self) -> Path:
         """Named by all that the table says."""
-        asked = [[e.name, e.kind, e.value, e.pairs] for e in self.entries]
-        value = config.hash_value([asked, self.run.hash_of(), self.against, self.reencode])[:8]
+        entries = [[e.name, e.kind, e.value, e.pairs] for e in self.entries]
+        value = config.hash_value([entries, self.run.hash_of(), self.against, self.reencode])[:8]
         return root_of(self.run.runtime) / FOLDER / f"{self.run.name}-{value}"
 
     def begin(self) -> Path:
@@ -74,39 +74,39 @@ class Comparison:
         runtime, folder = self.run.runtime, self.folder
         with hold_folders(runtime, folder), open_backend(runtime, folder / "events.jsonl", progress) as backend:
             self.begin()
-            grounds = Grounds(self.run, backend, progress, folder / "protocol")
-            if wrong := grounds.check(self.entries):
+            compared = ComparedRun(self.run, backend, progress, folder / "protocol")
+            if wrong := compared.check(self.entries):
                 raise config.ConfigError(wrong, "comparison")
-            grounds.embed()
-            rows = [grounds.row(entry.name, entry) for entry in self.entries]
+            compared.embed()
+            rows = [compared.row(entry.name, entry) for entry in self.entries]
             return self._written(rows, list(zip(rows, score(rows, backend, progress), strict=True)))
 
     def _written(self, rows: Sequence[Row], scored: list[tuple[Row, Any]]) -> Compared:
-        told = [results.told(row, s) for row, s in scored]
-        results.of_full(told)
+        plain = [results.plain(row, s) for row, s in scored]
+        results.of_full(plain)
         base = next(k for k, row in enumerate(rows) if row.name == self.against)
-        for k, row in enumerate(told):
+        for k, row in enumerate(plain):
             if k != base:
-                row["difference"] = results.against((row, scored[k][1]), (told[base], scored[base][1]))
+                row["difference"] = results.against((row, scored[k][1]), (plain[base], scored[base][1]))
         beside = published.beside(self.run.data.layout, self.run.distill.budget)
         title = f"comparison: {self.run.name}"
         shown = (
-            table(protocol_words(self.run), told, self.against),
+            table(protocol_words(self.run), plain, self.against),
             *_published(self.run.data.layout, self.run.distill.budget, beside),
         )
-        tables.write(self.folder, title, shown, [*map(tables.flat, told), *map(published.flat, beside)])
-        kept = {"schema_version": SCHEMA_VERSION, "protocol": self.run.hash_of(), "against": self.against}
-        write_json(self.folder / RESULTS, kept | {"rows": told, "published": beside})
-        return Compared(self.folder, told, beside, shown)
+        tables.write(self.folder, title, shown, [*map(tables.flat, plain), *map(published.flat, beside)])
+        facts = {"schema_version": SCHEMA_VERSION, "protocol": self.run.hash_of(), "against": self.against}
+        write_json(self.folder / RESULTS, facts | {"rows": plain, "published": beside})
+        return Compared(self.folder, plain, beside, shown)
 
 
-def table(protocol: str, rows: Sequence[dict[str, Any]], against: str) -> Table:
+def table(protocol: str, rows: Sequence[dict[str, Any]], against: str) -> ResultTable:
     """The rows as people read them; `protocol` says in words how students were trained."""
-    known = [name for name in ("interval", "difference", "of_full") if any(row.get(name) for row in rows)]
+    extra = [name for name in ("interval", "difference", "of_full") if any(row.get(name) for row in rows)]
     heads = {"interval": "95 % interval", "difference": f"against {against}", "of_full": "of full data"}
     costs = ("pairs", "parameters", "bytes", "seconds")
     columns = ["trained on", "method", "rates", "val R@mean", "test R@mean", *results.RECALLS]
-    columns += [*(heads[name] for name in known), *costs]
+    columns += [*(heads[name] for name in extra), *costs]
     cells = []
     for row in rows:
         shown = {
@@ -115,8 +115,8 @@ def table(protocol: str, rows: Sequence[dict[str, Any]], against: str) -> Table:
             "of_full": "" if row.get("of_full") is None else f"{row['of_full']:.0f} %",
         }
         held = [tables.count(row["costs"].get(c)) for c in costs]
-        cells.append([row["name"], row["method"], rate(row), *tables.recalls(row), *(shown[n] for n in known), *held])
-    return Table(f"measured: {protocol}", columns, cells, [*reading(known), *tables.remarks(rows)])
+        cells.append([row["name"], row["method"], rate(row), *tables.recalls(row), *(shown[n] for n in extra), *held])
+    return ResultTable(f"measured: {protocol}", columns, cells, [*reading(extra), *tables.remarks(rows)])
 
 
 def rate(row: Mapping[str, Any]) -> str:
@@ -128,7 +128,7 @@ def rate(row: Mapping[str, Any]) -> str:
     return f"by val: {loss}{row['chosen']['lr']:g}"
 
 
-def reading(known: Sequence[str]) -> list[str]:
+def reading(extra: Sequence[str]) -> list[str]:
     """How to read the columns."""
     notes = [
         f"Recall in %, {SPREAD}. Students are paired: the same number begins alike in every row. The columns IR and TR "
@@ -140,9 +140,9 @@ def reading(known: Sequence[str]) -> list[str]:
         "Pairs are counted as students see them, those of all data as images. Bytes of real pairs are images as they "
         "lie in the shards and captions in UTF-8 (of random pairs the mean over draws), those of a set its tensors."
     )
-    if "interval" in known:
+    if "interval" in extra:
         notes.append("Intervals are at 95 %, by resampling test images with all of their captions.")
-    if "of_full" in known:
+    if "of_full" in extra:
         notes.append("`of full data` is the ratio of mean test R@mean to that of the row of all pairs.")
     return notes
 
@@ -156,7 +156,7 @@ def protocol_words(run: config.Run) -> str:
     )
 
 
-def _published(layout: str | None, budget: int, beside: Sequence[dict[str, Any]]) -> list[Table]:
+def _published(layout: str | None, budget: int, beside: Sequence[dict[str, Any]]) -> list[ResultTable]:
     if not beside:
         return []
     name = published.LAYOUTS[str(layout)]
@@ -232,8 +232,8 @@ def _protocol_of(entries: Sequence[Entry], source: Source | None, overrides: lis
     for entry in entries:
         if (raw := made_by(entry)) is not None:
             return load(raw, overrides)
-    told = "none of these says by which run it was made, so the protocol is open; give --config CONFIG"
-    raise config.ConfigError([told], "comparison")
+    mistake = "none of these says by which run it was made, so the protocol is open; give --config CONFIG"
+    raise config.ConfigError([mistake], "comparison")
 
 
 def unbuildable(run: config.Run) -> list[str]:

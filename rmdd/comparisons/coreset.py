@@ -54,26 +54,26 @@ def coreset(
 
     Raises `ConfigError` with all that is wrong with the choice.
     """
-    asked = choice_of(choice)
+    checked = choice_of(choice)
     run = run if isinstance(run, config.Run) else config.load(run)
-    with open_pipeline(asked.prepared(run), progress) as pipeline:
-        return choose(pipeline, asked, ranks)[0]
+    with open_pipeline(checked.prepared(run), progress) as pipeline:
+        return choose(pipeline, checked, ranks)[0]
 
 
 def choice_of(fields: dict[str, Any]) -> Choice:
     """Raises `ConfigError` with every mistake."""
     method = str(fields.get("method", "herding")).replace("-", "_")
-    found, mistakes = validate(Choice, {**fields, "method": method})
-    if found is None or mistakes:
+    checked, mistakes = validate(Choice, {**fields, "method": method})
+    if checked is None or mistakes:
         raise config.ConfigError(mistakes, "coreset")
-    return found
+    return checked
 
 
 def choose(pipeline: "Pipeline", choice: Choice, ranks: int | None = None) -> tuple[Coreset, Path]:
     """The subset and its folder, `<storage>/coresets/<run>-<method>-<hash>`; one that is there is read.
 
     `ranks` hold the rows; None: one, or the workers of the run where the features are large. WorkerParts that die are
-    opened again, and go on from the picks that were kept.
+    opened again, and go on from the stored picks.
     """
     if choice.method == "forgetting" or (choice.needs_features and choice.encoder.startswith("expert")):
         pipeline.experts()
@@ -86,21 +86,21 @@ def choose(pipeline: "Pipeline", choice: Choice, ranks: int | None = None) -> tu
 
 
 @dataclass
-class Trail:
-    """Picks so far, by value and id, kept in a file: a longer coreset goes on from a shorter one."""
+class Picks:
+    """The picks so far, ids and values, in a file: a longer coreset goes on from a shorter one."""
 
     path: Path
     ids: list[int] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
 
     @classmethod
-    def open(cls, path: Path) -> "Trail":
-        found = read_json(path) if path.is_file() else {"ids": [], "values": []}
-        return cls(path, found["ids"], [math.inf if v is None else v for v in found["values"]])
+    def open(cls, path: Path) -> "Picks":
+        stored = read_json(path) if path.is_file() else {"ids": [], "values": []}
+        return cls(path, stored["ids"], [math.inf if v is None else v for v in stored["values"]])
 
     def follow(self, more: Callable[[Sequence[int]], Iterator[Best]]) -> Iterator[tuple[int, float]]:
-        """All picks: those kept, then those that `more` gives after them."""
-        kept = len(self.ids)
+        """All picks: those stored, then those that `more` adds."""
+        stored = len(self.ids)
         yield from list(zip(self.ids, self.values, strict=True))
         try:
             for best in more(list(self.ids)):
@@ -110,7 +110,7 @@ class Trail:
                     self.save()
                 yield best.id, best.value
         finally:
-            if len(self.ids) > kept:
+            if len(self.ids) > stored:
                 self.save()
 
     def save(self) -> None:
@@ -119,7 +119,7 @@ class Trail:
 
 
 class Selection:
-    """One coreset in the making."""
+    """The choice of one coreset."""
 
     def __init__(self, pipeline: "Pipeline", choice: Choice, train: PreparedSplit):
         self.pipeline, self.choice, self.train, self.run = pipeline, choice, train, pipeline.run
@@ -159,8 +159,8 @@ class Selection:
                 chosen = self.chosen(None)
             else:
                 many = ranks or (None if 4 * len(rows) * rows.width >= RANKS_FROM else 1)
-                with self.pipeline.backend.open_parts(functools.partial(open_shard, folder), many) as found:
-                    chosen = self.chosen(found)
+                with self.pipeline.backend.open_parts(functools.partial(open_shard, folder), many) as parts:
+                    chosen = self.chosen(parts)
             records = self.items.record_of[chosen].tolist()
             self.facts |= self.cost(records) | {"seconds": round(time.perf_counter() - began, 3)}
             options = choice.options()
@@ -235,19 +235,19 @@ class Selection:
             raise ValueError(f"asked for {choice.pairs} pairs, and there are {left} {choice.unit}s to choose from")
         if choice.clusters or choice.method in AT_ONCE:
             assert ranks is not None
-            found = self.at_once(ranks, len(ids))
+            picks = self.at_once(ranks, len(ids))
         else:
             with closing(self.ordered(ranks, ids)) as order:  # type: ignore[type-var]
-                found = self.filled(order)
-                if choice.method == "k_center" and found:
-                    self.facts["radius"] = self.radius(order, len(found))
-        if ranks and found:
-            own = greedy.rows_of(ranks, found).astype(np.float64).mean(axis=0)
+                picks = self.filled(order)
+                if choice.method == "k_center" and picks:
+                    self.facts["radius"] = self.radius(order, len(picks))
+        if ranks and picks:
+            own = greedy.rows_of(ranks, picks).astype(np.float64).mean(axis=0)
             self.facts["mean_error"] = float(np.linalg.norm(self.mean(ranks) - own))
-        return found
+        return picks
 
     def mean(self, ranks: WorkerParts) -> np.ndarray:
-        """Of all rows that are kept."""
+        """Mean of all rows that can be chosen."""
         if self._mean is None:
             self._mean = greedy.mean(ranks, greedy.checked(ranks).largest)
         return self._mean
@@ -271,13 +271,13 @@ class Selection:
                     yield int(record_of[item])
 
             return [item_of[record] for record in self.costs.within(records(), choice.bytes)]
-        found = list(itertools.islice(order, choice.pairs))
-        if len(found) < (choice.pairs or 0):
+        picks = list(itertools.islice(order, choice.pairs))
+        if len(picks) < (choice.pairs or 0):
             raise ValueError(
-                f"asked for {choice.pairs} pairs, and {choice.method} leaves {len(found)} of {len(self.items)}; ask "
+                f"asked for {choice.pairs} pairs, and {choice.method} leaves {len(picks)} of {len(self.items)}; ask "
                 "for fewer, or set never_learned to last"
             )
-        return found
+        return picks
 
     def at_once(self, ranks: WorkerParts, available: int) -> list[int]:
         """A choice whose items depend on how many there are; for bytes, so many that one more would not fit."""
@@ -288,8 +288,8 @@ class Selection:
                 return clusters.medoids(ranks, k, self.seed), {}
             if choice.method == "matched":
                 assert self.sides is not None
-                chosen, told = matched.matched(ranks, k, self.seed, self.sides.images.width)
-                return chosen, {"matched": told}
+                chosen, facts = matched.matched(ranks, k, self.seed, self.sides.images.width)
+                return chosen, {"matched": facts}
             count = min(choice.clusters, available)
             method = functools.partial(self.ordered, keep=False)
             chosen = clusters.balanced(
@@ -297,8 +297,8 @@ class Selection:
             )
             return chosen, {}
 
-        best, told = of(choice.pairs or 0) if choice.bytes is None else self.most(ranks, of, available)
-        self.facts |= told
+        best, facts = of(choice.pairs or 0) if choice.bytes is None else self.most(ranks, of, available)
+        self.facts |= facts
         return best
 
     def most(
@@ -312,9 +312,9 @@ class Selection:
         fits, over = 0, available + 1
         while over - fits > 1:
             ranks.ask("release")
-            found = of(k)
-            used = self.costs.bytes_of(self.items.record_of[found[0]].tolist())["total"]
-            fits, over, best = (k, over, found) if used <= limit else (fits, k, best)
+            picks = of(k)
+            used = self.costs.bytes_of(self.items.record_of[picks[0]].tolist())["total"]
+            fits, over, best = (k, over, picks) if used <= limit else (fits, k, best)
             k = min(max(k * limit // used, fits + 1), over - 1)
         return best
 
@@ -350,8 +350,8 @@ class Selection:
             yield from (best.id for best in more([]))
             return
         path = self.pipeline.item().paths.cache / f"picks-{self.key}.json"
-        with held(path, wait=True), closing(Trail.open(path).follow(more)) as trail:  # type: ignore[type-var]
-            for item, value in trail:
+        with held(path, wait=True), closing(Picks.open(path).follow(more)) as picks:  # type: ignore[type-var]
+            for item, value in picks:
                 self.values.append(value)
                 yield item
 

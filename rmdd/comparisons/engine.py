@@ -1,7 +1,8 @@
-"""Rows of a comparison to their scores: what each learns, its rates by val where they are chosen, its students.
+"""From the rows of a comparison to their scores: training pairs, rates chosen on val, students.
 
-Every student is an item of its own under the hash of its lesson and its protocol, so a comparison that was stopped goes
-on, and one with more rows trains only theirs. Random pairs and full data are those of `rmdd run`, records included.
+Every student is a task of its own under the hash of its training pairs and its protocol, so a comparison that was
+stopped goes on, and one with more rows trains only their students. Random pairs and full data are those of `rmdd run`,
+records included.
 """
 
 import statistics
@@ -19,21 +20,21 @@ from rmdd.core.progress import Progress
 from rmdd.coresets import cost
 from rmdd.data.splits import load_split
 from rmdd.evaluate import protocol, records
-from rmdd.evaluate.lessons import lessons_of, write_lessons, write_records
 from rmdd.evaluate.protocol import Job
-from rmdd.evaluate.students import Lesson
+from rmdd.evaluate.students import TrainingPairs
+from rmdd.evaluate.training_pairs import pairs_of_set, write_pairs, write_records
 from rmdd.execution.backend import Backend
 from rmdd.execution.tasks import Failed, Interrupted, Spared
 from rmdd.experts.store import Store
 from rmdd.models.prepared import PreparedSplit
 from rmdd.models.text import embed
 from rmdd.pipeline import Pipeline
-from rmdd.runs.items import Item, Taught, record
+from rmdd.runs.items import ExternalPairs, Item, record
 from rmdd.runs.paths import paths_of, seen_by
 from rmdd.runs.students import TrainStudent
 
 FOLDER = Path("comparisons")
-LESSONS, STUDENTS = FOLDER / "lessons", FOLDER / "students"
+PAIRS, STUDENTS = FOLDER / "pairs", FOLDER / "students"
 
 Rates = Literal["learned", "tuned", "trained"]
 Costs = dict[str, int | float | None]
@@ -41,15 +42,15 @@ Costs = dict[str, int | float | None]
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One row: what is learned, by the students of which run, with which rates."""
+    """One row: the training pairs, the run whose students learn them, and the rates."""
 
     name: str
     entry: Entry
-    grounds: "Grounds"
+    compared: "ComparedRun"
     run: config.Run
     rates: Rates
-    lessons: Path | None = None
-    """Within the storage; None for random pairs and full data, which a run has itself."""
+    pairs: Path | None = None
+    """File of training pairs within the storage; None for random pairs and full data, which a run has itself."""
     costs: Costs = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
 
@@ -59,7 +60,7 @@ class Row:
         if self.rates != "tuned":
             return []
         if self.entry.kind != "set":
-            return protocol.tuning_jobs(self.run)
+            return protocol.tuning_jobs(self.run.evaluate)
         students = range(rule.selection_students)
         return [Job("select", i, snapshot=0, lr=lr) for lr in rule.baseline_lrs for i in students]
 
@@ -67,7 +68,7 @@ class Row:
         """Those whose scores are the row."""
         rule = self.run.evaluate
         if self.entry.kind == "full":
-            store = Store.open(self.grounds.item().paths.store)
+            store = Store.open(self.compared.item().paths.store)
             return [Job("full", e) for e in store.complete()[: self.run.experts.num]]
         if self.entry.kind == "set":
             return [Job("student", i, lr=lr) for i in range(rule.students)]
@@ -75,22 +76,22 @@ class Row:
         return [Job("baseline", i, loss=loss, lr=lr) for i in range(number)]
 
     def item(self, job: Job) -> Item:
-        dataset = self.grounds.ingest()
+        dataset = self.compared.ingest()
         paths = paths_of(self.run, dataset)
-        if self.lessons is None:
+        if self.pairs is None:
             return Item(self.run, paths, paths.phases.name, job=job)
         rule = self.run.hashed("evaluate", "learned")
-        learned: dict[str, Any] = {"lessons": self.lessons.name, "lr": job.lr}
+        learned: dict[str, Any] = {"pairs": self.pairs.name, "lr": job.lr}
         if self.entry.kind == "set":
             learned |= {"loss": self.run.distill.loss, "temperature": self.run.student_temperature}
         else:
-            learned |= {"loss": job.loss, "updates": protocol.updates(self.run)}
+            learned |= {"loss": job.loss, "updates": protocol.StudentProtocol.of(self.run).updates}
         value = config.hash_value({**seen_by(self.run, dataset), "evaluate": rule, **learned})
-        return Item(self.run, paths, value, job=job, taught=Taught(self.lessons, STUDENTS / value))
+        return Item(self.run, paths, value, job=job, external=ExternalPairs(self.pairs, STUDENTS / value))
 
 
-class Grounds(Pipeline):
-    """What the rows of one protocol have in common: data, embeddings, and experts where full data is a row."""
+class ComparedRun(Pipeline):
+    """The run behind the rows of one protocol: its data, embeddings, and experts where full data is a row."""
 
     def check(self, entries: Sequence[Entry]) -> list[str]:
         """Why entries do not belong to the data, or are not in its training split."""
@@ -120,85 +121,86 @@ class Grounds(Pipeline):
                 update={"distill": rule.model_copy(update={"budget": entry.pairs or rule.budget})}
             )
             train, number = self.prepared_split("train"), min(run.evaluate.students, run.evaluate.baseline_draws)
-            draws = [protocol.random_records(run, train, draw) for draw in range(number)]
+            budget, seed = run.distill.budget, run.seed_of("evaluate")
+            draws = [protocol.random_records(train, budget, seed, draw) for draw in range(number)]
             return Row(name, entry, self, run, "tuned", costs=self._real(draws))
         if entry.subset is not None:
             rows = entry.subset.rows(self.prepared_split("train").split)
             costs = self._real([rows]) | {"seconds": seconds_of(entry, self.storage.root)}
-            return Row(name, entry, self, self.run, "tuned", self._kept(write_records(self._lessons, rows)), costs)
+            return Row(name, entry, self, self.run, "tuned", self._within(write_records(self._pairs, rows)), costs)
         assert entry.distilled is not None
         return self._distilled(name, entry, rates or entry.rates)
 
     def _distilled(self, name: str, entry: Entry, rates: Rates) -> Row:
-        found = entry.distilled
-        assert found is not None
+        distilled = entry.distilled
+        assert distilled is not None
         train, remarks = self.prepared_split("train"), []
-        lessons, duplicates = self._learned(entry, train)
+        subsets, duplicates = self._learned(entry, train)
         if duplicates is not None:
             remarks.append(
-                f"texts are the nearest real captions of its own, encoded anew; {duplicates} of {found.num_pairs} are "
-                "the caption of an earlier pair"
+                f"texts are the nearest real captions of its own, encoded anew; {duplicates} of {distilled.num_pairs} "
+                "are the caption of an earlier pair"
             )
-        if found.mean and (found.mean, found.std) != (tuple(train.mean), tuple(train.std)):
+        if distilled.mean and (distilled.mean, distilled.std) != (tuple(train.mean), tuple(train.std)):
             remarks.append("pictures were brought to the pixel constants of this protocol")
-        towers = found.model.get("image", {})
+        towers = distilled.model.get("image", {})
         if towers.get("trainable", True) != self.run.model.image.trainable:
             remarks.append(
                 f"made for {'trained' if towers['trainable'] else 'frozen'} image towers, students' are "
                 f"{'trained' if self.run.model.image.trainable else 'frozen'}"
             )
-        if not found.model:
+        if not distilled.model:
             remarks.append("bare tensors: that they are of these encoders and data is taken on trust")
         epochs, batch = self.run.evaluate.epochs, self.run.evaluate.batch
-        steps = sum(-(-subset.pairs // batch) * epochs for subset in found.subsets)
-        if steps != (real := protocol.updates(self.run)):
+        steps = sum(-(-subset.pairs // batch) * epochs for subset in distilled.subsets)
+        if steps != (real := protocol.StudentProtocol.of(self.run).updates):
             remarks.append(f"its students make {steps:,} updates, those of real pairs {real:,}")
         rule = self.run.distill
-        change = {"loss": found.loss or rule.loss, "temperature": temperature_of(found) or rule.temperature}
+        change = {"loss": distilled.loss or rule.loss, "temperature": temperature_of(distilled) or rule.temperature}
         run = self.run.model_copy(update={"distill": rule.model_copy(update=change)})
-        held = found.budget()
+        sizes = distilled.budget()
         costs: Costs = {
-            "pairs": found.num_pairs,
-            "parameters": held["total"]["parameters"],
-            "bytes": held["total"]["bytes"],
+            "pairs": distilled.num_pairs,
+            "parameters": sizes["total"]["parameters"],
+            "bytes": sizes["total"]["bytes"],
             "seconds": seconds_of(entry, self.storage.root),
         }
         if duplicates is not None:
             costs["duplicates"] = duplicates
-        kept = self._kept(write_lessons(self._lessons, lessons))
-        return Row(name, entry, self, run, rates, kept, costs, tuple(remarks))
+        file = self._within(write_pairs(self._pairs, subsets))
+        return Row(name, entry, self, run, rates, file, costs, tuple(remarks))
 
-    def _learned(self, entry: Entry, train: PreparedSplit) -> tuple[list[Lesson], int | None]:
-        """The lessons of a set, and how many captions came twice where its texts had to be encoded anew."""
-        found = entry.distilled
-        assert found is not None
-        texts, duplicates = [subset.texts for subset in found.subsets], None
-        if not same_text(found, self.run.model.text):
-            captions = [caption for subset in found.subsets for caption in subset.captions]
+    def _learned(self, entry: Entry, train: PreparedSplit) -> tuple[list[TrainingPairs], int | None]:
+        """The training pairs of a set, and how many captions came twice where its texts had to be encoded anew."""
+        distilled = entry.distilled
+        assert distilled is not None
+        texts, duplicates = [subset.texts for subset in distilled.subsets], None
+        if not same_text(distilled, self.run.model.text):
+            captions = [caption for subset in distilled.subsets for caption in subset.captions]
             cache = self.item().paths.cache
             vectors = embed(captions, self.run.model.text, cache, device=str(device_of(self.run.runtime)))
-            texts = list(torch.tensor(vectors).split([subset.pairs for subset in found.subsets]))
+            texts = list(torch.tensor(vectors).split([subset.pairs for subset in distilled.subsets]))
             duplicates = len(captions) - len(set(captions))
-        lessons = [
-            replace(lesson, images=renormalised(lesson.images, found, train.mean, train.std), texts=own)
-            for lesson, own in zip(lessons_of(found), texts, strict=True)
+        subsets = [
+            replace(pairs, images=renormalised(pairs.images, distilled, train.mean, train.std), texts=own)
+            for pairs, own in zip(pairs_of_set(distilled), texts, strict=True)
         ]
-        return lessons, duplicates
+        return subsets, duplicates
 
     @property
-    def _lessons(self) -> Path:
-        return self.storage.root / LESSONS
+    def _pairs(self) -> Path:
+        return self.storage.root / PAIRS
 
-    def _kept(self, file: Path) -> Path:
+    def _within(self, file: Path) -> Path:
         return file.relative_to(self.storage.root)
 
     def _real(self, draws: Sequence[Sequence[int]]) -> Costs:
         """Of as many records in every draw; bytes are their mean."""
         train, pairs = self.prepared_split("train"), len(draws[0])
         costs = cost.ByteCosts.of(train.split, self.item().paths.cache)
-        held = statistics.fmean(costs.bytes_of(draw)["total"] for draw in draws)
+        mean_bytes = statistics.fmean(costs.bytes_of(draw)["total"] for draw in draws)
         numbers = cost.parameters(pairs, self.run.data.image_size, train.texts.shape[1])
-        return {"pairs": pairs, "parameters": numbers, "bytes": round(held), "seconds": None}
+        return {"pairs": pairs, "parameters": numbers, "bytes": round(mean_bytes), "seconds": None}
 
     def _full(self) -> Costs:
         """Pairs are images here, with all of their captions."""
@@ -224,11 +226,11 @@ def score(rows: Sequence[Row], backend: Backend, progress: Progress) -> list[Sco
     chosen: dict[int, dict[str, Any]] = {}
     errors: dict[int, str] = {}
     for row in rows:
-        seen = [((job.loss, job.lr), tried[id(row), job]) for job in choices[id(row)]]
-        if failed := next((r for _, r in seen if isinstance(r, Failed)), None):
+        scored = [((job.loss, job.lr), tried[id(row), job]) for job in choices[id(row)]]
+        if failed := next((r for _, r in scored if isinstance(r, Failed)), None):
             errors[id(row)] = failed.reason
-        elif seen:
-            (loss, lr), means = protocol.best_by_val(seen)
+        elif scored:
+            (loss, lr), means = protocol.best_by_val(scored)
             grid = [{"loss": c[0] or row.run.distill.loss, "lr": c[1], "R@mean": v} for c, v in means.items()]
             chosen[id(row)] = {"loss": loss or row.run.distill.loss, "lr": lr, "val": grid}
     final: dict[int, list[Job]] = {}
@@ -249,7 +251,7 @@ def _scored(
         return Scored(chosen=chosen, error=error)
     files = [records.ranks_file(record(row.item(job))) for job in jobs]
     for file in files:
-        row.grounds.storage.fetch(file)
+        row.compared.storage.fetch(file)
     return Scored(results, [file for file in files if file.is_file()], chosen)
 
 

@@ -25,7 +25,7 @@ Kind = Literal["set", "subset", "random", "full"]
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """One row to be, as it was asked for."""
+    """One row of a comparison: what it trains on, and how the user named it."""
 
     name: str
     kind: Kind
@@ -78,8 +78,8 @@ def open_entries(words: Iterable[str]) -> list[Entry]:
 
 def open_entry(word: str) -> Entry:
     """`[NAME=]FOLDER`, `random`, `random:N` or `full`. Raises ValueError for what is none of these."""
-    if found := re.fullmatch(r"random(?::([1-9]\d*))?|full", word):
-        pairs = int(found[1]) if found[1] else None
+    if match := re.fullmatch(r"random(?::([1-9]\d*))?|full", word):
+        pairs = int(match[1]) if match[1] else None
         return Entry(word, "full" if word == "full" else "random", word, pairs=pairs, address=word)
     named = re.fullmatch(r"([A-Za-z0-9][\w.+ -]*)=(.+)", word)
     name, text = (named[1], named[2]) if named and not Path(word).exists() else ("", word)
@@ -89,8 +89,8 @@ def open_entry(word: str) -> Entry:
         place, name = place / "set", name or place.name
     usual = place.parent.name if place.name == "set" else place.stem if place.is_file() else place.name
     if (place / distilled.DESCRIPTION).is_file():
-        found_set = DistilledSet.load(place)
-        return Entry(name or usual, "set", value_of(found_set), place, found_set, rates="learned", address=address)
+        whole = DistilledSet.load(place)
+        return Entry(name or usual, "set", value_of(whole), place, whole, rates="learned", address=address)
     if (place / coreset.DESCRIPTION).is_file():
         subset = Coreset.load(place)
         value = hashlib.sha256(json.dumps(subset.records).encode()).hexdigest()[:16]
@@ -117,21 +117,21 @@ def _here(text: str) -> Path:
     return storage.root / name
 
 
-def value_of(found: DistilledSet) -> str:
+def value_of(set_: DistilledSet) -> str:
     """Hash of all that a student learns from a set, wherever it lies."""
     digest = hashlib.sha256()
-    for subset in found.subsets:
+    for subset in set_.subsets:
         for name, t in sorted(subset.tensors().items()):
             digest.update(f"{name} {tuple(t.shape)}".encode() + t.contiguous().numpy().tobytes())
         digest.update(repr(subset.alpha).encode())
-    digest.update(repr((found.loss, temperature_of(found), found.image_size, found.mean, found.std)).encode())
+    digest.update(repr((set_.loss, temperature_of(set_), set_.image_size, set_.mean, set_.std)).encode())
     return digest.hexdigest()[:16]
 
 
-def temperature_of(found: DistilledSet) -> float | None:
+def temperature_of(set_: DistilledSet) -> float | None:
     """What the set was distilled with; None when it does not say."""
-    own = found.config.get("distill", {}).get("temperature")
-    return own or found.config.get("model", {}).get("temperature") or found.model.get("temperature")
+    own = set_.config.get("distill", {}).get("temperature")
+    return own or set_.config.get("model", {}).get("temperature") or set_.model.get("temperature")
 
 
 def bare_set(path: Path) -> tuple[DistilledSet, bool]:
@@ -155,10 +155,10 @@ def bare_set(path: Path) -> tuple[DistilledSet, bool]:
     for k in numbers:
         own = {n.partition(".")[2]: t.float() for n, t in tensors.items() if n.partition(".")[0] == str(k)}
         own |= {"similarity.matrix": own.pop("similarity")} if "similarity" in own else {}
-        known = {"images", "texts", "similarity.matrix", "lr_image", "lr_text"}
-        if not {"images", "texts"} <= own.keys() <= known:
+        allowed = {"images", "texts", "similarity.matrix", "lr_image", "lr_text"}
+        if not {"images", "texts"} <= own.keys() <= allowed:
             raise ValueError(
-                f"{path} holds {sorted(own)} for subset {k}; it needs images and texts, and may hold {known}"
+                f"{path} holds {sorted(own)} for subset {k}; it needs images and texts, and may hold {allowed}"
             )
         images, nameless = own["images"], [""] * len(own["images"])
         matrix = {"matrix": own["similarity.matrix"]} if "similarity.matrix" in own else {}
@@ -189,38 +189,38 @@ def made_by(entry: Entry) -> dict[str, Any] | None:
 
 def misfits(entry: Entry, run: config.Run, reencode: bool) -> list[str]:
     """Why students of `run` cannot learn from a set, as far as can be told without the data."""
-    found = entry.distilled
-    if found is None:
+    set_ = entry.distilled
+    if set_ is None:
         return []
-    wrong, size, towers = [], run.data.image_size, found.model
-    if found.image_size != size:
-        wrong.append(f"was made for pictures of {found.image_size} pixels, students see {size}")
-    if towers and (told := image_start(towers["image"])) != (ours := image_start(run.model.image.model_dump())):
-        wrong.append(f"was made for the image tower {told}, students have {ours}; `rmdd transfer` is for other towers")
-    if same_text(found, run.model.text):
+    wrong, size, towers = [], run.data.image_size, set_.model
+    if set_.image_size != size:
+        wrong.append(f"was made for pictures of {set_.image_size} pixels, students see {size}")
+    if towers and (its := image_start(towers["image"])) != (ours := image_start(run.model.image.model_dump())):
+        wrong.append(f"was made for the image tower {its}, students have {ours}; `rmdd transfer` is for other towers")
+    if same_text(set_, run.model.text):
         return [f"{entry.name} {each}" for each in wrong]
-    told = towers.get("text", {}).get("name", "none that it names")
+    encoder = towers.get("text", {}).get("name", "none that it names")
     if not reencode:
         wrong.append(
-            f"was made for the text encoder {told} (texts of {found.subsets[0].texts.shape[1]} numbers), students have "
-            f"{run.model.text.name} or pool otherwise; --reencode embeds the nearest real captions anew, and "
-            "`rmdd transfer` compares encoders"
+            f"was made for the text encoder {encoder} (texts of {set_.subsets[0].texts.shape[1]} numbers), "
+            f"students have {run.model.text.name} or pool otherwise; --reencode embeds the nearest real captions anew, "
+            "and `rmdd transfer` compares encoders"
         )
-    elif not all(caption for subset in found.subsets for caption in subset.captions):
+    elif not all(caption for subset in set_.subsets for caption in subset.captions):
         wrong.append("has no captions, which its texts would be encoded from anew; give a set that rmdd wrote")
     return [f"{entry.name} {each}" for each in wrong]
 
 
-def same_text(found: DistilledSet, ours: config.TextTower) -> bool:
+def same_text(set_: DistilledSet, ours: config.TextTower) -> bool:
     """Whether a set's texts are of the space of the encoder `ours`; bare tensors are trusted."""
-    if found.subsets[0].texts.shape[1] != text_width(ours):
+    if set_.subsets[0].texts.shape[1] != text_width(ours):
         return False
-    if not found.model:
+    if not set_.model:
         return True
-    theirs = config.TextTower(**found.model["text"])
+    theirs = config.TextTower(**set_.model["text"])
     shape = ["width"] if ours.name == "hashing" else ["pooling", "max_tokens"]
     space = all(getattr(ours, name) == getattr(theirs, name) for name in (*shape, "normalise"))
-    return space and found.model.get("text_encoder") == encoder_identity(ours)
+    return space and set_.model.get("text_encoder") == encoder_identity(ours)
 
 
 def image_start(tower: Mapping[str, Any]) -> str:
@@ -231,16 +231,16 @@ def image_start(tower: Mapping[str, Any]) -> str:
 
 def check_data(entry: Entry, data_hash: str) -> list[str]:
     """Why an entry does not belong to the dataset of this hash; bare tensors are trusted."""
-    made_from = None
+    theirs = None
     if entry.distilled is not None:
         data = entry.distilled.provenance.get("data")
-        made_from = data.get("hash") if isinstance(data, dict) else None
+        theirs = data.get("hash") if isinstance(data, dict) else None
     elif entry.subset is not None:
-        made_from = entry.subset.data_hash
-    if made_from in (None, data_hash):
+        theirs = entry.subset.data_hash
+    if theirs in (None, data_hash):
         return []
     return [
-        f"{entry.name} was made from other data (hash {made_from}, here {data_hash}); compare it by a CONFIG of its "
+        f"{entry.name} was made from other data (hash {theirs}, here {data_hash}); compare it by a CONFIG of its "
         "own data, in a table of its own"
     ]
 
@@ -248,8 +248,8 @@ def check_data(entry: Entry, data_hash: str) -> list[str]:
 def seconds_of(entry: Entry, storage: Path) -> float | None:
     """Seconds that it took to make, where that is known: outer updates of a set, the choice of a subset."""
     if entry.subset is not None:
-        told = entry.subset.facts.get("seconds")
-        return float(told) if isinstance(told, int | float) else None
+        seconds = entry.subset.facts.get("seconds")
+        return float(seconds) if isinstance(seconds, int | float) else None
     if entry.distilled is None:
         return None
     folder = storage / "phases" / str(entry.distilled.provenance.get("phases", ""))
@@ -260,14 +260,12 @@ def seconds_of(entry: Entry, storage: Path) -> float | None:
     return sum(json.loads(line)["seconds"] for line in lines)
 
 
-def renormalised(
-    images: torch.Tensor, found: DistilledSet, mean: Iterable[float], std: Iterable[float]
-) -> torch.Tensor:
+def renormalised(images: torch.Tensor, set_: DistilledSet, mean: Iterable[float], std: Iterable[float]) -> torch.Tensor:
     """Pictures of a set in the constants of those that students are scored on; as they are where these are the same."""
     ours = tuple(map(float, mean)), tuple(map(float, std))
-    if not found.mean or ours == (found.mean, found.std):
+    if not set_.mean or ours == (set_.mean, set_.std):
         return images
-    (mean_, std_), old = ours, (found.mean, found.std)
+    (mean_, std_), old = ours, (set_.mean, set_.std)
     m, s, m0, s0 = (torch.tensor(c)[:, None, None] for c in (mean_, std_, *old))
     return (images * s0 + m0 - m) / s
 
@@ -278,6 +276,6 @@ def planned(run: config.Run, where: str) -> config.Run:
         return run
     file = run_folder(run) / PLAN
     if not file.is_file():
-        told = "its phases are planned and it was not run yet; run it, or give a CONFIG that lists its phases"
-        raise config.ConfigError([told], where)
+        mistake = "its phases are planned and it was not run yet; run it, or give a CONFIG that lists its phases"
+        raise config.ConfigError([mistake], where)
     return stated(with_phases(run, read_json(file)["phases"]))

@@ -1,6 +1,6 @@
-"""Probes of a distilled set that came alone: its students are trained by the protocol it was made with, and asked.
+"""Probes of a distilled set without its run: train students by the protocol of the set, and probe them.
 
-Neither the data it was distilled from nor a run folder is needed, only its text encoder.
+This needs the text encoder of the set, but neither its data nor the folder of its run.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,9 +16,9 @@ from rmdd.core.files import sha256_file, write_json
 from rmdd.core.progress import Progress
 from rmdd.core.storage import anchored, open_storage, run_folder
 from rmdd.evaluate import protocol
-from rmdd.evaluate.lessons import enlarged_to, lessons_of
 from rmdd.evaluate.probes.of_run import Probing, faults, prepare, remarks
-from rmdd.evaluate.students import Course, Diverged, train_student
+from rmdd.evaluate.students import Diverged, StudentSchedule, train_student
+from rmdd.evaluate.training_pairs import enlarged_to, pairs_of_set
 from rmdd.execution.backend import hold_folders, open_backend
 from rmdd.execution.tasks import Hooks, Interrupted, watched
 from rmdd.models.dual import DualEncoder, build
@@ -27,7 +27,9 @@ from rmdd.runs.absolute import with_absolute_paths
 
 
 @dataclass(frozen=True)
-class Item:
+class SetProbeItem:
+    """One student of the set."""
+
     run: config.Run
     set: Path
     index: int
@@ -41,25 +43,24 @@ def run_of(path: Path, probes: Mapping[str, Any], overrides: Sequence[str] = ())
     Raises `ConfigError`, also for files of a probe that cannot be read and when the text encoder is another.
     """
     distilled = DistilledSet.load(path)
-    made = distilled.config
-    raw = {key: made[key] for key in ("seed", "model", "experts", "distill")}
-    raw["data"] = {field: made["data"][field] for field in VIEW}
-    raw["evaluate"] = made["evaluate"] | {"probes": dict(probes)}
+    source = distilled.config
+    raw = {key: source[key] for key in ("seed", "model", "experts", "distill")}
+    raw["data"] = {field: source["data"][field] for field in VIEW}
+    raw["evaluate"] = source["evaluate"] | {"probes": dict(probes)}
     run = with_absolute_paths(config.load(raw | {"name": f"probes-of-{distilled.method}"}, overrides))
-    mistakes = faults(run)
-    known, here = distilled.model.get("text_encoder"), encoder_identity(run.model.text)
-    if known and known != here:
-        mistakes.append(f"the set's texts are of text encoder {known}, but '{run.model.text.name}' here is {here}")
+    mistakes = faults(run.data, run.evaluate.probes)
+    encoder, here = distilled.model.get("text_encoder"), encoder_identity(run.model.text)
+    if encoder and encoder != here:
+        mistakes.append(f"the set's texts are of text encoder {encoder}, but '{run.model.text.name}' here is {here}")
     if mistakes:
         raise config.ConfigError(mistakes, str(path))
     return run
 
 
 def probe_set(path: Path, run: config.Run, progress: Progress) -> dict[str, Any]:
-    """Train and ask the students of the set at `path`; returns, and writes into the run folder, what came out."""
-    run = run.model_copy(update={"runtime": anchored(run.runtime)})
+    """Train and probe the students of the set at `path`; returns the result and writes it into the run folder."""
     value = sha256_file(path / TENSORS)[:16]
-    run = run.model_copy(update={"name": f"{run.name}-{value[:8]}"})
+    run = run.model_copy(update={"runtime": anchored(run.runtime), "name": f"{run.name}-{value[:8]}"})
     folder = run_folder(run)
     with hold_folders(run.runtime, folder), open_backend(run.runtime, folder / "events.jsonl", progress) as backend:
         facts = {}
@@ -69,44 +70,44 @@ def probe_set(path: Path, run: config.Run, progress: Progress) -> dict[str, Any]
             facts[name] = prepare(run, name, None, readers, encoders)
             for line in remarks(name, facts[name]):
                 progress.say(line)
-        items = [Item(run, path.absolute(), i, value) for i in range(run.evaluate.students)]
+        items = [SetProbeItem(run, path.absolute(), i, value) for i in range(run.evaluate.students)]
         names = [f"student {item.index}" for item in items]
         with progress.stage("students", dict.fromkeys(names, 1)) as update:
             records = backend.executor.map(student, items, names, update)
         if any(r is False for r in records):
             raise Interrupted
         scores = {name: protocol.summary([r["probes"] for r in records], name) for name in facts}
-        found = {"set": str(path), "table": {run.distill.method_name: {"probes": scores}}, "probes": facts}
-        write_json(folder / "probes.json", found)
-    return found | {"folder": str(folder)}
+        result = {"set": str(path), "table": {run.distill.method_name: {"probes": scores}}, "probes": facts}
+        write_json(folder / "probes.json", result)
+    return result | {"folder": str(folder)}
 
 
-def student(item: Item, hooks: Hooks) -> dict[str, Any]:
-    """Train one student as a run would, or take the one that was kept, and ask it."""
+def student(item: SetProbeItem, hooks: Hooks) -> dict[str, Any]:
+    """Probe one student, trained as a run would or read from the weights of an earlier probe."""
     run, storage = item.run, open_storage(item.run.runtime)
     job = protocol.Job("student", item.index)
-    asked = Probing(run, job, run_folder(run) / "students" / f"{job.name}.json", item.value, storage)
-    if asked.missing:
-        asked.ask(asked.restored() or _trained(item, asked, hooks), device_of(run.runtime), hooks.should_stop)
+    probing = Probing(run, job, run_folder(run) / "students" / f"{job.name}.json", item.value, storage)
+    if probing.missing:
+        probing.ask(probing.restored() or _trained(item, probing, hooks), device_of(run.runtime), hooks.should_stop)
     hooks.report({"done": 1})
-    return asked.added_to({"job": job.name})
+    return probing.added_to({"job": job.name})
 
 
-def _trained(item: Item, asked: Probing, hooks: Hooks) -> DualEncoder | None:
+def _trained(item: SetProbeItem, probing: Probing, hooks: Hooks) -> DualEncoder | None:
     """None if it diverged."""
     run, distilled = item.run, DistilledSet.load(item.set)
     size, seed = run.data.image_size, run.seed_of("evaluate")
-    lessons = enlarged_to(size, lessons_of(distilled))
-    course = Course.of(run.evaluate).on(distilled.mean, distilled.std)
-    model = build(run.model, lessons[0].texts.shape[1], size, seed, "student", item.index).to(device_of(run.runtime))
+    subsets = enlarged_to(size, pairs_of_set(distilled))
+    schedule = StudentSchedule.of(run.evaluate).on(distilled.mean, distilled.std)
+    model = build(run.model, subsets[0].texts.shape[1], size, seed, "student", item.index).to(device_of(run.runtime))
     model.temperature = run.student_temperature
 
     def alive(subset: int, passes: int) -> None:
         hooks.should_stop()
 
     try:
-        train_student(model, lessons, course, run.distill.loss, seed, item.index, alive)
+        train_student(model, subsets, schedule, run.distill.loss, seed, item.index, alive)
     except Diverged:
         return None
-    asked.keep(model)
+    probing.keep(model)
     return model

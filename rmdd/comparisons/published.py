@@ -1,4 +1,4 @@
-"""Published numbers, as printed, with where they stand and what is known against them.
+"""Published numbers as printed, with their sources and what speaks against them.
 
 `published_results.csv` has a row per cell: method (a variant in brackets), dataset, pairs (nominal; `full`; empty where
 the source does not print it), the encoders of the student, metric, mean and std as printed, source, note.
@@ -12,7 +12,7 @@ from importlib import resources
 from typing import Any
 
 from rmdd.comparisons.results import RECALLS
-from rmdd.comparisons.tables import Table
+from rmdd.comparisons.tables import ResultTable
 
 PERCENT = (*RECALLS, "R@mean", "ACC@1", "ACC@5", "ACC@10")
 UNITS = {
@@ -48,7 +48,7 @@ NOTES = (
 
 
 @dataclass(frozen=True)
-class Cell:
+class PublishedNumber:
     method: str
     dataset: str
     pairs: str
@@ -76,12 +76,12 @@ class Cell:
 
 
 @functools.cache
-def cells() -> tuple[Cell, ...]:
+def cells() -> tuple[PublishedNumber, ...]:
     """All published cells."""
     text = (resources.files("rmdd.comparisons") / "published_results.csv").read_text(encoding="utf-8")
     rows = csv.DictReader(text.splitlines())
     return tuple(
-        Cell(**row | {"mean": float(row["mean"]), "std": float(row["std"]) if row["std"] else None})  # type: ignore[arg-type]
+        PublishedNumber(**row | {"mean": float(row["mean"]), "std": float(row["std"]) if row["std"] else None})  # type: ignore[arg-type]
         for row in rows
     )
 
@@ -96,15 +96,15 @@ def published(
     """
     datasets = {cell.dataset for cell in cells()}
     if dataset is not None:
-        asked = LAYOUTS.get(dataset.lower(), dataset)
-        dataset = next((name for name in datasets if name.lower() == asked.lower()), None)
+        printed = LAYOUTS.get(dataset.lower(), dataset)
+        dataset = next((name for name in datasets if name.lower() == printed.lower()), None)
         if dataset is None:
-            raise ValueError(f"no published numbers of dataset '{asked}'; there are: {', '.join(sorted(datasets))}")
+            raise ValueError(f"no published numbers of dataset '{printed}'; there are: {', '.join(sorted(datasets))}")
     families = {cell.family for cell in cells()}
     if method is not None and method.lower() not in {f.lower() for f in families}:
         raise ValueError(f"no published numbers of method '{method}'; there are: {', '.join(sorted(families))}")
-    if pairs is not None and str(pairs) not in (known := budgets(dataset)):
-        raise ValueError(f"no published numbers at a budget of '{pairs}'; there are: {', '.join(known)}")
+    if pairs is not None and str(pairs) not in (choices := budgets(dataset)):
+        raise ValueError(f"no published numbers at a budget of '{pairs}'; there are: {', '.join(choices)}")
     rows: dict[tuple[str, ...], dict[str, Any]] = {}
     for cell in cells():
         wanted = dataset in (None, cell.dataset) and (pairs is None or cell.pairs == str(pairs))
@@ -120,8 +120,8 @@ def published(
 
 def budgets(dataset: str | None = None) -> list[str]:
     """Of the cells of a dataset as printed, or of all; words and blanks after numbers."""
-    found = {cell.pairs for cell in cells() if dataset in (None, cell.dataset)}
-    return sorted(found, key=lambda b: (not b.isdigit(), int(b) if b.isdigit() else 0, b))
+    sizes = {cell.pairs for cell in cells() if dataset in (None, cell.dataset)}
+    return sorted(sizes, key=lambda b: (not b.isdigit(), int(b) if b.isdigit() else 0, b))
 
 
 def beside(layout: str | None, budget: int) -> list[dict[str, Any]]:
@@ -132,11 +132,11 @@ def beside(layout: str | None, budget: int) -> list[dict[str, Any]]:
     if layout not in LAYOUTS:
         return []
     sizes = [size for size in (str(budget), "full") if size in budgets(LAYOUTS[layout])]
-    found = [row for size in sizes for row in published(layout, size) if "[" not in row["method"]]
-    return [row for row in found if row["metrics"].keys() & {*RECALLS, "R@mean"}]
+    rows = [row for size in sizes for row in published(layout, size) if "[" not in row["method"]]
+    return [row for row in rows if row["metrics"].keys() & {*RECALLS, "R@mean"}]
 
 
-def table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
+def table(title: str, rows: Sequence[dict[str, Any]]) -> ResultTable:
     """A table apart from ours, of recalls where there are any, else of what there is."""
     metrics = ["R@mean", *RECALLS]
     if not any(m in row["metrics"] for m in metrics for row in rows):
@@ -148,7 +148,7 @@ def table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
         cells_ = [_cell(row["metrics"], metric) for metric in metrics]
         lines.append([row["method"], row["pairs"], encoders, *cells_, row["protocol"], row["source"]])
     notes = [*NOTES, *dict.fromkeys(f"{row['method']}, {row['source']}: {n}" for row in rows for n in row["notes"])]
-    return Table(title, ["method", "pairs", "encoders", *metrics, "protocol", "source"], lines, notes, apart=True)
+    return ResultTable(title, ["method", "pairs", "encoders", *metrics, "protocol", "source"], lines, notes, apart=True)
 
 
 def _cell(metrics: dict[str, Any], metric: str) -> str:

@@ -28,8 +28,8 @@ TEXTS = ("method", "rates", "choice", "text encoder", "encoders", "protocol", "s
 
 
 @dataclass(frozen=True)
-class Table:
-    """A title, cells as words, and what is to be known to read them; `apart`: not measured here."""
+class ResultTable:
+    """A title, cells as words, and notes on how to read them; `apart`: not measured here."""
 
     title: str
     columns: Sequence[str]
@@ -42,7 +42,7 @@ class Table:
         return [k == 0 or name in TEXTS for k, name in enumerate(self.columns)]
 
 
-def markdown(title: str, tables: Sequence[Table]) -> str:
+def markdown(title: str, tables: Sequence[ResultTable]) -> str:
     parts = [f"# {title}"]
     for table in tables:
         parts.append(f"## {table.title}")
@@ -53,8 +53,8 @@ def markdown(title: str, tables: Sequence[Table]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def page(title: str, tables: Sequence[Table]) -> str:
-    """It makes no request of its own."""
+def page(title: str, tables: Sequence[ResultTable]) -> str:
+    """One HTML page that loads nothing else."""
     parts = [HEAD.format(title=escape(title)), f"<h1>{escape(title)}</h1>"]
     for table in tables:
         left = [' class="text"' if c in TEXTS else "" for c in table.columns]
@@ -89,15 +89,15 @@ def flat(row: Mapping[str, Any]) -> dict[str, Any]:
         for metric in ("R@mean", *RECALLS):
             out |= {f"{split}_{metric}_{part}": row[split][metric][part] for part in ("mean", "std", "n")}
     for name in ("interval", "difference"):
-        found = row.get(name) or {}
-        inner = found.get("interval") or {} if name == "difference" else found
+        value = row.get(name) or {}
+        inner = value.get("interval") or {} if name == "difference" else value
         out |= {f"{name}_{part}": inner.get(part) for part in ("low", "high")}
     out["difference_mean"] = (row.get("difference") or {}).get("mean")
     out["difference_to"] = (row.get("difference") or {}).get("to")
     return out | {"of_full": row.get("of_full"), **row.get("costs", {}), "error": row.get("error")}
 
 
-def write(folder: Path, title: str, tables: Sequence[Table], rows: Sequence[Mapping[str, Any]]) -> list[Path]:
+def write(folder: Path, title: str, tables: Sequence[ResultTable], rows: Sequence[Mapping[str, Any]]) -> list[Path]:
     """`table.md`, `table.html` and `table.csv`; returns them."""
     texts = {"table.md": markdown(title, tables), "table.html": page(title, tables), "table.csv": csv_of(rows)}
     for name, text in texts.items():
@@ -137,6 +137,6 @@ def recalls(row: Mapping[str, Any]) -> list[str]:
 
 
 def remarks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What is to be said of single rows, errors last."""
-    found = [f"{row['name']}: {remark}" for row in rows for remark in row["remarks"]]
-    return [*found, *(f"{row['name']} failed: {row['error']}" for row in rows if "error" in row)]
+    """The remarks on single rows, errors last."""
+    lines = [f"{row['name']}: {remark}" for row in rows for remark in row["remarks"]]
+    return [*lines, *(f"{row['name']} failed: {row['error']}" for row in rows if "error" in row)]

@@ -26,9 +26,9 @@ from rmdd.comparisons.compare import (
     unbuildable,
     worded,
 )
-from rmdd.comparisons.engine import FOLDER, Grounds, Row, Scored, score
+from rmdd.comparisons.engine import FOLDER, ComparedRun, Row, Scored, score
 from rmdd.comparisons.entries import Entry, misfits, open_entries
-from rmdd.comparisons.tables import Table
+from rmdd.comparisons.tables import ResultTable
 from rmdd.core.files import write_json
 from rmdd.core.progress import Progress
 from rmdd.core.storage import root_of
@@ -45,7 +45,7 @@ class Transferred:
     folder: Path
     rows: list[dict[str, Any]]
     mean: dict[str, dict[str, Any]]
-    tables: tuple[Table, ...]
+    tables: tuple[ResultTable, ...]
 
     @property
     def failed(self) -> list[dict[str, Any]]:
@@ -97,62 +97,62 @@ class Transfer:
             return self._written(rows, score(rows, backend, progress))
 
     def _rows(self, run: config.Run, folder: Path, backend: Backend, progress: Progress) -> list[Row]:
-        grounds = Grounds(run, backend, progress, folder)
-        if wrong := grounds.check([self.entry]):
+        compared = ComparedRun(run, backend, progress, folder)
+        if wrong := compared.check([self.entry]):
             raise config.ConfigError(wrong, "transfer")
-        grounds.embed()
+        compared.embed()
         tower = towers(run.model)
         kinds = ("learned", "tuned") if self.entry.rates == "learned" else ("tuned",)
-        rows = [grounds.row(f"{tower}, {rates} rates", self.entry, rates) for rates in kinds]  # type: ignore[arg-type]
-        for asked, word in ((self.random, "random"), (self.full, "full")):
-            if asked:
-                rows.append(grounds.row(f"{tower}, {results.NAMES[word]}", Entry(word, word, word, address=word)))  # type: ignore[arg-type]
+        rows = [compared.row(f"{tower}, {rates} rates", self.entry, rates) for rates in kinds]  # type: ignore[arg-type]
+        for wanted, word in ((self.random, "random"), (self.full, "full")):
+            if wanted:
+                rows.append(compared.row(f"{tower}, {results.NAMES[word]}", Entry(word, word, word, address=word)))  # type: ignore[arg-type]
         return rows
 
     def _written(self, rows: Sequence[Row], scored: Sequence[Scored]) -> Transferred:
-        told = [
-            results.told(row, s)
+        plain = [
+            results.plain(row, s)
             | {
                 "tower": row.run.model.image.name,
                 "text": row.run.model.text.name,
-                "source": row.grounds.run.model == self.run.model,
+                "source": row.compared.run.model == self.run.model,
             }
             for row, s in zip(rows, scored, strict=True)
         ]
-        for grounds in dict.fromkeys(row.grounds for row in rows):
-            mine = [k for k, row in enumerate(rows) if row.grounds is grounds]
-            results.of_full([told[k] for k in mine])
-            for base in (k for k in mine if told[k]["kind"] == "random"):
+        for compared in dict.fromkeys(row.compared for row in rows):
+            mine = [k for k, row in enumerate(rows) if row.compared is compared]
+            results.of_full([plain[k] for k in mine])
+            for base in (k for k in mine if plain[k]["kind"] == "random"):
                 for k in mine:
                     if k != base:
-                        told[k]["difference"] = results.against((told[k], scored[k]), (told[base], scored[base]))
-        mean = means(told)
-        shown = matrix(self.run.evaluate, told, mean)
-        tables.write(self.folder, f"transfer: {self.entry.name}", shown, [tables.flat(row) for row in told])
-        kept = {"schema_version": SCHEMA_VERSION, "set": self.entry.address, "transfer_mean": mean, "rows": told}
-        write_json(self.folder / RESULTS, kept)
-        return Transferred(self.folder, told, mean, shown)
+                        plain[k]["difference"] = results.against((plain[k], scored[k]), (plain[base], scored[base]))
+        mean = means(plain)
+        shown = matrix(self.run.evaluate, plain, mean)
+        tables.write(self.folder, f"transfer: {self.entry.name}", shown, [tables.flat(row) for row in plain])
+        facts = {"schema_version": SCHEMA_VERSION, "set": self.entry.address, "transfer_mean": mean, "rows": plain}
+        write_json(self.folder / RESULTS, facts)
+        return Transferred(self.folder, plain, mean, shown)
 
 
 def means(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Per kind of rates the mean over towers of their mean scores, the source architecture left out."""
-    found: dict[str, dict[str, Any]] = {}
+    mean: dict[str, dict[str, Any]] = {}
     for rates in ("learned", "tuned"):
         mine = [r for r in rows if r["kind"] == "set" and r["rates"] == rates and not r["source"] and "error" not in r]
         if mine:
-            found[rates] = {
+            mean[rates] = {
                 split: {m: statistics.fmean(r[split][m]["mean"] for r in mine) for m in ("R@mean", *results.RECALLS)}
                 for split in results.SPLITS
             } | {"towers": len(mine)}
-    return found
+    return mean
 
 
-def matrix(rule: config.Evaluate, rows: Sequence[dict[str, Any]], mean: Mapping[str, Any]) -> tuple[Table, ...]:
+def matrix(rule: config.Evaluate, rows: Sequence[dict[str, Any]], mean: Mapping[str, Any]) -> tuple[ResultTable, ...]:
     """The source architecture apart from the others."""
-    known = [name for name in ("interval", "difference", "of_full") if any(row.get(name) for row in rows)]
+    extra = [name for name in ("interval", "difference", "of_full") if any(row.get(name) for row in rows)]
     heads = {"interval": "95 % interval", "difference": "against random pairs", "of_full": "of full data"}
     columns = ["image tower", "text encoder", "choice", "val R@mean", "test R@mean", *results.RECALLS]
-    columns += [heads[name] for name in known] + ["captions twice"]
+    columns += [heads[name] for name in extra] + ["captions twice"]
 
     def cells(row: dict[str, Any]) -> list[str]:
         shown = {
@@ -163,16 +163,16 @@ def matrix(rule: config.Evaluate, rows: Sequence[dict[str, Any]], mean: Mapping[
         words = f"{rate(row)} rates" if row["kind"] == "set" and "chosen" not in row else rate(row)
         words = words if row["kind"] == "set" else f"{row['method']}, {words}"
         twice = tables.count(row["costs"].get("duplicates"))
-        return [row["tower"], row["text"], words, *tables.recalls(row), *(shown[n] for n in known), twice]
+        return [row["tower"], row["text"], words, *tables.recalls(row), *(shown[n] for n in extra), twice]
 
     others = [cells(row) for row in rows if not row["source"]]
-    for rates, found in mean.items():
-        told = [
-            f"{found['val']['R@mean']:.1f}",
-            *(f"{found['test_last'][m]:.1f}" for m in ("R@mean", *results.RECALLS)),
+    for rates, over_towers in mean.items():
+        scores = [
+            f"{over_towers['val']['R@mean']:.1f}",
+            *(f"{over_towers['test_last'][m]:.1f}" for m in ("R@mean", *results.RECALLS)),
         ]
-        over = f"mean of {found['towers']}"
-        others.append([over, "", f"{rates} rates", *told, *[""] * (len(known) + 1)])
+        over = f"mean of {over_towers['towers']}"
+        others.append([over, "", f"{rates} rates", *scores, *[""] * (len(extra) + 1)])
     notes = [
         f"Recall in %, {SPREAD}; test is read once per student after its last pass, val makes every choice.",
         "Image towers are pooled features without a classifier. Learned rates belong to the source architecture; rates "
@@ -185,8 +185,8 @@ def matrix(rule: config.Evaluate, rows: Sequence[dict[str, Any]], mean: Mapping[
     words = f"{rule.students} students, {rule.epochs} passes per subset, batch {rule.batch}"
     remarks = tables.remarks(rows)
     return (
-        Table(f"other towers; {words}", columns, others, [*notes, *remarks]),
-        Table("the towers that it was made for", columns, own),
+        ResultTable(f"other towers; {words}", columns, others, [*notes, *remarks]),
+        ResultTable("the towers that it was made for", columns, own),
     )
 
 
@@ -267,8 +267,8 @@ def begin(
         try:
             there = target(run, name)
         except ValueError as error:
-            told = error.errors()[0]["msg"] if hasattr(error, "errors") else str(error)
-            wrong.append(f"--to {name}: {told.removeprefix('Value error, ')}")
+            message = error.errors()[0]["msg"] if hasattr(error, "errors") else str(error)
+            wrong.append(f"--to {name}: {message.removeprefix('Value error, ')}")
             continue
         unfit = unbuildable(there) or misfits(entry, _with_image(there, run.model.image), reencode=True)
         wrong += [f"--to {name}: {mistake}" for mistake in unfit]

@@ -98,14 +98,14 @@ def _hits(ranks: Sequence[Ranks], metric: str) -> dict[str, Float[Tensor, " I"]]
     if metric != "R@mean" and (kind not in ("IR", "TR") or not k.isdigit() or int(k) < 1):
         raise ValueError(f"no metric '{metric}'; there are IR@K, TR@K and R@mean")
     ks = KS if metric == "R@mean" else (int(k),)
-    found: dict[str, Tensor] = {}
+    by_side: dict[str, Tensor] = {}
     if kind != "TR":
         hits = _mean([r.image for r in ranks], ks)
         total = torch.zeros(len(ranks[0].text), dtype=torch.float64)
-        found["IR"] = total.index_add_(0, ranks[0].image_of, hits)
+        by_side["IR"] = total.index_add_(0, ranks[0].image_of, hits)
     if kind != "IR":
-        found["TR"] = _mean([r.text for r in ranks], ks)
-    return found
+        by_side["TR"] = _mean([r.text for r in ranks], ks)
+    return by_side
 
 
 def _mean(ranks: Sequence[Tensor], ks: Sequence[int]) -> Tensor:
@@ -121,11 +121,11 @@ def _summed(
     level: float,
 ) -> dict[str, Interval]:
     """Intervals of sums of hits over sums of what there was to hit: captions for IR, images for TR."""
-    names = [(m, side) for m, found in enumerate(hits) for side in found]
+    names = [(m, side) for m, by_side in enumerate(hits) for side in by_side]
     columns = torch.stack([captions, *(hits[m][side] for m, side in names)], dim=1)
     drawn_RS = torch.cat([counts @ columns for counts in _counts(len(captions), draws, seed)])
     tail = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    found = {}
+    result = {}
     for m, metric in enumerate(metrics):
         here = {side: 1 + s for s, (of, side) in enumerate(names) if of == m}
 
@@ -134,8 +134,8 @@ def _summed(
             return 100 * torch.stack(sides).mean(0)
 
         low, high = torch.quantile(value(drawn_RS), tail).tolist()
-        found[metric] = Interval(float(value(columns.sum(0, keepdim=True))), low, high)
-    return found
+        result[metric] = Interval(float(value(columns.sum(0, keepdim=True))), low, high)
+    return result
 
 
 def _counts(images: int, draws: int, seed: int) -> Iterator[Float[Tensor, "r I"]]:

@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rmdd import config
 from rmdd.core.seeding import generator
 from rmdd.distill import similarity
 from rmdd.distill.synthetic import Synthetic, enlarged
@@ -16,22 +15,25 @@ from rmdd.models.dual import DualEncoder
 from rmdd.models.prepared import PreparedSplit
 
 MOST = 5_000
-"""Most pairs of val that are looked at."""
+"""Most pairs of val that are embedded."""
 
 Batch = tuple[Tensor, Tensor]
 
 
 def checkup(
-    run: config.Run,
     model: DualEncoder,
     sets: Sequence[tuple[tuple[int, ...], Sequence[Synthetic]]],
     train: PreparedSplit,
     val: PreparedSplit,
     device: torch.device,
+    seed: int,
+    chunk: int,
+    image_size: int,
 ) -> dict[str, Any]:
-    """Rows of health and warnings. `sets` gives, oldest first, the iteration of each phase and their sets, which are
-    seen as one; random pairs are as many, the first ones that the baseline draws."""
-    model, seed, chunk, size = model.to(device).eval(), run.seed_of("evaluate"), run.evaluate.chunk, run.data.image_size
+    """Rows of health and warnings. `sets` holds, oldest first, the iteration of each phase and their sets, which count
+    as one set; as many random pairs are compared, the first ones that the baseline draws. `seed` is the evaluation's.
+    """
+    model = model.to(device).eval()
 
     def health_of(batches: Iterator[Batch]) -> dict[str, float]:
         images, texts = _embedded(model, batches, device)
@@ -39,7 +41,7 @@ def checkup(
 
     rows: list[dict[str, Any]] = []
     for iterations, subsets in sets:
-        row = {"set": "distilled", "iterations": list(iterations)} | health_of(_of_sets(subsets, size, chunk))
+        row = {"set": "distilled", "iterations": list(iterations)} | health_of(_of_sets(subsets, image_size, chunk))
         learned = [similarity.dense(s.similarity, s.alpha, s.texts) for s in subsets]
         rows.append(row | {"stripes": sum(map(stripes, learned)) / len(learned)})
     pairs = int(rows[-1]["pairs"])
@@ -48,8 +50,7 @@ def checkup(
     first = torch.from_numpy(val.split.image_of).diff(prepend=torch.tensor([-1])).nonzero().flatten()
     chosen = torch.randperm(len(first), generator=generator(seed, "health of val"))[:MOST]
     whole = {"set": "val"} | health_of(_of_records(val, first[chosen.sort().values], chunk))
-    told = collapsed(rows[-1], real)
-    return {"schema_version": 1, "rows": [*rows, real, whole], "warnings": told}
+    return {"schema_version": 1, "rows": [*rows, real, whole], "warnings": collapsed(rows[-1], real)}
 
 
 def _embedded(model: DualEncoder, batches: Iterator[Batch], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Embedding health: how far the embeddings of a set have collapsed, beside those of real pairs.
 
-All sets are seen through one fixed encoder, so numbers of different iterations can be compared; what a number means is
-told by that of random real pairs, for a modality gap and a narrow cone are also found in healthy models.
+All sets go through one fixed encoder, so numbers of different iterations can be compared. Random real pairs give the
+scale of a number, because healthy models also have a modality gap and a narrow cone.
 """
 
 import math
@@ -50,31 +50,31 @@ def health(images: Float[Tensor, "N D"], texts: Float[Tensor, "N D"], seed: int 
     - `hubness_image`, `hubness_text`: skewness of how often one is among the ten nearest of the other side's rows
     """
     usable = images.isfinite().all(1) & texts.isfinite().all(1) & (images != 0).any(1) & (texts != 0).any(1)
-    found = {"pairs": float(len(images)), "unusable": float((~usable).sum())}
+    row = {"pairs": float(len(images)), "unusable": float((~usable).sum())}
     if int(usable.sum()) < 2:
-        return found
+        return row
     u, v = _unit(images[usable]), _unit(texts[usable])
     n = len(u)
     for side, rows in (("image", u), ("text", v)):
         total = rows.sum(0)
-        found[f"cosine_{side}"] = (float(total @ total) - n) / (n * (n - 1))
+        row[f"cosine_{side}"] = (float(total @ total) - n) / (n * (n - 1))
         cosines = _some_pairs(rows, rows, seed)
         for p in (5, 50, 95):
-            found[f"cosine_{side}_p{p:02d}"] = float(np.percentile(cosines, p))
-        found[f"centroid_{side}"] = float(total.norm()) / n
-        found[f"uniformity_{side}"] = _uniformity(rows, rows, seed)
-        found[f"rank_{side}"] = _effective_rank(rows)
+            row[f"cosine_{side}_p{p:02d}"] = float(np.percentile(cosines, p))
+        row[f"centroid_{side}"] = float(total.norm()) / n
+        row[f"uniformity_{side}"] = _uniformity(rows, rows, seed)
+        row[f"rank_{side}"] = _effective_rank(rows)
     delta, distances = u.mean(0) - v.mean(0), (u - v).square().sum(1)
     matched = float((u * v).sum())
-    found["gap"] = float(delta.norm())
-    found["alignment"] = float(distances.mean())
-    found["gap_share"] = float(delta @ delta) / found["alignment"] if found["alignment"] > 0 else 0.0
-    found["uniformity_cross"] = _uniformity(u, v, seed)
-    found["margin"] = matched / n - (float(u.sum(0) @ v.sum(0)) - matched) / (n * (n - 1))
-    found["hubness_image"], found["hubness_text"] = _hubness(v, u), _hubness(u, v)
+    row["gap"] = float(delta.norm())
+    row["alignment"] = float(distances.mean())
+    row["gap_share"] = float(delta @ delta) / row["alignment"] if row["alignment"] > 0 else 0.0
+    row["uniformity_cross"] = _uniformity(u, v, seed)
+    row["margin"] = matched / n - (float(u.sum(0) @ v.sum(0)) - matched) / (n * (n - 1))
+    row["hubness_image"], row["hubness_text"] = _hubness(v, u), _hubness(u, v)
     if n >= 5:
-        found["separability"] = _separability(u, v, seed)
-    return found
+        row["separability"] = _separability(u, v, seed)
+    return row
 
 
 def stripes(similarity: Float[Tensor, "M M"]) -> float:
@@ -92,24 +92,24 @@ def stripes(similarity: Float[Tensor, "M M"]) -> float:
     return sum(float(each.var(correction=0)) for each in means) / total if total > 0 else 0.0
 
 
-def collapsed(found: Mapping[str, Any], real: Mapping[str, Any]) -> list[str]:
+def collapsed(row: Mapping[str, Any], real: Mapping[str, Any]) -> list[str]:
     """What makes a set look collapsed beside as many random real pairs; empty for a healthy one."""
-    told = []
-    if found["unusable"]:
-        told.append(f"{found['unusable']:.0f} of {found['pairs']:.0f} pairs have a zero embedding or one not finite")
+    warnings = []
+    if row["unusable"]:
+        warnings.append(f"{row['unusable']:.0f} of {row['pairs']:.0f} pairs have a zero embedding or one not finite")
     for side in ("image", "text"):
         cosine, rank = f"cosine_{side}", f"rank_{side}"
-        if cosine not in found or cosine not in real:
+        if cosine not in row or cosine not in real:
             continue
-        if found[cosine] > real[cosine] + NARROWER * (1 - real[cosine]):
-            told.append(
-                f"{side} embeddings have a mean cosine of {found[cosine]:.3f}, those of random pairs {real[cosine]:.3f}"
+        if row[cosine] > real[cosine] + NARROWER * (1 - real[cosine]):
+            warnings.append(
+                f"{side} embeddings have a mean cosine of {row[cosine]:.3f}, those of random pairs {real[cosine]:.3f}"
             )
-        if found[rank] < POORER * real[rank]:
-            told.append(
-                f"{side} embeddings have an effective rank of {found[rank]:.1f}, those of random pairs {real[rank]:.1f}"
+        if row[rank] < POORER * real[rank]:
+            warnings.append(
+                f"{side} embeddings have an effective rank of {row[rank]:.1f}, those of random pairs {real[rank]:.1f}"
             )
-    return told
+    return warnings
 
 
 def _unit(rows: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Who is scored against whom: distilled set, random pairs at the same budget, full data.
 
-Each row of the result table comes from jobs that know nothing of one another, so they run side by side:
+The jobs behind a row of the result table are independent of one another, so they run side by side:
 
     select     a student on one snapshot, scored on val only; the best snapshot is exported
     tune       random pairs with one loss and rate, scored on val only; the best rate trains the baseline
@@ -11,13 +11,13 @@ Each row of the result table comes from jobs that know nothing of one another, s
 
 and of `rmdd.evaluate.scores`, on request: hard, own, soft_tune (val only) and soft.
 
-Jobs that choose have no way to test: `door` refuses to open it for them, `train_and_score` to be given it, and
-`best_by_val` any record that holds a score of it. Student i of every kind has the same heads, and with as many pairs
-the same batches, so rows differ in what is learned from alone.
+Jobs that choose cannot read test: `check_split_is_open` refuses to open it for them, `train_and_score` refuses the
+split, and `best_by_val` refuses any record that holds a score of it. Student i of every kind has the same heads, and
+with as many pairs the same batches, so rows differ in their training pairs alone.
 """
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -27,10 +27,10 @@ from rmdd import config
 from rmdd.core.seeding import generator
 from rmdd.distill import similarity
 from rmdd.distill.synthetic import Synthetic, enlarged
-from rmdd.evaluate.lessons import real_lesson
-from rmdd.evaluate.references import reference_of
+from rmdd.evaluate.references import Reference, reference_of
 from rmdd.evaluate.retrieval import Ranks, Recalls
-from rmdd.evaluate.students import Course, Diverged, Lesson, rank, score, train_student
+from rmdd.evaluate.students import Diverged, StudentSchedule, TrainingPairs, rank, score, train_student
+from rmdd.evaluate.training_pairs import real_pairs
 from rmdd.models.dual import DualEncoder, build
 from rmdd.models.prepared import PreparedSplit
 
@@ -71,58 +71,113 @@ class Job:
         return f"{self.kind}{extra}-{self.index:03d}"
 
 
-def door(job: Job | None, split: str) -> str:
+def check_split_is_open(job: Job | None, split: str) -> str:
     """`split`, where `job` may look at it. Raises `TestIsClosed` for test and a job that something is chosen by."""
     if split == "test" and job is not None and job.kind in CHOOSING:
         raise TestIsClosed(f"{job.name} is scored for a choice, and choices are made on val; test is closed to it")
     return split
 
 
-def lesson_of(synthetic: Synthetic, image_size: int) -> Lesson:
+@dataclass(frozen=True)
+class StudentProtocol:
+    """All that training and scoring the students of a run reads of its run file."""
+
+    rule: config.Evaluate
+    seed: int
+    model: config.Model
+    image_size: int
+    layout: str | None
+    method: str
+    loss: str
+    """Of students of the distilled set."""
+    temperature: float
+    """What students of the distilled set divide their cosines by."""
+    phase_pairs: tuple[int, ...]
+    """Pairs of each phase."""
+    budget: int
+    similarity: str
+    """Kind of similarity of the distilled set."""
+    expert_rates: tuple[float, float]
+    """Learning rates of the experts: image, text."""
+
+    @classmethod
+    def of(cls, run: config.Run) -> "StudentProtocol":
+        rule = run.distill
+        return cls(
+            rule=run.evaluate,
+            seed=run.seed_of("evaluate"),
+            model=run.model,
+            image_size=run.data.image_size,
+            layout=run.data.layout,
+            method=rule.method,
+            loss=rule.loss,
+            temperature=run.student_temperature,
+            phase_pairs=tuple(p.pairs for p in rule.phases),
+            budget=rule.budget,
+            similarity=rule.similarity.kind,
+            expert_rates=(run.experts.lr_image, run.experts.lr_text),
+        )
+
+    @property
+    def reference(self) -> Reference | None:
+        """The released protocol that the set is also scored by."""
+        return reference_of(self.rule, self.method, self.loss, self.temperature)
+
+    @property
+    def updates(self) -> int:
+        """Steps that a student of the distilled set makes; one of random pairs gets as many."""
+        return updates(self.rule, self.phase_pairs)
+
+
+def updates(rule: config.Evaluate, phase_pairs: Iterable[int]) -> int:
+    """Steps of a student that is trained on subsets of so many pairs."""
+    return sum(-(-pairs // rule.batch) * rule.epochs for pairs in phase_pairs)
+
+
+def pairs_of_subset(synthetic: Synthetic, image_size: int) -> TrainingPairs:
     """What a student learns from one distilled subset, its pictures enlarged to `image_size`."""
     s = similarity.dense(synthetic.similarity, synthetic.alpha, synthetic.texts)
     images = enlarged(synthetic.images, image_size)
-    return Lesson(images, synthetic.texts, s, float(synthetic.lr_image), float(synthetic.lr_text))
+    return TrainingPairs(images, synthetic.texts, s, float(synthetic.lr_image), float(synthetic.lr_text))
 
 
-def random_lesson(run: config.Run, train: PreparedSplit, draw: int, lr: float) -> Lesson:
+def random_pairs(protocol: StudentProtocol, train: PreparedSplit, draw: int, lr: float) -> TrainingPairs:
     """`budget` real caption records drawn uniformly, identity similarity, one rate for both towers."""
-    return real_lesson(train, random_records(run, train, draw), lr)
+    return real_pairs(train, random_records(train, protocol.budget, protocol.seed, draw), lr)
 
 
-def random_records(run: config.Run, train: PreparedSplit, draw: int) -> list[int]:
+def random_records(train: PreparedSplit, budget: int, seed: int, draw: int) -> list[int]:
     """The caption records of a draw: `budget` of them, or all where there are fewer."""
-    draw_ = generator(run.seed_of("evaluate"), "random pairs", draw)
-    return torch.randperm(len(train.split.captions), generator=draw_)[: run.distill.budget].tolist()
+    random = generator(seed, "random pairs", draw)
+    return torch.randperm(len(train.split.captions), generator=random)[:budget].tolist()
 
 
-def hardened(lesson: Lesson, experts: config.Experts) -> Lesson:
-    """What images and texts alone are worth: each belongs to its own, at the rates of the experts."""
-    own = torch.eye(len(lesson.images))
-    return replace(lesson, similarity=own, lr_image=experts.lr_image, lr_text=experts.lr_text)
+def hardened(pairs: TrainingPairs, lr_image: float, lr_text: float) -> TrainingPairs:
+    """The pairs with identity similarity, at the rates of the experts: what images and texts alone are worth."""
+    return replace(pairs, similarity=torch.eye(len(pairs.images)), lr_image=lr_image, lr_text=lr_text)
 
 
-def soft_lesson(
-    run: config.Run, train: PreparedSplit, draw: int, lr: float, teacher: DualEncoder, device: torch.device
-) -> Lesson:
-    """Random pairs by the recipe of the set: with a similarity where that has one, as a teacher sees it.
+def soft_pairs(
+    protocol: StudentProtocol, train: PreparedSplit, draw: int, lr: float, teacher: DualEncoder, device: torch.device
+) -> TrainingPairs:
+    """Random pairs by the recipe of the set: where the set has a similarity, so have they, computed by a teacher.
 
     S = sigmoid(cosine / temperature); the teacher is an expert after its last epoch.
     """
-    lesson = random_lesson(run, train, draw, lr)
-    if run.distill.similarity.kind == "identity":
-        return lesson
+    pairs = random_pairs(protocol, train, draw, lr)
+    if protocol.similarity == "identity":
+        return pairs
     teacher = teacher.to(device).eval()
     with torch.no_grad():
-        u = torch.cat([teacher.embed_images(x.to(device)) for x in lesson.images.split(run.evaluate.chunk)])
-        v = teacher.embed_texts(lesson.texts.to(device))
-        return replace(lesson, similarity=torch.sigmoid(u @ v.T / run.model.temperature).cpu())
+        u = torch.cat([teacher.embed_images(x.to(device)) for x in pairs.images.split(protocol.rule.chunk)])
+        v = teacher.embed_texts(pairs.texts.to(device))
+        return replace(pairs, similarity=torch.sigmoid(u @ v.T / protocol.model.temperature).cpu())
 
 
-def final_jobs(run: config.Run, loss: str, lr: float, experts: Sequence[int]) -> list[Job]:
-    """The students whose scores are told: of the set, by the reference protocol, of random pairs at the loss and rate
-    that val chose, and `experts` as the full-data bound."""
-    rule, reference = run.evaluate, reference_of(run)
+def final_jobs(protocol: StudentProtocol, loss: str, lr: float, experts: Sequence[int]) -> list[Job]:
+    """The students whose scores are reported: of the set, by the reference protocol, of random pairs at the loss and
+    rate that val chose, and `experts` as the full-data bound."""
+    rule, reference = protocol.rule, protocol.reference
     jobs = [Job("student", i) for i in range(rule.students)]
     jobs += [Job("reference", i) for i in range(reference.students if reference else 0)]
     draws = range(min(rule.students, rule.baseline_draws))
@@ -130,16 +185,10 @@ def final_jobs(run: config.Run, loss: str, lr: float, experts: Sequence[int]) ->
     return jobs + [Job("full", e) for e in experts]
 
 
-def updates(run: config.Run) -> int:
-    """Steps that a student of the distilled set makes; one of random pairs gets as many."""
-    rule = run.evaluate
-    return sum(-(-p.pairs // rule.batch) * rule.epochs for p in run.distill.phases)
-
-
 def train_and_score(
     job: Job,
-    run: config.Run,
-    lessons: Sequence[Lesson],
+    protocol: StudentProtocol,
+    subsets: Sequence[TrainingPairs],
     val: PreparedSplit,
     test: PreparedSplit | None,
     device: torch.device,
@@ -150,50 +199,47 @@ def train_and_score(
 ) -> dict[str, Any]:
     """Run one student job and return its record; `test` is None for jobs that choose, else `TestIsClosed` is raised.
 
-    `finished` is given the student once it is trained to the end, and `on_ranks` what the queries of test found then.
+    `finished` gets the student once it is trained to the end, and `on_ranks` the ranks of its queries on test.
     """
     if job.kind in CHOOSING and test is not None:
-        door(job, "test")
-    rule, seed = run.evaluate, run.seed_of("evaluate")
-    loss, course = job.loss or run.distill.loss, Course.of(rule)
-    points: tuple[int, ...] = ()
+        check_split_is_open(job, "test")
+    rule, reference = protocol.rule, protocol.reference if job.kind == "reference" else None
+    loss, schedule = job.loss or protocol.loss, StudentSchedule.of(rule)
     pixels = val if test is None else test
-    model = build(run.model, lessons[0].texts.shape[1], run.data.image_size, seed, "student", job.index).to(device)
+    width, size = subsets[0].texts.shape[1], protocol.image_size
+    model = build(protocol.model, width, size, protocol.seed, "student", job.index).to(device)
     if job.kind in OF_THE_SET or job.kind in ("soft_tune", "soft"):
-        model.temperature = run.student_temperature
+        model.temperature = protocol.temperature
     if job.kind == "reference":
-        found = reference_of(run)
-        assert found is not None and test is not None
-        peeked = val if found.split(run.data.layout) == "val" else test
-        loss, course, points, model.temperature = found.loss, found.course, found.points, found.temperature
-        lessons = found.lessons(lessons)
+        assert reference is not None and test is not None
+        scored_on = val if reference.split(protocol.layout) == "val" else test
+        loss, schedule, model.temperature = reference.loss, reference.schedule, reference.temperature
+        subsets = reference.adapted(subsets)
     elif job.kind == "hard":
-        loss, lessons = "infonce", [hardened(x, run.experts) for x in lessons]
+        loss, subsets = "infonce", [hardened(x, *protocol.expert_rates) for x in subsets]
     elif job.kind in OF_RANDOM_PAIRS:
-        passes = round(updates(run) / -(-len(lessons[0].images) // rule.batch))
-        course = replace(course, epochs=max(1, passes))
-        if course.drop_after is not None:
-            course = replace(course, drop_after=(course.epochs + 1) // 2)
-    course = replace(course, augment=job.augment or course.augment).on(pixels.mean, pixels.std)
+        passes = round(protocol.updates / -(-len(subsets[0].images) // rule.batch))
+        schedule = replace(schedule, epochs=max(1, passes))
+        if schedule.drop_after is not None:
+            schedule = replace(schedule, drop_after=(schedule.epochs + 1) // 2)
+    schedule = replace(schedule, augment=job.augment or schedule.augment).on(pixels.mean, pixels.std)
     curve: list[dict[str, Any]] = []
 
     def at(subset: int, passes: int) -> None:
         on_pass()
-        last = subset == len(lessons) - 1 and passes == course.epochs
-        if job.kind == "reference" and passes in points:
-            curve.append(
-                {"subset": subset, "passes": passes, "test": score(model, peeked, device, rule.chunk).as_dict()}
-            )
+        last = subset == len(subsets) - 1 and passes == schedule.epochs
+        point: dict[str, Any] = {"subset": subset, "passes": passes}
+        if reference is not None and passes in reference.points:
+            curve.append(point | {"test": score(model, scored_on, device, rule.chunk).as_dict()})
         elif job.kind == "student" and (last or passes % rule.eval_every == 0):
-            curve.append({"subset": subset, "passes": passes, "val": score(model, val, device, rule.chunk).as_dict()})
+            curve.append(point | {"val": score(model, val, device, rule.chunk).as_dict()})
 
     record: dict[str, Any] = {"job": job.name, "curve": curve}
     try:
-        train_student(model, lessons, course, loss, seed, job.index, at)
-        if job.kind == "reference":
-            assert found is not None
+        train_student(model, subsets, schedule, loss, protocol.seed, job.index, at)
+        if reference is not None:
             of_best = max(curve, key=lambda point: point["test"]["R@mean"])
-            return record | {"test_best_reference": (of_best if found.reported == "best" else curve[-1])["test"]}
+            return record | {"test_best_reference": (of_best if reference.reported == "best" else curve[-1])["test"]}
         finished(model)
         return record | _scored(job, model, val, test, device, rule.chunk, on_ranks)
     except Diverged as error:  # in training, or where its embeddings are to be scored
@@ -202,20 +248,20 @@ def train_and_score(
 
 def score_expert(
     job: Job,
-    run: config.Run,
     model: DualEncoder,
     val: PreparedSplit,
     test: PreparedSplit,
     device: torch.device,
+    chunk: int,
     *,
     on_ranks: Callable[[Ranks], object] = lambda ranks: None,
 ) -> dict[str, Any]:
     """The full-data bound: one expert after its last epoch."""
     try:
-        found = _scored(job, model.to(device), val, test, device, run.evaluate.chunk, on_ranks)
+        scores = _scored(job, model.to(device), val, test, device, chunk, on_ranks)
     except Diverged as error:
-        found = _diverged(job, error, test, on_ranks)
-    return {"job": job.name} | found
+        scores = _diverged(job, error, test, on_ranks)
+    return {"job": job.name} | scores
 
 
 def _scored(
@@ -231,29 +277,30 @@ def _scored(
     scores = {"val": score(model, val, device, chunk).as_dict()}
     if job.kind not in CHOOSING:
         assert test is not None
-        found = rank(model, test, device, chunk)
-        on_ranks(found)
-        scores["test_last"] = found.recalls().as_dict()
+        ranks = rank(model, test, device, chunk)
+        on_ranks(ranks)
+        scores["test_last"] = ranks.recalls().as_dict()
     return scores
 
 
 def _diverged(
     job: Job, error: Diverged, test: PreparedSplit | None, on_ranks: Callable[[Ranks], object]
 ) -> dict[str, Any]:
-    """Nothing found, on whatever would have been scored."""
+    """Recalls of 0 on every split that would have been scored."""
     keys = ("val",) if job.kind in CHOOSING else ("val", "test_last", "test_best_reference")
     if test is not None and job.kind != "reference":
         on_ranks(Ranks.worst(torch.from_numpy(test.split.image_of)))
     return dict.fromkeys(keys, _nothing()) | {"diverged": str(error)}
 
 
-def selection_jobs(run: config.Run, snapshots: int) -> list[Job]:
-    students = range(run.evaluate.selection_students)
+def selection_jobs(rule: config.Evaluate, snapshots: int) -> list[Job]:
+    """Students on every snapshot."""
+    students = range(rule.selection_students)
     return [Job("select", i, snapshot=s) for s in range(snapshots) for i in students]
 
 
-def tuning_jobs(run: config.Run) -> list[Job]:
-    rule = run.evaluate
+def tuning_jobs(rule: config.Evaluate) -> list[Job]:
+    """Students of random pairs at every loss and rate."""
     draws = range(min(rule.selection_students, rule.baseline_draws))
     return [
         Job("tune", i, loss=loss, lr=lr) for loss in rule.baseline_losses for lr in rule.baseline_lrs for i in draws
@@ -267,9 +314,9 @@ def best_by_val(records: Sequence[tuple[Any, dict[str, Any]]]) -> tuple[Any, dic
     """
     groups: dict[Any, list[float]] = {}
     for choice, record in records:
-        if seen := [key for key in record if key.startswith("test")]:
+        if of_test := [key for key in record if key.startswith("test")]:
             raise TestIsClosed(
-                f"a choice was given {', '.join(seen)} of {record.get('job', choice)}; choose by val alone"
+                f"a choice was given {', '.join(of_test)} of {record.get('job', choice)}; choose by val alone"
             )
         groups.setdefault(choice, []).append(record["val"]["R@mean"])
     means = {choice: statistics.fmean(values) for choice, values in groups.items()}

@@ -1,6 +1,6 @@
-"""The record of a student on disk, test behind a door: NAME.json holds what choices may read, NAME.test.json the rest.
+"""The record of a student on disk: NAME.json holds what choices may read, NAME.test.json the scores on test.
 
-Selection opens the first alone. The second is written before it, so a record that is there is whole.
+Selection opens only the first. The second is written before it, so a record that is there is whole.
 """
 
 from pathlib import Path
@@ -33,8 +33,8 @@ def write(path: Path, record: dict[str, Any]) -> None:
     of_test = {k: v for k, v in record.items() if _is_of_test(k, v)}
     if of_test:
         write_json(test_file(path), {"value": record["value"], **of_test})
-    kept = {k: v for k, v in record.items() if k not in of_test}
-    write_json(path, kept | ({"test": test_file(path).name} if of_test else {}))
+    rest = {k: v for k, v in record.items() if k not in of_test}
+    write_json(path, rest | ({"test": test_file(path).name} if of_test else {}))
 
 
 def read(path: Path, value: str) -> dict[str, Any] | None:

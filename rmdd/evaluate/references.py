@@ -15,7 +15,7 @@ import torch
 
 from rmdd import config
 from rmdd.config import recipes
-from rmdd.evaluate.students import Course, Lesson
+from rmdd.evaluate.students import StudentSchedule, TrainingPairs
 
 TEMPERATURE = 0.07
 
@@ -27,7 +27,7 @@ class Reference:
 
     name: str
     loss: str
-    course: Course
+    schedule: StudentSchedule
     lr: float | None
     """One rate for what is trained; None: the learned ones."""
     every: int | None
@@ -43,25 +43,25 @@ class Reference:
     def points(self) -> tuple[int, ...]:
         """Passes of each subset after which students are scored."""
         return (
-            (self.course.epochs,)
+            (self.schedule.epochs,)
             if self.every is None
-            else tuple(range(self.first, self.course.epochs + 1, self.every))
+            else tuple(range(self.first, self.schedule.epochs + 1, self.every))
         )
 
     def split(self, layout: str | None) -> Literal["val", "test"]:
         """Where it is scored. EDGE takes CC3M's validation file for its test."""
         return "val" if self.name == "edge" and layout == "cc3m" else "test"
 
-    def lessons(self, lessons: Sequence[Lesson]) -> Sequence[Lesson]:
-        """What its student sees of `lessons`: InfoNCE knows no similarity, and fixed rates no learned ones."""
+    def adapted(self, subsets: Sequence[TrainingPairs]) -> Sequence[TrainingPairs]:
+        """The pairs as its student takes them: InfoNCE has no similarity, and a fixed rate replaces learned ones."""
         if self.loss == "infonce":
-            lessons = [replace(x, similarity=torch.eye(len(x.images)).to(x.similarity)) for x in lessons]
+            subsets = [replace(x, similarity=torch.eye(len(x.images)).to(x.similarity)) for x in subsets]
         if self.lr is not None:
-            lessons = [replace(x, lr_image=self.lr, lr_text=self.lr) for x in lessons]
-        return lessons
+            subsets = [replace(x, lr_image=self.lr, lr_text=self.lr) for x in subsets]
+        return subsets
 
 
-_LEARNED = Course(
+_LEARNED = StudentSchedule(
     epochs=101, batch=128, momentum=0.9, weight_decay=5e-4, drop_after=51, drop=0.1, chain=True, rates="last"
 )
 
@@ -136,23 +136,22 @@ REFERENCES = {
 }
 
 
-def reference_of(run: config.Run) -> Reference | None:
+def reference_of(rule: config.Evaluate, method: str, loss: str, temperature: float) -> Reference | None:
     """The protocol that a run is also scored by. None: switched off, or `auto` with a method that has none.
 
     A named one is as coded. `auto` takes that of the run's method to the scale of the run: loss, batch, momentum,
     decay, temperature and number of students are the run's. Presets named after a paper state the paper's, so that
     there the two are one; small runs on plain SGD would diverge with momentum at the rates that they learned without.
     """
-    rule = run.evaluate
     if rule.reference == "none":
         return None
     if rule.reference != "auto":
         return REFERENCES[rule.reference]
-    name = recipes.find(run.distill.method).reference
+    name = recipes.find(method).reference
     if name is None:
         return None
-    found = REFERENCES[name]
-    scaled = replace(found.course, batch=rule.batch, momentum=rule.momentum, weight_decay=rule.weight_decay)
-    if found.lr is None:
-        found = replace(found, loss=run.distill.loss, temperature=run.student_temperature)
-    return replace(found, course=scaled, students=rule.students)
+    reference = REFERENCES[name]
+    scaled = replace(reference.schedule, batch=rule.batch, momentum=rule.momentum, weight_decay=rule.weight_decay)
+    if reference.lr is None:
+        reference = replace(reference, loss=loss, temperature=temperature)
+    return replace(reference, schedule=scaled, students=rule.students)

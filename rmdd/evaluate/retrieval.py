@@ -120,8 +120,8 @@ def ranks(
     an empty gallery, and an image without captions.
     """
     if images.ndim != 2 or texts.ndim != 2 or images.shape[1] != texts.shape[1]:
-        found = f"{tuple(images.shape)} and {tuple(texts.shape)}"
-        raise ValueError(f"images and texts must be (I, D) and (T, D), found {found}")
+        shapes = f"{tuple(images.shape)} and {tuple(texts.shape)}"
+        raise ValueError(f"images and texts must be (I, D) and (T, D), found {shapes}")
     image_of = _checked(image_of, len(images), len(texts), images.device)
     u, v = _normalised(images, "image"), _normalised(texts, "text")
     return _both(_scorer(v, u), _scorer(u, v), image_of, len(images), chunk)
@@ -161,8 +161,8 @@ def chance(image_of: Int[Tensor, " T"], ks: Sequence[int] = KS) -> Recalls:
 
     def missed(m: Tensor, k: int) -> Tensor:
         """Chance that none of m captions is among k of all, as a product of k factors."""
-        seen = torch.arange(min(k, num_texts), dtype=torch.float64)
-        return ((num_texts - m.double()[:, None] - seen).clamp(min=0) / (num_texts - seen)).prod(1)
+        ranked = torch.arange(min(k, num_texts), dtype=torch.float64)
+        return ((num_texts - m.double()[:, None] - ranked).clamp(min=0) / (num_texts - ranked)).prod(1)
 
     ir = {k: 100 * min(1.0, k / num_images) for k in ks}
     return Recalls(ir, {k: 100 * float((1 - missed(captions, k)).mean()) for k in ks}, 0.0)

@@ -20,7 +20,7 @@ from typing import Any
 
 from rmdd import config
 from rmdd.evaluate.bootstrap import Interval, difference, interval
-from rmdd.evaluate.protocol import Job, best_by_val
+from rmdd.evaluate.protocol import Job, StudentProtocol, best_by_val
 from rmdd.evaluate.retrieval import Ranks
 
 AUGMENT = "dsa"
@@ -46,16 +46,20 @@ def ars(aug: float, noaug: float, gamma: float = GAMMA) -> float:
     return squashed(gamma * aug + (1 - gamma) * noaug)
 
 
-def kinds(run: config.Run) -> tuple[str, str]:
-    """Augmented and plain."""
-    return (AUGMENT if run.evaluate.augment == "none" else run.evaluate.augment), "none"
+def kinds(augment: str) -> tuple[str, str]:
+    """The augmentation of augmented students, where a run's own have `augment`, and that of plain ones."""
+    return (AUGMENT if augment == "none" else augment), "none"
 
 
-def choices(run: config.Run) -> list[Job]:
+def choices(rule: config.Evaluate) -> list[Job]:
     """Random pairs by the recipe of the set, at every rate and with either augmentation."""
-    rule = run.evaluate
     draws = range(min(rule.selection_students, rule.baseline_draws))
-    return [Job("soft_tune", i, lr=lr, augment=kind) for kind in kinds(run) for lr in rule.baseline_lrs for i in draws]
+    return [
+        Job("soft_tune", i, lr=lr, augment=kind)
+        for kind in kinds(rule.augment)
+        for lr in rule.baseline_lrs
+        for i in draws
+    ]
 
 
 def chosen_rates(tried: Sequence[tuple[Job, dict[str, Any]]]) -> dict[str, float]:
@@ -66,28 +70,29 @@ def chosen_rates(tried: Sequence[tuple[Job, dict[str, Any]]]) -> dict[str, float
     }
 
 
-def finals(run: config.Run, rates: Mapping[str, float]) -> list[Job]:
+def finals(rule: config.Evaluate, rates: Mapping[str, float]) -> list[Job]:
     """The students that are scored on test."""
-    rule = run.evaluate
-    found = [Job("hard", i) for i in range(rule.students)]
-    found += [Job("own", i, augment=kind) for kind in kinds(run) if kind != rule.augment for i in range(rule.students)]
-    pairs = range(min(rule.students, rule.baseline_draws))
-    return found + [Job("soft", i, lr=rates[kind], augment=kind) for kind in kinds(run) for i in pairs]
+    both, students = kinds(rule.augment), range(rule.students)
+    jobs = [Job("hard", i) for i in students]
+    jobs += [Job("own", i, augment=kind) for kind in both if kind != rule.augment for i in students]
+    draws = range(min(rule.students, rule.baseline_draws))
+    return jobs + [Job("soft", i, lr=rates[kind], augment=kind) for kind in both for i in draws]
 
 
-def result(run: config.Run, ranks: Mapping[Job, Ranks], rates: Mapping[str, float]) -> dict[str, Any]:
-    """The scores from what all final students found; those of kinds student and full belong to it."""
+def result(protocol: StudentProtocol, ranks: Mapping[Job, Ranks], rates: Mapping[str, float]) -> dict[str, Any]:
+    """The scores, from the ranks of all final students; those of kinds student and full are among them."""
 
     def of(kind: str, augment: str = "") -> list[Ranks]:
         return [r for job, r in ranks.items() if job.kind == kind and job.augment == augment]
 
-    augmented, plain = kinds(run)
-    own = {kind: of("student") if kind == run.evaluate.augment else of("own", kind) for kind in (augmented, plain)}
+    usual = protocol.rule.augment
+    augmented, plain = kinds(usual)
+    own = {kind: of("student") if kind == usual else of("own", kind) for kind in (augmented, plain)}
     soft = {kind: of("soft", kind) for kind in (augmented, plain)}
     hard = difference(of("full"), of("hard"))
     gain = {kind: difference(own[kind], soft[kind]) for kind in own}
-    ior = gain[run.evaluate.augment]
-    learned = run.distill.similarity.kind != "identity"
+    ior = gain[usual]
+    learned = protocol.similarity != "identity"
     similarity = "sigmoid(teacher cosine / temperature)" if learned else "identity"
     return {
         "points": {
@@ -101,12 +106,12 @@ def result(run: config.Run, ranks: Mapping[Job, Ranks], rates: Mapping[str, floa
         "R@mean": {
             "hard": asdict(interval(of("hard"))),
             "full": asdict(interval(of("full"))),
-            **{f"own, {kind}": asdict(interval(found)) for kind, found in own.items()},
-            **{f"random, {kind}": asdict(interval(found)) for kind, found in soft.items()},
+            **{f"own, {kind}": asdict(interval(queries)) for kind, queries in own.items()},
+            **{f"random, {kind}": asdict(interval(queries)) for kind, queries in soft.items()},
         },
         "augment": augmented,
         "rates": dict(rates),
-        "hard_rates": {"image": run.experts.lr_image, "text": run.experts.lr_text},
+        "hard_rates": dict(zip(("image", "text"), protocol.expert_rates, strict=True)),
         "similarity": similarity,
     }
 

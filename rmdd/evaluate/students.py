@@ -28,7 +28,7 @@ class Diverged(FloatingPointError):
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TrainingPairs:
     """What a student learns from one subset: M pairs with target similarities and its two rates."""
 
     images: Float[Tensor, "M 3 H W"]
@@ -39,7 +39,7 @@ class Lesson:
 
 
 @dataclass(frozen=True)
-class Course:
+class StudentSchedule:
     """How a student is trained on the subsets of a set, in order."""
 
     epochs: int
@@ -66,8 +66,8 @@ class Course:
     std: tuple[float, ...] | None = None
 
     @classmethod
-    def of(cls, rule: config.Evaluate) -> "Course":
-        """Of our own protocol: the rate drops after half of the passes."""
+    def of(cls, rule: config.Evaluate) -> "StudentSchedule":
+        """The schedule of our own protocol: the rate drops after half of the passes."""
         return cls(
             epochs=rule.epochs,
             batch=rule.batch,
@@ -81,8 +81,8 @@ class Course:
             augment=rule.augment,
         )
 
-    def on(self, mean: Sequence[float], std: Sequence[float]) -> "Course":
-        """The same for pictures that were normalised with these constants."""
+    def on(self, mean: Sequence[float], std: Sequence[float]) -> "StudentSchedule":
+        """The same schedule for pictures that were normalised with these constants."""
         return replace(self, mean=tuple(mean), std=tuple(std))
 
 
@@ -115,14 +115,14 @@ def rank(model: DualEncoder, prepared: PreparedSplit, device: torch.device, chun
 
 def train_student(
     model: DualEncoder,
-    lessons: Sequence[Lesson],
-    course: Course,
+    subsets: Sequence[TrainingPairs],
+    schedule: StudentSchedule,
     loss: str,
     seed: int,
     student: int,
     at: Callable[[int, int], None] = lambda subset, passes: None,
 ) -> None:
-    """Train `model` in place on the lessons in order. `at(subset, passes)` is called after every pass.
+    """Train `model` in place on the pairs of each subset in order. `at(subset, passes)` is called after every pass.
 
     Batches, dropout and augmentation are drawn by (seed, student, subset, pass) alone: student i meets the same draws
     whatever it learns from, so that methods are compared on the same students.
@@ -130,27 +130,27 @@ def train_student(
     """
     device = next(model.parameters()).device
     optimiser = None
-    seen = None if course.augment == "none" else augmentation(course.augment, course.mean, course.std)
+    augmented = None if schedule.augment == "none" else augmentation(schedule.augment, schedule.mean, schedule.std)
     for name, p in model.named_parameters():
-        p.requires_grad_(p.requires_grad and _is_trained(name, course))
+        p.requires_grad_(p.requires_grad and _is_trained(name, schedule))
     model.train()
-    for s, lesson in enumerate(lessons):
-        rates = lessons[-1] if course.rates == "last" else lesson
-        if optimiser is None or not course.chain:
-            optimiser = _optimiser(model, rates, course, s)
-        images, texts = lesson.images.to(device), lesson.texts.to(device)
-        similarity = lesson.similarity.to(device)
-        for epoch in range(course.epochs):
-            if epoch == course.drop_after and (s == 0 or not course.chain):
+    for s, pairs in enumerate(subsets):
+        rates = subsets[-1] if schedule.rates == "last" else pairs
+        if optimiser is None or not schedule.chain:
+            optimiser = _optimiser(model, rates, schedule, s)
+        images, texts = pairs.images.to(device), pairs.texts.to(device)
+        similarity = pairs.similarity.to(device)
+        for epoch in range(schedule.epochs):
+            if epoch == schedule.drop_after and (s == 0 or not schedule.chain):
                 for group in optimiser.param_groups:
-                    group["lr"] *= course.drop
+                    group["lr"] *= schedule.drop
             draw = generator(seed, "student batches", student, s, epoch)
             views = generator(seed, "student augment", student, s, epoch)
             with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
                 torch.manual_seed(derive(seed, "student dropout", student, s, epoch))
-                for chosen in batches(len(images), course, draw):
+                for chosen in batches(len(images), schedule, draw):
                     index = chosen.to(device)
-                    pictures = images[index] if seen is None else seen(images[index], views)
+                    pictures = images[index] if augmented is None else augmented(images[index], views)
                     value = LOSSES[loss](model(pictures, texts[index]), similarity[index][:, index])
                     optimiser.zero_grad(set_to_none=True)
                     value.backward()
@@ -163,17 +163,17 @@ def train_student(
             at(s, epoch + 1)
 
 
-def batches(pairs: int, course: Course, random: torch.Generator) -> list[Int[Tensor, " b"]]:
+def batches(pairs: int, schedule: StudentSchedule, random: torch.Generator) -> list[Int[Tensor, " b"]]:
     """The batches of one pass. A subset smaller than a batch is one batch."""
-    if course.batches == "drawn":
-        return [torch.randperm(pairs, generator=random)[: course.batch] for _ in range(-(-pairs // course.batch))]
-    cut = torch.randperm(pairs, generator=random).split(course.batch)
-    whole = course.batches == "cut" or len(cut) == 1 or len(cut[-1]) == course.batch
+    if schedule.batches == "drawn":
+        return [torch.randperm(pairs, generator=random)[: schedule.batch] for _ in range(-(-pairs // schedule.batch))]
+    cut = torch.randperm(pairs, generator=random).split(schedule.batch)
+    whole = schedule.batches == "cut" or len(cut) == 1 or len(cut[-1]) == schedule.batch
     return list(cut if whole else cut[:-1])
 
 
-def _optimiser(model: DualEncoder, rates: Lesson, course: Course, subset: int) -> torch.optim.SGD:
-    by_tower = {"image": rates.lr_image, "text": rates.lr_image if course.text_rate == "image" else rates.lr_text}
+def _optimiser(model: DualEncoder, rates: TrainingPairs, schedule: StudentSchedule, subset: int) -> torch.optim.SGD:
+    by_tower = {"image": rates.lr_image, "text": rates.lr_image if schedule.text_rate == "image" else rates.lr_text}
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = []
     for tower in TOWERS:
@@ -184,10 +184,10 @@ def _optimiser(model: DualEncoder, rates: Lesson, course: Course, subset: int) -
                 "distill.min_inner_lr and lower distill.lr_lr"
             )
         groups += [{"params": params, "lr": lr}] if params else []
-    return torch.optim.SGD(groups, lr=rates.lr_image, momentum=course.momentum, weight_decay=course.weight_decay)
+    return torch.optim.SGD(groups, lr=rates.lr_image, momentum=schedule.momentum, weight_decay=schedule.weight_decay)
 
 
-def _is_trained(name: str, course: Course) -> bool:
-    if course.trains == "all":
+def _is_trained(name: str, schedule: StudentSchedule) -> bool:
+    if schedule.trains == "all":
         return True
-    return name.startswith("text_head.") or (course.trains == "heads" and name.startswith("image_head."))
+    return name.startswith("text_head.") or (schedule.trains == "heads" and name.startswith("image_head."))

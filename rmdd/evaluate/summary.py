@@ -10,8 +10,8 @@ from typing import Any
 from rmdd import config
 from rmdd.config import budget
 from rmdd.evaluate.bootstrap import DRAWS, METRICS, differences, intervals
-from rmdd.evaluate.protocol import Job, summary
-from rmdd.evaluate.references import Reference, reference_of
+from rmdd.evaluate.protocol import Job, StudentProtocol, summary
+from rmdd.evaluate.references import Reference
 from rmdd.evaluate.retrieval import Ranks
 
 FLOAT = 4
@@ -32,18 +32,18 @@ def table_of(
     """Mean and spread of each row: val, test at the last pass, the reference where it was scored, and probes."""
     table: dict[str, dict[str, Any]] = {}
     for row, kind in ROWS.items():
-        found: dict[str, Any] = {key: summary(records[kind], key) for key in ("val", "test_last")}
+        scores: dict[str, Any] = {key: summary(records[kind], key) for key in ("val", "test_last")}
         if probes:
-            asked = [record["probes"] for record in records[kind]]
-            found["probes"] = {name: summary(asked, name) for name in probes}
-        table[row or method] = found
+            answers = [record["probes"] for record in records[kind]]
+            scores["probes"] = {name: summary(answers, name) for name in probes}
+        table[row or method] = scores
     if records["reference"]:
         table[method]["test_best_reference"] = summary(records["reference"], "test_best_reference")
     return table
 
 
 def choices(
-    run: config.Run,
+    protocol: StudentProtocol,
     candidates: Sequence[tuple[int, ...]],
     chosen: int,
     curve: Mapping[int, float],
@@ -55,11 +55,11 @@ def choices(
     return {
         "iterations": list(candidates[chosen]),
         "selection": {
-            "rule": run.evaluate.selection,
+            "rule": protocol.rule.selection,
             "val": [{"iterations": list(candidates[s]), "R@mean": v} for s, v in curve.items()],
         },
         "baseline": {
-            "pairs": run.distill.budget,
+            "pairs": protocol.budget,
             "loss": loss,
             "lr": lr,
             "val": [{"loss": c[0], "lr": c[1], "R@mean": v} for c, v in tried.items()],
@@ -68,34 +68,34 @@ def choices(
 
 
 def beside(
-    run: config.Run,
+    protocol: StudentProtocol,
+    method: str,
     table: Mapping[str, Any],
     rows: Sequence[tuple[Job, Mapping[str, Any]]],
     ranks: Mapping[Job, Ranks],
-    text_width: int,
+    size: Mapping[str, Any],
 ) -> dict[str, Any]:
     """`certainty`, `size` and, where a reference was scored, `reference`, from all final students and their records."""
-    name = run.distill.method_name
-    of_rows = {row or name: [r for job, r in ranks.items() if job.kind == kind] for row, kind in ROWS.items()}
-    found = {"certainty": certainty(of_rows), "size": size(run, text_width)}
-    peeked = [record for job, record in rows if job.kind == "reference"]
-    if peeked and (reference := reference_of(run)):
-        honest = table[name]["test_last"]["R@mean"]["mean"]
-        found["reference"] = peeking(reference, run.data.layout, peeked, honest)
-    return found
+    of_rows = {row or method: [r for job, r in ranks.items() if job.kind == kind] for row, kind in ROWS.items()}
+    sections = {"certainty": certainty(of_rows), "size": dict(size)}
+    by_reference = [record for job, record in rows if job.kind == "reference"]
+    if by_reference and (reference := protocol.reference):
+        honest = table[method]["test_last"]["R@mean"]["mean"]
+        sections["reference"] = peeking(reference, protocol.layout, by_reference, honest)
+    return sections
 
 
 def certainty(ranks: Mapping[str, Sequence[Ranks]], random: str = "random") -> dict[str, Any]:
     """95 % intervals of `test_last` per row of the table, over the images of test, and of each row minus `random`."""
     return {
         "over": f"images of test, drawn with their captions {DRAWS} times; 95 %, of the mean over students",
-        "test_last": {row: {m: asdict(i) for m, i in intervals(found).items()} for row, found in ranks.items()},
+        "test_last": {row: {m: asdict(i) for m, i in intervals(students).items()} for row, students in ranks.items()},
         "minus_random": {
-            row: {m: asdict(i) for m, i in differences(found, ranks[random], METRICS).items()}
-            for row, found in ranks.items()
+            row: {m: asdict(i) for m, i in differences(students, ranks[random], METRICS).items()}
+            for row, students in ranks.items()
             if row != random
         },
-        "ties": {row: max(r.recalls().gap for r in found) for row, found in ranks.items()},
+        "ties": {row: max(r.recalls().gap for r in students) for row, students in ranks.items()},
     }
 
 
@@ -116,11 +116,10 @@ def peeking(
     }
 
 
-def size(run: config.Run, text_width: int) -> dict[str, Any]:
-    """What the set takes in float32, similarity and rates included, and what a real pair of the same would."""
-    rule, kind = run.distill, run.distill.similarity
+def size(rule: config.Distill, stored_size: int, text_width: int) -> dict[str, Any]:
+    """Numbers and float32 bytes of the set, similarity and rates included."""
     pairs = [p.pairs for p in rule.phases]
-    numbers = budget.cost(pairs, run.stored_size, text_width, kind.kind, kind.rank)
+    numbers = budget.cost(pairs, stored_size, text_width, rule.similarity.kind, rule.similarity.rank)
     return {
         "pairs": sum(pairs),
         "numbers": numbers,
@@ -129,31 +128,33 @@ def size(run: config.Run, text_width: int) -> dict[str, Any]:
     }
 
 
-def clocks(run: config.Run, logs: Sequence[Path], store_bytes: int, steps: Mapping[str, float]) -> dict[str, Any]:
+def clocks(
+    runtime: config.Runtime, logs: Sequence[Path], store_bytes: int, steps: Mapping[str, float]
+) -> dict[str, Any]:
     """What was measured, and so differs from one run to the next: seconds per iteration, GPU-hours, bytes of the store.
 
     GPU-hours are wall hours times GPUs: of distilling, over its iterations, each on one worker; of all steps, as long
-    as they took with every GPU that the run was given, busy or not.
+    as they took with every GPU that the run had, busy or not.
     """
-    taken = [
+    seconds = [
         json.loads(line)["seconds"] for log in logs if log.is_file() for line in log.read_text().splitlines() if line
     ]
-    each = run.runtime.gpus_per_worker
+    each, workers = runtime.gpus_per_worker, _workers(runtime)
     return {
-        "seconds_per_iteration": statistics.median(taken) if taken else None,
-        "iterations_timed": len(taken),
-        "distill_gpu_hours": sum(taken) / 3600 * each,
-        "wall_hours": {step: seconds / 3600 for step, seconds in steps.items()},
-        "gpus": each * _workers(run),
-        "gpu_hours": sum(steps.values()) / 3600 * each * _workers(run),
+        "seconds_per_iteration": statistics.median(seconds) if seconds else None,
+        "iterations_timed": len(seconds),
+        "distill_gpu_hours": sum(seconds) / 3600 * each,
+        "wall_hours": {step: duration / 3600 for step, duration in steps.items()},
+        "gpus": each * workers,
+        "gpu_hours": sum(steps.values()) / 3600 * each * workers,
         "store_bytes": store_bytes,
     }
 
 
-def _workers(run: config.Run) -> int:
-    """Workers side by side: as asked for, else one per GPU that this machine has."""
-    if run.runtime.workers is not None or run.runtime.gpus_per_worker == 0:
-        return run.runtime.workers or 1
+def _workers(runtime: config.Runtime) -> int:
+    """Workers side by side: as configured, else one per GPU that this machine has."""
+    if runtime.workers is not None or runtime.gpus_per_worker == 0:
+        return runtime.workers or 1
     import torch
 
-    return max(1, int(torch.cuda.device_count() / run.runtime.gpus_per_worker))
+    return max(1, int(torch.cuda.device_count() / runtime.gpus_per_worker))

@@ -1,4 +1,4 @@
-"""What an expert is fed: the records of an epoch in their order, and the pictures that go with them.
+"""What an expert trains on: the records of an epoch in their order, and the pictures that go with them.
 
 N images, T caption records, B of them in a batch, S pixels on a side. Pictures come from a cache that all workers of a
 node map, or, where that would not fit `runtime.cache_gb`, from the shards in every epoch, a window of pairs at a time.
@@ -87,13 +87,13 @@ def order(rule: config.Shuffle, image_of: np.ndarray, key: Key) -> tuple[np.ndar
         return records, list(range(0, len(records), rule.pairs))
     count = -(-(int(image_of[-1]) + 1) // rule.block)
     blocks = torch.randperm(count, generator=generator(key[0], "expert blocks", *key[1:])).tolist()
-    found: list[np.ndarray] = []
+    windows: list[np.ndarray] = []
     for window, first in enumerate(range(0, count, rule.window)):
         mixed = [_records(image_of, block * rule.block, rule.block) for block in blocks[first : first + rule.window]]
         records = np.concatenate(mixed)
         draw = generator(key[0], "expert window", *key[1:], window)
-        found.append(records[torch.randperm(len(records), generator=draw).numpy()])
-    return np.concatenate(found), [0, *np.cumsum([len(w) for w in found])[:-1].tolist()]
+        windows.append(records[torch.randperm(len(records), generator=draw).numpy()])
+    return np.concatenate(windows), [0, *np.cumsum([len(w) for w in windows])[:-1].tolist()]
 
 
 def _records(image_of: np.ndarray, first: int, images: int) -> np.ndarray:
@@ -138,12 +138,18 @@ def prepare(prepared: PreparedSplit, augment: config.Augment, cache_gb: float) -
 
 
 def pictures(
-    run: config.Run, prepared: PreparedSplit, epoch: Epoch, workers: int = 0, stream: Stream | None = None
+    prepared: PreparedSplit,
+    epoch: Epoch,
+    data: config.Data,
+    augment: config.Augment,
+    cache_gb: float,
+    workers: int = 0,
+    stream: Stream | None = None,
 ) -> Iterator[Tensor]:
-    """uint8 (B, 3, S, S) for every step. `workers` processes decode, those of `stream` where one is given."""
+    """uint8 (B, 3, S, S) for every step. `workers` processes decode, those of `stream` unless that is None."""
     split = prepared.split
-    look = Look(split.dataset.path, split.name, run.data, run.experts.augment, epoch.key)
-    if fits(prepared, run.experts.augment, run.runtime.cache_gb):
+    look = Look(split.dataset.path, split.name, data, augment, epoch.key)
+    if fits(prepared, augment, cache_gb):
         yield from _loaded(_Cached(prepared, epoch.records, look), workers)
         return
     ends = [*epoch.begins[1:], len(epoch.records)]

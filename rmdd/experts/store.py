@@ -211,10 +211,10 @@ class Store:
 
 def stored_bytes(path: Path) -> int:
     """Bytes of a store; those of finished experts by their records, for their files need not all be here."""
-    found = {p: p.stat().st_size for p in path.rglob("*") if p.is_file()}
+    sizes = {p: p.stat().st_size for p in path.rglob("*") if p.is_file()}
     for record in path.glob("expert-*/expert.json"):
-        found |= {record.parent / n: file["bytes"] for n, file in read_json(record).get("files", {}).items()}
-    return sum(found.values())
+        sizes |= {record.parent / n: file["bytes"] for n, file in read_json(record).get("files", {}).items()}
+    return sum(sizes.values())
 
 
 def _damaged(path: Path, error: Exception | str) -> ValueError:
@@ -396,11 +396,11 @@ def _verify_shapes(path: Path, shapes: dict[str, tuple[int, ...]], todo: str, ch
     except Exception as error:
         check.fault(path, f"cannot be read: {error}", todo)
         return
-    found = {name: tuple(t.shape) for name, t in tensors.items()}
-    wrong = sorted(n for n in found.keys() | shapes.keys() if found.get(n) != shapes.get(n))
+    stored = {name: tuple(t.shape) for name, t in tensors.items()}
+    wrong = sorted(n for n in stored.keys() | shapes.keys() if stored.get(n) != shapes.get(n))
     if wrong:
         n = wrong[0]
-        check.fault(path, f"{n} is {found.get(n, 'missing')}, store.json says {shapes.get(n, 'nothing')}", todo)
+        check.fault(path, f"{n} is {stored.get(n, 'missing')}, store.json says {shapes.get(n, 'nothing')}", todo)
     check.finite(path, tensors, todo)
 
 

@@ -4,7 +4,7 @@ One epoch visits every caption record once, shuffled, and drops the last short b
 targets, plain SGD. Two captions of one image in a batch count as negatives of each other, as in the papers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from rmdd.models.prepared import PreparedSplit
 
 def begin_store(run: config.Run, path: Path, text_width: int, facts: dict) -> Store:
     """Create the store that all experts of `run` go to, or open it if it is there."""
-    model = expert_model(run, 0, text_width)
+    model = expert_model(run.model, run.data.image_size, run.seed_of("experts"), 0, text_width)
     alike = run.model.image.weights != "random"
     shared = {n: p for n, p in model.trained().items() if alike and n.startswith("image_tower.")}
     return Store.create(
@@ -35,27 +35,26 @@ def begin_store(run: config.Run, path: Path, text_width: int, facts: dict) -> St
         {n: tuple(p.shape) for n, p in model.trained().items()},
         shared=shared,
         epochs=run.experts.epochs,
-        keep=kept_epochs(run),
+        keep=kept_epochs(run.experts, run.endpoints),
         dtype=run.experts.dtype,
         facts=facts,
     )
 
 
-def kept_epochs(run: config.Run) -> tuple[int, ...] | None:
-    """The epochs that stay in the store; None for all."""
-    keep = run.experts.keep
-    if isinstance(keep, str):
-        return None if keep == "all" else run.endpoints
-    return tuple(sorted(set(keep)))
+def kept_epochs(experts: config.Experts, endpoints: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The epochs that stay in the store, for runs with these endpoints; None for all."""
+    if isinstance(experts.keep, str):
+        return None if experts.keep == "all" else endpoints
+    return tuple(sorted(set(experts.keep)))
 
 
-def expert_model(run: config.Run, expert: int, text_width: int) -> DualEncoder:
-    """The dual encoder that expert number `expert` starts from."""
-    return build(run.model, text_width, run.data.image_size, run.seed_of("experts"), "expert", expert)
+def expert_model(model: config.Model, image_size: int, seed: int, expert: int, text_width: int) -> DualEncoder:
+    """The dual encoder that expert number `expert` starts from; `seed` is that of the experts."""
+    return build(model, text_width, image_size, seed, "expert", expert)
 
 
-class Learner:
-    """A model and its optimiser in one process. A `Team` of several has learners of its own."""
+class ExpertTrainer:
+    """A model and its optimiser in one process. A `TrainingGroup` of several workers has trainers of its own."""
 
     def __init__(self, model: DualEncoder, rule: config.Experts, momentum: Params):
         self.model = model
@@ -81,8 +80,8 @@ class Learner:
         return {n: b for n, b in buffers.items() if b is not None}
 
 
-class Team:
-    """Who trains one expert: here one worker alone. Several, `rmdd.experts.gang`, agree through the leader."""
+class TrainingGroup:
+    """The workers that train one expert: here one. Several, of `rmdd.experts.worker_group`, agree with the leader."""
 
     rank, size = 0, 1
 
@@ -94,9 +93,11 @@ class Team:
         """The leader's value."""
         return value
 
-    def learner(self, model: DualEncoder, rule: config.Experts, momentum: Params, device: torch.device) -> Learner:
+    def trainer(
+        self, model: DualEncoder, rule: config.Experts, momentum: Params, device: torch.device
+    ) -> ExpertTrainer:
         """Takes the model to the device; the leader's weights and momentum count."""
-        return Learner(model.to(device), rule, momentum)
+        return ExpertTrainer(model.to(device), rule, momentum)
 
 
 def train_expert(
@@ -110,66 +111,69 @@ def train_expert(
     should_stop: Callable[[], bool] = lambda: False,
     loader_workers: int = 0,
     stream: Stream | None = None,
-    team: Team | None = None,
+    group: TrainingGroup | None = None,
 ) -> bool:
     """Train until complete or told to stop; goes on after the last finished epoch. Returns whether complete.
 
     `score` gives the val R@mean of a model on `device`.
 
-    Stopping leaves the epoch at work undone; it is begun again from its start. In a team every worker calls this, and
+    Stopping loses the unfinished epoch, which begins again from its start. In a group every worker calls this, and
     the leader reads and writes the store.
     """
-    team, rule = team or Team(), run.experts
-    if team.agreed(int(store.is_complete(expert))):
+    group, rule = group or TrainingGroup(), run.experts
+    if group.agreed(int(store.is_complete(expert))):
         return True
-    writer = Writer(store, expert) if team.leads else None
-    done = team.agreed(writer.epoch if writer else 0)
-    model = expert_model(run, expert, train.texts.shape[1])
+    writer = Writer(store, expert) if group.leads else None
+    done = group.agreed(writer.epoch if writer else 0)
+    seed = run.seed_of("experts")
+    model = expert_model(run.model, run.data.image_size, seed, expert, train.texts.shape[1])
     if writer and done >= 0:
         model.load_trained(writer.params)
-    learner = team.learner(model, rule, writer.momentum if writer else {}, device)
-    watch = Watch.of(rule, run.seed_of("experts"), train, writer.counts if writer else {}) if rule.forgetting else None
+    trainer = group.trainer(model, rule, writer.momentum if writer else {}, device)
+    counted = writer.counts if writer else {}
+    counter = ForgettingCounter.of(rule, seed, train, counted) if rule.forgetting else None
 
     def record(metrics: dict[str, Any], momentum: Params) -> None:
-        params = learner.trained()
+        params = trainer.trained()
         if writer:
             writer.check_finite(params)
         metrics["val"] = score(model)
-        if watch and done >= 0:
-            watch.visit(model, device, done + 1)
+        if counter and done >= 0:
+            counter.visit(model, device, done + 1)
         if writer:
-            writer.add(params, metrics, momentum, watch.counts.tensors() if watch else None)
+            writer.add(params, metrics, momentum, counter.counts.tensors() if counter else None)
 
     if done < 0:
         record({}, {})
         done = 0
-    stop = should_stop if team.size == 1 else lambda: bool(team.agreed(int(should_stop())))
+    stop = should_stop if group.size == 1 else lambda: bool(group.agreed(int(should_stop())))
     while done < rule.epochs:
-        epoch = Epoch.of(rule, run.seed_of("experts"), train.split.image_of, expert, done).share(team.rank, team.size)
-        loss = _pass(run, epoch, learner, train, device, stop, loader_workers, stream, team.rank)
+        epoch = Epoch.of(rule, seed, train.split.image_of, expert, done).share(group.rank, group.size)
+        images = pictures(train, epoch, run.data, rule.augment, run.runtime.cache_gb, loader_workers, stream)
+        loss = _pass(epoch, images, trainer, train, device, stop, group.rank)
         if loss is None:
             return False
-        record({"loss": loss}, learner.momentum())
+        record({"loss": loss}, trainer.momentum())
         done += 1
         if writer:
             on_epoch({"expert": expert, **writer.metrics[-1]})
     if writer:
-        if watch:
-            watch.counts.save(writer.folder)
+        if counter:
+            counter.counts.save(writer.folder)
             writer.enter(writer.folder / forgetting.FILE)
         writer.finish()
     return True
 
 
-class Watch:
-    """Counts what an expert forgets; see `rmdd.coresets.forgetting`. Training does not notice."""
+class ForgettingCounter:
+    """Counts what an expert forgets; see `rmdd.coresets.forgetting`. It changes nothing in the training."""
 
     def __init__(self, train: PreparedSplit, pool: np.ndarray, counts: forgetting.ForgettingCounts):
         self.train, self.pool, self.counts = train, pool, counts
 
     @classmethod
-    def of(cls, rule: config.Experts, seed: int, train: PreparedSplit, counted: Params) -> "Watch":
-        """Goes on from what was `counted`."""
+    def of(cls, rule: config.Experts, seed: int, train: PreparedSplit, counted: Params) -> "ForgettingCounter":
+        """A counter that goes on from the tensors in `counted`."""
         records = len(train.split.image_of)
         pool = forgetting.pool_of(train.split.image_of, rule.forgetting, seed)
         facts = {"pool": len(pool), "epochs": rule.epochs, "records": records}
@@ -182,31 +186,28 @@ class Watch:
 
 
 def _pass(
-    run: config.Run,
     epoch: Epoch,
-    learner: Learner,
+    images: Iterator[Tensor],
+    trainer: ExpertTrainer,
     train: PreparedSplit,
     device: torch.device,
     should_stop: Callable[[], bool],
-    loader_workers: int,
-    stream: Stream | None,
     rank: int,
 ) -> float | None:
-    """One pass over the caption records; its mean loss, or None when told to stop, which leaves the pass undone."""
-    learner.model.train()
+    """One pass over the caption records; its mean loss, or None when told to stop, which loses the unfinished pass."""
+    trainer.model.train()
     total = torch.zeros((), device=device)
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
         seed, *index = epoch.key
         torch.manual_seed(derive(seed, "expert dropout", *index, *([rank] if rank else [])))
         torch.empty((), dtype=torch.int64).random_()  # a loader once drew its seed here, and masks follow it
-        images = pictures(run, train, epoch, loader_workers, stream)
         for records, batch in zip(epoch.records, images, strict=True):
             if should_stop():
                 return None
             texts = torch.from_numpy(np.ascontiguousarray(train.texts[records]))
             pixels = normalise(batch.to(device, non_blocking=True), train.mean, train.std)
-            total += learner.step(pixels, texts.to(device, non_blocking=True))
+            total += trainer.step(pixels, texts.to(device, non_blocking=True))
     return float(total) / len(epoch.records)
 
 

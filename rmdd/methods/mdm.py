@@ -112,7 +112,7 @@ class MDM(DistributionMethod):
                 f"{run.experts.epochs}; lower it"
             )
         elif options.teacher == "mixed":
-            kept = kept_epochs(run) or range(1, run.experts.epochs + 1)
+            kept = kept_epochs(run.experts, run.endpoints) or range(1, run.experts.epochs + 1)
             epochs = sum(e >= options.first_epoch for e in kept)
             if epochs * (1 if options.partners == "same_expert" else run.experts.num) < 2:
                 mistakes.append(
@@ -132,7 +132,9 @@ class MDM(DistributionMethod):
         assert store is not None
         check_enough(phase, pairs, train)
         device = device_here(self.run.runtime)
-        model = expert_model(self.run, 0, train.texts.shape[1])
+        model = expert_model(
+            self.run.model, self.run.data.image_size, self.run.seed_of("experts"), 0, train.texts.shape[1]
+        )
         Teacher(self, phase, store, model, device).begin()
         embedded = Embedded.by(model, train, device, _side(side))
         return nearest_pairs(embedded, pairs, generator(self.seed, "mdm clusters", phase))

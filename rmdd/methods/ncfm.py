@@ -143,7 +143,13 @@ class NCFM(DistributionMethod):
     def clustered(self, phase: int, train: PreparedSplit, store: Store) -> tuple[np.ndarray, np.ndarray]:
         """The joint features of all records in the first final expert, and the cluster of each."""
         device, expert = device_here(self.run.runtime), store.complete()[0]
-        model = expert_model(self.run, expert, train.texts.shape[1]).to(device).eval()
+        model = (
+            expert_model(
+                self.run.model, self.run.data.image_size, self.run.seed_of("experts"), expert, train.texts.shape[1]
+            )
+            .to(device)
+            .eval()
+        )
         model.load_trained(store.read(expert, store.epochs))
         clusters, ipc = self.shape(phase)
         projection = self.projection(phase, model, device)

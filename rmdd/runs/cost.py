@@ -278,14 +278,15 @@ def operations(run: config.Run, counts: Counts, work: Work) -> dict[str, int]:
     select = rule.selection_students * snapshots if snapshots > 1 else 0
     tune = len(rule.baseline_lrs) * len(rule.baseline_losses) * min(rule.selection_students, rule.baseline_draws)
     curve = len(subsets) * (rule.epochs // rule.eval_every) * val
-    reference = reference_of(run)
+    reference = reference_of(rule, run.distill.method, run.distill.loss, run.student_temperature)
     random_pairs = [run.distill.budget]
     evaluate = (
         select * student(subsets, rule.epochs, val)
         + tune * student(random_pairs, rule.epochs, val)
         + rule.students * student(subsets, rule.epochs, curve + val + test)
         + (
-            reference.students * student(subsets, reference.course.epochs, len(subsets) * len(reference.points) * test)
+            reference.students
+            * student(subsets, reference.schedule.epochs, len(subsets) * len(reference.points) * test)
             if reference
             else 0
         )

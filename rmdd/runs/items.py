@@ -11,7 +11,7 @@ from rmdd.core import tracking as track
 from rmdd.core.device import device_of
 from rmdd.core.locks import held
 from rmdd.core.storage import Storage, open_storage
-from rmdd.evaluate.protocol import Job, door
+from rmdd.evaluate.protocol import Job, check_split_is_open
 from rmdd.execution.tasks import Hooks
 from rmdd.experts.feed import Stream
 from rmdd.experts.store import Store
@@ -23,11 +23,11 @@ from rmdd.runs.paths import RunPaths
 
 
 @dataclass(frozen=True)
-class Taught:
-    """What a student learns that no phase of its run made, and where its record goes; paths within the storage."""
+class ExternalPairs:
+    """Training pairs that no phase of the run made, and the folder of its students' records, within the storage."""
 
-    lessons: Path
-    """See `rmdd.evaluate.lessons`."""
+    file: Path
+    """See `rmdd.evaluate.training_pairs`."""
     records: Path
 
 
@@ -45,7 +45,7 @@ class Item:
     """Per phase, the iteration of the set that a student learns from."""
     stream: Stream | None = None
     """Who reads the shards for an expert whose pictures are not cached; None: the process that trains it."""
-    taught: Taught | None = None
+    external: ExternalPairs | None = None
 
     @property
     def source(self) -> SplitSource:
@@ -65,15 +65,15 @@ def prepared_split(item: Item, split: str) -> PreparedSplit:
 
     Raises `TestIsClosed` for test and a job that something is chosen by.
     """
-    door(item.job, split)
+    check_split_is_open(item.job, split)
     return item.source.open(split)
 
 
 def record(item: Item) -> Path:
     """Where the record of a student lies; those of random pairs and full data are shared by runs."""
     assert item.job is not None
-    if item.taught is not None:
-        return item.paths.root / item.taught.records / f"{item.job.name}.json"
+    if item.external is not None:
+        return item.paths.root / item.external.records / f"{item.job.name}.json"
     shared = item.job.kind in ("tune", "baseline", "full")
     return (item.paths.baseline if shared else item.paths.run / "students") / f"{item.job.name}.json"
 
@@ -117,6 +117,7 @@ def trained_expert(item: Item, expert: int, storage: Storage) -> DualEncoder:
     others = re.compile(rf"/expert-(?!{expert:03d}/)")
     storage.fetch(item.paths.store, lambda name: not others.search(name) and not track.is_curve(name))
     store = Store.open(item.paths.store)
-    model = expert_model(item.run, expert, prepared_split(item, "val").texts.shape[1])
+    image_size, seed = item.run.data.image_size, item.run.seed_of("experts")
+    model = expert_model(item.run.model, image_size, seed, expert, prepared_split(item, "val").texts.shape[1])
     model.load_trained(store.read(expert, store.epochs))
     return model

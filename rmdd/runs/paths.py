@@ -86,13 +86,19 @@ def seen_by(run: config.Run, dataset: Dataset) -> dict[str, Any]:
 
 def paths_of(run: config.Run, dataset: Dataset) -> RunPaths:
     """Where the parts of a run lie: each under the hash of all that shapes it."""
-    trained = seen_by(run, dataset) | {"experts": protocol_of(run), "kept": kept_epochs(run) or "all"}
+    trained = seen_by(run, dataset) | {
+        "experts": protocol_of(run),
+        "kept": kept_epochs(run.experts, run.endpoints) or "all",
+    }
     recipe = run.hashed("distill", "phases")
     method = methods.method_of(run)
     recipe["version"] = method.version
     recipe["parts"] = [part.identity() for part in method.parts()]
     distilled = {**trained, "num": run.experts.num, "distill": recipe}
-    facts = {"budget": run.distill.budget, "updates": protocol.updates(run)}
+    facts = {
+        "budget": run.distill.budget,
+        "updates": protocol.updates(run.evaluate, (p.pairs for p in run.distill.phases)),
+    }
     baseline = {**trained, **facts, "evaluate": run.hashed("evaluate", "baseline")}
     storage = root_of(run.runtime)
     return RunPaths(

@@ -38,7 +38,7 @@ def impossible(run: config.Run) -> list[str]:
             mistakes.append(over)
     except ValueError as error:
         mistakes.append(str(error))
-    return mistakes + probes.faults(run) + methods.method_of(run).faults()
+    return mistakes + probes.faults(run.data, run.evaluate.probes) + methods.method_of(run).faults()
 
 
 def examine(run: config.Run, search: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -62,8 +62,9 @@ def examine(run: config.Run, search: dict[str, Any] | None = None) -> dict[str, 
     similarity, sizes = run.distill.similarity, [p.pairs for p in run.distill.phases]
     unit = budget.pair_parameters(run.data.image_size, width)
     cost = budget.cost(sizes, run.stored_size, width, similarity.kind, similarity.rank)
-    kept = len(kept_epochs(run) or range(run.experts.epochs))
+    kept = len(kept_epochs(run.experts, run.endpoints) or range(run.experts.epochs))
     over = over_budget(run, width)
+    sentences = probes.costs(run.data, run.evaluate.probes, width)
     return {
         "run": str(run_folder(run)),
         "hash": run.hash_of(),
@@ -80,7 +81,7 @@ def examine(run: config.Run, search: dict[str, Any] | None = None) -> dict[str, 
             "num": run.experts.num,
             "complete": _complete(paths),
             "store": str(paths.store) if paths else None,
-            "epochs_kept": [0, *(kept_epochs(run) or range(1, run.experts.epochs + 1))],
+            "epochs_kept": [0, *(kept_epochs(run.experts, run.endpoints) or range(1, run.experts.epochs + 1))],
         },
         "phases": [_phase(run, paths, i, guessed) for i in range(len(run.distill.phases))],
         "phases_foreseen": guessed,
@@ -102,7 +103,7 @@ def examine(run: config.Run, search: dict[str, Any] | None = None) -> dict[str, 
         "search": search,
         "parts": [parts.summary(part) for part in _parts(run)],
         "gpus": _gpus(run),
-        "remarks": [r for r in (remark, planned, *_of_family(run), *probes.costs(run, width)) if r]
+        "remarks": [r for r in (remark, planned, *_of_family(run), *sentences) if r]
         + [f"split '{split}' is empty; a run needs all three" for split, (pairs, _) in counts.items() if not pairs],
     }
 

@@ -183,12 +183,12 @@ class Steps:
         self, item: Item, splits: SplitSource, store: Store, facts: dict[str, dict[str, Any]]
     ) -> dict[str, Any]:
         """Choose on val, train students, read test once; returns and writes `evaluation.json`."""
-        run, rule = item.run, item.run.evaluate
+        run, rule, by_protocol = item.run, item.run.evaluate, protocol.StudentProtocol.of(item.run)
         candidates = candidates_of(run)
         with self.timed("evaluate"):
-            select = protocol.selection_jobs(run, len(candidates)) if len(candidates) > 1 else []
-            tune = protocol.tuning_jobs(run)
-            recipe = scores.choices(run) if rule.scores else []
+            select = protocol.selection_jobs(rule, len(candidates)) if len(candidates) > 1 else []
+            tune = protocol.tuning_jobs(rule)
+            recipe = scores.choices(rule) if rule.scores else []
             tried_all = self.students(item, "choices on val", select + tune + recipe, candidates)
             rates = scores.chosen_rates(list(zip(recipe, tried_all[len(select + tune) :], strict=True)))
             chosen = len(candidates) - 1
@@ -199,8 +199,8 @@ class Steps:
             (loss, lr), tried = protocol.best_by_val(
                 [((j.loss, j.lr), r) for j, r in zip(tune, tried_all[len(select) :], strict=False)]
             )
-            final = protocol.final_jobs(run, loss, lr, store.complete()[: run.experts.num])
-            final += scores.finals(run, rates) if rule.scores else []
+            final = protocol.final_jobs(by_protocol, loss, lr, store.complete()[: run.experts.num])
+            final += scores.finals(rule, rates) if rule.scores else []
             trained = self.students(item, "students", final, [candidates[chosen]] * len(candidates))
             rows = list(zip(final, trained, strict=True))
             paths = {j: record(replace(item, job=j)) for j in final if j.kind != "reference"}
@@ -213,12 +213,13 @@ class Steps:
             "diverged": {kind: sum("diverged" in r for r in rs) for kind, rs in by_kind.items()},
             "galleries": {s: splits.open(s).split.facts() for s in ("train", "val", "test")},
             "spread": "sample standard deviation over students (distilled), draws (random) and experts (full)",
-            **summary.choices(run, candidates, chosen, curve, (loss, lr), tried),
+            **summary.choices(by_protocol, candidates, chosen, curve, (loss, lr), tried),
             "student_curves": [r["curve"] for r in by_kind["student"]],
         }
-        evaluation |= summary.beside(run, table, rows, ranks, splits.open("val").texts.shape[1])
+        size = summary.size(run.distill, run.stored_size, splits.open("val").texts.shape[1])
+        evaluation |= summary.beside(by_protocol, run.distill.method_name, table, rows, ranks, size)
         if rule.scores:
-            evaluation["scores"] = scores.result(run, ranks, rates)
+            evaluation["scores"] = scores.result(by_protocol, ranks, rates)
         write_json(self.folder / "evaluation.json", evaluation)
         return evaluation
 

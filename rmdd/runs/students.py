@@ -8,18 +8,19 @@ from rmdd.core.device import device_of
 from rmdd.core.storage import Storage
 from rmdd.distill.sets import load_set
 from rmdd.evaluate import records
-from rmdd.evaluate.lessons import read_lessons
 from rmdd.evaluate.probes.of_run import Probing
 from rmdd.evaluate.protocol import (
     CHOOSING,
     OF_RANDOM_PAIRS,
-    lesson_of,
-    random_lesson,
+    StudentProtocol,
+    pairs_of_subset,
+    random_pairs,
     score_expert,
-    soft_lesson,
+    soft_pairs,
     train_and_score,
 )
 from rmdd.evaluate.retrieval import Ranks
+from rmdd.evaluate.training_pairs import read_pairs
 from rmdd.execution.tasks import Hooks
 from rmdd.models.dual import DualEncoder
 from rmdd.runs.items import Item, located, prepared_split, record, trained_expert
@@ -65,7 +66,7 @@ def _train_and_score(
 ) -> tuple[dict[str, Any], DualEncoder | None]:
     """The record of a student and, if it was trained to the end, itself; its ranks go beside `path`."""
     assert item.job is not None
-    job, run, paths = item.job, item.run, item.paths
+    job, run, paths, protocol = item.job, item.run, item.paths, StudentProtocol.of(item.run)
     storage.fetch(paths.data)
     device, val = device_of(run.runtime), prepared_split(item, "val")
     test = None if job.kind in CHOOSING else prepared_split(item, "test")
@@ -77,21 +78,21 @@ def _train_and_score(
     if job.kind == "full":
         assert test is not None
         model = trained_expert(item, job.index, storage)
-        return score_expert(job, run, model, val, test, device, on_ranks=keep), model
-    if item.taught is not None:
-        given = paths.root / item.taught.lessons
-        storage.fetch(given)
-        lessons = read_lessons(given, run.data.image_size, lambda: prepared_split(item, "train"), job.lr)
+        return score_expert(job, model, val, test, device, run.evaluate.chunk, on_ranks=keep), model
+    if item.external is not None:
+        file = paths.root / item.external.file
+        storage.fetch(file)
+        subsets = read_pairs(file, run.data.image_size, lambda: prepared_split(item, "train"), job.lr)
     elif job.kind in ("soft_tune", "soft"):
         teacher = trained_expert(item, job.index % run.experts.num, storage)
-        lessons = [soft_lesson(run, prepared_split(item, "train"), job.index, job.lr, teacher, device)]
+        subsets = [soft_pairs(protocol, prepared_split(item, "train"), job.index, job.lr, teacher, device)]
     elif job.kind in OF_RANDOM_PAIRS:
-        lessons = [random_lesson(run, prepared_split(item, "train"), job.index, job.lr)]
+        subsets = [random_pairs(protocol, prepared_split(item, "train"), job.index, job.lr)]
     else:
         for p, iteration in enumerate(item.iterations):
             storage.fetch(paths.set(p, iteration))
         sets = [load_set(paths.set(p, iteration)) for p, iteration in enumerate(item.iterations)]
-        lessons = [lesson_of(s, run.data.image_size) for s in sets]
+        subsets = [pairs_of_subset(s, run.data.image_size) for s in sets]
     trained: list[DualEncoder] = []
 
     def finished(model: DualEncoder) -> None:
@@ -99,5 +100,5 @@ def _train_and_score(
         trained.append(model)
 
     alive = hooks.should_stop  # a sign of life
-    scored = train_and_score(job, run, lessons, val, test, device, alive, finished, on_ranks=keep)
+    scored = train_and_score(job, protocol, subsets, val, test, device, alive, finished, on_ranks=keep)
     return scored, trained[0] if trained else None

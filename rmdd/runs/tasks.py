@@ -23,7 +23,7 @@ from rmdd.evaluate.checkup import checkup
 from rmdd.evaluate.students import score
 from rmdd.execution.parts import OpenParts, WorkerParts, with_restarts
 from rmdd.execution.tasks import Hooks
-from rmdd.experts import gang
+from rmdd.experts import worker_group
 from rmdd.experts.store import Store
 from rmdd.experts.train import expert_model, train_expert
 from rmdd.generate.studio import Studio, Tools
@@ -49,7 +49,7 @@ class TrainExpert:
     def __call__(self, item: Item, hooks: Hooks) -> bool:
         rule, device, member = item.run.experts.gang, device_of(item.run.runtime), hooks.member
         if rule.workers > 1 and member is None:
-            return gang.side_by_side(self, item, hooks, rule.workers, item.run.runtime.threads)
+            return worker_group.side_by_side(self, item, hooks, rule.workers, item.run.runtime.threads)
         item, storage = located(item)
         paths = item.paths
         storage.fetch(paths.data)
@@ -80,7 +80,7 @@ class TrainExpert:
                 hooks.should_stop,
                 item.run.runtime.loader_workers,
                 item.stream,
-                gang.team_of(member, rule.strategy, device) if member else None,
+                worker_group.join_group(member, rule.strategy, device) if member else None,
             )
 
 
@@ -98,7 +98,8 @@ class DistillPhase:
         item, storage = located(item)
         paths, run = item.paths, item.run
         storage.fetch(paths.store, without_running)
-        method, model = methods.method_of(run), expert_model(run, 0, text_width(run.model.text))
+        method, image_size, seed = methods.method_of(run), run.data.image_size, run.seed_of("experts")
+        model = expert_model(run.model, image_size, seed, 0, text_width(run.model.text))
         title, folder, key = f"phase {item.number}", paths.phase(item.number), f"{item.value}/{item.number}"
         follow = tracked(item, title, paths.phases.name, folder, storage)
         with held_alone(folder, storage, hooks) as hooks, follow as tracker:
@@ -146,7 +147,8 @@ def part_of_phase(item: Item, rank: int, size: int) -> Any:
     item, storage = located(item)
     storage.fetch(item.paths.data)
     storage.fetch(item.paths.store, without_running)
-    model = expert_model(item.run, 0, text_width(item.run.model.text))
+    image_size, seed = item.run.data.image_size, item.run.seed_of("experts")
+    model = expert_model(item.run.model, image_size, seed, 0, text_width(item.run.model.text))
     store, train = Store.open(item.paths.store), prepared_split(item, "train")
     device, method = device_of(item.run.runtime), methods.method_of(item.run)
     return method.part_of_step(item.number, store, model, train, device, rank, size)
@@ -262,6 +264,8 @@ class CheckHealth:
             model = trained_expert(item, Store.open(paths.store).complete()[0], storage)
             rungs = [(0,) * len(run.distill.phases), *candidates_of(run)]
             sets = [(rung, [load_set(paths.set_of(p, i)) for p, i in enumerate(rung)]) for rung in rungs]
-            write_json(path, checkup(run, model, sets, train, val, device_of(run.runtime)) | {"value": item.value})
+            device, seed, rule = device_of(run.runtime), run.seed_of("evaluate"), run.evaluate
+            health = checkup(model, sets, train, val, device, seed, rule.chunk, run.data.image_size)
+            write_json(path, health | {"value": item.value})
         hooks.report({"done": 1})
         return True

@@ -116,7 +116,10 @@ def _items(run: config.Run, folder: Path) -> list[Item]:
     places = RunPaths(folder, folder, folder / "store", folder / "phases", folder, folder)
     width, size = text_width(run.model.text), run.stored_size
     store, random = begin_store(run, places.store, width, {}), generator(0, "bench phases")
-    writer, theta = Writer(store, 0), expert_model(run, 0, width).trained()
+    writer, theta = (
+        Writer(store, 0),
+        expert_model(run.model, run.data.image_size, run.seed_of("experts"), 0, width).trained(),
+    )
     for _ in range(2):
         writer.add(theta, {})
         theta = {n: p.detach() + 0.02 * torch.randn(p.shape, generator=random) for n, p in theta.items()}

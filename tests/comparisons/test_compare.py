@@ -187,7 +187,7 @@ def test_subsets_are_looked_for_before_anything_is_trained(storage, monkeypatch)
     foreign = replace(subset_of(storage, [0, 1]), records=(("nowhere", 0),))
     foreign.save(storage.parent / "foreign")
     replace(foreign, records=()).save(storage.parent / "none")
-    monkeypatch.setattr(engine.Grounds, "embed", lambda self: pytest.fail("captions were embedded"))
+    monkeypatch.setattr(engine.ComparedRun, "embed", lambda self: pytest.fail("captions were embedded"))
     words = ["compare", str(one), "full", str(storage.parent / "foreign"), str(storage.parent / "none"), "--quiet"]
     result = CliRunner().invoke(cli.app, words)
     assert result.exit_code == 2, result.output
@@ -297,7 +297,7 @@ def test_pixel_constants_are_brought_over(storage):
     one, _ = folders(storage)
     (row,) = rmdd.compare([one], None, ["data.normalise=half"], progress=QUIET).rows
     assert "pixel constants" in row["remarks"][0]
-    (file,) = (storage / "comparisons" / "lessons").glob("*.safetensors")
+    (file,) = (storage / "comparisons" / "pairs").glob("*.safetensors")
     found, ours = DistilledSet.load(one / "set"), load_file(file)["0.images"]
     mean, std = (torch.tensor(c)[:, None, None] for c in (found.mean, found.std))
     torch.testing.assert_close(ours * 0.5 + 0.5, found.subsets[0].images * std + mean)

@@ -92,7 +92,7 @@ def test_texts_are_the_nearest_real_captions_encoded_anew(moved, bert, tmp_path)
         assert caption in best, "by cosine in the source space"
     tower = run.model.text.model_copy(update={"name": str(bert), "pooling": "mean", "max_tokens": 40})
     anew = embed(captions, tower, tmp_path)
-    files = [load_file(p) for p in (one.parent / "comparisons" / "lessons").glob("*.safetensors")]
+    files = [load_file(p) for p in (one.parent / "comparisons" / "pairs").glob("*.safetensors")]
     ours = [torch.cat([f["0.texts"], f["1.texts"]]).numpy() for f in files if f["0.texts"].shape[1] == 12]
     assert any(np.array_equal(anew, each) for each in ours)
     twice = len(captions) - len(set(captions))

@@ -149,7 +149,7 @@ def lead(model, train, record, pool):
 def test_counts_are_those_of_the_checkpoints(watched):
     run, store, train = watched
     pool = forgetting.pool_of(train.split.image_of, 5, run.seed_of("experts"))
-    model = expert_model(run, 0, 32).eval()
+    model = expert_model(run.model, run.data.image_size, run.seed_of("experts"), 0, 32).eval()
     correct = np.zeros((EPOCHS, len(train.texts)), bool)
     with torch.no_grad():
         for epoch in range(1, EPOCHS + 1):

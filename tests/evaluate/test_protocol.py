@@ -13,11 +13,12 @@ from rmdd.distill.synthetic import Synthetic
 from rmdd.evaluate import protocol
 from rmdd.evaluate.protocol import (
     Job,
+    StudentProtocol,
     TestIsClosed,
     best_by_val,
-    door,
-    lesson_of,
-    random_lesson,
+    check_split_is_open,
+    pairs_of_subset,
+    random_pairs,
     score_expert,
     selection_jobs,
     summary,
@@ -71,8 +72,16 @@ def run_of(**evaluate):
     )
 
 
-def lessons(run, number=2, lr=0.05):
-    return [random_lesson(run, TRAIN, draw, lr) for draw in range(number)]
+def train_job(job, run, *args, **kwargs):
+    return train_and_score(job, StudentProtocol.of(run), *args, **kwargs)
+
+
+def random_of(run, *args):
+    return random_pairs(StudentProtocol.of(run), *args)
+
+
+def training_pairs(run, number=2, lr=0.05):
+    return [random_of(run, TRAIN, draw, lr) for draw in range(number)]
 
 
 @pytest.fixture
@@ -104,47 +113,47 @@ def test_a_lesson_is_what_was_distilled():
     images, texts = torch.randn(4, 3, SIZE, SIZE), torch.randn(4, TEXT_WIDTH)
     rates = {"lr_image": torch.tensor(0.25), "lr_text": torch.tensor(0.5)}
     learned = {"scale": scale, "left": left, "right": right}
-    lesson = lesson_of(Synthetic(images, texts, **rates, similarity=learned, alpha=3.0), SIZE)
-    assert lesson.images is images and lesson.texts is texts
-    assert (lesson.lr_image, lesson.lr_text) == (0.25, 0.5) and type(lesson.lr_image) is float
-    torch.testing.assert_close(lesson.similarity, torch.diag(scale) + 3.0 / 2 * left @ right.T)
-    assert torch.equal(lesson_of(Synthetic(images, texts, **rates), SIZE).similarity, torch.eye(4))
+    pairs = pairs_of_subset(Synthetic(images, texts, **rates, similarity=learned, alpha=3.0), SIZE)
+    assert pairs.images is images and pairs.texts is texts
+    assert (pairs.lr_image, pairs.lr_text) == (0.25, 0.5) and type(pairs.lr_image) is float
+    torch.testing.assert_close(pairs.similarity, torch.diag(scale) + 3.0 / 2 * left @ right.T)
+    assert torch.equal(pairs_of_subset(Synthetic(images, texts, **rates), SIZE).similarity, torch.eye(4))
 
 
-def records_of(lesson):
-    """Caption records of TRAIN that a lesson was made of."""
-    return [int(np.flatnonzero((TRAIN.texts == row).all(1)).item()) for row in lesson.texts.numpy()]
+def records_of(pairs):
+    """Caption records of TRAIN that training pairs were made of."""
+    return [int(np.flatnonzero((TRAIN.texts == row).all(1)).item()) for row in pairs.texts.numpy()]
 
 
 def test_random_pairs_are_real_records_at_the_budget():
     run = run_of()
-    lesson = random_lesson(run, TRAIN, 0, 0.3)
-    records = records_of(lesson)
+    pairs = random_of(run, TRAIN, 0, 0.3)
+    records = records_of(pairs)
     assert len(set(records)) == run.distill.budget == 7
     pictures = torch.from_numpy(TRAIN.split.images[TRAIN.split.image_of[records]])
-    assert torch.equal(lesson.images, normalise(pictures, TRAIN.mean, TRAIN.std))
-    assert torch.equal(lesson.similarity, torch.eye(7)) and (lesson.lr_image, lesson.lr_text) == (0.3, 0.3)
+    assert torch.equal(pairs.images, normalise(pictures, TRAIN.mean, TRAIN.std))
+    assert torch.equal(pairs.similarity, torch.eye(7)) and (pairs.lr_image, pairs.lr_text) == (0.3, 0.3)
 
 
 def test_random_pairs_depend_on_the_evaluation_seed_and_the_draw_alone():
-    records = records_of(random_lesson(run_of(), TRAIN, 0, 0.3))
+    records = records_of(random_of(run_of(), TRAIN, 0, 0.3))
     torch.manual_seed(9)
-    assert records_of(random_lesson(run_of(), TRAIN, 0, 1.0)) == records, "rates are compared on the same pairs"
+    assert records_of(random_of(run_of(), TRAIN, 0, 1.0)) == records, "rates are compared on the same pairs"
     other = run_of().model_copy(update={"distill": config.Distill(budget=7, phases=(config.Phase(pairs=20),), seed=8)})
-    assert records_of(random_lesson(other, TRAIN, 0, 0.3)) == records
-    assert records_of(random_lesson(run_of(seed=5), TRAIN, 0, 0.3)) == records
-    assert records_of(random_lesson(run_of(seed=6), TRAIN, 0, 0.3)) != records
-    assert records_of(random_lesson(run_of(), TRAIN, 1, 0.3)) != records
+    assert records_of(random_of(other, TRAIN, 0, 0.3)) == records
+    assert records_of(random_of(run_of(seed=5), TRAIN, 0, 0.3)) == records
+    assert records_of(random_of(run_of(seed=6), TRAIN, 0, 0.3)) != records
+    assert records_of(random_of(run_of(), TRAIN, 1, 0.3)) != records
 
 
 def test_a_budget_past_the_data_takes_all_of_it():
     few = prepared_split(3, 2)
-    assert len(random_lesson(run_of(), few, 0, 0.3).images) == 2 * CAPTIONS
+    assert len(random_of(run_of(), few, 0, 0.3).images) == 2 * CAPTIONS
 
 
 def test_jobs_cover_every_choice_once():
     run = run_of(selection_students=3, baseline_draws=2, baseline_lrs=(0.1, 0.2), baseline_losses=("wbce", "infonce"))
-    select, tune = selection_jobs(run, 4), tuning_jobs(run)
+    select, tune = selection_jobs(run.evaluate, 4), tuning_jobs(run.evaluate)
     assert [(j.snapshot, j.index) for j in select] == [(s, i) for s in range(4) for i in range(3)]
     expected = [(loss, lr, i) for loss in ("wbce", "infonce") for lr in (0.1, 0.2) for i in range(2)]
     assert [(j.loss, j.lr, j.index) for j in tune] == expected, "no draw that is not there"
@@ -171,10 +180,10 @@ def test_the_summary_is_a_mean_and_a_sample_deviation():
 def test_a_choice_that_asks_for_test_is_refused(kind):
     run, job = run_of(), Job(kind, 0, snapshot=0, loss="infonce", lr=0.05)
     with pytest.raises(TestIsClosed, match=f"{kind}.* is scored for a choice, .* test is closed to it"):
-        train_and_score(job, run, lessons(run), VAL, POISON, CPU)
+        train_job(job, run, training_pairs(run), VAL, POISON, CPU)
     with pytest.raises(TestIsClosed, match="choices are made on val"):
         prepared_of(Item(run, RunPaths(*[Path()] * 6), "value", job=job), "test")
-    assert door(job, "val") == "val" and door(Job("student", 0), "test") == "test"
+    assert check_split_is_open(job, "val") == "val" and check_split_is_open(Job("student", 0), "test") == "test"
 
 
 def test_a_choice_cannot_be_given_a_score_of_test():
@@ -186,13 +195,15 @@ def test_a_choice_cannot_be_given_a_score_of_test():
 @pytest.mark.parametrize("kind", ["select", "tune", "soft_tune"])
 def test_choices_never_read_test(kind):
     run = run_of()
-    record = train_and_score(Job(kind, 0, snapshot=0, loss="infonce", lr=0.05), run, lessons(run), VAL, None, CPU)
+    record = train_and_score(
+        Job(kind, 0, snapshot=0, loss="infonce", lr=0.05), StudentProtocol.of(run), training_pairs(run), VAL, None, CPU
+    )
     assert set(record) == {"job", "curve", "val"} and record["curve"] == []
 
 
 def test_a_student_has_its_curve_on_val_and_reads_test_once(scored):
     run = run_of()
-    record = train_and_score(Job("student", 1), run, lessons(run), VAL, TEST, CPU)
+    record = train_job(Job("student", 1), run, training_pairs(run), VAL, TEST, CPU)
     points = [(p["subset"], p["passes"]) for p in record["curve"]]
     assert points == [(0, 2), (0, 4), (1, 2), (1, 4), (1, 5)] and all(a < b for a, b in pairwise(points))
     assert all(set(point) == {"subset", "passes", "val"} for point in record["curve"])
@@ -203,13 +214,15 @@ def test_a_student_has_its_curve_on_val_and_reads_test_once(scored):
 
 def test_a_baseline_reads_val_and_test_once(scored):
     run = run_of()
-    record = train_and_score(Job("baseline", 0, loss="wbce", lr=0.05), run, lessons(run, 1), VAL, TEST, CPU)
+    record = train_and_score(
+        Job("baseline", 0, loss="wbce", lr=0.05), StudentProtocol.of(run), training_pairs(run, 1), VAL, TEST, CPU
+    )
     assert scored == ["val", "test"] and set(record) == {"job", "curve", "val", "test_last"}
 
 
 def test_the_reference_is_the_best_on_test_and_says_so(scored):
     run = run_of()
-    record = train_and_score(Job("reference", 0), run, lessons(run), POISON, TEST, CPU)
+    record = train_job(Job("reference", 0), run, training_pairs(run), POISON, TEST, CPU)
     assert set(record) == {"job", "curve", "test_best_reference"}
     assert [(p["subset"], p["passes"]) for p in record["curve"]] == [(s, 1 + 10 * i) for s in (0, 1) for i in range(11)]
     assert scored == ["test"] * 22
@@ -220,21 +233,23 @@ def test_the_reference_is_the_best_on_test_and_says_so(scored):
 def test_the_full_data_bound_reads_val_and_test_once(scored):
     run = run_of()
     model = build(run.model, TEXT_WIDTH, SIZE, 0, "expert", 3)
-    record = score_expert(Job("full", 3), run, model, VAL, TEST, CPU)
+    record = score_expert(Job("full", 3), model, VAL, TEST, CPU, run.evaluate.chunk)
     assert scored == ["val", "test"] and set(record) == {"job", "val", "test_last"} and record["job"] == "full-003"
 
 
 def test_a_record_is_a_function_of_the_job():
     run, job = run_of(), Job("student", 0)
-    first = train_and_score(job, run, lessons(run), VAL, TEST, CPU)
+    first = train_job(job, run, training_pairs(run), VAL, TEST, CPU)
     torch.manual_seed(77)
-    assert train_and_score(job, run, lessons(run), VAL, TEST, CPU) == first
+    assert train_job(job, run, training_pairs(run), VAL, TEST, CPU) == first
 
 
 @pytest.mark.parametrize("kind", ["tune", "select"])
 def test_a_choice_that_diverges_scores_nothing(kind):
     run = run_of()
-    record = train_and_score(Job(kind, 0, loss="infonce"), run, lessons(run, 1, lr=1e38), VAL, None, CPU)
+    record = train_and_score(
+        Job(kind, 0, loss="infonce"), StudentProtocol.of(run), training_pairs(run, 1, lr=1e38), VAL, None, CPU
+    )
     assert set(record["val"].values()) == {0.0} and "diverged on subset 0" in record["diverged"]
     best, _ = best_by_val([("wild", record), ("tame", {"val": {"R@mean": 0.1}})])
     assert best == "tame"
@@ -243,7 +258,7 @@ def test_a_choice_that_diverges_scores_nothing(kind):
 @pytest.mark.parametrize("kind", ["student", "reference", "baseline"])
 def test_a_student_that_diverges_counts_as_nothing(kind):
     run = run_of()
-    record = train_and_score(Job(kind, 0), run, lessons(run, 1, lr=1e38), VAL, TEST, CPU)
+    record = train_job(Job(kind, 0), run, training_pairs(run, 1, lr=1e38), VAL, TEST, CPU)
     for key in ("val", "test_last", "test_best_reference"):
         assert set(record[key].values()) == {0.0}
     assert "student 0 diverged on subset 0 in pass" in record["diverged"]
@@ -259,7 +274,7 @@ def test_students_of_the_set_divide_by_its_temperature_and_others_by_the_models(
     run = run.model_copy(update={"distill": run.distill.model_copy(update={"temperature": distilled})})
     seen = {}
 
-    def train(model, lessons, rule, loss, seed, student, at=None):
+    def train(model, training_pairs, rule, loss, seed, student, at=None):
         seen[kind] = model.temperature
         if kind == "reference":
             at(0, 1)
@@ -267,7 +282,7 @@ def test_students_of_the_set_divide_by_its_temperature_and_others_by_the_models(
     monkeypatch.setattr(protocol, "train_student", train)
     for kind in ("select", "student", "reference", "baseline", "tune"):
         test = None if kind in ("select", "tune") else TEST
-        train_and_score(Job(kind, 0), run, lessons(run, 1), VAL, test, CPU)
+        train_job(Job(kind, 0), run, training_pairs(run, 1), VAL, test, CPU)
     of_the_set = dict.fromkeys(("select", "student", "reference"), expected)
     assert seen == of_the_set | {"baseline": 0.3, "tune": 0.3}
 
@@ -278,8 +293,8 @@ def test_random_pairs_get_as_many_updates_as_the_distilled_set(monkeypatch):
     run = run_of().model_copy(update={"distill": config.Distill(budget=7, phases=plan, batch=4)})
     seen = {}
     monkeypatch.setattr(protocol, "train_student", lambda m, given, rule, *rest: seen.update({len(given): rule.epochs}))
-    train_and_score(Job("baseline", 0), run, lessons(run, 1), VAL, TEST, CPU)
-    train_and_score(Job("student", 0), run, lessons(run, 2), VAL, TEST, CPU)
+    train_job(Job("baseline", 0), run, training_pairs(run, 1), VAL, TEST, CPU)
+    train_job(Job("student", 0), run, training_pairs(run, 2), VAL, TEST, CPU)
     assert seen == {1: 10, 2: 5}
 
 
@@ -288,13 +303,15 @@ def test_a_student_whose_last_step_breaks_it_counts_as_nothing(kind, monkeypatch
     """Its losses are finite, as they are taken before the step; what it embeds then is not."""
     run, told = run_of(epochs=1, eval_every=9), []
 
-    def train(model, given, course, loss, seed, student, at):
+    def train(model, given, schedule, loss, seed, student, at):
         with torch.no_grad():
             next(iter(model.text_head.parameters())).fill_(float("nan"))
 
     monkeypatch.setattr(protocol, "train_student", train)
     test = None if kind in protocol.CHOOSING else TEST
-    record = train_and_score(Job(kind, 0), run, lessons(run, 1), VAL, test, CPU, on_ranks=told.append)
+    record = train_and_score(
+        Job(kind, 0), StudentProtocol.of(run), training_pairs(run, 1), VAL, test, CPU, on_ranks=told.append
+    )
     assert set(record["val"].values()) == {0.0} and "text embeddings collapsed" in record["diverged"]
     assert [r.recalls().as_dict() for r in told] == ([] if test is None else [record["test_last"]])
 
@@ -305,5 +322,5 @@ def test_a_full_data_expert_that_collapsed_counts_as_nothing():
     with torch.no_grad():
         for p in model.text_head.parameters():
             p.zero_()
-    record = score_expert(Job("full", 0), run, model, VAL, TEST, CPU, on_ranks=told.append)
+    record = score_expert(Job("full", 0), model, VAL, TEST, CPU, run.evaluate.chunk, on_ranks=told.append)
     assert set(record["test_last"].values()) == {0.0} and "collapsed" in record["diverged"] and len(told) == 1

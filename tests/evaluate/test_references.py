@@ -8,10 +8,10 @@ import torch
 
 from rmdd import config
 from rmdd.evaluate import protocol, students
-from rmdd.evaluate.protocol import Job, train_and_score
-from rmdd.evaluate.references import REFERENCES, reference_of
-from rmdd.evaluate.students import Lesson
-from tests.evaluate.test_protocol import CPU, SIZE, TEST, TEXT_WIDTH, VAL
+from rmdd.evaluate.protocol import Job, StudentProtocol
+from rmdd.evaluate.references import REFERENCES
+from rmdd.evaluate.students import TrainingPairs
+from tests.evaluate.test_protocol import CPU, SIZE, TEST, TEXT_WIDTH, VAL, train_job
 
 PAIRS = (150, 70)
 RATES = ((0.02, 0.04), (0.03, 0.01))
@@ -47,11 +47,13 @@ def run_of(method="ptm_st", **evaluate):
     )
 
 
-def lessons():
+def training_pairs():
     g = torch.Generator().manual_seed(0)
     soft = [torch.eye(m) + 0.1 * torch.rand(m, m, generator=g) for m in PAIRS]
     return [
-        Lesson(torch.randn(len(s), 3, SIZE, SIZE, generator=g), torch.randn(len(s), TEXT_WIDTH, generator=g), s, *r)
+        TrainingPairs(
+            torch.randn(len(s), 3, SIZE, SIZE, generator=g), torch.randn(len(s), TEXT_WIDTH, generator=g), s, *r
+        )
         for s, r in zip(soft, RATES, strict=True)
     ]
 
@@ -106,7 +108,7 @@ def calls(monkeypatch):
 def test_a_protocol_makes_the_calls_of_the_released_code(name, calls):
     epochs, per_pass, rates, drop, momentum, decay, points, reported, number, trained, augment, loss = EXPECTED[name]
     run = run_of(reference=name)
-    record = train_and_score(Job("reference", 0), run, lessons(), VAL, TEST, CPU)
+    record = train_job(Job("reference", 0), run, training_pairs(), VAL, TEST, CPU)
 
     image, text = (rates, rates) if isinstance(rates, float) else RATES[-1]
     first = (image, image) if rates == "image" else (image, text)
@@ -133,13 +135,13 @@ def test_a_protocol_makes_the_calls_of_the_released_code(name, calls):
 
     assert set(calls.losses) == {loss} and set(calls.targets) == {loss == "infonce"}
     assert set(calls.views) == ({augment} - {"none"}) and calls.model.temperature == 0.07
-    assert reference_of(run).students == number
+    assert StudentProtocol.of(run).reference.students == number
 
 
 def test_edge_takes_the_validation_file_of_cc3m_for_its_test(calls):
     run = run_of(reference="edge")
     run = run.model_copy(update={"data": run.data.model_copy(update={"layout": "cc3m"})})
-    train_and_score(Job("reference", 0), run, lessons()[1:], VAL, TEST, CPU)
+    train_job(Job("reference", 0), run, training_pairs()[1:], VAL, TEST, CPU)
     assert {split for split, _ in calls.scored} == {"val"}
 
 
@@ -157,14 +159,14 @@ def test_every_protocol_of_the_config_is_there_and_no_other():
 )
 def test_auto_is_the_protocol_of_the_method_at_the_scale_of_the_run(method, name):
     run = run_of(method, temperature=0.15)
-    found, released = reference_of(run), REFERENCES[name]
+    found, released = StudentProtocol.of(run).reference, REFERENCES[name]
     assert found.name == name and found.points == released.points and found.reported == released.reported
-    course = found.course
-    assert (course.batch, course.momentum, course.weight_decay) == (7, 0.5, 0.25)
+    schedule = found.schedule
+    assert (schedule.batch, schedule.momentum, schedule.weight_decay) == (7, 0.5, 0.25)
     assert (found.loss, found.temperature, found.students) == ("bce", 0.15, 3)
-    assert (course.epochs, course.drop_after, course.trains, course.text_rate) == (
-        *(released.course.epochs, released.course.drop_after),
-        *(released.course.trains, released.course.text_rate),
+    assert (schedule.epochs, schedule.drop_after, schedule.trains, schedule.text_rate) == (
+        *(released.schedule.epochs, released.schedule.drop_after),
+        *(released.schedule.trains, released.schedule.text_rate),
     )
 
 
@@ -173,13 +175,16 @@ def test_auto_is_the_protocol_of_the_method_at_the_scale_of_the_run(method, name
 )
 def test_for_presets_named_after_a_paper_auto_is_what_was_released(preset):
     run = config.load(preset, ["data.root=elsewhere"])
-    found, released = reference_of(run), REFERENCES[run.distill.method]
-    assert found.course == released.course and (found.loss, found.temperature) == (released.loss, released.temperature)
+    found, released = StudentProtocol.of(run).reference, REFERENCES[run.distill.method]
+    assert found.schedule == released.schedule and (found.loss, found.temperature) == (
+        released.loss,
+        released.temperature,
+    )
 
 
 def test_switches_of_older_run_files_can_be_read():
     assert config.load({"evaluate": {"reference": True}}).evaluate.reference == "auto"
     off = config.load({"evaluate": {"reference": False}})
-    assert off.evaluate.reference == "none" and reference_of(off) is None
+    assert off.evaluate.reference == "none" and StudentProtocol.of(off).reference is None
     with pytest.raises(config.ConfigError, match="evaluate.reference"):
         config.load({"evaluate": {"reference": "tesla"}})

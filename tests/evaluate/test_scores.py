@@ -5,11 +5,22 @@ import torch
 
 from rmdd.core.files import read_json
 from rmdd.evaluate import protocol, records, scores
-from rmdd.evaluate.protocol import Job, TestIsClosed, hardened, soft_lesson, train_and_score
+from rmdd.evaluate.protocol import Job, StudentProtocol, TestIsClosed, hardened, soft_pairs, train_and_score
 from rmdd.evaluate.retrieval import Ranks
 from rmdd.evaluate.scores import ars, lrs, squashed
 from rmdd.models.dual import build
-from tests.evaluate.test_protocol import CPU, POISON, SIZE, TEST, TEXT_WIDTH, TRAIN, VAL, lessons, run_of
+from tests.evaluate.test_protocol import (
+    CPU,
+    POISON,
+    SIZE,
+    TEST,
+    TEXT_WIDTH,
+    TRAIN,
+    VAL,
+    run_of,
+    train_job,
+    training_pairs,
+)
 
 
 def test_scores_are_squashed_fractions():
@@ -37,8 +48,8 @@ def test_scores_compare_the_students_that_their_names_say():
         jobs[Job("soft", i, lr=0.1, augment="none")] = ranked(30)
         jobs[Job("soft", i, lr=0.3, augment="dsa")] = ranked(33)
     others = {Job(k, i) for k in ("student", "full") for i in (0, 1)}
-    assert set(jobs) == {*scores.finals(run, {"none": 0.1, "dsa": 0.3})} | others
-    found = scores.result(run, jobs, {"none": 0.1, "dsa": 0.3})
+    assert set(jobs) == {*scores.finals(run.evaluate, {"none": 0.1, "dsa": 0.3})} | others
+    found = scores.result(StudentProtocol.of(run), jobs, {"none": 0.1, "dsa": 0.3})
     points = {name: p["mean"] for name, p in found["points"].items()}
     assert points == pytest.approx({"HLR": 45, "IOR": 10, "augmented": 5, "plain": 10})
     assert all(p["low"] <= p["mean"] <= p["high"] for p in found["points"].values())
@@ -48,14 +59,16 @@ def test_scores_compare_the_students_that_their_names_say():
 
 def test_a_run_with_augmented_students_adds_plain_ones():
     run = run_of(students=1, augment="randaugment")
-    assert scores.kinds(run) == ("randaugment", "none")
-    kinds = {(j.kind, j.augment) for j in scores.finals(run, dict.fromkeys(scores.kinds(run), 0.1))}
+    assert scores.kinds(run.evaluate.augment) == ("randaugment", "none")
+    kinds = {
+        (j.kind, j.augment) for j in scores.finals(run.evaluate, dict.fromkeys(scores.kinds(run.evaluate.augment), 0.1))
+    }
     assert kinds == {("hard", ""), ("own", "none"), ("soft", "none"), ("soft", "randaugment")}
 
 
 def test_rates_of_random_pairs_are_chosen_per_augmentation_on_val():
     run = run_of(baseline_lrs=(0.1, 0.2), selection_students=1)
-    jobs = scores.choices(run)
+    jobs = scores.choices(run.evaluate)
     assert {(j.augment, j.lr) for j in jobs} == {(k, lr) for k in ("dsa", "none") for lr in (0.1, 0.2)}
     assert all(j.kind in protocol.CHOOSING for j in jobs) and len({j.name for j in jobs}) == len(jobs)
     best = {("dsa", 0.2), ("none", 0.1)}
@@ -65,22 +78,22 @@ def test_rates_of_random_pairs_are_chosen_per_augmentation_on_val():
 
 def test_hard_labels_are_the_identity_at_the_rates_of_the_experts():
     run = run_of()
-    lesson = hardened(lessons(run, 1, lr=0.7)[0], run.experts)
-    assert torch.equal(lesson.similarity, torch.eye(7))
-    assert (lesson.lr_image, lesson.lr_text) == (run.experts.lr_image, run.experts.lr_text)
+    pairs = hardened(training_pairs(run, 1, lr=0.7)[0], run.experts.lr_image, run.experts.lr_text)
+    assert torch.equal(pairs.similarity, torch.eye(7))
+    assert (pairs.lr_image, pairs.lr_text) == (run.experts.lr_image, run.experts.lr_text)
 
 
 def test_random_pairs_by_the_same_recipe_have_a_teachers_similarity():
     run = run_of()
     teacher = build(run.model, TEXT_WIDTH, SIZE, 0, "expert")
-    lesson = soft_lesson(run, TRAIN, 1, 0.2, teacher, CPU)
-    plain = lessons(run, 2, lr=0.2)[1]
-    assert torch.equal(lesson.images, plain.images) and torch.equal(lesson.texts, plain.texts)
+    pairs = soft_pairs(StudentProtocol.of(run), TRAIN, 1, 0.2, teacher, CPU)
+    plain = training_pairs(run, 2, lr=0.2)[1]
+    assert torch.equal(pairs.images, plain.images) and torch.equal(pairs.texts, plain.texts)
     with torch.no_grad():
         cosine = teacher.embed_images(plain.images) @ teacher.embed_texts(plain.texts).T
-    assert torch.allclose(lesson.similarity, 1 / (1 + torch.exp(-cosine / run.model.temperature)))
+    assert torch.allclose(pairs.similarity, 1 / (1 + torch.exp(-cosine / run.model.temperature)))
     none = run.distill.model_copy(update={"similarity": run.distill.similarity.model_copy(update={"kind": "identity"})})
-    of_pairs = soft_lesson(run.model_copy(update={"distill": none}), TRAIN, 1, 0.2, teacher, CPU)
+    of_pairs = soft_pairs(StudentProtocol.of(run.model_copy(update={"distill": none})), TRAIN, 1, 0.2, teacher, CPU)
     assert torch.equal(of_pairs.similarity, torch.eye(7)), "a method without a similarity has none to copy"
 
 
@@ -88,12 +101,12 @@ def test_the_recipe_is_followed_by_either_side(monkeypatch):
     """Loss, temperature and augmentation are the run's for own and soft, and hard labels have InfoNCE."""
     run, seen = run_of(temperature=0.11, augment="dsa"), {}
 
-    def train(model, given, course, loss, seed, student, at=None):
-        seen[job.kind] = (loss, model.temperature, course.augment, torch.equal(given[0].similarity, torch.eye(7)))
+    def train(model, given, schedule, loss, seed, student, at=None):
+        seen[job.kind] = (loss, model.temperature, schedule.augment, torch.equal(given[0].similarity, torch.eye(7)))
 
     monkeypatch.setattr(protocol, "train_student", train)
     for job in (Job("own", 0, augment="none"), Job("soft", 0, augment="dsa"), Job("hard", 0)):
-        record = train_and_score(job, run, lessons(run, 1), VAL, TEST, CPU)
+        record = train_job(job, run, training_pairs(run, 1), VAL, TEST, CPU)
         assert set(record) == {"job", "curve", "val", "test_last"}
     recipe = run.distill.loss
     expected = {"own": (recipe, 0.11, "none", True), "soft": (recipe, 0.11, "dsa", True)}
@@ -103,10 +116,10 @@ def test_the_recipe_is_followed_by_either_side(monkeypatch):
 @pytest.mark.parametrize("augment", ["dsa", "randaugment"])
 def test_augmented_students_are_a_function_of_the_job(augment):
     run, job = run_of(augment=augment, epochs=2), Job("student", 0)
-    first = train_and_score(job, run, lessons(run), VAL, TEST, CPU)
+    first = train_job(job, run, training_pairs(run), VAL, TEST, CPU)
     torch.manual_seed(3)
-    assert train_and_score(job, run, lessons(run), VAL, TEST, CPU) == first
-    assert train_and_score(job, run_of(epochs=2), lessons(run), VAL, TEST, CPU) != first
+    assert train_job(job, run, training_pairs(run), VAL, TEST, CPU) == first
+    assert train_job(job, run_of(epochs=2), training_pairs(run), VAL, TEST, CPU) != first
 
 
 def test_students_are_paired_whatever_they_learn_from(monkeypatch):
@@ -114,15 +127,15 @@ def test_students_are_paired_whatever_they_learn_from(monkeypatch):
     begun, drawn = {}, {}
     original = protocol.train_student
 
-    def train(model, given, course, loss, seed, student, at=None):
+    def train(model, given, schedule, loss, seed, student, at=None):
         begun[job.kind] = {n: p.clone() for n, p in model.named_parameters()}
         drawn[job.kind] = (seed, student)
-        original(model, given, course, loss, seed, student, at)
+        original(model, given, schedule, loss, seed, student, at)
 
     monkeypatch.setattr(protocol, "train_student", train)
     run = run_of(epochs=1)
     for job in (Job("student", 1), Job("baseline", 1, lr=0.1), Job("reference", 1), Job("hard", 1), Job("soft", 1)):
-        train_and_score(job, run, lessons(run, 1), VAL, TEST, CPU)
+        train_job(job, run, training_pairs(run, 1), VAL, TEST, CPU)
     first = begun["student"]
     assert all(torch.equal(first[n], p) for found in begun.values() for n, p in found.items())
     assert len(begun) == 5 and set(drawn.values()) == {(run.seed_of("evaluate"), 1)}
@@ -133,7 +146,7 @@ def test_what_test_told_lies_apart_from_what_choices_read(tmp_path):
     for kind in ("student", "reference"):
         path = tmp_path / f"{kind}.json"
         on = {"on_ranks": found.append}
-        record = train_and_score(Job(kind, 0), run, lessons(run), VAL, TEST, CPU, **on) | {"value": "v"}
+        record = train_job(Job(kind, 0), run, training_pairs(run), VAL, TEST, CPU, **on) | {"value": "v"}
         records.write(path, record)
         assert records.read(path, "v") == record and records.read(path, "w") is None
         open_to_all = path.read_text().replace(f"{kind}.test.json", "")
@@ -142,13 +155,15 @@ def test_what_test_told_lies_apart_from_what_choices_read(tmp_path):
         records.test_file(path).unlink()
         assert records.read(path, "v") is None, "half a record is none"
     assert len(found) == 1 and found[0].recalls().as_dict() == record_of(run)["test_last"]
-    chosen = train_and_score(Job("select", 0, snapshot=0), run, lessons(run), VAL, None, CPU) | {"value": "v"}
+    chosen = train_and_score(
+        Job("select", 0, snapshot=0), StudentProtocol.of(run), training_pairs(run), VAL, None, CPU
+    ) | {"value": "v"}
     records.write(tmp_path / "select.json", chosen)
     assert records.read(tmp_path / "select.json", "v") == chosen
     assert not records.test_file(tmp_path / "select.json").exists()
     with pytest.raises(TestIsClosed):
-        train_and_score(Job("soft_tune", 0), run, lessons(run), VAL, POISON, CPU)
+        train_job(Job("soft_tune", 0), run, training_pairs(run), VAL, POISON, CPU)
 
 
 def record_of(run):
-    return train_and_score(Job("student", 0), run, lessons(run), VAL, TEST, CPU)
+    return train_job(Job("student", 0), run, training_pairs(run), VAL, TEST, CPU)

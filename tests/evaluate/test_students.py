@@ -12,7 +12,7 @@ from rmdd.data.images import normalise
 from rmdd.data.shards import Dataset
 from rmdd.data.splits import Split
 from rmdd.evaluate.retrieval import recalls
-from rmdd.evaluate.students import Course, Diverged, Lesson, score, train_student
+from rmdd.evaluate.students import Diverged, StudentSchedule, TrainingPairs, score, train_student
 from rmdd.models.dual import build, tower_of
 from rmdd.models.losses import LOSSES
 from rmdd.models.prepared import PreparedSplit
@@ -26,32 +26,32 @@ def fresh(dropout=0.0):
     return build(model, TEXT_WIDTH, SIZE, seed=0, who="student").double()
 
 
-def lesson(seed, pairs, lr_image, lr_text):
+def pairs_of(seed, pairs, lr_image, lr_text):
     random = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
         return torch.randn(*shape, generator=random, dtype=torch.float64)
 
     similarity = torch.eye(pairs, dtype=torch.float64) + 0.2 * normal(pairs, pairs)
-    return Lesson(normal(pairs, 3, SIZE, SIZE), normal(pairs, TEXT_WIDTH), similarity, lr_image, lr_text)
+    return TrainingPairs(normal(pairs, 3, SIZE, SIZE), normal(pairs, TEXT_WIDTH), similarity, lr_image, lr_text)
 
 
-def lessons():
-    return [lesson(0, 7, 0.02, 0.04), lesson(1, 5, 0.03, 0.01)]
+def training_pairs():
+    return [pairs_of(0, 7, 0.02, 0.04), pairs_of(1, 5, 0.03, 0.01)]
 
 
 def rule_of(**change):
     rule = {"epochs": 4, "batch": 3, "momentum": 0.9, "weight_decay": 1e-2, "lr_drop": 0.1}
-    return Course.of(config.Evaluate(**{**rule, **change}))
+    return StudentSchedule.of(config.Evaluate(**{**rule, **change}))
 
 
-def plain_loop(model, lessons, rule, loss):
+def plain_loop(model, training_pairs, rule, loss):
     """SGD with momentum and weight decay, one parameter at a time."""
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     speed, rate = {}, {}
-    for s, one in enumerate(lessons):
+    for s, one in enumerate(training_pairs):
         if s == 0 or not rule.chain:
-            rates = lessons[-1] if rule.rates == "last" else one
+            rates = training_pairs[-1] if rule.rates == "last" else one
             speed, rate = {}, {"image": rates.lr_image, "text": rates.lr_text}
         for epoch in range(rule.epochs):
             dropped = epoch >= math.ceil(rule.epochs / 2) and (s == 0 or not rule.chain)
@@ -81,8 +81,8 @@ def distance(a, b):
 def test_training_is_the_plain_loop(schedule, lr, loss, epochs):
     rule = rule_of(schedule=schedule, lr=lr, epochs=epochs)
     found, expected = fresh(), fresh()
-    train_student(found, lessons(), rule, loss, SEED, STUDENT)
-    plain_loop(expected, lessons(), rule, loss)
+    train_student(found, training_pairs(), rule, loss, SEED, STUDENT)
+    plain_loop(expected, training_pairs(), rule, loss)
     assert distance(found, expected) < 1e-12
     assert distance(found, fresh()) > 1e-3
 
@@ -92,7 +92,7 @@ def test_schedules_and_rates_are_different_protocols():
     for schedule in ("per_subset", "shared"):
         for lr in ("own", "last"):
             model = fresh()
-            train_student(model, lessons(), rule_of(schedule=schedule, lr=lr), "wbce", SEED, STUDENT)
+            train_student(model, training_pairs(), rule_of(schedule=schedule, lr=lr), "wbce", SEED, STUDENT)
             ends.append(model)
     assert all(distance(a, b) > 1e-5 for i, a in enumerate(ends) for b in ends[:i])
 
@@ -100,25 +100,25 @@ def test_schedules_and_rates_are_different_protocols():
 def test_the_text_head_can_take_the_image_rate():
     """As in the released MTT-VL, whatever the text rate is."""
     own, image, equal = fresh(), fresh(), fresh()
-    train_student(own, [lesson(0, 7, 0.02, 0.04)], rule_of(), "wbce", SEED, STUDENT)
-    train_student(image, [lesson(0, 7, 0.02, 0.04)], rule_of(text_lr="image"), "wbce", SEED, STUDENT)
-    train_student(equal, [lesson(0, 7, 0.02, 0.02)], rule_of(), "wbce", SEED, STUDENT)
+    train_student(own, [pairs_of(0, 7, 0.02, 0.04)], rule_of(), "wbce", SEED, STUDENT)
+    train_student(image, [pairs_of(0, 7, 0.02, 0.04)], rule_of(text_lr="image"), "wbce", SEED, STUDENT)
+    train_student(equal, [pairs_of(0, 7, 0.02, 0.02)], rule_of(), "wbce", SEED, STUDENT)
     assert distance(image, equal) == 0 and distance(image, own) > 1e-5
-    negative = [lesson(0, 7, 0.02, -1.0)]
+    negative = [pairs_of(0, 7, 0.02, -1.0)]
     train_student(fresh(), negative, rule_of(text_lr="image"), "wbce", SEED, STUDENT)
 
 
 def test_the_order_of_subsets_counts():
     first, second = fresh(), fresh()
-    train_student(first, lessons(), rule_of(), "wbce", SEED, STUDENT)
-    train_student(second, lessons()[::-1], rule_of(), "wbce", SEED, STUDENT)
+    train_student(first, training_pairs(), rule_of(), "wbce", SEED, STUDENT)
+    train_student(second, training_pairs()[::-1], rule_of(), "wbce", SEED, STUDENT)
     assert distance(first, second) > 1e-5
 
 
 def test_a_batch_larger_than_the_subset_is_the_whole_subset():
     large, exact = fresh(), fresh()
-    train_student(large, lessons()[:1], rule_of(batch=128), "wbce", SEED, STUDENT)
-    train_student(exact, lessons()[:1], rule_of(batch=7), "wbce", SEED, STUDENT)
+    train_student(large, training_pairs()[:1], rule_of(batch=128), "wbce", SEED, STUDENT)
+    train_student(exact, training_pairs()[:1], rule_of(batch=7), "wbce", SEED, STUDENT)
     assert distance(large, exact) == 0
 
 
@@ -126,7 +126,7 @@ def test_the_same_student_has_the_same_bits_and_another_has_not():
     def end(student, seed=SEED):
         model = fresh(dropout=0.4)
         torch.manual_seed(len(ends))
-        train_student(model, lessons(), rule_of(), "wbce", seed, student)
+        train_student(model, training_pairs(), rule_of(), "wbce", seed, student)
         ends.append(model)
 
     ends = []
@@ -145,9 +145,9 @@ def test_scoring_on_the_way_changes_nothing():
 
     seen, model, other = [], fresh(dropout=0.4), fresh(dropout=0.4)
     before = torch.random.get_rng_state()
-    train_student(other, lessons(), rule_of(), "wbce", SEED, STUDENT)
+    train_student(other, training_pairs(), rule_of(), "wbce", SEED, STUDENT)
     assert torch.equal(torch.random.get_rng_state(), before)
-    train_student(model, lessons(), rule_of(), "wbce", SEED, STUDENT, look)
+    train_student(model, training_pairs(), rule_of(), "wbce", SEED, STUDENT, look)
     assert seen == [(s, p) for s in (0, 1) for p in (1, 2, 3, 4)]
     assert distance(model, other) == 0
 
@@ -155,7 +155,7 @@ def test_scoring_on_the_way_changes_nothing():
 @pytest.mark.parametrize("rate", [0.0, -0.1, float("nan")])
 @pytest.mark.parametrize("tower", ["image", "text"])
 def test_a_rate_that_is_not_positive_is_refused(rate, tower):
-    broken = [lessons()[0], replace(lessons()[1], **{f"lr_{tower}": rate})]
+    broken = [training_pairs()[0], replace(training_pairs()[1], **{f"lr_{tower}": rate})]
     with pytest.raises(Diverged, match=f"subset 1 has the learned {tower} rate .*distill.min_inner_lr"):
         train_student(fresh(), broken, rule_of(), "wbce", SEED, STUDENT)
     with pytest.raises(Diverged, match="which trains nothing"):
@@ -163,7 +163,7 @@ def test_a_rate_that_is_not_positive_is_refused(rate, tower):
 
 
 def test_a_diverging_student_stops():
-    wild = [lesson(0, 7, 1e200, 1e200)]
+    wild = [pairs_of(0, 7, 1e200, 1e200)]
     with pytest.raises(
         FloatingPointError, match=r"student 2 diverged on subset 0 in pass \d: loss nan at rates 1e\+200"
     ):

@@ -46,7 +46,7 @@ def prepared_of(run, dataset, path):
 def fed(run, dataset, path, epoch=1, **how):
     prepared = prepared_of(run, dataset, path)
     plan = Epoch.of(run.experts, run.seed_of("experts"), prepared.split.image_of, 3, epoch)
-    return plan, torch.stack(list(pictures(run, prepared, plan, **how)))
+    return plan, torch.stack(list(pictures(prepared, plan, run.data, run.experts.augment, run.runtime.cache_gb, **how)))
 
 
 def by_hand(look, parts, width):

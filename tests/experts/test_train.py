@@ -43,6 +43,10 @@ class MemorySplit(Split):
         return file.getvalue()
 
 
+def model_of(run, expert):
+    return expert_model(run.model, run.data.image_size, run.seed_of("experts"), expert, TEXT_WIDTH)
+
+
 def prepared_split(seed=0, images=IMAGES):
     """Pictures of one colour each, and captions whose embeddings tell the colour with some noise."""
     random = np.random.default_rng(seed)
@@ -142,7 +146,10 @@ def test_training_is_the_plain_loop(tmp_path):
     """InfoNCE by torch's cross entropy, in batches of a shuffled list of captions, the short rest dropped."""
     run, data = run_of(), prepared_split()
     store, _ = train(run, tmp_path, data=data)
-    model, rates = expert_model(run, 0, TEXT_WIDTH), {"image": 0.05, "text": 0.02}
+    model, rates = (
+        model_of(run, 0),
+        {"image": 0.05, "text": 0.02},
+    )
     pixels = normalise(torch.from_numpy(data.split.images), data.mean, data.std)
     labels = torch.arange(4)
     for epoch in range(EPOCHS):
@@ -229,9 +236,9 @@ def test_a_list_that_leaves_out_what_is_read_is_refused():
 def test_a_tower_of_a_seed_is_one_for_all_and_heads_are_not(tmp_path):
     image = {"name": "convnet", "weights": "random:7", "widths": (4,), "groups": 2, "projection": "linear"}
     run = run_of(image=dict(image), epochs=1)
-    experts = [expert_model(run, e, TEXT_WIDTH).trained() for e in (0, 1)]
+    experts = [model_of(run, e).trained() for e in (0, 1)]
     student = build(run.model, TEXT_WIDTH, SIZE, run.seed + 1, "student", 3).trained()
-    other = expert_model(run_of(image=image | {"weights": "random:8"}), 0, TEXT_WIDTH).trained()
+    other = model_of(run_of(image=image | {"weights": "random:8"}), 0).trained()
     for name, p in experts[0].items():
         tower = name.startswith("image_tower.")
         norm = bool((p == 1).all() or (p == 0).all())  # affine parts start the same everywhere
@@ -249,7 +256,7 @@ def test_a_frozen_tower_is_neither_trained_nor_stored(tmp_path):
         "groups": 2,
         "projection": "block",
     }
-    tower = expert_model(run_of(image=dict(image)), 0, TEXT_WIDTH).image_tower.state_dict()
+    tower = model_of(run_of(image=dict(image)), 0).image_tower.state_dict()
     save_file(tower, tmp_path / "weights.safetensors")
     image |= {"weights": str(tmp_path / "weights.safetensors"), "trainable": False}
     run = run_of(image=image, dropout=0.1)
@@ -259,12 +266,12 @@ def test_a_frozen_tower_is_neither_trained_nor_stored(tmp_path):
 
 def test_experts_of_given_weights_share_their_start(tmp_path):
     image = {"name": "test_vit", "weights": "random", "projection": "linear", "size": 32}
-    tower = expert_model(run_of(image=dict(image)), 9, TEXT_WIDTH).image_tower.state_dict()
+    tower = model_of(run_of(image=dict(image)), 9).image_tower.state_dict()
     save_file(tower, tmp_path / "weights.safetensors")
     run = run_of(image={**image, "weights": str(tmp_path / "weights.safetensors")}, epochs=1)
     store = begin_store(run, tmp_path / "store", TEXT_WIDTH, {})
     assert store.spec["shared"] == sorted(n for n in store.shapes if n.startswith("image_tower."))
-    start = [expert_model(run, e, TEXT_WIDTH).trained() for e in (0, 1)]
+    start = [model_of(run, e).trained() for e in (0, 1)]
     for name in store.shapes:
         same = torch.equal(start[0][name], start[1][name])
         if name in store.spec["shared"]:

@@ -214,7 +214,13 @@ def probe_start(
     probing = signals.probing(run, end, rule.trajectory, pairs, experts=plan.experts)
     method = method.on(probing)
     synthetic = method.initial(0, train, method.records(0, train)).map(lambda t: t.to(device))
-    matcher = Matcher(method, 0, store, expert_model(run, 0, train.texts.shape[1]), device)
+    matcher = Matcher(
+        method,
+        0,
+        store,
+        expert_model(run.model, run.data.image_size, run.seed_of("experts"), 0, train.texts.shape[1]),
+        device,
+    )
     return signals.probe(matcher, synthetic, range(end - rule.match_epochs + 1), plan.draws, averaged=True)
 
 

@@ -6,7 +6,7 @@ weights beside them: other probes ask it again without training it anew.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -65,15 +65,15 @@ def data_of(data: config.Data, probe: Probe) -> Any:
     return probe.data.model_copy(update=view | {"root": root})
 
 
-def faults(run: config.Run) -> list[str]:
-    """What stops a probe, as far as it can be known from its files without opening a picture."""
-    found = []
-    for name, probe in run.evaluate.probes.items():
+def faults(data: config.Data, probes: Mapping[str, Probe]) -> list[str]:
+    """What stops a probe of a run with `data`, as far as its files show without opening a picture."""
+    mistakes = []
+    for name, probe in probes.items():
         try:
-            _look(run.data, probe)
+            _look(data, probe)
         except (ValueError, OSError) as error:
-            found.append(told(name, str(error)))
-    return found
+            mistakes.append(told(name, str(error)))
+    return mistakes
 
 
 def _look(of_run: config.Data, probe: Probe) -> None:
@@ -98,19 +98,19 @@ def _look(of_run: config.Data, probe: Probe) -> None:
         raise ValueError(f"of the first {len(first)} pictures none is there, such as {first[0]}; correct data.root")
 
 
-def costs(run: config.Run, width: int) -> list[str]:
+def costs(data: config.Data, probes: Mapping[str, Probe], width: int) -> list[str]:
     """What embedding the sentences of large probes takes."""
-    told = []
-    for name, probe in run.evaluate.probes.items():
+    lines = []
+    for name, probe in probes.items():
         if isinstance(probe, config.Vqa):
-            data = data_of(run.data, probe)
-            answers = {q.answer for split in ("train", "test") for q in cocoqa.read(data, split)}
-            total = len({q.question for q in cocoqa.asked(data)}) * len(answers)
-            told.append(
+            own = data_of(data, probe)
+            answers = {q.answer for split in ("train", "test") for q in cocoqa.read(own, split)}
+            total = len({q.question for q in cocoqa.asked(own)}) * len(answers)
+            lines.append(
                 f"probe {name} embeds {total:,} sentences, {4 * width * total / 2**30:.1f} GiB in the cache; "
                 f"evaluate.probes.{name}.data.cocoqa.questions takes fewer"
             )
-    return told
+    return lines
 
 
 def prepare(
@@ -133,12 +133,12 @@ def prepare(
         if not len(split):
             why = f"{dataset.path / 'quarantine.jsonl'} says why: {dataset.manifest['quarantine']}"
             raise ValueError(f"no picture of split '{_split(probe)}' can be used; {why}")
-        seen = None if train is None else frozenset(vqa.picture(p) for (p,) in train.columns("train", "pair_id"))
-        asked, facts = _asked(run.data.captions, probe, data, split, seen)
+        trained_on = None if train is None else frozenset(vqa.picture(p) for (p,) in train.columns("train", "pair_id"))
+        questions, facts = _questions(run.data.captions, probe, data, split, trained_on)
     except ValueError as error:
         raise ValueError(told(name, str(error))) from error
     split.images  # noqa: B018  # decoded once here, before every worker would
-    for block in _sentences(probe, asked, split):
+    for block in _sentences(probe, questions, split):
         cache, device = storage.root / "cache", str(device_of(run.runtime))
         embed(block, run.model.text, cache, device=device, threads=run.runtime.threads, stream=encoders)
     facts = {
@@ -147,11 +147,11 @@ def prepare(
         "data_hash": dataset.hash,
         "quarantine": dataset.manifest["quarantine"],
     } | facts
-    key = config.hash_value({"version": VERSION, "kind": probe.kind, "data": dataset.hash, "asked": asked})
+    key = config.hash_value({"version": VERSION, "kind": probe.kind, "data": dataset.hash, "asked": questions})
     inside = dataset.path.is_relative_to(storage.root)
     path = dataset.path.relative_to(storage.root) if inside else dataset.path
-    kept = {"key": key, "dataset": str(path), "asked": asked, "facts": facts}
-    write_json(_file(run_folder(run), name), {"schema_version": 1, **kept})
+    prepared = {"key": key, "dataset": str(path), "asked": questions, "facts": facts}
+    write_json(_file(run_folder(run), name), {"schema_version": 1, **prepared})
     return facts
 
 
@@ -167,8 +167,8 @@ def probe(
     `alive` is called now and then. The model is left in the mode it was in.
     """
     wanted, storage = run.evaluate.probes[name], open_storage(run.runtime)
-    kept = _prepared(run_folder(run), name, storage)
-    path = storage.root / kept["dataset"]
+    prepared_probe = _prepared(run_folder(run), name, storage)
+    path, questions = storage.root / prepared_probe["dataset"], prepared_probe["asked"]
     storage.fetch(path)
     data, cache = data_of(run.data, wanted), storage.root / "cache"
     split = load_split(Dataset.open(path), _split(wanted), data, cache)
@@ -186,9 +186,9 @@ def probe(
             prepared = PreparedSplit(split, embedded(split.captions), *constants)
             return students.score(model, prepared, device, chunk).as_dict()
         score = ASKING[wanted.kind].score
-        return score(model, kept["asked"], split, constants, embedded, device, chunk, alive)
+        return score(model, questions, split, constants, embedded, device, chunk, alive)
     except Diverged:
-        return dict.fromkeys(_metrics(wanted, kept["asked"]), 0.0)
+        return dict.fromkeys(_metrics(wanted, questions), 0.0)
     finally:
         model.train(was_training)
 
@@ -205,8 +205,8 @@ class Probing:
             key = _prepared(run_folder(run), name, storage)["key"]
             file = self.files[name] = record.with_name(f"{record.stem}.probe-{key}.json")
             storage.fetch(file)
-            if file.is_file() and (found := read_json(file))["value"] == value:
-                self.scores[name] = found["scores"]
+            if file.is_file() and (answers := read_json(file))["value"] == value:
+                self.scores[name] = answers["scores"]
         if self.missing:
             storage.fetch(self.weights)
 
@@ -239,8 +239,8 @@ class Probing:
         """Score what is missing; a student that diverged in training, None, scores 0."""
         for name in self.missing:
             if model is None:
-                kept = read_json(_file(run_folder(self.run), name))
-                scores = dict.fromkeys(_metrics(self.run.evaluate.probes[name], kept["asked"]), 0.0)
+                questions = read_json(_file(run_folder(self.run), name))["asked"]
+                scores = dict.fromkeys(_metrics(self.run.evaluate.probes[name], questions), 0.0)
             else:
                 scores = probe(model.to(device), self.run, name, device, alive)
             self.scores[name] = scores
@@ -252,48 +252,48 @@ class Probing:
 
 def remarks(name: str, facts: dict[str, Any]) -> list[str]:
     """What a person should know before reading the scores."""
-    told = [f"probe {name}: {facts['pictures']} pictures"]
+    lines = [f"probe {name}: {facts['pictures']} pictures"]
     if lost := facts["quarantine"]:
-        told.append(f"probe {name}: left out {', '.join(f'{n} {reason}' for reason, n in lost.items())}")
+        lines.append(f"probe {name}: left out {', '.join(f'{n} {reason}' for reason, n in lost.items())}")
     if (both := facts.get("overlap")) and both["pictures"]:
-        told.append(f"probe {name}: {both['pictures']} of its pictures are in the train split, which was distilled")
+        lines.append(f"probe {name}: {both['pictures']} of its pictures are in the train split, which was distilled")
     if facts.get("duplicate_names"):
-        told.append(f"probe {name}: {facts['duplicate_names']} classes share a name with another; they tie and miss")
+        lines.append(f"probe {name}: {facts['duplicate_names']} classes share a name with another; they tie and miss")
     if "note" in facts:
-        told.append(f"probe {name}: {facts['note']}")
-    return told
+        lines.append(f"probe {name}: {facts['note']}")
+    return lines
 
 
-def _asked(
-    captions: config.Captions, probe: Probe, data: Any, split: Split, seen: frozenset[str] | None
+def _questions(
+    captions: config.Captions, probe: Probe, data: Any, split: Split, trained_on: frozenset[str] | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What is asked, and what stands beside the scores."""
     if isinstance(probe, config.ZeroShot):
-        asked = zero_shot.ask(probe, data, captions, split)
-        return asked, zero_shot.facts(asked)
+        questions = zero_shot.ask(probe, data, captions, split)
+        return questions, zero_shot.facts(questions)
     if isinstance(probe, config.Vqa):
-        asked = vqa.ask(probe, data, captions, split, seen)
-        return asked, vqa.facts(asked)
+        questions = vqa.ask(probe, data, captions, split, trained_on)
+        return questions, vqa.facts(questions)
     facts: dict[str, Any] = {
         "split": probe.split,
         "gallery": split.facts(),
         "caption_rule": data.captions.model_dump(),
         "chance": chance(torch.from_numpy(split.image_of)).as_dict(),
     }
-    if seen is not None:
-        both = sum(vqa.picture(pair_id) in seen for pair_id in split.pair_ids)
+    if trained_on is not None:
+        both = sum(vqa.picture(pair_id) in trained_on for pair_id in split.pair_ids)
         facts["overlap"] = {"pictures": both, "share": both / len(split)}
     if data.layout == "textcaps" and data.annotations is None and probe.split == "test":
         facts["note"] = textcaps.NOTE
     return {"split": probe.split, "captions": data.captions.model_dump(), "limit": data.eval_limit}, facts
 
 
-def _sentences(probe: Probe, asked: dict[str, Any], split: Split) -> Any:
-    return [split.captions] if probe.kind == "retrieval" else ASKING[probe.kind].sentences(asked)
+def _sentences(probe: Probe, questions: dict[str, Any], split: Split) -> Any:
+    return [split.captions] if probe.kind == "retrieval" else ASKING[probe.kind].sentences(questions)
 
 
-def _metrics(probe: Probe, asked: dict[str, Any]) -> list[str]:
-    return RECALLS if probe.kind == "retrieval" else ASKING[probe.kind].metrics(asked)
+def _metrics(probe: Probe, questions: dict[str, Any]) -> list[str]:
+    return RECALLS if probe.kind == "retrieval" else ASKING[probe.kind].metrics(questions)
 
 
 def _split(probe: Probe) -> str:

@@ -29,15 +29,19 @@ PAIRS = 32
 
 
 def ask(
-    probe: config.Vqa, data: config.CocoQaData, captions: config.Captions, split: Split, seen: frozenset[str] | None
+    probe: config.Vqa,
+    data: config.CocoQaData,
+    captions: config.Captions,
+    split: Split,
+    trained_on: frozenset[str] | None,
 ) -> dict[str, Any]:
     """Distinct questions, answers, and who is asked what; `captions` is the run's rule,
     `seen` are the pictures that were distilled, if known."""
     train, test = cocoqa.read(data, "train"), cocoqa.asked(data)
     image_of = {pair_id: i for i, pair_id in enumerate(split.pair_ids)}
-    kept = [q for q in test if q.image in image_of]
+    usable = [q for q in test if q.image in image_of]
     answers = sorted({q.answer for q in (*train, *cocoqa.read(data, "test"))})
-    questions = sorted({q.question for q in kept})
+    questions = sorted({q.question for q in usable})
     ks = [k for k in probe.ks if k < len(answers)]
     answer_of, question_of = ({word: i for i, word in enumerate(words)} for words in (answers, questions))
     return {
@@ -46,12 +50,12 @@ def ask(
         "template": probe.template,
         "question_mark": probe.question_mark,
         "caption_rule": captions.model_dump() if probe.caption_rule else None,
-        "pairs": sorted([question_of[q.question], image_of[q.image], answer_of[q.answer]] for q in kept),
-        "seen": None if seen is None else [i for i, p in enumerate(split.pair_ids) if picture(p) in seen],
+        "pairs": sorted([question_of[q.question], image_of[q.image], answer_of[q.answer]] for q in usable),
+        "seen": None if trained_on is None else [i for i, p in enumerate(split.pair_ids) if picture(p) in trained_on],
         "ks": ks,
-        "majority": majority(train, kept, ks),
-        "types": dict(Counter(q.type for q in kept)),
-        "without_picture": len(test) - len(kept),
+        "majority": majority(train, usable, ks),
+        "types": dict(Counter(q.type for q in usable)),
+        "without_picture": len(test) - len(usable),
     }
 
 
@@ -74,62 +78,62 @@ def majority(train: Sequence[Any], test: Sequence[Any], ks: Sequence[int]) -> di
         rank = order.get(q.type, {}).get(q.answer, never)
         ranks["all"].append(rank)
         ranks[q.type].append(rank)
-    return {name: ranking.accuracies(torch.tensor(found), ks) for name, found in ranks.items()}
+    return {name: ranking.accuracies(torch.tensor(rank), ks) for name, rank in ranks.items()}
 
 
 def _frequent(counted: tuple[str, int]) -> tuple[int, str]:
     return -counted[1], counted[0]
 
 
-def facts(asked: dict[str, Any]) -> dict[str, Any]:
-    pairs = asked["pairs"]
-    told = ("template", "question_mark", "caption_rule", "majority", "types", "without_picture")
+def facts(task: dict[str, Any]) -> dict[str, Any]:
+    pairs = task["pairs"]
+    copied = ("template", "question_mark", "caption_rule", "majority", "types", "without_picture")
     overlap = {}
-    if asked["seen"] is not None:
-        seen = set(asked["seen"])
-        on_seen = sum(image in seen for _, image, _ in pairs)
-        overlap = {"overlap": {"pictures": len(seen), "questions": on_seen, "share": on_seen / len(pairs)}}
+    if task["seen"] is not None:
+        seen_pictures = set(task["seen"])
+        on_seen = sum(image in seen_pictures for _, image, _ in pairs)
+        overlap = {"overlap": {"pictures": len(seen_pictures), "questions": on_seen, "share": on_seen / len(pairs)}}
     return {
-        **{name: asked[name] for name in told},
+        **{name: task[name] for name in copied},
         "questions": len(pairs),
-        "distinct_questions": len(asked["questions"]),
-        "answers": len(asked["answers"]),
+        "distinct_questions": len(task["questions"]),
+        "answers": len(task["answers"]),
         **overlap,
-        "chance": {f"ACC@{k}": 100 * k / len(asked["answers"]) for k in asked["ks"]},
+        "chance": {f"ACC@{k}": 100 * k / len(task["answers"]) for k in task["ks"]},
     }
 
 
-def sentences(asked: dict[str, Any]) -> Iterator[list[str]]:
+def sentences(task: dict[str, Any]) -> Iterator[list[str]]:
     """Blocks of whole questions, each question with all answers."""
-    for start, stop in _blocks(asked):
-        yield [_sentence(asked, q, a) for q in asked["questions"][start:stop] for a in asked["answers"]]
+    for start, stop in _blocks(task):
+        yield [_sentence(task, q, a) for q in task["questions"][start:stop] for a in task["answers"]]
 
 
-def _blocks(asked: dict[str, Any]) -> Iterator[tuple[int, int]]:
-    step = max(1, BLOCK // len(asked["answers"]))
-    total = len(asked["questions"])
+def _blocks(task: dict[str, Any]) -> Iterator[tuple[int, int]]:
+    step = max(1, BLOCK // len(task["answers"]))
+    total = len(task["questions"])
     return ((start, min(start + step, total)) for start in range(0, total, step))
 
 
-def _sentence(asked: dict[str, Any], question: str, answer: str) -> str:
-    question = f"{question} ?" if asked["question_mark"] else question
-    text = asked["template"].replace("{question}", question).replace("{answer}", answer)
-    rule = asked["caption_rule"]
+def _sentence(task: dict[str, Any], question: str, answer: str) -> str:
+    question = f"{question} ?" if task["question_mark"] else question
+    text = task["template"].replace("{question}", question).replace("{answer}", answer)
+    rule = task["caption_rule"]
     return text if rule is None else clean(text, config.Captions(**rule))
 
 
-def metrics(asked: dict[str, Any]) -> list[str]:
+def metrics(task: dict[str, Any]) -> list[str]:
     names = ["ACC", "blind ACC"]
-    on_seen = {image for _, image, _ in asked["pairs"]} & set(asked["seen"] or ())
-    if on_seen and any(image not in on_seen for _, image, _ in asked["pairs"]):
+    on_seen = {image for _, image, _ in task["pairs"]} & set(task["seen"] or ())
+    if on_seen and any(image not in on_seen for _, image, _ in task["pairs"]):
         names.append("unseen ACC")
-    return [f"{name}@{k}" for name in names for k in asked["ks"]]
+    return [f"{name}@{k}" for name in names for k in task["ks"]]
 
 
 @torch.no_grad()
 def score(
     model: DualEncoder,
-    asked: dict[str, Any],
+    task: dict[str, Any],
     split: Split,
     constants: tuple[Constants, Constants],
     embed: Callable[[list[str]], Any],
@@ -141,10 +145,10 @@ def score(
     has not seen (where it has seen some and not all). Raises `Diverged`."""
     images_ID = ranking.embed_pictures(model, split.images, constants, device, chunk, alive)
     mean_D = F.normalize(images_ID.mean(0), dim=0)
-    pairs = torch.tensor(asked["pairs"], device=device)
-    answers, together = len(asked["answers"]), max(1, ranking.TEXTS // len(asked["answers"]))
+    pairs = torch.tensor(task["pairs"], device=device)
+    answers, together = len(task["answers"]), max(1, ranking.TEXTS // len(task["answers"]))
     seeing, blind = [], []
-    for (first, last), block in zip(_blocks(asked), sentences(asked), strict=True):
+    for (first, last), block in zip(_blocks(task), sentences(task), strict=True):
         vectors = embed(block)
         for start in range(first, last, together):
             stop = min(start + together, last)
@@ -156,9 +160,9 @@ def score(
                 seeing.append(ranking.ranks(torch.einsum("nad,nd->na", texts_NAD, images_ND), some[:, 2]))
                 blind.append(ranking.ranks((texts_QAD @ mean_D)[some[:, 0] - start], some[:, 2]))
             alive()
-    rank, ks = torch.cat(seeing), asked["ks"]
-    found = ranking.accuracies(rank, ks) | ranking.accuracies(torch.cat(blind), ks, "blind ACC")
-    unseen = ~torch.isin(pairs[:, 1], torch.tensor(asked["seen"] or [], dtype=pairs.dtype, device=device))
+    rank, ks = torch.cat(seeing), task["ks"]
+    scores = ranking.accuracies(rank, ks) | ranking.accuracies(torch.cat(blind), ks, "blind ACC")
+    unseen = ~torch.isin(pairs[:, 1], torch.tensor(task["seen"] or [], dtype=pairs.dtype, device=device))
     if unseen.any() and not unseen.all():
-        found |= ranking.accuracies(rank[unseen], ks, "unseen ACC")
-    return found
+        scores |= ranking.accuracies(rank[unseen], ks, "unseen ACC")
+    return scores

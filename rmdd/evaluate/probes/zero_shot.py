@@ -113,31 +113,31 @@ def ask(probe: config.ZeroShot, data: config.ClassData, captions: config.Caption
     }
 
 
-def facts(asked: dict[str, Any]) -> dict[str, Any]:
+def facts(task: dict[str, Any]) -> dict[str, Any]:
     """What stands beside the scores."""
-    names, total = asked["names"], len(asked["classes"])
+    names, total = task["names"], len(task["classes"])
     return {
-        "classes": asked["classes"],
+        "classes": task["classes"],
         "names": names,
-        "templates": asked["templates"],
+        "templates": task["templates"],
         "duplicate_names": sum(names.count(name) > 1 for name in names),
-        "chance": {f"ACC@{k}": 100 * k / total for k in asked["ks"]},
+        "chance": {f"ACC@{k}": 100 * k / total for k in task["ks"]},
     }
 
 
-def sentences(asked: dict[str, Any]) -> list[list[str]]:
+def sentences(task: dict[str, Any]) -> list[list[str]]:
     """What the text encoder embeds, in blocks."""
-    return [[prompt for prompts in asked["prompts"] for prompt in prompts]]
+    return [[prompt for prompts in task["prompts"] for prompt in prompts]]
 
 
-def metrics(asked: dict[str, Any]) -> list[str]:
-    return [f"ACC@{k}" for k in asked["ks"]]
+def metrics(task: dict[str, Any]) -> list[str]:
+    return [f"ACC@{k}" for k in task["ks"]]
 
 
 @torch.no_grad()
 def score(
     model: DualEncoder,
-    asked: dict[str, Any],
+    task: dict[str, Any],
     split: Split,
     constants: tuple[Constants, Constants],
     embed: Callable[[list[str]], Any],
@@ -146,13 +146,13 @@ def score(
     alive: Callable[[], object],
 ) -> dict[str, float]:
     """ACC@K in percent of `model`, which is in eval mode. Raises `Diverged`."""
-    texts_PD = ranking.embed_texts(model, embed(sentences(asked)[0]), device)
-    means = [part.mean(0) for part in texts_PD.split([len(prompts) for prompts in asked["prompts"]])]
+    texts_PD = ranking.embed_texts(model, embed(sentences(task)[0]), device)
+    means = [part.mean(0) for part in texts_PD.split([len(prompts) for prompts in task["prompts"]])]
     prototypes_CD = F.normalize(torch.stack(means), dim=1)
     images_ND = ranking.embed_pictures(model, split.images, constants, device, chunk, alive)
-    labels = torch.tensor(asked["labels"], device=device)
+    labels = torch.tensor(task["labels"], device=device)
     rank = [
         ranking.ranks(images_ND[i : i + TOGETHER] @ prototypes_CD.T, labels[i : i + TOGETHER])
         for i in range(0, len(labels), TOGETHER)
     ]
-    return ranking.accuracies(torch.cat(rank), asked["ks"])
+    return ranking.accuracies(torch.cat(rank), task["ks"])

@@ -153,11 +153,13 @@ def test_auto_reads_back_and_is_no_phase_list():
 def test_a_plan_keeps_what_may_be_an_endpoint():
     run = published(100)
     assert config.load("flickr30k_ptm_st_100", _sets()).experts.keep == "endpoints"
-    assert run.experts.keep == "all" and kept_epochs(run) is None
+    assert run.experts.keep == "all" and kept_epochs(run.experts, run.endpoints) is None
     few = published(100, endpoints=[4, 6])
-    assert kept_epochs(few) == (4, 6, 10)
+    assert kept_epochs(few.experts, few.endpoints) == (4, 6, 10)
     listed = [{"pairs": 90, "endpoint": 5, "iterations": 5}]
-    assert kept_epochs(with_phases(few, listed)) == (4, 6, 10), "before and after"
+    assert kept_epochs(with_phases(few, listed).experts, with_phases(few, listed).endpoints) == (4, 6, 10), (
+        "before and after"
+    )
     assert run.hash_of() == with_phases(run, listed).hash_of()
 
 

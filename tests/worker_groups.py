@@ -1,4 +1,4 @@
-"""What the ranks of a gang do in tests; here, and not in a test file, because their processes have to import it."""
+"""What the ranks of a worker group do in tests: apart from test files, because their processes import it."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from rmdd.data.shards import Dataset
 from rmdd.data.splits import Split
 from rmdd.evaluate.students import score
 from rmdd.execution.tasks import Hooks
-from rmdd.experts import gang
+from rmdd.experts import worker_group
 from rmdd.experts.store import Store
 from rmdd.experts.train import expert_model, train_expert
 from rmdd.models.losses import infonce
@@ -47,7 +47,7 @@ def prepared_split() -> PreparedSplit:
 
 def train(item: tuple[Path, config.Run], hooks: Hooks) -> bool:
     path, run = item
-    team = gang.team_of(hooks.member, run.experts.gang.strategy, CPU) if hooks.member else None
+    group = worker_group.join_group(hooks.member, run.experts.gang.strategy, CPU) if hooks.member else None
     data = prepared_split()
     return train_expert(
         run,
@@ -59,13 +59,13 @@ def train(item: tuple[Path, config.Run], hooks: Hooks) -> bool:
         hooks.report,
         hooks.should_stop,
         loader_workers=0,
-        team=team,
+        group=group,
     )
 
 
 def die(item: Path, hooks: Hooks) -> bool:
     """The second rank fails; the first waits for it."""
-    gang.team_of(hooks.member, "ddp", CPU)
+    worker_group.join_group(hooks.member, "ddp", CPU)
     if hooks.member.rank == 1:
         raise ValueError("rank one cannot go on")
     dist.barrier()
@@ -74,18 +74,20 @@ def die(item: Path, hooks: Hooks) -> bool:
 
 def exact(item: None, hooks: Hooks) -> bool:
     """Whether the ranks' gradients add up to that of the whole batch, which they split unevenly, in float64."""
-    team = gang.team_of(hooks.member, "ddp", CPU)
-    model = expert_model(run_of(), 0, WIDTH).double()
+    group = worker_group.join_group(hooks.member, "ddp", CPU)
+    model = expert_model(run_of().model, run_of().data.image_size, run_of().seed_of("experts"), 0, WIDTH).double()
     draw = torch.Generator().manual_seed(0)
     images = torch.randn(5, 3, SIZE, SIZE, generator=draw, dtype=torch.float64)
     texts = torch.randn(5, WIDTH, generator=draw, dtype=torch.float64)
     wanted = infonce(model(images, texts), torch.eye(5))
     whole = torch.autograd.grad(wanted, list(model.parameters()))
-    mine = [3, 2][team.rank]
-    own = slice(0, 3) if team.rank == 0 else slice(3, 5)
+    mine = [3, 2][group.rank]
+    own = slice(0, 3) if group.rank == 0 else slice(3, 5)
     u, v = model.embed_images(images[own]), model.embed_texts(texts[own])
     assert len(u) == mine
-    loss = infonce(model.scores(gang.whole(u, team.rank, 2), gang.whole(v, team.rank, 2)), torch.eye(5))
+    loss = infonce(
+        model.scores(worker_group.whole(u, group.rank, 2), worker_group.whole(v, group.rank, 2)), torch.eye(5)
+    )
     parts = torch.autograd.grad(loss, list(model.parameters()))
     for part, full in zip(parts, whole, strict=True):
         dist.all_reduce(part)

@@ -1,32 +1,32 @@
-"""Gangs without Ray: each test starts two processes on this machine."""
+"""Worker groups without Ray: each test starts two processes on this machine."""
 
-import gangs
 import pytest
 import torch
+import worker_groups
 
 from rmdd import config
 from rmdd.execution.tasks import Hooks
-from rmdd.experts.gang import side_by_side
 from rmdd.experts.store import Store
 from rmdd.experts.train import begin_store
+from rmdd.experts.worker_group import side_by_side
 
 EPOCHS = 3
 
 
 def begun(path, **experts):
-    run = gangs.run_of(**experts)
-    begin_store(run, path, gangs.WIDTH, {})
+    run = worker_groups.run_of(**experts)
+    begin_store(run, path, worker_groups.WIDTH, {})
     return path, run
 
 
 def by_one(path, **experts):
     item = begun(path, **experts)
-    assert gangs.train(item, Hooks())
+    assert worker_groups.train(item, Hooks())
     return Store.open(path)
 
 
 def by_two(path, hooks=None, **experts):
-    return side_by_side(gangs.train, begun(path, **experts), hooks or Hooks(), 2, 1)
+    return side_by_side(worker_groups.train, begun(path, **experts), hooks or Hooks(), 2, 1)
 
 
 def check_same(a, b):
@@ -39,10 +39,10 @@ def check_same(a, b):
 
 
 def test_gradients_of_the_ranks_add_up_to_that_of_the_whole_batch():
-    assert side_by_side(gangs.exact, None, Hooks(), 2, 1)
+    assert side_by_side(worker_groups.exact, None, Hooks(), 2, 1)
 
 
-def test_a_stopped_and_resumed_gang_with_momentum_trains_what_one_worker_trains(tmp_path):
+def test_a_stopped_and_resumed_group_with_momentum_trains_what_one_worker_trains(tmp_path):
     one, seen = by_one(tmp_path / "one", momentum=0.9), []
     gang = {"momentum": 0.9, "gang": {"workers": 2}}
     assert not by_two(tmp_path / "two", Hooks(seen.append, lambda: len(seen) >= 1), **gang)
@@ -52,9 +52,9 @@ def test_a_stopped_and_resumed_gang_with_momentum_trains_what_one_worker_trains(
     check_same(one, store)
 
 
-def test_a_rank_that_fails_ends_the_gang_with_its_reason():
+def test_a_rank_that_fails_ends_the_group_with_its_reason():
     with pytest.raises((ValueError, RuntimeError), match="rank one cannot go on"):
-        side_by_side(gangs.die, None, Hooks(), 2, 1)
+        side_by_side(worker_groups.die, None, Hooks(), 2, 1)
 
 
 @pytest.mark.parametrize(

@@ -18,27 +18,29 @@ from torch import Tensor, nn
 
 from rmdd import config
 from rmdd.execution.tasks import GroupMember, Hooks
-from rmdd.experts.train import Learner, Team, optimiser_of
+from rmdd.experts.train import ExpertTrainer, TrainingGroup, optimiser_of
 from rmdd.models.dual import DualEncoder, Params
 from rmdd.models.image import ConvNet
 from rmdd.models.losses import infonce
 
 LOCALHOST = "127.0.0.1"
-_joined: "list[GangOf]" = []
+_joined: "list[ProcessGroup]" = []
 
 
-class GangOf(Team):
+class ProcessGroup(TrainingGroup):
     """The workers of this process group."""
 
     def __init__(self, strategy: str, rank: int, size: int, device: torch.device):
         self.strategy, self.rank, self.size, self.device = strategy, rank, size, device
 
     def agreed(self, value: int) -> int:
-        said = torch.tensor(value, device=self.device)
-        dist.broadcast(said, 0)
-        return int(said)
+        shared = torch.tensor(value, device=self.device)
+        dist.broadcast(shared, 0)
+        return int(shared)
 
-    def learner(self, model: DualEncoder, rule: config.Experts, momentum: Params, device: torch.device) -> Learner:
+    def trainer(
+        self, model: DualEncoder, rule: config.Experts, momentum: Params, device: torch.device
+    ) -> ExpertTrainer:
         batch_norm = nn.modules.batchnorm._BatchNorm
         if any(isinstance(m, batch_norm) and m.training for m in model.train().modules()):
             raise ValueError(
@@ -46,8 +48,8 @@ class GangOf(Team):
                 "batch; set experts.gang.workers to 1, or use a tower without it"
             )
         if self.strategy == "ddp":
-            return DdpLearner(model.to(device), rule, momentum, self)
-        return ZeroLearner(model, rule, momentum, self)
+            return DdpTrainer(model.to(device), rule, momentum, self)
+        return ZeroTrainer(model, rule, momentum, self)
 
 
 class Towers(nn.Module):
@@ -63,16 +65,16 @@ class Towers(nn.Module):
         return self.model.embed_images(images), self.model.embed_texts(texts)
 
 
-class DdpLearner(Learner):
-    def __init__(self, model: DualEncoder, rule: config.Experts, momentum: Params, gang: GangOf):
-        self.gang = gang
+class DdpTrainer(ExpertTrainer):
+    def __init__(self, model: DualEncoder, rule: config.Experts, momentum: Params, group: ProcessGroup):
+        self.group = group
         self.wrapped: nn.Module = nn.parallel.DistributedDataParallel(Towers(model))  # spreads the leader's weights
         super().__init__(model, rule, self._spread(model, momentum))
 
     def step(self, images: Float[Tensor, "B C H W"], texts: Float[Tensor, "B F"]) -> Float[Tensor, ""]:
-        u, v = (whole(share, self.gang.rank, self.gang.size) for share in self.wrapped(images, texts))
+        u, v = (whole(share, self.group.rank, self.group.size) for share in self.wrapped(images, texts))
         loss = infonce(self.model.scores(u, v), torch.eye(len(u), device=u.device))
-        self._descend(loss * self.gang.size)  # gradients are averaged over ranks, and their sum is wanted
+        self._descend(loss * self.group.size)  # gradients are averaged over ranks, and their sum is wanted
         return loss.detach()
 
     def _descend(self, loss: Float[Tensor, ""]) -> None:
@@ -82,7 +84,7 @@ class DdpLearner(Learner):
 
     def _spread(self, model: DualEncoder, momentum: Params) -> Params:
         """The leader's buffers on every rank."""
-        if not self.gang.agreed(len(momentum)):
+        if not self.group.agreed(len(momentum)):
             return {}
         shapes = {n: p for n, p in model.named_parameters() if p.requires_grad}
         buffers = {n: momentum[n].to(p.device) if n in momentum else torch.zeros_like(p) for n, p in shapes.items()}
@@ -91,16 +93,16 @@ class DdpLearner(Learner):
         return buffers
 
 
-class ZeroLearner(DdpLearner):
+class ZeroTrainer(DdpTrainer):
     """ZeRO 1, 2 or 3 with a client optimiser, which compiles nothing."""
 
-    def __init__(self, model: DualEncoder, rule: config.Experts, momentum: Params, gang: GangOf):
+    def __init__(self, model: DualEncoder, rule: config.Experts, momentum: Params, group: ProcessGroup):
         deepspeed = _deepspeed()
-        self.gang, self.model = gang, model
+        self.group, self.model = group, model
         self.gathered = deepspeed.zero.GatheredParameters
-        stage = int(gang.strategy[-1])
+        stage = int(group.strategy[-1])
         settings = {
-            "train_micro_batch_size_per_gpu": -(-rule.batch // gang.size),
+            "train_micro_batch_size_per_gpu": -(-rule.batch // group.size),
             "zero_optimization": {"stage": stage},
             "gradient_clipping": 0.0,  # its default is 1
             "zero_allow_untested_optimizer": True,
@@ -110,7 +112,7 @@ class ZeroLearner(DdpLearner):
         if stage == 3:  # weight by weight, so that the whole model never lies on one device
             deepspeed.zero.Init(module=towers, config_dict_or_path=settings, dtype=torch.float32)
             for buffer in model.buffers():
-                buffer.data = buffer.to(gang.device)
+                buffer.data = buffer.to(group.device)
             if isinstance(model.image_tower, ConvNet):  # its forward reads what its norms own
                 for p in model.image_tower.blocks[1::4].parameters():
                     deepspeed.zero.register_external_parameter(model.image_tower, p)
@@ -146,10 +148,10 @@ def whole(share: Float[Tensor, "b D"], rank: int, size: int) -> Float[Tensor, "B
     return torch.cat([share if r == rank else parts[r][: int(lengths[r])] for r in range(size)])
 
 
-def team_of(member: GroupMember, strategy: str, device: torch.device) -> GangOf:
-    """Join the gang of this member; a process stays in it for all experts that it trains."""
+def join_group(member: GroupMember, strategy: str, device: torch.device) -> ProcessGroup:
+    """Join the group of this member; a process stays in it for all experts that it trains."""
     if not _joined:
-        if dist.is_initialized():  # of all workers of a Train run, whatever their gang
+        if dist.is_initialized():  # of all workers of a Train run, whatever their group
             dist.destroy_process_group()
         if member.rank == 0:
             store = dist.TCPStore(member.host, 0, member.size, is_master=True, wait_for_workers=False)
@@ -163,7 +165,7 @@ def team_of(member: GroupMember, strategy: str, device: torch.device) -> GangOf:
         os.environ.setdefault("MASTER_PORT", str(store.port))
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=member.rank, world_size=member.size)
-        _joined.append(GangOf(strategy, member.rank, member.size, device))
+        _joined.append(ProcessGroup(strategy, member.rank, member.size, device))
     return _joined[0]
 
 
@@ -173,9 +175,9 @@ def side_by_side(task: Callable[[Any, Hooks], bool], item: Any, hooks: Hooks, si
     Raises `RuntimeError` with the reason of the first rank that failed.
     """
     context = torch.multiprocessing.get_context("spawn")
-    addresses, said, stop = context.Queue(), context.Queue(), context.Event()
+    addresses, messages, stop = context.Queue(), context.Queue(), context.Event()
     ranks = [
-        context.Process(target=_rank, args=(task, item, rank, size, threads, addresses, said, stop), daemon=True)
+        context.Process(target=_rank, args=(task, item, rank, size, threads, addresses, messages, stop), daemon=True)
         for rank in range(size)
     ]
     for process in ranks:
@@ -186,7 +188,7 @@ def side_by_side(task: Callable[[Any, Hooks], bool], item: Any, hooks: Hooks, si
             if hooks.should_stop():
                 stop.set()
             try:
-                kind, rank, value = said.get(timeout=0.2)
+                kind, rank, value = messages.get(timeout=0.2)
             except queue.Empty:
                 dead = [r for r, p in enumerate(ranks) if p.exitcode not in (None, 0) and r not in results]
                 if dead:
@@ -213,7 +215,7 @@ def _rank(
     size: int,
     threads: int,
     addresses: Any,
-    said: Any,
+    messages: Any,
     stop: Any,
 ) -> None:
     def meet(address: str | None) -> str:
@@ -225,12 +227,12 @@ def _rank(
     if torch.cuda.is_available():
         torch.cuda.set_device(rank % torch.cuda.device_count())
     hooks = Hooks(
-        lambda metrics: said.put(("report", rank, metrics)), stop.is_set, GroupMember(rank, size, LOCALHOST, meet)
+        lambda metrics: messages.put(("report", rank, metrics)), stop.is_set, GroupMember(rank, size, LOCALHOST, meet)
     )
     try:
-        said.put(("done", rank, task(item, hooks)))
+        messages.put(("done", rank, task(item, hooks)))
     except Exception as error:
-        said.put(("failed", -1 if isinstance(error, ValueError) else rank, str(error) or type(error).__name__))
+        messages.put(("failed", -1 if isinstance(error, ValueError) else rank, str(error) or type(error).__name__))
 
 
 def _deepspeed() -> Any:
