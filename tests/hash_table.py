@@ -18,7 +18,7 @@ MOVES = {
         experts.epochs experts.batch experts.lr_image experts.lr_text experts.momentum experts.weight_decay
         experts.augment.crop experts.augment.crop_scale experts.augment.crop_ratio experts.augment.flip
         experts.augment.randaugment_ops experts.augment.randaugment_magnitude
-        experts.augment.randaugment_probability experts.shuffle.kind experts.gang.workers experts.keep
+        experts.augment.randaugment_probability experts.shuffle.kind experts.worker_group.workers experts.keep
         experts.dtype experts.forgetting experts.seed
     """,
     "baseline phases store": """
@@ -34,7 +34,7 @@ MOVES = {
         data.scenes.seed data.reencode data.shard_mb data.max_pixels
     """,
     "nothing": """
-        data.root experts.shuffle.block experts.shuffle.window experts.gang.strategy distill.budget_check
+        data.root experts.shuffle.block experts.shuffle.window experts.worker_group.strategy distill.budget_check
         distill.guard.retries distill.checkpoint_every evaluate.probes search.space search.trials search.base
         search.sampler search.pruner search.cost search.startup search.reduction search.concurrency search.seed
         search.storage search.warm_start runtime.storage runtime.scratch runtime.ray runtime.address

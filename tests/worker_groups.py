@@ -47,7 +47,7 @@ def prepared_split() -> PreparedSplit:
 
 def train(item: tuple[Path, config.Run], hooks: Hooks) -> bool:
     path, run = item
-    group = worker_group.join_group(hooks.member, run.experts.gang.strategy, CPU) if hooks.member else None
+    group = worker_group.join_group(hooks.member, run.experts.worker_group.strategy, CPU) if hooks.member else None
     data = prepared_split()
     return train_expert(
         run,

@@ -31,10 +31,10 @@ from rmdd.config.hashing import Purpose, hash_value, hashed
 from rmdd.config.model import NO_AUGMENT as NO_AUGMENT
 from rmdd.config.model import Augment as Augment
 from rmdd.config.model import Experts, Model
-from rmdd.config.model import Gang as Gang
 from rmdd.config.model import ImageTower as ImageTower
 from rmdd.config.model import Shuffle as Shuffle
 from rmdd.config.model import TextTower as TextTower
+from rmdd.config.model import WorkerGroup as WorkerGroup
 from rmdd.config.plan import Plan as Plan
 from rmdd.config.probes import ClassData as ClassData
 from rmdd.config.probes import Classes as Classes
@@ -95,11 +95,11 @@ class Run(Section):
                 f"distill.phases ask for epoch {reach} but experts are trained for {self.experts.epochs}; "
                 f"set experts.epochs to {reach} or lower the endpoints"
             )
-        gpus = self.runtime.gpus_per_worker
-        if self.experts.gang.workers > 1 and 0 < gpus < 1:
+        gpus, workers = self.runtime.gpus_per_worker, self.experts.worker_group.workers
+        if workers > 1 and 0 < gpus < 1:
             mistakes.append(
-                f"experts.gang.workers {self.experts.gang.workers} on shares of a GPU would put two on one, which NCCL "
-                "refuses; set runtime.gpus_per_worker to 1, or experts.gang.workers to 1"
+                f"experts.worker_group.workers {workers} on shares of a GPU would put two on one, which NCCL "
+                "refuses; set runtime.gpus_per_worker to 1, or experts.worker_group.workers to 1"
             )
         if d.plan.plans and self.experts.keep == "endpoints":
             mistakes.append(f"distill.phases: {d.plan.kind} looks for its endpoints; set experts.keep: all, or a list")

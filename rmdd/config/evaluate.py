@@ -130,7 +130,7 @@ class Runtime(Section):
     loader_workers: Annotated[int, Field(ge=0)] = Field(0, description="processes per expert that decode and augment")
     fleet: Literal["pool", "train"] = Field(
         "pool",
-        description="who trains experts: a pool of actors, or one run of Ray Train, which gangs always take",
+        description="who trains experts: a pool of actors, or one run of Ray Train, which worker groups always take",
     )
     min_workers: PositiveInt = Field(
         1, description="workers that a run of Ray Train starts or goes on with; it grows up to `workers` as nodes come"

@@ -111,7 +111,7 @@ class Shuffle(Section):
         return self.block * self.window
 
 
-class Gang(Section):
+class WorkerGroup(Section):
     """Workers that train one expert together. The batch is split over them and the loss is that of the whole batch."""
 
     workers: PositiveInt = Field(1, description="workers per expert, each with `runtime.gpus_per_worker` and `threads`")
@@ -136,7 +136,7 @@ class Experts(Section):
     weight_decay: NonNegativeFloat = Field(0.0, description="of SGD, on every parameter")
     augment: Augment = Augment()
     shuffle: Shuffle = Shuffle()
-    gang: Gang = Gang()
+    worker_group: WorkerGroup = WorkerGroup()
     keep: Literal["all", "endpoints"] | tuple[PositiveInt, ...] = Field(
         "endpoints",
         description="epochs that stay on disk; a list, such as [6, 8, 10], lets runs with other endpoints share them",
@@ -152,20 +152,21 @@ class Experts(Section):
     seed: int | None = Field(None, description="null: the run's seed")
 
     def clashes(self) -> list[str]:
-        found: list[str] = []
-        if self.batch < self.gang.workers:
-            found.append(
-                f"experts.batch {self.batch} cannot be split over experts.gang.workers {self.gang.workers}; raise it"
+        mistakes: list[str] = []
+        group = self.worker_group
+        if self.batch < group.workers:
+            mistakes.append(
+                f"experts.batch {self.batch} cannot be split over experts.worker_group.workers {group.workers}; raise it"
             )
-        if self.gang.workers > 1 and self.gang.strategy != "ddp" and self.momentum:
-            found.append(
-                f"experts.momentum {self.momentum} lies in parts under experts.gang.strategy {self.gang.strategy}, and "
-                "cannot be resumed from; set it to 0, or the strategy to ddp"
+        if group.workers > 1 and group.strategy != "ddp" and self.momentum:
+            mistakes.append(
+                f"experts.momentum {self.momentum} lies in parts under experts.worker_group.strategy {group.strategy}, "
+                "and cannot be resumed from; set it to 0, or the strategy to ddp"
             )
-        return found
+        return mistakes
 
     def left_out(self, purpose: Purpose) -> tuple[str, ...]:
         """What changes nothing as it is set: stores that are older than it stay valid."""
-        idle = {"shuffle": self.shuffle.kind == "global", "gang": self.gang.workers == 1}
+        idle = {"shuffle": self.shuffle.kind == "global", "worker_group": self.worker_group.workers == 1}
         idle["forgetting"] = not self.forgetting
         return tuple(name for name, is_idle in idle.items() if is_idle)

@@ -17,7 +17,7 @@ from rmdd.config.hashing import Purpose
 PRESETS = Path(__file__).parents[1] / "presets"
 S = TypeVar("S", bound="Section")
 
-MOVED: dict[str, str] = {}
+MOVED = {"experts.gang": "experts.worker_group"}
 """Fields of older run files, and where each is now: the place to write it, for the message that names it."""
 
 

@@ -45,7 +45,7 @@ class ProcessGroup(TrainingGroup):
         if any(isinstance(m, batch_norm) and m.training for m in model.train().modules()):
             raise ValueError(
                 "the image tower has batch normalisation, whose statistics would be those of a worker's share of the "
-                "batch; set experts.gang.workers to 1, or use a tower without it"
+                "batch; set experts.worker_group.workers to 1, or use a tower without it"
             )
         if self.strategy == "ddp":
             return DdpTrainer(model.to(device), rule, momentum, self)
@@ -240,7 +240,8 @@ def _deepspeed() -> Any:
         import deepspeed
     except ImportError:
         raise ValueError(
-            "experts.gang.strategy zero1, zero2 and zero3 need DeepSpeed: pip install 'rmdd[deepspeed]', or set ddp"
+            "experts.worker_group.strategy zero1, zero2 and zero3 need DeepSpeed: pip install 'rmdd[deepspeed]', or set "
+            "ddp"
         ) from None
     if not torch.cuda.is_available():  # else a C++ extension is compiled that nothing here needs
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -270,7 +270,7 @@ class Steps:
 
     def _train(self, items: list[Item]) -> None:
         """Train experts, failed ones again after the others; raises `RuntimeError` naming all that are given up."""
-        executor, runtime, size = None, self.run.runtime, self.run.experts.gang.workers
+        executor, runtime, size = None, self.run.runtime, self.run.experts.worker_group.workers
         if items and self.backend.expert_pool is not None and (size > 1 or runtime.fleet == "train"):
             executor = self.backend.expert_pool(items[0].paths.store.name, size=size)
         given_up: dict[str, list[str]] = {}

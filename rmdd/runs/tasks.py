@@ -41,13 +41,13 @@ CURVES = ("loss", "miss_image", "miss_text", "student_loss", "lr_image", "lr_tex
 
 @dataclass(frozen=True)
 class TrainExpert:
-    """Train expert `item.number` to the end or until told to stop. In a gang the first worker alone writes."""
+    """Train expert `item.number` to the end or until told to stop. In a worker group the first worker alone writes."""
 
     def target(self, item: Item) -> Path:
         return item.paths.store / f"expert-{item.number:03d}"
 
     def __call__(self, item: Item, hooks: Hooks) -> bool:
-        rule, device, member = item.run.experts.gang, device_of(item.run.runtime), hooks.member
+        rule, device, member = item.run.experts.worker_group, device_of(item.run.runtime), hooks.member
         if rule.workers > 1 and member is None:
             return worker_group.side_by_side(self, item, hooks, rule.workers, item.run.runtime.threads)
         item, storage = located(item)

@@ -32,7 +32,7 @@ WINDOWED = {"experts": {"shuffle": {"kind": "windowed"}}}
             {"experts": {"shuffle": {"block": 8}}},
             TRAINED,
         ),
-        ({}, {"experts": {"gang": {"strategy": "zero1"}}}, set()),
+        ({}, {"experts": {"worker_group": {"strategy": "zero1"}}}, set()),
         ({}, {"experts": {"forgetting": 100}}, TRAINED),
         ({}, {"evaluate": {"augment": "dsa"}}, {"run", "baseline"}),
         ({}, {"seed": 3}, TRAINED | {"plan"}),

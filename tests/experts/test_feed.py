@@ -115,7 +115,7 @@ def test_the_order_does_not_know_how_rows_are_cut_into_shards(tmp_path):
     assert torch.equal(*found)
 
 
-def test_a_gang_shares_every_batch():
+def test_a_worker_group_shares_every_batch():
     run = run_of()
     image_of = np.repeat(np.arange(PAIRS), 3)
     whole = Epoch.of(run.experts, run.seed_of("experts"), image_of, 0, 0)
@@ -138,4 +138,4 @@ def test_what_is_fed_where_is_in_no_hash_and_the_order_is():
     run = run_of(shuffle=config.Shuffle())
     assert run.hash_of() == run_of(cached=False, shuffle=config.Shuffle(block=2)).hash_of()
     assert run.hash_of() != run_of().hash_of() != run_of(shuffle=WINDOWED.model_copy(update={"block": 9})).hash_of()
-    assert "shuffle" not in run.hashed("experts", "experts") and "gang" not in run.hashed("experts", "experts")
+    assert "shuffle" not in run.hashed("experts", "experts") and "worker_group" not in run.hashed("experts", "experts")

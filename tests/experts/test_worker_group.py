@@ -44,11 +44,11 @@ def test_gradients_of_the_ranks_add_up_to_that_of_the_whole_batch():
 
 def test_a_stopped_and_resumed_group_with_momentum_trains_what_one_worker_trains(tmp_path):
     one, seen = by_one(tmp_path / "one", momentum=0.9), []
-    gang = {"momentum": 0.9, "gang": {"workers": 2}}
-    assert not by_two(tmp_path / "two", Hooks(seen.append, lambda: len(seen) >= 1), **gang)
+    group = {"momentum": 0.9, "worker_group": {"workers": 2}}
+    assert not by_two(tmp_path / "two", Hooks(seen.append, lambda: len(seen) >= 1), **group)
     store = Store.open(tmp_path / "two")
     assert store.complete() == [] and (store.folder(0) / "running.safetensors").is_file()
-    assert by_two(tmp_path / "two", **gang)
+    assert by_two(tmp_path / "two", **group)
     check_same(one, store)
 
 
@@ -64,12 +64,14 @@ def test_a_rank_that_fails_ends_the_group_with_its_reason():
 def test_zero_trains_what_one_worker_trains(tmp_path, strategy):
     pytest.importorskip("deepspeed")
     one = by_one(tmp_path / "one")
-    assert by_two(tmp_path / strategy, gang={"workers": 2, "strategy": strategy})
+    assert by_two(tmp_path / strategy, worker_group={"workers": 2, "strategy": strategy})
     check_same(one, Store.open(tmp_path / strategy))
 
 
 def test_what_cannot_be_split_is_refused():
-    with pytest.raises(ValueError, match=r"experts.batch 2 cannot be split over experts.gang.workers 3; raise it"):
-        config.Experts(batch=2, gang=config.Gang(workers=3))
+    with pytest.raises(
+        ValueError, match=r"experts.batch 2 cannot be split over experts.worker_group.workers 3; raise it"
+    ):
+        config.Experts(batch=2, worker_group=config.WorkerGroup(workers=3))
     with pytest.raises(ValueError, match="experts.momentum"):
-        config.Experts(momentum=0.9, gang=config.Gang(workers=2, strategy="zero2"))
+        config.Experts(momentum=0.9, worker_group=config.WorkerGroup(workers=2, strategy="zero2"))

@@ -356,7 +356,7 @@ class ExpertPool(Mapper):
         least = min(most, max(size, runtime.min_workers))
         cpus, gpus = runtime.share
         if room < least:
-            asks = "experts.gang.workers" if least == size else "runtime.min_workers"
+            asks = "experts.worker_group.workers" if least == size else "runtime.min_workers"
             raise ValueError(
                 f"{asks} asks for {least} workers side by side, the cluster has room for {room} of {gpus:g} GPU(s) and "
                 f"{cpus:g} CPU(s); lower one of them or add nodes"

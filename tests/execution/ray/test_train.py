@@ -57,7 +57,7 @@ def events(path, *kinds):
 def run_of(folder, num, **experts):
     raw = copy.deepcopy(TINY)
     raw["experts"] |= {"num": num, "epochs": 30, **experts}
-    raw["model"]["dropout"] = 0.0  # whose masks the ranks of a gang draw for themselves
+    raw["model"]["dropout"] = 0.0  # whose masks the ranks of a worker group draw for themselves
     raw["runtime"] = {"storage": str(folder), "track": "none"}
     return config.load(raw)
 
@@ -163,34 +163,34 @@ def test_an_interrupt_lets_every_worker_save(fleet, tmp_path):
     assert [(item / "saved").exists() for item in items] == [True, True, False], "no new item is begun"
 
 
-def test_a_gang_with_a_killed_member_trains_the_bits_of_an_unbroken_one(fleet, tmp_path):
+def test_a_worker_group_with_a_killed_member_trains_the_bits_of_an_unbroken_one(fleet, tmp_path):
     rule = {"keep": "all", "epochs": 12}
-    one, unbroken = (trained(run_of(tmp_path / f"{n}", 2, **rule, gang={"workers": n})) for n in (1, 2))
+    one, unbroken = (trained(run_of(tmp_path / f"{n}", 2, **rule, worker_group={"workers": n})) for n in (1, 2))
     log = tmp_path / "events.jsonl"
-    strike = kill_worker(tmp_path / "gang", "expert 0", log)
-    store = trained(run_of(tmp_path / "gang", 2, **rule, gang={"workers": 2}), fleet(size=2))
+    strike = kill_worker(tmp_path / "group", "expert 0", log)
+    store = trained(run_of(tmp_path / "group", 2, **rule, worker_group={"workers": 2}), fleet(size=2))
     assert not strike.is_alive() and events(log, "died", "failed")
     assert files(store) == files(unbroken)
-    assert store.path.name != one.path.name, "the gang is in the hash"
+    assert store.path.name != one.path.name, "the worker group is in the hash"
     a, b = (Store.open(s.path).read(0, 2) for s in (one, store))
     for name in a:
         torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-5)
 
 
 def late_leader(item, hooks):
-    """The first of a gang is done after the others, as when it writes what they have trained together."""
+    """The first of a worker group is done after the others, as when it writes what they have trained together."""
     time.sleep(0.5 * (hooks.member.rank == 0))
     return item
 
 
-def test_a_gang_does_one_item_after_another(fleet, tmp_path):
+def test_a_worker_group_does_one_item_after_another(fleet, tmp_path):
     names = [f"item {i}" for i in range(3)]
     assert fleet(size=2).map(late_leader, [7, 8, 9], names, lambda name, metrics: None) == [7, 8, 9]
     expected = [(kind, name) for name in names for kind in ("started", "finished")]
     assert [(e["event"], e["item"]) for e in events(tmp_path / "events.jsonl")] == expected
 
 
-def test_a_gang_that_does_not_fit_is_refused(fleet):
+def test_a_worker_group_that_does_not_fit_is_refused(fleet):
     with pytest.raises(ValueError, match=r"asks for 5 workers side by side, the cluster has room for 4"):
         fleet(size=5).map(flaky, [(0, None)], ["item"], lambda name, metrics: None)
 
@@ -198,7 +198,7 @@ def test_a_gang_that_does_not_fit_is_refused(fleet):
 def test_more_workers_to_start_with_than_fit_are_refused(fleet):
     """Two nodes of three CPUs have room for one worker of two threads each, not for three."""
     executor = fleet(size=3, nodes=((3.0, 0.0), (3.0, 0.0)), threads=2)
-    with pytest.raises(ValueError, match=r"gang.workers asks for 3 .* room for 2 of 0 GPU\(s\) and 2 CPU\(s\)"):
+    with pytest.raises(ValueError, match=r"worker_group.workers asks for 3 .* room for 2 of 0 GPU\(s\) and 2 CPU\(s\)"):
         executor.map(flaky, [(0, None)], ["item"], lambda name, metrics: None)
     with pytest.raises(ValueError, match=r"runtime.min_workers asks for 8 .* room for 4"):
         fleet(workers=8, min_workers=8).map(flaky, [(0, None)] * 9, list("abcdefghi"), lambda name, metrics: None)
@@ -256,12 +256,12 @@ def roster(items=3, size=1, tries=1):
 
 def test_a_death_is_charged_to_its_own_item_alone():
     made = roster()
-    assert [made.take("first", gang, 0) for gang in (0, 1)] == [[0], [1]]
+    assert [made.take("first", group, 0) for group in (0, 1)] == [[0], [1]]
     made.lost({1: "killed"})
     for rank in (0, 1):
         made.enrol("second", rank, {"pid": 10 + rank, "host": "node"})
     assert made.faults == [0, 1, 0]
-    assert [made.take("second", gang, 0) for gang in (0, 1)] == [[0], [2]], "what was at work comes first"
+    assert [made.take("second", group, 0) for group in (0, 1)] == [[0], [2]], "what was at work comes first"
     made.settle("second", 0, 0, True)
     assert made.take("second", 0, 1) == [1]
     made.lost({0: "killed"})
@@ -293,10 +293,10 @@ def test_a_death_is_told_from_the_loss_of_a_node(node, faults, ray_local):
     ray_local.kill(kept)
 
 
-def test_members_of_a_gang_take_the_item_that_its_leader_drew():
+def test_members_of_a_worker_group_take_the_item_that_its_leader_drew():
     made = roster(items=2, size=2)
     assert made.take("first", 0, 0, leads=False) == []
-    assert [made.take("first", gang, 0, leads) for leads in (True, False) for gang in (0, 1)] == [[0], [1], [0], [1]]
+    assert [made.take("first", group, 0, leads) for leads in (True, False) for group in (0, 1)] == [[0], [1], [0], [1]]
     assert made.take("first", 0, 1, leads=False) == [], "its leader still writes"
     made.settle("first", 0, 0, True)
     assert made.results == {0: True}
@@ -309,7 +309,7 @@ def test_members_of_a_gang_take_the_item_that_its_leader_drew():
 
 def test_a_smaller_group_takes_over_what_a_larger_one_left():
     made = roster(items=2)
-    assert [made.take("first", gang, 0) for gang in (0, 1)] == [[0], [1]]
+    assert [made.take("first", group, 0) for group in (0, 1)] == [[0], [1]]
     made.enrol("second", 0, {"pid": 9, "host": "node"})
     assert [made.take("second", 0, turn) for turn in (0, 1)] == [[0], [1]] and made.faults == [0, 0]
 
