@@ -156,7 +156,8 @@ class Experts(Section):
         group = self.worker_group
         if self.batch < group.workers:
             mistakes.append(
-                f"experts.batch {self.batch} cannot be split over experts.worker_group.workers {group.workers}; raise it"
+                f"experts.batch {self.batch} cannot be split over experts.worker_group.workers {group.workers}; "
+                "raise it"
             )
         if group.workers > 1 and group.strategy != "ddp" and self.momentum:
             mistakes.append(

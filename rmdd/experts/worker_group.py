@@ -240,8 +240,8 @@ def _deepspeed() -> Any:
         import deepspeed
     except ImportError:
         raise ValueError(
-            "experts.worker_group.strategy zero1, zero2 and zero3 need DeepSpeed: pip install 'rmdd[deepspeed]', or set "
-            "ddp"
+            "experts.worker_group.strategy zero1, zero2 and zero3 need DeepSpeed: pip install 'rmdd[deepspeed]', or "
+            "set ddp"
         ) from None
     if not torch.cuda.is_available():  # else a C++ extension is compiled that nothing here needs
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
