@@ -91,7 +91,7 @@ class Comparison:
         beside = published.beside(self.run.data.layout, self.run.distill.budget)
         title = f"comparison: {self.run.name}"
         shown = (
-            table(protocol_words(self.run), plain, self.against),
+            table(protocol_words(self.run.model, self.run.data.image_size, self.run.evaluate), plain, self.against),
             *_published(self.run.data.layout, self.run.distill.budget, beside),
         )
         tables.write(self.folder, title, shown, [*map(tables.flat, plain), *map(published.flat, beside)])
@@ -147,11 +147,10 @@ def reading(extra: Sequence[str]) -> list[str]:
     return notes
 
 
-def protocol_words(run: config.Run) -> str:
+def protocol_words(model: config.Model, image_size: int, rule: config.Evaluate) -> str:
     """The protocol in one line."""
-    rule, tower = run.evaluate, run.model
     return (
-        f"{tower.image.name} + {tower.text.name}, {run.data.image_size} pixels; {rule.students} students, "
+        f"{model.image.name} + {model.text.name}, {image_size} pixels; {rule.students} students, "
         f"{rule.epochs} passes per subset, batch {rule.batch}"
     )
 
@@ -202,7 +201,9 @@ def begin(
     """A comparison, checked. Raises `ConfigError` with all that is wrong."""
     entries = open_entries(words)
     run = protocol_of(entries, source, overrides, load)
-    wrong = unbuildable(run) or [mistake for entry in entries for mistake in misfits(entry, run, reencode)]
+    wrong = unbuildable(run) or [
+        mistake for entry in entries for mistake in misfits(entry, run.model, run.data.image_size, reencode)
+    ]
     names = [e.name for e in entries]
     if against is not None and against not in names:
         wrong.append(f"--against {against}: there is no such row; there are {', '.join(names)}")

@@ -187,23 +187,23 @@ def made_by(entry: Entry) -> dict[str, Any] | None:
     return raw
 
 
-def misfits(entry: Entry, run: config.Run, reencode: bool) -> list[str]:
-    """Why students of `run` cannot learn from a set, as far as can be told without the data."""
+def misfits(entry: Entry, model: config.Model, image_size: int, reencode: bool) -> list[str]:
+    """Why students of `model` that see pictures of `image_size` cannot learn from a set, as far as its files show."""
     set_ = entry.distilled
     if set_ is None:
         return []
-    wrong, size, towers = [], run.data.image_size, set_.model
-    if set_.image_size != size:
-        wrong.append(f"was made for pictures of {set_.image_size} pixels, students see {size}")
-    if towers and (its := image_start(towers["image"])) != (ours := image_start(run.model.image.model_dump())):
+    wrong, towers = [], set_.model
+    if set_.image_size != image_size:
+        wrong.append(f"was made for pictures of {set_.image_size} pixels, students see {image_size}")
+    if towers and (its := image_start(towers["image"])) != (ours := image_start(model.image.model_dump())):
         wrong.append(f"was made for the image tower {its}, students have {ours}; `rmdd transfer` is for other towers")
-    if same_text(set_, run.model.text):
+    if same_text(set_, model.text):
         return [f"{entry.name} {each}" for each in wrong]
     encoder = towers.get("text", {}).get("name", "none that it names")
     if not reencode:
         wrong.append(
             f"was made for the text encoder {encoder} (texts of {set_.subsets[0].texts.shape[1]} numbers), "
-            f"students have {run.model.text.name} or pool otherwise; --reencode embeds the nearest real captions anew, "
+            f"students have {model.text.name} or pool otherwise; --reencode embeds the nearest real captions anew, "
             "and `rmdd transfer` compares encoders"
         )
     elif not all(caption for subset in set_.subsets for caption in subset.captions):

@@ -260,7 +260,7 @@ def begin(
     if entry.distilled is None:
         raise config.ConfigError([f"{word} is no distilled set; give the folder of one, or of its run"], "transfer")
     run = planned(protocol_of([entry], source, overrides, load), "transfer")
-    wrong = unbuildable(run) or misfits(entry, run, reencode=False)
+    wrong = unbuildable(run) or misfits(entry, run.model, run.data.image_size, reencode=False)
     wrong += [] if to else ["no tower to go to; give --to TOWER, such as --to resnet18"]
     targets: list[config.Run] = []
     for name in to:
@@ -270,7 +270,8 @@ def begin(
             message = error.errors()[0]["msg"] if hasattr(error, "errors") else str(error)
             wrong.append(f"--to {name}: {message.removeprefix('Value error, ')}")
             continue
-        unfit = unbuildable(there) or misfits(entry, _with_image(there, run.model.image), reencode=True)
+        own_image = there.model.model_copy(update={"image": run.model.image})  # another image tower is no misfit here
+        unfit = unbuildable(there) or misfits(entry, own_image, run.data.image_size, reencode=True)
         wrong += [f"--to {name}: {mistake}" for mistake in unfit]
         if there.model == run.model:
             wrong.append(f"--to {name}: these are the towers that the set was made for, which stand there anyway")
@@ -280,8 +281,3 @@ def begin(
     if wrong:
         raise config.ConfigError(wrong, "transfer")
     return Transfer(entry, run, tuple(to), tuple(targets), random, full)
-
-
-def _with_image(run: config.Run, image: config.ImageTower) -> config.Run:
-    """`run` with the image tower of the source, for what else could keep a set from fitting."""
-    return run.model_copy(update={"model": run.model.model_copy(update={"image": image})})
