@@ -97,9 +97,9 @@ def _subset(path: Path, train: PreparedSplit, real: bool) -> Subset:
 def _provenance(
     run: config.Run, train: PreparedSplit, sets: Sequence[Path], experts: str, iterations: Sequence[int], version: str
 ) -> dict[str, Any]:
-    data, asked = train.split.dataset, [path.parent / PARTS for path in sets]
-    parts = {part["role"]: part for path in asked if path.is_file() for part in read_json(path)}
-    told = [path.with_name(FACTS) for path in asked if path.with_name(FACTS).is_file()]
+    data, part_files = train.split.dataset, [path.parent / PARTS for path in sets]
+    parts = {part["role"]: part for path in part_files if path.is_file() for part in read_json(path)}
+    fact_files = [path.with_name(FACTS) for path in part_files if path.with_name(FACTS).is_file()]
     return {
         "rmdd": version,
         "torch": torch.__version__,
@@ -112,7 +112,7 @@ def _provenance(
         "phases": sets[0].parent.parent.name,
         "iterations": list(iterations),
         **({"parts": list(parts.values())} if parts else {}),
-        **({"generated": {path.parent.name: read_json(path) for path in told}} if told else {}),
+        **({"generated": {path.parent.name: read_json(path) for path in fact_files}} if fact_files else {}),
         "seeds": {
             "experts": run.seed_of("experts"),
             "distill": run.seed_of("distill"),

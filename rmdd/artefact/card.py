@@ -123,13 +123,13 @@ def text(distilled: DistilledSet) -> str:
         metrics=_table(distilled.metrics, "measure") or "None were recorded.",
         provenance=_table(distilled.provenance, "what") or "Nothing was recorded.",
         similarity_row=SIMILARITY_ROWS[subset.kind],
-        made=_made(distilled),
+        made=_origin(distilled),
         licences=_licences(distilled.provenance.get("parts", [])),
         script=script(distilled),
     )
 
 
-def _made(distilled: DistilledSet) -> str:
+def _origin(distilled: DistilledSet) -> str:
     """How the pictures came about."""
     generated = distilled.provenance.get("generated")
     if generated is None:

@@ -53,14 +53,14 @@ class Subset:
         rank = self.similarity["left"].shape[-1] if "left" in self.similarity else 0
         shapes = {"": {}, "matrix": {"matrix": (m, m)}, "left": {"scale": (m,), "left": (m, rank), "right": (m, rank)}}
         kind = next((name for name in ("matrix", "left") if name in self.similarity), "")
-        found = {name: tuple(t.shape) for name, t in self.similarity.items()}
+        actual = {name: tuple(t.shape) for name, t in self.similarity.items()}
         if not m or self.images.ndim != 4 or self.images.shape[1] != 3:
             raise ValueError(f"images must be (M, 3, H, W) with M at least 1, found {tuple(self.images.shape)}")
         if self.texts.ndim != 2 or len(self.texts) != m:
             raise ValueError(f"{m} images need texts of shape ({m}, F), found {tuple(self.texts.shape)}")
-        if found != shapes[kind]:
+        if actual != shapes[kind]:
             wanted = "nothing, matrix (M, M), or scale (M), left (M, R) and right (M, R)"
-            raise ValueError(f"similarity of {m} pairs must be {wanted}; found {found}")
+            raise ValueError(f"similarity of {m} pairs must be {wanted}; found {actual}")
         for name in ("captions", "source_ids", "captions_before"):
             count = len(getattr(self, name))
             if count != m and (count or name != "captions_before"):
@@ -119,8 +119,8 @@ class DistilledSet:
             object.__setattr__(self, name, tuple(float(x) for x in getattr(self, name)))
         shapes = {(tuple(s.images.shape[1:]), s.texts.shape[1], s.kind) for s in self.subsets}
         if len(shapes) != 1:
-            found = shapes or "no subsets"
-            raise ValueError(f"subsets must share image shape, text width and kind of similarity; found {found}")
+            actual = shapes or "no subsets"
+            raise ValueError(f"subsets must share image shape, text width and kind of similarity; found {actual}")
 
     @property
     def num_pairs(self) -> int:
@@ -314,15 +314,15 @@ def _read_tensors(path: Path, version: int) -> dict[str, Tensor]:
 def _check_bytes(file: Path, sha256: str) -> None:
     if not file.is_file():
         raise ValueError(f"{file} is missing; get the set again")
-    if (found := sha256_file(file)) != sha256:
-        raise ValueError(f"{file} was altered: SHA-256 {found[:12]}, set.json says {sha256[:12]}; get the set again")
+    if (actual := sha256_file(file)) != sha256:
+        raise ValueError(f"{file} was altered: SHA-256 {actual[:12]}, set.json says {sha256[:12]}; get the set again")
 
 
 def _check_tensors(path: Path, tensors: dict[str, Tensor], listed: dict[str, dict[str, Any]]) -> None:
-    found = {name: {"shape": list(t.shape), "dtype": str(t.dtype)} for name, t in tensors.items()}
-    for name in sorted(found.keys() | listed.keys()):
-        if found.get(name) != listed.get(name):
-            what = f"{TENSORS} has {name} as {found.get(name)}, {DESCRIPTION} says {listed.get(name)}"
+    actual = {name: {"shape": list(t.shape), "dtype": str(t.dtype)} for name, t in tensors.items()}
+    for name in sorted(actual.keys() | listed.keys()):
+        if actual.get(name) != listed.get(name):
+            what = f"{TENSORS} has {name} as {actual.get(name)}, {DESCRIPTION} says {listed.get(name)}"
             raise ValueError(f"{path}: {what}; get the set again")
 
 

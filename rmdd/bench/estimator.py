@@ -46,23 +46,23 @@ def along(
     rows: list[dict[str, Any]] = []
     while state.iteration < iterations:
         drawn = matcher.draw(state.iteration)
-        found = matcher.gradient(state.raw, drawn)
-        if not math.isfinite(float(found.loss)):
+        result = matcher.gradient(state.raw, drawn)
+        if not math.isfinite(float(result.loss)):
             rows.append({"iteration": state.iteration, "stopped": "the loss is not finite"})
             break
         if state.iteration % every == 0:
-            both = {own: found.gradient, other: matcher.gradient(state.raw, drawn, estimator=other).gradient}
+            both = {own: result.gradient, other: matcher.gradient(state.raw, drawn, estimator=other).gradient}
             exact, first = both["exact"].tensors(), both["first_order"].tensors()
             rows.append(
                 {
                     "iteration": state.iteration,
                     "start": drawn.start,
-                    "loss": float(found.loss),
+                    "loss": float(result.loss),
                     "cosine": {n: cosine(first[n], exact[n]) for n in exact},
                     "norm_ratio": {n: norm_ratio(first[n], exact[n]) for n in exact},
                 }
             )
-        state = outer_step(state, found.gradient, run.distill)
+        state = outer_step(state, result.gradient, run.distill)
     return rows
 
 
@@ -82,12 +82,12 @@ def norm_ratio(a: Tensor, b: Tensor) -> float:
 def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Per tensor the median cosine and norm ratio over rows, zero gradients left out."""
     compared = [row for row in rows if "cosine" in row]
-    found: dict[str, dict[str, float]] = {}
+    medians: dict[str, dict[str, float]] = {}
     for name in compared[0]["cosine"] if compared else ():
         values = {key: [row[key][name] for row in compared] for key in ("cosine", "norm_ratio")}
-        kept = {key: [v for v in vs if not math.isnan(v)] for key, vs in values.items()}
-        found[name] = {key: statistics.median(vs) if vs else math.nan for key, vs in kept.items()}
-    return found
+        finite = {key: [v for v in vs if not math.isnan(v)] for key, vs in values.items()}
+        medians[name] = {key: statistics.median(vs) if vs else math.nan for key, vs in finite.items()}
+    return medians
 
 
 def of_run(pipeline: Pipeline, phase: int, iterations: int, every: int) -> list[dict[str, Any]]:

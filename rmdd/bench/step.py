@@ -92,34 +92,34 @@ def variants(
     for name in of_methods:
         if not methods.find(name).unrolls:
             raise ValueError(f"method {name} matches no trajectories and has no such step; leave it out")
-    found = [Variant(y) for y in yardsticks]
+    chosen = [Variant(y) for y in yardsticks]
     for method in (None, *of_methods):
         for label, engine in (engines or {"": AS_RUN}).items():
-            found += [Variant(" ".join(filter(None, (method, e, label))), method, e, engine) for e in estimators]
-    return found
+            chosen += [Variant(" ".join(filter(None, (method, e, label))), method, e, engine) for e in estimators]
+    return chosen
 
 
 def engine_of(words: str) -> Engine:
     """An engine from words such as `reverse,bfloat16,recompute`; what is not named is as in a run."""
-    found: dict[str, Any] = {"second_pass": "forward"}
+    options: dict[str, Any] = {"second_pass": "forward"}
     for word in filter(None, words.split(",")):
         if word.startswith("reuse=") and word[6:].isdigit():
-            found["reuse"] = int(word[6:])
+            options["reuse"] = int(word[6:])
             continue
-        places = [name for name, choices in ENGINE_WORDS.items() if word in choices]
-        if not places:
-            known = ", ".join([*(w for choices in ENGINE_WORDS.values() for w in choices), "reuse=STEPS"])
-            raise ValueError(f"no engine option '{word}'; there are: {known}")
-        found[places[0]] = word
-    return Engine(**found)
+        fields = [name for name, choices in ENGINE_WORDS.items() if word in choices]
+        if not fields:
+            valid = ", ".join([*(w for choices in ENGINE_WORDS.values() for w in choices), "reuse=STEPS"])
+            raise ValueError(f"no engine option '{word}'; there are: {valid}")
+        options[fields[0]] = word
+    return Engine(**options)
 
 
 def yardsticks_of(words: str) -> list[str]:
     """Yardsticks by name, parted by commas; none for an empty string."""
-    found = [w for w in words.split(",") if w]
-    if unknown := [w for w in found if w not in YARDSTICKS]:
+    names = [w for w in words.split(",") if w]
+    if unknown := [w for w in names if w not in YARDSTICKS]:
         raise ValueError(f"no yardstick '{unknown[0]}'; there are: {', '.join(YARDSTICKS)}")
-    return found
+    return names
 
 
 def run_of(case: Case, method: str | None = None) -> config.Run:
@@ -179,8 +179,8 @@ def prepare(case: Case, method: str | None = None) -> Callable[[Variant], Callab
     bare, loss = plain(model), LOSSES[run.distill.loss]
     inner = recipe.student_loss(model if tower is None else model.on_features(), drawn)
     with matching_context(model):
-        seen = synthetic if tower is None else features_of(tower, synthetic, batches)
-        forward = forward_suits(inner, start, seen, batches[0])
+        inputs = synthetic if tower is None else features_of(tower, synthetic, batches)
+        forward = forward_suits(inner, start, inputs, batches[0])
 
     def iteration(variant: Variant) -> Callable[[], tuple[torch.Tensor, Synthetic]]:
         def step() -> tuple[torch.Tensor, Synthetic]:
@@ -192,20 +192,20 @@ def prepare(case: Case, method: str | None = None) -> Callable[[Variant], Callab
                     nets = (lambda: plain(encoder())) if again else lambda: bare
                     return published(nets, loss, start, target, synthetic, batches)
                 engine = variant.engine if forward else replace(variant.engine, second_pass="reverse")
-                seen = synthetic if tower is None else features_of(tower, synthetic, batches)
-                found = meta_gradient(
+                inputs = synthetic if tower is None else features_of(tower, synthetic, batches)
+                result = meta_gradient(
                     inner,
                     start,
                     target,
-                    seen,
+                    inputs,
                     batches,
                     estimator=variant.estimator,
                     branches=run.distill.branches,
                     engine=engine,
                 )
                 if tower is not None:
-                    found = to_pixels(tower, synthetic, batches, found)
-                return found.loss, found.gradient
+                    result = to_pixels(tower, synthetic, batches, result)
+                return result.loss, result.gradient
 
         return step
 
@@ -244,9 +244,9 @@ def bench_step(
             _wait(case.device)
             seconds[name].append(time.perf_counter() - began)
     for variant in chosen:
-        row, taken = rows[variant.name], seconds[variant.name]
-        row["seconds"] = statistics.median(taken)
-        row["quartiles"] = statistics.quantiles(taken, n=4)[::2] if len(taken) > 1 else taken * 2
+        row, times = rows[variant.name], seconds[variant.name]
+        row["seconds"] = statistics.median(times)
+        row["quartiles"] = statistics.quantiles(times, n=4)[::2] if len(times) > 1 else times * 2
         row["pairs_per_second"] = case.steps * case.batch / row["seconds"]
         row["peak_bytes"] = peak_bytes(case, variant) if memory else None
     for variant in chosen:
@@ -256,7 +256,7 @@ def bench_step(
             for y in YARDSTICKS
             if y in rows and variant.method is None
         }
-    found = {
+    result = {
         "case": asdict(case),
         "repeats": repeats,
         "out_of_memory": short,
@@ -264,8 +264,8 @@ def bench_step(
         "variants": rows,
     }
     if out is not None:
-        write_json(out, found)
-    return found
+        write_json(out, result)
+    return result
 
 
 def peak_bytes(case: Case, variant: Variant) -> int:
@@ -277,8 +277,8 @@ def peak_bytes(case: Case, variant: Variant) -> int:
         before = torch.cuda.memory_allocated(case.device)
         run()
         return torch.cuda.max_memory_allocated(case.device) - before
-    asked = json.dumps({"case": asdict(case), "variant": asdict(variant)})
-    command = [sys.executable, "-m", "rmdd.bench.step", asked]
+    request = json.dumps({"case": asdict(case), "variant": asdict(variant)})
+    command = [sys.executable, "-m", "rmdd.bench.step", request]
     returning = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     done = subprocess.run(command, capture_output=True, text=True, env=returning)
     if done.returncode:
@@ -286,9 +286,9 @@ def peak_bytes(case: Case, variant: Variant) -> int:
     return int(done.stdout.split()[-1])
 
 
-def table(found: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> str:
     """The result as lines of text."""
-    rows = found["variants"]
+    rows = result["variants"]
     against = [y for y in YARDSTICKS if y in rows]
     heads = ["variant", "s/iter", "pairs/s", "peak MB", "GFLOP", *(f"time, memory / {y}" for y in against)]
     lines = [heads]
@@ -302,7 +302,7 @@ def table(found: dict[str, Any]) -> str:
             cells.append(f"{ratio['seconds']:.2f}, {memory}" if ratio else "-")
         lines.append(cells)
     widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
-    lines += [[f"{name}: out of memory"] + [""] * (len(heads) - 1) for name in found["out_of_memory"]]
+    lines += [[f"{name}: out of memory"] + [""] * (len(heads) - 1) for name in result["out_of_memory"]]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
@@ -346,8 +346,8 @@ def _measure_here(case: Case, variant: Variant) -> int:
 
 
 if __name__ == "__main__":
-    asked = json.loads(sys.argv[1])
-    of_case, of_variant = asked["case"], asked["variant"]
+    request = json.loads(sys.argv[1])
+    of_case, of_variant = request["case"], request["variant"]
     print(
         _measure_here(
             Case(**of_case | {"widths": tuple(of_case["widths"])}),

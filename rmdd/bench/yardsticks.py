@@ -102,7 +102,7 @@ def published(
     total = {t: torch.zeros_like(begin[t]) for t in nets}
     leaf = synthetic.map(lambda t: t.detach().requires_grad_())
     rates = {"image": leaf.lr_image, "text": leaf.lr_text}
-    kept = []
+    steps = []
 
     def inner(images: Tensor, texts: Tensor, wanted: Tensor, step: int) -> Tensor:
         u = nets["image"](images, visited["image"][step])
@@ -113,7 +113,7 @@ def published(
         images, texts = leaf.images[index], leaf.texts[index]
         parts = similarity.gather(leaf.similarity, index)
         wanted = similarity.dense(parts, leaf.alpha, texts)
-        kept.append((images.clone(), texts.clone(), parts, wanted))
+        steps.append((images.clone(), texts.clone(), parts, wanted))
         value = inner(images, texts, wanted, step)
         g_image = torch.autograd.grad(value, visited["image"][step], create_graph=True)[0]
         g_text = torch.autograd.grad(value, visited["text"][step], create_graph=True)[0]
@@ -126,7 +126,7 @@ def published(
     reach = {t: (begin[t] - goal[t]).square().sum() for t in nets}
     gradient = zeros_like(synthetic)
     for step, index in enumerate(batches):
-        images, texts, parts, wanted = kept[step]
+        images, texts, parts, wanted = steps[step]
         value = inner(images, texts, wanted, step)
         toward = {t: rates[t].item() * (goal[t] - begin[t]) + rates[t].item() ** 2 * total[t] for t in nets}
         g_image = torch.autograd.grad(value, visited["image"][step], create_graph=True, retain_graph=True)[0]

@@ -201,9 +201,9 @@ def sweep(folder: Path | str) -> list[Path]:
 
 
 def _abandoned(path: Path) -> bool:
-    found = _TEMPORARY.match(path.name)
-    if found and found["machine"] == machine():
-        return not alive(int(found["pid"]))
+    match = _TEMPORARY.match(path.name)
+    if match and match["machine"] == machine():
+        return not alive(int(match["pid"]))
     with contextlib.suppress(FileNotFoundError):
         last = max(p.lstat().st_mtime for p in (path, *path.rglob("*")))
         return time.time() - last > ABANDONED_SECONDS
@@ -244,15 +244,15 @@ def cut_jsonl(path: Path, count: str, reached: int) -> None:
     """Drop lines whose `count` lies past `reached` and a half-written last one, so that a resumed log has each once."""
     if not path.is_file():
         return
-    kept = []
+    lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             if json.loads(line)[count] <= reached:
-                kept.append(line)
+                lines.append(line)
         except json.JSONDecodeError:
             break
     with atomic_path(path) as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def sha256_file(path: Path | str) -> str:

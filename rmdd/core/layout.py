@@ -19,10 +19,10 @@ def require_layout(storage: Storage) -> None:
     if not path.is_file() and not used:
         write_json(path, {"layout": LAYOUT})
         return
-    found = read_json(path).get("layout") if path.is_file() else 1
-    if found != LAYOUT:
+    layout = read_json(path).get("layout") if path.is_file() else 1
+    if layout != LAYOUT:
         raise ValueError(
             f"this release of rmdd reads storages of layout {LAYOUT}, and {storage.address(storage.root)} has layout "
-            f"{found}; set runtime.storage to another folder or URI, or go on with the release of rmdd that wrote it; "
+            f"{layout}; set runtime.storage to another folder or URI, or go on with the release of rmdd that wrote it; "
             "the distilled sets in it still load with rmdd.load"
         )

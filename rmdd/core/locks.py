@@ -168,18 +168,18 @@ def _take(lease: Lease) -> bool:
     return True
 
 
-def _held(folder: Path, found: dict[str, Any] | None) -> Held:
+def _held(folder: Path, lease: dict[str, Any] | None) -> Held:
     return Held(
-        f"{folder.name} is in use by {_holder(found)}; wait until that run is done, end it, or give this one another "
+        f"{folder.name} is in use by {_holder(lease)}; wait until that run is done, end it, or give this one another "
         f"name or another runtime.storage (folder: {folder})"
     )
 
 
-def _successor(found: dict[str, Any] | None) -> str:
-    return "a process that has ended since" if found is None else _holder(found)
+def _successor(lease: dict[str, Any] | None) -> str:
+    return "a process that has ended since" if lease is None else _holder(lease)
 
 
-def _holder(found: dict[str, Any] | None) -> str:
-    if found is None:
+def _holder(lease: dict[str, Any] | None) -> str:
+    if lease is None:
         return "another process of this machine"
-    return f"process {found.get('pid')} on {found.get('host')} (last seen {found.get('seen')})"
+    return f"process {lease.get('pid')} on {lease.get('host')} (last seen {lease.get('seen')})"

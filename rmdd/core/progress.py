@@ -26,7 +26,7 @@ class _Item:
     first: float = 0
     """What was done at the first report: a resumed item is not credited with earlier work."""
     began: float | None = None
-    seen: float = 0.0
+    reported_at: float = 0.0
     metrics: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -36,7 +36,7 @@ class _Item:
     @property
     def rate(self) -> float:
         """Units per second since the first report."""
-        elapsed = self.seen - (self.began or 0.0)
+        elapsed = self.reported_at - (self.began or 0.0)
         return (self.done - self.first) / elapsed if elapsed > 0 else 0.0
 
 
@@ -83,7 +83,7 @@ class Stage:
         self.title, self.clock, self.say = title, clock, say
         self.items: dict[str, _Item] = {}
         self.most = self.each = self.ended = 0
-        self.began = self.said = clock()
+        self.began = self.logged_at = clock()
 
     def add(self, totals: Mapping[str, int]) -> None:
         """Follow more items; those that are followed already go on."""
@@ -100,10 +100,10 @@ class Stage:
         if item.began is None:
             # one unit is credited: the time before the first report was spent on it
             item.began, item.first = self.began if done <= 1 else now, 0 if done <= 1 else done
-        item.done, item.seen = done, now
+        item.done, item.reported_at = done, now
         item.metrics = {key: value for key, value in metrics.items() if key != "done"}
-        if self.say is not None and now - self.said >= LOG_SECONDS:
-            self.said = now
+        if self.say is not None and now - self.logged_at >= LOG_SECONDS:
+            self.logged_at = now
             self.say(self.line(name))
 
     @property

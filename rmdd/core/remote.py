@@ -35,10 +35,10 @@ class Stamp:
     @classmethod
     def of(cls, path: Path) -> "Stamp | None":
         try:
-            found = path.stat()
+            status = path.stat()
         except FileNotFoundError:
             return None
-        return cls(found.st_size, found.st_mtime_ns)
+        return cls(status.st_size, status.st_mtime_ns)
 
 
 class ObjectStore:
@@ -56,10 +56,10 @@ class ObjectStore:
         selector = FileSelector(self.path(name), allow_not_found=True, recursive=True)
 
         def look() -> dict[str, Stamp]:
-            found = [self.fs.get_file_info(self.path(name))]
-            if found[0].type != FileType.File:
-                found = self.fs.get_file_info(selector)
-            files = [f for f in found if f.type == FileType.File]
+            infos = [self.fs.get_file_info(self.path(name))]
+            if infos[0].type != FileType.File:
+                infos = self.fs.get_file_info(selector)
+            files = [f for f in infos if f.type == FileType.File]
             return {f.path[len(self.base) :].lstrip("/"): Stamp(f.size, f.mtime_ns) for f in files}
 
         return self._try("list", name, look)
@@ -102,8 +102,8 @@ class ObjectStore:
                 self.fs.create_dir(here, recursive=True)
                 write(hidden)
                 self.fs.move(hidden, path)
-            found = self.fs.get_file_info(path)
-            return Stamp(found.size, found.mtime_ns)
+            info = self.fs.get_file_info(path)
+            return Stamp(info.size, info.mtime_ns)
 
         return self._try("write", name, put)
 
@@ -137,8 +137,8 @@ class ObjectStore:
 
         inside = self.path(name).rstrip("/")
         whole = f"{glob.escape(inside)}/{pattern}"
-        found = self._try("list", name, lambda: ArrowFSWrapper(self.fs).glob(whole, detail=True))
-        for path, info in found.items():
+        infos = self._try("list", name, lambda: ArrowFSWrapper(self.fs).glob(whole, detail=True))
+        for path, info in infos.items():
             if info["type"] == "file":
                 yield path.lstrip("/")[len(inside.lstrip("/")) :].lstrip("/"), info["size"]
 
@@ -223,10 +223,10 @@ class RemotePath:
         return self.store.open(self.inside)
 
     def read_bytes(self) -> bytes:
-        found = self.store.read(self.inside)
-        if found is None:
+        content = self.store.read(self.inside)
+        if content is None:
             raise FileNotFoundError(f"there is no {self}")
-        return found
+        return content
 
     def glob(self, pattern: str) -> Iterator[tuple[str, int]]:
         return self.store.glob(self.inside, pattern)
@@ -267,7 +267,7 @@ def _file_system(uri: str) -> tuple[Any, str]:
     from pyarrow import fs
 
     try:
-        found, path = fs.FileSystem.from_uri(uri)
+        file_system, path = fs.FileSystem.from_uri(uri)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
         try:
             import fsspec
@@ -278,8 +278,8 @@ def _file_system(uri: str) -> tuple[Any, str]:
                 f"{_shown(uri)} cannot be opened: pyarrow says '{error}', fsspec says '{second}'; install the package "
                 "that fsspec names, or give a folder, or a URI of s3://, gs://, hdfs://, abfs:// or file://"
             ) from None
-        found = fs.PyFileSystem(fs.FSSpecHandler(other))
-    return found, path.rstrip("/")
+        file_system = fs.PyFileSystem(fs.FSSpecHandler(other))
+    return file_system, path.rstrip("/")
 
 
 def _shown(uri: str) -> str:

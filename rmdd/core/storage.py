@@ -96,7 +96,7 @@ class Mirror(Storage):
         return f"{self.uri}/{self._name(path)}".rstrip("/") if path.is_relative_to(self.root) else str(path)
 
     def cell(self, folder: Path) -> LeaseCell:
-        if not self._kept(self._name(folder)):
+        if not self._is_published(self._name(folder)):
             return LocalLeaseCell(folder)
         return RemoteLeaseCell(self.remote, f"{self._name(folder)}.lease")
 
@@ -104,10 +104,10 @@ class Mirror(Storage):
         """Folders inside `path` that a live process of this machine holds are newer here, and left as they are."""
         if not path.is_relative_to(self.root):
             return
-        there = {n: s for n, s in self.remote.list(self._name(path)).items() if self._kept(n) and wanted(n)}
+        there = {n: s for n, s in self.remote.list(self._name(path)).items() if self._is_published(n) and wanted(n)}
         busy = [self._name(folder) + "/" for folder in _busy_in(path)]
         here = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-        stale = [n for n in map(self._name, here) if n not in there and self._kept(n) and wanted(n)]
+        stale = [n for n in map(self._name, here) if n not in there and self._is_published(n) and wanted(n)]
         for name in sorted(stale, key=_marker) + sorted(there, key=_marker):
             if not any(name.startswith(folder) for folder in busy):
                 self._bring(name, there.get(name))
@@ -115,12 +115,12 @@ class Mirror(Storage):
     def _bring(self, name: str, stamp: Stamp | None) -> None:
         """Make one file what it is at the URI; one that changed here meanwhile is being published, and newer."""
         path = self.root / name
-        seen = Stamp.of(path)
-        if seen == stamp:
+        before = Stamp.of(path)
+        if before == stamp:
             return
         if stamp is None:
             with self._lock(fcntl.LOCK_EX):
-                if Stamp.of(path) == seen and self.remote.stamp(name) is None:
+                if Stamp.of(path) == before and self.remote.stamp(name) is None:
                     path.unlink(missing_ok=True)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,7 @@ class Mirror(Storage):
                 self.remote.download(name, copy)
             _date(copy, stamp)
             with self._lock(fcntl.LOCK_EX):
-                if Stamp.of(path) == seen:
+                if Stamp.of(path) == before:
                     os.replace(copy, path)
         finally:
             copy.unlink(missing_ok=True)
@@ -140,9 +140,9 @@ class Mirror(Storage):
             return
         there = self.remote.list(self._name(folder))
         here = {self._name(p): Stamp.of(p) for p in folder.rglob("*") if p.is_file()}
-        here = {n: s for n, s in here.items() if self._kept(n)}
+        here = {n: s for n, s in here.items() if self._is_published(n)}
         changed = [n for n in sorted(here, key=_marker) if here[n] != there.get(n)]
-        gone = [n for n in sorted(there, key=_marker_first) if n not in here and self._kept(n)]
+        gone = [n for n in sorted(there, key=_marker_first) if n not in here and self._is_published(n)]
         markers = [n for n in changed if _marker(n)[0] and n in there]
         for name in [*(markers if len(changed) > len(markers) or gone else []), *gone]:
             self.remote.delete(name)
@@ -152,7 +152,7 @@ class Mirror(Storage):
     def move(self, source: Path, target: Path) -> None:
         """Object by object, on the store; what is there twice goes when all has come."""
         was, now = self._name(source), self._name(target)
-        there = {n: stamp for n, stamp in self.remote.list(was).items() if self._kept(n)}
+        there = {n: stamp for n, stamp in self.remote.list(was).items() if self._is_published(n)}
         for name in sorted(self.remote.list(now), key=_marker_first):
             self.remote.delete(name)
         for name in sorted(there, key=_marker):
@@ -165,7 +165,7 @@ class Mirror(Storage):
 
     @contextlib.contextmanager
     def changing(self, path: Path) -> Iterator[None]:
-        if not self._kept(self._name(path)):
+        if not self._is_published(self._name(path)):
             yield
             return
         self.flush_under(path.parent)
@@ -211,7 +211,7 @@ class Mirror(Storage):
         name = path.relative_to(self.root).as_posix()
         return "" if name == "." else name
 
-    def _kept(self, name: str) -> bool:
+    def _is_published(self, name: str) -> bool:
         parts = name.split("/")
         ours = parts[0] in LOCAL_ONLY or name.endswith((".lock", ".lease"))
         return not ours and not any(is_temporary(part) for part in parts)
@@ -302,9 +302,9 @@ def located(address: str, name: str, depth: int) -> tuple[str, Path]:
     storage, *names = address.rstrip("/").rsplit("/", depth)
     if not re.fullmatch(r".+://.*[^/]", storage):
         return address, Path(address) / name
-    found = open_storage(config.load({"runtime": {"storage": storage}}).runtime)
-    file = found.root.joinpath(*names, name)
-    found.fetch(file)
+    opened = open_storage(config.load({"runtime": {"storage": storage}}).runtime)
+    file = opened.root.joinpath(*names, name)
+    opened.fetch(file)
     return storage, file
 
 

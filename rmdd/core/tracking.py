@@ -140,8 +140,8 @@ class MLflow:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "rmdd")
         experiment = self.client.get_experiment_by_name(name)
         of = experiment.experiment_id if experiment is not None else self.client.create_experiment(name)
-        found = self.client.search_runs([of], f"tags.rmdd = '{value}'", max_results=1)
-        self.id = (found or [self._begin(facts, title, value, of)])[0].info.run_id
+        runs = self.client.search_runs([of], f"tags.rmdd = '{value}'", max_results=1)
+        self.id = (runs or [self._begin(facts, title, value, of)])[0].info.run_id
         self.last_steps: dict[str, int] = {}
 
     def _begin(self, facts: dict[str, Any], title: str, value: str, experiment: str) -> Any:

@@ -54,21 +54,23 @@ class Choice(Section):
     )
 
     def clashes(self) -> list[str]:
-        found = []
+        mistakes = []
         if (self.pairs is None) == (self.bytes is None):
-            found.append("give either pairs or bytes, found " + ("neither" if self.pairs is None else "both"))
+            mistakes.append("give either pairs or bytes, found " + ("neither" if self.pairs is None else "both"))
         if self.clusters and self.method in AT_ONCE:
-            found.append(f"{self.method} makes clusters of its own; leave clusters out")
+            mistakes.append(f"{self.method} makes clusters of its own; leave clusters out")
         if self.method == "matched" and self.space != "joint":
-            found.append(f"method matched clusters both sides apart, which space {self.space} does not hold; use joint")
+            mistakes.append(
+                f"method matched clusters both sides apart, which space {self.space} does not hold; use joint"
+            )
         cosines = [f"method {self.method}"] if self.method == "clip_score" else []
         cosines += ["guard cosine"] if self.guard == "cosine" else []
         if cosines and self.encoder == "tower":
-            found.append(
+            mistakes.append(
                 f"{' and '.join(cosines)} compare an image with its text, which the untrained towers do not bring "
                 "together; set encoder to clip:NAME, columns:NAME (features of the dataset) or expert:N"
             )
-        return found
+        return mistakes
 
     @property
     def needs_features(self) -> bool:
@@ -90,19 +92,19 @@ class Choice(Section):
     def experts(self) -> list[int]:
         """The experts that are looked at."""
         kind, _, number = self.encoder.partition(":")
-        seen = [int(number or 0)] if self.needs_features and kind == "expert" else []
-        return seen + ([self.expert] if self.method == "forgetting" else [])
+        encoders = [int(number or 0)] if self.needs_features and kind == "expert" else []
+        return encoders + ([self.expert] if self.method == "forgetting" else [])
 
     def prepared(self, run: Run) -> Run:
         """The run with an expert that is watched for what it forgets, where that is asked for and it has none.
 
         Raises `ConfigError` for an expert that the run does not train.
         """
-        found = self._watched(run)
-        if missing := [n for n in self.experts if n >= found.experts.num]:
-            wrong = f"expert {max(missing)} is asked for, and the run has {found.experts.num}; raise experts.num"
+        run = self._watched(run)
+        if missing := [n for n in self.experts if n >= run.experts.num]:
+            wrong = f"expert {max(missing)} is asked for, and the run has {run.experts.num}; raise experts.num"
             raise ConfigError([wrong], "coreset")
-        return found
+        return run
 
     def _watched(self, run: Run) -> Run:
         if self.method != "forgetting" or run.experts.forgetting:

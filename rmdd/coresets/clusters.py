@@ -46,10 +46,10 @@ def fit(
     with warnings.catch_warnings(), one_thread():
         warnings.simplefilter("ignore", ConvergenceWarning)  # of rows that are not distinct, or few iterations
         if len(sample) > mini_batch:
-            found = MiniBatchKMeans(batch_size=mini_batch, **options).fit(sample)
+            fitted = MiniBatchKMeans(batch_size=mini_batch, **options).fit(sample)
         else:
-            found = KMeans(**options).fit(sample)
-    return np.ascontiguousarray(found.cluster_centers_, dtype=np.float32)
+            fitted = KMeans(**options).fit(sample)
+    return np.ascontiguousarray(fitted.cluster_centers_, dtype=np.float32)
 
 
 def sampled(ids: Int64[np.ndarray, " N"], k: int, seed: int, what: str = "k-means sample") -> Int64[np.ndarray, " n"]:
@@ -69,16 +69,23 @@ def medoids(ranks: WorkerParts, k: int, seed: int) -> list[int]:
     if not k:
         return []
     centroids = centroids_of(ranks, k, seed)
+    return nearest_members(ranks, centroids, ranks.ask("medoids", centroids))
+
+
+def nearest_members(
+    ranks: WorkerParts, points: Float32[np.ndarray, "K D"], of_workers: Sequence[dict[int, tuple[float, int]]]
+) -> list[int]:
+    """Per cluster the id of the member nearest its point, of what every worker has; else of the nearest free item."""
     best: dict[int, tuple[float, int]] = {}
-    for found in ranks.ask("medoids", centroids):
-        for cluster, one in found.items():
+    for of_worker in of_workers:
+        for cluster, one in of_worker.items():
             best[cluster] = min(best.get(cluster, one), one)
     chosen = {cluster: number for cluster, (_, number) in best.items()}
-    for cluster in sorted(set(range(k)) - chosen.keys()):
-        nearest = best_of(ranks.ask("nearest", centroids[cluster].astype(np.float64), list(chosen.values())))
+    for cluster in sorted(set(range(len(points))) - chosen.keys()):
+        nearest = best_of(ranks.ask("nearest", points[cluster].astype(np.float64), list(chosen.values())))
         assert nearest is not None
         chosen[cluster] = nearest.id
-    return [chosen[cluster] for cluster in range(k)]
+    return [chosen[cluster] for cluster in range(len(points))]
 
 
 def quotas(sizes: Sequence[int], k: int, rule: Quota) -> list[int]:

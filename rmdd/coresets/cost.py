@@ -41,13 +41,13 @@ class ByteCosts:
 
     def within(self, records: Iterable[int], limit: int) -> Iterator[int]:
         """Records in their order, until the next does not fit `limit` bytes."""
-        seen: set[int] = set()
+        counted: set[int] = set()
         for record in records:
             image = int(self.image_of[record])
-            limit -= int(self.captions[record]) + (0 if image in seen else int(self.images[image]))
+            limit -= int(self.captions[record]) + (0 if image in counted else int(self.images[image]))
             if limit < 0:
                 return
-            seen.add(image)
+            counted.add(image)
             yield record
 
 

@@ -195,9 +195,9 @@ def _column_blocks(split: Split, data: config.Data, column: str, files: list[Pat
                 )
             for batch in file.iter_batches(batch_size=BLOCK, columns=["captions", column]):
                 texts = batch.column("captions").to_pylist()
-                kept = [[bool(clean(c, data.captions)) for c in captions] for captions in texts]
-                mask = np.array([any(k) for k in kept] if of_image else [one for k in kept for one in k], bool)
-                rows = _matrix(batch.column(column), column, len(texts) if of_image else [len(k) for k in kept])[mask]
+                usable = [[bool(clean(c, data.captions)) for c in captions] for captions in texts]
+                mask = np.array([any(k) for k in usable] if of_image else [one for k in usable for one in k], bool)
+                rows = _matrix(batch.column(column), column, len(texts) if of_image else [len(k) for k in usable])[mask]
                 if len(rows):
                     yield np.arange(count, count + len(rows)), rows
                     count += len(rows)
@@ -206,10 +206,10 @@ def _column_blocks(split: Split, data: config.Data, column: str, files: list[Pat
 def _matrix(values: pa.Array, column: str, wanted: int | list[int]) -> np.ndarray:
     """(n, D) from lists, or (captions, D) from lists of lists."""
     if not isinstance(wanted, int):
-        found = pc.list_value_length(values).fill_null(0).to_pylist()
-        if found != wanted:
-            bad = next(i for i, (a, b) in enumerate(zip(found, wanted, strict=True)) if a != b)
-            raise ValueError(f"column '{column}' holds {found[bad]} rows for a pair of {wanted[bad]} captions")
+        lengths = pc.list_value_length(values).fill_null(0).to_pylist()
+        if lengths != wanted:
+            bad = next(i for i, (a, b) in enumerate(zip(lengths, wanted, strict=True)) if a != b)
+            raise ValueError(f"column '{column}' holds {lengths[bad]} rows for a pair of {wanted[bad]} captions")
         values = values.flatten()
         wanted = sum(wanted)
     flat = values.flatten().to_numpy(zero_copy_only=False)

@@ -151,7 +151,7 @@ def margins(
     def texts(index: np.ndarray) -> Tensor:
         return model.embed_texts(torch.from_numpy(np.array(prepared.texts[index])).to(device))
 
-    found = []
+    blocks = []
     with torch.no_grad():
         shown, of_pool = np.unique(image_of[pool], return_inverse=True)
         u_PD = in_chunks(images, shown, BLOCK)
@@ -165,9 +165,9 @@ def margins(
             u, v = images(numbers), texts(np.arange(low, high))
             by_image = _best(u, v_PD, torch.from_numpy(numbers).to(device), captions_of)[own - first]
             by_text = _best(v, u_PD, own, rivals)
-            found.append(((u[own - first] * v).sum(dim=1) - torch.maximum(by_image, by_text)).cpu())
+            blocks.append(((u[own - first] * v).sum(dim=1) - torch.maximum(by_image, by_text)).cpu())
     model.train(was_training)
-    return torch.cat(found)
+    return torch.cat(blocks)
 
 
 def _best(

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float32, Float64
 
 from rmdd.core.seeding import generator
-from rmdd.coresets.shard import TOLD, Best, Check, best_of
+from rmdd.coresets.shard import SHOWN, Best, Check, best_of
 from rmdd.execution.parts import WorkerParts
 
 Start = Literal["random", "mean"]
@@ -23,17 +23,17 @@ Start = Literal["random", "mean"]
 
 def checked(ranks: WorkerParts) -> Check:
     """Look at all rows. Raises `ValueError` that names rows that are zero or not finite, or when there are none."""
-    found: list[Check] = ranks.ask("check")
-    bad = sum(c.bad for c in found)
+    checks: list[Check] = ranks.ask("check")
+    bad = sum(c.bad for c in checks)
     if bad:
-        first = sorted(i for c in found for i in c.first_bad)[:TOLD]
+        first = sorted(i for c in checks for i in c.first_bad)[:SHOWN]
         raise ValueError(
-            f"{bad} of {sum(c.rows for c in found)} features are zero or not finite (first ids: {first}); leave these "
+            f"{bad} of {sum(c.rows for c in checks)} features are zero or not finite (first ids: {first}); leave these "
             "items out, or use another encoder"
         )
-    if not (rows := sum(c.rows for c in found)):
+    if not (rows := sum(c.rows for c in checks)):
         raise ValueError("there are no features to choose from")
-    return Check(rows, max(c.largest for c in found), 0, ())
+    return Check(rows, max(c.largest for c in checks), 0, ())
 
 
 def mean(ranks: WorkerParts, largest: float) -> Float64[np.ndarray, " D"]:
@@ -46,12 +46,12 @@ def mean(ranks: WorkerParts, largest: float) -> Float64[np.ndarray, " D"]:
 
 def rows_of(ranks: WorkerParts, ids: Sequence[int]) -> Float32[np.ndarray, "n D"]:
     """The rows of `ids`, in their order. Raises `ValueError` when one is nowhere."""
-    found: dict[int, np.ndarray] = {}
+    row_of: dict[int, np.ndarray] = {}
     for numbers, rows in ranks.ask("rows_of", np.asarray(ids, dtype=np.int64)):
-        found.update(zip(numbers.tolist(), rows, strict=True))
-    if missing := [i for i in ids if i not in found]:
-        raise ValueError(f"{len(missing)} ids have no features (first: {missing[:TOLD]})")
-    return np.stack([found[i] for i in ids])
+        row_of.update(zip(numbers.tolist(), rows, strict=True))
+    if missing := [i for i in ids if i not in row_of]:
+        raise ValueError(f"{len(missing)} ids have no features (first: {missing[:SHOWN]})")
+    return np.stack([row_of[i] for i in ids])
 
 
 def herding(
@@ -61,13 +61,13 @@ def herding(
 
     `explicit` minimises the distance of the mean of the picks to `mu`, which is the same for rows of equal length.
     """
-    w, taken = mu.copy(), list(begun)
-    for row in rows_of(ranks, taken) if taken else ():
+    w, new = mu.copy(), list(begun)
+    for row in rows_of(ranks, new) if new else ():
         w += mu - row
-    while (best := best_of(ranks.ask("along", w, taken, explicit))) is not None:
+    while (best := best_of(ranks.ask("along", w, new, explicit))) is not None:
         yield best
         w += mu - best.row
-        taken = [best.id]
+        new = [best.id]
 
 
 def k_center(ranks: WorkerParts, first: Best, begun: Sequence[int] = ()) -> Iterator[Best]:
@@ -77,11 +77,11 @@ def k_center(ranks: WorkerParts, first: Best, begun: Sequence[int] = ()) -> Iter
     """
     if not begun:
         yield first
-    taken = list(begun) or [first.id]
-    centres = rows_of(ranks, taken) if begun else first.row[None]
-    while (best := best_of(ranks.ask("farthest", centres, taken))) is not None:
+    new = list(begun) or [first.id]
+    centres = rows_of(ranks, new) if begun else first.row[None]
+    while (best := best_of(ranks.ask("farthest", centres, new))) is not None:
         yield best
-        centres, taken = best.row[None], [best.id]
+        centres, new = best.row[None], [best.id]
 
 
 def start_of(ranks: WorkerParts, rule: Start, seed: int, mu: Float64[np.ndarray, " D"]) -> Best:

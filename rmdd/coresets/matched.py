@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from rmdd.coresets.clusters import centroids_of
+from rmdd.coresets.clusters import centroids_of, nearest_members
 from rmdd.coresets.greedy import checked
-from rmdd.coresets.shard import best_of
 from rmdd.execution.parts import WorkerParts
 
 
@@ -33,16 +32,8 @@ def matched(ranks: WorkerParts, k: int, seed: int, image_width: int) -> tuple[li
     partner = match(overlap)
     common = overlap[np.arange(k), partner]
     points = _prototypes(ranks, partner, common, np.concatenate([images, texts[partner]], axis=1))
-    best: dict[int, tuple[float, int]] = {}
-    for found in ranks.ask("inner", partner, points):
-        for cluster, one in found.items():
-            best[cluster] = min(best.get(cluster, one), one)
-    chosen = {cluster: number for cluster, (_, number) in best.items()}
+    chosen = nearest_members(ranks, points, ranks.ask("inner", partner, points))
     order = np.argsort(-common, kind="stable").tolist()
-    for cluster in order[len(chosen) :]:
-        nearest = best_of(ranks.ask("nearest", points[cluster].astype(np.float64), list(chosen.values())))
-        assert nearest is not None
-        chosen[cluster] = nearest.id
     agreed = float(common.sum() / overlap.sum())
     return [chosen[cluster] for cluster in order], {"overlap": agreed, "empty": int((common == 0).sum())}
 

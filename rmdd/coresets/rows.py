@@ -57,8 +57,8 @@ class Rows:
             raise ValueError(f"{folder} holds no features (no {DESCRIPTION}); delete it, and they are made anew")
         facts = read_json(folder / DESCRIPTION)
         if facts["schema_version"] != SCHEMA_VERSION:
-            found = facts["schema_version"]
-            raise ValueError(f"{folder} has schema version {found}, this rmdd reads {SCHEMA_VERSION}; delete it")
+            version = facts["schema_version"]
+            raise ValueError(f"{folder} has schema version {version}, this rmdd reads {SCHEMA_VERSION}; delete it")
         parts = tuple(
             (np.load(folder / _ids(name), mmap_mode="r"), np.load(folder / name, mmap_mode="r"))
             for name in facts["files"]
@@ -108,11 +108,11 @@ class Rows:
     def at(self, positions: Sequence[int] | np.ndarray) -> Float32[np.ndarray, "n D"]:
         """Copies of the rows at some positions."""
         positions = [int(p) for p in positions]
-        found = np.empty((len(positions), self.width), np.float32)
+        values = np.empty((len(positions), self.width), np.float32)
         for i, position in enumerate(positions):
             part = bisect.bisect_right(self._ends, position) - 1
-            found[i] = self.parts[part][1][position - self._ends[part]]
-        return found
+            values[i] = self.parts[part][1][position - self._ends[part]]
+        return values
 
 
 def write_rows(folder: Path, blocks: Iterable[RowBlock], width: int, dtype: str, facts: Mapping[str, Any]) -> Rows:

@@ -16,7 +16,7 @@ from rmdd.coresets.rows import Rows
 from rmdd.execution.parts import PartsHere
 
 Ids = Sequence[int] | np.ndarray
-TOLD = 5
+SHOWN = 5
 """Ids that an error names."""
 
 
@@ -44,7 +44,7 @@ class Shard:
 
     def __init__(self, rows: Rows, chunk: int | None = None):
         self.rows, self.chunk = rows, chunk
-        self.kept = np.ones(len(rows), bool)
+        self.included = np.ones(len(rows), bool)
         self.free = np.ones(len(rows), bool)
         self._near: np.ndarray | None = None
         self._squares: np.ndarray | None = None
@@ -62,34 +62,34 @@ class Shard:
             wrong = ~np.isfinite(high) | (high == 0)
             bad += self.rows.ids[where][wrong].tolist()
             largest = max(largest, float(high[~wrong].max(initial=0.0)))
-        return Check(len(self.rows), largest, len(bad), tuple(sorted(bad)[:TOLD]))
+        return Check(len(self.rows), largest, len(bad), tuple(sorted(bad)[:SHOWN]))
 
     def count(self) -> int:
         """Rows that were not dropped."""
-        return int(self.kept.sum())
+        return int(self.included.sum())
 
     def total(self, bits: int) -> Int64[np.ndarray, " D"]:
         """The sum of all rows in units of 2^-bits: whole numbers, which add up the same in any order."""
         total = np.zeros(self.rows.width, np.int64)
         for where, x in self.rows.chunks(self.chunk):
-            total += np.rint(np.ldexp(x[self.kept[where]].astype(np.float64), bits)).astype(np.int64).sum(axis=0)
+            total += np.rint(np.ldexp(x[self.included[where]].astype(np.float64), bits)).astype(np.int64).sum(axis=0)
         return total
 
     def ids(self) -> Int64[np.ndarray, " n"]:
         """Of rows that were not dropped, ascending."""
-        return np.sort(self.rows.ids[self.kept])
+        return np.sort(self.rows.ids[self.included])
 
     def drop(self, ids: Ids) -> None:
         """Leave out the rows of `ids` that are here."""
         positions = self._positions(ids)
-        self.kept[positions] = self.free[positions] = False
+        self.included[positions] = self.free[positions] = False
 
     def take(self, ids: Ids) -> None:
         self.free[self._positions(ids)] = False
 
     def release(self) -> None:
-        """Begin anew: nothing is taken, no centre is told."""
-        self.free, self._near = self.kept.copy(), None
+        """Begin anew: no row is taken, and there is no centre."""
+        self.free, self._near = self.included.copy(), None
 
     def rows_of(self, ids: Ids) -> tuple[Int64[np.ndarray, " n"], Float32[np.ndarray, "n D"]]:
         """Those of `ids` that are here, and their rows."""
@@ -100,42 +100,42 @@ class Shard:
         wanted = np.asarray(ids, dtype=np.int64)
         if not len(self._sorted):
             return np.zeros(0, np.int64)
-        found = np.searchsorted(self._sorted, wanted)
-        here = (found < len(self._sorted)) & (self._sorted[np.minimum(found, len(self._sorted) - 1)] == wanted)
-        return self._order[found[here]]
+        indices = np.searchsorted(self._sorted, wanted)
+        here = (indices < len(self._sorted)) & (self._sorted[np.minimum(indices, len(self._sorted) - 1)] == wanted)
+        return self._order[indices[here]]
 
     # -- choosing ------------------------------------------------------------------------------------------------
 
-    def along(self, w: Float64[np.ndarray, " D"], taken: Ids, explicit: bool = False) -> Best | None:
-        """The free row with the largest <w, x>, or <w, x> - |x|^2 / 2, after those of `taken` were taken."""
-        self.take(taken)
+    def along(self, w: Float64[np.ndarray, " D"], chosen: Ids, explicit: bool = False) -> Best | None:
+        """The free row with the largest <w, x>, or <w, x> - |x|^2 / 2, once `chosen` are not free any more."""
+        self.take(chosen)
         direction = w.astype(np.float32)
         squares = self.squares() if explicit else None
-        best = _Search(self)
+        search = _Search(self)
         for where, x in self.rows.chunks(self.chunk):
             value = np.vecdot(x, direction)
-            best.offer(where, x, value if squares is None else value - squares[where] / 2)
-        return best.found
+            search.offer(where, x, value if squares is None else value - squares[where] / 2)
+        return search.best
 
-    def nearest(self, point: Float64[np.ndarray, " D"], taken: Ids = ()) -> Best | None:
+    def nearest(self, point: Float64[np.ndarray, " D"], chosen: Ids = ()) -> Best | None:
         """The free row nearest to `point`; its value is minus the squared distance."""
-        self.take(taken)
-        best = _Search(self)
+        self.take(chosen)
+        search = _Search(self)
         for where, x in self.rows.chunks(self.chunk):
-            best.offer(where, x, -self._distances(where, x, point.astype(np.float32)))
-        return best.found
+            search.offer(where, x, -self._distances(where, x, point.astype(np.float32)))
+        return search.best
 
-    def farthest(self, centres: Float32[np.ndarray, "C D"], taken: Ids) -> Best | None:
-        """The free row farthest from all centres told so far; its value is the squared distance to the nearest."""
-        self.take(taken)
+    def farthest(self, centres: Float32[np.ndarray, "C D"], chosen: Ids) -> Best | None:
+        """The free row farthest from all centres so far; its value is the squared distance to the nearest."""
+        self.take(chosen)
         if self._near is None:
             self._near = np.full(len(self.rows), np.inf, np.float32)
-        best = _Search(self)
+        search = _Search(self)
         for where, x in self.rows.chunks(self.chunk):
             for centre in centres:
                 np.minimum(self._near[where], self._distances(where, x, centre), out=self._near[where])
-            best.offer(where, x, self._near[where])
-        return best.found
+            search.offer(where, x, self._near[where])
+        return search.best
 
     def squares(self) -> Float32[np.ndarray, " N"]:
         """|x|^2 of every row."""
@@ -163,7 +163,7 @@ class Shard:
             label[where] = (half - x @ centroids.T).argmin(axis=1)
             gap = x - centroids[label[where]]
             distance[where] = np.vecdot(gap, gap)
-        return self.rows.ids[self.kept], label[self.kept], distance[self.kept]
+        return self.rows.ids[self.included], label[self.included], distance[self.included]
 
     def medoids(self, centroids: Float32[np.ndarray, "K D"]) -> dict[int, tuple[float, int]]:
         """Per cluster that has members here, the squared distance and the id of the member nearest the centroid."""
@@ -174,9 +174,9 @@ class Shard:
     def overlap(self, images: Float32[np.ndarray, "K U"], texts: Float32[np.ndarray, "K V"]) -> np.ndarray:
         """(K, K): kept rows by the nearest image and text centroid; the columns of images come first."""
         self._cells = np.stack([self.assigned(images)[1], self.assigned(texts, images.shape[1])[1]])
-        found = np.zeros((len(images), len(images)), np.int64)
-        np.add.at(found, tuple(self._cells), 1)
-        return found
+        counts = np.zeros((len(images), len(images)), np.int64)
+        np.add.at(counts, tuple(self._cells), 1)
+        return counts
 
     def sums(self, partner: Int64[np.ndarray, " K"], bits: int) -> np.ndarray:
         """(K, D): of the rows in image cluster c and text cluster `partner[c]`, as whole numbers; see `total`."""
@@ -204,16 +204,16 @@ class Shard:
         """The image cluster of rows whose text cluster is its partner, else -1."""
         assert self._cells is not None
         image, text = self._cells
-        found = np.full(len(self.rows), -1, np.int64)
-        found[self.kept] = np.where(partner[image] == text, image, -1)
-        return found
+        cluster = np.full(len(self.rows), -1, np.int64)
+        cluster[self.included] = np.where(partner[image] == text, image, -1)
+        return cluster
 
 
 def _first_of(ids: np.ndarray, label: np.ndarray, distance: np.ndarray) -> dict[int, tuple[float, int]]:
     """Per label the smallest distance, and its id."""
     order = np.lexsort((ids, distance, label))
-    found, first = np.unique(label[order], return_index=True)
-    return {int(c): (float(distance[order[i]]), int(ids[order[i]])) for c, i in zip(found, first, strict=True)}
+    labels, first = np.unique(label[order], return_index=True)
+    return {int(c): (float(distance[order[i]]), int(ids[order[i]])) for c, i in zip(labels, first, strict=True)}
 
 
 class _Search:
@@ -221,7 +221,7 @@ class _Search:
 
     def __init__(self, shard: Shard):
         self.shard = shard
-        self.found: Best | None = None
+        self.best: Best | None = None
 
     def offer(self, where: slice, x: np.ndarray, value: np.ndarray) -> None:
         free = np.flatnonzero(self.shard.free[where])
@@ -231,12 +231,12 @@ class _Search:
         equal = np.flatnonzero(values == values.max())
         position = equal[ids[equal].argmin()]
         one = Best(float(values[position]), int(ids[position]), x[free[position]].copy())
-        self.found = best_of([self.found, one])
+        self.best = best_of([self.best, one])
 
 
-def best_of(found: Iterable[Best | None]) -> Best | None:
+def best_of(candidates: Iterable[Best | None]) -> Best | None:
     """The lexicographic maximum of (value, -id); None when there is none."""
-    return max((b for b in found if b is not None), key=lambda b: (b.value, -b.id), default=None)
+    return max((b for b in candidates if b is not None), key=lambda b: (b.value, -b.id), default=None)
 
 
 def here(rows: Rows, ranks: int = 1, chunk: int | None = None) -> PartsHere:

@@ -25,17 +25,17 @@ class IngestCounts:
         self.captions_dropped["image_quarantined"] += captions
         self._enter("pair", file, reason, origin, detail)
 
-    def keep_captions(self, kept: dict[str, None], found: Iterable[Any], file: str, origin: str) -> None:
-        """Add to `kept` what is text, not blank and new; drop the rest."""
-        for caption in found:
+    def keep_captions(self, usable: dict[str, None], captions: Iterable[Any], file: str, origin: str) -> None:
+        """Add to `usable` the captions that are text, not blank and new; count the rest as dropped."""
+        for caption in captions:
             if not isinstance(caption, str) or not is_text(caption):
                 self._drop(file, "caption_not_text", origin, caption)
             elif not caption.strip():
                 self._drop(file, "empty_caption", origin, caption)
-            elif caption in kept:
+            elif caption in usable:
                 self._drop(file, "duplicate_caption", origin, caption)
             else:
-                kept[caption] = None
+                usable[caption] = None
 
     def as_json(self) -> dict[str, Any]:
         """All but the entries, as plain values."""

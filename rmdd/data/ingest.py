@@ -54,7 +54,7 @@ def ingest(data: Data, out: Path | str, stream: Stream = in_turn, runtime: Runti
     if data.root is not None:
         data = data.model_copy(update={"root": absolute(data.root)})
     storage = Storage(out.parent) if runtime is None else open_storage(runtime)
-    made_from, read = _input(data)
+    inputs, read = _input(data)
     folders = IngestFolders(out.with_name(f".{out.name}.parts"))
 
     def look() -> tuple[Dataset | None, bool]:
@@ -62,7 +62,7 @@ def ingest(data: Data, out: Path | str, stream: Stream = in_turn, runtime: Runti
         storage.fetch(folders.plan)
         storage.fetch(out)
         begun = folders.parts.is_file()
-        return _finished(out, made_from, data, half_moved=begun and not storage.moves_at_once), begun
+        return _finished(out, inputs, data, half_moved=begun and not storage.moves_at_once), begun
 
     finished, begun = look()
     if finished is not None and not begun:
@@ -70,7 +70,7 @@ def ingest(data: Data, out: Path | str, stream: Stream = in_turn, runtime: Runti
     with held(out.with_name(f".{out.name}"), wait=True) as lease:
         finished, _ = look()
         if finished is None:
-            parts = _begin(folders, made_from, read, data, storage)
+            parts = _begin(folders, inputs, read, data, storage)
             anywhere = folders if runtime is None else IngestFolders(folders.path.relative_to(storage.root))
             write = functools.partial(PartWriter, data, anywhere, runtime)
             written = {result["number"] for result in stream(write, parts)}
@@ -78,7 +78,7 @@ def ingest(data: Data, out: Path | str, stream: Stream = in_turn, runtime: Runti
             for folder in (folders.plan, folders.records):
                 storage.fetch(folder)
             lease.check()
-            _finish(folders, made_from, parts)
+            _finish(folders, inputs, parts)
             storage.move(folders.dataset, out)
             storage.fetch(out)
         lease.check()
@@ -90,27 +90,27 @@ def ingest(data: Data, out: Path | str, stream: Stream = in_turn, runtime: Runti
 
 def _input(data: Data) -> tuple[dict[str, Any], Any]:
     """What the dataset is made from, and how to go on: rows of annotations, or files."""
-    made_from: dict[str, Any] = {"config": shaping(data), "annotations": {}}
+    inputs: dict[str, Any] = {"config": shaping(data), "annotations": {}}
     source = sources.find(data)
     if isinstance(source, SampleSource):
         files = source.files(data)
-        made_from["annotations"] = {f"{len(files)} files, names and sizes": hash_value(files)}
-        return made_from, files
+        inputs["annotations"] = {f"{len(files)} files, names and sizes": hash_value(files)}
+        return inputs, files
     rows, annotations = source.rows(data)
-    made_from["annotations"] = {path.name: hash_of(path) for path in annotations}
+    inputs["annotations"] = {path.name: hash_of(path) for path in annotations}
     if source.without_list:
         listed = list(rows)
         named = hash_value([[row.image, *row.captions] for row in listed])
-        made_from["annotations"][f"{len(listed)} pictures, names and classes"] = named
-        return made_from, iter(listed)
-    return made_from, rows
+        inputs["annotations"][f"{len(listed)} pictures, names and classes"] = named
+        return inputs, iter(listed)
+    return inputs, rows
 
 
 def _begin(
-    folders: IngestFolders, made_from: dict[str, Any], read: Any, data: Data, storage: Storage
+    folders: IngestFolders, inputs: dict[str, Any], read: Any, data: Data, storage: Storage
 ) -> list[dict[str, Any]]:
     """The parts of the ingest that was begun here, or of a new plan."""
-    path, value = folders.parts, {"schema_version": SCHEMA_VERSION, "layout": PARTS_LAYOUT, **made_from}
+    path, value = folders.parts, {"schema_version": SCHEMA_VERSION, "layout": PARTS_LAYOUT, **inputs}
     if path.is_file() and (plan := read_json(path))["made_from"] == value:
         return plan["parts"]
     remove(folders.path)
@@ -131,7 +131,7 @@ def _begin(
     return listed
 
 
-def _finish(folders: IngestFolders, made_from: dict[str, Any], parts: list[dict[str, Any]]) -> None:
+def _finish(folders: IngestFolders, inputs: dict[str, Any], parts: list[dict[str, Any]]) -> None:
     """Quarantine and manifest, from the records in the order of the parts."""
     counts, content = IngestCounts(), hashlib.sha256()
     counts.add(read_json(folders.parts)["counts"])
@@ -155,13 +155,13 @@ def _finish(folders: IngestFolders, made_from: dict[str, Any], parts: list[dict[
             "schema_version": SCHEMA_VERSION,
             "data_hash": content.hexdigest(),
             "counts": {
-                split: {"pairs": sum(s["rows"] for s in found), "captions": sum(s["captions"] for s in found)}
-                for split, found in shards.items()
+                split: {"pairs": sum(s["rows"] for s in of_split), "captions": sum(s["captions"] for s in of_split)}
+                for split, of_split in shards.items()
             },
             **{name: dict(sorted(n.items())) if isinstance(n, dict) else n for name, n in counts.as_json().items()},
             "shards": [shard for split in SPLITS for shard in shards[split]],
             "command": shlex.join(sys.argv),
-            **made_from,
+            **inputs,
         },
     )
 
@@ -174,7 +174,7 @@ def shaping(data: Data) -> dict[str, Any]:
     return value
 
 
-def _finished(out: Path, made_from: dict[str, Any], data: Data, half_moved: bool) -> Dataset | None:
+def _finished(out: Path, inputs: dict[str, Any], data: Data, half_moved: bool) -> Dataset | None:
     """`half_moved`: without its manifest `out` is what a move that was killed has brought there so far."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
@@ -183,9 +183,9 @@ def _finished(out: Path, made_from: dict[str, Any], data: Data, half_moved: bool
             return None
         raise ValueError(f"{out} is not empty and holds no dataset; give an empty or a new folder")
     dataset = Dataset.open(out)
-    found = {name: dataset.manifest[name] for name in made_from}
-    if found != made_from:
-        wanted, there = made_from["config"], found["config"]
+    recorded = {name: dataset.manifest[name] for name in inputs}
+    if recorded != inputs:
+        wanted, there = inputs["config"], recorded["config"]
         differing = [name for name in wanted | there if wanted.get(name) != there.get(name)] or ["annotations"]
         raise ValueError(
             f"{out} holds a dataset made from other input ({', '.join(differing)} differ); "

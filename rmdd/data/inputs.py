@@ -72,19 +72,19 @@ def find(root: InputPath, patterns: str) -> list[tuple[str, int]]:
     Patterns are joined by `::`. `{000..146}` counts, `{a,b}` chooses, and `*`, `?` and `**` are those of a glob. Raises
     `ValueError` for a counted or chosen file that is not there.
     """
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for pattern in itertools.chain.from_iterable(_expanded(p) for p in patterns.split("::")):
         if glob.has_magic(pattern):
             if isinstance(root, RemotePath):
-                found.update(root.glob(pattern))
+                sizes.update(root.glob(pattern))
             else:
                 files = (p for p in root.glob(pattern) if p.is_file())
-                found.update((p.relative_to(root).as_posix(), p.stat().st_size) for p in files)
+                sizes.update((p.relative_to(root).as_posix(), p.stat().st_size) for p in files)
         elif (root / pattern).is_file():
-            found[pattern] = size_of(root / pattern)
+            sizes[pattern] = size_of(root / pattern)
         else:
             raise ValueError(f"{root / pattern} is not there but '{patterns}' names it; correct the pattern")
-    return sorted(found.items())
+    return sorted(sizes.items())
 
 
 def _expanded(pattern: str) -> list[str]:

@@ -44,10 +44,10 @@ def alternatives(path: str, layout: str | None) -> list[str]:
     COCO 2014 names are also looked for under their 2017 names, Flickr files in the folders the archives unpack to.
     """
     name = PurePosixPath(path).name
-    found = [path] + [f"{folder}/{name}" for folder in _IMAGE_FOLDERS.get(layout or "", ())]
+    paths = [path] + [f"{folder}/{name}" for folder in _IMAGE_FOLDERS.get(layout or "", ())]
     if layout == "coco" and (match := _COCO_2014.fullmatch(name)):
-        found += [f"{folder}/{match[1]}" for folder in ("train2017", "val2017")]
-    return found
+        paths += [f"{folder}/{match[1]}" for folder in ("train2017", "val2017")]
+    return paths
 
 
 def read_json_file(path: InputPath) -> Any:

@@ -142,12 +142,12 @@ class PartWriter:
 
     def _pairs(self, part: IngestPart, counts: IngestCounts) -> Iterator[Pair]:
         """The usable pairs of a part, in order; the rest goes to the counts."""
-        found: Iterator[Candidate]
+        candidates: Iterator[Candidate]
         if isinstance(self.source, SampleSource):
-            found = self.source.candidates(part.file, (part.start, part.stop), part.split, self.data, counts)
+            candidates = self.source.candidates(part.file, (part.start, part.stop), part.split, self.data, counts)
         else:
-            found = planned.candidates(self.folders.plan / part.file, self.data, self.source)
-        for candidate in found:
+            candidates = planned.candidates(self.folders.plan / part.file, self.data, self.source)
+        for candidate in candidates:
             try:
                 image = _checked(candidate.image, self.data)
             except ImageError as error:

@@ -102,7 +102,7 @@ def write_parts(plan: IngestPlan, data: Data, folder: Path) -> list[IngestPart]:
 def file_parts(source: SampleSource, files: list[tuple[str, int, str | None]], data: Data) -> list[IngestPart]:
     """A part per stretch of a file."""
     stretches = source.stretches([path for path, _, _ in files], data)
-    cut = [(path, split, s) for (path, _, split), found in zip(files, stretches, strict=True) for s in found]
+    cut = [(path, split, s) for (path, _, split), of_file in zip(files, stretches, strict=True) for s in of_file]
     return [IngestPart(n, data.source, path, start, stop, split) for n, (path, split, (start, stop)) in enumerate(cut)]
 
 

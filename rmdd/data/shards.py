@@ -144,8 +144,8 @@ class Dataset:
             if not file.is_file():
                 raise ValueError(f"{path}: shard {shard['file']} is missing; copy it again or ingest again")
             if file.stat().st_size != shard["bytes"]:
-                found = file.stat().st_size
-                raise ValueError(f"{file} has {found} bytes, the manifest says {shard['bytes']}; copy it again")
+                size = file.stat().st_size
+                raise ValueError(f"{file} has {size} bytes, the manifest says {shard['bytes']}; copy it again")
             rows = pq.read_metadata(file).num_rows
             if rows != shard["rows"]:
                 raise ValueError(f"{file} holds {rows} pairs, the manifest says {shard['rows']}; ingest again")
@@ -181,15 +181,15 @@ class Dataset:
         for shard in self.manifest["shards"]:
             if sha256_file(self.path / shard["file"]) != shard["sha256"]:
                 raise ValueError(f"{self.path / shard['file']} was changed after ingest; copy it again or ingest again")
-        found = {}
+        counts = {}
         for split in SPLITS:
-            found[split] = {"pairs": 0, "captions": 0}
+            counts[split] = {"pairs": 0, "captions": 0}
             for pair in self.pairs(split):
                 content.update(pair.digest())
-                found[split]["pairs"] += 1
-                found[split]["captions"] += len(pair.captions)
-        if found != self.counts:
-            raise ValueError(f"{self.path} holds {found}, its manifest says {self.counts}; ingest again")
+                counts[split]["pairs"] += 1
+                counts[split]["captions"] += len(pair.captions)
+        if counts != self.counts:
+            raise ValueError(f"{self.path} holds {counts}, its manifest says {self.counts}; ingest again")
         if content.hexdigest() != self.hash:
             raise ValueError(f"{self.path}: its rows are not those of its manifest (data_hash); ingest again")
 

@@ -10,12 +10,12 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from rmdd.config import Data
 from rmdd.data.counts import IngestCounts
 from rmdd.data.decode import ImageError
-from rmdd.data.inputs import InputPath
+from rmdd.data.inputs import InputPath, find, input_path
 
 NO_SPLIT = "none"
 
@@ -77,6 +77,14 @@ def named_split(path: str) -> str | None:
         if words:
             return words[0]
     return None
+
+
+def sample_files(data: Data, source: Literal["parquet", "webdataset"]) -> list[tuple[str, int, str | None]]:
+    """Path below the root, size and split of every file that `data.<source>.files` names."""
+    root, rule = input_path(data.root), getattr(data, source)
+    if not (paths := find(root, rule.files)):
+        raise ValueError(f"no file under {root} matches data.{source}.files '{rule.files}'; correct one of them")
+    return [(path, size, named_split(path) if rule.split_by_name else None) for path, size in paths]
 
 
 @dataclass(frozen=True)

@@ -139,13 +139,13 @@ def load_split(dataset: Dataset, split: str, data: Data, cache: Path | str) -> S
         rows.append(row)
         pair_ids.append(pair_id)
 
-    kept = np.asarray(rows, dtype=np.int64)
+    row_numbers = np.asarray(rows, dtype=np.int64)
     which = {"data": dataset.hash, "split": split, "rows": hash_value(rows)}
     pixels = which | {"size": data.image_size, "background": data.background, "exif": data.exif_orientation}
-    images = Decoded(dataset, split, kept, data, Path(cache) / f"{split}-{hash_value(pixels)}.npy")
+    images = Decoded(dataset, split, row_numbers, data, Path(cache) / f"{split}-{hash_value(pixels)}.npy")
     encoded = Path(cache) / f"{split}-{hash_value(which)}.bin"
     return Split(
-        split, images, captions, np.asarray(image_of, dtype=np.int64), pair_ids, dropped, dataset, kept, encoded
+        split, images, captions, np.asarray(image_of, dtype=np.int64), pair_ids, dropped, dataset, row_numbers, encoded
     )
 
 

@@ -24,7 +24,7 @@ PieceSource = Callable[[float], Sequence[Piece] | None]
 """Gives the pieces that have come meanwhile, after so many seconds at most; None when no more will come."""
 
 
-class GivenUp(RuntimeError):
+class RetriesExhausted(RuntimeError):
     """The workers of an item died too often."""
 
     def __init__(self, message: str, host: str):
@@ -58,7 +58,7 @@ class Executor(Mapper, Protocol):
         results: dict[int, Any] = {}
 
         def settle(index: int, result: Any, error: Exception | None) -> None:
-            if isinstance(task, Spared) and isinstance(error, GivenUp):
+            if isinstance(task, Spared) and isinstance(error, RetriesExhausted):
                 result, error = Failed(str(error), error.host, again=False), None
             if error is not None:
                 raise error

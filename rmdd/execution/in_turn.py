@@ -6,7 +6,7 @@ from typing import Any
 
 from rmdd.core.threads import torch_threads
 from rmdd.execution.executor import Executor, Piece, PieceSource
-from rmdd.execution.signals import asked_to_stop
+from rmdd.execution.signals import stop_on_signal
 from rmdd.execution.tasks import Hooks, Interrupted
 
 
@@ -19,7 +19,7 @@ class InTurn(Executor):
     hooks: Hooks = field(default_factory=Hooks)
 
     def serve(self, source: PieceSource) -> None:
-        with torch_threads(self.threads), asked_to_stop() as signalled:
+        with torch_threads(self.threads), stop_on_signal() as signalled:
 
             def stopped() -> bool:
                 return signalled() | self.hooks.should_stop()

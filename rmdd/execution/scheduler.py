@@ -23,7 +23,7 @@ class TargetedTask(Protocol):
 
 
 @contextlib.contextmanager
-def errors_kept(errors: dict[str, Exception], label: str) -> Iterator[None]:
+def collect_errors(errors: dict[str, Exception], label: str) -> Iterator[None]:
     """Put an error of the block under `label` instead of raising it."""
     try:
         yield
@@ -70,7 +70,7 @@ class SweepScheduler:
 
         def take_part() -> None:
             try:
-                with self.turn, contextlib.suppress(Interrupted), errors_kept(self.errors, label):
+                with self.turn, contextlib.suppress(Interrupted), collect_errors(self.errors, label):
                     self._check()
                     run()
             finally:

@@ -10,21 +10,21 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
 
 
 @contextlib.contextmanager
-def asked_to_stop() -> Iterator[Callable[[], bool]]:
+def stop_on_signal() -> Iterator[Callable[[], bool]]:
     """Yield a function that says whether a signal has come; the second one raises `KeyboardInterrupt`."""
-    asked = threading.Event()
+    stop = threading.Event()
 
-    def ask(number: int, frame: object) -> None:
-        if asked.is_set():
+    def handle(number: int, frame: object) -> None:
+        if stop.is_set():
             raise KeyboardInterrupt
-        asked.set()
+        stop.set()
 
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+        yield stop.is_set
         return
-    before = {number: signal.signal(number, ask) for number in STOPPING}
+    before = {number: signal.signal(number, handle) for number in STOPPING}
     try:
-        yield asked.is_set
+        yield stop.is_set
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -61,8 +61,8 @@ class PretrainedCaptioner:
         self.prompt, self.tokens, self.backend = prompt, tokens, backend
 
     def describe(self, image: Image.Image, count: int, seed: int) -> list[str]:
-        asked = {"images": [image]} | ({"text": [self.text]} if self.text else {})
-        inputs = self.processor(**asked, return_tensors="pt").to(self.device, self.model.dtype)
+        content = {"images": [image]} | ({"text": [self.text]} if self.text else {})
+        inputs = self.processor(**content, return_tensors="pt").to(self.device, self.model.dtype)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
             with torch.inference_mode():
@@ -98,29 +98,29 @@ def further_captions(
 
     Raises `ValueError` when the real ones do not suffice either.
     """
-    found: list[str] = []
+    captions: list[str] = []
     refused = 0
     for attempt in range(tries):
-        if len(found) == count:
+        if len(captions) == count:
             break
-        for answer in ask(count - len(found), attempt):
+        for answer in ask(count - len(captions), attempt):
             caption = tidied(answer, rule)
-            if len(found) == count:
+            if len(captions) == count:
                 break
-            if not caption or caption in (first, *found):
+            if not caption or caption in (first, *captions):
                 refused += 1
             else:
-                found.append(caption)
-    answered = len(found)
+                captions.append(caption)
+    answered = len(captions)
     for caption in real:
-        if len(found) < count and caption not in (first, *found):
-            found.append(caption)
-    if len(found) < count:
+        if len(captions) < count and caption not in (first, *captions):
+            captions.append(caption)
+    if len(captions) < count:
         raise ValueError(
             f"a picture of {first!r} needs {count} more captions, and the captioner and {len(real)} real ones gave "
-            f"{len(found)}; lower distill.options.captions_per_image"
+            f"{len(captions)}; lower distill.options.captions_per_image"
         )
-    return FurtherCaptions(found, ["captioner"] * answered + ["real"] * (count - answered), refused)
+    return FurtherCaptions(captions, ["captioner"] * answered + ["real"] * (count - answered), refused)
 
 
 def tidied(answer: str, rule: Captions) -> str:
@@ -143,12 +143,12 @@ class CaptionWriter:
         with torch_threads(self.threads):
             with Image.open(item["picture"]) as opened:
                 image = opened.convert("RGB")
-            found = further_captions(ask, item["count"], item["caption"], item["real"], self.rule, self.tries)
-        write_json(Path(item["out"]), {"key": item["key"], **vars(found)})
-        return {"captions": len(found.captions)}
+            further = further_captions(ask, item["count"], item["caption"], item["real"], self.rule, self.tries)
+        write_json(Path(item["out"]), {"key": item["key"], **vars(further)})
+        return {"captions": len(further.captions)}
 
 
-def kept_captions(path: Path, key: str) -> FurtherCaptions | None:
+def saved_captions(path: Path, key: str) -> FurtherCaptions | None:
     """What was gathered before, for the same picture, caption and captioner."""
     if not path.is_file():
         return None
@@ -173,9 +173,9 @@ def stand_ins(captions: Sequence[str], texts: np.ndarray, record: int, count: in
 
 def _cosines(rows: np.ndarray, one: np.ndarray, chunk: int = 65_536) -> np.ndarray:
     """Of every row with one vector, a chunk of rows at a time."""
-    found = np.empty(len(rows), np.float32)
+    cosines = np.empty(len(rows), np.float32)
     for start in range(0, len(rows), chunk):
         block = np.asarray(rows[start : start + chunk], dtype=np.float32)
         size = np.maximum(np.linalg.norm(block, axis=1) * np.linalg.norm(one), 1e-12)
-        found[start : start + chunk] = block @ one / size
-    return found
+        cosines[start : start + chunk] = block @ one / size
+    return cosines

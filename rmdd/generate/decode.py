@@ -89,7 +89,7 @@ class StableUnclip:
         self.options = {"num_inference_steps": steps, "guidance_scale": guidance, "noise_level": noise_level}
 
     def decode(self, requests: Sequence[Request]) -> list[Image.Image]:
-        found = self.pipeline(
+        output = self.pipeline(
             image_embeds=embeddings_of(requests, self.width).to(self.device, self.dtype),
             prompt=[r["caption"] for r in requests],
             negative_prompt=[self.negative] * len(requests),
@@ -97,7 +97,7 @@ class StableUnclip:
             output_type="np",
             **self.options,
         )
-        return pictures(requests, found.images)
+        return pictures(requests, output.images)
 
 
 class Karlo:
@@ -157,13 +157,13 @@ class Karlo:
         }
 
     def decode(self, requests: Sequence[Request]) -> list[Image.Image]:
-        found = self.pipeline(
+        output = self.pipeline(
             image_embeddings=embeddings_of(requests, self.width).to(self.device, self.dtype),
             generator=[random_of(r) for r in requests],
             output_type="np",
             **self.options,
         )
-        return pictures(requests, found.images)
+        return pictures(requests, output.images)
 
 
 # -- what decoders share ---------------------------------------------------------------------------------------------
@@ -228,8 +228,8 @@ class PictureWriter:
         first = values["block"] * self.batch
         block = self.requests[first : first + self.batch]
         with torch_threads(self.threads), torch.inference_mode(), quiet("transformers", "diffusers"):
-            made = self.decoder.decode(block)
-        for request, image in zip(block, made, strict=True):
+            images = self.decoder.decode(block)
+        for request, image in zip(block, images, strict=True):
             if not is_drawn(self.folder, request):
                 self._save(request, image)
         return {"pictures": len(block)}

@@ -51,11 +51,11 @@ class Diffusion:
         self, pixels: Float[Tensor, "B 3 S S"], random: torch.Generator | None = None
     ) -> Float[Tensor, "B C h w"]:
         """Unscaled latents of pictures in [-1, 1]: a sample of the posterior by a CPU generator, its mean without."""
-        found = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
+        posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         if random is None:
-            return found.mean.float()
-        noise = torch.randn(found.mean.shape, generator=random).to(found.mean.device)
-        return found.mean.float() + found.std.float() * noise
+            return posterior.mean.float()
+        noise = torch.randn(posterior.mean.shape, generator=random).to(posterior.mean.device)
+        return posterior.mean.float() + posterior.std.float() * noise
 
     def decode(self, latents: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 S S"]:
         """Pictures around [-1, 1] of unscaled latents."""

@@ -98,9 +98,9 @@ def target_of(
 
 def biases_and_norms(module: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters of normalisations and all biases, by the kind of their module ("DiffFit")."""
-    found = {}
+    parameters = {}
     for where, part in module.named_modules():
         for name, parameter in part.named_parameters(recurse=False):
             if name == "bias" or isinstance(part, NORMS):
-                found[f"{where}.{name}" if where else name] = parameter
-    return found
+                parameters[f"{where}.{name}" if where else name] = parameter
+    return parameters

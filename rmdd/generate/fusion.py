@@ -31,8 +31,8 @@ class Layer(nn.Module):
     def forward(
         self, x: Float[Tensor, "B N d"], keys: Float[Tensor, "B K d"], padding: Bool[Tensor, "B K"]
     ) -> Float[Tensor, "B N d"]:
-        seen, _ = self.attention(x, keys, keys, key_padding_mask=padding, need_weights=False)
-        x = self.norm_attention(x + self.dropout(seen))
+        attended, _ = self.attention(x, keys, keys, key_padding_mask=padding, need_weights=False)
+        x = self.norm_attention(x + self.dropout(attended))
         return self.norm_feed(x + self.dropout(self.feed(x)))
 
 
@@ -162,6 +162,6 @@ def blurred_text(
     """
     if float(torch.rand((), generator=random)) < drop_all:
         return torch.zeros_like(tokens)
-    kept = torch.rand(tokens.shape, generator=random).to(tokens.device) >= drop
+    mask = torch.rand(tokens.shape, generator=random).to(tokens.device) >= drop
     added = torch.randn(tokens.shape, generator=random).to(tokens.device) * noise
-    return tokens * kept / (1 - drop) + added
+    return tokens * mask / (1 - drop) + added

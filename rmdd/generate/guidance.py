@@ -109,5 +109,5 @@ def scheduler_for(kind: str, config: Any) -> Any:
     """A DDPM or DDIM scheduler by the configuration of a pipeline's own; latents are not clipped."""
     from diffusers import DDIMScheduler, DDPMScheduler
 
-    made: Any = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}[kind]
-    return made.from_config(config, clip_sample=False)
+    scheduler: Any = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}[kind]
+    return scheduler.from_config(config, clip_sample=False)

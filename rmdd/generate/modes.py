@@ -79,11 +79,11 @@ def assigned(
 ) -> Int64[np.ndarray, " T"]:
     """The centre nearest to each row; of equally near ones the first."""
     length = (centres.astype(np.float64) ** 2).sum(1)
-    found = np.empty(len(rows), np.int64)
+    nearest = np.empty(len(rows), np.int64)
     for start in range(0, len(rows), chunk):
         block = rows[start : start + chunk].astype(np.float64)
-        found[start : start + chunk] = (length - 2 * block @ centres.T.astype(np.float64)).argmin(1)
-    return found
+        nearest[start : start + chunk] = (length - 2 * block @ centres.T.astype(np.float64)).argmin(1)
+    return nearest
 
 
 def _means(rows: Rows, label: np.ndarray, k: int, count: np.ndarray) -> np.ndarray:
@@ -95,14 +95,14 @@ def _means(rows: Rows, label: np.ndarray, k: int, count: np.ndarray) -> np.ndarr
 
 def _nearest(rows: Rows, label: np.ndarray, centres: np.ndarray) -> np.ndarray:
     """The position of the member nearest to each centre; 0 for clusters without one."""
-    best, found = np.full(len(centres), np.inf), np.zeros(len(centres), np.int64)
+    best, nearest = np.full(len(centres), np.inf), np.zeros(len(centres), np.int64)
     for where, block in rows.chunks():
         distance = ((block - centres[label[where]]) ** 2).sum(1)
         for position in np.argsort(distance, kind="stable"):
             cluster = label[where][position]
             if distance[position] < best[cluster]:
-                best[cluster], found[cluster] = distance[position], where.start + position
-    return found
+                best[cluster], nearest[cluster] = distance[position], where.start + position
+    return nearest
 
 
 def _central_caption(texts: np.ndarray, members: np.ndarray) -> int:

@@ -32,8 +32,8 @@ class PictureEncoder:
             for path in item["pictures"]:
                 with Image.open(path) as opened:
                     images.append(opened.convert("RGB"))
-            found = self.clip.images(images).cpu().numpy()
-        write_array(Path(item["out"]), found)
+            features = self.clip.images(images).cpu().numpy()
+        write_array(Path(item["out"]), features)
         return {"pictures": len(images)}
 
 
@@ -52,8 +52,8 @@ def nearest_captions(
     make = functools.partial(PictureEncoder, clip, studio.device, studio.run.runtime.threads)
     for _ in studio.stream(f"pictures seen in phase {studio.phase}", "pictures")(make, items):
         pass
-    seen = np.concatenate([np.load(item["out"]) for item in items])
-    return nearest_rows(seen, texts, min(len(texts), 16 * count + 16))
+    features = np.concatenate([np.load(item["out"]) for item in items])
+    return nearest_rows(features, texts, min(len(texts), 16 * count + 16))
 
 
 def nearest_rows(queries: Float32[np.ndarray, "P D"], rows: Rows, count: int) -> Int64[np.ndarray, "P n"]:

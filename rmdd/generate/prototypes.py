@@ -78,17 +78,17 @@ def find(
             "pairs; lower rm_ratio or the pairs, or ingest more data"
         )
     of = {"image": image_of[records], "text": records}
+    both = (("image", sides.images), ("text", sides.texts))
     label = {
         side: partition(rows, of[side], pairs, derive(seed, f"{side} prototypes"), ranks, starts, normalize)
-        for side, rows in (("image", sides.images), ("text", sides.texts))
+        for side, rows in both
     }
     overlap = contingency(label["image"], label["text"], pairs)
     partner = match(overlap)
     common = overlap[np.arange(pairs), partner]
 
     def joint(members: RecordIds) -> Float32[np.ndarray, "n W"]:
-        found = [_unit(rows.at(of[side][members])) for side, rows in (("image", sides.images), ("text", sides.texts))]
-        return np.concatenate(found, axis=1)
+        return np.concatenate([_unit(rows.at(of[side][members])) for side, rows in both], axis=1)
 
     cells = shared_cells(label["image"], label["text"], partner)
     if pairless == "keep_centres":
@@ -111,10 +111,10 @@ def find(
         "largest_cell": max(len(c.images) for c in cells),
         "centres": sum(not c.shared for c in cells),
     }
-    kept = tuple(
+    members = tuple(
         PairMembers(records[c.images], records[c.texts]) if not c.shared else _same(records[c.images]) for c in cells
     )
-    return Prototypes(images[order], texts[order], tuple(kept[i] for i in order), facts), records
+    return Prototypes(images[order], texts[order], tuple(members[i] for i in order), facts), records
 
 
 def raw_cosines(sides: Sides) -> Float32[np.ndarray, " T"]:
@@ -122,13 +122,13 @@ def raw_cosines(sides: Sides) -> Float32[np.ndarray, " T"]:
     if sides.images.width != sides.texts.width:
         widths = f"{sides.images.width} and {sides.texts.width}"
         raise ValueError(f"image and text features of {widths} numbers have no cosine; set rm_ratio: 0, or take a CLIP")
-    found = np.empty(len(sides.texts), np.float32)
+    cosines = np.empty(len(sides.texts), np.float32)
     for where, texts in sides.texts.chunks():
-        found[where] = np.vecdot(_unit(sides.images.at(sides.split.image_of[where])), _unit(texts))
-    if not np.isfinite(found).all():
-        bad = sides.split.pair_ids[int(sides.split.image_of[np.flatnonzero(~np.isfinite(found))[0]])]
+        cosines[where] = np.vecdot(_unit(sides.images.at(sides.split.image_of[where])), _unit(texts))
+    if not np.isfinite(cosines).all():
+        bad = sides.split.pair_ids[int(sides.split.image_of[np.flatnonzero(~np.isfinite(cosines))[0]])]
         raise ValueError(f"the features of pair {bad} are not finite; leave it out, or use another encoder")
-    return found
+    return cosines
 
 
 # -- clusters of one side --------------------------------------------------------------------------------------------
@@ -159,8 +159,8 @@ def open_side(folder: Path, normalize: bool, rank: int, size: int) -> Shard:
 
 def _nearest(ranks: WorkerParts, centroids: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     label, distance = np.empty(count, np.int64), np.empty(count, np.float32)
-    for ids, found, far in ranks.ask("assigned", centroids):
-        label[ids], distance[ids] = found, far
+    for ids, labels, far in ranks.ask("assigned", centroids):
+        label[ids], distance[ids] = labels, far
     return label, distance
 
 
@@ -200,23 +200,23 @@ def topped_up(
 
     Where nothing is left to split, the largest cells that were not matched follow.
     """
-    found = list(cells)
-    taken = np.zeros(len(a), bool)
-    for cell in found:
+    result = list(cells)
+    matched = np.zeros(len(a), bool)
+    for cell in result:
         if cell.shared:
-            taken[cell.images] = True
-    rest = _unmatched(a, b, taken)
-    while len(found) < pairs:
-        sizes = [len(c.images) if c.shared else 0 for c in found]
+            matched[cell.images] = True
+    rest = _unmatched(a, b, matched)
+    while len(result) < pairs:
+        sizes = [len(c.images) if c.shared else 0 for c in result]
         largest = int(np.argmax(sizes)) if sizes else 0
         if not sizes or sizes[largest] < 2:
             if not rest:
                 break
-            found.append(_same(rest.pop(0)))
+            result.append(_same(rest.pop(0)))
             continue
-        members = found[largest].images
-        found[largest : largest + 1] = [_same(half) for half in _halves(members, joint(members), seed)]
-    return found
+        members = result[largest].images
+        result[largest : largest + 1] = [_same(half) for half in _halves(members, joint(members), seed)]
+    return result
 
 
 def _halves(members: RecordIds, rows: np.ndarray, seed: int) -> list[RecordIds]:
@@ -228,9 +228,9 @@ def _halves(members: RecordIds, rows: np.ndarray, seed: int) -> list[RecordIds]:
     return halves
 
 
-def _unmatched(a: RecordIds, b: RecordIds, taken: Bool[np.ndarray, " N"]) -> list[RecordIds]:
+def _unmatched(a: RecordIds, b: RecordIds, matched: Bool[np.ndarray, " N"]) -> list[RecordIds]:
     """Records in no matched cell, by their two clusters, the most first."""
-    left = np.flatnonzero(~taken)
+    left = np.flatnonzero(~matched)
     _, group = np.unique(np.stack([a[left], b[left]]), axis=1, return_inverse=True)
     groups = [left[group.ravel() == g] for g in range(int(group.max(initial=-1)) + 1)]
     return sorted(groups, key=lambda members: (-len(members), int(members[0])))
@@ -247,10 +247,10 @@ def _same(members: RecordIds) -> PairMembers:
 
 
 def _mean(rows: Rows, members: RecordIds, rescale: bool) -> Float32[np.ndarray, " D"]:
-    found = rows.at(members).astype(np.float64)
-    mean = found.mean(axis=0)
+    values = rows.at(members).astype(np.float64)
+    mean = values.mean(axis=0)
     if rescale:
-        mean *= np.linalg.norm(found, axis=1).mean() / max(float(np.linalg.norm(mean)), 1e-12)
+        mean *= np.linalg.norm(values, axis=1).mean() / max(float(np.linalg.norm(mean)), 1e-12)
     return mean.astype(np.float32)
 
 

@@ -101,15 +101,15 @@ class FromCaption:
 
     def decode(self, requests: Sequence[Request]) -> list[Image.Image]:
         """Raises `ValueError` for a picture that stays of one colour, or is not finite."""
-        made = self._drawn(requests, 0)
+        pictures = self._drawn(requests, 0)
         for position, request in enumerate(requests):
             for attempt in range(1, self.rule.redraws + 1):
-                if not is_plain(made[position]):
+                if not is_plain(pictures[position]):
                     break
                 _logger.warning("the picture of pair %d has one colour; drawn again, try %d", request["index"], attempt)
-                made[position] = self._drawn([request], attempt)[0]
-                made[position].info["redrawn"] = attempt
-        return made
+                pictures[position] = self._drawn([request], attempt)[0]
+                pictures[position].info["redrawn"] = attempt
+        return pictures
 
     def _drawn(self, requests: Sequence[Request], attempt: int) -> list[Image.Image]:
         what = f"picture {attempt}" if attempt else "picture"
@@ -120,7 +120,7 @@ class FromCaption:
 
     def _images(self, requests: Sequence[Request], randoms: list[torch.Generator]) -> np.ndarray:
         rule = self.rule
-        found = self.pipeline(
+        output = self.pipeline(
             prompt=self._prompts(requests),
             height=rule.size,
             width=rule.size,
@@ -129,7 +129,7 @@ class FromCaption:
             generator=randoms,
             output_type="np",
         )
-        return found.images
+        return output.images
 
 
 class FromLatent(FromCaption):
@@ -142,7 +142,7 @@ class FromLatent(FromCaption):
         self.strength = strength
 
     def _images(self, requests: Sequence[Request], randoms: list[torch.Generator]) -> np.ndarray:
-        found = self.pipeline(
+        output = self.pipeline(
             prompt=self._prompts(requests),
             image=modes_of(requests).to(self.device, self.dtype),
             strength=self.strength,
@@ -151,7 +151,7 @@ class FromLatent(FromCaption):
             generator=randoms,
             output_type="np",
         )
-        return found.images
+        return output.images
 
 
 class NearLatent(FromCaption):

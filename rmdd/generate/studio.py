@@ -115,14 +115,14 @@ class Studio:
         """
         numbered = [{**request, "index": i, "seed": self.seed} for i, request in enumerate(requests)]
         write_requests(self.folder, numbered, dict(tensors or {}))
-        asked = read_requests(self.folder)
-        todo = sorted({r["index"] // batch for r in asked if not is_drawn(self.folder, r)})
+        written = read_requests(self.folder)
+        todo = sorted({r["index"] // batch for r in written if not is_drawn(self.folder, r)})
         size, threads = self.run.data.image_size, self.run.runtime.threads
         writer = functools.partial(PictureWriter, make, self.folder, batch, size, threads)
         blocks: list[Values] = [{"block": block} for block in todo]
         for _ in self.stream(f"pictures of phase {self.phase}", "pictures", here)(writer, blocks):
             pass
-        return [picture_of(self.folder, i) for i in range(len(asked))]
+        return [picture_of(self.folder, i) for i in range(len(written))]
 
     def finish(
         self,
@@ -153,26 +153,26 @@ class Studio:
         )
         rates = (rule.inner_lr, rule.inner_lr_text or rule.inner_lr)
         lr_image, lr_text = (torch.tensor(float(rate)) for rate in rates)
-        made = Synthetic(reduced(images, run.stored_size), texts, lr_image, lr_text)
+        synthetic = Synthetic(reduced(images, run.stored_size), texts, lr_image, lr_text)
         save_set(phases.initial(run, self.phase, self.train, list(records)), self.folder / "start.safetensors")
         write_json(self.folder / "records.json", [int(r) for r in records])
         write_json(self.folder / "captions.json", list(captions))
         write_json(self.folder / "parts.json", [part.facts() for part in parts])
         write_json(self.folder / "facts.json", dict(facts or {}))
-        save_set(made, self.folder / "set-000001.safetensors")
+        save_set(synthetic, self.folder / "set-000001.safetensors")
 
     def embedded(self, captions: Sequence[str]) -> Float[Tensor, "M F"]:
         """What the run's text tower makes of captions, cleaned as the run cleans its own."""
         run = self.run
         cleaned = [clean(caption, run.data.captions) for caption in captions]
-        found = embed(
+        features = embed(
             cleaned,
             run.model.text,
             self.feature_source.splits.cache,
             device=str(self.device),
             threads=run.runtime.threads,
         )
-        return torch.from_numpy(np.array(found))
+        return torch.from_numpy(np.array(features))
 
 
 def _stored(make: Callable[[], Callable[[Values], Values]], runtime: config.Runtime) -> Callable[[Values], Values]:

@@ -34,7 +34,7 @@ from rmdd.generate.captioners import (
     CaptionWriter,
     FurtherCaptions,
     PretrainedCaptioner,
-    kept_captions,
+    saved_captions,
     stand_ins,
 )
 from rmdd.generate.decode import Precision
@@ -209,12 +209,12 @@ class EDGE(TunedMethod):
             key = config.hash_value([item, self._captioner.identity(), rule.model_dump(mode="json"), self.seed])
             out = picture.with_suffix(".captions.json")
             items.append({**item, "picture": str(picture), "out": str(out), "key": key})
-        todo = [i for i in items if i["count"] and kept_captions(Path(i["out"]), i["key"]) is None]
+        todo = [i for i in items if i["count"] and saved_captions(Path(i["out"]), i["key"]) is None]
         threads = self.run.runtime.threads
         work = functools.partial(CaptionWriter, make, self.run.data.captions, self.seed, rule.tries, threads)
         for _ in studio.stream(f"captions of phase {studio.phase}", "captions")(work, todo):
             pass
-        return [kept_captions(Path(i["out"]), i["key"]) or FurtherCaptions([], [], 0) for i in items]
+        return [saved_captions(Path(i["out"]), i["key"]) or FurtherCaptions([], [], 0) for i in items]
 
     def _nearest(
         self, studio: Studio, pictures: list[Path], drawn: list[int], rows: list[int]

@@ -56,6 +56,6 @@ class Clip:
         return _projected(self.model.get_text_features(**inputs))
 
 
-def _projected(found: Any) -> Tensor:
+def _projected(output: Any) -> Tensor:
     """The projected features, which transformers wraps since version 5."""
-    return (found if isinstance(found, Tensor) else found.pooler_output).float()
+    return (output if isinstance(output, Tensor) else output.pooler_output).float()

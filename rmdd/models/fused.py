@@ -47,8 +47,8 @@ class TwiceDifferentiable(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         own = _OWN.get(func)
-        found = own(*args, **kwargs or {}) if own else NotImplemented
-        return func(*args, **kwargs or {}) if found is NotImplemented else found
+        result = own(*args, **kwargs or {}) if own else NotImplemented
+        return func(*args, **kwargs or {}) if result is NotImplemented else result
 
 
 def _layer_norm(
@@ -112,8 +112,8 @@ def _log_softmax(x: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype:
 
 
 def _softmax(x: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Any:
-    found = _log_softmax(x, dim, dtype=dtype)
-    return found if found is NotImplemented else found.exp()
+    result = _log_softmax(x, dim, dtype=dtype)
+    return result if result is NotImplemented else result.exp()
 
 
 _OWN: dict[Any, Any] = {

@@ -136,8 +136,8 @@ def image_identity(tower: ImageTower) -> str:
     import timm
 
     check_name(tower.name)
-    known = None if tower.name.startswith(HUB_PREFIXES) else timm.get_pretrained_cfg(tower.name)
-    source = known and (known.hf_hub_id or known.url)
+    config = None if tower.name.startswith(HUB_PREFIXES) else timm.get_pretrained_cfg(tower.name)
+    source = config and (config.hf_hub_id or config.url)
     return f"{source or tower.name}, timm {timm.__version__}"
 
 
@@ -233,8 +233,8 @@ def check_name(name: str) -> None:
 
     if name.startswith(HUB_PREFIXES) or timm.is_model(name):
         return
-    known = ["convnet", *timm.list_models()]
-    near = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
+    names = ["convnet", *timm.list_models()]
+    near = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
     hint = f"the closest names are {', '.join(near)}" if near else "see timm.list_models()"
     raise ValueError(f"no image tower '{name}' (convnet or a timm model); {hint}")
 
@@ -284,8 +284,8 @@ def _load(model: nn.Module, path: Path) -> None:
         "of another shape": {k for k in expected.keys() & state.keys() if expected[k].shape != state[k].shape},
     }
     if any(wrong.values()):
-        found = "; ".join(f"{len(keys)} {what} ({', '.join(sorted(keys)[:3])})" for what, keys in wrong.items() if keys)
-        raise ValueError(f"weights file '{path}' does not fit the image tower: {found}; give one of the same model")
+        named = "; ".join(f"{len(keys)} {what} ({', '.join(sorted(keys)[:3])})" for what, keys in wrong.items() if keys)
+        raise ValueError(f"weights file '{path}' does not fit the image tower: {named}; give one of the same model")
     model.load_state_dict(state)
 
 

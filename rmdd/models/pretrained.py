@@ -81,10 +81,10 @@ class PretrainedModel:
 
         described = "config.json" if self.kind == "transformers" else "model_index.json"
         try:  # not snapshot_download, which takes a snapshot without the files that nobody loads for cut off
-            found = try_to_load_from_cache(self.id, described, revision=self.revision)
+            path = try_to_load_from_cache(self.id, described, revision=self.revision)
         except HFValidationError:
             return None
-        return Path(found).parent if isinstance(found, str) else None
+        return Path(path).parent if isinstance(path, str) else None
 
     def lacking(self) -> list[str]:
         """What is not there of it, by file name; empty when it is whole."""
@@ -103,9 +103,9 @@ class PretrainedModel:
         """Where it lies, whole. Raises `ValueError` that says what is missing and how to get it."""
         if self.lacking():
             raise ValueError(self.how_to_get())
-        found = self.location()
-        assert found is not None
-        return found
+        folder = self.location()
+        assert folder is not None
+        return folder
 
     def how_to_get(self, why: str = "") -> str:
         """One line: what is missing, how large it is, and what to do."""
@@ -113,9 +113,9 @@ class PretrainedModel:
         shown = ", ".join(lacking[:4]) + (f" and {len(lacking) - 4} more" if len(lacking) > 4 else "")
         field = f" ({self.option})" if self.option else ""
         if self.is_local:
-            found = "there is no such folder" if self.location() is None else f"it lacks {shown}"
+            problem = "there is no such folder" if self.location() is None else f"it lacks {shown}"
             saved = "save_pretrained of its pipeline" if self.kind == "diffusers" else "save_pretrained, with processor"
-            return f"{self.role}: folder {self.id}: {found}; give a folder that was written by {saved}{field}"
+            return f"{self.role}: folder {self.id}: {problem}; give a folder that was written by {saved}{field}"
         about = f", about {size / 1e9:.1f} GB" if size else ""
         at = f" --revision {self.revision}" if self.revision else ""
         name = self.id + (f"@{self.revision}" if self.revision else "")
@@ -202,8 +202,8 @@ def licence_of(folder: Path) -> str | None:
         facts = yaml.safe_load(head[1])
     except yaml.YAMLError:
         return None
-    found = (facts.get("license_name") or facts.get("license")) if isinstance(facts, dict) else None
-    return " or ".join(map(str, found)) if isinstance(found, list) else found if found is None else str(found)
+    licence = (facts.get("license_name") or facts.get("license")) if isinstance(facts, dict) else None
+    return " or ".join(map(str, licence)) if isinstance(licence, list) else licence if licence is None else str(licence)
 
 
 def components(folder: Path) -> dict[str, str]:
@@ -214,21 +214,21 @@ def components(folder: Path) -> dict[str, str]:
 
 def wanted(names: Sequence[str], kind: Library) -> list[str]:
     """Of the files of a part those that it is loaded from: small ones, and per folder one format of weights."""
-    found = []
+    files = []
     for folder in sorted({os.path.dirname(n) for n in names}):
         if bool(folder) != (kind == "diffusers") and folder:
             continue
         here = {os.path.basename(n): n for n in names if os.path.dirname(n) == folder}
-        found += [n for base, n in sorted(here.items()) if any(fnmatch.fnmatch(base, p) for p in SMALL)]
+        files += [n for base, n in sorted(here.items()) if any(fnmatch.fnmatch(base, p) for p in SMALL)]
         if kind == "diffusers" and not folder:
             continue
         for stem in WEIGHTS:
             base, _, ending = stem.rpartition(".")
             parts = [n for b, n in sorted(here.items()) if fnmatch.fnmatch(b, f"{base}-*-of-*.{ending}")]
             if stem in here or parts:
-                found += [here[stem]] if stem in here else parts
+                files += [here[stem]] if stem in here else parts
                 break
-    return found
+    return files
 
 
 def _is_path(name: str) -> bool:

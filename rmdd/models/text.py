@@ -178,8 +178,8 @@ def _package_folder(module: str) -> Path:
             f"text tower 'package:{module}' is not an installed package; install it, or set model.text.name to a "
             "folder or to hashing"
         )
-    found = [p for location in spec.submodule_search_locations for p in Path(location).rglob("config.json")]
-    for path in sorted(found, key=lambda p: (len(p.parts), p)):
+    files = [p for location in spec.submodule_search_locations for p in Path(location).rglob("config.json")]
+    for path in sorted(files, key=lambda p: (len(p.parts), p)):
         if "model_type" in json.loads(path.read_text(encoding="utf-8")):
             return path.parent
     raise ValueError(f"package '{module}' ships no transformers model (no config.json with a model_type in it)")

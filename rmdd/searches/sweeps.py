@@ -23,7 +23,7 @@ from rmdd.core.files import atomic_path, read_json, write_json
 from rmdd.core.progress import Progress, Stage
 from rmdd.core.storage import address_of, located, root_of, run_folder
 from rmdd.execution.backend import hold_folders, open_backend
-from rmdd.execution.scheduler import SweepScheduler, errors_kept
+from rmdd.execution.scheduler import SweepScheduler, collect_errors
 from rmdd.pipeline import Pipeline
 
 SCORES = ("val", "test_last")
@@ -164,7 +164,7 @@ def run_all(runs: Sequence[Member], progress: Progress | None = None) -> Swept:
         errors: dict[str, Exception] = {}
         pipelines = {m.label: Pipeline(m.run, backend, _Named(progress, m.label)) for m in runs}
         for label, pipeline in pipelines.items():
-            with errors_kept(errors, label):
+            with collect_errors(errors, label):
                 pipeline.check_budget()
                 pipeline.experts()
         with progress.stage("sweep", {}) as stage:

@@ -13,7 +13,7 @@ from rmdd.generate.captioners import (
     CaptionWriter,
     PretrainedCaptioner,
     further_captions,
-    kept_captions,
+    saved_captions,
     stand_ins,
     tidied,
 )
@@ -85,7 +85,7 @@ def test_a_worker_writes_what_it_gathered_beside_the_picture(tmp_path):
     item = {"index": 3, "caption": "a dog", "count": 2, "real": REAL, "key": "k"}
     item |= {"picture": str(tmp_path / "000003.png"), "out": str(tmp_path / "000003.captions.json")}
     assert CaptionWriter(Echo, RULE, 0, 2, 1)(item) == {"captions": 2}
-    found = kept_captions(tmp_path / "000003.captions.json", "k")
+    found = saved_captions(tmp_path / "000003.captions.json", "k")
     assert found.captions == ["24 by 20", "a real one"] and found.sources == ["captioner", "real"]
-    assert kept_captions(tmp_path / "000003.captions.json", "other") is None
+    assert saved_captions(tmp_path / "000003.captions.json", "other") is None
     assert json.loads((tmp_path / "000003.captions.json").read_text())["refused"] == 3

@@ -37,26 +37,26 @@ class Labelled:
 
 
 def rows(data: Data) -> tuple[Iterator[AnnotationRow], list[InputPath]]:
-    found = read(data)
-    return iter(found.pictures), found.files
+    labelled = read(data)
+    return iter(labelled.pictures), labelled.files
 
 
 def read(data: Any) -> Labelled:
     """Classes and pictures that `data.classes` picks. Raises `ValueError` that names file and line."""
     root, rule = input_path(data.root), data.classes
-    known, files = _names(root / rule.names) if rule.names else ({}, [])
+    names_of, files = _names(root / rule.names) if rule.names else ({}, [])
     if rule.layout in CIFAR:
         ids, pictures, more = _cifar(root / rule.images if rule.images else root, rule.images, rule.layout)
     elif rule.layout == "list":
-        ids, pictures, more = _list(root, rule, known)
+        ids, pictures, more = _list(root, rule, names_of)
     else:
         ids, pictures, more = _folders(root, rule.images)
     chosen = _chosen(ids, rule, root)
-    if rule.names and (nameless := [c for c in chosen if c not in known]):
+    if rule.names and (nameless := [c for c in chosen if c not in names_of]):
         raise ValueError(
             f"{root / rule.names} has no name for {len(nameless)} classes, such as '{nameless[0]}'; add it"
         )
-    names = {c: known.get(c) or (c.replace("_", " "),) for c in chosen}
+    names = {c: names_of.get(c) or (c.replace("_", " "),) for c in chosen}
     return Labelled(names, [row for row in pictures if row.captions[0] in names], files + more)
 
 
@@ -99,23 +99,23 @@ def _folders(root: InputPath, images: str) -> tuple[list[str], list[AnnotationRo
     return ids, pictures, []
 
 
-def _list(root: InputPath, rule: Any, known: dict[str, Any]) -> tuple[list[str], list[AnnotationRow], list[InputPath]]:
+def _list(root: InputPath, rule: Any, names_of: dict) -> tuple[list[str], list[AnnotationRow], list[InputPath]]:
     path = root / rule.file
     lines = [(i, line.strip()) for i, line in enumerate(read_text(path).split("\n"), start=1) if line.strip()]
     kaggle = bool(lines) and lines[0][1] == _KAGGLE
-    ids = sorted(known)
+    ids = sorted(names_of)
     pictures = []
     for i, line in lines[1:] if kaggle else lines:
         name, label = _kaggle(line) if kaggle else _file_and_class(line)
         if not label:
             numbers = "; a number alone counts classes as the ILSVRC toolkit does" if line.isdecimal() else ""
             raise ValueError(f"{path}: line {i} is not `FILE CLASS`, found {line[:60]!r}{numbers}; give `FILE CLASS`")
-        if label.isdecimal() and label not in known:
+        if label.isdecimal() and label not in names_of:
             if not ids or int(label) >= len(ids):
                 needs = f"there are {len(ids)}" if ids else "data.classes.names must say which class that is"
                 raise ValueError(f"{path}: line {i} has class number {label}, but {needs}")
             label = ids[int(label)]
-        elif known and label not in known:
+        elif names_of and label not in names_of:
             raise ValueError(f"{path}: line {i} has class '{label}', which {root / rule.names} does not name")
         pictures.append(
             AnnotationRow(f"{rule.images}/{name}".lstrip("/"), (label,), "test", "classes", f"{path.name} line {i}")
@@ -160,7 +160,7 @@ def _cifar(folder: InputPath, images: str, layout: str) -> tuple[list[str], list
 
 def _names(path: InputPath) -> tuple[dict[str, tuple[str, ...]], list[InputPath]]:
     text = read_text(path)
-    found: dict[str, tuple[str, ...]] = {}
+    names_of: dict[str, tuple[str, ...]] = {}
     if text.lstrip().startswith("{"):
         try:
             content = json.loads(text)
@@ -170,8 +170,8 @@ def _names(path: InputPath) -> tuple[dict[str, tuple[str, ...]], list[InputPath]
             names = value if isinstance(value, list) else [value]
             if not names or not all(isinstance(name, str) and name.strip() for name in names):
                 raise ValueError(f"{path}: class '{key}' needs a name or a list of names, found {describe(value)}")
-            found[key] = tuple(name.strip() for name in names)
-        return found, [path]
+            names_of[key] = tuple(name.strip() for name in names)
+        return names_of, [path]
     for i, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -179,10 +179,10 @@ def _names(path: InputPath) -> tuple[dict[str, tuple[str, ...]], list[InputPath]
         names = [name.strip() for name in rest.split(",") if name.strip()]
         if not names:
             raise ValueError(f"{path}: line {i} is not `CLASS name, synonym`, found {line[:60]!r}")
-        if key in found:
+        if key in names_of:
             raise ValueError(f"{path}: line {i} names class '{key}' again; leave one line out")
-        found[key] = tuple(names)
-    return found, [path]
+        names_of[key] = tuple(names)
+    return names_of, [path]
 
 
 SOURCE = AnnotationSource(rows, draw, without_list=True)

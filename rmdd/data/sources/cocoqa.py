@@ -34,14 +34,14 @@ def read(data: Any, split: str) -> list[Question]:
     root = input_path(data.root)
     folder = root / data.cocoqa.folder / split
     lines = {name: _lines(folder / name) for name in FILES}
-    counts = {name: len(found) for name, found in lines.items()}
+    counts = {name: len(values) for name, values in lines.items()}
     if len(set(counts.values())) > 1:
         lengths = ", ".join(f"{name} {n}" for name, n in counts.items())
         raise ValueError(f"{folder}: the four files must have as many lines, found {lengths}; take a whole copy")
     if not counts[FILES[0]]:
         raise ValueError(f"{folder / FILES[0]} holds no question; take a whole copy")
     pictures = {"train": "train2014", "test": "val2014"}[split]
-    found = []
+    questions = []
     for i, (question, answer, number, kind) in enumerate(zip(*lines.values(), strict=True), start=1):
         for name, word in zip(FILES, (question, answer, number, kind), strict=True):
             if not word:
@@ -51,11 +51,11 @@ def read(data: Any, split: str) -> list[Question]:
         if kind not in ("0", "1", "2", "3"):
             raise ValueError(f"{folder / FILES[3]}: line {i} is {kind!r}, expected a type from 0 to 3")
         image = f"{pictures}/COCO_{pictures}_{int(number):012d}.jpg"
-        found.append(Question(question, answer, image, TYPES[int(kind)], i))
-    return found
+        questions.append(Question(question, answer, image, TYPES[int(kind)], i))
+    return questions
 
 
-def asked(data: Any) -> list[Question]:
+def sampled_questions(data: Any) -> list[Question]:
     """The test questions that are asked: all, or as many as are drawn by a hash of seed and line."""
     questions, rule = read(data, "test"), data.cocoqa
     if rule.questions is None or rule.questions >= len(questions):
@@ -68,10 +68,10 @@ def asked(data: Any) -> list[Question]:
 
 
 def rows(data: Data) -> tuple[Iterator[AnnotationRow], list[InputPath]]:
-    questions = asked(data)
+    questions = sampled_questions(data)
     folder = input_path(data.root) / data.cocoqa.folder  # type: ignore[attr-defined]
     files = [folder / split / name for split in ("train", "test") for name in FILES]
-    found = (
+    annotations = (
         AnnotationRow(
             q.image,
             (f"Question: {q.question} Answer: {q.answer}.",),
@@ -81,7 +81,7 @@ def rows(data: Data) -> tuple[Iterator[AnnotationRow], list[InputPath]]:
         )
         for q in questions
     )
-    return found, files
+    return annotations, files
 
 
 def _lines(path: InputPath) -> list[str]:

@@ -77,8 +77,8 @@ def _rows(path: InputPath, records: list[dict[str, Any]], split: str, source: st
     id_of: dict[Any, Any] = {}
     for i, record in enumerate(records):
         image, number = record["image"], record.get("image_id")
-        known = isinstance(image, str) and isinstance(number, str | int)
-        if known and (image_of.setdefault(number, image) != image or id_of.setdefault(image, number) != number):
+        has_id = isinstance(image, str) and isinstance(number, str | int)
+        if has_id and (image_of.setdefault(number, image) != image or id_of.setdefault(image, number) != number):
             raise ValueError(
                 f"{path}: record {i} pairs image_id {number!r} with {image!r}, an earlier record "
                 f"pairs {image_of[number]!r} with {id_of.get(image, number)!r}; one image has one image_id"
@@ -98,13 +98,13 @@ def _released(root: InputPath, layout: str, shares: Shares) -> tuple[Iterator[An
 
 def _cut_exactly(rows: Iterator[AnnotationRow], shares: Shares) -> Iterator[AnnotationRow]:
     """Images in the order of a hash of their path, cut by number, so that the first n of a split are a fair sample."""
-    found = list(rows)
+    listed = list(rows)
     images = sorted(
-        {str(row.image) for row in found}, key=lambda image: sha256(f"rmdd order/{image}".encode()).digest()
+        {str(row.image) for row in listed}, key=lambda image: sha256(f"rmdd order/{image}".encode()).digest()
     )
     position_of = {image: i for i, image in enumerate(images)}
     train, val = ends(len(images), shares)
-    for row in sorted(found, key=lambda row: position_of[str(row.image)]):
+    for row in sorted(listed, key=lambda row: position_of[str(row.image)]):
         position = position_of[str(row.image)]
         yield replace(row, split="train" if position < train else "val" if position < val else "test")
 
@@ -127,8 +127,8 @@ def _cc3m_rows(path: InputPath) -> Iterator[AnnotationRow]:
         if not isinstance(record, dict) or "image" not in record or not {"caption", "conversations"} & record.keys():
             raise ValueError(f"{path}: record {i} needs `image` and `caption` or `conversations`: {describe(record)}")
         turns = record.get("conversations") or []
-        said = [turn.get("value") for turn in turns if isinstance(turn, dict) and turn.get("from") == "gpt"]
-        captions = (record["caption"],) if "caption" in record else tuple(said[:1])
+        answers = [turn.get("value") for turn in turns if isinstance(turn, dict) and turn.get("from") == "gpt"]
+        captions = (record["caption"],) if "caption" in record else tuple(answers[:1])
         yield AnnotationRow(record["image"], captions, None, "cc3m", f"{path.name} record {i}")
 
 

@@ -5,6 +5,7 @@ The image column is `{bytes, path}` or binary, the caption column text or a list
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,20 +16,11 @@ import pyarrow.parquet as pq
 from rmdd.config import Data
 from rmdd.data.counts import IngestCounts
 from rmdd.data.decode import ImageError
-from rmdd.data.inputs import InputPath, find, input_path, parquet_file
-from rmdd.data.source import SPLIT_NAMES, Candidate, SampleSource, as_captions, hash_split, named_split
+from rmdd.data.inputs import InputPath, input_path, parquet_file
+from rmdd.data.source import SPLIT_NAMES, Candidate, SampleSource, as_captions, hash_split, sample_files
 
 _AT_ONCE = 16
 _ROWS_PER_READ = 32
-
-
-def files(data: Data) -> list[tuple[str, int, str | None]]:
-    """Path below the root, size and split of every file."""
-    root, rule = input_path(data.root), data.parquet
-    found = find(root, rule.files)
-    if not found:
-        raise ValueError(f"no file under {root} matches data.parquet.files '{rule.files}'; correct one of them")
-    return [(path, size, named_split(path) if rule.split_by_name else None) for path, size in found]
 
 
 def slices(paths: list[str], data: Data) -> list[list[tuple[int, int]]]:
@@ -64,12 +56,12 @@ def candidates(
                     detail = f"{row[rule.split or '']!r} in column '{rule.split}' is no split"[:160]
                     counts.reject(pair_id, "no_split", origin, detail, len(captions))
                     continue
-                kept: dict[str, None] = {}
-                counts.keep_captions(kept, captions, pair_id, origin)
-                if not kept:
+                usable: dict[str, None] = {}
+                counts.keep_captions(usable, captions, pair_id, origin)
+                if not usable:
                     counts.reject(pair_id, "no_caption", origin, "none of its captions can be used", 0)
                     continue
-                yield Candidate(pair_id, tuple(kept), own, "parquet", origin, _image(row[rule.image]))
+                yield Candidate(pair_id, tuple(usable), own, "parquet", origin, _image(row[rule.image]))
 
 
 def _next(batches: Iterator[pa.RecordBatch], file: InputPath) -> pa.RecordBatch | None:
@@ -98,13 +90,13 @@ def _slices(file: InputPath, data: Data) -> list[tuple[int, int]]:
         _check(file, rule.image, columns, "image", "{bytes, path} or binary", _holds_bytes)
         _check(file, rule.caption, columns, "caption", "text or a list of texts", _holds_text)
         sizes = [_compressed(table.metadata.row_group(g)) for g in range(table.num_row_groups)]
-    found, start, size = [], 0, 0
+    slices, start, size = [], 0, 0
     for group, more in enumerate(sizes, start=1):
         size += more
         if size >= limit or group == len(sizes):
-            found.append((start, group))
+            slices.append((start, group))
             start, size = group, 0
-    return found
+    return slices
 
 
 def _check(file: InputPath, name: str, columns: dict[str, Any], what: str, wanted: str, fits: Any) -> None:
@@ -144,4 +136,4 @@ def _damaged(file: InputPath, error: Exception) -> ValueError:
     )
 
 
-SOURCE = SampleSource(files, candidates, slices)
+SOURCE = SampleSource(functools.partial(sample_files, source="parquet"), candidates, slices)

@@ -142,16 +142,16 @@ def _rows(config: Scenes) -> Iterator[AnnotationRow]:
 def plan(config: Scenes) -> dict[str, list[Scene]]:
     """Distinct scenes for every split. Test and val are drawn first: they stay when train grows."""
 
-    seen: set[Scene] = set()
+    earlier: set[Scene] = set()
     drawn: dict[str, list[Scene]] = {}
     for split in ("test", "val", "train"):
         drawn[split] = []
         for i in range(getattr(config, split)):
             draws = generator(config.seed, f"scene/{split}", i)
             scene = _draw_scene(draws)
-            while scene in seen:
+            while scene in earlier:
                 scene = _draw_scene(draws)
-            seen.add(scene)
+            earlier.add(scene)
             drawn[split].append(scene)
     return {split: drawn[split] for split in ("train", "val", "test")}
 
@@ -171,9 +171,9 @@ def draw(spec: str) -> bytes:
     scene, size, shift = picture["scene"], picture["size"], picture["shift"]
     side = size * _SUPERSAMPLING
     arrangement = scene["arrangement"]
-    places = (PLACES[scene["place"]],) if arrangement == "single" else ARRANGEMENTS[arrangement]
+    centres = (PLACES[scene["place"]],) if arrangement == "single" else ARRANGEMENTS[arrangement]
     canvas = Image.new("RGB", (side, side), BACKGROUNDS[scene["background"]])
-    for thing, (x, y), (dx, dy) in zip(scene["things"], places, shift, strict=True):
+    for thing, (x, y), (dx, dy) in zip(scene["things"], centres, shift, strict=True):
         radius = RADIUS[arrangement] * side * (1.0 if thing["size"] == "large" else 0.6)
         mask = _mask(thing["shape"], (x + dx) * side, (y + dy) * side, radius, side)
         canvas.paste(_ink(COLOURS[thing["colour"]], thing["texture"], side), mask=mask)

@@ -15,8 +15,8 @@ from typing import Any
 from rmdd.config import Data
 from rmdd.data.counts import IngestCounts, is_text
 from rmdd.data.decode import ImageError
-from rmdd.data.inputs import InputPath, find, input_path
-from rmdd.data.source import Candidate, SampleSource, as_captions, hash_split, named_split
+from rmdd.data.inputs import InputPath, input_path
+from rmdd.data.source import Candidate, SampleSource, as_captions, hash_split, sample_files
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2")
 MEMBER_BYTES = 2**28
@@ -74,27 +74,24 @@ class _Header(tarfile.TarInfo):
 
 def files(data: Data) -> list[tuple[str, int, str | None]]:
     """Path below the root, size and split of every tar. Raises `ValueError` when the first holds no pair."""
-    root, rule = input_path(data.root), data.webdataset
-    found = find(root, rule.files)
-    if not found:
-        raise ValueError(f"no file under {root} matches data.webdataset.files '{rule.files}'; correct one of them")
-    _look(root / found[0][0])
-    return [(path, size, named_split(path) if rule.split_by_name else None) for path, size in found]
+    tars = sample_files(data, "webdataset")
+    _look(input_path(data.root) / tars[0][0])
+    return tars
 
 
 def candidates(
     file: str, stretch: tuple[int, int], split: str | None, data: Data, counts: IngestCounts
 ) -> Iterator[Candidate]:
     """The samples of one tar, in order. Where it is cut or damaged, what follows is one row of the quarantine."""
-    seen: set[str] = set()
+    keys: set[str] = set()
     try:
         for sample in samples(input_path(data.root) / file):
-            if candidate := _candidate(sample, file, split, data, seen, counts):
+            if candidate := _candidate(sample, file, split, data, keys, counts):
                 yield candidate
     except (Cut, tarfile.TarError, EOFError) as error:
         counts.rows_in += 1
         what = " ".join(str(error).split())[:160]
-        counts.reject(file, "truncated_tar", file, f"all after {len(seen)} samples is lost: {what}", 0)
+        counts.reject(file, "truncated_tar", file, f"all after {len(keys)} samples is lost: {what}", 0)
 
 
 def samples(tar: InputPath) -> Iterator[Sample]:
@@ -119,7 +116,7 @@ def samples(tar: InputPath) -> Iterator[Sample]:
 
 
 def _candidate(
-    sample: Sample, file: str, split: str | None, data: Data, seen: set[str], counts: IngestCounts
+    sample: Sample, file: str, split: str | None, data: Data, keys: set[str], counts: IngestCounts
 ) -> Candidate | None:
     captions, image, origin = sample.captions, sample.image, f"{file} {sample.key}"
     counts.rows_in += 1
@@ -128,17 +125,17 @@ def _candidate(
         counts.reject(sample.key, "no_path", origin, "its name is not UTF-8", len(captions))
         return None
     pair_id = f"{file}/{sample.key}"
-    if sample.key in seen:
+    if sample.key in keys:
         counts.reject(pair_id, "duplicate_key", origin, "an earlier sample of this tar has its key", len(captions))
         return None
-    seen.add(sample.key)
-    kept: dict[str, None] = {}
-    counts.keep_captions(kept, captions, pair_id, origin)
-    if not kept:
+    keys.add(sample.key)
+    usable: dict[str, None] = {}
+    counts.keep_captions(usable, captions, pair_id, origin)
+    if not usable:
         counts.reject(pair_id, "no_caption", origin, f"none among {', '.join(sample.members)}", 0)
         return None
     own = split or hash_split(pair_id, data.split_fractions)
-    return Candidate(pair_id, tuple(kept), own, "webdataset", origin, image)
+    return Candidate(pair_id, tuple(usable), own, "webdataset", origin, image)
 
 
 def _look(tar: InputPath) -> None:

@@ -105,7 +105,7 @@ def costs(data: config.Data, probes: Mapping[str, Probe], width: int) -> list[st
         if isinstance(probe, config.Vqa):
             own = data_of(data, probe)
             answers = {q.answer for split in ("train", "test") for q in cocoqa.read(own, split)}
-            total = len({q.question for q in cocoqa.asked(own)}) * len(answers)
+            total = len({q.question for q in cocoqa.sampled_questions(own)}) * len(answers)
             lines.append(
                 f"probe {name} embeds {total:,} sentences, {4 * width * total / 2**30:.1f} GiB in the cache; "
                 f"evaluate.probes.{name}.data.cocoqa.questions takes fewer"

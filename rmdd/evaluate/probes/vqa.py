@@ -37,7 +37,7 @@ def ask(
 ) -> dict[str, Any]:
     """Distinct questions, answers, and who is asked what; `captions` is the run's rule,
     `seen` are the pictures that were distilled, if known."""
-    train, test = cocoqa.read(data, "train"), cocoqa.asked(data)
+    train, test = cocoqa.read(data, "train"), cocoqa.sampled_questions(data)
     image_of = {pair_id: i for i, pair_id in enumerate(split.pair_ids)}
     usable = [q for q in test if q.image in image_of]
     answers = sorted({q.answer for q in (*train, *cocoqa.read(data, "test"))})

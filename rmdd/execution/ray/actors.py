@@ -19,7 +19,7 @@ from ray.util.metrics import Counter
 from rmdd import config
 from rmdd.core.files import append_jsonl
 from rmdd.core.threads import thread_variables
-from rmdd.execution.executor import Executor, GivenUp, Piece, PieceSource
+from rmdd.execution.executor import Executor, Piece, PieceSource, RetriesExhausted
 from rmdd.execution.ray.cluster import Resources, resources_now
 from rmdd.execution.ray.nodes import alive, draining
 from rmdd.execution.ray.worker import StorageNotVisible, Worker, folder_to_check
@@ -50,11 +50,12 @@ class WorkerActor:
     """An actor and where it is, once it has answered."""
 
     actor: Any
-    place: dict[str, Any] = field(default_factory=dict)
+    process: dict[str, Any] = field(default_factory=dict)
 
     @property
     def where(self) -> str:
-        return f"node {self.place['node'][:8]} ({self.place['host']}), pid {self.place['pid']}" if self.place else "?"
+        at = self.process
+        return f"node {at['node'][:8]} ({at['host']}), pid {at['pid']}" if at else "?"
 
 
 @dataclass(eq=False)
@@ -68,7 +69,7 @@ class RunningItem:
     where: Any
     """Answers once the actor is up; None when that has been logged."""
     beats: int = -1
-    seen: float = field(default_factory=time.monotonic)
+    last_beat: float = field(default_factory=time.monotonic)
     """When it began, or the count of beats last rose."""
 
     @property
@@ -92,16 +93,16 @@ class SideBySide(Executor):
     idle: list[WorkerActor] = field(default_factory=list)
     without_storage: set[str] = field(default_factory=set)
     """Nodes that do not see the storage; nothing is put there again."""
-    _kept: bool = False
+    _entered: bool = False
     _nodes_checked: float = 0.0
     _tasks: dict[Task, Any] = field(default_factory=dict)
 
     def __enter__(self) -> "SideBySide":
-        self._kept = True
+        self._entered = True
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._kept = False
+        self._entered = False
         self.rest()
 
     def rest(self) -> None:
@@ -132,7 +133,7 @@ class SideBySide(Executor):
         finally:
             self._kill([item.worker for item in self.running])
             self.running, self.waiting = [], []
-            if not self._kept:
+            if not self._entered:
                 self.rest()
 
     # -- starting ------------------------------------------------------------------------------------------------
@@ -177,8 +178,8 @@ class SideBySide(Executor):
         if item.where is None or not ray.wait([item.where], timeout=timeout)[0]:
             return
         with contextlib.suppress(RayError):  # a death shows in the result
-            item.worker.place = ray.get(item.where)
-            item.seen = time.monotonic()
+            item.worker.process = ray.get(item.where)
+            item.last_beat = time.monotonic()
             self._log("started", item, attempt=item.attempts.starts)
             if item.attempts.starts > 1:
                 self.say(f"{item.name}: goes on at {item.worker.where}, start {item.attempts.starts}")
@@ -218,33 +219,33 @@ class SideBySide(Executor):
         with contextlib.suppress(RayError, GetTimeoutError):
             beats, latest = ray.get(item.status, timeout=1)
             if beats != item.beats:
-                item.beats, item.seen = beats, time.monotonic()
+                item.beats, item.last_beat = beats, time.monotonic()
             if latest:
-                place = item.worker.place if self.resources.nodes > 1 else {}
+                process = item.worker.process if self.resources.nodes > 1 else {}
                 item.attempts.piece.on_report(
-                    {**latest, **({"on": f"{place['host']}/{place['node'][:6]}"} if place else {})}
+                    {**latest, **({"on": f"{process['host']}/{process['node'][:6]}"} if process else {})}
                 )
             item.status = item.worker.actor.status.remote()
 
     def _hangs(self, item: RunningItem) -> bool:
         limit = self.runtime.stall_limit
-        return limit is not None and bool(item.worker.place) and time.monotonic() - item.seen > 60 * limit
+        return limit is not None and bool(item.worker.process) and time.monotonic() - item.last_beat > 60 * limit
 
     def _stop_on(self, nodes: set[str]) -> None:
         """Let those on nodes that are about to go save and stop; their items go on elsewhere."""
-        self._kill([worker for worker in self.idle if worker.place.get("node") in nodes])
+        self._kill([worker for worker in self.idle if worker.process.get("node") in nodes])
         for item in self.running:
-            if item.worker.place.get("node") in nodes:
+            if item.worker.process.get("node") in nodes:
                 item.worker.actor.stop.remote()
 
     def _settle(self, item: RunningItem) -> None:
         self._log_start(item, timeout=5.0)
         settle = item.attempts.piece.settle
         try:
-            result, asked_to_stop = ray.get(item.result)
+            result, stopped = ray.get(item.result)
         except RayTaskError as error:
-            if isinstance(error.cause, StorageNotVisible) and item.worker.place:
-                self.without_storage.add(item.worker.place["node"])
+            if isinstance(error.cause, StorageNotVisible) and item.worker.process:
+                self.without_storage.add(item.worker.process["node"])
                 self._end_unfinished(item, "lost", str(error.cause), counts=False)
                 return
             self.running.remove(item)
@@ -256,17 +257,17 @@ class SideBySide(Executor):
         except ActorUnavailableError as error:  # its node went, or cannot be reached
             self._end_unfinished(item, "lost", _one_line(error), counts=False)
         except RayError as error:
-            gone = "node has died" in str(error) or (item.worker.place and item.worker.place["node"] not in alive())
+            gone = "node has died" in str(error) or (item.worker.process and item.worker.process["node"] not in alive())
             self._end_unfinished(item, "lost" if gone else "died", _one_line(error), not gone)
         else:
-            if asked_to_stop and result is False:
+            if stopped and result is False:
                 self._end_unfinished(item, "moved", "its node or process was told to go; it has saved", counts=False)
                 return
             self.running.remove(item)
             self._log("finished", item)
             _count("finished")
             self.idle.append(item.worker)
-            if asked_to_stop:
+            if stopped:
                 self._kill([item.worker])
             settle(result, None)
 
@@ -281,10 +282,10 @@ class SideBySide(Executor):
         if attempts.deaths > self.runtime.max_restarts:
             attempts.piece.settle(
                 None,
-                GivenUp(
+                RetriesExhausted(
                     f"the worker of {item.name} died {attempts.deaths} times (last on {worker.where}: {why[:200]}); "
                     "its checkpoint is kept; look for lack of memory, then resume, or raise runtime.max_restarts",
-                    worker.place.get("host", "?"),
+                    worker.process.get("host", "?"),
                 ),
             )
             return
@@ -313,7 +314,7 @@ class SideBySide(Executor):
 
     def _log(self, event: str, item: RunningItem, **facts: Any) -> None:
         line = {"time": round(time.time(), 3), "event": event, "item": item.name}
-        append_jsonl(self.events, {**line, **item.worker.place, **facts})
+        append_jsonl(self.events, {**line, **item.worker.process, **facts})
 
 
 def _one_line(error: Exception) -> str:

@@ -72,8 +72,8 @@ class Resources:
 
     def workers(self, runtime: config.Runtime, items: int) -> int:
         """How many workers to have side by side: as many as fit, and one at least."""
-        asked = min(items, runtime.workers or items)
-        return max(1, asked if self.grows else int(min(asked, self.room(runtime))))
+        wanted = min(items, runtime.workers or items)
+        return max(1, wanted if self.grows else int(min(wanted, self.room(runtime))))
 
 
 def _room(cpus: float, gpus: float, cpu_share: float, gpu_share: float) -> float:
@@ -120,19 +120,19 @@ def connected(runtime: config.Runtime) -> Iterator[Resources]:
         grows = ours and bool(address) and runtime.workers is not None
         if grows:
             _await_room(runtime)
-        found = resources_now(grows)
+        resources = resources_now(grows)
         joined = bool(address) or not ours
-        if runtime.gpus_per_worker > found.gpus:
+        if runtime.gpus_per_worker > resources.gpus:
             raise ValueError(
                 f"runtime.gpus_per_worker asks for {runtime.gpus_per_worker} GPU(s) but the cluster has "
-                f"{found.gpus:g}; set it to 0 for CPUs, or add GPU nodes{_ASK if joined else ''}"
+                f"{resources.gpus:g}; set it to 0 for CPUs, or add GPU nodes{_ASK if joined else ''}"
             )
-        if joined and found.room(runtime) < 1:
+        if joined and resources.room(runtime) < 1:
             raise ValueError(f"no node has room for a worker ({_need(runtime)}); add such nodes{_ASK}")
         folder = runtime.storage.removeprefix("file://")
-        if found.nodes > 1 and "://" not in folder:
+        if resources.nodes > 1 and "://" not in folder:
             require_shared(Path(folder).absolute())
-        yield found
+        yield resources
     except RayError as error:
         raise RuntimeError(
             f"Ray failed ({type(error).__name__}: {' '.join(str(error).split())[:300]}); what was finished is kept"
@@ -204,13 +204,13 @@ def require_shared(storage: Path) -> None:
         (folder / "token").write_text(token)
         nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
         answer = ray.remote(num_cpus=0, max_retries=0)(_answer)
-        asked = {
+        answers = {
             node: answer.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
                 str(folder), token, node
             )
             for node in nodes
         }
-        ray.wait(list(asked.values()), num_returns=len(asked), timeout=PROBE_SECONDS)
+        ray.wait(list(answers.values()), num_returns=len(answers), timeout=PROBE_SECONDS)
         blind = [node for node in nodes if not (folder / node).is_file()]
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -32,10 +32,10 @@ def ray_stream(
     context.target_max_block_size = BLOCK_BYTES
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    kept = [ray.put(part) for part in parts]
+    parts = [ray.put(part) for part in parts]
     numbers = ray.data.from_arrow([pa.table({"part": [number]}) for number in range(len(parts))])
     steps = numbers.map_batches(
-        functools.partial(_look, look, kept),
+        functools.partial(_look, look, parts),
         batch_size=None,
         num_cpus=cpus,
         compute=ray.data.TaskPoolStrategy(size=width),
@@ -44,7 +44,7 @@ def ray_stream(
         yield from batch["pictures"]
 
 
-def _look(look: Callable[[Any], Iterator[np.ndarray]], kept: Sequence[Any], numbers: dict[str, np.ndarray]) -> Any:
+def _look(look: Callable[[Any], Iterator[np.ndarray]], parts: Sequence[Any], numbers: dict[str, np.ndarray]) -> Any:
     for number in numbers["part"]:
-        for pictures in look(ray.get(kept[number])):
+        for pictures in look(ray.get(parts[number])):
             yield {"pictures": pictures[None]}

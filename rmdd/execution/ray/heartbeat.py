@@ -35,10 +35,10 @@ class TrialMonitor:
     def silent(self, seconds: float) -> list[str]:
         """Trials whose worker has given no sign of life for so long; each is told once."""
         late = time.monotonic() - seconds
-        found = [trial for trial, (_, seen) in self.beats.items() if seen < late]
-        for trial in found:
+        silent = [trial for trial, (_, beat) in self.beats.items() if beat < late]
+        for trial in silent:
             del self.beats[trial]
-        return found
+        return silent
 
     def note_failure(self, trial: str, why: str) -> None:
         self.reasons[trial] = why

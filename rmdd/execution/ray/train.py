@@ -88,12 +88,12 @@ class WorkQueue:
             return [None]
         turns = self.turns.setdefault(group, [])
         if leads and turn == len(turns):
-            place = None if self.stopping or not self.waiting else self.waiting.popleft()
-            turns.append(place)
-            if place is not None:
-                self.running[group] = place
-                self.attempts[place] += 1
-                self._log("started", place, group, attempt=self.attempts[place])
+            index = None if self.stopping or not self.waiting else self.waiting.popleft()
+            turns.append(index)
+            if index is not None:
+                self.running[group] = index
+                self.attempts[index] += 1
+                self._log("started", index, group, attempt=self.attempts[index])
         return turns[turn : turn + 1]
 
     def meet(self, group: int, address: str | None) -> str | None:
@@ -112,12 +112,12 @@ class WorkQueue:
         """A group is done with the item of its turn. Not heard from a generation that has ended, nor twice."""
         if generation != self.generation or group not in self.running or turn != len(self.turns[group]) - 1:
             return
-        place = self.running.pop(group)
+        index = self.running.pop(group)
         if isinstance(result, Failed):
-            self._fault("failed", place, group, result)
+            self._fault("failed", index, group, result)
         else:
-            self.results[place] = result
-            self._log("finished" if result is not False else "stopped", place, group)
+            self.results[index] = result
+            self._log("finished" if result is not False else "stopped", index, group)
 
     def explain(self, group: int, reason: Failed) -> None:
         """Why a member is about to end the group."""
@@ -135,18 +135,18 @@ class WorkQueue:
         for group in sorted({rank // self.size for rank in deaths}):
             if group not in self.running:
                 continue
-            place = self.running.pop(group)
+            index = self.running.pop(group)
             ranks = [r for r in deaths if r // self.size == group]
             died = next((deaths[r] for r in ranks if deaths[r]), None)
             host = self.where.get(ranks[0], {}).get("host", "?")
             explained = self.reasons.get(group, Failed("it ended without a reason", host, True))
             if died and not away.isdisjoint(ranks):
-                self._log("lost", place, group, attempt=self.attempts[place], error=died)
-                self.waiting.appendleft(place)
+                self._log("lost", index, group, attempt=self.attempts[index], error=died)
+                self.waiting.appendleft(index)
             elif died:
-                self._fault("died", place, group, Failed(f"its worker died ({died})", host, True))
+                self._fault("died", index, group, Failed(f"its worker died ({died})", host, True))
             else:
-                self._fault("failed", place, group, explained)
+                self._fault("failed", index, group, explained)
 
     def nodes(self) -> dict[int, str]:
         """The node of every rank."""
@@ -154,9 +154,9 @@ class WorkQueue:
 
     def news(self) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]], bool]:
         """Events and reports since the last call, and whether workers are up."""
-        found = self.events, self.reports, self.up
+        news = self.events, self.reports, self.up
         self.events, self.reports = [], {}
-        return found
+        return news
 
     def stop(self) -> None:
         self.stopping = True
@@ -165,19 +165,19 @@ class WorkQueue:
         """Results by place, and why the list was closed if a worker refused."""
         return self.results, self.refusal
 
-    def _fault(self, event: str, place: int, group: int, reason: Failed) -> None:
-        self.faults[place] += 1
-        self._log(event, place, group, attempt=self.attempts[place], error=reason.reason)
-        if reason.again and self.faults[place] <= self.tries:
-            self.waiting.append(place)
+    def _fault(self, event: str, index: int, group: int, reason: Failed) -> None:
+        self.faults[index] += 1
+        self._log(event, index, group, attempt=self.attempts[index], error=reason.reason)
+        if reason.again and self.faults[index] <= self.tries:
+            self.waiting.append(index)
         else:
-            times = f", {self.faults[place]} times" if self.faults[place] > 1 else ""
-            self.results[place] = replace(reason, reason=reason.reason + times, again=False)
+            times = f", {self.faults[index]} times" if self.faults[index] > 1 else ""
+            self.results[index] = replace(reason, reason=reason.reason + times, again=False)
 
-    def _log(self, event: str, place: int, group: int, **facts: Any) -> None:
+    def _log(self, event: str, index: int, group: int, **facts: Any) -> None:
         members = range(group * self.size, (group + 1) * self.size)
         where = next((self.where[rank] for rank in members if rank in self.where), {})
-        self.events.append({"time": round(time.time(), 3), "event": event, "item": self.names[place], **facts, **where})
+        self.events.append({"time": round(time.time(), 3), "event": event, "item": self.names[index], **facts, **where})
 
 
 class Heartbeat:
@@ -232,10 +232,10 @@ def work(queue: Any, task: Task, items: Sequence[Any], size: int, threads: int, 
     for turn in itertools.count():
         while not (drawn := ray.get(queue.take.remote(generation, group, turn, member.rank == 0))):
             time.sleep(0.05)
-        (place,) = drawn
-        if place is None:
+        (index,) = drawn
+        if index is None:
             return
-        result = task(items[place], hooks)
+        result = task(items[index], hooks)
         if isinstance(result, Failed) and size > 1:
             ray.get(queue.explain.remote(group, result))
             raise RuntimeError(result.reason)  # ends the others, which may wait for this one
@@ -245,9 +245,9 @@ def work(queue: Any, task: Task, items: Sequence[Any], size: int, threads: int, 
 
 
 def _meet(queue: Any, group: int, address: str | None) -> str:
-    while not (found := ray.get(queue.meet.remote(group, address))):
+    while not (leader := ray.get(queue.meet.remote(group, address))):
         time.sleep(0.05)
-    return found
+    return leader
 
 
 class WorkerDeaths(UserCallback):

@@ -23,7 +23,7 @@ from rmdd.execution.ray.actors import STOP_SECONDS
 from rmdd.execution.ray.cluster import Resources
 from rmdd.execution.ray.heartbeat import BEAT_SECONDS, TrialHeartbeat, TrialMonitor
 from rmdd.execution.ray.worker import folder_to_check, require_visible
-from rmdd.execution.signals import asked_to_stop
+from rmdd.execution.signals import stop_on_signal
 from rmdd.execution.tasks import Interrupted
 from rmdd.execution.trials import TrialRunner, TrialSource
 
@@ -187,15 +187,15 @@ def run_trials(
     searcher = SourceSearcher(source, min(resources.workers(runtime, MANY), most or MANY), monitor)
     scheduler = SourceScheduler(searcher)
     folder = folder_to_check(runtime, Path(runtime.storage) / "searches")
-    given = {"open_runner": open_runner, "threads": runtime.threads, "folder": folder, "monitor": monitor}
+    parameters = {"open_runner": open_runner, "threads": runtime.threads, "folder": folder, "monitor": monitor}
     trainable = tune.with_resources(
-        tune.with_parameters(TrialActor, **given),
+        tune.with_parameters(TrialActor, **parameters),
         {"cpu": min(cpus, resources.widest), "gpu": math.ceil(gpus) if gpus > 1 else gpus},
     )
     try:
         with (
-            asked_to_stop() as stopped,
-            tempfile.TemporaryDirectory(prefix="rmdd-search-") as place,  # what Tune writes; nothing of it is read
+            stop_on_signal() as stopped,
+            tempfile.TemporaryDirectory(prefix="rmdd-search-") as folder,  # what Tune writes; nothing of it is read
         ):
             tune.Tuner(
                 trainable,
@@ -209,7 +209,7 @@ def run_trials(
                 ),
                 run_config=tune.RunConfig(
                     name="search",
-                    storage_path=place,
+                    storage_path=folder,
                     verbose=0,
                     callbacks=[StopAndStall(monitor, stopped, runtime.stall_limit, say)],
                     failure_config=tune.FailureConfig(max_failures=runtime.max_restarts),

@@ -104,15 +104,15 @@ class Metrics:
         self.before: tuple[float, float] | None = None
 
     def show(self, item: str, metrics: Mapping[str, Any]) -> None:
-        told = {key: float(value) for key, value in metrics.items() if isinstance(value, int | float)}
-        now, done = time.monotonic(), told.get("done", 0.0)
+        values = {key: float(value) for key, value in metrics.items() if isinstance(value, int | float)}
+        now, done = time.monotonic(), values.get("done", 0.0)
         if self.before is not None and now > self.before[0]:
-            told["done_per_second"] = (done - self.before[1]) / (now - self.before[0])
+            values["done_per_second"] = (done - self.before[1]) / (now - self.before[0])
         self.before = now, done
-        told["peak_memory_bytes"] = 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        values["peak_memory_bytes"] = 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_initialized():
-            told["peak_gpu_memory_bytes"] = float(torch.cuda.max_memory_allocated())
-        for key, value in told.items():
+            values["peak_gpu_memory_bytes"] = float(torch.cuda.max_memory_allocated())
+        for key, value in values.items():
             self._gauge(key).set(value, {"item": item})
 
     def _gauge(self, key: str) -> Gauge:

@@ -49,11 +49,14 @@ def test_a_file_that_cannot_be_read_is_named_with_its_line(released, file, text,
         cocoqa.read(data_of(released), "test")
 
 
-def test_questions_are_drawn_by_their_seed(root):
+def sampled_questions_are_drawn_by_their_seed(root):
     formats.cocoqa(root / "elsewhere", TRAIN, [(f"what {i}", "dog", i, 0) for i in range(40)])
-    drawn = [[q.line for q in cocoqa.asked(data_of(root, folder="elsewhere", questions=8, seed=s))] for s in (0, 1, 0)]
+    drawn = [
+        [q.line for q in cocoqa.sampled_questions(data_of(root, folder="elsewhere", questions=8, seed=s))]
+        for s in (0, 1, 0)
+    ]
     assert drawn[0] == drawn[2] == sorted(drawn[0]) and drawn[0] != drawn[1] and len(drawn[0]) == 8
-    assert len(cocoqa.asked(data_of(root, folder=str(root / "elsewhere"), questions=99))) == 40
+    assert len(cocoqa.sampled_questions(data_of(root, folder=str(root / "elsewhere"), questions=99))) == 40
 
 
 @pytest.mark.parametrize("place", ("val2014/COCO_val2014_000000999002.jpg", "train2017/000000999002.jpg"))
