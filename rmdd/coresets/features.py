@@ -25,7 +25,7 @@ from rmdd.core.files import write_json
 from rmdd.coresets.choice import Choice, ChoiceUnit
 from rmdd.coresets.draws import hashes
 from rmdd.coresets.rows import DESCRIPTION, SCHEMA_VERSION, RowBlock, Rows
-from rmdd.coresets.shard import TOLD
+from rmdd.coresets.shard import MAX_SHOWN
 from rmdd.data.captions import clean
 from rmdd.data.splits import Split
 from rmdd.execution.tasks import Stream, Values
@@ -101,8 +101,8 @@ def unit(rows: np.ndarray, split: Split, images: np.ndarray, what: str) -> Float
     if bad.any():
         named = list(dict.fromkeys(split.pair_ids[int(i)] for i in images[bad]))
         raise ValueError(
-            f"{int(bad.sum())} {what} features are zero or not finite (first pairs: {', '.join(named[:TOLD])}); leave "
-            "these pairs out of the dataset, or use another encoder"
+            f"{int(bad.sum())} {what} features are zero or not finite (first pairs: {', '.join(named[:MAX_SHOWN])}); "
+            "leave these pairs out of the dataset, or use another encoder"
         )
     rows = rows / largest  # so that no length under- or overflows
     return rows / np.sqrt(np.vecdot(rows, rows))[:, None]

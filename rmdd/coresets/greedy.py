@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float32, Float64
 
 from rmdd.core.seeding import generator
-from rmdd.coresets.shard import SHOWN, Best, Check, best_of
+from rmdd.coresets.shard import MAX_SHOWN, Best, Check, best_of
 from rmdd.execution.parts import WorkerParts
 
 Start = Literal["random", "mean"]
@@ -26,7 +26,7 @@ def checked(ranks: WorkerParts) -> Check:
     checks: list[Check] = ranks.ask("check")
     bad = sum(c.bad for c in checks)
     if bad:
-        first = sorted(i for c in checks for i in c.first_bad)[:SHOWN]
+        first = sorted(i for c in checks for i in c.first_bad)[:MAX_SHOWN]
         raise ValueError(
             f"{bad} of {sum(c.rows for c in checks)} features are zero or not finite (first ids: {first}); leave these "
             "items out, or use another encoder"
@@ -50,7 +50,7 @@ def rows_of(ranks: WorkerParts, ids: Sequence[int]) -> Float32[np.ndarray, "n D"
     for numbers, rows in ranks.ask("rows_of", np.asarray(ids, dtype=np.int64)):
         row_of.update(zip(numbers.tolist(), rows, strict=True))
     if missing := [i for i in ids if i not in row_of]:
-        raise ValueError(f"{len(missing)} ids have no features (first: {missing[:SHOWN]})")
+        raise ValueError(f"{len(missing)} ids have no features (first: {missing[:MAX_SHOWN]})")
     return np.stack([row_of[i] for i in ids])
 
 

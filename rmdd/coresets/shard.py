@@ -16,7 +16,7 @@ from rmdd.coresets.rows import Rows
 from rmdd.execution.parts import PartsHere
 
 Ids = Sequence[int] | np.ndarray
-SHOWN = 5
+MAX_SHOWN = 5
 """Ids that an error names."""
 
 
@@ -62,7 +62,7 @@ class Shard:
             wrong = ~np.isfinite(high) | (high == 0)
             bad += self.rows.ids[where][wrong].tolist()
             largest = max(largest, float(high[~wrong].max(initial=0.0)))
-        return Check(len(self.rows), largest, len(bad), tuple(sorted(bad)[:SHOWN]))
+        return Check(len(self.rows), largest, len(bad), tuple(sorted(bad)[:MAX_SHOWN]))
 
     def count(self) -> int:
         """Rows that were not dropped."""

@@ -10,7 +10,7 @@ from rmdd.data.splits import Split
 
 SCHEMA_VERSION = 1
 DESCRIPTION, PREVIEW = "subset.json", "preview.png"
-SHOWN = 3
+MAX_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Coreset:
         if missing:
             raise ValueError(
                 f"{len(missing)} of {len(self.records)} pairs are not in split '{split.name}' (first: "
-                f"{missing[:SHOWN]}); use the split and the caption rule (data.captions) that they were chosen with"
+                f"{missing[:MAX_SHOWN]}); use the split and the caption rule (data.captions) that they were chosen with"
             )
         return [first[pair] + caption for pair, caption in self.records]
 

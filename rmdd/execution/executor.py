@@ -54,7 +54,7 @@ class Executor(Mapper, Protocol):
     def map(
         self, task: Task, items: Sequence[Any], names: Sequence[str], on_report: Callable[[str, dict[str, Any]], None]
     ) -> list[Any]:
-        """See `Mapper`. Raises the first error of a task, or `GivenUp`, which a `Spared` one returns as `Failed`."""
+        """See `Mapper`. Raises the first error; a `Spared` task returns `RetriesExhausted` as `Failed`."""
         results: dict[int, Any] = {}
 
         def settle(index: int, result: Any, error: Exception | None) -> None:

@@ -110,7 +110,7 @@ class SideBySide(Executor):
         self._kill(self.idle)
 
     def serve(self, source: PieceSource) -> None:
-        """See `rmdd.execution.executor.Executor`. A piece whose workers keep dying ends with `GivenUp`."""
+        """See `rmdd.execution.executor.Executor`. A piece whose workers keep dying ends with `RetriesExhausted`."""
         more = True
         self._nodes_checked = time.monotonic()
         try:

@@ -195,7 +195,7 @@ def run_trials(
     try:
         with (
             stop_on_signal() as stopped,
-            tempfile.TemporaryDirectory(prefix="rmdd-search-") as folder,  # what Tune writes; nothing of it is read
+            tempfile.TemporaryDirectory(prefix="rmdd-search-") as scratch,  # what Tune writes; nothing of it is read
         ):
             tune.Tuner(
                 trainable,
@@ -209,7 +209,7 @@ def run_trials(
                 ),
                 run_config=tune.RunConfig(
                     name="search",
-                    storage_path=folder,
+                    storage_path=scratch,
                     verbose=0,
                     callbacks=[StopAndStall(monitor, stopped, runtime.stall_limit, say)],
                     failure_config=tune.FailureConfig(max_failures=runtime.max_restarts),
