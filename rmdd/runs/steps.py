@@ -246,7 +246,7 @@ class Steps:
         It lies apart from `evaluation.json`, which is the same to the bit after a kill and a resume.
         """
         logs = [item.paths.phase(p) / "metrics.jsonl" for p in range(len(item.run.distill.phases))]
-        cost = summary.clocks(item.run, logs, stored_bytes(item.paths.store), self.all_seconds())
+        cost = summary.clocks(item.run.runtime, logs, stored_bytes(item.paths.store), self.all_seconds())
         write_json(self.folder / "cost.json", cost)
         return cost
 

@@ -71,7 +71,7 @@ class Trial:
         for p, iteration in enumerate(rungs[step]):
             if not item.paths.set(p, iteration).is_file():
                 steps.map("phases", DistillUntil(iteration), [replace(item, number=p)], {f"phase {p}": iteration})
-        jobs = [job for job in protocol.selection_jobs(item.run, len(rungs)) if job.snapshot == step]
+        jobs = [job for job in protocol.selection_jobs(item.run.evaluate, len(rungs)) if job.snapshot == step]
         records = steps.students(item, "val", jobs, rungs)
         self.curve.append(statistics.fmean(record["val"]["R@mean"] for record in records))
         rung: dict[str, Any] = {"step": step + 1, "val": self.curve[-1], "done": step + 1 == len(rungs)}
