@@ -199,14 +199,15 @@ def test_functions_take_what_they_read():
 
 
 def test_only_methods_know_their_family():
-    """Elsewhere a hook of the method does what differs between families; people read the word off `methods.about`."""
-    asking = [
-        f"{module}:{node.lineno}"
-        for module, tree in MODULES.items()
-        if room_of(module) != "methods"
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and node.attr == "family"
-    ]
+    """Elsewhere a hook of the method does what differs between families; the word is only shown to people."""
+    asking = []
+    for module, tree in MODULES.items():
+        shown = {id(value) for node in ast.walk(tree) if isinstance(node, ast.Dict) for value in node.values}
+        asking += [
+            f"{module}:{node.lineno}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and node.attr == "family" and id(node) not in shown
+        ]
     assert asking == []
 
 

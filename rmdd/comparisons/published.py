@@ -61,14 +61,14 @@ class PublishedNumber:
     note: str
 
     @property
-    def family(self) -> str:
+    def base_method(self) -> str:
         """The method without its variant."""
         return self.method.partition("[")[0]
 
     @property
     def protocol(self) -> str:
         """How the number was taken, by the code that was released for the method."""
-        return PROTOCOLS.get(self.family, UNKNOWN)
+        return PROTOCOLS.get(self.base_method, UNKNOWN)
 
     @property
     def unit(self) -> str:
@@ -100,15 +100,15 @@ def published(
         dataset = next((name for name in datasets if name.lower() == printed.lower()), None)
         if dataset is None:
             raise ValueError(f"no published numbers of dataset '{printed}'; there are: {', '.join(sorted(datasets))}")
-    families = {cell.family for cell in cells()}
-    if method is not None and method.lower() not in {f.lower() for f in families}:
-        raise ValueError(f"no published numbers of method '{method}'; there are: {', '.join(sorted(families))}")
+    methods = {cell.base_method for cell in cells()}
+    if method is not None and method.lower() not in {f.lower() for f in methods}:
+        raise ValueError(f"no published numbers of method '{method}'; there are: {', '.join(sorted(methods))}")
     if pairs is not None and str(pairs) not in (choices := budgets(dataset)):
         raise ValueError(f"no published numbers at a budget of '{pairs}'; there are: {', '.join(choices)}")
     rows: dict[tuple[str, ...], dict[str, Any]] = {}
     for cell in cells():
         wanted = dataset in (None, cell.dataset) and (pairs is None or cell.pairs == str(pairs))
-        if not wanted or (method is not None and cell.family.lower() != method.lower()):
+        if not wanted or (method is not None and cell.base_method.lower() != method.lower()):
             continue
         facts = {k: v for k, v in asdict(cell).items() if k not in ("metric", "mean", "std", "note")}
         row = rows.setdefault(tuple(facts.values()), facts | {"protocol": cell.protocol, "metrics": {}, "notes": []})

@@ -34,7 +34,7 @@ def test_every_cell_has_its_type_unit_and_range():
 def test_no_cell_was_lost():
     counts = {}
     for cell in cells():
-        counts[cell.family] = counts.get(cell.family, 0) + 1
+        counts[cell.base_method] = counts.get(cell.base_method, 0) + 1
     assert counts == COUNTS
 
 
