@@ -72,11 +72,11 @@ class Sheet:
         ylabel: str,
     ) -> None:
         """A point with an error bar per name; names have no order, so no line joins them."""
-        ax, places = self.panels[panel], range(len(names))
+        ax, ticks = self.panels[panel], range(len(names))
         with matplotlib.rc_context(STYLE):
-            ax.errorbar(places, means, spreads, fmt="o", ms=5, capsize=4, color=COLOURS[0])
+            ax.errorbar(ticks, means, spreads, fmt="o", ms=5, capsize=4, color=COLOURS[0])
             ax.set(title=title, ylabel=ylabel, xlim=(-0.5, len(names) - 0.5))
-            ax.set_xticks(places, names)
+            ax.set_xticks(ticks, names)
 
     def points(
         self,
@@ -100,40 +100,40 @@ class Sheet:
         ax = self.panels[panel]
         with matplotlib.rc_context(STYLE):
             picture = ax.imshow(values, cmap="RdBu_r", vmin=-1, vmax=1)
-            places = range(len(ticks))
+            at = range(len(ticks))
             names = [f"{t:g}" for t in ticks]
-            ax.set(title=title, xlabel=label, ylabel=label, xticks=places, yticks=places)
+            ax.set(title=title, xlabel=label, ylabel=label, xticks=at, yticks=at)
             ax.set_xticklabels(names)
             ax.set_yticklabels(names)
             self.figure.colorbar(picture, ax=ax, shrink=0.8, label="cosine")
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One line per row, columns in order of first appearance."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
+    """One line per row; `columns`: all keys in order of first appearance, unless they are listed."""
+    columns = columns or list(dict.fromkeys(key for row in rows for key in row))
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, columns, restval="")
+        table = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
         table.writeheader()
         table.writerows(rows)
 
 
 def draw_plan(plan: Mapping[str, Any], path: Path) -> None:
     """Why a plan came out as it did: the teacher's gain, how bent its paths are, and which starts agree."""
-    found = plan["signals"]
-    sheet = Sheet(3 + len(found["agreement"]))
-    epochs = list(range(len(found["val"])))
-    ax = sheet.lines(0, "share of the teacher's gain", epochs, {"": found["share"]}, "epoch", "share of gain on val")
+    signals = plan["signals"]
+    sheet = Sheet(3 + len(signals["agreement"]))
+    epochs = list(range(len(signals["val"])))
+    ax = sheet.lines(0, "share of the teacher's gain", epochs, {"": signals["share"]}, "epoch", "share of gain on val")
     for p, (end, (first, last)) in enumerate(zip(plan["endpoints"], plan["starts"], strict=True)):
         colour = COLOURS[(p + 1) % len(COLOURS)]
         ax.axvline(end, color=colour, ls="--", label=f"phase {p}: endpoint")
         ax.axvspan(first - 0.1, last + 0.1, color=colour, alpha=0.15, label=f"phase {p}: starts")
     ax.legend(fontsize=8)
     sheet.lines(
-        1, "gain per unit of arc", epochs[1:], {"": found["gain_per_arc"]}, "epoch", "points per unit of length"
+        1, "gain per unit of arc", epochs[1:], {"": signals["gain_per_arc"]}, "epoch", "points per unit of length"
     )
-    straight = {int(e): s for e, s in found["straightness"].items()}
+    straight = {int(e): s for e, s in signals["straightness"].items()}
     ax = sheet.lines(2, "straightness", list(straight), {"": list(straight.values())}, "endpoint", "chord over path")
     ax.set_ylim(0, 1.02)
-    for p, matrix in enumerate(found["agreement"]):
+    for p, matrix in enumerate(signals["agreement"]):
         sheet.matrix(3 + p, f"gradients agree: phase {p}", np.array(matrix), range(len(matrix)), "start epoch")
     sheet.save(path)

@@ -4,7 +4,7 @@ What the trials share, data and experts, is made first by all workers. Then each
 snapshot, side by side through Ray Tune or in turn, and `rmdd.searches.study` decides what is tried and what goes on.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,17 @@ from rmdd.core.files import read_json, write_json
 from rmdd.core.locks import held
 from rmdd.core.progress import Progress
 from rmdd.core.storage import located, open_storage, root_of
-from rmdd.distill.trajectory.planning import foreseen, over_budget
 from rmdd.execution.backend import hold_folders, open_backend
 from rmdd.execution.tasks import Values
 from rmdd.models.text import text_width
 from rmdd.pipeline import Pipeline
 from rmdd.runs.cost import text_features
-from rmdd.searches.space import Space, loader
+from rmdd.searches.loading import TrialLoader, WidthOf, shares_experts
+from rmdd.searches.space import Space
 from rmdd.searches.study import Study
-from rmdd.searches.table import Table, write_table
+from rmdd.searches.table import TrialTable, write_table
 from rmdd.searches.trial import SPLITS, open_trial
-from rmdd.searches.warm_start import known_from
-
-WidthOf = Callable[[config.TextTower], int]
+from rmdd.searches.warm_start import COMPARED, earlier_trials
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Searched:
     """What a search leaves: its folder, a row per trial, and what could not be done this time."""
 
     folder: Path
-    table: Table
+    table: TrialTable
     failures: dict[str, str]
 
 
@@ -48,9 +46,8 @@ def search_folder(base: config.Run) -> Path:
 
 def check(base: config.Run, width_of: WidthOf = text_width) -> None:
     """Raise `ConfigError` with all that is wrong with the space; `width_of` gives the length of a text embedding."""
-    mistakes = _planned(base.distill.plan, base.search.space) or Space(base.search).mistakes(
-        loader(base), lambda run: refused(base, run, width_of)
-    )
+    mistakes = _planned(base.distill.plan, base.search.space)
+    mistakes = mistakes or Space(base.search).mistakes(TrialLoader(base, width_of).mistakes)
     if mistakes:
         raise config.ConfigError(mistakes, base.name)
 
@@ -76,33 +73,14 @@ def _planned(plan: config.Plan, fields: Collection[str]) -> list[str]:
             for field in fields
             if field.startswith("distill.phases.")
         ]
-    told = "the phases are listed, so no plan is made and every trial would be the same; set distill.phases: auto"
+    unplanned = "the phases are listed, so no plan is made and every trial would be the same; set distill.phases: auto"
     alone = "distill.phases" not in fields
-    return [f"search.space.{field}: {told}" for field in fields if alone and field.startswith("distill.plan.")]
+    return [f"search.space.{field}: {unplanned}" for field in fields if alone and field.startswith("distill.plan.")]
 
 
-def refused(base: config.Run, run: config.Run, width_of: WidthOf = text_width) -> list[str]:
-    """What is known to stop a trial before it begins, beside its run file."""
-    found = []
-    if run.distill.budget_check == "error":
-        try:
-            if run.distill.plan.plans:
-                foreseen(run, width_of(run.model.text))
-            elif told := over_budget(run, width_of(run.model.text)):
-                found.append(told)
-        except ValueError as error:
-            found.append(str(error))
-    if shares_experts(base.search.space) and run.experts.keep == "endpoints" and run.endpoints != base.endpoints:
-        found.append(
-            f"the trial reads epochs {list(run.endpoints)} and the experts keep {list(base.endpoints)}; set "
-            "experts.keep: all, so that they are trained once"
-        )
-    return found
-
-
-def begun_in(place: Path | str) -> config.Run | None:
+def begun_in(folder: Path | str) -> config.Run | None:
     """The run of a search that was begun in a folder or at a URI, also in a moved storage; None without one."""
-    storage, file = located(str(place), "search.json", depth=2)
+    storage, file = located(str(folder), "search.json", depth=2)
     if not file.is_file():
         return None
     run = read_json(file)["run"]
@@ -128,28 +106,24 @@ def run_search(base: config.Run, progress: Progress | None = None) -> Searched:
     progress = progress or Progress()
     folder, storage = search_folder(base), open_storage(base.runtime)
     storage.fetch(folder)
-    known = known_from(base.search.warm_start, base)
+    earlier = earlier_trials(base.search, {section: base.hash_of(section) for section in COMPARED}, base.name)
+    trials = TrialLoader(base)
     with hold_folders(base.runtime), open_backend(base.runtime, folder / "events.jsonl", progress) as backend:
         write_json(folder / "search.json", {"schema_version": 1, "run": base.model_dump(mode="json")})
         with held(folder / "shared", wait=True):
             pipeline = Pipeline(base, backend, progress, splits=SPLITS)
-            (pipeline.experts if shares_experts(base.search.space) else pipeline.ingest)()
+            (pipeline.experts if trials.shared else pipeline.ingest)()
         with progress.stage("trials", {}) as stage:
-            rungs = base.distill.snapshots
+            snapshots = base.distill.snapshots
 
             def show(name: str, metrics: Values) -> None:
-                stage.add({name: rungs})
-                stage.expect(study.limit, rungs, len(study.ended - stage.items.keys()))
-                stage(name, {**metrics, "done": min(metrics["done"], rungs)})
+                stage.add({name: snapshots})
+                stage.expect(study.limit, snapshots, len(study.ended - stage.items.keys()))
+                stage(name, {**metrics, "done": min(metrics["done"], snapshots)})
 
-            with Study(base, folder, known, lambda run: refused(base, run), progress.say, show) as study:
+            with Study(trials, folder, earlier, progress.say, show) as study:
                 try:
                     backend.run_trials(study, open_trial, base.search.concurrency)
                 finally:
-                    table = write_table(base, folder, study.study)
+                    table = write_table(trials, folder, study.study)
         return Searched(folder, table, study.failures)
-
-
-def shares_experts(space: Iterable[str]) -> bool:
-    """Whether all trials of a search are distilled from the same experts."""
-    return all(field.split(".")[0] == "distill" for field in space)

@@ -10,18 +10,11 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from rmdd import config
 
-Load = Callable[[list[str]], config.Run]
 SECTIONS = ("model", "experts", "distill")
 """What a trial may change; data and evaluation are the same for all, or their scores could not be compared."""
 
 DRAWS = 48
 """Tries to find values of the other fields that suit an end of a range."""
-
-
-def loader(base: config.Run) -> Load:
-    """`load(overrides)`: the run of a trial, which is `base` with other values and no search of its own."""
-    raw = base.model_dump(mode="json") | {"search": {}}
-    return lambda overrides: config.load(raw, overrides)
 
 
 def overrides(values: Mapping[str, Any]) -> list[str]:
@@ -97,51 +90,44 @@ class Space:
 
     # -- validation --------------------------------------------------------------------------------------------------
 
-    def mistakes(self, load: Load, refused: Callable[[config.Run], list[str]] = lambda run: []) -> list[str]:
+    def mistakes(self, mistakes_of: Callable[[Mapping[str, Any]], list[str]]) -> list[str]:
         """What the run file cannot take, naming the field; empty when every end of every range can be had.
 
-        `refused(run)` tells further reasons against a run. What clashes with other fields of the space at every one
-        of many draws is a mistake too; what clashes at some is not.
+        `mistakes_of(values)` says what is wrong with the run of a trial. What clashes with other fields of the space
+        at every one of many draws is a mistake too; what clashes at some is not.
         """
         if not self.dimensions:
             return ["search.space is empty; give fields to try, such as distill.lr_image: {loguniform: [10, 10000]}"]
-        found = [
+        mistakes = [
             f"search.space.{field}: trials may differ in {', '.join(SECTIONS)}, or their scores could not be compared"
             for field in self.dimensions
             if field.split(".")[0] not in SECTIONS
         ]
-        found += self._never() + [
+        mistakes += self._never() + [
             f"search.space.{field}: lies within {other}, which is in the space too and would overwrite it; keep one"
             for field in self.dimensions
             for other in self.dimensions
             if field.startswith(f"{other}.")
         ]
-        if found:
-            return found
-
-        def wrong(values: Mapping[str, Any]) -> list[str]:
-            try:
-                return refused(load(overrides(values)))
-            except config.ConfigError as error:
-                return error.mistakes
-
+        if mistakes:
+            return mistakes
         doubtful = []
         for field, each in self.dimensions.items():
             for value in _probes(each):
                 pinned = {**self._conditions(field), field: value}
-                told = wrong(pinned)
-                about = [m for m in told if m.startswith((f"{field}:", f"{field}.", "--set"))]
+                wrong = mistakes_of(pinned)
+                about = [m for m in wrong if m.startswith((f"{field}:", f"{field}.", "--set"))]
                 if about:
-                    found.append(f"search.space.{field}: at {_yaml(value)}: {about[0]}")
+                    mistakes.append(f"search.space.{field}: at {_yaml(value)}: {about[0]}")
                     break
-                if told:
-                    doubtful.append((field, value, pinned, told))
-        if found:
-            return found
-        for field, value, pinned, told in doubtful:
-            if all(wrong(drawn) for drawn in self._draws(pinned)):
-                found.append(f"search.space.{field}: at {_yaml(value)}: {told[0]}")
-        return found
+                if wrong:
+                    doubtful.append((field, value, pinned, wrong))
+        if mistakes:
+            return mistakes
+        for field, value, pinned, wrong in doubtful:
+            if all(mistakes_of(drawn) for drawn in self._draws(pinned)):
+                mistakes.append(f"search.space.{field}: at {_yaml(value)}: {wrong[0]}")
+        return mistakes
 
     def _never(self) -> list[str]:
         return [

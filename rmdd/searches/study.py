@@ -1,14 +1,14 @@
-"""What a search knows: trials asked for and told, in Optuna's storage, which no kill and no second driver can hurt.
+"""The trials of a search and their scores, in Optuna's storage, which no kill and no second driver can hurt.
 
-The storage is the truth: a trial is told to it when it ends and never made again. One whose driver died is taken over,
-with its number and its values, by whoever gets the lease of its folder.
+The storage decides: a trial that ended is written to it and never run again. A driver that gets the lease of the folder
+of a trial whose driver died goes on with it, by the same number and with the same values.
 """
 
 import contextlib
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import optuna
@@ -19,9 +19,10 @@ from rmdd.core.files import atomic_path, write_json
 from rmdd.core.locks import Held, Lease, held
 from rmdd.core.storage import is_uri, open_storage
 from rmdd.execution.tasks import Values
+from rmdd.searches.loading import TrialLoader
 from rmdd.searches.samplers import FIRST, begun, pruner_of, sampler_of
-from rmdd.searches.space import Space, loader, overrides
-from rmdd.searches.warm_start import Known
+from rmdd.searches.space import Space
+from rmdd.searches.warm_start import EarlierTrial
 
 INFEASIBLE = "infeasible"
 PARTS = ("experts", "phases")
@@ -52,8 +53,8 @@ def open_study(search: config.Search, seed: int, folder: Path) -> optuna.Study:
     try:
         storage = optuna.storages.RDBStorage(url, engine_kwargs=engine)
     except Exception as error:  # of the database's own driver, whichever it is
-        told = search.storage or url
-        raise ValueError(f"search.storage {told} cannot be opened: {type(error).__name__}: {error}") from error
+        address = search.storage or url
+        raise ValueError(f"search.storage {address} cannot be opened: {type(error).__name__}: {error}") from error
     return optuna.create_study(
         study_name=folder.name,
         storage=storage,
@@ -69,16 +70,16 @@ class Study:
 
     def __init__(
         self,
-        base: config.Run,
+        loader: TrialLoader,
         folder: Path,
-        known: list[Known],
-        refused: Callable[[config.Run], list[str]] = lambda run: [],
+        earlier: Sequence[EarlierTrial],
         say: Callable[[str], None] = lambda text: None,
         show: Callable[[str, Values], None] = lambda name, metrics: None,
     ):
-        self.base, self.search, self.folder = base, base.search, folder
-        self.refused, self.say, self.show = refused, say, show
-        self.space, self.load = Space(base.search), loader(base)
+        base = loader.base
+        self.loader, self.search, self.folder = loader, base.search, folder
+        self.say, self.show = say, show
+        self.space = Space(base.search)
         self.stored = open_storage(base.runtime)
         self.trials: dict[str, optuna.Trial] = {}
         self.failures: dict[str, str] = {}
@@ -89,7 +90,7 @@ class Study:
         with self._asking():
             self.study = open_study(self.search, base.seed if self.search.seed is None else self.search.seed, folder)
             if FIRST not in self.study.user_attrs:
-                self._learn(known)
+                self._learn(earlier)
 
     def __enter__(self) -> "Study":
         return self
@@ -119,54 +120,54 @@ class Study:
         with self._asking():
             for trial in begun(self.study):
                 if trial.state == TrialState.RUNNING and self._name(trial.number) not in self.failures:
-                    found = self._begin(optuna.Trial(self.study, trial._trial_id), taken_over=True)
-                    if found is not None:
-                        return found
+                    resumed = self._begin(optuna.Trial(self.study, trial._trial_id), resumes=True)
+                    if resumed is not None:
+                        return resumed
             for _ in range(TRIES):
-                made = begun(self.study)
-                counted = [t for t in made if not t.user_attrs.get(INFEASIBLE)]
-                gone = len(made) if self.search.sampler == "grid" else 0  # a grid has no other draw to offer
+                trials = begun(self.study)
+                counted = [t for t in trials if not t.user_attrs.get(INFEASIBLE)]
+                gone = len(trials) if self.search.sampler == "grid" else 0  # a grid has no other draw to offer
                 if max(len(counted), gone) >= self.limit:
                     return None
-                if not made:
+                if not trials:
                     self._begin_with_the_run_file()
-                found = self._begin(self.study.ask())
-                if found is not None:
-                    return found
+                drawn = self._begin(self.study.ask())
+                if drawn is not None:
+                    return drawn
         last = begun(self.study)[-1].user_attrs["error"]
         raise ValueError(f"{TRIES} draws in a row clash with the run file, the last with: {last}; narrow search.space")
 
-    def tell(self, name: str, rung: Values) -> bool:
+    def tell(self, name: str, score: Values) -> bool:
         trial = self.trials[name]
         if self._leases[name][0].lost:
             self.say(f"{name}: another driver took over while this one stood still")
             self._let_go(name)
             return False
         for what in PARTS:
-            if what in rung and what not in trial.user_attrs:
-                trial.set_user_attr(what, rung[what])
-        if "step" in rung:
+            if what in score and what not in trial.user_attrs:
+                trial.set_user_attr(what, score[what])
+        if "step" in score:
             curve = trial.user_attrs.get("curve", [])
-            if rung["step"] > len(curve):
-                curve = [*curve, rung["val"]]
+            if score["step"] > len(curve):
+                curve = [*curve, score["val"]]
                 trial.set_user_attr("curve", curve)
                 if self.search.cost == "none":
-                    trial.report(rung["val"], rung["step"])
-            self.show(name, {"done": rung["step"], "val": rung["val"]})
-            stops = rung["step"] == len(curve) and self.search.pruner != "none" and trial.should_prune()
-            if stops and not rung["done"]:
+                    trial.report(score["val"], score["step"])
+            self.show(name, {"done": score["step"], "val": score["val"]})
+            stops = score["step"] == len(curve) and self.search.pruner != "none" and trial.should_prune()
+            if stops and not score["done"]:
                 self._end(name, state=TrialState.PRUNED)
                 return False
-        if not rung["done"]:
+        if not score["done"]:
             return True
-        if "error" in rung:
-            trial.set_user_attr("error", rung["error"])
-            self.say(f"{name}: {rung['error']}")
-        for what, spent in rung.get("cost", {}).items():
+        if "error" in score:
+            trial.set_user_attr("error", score["error"])
+            self.say(f"{name}: {score['error']}")
+        for what, spent in score.get("cost", {}).items():
             trial.set_user_attr(what, spent)
-        if "value" in rung:
-            cost = [] if self.search.cost == "none" else [rung["cost"][self.search.cost]]
-            self._end(name, [rung["value"], *cost])
+        if "value" in score:
+            cost = [] if self.search.cost == "none" else [score["cost"][self.search.cost]]
+            self._end(name, [score["value"], *cost])
         else:
             self._end(name, state=TrialState.FAIL)
         return False
@@ -179,46 +180,43 @@ class Study:
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
-    def _begin(self, trial: optuna.Trial, taken_over: bool = False) -> tuple[str, str] | None:
+    def _begin(self, trial: optuna.Trial, resumes: bool = False) -> tuple[str, str] | None:
         """Hold a trial and write down its run; None when another driver holds it, or its values clash."""
-        name, place = self._name(trial.number), self.folder / "trials" / f"{trial.number:03d}"
-        if taken_over and (name in self.trials or not self._lies_here(trial, place)):
+        name, folder = self._name(trial.number), self.folder / "trials" / f"{trial.number:03d}"
+        if resumes and (name in self.trials or not self._lies_here(trial, folder)):
             return None
         stack = contextlib.ExitStack()
         try:
-            lease = stack.enter_context(held(place, wait=False))
+            lease = stack.enter_context(held(folder, wait=False))
         except Held:
             return None
-        if taken_over and self._state(trial.number) != TrialState.RUNNING:  # its driver ended it meanwhile
+        if resumes and self._state(trial.number) != TrialState.RUNNING:  # its driver ended it meanwhile
             stack.close()
             return None
         trial.set_user_attr("storage", self._where())
         values = self.space.suggest(trial)
         try:
-            run = self.load(overrides(values))
-            mistakes = self.refused(run)
+            run = self.loader.checked(values)
         except config.ConfigError as error:
-            mistakes = error.mistakes
-        if mistakes:
             trial.set_user_attr(INFEASIBLE, True)
-            trial.set_user_attr("error", "; ".join(mistakes))
+            trial.set_user_attr("error", "; ".join(error.mistakes))
             self.study.tell(trial, state=TrialState.FAIL)
             stack.close()
             return None
-        with atomic_path(place / "run.yaml") as temporary:
+        with atomic_path(folder / "run.yaml") as temporary:
             temporary.write_text(config.dump(run), encoding="utf-8")
-        write_json(place / "values.json", values)
-        if taken_over:
+        write_json(folder / "values.json", values)
+        if resumes:
             self.say(f"{name}: goes on")
         self.trials[name], self._leases[name] = trial, (lease, stack)
         self.show(name, {"done": 0})
         at = run.runtime.model_copy(update={"storage": self._where()})
         return name, run.model_copy(update={"runtime": at}).model_dump_json()
 
-    def _lies_here(self, trial: optuna.Trial, place: Path) -> bool:
+    def _lies_here(self, trial: optuna.Trial, folder: Path) -> bool:
         """Whether a trial was begun in this storage, which may have moved since, and not in another one of drivers
         that share a database."""
-        return trial.user_attrs.get("storage") in (None, self._where()) or (place / "run.yaml").is_file()
+        return trial.user_attrs.get("storage") in (None, self._where()) or (folder / "run.yaml").is_file()
 
     def _state(self, number: int) -> TrialState:
         return next(t.state for t in begun(self.study) if t.number == number)
@@ -235,13 +233,13 @@ class Study:
 
     def _begin_with_the_run_file(self) -> None:
         """Have the first trial take the run file's own values, where the space holds them."""
-        own = self.space.active(self.base.model_dump(mode="json")) if self.search.base else None
+        own = self.space.active(self.loader.raw) if self.search.base else None
         if own is not None and self.search.sampler != "grid":
             self.study.enqueue_trial(self.space.parameters(own), skip_if_exists=True)
 
-    def _learn(self, known: list[Known]) -> None:
-        """Give the study what earlier searches found."""
-        for each in known[len(self.study.get_trials(deepcopy=False)) :]:
+    def _learn(self, earlier: Sequence[EarlierTrial]) -> None:
+        """Add the trials of earlier searches to the study."""
+        for each in earlier[len(self.study.get_trials(deepcopy=False)) :]:
             values = [each.value, *([] if self.search.cost == "none" else [each.cost[self.search.cost]])]
             self.study.add_trial(
                 optuna.trial.create_trial(
@@ -251,7 +249,7 @@ class Study:
                     user_attrs={"from": each.source},
                 )
             )
-        self.study.set_user_attr(FIRST, len(known))
+        self.study.set_user_attr(FIRST, len(earlier))
 
     def _keep(self) -> None:
         """Have a storage at a URI hold what the search has so far."""
@@ -265,7 +263,8 @@ class Study:
             yield
 
     def _where(self) -> str:
-        return self.base.runtime.storage if is_uri(self.base.runtime.storage) else str(self.stored.root)
+        storage = self.loader.base.runtime.storage
+        return storage if is_uri(storage) else str(self.stored.root)
 
     @staticmethod
     def _name(number: int) -> str:

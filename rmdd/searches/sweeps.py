@@ -6,7 +6,6 @@ So a piece that two runs need is there when the second one asks, or on its way, 
 """
 
 import contextlib
-import csv
 import itertools
 import json
 import statistics
@@ -19,12 +18,13 @@ import yaml
 
 from rmdd import config
 from rmdd.config.runfile import parse
-from rmdd.core.files import atomic_path, read_json, write_json
+from rmdd.core.files import read_json, write_json
 from rmdd.core.progress import Progress, Stage
 from rmdd.core.storage import address_of, located, root_of, run_folder
 from rmdd.execution.backend import hold_folders, open_backend
 from rmdd.execution.scheduler import SweepScheduler, collect_errors
 from rmdd.pipeline import Pipeline
+from rmdd.report.sheets import write_csv
 
 SCORES = ("val", "test_last")
 
@@ -65,7 +65,7 @@ def members(
 
     `load(overrides)` gives a run. Raises `ConfigError` with the mistakes of all runs.
     """
-    found: dict[str, Member] = {}
+    by_hash: dict[str, Member] = {}
     mistakes: list[str] = []
     for fixed, values in itertools.product(list(settings) or [{}], itertools.product(*over.values())):
         chosen = {**fixed, **dict(zip(over, values, strict=True))}
@@ -76,12 +76,12 @@ def members(
         except config.ConfigError as error:
             mistakes += [f"{chosen}: {m}" for m in error.mistakes]
             continue
-        if (value := run.hash_of()) in found:
-            mistakes.append(f"{chosen} and {found[value].settings} are the same run; take one out")
-        found[value] = Member(chosen, run)
+        if (value := run.hash_of()) in by_hash:
+            mistakes.append(f"{chosen} and {by_hash[value].settings} are the same run; take one out")
+        by_hash[value] = Member(chosen, run)
     if mistakes:
         raise config.ConfigError(mistakes, "sweep")
-    return list(found.values())
+    return list(by_hash.values())
 
 
 def read_over(words: Iterable[str]) -> dict[str, list[Any]]:
@@ -103,10 +103,10 @@ def read_settings(file: Path) -> list[dict[str, Any]]:
     """A YAML list of mappings from dotted keys to values. Raises `ConfigError`."""
     if not file.is_file():
         raise config.ConfigError(["no such file"], str(file))
-    found = parse(file.read_text(encoding="utf-8"))
-    if not isinstance(found, list) or not found or not all(isinstance(each, dict) for each in found):
+    settings = parse(file.read_text(encoding="utf-8"))
+    if not isinstance(settings, list) or not settings or not all(isinstance(each, dict) for each in settings):
         raise config.ConfigError(["write a list, each entry a mapping such as {distill.method: lors}"], str(file))
-    return found
+    return settings
 
 
 def sweep_folder(runs: Sequence[Member]) -> Path:
@@ -124,9 +124,9 @@ def begin(runs: Sequence[Member]) -> Path:
     return folder
 
 
-def members_in(place: Path | str) -> list[Member]:
+def members_in(folder: Path | str) -> list[Member]:
     """The runs of a sweep that was begun in a folder or at a URI, also in a storage that was moved; [] without one."""
-    storage, file = located(str(place), "sweep.json", depth=2)
+    storage, file = located(str(folder), "sweep.json", depth=2)
     listed = read_json(file)["members"] if file.is_file() else []
     moved = {"storage": storage}
     return [
@@ -215,13 +215,13 @@ def _collect(folder: Path, runs: Sequence[Member], errors: Mapping[str, Exceptio
         "folder",
         "error",
     ]
-    with atomic_path(folder / "runs.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, columns, restval="")
-        table.writeheader()
-        for row in rows:
-            flat = {f"{split}_{part}": v for split in SCORES for part, v in row.get(split, {}).items()}
-            words = {key: _word(value) for key, value in row["settings"].items()}
-            table.writerow(words | flat | {k: row[k] for k in ("method", "folder", "error") if k in row})
+    flat = [
+        {key: _word(value) for key, value in row["settings"].items()}
+        | {f"{split}_{part}": value for split in SCORES for part, value in row.get(split, {}).items()}
+        | {key: row[key] for key in ("method", "folder", "error") if key in row}
+        for row in rows
+    ]
+    write_csv(folder / "runs.csv", flat, columns)
     return swept
 
 
@@ -241,7 +241,7 @@ def _groups(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(json.dumps(_seedless(row["settings"]), sort_keys=True), []).append(row)
-    found = []
+    table = []
     for each in groups.values():
         done = [row for row in each if "error" not in row]
         group: dict[str, Any] = {
@@ -253,8 +253,8 @@ def _groups(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             means = [row[split]["mean"] for row in done]
             spread = statistics.stdev(means) if len(means) > 1 else None
             group[split] = {"mean": statistics.fmean(means), "std": spread, "n": len(means)}
-        found.append(group)
-    return found
+        table.append(group)
+    return table
 
 
 def _word(value: Any) -> str:

@@ -1,6 +1,5 @@
 """What came of a search: a row per trial, the best run file, and the page with its plots."""
 
-import csv
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,10 @@ from rmdd import config
 from rmdd.core.files import atomic_path, write_json
 from rmdd.core.storage import address_of, run_folder
 from rmdd.report.search import write_page
+from rmdd.report.sheets import write_csv
+from rmdd.searches.loading import TrialLoader
 from rmdd.searches.samplers import begun
-from rmdd.searches.space import Space, decoded, loader, overrides
+from rmdd.searches.space import Space, decoded
 from rmdd.searches.study import INFEASIBLE, PARTS
 
 STATES = {
@@ -29,7 +30,7 @@ COSTS = ("iterations", "seconds")
 
 
 @dataclass(frozen=True)
-class Table:
+class TrialTable:
     """Rows in the order of the trials; `best` are the numbers of those that no other is better than."""
 
     rows: list[dict[str, Any]]
@@ -43,38 +44,34 @@ class Table:
         return max(rows, key=lambda row: row["val"], default=None)
 
 
-def write_table(base: config.Run, folder: Path, study: optuna.Study) -> Table:
+def write_table(loader: TrialLoader, folder: Path, study: optuna.Study) -> TrialTable:
     """Write `results.json`, `trials.csv`, `report.html` and, when a trial has finished, `best.yaml`."""
-    table = table_of(base, study)
+    table, base = table_of(loader, study), loader.base
     best = table.winner
     if best is not None:
         with atomic_path(folder / "best.yaml") as temporary:
-            run = loader(base)(overrides(best["values"]))
-            temporary.write_text(config.dump(run), encoding="utf-8")
+            temporary.write_text(config.dump(loader.load(best["values"])), encoding="utf-8")
     write_json(
         folder / "results.json",
         {"schema_version": 1, "best": table.best, "importance": table.importance, "trials": table.rows},
     )
     fields = list(base.search.space)
     columns = ["number", "state", *fields, "val", "rungs", *COSTS, "run", "error"]
-    with atomic_path(folder / "trials.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        lines = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
-        lines.writeheader()
-        for row in table.rows:
-            lines.writerow({**row, **row["values"], **row["cost"], "rungs": len(row["curve"])})
+    flat = [{**row, **row["values"], **row["cost"], "rungs": len(row["curve"])} for row in table.rows]
+    write_csv(folder / "trials.csv", flat, columns)
     write_page(folder / "report.html", base.name, base.search, table.rows, table.best, table.importance)
     return table
 
 
-def table_of(base: config.Run, study: optuna.Study) -> Table:
-    trials = begun(study)
-    rows = [_row(base, t) for t in trials]
+def table_of(loader: TrialLoader, study: optuna.Study) -> TrialTable:
+    trials, search = begun(study), loader.base.search
+    rows = [_row(loader, Space(search), t) for t in trials]
     done = [row for row in rows if row["state"] == "complete"]
-    return Table(rows, _best(done, base.search.cost), _importance(study, trials))
+    return TrialTable(rows, _best(done, search.cost), _importance(study, trials))
 
 
-def _row(base: config.Run, trial: FrozenTrial) -> dict[str, Any]:
-    space, attrs = Space(base.search), trial.user_attrs
+def _row(loader: TrialLoader, space: Space, trial: FrozenTrial) -> dict[str, Any]:
+    attrs = trial.user_attrs
     values = {f: decoded(space.dimensions[f], trial.params[f]) for f in space.dimensions if f in trial.params}
     state = "infeasible" if attrs.get(INFEASIBLE) else STATES[trial.state]
     curve = attrs.get("curve", [])
@@ -82,7 +79,7 @@ def _row(base: config.Run, trial: FrozenTrial) -> dict[str, Any]:
     row["val"] = trial.values[0] if trial.values else curve[-1] if curve else None
     row["cost"] = {what: attrs[what] for what in COSTS if what in attrs}
     if state != "infeasible" and trial.state.is_finished():
-        row["run"] = address_of(base.runtime, run_folder(loader(base)(overrides(values))))
+        row["run"] = address_of(loader.base.runtime, run_folder(loader.load(values)))
     return row | {what: attrs[what] for what in (*PARTS, "error") if what in attrs}
 
 
@@ -110,9 +107,9 @@ def _importance(study: optuna.Study, trials: Sequence[FrozenTrial]) -> dict[str,
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = optuna.importance.get_param_importances(
+            shares = optuna.importance.get_param_importances(
                 study, evaluator=evaluator, target=lambda trial: trial.values[0]
             )
     except (ValueError, RuntimeError):  # fields that no two trials share, or that do not vary
         return {}
-    return {field: float(share) for field, share in found.items()}
+    return {field: float(share) for field, share in shares.items()}

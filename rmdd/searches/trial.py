@@ -41,7 +41,7 @@ class DistillUntil:
 
 
 class Trial:
-    """A run in rungs, one per snapshot. Finished rungs are reused: a trial run again goes on where it stopped."""
+    """A run, snapshot by snapshot. Finished ones are reused: a trial that is begun again goes on where it stopped."""
 
     def __init__(self, run: config.Run):
         self.worker = InTurn(run.runtime.threads)
@@ -49,37 +49,37 @@ class Trial:
         self.curve: list[float] = []
 
     def run_rung(self, hooks: Hooks) -> dict[str, Any]:
-        """Distil up to the next snapshot and score it: `step`, `val` R@mean there, and `done` at the last one with the
+        """Distil up to the next snapshot and score it: `step` and `val` R@mean; at the last one, `done` with the
         `value` of the trial and its `cost`.
 
-        `error` says why there is no number: rates that derail a phase make a worthless trial (value 0), what the run
-        file cannot be used for makes none.
+        `error` says why there is no score. A trial whose rates made a phase diverge has the value 0; one whose run
+        cannot be done has no value.
         """
         self.worker.hooks = hooks
         try:
-            return self._run_rung()
+            return self._score_next()
         except ArithmeticError as error:
             return {"done": True, "value": 0.0, "cost": self.cost(), "error": str(error)}
         except ValueError as error:
             return {"done": True, "error": str(error)}
 
-    def _run_rung(self) -> dict[str, Any]:
+    def _score_next(self) -> dict[str, Any]:
         item, steps = self.pipeline.begin_phases(), self.pipeline.steps
-        step, rungs = len(self.curve), candidates_of(item.run)
-        if not methods.method_of(item.run).iterates:  # it has one rung
+        step, candidates = len(self.curve), candidates_of(item.run)
+        if not methods.method_of(item.run).iterates:  # it has one snapshot
             self.pipeline.distill()
-        for p, iteration in enumerate(rungs[step]):
+        for p, iteration in enumerate(candidates[step]):
             if not item.paths.set(p, iteration).is_file():
                 steps.map("phases", DistillUntil(iteration), [replace(item, number=p)], {f"phase {p}": iteration})
-        jobs = [job for job in protocol.selection_jobs(item.run.evaluate, len(rungs)) if job.snapshot == step]
-        records = steps.students(item, "val", jobs, rungs)
+        jobs = [job for job in protocol.selection_jobs(item.run.evaluate, len(candidates)) if job.snapshot == step]
+        records = steps.students(item, "val", jobs, candidates)
         self.curve.append(statistics.fmean(record["val"]["R@mean"] for record in records))
-        rung: dict[str, Any] = {"step": step + 1, "val": self.curve[-1], "done": step + 1 == len(rungs)}
-        rung |= {"experts": item.paths.store.name, "phases": item.paths.phases.name}
-        if rung["done"]:
+        score: dict[str, Any] = {"step": step + 1, "val": self.curve[-1], "done": step + 1 == len(candidates)}
+        score |= {"experts": item.paths.store.name, "phases": item.paths.phases.name}
+        if score["done"]:
             best = max if item.run.evaluate.selection == "val_best" else lambda curve: curve[-1]
-            rung |= {"value": best(self.curve), "cost": self.cost()}
-        return rung
+            score |= {"value": best(self.curve), "cost": self.cost()}
+        return score
 
     def cost(self) -> dict[str, float]:
         """What the distillation has cost so far: outer updates, and seconds spent on them."""

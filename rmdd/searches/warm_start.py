@@ -1,6 +1,6 @@
 """What earlier searches found, as far as a new one can use it."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,13 @@ from rmdd.core.files import read_json
 from rmdd.core.storage import located
 from rmdd.searches.space import Space
 
+COMPARED = ("data", "evaluate")
+"""Sections that the searches must have alike, or their scores do not compare."""
+
 
 @dataclass(frozen=True)
-class Known:
-    """A trial of an earlier search: the values that it had of the new space's fields, and what came of it."""
+class EarlierTrial:
+    """A trial of an earlier search: the values that it had of the new space's fields, and its score and cost."""
 
     source: str
     values: dict[str, Any]
@@ -23,38 +26,39 @@ class Known:
     cost: dict[str, float]
 
 
-def known_from(places: Iterable[str], base: config.Run) -> list[Known]:
-    """Finished trials of the searches in `places` that lie within the space of `base`.
+def earlier_trials(search: config.Search, hashes: Mapping[str, str], name: str) -> list[EarlierTrial]:
+    """Finished trials of the searches in `search.warm_start` that lie within its space.
 
-    Their other fields may differ from those of `base`: they show a sampler where to look, and are no results of the
-    new search. Raises `ConfigError` for a folder that holds no search, or one over other data or another evaluation.
+    `hashes` are those of the run's sections in `COMPARED`; other fields of the trials may differ from the run's: they
+    show a sampler where to look, and are no results of the new search. Raises `ConfigError`, naming the run `name`,
+    for a folder that holds no search, or one over other data or another evaluation.
     """
-    found: list[Known] = []
+    trials: list[EarlierTrial] = []
     mistakes = []
-    for place in places:
-        _, file = located(place, "results.json", depth=2)
+    for source in search.warm_start:
+        _, file = located(source, "results.json", depth=2)
         if not file.is_file():
-            mistakes.append(f"search.warm_start: no results.json in {place}; give the folder of a search that ran")
+            mistakes.append(f"search.warm_start: no results.json in {source}; give the folder of a search that ran")
             continue
-        found_here, wrong = _known(place, file.parent, base)
-        found += found_here
-        mistakes += wrong
+        folder = file.parent
+        earlier = config.load(read_json(folder / "search.json")["run"])
+        if other := [section for section in hashes if earlier.hash_of(section) != hashes[section]]:
+            mistakes.append(
+                f"search.warm_start: {source} has another `{other[0]}` section, so its scores do not compare"
+            )
+            continue
+        trials += _finished(source, folder, Space(search))
     if mistakes:
-        raise config.ConfigError(mistakes, base.name)
-    return found
+        raise config.ConfigError(mistakes, name)
+    return trials
 
 
-def _known(place: str, folder: Path, base: config.Run) -> tuple[list[Known], list[str]]:
-    space, found = Space(base.search), []
-    earlier = config.load(read_json(folder / "search.json")["run"])
-    for section in ("data", "evaluate"):
-        if earlier.hash_of(section) != base.hash_of(section):
-            told = f"search.warm_start: {place} has another `{section}` section, so its scores do not compare"
-            return [], [told]
+def _finished(source: str, folder: Path, space: Space) -> list[EarlierTrial]:
+    trials = []
     for row in read_json(folder / "results.json")["trials"]:
         run_file = folder / "trials" / f"{row['number']:03d}" / "run.yaml"
         if row["state"] == "complete" and run_file.is_file():
             values = space.active(yaml.safe_load(run_file.read_text(encoding="utf-8")))
             if values is not None:
-                found.append(Known(f"{place}#{row['number']}", values, row["val"], row["cost"]))
-    return found, []
+                trials.append(EarlierTrial(f"{source}#{row['number']}", values, row["val"], row["cost"]))
+    return trials

@@ -15,10 +15,11 @@ from rmdd import config
 from rmdd.cli import app as cli
 from rmdd.execution.trials import trials_in_turn
 from rmdd.searches import check
+from rmdd.searches.loading import TrialLoader
 from rmdd.searches.samplers import begun, pruner_of, sampler_of
-from rmdd.searches.space import Space, loader, overrides
+from rmdd.searches.space import Space, overrides
 from rmdd.searches.study import Study
-from rmdd.searches.warm_start import Known
+from rmdd.searches.warm_start import EarlierTrial
 
 # -- spaces ----------------------------------------------------------------------------------------------------------
 
@@ -138,7 +139,7 @@ def test_choices_may_be_lists():
     base = base_of(space={"distill.phases": {"choice": phases}})
     check(base)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    runs = [loader(base)(overrides(Space(base.search).suggest(study.ask()))) for _ in range(8)]
+    runs = [TrialLoader(base).load(Space(base.search).suggest(study.ask())) for _ in range(8)]
     assert {len(run.distill.phases) for run in runs} == {1, 2}
     assert runs[0].search == config.Search(), "a trial is an ordinary run"
 
@@ -207,7 +208,7 @@ def asked(base, folder, value):
             cost = {"iterations": float(self.run.distill.steps), "seconds": 1.0}
             return {"step": self.step, "val": val, "done": self.step == 3, "value": val, "cost": cost}
 
-    with Study(base, folder, []) as study:
+    with Study(TrialLoader(base), folder, []) as study:
         trials_in_turn(study, Climb)
         return study
 
@@ -252,7 +253,7 @@ def test_two_objectives_leave_a_front(tmp_path):
 
     base = base_of(tmp_path, {"distill.steps": {"int": [1, 8]}}, cost="iterations", sampler="grid")
     study = asked(base, tmp_path / "s", lambda run, step: float(min(run.distill.steps, 5)))
-    table = table_of(base, study.study)
+    table = table_of(TrialLoader(base), study.study)
     front = [row for row in table.rows if row["number"] in table.best]
     assert [row["values"]["distill.steps"] for row in front] == [1, 2, 3, 4, 5]
     assert table.winner["values"] == {"distill.steps": 5}
@@ -275,22 +276,22 @@ def test_what_fails_by_its_values_is_told_and_what_fails_by_chance_stays_open(tm
 
 def test_what_was_half_learned_when_killed_is_learned_once(tmp_path, monkeypatch):
     base = base_of(tmp_path)
-    known = [Known(f"earlier#{n}", {"distill.lr_image": 1.0 + n}, float(n), {}) for n in range(3)]
+    earlier = [EarlierTrial(f"earlier#{n}", {"distill.lr_image": 1.0 + n}, float(n), {}) for n in range(3)]
     with monkeypatch.context() as patch:
         add, calls = optuna.Study.add_trial, itertools.count()
         patch.setattr(optuna.Study, "add_trial", lambda self, t: add(self, t) if next(calls) < 2 else 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            Study(base, tmp_path / "s", known)
-    with Study(base, tmp_path / "s", known) as study:
+            Study(TrialLoader(base), tmp_path / "s", earlier)
+    with Study(TrialLoader(base), tmp_path / "s", earlier) as study:
         assert [t.params["distill.lr_image"] for t in study.study.trials] == [1.0, 2.0, 3.0]
         assert begun(study.study) == []
 
 
 def test_a_trial_at_work_goes_on_in_a_storage_that_has_moved(tmp_path):
-    with Study(base_of(tmp_path / "old"), tmp_path / "old" / "s", []) as study:
+    with Study(TrialLoader(base_of(tmp_path / "old")), tmp_path / "old" / "s", []) as study:
         name, _ = study.ask()
     (tmp_path / "old").rename(tmp_path / "new")
-    with Study(base_of(tmp_path / "new"), tmp_path / "new" / "s", []) as study:
+    with Study(TrialLoader(base_of(tmp_path / "new")), tmp_path / "new" / "s", []) as study:
         again, text = study.ask()
         assert again == name and config.Run.model_validate_json(text).runtime.storage == str(tmp_path / "new")
         assert study.ask()[0] != name
@@ -298,7 +299,7 @@ def test_a_trial_at_work_goes_on_in_a_storage_that_has_moved(tmp_path):
 
 def test_a_trial_that_has_ended_is_no_longer_shown_at_work(tmp_path):
     shown = {}
-    with Study(base_of(tmp_path, trials=1), tmp_path / "s", [], show=shown.__setitem__) as study:
+    with Study(TrialLoader(base_of(tmp_path, trials=1)), tmp_path / "s", [], show=shown.__setitem__) as study:
         name, _ = study.ask()
         study.tell(name, {"step": 1, "val": 1.0, "done": False})
         assert shown[name]["done"] == 1
@@ -310,5 +311,11 @@ def test_a_space_without_room_gives_up_with_the_reason(tmp_path, monkeypatch):
     monkeypatch.setattr("rmdd.searches.study.TRIES", 3)
     base = base_of(tmp_path)
     told = "clash with the run file, the last with: no such tower; narrow search.space"
-    with Study(base, tmp_path / "s", [], lambda run: ["no such tower"]) as study, pytest.raises(ValueError, match=told):
+    loader = TrialLoader(base)
+
+    def without_tower(values):
+        raise config.ConfigError(["no such tower"], "run")
+
+    monkeypatch.setattr(loader, "checked", without_tower)
+    with Study(loader, tmp_path / "s", []) as study, pytest.raises(ValueError, match=told):
         study.ask()

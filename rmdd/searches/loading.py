@@ -1,0 +1,60 @@
+"""The runs of a search's trials: how they are loaded, and what stops one before it begins."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from rmdd import config
+from rmdd.distill.trajectory.planning import foreseen, over_budget
+from rmdd.models.text import text_width
+from rmdd.searches.space import overrides
+
+WidthOf = Callable[[config.TextTower], int]
+
+
+class TrialLoader:
+    """Loads the run of a trial: `base` with other values and no search of its own.
+
+    `width_of` gives the length of a text embedding.
+    """
+
+    def __init__(self, base: config.Run, width_of: WidthOf = text_width):
+        self.base, self.width_of = base, width_of
+        self.raw = base.model_dump(mode="json")
+        self.shared = shares_experts(base.search.space)
+
+    def load(self, values: Mapping[str, Any]) -> config.Run:
+        return config.load(self.raw | {"search": {}}, overrides(values))
+
+    def checked(self, values: Mapping[str, Any]) -> config.Run:
+        """`load`, raising `ConfigError` also for what is known to stop the trial beside its run file."""
+        run, mistakes = self.load(values), []
+        if run.distill.budget_check == "error":
+            try:
+                if run.distill.plan.plans:
+                    foreseen(run, self.width_of(run.model.text))
+                elif excess := over_budget(run, self.width_of(run.model.text)):
+                    mistakes.append(excess)
+            except ValueError as error:
+                mistakes.append(str(error))
+        base = self.base
+        if self.shared and run.experts.keep == "endpoints" and run.endpoints != base.endpoints:
+            mistakes.append(
+                f"the trial reads epochs {list(run.endpoints)} and the experts keep {list(base.endpoints)}; set "
+                "experts.keep: all, so that they are trained once"
+            )
+        if mistakes:
+            raise config.ConfigError(mistakes, base.name)
+        return run
+
+    def mistakes(self, values: Mapping[str, Any]) -> list[str]:
+        """What is wrong with the run of a trial; empty where it can begin."""
+        try:
+            self.checked(values)
+        except config.ConfigError as error:
+            return error.mistakes
+        return []
+
+
+def shares_experts(space: Iterable[str]) -> bool:
+    """Whether all trials of a search are distilled from the same experts."""
+    return all(field.split(".")[0] == "distill" for field in space)
