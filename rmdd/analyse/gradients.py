@@ -76,8 +76,8 @@ def pca(
     sheet = Sheet(len(setting.trajectories), width=4.4)
     for panel, name in enumerate(setting.trajectories):
         probe = setting.probe(name, draws)
-        places, shares = principal(probe.images.flatten(0, 1))
-        coordinates = places.unflatten(0, probe.images.shape[:2])
+        projected, shares = principal(probe.images.flatten(0, 1))
+        coordinates = projected.unflatten(0, probe.images.shape[:2])
         summary.append({"trajectory": name, "first": float(shares[0]), "second": float(shares[1])})
         lengths = probe.images.norm(dim=2)
         points += [

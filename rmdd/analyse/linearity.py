@@ -50,8 +50,8 @@ def changes(
 
     def gradient(at: int | float) -> Tensor:
         drawn = dataclasses.replace(matcher.draw(0), expert=expert, start=at, start_text=at)
-        found = matcher.gradient(synthetic, drawn).gradient
-        return torch.cat([found.images.flatten(), found.texts.flatten()])
+        both = matcher.gradient(synthetic, drawn).gradient
+        return torch.cat([both.images.flatten(), both.texts.flatten()])
 
     origin = gradient(start)
     return [(gradient(start + d) - origin).norm() for d in steps]
@@ -74,15 +74,17 @@ def linearity(
     reach = pipeline.run.distill.match_epochs
     last = endpoint_of(reach, pipeline.run.experts.epochs, endpoint) - reach
     if not 0 <= start <= last - steps[0]:
-        told = f"a start at {start} and {steps[0]} beyond it must lie in 0-{last}; give another --start or --endpoint"
-        raise config.ConfigError([told], "analyse")
+        mistake = (
+            f"a start at {start} and {steps[0]} beyond it must lie in 0-{last}; give another --start or --endpoint"
+        )
+        raise config.ConfigError([mistake], "analyse")
     setting = Setting(pipeline, chosen(shortcut_only), endpoint=endpoint, experts=1)
     store = DoubleStore.open(setting.store.path)
     run = probing(setting.run, setting.endpoint, "shortcut", setting.pairs, 1)
     once: dict[str, Any] = {"steps": inner_steps, "inner_dropout": "off", "estimator": "exact"}
     once |= {"precision": "float32", "reuse_graphs": 0}  # float32: no rounding to bfloat16 on the way
     run = run.model_copy(update={"distill": run.distill.model_copy(update=once)})
-    synthetic = setting.initial(run).map(Tensor.double)
+    synthetic = setting.initial(methods.matching_method(run)).map(Tensor.double)
     ratios: dict[str, list[float]] = {}
     for name in ("shortcut",) if shortcut_only else ("shortcut", "joined"):
         model = expert_model(
@@ -91,8 +93,8 @@ def linearity(
         matcher = Matcher(methods.matching_method(run), 0, store, model, setting.device)
         if name == "joined":
             matcher.use_path(matcher.experts[0], joined(store, matcher.experts[0]))
-        found = changes(matcher, synthetic, 0, start, steps)
-        ratios[name] = [float(c) / d for c, d in zip(found, steps, strict=True)]
+        lengths = changes(matcher, synthetic, 0, start, steps)
+        ratios[name] = [float(length) / d for length, d in zip(lengths, steps, strict=True)]
     rows = [
         {"trajectory": name, "start": start, "distance": d, "ratio": ratio}
         for name, of_one in ratios.items()

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from rmdd import config, methods
@@ -34,17 +34,15 @@ class Setting:
         least: int = 1,
         draws: int = 1,
     ):
-        run = pipeline.run
-        self.trajectories, self.endpoint = (
-            trajectories,
-            endpoint_of(run.distill.match_epochs, run.experts.epochs, endpoint),
-        )
+        run, self.trajectories = pipeline.run, trajectories
+        self.endpoint = endpoint_of(run.distill.match_epochs, run.experts.epochs, endpoint)
         self.num = min(experts or run.experts.num, run.experts.num)
         gradients = (self.endpoint - run.distill.match_epochs + 1) * self.num * draws
-        mistakes = every_epoch(run) if "original" in trajectories else []
-        if not (mistakes or self.endpoint in kept_by(run)):
+        stored = stored_epochs(run.experts.epochs, kept_epochs(run.experts, run.endpoints))
+        mistakes = missing_epochs(run.experts.epochs, stored) if "original" in trajectories else []
+        if not (mistakes or self.endpoint in stored):
             mistakes.append(
-                f"the experts keep epochs {sorted(kept_by(run))}, asked for shortcuts to {self.endpoint}; give one of "
+                f"the experts keep epochs {sorted(stored)}, asked for shortcuts to {self.endpoint}; give one of "
                 "them as --endpoint, or train experts with experts.keep: all"
             )
         if gradients < least:
@@ -61,8 +59,7 @@ class Setting:
         self.pairs = self.run.distill.phases[0].pairs
         self.device = device_of(self.run.runtime)
 
-    def initial(self, run: config.Run) -> Synthetic:
-        method = methods.method_of(run)
+    def initial(self, method: methods.Method) -> Synthetic:
         return method.initial(0, self.train, method.records(0, self.train)).map(lambda t: t.to(self.device))
 
     def probing(self, trajectory: str) -> config.Run:
@@ -86,8 +83,8 @@ class Setting:
 
     def probe(self, trajectory: str, draws: int, *, averaged: bool = False) -> signals.Probe:
         """Matching gradients at every start of the paths of one kind."""
-        run = self.probing(trajectory)
-        return signals.probe(self.matcher(trajectory), self.initial(run), self.starts(), draws, averaged=averaged)
+        initial = self.initial(methods.matching_method(self.probing(trajectory)))
+        return signals.probe(self.matcher(trajectory), initial, self.starts(), draws, averaged=averaged)
 
     def labels(self, draws: int) -> list[tuple[int, int]]:
         """Expert and draw of each sample of a probe."""
@@ -97,23 +94,22 @@ class Setting:
 def endpoint_of(least: int, last: int, endpoint: int | None) -> int:
     """Where shortcuts end: `endpoint`, or the last epoch. Raises `ConfigError` when it is not in least..last."""
     if endpoint is not None and not least <= endpoint <= last:
-        told = f"asked for shortcuts to epoch {endpoint}; give one from {least} to {last}, where the experts end"
-        raise config.ConfigError([told], "analyse")
+        mistake = f"asked for shortcuts to epoch {endpoint}; give one from {least} to {last}, where the experts end"
+        raise config.ConfigError([mistake], "analyse")
     return last if endpoint is None else endpoint
 
 
-def kept_by(run: config.Run) -> set[int]:
-    """Epochs that the store of a run keeps."""
-    last = run.experts.epochs
-    return {0, *(kept_epochs(run.experts, run.endpoints) or range(last)), last}
+def stored_epochs(last: int, kept: Collection[int] | None) -> set[int]:
+    """Epochs that a store has of experts of `last` epochs; `kept`: those that stay, None for all."""
+    return {0, *(kept or range(last)), last}
 
 
-def every_epoch(run: config.Run) -> list[str]:
-    """What is wrong where a run's store does not keep the whole trajectory."""
-    if len(kept_by(run)) > run.experts.epochs:
+def missing_epochs(last: int, stored: Collection[int]) -> list[str]:
+    """What is wrong where a store does not have the whole trajectory."""
+    if len(stored) > last:
         return []
     return [
-        f"original trajectories need every epoch and the experts keep {sorted(kept_by(run))}; train experts with "
+        f"original trajectories need every epoch and the experts keep {sorted(stored)}; train experts with "
         "experts.keep: all, or look at shortcuts only"
     ]
 

@@ -5,13 +5,13 @@ scored like one.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rmdd import config
-from rmdd.analyse.setting import TRAJECTORIES, every_epoch
+from rmdd.analyse.setting import TRAJECTORIES, missing_epochs, stored_epochs
 from rmdd.config import budget
 from rmdd.core.progress import Progress
 from rmdd.core.storage import run_folder
@@ -37,11 +37,12 @@ def collapse_members(
     run: config.Run, epochs: Sequence[int], trajectories: Sequence[str], iterations: int | None = None
 ) -> list[Member]:
     """One run per trajectory and stop: all pairs in one phase, whole starts uniform in 0 .. stop - 1."""
-    last = run.experts.epochs
+    rule, similarity = run.distill, run.distill.similarity
+    budgeted = (rule.budget, run.data.image_size, text_width(run.model.text), similarity.kind, similarity.rank)
     phase: dict[str, Any] = {
-        "pairs": _pairs_in_one(run),
-        "endpoint": last + (run.distill.endpoint_rule == "exclusive"),
-        "iterations": iterations or run.distill.phases[0].iterations,
+        "pairs": budget.largest(*budgeted, stored_size=run.stored_size),
+        "endpoint": run.experts.epochs + (rule.endpoint_rule == "exclusive"),
+        "iterations": iterations or rule.phases[0].iterations,
     }
     same: dict[str, Any] = {
         "starts": "together",
@@ -50,7 +51,7 @@ def collapse_members(
         "start_rule": "exclusive",
     }
     same |= {"anchors": 2, "smooth_anchors": False}
-    run = run.model_copy(update={"distill": run.distill.model_copy(update=same)})
+    run = run.model_copy(update={"distill": rule.model_copy(update=same)})
     settings = {
         f"{trajectory}, {stop}": {
             "distill.trajectory": trajectory,
@@ -59,18 +60,20 @@ def collapse_members(
         for trajectory in trajectories
         for stop in epochs
     }
-    return _members(run, settings)
+    return _members(run.model_dump(mode="json"), kept_epochs(run.experts, run.endpoints), settings)
 
 
 def collapse_axes(
-    run: config.Run, epochs: Sequence[int] | None, trajectories: Sequence[str]
+    trained: int, stored: Collection[int], reach: int, epochs: Sequence[int] | None, trajectories: Sequence[str]
 ) -> tuple[list[int], list[str]]:
-    """Stops, five by default, and trajectories. Raises `ConfigError` with all that does not fit the run."""
-    last = run.experts.epochs - run.distill.match_epochs + 1
+    """Stops, five by default, and trajectories. Raises `ConfigError` with all that does not fit the experts.
+
+    They have `trained` epochs, of which those in `stored` are kept; a target is `reach` epochs after its start.
+    """
+    last = trained - reach + 1
     chosen = sorted(set(epochs or [max(1, round(last * i / 5)) for i in range(1, 6)]))
     mistakes = [
-        f"--epochs: stop {stop} ({STOP}) does not fit experts of {run.experts.epochs} epochs; give stops from 1 to "
-        f"{last}"
+        f"--epochs: stop {stop} ({STOP}) does not fit experts of {trained} epochs; give stops from 1 to {last}"
         for stop in chosen
         if not 1 <= stop <= last
     ]
@@ -78,7 +81,7 @@ def collapse_axes(
     if wrong or not trajectories:
         mistakes.append(f"no trajectory '{', '.join(wrong)}'; give one or both of {', '.join(TRAJECTORIES)}")
     if "original" in trajectories:
-        mistakes += every_epoch(run)
+        mistakes += missing_epochs(trained, stored)
     if mistakes:
         raise config.ConfigError(mistakes, "analyse")
     return chosen, list(dict.fromkeys(trajectories))
@@ -94,21 +97,22 @@ def collapse(
 ) -> dict[str, Any]:
     """Teacher against student by stop, the exclusive end of the range of starts (PTM-ST, figure 2a and Table 7).
 
-    Scored on val.
-    Writes collapse.csv and collapse.svg to the run's folder `analyse`.
+    Scored on val. Writes collapse.csv and collapse.svg to the run's folder `analyse`.
     """
-    epochs, trajectories = collapse_axes(run, epochs, trajectories)
+    stored = stored_epochs(run.experts.epochs, kept_epochs(run.experts, run.endpoints))
+    reach = run.distill.match_epochs
+    epochs, trajectories = collapse_axes(run.experts.epochs, stored, reach, epochs, trajectories)
     if run.distill.phases:
-        collapse_members(run, epochs, trajectories, iterations)  # what is wrong with a cell is told first
+        collapse_members(run, epochs, trajectories, iterations)  # raises what is wrong with a cell before any work
     folder, (run, store) = run_folder(run), _prepared(run, progress)
     cells = collapse_members(run, epochs, trajectories, iterations)
     swept = run_all(cells, progress)
     teacher = val_curve(store, [e for e in store.complete() if e < run.experts.num])
     rows: list[dict[str, Any]] = []
-    for member, found in zip(cells, swept.runs, strict=True):
+    for member, result in zip(cells, swept.runs, strict=True):
         stop = member.run.distill.phases[0].stop
         row = {"trajectory": member.run.distill.trajectory, "stop": stop, "teacher": float(teacher[stop])}
-        rows.append(row | _student(found))
+        rows.append(row | _student(result))
     sheet = Sheet(1, width=4.4)
     lines, spreads = {"teacher": [float(teacher[e]) for e in epochs]}, {}
     for trajectory in trajectories:
@@ -154,8 +158,8 @@ def check_table(rule: config.Distill, table: str) -> None:
     if table not in TABLES:
         raise config.ConfigError([f"no table '{table}'; give one of {', '.join(TABLES)}"], "analyse")
     if table == "endpoints" and rule.trajectory != "shortcut":
-        told = f"a path of kind '{rule.trajectory}' has no endpoint to move; set distill.trajectory: shortcut"
-        raise config.ConfigError([f"the table 'endpoints': {told}"], "analyse")
+        mistake = f"a path of kind '{rule.trajectory}' has no endpoint to move; set distill.trajectory: shortcut"
+        raise config.ConfigError([f"the table 'endpoints': {mistake}"], "analyse")
 
 
 def _moved(first: dict[str, Any], by: int) -> dict[str, Any]:
@@ -168,13 +172,13 @@ def sweep(run: config.Run, progress: Progress, table: str) -> dict[str, Any]:
     """One of the tables of `table_settings`, scored on val. Writes sweep-TABLE.csv and .svg to the folder `analyse`."""
     check_table(run.distill, table)
     if run.distill.phases:
-        table_members(run, table)  # what is wrong with a row is told first
+        table_members(run, table)  # raises what is wrong with a row before any work
     folder, (run, _) = run_folder(run), _prepared(run, progress)
     names, cells, left_out = table_members(run, table)
     for name in left_out:
         progress.say(f"the row '{name}' does not fit the experts and is left out")
     swept = run_all(cells, progress)
-    rows = [{"row": name, **_student(found)} for name, found in zip(names, swept.runs, strict=True)]
+    rows = [{"row": name, **_student(result)} for name, result in zip(names, swept.runs, strict=True)]
     sheet = Sheet(1, width=1.5 + 1.3 * len(rows))
     sheet.rows(0, f"students by {TITLES[table]}", names, *_scores(rows), "val R@mean, %")
     return _left(folder, f"sweep-{table}", rows, sheet, swept)
@@ -182,20 +186,15 @@ def sweep(run: config.Run, progress: Progress, table: str) -> dict[str, Any]:
 
 def table_members(run: config.Run, table: str) -> tuple[list[str], list[Member], list[str]]:
     """Names and runs of a table's rows, rows of the same phases once, and names of those that do not fit."""
-    settings, left_out = table_settings(run.distill, run.experts.epochs, table)
+    rows, left_out = table_settings(run.distill, run.experts.epochs, table)
     distinct: dict[str, str] = {}
-    for name, phases in settings.items():
+    for name, phases in rows.items():
         distinct.setdefault(json.dumps(phases), name)
     if not distinct:
         raise config.ConfigError([f"no row of the table '{table}' fits the experts; train them for longer"], "analyse")
-    cells = _members(run, {name: {"distill.phases": json.loads(phases)} for phases, name in distinct.items()})
+    settings = {name: {"distill.phases": json.loads(phases)} for phases, name in distinct.items()}
+    cells = _members(run.model_dump(mode="json"), kept_epochs(run.experts, run.endpoints), settings)
     return list(distinct.values()), cells, left_out
-
-
-def _pairs_in_one(run: config.Run) -> int:
-    rule = run.distill
-    paid = (rule.budget, run.data.image_size, text_width(run.model.text), rule.similarity.kind, rule.similarity.rank)
-    return budget.largest(*paid, stored_size=run.stored_size)
 
 
 def _fits(rule: config.Distill, epochs: int, phase: dict[str, Any]) -> bool:
@@ -206,19 +205,17 @@ def _fits(rule: config.Distill, epochs: int, phase: dict[str, Any]) -> bool:
     return rule.reach(config.Phase(**phase)) <= limit
 
 
-def _members(run: config.Run, settings: Mapping[str, dict[str, Any]]) -> list[Member]:
-    """Named runs on the experts of `run`: what the store keeps stays as it is, lest others be trained."""
-    raw = run.model_dump(mode="json")
-    kept = kept_epochs(run.experts, run.endpoints)
-    raw["experts"]["keep"] = "all" if kept is None else list(kept)
+def _members(raw: dict[str, Any], kept: Collection[int] | None, settings: Mapping[str, dict[str, Any]]) -> list[Member]:
+    """Named runs on the experts of the run in `raw`, whose store keeps the same epochs: no others are trained."""
+    raw = raw | {"experts": raw["experts"] | {"keep": "all" if kept is None else list(kept)}}
     runs = members(lambda chosen: config.load(raw, chosen), {}, settings.values())
     return [replace(member, name=name) for name, member in zip(settings, runs, strict=True)]
 
 
-def _student(found: dict[str, Any]) -> dict[str, Any]:
-    if "error" in found:
-        return {"error": found["error"]}
-    return {"student": found["val"]["mean"], "spread": found["val"]["std"]}
+def _student(result: dict[str, Any]) -> dict[str, Any]:
+    if "error" in result:
+        return {"error": result["error"]}
+    return {"student": result["val"]["mean"], "spread": result["val"]["std"]}
 
 
 def _scores(rows: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:

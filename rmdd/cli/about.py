@@ -53,7 +53,7 @@ def verify(
 
     result = verify_(path)
     lines = [f"BROKEN {fault.path}: {fault.wrong}; {fault.todo}" for fault in result.faults]
-    lines += [f"not finished: {place}" for place in result.unfinished]
+    lines += [f"not finished: {folder}" for folder in result.unfinished]
     lines += [f"{len(result.checked)} checked, {len(result.faults)} broken"]
     return Output(result.as_json(), lines, typer.Exit(1) if result.faults else None)
 

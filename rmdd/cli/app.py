@@ -32,20 +32,20 @@ def build() -> typer.Typer:
         epilog=EXIT_CODES,
     )
     names = {module.name for module in pkgutil.iter_modules(rmdd.cli.__path__)} - {"app"}
-    taken: set[str] = set()
+    commands: set[str] = set()
     for name in (*FIRST, *sorted(names - set(FIRST))):
         module = importlib.import_module(f"rmdd.cli.{name}")
         group = app
         if text := getattr(module, "GROUP", None):
             group = typer.Typer(help=text, no_args_is_help=True, rich_markup_mode=None)
             app.add_typer(group, name=name)
-            taken.add(name)
+            commands.add(name)
         for function in vars(module).values():
             if hasattr(function, "command_name") and function.__module__ == module.__name__:
                 group.command(function.command_name)(function)
-                taken |= {function.command_name} if group is app else set()
+                commands |= {function.command_name} if group is app else set()
     for point in entry_points(group=ENTRY_POINTS):
-        if point.name not in taken:
+        if point.name not in commands:
             _add(app, point.name, point.load())
     return app
 

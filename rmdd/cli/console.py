@@ -44,8 +44,8 @@ def probe_table(evaluation: Mapping[str, Any], name: str) -> Table:
     for row, scores in rows.items():
         table.add_row(NAMES.get(row, row), *(_spread(scores[metric]) for metric in metrics))
     table.add_section()
-    known = {"chance": facts["chance"], "most frequent answer": facts.get("majority", {}).get("all")}
-    for label, values in known.items():
+    baselines = {"chance": facts["chance"], "most frequent answer": facts.get("majority", {}).get("all")}
+    for label, values in baselines.items():
         if values:
             table.add_row(label, *(f"{values[m]:.1f}" if m in values else "" for m in metrics), style="dim")
     return table
@@ -89,8 +89,8 @@ def sweep_table(runs: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str,
 def search_table(rows: Sequence[Mapping[str, Any]], best: Sequence[int], most: int = 12) -> Table:
     """The best trials of a search by val, and how many there are of each kind."""
     states = [row["state"] for row in rows]
-    told = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    table = Table(title="val R@mean in %; test was not read", caption=told, caption_justify="left")
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    table = Table(title="val R@mean in %; test was not read", caption=counts, caption_justify="left")
     keys = dict.fromkeys(key for row in rows for key in row["values"])
     for column in ("trial", *keys, "val", "state"):
         table.add_column(column)
@@ -103,8 +103,8 @@ def search_table(rows: Sequence[Mapping[str, Any]], best: Sequence[int], most: i
 
 def _spread(value: Mapping[str, Any]) -> str:
     spread = value["std"]
-    known = spread is not None and math.isfinite(spread)
-    return f"{value['mean']:.1f} ± {spread:.1f}" if known else f"{value['mean']:.1f}"
+    has_spread = spread is not None and math.isfinite(spread)
+    return f"{value['mean']:.1f} ± {spread:.1f}" if has_spread else f"{value['mean']:.1f}"
 
 
 def plan(facts: Mapping[str, Any]) -> RenderableType:

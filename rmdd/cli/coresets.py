@@ -53,12 +53,12 @@ def coreset(
 
     if like is not None and bytes_ is not None:
         raise config.ConfigError(["--like and --bytes both say how many bytes; give one"], "coreset")
-    asked: dict[str, Any] = {"method": method, "pairs": pairs, "bytes": bytes_, "unit": unit, "encoder": encoder}
-    asked |= {"space": space, "seed": seed, "clusters": clusters, "guard": guard, "never_learned": never_learned}
-    asked |= _options(options or [])
+    rule: dict[str, Any] = {"method": method, "pairs": pairs, "bytes": bytes_, "unit": unit, "encoder": encoder}
+    rule |= {"space": space, "seed": seed, "clusters": clusters, "guard": guard, "never_learned": never_learned}
+    rule |= _options(options or [])
     if like is not None:
-        asked["bytes"] = _bytes_of(like)
-    choice = choice_of(asked)
+        rule["bytes"] = _bytes_of(like)
+    choice = choice_of(rule)
     with call.pipeline(choice.prepared(load(source, set_ or [])), check=False) as pipeline:
         subset, folder = choose(pipeline, choice, ranks)
     facts = subset.facts

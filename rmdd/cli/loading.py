@@ -19,14 +19,14 @@ def load(source: str | Mapping[str, Any], sets: list[str]) -> config.Run:
     return with_absolute_paths(config.load(source, sets))
 
 
-def load_folder(place: str) -> config.Run:
+def load_folder(address: str) -> config.Run:
     """The run that was begun in a folder, or at a URI."""
-    storage, file = located(place, "run.yaml", depth=1)
+    storage, file = located(address, "run.yaml", depth=1)
     if not file.is_file():
-        absent = not is_uri(place) and not file.parent.is_dir()
-        found = "there is no such folder" if absent else "no run.yaml, sweep.json or search.json in it"
+        absent = not is_uri(address) and not file.parent.is_dir()
+        mistake = "there is no such folder" if absent else "no run.yaml, sweep.json or search.json in it"
         advice = "give the folder of a run, a sweep or a search, such as runs/demo-0123abcd"
-        raise config.ConfigError([f"{found}; {advice}"], place)
+        raise config.ConfigError([f"{mistake}; {advice}"], address)
     raw = yaml.safe_load(file.read_text(encoding="utf-8"))
     if isinstance(raw, dict):
         raw["runtime"] = {**(raw.get("runtime") or {}), "storage": storage}
@@ -36,5 +36,5 @@ def load_folder(place: str) -> config.Run:
         raise config.ConfigError(error.mistakes, str(file)) from None
     if run_folder(run).name != file.parent.name:
         now = f"its run.yaml now means {run_folder(run).name}: it was changed, or the folder renamed"
-        raise config.ConfigError([f"{now}; use `rmdd run {file}`"], place)
+        raise config.ConfigError([f"{now}; use `rmdd run {file}`"], address)
     return run

@@ -14,14 +14,14 @@ from rmdd.cli.loading import load, load_folder
 @command
 def probe(
     call: Call,
-    place: Annotated[str, typer.Argument(metavar="SET_OR_RUN", help="A distilled set, or the folder of a run.")],
+    address: Annotated[str, typer.Argument(metavar="SET_OR_RUN", help="A distilled set, or the folder of a run.")],
     probes: Annotated[Path, typer.Option("--probes", metavar="YAML", help="A mapping, as evaluate.probes.")],
     set_: Sets = None,
 ) -> Output:
     """Ask the students of a finished set or run other questions; what is trained already is not trained again."""
-    path = Path(place).expanduser()
+    path = Path(address).expanduser()
     if not (path / "set.json").is_file():
-        with call.pipeline(_run_with(place, probes, set_ or [])) as pipeline:
+        with call.pipeline(_run_with(address, probes, set_ or [])) as pipeline:
             evaluation, file = pipeline.evaluate(), str(pipeline.folder / "evaluation.json")
         table = {row: scores["probes"] for row, scores in evaluation["table"].items()}
         return Output({"evaluation": file, "table": table}, [results(evaluation), f"evaluation: {file}"])
@@ -34,14 +34,14 @@ def probe(
     return Output(answers, [*lines, f"probes: {answers['folder']}/probes.json"])
 
 
-def _run_with(place: str, file: Path, overrides: list[str]) -> config.Run:
-    begun = load_folder(place)
+def _run_with(address: str, file: Path, overrides: list[str]) -> config.Run:
+    begun = load_folder(address)
     raw = begun.model_dump(mode="json")
     raw["evaluate"]["probes"] = _read(file)
     run = load(raw, overrides)
     if run.hash_of() != begun.hash_of():
         wrong = "--set changes what the run is; only evaluate.probes, storage and runtime may change"
-        raise config.ConfigError([wrong], place)
+        raise config.ConfigError([wrong], address)
     return run
 
 

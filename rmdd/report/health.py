@@ -10,15 +10,15 @@ from rmdd.report.sheets import Sheet, write_csv
 SIDES = ("image", "text")
 
 
-def write_health(found: Mapping[str, Any], folder: Path) -> list[Path]:
+def write_health(health: Mapping[str, Any], folder: Path) -> list[Path]:
     """Write health.csv and health.svg; returns their paths."""
-    rows = [row | {"iterations": " ".join(map(str, row.get("iterations", ())))} for row in found["rows"]]
+    rows = [row | {"iterations": " ".join(map(str, row.get("iterations", ())))} for row in health["rows"]]
     write_csv(folder / "health.csv", rows)
     files = [folder / "health.json", folder / "health.csv"]
-    if not _panels(found):
+    if not _panels(health):
         return files
-    sheet = Sheet(len(_panels(found)))
-    for i, (title, x, lines, (level, name)) in enumerate(_panels(found)):
+    sheet = Sheet(len(_panels(health)))
+    for i, (title, x, lines, (level, name)) in enumerate(_panels(health)):
         ax = sheet.lines(i, title, x, lines, "iteration", "")
         ax.axhline(level, color="black", lw=0.8, ls=":", label=name)
         ax.legend(fontsize=8)
@@ -26,17 +26,17 @@ def write_health(found: Mapping[str, Any], folder: Path) -> list[Path]:
     return [*files, folder / "health.svg"]
 
 
-def drawings(found: Mapping[str, Any]) -> list[str]:
+def drawings(health: Mapping[str, Any]) -> list[str]:
     """The same as inline SVG."""
-    return [plots.curves(title, x, lines, "iteration", level=level) for title, x, lines, level in _panels(found)]
+    return [plots.curves(title, x, lines, "iteration", level=level) for title, x, lines, level in _panels(health)]
 
 
 def _panels(
-    found: Mapping[str, Any],
+    health: Mapping[str, Any],
 ) -> list[tuple[str, Sequence[int], dict[str, list[float]], tuple[float, str]]]:
     """Title, iterations (of the longest phase), lines, and what random real pairs have."""
-    sets = [row for row in found["rows"] if row["set"] == "distilled"]
-    real = next(row for row in found["rows"] if row["set"] == "random pairs")
+    sets = [row for row in health["rows"] if row["set"] == "distilled"]
+    real = next(row for row in health["rows"] if row["set"] == "random pairs")
     x = [max(row["iterations"]) for row in sets]
     if any("cosine_image" not in row for row in (*sets, real)):
         return []

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rmdd import config
+    from rmdd.methods.base import BaseMethod
     from rmdd.runs.paths import RunPaths
 
 RECALLS = ("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10", "R@mean")
@@ -42,20 +43,20 @@ STRONGEST = 3  # links across pairs that are named under a heat map
 def write_report(
     page: Path,
     run: config.Run,
-    places: RunPaths,
+    paths: RunPaths,
     set_path: Path,
     evaluation: dict[str, Any],
     seconds: dict[str, float],
-    seen: dict[str, Any],
+    measured: dict[str, Any],
 ) -> None:
-    """Draw the page of a run whose set lies at `set_path` and whose health was `seen`. Needs no network."""
+    """Draw the page of a run whose set lies at `set_path` with the health `measured`. Needs no network."""
     distilled = DistilledSet.load(set_path)
-    logs = [_read_log(places.phase(p) / "metrics.jsonl") for p in range(len(distilled.subsets))]
-    name = TITLES.get(distilled.method, distilled.method)
+    logs = [_read_log(paths.phase(p) / "metrics.jsonl") for p in range(len(distilled.subsets))]
+    method, name = method_of(run), TITLES.get(distilled.method, distilled.method)
     cost = page.with_name("cost.json")
     facts = {
         "run": run,
-        "method": method_of(run),
+        "method": method,
         "name": name,
         "distilled": distilled,
         "evaluation": evaluation,
@@ -67,22 +68,22 @@ def write_report(
         "referee": referee.tables(evaluation, _labels(name, distilled, evaluation), RECALLS),
         "cost_rows": referee.cost_rows(evaluation, read_json(cost) if cost.is_file() else {}),
         "results_plot": Markup(plots.results(_bars(name, distilled, evaluation))),
-        "gallery": _gallery(places, distilled),
+        "gallery": _gallery(paths, distilled),
         "moved": [
             sum(a != b for a, b in zip(s.captions, s.captions_before, strict=bool(s.captions_before)))
             for s in distilled.subsets
         ],
         "last_starts": [p.stop - (run.distill.start_rule == "exclusive") for p in run.distill.phases],
         "similarity": _similarity(distilled.subsets),
-        "matching": [_matching(run, lines) for lines in logs],
+        "matching": [_curves(method, lines) for lines in logs],
         "val_plots": _val_plots(run.evaluate.epochs, evaluation),
-        "health": [Markup(drawing) for drawing in health.drawings(seen)],
-        "warnings": seen["warnings"],
+        "health": [Markup(drawing) for drawing in health.drawings(measured)],
+        "warnings": measured["warnings"],
         "steps": seconds,
         "total_seconds": sum(seconds.values()),
         "speed": [_speed(lines) for lines in logs],
         "budget": distilled.budget(),
-        "experts_bytes": stored_bytes(places.store),
+        "experts_bytes": stored_bytes(paths.store),
         "config_yaml": yaml.safe_dump(distilled.config, sort_keys=False, width=110, allow_unicode=True),
         "provenance": _flat(distilled.provenance | {"text encoder": distilled.model.get("text_encoder", "unknown")}),
     }
@@ -242,14 +243,14 @@ def _shown(pairs: Sequence[int]) -> list[list[int]]:
     return [[i * m // n for i in range(n)] for m, n in zip(pairs, counts, strict=True)]
 
 
-def _gallery(places: RunPaths, distilled: DistilledSet) -> list[list[dict[str, Any]]]:
+def _gallery(paths: RunPaths, distilled: DistilledSet) -> list[list[dict[str, Any]]]:
     """Per subset, the shown pairs: pictures before and after as data URIs, captions before and after."""
     rows = _shown([s.pairs for s in distilled.subsets])
     _, _, height, width = distilled.subsets[0].images.shape
     exact = 2 * sum(map(len, rows)) * 3 * height * width <= EXACT_BYTES
     gallery = []
     for p, (subset, index) in enumerate(zip(distilled.subsets, rows, strict=True)):
-        start = load_set(places.start(p)).images[index]
+        start = load_set(paths.start(p)).images[index]
         before, after = (_pictures(t, distilled, exact) for t in (start, subset.images[index]))
         gallery.append([
             {
@@ -281,14 +282,14 @@ def _similarity(subsets: Sequence[Subset]) -> list[dict[str, Any]]:
     """Per subset its heat map, the ranges on and off the diagonal, and its strongest links across pairs."""
     import torch
 
-    found: list[dict[str, Any]] = []
+    maps: list[dict[str, Any]] = []
     for subset in subsets:
         matrix, m = subset.matrix, subset.pairs
         others = ~torch.eye(m, dtype=torch.bool)
         off = matrix[others] if m > 1 else torch.zeros(1)
         order = matrix.masked_fill(~others, -torch.inf).flatten().topk(min(STRONGEST, m * (m - 1))).indices.tolist()
         before = subset.captions_before or subset.captions
-        found.append({
+        maps.append({
             "kind": subset.kind,
             "matrix": matrix.numpy(),
             "scale": float(off.abs().quantile(0.995)) if len(off) <= 2**24 else float(off.abs().max()),
@@ -299,11 +300,11 @@ def _similarity(subsets: Sequence[Subset]) -> list[dict[str, Any]]:
                 for i, j in (divmod(n, m) for n in order)
             ],
         })  # fmt: skip
-    limit = max(f["scale"] for f in found) or 1.0
-    for f in found:
-        f["limit"] = limit
-        f["plot"] = Markup(plots.heat_map(f.pop("matrix"), limit)) if f["kind"] != "identity" else None
-    return found
+    limit = max(entry["scale"] for entry in maps) or 1.0
+    for entry in maps:
+        entry["limit"] = limit
+        entry["plot"] = Markup(plots.heat_map(entry.pop("matrix"), limit)) if entry["kind"] != "identity" else None
+    return maps
 
 
 # -- how it went --------------------------------------------------------------------------------------------------
@@ -320,10 +321,10 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
     return [line for line in lines if isinstance(line, dict) and "iteration" in line]
 
 
-def _matching(run: config.Run, lines: list[dict[str, Any]]) -> list[Markup]:
+def _curves(method: BaseMethod, lines: list[dict[str, Any]]) -> list[Markup]:
     """The curves of one phase, of the iterations that were logged."""
     drawn, logged = [], {name: None for line in lines for name in line}
-    for title, labels, level in method_of(run).curves(logged):
+    for title, labels, level in method.curves(logged):
         shown = {key: label for key, label in labels.items() if any(key in line for line in lines)}
         rows = [line for line in lines if all(key in line for key in shown)]
         if shown and rows:
@@ -347,8 +348,8 @@ def _val_plots(epochs: int, evaluation: dict[str, Any]) -> list[Markup]:
 
 def _speed(lines: list[dict[str, Any]]) -> float | None:
     """Median seconds per iteration."""
-    taken = [line["seconds"] for line in lines if "seconds" in line]
-    return statistics.median(taken) if taken else None
+    seconds = [line["seconds"] for line in lines if "seconds" in line]
+    return statistics.median(seconds) if seconds else None
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -14,13 +14,13 @@ def with_absolute_paths(run: config.Run) -> config.Run:
     """The run with absolute paths."""
     data, image, text = run.data, run.model.image, run.model.text
     if data.root is not None:
-        data = data.model_copy(update={"root": _place(data.root)})
+        data = data.model_copy(update={"root": _absolute_address(data.root)})
     if image.weights != "pretrained" and not image.is_random:
         image = image.model_copy(update={"weights": _absolute(image.weights)})
     if Path(text.name).expanduser().is_dir():
         text = text.model_copy(update={"name": _absolute(text.name)})
     model = run.model.model_copy(update={"image": image, "text": text})
-    probes = {name: moved(probe, _place) for name, probe in run.evaluate.probes.items()}
+    probes = {name: moved(probe, _absolute_address) for name, probe in run.evaluate.probes.items()}
     evaluate = run.evaluate.model_copy(update={"probes": probes})
     distill = run.distill.model_copy(update={"options": _parts(run.distill.options)})
     return run.model_copy(update={"data": data, "model": model, "distill": distill, "evaluate": evaluate})
@@ -39,7 +39,7 @@ def _part(option: str) -> str:
     return f"{kind}{colon}{_absolute(path)}" if "/" in path and Path(path).expanduser().is_dir() else option
 
 
-def _place(path: str) -> str:
+def _absolute_address(path: str) -> str:
     return absolute(os.path.expanduser(path))
 
 

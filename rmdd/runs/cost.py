@@ -125,7 +125,7 @@ def work_of(model: DualEncoder, run: config.Run, text_width: int) -> Work:
     params = {name: p.detach().requires_grad_() for name, p in model.trained().items()}
     loss = LOSSES[run.distill.loss]
     model.train()
-    student, features, kept_by_tower, kept = model, 0, _Kept(model), _Kept(model)
+    student, features, kept_by_tower, kept = model, 0, _GraphBytes(model), _GraphBytes(model)
 
     def trained(encoder: DualEncoder) -> int:
         """Operations of one step of training."""
@@ -169,21 +169,21 @@ def work_of(model: DualEncoder, run: config.Run, text_width: int) -> Work:
     )
 
 
-class _Kept(torch.autograd.graph.saved_tensors_hooks):
+class _GraphBytes(torch.autograd.graph.saved_tensors_hooks):
     """Adds up what graphs made inside keep, but for the parameters."""
 
     def __init__(self, model: DualEncoder):
         self._own = {p.untyped_storage()._cdata for p in model.parameters()}
-        self._seen: dict[int, torch.Tensor] = {}
+        self._tensors: dict[int, torch.Tensor] = {}
         super().__init__(self._keep, lambda t: t)
 
     def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        self._seen[tensor.untyped_storage()._cdata] = tensor
+        self._tensors[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
     @property
     def bytes(self) -> int:
-        return sum(t.untyped_storage().nbytes() for place, t in self._seen.items() if place not in self._own)
+        return sum(t.untyped_storage().nbytes() for pointer, t in self._tensors.items() if pointer not in self._own)
 
 
 def checkpoint_bytes(numbers: int, dtype: str = "float32") -> int:
@@ -271,8 +271,8 @@ def operations(run: config.Run, counts: Counts, work: Work) -> dict[str, int]:
     subsets = [p.pairs for p in run.distill.phases]
 
     def student(pairs: list[int], passes: int, images_scored: int) -> int:
-        seen = sum(-(-m // rule.batch) * min(rule.batch, m) for m in pairs)
-        return passes * seen * work.training + images_scored * work.forward
+        trained = sum(-(-m // rule.batch) * min(rule.batch, m) for m in pairs)
+        return passes * trained * work.training + images_scored * work.forward
 
     snapshots = max(len(snapshot_iterations(p.iterations, run.distill.snapshots)) for p in run.distill.phases)
     select = rule.selection_students * snapshots if snapshots > 1 else 0

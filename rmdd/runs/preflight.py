@@ -168,12 +168,12 @@ def _already_there(run: config.Run) -> tuple[Dataset | None, RunPaths | None]:
     if not (path / MANIFEST).is_file():
         return None, None
     dataset = Dataset.open(path)
-    if not _encoder_at_hand(run.model.text) or parts.missing(_parts(run)):
+    if not _encoder_is_local(run.model.text) or parts.missing(_parts(run)):
         return dataset, None
     return dataset, paths_of(run, dataset)
 
 
-def _encoder_at_hand(tower: config.TextTower) -> bool:
+def _encoder_is_local(tower: config.TextTower) -> bool:
     """Whether the text encoder can be identified without a download."""
     if tower.name == "hashing" or tower.name.startswith("package:") or Path(tower.name).expanduser().is_dir():
         return True
@@ -218,13 +218,13 @@ def _side_by_side(run: config.Run) -> int:
 def _time(run: config.Run, operations: dict[str, int]) -> dict[str, Any]:
     runtime = run.runtime
     if runtime.gpus_per_worker > 0:
-        throughput, slots = estimate.GPU_FLOPS, 1
+        throughput, workers = estimate.GPU_FLOPS, 1
         assumed = f"one GPU at {estimate.GPU_FLOPS / 1e12:g} TFLOP/s"
     else:
         throughput = estimate.CPU_FLOPS * runtime.threads
         cpus = runtime.num_cpus or os.cpu_count() or 1
-        slots = 1 if runtime.ray == "off" else runtime.workers or max(1, cpus // runtime.threads)
-        assumed = f"{slots} worker(s) of {runtime.threads} CPU thread(s) at {estimate.CPU_FLOPS / 1e9:g} GFLOP/s each"
-    items = {"experts": run.experts.num, "distill": _side_by_side(run), "evaluate": slots}
-    seconds = {step: n / (throughput * min(slots, items[step])) for step, n in operations.items()}
+        workers = 1 if runtime.ray == "off" else runtime.workers or max(1, cpus // runtime.threads)
+        assumed = f"{workers} worker(s) of {runtime.threads} CPU thread(s) at {estimate.CPU_FLOPS / 1e9:g} GFLOP/s each"
+    items = {"experts": run.experts.num, "distill": _side_by_side(run), "evaluate": workers}
+    seconds = {step: n / (throughput * min(workers, items[step])) for step, n in operations.items()}
     return {"assumed": assumed, "operations": operations, "seconds": seconds}

@@ -98,8 +98,8 @@ class Steps:
                 readers = watched(self.progress, f"ingest {name}", "pairs", self.backend.readers)
                 encoders = watched(self.progress, f"embed {name}", "captions", self.backend.encoders)
                 facts[name] = prepare(self.run, name, dataset, readers, encoders)
-            for line in remarks(name, facts[name]):
-                self.progress.say(line)
+            for remark in remarks(name, facts[name]):
+                self.progress.say(remark)
         return facts
 
     # -- experts and phases --------------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ class Steps:
         executor, runtime, size = None, self.run.runtime, self.run.experts.worker_group.workers
         if items and self.backend.expert_pool is not None and (size > 1 or runtime.fleet == "train"):
             executor = self.backend.expert_pool(items[0].paths.store.name, size=size)
-        given_up: dict[str, list[str]] = {}
+        by_reason: dict[str, list[str]] = {}
         for left in reversed(range(runtime.max_restarts + 1)):
             totals = {f"expert {item.number}": self.run.experts.epochs for item in items}
             results = self.map("experts", Spared(TrainExpert()), items, totals, executor)
@@ -281,11 +281,11 @@ class Steps:
             items = [item for item, r in failed if r.again and left]
             for item, r in failed:
                 if item not in items:
-                    given_up.setdefault(f"on {r.host}: {r.reason}", []).append(str(item.number))
-        if given_up:
-            lines = "".join(f"\n  expert {', '.join(numbers)} {reason}" for reason, numbers in given_up.items())
+                    by_reason.setdefault(f"on {r.host}: {r.reason}", []).append(str(item.number))
+        if by_reason:
+            lines = "".join(f"\n  expert {', '.join(numbers)} {reason}" for reason, numbers in by_reason.items())
             raise RuntimeError(
-                f"{sum(map(len, given_up.values()))} expert(s) could not be trained; the others are:{lines}"
+                f"{sum(map(len, by_reason.values()))} expert(s) could not be trained; the others are:{lines}"
             )
 
     def _bind(self, dataset: Dataset) -> None:

@@ -45,24 +45,24 @@ class TrainStudent:
         scored, unranked = records.read(path, value), job.kind in (*CHOOSING, "reference")
         if not unranked and not records.ranks_file(path).is_file():  # older records have no ranks
             scored = None
-        asked = Probing(run, job, path, value, storage)
-        if scored is not None and not asked.missing:
+        probing = Probing(run, job, path, value, storage)
+        if scored is not None and not probing.missing:
             hooks.report({"done": 1})
-            return asked.added_to(scored)
-        model = asked.restored() if scored is not None else None
+            return probing.added_to(scored)
+        model = probing.restored() if scored is not None else None
         if model is None:
-            again, model = _train_and_score(item, storage, asked, path if scored is None else None, hooks)
+            again, model = _train_and_score(item, storage, probing, path if scored is None else None, hooks)
             if scored is None:  # a student that is trained again for new probes keeps the scores and ranks it had
                 scored = again | {"value": value}
                 records.write(path, scored)
         assert scored is not None
-        asked.ask(model, device_of(run.runtime), hooks.should_stop)
+        probing.ask(model, device_of(run.runtime), hooks.should_stop)
         hooks.report({"done": 1, "val": scored["val"]["R@mean"]} if "val" in scored else {"done": 1})
-        return asked.added_to(scored)
+        return probing.added_to(scored)
 
 
 def _train_and_score(
-    item: Item, storage: Storage, asked: Probing, path: Path | None, hooks: Hooks
+    item: Item, storage: Storage, probing: Probing, path: Path | None, hooks: Hooks
 ) -> tuple[dict[str, Any], DualEncoder | None]:
     """The record of a student and, if it was trained to the end, itself; its ranks go beside `path`."""
     assert item.job is not None
@@ -96,7 +96,7 @@ def _train_and_score(
     trained: list[DualEncoder] = []
 
     def finished(model: DualEncoder) -> None:
-        asked.keep(model)
+        probing.keep(model)
         trained.append(model)
 
     alive = hooks.should_stop  # a sign of life

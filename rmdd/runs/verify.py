@@ -62,9 +62,9 @@ def _walk(path: Path, formats: Sequence[Format], check: DiskCheck) -> Findings:
     elif not path.exists():
         raise ValueError(f"there is no {check.storage.address(path)}; give a folder that rmdd wrote, or its URI")
     else:
-        known = ", ".join(f.markers[0] for f in formats if len(f.markers) == 1)
+        markers = ", ".join(f.markers[0] for f in formats if len(f.markers) == 1)
         raise ValueError(
-            f"{check.storage.address(path)} holds nothing that rmdd writes (no {known}, phase or storage folders); "
+            f"{check.storage.address(path)} holds nothing that rmdd writes (no {markers}, phase or storage folders); "
             "give one of these"
         )
     return check.findings
@@ -109,8 +109,8 @@ def verify_run(path: Path, check: DiskCheck) -> None:
             check.unfinished(path)
             return
         distilled.verify(path / "set", check)
-        made_from = read_json(path / "set" / distilled.DESCRIPTION)["provenance"]
-        verify_sources(path.parent, run, made_from, read_json(path / "data.json"), check)
+        sources = read_json(path / "set" / distilled.DESCRIPTION)["provenance"]
+        verify_sources(path.parent, run, sources, read_json(path / "data.json"), check)
 
 
 def verify_records(path: Path, check: DiskCheck, what: str) -> None:
@@ -120,10 +120,10 @@ def verify_records(path: Path, check: DiskCheck, what: str) -> None:
 
 
 def verify_sources(
-    root: Path, run: config.Run, made_from: dict[str, Any], data: dict[str, Any], check: DiskCheck, whole: bool = True
+    root: Path, run: config.Run, sources: dict[str, Any], data: dict[str, Any], check: DiskCheck, whole: bool = True
 ) -> None:
     """Dataset, experts and phases that a run was made from; `whole`: its phases are finished."""
-    experts, phases = root / "experts" / made_from["experts"], root / "phases" / made_from["phases"]
+    experts, phases = root / "experts" / sources["experts"], root / "phases" / sources["phases"]
     dataset = Path(data["path"])
     if run.data.source != "dataset":
         dataset = root / "data" / dataset.name

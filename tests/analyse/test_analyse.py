@@ -23,6 +23,7 @@ from rmdd.core.storage import run_folder
 from rmdd.distill.phases import draw
 from rmdd.experts.store import Store
 from rmdd.experts.train import kept_epochs
+from rmdd.methods import matching_method
 from rmdd.pipeline import open_pipeline
 from rmdd.runs.paths import paths_of
 from rmdd.searches.sweeps import members_in
@@ -125,7 +126,7 @@ def test_a_cell_of_the_collapse_is_one_phase_with_the_whole_budget():
     with pytest.raises(
         config.ConfigError, match=r"stop 4 .exclusive end.* not fit experts of 3 epochs; give .* 1 to 3"
     ):
-        collapse_axes(run, [4], ["original"])
+        collapse_axes(EPOCHS, range(EPOCHS + 1), run.distill.match_epochs, [4], ["original"])
 
 
 ONE = ["distill.phases.1.start=0", "distill.phases.1.stop=1"]
@@ -144,7 +145,7 @@ ONE = ["distill.phases.1.start=0", "distill.phases.1.stop=1"]
 def test_the_starts_of_a_cell_are_its_own_whatever_the_run_draws(sets):
     """By default, all last starts that fit; on both kinds of trajectory."""
     run = load("runs", *sets)
-    epochs, kinds = collapse_axes(run, None, ["original", "shortcut"])
+    epochs, kinds = collapse_axes(EPOCHS, range(EPOCHS + 1), run.distill.match_epochs, None, TRAJECTORIES)
     cells = collapse_members(run, epochs, kinds)
     assert epochs[-1] == EPOCHS - run.distill.match_epochs + 1 and len(cells) == 2 * len(epochs)
     for cell in cells:
@@ -264,7 +265,7 @@ def test_norms_and_components_are_those_of_the_gradients(trained):
     with open_pipeline(load(trained / "runs"), Progress(quiet=True)) as pipeline:
         setting = Setting(pipeline, TRAJECTORIES)
         for kind in TRAJECTORIES:
-            matcher, first = setting.matcher(kind), setting.initial(setting.probing(kind))
+            matcher, first = setting.matcher(kind), setting.initial(matching_method(setting.probing(kind)))
             found = []
             for start, expert, d in itertools.product(range(EPOCHS), (0, 1), (0, 1)):
                 drawn = dataclasses.replace(matcher.draw(d), expert=expert, start=start, start_text=start)
