@@ -134,8 +134,8 @@ def command(function: Callable[..., Output] | None = None, *, options: Sequence[
     """
     if function is None:
         return functools.partial(command, options=options)
-    parameters = inspect.signature(function).parameters
-    own = {name: parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for name, parameter in parameters.items()}
+    declared = inspect.signature(function).parameters
+    own = {name: parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for name, parameter in declared.items()}
     parameters: list[inspect.Parameter] = []
     for name, parameter in own.items():
         if name == "run":
@@ -151,9 +151,9 @@ def command(function: Callable[..., Output] | None = None, *, options: Sequence[
         as_json, quiet, debug = (words.pop(option, False) for option in COMMON)
         call = Call(quiet)
         with outcome(debug, call.folders):
-            if "run" in parameters:
+            if "run" in declared:
                 words["run"] = load(words.pop("source"), words.pop("set_") or [])
-            if "call" in parameters:
+            if "call" in declared:
                 words["call"] = call
             call.show(function(**words), as_json)
 
