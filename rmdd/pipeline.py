@@ -26,7 +26,7 @@ from rmdd.experts.store import Store
 from rmdd.models.prepared import PreparedSplit, SplitSource
 from rmdd.report.page import write_report
 from rmdd.report.sheets import draw_plan
-from rmdd.runs.items import Item
+from rmdd.runs.items import TaskItem
 from rmdd.runs.steps import Steps
 
 T = TypeVar("T")
@@ -88,7 +88,7 @@ class Pipeline:
         return self.steps.ingest()
 
     @once
-    def item(self) -> Item:
+    def item(self) -> TaskItem:
         """The run and the paths of its parts, which every task is given."""
         return self.steps.locate(self.ingest())
 
@@ -108,7 +108,7 @@ class Pipeline:
         self.steps.check_budget(self.steps.run)
 
     @once
-    def planned(self) -> Item:
+    def planned(self) -> TaskItem:
         """The run with its phases, and the paths of its parts."""
         self.check_budget()
         self.experts()
@@ -118,7 +118,7 @@ class Pipeline:
         return planned
 
     @once
-    def begin_phases(self) -> Item:
+    def begin_phases(self) -> TaskItem:
         """`planned`, with what its phases start from."""
         self.steps.begin_phases(self.planned(), self.embed())
         return self.planned()
@@ -178,7 +178,7 @@ class Pipeline:
     @property
     def run(self) -> config.Run:
         """The run, with the phases of its plan once that is made."""
-        planned: Item | None = self.values.get("planned")
+        planned: TaskItem | None = self.values.get("planned")
         return planned.run if planned else self.steps.run
 
     @property

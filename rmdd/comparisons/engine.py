@@ -29,7 +29,7 @@ from rmdd.experts.store import Store
 from rmdd.models.prepared import PreparedSplit
 from rmdd.models.text import embed
 from rmdd.pipeline import Pipeline
-from rmdd.runs.items import ExternalPairs, Item, record
+from rmdd.runs.items import ExternalPairs, TaskItem, record
 from rmdd.runs.paths import paths_of, seen_by
 from rmdd.runs.students import TrainStudent
 
@@ -75,11 +75,11 @@ class Row:
         number = rule.students if self.entry.kind == "subset" else min(rule.students, rule.baseline_draws)
         return [Job("baseline", i, loss=loss, lr=lr) for i in range(number)]
 
-    def item(self, job: Job) -> Item:
+    def item(self, job: Job) -> TaskItem:
         dataset = self.compared.ingest()
         paths = paths_of(self.run, dataset)
         if self.pairs is None:
-            return Item(self.run, paths, paths.phases.name, job=job)
+            return TaskItem(self.run, paths, paths.phases.name, job=job)
         rule = self.run.hashed("evaluate", "learned")
         learned: dict[str, Any] = {"pairs": self.pairs.name, "lr": job.lr}
         if self.entry.kind == "set":
@@ -87,7 +87,7 @@ class Row:
         else:
             learned |= {"loss": job.loss, "updates": protocol.StudentProtocol.of(self.run).updates}
         value = config.hash_value({**seen_by(self.run, dataset), "evaluate": rule, **learned})
-        return Item(self.run, paths, value, job=job, external=ExternalPairs(self.pairs, STUDENTS / value))
+        return TaskItem(self.run, paths, value, job=job, external=ExternalPairs(self.pairs, STUDENTS / value))
 
 
 class ComparedRun(Pipeline):

@@ -32,7 +32,7 @@ class ExternalPairs:
 
 
 @dataclass(frozen=True)
-class Item:
+class TaskItem:
     """What every task is given: the run, the paths, and a number or a job."""
 
     run: config.Run
@@ -60,7 +60,7 @@ class Item:
         return FeatureSource(self.source, self.paths.store, run.experts.epochs, run.seed_of("experts"), run.runtime)
 
 
-def prepared_split(item: Item, split: str) -> PreparedSplit:
+def prepared_split(item: TaskItem, split: str) -> PreparedSplit:
     """A split, loaded once for all runs that differ in nothing that shapes it.
 
     Raises `TestIsClosed` for test and a job that something is chosen by.
@@ -69,7 +69,7 @@ def prepared_split(item: Item, split: str) -> PreparedSplit:
     return item.source.open(split)
 
 
-def record(item: Item) -> Path:
+def record(item: TaskItem) -> Path:
     """Where the record of a student lies; those of random pairs and full data are shared by runs."""
     assert item.job is not None
     if item.external is not None:
@@ -88,14 +88,14 @@ def held_alone(folder: Path, storage: Storage, hooks: Hooks) -> Iterator[Hooks]:
         lease.check()
 
 
-def located(item: Item) -> tuple[Item, Storage]:
+def located(item: TaskItem) -> tuple[TaskItem, Storage]:
     """`item` with its paths as this process sees them, and the storage they lie in."""
     storage = open_storage(item.run.runtime)
     return replace(item, paths=item.paths.under(storage.root)), storage
 
 
 @contextlib.contextmanager
-def tracked(item: Item, title: str, value: str, folder: Path, storage: Storage) -> Iterator[track.Tracker]:
+def tracked(item: TaskItem, title: str, value: str, folder: Path, storage: Storage) -> Iterator[track.Tracker]:
     """What follows a piece of work, going on from the curves in `folder`, which go to the storage at the end."""
     for part in track.FOLDERS:
         storage.fetch(folder / part)
@@ -112,7 +112,7 @@ def without_running(name: str) -> bool:
     return not name.endswith("/running.safetensors") and not track.is_curve(name)
 
 
-def trained_expert(item: Item, expert: int, storage: Storage) -> DualEncoder:
+def trained_expert(item: TaskItem, expert: int, storage: Storage) -> DualEncoder:
     """An expert after its last epoch."""
     others = re.compile(rf"/expert-(?!{expert:03d}/)")
     storage.fetch(item.paths.store, lambda name: not others.search(name) and not track.is_curve(name))

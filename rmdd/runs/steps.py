@@ -32,7 +32,7 @@ from rmdd.experts.train import begin_store
 from rmdd.generate.studio import Tools
 from rmdd.models.prepared import SplitSource
 from rmdd.models.text import embed, encoder_identity, text_width
-from rmdd.runs.items import Item, record
+from rmdd.runs.items import TaskItem, record
 from rmdd.runs.paths import HEALTH, bring_parts, candidates_of, dataset_folder, is_finished, paths_of, protocol_of
 from rmdd.runs.students import TrainStudent
 from rmdd.runs.tasks import CheckHealth, DistillPhase, DistillShared, GeneratePhase, MakePlan, TrainExpert
@@ -64,12 +64,12 @@ class Steps:
         self.progress.say(f"data: {counts} at {dataset.path}")
         return dataset
 
-    def locate(self, dataset: Dataset) -> Item:
+    def locate(self, dataset: Dataset) -> TaskItem:
         """What every task of the run is given: the run, and the paths of its parts."""
         paths = paths_of(self.run, dataset)
-        return Item(self.run, paths, paths.phases.name)
+        return TaskItem(self.run, paths, paths.phases.name)
 
-    def embed(self, item: Item, dataset: Dataset, splits: Sequence[str]) -> SplitSource:
+    def embed(self, item: TaskItem, dataset: Dataset, splits: Sequence[str]) -> SplitSource:
         """Embed the captions of `splits`, and decode the pictures that are scored."""
         with self.timed("embed"):
             for split in splits:
@@ -78,7 +78,7 @@ class Steps:
                 item.source.open(split)
         return item.source
 
-    def embed_split(self, item: Item, dataset: Dataset, split: str) -> None:
+    def embed_split(self, item: TaskItem, dataset: Dataset, split: str) -> None:
         """Embed the captions of a split into the cache, where they are not there yet."""
         run = self.run
         embed(
@@ -104,7 +104,7 @@ class Steps:
 
     # -- experts and phases --------------------------------------------------------------------------------------
 
-    def experts(self, item: Item, dataset: Dataset, splits: SplitSource) -> Store:
+    def experts(self, item: TaskItem, dataset: Dataset, splits: SplitSource) -> Store:
         """Train the experts that are missing."""
         run, path = self.run, item.paths.store
         with self.timed("experts"):
@@ -133,7 +133,7 @@ class Steps:
         if message:
             self.progress.say(f"warning: {message}")
 
-    def plan(self, item: Item, dataset: Dataset) -> Item:
+    def plan(self, item: TaskItem, dataset: Dataset) -> TaskItem:
         """The run with phases and its paths: its own phases, or those that are planned from its experts."""
         if self.run.distill.phases:
             return item
@@ -146,9 +146,9 @@ class Steps:
         for reason in plan["reasons"]:
             self.progress.say(f"plan: {reason}")
         paths = paths_of(run, dataset)
-        return Item(run, paths, paths.phases.name)
+        return TaskItem(run, paths, paths.phases.name)
 
-    def begin_phases(self, item: Item, splits: SplitSource) -> None:
+    def begin_phases(self, item: TaskItem, splits: SplitSource) -> None:
         """Write what the phases start from, where it is not there yet."""
         with self.timed("distill"):
             self.storage.fetch(item.paths.phases, _no_curve)
@@ -156,7 +156,7 @@ class Steps:
             for p in range(len(item.run.distill.phases)):
                 method.begin(p, lambda: splits.open("train"), item.paths.phase(p))
 
-    def distill(self, item: Item) -> list[Path]:
+    def distill(self, item: TaskItem) -> list[Path]:
         """Distil the phases that are not finished; returns their folders."""
         run, paths, backend = item.run, item.paths, self.backend
         phases = range(len(run.distill.phases))
@@ -180,7 +180,7 @@ class Steps:
     # -- students ------------------------------------------------------------------------------------------------
 
     def evaluate(
-        self, item: Item, splits: SplitSource, store: Store, facts: dict[str, dict[str, Any]]
+        self, item: TaskItem, splits: SplitSource, store: Store, facts: dict[str, dict[str, Any]]
     ) -> dict[str, Any]:
         """Choose on val, train students, read test once; returns and writes `evaluation.json`."""
         run, rule, by_protocol = item.run, item.run.evaluate, protocol.StudentProtocol.of(item.run)
@@ -224,13 +224,13 @@ class Steps:
         return evaluation
 
     def students(
-        self, item: Item, title: str, jobs: list[protocol.Job], candidates: list[tuple[int, ...]]
+        self, item: TaskItem, title: str, jobs: list[protocol.Job], candidates: list[tuple[int, ...]]
     ) -> list[dict[str, Any]]:
         """The records of students in the order of `jobs`."""
         items = [replace(item, job=job, iterations=candidates[job.snapshot]) for job in jobs]
         return self.map(title, TrainStudent(), items, dict.fromkeys([job.name for job in jobs], 1))
 
-    def health(self, item: Item) -> dict[str, Any]:
+    def health(self, item: TaskItem) -> dict[str, Any]:
         """Embed the sets over the distillation by the first expert; returns and writes `health.json`."""
         with self.timed("health"):
             self.map("health", CheckHealth(), [item], {"health": 1})
@@ -240,7 +240,7 @@ class Steps:
             self.progress.say(f"warning: modality collapse? {warning}")
         return health
 
-    def cost(self, item: Item) -> dict[str, Any]:
+    def cost(self, item: TaskItem) -> dict[str, Any]:
         """What the run has cost by the clock up to now; returns and writes `cost.json`.
 
         It lies apart from `evaluation.json`, which is the same to the bit after a kill and a resume.
@@ -253,7 +253,7 @@ class Steps:
     # -- parts ---------------------------------------------------------------------------------------------------
 
     def map(
-        self, title: str, task: Task, items: list[Item], totals: dict[str, int], executor: Mapper | None = None
+        self, title: str, task: Task, items: list[TaskItem], totals: dict[str, int], executor: Mapper | None = None
     ) -> list[Any]:
         """Results in order; `totals` names the items and says how much each has to do."""
         if not items:
@@ -268,7 +268,7 @@ class Steps:
         """Wall seconds per step, added up over all sittings of this run."""
         return read_json(self.folder / "seconds.json") if (self.folder / "seconds.json").is_file() else {}
 
-    def _train(self, items: list[Item]) -> None:
+    def _train(self, items: list[TaskItem]) -> None:
         """Train experts, failed ones again after the others; raises `RuntimeError` naming all that are given up."""
         executor, runtime, size = None, self.run.runtime, self.run.experts.worker_group.workers
         if items and self.backend.expert_pool is not None and (size > 1 or runtime.fleet == "train"):

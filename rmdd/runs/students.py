@@ -23,17 +23,17 @@ from rmdd.evaluate.retrieval import Ranks
 from rmdd.evaluate.training_pairs import read_pairs
 from rmdd.execution.tasks import Hooks
 from rmdd.models.dual import DualEncoder
-from rmdd.runs.items import Item, located, prepared_split, record, trained_expert
+from rmdd.runs.items import TaskItem, located, prepared_split, record, trained_expert
 
 
 @dataclass(frozen=True)
 class TrainStudent:
     """Train and score one student, or read its record if it has been; test is read once."""
 
-    def target(self, item: Item) -> Path:
+    def target(self, item: TaskItem) -> Path:
         return record(item)
 
-    def __call__(self, item: Item, hooks: Hooks) -> dict[str, Any]:
+    def __call__(self, item: TaskItem, hooks: Hooks) -> dict[str, Any]:
         item, storage = located(item)
         assert item.job is not None
         job, run, paths = item.job, item.run, item.paths
@@ -62,7 +62,7 @@ class TrainStudent:
 
 
 def _train_and_score(
-    item: Item, storage: Storage, probing: Probing, path: Path | None, hooks: Hooks
+    item: TaskItem, storage: Storage, probing: Probing, path: Path | None, hooks: Hooks
 ) -> tuple[dict[str, Any], DualEncoder | None]:
     """The record of a student and, if it was trained to the end, itself; its ranks go beside `path`."""
     assert item.job is not None

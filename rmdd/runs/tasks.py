@@ -32,7 +32,7 @@ from rmdd.methods.generative import GenerativeMethod
 from rmdd.methods.tuned import TunedMethod
 from rmdd.models.prepared import PreparedSplit
 from rmdd.models.text import text_width
-from rmdd.runs.items import Item, held_alone, located, prepared_split, tracked, trained_expert, without_running
+from rmdd.runs.items import TaskItem, held_alone, located, prepared_split, tracked, trained_expert, without_running
 from rmdd.runs.paths import HEALTH, candidates_of
 
 CURVES = ("loss", "miss_image", "miss_text", "student_loss", "lr_image", "lr_text", "rollbacks")
@@ -43,10 +43,10 @@ CURVES = ("loss", "miss_image", "miss_text", "student_loss", "lr_image", "lr_tex
 class TrainExpert:
     """Train expert `item.number` to the end or until told to stop. In a worker group the first worker alone writes."""
 
-    def target(self, item: Item) -> Path:
+    def target(self, item: TaskItem) -> Path:
         return item.paths.store / f"expert-{item.number:03d}"
 
-    def __call__(self, item: Item, hooks: Hooks) -> bool:
+    def __call__(self, item: TaskItem, hooks: Hooks) -> bool:
         rule, device, member = item.run.experts.worker_group, device_of(item.run.runtime), hooks.member
         if rule.workers > 1 and member is None:
             return worker_group.side_by_side(self, item, hooks, rule.workers, item.run.runtime.threads)
@@ -91,10 +91,10 @@ class DistillPhase:
     parts: WorkerParts | None = None
     """Share the draws of a step; None: this process makes them all."""
 
-    def target(self, item: Item) -> Path:
+    def target(self, item: TaskItem) -> Path:
         return item.paths.phase(item.number)
 
-    def __call__(self, item: Item, hooks: Hooks) -> bool:
+    def __call__(self, item: TaskItem, hooks: Hooks) -> bool:
         item, storage = located(item)
         paths, run = item.paths, item.run
         storage.fetch(paths.store, without_running)
@@ -131,10 +131,10 @@ class DistillShared:
     draws: int
     say: Callable[[str], None]
 
-    def target(self, item: Item) -> Path:
+    def target(self, item: TaskItem) -> Path:
         return item.paths.phase(item.number)
 
-    def __call__(self, item: Item, hooks: Hooks) -> bool:
+    def __call__(self, item: TaskItem, hooks: Hooks) -> bool:
         def distilled() -> bool:
             with self.open_parts(functools.partial(part_of_phase, item), None, self.draws, True) as parts:
                 return DistillPhase(parts)(item, hooks)
@@ -142,7 +142,7 @@ class DistillShared:
         return with_restarts(distilled, item.run.runtime.max_restarts, self.say)
 
 
-def part_of_phase(item: Item, rank: int, size: int) -> Any:
+def part_of_phase(item: TaskItem, rank: int, size: int) -> Any:
     """The share of one worker in the draws of every step of phase `item.number`."""
     item, storage = located(item)
     storage.fetch(item.paths.data)
@@ -160,10 +160,10 @@ class GeneratePhase:
 
     tools: Tools
 
-    def target(self, item: Item) -> Path:
+    def target(self, item: TaskItem) -> Path:
         return item.paths.phase(item.number)
 
-    def __call__(self, item: Item, hooks: Hooks) -> bool:
+    def __call__(self, item: TaskItem, hooks: Hooks) -> bool:
         item, storage = located(item)
         paths = item.paths
         storage.fetch(paths.data)
@@ -180,7 +180,7 @@ class GeneratePhase:
         hooks.report({"done": 1})
         return True
 
-    def tune(self, item: Item, total: int) -> bool:
+    def tune(self, item: TaskItem, total: int) -> bool:
         """Train what the method draws with, `total` updates, by the executor; returns whether it finished."""
         with self.tools.progress.stage("fine-tuning", {"fine-tuning": total}) as update:
             return all(self.tools.executor.map(TuneGenerator(), [item], ["fine-tuning"], update))
@@ -190,12 +190,12 @@ class GeneratePhase:
 class TuneGenerator:
     """Train what a generative method draws with, to the end or until told to stop."""
 
-    def target(self, item: Item) -> Path:
+    def target(self, item: TaskItem) -> Path:
         method = methods.method_of(item.run)
         assert isinstance(method, TunedMethod)
         return method.tuned_folder(item.paths.root, Dataset.open(item.paths.data).hash)
 
-    def __call__(self, item: Item, hooks: Hooks) -> bool:
+    def __call__(self, item: TaskItem, hooks: Hooks) -> bool:
         item, storage = located(item)
         storage.fetch(item.paths.data)
         method = methods.method_of(item.run)
@@ -218,10 +218,10 @@ class MakePlan:
     Writes plan.json with signals and reasons, and planned.yaml, the same run with its phases listed.
     """
 
-    def target(self, item: Item) -> Path:
+    def target(self, item: TaskItem) -> Path:
         return item.paths.run / PLAN
 
-    def __call__(self, item: Item, hooks: Hooks) -> bool:
+    def __call__(self, item: TaskItem, hooks: Hooks) -> bool:
         item, storage = located(item)
         paths, run = item.paths, item.run
         storage.fetch(paths.run / PLAN)
@@ -248,10 +248,10 @@ class MakePlan:
 class CheckHealth:
     """Embed the sets of a run by the last epoch of its first expert, and write down their health."""
 
-    def target(self, item: Item) -> Path:
+    def target(self, item: TaskItem) -> Path:
         return item.paths.run / HEALTH
 
-    def __call__(self, item: Item, hooks: Hooks) -> bool:
+    def __call__(self, item: TaskItem, hooks: Hooks) -> bool:
         item, storage = located(item)
         paths, run = item.paths, item.run
         path = paths.run / HEALTH

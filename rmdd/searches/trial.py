@@ -12,7 +12,7 @@ from rmdd.execution.backend import Backend
 from rmdd.execution.in_turn import InTurn
 from rmdd.execution.tasks import Hooks
 from rmdd.pipeline import Pipeline
-from rmdd.runs.items import Item
+from rmdd.runs.items import TaskItem
 from rmdd.runs.paths import candidates_of
 from rmdd.runs.tasks import DistillPhase
 
@@ -25,7 +25,7 @@ class DistillUntil:
 
     iteration: int
 
-    def __call__(self, item: Item, hooks: Hooks) -> bool:
+    def __call__(self, item: TaskItem, hooks: Hooks) -> bool:
         reached = 0
 
         def report(metrics: dict[str, Any]) -> None:

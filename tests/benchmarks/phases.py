@@ -29,7 +29,7 @@ from rmdd.execution.tasks import Hooks
 from rmdd.experts.store import Writer
 from rmdd.experts.train import begin_store, expert_model
 from rmdd.models.text import text_width
-from rmdd.runs.items import Item
+from rmdd.runs.items import TaskItem
 from rmdd.runs.paths import RunPaths
 from rmdd.runs.tasks import DistillPhase
 
@@ -111,7 +111,7 @@ def _run_of(case: Case, phases: int, storage: Path) -> config.Run:
     )
 
 
-def _items(run: config.Run, folder: Path) -> list[Item]:
+def _items(run: config.Run, folder: Path) -> list[TaskItem]:
     """Phases that have not begun, and an expert that walked at random: the arithmetic of real ones."""
     places = RunPaths(folder, folder, folder / "store", folder / "phases", folder, folder)
     width, size = text_width(run.model.text), run.stored_size
@@ -135,10 +135,10 @@ def _items(run: config.Run, folder: Path) -> list[Item]:
             alpha=run.distill.similarity.alpha,
         )
         save_set(begun, places.start(number))
-    return [Item(run, places, "bench", number) for number in range(len(run.distill.phases))]
+    return [TaskItem(run, places, "bench", number) for number in range(len(run.distill.phases))]
 
 
-def _measure(executor: Executor, items: Sequence[Item]) -> dict[str, float]:
+def _measure(executor: Executor, items: Sequence[TaskItem]) -> dict[str, float]:
     began = time.perf_counter()
     names = [f"phase {item.number}" for item in items]
     spans = executor.map(timed, items, names, lambda name, metrics: None)
@@ -146,7 +146,7 @@ def _measure(executor: Executor, items: Sequence[Item]) -> dict[str, float]:
     return {"work": max(end for _, end in spans) - min(begin for begin, _ in spans), "workers": took, "ray": took}
 
 
-def timed(item: Item, hooks: Hooks) -> tuple[float, float]:
+def timed(item: TaskItem, hooks: Hooks) -> tuple[float, float]:
     """When a phase began and ended."""
     began = time.time()
     assert DistillPhase()(item, hooks), "a bench is not stopped"

@@ -27,7 +27,7 @@ from rmdd.evaluate.protocol import (
 )
 from rmdd.models.dual import build
 from rmdd.models.prepared import PreparedSplit
-from rmdd.runs.items import Item
+from rmdd.runs.items import TaskItem
 from rmdd.runs.items import prepared_split as prepared_of
 from rmdd.runs.paths import RunPaths
 
@@ -182,7 +182,7 @@ def test_a_choice_that_asks_for_test_is_refused(kind):
     with pytest.raises(TestIsClosed, match=f"{kind}.* is scored for a choice, .* test is closed to it"):
         train_job(job, run, training_pairs(run), VAL, POISON, CPU)
     with pytest.raises(TestIsClosed, match="choices are made on val"):
-        prepared_of(Item(run, RunPaths(*[Path()] * 6), "value", job=job), "test")
+        prepared_of(TaskItem(run, RunPaths(*[Path()] * 6), "value", job=job), "test")
     assert check_split_is_open(job, "val") == "val" and check_split_is_open(Job("student", 0), "test") == "test"
 
 

@@ -23,7 +23,7 @@ from rmdd.distill.loop import finished
 from rmdd.execution.in_turn import InTurn
 from rmdd.execution.scheduler import SweepScheduler
 from rmdd.execution.tasks import Interrupted
-from rmdd.runs.items import Item
+from rmdd.runs.items import TaskItem
 from rmdd.runs.paths import RunPaths
 from rmdd.runs.tasks import DistillPhase
 from rmdd.searches.formats import verify
@@ -182,7 +182,10 @@ def test_a_piece_that_two_runs_need_is_made_once(tmp_path):
     def work(label):
         places = RunPaths(*[tmp_path] * 6)
         results = scheduler.executor_of(label).map(
-            PhaseOfNone(), [Item(m.run, places, "") for m in runs[:1]], ["phase 0"], lambda n, m: asked.append(label)
+            PhaseOfNone(),
+            [TaskItem(m.run, places, "") for m in runs[:1]],
+            ["phase 0"],
+            lambda n, m: asked.append(label),
         )
         assert results == [True]
 
@@ -207,7 +210,7 @@ def test_a_stop_reaches_every_run(tmp_path):
 
     def work():
         scheduler.executor_of("one").map(
-            Interrupt(), [Item(config.Run(), RunPaths(*[tmp_path] * 6), "")], ["it"], lambda n, m: None
+            Interrupt(), [TaskItem(config.Run(), RunPaths(*[tmp_path] * 6), "")], ["it"], lambda n, m: None
         )
         raise AssertionError("a stopped run goes no further")
 
