@@ -220,7 +220,7 @@ def test_no_two_public_classes_share_a_name():
     assert {name: modules for name, modules in where.items() if len(modules) > 1} == {}
 
 
-FOREIGN_MESSAGES = {"rmdd.models.image", "rmdd.execution.ray.cluster"}
+FOREIGN_MESSAGES = {"rmdd.models.image", "rmdd.execution.ray.cluster", "rmdd.execution.ray.actors"}
 """Where timm and Ray give nothing but the text of an error to tell it by."""
 
 
