@@ -12,7 +12,7 @@ from typing import Any
 
 from rmdd import config
 from rmdd.analyse.setting import TRAJECTORIES, missing_epochs, stored_epochs
-from rmdd.config import budget
+from rmdd.config import budget, recipes
 from rmdd.core.progress import Progress
 from rmdd.core.storage import run_folder
 from rmdd.distill.trajectory.planning import stated
@@ -44,13 +44,8 @@ def collapse_members(
         "endpoint": run.experts.epochs + (rule.endpoint_rule == "exclusive"),
         "iterations": iterations or rule.phases[0].iterations,
     }
-    same: dict[str, Any] = {
-        "starts": "together",
-        "ranges": "stated",
-        "start_points": "integer",
-        "start_rule": "exclusive",
-    }
-    same |= {"anchors": 2, "smooth_anchors": False}
+    options = {**rule.options, **recipes.find(rule.method).plain_options}
+    same: dict[str, Any] = {"start_rule": "exclusive", "options": options}
     run = run.model_copy(update={"distill": rule.model_copy(update=same)})
     settings = {
         f"{trajectory}, {stop}": {

@@ -157,6 +157,9 @@ class Run(Section):
     def hashed(self, section: Literal["data", "model", "experts", "distill", "evaluate"], purpose: Purpose) -> Any:
         """The fields of a section that shape `purpose`, its seed resolved."""
         value = hashed(getattr(self, section), purpose)
+        if section == "distill" and (recipe := self.distill.recipe) is not None:
+            options = self.distill.options_as(recipe.Options)
+            value |= {"options": hashed(options, purpose)} if options is not None else {}
         return value | {"seed": self.seed_of(section)} if "seed" in value else value  # type: ignore[arg-type]
 
 
@@ -179,7 +182,8 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
     method, unknown = _method_of(raw, overrides)
     usual = {} if method is None else method.defaults
     if method is not None and method is not _method_of(raw, [])[0]:
-        raw = filled(method.defaults, raw)  # else the file's method would run under another's name
+        # else the file's method would run under another's name; of its options, those that both have stay
+        raw = filled(method.defaults, _with_options_of(method, raw))
     defaults = filled(usual, Run().model_dump(mode="json"))
     for override in overrides:
         apply(raw, override, defaults, mistakes)
@@ -191,7 +195,24 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
         mistakes += method.mistakes(run)
     if run is None or mistakes:
         raise ConfigError(mistakes, where)
-    return run
+    return _resolved(run)
+
+
+def _resolved(run: Run) -> Run:
+    """`run` with every option of its method, defaults included."""
+    options = run.distill.options_as(recipes.find(run.distill.method).Options)
+    stated = {} if options is None else options.model_dump(mode="json")
+    return run.model_copy(update={"distill": run.distill.model_copy(update={"options": stated})})
+
+
+def _with_options_of(method: Recipe, raw: dict[str, Any]) -> dict[str, Any]:
+    """`raw` without the options that `method` does not have."""
+    distill = raw.get("distill")
+    options = distill.get("options") if isinstance(distill, dict) else None
+    if not isinstance(distill, dict) or not isinstance(options, dict):
+        return raw
+    kept = {name: value for name, value in options.items() if name in method.Options.model_fields}
+    return {**raw, "distill": {**distill, "options": kept}}
 
 
 def _listed(distill: Any) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import copy
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -11,7 +12,9 @@ from rmdd.config.hashing import Purpose, no_hash
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
 from rmdd.config.plan import Plan
 from rmdd.config.recipes import Recipe
-from rmdd.config.runfile import Section
+from rmdd.config.runfile import Section, validate
+
+S = TypeVar("S", bound=Section)
 
 
 class Phase(Section):
@@ -21,11 +24,15 @@ class Phase(Section):
     start: Annotated[int, Field(ge=0)] = Field(0, description="first epoch at which a student may start")
     stop: PositiveInt = Field(2, description="exclusive upper bound of the start epoch")
     start_text: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="starts: independent; the text side's; null: as start"
+        None, description="method amd; the text side's; null: as start"
     )
-    stop_text: PositiveInt | None = Field(None, description="starts: independent; the text side's; null: as stop")
-    grow_from: PositiveInt | None = Field(None, description="upper bound at the first iteration; null: stop throughout")
-    grow_until: PositiveInt | None = Field(None, description="iteration at which a growing upper bound reaches stop")
+    stop_text: PositiveInt | None = Field(None, description="method amd; the text side's; null: as stop")
+    grow_from: PositiveInt | None = Field(
+        None, description="method datm; upper bound at the first iteration; null: stop throughout"
+    )
+    grow_until: PositiveInt | None = Field(
+        None, description="method datm; iteration at which a growing upper bound reaches stop"
+    )
     endpoint: PositiveInt = Field(6, description="epoch t_p at which the path ends, inclusive")
     iterations: PositiveInt = Field(2000, description="outer updates")
 
@@ -107,19 +114,8 @@ class Distill(Section):
         "shortcut",
         description="path of targets: the epochs as trained, the shortcut to the endpoint, or to the last epoch",
     )
-    anchors: Annotated[int, Field(ge=2)] = Field(2, description="convexified: checkpoints that the path goes through")
-    smooth_anchors: bool = Field(False, description="convexified: anchors are means of neighbouring checkpoints")
     endpoint_rule: Literal["inclusive", "exclusive"] = Field(
         "inclusive", description="exclusive reproduces the released buffers, which end one epoch early"
-    )
-    starts: Literal["together", "independent"] = Field(
-        "together", description="one start epoch for both towers, or one each"
-    )
-    ranges: Literal["stated", "drift"] = Field(
-        "stated", description="drift finds each tower's range of starts from the experts (AMD)"
-    )
-    start_points: Literal["integer", "continuous"] = Field(
-        "integer", description="continuous draws real-valued epochs of a straight path (MCT)"
     )
     start_rule: Literal["exclusive", "inclusive"] = Field("exclusive", description="whether `stop` itself may be drawn")
     estimator: Literal["exact", "first_order"] = Field(
@@ -140,9 +136,6 @@ class Distill(Section):
     )
     temperature: PositiveFloat | None = Field(None, description="of the student's cosines; null: model.temperature")
     similarity: Similarity = Similarity()
-    blend: NonNegativeFloat = Field(
-        0.0, description="mix encoder outputs within a batch with a weight from Beta(blend, blend); 0: off (RepBlend)"
-    )
     steps: PositiveInt = Field(8, description="inner student steps K")
     match_epochs: PositiveInt = Field(1, description="expert epochs dT between start and target")
     batch: Annotated[int, Field(ge=2)] = Field(20, description="inner mini-batch B")
@@ -151,9 +144,6 @@ class Distill(Section):
     )
     branches: Literal["separate", "merged"] = Field(
         "separate", description="separate: one ratio per tower, summed; merged: one ratio over all parameters"
-    )
-    rate_branches: Literal["same", "separate"] = Field(
-        "same", description="separate keeps one ratio per tower for the inner rates of merged branches, as released"
     )
     skip_above: PositiveFloat | None = Field(
         None, description="make no step where the miss is larger, and count it (DATM's threshold); null: never skip"
@@ -222,10 +212,20 @@ class Distill(Section):
         except ValueError:
             return None
 
+    def options_as(self, kind: type[S]) -> S | None:
+        """The options as fields of `kind`, its defaults where they say nothing; None where they cannot be read."""
+        return validate(kind, copy.deepcopy(self.options))[0]
+
+    @property
+    def real_starts(self) -> bool:
+        """Whether students start at real-valued epochs; else at whole ones."""
+        recipe = self.recipe
+        return recipe is not None and recipe.real_starts(self)
+
     def reach(self, phase: Phase) -> int:
         """The last epoch that a start of `phase` and its target may need."""
         stop = max(stop for _, stop in phase.ranges.values())
-        beyond = self.start_rule == "inclusive" or self.start_points == "continuous"
+        beyond = self.start_rule == "inclusive" or self.real_starts
         return stop - (not beyond) + self.match_epochs
 
     def clashes(self) -> list[str]:

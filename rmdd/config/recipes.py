@@ -64,6 +64,10 @@ class Recipe(Protocol):
     """Part of the hash of every phase."""
     learns_rates: bool
     """Whether the inner rates of a set are learned."""
+    Options: Any
+    """Fields of `distill.options`, a section."""
+    plain_options: Mapping[str, Any]
+    """Options with which students start at whole epochs of the stated range, on the path of `distill.trajectory`."""
 
     def mistakes(self, run: Any) -> list[str]:
         """What is wrong with a run of this method."""
@@ -71,6 +75,10 @@ class Recipe(Protocol):
 
     def clashes_of_family(self, run: Any) -> list[str]:
         """What is wrong between the fields of a run, whatever the options."""
+        ...
+
+    def real_starts(self, rule: Any) -> bool:
+        """Whether students start at real-valued epochs; else at whole ones."""
         ...
 
     def endpoint_of(self, run: Any, phase: int) -> int:

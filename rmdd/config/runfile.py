@@ -17,7 +17,16 @@ from rmdd.config.hashing import Purpose
 PRESETS = Path(__file__).parents[1] / "presets"
 S = TypeVar("S", bound="Section")
 
-MOVED = {"experts.gang": "experts.worker_group"}
+MOVED: dict[str, str] = {
+    "experts.gang": "experts.worker_group",
+    "distill.blend": "distill.options.blend (method: repblend)",
+    "distill.anchors": "distill.options.anchors (method: mct)",
+    "distill.smooth_anchors": "distill.options.smooth_anchors (method: mct)",
+    "distill.start_points": "distill.options.start_points (method: mct)",
+    "distill.ranges": "distill.options.ranges (method: amd)",
+    "distill.starts": "method: amd, which draws a start for each tower",
+    "distill.rate_branches": "distill.options.rate_branches (method: lors, and those derived from it)",
+}
 """Fields of older run files, and where each is now: the place to write it, for the message that names it."""
 
 

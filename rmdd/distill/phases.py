@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -18,7 +17,6 @@ from rmdd.data.augment import augment
 from rmdd.data.decode import decode_as
 from rmdd.data.images import normalise
 from rmdd.distill import similarity
-from rmdd.distill.starts import growing_stop
 from rmdd.distill.synthetic import Synthetic, reduced
 from rmdd.models.prepared import PreparedSplit
 
@@ -39,14 +37,6 @@ class Window(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Blend:
-    """How the pairs of a mini-batch are mixed: `weight` of their own, the rest of the pair at `partner`."""
-
-    weight: float
-    partner: Int[Tensor, " B"]
-
-
-@dataclass(frozen=True)
 class Draw:
     """Everything random about one outer iteration."""
 
@@ -59,8 +49,6 @@ class Draw:
     batches: Int[Tensor, "K B"]
     dropout_seeds: tuple[int, ...]
     """One per inner step."""
-    blends: tuple[Blend, ...] | None = None
-    """One per inner step, where the method blends."""
 
 
 def draw(
@@ -70,54 +58,41 @@ def draw(
     experts: int,
     seed: int,
     ranges: Mapping[str, tuple[int | float, int | float]] | None = None,
+    *,
+    real: bool = False,
+    apart: bool = False,
 ) -> Draw:
     """The draws of one outer iteration, a function of (seed, phase, iteration) alone.
 
     Experts come in shuffled order, each once before any comes again. Starts are uniform over the half-open `ranges`
-    of the two towers, by default the phase's own.
+    of the two towers, by default the phase's own: whole epochs, or `real` numbers; one for both towers, or two `apart`.
     """
     plan = rule.phases[phase]
     ranges = plan.ranges if ranges is None else ranges
     turn, place = divmod(iteration, experts)
     order = torch.randperm(experts, generator=generator(seed, "expert turn", phase, turn))
     random = generator(seed, "iteration", phase, iteration)
-    start = _start(rule, plan, ranges["image"], iteration, random)
+    start = _start(rule, ranges["image"], random, real)
     batches = mini_batches(plan.pairs, rule.batch, rule.steps, random, independent=rule.batches == "independent")
     text = start
-    if rule.starts == "independent":
-        text = _start(rule, plan, ranges["text"], iteration, generator(seed, "text start", phase, iteration))
+    if apart:
+        text = _start(rule, ranges["text"], generator(seed, "text start", phase, iteration), real)
     return Draw(
         expert=int(order[place]),
         start=start,
         start_text=text,
         batches=batches,
         dropout_seeds=tuple(derive(seed, "inner dropout", phase, iteration, k) for k in range(rule.steps)),
-        blends=_blends(rule, batches, (phase, iteration), seed) if rule.blend > 0 else None,
     )
 
 
 def _start(
-    rule: config.Distill,
-    plan: config.Phase,
-    span: tuple[int | float, int | float],
-    iteration: int,
-    random: torch.Generator,
+    rule: config.Distill, span: tuple[int | float, int | float], random: torch.Generator, real: bool
 ) -> int | float:
-    low, stop = span[0], growing_stop(plan, span[1], iteration)
-    if rule.start_points == "continuous":
+    low, stop = span
+    if real:
         return low + (stop - low) * float(torch.rand((), generator=random, dtype=torch.float64))
     return int(torch.randint(int(low), int(stop) + (rule.start_rule == "inclusive"), (1,), generator=random))
-
-
-def _blends(rule: config.Distill, batches: Tensor, place: tuple[int, int], seed: int) -> tuple[Blend, ...]:
-    """A weight from Beta(blend, blend) and a permutation of the batch for every inner step."""
-    found = []
-    for step, index in enumerate(batches):
-        random = generator(seed, "blend", *place, step)
-        weights = np.random.default_rng(derive(seed, "blend weight", *place, step))
-        partner = torch.randperm(len(index), generator=random)
-        found.append(Blend(float(weights.beta(rule.blend, rule.blend)), partner))
-    return tuple(found)
 
 
 def mini_batches(

@@ -109,7 +109,7 @@ def arc_positions(steps: np.ndarray, size: float = 0.0) -> ArcPositions:
 
 
 def open_path(store: Store, expert: int, rule: config.Distill, endpoint: int) -> Path:
-    """The path of one expert: as trained, the shortcut to `endpoint`, or MCT's to the last epoch."""
+    """The path of one expert: as trained, the shortcut to `endpoint`, or to the last epoch (convexified)."""
     if rule.trajectory == "original":
         return OriginalPath(store, expert)
     last = store.epochs if rule.trajectory == "convexified" else endpoint
@@ -118,18 +118,7 @@ def open_path(store: Store, expert: int, rule: config.Distill, endpoint: int) ->
             f"the path ends at epoch {last} but the store at {store.path} holds epochs 0-{store.epochs}; lower the "
             f"endpoint to {store.epochs} or train experts with epochs: {last}"
         )
-    if rule.anchors == 2 and not rule.smooth_anchors:
-        return ShortcutPath(store.read(expert, 0), store.read(expert, last), store.norms(expert), last)
-    epochs = sorted({round(last * i / (rule.anchors - 1)) for i in range(rule.anchors)})
-    anchor = functools.partial(_smoothed, store) if rule.smooth_anchors else store.read
-    return AnchoredPath({t: anchor(expert, t) for t in epochs}, store.norms(expert))
-
-
-def _smoothed(store: Store, expert: int, epoch: int) -> Params:
-    """The mean of a checkpoint and its neighbours; the first stays, the last is the mean of the last two."""
-    near = [0] if epoch == 0 else [t for t in (epoch - 1, epoch, epoch + 1) if t <= store.epochs]
-    read = [store.read(expert, t) for t in near]
-    return {n: torch.stack([p[n] for p in read]).mean(dim=0) for n in read[0]}
+    return ShortcutPath(store.read(expert, 0), store.read(expert, last), store.norms(expert), last)
 
 
 def _length(tensor: torch.Tensor) -> float:

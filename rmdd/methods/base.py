@@ -27,9 +27,8 @@ M = TypeVar("M", bound="BaseMethod")
 Need = Literal["experts", "features", "diffusion", "captioner"]
 
 OF_PATHS = (
-    *("trajectory", "anchors", "smooth_anchors", "endpoint_rule", "starts", "ranges", "start_points", "start_rule"),
-    *("estimator", "reuse_graphs", "steps", "match_epochs", "batch", "batches", "branches", "rate_branches"),
-    *("inner_dropout", "lr_similarity", "lr_lr"),
+    *("trajectory", "endpoint_rule", "start_rule", "estimator", "reuse_graphs", "steps", "match_epochs"),
+    *("batch", "batches", "branches", "inner_dropout", "lr_similarity", "lr_lr"),
 )
 """Fields of `distill` that only matching of trajectories reads."""
 
@@ -67,6 +66,8 @@ class BaseMethod:
     """Whether student steps are differentiated, so that a trainable tower must have a double backward."""
     learns_rates: ClassVar[bool] = False
     """Whether the inner rates of a set are learned; else they are as set."""
+    plain_options: ClassVar[Mapping[str, Any]] = {}
+    """Options with which students start at whole epochs of the stated range, on the path of `distill.trajectory`."""
     phase_fields: ClassVar[tuple[str, ...]] = ("pairs", "iterations")
     """Fields of `distill.phases` that it reads."""
 
@@ -105,14 +106,17 @@ class BaseMethod:
             mistakes.append(f"distill.method {rule.method} has no path to plan phases from; list distill.phases")
         if rule.similarity.kind != "identity":
             mistakes.append(f"distill.method {rule.method} learns no similarity; set distill.similarity.kind: identity")
-        if rule.blend:
-            mistakes.append(f"distill.blend is of inner steps, which {rule.method} does not make; set it to 0")
         return mistakes
 
     @classmethod
     def idle_fields(cls) -> tuple[str, ...]:
         """Fields of `distill` that it does not read."""
         return OF_PATHS
+
+    @classmethod
+    def real_starts(cls, rule: config.Distill) -> bool:
+        """Whether students start at real-valued epochs; else at whole ones."""
+        return False
 
     @classmethod
     def endpoint_of(cls, run: config.Run, phase: int) -> int:

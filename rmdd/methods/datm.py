@@ -5,16 +5,22 @@ and larger budgets end with later ranges. With T0 = `grow_from`, T+ = `stop` and
 
     U(i) = min(T+, T0 + floor((T+ - T0) i / i_end)),      start ~ Uniform{T-, ..., U(i) - 1}
 
-U is `rmdd.distill.starts.growing_stop`; all else is LoRS. DATM's other parts are for classification: its learned soft
+U is `growing_stop`; all else is LoRS. DATM's other parts are for classification: its learned soft
 labels are what the learned similarity is for pairs; its loss threshold is `distill.skip_above`, off here, for it is set
 for losses of another size.
 """
 
+from collections.abc import Mapping
+from typing import ClassVar
+
+from rmdd import config
 from rmdd.config.runfile import filled
+from rmdd.distill.phases import Draw
 from rmdd.methods.lors import LoRS
 
 
 class DATM(LoRS):
+    grows: ClassVar[bool] = True
     card = "2310.05773"
     verified = (
         "growing ranges and steps equal slow float64 ones; below LoRS on emoji, as published. Open: published figures"
@@ -28,3 +34,17 @@ class DATM(LoRS):
         },
         LoRS.defaults,
     )
+
+    def draw(
+        self, phase: int, iteration: int, experts: int, ranges: Mapping[str, tuple[int | float, int | float]]
+    ) -> Draw:
+        plan = self.rule.phases[phase]
+        grown = {tower: (low, growing_stop(plan, stop, iteration)) for tower, (low, stop) in ranges.items()}
+        return super().draw(phase, iteration, experts, grown)
+
+
+def growing_stop(phase: config.Phase, stop: int | float, iteration: int) -> int | float:
+    """The exclusive upper bound U(i) of the start epochs at an iteration counted from 0; `stop` where none grows."""
+    if phase.grow_from is None or phase.grow_until is None:
+        return stop
+    return min(stop, phase.grow_from + max(0, stop - phase.grow_from) * iteration // phase.grow_until)

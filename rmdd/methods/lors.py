@@ -11,13 +11,27 @@ texts; omega starts at ones, L normal, R zero, so S starts at the identity.
 
 Where paper and code differ we follow the code's vector omega, factor 1/2 and floor 1e-6 of the loss and its exclusive
 T+; and we keep the dropout mask in both passes, start from plain pictures, and weigh the rates' branches alike.
-`similarity.diagonal`, `inner_dropout`, `init_augment` and `rate_branches` give the code's way back.
+`similarity.diagonal`, `inner_dropout`, `init_augment` and `options.rate_branches` give the code's way back.
 """
 
+from dataclasses import replace
+from typing import Literal
+
+from pydantic import Field
+
+from rmdd import config
+from rmdd.distill.unroll import MetaGradient, squared_distance
 from rmdd.methods.trajectory import Method
+from rmdd.models.dual import TOWERS, Params
 
 
 class LoRS(Method):
+    class Options(Method.Options):
+        rate_branches: Literal["same", "separate"] = Field(
+            "same", description="separate keeps one ratio per tower for the inner rates of merged branches, as released"
+        )
+
+    options: Options
     reference = "lors"
     card = "2406.03793"
     verified = "gradients and steps equal slow float64 ones; above random pairs on emoji. Open: published figures"
@@ -34,3 +48,25 @@ class LoRS(Method):
             "ema": 0.0,
         },
     }
+
+    @classmethod
+    def clashes(cls, run: config.Run) -> list[str]:
+        mistakes, rule = super().clashes(run), run.distill
+        separate = cls.Options(**rule.options).rate_branches == "separate"
+        if separate and (rule.branches, rule.estimator) != ("merged", "first_order"):
+            mistakes.append(
+                "distill.options.rate_branches: separate is for distill.branches: merged with estimator: first_order"
+            )
+        return mistakes
+
+    def corrected(self, found: MetaGradient, start: Params, target: Params) -> MetaGradient:
+        return _separate_rates(found, start, target) if self.options.rate_branches == "separate" else found
+
+
+def _separate_rates(found: MetaGradient, start: Params, target: Params) -> MetaGradient:
+    """Undo the shared denominator of merged branches for the inner rates, as the released code has it."""
+    scale = {tower: squared_distance(start, target, tower) for tower in TOWERS}
+    both = scale["image"] + scale["text"]
+    old = found.gradient
+    gradient = replace(old, lr_image=old.lr_image * both / scale["image"], lr_text=old.lr_text * both / scale["text"])
+    return replace(found, gradient=gradient)

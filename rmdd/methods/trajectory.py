@@ -12,14 +12,13 @@ from rmdd.core.files import write_json
 from rmdd.distill import phases
 from rmdd.distill.phases import Draw
 from rmdd.distill.sets import load_set, save_set
-from rmdd.distill.starts import drift_ranges
 from rmdd.distill.trajectory.inner import student_loss
 from rmdd.distill.trajectory.stepping import distill_phase
-from rmdd.distill.unroll import StudentLoss
+from rmdd.distill.unroll import MetaGradient, StudentLoss
 from rmdd.experts import shortcut
 from rmdd.experts.store import Store
 from rmdd.methods.base import BaseMethod, Curves
-from rmdd.models.dual import DualEncoder
+from rmdd.models.dual import DualEncoder, Params
 from rmdd.models.prepared import PreparedSplit
 
 if TYPE_CHECKING:
@@ -32,22 +31,34 @@ START = "start.safetensors"
 
 class Method(BaseMethod):
     """A recipe on the trajectory-matching loop. Most only set `defaults`; a new idea replaces one of the parts at the
-    end: records, set to start from, path, ranges, draw, student_loss."""
+    end: records, set to start from, path, ranges, draw, student_loss, corrected."""
 
     family: ClassVar[Family] = "trajectory"
     unrolls: ClassVar[bool] = True
     learns_rates: ClassVar[bool] = True
     phase_fields: ClassVar[tuple[str, ...]] = tuple(config.Phase.model_fields)
+    apart: ClassVar[bool] = False
+    """Whether each tower starts at an epoch of its own."""
+    grows: ClassVar[bool] = False
+    """Whether the range of starts grows while a set is distilled."""
 
     @classmethod
     def idle_fields(cls) -> tuple[str, ...]:
         return ()
 
     @classmethod
+    def real_starts(cls, rule: config.Distill) -> bool:
+        return rule.plan.kind == "adaptive"
+
+    @classmethod
+    def states_ranges(cls, rule: config.Distill) -> bool:
+        """Whether starts are drawn from the ranges of the phases."""
+        return True
+
+    @classmethod
     def endpoint_of(cls, run: config.Run, phase: int) -> int:
         rule, plan = run.distill, run.distill.phases[phase]
-        whole = rule.trajectory == "convexified"
-        if whole or (rule.ranges == "drift" and rule.trajectory == "original"):
+        if rule.trajectory == "convexified":
             return run.experts.epochs
         if rule.trajectory == "shortcut":
             return plan.endpoint - (rule.endpoint_rule == "exclusive")
@@ -55,7 +66,7 @@ class Method(BaseMethod):
 
     @classmethod
     def clashes_of_family(cls, run: config.Run) -> list[str]:
-        mistakes = _of_rule(run.distill) + _of_phases(run.distill)
+        mistakes = _of_rule(cls, run.distill) + _of_phases(cls, run.distill)
         rule, experts = run.distill, run.experts
         if rule.inner_dropout == "fresh_mask" and run.runtime.keep_parameters == "recompute":
             mistakes.append(
@@ -70,16 +81,8 @@ class Method(BaseMethod):
                     f"distill.phases.{p} reaches epoch {last} of a path that ends with the experts at "
                     f"{experts.epochs}; set distill.phases.{p}.stop to {stop} or train longer"
                 )
-        for what, needs in (
-            ("distill.trajectory 'original'", rule.trajectory == "original"),
-            ("distill.ranges 'drift'", rule.ranges == "drift"),
-            (
-                "distill.anchors between the ends",
-                rule.trajectory == "convexified" and (rule.anchors > 2 or rule.smooth_anchors),
-            ),
-        ):
-            if needs and experts.keep == "endpoints":
-                mistakes.append(f"{what} reads every epoch; set experts.keep: all")
+        if rule.trajectory == "original" and experts.keep == "endpoints":
+            mistakes.append("distill.trajectory 'original' reads every epoch; set experts.keep: all")
         return mistakes
 
     # -- how the loop is run -----------------------------------------------------------------------------------------
@@ -128,53 +131,40 @@ class Method(BaseMethod):
 
     def ranges(self, store: Store, experts: Sequence[int], phase: int) -> dict[str, tuple[int, int]]:
         """The half-open range of start epochs of each tower; asked once per phase."""
-        if self.rule.ranges == "stated":
-            return self.rule.phases[phase].ranges
-        return drift_ranges(store, experts, self.run.endpoint_of(phase) - self.rule.match_epochs)
+        return self.rule.phases[phase].ranges
 
     def draw(
         self, phase: int, iteration: int, experts: int, ranges: Mapping[str, tuple[int | float, int | float]]
     ) -> Draw:
         """Everything random about one outer iteration."""
-        return phases.draw(self.rule, phase, iteration, experts, self.seed, ranges)
+        real = self.real_starts(self.rule)
+        return phases.draw(self.rule, phase, iteration, experts, self.seed, ranges, real=real, apart=self.apart)
 
     def student_loss(self, model: DualEncoder, drawn: Draw) -> StudentLoss:
         """The loss of one inner step, as a function of the parameters."""
-        return student_loss(model, self.rule, drawn.dropout_seeds, drawn.blends, self.run.data.image_size)
+        return student_loss(model, self.rule, drawn.dropout_seeds, self.run.data.image_size)
+
+    def corrected(self, found: MetaGradient, start: Params, target: Params) -> MetaGradient:
+        """The meta-gradient of a draw, whose student went from `start` and should have reached `target`."""
+        return found
 
 
-def _of_rule(rule: config.Distill) -> list[str]:
+def _of_rule(method: type[Method], rule: config.Distill) -> list[str]:
     """What is wrong between fields of `distill`."""
     mistakes = []
     if rule.plan.plans:
-        mistakes += _cannot_plan(rule)
+        mistakes += _cannot_plan(method, rule)
     elif not rule.phases:
         mistakes.append("distill.phases is empty; give at least one, or auto")
-    if rule.start_points == "continuous" and rule.trajectory == "original":
-        mistakes.append(
-            "distill.start_points: continuous needs a path between the epochs; set distill.trajectory to shortcut "
-            "or convexified"
-        )
-    if (rule.anchors > 2 or rule.smooth_anchors) and rule.trajectory != "convexified":
-        mistakes.append("distill.anchors and smooth_anchors belong to distill.trajectory: convexified")
-    if rule.ranges == "drift" and rule.starts == "together":
-        mistakes.append("distill.ranges: drift gives each tower its own range; set distill.starts: independent")
-    if rule.ranges == "drift" and (rule.start_rule == "inclusive" or rule.start_points == "continuous"):
-        mistakes.append(
-            "distill.ranges: drift finds whole epochs, ends included; set start_rule: exclusive and start_points: "
-            "integer"
-        )
     if rule.reuse_graphs and rule.inner_dropout == "fresh_mask":
         mistakes.append(
             "distill.reuse_graphs keeps the masks of the first pass, which inner_dropout: fresh_mask draws anew; "
             "set one of them otherwise"
         )
-    if rule.rate_branches == "separate" and (rule.branches, rule.estimator) != ("merged", "first_order"):
-        mistakes.append("distill.rate_branches: separate is for branches: merged with estimator: first_order")
     return mistakes
 
 
-def _of_phases(rule: config.Distill) -> list[str]:
+def _of_phases(method: type[Method], rule: config.Distill) -> list[str]:
     """What is wrong with the phases."""
     mistakes = []
     for p, phase in enumerate(rule.phases):
@@ -183,9 +173,11 @@ def _of_phases(rule: config.Distill) -> list[str]:
         for tower, (start, stop) in phase.ranges.items():
             if start >= stop + (rule.start_rule == "inclusive"):
                 mistakes.append(f"{this}: {tower} start range [{start}, {stop}) is empty; raise stop")
-        if rule.starts == "together" and (phase.start_text is not None or phase.stop_text is not None):
-            mistakes.append(f"{this}: start_text and stop_text need distill.starts: independent")
-        if rule.trajectory == "shortcut" and rule.ranges == "stated" and rule.reach(phase) > limit:
+        if not method.apart and (phase.start_text is not None or phase.stop_text is not None):
+            mistakes.append(f"{this}: start_text and stop_text need a start for each tower; set distill.method: amd")
+        if not method.grows and phase.grow_from is not None:
+            mistakes.append(f"{this}: grow_from and grow_until need a range that grows; set distill.method: datm")
+        if rule.trajectory == "shortcut" and method.states_ranges(rule) and rule.reach(phase) > limit:
             stop = limit - rule.reach(phase) + max(stop for _, stop in phase.ranges.values())
             last = rule.reach(phase) - rule.match_epochs
             mistakes.append(
@@ -205,14 +197,14 @@ def _of_phases(rule: config.Distill) -> list[str]:
     return mistakes
 
 
-def _cannot_plan(rule: config.Distill) -> list[str]:
+def _cannot_plan(method: type[Method], rule: config.Distill) -> list[str]:
     """Why the phases of a run cannot be planned."""
     word = f"distill.phases: {rule.plan.kind}"
     mistakes = []
     if rule.trajectory == "convexified":
         mistakes.append(f"{word} chooses endpoints, which a convexified path has not; set trajectory: shortcut")
-    if rule.starts == "independent" or rule.ranges == "drift":
-        mistakes.append(f"{word} plans one range for both towers; set starts: together and ranges: stated")
+    if method.apart:
+        mistakes.append(f"{word} plans one range for both towers, and {rule.method} draws from two; list them")
     if rule.plan.kind == "adaptive" and (rule.trajectory, rule.endpoint_rule) != ("shortcut", "inclusive"):
         mistakes.append(f"{word} moves along a straight path; set trajectory: shortcut, endpoint_rule: inclusive")
     return mistakes

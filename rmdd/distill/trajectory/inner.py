@@ -1,35 +1,28 @@
 """The student's loss in one inner step, as a function of its parameters."""
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import functional_call
 
 from rmdd import config
-from rmdd.distill.phases import Blend
 from rmdd.distill.synthetic import enlarged
 from rmdd.distill.unroll import StudentLoss
 from rmdd.models.dual import DualEncoder, Params
 from rmdd.models.losses import LOSSES
 
 
-def blend(features: Float[Tensor, "B D"], weight: float, partner: Int[Tensor, " B"]) -> Float[Tensor, "B D"]:
-    """Each row mixed with that of its partner: `weight` of its own (`rmdd.methods.repblend`)."""
-    return weight * features + (1 - weight) * features[partner.to(features.device, non_blocking=True)]
-
-
 def student_loss(
     model: DualEncoder,
     rule: config.Distill,
     dropout_seeds: Sequence[int],
-    blends: Sequence[Blend] | None = None,
     image_size: int | None = None,
+    mix: Callable[[Tensor, int], Tensor] | None = None,
 ) -> StudentLoss:
-    """The inner loss of `model` under `rule`; a dropout seed and a blend for every inner step.
+    """The inner loss of `model` under `rule`; a dropout seed for every inner step.
 
+    `mix(features, step)` changes what both encoders give, before the projections.
     Pictures that are stored smaller than `image_size` are enlarged to it; features are taken as they are.
 
     With `same_mask` dropout (and any other noise of a tower, such as timm's stochastic depth) draws by step, so both
@@ -41,9 +34,7 @@ def student_loss(
     calls = [0] * len(dropout_seeds)
 
     def value(params: Params, images: Tensor, texts: Tensor, target: Tensor, step: int) -> Tensor:
-        mixing = None
-        if blends is not None:
-            mixing = functools.partial(blend, weight=blends[step].weight, partner=blends[step].partner)
+        mixing = None if mix is None else lambda features: mix(features, step)
         if image_size is not None and images.ndim == 4:
             images = enlarged(images, image_size)
         return loss(functional_call(model, params, (images, texts, mixing)) * sharper, target)

@@ -12,7 +12,7 @@ from rmdd import config
 from rmdd.distill.phases import Draw, Ranges, Window
 from rmdd.distill.synthetic import Synthetic, enlarged
 from rmdd.distill.trajectory.frozen import features_of, to_pixels
-from rmdd.distill.unroll import Engine, MetaGradient, StudentLoss, forward_suits, meta_gradient, squared_distance
+from rmdd.distill.unroll import Engine, MetaGradient, StudentLoss, forward_suits, meta_gradient
 from rmdd.experts import shortcut
 from rmdd.experts.store import Store
 from rmdd.models.dual import TOWERS, DualEncoder, Params, tower_of
@@ -47,14 +47,13 @@ class Matched(Protocol):
 
     def student_loss(self, model: DualEncoder, drawn: Draw) -> StudentLoss: ...
 
+    def corrected(self, found: MetaGradient, start: Params, target: Params) -> MetaGradient: ...
+
 
 class Matcher:
     """One phase's meta-gradients: the model, built once, and the experts' paths, opened once each."""
 
     def __init__(self, method: Matched, phase: int, store: Store, model: DualEncoder, device: torch.device):
-        if method.run.distill.plan.kind == "adaptive":
-            continuous = method.run.distill.model_copy(update={"start_points": "continuous"})
-            method = method.on(method.run.model_copy(update={"distill": continuous}))
         self.method, self.run = method, method.run
         self.phase, self.store, self.device, run = phase, store, device, method.run
         self.experts = [e for e in store.complete() if e < run.experts.num]
@@ -161,15 +160,4 @@ class Matcher:
             )
             if self.frozen_tower is not None:
                 found = to_pixels(self.frozen_tower, synthetic, drawn.batches, found)
-        if rule.rate_branches == "separate":
-            found = _separate_rates(found, start, target)
-        return found
-
-
-def _separate_rates(found: MetaGradient, start: Params, target: Params) -> MetaGradient:
-    """Undo the shared denominator of merged branches for the inner rates, as the released code has it."""
-    scale = {tower: squared_distance(start, target, tower) for tower in TOWERS}
-    both = scale["image"] + scale["text"]
-    old = found.gradient
-    gradient = replace(old, lr_image=old.lr_image * both / scale["image"], lr_text=old.lr_text * both / scale["text"])
-    return replace(found, gradient=gradient)
+        return self.method.corrected(found, start, target)

@@ -144,7 +144,7 @@ def without_a_phase(run: config.Run, text_width: int) -> str | None:
 
 def _beyond(rule: config.Distill) -> int:
     """1 where a start may lie at, or anywhere up to, the exclusive end of its range."""
-    return int(rule.start_points == "continuous" or rule.plan.kind == "adaptive")
+    return int(rule.real_starts)
 
 
 def make_plan(method: Matched, store: Store, train: PreparedSplit, device: torch.device) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmdd import config
+from rmdd.config import recipes
 from rmdd.distill.synthetic import Synthetic
 from rmdd.distill.trajectory.matching import Matcher
 from rmdd.experts.shortcut import ShortcutPath
@@ -147,10 +148,10 @@ def probing(run: config.Run, endpoint: int, trajectory: str, pairs: int, experts
         "phases": (phase,),
         "trajectory": trajectory,
         "endpoint_rule": "inclusive",
-        "ranges": "stated",
+        "start_rule": "exclusive",
+        "options": {**rule.options, **recipes.find(rule.method).plain_options},
+        "plan": config.Plan(),
     }
-    changes |= {"starts": "together", "start_points": "integer", "start_rule": "exclusive"}
-    changes |= {"anchors": 2, "smooth_anchors": False, "plan": config.Plan()}
     return run.model_copy(
         update={
             "distill": rule.model_copy(update=changes),
