@@ -43,12 +43,12 @@ MOVES = {
         runtime.keep_parameters runtime.max_restarts runtime.time_limit runtime.stall_limit runtime.track
     """,
     "phases plan run": """
-        experts.num distill.trajectory distill.anchors distill.smooth_anchors distill.endpoint_rule
-        distill.starts distill.ranges distill.start_points distill.start_rule distill.estimator
+        experts.num distill.trajectory distill.endpoint_rule
+        distill.start_rule distill.estimator
         distill.precision distill.reuse_graphs distill.loss distill.temperature distill.similarity.kind
         distill.similarity.rank distill.similarity.alpha distill.similarity.diagonal distill.similarity.clamp
-        distill.blend distill.steps distill.match_epochs distill.batch distill.batches distill.branches
-        distill.rate_branches distill.skip_above distill.inner_dropout distill.optimiser distill.lr_image
+        distill.steps distill.match_epochs distill.batch distill.batches distill.branches
+        distill.skip_above distill.inner_dropout distill.optimiser distill.lr_image
         distill.lr_text distill.lr_similarity distill.lr_lr distill.momentum distill.inner_lr
         distill.inner_lr_text distill.min_inner_lr distill.ema distill.init distill.stored_size
         distill.init_augment distill.snapshots distill.seed

@@ -20,7 +20,6 @@ from rmdd.analyse.tables import collapse_axes, collapse_members, table_settings
 from rmdd.cli.app import app
 from rmdd.core.progress import Progress
 from rmdd.core.storage import run_folder
-from rmdd.distill.phases import draw
 from rmdd.experts.store import Store
 from rmdd.experts.train import kept_epochs
 from rmdd.methods import matching_method
@@ -138,8 +137,8 @@ ONE = ["distill.phases.1.start=0", "distill.phases.1.stop=1"]
         ["distill.match_epochs=2", *ONE],
         ["distill.start_rule=inclusive", "distill.phases.0.endpoint=3", *ONE],
         ["distill.endpoint_rule=exclusive", "distill.phases.0.endpoint=3", "distill.phases.1.endpoint=4"],
-        ["distill.start_points=continuous", *ONE],
-        ["distill.trajectory=convexified", "distill.anchors=3", "distill.start_points=continuous", *ONE],
+        ["distill.method=mct", "distill.trajectory=shortcut", *ONE],
+        ["distill.method=mct", "distill.options.anchors=3", *ONE],
     ],
 )
 def test_the_starts_of_a_cell_are_its_own_whatever_the_run_draws(sets):
@@ -150,7 +149,7 @@ def test_the_starts_of_a_cell_are_its_own_whatever_the_run_draws(sets):
     assert epochs[-1] == EPOCHS - run.distill.match_epochs + 1 and len(cells) == 2 * len(epochs)
     for cell in cells:
         (phase,) = cell.run.distill.phases
-        draws = [draw(cell.run.distill, 0, i, 2, 0) for i in range(30)]
+        draws = [matching_method(cell.run).draw(0, i, 2, phase.ranges) for i in range(30)]
         assert {d.start for d in draws} == {d.start_text for d in draws} == set(range(phase.stop))
         assert cell.run.distill.trajectory == "original" or cell.run.endpoint_of(0) == EPOCHS
 
@@ -183,7 +182,7 @@ def test_tables_of_phases():
     original = load("runs", "distill.trajectory=original")
     assert list(table_settings(original.distill, EPOCHS, "shift")[0]) == ["as given", "ranges not shifted"]
     apart = json.dumps([PHASES[0] | {"start_text": 0, "stop_text": 1}, PHASES[1]])
-    independent = load("runs", f"distill.phases={apart}", "distill.starts=independent")
+    independent = load("runs", f"distill.phases={apart}", "distill.method=amd", "distill.options.ranges=stated")
     moved, _ = table_settings(independent.distill, EPOCHS, "delta")
     assert [(p["start_text"], p["stop_text"]) for p in moved["delta 1"]] == [(0, 1), (1, 2)]
 

@@ -1,5 +1,6 @@
 import copy
 import pickle
+import re
 
 import pytest
 import yaml
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from rmdd import config, methods
 from rmdd.config import ConfigError, load
+from rmdd.config.runfile import MOVED
 
 PHASE = {"pairs": 20, "start": 0, "stop": 2, "endpoint": 3, "iterations": 10}
 
@@ -201,10 +203,37 @@ def test_another_method_by_override_brings_its_values():
     assert same == load("flickr30k_ptm_st_100", ["data.root=x"])
 
 
-@pytest.mark.parametrize("field", ["start_rule=inclusive", "start_points=continuous"])
-def test_ranges_found_from_drift_have_their_ends_included(field):
+def test_ranges_found_from_drift_have_their_ends_included():
     with pytest.raises(ConfigError, match="drift finds whole epochs"):
-        load("emoji_amd_100", ["data.root=x", "distill.trajectory=convexified", f"distill.{field}"])
+        load("emoji_amd_100", ["data.root=x", "distill.trajectory=convexified", "distill.start_rule=inclusive"])
+
+
+@pytest.mark.parametrize("field", [name for name in MOVED if name.startswith("distill.")])
+def test_a_field_that_moved_is_refused_with_its_new_place(field):
+    section, _, name = field.partition(".")
+    words = rf"^run: 1 mistake\(s\)\n  - {field}: moved to {re.escape(MOVED[field])}$"
+    with pytest.raises(ConfigError, match=words):
+        load({section: {name: "x"}})
+    with pytest.raises(ConfigError, match=words):
+        load({}, [f"{field}=x"])
+
+
+def test_options_are_resolved_and_hash_alike_written_or_not():
+    bare, written = (load({"distill": {"method": "mct", **more}}) for more in ({}, {"options": {"anchors": 2}}))
+    assert bare == written and bare.distill.options["anchors"] == 2 and bare.hash_of() == written.hash_of()
+    raw = config.Run.model_validate({"distill": bare.distill.model_dump() | {"options": {}}})
+    for section in ("distill", "experts"):
+        assert raw.hashed(section, "phases") == bare.hashed(section, "phases")
+    assert load({"distill": {"method": "mct", "options": {"anchors": 3}}, "experts": {"keep": "all"}}).hash_of() != (
+        load({"distill": {"method": "mct"}, "experts": {"keep": "all"}}).hash_of()
+    )
+
+
+def test_options_of_the_files_method_do_not_hold_for_another():
+    raw = load({"distill": {"method": "mct", "options": {"rate_branches": "same"}}}).model_dump(mode="json")
+    assert load(raw, ["distill.method=lors"]).distill.options == {"rate_branches": "same"}
+    with pytest.raises(ConfigError, match="distill.options.anchors: unknown key; `rmdd methods lors` lists them"):
+        load(raw, ["distill.method=lors", "distill.options.anchors=3"])
 
 
 def test_overrides_reach_sections_lists_and_nothing_else():

@@ -184,7 +184,7 @@ def test_cells_of_lors_and_repblend(name, cell):
     assert (run.evaluate.epochs, run.evaluate.batch, run.evaluate.students) == (100, 128, 5)
     frozen = name in REPBLEND or name.startswith("cc3m")
     assert (run.model.image.trainable, run.model.image.projection) == ((not frozen), "block" if frozen else "none")
-    assert rule.blend == (1 if name in REPBLEND else 0) and not rule.init_augment
+    assert rule.options.get("blend") == (1 if name in REPBLEND else None) and not rule.init_augment
 
 
 @pytest.mark.parametrize(("name", "cell"), [*TESLA_VL.items(), *MTT_VL.items()])
@@ -208,8 +208,8 @@ def test_variants_differ_from_lors_where_they_should(name):
     base = load(f"{data}_lors_{budget_}")
     changed = {
         "datm": {"phases"},
-        "mct": {"trajectory", "start_points"},
-        "amd": {"starts", "ranges", "init"},
+        "mct": {"trajectory", "options"},
+        "amd": {"options", "init"},
     }[method]
     mine, theirs = run.distill.model_dump(), base.distill.model_dump()
     assert {key for key in mine if mine[key] != theirs[key]} == {"method", *changed}
@@ -221,10 +221,10 @@ def test_variants_differ_from_lors_where_they_should(name):
         assert (phase.grow_from, phase.stop) == (2, {100: 4, 200: 5, 500: 6}[int(budget_)])
         assert phase.grow_until == phase.iterations // 2
     if method == "mct":
-        assert (run.distill.trajectory, run.distill.start_points) == ("convexified", "continuous")
-        assert run.distill.anchors == 2 and not run.distill.smooth_anchors
+        same, options = {"rate_branches": "same"}, {"anchors": 2, "smooth_anchors": False, "start_points": "continuous"}
+        assert (run.distill.trajectory, run.distill.options) == ("convexified", same | options)
     if method == "amd":
-        assert (run.distill.starts, run.distill.ranges, run.distill.init) == ("independent", "drift", "prototypes")
+        assert (run.distill.options["ranges"], run.distill.init) == ("drift", "prototypes")
 
 
 @pytest.mark.parametrize("name", EMOJI)

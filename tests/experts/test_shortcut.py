@@ -171,50 +171,6 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
-@pytest.mark.parametrize(("anchors", "epochs"), [(3, [0, 2, 5]), (4, [0, 2, 3, 5]), (6, [0, 1, 2, 3, 4, 5])])
-def test_anchors_are_evenly_spaced_checkpoints_on_the_path(tmp_path, anchors, epochs):
-    walk = trajectory()
-    path = shortcut.open_path(stored(tmp_path, walk), 0, rule("convexified", anchors=anchors), 3)
-    assert path.epochs == epochs and path.endpoint == EPOCHS
-    for t in epochs:
-        assert same(path.at(t), walk[t])
-
-
-def test_more_anchors_than_epochs_are_all_epochs(tmp_path):
-    walk = trajectory()
-    path = shortcut.open_path(stored(tmp_path, walk), 0, rule("convexified", anchors=11), 3)
-    assert path.epochs == list(range(EPOCHS + 1)) and all(same(path.at(t), walk[t]) for t in path.epochs)
-
-
-@pytest.mark.parametrize("smooth", [False, True])
-def test_an_anchored_path_is_continuous_and_straight_between_anchors(tmp_path, smooth):
-    store = stored(tmp_path, trajectory())
-    path = shortcut.open_path(store, 0, rule("convexified", anchors=4, smooth_anchors=smooth), 3)
-    lengths = store.norms(0)
-    for t in path.epochs[1:-1]:
-        for near in (path.at(t - 1e-9), path.at(t + 1e-9)):
-            torch.testing.assert_close(near, path.at(t), rtol=0, atol=1e-6)
-    for a, b in pairwise(path.epochs):
-        first, last = path.at(a), path.at(b)
-        for t in np.linspace(a, b, 5):
-            for name, p in path.at(float(t)).items():
-                gone = [min(max(t - e, 0), 1) * lengths[name][e] for e in range(a, b)]
-                share = sum(gone) / (sum(lengths[name][a:b]) or 1)
-                torch.testing.assert_close(p, torch.lerp(first[name], last[name], share), rtol=1e-5, atol=1e-6)
-
-
-def test_smoothed_anchors_are_means_of_their_neighbours(tmp_path):
-    walk = trajectory()
-    store = stored(tmp_path, walk)
-    path = shortcut.open_path(store, 0, rule("convexified", anchors=4, smooth_anchors=True), 3)
-    for t, near in {0: [0], 2: [1, 2, 3], 3: [2, 3, 4], 5: [4, 5]}.items():
-        for name, p in path.at(t).items():
-            torch.testing.assert_close(p, sum(walk[i][name] for i in near) / len(near))
-    both = shortcut.open_path(store, 0, rule("convexified", smooth_anchors=True), 3)
-    assert both.epochs == [0, 5] and same(both.at(0), walk[0])
-    torch.testing.assert_close(both.at(5), path.at(5))
-
-
 def test_errors(tmp_path):
     store = stored(tmp_path, trajectory())
     with pytest.raises(

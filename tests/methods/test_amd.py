@@ -11,8 +11,9 @@ from toy import EPOCHS, method_run
 from rmdd.data.images import normalise
 from rmdd.data.shards import Dataset
 from rmdd.data.splits import Split
-from rmdd.distill.starts import drift_ranges, mean_drift, prototypes
+from rmdd.distill.starts import prototypes
 from rmdd.experts.store import Store, Writer
+from rmdd.methods.amd import drift_ranges, mean_drift
 from rmdd.models.prepared import PreparedSplit
 
 NAMES = {"image_tower.w": (2, 3), "image_head.b": (4,), "text_head.w": (3, 2)}
@@ -80,7 +81,7 @@ def test_equal_drifts_give_equal_ranges(tmp_path):
 
 def test_starts_are_independent_and_reproducible(make):
     plan = {"pairs": 6, "start": 0, "stop": 3, "start_text": 1, "stop_text": 3, "endpoint": EPOCHS, "iterations": 4}
-    matcher = make(method_run("amd", ranges="stated", phases=[plan])).matcher
+    matcher = make(method_run("amd", options={"ranges": "stated"}, phases=[plan])).matcher
     starts = np.array([(d.start, d.start_text) for d in map(matcher.draw, range(2000))])
     assert set(starts[:, 0]) == {0, 1, 2} and set(starts[:, 1]) == {1, 2}
     assert abs(np.corrcoef(starts.T)[0, 1]) < 0.06

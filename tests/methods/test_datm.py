@@ -3,7 +3,7 @@ from slow import assert_equals_slow, plain_loss, segment, two_passes, wbce
 from toy import PAIRS, method_run
 
 from rmdd import config
-from rmdd.distill.starts import growing_stop
+from rmdd.methods.datm import growing_stop
 
 RAMP = {"pairs": PAIRS, "start": 0, "stop": 3, "grow_from": 1, "grow_until": 40, "endpoint": 3, "iterations": 60}
 
@@ -63,4 +63,4 @@ def test_a_ramp_that_cannot_be_is_refused():
         ({"grow_from": 4}, "at most at stop 3"),
     ):
         with pytest.raises(config.ConfigError, match=words):
-            method_run("datm", starts="independent", phases=[RAMP | wrong])
+            method_run("datm", phases=[RAMP | wrong])

@@ -109,7 +109,6 @@ def test_a_tower_without_a_second_derivative_is_for_those_that_need_none():
         ("ncfm", {"init": "prototypes"}, "distill.init: prototypes is a choice of its own"),
         ("ncfm", {"precision": "bfloat16"}, "set distill.precision: float32"),
         ("covmatch", {"precision": "bfloat16"}, "set distill.precision: float32"),
-        ("covmatch", {"blend": 0.5}, "distill.blend is of inner steps"),
         ("pds", {"init": "noise", "phases": [{"pairs": 6, "iterations": 1}]}, "distill.init is not for pds"),
         ("pds", {"stored_size": 4, "phases": [{"pairs": 6, "iterations": 1}]}, "distill.stored_size is not for pds"),
     ],

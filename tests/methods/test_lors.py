@@ -23,7 +23,7 @@ def test_equals_the_formula_of_the_two_passes(make, diagonal):
 
 @pytest.mark.parametrize(("rates", "merged_rates"), [("same", True), ("separate", False)])
 def test_merged_branches_share_a_denominator_but_for_the_released_rates(make, rates, merged_rates):
-    check(make, merged=True, merged_rates=merged_rates, branches="merged", rate_branches=rates)
+    check(make, merged=True, merged_rates=merged_rates, branches="merged", options={"rate_branches": rates})
 
 
 def test_another_temperature_in_the_inner_steps(make):

@@ -52,7 +52,7 @@ CARDS = {
     "tesla_vl": LORS
     | {"similarity.kind": "identity", "similarity.rank": 10, "similarity.alpha": 3.0, "phases.0.pairs": 100},
     "lors": LORS,
-    "repblend": LORS | {"blend": 1.0, "branches": "separate"},
+    "repblend": LORS | {"branches": "separate"},
     "ptm_st": {
         "trajectory": "shortcut",
         "endpoint_rule": "inclusive",
@@ -65,8 +65,8 @@ CARDS = {
         "inner_dropout": "same_mask",
     },
     "datm": LORS | {"phases.0.start": 0, "phases.0.stop": 4, "phases.0.grow_from": 2, "phases.0.grow_until": 1500},
-    "mct": LORS | {"trajectory": "convexified", "start_points": "continuous", "anchors": 2, "smooth_anchors": False},
-    "amd": LORS | {"starts": "independent", "ranges": "drift", "init": "prototypes"},
+    "mct": LORS | {"trajectory": "convexified"},
+    "amd": LORS | {"init": "prototypes"},
     "mdm": {
         "similarity.kind": "identity",
         "loss": "infonce",

@@ -2,10 +2,10 @@ import pytest
 import torch
 from slow import assert_equals_slow, segment, two_passes, wbce
 from torch.func import functional_call
-from toy import method_run
+from toy import TINY, method_run
 
 from rmdd import config
-from rmdd.distill.trajectory.inner import blend
+from rmdd.methods.repblend import Blend
 
 
 def blended_loss(made, drawn):
@@ -54,9 +54,11 @@ def test_blends_are_uniform_differ_by_step_and_repeat(make):
     assert all(torch.equal(a.partner, b.partner) for a, b in zip(again, drawn[7].blends, strict=True))
 
 
-def test_blending_alone_is_a_setting_of_any_method(make):
+def test_blending_alone_is_repblend_with_a_trainable_tower(make):
     """Both passes see one blend: with the wrong one in the second, this would not be a gradient of the miss."""
-    made = make(method_run("lors", blend=1.0, steps=1))
+    trainable = {**TINY["model"], "image": {**TINY["model"]["image"], "trainable": True}}
+    made = make(config.load({**method_run("repblend", steps=1).model_dump(mode="json"), "model": trainable}))
+    assert any(n.startswith("image_tower") for n in made.model.trained())
     drawn, x = made.matcher.draw(0), made.begun.images
     found = made.matcher.gradient(made.begun, drawn)
     random, h = torch.Generator().manual_seed(0), 1e-5
@@ -71,11 +73,19 @@ def test_blending_alone_is_a_setting_of_any_method(make):
 def test_the_mixture_of_two_rows():
     rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]])
     expected = torch.tensor([[0.25, 0.75], [1.5, 1.75], [1.25, 0.5]])
-    torch.testing.assert_close(blend(rows, 0.25, torch.tensor([1, 2, 0])), expected)
+    torch.testing.assert_close(Blend(0.25, torch.tensor([1, 2, 0])).of(rows), expected)
 
 
-def test_what_is_no_repblend_is_refused():
-    with pytest.raises(config.ConfigError, match=r"frozen towers; set model.image.trainable: false, or take method: l"):
-        config.load({"model": {"image": {"trainable": True}}, "distill": {"method": "repblend"}})
-    with pytest.raises(config.ConfigError, match=r"repblend blends; set distill.blend above 0, or take method: lors"):
-        config.load({"distill": {"method": "repblend", "blend": 0.0}})
+def test_a_weight_is_drawn_from_a_beta_of_its_own(make):
+    with pytest.raises(config.ConfigError, match=r"distill.options.blend: Input should be greater than 0"):
+        config.load({"distill": {"method": "repblend", "options": {"blend": 0.0}}})
+    matcher = make(method_run("repblend", options={"blend": 0.2})).matcher
+    weights = torch.tensor([b.weight for i in range(100) for b in matcher.draw(i).blends])
+    assert abs(weights.var() - 1 / (4 * 1.4)) < 0.03, "near 0 or 1"
+
+
+def test_every_step_has_a_blend_and_other_methods_none(make):
+    drawn = make(method_run("repblend", steps=3, batch=3, options={"blend": 0.2})).matcher.draw(4)
+    assert [sorted(b.partner.tolist()) for b in drawn.blends] == [[0, 1, 2]] * 3
+    assert all(0 <= b.weight <= 1 for b in drawn.blends)
+    assert not hasattr(make(method_run("lors", steps=3, batch=3)).matcher.draw(4), "blends")

@@ -6,8 +6,8 @@ from slow import wbce
 from toy import MODEL, encoder, first_set
 
 from rmdd import config
-from rmdd.distill.phases import Blend, draw
 from rmdd.distill.trajectory.inner import student_loss
+from rmdd.methods.repblend import Blend
 from rmdd.models.dual import DualEncoder
 
 SET = first_set().map(torch.Tensor.double)
@@ -53,19 +53,12 @@ def test_cosines_are_divided_by_the_temperature(temperature):
     assert found == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_step_has_one_blend_in_both_passes():
+def test_a_step_has_one_mixture_in_both_passes():
     order = torch.tensor([5, 3, 4, 0, 1, 2])
     blends = tuple(Blend(w, order) for w in (1.0, 0.0, 0.3))
-    found = losses(config.Distill(), [0, 1, 2, 2, 1, 0], dropout=0.0, blends=blends)
+    found = losses(config.Distill(), [0, 1, 2, 2, 1, 0], dropout=0.0, mix=lambda rows, step: blends[step].of(rows))
     assert found[:3] == found[3:][::-1] and found[0] != found[2]
     assert found[0] == losses(config.Distill(), [0], dropout=0.0)[0], "all of their own"
     model = model_of(0.0)
     swapped = wbce(model(SET.images[order], SET.texts[order]), TARGET).item()
     assert found[1] == pytest.approx(swapped, rel=1e-12), "all of the partner's"
-
-
-def test_a_draw_blends_only_where_asked():
-    phases = (config.Phase(pairs=6, stop=2),)
-    assert draw(config.Distill(phases=phases, batch=3), 0, 4, 2, seed=1).blends is None
-    blends = draw(config.Distill(phases=phases, batch=3, steps=4, blend=0.2), 0, 4, 2, seed=1).blends
-    assert len(blends) == 4 and all(sorted(b.partner.tolist()) == [0, 1, 2] and 0 <= b.weight <= 1 for b in blends)

@@ -128,7 +128,7 @@ def test_ranges_go_on_while_gradients_agree():
 
 
 def test_a_range_of_real_starts_ends_where_targets_do():
-    run = config.load(published(100).model_dump(), ["distill.start_points=continuous"])
+    run = config.load(published(100).model_dump(), ["distill.method=mct", "distill.trajectory=shortcut"])
     assert ranges(run, [6], agreeing(0.9)) == [(0, 5)]
 
 

@@ -124,17 +124,19 @@ def test_principal_components_are_those_of_the_covariance():
 
 
 @pytest.mark.parametrize("trajectory", ["original", "shortcut"])
-@pytest.mark.parametrize("draws", [{"start_points": "continuous"}, {"start_rule": "inclusive"}])
-def test_every_draw_of_a_probed_run_lies_on_its_path(make, trajectory, draws):
+@pytest.mark.parametrize("method", ["mct", "ptm_st"])
+def test_every_draw_of_a_probed_run_lies_on_its_path(make, trajectory, method):
     """Whatever the starts of the run itself; the engine is settled with a draw."""
-    made = make(probing(method_run("ptm_st", **draws), EPOCHS, trajectory, PAIRS))
+    run = method_run(method, trajectory="shortcut", start_rule="inclusive", steps=2)
+    made = make(probing(run, EPOCHS, trajectory, PAIRS))
     for i in range(20):
         made.matcher.segment(made.matcher.draw(i))
     assert torch.isfinite(probe(made.matcher, made.begun, [0, 2], experts=1).images).all()
 
 
 def test_the_shortcut_of_a_run_with_anchors_is_the_straight_one(make):
-    run = method_run("mct", anchors=3, smooth_anchors=True, phases=[{"pairs": PAIRS, "stop": 2, "endpoint": EPOCHS}])
+    phases = [{"pairs": PAIRS, "stop": 2, "endpoint": EPOCHS}]
+    run = method_run("mct", options={"anchors": 3, "smooth_anchors": True}, phases=phases)
     made = make(probing(run, EPOCHS, "shortcut", PAIRS))
     for t in (1, 2.5):
         slow = shortcut(made.store, 0, EPOCHS, t)
@@ -163,6 +165,6 @@ def test_products_of_wide_rows_are_made_in_pieces(monkeypatch, width):
 
 
 def test_a_probed_run_uses_the_first_experts():
-    run = probing(method_run("ptm_st", estimator="exact", start_points="continuous"), 3, "original", PAIRS, 1)
+    run = probing(method_run("ptm_st", estimator="exact"), 3, "original", PAIRS, 1)
     assert (run.experts.num, run.distill.trajectory) == (1, "original")
     assert [p.endpoint for p in run.distill.phases] == [3] and RUN.experts.num == 2
