@@ -77,7 +77,6 @@ CARDS = {
         "inner_lr": 0.1,
         "phases.0.pairs": 100,
         "phases.0.iterations": 3000,
-        "options": {},
     },
 }
 PAIRED = {
