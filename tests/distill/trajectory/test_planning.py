@@ -138,7 +138,7 @@ def test_auto_reads_back_and_is_no_phase_list():
     assert config.load(run.model_dump()) == run == config.load(yaml.safe_load(config.dump(run)))
     for wrong, told in (
         (["distill.trajectory=convexified"], "set trajectory: shortcut"),
-        (["distill.starts=independent"], "plans one range for both towers"),
+        (["distill.method=amd"], "plans one range for both towers"),
         (["distill.plan.endpoints=[4, 12]"], r"endpoints \[12\] lie past the last expert epoch 10"),
         (["distill.phases=autos"], "distill.phases"),
         (["distill.phases=[]", "distill.plan={}"], "give at least one, or auto"),
