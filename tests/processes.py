@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CONTEXT = get_context("forkserver")
 USED = """rmdd.cli.app rmdd.pipeline rmdd.searches rmdd.searches.sweeps rmdd.comparisons.compare rmdd.methods.ptm_st
-rmdd.evaluate.checkup rmdd.report.page rmdd.report.health torch._dynamo"""
+rmdd.evaluate.health_of_run rmdd.report.page rmdd.report.health torch._dynamo"""
 CONTEXT.set_forkserver_preload(USED.split())
 
 

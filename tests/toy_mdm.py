@@ -15,7 +15,7 @@ from rmdd.execution.in_turn import InTurn
 from rmdd.execution.parts import PartsHere
 from rmdd.experts.train import expert_model
 from rmdd.methods import method_of
-from rmdd.methods.mdm import MDM, Objective
+from rmdd.methods.mdm import MDM
 from rmdd.pipeline import Pipeline
 
 PAIRS, ITERATIONS = 6, 7
@@ -83,7 +83,7 @@ class Learning(MDM):
         return replace(synthetic, texts=2 * synthetic.texts)
 
 
-class Learner(Objective):
+class Learner(MDMObjective):
     weight = torch.ones(())
 
     def gradient(self, synthetic, iteration, draw):

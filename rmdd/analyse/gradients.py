@@ -7,7 +7,7 @@ over experts and draws. The paper fixes neither.
 from typing import Any
 
 from rmdd.analyse.setting import Setting, chosen
-from rmdd.distill.trajectory.signals import PARTS, Probe, off_diagonal, principal
+from rmdd.distill.trajectory.statistics import PARTS, Probe, off_diagonal, principal
 from rmdd.pipeline import Pipeline
 from rmdd.report.sheets import Sheet, write_csv
 

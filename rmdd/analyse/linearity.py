@@ -16,7 +16,7 @@ from rmdd import config, methods
 from rmdd.analyse.setting import Setting, chosen, endpoint_of
 from rmdd.distill.synthetic import Synthetic
 from rmdd.distill.trajectory.matching import Matcher
-from rmdd.distill.trajectory.signals import probing
+from rmdd.distill.trajectory.statistics import probing
 from rmdd.experts.shortcut import AnchoredPath, Path
 from rmdd.experts.store import Store
 from rmdd.experts.train import expert_model

@@ -8,7 +8,7 @@ from pathlib import Path
 from rmdd import config, methods
 from rmdd.core.device import device_of
 from rmdd.distill.synthetic import Synthetic
-from rmdd.distill.trajectory import signals
+from rmdd.distill.trajectory import statistics
 from rmdd.distill.trajectory.matching import Matcher
 from rmdd.experts.train import expert_model, kept_epochs
 from rmdd.pipeline import Pipeline
@@ -64,7 +64,7 @@ class Setting:
 
     def probing(self, trajectory: str) -> config.Run:
         """The run on one kind of path."""
-        return signals.probing(self.run, self.endpoint, trajectory, self.pairs, self.num)
+        return statistics.probing(self.run, self.endpoint, trajectory, self.pairs, self.num)
 
     def matcher(self, trajectory: str) -> Matcher:
         model = expert_model(
@@ -81,10 +81,10 @@ class Setting:
         """Numbers of the experts that are used."""
         return [e for e in self.store.complete() if e < self.num]
 
-    def probe(self, trajectory: str, draws: int, *, averaged: bool = False) -> signals.Probe:
+    def probe(self, trajectory: str, draws: int, *, averaged: bool = False) -> statistics.Probe:
         """Matching gradients at every start of the paths of one kind."""
         initial = self.initial(methods.matching_method(self.probing(trajectory)))
-        return signals.probe(self.matcher(trajectory), initial, self.starts(), draws, averaged=averaged)
+        return statistics.probe(self.matcher(trajectory), initial, self.starts(), draws, averaged=averaged)
 
     def labels(self, draws: int) -> list[tuple[int, int]]:
         """Expert and draw of each sample of a probe."""

@@ -16,7 +16,7 @@ from rmdd.config import budget, recipes
 from rmdd.core.progress import Progress
 from rmdd.core.storage import run_folder
 from rmdd.distill.trajectory.planning import stated
-from rmdd.distill.trajectory.signals import val_curve
+from rmdd.distill.trajectory.statistics import val_curve
 from rmdd.experts.store import Store
 from rmdd.experts.train import kept_epochs
 from rmdd.models.text import text_width

@@ -40,6 +40,11 @@ def assemble(
     `sets` are the chosen snapshot of each phase, in the phase's folder, and `iterations` the updates of each; `experts`
     is the hash of their store, `version` that of rmdd. A phase that began from noise has no source pairs.
     """
+    seeds = {
+        "experts": run.seed_of("experts"),
+        "distill": run.seed_of("distill"),
+        "evaluate": run.seed_of("evaluate"),
+    }
     return DistilledSet(
         subsets=tuple(_subset(path, train, real=run.distill.init != "noise") for path in sets),
         mean=train.mean,
@@ -50,7 +55,7 @@ def assemble(
         loss=run.distill.loss,
         config=portable(run),
         image_size=run.data.image_size,
-        provenance=_provenance(run, train, sets, experts, iterations, version),
+        provenance=_provenance(seeds, train, sets, experts, iterations, version),
         metrics=metrics,
     )
 
@@ -95,7 +100,12 @@ def _subset(path: Path, train: PreparedSplit, real: bool) -> Subset:
 
 
 def _provenance(
-    run: config.Run, train: PreparedSplit, sets: Sequence[Path], experts: str, iterations: Sequence[int], version: str
+    seeds: dict[str, int],
+    train: PreparedSplit,
+    sets: Sequence[Path],
+    experts: str,
+    iterations: Sequence[int],
+    version: str,
 ) -> dict[str, Any]:
     data, part_files = train.split.dataset, [path.parent / PARTS for path in sets]
     parts = {part["role"]: part for path in part_files if path.is_file() for part in read_json(path)}
@@ -113,9 +123,5 @@ def _provenance(
         "iterations": list(iterations),
         **({"parts": list(parts.values())} if parts else {}),
         **({"generated": {path.parent.name: read_json(path) for path in fact_files}} if fact_files else {}),
-        "seeds": {
-            "experts": run.seed_of("experts"),
-            "distill": run.seed_of("distill"),
-            "evaluate": run.seed_of("evaluate"),
-        },
+        "seeds": seeds,
     }

@@ -21,14 +21,14 @@ from rmdd.coresets import clusters, greedy, matched
 from rmdd.coresets.choice import AT_ONCE, Choice
 from rmdd.coresets.cost import ByteCosts, parameters
 from rmdd.coresets.draws import permuted, smallest
-from rmdd.coresets.features import Items, Sides, cosines
 from rmdd.coresets.forgetting import ForgettingCounts
 from rmdd.coresets.rows import Rows
 from rmdd.coresets.shard import Best, Shard
+from rmdd.coresets.spaces import Items, Sides, cosines
 from rmdd.coresets.subset import DESCRIPTION, PREVIEW, Coreset
 from rmdd.execution.parts import WorkerParts, with_restarts
 from rmdd.experts.store import Store
-from rmdd.generate.features import features
+from rmdd.generate.encoders import features
 from rmdd.models.prepared import PreparedSplit
 from rmdd.pipeline import Pipeline, open_pipeline
 

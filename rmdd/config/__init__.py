@@ -73,7 +73,7 @@ class Run(Section):
         mistakes = foreign_view(self.evaluate.probes, self.data)
         image = self.model.image
         d, recipe = self.distill, self.distill.recipe
-        mistakes += recipe.clashes_of_family(self) if recipe else []
+        mistakes += recipe.clashes_of_family(self.distill, self.experts, self.runtime) if recipe else []
         if self.stored_size > self.data.image_size:
             mistakes.append(
                 f"distill.stored_size {self.stored_size} is larger than data.image_size {self.data.image_size}, which "
@@ -121,7 +121,7 @@ class Run(Section):
 
     def endpoint_of(self, phase: int) -> int:
         """The last expert epoch that a phase reads."""
-        return recipes.find(self.distill.method).endpoint_of(self, phase)
+        return recipes.find(self.distill.method).endpoint_of(self.distill, self.experts.epochs, phase)
 
     @property
     def stored_size(self) -> int:

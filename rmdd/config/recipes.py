@@ -73,7 +73,7 @@ class Recipe(Protocol):
         """What is wrong with a run of this method."""
         ...
 
-    def clashes_of_family(self, run: Any) -> list[str]:
+    def clashes_of_family(self, rule: Any, experts: Any, runtime: Any) -> list[str]:
         """What is wrong between the fields of a run, whatever the options."""
         ...
 
@@ -81,7 +81,7 @@ class Recipe(Protocol):
         """Whether students start at real-valued epochs; else at whole ones."""
         ...
 
-    def endpoint_of(self, run: Any, phase: int) -> int:
+    def endpoint_of(self, rule: Any, epochs: int, phase: int) -> int:
         """The last expert epoch that a phase reads."""
         ...
 

@@ -100,14 +100,10 @@ class Choice(Section):
 
         Raises `ConfigError` for an expert that the run does not train.
         """
-        run = self._watched(run)
+        if self.method == "forgetting" and not run.experts.forgetting:
+            watched = {"forgetting": POOL, "num": 1 + max(self.experts)}
+            run = run.model_copy(update={"experts": run.experts.model_copy(update=watched)})
         if missing := [n for n in self.experts if n >= run.experts.num]:
             wrong = f"expert {max(missing)} is asked for, and the run has {run.experts.num}; raise experts.num"
             raise ConfigError([wrong], "coreset")
         return run
-
-    def _watched(self, run: Run) -> Run:
-        if self.method != "forgetting" or run.experts.forgetting:
-            return run
-        watched = {"forgetting": POOL, "num": 1 + max(self.experts)}
-        return run.model_copy(update={"experts": run.experts.model_copy(update=watched)})

@@ -187,8 +187,8 @@ class Stepper(Protocol):
         ...
 
 
-def drive(
-    run: config.Run,
+def run_phase(
+    rule: config.Distill,
     phase: int,
     initial: Synthetic,
     folder: Path,
@@ -207,7 +207,7 @@ def drive(
     `set-<iteration>.safetensors`, as `exported`, for every snapshot.
     Raises `Derailed` after too many rollbacks, with the last good state saved.
     """
-    rule, total = run.distill, run.distill.phases[phase].iterations
+    total = rule.phases[phase].iterations
     log, rollbacks = folder / "metrics.jsonl", folder / "rollbacks.jsonl"
     files = {name: folder / f"{name}.safetensors" for name in ("state", "good")}
     begun = State.begin(initial).to(device)

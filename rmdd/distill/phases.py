@@ -125,7 +125,11 @@ def initial(run: config.Run, phase: int, train: PreparedSplit, records: list[int
         level, spread = float(train.texts.mean()), float(train.texts.std())
         texts = torch.randn((len(records), train.texts.shape[1]), generator=random) * spread + level
     else:
-        images = normalise(real_images(run, train, records, augmented=rule.init_augment), train.mean, train.std)
+        images = normalise(
+            _pictures(train, records, run.data, run.experts.augment if rule.init_augment else None, seed),
+            train.mean,
+            train.std,
+        )
         images = reduced(images, run.stored_size)
         texts = torch.tensor(train.texts[records])
     return Synthetic(
@@ -138,18 +142,17 @@ def initial(run: config.Run, phase: int, train: PreparedSplit, records: list[int
     )
 
 
-def real_images(run: config.Run, train: PreparedSplit, records: list[int], *, augmented: bool = False) -> Tensor:
+def _pictures(
+    train: PreparedSplit, records: list[int], data: config.Data, augmented: config.Augment | None, seed: int
+) -> Tensor:
     """The pictures of caption records as uint8 (M,3,S,S), squashed, or augmented as the experts saw them."""
     pictures = train.split.image_of[records]
-    if not augmented:
+    if augmented is None:
         return torch.from_numpy(train.split.some_images(pictures))
-    data, seed = run.data, run.seed_of("distill")
     drawn = []
     for picture, record in zip(pictures, records, strict=True):
         image = decode_as(train.split.encoded(int(picture)), data)
         drawn.append(
-            torch.from_numpy(
-                augment(image, run.experts.augment, data.image_size, generator(seed, "initial augment", record))
-            )
+            torch.from_numpy(augment(image, augmented, data.image_size, generator(seed, "initial augment", record)))
         )
     return torch.stack(drawn)

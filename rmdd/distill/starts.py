@@ -3,12 +3,10 @@
 import numpy as np
 import torch
 
-from rmdd import config
 from rmdd.core.arrays import in_chunks
-from rmdd.core.device import device_here
 from rmdd.core.seeding import derive, generator
 from rmdd.data.images import normalise
-from rmdd.models.dual import build
+from rmdd.models.dual import DualEncoder
 from rmdd.models.prepared import PreparedSplit
 
 
@@ -29,18 +27,18 @@ def choose_records(phase: int, pairs: int, train: PreparedSplit, seed: int) -> l
     return torch.randperm(total, generator=generator(seed, "initial records", phase))[:pairs].tolist()
 
 
-def prototypes(run: config.Run, phase: int, pairs: int, train: PreparedSplit) -> list[int]:
-    """The caption records nearest to the `pairs` k-means centres of image and text embeddings, unit length each.
+def prototypes(
+    model: DualEncoder, device: torch.device, seed: int, phase: int, pairs: int, train: PreparedSplit
+) -> list[int]:
+    """The caption records nearest to the `pairs` k-means centres of image and text embeddings, unit length each, as the
+    image tower of `model` on `device` sees them.
 
     Unit lengths, so that neither side outweighs the other, and k-means by mini-batches, for the sake of COCO, are ours.
     """
     from sklearn.cluster import MiniBatchKMeans
 
-    seed = run.seed_of("distill")
     check_enough(phase, pairs, train)
-    device = device_here(run.runtime)
-    model = build(run.model, train.texts.shape[1], run.data.image_size, run.seed_of("experts"), "expert", 0)
-    tower = model.to(device).eval()
+    tower = model.eval()
     with torch.no_grad():
         seen = in_chunks(
             lambda rows: tower.image_tower(normalise(torch.tensor(rows).to(device), train.mean, train.std)).cpu(),

@@ -29,7 +29,7 @@ from torch.autograd import forward_ad
 from rmdd.distill import similarity
 from rmdd.distill.synthetic import Synthetic, zeros_like
 from rmdd.models.dual import TOWERS, Params, tower_of
-from rmdd.models.fused import TwiceDifferentiable
+from rmdd.models.group_norm import TwiceDifferentiable
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from rmdd.core.progress import Progress
 from rmdd.core.storage import address_of, is_uri, open_storage, root_of
 from rmdd.execution.executor import Executor, Mapper
 from rmdd.execution.in_turn import InTurn
+from rmdd.execution.interrupts import time_limit
 from rmdd.execution.parts import OpenParts, WorkerParts, parts_here
-from rmdd.execution.signals import time_limit
 from rmdd.execution.tasks import Stream, Values, in_turn
 from rmdd.execution.trials import RunTrials, TrialRunner, TrialSource, trials_in_turn
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from rmdd.core.threads import torch_threads
 from rmdd.execution.executor import Executor, Piece, PieceSource
-from rmdd.execution.signals import stop_on_signal
+from rmdd.execution.interrupts import stop_on_signal
 from rmdd.execution.tasks import Hooks, Interrupted
 
 

@@ -15,10 +15,10 @@ from jaxtyping import Bool, Float32, Int64
 
 from rmdd.core.seeding import derive
 from rmdd.coresets.clusters import fit, sampled, worst
-from rmdd.coresets.features import Sides
 from rmdd.coresets.matched import match
 from rmdd.coresets.rows import Rows
 from rmdd.coresets.shard import Shard, here
+from rmdd.coresets.spaces import Sides
 from rmdd.execution.parts import OpenParts, WorkerParts
 
 MINI_BATCH = 10_000

@@ -28,13 +28,13 @@ from rmdd.execution.executor import Executor
 from rmdd.execution.parts import OpenParts
 from rmdd.execution.tasks import Hooks, Interrupted, Stream, Values, in_turn, watched
 from rmdd.generate.decode import Decoder, PictureWriter, is_drawn, picture_of, read_requests, write_requests
-from rmdd.generate.features import FeatureSource, sides_of
+from rmdd.generate.encoders import FeatureSource, sides_of
 from rmdd.models.pretrained import PretrainedModel
 from rmdd.models.text import embed
 
 if TYPE_CHECKING:
     from rmdd.core.progress import Progress
-    from rmdd.coresets.features import Sides
+    from rmdd.coresets.spaces import Sides
     from rmdd.models.prepared import PreparedSplit
 
 

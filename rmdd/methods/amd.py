@@ -61,10 +61,10 @@ class AMD(LoRS):
         return mistakes
 
     @classmethod
-    def endpoint_of(cls, run: config.Run, phase: int) -> int:
-        if run.distill.trajectory == "original" and not cls.states_ranges(run.distill):
-            return run.experts.epochs
-        return super().endpoint_of(run, phase)
+    def endpoint_of(cls, rule: config.Distill, epochs: int, phase: int) -> int:
+        if rule.trajectory == "original" and not cls.states_ranges(rule):
+            return epochs
+        return super().endpoint_of(rule, epochs, phase)
 
     def ranges(self, store: Store, experts: Sequence[int], phase: int) -> dict[str, tuple[int, int]]:
         if self.options.ranges == "stated":

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 from rmdd import config
 from rmdd.config.recipes import Family
 from rmdd.config.runfile import Section, validate
+from rmdd.core.device import device_here
 from rmdd.distill import phases
 from rmdd.distill.loop import finished
 from rmdd.distill.starts import choose_records, prototypes
 from rmdd.distill.synthetic import Synthetic
+from rmdd.experts.train import expert_model
 from rmdd.models.prepared import PreparedSplit
 
 if TYPE_CHECKING:
@@ -99,9 +101,9 @@ class BaseMethod:
         return []
 
     @classmethod
-    def clashes_of_family(cls, run: config.Run) -> list[str]:
+    def clashes_of_family(cls, rule: config.Distill, experts: config.Experts, runtime: config.Runtime) -> list[str]:
         """What is wrong between the fields of a run, whatever the options: here, without a path to match."""
-        mistakes, rule = [], run.distill
+        mistakes = []
         if rule.plan.plans or not rule.phases:
             mistakes.append(f"distill.method {rule.method} has no path to plan phases from; list distill.phases")
         if rule.similarity.kind != "identity":
@@ -119,9 +121,9 @@ class BaseMethod:
         return False
 
     @classmethod
-    def endpoint_of(cls, run: config.Run, phase: int) -> int:
-        """The last expert epoch that a phase reads."""
-        return run.experts.epochs
+    def endpoint_of(cls, rule: config.Distill, epochs: int, phase: int) -> int:
+        """The last expert epoch that a phase reads, of experts trained for `epochs`."""
+        return epochs
 
     def idle(self) -> list[str]:
         """Fields of `distill` that were moved from their defaults and do nothing with it."""
@@ -152,7 +154,9 @@ class BaseMethod:
         """The caption records that a phase starts from."""
         pairs = self.rule.phases[phase].pairs
         if self.rule.init == "prototypes":
-            return prototypes(self.run, phase, pairs, train)
+            run, device, width = self.run, device_here(self.run.runtime), train.texts.shape[1]
+            model = expert_model(run.model, run.data.image_size, run.seed_of("experts"), 0, width)
+            return prototypes(model.to(device), device, self.seed, phase, pairs, train)
         return choose_records(phase, pairs, train, self.seed)
 
     def initial(self, phase: int, train: PreparedSplit, records: list[int]) -> Synthetic:

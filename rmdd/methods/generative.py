@@ -27,8 +27,8 @@ class GenerativeMethod(BaseMethod, ABC):
     iterates: ClassVar[bool] = False
 
     @classmethod
-    def clashes_of_family(cls, run: config.Run) -> list[str]:
-        rule, mistakes = run.distill, super().clashes_of_family(run)
+    def clashes_of_family(cls, rule: config.Distill, experts: config.Experts, runtime: config.Runtime) -> list[str]:
+        mistakes = super().clashes_of_family(rule, experts, runtime)
         asked = {"init": rule.init != "real", "stored_size": rule.stored_size, "skip_above": rule.skip_above}
         mistakes += [f"distill.{name} is not for {rule.method}; leave it out" for name, set_ in asked.items() if set_]
         return mistakes + [

@@ -146,8 +146,8 @@ class MDM(DistributionMethod):
 
     def objective(
         self, phase: int, store: Store, train: PreparedSplit, model: DualEncoder, device: torch.device
-    ) -> "Objective":
-        return Objective(self, phase, store, train, model, device)
+    ) -> "MDMObjective":
+        return MDMObjective(self, phase, store, train, model, device)
 
 
 def _side(name: str) -> Side:
@@ -227,7 +227,7 @@ class Teacher:
         return self._anchor
 
 
-class Objective:
+class MDMObjective:
     """The loss of one draw: a teacher, a real and a synthetic batch. It learns nothing itself."""
 
     def __init__(

@@ -56,19 +56,18 @@ class Method(BaseMethod):
         return True
 
     @classmethod
-    def endpoint_of(cls, run: config.Run, phase: int) -> int:
-        rule, plan = run.distill, run.distill.phases[phase]
+    def endpoint_of(cls, rule: config.Distill, epochs: int, phase: int) -> int:
+        plan = rule.phases[phase]
         if rule.trajectory == "convexified":
-            return run.experts.epochs
+            return epochs
         if rule.trajectory == "shortcut":
             return plan.endpoint - (rule.endpoint_rule == "exclusive")
         return rule.reach(plan)
 
     @classmethod
-    def clashes_of_family(cls, run: config.Run) -> list[str]:
-        mistakes = _of_rule(cls, run.distill) + _of_phases(cls, run.distill)
-        rule, experts = run.distill, run.experts
-        if rule.inner_dropout == "fresh_mask" and run.runtime.keep_parameters == "recompute":
+    def clashes_of_family(cls, rule: config.Distill, experts: config.Experts, runtime: config.Runtime) -> list[str]:
+        mistakes = _of_rule(cls, rule) + _of_phases(cls, rule)
+        if rule.inner_dropout == "fresh_mask" and runtime.keep_parameters == "recompute":
             mistakes.append(
                 "runtime.keep_parameters: recompute takes steps of the first pass again, which distill.inner_dropout: "
                 "fresh_mask would draw other masks for; set one of them otherwise"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rmdd.config import ImageTower
 from rmdd.core import seeding
 from rmdd.core.files import sha256_file
-from rmdd.models.fused import norm_relu_pool
+from rmdd.models.group_norm import norm_relu_pool
 
 HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 

@@ -16,7 +16,7 @@ from rmdd.execution.tasks import Hooks
 from rmdd.experts.feed import Stream
 from rmdd.experts.store import Store
 from rmdd.experts.train import expert_model
-from rmdd.generate.features import FeatureSource
+from rmdd.generate.encoders import FeatureSource
 from rmdd.models.dual import DualEncoder
 from rmdd.models.prepared import PreparedSplit, SplitSource
 from rmdd.runs.paths import RunPaths

@@ -19,7 +19,7 @@ from rmdd.core.files import atomic_path, read_json, write_json
 from rmdd.data.shards import Dataset
 from rmdd.distill.sets import load_set
 from rmdd.distill.trajectory.planning import PLAN, key_of, make_plan, stated, with_phases
-from rmdd.evaluate.checkup import checkup
+from rmdd.evaluate.health_of_run import checkup
 from rmdd.evaluate.students import score
 from rmdd.execution.parts import OpenParts, WorkerParts, with_restarts
 from rmdd.execution.tasks import Hooks

@@ -13,7 +13,7 @@ from toy import CPU, first_set, run_of
 from rmdd.distill.trajectory.matching import Matcher
 from rmdd.distill.unroll import Engine, forward_suits, meta_gradient
 from rmdd.methods import matching_method
-from rmdd.models.fused import TwiceDifferentiable, group_norm, norm_relu_pool
+from rmdd.models.group_norm import TwiceDifferentiable, group_norm, norm_relu_pool
 from rmdd.models.image import matching_context
 
 ENGINES = [Engine(second_pass=s, trajectory=t) for s in ("forward", "reverse") for t in ("device", "cpu", "recompute")]

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rmdd.coresets.features import Sides
 from rmdd.coresets.matched import match
 from rmdd.coresets.rows import Rows, write_rows
+from rmdd.coresets.spaces import Sides
 from rmdd.data.shards import Dataset
 from rmdd.data.splits import Split
 from rmdd.execution.parts import parts_here

@@ -13,6 +13,7 @@ from rmdd.data.shards import Dataset
 from rmdd.data.splits import Split
 from rmdd.distill.starts import prototypes
 from rmdd.experts.store import Store, Writer
+from rmdd.experts.train import expert_model
 from rmdd.methods.amd import drift_ranges, mean_drift
 from rmdd.models.prepared import PreparedSplit
 
@@ -146,7 +147,13 @@ def test_prototypes_are_the_records_nearest_to_the_centres(pairs, monkeypatch):
 
     monkeypatch.setattr(sklearn.cluster, "MiniBatchKMeans", Watched)
     run, train = method_run("amd"), prepared_split()
-    chosen = prototypes(run, 0, pairs, train)
+    width, cpu = train.texts.shape[1], torch.device("cpu")
+
+    def drawn():
+        model = expert_model(run.model, run.data.image_size, run.seed_of("experts"), 0, width)
+        return prototypes(model, cpu, run.seed_of("distill"), 0, pairs, train)
+
+    chosen = drawn()
     points, means = fitted[0]
 
     unit = torch.nn.functional.normalize
@@ -163,4 +170,4 @@ def test_prototypes_are_the_records_nearest_to_the_centres(pairs, monkeypatch):
         free.remove(record)
     if pairs == 3:
         assert {train.split.image_of[r] % 3 for r in chosen} == {0, 1, 2}, "one of every colour"
-    assert prototypes(run, 0, pairs, train) == chosen
+    assert drawn() == chosen

@@ -28,7 +28,7 @@ from rmdd.data.captions import clean
 from rmdd.data.decode import decode
 from rmdd.data.images import denormalise
 from rmdd.generate.decode import StableUnclip
-from rmdd.generate.features import identity_of
+from rmdd.generate.encoders import identity_of
 from rmdd.methods.pds import decoder_of
 from rmdd.pipeline import open_pipeline
 from rmdd.runs.absolute import with_absolute_paths

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rmdd import config
 from rmdd.core.files import read_json, write_json
-from rmdd.distill.loop import State, Step, drive, outer_step
+from rmdd.distill.loop import State, Step, outer_step, run_phase
 from rmdd.distill.sets import save_set
 from rmdd.distill.synthetic import Synthetic
 from rmdd.execution.parts import PartsHere, WorkerParts
@@ -175,7 +175,7 @@ def distill_phase(
     should_stop: Callable[[], bool] = lambda: False,
     ranks: WorkerParts | None = None,
 ) -> bool:
-    """Distil one phase by matching distributions; see `rmdd.distill.loop.drive`.
+    """Distil one phase by matching distributions; see `rmdd.distill.loop.run_phase`.
 
     Writes `records.json` and `start.safetensors`, as students would get it, where they are not there. `ranks` hold a
     `Rank` each; None: this process makes all draws. Several are averaged on the CPU, wherever they were made.
@@ -191,4 +191,6 @@ def distill_phase(
     def stepper(begun: Synthetic) -> Averaging:
         return Averaging(method, ranks or PartsHere([Rank(method, phase, store, model, train, device)]), place)
 
-    return drive(method.run, phase, initial, folder, place, key, stepper, on_step, should_stop, method.exported)
+    return run_phase(
+        method.run.distill, phase, initial, folder, place, key, stepper, on_step, should_stop, method.exported
+    )

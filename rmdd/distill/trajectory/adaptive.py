@@ -20,7 +20,7 @@ from rmdd.config import Plan
 from rmdd.distill.loop import State
 from rmdd.distill.phases import Window
 from rmdd.distill.trajectory.matching import Matcher
-from rmdd.distill.trajectory.signals import probe, straightness
+from rmdd.distill.trajectory.statistics import probe, straightness
 from rmdd.experts.store import Store
 
 NARROWEST = 1.0

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from rmdd import config
 from rmdd.config import budget, recipes
-from rmdd.distill.trajectory import signals
+from rmdd.distill.trajectory import statistics
 from rmdd.distill.trajectory.matching import Matched, Matcher
 from rmdd.experts.store import Store
 from rmdd.experts.train import expert_model
@@ -51,24 +51,24 @@ class Measured:
 
     @property
     def share(self) -> Float[np.ndarray, " m"]:
-        return signals.share_reached(self.val)
+        return statistics.share_reached(self.val)
 
 
-def measure(run: config.Run, store: Store) -> Measured:
-    """Curves of all experts, straightness of the first few at every epoch that may be an endpoint."""
-    everyone = [e for e in store.complete() if e < run.experts.num]
-    few, plan = everyone[: run.distill.plan.experts], run.distill.plan
+def measure(plan: config.Plan, store: Store, experts: int) -> Measured:
+    """Curves of the first `experts`, straightness of the first few at every epoch that may be an endpoint."""
+    everyone = [e for e in store.complete() if e < experts]
+    few = everyone[: plan.experts]
     candidates = plan.endpoints or store.kept_epochs[1:]
-    straight = {e: signals.straightness(store, few, e) for e in candidates}
-    return Measured(signals.val_curve(store, everyone), signals.arc_lengths(store, everyone), straight)
+    straight = {e: statistics.straightness(store, few, e) for e in candidates}
+    return Measured(statistics.val_curve(store, everyone), statistics.arc_lengths(store, everyone), straight)
 
 
-def endpoints(run: config.Run, measured: Measured) -> list[int]:
+def endpoints(rule: config.Distill, measured: Measured) -> list[int]:
     """An endpoint for each of up to `max_phases` phases, ascending.
 
     Raises `ValueError` when no epoch may be one.
     """
-    rule, plan = run.distill, run.distill.plan
+    plan = rule.plan
     bent = plan.min_straightness if rule.trajectory == "shortcut" else 0.0
     least = rule.match_epochs + _beyond(rule)
     able = sorted(e for e, straight in measured.straightness.items() if e >= least and straight >= bent)
@@ -115,10 +115,10 @@ def sizes(run: config.Run, text_width: int, most: int) -> tuple[int, ...]:
 
 
 def ranges(
-    run: config.Run, ends: list[int], agreement: Callable[[int, int], Float[Tensor, "T T"]]
+    rule: config.Distill, ends: list[int], agreement: Callable[[int, int], Float[Tensor, "T T"]]
 ) -> list[tuple[int, int]]:
     """First start and exclusive last of each phase; `agreement(phase, endpoint)` gives the cosines between starts."""
-    rule, plan = run.distill, run.distill.plan
+    plan = rule.plan
     found: list[tuple[int, int]] = []
     for p, end in enumerate(ends):
         last = end - rule.match_epochs - _beyond(rule)
@@ -151,18 +151,18 @@ def make_plan(method: Matched, store: Store, train: PreparedSplit, device: torch
     """The phases of a run, with the signals and reasons that led to them, as plain values."""
     run = method.run
     began, rule, plan = time.perf_counter(), run.distill, run.distill.plan
-    measured = measure(run, store)
-    ends = endpoints(run, measured)
+    measured = measure(plan, store, run.experts.num)
+    ends = endpoints(rule, measured)
     pairs = sizes(run, train.texts.shape[1], len(ends))
     asked = len(ends)
     ends = ends[: len(pairs)]
-    seen: list[signals.Probe] = []
+    seen: list[statistics.Probe] = []
 
     def agreement(phase: int, end: int) -> Float[Tensor, "T T"]:
         seen.append(probe_start(method, store, train, device, pairs[phase], end))
         return seen[-1].agreement()
 
-    spans = ranges(run, ends, agreement)
+    spans = ranges(rule, ends, agreement)
     exclusive = rule.endpoint_rule == "exclusive"
     updates = budget.split(plan.iterations, len(pairs))
     phases = [
@@ -196,7 +196,7 @@ def make_plan(method: Matched, store: Store, train: PreparedSplit, device: torch
             "val": measured.val.tolist(),
             "share": share.tolist(),
             "arc": measured.arc.tolist(),
-            "gain_per_arc": signals.gain_per_arc(measured.val, measured.arc).tolist(),
+            "gain_per_arc": statistics.gain_per_arc(measured.val, measured.arc).tolist(),
             "straightness": {str(e): s for e, s in measured.straightness.items()},
             "agreement": [p.agreement().tolist() for p in seen],
             "gradient_norm": [p.norms("images").tolist() for p in seen],
@@ -208,10 +208,10 @@ def make_plan(method: Matched, store: Store, train: PreparedSplit, device: torch
 
 def probe_start(
     method: Matched, store: Store, train: PreparedSplit, device: torch.device, pairs: int, end: int
-) -> signals.Probe:
+) -> statistics.Probe:
     """Matching gradients of real pairs, as many as the phase has, at every start of its path."""
     run, rule, plan = method.run, method.run.distill, method.run.distill.plan
-    probing = signals.probing(run, end, rule.trajectory, pairs, experts=plan.experts)
+    probing = statistics.probing(run, end, rule.trajectory, pairs, experts=plan.experts)
     method = method.on(probing)
     synthetic = method.initial(0, train, method.records(0, train)).map(lambda t: t.to(device))
     matcher = Matcher(
@@ -221,7 +221,7 @@ def probe_start(
         expert_model(run.model, run.data.image_size, run.seed_of("experts"), 0, train.texts.shape[1]),
         device,
     )
-    return signals.probe(matcher, synthetic, range(end - rule.match_epochs + 1), plan.draws, averaged=True)
+    return statistics.probe(matcher, synthetic, range(end - rule.match_epochs + 1), plan.draws, averaged=True)
 
 
 def key_of(run: config.Run, store: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rmdd.distill.loop import State, Step, drive, outer_step
+from rmdd.distill.loop import State, Step, outer_step, run_phase
 from rmdd.distill.synthetic import Synthetic
 from rmdd.distill.trajectory.adaptive import adapted
 from rmdd.distill.trajectory.matching import Matched, Matcher
@@ -57,9 +57,9 @@ def distill_phase(
     on_step: Callable[[dict], None] = lambda metrics: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Distil one phase by matching trajectories; see `rmdd.distill.loop.drive`."""
+    """Distil one phase by matching trajectories; see `rmdd.distill.loop.run_phase`."""
 
     def stepper(begun: Synthetic) -> Matching:
         return Matching(Matcher(method, phase, store, model, device), begun)
 
-    return drive(method.run, phase, initial, folder, device, key, stepper, on_step, should_stop)
+    return run_phase(method.run.distill, phase, initial, folder, device, key, stepper, on_step, should_stop)

@@ -174,7 +174,7 @@ class SideBySide(Executor):
         return ray.remote(Worker).options(**options).remote(threads, folder_to_check(self.runtime, self.events))
 
     def _log_start(self, item: RunningItem, timeout: float = 0.0) -> None:
-        """Log the start of a item once its actor answers."""
+        """Log the start of an item once its actor answers."""
         if item.where is None or not ray.wait([item.where], timeout=timeout)[0]:
             return
         with contextlib.suppress(RayError):  # a death shows in the result
@@ -272,7 +272,7 @@ class SideBySide(Executor):
             settle(result, None)
 
     def _end_unfinished(self, item: RunningItem, event: str, why: str, counts: bool) -> None:
-        """End a item whose item is not done, and let the item wait for its next start, or give it up."""
+        """End an item that is not done, and let the item wait for its next start, or give it up."""
         attempts, worker = item.attempts, item.worker
         self.running.remove(item)
         self._kill([worker])  # one that is only out of reach must not go on beside its successor

@@ -19,11 +19,11 @@ from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from rmdd import config
+from rmdd.execution.interrupts import stop_on_signal
 from rmdd.execution.ray.actors import STOP_SECONDS
 from rmdd.execution.ray.cluster import Resources
 from rmdd.execution.ray.heartbeat import BEAT_SECONDS, TrialHeartbeat, TrialMonitor
 from rmdd.execution.ray.worker import folder_to_check, require_visible
-from rmdd.execution.signals import stop_on_signal
 from rmdd.execution.tasks import Interrupted
 from rmdd.execution.trials import TrialRunner, TrialSource
 

@@ -13,7 +13,7 @@ from rmdd.distill.phases import Window
 from rmdd.distill.trajectory import stepping
 from rmdd.distill.trajectory.adaptive import adapted
 from rmdd.distill.trajectory.matching import Matcher
-from rmdd.distill.trajectory.signals import probe, straightness
+from rmdd.distill.trajectory.statistics import probe, straightness
 from rmdd.methods import matching_method
 
 

@@ -53,29 +53,29 @@ def agreeing(value, size=11):
 
 @pytest.mark.parametrize("val", [FLICKR, COCO])
 def test_the_published_teachers_give_the_published_first_endpoint(val):
-    assert endpoints(published(100), measured(val))[0] == 6
+    assert endpoints(published(100).distill, measured(val))[0] == 6
 
 
 def test_the_published_teacher_of_flickr_gives_all_published_endpoints():
-    assert endpoints(published(1000), measured(FLICKR)) == [6, 8, 10]
+    assert endpoints(published(1000).distill, measured(FLICKR)) == [6, 8, 10]
 
 
 def test_an_early_saturated_teacher_ends_early():
     emoji = [1.2, 51.4, 62.8, 66.5, 67.9, 68.1, 69.1, 69.9, 70.6, 70.6, 69.7]
-    assert endpoints(published(100), measured(emoji))[:2] == [3, 4]
+    assert endpoints(published(100).distill, measured(emoji))[:2] == [3, 4]
 
 
 def test_a_phase_ends_later_than_the_one_before_and_where_the_teacher_has_more():
     flat = [0.0, 50.0, 97.0, 97.0, 98.0, 100.0, 100.0, 99.0, 100.0, 100.0, 100.0]
-    assert endpoints(published(1000, max_phases=6), measured(flat)) == [2, 4, 5], "nothing is gained beyond 5"
-    assert endpoints(published(1000, reach=1.0), measured(flat)) == [5]
+    assert endpoints(published(1000, max_phases=6).distill, measured(flat)) == [2, 4, 5], "nothing is gained beyond 5"
+    assert endpoints(published(1000, reach=1.0).distill, measured(flat)) == [5]
 
 
 def test_bent_shortcuts_are_no_endpoints():
     straight = {e: 1 / e for e in range(1, 11)}
-    assert endpoints(published(100), measured(FLICKR, straight)) == [4]
+    assert endpoints(published(100).distill, measured(FLICKR, straight)) == [4]
     with pytest.raises(ValueError, match=r"no epoch of \[5\] may be an endpoint.*min_straightness"):
-        endpoints(published(100), measured(FLICKR, {5: 0.1}))
+        endpoints(published(100).distill, measured(FLICKR, {5: 0.1}))
 
 
 def test_a_budget_without_a_phase_is_told_before_anything_is_made(tmp_path):
@@ -119,17 +119,17 @@ def test_sizes_use_the_budget_up():
 
 def test_ranges_go_on_while_gradients_agree():
     run = published(1000)
-    assert ranges(run, [6, 8, 10], agreeing(0)) == [(0, 2), (1, 3), (2, 4)], "as published, where none agree"
-    assert ranges(run, [6], agreeing(0.9)) == [(0, 6)]
+    assert ranges(run.distill, [6, 8, 10], agreeing(0)) == [(0, 2), (1, 3), (2, 4)], "as published, where none agree"
+    assert ranges(run.distill, [6], agreeing(0.9)) == [(0, 6)]
     cosines = torch.eye(11, dtype=torch.float64)
     cosines[1, 2] = 0.95
-    assert ranges(run, [6], lambda phase, end: cosines) == [(0, 3)]
-    assert ranges(run, [1], agreeing(0.9)) == [(0, 1)], "no start whose target lies past the end"
+    assert ranges(run.distill, [6], lambda phase, end: cosines) == [(0, 3)]
+    assert ranges(run.distill, [1], agreeing(0.9)) == [(0, 1)], "no start whose target lies past the end"
 
 
 def test_a_range_of_real_starts_ends_where_targets_do():
     run = config.load(published(100).model_dump(), ["distill.method=mct", "distill.trajectory=shortcut"])
-    assert ranges(run, [6], agreeing(0.9)) == [(0, 5)]
+    assert ranges(run.distill, [6], agreeing(0.9)) == [(0, 5)]
 
 
 def test_auto_reads_back_and_is_no_phase_list():

@@ -9,8 +9,8 @@ import torch
 from slow import plain_loss, shortcut, two_passes, wbce
 from toy import EPOCHS, PAIRS, encoder, method_run
 
-from rmdd.distill.trajectory import signals
-from rmdd.distill.trajectory.signals import cosine_matrix, off_diagonal, principal, probe, probing
+from rmdd.distill.trajectory import statistics
+from rmdd.distill.trajectory.statistics import cosine_matrix, off_diagonal, principal, probe, probing
 from rmdd.experts.store import Store, Writer
 
 RUN = method_run("ptm_st", inner_dropout="off")
@@ -30,7 +30,7 @@ def test_arc_lengths_are_those_of_the_joint_steps(store):
     for expert in (0, 1):
         for t, step in enumerate(steps_of(store, expert)):
             expected[t] += math.sqrt(sum(s**2 for s in step.values())) / 2
-    np.testing.assert_allclose(signals.arc_lengths(store, [0, 1]), expected, rtol=1e-6)
+    np.testing.assert_allclose(statistics.arc_lengths(store, [0, 1]), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("endpoint", [1, 2, 3])
@@ -38,21 +38,21 @@ def test_straightness_is_chord_over_path(store, endpoint):
     chords, lengths = 0.0, 0.0
     for expert in (0, 1):
         steps, ends = steps_of(store, expert), [store.read(expert, t) for t in (0, endpoint)]
-        layers = signals.layer_straightness(store, expert, endpoint)
+        layers = statistics.layer_straightness(store, expert, endpoint)
         for name in ends[0]:
             chord = float((ends[1][name] - ends[0][name]).double().norm())
             path = sum(step[name] for step in steps[:endpoint])
             assert layers[name] == pytest.approx(chord / path, rel=1e-6)
             chords, lengths = chords + chord, lengths + path
-    assert signals.straightness(store, [0, 1], endpoint) == pytest.approx(chords / lengths, rel=1e-6)
+    assert statistics.straightness(store, [0, 1], endpoint) == pytest.approx(chords / lengths, rel=1e-6)
     assert endpoint > 1 or chords / lengths == pytest.approx(1, rel=1e-6)
 
 
 def test_the_teachers_gain():
     val, arc = np.array([1.0, 41.0, 51.0, 49.0, 51.5]), np.array([4.0, 2.0, 0.0, 0.5])
-    assert signals.gain_per_arc(val, arc).tolist() == [10, 5, 0, 5]
-    assert signals.share_reached(val) == pytest.approx([0, 40 / 50.5, 50 / 50.5, 50 / 50.5, 1])
-    assert signals.share_reached(np.array([3.0, 2.0])).tolist() == [1, 1], "a teacher that learns nothing"
+    assert statistics.gain_per_arc(val, arc).tolist() == [10, 5, 0, 5]
+    assert statistics.share_reached(val) == pytest.approx([0, 40 / 50.5, 50 / 50.5, 50 / 50.5, 1])
+    assert statistics.share_reached(np.array([3.0, 2.0])).tolist() == [1, 1], "a teacher that learns nothing"
 
 
 def test_val_curves_are_averaged_and_must_be_there(store, tmp_path):
@@ -64,9 +64,9 @@ def test_val_curves_are_averaged_and_must_be_there(store, tmp_path):
         for v in val:
             writer.add(theta, {"val": v})
         writer.finish()
-    assert signals.val_curve(other, [0, 1]).tolist() == [2, 40]
+    assert statistics.val_curve(other, [0, 1]).tolist() == [2, 40]
     with pytest.raises(ValueError, match=r"without val R@mean per epoch.*distill.phases by hand"):
-        signals.val_curve(store, [0])
+        statistics.val_curve(store, [0])
 
 
 @pytest.mark.parametrize("trajectory", ["original", "shortcut"])
@@ -155,7 +155,7 @@ def test_a_probe_of_means_holds_one_gradient_a_start(make):
 
 @pytest.mark.parametrize("width", [1, 4, 100])
 def test_products_of_wide_rows_are_made_in_pieces(monkeypatch, width):
-    monkeypatch.setattr(signals, "COLUMNS", width)
+    monkeypatch.setattr(statistics, "COLUMNS", width)
     rows = torch.randn(4, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 3
     unit = rows / rows.norm(dim=1, keepdim=True)
     torch.testing.assert_close(cosine_matrix(rows), unit @ unit.T)

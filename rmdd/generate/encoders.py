@@ -24,8 +24,8 @@ from rmdd.core.seeding import generator
 from rmdd.core.storage import open_storage
 from rmdd.core.threads import torch_threads
 from rmdd.coresets.choice import Choice
-from rmdd.coresets.features import BLOCK, Items, Sides, column_rows, encode_blocks, in_space, save_block
 from rmdd.coresets.rows import DESCRIPTION, RowBlock, Rows, write_rows
+from rmdd.coresets.spaces import BLOCK, Items, Sides, column_rows, encode_blocks, in_space, save_block
 from rmdd.data.decode import decode_as
 from rmdd.data.images import normalise
 from rmdd.data.splits import read_rows
