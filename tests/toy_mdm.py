@@ -15,7 +15,7 @@ from rmdd.execution.in_turn import InTurn
 from rmdd.execution.parts import PartsHere
 from rmdd.experts.train import expert_model
 from rmdd.methods import method_of
-from rmdd.methods.mdm import MDM
+from rmdd.methods.mdm import MDM, MDMObjective
 from rmdd.pipeline import Pipeline
 
 PAIRS, ITERATIONS = 6, 7
