@@ -12,6 +12,7 @@ from rmdd.data.ingest import ingest
 from rmdd.data.shards import Dataset
 from rmdd.distill import phases
 from rmdd.distill.sets import save_set
+from rmdd.distill.starts import choose_records
 from rmdd.models.prepared import prepare_split
 from rmdd.runs.paths import RunPaths
 
@@ -39,7 +40,7 @@ def finished(tmp_path, **distill):
     train = prepare_split(run.data, run.model, Dataset.open(dataset.path), "train", places.cache)
     chosen = []
     for p, plan in enumerate(run.distill.phases):
-        records = phases.choose_records(p, plan.pairs, train, run.seed_of("distill"))
+        records = choose_records(p, plan.pairs, train, run.seed_of("distill"))
         write_json(places.phase(p) / "records.json", records)
         save_set(phases.initial(run, p, train, records), places.set(p, plan.iterations))
         chosen.append(records)

@@ -30,6 +30,7 @@ from rmdd.data.shards import Dataset
 from rmdd.data.splits import load_split
 from rmdd.evaluate import bootstrap
 from rmdd.evaluate.retrieval import Ranks
+from rmdd.runs.students import TrainStudent
 from rmdd.searches.formats import verify
 
 QUIET = Progress(quiet=True)
@@ -311,14 +312,14 @@ def test_a_student_that_diverges_counts_as_nothing_and_an_error_stops_no_other_r
     compared = rmdd.compare([f"wild={tmp_path / 'wild'}", one], protocol(storage), progress=QUIET)
     assert compared.rows[0]["students"] == [0.0] * 3 and "3 of 3 students diverged" in compared.rows[0]["remarks"][0]
 
-    work = engine.student
+    work = TrainStudent.__call__
 
-    def fails(item, hooks):
+    def fails(self, item, hooks):
         if item.run.student_temperature == 0.3:
             raise OSError("a disk that is gone")
-        return work(item, hooks)
+        return work(self, item, hooks)
 
-    monkeypatch.setattr(engine, "student", fails)
+    monkeypatch.setattr(TrainStudent, "__call__", fails)
     result = CliRunner().invoke(cli.app, ["compare", str(one), f"second={two}", "--json", "--quiet"])
     assert result.exit_code == 1 and "1 of 2 rows failed" in result.stderr
     rows = json.loads(result.stdout)["rows"]
