@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmdd.config.budget import pair_parameters
+from rmdd.config.upgrade import upgraded
 from rmdd.core.checks import DiskCheck, Format
 from rmdd.core.files import atomic_path, read_json, sha256_file, temporary_beside, write_json
 from rmdd.core.tensors import Damaged, joined, load_checked, parted
@@ -206,6 +207,8 @@ class DistilledSet:
             for name, sha256 in info["sha256"].items():
                 _check_bytes(path / name, sha256)
             tensors = _read_tensors(path / TENSORS, info["schema_version"])
+            if info["schema_version"] == 1:
+                info["config"] = upgraded(info["config"])
             _check_tensors(path, tensors, info["tensors"])
             rows, named = _read_captions(path / CAPTIONS), parted(tensors)
             return cls(

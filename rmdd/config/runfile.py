@@ -19,11 +19,11 @@ S = TypeVar("S", bound="Section")
 
 MOVED: dict[str, str] = {
     "experts.gang": "experts.worker_group",
-    "distill.blend": "distill.options.blend (method: repblend)",
-    "distill.anchors": "distill.options.anchors (method: mct)",
-    "distill.smooth_anchors": "distill.options.smooth_anchors (method: mct)",
-    "distill.start_points": "distill.options.start_points (method: mct)",
-    "distill.ranges": "distill.options.ranges (method: amd)",
+    "distill.blend": "distill.options.blend (method: repblend; take it out with others)",
+    "distill.anchors": "distill.options.anchors (method: mct; take it out with others)",
+    "distill.smooth_anchors": "distill.options.smooth_anchors (method: mct; take it out with others)",
+    "distill.start_points": "distill.options.start_points (method: mct; take it out with others)",
+    "distill.ranges": "distill.options.ranges (method: amd; take it out with others)",
     "distill.starts": "method: amd, which draws a start for each tower",
     "distill.rate_branches": "distill.options.rate_branches (method: lors, and those derived from it)",
 }
@@ -200,7 +200,10 @@ def filled(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any
     return out
 
 
-def validate(kind: type[S], raw: dict[str, Any]) -> tuple[S | None, list[str]]:
+KEYS = "`rmdd init` writes every key with its meaning"
+
+
+def validate(kind: type[S], raw: dict[str, Any], listed_by: str = KEYS) -> tuple[S | None, list[str]]:
     """`raw` as a section, and every mistake in it.
 
     Fields are checked against each other only where all can be read. So those that cannot are left out, and what
@@ -213,7 +216,7 @@ def validate(kind: type[S], raw: dict[str, Any]) -> tuple[S | None, list[str]]:
         try:
             value = kind.model_validate(raw, context=clashes)
         except ValidationError as error:
-            mistakes += [] if broken else [_mistake(e) for e in error.errors()]
+            mistakes += [] if broken else [_mistake(e, listed_by) for e in error.errors()]
             left_out = _without(raw, [e["loc"] for e in error.errors()])
             if not left_out:
                 return None, mistakes
@@ -223,8 +226,8 @@ def validate(kind: type[S], raw: dict[str, Any]) -> tuple[S | None, list[str]]:
         return (None if mistakes else value), mistakes
 
 
-def _mistake(error: Any) -> str:
-    """One line for one of pydantic's errors: the field, what is wrong, what was found."""
+def _mistake(error: Any, listed_by: str) -> str:
+    """One line for one of pydantic's errors: the field, what is wrong, what was found; `listed_by` lists the keys."""
     # pydantic also names the member of a union that it tried, such as `str`
     place = error["loc"]
     if place[:2] == ("evaluate", "probes"):  # what is at the fourth place is the kind, by which a union is told apart
@@ -233,7 +236,7 @@ def _mistake(error: Any) -> str:
     if where in MOVED:
         return f"{where}: moved to {MOVED[where]}"
     if error["type"] == "extra_forbidden":
-        return f"{where}: unknown key; `rmdd init` writes every key with its meaning"
+        return f"{where}: unknown key; {listed_by}"
     message = error["msg"].removeprefix("Value error, ")
     shown = (
         ""

@@ -90,10 +90,9 @@ class BaseMethod:
     @classmethod
     def mistakes(cls, run: config.Run) -> list[str]:
         """What is wrong with a run of this method: its options, then `clashes`."""
-        options, wrong = validate(cls.Options, dict(run.distill.options))
-        listed = f"`rmdd methods {run.distill.method}` lists them"
-        told = [f"distill.options.{w}".replace("`rmdd init` writes every key with its meaning", listed) for w in wrong]
-        return told + ([] if options is None else cls.clashes(run))
+        listed_by = f"`rmdd methods {run.distill.method}` lists them"
+        options, wrong = validate(cls.Options, dict(run.distill.options), listed_by)
+        return [f"distill.options.{line}" for line in wrong] + ([] if options is None else cls.clashes(run))
 
     @classmethod
     def clashes(cls, run: config.Run) -> list[str]:

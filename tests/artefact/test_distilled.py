@@ -191,9 +191,19 @@ def test_a_set_of_schema_version_1_is_read(saved):
     """Its tensors have the same names, in a file without metadata."""
     new, file = rmdd.load(saved), saved / "tensors.safetensors"
     save_file(load_file(file), file)
-    edit(saved, lambda info: info.update(schema_version=1, sha256=info["sha256"] | {file.name: sha256_file(file)}))
+    fields = {"distill": {"method": "repblend", "blend": 0.5, "anchors": 2}, "experts": {"gang": {"workers": 2}}}
+    edit(
+        saved,
+        lambda info: info.update(
+            schema_version=1, config=fields, sha256=info["sha256"] | {file.name: sha256_file(file)}
+        ),
+    )
     old = rmdd.load(saved)
-    assert old.num_pairs == new.num_pairs and old.config == new.config
+    assert old.num_pairs == new.num_pairs
+    distill = {"method": "repblend", "options": {"blend": 0.5}}
+    assert old.config == {"distill": distill, "experts": {"worker_group": {"workers": 2}}}, (
+        "fields are where they are now"
+    )
     for mine, its in zip(old.subsets, new.subsets, strict=True):
         assert mine.tensors().keys() == its.tensors().keys() and mine.alpha == its.alpha
         assert all(torch.equal(t, its.tensors()[name]) for name, t in mine.tensors().items())
