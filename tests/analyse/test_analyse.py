@@ -129,6 +129,11 @@ def test_a_cell_of_the_collapse_is_one_phase_with_the_whole_budget():
 
 
 ONE = ["distill.phases.1.start=0", "distill.phases.1.stop=1"]
+OTHER_METHOD = [
+    f"distill.phases={json.dumps([PHASES[0], PHASES[1] | {'start': 0, 'stop': 1}])}",
+    "distill.similarity.kind=full",
+    "experts.keep=all",
+]
 
 
 @pytest.mark.parametrize(
@@ -137,8 +142,8 @@ ONE = ["distill.phases.1.start=0", "distill.phases.1.stop=1"]
         ["distill.match_epochs=2", *ONE],
         ["distill.start_rule=inclusive", "distill.phases.0.endpoint=3", *ONE],
         ["distill.endpoint_rule=exclusive", "distill.phases.0.endpoint=3", "distill.phases.1.endpoint=4"],
-        ["distill.method=mct", "distill.trajectory=shortcut", *ONE],
-        ["distill.method=mct", "distill.options.anchors=3", *ONE],
+        ["distill.method=mct", "distill.trajectory=shortcut", *OTHER_METHOD],
+        ["distill.method=mct", "distill.options.anchors=3", *OTHER_METHOD],
     ],
 )
 def test_the_starts_of_a_cell_are_its_own_whatever_the_run_draws(sets):
@@ -182,7 +187,8 @@ def test_tables_of_phases():
     original = load("runs", "distill.trajectory=original")
     assert list(table_settings(original.distill, EPOCHS, "shift")[0]) == ["as given", "ranges not shifted"]
     apart = json.dumps([PHASES[0] | {"start_text": 0, "stop_text": 1}, PHASES[1]])
-    independent = load("runs", f"distill.phases={apart}", "distill.method=amd", "distill.options.ranges=stated")
+    of_amd = ["distill.method=amd", "distill.options.ranges=stated", "distill.similarity.kind=full"]
+    independent = load("runs", f"distill.phases={apart}", *of_amd)
     moved, _ = table_settings(independent.distill, EPOCHS, "delta")
     assert [(p["start_text"], p["stop_text"]) for p in moved["delta 1"]] == [(0, 1), (1, 2)]
 
