@@ -121,7 +121,8 @@ class Call:
                 if isinstance(line, str):
                     typer.echo(line)
                 else:
-                    stdout().print(line, highlight=False, soft_wrap=False if output.wrap or self.more else None)
+                    wrap = False if output.wrap or self.more else None
+                    stdout().print(line, highlight=False, markup=False, soft_wrap=wrap)
         if output.failed is not None:
             raise output.failed
 

@@ -117,7 +117,7 @@ def _facts(facts: Mapping[str, Any]) -> Table:
     splits = data["counts"].items()
     counts = ", ".join(f"{split} {images:,} images / {captions:,} captions" for split, (images, captions) in splits)
     grid = Table.grid(padding=(0, 2))
-    rows = {
+    rows: dict[str, RenderableType] = {
         "run": f"{facts['run']}",
         "data": f"{counts} ({data['origin']})",
         "trained": f"image {model['image']:,} + text {model['text']:,} parameters; frozen {model['frozen']:,}; "
@@ -138,7 +138,7 @@ def _facts(facts: Mapping[str, Any]) -> Table:
         fields, trials = len(tried["fields"]), tried["trials"]
         rows["search"] = f"{fields} fields, {trials} trials, at most {trials} times {cost}"
     if pay["over"]:
-        rows["budget"] = f"[bold red]{pay['over']}[/]"
+        rows["budget"] = Text(pay["over"], style="bold red")
     for name, text in rows.items():
         grid.add_row(name, text)
     return grid

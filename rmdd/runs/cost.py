@@ -307,8 +307,9 @@ def known_counts(data: config.Data) -> tuple[Counts, str]:
     if data.source == "dataset":
         stored = Dataset.open(data.root or "").counts
         return {k: (c["pairs"], c["captions"]) for k, c in stored.items()}, "from the dataset"
-    if data.layout is not None and not input_path(data.root).is_dir():
-        return limited(PUBLISHED_COUNTS[data.layout], data), f"published; data.root {data.root} is not there"
+    known = "textcaps" if data.source == "textcaps" else data.layout
+    if known is not None and not input_path(data.root).is_dir():
+        return limited(PUBLISHED_COUNTS[known], data), f"published; data.root {data.root} is not there"
     source = sources.find(data)
     if isinstance(source, SampleSource):
         files = source.files(data)

@@ -283,7 +283,7 @@ def _questions(
     if trained_on is not None:
         both = sum(vqa.picture(pair_id) in trained_on for pair_id in split.pair_ids)
         facts["overlap"] = {"pictures": both, "share": both / len(split)}
-    if data.layout == "textcaps" and data.annotations is None and probe.split == "test":
+    if "textcaps" in (data.source, data.layout) and data.annotations is None and probe.split == "test":
         facts["note"] = textcaps.NOTE
     return {"split": probe.split, "captions": data.captions.model_dump(), "limit": data.eval_limit}, facts
 

@@ -49,7 +49,7 @@ def test_a_file_that_cannot_be_read_is_named_with_its_line(released, file, text,
         cocoqa.read(data_of(released), "test")
 
 
-def sampled_questions_are_drawn_by_their_seed(root):
+def test_sampled_questions_are_drawn_by_their_seed(root):
     formats.cocoqa(root / "elsewhere", TRAIN, [(f"what {i}", "dog", i, 0) for i in range(40)])
     drawn = [
         [q.line for q in cocoqa.sampled_questions(data_of(root, folder="elsewhere", questions=8, seed=s))]

@@ -64,4 +64,6 @@ def test_other_files_are_named(released, content, words):
 
 
 def test_its_size_is_known_before_it_is_there(tmp_path):
-    assert known_counts(data_of(tmp_path / "absent"))[0]["test"] == (3166, 15830)
+    absent = data_of(tmp_path / "absent")
+    for data in (absent, config.Data(source="textcaps", root=absent.root)):
+        assert known_counts(data)[0]["test"] == (3166, 15830)
