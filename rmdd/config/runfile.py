@@ -24,7 +24,7 @@ MOVED: dict[str, str] = {
     "distill.smooth_anchors": "distill.options.smooth_anchors (method: mct; take it out with others)",
     "distill.start_points": "distill.options.start_points (method: mct; take it out with others)",
     "distill.ranges": "distill.options.ranges (method: amd; take it out with others)",
-    "distill.starts": "method: amd, which draws a start for each tower",
+    "distill.starts": "distill.options.starts (method: amd; take it out with others)",
     "distill.rate_branches": "distill.options.rate_branches (method: lors, and those derived from it)",
 }
 """Fields of older run files, and where each is now: the place to write it, for the message that names it."""

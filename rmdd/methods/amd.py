@@ -29,19 +29,25 @@ _logger = logging.getLogger(__name__)
 
 class AMD(LoRS):
     class Options(LoRS.Options):
+        starts: Literal["independent", "together"] = Field(
+            "independent", description="independent: a start epoch for each tower; together: one for both"
+        )
         ranges: Literal["drift", "stated"] = Field(
             "drift", description="drift finds each tower's range of starts from the experts"
         )
 
     options: Options
-    apart: ClassVar[bool] = True
-    plain_options: ClassVar[dict[str, Any]] = {"ranges": "stated"}
+    plain_options: ClassVar[dict[str, Any]] = {"ranges": "stated", "starts": "together"}
     card = "ICLR 2026"
     verified = (
         "ranges of planted drifts, prototypes and steps equal slow float64 ones; as LoRS on emoji. "
         "Open: published figures"
     )
     defaults = filled({"distill": {"init": "prototypes"}}, LoRS.defaults)
+
+    @classmethod
+    def starts_apart(cls, rule: config.Distill) -> bool:
+        return (rule.options_as(cls.Options) or cls.Options()).starts == "independent"
 
     @classmethod
     def states_ranges(cls, rule: config.Distill) -> bool:
@@ -52,6 +58,10 @@ class AMD(LoRS):
         mistakes, rule = super().clashes(run), run.distill
         if cls.states_ranges(rule):
             return mistakes
+        if not cls.starts_apart(rule):
+            mistakes.append(
+                "distill.options.ranges: drift gives each tower its own range; set distill.options.starts: independent"
+            )
         if rule.start_rule == "inclusive":
             mistakes.append(
                 "distill.options.ranges: drift finds whole epochs, ends included; set distill.start_rule: exclusive"

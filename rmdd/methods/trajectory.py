@@ -37,8 +37,6 @@ class Method(BaseMethod):
     unrolls: ClassVar[bool] = True
     learns_rates: ClassVar[bool] = True
     phase_fields: ClassVar[tuple[str, ...]] = tuple(config.Phase.model_fields)
-    apart: ClassVar[bool] = False
-    """Whether each tower starts at an epoch of its own."""
     grows: ClassVar[bool] = False
     """Whether the range of starts grows while a set is distilled."""
 
@@ -49,6 +47,11 @@ class Method(BaseMethod):
     @classmethod
     def real_starts(cls, rule: config.Distill) -> bool:
         return rule.plan.kind == "adaptive"
+
+    @classmethod
+    def starts_apart(cls, rule: config.Distill) -> bool:
+        """Whether each tower starts at an epoch of its own."""
+        return False
 
     @classmethod
     def states_ranges(cls, rule: config.Distill) -> bool:
@@ -136,8 +139,8 @@ class Method(BaseMethod):
         self, phase: int, iteration: int, experts: int, ranges: Mapping[str, tuple[int | float, int | float]]
     ) -> Draw:
         """Everything random about one outer iteration."""
-        real = self.real_starts(self.rule)
-        return phases.draw(self.rule, phase, iteration, experts, self.seed, ranges, real=real, apart=self.apart)
+        real, apart = self.real_starts(self.rule), self.starts_apart(self.rule)
+        return phases.draw(self.rule, phase, iteration, experts, self.seed, ranges, real=real, apart=apart)
 
     def student_loss(self, model: DualEncoder, drawn: Draw) -> StudentLoss:
         """The loss of one inner step, as a function of the parameters."""
@@ -172,8 +175,11 @@ def _of_phases(method: type[Method], rule: config.Distill) -> list[str]:
         for tower, (start, stop) in phase.ranges.items():
             if start >= stop + (rule.start_rule == "inclusive"):
                 mistakes.append(f"{this}: {tower} start range [{start}, {stop}) is empty; raise stop")
-        if not method.apart and (phase.start_text is not None or phase.stop_text is not None):
-            mistakes.append(f"{this}: start_text and stop_text need a start for each tower; set distill.method: amd")
+        if not method.starts_apart(rule) and (phase.start_text is not None or phase.stop_text is not None):
+            mistakes.append(
+                f"{this}: start_text and stop_text need a start for each tower; set distill.method: amd, and its "
+                "options.starts: independent"
+            )
         if not method.grows and phase.grow_from is not None:
             mistakes.append(f"{this}: grow_from and grow_until need a range that grows; set distill.method: datm")
         if rule.trajectory == "shortcut" and method.states_ranges(rule) and rule.reach(phase) > limit:
@@ -202,8 +208,10 @@ def _cannot_plan(method: type[Method], rule: config.Distill) -> list[str]:
     mistakes = []
     if rule.trajectory == "convexified":
         mistakes.append(f"{word} chooses endpoints, which a convexified path has not; set trajectory: shortcut")
-    if method.apart:
-        mistakes.append(f"{word} plans one range for both towers, and {rule.method} draws from two; list them")
+    if method.starts_apart(rule) or not method.states_ranges(rule):
+        mistakes.append(
+            f"{word} plans one range for both towers; set distill.options to {{starts: together, ranges: stated}}"
+        )
     if rule.plan.kind == "adaptive" and (rule.trajectory, rule.endpoint_rule) != ("shortcut", "inclusive"):
         mistakes.append(f"{word} moves along a straight path; set trajectory: shortcut, endpoint_rule: inclusive")
     return mistakes

@@ -144,6 +144,7 @@ OTHER_METHOD = [
         ["distill.endpoint_rule=exclusive", "distill.phases.0.endpoint=3", "distill.phases.1.endpoint=4"],
         ["distill.method=mct", "distill.trajectory=shortcut", *OTHER_METHOD],
         ["distill.method=mct", "distill.options.anchors=3", *OTHER_METHOD],
+        ["distill.method=amd", *OTHER_METHOD],
     ],
 )
 def test_the_starts_of_a_cell_are_its_own_whatever_the_run_draws(sets):

@@ -224,7 +224,8 @@ def test_variants_differ_from_lors_where_they_should(name):
         same, options = {"rate_branches": "same"}, {"anchors": 2, "smooth_anchors": False, "start_points": "continuous"}
         assert (run.distill.trajectory, run.distill.options) == ("convexified", same | options)
     if method == "amd":
-        assert (run.distill.options["ranges"], run.distill.init) == ("drift", "prototypes")
+        options = run.distill.options
+        assert (options["starts"], options["ranges"], run.distill.init) == ("independent", "drift", "prototypes")
 
 
 @pytest.mark.parametrize("name", EMOJI)

@@ -8,6 +8,7 @@ import toy
 from slow import assert_equals_slow, plain_loss, two_passes, wbce
 from toy import EPOCHS, method_run
 
+from rmdd import config
 from rmdd.data.images import normalise
 from rmdd.data.shards import Dataset
 from rmdd.data.splits import Split
@@ -90,6 +91,36 @@ def test_starts_are_independent_and_reproducible(make):
     assert min(counts) > 250, "each of the six about 333 times"
     again = matcher.draw(11)
     assert (again.start, again.start_text) == tuple(starts[11])
+
+
+def test_starts_together_are_the_image_towers(make):
+    plan = {"pairs": 6, "start": 0, "stop": 3, "endpoint": EPOCHS, "iterations": 4}
+    both, own = (
+        make(method_run("amd", options={"ranges": "stated", "starts": starts}, phases=[plan])).matcher
+        for starts in ("together", "independent")
+    )
+    drawn = [(both.draw(i), own.draw(i)) for i in range(30)]
+    assert all(d.start == d.start_text == alone.start for d, alone in drawn)
+    assert any(alone.start != alone.start_text for _, alone in drawn)
+
+
+def test_phases_are_planned_for_starts_together_of_stated_ranges():
+    options = {"starts": "together", "ranges": "stated"}
+    assert method_run("amd", options=options, phases="auto").distill.plan.kind == "auto"
+    for name, value in options.items():
+        with pytest.raises(config.ConfigError, match="plans one range"):
+            method_run("amd", options={name: value}, phases="auto")
+
+
+def test_ranges_found_from_drift_need_starts_of_their_own():
+    with pytest.raises(config.ConfigError, match="set distill.options.starts: independent"):
+        method_run("amd", options={"starts": "together"})
+
+
+def test_a_range_of_the_text_tower_needs_starts_of_its_own():
+    plan = {"pairs": 6, "stop": 2, "stop_text": 3, "endpoint": EPOCHS, "iterations": 4}
+    with pytest.raises(config.ConfigError, match="start_text and stop_text need a start for each tower"):
+        method_run("amd", options={"starts": "together", "ranges": "stated"}, phases=[plan])
 
 
 def test_each_tower_starts_at_an_epoch_of_its_own(make):

@@ -124,13 +124,15 @@ def test_principal_components_are_those_of_the_covariance():
 
 
 @pytest.mark.parametrize("trajectory", ["original", "shortcut"])
-@pytest.mark.parametrize("method", ["mct", "ptm_st"])
-def test_every_draw_of_a_probed_run_lies_on_its_path(make, trajectory, method):
+@pytest.mark.parametrize(("method", "options"), [("mct", {}), ("ptm_st", {}), ("amd", {"ranges": "stated"})])
+def test_every_draw_of_a_probed_run_lies_on_its_path(make, trajectory, method, options):
     """Whatever the starts of the run itself; the engine is settled with a draw."""
-    run = method_run(method, trajectory="shortcut", start_rule="inclusive", steps=2)
+    run = method_run(method, trajectory="shortcut", start_rule="inclusive", steps=2, options=options)
     made = make(probing(run, EPOCHS, trajectory, PAIRS))
     for i in range(20):
-        made.matcher.segment(made.matcher.draw(i))
+        drawn = made.matcher.draw(i)
+        assert drawn.start == drawn.start_text
+        made.matcher.segment(drawn)
     assert torch.isfinite(probe(made.matcher, made.begun, [0, 2], experts=1).images).all()
 
 
