@@ -138,7 +138,7 @@ class CovMatch(DistributionMethod):
         return Effort(draws * (real + twice), draws * pairs, at_once, trained=real, models=4)
 
     def objective(
-        self, phase: int, store: Store, train: PreparedSplit, model: DualEncoder, device: torch.device
+        self, phase: int, store: Store | None, train: PreparedSplit, model: DualEncoder, device: torch.device
     ) -> CovarianceMatching:
         tower = TokenTower(self.run.model.text, device) if self.options.texts == "tokens" else None
         online = Online(model.image_tower, tower, train.texts.shape[1], self.options.head_width or self.run.model.width)
