@@ -29,10 +29,10 @@ def check(source: Source, set_: Sets = None) -> Output:
     """Say what a run would do and cost; touch nothing."""
     run = load(source, set_ or [])
     from rmdd.evaluate.probes.of_run import faults
-    from rmdd.runs.preflight import examine
+    from rmdd.runs.preflight import examine, storage_faults
     from rmdd.searches import facts_of
 
-    if mistakes := faults(run.data, run.evaluate.probes):
+    if mistakes := storage_faults(run) + faults(run.data, run.evaluate.probes):
         raise config.ConfigError(mistakes, source)
     try:
         facts = examine(run, facts_of(run))

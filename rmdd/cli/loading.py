@@ -6,7 +6,8 @@ from typing import Any
 import yaml
 
 from rmdd import config
-from rmdd.core.storage import is_uri, located, run_folder
+from rmdd.core.layout import located
+from rmdd.core.storage import is_uri, run_folder
 from rmdd.runs.absolute import with_absolute_paths
 
 
@@ -20,7 +21,10 @@ def load(source: str | Mapping[str, Any], sets: list[str]) -> config.Run:
 
 
 def load_folder(address: str) -> config.Run:
-    """The run that was begun in a folder, or at a URI."""
+    """The run that was begun in a folder, or at a URI.
+
+    Raises `ConfigError` for what is no folder of a run, `ValueError` where the storage has another layout.
+    """
     storage, file = located(address, "run.yaml", depth=1)
     if not file.is_file():
         absent = not is_uri(address) and not file.parent.is_dir()

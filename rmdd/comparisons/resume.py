@@ -9,13 +9,13 @@ from rmdd.comparisons.compare import Comparison
 from rmdd.comparisons.entries import open_entries
 from rmdd.comparisons.transfer import Transfer
 from rmdd.core.files import read_json
-from rmdd.core.storage import located
+from rmdd.core.layout import located
 
 
 def begun_in(place: Path | str) -> Comparison | Transfer | None:
     """What was begun in a folder or at a URI, also in a storage that was moved; None where that is no comparison.
 
-    Raises `ConfigError` when the sets are not there any more.
+    Raises `ConfigError` when the sets are not there any more, `ValueError` when the storage has another layout.
     """
     storage, file = located(str(place), "comparison.json", depth=2)
     if not file.is_file():

@@ -1,28 +1,67 @@
 """The layout of the files in a storage: a number in its `storage.json`, written when the storage is first used.
 
-A storage of another layout is refused before anything in it is read or written.
+A storage of another layout is refused before anything in it is parsed or written.
 """
 
-from rmdd.core.files import read_json, write_json
-from rmdd.core.storage import Storage
+import json
+import re
+from pathlib import Path
+
+from rmdd import config
+from rmdd.core.files import write_json
+from rmdd.core.storage import Storage, is_uri, open_storage
 
 LAYOUT = 2
 """Raised when a release cannot read what the one before it wrote. Storages of layout 1 have no `storage.json`."""
 
 FILE = "storage.json"
+COPIED = f"or, if you copied folders of a newer storage, copy its {FILE} too"
+
+
+def layout_of(storage: Storage, used: bool = False) -> int | None:
+    """The number of its layout; None where nothing was stored yet. `used`: there are results. Nothing is written."""
+    path = storage.root / FILE
+    content = storage.read(path)
+    if content is None and (used or storage.has_results()):
+        content = storage.read(path) or b"{}"  # another process may have begun: it writes this file before any result
+    return None if content is None else json.loads(content).get("layout", 1)
+
+
+def check_layout(storage: Storage, used: bool = False) -> None:
+    """Raise `ValueError` when the storage has another layout. Nothing is written."""
+    layout = layout_of(storage, used)
+    if layout in (None, LAYOUT):
+        return
+    advice = ["set runtime.storage to another folder or URI", "or go on with the release of rmdd that wrote it"]
+    raise ValueError(
+        f"this release of rmdd reads storages of layout {LAYOUT}, and {storage.address(storage.root)} has layout "
+        f"{layout}; {', '.join([*advice, COPIED] if layout == 1 else advice)}; the distilled sets in it still load "
+        "with rmdd.load"
+    )
 
 
 def require_layout(storage: Storage) -> None:
     """Raise `ValueError` when the storage has another layout; write its number into a storage without results."""
-    path, used = storage.root / FILE, storage.has_results()  # in this order: the file is written before any result
-    storage.fetch(path)
-    if not path.is_file() and not used:
-        write_json(path, {"layout": LAYOUT})
-        return
-    layout = read_json(path).get("layout") if path.is_file() else 1
-    if layout != LAYOUT:
-        raise ValueError(
-            f"this release of rmdd reads storages of layout {LAYOUT}, and {storage.address(storage.root)} has layout "
-            f"{layout}; set runtime.storage to another folder or URI, or go on with the release of rmdd that wrote it; "
-            "the distilled sets in it still load with rmdd.load"
-        )
+    check_layout(storage)
+    if storage.read(storage.root / FILE) is None:
+        write_json(storage.root / FILE, {"layout": LAYOUT})
+
+
+def located(address: str, name: str, depth: int) -> tuple[str, Path]:
+    """The storage that `address`, a folder or a URI, lies `depth` levels in, and its file `name`, fetched if there.
+
+    Raises `ValueError` when the file is there and the storage has another layout.
+    """
+    if not is_uri(address):
+        folder = Path(address).absolute()
+        opened, file = Storage(folder.parents[depth - 1]), folder / name
+    else:
+        uri, *names = address.rstrip("/").rsplit("/", depth)
+        if not re.fullmatch(r".+://.*[^/]", uri):
+            return address, Path(address) / name
+        opened = open_storage(config.load({"runtime": {"storage": uri}}).runtime)
+        file = opened.root.joinpath(*names, name)
+        opened.fetch(file)
+    if file.is_file():
+        check_layout(opened, used=True)
+    return opened.address(opened.root), file

@@ -57,6 +57,14 @@ class Storage:
         """Whether experts, phases or runs lie in it."""
         return any(next(self.root.glob(pattern), None) for pattern in RESULTS)
 
+    def read(self, path: Path) -> bytes | None:
+        """What the storage holds at `path`; None where that is no file. Nothing is written, not here either."""
+        with clearly(self.root):
+            try:
+                return path.read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
     def address(self, path: Path) -> str:
         """How a person names `path`."""
         return str(path)
@@ -202,7 +210,12 @@ class Mirror(Storage):
         self.remote.sweep()
 
     def has_results(self) -> bool:
-        return any(PurePosixPath(name).match(pattern) for name in self.remote.list("") for pattern in RESULTS)
+        paths = [PurePosixPath(name) for name in self.remote.list("")]
+        # `match` looks from the right: without the number of parts, files of a storage inside this one match too
+        return any(p.match(r) and len(p.parts) == r.count("/") + 1 for p in paths for r in RESULTS)
+
+    def read(self, path: Path) -> bytes | None:
+        return self.remote.read(self._name(path))
 
     def _upload(self, path: Path) -> None:
         _date(path, self.remote.upload(path, self._name(path)))
@@ -292,20 +305,6 @@ def _scratch(runtime: config.Runtime) -> Path:
     if os.access(next(p for p in (home, *home.parents) if p.exists()), os.W_OK):
         return home / "rmdd"
     return Path(tempfile.gettempdir()) / f"rmdd-{os.getuid()}"
-
-
-def located(address: str, name: str, depth: int) -> tuple[str, Path]:
-    """The storage that `address`, a folder or a URI, lies `depth` levels in, and its file `name`, fetched if there."""
-    if not is_uri(address):
-        folder = Path(address).absolute()
-        return str(folder.parents[depth - 1]), folder / name
-    storage, *names = address.rstrip("/").rsplit("/", depth)
-    if not re.fullmatch(r".+://.*[^/]", storage):
-        return address, Path(address) / name
-    opened = open_storage(config.load({"runtime": {"storage": storage}}).runtime)
-    file = opened.root.joinpath(*names, name)
-    opened.fetch(file)
-    return storage, file
 
 
 def open_storage(runtime: config.Runtime) -> Storage:

@@ -8,7 +8,8 @@ from typing import Any
 from rmdd import config, methods
 from rmdd.config import budget
 from rmdd.core.files import read_json
-from rmdd.core.storage import run_folder
+from rmdd.core.layout import check_layout
+from rmdd.core.storage import open_storage, run_folder
 from rmdd.data.shards import MANIFEST, Dataset
 from rmdd.distill.trajectory.planning import PLAN, foreseen, over_budget, with_phases, without_a_phase
 from rmdd.evaluate.probes import of_run as probes
@@ -39,6 +40,16 @@ def impossible(run: config.Run) -> list[str]:
     except ValueError as error:
         mistakes.append(str(error))
     return mistakes + probes.faults(run.data, run.evaluate.probes) + methods.method_of(run).faults()
+
+
+def storage_faults(run: config.Run) -> list[str]:
+    """Whether the storage has another layout, where it can be reached. Nothing is written."""
+    with contextlib.suppress(OSError):
+        try:
+            check_layout(open_storage(run.runtime))
+        except ValueError as error:
+            return [str(error)]
+    return []
 
 
 def examine(run: config.Run, search: dict[str, Any] | None = None) -> dict[str, Any]:

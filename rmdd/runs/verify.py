@@ -13,6 +13,7 @@ from rmdd import config
 from rmdd.artefact import distilled
 from rmdd.core.checks import DiskCheck, Findings, Format
 from rmdd.core.files import is_temporary, read_json
+from rmdd.core.layout import COPIED, LAYOUT, layout_of
 from rmdd.core.storage import Mirror, Storage, is_uri
 from rmdd.coresets import subset
 from rmdd.data import shards
@@ -23,6 +24,8 @@ from rmdd.experts import store
 
 COLLECTIONS = ("sweeps", "searches", "comparisons")
 """Folders of a storage whose members belong to other folders of it."""
+LAID_OUT = ("*", "sweeps/*", "searches/*")
+"""Where runs, sweeps and searches lie, whose run files a release reads in its own layout alone."""
 REMADE = "delete it and resume the {}: it is made anew"
 
 
@@ -52,12 +55,13 @@ def _walk(path: Path, formats: Sequence[Format], check: DiskCheck) -> Findings:
     surest_first = sorted(formats, key=lambda f: len(f.markers))
     own = next((f for f in surest_first if any((path / name).is_file() for name in f.markers)), None)
     if own is not None:
-        own.check(path, check)
+        if own.within not in LAID_OUT or _readable(path.parents[own.within.count("/")], check, used=True):
+            own.check(path, check)
     elif phases := folders(path, "phase-*"):
         for each in phases:
             loop.verify(each, check)
     elif any((path / name).is_dir() for name in ("data", "experts", "phases")):
-        for form in formats:
+        for form in formats if _readable(path, check) else ():
             _ask(form, path, check)
     elif not path.exists():
         raise ValueError(f"there is no {check.storage.address(path)}; give a folder that rmdd wrote, or its URI")
@@ -68,6 +72,18 @@ def _walk(path: Path, formats: Sequence[Format], check: DiskCheck) -> Findings:
             "give one of these"
         )
     return check.findings
+
+
+def _readable(root: Path, check: DiskCheck, used: bool = False) -> bool:
+    """Whether the storage has the layout of this release; another one is the one fault of all in it."""
+    storage = check.storage if check.storage.root == root else Storage(root)
+    layout = layout_of(storage, used)
+    if layout in (None, LAYOUT):
+        return True
+    wrong = f"has layout {layout}, and this release of rmdd reads layout {LAYOUT}"
+    advice = "verify it with the release that wrote it"
+    check.fault(root, wrong, f"{advice}, {COPIED}" if layout == 1 else advice)
+    return False
 
 
 def _ask(each: Format, storage: Path, check: DiskCheck) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 from rmdd import config
 from rmdd.config.hashing import hashed
 from rmdd.core.files import read_json, write_json
+from rmdd.core.layout import located
 from rmdd.core.locks import held
 from rmdd.core.progress import Progress
-from rmdd.core.storage import located, open_storage, root_of
+from rmdd.core.storage import open_storage, root_of
 from rmdd.execution.backend import hold_folders, open_backend
 from rmdd.execution.tasks import Values
 from rmdd.models.text import text_width

@@ -19,8 +19,9 @@ import yaml
 from rmdd import config
 from rmdd.config.runfile import parse
 from rmdd.core.files import read_json, write_json
+from rmdd.core.layout import located
 from rmdd.core.progress import Progress, Stage
-from rmdd.core.storage import address_of, located, root_of, run_folder
+from rmdd.core.storage import address_of, root_of, run_folder
 from rmdd.execution.backend import hold_folders, open_backend
 from rmdd.execution.scheduler import SweepScheduler, collect_errors
 from rmdd.pipeline import Pipeline

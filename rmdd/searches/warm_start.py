@@ -9,7 +9,7 @@ import yaml
 
 from rmdd import config
 from rmdd.core.files import read_json
-from rmdd.core.storage import located
+from rmdd.core.layout import located
 from rmdd.searches.space import Space
 
 COMPARED = ("data", "evaluate")
@@ -31,12 +31,16 @@ def earlier_trials(search: config.Search, hashes: Mapping[str, str], name: str) 
 
     `hashes` are those of the run's sections in `COMPARED`; other fields of the trials may differ from the run's: they
     show a sampler where to look, and are no results of the new search. Raises `ConfigError`, naming the run `name`,
-    for a folder that holds no search, or one over other data or another evaluation.
+    for a folder that holds no search, one of another layout, or one over other data or another evaluation.
     """
     trials: list[EarlierTrial] = []
     mistakes = []
     for source in search.warm_start:
-        _, file = located(source, "results.json", depth=2)
+        try:
+            _, file = located(source, "results.json", depth=2)
+        except ValueError as error:
+            mistakes.append(f"search.warm_start: leave {source} out: {error}")
+            continue
         if not file.is_file():
             mistakes.append(f"search.warm_start: no results.json in {source}; give the folder of a search that ran")
             continue

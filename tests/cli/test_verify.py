@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 
 from rmdd import config
 from rmdd.cli import app as cli
+from rmdd.core.files import write_json
+from rmdd.core.layout import FILE, LAYOUT
 from rmdd.data.ingest import ingest
 from rmdd.experts.store import Store, Writer
 from rmdd.searches.formats import verify
@@ -31,6 +33,7 @@ def whole(tmp_path_factory, store):
     ingest(config.Data(scenes=scenes, image_size=16), root / "data" / "d")
     shutil.copytree(store.path, root / "experts" / "e")
     toy.distil(toy.run_of(iterations=4), store, root / "phases" / "p" / "phase-0")
+    write_json(root / FILE, {"layout": LAYOUT})
     return root
 
 

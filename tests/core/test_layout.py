@@ -4,11 +4,22 @@ import json
 
 import pytest
 import tiny
+import yaml
+from typer.testing import CliRunner
 
 from rmdd import config
+from rmdd.cli.app import app
+from rmdd.cli.loading import load_folder
+from rmdd.comparisons import resume as comparisons
 from rmdd.core.files import write_json
 from rmdd.core.layout import LAYOUT, require_layout
+from rmdd.core.remote import ObjectStore
 from rmdd.core.storage import open_storage
+from rmdd.execution.backend import hold_folders
+from rmdd.searches import begun_in
+from rmdd.searches.formats import verify
+from rmdd.searches.sweeps import members_in
+from rmdd.searches.warm_start import earlier_trials
 
 OLD = ("experts/0123abcd/store.json", "phases/0123abcd/phase-0/start.safetensors", "tiny-0123abcd/run.yaml")
 
@@ -52,3 +63,91 @@ def test_a_run_stops_at_an_old_storage(tmp_path):
     with pytest.raises(ValueError, match="has layout 1"):
         tiny.go(config.load(tiny.stored(tmp_path)))
     assert not list(tmp_path.glob("tiny-*"))
+
+
+BEGUN = [
+    ("tiny-0123abcd/run.yaml", load_folder),
+    ("sweeps/tiny-0123abcd/sweep.json", members_in),
+    ("searches/tiny-0123abcd/search.json", begun_in),
+    ("comparisons/tiny-0123abcd/comparison.json", comparisons.begun_in),
+]
+"""Files that the release before wrote alike and with other fields in them, and what reads them."""
+
+
+def old(tmp_path, file):
+    """The folder of `file` in a storage of the release before, with a field in it that has gone."""
+    path = tmp_path / "runs" / file
+    path.parent.mkdir(parents=True)
+    run = {"name": "tiny", "gone": {"field": 1}}
+    path.write_text(json.dumps({**run, "run": run, "members": [{"run": run, "settings": {}}], "trials": []}))
+    return path.parent
+
+
+@pytest.mark.parametrize("where", ["folder", "uri"])
+@pytest.mark.parametrize(("file", "read"), BEGUN)
+def test_what_the_release_before_began_is_refused_before_it_is_parsed(tmp_path, monkeypatch, where, file, read):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = old(tmp_path, file)
+    with pytest.raises(ValueError, match="runs has layout 1; .* if you copied folders of a newer storage, copy its"):
+        read(str(folder) if where == "folder" else f"file://{folder}")
+
+
+@pytest.mark.parametrize("command", [["resume"], ["probe", "--probes", "p.yaml"], ["search", "--resume"]])
+def test_commands_on_a_begun_folder_say_what_to_do(tmp_path, command):
+    folder = old(tmp_path, BEGUN[2][0] if command[0] == "search" else BEGUN[0][0])
+    done = CliRunner().invoke(app, [*command, str(folder)])
+    assert done.exit_code == 1 and done.stderr.startswith("error: this release of rmdd reads storages of layout 2")
+
+
+def test_a_search_of_the_release_before_is_left_out_of_a_warm_start(tmp_path):
+    folder = old(tmp_path, "searches/tiny-0123abcd/results.json")
+    with pytest.raises(config.ConfigError, match=f"warm_start: leave {folder} out: this release .* has layout 1"):
+        earlier_trials(config.Search(warm_start=[str(folder)]), {}, "tiny")
+
+
+@pytest.mark.parametrize("where", ["folder", "uri"])
+@pytest.mark.parametrize("part", ["", *(f"/{file}" for file, _ in BEGUN[:3])])
+def test_verify_names_the_layout_alone(tmp_path, where, part):
+    folder = old(tmp_path, part[1:] or BEGUN[0][0])
+    (tmp_path / "runs" / "experts").mkdir()
+    path = tmp_path / "runs" if not part else folder
+    (fault,) = verify(f"file://{path}" if where == "uri" else str(path)).faults
+    assert fault.path == ("file://" if where == "uri" else "") + str(tmp_path / "runs")
+    assert fault.wrong.startswith("has layout 1") and fault.todo.startswith("verify it with the release that wrote it")
+
+
+@pytest.mark.parametrize("where", ["folder", "uri"])
+def test_check_reports_an_old_storage_and_writes_nothing(tmp_path, where):
+    folder = old(tmp_path, BEGUN[0][0]).parent
+    run = tiny.stored(f"file://{folder}" if where == "uri" else folder)
+    run["runtime"]["scratch"] = str(tmp_path / "scratch")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    before = sorted(tmp_path.rglob("*"))
+    done = CliRunner().invoke(app, ["check", str(tmp_path / "run.yaml")])
+    assert done.exit_code == 2 and "has layout 1; set runtime.storage to another" in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_nothing_is_swept_in_an_old_storage(tmp_path, monkeypatch):
+    folder = old(tmp_path, BEGUN[0][0]).parent
+    monkeypatch.setattr("rmdd.core.storage.Storage.begin", lambda self: pytest.fail("written to"))
+    runtime = config.Runtime(storage=str(folder))
+    with pytest.raises(ValueError, match="has layout 1"), hold_folders(runtime):
+        pass
+
+
+def test_a_bucket_whose_number_is_there_is_not_listed(tmp_path, monkeypatch):
+    _, storage = storage_of(tmp_path, "uri")
+    require_layout(storage)
+    monkeypatch.setattr(ObjectStore, "list", lambda self, name: pytest.fail(f"listed {name}"))
+    require_layout(storage)
+
+
+@pytest.mark.parametrize("where", ["folder", "uri"])
+@pytest.mark.parametrize("file", OLD)
+def test_a_storage_inside_another_folder_is_none_of_its_results(tmp_path, file, where):
+    folder, storage = storage_of(tmp_path, where)
+    (folder / "inner" / file).parent.mkdir(parents=True)
+    (folder / "inner" / file).write_text("{}")
+    require_layout(storage)
+    assert json.loads((folder / "storage.json").read_text()) == {"layout": LAYOUT}
