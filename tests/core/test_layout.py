@@ -109,7 +109,7 @@ def test_a_search_of_the_release_before_is_left_out_of_a_warm_start(tmp_path):
 @pytest.mark.parametrize("part", ["", *(f"/{file}" for file, _ in BEGUN[:3])])
 def test_verify_names_the_layout_alone(tmp_path, where, part):
     folder = old(tmp_path, part[1:] or BEGUN[0][0])
-    (tmp_path / "runs" / "experts").mkdir()
+    write_json(tmp_path / "runs" / OLD[0], {})
     path = tmp_path / "runs" if not part else folder
     (fault,) = verify(f"file://{path}" if where == "uri" else str(path)).faults
     assert fault.path == ("file://" if where == "uri" else "") + str(tmp_path / "runs")
