@@ -17,6 +17,8 @@ import rmdd.pipeline
 from rmdd import config
 from rmdd.cli import app as cli
 from rmdd.config.template import template
+from rmdd.core.layout import require_layout
+from rmdd.core.storage import open_storage
 from rmdd.distill.guard import Derailed
 from rmdd.execution.tasks import Interrupted
 
@@ -65,6 +67,7 @@ class Steps:
         @contextmanager
         def opened(run, progress=None):
             self.runs.append(run)
+            require_layout(open_storage(run.runtime))  # as every run does
             self.folder = rmdd.pipeline.run_folder(run)
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "run.yaml").write_text(config.dump(run))
