@@ -22,7 +22,7 @@ from rmdd.config.data import Parquet as Parquet
 from rmdd.config.data import Scenes as Scenes
 from rmdd.config.data import TableSource as TableSource
 from rmdd.config.data import Tars as Tars
-from rmdd.config.distill import Distill
+from rmdd.config.distill import OF_REACH, Distill
 from rmdd.config.distill import Guard as Guard
 from rmdd.config.distill import Phase as Phase
 from rmdd.config.distill import Similarity as Similarity
@@ -46,9 +46,9 @@ from rmdd.config.probes import ZeroShot as ZeroShot
 from rmdd.config.probes import foreign_view
 from rmdd.config.recipes import Recipe
 from rmdd.config.runfile import PRESETS as PRESETS
+from rmdd.config.runfile import Clash, apply, extended, filled, validate
 from rmdd.config.runfile import ConfigError as ConfigError
 from rmdd.config.runfile import Section as Section
-from rmdd.config.runfile import apply, extended, filled, validate
 from rmdd.config.runfile import no_preset as no_preset
 from rmdd.config.runfile import preset_names as preset_names
 from rmdd.config.runfile import read as read
@@ -69,54 +69,64 @@ class Run(Section):
     search: Search = Search()
     runtime: Runtime = Runtime()
 
-    def clashes(self) -> list[str]:
+    def clashes(self) -> list[Clash]:
         mistakes = foreign_view(self.evaluate.probes, self.data)
         image = self.model.image
         d, recipe = self.distill, self.distill.recipe
-        mistakes += recipe.clashes_of_family(self.distill, self.experts, self.runtime) if recipe else []
+        of_family = recipe.clashes_of_family(self.distill, self.experts, self.runtime) if recipe else []
+        mistakes += [Clash(clash, "distill.method", *clash.fields) for clash in of_family]
         if self.stored_size > self.data.image_size:
-            mistakes.append(
+            text = (
                 f"distill.stored_size {self.stored_size} is larger than data.image_size {self.data.image_size}, which "
                 "is all that a tower sees; lower it"
             )
+            mistakes.append(Clash(text, "distill.stored_size", "data.image_size"))
         if not image.trainable and image.weights == "random":
-            mistakes.append(
+            text = (
                 "model.image.trainable is false and its weights are drawn anew for every expert and student, so what "
                 "is matched to one fits no other; set model.image.weights to pretrained (a timm model), a weights file "
                 "or random:SEED (drawn once for all), or trainable: true"
             )
+            mistakes.append(Clash(text, "model.image.trainable", "model.image.weights"))
         if image.name == "convnet" and image.weights == "pretrained":
-            mistakes.append("convnet has no pretrained weights; set model.image.weights to random or a weights file")
+            text = "convnet has no pretrained weights; set model.image.weights to random or a weights file"
+            mistakes.append(Clash(text, "model.image.name", "model.image.weights"))
         if image.name == "convnet" and self.data.normalise == "tower":
-            mistakes.append("convnet has no normalisation of its own; set data.normalise to clip, imagenet or half")
+            text = "convnet has no normalisation of its own; set data.normalise to clip, imagenet or half"
+            mistakes.append(Clash(text, "model.image.name", "data.normalise"))
+        of_ends = ("distill.method", "endpoint", "endpoint_rule", "trajectory", "experts.epochs", *OF_REACH)
         reach = max((self.endpoint_of(p) for p in range(len(d.phases))), default=0) if recipe else 0
         if reach > self.experts.epochs:
-            mistakes.append(
+            text = (
                 f"distill.phases ask for epoch {reach} but experts are trained for {self.experts.epochs}; "
                 f"set experts.epochs to {reach} or lower the endpoints"
             )
+            mistakes.append(Clash(text, *of_ends))
         gpus, workers = self.runtime.gpus_per_worker, self.experts.worker_group.workers
         if workers > 1 and 0 < gpus < 1:
-            mistakes.append(
+            text = (
                 f"experts.worker_group.workers {workers} on shares of a GPU would put two on one, which NCCL "
                 "refuses; set runtime.gpus_per_worker to 1, or experts.worker_group.workers to 1"
             )
+            mistakes.append(Clash(text, "experts.worker_group.workers", "runtime.gpus_per_worker"))
         if d.plan.plans and self.experts.keep == "endpoints":
-            mistakes.append(f"distill.phases: {d.plan.kind} looks for its endpoints; set experts.keep: all, or a list")
+            text = f"distill.phases: {d.plan.kind} looks for its endpoints; set experts.keep: all, or a list"
+            mistakes.append(Clash(text, "distill.phases", "distill.plan.kind", "experts.keep"))
         late = [e for e in d.plan.endpoints or () if d.plan.plans and e > self.experts.epochs]
         if late:
-            mistakes.append(
-                f"distill.plan.endpoints {late} lie past the last expert epoch {self.experts.epochs}; leave them out"
-            )
+            text = f"distill.plan.endpoints {late} lie past the last expert epoch {self.experts.epochs}; leave them out"
+            mistakes.append(Clash(text, "distill.plan.endpoints", "kind", "phases", "experts.epochs"))
         keep = self.experts.keep
         missing = [] if isinstance(keep, str) or not recipe else sorted(set(self.endpoints) - set(keep))
         if missing:
-            mistakes.append(f"experts.keep {list(keep)} leaves out {missing}, which this run reads; add them")
+            text = f"experts.keep {list(keep)} leaves out {missing}, which this run reads; add them"
+            mistakes.append(Clash(text, "experts.keep", "distill.plan.endpoints", *of_ends))
         if self.search.pruner != "none" and d.snapshots < 2:
-            mistakes.append(
+            text = (
                 f"search.pruner: {self.search.pruner} compares trials at their snapshots, and distill.snapshots keeps "
                 f"{d.snapshots}; raise it"
             )
+            mistakes.append(Clash(text, "search.pruner", "distill.snapshots"))
         return mistakes
 
     def endpoint_of(self, phase: int) -> int:

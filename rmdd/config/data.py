@@ -11,7 +11,7 @@ from pydantic import Field
 from rmdd.config import sources
 from rmdd.config.hashing import Purpose, hash_only, no_hash
 from rmdd.config.numbers import PositiveInt
-from rmdd.config.runfile import Section
+from rmdd.config.runfile import Clash, Section
 
 
 class Captions(Section):
@@ -65,8 +65,9 @@ class Annotations(Section):
     val: str | None = Field(None, description="the list for every choice")
     test: str | None = Field(None, description="the list for the final score")
 
-    def clashes(self) -> list[str]:
-        return [] if self.files else ["data.annotations is empty; give {train: ..., val: ..., test: ...}"]
+    def clashes(self) -> list[Clash]:
+        empty = "data.annotations is empty; give {train: ..., val: ..., test: ...}"
+        return [] if self.files else [Clash(empty, "data.annotations", "train", "val", "test")]
 
     @property
     def files(self) -> dict[str, str]:
@@ -140,29 +141,34 @@ class Data(Section):
     )
     captions: Captions = Field(Captions(), json_schema_extra=hash_only("run", "view", "features"))
 
-    def clashes(self) -> list[str]:
+    def clashes(self) -> list[Clash]:
         source, found = self.source, []
         if source != "dataset" and (wrong := sources.mistake(source)):
-            found.append(f"data.source: {wrong}")
+            found.append(Clash(f"data.source: {wrong}", "data.source"))
         elif source in sources.OF_PROBES and not hasattr(self, source):
-            found.append(f"data.source '{source}' is for evaluate.probes alone")
+            text = f"data.source '{source}' is for evaluate.probes alone"
+            found.append(Clash(text, "data.source", "evaluate.probes"))
         if self.root is not None and _holds_secret(self.root):
-            found.append(
+            text = (
                 "data.root holds a password or key; leave it out and give it by the environment "
                 "(such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
             )
+            found.append(Clash(text, "data.root"))
         if source != "scenes" and self.root is None:
-            found.append(f"source '{source}' reads files; give data.root (--set data.root=FOLDER)")
+            text = f"source '{source}' reads files; give data.root (--set data.root=FOLDER)"
+            found.append(Clash(text, "data.source", "data.root"))
         if source in ("karpathy", "lists") and self.layout is None and self.annotations is None:
-            found.append(f"source '{source}' needs data.layout or data.annotations")
+            text = f"source '{source}' needs data.layout or data.annotations"
+            found.append(Clash(text, "data.source", "data.layout", "data.annotations"))
         if source == "karpathy" and isinstance(self.annotations, Annotations):
-            found.append("source 'karpathy' reads one data.annotations file; for a file per split use source: lists")
+            text = "source 'karpathy' reads one data.annotations file; for a file per split use source: lists"
+            found.append(Clash(text, "data.source", "data.annotations"))
         if source == "lists" and isinstance(self.annotations, str):
-            found.append(
-                "source 'lists' reads a file per split; give data.annotations: {train: ..., val: ..., test: ...}"
-            )
+            text = "source 'lists' reads a file per split; give data.annotations: {train: ..., val: ..., test: ...}"
+            found.append(Clash(text, "data.source", "data.annotations"))
         if any(f < 0 for f in self.split_fractions) or abs(sum(self.split_fractions) - 1) > 1e-6:
-            found.append(f"data.split_fractions must be three shares that sum to 1, found {self.split_fractions}")
+            text = f"data.split_fractions must be three shares that sum to 1, found {self.split_fractions}"
+            found.append(Clash(text, "data.split_fractions"))
         return found
 
     def left_out(self, purpose: Purpose) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from rmdd.config.hashing import Purpose, no_hash
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
 from rmdd.config.plan import Plan
 from rmdd.config.recipes import Recipe
-from rmdd.config.runfile import Section, validate
+from rmdd.config.runfile import Clash, Section, validate
 
 S = TypeVar("S", bound=Section)
 
@@ -45,13 +45,15 @@ class Phase(Section):
         )
         return {"image": (self.start, self.stop), "text": text}
 
-    def clashes(self) -> list[str]:
+    def clashes(self) -> list[Clash]:
         if (self.grow_from is None) != (self.grow_until is None):
-            return ["grow_from and grow_until go together; give both or neither"]
+            return [Clash("grow_from and grow_until go together; give both or neither", "grow_from", "grow_until")]
         if self.grow_from is not None and not self.start < self.grow_from <= self.stop:
-            return [f"grow_from {self.grow_from} must lie above start {self.start} and at most at stop {self.stop}"]
+            text = f"grow_from {self.grow_from} must lie above start {self.start} and at most at stop {self.stop}"
+            return [Clash(text, "grow_from", "start", "stop")]
         if self.grow_from is not None and self.start_text is not None and self.start_text >= self.grow_from:
-            return [f"grow_from {self.grow_from} must lie above start_text {self.start_text}"]
+            text = f"grow_from {self.grow_from} must lie above start_text {self.start_text}"
+            return [Clash(text, "grow_from", "start_text")]
         return []
 
 
@@ -66,12 +68,14 @@ class Similarity(Section):
     )
     clamp: tuple[float, float] | None = Field(None, description="full: bounds of every entry after a step; null: none")
 
-    def clashes(self) -> list[str]:
+    def clashes(self) -> list[Clash]:
         found = []
         if self.clamp is not None and self.kind != "full":
-            found.append("distill.similarity.clamp bounds the entries of a matrix; set distill.similarity.kind: full")
+            text = "distill.similarity.clamp bounds the entries of a matrix; set distill.similarity.kind: full"
+            found.append(Clash(text, "distill.similarity.clamp", "distill.similarity.kind"))
         if self.clamp is not None and not self.clamp[0] < self.clamp[1]:
-            found.append(f"distill.similarity.clamp must be (low, high), found {self.clamp}")
+            text = f"distill.similarity.clamp must be (low, high), found {self.clamp}"
+            found.append(Clash(text, "distill.similarity.clamp"))
         return found
 
 
@@ -92,6 +96,9 @@ class Guard(Section):
 
 WORDS = ("auto", "adaptive")
 """What `phases` may say in place of a list."""
+
+OF_REACH = ("distill.phases.stop", "stop_text", "start_rule", "match_epochs", "options", "plan.kind")
+"""Fields that `Distill.reach` reads."""
 
 
 class Distill(Section):
@@ -228,15 +235,15 @@ class Distill(Section):
         beyond = self.start_rule == "inclusive" or self.real_starts
         return stop - (not beyond) + self.match_epochs
 
-    def clashes(self) -> list[str]:
+    def clashes(self) -> list[Clash]:
         mistakes = []
         if self.method_name in ("random", "full"):
-            mistakes.append(f"distill.method is {self.method}, but '{self.method_name}' is a row of every result table")
+            text = f"distill.method is {self.method}, but '{self.method_name}' is a row of every result table"
+            mistakes.append(Clash(text, "distill.method"))
         for p, phase in enumerate(self.phases):
             if phase.pairs < 2:
-                mistakes.append(
-                    f"distill.phases.{p}.pairs is {phase.pairs}: one pair has no negatives; give at least 2"
-                )
+                text = f"distill.phases.{p}.pairs is {phase.pairs}: one pair has no negatives; give at least 2"
+                mistakes.append(Clash(text, "distill.phases.pairs"))
         return mistakes
 
     def left_out(self, purpose: Purpose) -> tuple[str, ...]:

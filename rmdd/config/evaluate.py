@@ -10,7 +10,7 @@ from rmdd.config.hashing import Purpose, no_hash
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
 from rmdd.config.probes import Probe
 from rmdd.config.probes import clashes as clashes_of_probes
-from rmdd.config.runfile import Section
+from rmdd.config.runfile import Clash, Section
 
 
 class Evaluate(Section):
@@ -99,7 +99,7 @@ class Evaluate(Section):
     def _once_a_switch(cls, value: Any) -> Any:
         return {True: "auto", False: "none"}.get(value, value) if isinstance(value, bool) else value
 
-    def clashes(self) -> list[str]:
+    def clashes(self) -> list[Clash]:
         return clashes_of_probes(self.probes)
 
     def left_out(self, purpose: Purpose) -> tuple[str, ...]:
@@ -174,20 +174,23 @@ class Runtime(Section):
         usual = 0.0 if self.gpus_per_worker else float(self.threads)
         return usual if self.cpus_per_worker is None else self.cpus_per_worker, self.gpus_per_worker
 
-    def clashes(self) -> list[str]:
+    def clashes(self) -> list[Clash]:
         if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
-            return [
+            text = (
                 f"runtime.gpus_per_worker {self.gpus_per_worker:g} is neither a share of one GPU nor a number of them; "
                 "give a share up to 1, or a whole number"
-            ]
+            )
+            return [Clash(text, "runtime.gpus_per_worker")]
         scheme, is_uri, rest = self.storage.partition("://")
         user = rest.partition("/")[0].rpartition("@")[0]
         if is_uri and (":" in user or "?" in rest or "#" in rest):
-            return [
+            text = (
                 f"runtime.storage is a {scheme}:// URI with a password or settings in it, which would end up in files "
                 "and logs; give a bare URI, and the rest by the environment of every machine (such as "
                 "AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS)"
-            ]
+            )
+            return [Clash(text, "runtime.storage")]
         if is_uri and not rest.strip("/"):
-            return [f"runtime.storage '{self.storage}' names no bucket or folder; give {scheme}://BUCKET/FOLDER"]
+            text = f"runtime.storage '{self.storage}' names no bucket or folder; give {scheme}://BUCKET/FOLDER"
+            return [Clash(text, "runtime.storage")]
         return []

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from rmdd.config.hashing import Purpose, hash_only
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
-from rmdd.config.runfile import Section
+from rmdd.config.runfile import Clash, Section
 
 
 class ImageTower(Section):
@@ -28,10 +28,11 @@ class ImageTower(Section):
         """Whether it starts from random weights, drawn anew or once for all."""
         return self.weights == "random" or self.weights.startswith("random:")
 
-    def clashes(self) -> list[str]:
+    def clashes(self) -> list[Clash]:
         seed = self.weights.removeprefix("random:")
         if seed != self.weights and not seed.isdecimal():
-            return [f"model.image.weights is {self.weights}; write random:SEED with a whole number, such as random:0"]
+            text = f"model.image.weights is {self.weights}; write random:SEED with a whole number, such as random:0"
+            return [Clash(text, "model.image.weights")]
         return []
 
 
@@ -61,12 +62,14 @@ class Model(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="inside a `block` projection")
     temperature: PositiveFloat = Field(0.07, description="cosines are divided by it before a loss")
 
-    def clashes(self) -> list[str]:
-        found: list[str] = []
+    def clashes(self) -> list[Clash]:
+        found = []
         if not self.image.trainable and self.image.projection == "none":
-            found.append("model.image.trainable is false and it has no projection; set model.image.projection: block")
+            text = "model.image.trainable is false and it has no projection; set model.image.projection: block"
+            found.append(Clash(text, "model.image.trainable", "model.image.projection"))
         if self.width is not None and self.image.projection == "none":
-            found.append("model.width needs model.image.projection: linear or block, else the tower decides it")
+            text = "model.width needs model.image.projection: linear or block, else the tower decides it"
+            found.append(Clash(text, "model.width", "model.image.projection"))
         return found
 
 
@@ -151,19 +154,21 @@ class Experts(Section):
     )
     seed: int | None = Field(None, description="null: the run's seed")
 
-    def clashes(self) -> list[str]:
-        mistakes: list[str] = []
+    def clashes(self) -> list[Clash]:
+        mistakes = []
         group = self.worker_group
         if self.batch < group.workers:
-            mistakes.append(
+            text = (
                 f"experts.batch {self.batch} cannot be split over experts.worker_group.workers {group.workers}; "
                 "raise it"
             )
+            mistakes.append(Clash(text, "experts.batch", "experts.worker_group.workers"))
         if group.workers > 1 and group.strategy != "ddp" and self.momentum:
-            mistakes.append(
+            text = (
                 f"experts.momentum {self.momentum} lies in parts under experts.worker_group.strategy {group.strategy}, "
                 "and cannot be resumed from; set it to 0, or the strategy to ddp"
             )
+            mistakes.append(Clash(text, "experts.momentum", "experts.worker_group.strategy", "workers"))
         return mistakes
 
     def left_out(self, purpose: Purpose) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from rmdd.config.data import Data
 from rmdd.config.numbers import PositiveInt
-from rmdd.config.runfile import Section
+from rmdd.config.runfile import Clash, Section
 
 VIEW = ("image_size", "normalise", "captions", "background", "exif_orientation")
 """Fields of `data` that a probe takes from the run."""
@@ -45,14 +45,16 @@ class Classes(Section):
     seed: int = Field(0, description="another seed draws other classes")
     only: tuple[str, ...] | None = Field(None, description="these classes, instead of a draw")
 
-    def clashes(self) -> list[str]:
+    def clashes(self) -> list[Clash]:
         found = []
         if (self.layout == "list") != (self.file is not None):
-            found.append("data.classes.file goes with layout: list, which needs it")
+            text = "data.classes.file goes with layout: list, which needs it"
+            found.append(Clash(text, "data.classes.file", "data.classes.layout"))
         if self.only is not None and self.number is not None:
-            found.append("data.classes.only names the classes and number draws them; leave one out")
+            text = "data.classes.only names the classes and number draws them; leave one out"
+            found.append(Clash(text, "data.classes.only", "data.classes.number"))
         if self.only is not None and len(set(self.only)) < 2:
-            found.append("data.classes.only needs two different classes or more")
+            found.append(Clash("data.classes.only needs two different classes or more", "data.classes.only"))
         return found
 
 
@@ -65,10 +67,10 @@ class CocoQa(Section):
 
 
 class _ProbeData(Data):
-    def clashes(self) -> list[str]:
+    def clashes(self) -> list[Clash]:
         return []  # told by `Evaluate`, which knows the name of the probe
 
-    def faults(self) -> list[str]:
+    def faults(self) -> list[Clash]:
         return super().clashes()
 
 
@@ -76,9 +78,10 @@ class ClassData(_ProbeData):
     source: Literal["classes"] = Field("classes", description="labelled pictures")
     classes: Classes = Classes()
 
-    def faults(self) -> list[str]:
+    def faults(self) -> list[Clash]:
         limited = "data.eval_limit would keep the first classes; draw some by data.classes.number"
-        return super().faults() + ([limited] if self.eval_limit else [])
+        clash = Clash(limited, "data.eval_limit", "data.classes.number")
+        return super().faults() + ([clash] if self.eval_limit else [])
 
 
 class CocoQaData(_ProbeData):
@@ -86,9 +89,10 @@ class CocoQaData(_ProbeData):
     layout: Literal["coco"] = Field("coco", description="pictures may have their names of 2014 or of 2017")
     cocoqa: CocoQa = CocoQa()
 
-    def faults(self) -> list[str]:
+    def faults(self) -> list[Clash]:
         limited = "data.eval_limit would keep the first pictures; draw questions by data.cocoqa.questions"
-        return super().faults() + ([limited] if self.eval_limit else [])
+        clash = Clash(limited, "data.eval_limit", "data.cocoqa.questions")
+        return super().faults() + ([clash] if self.eval_limit else [])
 
 
 class PairData(_ProbeData):
@@ -120,9 +124,10 @@ class Vqa(Section):
     )
     ks: Ks = Field((1, 5, 10), description="ACC@K")
 
-    def clashes(self) -> list[str]:
+    def clashes(self) -> list[Clash]:
         missing = [word for word in ("{question}", "{answer}") if word not in self.template]
-        return [f"template of a vqa probe lacks {' and '.join(missing)}, found {self.template!r}"] if missing else []
+        text = f"template of a vqa probe lacks {' and '.join(missing)}, found {self.template!r}"
+        return [Clash(text, "template")] if missing else []
 
 
 class Retrieval(Section):
@@ -153,22 +158,29 @@ def told(name: str, message: str) -> str:
     return f"{where}: " + re.sub(rf"(?<![\w./])data\.(?=({fields})\b)", f"{where}.data.", message)
 
 
-def clashes(probes: dict[str, Any]) -> list[str]:
+def clashes(probes: dict[str, Any]) -> list[Clash]:
     """What is wrong with probes by themselves."""
     found = [
-        f"evaluate.probes: '{name}' is no name; use letters, digits, - and _"
+        Clash(f"evaluate.probes: '{name}' is no name; use letters, digits, - and _", "evaluate.probes", name)
         for name in probes
         if not NAME.fullmatch(name)
     ]
-    return found + [told(name, message) for name, probe in probes.items() for message in probe.data.faults()]
+    return found + [
+        Clash(told(name, clash), "evaluate.probes", name, *clash.fields)
+        for name, probe in probes.items()
+        for clash in probe.data.faults()
+    ]
 
 
-def foreign_view(probes: dict[str, Any], data: Data) -> list[str]:
+def foreign_view(probes: dict[str, Any], data: Data) -> list[Clash]:
     """Settings of probes on how pictures and captions are seen that are not the run's."""
     usual = Data()
     return [
-        f"evaluate.probes.{name}.data.{field} is {getattr(probe.data, field)!r}, but a probe sees through the run's "
-        f"data.{field}; leave it out"
+        Clash(
+            f"evaluate.probes.{name}.data.{field} is {getattr(probe.data, field)!r}, but a probe sees through the "
+            f"run's data.{field}; leave it out",
+            *("evaluate.probes", name, f"data.{field}"),
+        )
         for name, probe in probes.items()
         for field in VIEW
         if getattr(probe.data, field) not in (getattr(usual, field), getattr(data, field))

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from rmdd.config.runfile import Clash
+
 Family = Literal["trajectory", "distribution", "generative"]
 
 BUILT_IN = {
@@ -73,7 +75,7 @@ class Recipe(Protocol):
         """What is wrong with a run of this method."""
         ...
 
-    def clashes_of_family(self, rule: Any, experts: Any, runtime: Any) -> list[str]:
+    def clashes_of_family(self, rule: Any, experts: Any, runtime: Any) -> list[Clash]:
         """What is wrong between the fields of a run, whatever the options."""
         ...
 

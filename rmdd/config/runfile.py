@@ -30,12 +30,24 @@ MOVED: dict[str, str] = {
 """Fields of older run files, and where each is now: the place to write it, for the message that names it."""
 
 
+class Clash(str):
+    """A sentence on fields that do not fit each other."""
+
+    fields: frozenset[str]
+    """Names of those that it reads, and of the sections they are in: where one is broken, the sentence may be wrong."""
+
+    def __new__(cls, text: str, *names: str) -> Clash:
+        clash = super().__new__(cls, text)
+        clash.fields = frozenset(part for name in names for part in (name, *name.split(".")))
+        return clash
+
+
 class Section(BaseModel):
     """Part of a run file, frozen and without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
 
-    def clashes(self) -> list[str]:
+    def clashes(self) -> list[Clash]:
         """What is wrong between fields that are each right."""
         return []
 
@@ -212,7 +224,7 @@ def validate(kind: type[S], raw: dict[str, Any], listed_by: str = KEYS) -> tuple
     mistakes: list[str] = []
     broken: set[str] = set()
     while True:
-        clashes: list[str] = []
+        clashes: list[Clash] = []
         try:
             value = kind.model_validate(raw, context=clashes)
         except ValidationError as error:
@@ -222,7 +234,7 @@ def validate(kind: type[S], raw: dict[str, Any], listed_by: str = KEYS) -> tuple
                 return None, mistakes
             broken |= left_out
             continue
-        mistakes += [clash for clash in dict.fromkeys(clashes) if not _concerns(clash, broken)]
+        mistakes += [str(clash) for clash in dict.fromkeys(clashes) if not clash.fields & broken]
         return (None if mistakes else value), mistakes
 
 
@@ -262,8 +274,3 @@ def _without(raw: dict[str, Any], places: Iterable[Sequence[Any]]) -> set[str]:
             del nearest[0][nearest[1]]
             deleted.add(str(nearest[1]))
     return deleted
-
-
-def _concerns(message: str, names: Iterable[str]) -> bool:
-    """Whether `message` names one of the fields `names`."""
-    return any(re.search(rf"\b{re.escape(name)}\b", message) for name in names)

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from rmdd.config.hashing import no_hash
 from rmdd.config.numbers import PositiveFloat, PositiveInt
-from rmdd.config.runfile import Section
+from rmdd.config.runfile import Clash, Section
 
 Whole = int
 """`int` is the name of a field below."""
@@ -106,31 +106,45 @@ class Search(Section):
     )
     warm_start: tuple[str, ...] = Field((), description="folders of earlier searches to learn from")
 
-    def clashes(self) -> list[str]:
-        found = [f"search.space.{field}: {m}" for field, each in self.space.items() for m in each.mistakes()]
+    def clashes(self) -> list[Clash]:
+        found = [
+            Clash(f"search.space.{field}: {m}", "search.space", field, "step", *KINDS)
+            for field, each in self.space.items()
+            for m in each.mistakes()
+        ]
         for field, each in self.space.items():
             found += [
-                f"search.space.{field}.when: '{other}' is not in the space; add it or take the condition out"
+                Clash(
+                    f"search.space.{field}.when: '{other}' is not in the space; add it or take the condition out",
+                    *("search.space", "when", field, other),
+                )
                 for other in each.when
                 if other not in self.space
             ]
         if not found and (circle := self._circle()):
-            found.append(f"search.space: the conditions of {circle} depend on each other; take one out")
+            text = f"search.space: the conditions of {circle} depend on each other; take one out"
+            found.append(Clash(text, "search.space", "when", *self.space))
         if self.sampler == "grid" and not found:
             found += [
-                f"search.space.{field}: a grid needs choice, int, or uniform with a step, found {each.kind}"
+                Clash(
+                    f"search.space.{field}: a grid needs choice, int, or uniform with a step, found {each.kind}",
+                    *("search.sampler", "search.space", field, "step", *KINDS),
+                )
                 for field, each in self.space.items()
                 if each.kind in ("loguniform", "logint") or (each.kind == "uniform" and each.step is None)
             ]
         if self.cost != "none" and self.pruner != "none":
-            found.append(f"search.pruner: {self.pruner} compares by val alone; set search.cost or pruner to none")
+            text = f"search.pruner: {self.pruner} compares by val alone; set search.cost or pruner to none"
+            found.append(Clash(text, "search.cost", "search.pruner"))
         if self.cost != "none" and self.sampler == "cmaes":
-            found.append("search.sampler: cmaes knows one objective; set search.cost to none, or take tpe or nsgaii")
+            text = "search.sampler: cmaes knows one objective; set search.cost to none, or take tpe or nsgaii"
+            found.append(Clash(text, "search.cost", "search.sampler"))
         if self.storage is not None and re.search(r"://[^/@]*:(?!\$\{)[^/@]+@", self.storage):
-            found.append(
+            text = (
                 "search.storage holds a password, which would end up in files; put it into an environment variable and "
                 "write ${NAME} in its place"
             )
+            found.append(Clash(text, "search.storage"))
         return found
 
     def ordered(self) -> list[str]:

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from rmdd.config import ConfigError, Run
 from rmdd.config.numbers import PositiveInt
-from rmdd.config.runfile import Section
+from rmdd.config.runfile import Clash, Section
 
 POOL = 1000
 """Records that forgetting is counted against where `experts.forgetting` does not say."""
@@ -53,23 +53,25 @@ class Choice(Section):
         "last", description="forgetting: where records go that were never found; first is the published rule"
     )
 
-    def clashes(self) -> list[str]:
+    def clashes(self) -> list[Clash]:
         mistakes = []
         if (self.pairs is None) == (self.bytes is None):
-            mistakes.append("give either pairs or bytes, found " + ("neither" if self.pairs is None else "both"))
+            text = "give either pairs or bytes, found " + ("neither" if self.pairs is None else "both")
+            mistakes.append(Clash(text, "pairs", "bytes"))
         if self.clusters and self.method in AT_ONCE:
-            mistakes.append(f"{self.method} makes clusters of its own; leave clusters out")
+            text = f"{self.method} makes clusters of its own; leave clusters out"
+            mistakes.append(Clash(text, "method", "clusters"))
         if self.method == "matched" and self.space != "joint":
-            mistakes.append(
-                f"method matched clusters both sides apart, which space {self.space} does not hold; use joint"
-            )
+            text = f"method matched clusters both sides apart, which space {self.space} does not hold; use joint"
+            mistakes.append(Clash(text, "method", "space"))
         cosines = [f"method {self.method}"] if self.method == "clip_score" else []
         cosines += ["guard cosine"] if self.guard == "cosine" else []
         if cosines and self.encoder == "tower":
-            mistakes.append(
+            text = (
                 f"{' and '.join(cosines)} compare an image with its text, which the untrained towers do not bring "
                 "together; set encoder to clip:NAME, columns:NAME (features of the dataset) or expert:N"
             )
+            mistakes.append(Clash(text, "method", "guard", "encoder"))
         return mistakes
 
     @property

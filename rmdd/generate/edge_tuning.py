@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
-from rmdd.config.runfile import Section
+from rmdd.config.runfile import Clash, Section
 from rmdd.core.seeding import generator
 from rmdd.data.images import NORMALISATIONS
 from rmdd.generate.diffusion import Diffusion, as_signed
@@ -69,9 +69,10 @@ class EdgeTuning(Section):
     save_memory: bool = Field(False, description="recompute activations of UNet and decoder in the backward pass")
     checkpoint_every: PositiveInt = Field(100, description="updates between checkpoints")
 
-    def clashes(self) -> list[str]:
+    def clashes(self) -> list[Clash]:
         if self.micro_batch is not None and self.micro_batch > self.batch:
-            return [f"tuning.micro_batch {self.micro_batch} is larger than tuning.batch {self.batch}; lower it"]
+            text = f"tuning.micro_batch {self.micro_batch} is larger than tuning.batch {self.batch}; lower it"
+            return [Clash(text, "tuning.micro_batch", "tuning.batch")]
         return []
 
     def updates(self, captions: int) -> int:

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
-from rmdd.config.runfile import Section
+from rmdd.config.runfile import Clash, Section
 from rmdd.core.seeding import derive, generator
 from rmdd.generate.diffusion import Diffusion, Texts, as_signed
 from rmdd.generate.fusion import Fusion, Projector, alignment, blurred_text, positives, ramp
@@ -53,9 +53,10 @@ class FusionRule(Section):
     flip: float = Field(0.0, ge=0, le=1, description="chance of a mirrored picture; published 0.5, for classes")
     checkpoint_every: PositiveInt = Field(200, description="updates between checkpoints")
 
-    def clashes(self) -> list[str]:
+    def clashes(self) -> list[Clash]:
         if self.width % self.heads:
-            return [f"fusion.width {self.width} cannot be cut into {self.heads} heads; give a multiple"]
+            text = f"fusion.width {self.width} cannot be cut into {self.heads} heads; give a multiple"
+            return [Clash(text, "fusion.width", "fusion.heads")]
         return []
 
     def updates(self, captions: int) -> int:

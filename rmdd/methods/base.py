@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from rmdd import config
 from rmdd.config.recipes import Family
-from rmdd.config.runfile import Section, validate
+from rmdd.config.runfile import Clash, Section, validate
 from rmdd.core.device import device_here
 from rmdd.distill import phases
 from rmdd.distill.loop import finished
@@ -100,13 +100,15 @@ class BaseMethod:
         return []
 
     @classmethod
-    def clashes_of_family(cls, rule: config.Distill, experts: config.Experts, runtime: config.Runtime) -> list[str]:
+    def clashes_of_family(cls, rule: config.Distill, experts: config.Experts, runtime: config.Runtime) -> list[Clash]:
         """What is wrong between the fields of a run, whatever the options: here, without a path to match."""
         mistakes = []
         if rule.plan.plans or not rule.phases:
-            mistakes.append(f"distill.method {rule.method} has no path to plan phases from; list distill.phases")
+            text = f"distill.method {rule.method} has no path to plan phases from; list distill.phases"
+            mistakes.append(Clash(text, "distill.method", "distill.phases", "plan.kind"))
         if rule.similarity.kind != "identity":
-            mistakes.append(f"distill.method {rule.method} learns no similarity; set distill.similarity.kind: identity")
+            text = f"distill.method {rule.method} learns no similarity; set distill.similarity.kind: identity"
+            mistakes.append(Clash(text, "distill.method", "distill.similarity.kind"))
         return mistakes
 
     @classmethod

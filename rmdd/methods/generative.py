@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from rmdd import config
 from rmdd.config.recipes import Family
+from rmdd.config.runfile import Clash
 from rmdd.generate.studio import Studio
 from rmdd.methods.base import OF_PATHS, BaseMethod, Need
 from rmdd.models import pretrained
@@ -27,12 +28,19 @@ class GenerativeMethod(BaseMethod, ABC):
     iterates: ClassVar[bool] = False
 
     @classmethod
-    def clashes_of_family(cls, rule: config.Distill, experts: config.Experts, runtime: config.Runtime) -> list[str]:
+    def clashes_of_family(cls, rule: config.Distill, experts: config.Experts, runtime: config.Runtime) -> list[Clash]:
         mistakes = super().clashes_of_family(rule, experts, runtime)
         asked = {"init": rule.init != "real", "stored_size": rule.stored_size, "skip_above": rule.skip_above}
-        mistakes += [f"distill.{name} is not for {rule.method}; leave it out" for name, set_ in asked.items() if set_]
+        mistakes += [
+            Clash(f"distill.{name} is not for {rule.method}; leave it out", f"distill.{name}")
+            for name, set_ in asked.items()
+            if set_
+        ]
         return mistakes + [
-            f"distill.phases.{p}.iterations: {rule.method} makes its pairs once; set it to 1"
+            Clash(
+                f"distill.phases.{p}.iterations: {rule.method} makes its pairs once; set it to 1",
+                "distill.phases.iterations",
+            )
             for p, phase in enumerate(rule.phases)
             if phase.iterations != 1
         ]

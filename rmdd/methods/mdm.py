@@ -25,6 +25,7 @@ from torch import Tensor
 
 from rmdd import config
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
+from rmdd.config.runfile import Clash
 from rmdd.core.device import device_here
 from rmdd.core.seeding import derive, generator
 from rmdd.distill.distribution import merging, sphere
@@ -75,9 +76,9 @@ class MDM(DistributionMethod):
         statistic: sphere.Statistic = Field("v", description="u leaves the diagonal out, as coded")
         root: bool = Field(True, description="of the energies, as printed; false: squared")
 
-        def clashes(self) -> list[str]:
+        def clashes(self) -> list[Clash]:
             small = [n for n in ("real_batch", "synthetic_batch") if getattr(self, n) < 2]
-            return [f"{n} is 1: a pair alone has no negatives; give at least 2" for n in small]
+            return [Clash(f"{n} is 1: a pair alone has no negatives; give at least 2", n) for n in small]
 
     options: Options
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from rmdd import config
+from rmdd.config.distill import OF_REACH
 from rmdd.config.recipes import Family
+from rmdd.config.runfile import Clash
 from rmdd.core.files import write_json
 from rmdd.distill import phases
 from rmdd.distill.phases import Draw
@@ -68,23 +70,26 @@ class Method(BaseMethod):
         return rule.reach(plan)
 
     @classmethod
-    def clashes_of_family(cls, rule: config.Distill, experts: config.Experts, runtime: config.Runtime) -> list[str]:
+    def clashes_of_family(cls, rule: config.Distill, experts: config.Experts, runtime: config.Runtime) -> list[Clash]:
         mistakes = _of_rule(cls, rule) + _of_phases(cls, rule)
         if rule.inner_dropout == "fresh_mask" and runtime.keep_parameters == "recompute":
-            mistakes.append(
+            text = (
                 "runtime.keep_parameters: recompute takes steps of the first pass again, which distill.inner_dropout: "
                 "fresh_mask would draw other masks for; set one of them otherwise"
             )
+            mistakes.append(Clash(text, "runtime.keep_parameters", "distill.inner_dropout"))
         for p, phase in enumerate(rule.phases):
             last = rule.reach(phase)
             if rule.trajectory == "convexified" and last > experts.epochs:
                 stop = phase.stop - last + experts.epochs
-                mistakes.append(
+                text = (
                     f"distill.phases.{p} reaches epoch {last} of a path that ends with the experts at "
                     f"{experts.epochs}; set distill.phases.{p}.stop to {stop} or train longer"
                 )
+                mistakes.append(Clash(text, "distill.trajectory", "experts.epochs", *OF_REACH))
         if rule.trajectory == "original" and experts.keep == "endpoints":
-            mistakes.append("distill.trajectory 'original' reads every epoch; set experts.keep: all")
+            text = "distill.trajectory 'original' reads every epoch; set experts.keep: all"
+            mistakes.append(Clash(text, "distill.trajectory", "experts.keep"))
         return mistakes
 
     # -- how the loop is run -----------------------------------------------------------------------------------------
@@ -151,22 +156,23 @@ class Method(BaseMethod):
         return found
 
 
-def _of_rule(method: type[Method], rule: config.Distill) -> list[str]:
+def _of_rule(method: type[Method], rule: config.Distill) -> list[Clash]:
     """What is wrong between fields of `distill`."""
     mistakes = []
     if rule.plan.plans:
         mistakes += _cannot_plan(method, rule)
     elif not rule.phases:
-        mistakes.append("distill.phases is empty; give at least one, or auto")
+        mistakes.append(Clash("distill.phases is empty; give at least one, or auto", "distill.phases", "plan.kind"))
     if rule.reuse_graphs and rule.inner_dropout == "fresh_mask":
-        mistakes.append(
+        text = (
             "distill.reuse_graphs keeps the masks of the first pass, which inner_dropout: fresh_mask draws anew; "
             "set one of them otherwise"
         )
+        mistakes.append(Clash(text, "distill.reuse_graphs", "distill.inner_dropout"))
     return mistakes
 
 
-def _of_phases(method: type[Method], rule: config.Distill) -> list[str]:
+def _of_phases(method: type[Method], rule: config.Distill) -> list[Clash]:
     """What is wrong with the phases."""
     mistakes = []
     for p, phase in enumerate(rule.phases):
@@ -174,44 +180,51 @@ def _of_phases(method: type[Method], rule: config.Distill) -> list[str]:
         limit = phase.endpoint - (rule.endpoint_rule == "exclusive")
         for tower, (start, stop) in phase.ranges.items():
             if start >= stop + (rule.start_rule == "inclusive"):
-                mistakes.append(f"{this}: {tower} start range [{start}, {stop}) is empty; raise stop")
+                text = f"{this}: {tower} start range [{start}, {stop}) is empty; raise stop"
+                mistakes.append(Clash(text, "distill.phases.start", "stop", "start_text", "stop_text", "start_rule"))
         if not method.starts_apart(rule) and (phase.start_text is not None or phase.stop_text is not None):
-            mistakes.append(
+            text = (
                 f"{this}: start_text and stop_text need a start for each tower; set distill.method: amd, and its "
                 "options.starts: independent"
             )
+            mistakes.append(Clash(text, "distill.phases.start_text", "stop_text", "distill.options.starts"))
         if not method.grows and phase.grow_from is not None:
-            mistakes.append(f"{this}: grow_from and grow_until need a range that grows; set distill.method: datm")
+            text = f"{this}: grow_from and grow_until need a range that grows; set distill.method: datm"
+            mistakes.append(Clash(text, "distill.phases.grow_from", "grow_until", "distill.method"))
         if rule.trajectory == "shortcut" and method.states_ranges(rule) and rule.reach(phase) > limit:
             stop = limit - rule.reach(phase) + max(stop for _, stop in phase.ranges.values())
             last = rule.reach(phase) - rule.match_epochs
-            mistakes.append(
+            text = (
                 f"{this}: a start at epoch {last} matched {rule.match_epochs} epoch(s) on ends past the endpoint "
                 f"{limit}; set {this}.stop to {stop} or raise its endpoint"
             )
+            mistakes.append(Clash(text, "distill.trajectory", "endpoint", "endpoint_rule", *OF_REACH))
         if rule.batch > phase.pairs >= 2 and rule.batches == "cycle":
-            mistakes.append(
+            text = (
                 f"distill.batch {rule.batch} is larger than {this} with its {phase.pairs} pairs; set batch to at "
                 f"most {phase.pairs}"
             )
+            mistakes.append(Clash(text, "distill.batch", "distill.batches", "distill.phases.pairs"))
         if rule.similarity.kind == "low_rank" and 2 * rule.similarity.rank > phase.pairs:
-            mistakes.append(
+            text = (
                 f"{this}: rank {rule.similarity.rank} costs more than the full {phase.pairs} x {phase.pairs} "
                 f"matrix; use at most {phase.pairs // 2} or distill.similarity.kind: full"
             )
+            mistakes.append(Clash(text, "distill.similarity.kind", "rank", "distill.phases.pairs"))
     return mistakes
 
 
-def _cannot_plan(method: type[Method], rule: config.Distill) -> list[str]:
+def _cannot_plan(method: type[Method], rule: config.Distill) -> list[Clash]:
     """Why the phases of a run cannot be planned."""
     word = f"distill.phases: {rule.plan.kind}"
-    mistakes = []
+    mistakes, of_plan = [], ("distill.phases", "plan.kind")
     if rule.trajectory == "convexified":
-        mistakes.append(f"{word} chooses endpoints, which a convexified path has not; set trajectory: shortcut")
+        text = f"{word} chooses endpoints, which a convexified path has not; set trajectory: shortcut"
+        mistakes.append(Clash(text, *of_plan, "distill.trajectory"))
     if method.starts_apart(rule) or not method.states_ranges(rule):
-        mistakes.append(
-            f"{word} plans one range for both towers; set distill.options to {{starts: together, ranges: stated}}"
-        )
+        text = f"{word} plans one range for both towers; set distill.options to {{starts: together, ranges: stated}}"
+        mistakes.append(Clash(text, *of_plan, "options.starts", "options.ranges"))
     if rule.plan.kind == "adaptive" and (rule.trajectory, rule.endpoint_rule) != ("shortcut", "inclusive"):
-        mistakes.append(f"{word} moves along a straight path; set trajectory: shortcut, endpoint_rule: inclusive")
+        text = f"{word} moves along a straight path; set trajectory: shortcut, endpoint_rule: inclusive"
+        mistakes.append(Clash(text, *of_plan, "trajectory", "endpoint_rule"))
     return mistakes

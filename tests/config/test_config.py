@@ -152,6 +152,22 @@ def test_a_field_that_cannot_be_read_is_told_of_once(raw):
     assert len(places) == 1
 
 
+@pytest.mark.parametrize(
+    ("raw", "field"),
+    [
+        (with_phase({"pairs": 8}, batches=3), "distill.batches"),
+        (with_phase({"pairs": 8}, method=3), "distill.method"),
+        (with_phase({"start": 2}, start_rule="inclusiv"), "distill.start_rule"),
+        (with_phase({"stop": 4}, trajectory=3), "distill.trajectory"),
+        ({"distill": {"phases": [], "plan": {"kind": 3}}}, "distill.plan.kind"),
+    ],
+)
+def test_a_clash_is_not_told_beside_a_broken_field_that_it_reads_and_does_not_name(raw, field):
+    with pytest.raises(ConfigError) as caught:
+        load(raw)
+    assert all(mistake.startswith(f"{field}: ") for mistake in caught.value.mistakes)
+
+
 def test_a_section_made_in_code_is_checked_too():
     with pytest.raises(ValueError, match="give data.root"):
         config.Data(source="table")
