@@ -55,6 +55,14 @@ def other(value: Any, annotation: Any) -> Any:
     return {int: 3, float: 0.5, str: "x"}.get(kinds[0], 3 if "int" in str(kinds) or "gt" in str(kinds) else "x")
 
 
+def sections(section: BaseModel) -> Iterator[BaseModel]:
+    """A section and those that its fields hold, to any depth."""
+    yield section
+    for name in type(section).model_fields:
+        if isinstance(value := getattr(section, name), BaseModel):
+            yield from sections(value)
+
+
 def changes(section: BaseModel, before: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted fields below a section, and the section with another value of each; nothing is checked."""
     for name, field in type(section).model_fields.items():

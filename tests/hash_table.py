@@ -73,3 +73,55 @@ MOVES = {
         evaluate.selection evaluate.chunk
     """,
 }
+
+WITHIN = {
+    "amd.AMD.Options": "ranges starts",
+    "choice.Choice": """
+        method pairs bytes seed unit caption encoder space dtype draw start clusters quota guard guard_share expert
+        never_learned
+    """,
+    "covmatch.CovMatch.Options": """
+        texts rho mean_weight real_batch average reset lr_tower lr_head online_momentum weight_decay head_width chunk
+    """,
+    "data.Annotations": "train val test",
+    "distill.Phase": "pairs start stop start_text stop_text grow_from grow_until endpoint iterations",
+    "distribution.DistributionMethod.Options": "draws clip",
+    "edge.Captioning": "kind id prompt tokens tries dtype",
+    "edge.EDGE.Options": "clip captions_per_image captioner prefix tuning sampling",
+    "edge_tuning.EdgeTuning": """
+        epochs fraction steps batch micro_batch size lr contrast diverse anchor temperature unit_halves max_step
+        weighting clamp recipe precision save_memory checkpoint_every
+    """,
+    "evlf.EVLF.Options": "fusion components mode sampler strength scheduler eta pull pull_until sampling",
+    "evlf.LatentSampling": "size",
+    "evlf_tuning.FusionRule": """
+        width heads layers dropout kv residual reader_width epochs steps batch accumulate lr lr_reader weight_decay clip
+        temperature align rebuild_low rebuild_high drop_text drop_entries text_noise flip checkpoint_every
+    """,
+    "lors.LoRS.Options": "rate_branches",
+    "mct.MCT.Options": "anchors smooth_anchors start_points",
+    "mdm.MDM.Options": """
+        clip real_batch synthetic_batch cluster teacher partners alpha positive_cosine first_epoch resample_every
+        teacher_dropout agreement discrepancy contrastive kernel sigma statistic root
+    """,
+    "ncfm.NCFM.Options": """
+        clusters pick frequencies network network_norm network_optimiser lr_network repeat learned_scale w_amplitude
+        w_phase scale real_batch subset project calibration calibration_batch patience chunk
+    """,
+    "pds.PDS.Options": """
+        features rm_ratio starts normalize pairless rescale caption_pool repeats texts decode decoder steps guidance
+        noise_level negative_prompt batch dtype offload
+    """,
+    "probes.ClassData": "source classes",
+    "probes.Classes": "layout images file names synonyms number seed only",
+    "probes.CocoQa": "folder questions seed",
+    "probes.CocoQaData": "source layout cocoqa",
+    "probes.Retrieval": "kind data split",
+    "probes.Vqa": "kind data template question_mark caption_rule ks",
+    "probes.ZeroShot": "kind data templates caption_rule ks",
+    "repblend.RepBlend.Options": "blend",
+    "search.Dimension": "uniform loguniform logint choice step when int",
+    "stable_diffusion.Sampling": "steps guidance size batch dtype offload redraws",
+    "tuned.TunedMethod.Options": "generator",
+}
+"""Fields of sections that stand in a list, in options or in a mapping: each shapes all that the field above it does."""

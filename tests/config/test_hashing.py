@@ -1,10 +1,15 @@
 """What each field shapes: the same hashes as ever, and none for a field that does not say."""
 
-import pytest
-from changing import RUN, hashes, moved
-from hash_table import MOVES
+import importlib
+import pkgutil
 
+import pytest
+from changing import RUN, hashes, moved, sections
+from hash_table import MOVES, WITHIN
+
+import rmdd
 from rmdd import config
+from rmdd.config.runfile import Section
 from rmdd.runs import paths
 
 
@@ -17,6 +22,25 @@ def test_a_field_moves_the_hashes_of_the_table_and_a_new_one_has_to_be_in_it(mon
         field: names for field, names in found.items() if names != ([] if table[field] == ["nothing"] else table[field])
     }
     assert wrong == {}
+
+
+def test_a_field_of_options_or_of_a_listed_section_shapes_all_that_holds_it():
+    """Such a field has no mark, and a new one has to be in the table."""
+    for module in pkgutil.walk_packages(rmdd.__path__, "rmdd."):
+        importlib.import_module(module.name)
+    found, marked = {}, []
+    for kind in derived(Section) - {type(section) for section in sections(RUN)}:
+        declared = vars(kind).get("__annotations__", ())
+        own = {name: field for name, field in kind.model_fields.items() if name in declared}
+        if own and kind.__module__.startswith("rmdd."):
+            found[f"{kind.__module__.rpartition('.')[2]}.{kind.__qualname__}"] = set(own)
+        marked += [f"{kind.__qualname__}.{name}" for name, field in own.items() if field.json_schema_extra]
+    assert found == {name: set(fields.split()) for name, fields in WITHIN.items()}, "it goes into tests/hash_table.py"
+    assert marked == []
+
+
+def derived(kind):
+    return {kind}.union(*map(derived, kind.__subclasses__()))
 
 
 TRAINED = {"run", "store", "phases", "baseline"}
