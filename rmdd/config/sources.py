@@ -7,6 +7,7 @@ A file there is called as its source and defines `SOURCE`; a package brings one 
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import pkgutil
 from importlib.metadata import entry_points
@@ -19,18 +20,22 @@ OF_PROBES = ("classes", "cocoqa")
 """Sources with settings that the data of a probe has, and that of a run has not."""
 
 
-def names() -> dict[str, str]:
-    """Every source, and the module and attribute that it is."""
+@functools.cache
+def built_in() -> dict[str, str]:
+    """The sources of this package, and the module and attribute that each is."""
     spec = find_spec(PACKAGE)
     assert spec is not None
-    ours = {m.name: f"{PACKAGE}.{m.name}:SOURCE" for m in pkgutil.iter_modules(spec.submodule_search_locations)}
-    return {p.name: p.value for p in entry_points(group=GROUP)} | ours
+    return {m.name: f"{PACKAGE}.{m.name}:SOURCE" for m in pkgutil.iter_modules(spec.submodule_search_locations)}
+
+
+def names() -> dict[str, str]:
+    """Every source, and the module and attribute that it is."""
+    return {p.name: p.value for p in entry_points(group=GROUP)} | built_in()
 
 
 def mistake(name: str) -> str | None:
     """What is wrong when there is no source `name`."""
-    known = names()
-    if name in known:
+    if name in built_in() or name in (known := names()):
         return None
     listed = ", ".join(["dataset", *sorted(known.keys() - set(OF_PROBES))])
     near = difflib.get_close_matches(name, known, n=1)

@@ -128,14 +128,16 @@ def _summed(
     result = {}
     for m, metric in enumerate(metrics):
         here = {side: 1 + s for s, (of, side) in enumerate(names) if of == m}
-
-        def value(sums: Tensor, here: dict[str, int] = here) -> Tensor:
-            sides = [sums[:, c] / (sums[:, 0] if side == "IR" else len(captions)) for side, c in here.items()]
-            return 100 * torch.stack(sides).mean(0)
-
-        low, high = torch.quantile(value(drawn_RS), tail).tolist()
-        result[metric] = Interval(float(value(columns.sum(0, keepdim=True))), low, high)
+        low, high = torch.quantile(_mean_of_sides(drawn_RS, here, len(captions)), tail).tolist()
+        whole = _mean_of_sides(columns.sum(0, keepdim=True), here, len(captions))
+        result[metric] = Interval(float(whole), low, high)
     return result
+
+
+def _mean_of_sides(sums: Tensor, columns: dict[str, int], images: int) -> Tensor:
+    """Per cent of hits, from sums of hits in `columns` and of captions in the first."""
+    sides = [sums[:, c] / (sums[:, 0] if side == "IR" else images) for side, c in columns.items()]
+    return 100 * torch.stack(sides).mean(0)
 
 
 def _counts(images: int, draws: int, seed: int) -> Iterator[Float[Tensor, "r I"]]:

@@ -11,9 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.stats import skew
-from sklearn.linear_model import RidgeClassifier
-from sklearn.model_selection import StratifiedKFold, cross_val_score
 from torch import Tensor
 
 from rmdd.core.seeding import derive, generator
@@ -162,6 +159,8 @@ def _hubness(queries: Tensor, candidates: Tensor) -> float:
     for i in range(0, len(queries), CHUNK):
         nearest = (queries[i : i + CHUNK] @ candidates.T).topk(k, dim=1).indices
         counts += torch.bincount(nearest.flatten(), minlength=n)
+    from scipy.stats import skew  # which with sklearn takes as long to import as torch
+
     return 0.0 if int(counts.min()) == int(counts.max()) else float(skew(counts.cpu().numpy()))
 
 
@@ -172,5 +171,8 @@ def _separability(u: Tensor, v: Tensor, seed: int) -> float:
         u, v = u[chosen], v[chosen]
     rows = torch.cat([u, v]).cpu().numpy()
     sides = np.repeat([0, 1], len(u))
+    from sklearn.linear_model import RidgeClassifier
+    from sklearn.model_selection import StratifiedKFold, cross_val_score
+
     folds = StratifiedKFold(5, shuffle=True, random_state=derive(seed, "health folds") % 2**32)
     return float(cross_val_score(RidgeClassifier(alpha=1e-3), rows, sides, cv=folds).mean())

@@ -276,13 +276,10 @@ def _second(
 
 def _statistics(x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Any]:
     """1 / deviation and mean, per image and channel, and the mean over groups of sums over pixels."""
-    (n, groups), channels = mean.shape, x.shape[1]
-    size = x[0].numel() // groups
-
-    def spread(t: Tensor) -> Tensor:
-        return t.repeat_interleave(channels // groups, 1)
-
-    return spread(rstd), spread(mean), lambda sums: spread(sums.view(n, groups, -1).sum(2) / size)
+    (n, groups), size = mean.shape, x[0].numel() // mean.shape[1]
+    channels = x.shape[1] // groups  # of a group
+    r, mu = rstd.repeat_interleave(channels, 1), mean.repeat_interleave(channels, 1)
+    return r, mu, lambda sums: (sums.view(n, groups, -1).sum(2) / size).repeat_interleave(channels, 1)
 
 
 def _before_relu(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:

@@ -226,38 +226,38 @@ def _phrase(thing: Thing, short: bool, draws: torch.Generator) -> str:
 def _mask(shape: str, x: float, y: float, r: float, side: int) -> Image.Image:
     mask = Image.new("L", (side, side))
     pen = ImageDraw.Draw(mask)
-
-    def polygon(*points: tuple[int | float, int | float]) -> None:
-        pen.polygon([(x + r * px, y + r * py) for px, py in points], fill=255)
-
     if shape in ("circle", "ring"):
         pen.ellipse((x - r, y - r, x + r, y + r), fill=255)
         if shape == "ring":
             pen.ellipse((x - r * 0.5, y - r * 0.5, x + r * 0.5, y + r * 0.5), fill=0)
-    elif shape == "square":
-        polygon((-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85))
-    elif shape == "triangle":
-        polygon((0, -1), (1, 0.8), (-1, 0.8))
-    elif shape == "diamond":
-        polygon((0, -1.1), (0.75, 0), (0, 1.1), (-0.75, 0))
-    elif shape == "cross":
-        polygon((-0.33, -1), (0.33, -1), (0.33, 1), (-0.33, 1))
-        polygon((-1, -0.33), (1, -0.33), (1, 0.33), (-1, 0.33))
-    elif shape == "star":
-        corners = [(1.1 if k % 2 == 0 else 0.45, math.pi * k / 5) for k in range(10)]
-        polygon(*((length * math.sin(angle), -length * math.cos(angle)) for length, angle in corners))
     else:
-        angles = [2 * math.pi * k / 48 for k in range(48)]
-        polygon(
-            *(
-                (
-                    math.sin(t) ** 3,
-                    -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16,
-                )
-                for t in angles
-            )
-        )
+        for corners in POLYGONS[shape]:
+            pen.polygon([(x + r * px, y + r * py) for px, py in corners], fill=255)
     return mask
+
+
+POLYGONS: dict[str, list[list[tuple[float, float]]]] = {
+    "square": [[(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)]],
+    "triangle": [[(0, -1), (1, 0.8), (-1, 0.8)]],
+    "diamond": [[(0, -1.1), (0.75, 0), (0, 1.1), (-0.75, 0)]],
+    "cross": [
+        [(-0.33, -1), (0.33, -1), (0.33, 1), (-0.33, 1)],
+        [(-1, -0.33), (1, -0.33), (1, 0.33), (-1, 0.33)],
+    ],
+    "star": [
+        [
+            (length * math.sin(math.pi * k / 5), -length * math.cos(math.pi * k / 5))
+            for k, length in enumerate([1.1, 0.45] * 5)
+        ]
+    ],
+    "heart": [
+        [
+            (math.sin(t) ** 3, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16)
+            for t in (2 * math.pi * k / 48 for k in range(48))
+        ]
+    ],
+}
+"""Corners of the shapes, in units of the radius from the centre."""
 
 
 def _ink(colour: tuple[int, int, int], texture: str, side: int) -> Image.Image:

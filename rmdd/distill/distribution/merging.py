@@ -64,13 +64,14 @@ def two_cells(
             "two to draw from; raise experts.num, or set experts.keep: all"
         )
 
-    def drawn(among: Sequence[int]) -> int:
-        return among[int(torch.randint(len(among), (1,), generator=random))]
-
-    first = Cell(drawn(experts), drawn(epochs))
+    first = Cell(_draw(experts, random), _draw(epochs, random))
     lone = len(epochs) == 1  # then the second expert must be another one
-    other = first.expert if within else drawn([e for e in experts if not (lone and e == first.expert)])
-    return first, Cell(other, drawn([e for e in epochs if other != first.expert or e != first.epoch]))
+    other = first.expert if within else _draw([e for e in experts if not (lone and e == first.expert)], random)
+    return first, Cell(other, _draw([e for e in epochs if other != first.expert or e != first.epoch], random))
+
+
+def _draw(among: Sequence[int], random: torch.Generator) -> int:
+    return among[int(torch.randint(len(among), (1,), generator=random))]
 
 
 class Pool:
