@@ -7,7 +7,6 @@ A file there is called as its source and defines `SOURCE`; a package brings one 
 from __future__ import annotations
 
 import difflib
-import functools
 import importlib
 import pkgutil
 from importlib.metadata import entry_points
@@ -20,7 +19,6 @@ OF_PROBES = ("classes", "cocoqa")
 """Sources with settings that the data of a probe has, and that of a run has not."""
 
 
-@functools.cache
 def built_in() -> dict[str, str]:
     """The sources of this package, and the module and attribute that each is."""
     spec = find_spec(PACKAGE)
