@@ -19,12 +19,20 @@ COPIED = f"or, if you copied folders of a newer storage, copy its {FILE} too"
 
 
 def layout_of(storage: Storage, used: bool = False) -> int | None:
-    """The number of its layout; None where nothing was stored yet. `used`: there are results. Nothing is written."""
+    """The number of its layout; None where nothing was stored yet. `used`: there are results. Nothing is written.
+
+    Raises `ValueError` when the file cannot be read.
+    """
     path = storage.root / FILE
     content = storage.read(path)
     if content is None and (used or storage.has_results()):
         content = storage.read(path) or b"{}"  # another process may have begun: it writes this file before any result
-    return None if content is None else json.loads(content).get("layout", 1)
+    try:
+        return None if content is None else json.loads(content).get("layout", 1)
+    except (ValueError, AttributeError):
+        raise ValueError(
+            f'{storage.address(path)} is damaged; write {{"layout": {LAYOUT}}} into it if this release wrote the storage'
+        ) from None
 
 
 def check_layout(storage: Storage, used: bool = False) -> None:

@@ -57,6 +57,14 @@ def test_a_storage_of_another_number_is_refused(tmp_path, where):
         require_layout(storage)
 
 
+@pytest.mark.parametrize("text", ["", "{", "[2]"])
+def test_a_damaged_number_is_said_to_be_damaged(tmp_path, text):
+    folder, storage = storage_of(tmp_path, "folder")
+    (folder / "storage.json").write_text(text)
+    with pytest.raises(ValueError, match=r'storage.json is damaged; write {"layout": 2} into it if this release'):
+        require_layout(storage)
+
+
 def test_a_run_stops_at_an_old_storage(tmp_path):
     (tmp_path / OLD[0]).parent.mkdir(parents=True)
     (tmp_path / OLD[0]).write_text("{}")
