@@ -31,7 +31,7 @@ def layout_of(storage: Storage, used: bool = False) -> int | None:
         return None if content is None else json.loads(content).get("layout", 1)
     except (ValueError, AttributeError):
         raise ValueError(
-            f'{storage.address(path)} is damaged; write {{"layout": {LAYOUT}}} into it if this release wrote the storage'
+            f'{storage.address(path)} is damaged; write {{"layout": {LAYOUT}}} there if this release made it'
         ) from None
 
 

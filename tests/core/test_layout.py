@@ -61,7 +61,7 @@ def test_a_storage_of_another_number_is_refused(tmp_path, where):
 def test_a_damaged_number_is_said_to_be_damaged(tmp_path, text):
     folder, storage = storage_of(tmp_path, "folder")
     (folder / "storage.json").write_text(text)
-    with pytest.raises(ValueError, match=r'storage.json is damaged; write {"layout": 2} into it if this release'):
+    with pytest.raises(ValueError, match=r'storage.json is damaged; write {"layout": 2} there if this release made it'):
         require_layout(storage)
 
 
