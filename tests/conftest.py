@@ -54,6 +54,14 @@ def no_ink():
         yield patch
 
 
+@pytest.fixture(scope="session", autouse=True)
+def unchecked_operations():
+    """torch calls this for each of its operations, hundreds a step: the check of its types would be most of the time."""
+    from rmdd.models.group_norm import TwiceDifferentiable
+
+    TwiceDifferentiable.__torch_function__.__no_type_check__ = True
+
+
 @pytest.fixture(scope="module")
 def ink(no_ink):
     """Figures are painted as they are for users."""

@@ -121,23 +121,37 @@ def test_bfloat16_keeps_the_direction(estimator, second_pass):
         assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.99, name
 
 
+def twice(out, along, leaves):
+    """The gradient of <out, along[0]>, and that of its product with the rest of `along`."""
+    first = torch.autograd.grad(out, leaves, along[0], create_graph=True)
+    return *first, *torch.autograd.grad(first, (along[0], *leaves), along[1:], materialize_grads=True)
+
+
 @pytest.mark.parametrize(("groups", "size"), list(itertools.product((1, 2, 4), (4, 5))))
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_fused_norm_is_torchs_with_both_derivatives(groups, size, packed):
     random = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 4, size, 6, generator=random, dtype=torch.float64)
-    x = x.contiguous(memory_format=torch.channels_last if packed else torch.contiguous_format).requires_grad_()
-    weight, bias = (torch.randn(4, generator=random, dtype=torch.float64).requires_grad_() for _ in range(2))
-    assert torch.allclose(group_norm(x, weight, bias, groups, 1e-5), F.group_norm(x, groups, weight, bias, 1e-5))
-    pooled = F.avg_pool2d(F.relu(F.group_norm(x, groups, weight, bias, 1e-5)), 2)
-    assert torch.allclose(norm_relu_pool(x, weight, bias, groups, 1e-5), pooled)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=random, dtype=torch.float64).requires_grad_()
+
+    form = torch.channels_last if packed else torch.contiguous_format
+    weight, bias, wide = normal(4), normal(4), normal(2, 4, size, 6).contiguous(memory_format=form)
+    assert torch.allclose(group_norm(wide, weight, bias, groups, 1e-5), F.group_norm(wide, groups, weight, bias, 1e-5))
+    pooled = F.avg_pool2d(F.relu(F.group_norm(wide, groups, weight, bias, 1e-5)), 2)
+    fused = norm_relu_pool(wide, weight, bias, groups, 1e-5)
+    assert torch.allclose(fused, pooled)
+    along = [normal(*t.shape) for t in (pooled, wide, weight, bias)]
+    for found, expected in zip(*(twice(out, along, (wide, weight, bias)) for out in (fused, pooled)), strict=True):
+        assert torch.allclose(found, expected)
+    small = normal(2, 4, size, 2).detach().contiguous(memory_format=form).requires_grad_()
     for function in (group_norm, norm_relu_pool):
 
         def at(*leaves, function=function):
             return function(*leaves, groups, 1e-5)
 
-        assert torch.autograd.gradcheck(at, (x, weight, bias))
-        assert torch.autograd.gradgradcheck(at, (x, weight, bias))
+        assert torch.autograd.gradcheck(at, (small, weight, bias))
+        assert torch.autograd.gradgradcheck(at, (small, weight, bias))
 
 
 def test_own_silu_is_torchs_with_both_derivatives():

@@ -30,6 +30,20 @@ from rmdd.distill.unroll import Engine, meta_gradient
 from rmdd.methods import matching_method
 
 
+@pytest.fixture(scope="module")
+def whole(store, tmp_path_factory):
+    """`whole(run)`: the folder of an unbroken phase, made once."""
+    folders = {}
+
+    def whole(run):
+        if run not in folders:
+            folders[run] = tmp_path_factory.mktemp("whole")
+            assert distil(run, store, folders[run], kind=run.distill.similarity.kind)
+        return folders[run]
+
+    return whole
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
 @pytest.mark.parametrize("estimator", ["exact", "first_order"])
 def test_one_phase_on_the_original_trajectory_without_average_is_the_plain_loop(store, tmp_path, momentum, estimator):
@@ -66,12 +80,11 @@ def test_one_phase_on_the_original_trajectory_without_average_is_the_plain_loop(
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.7, 0.99])
-def test_the_average_is_the_printed_recurrence(store, tmp_path, decay):
+def test_the_average_is_the_printed_recurrence(store, tmp_path, whole, decay):
     """Equation 7 in float64 over the raw sets, which an average does not touch."""
     raw = []
     for iteration in range(1, 8):
-        folder = tmp_path / f"raw-{iteration}"
-        distil(run_of(ema=0.0, iterations=iteration, snapshots=1), store, folder)
+        folder = whole(run_of(ema=0.0, iterations=iteration, snapshots=1))
         raw.append(load_set(folder / f"set-{iteration:06d}.safetensors").tensors())
     expected = {n: t.double() for n, t in first_set().tensors().items()}
     for now in raw:
@@ -158,13 +171,12 @@ def test_phases_do_not_depend_on_one_another(store, tmp_path):
 
 @pytest.mark.parametrize("kind", ["full", "low_rank"])
 @pytest.mark.parametrize("stop", [1, 2, 3, 4, 6])
-def test_stopped_and_resumed_has_the_bits_of_unbroken(store, tmp_path, stop, kind):
+def test_stopped_and_resumed_has_the_bits_of_unbroken(store, tmp_path, whole, stop, kind):
     run = run_of(similarity={"kind": kind, "rank": 2})
-    assert distil(run, store, tmp_path / "whole", kind=kind)
-    assert not distil(run, store, tmp_path / "broken", kind=kind, **stop_after(stop))
+    assert not distil(run, store, tmp_path, kind=kind, **stop_after(stop))
     torch.manual_seed(stop)
-    assert distil(run, store, tmp_path / "broken", kind=kind)
-    assert_same_results(tmp_path / "whole", tmp_path / "broken")
+    assert distil(run, store, tmp_path, kind=kind)
+    assert_same_results(whole(run), tmp_path)
 
 
 class Killed(BaseException):
@@ -172,22 +184,20 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("at", [1, 2, 4, 5, 7])
-def test_killed_and_resumed_has_the_bits_of_unbroken(store, tmp_path, at):
+def test_killed_and_resumed_has_the_bits_of_unbroken(store, tmp_path, whole, at):
     def kill(metrics):
         if metrics["iteration"] == at:
             raise Killed
 
     run = run_of()
-    distil(run, store, tmp_path / "whole")
     with pytest.raises(Killed):
-        distil(run, store, tmp_path / "broken", on_step=kill)
-    log = tmp_path / "broken" / "metrics.jsonl"
-    log.parent.mkdir(exist_ok=True)
+        distil(run, store, tmp_path, on_step=kill)
+    log = tmp_path / "metrics.jsonl"
     with open(log, "a") as file:  # a line cut by the kill
         file.write('{"phase": 0, "iterat')
-    assert distil(run, store, tmp_path / "broken")
-    assert_same_results(tmp_path / "whole", tmp_path / "broken")
-    assert [line["iteration"] for line in lines_of(tmp_path / "broken")] == list(range(1, 8))
+    assert distil(run, store, tmp_path)
+    assert_same_results(whole(run), tmp_path)
+    assert [line["iteration"] for line in lines_of(tmp_path)] == list(range(1, 8))
 
 
 def test_lines_after_the_last_checkpoint_are_written_once(store, tmp_path):
@@ -390,9 +400,8 @@ def test_normalised_keeps_inner_rates_positive_and_a_missing_gradient_still():
 
 
 @pytest.mark.parametrize("stop", [1, 4])
-def test_normalised_stopped_and_resumed_has_the_bits_of_unbroken(store, tmp_path, stop):
+def test_normalised_stopped_and_resumed_has_the_bits_of_unbroken(store, tmp_path, whole, stop):
     run = run_of(**NORMALISED)
-    assert distil(run, store, tmp_path / "whole")
-    assert not distil(run, store, tmp_path / "broken", **stop_after(stop))
-    assert distil(run, store, tmp_path / "broken")
-    assert_same_results(tmp_path / "whole", tmp_path / "broken")
+    assert not distil(run, store, tmp_path, **stop_after(stop))
+    assert distil(run, store, tmp_path)
+    assert_same_results(whole(run), tmp_path)
