@@ -56,7 +56,7 @@ def no_ink():
 
 @pytest.fixture(scope="session", autouse=True)
 def unchecked_operations():
-    """torch calls this for each of its operations, hundreds a step: the check of its types would be most of the time."""
+    """torch calls this for each of its operations, hundreds a step: to check its types would take most of the time."""
     from rmdd.models.group_norm import TwiceDifferentiable
 
     TwiceDifferentiable.__torch_function__.__no_type_check__ = True

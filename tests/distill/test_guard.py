@@ -17,6 +17,8 @@ BAD = 5
 
 
 def guarded(kind="full", **change):
+    """One student step with fresh masks, whose gradients take reverse mode, the quicker one at this size."""
+    change = {"steps": 1, "inner_dropout": "fresh_mask"} | change
     guard = {"every": 2, "retries": 3} | change.pop("guard", {})
     return run_of(guard=guard, similarity={"kind": kind, "rank": 2}, **change)
 
@@ -55,6 +57,22 @@ def derail(monkeypatch, damage, times=1, at=BAD):
 def rollbacks_of(folder):
     file = folder / "rollbacks.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+@pytest.fixture(scope="module")
+def whole(store, tmp_path_factory):
+    """`whole(run, times)`: the folder of an unbroken phase that is derailed so many times, made once."""
+    folders = {}
+
+    def whole(run, times):
+        if (run, times) not in folders:
+            folder = folders[run, times] = tmp_path_factory.mktemp("whole")
+            with pytest.MonkeyPatch.context() as patch:
+                derail(patch, DAMAGE["not a number"][1], times=times)
+                assert distil(run, store, folder)
+        return folders[run, times]
+
+    return whole
 
 
 @pytest.mark.parametrize("name", DAMAGE)
@@ -135,15 +153,17 @@ def test_no_retries_fail_at_once(store, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("stop", [3, 6])
 @pytest.mark.parametrize("every", [2, 100])
-def test_stopped_and_resumed_around_a_rollback_has_the_bits_of_unbroken(store, tmp_path, monkeypatch, stop, every):
-    derail(monkeypatch, DAMAGE["not a number"][1], times=2)
+def test_stopped_and_resumed_around_a_rollback_has_the_bits_of_unbroken(
+    store, tmp_path, whole, monkeypatch, stop, every
+):
     run = guarded(guard={"every": every})
-    assert distil(run, store, tmp_path / "whole")
-    assert not distil(run, store, tmp_path / "broken", **stop_after(stop))
-    assert distil(run, store, tmp_path / "broken")
-    assert_same_results(tmp_path / "whole", tmp_path / "broken")
-    assert rollbacks_of(tmp_path / "whole") == rollbacks_of(tmp_path / "broken")
-    assert [b["halvings"] for b in rollbacks_of(tmp_path / "whole")] == [1, 2]
+    unbroken = whole(run, times=2)
+    derail(monkeypatch, DAMAGE["not a number"][1], times=2)
+    assert not distil(run, store, tmp_path, **stop_after(stop))
+    assert distil(run, store, tmp_path)
+    assert_same_results(unbroken, tmp_path)
+    assert rollbacks_of(unbroken) == rollbacks_of(tmp_path)
+    assert [b["halvings"] for b in rollbacks_of(unbroken)] == [1, 2]
 
 
 class Killed(BaseException):
@@ -154,13 +174,12 @@ class Killed(BaseException):
     ("checkpoint_every", "where"), [(5, 1), (5, 2), (5, 3), (100, 1), (100, 5), (100, 6), (100, 7)]
 )
 def test_killed_in_the_middle_of_a_rollback_has_the_bits_of_unbroken(
-    store, tmp_path, monkeypatch, where, checkpoint_every
+    store, tmp_path, whole, monkeypatch, where, checkpoint_every
 ):
     """Killed before one of the writes of the rollback, each in turn."""
-    derail(monkeypatch, DAMAGE["not a number"][1])
     run = guarded(checkpoint_every=checkpoint_every)
-    assert distil(run, store, tmp_path / "whole")
-
+    unbroken = whole(run, times=1)
+    derail(monkeypatch, DAMAGE["not a number"][1])
     writes, armed = [], []
 
     def counted(write):
@@ -185,10 +204,10 @@ def test_killed_in_the_middle_of_a_rollback_has_the_bits_of_unbroken(
         patch.setattr(loop, "append_jsonl", counted(loop.append_jsonl))
         patch.setattr(State, "save", counted(State.save))
         with pytest.raises(Killed):
-            distil(run, store, tmp_path / "broken")
-    assert distil(run, store, tmp_path / "broken")
-    assert_same_results(tmp_path / "whole", tmp_path / "broken")
-    assert rollbacks_of(tmp_path / "whole") == rollbacks_of(tmp_path / "broken")
+            distil(run, store, tmp_path)
+    assert distil(run, store, tmp_path)
+    assert_same_results(unbroken, tmp_path)
+    assert rollbacks_of(unbroken) == rollbacks_of(tmp_path)
 
 
 def test_iterations_above_the_threshold_are_skipped_and_counted(store, tmp_path):

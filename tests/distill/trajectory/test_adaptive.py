@@ -68,14 +68,20 @@ def test_starts_are_drawn_from_the_window(store, tmp_path):
     assert any(line["start"] % 1 for line in lines)
 
 
+@pytest.fixture(scope="module")
+def whole(store, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    assert distil(moving(agreement=-1), store, folder)
+    return folder
+
+
 @pytest.mark.parametrize("first", [2, 3])
-def test_a_stopped_phase_goes_on_with_the_same_bits(store, tmp_path, first):
+def test_a_stopped_phase_goes_on_with_the_same_bits(store, tmp_path, whole, first):
     """Stopped right before a move, and right after it."""
     run = moving(agreement=-1)
-    assert distil(run, store, tmp_path / "whole")
-    assert not distil(run, store, tmp_path / "parts", **stop_after(first))
-    assert distil(run, store, tmp_path / "parts")
-    assert_same_results(tmp_path / "whole", tmp_path / "parts")
+    assert not distil(run, store, tmp_path, **stop_after(first))
+    assert distil(run, store, tmp_path)
+    assert_same_results(whole, tmp_path)
 
 
 def test_a_derailed_phase_takes_its_window_back_and_goes_on_with_the_same_bits(store, tmp_path, monkeypatch):
@@ -116,7 +122,7 @@ def test_moves_follow_the_slow_cosines(make):
     """Every bound against cosines of gradients taken one by one, in float64, with a set that differs each time."""
     phases = (config.Phase(pairs=PAIRS, stop=1, endpoint=2), config.Phase(pairs=PAIRS, start=1, stop=2, endpoint=3))
     plan = config.Plan(kind="adaptive", every=1, pace=0.25, agreement=0.5, experts=2)
-    made = make(run_of(phases=phases, plan=plan, steps=2, inner_dropout="off"), 1)
+    made = make(run_of(phases=phases, plan=plan, steps=2, inner_dropout="off", reuse_graphs=2), 1)
     seen = set()
     for i in range(8):
         raw = made.begun.map(lambda t, i=i: t * (1 + 0.3 * i) if t.ndim else t)
