@@ -62,6 +62,16 @@ def unchecked_operations():
     TwiceDifferentiable.__torch_function__.__no_type_check__ = True
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_rival():
+    """In this process nobody asks for a lease at a URI in the same second as another: it is held at once."""
+    from rmdd.core import locks
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(locks, "SETTLE", 0.01)
+        yield
+
+
 @pytest.fixture(scope="module")
 def ink(no_ink):
     """Figures are painted as they are for users."""

@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from multiprocessing import forkserver, get_context
 from pathlib import Path
 
@@ -16,18 +17,19 @@ rmdd.evaluate.health_of_run rmdd.report.page rmdd.report.health torch._dynamo"""
 CONTEXT.set_forkserver_preload(USED.split())
 
 
-class Rmdd:
-    """`rmdd WORDS` at work, to be watched and killed as a `subprocess.Popen`."""
+class Forked:
+    """`function(*arguments)` at work, to be watched and killed as a `subprocess.Popen`. It is found by its name, in a
+    module that can be imported."""
 
-    def __init__(self, *words: object, **environment: str):
+    def __init__(self, function: Callable[..., object], *arguments: object, **environment: str):
         with contextlib.chdir(ROOT), pytest.MonkeyPatch.context() as patch:
             patch.setenv("OMP_NUM_THREADS", "1")
             forkserver.ensure_running()
             self.folder = tempfile.TemporaryDirectory()
             self.files = [Path(self.folder.name, name) for name in ("stdout", "stderr")]
         variables = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-        asked = ([str(word) for word in words], variables, os.getcwd(), [str(file) for file in self.files])
-        self.process = CONTEXT.Process(target=_rmdd, args=asked)
+        asked = (function, arguments, variables, os.getcwd(), [str(file) for file in self.files])
+        self.process = CONTEXT.Process(target=_forked, args=asked)
         self.process.start()
 
     @property
@@ -55,6 +57,13 @@ class Rmdd:
         return written[0], written[1]
 
 
+class Rmdd(Forked):
+    """`rmdd WORDS`."""
+
+    def __init__(self, *words: object, **environment: str):
+        super().__init__(_rmdd, *(str(word) for word in words), **environment)
+
+
 def done(*words: object, **environment: str) -> str:
     """What `rmdd WORDS` prints."""
     process = Rmdd(*words, **environment)
@@ -63,12 +72,22 @@ def done(*words: object, **environment: str) -> str:
     return output
 
 
-def _rmdd(words: list[str], environment: dict[str, str], folder: str, files: list[str]) -> None:
+def _forked(
+    function: Callable[..., object],
+    arguments: tuple[object, ...],
+    environment: dict[str, str],
+    folder: str,
+    files: list[str],
+) -> None:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    function(*arguments)
+
+
+def _rmdd(*words: str) -> None:
     sys.argv = [str(ROOT / "rmdd" / "__main__.py"), *words]
     from rmdd.cli.app import main
 

@@ -11,7 +11,7 @@ from rmdd.distill.unroll import Engine
 from rmdd.runs import cost as estimate
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-CASE = Case(widths=(32, 64), image_size=32, text_width=2048, width=1024, pairs=40, batch=20, threads=1)
+CASE = Case(widths=(32, 64), image_size=16, text_width=1024, width=512, pairs=20, batch=10, threads=1)
 
 
 def run_of(case, **distill):

@@ -7,14 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 import toy
+import toy_phase
+from processes import Forked
 
 from rmdd import config
-from rmdd.core import files
+from rmdd.core import files, remote
 from rmdd.core import locks as lease
 from rmdd.core.files import append_jsonl, atomic_path, read_json, remove, sweep, temporary_beside, write_json
 from rmdd.core.locks import Held, held
@@ -95,7 +96,8 @@ def test_what_a_live_process_of_this_machine_holds_is_not_fetched_over(node):
         assert read_json(a.root / "store" / "expert-000" / "running.json") == 22
 
 
-def test_a_bucket_that_is_not_there_is_named(s3, tmp_path):
+def test_a_bucket_that_is_not_there_is_named(s3, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)  # between its attempts
     storage = open_storage(config.Runtime(storage="s3://no-such-bucket/runs", scratch=str(tmp_path)))
     words = r"cannot \w+ s3://no-such-bucket/runs.*credentials in the environment"
     with pytest.raises(OSError, match=words), held(storage.root / "run", wait=False):
@@ -139,48 +141,19 @@ def test_a_download_that_was_killed_is_swept_at_once(tmp_path):
 
 # -- a phase goes on from the published checkpoint -------------------------------------------------------------------
 
-PHASE = """
-import os, signal, sys
-from pathlib import Path
-import toy
-from rmdd.distill.trajectory.stepping import distill_phase
-from rmdd.experts.store import Store
-from rmdd.core.locks import held
-from rmdd.core.storage import Mirror
-
-uri, root, kill = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-mirror, run, seen = Mirror(uri, root), toy.run_of(iterations=9), []
-def on_step(metrics):
-    seen.append(metrics)
-    if len(seen) == kill:
-        os.kill(os.getpid(), signal.SIGKILL)
-folder = root / "phases" / "phase-0"
-mirror.fetch(root / "store")
-with held(folder, wait=True):
-    mirror.fetch(folder)
-    print("goes on with", (folder / "state.safetensors").is_file(), flush=True)
-    toy.distil(run, Store.open(root / "store"), folder, on_step=on_step)
-    mirror.flush()
-"""
-
-
-def phase_on(uri, root, kill=0):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
-    command = [sys.executable, "-c", PHASE, uri, str(root), str(kill)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-
 
 def test_a_killed_phase_resumes_on_another_node_with_an_empty_mirror(node, uri, store, tmp_path):
     a = node("a")
     shutil.copytree(store.path, a.root / "store")
     a.publish(a.root / "store")
-    killed = phase_on(uri, tmp_path / "b", kill=5)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    killed = Forked(toy_phase.go, uri, tmp_path / "b", 5)
+    _, errors = killed.communicate()
+    assert killed.returncode == -signal.SIGKILL, errors
     shutil.rmtree(tmp_path / "b")
-    resumed = phase_on(uri, tmp_path / "c")
-    assert resumed.stdout == "goes on with True\n", resumed.stderr
+    resumed, errors = Forked(toy_phase.go, uri, tmp_path / "c").communicate()
+    assert resumed == "goes on with True\n", errors
     a.fetch(a.root / "phases")
-    toy.distil(toy.run_of(iterations=9), store, tmp_path / "unbroken")
+    toy.distil(toy.run_of(iterations=toy_phase.ITERATIONS), store, tmp_path / "unbroken")
     toy.assert_same_results(a.root / "phases" / "phase-0", tmp_path / "unbroken")
 
 

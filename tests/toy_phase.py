@@ -1,0 +1,31 @@
+"""The phase of the toy problem at a URI, for a process that may be killed in it."""
+
+import os
+import signal
+from pathlib import Path
+
+import toy
+
+from rmdd.core.locks import held
+from rmdd.core.storage import Mirror
+from rmdd.experts.store import Store
+
+ITERATIONS = 9
+
+
+def go(uri: str, root: Path, kill: int = 0) -> None:
+    """Distil phase 0 of the store at `uri`; `kill` ends this process after so many iterations."""
+    mirror, seen = Mirror(uri, root), []
+
+    def on_step(metrics: dict) -> None:
+        seen.append(metrics)
+        if len(seen) == kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    folder = root / "phases" / "phase-0"
+    mirror.fetch(root / "store")
+    with held(folder, wait=True):
+        mirror.fetch(folder)
+        print("goes on with", (folder / "state.safetensors").is_file(), flush=True)
+        toy.distil(toy.run_of(iterations=ITERATIONS), Store.open(root / "store"), folder, on_step=on_step)
+        mirror.flush()
