@@ -1,5 +1,6 @@
 """Fixtures that several rooms share. The environment of Ray is set before anything imports it."""
 
+import contextlib
 import os
 import uuid
 from pathlib import Path
@@ -72,15 +73,42 @@ def no_rival():
         yield
 
 
-@pytest.fixture(scope="module")
-def ink(no_ink):
-    """Figures are painted as they are for users."""
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting():
+    """Files need not survive a loss of power, nor seeds wait, with the stack of who asked, for devices not there."""
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        if not torch.accelerator.is_available():
+            for device in (torch.cuda, torch.xpu, torch.mtia):
+                patch.setattr(device, "manual_seed_all", lambda seed: None)
+        yield
+
+
+@pytest.fixture(scope="session")
+def painted(no_ink):
+    """`with painted():` figures are painted as they are for users."""
     from matplotlib.figure import Figure
 
     empty = Figure.draw
-    no_ink.undo()
-    yield
-    no_ink.setattr(Figure, "draw", empty)
+
+    @contextlib.contextmanager
+    def painted():
+        no_ink.undo()
+        try:
+            yield
+        finally:
+            no_ink.setattr(Figure, "draw", empty)
+
+    return painted
+
+
+@pytest.fixture(scope="module")
+def ink(painted):
+    """Figures of a whole file are painted."""
+    with painted():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -29,14 +29,12 @@ from rmdd.report.search import log_ticks, write_page
 from rmdd.searches import begun_in, check, search_folder
 from rmdd.searches.formats import verify
 
-pytestmark = pytest.mark.usefixtures("ink")
-
 
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory):
+def searched(tmp_path_factory, painted):
     storage = tmp_path_factory.mktemp("search")
     opened = []
-    with pytest.MonkeyPatch.context() as patch:
+    with painted(), pytest.MonkeyPatch.context() as patch:
         load = prepared.prepare_split
         patch.setattr(prepared, "prepare_split", lambda *given: opened.append(given[3]) or load(*given))
         found = rmdd.search(raw_of(storage, {"distill.lr_image": LR, **BOTH}, trials=5, pruner="asha"), progress=QUIET)
@@ -206,14 +204,15 @@ def test_verify_knows_a_search(searched, tmp_path):
         assert broken.name in [os.path.basename(fault.path) for fault in verify(str(folder)).faults]
 
 
-def test_the_page_shows_what_it_is_given_as_text(tmp_path):
+def test_the_page_shows_what_it_is_given_as_text(tmp_path, painted):
     name = "<b>$x_</b>"
     rows = [
         {"number": n, "state": "complete", "values": {"distill.options.x": v}, "val": float(n), "cost": {}}
         for n, v in enumerate((name, [{"pairs": 100, "start": 0, "stop": 4, "endpoint": 6}] * 2))
     ]
     base = base_of(space={"distill.options.x": {"choice": [row["values"]["distill.options.x"] for row in rows]}})
-    write_page(tmp_path / "report.html", base.name, base.search, rows, [1], {"distill.options.x": 1.0})
+    with painted():
+        write_page(tmp_path / "report.html", base.name, base.search, rows, [1], {"distill.options.x": 1.0})
     page = (tmp_path / "report.html").read_text()
     assert "<b>" not in page and "&lt;b&gt;" in page
 
