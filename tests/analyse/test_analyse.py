@@ -27,8 +27,6 @@ from rmdd.pipeline import open_pipeline
 from rmdd.runs.paths import paths_of
 from rmdd.searches.sweeps import members_in
 
-pytestmark = pytest.mark.usefixtures("ink")
-
 EPOCHS = 3
 PHASES = [
     {"pairs": 4, "start": 0, "stop": 1, "endpoint": 2, "iterations": 2},
@@ -37,8 +35,14 @@ PHASES = [
 TINY = tiny.changed(
     model={"image": {"weights": "random:0"}},
     experts={"num": 2, "epochs": EPOCHS, "keep": "all"},
-    distill={"phases": PHASES},
+    distill={"phases": PHASES, "reuse_graphs": 2},  # the quicker engine at this size
 )
+
+
+@pytest.fixture
+def ink(painted):
+    with painted():
+        yield
 
 
 def load(storage, *overrides):
@@ -69,7 +73,7 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
-def test_gradients_of_both_kinds_of_trajectory(trained):
+def test_gradients_of_both_kinds_of_trajectory(trained, ink):
     found = say(trained, "gradients", "--draws", "1")
     assert [(r["trajectory"], r["of"]) for r in found["rows"]] == [
         (t, p) for t in ("original", "shortcut") for p in ("images", "texts")
@@ -96,7 +100,7 @@ def test_components_of_the_gradients(trained):
         assert sum(float(p["first"]) for p in points if p["trajectory"] == kind) == pytest.approx(0, abs=1e-6)
 
 
-def test_the_collapse_has_teacher_and_student(trained):
+def test_the_collapse_has_teacher_and_student(trained, ink):
     found = say(trained, "collapse", "--epochs", "1,3", "--iterations", "2", "--trajectories", "original,shortcut")
     words = re.findall(r"<!-- (.*?) -->", Path(found["files"][1]).read_text())
     assert "stop (exclusive end of the range of starts); epoch of the teacher" in words
@@ -202,7 +206,7 @@ def test_cells_that_fail_are_told_and_end_with_1(trained):
     assert all("wants 100 pairs" in row["error"] for row in json.loads(done.stdout)["rows"])
 
 
-def test_a_table_is_a_sweep(trained):
+def test_a_table_is_a_sweep(trained, ink):
     found = say(trained, "sweep", "--table", "endpoints")
     assert [r["row"] for r in found["rows"]] == ["1+2", "2+3"] and all(r["student"] >= 0 for r in found["rows"])
     words = re.findall(r"<!-- (.*?) -->", Path(found["files"][1]).read_text())
@@ -256,7 +260,7 @@ def test_what_cannot_be_asked_is_told_before_experts_are_trained(trained, words,
     assert set((trained / "runs" / "experts").iterdir()) == before
 
 
-def test_stores_that_keep_endpoints_have_shortcuts(trained):
+def test_stores_that_keep_endpoints_have_shortcuts(trained, ink):
     found = say(trained, "gradients", "--set", "experts.keep=endpoints", "--shortcut-only", "--draws", "1")
     assert {r["trajectory"] for r in found["rows"]} == {"shortcut"}
     words = set(re.findall(r"<!-- (.*?) -->", Path(found["files"][2]).read_text()))
