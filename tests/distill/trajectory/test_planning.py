@@ -89,9 +89,10 @@ def test_a_budget_without_a_phase_is_told_before_anything_is_made(tmp_path):
     assert not (tmp_path / "experts").exists()
 
 
-def test_more_pairs_than_records_are_told_by_what_was_set(tmp_path):
+def test_more_pairs_than_records_are_told_by_what_was_set(trained, tmp_path):
+    storage = shutil.copytree(trained, tmp_path / "runs")
     with pytest.raises(ValueError, match=r"wants 7\d pairs but the train split has \d+ .*\(or distill.budget, where"):
-        go(load(tmp_path, "distill.budget=80", "distill.plan.max_phases=1"), "plan")
+        go(load(storage, "distill.budget=80", "distill.plan.max_phases=1"), "plan")
 
 
 @pytest.mark.parametrize(("budget", "phases"), [(100, 1), (200, 2), (1000, 3)])
@@ -198,6 +199,7 @@ TINY = tiny.changed(
     model={"image": {"weights": "random:0"}},
     experts={"num": 2, "epochs": 3, "lr_image": 0.3, "lr_text": 0.3},
     distill={
+        "reuse_graphs": 2,  # the quicker engine at this size
         "phases": "auto",
         "plan": {
             "iterations": 12,
@@ -222,8 +224,16 @@ def _written(run, folder):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    storage = tmp_path_factory.mktemp("planned")
+def trained(tmp_path_factory):
+    """A storage with the experts of the tiny run and nothing after them."""
+    storage = tmp_path_factory.mktemp("trained")
+    go(load(storage), "experts")
+    return storage
+
+
+@pytest.fixture(scope="module")
+def finished(trained, tmp_path_factory):
+    storage = shutil.copytree(trained, tmp_path_factory.mktemp("planned") / "runs")
     go(load(storage))
     return storage
 
@@ -333,17 +343,18 @@ def test_a_planned_run_in_the_cloud_is_taken_up_by_another_machine(finished, tmp
     assert verify(f"{uri}/{run_folder(run).name}").faults == []
 
 
-def test_planned_runs_make_a_sweep(tmp_path):
-    swept = sweep(load(tmp_path).model_dump(), {"distill.plan.max_phases": [1, 2]}, progress=Progress(quiet=True))
+def test_planned_runs_make_a_sweep(trained, tmp_path):
+    run = load(shutil.copytree(trained, tmp_path / "runs"))
+    swept = sweep(run.model_dump(), {"distill.plan.max_phases": [1, 2]}, progress=Progress(quiet=True))
     assert not swept.failed
     plans = [json.loads((Path(row["folder"]) / "plan.json").read_text()) for row in swept.runs]
     assert [len(plan["phases"]) for plan in plans] == [1, 2]
 
 
-def test_a_trial_of_a_search_plans_its_phases(tmp_path):
-    trial = Trial(load(tmp_path, "distill.snapshots=2"))
+def test_a_trial_of_a_search_plans_its_phases(trained, tmp_path):
+    trial = Trial(load(shutil.copytree(trained, tmp_path / "runs"), "distill.snapshots=2"))
     assert [trial.run_rung(Hooks())["done"] for _ in range(2)] == [False, True]
-    assert len(list(tmp_path.glob("phases/*/phase-*/set-*"))) == 4
+    assert len(list(tmp_path.glob("runs/phases/*/phase-*/set-*"))) == 4
 
 
 def test_a_plan_that_was_changed_by_hand_keeps_to_the_budget(finished, tmp_path):
@@ -365,17 +376,18 @@ def kill_when_begun(run, folder):
     process.kill()
 
 
-def test_a_killed_planned_run_goes_on_with_the_same_bits(finished, tmp_path):
-    run = load(tmp_path / "runs", "distill.checkpoint_every=1")
+def test_a_killed_planned_run_goes_on_with_the_same_bits(trained, finished, tmp_path):
+    run = load(shutil.copytree(trained, tmp_path / "runs"), "distill.checkpoint_every=1")
     kill_when_begun(run, tmp_path)
     go(run, "distill")
     assert phase_files(tmp_path / "runs") == phase_files(finished)
 
 
-def test_a_killed_adaptive_run_goes_on_with_the_same_bits(tmp_path):
+def test_a_killed_adaptive_run_goes_on_with_the_same_bits(trained, tmp_path):
     plan = {"iterations": 12, "min_iterations": 50, "every": 2, "agreement": -1, "experts": 1, "draws": 1, "pace": 0.3}
     sets = ["distill.phases=adaptive", f"distill.plan={json.dumps(plan)}", "distill.checkpoint_every=1"]
-    whole, killed = (load(tmp_path / name, *sets, "distill.plan.endpoints=[2, 3]") for name in ("whole", "killed"))
+    storages = [shutil.copytree(trained, tmp_path / name) for name in ("whole", "killed")]
+    whole, killed = (load(storage, *sets, "distill.plan.endpoints=[2, 3]") for storage in storages)
     go(whole, "distill")
     kill_when_begun(killed, tmp_path)
     go(killed, "distill")
