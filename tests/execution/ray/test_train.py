@@ -1,13 +1,16 @@
 """Fleets of experts on a real local Ray: each test is one or two runs of Ray Train."""
 
 import copy
+import functools
 import json
 import os
 import signal
 import sys
 import threading
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -25,6 +28,7 @@ from rmdd.execution.ray import train
 from rmdd.execution.ray.cluster import ENVIRONMENT, Resources, connected
 from rmdd.execution.ray.feed import ray_stream
 from rmdd.execution.ray.train import ExpertPool, WorkerDeaths, WorkQueue
+from rmdd.execution.ray.worker import StorageNotVisible
 from rmdd.execution.tasks import Failed, Interrupted, Spared
 from rmdd.experts.store import Store
 from rmdd.pipeline import Pipeline
@@ -56,7 +60,8 @@ def events(path, *kinds):
 
 def run_of(folder, num, **experts):
     raw = copy.deepcopy(TINY)
-    raw["experts"] |= {"num": num, "epochs": 30, **experts}
+    raw["data"]["scenes"] |= {"train": 12, "val": 4, "test": 4}
+    raw["experts"] |= {"num": num, "epochs": 4, **experts}
     raw["model"]["dropout"] = 0.0  # whose masks the ranks of a worker group draw for themselves
     raw["runtime"] = {"storage": str(folder), "track": "none"}
     return config.load(raw)
@@ -77,29 +82,57 @@ def files(store):
     }
 
 
-def kill_worker(store: Path, item: str, log: Path):
-    """Kill the worker of an item as soon as that has finished an epoch; returns the thread that does it."""
+@dataclass
+class HeldUp(Mapper):
+    """`executor`, whose worker waits after the first epoch of an expert, at its first try; a killer ends that.
 
-    def strike():
-        while True:
-            pids = [e["pid"] for e in events(log, "started") if e["item"] == item]
-            if pids and list(store.glob(f"experts/*/expert-{int(item.split()[1]):03d}/running.safetensors")):
-                os.kill(pids[-1], signal.SIGKILL)
-                return
-            time.sleep(0.02)
+    With `late`, the first of a worker group is done with an expert after the others.
+    """
 
-    thread = threading.Thread(target=strike, daemon=True)
-    thread.start()
-    return thread
+    executor: ExpertPool
+    expert: int
+    mark: Path
+    late: float = 0.0
+
+    def map(self, task, items, names, on_report):
+        return self.executor.map(functools.partial(self.work, task), items, names, on_report)
+
+    def work(self, task, item, hooks):
+        def report(metrics):
+            hooks.report(metrics)
+            if item.number == self.expert and not self.mark.exists():
+                self.mark.touch()
+                time.sleep(60)
+
+        done = task(item, replace(hooks, report=report))
+        time.sleep(self.late * (hooks.member is not None and hooks.member.rank == 0))
+        return done
+
+    def kill(self, store):
+        """Kill the worker that waits, which has saved its epoch; its number comes into the list that is returned."""
+        name, log = f"expert {self.expert}", self.executor.events
+
+        def strike():
+            while not self.mark.exists() or not (
+                pids := [e["pid"] for e in events(log, "started") if e["item"] == name]
+            ):
+                time.sleep(0.02)
+            assert list(store.glob(f"experts/*/expert-{self.expert:03d}/running.safetensors"))
+            os.kill(pids[-1], signal.SIGKILL)
+            struck.append(pids[-1])
+
+        struck = []
+        threading.Thread(target=strike, daemon=True).start()
+        return struck
 
 
 def test_a_fleet_with_a_killed_worker_trains_the_bits_of_one_process_and_later_only_what_is_new(fleet, tmp_path):
     alone = files(trained(run_of(tmp_path / "alone", 4)))
     log = tmp_path / "events.jsonl"
-    strike = kill_worker(tmp_path / "fleet", "expert 1", log)
-    store = trained(run_of(tmp_path / "fleet", 3), fleet())
-    strike.join(1)
-    assert not strike.is_alive() and [e["item"] for e in events(log, "died")] == ["expert 1"]
+    held = HeldUp(fleet(), 1, tmp_path / "mark")
+    killed = held.kill(tmp_path / "fleet")
+    store = trained(run_of(tmp_path / "fleet", 3), held)
+    assert [(e["item"], e["pid"]) for e in events(log, "died")] == [("expert 1", *killed)]
     assert sorted(e["item"] for e in events(log, "finished")) == ["expert 0", "expert 1", "expert 2"]
     assert {k: v for k, v in alone.items() if "expert-003" not in str(k)} == files(store)
     assert all({"pid", "host", "attempt"} <= e.keys() for e in events(log, "started", "died"))
@@ -163,31 +196,21 @@ def test_an_interrupt_lets_every_worker_save(fleet, tmp_path):
     assert [(item / "saved").exists() for item in items] == [True, True, False], "no new item is begun"
 
 
-def test_a_worker_group_with_a_killed_member_trains_the_bits_of_an_unbroken_one(fleet, tmp_path):
-    rule = {"keep": "all", "epochs": 12}
-    one, unbroken = (trained(run_of(tmp_path / f"{n}", 2, **rule, worker_group={"workers": n})) for n in (1, 2))
+def test_a_worker_group_with_a_killed_member_trains_the_bits_of_an_unbroken_one_item_after_item(fleet, tmp_path):
+    one, unbroken = (trained(run_of(tmp_path / f"{n}", 2, keep="all", worker_group={"workers": n})) for n in (1, 2))
     log = tmp_path / "events.jsonl"
-    strike = kill_worker(tmp_path / "group", "expert 0", log)
-    store = trained(run_of(tmp_path / "group", 2, **rule, worker_group={"workers": 2}), fleet(size=2))
-    assert not strike.is_alive() and events(log, "died", "failed")
-    assert files(store) == files(unbroken)
+    held = HeldUp(fleet(size=2), 0, tmp_path / "mark", late=0.5)
+    killed = held.kill(tmp_path / "group")
+    store = trained(run_of(tmp_path / "group", 2, keep="all", worker_group={"workers": 2}), held)
+    assert killed and files(store) == files(unbroken)
+    (ended,) = [e["event"] for e in events(log, "died", "failed")]
+    expected = [("started", "expert 0"), (ended, "expert 0")]
+    expected += [(kind, f"expert {i}") for i in (1, 0) for kind in ("started", "finished")]
+    assert [(e["event"], e["item"]) for e in events(log)] == expected
     assert store.path.name != one.path.name, "the worker group is in the hash"
     a, b = (Store.open(s.path).read(0, 2) for s in (one, store))
     for name in a:
         torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-5)
-
-
-def late_leader(item, hooks):
-    """The first of a worker group is done after the others, as when it writes what they have trained together."""
-    time.sleep(0.5 * (hooks.member.rank == 0))
-    return item
-
-
-def test_a_worker_group_does_one_item_after_another(fleet, tmp_path):
-    names = [f"item {i}" for i in range(3)]
-    assert fleet(size=2).map(late_leader, [7, 8, 9], names, lambda name, metrics: None) == [7, 8, 9]
-    expected = [(kind, name) for name in names for kind in ("started", "finished")]
-    assert [(e["event"], e["item"]) for e in events(tmp_path / "events.jsonl")] == expected
 
 
 def test_a_worker_group_that_does_not_fit_is_refused(fleet):
@@ -227,8 +250,21 @@ def test_a_list_that_is_lost_ends_with_an_error_that_can_be_resumed(fleet, monke
 def test_a_worker_that_does_not_see_the_storage_takes_nothing(fleet, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "folder_to_check", lambda runtime, events: tmp_path / "elsewhere")
     with pytest.raises(RuntimeError, match=r"^node .* does not see .*elsewhere; .* what was trained is kept"):
-        fleet().map(Spared(flaky), [(0, tmp_path)] * 2, ["a", "b"], lambda name, metrics: None)
+        fleet(workers=1, min_workers=1).map(Spared(flaky), [(0, tmp_path)] * 2, ["a", "b"], lambda name, metrics: None)
     assert events(tmp_path / "events.jsonl") == []
+
+
+def test_a_member_of_a_worker_group_that_does_not_see_the_storage_ends_the_others(ray_local, tmp_path, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "here")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    member = SimpleNamespace(get_world_rank=lambda: 1, get_world_size=lambda: 2)
+    monkeypatch.setattr(ray.train, "get_context", lambda: member)
+    kept = ray_local.remote(WorkQueue).options(num_cpus=0).remote(["expert 0"], 2, 0)
+    with pytest.raises(StorageNotVisible):
+        train.work(kept, flaky, [(0, tmp_path)], 2, 1, tmp_path / "elsewhere")
+    _, refusal = ray_local.get(kept.outcome.remote())
+    assert "does not see" in refusal and ray_local.get(kept.take.remote("here:1", 0, 0)) == [None]
+    ray_local.kill(kept)
 
 
 def test_ray_data_feeds_the_bits_of_the_cache(ray_local, tmp_path):
