@@ -49,6 +49,10 @@ class Forked:
         self.process.kill()
         self.process.join()
 
+    def terminate(self) -> None:
+        """SIGTERM."""
+        self.process.terminate()
+
     def communicate(self, timeout: float = 400) -> tuple[str, str]:
         """What it has written, once it has ended."""
         self.process.join(timeout)

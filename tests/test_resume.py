@@ -5,8 +5,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from processes import Rmdd
 from ray_head import patiently
 from tiny_killed import TINY
 
@@ -30,21 +29,9 @@ def write_run(folder: Path, **runtime: object) -> Path:
     return folder / "run.yaml"
 
 
-def start(*words: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "rmdd", *words],
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=400)
+def finish(process: Rmdd) -> None:
+    output = process.communicate()
     assert process.returncode == 0, output
-    return output
 
 
 def results(folder: Path) -> dict[str, bytes]:
@@ -101,7 +88,7 @@ def nodes() -> Iterator[Nodes]:
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("unbroken")
-    finish(start("run", str(write_run(folder)), "--set", "runtime.ray=off", "--quiet"))
+    finish(Rmdd("run", write_run(folder), "--set", "runtime.ray=off", "--quiet"))
     return results(folder)
 
 
@@ -109,19 +96,19 @@ def events(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 300) -> object:
+def wait_for(condition: Callable[[], object], process: Rmdd, seconds: float = 300) -> object:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        assert process.poll() is None, f"the run ended before it was killed: {process.communicate()[0]}"
+        assert process.poll() is None, f"the run ended before it was killed: {process.communicate()}"
         if found := condition():
             return found
-        time.sleep(0.02)
+        time.sleep(0.005)
     raise AssertionError("what was waited for never came")
 
 
 def pid_of(folder: Path, item: str) -> int | None:
-    run = run_folder(config.load(folder / "run.yaml"))
-    found = [e["pid"] for e in events(run / "events.jsonl") if e["event"] == "started" and e["item"] == item]
+    logs = (folder / "runs").glob("tiny-*/events.jsonl")
+    found = [e["pid"] for log in logs for e in events(log) if e["event"] == "started" and e["item"] == item]
     return found[-1] if found else None
 
 
@@ -137,21 +124,27 @@ def in_phases(folder: Path, lines: int) -> Callable[[], object]:
     return lambda: lines_of(folder, "phases/*/phase-1/metrics.jsonl") >= lines and pid_of(folder, "phase 1")
 
 
-def test_killed_workers_are_replaced_and_go_on_from_their_checkpoints(
+def test_killed_workers_are_replaced_and_a_lost_node_costs_no_attempt(
     tmp_path: Path, unbroken: dict, nodes: Nodes
 ) -> None:
-    process = start("run", str(write_run(tmp_path, **nodes.place)), "--quiet")
+    process = Rmdd("run", write_run(tmp_path, **nodes.place, max_restarts=1), "--quiet")
+    log = run_of(tmp_path) / "events.jsonl"
     begun = lambda: list((tmp_path / "runs").glob("experts/*/expert-001/running.safetensors"))  # noqa: E731
     os.kill(int(str(wait_for(lambda: begun() and pid_of(tmp_path, "expert 1"), process))), signal.SIGKILL)
-    os.kill(int(str(wait_for(in_phases(tmp_path, 10), process))), signal.SIGKILL)
+    os.kill(pid := int(str(wait_for(in_phases(tmp_path, 4), process))), signal.SIGKILL)
+    wait_for(lambda: in_phases(tmp_path, 6)() not in (False, pid), process)
+    where = [e["node"] for e in events(log) if e["item"] == "phase 1"][-1]
+    nodes.kill(next(node for node in nodes.nodes if node.node_id == where))
     finish(process)
-    died = [e["item"] for e in events(run_of(tmp_path) / "events.jsonl") if e["event"] == "died"]
-    assert died == ["expert 1", "phase 1"]
+    assert [e["item"] for e in events(log) if e["event"] == "died"] == ["expert 1", "phase 1"]
+    seen = [e["event"] for e in events(log) if e["item"] == "phase 1"]
+    assert seen[:3] == ["started", "died", "started"] and seen[-2:] == ["started", "finished"]
+    assert set(seen[3:-2]) == {"lost"}, "which would be one death too many"
     assert results(tmp_path) == unbroken
 
 
 def test_killed_and_terminated_drivers_go_on_with_resume(tmp_path: Path, unbroken: dict, nodes: Nodes) -> None:
-    process = start("run", str(write_run(tmp_path, **nodes.place)), "--quiet")
+    process = Rmdd("run", write_run(tmp_path, **nodes.place, workers=1), "--quiet")
     kept: dict[str, tuple[int, int]] = {}
     run = run_of(tmp_path)
     for moment in ("experts/*/expert-000/expert.json", None, "tiny-*/students/*.json"):
@@ -162,25 +155,14 @@ def test_killed_and_terminated_drivers_go_on_with_resume(tmp_path: Path, unbroke
         else:
             wait_for(in_phases(tmp_path, 5), process)
             process.terminate()
-            output, _ = process.communicate(timeout=400)
+            output = "".join(process.communicate())
             assert process.returncode == 130 and f"rmdd resume {run}" in output, output
         assert not (run / "evaluation.json").exists()
         assert kept.items() <= made(tmp_path).items(), "what was finished is not done again"
         kept = made(tmp_path)
-        process = start("resume", str(run), "--quiet")
+        process = Rmdd("resume", run, "--quiet")
     finish(process)
     assert kept and kept.items() <= made(tmp_path).items()
-    assert results(tmp_path) == unbroken
-
-
-def test_a_lost_node_costs_no_attempt(tmp_path: Path, unbroken: dict, nodes: Nodes) -> None:
-    process = start("run", str(write_run(tmp_path, **nodes.place, max_restarts=0)), "--quiet")
-    wait_for(in_phases(tmp_path, 10), process)
-    where = [e["node"] for e in events(run_of(tmp_path) / "events.jsonl") if e["item"] == "phase 1"][-1]
-    nodes.kill(next(node for node in nodes.nodes if node.node_id == where))
-    finish(process)
-    seen = [e["event"] for e in events(run_of(tmp_path) / "events.jsonl") if e["item"] == "phase 1"]
-    assert seen[0] == "started" and seen[-2:] == ["started", "finished"] and set(seen[1:-2]) == {"lost"}
     assert results(tmp_path) == unbroken
 
 
@@ -194,14 +176,14 @@ def test_soak(tmp_path: Path, unbroken: dict, nodes: Nodes) -> None:
     for number in range(100):
         folder = tmp_path / f"run-{number}"
         file = write_run(folder, **nodes.place, max_restarts=KILLS)
-        process, kept = start("run", str(file), "--quiet"), made(folder)
+        process, kept = Rmdd("run", file, "--quiet"), made(folder)
         while wait_a_while(folder, process, draw):
             victim = draw.choice(("driver", "worker", "worker", "node"))
             working = pids(run_of(folder))
             if victim == "driver":
                 process.kill()
                 process.communicate()
-                process = start("resume", str(run_of(folder)), "--quiet")
+                process = Rmdd("resume", run_of(folder), "--quiet")
             elif victim == "node":
                 nodes.kill(draw.choice(nodes.nodes))
             elif working:
@@ -233,7 +215,7 @@ def pids(run: Path) -> dict[str, int]:
     return working
 
 
-def wait_a_while(folder: Path, process: subprocess.Popen[str], draw: random.Random) -> bool:
+def wait_a_while(folder: Path, process: Rmdd, draw: random.Random) -> bool:
     """Until the run has made some progress, and a random moment more; False when it has ended."""
 
     def progress() -> int:

@@ -16,14 +16,16 @@ pytestmark = pytest.mark.ray
 SUBMIT = ["ray", "job", "submit", "--working-dir", ".", "--runtime-env", "jobs/runtime_env.yaml"]
 BEARER = {"Authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"}
 TINY = [
-    "data={scenes: {train: 60, val: 12, test: 12, size: 16}, image_size: 16}",
+    "data={scenes: {train: 12, val: 6, test: 6, size: 16}, image_size: 16}",
     "model.image={name: convnet, weights: random, widths: [8, 8], groups: 4, projection: linear}",
-    "experts={num: 2, epochs: 4, batch: 16}",
-    "distill.phases=[{pairs: 6, start: 0, stop: 1, endpoint: 2, iterations: 200}]",
+    "experts={num: 1, epochs: 2, batch: 16}",
+    "distill.phases=[{pairs: 6, start: 0, stop: 1, endpoint: 2, iterations: 80}]",
     "distill.budget=8",
     "distill.batch=3",
     "distill.steps=2",
-    "evaluate={epochs: 2, students: 2, reference: false, selection_students: 1, baseline_draws: 2}",
+    "distill.checkpoint_every=2",
+    "distill.snapshots=2",
+    "evaluate={epochs: 1, students: 2, reference: false, selection_students: 1, baseline_draws: 1}",
     "evaluate.baseline_lrs=[0.1]",
     "evaluate.baseline_losses=[infonce]",
     "runtime.track=none",
@@ -67,16 +69,17 @@ def test_the_demo_runs_to_the_end(unbroken: Path) -> None:
 
 def test_a_stopped_job_saves_and_goes_on_when_submitted_again(head: Head, unbroken: Path, tmp_path: Path) -> None:
     copy_experts(unbroken, tmp_path)
+    client = head.client()
     head.do(*SUBMIT, "--no-wait", "--submission-id", "stopped", "--", *job(tmp_path))
-    wait_for(lambda: iterations(tmp_path) >= 5 or head.client().get_job_status("stopped").is_terminal())
-    head.client().stop_job("stopped")
-    wait_for(lambda: head.client().get_job_status("stopped").is_terminal())
-    log = head.client().get_job_logs("stopped")
-    assert head.client().get_job_status("stopped") == "STOPPED", log
-    assert 5 <= iterations(tmp_path) < 200 and not list(tmp_path.glob("*/evaluation.json"))
+    wait_for(lambda: iterations(tmp_path) >= 5 or client.get_job_status("stopped").is_terminal())
+    client.stop_job("stopped")
+    wait_for(lambda: client.get_job_status("stopped").is_terminal())
+    log = client.get_job_logs("stopped")
+    assert client.get_job_status("stopped") == "STOPPED", log
+    assert 5 <= iterations(tmp_path) < 80 and not list(tmp_path.glob("*/evaluation.json"))
     (again,) = [line for line in log.splitlines() if "submit it again: " in line]
     head.do(*shlex.split(again.partition("submit it again: ")[2]))
-    assert iterations(tmp_path) == 200
+    assert iterations(tmp_path) == 80
     assert results(tmp_path) == results(unbroken)
 
 

@@ -60,7 +60,6 @@ def events(path, *kinds):
 
 def run_of(folder, num, **experts):
     raw = copy.deepcopy(TINY)
-    raw["data"]["scenes"] |= {"train": 12, "val": 4, "test": 4}
     raw["experts"] |= {"num": num, "epochs": 4, **experts}
     raw["model"]["dropout"] = 0.0  # whose masks the ranks of a worker group draw for themselves
     raw["runtime"] = {"storage": str(folder), "track": "none"}
