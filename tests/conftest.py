@@ -19,6 +19,8 @@ os.environ.update(
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "RAY_worker_niceness": "0",
         "RAY_memory_monitor_refresh_ms": "0",
+        "RAY_prestart_worker_first_driver": "0",
+        "RAY_enable_worker_prestart": "0",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
         "RAY_DATA_USE_DATASOURCE_V2": "0",
         "RAY_AIR_NEW_OUTPUT": "0",

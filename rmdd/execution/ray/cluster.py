@@ -14,9 +14,12 @@ from pathlib import Path
 
 from rmdd import config
 
-# Set before ray is imported: workers at normal priority, no telemetry, no upload of the working folder, quiet Data.
+# Set before ray is imported: workers at normal priority and none before there is work, for ours have an environment of
+# their own; no telemetry, no upload of the working folder, quiet Data.
 ENVIRONMENT = {
     "RAY_worker_niceness": "0",
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_enable_worker_prestart": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
