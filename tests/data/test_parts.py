@@ -12,6 +12,7 @@ import threading
 import time
 
 import numpy as np
+import processes
 import pytest
 import yaml
 from PIL import Image
@@ -98,24 +99,23 @@ def test_a_driver_killed_in_the_middle_of_a_shard_goes_on(data, whole, tmp_path)
 
 @pytest.mark.ray
 def test_a_killed_ray_driver_goes_on(root, draw, put, tmp_path):
-    names = [f"{i:03d}.png" for i in range(160)]
-    draw(*names, size=(320, 320))
+    names = [f"{i:03d}.png" for i in range(60)]
+    draw(*names, size=(240, 240))
     put("captions.csv", "image,caption\n" + "\n".join(f"{name},picture {name}" for name in names))
     runtime = {"storage": str(tmp_path / "runs"), "num_cpus": 2}
-    data = {"source": "table", "root": str(root), "shard_mb": 0.5}
+    data = {"source": "table", "root": str(root), "shard_mb": 0.2}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"name": "killed", "data": data, "runtime": runtime}))
-    words = [sys.executable, "-m", "rmdd", "ingest", str(tmp_path / "run.yaml"), "--quiet"]
-    process = subprocess.Popen(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    words = ["ingest", tmp_path / "run.yaml", "--quiet"]
+    process = processes.Rmdd(*words)
     while len(records := list((tmp_path / "runs").glob("data/.*.parts/records/*.json"))) < 5:
         assert process.poll() is None, "it ended before it was killed"
         time.sleep(0.005)
     process.kill()
-    process.wait()
     time.sleep(4)  # the workers of a killed driver end within 3 s
     assert not list((tmp_path / "runs").glob("data/*/manifest.json"))
     before = shards_of(records[0].parent.parent / "dataset")
 
-    subprocess.run([*words, "--set", "runtime.ray=off"], check=True, stdout=subprocess.DEVNULL)
+    processes.done(*words, "--set", "runtime.ray=off")
     (out,) = (path.parent for path in (tmp_path / "runs").glob("data/*/manifest.json"))
     after = shards_of(out)
     assert {name: after[name] for name in before} == before and len(after) > len(before)
