@@ -135,13 +135,16 @@ def test_no_items_are_no_work(side_by_side, tmp_path):
     assert not (tmp_path / "events.jsonl").exists()
 
 
-def test_a_tasks_own_error_surfaces_as_it_was_raised(side_by_side, tmp_path):
+def test_a_tasks_own_error_surfaces_as_it_was_raised_and_says_where(side_by_side, tmp_path):
     items = list(range(4))
     with pytest.raises(ValueError) as caught:
         side_by_side().map(fail_on_two, items, names_of(items), ignore)
     assert type(caught.value) is ValueError and caught.value.args == ("item two cannot be had; leave it out",)
     assert [line["event"] for line in events(tmp_path, "item 2")] == ["started", "failed"], "it is not tried again"
     assert events(tmp_path, "item 2")[-1]["error"] == "item two cannot be had; leave it out"
+    where = events(tmp_path, "item 2")[0]
+    (note,) = caught.value.__notes__
+    assert note == f"item 2 failed on node {where['node'][:8]} ({where['host']}), pid {where['pid']}"
 
 
 def test_a_killed_worker_is_replaced_and_its_item_begun_again(side_by_side, tmp_path):
@@ -219,14 +222,6 @@ def test_fractions_of_a_cpu_fit_side_by_side(side_by_side, tmp_path):
     items = [(tmp_path, n, 5) for n in range(5)]
     pids = side_by_side(workers=5, cpus_per_worker=0.5).map(meet, items, names_of(items), ignore)
     assert len(set(pids)) == 5, "five on four CPUs"
-
-
-def test_an_error_says_where_it_happened(side_by_side, tmp_path):
-    with pytest.raises(ValueError) as caught:
-        side_by_side().map(fail_on_two, [2], ["item 2"], ignore)
-    where = events(tmp_path, "item 2")[0]
-    (note,) = caught.value.__notes__
-    assert note == f"item 2 failed on node {where['node'][:8]} ({where['host']}), pid {where['pid']}"
 
 
 def test_the_end_of_one_piece_is_told_to_it_alone(side_by_side):
