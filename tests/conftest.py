@@ -36,15 +36,11 @@ def pytest_configure(config):
         install_import_hook(packages, checker)
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """With pytest-xdist one process has the local cluster of Ray, and tests of a file share what they make."""
-    if not hasattr(config, "workerinput"):
-        return
-    shares = {item.path for item in items if "ray_local" in item.fixturenames}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path in shares else str(item.path)))
-    items.sort(key=lambda item: item.path not in shares)
+    """With pytest-xdist the longest files come first: those whose tests have processes of Ray."""
+    if hasattr(config, "workerinput"):
+        long = {item.path for item in items if item.get_closest_marker("ray")}
+        items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture(scope="session", autouse=True)
