@@ -294,7 +294,7 @@ def test_files_that_are_no_run(tmp_path):
         load(tmp_path / "absent.yaml")
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None)
 @given(
     seed=st.integers(0, 2**31),
     lr=st.floats(1e-6, 1e6),
@@ -311,7 +311,7 @@ def test_a_dumped_run_loads_to_itself(seed, lr, pairs, epochs, name):
 PATHS = st.text(min_size=1).filter(lambda text: "://" not in text)  # a URI can be refused
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None)
 @given(storage=PATHS, workers=st.integers(1, 64), root=PATHS)
 def test_places_and_width_of_a_run_are_not_in_its_hash(storage, workers, root):
     base = {"data": {"source": "table", "root": "here"}}
