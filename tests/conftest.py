@@ -63,7 +63,7 @@ def unchecked_operations():
 
 @pytest.fixture(scope="session", autouse=True)
 def no_rival():
-    """In this process nobody asks for a lease at a URI in the same second as another: it is held at once."""
+    """Shorten the wait after which a lease at a URI is read again: no test of this process competes for one."""
     from rmdd.core import locks
 
     with pytest.MonkeyPatch.context() as patch:
@@ -73,7 +73,7 @@ def no_rival():
 
 @pytest.fixture(scope="session", autouse=True)
 def no_waiting():
-    """Files need not survive a loss of power, nor seeds wait, with the stack of who asked, for devices not there."""
+    """Skip fsync, and the seeds of devices that this machine lacks: torch would keep a stack trace for each."""
     import torch
 
     with pytest.MonkeyPatch.context() as patch:
@@ -111,7 +111,7 @@ def ink(painted):
 
 @pytest.fixture(scope="session")
 def ray_local():
-    """One local cluster for the whole run."""
+    """One local cluster for all tests of this process."""
     ray = pytest.importorskip("ray")
     from ray_head import patiently
 

@@ -74,7 +74,7 @@ class Run(Section):
         image = self.model.image
         d, recipe = self.distill, self.distill.recipe
         of_family = recipe.clashes_of_family(self.distill, self.experts, self.runtime) if recipe else []
-        mistakes += [Clash(clash, "distill.method", *clash.fields) for clash in of_family]
+        mistakes += [Clash(clash, "distill.method", *getattr(clash, "fields", ())) for clash in of_family]
         if self.stored_size > self.data.image_size:
             text = (
                 f"distill.stored_size {self.stored_size} is larger than data.image_size {self.data.image_size}, which "

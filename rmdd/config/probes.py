@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from rmdd.config.data import Data
+from rmdd.config.data import Captions, Data
 from rmdd.config.numbers import PositiveInt
 from rmdd.config.runfile import Clash, Section
 
@@ -179,7 +179,7 @@ def foreign_view(probes: dict[str, Any], data: Data) -> list[Clash]:
         Clash(
             f"evaluate.probes.{name}.data.{field} is {getattr(probe.data, field)!r}, but a probe sees through the "
             f"run's data.{field}; leave it out",
-            *("evaluate.probes", name, f"data.{field}"),
+            *("evaluate.probes", name, f"data.{field}", *(Captions.model_fields if field == "captions" else ())),
         )
         for name, probe in probes.items()
         for field in VIEW

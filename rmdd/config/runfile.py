@@ -57,7 +57,7 @@ class Section(BaseModel):
 
     @model_validator(mode="after")
     def _check(self, info: Any) -> Section:
-        found = self.clashes()
+        found = [c if isinstance(c, Clash) else Clash(c) for c in self.clashes()]  # other packages may give a `str`
         if found and info.context is None:
             raise ValueError("; ".join(found))
         if found and info.context is not None:

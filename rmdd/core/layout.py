@@ -15,17 +15,17 @@ LAYOUT = 2
 """Raised when a release cannot read what the one before it wrote. Storages of layout 1 have no `storage.json`."""
 
 FILE = "storage.json"
-COPIED = f"or, if you copied folders of a newer storage, copy its {FILE} too"
+ADVICE_FOR_COPIES = f"or, if you copied folders of a newer storage, copy its {FILE} too"
 
 
-def layout_of(storage: Storage, used: bool = False) -> int | None:
-    """The number of its layout; None where nothing was stored yet. `used`: there are results. Nothing is written.
+def layout_of(storage: Storage) -> int | None:
+    """The number of its layout; None where nothing was stored yet. Nothing is written.
 
     Raises `ValueError` when the file cannot be read.
     """
     path = storage.root / FILE
     content = storage.read(path)
-    if content is None and (used or storage.has_results()):
+    if content is None and storage.has_results():
         content = storage.read(path) or b"{}"  # another process may have begun: it writes this file before any result
     try:
         return None if content is None else json.loads(content).get("layout", 1)
@@ -35,15 +35,16 @@ def layout_of(storage: Storage, used: bool = False) -> int | None:
         ) from None
 
 
-def check_layout(storage: Storage, used: bool = False) -> None:
+def check_layout(storage: Storage) -> None:
     """Raise `ValueError` when the storage has another layout. Nothing is written."""
-    layout = layout_of(storage, used)
+    layout = layout_of(storage)
     if layout in (None, LAYOUT):
         return
     advice = ["set runtime.storage to another folder or URI", "or go on with the release of rmdd that wrote it"]
+    advice += [ADVICE_FOR_COPIES] if layout == 1 else []
     raise ValueError(
         f"this release of rmdd reads storages of layout {LAYOUT}, and {storage.address(storage.root)} has layout "
-        f"{layout}; {', '.join([*advice, COPIED] if layout == 1 else advice)}; the distilled sets in it still load "
+        f"{layout}; {', '.join(advice)}; the distilled sets in it still load "
         "with rmdd.load"
     )
 
@@ -58,7 +59,7 @@ def require_layout(storage: Storage) -> None:
 def located(address: str, name: str, depth: int) -> tuple[str, Path]:
     """The storage that `address`, a folder or a URI, lies `depth` levels in, and its file `name`, fetched if there.
 
-    Raises `ValueError` when the file is there and the storage has another layout.
+    Raises `ValueError` when the file is there and the storage has another layout: run files are read in this one alone.
     """
     if not is_uri(address):
         folder = Path(address).absolute()
@@ -71,5 +72,5 @@ def located(address: str, name: str, depth: int) -> tuple[str, Path]:
         file = opened.root.joinpath(*names, name)
         opened.fetch(file)
     if file.is_file():
-        check_layout(opened, used=True)
+        check_layout(opened)
     return opened.address(opened.root), file

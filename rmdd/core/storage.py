@@ -28,8 +28,8 @@ MARKERS = ("manifest.json", "store.json", "expert.json", "set.json", "subset.jso
 
 LOCAL_ONLY = ("cache",)
 LOG_SECONDS = 10.0
-RESULTS = ("experts/*/store.json", "phases/*/phase-*/*", "*/run.yaml")
-"""Files of a storage that was used."""
+RESULTS = ("experts/*/store.json", "phases/*/phase-*/*", f"*-{'[0-9a-f]' * 8}/run.yaml")
+"""Files of a storage that was used; the folder of a run ends in a hash, other folders with a run file do not."""
 
 
 class Storage:
@@ -59,11 +59,10 @@ class Storage:
 
     def read(self, path: Path) -> bytes | None:
         """What the storage holds at `path`; None where that is no file. Nothing is written, not here either."""
-        with clearly(self.root):
-            try:
-                return path.read_bytes()
-            except (FileNotFoundError, NotADirectoryError):
-                return None
+        try:
+            return path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
     def address(self, path: Path) -> str:
         """How a person names `path`."""

@@ -135,7 +135,7 @@ def _summed(
 
 
 def _mean_of_sides(sums: Tensor, columns: dict[str, int], images: int) -> Tensor:
-    """Per cent of hits, from sums of hits in `columns` and of captions in the first."""
+    """The mean over IR and TR of hits in per cent; column 0 of `sums` counts captions, that of a side its hits."""
     sides = [sums[:, c] / (sums[:, 0] if side == "IR" else images) for side, c in columns.items()]
     return 100 * torch.stack(sides).mean(0)
 

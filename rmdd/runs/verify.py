@@ -13,7 +13,7 @@ from rmdd import config
 from rmdd.artefact import distilled
 from rmdd.core.checks import DiskCheck, Findings, Format
 from rmdd.core.files import is_temporary, read_json
-from rmdd.core.layout import COPIED, LAYOUT, layout_of
+from rmdd.core.layout import ADVICE_FOR_COPIES, FILE, LAYOUT, layout_of
 from rmdd.core.storage import Mirror, Storage, is_uri
 from rmdd.coresets import subset
 from rmdd.data import shards
@@ -24,8 +24,8 @@ from rmdd.experts import store
 
 COLLECTIONS = ("sweeps", "searches", "comparisons")
 """Folders of a storage whose members belong to other folders of it."""
-LAID_OUT = ("*", "sweeps/*", "searches/*")
-"""Where runs, sweeps and searches lie, whose run files a release reads in its own layout alone."""
+READ_IN_OWN_LAYOUT = ("*", "sweeps/*", "searches/*")
+"""Where runs, sweeps and searches lie: what is checked of them reads their run files."""
 REMADE = "delete it and resume the {}: it is made anew"
 
 
@@ -55,7 +55,7 @@ def _walk(path: Path, formats: Sequence[Format], check: DiskCheck) -> Findings:
     surest_first = sorted(formats, key=lambda f: len(f.markers))
     own = next((f for f in surest_first if any((path / name).is_file() for name in f.markers)), None)
     if own is not None:
-        if own.within not in LAID_OUT or _readable(path.parents[own.within.count("/")], check, used=True):
+        if own.within not in READ_IN_OWN_LAYOUT or _readable(path.parents[own.within.count("/")], check):
             own.check(path, check)
     elif phases := folders(path, "phase-*"):
         for each in phases:
@@ -74,15 +74,19 @@ def _walk(path: Path, formats: Sequence[Format], check: DiskCheck) -> Findings:
     return check.findings
 
 
-def _readable(root: Path, check: DiskCheck, used: bool = False) -> bool:
+def _readable(root: Path, check: DiskCheck) -> bool:
     """Whether the storage has the layout of this release; another one is the one fault of all in it."""
     storage = check.storage if check.storage.root == root else Storage(root)
-    layout = layout_of(storage, used)
+    try:
+        layout = layout_of(storage)
+    except ValueError as error:
+        check.fault(root / FILE, "is damaged", str(error).partition("; ")[2])
+        return True
     if layout in (None, LAYOUT):
         return True
     wrong = f"has layout {layout}, and this release of rmdd reads layout {LAYOUT}"
     advice = "verify it with the release that wrote it"
-    check.fault(root, wrong, f"{advice}, {COPIED}" if layout == 1 else advice)
+    check.fault(root, wrong, f"{advice}, {ADVICE_FOR_COPIES}" if layout == 1 else advice)
     return False
 
 

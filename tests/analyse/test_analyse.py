@@ -35,7 +35,7 @@ PHASES = [
 TINY = tiny.changed(
     model={"image": {"weights": "random:0"}},
     experts={"num": 2, "epochs": EPOCHS, "keep": "all"},
-    distill={"phases": PHASES, "reuse_graphs": 2},  # the quicker engine at this size
+    distill={"phases": PHASES, "reuse_graphs": 2},  # keeps graphs in place of a second pass: quicker at this size
 )
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rmdd import config, methods
 from rmdd.config import ConfigError, load
-from rmdd.config.runfile import MOVED
+from rmdd.config.runfile import MOVED, Section, validate
 
 PHASE = {"pairs": 20, "start": 0, "stop": 2, "endpoint": 3, "iterations": 10}
 
@@ -166,6 +166,16 @@ def test_a_clash_is_not_told_beside_a_broken_field_that_it_reads_and_does_not_na
     with pytest.raises(ConfigError) as caught:
         load(raw)
     assert all(mistake.startswith(f"{field}: ") for mistake in caught.value.mistakes)
+
+
+def test_a_section_of_another_package_may_say_its_clashes_as_plain_text():
+    class Own(Section):
+        share: float = 2
+
+        def clashes(self):
+            return ["share is more than all"]
+
+    assert validate(Own, {}) == (None, ["share is more than all"])
 
 
 def test_a_section_made_in_code_is_checked_too():

@@ -65,6 +65,21 @@ def test_a_damaged_number_is_said_to_be_damaged(tmp_path, text):
         require_layout(storage)
 
 
+def test_verify_names_a_damaged_number_beside_what_else_is_wrong(tmp_path):
+    tiny.go(config.load(tiny.stored(tmp_path)), "ingest")
+    (tmp_path / "storage.json").write_text("{")
+    faults = {fault.path: fault for fault in verify(str(tmp_path)).faults}
+    assert faults[str(tmp_path / "storage.json")].wrong == "is damaged"
+
+
+def test_a_folder_of_run_files_is_no_storage(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "run.yaml").write_text(config.dump(config.load(tiny.stored(tmp_path / "runs"))))
+    done = CliRunner().invoke(app, ["resume", str(tmp_path / "mine")])
+    assert done.exit_code == 2 and "use `rmdd run" in done.stderr
+    require_layout(open_storage(config.Runtime(storage=str(tmp_path))))
+
+
 def test_a_run_stops_at_an_old_storage(tmp_path):
     (tmp_path / OLD[0]).parent.mkdir(parents=True)
     (tmp_path / OLD[0]).write_text("{}")
@@ -84,6 +99,7 @@ BEGUN = [
 
 def old(tmp_path, file):
     """The folder of `file` in a storage of the release before, with a field in it that has gone."""
+    write_json(tmp_path / "runs" / OLD[0], {})
     path = tmp_path / "runs" / file
     path.parent.mkdir(parents=True)
     run = {"name": "tiny", "gone": {"field": 1}}

@@ -66,24 +66,31 @@ def whole(store, tmp_path_factory):
 
     def whole(run, times):
         if (run, times) not in folders:
-            folder = folders[run, times] = tmp_path_factory.mktemp("whole")
+            folder = tmp_path_factory.mktemp("whole")
             with pytest.MonkeyPatch.context() as patch:
                 derail(patch, DAMAGE["not a number"][1], times=times)
                 assert distil(run, store, folder)
+            folders[run, times] = folder
         return folders[run, times]
 
     return whole
 
 
-@pytest.mark.parametrize("name", DAMAGE)
-def test_a_derailed_phase_goes_on_from_its_last_good_state_at_half_the_rates(store, tmp_path, monkeypatch, name):
+USUAL = {"steps": 2, "inner_dropout": "same_mask"}
+"""What runs do unless they say otherwise: more than one student step, with one mask for both passes."""
+
+
+@pytest.mark.parametrize(("name", "change"), [*((name, {}) for name in DAMAGE), ("not a number", USUAL)])
+def test_a_derailed_phase_goes_on_from_its_last_good_state_at_half_the_rates(
+    store, tmp_path, monkeypatch, name, change
+):
     kind, damage, words = DAMAGE[name]
-    distil(guarded(kind), store, tmp_path / "until", kind=kind, **stop_after(4))
+    distil(guarded(kind, **change), store, tmp_path / "until", kind=kind, **stop_after(4))
     good = State.load(tmp_path / "until" / "good.safetensors", "key")
     assert good.iteration == 4 and good.halvings == 0
 
     derail(monkeypatch, damage)
-    assert distil(guarded(kind), store, tmp_path / "found", kind=kind)
+    assert distil(guarded(kind, **change), store, tmp_path / "found", kind=kind)
     (line,) = rollbacks_of(tmp_path / "found")
     assert line["to"] == 4 and line["halvings"] == 1
     assert re.search(rf"phase 0, iteration 6 \(expert \d, start epoch \d\): .*{words}", line["why"])
@@ -93,7 +100,7 @@ def test_a_derailed_phase_goes_on_from_its_last_good_state_at_half_the_rates(sto
     monkeypatch.undo()
     (tmp_path / "slow").mkdir()
     good.save(tmp_path / "slow" / "state.safetensors", "key")
-    half = guarded(kind, **{n: lr / 2 for n, lr in RATES.items()})
+    half = guarded(kind, **change, **{n: lr / 2 for n, lr in RATES.items()})
     assert distil(half, store, tmp_path / "slow", kind=kind)
     found, slow = (State.load(tmp_path / f / "state.safetensors", "key") for f in ("found", "slow"))
     assert found.halvings == 1 and found.iteration == slow.iteration == 7
@@ -152,11 +159,11 @@ def test_no_retries_fail_at_once(store, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("stop", [3, 6])
-@pytest.mark.parametrize("every", [2, 100])
+@pytest.mark.parametrize(("every", "change"), [(2, {}), (100, {}), (2, USUAL)])
 def test_stopped_and_resumed_around_a_rollback_has_the_bits_of_unbroken(
-    store, tmp_path, whole, monkeypatch, stop, every
+    store, tmp_path, whole, monkeypatch, stop, every, change
 ):
-    run = guarded(guard={"every": every})
+    run = guarded(guard={"every": every}, **change)
     unbroken = whole(run, times=2)
     derail(monkeypatch, DAMAGE["not a number"][1], times=2)
     assert not distil(run, store, tmp_path, **stop_after(stop))

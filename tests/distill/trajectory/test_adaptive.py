@@ -118,11 +118,12 @@ def test_a_bent_shortcut_is_no_endpoint_to_move_to(store):
     assert {w.endpoint for w in windows(moving(agreement=-1, min_straightness=0), store, 4)} == {2, 3}
 
 
-def test_moves_follow_the_slow_cosines(make):
+@pytest.mark.parametrize("reuse_graphs", [0, 2])
+def test_moves_follow_the_slow_cosines(make, reuse_graphs):
     """Every bound against cosines of gradients taken one by one, in float64, with a set that differs each time."""
     phases = (config.Phase(pairs=PAIRS, stop=1, endpoint=2), config.Phase(pairs=PAIRS, start=1, stop=2, endpoint=3))
     plan = config.Plan(kind="adaptive", every=1, pace=0.25, agreement=0.5, experts=2)
-    made = make(run_of(phases=phases, plan=plan, steps=2, inner_dropout="off", reuse_graphs=2), 1)
+    made = make(run_of(phases=phases, plan=plan, steps=2, inner_dropout="off", reuse_graphs=reuse_graphs), 1)
     seen = set()
     for i in range(8):
         raw = made.begun.map(lambda t, i=i: t * (1 + 0.3 * i) if t.ndim else t)

@@ -37,8 +37,9 @@ def whole(store, tmp_path_factory):
 
     def whole(run):
         if run not in folders:
-            folders[run] = tmp_path_factory.mktemp("whole")
-            assert distil(run, store, folders[run], kind=run.distill.similarity.kind)
+            folder = tmp_path_factory.mktemp("whole")
+            assert distil(run, store, folder, kind=run.distill.similarity.kind)
+            folders[run] = folder
         return folders[run]
 
     return whole

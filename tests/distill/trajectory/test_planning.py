@@ -199,7 +199,7 @@ TINY = tiny.changed(
     model={"image": {"weights": "random:0"}},
     experts={"num": 2, "epochs": 3, "lr_image": 0.3, "lr_text": 0.3},
     distill={
-        "reuse_graphs": 2,  # the quicker engine at this size
+        "reuse_graphs": 2,  # keeps graphs in place of a second pass: quicker at this size
         "phases": "auto",
         "plan": {
             "iterations": 12,

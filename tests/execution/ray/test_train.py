@@ -249,7 +249,7 @@ def test_a_list_that_is_lost_ends_with_an_error_that_can_be_resumed(fleet, monke
 def test_a_worker_that_does_not_see_the_storage_takes_nothing(fleet, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "folder_to_check", lambda runtime, events: tmp_path / "elsewhere")
     with pytest.raises(RuntimeError, match=r"^node .* does not see .*elsewhere; .* what was trained is kept"):
-        fleet(workers=1, min_workers=1).map(Spared(flaky), [(0, tmp_path)] * 2, ["a", "b"], lambda name, metrics: None)
+        fleet().map(Spared(flaky), [(0, tmp_path)] * 2, ["a", "b"], lambda name, metrics: None)
     assert events(tmp_path / "events.jsonl") == []
 
 
