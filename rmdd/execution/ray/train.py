@@ -210,7 +210,7 @@ class Heartbeat:
 def work(queue: Any, task: Task, items: Sequence[Any], size: int, threads: int, folder: Path | None) -> None:
     """What every worker of the run does. Members of a group past the last whole one have nothing to do.
 
-    On a node that does not see `folder` it closes the list; in a worker group it raises `RuntimeError`.
+    Raises `RuntimeError` on a node that does not see `folder`.
     """
     import torch
 
@@ -225,8 +225,6 @@ def work(queue: Any, task: Task, items: Sequence[Any], size: int, threads: int, 
         require_visible(folder)
     except StorageNotVisible as error:
         ray.get(queue.refuse.remote(str(error)))
-        if size == 1:
-            return
         raise  # ends the others, which may wait for this one
     member = GroupMember(rank % size, size, ray.util.get_node_ip_address(), functools.partial(_meet, queue, group))
     heartbeat = Heartbeat(queue, group)

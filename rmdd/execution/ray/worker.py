@@ -53,10 +53,7 @@ class Worker:
     """Runs tasks in one thread while another answers `status` and `stop`. SIGTERM is a `stop` too."""
 
     def __init__(self, threads: int, folder: Path | None = None):
-        import torch  # seconds that are no silence of a task
-
-        torch.set_num_threads(threads)
-        self.folder = folder
+        self.threads, self.folder = threads, folder
         self.stopping = False
         self.beats = 0
         self.latest: dict[str, Any] = {}
@@ -71,6 +68,9 @@ class Worker:
     def run(self, task: Task, item: Any, name: str) -> tuple[Any, bool]:
         """The result, and whether the task had been asked to stop. Raises `StorageNotVisible`."""
         require_visible(self.folder)
+        import torch
+
+        torch.set_num_threads(self.threads)
 
         def report(metrics: dict[str, Any]) -> None:
             self.beats += 1

@@ -195,11 +195,11 @@ def test_an_interrupt_lets_every_worker_save(side_by_side, tmp_path):
 
 def test_a_worker_that_hangs_is_killed_and_started_again(side_by_side, tmp_path):
     told = []
-    executor = side_by_side(stall_limit=0.1)
+    executor = side_by_side(stall_limit=0.2)
     executor.say = told.append
     assert executor.map(hang_once, [tmp_path], ["item 0"], ignore) == ["done"]
     assert [line["event"] for line in events(tmp_path)] == ["started", "hung", "started", "finished"]
-    assert events(tmp_path)[1]["why"].startswith("no sign of life for 0.1 minutes")
+    assert events(tmp_path)[1]["why"].startswith("no sign of life for 0.2 minutes")
     assert told[0].startswith("item 0: hung on node ") and told[1].startswith("item 0: goes on at node ")
 
 
