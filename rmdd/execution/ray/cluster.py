@@ -14,8 +14,8 @@ from pathlib import Path
 
 from rmdd import config
 
-# Set before ray is imported: workers at normal priority, and none in advance, which would lack our runtime_env and never
-# be used; no telemetry, no upload of the working folder, quiet Data.
+# Set before ray is imported: workers at normal priority, and none in advance, for those would lack our runtime_env and
+# never be used; no telemetry, no upload of the working folder, quiet Data.
 ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     "RAY_prestart_worker_first_driver": "0",
