@@ -37,7 +37,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """With pytest-xdist the longest files come first: those whose tests have processes of Ray."""
+    """With pytest-xdist, files that start Ray run first: they take longest."""
     if hasattr(config, "workerinput"):
         long = {item.path for item in items if item.get_closest_marker("ray")}
         items.sort(key=lambda item: item.path not in long)
@@ -55,7 +55,7 @@ def no_ink():
 
 @pytest.fixture(scope="session", autouse=True)
 def unchecked_operations():
-    """torch calls this for each of its operations, hundreds a step: to check its types would take most of the time."""
+    """Do not check the types of `__torch_function__`: torch calls it hundreds of times a step."""
     from rmdd.models.group_norm import TwiceDifferentiable
 
     TwiceDifferentiable.__torch_function__.__no_type_check__ = True
@@ -63,7 +63,7 @@ def unchecked_operations():
 
 @pytest.fixture(scope="session", autouse=True)
 def no_rival():
-    """Shorten the wait after which a lease at a URI is read again: no test of this process competes for one."""
+    """Shorten the wait in which a rival for a lease at a URI would show up: tests in this process have no rivals."""
     from rmdd.core import locks
 
     with pytest.MonkeyPatch.context() as patch:
@@ -73,7 +73,7 @@ def no_rival():
 
 @pytest.fixture(scope="session", autouse=True)
 def no_waiting():
-    """Skip fsync, and the seeds of devices that this machine lacks: torch would keep a stack trace for each."""
+    """Skip what costs time and changes no result: fsync, and seeding devices that this machine does not have."""
     import torch
 
     with pytest.MonkeyPatch.context() as patch:
@@ -86,7 +86,7 @@ def no_waiting():
 
 @pytest.fixture(scope="session")
 def painted(no_ink):
-    """`with painted():` figures are painted as they are for users."""
+    """A context in which figures are painted, as they are for users."""
     from matplotlib.figure import Figure
 
     empty = Figure.draw

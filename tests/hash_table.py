@@ -124,4 +124,4 @@ WITHIN = {
     "stable_diffusion.Sampling": "steps guidance size batch dtype offload redraws",
     "tuned.TunedMethod.Options": "generator",
 }
-"""Fields of sections that stand in a list, in options or in a mapping: each shapes all that the field above it does."""
+"""Sections in lists, options and mappings, which `changing` does not reach. Their fields have no marks."""

@@ -18,8 +18,10 @@ CONTEXT.set_forkserver_preload(USED.split())
 
 
 class Forked:
-    """`function(*arguments)` at work, to be watched and killed as a `subprocess.Popen`. It is found by its name, in a
-    module that can be imported."""
+    """A process that calls `function(*arguments)`, with the methods of `subprocess.Popen` to watch and to kill it.
+
+    The function has to be importable: the process finds it by its module and name.
+    """
 
     def __init__(self, function: Callable[..., object], *arguments: object, **environment: str):
         with contextlib.chdir(ROOT), pytest.MonkeyPatch.context() as patch:
@@ -50,7 +52,7 @@ class Forked:
         self.process.join()
 
     def terminate(self) -> None:
-        """SIGTERM."""
+        """Send SIGTERM."""
         self.process.terminate()
 
     def communicate(self, timeout: float = 400) -> tuple[str, str]:
@@ -62,7 +64,7 @@ class Forked:
 
 
 class Rmdd(Forked):
-    """`rmdd WORDS`."""
+    """A process that runs the command `rmdd WORDS`."""
 
     def __init__(self, *words: object, **environment: str):
         super().__init__(_rmdd, *(str(word) for word in words), **environment)

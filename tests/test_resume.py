@@ -144,7 +144,7 @@ def test_killed_workers_are_replaced_and_a_lost_node_costs_no_attempt(
 
 
 def test_killed_and_terminated_drivers_go_on_with_resume(tmp_path: Path, unbroken: dict, nodes: Nodes) -> None:
-    process = Rmdd("run", write_run(tmp_path, **nodes.place, workers=1), "--quiet")
+    process = Rmdd("run", write_run(tmp_path, **nodes.place), "--quiet")
     kept: dict[str, tuple[int, int]] = {}
     run = run_of(tmp_path)
     for moment in ("experts/*/expert-000/expert.json", None, "tiny-*/students/*.json"):

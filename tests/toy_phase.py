@@ -1,4 +1,4 @@
-"""The phase of the toy problem at a URI, for a process that may be killed in it."""
+"""Distils the phase of the toy problem in a process of its own, which a test may have killed."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ ITERATIONS = 9
 
 
 def go(uri: str, root: Path, kill: int = 0) -> None:
-    """Distil phase 0 of the store at `uri`; `kill` ends this process after so many iterations."""
+    """Distil phase 0 with the store at `uri`. The process kills itself after `kill` iterations; 0: never."""
     mirror, seen = Mirror(uri, root), []
 
     def on_step(metrics: dict) -> None:

@@ -14,6 +14,7 @@ from rmdd import config
 from rmdd.artefact import distilled
 from rmdd.artefact.distilled import DistilledSet
 from rmdd.core.files import read_json, sha256_file
+from rmdd.core.layout import located
 from rmdd.core.storage import is_uri, open_storage, run_folder
 from rmdd.coresets import subset as coreset
 from rmdd.coresets.subset import Coreset
@@ -168,21 +169,24 @@ def bare_set(path: Path) -> tuple[DistilledSet, bool]:
 
 
 def made_by(entry: Entry) -> dict[str, Any] | None:
-    """The run file that a set was made by, as a mapping: with its data and places where its run lies beside it."""
+    """The run file that a set was made by, as a mapping: with its data and storage where its run lies beside it.
+
+    Raises `ValueError` when that run lies in a storage of another layout.
+    """
     if entry.distilled is None or not entry.distilled.config or entry.place is None:
         return None
     raw = json.loads(json.dumps(entry.distilled.config))
     if raw.get("distill", {}).get("phases"):
         raw["distill"].pop("plan", None)  # they were planned, and now are what they are
-    beside = entry.place.parent / "run.yaml"
-    if entry.place.name == "set" and beside.is_file():
+    if entry.place.name != "set":
+        return raw
+    folder = entry.address.removesuffix("/set") if is_uri(entry.address) else str(entry.place.parent)
+    storage, file = located(folder, "run.yaml", depth=1)
+    if file.is_file():
         import yaml
 
-        run = yaml.safe_load(beside.read_text(encoding="utf-8"))
+        run = yaml.safe_load(file.read_text(encoding="utf-8"))
         raw["data"]["root"] = run["data"]["root"]
-        storage = str(entry.place.parents[1])
-        if is_uri(entry.address):
-            storage = entry.address.removesuffix("/set").rpartition("/")[0]
         raw["runtime"] = run["runtime"] | {"storage": storage}
     return raw
 

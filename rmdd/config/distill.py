@@ -98,7 +98,7 @@ WORDS = ("auto", "adaptive")
 """What `phases` may say in place of a list."""
 
 OF_REACH = ("distill.phases.stop", "stop_text", "start_rule", "match_epochs", "options", "plan.kind")
-"""Fields that `Distill.reach` reads."""
+"""The fields that `Distill.reach` depends on, for the clashes that use it."""
 
 
 class Distill(Section):

@@ -34,7 +34,7 @@ class Clash(str):
     """A sentence on fields that do not fit each other."""
 
     fields: frozenset[str]
-    """Names of those that it reads, and of the sections they are in: where one is broken, the sentence may be wrong."""
+    """The fields that it was derived from, and their sections; if one of them cannot be read, it is not shown."""
 
     def __new__(cls, text: str, *names: str) -> Clash:
         clash = super().__new__(cls, text)

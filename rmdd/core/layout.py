@@ -19,7 +19,7 @@ ADVICE_FOR_COPIES = f"or, if you copied folders of a newer storage, copy its {FI
 
 
 def layout_of(storage: Storage) -> int | None:
-    """The number of its layout; None where nothing was stored yet. Nothing is written.
+    """The number of the storage's layout; None where nothing was stored yet. Nothing is written.
 
     Raises `ValueError` when the file cannot be read.
     """
@@ -57,9 +57,10 @@ def require_layout(storage: Storage) -> None:
 
 
 def located(address: str, name: str, depth: int) -> tuple[str, Path]:
-    """The storage that `address`, a folder or a URI, lies `depth` levels in, and its file `name`, fetched if there.
+    """The address of a folder's storage, and the path of the file `name` in the folder, on this machine.
 
-    Raises `ValueError` when the file is there and the storage has another layout: run files are read in this one alone.
+    `address` is the folder, or its URI, from where the file is fetched; the storage is the folder `depth` levels above.
+    Raises `ValueError` when the file exists and the storage has another layout.
     """
     if not is_uri(address):
         folder = Path(address).absolute()

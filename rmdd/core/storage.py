@@ -58,7 +58,7 @@ class Storage:
         return any(next(self.root.glob(pattern), None) for pattern in RESULTS)
 
     def read(self, path: Path) -> bytes | None:
-        """What the storage holds at `path`; None where that is no file. Nothing is written, not here either."""
+        """The bytes of the file `path` in the storage; None where there is no such file. No copy of it is kept."""
         try:
             return path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):

@@ -154,13 +154,13 @@ def _effective_rank(rows: Tensor) -> float:
 
 def _hubness(queries: Tensor, candidates: Tensor) -> float:
     """Skewness of the number of queries that have a candidate among their nearest."""
+    from scipy.stats import skew  # here, and sklearn below: they take a second to import, which workers do not need
+
     k, n = min(NEIGHBOURS, len(candidates)), len(candidates)
     counts = torch.zeros(n, dtype=torch.int64, device=candidates.device)
     for i in range(0, len(queries), CHUNK):
         nearest = (queries[i : i + CHUNK] @ candidates.T).topk(k, dim=1).indices
         counts += torch.bincount(nearest.flatten(), minlength=n)
-    from scipy.stats import skew  # which with sklearn takes as long to import as torch
-
     return 0.0 if int(counts.min()) == int(counts.max()) else float(skew(counts.cpu().numpy()))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rmdd import config
-from rmdd.core.layout import check_layout, require_layout
+from rmdd.core.layout import require_layout
 from rmdd.core.locks import held
 from rmdd.core.progress import Progress
 from rmdd.core.storage import address_of, is_uri, open_storage, root_of
@@ -57,9 +57,8 @@ def hold_folders(runtime: config.Runtime, *folders: Path) -> Iterator[None]:
     in another layout.
     """
     storage = open_storage(runtime)
-    check_layout(storage)  # before anything is written there
+    require_layout(storage)  # first: nothing of an old storage is swept
     storage.begin()
-    require_layout(storage)
     with contextlib.ExitStack() as stack:
         for folder in folders:
             stack.enter_context(held(folder, wait=False))

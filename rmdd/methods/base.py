@@ -184,7 +184,7 @@ class BaseMethod:
 
         `ranks` hold a `part_of_step` each; None: this process makes every step whole.
         """
-        raise NotImplementedError(f"{type(self).__name__} makes a phase in one piece")
+        raise NotImplementedError(f"{type(self).__name__} has `iterates` set, and so needs a method `distil`")
 
     def is_finished(self, phase: int, folder: Path) -> bool:
         """Whether the phase in `folder` has come to its end."""
@@ -206,7 +206,7 @@ class BaseMethod:
         size: int = 1,
     ) -> Any:
         """What one of the workers that share the draws of every step holds."""
-        raise NotImplementedError(f"{type(self).__name__} makes a step in one piece")
+        raise NotImplementedError(f"{type(self).__name__} has several `draws`, and so needs a method `part_of_step`")
 
     def pairs_of_step(self, phase: int, train: Callable[[], PreparedSplit]) -> int:
         """Pairs that go through the towers in an update; for the pace that people see."""

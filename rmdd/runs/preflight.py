@@ -43,7 +43,7 @@ def impossible(run: config.Run) -> list[str]:
 
 
 def storage_faults(run: config.Run) -> list[str]:
-    """Whether the storage has another layout, where it can be reached. Nothing is written."""
+    """The message on a storage of another layout, if it is one; none where it cannot be reached. Nothing is written."""
     with contextlib.suppress(OSError):
         try:
             check_layout(open_storage(run.runtime))

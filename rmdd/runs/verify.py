@@ -25,7 +25,7 @@ from rmdd.experts import store
 COLLECTIONS = ("sweeps", "searches", "comparisons")
 """Folders of a storage whose members belong to other folders of it."""
 READ_IN_OWN_LAYOUT = ("*", "sweeps/*", "searches/*")
-"""Where runs, sweeps and searches lie: what is checked of them reads their run files."""
+"""Folders of runs, sweeps and searches: their checks read run files, which only this release's layout allows."""
 REMADE = "delete it and resume the {}: it is made anew"
 
 
@@ -75,7 +75,7 @@ def _walk(path: Path, formats: Sequence[Format], check: DiskCheck) -> Findings:
 
 
 def _readable(root: Path, check: DiskCheck) -> bool:
-    """Whether the storage has the layout of this release; another one is the one fault of all in it."""
+    """Whether the storage has the layout of this release. If not, that becomes the only fault that is reported."""
     storage = check.storage if check.storage.root == root else Storage(root)
     try:
         layout = layout_of(storage)

@@ -12,7 +12,7 @@ from typing import Any
 from rmdd import config
 from rmdd.config.hashing import hashed
 from rmdd.core.files import read_json, write_json
-from rmdd.core.layout import located
+from rmdd.core.layout import check_layout, located
 from rmdd.core.locks import held
 from rmdd.core.progress import Progress
 from rmdd.core.storage import open_storage, root_of
@@ -106,6 +106,7 @@ def run_search(base: config.Run, progress: Progress | None = None) -> Searched:
     """Make the trials that are missing, and write the table, the plots and the best run file."""
     progress = progress or Progress()
     folder, storage = search_folder(base), open_storage(base.runtime)
+    check_layout(storage)
     storage.fetch(folder)
     earlier = earlier_trials(base.search, {section: base.hash_of(section) for section in COMPARED}, base.name)
     trials = TrialLoader(base)

@@ -26,7 +26,7 @@ def test_a_field_moves_the_hashes_of_the_table_and_a_new_one_has_to_be_in_it(mon
 
 
 def test_a_field_of_options_or_of_a_listed_section_is_in_the_table_and_has_no_mark():
-    """Without a mark, a field shapes all that the field above it does."""
+    """A field without a mark enters every hash that its section enters."""
     for module in pkgutil.walk_packages(rmdd.__path__, "rmdd."):
         importlib.import_module(module.name)
     found, marked = {}, []

@@ -11,10 +11,11 @@ from rmdd import config
 from rmdd.cli.app import app
 from rmdd.cli.loading import load_folder
 from rmdd.comparisons import resume as comparisons
+from rmdd.comparisons.entries import made_by, open_entry
 from rmdd.core.files import write_json
 from rmdd.core.layout import LAYOUT, require_layout
 from rmdd.core.remote import ObjectStore
-from rmdd.core.storage import open_storage
+from rmdd.core.storage import open_storage, run_folder
 from rmdd.execution.backend import hold_folders
 from rmdd.searches import begun_in
 from rmdd.searches.formats import verify
@@ -94,11 +95,11 @@ BEGUN = [
     ("searches/tiny-0123abcd/search.json", begun_in),
     ("comparisons/tiny-0123abcd/comparison.json", comparisons.begun_in),
 ]
-"""Files that the release before wrote alike and with other fields in them, and what reads them."""
+"""Files that the previous release wrote under the same names with other fields, and the function that reads each."""
 
 
 def old(tmp_path, file):
-    """The folder of `file` in a storage of the release before, with a field in it that has gone."""
+    """Make a storage of the previous release with `file`, whose run has a field that no longer exists."""
     write_json(tmp_path / "runs" / OLD[0], {})
     path = tmp_path / "runs" / file
     path.parent.mkdir(parents=True)
@@ -121,6 +122,14 @@ def test_commands_on_a_begun_folder_say_what_to_do(tmp_path, command):
     folder = old(tmp_path, BEGUN[2][0] if command[0] == "search" else BEGUN[0][0])
     done = CliRunner().invoke(app, [*command, str(folder)])
     assert done.exit_code == 1 and done.stderr.startswith("error: this release of rmdd reads storages of layout 2")
+
+
+def test_a_comparison_of_sets_in_an_old_storage_is_refused(tmp_path):
+    run = config.load(tiny.stored(tmp_path))
+    tiny.go(run)
+    (tmp_path / "storage.json").unlink()
+    with pytest.raises(ValueError, match="has layout 1"):
+        made_by(open_entry(str(run_folder(run) / "set")))
 
 
 def test_a_search_of_the_release_before_is_left_out_of_a_warm_start(tmp_path):

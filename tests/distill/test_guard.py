@@ -17,7 +17,7 @@ BAD = 5
 
 
 def guarded(kind="full", **change):
-    """One student step with fresh masks, whose gradients take reverse mode, the quicker one at this size."""
+    """A run with a guard. With one student step and fresh masks, the gradients are quicker to compute."""
     change = {"steps": 1, "inner_dropout": "fresh_mask"} | change
     guard = {"every": 2, "retries": 3} | change.pop("guard", {})
     return run_of(guard=guard, similarity={"kind": kind, "rank": 2}, **change)
@@ -61,7 +61,7 @@ def rollbacks_of(folder):
 
 @pytest.fixture(scope="module")
 def whole(store, tmp_path_factory):
-    """`whole(run, times)`: the folder of an unbroken phase that is derailed so many times, made once."""
+    """`whole(run, times)`: the folder of a phase that derails `times` times and is never stopped, made once."""
     folders = {}
 
     def whole(run, times):
@@ -77,7 +77,7 @@ def whole(store, tmp_path_factory):
 
 
 USUAL = {"steps": 2, "inner_dropout": "same_mask"}
-"""What runs do unless they say otherwise: more than one student step, with one mask for both passes."""
+"""Settings closer to those of users: several student steps, and the same dropout mask in both passes."""
 
 
 @pytest.mark.parametrize(("name", "change"), [*((name, {}) for name in DAMAGE), ("not a number", USUAL)])

@@ -32,7 +32,7 @@ from rmdd.methods import matching_method
 
 @pytest.fixture(scope="module")
 def whole(store, tmp_path_factory):
-    """`whole(run)`: the folder of an unbroken phase, made once."""
+    """`whole(run)`: the folder of a phase that is never stopped; made once for each run."""
     folders = {}
 
     def whole(run):

@@ -83,9 +83,10 @@ def files(store):
 
 @dataclass
 class HeldUp(Mapper):
-    """`executor`, whose worker waits after the first epoch of an expert, at its first try; a killer ends that.
+    """An executor that lets a test kill a worker at a known moment.
 
-    With `late`, the first of a worker group is done with an expert after the others.
+    The worker that trains the expert of this number waits after its first epoch, until `kill` kills it. The next worker
+    trains on without waiting. `late`: seconds by which rank 0 of a worker group returns later than the others.
     """
 
     executor: ExpertPool
@@ -108,7 +109,7 @@ class HeldUp(Mapper):
         return done
 
     def kill(self, store):
-        """Kill the worker that waits, which has saved its epoch; its number comes into the list that is returned."""
+        """Start a thread that kills the waiting worker; returns a list to which it then adds the worker's pid."""
         name, log = f"expert {self.expert}", self.executor.events
 
         def strike():
