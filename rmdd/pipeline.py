@@ -17,7 +17,7 @@ from rmdd.artefact.card import export
 from rmdd.core.files import atomic_path, read_json
 from rmdd.core.layout import require_layout
 from rmdd.core.progress import Progress
-from rmdd.core.storage import anchored, run_folder
+from rmdd.core.storage import absolute_runtime, run_folder
 from rmdd.core.version import VERSION
 from rmdd.data.shards import Dataset
 from rmdd.distill.trajectory.planning import PLAN, with_phases
@@ -69,7 +69,7 @@ class Pipeline:
         folder: Path | None = None,
         splits: Sequence[str] = SPLITS,
     ):
-        run = run.model_copy(update={"runtime": anchored(run.runtime)})
+        run = run.model_copy(update={"runtime": absolute_runtime(run.runtime)})
         run = with_phases(run, []) if run.distill.plan.plans else run  # the plan in the run folder has its phases
         self.steps = Steps(run, backend, progress, folder or run_folder(run))
         self.splits, self.values = splits, dict[str, Any]()

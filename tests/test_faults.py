@@ -12,7 +12,7 @@ import torch
 import toy
 
 from rmdd import config
-from rmdd.core.locks import Held
+from rmdd.core.locks import FolderInUse
 from rmdd.core.storage import open_storage
 from rmdd.data.ingest import ingest
 from rmdd.data.shards import Dataset
@@ -143,7 +143,7 @@ def test_two_runs_on_one_folder(tmp_path):
     run = config.load({"runtime": {"storage": str(tmp_path), "ray": "off"}})
     with open_pipeline(run) as first:
         words = f"{first.folder.name} is in use by process {os.getpid()} on .*another name or another runtime.storage"
-        with pytest.raises(Held, match=words), open_pipeline(run):
+        with pytest.raises(FolderInUse, match=words), open_pipeline(run):
             pass
         other = run.model_copy(update={"name": "other"})
         with open_pipeline(other) as second:

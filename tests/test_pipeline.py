@@ -20,7 +20,7 @@ from rmdd.core.storage import run_folder
 from rmdd.data.ingest import ingest
 from rmdd.distill.sets import load_set, save_set
 from rmdd.execution.backend import Backend
-from rmdd.execution.in_turn import InTurn
+from rmdd.execution.in_turn import SequentialExecutor
 from rmdd.pipeline import Pipeline, open_pipeline
 from rmdd.runs import steps as steps_module
 from rmdd.runs.steps import Steps
@@ -165,7 +165,7 @@ def test_workers_are_told_where_a_relative_storage_lies(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     seen = []
 
-    class Elsewhere(InTurn):
+    class Elsewhere(SequentialExecutor):
         def map(self, task, items, names, on_report):
             seen.extend(item.run.runtime for item in items)
             raise KeyboardInterrupt

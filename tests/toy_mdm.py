@@ -11,8 +11,8 @@ from rmdd import config
 from rmdd.core.progress import Progress
 from rmdd.distill.distribution import matching as features
 from rmdd.execution.backend import Backend
-from rmdd.execution.in_turn import InTurn
-from rmdd.execution.parts import PartsHere
+from rmdd.execution.in_turn import SequentialExecutor
+from rmdd.execution.parts import LocalParts
 from rmdd.experts.train import expert_model
 from rmdd.methods import method_of
 from rmdd.methods.mdm import MDM, MDMObjective
@@ -46,7 +46,7 @@ def run_of(folder, options=None, **distill):
 def made(folder):
     """A run, its training split and its store."""
     run = run_of(folder)
-    pipeline = Pipeline(run, Backend(InTurn(1)), Progress(quiet=True))
+    pipeline = Pipeline(run, Backend(SequentialExecutor(1)), Progress(quiet=True))
     train = pipeline.embedded("train")
     item = pipeline.item()
     store = store_of(item.paths.store, model_of(run, train).trained(), epochs=3)
@@ -70,7 +70,7 @@ def distil(made, folder, run=None, ranks=None, **hooks):
 
 
 def side_by_side(made, run, size):
-    return PartsHere([rank(made, run, number, size) for number in range(size)])
+    return LocalParts([rank(made, run, number, size) for number in range(size)])
 
 
 class Learning(MDM):

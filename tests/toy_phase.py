@@ -6,7 +6,7 @@ from pathlib import Path
 
 import toy
 
-from rmdd.core.locks import held
+from rmdd.core.locks import hold_folder
 from rmdd.core.storage import Mirror
 from rmdd.experts.store import Store
 
@@ -24,7 +24,7 @@ def go(uri: str, root: Path, kill: int = 0) -> None:
 
     folder = root / "phases" / "phase-0"
     mirror.fetch(root / "store")
-    with held(folder, wait=True):
+    with hold_folder(folder, wait=True):
         mirror.fetch(folder)
         print("goes on with", (folder / "state.safetensors").is_file(), flush=True)
         toy.distil(toy.run_of(iterations=ITERATIONS), Store.open(root / "store"), folder, on_step=on_step)

@@ -19,7 +19,7 @@ from rmdd.config.budget import pair_parameters
 from rmdd.config.upgrade import upgraded
 from rmdd.core.checks import DiskCheck, Format
 from rmdd.core.files import atomic_path, read_json, sha256_file, temporary_beside, write_json
-from rmdd.core.tensors import Damaged, joined, load_checked, parted
+from rmdd.core.tensors import Damaged, flatten_groups, load_checked, split_groups
 from rmdd.distill import similarity
 from rmdd.distill.sets import ENTRY, write_subsets
 from rmdd.distill.synthetic import enlarged
@@ -172,7 +172,7 @@ class DistilledSet:
         return path
 
     def _description(self, folder: Path) -> dict[str, Any]:
-        tensors = joined({str(k): subset.tensors() for k, subset in enumerate(self.subsets)})
+        tensors = flatten_groups({str(k): subset.tensors() for k, subset in enumerate(self.subsets)})
         return {
             "schema_version": SCHEMA_VERSION,
             "method": self.method,
@@ -210,7 +210,7 @@ class DistilledSet:
             if info["schema_version"] == 1:
                 info["config"] = upgraded(info["config"])
             _check_tensors(path, tensors, info["tensors"])
-            rows, named = _read_captions(path / CAPTIONS), parted(tensors)
+            rows, named = _read_captions(path / CAPTIONS), split_groups(tensors)
             return cls(
                 subsets=tuple(_subset(named[str(k)], s, rows[k]) for k, s in enumerate(info["subsets"])),
                 **info["normalisation"],
@@ -360,7 +360,7 @@ def verify(path: Path, check: DiskCheck) -> None:
         elif sha256_file(path / name) != sha256:
             check.fault(path / name, f"has another SHA-256 than {DESCRIPTION} says", again)
     if len(check.findings.faults) == before:
-        with check.refusals(path, again):
+        with check.errors_as_faults(path, again):
             DistilledSet.load(path)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from rmdd import config
-from rmdd.core.layout import located
+from rmdd.core.layout import locate_file
 from rmdd.core.storage import is_uri, run_folder
 from rmdd.runs.absolute import with_absolute_paths
 
@@ -25,7 +25,7 @@ def load_folder(address: str) -> config.Run:
 
     Raises `ConfigError` for what is no folder of a run, `ValueError` where the storage has another layout.
     """
-    storage, file = located(address, "run.yaml", depth=1)
+    storage, file = locate_file(address, "run.yaml", depth=1)
     if not file.is_file():
         absent = not is_uri(address) and not file.parent.is_dir()
         mistake = "there is no such folder" if absent else "no run.yaml, sweep.json or search.json in it"

@@ -15,7 +15,7 @@ import numpy as np
 from rmdd import config
 from rmdd.config.runfile import validate
 from rmdd.core.files import atomic_path, read_json, write_json
-from rmdd.core.locks import held
+from rmdd.core.locks import hold_folder
 from rmdd.core.progress import Progress
 from rmdd.coresets import clusters, greedy, matched
 from rmdd.coresets.choice import AT_ONCE, Choice
@@ -154,7 +154,7 @@ class Selection:
         self.pipeline.storage.fetch(target)
         if (target / DESCRIPTION).is_file():
             return Coreset.load(target), target
-        with held(target, wait=True):
+        with hold_folder(target, wait=True):
             if rows is None:
                 chosen = self.chosen(None)
             else:
@@ -221,12 +221,12 @@ class Selection:
             greedy.checked(ranks)
         if ranks and choice.guard != "none":
             dropped = self.guarded(ranks, ids)
-            ranks.ask("drop", dropped)
+            ranks.call("drop", dropped)
             ids = np.setdiff1d(ids, dropped)
             self.facts["guard"] = {"kind": choice.guard, "share": choice.guard_share, "dropped": len(dropped)}
         if ranks and choice.clusters and choice.method == "forgetting":  # quotas count what can be chosen
             never = np.setdiff1d(ids, self.ranking)
-            ranks.ask("drop", never)
+            ranks.call("drop", never)
             ids = np.setdiff1d(ids, never)
         if (choice.pairs or 0) > len(ids):
             by = ["the guard"] if "guard" in self.facts else []
@@ -293,7 +293,7 @@ class Selection:
             count = min(choice.clusters, available)
             method = functools.partial(self.ordered, keep=False)
             chosen = clusters.balanced(
-                ranks, k, count, choice.quota, self.seed, lambda own: method(own, np.concatenate(own.ask("ids")))
+                ranks, k, count, choice.quota, self.seed, lambda own: method(own, np.concatenate(own.call("ids")))
             )
             return chosen, {}
 
@@ -311,7 +311,7 @@ class Selection:
         best: tuple[list[int], dict[str, Any]] = [], {}
         fits, over = 0, available + 1
         while over - fits > 1:
-            ranks.ask("release")
+            ranks.call("release")
             picks = of(k)
             used = self.costs.bytes_of(self.items.record_of[picks[0]].tolist())["total"]
             fits, over, best = (k, over, picks) if used <= limit else (fits, k, best)
@@ -350,7 +350,7 @@ class Selection:
             yield from (best.id for best in more([]))
             return
         path = self.pipeline.item().paths.cache / f"picks-{self.key}.json"
-        with held(path, wait=True), closing(Picks.open(path).follow(more)) as picks:  # type: ignore[type-var]
+        with hold_folder(path, wait=True), closing(Picks.open(path).follow(more)) as picks:  # type: ignore[type-var]
             for item, value in picks:
                 self.values.append(value)
                 yield item

@@ -24,7 +24,7 @@ from rmdd.evaluate.protocol import Job
 from rmdd.evaluate.students import TrainingPairs
 from rmdd.evaluate.training_pairs import pairs_of_set, write_pairs, write_records
 from rmdd.execution.backend import Backend
-from rmdd.execution.tasks import Failed, Interrupted, Spared
+from rmdd.execution.tasks import Failed, Interrupted, ReturnFailures
 from rmdd.experts.store import Store
 from rmdd.models.prepared import PreparedSplit
 from rmdd.models.text import embed
@@ -262,7 +262,7 @@ def _do(title: str, jobs: list[tuple[Row, Job]], backend: Backend, progress: Pro
     names = [f"{row.name}: {job.name}" + (f" at {job.lr:g}" if job.lr else "") for row, job in jobs]
     items = [replace(row.item(job), job=job) for row, job in jobs]
     with progress.stage(title, dict.fromkeys(names, 1)) as update:
-        results = backend.executor.map(Spared(TrainStudent()), items, names, update)
+        results = backend.executor.map(ReturnFailures(TrainStudent()), items, names, update)
     if any(r is False for r in results):
         raise Interrupted
     return {(id(row), job): result for (row, job), result in zip(jobs, results, strict=True)}

@@ -14,7 +14,7 @@ from rmdd import config
 from rmdd.artefact import distilled
 from rmdd.artefact.distilled import DistilledSet
 from rmdd.core.files import read_json, sha256_file
-from rmdd.core.layout import located
+from rmdd.core.layout import locate_file
 from rmdd.core.storage import is_uri, open_storage, run_folder
 from rmdd.coresets import subset as coreset
 from rmdd.coresets.subset import Coreset
@@ -181,7 +181,7 @@ def made_by(entry: Entry) -> dict[str, Any] | None:
     if entry.place.name != "set":
         return raw
     folder = entry.address.removesuffix("/set") if is_uri(entry.address) else str(entry.place.parent)
-    storage, file = located(folder, "run.yaml", depth=1)
+    storage, file = locate_file(folder, "run.yaml", depth=1)
     if file.is_file():
         import yaml
 

@@ -14,13 +14,13 @@ from rmdd.config.probes import VIEW
 from rmdd.core.device import device_of
 from rmdd.core.files import sha256_file, write_json
 from rmdd.core.progress import Progress
-from rmdd.core.storage import anchored, open_storage, run_folder
+from rmdd.core.storage import absolute_runtime, open_storage, run_folder
 from rmdd.evaluate import protocol
 from rmdd.evaluate.probes.of_run import Probing, faults, prepare, remarks
 from rmdd.evaluate.students import Diverged, StudentSchedule, train_student
 from rmdd.evaluate.training_pairs import enlarged_to, pairs_of_set
 from rmdd.execution.backend import hold_folders, open_backend
-from rmdd.execution.tasks import Hooks, Interrupted, watched
+from rmdd.execution.tasks import Hooks, Interrupted, with_progress
 from rmdd.models.dual import DualEncoder, build
 from rmdd.models.text import encoder_identity
 from rmdd.runs.absolute import with_absolute_paths
@@ -60,13 +60,13 @@ def run_of(path: Path, probes: Mapping[str, Any], overrides: Sequence[str] = ())
 def probe_set(path: Path, run: config.Run, progress: Progress) -> dict[str, Any]:
     """Train and probe the students of the set at `path`; returns the result and writes it into the run folder."""
     value = sha256_file(path / TENSORS)[:16]
-    run = run.model_copy(update={"runtime": anchored(run.runtime), "name": f"{run.name}-{value[:8]}"})
+    run = run.model_copy(update={"runtime": absolute_runtime(run.runtime), "name": f"{run.name}-{value[:8]}"})
     folder = run_folder(run)
     with hold_folders(run.runtime, folder), open_backend(run.runtime, folder / "events.jsonl", progress) as backend:
         facts = {}
         for name in run.evaluate.probes:
-            readers = watched(progress, f"ingest {name}", "pairs", backend.readers)
-            encoders = watched(progress, f"embed {name}", "captions", backend.encoders)
+            readers = with_progress(progress, f"ingest {name}", "pairs", backend.readers)
+            encoders = with_progress(progress, f"embed {name}", "captions", backend.encoders)
             facts[name] = prepare(run, name, None, readers, encoders)
             for line in remarks(name, facts[name]):
                 progress.say(line)

@@ -9,7 +9,7 @@ from rmdd.comparisons.compare import Comparison
 from rmdd.comparisons.entries import open_entries
 from rmdd.comparisons.transfer import Transfer
 from rmdd.core.files import read_json
-from rmdd.core.layout import located
+from rmdd.core.layout import locate_file
 
 
 def begun_in(place: Path | str) -> Comparison | Transfer | None:
@@ -17,7 +17,7 @@ def begun_in(place: Path | str) -> Comparison | Transfer | None:
 
     Raises `ConfigError` when the sets are not there any more, `ValueError` when the storage has another layout.
     """
-    storage, file = located(str(place), "comparison.json", depth=2)
+    storage, file = locate_file(str(place), "comparison.json", depth=2)
     if not file.is_file():
         return None
     raw: dict[str, Any] = read_json(file)

@@ -43,7 +43,7 @@ from rmdd.config.probes import CocoQaData as CocoQaData
 from rmdd.config.probes import Retrieval as Retrieval
 from rmdd.config.probes import Vqa as Vqa
 from rmdd.config.probes import ZeroShot as ZeroShot
-from rmdd.config.probes import foreign_view
+from rmdd.config.probes import view_clashes
 from rmdd.config.recipes import Recipe
 from rmdd.config.runfile import PRESETS as PRESETS
 from rmdd.config.runfile import Clash, apply, extended, filled, validate
@@ -70,7 +70,7 @@ class Run(Section):
     runtime: Runtime = Runtime()
 
     def clashes(self) -> list[Clash]:
-        mistakes = foreign_view(self.evaluate.probes, self.data)
+        mistakes = view_clashes(self.evaluate.probes, self.data)
         image = self.model.image
         d, recipe = self.distill, self.distill.recipe
         of_family = recipe.clashes_of_family(self.distill, self.experts, self.runtime) if recipe else []

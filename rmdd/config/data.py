@@ -171,7 +171,7 @@ class Data(Section):
             found.append(Clash(text, "data.split_fractions"))
         return found
 
-    def left_out(self, purpose: Purpose) -> tuple[str, ...]:
+    def not_hashed(self, purpose: Purpose) -> tuple[str, ...]:
         """Of a dataset as written: settings of other sources, and of decoding where pictures stay as they came."""
         if purpose != "ingest":
             return ()

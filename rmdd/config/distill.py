@@ -246,7 +246,7 @@ class Distill(Section):
                 mistakes.append(Clash(text, "distill.phases.pairs"))
         return mistakes
 
-    def left_out(self, purpose: Purpose) -> tuple[str, ...]:
+    def not_hashed(self, purpose: Purpose) -> tuple[str, ...]:
         """A run is what its phases are, or what they are found by; a phase is the same however it was found."""
         if purpose == "run":
             return ("phases",) if self.plan.plans else ("plan",)

@@ -102,7 +102,7 @@ class Evaluate(Section):
     def clashes(self) -> list[Clash]:
         return clashes_of_probes(self.probes)
 
-    def left_out(self, purpose: Purpose) -> tuple[str, ...]:
+    def not_hashed(self, purpose: Purpose) -> tuple[str, ...]:
         """Plain pictures leave the students of random pairs as they were before there was a choice."""
         return ("augment",) if purpose == "baseline" and self.augment == "none" else ()
 

@@ -1,7 +1,7 @@
 """What of a run file shapes what: every field says it where it is declared.
 
 A field without a mark shapes every hash that its section enters. `no_hash(...)` leaves it out of some purposes, or of
-all; `hash_only(...)` lets it into these alone. What depends on the values of other fields is `Section.left_out`.
+all; `hash_only(...)` lets it into these alone. What depends on the values of other fields is `Section.not_hashed`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def purposes_of(field: FieldInfo) -> tuple[str, ...]:
 def hashed(section: BaseModel, purpose: Purpose) -> dict[str, Any]:
     """The fields of a section that shape `purpose`, as plain values."""
     value = section.model_dump(mode="json")
-    left_out = section.left_out(purpose)  # type: ignore[attr-defined]
+    left_out = section.not_hashed(purpose)  # type: ignore[attr-defined]
     for name, field in type(section).model_fields.items():
         if purpose not in purposes_of(field) or name in left_out:
             del value[name]

@@ -171,7 +171,7 @@ class Experts(Section):
             mistakes.append(Clash(text, "experts.momentum", "experts.worker_group.strategy", "workers"))
         return mistakes
 
-    def left_out(self, purpose: Purpose) -> tuple[str, ...]:
+    def not_hashed(self, purpose: Purpose) -> tuple[str, ...]:
         """What changes nothing as it is set: stores that are older than it stay valid."""
         idle = {"shuffle": self.shuffle.kind == "global", "worker_group": self.worker_group.workers == 1}
         idle["forgetting"] = not self.forgetting

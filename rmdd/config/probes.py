@@ -141,7 +141,7 @@ class Retrieval(Section):
 Probe = Annotated[ZeroShot | Vqa | Retrieval, Field(discriminator="kind")]
 
 
-def moved(probe: Probe, place: Callable[[str], str]) -> Probe:
+def with_paths(probe: Probe, place: Callable[[str], str]) -> Probe:
     """The probe with every path as `place` gives it."""
     root = probe.data.root
     if root is not None:
@@ -151,7 +151,7 @@ def moved(probe: Probe, place: Callable[[str], str]) -> Probe:
     return probe
 
 
-def told(name: str, message: str) -> str:
+def prefix_data_fields(name: str, message: str) -> str:
     """A message about a probe's own `data`, as one about the run."""
     where = f"evaluate.probes.{name}"
     fields = "|".join({**ClassData.model_fields, **CocoQaData.model_fields})
@@ -166,13 +166,13 @@ def clashes(probes: dict[str, Any]) -> list[Clash]:
         if not NAME.fullmatch(name)
     ]
     return found + [
-        Clash(told(name, clash), "evaluate.probes", name, *clash.fields)
+        Clash(prefix_data_fields(name, clash), "evaluate.probes", name, *clash.fields)
         for name, probe in probes.items()
         for clash in probe.data.faults()
     ]
 
 
-def foreign_view(probes: dict[str, Any], data: Data) -> list[Clash]:
+def view_clashes(probes: dict[str, Any], data: Data) -> list[Clash]:
     """Settings of probes on how pictures and captions are seen that are not the run's."""
     usual = Data()
     return [

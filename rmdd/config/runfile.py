@@ -51,7 +51,7 @@ class Section(BaseModel):
         """What is wrong between fields that are each right."""
         return []
 
-    def left_out(self, purpose: Purpose) -> tuple[str, ...]:
+    def not_hashed(self, purpose: Purpose) -> tuple[str, ...]:
         """Fields that shape nothing for a purpose, as the others are set; see `rmdd.config.hashing`."""
         return ()
 

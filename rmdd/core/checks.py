@@ -61,7 +61,7 @@ class DiskCheck:
         self.findings.unfinished.append(self.storage.address(path))
 
     @contextlib.contextmanager
-    def refusals(self, path: Path, todo: str) -> Iterator[None]:
+    def errors_as_faults(self, path: Path, todo: str) -> Iterator[None]:
         """Turn what a reader refuses into a fault."""
         try:
             yield
@@ -70,7 +70,7 @@ class DiskCheck:
 
     def json(self, path: Path, todo: str) -> Any:
         """Its value; None when it has none."""
-        with self.refusals(path, todo):
+        with self.errors_as_faults(path, todo):
             return read_json(path)
 
     def lines(self, path: Path) -> None:

@@ -10,6 +10,6 @@ def device_of(runtime: config.Runtime) -> torch.device:
     return torch.device("cuda" if runtime.gpus_per_worker > 0 else "cpu")
 
 
-def device_here(runtime: config.Runtime) -> torch.device:
+def local_device(runtime: config.Runtime) -> torch.device:
     """`device_of`, or the CPU in a process that sees no GPU, such as a driver whose workers have them."""
     return device_of(runtime) if torch.cuda.is_available() else torch.device("cpu")

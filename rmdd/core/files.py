@@ -73,7 +73,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     A disk that is full or read-only raises an `OSError` that names `path` and says what to do.
     """
     path = Path(path)
-    with clearly(path):
+    with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = temporary_beside(path)
         try:
@@ -113,7 +113,7 @@ def _sync(path: Path) -> None:
 
 def allocate(path: Path | str) -> None:
     """Take the room that a sparse file will need: a page of a mapping that finds none kills its process (SIGBUS)."""
-    with clearly(Path(path)), open(path, "r+b") as f:
+    with explain_write_errors(Path(path)), open(path, "r+b") as f:
         os.posix_fallocate(f.fileno(), 0, max(1, os.fstat(f.fileno()).st_size))
 
 
@@ -122,7 +122,7 @@ class CannotWrite(OSError):
 
 
 @contextlib.contextmanager
-def clearly(path: Path) -> Iterator[None]:
+def explain_write_errors(path: Path) -> Iterator[None]:
     """Give errors of a disk that cannot take `path` the words that help, whichever library found out."""
     try:
         yield
@@ -226,7 +226,7 @@ def append_jsonl(path: Path | str, value: Any) -> None:
     """Add a line, whole or not at all."""
     path = Path(path)
     rest = (json.dumps(value, ensure_ascii=False) + "\n").encode()
-    with clearly(path):
+    with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab", buffering=0) as f:
             before = f.seek(0, os.SEEK_END)

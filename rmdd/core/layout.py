@@ -56,7 +56,7 @@ def require_layout(storage: Storage) -> None:
         write_json(storage.root / FILE, {"layout": LAYOUT})
 
 
-def located(address: str, name: str, depth: int) -> tuple[str, Path]:
+def locate_file(address: str, name: str, depth: int) -> tuple[str, Path]:
     """The address of a folder's storage, and the path of the file `name` in the folder, on this machine.
 
     `address` is the folder, or its URI, from where the file is fetched; the storage is the folder `depth` levels above.

@@ -25,7 +25,7 @@ SETTLE = 1.0
 POLL = 0.2
 
 
-class Held(RuntimeError):
+class FolderInUse(RuntimeError):
     """Somebody else works in a folder."""
 
 
@@ -77,9 +77,9 @@ class Lease:
         return self._lost.is_set()
 
     def check(self) -> None:
-        """Raise `Held` when another process has taken over."""
+        """Raise `FolderInUse` when another process has taken over."""
         if self.lost:
-            raise Held(
+            raise FolderInUse(
                 f"{self.folder} was taken over by {_successor(self.cell.read())} while this process stood still; let "
                 "that one finish, or end it and resume"
             )
@@ -113,8 +113,8 @@ class Lease:
 
 
 @contextlib.contextmanager
-def held(folder: Path | str, *, wait: bool) -> Iterator[Lease]:
-    """Hold `folder` alone. While another process does, wait for it, or raise `Held` with its name.
+def hold_folder(folder: Path | str, *, wait: bool) -> Iterator[Lease]:
+    """Hold `folder` alone. While another process does, wait for it, or raise `FolderInUse` with its name.
 
     A lease of another machine is watched until it moves, or has expired.
     """
@@ -168,8 +168,8 @@ def _take(lease: Lease) -> bool:
     return True
 
 
-def _held(folder: Path, lease: dict[str, Any] | None) -> Held:
-    return Held(
+def _held(folder: Path, lease: dict[str, Any] | None) -> FolderInUse:
+    return FolderInUse(
         f"{folder.name} is in use by {_holder(lease)}; wait until that run is done, end it, or give this one another "
         f"name or another runtime.storage (folder: {folder})"
     )

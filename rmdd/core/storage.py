@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 from rmdd import config
-from rmdd.core.files import clearly, is_temporary, register_listener, remove, sweep, temporary_beside
+from rmdd.core.files import explain_write_errors, is_temporary, register_listener, remove, sweep, temporary_beside
 from rmdd.core.locks import LeaseCell, LocalLeaseCell, lock_of
 from rmdd.core.remote import ObjectStore, RemoteLeaseCell, Stamp
 
@@ -35,7 +35,7 @@ RESULTS = ("experts/*/store.json", "phases/*/phase-*/*", f"*-{'[0-9a-f]' * 8}/ru
 class Storage:
     """Plain folder: `root` is it, and nothing has to be fetched or published."""
 
-    moves_at_once = True
+    moves_atomically = True
     """Whether a folder that moves is there whole or not at all."""
 
     def __init__(self, root: Path):
@@ -47,7 +47,7 @@ class Storage:
         Raises `OSError` that says what to do.
         """
         probe = temporary_beside(self.root / "probe")
-        with clearly(self.root):
+        with explain_write_errors(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
             probe.touch()
             probe.unlink()
@@ -89,7 +89,7 @@ class Storage:
 class Mirror(Storage):
     """The local copy of what lies at `uri`, under `root`."""
 
-    moves_at_once = False
+    moves_atomically = False
 
     def __init__(self, uri: str, root: Path):
         super().__init__(root)
@@ -133,7 +133,7 @@ class Mirror(Storage):
         path.parent.mkdir(parents=True, exist_ok=True)
         copy = temporary_beside(path)
         try:
-            with clearly(path):
+            with explain_write_errors(path):
                 self.remote.download(name, copy)
             _date(copy, stamp)
             with self._lock(fcntl.LOCK_EX):
@@ -268,7 +268,7 @@ def is_uri(storage: str) -> bool:
     return "://" in storage
 
 
-def anchored(runtime: config.Runtime) -> config.Runtime:
+def absolute_runtime(runtime: config.Runtime) -> config.Runtime:
     """With absolute paths: workers of a cluster have another working folder."""
     paths = {"storage": runtime.storage if is_uri(runtime.storage) else str(root_of(runtime))}
     if runtime.scratch is not None:

@@ -28,13 +28,13 @@ class Damaged(ValueError):
     """A file does not hold what was written."""
 
 
-def joined(groups: Groups) -> dict[str, Tensor]:
+def flatten_groups(groups: Groups) -> dict[str, Tensor]:
     """The tensors of all groups by their names in a file."""
     return {f"{group}.{name}": t for group, tensors in groups.items() for name, t in tensors.items()}
 
 
-def parted(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The inverse of `joined`; a group without tensors is not there."""
+def split_groups(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The inverse of `flatten_groups`; a group without tensors is not there."""
     groups: dict[str, dict[str, Tensor]] = {}
     for whole, t in tensors.items():
         group, _, name = whole.partition(".")

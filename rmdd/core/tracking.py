@@ -70,7 +70,7 @@ class Tracker:
         self.close()
 
 
-def of(run: config.Run, title: str, value: str, folder: Path) -> Tracker:
+def open_tracker(run: config.Run, title: str, value: str, folder: Path) -> Tracker:
     """What follows one phase or expert; `value` is the hash of what shaped it, under which a resumed one goes on."""
     value = f"{value}-{title.replace(' ', '-')}"
     facts = run.model_dump(mode="json")

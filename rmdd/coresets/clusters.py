@@ -18,7 +18,7 @@ from rmdd.coresets.draws import smallest
 from rmdd.coresets.greedy import rows_of
 from rmdd.coresets.rows import Rows
 from rmdd.coresets.shard import Shard, best_of
-from rmdd.execution.parts import PartsHere, WorkerParts
+from rmdd.execution.parts import LocalParts, WorkerParts
 
 SAMPLE = 65_536
 MINI_BATCH = 16_384
@@ -60,7 +60,7 @@ def sampled(ids: Int64[np.ndarray, " N"], k: int, seed: int, what: str = "k-mean
 
 def centroids_of(ranks: WorkerParts, k: int, seed: int, side: slice = slice(None)) -> Float32[np.ndarray, "K D"]:
     """Centroids of all kept rows, or of some of their columns. Raises `ValueError` for fewer rows than `k`."""
-    ids = np.concatenate(ranks.ask("ids"))
+    ids = np.concatenate(ranks.call("ids"))
     return fit(np.ascontiguousarray(rows_of(ranks, sampled(ids, k, seed).tolist())[:, side]), k, seed)
 
 
@@ -69,7 +69,7 @@ def medoids(ranks: WorkerParts, k: int, seed: int) -> list[int]:
     if not k:
         return []
     centroids = centroids_of(ranks, k, seed)
-    return nearest_members(ranks, centroids, ranks.ask("medoids", centroids))
+    return nearest_members(ranks, centroids, ranks.call("medoids", centroids))
 
 
 def nearest_members(
@@ -82,7 +82,7 @@ def nearest_members(
             best[cluster] = min(best.get(cluster, one), one)
     chosen = {cluster: number for cluster, (_, number) in best.items()}
     for cluster in sorted(set(range(len(points))) - chosen.keys()):
-        nearest = best_of(ranks.ask("nearest", points[cluster].astype(np.float64), list(chosen.values())))
+        nearest = best_of(ranks.call("nearest", points[cluster].astype(np.float64), list(chosen.values())))
         assert nearest is not None
         chosen[cluster] = nearest.id
     return [chosen[cluster] for cluster in range(len(points))]
@@ -113,14 +113,14 @@ def balanced(
 ) -> list[int]:
     """`method`, which picks from some rows, applied to every cluster for its quota; the picks of cluster 0 first."""
     centroids = centroids_of(ranks, clusters, seed)
-    parts = ranks.ask("assigned", centroids)
+    parts = ranks.call("assigned", centroids)
     ids = np.concatenate([part[0] for part in parts])
     label = np.concatenate([part[1] for part in parts])
     members = [np.sort(ids[label == c]) for c in range(clusters)]
     chosen: list[int] = []
     for own, quota in zip(members, quotas([len(m) for m in members], k, rule), strict=True):
         if quota:
-            one = PartsHere([Shard(Rows.of(rows_of(ranks, own.tolist()), own))])
+            one = LocalParts([Shard(Rows.of(rows_of(ranks, own.tolist()), own))])
             picks = method(one)
             chosen += [next(picks) for _ in range(quota)]
     return chosen
@@ -130,8 +130,8 @@ def outliers(
     ranks: WorkerParts, share: float, seed: int, centroids: int = OUTLIER_CENTROIDS
 ) -> Int64[np.ndarray, " n"]:
     """The ids of the given share of rows that lie farthest from the nearest of `centroids` k-means centroids."""
-    ids = np.concatenate(ranks.ask("ids"))
-    parts = ranks.ask("assigned", centroids_of(ranks, min(centroids, max(1, len(ids) // 10)), seed))
+    ids = np.concatenate(ranks.call("ids"))
+    parts = ranks.call("assigned", centroids_of(ranks, min(centroids, max(1, len(ids) // 10)), seed))
     ids, _, distance = (np.concatenate([part[i] for part in parts]) for i in range(3))
     return worst(ids, -distance, share)
 

@@ -23,7 +23,7 @@ Start = Literal["random", "mean"]
 
 def checked(ranks: WorkerParts) -> Check:
     """Look at all rows. Raises `ValueError` that names rows that are zero or not finite, or when there are none."""
-    checks: list[Check] = ranks.ask("check")
+    checks: list[Check] = ranks.call("check")
     bad = sum(c.bad for c in checks)
     if bad:
         first = sorted(i for c in checks for i in c.first_bad)[:MAX_SHOWN]
@@ -38,16 +38,16 @@ def checked(ranks: WorkerParts) -> Check:
 
 def mean(ranks: WorkerParts, largest: float) -> Float64[np.ndarray, " D"]:
     """Of all kept rows, whose entries are at most `largest`: the same bits however they lie."""
-    count = sum(ranks.ask("count"))
+    count = sum(ranks.call("count"))
     size = math.ceil(math.log2(largest)) + 1
     bits = min(52 - size, 62 - size - math.ceil(math.log2(count + 1)))
-    return np.ldexp(np.sum(ranks.ask("total", bits), axis=0).astype(np.float64), -bits) / count
+    return np.ldexp(np.sum(ranks.call("total", bits), axis=0).astype(np.float64), -bits) / count
 
 
 def rows_of(ranks: WorkerParts, ids: Sequence[int]) -> Float32[np.ndarray, "n D"]:
     """The rows of `ids`, in their order. Raises `ValueError` when one is nowhere."""
     row_of: dict[int, np.ndarray] = {}
-    for numbers, rows in ranks.ask("rows_of", np.asarray(ids, dtype=np.int64)):
+    for numbers, rows in ranks.call("rows_of", np.asarray(ids, dtype=np.int64)):
         row_of.update(zip(numbers.tolist(), rows, strict=True))
     if missing := [i for i in ids if i not in row_of]:
         raise ValueError(f"{len(missing)} ids have no features (first: {missing[:MAX_SHOWN]})")
@@ -64,7 +64,7 @@ def herding(
     w, new = mu.copy(), list(begun)
     for row in rows_of(ranks, new) if new else ():
         w += mu - row
-    while (best := best_of(ranks.ask("along", w, new, explicit))) is not None:
+    while (best := best_of(ranks.call("along", w, new, explicit))) is not None:
         yield best
         w += mu - best.row
         new = [best.id]
@@ -79,7 +79,7 @@ def k_center(ranks: WorkerParts, first: Best, begun: Sequence[int] = ()) -> Iter
         yield first
     new = list(begun) or [first.id]
     centres = rows_of(ranks, new) if begun else first.row[None]
-    while (best := best_of(ranks.ask("farthest", centres, new))) is not None:
+    while (best := best_of(ranks.call("farthest", centres, new))) is not None:
         yield best
         centres, new = best.row[None], [best.id]
 
@@ -87,12 +87,12 @@ def k_center(ranks: WorkerParts, first: Best, begun: Sequence[int] = ()) -> Iter
 def start_of(ranks: WorkerParts, rule: Start, seed: int, mu: Float64[np.ndarray, " D"]) -> Best:
     """The first centre: a seeded random item, or the one nearest the mean."""
     if rule == "mean":
-        best = best_of(ranks.ask("nearest", mu))
+        best = best_of(ranks.call("nearest", mu))
         assert best is not None
     else:
         import torch
 
-        ids = np.sort(np.concatenate(ranks.ask("ids")))
+        ids = np.sort(np.concatenate(ranks.call("ids")))
         drawn = int(ids[int(torch.randint(len(ids), (), generator=generator(seed, "coreset start")))])
         best = Best(0.0, drawn, rows_of(ranks, [drawn])[0])
     return Best(math.inf, best.id, best.row)

@@ -28,11 +28,11 @@ def matched(ranks: WorkerParts, k: int, seed: int, image_width: int) -> tuple[li
         return [], {"overlap": 0.0, "empty": 0}
     images = centroids_of(ranks, k, seed, slice(image_width))
     texts = centroids_of(ranks, k, seed, slice(image_width, None))
-    overlap = np.sum(ranks.ask("overlap", images, texts), axis=0)
+    overlap = np.sum(ranks.call("overlap", images, texts), axis=0)
     partner = match(overlap)
     common = overlap[np.arange(k), partner]
     points = _prototypes(ranks, partner, common, np.concatenate([images, texts[partner]], axis=1))
-    chosen = nearest_members(ranks, points, ranks.ask("inner", partner, points))
+    chosen = nearest_members(ranks, points, ranks.call("inner", partner, points))
     order = np.argsort(-common, kind="stable").tolist()
     agreed = float(common.sum() / overlap.sum())
     return [chosen[cluster] for cluster in order], {"overlap": agreed, "empty": int((common == 0).sum())}
@@ -52,6 +52,6 @@ def _prototypes(
     largest = checked(ranks).largest
     size = math.ceil(math.log2(largest)) + 1
     bits = min(52 - size, 62 - size - math.ceil(math.log2(int(common.max()) + 1)))
-    total = np.sum(ranks.ask("sums", partner, bits), axis=0).astype(np.float64)
+    total = np.sum(ranks.call("sums", partner, bits), axis=0).astype(np.float64)
     mean = np.ldexp(total, -bits) / np.maximum(common, 1)[:, None]
     return np.where(common[:, None] > 0, mean, without).astype(np.float32)

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
 from rmdd.coresets.rows import Rows
-from rmdd.execution.parts import PartsHere
+from rmdd.execution.parts import LocalParts
 
 Ids = Sequence[int] | np.ndarray
 MAX_SHOWN = 5
@@ -239,6 +239,6 @@ def best_of(candidates: Iterable[Best | None]) -> Best | None:
     return max((b for b in candidates if b is not None), key=lambda b: (b.value, -b.id), default=None)
 
 
-def here(rows: Rows, ranks: int = 1, chunk: int | None = None) -> PartsHere:
+def here(rows: Rows, ranks: int = 1, chunk: int | None = None) -> LocalParts:
     """Rows cut over so many ranks of this process."""
-    return PartsHere([Shard(rows.share(rank, ranks), chunk) for rank in range(ranks)])
+    return LocalParts([Shard(rows.share(rank, ranks), chunk) for rank in range(ranks)])

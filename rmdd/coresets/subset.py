@@ -80,7 +80,7 @@ class Coreset:
 def verify(path: Path, check: DiskCheck) -> None:
     """It can be read."""
     if check.begin(path):
-        with check.refusals(path / DESCRIPTION, f"delete {check.storage.address(path)} and choose it again"):
+        with check.errors_as_faults(path / DESCRIPTION, f"delete {check.storage.address(path)} and choose it again"):
             Coreset.load(path)
 
 

@@ -24,7 +24,7 @@ from rmdd.config import Data, Runtime, hash_value
 from rmdd.config import sources as by_name
 from rmdd.config.hashing import hashed
 from rmdd.core.files import atomic_path, read_json, remove, write_json
-from rmdd.core.locks import held
+from rmdd.core.locks import hold_folder
 from rmdd.core.storage import Storage, open_storage
 from rmdd.data import sources
 from rmdd.data.counts import IngestCounts
@@ -34,13 +34,13 @@ from rmdd.data.parts import IngestFolders, PartWriter, write_entries
 from rmdd.data.plan import IngestPlan, file_parts, make_plan, write_parts
 from rmdd.data.shards import MANIFEST, QUARANTINE, SCHEMA_VERSION, SPLITS, Dataset
 from rmdd.data.source import SampleSource
-from rmdd.execution.tasks import Stream, in_turn
+from rmdd.execution.tasks import Stream, sequential_stream
 
 PARTS_LAYOUT = 2
 """Of the plan and the records of an unfinished ingest; one that another version began is done anew."""
 
 
-def ingest(data: Data, out: Path | str, stream: Stream = in_turn, runtime: Runtime | None = None) -> Dataset:
+def ingest(data: Data, out: Path | str, stream: Stream = sequential_stream, runtime: Runtime | None = None) -> Dataset:
     """Write `data` as a dataset into the folder `out`, or return the one that an equal ingest finished there.
 
     The folder appears whole or not at all; a second ingest into it waits for the first. Bad rows go to
@@ -62,12 +62,12 @@ def ingest(data: Data, out: Path | str, stream: Stream = in_turn, runtime: Runti
         storage.fetch(folders.plan)
         storage.fetch(out)
         begun = folders.parts.is_file()
-        return _finished(out, inputs, data, half_moved=begun and not storage.moves_at_once), begun
+        return _finished(out, inputs, data, half_moved=begun and not storage.moves_atomically), begun
 
     finished, begun = look()
     if finished is not None and not begun:
         return finished
-    with held(out.with_name(f".{out.name}"), wait=True) as lease:
+    with hold_folder(out.with_name(f".{out.name}"), wait=True) as lease:
         finished, _ = look()
         if finished is None:
             parts = _begin(folders, inputs, read, data, storage)

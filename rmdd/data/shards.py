@@ -201,7 +201,7 @@ def verify(path: Path, check: DiskCheck) -> None:
     before = len(check.findings.faults)
     copy = "copy it again, or delete the dataset and ingest again"
     manifest = check.json(path / MANIFEST, copy)
-    with check.refusals(path / MANIFEST, copy):
+    with check.errors_as_faults(path / MANIFEST, copy):
         for shard in manifest["shards"]:
             file = path / shard["file"]
             if not file.is_file():
@@ -211,7 +211,7 @@ def verify(path: Path, check: DiskCheck) -> None:
             elif sha256_file(file) != shard["sha256"]:
                 check.fault(file, "has another SHA-256 than the manifest says", copy)
     if len(check.findings.faults) == before:
-        with check.refusals(path, copy):
+        with check.errors_as_faults(path, copy):
             Dataset.open(path).verify()
 
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from rmdd.config import Data, hash_value
 from rmdd.core.arrays import mapped_array, write_array
 from rmdd.core.files import atomic_path
-from rmdd.core.locks import held
+from rmdd.core.locks import hold_folder
 from rmdd.data.captions import clean
 from rmdd.data.decode import decode_as, squash
 from rmdd.data.shards import Dataset
@@ -45,7 +45,7 @@ class Decoded:
         if not len(self.rows):
             return np.zeros(self.shape, dtype=np.uint8)  # an empty file cannot be mapped
         if not self.written:
-            with held(self.path.with_suffix(""), wait=True):
+            with hold_folder(self.path.with_suffix(""), wait=True):
                 if not self.written:
                     self._write()
         return np.load(self.path, mmap_mode="r")
@@ -158,7 +158,7 @@ def _encoded_cache(dataset: Dataset, split: str, rows: np.ndarray, path: Path) -
     """All encoded images end to end, and the N+1 offsets between them; the offsets are written last."""
     offsets = path.with_suffix(".offsets.npy")
     if not (offsets.is_file() and path.is_file()):
-        with held(path.with_suffix(""), wait=True):
+        with hold_folder(path.with_suffix(""), wait=True):
             if not (offsets.is_file() and path.is_file()):
                 ends = [0]
                 with atomic_path(path) as temporary, open(temporary, "wb") as f:

@@ -19,7 +19,7 @@ from torch import Tensor
 from rmdd import config
 from rmdd.core.checks import DiskCheck, Format
 from rmdd.core.files import append_jsonl, cut_jsonl
-from rmdd.core.tensors import Damaged, facts_of, joined, load_checked, parted, save_checked
+from rmdd.core.tensors import Damaged, facts_of, flatten_groups, load_checked, save_checked, split_groups
 from rmdd.distill.guard import Derailed, vitals, what_is_wrong
 from rmdd.distill.phases import Window
 from rmdd.distill.sets import save_set
@@ -68,7 +68,7 @@ class State:
         }
         facts = {"iteration": self.iteration, "alpha": self.raw.alpha, "key": key, "halvings": self.halvings}
         facts |= {"window": self.window} if self.window else {}
-        save_checked(path, joined(groups), "state", facts)
+        save_checked(path, flatten_groups(groups), "state", facts)
 
     @classmethod
     def load(cls, path: Path, key: str) -> "State":
@@ -81,7 +81,7 @@ class State:
             ) from error
         if facts["key"] != key:
             raise ValueError(f"the checkpoint {path} belongs to another configuration; use another run folder")
-        part = parted(named)
+        part = split_groups(named)
         if not {"raw", "average"} <= part.keys():
             raise Damaged(f"the checkpoint {path} was written by another version of rmdd; delete {path.parent}")
         return cls(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rmdd.core.tensors import Damaged, checksum, joined, load_checked, parted, save_checked
+from rmdd.core.tensors import Damaged, checksum, flatten_groups, load_checked, save_checked, split_groups
 from rmdd.distill.synthetic import Synthetic, from_tensors
 
 ENTRY = "set"
@@ -28,7 +28,7 @@ def name_by_content(subsets: Sequence[Mapping[str, Tensor]], alpha: Sequence[flo
 def read_subsets(path: Path) -> list[tuple[dict[str, Tensor], float]]:
     """Tensors and alpha of each subset in order. Raises `Damaged`."""
     tensors, facts = load_checked(path, ENTRY)
-    groups, alpha = parted(tensors), facts["alpha"]
+    groups, alpha = split_groups(tensors), facts["alpha"]
     if not isinstance(alpha, list) or groups.keys() != {str(k) for k in range(len(alpha))}:
         raise Damaged("its tensors are not named as this rmdd names them; another version wrote it")
     return [(groups[str(k)], float(a)) for k, a in enumerate(alpha)]
@@ -50,4 +50,4 @@ def load_set(path: Path) -> Synthetic:
 
 
 def _named(subsets: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return joined({str(k): tensors for k, tensors in enumerate(subsets)})
+    return flatten_groups({str(k): tensors for k, tensors in enumerate(subsets)})

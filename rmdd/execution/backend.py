@@ -10,15 +10,15 @@ from typing import Any
 
 from rmdd import config
 from rmdd.core.layout import require_layout
-from rmdd.core.locks import held
+from rmdd.core.locks import hold_folder
 from rmdd.core.progress import Progress
 from rmdd.core.storage import address_of, is_uri, open_storage, root_of
 from rmdd.execution.executor import Executor, Mapper
-from rmdd.execution.in_turn import InTurn
+from rmdd.execution.in_turn import SequentialExecutor
 from rmdd.execution.interrupts import time_limit
-from rmdd.execution.parts import OpenParts, WorkerParts, parts_here
-from rmdd.execution.tasks import Stream, Values, in_turn
-from rmdd.execution.trials import RunTrials, TrialRunner, TrialSource, trials_in_turn
+from rmdd.execution.parts import OpenParts, WorkerParts, local_parts
+from rmdd.execution.tasks import Stream, Values, sequential_stream
+from rmdd.execution.trials import RunTrials, TrialRunner, TrialSource, sequential_trials
 
 MOST_ENCODERS = 64
 """Most workers that embed captions side by side; `runtime.workers` and the cluster's size bound them too."""
@@ -35,17 +35,17 @@ class Backend:
     """The executor of a run's tasks, and who does its other work. By default all of it is done in this process."""
 
     executor: Executor
-    readers: Stream = in_turn
+    readers: Stream = sequential_stream
     """Do the parts of an ingest."""
-    encoders: Stream = in_turn
+    encoders: Stream = sequential_stream
     """Embed blocks of captions."""
     expert_pool: Callable[..., Mapper] | None = None
     """`expert_pool(store, size=n)`: a run of Ray Train whose workers train experts of a store, n to an expert."""
     pictures: PictureReader | None = None
     """Reads the pictures of experts that are not cached; None: the process that trains reads them."""
-    run_trials: RunTrials = trials_in_turn
+    run_trials: RunTrials = sequential_trials
     """Makes the trials of a search."""
-    open_parts: OpenParts = parts_here
+    open_parts: OpenParts = local_parts
     """Workers that hold the rows that a coreset is chosen from, or share the draws of a step."""
 
 
@@ -53,15 +53,15 @@ class Backend:
 def hold_folders(runtime: config.Runtime, *folders: Path) -> Iterator[None]:
     """Hold `folders` of a storage that can be written; new files in them are published at the end.
 
-    Raises `rmdd.core.locks.Held` when another process works in one of them, `ValueError` when the storage was written
-    in another layout.
+    Raises `rmdd.core.locks.FolderInUse` if another process works in one of them, and `ValueError` if the storage has
+    another layout.
     """
     storage = open_storage(runtime)
     require_layout(storage)  # first: nothing of an old storage is swept
     storage.begin()
     with contextlib.ExitStack() as stack:
         for folder in folders:
-            stack.enter_context(held(folder, wait=False))
+            stack.enter_context(hold_folder(folder, wait=False))
         stack.callback(storage.flush)
         yield
 
@@ -74,17 +74,17 @@ def open_backend(runtime: config.Runtime, events: Path, progress: Progress) -> I
     """
     with time_limit(runtime.time_limit, progress.say):
         if runtime.ray == "off":
-            yield Backend(InTurn(runtime.threads))
+            yield Backend(SequentialExecutor(runtime.threads))
             return
         from rmdd.execution.ray.cluster import connected
 
         with connected(runtime) as resources:
-            from rmdd.execution.ray.actors import SideBySide
+            from rmdd.execution.ray.actors import ActorExecutor
             from rmdd.execution.ray.feed import ray_stream
             from rmdd.execution.ray.stream import over_actors, over_tasks
 
             cpus, gpus = (min(s, most) for s, most in zip(runtime.share, (resources.widest, math.inf), strict=True))
-            with SideBySide(runtime, resources, events, progress.say) as executor:
+            with ActorExecutor(runtime, resources, events, progress.say) as executor:
 
                 def after_rest(stream: Stream) -> Stream:
                     """Idle actors would keep the CPUs that the stream's tasks wait for."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from rmdd.execution.tasks import Failed, Spared, Task
+from rmdd.execution.tasks import Failed, ReturnFailures, Task
 
 
 @dataclass
@@ -54,11 +54,11 @@ class Executor(Mapper, Protocol):
     def map(
         self, task: Task, items: Sequence[Any], names: Sequence[str], on_report: Callable[[str, dict[str, Any]], None]
     ) -> list[Any]:
-        """See `Mapper`. Raises the first error; a `Spared` task returns `RetriesExhausted` as `Failed`."""
+        """See `Mapper`. Raises the first error; a `ReturnFailures` task returns `RetriesExhausted` as `Failed`."""
         results: dict[int, Any] = {}
 
         def settle(index: int, result: Any, error: Exception | None) -> None:
-            if isinstance(task, Spared) and isinstance(error, RetriesExhausted):
+            if isinstance(task, ReturnFailures) and isinstance(error, RetriesExhausted):
                 result, error = Failed(str(error), error.host, again=False), None
             if error is not None:
                 raise error
@@ -68,11 +68,11 @@ class Executor(Mapper, Protocol):
             Piece(task, item, name, functools.partial(on_report, name), functools.partial(settle, index))
             for index, (item, name) in enumerate(zip(items, names, strict=True))
         ]
-        self.serve(once(pieces))
+        self.serve(all_at_once(pieces))
         return [results[index] for index in range(len(pieces))]
 
 
-def once(pieces: Sequence[Piece]) -> PieceSource:
+def all_at_once(pieces: Sequence[Piece]) -> PieceSource:
     """All pieces at the first call."""
     left = iter([pieces] if pieces else [])
     return lambda seconds: next(left, None)

@@ -11,7 +11,7 @@ from rmdd.execution.tasks import Hooks, Interrupted
 
 
 @dataclass
-class InTurn(Executor):
+class SequentialExecutor(Executor):
     """One item after another in this process. Ctrl-C and SIGTERM ask the running item to save and stop; a second
     one stops it where it is. `hooks` see all reports, and may ask to stop too."""
 

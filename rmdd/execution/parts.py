@@ -16,19 +16,19 @@ class PartLost(RuntimeError):
 class WorkerParts(Protocol):
     """Workers that hold one part each."""
 
-    def ask(self, what: str, *arguments: Any) -> list[Any]:
-        """What the method `what` of every part returns, in the order of ranks. Raises `PartLost`."""
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        """What the method `method` of every part returns, in the order of ranks. Raises `PartLost`."""
         ...
 
 
 @dataclass
-class PartsHere(WorkerParts):
+class LocalParts(WorkerParts):
     """All parts in this process."""
 
     parts: Sequence[Any]
 
-    def ask(self, what: str, *arguments: Any) -> list[Any]:
-        return [getattr(part, what)(*arguments) for part in self.parts]
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        return [getattr(part, method)(*arguments) for part in self.parts]
 
 
 OpenParts = Callable[..., contextlib.AbstractContextManager[WorkerParts]]
@@ -37,12 +37,12 @@ set); each makes its part by `make(rank, size)`, and has a worker's share of a G
 
 
 @contextlib.contextmanager
-def parts_here(
+def local_parts(
     make: Callable[[int, int], Any], size: int | None = None, most: int | None = None, accelerated: bool = False
 ) -> Iterator[WorkerParts]:
     """`OpenParts` in this process."""
     count = size or 1
-    yield PartsHere([make(rank, count) for rank in range(count)])
+    yield LocalParts([make(rank, count) for rank in range(count)])
 
 
 def with_restarts(work: Callable[[], T], restarts: int, say: Callable[[str], None]) -> T:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from rmdd.execution.executor import Executor, Piece, PieceSource
-from rmdd.execution.in_turn import InTurn
+from rmdd.execution.in_turn import SequentialExecutor
 from rmdd.execution.tasks import Hooks, Interrupted, Task
 
 
@@ -150,7 +150,7 @@ class SweepScheduler:
 
     def _alone(self, task: Task) -> Task:
         """In this process a task must not run beside another run: both would draw from torch's global state."""
-        if not isinstance(self.executor, InTurn):
+        if not isinstance(self.executor, SequentialExecutor):
             return task
 
         def alone(item: Any, hooks: Hooks) -> Any:

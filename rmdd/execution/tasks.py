@@ -47,7 +47,7 @@ Task = Callable[[Any, Hooks], Any]
 
 @dataclass(frozen=True)
 class Failed:
-    """The result of an item that failed under `Spared`."""
+    """The result of an item that failed under `ReturnFailures`."""
 
     reason: str
     host: str
@@ -56,7 +56,7 @@ class Failed:
 
 
 @dataclass(frozen=True)
-class Spared:
+class ReturnFailures:
     """Calls the task and returns `Failed` where it fails: one item does not stop the others."""
 
     task: Task
@@ -76,12 +76,12 @@ class Stream(Protocol):
         ...
 
 
-def in_turn(make: Callable[[], Callable[[Values], Values]], items: Sequence[Values]) -> Iterator[Values]:
+def sequential_stream(make: Callable[[], Callable[[Values], Values]], items: Sequence[Values]) -> Iterator[Values]:
     """A `Stream` in this process."""
     yield from map(make(), items)
 
 
-def watched(progress: Progress, title: str, unit: str, stream: Stream) -> Stream:
+def with_progress(progress: Progress, title: str, unit: str, stream: Stream) -> Stream:
     """`stream` with its progress shown: how many parts are done, and how many `unit` per second."""
 
     def watch(make: Callable[[], Callable[[Values], Values]], items: Sequence[Values]) -> Iterator[Values]:

@@ -36,7 +36,7 @@ RunTrials = Callable[[TrialSource, Callable[[Any], TrialRunner], int | None], No
 """`run_trials(source, open_runner, most)` makes trials until the source has none, at most `most` side by side."""
 
 
-def trials_in_turn(source: TrialSource, open_runner: Callable[[Any], TrialRunner], most: int | None = None) -> None:
+def sequential_trials(source: TrialSource, open_runner: Callable[[Any], TrialRunner], most: int | None = None) -> None:
     """`RunTrials` one after the other in this process, whatever `most` allows."""
     while (trial := source.ask()) is not None:
         name, what = trial

@@ -347,7 +347,7 @@ def verify(path: Path, check: DiskCheck, experts: int | None = None) -> None:
     """Every kept epoch of every expert; `experts` are expected, else those up to the last that is there."""
     if not check.begin(path):
         return
-    with check.refusals(path / "store.json", "delete the store and train again"):
+    with check.errors_as_faults(path / "store.json", "delete the store and train again"):
         store = Store.open(path)
         shared = store.spec["shared"]
         if shared:
@@ -372,7 +372,7 @@ def _verify_expert(store: Store, number: int, finished: bool, check: DiskCheck) 
         else:
             check.unfinished(folder)
         return
-    with check.refusals(folder / "expert.json", again):
+    with check.errors_as_faults(folder / "expert.json", again):
         files = store.record(number).get("files", {})
         for epoch in (e for e in range(store.epochs + 1) if store.kept(e)):
             file = folder / f"epoch-{epoch:04d}.safetensors"

@@ -18,8 +18,8 @@ from jaxtyping import Float32
 from rmdd import config
 from rmdd.config.hashing import hashed
 from rmdd.core.arrays import in_chunks
-from rmdd.core.device import device_here, device_of
-from rmdd.core.locks import held
+from rmdd.core.device import device_of, local_device
+from rmdd.core.locks import hold_folder
 from rmdd.core.seeding import generator
 from rmdd.core.storage import open_storage
 from rmdd.core.threads import torch_threads
@@ -66,7 +66,7 @@ def features(
         about["caption"] = choice.caption
         about |= {"draw": config.hash_value(items.record_of.tolist())} if choice.caption == "seeded" else {}
     folder = source.splits.cache / f"features-{config.hash_value(about)}"
-    with held(folder, wait=True):
+    with hold_folder(folder, wait=True):
         if not (folder / DESCRIPTION).is_file():
             blocks = in_space(sides, items, choice)
             first = next(blocks)
@@ -108,7 +108,7 @@ def sides_of(source: FeatureSource, train: PreparedSplit, encoder: str, stream: 
     kind, _, name = encoder.partition(":")
     folder = source.splits.cache / f"sides-{config.hash_value(identity)}"
     images, texts = folder / "images", folder / "texts"
-    with held(folder, wait=True):
+    with hold_folder(folder, wait=True):
         if kind == "columns":
             for path, column in ((images, f"image.{name}"), (texts, f"text.{name}")):
                 if not (path / DESCRIPTION).is_file():
@@ -133,7 +133,7 @@ class TowerEncoder:
 
     def __init__(self, source: FeatureSource, encoder: str, folder: Path):
         self.train, self.folder, self.threads = source.splits.open("train"), folder, source.runtime.threads
-        self.device = device_here(source.runtime)
+        self.device = local_device(source.runtime)
         kind, _, name = encoder.partition(":")
         if kind == "expert":
             self.encode: Any = trained_expert(source, int(name or 0), self.train).to(self.device).embed_images

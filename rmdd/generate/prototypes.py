@@ -159,7 +159,7 @@ def open_side(folder: Path, normalize: bool, rank: int, size: int) -> Shard:
 
 def _nearest(ranks: WorkerParts, centroids: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     label, distance = np.empty(count, np.int64), np.empty(count, np.float32)
-    for ids, labels, far in ranks.ask("assigned", centroids):
+    for ids, labels, far in ranks.call("assigned", centroids):
         label[ids], distance[ids] = labels, far
     return label, distance
 

@@ -26,7 +26,7 @@ from rmdd.distill.sets import save_set
 from rmdd.distill.synthetic import Synthetic, reduced
 from rmdd.execution.executor import Executor
 from rmdd.execution.parts import OpenParts
-from rmdd.execution.tasks import Hooks, Interrupted, Stream, Values, in_turn, watched
+from rmdd.execution.tasks import Hooks, Interrupted, Stream, Values, sequential_stream, with_progress
 from rmdd.generate.decode import Decoder, PictureWriter, is_drawn, picture_of, read_requests, write_requests
 from rmdd.generate.encoders import FeatureSource, sides_of
 from rmdd.models.pretrained import PretrainedModel
@@ -86,7 +86,7 @@ class Studio:
 
         What `make()` returns must give `{unit: count}` for an item.
         """
-        each = watched(self.tools.progress, title, unit, in_turn if here else self.tools.encoders)
+        each = with_progress(self.tools.progress, title, unit, sequential_stream if here else self.tools.encoders)
 
         def streamed(make: Callable[[], Callable[[Values], Values]], items: Sequence[Values]) -> Any:
             for done in each(functools.partial(_stored, make, self.run.runtime), items):

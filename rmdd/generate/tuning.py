@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rmdd.core.files import append_jsonl, cut_jsonl
-from rmdd.core.tensors import Damaged, joined, load_checked, parted, save_checked
+from rmdd.core.tensors import Damaged, flatten_groups, load_checked, save_checked, split_groups
 
 _logger = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def _save(trainer: Trainer, done: int, path: Path, key: str) -> None:
         if isinstance(value, Tensor)
     }
     groups = {"parameter": {n: p.data for n, p in trainer.parameters.items()}, "optimiser": state}
-    save_checked(path, joined(groups), "state", {"step": done, "key": key})
+    save_checked(path, flatten_groups(groups), "state", {"step": done, "key": key})
 
 
 def _restore(trainer: Trainer, path: Path, key: str) -> int:
@@ -136,10 +136,10 @@ def _restore(trainer: Trainer, path: Path, key: str) -> int:
         raise ValueError(f"the checkpoint {path} is damaged ({error}); delete it to begin anew") from error
     if facts["key"] != key:
         raise ValueError(f"the checkpoint {path} belongs to another configuration; delete it")
-    saved = parted(named)
+    saved = split_groups(named)
     for name, value in saved["parameter"].items():
         trainer.parameters[name].data.copy_(value)
-    state = {int(number): entries for number, entries in parted(saved.get("optimiser", {})).items()}
+    state = {int(number): entries for number, entries in split_groups(saved.get("optimiser", {})).items()}
     groups = trainer.optimiser.state_dict()["param_groups"]
     trainer.optimiser.load_state_dict({"state": state, "param_groups": groups})
     return int(facts["step"])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 from rmdd import config
 from rmdd.config.recipes import Family
 from rmdd.config.runfile import Clash, Section, validate
-from rmdd.core.device import device_here
+from rmdd.core.device import local_device
 from rmdd.distill import phases
 from rmdd.distill.loop import finished
 from rmdd.distill.starts import choose_records, prototypes
@@ -155,7 +155,7 @@ class BaseMethod:
         """The caption records that a phase starts from."""
         pairs = self.rule.phases[phase].pairs
         if self.rule.init == "prototypes":
-            run, device, width = self.run, device_here(self.run.runtime), train.texts.shape[1]
+            run, device, width = self.run, local_device(self.run.runtime), train.texts.shape[1]
             model = expert_model(run.model, run.data.image_size, run.seed_of("experts"), 0, width)
             return prototypes(model.to(device), device, self.seed, phase, pairs, train)
         return choose_records(phase, pairs, train, self.seed)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from rmdd import config
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
-from rmdd.core.device import device_here
+from rmdd.core.device import local_device
 from rmdd.core.seeding import generator
 from rmdd.distill.distribution.chunks import gradient_in_chunks
 from rmdd.distill.distribution.covariance import covariance_loss, cross_covariance, mean_loss
@@ -107,7 +107,7 @@ class CovMatch(DistributionMethod):
     @functools.cached_property
     def tower(self) -> TokenTower:
         """The frozen text tower, as pretrained."""
-        return TokenTower(self.run.model.text, device_here(self.run.runtime)).requires_grad_(False)
+        return TokenTower(self.run.model.text, local_device(self.run.runtime)).requires_grad_(False)
 
     def uncounted(self) -> list[str]:
         tokens = self.options.texts == "tokens"

@@ -26,7 +26,7 @@ from torch import Tensor
 from rmdd import config
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
 from rmdd.config.runfile import Clash
-from rmdd.core.device import device_here
+from rmdd.core.device import local_device
 from rmdd.core.seeding import derive, generator
 from rmdd.distill.distribution import merging, sphere
 from rmdd.distill.distribution.joint import Embedded, Side, nearest_pairs
@@ -132,7 +132,7 @@ class MDM(DistributionMethod):
             return choose_records(phase, pairs, train, self.seed)
         assert store is not None
         check_enough(phase, pairs, train)
-        device = device_here(self.run.runtime)
+        device = local_device(self.run.runtime)
         model = expert_model(
             self.run.model, self.run.data.image_size, self.run.seed_of("experts"), 0, train.texts.shape[1]
         )

@@ -30,7 +30,7 @@ from torch import Tensor
 from rmdd import config
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
 from rmdd.core.arrays import in_chunks
-from rmdd.core.device import device_here
+from rmdd.core.device import local_device
 from rmdd.core.seeding import derive, generator
 from rmdd.distill.distribution.characteristic import FrequencyNet, ncfd, wrong_count
 from rmdd.distill.distribution.chunks import LossOf, gradient_in_chunks
@@ -142,7 +142,7 @@ class NCFM(DistributionMethod):
 
     def clustered(self, phase: int, train: PreparedSplit, store: Store) -> tuple[np.ndarray, np.ndarray]:
         """The joint features of all records in the first final expert, and the cluster of each."""
-        device, expert = device_here(self.run.runtime), store.complete()[0]
+        device, expert = local_device(self.run.runtime), store.complete()[0]
         model = (
             expert_model(
                 self.run.model, self.run.data.image_size, self.run.seed_of("experts"), expert, train.texts.shape[1]

@@ -20,10 +20,10 @@ from jaxtyping import Float32
 from rmdd.config import TextTower
 from rmdd.core.arrays import mapped_array, write_array
 from rmdd.core.files import read_json, sha256_file, write_json
-from rmdd.core.locks import held
+from rmdd.core.locks import hold_folder
 from rmdd.core.seeding import generator
 from rmdd.core.threads import torch_threads
-from rmdd.execution.tasks import Stream, Values, in_turn
+from rmdd.execution.tasks import Stream, Values, sequential_stream
 from rmdd.models.pretrained import quiet
 
 MODEL_FILES = (".json", ".txt", ".model", ".safetensors", ".bin")  # weights, configuration and tokenizer
@@ -45,7 +45,7 @@ def embed(
     batch: int = 256,
     device: torch.device | str = "cpu",
     threads: int | None = None,
-    stream: Stream = in_turn,
+    stream: Stream = sequential_stream,
 ) -> Float32[np.ndarray, "T F"]:
     """One vector per caption, in order, unit length if `tower.normalise`; memory-mapped read-only from `cache`.
 
@@ -58,7 +58,7 @@ def embed(
         raise ValueError("no captions to embed")
     path = Path(cache) / f"text-{key}.npy"
     if not path.exists():
-        with held(path.with_suffix(""), wait=True):
+        with hold_folder(path.with_suffix(""), wait=True):
             if not path.exists():
                 _embed_blocks(captions, count, path, functools.partial(Encoder, tower, batch, device, threads), stream)
     return np.load(path, mmap_mode="r")

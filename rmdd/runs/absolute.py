@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rmdd import config
-from rmdd.config.probes import moved
+from rmdd.config.probes import with_paths
 from rmdd.data.inputs import absolute
 
 
@@ -20,7 +20,7 @@ def with_absolute_paths(run: config.Run) -> config.Run:
     if Path(text.name).expanduser().is_dir():
         text = text.model_copy(update={"name": _absolute(text.name)})
     model = run.model.model_copy(update={"image": image, "text": text})
-    probes = {name: moved(probe, _absolute_address) for name, probe in run.evaluate.probes.items()}
+    probes = {name: with_paths(probe, _absolute_address) for name, probe in run.evaluate.probes.items()}
     evaluate = run.evaluate.model_copy(update={"probes": probes})
     distill = run.distill.model_copy(update={"options": _parts(run.distill.options)})
     return run.model_copy(update={"data": data, "model": model, "distill": distill, "evaluate": evaluate})

@@ -9,7 +9,7 @@ from pathlib import Path
 from rmdd import config
 from rmdd.core import tracking as track
 from rmdd.core.device import device_of
-from rmdd.core.locks import held
+from rmdd.core.locks import hold_folder
 from rmdd.core.storage import Storage, open_storage
 from rmdd.evaluate.protocol import Job, check_split_is_open
 from rmdd.execution.tasks import Hooks
@@ -81,7 +81,7 @@ def record(item: TaskItem) -> Path:
 @contextlib.contextmanager
 def held_alone(folder: Path, storage: Storage, hooks: Hooks) -> Iterator[Hooks]:
     """Hold `folder`, brought up to date, while a task works in it; yields hooks that also stop a task that lost it."""
-    with held(folder, wait=True) as lease:
+    with hold_folder(folder, wait=True) as lease:
         storage.fetch(folder)
         yield replace(hooks, should_stop=lambda: lease.lost or hooks.should_stop())
         storage.flush()
@@ -100,7 +100,7 @@ def tracked(item: TaskItem, title: str, value: str, folder: Path, storage: Stora
     for part in track.FOLDERS:
         storage.fetch(folder / part)
     try:
-        with track.of(item.run, title, value, folder) as tracker:
+        with track.open_tracker(item.run, title, value, folder) as tracker:
             yield tracker
     finally:
         for part in track.FOLDERS:

@@ -24,8 +24,8 @@ from rmdd.evaluate import protocol, records, scores, summary
 from rmdd.evaluate.probes.of_run import prepare, remarks
 from rmdd.execution.backend import Backend
 from rmdd.execution.executor import Mapper
-from rmdd.execution.in_turn import InTurn
-from rmdd.execution.tasks import Failed, Interrupted, Spared, Task, watched
+from rmdd.execution.in_turn import SequentialExecutor
+from rmdd.execution.tasks import Failed, Interrupted, ReturnFailures, Task, with_progress
 from rmdd.experts import feed
 from rmdd.experts.store import Store, stored_bytes
 from rmdd.experts.train import begin_store
@@ -55,7 +55,7 @@ class Steps:
             if run.data.source == "dataset":
                 dataset = Dataset.open(dataset_folder(run))
             else:
-                readers = watched(self.progress, "ingest", "pairs", self.backend.readers)
+                readers = with_progress(self.progress, "ingest", "pairs", self.backend.readers)
                 dataset = ingest(run.data, dataset_folder(run), readers, run.runtime)
             self._bind(dataset)
         counts = ", ".join(
@@ -87,7 +87,7 @@ class Steps:
             item.paths.cache,
             device=str(device_of(run.runtime)),
             threads=run.runtime.threads,
-            stream=watched(self.progress, f"embed {split}", "captions", self.backend.encoders),
+            stream=with_progress(self.progress, f"embed {split}", "captions", self.backend.encoders),
         )
 
     def probes(self, dataset: Dataset) -> dict[str, dict[str, Any]]:
@@ -95,8 +95,8 @@ class Steps:
         facts: dict[str, dict[str, Any]] = {}
         for name in self.run.evaluate.probes:
             with self.timed("probes"):
-                readers = watched(self.progress, f"ingest {name}", "pairs", self.backend.readers)
-                encoders = watched(self.progress, f"embed {name}", "captions", self.backend.encoders)
+                readers = with_progress(self.progress, f"ingest {name}", "pairs", self.backend.readers)
+                encoders = with_progress(self.progress, f"embed {name}", "captions", self.backend.encoders)
                 facts[name] = prepare(self.run, name, dataset, readers, encoders)
             for remark in remarks(name, facts[name]):
                 self.progress.say(remark)
@@ -164,7 +164,7 @@ class Steps:
             todo = [p for p in phases if not is_finished(run, paths, p)]
             items = [replace(item, number=p) for p in todo]
             totals = {f"phase {p}": run.distill.phases[p].iterations for p in todo}
-            here = InTurn(run.runtime.threads)  # for a phase whose parts are done by others
+            here = SequentialExecutor(run.runtime.threads)  # for a phase whose parts are done by others
             method = methods.method_of(run)
             if not method.iterates:
                 tools = Tools(backend.executor, backend.encoders, backend.open_parts, self.progress)
@@ -276,7 +276,7 @@ class Steps:
         by_reason: dict[str, list[str]] = {}
         for left in reversed(range(runtime.max_restarts + 1)):
             totals = {f"expert {item.number}": self.run.experts.epochs for item in items}
-            results = self.map("experts", Spared(TrainExpert()), items, totals, executor)
+            results = self.map("experts", ReturnFailures(TrainExpert()), items, totals, executor)
             failed = [(item, r) for item, r in zip(items, results, strict=True) if isinstance(r, Failed)]
             items = [item for item, r in failed if r.again and left]
             for item, r in failed:

@@ -119,7 +119,7 @@ def verify_run(path: Path, check: DiskCheck) -> None:
     for log in sorted(path.glob("*.jsonl")):
         check.lines(log)
     rewrite = "write the run file anew with the values of before, or begin another run"
-    with check.refusals(path / "run.yaml", rewrite):
+    with check.errors_as_faults(path / "run.yaml", rewrite):
         run = config.load(path / "run.yaml")
         if run.distill.plan.plans:
             run = _planned(path / PLAN, run, check)
@@ -166,7 +166,7 @@ def _planned(path: Path, run: config.Run, check: DiskCheck) -> config.Run:
         if (path.parent / "set" / distilled.DESCRIPTION).is_file():
             check.fault(path, "is missing", "resume the run: it is made anew")
         return run
-    with check.refusals(path, REMADE.format("run")):
+    with check.errors_as_faults(path, REMADE.format("run")):
         return with_phases(run, read_json(path)["phases"])
     return run
 

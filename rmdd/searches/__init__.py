@@ -12,8 +12,8 @@ from typing import Any
 from rmdd import config
 from rmdd.config.hashing import hashed
 from rmdd.core.files import read_json, write_json
-from rmdd.core.layout import check_layout, located
-from rmdd.core.locks import held
+from rmdd.core.layout import check_layout, locate_file
+from rmdd.core.locks import hold_folder
 from rmdd.core.progress import Progress
 from rmdd.core.storage import open_storage, root_of
 from rmdd.execution.backend import hold_folders, open_backend
@@ -81,7 +81,7 @@ def _planned(plan: config.Plan, fields: Collection[str]) -> list[str]:
 
 def begun_in(folder: Path | str) -> config.Run | None:
     """The run of a search that was begun in a folder or at a URI, also in a moved storage; None without one."""
-    storage, file = located(str(folder), "search.json", depth=2)
+    storage, file = locate_file(str(folder), "search.json", depth=2)
     if not file.is_file():
         return None
     run = read_json(file)["run"]
@@ -112,7 +112,7 @@ def run_search(base: config.Run, progress: Progress | None = None) -> Searched:
     trials = TrialLoader(base)
     with hold_folders(base.runtime), open_backend(base.runtime, folder / "events.jsonl", progress) as backend:
         write_json(folder / "search.json", {"schema_version": 1, "run": base.model_dump(mode="json")})
-        with held(folder / "shared", wait=True):
+        with hold_folder(folder / "shared", wait=True):
             pipeline = Pipeline(base, backend, progress, splits=SPLITS)
             (pipeline.experts if trials.shared else pipeline.ingest)()
         with progress.stage("trials", {}) as stage:

@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 
 from rmdd import config
 from rmdd.core.files import atomic_path, write_json
-from rmdd.core.locks import Held, Lease, held
+from rmdd.core.locks import FolderInUse, Lease, hold_folder
 from rmdd.core.storage import is_uri, open_storage
 from rmdd.execution.tasks import Values
 from rmdd.searches.loading import TrialLoader
@@ -86,7 +86,7 @@ class Study:
         self._leases: dict[str, tuple[Lease, contextlib.ExitStack]] = {}
         self._alone = contextlib.ExitStack()
         if is_uri(base.runtime.storage) and self.search.storage is None:  # its file is copied to and fro
-            self._alone.enter_context(held(folder, wait=False))
+            self._alone.enter_context(hold_folder(folder, wait=False))
         with self._asking():
             self.study = open_study(self.search, base.seed if self.search.seed is None else self.search.seed, folder)
             if FIRST not in self.study.user_attrs:
@@ -187,8 +187,8 @@ class Study:
             return None
         stack = contextlib.ExitStack()
         try:
-            lease = stack.enter_context(held(folder, wait=False))
-        except Held:
+            lease = stack.enter_context(hold_folder(folder, wait=False))
+        except FolderInUse:
             return None
         if resumes and self._state(trial.number) != TrialState.RUNNING:  # its driver ended it meanwhile
             stack.close()
@@ -258,7 +258,7 @@ class Study:
     @contextlib.contextmanager
     def _asking(self) -> Iterator[None]:
         """One driver at a time decides what is tried next."""
-        with held(self.folder / "asking", wait=True), warnings.catch_warnings():
+        with hold_folder(self.folder / "asking", wait=True), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             yield
 

@@ -19,7 +19,7 @@ import yaml
 from rmdd import config
 from rmdd.config.runfile import parse
 from rmdd.core.files import read_json, write_json
-from rmdd.core.layout import located
+from rmdd.core.layout import locate_file
 from rmdd.core.progress import Progress, Stage
 from rmdd.core.storage import address_of, root_of, run_folder
 from rmdd.execution.backend import hold_folders, open_backend
@@ -127,7 +127,7 @@ def begin(runs: Sequence[Member]) -> Path:
 
 def members_in(folder: Path | str) -> list[Member]:
     """The runs of a sweep that was begun in a folder or at a URI, also in a storage that was moved; [] without one."""
-    storage, file = located(str(folder), "sweep.json", depth=2)
+    storage, file = locate_file(str(folder), "sweep.json", depth=2)
     listed = read_json(file)["members"] if file.is_file() else []
     moved = {"storage": storage}
     return [

@@ -9,7 +9,7 @@ from rmdd import config, methods
 from rmdd.core.progress import Progress
 from rmdd.evaluate import protocol
 from rmdd.execution.backend import Backend
-from rmdd.execution.in_turn import InTurn
+from rmdd.execution.in_turn import SequentialExecutor
 from rmdd.execution.tasks import Hooks
 from rmdd.pipeline import Pipeline
 from rmdd.runs.items import TaskItem
@@ -44,7 +44,7 @@ class Trial:
     """A run, snapshot by snapshot. Finished ones are reused: a trial that is begun again goes on where it stopped."""
 
     def __init__(self, run: config.Run):
-        self.worker = InTurn(run.runtime.threads)
+        self.worker = SequentialExecutor(run.runtime.threads)
         self.pipeline = Pipeline(run, Backend(self.worker), Progress(quiet=True), splits=SPLITS)
         self.curve: list[float] = []
 

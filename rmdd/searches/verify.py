@@ -18,7 +18,7 @@ def verify_sweep(path: Path, check: DiskCheck) -> None:
     if not check.begin(path):
         return
     _own_files(path, "sweep", check)
-    with check.refusals(path / "sweep.json", "begin the sweep again: what its runs have is used"):
+    with check.errors_as_faults(path / "sweep.json", "begin the sweep again: what its runs have is used"):
         root = path.parents[1]
         for member in read_json(path / "sweep.json")["members"]:
             folder = root / config.load(member["run"]).folder_name
@@ -34,19 +34,19 @@ def verify_search(path: Path, check: DiskCheck) -> None:
     if not check.begin(path):
         return
     _own_files(path, "search", check)
-    with check.refusals(path / "search.json", "begin the search again: what its trials have is used"):
+    with check.errors_as_faults(path / "search.json", "begin the search again: what its trials have is used"):
         config.load(read_json(path / "search.json")["run"])
     if (path / "study.db").is_file():
         _database(path / "study.db", check)
     rows: dict[int, dict[str, Any]] = {}
     if (path / "results.json").is_file():
-        with check.refusals(path / "results.json", REMADE.format("search")):
+        with check.errors_as_faults(path / "results.json", REMADE.format("search")):
             rows = {row["number"]: row for row in read_json(path / "results.json")["trials"]}
     for file in sorted(path.glob("trials/*/run.yaml")):
-        with check.refusals(file, "resume the search: it is made anew"):
+        with check.errors_as_faults(file, "resume the search: it is made anew"):
             _trial(path.parents[1], config.load(file), rows.get(int(file.parent.name), {"state": "open"}), check)
     if (path / "best.yaml").is_file():
-        with check.refusals(path / "best.yaml", "resume the search: it is made anew"):
+        with check.errors_as_faults(path / "best.yaml", "resume the search: it is made anew"):
             config.load(path / "best.yaml")
 
 

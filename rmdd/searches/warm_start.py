@@ -9,7 +9,7 @@ import yaml
 
 from rmdd import config
 from rmdd.core.files import read_json
-from rmdd.core.layout import located
+from rmdd.core.layout import locate_file
 from rmdd.searches.space import Space
 
 COMPARED = ("data", "evaluate")
@@ -37,7 +37,7 @@ def earlier_trials(search: config.Search, hashes: Mapping[str, str], name: str) 
     mistakes = []
     for source in search.warm_start:
         try:
-            _, file = located(source, "results.json", depth=2)
+            _, file = locate_file(source, "results.json", depth=2)
         except ValueError as error:
             mistakes.append(f"search.warm_start: leave {source} out: {error}")
             continue

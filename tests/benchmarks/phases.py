@@ -24,7 +24,7 @@ from rmdd.distill.sets import save_set
 from rmdd.distill.synthetic import Synthetic
 from rmdd.execution.backend import open_backend
 from rmdd.execution.executor import Executor
-from rmdd.execution.in_turn import InTurn
+from rmdd.execution.in_turn import SequentialExecutor
 from rmdd.execution.tasks import Hooks
 from rmdd.experts.store import Writer
 from rmdd.experts.train import begin_store, expert_model
@@ -62,7 +62,7 @@ def bench_phases(case: Case, counts: Sequence[int], repeats: int) -> common.Numb
             for repeat in range(repeats):
                 folder = Path(temporary) / f"{count}-{repeat}"
                 before = os.getloadavg()[0]
-                in_turn = _measure(InTurn(1), _items(run, folder / "in-turn"))
+                in_turn = _measure(SequentialExecutor(1), _items(run, folder / "in-turn"))
                 began = time.perf_counter()
                 with open_backend(run.runtime, folder / "events.jsonl", Progress(quiet=True)) as backend:
                     started = time.perf_counter() - began

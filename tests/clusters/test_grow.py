@@ -34,7 +34,7 @@ import json, time
 from pathlib import Path
 import ray
 from rmdd.config import Runtime
-from rmdd.execution.ray.actors import SideBySide
+from rmdd.execution.ray.actors import ActorExecutor
 from rmdd.execution.ray.cluster import connected
 
 def meet(folder, hooks):  # ends when two nodes have been here
@@ -45,7 +45,8 @@ def meet(folder, hooks):  # ends when two nodes have been here
 rule, folder = Runtime(gpus_per_worker=1, workers=2), Path("FOLDER")
 (folder / "met").mkdir()
 with connected(rule) as found:
-    SideBySide(rule, found, folder / "events.jsonl").map(meet, [folder / "met"] * 3, list("abc"), lambda *report: None)
+    executor = ActorExecutor(rule, found, folder / "events.jsonl")
+    executor.map(meet, [folder / "met"] * 3, list("abc"), lambda *report: None)
     print("FOUND", json.dumps([found.gpus, found.grows]))
 """
 

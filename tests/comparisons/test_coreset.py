@@ -335,8 +335,8 @@ def test_an_expert_is_watched_where_none_was(run):
 
 def test_a_pipeline_has_ranks_of_its_own_process(run):
     from rmdd.execution.backend import Backend
-    from rmdd.execution.in_turn import InTurn
+    from rmdd.execution.in_turn import SequentialExecutor
 
-    pipeline = Pipeline(run, Backend(InTurn()), QUIET)
+    pipeline = Pipeline(run, Backend(SequentialExecutor()), QUIET)
     with pipeline.backend.open_parts(lambda rank, size: [rank, size], 3) as ranks:
-        assert ranks.ask("copy") == [[0, 3], [1, 3], [2, 3]]
+        assert ranks.call("copy") == [[0, 3], [1, 3], [2, 3]]

@@ -18,7 +18,7 @@ from rmdd import config
 from rmdd.core import files, remote
 from rmdd.core import locks as lease
 from rmdd.core.files import append_jsonl, atomic_path, read_json, remove, sweep, temporary_beside, write_json
-from rmdd.core.locks import Held, held
+from rmdd.core.locks import FolderInUse, hold_folder
 from rmdd.core.storage import Mirror, open_storage
 from rmdd.core.tensors import save_checked
 from rmdd.data.ingest import ingest
@@ -90,7 +90,7 @@ def test_what_a_live_process_of_this_machine_holds_is_not_fetched_over(node):
     a, b = node("a"), node("b")
     write_json(b.root / "store" / "expert-000" / "running.json", 1)
     a.fetch(a.root / "store")
-    with held(a.root / "store" / "expert-000", wait=False):
+    with hold_folder(a.root / "store" / "expert-000", wait=False):
         (a.root / "store" / "expert-000" / "running.json").write_text("22")  # newer, on its way to the storage
         a.fetch(a.root / "store")
         assert read_json(a.root / "store" / "expert-000" / "running.json") == 22
@@ -100,7 +100,7 @@ def test_a_bucket_that_is_not_there_is_named(s3, tmp_path, monkeypatch):
     monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)  # between its attempts
     storage = open_storage(config.Runtime(storage="s3://no-such-bucket/runs", scratch=str(tmp_path)))
     words = r"cannot \w+ s3://no-such-bucket/runs.*credentials in the environment"
-    with pytest.raises(OSError, match=words), held(storage.root / "run", wait=False):
+    with pytest.raises(OSError, match=words), hold_folder(storage.root / "run", wait=False):
         pass
 
 
@@ -161,8 +161,8 @@ def test_a_killed_phase_resumes_on_another_node_with_an_empty_mirror(node, uri, 
 
 HOLD = """
 import sys, time
-from rmdd.core.locks import held
-with held(sys.argv[1], wait=False):
+from rmdd.core.locks import hold_folder
+with hold_folder(sys.argv[1], wait=False):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -184,7 +184,7 @@ def holder(tmp_path):
 
 def test_a_second_run_is_told_who_holds_the_folder(holder, tmp_path):
     words = rf"run is in use by process {holder.pid} on .*wait .*end it, or give .*another"
-    with pytest.raises(Held, match=words), held(tmp_path / "run", wait=False):
+    with pytest.raises(FolderInUse, match=words), hold_folder(tmp_path / "run", wait=False):
         pass
 
 
@@ -192,7 +192,7 @@ def test_the_lease_of_a_killed_process_is_taken_over_at_once(holder, tmp_path):
     holder.kill()
     holder.wait()
     assert read_json(tmp_path / "run.lease")["pid"] == holder.pid
-    with held(tmp_path / "run", wait=False):
+    with hold_folder(tmp_path / "run", wait=False):
         assert read_json(tmp_path / "run.lease")["pid"] == os.getpid()
     assert not (tmp_path / "run.lease").exists()
 
@@ -216,35 +216,35 @@ def test_a_lease_of_another_machine_that_moves_is_respected_until_it_stands_stil
     cell.write(elsewhere())
     beats = iter(range(1, 100))
     monkeypatch.setattr(lease.time, "sleep", lambda s, sleep=time.sleep: (cell.write(elsewhere(next(beats))), sleep(s)))
-    with pytest.raises(Held, match="process 12 on node-7"), held(folder, wait=False):
+    with pytest.raises(FolderInUse, match="process 12 on node-7"), hold_folder(folder, wait=False):
         pass
     monkeypatch.undo()
     monkeypatch.setattr(lease, "EXPIRES", 0.5)
-    with held(folder, wait=False) as mine:
+    with hold_folder(folder, wait=False) as mine:
         assert mine.owned()
     assert cell.read() is None
 
 
 def test_a_holder_that_stood_still_learns_that_it_lost(quick, node):
     a = node("a")
-    with held(a.root / "run", wait=False) as mine:
+    with hold_folder(a.root / "run", wait=False) as mine:
         deadline = time.monotonic() + 60
         while not mine.lost and time.monotonic() < deadline:
             a.cell(a.root / "run").write(elsewhere())  # a heartbeat may have just been on its way
             time.sleep(0.3)
-        with pytest.raises(Held, match="was taken over by process 12 on node-7"):
+        with pytest.raises(FolderInUse, match="was taken over by process 12 on node-7"):
             mine.check()
     assert a.cell(a.root / "run").read() == elsewhere(), "the other's lease stays"
 
 
 def test_a_holder_that_stood_still_learns_of_a_successor_that_is_done(quick, node):
     cell = node("a").cell(node("a").root / "run")
-    with held(node("a").root / "run", wait=False) as mine:
+    with hold_folder(node("a").root / "run", wait=False) as mine:
         deadline = time.monotonic() + 60
         while not mine.lost and time.monotonic() < deadline:
             cell.remove()  # as the successor does at its end
             time.sleep(0.3)
-        with pytest.raises(Held, match="was taken over by a process that has ended since"):
+        with pytest.raises(FolderInUse, match="was taken over by a process that has ended since"):
             mine.check()
     assert cell.read() is None, "it was not written again"
 
@@ -259,7 +259,7 @@ def test_an_ingest_that_was_taken_over_leaves_the_dataset_to_its_successor(quick
             write_json(tmp_path / ".out.lease", elsewhere())
             time.sleep(0.5)
 
-    with pytest.raises(Held, match="was taken over by process 12 on node-7"):
+    with pytest.raises(FolderInUse, match="was taken over by process 12 on node-7"):
         scenes = config.Scenes(train=6, val=2, test=2, size=16)
         ingest(config.Data(scenes=scenes, image_size=16), out, slow)
     assert not out.exists()
@@ -269,7 +269,7 @@ def test_a_lease_that_cannot_be_read_is_not_lost(quick, tmp_path, monkeypatch):
     def broken(path):
         raise OSError(5, "Input/output error")
 
-    with held(tmp_path / "run", wait=False) as mine:
+    with hold_folder(tmp_path / "run", wait=False) as mine:
         monkeypatch.setattr(lease, "read_json", broken)
         time.sleep(0.5)
         monkeypatch.undo()

@@ -16,7 +16,7 @@ def run_of(storage, *sinks):
 
 
 def tell(run, folder, first, last, scale=1.0):
-    with track.of(run, "phase 1", "0123abcd", folder) as tracker:
+    with track.open_tracker(run, "phase 1", "0123abcd", folder) as tracker:
         for step in range(first, last + 1):
             tracker.add(step, {"loss": scale / step})
 
@@ -40,7 +40,7 @@ def test_what_is_tracked_is_a_list_or_a_word():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     run = run_of(tmp_path, "tensorboard")
-    tracker = track.of(run, "phase 1", "0123abcd", tmp_path)
+    tracker = track.open_tracker(run, "phase 1", "0123abcd", tmp_path)
     for step in range(1, 8):
         tracker.add(step, {"loss": 9.0})  # killed: never closed
     tell(run, tmp_path, 5, 9)
@@ -49,7 +49,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_rollback_takes_its_steps_back(tmp_path):
-    with track.of(run_of(tmp_path, "tensorboard"), "phase 1", "0123abcd", tmp_path) as tracker:
+    with track.open_tracker(run_of(tmp_path, "tensorboard"), "phase 1", "0123abcd", tmp_path) as tracker:
         for step in (1, 2, 3, 2, 3, 4):
             tracker.add(step, {"loss": float(step)})
     assert scalars(tmp_path) == [(1, 1), (2, 2), (3, 3), (4, 4)]

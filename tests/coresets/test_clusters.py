@@ -27,7 +27,7 @@ def test_inertia_does_not_rise_over_iterations():
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_every_row_goes_to_its_nearest_centroid(ranks):
     centroids = clusters.fit(ROWS[:30], 7, 1)
-    parts = here(Rows.of(ROWS), ranks, 9).ask("assigned", centroids)
+    parts = here(Rows.of(ROWS), ranks, 9).call("assigned", centroids)
     ids, label, distance = (np.concatenate([p[i] for p in parts]) for i in range(3))
     assert (ids == np.arange(80)).all() and (label == nearest(ROWS, centroids).argmin(axis=1)).all()
     assert np.allclose(distance, nearest(ROWS, centroids).min(axis=1) ** 2, atol=1e-5)
@@ -79,7 +79,7 @@ def test_balanced_choices_take_their_quota_of_every_cluster():
     rows = np.concatenate([slow.unit_rows(1, 5, s) * 9 + slow.unit_rows(n, 5, s) for s, n in enumerate(sizes)])
 
     def method(own):
-        return iter(permuted(np.concatenate(own.ask("ids")), 0).tolist())
+        return iter(permuted(np.concatenate(own.call("ids")), 0).tolist())
 
     found = [clusters.balanced(here(Rows.of(rows), ranks), 15, 3, "equal", 0, method) for ranks in (1, 2)]
     assert found[0] == found[1] and len(set(found[0])) == 15

@@ -76,6 +76,6 @@ def test_clusters_that_share_no_row_give_one_that_was_not_chosen(k):
 def test_what_a_guard_dropped_is_no_part_of_it():
     rows = pairs(50)
     ranks, left = here(Rows.of(rows), 2), np.arange(50)[10:]
-    ranks.ask("drop", np.arange(10))
+    ranks.call("drop", np.arange(10))
     chosen, told = matched(ranks, 6, 0, WIDTH)
     assert matched(here(Rows.of(rows[10:], left)), 6, 0, WIDTH) == (chosen, told)

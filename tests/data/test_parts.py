@@ -21,7 +21,7 @@ from rmdd.config import Data, TableSource
 from rmdd.data.ingest import ingest, quarantined
 from rmdd.data.parts import IngestFolders, PartWriter
 from rmdd.data.shards import Dataset
-from rmdd.execution.tasks import in_turn
+from rmdd.execution.tasks import sequential_stream
 
 PAIRS = 60
 
@@ -164,7 +164,7 @@ def test_a_workers_own_error_keeps_its_words(data, ray_local, tmp_path):
 
 def test_a_shard_that_was_cut_short_is_written_again(data, whole, tmp_path):
     def stopped(make, items):
-        yield from in_turn(make, items[:6])
+        yield from sequential_stream(make, items[:6])
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -189,11 +189,11 @@ def test_a_full_disk_is_told_and_loses_nothing(data, whole, tmp_path):
         "import resource, sys\n"
         "from rmdd.config import Data\n"
         "from rmdd.data.ingest import ingest\n"
-        "from rmdd.execution.tasks import in_turn\n"
+        "from rmdd.execution.tasks import sequential_stream\n"
         "def filling(make, items):\n"
-        "    yield from in_turn(make, items[:1])\n"
+        "    yield from sequential_stream(make, items[:1])\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
-        "    yield from in_turn(make, items[1:])\n"
+        "    yield from sequential_stream(make, items[1:])\n"
         "ingest(Data.model_validate_json(sys.argv[1]), sys.argv[2], filling)\n"
     )
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
@@ -210,7 +210,7 @@ def test_a_full_disk_is_told_and_loses_nothing(data, whole, tmp_path):
 
 def test_other_annotations_begin_anew(data, put, root, tmp_path):
     def stopped(make, items):
-        yield from in_turn(make, items[:6])
+        yield from sequential_stream(make, items[:6])
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -226,7 +226,7 @@ def test_the_second_of_two_ingests_waits_for_the_first(data, tmp_path):
     def slow(make, items):
         begun.set()
         assert go_on.wait(60)
-        yield from in_turn(make, items)
+        yield from sequential_stream(make, items)
 
     def never(make, items):
         raise AssertionError("the second has nothing to do")

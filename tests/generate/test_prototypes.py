@@ -13,7 +13,7 @@ from rmdd.coresets.rows import Rows, write_rows
 from rmdd.coresets.spaces import Sides
 from rmdd.data.shards import Dataset
 from rmdd.data.splits import Split
-from rmdd.execution.parts import parts_here
+from rmdd.execution.parts import local_parts
 from rmdd.generate.prototypes import contingency, find, partition, raw_cosines, refilled, retrieved
 
 WIDTH = 6
@@ -59,7 +59,7 @@ def test_no_assignment_overlaps_more(size, seed):
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 0, 3, 1]])
 def test_planted_clusters_are_found_whatever_their_labels(order):
     images, texts, group = planted(order)
-    found, kept = find(sides(images, texts), 4, 0, parts_here, rm_ratio=0.0, starts=4)
+    found, kept = find(sides(images, texts), 4, 0, local_parts, rm_ratio=0.0, starts=4)
     assert kept.tolist() == list(range(20)) and found.facts["overlap"] == 1 and found.facts["pairless"] == 0
     assert sorted(tuple(c.images) for c in found.cells) == [tuple(np.flatnonzero(group == g)) for g in range(4)]
     for cell, image, text in zip(found.cells, found.images, found.texts, strict=True):
@@ -71,7 +71,7 @@ def test_planted_clusters_are_found_whatever_their_labels(order):
 
 def test_rescaled_prototypes_have_the_length_of_their_members():
     images, texts, _ = planted([0, 1])
-    found, _ = find(sides(images, texts), 2, 0, parts_here, rm_ratio=0.0, starts=2, rescale=True)
+    found, _ = find(sides(images, texts), 2, 0, local_parts, rm_ratio=0.0, starts=2, rescale=True)
     lengths = [np.linalg.norm(images[c.images], axis=1).mean() for c in found.cells]
     assert np.allclose(np.linalg.norm(found.images, axis=1), lengths, rtol=1e-5)
 
@@ -82,7 +82,7 @@ def test_pruning_drops_the_floor_of_the_share_with_the_lowest_cosines():
         u @ v / np.linalg.norm(u) / np.linalg.norm(v) for u, v in zip(noise(7)[image_of], noise(14, 1), strict=True)
     ]
     assert np.allclose(raw_cosines(given), cosine, atol=1e-6)
-    _, kept = find(given, 2, 0, parts_here, rm_ratio=0.25, starts=1)
+    _, kept = find(given, 2, 0, local_parts, rm_ratio=0.25, starts=1)
     assert kept.tolist() == sorted(np.argsort(cosine)[3:].tolist())
 
 
@@ -92,7 +92,7 @@ def test_matches_that_share_nothing(rule):
     images, _, group = planted([0, 1, 2], each=8)
     texts = np.where((group == 0)[:, None], 50.0, -50.0) * np.eye(1, WIDTH) + 1e-3 * noise(24, 3)
     texts[group == 0] += np.where(np.arange(8) < 4, 20.0, -20.0)[:, None] * np.eye(WIDTH)[1]
-    found, _ = find(sides(images, texts), 3, 0, parts_here, rm_ratio=0.0, starts=4, pairless=rule)
+    found, _ = find(sides(images, texts), 3, 0, local_parts, rm_ratio=0.0, starts=4, pairless=rule)
     assert found.facts["pairless"] == 1
     assert len(found.images) == len(found.texts) == len(found.cells) == (2 if rule == "drop" else 3)
     shared = [c for c in found.cells if c.shared]
@@ -109,7 +109,7 @@ def test_as_many_pairs_as_asked_for_come_out(count, distinct, seed, data):
     """Also where clusters share little, and where features coincide."""
     pairs = data.draw(st.integers(1, count))
     images = noise(distinct, seed)[np.random.default_rng(seed).integers(0, distinct, count)]
-    found, _ = find(sides(images, noise(count, seed + 1)), pairs, seed, parts_here, rm_ratio=0.0, starts=1)
+    found, _ = find(sides(images, noise(count, seed + 1)), pairs, seed, local_parts, rm_ratio=0.0, starts=1)
     assert len(found.images) == len(found.cells) == pairs and all(len(c.images) and c.shared for c in found.cells)
     members = np.concatenate([c.images for c in found.cells])
     assert len(set(members.tolist())) == len(members)
@@ -125,18 +125,18 @@ def test_empty_clusters_get_the_rows_that_lie_farthest_out():
 def test_rows_on_disk_and_ranks_change_no_cluster(tmp_path, monkeypatch):
     rows = noise(60, 4).astype(np.float32)
     of = np.random.default_rng(0).integers(0, 60, 90)
-    whole = partition(Rows.of(rows), of, 7, 1, parts_here, 2, True)
+    whole = partition(Rows.of(rows), of, 7, 1, local_parts, 2, True)
     written = write_rows(tmp_path / "rows", [(np.arange(60), rows)], WIDTH, "float32", {})
     monkeypatch.setattr("rmdd.generate.prototypes.RANKS_FROM", 0)
     asked = []
 
     def three(make):
         asked.append(make)
-        return parts_here(make, 3)
+        return local_parts(make, 3)
 
     assert partition(written, of, 7, 1, three, 2, True).tolist() == whole.tolist() and asked
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    assert partition(Rows.of(unit), of, 7, 1, parts_here, 2).tolist() == whole.tolist()
+    assert partition(Rows.of(unit), of, 7, 1, local_parts, 2).tolist() == whole.tolist()
 
 
 def test_what_is_nearest_with_and_without_repeats():
@@ -163,9 +163,9 @@ def test_assigned_rows_are_those_of_the_largest_sum(count, more, seed):
 
 def test_what_cannot_be_done_is_told():
     with pytest.raises(ValueError, match=r"10 caption records, of which rm_ratio 0.2 leaves 8, make no 9 pairs"):
-        find(sides(noise(10), noise(10, 1)), 9, 0, parts_here, rm_ratio=0.2)
+        find(sides(noise(10), noise(10, 1)), 9, 0, local_parts, rm_ratio=0.2)
     with pytest.raises(ValueError, match="set rm_ratio: 0"):
-        find(sides(noise(4), noise(4, 1, 3)), 2, 0, parts_here)
-    found, _ = find(sides(noise(9), noise(9, 1, 3)), 4, 0, parts_here, rm_ratio=0.0, starts=1)
+        find(sides(noise(4), noise(4, 1, 3)), 2, 0, local_parts)
+    found, _ = find(sides(noise(9), noise(9, 1, 3)), 4, 0, local_parts, rm_ratio=0.0, starts=1)
     sizes = [len(c.images) for c in found.cells]
     assert sizes == sorted(sizes, reverse=True)  # two spaces have no cosine to order by

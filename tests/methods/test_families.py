@@ -13,8 +13,8 @@ from rmdd import config
 from rmdd.cli import console
 from rmdd.core.progress import Progress
 from rmdd.execution.backend import Backend
-from rmdd.execution.in_turn import InTurn
-from rmdd.execution.parts import PartLost, PartsHere
+from rmdd.execution.in_turn import SequentialExecutor
+from rmdd.execution.parts import LocalParts, PartLost
 from rmdd.execution.tasks import Hooks
 from rmdd.methods import method_of
 from rmdd.methods.distribution import Effort
@@ -137,7 +137,7 @@ def test_what_does_nothing_is_told_and_checks_of_paths_are_not_made(tmp_path):
 
 
 def test_the_pace_counts_the_pairs_of_a_step(tmp_path):
-    pipeline = Pipeline(run_of(tmp_path), Backend(InTurn(1)), Progress(quiet=True))
+    pipeline = Pipeline(run_of(tmp_path), Backend(SequentialExecutor(1)), Progress(quiet=True))
     pipeline.experts()
     told = []
     assert DistillPhase()(pipeline.item(), Hooks(told.append))
@@ -148,11 +148,11 @@ def test_the_pace_counts_the_pairs_of_a_step(tmp_path):
 def test_ranks_that_die_are_opened_again_and_the_phase_goes_on(tmp_path):
     opened, said = [], []
 
-    class Fragile(PartsHere):
-        def ask(self, what, *given):
-            if what == "gradient" and given[1] == 5 and len(opened) < 3:
+    class Fragile(LocalParts):
+        def call(self, method, *arguments):
+            if method == "gradient" and arguments[1] == 5 and len(opened) < 3:
                 raise PartLost("a rank died")
-            return super().ask(what, *given)
+            return super().call(method, *arguments)
 
     @contextlib.contextmanager
     def fragile(make, size=None, most=None, accelerated=False):
@@ -162,17 +162,17 @@ def test_ranks_that_die_are_opened_again_and_the_phase_goes_on(tmp_path):
     run = run_of(tmp_path, {"draws": 2})
     quiet = Progress(quiet=True)
     quiet.say = said.append
-    (folder,) = Pipeline(run, Backend(InTurn(1), open_parts=fragile), quiet).distill()
+    (folder,) = Pipeline(run, Backend(SequentialExecutor(1), open_parts=fragile), quiet).distill()
     assert opened == [(2, True)] * 3
     assert sum("a rank died; the ranks start again from what was kept" in line for line in said) == 2
     shutil.move(folder, tmp_path / "found")
-    (whole,) = Pipeline(run, Backend(InTurn(1)), Progress(quiet=True)).distill()
+    (whole,) = Pipeline(run, Backend(SequentialExecutor(1)), Progress(quiet=True)).distill()
     assert_same_results(whole, tmp_path / "found")
     shutil.rmtree(whole)
     opened.clear()
     limited = run.model_copy(update={"runtime": run.runtime.model_copy(update={"max_restarts": 1})})
     with pytest.raises(PartLost):
-        Pipeline(limited, Backend(InTurn(1), open_parts=fragile), quiet).distill()
+        Pipeline(limited, Backend(SequentialExecutor(1), open_parts=fragile), quiet).distill()
     assert len(opened) == 2
 
 
@@ -203,7 +203,7 @@ def test_the_page_and_the_table_tell_of_no_paths(tmp_path):
     from rmdd.comparisons.compare import rate
 
     run = run_of(tmp_path)
-    page = Pipeline(run, Backend(InTurn(1)), Progress(quiet=True)).report().read_text(encoding="utf-8")
+    page = Pipeline(run, Backend(SequentialExecutor(1)), Progress(quiet=True)).report().read_text(encoding="utf-8")
     assert "expert paths" not in page and "Learned rates" not in page and "inner steps" not in page
     assert "Matched for" in page and "gradient norm" in page and "its parts" in page
     told = {"rates": "learned", "kind": "set"}

@@ -16,7 +16,7 @@ from rmdd.distill.distribution.matching import Averaging, distill_phase
 from rmdd.distill.loop import State
 from rmdd.distill.sets import load_set
 from rmdd.distill.synthetic import Synthetic
-from rmdd.execution.parts import PartsHere
+from rmdd.execution.parts import LocalParts
 from rmdd.methods import method_of
 from rmdd.models.dual import build
 from rmdd.models.text import embed
@@ -86,7 +86,7 @@ def test_rates_are_paced(store, tmp_path):
         gradient=lambda synthetic, iteration: [(gradient, {"loss": 1.0, "pace": 0.25})],
         tensors=dict,
     )
-    after = Averaging(method_of(run), PartsHere([rank]), CPU).step(State.begin(begun)).after.raw
+    after = Averaging(method_of(run), LocalParts([rank]), CPU).step(State.begin(begun)).after.raw
     torch.testing.assert_close(after.images, begun.images - 0.25 * 0.1)
     torch.testing.assert_close(after.texts, begun.texts - 0.25 * 0.1)
     assert distil(run_of("ncfm", NCFM | {"lr_network": 0.0}), store, prepared_split(), tmp_path)

@@ -6,7 +6,7 @@ import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast, CLIPConfig, GPT2Config, T5Config
 
 from rmdd.config import TextTower
-from rmdd.execution.tasks import in_turn
+from rmdd.execution.tasks import sequential_stream
 from rmdd.models import text
 from rmdd.models.text import embed, encoder_identity, text_width
 
@@ -140,14 +140,14 @@ def small_blocks(monkeypatch):
 
 def test_an_interrupted_call_keeps_its_blocks(folder, small_blocks, tmp_path):
     def stopped(make, items):
-        yield from in_turn(make, items[:2])
+        yield from sequential_stream(make, items[:2])
         raise KeyboardInterrupt
 
     seen = []
 
     def counted(make, items):
         seen.extend(items)
-        return in_turn(make, items)
+        return sequential_stream(make, items)
 
     with pytest.raises(KeyboardInterrupt):
         embed(CAPTIONS, tower_of(folder), tmp_path, stream=stopped)

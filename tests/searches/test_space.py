@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from rmdd import config
 from rmdd.cli import app as cli
-from rmdd.execution.trials import trials_in_turn
+from rmdd.execution.trials import sequential_trials
 from rmdd.searches import check
 from rmdd.searches.loading import TrialLoader
 from rmdd.searches.samplers import begun, pruner_of, sampler_of
@@ -209,7 +209,7 @@ def asked(base, folder, value):
             return {"step": self.step, "val": val, "done": self.step == 3, "value": val, "cost": cost}
 
     with Study(TrialLoader(base), folder, []) as study:
-        trials_in_turn(study, Climb)
+        sequential_trials(study, Climb)
         return study
 
 

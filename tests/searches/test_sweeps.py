@@ -20,7 +20,7 @@ from rmdd import config
 from rmdd.cli import app as cli
 from rmdd.core.storage import run_folder
 from rmdd.distill.loop import finished
-from rmdd.execution.in_turn import InTurn
+from rmdd.execution.in_turn import SequentialExecutor
 from rmdd.execution.scheduler import SweepScheduler
 from rmdd.execution.tasks import Interrupted
 from rmdd.runs.items import TaskItem
@@ -158,7 +158,7 @@ def test_runs_that_are_the_same_or_differ_in_places_are_refused(tmp_path):
         members(load, {"runtime.workers": [1, 2]})
 
 
-class Watched(InTurn):
+class Watched(SequentialExecutor):
     """In turn, and telling what came."""
 
     def __init__(self):
@@ -200,7 +200,7 @@ def test_a_piece_that_two_runs_need_is_made_once(tmp_path):
 
 
 def test_a_stop_reaches_every_run(tmp_path):
-    scheduler = SweepScheduler(InTurn())
+    scheduler = SweepScheduler(SequentialExecutor())
 
     class Interrupt(DistillPhase):
         def __call__(self, item, hooks):

@@ -17,7 +17,7 @@ from rmdd.core.files import read_json, write_json
 from rmdd.distill.loop import State, Step, outer_step, run_phase
 from rmdd.distill.sets import save_set
 from rmdd.distill.synthetic import Synthetic
-from rmdd.execution.parts import PartsHere, WorkerParts
+from rmdd.execution.parts import LocalParts, WorkerParts
 from rmdd.experts.store import Store
 from rmdd.models.dual import DualEncoder
 from rmdd.models.prepared import PreparedSplit
@@ -108,11 +108,11 @@ class Averaging:
     def __init__(self, method: Averaged, ranks: WorkerParts, device: torch.device):
         self.rule, self.options = method.run.distill, method.options
         self.ranks, self.device = ranks, device
-        self.near = isinstance(ranks, PartsHere)
+        self.near = isinstance(ranks, LocalParts)
         self.learns = bool(self.learned())
 
     def step(self, state: State) -> Step:
-        found = self.ranks.ask("gradient", self._sent(state.raw), state.iteration)
+        found = self.ranks.call("gradient", self._sent(state.raw), state.iteration)
         inorder = [found[draw % len(found)][draw // len(found)] for draw in range(self.options.draws)]
         gradient, told = mean([(g.map(lambda t: t.to(self.device)), parts) for g, parts in inorder])
         gradient, norm = clipped(gradient, self.options.clip)
@@ -128,14 +128,14 @@ class Averaging:
 
     def taken(self, state: State) -> None:
         if self.learns:
-            self.ranks.ask("after", self._sent(state.raw), state.iteration - 1)
+            self.ranks.call("after", self._sent(state.raw), state.iteration - 1)
 
     def learned(self) -> dict[str, Tensor]:
-        return self.ranks.ask("tensors")[0]
+        return self.ranks.call("tensors")[0]
 
     def relearn(self, learned: dict[str, Tensor]) -> None:
         if self.learns:
-            self.ranks.ask("load", {n: t.cpu() for n, t in learned.items()})
+            self.ranks.call("load", {n: t.cpu() for n, t in learned.items()})
 
     def _sent(self, synthetic: Synthetic) -> Synthetic:
         return synthetic if self.near else synthetic.map(Tensor.cpu)
@@ -189,7 +189,7 @@ def distill_phase(
         save_set(method.exported(initial), start)
 
     def stepper(begun: Synthetic) -> Averaging:
-        return Averaging(method, ranks or PartsHere([Rank(method, phase, store, model, train, device)]), place)
+        return Averaging(method, ranks or LocalParts([Rank(method, phase, store, model, train, device)]), place)
 
     return run_phase(
         method.run.distill, phase, initial, folder, place, key, stepper, on_step, should_stop, method.exported

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from rmdd import config
-from rmdd.config.probes import VIEW, Probe, told
+from rmdd.config.probes import VIEW, Probe, prefix_data_fields
 from rmdd.core.device import device_of
 from rmdd.core.files import read_json, write_json
 from rmdd.core.storage import Storage, open_storage, run_folder
@@ -33,7 +33,7 @@ from rmdd.evaluate.probes import vqa, zero_shot
 from rmdd.evaluate.protocol import Job
 from rmdd.evaluate.retrieval import chance
 from rmdd.evaluate.students import Diverged
-from rmdd.execution.tasks import Stream, in_turn
+from rmdd.execution.tasks import Stream, sequential_stream
 from rmdd.models.dual import DualEncoder, build
 from rmdd.models.image import normalisation_of
 from rmdd.models.prepared import PreparedSplit
@@ -72,7 +72,7 @@ def faults(data: config.Data, probes: Mapping[str, Probe]) -> list[str]:
         try:
             _look(data, probe)
         except (ValueError, OSError) as error:
-            mistakes.append(told(name, str(error)))
+            mistakes.append(prefix_data_fields(name, str(error)))
     return mistakes
 
 
@@ -114,7 +114,11 @@ def costs(data: config.Data, probes: Mapping[str, Probe], width: int) -> list[st
 
 
 def prepare(
-    run: config.Run, name: str, train: Dataset | None, readers: Stream = in_turn, encoders: Stream = in_turn
+    run: config.Run,
+    name: str,
+    train: Dataset | None,
+    readers: Stream = sequential_stream,
+    encoders: Stream = sequential_stream,
 ) -> dict[str, Any]:
     """Ingest and embed what probe `name` asks, and write it down for the students; returns the facts about it.
 
@@ -136,7 +140,7 @@ def prepare(
         trained_on = None if train is None else frozenset(vqa.picture(p) for (p,) in train.columns("train", "pair_id"))
         questions, facts = _questions(run.data.captions, probe, data, split, trained_on)
     except ValueError as error:
-        raise ValueError(told(name, str(error))) from error
+        raise ValueError(prefix_data_fields(name, str(error))) from error
     split.images  # noqa: B018  # decoded once here, before every worker would
     for block in _sentences(probe, questions, split):
         cache, device = storage.root / "cache", str(device_of(run.runtime))

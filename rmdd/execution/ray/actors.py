@@ -78,7 +78,7 @@ class RunningItem:
 
 
 @dataclass
-class SideBySide(Executor):
+class ActorExecutor(Executor):
     """An executor that spreads items over actors. `events` gets a JSON line for every start, death and end.
 
     Its actors end with the last piece; inside a `with` they wait for the next ones, and end with it.
@@ -97,7 +97,7 @@ class SideBySide(Executor):
     _nodes_checked: float = 0.0
     _tasks: dict[Task, Any] = field(default_factory=dict)
 
-    def __enter__(self) -> "SideBySide":
+    def __enter__(self) -> "ActorExecutor":
         self._entered = True
         return self
 

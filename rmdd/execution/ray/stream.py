@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from rmdd.execution.tasks import Stream, Values, in_turn
+from rmdd.execution.tasks import Stream, Values, sequential_stream
 
 BLOCK_BYTES = 16 * 2**20
 _ERRORS = {"ValueError": ValueError, "OSError": OSError}
@@ -44,7 +44,7 @@ def over_actors(actors: int, cpus: float = 1.0, gpus: float = 0.0, restarts: int
         if not items:
             return
         if len(items) == 1 and not gpus:
-            yield from in_turn(make, items)
+            yield from sequential_stream(make, items)
             return
         from ray.data import ActorPoolStrategy
 

@@ -20,8 +20,8 @@ class PartActor:
         torch.set_num_threads(threads)
         self.part = make(rank, size)
 
-    def ask(self, what: str, arguments: Sequence[Any]) -> Any:
-        return getattr(self.part, what)(*arguments)
+    def call(self, method: str, arguments: Sequence[Any]) -> Any:
+        return getattr(self.part, method)(*arguments)
 
 
 class ActorParts(WorkerParts):
@@ -30,10 +30,10 @@ class ActorParts(WorkerParts):
     def __init__(self, actors: Sequence[Any]):
         self.actors = list(actors)
 
-    def ask(self, what: str, *arguments: Any) -> list[Any]:
+    def call(self, method: str, *arguments: Any) -> list[Any]:
         sent = ray.put(arguments)
         try:
-            return ray.get([actor.ask.remote(what, sent) for actor in self.actors])
+            return ray.get([actor.call.remote(method, sent) for actor in self.actors])
         except RayActorError as error:
             raise PartLost(f"a rank died ({' '.join(str(error).split())[:200]})") from error
         except RayTaskError as error:

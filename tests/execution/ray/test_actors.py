@@ -9,11 +9,11 @@ import urllib.request
 import pytest
 
 from rmdd.config import Runtime
-from rmdd.execution.executor import Executor, Piece, once
+from rmdd.execution.executor import Executor, Piece, all_at_once
 from rmdd.execution.ray import actors
-from rmdd.execution.ray.actors import SideBySide
+from rmdd.execution.ray.actors import ActorExecutor
 from rmdd.execution.ray.cluster import Resources
-from rmdd.execution.tasks import Interrupted, Spared
+from rmdd.execution.tasks import Interrupted, ReturnFailures
 
 pytestmark = pytest.mark.ray
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.ray
 def side_by_side(ray_local, tmp_path):
     """Builds an executor of two workers; its tasks travel by value, for workers cannot import a test."""
     ray_local.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    yield lambda **rule: SideBySide(
+    yield lambda **rule: ActorExecutor(
         Runtime(**{"workers": 2, **rule}), Resources(((8.0, 0.0),)), tmp_path / "events.jsonl"
     )
     ray_local.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
@@ -171,7 +171,7 @@ def test_a_spared_one_that_keeps_dying_stops_no_other(side_by_side, tmp_path):
     for name in ("mortal", "whole"):
         (tmp_path / name).mkdir()
     items = [(tmp_path / "mortal", 9), (tmp_path / "whole", 0)]
-    lost, kept = side_by_side(max_restarts=1).map(Spared(die_until), items, names_of(items), ignore)
+    lost, kept = side_by_side(max_restarts=1).map(ReturnFailures(die_until), items, names_of(items), ignore)
     assert kept == "after 0"
     assert lost.reason.startswith("the worker of item 0 died 2 times") and not lost.again and lost.host != "?"
 
@@ -233,7 +233,7 @@ def test_the_end_of_one_piece_is_told_to_it_alone(side_by_side):
 
         return Piece(fail_on_two, number, f"item {number}", lambda metrics: None, settle)
 
-    side_by_side().serve(once([piece(n) for n in range(4)]))
+    side_by_side().serve(all_at_once([piece(n) for n in range(4)]))
     assert ended == {0: 0, 1: 1, 2: "item two cannot be had; leave it out", 3: 3}
 
 

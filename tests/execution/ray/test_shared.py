@@ -20,7 +20,7 @@ from ray.cluster_utils import Cluster
 import ray
 from ray_head import patiently
 from rmdd.config import Runtime
-from rmdd.execution.ray.actors import SideBySide
+from rmdd.execution.ray.actors import ActorExecutor
 from rmdd.execution.ray.cluster import ENVIRONMENT, connected
 
 os.environ.update(ENVIRONMENT)
@@ -45,7 +45,7 @@ try:
         os.chdir(here)
         cluster.wait_for_nodes()
         told, log = [], here / "runs/one/events.jsonl"
-        executor = SideBySide(rule, found, events, told.append)
+        executor = ActorExecutor(rule, found, events, told.append)
         done = executor.map(until_it_is_lost, [log] * 3, list("abc"), lambda *report: None)
         print("LATE", json.dumps([set(done) == {first}, executor.resources.nodes, told[0]]))
     with connected(Runtime(storage=str(shared), address=cluster.address)) as found:

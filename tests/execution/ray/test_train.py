@@ -23,13 +23,13 @@ from rmdd.config import Runtime
 from rmdd.core.progress import Progress
 from rmdd.execution.backend import Backend
 from rmdd.execution.executor import Mapper
-from rmdd.execution.in_turn import InTurn
+from rmdd.execution.in_turn import SequentialExecutor
 from rmdd.execution.ray import train
 from rmdd.execution.ray.cluster import ENVIRONMENT, Resources, connected
 from rmdd.execution.ray.feed import ray_stream
 from rmdd.execution.ray.train import ExpertPool, WorkerDeaths, WorkQueue
 from rmdd.execution.ray.worker import StorageNotVisible
-from rmdd.execution.tasks import Failed, Interrupted, Spared
+from rmdd.execution.tasks import Failed, Interrupted, ReturnFailures
 from rmdd.experts.store import Store
 from rmdd.pipeline import Pipeline
 
@@ -71,7 +71,7 @@ def trained(run, executor=None, stream=None):
     if executor is not None:  # `train` asks for it however few workers share an expert
         run = run.model_copy(update={"runtime": run.runtime.model_copy(update={"fleet": "train"})})
     pool = None if executor is None else lambda store, size: executor
-    backend = Backend(InTurn(), expert_pool=pool, pictures=stream)
+    backend = Backend(SequentialExecutor(), expert_pool=pool, pictures=stream)
     return Pipeline(run, backend, Progress(quiet=True)).experts()
 
 
@@ -161,7 +161,7 @@ def test_an_item_that_fails_is_tried_again_and_does_not_stop_the_others(fleet, t
     executor, seen = fleet(), {}
     assert isinstance(executor, Mapper)
     names = [f"item {i}" for i in range(5)]
-    results = executor.map(Spared(flaky), [(i, tmp_path) for i in range(5)], names, seen.__setitem__)
+    results = executor.map(ReturnFailures(flaky), [(i, tmp_path) for i in range(5)], names, seen.__setitem__)
     assert [r for r in results if not isinstance(r, Failed)] == [0, 2, 3, 4]
     assert results[1].reason == "ValueError: item one cannot be had" and not results[1].again
     assert seen == {n: {"done": 1} for n in names if n != "item 1"}
@@ -250,7 +250,7 @@ def test_a_list_that_is_lost_ends_with_an_error_that_can_be_resumed(fleet, monke
 def test_a_worker_that_does_not_see_the_storage_takes_nothing(fleet, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "folder_to_check", lambda runtime, events: tmp_path / "elsewhere")
     with pytest.raises(RuntimeError, match=r"^node .* does not see .*elsewhere; .* what was trained is kept"):
-        fleet().map(Spared(flaky), [(0, tmp_path)] * 2, ["a", "b"], lambda name, metrics: None)
+        fleet().map(ReturnFailures(flaky), [(0, tmp_path)] * 2, ["a", "b"], lambda name, metrics: None)
     assert events(tmp_path / "events.jsonl") == []
 
 

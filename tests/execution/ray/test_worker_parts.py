@@ -21,10 +21,10 @@ ROWS = slow.unit_rows(23, 6)
 def chosen(ranks, k):
     mu = greedy.mean(ranks, greedy.checked(ranks).largest)
     herding = [(b.value, b.id) for b in islice(greedy.herding(ranks, mu), k)]
-    ranks.ask("release")
+    ranks.call("release")
     start = greedy.start_of(ranks, "random", 0, mu)
     k_center = [(b.value, b.id) for b in islice(greedy.k_center(ranks, start), k)]
-    ranks.ask("release")
+    ranks.call("release")
     return mu.tolist(), herding, k_center, clusters.medoids(ranks, 7, 0)
 
 
@@ -44,10 +44,10 @@ def test_errors_are_told_and_a_death_is_a_loss(ray_local, tmp_path):
         with pytest.raises(ValueError, match=r"1 of 23 features are zero or not finite \(first ids: \[20\]\)"):
             greedy.checked(ranks)
         with pytest.raises(TypeError, match="missing"):
-            ranks.ask("take")
+            ranks.call("take")
         ray_local.kill(ranks.actors[1])
         with pytest.raises(PartLost, match="a rank died"):
-            ranks.ask("check")
+            ranks.call("check")
 
 
 def test_a_choice_survives_the_death_of_a_rank(ray_local, tmp_path, monkeypatch):
@@ -68,15 +68,15 @@ def test_a_choice_survives_the_death_of_a_rank(ray_local, tmp_path, monkeypatch)
     runs = {ray: config.load(raw, [f"runtime.storage={tmp_path / ray}", f"runtime.ray={ray}"]) for ray in ("on", "off")}
     quiet = Progress(quiet=True)
     whole = rmdd.coreset(runs["off"], method="k_center", pairs=9, progress=quiet)
-    before, calls = ActorParts.ask, []
+    before, calls = ActorParts.call, []
 
-    def ask(self, what, *given):
-        calls.append(what)
-        if what == "farthest" and calls.count(what) == 4:
+    def call(self, method, *arguments):
+        calls.append(method)
+        if method == "farthest" and calls.count(method) == 4:
             ray_local.kill(self.actors[1])
-        return before(self, what, *given)
+        return before(self, method, *arguments)
 
-    monkeypatch.setattr(ActorParts, "ask", ask)
+    monkeypatch.setattr(ActorParts, "call", call)
     found = rmdd.coreset(runs["on"], method="k_center", pairs=9, ranks=2, progress=quiet)
     assert calls.count("check") == 2 * calls[: calls.index("farthest")].count("check"), "the ranks began twice"
     assert found.records == whole.records and found.facts["radius"] == whole.facts["radius"]
