@@ -210,7 +210,7 @@ def test_a_damaged_checkpoint_of_a_phase_gives_way_to_the_good_one(store, tmp_pa
     toy.distil(run, store, tmp_path / "flipped", **toy.stop_after(5))
     flip(tmp_path / "flipped" / "state.safetensors")
     assert toy.distil(run, store, tmp_path / "flipped")
-    assert "is damaged" in caplog.text and "going on from iteration 4" in caplog.text
+    assert "is damaged" in caplog.text and "resuming from iteration 4" in caplog.text
     toy.assert_same_results(tmp_path / "flipped", tmp_path / "unbroken")
 
 
@@ -219,7 +219,7 @@ def test_a_damaged_checkpoint_without_a_good_one_says_what_to_delete(store, tmp_
     toy.distil(run, store, tmp_path, **toy.stop_after(3))
     (tmp_path / "good.safetensors").unlink(missing_ok=True)
     flip(tmp_path / "state.safetensors")
-    with pytest.raises(ValueError, match=r"state.safetensors is damaged .*SHA-256.*delete it .* begin this phase anew"):
+    with pytest.raises(ValueError, match=r"state.safetensors is damaged .*SHA-256.*delete it .* restart this phase"):
         toy.distil(run, store, tmp_path)
 
 

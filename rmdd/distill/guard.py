@@ -1,4 +1,4 @@
-"""When a phase has derailed, and how it goes on: from its last good state, with halved outer rates."""
+"""Detection of a diverged phase; the loop then returns to the last good state and halves the outer rates."""
 
 import torch
 from jaxtyping import Float
@@ -8,16 +8,17 @@ from rmdd import config
 from rmdd.distill.synthetic import Synthetic
 
 
-class Derailed(FloatingPointError):
-    """A phase went wrong more often than it may; its last good state is on disk."""
+class PhaseDiverged(FloatingPointError):
+    """Raised when a phase diverged more often than `guard.retries` allows; its last good state is on disk."""
 
     advice = ""
-    """What the command line adds to the message, which here says itself how to go on."""
+    """Hint that the command line appends to the message; empty, because the message already says how to continue."""
 
 
-def vitals(synthetic: Synthetic, loss: Float[Tensor, ""]) -> Float[Tensor, "4"]:
-    """Four numbers that tell whether a phase is alive, still on its device: the sum of all that must be finite,
-    both inner rates, and the largest diagonal entry of a learned similarity (1 without one)."""
+def health_numbers(synthetic: Synthetic, loss: Float[Tensor, ""]) -> Float[Tensor, "4"]:
+    """Return four numbers that show whether a phase diverged, on the device of `synthetic`: the sum of the loss and of
+    all tensors (finite when all of them are), the inner image rate, the inner text rate, and the largest diagonal
+    entry of a learned similarity (1 without one)."""
     total = torch.stack([loss, *(t.sum() for t in synthetic.tensors().values())]).sum()
     return torch.stack([total, synthetic.lr_image, synthetic.lr_text, _diagonal(synthetic).amax()])
 
@@ -32,14 +33,17 @@ def _diagonal(synthetic: Synthetic) -> Tensor:
     return synthetic.lr_image.new_ones(1)
 
 
-def what_is_wrong(numbers: list[float], first_rates: tuple[float, float], rule: config.Distill) -> str | None:
-    """Why a phase with these `vitals`, which began with `first_rates`, has derailed, or None."""
+def divergence_reason(numbers: list[float], first_rates: tuple[float, float], rule: config.Distill) -> str | None:
+    """Return the reason why a phase diverged, or None when it is healthy.
+
+    `numbers` come from `health_numbers`; `first_rates` are the inner image and text rate at the start of the phase.
+    """
     total, *rates, diagonal = numbers
-    most = rule.guard.max_rate_growth
+    max_growth = rule.guard.max_rate_growth
     if total != total or abs(total) == float("inf"):
         return "a loss, gradient or tensor stopped being finite"
     for side, rate, first in zip(("image", "text"), rates, first_rates, strict=True):
-        if not 1 / most <= rate / first <= most:
+        if not 1 / max_growth <= rate / first <= max_growth:
             return f"the inner {side} rate went from {first:.4g} to {rate:.4g}"
     if rule.guard.dead_similarity and rule.loss == "wbce" and diagonal <= 0.5:
         return f"the similarity is dead: its largest diagonal entry is {diagonal:.4g}, so no pair is a positive"

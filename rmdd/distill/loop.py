@@ -1,7 +1,7 @@
-"""What the loops of all families share: the state of a phase on disk, its outer step, its guard, snapshots and log.
+"""The distillation loop that all method families share: state on disk, outer step, rollbacks, snapshots and log.
 
-All state lives in one safetensors file written whole, and every draw depends on its iteration alone, so a loop
-that was killed goes on with the same bits.
+The whole state is one safetensors file that is written atomically, and every random draw depends only on its
+iteration. A loop that was killed therefore resumes with bit-identical results.
 """
 
 import json
@@ -20,7 +20,7 @@ from rmdd import config
 from rmdd.core.checks import DiskCheck, Format
 from rmdd.core.files import append_jsonl, cut_jsonl
 from rmdd.core.tensors import Damaged, facts_of, flatten_groups, load_checked, save_checked, split_groups
-from rmdd.distill.guard import Derailed, vitals, what_is_wrong
+from rmdd.distill.guard import PhaseDiverged, divergence_reason, health_numbers
 from rmdd.distill.phases import Window
 from rmdd.distill.sets import save_set
 from rmdd.distill.synthetic import Synthetic, from_tensors
@@ -32,18 +32,18 @@ INNER_RATES = ("lr_image", "lr_text")
 
 @dataclass
 class State:
-    """A phase after `iteration` updates: the raw set, its momentum and its average."""
+    """State of a phase after `iteration` updates: the synthetic set, its momentum and its moving average."""
 
     iteration: int
     raw: Synthetic
     average: Synthetic
     momentum: dict[str, Tensor]
     halvings: int = 0
-    """How often the phase derailed, and its outer rates were halved."""
+    """Number of rollbacks so far; each rollback halved the outer rates."""
     window: Window | None = None
-    """What the last update was drawn from, where that moves."""
+    """Range of start epochs and endpoint of the last update; None unless `phases: adaptive` moves them."""
     learned: dict[str, Tensor] = field(default_factory=dict)
-    """What was learned beside the set: an online model, a frequency network."""
+    """Tensors that a method learns in addition to the set, such as an online model or a frequency network."""
 
     @classmethod
     def begin(cls, initial: Synthetic) -> "State":
@@ -76,8 +76,8 @@ class State:
             named, facts = load_checked(path, "state")
         except Damaged as error:
             raise Damaged(
-                f"the checkpoint {path} is damaged ({error}); delete it and good.safetensors beside it to begin this "
-                "phase anew"
+                f"the checkpoint {path} is damaged ({error}); delete it and good.safetensors in the same folder to "
+                "restart this phase"
             ) from error
         if facts["key"] != key:
             raise ValueError(f"the checkpoint {path} belongs to another configuration; use another run folder")
@@ -96,13 +96,13 @@ class State:
 
 
 def outer_step(state: State, gradient: Synthetic, rule: config.Distill) -> State:
-    """One update of every learnable tensor, then the exponential average (PTM-ST, equation 7).
+    """Update every learnable tensor once, then its exponential moving average (PTM-ST, equation 7).
 
-    `sgd` is the papers' SGD with momentum. `normalised` (ours) first divides each tensor's gradient by its own
-    root mean square: a rate is then the size of one step per entry, and the rare huge gradients of an unstable
-    unroll weigh no more than others. The inner rates move by that share of themselves and stay positive. The clamp
-    of the inner rates comes after the average, as in the released code, which also averages the factors of a low-rank
-    similarity and not their product.
+    `sgd` is the papers' SGD with momentum. `normalised` (ours) first divides the gradient of each tensor by its
+    root mean square. A rate is then the step size per entry, and the rare huge gradients of an unstable unroll count
+    no more than the others. With `normalised`, the inner rates are multiplied by a factor, so they stay positive.
+    As in the released code, the inner rates are clamped after averaging, and for a low-rank similarity the factors
+    are averaged, not their product.
     """
     rates = {"images": rule.lr_image, "texts": rule.lr_text, "lr_image": rule.lr_lr, "lr_text": rule.lr_lr}
     rates = {name: rates.get(name, rule.lr_similarity) / 2**state.halvings for name in gradient.tensors()}
@@ -112,10 +112,10 @@ def outer_step(state: State, gradient: Synthetic, rule: config.Distill) -> State
         lr, past = rates[name], state.momentum.get(name)
         if rule.optimiser == "sgd":
             momentum[name] = g if past is None else rule.momentum * past + g
-            # as torch.optim.SGD rounds it: one fused multiply-add
+            # one fused multiply-add, which rounds as torch.optim.SGD does
             raw[name] = torch.add(now[name], momentum[name], alpha=-lr)
             continue
-        step = g / g.abs().amax().clamp(min=torch.finfo(g.dtype).tiny)  # first, lest the squares over- or underflow
+        step = g / g.abs().amax().clamp(min=torch.finfo(g.dtype).tiny)  # keeps the squares below in range
         step = step / step.square().mean().sqrt().clamp(min=torch.finfo(g.dtype).tiny)
         momentum[name] = (1 - rule.momentum) * step + (0 if past is None else rule.momentum * past)
         raw[name] = now[name] * (-lr * momentum[name]).exp() if name in INNER_RATES else now[name] - lr * momentum[name]
@@ -131,31 +131,31 @@ def outer_step(state: State, gradient: Synthetic, rule: config.Distill) -> State
 
 
 def finished(folder: Path, total: int) -> bool:
-    """Whether a phase has made all of its `total` updates and kept its last set."""
+    """Return whether the phase in `folder` has done all `total` updates and saved its last set."""
     checkpoint = folder / "state.safetensors"
     if not checkpoint.is_file() or not (folder / f"set-{total:06d}.safetensors").is_file():
         return False
     try:
         return facts_of(checkpoint, "state")["iteration"] == total
-    except Damaged:  # told, or mended, by who goes on
+    except Damaged:  # `run_phase` reports or repairs a damaged checkpoint
         return False
 
 
 def _last_state(path: Path, good: Path, key: str) -> State:
-    """The last checkpoint, or, where it is damaged, the good one before it: the same updates follow from both."""
+    """Load the last checkpoint, or the older file `good` when the last one is damaged; both lead to the same result."""
     try:
         return State.load(path, key)
     except Damaged as error:
         if not good.is_file():
             raise
         state = State.load(good, key)
-        _logger.warning("%s; going on from iteration %d, which %s holds", error, state.iteration, good)
+        _logger.warning("%s; resuming from iteration %d, saved in %s", error, state.iteration, good)
         return state
 
 
 @dataclass(frozen=True)
 class Step:
-    """One update that is not yet taken."""
+    """A computed update; the loop accepts it, skips it or rolls back."""
 
     before: State
     after: State
@@ -163,27 +163,27 @@ class Step:
     numbers: dict[str, Tensor]
     """Scalars for the log, still on their device."""
     facts: dict[str, Any]
-    """What else the log tells."""
+    """Other values for the log, already on the CPU."""
     drawn: str = ""
-    """What the update was drawn from, for a message."""
+    """Description of the random draw for error messages, such as the expert and the start epoch."""
 
 
 @runtime_checkable
 class Stepper(Protocol):
-    """Makes the updates of a phase; each follows from the state before it alone."""
+    """Computes the updates of a phase; an update depends only on the state before it."""
 
     def step(self, state: State) -> Step: ...
 
-    def taken(self, state: State) -> None:
-        """`state` is what the last step led to."""
+    def accept(self, state: State) -> None:
+        """Called after the loop has accepted an update; `state` is the new state."""
         ...
 
     def learned(self) -> dict[str, Tensor]:
-        """What was learned beside the set."""
+        """Return the tensors that the method learns in addition to the set."""
         ...
 
-    def relearn(self, learned: dict[str, Tensor]) -> None:
-        """Go back to what was `learned`."""
+    def restore(self, learned: dict[str, Tensor]) -> None:
+        """Restore the tensors that `learned` returned earlier."""
         ...
 
 
@@ -199,18 +199,18 @@ def run_phase(
     should_stop: Callable[[], bool] = lambda: False,
     exported: Callable[[Synthetic], Synthetic] = lambda synthetic: synthetic,
 ) -> bool:
-    """Distil one phase into `folder`, from its last checkpoint if it has one. Returns whether it finished.
+    """Distil one phase into `folder`, resuming from its last checkpoint if one exists. Returns whether it finished.
 
-    `key` names the value of the run; a checkpoint of another value is refused. `open_stepper` is given the set that
-    the phase begins with. Writes `state.safetensors` at every checkpoint, `good.safetensors` every `guard.every`
-    iterations, `metrics.jsonl` a line per iteration, `rollbacks.jsonl` a line per rollback, and
-    `set-<iteration>.safetensors`, as `exported`, for every snapshot.
-    Raises `Derailed` after too many rollbacks, with the last good state saved.
+    `key` is the hash of the run; a checkpoint with another key is refused with a `ValueError`. `open_stepper` is
+    called with the initial set of the phase. Files written: `state.safetensors` at every checkpoint,
+    `good.safetensors` every `guard.every` iterations, `metrics.jsonl` with one line per iteration, `rollbacks.jsonl`
+    with one line per rollback, and for every snapshot `set-<iteration>.safetensors`, converted by `exported`.
+    Raises `PhaseDiverged` after too many rollbacks; the last good state is then on disk.
     """
     total = rule.phases[phase].iterations
     log, rollbacks = folder / "metrics.jsonl", folder / "rollbacks.jsonl"
     files = {name: folder / f"{name}.safetensors" for name in ("state", "good")}
-    begun = State.begin(initial).to(device)
+    first_state = State.begin(initial).to(device)
     good = State.load(files["good"], key).to(device) if files["good"].is_file() else None
     state = _last_state(files["state"], files["good"], key).to(device) if files["state"].is_file() else None
     if good and good.halvings > (state.halvings if state else 0):  # killed in the middle of a rollback
@@ -222,13 +222,13 @@ def run_phase(
         if not last_set.is_file():
             save_set(exported(state.average), last_set)
         return True
-    stepper = open_stepper(begun.raw)
-    begun = _with_learned(begun, stepper)
-    good = good or begun
+    stepper = open_stepper(first_state.raw)
+    first_state = _with_learned(first_state, stepper)
+    good = good or first_state
     if state:
-        stepper.relearn(state.learned)
-    state = state or begun
-    first_rates = float(begun.raw.lr_image), float(begun.raw.lr_text)
+        stepper.restore(state.learned)
+    state = state or first_state
+    first_rates = float(first_state.raw.lr_image), float(first_state.raw.lr_text)
     lines: list[dict] = []
 
     def write_lines() -> None:
@@ -239,40 +239,40 @@ def run_phase(
     snapshots = snapshot_iterations(total, rule.snapshots)
     while state.iteration < total:
         began = time.perf_counter()
-        made = stepper.step(state)
-        state, after, names = made.before, made.after, list(made.numbers)
-        numbers = [made.loss, after.raw.lr_image, after.raw.lr_text, *made.numbers.values()]
-        told = torch.cat([vitals(after.raw, made.loss), torch.stack(numbers)]).tolist()
-        alive, (loss, lr_image, lr_text, *rest) = told[:4], told[4:]
+        update = stepper.step(state)
+        state, after, names = update.before, update.after, list(update.numbers)
+        numbers = [update.loss, after.raw.lr_image, after.raw.lr_text, *update.numbers.values()]
+        values = torch.cat([health_numbers(after.raw, update.loss), torch.stack(numbers)]).tolist()
+        health, (loss, lr_image, lr_text, *rest) = values[:4], values[4:]
         skipped = rule.skip_above is not None and rule.skip_above < loss < math.inf
-        wrong = None if skipped else what_is_wrong(alive, first_rates, rule)
-        if wrong:
-            drawn = f" ({made.drawn})" if made.drawn else ""
-            where = f"phase {phase}, iteration {state.iteration + 1}{drawn}: {wrong}"
+        reason = None if skipped else divergence_reason(health, first_rates, rule)
+        if reason:
+            drawn = f" ({update.drawn})" if update.drawn else ""
+            problem = f"phase {phase}, iteration {state.iteration + 1}{drawn}: {reason}"
             state = good = replace(good, halvings=good.halvings + 1)
             if state.halvings > rule.guard.retries:
                 if not files["good"].is_file():
-                    begun.save(files["good"], key)
-                raise Derailed(
-                    f"{where}; {rule.guard.retries} rollbacks with halved rates did not help. {files['good']} holds "
-                    f"iteration {good.iteration}. Begin anew with lower rates (distill.lr_image, lr_text, "
-                    "lr_similarity, lr_lr), or go on from there with rates halved again: "
+                    first_state.save(files["good"], key)
+                raise PhaseDiverged(
+                    f"{problem}; {rule.guard.retries} rollbacks with halved rates did not help. {files['good']} holds "
+                    f"iteration {good.iteration}. Start a new run with lower rates (distill.lr_image, lr_text, "
+                    "lr_similarity, lr_lr), or continue from that file with rates halved again: "
                     f"rmdd run RUN.yaml --set distill.guard.retries={2 * rule.guard.retries + 1}"
                 )
-            _logger.warning("%s; back to iteration %d, outer rates halved", where, state.iteration)
+            _logger.warning("%s; returning to iteration %d with halved outer rates", problem, state.iteration)
             lines[:] = [line for line in lines if line["iteration"] <= state.iteration]
             cut_jsonl(log, "iteration", state.iteration)
             write_lines()
-            append_jsonl(rollbacks, {"to": state.iteration, "halvings": state.halvings, "why": where})
+            append_jsonl(rollbacks, {"to": state.iteration, "halvings": state.halvings, "why": problem})
             good.save(files["good"], key)
             state.save(files["state"], key)
-            stepper.relearn(state.learned)
+            stepper.restore(state.learned)
             continue
         if skipped:
             after = replace(state, iteration=state.iteration + 1)
             lr_image, lr_text = float(after.raw.lr_image), float(after.raw.lr_text)
         state = after
-        stepper.taken(state)
+        stepper.accept(state)
         metrics = {
             "phase": phase,
             "iteration": state.iteration,
@@ -280,7 +280,7 @@ def run_phase(
             **dict(zip(names, rest, strict=True)),
             "lr_image": lr_image,
             "lr_text": lr_text,
-            **made.facts,
+            **update.facts,
             "rollbacks": state.halvings,
             "seconds": round(time.perf_counter() - began, 4),
         }
@@ -307,7 +307,13 @@ def run_phase(
     if rule.skip_above is not None and state.iteration == total:
         skips = sum(json.loads(line).get("skipped", False) for line in log.read_text(encoding="utf-8").splitlines())
         if skips:
-            _logger.warning("phase %d: %d of %d updates skipped, loss above %g", phase, skips, total, rule.skip_above)
+            _logger.warning(
+                "phase %d: skipped %d of %d updates, because their loss was above %g",
+                phase,
+                skips,
+                total,
+                rule.skip_above,
+            )
     return state.iteration == total
 
 
@@ -316,27 +322,27 @@ def _with_learned(state: State, stepper: Stepper) -> State:
 
 
 def snapshot_iterations(total: int, count: int) -> list[int]:
-    """Iterations, evenly spaced and ending with the last, whose sets are kept."""
+    """Return the iterations whose sets are saved: `count` of them, evenly spaced, the last one being `total`."""
     return sorted({math.ceil(total * (i + 1) / count) for i in range(count)})
 
 
 def verify(folder: Path, check: DiskCheck, snapshots: Iterable[int] = ()) -> None:
-    """Checkpoints, sets and logs of a phase; a finished one has a set for each of its `snapshots`."""
+    """Check the checkpoints, sets and logs of a phase folder; a set must exist for each iteration in `snapshots`."""
     if not check.begin(folder):
         return
-    again = f"delete {check.storage.address(folder)} to distil that phase again"
+    remedy = f"delete {check.storage.address(folder)} to distil that phase again"
     for file in sorted(folder.glob("*.safetensors")):
         is_state = file.name in ("state.safetensors", "good.safetensors")
-        todo = f"delete it and run again, or {again}" if is_state else again
+        todo = f"delete it and run again, or {remedy}" if is_state else remedy
         check.tensors(file, "state" if is_state else "set", todo)
     if (folder / "records.json").is_file():
-        check.json(folder / "records.json", again)
+        check.json(folder / "records.json", remedy)
     for log in sorted(folder.glob("*.jsonl")):
         check.lines(log)
     for iteration in snapshots:
         file = folder / f"set-{iteration:06d}.safetensors"
         if not file.is_file():
-            check.fault(file, "is missing", again)
+            check.fault(file, "is missing", remedy)
 
 
 FORMAT = Format(("start.safetensors", "state.safetensors", "records.json"), "phases/*/phase-*", verify)

@@ -1,4 +1,4 @@
-"""What the phases are: their draws, and the real pairs they start from. Phases never read one another.
+"""The random draws and the initial synthetic set of a phase. A phase never reads the files of another phase.
 
 M pairs of the phase, B pairs in a mini-batch, K inner steps.
 """
@@ -20,16 +20,16 @@ from rmdd.distill import similarity
 from rmdd.distill.synthetic import Synthetic, reduced
 from rmdd.models.prepared import PreparedSplit
 
-# Mean and deviation of normalised pixels and of BERT embeddings, for starts from noise.
+# Per-channel mean and standard deviation of normalised pixels, used when images start from noise.
 NOISE_PIXEL_MEAN, NOISE_PIXEL_STD = (-0.0626, -0.0221, 0.0680), (1.0451, 1.0752, 1.0539)
 
 
 Ranges = dict[str, tuple[int | float, int | float]]
-"""Per tower, the half-open range of start epochs."""
+"""Half-open range of start epochs of each tower, by tower name."""
 
 
 class Window(NamedTuple):
-    """Real-valued starts in [low, stop) of shortcuts to `endpoint`, where these move."""
+    """Real-valued start epochs in [low, stop) of shortcuts to `endpoint`; used where `phases: adaptive` moves them."""
 
     low: float
     stop: float
@@ -38,17 +38,18 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Draw:
-    """Everything random about one outer iteration."""
+    """All random choices of one outer iteration."""
 
     expert: int
     """Position in the list of experts."""
     start: int | float
-    """Epoch of the path at which the image side of the student starts."""
+    """Epoch of the path at which the image tower of the student starts."""
     start_text: int | float
-    """The text side's."""
+    """Epoch of the path at which the text tower of the student starts."""
     batches: Int[Tensor, "K B"]
+    """Indices of the synthetic pairs in each mini-batch."""
     dropout_seeds: tuple[int, ...]
-    """One per inner step."""
+    """One dropout seed per inner step."""
 
 
 def draw(
@@ -62,14 +63,15 @@ def draw(
     real: bool = False,
     apart: bool = False,
 ) -> Draw:
-    """The draws of one outer iteration, a function of (seed, phase, iteration) alone.
+    """Return the random choices of one outer iteration; they depend only on the seed, the phase and the iteration.
 
-    Experts come in shuffled order, each once before any comes again. Starts are uniform over the half-open `ranges`
-    of the two towers, by default the phase's own: whole epochs, or `real` numbers; one for both towers, or two `apart`.
+    Experts are drawn in shuffled order, each of the `experts` once before any repeats. Start epochs are uniform over
+    the half-open `ranges` of the two towers (default: the ranges of the phase). They are integers, or real numbers if
+    `real`. Both towers share one start, or draw one each if `apart`.
     """
     plan = rule.phases[phase]
     ranges = plan.ranges if ranges is None else ranges
-    turn, place = divmod(iteration, experts)
+    turn, position = divmod(iteration, experts)
     order = torch.randperm(experts, generator=generator(seed, "expert turn", phase, turn))
     random = generator(seed, "iteration", phase, iteration)
     start = _start(rule, ranges["image"], random, real)
@@ -78,7 +80,7 @@ def draw(
     if apart:
         text = _start(rule, ranges["text"], generator(seed, "text start", phase, iteration), real)
     return Draw(
-        expert=int(order[place]),
+        expert=int(order[position]),
         start=start,
         start_text=text,
         batches=batches,
@@ -98,9 +100,10 @@ def _start(
 def mini_batches(
     pairs: int, batch: int, steps: int, random: torch.Generator, *, independent: bool = False
 ) -> Int[Tensor, "K B"]:
-    """Batches cut from permutations of the pairs; a new permutation when too few are left, their tail unused.
+    """Return mini-batches cut from a permutation of the pairs.
 
-    `independent` draws every batch from all pairs (MTT-VL). No batch is larger than all pairs.
+    When too few pairs remain for a batch, they are dropped and a new permutation is drawn. With `independent`, every
+    batch is drawn from all pairs (MTT-VL). A batch is never larger than the number of pairs.
     """
     if independent:
         return torch.stack([torch.randperm(pairs, generator=random)[:batch] for _ in range(steps)])
@@ -115,7 +118,7 @@ def mini_batches(
 
 
 def initial(run: config.Run, phase: int, train: PreparedSplit, records: list[int]) -> Synthetic:
-    """The synthetic set that a phase starts from: real records, or noise of the same statistics."""
+    """Return the initial synthetic set of a phase: the real pairs at `records`, or noise with similar statistics."""
     rule, seed = run.distill, run.seed_of("distill")
     random = generator(seed, "initial tensors", phase)
     if rule.init == "noise":
@@ -126,7 +129,7 @@ def initial(run: config.Run, phase: int, train: PreparedSplit, records: list[int
         texts = torch.randn((len(records), train.texts.shape[1]), generator=random) * spread + level
     else:
         images = normalise(
-            _pictures(train, records, run.data, run.experts.augment if rule.init_augment else None, seed),
+            _pixels(train, records, run.data, run.experts.augment if rule.init_augment else None, seed),
             train.mean,
             train.std,
         )
@@ -142,17 +145,16 @@ def initial(run: config.Run, phase: int, train: PreparedSplit, records: list[int
     )
 
 
-def _pictures(
-    train: PreparedSplit, records: list[int], data: config.Data, augmented: config.Augment | None, seed: int
+def _pixels(
+    train: PreparedSplit, records: list[int], data: config.Data, augmentation: config.Augment | None, seed: int
 ) -> Tensor:
-    """The pictures of caption records as uint8 (M,3,S,S), squashed, or augmented as the experts saw them."""
-    pictures = train.split.image_of[records]
-    if augmented is None:
-        return torch.from_numpy(train.split.some_images(pictures))
-    drawn = []
-    for picture, record in zip(pictures, records, strict=True):
-        image = decode_as(train.split.encoded(int(picture)), data)
-        drawn.append(
-            torch.from_numpy(augment(image, augmented, data.image_size, generator(seed, "initial augment", record)))
-        )
-    return torch.stack(drawn)
+    """Return the images of caption records as uint8 (M,3,S,S): resized to a square, or augmented as for the experts."""
+    image_rows = train.split.image_of[records]
+    if augmentation is None:
+        return torch.from_numpy(train.split.some_images(image_rows))
+    images = []
+    for row, record in zip(image_rows, records, strict=True):
+        image = decode_as(train.split.encoded(int(row)), data)
+        random = generator(seed, "initial augment", record)
+        images.append(torch.from_numpy(augment(image, augmentation, data.image_size, random)))
+    return torch.stack(images)

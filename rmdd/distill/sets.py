@@ -1,7 +1,7 @@
-"""The tensors of a set on disk: those of one phase, of what a student learns, or of a whole distilled set.
+"""Read and write the tensors of synthetic sets: the set of one phase, or all subsets of a distilled set.
 
-The group of each subset is its number: `0.images`, `0.texts`, `0.similarity.matrix` (or `.scale`, `.left` and `.right`,
-or none), `0.lr_image`, `0.lr_text`. The facts hold `alpha`, a number for each subset.
+Tensor names begin with the number of the subset: `0.images`, `0.texts`, `0.similarity.matrix` (or `.scale`, `.left` and
+`.right`, or none of them), `0.lr_image`, `0.lr_text`. The file's metadata holds `alpha`, one number per subset.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,17 +20,17 @@ def write_subsets(path: Path, subsets: Sequence[Mapping[str, Tensor]], alpha: Se
 
 
 def name_by_content(subsets: Sequence[Mapping[str, Tensor]], alpha: Sequence[float]) -> str:
-    """The same for the same tensors, as a file name."""
+    """Return a file name made of a hash of the tensors, so equal tensors get the same name."""
     named = {name: t.detach().cpu().contiguous() for name, t in _named(subsets).items()}
     return checksum(named, {"alpha": list(alpha)})[:16] + ".safetensors"
 
 
 def read_subsets(path: Path) -> list[tuple[dict[str, Tensor], float]]:
-    """Tensors and alpha of each subset in order. Raises `Damaged`."""
+    """Return the tensors and the alpha of each subset in order. Raises `Damaged` for an unreadable file."""
     tensors, facts = load_checked(path, ENTRY)
     groups, alpha = split_groups(tensors), facts["alpha"]
     if not isinstance(alpha, list) or groups.keys() != {str(k) for k in range(len(alpha))}:
-        raise Damaged("its tensors are not named as this rmdd names them; another version wrote it")
+        raise Damaged("its tensor names are not those of this rmdd; another version wrote it")
     return [(groups[str(k)], float(a)) for k, a in enumerate(alpha)]
 
 
@@ -39,7 +39,7 @@ def save_set(synthetic: Synthetic, path: Path) -> None:
 
 
 def load_set(path: Path) -> Synthetic:
-    """Raises `ValueError` when the file is damaged."""
+    """Read the set of one phase. Raises `ValueError` when the file is damaged."""
     try:
         ((tensors, alpha),) = read_subsets(path)
     except Damaged as error:

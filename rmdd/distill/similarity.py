@@ -1,7 +1,7 @@
-"""The learned target similarity of M pairs: full, low-rank, or fixed at the identity.
+"""The learned target similarity of M pairs: a full matrix, a low-rank form, or the fixed identity.
 
-M pairs, B of them in a batch, R rank. Rows are images, columns texts; neither symmetric nor bounded.
-Tensors are held by name so that an optimiser, a checkpoint and an artefact see the same thing.
+M pairs, B of them in a batch, R rank. Rows are images and columns are texts. The matrix need not be symmetric, and its
+entries are not bounded. Optimisers, checkpoints and distilled sets use the same tensor names.
 """
 
 import torch
@@ -12,7 +12,7 @@ from rmdd import config
 
 
 def initial(rule: config.Similarity, pairs: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Starting tensors; each kind starts at S = I exactly (LoRS: omega ones, L normal, R zero)."""
+    """Return the initial tensors; every kind starts at exactly S = I (LoRS: omega is one, L normal, R zero)."""
     if rule.kind == "full":
         return {"matrix": torch.eye(pairs)}
     if rule.kind == "low_rank":
@@ -25,19 +25,19 @@ def initial(rule: config.Similarity, pairs: int, generator: torch.Generator) -> 
 
 
 def per_pair(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same similarity with an omega for every pair, as an artefact holds it."""
+    """Return the same similarity with one diagonal value (omega) per pair, as a distilled set stores it."""
     if "scale" not in tensors:
         return tensors
     return tensors | {"scale": tensors["scale"].expand(tensors["left"].shape[0]).contiguous()}
 
 
 def gather(tensors: dict[str, Tensor], index: Int[Tensor, " B"]) -> dict[str, Tensor]:
-    """The parts of `tensors` that the pairs at `index` use."""
+    """Return the rows and columns of `tensors` that belong to the pairs at `index`."""
     return {n: t[index][:, index] if n == "matrix" else t[index] if t.ndim else t for n, t in tensors.items()}
 
 
 def scatter_add(total: dict[str, Tensor], index: Int[Tensor, " B"], parts: dict[str, Tensor]) -> None:
-    """Add gradients of gathered `parts` into `total`, in place."""
+    """Add the gradients `parts` of a mini-batch to `total` in place; the inverse of `gather`."""
     for name, part in parts.items():
         if name == "matrix":
             total[name].index_put_((index[:, None], index[None, :]), part, accumulate=True)
@@ -48,7 +48,7 @@ def scatter_add(total: dict[str, Tensor], index: Int[Tensor, " B"], parts: dict[
 
 
 def dense(parts: dict[str, Tensor], alpha: float, like: Float[Tensor, " B *_"]) -> Float[Tensor, "B B"]:
-    """S = matrix, or diag(scale) + alpha/R left right^T, or the identity; differentiable, never clamped."""
+    """Return S as a matrix: `matrix`, or diag(scale) + alpha/R left right^T, or the identity. Differentiable."""
     if "matrix" in parts:
         return parts["matrix"]
     if "left" in parts:

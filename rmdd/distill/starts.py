@@ -1,4 +1,4 @@
-"""The real pairs that a phase starts from: drawn at random, or prototypes (the idea is AMD's, `rmdd.methods.amd`)."""
+"""Choice of the real pairs that a phase starts from: random pairs, or k-means prototypes (from AMD)."""
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from rmdd.models.prepared import PreparedSplit
 
 
 def check_enough(phase: int, pairs: int, train: PreparedSplit) -> None:
-    """Raise `ValueError` when a phase wants more pairs than there are caption records."""
+    """Raise `ValueError` when a phase needs more pairs than the train split has caption records."""
     total = len(train.split.captions)
     if pairs > total:
         raise ValueError(
@@ -21,7 +21,7 @@ def check_enough(phase: int, pairs: int, train: PreparedSplit) -> None:
 
 
 def choose_records(phase: int, pairs: int, train: PreparedSplit, seed: int) -> list[int]:
-    """Caption records that a phase starts from: uniform without replacement, so two may share an image."""
+    """Draw the caption records that a phase starts from, uniformly without replacement; two may share an image."""
     check_enough(phase, pairs, train)
     total = len(train.split.captions)
     return torch.randperm(total, generator=generator(seed, "initial records", phase))[:pairs].tolist()
@@ -30,22 +30,22 @@ def choose_records(phase: int, pairs: int, train: PreparedSplit, seed: int) -> l
 def prototypes(
     model: DualEncoder, device: torch.device, seed: int, phase: int, pairs: int, train: PreparedSplit
 ) -> list[int]:
-    """The caption records nearest to the `pairs` k-means centres of image and text embeddings, unit length each, as the
-    image tower of `model` on `device` sees them.
+    """Return the caption records nearest to `pairs` k-means centres of concatenated image and text embeddings.
 
-    Unit lengths, so that neither side outweighs the other, and k-means by mini-batches, for the sake of COCO, are ours.
+    The image tower of `model` (on `device`) computes the image embeddings. Unlike AMD, we scale both embeddings to unit
+    length, so neither outweighs the other, and use mini-batch k-means, because COCO is large.
     """
     from sklearn.cluster import MiniBatchKMeans
 
     check_enough(phase, pairs, train)
     tower = model.eval()
     with torch.no_grad():
-        seen = in_chunks(
+        features = in_chunks(
             lambda rows: tower.image_tower(normalise(torch.tensor(rows).to(device), train.mean, train.std)).cpu(),
             train.split.images,
             256,
         )
-    images = torch.nn.functional.normalize(seen, dim=1).numpy()
+    images = torch.nn.functional.normalize(features, dim=1).numpy()
     texts = torch.nn.functional.normalize(torch.tensor(train.texts), dim=1).numpy()
     points = np.concatenate([images[train.split.image_of], texts], axis=1)
     means = MiniBatchKMeans(pairs, random_state=derive(seed, "prototypes", phase) % 2**32, n_init=1, batch_size=4096)

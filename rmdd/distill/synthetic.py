@@ -14,23 +14,27 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Synthetic:
-    """Tensors of one phase; images live in normalised space, nothing is bounded."""
+    """The learnable tensors of one phase. Images have normalised pixels; no tensor is clamped."""
 
     images: Float[Tensor, " M *image"]
-    """(M,3,H,W) as stored, or (M,D) features where a frozen tower lies in front."""
+    """Images (M,3,H,W) as stored, or their features (M,D) when the image tower is frozen."""
     texts: Float[Tensor, " M *text"]
-    """(M,F) embeddings, or (M,L,d) of tokens where a method learns these; padding is zero."""
+    """Text embeddings (M,F), or token embeddings (M,L,d) with zeros as padding for methods that learn tokens."""
     lr_image: Float[Tensor, ""]
+    """Learned inner SGD rate of the image tower."""
     lr_text: Float[Tensor, ""]
+    """Learned inner SGD rate of the text tower."""
     similarity: dict[str, Tensor] = field(default_factory=dict)
+    """Tensors of the learned similarity (see `rmdd.distill.similarity`); empty for the identity."""
     alpha: float = 1.0
+    """Weight of the low-rank part of the similarity."""
 
     @property
     def pairs(self) -> int:
         return self.images.shape[0]
 
     def tensors(self) -> dict[str, Tensor]:
-        """All learnable tensors by name."""
+        """Return all learnable tensors by name."""
         named = {"images": self.images, "texts": self.texts, "lr_image": self.lr_image, "lr_text": self.lr_text}
         return named | {f"similarity.{n}": t for n, t in self.similarity.items()}
 
@@ -42,7 +46,7 @@ class Synthetic:
 
 
 def from_tensors(named: dict[str, Tensor], alpha: float) -> Synthetic:
-    """The inverse of `Synthetic.tensors`."""
+    """Build a `Synthetic` from named tensors; the inverse of `Synthetic.tensors`."""
     prefix = "similarity."
     similarity = {n.removeprefix(prefix): t for n, t in named.items() if n.startswith(prefix)}
     rest = {n: named[n] for n in ("images", "texts", "lr_image", "lr_text")}
@@ -54,9 +58,9 @@ def zeros_like(synthetic: Synthetic) -> Synthetic:
 
 
 def enlarged(images: Float[Tensor, "B 3 h w"], size: int) -> Float[Tensor, "B 3 H W"]:
-    """Pictures of side `size`, bilinear; as they are where that is their size.
+    """Enlarge images to `size` x `size` by bilinear interpolation; images of that size are returned unchanged.
 
-    Smaller pictures are cheaper, so a budget holds more of them (Kim et al., ICML 2022, multi-formation).
+    Smaller stored images are cheaper, so a budget holds more of them (multi-formation of Kim et al., ICML 2022).
     """
     if images.shape[-1] == size:
         return images
@@ -64,5 +68,5 @@ def enlarged(images: Float[Tensor, "B 3 h w"], size: int) -> Float[Tensor, "B 3 
 
 
 def reduced(images: Float[Tensor, "B 3 H W"], size: int) -> Float[Tensor, "B 3 h w"]:
-    """Pictures of side `size`, each pixel the mean of those it covers."""
+    """Shrink images to `size` x `size`; each new pixel is the mean of the area that it covers."""
     return images if images.shape[-1] == size else F.interpolate(images, (size, size), mode="area")

@@ -2,15 +2,16 @@
 
 M synthetic pairs, B of them in a mini-batch, K inner steps, F text width, H W image size, P parameters.
 
-A student takes K plain SGD steps on synthetic mini-batches. How far it ends from the expert's target is the
-miss, and its gradient with respect to everything learnable comes from one sweep backwards over the steps, one
-step's graph at a time. With lambda = d miss / d theta_K and, per step, q = -<eta lambda, grad_theta loss(theta_i)>:
+A student takes K plain SGD steps on synthetic mini-batches. The miss is its distance to the expert's target after
+these steps. The gradient of the miss with respect to all learnable tensors is computed backwards, step by step, with
+the graph of one step in memory. With lambda = d miss / d theta_K and, per step, q = -<eta lambda, grad_theta
+loss(theta_i)>:
 
     d eta -= <lambda, g_i>        d batch, d similarity += dq        exact only: lambda += dq / d theta_i
 
-Leaving out the last update gives the estimator of TESLA, LoRS, RepBlend and PTM-ST (`first_order`).
-theta_i is kept, not stepped back to from theta_i+1: a ulp flips a ReLU whose input is exactly zero, as behind a norm
-that starts at zero.
+Without the last update this is the estimator of TESLA, LoRS, RepBlend and PTM-ST (`first_order`).
+All theta_i are stored. Recomputing theta_i from theta_i+1 would round differently, which can flip a ReLU whose input is
+exactly zero, for example after a normalisation layer that starts at zero.
 """
 
 import functools
@@ -41,21 +42,20 @@ StudentLoss = Callable[[Params, Tensor, Tensor, Tensor, int], Tensor]
 
 @dataclass(frozen=True)
 class Engine:
-    """How the same numbers are computed, but for `bfloat16`."""
+    """Speed and memory options of the meta-gradient; only `bfloat16` changes its value beyond rounding."""
 
     second_pass: Literal["forward", "reverse"] = "reverse"
-    """How q is differentiated: reverse twice, or reverse over forward mode, which never forms weight gradients whose
-    value is not needed. torch's forward mode of some operations may not be differentiated again: ask
-    `forward_suits` first."""
+    """How q is differentiated: reverse mode twice, or reverse over forward mode, which skips unneeded weight gradients.
+    Some torch operations have a forward mode that cannot be differentiated again; check with `forward_suits` first."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """`bfloat16`: the student's matrix products; parameters, lambda and every sum over them stay as they are."""
+    """Number type of the student's matrix products; parameters, lambda and their sums keep their own type."""
     trajectory: Literal["device", "cpu", "recompute"] = "device"
-    """Where the K vectors of parameters wait for the second pass; `recompute` keeps about 2 sqrt(K) of them and
-    takes most steps of the first pass twice."""
+    """Where the K parameter vectors are stored until the second pass; `recompute` stores only about 2 sqrt(K) of them
+    and computes most steps of the first pass twice."""
     reuse: int = 0
-    """The last so many steps (with `recompute`, of its last stretch) keep the graph of the first pass for the second,
-    which is then in reverse mode: about two ninths less arithmetic for each, and one graph more to hold for each beyond
-    the first."""
+    """Number of last steps whose first-pass graph is kept for the second pass (with `recompute`, steps of the last
+    segment). These steps use reverse mode and need about 2/9 less arithmetic each, but each after the first keeps one
+    more graph in memory."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class MetaGradient:
 
     loss: Float[Tensor, ""]
     miss: dict[str, Float[Tensor, ""]]
-    """Per tower: squared distance to the target over that of the start."""
+    """Squared distance to the target divided by that of the start, by tower."""
     gradient: Synthetic
     student_loss: Float[Tensor, ""]
     """Inner loss of the first step."""
@@ -83,14 +83,15 @@ def meta_gradient(
 ) -> MetaGradient:
     """Train from `start` on `synthetic` for K steps and differentiate the miss to `target`.
 
-    Memory: the K sets of parameters, a few more, and the graph of one step. `student_loss` must give the same value for
-    the same step in both passes (dropout draws by step). Raises `ValueError` when start equals target in a tower.
+    Memory: a few more than K parameter sets, and the graph of one step. `student_loss` must return the same value for
+    the same step in both passes, so dropout has to be seeded by step. Raises `ValueError` when start and target are
+    equal in a tower.
     """
     layout = _Layout.of(start)
     begin, goal = layout.listed(start), layout.listed(target)
     reach, rates = _reach(begin, goal, layout, branches, {"image": synthetic.lr_image, "text": synthetic.lr_text})
     passes = _Passes(student_loss, synthetic, batches, layout, engine)
-    tiny = min(map(abs, rates.values())) < SMALLEST_RATE  # then g cannot be had from the way from theta_i to theta_i+1
+    tiny = min(map(abs, rates.values())) < SMALLEST_RATE  # theta_i+1 - theta_i is then too imprecise to recover g
     if tiny:
         passes.mode = "reverse"
 
@@ -103,7 +104,7 @@ def meta_gradient(
     gradient = zeros_like(synthetic)
     rate_gradient = {"image": gradient.lr_image, "text": gradient.lr_text}
     stays = estimator == "first_order" and not tiny
-    if stays:  # lambda meets the sum of all g, and is needed as -eta lambda from then on
+    if stays:  # lambda is constant: take its product with the sum of all g once, then scale it to -eta lambda
         for tower, part in layout.parts():
             rate_gradient[tower] += _along(adjoint[part], path.end[part], begin[part]) / rates[tower]
             torch._foreach_mul_(adjoint[part], -rates[tower])
@@ -130,22 +131,22 @@ def meta_gradient(
 
 
 Vector = list[Tensor]
-"""All parameters, the image tower's first: a list, for to lay them end to end costs as much as to step."""
+"""All parameters as a list, those of the image tower first; concatenating them would cost as much as an SGD step."""
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where each parameter lies in the list of all of them."""
+    """Order of the parameters in a `Vector`, and the slice of each tower."""
 
     names: tuple[str, ...]
     towers: dict[str, slice]
 
     @classmethod
     def of(cls, params: Params) -> "_Layout":
-        each = {tower: [n for n in params if tower_of(n) == tower] for tower in TOWERS}
-        split, total = len(each["image"]), len(params)
-        places = {"image": slice(0, split), "text": slice(split, total)}
-        return cls((*each["image"], *each["text"]), {t: places[t] for t in TOWERS if each[t]})
+        names = {tower: [n for n in params if tower_of(n) == tower] for tower in TOWERS}
+        split, total = len(names["image"]), len(params)
+        slices = {"image": slice(0, split), "text": slice(split, total)}
+        return cls((*names["image"], *names["text"]), {t: slices[t] for t in TOWERS if names[t]})
 
     def parts(self) -> Iterable[tuple[str, slice]]:
         return self.towers.items()
@@ -154,13 +155,13 @@ class _Layout:
         return [params[n].detach() for n in self.names]
 
     def scaled(self, vector: Vector, rates: dict[str, float]) -> Vector:
-        """Times minus the rate of each tower."""
+        """Multiply `vector` by minus the learning rate of each tower."""
         return [p for tower, part in self.parts() for p in torch._foreach_mul(vector[part], -rates[tower])]
 
 
 @dataclass(frozen=True)
 class _Graph:
-    """The gradient of one step's loss, to be differentiated once more."""
+    """The gradient of the loss of one step with its autograd graph, so it can be differentiated again."""
 
     pairs: dict[str, Tensor]
     leaves: Vector
@@ -171,7 +172,7 @@ _Second = tuple[dict[str, Tensor], tuple[Tensor, ...], Vector]
 
 
 class _Passes:
-    """One student step, differentiated once or twice."""
+    """First and second derivatives of single student steps."""
 
     def __init__(self, loss: StudentLoss, synthetic: Synthetic, batches: Tensor, layout: _Layout, engine: Engine):
         self.student_loss, self.synthetic, self.batches, self.layout = loss, synthetic, batches, layout
@@ -185,7 +186,7 @@ class _Passes:
             return self.student_loss(params, pairs["images"], pairs["texts"], target, step)
 
     def first(self, theta: Vector, step: int, *, keep: bool = False) -> tuple[Tensor, _Graph]:
-        """The loss and its gradient; `keep`: so that it can be differentiated."""
+        """Return the loss of a step and its gradient; `keep` retains the graph, so the gradient is differentiable."""
         leaves = [p.detach().requires_grad_() for p in theta]
         pairs = {n: t.requires_grad_(keep) for n, t in _pairs_at(self.synthetic, self.batches[step]).items()}
         loss = self.loss(leaves, pairs, step)
@@ -193,19 +194,20 @@ class _Passes:
         return loss.detach(), _Graph(pairs, leaves, grads)
 
     def second(self, theta: Vector, along: Vector, step: int, exact: bool, graph: _Graph | None = None) -> _Second:
-        """Gradient of <along, grad_theta loss> in the pairs and, if `exact`, in theta; reverse mode has g as well.
+        """Differentiate <along, grad_theta loss> with respect to the pairs and, if `exact`, to theta.
 
-        `graph` is that of the first pass, where it was kept."""
+        Also returns the gradient g of the step in reverse mode (an empty list in forward mode). `graph` is the graph of
+        the first pass, or None if it was not kept."""
         if self.mode == "forward" and graph is None:
             return self.by_forward(theta, along, step, exact)
         return self.by_reverse(theta, along, step, exact, graph)
 
     def by_reverse(self, theta: Vector, along: Vector, step: int, exact: bool, graph: _Graph | None = None) -> _Second:
         graph = graph or self.first(theta, step, keep=True)[1]
-        reached = [(g, v) for g, v in zip(graph.grads, along, strict=True) if g.requires_grad]
-        outputs, weights = [g for g, _ in reached], [v for _, v in reached]
-        back = self._divide(outputs, weights, graph.pairs, graph.leaves if exact else [])
-        return *back, [g.detach() for g in graph.grads]
+        outputs = [g for g in graph.grads if g.requires_grad]
+        weights = [v for g, v in zip(graph.grads, along, strict=True) if g.requires_grad]
+        derivatives = self._differentiate(outputs, weights, graph.pairs, graph.leaves if exact else [])
+        return *derivatives, [g.detach() for g in graph.grads]
 
     def by_forward(self, theta: Vector, along: Vector, step: int, exact: bool) -> _Second:
         _load_forward_mode()
@@ -214,21 +216,21 @@ class _Passes:
         with forward_ad.dual_level():
             moving = [forward_ad.make_dual(p, v) for p, v in zip(leaves, along, strict=True)]
             slope = forward_ad.unpack_dual(self.loss(moving, pairs, step)).tangent
-        return *self._divide([slope], None, pairs, leaves if exact else []), []
+        return *self._differentiate([slope], None, pairs, leaves if exact else []), []
 
     @staticmethod
-    def _divide(
+    def _differentiate(
         outputs: list[Tensor], weights: list[Tensor] | None, pairs: dict[str, Tensor], leaves: list[Tensor]
     ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
-        back = torch.autograd.grad(
+        grads = torch.autograd.grad(
             outputs, [*pairs.values(), *leaves], weights, allow_unused=True, materialize_grads=True
         )
-        return dict(zip(pairs, back, strict=False)), back[len(pairs) :]
+        return dict(zip(pairs, grads, strict=False)), grads[len(pairs) :]
 
 
 @functools.cache
 def _load_forward_mode() -> None:
-    """torch scripts some formulas when it first makes a dual number, and warns of its own deprecation."""
+    """Import torch's forward-mode formulas once and silence the deprecation warning that torch raises for itself."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         import torch._decomp.decompositions_for_jvp  # noqa: F401
@@ -243,8 +245,11 @@ def forward_suits(
     estimator: Literal["exact", "first_order"] = "exact",
     precision: Literal["float32", "bfloat16"] = "float32",
 ) -> bool:
-    """Whether forward mode differentiates q of this student as reverse mode does, tried on one batch along a direction
-    that `start` decides. In float32 it finds gross errors only. Says in a warning why it does not suit."""
+    """Return whether forward mode gives the same derivatives of q as reverse mode for this student; warn if not.
+
+    Both modes are compared on one batch, along a direction computed from `start`. In float32, only gross errors are
+    detected.
+    """
     layout, exact = _Layout.of(start), estimator == "exact"
     passes = _Passes(student_loss, synthetic, batch[None], layout, Engine(precision=precision))
     theta = layout.listed(start)
@@ -259,19 +264,19 @@ def forward_suits(
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:120]
     else:
-        least = 1e-6 * max(e.norm() for e in expected)  # a gradient of nothing but rounding is not compared
-        found = [*parts.values(), *([_flat(on_theta)] if on_theta else [])]
-        gaps = [(f - e).norm() / torch.maximum(e.norm(), least) for e, f in zip(expected, found, strict=True)]
+        smallest = 1e-6 * max(e.norm() for e in expected)  # smaller gradients are mostly rounding errors
+        actual = [*parts.values(), *([_flat(on_theta)] if on_theta else [])]
+        gaps = [(a - e).norm() / torch.maximum(e.norm(), smallest) for e, a in zip(expected, actual, strict=True)]
         gap = torch.stack(gaps).max().item()
         tolerance = 0.1 if passes.half else 1e-8 if size.dtype == torch.float64 else 1e-2
-        reason = "" if gap < tolerance else f"they differ by {gap:.1e}"
+        reason = "" if gap < tolerance else f"its derivatives differ from reverse mode by {gap:.1e}"
     if reason:
         logger.warning("forward mode does not suit this student (%s); the second pass uses reverse mode", reason)
     return not reason
 
 
 class _Path:
-    """The student's K steps: its end, and backwards the parameters before each."""
+    """The student's K steps: the parameters at the end and, in reverse order, the parameters before each step."""
 
     def __init__(self, passes: _Passes, rates: dict[str, float], begin: Vector, engine: Engine):
         self.passes, self.rates, self.engine = passes, rates, engine
@@ -281,46 +286,46 @@ class _Path:
         self.first_loss, self.end = begin[0].new_zeros(()), begin
         for first in range(0, self.steps, self.stride):
             self.starts.append(self.end)
-            self.kept = self._walk(first, min(first + self.stride, self.steps))
+            self.segment = self._walk(first, min(first + self.stride, self.steps))
 
     def back(self) -> Iterator[tuple[int, Vector, _Graph | None]]:
         step, device = self.steps, self.first_loss.device
-        self.end = self.starts[-1]  # the caller has the last parameters, and lets go of them
+        self.end = self.starts[-1]  # drop our reference to the last parameters, so the caller can free them
         while self.starts:
-            while self.kept:
+            while self.segment:
                 step -= 1
-                theta, graph = self.kept.pop()
+                theta, graph = self.segment.pop()
                 yield step, [p.to(device) for p in theta], graph
                 del theta, graph
             self.starts.pop()
             if self.starts:
                 self.end = self.starts[-1]
-                self.kept = self._walk(step - self.stride, step)
+                self.segment = self._walk(step - self.stride, step)
 
     def _walk(self, first: int, last: int) -> list[tuple[Vector, _Graph | None]]:
-        """From `end` through steps first .. last - 1; the parameters before each, and the graphs that are reused."""
-        kept: list[tuple[Vector, _Graph | None]] = []
+        """Take the steps first .. last - 1 from `end`; return the parameters before each, and the graphs to reuse."""
+        segment: list[tuple[Vector, _Graph | None]] = []
         for step in range(first, last):
             theta = self.end
             keep = last == self.steps and step >= last - self.engine.reuse
             loss, graph = self.passes.first(theta, step, keep=keep)
             if step == 0:
                 self.first_loss = loss
-            waiting = [p.cpu() for p in theta] if self.engine.trajectory == "cpu" else theta
-            kept.append((waiting, graph if keep else None))
+            stored = [p.cpu() for p in theta] if self.engine.trajectory == "cpu" else theta
+            segment.append((stored, graph if keep else None))
             self.end = []
             for tower, part in self.passes.layout.parts():
                 grads = [g.detach() for g in graph.grads[part]]
                 self.end += torch._foreach_add(theta[part], grads, alpha=-self.rates[tower])
             del graph, grads
-        return kept
+        return segment
 
 
 def _pairs_at(synthetic: Synthetic, index: Int[Tensor, " B"]) -> dict[str, Tensor]:
     parts = similarity.gather(synthetic.similarity, index)
     named = {"images": synthetic.images[index], "texts": synthetic.texts[index]}
     named |= {f"similarity.{n}": t for n, t in parts.items()}
-    return {n: t.detach() for n, t in named.items()}  # a scalar diagonal is the set's own tensor
+    return {n: t.detach() for n, t in named.items()}  # `gather` returns a scalar diagonal without copying it
 
 
 def _target(synthetic: Synthetic, pairs: dict[str, Tensor]) -> Float[Tensor, "B B"]:
@@ -337,9 +342,9 @@ def _add(total: Synthetic, index: Int[Tensor, " B"], parts: dict[str, Tensor]) -
 def _reach(
     begin: Vector, goal: Vector, layout: _Layout, branches: str, rates: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Squared distance from start to target per tower (merged: of both together), and the rates as numbers.
+    """Return the squared distance from start to target per tower (`merged`: the sum of both), and the rates as floats.
 
-    The only place of a step that waits for the device.
+    This is the only place in a meta-gradient where the CPU waits for the device.
     """
     reach = {
         tower: _squared(b - g for b, g in zip(begin[part], goal[part], strict=True)) for tower, part in layout.parts()
@@ -349,7 +354,7 @@ def _reach(
         if distance == 0:
             raise ValueError(
                 f"start and target have the same {tower} parameters, so there is nothing to match; "
-                "start before the endpoint and train that tower"
+                "choose a start before the endpoint, and experts that train this tower"
             )
     if branches == "merged":
         both = torch.stack(list(reach.values())).sum()
@@ -358,14 +363,15 @@ def _reach(
 
 
 def _squared(vector: Iterable[Tensor]) -> Float[Tensor, ""]:
-    """Its squared length. (Norms that are squared afterwards lose digits in float32.)"""
+    """Return the squared length of `vector`; squaring `norm()` instead would lose digits in float32."""
     return torch.stack([part.square().sum() for part in vector]).sum()
 
 
 def _along(vector: Vector, to: Vector, origin: Vector | None = None) -> Float[Tensor, ""]:
-    """<vector, to - origin>."""
-    ways = to if origin is None else (t - o for t, o in zip(to, origin, strict=True))
-    return torch.stack([torch.dot(v.reshape(-1), w.reshape(-1)) for v, w in zip(vector, ways, strict=True)]).sum()
+    """Return the scalar product <vector, to - origin>; `origin` defaults to zero."""
+    differences = to if origin is None else (t - o for t, o in zip(to, origin, strict=True))
+    dots = [torch.dot(v.reshape(-1), d.reshape(-1)) for v, d in zip(vector, differences, strict=True)]
+    return torch.stack(dots).sum()
 
 
 def _flat(vector: Sequence[Tensor]) -> Float[Tensor, " P"]:
@@ -373,7 +379,7 @@ def _flat(vector: Sequence[Tensor]) -> Float[Tensor, " P"]:
 
 
 def squared_distance(a: Params, b: Params, tower: str) -> Float[Tensor, ""]:
-    """Squared Euclidean distance over the parameters of one tower."""
+    """Return the squared Euclidean distance between the parameters of one tower."""
     total = next(iter(a.values())).new_zeros(())
     for name in a:
         if tower_of(name) == tower:

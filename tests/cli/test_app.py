@@ -19,7 +19,7 @@ from rmdd.cli import app as cli
 from rmdd.config.template import template
 from rmdd.core.layout import require_layout
 from rmdd.core.storage import open_storage
-from rmdd.distill.guard import Derailed
+from rmdd.distill.guard import PhaseDiverged
 from rmdd.execution.tasks import Interrupted
 
 TINY = [
@@ -245,7 +245,7 @@ def test_json_is_one_object_and_nothing_else(here, monkeypatch):
     [
         (ValueError("no such thing"), 1, "error: no such thing", False),
         (FloatingPointError("not finite"), 1, "error: not finite\nlower the rates it names and use `rmdd run`", False),
-        (Derailed("not finite; halve"), 1, "error: not finite; halve\n", False),
+        (PhaseDiverged("not finite; halve"), 1, "error: not finite; halve\n", False),
         (RuntimeError("worker died"), 1, "error: worker died\nwhen that is mended, resume with: ", True),
         (OSError("disk full"), 1, "error: disk full", True),
         (KeyboardInterrupt(), 130, "stopped; resume with: ", True),

@@ -8,7 +8,7 @@ from toy import RATES, assert_same_results, distil, first_set, lines_of, run_of,
 
 from rmdd import config
 from rmdd.distill import loop
-from rmdd.distill.guard import Derailed, vitals, what_is_wrong
+from rmdd.distill.guard import PhaseDiverged, divergence_reason, health_numbers
 from rmdd.distill.loop import State
 from rmdd.distill.trajectory import matching, stepping
 
@@ -135,7 +135,7 @@ def test_rates_that_are_too_high_are_halved_until_it_goes(store, tmp_path):
 def test_after_its_retries_it_fails_with_the_command_to_go_on(store, tmp_path, monkeypatch):
     derail(monkeypatch, DAMAGE["dead"][1], times=5)
     with pytest.raises(
-        Derailed, match=r"3 rollbacks with halved rates did not help\. .*good.safetensors holds itera"
+        PhaseDiverged, match=r"3 rollbacks with halved rates did not help\. .*good.safetensors holds itera"
     ) as e:
         distil(guarded(), store, tmp_path)
     assert "holds iteration 4" in str(e.value) and "rmdd run RUN.yaml --set distill.guard.retries=7" in str(e.value)
@@ -153,7 +153,7 @@ def test_after_its_retries_it_fails_with_the_command_to_go_on(store, tmp_path, m
 
 def test_no_retries_fail_at_once(store, tmp_path, monkeypatch):
     derail(monkeypatch, DAMAGE["infinite"][1])
-    with pytest.raises(Derailed, match=r"0 rollbacks .* --set distill.guard.retries=1"):
+    with pytest.raises(PhaseDiverged, match=r"0 rollbacks .* --set distill.guard.retries=1"):
         distil(guarded(guard={"retries": 0}), store, tmp_path)
     assert not rollbacks_of(tmp_path)
 
@@ -198,7 +198,7 @@ def test_killed_in_the_middle_of_a_rollback_has_the_bits_of_unbroken(
 
         return maybe
 
-    judge = loop.what_is_wrong
+    judge = loop.divergence_reason
 
     def arm(*args):
         found = judge(*args)
@@ -207,7 +207,7 @@ def test_killed_in_the_middle_of_a_rollback_has_the_bits_of_unbroken(
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "what_is_wrong", arm)
+        patch.setattr(loop, "divergence_reason", arm)
         patch.setattr(loop, "append_jsonl", counted(loop.append_jsonl))
         patch.setattr(State, "save", counted(State.save))
         with pytest.raises(Killed):
@@ -244,10 +244,10 @@ def test_what_a_skipped_step_would_have_done_is_no_derailment(store, tmp_path, m
 @pytest.mark.parametrize("kind", ["full", "low_rank", "identity"])
 def test_vitals(kind):
     begun = first_set(kind, alpha=3.0)
-    total, lr_image, lr_text, diagonal = vitals(begun, torch.tensor(2.0)).tolist()
+    total, lr_image, lr_text, diagonal = health_numbers(begun, torch.tensor(2.0)).tolist()
     assert total == pytest.approx(2 + sum(float(t.sum()) for t in begun.tensors().values()), rel=1e-4)
     assert (lr_image, lr_text, diagonal) == pytest.approx((0.1, 0.1, 1.0))
-    assert what_is_wrong([total, lr_image, lr_text, diagonal], (0.1, 0.1), config.Distill()) is None
+    assert divergence_reason([total, lr_image, lr_text, diagonal], (0.1, 0.1), config.Distill()) is None
 
 
 def test_the_diagonal_of_factors_is_the_printed_one():
@@ -256,7 +256,7 @@ def test_the_diagonal_of_factors_is_the_printed_one():
     parts = {n: torch.randn(t.shape, generator=random) for n, t in begun.similarity.items()}
     moved = replace(begun, similarity=parts)
     whole = torch.diag(parts["scale"]) + 3.0 / 2 * parts["left"] @ parts["right"].T
-    assert vitals(moved, torch.tensor(0.0))[3].item() == pytest.approx(whole.diagonal().max().item(), rel=1e-5)
+    assert health_numbers(moved, torch.tensor(0.0))[3].item() == pytest.approx(whole.diagonal().max().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -275,8 +275,8 @@ def test_the_diagonal_of_factors_is_the_printed_one():
 )
 def test_what_is_wrong(numbers, rule, healthy):
     judged = config.Distill(guard=config.Guard(**rule))
-    assert (what_is_wrong(numbers, (0.1, 0.1), judged) is None) == healthy
+    assert (divergence_reason(numbers, (0.1, 0.1), judged) is None) == healthy
 
 
 def test_other_losses_know_no_positives():
-    assert what_is_wrong([1.0, 0.1, 0.1, 0.2], (0.1, 0.1), config.Distill(loss="infonce")) is None
+    assert divergence_reason([1.0, 0.1, 0.1, 0.2], (0.1, 0.1), config.Distill(loss="infonce")) is None

@@ -126,14 +126,14 @@ class Averaging:
             facts=told,
         )
 
-    def taken(self, state: State) -> None:
+    def accept(self, state: State) -> None:
         if self.learns:
             self.ranks.call("after", self._sent(state.raw), state.iteration - 1)
 
     def learned(self) -> dict[str, Tensor]:
         return self.ranks.call("tensors")[0]
 
-    def relearn(self, learned: dict[str, Tensor]) -> None:
+    def restore(self, learned: dict[str, Tensor]) -> None:
         if self.learns:
             self.ranks.call("load", {n: t.cpu() for n, t in learned.items()})
 

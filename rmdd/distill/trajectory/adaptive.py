@@ -1,16 +1,17 @@
-"""`phases: adaptive`: the range of starts and the endpoint of a phase move while it is distilled.
+"""`phases: adaptive`: move the range of start epochs and the endpoint of a phase while it is distilled.
 
-Phases begin as `auto` plans them, with real-valued starts. Every `distill.plan.every` updates the first-order matching
-gradients of the set as it is now are taken at the bounds of the range, a `pace` beyond them and in its middle:
+Phases begin as planned by `auto`, but with real-valued starts. Every `distill.plan.every` updates, first-order matching
+gradients of the current set are computed in the middle of the range, at both bounds, and `pace` epochs outside them:
 
-    a bound moves out by `pace` where the gradient beyond it agrees with the middle's (cosine at least `agreement`),
-    and in by `pace` where its own opposes the middle's (cosine below 0), down to a range of one epoch;
-    the endpoint is the first kept epoch that the targets of the range fit below, never one before the planned, nor one
-    whose shortcut is bent by more than `min_straightness` allows.
+    a bound moves outwards by `pace` if the gradient outside it agrees with that of the middle (cosine at least
+    `agreement`); it moves inwards by `pace`, down to a range of one epoch, if the gradient at the bound opposes that
+    of the middle (cosine below 0);
+    the endpoint becomes the first stored epoch that lies beyond all targets of the range; it never moves before the
+    planned endpoint, and never to an epoch whose shortcut is less straight than `min_straightness`.
 
-The first phase keeps its lower bound, for its student begins at epoch 0. A move is a function of the set and of the
-window before it, which is part of every checkpoint, so that a phase that was killed goes on with the same bits. Pairs
-and updates stay as planned, and with them the budget.
+The first phase keeps its lower bound, because its student begins at epoch 0. A move depends only on the set and on the
+window before it. Both are in every checkpoint, so a killed phase resumes with bit-identical results. The numbers of
+pairs and updates, and so the budget, stay as planned.
 """
 
 import functools
@@ -24,17 +25,17 @@ from rmdd.distill.trajectory.statistics import probe, straightness
 from rmdd.experts.store import Store
 
 NARROWEST = 1.0
-"""Epochs of a range at least, but for a path that has no room for them."""
+"""Smallest width of a range in epochs; ranges on a very short path can be narrower."""
 
 
 def adapted(matcher: Matcher, state: State) -> State:
-    """`state` with the window that its next update draws from, to which `matcher` is set."""
+    """Return `state` with the window for its next update, and set `matcher` to that window."""
     phase, rule = matcher.run.distill.phases[matcher.phase], matcher.run.distill.plan
     window = state.window or Window(float(phase.start), float(phase.stop), phase.endpoint)
-    matcher.look_through(window)
+    matcher.set_window(window)
     if state.iteration and state.iteration % rule.every == 0:
         window = _moved(matcher, state, window)
-        matcher.look_through(window)
+        matcher.set_window(window)
     return replace(state, window=window)
 
 
@@ -45,10 +46,10 @@ def _moved(matcher: Matcher, state: State, now: Window) -> Window:
     middle = (now.low + now.stop) / 2
     above = min(now.stop + plan.pace, float(ends[-1] - ahead))
     below = now.low if matcher.phase == 0 else max(0.0, now.low - plan.pace)
-    matcher.look_through(Window(now.low, now.stop, _end(ends, above + ahead)))
+    matcher.set_window(Window(now.low, now.stop, _end(ends, above + ahead)))
     starts = [middle, now.low, below, now.stop, above]
-    seen = probe(matcher, state.raw, starts, experts=plan.experts, averaged=True).agreement()[0].tolist()
-    agree = dict(zip(("low", "below", "stop", "above"), seen[1:], strict=True))
+    cosines = probe(matcher, state.raw, starts, experts=plan.experts, averaged=True).agreement()[0].tolist()
+    agree = dict(zip(("low", "below", "stop", "above"), cosines[1:], strict=True))
 
     low, stop = now.low, now.stop
     if above > stop and agree["above"] >= plan.agreement:
@@ -64,11 +65,11 @@ def _moved(matcher: Matcher, state: State, now: Window) -> Window:
 
 @functools.lru_cache(maxsize=8)
 def _endpoints(store: Store, experts: tuple[int, ...], plan: Plan, planned: int) -> list[int]:
-    """Where a phase may end: the planned epoch, and those after it that the plan allows."""
+    """Return the possible endpoints of a phase: the planned epoch and later ones with a straight enough shortcut."""
     later = [e for e in plan.endpoints or store.kept_epochs if e > planned]
     return [planned, *(e for e in sorted(later) if straightness(store, experts, e) >= plan.min_straightness)]
 
 
 def _end(ends: list[int], needed: float) -> int:
-    """The first endpoint that is far enough."""
+    """Return the first endpoint at or after epoch `needed`, or the last endpoint."""
     return next((e for e in ends if e >= needed), ends[-1])

@@ -1,8 +1,8 @@
-"""Matching behind a frozen image tower: its features stand for the pictures, and the gradient goes through it once.
+"""Trajectory matching with a frozen image tower: match on its features, then carry the gradient back to the pixels.
 
-The tower is the same in all K steps, so its features of the pairs in use are computed once, the engine runs on
-features, and the sum of their gradients is carried back to the pixels in one pass: the same numbers as with the tower
-in every step (RepBlend card, section 4), at a fraction of the time. M pairs, D tower width.
+The tower is the same in all K steps. So the features of the used pairs are computed once, the engine runs on these
+features, and the sum of their gradients is propagated to the pixels in one pass. The result equals that of running the
+tower in every step (RepBlend), in a fraction of the time. M pairs, D tower width.
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ from rmdd.distill.unroll import MetaGradient
 Tower = Callable[[Tensor], Tensor]
 
 CHUNK = 32
-"""Pictures that go through the tower at once."""
+"""Number of images per forward pass of the tower."""
 
 
 def features_of(tower: Tower, synthetic: Synthetic, batches: Int[Tensor, "K B"]) -> Synthetic:
-    """`synthetic` with the features (M, D) of its pictures in their place; rows that no batch uses are zero."""
+    """Return `synthetic` with its images replaced by their features (M, D); rows that no batch uses are zero."""
     used = batches.unique().to(synthetic.images.device)
     with torch.no_grad():
         rows = torch.cat([tower(synthetic.images[part]) for part in used.split(CHUNK)])
@@ -30,10 +30,10 @@ def features_of(tower: Tower, synthetic: Synthetic, batches: Int[Tensor, "K B"])
     return dataclasses.replace(synthetic, images=features)
 
 
-def to_pixels(tower: Tower, synthetic: Synthetic, batches: Int[Tensor, "K B"], found: MetaGradient) -> MetaGradient:
-    """`found` with its gradient by features carried back to the pictures of `synthetic`."""
+def to_pixels(tower: Tower, synthetic: Synthetic, batches: Int[Tensor, "K B"], matched: MetaGradient) -> MetaGradient:
+    """Return `matched` with its gradient on features replaced by the gradient on the images of `synthetic`."""
     pixels = torch.zeros_like(synthetic.images)
     for part in batches.unique().to(pixels.device).split(CHUNK):
         images = synthetic.images[part].requires_grad_()
-        (pixels[part],) = torch.autograd.grad(tower(images), images, found.gradient.images[part])
-    return dataclasses.replace(found, gradient=dataclasses.replace(found.gradient, images=pixels))
+        (pixels[part],) = torch.autograd.grad(tower(images), images, matched.gradient.images[part])
+    return dataclasses.replace(matched, gradient=dataclasses.replace(matched.gradient, images=pixels))

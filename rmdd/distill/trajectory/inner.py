@@ -1,4 +1,4 @@
-"""The student's loss in one inner step, as a function of its parameters."""
+"""The loss of the student in one inner step, as a function of its parameters."""
 
 from collections.abc import Callable, Sequence
 
@@ -20,13 +20,13 @@ def student_loss(
     image_size: int | None = None,
     mix: Callable[[Tensor, int], Tensor] | None = None,
 ) -> StudentLoss:
-    """The inner loss of `model` under `rule`; a dropout seed for every inner step.
+    """Return the inner loss of `model` for the settings `rule`, with one dropout seed per inner step.
 
-    `mix(features, step)` changes what both encoders give, before the projections.
-    Pictures that are stored smaller than `image_size` are enlarged to it; features are taken as they are.
+    `mix(features, step)` changes the outputs of both encoders before the projections. Images smaller than
+    `image_size` are enlarged to it; features are used unchanged.
 
-    With `same_mask` dropout (and any other noise of a tower, such as timm's stochastic depth) draws by step, so both
-    passes of the engine see one mask; `fresh_mask` draws another in the second pass, as the released code does.
+    With `same_mask`, dropout and other noise (such as timm's stochastic depth) is seeded by step, so both passes of the
+    engine use the same mask. `fresh_mask` draws a new mask in the second pass, as the released code does.
     """
     model.train(rule.inner_dropout != "off")
     loss = LOSSES[rule.loss]

@@ -1,4 +1,4 @@
-"""Meta-gradients of one phase: a draw, a student unrolled from it, its miss to the target."""
+"""Meta-gradients of one phase: draw a start, unroll a student from it, and differentiate its miss to the target."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,17 +20,17 @@ from rmdd.models.image import matching_context
 from rmdd.models.prepared import PreparedSplit
 
 PATH_BYTES = 4 * 2**30
-"""Checkpoints of experts held in memory at most; beyond it the one opened first is read again when its turn comes."""
+"""Memory limit in bytes for expert paths; above it, the path opened first is dropped and read again when needed."""
 
 
 @runtime_checkable
 class Matched(Protocol):
-    """What matching asks of a method; `rmdd.methods.trajectory.Method` has it."""
+    """Interface that a trajectory-matching method implements; see `rmdd.methods.trajectory.Method`."""
 
     run: config.Run
 
     def on(self, run: config.Run) -> "Matched":
-        """The same method of another run."""
+        """Return this method for another run."""
         ...
 
     def records(self, phase: int, train: PreparedSplit) -> list[int]: ...
@@ -47,11 +47,11 @@ class Matched(Protocol):
 
     def student_loss(self, model: DualEncoder, drawn: Draw) -> StudentLoss: ...
 
-    def corrected(self, found: MetaGradient, start: Params, target: Params) -> MetaGradient: ...
+    def corrected(self, matched: MetaGradient, start: Params, target: Params) -> MetaGradient: ...
 
 
 class Matcher:
-    """One phase's meta-gradients: the model, built once, and the experts' paths, opened once each."""
+    """Computes the meta-gradients of one phase; holds the student model and the paths of the experts."""
 
     def __init__(self, method: Matched, phase: int, store: Store, model: DualEncoder, device: torch.device):
         self.method, self.run = method, method.run
@@ -70,7 +70,7 @@ class Matcher:
         self._paths: dict[int, shortcut.Path] = {}
         self._endpoint: int | None = None
 
-    def _seen(self, synthetic: Synthetic, drawn: Draw) -> Synthetic:
+    def _features_of_pairs(self, synthetic: Synthetic, drawn: Draw) -> Synthetic:
         assert self.frozen_tower is not None
         return features_of(self.frozen_tower, synthetic, drawn.batches)
 
@@ -78,10 +78,10 @@ class Matcher:
         return self.model.image_tower(enlarged(images, self.run.data.image_size))
 
     def engine(self, synthetic: Synthetic) -> Engine:
-        """How to differentiate, settled once by the first draw of the phase and the set that it begins with.
+        """Return the engine options; forward or reverse mode is chosen once, from the first draw and the initial set.
 
-        So a phase that goes on after a kill settles it as it did before. Fresh masks need reverse mode, for forward
-        mode is tried by asking for the same loss again.
+        A resumed phase therefore makes the same choice. `fresh_mask` dropout needs reverse mode, because the test of
+        forward mode evaluates the same loss twice.
         """
         if self._engine is None:
             rule = self.run.distill
@@ -91,11 +91,11 @@ class Matcher:
             drawn = self.draw(0)
             start, _ = self.segment(drawn)
             with matching_context(self.model):
-                seen = synthetic if self.frozen_tower is None else self._seen(synthetic, drawn)
+                inputs = synthetic if self.frozen_tower is None else self._features_of_pairs(synthetic, drawn)
                 suits = rule.inner_dropout != "fresh_mask" and forward_suits(
                     self.method.student_loss(self.student, drawn),
                     start,
-                    seen,
+                    inputs,
                     drawn.batches[0].to(self.device),
                     estimator=rule.estimator,
                     precision=rule.precision,
@@ -112,24 +112,24 @@ class Matcher:
                 self._paths[expert] = self.method.path(self.store, expert, self.phase)
             else:
                 self._paths[expert] = shortcut.open_path(self.store, expert, self.run.distill, self._endpoint)
-            one = 4 * sum(math.prod(shape) for shape in self.store.shapes.values())
-            while len(self._paths) > 1 and one * sum(p.vectors for p in self._paths.values()) > PATH_BYTES:
+            checkpoint = 4 * sum(math.prod(shape) for shape in self.store.shapes.values())  # bytes
+            while len(self._paths) > 1 and checkpoint * sum(p.vectors for p in self._paths.values()) > PATH_BYTES:
                 self._paths.pop(next(iter(self._paths)))
         return self._paths[expert]
 
-    def look_through(self, window: Window) -> None:
-        """Draw from the range of `window`, and match along paths to its endpoint."""
+    def set_window(self, window: Window) -> None:
+        """Draw starts from the range of `window` from now on, and match along paths to its endpoint."""
         self.ranges = {tower: (window.low, window.stop) for tower in TOWERS}
         if window.endpoint != self._endpoint:
             self._endpoint = window.endpoint
             self._paths.clear()
 
     def use_path(self, expert: int, path: shortcut.Path) -> None:
-        """Match `expert` along another path than the method's."""
+        """Match `expert` along `path` instead of the path of the method."""
         self._paths[expert] = path
 
     def segment(self, drawn: Draw) -> tuple[Params, Params]:
-        """Where the student starts and what it should reach; each tower at its own epoch."""
+        """Return the start and target parameters of the student; the two towers may have different epochs."""
         path, ahead = self.path(self.experts[drawn.expert]), self.run.distill.match_epochs
         ends = []
         for image, text in ((drawn.start, drawn.start_text), (drawn.start + ahead, drawn.start_text + ahead)):
@@ -142,22 +142,22 @@ class Matcher:
     def gradient(
         self, synthetic: Synthetic, drawn: Draw, estimator: Literal["exact", "first_order"] | None = None
     ) -> MetaGradient:
-        """The meta-gradient of one draw, by the run's estimator or another."""
+        """Compute the meta-gradient of one draw; `estimator` defaults to that of the run."""
         rule, engine = self.run.distill, self.engine(synthetic)
         start, target = self.segment(drawn)
         batches = drawn.batches.to(self.device, non_blocking=True)
         with matching_context(self.model):
-            seen = synthetic if self.frozen_tower is None else self._seen(synthetic, drawn)
-            found = meta_gradient(
+            inputs = synthetic if self.frozen_tower is None else self._features_of_pairs(synthetic, drawn)
+            matched = meta_gradient(
                 self.method.student_loss(self.student, drawn),
                 start,
                 target,
-                seen,
+                inputs,
                 batches,
                 estimator=estimator or rule.estimator,
                 branches=rule.branches,
                 engine=engine,
             )
             if self.frozen_tower is not None:
-                found = to_pixels(self.frozen_tower, synthetic, drawn.batches, found)
-        return self.method.corrected(found, start, target)
+                matched = to_pixels(self.frozen_tower, synthetic, drawn.batches, matched)
+        return self.method.corrected(matched, start, target)

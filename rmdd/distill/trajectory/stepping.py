@@ -15,33 +15,33 @@ from rmdd.models.dual import DualEncoder
 
 
 class Matching:
-    """The updates of a phase, as `rmdd.distill.loop` takes them."""
+    """Computes the updates of a trajectory-matching phase (a `Stepper` of `rmdd.distill.loop`)."""
 
-    def __init__(self, matcher: Matcher, begun: Synthetic):
+    def __init__(self, matcher: Matcher, initial: Synthetic):
         self.matcher, self.rule = matcher, matcher.run.distill
-        matcher.engine(begun)
+        matcher.engine(initial)
 
     def step(self, state: State) -> Step:
         state = adapted(self.matcher, state) if self.rule.plan.kind == "adaptive" else state
         drawn = self.matcher.draw(state.iteration)
-        found = self.matcher.gradient(state.raw, drawn)
+        matched = self.matcher.gradient(state.raw, drawn)
         expert = self.matcher.experts[drawn.expert]
         return Step(
             before=state,
-            after=outer_step(state, found.gradient, self.rule),
-            loss=found.loss,
-            numbers={**{f"miss_{tower}": m for tower, m in found.miss.items()}, "student_loss": found.student_loss},
+            after=outer_step(state, matched.gradient, self.rule),
+            loss=matched.loss,
+            numbers={**{f"miss_{tower}": m for tower, m in matched.miss.items()}, "student_loss": matched.student_loss},
             facts={"start": drawn.start, "start_text": drawn.start_text, "expert": expert},
             drawn=f"expert {expert}, start epoch {drawn.start}",
         )
 
-    def taken(self, state: State) -> None:
+    def accept(self, state: State) -> None:
         pass
 
     def learned(self) -> dict[str, Tensor]:
         return {}
 
-    def relearn(self, learned: dict[str, Tensor]) -> None:
+    def restore(self, learned: dict[str, Tensor]) -> None:
         pass
 
 
@@ -59,7 +59,7 @@ def distill_phase(
 ) -> bool:
     """Distil one phase by matching trajectories; see `rmdd.distill.loop.run_phase`."""
 
-    def stepper(begun: Synthetic) -> Matching:
-        return Matching(Matcher(method, phase, store, model, device), begun)
+    def stepper(initial: Synthetic) -> Matching:
+        return Matching(Matcher(method, phase, store, model, device), initial)
 
     return run_phase(method.run.distill, phase, initial, folder, device, key, stepper, on_step, should_stop)

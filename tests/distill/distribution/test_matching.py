@@ -11,7 +11,7 @@ from toy_mdm import ITERATIONS, distil, made, rank, run_of, side_by_side
 
 from rmdd.core.files import read_json
 from rmdd.distill.distribution import matching as features
-from rmdd.distill.guard import Derailed
+from rmdd.distill.guard import PhaseDiverged
 from rmdd.distill.loop import State
 from rmdd.distill.sets import load_set
 from rmdd.distill.synthetic import zeros_like
@@ -172,7 +172,7 @@ def test_a_derailed_phase_goes_back_with_what_was_learned(toy, learning, tmp_pat
 
 def test_a_phase_that_always_derails_ends_with_what_to_do(toy, tmp_path, monkeypatch):
     spoil(monkeypatch, 99)
-    with pytest.raises(Derailed, match=r"1 rollbacks with halved rates did not help.*lower rates"):
+    with pytest.raises(PhaseDiverged, match=r"1 rollbacks with halved rates did not help.*lower rates"):
         distil(toy, tmp_path, run_of(toy.folder, guard={"retries": 1, "every": 2}))
 
 

@@ -50,7 +50,7 @@ def test_a_range_stands_where_nothing_beyond_agrees_and_nothing_within_opposes(s
     found = windows(moving(stop=2, endpoint=3, agreement=1), store, 3)
     run = moving(stop=2, endpoint=3)
     matcher = Matcher(matching_method(run), 0, store, encoder(run.model), CPU)
-    matcher.look_through(Window(0.0, 2.0, 3))
+    matcher.set_window(Window(0.0, 2.0, 3))
     opposed = float(probe(matcher, first_set(), [1.0, 2.0], experts=1).agreement()[0, 1]) < 0
     assert found == [Window(0, 2, 3)] * 2 + [Window(0, 1.5 if opposed else 2, 3)]
 
@@ -140,7 +140,7 @@ def test_moves_follow_the_slow_cosines(make, reuse_graphs):
                 parts = {"images": parts["images"] + found.images, "texts": parts["texts"] + found.texts}
             return parts
 
-        made.matcher.look_through(now)
+        made.matcher.set_window(now)
         ends = [gradients(t) for t in ((low + stop) / 2, low, low - 0.25, stop, 2.0)]
         cosine = [
             sum(

@@ -229,7 +229,7 @@ def test_a_damaged_state_is_named(store, tmp_path, damage):
     distil(run, store, tmp_path, **stop_after(2))
     path = tmp_path / "state.safetensors"
     path.write_bytes(damage(path.read_bytes()))
-    todo = "delete it and good.safetensors beside it to begin this phase anew"
+    todo = "delete it and good.safetensors in the same folder to restart this phase"
     with pytest.raises(ValueError, match=f"state.safetensors is damaged .*{todo}"):
         distil(run, store, tmp_path)
 
