@@ -15,7 +15,7 @@ from rmdd.analyse.setting import TRAJECTORIES, missing_epochs, stored_epochs
 from rmdd.config import budget, recipes
 from rmdd.core.progress import Progress
 from rmdd.core.storage import run_folder
-from rmdd.distill.trajectory.planning import stated
+from rmdd.distill.trajectory.planning import with_explicit_phases
 from rmdd.distill.trajectory.statistics import val_curve
 from rmdd.experts.store import Store
 from rmdd.experts.train import kept_epochs
@@ -222,7 +222,7 @@ def _scores(rows: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]
 def _prepared(run: config.Run, progress: Progress) -> tuple[config.Run, Store]:
     """The run with its phases as if written by hand, and its experts."""
     with open_pipeline(run, progress) as pipeline:
-        return stated(pipeline.plan()), pipeline.experts()
+        return with_explicit_phases(pipeline.plan()), pipeline.experts()
 
 
 def _left(folder: Path, name: str, rows: list[dict[str, Any]], sheet: Sheet, swept: Swept) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from rmdd.core.layout import locate_file
 from rmdd.core.storage import is_uri, open_storage, run_folder
 from rmdd.coresets import subset as coreset
 from rmdd.coresets.subset import Coreset
-from rmdd.distill.trajectory.planning import PLAN, stated, with_phases
+from rmdd.distill.trajectory.planning import PLAN, with_explicit_phases, with_phases
 from rmdd.models.text import encoder_identity, text_width
 
 Kind = Literal["set", "subset", "random", "full"]
@@ -282,4 +282,4 @@ def planned(run: config.Run, where: str) -> config.Run:
     if not file.is_file():
         mistake = "its phases are planned and it was not run yet; run it, or give a CONFIG that lists its phases"
         raise config.ConfigError([mistake], where)
-    return stated(with_phases(run, read_json(file)["phases"]))
+    return with_explicit_phases(with_phases(run, read_json(file)["phases"]))

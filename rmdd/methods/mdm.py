@@ -204,14 +204,14 @@ class Teacher:
             cell = one(pool.epochs[-1:] if last else pool.epochs)
             drawn = low + (high - low) * float(torch.rand((), generator=random, dtype=torch.float64))
             anchor = self._start(cell.expert if self.options.partners == "same_expert" else pool.experts[0])
-            params = merging.between(anchor, self._read(cell), drawn if share is None else share)
+            params = merging.interpolated(anchor, self._read(cell), drawn if share is None else share)
         for name, p in self._own.items():
             p.copy_(params[name])
 
     def _mixed(self, random: torch.Generator) -> Params:
         pool, options = self.pool, self.options
         within = options.partners == "same_expert"
-        first, second = merging.two_cells(pool.experts, pool.epochs, random, within=within)
+        first, second = merging.draw_two(pool.experts, pool.epochs, random, within=within)
         anchor = self._start(first.expert if within else pool.experts[0])
         found = self._read(first), self._read(second)
         return merging.merge(anchor, *found, options.alpha, positive=options.positive_cosine)

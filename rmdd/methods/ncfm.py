@@ -32,9 +32,9 @@ from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
 from rmdd.core.arrays import in_chunks
 from rmdd.core.device import local_device
 from rmdd.core.seeding import derive, generator
-from rmdd.distill.distribution.characteristic import FrequencyNet, ncfd, wrong_count
+from rmdd.distill.distribution.characteristic import FrequencyNet, frequency_count_error, ncfd
 from rmdd.distill.distribution.chunks import LossOf, gradient_in_chunks
-from rmdd.distill.distribution.classes import chosen, clusters_of
+from rmdd.distill.distribution.classes import clusters_of, initial_pairs
 from rmdd.distill.distribution.learned import load_tensors, tensors_of
 from rmdd.distill.synthetic import Synthetic, enlarged, zeros_like
 from rmdd.experts.store import Store
@@ -115,7 +115,7 @@ class NCFM(DistributionMethod):
                 )
             if options.subset and options.subset > clusters:
                 found.append(f"distill.options.subset {options.subset} is more than the {clusters} clusters; lower it")
-        if options.network and (wrong := wrong_count(options.frequencies, options.network_norm)):
+        if options.network and (wrong := frequency_count_error(options.frequencies, options.network_norm)):
             found.append(f"distill.options.frequencies: {wrong}")
         if not options.network and (options.repeat or options.learned_scale):
             found.append("distill.options.repeat and learned_scale are of the network; set network: true")
@@ -138,7 +138,7 @@ class NCFM(DistributionMethod):
         clusters, ipc = self.shape(phase)
         points, labels = self.clustered(phase, train, store)
         seed = derive(self.seed, "clusters", phase)
-        return chosen(points, train.split.image_of, labels, clusters, ipc, self.options.pick, seed)
+        return initial_pairs(points, train.split.image_of, labels, clusters, ipc, self.options.pick, seed)
 
     def clustered(self, phase: int, train: PreparedSplit, store: Store) -> tuple[np.ndarray, np.ndarray]:
         """The joint features of all records in the first final expert, and the cluster of each."""

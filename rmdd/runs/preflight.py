@@ -11,7 +11,13 @@ from rmdd.core.files import read_json
 from rmdd.core.layout import check_layout
 from rmdd.core.storage import open_storage, run_folder
 from rmdd.data.shards import MANIFEST, Dataset
-from rmdd.distill.trajectory.planning import PLAN, foreseen, over_budget, with_phases, without_a_phase
+from rmdd.distill.trajectory.planning import (
+    PLAN,
+    budget_error,
+    planned_budget_error,
+    with_estimated_phases,
+    with_phases,
+)
 from rmdd.evaluate.probes import of_run as probes
 from rmdd.experts.store import Store
 from rmdd.experts.train import kept_epochs
@@ -35,7 +41,7 @@ def impossible(run: config.Run) -> list[str]:
     except ValueError as error:
         mistakes.append(str(error))
     try:
-        if (run.distill.budget_check == "error" or not run.distill.phases) and (over := over_budget(run)):
+        if (run.distill.budget_check == "error" or not run.distill.phases) and (over := budget_error(run)):
             mistakes.append(over)
     except ValueError as error:
         mistakes.append(str(error))
@@ -74,7 +80,7 @@ def examine(run: config.Run, search: dict[str, Any] | None = None) -> dict[str, 
     unit = budget.pair_parameters(run.data.image_size, width)
     cost = budget.cost(sizes, run.stored_size, width, similarity.kind, similarity.rank)
     kept = len(kept_epochs(run.experts, run.endpoints) or range(run.experts.epochs))
-    over = over_budget(run, width)
+    over = budget_error(run, width)
     sentences = probes.costs(run.data, run.evaluate.probes, width)
     return {
         "run": str(run_folder(run)),
@@ -165,9 +171,9 @@ def _with_phases(run: config.Run, text_width: int) -> tuple[config.Run, str | No
         return run, None
     if (written := run_folder(run) / PLAN).is_file():
         return with_phases(run, read_json(written)["phases"]), f"phases as planned in {written}"
-    if mistake := without_a_phase(run, text_width):
+    if mistake := planned_budget_error(run, text_width):
         raise config.ConfigError([mistake], run.name)
-    return foreseen(run, text_width), (
+    return with_estimated_phases(run, text_width), (
         "number and sizes of the phases are foreseen, not known; phases are planned after the experts"
     )
 

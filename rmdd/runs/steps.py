@@ -19,7 +19,7 @@ from rmdd.core.tracking import is_curve
 from rmdd.data.captions import SplitCaptions
 from rmdd.data.ingest import ingest
 from rmdd.data.shards import Dataset
-from rmdd.distill.trajectory.planning import PLAN, over_budget, with_phases
+from rmdd.distill.trajectory.planning import PLAN, budget_error, with_phases
 from rmdd.evaluate import protocol, records, scores, summary
 from rmdd.evaluate.probes.of_run import prepare, remarks
 from rmdd.execution.backend import Backend
@@ -127,7 +127,7 @@ class Steps:
 
     def check_budget(self, run: config.Run) -> None:
         """Raise `ValueError` (or warn, as configured) when the phases cost more than the budget."""
-        message = over_budget(run)
+        message = budget_error(run)
         if message and (run.distill.budget_check == "error" or not run.distill.phases):
             raise ValueError(message)
         if message:

@@ -18,7 +18,7 @@ from rmdd.core.device import device_of
 from rmdd.core.files import atomic_path, read_json, write_json
 from rmdd.data.shards import Dataset
 from rmdd.distill.sets import load_set
-from rmdd.distill.trajectory.planning import PLAN, key_of, make_plan, stated, with_phases
+from rmdd.distill.trajectory.planning import PLAN, key_of, make_plan, with_explicit_phases, with_phases
 from rmdd.evaluate.health_of_run import checkup
 from rmdd.evaluate.students import score
 from rmdd.execution.parts import OpenParts, WorkerParts, with_restarts
@@ -237,7 +237,9 @@ class MakePlan:
             )
             if run.distill.plan.kind == "auto":
                 with atomic_path(paths.run / "planned.yaml") as temporary:
-                    temporary.write_text(config.dump(stated(with_phases(run, planned["phases"]))), encoding="utf-8")
+                    temporary.write_text(
+                        config.dump(with_explicit_phases(with_phases(run, planned["phases"]))), encoding="utf-8"
+                    )
             write_json(written, planned)
             storage.flush()
         hooks.report({"done": 1})

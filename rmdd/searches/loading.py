@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from rmdd import config
-from rmdd.distill.trajectory.planning import foreseen, over_budget
+from rmdd.distill.trajectory.planning import budget_error, with_estimated_phases
 from rmdd.models.text import text_width
 from rmdd.searches.space import overrides
 
@@ -31,8 +31,8 @@ class TrialLoader:
         if run.distill.budget_check == "error":
             try:
                 if run.distill.plan.plans:
-                    foreseen(run, self.width_of(run.model.text))
-                elif excess := over_budget(run, self.width_of(run.model.text)):
+                    with_estimated_phases(run, self.width_of(run.model.text))
+                elif excess := budget_error(run, self.width_of(run.model.text)):
                     mistakes.append(excess)
             except ValueError as error:
                 mistakes.append(str(error))

@@ -7,7 +7,7 @@ import pytest
 from rmdd import config, methods
 from rmdd.config import budget, recipes
 from rmdd.config.recipes import BUILT_IN
-from rmdd.distill.trajectory.planning import foreseen
+from rmdd.distill.trajectory.planning import with_estimated_phases
 from rmdd.methods.ptm_st import without
 
 NAMES = config.preset_names()
@@ -95,7 +95,7 @@ def test_loads_under_its_own_name_and_within_its_budget(name):
     assert run.name == name
     text = run.model.text
     width = text.width if text.name == "hashing" else TEXT_WIDTH[text.name]
-    rule = (foreseen(run, width) if run.distill.plan.plans else run).distill
+    rule = (with_estimated_phases(run, width) if run.distill.plan.plans else run).distill
     kind, rank = rule.similarity.kind, rule.similarity.rank
     pairs = [p.pairs for p in rule.phases]
     paid = (rule.budget, run.data.image_size, width, kind, rank, run.stored_size)

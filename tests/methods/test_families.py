@@ -186,9 +186,9 @@ def test_a_sum_with_one_experts_start_is_around_that_start(tmp_path):
     run = run_of(tmp_path, {"teacher": "naive", "partners": "same_expert"})
     model = model_of(run, toy.train)
     seen = []
-    start = merging.between
+    start = merging.interpolated
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merging, "between", lambda a, b, s: seen.append((a, b)) or start(a, b, s))
+        patch.setattr(merging, "interpolated", lambda a, b, s: seen.append((a, b)) or start(a, b, s))
         teacher = Teacher(MDM(run), 0, toy.store, model, torch.device("cpu"))
         for iteration in range(8):
             teacher.turn(iteration, 0)

@@ -1,11 +1,12 @@
-"""Characteristic functions of feature sets, and the network that chooses the frequencies where two sets differ most.
+"""The characteristic function discrepancy of NCFM, and the network that learns at which frequencies two sets differ.
 
-    Phi_A(t)  = mean over a in A of exp(i <t, a>),  a modulus |Phi| and an angle
+    Phi_A(t)  = mean over a in A of exp(i <t, a>),  a complex number with modulus |Phi|
     Chf(t)    = w_a (|Phi_r| - |Phi_s|)^2 + w_p 2 (|Phi_r||Phi_s| - Re_r Re_s - Im_r Im_s)
     NCFD(r,s) = mean over t of sqrt(Chf(t))
 
-The first term is said to carry diversity, the second realism. Their sum is |Phi_r - Phi_s|^2, so equal weights need no
-modulus, whose derivative is undefined at zero. n real and m synthetic rows, D features, T frequencies.
+According to the paper, the first term measures diversity and the second realism. Their sum is |Phi_r - Phi_s|^2, so
+with equal weights no modulus is needed; its derivative is undefined at zero. n real and m synthetic rows, D features,
+T frequencies.
 """
 
 from typing import Literal
@@ -15,15 +16,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 FLOOR = 1e-8
-"""Added under roots: values and gradients stay finite for equal sets, and for a modulus of zero."""
+"""Added under square roots, so values and gradients stay finite for equal sets and for a modulus of zero."""
 REPEATS = 16
-"""Frequencies that a row of the network makes."""
+"""Number of frequencies drawn from each row of the network's output."""
 
 Norm = Literal["layer", "batch"]
 
 
 def characteristic(points: Float[Tensor, "n D"], frequencies: Float[Tensor, "T D"]) -> Float[Tensor, "T 2"]:
-    """Real and imaginary part of Phi at each frequency."""
+    """Return the real and imaginary part of Phi at each frequency."""
     angle = points @ frequencies.T
     return torch.stack([angle.cos().mean(dim=0), angle.sin().mean(dim=0)], dim=1)
 
@@ -35,7 +36,7 @@ def ncfd(
     w_amplitude: float = 0.5,
     w_phase: float = 0.5,
 ) -> Float[Tensor, ""]:
-    """The discrepancy of two sets; differentiable in all of them. Not for half precision: angles are large."""
+    """Return the discrepancy NCFD of two sets, differentiable in all tensors; half precision is too coarse for it."""
     a, b = characteristic(real, frequencies), characteristic(synthetic, frequencies)
     if w_amplitude == w_phase:
         return (w_phase * (a - b).square().sum(dim=1) + FLOOR).sqrt().mean()
@@ -44,31 +45,32 @@ def ncfd(
 
 
 def terms(a: Float[Tensor, "T 2"], b: Float[Tensor, "T 2"]) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"]]:
-    """What two characteristic functions differ by in amplitude and in phase; neither is negative."""
+    """Return the amplitude term and the phase term of Chf at each frequency, without weights; both are >= 0."""
     left, right = ((c.square().sum(dim=1) + FLOOR).sqrt() for c in (a, b))
     return (left - right).square(), 2 * (left * right - (a * b).sum(dim=1)).clamp(min=0)
 
 
 class FrequencyNet(nn.Module):
-    """psi: rows of N(0, I) to frequencies. Three linear layers, each normalised, LeakyReLU(0.2) twice and tanh.
+    """The frequency network psi: maps rows of N(0, I) to frequencies.
 
-    A row is a component of a mixture of Gaussians: its outputs scale fresh noise per coordinate, for `REPEATS`
-    frequencies. The released code only repeats it (`repeat`). tanh bounds the scales, so a network alone cannot reach
-    high frequencies; `learned_scale` adds one factor for all of them.
+    It has three normalised linear layers, followed by LeakyReLU(0.2), LeakyReLU(0.2) and tanh. Each output row is a
+    component of a Gaussian mixture: its entries scale fresh noise per coordinate, for `REPEATS` frequencies. The
+    released code only repeats the row (`repeat`). Because tanh bounds the scales, high frequencies are out of reach;
+    `learned_scale` adds one learned factor for all of them.
     """
 
     def __init__(self, width: int, norm: Norm, *, repeat: bool = False, learned_scale: bool = False):
         super().__init__()
         layers: list[nn.Module] = []
-        for end in (nn.LeakyReLU(0.2), nn.LeakyReLU(0.2), nn.Tanh()):
-            own = nn.LayerNorm(width) if norm == "layer" else nn.BatchNorm1d(width, track_running_stats=False)
-            layers += [nn.Linear(width, width), own, end]
+        for activation in (nn.LeakyReLU(0.2), nn.LeakyReLU(0.2), nn.Tanh()):
+            normed = nn.LayerNorm(width) if norm == "layer" else nn.BatchNorm1d(width, track_running_stats=False)
+            layers += [nn.Linear(width, width), normed, activation]
         self.layers = nn.Sequential(*layers)
         self.log_scale = nn.Parameter(torch.zeros(()), requires_grad=learned_scale)
         self.width, self.repeat = width, repeat
 
     def forward(self, frequencies: int, random: torch.Generator) -> Float[Tensor, "T D"]:
-        """As many frequencies, a multiple of `REPEATS`, drawn by `random`."""
+        """Return `frequencies` frequencies (a multiple of `REPEATS`), drawn with the generator `random`."""
         rows = torch.randn(frequencies // REPEATS, self.width, generator=random).to(self.log_scale)
         scales = self.layers(rows).repeat_interleave(REPEATS, dim=0) * self.log_scale.exp()
         if self.repeat:
@@ -76,9 +78,9 @@ class FrequencyNet(nn.Module):
         return scales * torch.randn(scales.shape, generator=random).to(scales)
 
 
-def wrong_count(frequencies: int, norm: Norm) -> str | None:
-    """Why a network cannot make so many frequencies, or None. Batch statistics need two rows."""
-    least = 2 * REPEATS if norm == "batch" else REPEATS
-    if frequencies % REPEATS or frequencies < least:
-        return f"{frequencies} frequencies; a network with {norm} norm makes multiples of {REPEATS} from {least} on"
+def frequency_count_error(frequencies: int, norm: Norm) -> str | None:
+    """Return an error message if a network cannot make this number of frequencies, otherwise None."""
+    smallest = 2 * REPEATS if norm == "batch" else REPEATS  # batch statistics need two rows
+    if frequencies % REPEATS or frequencies < smallest:
+        return f"{frequencies} frequencies; a network with {norm} norm makes multiples of {REPEATS} from {smallest} on"
     return None

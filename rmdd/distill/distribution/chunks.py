@@ -1,7 +1,8 @@
-"""The exact gradient of a loss on features of all pairs, at the memory of a few.
+"""The exact gradient of a loss over the features of all pairs, with the memory of one chunk of pairs.
 
-Features are computed without a graph, the loss is differentiated by them, and each chunk is encoded again to carry its
-share back to pictures and texts. The encoder must give a pair the same features whatever stands beside it.
+Features are computed without a graph, and the loss is differentiated with respect to them. Then each chunk is encoded
+again to carry its part of the gradient back to images and texts. The features of a pair must not depend on the other
+pairs in the chunk (no batch statistics).
 """
 
 from collections.abc import Callable
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor
 
 Encode = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Pictures and texts of some pairs to their features."""
+"""(images, texts) -> (image features, text features)."""
 LossOf = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
-"""Image and text features to the loss and its parts."""
+"""(image features, text features) -> (loss, parts of the loss by name)."""
 
 
 def gradient_in_chunks(
@@ -22,27 +23,27 @@ def gradient_in_chunks(
     loss_of: LossOf,
     chunk: int,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The gradients of `loss_of(image features, text features)`, which also gives its parts, by pictures and texts."""
+    """Return the gradients of the loss with respect to `images` and `texts`, and the detached parts of the loss."""
     pieces = list(zip(images.split(chunk), texts.split(chunk), strict=True))
     if len(pieces) == 1:
         leaves = [t.detach().requires_grad_() for t in pieces[0]]
         loss, parts = loss_of(*encode(*leaves))
-        by = torch.autograd.grad(loss, leaves, materialize_grads=True)
-        return by[0], by[1], _told(parts)
+        grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
+        return grads[0], grads[1], _detached(parts)
     with torch.no_grad():
-        seen = [encode(*piece) for piece in pieces]
-    whole = [torch.cat(side).requires_grad_() for side in zip(*seen, strict=True)]
-    loss, parts = loss_of(*whole)
-    shares = torch.autograd.grad(loss, whole, materialize_grads=True)
-    found: list[list[Tensor]] = [[], []]
-    for piece, *share in zip(pieces, *(s.split(chunk) for s in shares), strict=True):
+        encoded = [encode(*piece) for piece in pieces]
+    features = [torch.cat(side).requires_grad_() for side in zip(*encoded, strict=True)]
+    loss, parts = loss_of(*features)
+    on_features = torch.autograd.grad(loss, features, materialize_grads=True)
+    on_inputs: list[list[Tensor]] = [[], []]
+    for piece, *share in zip(pieces, *(g.split(chunk) for g in on_features), strict=True):
         leaves = [t.detach().requires_grad_() for t in piece]
         for side, grad in enumerate(
             torch.autograd.grad(encode(*leaves), leaves, grad_outputs=share, materialize_grads=True)
         ):
-            found[side].append(grad)
-    return torch.cat(found[0]), torch.cat(found[1]), _told(parts)
+            on_inputs[side].append(grad)
+    return torch.cat(on_inputs[0]), torch.cat(on_inputs[1]), _detached(parts)
 
 
-def _told(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+def _detached(parts: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: part.detach() for name, part in parts.items()}

@@ -1,7 +1,7 @@
-"""Clusters of pairs in the place of classes: k-means of joint features, evened out, and the pairs each begins with.
+"""Clusters of pairs that replace the classes of NCFM: balanced k-means of joint features, and initial pairs of each.
 
-R caption records, D joint features, C clusters, ipc pairs of each. Sizes are counted in distinct images, for a cluster
-may hold one image with all its captions.
+R caption records, D joint features, C clusters, ipc pairs of each. Cluster sizes count distinct images, because one
+image with all its captions can fill a cluster.
 """
 
 from typing import Literal
@@ -19,32 +19,38 @@ Pick = Literal["nearest", "random"]
 def clusters_of(
     points: Float32[np.ndarray, "R D"], image_of: Int64[np.ndarray, " R"], clusters: int, ipc: int, seed: int
 ) -> Labels:
-    """The cluster of each record; every one has at least `ipc` images. Raises `ValueError` for too few images."""
+    """Return the cluster of each record; each cluster has at least `ipc` images.
+
+    Raises `ValueError` when the train split has too few images.
+    """
     images = len(np.unique(image_of))
-    if images < (least := (2 * ipc * clusters if clusters > 1 else ipc)):
+    if images < (needed := (2 * ipc * clusters if clusters > 1 else ipc)):
         raise ValueError(
-            f"{clusters} clusters of {ipc} pairs each need {least} images to be evened out, the train split has "
-            f"{images}; lower distill.options.clusters or the pairs"
+            f"{clusters} clusters of {ipc} pairs each need at least {needed} images, but the train split has {images}; "
+            "lower distill.options.clusters or the number of pairs"
         )
     if clusters == 1:
         return np.zeros(len(points), dtype=np.int64)
     draw = np.random.default_rng(derive(seed, "cluster sample"))
-    some = np.sort(draw.choice(len(points), SAMPLE, replace=False)) if len(points) > SAMPLE else slice(None)
-    centres = fit(points[some], clusters, seed)
-    return evened(points, image_of, assigned(points, centres), clusters, ipc)
+    sample = np.sort(draw.choice(len(points), SAMPLE, replace=False)) if len(points) > SAMPLE else slice(None)
+    centres = fit(points[sample], clusters, seed)
+    return balanced(points, image_of, assigned(points, centres), clusters, ipc)
 
 
 def assigned(points: Float32[np.ndarray, "R D"], centres: Float32[np.ndarray, "C D"]) -> Labels:
-    """The nearest centre of each point."""
+    """Return the index of the nearest centre of each point."""
     blocks = np.array_split(points, max(1, len(points) // MINI_BATCH))
     half = (centres**2).sum(axis=1) / 2
     return np.concatenate([(block @ centres.T - half).argmax(axis=1) for block in blocks]).astype(np.int64)
 
 
-def evened(
+def balanced(
     points: Float32[np.ndarray, "R D"], image_of: Int64[np.ndarray, " R"], labels: Labels, clusters: int, ipc: int
 ) -> Labels:
-    """While a cluster has fewer than `ipc` images, it joins the nearest one, and the largest is split in its place."""
+    """Balance clusters until each has at least `ipc` images.
+
+    A cluster that is too small is merged into the nearest one, and the largest cluster is split into two.
+    """
     labels = labels.copy()
     sizes = np.array([len(np.unique(image_of[labels == c])) for c in range(clusters)])
     while sizes.min() < ipc:
@@ -53,13 +59,13 @@ def evened(
             centres = np.stack([_centre(points[labels == c]) for c in range(clusters)])
             far = ((centres - centres[small]) ** 2).sum(axis=1)
             far[small], far[sizes == 0] = np.inf, np.inf
-            joined = int(far.argmin())
-            labels[members] = joined
-            sizes[joined] = len(np.unique(image_of[labels == joined]))
+            nearest = int(far.argmin())
+            labels[members] = nearest
+            sizes[nearest] = len(np.unique(image_of[labels == nearest]))
         sizes[small] = 0
         largest = int(sizes.argmax())
-        own = np.flatnonzero(labels == largest)
-        labels[own[_half(points[own], image_of[own])]] = small
+        rows = np.flatnonzero(labels == largest)
+        labels[rows[_half(points[rows], image_of[rows])]] = small
         for c in (small, largest):
             sizes[c] = len(np.unique(image_of[labels == c]))
     return labels
@@ -70,20 +76,20 @@ def _centre(points: np.ndarray) -> np.ndarray:
 
 
 def _half(points: np.ndarray, image_of: np.ndarray) -> np.ndarray:
-    """Which members go: those of half the images, the farther ones along the line of greatest spread."""
-    away = points - points.mean(axis=0)
-    line = away[(away**2).sum(axis=1).argmax()]
+    """Return a mask of the members of half the images: those at one end of the first principal axis."""
+    centred = points - points.mean(axis=0)
+    axis = centred[(centred**2).sum(axis=1).argmax()]
     for _ in range(8):  # power iterations
-        line = away.T @ (away @ line)
-        line = line / max(float(np.linalg.norm(line)), 1e-30)
-    images, where = np.unique(image_of, return_inverse=True)
-    place = np.bincount(where, weights=away @ line) / np.bincount(where)
-    going = np.zeros(len(images), dtype=bool)
-    going[np.argsort(place, kind="stable")[: len(images) // 2]] = True
-    return going[where]
+        axis = centred.T @ (centred @ axis)
+        axis = axis / max(float(np.linalg.norm(axis)), 1e-30)
+    images, image_index = np.unique(image_of, return_inverse=True)
+    position = np.bincount(image_index, weights=centred @ axis) / np.bincount(image_index)
+    selected = np.zeros(len(images), dtype=bool)
+    selected[np.argsort(position, kind="stable")[: len(images) // 2]] = True
+    return selected[image_index]
 
 
-def chosen(
+def initial_pairs(
     points: Float32[np.ndarray, "R D"],
     image_of: Int64[np.ndarray, " R"],
     labels: Labels,
@@ -92,17 +98,20 @@ def chosen(
     pick: Pick,
     seed: int,
 ) -> list[int]:
-    """`ipc` records of every cluster, of distinct images, those of cluster 0 first: nearest to its centre, or drawn."""
+    """Return `ipc` records of each cluster in cluster order, all of different images within a cluster.
+
+    `pick` is `nearest` (closest to the cluster centre) or `random`.
+    """
     records: list[int] = []
     for c in range(clusters):
-        own = np.flatnonzero(labels == c)
+        members = np.flatnonzero(labels == c)
         if pick == "nearest":
-            centre = points[own].mean(axis=0)
-            order = np.argsort(((points[own] - centre) ** 2).sum(axis=1), kind="stable")
+            centre = points[members].mean(axis=0)
+            order = np.argsort(((points[members] - centre) ** 2).sum(axis=1), kind="stable")
         else:
             import torch
 
-            order = torch.randperm(len(own), generator=generator(seed, "cluster pairs", c)).numpy()
-        _, first = np.unique(image_of[own[order]], return_index=True)
-        records += own[order[np.sort(first)[:ipc]]].tolist()
+            order = torch.randperm(len(members), generator=generator(seed, "cluster pairs", c)).numpy()
+        _, first = np.unique(image_of[members[order]], return_index=True)
+        records += members[order[np.sort(first)[:ipc]]].tolist()
     return records

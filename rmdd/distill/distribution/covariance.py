@@ -1,8 +1,8 @@
-"""Cross-covariance of image and text features, and what CovMatch (arXiv 2510.18583) matches of it.
+"""The cross-covariance of image and text features, and the losses of CovMatch (arXiv 2510.18583) on it.
 
-With linear heads G on frozen features the contrastive problem depends on the data through C alone: with P = G_v^T G_l
-it is -<C, P> + rho/2 ||P||^2, least at P = C / rho. Heads that learn from the set find C_S / rho; those that serve real
-data should be C_T. n pairs, V and L widths of image and text features, K joint width.
+With linear heads G on frozen features, the contrastive loss depends on the data only through C. With P = G_v^T G_l it
+is -<C, P> + rho/2 ||P||^2, with its minimum at P = C / rho. Heads trained on the set reach C_S / rho, and CovMatch asks
+that this equals C_T of the real data. n pairs, V and L widths of image and text features, K joint width.
 """
 
 from jaxtyping import Float
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def cross_covariance(image: Float[Tensor, "n V"], text: Float[Tensor, "n L"]) -> Float[Tensor, "V L"]:
-    """C = 1/(n-1) sum of (h_v - mean)(h_l - mean)^T. Raises `ValueError` for fewer than two pairs."""
+    """Return C = 1/(n-1) sum of (h_v - mean)(h_l - mean)^T. Raises `ValueError` for fewer than two pairs."""
     if len(image) < 2:
         raise ValueError(f"a covariance needs at least 2 pairs, found {len(image)}; raise the batch")
     return (image - image.mean(dim=0)).T @ (text - text.mean(dim=0)) / (len(image) - 1)
@@ -19,16 +19,16 @@ def cross_covariance(image: Float[Tensor, "n V"], text: Float[Tensor, "n L"]) ->
 def linear_contrast(
     head_image: Float[Tensor, "K V"], head_text: Float[Tensor, "K L"], covariance: Float[Tensor, "V L"], rho: float
 ) -> Float[Tensor, ""]:
-    """The contrastive loss of linear heads: -Tr(G_v C G_l^T) + rho/2 ||G_v^T G_l||^2."""
+    """Return the contrastive loss of linear heads: -Tr(G_v C G_l^T) + rho/2 ||G_v^T G_l||^2."""
     product = head_image.T @ head_text
     return -(covariance * product).sum() + rho / 2 * product.square().sum()
 
 
 def covariance_loss(real: Float[Tensor, "V L"], synthetic: Float[Tensor, "V L"], rho: float) -> Float[Tensor, ""]:
-    """|| rho C_T - C_S ||_F^2."""
+    """Return || rho C_T - C_S ||_F^2 for the real covariance C_T and the synthetic covariance C_S."""
     return (rho * real - synthetic).square().sum()
 
 
 def mean_loss(real: Float[Tensor, "n K"], synthetic: Float[Tensor, "m K"]) -> Float[Tensor, ""]:
-    """The squared distance of the means."""
+    """Return the squared distance between the mean features of the real and the synthetic pairs."""
     return (real.mean(dim=0) - synthetic.mean(dim=0)).square().sum()

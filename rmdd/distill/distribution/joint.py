@@ -1,6 +1,6 @@
-"""Real pairs to begin with: those nearest to the centres of clusters of joint image-text embeddings (MDM).
+"""Initial pairs of MDM: the real pairs nearest to the k-means centres of joint image-text embeddings.
 
-N records, n of them clustered, K clusters, I images, D joint width, W width of a row: 2 D for both halves, D for one.
+N records, n of them clustered, K clusters, I images, D joint width, W width of a row (2 D for image and text, else D).
 """
 
 from collections.abc import Iterator
@@ -20,15 +20,16 @@ from rmdd.models.prepared import PreparedSplit
 Side = Literal["joint", "image", "text"]
 
 SAMPLE = 65_536
-"""Records that are clustered at most; all of them are then compared with the centres."""
+"""Largest number of records that k-means is fitted on; the centres are then compared with all records."""
 IMAGES, RECORDS = 256, 8192
-"""Embedded at once."""
+"""Number of images, and of caption records, that are embedded at once."""
 ROUNDS = 100
+"""Largest number of k-means rounds."""
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """Every record under one model: images embedded once, captions whenever they are asked for."""
+    """Embeddings of all records under one model; images are embedded once, captions on every access."""
 
     images: Float[Tensor, "I D"]
     model: DualEncoder
@@ -37,7 +38,7 @@ class Embedded:
 
     @classmethod
     def by(cls, model: DualEncoder, train: PreparedSplit, device: torch.device, side: Side) -> "Embedded":
-        """`model` is on `device`, in eval mode."""
+        """Embed the images of `train` with `model`, which must be on `device` and in eval mode."""
         if side == "text":
             return cls(torch.empty(0, 0, device=device), model, train, side)
         with torch.no_grad():
@@ -52,7 +53,7 @@ class Embedded:
         return len(self.train.split.captions)
 
     def rows(self, records: np.ndarray) -> Float[Tensor, "n W"]:
-        """Unit rows; each half of a joint one has length 1/sqrt(2)."""
+        """Return unit-length rows for `records`; in a joint row, the image and the text half have length 1/sqrt(2)."""
         halves = []
         if self.side != "text":
             halves.append(self.images[torch.from_numpy(self.train.split.image_of[records]).to(self.images.device)])
@@ -63,66 +64,70 @@ class Embedded:
         return F.normalize(torch.cat(halves, dim=1), dim=1)
 
     def blocks(self) -> Iterator[tuple[np.ndarray, Float[Tensor, "n W"]]]:
+        """Yield all records in blocks, with their rows."""
         for start in range(0, len(self), RECORDS):
             records = np.arange(start, min(start + RECORDS, len(self)))
             yield records, self.rows(records)
 
 
 def centres(points: Float[Tensor, "n W"], k: int, random: torch.Generator) -> Float[Tensor, "K W"]:
-    """Unit centres of spherical k-means, from k-means++ starts; one that loses its points stays where it is."""
-    chosen = [int(torch.randint(len(points), (1,), generator=random))]
-    apart = 1 - points @ points[chosen[0]]
-    while len(chosen) < k:
-        weight = apart.clamp(min=0).double().cpu()
+    """Return the unit-length centres of spherical k-means with k-means++ starts; an empty cluster keeps its centre."""
+    seeds = [int(torch.randint(len(points), (1,), generator=random))]
+    distance = 1 - points @ points[seeds[0]]
+    while len(seeds) < k:
+        weight = distance.clamp(min=0).double().cpu()
         weight = weight if weight.sum() > 0 else torch.ones_like(weight)
-        chosen.append(int(torch.multinomial(weight, 1, generator=random)))
-        apart = torch.minimum(apart, 1 - points @ points[chosen[-1]])
-    found = points[chosen]
+        seeds.append(int(torch.multinomial(weight, 1, generator=random)))
+        distance = torch.minimum(distance, 1 - points @ points[seeds[-1]])
+    centre = points[seeds]
     label = torch.full((len(points),), -1, device=points.device)
     for _ in range(ROUNDS):
-        before, label = label, torch.cat([(p @ found.T).argmax(dim=1) for p in points.split(RECORDS)])
+        before, label = label, torch.cat([(p @ centre.T).argmax(dim=1) for p in points.split(RECORDS)])
         if torch.equal(before, label):
             break
-        total = torch.zeros_like(found).index_add_(0, label, points)
-        there = torch.bincount(label, minlength=k) > 0
-        found = torch.where(there[:, None], F.normalize(total, dim=1), found)
-    return found
+        total = torch.zeros_like(centre).index_add_(0, label, points)
+        occupied = torch.bincount(label, minlength=k) > 0
+        centre = torch.where(occupied[:, None], F.normalize(total, dim=1), centre)
+    return centre
 
 
 def nearest_pairs(embedded: Embedded, k: int, random: torch.Generator) -> list[int]:
-    """Per cluster the record of largest cosine with its centre: a member, or, where all of these show pictures that
-    are taken, any other. No record comes twice, and no picture while there are enough."""
+    """Return, for each cluster, the record with the largest cosine to its centre.
+
+    The record is a member of the cluster, unless the images of all members are used already. No record is returned
+    twice, and no image while unused images remain.
+    """
     total = len(embedded)
     drawn = np.sort(torch.randperm(total, generator=random)[: max(SAMPLE, 4 * k)].numpy())
-    found = centres(embedded.rows(drawn), k, random)
-    label, cosine = _assigned(embedded, found)
+    centre = centres(embedded.rows(drawn), k, random)
+    label, cosine = _assigned(embedded, centre)
     order = torch.argsort(cosine, descending=True, stable=True)
     members: list[list[int]] = [[] for _ in range(k)]
     for record, cluster in zip(order.tolist(), label[order].tolist(), strict=True):
         members[cluster].append(record)
     image_of = embedded.train.split.image_of
-    taken: set[int] = set()
+    used_images: set[int] = set()
     chosen: list[int | None] = []
     for cluster in range(k):
-        first = next((r for r in members[cluster] if int(image_of[r]) not in taken), None)
+        first = next((r for r in members[cluster] if int(image_of[r]) not in used_images), None)
         chosen.append(first)
         if first is not None:
-            taken.add(int(image_of[first]))
-    left = [c for c in range(k) if chosen[c] is None]
-    if left:
-        scores = torch.cat([rows @ found[left].T for _, rows in embedded.blocks()]).cpu().numpy()
-        picked = np.zeros(total, bool)
-        picked[[r for r in chosen if r is not None]] = True
-        shown = np.isin(image_of, list(taken))
-        for place, cluster in enumerate(left):
-            barred = picked if shown.all() else shown
-            chosen[cluster] = int(np.where(barred, -np.inf, scores[:, place]).argmax())
-            picked[chosen[cluster]] = True
-            shown |= image_of == image_of[chosen[cluster]]
+            used_images.add(int(image_of[first]))
+    unfilled = [c for c in range(k) if chosen[c] is None]
+    if unfilled:
+        scores = torch.cat([rows @ centre[unfilled].T for _, rows in embedded.blocks()]).cpu().numpy()
+        record_used = np.zeros(total, bool)
+        record_used[[r for r in chosen if r is not None]] = True
+        image_used = np.isin(image_of, list(used_images))
+        for column, cluster in enumerate(unfilled):
+            excluded = record_used if image_used.all() else image_used
+            chosen[cluster] = int(np.where(excluded, -np.inf, scores[:, column]).argmax())
+            record_used[chosen[cluster]] = True
+            image_used |= image_of == image_of[chosen[cluster]]
     return [r for r in chosen if r is not None]
 
 
-def _assigned(embedded: Embedded, found: Float[Tensor, "K W"]) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]]:
-    """The nearest centre of every record, and its cosine."""
-    best = [(rows @ found.T).max(dim=1) for _, rows in embedded.blocks()]
+def _assigned(embedded: Embedded, centre: Float[Tensor, "K W"]) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]]:
+    """Return the nearest centre of every record, and its cosine to that centre."""
+    best = [(rows @ centre.T).max(dim=1) for _, rows in embedded.blocks()]
     return torch.cat([b.indices for b in best]).cpu(), torch.cat([b.values for b in best]).cpu()

@@ -1,22 +1,22 @@
-"""What an objective learns beside the set, a module and its optimiser, as tensors of a checkpoint."""
+"""Convert a trained module and its optimiser state to named tensors for a checkpoint, and restore them."""
 
 import torch
 from torch import Tensor, nn
 
 
 def tensors_of(module: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Trained parameters as `model/NAME` and what the optimiser keeps of each as `optimiser/KEY/NAME`."""
-    found: dict[str, Tensor] = {}
+    """Return the trainable parameters as `model/NAME` and their optimiser state as `optimiser/KEY/NAME`."""
+    tensors: dict[str, Tensor] = {}
     for name, p in module.named_parameters():
         if p.requires_grad:
-            found[f"model/{name}"] = p.detach().clone()
-            kept = {k: v for k, v in optimiser.state.get(p, {}).items() if isinstance(v, Tensor)}
-            found |= {f"optimiser/{k}/{name}": v.detach().clone() for k, v in kept.items()}
-    return found
+            tensors[f"model/{name}"] = p.detach().clone()
+            state = {k: v for k, v in optimiser.state.get(p, {}).items() if isinstance(v, Tensor)}
+            tensors |= {f"optimiser/{k}/{name}": v.detach().clone() for k, v in state.items()}
+    return tensors
 
 
 def load_tensors(module: nn.Module, optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `tensors_of`; what the optimiser kept of before is forgotten."""
+    """Restore the module and its optimiser from the result of `tensors_of`; older optimiser state is dropped."""
     optimiser.state.clear()
     named = {n: p for n, p in module.named_parameters() if p.requires_grad}
     with torch.no_grad():

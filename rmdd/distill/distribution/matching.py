@@ -1,8 +1,8 @@
 """The distribution-matching loop of one phase: draw, compare features, average the draws, clip, step, checkpoint.
 
-A step is single-level: the gradient of a loss between features of real and synthetic pairs under a teacher, with no
-student between. One rank makes draws k, k + size, ...; they are averaged in the order of draws, so that any number of
-ranks gives the same bits.
+A step is single-level: it uses the gradient of a loss between the features of real and synthetic pairs under a teacher,
+and no student is trained. Rank k of `size` ranks computes draws k, k + size, ... The gradients are averaged in the
+order of the draws, so any number of ranks gives bit-identical results.
 """
 
 from collections.abc import Callable
@@ -22,41 +22,41 @@ from rmdd.experts.store import Store
 from rmdd.models.dual import DualEncoder
 from rmdd.models.prepared import PreparedSplit
 
-Told = dict[str, float]
-"""A loss and its parts by name."""
+LossParts = dict[str, float]
+"""The loss of a draw (`loss`) and its parts by name."""
 
 
 @runtime_checkable
 class Objective(Protocol):
-    """What a step goes down. All that is drawn depends on iteration and draw alone."""
+    """The loss that a step minimises. Its random choices depend only on the iteration and the draw."""
 
     def gradient(self, synthetic: Synthetic, iteration: int, draw: int) -> tuple[Synthetic, dict[str, float]]:
-        """The gradient of one draw's loss in every tensor of the set, and the loss and its parts by name.
+        """Return the gradient of the loss of one draw for every tensor of the set, and the loss and its parts.
 
-        A part `pace`, the same for all draws of a step, is a factor on the rates of pictures and texts.
+        A part named `pace`, equal for all draws of a step, multiplies the learning rates of images and texts.
         """
         ...
 
     def after(self, synthetic: Synthetic, iteration: int) -> None:
-        """What follows a step, alike on every rank: a move of an online model or of a frequency network."""
+        """Update the online model or frequency network after a step; every rank does the same update."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:
-        """What it has learned itself, for the checkpoint."""
+        """Return the tensors that the objective has learned, for the checkpoint."""
         ...
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Go on from `tensors`."""
+        """Restore the result of `tensors`."""
         ...
 
 
 @runtime_checkable
 class Averaged(Protocol):
-    """What matching asks of a method; `rmdd.methods.distribution.DistributionMethod` has it."""
+    """Interface that a distribution-matching method implements; see `rmdd.methods.distribution.DistributionMethod`."""
 
     run: config.Run
     options: Any
-    """Has `draws` and `clip`."""
+    """Options of the method; must have the fields `draws` and `clip`."""
 
     def records(self, phase: int, train: PreparedSplit, store: Store | None = None) -> list[int]: ...
 
@@ -70,7 +70,7 @@ class Averaged(Protocol):
 
 
 class Rank:
-    """One of those who share the draws of every step."""
+    """A worker that computes its share of the draws of every step."""
 
     def __init__(
         self,
@@ -84,13 +84,13 @@ class Rank:
         size: int = 1,
     ):
         self.objective = method.objective(phase, store, train, model, device)
-        self.device, self.own = device, range(rank, method.options.draws, size)
+        self.device, self.draws = device, range(rank, method.options.draws, size)
 
-    def gradient(self, synthetic: Synthetic, iteration: int) -> list[tuple[Synthetic, Told]]:
-        """Of its own draws, in order."""
-        here = synthetic.map(lambda t: t.to(self.device))
-        made = (self.objective.gradient(here, iteration, draw) for draw in self.own)
-        return [(gradient.map(lambda t: t.to(synthetic.images.device)), told) for gradient, told in made]
+    def gradient(self, synthetic: Synthetic, iteration: int) -> list[tuple[Synthetic, LossParts]]:
+        """Return the gradients and loss parts of the draws of this rank, in order."""
+        local = synthetic.map(lambda t: t.to(self.device))
+        results = (self.objective.gradient(local, iteration, draw) for draw in self.draws)
+        return [(gradient.map(lambda t: t.to(synthetic.images.device)), parts) for gradient, parts in results]
 
     def after(self, synthetic: Synthetic, iteration: int) -> None:
         self.objective.after(synthetic.map(lambda t: t.to(self.device)), iteration)
@@ -103,27 +103,27 @@ class Rank:
 
 
 class Averaging:
-    """The updates of a phase, as `rmdd.distill.loop` takes them: mean gradients of ranks, clipped together."""
+    """Computes the updates of a phase (a `Stepper` of `rmdd.distill.loop`): the clipped mean gradient of all draws."""
 
     def __init__(self, method: Averaged, ranks: WorkerParts, device: torch.device):
         self.rule, self.options = method.run.distill, method.options
         self.ranks, self.device = ranks, device
-        self.near = isinstance(ranks, LocalParts)
+        self.in_process = isinstance(ranks, LocalParts)
         self.learns = bool(self.learned())
 
     def step(self, state: State) -> Step:
-        found = self.ranks.call("gradient", self._sent(state.raw), state.iteration)
-        inorder = [found[draw % len(found)][draw // len(found)] for draw in range(self.options.draws)]
-        gradient, told = mean([(g.map(lambda t: t.to(self.device)), parts) for g, parts in inorder])
+        by_rank = self.ranks.call("gradient", self._sent(state.raw), state.iteration)
+        by_draw = [by_rank[draw % len(by_rank)][draw // len(by_rank)] for draw in range(self.options.draws)]
+        gradient, parts = mean([(g.map(lambda t: t.to(self.device)), p) for g, p in by_draw])
         gradient, norm = clipped(gradient, self.options.clip)
-        pace = told.get("pace", 1.0)
+        pace = parts.get("pace", 1.0)
         paced = {"lr_image": pace * self.rule.lr_image, "lr_text": pace * self.rule.lr_text}
         return Step(
             before=state,
             after=outer_step(state, gradient, self.rule.model_copy(update=paced)),
-            loss=norm.new_tensor(told.pop("loss")),
+            loss=norm.new_tensor(parts.pop("loss")),
             numbers={"grad_norm": norm},
-            facts=told,
+            facts=parts,
         )
 
     def accept(self, state: State) -> None:
@@ -138,27 +138,28 @@ class Averaging:
             self.ranks.call("load", {n: t.cpu() for n, t in learned.items()})
 
     def _sent(self, synthetic: Synthetic) -> Synthetic:
-        return synthetic if self.near else synthetic.map(Tensor.cpu)
+        return synthetic if self.in_process else synthetic.map(Tensor.cpu)
 
 
-def mean(found: list[tuple[Synthetic, Told]]) -> tuple[Synthetic, Told]:
-    """Gradients and losses added in order and divided by their number."""
-    if len(found) == 1:
-        return found[0][0], dict(found[0][1])
-    total = {n: t.clone() for n, t in found[0][0].tensors().items()}
-    for gradient, _ in found[1:]:
+def mean(results: list[tuple[Synthetic, LossParts]]) -> tuple[Synthetic, LossParts]:
+    """Return the mean gradient and the mean loss parts, summed in the order of `results`."""
+    first, count = results[0][0], len(results)
+    if count == 1:
+        return first, dict(results[0][1])
+    total = {n: t.clone() for n, t in first.tensors().items()}
+    for gradient, _ in results[1:]:
         for name, t in gradient.tensors().items():
             total[name] += t
-    told = {name: sum(parts[name] for _, parts in found) / len(found) for name in found[0][1]}
-    return found[0][0].with_tensors({n: t / len(found) for n, t in total.items()}), told
+    mean_parts = {name: sum(parts[name] for _, parts in results) / count for name in results[0][1]}
+    return first.with_tensors({n: t / count for n, t in total.items()}), mean_parts
 
 
 def clipped(gradient: Synthetic, limit: float | None) -> tuple[Synthetic, Tensor]:
-    """`gradient`, shortened so that all its tensors together are no longer than `limit`, and how long it was."""
+    """Clip the joint norm of all tensors of `gradient` to `limit`; also return the norm before clipping."""
     norm = torch.stack([torch.linalg.vector_norm(t) for t in gradient.tensors().values()]).norm()
     if limit is None:
         return gradient, norm
-    factor = (limit / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0)  # same formula as torch.nn.utils.clip_grad_norm_
     return gradient.map(lambda t: t * factor), norm
 
 
@@ -177,18 +178,19 @@ def distill_phase(
 ) -> bool:
     """Distil one phase by matching distributions; see `rmdd.distill.loop.run_phase`.
 
-    Writes `records.json` and `start.safetensors`, as students would get it, where they are not there. `ranks` hold a
-    `Rank` each; None: this process makes all draws. Several are averaged on the CPU, wherever they were made.
+    Writes `records.json` and `start.safetensors` (the initial set, as exported for students) if they are missing.
+    `ranks` are workers that hold one `Rank` each; with None, this process computes all draws. Several draws are always
+    averaged on the CPU, so the result does not depend on the devices.
     """
     place = device if method.options.draws == 1 else torch.device("cpu")
-    chosen, start = folder / "records.json", folder / "start.safetensors"
-    if not chosen.is_file():
-        write_json(chosen, method.records(phase, train, store))
-    initial = method.initial(phase, train, read_json(chosen))
+    record_file, start = folder / "records.json", folder / "start.safetensors"
+    if not record_file.is_file():
+        write_json(record_file, method.records(phase, train, store))
+    initial = method.initial(phase, train, read_json(record_file))
     if not start.is_file():
         save_set(method.exported(initial), start)
 
-    def stepper(begun: Synthetic) -> Averaging:
+    def stepper(initial: Synthetic) -> Averaging:
         return Averaging(method, ranks or LocalParts([Rank(method, phase, store, model, train, device)]), place)
 
     return run_phase(

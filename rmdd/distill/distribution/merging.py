@@ -1,11 +1,11 @@
-"""Teachers between checkpoints: two of them averaged around an anchor, each tensor as far as they agree (MDM).
+"""The merged teachers of MDM: two checkpoints are averaged tensor by tensor, weighted by how well they agree.
 
 With displacements d_1, d_2 of a tensor from the anchor w_0 and c the cosine between them,
 
     w* = w_0 + alpha c / (1 + c) (d_1 + d_2)
 
-which is alpha times the point between anchor and mean that lies nearest to the centre of the fine-tuned weights (Model
-Stock): their mean where they agree, the anchor where they are orthogonal.
+For alpha = 1 this is the point between the anchor and the mean that lies nearest to the centre of the fine-tuned
+weights (Model Stock): the mean if the displacements are equal, the anchor if they are orthogonal.
 """
 
 from collections import OrderedDict
@@ -20,77 +20,79 @@ from rmdd.models.dual import Params, check_same_shapes
 
 
 class Cell(NamedTuple):
-    """A checkpoint of the pool."""
+    """The address of a checkpoint in the pool: an expert and an epoch."""
 
     expert: int
     epoch: int
 
 
-def agreeing(first: Tensor, second: Tensor, *, positive: bool = True) -> Tensor:
-    """The cosine between two displacements, 0 where one is empty. Below 0 the ratio blows up, so it counts as 0 there
-    unless `positive` is false."""
+def cosine(first: Tensor, second: Tensor, *, positive: bool = True) -> Tensor:
+    """Return the cosine between two displacements; 0 if one of them is zero.
+
+    A negative cosine c makes c / (1 + c) very large, so it counts as 0 unless `positive` is false.
+    """
     a, b = first.flatten(), second.flatten()
-    cosine = a @ b / (a.norm() * b.norm() + 1e-12)
-    return cosine.clamp(0 if positive else 1e-6 - 1, 1)
+    value = a @ b / (a.norm() * b.norm() + 1e-12)
+    return value.clamp(0 if positive else 1e-6 - 1, 1)
 
 
 def merge(anchor: Params, first: Params, second: Params, alpha: float, *, positive: bool = True) -> Params:
-    """The teacher of two checkpoints, tensor by tensor. Raises `ValueError` where they are of different models."""
+    """Merge two checkpoints into a teacher, tensor by tensor. Raises `ValueError` if their models differ."""
     for other in (first, second):
         check_same_shapes(*({n: tuple(p.shape) for n, p in params.items()} for params in (anchor, other)))
     merged = {}
     for name, origin in anchor.items():
-        one, two = first[name] - origin, second[name] - origin
-        c = agreeing(one, two, positive=positive)
-        merged[name] = origin + alpha * c / (1 + c) * (one + two)
+        d_1, d_2 = first[name] - origin, second[name] - origin
+        c = cosine(d_1, d_2, positive=positive)
+        merged[name] = origin + alpha * c / (1 + c) * (d_1 + d_2)
     return merged
 
 
-def between(anchor: Params, other: Params, share: float) -> Params:
-    """The weighted sum of two checkpoints."""
+def interpolated(anchor: Params, other: Params, share: float) -> Params:
+    """Interpolate linearly between two checkpoints: share 0 gives `anchor`, share 1 gives `other`."""
     return {n: (1 - share) * p + share * other[n] for n, p in anchor.items()}
 
 
-def two_cells(
+def draw_two(
     experts: Sequence[int], epochs: Sequence[int], random: torch.Generator, *, within: bool = False
 ) -> tuple[Cell, Cell]:
-    """Two different cells of experts x epochs; `within` draws both from one expert.
+    """Draw two different checkpoints of `experts` x `epochs`; `within` draws both from one expert.
 
-    Raises `ValueError` where there are no two.
+    Raises `ValueError` if fewer than two checkpoints are available.
     """
     if len(epochs) * (1 if within else len(experts)) < 2:
         raise ValueError(
-            f"a mixed teacher needs two checkpoints, and experts {list(experts)} with epochs {list(epochs)} have no "
-            "two to draw from; raise experts.num, or set experts.keep: all"
+            f"a merged teacher needs two checkpoints, but experts {list(experts)} with epochs {list(epochs)} have only "
+            "one to draw from; raise experts.num, or set experts.keep: all"
         )
 
     first = Cell(_draw(experts, random), _draw(epochs, random))
-    lone = len(epochs) == 1  # then the second expert must be another one
-    other = first.expert if within else _draw([e for e in experts if not (lone and e == first.expert)], random)
+    single_epoch = len(epochs) == 1  # the second checkpoint must then be of another expert
+    other = first.expert if within else _draw([e for e in experts if not (single_epoch and e == first.expert)], random)
     return first, Cell(other, _draw([e for e in epochs if other != first.expert or e != first.epoch], random))
 
 
-def _draw(among: Sequence[int], random: torch.Generator) -> int:
-    return among[int(torch.randint(len(among), (1,), generator=random))]
+def _draw(options: Sequence[int], random: torch.Generator) -> int:
+    return options[int(torch.randint(len(options), (1,), generator=random))]
 
 
 class Pool:
-    """Checkpoints of a store, read when they are asked for; those asked for last stay in memory, up to `most` bytes."""
+    """Checkpoints of a store, read on demand; the most recently used ones are cached, up to `max_bytes` in total."""
 
-    def __init__(self, store: Store, experts: Sequence[int], epochs: Sequence[int], most: int):
-        self.store, self.experts, self.epochs, self.most = store, list(experts), list(epochs), most
-        self._held: OrderedDict[Cell, Params] = OrderedDict()
+    def __init__(self, store: Store, experts: Sequence[int], epochs: Sequence[int], max_bytes: int):
+        self.store, self.experts, self.epochs, self.max_bytes = store, list(experts), list(epochs), max_bytes
+        self._cached: OrderedDict[Cell, Params] = OrderedDict()
         self._bytes = 0
 
     def read(self, cell: Cell) -> Params:
-        if cell in self._held:
-            self._held.move_to_end(cell)
-            return self._held[cell]
+        if cell in self._cached:
+            self._cached.move_to_end(cell)
+            return self._cached[cell]
         params = self.store.read(*cell)
-        self._held[cell] = params
+        self._cached[cell] = params
         self._bytes += _size(params)
-        while len(self._held) > 1 and self._bytes > self.most:
-            _, oldest = self._held.popitem(last=False)
+        while len(self._cached) > 1 and self._bytes > self.max_bytes:
+            _, oldest = self._cached.popitem(last=False)
             self._bytes -= _size(oldest)
         return params
 

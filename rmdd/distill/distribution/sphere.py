@@ -1,7 +1,7 @@
-"""Distributions of image-text features on the unit sphere: joint features, kernels of angles, and their energy (MDM).
+"""The losses of MDM on the unit sphere: joint image-text features, kernels of angles, and kernel energies.
 
-n, m points of two sets, D joint width. All vectors have unit length; all functions are differentiable, at coinciding
-and at opposite points too.
+n, m points of two sets, D joint width. All vectors have unit length. All functions are differentiable everywhere,
+including at equal and at opposite points.
 """
 
 import math
@@ -17,30 +17,34 @@ Kernel = Literal["geodesic", "laplacian", "chordal"]
 Statistic = Literal["v", "u"]
 
 NEAR = 1e-6
-"""How far a cosine stays from +-1, where arccos has no derivative; also what an empty vector is taken for, squared."""
+"""Smallest distance of a cosine from +-1, where arccos has no derivative; also added to squared lengths in `unit`."""
 FLOOR = 1e-8
-"""Under the root of an energy, whose derivative is infinite at 0."""
+"""Added under the square root of an energy, because its derivative is infinite at 0."""
 
 
 def unit(x: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
-    """Rows at unit length; one that vanishes stays near 0 with a gradient below 1e3 an entry."""
+    """Scale rows to unit length; a row of zeros stays near zero, and its gradient stays below 1e3 per entry."""
     return x / (x.square().sum(dim=1, keepdim=True) + NEAR).sqrt()
 
 
 def agreement(images: Float[Tensor, "n D"], texts: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
-    """The direction in which image and text agree."""
+    """Return the unit direction of the sum of image and text features."""
     return unit(images + texts)
 
 
 def discrepancy(images: Float[Tensor, "n D"], texts: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
-    """The direction in which they differ, orthogonal to the other."""
+    """Return the unit direction of the difference of image and text features; it is orthogonal to `agreement`."""
     return unit(images - texts)
 
 
 def kernel(
     a: Float[Tensor, "n D"], b: Float[Tensor, "m D"], sigma: float, kind: Kernel = "geodesic"
 ) -> Float[Tensor, "n m"]:
-    """exp(-phi^2 / 2 sigma^2) of the angle phi; `laplacian`: exp(-phi / sigma); `chordal`: with the chord for phi."""
+    """Return the kernel of all points of `a` and `b`, with phi the angle between two points.
+
+    `geodesic` is exp(-phi^2 / 2 sigma^2), `laplacian` is exp(-phi / sigma), and `chordal` is the geodesic formula with
+    the chord length instead of phi.
+    """
     cosine = a @ b.T
     if kind == "chordal":
         return (-(1 - cosine) / sigma**2).exp()
@@ -56,10 +60,11 @@ def energy(
     statistic: Statistic = "v",
     root: bool = True,
 ) -> Float[Tensor, ""]:
-    """Kernel energy between two sets of points, squared where `root` is false.
+    """Return the kernel energy between two sets of points, or its square if `root` is false.
 
-    The U-statistic leaves a point's kernel with itself out. Under the root, what lies below 0 counts as 0 and has no
-    gradient: so it is with half of the U-statistics of two samples of one distribution.
+    The U-statistic (`u`) leaves out the kernel of a point with itself, so the squared energy can be negative: for two
+    samples of the same distribution it is so half of the time. Under the root, a negative value counts as 0 and has no
+    gradient.
     """
     within = _mean(kernel(a, a, sigma, kind), statistic) + _mean(kernel(b, b, sigma, kind), statistic)
     squared = within - 2 * kernel(a, b, sigma, kind).mean()
@@ -74,5 +79,5 @@ def _mean(k: Float[Tensor, "n n"], statistic: Statistic) -> Float[Tensor, ""]:
 
 
 def contrastive(images: Float[Tensor, "n D"], texts: Float[Tensor, "n D"], temperature: float) -> Float[Tensor, ""]:
-    """Symmetric cross entropy of the pairs of a batch among each other."""
+    """Return the symmetric InfoNCE loss of a batch of pairs."""
     return infonce(images @ texts.T / temperature, torch.eye(len(images), dtype=images.dtype, device=images.device))

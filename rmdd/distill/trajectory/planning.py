@@ -1,19 +1,21 @@
-"""`phases: auto`: phases from the trajectories themselves, before anything is distilled.
+"""`phases: auto`: plan the phases of a run from the expert trajectories, before anything is distilled.
 
-The rule, with `distill.plan` for its numbers:
+The rule (its settings are in `distill.plan`):
 
-1. endpoints   E_p is the first epoch in which the teacher has reached the share `reach + p reach_step` of its whole
-               gain on val: what lies beyond brings little per unit of arc, by large gradients that disagree. It is
-               later than E_(p-1), and the teacher has gained since. Ends whose shortcut is bent by more than
-               `min_straightness` allows are left out.
-2. phases      as many as have an endpoint of their own, `min_pairs` pairs and `min_iterations` updates each, at most
-               `max_phases`, at least one. A student learns from the phases in turn, so each has to carry it alone.
-3. sizes       the budget's pairs, the similarity paid for, spread evenly; the updates likewise.
-4. ranges      the first begins at 0, each later one in the middle of the one before. A range has `min_starts` starts,
-               and goes on while the matching gradient of the next start agrees with that of the last by `agreement`.
+1. endpoints   E_p is the first epoch at which the teacher has reached the share `reach + p reach_step` of its total
+               gain on val. Later epochs gain little per unit of arc length, and their large gradients disagree. E_p is
+               later than E_(p-1), and the teacher must have gained in between. Epochs whose shortcut is less straight
+               than `min_straightness` are excluded.
+2. phases      As many phases as have a separate endpoint, at least `min_pairs` pairs and `min_iterations` updates
+               each; at least one and at most `max_phases`. Students learn from one phase after another, so every phase
+               needs enough pairs to train them without help from the others.
+3. sizes       The pairs that the budget pays for (including the similarity) are split evenly, and so are the updates.
+4. ranges      The first range begins at epoch 0, each later one in the middle of the range before it. A range has at
+               least `min_starts` starts. It grows while the matching gradients at its last start and at the next
+               epoch have a cosine of at least `agreement`.
 
-With the published val curves of PTM-ST's teachers the rule gives the published endpoints: 6 at 100 pairs, 6 and 8 in
-two phases, 6, 8 and 10 in three.
+With the published val curves of PTM-ST's teachers, the rule gives the published endpoints: 6 with one phase (100
+pairs), 6 and 8 with two phases, and 6, 8 and 10 with three.
 """
 
 import math
@@ -42,12 +44,14 @@ PLAN = "plan.json"
 
 @dataclass(frozen=True)
 class Measured:
-    """What the rule sees of the experts, but for matching gradients."""
+    """Measurements of the experts that the planning rule reads, without the matching gradients."""
 
     val: Float[np.ndarray, " m"]
+    """Val R@mean of the teacher after each epoch, in percent; the first value is before training."""
     arc: Float[np.ndarray, " n"]
+    """Length of the parameter step of each epoch."""
     straightness: dict[int, float]
-    """Per epoch that may be an endpoint."""
+    """Straightness of the shortcut to each possible endpoint, by epoch; 1 is a straight line."""
 
     @property
     def share(self) -> Float[np.ndarray, " m"]:
@@ -55,44 +59,44 @@ class Measured:
 
 
 def measure(plan: config.Plan, store: Store, experts: int) -> Measured:
-    """Curves of the first `experts`, straightness of the first few at every epoch that may be an endpoint."""
-    everyone = [e for e in store.complete() if e < experts]
-    few = everyone[: plan.experts]
+    """Measure the curves of the first `experts` experts, and the straightness of the first `plan.experts` of them."""
+    all_experts = [e for e in store.complete() if e < experts]
+    few = all_experts[: plan.experts]
     candidates = plan.endpoints or store.kept_epochs[1:]
     straight = {e: statistics.straightness(store, few, e) for e in candidates}
-    return Measured(statistics.val_curve(store, everyone), statistics.arc_lengths(store, everyone), straight)
+    return Measured(statistics.val_curve(store, all_experts), statistics.arc_lengths(store, all_experts), straight)
 
 
 def endpoints(rule: config.Distill, measured: Measured) -> list[int]:
-    """An endpoint for each of up to `max_phases` phases, ascending.
+    """Return the endpoints of up to `max_phases` phases in ascending order.
 
-    Raises `ValueError` when no epoch may be one.
+    Raises `ValueError` when no epoch is allowed as an endpoint.
     """
     plan = rule.plan
-    bent = plan.min_straightness if rule.trajectory == "shortcut" else 0.0
-    least = rule.match_epochs + _beyond(rule)
-    able = sorted(e for e, straight in measured.straightness.items() if e >= least and straight >= bent)
-    if not able:
+    min_straight = plan.min_straightness if rule.trajectory == "shortcut" else 0.0
+    first_epoch = rule.match_epochs + _includes_stop(rule)
+    allowed = sorted(e for e, value in measured.straightness.items() if e >= first_epoch and value >= min_straight)
+    if not allowed:
         raise ValueError(
-            f"no epoch of {sorted(measured.straightness)} may be an endpoint: it must be at least {least} and its "
-            f"shortcut keep {bent:g} of its path; lower distill.plan.min_straightness, or keep more epochs of the "
-            "experts (experts.keep: all)"
+            f"no epoch of {sorted(measured.straightness)} may be an endpoint: it must be at least {first_epoch} and "
+            f"the straightness of its shortcut at least {min_straight:g}; lower distill.plan.min_straightness, or keep "
+            "more epochs of the experts (experts.keep: all)"
         )
-    found: list[int] = []
+    ends: list[int] = []
     for p in range(plan.max_phases):
         wanted = min(1.0, plan.reach + p * plan.reach_step)
-        after = [e for e in able if not found or measured.share[e] > measured.share[found[-1]]]
-        reached = [e for e in after if measured.share[e] >= wanted]
-        if not after or (found and not reached):
+        later = [e for e in allowed if not ends or measured.share[e] > measured.share[ends[-1]]]
+        reached = [e for e in later if measured.share[e] >= wanted]
+        if not later or (ends and not reached):
             break
-        found.append(reached[0] if reached else after[-1])
-    return found
+        ends.append(reached[0] if reached else later[-1])
+    return ends
 
 
 def sizes(run: config.Run, text_width: int, most: int) -> tuple[int, ...]:
-    """Pairs of each phase: as many phases, up to `most`, as have pairs and updates enough.
+    """Return the number of pairs of each phase, with as many phases (at most `most`) as the budget and updates allow.
 
-    Raises `ValueError` when the budget holds no phase that a mini-batch can be drawn from.
+    Raises `ValueError` when the budget is too small for one mini-batch.
     """
     rule, plan = run.distill, run.distill.plan
     kind, rank = rule.similarity.kind, rule.similarity.rank
@@ -117,24 +121,27 @@ def sizes(run: config.Run, text_width: int, most: int) -> tuple[int, ...]:
 def ranges(
     rule: config.Distill, ends: list[int], agreement: Callable[[int, int], Float[Tensor, "T T"]]
 ) -> list[tuple[int, int]]:
-    """First start and exclusive last of each phase; `agreement(phase, endpoint)` gives the cosines between starts."""
+    """Return the half-open range of start epochs of each phase.
+
+    `agreement(phase, endpoint)` returns the cosines between the matching gradients at all start epochs.
+    """
     plan = rule.plan
-    found: list[tuple[int, int]] = []
+    spans: list[tuple[int, int]] = []
     for p, end in enumerate(ends):
-        last = end - rule.match_epochs - _beyond(rule)
-        start = min(last, math.ceil(sum(found[-1]) / 2)) if found else 0
+        last = end - rule.match_epochs - _includes_stop(rule)
+        start = min(last, math.ceil(sum(spans[-1]) / 2)) if spans else 0
         cosines = agreement(p, end)
         reach = start
         while reach < last and (
             reach + 1 - start < plan.min_starts or float(cosines[reach, reach + 1]) >= plan.agreement
         ):
             reach += 1
-        found.append((start, reach + (rule.start_rule == "exclusive" or bool(_beyond(rule)))))
-    return found
+        spans.append((start, reach + (rule.start_rule == "exclusive" or bool(_includes_stop(rule)))))
+    return spans
 
 
-def without_a_phase(run: config.Run, text_width: int) -> str | None:
-    """A message when the budget of a run that plans its phases holds none, else None."""
+def planned_budget_error(run: config.Run, text_width: int) -> str | None:
+    """Return an error message when the budget is too small for even one planned phase, otherwise None."""
     try:
         sizes(run, text_width, 1)
     except ValueError as error:
@@ -142,25 +149,25 @@ def without_a_phase(run: config.Run, text_width: int) -> str | None:
     return None
 
 
-def _beyond(rule: config.Distill) -> int:
-    """1 where a start may lie at, or anywhere up to, the exclusive end of its range."""
+def _includes_stop(rule: config.Distill) -> int:
+    """Return 1 if starts are real-valued, so that a start can reach the exclusive end of its range; otherwise 0."""
     return int(rule.real_starts)
 
 
 def make_plan(method: Matched, store: Store, train: PreparedSplit, device: torch.device) -> dict[str, Any]:
-    """The phases of a run, with the signals and reasons that led to them, as plain values."""
+    """Plan the phases of a run; return them as JSON values, with the signals and reasons behind them."""
     run = method.run
     began, rule, plan = time.perf_counter(), run.distill, run.distill.plan
     measured = measure(plan, store, run.experts.num)
     ends = endpoints(rule, measured)
     pairs = sizes(run, train.texts.shape[1], len(ends))
-    asked = len(ends)
+    num_endpoints = len(ends)
     ends = ends[: len(pairs)]
-    seen: list[statistics.Probe] = []
+    probes: list[statistics.Probe] = []
 
     def agreement(phase: int, end: int) -> Float[Tensor, "T T"]:
-        seen.append(probe_start(method, store, train, device, pairs[phase], end))
-        return seen[-1].agreement()
+        probes.append(probe_starts(method, store, train, device, pairs[phase], end))
+        return probes[-1].agreement()
 
     spans = ranges(rule, ends, agreement)
     exclusive = rule.endpoint_rule == "exclusive"
@@ -170,19 +177,20 @@ def make_plan(method: Matched, store: Store, train: PreparedSplit, device: torch
         for m, (low, stop), end, count in zip(pairs, spans, ends, updates, strict=True)
     ]
     share = measured.share
-    fewer = f"; only {asked} of the epochs have a wanted share of the gain" if asked < plan.max_phases else ""
+    few_ends = num_endpoints < plan.max_phases
+    fewer = f"; only {num_endpoints} epochs have the wanted share of the gain" if few_ends else ""
     reasons = [
         f"{len(phases)} of at most {plan.max_phases} phases: {'+'.join(map(str, pairs))} pairs fit the budget of "
-        f"{rule.budget}, {'+'.join(map(str, updates))} updates; a phase wants {plan.min_pairs} and "
-        f"{plan.min_iterations}{fewer}"
+        f"{rule.budget}, with {'+'.join(map(str, updates))} updates; a phase needs at least {plan.min_pairs} pairs and "
+        f"{plan.min_iterations} updates{fewer}"
     ]
-    for p, (phase, end, probe) in enumerate(zip(phases, ends, seen, strict=True)):
-        beside = ", ".join(f"{c:.2f}" for c in probe.agreement().diagonal(1).tolist())
+    for p, (phase, end, probe) in enumerate(zip(phases, ends, probes, strict=True)):
+        cosines = ", ".join(f"{c:.2f}" for c in probe.agreement().diagonal(1).tolist())
         reasons.append(
             f"phase {p} ends at epoch {end}, where the teacher has {share[end]:.2f} of its gain (wanted "
-            f"{min(1.0, plan.reach + p * plan.reach_step):.2f}) and the shortcut {measured.straightness[end]:.2f} of "
-            f"its path; starts [{phase.start}, {phase.stop}): neighbouring starts agree by {beside or 'none'} "
-            f"(wanted {plan.agreement:.2f})"
+            f"{min(1.0, plan.reach + p * plan.reach_step):.2f}) and the shortcut has straightness "
+            f"{measured.straightness[end]:.2f}; starts [{phase.start}, {phase.stop}): cosines of neighbouring starts "
+            f"are {cosines or 'not defined'} (wanted {plan.agreement:.2f})"
         )
     return {
         "schema_version": SCHEMA,
@@ -190,7 +198,7 @@ def make_plan(method: Matched, store: Store, train: PreparedSplit, device: torch
         "kind": plan.kind,
         "phases": [p.model_dump(mode="json") for p in phases],
         "endpoints": ends,
-        "starts": [[p.start, p.stop - (rule.start_rule == "exclusive" and not _beyond(rule))] for p in phases],
+        "starts": [[p.start, p.stop - (rule.start_rule == "exclusive" and not _includes_stop(rule))] for p in phases],
         "reasons": reasons,
         "signals": {
             "val": measured.val.tolist(),
@@ -198,18 +206,18 @@ def make_plan(method: Matched, store: Store, train: PreparedSplit, device: torch
             "arc": measured.arc.tolist(),
             "gain_per_arc": statistics.gain_per_arc(measured.val, measured.arc).tolist(),
             "straightness": {str(e): s for e, s in measured.straightness.items()},
-            "agreement": [p.agreement().tolist() for p in seen],
-            "gradient_norm": [p.norms("images").tolist() for p in seen],
-            "miss": [p.miss.mean(dim=1).tolist() for p in seen],
+            "agreement": [p.agreement().tolist() for p in probes],
+            "gradient_norm": [p.norms("images").tolist() for p in probes],
+            "miss": [p.miss.mean(dim=1).tolist() for p in probes],
         },
         "seconds": round(time.perf_counter() - began, 2),
     }
 
 
-def probe_start(
+def probe_starts(
     method: Matched, store: Store, train: PreparedSplit, device: torch.device, pairs: int, end: int
 ) -> statistics.Probe:
-    """Matching gradients of real pairs, as many as the phase has, at every start of its path."""
+    """Compute the matching gradients of `pairs` real pairs at every start epoch of the path to `end`."""
     run, rule, plan = method.run, method.run.distill, method.run.distill.plan
     probing = statistics.probing(run, end, rule.trajectory, pairs, experts=plan.experts)
     method = method.on(probing)
@@ -225,7 +233,7 @@ def probe_start(
 
 
 def key_of(run: config.Run, store: str) -> str:
-    """What a plan follows from: the experts and the recipe."""
+    """Return a hash of everything that a plan depends on: the experts and the distillation settings."""
     recipe = run.hashed("distill", "plan")
     return config.hash_value(
         {
@@ -237,19 +245,19 @@ def key_of(run: config.Run, store: str) -> str:
 
 
 def with_phases(run: config.Run, phases: list[dict[str, Any]]) -> config.Run:
-    """`run` with the phases of a plan; its value and its folder stay what they are."""
+    """Return `run` with the phases of a plan; its hash and its folder do not change."""
     value = run.model_dump(mode="json")
     value["distill"]["phases"] = phases
     return config.Run.model_validate(value)
 
 
-def stated(run: config.Run) -> config.Run:
-    """The same run with its phases written by hand."""
+def with_explicit_phases(run: config.Run) -> config.Run:
+    """Return `run` with its phases marked as explicit instead of planned."""
     return run.model_copy(update={"distill": run.distill.model_copy(update={"plan": config.Plan()})})
 
 
-def foreseen(run: config.Run, text_width: int) -> config.Run:
-    """`run` with phases as they may come out, known without experts: number, sizes and updates are what cost."""
+def with_estimated_phases(run: config.Run, text_width: int) -> config.Run:
+    """Return `run` with estimated phases, for cost estimates before experts exist: number, sizes and updates."""
     epochs, plan = run.experts.epochs, run.distill.plan
     pairs = sizes(run, text_width, min(plan.max_phases, len(plan.endpoints or range(epochs))))
     updates = budget.split(plan.iterations, len(pairs))
@@ -260,14 +268,14 @@ def foreseen(run: config.Run, text_width: int) -> config.Run:
     )
 
 
-def over_budget(run: config.Run, width: int | None = None) -> str | None:
-    """A message when the phases cost more than the budget, or it holds none that could be planned, else None.
+def budget_error(run: config.Run, width: int | None = None) -> str | None:
+    """Return an error message when the phases, planned or explicit, cost more than the budget; otherwise None.
 
-    `width` is that of text embeddings if known.
+    `width` is the width of the text embeddings, if known.
     """
     rule, width = run.distill, width or width_of(run.model.text)
     if not rule.phases:
-        return without_a_phase(run, width)
+        return planned_budget_error(run, width)
     return budget.check(
         [p.pairs for p in rule.phases],
         rule.budget,

@@ -13,9 +13,9 @@ from rmdd.distill.distribution.characteristic import (
     REPEATS,
     FrequencyNet,
     characteristic,
+    frequency_count_error,
     ncfd,
     terms,
-    wrong_count,
 )
 
 
@@ -132,8 +132,10 @@ def test_a_learned_scale_reaches_higher_frequencies():
 
 
 def test_batch_norm_needs_two_rows():
-    assert wrong_count(16, "layer") is None and wrong_count(32, "batch") is None
-    assert "multiples of 16 from 32 on" in wrong_count(16, "batch") and "from 16 on" in wrong_count(40, "layer")
+    assert frequency_count_error(16, "layer") is None and frequency_count_error(32, "batch") is None
+    assert "multiples of 16 from 32 on" in frequency_count_error(16, "batch") and "from 16 on" in frequency_count_error(
+        40, "layer"
+    )
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         net(norm="batch")(16, torch.Generator())
     assert net()(16, torch.Generator()).shape == (16, 4)

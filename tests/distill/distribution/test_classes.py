@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rmdd.distill.distribution.classes import assigned, chosen, clusters_of, evened
+from rmdd.distill.distribution.classes import assigned, balanced, clusters_of, initial_pairs
 
 
 def points(images=60, captions=3, width=4, groups=3, seed=0):
@@ -44,7 +44,7 @@ def test_a_small_cluster_joins_the_nearest_and_the_largest_is_split():
     """On a line: group 0 at 0 (20 images), group 1 at 100 (10), one image alone at 98, an empty one."""
     place = np.concatenate([np.linspace(-1, 1, 20), np.linspace(100, 101, 10), [98.0]])
     x = np.stack([place, np.zeros_like(place)], axis=1).astype(np.float32)
-    labels = evened(x, np.arange(31), np.array([0] * 20 + [1] * 10 + [2]), 4, 2)
+    labels = balanced(x, np.arange(31), np.array([0] * 20 + [1] * 10 + [2]), 4, 2)
     sizes = images_in(labels, np.arange(31), 4)
     assert labels[30] == labels[20], "the lone one is with its neighbours"
     assert sorted(sizes) == [5, 6, 10, 10], "both groups were the largest once"
@@ -57,7 +57,7 @@ def test_sizes_are_counted_in_images():
     """Five captions of one image are one image."""
     x = np.concatenate([np.zeros((5, 2)), np.ones((30, 2)) * np.arange(10, 40)[:, None]]).astype(np.float32)
     image_of = np.array([0] * 5 + list(range(1, 31)))
-    labels = evened(x, image_of, np.array([0] * 5 + [1] * 30), 2, 3)
+    labels = balanced(x, image_of, np.array([0] * 5 + [1] * 30), 2, 3)
     assert min(images_in(labels, image_of, 2)) >= 3
 
 
@@ -65,10 +65,10 @@ def test_sizes_are_counted_in_images():
 def test_initial_pairs_have_distinct_images(pick):
     x, image_of = points(captions=5)
     labels = clusters_of(x, image_of, 6, 3, seed=0)
-    records = chosen(x, image_of, labels, 6, 3, pick, seed=0)
+    records = initial_pairs(x, image_of, labels, 6, 3, pick, seed=0)
     assert labels[records].tolist() == np.repeat(np.arange(6), 3).tolist(), "cluster by cluster"
     assert all(len(set(image_of[records[3 * c : 3 * c + 3]].tolist())) == 3 for c in range(6))
-    assert records == chosen(x, image_of, labels, 6, 3, pick, seed=0)
+    assert records == initial_pairs(x, image_of, labels, 6, 3, pick, seed=0)
     if pick == "nearest":
         for c in range(6):
             own = np.flatnonzero(labels == c)
@@ -80,5 +80,5 @@ def test_initial_pairs_have_distinct_images(pick):
 
 def test_too_few_images_are_refused():
     x, image_of = points(images=20)
-    with pytest.raises(ValueError, match=r"7 clusters of 2 pairs each need 28 images .*, the train split has 20"):
+    with pytest.raises(ValueError, match=r"7 clusters of 2 pairs each need at least 28 images, but the train split has 20"):
         clusters_of(x, image_of, 7, 2, seed=0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from toy import EPOCHS, EXPERTS, same_tensors
 
-from rmdd.distill.distribution.merging import Cell, Pool, agreeing, between, merge, two_cells
+from rmdd.distill.distribution.merging import Cell, Pool, cosine, draw_two, interpolated, merge
 
 SHAPES = {"image_tower.a": (3, 2), "image_tower.b": (4,), "text_head.c": (2, 5)}
 
@@ -61,7 +61,7 @@ def test_orthogonal_and_opposed_displacements_give_the_anchor():
     opposed = {"w": torch.tensor([-2.0, 0.1])}
     assert same_tensors(merge(anchor, x, opposed, 1.0), anchor)
     assert merge(anchor, x, opposed, 1.0, positive=False)["w"].norm() > 100, "what the limit is for"
-    assert agreeing(x["w"], opposed["w"], positive=False) == pytest.approx(-1, abs=2e-3)
+    assert cosine(x["w"], opposed["w"], positive=False) == pytest.approx(-1, abs=2e-3)
 
 
 def test_checkpoints_of_another_model_are_refused():
@@ -71,7 +71,7 @@ def test_checkpoints_of_another_model_are_refused():
 
 def test_a_weighted_sum_lies_between():
     anchor, other = params(0), params(1)
-    for name, t in between(anchor, other, 0.25).items():
+    for name, t in interpolated(anchor, other, 0.25).items():
         torch.testing.assert_close(t, 0.75 * anchor[name] + 0.25 * other[name])
 
 
@@ -80,11 +80,11 @@ def test_a_weighted_sum_lies_between():
 def test_every_two_cells_are_drawn_and_never_one_twice(experts, epochs, within):
     if within and len(epochs) < 2:
         with pytest.raises(ValueError, match=r"needs two checkpoints, .* set experts.keep: all"):
-            two_cells(experts, epochs, torch.Generator(), within=True)
+            draw_two(experts, epochs, torch.Generator(), within=True)
         return
     seen = Counter()
     for seed in range(600):
-        first, second = two_cells(experts, epochs, torch.Generator().manual_seed(seed), within=within)
+        first, second = draw_two(experts, epochs, torch.Generator().manual_seed(seed), within=within)
         assert first != second and (not within or first.expert == second.expert)
         seen[first, second] += 1
     cells = [Cell(e, t) for e in experts for t in epochs]
@@ -97,11 +97,11 @@ def test_a_pool_reads_what_is_asked_for_and_holds_so_many_bytes(store, monkeypat
     read = store.read
     monkeypatch.setattr(type(store), "read", lambda self, *cell: reads.append(cell) or read(*cell))
     one = sum(p.numel() * 4 for p in read(0, 1).values())
-    pool = Pool(store, range(EXPERTS), range(1, EPOCHS + 1), most=2 * one)
+    pool = Pool(store, range(EXPERTS), range(1, EPOCHS + 1), max_bytes=2 * one)
     assert not reads
     for cell in (Cell(0, 1), Cell(1, 2), Cell(0, 1), Cell(1, 3), Cell(0, 1), Cell(1, 2)):
         assert same_tensors(pool.read(cell), read(*cell))
-        assert len(pool._held) <= 2 and pool._bytes == len(pool._held) * one
+        assert len(pool._cached) <= 2 and pool._bytes == len(pool._cached) * one
     assert reads == [(0, 1), (1, 2), (1, 3), (1, 2)], "the one not asked for the longest goes first"
-    small = Pool(store, [0], [1], most=1)
-    assert same_tensors(small.read(Cell(0, 1)), read(0, 1)) and len(small._held) == 1
+    small = Pool(store, [0], [1], max_bytes=1)
+    assert same_tensors(small.read(Cell(0, 1)), read(0, 1)) and len(small._cached) == 1

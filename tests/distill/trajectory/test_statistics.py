@@ -65,7 +65,7 @@ def test_val_curves_are_averaged_and_must_be_there(store, tmp_path):
             writer.add(theta, {"val": v})
         writer.finish()
     assert statistics.val_curve(other, [0, 1]).tolist() == [2, 40]
-    with pytest.raises(ValueError, match=r"without val R@mean per epoch.*distill.phases by hand"):
+    with pytest.raises(ValueError, match=r"no val R@mean per epoch.*distill.phases by hand"):
         statistics.val_curve(store, [0])
 
 
