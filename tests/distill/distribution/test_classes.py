@@ -80,5 +80,6 @@ def test_initial_pairs_have_distinct_images(pick):
 
 def test_too_few_images_are_refused():
     x, image_of = points(images=20)
-    with pytest.raises(ValueError, match=r"7 clusters of 2 pairs each need at least 28 images, but the train split has 20"):
+    match = "7 clusters of 2 pairs each need at least 28 images, but the train split has 20"
+    with pytest.raises(ValueError, match=match):
         clusters_of(x, image_of, 7, 2, seed=0)
