@@ -133,7 +133,7 @@ def read_only(tmp_path):
 
 def test_a_storage_that_cannot_be_written_stops_a_run_before_it_starts(read_only):
     run = config.load({"runtime": {"storage": str(read_only / "runs"), "ray": "off"}})
-    with pytest.raises(OSError, match=rf"cannot write {read_only}.*give a folder .* as runtime.storage"):
+    with pytest.raises(OSError, match=rf"cannot write {read_only}.*set runtime.storage to a folder"):
         open_storage(run.runtime).begin()
     with pytest.raises(OSError, match="cannot write"), open_pipeline(run):
         pass

@@ -1,4 +1,4 @@
-"""Rows of numbers: computed some at a time, and written as `.npy` files that are whole or absent."""
+"""Compute arrays in chunks of rows, and write `.npy` files atomically (a file is complete or missing)."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ Computed = TypeVar("Computed", Tensor, np.ndarray)
 
 
 def in_chunks(compute: Callable[[Any], Computed], rows: Any, size: int) -> Computed:
-    """`compute` of `size` rows at a time, joined in their order. `rows` is what can be sliced, and not empty."""
+    """Apply `compute` to chunks of `size` rows and concatenate the results in order; `rows` must not be empty."""
     pieces: Any = [compute(rows[i : i + size]) for i in range(0, len(rows), size)]
     joined: Any = cat(pieces) if isinstance(pieces[0], Tensor) else np.concatenate(pieces)
     return joined
@@ -27,7 +27,7 @@ def write_array(path: Path, values: np.ndarray) -> None:
 
 @contextlib.contextmanager
 def mapped_array(path: Path, shape: tuple[int, ...], dtype: Any) -> Iterator[np.ndarray]:
-    """An array to fill that lies in the file `path`, which appears when the block succeeds."""
+    """Yield a memory-mapped array to fill; its file appears at `path` when the block ends without an error."""
     with atomic_path(path) as temporary:
         values = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
         allocate(temporary)

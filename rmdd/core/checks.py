@@ -1,6 +1,6 @@
-"""`rmdd verify`: what on disk is not as it was written, collected and not raised.
+"""Record damaged files on disk for `rmdd verify`: every problem is collected, none is raised.
 
-Each format says with a `Format` how its folders are known and checked; `rmdd.runs.verify` walks folders and asks them.
+A `Format` describes how the folders of one kind are recognised and checked; `rmdd.runs.verify` walks the folders.
 """
 
 import contextlib
@@ -19,6 +19,8 @@ from rmdd.core.tensors import Damaged, load_checked
 
 @dataclass(frozen=True)
 class Fault:
+    """A problem of one file or folder: what is wrong, and what to do about it."""
+
     path: str
     wrong: str
     todo: str
@@ -26,7 +28,7 @@ class Fault:
 
 @dataclass
 class Findings:
-    """What was looked at, what is broken, and what is merely not finished."""
+    """The result of `rmdd verify`: the checked paths, the faults, and the folders whose work is unfinished."""
 
     checked: list[str] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
@@ -37,7 +39,7 @@ class Findings:
 
 
 class DiskCheck:
-    """Looks at each folder once, and keeps what it finds; a folder of a mirror is fetched first."""
+    """Records the faults of the folders and files of a storage; each folder is checked once."""
 
     def __init__(self, storage: Storage):
         self.storage = storage
@@ -45,7 +47,7 @@ class DiskCheck:
         self._visited: set[Path] = set()
 
     def begin(self, path: Path) -> bool:
-        """Whether `path` is to be checked now."""
+        """Return False if `path` was checked before; otherwise mark it as checked and return True."""
         if path in self._visited:
             return False
         self._visited.add(path)
@@ -62,28 +64,28 @@ class DiskCheck:
 
     @contextlib.contextmanager
     def errors_as_faults(self, path: Path, todo: str) -> Iterator[None]:
-        """Turn what a reader refuses into a fault."""
+        """Record an error raised by a reader of `path` as a fault."""
         try:
             yield
         except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
             self.fault(path, str(error) if isinstance(error, ValueError | OSError) else repr(error), todo)
 
     def json(self, path: Path, todo: str) -> Any:
-        """Its value; None when it has none."""
+        """Return the parsed JSON file; record a fault and return None if it cannot be read."""
         with self.errors_as_faults(path, todo):
             return read_json(path)
 
     def lines(self, path: Path) -> None:
-        """A log, where there is one. It may end in the middle of a line, if its writer was killed."""
+        """Check every line of a JSON-lines log. The last line may be cut off, because its writer was killed."""
         *lines, _ = path.read_bytes().split(b"\n") if path.is_file() else [b""]
         for number, line in enumerate(lines, 1):
             try:
                 json.loads(line)
             except ValueError:
-                self.fault(path, f"line {number} is no JSON", "take the line out; nothing is computed from it")
+                self.fault(path, f"line {number} is not JSON", "delete the line; nothing is computed from it")
 
     def tensors(self, path: Path, entry: str, todo: str) -> None:
-        """A file of `save_checked`: its checksum, and that its numbers are finite."""
+        """Check a file written by `save_checked`: its checksum, and that all its numbers are finite."""
         try:
             tensors, _ = load_checked(path, entry)
         except (Damaged, OSError) as error:
@@ -99,12 +101,12 @@ class DiskCheck:
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of folder, or of loose files, that rmdd writes."""
+    """A kind of folder, or of single files, that rmdd writes, and the function that checks it."""
 
     markers: tuple[str, ...]
-    """Files of which one says that a folder is of this kind; none for loose files."""
+    """File names that identify a folder of this kind: one of them is enough. Empty for single files."""
     within: str
-    """Where a storage has them: a pattern of folders, or of loose files; empty: in other folders only."""
+    """Glob pattern of these folders or files, relative to a storage; empty if they lie only inside other folders."""
     check: Callable[[Path, DiskCheck], None]
     always_marked: bool = True
-    """Whether a folder in that place that has no marker is something else, rather than not finished."""
+    """Whether to ignore a folder that matches `within` and has no marker; if False, it is reported as unfinished."""

@@ -1,4 +1,4 @@
-"""Which device the workers of a run compute on."""
+"""The torch device on which the workers of a run compute."""
 
 import torch
 
@@ -6,10 +6,10 @@ from rmdd import config
 
 
 def device_of(runtime: config.Runtime) -> torch.device:
-    """`cuda` where a worker has a share of a GPU, else `cpu`."""
+    """Return `cuda` if each worker gets a GPU or a share of one, otherwise `cpu`."""
     return torch.device("cuda" if runtime.gpus_per_worker > 0 else "cpu")
 
 
 def local_device(runtime: config.Runtime) -> torch.device:
-    """`device_of`, or the CPU in a process that sees no GPU, such as a driver whose workers have them."""
+    """Return the workers' device, or `cpu` if this process sees no GPU (as a driver whose workers have the GPUs)."""
     return device_of(runtime) if torch.cuda.is_available() else torch.device("cpu")

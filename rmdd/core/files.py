@@ -1,7 +1,7 @@
-"""Files that are whole or absent: everything is written under a temporary name and renamed.
+"""Atomic files: each is written under a temporary name and then renamed, so it is either complete or missing.
 
-A temporary name holds the machine and the process that write it, so that what a killed process left can be swept,
-and what a live one is writing stays.
+A temporary name contains the machine and the process id of its writer. So the temporary files of killed processes can
+be removed, and those that a live process is writing stay.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 ABANDONED_SECONDS = 24 * 3600.0
-"""A temporary file of another machine that nothing was written to for so long has no writer any more."""
+"""Seconds without a write after which a temporary file of another machine is taken to be abandoned."""
 
 _TEMPORARY = re.compile(r"^\..+\.(?:(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{6}|[^.]+)\.(?:tmp|old)$")
 
@@ -28,28 +28,28 @@ _ADVICE = {
     errno.ENOSPC: "free some space there, or move the storage to a larger disk",
     errno.EDQUOT: "the quota is used up; free some space, or ask for more",
     errno.EFBIG: "the limit on the size of a file is reached (ulimit -f); raise it",
-    errno.EROFS: "give a folder that can be written as runtime.storage",
-    errno.EACCES: "give a folder that this user may write as runtime.storage",
-    errno.EPERM: "give a folder on a disk that can be written as runtime.storage",
+    errno.EROFS: "set runtime.storage to a folder on a writable disk",
+    errno.EACCES: "set runtime.storage to a folder that this user may write to",
+    errno.EPERM: "set runtime.storage to a folder on a writable disk",
 }
 
 
 @runtime_checkable
 class ChangeListener(Protocol):
-    """What hears of every change under the folder `root`; see `rmdd.core.storage.Mirror`."""
+    """Receives every change of a file under the folder `root`; implemented by `rmdd.core.storage.Mirror`."""
 
     root: Path
 
     def changing(self, path: Path) -> contextlib.AbstractContextManager[None]:
-        """Around the moment in which `path` is replaced or removed."""
+        """Return a context manager inside which `path` is replaced or removed."""
         ...
 
     def appended(self, path: Path) -> None:
-        """A line was added to `path`."""
+        """Take notice that a line was appended to `path`."""
         ...
 
     def cell(self, folder: Path) -> Any:
-        """Where the lease of `folder` is written; see `rmdd.core.locks`."""
+        """Return the cell that stores the lease of `folder`; see `rmdd.core.locks.LeaseCell`."""
         ...
 
 
@@ -61,16 +61,16 @@ def register_listener(listener: ChangeListener) -> None:
 
 
 def listener_of(path: Path | str) -> ChangeListener | None:
-    """The listener whose folder `path` lies in."""
+    """Return the listener whose folder contains `path`, or None."""
     path = Path(path)
     return next((listener for root, listener in _listeners.items() if path.is_relative_to(root)), None)
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path (file or folder) beside `path`; renamed to `path` when the block succeeds.
+    """Yield a temporary path (file or folder) beside `path`, and rename it to `path` when the block succeeds.
 
-    A disk that is full or read-only raises an `OSError` that names `path` and says what to do.
+    If the disk is full or read-only, raises an `OSError` that names `path` and says what to do.
     """
     path = Path(path)
     with explain_write_errors(path):
@@ -87,7 +87,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
 
 def remove(path: Path | str) -> None:
-    """Remove a file or a folder, if it is there."""
+    """Remove a file or a folder if it exists."""
     with _changing(Path(path)):
         _remove(Path(path))
 
@@ -105,30 +105,30 @@ def _remove(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Have the disk hold a file, or all files of a folder, before a name says that they are whole."""
+    """Flush a file, or all files of a folder, to disk before they get the final name that marks them as complete."""
     for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
         with open(file, "rb") as f:
             os.fsync(f.fileno())
 
 
 def allocate(path: Path | str) -> None:
-    """Take the room that a sparse file will need: a page of a mapping that finds none kills its process (SIGBUS)."""
+    """Reserve disk space for a sparse file: a write to a memory map kills the process if the disk is full (SIGBUS)."""
     with explain_write_errors(Path(path)), open(path, "r+b") as f:
         os.posix_fallocate(f.fileno(), 0, max(1, os.fstat(f.fileno()).st_size))
 
 
 class CannotWrite(OSError):
-    """A disk cannot take a file; the message says what to do."""
+    """A file cannot be written (full disk, quota, permissions); the message says what to do."""
 
 
 @contextlib.contextmanager
 def explain_write_errors(path: Path) -> Iterator[None]:
-    """Give errors of a disk that cannot take `path` the words that help, whichever library found out."""
+    """Turn an error about an unwritable disk, raised by any library, into a `CannotWrite` that says what to do."""
     try:
         yield
     except Exception as error:
-        number = _number(error)
-        if number not in _ADVICE or isinstance(error, CannotWrite) or _elsewhere(error, path):
+        number = _error_number(error)
+        if number not in _ADVICE or isinstance(error, CannotWrite) or _about_another_file(error, path):
             raise
         message = (
             f"cannot write {path}: {os.strerror(number).lower()}; {_ADVICE[number]}. Files finished earlier are intact"
@@ -136,36 +136,36 @@ def explain_write_errors(path: Path) -> Iterator[None]:
         raise CannotWrite(number, message) from error
 
 
-def _elsewhere(error: Exception, path: Path) -> bool:
-    """Whether `error` names a file that does not lie with `path`."""
+def _about_another_file(error: Exception, path: Path) -> bool:
+    """Return whether `error` names a file that is neither `path` nor in its folder."""
     name = getattr(error, "filename", None)
     return name is not None and not (path.is_relative_to(name) or Path(name).is_relative_to(path.parent))
 
 
-def _number(error: Exception) -> int:
-    """The error number of the operating system behind `error`, 0 when there is none."""
+def _error_number(error: Exception) -> int:
+    """Return the error number (errno) of the operating system that caused `error`, or 0."""
     if isinstance(error, OSError) and error.errno:
         return error.errno
-    match = re.search(r"os error (\d+)|errno (\d+)", str(error), re.IGNORECASE)  # safetensors; arrow
+    match = re.search(r"os error (\d+)|errno (\d+)", str(error), re.IGNORECASE)  # as safetensors and pyarrow word it
     if match:
         return int(match[1] or match[2])
-    return errno.ENOSPC if re.search(r"requested and \d+ written", str(error)) else 0  # numpy
+    return errno.ENOSPC if re.search(r"requested and \d+ written", str(error)) else 0  # as numpy words it
 
 
-# -- who writes ------------------------------------------------------------------------------------------------------
+# -- temporary names and their writers -------------------------------------------------------------------------------
 
 
 @functools.cache
 def machine() -> str:
-    """Eight digits for this machine as its processes see each other: same digits, same process numbers."""
+    """Return eight hex digits that identify this machine, or this container if it has process ids of its own."""
     parts = [socket.gethostname()]
-    with contextlib.suppress(OSError):  # containers may share a host name; elsewhere than on Linux it must do
+    with contextlib.suppress(OSError):  # containers can share a host name; other systems than Linux use it alone
         parts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
     return hashlib.sha256("/".join(parts).encode()).hexdigest()[:8]
 
 
 def alive(pid: int) -> bool:
-    """Whether a process of this machine is there."""
+    """Return whether a process with the id `pid` exists on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -184,17 +184,18 @@ def is_temporary(name: str) -> bool:
 
 
 def sweep(folder: Path | str) -> list[Path]:
-    """Remove temporary files under `folder` whose writer is gone, and return them.
+    """Remove the abandoned temporary files under `folder`, and return their paths.
 
-    That is a dead process of this machine, or one elsewhere that has written nothing for a day.
+    A file is abandoned if its writer was a process of this machine that is dead, or if another machine wrote it and
+    nothing was written to it for a day.
     """
     swept = []
-    for here, folders, files in os.walk(folder):
+    for parent, folders, files in os.walk(folder):
         temporary = [name for name in (*folders, *files) if is_temporary(name)]
         folders[:] = [name for name in folders if name not in temporary]
-        for path in (Path(here) / name for name in temporary):
+        for path in (Path(parent) / name for name in temporary):
             if _abandoned(path):
-                with contextlib.suppress(FileNotFoundError):  # another run sweeps too
+                with contextlib.suppress(FileNotFoundError):  # another run may have removed it already
                     _remove(path)
                     swept.append(path)
     return swept
@@ -223,7 +224,7 @@ def read_json(path: Path | str) -> Any:
 
 
 def append_jsonl(path: Path | str, value: Any) -> None:
-    """Add a line, whole or not at all."""
+    """Append `value` as a JSON line; if the disk is full, the file keeps its earlier length."""
     path = Path(path)
     rest = (json.dumps(value, ensure_ascii=False) + "\n").encode()
     with explain_write_errors(path):
@@ -240,14 +241,17 @@ def append_jsonl(path: Path | str, value: Any) -> None:
         listener.appended(path)
 
 
-def cut_jsonl(path: Path, count: str, reached: int) -> None:
-    """Drop lines whose `count` lies past `reached` and a half-written last one, so that a resumed log has each once."""
+def cut_jsonl(path: Path, count: str, last: int) -> None:
+    """Drop the lines whose field `count` is above `last`, and a half-written last line.
+
+    Work that resumes from a checkpoint writes these lines again, so that the log contains each of them once.
+    """
     if not path.is_file():
         return
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)[count] <= reached:
+            if json.loads(line)[count] <= last:
                 lines.append(line)
         except json.JSONDecodeError:
             break

@@ -1,6 +1,6 @@
-"""The layout of the files in a storage: a number in its `storage.json`, written when the storage is first used.
+"""The version of a storage's file layout: a number in `storage.json`, written when the storage is first used.
 
-A storage of another layout is refused before anything in it is parsed or written.
+A storage with another layout raises an error before any other file in it is read or written.
 """
 
 import json
@@ -12,21 +12,21 @@ from rmdd.core.files import write_json
 from rmdd.core.storage import Storage, is_uri, open_storage
 
 LAYOUT = 2
-"""Raised when a release cannot read what the one before it wrote. Storages of layout 1 have no `storage.json`."""
+"""Increased by one in a release that cannot read the files of the previous one. Layout 1 had no `storage.json`."""
 
 FILE = "storage.json"
 ADVICE_FOR_COPIES = f"or, if you copied folders of a newer storage, copy its {FILE} too"
 
 
 def layout_of(storage: Storage) -> int | None:
-    """The number of the storage's layout; None where nothing was stored yet. Nothing is written.
+    """Return the layout number of the storage, or None if nothing was stored yet. Writes nothing.
 
-    Raises `ValueError` when the file cannot be read.
+    Raises `ValueError` if `storage.json` cannot be read.
     """
     path = storage.root / FILE
     content = storage.read(path)
     if content is None and storage.has_results():
-        content = storage.read(path) or b"{}"  # another process may have begun: it writes this file before any result
+        content = storage.read(path) or b"{}"  # another process may have just written it, before its first result
     try:
         return None if content is None else json.loads(content).get("layout", 1)
     except (ValueError, AttributeError):
@@ -36,11 +36,11 @@ def layout_of(storage: Storage) -> int | None:
 
 
 def check_layout(storage: Storage) -> None:
-    """Raise `ValueError` when the storage has another layout. Nothing is written."""
+    """Raise `ValueError` if the storage has another layout. Writes nothing."""
     layout = layout_of(storage)
     if layout in (None, LAYOUT):
         return
-    advice = ["set runtime.storage to another folder or URI", "or go on with the release of rmdd that wrote it"]
+    advice = ["set runtime.storage to another folder or URI", "or continue with the release of rmdd that wrote it"]
     advice += [ADVICE_FOR_COPIES] if layout == 1 else []
     raise ValueError(
         f"this release of rmdd reads storages of layout {LAYOUT}, and {storage.address(storage.root)} has layout "
@@ -50,17 +50,17 @@ def check_layout(storage: Storage) -> None:
 
 
 def require_layout(storage: Storage) -> None:
-    """Raise `ValueError` when the storage has another layout; write its number into a storage without results."""
+    """Raise `ValueError` if the storage has another layout; write `storage.json` into a storage without results."""
     check_layout(storage)
     if storage.read(storage.root / FILE) is None:
         write_json(storage.root / FILE, {"layout": LAYOUT})
 
 
 def locate_file(address: str, name: str, depth: int) -> tuple[str, Path]:
-    """The address of a folder's storage, and the path of the file `name` in the folder, on this machine.
+    """Return the address of the storage that contains a folder, and the local path of the file `name` in that folder.
 
-    `address` is the folder, or its URI, from where the file is fetched; the storage is the folder `depth` levels above.
-    Raises `ValueError` when the file exists and the storage has another layout.
+    `address` is the path or the URI of the folder; from a URI the file is fetched. The storage is the folder `depth`
+    levels above. Raises `ValueError` if the file exists and the storage has another layout.
     """
     if not is_uri(address):
         folder = Path(address).absolute()

@@ -1,8 +1,8 @@
-"""Holding a folder alone, on one machine and across machines.
+"""Exclusive access to a folder: a file lock between the processes of one machine, a lease between machines.
 
-Processes of one machine exclude each other by a lock of the operating system, which the death of a process frees at
-once. Machines exclude each other by a lease, a small file beside the folder that says who holds it and is written
-again every few seconds. A lease that stands still for `EXPIRES` seconds of the reader's own clock has lost its holder.
+The operating system releases the lock as soon as its process dies. The lease is a small file beside the folder that
+names the process that holds it (the holder). The holder rewrites it every `BEAT` seconds. If the file does not change
+for `EXPIRES` seconds, by the clock of the machine that watches it, its holder is taken to be dead.
 """
 
 import contextlib
@@ -19,21 +19,26 @@ from typing import Any, Protocol, runtime_checkable
 from rmdd.core.files import listener_of, machine, read_json, remove, write_json
 
 BEAT = 5.0
+"""Seconds between two writes of a lease by its holder."""
 EXPIRES = 30.0
+"""Seconds without a change after which a lease has expired."""
 SETTLE = 1.0
-"""Seconds after which, on a storage that cannot refuse a second writer, the last of two that came at once is known."""
+"""Seconds between writing a lease and reading it back. Cloud storage has no atomic create: of two processes that write
+a lease at the same time, the one whose text is read back holds it."""
 POLL = 0.2
+"""Seconds between two attempts to get the file lock."""
 
 
 class FolderInUse(RuntimeError):
-    """Somebody else works in a folder."""
+    """Another process holds the folder."""
 
 
 @runtime_checkable
 class LeaseCell(Protocol):
-    """Where a lease is written; `exact` where the lock of the operating system already keeps all others out."""
+    """The place where a lease is stored: a local file or an object at a URI."""
 
     exact: bool
+    """Whether a write needs no second look, because the file lock excludes all other writers."""
 
     def read(self) -> dict[str, Any] | None: ...
 
@@ -43,7 +48,7 @@ class LeaseCell(Protocol):
 
 
 class LocalLeaseCell:
-    """A lease beside its folder, on a disk or a network file system."""
+    """A lease in a file beside the folder, on a disk or a network file system."""
 
     exact = True
 
@@ -64,7 +69,7 @@ class LocalLeaseCell:
 
 
 class Lease:
-    """What its holder has: `lost` when another took over, which can be after a long standstill only."""
+    """A lease that this process holds. It is `lost` if another process took over after this one paused for too long."""
 
     def __init__(self, folder: Path, cell: LeaseCell):
         self.folder, self.cell = folder, cell
@@ -77,11 +82,11 @@ class Lease:
         return self._lost.is_set()
 
     def check(self) -> None:
-        """Raise `FolderInUse` when another process has taken over."""
+        """Raise `FolderInUse` if another process has taken over the folder."""
         if self.lost:
             raise FolderInUse(
-                f"{self.folder} was taken over by {_successor(self.cell.read())} while this process stood still; let "
-                "that one finish, or end it and resume"
+                f"{self.folder} was taken over by {_successor(self.cell.read())} while this process was paused; let "
+                "the other process finish, or end it and resume"
             )
 
     def write(self) -> None:
@@ -104,8 +109,8 @@ class Lease:
 
     def _beat(self) -> None:
         while not self._done.wait(BEAT):
-            with contextlib.suppress(OSError):  # a storage out of reach may come back before the lease expires
-                if not self.owned():  # nobody but a successor, who may be done already, takes it away
+            with contextlib.suppress(OSError):  # an unreachable storage may come back before the lease expires
+                if not self.owned():  # a process that took over wrote its own lease, or has ended and removed it
                     self._lost.set()
                     return
                 self.beats += 1
@@ -114,9 +119,10 @@ class Lease:
 
 @contextlib.contextmanager
 def hold_folder(folder: Path | str, *, wait: bool) -> Iterator[Lease]:
-    """Hold `folder` alone. While another process does, wait for it, or raise `FolderInUse` with its name.
+    """Hold `folder` inside the block, so that no other process can.
 
-    A lease of another machine is watched until it moves, or has expired.
+    If another process holds it, wait, or without `wait` raise `FolderInUse` with the name of that process. A lease
+    written by another machine is watched until it changes (its holder is alive) or expires.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -125,12 +131,12 @@ def hold_folder(folder: Path | str, *, wait: bool) -> Iterator[Lease]:
     with open(lock_of(folder), "a") as lock:
         while not _locked(lock):
             if not wait:
-                raise _held(folder, cell.read())
+                raise _in_use(folder, cell.read())
             time.sleep(POLL)
         lease = Lease(folder, cell)
         while not _take(lease):
             if not wait:
-                raise _held(folder, cell.read())
+                raise _in_use(folder, cell.read())
         lease.start()
         try:
             yield lease
@@ -151,9 +157,9 @@ def _locked(lock: Any) -> bool:
 
 
 def _take(lease: Lease) -> bool:
-    """Write the lease where nobody's is, or one that has no holder; False when its holder lives."""
+    """Write the lease if there is none or its holder is dead, and return True; return False if its holder is alive."""
     cell, before = lease.cell, lease.cell.read()
-    foreign = before is not None and before.get("machine") != machine()  # else its holder is dead: the lock is ours
+    foreign = before is not None and before.get("machine") != machine()  # a holder on this machine has lost the lock
     deadline = time.monotonic() + EXPIRES
     while foreign and (now := cell.read()) is not None:
         if now != before:
@@ -168,15 +174,15 @@ def _take(lease: Lease) -> bool:
     return True
 
 
-def _held(folder: Path, lease: dict[str, Any] | None) -> FolderInUse:
+def _in_use(folder: Path, lease: dict[str, Any] | None) -> FolderInUse:
     return FolderInUse(
-        f"{folder.name} is in use by {_holder(lease)}; wait until that run is done, end it, or give this one another "
+        f"{folder.name} is in use by {_holder(lease)}; wait until that run is done, end it, or give this run another "
         f"name or another runtime.storage (folder: {folder})"
     )
 
 
 def _successor(lease: dict[str, Any] | None) -> str:
-    return "a process that has ended since" if lease is None else _holder(lease)
+    return "a process that has since ended" if lease is None else _holder(lease)
 
 
 def _holder(lease: dict[str, Any] | None) -> str:

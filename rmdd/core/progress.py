@@ -1,6 +1,6 @@
-"""What a person sees while work goes on: a live table on a terminal, plain lines in a log, nothing when quiet.
+"""Progress of running work: a live table on a terminal, plain lines in a log, nothing with `quiet`.
 
-Everything goes to stderr, so that stdout belongs to results.
+All of it is printed to stderr, because stdout is for results.
 """
 
 import contextlib
@@ -16,7 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 LOG_SECONDS = 10.0
+"""Seconds between two progress lines in a log."""
 ROWS = 16
+"""Largest number of items in the live table."""
 
 
 @dataclass
@@ -24,8 +26,9 @@ class _Item:
     total: int
     done: float = 0
     first: float = 0
-    """What was done at the first report: a resumed item is not credited with earlier work."""
+    """Units already finished at the first report; earlier work of a resumed item does not count for its rate."""
     began: float | None = None
+    """Clock time at which the units after `first` began, or None before the first report."""
     reported_at: float = 0.0
     metrics: dict[str, Any] = field(default_factory=dict)
 
@@ -35,13 +38,13 @@ class _Item:
 
     @property
     def rate(self) -> float:
-        """Units per second since the first report."""
+        """Finished units per second since the first report."""
         elapsed = self.reported_at - (self.began or 0.0)
         return (self.done - self.first) / elapsed if elapsed > 0 else 0.0
 
 
 class Progress:
-    """`say` prints a line; `stage` follows items to their totals.
+    """Prints lines (`say`) and shows the progress of a group of items (`stage`).
 
     >>> with Progress(quiet=True).stage("experts", {"expert 0": 10}) as update:
     ...     update("expert 0", {"done": 3, "loss": 0.7})
@@ -60,7 +63,11 @@ class Progress:
 
     @contextlib.contextmanager
     def stage(self, title: str, totals: Mapping[str, int]) -> Iterator["Stage"]:
-        """Yields `update(name, metrics)`: metrics["done"] counts the finished units of `name`, the rest is shown."""
+        """Show the progress of items until the block ends; `totals` has the number of units of each item.
+
+        Yields `update(name, metrics)`: `metrics["done"]` is the number of finished units of the item `name`, and the
+        other metrics are printed beside it.
+        """
         live = not self.quiet and self.console.is_terminal
         stage = Stage(title, self.clock, None if live else self.say)
         stage.add(totals)
@@ -77,7 +84,7 @@ class Progress:
 
 
 class Stage:
-    """Items on their way to their totals; called with what one reports. `say` gets a line now and then."""
+    """The progress of a group of items, called with the metrics of one item. `say` gets a line every `LOG_SECONDS`."""
 
     def __init__(self, title: str, clock: Callable[[], float], say: Callable[[str], None] | None = None):
         self.title, self.clock, self.say = title, clock, say
@@ -86,19 +93,19 @@ class Stage:
         self.began = self.logged_at = clock()
 
     def add(self, totals: Mapping[str, int]) -> None:
-        """Follow more items; those that are followed already go on."""
+        """Add more items with their numbers of units; items that were added before stay as they are."""
         for name, total in totals.items():
             self.items.setdefault(name, _Item(total))
 
     def expect(self, most: int, each: int, ended: int) -> None:
-        """There will be `most` items of `each` units, `ended` of them elsewhere; others are added as they begin."""
+        """Expect `most` items of `each` units in total. `ended` of them are done already; others are added later."""
         self.most, self.each, self.ended = most, each, ended
 
     def __call__(self, name: str, metrics: Mapping[str, Any]) -> None:
         item, now = self.items[name], self.clock()
         done = float(metrics.get("done", item.done))
         if item.began is None:
-            # one unit is credited: the time before the first report was spent on it
+            # a first report of one unit counts: that unit took the time since the stage began
             item.began, item.first = self.began if done <= 1 else now, 0 if done <= 1 else done
         item.done, item.reported_at = done, now
         item.metrics = {key: value for key, value in metrics.items() if key != "done"}
@@ -108,7 +115,7 @@ class Stage:
 
     @property
     def count(self) -> int:
-        """All items, also those that are not named yet."""
+        """Number of all items, including those that were not added yet."""
         return max(self.most, len(self.items) + self.ended)
 
     @property
@@ -117,21 +124,24 @@ class Stage:
 
     @property
     def share(self) -> float:
-        total = sum(item.total for item in list(self.items.values())) + self._nameless * self.each
+        """Finished share of all units, between 0 and 1."""
+        total = sum(item.total for item in list(self.items.values())) + self._not_added * self.each
         done = sum(min(item.done, item.total) for item in list(self.items.values()))
         return (done + self.ended * self.each) / (total + self.ended * self.each) if total + self.ended else 1.0
 
     @property
-    def _nameless(self) -> int:
+    def _not_added(self) -> int:
         return self.count - len(self.items) - self.ended
 
     @property
     def left(self) -> float | None:
-        """Seconds until all are finished at the pace so far; None before there is a pace."""
-        won = sum(item.done - item.first for item in list(self.items.values()) if item.began is not None)
-        missing = sum(max(item.total - item.done, 0) for item in list(self.items.values())) + self._nameless * self.each
+        """Seconds until all items are finished, at the average pace so far; None while there is no pace yet."""
+        gained = sum(item.done - item.first for item in list(self.items.values()) if item.began is not None)
+        missing = (
+            sum(max(item.total - item.done, 0) for item in list(self.items.values())) + self._not_added * self.each
+        )
         elapsed = self.clock() - self.began
-        return missing * elapsed / won if won > 0 else None
+        return missing * elapsed / gained if gained > 0 else None
 
     def line(self, name: str) -> str:
         item = self.items[name]
@@ -141,7 +151,7 @@ class Stage:
         return ", ".join(parts) + f"; {name}: {item.done:g}/{item.total} {_metrics(item.metrics)}".rstrip()
 
     def table(self) -> Group:
-        followed = list(self.items.items())  # others may be added meanwhile
+        followed = list(self.items.items())  # a copy, because another thread may add items
         running = [(name, item) for name, item in followed if item.began is not None and not item.finished]
         waiting = self.count - self.finished - len(running)
         head = f"{self.title}  {self.finished} done, {len(running)} running, {waiting} waiting  {self.share:.0%}"

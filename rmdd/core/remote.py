@@ -1,6 +1,6 @@
-"""The objects at a URI: listed, read, written whole, and copied; through pyarrow, or else fsspec.
+"""Files at a URI (S3, Google Cloud, Azure, HDFS, ...): list, read, write atomically and copy, by pyarrow or fsspec.
 
-Credentials come from the environment alone, as these libraries look for them.
+Credentials are read only from the environment, where these libraries look for them.
 """
 
 import contextlib
@@ -17,17 +17,19 @@ from typing import Any, TypeVar
 
 from rmdd.core.files import sweep, temporary_beside
 
-WHOLE_WHEN_WRITTEN = ("s3", "gcs", "abfs")
-"""File systems whose objects appear when they are complete; elsewhere a temporary name is needed."""
+ATOMIC_WRITES = ("s3", "gcs", "abfs")
+"""File systems on which an object becomes visible only when it is complete; others need a temporary name."""
 
 ATTEMPTS = 4
+"""How often an operation is tried before its error is raised."""
 BUFFER = 2**20
+"""Bytes read at a time from a stream."""
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Stamp:
-    """Tells versions of one object apart."""
+    """Size and modification time of a file, which tell two versions of it apart."""
 
     size: int
     mtime_ns: int | None
@@ -42,42 +44,42 @@ class Stamp:
 
 
 class ObjectStore:
-    """The objects under a URI, by their relative names."""
+    """The files (objects) under a URI, each with a name relative to it."""
 
     def __init__(self, uri: str):
         self.uri = uri
         self.fs, self.base = self._try("reach", "", lambda: _file_system(uri))
-        self.whole = self.fs.type_name in WHOLE_WHEN_WRITTEN
+        self.writes_atomically = self.fs.type_name in ATOMIC_WRITES
 
     def list(self, name: str) -> dict[str, Stamp]:
-        """All objects at or under `name`."""
+        """Return the stamps of all objects at or under `name`, by their names."""
         from pyarrow.fs import FileSelector, FileType
 
         selector = FileSelector(self.path(name), allow_not_found=True, recursive=True)
 
-        def look() -> dict[str, Stamp]:
+        def find() -> dict[str, Stamp]:
             infos = [self.fs.get_file_info(self.path(name))]
             if infos[0].type != FileType.File:
                 infos = self.fs.get_file_info(selector)
             files = [f for f in infos if f.type == FileType.File]
             return {f.path[len(self.base) :].lstrip("/"): Stamp(f.size, f.mtime_ns) for f in files}
 
-        return self._try("list", name, look)
+        return self._try("list", name, find)
 
     def stamp(self, name: str) -> Stamp | None:
         return self.list(name).get(name)
 
     def upload(self, path: Path, name: str) -> Stamp:
-        """Write an object that appears whole, and return its stamp."""
+        """Copy a local file to the object `name`, atomically, and return the stamp of the object."""
         return self._put(name, lambda target: _copy(str(path), target, None, self.fs))
 
     def copy(self, name: str, to: str) -> Stamp:
-        """Without a way through this machine, where the store can."""
+        """Copy the object `name` to `to` and return its stamp; the store copies it itself if it can."""
 
         def copy(target: str) -> None:
             try:
                 _copy(self.path(name), target, self.fs, self.fs)
-            except (NotImplementedError, OSError):  # HDFS has no copy, that of S3 ends at 5 GB
+            except (NotImplementedError, OSError):  # HDFS cannot copy; S3 copies at most 5 GB
                 with self.fs.open_input_stream(self.path(name)) as a, self.fs.open_output_stream(target) as b:
                     shutil.copyfileobj(a, b, 2**20)
 
@@ -92,14 +94,14 @@ class ObjectStore:
 
     def _put(self, name: str, write: Callable[[str], None]) -> Stamp:
         path = self.path(name)
-        here, last = posixpath.split(path)
-        hidden = posixpath.join(here, temporary_beside(Path(last)).name)
+        folder, last = posixpath.split(path)
+        hidden = posixpath.join(folder, temporary_beside(Path(last)).name)
 
         def put() -> Stamp:
-            if self.whole:
+            if self.writes_atomically:
                 write(path)
             else:
-                self.fs.create_dir(here, recursive=True)
+                self.fs.create_dir(folder, recursive=True)
                 write(hidden)
                 self.fs.move(hidden, path)
             info = self.fs.get_file_info(path)
@@ -121,26 +123,26 @@ class ObjectStore:
         return self._try("read", name, read)
 
     def open(self, name: str, seekable: bool = False) -> Any:
-        """A pyarrow file to read from front to end, or one that can seek."""
+        """Open an object as a pyarrow file, which can only be read from start to end unless it is `seekable`."""
         path = self.path(name)
         if seekable:
             return self._try("read", name, lambda: self.fs.open_input_file(path))
         return self._try("read", name, lambda: self.fs.open_input_stream(path, buffer_size=BUFFER))
 
     def info(self, name: str) -> Any:
-        """pyarrow's `FileInfo` of an object or a folder, which need not be there."""
-        return self._try("look at", name, lambda: self.fs.get_file_info(self.path(name)))
+        """Return pyarrow's `FileInfo` of an object or a folder; its type says whether it exists."""
+        return self._try("find", name, lambda: self.fs.get_file_info(self.path(name)))
 
     def glob(self, name: str, pattern: str) -> Iterator[tuple[str, int]]:
-        """Name below `name` and size of the objects that `pattern` picks."""
+        """Yield the objects under `name` that match `pattern`: the name relative to `name`, and the size in bytes."""
         from fsspec.implementations.arrow import ArrowFSWrapper
 
-        inside = self.path(name).rstrip("/")
-        whole = f"{glob.escape(inside)}/{pattern}"
-        infos = self._try("list", name, lambda: ArrowFSWrapper(self.fs).glob(whole, detail=True))
+        folder = self.path(name).rstrip("/")
+        full_pattern = f"{glob.escape(folder)}/{pattern}"
+        infos = self._try("list", name, lambda: ArrowFSWrapper(self.fs).glob(full_pattern, detail=True))
         for path, info in infos.items():
             if info["type"] == "file":
-                yield path.lstrip("/")[len(inside.lstrip("/")) :].lstrip("/"), info["size"]
+                yield path.lstrip("/")[len(folder.lstrip("/")) :].lstrip("/"), info["size"]
 
     def delete(self, name: str) -> None:
         def delete() -> None:
@@ -150,15 +152,16 @@ class ObjectStore:
         self._try("delete", name, delete)
 
     def sweep(self) -> None:
+        """Remove the abandoned temporary files, if the URI is a `file://` one."""
         if self.fs.type_name == "local":
             sweep(self.base)
 
     def path(self, name: str) -> str:
-        """Where an object lies in the file system."""
+        """Return the path of the object `name` in the file system."""
         return posixpath.normpath(posixpath.join(self.base, name)) if name else self.base
 
-    def _try(self, what: str, name: str, do: Callable[[], T]) -> T:
-        """A cloud stumbles now and then: try again, then say what could not be done."""
+    def _try(self, action: str, name: str, do: Callable[[], T]) -> T:
+        """Call `do`, and again after a passing error of the cloud; the last error names the action and the object."""
         for attempt in range(ATTEMPTS):
             try:
                 return do()
@@ -167,19 +170,19 @@ class ObjectStore:
                     time.sleep(0.5 * 4**attempt)
                     continue
                 raise OSError(
-                    f"cannot {what} {_shown(self.uri)}{'/' if name else ''}{name}: {error}; look at the bucket, the "
-                    "network, and the credentials in the environment of this machine"
+                    f"cannot {action} {_without_query(self.uri)}{'/' if name else ''}{name}: {error}; check the "
+                    "bucket, the network, and the credentials in the environment of this machine"
                 ) from error
         raise AssertionError("the last attempt returns or raises")
 
 
 @dataclass(frozen=True)
 class RemotePath:
-    """The part of `pathlib.Path` that reading needs, at a URI. Travels between processes."""
+    """A read-only path at a URI, with the methods of `pathlib.Path` that readers need. It can be pickled."""
 
     uri: str
     inside: str = ""
-    """Below `uri`, or beside it (`../x`)."""
+    """Path relative to `uri`, such as `images/1.jpg` or `../x`."""
 
     def __truediv__(self, name: str) -> "RemotePath":
         return RemotePath(self.uri, posixpath.normpath(posixpath.join(self.inside, name)))
@@ -218,14 +221,14 @@ class RemotePath:
         return self.store.info(self.inside).type.name == "Directory"
 
     def open(self, mode: str = "rb") -> Any:
-        """To read from front to end."""
+        """Open the file for reading from start to end."""
         assert mode == "rb"
         return self.store.open(self.inside)
 
     def read_bytes(self) -> bytes:
         content = self.store.read(self.inside)
         if content is None:
-            raise FileNotFoundError(f"there is no {self}")
+            raise FileNotFoundError(f"{self} does not exist")
         return content
 
     def glob(self, pattern: str) -> Iterator[tuple[str, int]]:
@@ -234,7 +237,7 @@ class RemotePath:
 
 @dataclass(frozen=True)
 class RemoteLeaseCell:
-    """A lease at a URI, where nothing refuses a second writer."""
+    """A lease stored at a URI, where two processes can write it at the same time."""
 
     store: ObjectStore
     name: str
@@ -259,9 +262,9 @@ def _store(uri: str) -> ObjectStore:
 
 
 def _file_system(uri: str) -> tuple[Any, str]:
-    """The file system of a URI and the path in it: of pyarrow where it has one, else of fsspec.
+    """Return the file system of a URI and the path in it, by pyarrow or, if it does not know the scheme, by fsspec.
 
-    Raises `ValueError` for a URI that neither can read.
+    Raises `ValueError` for a URI that neither library can read.
     """
     import pyarrow
     from pyarrow import fs
@@ -275,14 +278,14 @@ def _file_system(uri: str) -> tuple[Any, str]:
             other, path = fsspec.core.url_to_fs(uri)
         except (ValueError, ImportError) as second:
             raise ValueError(
-                f"{_shown(uri)} cannot be opened: pyarrow says '{error}', fsspec says '{second}'; install the package "
-                "that fsspec names, or give a folder, or a URI of s3://, gs://, hdfs://, abfs:// or file://"
+                f"{_without_query(uri)} cannot be opened: pyarrow says '{error}', fsspec says '{second}'; install the "
+                "package that fsspec names, or give a folder, or a URI of s3://, gs://, hdfs://, abfs:// or file://"
             ) from None
         file_system = fs.PyFileSystem(fs.FSSpecHandler(other))
     return file_system, path.rstrip("/")
 
 
-def _shown(uri: str) -> str:
+def _without_query(uri: str) -> str:
     return uri.split("?", 1)[0].rstrip("/")
 
 

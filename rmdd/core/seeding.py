@@ -1,6 +1,6 @@
-"""Counter-based randomness: a draw depends on (seed, what, index) alone, never on what was drawn before.
+"""Counter-based randomness: a draw depends only on a seed, a name and an index, never on earlier draws.
 
-A resumed run therefore needs no generator state, and workers never share one.
+So a resumed run needs no saved generator state, and workers need not share a generator.
 """
 
 import hashlib
@@ -8,12 +8,12 @@ import hashlib
 import torch
 
 
-def derive(seed: int, what: str, *index: int) -> int:
-    """A 63-bit seed for the draw named `what` at `index`."""
-    text = "/".join([str(seed), what, *(str(int(i)) for i in index)])
+def derive(seed: int, name: str, *index: int) -> int:
+    """Return a 63-bit seed for the draw `name` at `index`."""
+    text = "/".join([str(seed), name, *(str(int(i)) for i in index)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
-def generator(seed: int, what: str, *index: int) -> torch.Generator:
-    """A fresh CPU generator for the draw named `what` at `index`."""
-    return torch.Generator().manual_seed(derive(seed, what, *index))
+def generator(seed: int, name: str, *index: int) -> torch.Generator:
+    """Return a new CPU generator for the draw `name` at `index`."""
+    return torch.Generator().manual_seed(derive(seed, name, *index))

@@ -1,9 +1,9 @@
-"""Where a run keeps its files: a folder that all its machines see, or a cloud URI.
+"""The storage of a run's files: a folder that all its machines share, or a cloud URI.
 
-For a URI every machine has a *mirror*, a local folder in which all code works with plain paths. What becomes whole
-there is published at the same relative path before its writer goes on, and what a step needs is fetched before it
-reads: after `fetch` a folder is what the URI holds, so a mirror may be stale, or lost, at any time. Credentials come
-from the environment alone.
+For a URI, every machine has a *mirror*: a local folder, so that all code works with plain paths. A finished file in the
+mirror is published (uploaded to the same relative path) before its writer continues. A step fetches its inputs before
+it reads them: after `fetch`, a folder equals the one at the URI. So a mirror can be out of date, or deleted, at any
+time. Credentials are read only from the environment.
 """
 
 import contextlib
@@ -24,27 +24,30 @@ from rmdd.core.locks import LeaseCell, LocalLeaseCell, lock_of
 from rmdd.core.remote import ObjectStore, RemoteLeaseCell, Stamp
 
 MARKERS = ("manifest.json", "store.json", "expert.json", "set.json", "subset.json")
-"""They say that a folder is whole, so they come last and go first."""
+"""Files that mark their folder as complete. They are published last and removed first."""
 
 LOCAL_ONLY = ("cache",)
+"""Top folders of a mirror that are never published."""
 LOG_SECONDS = 10.0
+"""Seconds between two uploads of a growing log."""
 RESULTS = ("experts/*/store.json", "phases/*/phase-*/*", f"*-{'[0-9a-f]' * 8}/run.yaml")
-"""Files of a storage that was used; the folder of a run ends in a hash, other folders with a run file do not."""
+"""Glob patterns of files that a used storage contains. Only the name of a run's folder ends in a hash, so that other
+folders with a run file do not match."""
 
 
 class Storage:
-    """Plain folder: `root` is it, and nothing has to be fetched or published."""
+    """A storage in the folder `root`, which all machines see: nothing has to be fetched or published."""
 
     moves_atomically = True
-    """Whether a folder that moves is there whole or not at all."""
+    """Whether a moved folder is always complete: at its old place or at its new one."""
 
     def __init__(self, root: Path):
         self.root = root
 
     def begin(self) -> None:
-        """Make sure that files can be written, and remove what killed processes left half-written.
+        """Check that files can be written, and remove the half-written files of killed processes.
 
-        Raises `OSError` that says what to do.
+        Raises an `OSError` that says what to do if the folder is not writable.
         """
         probe = temporary_beside(self.root / "probe")
         with explain_write_errors(self.root):
@@ -54,28 +57,28 @@ class Storage:
         sweep(self.root)
 
     def has_results(self) -> bool:
-        """Whether experts, phases or runs lie in it."""
+        """Return whether the storage contains experts, phases or runs."""
         return any(next(self.root.glob(pattern), None) for pattern in RESULTS)
 
     def read(self, path: Path) -> bytes | None:
-        """The bytes of the file `path` in the storage; None where there is no such file. No copy of it is kept."""
+        """Return the bytes of the file `path` in the storage, or None if it does not exist. Makes no local copy."""
         try:
             return path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def address(self, path: Path) -> str:
-        """How a person names `path`."""
+        """Return `path` as users write it: a path, or a URI if the storage is at one."""
         return str(path)
 
     def fetch(self, path: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
-        """Make `path`, a file or a folder, here what it is in the storage; `wanted` picks by relative name."""
+        """Make the local file or folder `path` equal to the storage; `wanted` selects files by their relative name."""
 
     def publish(self, folder: Path) -> None:
-        """Make `folder` in the storage what it is here, as far as that has not been done file by file."""
+        """Make `folder` in the storage equal to the local one: upload changed files and delete removed ones."""
 
     def move(self, source: Path, target: Path) -> None:
-        """Put the folder `source` in the place of `target`, which goes."""
+        """Move the folder `source` to `target`, replacing any folder there."""
         old = temporary_beside(target, "old")
         if target.exists():
             os.replace(target, old)
@@ -83,11 +86,11 @@ class Storage:
         remove(old)
 
     def flush(self) -> None:
-        """Publish logs that have grown."""
+        """Publish the logs that have grown since their last upload."""
 
 
 class Mirror(Storage):
-    """The local copy of what lies at `uri`, under `root`."""
+    """A storage at `uri`, with a local copy in the folder `root`."""
 
     moves_atomically = False
 
@@ -108,19 +111,19 @@ class Mirror(Storage):
         return RemoteLeaseCell(self.remote, f"{self._name(folder)}.lease")
 
     def fetch(self, path: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
-        """Folders inside `path` that a live process of this machine holds are newer here, and left as they are."""
+        """See `Storage.fetch`. Skips folders that a live process of this machine holds: their local files are newer."""
         if not path.is_relative_to(self.root):
             return
-        there = {n: s for n, s in self.remote.list(self._name(path)).items() if self._is_published(n) and wanted(n)}
+        remote = {n: s for n, s in self.remote.list(self._name(path)).items() if self._is_published(n) and wanted(n)}
         busy = [self._name(folder) + "/" for folder in _busy_in(path)]
-        here = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-        stale = [n for n in map(self._name, here) if n not in there and self._is_published(n) and wanted(n)]
-        for name in sorted(stale, key=_marker) + sorted(there, key=_marker):
+        local = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+        stale = [n for n in map(self._name, local) if n not in remote and self._is_published(n) and wanted(n)]
+        for name in sorted(stale, key=_marker_last) + sorted(remote, key=_marker_last):
             if not any(name.startswith(folder) for folder in busy):
-                self._bring(name, there.get(name))
+                self._fetch_file(name, remote.get(name))
 
-    def _bring(self, name: str, stamp: Stamp | None) -> None:
-        """Make one file what it is at the URI; one that changed here meanwhile is being published, and newer."""
+    def _fetch_file(self, name: str, stamp: Stamp | None) -> None:
+        """Make one local file equal to the URI, unless it changed meanwhile: then it is newer and being published."""
         path = self.root / name
         before = Stamp.of(path)
         if before == stamp:
@@ -135,7 +138,7 @@ class Mirror(Storage):
         try:
             with explain_write_errors(path):
                 self.remote.download(name, copy)
-            _date(copy, stamp)
+            _set_time(copy, stamp)
             with self._lock(fcntl.LOCK_EX):
                 if Stamp.of(path) == before:
                     os.replace(copy, path)
@@ -145,28 +148,28 @@ class Mirror(Storage):
     def publish(self, folder: Path) -> None:
         if not folder.is_relative_to(self.root):
             return
-        there = self.remote.list(self._name(folder))
-        here = {self._name(p): Stamp.of(p) for p in folder.rglob("*") if p.is_file()}
-        here = {n: s for n, s in here.items() if self._is_published(n)}
-        changed = [n for n in sorted(here, key=_marker) if here[n] != there.get(n)]
-        gone = [n for n in sorted(there, key=_marker_first) if n not in here and self._is_published(n)]
-        markers = [n for n in changed if _marker(n)[0] and n in there]
-        for name in [*(markers if len(changed) > len(markers) or gone else []), *gone]:
+        remote = self.remote.list(self._name(folder))
+        local = {self._name(p): Stamp.of(p) for p in folder.rglob("*") if p.is_file()}
+        local = {n: s for n, s in local.items() if self._is_published(n)}
+        changed = [n for n in sorted(local, key=_marker_last) if local[n] != remote.get(n)]
+        removed = [n for n in sorted(remote, key=_marker_first) if n not in local and self._is_published(n)]
+        markers = [n for n in changed if _marker_last(n)[0] and n in remote]
+        for name in [*(markers if len(changed) > len(markers) or removed else []), *removed]:
             self.remote.delete(name)
         for name in changed:
             self._upload(self.root / name)
 
     def move(self, source: Path, target: Path) -> None:
-        """Object by object, on the store; what is there twice goes when all has come."""
-        was, now = self._name(source), self._name(target)
-        there = {n: stamp for n, stamp in self.remote.list(was).items() if self._is_published(n)}
-        for name in sorted(self.remote.list(now), key=_marker_first):
+        """Copy every object of `source` to `target` at the URI, delete the old objects, and move the local folder."""
+        old, new = self._name(source), self._name(target)
+        stamps = {n: stamp for n, stamp in self.remote.list(old).items() if self._is_published(n)}
+        for name in sorted(self.remote.list(new), key=_marker_first):
             self.remote.delete(name)
-        for name in sorted(there, key=_marker):
-            stamp = self.remote.copy(name, now + name.removeprefix(was))
-            if Stamp.of(self.root / name) == there[name]:
-                _date(self.root / name, stamp)
-        for name in there:
+        for name in sorted(stamps, key=_marker_last):
+            stamp = self.remote.copy(name, new + name.removeprefix(old))
+            if Stamp.of(self.root / name) == stamps[name]:
+                _set_time(self.root / name, stamp)
+        for name in stamps:
             self.remote.delete(name)
         super().move(source, target)
 
@@ -184,7 +187,7 @@ class Mirror(Storage):
             elif path.is_file():
                 self._upload(path)
             elif was_folder:
-                self.publish(path)  # all that is there goes
+                self.publish(path)  # deletes all its objects
             else:
                 self.remote.delete(self._name(path))
 
@@ -198,7 +201,7 @@ class Mirror(Storage):
         self._flushed = time.monotonic()
 
     def flush_under(self, folder: Path) -> None:
-        """Publish the logs in `folder`: before a checkpoint, so that none is shorter than its checkpoint says."""
+        """Publish the logs in `folder`. Called before a checkpoint is uploaded, so that its log is long enough."""
         for path in [p for p in self._grown if p.is_relative_to(folder)]:
             self._grown.discard(path)
             if path.is_file():
@@ -210,14 +213,14 @@ class Mirror(Storage):
 
     def has_results(self) -> bool:
         paths = [PurePosixPath(name) for name in self.remote.list("")]
-        # `match` looks from the right: without the number of parts, files of a storage inside this one match too
+        # `match` compares from the right: without the number of parts, files of a storage inside this one match too
         return any(p.match(r) and len(p.parts) == r.count("/") + 1 for p in paths for r in RESULTS)
 
     def read(self, path: Path) -> bytes | None:
         return self.remote.read(self._name(path))
 
     def _upload(self, path: Path) -> None:
-        _date(path, self.remote.upload(path, self._name(path)))
+        _set_time(path, self.remote.upload(path, self._name(path)))
 
     def _name(self, path: Path) -> str:
         name = path.relative_to(self.root).as_posix()
@@ -225,33 +228,33 @@ class Mirror(Storage):
 
     def _is_published(self, name: str) -> bool:
         parts = name.split("/")
-        ours = parts[0] in LOCAL_ONLY or name.endswith((".lock", ".lease"))
-        return not ours and not any(is_temporary(part) for part in parts)
+        local = parts[0] in LOCAL_ONLY or name.endswith((".lock", ".lease"))
+        return not local and not any(is_temporary(part) for part in parts)
 
     @contextlib.contextmanager
-    def _lock(self, how: int) -> Iterator[None]:
-        """Publishers share it; what is fetched is put in place by one alone."""
+    def _lock(self, mode: int) -> Iterator[None]:
+        """Hold the lock of the mirror: shared while publishing, exclusive while replacing a file by a fetched one."""
         with open(self.root / ".mirror.lock", "a") as lock:
-            fcntl.flock(lock, how)
+            fcntl.flock(lock, mode)
             yield
 
 
-def _date(path: Path, stamp: Stamp) -> None:
+def _set_time(path: Path, stamp: Stamp) -> None:
     if stamp.mtime_ns is not None:
         os.utime(path, ns=(stamp.mtime_ns, stamp.mtime_ns))
 
 
-def _marker(name: str) -> tuple[bool, str]:
-    """Sorts the files of a folder so that those which say that it is whole come last."""
+def _marker_last(name: str) -> tuple[bool, str]:
+    """Return a sort key by which the markers of a folder (see `MARKERS`) come after its other files."""
     return posixpath.basename(name) in MARKERS, name
 
 
 def _marker_first(name: str) -> tuple[bool, str]:
-    return not _marker(name)[0], name
+    return not _marker_last(name)[0], name
 
 
 def _busy_in(path: Path) -> list[Path]:
-    """Folders inside `path` that a process holds."""
+    """Return the folders inside `path` that a process of this machine holds."""
     busy = []
     for file in path.rglob("*.lock") if path.is_dir() else ():
         folder = file.with_suffix("")
@@ -269,7 +272,7 @@ def is_uri(storage: str) -> bool:
 
 
 def absolute_runtime(runtime: config.Runtime) -> config.Runtime:
-    """With absolute paths: workers of a cluster have another working folder."""
+    """Return `runtime` with absolute paths, because the workers of a cluster have another working folder."""
     paths = {"storage": runtime.storage if is_uri(runtime.storage) else str(root_of(runtime))}
     if runtime.scratch is not None:
         paths["scratch"] = str(_scratch(runtime))
@@ -277,7 +280,7 @@ def absolute_runtime(runtime: config.Runtime) -> config.Runtime:
 
 
 def root_of(runtime: config.Runtime) -> Path:
-    """The folder in which this machine works: the storage itself, or the mirror of a URI."""
+    """Return the folder in which this machine works: the storage itself, or the mirror of a URI."""
     if not is_uri(runtime.storage):
         return Path(runtime.storage).absolute()
     uri = runtime.storage.rstrip("/")
@@ -286,12 +289,12 @@ def root_of(runtime: config.Runtime) -> Path:
 
 
 def run_folder(run: config.Run) -> Path:
-    """Where a run keeps its results: its name and the hash of its value."""
+    """Return the folder with the results of a run, on this machine; its name is the run's name and hash."""
     return root_of(run.runtime) / run.folder_name
 
 
 def address_of(runtime: config.Runtime, path: Path) -> str:
-    """How a person names `path` of a storage, from any machine."""
+    """Return the address of a local `path` of the storage, valid on every machine: a path, or a URI."""
     if not is_uri(runtime.storage):
         return str(path)
     return f"{runtime.storage.rstrip('/')}/{path.relative_to(root_of(runtime)).as_posix()}"
@@ -307,10 +310,7 @@ def _scratch(runtime: config.Runtime) -> Path:
 
 
 def open_storage(runtime: config.Runtime) -> Storage:
-    """The storage of a run as this process sees it.
-
-    Raises `OSError` where it cannot be reached, or its folder not be written.
-    """
+    """Open the storage of a run. Raises `OSError` if its URI cannot be reached."""
     root = root_of(runtime)
     return _mirror(runtime.storage, root) if is_uri(runtime.storage) else Storage(root)
 

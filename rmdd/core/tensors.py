@@ -1,8 +1,9 @@
-"""Tensors and facts in one safetensors file that knows its own checksum.
+"""Safetensors files with a checksum: named tensors, and facts about them in the metadata.
 
-Tensors that belong together are named GROUP.NAME: the subsets of a set (`0.images`), or what a checkpoint holds
-(`raw.images`). The metadata of a file holds one entry, for more would be written in no fixed order and equal runs would
-give unequal bytes: JSON with `schema_version`, the facts, and the SHA-256 of all else.
+Tensors that belong together are named GROUP.NAME: those of the first subset of a set (`0.images`), or a part of a
+checkpoint (`raw.images`). The metadata has a single entry, because safetensors writes several in no fixed order and two
+equal runs would then write different bytes. It is JSON with `schema_version`, the facts, and the SHA-256 of both the
+facts and the tensors.
 """
 
 import hashlib
@@ -25,58 +26,62 @@ Groups = Mapping[str, Mapping[str, Tensor]]
 
 
 class Damaged(ValueError):
-    """A file does not hold what was written."""
+    """A file is damaged: it cannot be read, or its content does not match its checksum or schema version."""
 
 
 def flatten_groups(groups: Groups) -> dict[str, Tensor]:
-    """The tensors of all groups by their names in a file."""
+    """Return the tensors of all groups in one dict, named GROUP.NAME as in a file."""
     return {f"{group}.{name}": t for group, tensors in groups.items() for name, t in tensors.items()}
 
 
 def split_groups(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The inverse of `flatten_groups`; a group without tensors is not there."""
+    """Return the groups of tensors named GROUP.NAME (the inverse of `flatten_groups`, without empty groups)."""
     groups: dict[str, dict[str, Tensor]] = {}
-    for whole, t in tensors.items():
-        group, _, name = whole.partition(".")
+    for full_name, t in tensors.items():
+        group, _, name = full_name.partition(".")
         groups.setdefault(group, {})[name] = t
     return groups
 
 
 def save_checked(path: Path, tensors: Mapping[str, Tensor], entry: str, facts: Mapping[str, Any]) -> None:
+    """Write `tensors` to a safetensors file; its metadata entry `entry` has `facts` and the checksum."""
     named = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
     facts = {"schema_version": SCHEMA_VERSION, **facts}
     with atomic_path(path) as temporary:
         temporary.touch()
-        mode = temporary.stat().st_mode  # safetensors would make it readable by its owner alone
+        mode = temporary.stat().st_mode  # safetensors would make the file readable by its owner only
         save_file(named, temporary, metadata={entry: json.dumps(facts | {"sha256": checksum(named, facts)})})
         os.chmod(temporary, mode)
 
 
 def load_checked(path: Path, entry: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and facts. Raises `Damaged`, also for another schema version."""
+    """Return the tensors and the facts of a file written by `save_checked`.
+
+    Raises `Damaged` if the checksum does not match, or for another schema version.
+    """
     facts = facts_of(path, entry)
     expected = facts.pop("sha256", None)
     try:
         with safe_open(path, "pt") as file:
-            # copied, for memory that lies elsewhere than torch puts it can change the last bit of a product
+            # copied, because another memory alignment than torch's can change the last bit of a product
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except Exception as error:
         raise Damaged(str(error)) from error
     if expected != checksum(tensors, facts):
-        raise Damaged("its SHA-256 is not the one it was written with")
+        raise Damaged("the content does not match its SHA-256")
     return tensors, facts
 
 
 def facts_of(path: Path, entry: str) -> dict[str, Any]:
-    """The facts in the header, read alone."""
+    """Return the facts of a file, reading only its header. Raises `Damaged`."""
     try:
         with safe_open(path, "pt") as file:
             facts = json.loads(file.metadata()[entry])
         version = facts.get("schema_version", SCHEMA_VERSION)
     except Exception as error:
-        raise Damaged(f"its header cannot be read: {error}") from error
+        raise Damaged(f"the header cannot be read: {error}") from error
     if version != SCHEMA_VERSION:
-        raise Damaged(f"it has schema version {version}, this rmdd reads {SCHEMA_VERSION}")
+        raise Damaged(f"the file has schema version {version}, and this version of rmdd reads {SCHEMA_VERSION}")
     return facts
 
 

@@ -1,4 +1,4 @@
-"""How many threads the numerical libraries use."""
+"""The number of CPU threads that torch, BLAS and OpenMP use."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def torch_threads(count: int | None) -> Iterator[None]:
-    """torch computes with `count` threads inside the block; None leaves their number as it is."""
+    """Let torch use `count` threads inside the block; None keeps the current number."""
     import torch
 
     before = torch.get_num_threads()
@@ -19,7 +19,7 @@ def torch_threads(count: int | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """BLAS and OpenMP compute with one thread: the last bits of a sum over threads depend on how many there are."""
+    """Let BLAS and OpenMP use one thread inside the block, because the last bits of a sum depend on their number."""
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1):
@@ -27,5 +27,5 @@ def one_thread() -> Iterator[None]:
 
 
 def thread_variables(count: int) -> dict[str, dict[str, str]]:
-    """The part of a Ray `runtime_env` that starts a worker with `count` threads."""
+    """Return the part of a Ray `runtime_env` that makes a worker use `count` threads."""
     return {"env_vars": {"OMP_NUM_THREADS": str(count)}}

@@ -1,8 +1,9 @@
-"""Curves for people: TensorBoard beside the results, and W&B or MLflow where a run file asks for them.
+"""Training curves in TensorBoard, W&B or MLflow, as `runtime.track` lists them.
 
-The record is in JSON lines; these are copies of it. Work that goes on from a checkpoint tells some steps again. A
-tracker shows each of them once: TensorBoard drops what an earlier sitting said of steps from the first new one on,
-W&B and MLflow keep what they were told before. A tracker that fails is left out with a warning and stops no work.
+The JSON-lines files of a run are the record; the curves are copies for people. Work that resumes from a checkpoint
+repeats some steps, and every tracker shows each step once: TensorBoard replaces the earlier values from the first
+repeated step on, W&B and MLflow keep the earlier values. If a tracker fails, it is dropped with a warning and the work
+continues.
 """
 
 import logging
@@ -16,19 +17,21 @@ from rmdd import config
 from rmdd.core.storage import is_uri, root_of
 
 FOLDERS = ("tensorboard", "wandb")
-"""Where trackers write, in the folder that they are given."""
+"""Subfolders in which trackers write their files."""
 
 _logger = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
+    """One tracking tool, such as TensorBoard, opened for one curve."""
+
     def add(self, step: int, values: Mapping[str, float]) -> None: ...
 
     def close(self) -> None: ...
 
 
 class Tracker:
-    """Scalars by step, to every sink of `runtime.track`; each is opened at the first step."""
+    """Writes scalar values per step to several sinks. `openers` opens each sink when the first step is added."""
 
     def __init__(self, openers: Mapping[str, Callable[[int], Sink]]):
         self.openers = dict(openers)
@@ -36,7 +39,7 @@ class Tracker:
         self.last = 0
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """`values` after `step` steps, counted from 1. A step that is not after the last one begins anew from there."""
+        """Add the values of a step, counted from 1. A step that is not after the last one replaces the later steps."""
         if self.sinks and step <= self.last:
             self.close()
         self.last = step
@@ -46,18 +49,18 @@ class Tracker:
                     self.sinks[name] = self.openers[name](step)
                 self.sinks[name].add(step, values)
             except Exception as error:
-                self._leave_out(name, error)
+                self._drop(name, error)
 
     def close(self) -> None:
         for name, sink in list(self.sinks.items()):
             try:
                 sink.close()
             except Exception as error:
-                self._leave_out(name, error)
+                self._drop(name, error)
         self.sinks = {}
 
-    def _leave_out(self, name: str, error: Exception) -> None:
-        _logger.warning("%s no longer follows this work: %s", name, error)
+    def _drop(self, name: str, error: Exception) -> None:
+        _logger.warning("%s failed and no longer records this work: %s", name, error)
         self.openers.pop(name, None)
         self.sinks.pop(name, None)
 
@@ -71,7 +74,11 @@ class Tracker:
 
 
 def open_tracker(run: config.Run, title: str, value: str, folder: Path) -> Tracker:
-    """What follows one phase or expert; `value` is the hash of what shaped it, under which a resumed one goes on."""
+    """Return the tracker of one phase or expert, called `title`.
+
+    `value` is the hash of the settings that the phase or expert depends on: a resumed one has the same hash, and so
+    continues the same curve.
+    """
     value = f"{value}-{title.replace(' ', '-')}"
     facts = run.model_dump(mode="json")
     openers: dict[str, Callable[[int], Sink]] = {
@@ -83,7 +90,7 @@ def open_tracker(run: config.Run, title: str, value: str, folder: Path) -> Track
 
 
 def is_curve(name: str) -> bool:
-    """Whether a file of a storage is of a tracker."""
+    """Return whether the file `name` of a storage was written by a tracker."""
     return any(f"/{part}/" in name for part in FOLDERS)
 
 
@@ -96,14 +103,14 @@ class TensorBoard:
     def add(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
-        self.writer.flush()  # else a kill would leave a gap before the step that is gone on from
+        self.writer.flush()  # otherwise a kill would lose steps before the resumed one
 
     def close(self) -> None:
         self.writer.close()
 
 
 class Wandb:
-    """A run of the project `rmdd`, in the group of its run; WANDB_MODE, WANDB_API_KEY and the like decide where."""
+    """A W&B run in the project `rmdd`, grouped by the name of the rmdd run; W&B reads its environment variables."""
 
     def __init__(self, facts: dict[str, Any], title: str, value: str, folder: Path):
         import wandb
@@ -120,7 +127,7 @@ class Wandb:
         )
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        if step >= self.run.step:  # W&B takes no step twice
+        if step >= self.run.step:  # W&B refuses a step that it already has
             self.run.log(dict(values), step=step)
 
     def close(self) -> None:
@@ -128,28 +135,28 @@ class Wandb:
 
 
 class MLflow:
-    """A run of the experiment `rmdd`, at MLFLOW_TRACKING_URI or in `mlflow.db` on a storage that is a folder."""
+    """An MLflow run in the experiment `rmdd`, at MLFLOW_TRACKING_URI or, without it, in `mlflow.db` in the storage."""
 
     def __init__(self, facts: dict[str, Any], runtime: config.Runtime, title: str, value: str):
         from mlflow import MlflowClient
 
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         if not uri and is_uri(runtime.storage):
-            raise ValueError(f"{runtime.storage} cannot hold its database; set MLFLOW_TRACKING_URI to a server")
+            raise ValueError(f"MLflow cannot write its database to {runtime.storage}; set MLFLOW_TRACKING_URI")
         self.client = MlflowClient(uri or f"sqlite:///{root_of(runtime)}/mlflow.db")
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "rmdd")
         experiment = self.client.get_experiment_by_name(name)
-        of = experiment.experiment_id if experiment is not None else self.client.create_experiment(name)
-        runs = self.client.search_runs([of], f"tags.rmdd = '{value}'", max_results=1)
-        self.id = (runs or [self._begin(facts, title, value, of)])[0].info.run_id
+        id = experiment.experiment_id if experiment is not None else self.client.create_experiment(name)
+        runs = self.client.search_runs([id], f"tags.rmdd = '{value}'", max_results=1)
+        self.id = (runs or [self._begin(facts, title, value, id)])[0].info.run_id
         self.last_steps: dict[str, int] = {}
 
     def _begin(self, facts: dict[str, Any], title: str, value: str, experiment: str) -> Any:
-        begun = self.client.create_run(experiment, tags={"rmdd": value}, run_name=f"{facts['name']} {title}")
+        run = self.client.create_run(experiment, tags={"rmdd": value}, run_name=f"{facts['name']} {title}")
         for section in ("data", "model", "experts", "distill"):
             for key, each in facts[section].items():
-                self.client.log_param(begun.info.run_id, f"{section}.{key}", str(each)[:500])
-        return begun
+                self.client.log_param(run.info.run_id, f"{section}.{key}", str(each)[:500])
+        return run
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():

@@ -101,19 +101,19 @@ def _missing_expert(root):
 
 def _flipped_state(root):
     flip(root / "phases" / "p" / "phase-0" / "state.safetensors")
-    return "state.safetensors", "its SHA-256 is not the one"
+    return "state.safetensors", "does not match its SHA-256"
 
 
 def _broken_log(root):
     log = root / "phases" / "p" / "phase-0" / "metrics.jsonl"
     log.write_text("{half\n" + log.read_text())
-    return "metrics.jsonl", "line 1 is no JSON"
+    return "metrics.jsonl", "line 1 is not JSON"
 
 
 def _flipped_log(root):
     log = root / "phases" / "p" / "phase-0" / "metrics.jsonl"
     log.write_bytes(b"\xff" + log.read_bytes()[1:])
-    return "metrics.jsonl", "line 1 is no JSON"
+    return "metrics.jsonl", "line 1 is not JSON"
 
 
 def _flipped_start(root):

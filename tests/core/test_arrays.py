@@ -14,7 +14,7 @@ def test_chunks_are_joined_in_order(size):
     assert joined.tolist() == rows.tolist()
 
 
-def test_the_number_of_threads_comes_back_after_an_error():
+def test_the_number_of_threads_is_restored_after_an_error():
     before = torch.get_num_threads()
     with pytest.raises(ZeroDivisionError), torch_threads(before + 1), one_thread():
         assert torch.get_num_threads() in (1, before + 1)

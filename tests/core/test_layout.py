@@ -1,4 +1,4 @@
-"""A storage of another layout is refused before anything in it is touched."""
+"""Tests that a storage with another layout number raises an error before any of its files is read or changed."""
 
 import json
 
@@ -32,7 +32,7 @@ def storage_of(tmp_path, where):
     return folder, open_storage(config.Runtime(storage=address, scratch=str(tmp_path / "scratch")))
 
 
-def test_the_number_is_written_at_the_first_use(tmp_path):
+def test_the_layout_number_is_written_at_the_first_use(tmp_path):
     tiny.go(config.load(tiny.stored(tmp_path)), "ingest")
     assert json.loads((tmp_path / "storage.json").read_text()) == {"layout": LAYOUT}
     tiny.go(config.load(tiny.stored(tmp_path)), "ingest")
@@ -40,7 +40,7 @@ def test_the_number_is_written_at_the_first_use(tmp_path):
 
 @pytest.mark.parametrize("where", ["folder", "uri"])
 @pytest.mark.parametrize("file", OLD)
-def test_a_storage_of_the_release_before_is_refused(tmp_path, file, where):
+def test_a_storage_of_the_previous_release_is_refused(tmp_path, file, where):
     folder, storage = storage_of(tmp_path, where)
     (folder / file).parent.mkdir(parents=True)
     (folder / file).write_text("{}")
@@ -51,7 +51,7 @@ def test_a_storage_of_the_release_before_is_refused(tmp_path, file, where):
 
 
 @pytest.mark.parametrize("where", ["folder", "uri"])
-def test_a_storage_of_another_number_is_refused(tmp_path, where):
+def test_a_storage_with_another_layout_number_is_refused(tmp_path, where):
     folder, storage = storage_of(tmp_path, where)
     write_json(folder / "storage.json", {"layout": LAYOUT + 1})
     with pytest.raises(ValueError, match=rf"has layout {LAYOUT + 1}; .* sets in it still load with rmdd.load"):
@@ -59,14 +59,14 @@ def test_a_storage_of_another_number_is_refused(tmp_path, where):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[2]"])
-def test_a_damaged_number_is_said_to_be_damaged(tmp_path, text):
+def test_a_damaged_storage_json_is_reported(tmp_path, text):
     folder, storage = storage_of(tmp_path, "folder")
     (folder / "storage.json").write_text(text)
     with pytest.raises(ValueError, match=r'storage.json is damaged; write {"layout": 2} there if this release made it'):
         require_layout(storage)
 
 
-def test_verify_names_a_damaged_number_beside_what_else_is_wrong(tmp_path):
+def test_verify_reports_a_damaged_storage_json_beside_other_faults(tmp_path):
     tiny.go(config.load(tiny.stored(tmp_path)), "ingest")
     (tmp_path / "storage.json").write_text("{")
     faults = {fault.path: fault for fault in verify(str(tmp_path)).faults}
@@ -95,7 +95,7 @@ BEGUN = [
     ("searches/tiny-0123abcd/search.json", begun_in),
     ("comparisons/tiny-0123abcd/comparison.json", comparisons.begun_in),
 ]
-"""Files that the previous release wrote under the same names with other fields, and the function that reads each."""
+"""Files that the previous release wrote with other fields, and for each the function that reads it."""
 
 
 def old(tmp_path, file):
@@ -110,7 +110,7 @@ def old(tmp_path, file):
 
 @pytest.mark.parametrize("where", ["folder", "uri"])
 @pytest.mark.parametrize(("file", "read"), BEGUN)
-def test_what_the_release_before_began_is_refused_before_it_is_parsed(tmp_path, monkeypatch, where, file, read):
+def test_files_of_the_previous_release_are_refused_before_they_are_parsed(tmp_path, monkeypatch, where, file, read):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = old(tmp_path, file)
     with pytest.raises(ValueError, match="runs has layout 1; .* if you copied folders of a newer storage, copy its"):
@@ -118,7 +118,7 @@ def test_what_the_release_before_began_is_refused_before_it_is_parsed(tmp_path, 
 
 
 @pytest.mark.parametrize("command", [["resume"], ["probe", "--probes", "p.yaml"], ["search", "--resume"]])
-def test_commands_on_a_begun_folder_say_what_to_do(tmp_path, command):
+def test_commands_on_a_folder_of_an_old_storage_say_what_to_do(tmp_path, command):
     folder = old(tmp_path, BEGUN[2][0] if command[0] == "search" else BEGUN[0][0])
     done = CliRunner().invoke(app, [*command, str(folder)])
     assert done.exit_code == 1 and done.stderr.startswith("error: this release of rmdd reads storages of layout 2")
@@ -132,7 +132,7 @@ def test_a_comparison_of_sets_in_an_old_storage_is_refused(tmp_path):
         made_by(open_entry(str(run_folder(run) / "set")))
 
 
-def test_a_search_of_the_release_before_is_left_out_of_a_warm_start(tmp_path):
+def test_a_warm_start_from_a_search_of_the_previous_release_is_refused(tmp_path):
     folder = old(tmp_path, "searches/tiny-0123abcd/results.json")
     with pytest.raises(config.ConfigError, match=f"warm_start: leave {folder} out: this release .* has layout 1"):
         earlier_trials(config.Search(warm_start=[str(folder)]), {}, "tiny")
@@ -140,7 +140,7 @@ def test_a_search_of_the_release_before_is_left_out_of_a_warm_start(tmp_path):
 
 @pytest.mark.parametrize("where", ["folder", "uri"])
 @pytest.mark.parametrize("part", ["", *(f"/{file}" for file, _ in BEGUN[:3])])
-def test_verify_names_the_layout_alone(tmp_path, where, part):
+def test_verify_of_an_old_storage_reports_only_the_layout(tmp_path, where, part):
     folder = old(tmp_path, part[1:] or BEGUN[0][0])
     write_json(tmp_path / "runs" / OLD[0], {})
     path = tmp_path / "runs" if not part else folder
@@ -161,7 +161,7 @@ def test_check_reports_an_old_storage_and_writes_nothing(tmp_path, where):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_nothing_is_swept_in_an_old_storage(tmp_path, monkeypatch):
+def test_no_temporary_file_is_removed_from_an_old_storage(tmp_path, monkeypatch):
     folder = old(tmp_path, BEGUN[0][0]).parent
     monkeypatch.setattr("rmdd.core.storage.Storage.begin", lambda self: pytest.fail("written to"))
     runtime = config.Runtime(storage=str(folder))
@@ -169,7 +169,7 @@ def test_nothing_is_swept_in_an_old_storage(tmp_path, monkeypatch):
         pass
 
 
-def test_a_bucket_whose_number_is_there_is_not_listed(tmp_path, monkeypatch):
+def test_a_bucket_with_a_layout_number_is_not_listed(tmp_path, monkeypatch):
     _, storage = storage_of(tmp_path, "uri")
     require_layout(storage)
     monkeypatch.setattr(ObjectStore, "list", lambda self, name: pytest.fail(f"listed {name}"))
@@ -178,7 +178,7 @@ def test_a_bucket_whose_number_is_there_is_not_listed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("where", ["folder", "uri"])
 @pytest.mark.parametrize("file", OLD)
-def test_a_storage_inside_another_folder_is_none_of_its_results(tmp_path, file, where):
+def test_an_old_storage_inside_a_new_one_does_not_count_as_its_results(tmp_path, file, where):
     folder, storage = storage_of(tmp_path, where)
     (folder / "inner" / file).parent.mkdir(parents=True)
     (folder / "inner" / file).write_text("{}")

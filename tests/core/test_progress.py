@@ -18,7 +18,7 @@ def follow(clock: Clock, **options) -> tuple[Progress, io.StringIO]:
     return Progress(console=Console(file=out, width=200, **options), clock=clock), out
 
 
-def test_log_has_start_end_and_at_most_a_line_in_ten_seconds():
+def test_a_log_has_a_first_line_a_last_line_and_at_most_one_line_every_ten_seconds():
     clock = Clock()
     progress, out = follow(clock)
     with progress.stage("phases", {"phase 0": 100, "phase 1": 100}) as update:
@@ -32,7 +32,7 @@ def test_log_has_start_end_and_at_most_a_line_in_ten_seconds():
     assert lines[1] == "phases: 0/2 done, 10%, 0:01:30 left; phase 0: 20/100 loss 0.25"
 
 
-def test_items_that_are_to_come_count():
+def test_items_that_are_not_added_yet_count_in_the_totals():
     clock = Clock()
     progress, out = follow(clock)
     with progress.stage("trials", {}) as stage:
@@ -48,7 +48,7 @@ def test_items_that_are_to_come_count():
     assert "trials: 4/8 done, 56%, 0:04:40 left; trial 4: 1/2" in out.getvalue()
 
 
-def test_a_resumed_item_is_not_credited_with_earlier_work():
+def test_earlier_work_of_a_resumed_item_does_not_shorten_the_estimate():
     clock = Clock()
     progress, out = follow(clock)
     with progress.stage("phases", {"phase 0": 100}) as update:
@@ -58,7 +58,7 @@ def test_a_resumed_item_is_not_credited_with_earlier_work():
     assert "0:00:40 left" in out.getvalue()
 
 
-def test_live_table_has_a_row_per_running_item_and_counts_the_finished():
+def test_the_live_table_has_a_row_per_running_item_and_counts_the_finished_items():
     clock = Clock()
     progress, out = follow(clock, force_terminal=True)
     with progress.stage("experts", {f"expert {e}": 2 for e in range(30)}) as update:
@@ -73,7 +73,7 @@ def test_live_table_has_a_row_per_running_item_and_counts_the_finished():
     assert "experts: done" in text
 
 
-def test_an_error_ends_the_stage_and_quiet_says_nothing():
+def test_an_error_ends_the_stage_and_quiet_prints_nothing():
     progress, out = follow(Clock())
     with pytest.raises(ValueError), progress.stage("experts", {"expert 0": 1}):
         raise ValueError

@@ -1,4 +1,4 @@
-"""Storage at a URI and on a folder, who may work in it, and what killed processes leave."""
+"""Tests of storages at a URI and in a folder: mirrors, locks and leases, and the files of killed processes."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from rmdd.distill.sets import load_set, save_set
 
 @pytest.fixture
 def node(uri, tmp_path):
-    """`node("a")` is the storage as machine a sees it."""
+    """Return a function: `node("a")` is the mirror of the storage on machine a."""
     mirrors = {}
     yield lambda name: mirrors.setdefault(name, Mirror(uri, tmp_path / name))
     for mirror in mirrors.values():
@@ -41,7 +41,7 @@ def names(mirror):
 # -- mirrors ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_whole_here_is_there_and_reaches_another_node(node):
+def test_finished_files_are_published_and_can_be_fetched_on_another_machine(node):
     a, b = node("a"), node("b")
     write_json(a.root / "run" / "x.json", 1)
     with atomic_path(a.root / "set") as folder:
@@ -55,7 +55,7 @@ def test_what_is_whole_here_is_there_and_reaches_another_node(node):
     assert not list(b.root.rglob("*.tmp"))
 
 
-def test_a_fetched_folder_is_what_the_storage_holds(node):
+def test_a_fetched_folder_equals_the_storage(node):
     a, b = node("a"), node("b")
     for name in ("kept", "gone"):
         write_json(a.root / "phase" / f"{name}.json", 1)
@@ -69,7 +69,7 @@ def test_a_fetched_folder_is_what_the_storage_holds(node):
     assert read_json(a.root / "phase" / "kept.json") == 2
 
 
-def test_a_removed_folder_goes_there_too(node):
+def test_a_removed_folder_is_removed_from_the_storage_too(node):
     a = node("a")
     write_json(a.root / "expert-000" / "epoch.json", 1)
     write_json(a.root / "expert-001" / "epoch.json", 1)
@@ -77,7 +77,7 @@ def test_a_removed_folder_goes_there_too(node):
     assert names(a) == {"expert-001/epoch.json"}
 
 
-def test_a_checkpoint_never_arrives_before_its_log(node):
+def test_a_log_is_published_before_its_checkpoint(node):
     a = node("a")
     for i in range(3):
         append_jsonl(a.root / "phase" / "metrics.jsonl", {"iteration": i})
@@ -86,18 +86,18 @@ def test_a_checkpoint_never_arrives_before_its_log(node):
     assert (a.remote.read("phase/metrics.jsonl") or b"").count(b"\n") == 3
 
 
-def test_what_a_live_process_of_this_machine_holds_is_not_fetched_over(node):
+def test_a_fetch_does_not_overwrite_a_folder_that_a_process_of_this_machine_holds(node):
     a, b = node("a"), node("b")
     write_json(b.root / "store" / "expert-000" / "running.json", 1)
     a.fetch(a.root / "store")
     with hold_folder(a.root / "store" / "expert-000", wait=False):
-        (a.root / "store" / "expert-000" / "running.json").write_text("22")  # newer, on its way to the storage
+        (a.root / "store" / "expert-000" / "running.json").write_text("22")  # newer than the published file
         a.fetch(a.root / "store")
         assert read_json(a.root / "store" / "expert-000" / "running.json") == 22
 
 
-def test_a_bucket_that_is_not_there_is_named(s3, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)  # between its attempts
+def test_the_error_for_a_missing_bucket_names_it(s3, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)  # no pause between two attempts
     storage = open_storage(config.Runtime(storage="s3://no-such-bucket/runs", scratch=str(tmp_path)))
     words = r"cannot \w+ s3://no-such-bucket/runs.*credentials in the environment"
     with pytest.raises(OSError, match=words), hold_folder(storage.root / "run", wait=False):
@@ -114,7 +114,7 @@ def test_a_secret_in_the_uri_is_refused_and_not_repeated(uri):
     assert config.load({"runtime": {"storage": "abfs://container@account.dfs.core.windows.net/a"}})
 
 
-BRING = """
+FETCH = """
 import os, signal, sys
 from pathlib import Path
 from rmdd.core.remote import ObjectStore
@@ -130,16 +130,16 @@ Mirror(sys.argv[1], root).fetch(root)
 """
 
 
-def test_a_download_that_was_killed_is_swept_at_once(tmp_path):
+def test_the_half_written_file_of_a_killed_download_is_removed_at_once(tmp_path):
     (tmp_path / "there" / "deep").mkdir(parents=True)
     (tmp_path / "there" / "deep" / "x.json").write_text("1")
-    command = [sys.executable, "-c", BRING, f"file://{tmp_path}/there", str(tmp_path / "here")]
+    command = [sys.executable, "-c", FETCH, f"file://{tmp_path}/there", str(tmp_path / "here")]
     killed = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
     assert killed.returncode == -signal.SIGKILL
     assert [p.parent.name for p in sweep(tmp_path / "here")] == ["deep"]
 
 
-# -- a phase goes on from the published checkpoint -------------------------------------------------------------------
+# -- a phase resumes from its published checkpoint -------------------------------------------------------------------
 
 
 def test_a_killed_phase_resumes_on_another_node_with_an_empty_mirror(node, uri, store, tmp_path):
@@ -153,8 +153,8 @@ def test_a_killed_phase_resumes_on_another_node_with_an_empty_mirror(node, uri, 
     resumed, errors = Forked(toy_phase.go, uri, tmp_path / "c").communicate()
     assert resumed == "goes on with True\n", errors
     a.fetch(a.root / "phases")
-    toy.distil(toy.run_of(iterations=toy_phase.ITERATIONS), store, tmp_path / "unbroken")
-    toy.assert_same_results(a.root / "phases" / "phase-0", tmp_path / "unbroken")
+    toy.distil(toy.run_of(iterations=toy_phase.ITERATIONS), store, tmp_path / "uninterrupted")
+    toy.assert_same_results(a.root / "phases" / "phase-0", tmp_path / "uninterrupted")
 
 
 # -- leases ----------------------------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ def holder(tmp_path):
     process.communicate()
 
 
-def test_a_second_run_is_told_who_holds_the_folder(holder, tmp_path):
+def test_the_error_for_a_folder_in_use_names_the_process_that_holds_it(holder, tmp_path):
     words = rf"run is in use by process {holder.pid} on .*wait .*end it, or give .*another"
     with pytest.raises(FolderInUse, match=words), hold_folder(tmp_path / "run", wait=False):
         pass
@@ -205,17 +205,20 @@ def quick(monkeypatch):
     monkeypatch.setattr(lease, "POLL", 0.05)
 
 
-def elsewhere(beats=0):
+def foreign_lease(beats=0):
+    """Return the content of a lease that a process on another machine holds."""
     return {"id": "f" * 32, "beats": beats, "machine": "another", "host": "node-7", "pid": 12, "seen": "now"}
 
 
-def test_a_lease_of_another_machine_that_moves_is_respected_until_it_stands_still(quick, node, monkeypatch):
+def test_a_lease_of_another_machine_is_respected_until_it_no_longer_changes(quick, node, monkeypatch):
     a = node("a")
     folder = a.root / "run"
     cell = a.cell(folder)
-    cell.write(elsewhere())
+    cell.write(foreign_lease())
     beats = iter(range(1, 100))
-    monkeypatch.setattr(lease.time, "sleep", lambda s, sleep=time.sleep: (cell.write(elsewhere(next(beats))), sleep(s)))
+    monkeypatch.setattr(
+        lease.time, "sleep", lambda s, sleep=time.sleep: (cell.write(foreign_lease(next(beats))), sleep(s))
+    )
     with pytest.raises(FolderInUse, match="process 12 on node-7"), hold_folder(folder, wait=False):
         pass
     monkeypatch.undo()
@@ -225,38 +228,38 @@ def test_a_lease_of_another_machine_that_moves_is_respected_until_it_stands_stil
     assert cell.read() is None
 
 
-def test_a_holder_that_stood_still_learns_that_it_lost(quick, node):
+def test_a_paused_holder_notices_that_another_process_took_over(quick, node):
     a = node("a")
     with hold_folder(a.root / "run", wait=False) as mine:
         deadline = time.monotonic() + 60
         while not mine.lost and time.monotonic() < deadline:
-            a.cell(a.root / "run").write(elsewhere())  # a heartbeat may have just been on its way
+            a.cell(a.root / "run").write(foreign_lease())  # the holder may have just overwritten the lease
             time.sleep(0.3)
         with pytest.raises(FolderInUse, match="was taken over by process 12 on node-7"):
             mine.check()
-    assert a.cell(a.root / "run").read() == elsewhere(), "the other's lease stays"
+    assert a.cell(a.root / "run").read() == foreign_lease(), "the lease of the other process stays"
 
 
-def test_a_holder_that_stood_still_learns_of_a_successor_that_is_done(quick, node):
+def test_a_paused_holder_notices_a_process_that_took_over_and_ended(quick, node):
     cell = node("a").cell(node("a").root / "run")
     with hold_folder(node("a").root / "run", wait=False) as mine:
         deadline = time.monotonic() + 60
         while not mine.lost and time.monotonic() < deadline:
-            cell.remove()  # as the successor does at its end
+            cell.remove()  # as the other process does at its end
             time.sleep(0.3)
-        with pytest.raises(FolderInUse, match="was taken over by a process that has ended since"):
+        with pytest.raises(FolderInUse, match="was taken over by a process that has since ended"):
             mine.check()
-    assert cell.read() is None, "it was not written again"
+    assert cell.read() is None, "the lost lease is not written again"
 
 
-def test_an_ingest_that_was_taken_over_leaves_the_dataset_to_its_successor(quick, tmp_path):
+def test_an_ingest_that_lost_its_lease_leaves_the_dataset_to_the_other_process(quick, tmp_path):
     out = tmp_path / "out"
 
     def slow(make, items):
         yield from map(make(), items)
         deadline = time.monotonic() + 60
         while read_json(tmp_path / ".out.lease")["id"] != "f" * 32 and time.monotonic() < deadline:
-            write_json(tmp_path / ".out.lease", elsewhere())
+            write_json(tmp_path / ".out.lease", foreign_lease())
             time.sleep(0.5)
 
     with pytest.raises(FolderInUse, match="was taken over by process 12 on node-7"):
@@ -265,7 +268,7 @@ def test_an_ingest_that_was_taken_over_leaves_the_dataset_to_its_successor(quick
     assert not out.exists()
 
 
-def test_a_lease_that_cannot_be_read_is_not_lost(quick, tmp_path, monkeypatch):
+def test_a_lease_is_not_lost_while_it_cannot_be_read(quick, tmp_path, monkeypatch):
     def broken(path):
         raise OSError(5, "Input/output error")
 
@@ -277,7 +280,7 @@ def test_a_lease_that_cannot_be_read_is_not_lost(quick, tmp_path, monkeypatch):
         assert mine.owned()
 
 
-# -- what is left half-written ---------------------------------------------------------------------------------------
+# -- half-written files ----------------------------------------------------------------------------------------------
 
 WRITE = """
 import os, signal, sys
@@ -290,7 +293,7 @@ with atomic_path(sys.argv[1]) as temporary:
 """
 
 
-def test_only_what_nobody_writes_any_more_is_swept(tmp_path):
+def test_only_temporary_files_without_a_living_writer_are_removed(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", WRITE, str(tmp_path / "deep" / "set")],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
@@ -313,7 +316,7 @@ def test_only_what_nobody_writes_any_more_is_swept(tmp_path):
     assert mine.exists() and foreign.exists() and not_ours.exists() and not list((tmp_path / "deep").iterdir())
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path):
     write_json(tmp_path / "a.json", 1)
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", {"what": object()})
@@ -332,7 +335,7 @@ def test_a_set_that_another_version_wrote_is_refused(tmp_path):
 
 
 def umask():
-    """Of this process."""
+    """Return the umask of this process."""
     before = os.umask(0)
     os.umask(before)
     return before

@@ -1,4 +1,4 @@
-"""Curves: every step once, whatever happened between."""
+"""Tests that a tracker shows every step once, also after a resume or a rollback."""
 
 import logging
 
@@ -15,7 +15,7 @@ def run_of(storage, *sinks):
     )
 
 
-def tell(run, folder, first, last, scale=1.0):
+def track_steps(run, folder, first, last, scale=1.0):
     with track.open_tracker(run, "phase 1", "0123abcd", folder) as tracker:
         for step in range(first, last + 1):
             tracker.add(step, {"loss": scale / step})
@@ -24,15 +24,15 @@ def tell(run, folder, first, last, scale=1.0):
 def scalars(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    read = EventAccumulator(str(folder / "tensorboard"))
-    read.Reload()
-    return [(event.step, pytest.approx(event.value)) for event in read.Scalars("loss")]
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return [(event.step, pytest.approx(event.value)) for event in events.Scalars("loss")]
 
 
-def test_what_is_tracked_is_a_list_or_a_word():
+def test_runtime_track_is_a_list_or_a_word():
     assert config.load({}).runtime.track == ("tensorboard",)
-    for given, kept in (("none", ()), ("tensorboard", ("tensorboard",)), (["mlflow", "wandb"], ("mlflow", "wandb"))):
-        assert config.load({"runtime": {"track": given}}).runtime.track == kept
+    for value, names in (("none", ()), ("tensorboard", ("tensorboard",)), (["mlflow", "wandb"], ("mlflow", "wandb"))):
+        assert config.load({"runtime": {"track": value}}).runtime.track == names
     with pytest.raises(config.ConfigError, match=r"runtime.track.0.*found 'comet'"):
         config.load({"runtime": {"track": ["comet"]}})
 
@@ -43,30 +43,31 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     tracker = track.open_tracker(run, "phase 1", "0123abcd", tmp_path)
     for step in range(1, 8):
         tracker.add(step, {"loss": 9.0})  # killed: never closed
-    tell(run, tmp_path, 5, 9)
+    track_steps(run, tmp_path, 5, 9)
     assert scalars(tmp_path) == [(s, 9.0) for s in range(1, 5)] + [(s, 1 / s) for s in range(5, 10)]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_rollback_takes_its_steps_back(tmp_path):
+def test_a_rollback_replaces_the_steps_after_it(tmp_path):
     with track.open_tracker(run_of(tmp_path, "tensorboard"), "phase 1", "0123abcd", tmp_path) as tracker:
         for step in (1, 2, 3, 2, 3, 4):
             tracker.add(step, {"loss": float(step)})
     assert scalars(tmp_path) == [(1, 1), (2, 2), (3, 3), (4, 4)]
 
 
-def test_a_tracker_that_fails_is_left_out(tmp_path, caplog):
+def test_a_tracker_that_fails_is_dropped_with_a_warning(tmp_path, caplog):
     class Broken:
         def add(self, step, values):
             raise OSError("no route to the server")
 
         def close(self):
-            raise AssertionError("it was left out")
+            raise AssertionError("a dropped tracker is not closed")
 
     with caplog.at_level(logging.WARNING), Tracker({"wandb": lambda step: Broken()}) as tracker:
         tracker.add(1, {"loss": 1.0})
         tracker.add(2, {"loss": 1.0})
-    assert [r.getMessage() for r in caplog.records] == ["wandb no longer follows this work: no route to the server"]
+    words = "wandb failed and no longer records this work: no route to the server"
+    assert [r.getMessage() for r in caplog.records] == [words]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -74,19 +75,19 @@ def test_mlflow_holds_each_step_once(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     run = run_of(tmp_path, "mlflow")
-    tell(run, tmp_path / "phase-1", 1, 7)
-    tell(run, tmp_path / "phase-1", 5, 9)
+    track_steps(run, tmp_path / "phase-1", 1, 7)
+    track_steps(run, tmp_path / "phase-1", 5, 9)
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    (found,) = client.search_runs([client.get_experiment_by_name("rmdd").experiment_id])
-    assert found.info.run_name == "curves phase 1" and found.data.params["distill.method"] == "ptm_st"
-    told = [(m.step, m.value) for m in client.get_metric_history(found.info.run_id, "loss")]
-    assert sorted(told) == [(s, pytest.approx(1 / s)) for s in range(1, 10)]
+    (row,) = client.search_runs([client.get_experiment_by_name("rmdd").experiment_id])
+    assert row.info.run_name == "curves phase 1" and row.data.params["distill.method"] == "ptm_st"
+    values = [(m.step, m.value) for m in client.get_metric_history(row.info.run_id, "loss")]
+    assert sorted(values) == [(s, pytest.approx(1 / s)) for s in range(1, 10)]
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_wandb_follows_offline(tmp_path, monkeypatch):
+def test_wandb_records_offline(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    tell(run_of(tmp_path, "wandb"), tmp_path, 1, 4)
-    (kept,) = tmp_path.glob("wandb/offline-run-*/run-0123abcd-phase-1.wandb")
-    assert kept.stat().st_size > 0
+    track_steps(run_of(tmp_path, "wandb"), tmp_path, 1, 4)
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-0123abcd-phase-1.wandb")
+    assert file.stat().st_size > 0

@@ -138,7 +138,7 @@ def test_reading_asks_again_and_says_what_to_look_at(memory, monkeypatch):
     monkeypatch.setattr(file.store, "fs", Flaky())
     assert file.read_bytes() == b"[]" and not failures
     failures += [OSError("gone")] * 4
-    with pytest.raises(OSError, match="cannot read memory://bucket/a.json: gone; look at the bucket"):
+    with pytest.raises(OSError, match="cannot read memory://bucket/a.json: gone; check the bucket"):
         file.read_bytes()
     with pytest.raises(FileNotFoundError):
         (file / "../b.json").read_bytes()
