@@ -1,8 +1,8 @@
-"""Training-time augmentation of the experts: crop, flip, and the RandAugment variant of the BLIP loaders.
+"""Image augmentation for training experts: random crop, flip, and the RandAugment variant of the BLIP data loaders.
 
-Differs from the published code in AutoContrast alone: there the channel minimum wraps in 8-bit arithmetic and
-whole channels saturate to 255; here the stretch is correct. At the published magnitude 5, Brightness and Sharpness
-have factor 1 and change nothing.
+Only AutoContrast differs from the published code, which subtracts the channel minimum in 8-bit arithmetic; that wraps
+around and saturates entire channels to 255. This module stretches the channels correctly. At the published magnitude
+5, Brightness and Sharpness have factor 1 and change nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Operation = Callable[[Image.Image, float, torch.Generator], Image.Image]
 
 
 def augment(image: Image.Image, rule: Augment, size: int, generator: torch.Generator) -> np.ndarray:
-    """One random view of an RGB image as uint8 (3, size, size). With nothing switched on: `squash`."""
+    """Return a random view of an RGB image as uint8 (3, size, size). With all options off, it equals `squash`."""
     if rule.crop:
         image = image.crop(_crop_box(image.size, rule, generator))
     if image.size != (size, size):
@@ -40,7 +40,7 @@ def augment(image: Image.Image, rule: Augment, size: int, generator: torch.Gener
 
 
 def autocontrast(image: Image.Image) -> Image.Image:
-    """Stretch each channel to 0..255; a constant channel stays as it is."""
+    """Stretch each channel to 0..255; a constant channel is not changed."""
     pixels = np.asarray(image, dtype=np.float64)
     low, high = pixels.min(axis=(0, 1)), pixels.max(axis=(0, 1))
     spread = np.where(high > low, high - low, 1.0)
@@ -49,7 +49,10 @@ def autocontrast(image: Image.Image) -> Image.Image:
 
 
 def _crop_box(size: tuple[int, int], rule: Augment, generator: torch.Generator) -> tuple[int, int, int, int]:
-    """Box of torchvision's RandomResizedCrop: ten tries, then the largest centred box of an allowed ratio."""
+    """Return a crop box like torchvision's RandomResizedCrop.
+
+    After ten failed random tries it is the largest centred box whose aspect ratio is allowed.
+    """
     width, height = size
     low, high = rule.crop_ratio
     for _ in range(10):
@@ -75,7 +78,7 @@ def _signed(value: float, generator: torch.Generator) -> float:
 
 
 def _warp(image: Image.Image, matrix: tuple[int | float, ...]) -> Image.Image:
-    """`matrix` sends a pixel of the result to its place in `image`."""
+    """Warp an image with an affine `matrix`, which maps pixels of the result to pixels of `image`."""
     return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=GREY)
 
 

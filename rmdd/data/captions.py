@@ -1,4 +1,4 @@
-"""The caption rule of the papers (`pre_caption` of the BLIP loaders)."""
+"""Caption cleaning as in the papers (`pre_caption` of the BLIP data loaders)."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ _RUN_OF_SPACE = re.compile(r"\s{2,}")
 
 @dataclass(frozen=True)
 class SplitCaptions:
-    """The captions of a split as they are embedded: cleaned, those of the first pair first, read anew each time."""
+    """The cleaned captions of a split, in the order of its pairs; each iteration reads them from disk again."""
 
     dataset: Dataset
     split: str
     data: Data
 
     def __iter__(self) -> Iterator[str]:
-        left = self.data.eval_limit if self.split != "train" else None
+        pairs_left = self.data.eval_limit if self.split != "train" else None
         for (raw,) in self.dataset.columns(self.split, "captions"):
-            if left == 0:
+            if pairs_left == 0:
                 return
             cleaned = [c for c in (clean(caption, self.data.captions) for caption in raw) if c]
             yield from cleaned
-            if left is not None and cleaned:
-                left -= 1
+            if pairs_left is not None and cleaned:
+                pairs_left -= 1
 
 
 def clean(caption: str, rule: Captions) -> str:
-    """The caption as the text encoder sees it; may be empty. Idempotent for one rule.
+    """Clean a caption for the text encoder; the result may be empty. Cleaning it again changes nothing.
 
     >>> clean("A Dog, running!  Fast.", Captions())
     'a dog, running fast'
@@ -42,7 +42,7 @@ def clean(caption: str, rule: Captions) -> str:
         caption = caption.lower()
     if rule.strip_punctuation:
         caption = caption.translate(_PUNCTUATION)
-    # A single tab or newline inside a caption survives: the published rule collapses runs of two or more only.
+    # The published rule replaces only runs of two or more spaces, so a single tab or newline inside a caption stays.
     caption = _RUN_OF_SPACE.sub(" ", caption).rstrip("\n").strip(" ")
     if rule.max_words is not None:
         caption = " ".join(caption.split(" ")[: rule.max_words])

@@ -1,4 +1,4 @@
-"""Counting what comes in, what is kept and why the rest is not, so that a manifest adds up."""
+"""Counts of rows and captions that an ingest reads, keeps and rejects, each rejection with its reason."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass
 class IngestCounts:
-    """Counts, and an entry of the quarantine for everything that is left out."""
+    """Counts of an ingest, and one quarantine entry for each rejected row or caption."""
 
     rows_in: int = 0
     rows_merged: int = 0
@@ -20,13 +20,13 @@ class IngestCounts:
     entries: list[dict[str, Any]] = field(default_factory=list)
 
     def reject(self, file: Any, reason: str, origin: str, detail: str, captions: int) -> None:
-        """Leave out a row with all its captions."""
+        """Reject a row together with all its captions."""
         self.quarantine[reason] += 1
         self.captions_dropped["image_quarantined"] += captions
-        self._enter("pair", file, reason, origin, detail)
+        self._add_entry("pair", file, reason, origin, detail)
 
     def keep_captions(self, usable: dict[str, None], captions: Iterable[Any], file: str, origin: str) -> None:
-        """Add to `usable` the captions that are text, not blank and new; count the rest as dropped."""
+        """Add the captions that are text, not blank and not yet in `usable`; count the others as dropped."""
         for caption in captions:
             if not isinstance(caption, str) or not is_text(caption):
                 self._drop(file, "caption_not_text", origin, caption)
@@ -38,7 +38,7 @@ class IngestCounts:
                 usable[caption] = None
 
     def as_json(self) -> dict[str, Any]:
-        """All but the entries, as plain values."""
+        """Return the counts, without the quarantine entries, as JSON values."""
         return {
             "rows_in": self.rows_in,
             "rows_merged": self.rows_merged,
@@ -48,7 +48,7 @@ class IngestCounts:
         }
 
     def add(self, counts: dict[str, Any]) -> None:
-        """What `as_json()` of another part gave."""
+        """Add the counts of another part, given as its `as_json()`."""
         self.rows_in += counts["rows_in"]
         self.rows_merged += counts["rows_merged"]
         self.captions_in += counts["captions_in"]
@@ -57,15 +57,15 @@ class IngestCounts:
 
     def _drop(self, file: str, reason: str, origin: str, caption: Any) -> None:
         self.captions_dropped[reason] += 1
-        self._enter("caption", file, reason, origin, _shown(caption))
+        self._add_entry("caption", file, reason, origin, _printable(caption))
 
-    def _enter(self, what: str, file: Any, reason: str, origin: str, detail: str) -> None:
-        shown = file if isinstance(file, str) and is_text(file) else _shown(file)
-        self.entries.append({"what": what, "file": shown, "reason": reason, "origin": origin, "detail": detail})
+    def _add_entry(self, kind: str, file: Any, reason: str, origin: str, detail: str) -> None:
+        name = file if isinstance(file, str) and is_text(file) else _printable(file)
+        self.entries.append({"what": kind, "file": name, "reason": reason, "origin": origin, "detail": detail})
 
 
 def is_text(value: str) -> bool:
-    """JSON can hold halves of surrogate pairs, which no UTF-8 file can."""
+    """Return whether a string can be written as UTF-8; JSON strings may contain half a surrogate pair, which cannot."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -73,5 +73,5 @@ def is_text(value: str) -> bool:
     return True
 
 
-def _shown(value: Any) -> str:
+def _printable(value: Any) -> str:
     return ascii(value)[:120] if not isinstance(value, str) or not is_text(value) else repr(value)[:120]

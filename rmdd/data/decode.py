@@ -1,4 +1,4 @@
-"""Encoded bytes to RGB pixels. Free of torch, so that ingest workers start fast and stay small."""
+"""Decoding of image files to RGB pixels. Does not import torch, so ingest workers start fast and need little memory."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from PIL import Image, ImageOps
 from rmdd.config import Data
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF")
-"""What is tried on the bytes, whatever the file is called; leaves out formats that run other programs (EPS)."""
+"""Image formats that are accepted, whatever the file name ends in. EPS is not: decoding it runs another program."""
 
 _ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 
 
 class ImageError(ValueError):
-    """An image that cannot be used; `reason` is one word: too_large, truncated or undecodable."""
+    """An unusable image. `reason` is the quarantine reason as one word, such as too_large, truncated or undecodable."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(reason, detail)
@@ -31,13 +31,13 @@ class ImageError(ValueError):
 def decode(
     data: bytes, *, max_pixels: int, background: tuple[int, int, int], exif_orientation: bool = False
 ) -> Image.Image:
-    """Decode all pixels to an RGB image, transparent ones over `background`; the first frame of an animation.
+    """Decode an image to RGB, and the first frame of an animation.
 
-    16-bit greyscale is scaled to 8 bits. Raises `ImageError`.
+    Transparent pixels are blended with `background`; 16-bit greyscale is scaled to 8 bits. Raises `ImageError`.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL's advice on size and metadata; the size is checked below
+            warnings.simplefilter("ignore")  # PIL warns about image size and metadata; the size is checked below
             image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
             if image.width * image.height > max_pixels:
                 detail = f"{image.width} x {image.height} pixels are more than data.max_pixels {max_pixels}"
@@ -51,7 +51,7 @@ def decode(
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise ImageError("too_large", f"more than {limit} pixels, PIL's own limit") from None
-    except Exception as error:  # broken bytes make PIL raise nearly anything: OSError, SyntaxError, struct.error ...
+    except Exception as error:  # PIL raises many types for broken files: OSError, SyntaxError, struct.error ...
         detail = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
             detail = f"{len(data)} bytes in no known image format"
@@ -59,12 +59,12 @@ def decode(
 
 
 def decode_as(image: bytes, data: Data) -> Image.Image:
-    """`decode` with the settings of a run."""
+    """Decode an image with the settings of a run; see `decode`."""
     return decode(image, max_pixels=data.max_pixels, background=data.background, exif_orientation=data.exif_orientation)
 
 
 def squash(image: Image.Image, size: int) -> np.ndarray:
-    """An RGB image resized to `size` x `size` (bicubic, aspect ratio not kept) as uint8 (3, size, size)."""
+    """Resize an RGB image to `size` x `size` (bicubic, aspect ratio not preserved); return uint8 (3, size, size)."""
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
@@ -74,7 +74,7 @@ def _rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     if image.mode in _ALPHA or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, (*background, 255)), rgba).convert("RGB")
-    if image.mode.startswith("I"):  # PIL's own conversion clips 16 bits at 255: nearly all white
+    if image.mode.startswith("I"):  # PIL would clip 16-bit values at 255, which makes the image nearly white
         wide = np.clip(np.asarray(image, dtype=np.int64), 0, 65535)
         image = Image.fromarray(np.rint(wide / 257).astype(np.uint8))
     return image.convert("RGB")

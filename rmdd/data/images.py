@@ -1,6 +1,6 @@
-"""Pixels: decoding, squashing to the model's size, and normalisation.
+"""Pixel tensors: normalisation and its inverse, and the decoding functions of `rmdd.data.decode`.
 
-N images, H x W pixels. uint8 is always RGB in 0..255, float32 always normalised.
+N images, H x W pixels. uint8 images are RGB in 0..255; float32 images are normalised.
 """
 
 from collections.abc import Sequence
@@ -23,21 +23,22 @@ NORMALISATIONS: dict[str, tuple[PerChannel, PerChannel]] = {
 
 
 def normalisation(name: str | tuple[Sequence[float], Sequence[float]]) -> tuple[PerChannel, PerChannel]:
-    """Mean and standard deviation of pixels in [0, 1], by name or as given."""
+    """Return the mean and standard deviation per channel of pixels in [0, 1], from a name or from the pair itself."""
     if isinstance(name, str):
         if name not in NORMALISATIONS:
-            raise ValueError(f"no normalisation '{name}'; there are: {', '.join(NORMALISATIONS)}; or give (mean, std)")
+            available = ", ".join(NORMALISATIONS)
+            raise ValueError(f"unknown normalisation '{name}'; available: {available}; or give (mean, std)")
         return NORMALISATIONS[name]
     mean, std = ([float(v) for v in vector] for vector in name)
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise ValueError(f"a normalisation is three means and three positive deviations, found {name}")
+        raise ValueError(f"a normalisation has three means and three positive deviations, found {name}")
     return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
 
 
 def normalise(
     images: UInt8[Tensor, "N 3 H W"], mean: Sequence[float], std: Sequence[float]
 ) -> Float[Tensor, "N 3 H W"]:
-    """(x / 255 - mean) / std as float32, on the device of `images`."""
+    """Return (images / 255 - mean) / std as float32, on the device of `images`."""
     shift, scale = _constants(mean, std, images.device)
     return (images.to(torch.float32) / 255 - shift) / scale
 
@@ -45,7 +46,7 @@ def normalise(
 def denormalise(
     images: Float[Tensor, "N 3 H W"], mean: Sequence[float], std: Sequence[float]
 ) -> UInt8[Tensor, "N 3 H W"]:
-    """Back to uint8: rounded, and cut to 0..255."""
+    """Convert normalised pixels to uint8, rounded and clamped to 0..255."""
     shift, scale = _constants(mean, std, images.device)
     return ((images.detach().to(torch.float32) * scale + shift) * 255).round().clamp(0, 255).to(torch.uint8)
 

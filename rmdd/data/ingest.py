@@ -1,11 +1,11 @@
-"""Annotations and images in, a dataset out: every row ends in a shard or, with its reason, in the quarantine.
+"""Ingest: write annotations and images as a dataset. Every row becomes part of a shard or is quarantined with a reason.
 
-The counts of the manifest add up: `rows_in` = pairs + `rows_merged` + all of `quarantine`, and
-`captions_in` = captions + all of `captions_dropped`.
+The counts in the manifest add up: `rows_in` = pairs + `rows_merged` + the sum of `quarantine`, and
+`captions_in` = captions + the sum of `captions_dropped`.
 
-An ingest is cut into parts first (`rmdd.data.plan`), each part is written by itself (`rmdd.data.parts`), and the
-manifest is made last. Until then all lies in a folder `.NAME.parts` beside the dataset to be, where an ingest that was
-stopped goes on.
+An ingest is first split into parts (`rmdd.data.plan`), each part is written independently (`rmdd.data.parts`), and the
+manifest is written last. Until then, all files are in a folder `.NAME.parts` beside the future dataset; an interrupted
+ingest resumes from it.
 """
 
 from __future__ import annotations
@@ -37,16 +37,17 @@ from rmdd.data.source import SampleSource
 from rmdd.execution.tasks import Stream, sequential_stream
 
 PARTS_LAYOUT = 2
-"""Of the plan and the records of an unfinished ingest; one that another version began is done anew."""
+"""Version of the files of an unfinished ingest; an ingest that another version started is restarted."""
 
 
 def ingest(data: Data, out: Path | str, stream: Stream = sequential_stream, runtime: Runtime | None = None) -> Dataset:
-    """Write `data` as a dataset into the folder `out`, or return the one that an equal ingest finished there.
+    """Write the input that `data` describes as a dataset into the folder `out`, or return the dataset already there.
 
-    The folder appears whole or not at all; a second ingest into it waits for the first. Bad rows go to
-    `quarantine.jsonl` and stop nothing; a layout that cannot be read, or a folder that holds something else, raises
-    `ValueError`. What was finished when an ingest died is not done again. With `source: dataset` nothing is written:
-    it opens `data.root`. `runtime` says in which storage `out` lies, if its URI is to have it too.
+    An existing dataset is returned if it was made from the same input. The folder appears only when it is complete; a
+    second ingest into it waits for the first. Bad rows are written to `quarantine.jsonl` and do not stop the ingest. An
+    unreadable layout, or a folder with other content, raises `ValueError`. An interrupted ingest keeps its finished
+    parts. With `source: dataset` nothing is written; the dataset at `data.root` is opened. `runtime` names the storage
+    of `out` when the dataset must also be uploaded to the URI of that storage.
     """
     if data.source == "dataset":
         return Dataset.open(data.root or "")
@@ -54,27 +55,27 @@ def ingest(data: Data, out: Path | str, stream: Stream = sequential_stream, runt
     if data.root is not None:
         data = data.model_copy(update={"root": absolute(data.root)})
     storage = Storage(out.parent) if runtime is None else open_storage(runtime)
-    inputs, read = _input(data)
+    inputs, contents = _input(data)
     folders = IngestFolders(out.with_name(f".{out.name}.parts"))
 
-    def look() -> tuple[Dataset | None, bool]:
-        """The finished dataset, and whether an ingest was begun or left something."""
+    def current_state() -> tuple[Dataset | None, bool]:
+        """Return the finished dataset or None, and whether files of an unfinished ingest exist."""
         storage.fetch(folders.plan)
         storage.fetch(out)
-        begun = folders.parts.is_file()
-        return _finished(out, inputs, data, half_moved=begun and not storage.moves_atomically), begun
+        started = folders.parts.is_file()
+        return _finished(out, inputs, data, half_moved=started and not storage.moves_atomically), started
 
-    finished, begun = look()
-    if finished is not None and not begun:
+    finished, started = current_state()
+    if finished is not None and not started:
         return finished
     with hold_folder(out.with_name(f".{out.name}"), wait=True) as lease:
-        finished, _ = look()
+        finished, _ = current_state()
         if finished is None:
-            parts = _begin(folders, inputs, read, data, storage)
-            anywhere = folders if runtime is None else IngestFolders(folders.path.relative_to(storage.root))
-            write = functools.partial(PartWriter, data, anywhere, runtime)
+            parts = _start_or_resume(folders, inputs, contents, data, storage)
+            worker_folders = folders if runtime is None else IngestFolders(folders.path.relative_to(storage.root))
+            write = functools.partial(PartWriter, data, worker_folders, runtime)
             written = {result["number"] for result in stream(write, parts)}
-            assert len(written) == len(parts), f"{len(parts) - len(written)} parts were never read"
+            assert len(written) == len(parts), f"{len(parts) - len(written)} parts were not written"
             for folder in (folders.plan, folders.records):
                 storage.fetch(folder)
             lease.check()
@@ -82,14 +83,15 @@ def ingest(data: Data, out: Path | str, stream: Stream = sequential_stream, runt
             storage.move(folders.dataset, out)
             storage.fetch(out)
         lease.check()
-        for left in (folders.dataset, folders.records, folders.path):  # the plan last: it says that something is left
-            if left.is_dir():
-                remove(left)
+        # The plan is deleted last, because it marks that files of this ingest still exist.
+        for folder in (folders.dataset, folders.records, folders.path):
+            if folder.is_dir():
+                remove(folder)
     return Dataset.open(out)
 
 
 def _input(data: Data) -> tuple[dict[str, Any], Any]:
-    """What the dataset is made from, and how to go on: rows of annotations, or files."""
+    """Return what identifies the input (config and hashes), and the input itself: annotation rows or a file list."""
     inputs: dict[str, Any] = {"config": shaping(data), "annotations": {}}
     source = sources.find(data)
     if isinstance(source, SampleSource):
@@ -99,17 +101,17 @@ def _input(data: Data) -> tuple[dict[str, Any], Any]:
     rows, annotations = source.rows(data)
     inputs["annotations"] = {path.name: hash_of(path) for path in annotations}
     if source.without_list:
-        listed = list(rows)
-        named = hash_value([[row.image, *row.captions] for row in listed])
-        inputs["annotations"][f"{len(listed)} pictures, names and classes"] = named
-        return inputs, iter(listed)
+        all_rows = list(rows)
+        names_and_classes = hash_value([[row.image, *row.captions] for row in all_rows])
+        inputs["annotations"][f"{len(all_rows)} pictures, names and classes"] = names_and_classes
+        return inputs, iter(all_rows)
     return inputs, rows
 
 
-def _begin(
-    folders: IngestFolders, inputs: dict[str, Any], read: Any, data: Data, storage: Storage
+def _start_or_resume(
+    folders: IngestFolders, inputs: dict[str, Any], contents: Any, data: Data, storage: Storage
 ) -> list[dict[str, Any]]:
-    """The parts of the ingest that was begun here, or of a new plan."""
+    """Return the parts of the unfinished ingest in `folders`, or write a new plan and return its parts."""
     path, value = folders.parts, {"schema_version": SCHEMA_VERSION, "layout": PARTS_LAYOUT, **inputs}
     if path.is_file() and (plan := read_json(path))["made_from"] == value:
         return plan["parts"]
@@ -119,20 +121,20 @@ def _begin(
     counts, parts = IngestCounts(), []
     source = sources.find(data)
     if isinstance(source, SampleSource):
-        parts = file_parts(source, read, data)
+        parts = file_parts(source, contents, data)
     else:
-        plan = make_plan(read, data)
+        plan = make_plan(contents, data)
         _check_root(plan, data)
         counts, parts = plan.counts, write_parts(plan, data, folders.plan)
     write_entries(folders.plan / QUARANTINE, counts.entries)
-    listed = [asdict(part) for part in parts]
+    entries = [asdict(part) for part in parts]
     storage.publish(folders.plan)
-    write_json(path, {"made_from": value, "parts": listed, "counts": counts.as_json()})
-    return listed
+    write_json(path, {"made_from": value, "parts": entries, "counts": counts.as_json()})
+    return entries
 
 
 def _finish(folders: IngestFolders, inputs: dict[str, Any], parts: list[dict[str, Any]]) -> None:
-    """Quarantine and manifest, from the records in the order of the parts."""
+    """Write the quarantine and the manifest from the records of all parts, in the order of the parts."""
     counts, content = IngestCounts(), hashlib.sha256()
     counts.add(read_json(folders.parts)["counts"])
     shards: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
@@ -147,8 +149,8 @@ def _finish(folders: IngestFolders, inputs: dict[str, Any], parts: list[dict[str
                 quarantine.write(folders.entries(part["number"]).read_bytes())
     for shard in (shard for split in SPLITS for shard in shards[split]):
         content.update(folders.digests(shard["file"]).read_bytes())
-    for left in folders.dataset.glob(".*.tmp"):  # of workers that were killed
-        remove(left)
+    for temporary_file in folders.dataset.glob(".*.tmp"):  # from workers that were killed
+        remove(temporary_file)
     write_json(
         folders.dataset / MANIFEST,
         {
@@ -167,7 +169,7 @@ def _finish(folders: IngestFolders, inputs: dict[str, Any], parts: list[dict[str
 
 
 def shaping(data: Data) -> dict[str, Any]:
-    """The part of the config that decides what an ingest writes; where things lie is no part of it."""
+    """Return the config fields that change the content of a dataset; paths are not among them."""
     value, source = hashed(data, "ingest"), by_name.find(data.source)
     if not (isinstance(source, SampleSource) or source.cut_by_hash):
         del value["split_fractions"]
@@ -175,29 +177,33 @@ def shaping(data: Data) -> dict[str, Any]:
 
 
 def _finished(out: Path, inputs: dict[str, Any], data: Data, half_moved: bool) -> Dataset | None:
-    """`half_moved`: without its manifest `out` is what a move that was killed has brought there so far."""
+    """Return the dataset in `out` if it is complete and made from `inputs`, otherwise None.
+
+    `half_moved` means that an interrupted move may have left `out` without its manifest. Raises `ValueError` if the
+    folder has other content.
+    """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not (out / MANIFEST).is_file():
         if half_moved:
             return None
-        raise ValueError(f"{out} is not empty and holds no dataset; give an empty or a new folder")
+        raise ValueError(f"{out} is not empty and is not a dataset; give an empty or a new folder")
     dataset = Dataset.open(out)
     recorded = {name: dataset.manifest[name] for name in inputs}
     if recorded != inputs:
-        wanted, there = inputs["config"], recorded["config"]
-        differing = [name for name in wanted | there if wanted.get(name) != there.get(name)] or ["annotations"]
+        new, old = inputs["config"], recorded["config"]
+        differing = [name for name in new | old if new.get(name) != old.get(name)] or ["annotations"]
         raise ValueError(
             f"{out} holds a dataset made from other input ({', '.join(differing)} differ); "
             "give a new folder, or delete this one"
         )
-    return None if _turned_up(dataset, data) else dataset
+    return None if _missing_image_exists_now(dataset, data) else dataset
 
 
-def _turned_up(dataset: Dataset, data: Data) -> bool:
-    """Whether an image that was missing at ingest is there now."""
+def _missing_image_exists_now(dataset: Dataset, data: Data) -> bool:
+    """Return whether an image that was missing during the ingest exists now."""
     if not dataset.manifest["quarantine"].get("missing_file") or is_remote(data.root):
-        return False  # at a remote store each look is a request
+        return False  # each check would be a request to the remote store
     with open(dataset.path / QUARANTINE, encoding="utf-8") as lines:
         bad = (json.loads(line) for line in lines)
         missing = [entry["file"] for entry in bad if entry["reason"] == "missing_file"]
@@ -206,7 +212,7 @@ def _turned_up(dataset: Dataset, data: Data) -> bool:
 
 
 def _check_root(plan: IngestPlan, data: Data) -> None:
-    """Paths often begin with the very folder that was given as root."""
+    """Raise `ValueError` if image paths repeat the name of the `data.root` folder, which is a common mistake."""
     if is_remote(data.root):
         return
     root = Path(data.root or "")
@@ -219,6 +225,6 @@ def _check_root(plan: IngestPlan, data: Data) -> None:
 
 
 def quarantined(dataset: Dataset) -> list[dict[str, Any]]:
-    """All entries of `quarantine.jsonl`: what (pair or caption), file, reason, origin, detail."""
+    """Return the entries of `quarantine.jsonl`; their keys are what (pair or caption), file, reason, origin, detail."""
     text = (dataset.path / QUARANTINE).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]

@@ -1,4 +1,4 @@
-"""Where input lies: a path of this machine, or one at a URI."""
+"""Input paths, local or at a URI: opening, hashing and listing files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ InputPath = Path | RemotePath
 
 
 def input_path(root: str | None) -> InputPath:
-    """The folder that `data.root` names. Raises `ValueError` for a URI that nothing here can read."""
+    """Return the folder that `data.root` names. Raises `ValueError` for a URI that cannot be opened."""
     scheme, separator, rest = (root or "").partition("://")
     if not separator:
         return Path(root or "")
@@ -27,14 +27,14 @@ def input_path(root: str | None) -> InputPath:
         return Path(rest)
     path = RemotePath(root or "")
     try:
-        path.store  # noqa: B018  # opened once, to say early what cannot be
+        path.store  # noqa: B018  # opening the store here reports a wrong URI early
     except OSError as error:
         raise ValueError(str(error)) from error
     return path
 
 
 def absolute(root: str) -> str:
-    """The same folder from any working folder."""
+    """Make a local folder independent of the working directory; a URI is returned unchanged."""
     return root if is_remote(root) else str(Path(root.removeprefix("file://")).absolute())
 
 
@@ -47,18 +47,18 @@ def size_of(file: InputPath) -> int:
 
 
 def seekable(file: InputPath) -> Any:
-    """An open file that can seek."""
+    """Open a file for random access."""
     return file.store.open(file.inside, seekable=True) if isinstance(file, RemotePath) else file.open("rb")
 
 
 def parquet_file(file: InputPath) -> Any:
-    import pyarrow.parquet as pq  # slow to import, and not needed where only paths are handled
+    import pyarrow.parquet as pq  # slow to import, and unused by callers that only handle paths
 
     return pq.ParquetFile(seekable(file) if isinstance(file, RemotePath) else file)
 
 
 def hash_of(file: InputPath) -> str:
-    """SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file."""
     digest = hashlib.sha256()
     with file.open("rb") as f:
         while block := f.read(BUFFER):
@@ -67,10 +67,10 @@ def hash_of(file: InputPath) -> str:
 
 
 def find(root: InputPath, patterns: str) -> list[tuple[str, int]]:
-    """Relative path and size of the files that `patterns` names, sorted, each once.
+    """Return the relative path and size in bytes of each file that matches `patterns`, sorted, without duplicates.
 
-    Patterns are joined by `::`. `{000..146}` counts, `{a,b}` chooses, and `*`, `?` and `**` are those of a glob. Raises
-    `ValueError` for a counted or chosen file that is not there.
+    Patterns are separated by `::`. `{000..146}` stands for a range of numbers, `{a,b}` for a list of alternatives, and
+    `*`, `?` and `**` are glob patterns. Raises `ValueError` if a file from a range or a list is missing.
     """
     sizes: dict[str, int] = {}
     for pattern in itertools.chain.from_iterable(_expanded(p) for p in patterns.split("::")):
@@ -83,7 +83,7 @@ def find(root: InputPath, patterns: str) -> list[tuple[str, int]]:
         elif (root / pattern).is_file():
             sizes[pattern] = size_of(root / pattern)
         else:
-            raise ValueError(f"{root / pattern} is not there but '{patterns}' names it; correct the pattern")
+            raise ValueError(f"{root / pattern} is missing but '{patterns}' names it; correct the pattern")
     return sorted(sizes.items())
 
 
@@ -96,4 +96,4 @@ def _expanded(pattern: str) -> list[str]:
     else:
         return [pattern]
     before, after = pattern[: match.start()], pattern[match.end() :]
-    return [whole for middle in middles for whole in _expanded(before + middle + after)]
+    return [path for middle in middles for path in _expanded(before + middle + after)]

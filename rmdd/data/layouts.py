@@ -1,4 +1,4 @@
-"""Known file names: where annotations lie, and where an image may be beside the place that they name."""
+"""File names of known datasets: where annotation files are, and other folders where an image may be; text reading."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ _COCO_2014 = re.compile(r"COCO_(?:train|val)2014_(\d{12}\.\w+)")
 
 
 def find_annotation(root: InputPath, names: Iterable[str], what: str) -> InputPath:
-    """The first of `names` found in the root, in `annotations/` or beside the root."""
+    """Return the first file of `names` that exists in the root, in `annotations/` or in `annotations/` beside the root.
+
+    Raises `ValueError` if none exists; `what` names the file in the message.
+    """
     tried = [root / folder / name for name in names for folder in _ANNOTATION_FOLDERS]
     for path in tried:
         if path.is_file():
@@ -39,9 +42,9 @@ def find_annotation(root: InputPath, names: Iterable[str], what: str) -> InputPa
 
 
 def alternatives(path: str, layout: str | None) -> list[str]:
-    """Relative paths where an image may lie, the named one first.
+    """Return the relative paths where an image may be, the given path first.
 
-    COCO 2014 names are also looked for under their 2017 names, Flickr files in the folders the archives unpack to.
+    COCO 2014 images may also have their 2017 names, and Flickr images may be in the folders that their archives create.
     """
     name = PurePosixPath(path).name
     paths = [path] + [f"{folder}/{name}" for folder in _IMAGE_FOLDERS.get(layout or "", ())]
@@ -51,7 +54,7 @@ def alternatives(path: str, layout: str | None) -> list[str]:
 
 
 def read_json_file(path: InputPath) -> Any:
-    """Parsed JSON, with or without a byte-order mark. `ValueError` says what the file is instead."""
+    """Parse a JSON file, with or without a byte-order mark. Raises `ValueError` with a hint for JSON lines."""
     text = read_text(path)
     try:
         return json.loads(text)
@@ -75,7 +78,7 @@ def read_text(path: InputPath) -> str:
 
 
 def describe(value: Any) -> str:
-    """What a JSON value is, for messages."""
+    """Describe a JSON value in a few words for an error message."""
     if isinstance(value, dict):
         return f"an object with {', '.join(list(value)[:6]) or 'no keys'}"
     if isinstance(value, list):

@@ -1,7 +1,7 @@
-"""An ingest in parts: each is read by one task, from its input to its shards and its record.
+"""Parts of an ingest: one task reads the input of a part and writes its shards and its record.
 
-A part's bytes follow from its input alone, so it does not matter who writes it, how often, or beside what. Nothing
-of a part is held in memory but one row group per split.
+The bytes of a part depend only on its input, so any worker can write it, in any order, and writing it twice is
+harmless. A worker holds one row group per split in memory.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from rmdd.data.source import Candidate, SampleSource
 
 @dataclass(frozen=True)
 class IngestPart:
-    """A stretch of planned rows, a tar, or some row groups of a Parquet file."""
+    """A range of planned rows, a tar file, or a range of row groups of a Parquet file."""
 
     number: int
     kind: str
-    """`listed`, or the name of a source of samples."""
+    """`listed` for planned rows, or the name of a `SampleSource`."""
     file: str
-    """Below the folder of the plan for `listed`, else below `data.root`."""
+    """Path relative to the plan folder for `listed`, and relative to `data.root` otherwise."""
     start: int = 0
     stop: int = 0
-    """A stretch of the file, such as row groups; 0 and 0: all of it."""
+    """End of the range from `start`, such as a range of row groups; 0 and 0 mean the entire file."""
     split: str | None = None
-    """Of all its pairs, where the file's name says it."""
+    """Split of all pairs in this part, or None if the file name does not contain it."""
 
 
 @dataclass(frozen=True)
 class IngestFolders:
-    """Where an unfinished ingest lies: plan, records and the dataset that is to be."""
+    """The folders of an unfinished ingest: its plan, its records and the future dataset."""
 
     path: Path
 
@@ -54,7 +54,7 @@ class IngestFolders:
 
     @property
     def parts(self) -> Path:
-        """The list of all parts; an ingest has begun when it is there."""
+        """The file that lists all parts; it exists once an ingest has started."""
         return self.plan / "plan.json"
 
     @property
@@ -69,7 +69,7 @@ class IngestFolders:
         return self.records / f"{number:05d}.json"
 
     def entries(self, number: int) -> Path:
-        """The part's lines of the quarantine."""
+        """Return the file with the quarantine entries of a part."""
         return self.records / f"{number:05d}.jsonl"
 
     def digests(self, shard: str) -> Path:
@@ -77,9 +77,9 @@ class IngestFolders:
 
 
 class PartWriter:
-    """Turns parts into shards and records below `folders`; a part that is there already is only checked.
+    """A worker that writes the shards and the record of a part into `folders`; a finished part is only checked.
 
-    With `runtime`, `folders` lie relative to its storage, wherever that is on this machine.
+    With `runtime`, `folders` is a path relative to its storage, which each machine may mount elsewhere.
     """
 
     def __init__(self, data: Data, folders: IngestFolders, runtime: Runtime | None = None):
@@ -89,25 +89,28 @@ class PartWriter:
         self.storage.fetch(self.folders.plan)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        """Fields of an `IngestPart` in; its number, how many pairs it holds, and whether it was written now."""
+        """Write a part, given as the fields of an `IngestPart`.
+
+        Returns its number, its number of pairs, and whether this call wrote it (`fresh`). Raises `OSError`.
+        """
         part = IngestPart(**item)
         try:
             if not self.folders.parts.is_file():
-                raise OSError(f"{socket.gethostname()} does not see the storage: {self.folders.parts} is not there")
-            own = re.compile(rf"\b{part.number:05d}\.(parquet|jsonl?)\b")
-            self.storage.fetch(self.folders.path, lambda name: own.search(name) is not None)
+                raise OSError(f"{socket.gethostname()} cannot reach the storage: {self.folders.parts} is missing")
+            part_file = re.compile(rf"\b{part.number:05d}\.(parquet|jsonl?)\b")
+            self.storage.fetch(self.folders.path, lambda name: part_file.search(name) is not None)
             record = self._finished(part)
             fresh = record is None
             record = record or self._write(part)
         except OSError as error:
             raise OSError(
-                f"part {part.number} ({part.file}): {error}; the finished parts are kept in {self.folders.path}, so "
-                "mend this and start again"
+                f"part {part.number} ({part.file}): {error}; finished parts are kept in {self.folders.path}, so "
+                "fix this and start the ingest again to resume it"
             ) from error
         return {"number": part.number, "pairs": sum(s["rows"] for s in record["shards"]), "fresh": fresh}
 
     def _finished(self, part: IngestPart) -> dict[str, Any] | None:
-        """The record of a part whose files are all there and whole."""
+        """Return the record of a part if all its files exist and are intact, otherwise None."""
         path = self.folders.record(part.number)
         if not path.is_file():
             return None
@@ -141,7 +144,7 @@ class PartWriter:
         return record
 
     def _pairs(self, part: IngestPart, counts: IngestCounts) -> Iterator[Pair]:
-        """The usable pairs of a part, in order; the rest goes to the counts."""
+        """Yield the usable pairs of a part in order; rejected rows are added to `counts`."""
         candidates: Iterator[Candidate]
         if isinstance(self.source, SampleSource):
             candidates = self.source.candidates(part.file, (part.start, part.stop), part.split, self.data, counts)
@@ -158,7 +161,7 @@ class PartWriter:
 
 
 def write_entries(path: Path, entries: list[dict[str, Any]]) -> None:
-    """JSON lines."""
+    """Write quarantine entries as JSON lines."""
     with open(path, "w", encoding="utf-8") as f:
         f.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
 

@@ -1,7 +1,7 @@
-"""What an ingest will read, cut into parts before any image is opened.
+"""The plan of an ingest: its input is checked, merged and split into parts before any image is opened.
 
-Lists of annotations are held in memory while they are checked, merged and cut, some 0.5 kB per row, and lie on
-disk afterwards. Tars and Parquet files are only listed.
+Annotation lists are held in memory during planning (about 0.5 kB per row) and then written to disk. Tar and Parquet
+files are only listed.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ from rmdd.data.source import NO_SPLIT, AnnotationRow, SampleSource, hash_split
 
 _DRIVE = re.compile(r"[A-Za-z]:")
 
-# A part is also closed at these numbers of rows, so that small pictures make many parts and not one.
+# A part never has more rows than this, so that a dataset of small images still has many parts.
 _FILES_PER_PART = 8192
 _DRAWINGS_PER_PART = 512
 _REMOTE_FILES_PER_PART = 2048
-"""Sizes of remote files would cost a request each."""
+"""Parts of remote files are split by this number alone, because reading each file size would cost a request."""
 
 
 @dataclass
 class IngestPlan:
-    """All annotations of an ingest in memory, no image."""
+    """All annotations of an ingest in memory, without images."""
 
     counts: IngestCounts = field(default_factory=IngestCounts)
     pairs: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {split: [] for split in SPLITS})
 
     def images(self) -> Iterator[str]:
-        """Paths of the images to be read, in order."""
+        """Yield the paths of the images that are read from files, in order."""
         return (pair["pair_id"] for split in SPLITS for pair in self.pairs[split] if pair["drawing"] is None)
 
 
 def make_plan(rows: Iterable[AnnotationRow], data: Data) -> IngestPlan:
-    """Check paths and captions, and merge the rows of one image into one pair in the place of the first.
+    """Check paths and captions, and merge all rows of an image into one pair at the position of its first row.
 
-    Raises `ValueError` when there is no row at all or an image stands in two splits.
+    Raises `ValueError` if there are no rows or an image is in two splits.
     """
     plan = IngestPlan()
     counts = plan.counts
@@ -58,7 +58,7 @@ def make_plan(rows: Iterable[AnnotationRow], data: Data) -> IngestPlan:
         counts.rows_in += 1
         counts.captions_in += len(row.captions)
         if row.split == NO_SPLIT:
-            counts.reject(row.image, "no_split", row.origin, "listed in no split", len(row.captions))
+            counts.reject(row.image, "no_split", row.origin, "no split lists this image", len(row.captions))
             continue
         path, problem = _checked_path(row.image)
         if problem:
@@ -74,25 +74,25 @@ def make_plan(rows: Iterable[AnnotationRow], data: Data) -> IngestPlan:
             if pair["split"] != split:
                 raise ValueError(
                     f"image {path} is in {pair['split']} ({pair['origin']}) and in {split} ({row.origin}); "
-                    "an image belongs to one split: remove it from the other"
+                    "an image must be in one split only: remove it from the other"
                 )
         counts.keep_captions(pair["captions"], row.captions, path, row.origin)
     if not counts.rows_in:
-        raise ValueError(f"data.source '{data.source}' holds no row at all; check that its files are the right ones")
+        raise ValueError(f"data.source '{data.source}' holds no rows; check that its files are the right ones")
     for pair in merged.values():
         pair["captions"] = list(pair["captions"])
         if pair["captions"]:
             plan.pairs[pair["split"]].append(pair)
         else:
-            counts.reject(pair["pair_id"], "no_caption", pair["origin"], "none of its captions can be used", 0)
+            counts.reject(pair["pair_id"], "no_caption", pair["origin"], "none of its captions is usable", 0)
     return plan
 
 
 def write_parts(plan: IngestPlan, data: Data, folder: Path) -> list[IngestPart]:
-    """Cut the pairs of each split into parts and write a file of rows for each."""
+    """Split the planned pairs into parts, and write the rows of each part as a Parquet file into `folder`."""
     parts: list[IngestPart] = []
     for split in SPLITS:
-        for rows in _cut(plan.pairs[split], data):
+        for rows in _split_rows(plan.pairs[split], data):
             part = IngestPart(len(parts), "listed", f"{len(parts):05d}.parquet", split=split)
             pq.write_table(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA), folder / part.file)
             parts.append(part)
@@ -100,14 +100,14 @@ def write_parts(plan: IngestPlan, data: Data, folder: Path) -> list[IngestPart]:
 
 
 def file_parts(source: SampleSource, files: list[tuple[str, int, str | None]], data: Data) -> list[IngestPart]:
-    """A part per stretch of a file."""
-    stretches = source.stretches([path for path, _, _ in files], data)
-    cut = [(path, split, s) for (path, _, split), of_file in zip(files, stretches, strict=True) for s in of_file]
-    return [IngestPart(n, data.source, path, start, stop, split) for n, (path, split, (start, stop)) in enumerate(cut)]
+    """Return one part for each range of each file; see `SampleSource.ranges`."""
+    ranges = source.ranges([path for path, _, _ in files], data)
+    flat = [(path, split, r) for (path, _, split), of_file in zip(files, ranges, strict=True) for r in of_file]
+    return [IngestPart(n, data.source, path, start, stop, split) for n, (path, split, (start, stop)) in enumerate(flat)]
 
 
-def _cut(pairs: list[dict[str, Any]], data: Data) -> Iterator[list[dict[str, Any]]]:
-    """Stretches whose files together reach `data.shard_mb`, or that have rows enough."""
+def _split_rows(pairs: list[dict[str, Any]], data: Data) -> Iterator[list[dict[str, Any]]]:
+    """Yield the pairs of each part; a part ends when its files reach `data.shard_mb` or it has the maximum of rows."""
     limit = data.shard_mb * 2**20
     remote = is_remote(data.root)
     root = "" if remote else str(input_path(data.root))
@@ -115,10 +115,10 @@ def _cut(pairs: list[dict[str, Any]], data: Data) -> Iterator[list[dict[str, Any
     size = 0
     for pair in pairs:
         rows.append(pair)
-        drawn = pair["drawing"] is not None
-        most = _DRAWINGS_PER_PART if drawn else _REMOTE_FILES_PER_PART if remote else _FILES_PER_PART
-        size += 0 if drawn or remote else _size(root, pair["pair_id"], data.layout)
-        if size >= limit or len(rows) == most:
+        is_drawing = pair["drawing"] is not None
+        max_rows = _DRAWINGS_PER_PART if is_drawing else _REMOTE_FILES_PER_PART if remote else _FILES_PER_PART
+        size += 0 if is_drawing or remote else _size(root, pair["pair_id"], data.layout)
+        if size >= limit or len(rows) == max_rows:
             yield rows
             rows, size = [], 0
     if rows:
@@ -136,13 +136,13 @@ def _size(root: str, path: str, layout: str | None) -> int:
 
 _PROBLEMS = {
     "no_path": "the image is not given as a path",
-    "absolute_path": "absolute paths are not read; write it relative to data.root",
-    "escaping_path": "leads out of data.root",
+    "absolute_path": "absolute paths are not allowed; write it relative to data.root",
+    "escaping_path": "the path leads out of data.root",
 }
 
 
 def _checked_path(value: Any) -> tuple[str, str | None]:
-    """A relative POSIX path without `.` and doubled slashes, or what is wrong with it."""
+    """Return a normalised relative POSIX path and None, or an empty path and the reason why it is rejected."""
     if not isinstance(value, str) or not value.strip() or not is_text(value) or "\0" in value:
         return "", "no_path"
     path = PurePosixPath(value.strip().replace("\\", "/"))

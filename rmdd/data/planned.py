@@ -1,4 +1,4 @@
-"""Planned rows to image bytes: a picture is drawn, or its file found and read."""
+"""Image bytes for planned rows: an image is read from its file, or drawn by the source."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ PLAN_SCHEMA = pa.schema(
     ]
 )
 
-_AT_ONCE = 32
-"""Requests under way at a remote store."""
+_CONCURRENT_READS = 32
+"""Number of parallel requests to a remote store."""
 
-_OF_THE_PATH = (errno.EACCES, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)
-"""What a disk refuses for one image; anything else may be right the next time, and ends the ingest."""
+_PATH_ERRORS = (errno.EACCES, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)
+"""Errors that concern one image, which is then quarantined; other I/O errors may be temporary and stop the ingest."""
 
 
 def candidates(plan: Path, data: Data, source: AnnotationSource) -> Iterator[Candidate]:
-    """The rows of one file of the plan, with their images."""
+    """Yield the rows of one file of the plan together with their image bytes."""
     root = input_path(data.root)
 
     def image_of(row: dict[str, Any]) -> bytes | ImageError:
@@ -44,13 +44,13 @@ def candidates(plan: Path, data: Data, source: AnnotationSource) -> Iterator[Can
             drawing = row["drawing"]
             if drawing is None:
                 return _read(row["pair_id"], root, data)
-            assert source.draw is not None, f"source {data.source} has rows to draw, and no function that draws"
+            assert source.draw is not None, f"source {data.source} has rows to draw but no `draw` function"
             return source.draw(root, drawing)
         except ImageError as error:
             return error
 
-    with pq.ParquetFile(plan) as file, ThreadPoolExecutor(_AT_ONCE) as pool:
-        for batch in file.iter_batches(batch_size=_AT_ONCE):
+    with pq.ParquetFile(plan) as file, ThreadPoolExecutor(_CONCURRENT_READS) as pool:
+        for batch in file.iter_batches(batch_size=_CONCURRENT_READS):
             rows = batch.to_pylist()
             images = pool.map(image_of, rows) if is_remote(data.root) else map(image_of, rows)
             for row, image in zip(rows, images, strict=True):
@@ -65,7 +65,7 @@ def _read(path: str, root: InputPath, data: Data) -> bytes:
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             continue
         except (OSError, ValueError) as error:
-            if isinstance(error, OSError) and (error.errno not in _OF_THE_PATH or is_remote(data.root)):
+            if isinstance(error, OSError) and (error.errno not in _PATH_ERRORS or is_remote(data.root)):
                 raise
             raise ImageError("unreadable", str(error)[:200]) from None
     raise ImageError("missing_file", "no such file under data.root")

@@ -1,7 +1,7 @@
 """A dataset on disk: Parquet shards of pairs, and a manifest that is written last.
 
-A shard holds pairs of one split, in order. The hash of a dataset covers its rows only: neither the folder it lies
-in, nor how the rows are cut into shards, nor the version of the Parquet writer changes it.
+A shard holds pairs of one split, in order. The hash of a dataset covers only its rows; it does not depend on the
+folder, on how the rows are divided into shards, or on the version of the Parquet writer.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Pair:
     source: str
 
     def digest(self) -> bytes:
-        """SHA-256 over all fields, each with its length in front."""
+        """Return the SHA-256 of all fields, each preceded by its length."""
         digest = hashlib.sha256()
         texts = (self.pair_id, self.split, self.source, *self.captions)
         for data in (self.image, *(text.encode() for text in texts)):
@@ -57,7 +57,7 @@ class Pair:
 
 
 class ShardWriter:
-    """Writes one shard, whole or not at all; holds one row group in memory.
+    """Writer of one shard file, which appears only when it is complete. Holds one row group in memory.
 
     >>> with ShardWriter(folder / "train-00000.parquet") as writer:  # doctest: +SKIP
     ...     writer.append(pair)
@@ -67,14 +67,14 @@ class ShardWriter:
     def __init__(self, path: Path):
         self.path = path
         self.digests = bytearray()
-        """The digests of all pairs, end to end."""
+        """The concatenated digests of all pairs."""
         self._captions = 0
         self._rows: list[Pair] = []
         self._group_size = 0
 
     def __enter__(self) -> ShardWriter:
-        self._renamed_at_the_end = atomic_path(self.path)
-        self._temporary = self._renamed_at_the_end.__enter__()
+        self._atomic_path = atomic_path(self.path)
+        self._temporary = self._atomic_path.__enter__()
         self._writer = pq.ParquetWriter(
             self._temporary,
             SCHEMA,
@@ -85,9 +85,10 @@ class ShardWriter:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        with contextlib.suppress(OSError):  # a full disk has been told already; `finish` closed a whole file
+        # `finish` has already closed a complete shard. For an incomplete one, an error of the disk was raised before.
+        with contextlib.suppress(OSError):
             self._writer.close()
-        self._renamed_at_the_end.__exit__(*error)
+        self._atomic_path.__exit__(*error)
 
     def append(self, pair: Pair) -> None:
         assert pair.captions and pair.split in SPLITS
@@ -99,7 +100,7 @@ class ShardWriter:
             self._flush()
 
     def finish(self) -> dict[str, Any]:
-        """Write what is left; the shard's entry in the manifest."""
+        """Write the remaining pairs and return the shard's entry in the manifest."""
         self._flush()
         self._writer.close()
         return {
@@ -120,7 +121,7 @@ class ShardWriter:
 
 
 class Dataset:
-    """A finished folder of shards. `open` checks that all of it is there, `verify` that every byte is right."""
+    """A finished folder of shards. `open` checks that all files exist and their sizes; `verify` checks every byte."""
 
     def __init__(self, path: Path, manifest: dict[str, Any]):
         self.path = path
@@ -128,7 +129,7 @@ class Dataset:
 
     @classmethod
     def open(cls, path: Path | str) -> Dataset:
-        """Raises `ValueError` when the folder is no dataset, of another schema version, or incomplete."""
+        """Open a dataset. Raises `ValueError` if it is no dataset, has another schema version, or is incomplete."""
         path = Path(path)
         if not (path / MANIFEST).is_file():
             raise ValueError(f"{path} is not a dataset: it has no {MANIFEST}; write one with `rmdd ingest`")
@@ -153,18 +154,18 @@ class Dataset:
 
     @property
     def hash(self) -> str:
-        """Hash of all rows in order."""
+        """The hash of all rows in order."""
         return self.manifest["data_hash"]
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
-        """`{"train": {"pairs": ..., "captions": ...}, ...}`"""
+        """The number of pairs and captions per split: `{"train": {"pairs": ..., "captions": ...}, ...}`."""
         return self.manifest["counts"]
 
     def columns(self, split: str, *names: str) -> Iterator[tuple[Any, ...]]:
-        """The named columns of a split row by row, in order; reads no other column."""
+        """Yield the rows of a split in order, as tuples of the named columns; other columns are not read."""
         if split not in SPLITS:
-            raise ValueError(f"no split '{split}'; there are: {', '.join(SPLITS)}")
+            raise ValueError(f"unknown split '{split}'; available: {', '.join(SPLITS)}")
         for shard in self.manifest["shards"]:
             if shard["split"] == split:
                 with pq.ParquetFile(self.path / shard["file"]) as file:
@@ -172,11 +173,14 @@ class Dataset:
                         yield from zip(*(batch.column(name).to_pylist() for name in names), strict=True)
 
     def pairs(self, split: str) -> Iterator[Pair]:
-        for pair_id, image, captions, own, source in self.columns(split, *SCHEMA.names):
-            yield Pair(pair_id, image, tuple(captions), own, source)
+        for pair_id, image, captions, split_name, source in self.columns(split, *SCHEMA.names):
+            yield Pair(pair_id, image, tuple(captions), split_name, source)
 
     def verify(self) -> None:
-        """Read everything and compare file hashes, row hashes and counts; `ValueError` names the first difference."""
+        """Read all shards and compare file hashes, row hashes and counts with the manifest.
+
+        Raises `ValueError` that names the first difference.
+        """
         content = hashlib.sha256()
         for shard in self.manifest["shards"]:
             if sha256_file(self.path / shard["file"]) != shard["sha256"]:
@@ -191,11 +195,11 @@ class Dataset:
         if counts != self.counts:
             raise ValueError(f"{self.path} holds {counts}, its manifest says {self.counts}; ingest again")
         if content.hexdigest() != self.hash:
-            raise ValueError(f"{self.path}: its rows are not those of its manifest (data_hash); ingest again")
+            raise ValueError(f"{self.path}: its rows do not match data_hash in its manifest; ingest again")
 
 
 def verify(path: Path, check: DiskCheck) -> None:
-    """Shards against the manifest, row by row."""
+    """Check all shards against the manifest, row by row, and report each fault to `check`."""
     if not check.begin(path):
         return
     before = len(check.findings.faults)
@@ -209,7 +213,7 @@ def verify(path: Path, check: DiskCheck) -> None:
             elif file.stat().st_size != shard["bytes"]:
                 check.fault(file, f"has {file.stat().st_size} bytes, the manifest says {shard['bytes']}", copy)
             elif sha256_file(file) != shard["sha256"]:
-                check.fault(file, "has another SHA-256 than the manifest says", copy)
+                check.fault(file, "has a SHA-256 that differs from the manifest", copy)
     if len(check.findings.faults) == before:
         with check.errors_as_faults(path, copy):
             Dataset.open(path).verify()

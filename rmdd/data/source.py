@@ -1,7 +1,7 @@
-"""What a source of pairs is, and what it yields.
+"""Data sources: the two kinds of source, and the rows that they yield.
 
-A source of annotations turns lists into rows and opens no picture. A source of samples lists files that hold pictures
-and captions together, and workers read them. Each source is one file in `rmdd.data.sources`.
+An `AnnotationSource` reads lists that name images and captions, and opens no image. A `SampleSource` lists files that
+contain images and captions together; workers read them. Each source is one file in `rmdd.data.sources`.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ SPLIT_NAMES = {
 
 @dataclass(frozen=True)
 class AnnotationRow:
-    """`image` and `captions` are unchecked: whatever stood in the file."""
+    """One row of an annotation file. `image` and `captions` are the values in the file, unchecked."""
 
     image: Any
-    """Path relative to `data.root`; for a drawn picture its name."""
+    """Path relative to `data.root`, or the name of a drawn image."""
     captions: tuple[Any, ...]
     split: str | None
-    """train, val or test; None: to be cut by a hash of the path; NO_SPLIT: the files list it in no split."""
+    """train, val or test. None: the split is chosen by a hash of the path. NO_SPLIT: no split lists this row."""
     source: str
     origin: str
-    """Where it stands, such as `captions.csv line 12`."""
+    """Position in the annotation file, such as `captions.csv line 12`."""
     drawing: str | None = None
-    """JSON of a picture that is drawn instead of read."""
+    """JSON description of an image that is drawn instead of read from a file."""
 
 
 def as_captions(value: Any) -> tuple[Any, ...]:
-    """Loaders meet both a caption and a list of captions under one key."""
+    """Return a tuple of captions from a value that is either one caption or a list of captions."""
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What becomes a pair when its image can be decoded. Captions are checked."""
+    """A row with checked captions, which becomes a pair if its image can be decoded."""
 
     pair_id: str
     captions: tuple[str, ...]
@@ -65,13 +65,13 @@ class Candidate:
 
 
 def hash_split(path: str, fractions: tuple[float, float, float]) -> str:
-    """Split of an image by a hash of its path: it stays whatever is added or removed beside it."""
+    """Choose the split of an image by a hash of its path, so adding or removing other images does not change it."""
     share = int.from_bytes(hashlib.sha256(f"rmdd split/{path}".encode()).digest()[:8], "big") / 2**64
     return "train" if share < fractions[0] else "val" if share < fractions[0] + fractions[1] else "test"
 
 
 def named_split(path: str) -> str | None:
-    """Split that a file's name says, else the nearest folder that says one: `val/0.tar`, `test-00000.parquet`."""
+    """Return the split in a file name, such as `test-00000.parquet`, or in the nearest folder, such as `val/0.tar`."""
     for name in reversed(path.split("/")):
         words = [SPLIT_NAMES[word] for word in re.split(r"[^a-z]+", name.lower()) if word in SPLIT_NAMES]
         if words:
@@ -80,7 +80,7 @@ def named_split(path: str) -> str | None:
 
 
 def sample_files(data: Data, source: Literal["parquet", "webdataset"]) -> list[tuple[str, int, str | None]]:
-    """Path below the root, size and split of every file that `data.<source>.files` names."""
+    """Return the path relative to `data.root`, size in bytes and split of each file in `data.<source>.files`."""
     root, rule = input_path(data.root), getattr(data, source)
     if not (paths := find(root, rule.files)):
         raise ValueError(f"no file under {root} matches data.{source}.files '{rule.files}'; correct one of them")
@@ -89,25 +89,25 @@ def sample_files(data: Data, source: Literal["parquet", "webdataset"]) -> list[t
 
 @dataclass(frozen=True)
 class AnnotationSource:
-    """Lists that name pictures and say their captions."""
+    """A source that reads lists of image names and captions."""
 
     rows: Callable[[Data], tuple[Iterator[AnnotationRow], list[InputPath]]]
-    """The rows in file order, and the files that they come from. Raises `ValueError` for what cannot be read."""
+    """Returns the rows in file order, and the files that they come from. Raises `ValueError` for an unreadable file."""
     draw: Callable[[InputPath, str], bytes] | None = None
-    """The bytes of a picture from `data.root` and `AnnotationRow.drawing`, for rows that have one."""
+    """Draws an image from `data.root` and `AnnotationRow.drawing`, and returns its bytes. None: no row needs it."""
     cut_by_hash: bool = False
     """Whether `data.split_fractions` decides the split of some rows."""
     without_list: bool = False
-    """Whether rows come from the names of files, which no list holds."""
+    """Whether rows come from file names instead of a list."""
 
 
 @dataclass(frozen=True)
 class SampleSource:
-    """Files that hold pictures beside their captions."""
+    """A source that reads files in which images and captions are stored together."""
 
     files: Callable[[Data], list[tuple[str, int, str | None]]]
-    """Path below the root, size in bytes and split (None: not in its name) of every file."""
+    """Returns the path relative to `data.root`, size in bytes and split (None: not in its name) of each file."""
     candidates: Callable[[str, tuple[int, int], str | None, Data, IngestCounts], Iterator[Candidate]]
-    """The pairs of a file, a stretch of it, and its split; what is no pair is counted."""
-    stretches: Callable[[list[str], Data], list[list[tuple[int, int]]]] = lambda files, data: [[(0, 0)]] * len(files)
-    """Parts in which each file is read, such as row groups. (0, 0): all of it at once."""
+    """Called with file, range, split, data and counts. Yields the pairs in that range; counts the rejected rows."""
+    ranges: Callable[[list[str], Data], list[list[tuple[int, int]]]] = lambda files, data: [[(0, 0)]] * len(files)
+    """Returns the ranges in which each file is read, such as row groups. (0, 0): the entire file."""

@@ -1,7 +1,8 @@
-"""One split in memory-mapped form: images squashed to the model's size, captions cleaned and flat.
+"""A split of a dataset, ready for training: cleaned captions, and images resized to the model's size in a cache.
 
-N images, T captions, S pixels on a side. Everything slow is done once, when it is first asked for, and kept in a cache
-whose file names are hashes of what shaped them, so a cache can be shared by runs and deleted at any time.
+N images, T captions, S pixels on a side. Slow work is done once, at the first access, and its result is cached. Names
+of cache files are hashes of everything that determines their content, so runs can share a cache, and it can be deleted
+at any time.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from rmdd.data.shards import Dataset
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """The decoded images of a split: one file, written by whoever opens it first."""
+class DecodedImages:
+    """The decoded images of a split in one cache file, which is written when it is first opened."""
 
     dataset: Dataset = field(repr=False)
     split: str
@@ -43,7 +44,7 @@ class Decoded:
 
     def open(self) -> np.ndarray:
         if not len(self.rows):
-            return np.zeros(self.shape, dtype=np.uint8)  # an empty file cannot be mapped
+            return np.zeros(self.shape, dtype=np.uint8)  # an empty file cannot be memory-mapped
         if not self.written:
             with hold_folder(self.path.with_suffix(""), wait=True):
                 if not self.written:
@@ -55,27 +56,28 @@ class Decoded:
             for i, (_, image) in enumerate(read_rows(self.dataset, self.split, self.rows)):
                 images[i] = squashed(image, self.data)
 
-    def some(self, index: np.ndarray) -> np.ndarray:
-        """Images `index` without the file."""
-        read = {row: squashed(image, self.data) for row, image in read_rows(self.dataset, self.split, self.rows[index])}
-        return np.stack([read[int(row)] for row in self.rows[index]])
+    def decode(self, index: np.ndarray) -> np.ndarray:
+        """Decode the images at `index` directly from the shards, without the cache file."""
+        wanted = self.rows[index]
+        decoded = {row: squashed(image, self.data) for row, image in read_rows(self.dataset, self.split, wanted)}
+        return np.stack([decoded[int(row)] for row in wanted])
 
 
 @dataclass(frozen=True)
 class Split:
     name: str
-    pixels: np.ndarray | Decoded = field(repr=False)
-    """Where `images` come from."""
+    pixels: np.ndarray | DecodedImages = field(repr=False)
+    """The images in memory, or their cache."""
     captions: list[str]
-    """Cleaned, those of image 0 first."""
+    """Cleaned captions, ordered by image."""
     image_of: np.ndarray
-    """int64 (T,): the image of each caption, ascending."""
+    """int64 (T,): the image number of each caption, ascending."""
     pair_ids: list[str]
     dropped: dict[str, int]
-    """Captions that the caption rule emptied, and pairs that lost all of theirs that way."""
+    """Number of `captions` that cleaning left empty, and of `pairs` that lost all their captions this way."""
     dataset: Dataset = field(repr=False)
     rows: np.ndarray = field(repr=False)
-    """int64 (N,): the row of each image in the split's shards."""
+    """int64 (N,): the row number of each image in the shards of this split."""
     _encoded: Path = field(repr=False)
 
     def __len__(self) -> int:
@@ -83,17 +85,20 @@ class Split:
 
     @functools.cached_property
     def images(self) -> np.ndarray:
-        """uint8 (N, 3, S, S), read-only memory map; decodes all of them if that was not done before."""
+        """All images as uint8 (N, 3, S, S), a read-only memory map; decodes them at the first access."""
         return self.pixels if isinstance(self.pixels, np.ndarray) else self.pixels.open()
 
     def some_images(self, index: np.ndarray) -> np.ndarray:
-        """uint8 (n, 3, S, S): images `index`; decodes no other where there is no cache."""
+        """Return the images at `index` as uint8 (n, 3, S, S); without a cache only these are decoded."""
         if isinstance(self.pixels, np.ndarray) or self.pixels.written:
             return self.images[index]
-        return self.pixels.some(np.asarray(index))
+        return self.pixels.decode(np.asarray(index))
 
     def cache_bytes(self, encoded: bool) -> int:
-        """Size of the cache of decoded images, or about that of encoded ones; 0 for images that lie in memory."""
+        """Return the size in bytes of the cache of decoded images, or about that of the cache of encoded images.
+
+        Images in memory have no cache and give 0.
+        """
         if isinstance(self.pixels, np.ndarray):
             return 0
         if encoded:
@@ -101,13 +106,13 @@ class Split:
         return int(np.prod(self.pixels.shape))
 
     def facts(self) -> dict[str, int]:
-        """How big the split is as it is trained or scored on, and what the caption rule took from it."""
+        """Return the number of pairs and captions in use, and of those that the caption rule removed."""
         return {"pairs": len(self), "captions": len(self.captions)} | {
             f"dropped_{k}": n for k, n in self.dropped.items()
         }
 
     def encoded(self, i: int) -> bytes:
-        """Image `i` as it lies in the shard. The first call copies all of them to a random-access cache."""
+        """Return the encoded bytes of image `i`. The first call copies all encoded images to a random-access cache."""
         if "_bytes" not in self.__dict__:
             object.__setattr__(self, "_bytes", _encoded_cache(self.dataset, self.name, self.rows, self._encoded))
         data, offsets = self.__dict__["_bytes"]
@@ -115,10 +120,10 @@ class Split:
 
 
 def load_split(dataset: Dataset, split: str, data: Data, cache: Path | str) -> Split:
-    """The captions of a split, and its images, decoded and squashed once and then served from `cache`.
+    """Load the cleaned captions of a split; its images are decoded at the first access and then read from `cache`.
 
-    `data.eval_limit` keeps the first pairs of val and test. Pairs without a caption after the caption rule are
-    left out of every split and counted in `Split.dropped`. Safe to call from several processes at once.
+    `data.eval_limit` limits val and test to their first pairs. Pairs without a caption after cleaning are dropped from
+    every split and counted in `Split.dropped`. Several processes may call this at the same time.
     """
     limit = data.eval_limit if split != "train" else None
     rows: list[int] = []
@@ -140,22 +145,25 @@ def load_split(dataset: Dataset, split: str, data: Data, cache: Path | str) -> S
         pair_ids.append(pair_id)
 
     row_numbers = np.asarray(rows, dtype=np.int64)
-    which = {"data": dataset.hash, "split": split, "rows": hash_value(rows)}
-    pixels = which | {"size": data.image_size, "background": data.background, "exif": data.exif_orientation}
-    images = Decoded(dataset, split, row_numbers, data, Path(cache) / f"{split}-{hash_value(pixels)}.npy")
-    encoded = Path(cache) / f"{split}-{hash_value(which)}.bin"
+    row_key = {"data": dataset.hash, "split": split, "rows": hash_value(rows)}
+    pixel_key = row_key | {"size": data.image_size, "background": data.background, "exif": data.exif_orientation}
+    images = DecodedImages(dataset, split, row_numbers, data, Path(cache) / f"{split}-{hash_value(pixel_key)}.npy")
+    encoded = Path(cache) / f"{split}-{hash_value(row_key)}.bin"
     return Split(
         split, images, captions, np.asarray(image_of, dtype=np.int64), pair_ids, dropped, dataset, row_numbers, encoded
     )
 
 
 def squashed(image: bytes, data: Data) -> np.ndarray:
-    """An encoded image as uint8 (3, S, S)."""
+    """Decode an image and resize it to `data.image_size`, as uint8 (3, S, S)."""
     return squash(decode_as(image, data), data.image_size)
 
 
 def _encoded_cache(dataset: Dataset, split: str, rows: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """All encoded images end to end, and the N+1 offsets between them; the offsets are written last."""
+    """Return the concatenated encoded images and their N+1 offsets; writes both files if they are missing.
+
+    The offsets are written last, so their file marks a complete cache.
+    """
     offsets = path.with_suffix(".offsets.npy")
     if not (offsets.is_file() and path.is_file()):
         with hold_folder(path.with_suffix(""), wait=True):
@@ -170,25 +178,28 @@ def _encoded_cache(dataset: Dataset, split: str, rows: np.ndarray, path: Path) -
 
 
 def read_rows(dataset: Dataset, split: str, rows: np.ndarray) -> Iterator[tuple[int, bytes]]:
-    """(row, encoded image) for the given rows of a split, ascending, each once; reads only their row groups."""
+    """Yield (row, encoded image) for the given rows of a split, ascending and without duplicates.
+
+    Only the row groups that contain these rows are read.
+    """
     wanted, first = np.unique(rows), 0
     for shard in dataset.manifest["shards"]:
         if shard["split"] != split:
             continue
-        here = _between(wanted, first, first + shard["rows"])
-        if len(here):
+        in_shard = _between(wanted, first, first + shard["rows"])
+        if len(in_shard):
             with pq.ParquetFile(dataset.path / shard["file"]) as file:
                 start = first
                 for group in range(file.num_row_groups):
                     stop = start + file.metadata.row_group(group).num_rows
-                    if len(mine := _between(here, start, stop)):
+                    if len(in_group := _between(in_shard, start, stop)):
                         column = file.read_row_group(group, columns=["image"]).column("image")
-                        yield from ((int(row), column[int(row) - start].as_py()) for row in mine)
+                        yield from ((int(row), column[int(row) - start].as_py()) for row in in_group)
                     start = stop
         first += shard["rows"]
 
 
 def _between(rows: np.ndarray, start: int, stop: int) -> np.ndarray:
-    """Of ascending rows those in [start, stop)."""
+    """Return those of the ascending `rows` that are in [start, stop)."""
     low, high = np.searchsorted(rows, [start, stop])
     return rows[low:high]

@@ -69,7 +69,7 @@ def _truncate(root):
 def _flipped_shard(root):
     shard = next((root / "data" / "d").glob("*.parquet"))
     flip(shard, back=300)
-    return shard.name, "another SHA-256 than the manifest says"
+    return shard.name, "a SHA-256 that differs from the manifest"
 
 
 def _flipped_epoch(root):

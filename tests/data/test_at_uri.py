@@ -1,4 +1,4 @@
-"""An ingest whose storage is a URI: killed, begun anew on another machine, and what goes over the network."""
+"""Ingest into a storage at a URI: resuming on another machine after a kill, and the number of network transfers."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,24 +17,24 @@ SCENES = config.Data(scenes=config.Scenes(train=6, val=2, test=2, size=16), imag
 
 
 @pytest.fixture
-def at(uri, tmp_path):
-    """`at("a")`: the storage for machine a, its mirror, and the folder of the dataset there."""
+def machine(uri, tmp_path):
+    """Return a function that gives a named machine's view of the storage: runtime, local mirror and dataset folder."""
     roots = []
 
-    def at(name):
+    def machine(name):
         runtime = config.Runtime(storage=uri, scratch=str(tmp_path / name))
         mirror = open_storage(runtime)
         roots.append(mirror.root)
         return SimpleNamespace(runtime=runtime, mirror=mirror, out=mirror.root / "data" / "d")
 
-    yield at
+    yield machine
     for root in roots:
         files._listeners.pop(root, None)
 
 
 @pytest.mark.parametrize("last", (0, 2, 4))
-def test_an_ingest_that_was_killed_while_its_dataset_moved_goes_on(at, last, tmp_path, monkeypatch):
-    a, b, moved = at("a"), at("b"), []
+def test_an_ingest_killed_during_the_final_move_resumes(machine, last, tmp_path, monkeypatch):
+    a, b, moved = machine("a"), machine("b"), []
 
     def copy(self, name, to, real=ObjectStore.copy):
         if len(moved) == last:
@@ -52,40 +52,40 @@ def test_an_ingest_that_was_killed_while_its_dataset_moved_goes_on(at, last, tmp
             fresh.append(result["fresh"])
             yield result
 
-    found = ingest(SCENES, b.out, counted, b.runtime)
-    found.verify()
+    dataset = ingest(SCENES, b.out, counted, b.runtime)
+    dataset.verify()
     assert not any(fresh), "a finished part was written again"
-    assert found.manifest["shards"] == ingest(SCENES, tmp_path / "plain").manifest["shards"]
-    inside = {p.relative_to(found.path).as_posix() for p in found.path.rglob("*") if p.is_file()}
-    assert set(b.mirror.remote.list("")) == {f"data/d/{name}" for name in inside}, (
-        "all of it is there, and nothing else"
+    assert dataset.manifest["shards"] == ingest(SCENES, tmp_path / "plain").manifest["shards"]
+    names = {p.relative_to(dataset.path).as_posix() for p in dataset.path.rglob("*") if p.is_file()}
+    assert set(b.mirror.remote.list("")) == {f"data/d/{name}" for name in names}, (
+        "the store must hold exactly the files of the dataset"
     )
 
 
-def test_what_workers_wrote_is_moved_on_the_store_and_fetched_once(at, monkeypatch):
-    driver, worker, seen = at("driver"), at("worker"), []
+def test_each_shard_is_uploaded_once_and_downloaded_once(machine, monkeypatch):
+    driver, worker, transfers = machine("driver"), machine("worker"), []
 
-    def watch(what, real):
-        def told(self, *words):
-            name = Path(words[0]).name
-            seen.extend([(what, name)] if "-" in name and name.endswith(".parquet") else [])
-            return real(self, *words)
+    def record(method, real):
+        def recorded(self, *arguments):
+            name = Path(arguments[0]).name
+            transfers.extend([(method, name)] if "-" in name and name.endswith(".parquet") else [])
+            return real(self, *arguments)
 
-        monkeypatch.setattr(ObjectStore, what, told)
+        monkeypatch.setattr(ObjectStore, method, recorded)
 
-    watch("download", ObjectStore.download)
-    watch("upload", ObjectStore.upload)
+    record("download", ObjectStore.download)
+    record("upload", ObjectStore.upload)
 
-    def elsewhere(make, items):
+    def on_worker(make, items):
         yield from map(PartWriter(SCENES, make.args[1], worker.runtime), items)
 
-    found = ingest(SCENES, driver.out, elsewhere, driver.runtime)
-    shards = [shard["file"] for shard in found.manifest["shards"]]
-    assert sorted(seen) == sorted((what, name) for what in ("download", "upload") for name in shards)
+    dataset = ingest(SCENES, driver.out, on_worker, driver.runtime)
+    shards = [shard["file"] for shard in dataset.manifest["shards"]]
+    assert sorted(transfers) == sorted((method, name) for method in ("download", "upload") for name in shards)
 
 
-def test_what_an_ingest_killed_at_its_end_left_is_cleared(at, monkeypatch):
-    a, b = at("a"), at("b")
+def test_files_of_an_ingest_killed_during_cleanup_are_deleted(machine, monkeypatch):
+    a, b = machine("a"), machine("b")
 
     def stopped(path):
         if path.name == "records":

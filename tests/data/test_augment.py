@@ -22,7 +22,7 @@ def test_the_same_seed_gives_the_same_view():
     assert (views[0] == views[1]).all() and (views[0] != views[2]).any()
 
 
-def test_switched_off_is_the_evaluation_transform():
+def test_augmentation_off_equals_the_evaluation_transform():
     image = picture()
     assert (augment(image, NO_AUGMENT, 16, seeded()) == squash(image, 16)).all()
     idle = Augment(crop=False, flip=0, randaugment_ops=2, randaugment_probability=0)
@@ -35,7 +35,7 @@ def test_flip_mirrors():
     assert (flipped == squash(image, 16)[:, :, ::-1]).all()
 
 
-def test_crops_keep_to_their_scale_and_ratio():
+def test_crops_respect_their_scale_and_ratio():
     from rmdd.data.augment import _crop_box
 
     rule, draws = Augment(), seeded()
@@ -66,7 +66,7 @@ def test_autocontrast_equals_a_slow_stretch(low, high):
     assert (np.asarray(autocontrast(image)) == slow).all()
 
 
-def test_autocontrast_leaves_a_constant_channel_alone():
+def test_autocontrast_does_not_change_a_constant_channel():
     image = Image.new("RGB", (4, 4), (200, 0, 255))
     assert (np.asarray(autocontrast(image)) == np.asarray(image)).all()
 

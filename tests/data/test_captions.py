@@ -54,13 +54,13 @@ def test_cleaning_twice_changes_nothing(caption):
     assert clean(once, Captions()) == once
 
 
-def test_parts_can_be_turned_off():
+def test_cleaning_steps_can_be_switched_off():
     assert clean("A Dog. #1", Captions(lowercase=False)) == "A Dog 1"
     assert clean("A Dog. #1", Captions(strip_punctuation=False)) == "a dog. #1"
     assert len(clean("w " * 99, Captions(max_words=None)).split()) == 99
 
 
-def test_what_is_embedded_is_what_a_split_holds(root, draw, put, tmp_path):
+def test_split_captions_equal_the_captions_of_the_loaded_split(root, draw, put, tmp_path):
     names = [f"{i}.png" for i in range(9)]
     draw(*names)
     records = [{"image": n, "caption": ["...", f"A {n}!", "Two."] if i % 3 else ["..."]} for i, n in enumerate(names)]
@@ -69,5 +69,5 @@ def test_what_is_embedded_is_what_a_split_holds(root, draw, put, tmp_path):
         data = Data(source="lists", root=str(root), annotations={split: "list.json"}, eval_limit=4, image_size=8)
         dataset = ingest(data, tmp_path / split)
         captions = SplitCaptions(dataset, split, data)
-        held = load_split(dataset, split, data, tmp_path / "cache").captions
-        assert list(captions) == held == list(captions) and len(held) == (12 if split == "train" else 8)
+        loaded = load_split(dataset, split, data, tmp_path / "cache").captions
+        assert list(captions) == loaded == list(captions) and len(loaded) == (12 if split == "train" else 8)

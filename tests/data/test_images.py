@@ -58,7 +58,7 @@ def test_cmyk_and_lossy_formats():
         assert red > 200 and green < 60 and blue < 60, kind
 
 
-def test_exif_orientation_is_ignored_unless_asked_for():
+def test_exif_orientation_is_ignored_by_default():
     image = Image.new("RGB", (6, 2))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -89,7 +89,7 @@ def test_bad_bytes_have_a_reason(data, reason):
     assert reason in str(error.value)
 
 
-def test_a_bomb_is_refused_before_its_pixels_are_decoded():
+def test_a_decompression_bomb_is_refused_before_its_pixels_are_decoded():
     header_only = encoded(Image.new("1", (40_000, 40_000)))[:60]
     with pytest.raises(ImageError, match="too_large"):
         opened(header_only)
@@ -104,7 +104,7 @@ def test_errors_survive_pickling():
     assert (error.reason, error.detail) == ("truncated", "half")
 
 
-def test_squash_keeps_no_aspect_ratio():
+def test_squash_does_not_preserve_the_aspect_ratio():
     image = Image.new("RGB", (30, 10), (10, 20, 30))
     pixels = squash(image, 8)
     assert pixels.shape == (3, 8, 8) and pixels.dtype == np.uint8 and pixels.flags.c_contiguous

@@ -1,4 +1,4 @@
-"""Ingest, the manifest's arithmetic, and what is refused. Sources have their own file."""
+"""Ingest: the counts of the manifest, resuming, and refused input. Each data source has its own test file."""
 
 import errno
 import json
@@ -16,26 +16,26 @@ from rmdd.data.shards import Dataset
 
 
 def adds_up(dataset):
-    """Every row and caption that went in is in a shard or counted under a reason."""
+    """Check that each input row and caption is in a shard or counted under a reason; return the dataset."""
     manifest = dataset.manifest
     pairs = sum(count["pairs"] for count in dataset.counts.values())
     captions = sum(count["captions"] for count in dataset.counts.values())
     assert manifest["rows_in"] == pairs + manifest["rows_merged"] + sum(manifest["quarantine"].values())
     assert manifest["captions_in"] == captions + sum(manifest["captions_dropped"].values())
-    listed = quarantined(dataset)
-    reasons = [entry["reason"] for entry in listed if entry["what"] == "pair"]
+    entries = quarantined(dataset)
+    reasons = [entry["reason"] for entry in entries if entry["what"] == "pair"]
     assert {reason: reasons.count(reason) for reason in reasons} == manifest["quarantine"]
-    lost = [entry["reason"] for entry in listed if entry["what"] == "caption"]
+    caption_reasons = [entry["reason"] for entry in entries if entry["what"] == "caption"]
     dropped = {reason: n for reason, n in manifest["captions_dropped"].items() if reason != "image_quarantined"}
-    assert {reason: lost.count(reason) for reason in lost} == dropped
-    assert all({"file", "reason", "origin", "detail"} <= entry.keys() for entry in listed)
+    assert {reason: caption_reasons.count(reason) for reason in caption_reasons} == dropped
+    assert all({"file", "reason", "origin", "detail"} <= entry.keys() for entry in entries)
     dataset.verify()
     return dataset
 
 
 @pytest.fixture
 def messy(root, draw, put):
-    """A train list with every kind of bad row beside good ones."""
+    """A train list with good rows and every kind of bad row."""
     draw("a.png", "b.png", "sub/c.png", "d.png", "png_named.jpg")
     draw("huge.png", size=(90, 90))
     (root / "text.png").write_text("not an image")
@@ -49,11 +49,11 @@ def messy(root, draw, put):
         ("a.png", "first"),
         ("b.png", "one"),
         ("a.png", "second"),
-        ("a.png", "first"),  # a duplicate
-        ("a.png", " \n"),  # empty
+        ("a.png", "first"),  # a duplicate caption
+        ("a.png", " \n"),  # an empty caption
         ("sub\\c.png", "with a Windows separator"),
         ("./sub//c.png", "the same image again"),
-        ("d.png", ""),  # nothing left
+        ("d.png", ""),  # this image has no usable caption
         ("d.png", None),
         ("png_named.jpg", ["a list", 7, "in train"]),
         ("text.png", "x"),
@@ -104,7 +104,7 @@ def test_every_bad_row_is_counted_with_its_reason(messy, tmp_path):
 @pytest.mark.parametrize(
     "number", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.ETIMEDOUT, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG]
 )
-def test_a_failing_disk_is_no_bad_image(messy, tmp_path, monkeypatch, number):
+def test_a_disk_error_stops_the_ingest_but_a_path_error_is_quarantined(messy, tmp_path, monkeypatch, number):
     def read(path, real=Path.read_bytes):
         if path.name == "b.png":
             raise OSError(number, os.strerror(number))
@@ -115,17 +115,17 @@ def test_a_failing_disk_is_no_bad_image(messy, tmp_path, monkeypatch, number):
         if number in (errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG):
             assert ingest(messy, tmp_path / "out").manifest["quarantine"]["unreadable"] == 1
             return
-        with pytest.raises(OSError, match=rf"part 0 .*{os.strerror(number)}.*mend this and start again"):
+        with pytest.raises(OSError, match=rf"part 0 .*{os.strerror(number)}.*fix this and start the ingest again"):
             ingest(messy, tmp_path / "out")
     assert "unreadable" not in ingest(messy, tmp_path / "out").manifest["quarantine"]
 
 
-def test_images_stay_as_they_came(messy, tmp_path):
+def test_image_bytes_are_stored_unchanged(messy, tmp_path):
     for pair in ingest(messy, tmp_path / "out").pairs("train"):
         assert pair.image == (tmp_path / "root" / pair.pair_id).read_bytes()
 
 
-def test_images_can_be_stored_small(messy, tmp_path):
+def test_images_can_be_reencoded_smaller(messy, tmp_path):
     import io
 
     small = ingest(messy.model_copy(update={"reencode": 8}), tmp_path / "out")
@@ -134,7 +134,7 @@ def test_images_can_be_stored_small(messy, tmp_path):
         assert (image.format, image.size, image.mode) == ("PNG", (8, 8), "RGB")
 
 
-def test_an_equal_ingest_is_returned_as_it_is(messy, tmp_path):
+def test_an_equal_ingest_returns_the_existing_dataset(messy, tmp_path):
     first = ingest(messy, tmp_path / "out")
     times = {file: file.stat().st_mtime_ns for file in first.path.iterdir()}
     again = ingest(messy, tmp_path / "out")
@@ -143,7 +143,7 @@ def test_an_equal_ingest_is_returned_as_it_is(messy, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", "out", "root"]
 
 
-def test_a_missing_image_that_turns_up_is_taken_in(messy, draw, tmp_path):
+def test_an_image_that_was_missing_is_added_by_the_next_ingest(messy, draw, tmp_path):
     before = ingest(messy, tmp_path / "out")
     draw("missing.png")
     after = adds_up(ingest(messy, tmp_path / "out"))
@@ -162,17 +162,17 @@ def test_other_input_into_the_same_folder_is_refused(messy, put, tmp_path):
         ingest(messy, out)
 
 
-def test_a_folder_with_something_else_is_left_alone(messy, tmp_path):
+def test_a_folder_with_other_content_is_refused(messy, tmp_path):
     (tmp_path / "precious").mkdir()
-    ingest(messy, tmp_path / "precious")  # empty
+    ingest(messy, tmp_path / "precious")  # an empty folder is accepted
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
-    with pytest.raises(ValueError, match="holds no dataset"):
+    with pytest.raises(ValueError, match="is not a dataset"):
         ingest(messy, tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
-def test_a_failure_leaves_no_dataset_and_keeps_what_was_done(messy, tmp_path):
+def test_a_failed_ingest_leaves_no_dataset_and_keeps_its_finished_parts(messy, tmp_path):
     parts = []
 
     def broken(make, items):
@@ -195,7 +195,7 @@ def test_a_failure_leaves_no_dataset_and_keeps_what_was_done(messy, tmp_path):
     assert fresh == [False] + [True] * (len(parts) - 1)
 
 
-def test_the_hash_knows_content_and_not_place(messy, tmp_path):
+def test_the_hash_depends_on_content_and_not_on_the_folder(messy, tmp_path):
     first = ingest(messy, tmp_path / "out")
     shutil.move(tmp_path / "root", tmp_path / "elsewhere")
     moved = messy.model_copy(update={"root": str(tmp_path / "elsewhere")})
@@ -217,7 +217,7 @@ def test_one_image_in_two_splits_is_refused(root, draw, put, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_doubled_root_is_pointed_out(root, draw, put, tmp_path):
+def test_paths_that_repeat_the_root_folder_are_reported(root, draw, put, tmp_path):
     draw("pictures/a.png")
     put("pictures/t.json", [{"image": "pictures/a.png", "caption": "x"}])
     data = Data(source="lists", root=str(root / "pictures"), annotations={"train": "t.json"})
@@ -225,15 +225,15 @@ def test_a_doubled_root_is_pointed_out(root, draw, put, tmp_path):
         ingest(data, tmp_path / "out")
 
 
-def test_no_row_and_no_root_are_refused(root, put, tmp_path):
+def test_missing_rows_and_a_missing_root_are_refused(root, put, tmp_path):
     put("t.json", [])
-    with pytest.raises(ValueError, match="no row at all"):
+    with pytest.raises(ValueError, match="holds no rows"):
         ingest(Data(source="lists", root=str(root), annotations={"train": "t.json"}), tmp_path / "out")
     with pytest.raises(ValueError, match="is not a folder"):
         ingest(Data(source="lists", root=str(root / "no"), annotations={"train": "t.json"}), tmp_path / "out")
 
 
-def test_real_slices_without_images_go_to_quarantine(shared, root, tmp_path):
+def test_real_annotations_without_images_are_quarantined(shared, root, tmp_path):
     real = shared / "reference" / "real_annotations"
     for layout, files, captions in [
         ("flickr30k", {"val": "flickr30k_val_first60.json", "test": "flickr30k_test_first60.json"}, 600),
@@ -248,7 +248,7 @@ def test_real_slices_without_images_go_to_quarantine(shared, root, tmp_path):
         assert ingest(data, tmp_path / layout).manifest == dataset.manifest
 
 
-def test_real_slices_with_pictures_keep_five_and_six_captions(shared, root, draw, tmp_path):
+def test_real_annotations_with_images_keep_five_and_six_captions(shared, root, draw, tmp_path):
     real = shared / "reference" / "real_annotations"
     files = ["coco_karpathy_test_first60.json", "coco_karpathy_test_six_captions.json"]
     records = [json.loads((real / file).read_text()) for file in files]
@@ -262,7 +262,7 @@ def test_real_slices_with_pictures_keep_five_and_six_captions(shared, root, draw
 
 
 @pytest.mark.ray
-def test_ray_and_plain_write_the_same_bytes(messy, ray_local, tmp_path):
+def test_ray_and_a_single_process_write_the_same_bytes(messy, ray_local, tmp_path):
     from rmdd.execution.ray.stream import over_tasks
 
     for data in (messy.model_copy(update={"shard_mb": 1e-3}), Data(scenes=Scenes(train=150, val=20, test=20, size=16))):

@@ -8,7 +8,7 @@ from rmdd.data.inputs import RemotePath, find, input_path
 
 @pytest.fixture
 def memory():
-    """A store in memory that pyarrow knows nothing of."""
+    """An in-memory fsspec store, which pyarrow does not support natively."""
     fs = fsspec.filesystem("memory")
     fs.store.clear()
     yield fs
@@ -22,23 +22,23 @@ def upload(fs, root, bucket):
 
 
 @pytest.fixture
-def mine(root, draw, put):
+def data(root, draw, put):
     draw("a.png", "sub/b.png", "c d#1.png")
     put("annotations/train.json", [{"image": n, "caption": n} for n in ("a.png", "sub/b.png", "c d#1.png", "gone.png")])
     return Data(source="lists", root=str(root), annotations={"train": "annotations/train.json"})
 
 
-def test_every_file_system_gives_the_same_dataset(mine, root, memory, tmp_path):
+def test_every_file_system_gives_the_same_dataset(data, root, memory, tmp_path):
     upload(memory, root, "bucket/deep")
-    local = ingest(mine, tmp_path / "local")
+    local = ingest(data, tmp_path / "local")
     assert local.counts["train"]["pairs"] == 3 and local.manifest["quarantine"] == {"missing_file": 1}
     for scheme, uri in {"file": f"file://{root}", "memory": "memory://bucket/deep/"}.items():
-        there = ingest(mine.model_copy(update={"root": uri}), tmp_path / scheme)
-        assert there.hash == local.hash and there.manifest["quarantine"] == {"missing_file": 1}
-        assert ingest(mine.model_copy(update={"root": uri}), tmp_path / scheme).manifest == there.manifest
+        remote = ingest(data.model_copy(update={"root": uri}), tmp_path / scheme)
+        assert remote.hash == local.hash and remote.manifest["quarantine"] == {"missing_file": 1}
+        assert ingest(data.model_copy(update={"root": uri}), tmp_path / scheme).manifest == remote.manifest
 
 
-def test_a_bucket_of_s3(mine, root, tmp_path, monkeypatch):
+def test_a_bucket_of_s3(data, root, tmp_path, monkeypatch):
     server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -62,15 +62,15 @@ def test_a_bucket_of_s3(mine, root, tmp_path, monkeypatch):
                 out.write(file.read_bytes())
         uri = "s3://bucket/deep?region=us-east-1"
         assert find(input_path(uri), "**/*.json")[0][0] == "annotations/train.json"
-        there = ingest(mine.model_copy(update={"root": uri}), tmp_path / "s3")
-        assert there.hash == ingest(mine, tmp_path / "local").hash
+        remote = ingest(data.model_copy(update={"root": uri}), tmp_path / "s3")
+        assert remote.hash == ingest(data, tmp_path / "local").hash
         with pytest.raises(ValueError, match="data.root s3://bucket/nothing is not a folder"):
-            ingest(mine.model_copy(update={"root": "s3://bucket/nothing?region=us-east-1"}), tmp_path / "out")
+            ingest(data.model_copy(update={"root": "s3://bucket/nothing?region=us-east-1"}), tmp_path / "out")
     finally:
         server.stop()
 
 
-def test_files_are_found_by_pattern_on_every_store(root, memory):
+def test_patterns_find_files_on_every_store(root, memory):
     for name in ("a-000.tar", "a-001.tar", "a-002.tar", "deep/er/b.tar", "c.txt"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(b"x" * len(name))
@@ -79,11 +79,11 @@ def test_files_are_found_by_pattern_on_every_store(root, memory):
         assert [name for name, _ in find(where, "**/*.tar")] == ["a-000.tar", "a-001.tar", "a-002.tar", "deep/er/b.tar"]
         assert find(where, "*.tar") == [(f"a-{i:03d}.tar", 9) for i in range(3)]
         assert find(where, "a-{001..002}.tar::c.{txt,txt}") == [("a-001.tar", 9), ("a-002.tar", 9), ("c.txt", 5)]
-        with pytest.raises(ValueError, match=r"a-003.tar is not there but 'a-\{000..003\}.tar' names it"):
+        with pytest.raises(ValueError, match=r"a-003.tar is missing but 'a-\{000..003\}.tar' names it"):
             find(where, "a-{000..003}.tar")
 
 
-def test_a_remote_path_travels_and_knows_its_parts(memory):
+def test_a_remote_path_can_be_pickled_and_joined(memory):
     import pickle
 
     memory.pipe("/bucket/annotations/x.json", b"[]")
@@ -115,14 +115,14 @@ def test_roots_that_cannot_be_read_are_reported(tmp_path):
         "https://host/x?key=hunter2",
     ],
 )
-def test_credentials_do_not_belong_into_a_run_file(uri):
+def test_credentials_in_a_run_file_are_refused(uri):
     with pytest.raises(ConfigError, match="holds a password or key") as error:
         load({"data": {"source": "table", "root": uri}})
     assert "hunter2" not in str(error.value)
     load({"data": {"source": "table", "root": "hdfs://me@host:9000/x?replication=1"}})
 
 
-def test_reading_asks_again_and_says_what_to_look_at(memory, monkeypatch):
+def test_reading_retries_and_its_error_names_the_remedy(memory, monkeypatch):
     memory.pipe("/bucket/a.json", b"[]")
     file = input_path("memory://bucket") / "a.json"
     failures = [OSError("reset by peer")] * 2

@@ -1,4 +1,4 @@
-"""Ingest in parts: killed, broken and resumed, it ends with the bytes of one that nobody touched."""
+"""Ingest in parts: an ingest that was killed or damaged and then resumed writes the bytes of an undisturbed one."""
 
 import functools
 import json
@@ -28,7 +28,7 @@ PAIRS = 60
 
 @pytest.fixture
 def data(root, put):
-    """Sixty noisy pictures, three of them bad, in some twenty parts."""
+    """Sixty noisy images, three of them unusable, in about twenty parts."""
     draws = np.random.default_rng(0)
     lines = ["image,caption,split"]
     for i in range(PAIRS):
@@ -43,46 +43,47 @@ def data(root, put):
 
 
 def files(folder):
-    """All bytes of a dataset, but for the command line that the manifest tells."""
-    found = {path.name: path.read_bytes() for path in folder.iterdir()}
-    manifest = json.loads(found.pop("manifest.json"))
+    """Return all files of a dataset; the command line is removed from the manifest, because it differs between runs."""
+    contents = {path.name: path.read_bytes() for path in folder.iterdir()}
+    manifest = json.loads(contents.pop("manifest.json"))
     manifest.pop("command")
-    return found | {"manifest": manifest}
+    return contents | {"manifest": manifest}
 
 
 @pytest.fixture
-def whole(data, tmp_path):
-    return files(ingest(data, tmp_path / "whole").path)
+def undisturbed(data, tmp_path):
+    return files(ingest(data, tmp_path / "undisturbed").path)
 
 
 def shards_of(folder):
     return {path.name: path.stat().st_ino for path in folder.glob("*-*.parquet")}
 
 
-def test_parts_reach_the_asked_size(data, whole, tmp_path):
-    shards = whole["manifest"]["shards"]
+def test_parts_reach_the_configured_size(data, undisturbed, tmp_path):
+    shards = undisturbed["manifest"]["shards"]
     assert len(shards) > 15 and sum(shard["rows"] for shard in shards) == PAIRS - 3
     assert [shard["split"] for shard in shards] == sorted(
         (s["split"] for s in shards), key=["train", "val", "test"].index
     )
     coarse = Dataset.open(ingest(data.model_copy(update={"shard_mb": 1.0}), tmp_path / "coarse").path)
-    assert len(coarse.manifest["shards"]) == 3 and coarse.hash == whole["manifest"]["data_hash"]
+    assert len(coarse.manifest["shards"]) == 3 and coarse.hash == undisturbed["manifest"]["data_hash"]
     coarse.verify()
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".coarse.lock", ".whole.lock", "coarse", "root", "whole"]
+    locks = [".coarse.lock", ".undisturbed.lock"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*locks, "coarse", "root", "undisturbed"]
 
 
-def test_a_driver_killed_in_the_middle_of_a_shard_goes_on(data, whole, tmp_path):
+def test_an_ingest_killed_in_the_middle_of_a_shard_resumes(data, undisturbed, tmp_path):
     code = (
         "import os, signal, sys\n"
         "from rmdd.config import Data\n"
         "from rmdd.data.ingest import ingest\n"
         "from rmdd.data.shards import ShardWriter\n"
-        "append, seen = ShardWriter.append, []\n"
-        "def mortal(self, pair):\n"
-        "    seen.append(pair)\n"
+        "append, pairs = ShardWriter.append, []\n"
+        "def append_or_die(self, pair):\n"
+        "    pairs.append(pair)\n"
         "    append(self, pair)\n"
-        "    if len(seen) == 29: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "ShardWriter.append = mortal\n"
+        "    if len(pairs) == 29: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "ShardWriter.append = append_or_die\n"
         "ingest(Data.model_validate_json(sys.argv[1]), sys.argv[2])\n"
     )
     done = subprocess.run([sys.executable, "-c", code, data.model_dump_json(), tmp_path / "out"])
@@ -91,39 +92,39 @@ def test_a_driver_killed_in_the_middle_of_a_shard_goes_on(data, whole, tmp_path)
     before = shards_of(work)
     assert len(before) > 5 and list(work.glob(".*.tmp")) and not (tmp_path / "out").exists()
 
-    assert files(ingest(data, tmp_path / "out").path) == whole
+    assert files(ingest(data, tmp_path / "out").path) == undisturbed
     after = shards_of(tmp_path / "out")
     assert {name: after[name] for name in before} == before, "a finished part was written again"
     assert not work.exists()
 
 
 @pytest.mark.ray
-def test_a_killed_ray_driver_goes_on(root, draw, put, tmp_path):
+def test_an_ingest_resumes_after_its_ray_driver_was_killed(root, draw, put, tmp_path):
     names = [f"{i:03d}.png" for i in range(60)]
     draw(*names, size=(240, 240))
     put("captions.csv", "image,caption\n" + "\n".join(f"{name},picture {name}" for name in names))
     runtime = {"storage": str(tmp_path / "runs"), "num_cpus": 2}
     data = {"source": "table", "root": str(root), "shard_mb": 0.2}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"name": "killed", "data": data, "runtime": runtime}))
-    words = ["ingest", tmp_path / "run.yaml", "--quiet"]
-    process = processes.Rmdd(*words)
+    arguments = ["ingest", tmp_path / "run.yaml", "--quiet"]
+    process = processes.Rmdd(*arguments)
     while len(records := list((tmp_path / "runs").glob("data/.*.parts/records/*.json"))) < 5:
-        assert process.poll() is None, "it ended before it was killed"
+        assert process.poll() is None, "the ingest ended before the test killed it"
         time.sleep(0.005)
     process.kill()
-    time.sleep(4)  # the workers of a killed driver end within 3 s
+    time.sleep(4)  # Ray workers exit within 3 s of a killed driver
     assert not list((tmp_path / "runs").glob("data/*/manifest.json"))
     before = shards_of(records[0].parent.parent / "dataset")
 
-    processes.done(*words, "--set", "runtime.ray=off")
+    processes.done(*arguments, "--set", "runtime.ray=off")
     (out,) = (path.parent for path in (tmp_path / "runs").glob("data/*/manifest.json"))
     after = shards_of(out)
     assert {name: after[name] for name in before} == before and len(after) > len(before)
-    assert files(out) == files(ingest(Data(**data), tmp_path / "whole").path)
+    assert files(out) == files(ingest(Data(**data), tmp_path / "undisturbed").path)
 
 
 class MortalWriter(PartWriter):
-    """Kills its process in the middle of part 3, once."""
+    """A part writer that kills its process in the middle of part 3, once."""
 
     def _pairs(self, part, counts):
         for pair in super()._pairs(part, counts):
@@ -135,7 +136,7 @@ class MortalWriter(PartWriter):
 
 
 @pytest.mark.ray
-def test_a_killed_worker_is_replaced(data, whole, ray_local, tmp_path):
+def test_a_killed_worker_is_replaced(data, undisturbed, ray_local, tmp_path):
     from rmdd.execution.ray.stream import over_tasks
 
     def mortal(make, items):
@@ -143,14 +144,14 @@ def test_a_killed_worker_is_replaced(data, whole, ray_local, tmp_path):
 
     ray_local.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     try:
-        assert files(ingest(data, tmp_path / "out", mortal).path) == whole
+        assert files(ingest(data, tmp_path / "out", mortal).path) == undisturbed
     finally:
         ray_local.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     assert (tmp_path / "killed").exists()
 
 
 @pytest.mark.ray
-def test_a_workers_own_error_keeps_its_words(data, ray_local, tmp_path):
+def test_the_error_of_a_ray_worker_keeps_its_message(data, ray_local, tmp_path):
     from rmdd.execution.ray.stream import over_tasks
 
     def read_only(make, items):
@@ -158,11 +159,11 @@ def test_a_workers_own_error_keeps_its_words(data, ray_local, tmp_path):
         folder.write_text("in the way")
         yield from over_tasks()(make, items)
 
-    with pytest.raises(OSError, match=r"part \d+ .*finished parts are kept in .*\.out\.parts, so mend this"):
+    with pytest.raises(OSError, match=r"part \d+ .*finished parts are kept in .*\.out\.parts, so fix this"):
         ingest(data, tmp_path / "out", read_only)
 
 
-def test_a_shard_that_was_cut_short_is_written_again(data, whole, tmp_path):
+def test_damaged_shards_are_written_again(data, undisturbed, tmp_path):
     def stopped(make, items):
         yield from sequential_stream(make, items[:6])
         raise KeyboardInterrupt
@@ -176,14 +177,14 @@ def test_a_shard_that_was_cut_short_is_written_again(data, whole, tmp_path):
     content = bytearray(flipped.read_bytes())
     content[100] ^= 1
     flipped.write_bytes(content)
-    assert files(ingest(data, tmp_path / "out").path) == whole
+    assert files(ingest(data, tmp_path / "out").path) == undisturbed
     after = shards_of(tmp_path / "out")
     changed = {name for name in before if after[name] != before[name]}
     assert changed == {cut.name, flipped.name}
 
 
-def test_a_full_disk_is_told_and_loses_nothing(data, whole, tmp_path):
-    """A limit on the size of a file stands for the disk."""
+def test_a_full_disk_is_reported_and_finished_parts_are_kept(data, undisturbed, tmp_path):
+    """The test limits the file size of the process to simulate a full disk."""
     big = data.model_copy(update={"shard_mb": 0.03})
     code = (
         "import resource, sys\n"
@@ -197,18 +198,18 @@ def test_a_full_disk_is_told_and_loses_nothing(data, whole, tmp_path):
         "ingest(Data.model_validate_json(sys.argv[1]), sys.argv[2], filling)\n"
     )
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
-    words = [sys.executable, "-c", code, big.model_dump_json(), tmp_path / "out"]
-    done = subprocess.run(words, capture_output=True, text=True)
+    command = [sys.executable, "-c", code, big.model_dump_json(), tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert "OSError: part 1" in done.stderr and "File too large" in done.stderr, done.stderr
     assert "finished parts are kept" in done.stderr
     assert not (tmp_path / "out").exists() and not list((tmp_path / ".out.parts" / "dataset").glob(".*.tmp"))
     before = shards_of(tmp_path / ".out.parts" / "dataset")
     after = ingest(big, tmp_path / "out")
     assert before and before.items() <= shards_of(after.path).items()
-    assert after.hash == whole["manifest"]["data_hash"]
+    assert after.hash == undisturbed["manifest"]["data_hash"]
 
 
-def test_other_annotations_begin_anew(data, put, root, tmp_path):
+def test_changed_annotations_restart_the_ingest(data, put, root, tmp_path):
     def stopped(make, items):
         yield from sequential_stream(make, items[:6])
         raise KeyboardInterrupt
@@ -221,38 +222,38 @@ def test_other_annotations_begin_anew(data, put, root, tmp_path):
 
 
 def test_the_second_of_two_ingests_waits_for_the_first(data, tmp_path):
-    begun, go_on, seen = threading.Event(), threading.Event(), []
+    started, resume, datasets = threading.Event(), threading.Event(), []
 
     def slow(make, items):
-        begun.set()
-        assert go_on.wait(60)
+        started.set()
+        assert resume.wait(60)
         yield from sequential_stream(make, items)
 
     def never(make, items):
-        raise AssertionError("the second has nothing to do")
+        raise AssertionError("the second ingest must not write anything")
 
-    first = threading.Thread(target=lambda: seen.append(ingest(data, tmp_path / "out", slow)))
-    second = threading.Thread(target=lambda: seen.append(ingest(data, tmp_path / "out", never)))
+    first = threading.Thread(target=lambda: datasets.append(ingest(data, tmp_path / "out", slow)))
+    second = threading.Thread(target=lambda: datasets.append(ingest(data, tmp_path / "out", never)))
     first.start()
-    assert begun.wait(60)
+    assert started.wait(60)
     second.start()
-    go_on.set()
+    resume.set()
     first.join()
     second.join()
-    assert [dataset.hash for dataset in seen] == [Dataset.open(tmp_path / "out").hash] * 2
+    assert [dataset.hash for dataset in datasets] == [Dataset.open(tmp_path / "out").hash] * 2
 
 
-def test_a_machine_that_does_not_see_the_storage_is_named(data, tmp_path):
+def test_a_machine_that_cannot_reach_the_storage_is_named(data, tmp_path):
     def elsewhere(make, items):
         yield from map(PartWriter(data, IngestFolders(tmp_path / "not-mounted" / ".out.parts")), items)
 
-    with pytest.raises(OSError, match=rf"{socket.gethostname()} does not see the storage: .*not-mounted"):
+    with pytest.raises(OSError, match=rf"{socket.gethostname()} cannot reach the storage: .*not-mounted"):
         ingest(data, tmp_path / "out", elsewhere)
     assert not (tmp_path / "not-mounted").exists()
 
 
 @pytest.mark.ray
-def test_a_part_may_take_longer_than_ray_data_waits(ray_local, monkeypatch):
+def test_a_part_may_take_longer_than_the_progress_timeout_of_ray_data(ray_local, monkeypatch):
     from ray.data import DataContext
 
     from rmdd.execution.ray.stream import over_tasks

@@ -1,4 +1,4 @@
-"""A format of one's own: as one file in `rmdd/data/sources`, or from another package by an entry point."""
+"""A custom input format: as a new file in `rmdd/data/sources`, or from another package through an entry point."""
 
 import importlib
 import io
@@ -19,7 +19,7 @@ from rmdd.data.ingest import ingest, quarantined
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 LINES = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "AnnotationSource(" in block)
 TILES = '''
-"""A file of several pictures end to end, 100 bytes of caption before each; the stretches are numbers of pictures."""
+"""A file with several captions and images, separated by `|||`; a range is a range of image numbers."""
 
 from rmdd.data.inputs import find, input_path
 from rmdd.data.source import Candidate, SampleSource
@@ -27,18 +27,18 @@ from rmdd.data.source import Candidate, SampleSource
 def files(data):
     return [(path, size, "train") for path, size in find(input_path(data.root), "*.tiles")]
 
-def stretches(paths, data):
+def ranges(paths, data):
     return [[(0, 1), (1, 3)] for path in paths]
 
-def candidates(file, stretch, split, data, counts):
+def candidates(file, image_range, split, data, counts):
     parts = (input_path(data.root) / file).read_bytes().split(b"|||")
-    for number in range(*stretch):
+    for number in range(*image_range):
         counts.rows_in += 1
         counts.captions_in += 1
         caption, image = parts[2 * number].decode(), parts[2 * number + 1]
         yield Candidate(f"{file}/{number}", (caption,), split, "tiles", f"{file} {number}", image)
 
-SOURCE = SampleSource(files, candidates, stretches)
+SOURCE = SampleSource(files, candidates, ranges)
 '''
 
 
@@ -51,7 +51,7 @@ def data(root, draw, put):
 
 @pytest.fixture
 def one_file(tmp_path, monkeypatch):
-    """The two formats as files that lie in the folder of the sources."""
+    """Install the two custom formats as files in the folder of the built-in sources."""
     (tmp_path / "formats").mkdir()
     (tmp_path / "formats" / "lines.py").write_text(LINES)
     (tmp_path / "formats" / "tiles.py").write_text(TILES)
@@ -65,7 +65,7 @@ def one_file(tmp_path, monkeypatch):
 
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
-    """The first format in another package, with the entry point that installing it writes."""
+    """Install the first custom format as another package with an entry point."""
     (tmp_path / "lined.py").write_text(LINES)
     info = tmp_path / "lined-1.0.dist-info"
     info.mkdir()
@@ -78,7 +78,7 @@ def installed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["one_file", "installed"])
-def test_a_format_of_ones_own_is_ingested(how, request, data, tmp_path):
+def test_a_custom_annotation_format_is_ingested(how, request, data, tmp_path):
     request.getfixturevalue(how)
     run = config.load({"data": data})
     dataset = ingest(run.data, tmp_path / "out")
@@ -89,7 +89,7 @@ def test_a_format_of_ones_own_is_ingested(how, request, data, tmp_path):
     assert ingest(run.data, tmp_path / "out").hash == dataset.hash
 
 
-def test_samples_in_a_format_of_ones_own_are_read_in_stretches(one_file, root, tmp_path):
+def test_a_custom_sample_format_is_read_in_ranges(one_file, root, tmp_path):
     def png(colour):
         buffer = io.BytesIO()
         Image.new("RGB", (8, 8), colour).save(buffer, "PNG")
@@ -111,14 +111,14 @@ def test_samples_in_a_format_of_ones_own_are_read_in_stretches(one_file, root, t
         ("classes", "data.source 'classes' is for evaluate.probes alone"),
     ],
 )
-def test_a_source_that_is_not_there_is_a_mistake_of_the_run_file(data, name, words):
+def test_an_unknown_source_is_a_config_error(data, name, words):
     with pytest.raises(ConfigError, match=words):
         config.load({"data": data | {"source": name}})
 
 
 def test_every_file_of_the_folder_is_a_source():
-    found = {module.name for module in pkgutil.iter_modules(sources.__path__)}
-    assert found == names().keys()
+    modules = {module.name for module in pkgutil.iter_modules(sources.__path__)}
+    assert modules == names().keys()
     assert all(
-        isinstance(sources.by_name.find(name), sources.AnnotationSource | sources.SampleSource) for name in found
+        isinstance(sources.by_name.find(name), sources.AnnotationSource | sources.SampleSource) for name in modules
     )

@@ -20,7 +20,7 @@ def scenes(tmp_path):
     return ingest(data, tmp_path / "out"), data
 
 
-def test_a_split_is_the_shards_squashed_and_flat(scenes, tmp_path):
+def test_a_split_has_the_resized_images_and_cleaned_captions_of_its_shards(scenes, tmp_path):
     dataset, data = scenes
     split = load_split(dataset, "train", data, tmp_path / "cache")
     pairs = list(dataset.pairs("train"))
@@ -36,11 +36,11 @@ def test_a_split_is_the_shards_squashed_and_flat(scenes, tmp_path):
     assert split.facts() == {"pairs": 70, "captions": 350, "dropped_captions": 0, "dropped_pairs": 0}
 
 
-def test_the_cache_is_read_back_and_knows_what_shaped_it(scenes, tmp_path):
+def test_the_cache_is_reused_and_depends_on_the_settings(scenes, tmp_path):
     dataset, data = scenes
     cache = tmp_path / "cache"
     first = load_split(dataset, "val", data, cache)
-    assert not cache.exists(), "nothing is decoded before it is asked for"
+    assert not cache.exists(), "images must not be decoded before the first access"
     assert first.encoded(0) and len(first.images) == len(first)
     files = lambda: {p: p.stat().st_mtime_ns for p in cache.iterdir() if p.suffix in (".npy", ".bin")}  # noqa: E731
     before = files()
@@ -53,16 +53,16 @@ def test_the_cache_is_read_back_and_knows_what_shaped_it(scenes, tmp_path):
         assert len(load_split(dataset, "val", data.model_copy(update=change), cache).images)
     assert len(files()) == 6
     assert len(load_split(dataset, "val", data.model_copy(update={"captions": Captions(max_words=3)}), cache).images)
-    assert len(files()) == 6  # the caption rule left all pictures in place
+    assert len(files()) == 6  # the caption rule does not change the image cache
 
 
-def test_workers_may_build_the_cache_at_once(scenes, tmp_path, monkeypatch):
+def test_several_workers_may_build_the_cache_at_the_same_time(scenes, tmp_path, monkeypatch):
     dataset, data = scenes
     reads = []
 
-    def counted(*words, real=read_rows):
-        reads.append(words)
-        yield from real(*words)
+    def counted(*arguments, real=read_rows):
+        reads.append(arguments)
+        yield from real(*arguments)
 
     monkeypatch.setattr("rmdd.data.splits.read_rows", counted)
     splits = [load_split(dataset, "train", data, tmp_path / "cache") for _ in range(4)]
@@ -71,12 +71,12 @@ def test_workers_may_build_the_cache_at_once(scenes, tmp_path, monkeypatch):
         images = list(pool.map(lambda split: split.images, splits))
     assert read == [[pair.image for pair in dataset.pairs("train")]] * 4
     assert all(np.array_equal(images[0], each) for each in images)
-    assert len(reads) == 2, "one of them decodes, and one copies, for all"
+    assert len(reads) == 2, "one worker must decode the images, and one must copy the encoded images, for all"
     assert not [file.name for file in (tmp_path / "cache").iterdir() if file.name.endswith(".tmp")]
 
 
 @pytest.mark.parametrize("augmented", [True, False])
-def test_what_experts_read_is_built_before_them_and_nothing_else(scenes, tmp_path, augmented):
+def test_only_the_cache_that_experts_read_is_built_before_training(scenes, tmp_path, augmented):
     dataset, data = scenes
     text = TextTower(name="hashing", width=8)
     run = Run(data=data, experts=Experts(augment=Augment() if augmented else NO_AUGMENT), model=Model(text=text))
@@ -94,11 +94,11 @@ def test_some_images_are_the_same_with_and_without_the_cache(scenes, tmp_path):
     index = np.array([3, 0, 3])
     split = load_split(dataset, "train", data, tmp_path / "cache")
     few = split.some_images(index)
-    assert not (tmp_path / "cache").exists(), "the others are left alone"
+    assert not (tmp_path / "cache").exists(), "the other images must not be decoded"
     assert np.array_equal(few, split.images[index]) and np.array_equal(few, split.some_images(index))
 
 
-def test_rows_are_read_from_the_row_groups_they_lie_in(scenes):
+def test_rows_are_read_by_row_group(scenes):
     dataset, _ = scenes
     images = [pair.image for pair in dataset.pairs("train")]
     wanted = np.array([7, 0, len(images) - 1, 7])
@@ -106,7 +106,7 @@ def test_rows_are_read_from_the_row_groups_they_lie_in(scenes):
     assert list(read_rows(dataset, "train", np.array([], dtype=np.int64))) == []
 
 
-def test_the_limit_cuts_val_and_test_alone(scenes, tmp_path):
+def test_eval_limit_applies_to_val_and_test_only(scenes, tmp_path):
     dataset, data = scenes
     limited = data.model_copy(update={"eval_limit": 4})
     sizes = {s: len(load_split(dataset, s, limited, tmp_path / "cache")) for s in ("train", "val", "test")}
@@ -127,8 +127,8 @@ def test_captions_that_the_rule_empties_are_counted(root, draw, put, tmp_path):
     assert train.encoded(0) == (root / "b.png").read_bytes()
     empty = load_split(dataset, "val", data, tmp_path / "cache")
     assert empty.images.shape == (0, 3, 8, 8) and empty.dropped == {"captions": 1, "pairs": 1}
-    kept = data.model_copy(update={"captions": Captions(strip_punctuation=False)})
-    assert load_split(dataset, "train", kept, tmp_path / "cache").captions == ["...", "!", "fine."]
+    unstripped = data.model_copy(update={"captions": Captions(strip_punctuation=False)})
+    assert load_split(dataset, "train", unstripped, tmp_path / "cache").captions == ["...", "!", "fine."]
 
 
 def test_an_unknown_split_is_refused(scenes, tmp_path):

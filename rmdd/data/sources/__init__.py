@@ -1,4 +1,4 @@
-"""What people have, one file per format, each with a `SOURCE`; see `rmdd.data.source` for what that is."""
+"""Data sources, one file per input format. Each file defines `SOURCE`; see `rmdd.data.source`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rmdd.data.source import AnnotationSource, SampleSource
 
 
 def find(data: Data) -> AnnotationSource | SampleSource:
-    """The source that `data` names. Raises `ValueError` when there is none, or `data.root` is not a folder."""
+    """Return the source that `data` names. Raises `ValueError` if it does not exist or `data.root` is not a folder."""
     source = by_name.find(data.source)
     if not isinstance(source, AnnotationSource | SampleSource):
         raise ValueError(f"data.source '{data.source}' is no AnnotationSource or SampleSource of rmdd.data.source")

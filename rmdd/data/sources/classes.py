@@ -1,6 +1,6 @@
-"""Labelled pictures, for zero-shot classification: a folder per class, a list of files, or CIFAR's binary version.
+"""Images with class labels, for zero-shot classification: one folder per class, a list, or the binary CIFAR files.
 
-The caption of a picture is the id of its class: the folder's name, what the list says, or CIFAR's own name.
+The caption of an image is its class id: the name of its folder, the class in the list, or CIFAR's class name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from rmdd.data.source import AnnotationRow, AnnotationSource
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 CIFAR = {"cifar10": ("batches.meta.txt", "test_batch.bin", 1), "cifar100": ("fine_label_names.txt", "test.bin", 2)}
-"""Names of the classes, pictures, and bytes of labels before each picture, the class's the last."""
+"""Per layout: the file with class names, the file with images, and the number of label bytes before each image. The
+last label byte is the class."""
 _PIXELS = 3 * 32 * 32
 _KAGGLE = "ImageId,PredictionString"
 
@@ -30,10 +31,10 @@ _KAGGLE = "ImageId,PredictionString"
 @dataclass(frozen=True)
 class Labelled:
     names: dict[str, tuple[str, ...]]
-    """The classes in sorted order (CIFAR: in its own), each with its names, the usual one first."""
+    """The names of each class, the usual name first. Classes are sorted; CIFAR classes have CIFAR's order."""
     pictures: list[AnnotationRow]
     files: list[InputPath]
-    """The lists that were read."""
+    """The annotation files that were read."""
 
 
 def rows(data: Data) -> tuple[Iterator[AnnotationRow], list[InputPath]]:
@@ -42,30 +43,30 @@ def rows(data: Data) -> tuple[Iterator[AnnotationRow], list[InputPath]]:
 
 
 def read(data: Any) -> Labelled:
-    """Classes and pictures that `data.classes` picks. Raises `ValueError` that names file and line."""
+    """Read the classes and images that `data.classes` selects. Raises `ValueError` with file and line."""
     root, rule = input_path(data.root), data.classes
-    names_of, files = _names(root / rule.names) if rule.names else ({}, [])
+    names_of, files = _read_names(root / rule.names) if rule.names else ({}, [])
     if rule.layout in CIFAR:
-        ids, pictures, more = _cifar(root / rule.images if rule.images else root, rule.images, rule.layout)
+        ids, pictures, lists = _cifar(root / rule.images if rule.images else root, rule.images, rule.layout)
     elif rule.layout == "list":
-        ids, pictures, more = _list(root, rule, names_of)
+        ids, pictures, lists = _list(root, rule, names_of)
     else:
-        ids, pictures, more = _folders(root, rule.images)
+        ids, pictures, lists = _folders(root, rule.images)
     chosen = _chosen(ids, rule, root)
     if rule.names and (nameless := [c for c in chosen if c not in names_of]):
         raise ValueError(
             f"{root / rule.names} has no name for {len(nameless)} classes, such as '{nameless[0]}'; add it"
         )
     names = {c: names_of.get(c) or (c.replace("_", " "),) for c in chosen}
-    return Labelled(names, [row for row in pictures if row.captions[0] in names], files + more)
+    return Labelled(names, [row for row in pictures if row.captions[0] in names], files + lists)
 
 
 def draw(root: InputPath, spec: str) -> bytes:
-    """A picture of CIFAR's as PNG bytes."""
-    at = json.loads(spec)
-    file = root / at["file"]
+    """Return a CIFAR image as PNG bytes; `spec` is JSON with its file and byte offset."""
+    position = json.loads(spec)
+    file = root / position["file"]
     with seekable(file) as f:
-        f.seek(at["offset"])
+        f.seek(position["offset"])
         pixels = np.frombuffer(f.read(_PIXELS), dtype=np.uint8).reshape(3, 32, 32)
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(buffer, "PNG")
@@ -75,19 +76,21 @@ def draw(root: InputPath, spec: str) -> bytes:
 def _chosen(ids: list[str], rule: Any, root: InputPath) -> list[str]:
     if rule.only is not None:
         if unknown := [c for c in rule.only if c not in ids]:
-            raise ValueError(f"data.classes.only names '{unknown[0]}', which is no class of {root}")
+            raise ValueError(f"data.classes.only names '{unknown[0]}', which is no class of {root}; correct it")
         return [c for c in ids if c in rule.only]
-    wanted = rule.number or max(2, len(ids))
-    if wanted > len(ids):
-        needs = f"data.classes.number asks for {wanted} classes" if rule.number else "classification needs two classes"
-        raise ValueError(f"{needs}, but {root / rule.images} holds {len(ids)}")
-    drawn = sorted(ids, key=lambda c: hashlib.sha256(f"rmdd classes/{rule.seed}/{c}".encode()).digest())[:wanted]
+    number = rule.number or max(2, len(ids))
+    if number > len(ids):
+        needs = f"data.classes.number asks for {number} classes" if rule.number else "classification needs two classes"
+        raise ValueError(f"{needs}, but {root / rule.images} holds {len(ids)}; correct data.classes")
+    drawn = sorted(ids, key=lambda c: hashlib.sha256(f"rmdd classes/{rule.seed}/{c}".encode()).digest())[:number]
     return [c for c in ids if c in set(drawn)]
 
 
 def _folders(root: InputPath, images: str) -> tuple[list[str], list[AnnotationRow], list[InputPath]]:
     if not (root / images).is_dir():
-        raise ValueError(f"{root / images} is not a folder; set data.classes.images to the folder of class folders")
+        raise ValueError(
+            f"{root / images} is not a folder; set data.classes.images to a folder with one folder per class"
+        )
     pictures = []
     for path, _ in find(root, f"{images}/**/*" if images else "**/*"):
         inside = path.removeprefix(f"{images}/").split("/")
@@ -95,7 +98,7 @@ def _folders(root: InputPath, images: str) -> tuple[list[str], list[AnnotationRo
             pictures.append(AnnotationRow(path, (inside[0],), "test", "classes", path))
     ids = sorted({row.captions[0] for row in pictures})
     if not ids:
-        raise ValueError(f"{root / images} holds no folder with pictures; expected a folder per class")
+        raise ValueError(f"{root / images} holds no folder with images; expected one folder per class")
     return ids, pictures, []
 
 
@@ -108,15 +111,15 @@ def _list(root: InputPath, rule: Any, names_of: dict) -> tuple[list[str], list[A
     for i, line in lines[1:] if kaggle else lines:
         name, label = _kaggle(line) if kaggle else _file_and_class(line)
         if not label:
-            numbers = "; a number alone counts classes as the ILSVRC toolkit does" if line.isdecimal() else ""
+            numbers = "; numbers without file names are the ILSVRC toolkit's format" if line.isdecimal() else ""
             raise ValueError(f"{path}: line {i} is not `FILE CLASS`, found {line[:60]!r}{numbers}; give `FILE CLASS`")
         if label.isdecimal() and label not in names_of:
             if not ids or int(label) >= len(ids):
-                needs = f"there are {len(ids)}" if ids else "data.classes.names must say which class that is"
+                needs = f"there are only {len(ids)} classes" if ids else "data.classes.names must list the classes"
                 raise ValueError(f"{path}: line {i} has class number {label}, but {needs}")
             label = ids[int(label)]
         elif names_of and label not in names_of:
-            raise ValueError(f"{path}: line {i} has class '{label}', which {root / rule.names} does not name")
+            raise ValueError(f"{path}: line {i} has class '{label}', which is missing from {root / rule.names}; add it")
         pictures.append(
             AnnotationRow(f"{rule.images}/{name}".lstrip("/"), (label,), "test", "classes", f"{path.name} line {i}")
         )
@@ -137,11 +140,11 @@ def _cifar(folder: InputPath, images: str, layout: str) -> tuple[list[str], list
     names, binary, labels = CIFAR[layout]
     for name in (names, binary):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder / name} not found; layout {layout} is the binary version of CIFAR, unpacked")
+            raise ValueError(f"{folder / name} not found; layout {layout} needs the unpacked binary version of CIFAR")
     ids = [line.strip() for line in read_text(folder / names).split("\n") if line.strip()]
     path, size = folder / binary, labels + _PIXELS
     if not size_of(path) or size_of(path) % size:
-        raise ValueError(f"{path} has {size_of(path)} bytes, not a number of records of {size}; take a whole copy")
+        raise ValueError(f"{path} has {size_of(path)} bytes, not a multiple of the record size {size}; copy it again")
     pictures = []
     with path.open("rb") as f:
         number = 0
@@ -149,16 +152,16 @@ def _cifar(folder: InputPath, images: str, layout: str) -> tuple[list[str], list
             label = record[labels - 1]
             if label >= len(ids):
                 raise ValueError(f"{path}: record {number} has class {label}, but {folder / names} names {len(ids)}")
-            at = {"file": f"{images}/{binary}".lstrip("/"), "offset": number * size + labels}
-            name = f"{at['file']}/{number:05d}"
+            position = {"file": f"{images}/{binary}".lstrip("/"), "offset": number * size + labels}
+            name = f"{position['file']}/{number:05d}"
             pictures.append(
-                AnnotationRow(name, (ids[label],), "test", "classes", f"{binary} record {number}", json.dumps(at))
+                AnnotationRow(name, (ids[label],), "test", "classes", f"{binary} record {number}", json.dumps(position))
             )
             number += 1
     return ids, pictures, [folder / names, path]
 
 
-def _names(path: InputPath) -> tuple[dict[str, tuple[str, ...]], list[InputPath]]:
+def _read_names(path: InputPath) -> tuple[dict[str, tuple[str, ...]], list[InputPath]]:
     text = read_text(path)
     names_of: dict[str, tuple[str, ...]] = {}
     if text.lstrip().startswith("{"):
@@ -180,7 +183,7 @@ def _names(path: InputPath) -> tuple[dict[str, tuple[str, ...]], list[InputPath]
         if not names:
             raise ValueError(f"{path}: line {i} is not `CLASS name, synonym`, found {line[:60]!r}")
         if key in names_of:
-            raise ValueError(f"{path}: line {i} names class '{key}' again; leave one line out")
+            raise ValueError(f"{path}: line {i} repeats class '{key}'; remove one of the lines")
         names_of[key] = tuple(names)
     return names_of, [path]
 

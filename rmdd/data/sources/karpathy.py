@@ -1,6 +1,6 @@
-"""Karpathy's `dataset_*.json`: one file, all splits, `{"dataset": ..., "images": [{filename, split, sentences}]}`.
+"""Karpathy's `dataset_*.json`: one file with all splits, `{"dataset": ..., "images": [{filename, split, sentences}]}`.
 
-`restval` counts as train, as in every paper. Captions are `raw`; `tokens` have lost case and punctuation.
+`restval` is part of train, as in all papers. Captions come from `raw`, because `tokens` lack case and punctuation.
 """
 
 from __future__ import annotations

@@ -1,8 +1,11 @@
-"""BLIP/LoRS lists: a JSON list per split. Train has a record per caption, val and test a record per image whose
-`caption` is a list; CC3M has a string everywhere. Both shapes are read in every split.
+"""BLIP/LoRS lists: one JSON list per split.
 
-Also read as they were released: Flickr8k's token file with three lists of image names, or Kaggle's `captions.txt`; and,
-with splits cut by hash, Flickr30k's token file and the `metadata.json` or `chat.json` of LLaVA's CC3M, in exact shares.
+Train has one record per caption; val and test have one record per image, whose `caption` is a list; CC3M has one
+string per record in all splits. Both forms are accepted in every split.
+
+Some original releases are also accepted: Flickr8k's token file with its three lists of image names, and Kaggle's
+`captions.txt`. Without published splits, images are assigned by a hash: Flickr30k's token file, and the
+`metadata.json` or `chat.json` of LLaVA's CC3M (with exact split sizes).
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ def rows(data: Data) -> tuple[Iterator[AnnotationRow], list[InputPath]]:
     if isinstance(data.annotations, Annotations):
         files: dict[str, InputPath] = {split: root / name for split, name in data.annotations.files.items()}
     else:
-        assert layout is not None  # config.Data sees to it
+        assert layout is not None  # config.Data checks this
         if layout == "flickr8k" and (released := _flickr8k(root)):
             return released
         files, missing = {}, []
@@ -81,13 +84,13 @@ def _rows(path: InputPath, records: list[dict[str, Any]], split: str, source: st
         if has_id and (image_of.setdefault(number, image) != image or id_of.setdefault(image, number) != number):
             raise ValueError(
                 f"{path}: record {i} pairs image_id {number!r} with {image!r}, an earlier record "
-                f"pairs {image_of[number]!r} with {id_of.get(image, number)!r}; one image has one image_id"
+                f"pairs {image_of[number]!r} with {id_of.get(image, number)!r}; give each image one image_id"
             )
         yield AnnotationRow(image, as_captions(record["caption"]), split, source, f"{path.name} record {i}")
 
 
 def _released(root: InputPath, layout: str, shares: Shares) -> tuple[Iterator[AnnotationRow], list[InputPath]] | None:
-    """A release without splits."""
+    """Read an original release without splits, or return None if none of its files exists."""
     if layout == "flickr30k" and (path := root / FLICKR30K_TOKENS).is_file():
         return _token_rows(path, None, layout), [path]
     for name in CC3M_RELEASED if layout == "cc3m" else ():
@@ -97,20 +100,23 @@ def _released(root: InputPath, layout: str, shares: Shares) -> tuple[Iterator[An
 
 
 def _cut_exactly(rows: Iterator[AnnotationRow], shares: Shares) -> Iterator[AnnotationRow]:
-    """Images in the order of a hash of their path, cut by number, so that the first n of a split are a fair sample."""
-    listed = list(rows)
+    """Assign images to splits with exact shares, in the order of a hash of their path.
+
+    The first n images of a split are therefore a random sample of it.
+    """
+    all_rows = list(rows)
     images = sorted(
-        {str(row.image) for row in listed}, key=lambda image: sha256(f"rmdd order/{image}".encode()).digest()
+        {str(row.image) for row in all_rows}, key=lambda image: sha256(f"rmdd order/{image}".encode()).digest()
     )
     position_of = {image: i for i, image in enumerate(images)}
     train, val = ends(len(images), shares)
-    for row in sorted(listed, key=lambda row: position_of[str(row.image)]):
+    for row in sorted(all_rows, key=lambda row: position_of[str(row.image)]):
         position = position_of[str(row.image)]
         yield replace(row, split="train" if position < train else "val" if position < val else "test")
 
 
 def ends(total: int, shares: Shares) -> tuple[int, int]:
-    """Where train and val end when `total` images are cut in these shares.
+    """Return the end positions of train and val when `total` images are divided in these shares.
 
     >>> ends(595_375, (0.6, 0.2, 0.2))  # 357,225, 119,075 and 119,075
     (357225, 476300)
@@ -119,7 +125,7 @@ def ends(total: int, shares: Shares) -> tuple[int, int]:
 
 
 def _cc3m_rows(path: InputPath) -> Iterator[AnnotationRow]:
-    """The raw CC3M caption: `caption` of the metadata, the answer of the chat."""
+    """Yield rows with the raw CC3M caption: `caption` in the metadata file, or the answer in the chat file."""
     records = read_json_file(path)
     if not isinstance(records, list):
         raise ValueError(f"{path}: expected the JSON list of LLaVA's CC3M, found {describe(records)}")

@@ -1,7 +1,7 @@
-"""The built-in source: pictures of one to three shapes, five captions each, any number, all from a seed.
+"""The built-in synthetic dataset: images of one to three shapes with five captions each, generated from a seed.
 
-Every caption says all there is to see (background, arrangement, and colour, shape, size and texture of each shape),
-and no two scenes of a set are described alike, so every caption has one right picture.
+Each caption describes the scene completely (background, arrangement, and colour, shape, size and texture of each
+shape), and no two scenes of a dataset are equal, so each caption has exactly one correct image.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ ARRANGEMENTS = {
 }
 RADIUS = {"single": 0.25, "left_right": 0.2, "above_below": 0.2, "row": 0.15, "column": 0.15, "pyramid": 0.18}
 
-# A, B, C: the shapes with their article, in the order of ARRANGEMENTS; Z: the background.
+# A, B and C are the shapes with their article, in the order of ARRANGEMENTS; Z is the background.
 SENTENCES = {
     "single": (
         "{A} {place} of a picture with {Z}",
@@ -118,7 +118,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Two scenes with equal fields look alike, up to a shift of a few pixels."""
+    """A scene. Two scenes with equal fields look the same, except for a shift of a few pixels."""
 
     background: str
     arrangement: str
@@ -140,7 +140,7 @@ def _rows(config: Scenes) -> Iterator[AnnotationRow]:
 
 
 def plan(config: Scenes) -> dict[str, list[Scene]]:
-    """Distinct scenes for every split. Test and val are drawn first: they stay when train grows."""
+    """Draw distinct scenes for all splits. Test and val come first, so a larger train split does not change them."""
 
     earlier: set[Scene] = set()
     drawn: dict[str, list[Scene]] = {}
@@ -157,7 +157,7 @@ def plan(config: Scenes) -> dict[str, list[Scene]]:
 
 
 def captions(scene: Scene, seed: int, split: str, index: int) -> list[str]:
-    """Five different sentences, worded by a draw of their own."""
+    """Return five different captions of a scene; their wording is random."""
 
     draws = generator(seed, f"scene captions/{split}", index)
     sentences = SENTENCES[scene.arrangement]
@@ -166,7 +166,7 @@ def captions(scene: Scene, seed: int, split: str, index: int) -> list[str]:
 
 
 def draw(spec: str) -> bytes:
-    """The picture of a row as PNG bytes."""
+    """Draw a scene and return it as PNG bytes; `spec` is the JSON of its row."""
     picture = json.loads(spec)
     scene, size, shift = picture["scene"], picture["size"], picture["shift"]
     side = size * _SUPERSAMPLING
@@ -189,7 +189,7 @@ def _pick(options: Any, draws: torch.Generator) -> Any:
 
 
 def _draw_scene(draws: torch.Generator) -> Scene:
-    # two shapes as often as one or three together
+    # Scenes with two shapes are as frequent as scenes with one or three shapes together.
     arrangement = _pick(("single", *2 * ("left_right", "above_below"), "row", "column", "pyramid"), draws)
     place = _pick(PLACES, draws) if arrangement == "single" else ""
     number = 1 if arrangement == "single" else len(ARRANGEMENTS[arrangement])
@@ -201,14 +201,14 @@ def _draw_scene(draws: torch.Generator) -> Scene:
 
 
 def _shift(scene: Scene, seed: int, split: str, index: int) -> list[list[float]]:
-    """Up to 2 % of the side, for each of the shapes, so that places are not exact."""
+    """Draw a random shift per shape of up to 2 % of the image side, so that positions vary."""
 
     draws = generator(seed, f"scene shift/{split}", index)
     return ((torch.rand(len(scene.things), 2, generator=draws) - 0.5) * 0.04).tolist()
 
 
 def _sentence(sentence: str, scene: Scene, draws: torch.Generator) -> str:
-    short = len(scene.things) == 3  # a caption stays under the 30 words that the papers keep
+    short = len(scene.things) == 3  # keeps captions below the papers' limit of 30 words
     names = {letter: _phrase(thing, short, draws) for letter, thing in zip("ABC", scene.things, strict=False)}
     background = _pick(("a {} background", "a {} ground", "a {} backdrop"), draws).format(scene.background)
     return sentence.format(**names, Z=background, place=scene.place)
@@ -257,11 +257,11 @@ POLYGONS: dict[str, list[list[tuple[float, float]]]] = {
         ]
     ],
 }
-"""Corners of the shapes, in units of the radius from the centre."""
+"""Corners of each shape relative to its centre, in units of the radius."""
 
 
 def _ink(colour: tuple[int, int, int], texture: str, side: int) -> Image.Image:
-    """A whole canvas of the colour, with light marks every twelfth of the side."""
+    """Return a canvas filled with the colour and its texture: light stripes or dots, twelve per side."""
     ink = Image.new("RGB", (side, side), colour)
     if texture == "plain":
         return ink

@@ -1,6 +1,6 @@
-"""A folder of images and one table: CSV, TSV, JSON lines or Parquet, with a row per caption or per image.
+"""A folder of images and one table (CSV, TSV, JSON lines or Parquet) with one row per caption or per image.
 
-An unknown name in the split column stops the ingest, an empty cell only sends its row to the quarantine.
+An unknown name in the split column stops the ingest; an empty cell only quarantines its row.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _split(record: dict[str, Any], table: TableSource, path: InputPath, where: s
 
 
 def _unpacked(value: Any) -> Any:
-    """A JSON list inside a text cell becomes the list; any other text is a caption."""
+    """Parse a JSON list in a text cell; any other value is returned unchanged."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             inner = json.loads(value)
@@ -76,9 +76,9 @@ def _csv(path: InputPath) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         names = [name.strip() for name in next(reader, [])]
         if len(set(names)) < len(names):
-            raise ValueError(f"{path}: two columns share a name: {', '.join(names)}")
+            raise ValueError(f"{path}: two columns have the same name: {', '.join(names)}; rename one")
         for line in reader:
-            if line:  # a row that is too short lacks its last columns
+            if line:  # in a row that is too short, the last columns are empty
                 padded = line + [None] * (len(names) - len(line))
                 yield f"line {reader.line_num}", dict(zip(names, padded, strict=False))
     except csv.Error as error:

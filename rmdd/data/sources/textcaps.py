@@ -1,7 +1,7 @@
-"""TextCaps: `{"dataset_name", "data": [{image_id, caption_str, reference_strs, ...}]}`, a record per caption.
+"""TextCaps: `{"dataset_name", "data": [{image_id, caption_str, reference_strs, ...}]}`, one record per caption.
 
-The captions of its test split are withheld, so its val split is our test, and a val split is cut from train by a hash.
-Train and val pictures lie in `train_images`, whatever `image_path` says.
+The captions of its test split are not public, so its val split is used as test, and a val split is taken from train by
+a hash. Images of train and val are in `train_images`; `image_path` is ignored.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rmdd.data.layouts import describe, find_annotation, read_json_file
 from rmdd.data.source import AnnotationRow, AnnotationSource, hash_split
 
 FILES = {"train": "TextCaps_0.1_train.json", "test": "TextCaps_0.1_val.json"}
-NOTE = "TextCaps' val split serves as test: the captions of its test split are withheld"
+NOTE = "TextCaps' val split is used as test, because the captions of its test split are not public"
 
 
 def rows(data: Data) -> tuple[Iterator[AnnotationRow], list[InputPath]]:

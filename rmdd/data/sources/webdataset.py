@@ -1,7 +1,7 @@
-"""WebDataset tars as img2dataset writes them (LAION, DataComp): `key.jpg` beside `key.txt`, `key.json`, or both.
+"""WebDataset tars as img2dataset writes them (LAION, DataComp): `key.jpg` with `key.txt`, `key.json`, or both.
 
-A sample is a run of members whose path is the same up to the first dot of its last component. The caption is that of
-the text file, else `caption` or `captions` of the JSON. Tars are read from front to end, one sample in memory.
+A sample is a sequence of members whose paths are equal up to the first dot of the file name. The caption is the text
+file, or `caption` or `captions` in the JSON file. A tar is read sequentially, with one sample in memory.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from rmdd.data.source import Candidate, SampleSource, as_captions, hash_split, s
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2")
 MEMBER_BYTES = 2**28
-_LOOKED_AT = 64
+_SAMPLES_CHECKED = 64
 
 
 @dataclass
 class Sample:
     key: str
     members: dict[str, bytes | None] = field(default_factory=dict)
-    """By extension in lower case; None where it is larger than `MEMBER_BYTES`."""
+    """File contents by lower-case extension; None for a file larger than `MEMBER_BYTES`."""
 
     @property
     def image(self) -> bytes | ImageError:
@@ -40,7 +40,7 @@ class Sample:
 
     @property
     def captions(self) -> tuple[Any, ...]:
-        """Unchecked; bytes stand for text that is not UTF-8."""
+        """The unchecked captions of this sample; a text file that is not UTF-8 gives bytes."""
         if text := self.members.get("txt"):
             try:
                 return (text.decode("utf-8-sig").rstrip("\r\n"),)
@@ -55,12 +55,12 @@ class Sample:
         return as_captions(next((facts[k] for k in ("caption", "captions") if facts.get(k) is not None), ()))
 
 
-class Cut(Exception):
-    """A tar that ends, or is damaged, before its end mark."""
+class TruncatedTar(Exception):
+    """A tar file that ends, or is damaged, before its end mark."""
 
 
 class _Header(tarfile.TarInfo):
-    """tarfile takes a lost or damaged header for the end of the archive, silently."""
+    """A tar header that raises `TruncatedTar` for damage; tarfile silently takes a damaged header for the end."""
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> _Header:
@@ -69,37 +69,40 @@ class _Header(tarfile.TarInfo):
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
         except tarfile.HeaderError as error:
-            raise Cut(str(error)) from None
+            raise TruncatedTar(str(error)) from None
 
 
 def files(data: Data) -> list[tuple[str, int, str | None]]:
-    """Path below the root, size and split of every tar. Raises `ValueError` when the first holds no pair."""
+    """Return the path relative to the root, size in bytes and split of each tar.
+
+    Raises `ValueError` if the first tar holds no pair.
+    """
     tars = sample_files(data, "webdataset")
-    _look(input_path(data.root) / tars[0][0])
+    _check_layout(input_path(data.root) / tars[0][0])
     return tars
 
 
 def candidates(
-    file: str, stretch: tuple[int, int], split: str | None, data: Data, counts: IngestCounts
+    file: str, _range: tuple[int, int], split: str | None, data: Data, counts: IngestCounts
 ) -> Iterator[Candidate]:
-    """The samples of one tar, in order. Where it is cut or damaged, what follows is one row of the quarantine."""
+    """Yield the samples of one tar in order. The part after a damage is quarantined as one row."""
     keys: set[str] = set()
     try:
         for sample in samples(input_path(data.root) / file):
             if candidate := _candidate(sample, file, split, data, keys, counts):
                 yield candidate
-    except (Cut, tarfile.TarError, EOFError) as error:
+    except (TruncatedTar, tarfile.TarError, EOFError) as error:
         counts.rows_in += 1
-        what = " ".join(str(error).split())[:160]
-        counts.reject(file, "truncated_tar", file, f"all after {len(keys)} samples is lost: {what}", 0)
+        problem = " ".join(str(error).split())[:160]
+        counts.reject(file, "truncated_tar", file, f"everything after {len(keys)} samples is lost: {problem}", 0)
 
 
 def samples(tar: InputPath) -> Iterator[Sample]:
-    """Raises `Cut`, `tarfile.TarError` or `EOFError` where the file ends too soon or is no tar."""
+    """Yield the samples of a tar. Raises `TruncatedTar`, `tarfile.TarError` or `EOFError` if it is damaged."""
     with tar.open("rb") as f, tarfile.open(fileobj=f, mode="r|*", tarinfo=_Header) as archive:
         sample = None
         for member in archive:
-            archive.members = []  # type: ignore[attr-defined]  # it would keep all
+            archive.members = []  # type: ignore[attr-defined]  # saves memory: tarfile keeps a list of all members
             folder, _, name = member.name.removeprefix("./").rpartition("/")
             stem, dot, extension = name.partition(".")
             if not member.isfile() or not stem or not dot:
@@ -126,34 +129,34 @@ def _candidate(
         return None
     pair_id = f"{file}/{sample.key}"
     if sample.key in keys:
-        counts.reject(pair_id, "duplicate_key", origin, "an earlier sample of this tar has its key", len(captions))
+        counts.reject(pair_id, "duplicate_key", origin, "an earlier sample of this tar has the same key", len(captions))
         return None
     keys.add(sample.key)
     usable: dict[str, None] = {}
     counts.keep_captions(usable, captions, pair_id, origin)
     if not usable:
-        counts.reject(pair_id, "no_caption", origin, f"none among {', '.join(sample.members)}", 0)
+        counts.reject(pair_id, "no_caption", origin, f"no caption among {', '.join(sample.members)}", 0)
         return None
-    own = split or hash_split(pair_id, data.split_fractions)
-    return Candidate(pair_id, tuple(usable), own, "webdataset", origin, image)
+    row_split = split or hash_split(pair_id, data.split_fractions)
+    return Candidate(pair_id, tuple(usable), row_split, "webdataset", origin, image)
 
 
-def _look(tar: InputPath) -> None:
-    """Stop at once where the layout is another."""
+def _check_layout(tar: InputPath) -> None:
+    """Raise `ValueError` unless one of the first samples has an image and a caption."""
     extensions: set[str] = set()
     try:
         for number, sample in enumerate(samples(tar)):
             extensions |= sample.members.keys()
             if sample.captions and not isinstance(sample.image, ImageError):
                 return
-            if number == _LOOKED_AT:
+            if number == _SAMPLES_CHECKED:
                 break
-    except (Cut, tarfile.TarError, EOFError) as error:
+    except (TruncatedTar, tarfile.TarError, EOFError) as error:
         if not extensions:
             raise ValueError(f"{tar} is not a tar file: {error}; correct data.webdataset.files") from None
     raise ValueError(
-        f"{tar}: none of its first samples has an image ({', '.join(IMAGES[:4])}, ...) beside a caption (txt, or json "
-        f"with `caption`); found members of type {', '.join(sorted(extensions)) or 'none'}"
+        f"{tar}: none of its first samples has an image ({', '.join(IMAGES[:4])}, ...) and a caption (txt, or json "
+        f"with `caption`); found members of type {', '.join(sorted(extensions)) or 'none'}; correct data.webdataset"
     )
 
 

@@ -20,13 +20,13 @@ def data_of(root, **rule):
 
 
 def test_four_aligned_files_are_read(released):
-    (found, _) = cocoqa.read(data_of(released), "train")
-    assert (found.question, found.answer, found.type) == ("what is the colour of the kettle", "green", "colour")
-    assert found.image == "train2014/COCO_train2014_000000999001.jpg"
+    (first, _) = cocoqa.read(data_of(released), "train")
+    assert (first.question, first.answer, first.type) == ("what is the colour of the kettle", "green", "colour")
+    assert first.image == "train2014/COCO_train2014_000000999001.jpg"
     assert [q.image for q in cocoqa.read(data_of(released), "test")] == ["val2014/COCO_val2014_000000999002.jpg"] * 2
 
 
-def test_blank_lines_at_the_end_break_nothing(released):
+def test_blank_lines_at_the_end_are_ignored(released):
     path = released / "cocoqa" / "test" / "answers.txt"
     path.write_text(path.read_text().replace("\n", "\r\n") + "\n \n")
     assert [q.answer for q in cocoqa.read(data_of(released), "test")] == ["two", "boats"]
@@ -35,14 +35,18 @@ def test_blank_lines_at_the_end_break_nothing(released):
 @pytest.mark.parametrize(
     ("file", "text", "words"),
     [
-        ("questions.txt", "how many\n\nwhat\n", "must have as many lines, found questions.txt 3, answers.txt 2"),
+        (
+            "questions.txt",
+            "how many\n\nwhat\n",
+            "must have equal numbers of lines, found questions.txt 3, answers.txt 2",
+        ),
         ("questions.txt", "\nwhat is on the lake\n", "test/questions.txt: line 1 is empty"),
         ("img_ids.txt", "999002\nboat\n", "test/img_ids.txt: line 2 is 'boat', expected the number"),
         ("types.txt", "1\n4\n", "test/types.txt: line 2 is '4', expected a type from 0 to 3"),
         ("types.txt", None, "types.txt not found"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_named_with_its_line(released, file, text, words):
+def test_unreadable_files_are_reported_with_file_and_line(released, file, text, words):
     path = released / "cocoqa" / "test" / file
     path.unlink() if text is None else path.write_text(text)
     with pytest.raises(ValueError, match=words):
@@ -60,7 +64,7 @@ def test_sampled_questions_are_drawn_by_their_seed(root):
 
 
 @pytest.mark.parametrize("place", ("val2014/COCO_val2014_000000999002.jpg", "train2017/000000999002.jpg"))
-def test_pictures_are_found_under_either_of_their_names(released, tmp_path, place):
+def test_images_are_found_under_their_2014_and_2017_names(released, tmp_path, place):
     formats.picture(released / place)
     dataset = ingest(data_of(released), tmp_path / "out")
     assert [pair.captions for pair in dataset.pairs("test")] == [

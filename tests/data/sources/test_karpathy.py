@@ -22,12 +22,12 @@ def test_coco_takes_filepath_raw_and_restval(root, put):
             image("c.jpg", "test", "A cat.", filepath="val2014"),
         ]},
     )  # fmt: skip
-    found = rows(root, layout="coco")
-    assert [(row.image, row.split) for row in found] == [
+    coco_rows = rows(root, layout="coco")
+    assert [(row.image, row.split) for row in coco_rows] == [
         ("train2014/a.jpg", "train"), ("val2014/b.jpg", "train"), ("val2014/c.jpg", "test"),
     ]  # fmt: skip
-    assert found[0].captions == ("A bowl of plums.", "Ripe fruit! ")
-    assert found[0].source == "coco" and found[1].origin == "dataset_coco.json image 1"
+    assert coco_rows[0].captions == ("A bowl of plums.", "Ripe fruit! ")
+    assert coco_rows[0].source == "coco" and coco_rows[1].origin == "dataset_coco.json image 1"
 
 
 @pytest.mark.parametrize("folder", ["", "flickr30k-images", "flickr30k_images/flickr30k_images"])
@@ -60,13 +60,13 @@ def test_coco_2014_names_are_found_under_2017(root, draw, put, tmp_path):
         ('{"images": []}\n{"images": []}', "JSON lines"),
     ],
 )
-def test_other_shapes_stop_at_once(root, put, content, message):
+def test_files_of_other_formats_are_refused(root, put, content, message):
     put("k.json", content)
     with pytest.raises(ValueError, match=message):
         rows(root, annotations="k.json")
 
 
-def test_missing_files_name_where_they_were_looked_for(root):
+def test_errors_for_missing_files_list_the_paths_that_were_tried(root):
     with pytest.raises(ValueError, match="annotations/dataset_coco.json.*data.annotations"):
         rows(root, layout="coco")
     with pytest.raises(ValueError, match="k.json not found"):
@@ -79,9 +79,9 @@ def test_the_emoji_set_reads_alike_in_both_formats(shared):
     emoji = shared / "data" / "emoji"
     if not (emoji / "emoji_karpathy.json").is_file():
         pytest.skip("no emoji set")
-    one = {row.image: (row.captions, row.split) for row in rows(emoji, annotations="emoji_karpathy.json")}
+    from_karpathy = {row.image: (row.captions, row.split) for row in rows(emoji, annotations="emoji_karpathy.json")}
     files = {split: f"emoji_{split}.json" for split in ("train", "val", "test")}
-    two: dict = {}
+    from_lists: dict = {}
     for row in rows_of(Data(source="lists", root=str(emoji), annotations=files)):
-        two[row.image] = (two.get(row.image, ((), ""))[0] + row.captions, row.split)
-    assert one == two and len(one) == 3767
+        from_lists[row.image] = (from_lists.get(row.image, ((), ""))[0] + row.captions, row.split)
+    assert from_karpathy == from_lists and len(from_karpathy) == 3767

@@ -32,12 +32,12 @@ def rows(root, **options):
 def test_layouts_know_their_file_names(root, put, layout, name):
     for split, content in {"train": TRAIN, "val": EVAL, "test": [{"image": "i/4.jpg", "caption": "Four."}]}.items():
         put(name.format(split), content)
-    found = rows(root, layout=layout)
-    assert [(row.image, row.captions, row.split) for row in found] == [
+    parsed = rows(root, layout=layout)
+    assert [(row.image, row.captions, row.split) for row in parsed] == [
         ("i/1.jpg", ("One.",), "train"), ("i/1.jpg", ("Uno.",), "train"), ("i/2.jpg", ("Two.",), "train"),
         ("i/3.jpg", ("Three.", "Tres."), "val"), ("i/4.jpg", ("Four.",), "test"),
     ]  # fmt: skip
-    assert {row.source for row in found} == {layout}
+    assert {row.source for row in parsed} == {layout}
 
 
 def test_records_of_one_image_become_one_pair(root, draw, put, tmp_path):
@@ -60,23 +60,23 @@ def test_records_of_one_image_become_one_pair(root, draw, put, tmp_path):
         (7, "expected a JSON list"),
         (["a"], "record 0 needs `image` and `caption`"),
         ([TRAIN[0], {"image": "b.jpg"}], "record 1 needs"),
-        ([TRAIN[0], {"image": "i/2.jpg", "caption": "x", "image_id": 0}], "one image has one image_id"),
-        ([TRAIN[0], {"image": "i/1.jpg", "caption": "x", "image_id": 9}], "one image has one image_id"),
+        ([TRAIN[0], {"image": "i/2.jpg", "caption": "x", "image_id": 0}], "give each image one image_id"),
+        ([TRAIN[0], {"image": "i/1.jpg", "caption": "x", "image_id": 9}], "give each image one image_id"),
     ],
 )
-def test_other_shapes_stop_at_once(root, put, content, message):
+def test_files_of_other_formats_are_refused(root, put, content, message):
     put("t.json", content)
     with pytest.raises(ValueError, match=message):
         rows(root, annotations={"train": "t.json"})
 
 
-def test_other_encodings_stop_at_once(root, put):
+def test_files_of_other_encodings_are_refused(root, put):
     put("t.json", '[{"image": "é"}]', encoding="latin-1")
     with pytest.raises(ValueError, match="not UTF-8"):
         rows(root, annotations={"train": "t.json"})
 
 
-def test_a_missing_list_stops_at_once(root, put):
+def test_a_missing_list_is_reported(root, put):
     put("flickr30k_train.json", TRAIN)
     with pytest.raises(ValueError, match="the val list of layout 'flickr30k' not found"):
         rows(root, layout="flickr30k")
@@ -109,7 +109,7 @@ def test_flickr8k_images_in_no_split_are_counted(root, draw, put, tmp_path):
     assert dataset.manifest["quarantine"] == {"no_split": 1}
 
 
-def test_flickr8k_from_kaggle_is_cut_by_hash(root, draw, put, tmp_path):
+def test_flickr8k_from_kaggle_gets_splits_by_hash(root, draw, put, tmp_path):
     names = [f"{i}.jpg" for i in range(40)]
     draw(*(f"Images/{name}" for name in names))
     lines = [f'{name},"A dog, running ."\n{name},A cat {i}\n' for i, name in enumerate(names)]
@@ -126,8 +126,8 @@ def test_flickr8k_from_kaggle_is_cut_by_hash(root, draw, put, tmp_path):
 
 def test_flickr30k_as_released(root, put):
     put("results_20130124.token", "1.jpg#0\tA dog runs .\r\n1.jpg#1\tIt runs .\r\n2.jpg#0\tA cat .\n")
-    found = rows(root, layout="flickr30k")
-    assert [(row.image, row.captions, row.split) for row in found] == [
+    parsed = rows(root, layout="flickr30k")
+    assert [(row.image, row.captions, row.split) for row in parsed] == [
         ("1.jpg", ("A dog runs .",), None), ("1.jpg", ("It runs .",), None), ("2.jpg", ("A cat .",), None),
     ]  # fmt: skip
     put("results_20130124.token", "no token file")
@@ -151,7 +151,7 @@ def test_cc3m_as_released(root, draw, put, tmp_path):
         rows(root, layout="cc3m")
 
 
-def test_cc3m_is_cut_at_exact_shares_in_an_order_that_is_not_the_files(root, draw, put, tmp_path):
+def test_cc3m_gets_splits_of_exact_sizes_independent_of_the_file_order(root, draw, put, tmp_path):
     names = [f"GCC_train_{i:09d}.jpg" for i in range(25)]
     records = [{"image": name, "caption": f"caption {name}"} for name in names]
     put("metadata.json", records)

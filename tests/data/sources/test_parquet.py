@@ -21,7 +21,7 @@ def write(path, images, captions, groups=None, **columns):
     pq.write_table(pa.table({"image": images, "caption": captions, **columns}), path, row_group_size=groups)
 
 
-def held(root, **rule):
+def data_of(root, **rule):
     rest = {name: rule.pop(name) for name in ("shard_mb",) if name in rule}
     return Data(source="parquet", root=str(root), parquet=Parquet(**rule), **rest)
 
@@ -36,7 +36,7 @@ def test_the_layout_of_hugging_face(root, tmp_path):
     write(root / "data" / "train-00001-of-00002.parquet", inside[2:3], ["three"])
     write(root / "data" / "validation-00000-of-00001.parquet", inside[3:4], ["four"])
     write(root / "data" / "test-00000-of-00001.parquet", inside[4:], ["five"])
-    dataset = ingest(held(root), tmp_path / "out")
+    dataset = ingest(data_of(root), tmp_path / "out")
     assert pairs(dataset) == {
         "train": {
             "data/train-00000-of-00002.parquet/00000000": ("one",),
@@ -56,7 +56,7 @@ def test_columns_by_name_with_a_split_column_and_bad_rows(root, tmp_path):
         "part": ["train", "dev", "train", "train", "test", "nowhere"],
     }
     pq.write_table(pa.table(table), root / "train.parquet")
-    dataset = ingest(held(root, image="img", caption="texts", split="part"), tmp_path / "out")
+    dataset = ingest(data_of(root, image="img", caption="texts", split="part"), tmp_path / "out")
     assert pairs(dataset) == {
         "train": {"train.parquet/00000000": ("a", "b")}, "val": {"train.parquet/00000001": ("c",)}, "test": {},
     }  # fmt: skip
@@ -65,19 +65,19 @@ def test_columns_by_name_with_a_split_column_and_bad_rows(root, tmp_path):
     assert dataset.manifest["rows_in"] == 6 and dataset.manifest["captions_in"] == 8
 
 
-def test_a_big_file_is_read_in_slices(root, tmp_path):
+def test_a_large_file_is_read_in_ranges_of_row_groups(root, tmp_path):
     images, captions = [picture(i) for i in range(40)], [f"caption {i}" for i in range(40)]
     write(root / "all.parquet", images, captions, groups=4)
-    sliced = ingest(held(root, shard_mb=2000 / 2**20), tmp_path / "sliced")
+    sliced = ingest(data_of(root, shard_mb=2000 / 2**20), tmp_path / "sliced")
     assert len({shard["file"].split("-")[1] for shard in sliced.manifest["shards"]}) > 3
-    whole = ingest(held(root), tmp_path / "whole")
-    assert pairs(whole) == pairs(sliced) and sum(len(p) for p in pairs(whole).values()) == 40
-    assert whole.hash == sliced.hash
-    by_id = {p.pair_id: (p.image, p.captions) for s in ("train", "val", "test") for p in whole.pairs(s)}
+    unsliced = ingest(data_of(root), tmp_path / "unsliced")
+    assert pairs(unsliced) == pairs(sliced) and sum(len(p) for p in pairs(unsliced).values()) == 40
+    assert unsliced.hash == sliced.hash
+    by_id = {p.pair_id: (p.image, p.captions) for s in ("train", "val", "test") for p in unsliced.pairs(s)}
     assert by_id == {f"all.parquet/{i:08d}": (images[i], (captions[i],)) for i in range(40)}
 
 
-def test_what_cannot_be_read_stops_at_once(root, tmp_path):
+def test_unreadable_files_are_refused(root, tmp_path):
     write(root / "a.parquet", [picture(0)], ["x"])
     for rule, words in {
         ("pixels", "caption"): "has no column 'pixels' but image, caption; set data.parquet.image",
@@ -85,9 +85,9 @@ def test_what_cannot_be_read_stops_at_once(root, tmp_path):
         ("caption", "caption"): "column 'caption' is string, expected .bytes, path. or binary",
     }.items():
         with pytest.raises(ValueError, match=words):
-            ingest(held(root, image=rule[0], caption=rule[1]), tmp_path / "out")
+            ingest(data_of(root, image=rule[0], caption=rule[1]), tmp_path / "out")
     (root / "a.parquet").write_bytes((root / "a.parquet").read_bytes()[:-9])
-    with pytest.raises(ValueError, match="a.parquet is not a whole Parquet file: .*fetch it again"):
-        ingest(held(root), tmp_path / "out")
+    with pytest.raises(ValueError, match="a.parquet is not a complete Parquet file: .*download it again"):
+        ingest(data_of(root), tmp_path / "out")
     with pytest.raises(ValueError, match="no file under .* matches data.parquet.files 'b"):
-        ingest(held(root, files="b*.parquet"), tmp_path / "out")
+        ingest(data_of(root, files="b*.parquet"), tmp_path / "out")

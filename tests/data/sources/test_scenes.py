@@ -20,14 +20,14 @@ def picture(row):
     return np.asarray(Image.open(io.BytesIO(draw(row.drawing))))
 
 
-def test_scenes_repeat_and_follow_their_seed():
+def test_scenes_are_reproducible_and_depend_on_the_seed():
     assert rows() == rows()
     assert draw(rows()[0].drawing) == draw(rows()[0].drawing)
     other = rows(SMALL.model_copy(update={"seed": 1}))
     assert [row.captions for row in other] != [row.captions for row in rows()]
 
 
-def test_val_and_test_stay_when_train_grows():
+def test_a_larger_train_split_does_not_change_val_and_test():
     longer = rows(SMALL.model_copy(update={"train": 400}))
     assert longer[:300] == rows()[:300] and longer[400:] == rows()[300:]
 
@@ -41,7 +41,7 @@ def test_no_two_scenes_are_described_or_drawn_alike():
     assert len({picture(row).tobytes() for row in rows()}) == 420
 
 
-def test_captions_are_five_and_whole_under_the_published_rule():
+def test_each_scene_has_five_captions_within_the_published_word_limit():
     for row in rows():
         assert len(row.captions) == 5
         assert max(len(caption.split()) for caption in row.captions) <= 30
@@ -50,7 +50,7 @@ def test_captions_are_five_and_whole_under_the_published_rule():
     assert all(len(set(sentences)) == 6 for sentences in SENTENCES.values())
 
 
-def test_pictures_show_what_is_said():
+def test_images_contain_the_colours_of_their_scene():
     from rmdd.data.sources.scenes import BACKGROUNDS, COLOURS
 
     for row in rows()[:60]:

@@ -36,8 +36,8 @@ def rows(root, **table):
     return rows_of(Data(source="table", root=str(root), table=TableSource(**table)))
 
 
-def seen(found):
-    return [(row.image, row.captions, row.split) for row in found]
+def values(parsed):
+    return [(row.image, row.captions, row.split) for row in parsed]
 
 
 def write_parquet(path):
@@ -60,7 +60,7 @@ def test_every_format_gives_the_same_rows(root, put, name, text):
         write_parquet(root / name)
     else:
         put(name, text)
-    assert seen(rows(root, file=name)) == EXPECTED
+    assert values(rows(root, file=name)) == EXPECTED
 
 
 def test_rows_of_one_image_become_one_pair(root, draw, tmp_path):
@@ -84,7 +84,7 @@ def test_without_a_split_column_the_hash_of_the_path_decides(root, draw, put, tm
     assert all(split_of[pair.pair_id] == split for split in ("train", "val", "test") for pair in second.pairs(split))
 
 
-def test_cells_are_quarantined_and_not_fatal(root, put, draw, tmp_path):
+def test_rows_with_bad_cells_are_quarantined(root, put, draw, tmp_path):
     draw("1.png")
     put("captions.csv", "image,caption,split\n1.png,good,train\n1.png\n2.png,x,\n,y,train\n", encoding="utf-8-sig")
     assert [row.split for row in rows(root)] == ["train", NO_SPLIT, NO_SPLIT, "train"]
@@ -97,7 +97,7 @@ def test_cells_are_quarantined_and_not_fatal(root, put, draw, tmp_path):
     [
         ("captions.csv", "file,caption\n1.png,x\n", "no column 'image'; it has file, caption; set data.table.image"),
         ("captions.csv", "image,caption,split\n1.png,x,holdout\n", "line 2 has 'holdout' in column 'split'"),
-        ("captions.csv", "image,image,caption\n1,2,x\n", "two columns share a name"),
+        ("captions.csv", "image,image,caption\n1,2,x\n", "two columns have the same name"),
         ("captions.csv", 'image,caption\n1.png,"open\n', "cannot be read"),
         ("t.jsonl", "[1]\n", "line 1 is a list of 1.*source: lists"),
         ("t.jsonl", '{"image": 1}\n{"image"\n', "no column 'caption'"),
@@ -106,12 +106,12 @@ def test_cells_are_quarantined_and_not_fatal(root, put, draw, tmp_path):
         ("t.xlsx", "", "cannot read '.xlsx'"),
     ],
 )
-def test_other_shapes_stop_at_once(root, put, name, text, message):
+def test_files_of_other_formats_are_refused(root, put, name, text, message):
     put(name, text)
     with pytest.raises(ValueError, match=message):
         rows(root, file=name)
 
 
-def test_a_missing_table_stops_at_once(root):
+def test_a_missing_table_is_reported(root):
     with pytest.raises(ValueError, match="captions.csv not found; set data.table.file"):
         rows(root)

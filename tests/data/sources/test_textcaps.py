@@ -20,7 +20,7 @@ def released(root):
     return root
 
 
-def test_val_is_test_and_a_val_is_cut_from_train(released, tmp_path):
+def test_val_is_used_as_test_and_a_val_split_is_taken_from_train(released, tmp_path):
     dataset = ingest(data_of(released), tmp_path / "out")
     assert dataset.counts["test"] == {"pairs": 2, "captions": 10}
     train, val = dataset.counts["train"]["pairs"], dataset.counts["val"]["pairs"]
@@ -41,10 +41,10 @@ def test_one_file_is_enough_for_a_probe(released, tmp_path):
 
 def test_without_caption_str_the_references_are_read(released):
     path = released / "TextCaps_0.1_val.json"
-    whole = json.loads(path.read_text())
-    for record in whole["data"]:
+    content = json.loads(path.read_text())
+    for record in content["data"]:
         del record["caption_str"]
-    path.write_text(json.dumps(whole))
+    path.write_text(json.dumps(content))
     rows = [row for row in rows_of(data_of(released)) if row.split == "test"]
     assert len(rows) == 10 and all(len(row.captions) == 5 for row in rows)
 
@@ -57,13 +57,13 @@ def test_without_caption_str_the_references_are_read(released):
         ({"data": [{"image_id": "a", "set_name": "test"}]}, "record 0 has no caption_str.*use TextCaps_0.1_val.json"),
     ],
 )
-def test_other_files_are_named(released, content, words):
+def test_files_of_other_formats_are_refused(released, content, words):
     (released / "TextCaps_0.1_val.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=f"TextCaps_0.1_val.json: {words}"):
         rows_of(data_of(released))
 
 
-def test_its_size_is_known_before_it_is_there(tmp_path):
+def test_the_size_of_textcaps_is_known_without_its_files(tmp_path):
     absent = data_of(tmp_path / "absent")
     for data in (absent, config.Data(source="textcaps", root=absent.root)):
         assert known_counts(data)[0]["test"] == (3166, 15830)

@@ -20,7 +20,7 @@ def picture(seed, kind="JPEG"):
 
 @pytest.fixture
 def pack(root):
-    """Writes members, name to content, as a tar below the root."""
+    """Return a function that writes a tar file, relative to the root, from (name, content) pairs."""
 
     def write(path, members, mode="w"):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
@@ -35,9 +35,9 @@ def pack(root):
 
 
 def sample(key, caption, seed=0, **facts):
-    """As img2dataset writes it."""
-    told = json.dumps({"caption": caption, "url": "x", "status": "success", **facts}).encode()
-    return [(f"{key}.jpg", picture(seed)), (f"{key}.json", told), (f"{key}.txt", caption.encode())]
+    """Return the members of a sample as img2dataset writes them."""
+    metadata = json.dumps({"caption": caption, "url": "x", "status": "success", **facts}).encode()
+    return [(f"{key}.jpg", picture(seed)), (f"{key}.json", metadata), (f"{key}.txt", caption.encode())]
 
 
 def tars(root, **rule):
@@ -60,8 +60,8 @@ def test_the_layouts_of_laion_and_datacomp(root, pack, tmp_path):
     pack("coco-val-0.tar", [("7.JPG", picture(7)), ("7.json", b'{"captions": ["a", "b", "a"], "cocoid": 7}')])
     pack("test-0.tar", [("9.webp", picture(9, "WEBP")), ("9.txt", b"nine\n")])
     dataset = adds_up(ingest(tars(root, files="**/*.tar*"), tmp_path / "out"))
-    found = {split: {p.pair_id: p.captions for p in dataset.pairs(split)} for split in ("train", "val", "test")}
-    assert found == {
+    captions = {split: {p.pair_id: p.captions for p in dataset.pairs(split)} for split in ("train", "val", "test")}
+    assert captions == {
         "train": {
             "train/00000.tar/000000001": ("one",),
             "train/00000.tar/000000003": ("three",),
@@ -74,19 +74,19 @@ def test_the_layouts_of_laion_and_datacomp(root, pack, tmp_path):
     assert dataset.manifest["captions_dropped"] == {"duplicate_caption": 1}
 
 
-def test_without_named_splits_a_hash_cuts(root, pack, tmp_path):
+def test_without_split_names_a_hash_chooses_the_split(root, pack, tmp_path):
     pack("00000.tar", [m for i in range(60) for m in sample(f"{i:04d}", f"caption {i}", i)])
     first = adds_up(ingest(tars(root), tmp_path / "one"))
     assert all(first.counts[split]["pairs"] for split in ("train", "val", "test"))
     assert first.counts["train"]["pairs"] > 35
     pack("train-00000.tar", sample("1", "one"))
-    named = ingest(tars(root), tmp_path / "two").counts["train"]["pairs"]
+    by_name = ingest(tars(root), tmp_path / "two").counts["train"]["pairs"]
     unnamed = ingest(tars(root, split_by_name=False), tmp_path / "three")
-    assert named == first.counts["train"]["pairs"] + 1
+    assert by_name == first.counts["train"]["pairs"] + 1
     assert {p.pair_id for p in first.pairs("val")} <= {p.pair_id for p in unnamed.pairs("val")}
 
 
-def test_malformed_members_go_to_the_quarantine(root, pack, tmp_path):
+def test_malformed_samples_are_quarantined(root, pack, tmp_path):
     members = [
         *sample("0", "good"),
         ("1.jpg", b"no image"), ("1.txt", b"x"),
@@ -114,46 +114,47 @@ def test_malformed_members_go_to_the_quarantine(root, pack, tmp_path):
     assert sum(c["pairs"] for c in dataset.counts.values()) == 2
 
 
-def test_a_truncated_tar_says_what_it_lost(root, pack, tmp_path):
+def test_a_truncated_tar_is_quarantined_with_the_number_of_lost_samples(root, pack, tmp_path):
     pack("1.tar", [m for i in range(4) for m in sample(f"{i}", f"caption {i}", i)])
-    whole = (root / "1.tar").read_bytes()
+    content = (root / "1.tar").read_bytes()
     with tarfile.open(root / "1.tar") as archive:
         offsets = [m.offset for m in archive.getmembers()] + [archive.offset]
-    damaged = bytearray(whole)
-    damaged[offsets[6] + 20] ^= 1  # the checksum of a header no longer fits
-    for number, (content, pairs) in enumerate(
+    damaged = bytearray(content)
+    damaged[offsets[6] + 20] ^= 1  # makes the checksum of a header wrong
+    for number, (cut, pairs) in enumerate(
         {
-            whole[: offsets[6]]: 2,  # cleanly between two samples
-            whole[: offsets[6] + 100]: 2,  # within a header
-            whole[: offsets[6] + 700]: 2,  # within an image
+            content[: offsets[6]]: 2,  # the tar ends between two samples
+            content[: offsets[6] + 100]: 2,  # the tar ends within a header
+            content[: offsets[6] + 700]: 2,  # the tar ends within an image
             bytes(damaged): 2,
-            whole[: offsets[12]]: 4,  # all there, but for the end mark
-            whole[:300]: None,
+            content[: offsets[12]]: 4,  # only the end mark is missing
+            content[:300]: None,
         }.items()
     ):
         pack("0.tar", sample("a", "a whole tar", 9))
-        (root / "1.tar").write_bytes(content)
+        (root / "1.tar").write_bytes(cut)
         dataset = adds_up(ingest(tars(root), tmp_path / str(number)))
         assert dataset.manifest["quarantine"] == {"truncated_tar": 1}
-        found = sum(c["pairs"] for c in dataset.counts.values()) - 1
+        kept_pairs = sum(c["pairs"] for c in dataset.counts.values()) - 1
         (entry,) = quarantined(dataset)
         assert entry["file"] == "1.tar"
-        # the last sample before the cut may lack members that were still to come
-        assert pairs is None or (found in (pairs - 1, pairs) and f"all after {found} samples" in entry["detail"])
+        # The last sample before the cut may be incomplete, and is then not a pair.
+        expected = f"everything after {kept_pairs} samples"
+        assert pairs is None or (kept_pairs in (pairs - 1, pairs) and expected in entry["detail"])
 
 
-def test_what_was_read_of_a_tar_is_not_kept(root, pack):
+def test_reading_a_tar_does_not_keep_its_members_in_memory(root, pack):
     tar = pack("a.tar", [(f"{i:04d}.txt", b"x") for i in range(200)])
     for number, _ in enumerate(samples(tar), 1):
-        if number in (100, 200):  # a look at every object of this process takes long
-            assert sum(issubclass(type(found), tarfile.TarInfo) for found in gc.get_objects()) < 10
+        if number in (100, 200):  # listing all objects of this process is slow
+            assert sum(issubclass(type(item), tarfile.TarInfo) for item in gc.get_objects()) < 10
 
 
-def test_other_layouts_stop_at_once(root, pack, tmp_path):
+def test_tars_of_other_formats_are_refused(root, pack, tmp_path):
     with pytest.raises(ValueError, match=r"no file under .* matches data.webdataset.files '\*\*/\*.tar'"):
         ingest(tars(root), tmp_path / "out")
     pack("0.tar", [("0.npy", b"x"), ("0.cls", b"1")])
-    with pytest.raises(ValueError, match="an image .* beside a caption .*; found members of type cls, npy"):
+    with pytest.raises(ValueError, match="an image .* and a caption .*; found members of type cls, npy"):
         ingest(tars(root), tmp_path / "out")
     (root / "0.tar").write_bytes(b"<html>not found</html>" * 99)
     with pytest.raises(ValueError, match="is not a tar file"):
@@ -162,7 +163,7 @@ def test_other_layouts_stop_at_once(root, pack, tmp_path):
 
 
 @pytest.mark.ray
-def test_ray_and_plain_write_the_same_bytes(root, pack, ray_local, tmp_path):
+def test_ray_and_a_single_process_write_the_same_bytes(root, pack, ray_local, tmp_path):
     from rmdd.execution.ray.stream import over_tasks
 
     for tar in range(4):
