@@ -1,4 +1,4 @@
-"""What touches no run: `rmdd init`, `check`, `verify`, `presets`, `methods`, `version`."""
+"""What touches no run: `rmdd init`, `check`, `verify`, `methods`, `version`."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,25 +56,6 @@ def verify(
     lines += [f"not finished: {folder}" for folder in result.unfinished]
     lines += [f"{len(result.checked)} checked, {len(result.faults)} broken"]
     return Output(result.as_json(), lines, typer.Exit(1) if result.faults else None)
-
-
-@command(options=())
-def presets(
-    name: Annotated[str | None, typer.Argument(help="Print this preset's file.")] = None,
-    whole: Annotated[bool, typer.Option("--whole", help="Print it with the values of what it extends.")] = False,
-) -> Output:
-    """List the run files that come with rmdd, or print one."""
-    names = config.preset_names()
-    if name is None:
-        first = {each: _text(each).partition("\n")[0].removeprefix("#").strip() for each in names}
-        return Output(lines=[f"{each:30} {line}" for each, line in first.items()])
-    if name not in names:
-        raise config.ConfigError([config.no_preset(name)], "presets")
-    return Output(lines=[(config.as_yaml(config.read(name)) if whole else _text(name)).rstrip()])
-
-
-def _text(preset: str) -> str:
-    return (config.PRESETS / f"{preset}.yaml").read_text(encoding="utf-8")
 
 
 @command(options=("json",))

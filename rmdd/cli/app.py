@@ -17,7 +17,7 @@ from rmdd.cli.command import stop_on_sigterm
 
 ENTRY_POINTS = "rmdd.commands"
 EXIT_CODES = "Exit codes: 0 done, 1 a run failed, 2 a run file cannot be used, 130 stopped (a resumable run says how)."
-FIRST = ("steps", "about", "searches")
+FIRST = ("steps", "about", "presets", "searches")
 """Files whose commands are listed first; the others follow by name."""
 
 

@@ -36,6 +36,9 @@ from rmdd.config.model import Shuffle as Shuffle
 from rmdd.config.model import TextTower as TextTower
 from rmdd.config.model import WorkerGroup as WorkerGroup
 from rmdd.config.plan import Plan as Plan
+from rmdd.config.presets import extended
+from rmdd.config.presets import preset_names as preset_names
+from rmdd.config.presets import read as read
 from rmdd.config.probes import ClassData as ClassData
 from rmdd.config.probes import Classes as Classes
 from rmdd.config.probes import CocoQa as CocoQa
@@ -45,13 +48,9 @@ from rmdd.config.probes import Vqa as Vqa
 from rmdd.config.probes import ZeroShot as ZeroShot
 from rmdd.config.probes import view_clashes
 from rmdd.config.recipes import Recipe
-from rmdd.config.runfile import PRESETS as PRESETS
-from rmdd.config.runfile import Clash, apply, extended, filled, validate
+from rmdd.config.runfile import Clash, apply, filled, validate
 from rmdd.config.runfile import ConfigError as ConfigError
 from rmdd.config.runfile import Section as Section
-from rmdd.config.runfile import no_preset as no_preset
-from rmdd.config.runfile import preset_names as preset_names
-from rmdd.config.runfile import read as read
 from rmdd.config.search import Dimension as Dimension
 from rmdd.config.search import Search
 

@@ -1,12 +1,13 @@
-"""Run files as text: presets and YAML in, overrides applied, every mistake told. What the fields are is in `config`."""
+"""The mapping in a run file: its YAML, overrides, default values, and checks that report every mistake at once.
+
+The fields of each section are declared in the other modules of `rmdd.config`; `rmdd.config.presets` finds the files.
+"""
 
 from __future__ import annotations
 
 import copy
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
@@ -14,7 +15,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from rmdd.config.hashing import Purpose
 
-PRESETS = Path(__file__).parents[1] / "presets"
 S = TypeVar("S", bound="Section")
 
 MOVED: dict[str, str] = {
@@ -80,11 +80,6 @@ class ConfigError(ValueError):
         return type(self), (self.mistakes, self.where)
 
 
-def preset_names() -> list[str]:
-    """Presets that can be run; what they share lies in `presets/bases`."""
-    return sorted(p.stem for p in PRESETS.glob("*.yaml"))
-
-
 class _Loader(yaml.SafeLoader):
     """YAML without the words on, off, yes and no for booleans: `ray: off` means the word."""
 
@@ -101,64 +96,6 @@ _Loader.add_implicit_resolver(
 def parse(text: str) -> Any:
     """One YAML value; raises `yaml.YAMLError`."""
     return _Loader(text).get_single_data()
-
-
-def read(source: str | Path) -> dict[str, Any]:
-    """The mapping in a preset or a YAML file with what it extends, not yet checked.
-
-    Raises `ConfigError` when a file cannot be found or read.
-    """
-    path = Path(source)
-    if str(source) in preset_names():  # a file of that name is read as ./NAME
-        path = PRESETS / f"{source}.yaml"
-    elif not path.is_file():
-        raise ConfigError(["no such file; " + _where_else() if path.suffix else no_preset(str(source))], str(source))
-    return extended(_mapping(path, str(source)), path.parent, str(source), (path.resolve(),))
-
-
-def no_preset(name: str) -> str:
-    near = difflib.get_close_matches(name, preset_names(), n=1)
-    return f"no preset '{name}'; " + (f"did you mean {near[0]}? " if near else "") + _where_else()
-
-
-def _where_else() -> str:
-    return f"give one of the {len(preset_names())} that `rmdd presets` lists, or a YAML file"
-
-
-def _mapping(path: Path, where: str) -> dict[str, Any]:
-    """The mapping in the file at `path`. Raises `ConfigError` for anything else."""
-    try:
-        raw = parse(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError([f"not valid YAML: {' '.join(str(error).split())}"], where) from None
-    if raw is None:
-        return {}
-    if not isinstance(raw, dict):
-        raise ConfigError([f"expected sections such as `data:` at the top, found a {type(raw).__name__}"], where)
-    return raw
-
-
-def extended(raw: dict[str, Any], folder: Path, where: str, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """`raw` with the values of the file that its key `extends` names, wherever it has none; lists are taken whole.
-
-    `extends` is the name of a preset, or a path relative to `folder`; `chain` are the files that led here. Raises
-    `ConfigError` when there is no such file, or when files extend each other in a circle.
-    """
-    name = raw.pop("extends", None)
-    if name is None:
-        return raw
-    if not isinstance(name, str):
-        raise ConfigError([f"extends: give the name of a preset or the path of a YAML file, found {name!r}"], where)
-    preset = PRESETS / f"{name}.yaml"
-    path = preset if preset.is_file() else folder / Path(name).expanduser()
-    if not path.is_file():
-        looked = f"; there is no file {path}" if path.suffix else ""
-        raise ConfigError([f"extends: {no_preset(name)}{looked}"], where)
-    path = path.resolve()
-    if path in chain:
-        circle = " -> ".join(p.name for p in (*chain[chain.index(path) :], path))
-        raise ConfigError([f"extends: files extend each other in a circle, {circle}; take one `extends` out"], where)
-    return filled(raw, extended(_mapping(path, str(path)), path.parent, str(path), (*chain, path)))
 
 
 def apply(raw: dict[str, Any], override: str, defaults: Mapping[str, Any], mistakes: list[str]) -> None:

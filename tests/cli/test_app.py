@@ -133,14 +133,34 @@ def test_a_name_that_is_no_preset_is_a_config_mistake(command):
 
 
 def test_presets_are_listed_and_printed():
-    listed = rmdd_("presets").stdout
-    assert all(name in listed for name in config.preset_names())
+    listed: dict[str, list[str]] = {}
+    file = ""
+    for line in rmdd_("presets").stdout.splitlines():
+        if line.startswith("│"):
+            first, keys = (cell.strip() for cell in line.split("│")[1:-1])
+            file = first or file  # a long cell has several lines
+            listed.setdefault(file, []).extend(keys.replace(",", "").split())
+    names = [f"{file}_{key}" for file, keys in listed.items() if file != "demo" for key in keys]
+    assert sorted(names) == [name for name in config.preset_names() if name != "demo"]
+    assert "demo" in listed
     assert yaml.safe_load(rmdd_("presets", "demo").stdout)["name"] == "demo"
     assert rmdd_("presets", "nope").exit_code == 2
     short, whole = (yaml.safe_load(rmdd_("presets", "coco_amd_500", *more).stdout) for more in ((), ("--whole",)))
     assert short["extends"] == "coco_lors_500" and "extends" not in whole
     assert whole["distill"]["method"] == "amd" and whole["distill"]["lr_image"] == 5000
     assert rmdd_("version").stdout.strip()
+
+
+@pytest.mark.parametrize("dataset", ["flickr30k", "coco", "emoji", "cc3m", "flickr8k"])
+def test_the_presets_of_a_dataset_fit_a_screen(dataset):
+    lines = rmdd_("presets", dataset).stdout.splitlines()
+    assert len(lines) <= 24 and max(map(len, lines)) <= 80
+    assert all(line.startswith(f"│ {dataset}_") or line[:3] == "│  " for line in lines[3:] if line.startswith("│"))
+
+
+def test_a_preset_file_is_printed_with_all_its_budgets():
+    assert list(yaml.safe_load(rmdd_("presets", "coco_edge").stdout)["budgets"]) == [500, 1000]
+    assert "'coco_edge' has several budgets" in rmdd_("presets", "coco_edge", "--whole").stderr
 
 
 def test_methods_are_listed_with_their_presets():

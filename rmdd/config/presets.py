@@ -1,0 +1,148 @@
+"""Reading run files: presets by name, YAML files by path, and the values that `extends` takes from other files.
+
+A file in the folder `rmdd/presets` has the runs of one method on one dataset. Each entry under `budgets` is a preset,
+named after the file and the entry's key: the entry `500` of `flickr30k_lors.yaml` is `flickr30k_lors_500`. It has the
+values of its entry, then those above `budgets`, then those of the file's `extends`. Two uses of `extends` are special:
+
+- above `budgets`, a file with budgets, such as `extends: flickr30k_lors`: the entry with the same key in that file
+- in an entry, the key of another entry of the same file: that entry, in place of the values above `budgets`
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import functools
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rmdd.config.runfile import ConfigError, filled, parse
+
+PRESETS = Path(__file__).parents[1] / "presets"
+
+
+def preset_files() -> dict[str, list[str]]:
+    """Return the preset files without their suffix, each with the keys of its budgets in the order of the file."""
+    return {path.stem: list(_budgets(path)) for path in sorted(PRESETS.glob("*.yaml"))}
+
+
+def preset_names() -> list[str]:
+    """Return the names of all presets, sorted."""
+    return sorted(name for stem, keys in preset_files().items() for name in _names(stem, keys))
+
+
+def find_preset(name: str) -> tuple[Path, str] | None:
+    """Return the file of a preset and its key under `budgets` (empty for a file without budgets), or None."""
+    for path in PRESETS.glob("*.yaml"):
+        if name.startswith(path.stem):
+            keys = list(_budgets(path))
+            names = _names(path.stem, keys)
+            if name in names:
+                return path, keys[names.index(name)] if keys else ""
+    return None
+
+
+def preset(name: str) -> dict[str, Any] | None:
+    """Return the mapping of a preset with its key `extends`, or None if no preset has this name."""
+    place = find_preset(name)
+    if place is None:
+        return None
+    path, key = place
+    common, entries = copy.deepcopy(_preset_file(path)), copy.deepcopy(_budgets(path))
+    if not key:
+        return common
+    del common["budgets"]
+    entry = {"name": name, **entries[key]}
+    base = str(entry.get("extends"))
+    if base in entries:
+        return {**entry, "extends": f"{path.stem}_{base}"}
+    run = filled(entry, common)
+    same_key = f"{run.get('extends')}_{key}"
+    return run if find_preset(same_key) is None else {**run, "extends": same_key}
+
+
+def read(source: str | Path) -> dict[str, Any]:
+    """Return the unchecked mapping of a preset or a YAML file, with the values of the files that it extends.
+
+    Raises `ConfigError` when a file is missing or is not valid YAML.
+    """
+    name = str(source)
+    raw = preset(name)  # a file with the name of a preset is read as ./NAME
+    if raw is not None:
+        return extended(raw, PRESETS, name, (name,))
+    path = Path(source)
+    if not path.is_file():
+        raise ConfigError(["no such file; " + _choices() if path.suffix else no_preset(name)], name)
+    return extended(_mapping(path, name), path.parent, name, (str(path.resolve()),))
+
+
+def extended(raw: dict[str, Any], folder: Path, where: str, chain: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return `raw` with the missing values filled in from what its key `extends` names; lists are not merged.
+
+    `extends` is the name of a preset, or a path relative to `folder`. `chain` has the presets and files that led to
+    `raw`. Raises `ConfigError` when there is no such file, or when files extend each other in a circle.
+    """
+    name = raw.pop("extends", None)
+    if "budgets" in raw:
+        advice = "write the values of one run, or start from one with `extends: flickr30k_lors_500`"
+        raise ConfigError([f"budgets: only the presets of rmdd have several budgets in a file; {advice}"], where)
+    if name is None:
+        return raw
+    if not isinstance(name, str):
+        raise ConfigError([f"extends: give the name of a preset or the path of a YAML file, found {name!r}"], where)
+    base, label, path = preset(name), name, PRESETS / f"{name}.yaml"
+    if base is None and "/" in name and path.is_file():  # values that presets share, such as bases/lors
+        base = copy.deepcopy(_preset_file(path))
+    elif base is None:
+        path = folder / Path(name).expanduser()
+        if not path.is_file():
+            missing = f"; there is no file {path}" if path.suffix else ""
+            raise ConfigError([f"extends: {no_preset(name)}{missing}"], where)
+        base, label = _mapping(path, str(path)), str(path.resolve())
+    if label in chain:
+        circle = " -> ".join(Path(p).name for p in (*chain[chain.index(label) :], label))
+        raise ConfigError([f"extends: files extend each other in a circle, {circle}; take one `extends` out"], where)
+    return filled(raw, extended(base, path.parent, label, (*chain, label)))
+
+
+def no_preset(name: str) -> str:
+    """Return the message for a name that no preset has: similar names, or the budgets if a file has that name."""
+    files = preset_files()
+    if name in files:
+        return f"'{name}' has several budgets; give one of {', '.join(_names(name, files[name]))}"
+    near = difflib.get_close_matches(name, preset_names(), n=1)
+    return f"no preset '{name}'; " + (f"did you mean {near[0]}? " if near else "") + _choices()
+
+
+def _choices() -> str:
+    return f"give one of the {len(preset_names())} that `rmdd presets` lists, or a YAML file"
+
+
+def _names(stem: str, keys: list[str]) -> list[str]:
+    return [f"{stem}_{key}" for key in keys] or [stem]
+
+
+def _budgets(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the entries under `budgets` of a preset file by key; empty for a file without budgets."""
+    return {str(key): entry or {} for key, entry in _preset_file(path).get("budgets", {}).items()}
+
+
+@functools.cache
+def _preset_file(path: Path) -> dict[str, Any]:
+    """Return the mapping in a file of the folder `presets`; callers must not change it."""
+    return _mapping(path, path.stem)
+
+
+def _mapping(path: Path, where: str) -> dict[str, Any]:
+    """Return the mapping in a YAML file. Raises `ConfigError` if the file has none."""
+    try:
+        raw = parse(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError([f"not valid YAML: {' '.join(str(error).split())}"], where) from None
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise ConfigError([f"expected sections such as `data:` at the top, found a {type(raw).__name__}"], where)
+    return raw
