@@ -50,7 +50,8 @@ def once(step: Callable[[Any], T]) -> Callable[[Any], T]:
     def value(self: Any) -> T:
         if step.__name__ not in self.values:
             self.values[step.__name__] = step(self)
-        return self.values[step.__name__]
+        result: T = self.values[step.__name__]
+        return result
 
     return value
 

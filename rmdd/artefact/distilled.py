@@ -241,7 +241,7 @@ class Pairs(torch.utils.data.Dataset[dict[str, Any]]):
         return {"image": image, "text": self.subsets[k].texts[i], "subset": k, "index": i}
 
 
-def _subset(own: dict[str, Tensor], entry: dict[str, Any], strings: dict[str, list]) -> Subset:
+def _subset(own: dict[str, Tensor], entry: dict[str, Any], strings: dict[str, list[Any]]) -> Subset:
     return Subset(
         images=own["images"],
         texts=own["texts"],
@@ -273,10 +273,10 @@ def _write_captions(subsets: Sequence[Subset], path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows, pa.schema(columns)), path)
 
 
-def _read_captions(path: Path) -> dict[int, dict[str, list]]:
+def _read_captions(path: Path) -> dict[int, dict[str, list[Any]]]:
     import pyarrow.parquet as pq
 
-    by_subset: dict[int, dict[str, list]] = {}
+    by_subset: dict[int, dict[str, list[Any]]] = {}
     for row in sorted(pq.read_table(path).to_pylist(), key=lambda r: (r["subset"], r["index"])):
         own = by_subset.setdefault(row["subset"], {"captions": [], "source_ids": [], "captions_before": []})
         own["captions"].append(row["caption"])
@@ -290,7 +290,7 @@ def _read_description(path: Path) -> dict[str, Any]:
     if not (path / DESCRIPTION).is_file():
         raise ValueError(f"no distilled set at {path}: it has no {DESCRIPTION}; give the folder that a run wrote")
     try:
-        info = read_json(path / DESCRIPTION)
+        info: dict[str, Any] = read_json(path / DESCRIPTION)
     except ValueError as error:
         raise ValueError(f"{path / DESCRIPTION} is not valid JSON ({error}); get the set again") from None
     version = info.get("schema_version") if isinstance(info, dict) else None

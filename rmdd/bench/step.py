@@ -227,7 +227,7 @@ def bench_step(
     for variant in chosen:
         try:
             runs[variant.name]()
-            with _Flops() as counter:
+            with _Flops() as counter:  # type: ignore[no-untyped-call]
                 runs[variant.name]()
         except torch.OutOfMemoryError:
             del runs[variant.name]
@@ -314,7 +314,9 @@ class _Flops(TorchDispatchMode):
 
     total = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         out = func(*args, **kwargs or {})
         if formula := flop_registry.get(func._overloadpacket):
             self.total += formula(*args, **kwargs or {}, out_val=out)

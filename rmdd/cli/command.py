@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, overload
 
 import typer
 
@@ -127,6 +127,10 @@ class Call:
             raise output.failed
 
 
+@overload
+def command(function: Callable[..., Output]) -> Callable[..., None]: ...
+@overload
+def command(*, options: Sequence[str]) -> Callable[[Callable[..., Output]], Callable[..., None]]: ...
 def command(function: Callable[..., Output] | None = None, *, options: Sequence[str] = tuple(COMMON)) -> Any:
     """Make a function a command, with the common `options`.
 

@@ -362,19 +362,22 @@ class Selection:
         if choice.method == "clip_score":
             assert self.sides is not None
             score = cosines(self.sides, self.items, choice.caption)
-            return np.lexsort((np.arange(len(score)), -score)).tolist()
+            ranking: list[int] = np.lexsort((np.arange(len(score)), -score)).tolist()
+            return ranking
         folder = Store.open(self.pipeline.item().paths.store).folder(choice.expert)
         self.pipeline.storage.fetch(folder)
         counts = ForgettingCounts.load(folder)
         self.facts |= counts.summary()
         records = counts.ranking(choice.never_learned)
         if choice.unit == "record":
-            return records.tolist()
+            ranking = records.tolist()
+            return ranking
         images = self.train.split.image_of[records]
         _, first = np.unique(images, return_index=True)
         first = np.sort(first)
         self.items.record_of[images[first]] = records[first]
-        return images[first].tolist()
+        ranking = images[first].tolist()
+        return ranking
 
 
 def open_shard(folder: Path, rank: int, size: int) -> Shard:

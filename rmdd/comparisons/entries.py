@@ -175,7 +175,7 @@ def made_by(entry: Entry) -> dict[str, Any] | None:
     """
     if entry.distilled is None or not entry.distilled.config or entry.place is None:
         return None
-    raw = json.loads(json.dumps(entry.distilled.config))
+    raw: dict[str, Any] = json.loads(json.dumps(entry.distilled.config))
     if raw.get("distill", {}).get("phases"):
         raw["distill"].pop("plan", None)  # they were planned, and now are what they are
     if entry.place.name != "set":
@@ -261,7 +261,8 @@ def seconds_of(entry: Entry, storage: Path) -> float | None:
     if not all(log.is_file() for log in logs):
         return None
     lines = [line for log in logs for line in log.read_text(encoding="utf-8").splitlines()]
-    return sum(json.loads(line)["seconds"] for line in lines)
+    total: float = sum(json.loads(line)["seconds"] for line in lines)
+    return total
 
 
 def renormalised(images: torch.Tensor, set_: DistilledSet, mean: Iterable[float], std: Iterable[float]) -> torch.Tensor:

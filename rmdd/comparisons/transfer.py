@@ -20,14 +20,13 @@ from rmdd.comparisons.compare import (
     SPREAD,
     Load,
     Source,
-    planned,
     protocol_of,
     rate,
     unbuildable,
     worded,
 )
 from rmdd.comparisons.engine import FOLDER, ComparedRun, Row, Scored, score
-from rmdd.comparisons.entries import Entry, misfits, open_entries
+from rmdd.comparisons.entries import Entry, misfits, open_entries, planned
 from rmdd.comparisons.tables import ResultTable
 from rmdd.core.files import write_json
 from rmdd.core.progress import Progress

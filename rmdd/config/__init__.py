@@ -17,21 +17,25 @@ from pydantic import Field
 from rmdd.config import recipes
 from rmdd.config.data import Annotations as Annotations
 from rmdd.config.data import Captions as Captions
-from rmdd.config.data import Data
+from rmdd.config.data import Data as Data
 from rmdd.config.data import Parquet as Parquet
 from rmdd.config.data import Scenes as Scenes
 from rmdd.config.data import TableSource as TableSource
 from rmdd.config.data import Tars as Tars
-from rmdd.config.distill import OF_REACH, Distill
+from rmdd.config.distill import OF_REACH
+from rmdd.config.distill import Distill as Distill
 from rmdd.config.distill import Guard as Guard
 from rmdd.config.distill import Phase as Phase
 from rmdd.config.distill import Similarity as Similarity
-from rmdd.config.evaluate import Evaluate, Runtime
-from rmdd.config.hashing import Purpose, hash_value, hashed
+from rmdd.config.evaluate import Evaluate as Evaluate
+from rmdd.config.evaluate import Runtime as Runtime
+from rmdd.config.hashing import Purpose, hashed
+from rmdd.config.hashing import hash_value as hash_value
 from rmdd.config.model import NO_AUGMENT as NO_AUGMENT
 from rmdd.config.model import Augment as Augment
-from rmdd.config.model import Experts, Model
+from rmdd.config.model import Experts as Experts
 from rmdd.config.model import ImageTower as ImageTower
+from rmdd.config.model import Model as Model
 from rmdd.config.model import Shuffle as Shuffle
 from rmdd.config.model import TextTower as TextTower
 from rmdd.config.model import WorkerGroup as WorkerGroup
@@ -52,7 +56,7 @@ from rmdd.config.runfile import Clash, apply, filled, validate
 from rmdd.config.runfile import ConfigError as ConfigError
 from rmdd.config.runfile import Section as Section
 from rmdd.config.search import Dimension as Dimension
-from rmdd.config.search import Search
+from rmdd.config.search import Search as Search
 
 
 class Run(Section):

@@ -76,7 +76,7 @@ class ConfigError(ValueError):
         self.where = where
         super().__init__(f"{where}: {len(self.mistakes)} mistake(s)\n" + "\n".join(f"  - {m}" for m in self.mistakes))
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.mistakes, self.where)
 
 

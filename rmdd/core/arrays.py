@@ -16,7 +16,8 @@ Computed = TypeVar("Computed", Tensor, np.ndarray)
 def in_chunks(compute: Callable[[Any], Computed], rows: Any, size: int) -> Computed:
     """Apply `compute` to chunks of `size` rows and concatenate the results in order; `rows` must not be empty."""
     pieces: Any = [compute(rows[i : i + size]) for i in range(0, len(rows), size)]
-    joined: Any = cat(pieces) if isinstance(pieces[0], Tensor) else np.concatenate(pieces)
+    join: Any = cat if isinstance(pieces[0], Tensor) else np.concatenate
+    joined: Computed = join(pieces)
     return joined
 
 

@@ -57,7 +57,8 @@ class LocalLeaseCell:
 
     def read(self) -> dict[str, Any] | None:
         try:
-            return read_json(self.path)
+            content: dict[str, Any] = read_json(self.path)
+            return content
         except (FileNotFoundError, ValueError):
             return None
 

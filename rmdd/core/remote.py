@@ -116,7 +116,8 @@ class ObjectStore:
         def read() -> bytes | None:
             try:
                 with self.fs.open_input_stream(self.path(name)) as stream:
-                    return stream.read()
+                    content: bytes = stream.read()
+                    return content
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 return None
 
@@ -218,7 +219,7 @@ class RemotePath:
         return bool(self.store.info(self.inside).is_file)
 
     def is_dir(self) -> bool:
-        return self.store.info(self.inside).type.name == "Directory"
+        return bool(self.store.info(self.inside).type.name == "Directory")
 
     def open(self, mode: str = "rb") -> Any:
         """Open the file for reading from start to end."""
@@ -245,7 +246,8 @@ class RemoteLeaseCell:
 
     def read(self) -> dict[str, Any] | None:
         try:
-            return json.loads(self.store.read(self.name) or b"null")
+            content: dict[str, Any] | None = json.loads(self.store.read(self.name) or b"null")
+            return content
         except ValueError:
             return None
 

@@ -76,7 +76,7 @@ def facts_of(path: Path, entry: str) -> dict[str, Any]:
     """Return the facts of a file, reading only its header. Raises `Damaged`."""
     try:
         with safe_open(path, "pt") as file:
-            facts = json.loads(file.metadata()[entry])
+            facts: dict[str, Any] = json.loads(file.metadata()[entry])
         version = facts.get("schema_version", SCHEMA_VERSION)
     except Exception as error:
         raise Damaged(f"the header cannot be read: {error}") from error

@@ -6,7 +6,7 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from rmdd.config import Data
 
@@ -53,7 +53,7 @@ def decode(
         raise ImageError("too_large", f"more than {limit} pixels, PIL's own limit") from None
     except Exception as error:  # PIL raises many types for broken files: OSError, SyntaxError, struct.error ...
         detail = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, Image.UnidentifiedImageError):
+        if isinstance(error, UnidentifiedImageError):
             detail = f"{len(data)} bytes in no known image format"
         raise ImageError("truncated" if "truncated" in detail.lower() else "undecodable", detail[:200]) from None
 

@@ -114,7 +114,8 @@ def _start_or_resume(
     """Return the parts of the unfinished ingest in `folders`, or write a new plan and return its parts."""
     path, value = folders.parts, {"schema_version": SCHEMA_VERSION, "layout": PARTS_LAYOUT, **inputs}
     if path.is_file() and (plan := read_json(path))["made_from"] == value:
-        return plan["parts"]
+        begun: list[dict[str, Any]] = plan["parts"]
+        return begun
     remove(folders.path)
     for folder in (folders.plan, folders.dataset):
         folder.mkdir(parents=True)

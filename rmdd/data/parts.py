@@ -114,7 +114,7 @@ class PartWriter:
         path = self.folders.record(part.number)
         if not path.is_file():
             return None
-        record = read_json(path)
+        record: dict[str, Any] = read_json(path)
         for shard in record["shards"]:
             file = self.folders.dataset / shard["file"]
             if not file.is_file() or not self.folders.digests(shard["file"]).is_file():

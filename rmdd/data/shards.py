@@ -155,12 +155,14 @@ class Dataset:
     @property
     def hash(self) -> str:
         """The hash of all rows in order."""
-        return self.manifest["data_hash"]
+        digest: str = self.manifest["data_hash"]
+        return digest
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
         """The number of pairs and captions per split: `{"train": {"pairs": ..., "captions": ...}, ...}`."""
-        return self.manifest["counts"]
+        counts: dict[str, dict[str, int]] = self.manifest["counts"]
+        return counts
 
     def columns(self, split: str, *names: str) -> Iterator[tuple[Any, ...]]:
         """Yield the rows of a split in order, as tuples of the named columns; other columns are not read."""

@@ -49,7 +49,8 @@ class DecodedImages:
             with hold_folder(self.path.with_suffix(""), wait=True):
                 if not self.written:
                     self._write()
-        return np.load(self.path, mmap_mode="r")
+        images: np.ndarray = np.load(self.path, mmap_mode="r")
+        return images
 
     def _write(self) -> None:
         with mapped_array(self.path, self.shape, np.uint8) as images:
@@ -91,7 +92,8 @@ class Split:
     def some_images(self, index: np.ndarray) -> np.ndarray:
         """Return the images at `index` as uint8 (n, 3, S, S); without a cache only these are decoded."""
         if isinstance(self.pixels, np.ndarray) or self.pixels.written:
-            return self.images[index]
+            chosen: np.ndarray = self.images[index]
+            return chosen
         return self.pixels.decode(np.asarray(index))
 
     def cache_bytes(self, encoded: bool) -> int:
@@ -116,7 +118,7 @@ class Split:
         if "_bytes" not in self.__dict__:
             object.__setattr__(self, "_bytes", _encoded_cache(self.dataset, self.name, self.rows, self._encoded))
         data, offsets = self.__dict__["_bytes"]
-        return data[offsets[i] : offsets[i + 1]].tobytes()
+        return bytes(data[offsets[i] : offsets[i + 1]])
 
 
 def load_split(dataset: Dataset, split: str, data: Data, cache: Path | str) -> Split:

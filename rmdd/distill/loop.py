@@ -136,7 +136,7 @@ def finished(folder: Path, total: int) -> bool:
     if not checkpoint.is_file() or not (folder / f"set-{total:06d}.safetensors").is_file():
         return False
     try:
-        return facts_of(checkpoint, "state")["iteration"] == total
+        return bool(facts_of(checkpoint, "state")["iteration"] == total)
     except Damaged:  # `run_phase` reports or repairs a damaged checkpoint
         return False
 
@@ -195,7 +195,7 @@ def run_phase(
     device: torch.device,
     key: str,
     open_stepper: Callable[[Synthetic], Stepper],
-    on_step: Callable[[dict], None] = lambda metrics: None,
+    on_step: Callable[[dict[str, Any]], None] = lambda metrics: None,
     should_stop: Callable[[], bool] = lambda: False,
     exported: Callable[[Synthetic], Synthetic] = lambda synthetic: synthetic,
 ) -> bool:
@@ -229,7 +229,7 @@ def run_phase(
         stepper.restore(state.learned)
     state = state or first_state
     first_rates = float(first_state.raw.lr_image), float(first_state.raw.lr_text)
-    lines: list[dict] = []
+    lines: list[dict[str, Any]] = []
 
     def write_lines() -> None:
         for line in lines:

@@ -112,7 +112,8 @@ def collapsed(row: Mapping[str, Any], real: Mapping[str, Any]) -> list[str]:
 def _unit(rows: Tensor) -> Tensor:
     rows = rows.detach().double()
     rows = rows / rows.abs().amax(1, keepdim=True)  # so that no norm under- or overflows
-    return rows / rows.norm(dim=1, keepdim=True)
+    unit: Tensor = rows / rows.norm(dim=1, keepdim=True)
+    return unit
 
 
 def _drawn(n: int, seed: int, of: str) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,10 @@ def write(path: Path, record: dict[str, Any]) -> None:
 
 def read(path: Path, value: str) -> dict[str, Any] | None:
     """The whole record, if it is there and of `value`."""
-    if not path.is_file() or (record := read_json(path))["value"] != value:
+    if not path.is_file():
+        return None
+    record: dict[str, Any] = read_json(path)
+    if record["value"] != value:
         return None
     if "test" not in record:
         return record

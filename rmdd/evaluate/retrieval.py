@@ -21,6 +21,9 @@ KS = (1, 5, 10)
 STRIDE = 1024
 """Rows that are checked and normalised at once."""
 
+Rows = Callable[[int, int], Tensor]
+"""Scores of the queries from the first to the second number, (queries, candidates)."""
+
 
 @dataclass(frozen=True)
 class Recalls:
@@ -168,7 +171,7 @@ def chance(image_of: Int[Tensor, " T"], ks: Sequence[int] = KS) -> Recalls:
     return Recalls(ir, {k: 100 * float((1 - missed(captions, k)).mean()) for k in ks}, 0.0)
 
 
-def _both(text_rows, image_rows, image_of: Tensor, num_images: int, chunk: int) -> Ranks:
+def _both(text_rows: Rows, image_rows: Rows, image_of: Tensor, num_images: int, chunk: int) -> Ranks:
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1; found {chunk}")
     of_image, image_ties, _ = _ranks(text_rows, image_of[:, None], chunk)
@@ -186,7 +189,7 @@ def _captions_of(image_of: Int[Tensor, " T"], num_images: int) -> Int[Tensor, "I
 
 
 def _ranks(
-    rows: Callable[[int, int], Tensor], positives_QP: Int[Tensor, "Q P"], chunk: int
+    rows: Rows, positives_QP: Int[Tensor, "Q P"], chunk: int
 ) -> tuple[Int[Tensor, " Q"], Int[Tensor, " Q"], Int[Tensor, " Q"]]:
     """Pessimistic 0-based rank of each query's best positive, how many candidates merely tie with it, and how many
     positives are as good."""
@@ -214,7 +217,7 @@ def _recall(pessimistic: Tensor, ties: Tensor | None, ks: Sequence[int]) -> tupl
     return percent, max(100 * int((pessimistic - ties < k).sum()) / len(ties) - percent[k] for k in ks)
 
 
-def _scorer(queries: Float[Tensor, "Q D"], candidates: Float[Tensor, "C D"]) -> Callable[[int, int], Tensor]:
+def _scorer(queries: Float[Tensor, "Q D"], candidates: Float[Tensor, "C D"]) -> Rows:
     # A matrix product may round equal columns differently by where they stand, so each distinct one is scored once.
     distinct, which = _distinct(candidates)
     if len(distinct) == len(candidates):

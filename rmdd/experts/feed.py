@@ -161,12 +161,12 @@ def pictures(
         yield from (torch.from_numpy(np.array(images)) for images in stream(look, parts, max(1, workers)))
 
 
-def _loaded(source: torch.utils.data.Dataset, workers: int) -> torch.utils.data.DataLoader:
+def _loaded(source: torch.utils.data.Dataset[Tensor], workers: int) -> torch.utils.data.DataLoader[Tensor]:
     return torch.utils.data.DataLoader(source, batch_size=None, num_workers=workers, generator=torch.Generator())
 
 
 @dataclass
-class _Cached(torch.utils.data.Dataset):
+class _Cached(torch.utils.data.Dataset[Tensor]):
     prepared: PreparedSplit
     records: np.ndarray
     look: Look
@@ -184,7 +184,7 @@ class _Cached(torch.utils.data.Dataset):
 
 
 @dataclass
-class _Read(torch.utils.data.Dataset):
+class _Read(torch.utils.data.Dataset[Tensor]):
     """Steps in turn, holding one part; each loader process reads every part for itself."""
 
     look: Look

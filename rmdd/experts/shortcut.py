@@ -122,7 +122,7 @@ def open_path(store: Store, expert: int, rule: config.Distill, endpoint: int) ->
 
 
 def _length(tensor: torch.Tensor) -> float:
-    return torch.linalg.vector_norm(tensor.double()).item()
+    return float(torch.linalg.vector_norm(tensor.double()))
 
 
 def _check(epoch: int | float, endpoint: int) -> None:

@@ -98,7 +98,8 @@ class Store:
 
     @property
     def epochs(self) -> int:
-        return self.spec["epochs"]
+        epochs: int = self.spec["epochs"]
+        return epochs
 
     @property
     def start(self) -> Path:
@@ -127,7 +128,7 @@ class Store:
         """The finished expert's metrics per epoch, step norms and files. Raises `ValueError` when it is damaged."""
         path = self.folder(expert) / "expert.json"
         try:
-            record = read_json(path)
+            record: dict[str, Any] = read_json(path)
             version = record["schema_version"]
         except (ValueError, KeyError, TypeError) as error:
             raise _damaged(path, error) from error
@@ -206,7 +207,8 @@ class Store:
         return stored_bytes(self.path)
 
     def _files(self, expert: int) -> dict[str, dict[str, Any]]:
-        return self.record(expert).get("files", {})
+        files: dict[str, dict[str, Any]] = self.record(expert).get("files", {})
+        return files
 
 
 def stored_bytes(path: Path) -> int:

@@ -25,7 +25,7 @@ from rmdd.models.losses import infonce
 from rmdd.models.prepared import PreparedSplit
 
 
-def begin_store(run: config.Run, path: Path, text_width: int, facts: dict) -> Store:
+def begin_store(run: config.Run, path: Path, text_width: int, facts: dict[str, Any]) -> Store:
     """Create the store that all experts of `run` go to, or open it if it is there."""
     model = expert_model(run.model, run.data.image_size, run.seed_of("experts"), 0, text_width)
     alike = run.model.image.weights != "random"
@@ -107,7 +107,7 @@ def train_expert(
     train: PreparedSplit,
     score: Callable[[DualEncoder], float],
     device: torch.device,
-    on_epoch: Callable[[dict], None] = lambda metrics: None,
+    on_epoch: Callable[[dict[str, Any]], None] = lambda metrics: None,
     should_stop: Callable[[], bool] = lambda: False,
     loader_workers: int = 0,
     stream: Stream | None = None,

@@ -154,11 +154,11 @@ def join_group(member: GroupMember, strategy: str, device: torch.device) -> Proc
         if dist.is_initialized():  # of all workers of a Train run, whatever their group
             dist.destroy_process_group()
         if member.rank == 0:
-            store = dist.TCPStore(member.host, 0, member.size, is_master=True, wait_for_workers=False)
+            store = dist.TCPStore(member.host, 0, member.size, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
             member.meet(f"{member.host} {store.port}")
         else:
             host, port = member.meet(None).split()
-            store = dist.TCPStore(host, int(port), member.size, is_master=False)
+            store = dist.TCPStore(host, int(port), member.size, is_master=False)  # type: ignore[attr-defined]
         here = torch.cuda.current_device() if device.type == "cuda" else member.rank
         os.environ.update(RANK=str(member.rank), WORLD_SIZE=str(member.size), LOCAL_RANK=str(here))
         os.environ.setdefault("MASTER_ADDR", member.host)

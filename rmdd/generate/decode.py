@@ -118,7 +118,7 @@ class Karlo:
         offload: Offload = "none",
     ):
         from diffusers import UnCLIPScheduler, UNet2DConditionModel, UNet2DModel
-        from diffusers.pipelines.deprecated.unclip import UnCLIPImageVariationPipeline
+        from diffusers.pipelines.deprecated.unclip.pipeline_unclip_image_variation import UnCLIPImageVariationPipeline
         from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
         from transformers import (
             CLIPImageProcessor,

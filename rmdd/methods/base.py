@@ -176,7 +176,7 @@ class BaseMethod:
         folder: Path,
         device: torch.device,
         key: str,
-        on_step: Callable[[dict], None] = lambda metrics: None,
+        on_step: Callable[[dict[str, Any]], None] = lambda metrics: None,
         should_stop: Callable[[], bool] = lambda: False,
         ranks: WorkerParts | None = None,
     ) -> bool:

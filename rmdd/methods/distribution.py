@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
@@ -79,7 +79,7 @@ class DistributionMethod(BaseMethod, ABC):
         folder: Path,
         device: torch.device,
         key: str,
-        on_step: Callable[[dict], None] = lambda metrics: None,
+        on_step: Callable[[dict[str, Any]], None] = lambda metrics: None,
         should_stop: Callable[[], bool] = lambda: False,
         ranks: WorkerParts | None = None,
     ) -> bool:

@@ -16,7 +16,8 @@ code draws a new text head in every iteration; and pairs to begin with are found
 """
 
 import contextlib
-from typing import Literal
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -285,7 +286,7 @@ class MDMObjective:
         return self.model.embed_images(images).to(dtype), self.model.embed_texts(texts).to(dtype)
 
     @contextlib.contextmanager
-    def _masks(self, seed: int):
+    def _masks(self, seed: int) -> Iterator[None]:
         """Dropout of its own seed, or none."""
         if not self.options.teacher_dropout:
             yield
@@ -298,7 +299,7 @@ class MDMObjective:
             finally:
                 self.model.eval()
 
-    def _precision(self) -> contextlib.AbstractContextManager:
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
         """Kernels stay in float32: in bfloat16 a cosine of 1 - 1e-6 is 1."""
         low = self.run.distill.precision == "bfloat16"
         return torch.autocast(self.device.type, torch.bfloat16) if low else contextlib.nullcontext()

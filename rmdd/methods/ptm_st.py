@@ -13,6 +13,8 @@ with a full similarity. We differ from the released code where it differs from t
 a phase makes exactly I_p updates, exported rates are averaged, and dropout keeps its mask in both passes.
 """
 
+from typing import Any
+
 from rmdd import config
 from rmdd.methods.trajectory import Method
 
@@ -23,7 +25,7 @@ def without(run: config.Run, *, ptm: bool = False, st: bool = False, ema: bool =
     Without PTM all pairs go to one phase with the first phase's range and endpoint (the paper does not state
     which). Without ST the experts must keep every epoch, so `experts.keep` becomes `all`.
     """
-    changes: dict = run.model_dump(mode="json")
+    changes: dict[str, Any] = run.model_dump(mode="json")
     if ptm:
         first = run.distill.phases[0]
         changes["distill"]["phases"] = [{**first.model_dump(), "pairs": sum(p.pairs for p in run.distill.phases)}]

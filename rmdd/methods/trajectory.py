@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rmdd import config
 from rmdd.config.distill import OF_REACH
@@ -111,7 +111,7 @@ class Method(BaseMethod):
         folder: Path,
         device: torch.device,
         key: str,
-        on_step: Callable[[dict], None] = lambda metrics: None,
+        on_step: Callable[[dict[str, Any]], None] = lambda metrics: None,
         should_stop: Callable[[], bool] = lambda: False,
         ranks: WorkerParts | None = None,
     ) -> bool:

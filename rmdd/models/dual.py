@@ -6,6 +6,7 @@ arrive as its embeddings.
 
 import contextlib
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +98,7 @@ class DualEncoder(nn.Module):
                 p.copy_(params[name])
 
 
-def _full_precision(device: str) -> contextlib.AbstractContextManager:
+def _full_precision(device: str) -> contextlib.AbstractContextManager[Any]:
     """Scores are compared in float32 also under autocast, which the meta device does not know."""
     return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 

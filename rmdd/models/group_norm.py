@@ -45,7 +45,9 @@ class TwiceDifferentiable(TorchFunctionMode):
     """Inside, norms (also the batch norm that standardises weights), SiLU and softmax are those of this module, and
     convolutions of single pixels are matrix products."""
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         own = _OWN.get(func)
         result = own(*args, **kwargs or {}) if own else NotImplemented
         return func(*args, **kwargs or {}) if result is NotImplemented else result

@@ -246,7 +246,7 @@ def _create(name: str, pretrained: bool, generator: torch.Generator, image_size:
     seed = int(torch.randint(2**62, (), generator=generator))
     create = functools.partial(timm.create_model, name, pretrained=pretrained, num_classes=0)
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)  # timm's initialisation draws from the global generator
+        torch.default_generator.manual_seed(seed)  # timm's initialisation draws from the global generator
         try:
             try:
                 return create(img_size=image_size)

@@ -153,7 +153,8 @@ def _spread(score: dict[str, float]) -> float:
 
 
 def _train_pairs(distilled: DistilledSet) -> int | None:
-    return distilled.provenance.get("data", {}).get("counts", {}).get("train", {}).get("pairs")
+    pairs: int | None = distilled.provenance.get("data", {}).get("counts", {}).get("train", {}).get("pairs")
+    return pairs
 
 
 def _tiles(distilled: DistilledSet, evaluation: dict[str, Any], seconds: dict[str, float]) -> list[tuple[str, str]]:

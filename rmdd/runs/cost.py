@@ -132,7 +132,7 @@ def work_of(model: DualEncoder, run: config.Run, text_width: int) -> Work:
         with FlopCounterMode(display=False) as counter:
             value = loss(functional_call(encoder, params, (images, texts)), target)
             torch.autograd.grad(value, list(params.values()), allow_unused=True)
-        return counter.get_total_flops()
+        return int(counter.get_total_flops())
 
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         with FlopCounterMode(display=False) as forward, torch.no_grad():

@@ -68,7 +68,8 @@ def dataset_folder(run: config.Run) -> Path:
 
 def protocol_of(run: config.Run) -> dict[str, Any]:
     """What shapes one expert; how many there are does not."""
-    return run.hashed("experts", "experts")
+    value: dict[str, Any] = run.hashed("experts", "experts")
+    return value
 
 
 def seen_by(run: config.Run, dataset: Dataset) -> dict[str, Any]:

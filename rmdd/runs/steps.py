@@ -235,7 +235,7 @@ class Steps:
         with self.timed("health"):
             self.map("health", CheckHealth(), [item], {"health": 1})
             self.storage.fetch(self.folder / HEALTH)
-        health = read_json(self.folder / HEALTH)
+        health: dict[str, Any] = read_json(self.folder / HEALTH)
         for warning in health["warnings"]:
             self.progress.say(f"warning: modality collapse? {warning}")
         return health

@@ -179,7 +179,7 @@ def _inside(each: config.Dimension, value: Any) -> bool:
     if not isinstance(value, int | float) or not low <= value <= high:
         return False
     off = (value - low) / each.step if each.step is not None else 0.0
-    return abs(off - round(off)) < 1e-9
+    return bool(abs(off - round(off)) < 1e-9)
 
 
 def _categories(each: config.Dimension) -> list[Any]:

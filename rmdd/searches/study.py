@@ -39,7 +39,7 @@ def url_of(search: config.Search, folder: Path) -> str:
     """The database of a search, with its variables filled in."""
     if search.storage is None:
         return f"sqlite:///{folder / 'study.db'}"
-    url = os.path.expandvars(search.storage)
+    url: str = os.path.expandvars(search.storage)
     if "${" in url:
         raise ValueError(f"search.storage {search.storage} names a variable that is not set; export it")
     return url

@@ -102,7 +102,9 @@ def _folders(root: InputPath, images: str) -> tuple[list[str], list[AnnotationRo
     return ids, pictures, []
 
 
-def _list(root: InputPath, rule: Any, names_of: dict) -> tuple[list[str], list[AnnotationRow], list[InputPath]]:
+def _list(
+    root: InputPath, rule: Any, names_of: dict[Any, Any]
+) -> tuple[list[str], list[AnnotationRow], list[InputPath]]:
     path = root / rule.file
     lines = [(i, line.strip()) for i, line in enumerate(read_text(path).split("\n"), start=1) if line.strip()]
     kaggle = bool(lines) and lines[0][1] == _KAGGLE

@@ -9,9 +9,9 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image, ImageDraw
@@ -19,6 +19,8 @@ from PIL import Image, ImageDraw
 from rmdd.config import Data, Scenes
 from rmdd.core.seeding import generator
 from rmdd.data.source import AnnotationRow, AnnotationSource
+
+T = TypeVar("T")
 
 COLOURS = {
     "red": (214, 39, 40),
@@ -182,10 +184,9 @@ def draw(spec: str) -> bytes:
     return out.getvalue()
 
 
-def _pick(options: Any, draws: torch.Generator) -> Any:
-
-    options = tuple(options)
-    return options[int(torch.randint(len(options), (), generator=draws))]
+def _pick(options: Iterable[T], draws: torch.Generator) -> T:
+    choices = tuple(options)
+    return choices[int(torch.randint(len(choices), (), generator=draws))]
 
 
 def _draw_scene(draws: torch.Generator) -> Scene:

@@ -35,13 +35,14 @@ def _records(path: InputPath) -> list[Any]:
     content = read_json_file(path)
     if not isinstance(content, dict) or not isinstance(content.get("data"), list):
         raise ValueError(f"{path}: expected an object with a list `data` (TextCaps), found {describe(content)}")
-    for i, record in enumerate(content["data"]):
+    records: list[Any] = content["data"]
+    for i, record in enumerate(records):
         if not isinstance(record, dict) or not isinstance(record.get("image_id"), str):
             raise ValueError(f"{path}: record {i} needs a string `image_id`, found {describe(record)}")
         if not {"caption_str", "reference_strs"} & record.keys():
             hint = f"; {NOTE}: use {FILES['test']}" if record.get("set_name") == "test" else ""
             raise ValueError(f"{path}: record {i} has no caption_str and no reference_strs{hint}")
-    return content["data"]
+    return records
 
 
 def _rows(path: InputPath, records: list[dict[str, Any]], split: str, held_out: float) -> Iterator[AnnotationRow]:

@@ -72,7 +72,7 @@ class FrequencyNet(nn.Module):
     def forward(self, frequencies: int, random: torch.Generator) -> Float[Tensor, "T D"]:
         """Return `frequencies` frequencies (a multiple of `REPEATS`), drawn with the generator `random`."""
         rows = torch.randn(frequencies // REPEATS, self.width, generator=random).to(self.log_scale)
-        scales = self.layers(rows).repeat_interleave(REPEATS, dim=0) * self.log_scale.exp()
+        scales: Tensor = self.layers(rows).repeat_interleave(REPEATS, dim=0) * self.log_scale.exp()
         if self.repeat:
             return scales
         return scales * torch.randn(scales.shape, generator=random).to(scales)

@@ -131,7 +131,8 @@ class Averaging:
             self.ranks.call("after", self._sent(state.raw), state.iteration - 1)
 
     def learned(self) -> dict[str, Tensor]:
-        return self.ranks.call("tensors")[0]
+        tensors: dict[str, Tensor] = self.ranks.call("tensors")[0]
+        return tensors
 
     def restore(self, learned: dict[str, Tensor]) -> None:
         if self.learns:
@@ -172,7 +173,7 @@ def distill_phase(
     folder: Path,
     device: torch.device,
     key: str,
-    on_step: Callable[[dict], None] = lambda metrics: None,
+    on_step: Callable[[dict[str, Any]], None] = lambda metrics: None,
     should_stop: Callable[[], bool] = lambda: False,
     ranks: WorkerParts | None = None,
 ) -> bool:

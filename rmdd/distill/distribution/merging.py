@@ -32,7 +32,7 @@ def cosine(first: Tensor, second: Tensor, *, positive: bool = True) -> Tensor:
     A negative cosine c makes c / (1 + c) very large, so it counts as 0 unless `positive` is false.
     """
     a, b = first.flatten(), second.flatten()
-    value = a @ b / (a.norm() * b.norm() + 1e-12)
+    value: Tensor = a @ b / (a.norm() * b.norm() + 1e-12)
     return value.clamp(0 if positive else 1e-6 - 1, 1)
 
 

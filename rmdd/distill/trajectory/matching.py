@@ -75,7 +75,8 @@ class Matcher:
         return features_of(self.frozen_tower, synthetic, drawn.batches)
 
     def _features(self, images: Tensor) -> Tensor:
-        return self.model.image_tower(enlarged(images, self.run.data.image_size))
+        features: Tensor = self.model.image_tower(enlarged(images, self.run.data.image_size))
+        return features
 
     def engine(self, synthetic: Synthetic) -> Engine:
         """Return the engine options; forward or reverse mode is chosen once, from the first draw and the initial set.

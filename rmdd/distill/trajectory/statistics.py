@@ -38,18 +38,21 @@ def val_curve(store: Store, experts: Sequence[int]) -> Float[np.ndarray, " m"]:
             f"the experts in {store.path} have no val R@mean per epoch, which planning needs; write distill.phases by "
             "hand, or train the experts with `rmdd experts`"
         )
-    return np.mean(curves, axis=0)
+    mean: np.ndarray = np.mean(curves, axis=0)
+    return mean
 
 
 def arc_lengths(store: Store, experts: Sequence[int]) -> Float[np.ndarray, " n"]:
     """Return the length of the parameter step of each epoch over all layers, averaged over `experts`."""
     joint = [np.sqrt(np.sum(np.square(list(store.norms(e).values())), axis=0)) for e in experts]
-    return np.mean(joint, axis=0)
+    mean: np.ndarray = np.mean(joint, axis=0)
+    return mean
 
 
 def gain_per_arc(val: Float[np.ndarray, " m"], arc: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """Return the val points gained per unit of arc length in each epoch; 0 for an epoch without movement."""
-    return np.divide(np.diff(val), arc, out=np.zeros_like(arc), where=arc > 0)
+    gain: np.ndarray = np.divide(np.diff(val), arc, out=np.zeros_like(arc), where=arc > 0)
+    return gain
 
 
 def share_reached(val: Float[np.ndarray, " m"]) -> Float[np.ndarray, " m"]:
@@ -91,7 +94,8 @@ class Probe:
 
     def mean(self, part: str) -> Float[Tensor, "T _"]:
         """Return the gradient at every start, averaged over samples."""
-        return getattr(self, part).mean(dim=1)
+        gradients: Tensor = getattr(self, part)
+        return gradients.mean(dim=1)
 
     def cosine(self, part: str) -> Float[Tensor, "T T"]:
         """Return the cosines between the mean gradients at all starts."""
@@ -102,7 +106,8 @@ class Probe:
         return (self.cosine("images") + self.cosine("texts")) / 2
 
     def norms(self, part: str) -> Float[Tensor, " T"]:
-        return self.mean(part).norm(dim=1)
+        norms: Tensor = self.mean(part).norm(dim=1)
+        return norms
 
 
 def probe(

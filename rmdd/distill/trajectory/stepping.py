@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ def distill_phase(
     folder: Path,
     device: torch.device,
     key: str,
-    on_step: Callable[[dict], None] = lambda metrics: None,
+    on_step: Callable[[dict[str, Any]], None] = lambda metrics: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> bool:
     """Distil one phase by matching trajectories; see `rmdd.distill.loop.run_phase`."""

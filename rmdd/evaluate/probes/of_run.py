@@ -190,7 +190,8 @@ def probe(
             prepared = PreparedSplit(split, embedded(split.captions), *constants)
             return students.score(model, prepared, device, chunk).as_dict()
         score = ASKING[wanted.kind].score
-        return score(model, questions, split, constants, embedded, device, chunk, alive)
+        scores: dict[str, float] = score(model, questions, split, constants, embedded, device, chunk, alive)
+        return scores
     except Diverged:
         return dict.fromkeys(_metrics(wanted, questions), 0.0)
     finally:
@@ -312,4 +313,5 @@ def _file(folder: Path, name: str) -> Path:
 def _prepared(folder: Path, name: str, storage: Storage) -> dict[str, Any]:
     file = _file(folder, name)
     storage.fetch(file)
-    return read_json(file)
+    questions: dict[str, Any] = read_json(file)
+    return questions
