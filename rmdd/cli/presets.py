@@ -14,7 +14,7 @@ from rmdd.config.presets import PRESETS, find_preset, no_preset, preset, preset_
 
 @command(options=())
 def presets(
-    name: Annotated[str | None, typer.Argument(help="A preset or a preset file to print, or a dataset.")] = None,
+    name: Annotated[str | None, typer.Argument(help="A dataset to list, or a preset or preset file to print.")] = None,
     whole: Annotated[bool, typer.Option("--whole", help="Print a preset with the values of what it extends.")] = False,
 ) -> Output:
     """List the run files that come with rmdd, or print one."""
@@ -26,8 +26,9 @@ def presets(
         return Output(lines=[config.as_yaml(config.read(name)).rstrip()])
     if find_preset(name) is not None:
         return Output(lines=[run_file(name)])
-    if name in files:
-        return Output(lines=[(PRESETS / f"{name}.yaml").read_text(encoding="utf-8").rstrip()])
+    file = PRESETS / f"{name}.yaml"
+    if name in files or (name.startswith("bases/") and file.is_file()):
+        return Output(lines=[file.read_text(encoding="utf-8").rstrip()])
     raise config.ConfigError([no_preset(name)], "presets")
 
 

@@ -93,7 +93,7 @@ def extended(raw: dict[str, Any], folder: Path, where: str, chain: tuple[str, ..
     if not isinstance(name, str):
         raise ConfigError([f"extends: give the name of a preset or the path of a YAML file, found {name!r}"], where)
     base, label, path = preset(name), name, PRESETS / f"{name}.yaml"
-    if base is None and "/" in name and path.is_file():  # values that presets share, such as bases/lors
+    if base is None and name.startswith("bases/") and path.is_file():  # values that presets share
         base = copy.deepcopy(_preset_file(path))
     elif base is None:
         path = folder / Path(name).expanduser()

@@ -160,6 +160,7 @@ def test_the_presets_of_a_dataset_fit_a_screen(dataset):
 
 def test_a_preset_file_is_printed_with_all_its_budgets():
     assert list(yaml.safe_load(rmdd_("presets", "coco_edge").stdout)["budgets"]) == [500, 1000]
+    assert yaml.safe_load(rmdd_("presets", "bases/lors").stdout)["distill"]["method"] == "lors"
     assert "'coco_edge' has several budgets" in rmdd_("presets", "coco_edge", "--whole").stderr
 
 
