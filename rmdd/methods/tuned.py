@@ -57,7 +57,7 @@ class TunedMethod(GenerativeMethod):
 
     def faults(self) -> list[str]:
         found, generator = super().faults(), self.parts()[0]
-        for option, size in () if generator.lacking() else self.sizes().items():
+        for option, size in () if generator.missing_files() else self.sizes().items():
             try:
                 latent_shape(generator.folder(), size)
             except ValueError as error:

@@ -1,8 +1,8 @@
-"""CLIP: images and captions to projected features of raw scale.
+"""Pretrained CLIP models: projected features of images and captions.
 
-Images go through the processor of the CLIP itself (resize and centre crop, no augmentation); captions are cleaned as
-published (lower case, no punctuation, 30 words at most). Nothing is brought to unit length: unCLIP decoders read the
-length too. n rows, D projection width.
+Images are preprocessed by the model's own processor (resize and centre crop, no augmentation). Captions are cleaned as
+published (lower case, no punctuation, at most 30 words). Features are not normalised, because unCLIP decoders use their
+length. n rows, D projection width.
 """
 
 from collections.abc import Sequence
@@ -23,17 +23,17 @@ FILES = ("preprocessor_config.json|processor_config.json", "tokenizer.json|vocab
 
 
 def clip_part(name: str, option: str = "") -> PretrainedModel:
-    """The CLIP that an encoder `clip:NAME` names."""
+    """Describe the CLIP model of an encoder `clip:NAME`."""
     return PretrainedModel.of("clip", name, files=FILES, option=option)
 
 
 def projection_width(folder: Path) -> int:
-    """D of the CLIP in a folder."""
+    """Return D of the CLIP model in `folder`."""
     return int(read_json(folder / "config.json")["projection_dim"])
 
 
 class Clip:
-    """A CLIP with its processor, in float32."""
+    """A CLIP model with its processor, in float32."""
 
     def __init__(self, folder: Path, device: torch.device):
         from transformers import CLIPModel, CLIPProcessor
@@ -57,5 +57,5 @@ class Clip:
 
 
 def _projected(output: Any) -> Tensor:
-    """The projected features, which transformers wraps since version 5."""
+    """Return the projected features as float32; since version 5, transformers wraps them in an output object."""
     return (output if isinstance(output, Tensor) else output.pooler_output).float()

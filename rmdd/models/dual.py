@@ -1,7 +1,7 @@
-"""The dual encoder: image tower, trainable projections, and a scaled cosine between the two sides.
+"""The dual encoder: an image tower and projections for images and texts; its score is cosine / temperature.
 
-B pairs in a batch, F text feature width, D joint width, H W image size. The text tower is frozen, so texts
-arrive as its embeddings.
+B pairs in a batch, F text feature width, D joint width, H W image size. The text tower is frozen, so the model takes
+text embeddings instead of captions.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ TOWERS = ("image", "text")
 
 
 class Block(nn.Module):
-    """The papers' projection: two linear layers, GELU, dropout, a skip from the first, LayerNorm."""
+    """The projection of the papers: linear, GELU, linear, dropout, a skip connection over the last three, LayerNorm."""
 
     def __init__(self, inputs: int, width: int, dropout: float):
         super().__init__()
@@ -43,7 +43,7 @@ def _projection(kind: str, inputs: int, width: int, dropout: float) -> nn.Module
 
 
 class DualEncoder(nn.Module):
-    """Scores B images against B text embeddings: `forward` gives the (B, B) cosines over the temperature."""
+    """A dual encoder: `forward` returns the (B, B) scores (cosine / temperature) of B images and B text embeddings."""
 
     def __init__(self, image_tower: nn.Module, image_head: nn.Module, text_head: nn.Module, temperature: float):
         super().__init__()
@@ -59,7 +59,10 @@ class DualEncoder(nn.Module):
         return self
 
     def on_features(self) -> "DualEncoder":
-        """The same heads on images given as the tower's features; parameters are shared and keep their names."""
+        """Return a dual encoder that takes image features instead of images.
+
+        It shares the parameters of the projections, under the same names.
+        """
         return DualEncoder(nn.Identity(), self.image_head, self.text_head, self.temperature).train(self.training)
 
     def embed_images(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
@@ -74,32 +77,33 @@ class DualEncoder(nn.Module):
         texts: Float[Tensor, "B F"],
         mixing: Callable[[Tensor], Tensor] | None = None,
     ) -> Float[Tensor, "B B"]:
-        """`mixing` changes what the encoders give, on both sides, before the projections."""
+        """Return all pairwise scores; `mixing` transforms the features of both modalities before the projections."""
         features = self.image_tower(images)
         if mixing is not None:
             features, texts = mixing(features), mixing(texts)
         return self.scores(F.normalize(self.image_head(features), dim=1), self.embed_texts(texts))
 
     def scores(self, u: Float[Tensor, "M D"], v: Float[Tensor, "N D"]) -> Float[Tensor, "M N"]:
-        """Cosines of embedded images and texts over the temperature."""
+        """Return cosine / temperature of image embeddings `u` and text embeddings `v`."""
         with _full_precision(u.device.type):
             return _at_least_float32(u) @ _at_least_float32(v).T / self.temperature
 
     def trained(self) -> Params:
-        """The parameters that are trained and matched, detached, in registration order."""
+        """Return the trainable parameters, which are also the matched ones, detached and in registration order."""
         return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
 
     def load_trained(self, params: Mapping[str, Tensor]) -> None:
-        """Copy `params` in; raises `ValueError` when names or shapes differ."""
-        own = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        check_same_shapes({n: tuple(p.shape) for n, p in own.items()}, {n: tuple(p.shape) for n, p in params.items()})
+        """Copy `params` into the trainable parameters. Raises `ValueError` if names or shapes differ."""
+        trainable = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        shapes = {n: tuple(p.shape) for n, p in trainable.items()}
+        check_same_shapes(shapes, {n: tuple(p.shape) for n, p in params.items()})
         with torch.no_grad():
-            for name, p in own.items():
+            for name, p in trainable.items():
                 p.copy_(params[name])
 
 
 def _full_precision(device: str) -> contextlib.AbstractContextManager[Any]:
-    """Scores are compared in float32 also under autocast, which the meta device does not know."""
+    """Return a context that disables autocast, so scores are float32 (the meta device does not support autocast)."""
     return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
@@ -108,29 +112,31 @@ def _at_least_float32(t: Tensor) -> Tensor:
 
 
 def tower_of(name: str) -> str:
-    """Which side a parameter belongs to: `image` or `text`."""
+    """Return the modality of a parameter, `image` or `text`, from its name."""
     return "text" if name.startswith("text_head.") else "image"
 
 
-def check_same_shapes(ours: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise `ValueError` unless both list the same parameters, in the same order, with the same shapes."""
-    if list(ours.items()) == list(theirs.items()):
+def check_same_shapes(expected: Mapping[str, tuple[int, ...]], actual: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise `ValueError` unless the parameters in `actual` have the names, order and shapes of those in `expected`."""
+    if list(expected.items()) == list(actual.items()):
         return
-    missing = [n for n in ours if n not in theirs][:3]
-    extra = [n for n in theirs if n not in ours][:3]
-    other = [f"{n} {tuple(theirs[n])} for {tuple(ours[n])}" for n in ours if n in theirs and ours[n] != theirs[n]][:3]
+    missing = [n for n in expected if n not in actual][:3]
+    extra = [n for n in actual if n not in expected][:3]
+    common = [n for n in expected if n in actual and expected[n] != actual[n]][:3]
+    differing = [f"{n} {tuple(actual[n])} for {tuple(expected[n])}" for n in common]
     raise ValueError(
         "these parameters belong to another model: "
-        f"missing {missing}, unexpected {extra}, other shapes {other or 'none (another order)'}; "
+        f"missing {missing}, unexpected {extra}, other shapes {differing or 'none (another order)'}; "
         "use the model section that they were trained with"
     )
 
 
 def build(model: config.Model, text_width: int, image_size: int, seed: int, who: str, index: int = 0) -> DualEncoder:
-    """A fresh dual encoder. `who` and `index` name the draw: every expert and student has heads of its own.
+    """Build a dual encoder with newly initialised projections.
 
-    A pretrained or local tower, and one of `random:SEED`, starts the same for everyone; a random one is drawn anew,
-    like the heads.
+    `who` (such as `expert` or `student`) and `index` select the random numbers, so each expert and student starts from
+    different projections. A tower with weights `random` also differs; pretrained and local towers and `random:SEED` are
+    the same for all.
     """
     tower = build_image_tower(model.image, generator(seed, f"{who} tower", index), image_size)
     with torch.random.fork_rng(devices=[]):

@@ -1,17 +1,18 @@
-"""Group normalisation, alone or with ReLU and 2x2 average pooling, and SiLU, cheap to differentiate twice.
+"""Group normalisation (also with ReLU and 2x2 average pooling) and SiLU with a fast second derivative.
 
-N images, C channels in G groups, H x W pixels. These operations are bound by memory, not arithmetic: taken apart,
-their second derivative reads and writes the largest maps of a network some forty times. Here only the input is
-kept, and each derivative is one round of sums per image and channel, then one linear combination of maps.
+N images, C channels in G groups, H x W pixels. The speed of these operations is limited by memory, not by arithmetic.
+Composed from torch operations, their second derivative reads and writes the largest feature maps of a network about
+forty times. This module saves only the input, and computes each derivative by one pass of sums per image and channel
+and one linear combination of maps.
 
 With xh = (x - mean) r the normalised input, z = w xh + b, h a gradient at z, m(.) a mean over a group:
 
     gradient    gx = r (w h - m(w h) - xh m(w h xh)),  gw = sum h xh,  gb = sum h
     tangent     dz = w r (dx - m(dx) - xh m(dx xh)) + dw xh + db
 
-Each is the other's adjoint, so both have the same derivative: reverse mode twice and reverse over forward mode
-share it. torch's own forward mode of batch and layer norm may not be differentiated again (torch 2.15 treats
-their mean and deviation as constants there, silently).
+The gradient and the tangent are adjoint to each other, so they have the same derivative, which serves both reverse mode
+over reverse mode and reverse mode over forward mode. torch's forward mode of batch and layer norm must not be
+differentiated again: torch 2.15 then silently treats the mean and the deviation as constants.
 """
 
 import math
@@ -28,8 +29,8 @@ from torch.overrides import TorchFunctionMode
 def norm_relu_pool(
     x: Float[Tensor, "N C H W"], weight: Float[Tensor, " C"], bias: Float[Tensor, " C"], groups: int, eps: float
 ) -> Float[Tensor, "N C h w"]:
-    """`avg_pool2d(relu(group_norm(x)), 2)`, with gradients up to the second order in every argument."""
-    if x.shape[2] % 2 or x.shape[3] % 2:  # pooling drops a row or a column
+    """Compute `avg_pool2d(relu(group_norm(x)), 2)`, twice differentiable in all tensor arguments."""
+    if x.shape[2] % 2 or x.shape[3] % 2:  # for odd sizes, pooling drops a row or a column
         return F.avg_pool2d(F.relu(group_norm(x, weight, bias, groups, eps)), 2)
     return _Norm.apply(_packed(x.to(weight.dtype)), weight, bias, groups, eps, True)[0]
 
@@ -37,19 +38,21 @@ def norm_relu_pool(
 def group_norm(
     x: Float[Tensor, "N C *_"], weight: Float[Tensor, " C"], bias: Float[Tensor, " C"], groups: int, eps: float
 ) -> Float[Tensor, "N C *_"]:
-    """`torch.nn.functional.group_norm`, with gradients up to the second order in every argument."""
+    """Compute `torch.nn.functional.group_norm`, twice differentiable in all tensor arguments."""
     return _Norm.apply(_packed(x.to(weight.dtype)), weight, bias, groups, eps, False)[0]
 
 
 class TwiceDifferentiable(TorchFunctionMode):
-    """Inside, norms (also the batch norm that standardises weights), SiLU and softmax are those of this module, and
-    convolutions of single pixels are matrix products."""
+    """A context in which torch calls the norms, SiLU and softmax of this module.
+
+    The batch norm that standardises weights is also replaced. A convolution of a single pixel becomes a matrix product.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        own = _OWN.get(func)
-        result = own(*args, **kwargs or {}) if own else NotImplemented
+        replacement = _REPLACEMENTS.get(func)
+        result = replacement(*args, **kwargs or {}) if replacement else NotImplemented
         return func(*args, **kwargs or {}) if result is NotImplemented else result
 
 
@@ -118,7 +121,7 @@ def _softmax(x: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: tor
     return result if result is NotImplemented else result.exp()
 
 
-_OWN: dict[Any, Any] = {
+_REPLACEMENTS: dict[Any, Any] = {
     F.layer_norm: _layer_norm,
     F.group_norm: _group_norm,
     F.batch_norm: _standardise,
@@ -175,7 +178,7 @@ class _Gradient(torch.autograd.Function):
         on_g = _tangent(a, aw, ab, z, *at)
         h = _before_pool(g, z)
         del z
-        on_x, on_weight = _second(a, aw, h, *at, spend=ctx.pool)
+        on_x, on_weight = _second(a, aw, h, *at, reuse_h=ctx.pool)
         return on_g, on_x, on_weight, None, None, None, None
 
 
@@ -195,7 +198,7 @@ class _Tangent(torch.autograd.Function):
         on_tangents = _gradient(h, *at) if any(ctx.needs_input_grad[:3]) else (None, None, None)
         on_x = on_weight = None
         if any(ctx.needs_input_grad[3:5]):
-            on_x, on_weight = _second(dx, dw, h, *at, spend=ctx.pool)
+            on_x, on_weight = _second(dx, dw, h, *at, reuse_h=ctx.pool)
         return *on_tangents, on_x, on_weight, None, None, None, None
 
 
@@ -216,7 +219,7 @@ class _SiLU(torch.autograd.Function):
 
 
 class _SiLUSlope(torch.autograd.Function):
-    """g times the slope at x."""
+    """The derivative of SiLU at x, times g."""
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, x: Tensor) -> Tensor:
@@ -260,26 +263,26 @@ def _tangent(
 
 
 def _second(
-    a: Tensor, aw: Tensor, h: Tensor, x: Tensor, weight: Tensor, _: Tensor, mean: Tensor, rstd: Tensor, *, spend: bool
+    a: Tensor, aw: Tensor, h: Tensor, x: Tensor, weight: Tensor, _: Tensor, mean: Tensor, rstd: Tensor, *, reuse_h: bool
 ) -> tuple[Tensor, Tensor]:
-    """Derivative in x and weight of <a, gx> + <aw, gw>. `spend`: the first may take the place of h."""
+    """Return the derivatives of <a, gx> + <aw, gw> in x and weight. With `reuse_h`, the memory of h is overwritten."""
     r, mu, average = _statistics(x, mean, rstd)
     sa, sh, sah = _sum(a), _sum(h), _dot(a, h)
     sax, shx = r * (_dot(a, x) - mu * sa), r * (_dot(h, x) - mu * sh)
     ma, mh, max_, mhx = average(sa), average(weight * sh), average(sax), average(weight * shx)
     through_r = r * (average(weight * sah) - ma * mh - max_ * mhx)
-    on_a, on_h = -r * mhx, aw - r * max_ * weight  # the cotangent of xh is this much of a and of h
+    on_a, on_h = -r * mhx, aw - r * max_ * weight  # the cotangent of xh is on_a * a + on_h * h
     on_x = -r * r * (average(on_a * sax + on_h * shx) + through_r)
     constant = -r * average(on_a * sa + on_h * sh) - on_x * mu
     wide = [_like_map(t, x) for t in (constant, r * on_a, r * on_h, on_x)]
-    out = h.mul_(wide[2]).addcmul_(a, wide[1]) if spend else torch.mul(h, wide[2]).addcmul_(a, wide[1])
+    out = h.mul_(wide[2]).addcmul_(a, wide[1]) if reuse_h else torch.mul(h, wide[2]).addcmul_(a, wide[1])
     return out.addcmul_(x, wide[3]).add_(wide[0]), (r * (sah - ma * sh - max_ * shx)).sum(0)
 
 
 def _statistics(x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Any]:
-    """1 / deviation and mean, per image and channel, and the mean over groups of sums over pixels."""
+    """Return 1 / deviation and mean, per image and channel, and a function from sums over pixels to group means."""
     (n, groups), size = mean.shape, x[0].numel() // mean.shape[1]
-    channels = x.shape[1] // groups  # of a group
+    channels = x.shape[1] // groups  # channels per group
     r, mu = rstd.repeat_interleave(channels, 1), mean.repeat_interleave(channels, 1)
     return r, mu, lambda sums: (sums.view(n, groups, -1).sum(2) / size).repeat_interleave(channels, 1)
 
@@ -290,7 +293,7 @@ def _before_relu(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Te
 
 
 def _before_pool(g: Tensor, z: Tensor | None) -> Tensor:
-    """The gradient at the norm's output, given that after the pool. Leaves in z where the ReLU passes."""
+    """Return the gradient at the norm's output from the gradient after the pooling; overwrites z with the ReLU mask."""
     return g if z is None else F.interpolate(g / 4, scale_factor=2.0).mul_(torch.gt(z, 0, out=z))
 
 
@@ -303,14 +306,14 @@ def _sum(a: Tensor) -> Float[Tensor, "N C"]:
 
 
 def _packed(x: Tensor) -> Tensor:
-    """Channels last on a CPU, where there are pixels: the pooling and the first convolution are several times faster.
-    The norm of other devices takes plain maps alone."""
+    """Return `x` contiguous: on a CPU feature maps become channels-last, which makes pooling and the first convolution
+    several times faster; the norm of other devices supports only the standard layout."""
     last = x.dim() == 4 and x.device.type == "cpu"
     return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def _combine(constant: Tensor, *terms: Tensor) -> Tensor:
-    """constant + coefficient * map + ..., coefficients per image and channel."""
+    """Return constant + coefficient * map + ...; constant and coefficients have one value per image and channel."""
     out = torch.addcmul(_like_map(constant, terms[1]), terms[1], _like_map(terms[0], terms[1]))
     for coefficient, part in zip(terms[2::2], terms[3::2], strict=True):
         out.addcmul_(part, _like_map(coefficient, part))

@@ -1,4 +1,4 @@
-"""Image towers: the small ConvNet and every timm model, without their classifier.
+"""Image towers: a small ConvNet and all timm models, without classifier.
 
 B images, H x W pixels, F features.
 """
@@ -26,7 +26,7 @@ HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
 class Support(Enum):
-    """What a tower allows to exact trajectory matching, which differentiates its gradient once more."""
+    """Whether a tower supports exact trajectory matching, which differentiates its gradient again."""
 
     YES = "supported"
     MATH = "supported with the math attention kernel"
@@ -34,9 +34,9 @@ class Support(Enum):
     UNTESTED = "untested"
 
 
-# By timm module, or by model where one module holds both kinds. Fused attention has no double backward, so a family
-# that may call it is MATH. The NO entries use hardsigmoid, whose backward has no derivative in torch.
-TABLE: dict[str, Support] = {
+# Keys are timm modules, or single models where a module contains both kinds. Fused attention has no double backward,
+# so families that may call it are MATH. The NO families use hardsigmoid, whose backward has no derivative in torch.
+SUPPORT: dict[str, Support] = {
     "convnet": Support.YES,
     **dict.fromkeys(
         "convmixer convnext cspnet densenet dla dpn edgenext efficientformer efficientnet efficientvit_mit "
@@ -56,26 +56,26 @@ TABLE: dict[str, Support] = {
 
 
 def double_backward(name: str) -> Support:
-    """Whether a gradient through the tower called `name` can be differentiated again (measured per family)."""
+    """Return whether a gradient through the tower `name` can be differentiated again (measured per model family)."""
     if name == "convnet" or name.startswith(HUB_PREFIXES):
-        return TABLE.get(name, Support.UNTESTED)
+        return SUPPORT.get(name, Support.UNTESTED)
     import timm
 
     check_name(name)
     family = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
-    return TABLE.get(name.partition(".")[0], TABLE.get(family, Support.UNTESTED))
+    return SUPPORT.get(name.partition(".")[0], SUPPORT.get(family, Support.UNTESTED))
 
 
 @contextlib.contextmanager
 def matching_context(tower: nn.Module | str) -> Iterator[None]:
-    """Run the passes of matching through `tower` (a name, or a module that holds one) with the math attention kernel.
+    """Use the math attention kernel, so that matching can differentiate twice through `tower` (a name or a module).
 
-    Raises `ValueError` for a trained tower that is known to have no double backward.
+    Raises `ValueError` for a trainable tower that is known to have no double backward.
     """
     for name in [tower] if isinstance(tower, str) else _trained_architectures(tower):
         if double_backward(name) is Support.NO:
             raise ValueError(
-                f"image tower '{name}' cannot be matched through: an operation in it has no second derivative; "
+                f"image tower '{name}' does not support matching: one of its operations has no second derivative; "
                 "choose another model.image.name, or set model.image.trainable: false"
             )
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
@@ -89,14 +89,14 @@ def _trained_architectures(module: nn.Module) -> list[str]:
 
 
 def build_image_tower(tower: ImageTower, generator: torch.Generator, image_size: int = 224) -> nn.Module:
-    """A tower (B, 3, image_size, image_size) -> (B, width), its length of output as the attribute `width`.
+    """Build a tower (B, 3, image_size, image_size) -> (B, width) with its output width as the attribute `width`.
 
-    Every random weight comes from `generator`; batch statistics are frozen. Raises `ValueError` for unknown names,
-    weights that cannot be had or do not fit, and images too small.
+    All random weights come from `generator`; batch statistics are frozen. Raises `ValueError` for unknown names, for
+    weights that are unavailable or do not fit, and for images that are too small.
     """
     if tower.name == "convnet":
         return _convnet(tower, generator, image_size)
-    generator = _own_generator(tower, generator)
+    generator = _generator_of(tower, generator)
     model = _create(tower.name, tower.weights == "pretrained", generator, image_size)
     if tower.weights != "pretrained" and not tower.is_random:
         _load(model, weights_file(tower))
@@ -105,17 +105,17 @@ def build_image_tower(tower: ImageTower, generator: torch.Generator, image_size:
     return model
 
 
-def _own_generator(tower: ImageTower, generator: torch.Generator) -> torch.Generator:
-    """Of `random:SEED`, the generator of that seed; else the one given."""
+def _generator_of(tower: ImageTower, generator: torch.Generator) -> torch.Generator:
+    """Return a generator for the seed of `random:SEED`, or `generator` for other weights."""
     if not tower.weights.startswith("random:"):
         return generator
     return seeding.generator(int(tower.weights.removeprefix("random:")), "shared tower")
 
 
 def normalisation_of(tower: ImageTower) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Channel means and deviations the timm weights were trained with."""
+    """Return the channel means and deviations that the timm weights of a tower were trained with."""
     if tower.name == "convnet":
-        raise ValueError("convnet has no normalisation of its own; set data.normalise to clip, imagenet or half")
+        raise ValueError("convnet defines no normalisation; set data.normalise to clip, imagenet or half")
     import timm
 
     if tower.name.startswith(HUB_PREFIXES):
@@ -127,7 +127,7 @@ def normalisation_of(tower: ImageTower) -> tuple[tuple[float, float, float], tup
 
 
 def image_identity(tower: ImageTower) -> str:
-    """What the tower's weights are: `random`, the SHA-256 of a local file, or the hub id and timm's version."""
+    """Identify the weights of a tower: `random`, the SHA-256 of a local file, or the hub id and the timm version."""
     if tower.is_random:
         return tower.weights
     if tower.weights != "pretrained":
@@ -142,7 +142,7 @@ def image_identity(tower: ImageTower) -> str:
 
 
 def weights_file(tower: ImageTower) -> Path:
-    """The local file that `tower.weights` names; raises `ValueError` when it is not there."""
+    """Return the local file that `tower.weights` names. Raises `ValueError` if it does not exist."""
     path = Path(tower.weights).expanduser().absolute()
     if not path.is_file():
         raise ValueError(f"no weights file '{path}'; set model.image.weights to pretrained, random or an existing file")
@@ -155,10 +155,10 @@ def _sha256_once(path: Path, changed_ns: int, size: int) -> str:
 
 
 def freeze_statistics(module: nn.Module) -> nn.Module:
-    """Keep every layer with running statistics in eval mode, whatever `train()` is called with.
+    """Keep layers with running statistics in eval mode, even after a call of `train()`.
 
-    An unrolled student is a function of its parameters: were the batch to move buffers, a step replayed in the
-    backward pass would differ from the one taken, and a checkpoint of parameters would not hold the model.
+    An unrolled student must depend only on its parameters. If batches changed buffers, a step that is recomputed in the
+    backward pass would differ from the original step, and a checkpoint of the parameters would be incomplete.
     """
     for layer in module.modules():
         if layer._buffers.keys() & {"running_mean", "running_var"}:
@@ -175,7 +175,7 @@ def _stay_in_eval(layer: nn.Module, mode: bool = True) -> nn.Module:
 
 
 class ConvNet(nn.Module):
-    """Blocks of 3x3 convolution, GroupNorm, ReLU and 2x2 average pooling, then flattened (no classifier)."""
+    """A network of blocks (3x3 convolution, GroupNorm, ReLU, 2x2 average pooling) that returns flat features."""
 
     def __init__(self, widths: tuple[int, ...], groups: int, image_size: int, generator: torch.Generator):
         super().__init__()
@@ -188,7 +188,7 @@ class ConvNet(nn.Module):
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B F"]:
         x = images
-        if x.device.type == "cpu":  # the first convolution is several times faster
+        if x.device.type == "cpu":  # makes the first convolution several times faster
             x = x.contiguous(memory_format=torch.channels_last)
         for convolution, norm in zip(self.blocks[::4], self.blocks[1::4], strict=True):
             assert isinstance(norm, nn.GroupNorm)
@@ -197,7 +197,7 @@ class ConvNet(nn.Module):
 
 
 def _convolution(fan_in: int, fan_out: int, generator: torch.Generator) -> nn.Conv2d:
-    """A 3x3 convolution with PyTorch's default initialisation, drawn from `generator`."""
+    """Build a 3x3 convolution with PyTorch's default initialisation, drawn from `generator`."""
     layer = nn.utils.skip_init(nn.Conv2d, fan_in, fan_out, 3, padding=1)
     nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
     bound = 1 / math.sqrt(9 * fan_in)
@@ -218,17 +218,17 @@ def _convnet(tower: ImageTower, generator: torch.Generator, image_size: int) -> 
             )
     if image_size >> len(tower.widths) == 0:
         raise ValueError(
-            f"images of {image_size} pixels are halved {len(tower.widths)} times by convnet, to nothing; "
+            f"images of {image_size} pixels are too small for convnet, which halves them {len(tower.widths)} times; "
             "use a larger data.image_size or fewer model.image.widths"
         )
-    net = ConvNet(tower.widths, tower.groups, image_size, _own_generator(tower, generator))
+    net = ConvNet(tower.widths, tower.groups, image_size, _generator_of(tower, generator))
     if not tower.is_random:
         _load(net, weights_file(tower))
     return net
 
 
 def check_name(name: str) -> None:
-    """Raise `ValueError` with the closest names unless `name` is a timm model or one on the hub."""
+    """Raise `ValueError` that suggests similar names, unless `name` is a timm model or a hub id."""
     import timm
 
     if name.startswith(HUB_PREFIXES) or timm.is_model(name):
@@ -236,7 +236,7 @@ def check_name(name: str) -> None:
     names = ["convnet", *timm.list_models()]
     near = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
     hint = f"the closest names are {', '.join(near)}" if near else "see timm.list_models()"
-    raise ValueError(f"no image tower '{name}' (convnet or a timm model); {hint}")
+    raise ValueError(f"unknown image tower '{name}', expected convnet or a timm model; {hint}")
 
 
 def _create(name: str, pretrained: bool, generator: torch.Generator, image_size: int | None) -> Any:
@@ -250,7 +250,7 @@ def _create(name: str, pretrained: bool, generator: torch.Generator, image_size:
         try:
             try:
                 return create(img_size=image_size)
-            except TypeError as error:  # convolutional towers take any size and have no such argument
+            except TypeError as error:  # convolutional towers accept any size and have no argument img_size
                 if "img_size" not in str(error):
                     raise
             return create()
@@ -264,10 +264,10 @@ def _create(name: str, pretrained: bool, generator: torch.Generator, image_size:
 
 
 def _load(model: nn.Module, path: Path) -> None:
-    """Fill `model` from a file of the same architecture, with or without its classifier."""
+    """Load weights of the same architecture from a file, with or without its classifier."""
     import timm
 
-    # timm's own conversion: older key names, position embeddings of another image size
+    # timm's conversion handles older key names and position embeddings of another image size
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", lambda state, model: state)
     try:
         state = convert(timm.models.load_state_dict(str(path), device="cpu", weights_only=True), model)
@@ -278,19 +278,21 @@ def _load(model: nn.Module, path: Path) -> None:
     classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
     expected = model.state_dict()
     state = {k: v for k, v in state.items() if k in expected or not k.startswith(tuple(f"{c}." for c in classifiers))}
-    wrong = {
+    problems = {
         "missing": expected.keys() - state.keys(),
         "unexpected": state.keys() - expected.keys(),
         "of another shape": {k for k in expected.keys() & state.keys() if expected[k].shape != state[k].shape},
     }
-    if any(wrong.values()):
-        named = "; ".join(f"{len(keys)} {what} ({', '.join(sorted(keys)[:3])})" for what, keys in wrong.items() if keys)
-        raise ValueError(f"weights file '{path}' does not fit the image tower: {named}; give one of the same model")
+    if any(problems.values()):
+        listed = "; ".join(
+            f"{len(keys)} {kind} ({', '.join(sorted(keys)[:3])})" for kind, keys in problems.items() if keys
+        )
+        raise ValueError(f"weights file '{path}' does not fit the image tower: {listed}; give a file of the same model")
     model.load_state_dict(state)
 
 
 def _width(model: nn.Module, name: str, image_size: int) -> int:
-    """Length of the pooled feature, by running one blank image."""
+    """Return the length of the pooled feature, measured with a blank image."""
     was_training = model.training
     model.eval()
     try:
@@ -298,9 +300,9 @@ def _width(model: nn.Module, name: str, image_size: int) -> int:
             shape = tuple(model(torch.zeros(1, 3, image_size, image_size)).shape)
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ValueError(
-            f"image tower '{name}' does not take images of {image_size} pixels ({error}); set another data.image_size"
+            f"image tower '{name}' does not accept images of {image_size} pixels ({error}); set another data.image_size"
         ) from error
     model.train(was_training)
     if len(shape) != 2:
-        raise ValueError(f"image tower '{name}' gives features of shape {shape}, not a vector per image; choose one")
+        raise ValueError(f"image tower '{name}' returns features of shape {shape}, expected (1, width); choose another")
     return shape[1]

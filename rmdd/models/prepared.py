@@ -1,4 +1,4 @@
-"""A split that is ready to train or score on: its pictures, the embeddings of its captions, and the pixel constants."""
+"""A split ready for training or evaluation: images, caption embeddings, and the mean and deviation of pixels."""
 
 import functools
 from dataclasses import dataclass
@@ -27,24 +27,24 @@ class PreparedSplit:
     std: Constants
 
     def pictures(self, index: np.ndarray, device: torch.device | str = "cpu") -> Float[torch.Tensor, "n 3 S S"]:
-        """Some pictures, normalised."""
+        """Return the images at `index`, normalised, on `device`."""
         pixels = torch.from_numpy(np.array(self.split.some_images(index)))
         return normalise(pixels.to(device), self.mean, self.std)
 
 
 @dataclass(frozen=True)
 class SplitSource:
-    """Where the splits of a run are read from, and how models see them. It is small enough to be sent to a worker."""
+    """The settings from which any process can open the splits of a run; small enough to send to workers."""
 
     dataset: Path
     cache: Path
     data: config.Data
     model: config.Model
     device: torch.device
-    """Where captions are embedded that are not in the cache."""
+    """The device that embeds captions which are not cached."""
 
     def open(self, split: str) -> PreparedSplit:
-        """A split, which a process loads once. Raises `ValueError` when it is empty."""
+        """Return a split; each process loads it once. Raises `ValueError` if it is empty."""
         return _open(self, split)
 
 
@@ -57,7 +57,10 @@ def _open(source: SplitSource, split: str) -> PreparedSplit:
 def prepare_split(
     data: config.Data, model: config.Model, dataset: Dataset, split: str, cache: Path, device: str = "cpu"
 ) -> PreparedSplit:
-    """Embed one split, or read it from the cache. Pictures of `train` are decoded when they are asked for."""
+    """Load a split and its caption embeddings, from the cache if possible.
+
+    Images of val and test are decoded now, and images of train at the first access. Raises `ValueError` if it is empty.
+    """
     loaded = load_split(dataset, split, data, cache)
     if not loaded.captions:
         raise ValueError(
@@ -65,6 +68,6 @@ def prepare_split(
             f"see its manifest.json and quarantine.jsonl (counts: {dataset.counts})"
         )
     if split != "train":
-        loaded.images  # noqa: B018  # decoded once here, before every worker would
+        loaded.images  # noqa: B018  # decodes the images once, before workers open this split
     mean, std = normalisation_of(model.image) if data.normalise == "tower" else normalisation(data.normalise)
     return PreparedSplit(loaded, embed(loaded.captions, model.text, cache, device=device), mean, std)

@@ -1,7 +1,7 @@
-"""Pretrained parts: where they lie, whether they are whole, and what an artefact says of them.
+"""Pretrained models: locating, checking and downloading them, and their entries in an artefact.
 
-A part is named by a hub id, `ORGANISATION/NAME` or `ORGANISATION/NAME@REVISION`, or by a local folder. What is found
-of it is pinned: a folder by the hash of its files, a hub id by its commit.
+A model is named by a hub id (`ORGANISATION/NAME` or `ORGANISATION/NAME@REVISION`) or by a local folder. Its version is
+recorded: the commit for a hub id, and the hash of all files for a folder.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ WEIGHTS = (
     "pytorch_model.bin",
     "diffusion_pytorch_model.bin",
 )
-"""What a model's numbers lie in, the first that is there; large ones lie in parts that `<name>.index.json` lists."""
+"""File names of weights; the first that exists is used. Large models split it into files listed in
+`<name>.index.json`."""
 SMALL = ("*.json", "*.txt", "*.model", "README.md")
 ABOUT_BYTES = {
     "openai/clip-vit-large-patch14": 1_710_000_000,
@@ -37,31 +38,32 @@ ABOUT_BYTES = {
     "Salesforce/blip-image-captioning-large": 1_880_000_000,
     "llava-hf/llava-1.5-7b-hf": 14_100_000_000,
 }
-"""Weights in float32 of the parts that presets name, from their numbers of parameters; shown where no hub answers."""
+"""Approximate size in bytes of the models that presets name, in float32; shown when the hub does not respond."""
 
 
 @dataclass(frozen=True)
 class PretrainedModel:
-    """A pretrained model, or a pipeline of several, that a run asks for."""
+    """A pretrained model, or a pipeline of several models, that a run needs."""
 
     role: str
-    """What it does in the run, such as `clip` or `decoder`; the artefact lists it under this word."""
+    """Purpose of the model in the run, such as `clip` or `decoder`; the artefact lists the model by it."""
     id: str
     """Hub id or local folder."""
     revision: str | None = None
-    """Branch, tag or commit of a hub id; None: its main branch, or what lies in the cache."""
+    """Branch, tag or commit of a hub id; None means the main branch, or the version in the cache."""
     kind: Library = "transformers"
-    """diffusers: a pipeline with a model_index.json and a folder for every component."""
+    """The library that loads it. diffusers means a pipeline: a model_index.json and one folder per component."""
     files: tuple[str, ...] = ()
-    """Files that it needs beside configuration and weights, `a|b` is either; of a pipeline, the components."""
+    """Further required files besides configuration and weights, where `a|b` means one of both; for a pipeline, the
+    required components."""
     option: str = ""
-    """What to write in a run file to take it from a folder, for messages, such as `distill.options.decoder: FOLDER`."""
+    """Run-file setting that reads the model from a folder, for messages, such as `distill.options.decoder: FOLDER`."""
 
     @classmethod
     def of(
         cls, role: str, name: str, kind: Library = "transformers", files: Sequence[str] = (), option: str = ""
     ) -> PretrainedModel:
-        """A part as a run file names it: a folder, or a hub id that may end in `@REVISION`."""
+        """Parse the name in a run file: a folder, or a hub id with an optional `@REVISION`."""
         path = Path(name).expanduser()
         if path.is_dir() or _is_path(name):
             return cls(role, os.path.abspath(path), None, kind, tuple(files), option)
@@ -73,67 +75,67 @@ class PretrainedModel:
         return _is_path(self.id) or Path(self.id).is_dir()
 
     def location(self) -> Path | None:
-        """The folder that holds what there is of it; None when nothing is there. Asks no network."""
+        """Return the folder of its local files, or None if there are none. Does not use the network."""
         if self.is_local:
             return Path(self.id) if Path(self.id).is_dir() else None
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
 
-        described = "config.json" if self.kind == "transformers" else "model_index.json"
-        try:  # not snapshot_download, which takes a snapshot without the files that nobody loads for cut off
-            path = try_to_load_from_cache(self.id, described, revision=self.revision)
+        config_file = "config.json" if self.kind == "transformers" else "model_index.json"
+        try:  # snapshot_download would treat a snapshot that lacks unused files as incomplete
+            path = try_to_load_from_cache(self.id, config_file, revision=self.revision)
         except HFValidationError:
             return None
         return Path(path).parent if isinstance(path, str) else None
 
-    def lacking(self) -> list[str]:
-        """What is not there of it, by file name; empty when it is whole."""
+    def missing_files(self) -> list[str]:
+        """Return the names of its missing files; empty if it is complete."""
         folder = self.location()
         if folder is None:
-            return ["all of it"]
+            return ["all files"]
         if self.kind == "transformers":
-            return _lacking_model(folder, self.files)
+            return _missing_model_files(folder, self.files)
         if not (folder / "model_index.json").is_file():
             return ["model_index.json"]
         listed = components(folder)
         gaps = [f"{name}/" for name in self.files if name not in listed]
-        return gaps + [gap for name in listed for gap in _lacking_component(folder / name)]
+        return gaps + [gap for name in listed for gap in _missing_component_files(folder / name)]
 
     def folder(self) -> Path:
-        """Where it lies, whole. Raises `ValueError` that says what is missing and how to get it."""
-        if self.lacking():
+        """Return its folder. Raises `ValueError` if it is incomplete, with what is missing and how to get it."""
+        if self.missing_files():
             raise ValueError(self.how_to_get())
         folder = self.location()
         assert folder is not None
         return folder
 
     def how_to_get(self, why: str = "") -> str:
-        """One line: what is missing, how large it is, and what to do."""
-        lacking, size = self.lacking(), ABOUT_BYTES.get(self.id)
-        shown = ", ".join(lacking[:4]) + (f" and {len(lacking) - 4} more" if len(lacking) > 4 else "")
+        """Return a message of one line: what is missing, its size, and what to do."""
+        missing_files, size = self.missing_files(), ABOUT_BYTES.get(self.id)
+        shown = ", ".join(missing_files[:4]) + (f" and {len(missing_files) - 4} more" if len(missing_files) > 4 else "")
         field = f" ({self.option})" if self.option else ""
         if self.is_local:
-            problem = "there is no such folder" if self.location() is None else f"it lacks {shown}"
+            problem = "the folder does not exist" if self.location() is None else f"it lacks {shown}"
             saved = "save_pretrained of its pipeline" if self.kind == "diffusers" else "save_pretrained, with processor"
-            return f"{self.role}: folder {self.id}: {problem}; give a folder that was written by {saved}{field}"
+            return f"{self.role}: folder {self.id}: {problem}; give a folder written by {saved}{field}"
         about = f", about {size / 1e9:.1f} GB" if size else ""
         at = f" --revision {self.revision}" if self.revision else ""
         name = self.id + (f"@{self.revision}" if self.revision else "")
         return (
-            f"{self.role}: {name}{about} is not on this machine ({shown}{'; ' + why if why else ''}); where there is "
-            f"a network run `hf download {self.id}{at}` and bring its cache here (HF_HOME), or give a folder "
-            f"that holds it{field}"
+            f"{self.role}: {name}{about} is not on this machine (missing: {shown}{'; ' + why if why else ''}); run "
+            f"`hf download {self.id}{at}` on a machine with a network and copy its cache here (HF_HOME), or give a "
+            f"folder with this model{field}"
         )
 
     def identity(self) -> str:
-        """What pins its numbers: the commit of a hub id, `sha256:` and the hash of all its files for a folder."""
+        """Return the commit of a hub id, or `sha256:` and the hash of all files of a folder."""
         folder = self.folder()
         if not self.is_local:
             return folder.name
         return "sha256:" + _content(folder, tuple((p, *_stamp(folder / p)) for p in self._used(folder)))
 
     def facts(self) -> dict[str, Any]:
-        """What the artefact says of it. Licence None: its model card names none."""
+        """Return its entry in an artefact. The licence is None if the model card does not name one."""
         folder = self.folder()
         used = [folder / name for name in self._used(folder)]
         return {
@@ -151,27 +153,28 @@ class PretrainedModel:
 
 
 def missing(parts: Iterable[PretrainedModel]) -> list[PretrainedModel]:
-    """Those that are not whole on this machine."""
-    return [part for part in parts if part.lacking()]
+    """Return the models that are incomplete on this machine."""
+    return [part for part in parts if part.missing_files()]
 
 
 def obtain(parts: Iterable[PretrainedModel]) -> None:
-    """Download what is missing. Raises `ValueError` with every part that cannot be had."""
+    """Download the missing models. Raises `ValueError` that lists all models that are still incomplete."""
     lines = []
     for part in missing(parts):
         try:
             _download(part)
-        except Exception as error:  # whatever keeps a hub from answering
+        except Exception as error:  # any failure of the hub or the network
             lines.append(part.how_to_get(_briefly(error)))
             continue
-        if part.lacking():
+        if part.missing_files():
             lines.append(part.how_to_get())
     if lines:
-        raise ValueError(f"{len(lines)} pretrained part(s) are missing:\n" + "\n".join(f"  - {line}" for line in lines))
+        listed = "\n".join(f"  - {line}" for line in lines)
+        raise ValueError(f"{len(lines)} pretrained model(s) are missing:\n{listed}")
 
 
 def faults(parts: Iterable[PretrainedModel]) -> list[str]:
-    """What is missing and cannot be downloaded either, a line each. Downloads nothing."""
+    """Return one message for each model that is missing and cannot be downloaded. Downloads nothing."""
     lines = []
     for part in missing(parts):
         why = "" if part.is_local else _unreachable(part)
@@ -181,16 +184,16 @@ def faults(parts: Iterable[PretrainedModel]) -> list[str]:
 
 
 def summary(part: PretrainedModel) -> dict[str, Any]:
-    """What `rmdd check` shows: where it lies or what is missing, and its size where that is known."""
-    lacking = part.lacking()
-    if not lacking:
+    """Return what `rmdd check` prints about a model: its entry, or its missing files and its size if known."""
+    missing_files = part.missing_files()
+    if not missing_files:
         return part.facts() | {"missing": []}
     about = {"role": part.role, "id": part.id, "local": part.is_local, "revision": part.revision, "licence": None}
-    return about | {"bytes": ABOUT_BYTES.get(part.id), "missing": lacking}
+    return about | {"bytes": ABOUT_BYTES.get(part.id), "missing": missing_files}
 
 
 def licence_of(folder: Path) -> str | None:
-    """The licence that the model card in `folder` names in its metadata."""
+    """Return the licence in the metadata of the model card in `folder`, or None."""
     import yaml
 
     card = folder / "README.md"
@@ -207,26 +210,26 @@ def licence_of(folder: Path) -> str | None:
 
 
 def components(folder: Path) -> dict[str, str]:
-    """The components of a pipeline's folder that are set, and their class."""
+    """Return the class name of each component in the folder of a pipeline; unset components are left out."""
     index = read_json(folder / "model_index.json")
     return {name: value[1] for name, value in index.items() if isinstance(value, list) and all(value)}
 
 
 def wanted(names: Sequence[str], kind: Library) -> list[str]:
-    """Of the files of a part those that it is loaded from: small ones, and per folder one format of weights."""
+    """Select the files of a model that are needed to load it: small files, and one weight format per folder."""
     files = []
     for folder in sorted({os.path.dirname(n) for n in names}):
         if bool(folder) != (kind == "diffusers") and folder:
             continue
-        here = {os.path.basename(n): n for n in names if os.path.dirname(n) == folder}
-        files += [n for base, n in sorted(here.items()) if any(fnmatch.fnmatch(base, p) for p in SMALL)]
+        path_of = {os.path.basename(n): n for n in names if os.path.dirname(n) == folder}
+        files += [n for base, n in sorted(path_of.items()) if any(fnmatch.fnmatch(base, p) for p in SMALL)]
         if kind == "diffusers" and not folder:
             continue
         for stem in WEIGHTS:
             base, _, ending = stem.rpartition(".")
-            parts = [n for b, n in sorted(here.items()) if fnmatch.fnmatch(b, f"{base}-*-of-*.{ending}")]
-            if stem in here or parts:
-                files += [here[stem]] if stem in here else parts
+            parts = [n for b, n in sorted(path_of.items()) if fnmatch.fnmatch(b, f"{base}-*-of-*.{ending}")]
+            if stem in path_of or parts:
+                files += [path_of[stem]] if stem in path_of else parts
                 break
     return files
 
@@ -235,20 +238,20 @@ def _is_path(name: str) -> bool:
     return Path(name).expanduser().is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
 
 
-def _lacking_model(folder: Path, files: Sequence[str]) -> list[str]:
+def _missing_model_files(folder: Path, files: Sequence[str]) -> list[str]:
     gaps = [] if (folder / "config.json").is_file() else ["config.json"]
-    gaps += _lacking_weights(folder)
+    gaps += _missing_weights(folder)
     return gaps + [f for f in files if not any((folder / name).is_file() for name in f.split("|"))]
 
 
-def _lacking_component(folder: Path) -> list[str]:
+def _missing_component_files(folder: Path) -> list[str]:
     if not folder.is_dir() or not any(p.suffix in (".json", ".txt") for p in folder.iterdir()):
         return [f"{folder.name}/"]
-    weights = _lacking_weights(folder) if (folder / "config.json").is_file() else []
+    weights = _missing_weights(folder) if (folder / "config.json").is_file() else []
     return [f"{folder.name}/{name}" for name in weights]
 
 
-def _lacking_weights(folder: Path) -> list[str]:
+def _missing_weights(folder: Path) -> list[str]:
     for name in WEIGHTS:
         if (folder / name).is_file():
             return []
@@ -264,7 +267,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=16)
 def _content(folder: Path, files: tuple[tuple[str, int, int], ...]) -> str:
-    """Hash of names and bytes. Times of change and sizes only say when what was hashed before can be used again."""
+    """Return a hash of file names and contents. Times and sizes in `files` only decide when a cached hash is valid."""
     digest = hashlib.sha256()
     for name, _, _ in files:
         digest.update(f"{name}\0{sha256_file(folder / name)}\n".encode())
@@ -278,17 +281,18 @@ def _download(part: PretrainedModel) -> None:
 
     listed = HfApi().model_info(part.id, revision=part.revision)
     names = wanted([s.rfilename for s in listed.siblings or []], part.kind)
-    snapshot_download(part.id, revision=part.revision, allow_patterns=names)  # a commit would leave no word of `main`
+    # The revision is passed by name, because downloading by commit would not record what `main` is.
+    snapshot_download(part.id, revision=part.revision, allow_patterns=names)
 
 
 @functools.lru_cache(maxsize=16)
 def _unreachable(part: PretrainedModel) -> str:
-    """Why a hub cannot give a part; empty when it can."""
+    """Return why the hub cannot provide a model, or an empty string if it can."""
     from huggingface_hub import HfApi
 
     try:
         HfApi().model_info(part.id, revision=part.revision, timeout=10)
-    except Exception as error:  # whatever keeps a hub from answering
+    except Exception as error:  # any failure of the hub or the network
         return _briefly(error)
     return ""
 
@@ -299,7 +303,7 @@ def _briefly(error: Exception) -> str:
 
 @contextlib.contextmanager
 def quiet(*libraries: Literal["transformers", "diffusers"]) -> Iterator[None]:
-    """Load models without the progress bars and the advice of these libraries."""
+    """Load models without the progress bars and warnings of these libraries."""
     logs = [importlib.import_module(f"{library}.utils.logging") for library in libraries]
     before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
     for log in logs:

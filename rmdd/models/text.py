@@ -1,4 +1,4 @@
-"""Frozen text encoders: captions in, one vector each out, kept on disk under the hash of what was encoded.
+"""Frozen text encoders, and a disk cache of caption embeddings.
 
 T captions, U distinct captions, F features.
 """
@@ -28,13 +28,13 @@ from rmdd.models.pretrained import quiet
 
 MODEL_FILES = (".json", ".txt", ".model", ".safetensors", ".bin")  # weights, configuration and tokenizer
 
-# Built-in encoder: n-grams are hashed to BUCKETS, each bucket is a sparse random vector of NONZEROS signs.
+# Built-in encoder: n-grams are hashed to BUCKETS buckets; each bucket is a sparse random vector of NONZEROS signs.
 HASHING_VERSION = 1
 BUCKETS = 2**18
 NONZEROS = 8
 
 BLOCK = 8192
-"""Captions that are encoded, kept and handed to a worker together."""
+"""Number of captions in a block, which a worker encodes and stores as one file."""
 
 
 def embed(
@@ -47,15 +47,15 @@ def embed(
     threads: int | None = None,
     stream: Stream = sequential_stream,
 ) -> Float32[np.ndarray, "T F"]:
-    """One vector per caption, in order, unit length if `tower.normalise`; memory-mapped read-only from `cache`.
+    """Embed captions in order, as a read-only memory map of a file in `cache`; unit length if `tower.normalise`.
 
-    `captions` are gone over twice, and never held but `BLOCK` at a time. Blocks are what `stream` hands out, so its
-    workers must see `cache`; a block that is there is not encoded again. In a block distinct captions are encoded
-    once. Raises `ValueError` when there are none or the encoder cannot be had.
+    `captions` is iterated twice, with at most `BLOCK` captions in memory. `stream` distributes blocks to workers, which
+    must be able to access `cache`. Finished blocks are reused after an interruption, and a caption that repeats in a
+    block is encoded once. Raises `ValueError` if there are no captions or the encoder is unavailable.
     """
     key, count = _key(captions, tower, encoder_identity(tower))
     if not count:
-        raise ValueError("no captions to embed")
+        raise ValueError("there are no captions to embed; check the split and the caption rule")
     path = Path(cache) / f"text-{key}.npy"
     if not path.exists():
         with hold_folder(path.with_suffix(""), wait=True):
@@ -67,12 +67,12 @@ def embed(
 def _embed_blocks(
     captions: Iterable[str], count: int, path: Path, make: Callable[[], "Encoder"], stream: Stream
 ) -> None:
-    """Blocks lie in a folder beside `path` until they are joined."""
+    """Encode the missing blocks in a folder beside `path`, then join all blocks into `path`."""
     folder = path.with_suffix(".parts")
     folder.mkdir(parents=True, exist_ok=True)
     blocks: list[Path] = []
-    rest = iter(captions)
-    while block := list(islice(rest, BLOCK)):
+    remaining = iter(captions)
+    while block := list(islice(remaining, BLOCK)):
         blocks.append(folder / f"{len(blocks):06d}.npy")
         if not blocks[-1].is_file():
             write_json(blocks[-1].with_suffix(".json"), block)
@@ -88,9 +88,9 @@ def _embed_blocks(
 
 
 class Encoder:
-    """A text tower at work: files of captions to files of vectors. It is loaded once.
+    """A worker that loads a text tower once and encodes blocks: a file of captions becomes a file of vectors.
 
-    On the CPU where there is no GPU, which is so in the driver of a cluster whose head has none.
+    It uses the CPU if the machine has no GPU, such as the head node of some clusters.
     """
 
     def __init__(self, tower: TextTower, batch: int, device: torch.device | str, threads: int | None):
@@ -113,12 +113,12 @@ class Encoder:
 
 
 def text_width(tower: TextTower) -> int:
-    """F, the length of the vectors `embed` gives."""
+    """Return F, the width of the vectors that `embed` returns."""
     return tower.width if tower.name == "hashing" else int(_config(tower).hidden_size)
 
 
 def encoder_identity(tower: TextTower) -> str:
-    """Hash of the encoder's content: its files, or the commit of a hub id. Pooling and truncation are not in it."""
+    """Return a hash of the encoder's files, or of its hub id and commit. Pooling and truncation do not change it."""
     if tower.name == "hashing":
         return _sha256([f"hashing {HASHING_VERSION}"])
     source = _source(tower)
@@ -130,12 +130,12 @@ def encoder_identity(tower: TextTower) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _content(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """Hash of names and bytes. Times of change and sizes only say when what was hashed before can be used again."""
+    """Return a hash of file names and contents. Times and sizes in `files` only decide when a cached hash is valid."""
     return _sha256(part for path, _, _ in files for part in (path.name, sha256_file(path)))
 
 
 def _key(captions: Iterable[str], tower: TextTower, identity: str) -> tuple[str, int]:
-    """Hash of all that shapes the vectors, and how many captions there are."""
+    """Return a hash of everything that determines the vectors, and the number of captions."""
     shape = [tower.width] if tower.name == "hashing" else [tower.pooling, tower.max_tokens]
     count = 0
 
@@ -158,7 +158,7 @@ def _sha256(parts: Any) -> str:
 
 
 def _source(tower: TextTower) -> Path | str:
-    """The folder that holds the encoder, else its hub id."""
+    """Return the folder of the encoder, or its hub id."""
     if tower.name.startswith("package:"):
         return _package_folder(tower.name.removeprefix("package:"))
     folder = Path(tower.name).expanduser()
@@ -167,7 +167,7 @@ def _source(tower: TextTower) -> Path | str:
             raise ValueError(f"text tower folder '{folder}' holds no config.json; give a folder saved by transformers")
         return folder
     if folder.is_absolute() or tower.name.startswith((".", "~")) or tower.name.count("/") > 1:
-        raise ValueError(f"no text tower folder '{folder}'; give an existing one, a hub id, package:MODULE or hashing")
+        raise ValueError(f"no text tower folder '{folder}'; give a folder, a hub id, package:MODULE or hashing")
     return tower.name
 
 
@@ -182,7 +182,9 @@ def _package_folder(module: str) -> Path:
     for path in sorted(files, key=lambda p: (len(p.parts), p)):
         if "model_type" in json.loads(path.read_text(encoding="utf-8")):
             return path.parent
-    raise ValueError(f"package '{module}' ships no transformers model (no config.json with a model_type in it)")
+    raise ValueError(
+        f"package '{module}' contains no transformers model (no config.json with a model_type); give another"
+    )
 
 
 def _unavailable(tower: TextTower, error: Exception) -> ValueError:
@@ -200,7 +202,7 @@ def _config(tower: TextTower) -> Any:
 
     source = _source(tower)
     try:
-        try:  # what is already here stays the encoder of this machine, and no network is waited for
+        try:  # local files first: the encoder stays the same on this machine, and no network is needed
             config = AutoConfig.from_pretrained(source, local_files_only=True)
         except OSError:
             config = AutoConfig.from_pretrained(source)
@@ -221,7 +223,7 @@ def _config(tower: TextTower) -> Any:
 
 
 def load(tower: TextTower, device: torch.device | str) -> tuple[Any, torch.nn.Module]:
-    """The tokenizer and the transformers model of `tower`, in eval mode. Raises `ValueError` when it has none."""
+    """Load the tokenizer and the transformers model of `tower`, in eval mode. Raises `ValueError` for `hashing`."""
     if tower.name == "hashing":
         raise ValueError("model.text.name is hashing, which has no tokens; give a transformers encoder")
     return _load(tower, _config(tower), device)
@@ -233,14 +235,14 @@ def _load(tower: TextTower, config: Any, device: torch.device | str) -> tuple[An
     source, revision = _source(tower), getattr(config, "_commit_hash", None) or "main"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-        # the fork: unused heads, such as a missing pooler, are drawn at random
+        # fork_rng protects the global generator, because missing heads (such as a pooler) are initialised at random.
         with torch.random.fork_rng(devices=[]), quiet("transformers"):
             model, info = AutoModel.from_pretrained(
                 source, revision=revision, config=config, dtype=torch.float32, output_loading_info=True
             )
     except (OSError, ValueError) as error:
         raise _unavailable(tower, error) from error
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes up an empty one where files are absent
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # without files, transformers creates an empty vocabulary
         raise ValueError(f"text tower '{tower.name}' has no vocabulary; save its tokenizer beside the weights")
     missing = sorted(k for k in info["missing_keys"] if "pooler" not in k)
     if missing:
@@ -255,7 +257,10 @@ def _load(tower: TextTower, config: Any, device: torch.device | str) -> tuple[An
 
 
 class _Transformer:
-    """Captions of one token count run together: nothing is padded, so no vector depends on what ran beside it."""
+    """A transformers encoder that batches captions of equal length.
+
+    Without padding, a vector does not depend on the other captions of its batch.
+    """
 
     def __init__(self, tower: TextTower, batch: int, device: torch.device | str):
         self.tower, self.batch, self.device, self.config = tower, batch, device, _config(tower)
@@ -277,15 +282,15 @@ class _Transformer:
 
 def _batches(lengths: list[int], batch: int) -> Iterator[list[int]]:
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    for _, same in groupby(order, key=lengths.__getitem__):
-        rows = list(same)
+    for _, group in groupby(order, key=lengths.__getitem__):
+        rows = list(group)
         yield from (rows[i : i + batch] for i in range(0, len(rows), batch))
 
 
 def _hash_ngrams(width: int) -> Callable[[list[str]], Float32[np.ndarray, "U F"]]:
-    """Hashed word 1-2-grams and character 3-5-grams under a sparse random projection; mean square of an entry is one.
+    """Return an encoder that hashes word 1-2-grams and character 3-5-grams, then applies a sparse random projection.
 
-    Stateless: a caption's vector depends on nothing but the caption and `width`.
+    The mean square of an entry is one. A vector depends only on its caption and on `width`.
     """
     from scipy import sparse
     from sklearn.feature_extraction.text import HashingVectorizer

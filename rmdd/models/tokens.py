@@ -1,7 +1,7 @@
-"""A transformers text tower on token embeddings, which take the place of its word embeddings.
+"""A transformers text tower whose input is word embeddings instead of token ids.
 
-Padding is marked by the embeddings themselves: a token of zeros is none. It has no gradient, so it stays zero.
-B captions of L tokens each at most, d width of a word embedding, F of a caption's.
+A word embedding of zeros marks padding. It gets no gradient, so it stays zero.
+B captions, L tokens in the longest, d width of a word embedding, F width of a caption embedding.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from rmdd.models.text import load
 
 
 class TokenTower(nn.Module):
-    """Captions as word embeddings, and these as one vector each, pooled as the frozen tower pools. No dropout."""
+    """A text tower from word embeddings to caption embeddings, with the pooling of the frozen tower, no dropout."""
 
     def __init__(self, tower: TextTower, device: torch.device | str = "cpu"):
         super().__init__()
@@ -26,9 +26,9 @@ class TokenTower(nn.Module):
         self.tokenizer, self.model = load(tower, device)
 
     def words(self, captions: Sequence[str]) -> Float[Tensor, "B L d"]:
-        """Word embeddings of captions, as long as the longest; differentiable in the tower."""
-        cut = {"truncation": True, "max_length": self.tower.max_tokens}
-        tokens = self.tokenizer(list(captions), padding=True, return_tensors="pt", **cut).to(self.model.device)
+        """Return the word embeddings of captions, padded to the longest; differentiable in the tower's parameters."""
+        limit = {"truncation": True, "max_length": self.tower.max_tokens}
+        tokens = self.tokenizer(list(captions), padding=True, return_tensors="pt", **limit).to(self.model.device)
         return self.model.get_input_embeddings()(tokens["input_ids"]) * tokens["attention_mask"][..., None]
 
     def forward(self, words: Float[Tensor, "B L d"]) -> Float[Tensor, "B F"]:
@@ -42,5 +42,5 @@ class TokenTower(nn.Module):
 
 
 def mask_of(words: Float[Tensor, "B L d"]) -> Bool[Tensor, "B L"]:
-    """Which positions hold a token."""
+    """Return True for positions that contain a token, False for padding."""
     return words.detach().ne(0).any(dim=2)

@@ -149,7 +149,7 @@ def test_mistakes_are_told_before_any_work(parts, tmp_path):
         drawn.run_of(tmp_path, "edge", 6, options(parts, tuning={"batch": 4, "micro_batch": 9}))
     run = drawn.run_of(tmp_path, "edge", 6, options({**parts, "generator": str(tmp_path / "none")}))
     with pytest.raises(
-        ValueError, match=r"generator: folder .*none: there is no such folder; give .*options.generator: F"
+        ValueError, match=r"generator: folder .*none: the folder does not exist; give .*options.generator: F"
     ):
         pipeline.run(run)
     assert not list(tmp_path.glob("experts/*"))

@@ -215,7 +215,7 @@ def test_missing_parts_stop_a_run_before_any_work(parts, tmp_path, monkeypatch):
     with pytest.raises(config.ConfigError, match="2 mistake") as error:
         go(run, "all")
     assert all(name in str(error.value) for name in asked) and not (tmp_path / "runs" / "data").exists()
-    assert [part["missing"] for part in examine(run)["parts"]] == [["all of it"]] * 2
+    assert [part["missing"] for part in examine(run)["parts"]] == [["all files"]] * 2
     whole = examine(load(tmp_path / "runs", **parts))["parts"]
     assert [(p["role"], p["missing"], p["licence"]) for p in whole] == [
         ("clip", [], "mit"),

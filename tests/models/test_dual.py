@@ -15,7 +15,7 @@ def pairs(count=4):
     return [torch.randn(s, generator=random, dtype=torch.float64) for s in shapes]
 
 
-def test_on_features_is_the_same_model_behind_its_tower():
+def test_on_features_equals_the_model_after_its_tower():
     model, (images, texts) = model_of(projection="block").eval(), pairs()
     student = model.on_features()
     heads = {n: p for n, p in model.named_parameters() if not n.startswith("image_tower.")}
@@ -27,27 +27,27 @@ def test_on_features_is_the_same_model_behind_its_tower():
     assert student.image_head.training and student.on_features().training
 
 
-def test_a_frozen_tower_never_trains():
+def test_a_frozen_tower_stays_in_eval_mode():
     model = model_of(weights="random:0", trainable=False, projection="block").train()
     assert not model.image_tower.training and model.image_head.training
     assert {n.split(".")[0] for n in model.trained()} == {"image_head", "text_head"}
     assert model_of().train().image_tower.training
 
 
-def test_what_is_mixed_are_the_outputs_of_the_encoders():
+def test_mixing_gets_the_outputs_of_both_encoders():
     model, (images, texts) = model_of(projection="block").eval(), pairs()
-    seen = []
+    mixed = []
 
     def mixing(x):
-        seen.append(x)
+        mixed.append(x)
         return x.flip(0)
 
-    found = model(images, texts, mixing)
-    assert torch.equal(seen[0], model.image_tower(images)) and torch.equal(seen[1], texts)
-    torch.testing.assert_close(found, model(images.flip(0), texts.flip(0)), rtol=1e-12, atol=1e-12)
+    scores = model(images, texts, mixing)
+    assert torch.equal(mixed[0], model.image_tower(images)) and torch.equal(mixed[1], texts)
+    torch.testing.assert_close(scores, model(images.flip(0), texts.flip(0)), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["random:", "random:-1", "random:one"])
-def test_a_seed_of_weights_is_a_whole_number(name):
+def test_the_seed_of_random_weights_must_be_a_whole_number(name):
     with pytest.raises(ValueError, match="write random:SEED with a whole number, such as random:0"):
         config.ImageTower(weights=name)

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from rmdd.config import ImageTower
 from rmdd.core.seeding import generator
 from rmdd.models.image import (
-    TABLE,
+    SUPPORT,
     Support,
     build_image_tower,
     double_backward,
@@ -28,7 +28,7 @@ def build(name, size=64, seed=0, **fields):
 
 
 def second_order(tower, size=64):
-    """A derivative in the images of the parameter gradients' projection on a random direction."""
+    """Return the derivative, in the images, of the parameter gradients projected on a random direction."""
     draw = generator(0, "probe")
     images = torch.randn(2, 3, size, size, generator=draw, requires_grad=True)
     features = tower(images)
@@ -42,7 +42,7 @@ def equal(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
-def test_convnet_is_what_it_says():
+def test_convnet_equals_its_blocks_in_plain_torch():
     net = build_image_tower(CONVNET, generator(0, "tower"), 18)
     assert net.width == 12 * 4 * 4 == net(torch.zeros(2, 3, 18, 18)).shape[1]
     images = torch.randn(2, 3, 18, 18, generator=generator(0, "images"))
@@ -54,7 +54,7 @@ def test_convnet_is_what_it_says():
     torch.testing.assert_close(net(images), expected.flatten(1))
 
 
-def test_convnet_draws_pytorchs_distribution_from_the_generator_alone():
+def test_convnet_uses_only_the_generator_and_the_default_distribution():
     state = torch.random.get_rng_state()
     net = build_image_tower(ImageTower(name="convnet", weights="random", widths=(64, 64)), generator(3, "tower"), 16)
     assert torch.equal(state, torch.random.get_rng_state())
@@ -77,18 +77,18 @@ def test_the_generator_decides_the_weights(tower):
     "fields, size, words",
     [
         ({"widths": (12,), "groups": 8}, 16, "12 does not divide into 8 groups"),
-        ({"widths": (8,) * 5}, 16, "16 pixels are halved 5 times"),
+        ({"widths": (8,) * 5}, 16, "16 pixels are too small for convnet, which halves them 5 times"),
         ({"widths": ()}, 16, "at least one width"),
         ({"weights": "pretrained"}, 16, "no pretrained weights; set model.image.weights to random"),
     ],
 )
-def test_convnet_refuses(fields, size, words):
+def test_convnet_refuses_wrong_settings(fields, size, words):
     with pytest.raises(ValueError, match=words):
         build("convnet", size, **fields)
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_double_backward_of_timms_families_is_as_the_table_says(name):
+def test_the_support_table_is_right_for_timm_families(name):
     tower = build(name, 160 if name == "test_maxvit" else 64).train()
     assert double_backward(name) in (Support.YES, Support.MATH)
     with matching_context(tower):
@@ -104,21 +104,21 @@ def test_fused_attention_needs_the_math_kernel():
         second_order(build("test_vit"))
 
 
-def test_towers_without_double_backward_are_refused_only_where_trained():
+def test_towers_without_double_backward_are_refused_only_if_trainable():
     tower = build("lcnet_035")
     assert double_backward("lcnet_035") is Support.NO
     with pytest.raises(RuntimeError, match="hardsigmoid_backward is not implemented"):
         second_order(tower)
-    for given in (tower, "lcnet_035"):
+    for module_or_name in (tower, "lcnet_035"):
         with pytest.raises(ValueError, match="no second derivative; choose another model.image.name"):
-            matching_context(given).__enter__()
+            matching_context(module_or_name).__enter__()
     with matching_context(torch.nn.Sequential(tower.requires_grad_(False))):
         pass
 
 
 def test_second_derivative_agrees_with_finite_differences():
     net = build_image_tower(CONVNET, generator(0, "tower"), 8).double()
-    net.blocks[2] = net.blocks[6] = torch.nn.Softplus()  # finite differences are blind at the corner of a ReLU
+    net.blocks[2] = net.blocks[6] = torch.nn.Softplus()  # finite differences are wrong at the kink of a ReLU
     images = torch.randn(2, 3, 8, 8, generator=generator(0, "images"), dtype=torch.float64, requires_grad=True)
     parameters = [p.detach().requires_grad_() for p in net.parameters()]
     names = [name for name, _ in net.named_parameters()]
@@ -129,17 +129,17 @@ def test_second_derivative_agrees_with_finite_differences():
     assert torch.autograd.gradgradcheck(features, (images, *parameters), fast_mode=True)
 
 
-def test_the_table_speaks_of_models_by_any_of_their_names():
+def test_double_backward_accepts_all_forms_of_model_names():
     assert double_backward("convnet") is double_backward("nfnet_l0.ra2_in1k") is Support.YES
     assert double_backward("vit_base_patch16_224") is Support.MATH
     assert double_backward("mobilenetv3_large_100") is Support.NO
     assert double_backward("mobilenetv4_conv_small.e2400_r224_in1k") is Support.YES
     assert double_backward("hf-hub:someone/something") is Support.UNTESTED
     families = {timm.models.model_entrypoint(n).__module__.rpartition(".")[2] for n in timm.list_models()}
-    assert set(TABLE) <= families | set(timm.list_models()) | {"convnet"}
+    assert set(SUPPORT) <= families | set(timm.list_models()) | {"convnet"}
 
 
-def test_no_step_moves_batch_statistics():
+def test_a_forward_pass_does_not_change_batch_statistics():
     tower = build("test_resnet").train()
     before = [b.clone() for b in tower.buffers()]
     images = 5 + torch.randn(4, 3, 64, 64, generator=generator(0, "images"))
@@ -155,7 +155,7 @@ def test_frozen_statistics_survive_a_copy(again):
     assert twin[1].training and not twin[0].training
     net[0].training = True
     twin.train()
-    assert net[0].training, "the copy must freeze its own layer, not the one it was copied from"
+    assert net[0].training, "the copy must freeze its own layer, not the original layer"
 
 
 @pytest.mark.parametrize("name, size", [("test_vit", 64), ("test_vit", 96), ("test_convnext", 50), ("test_nfnet", 64)])
@@ -171,12 +171,12 @@ def test_width_of_a_tower_whose_head_widens():
 @pytest.mark.parametrize("save, file", [(save_file, "w.safetensors"), (torch.save, "w.pth")])
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext"])
 def test_weights_from_a_file_without_its_classifier(name, save, file, tmp_path):
-    whole = timm.create_model(name, num_classes=7, **({"img_size": 64} if name == "test_vit" else {}))
-    save(whole.state_dict(), tmp_path / file)
+    classifier = timm.create_model(name, num_classes=7, **({"img_size": 64} if name == "test_vit" else {}))
+    save(classifier.state_dict(), tmp_path / file)
     tower = build(name, weights=str(tmp_path / file)).eval()
     images = torch.randn(2, 3, 64, 64, generator=generator(0, "images"))
-    whole.reset_classifier(0)
-    torch.testing.assert_close(tower(images), whole.eval()(images))
+    classifier.reset_classifier(0)
+    torch.testing.assert_close(tower(images), classifier.eval()(images))
 
 
 def test_weights_of_convnet_from_a_file(tmp_path):
@@ -204,16 +204,16 @@ def test_a_pickled_module_is_never_run(tmp_path):
         build("test_resnet", weights=str(tmp_path / "w.pth"))
 
 
-def test_unknown_names_get_the_closest():
-    with pytest.raises(ValueError, match="no image tower 'nfnet_10'.*nfnet_l0"):
+def test_errors_for_unknown_names_suggest_similar_names():
+    with pytest.raises(ValueError, match="unknown image tower 'nfnet_10'.*nfnet_l0"):
         build("nfnet_10")
     with pytest.raises(ValueError, match="cannot build image tower 'test_vit.nonsense'"):
         build("test_vit.nonsense")
-    with pytest.raises(ValueError, match="does not take images of 50 pixels.*data.image_size"):
+    with pytest.raises(ValueError, match="does not accept images of 50 pixels.*data.image_size"):
         build("test_vit", 50)
 
 
-def test_failing_downloads_name_the_offline_choices(monkeypatch):
+def test_errors_of_failed_downloads_name_the_offline_alternatives(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="could not fetch.*random or to a local .safetensors"):
         build("test_vit.r160_in1k", weights="pretrained")
@@ -222,21 +222,21 @@ def test_failing_downloads_name_the_offline_choices(monkeypatch):
 def test_normalisation():
     assert normalisation_of(ImageTower()) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert normalisation_of(ImageTower(name="test_vit")) == ((0.5,) * 3, (0.5,) * 3)
-    with pytest.raises(ValueError, match="convnet has no normalisation"):
+    with pytest.raises(ValueError, match="convnet defines no normalisation"):
         normalisation_of(CONVNET)
 
 
-def test_identity_is_of_the_weights(tmp_path):
+def test_the_identity_depends_on_the_weights(tmp_path):
     assert image_identity(CONVNET) == image_identity(ImageTower(name="test_vit", weights="random")) == "random"
     names = {image_identity(ImageTower(name=name)) for name in ("test_vit", "vit_base_patch16_224.dino")}
     assert names == {f"timm/{n}, timm {timm.__version__}" for n in ("test_vit.r160_in1k", "vit_base_patch16_224.dino")}
-    save_file({"a": torch.zeros(1)}, tmp_path / "here.safetensors")
-    (tmp_path / "there.safetensors").write_bytes((tmp_path / "here.safetensors").read_bytes())
-    here, there = (ImageTower(weights=str(tmp_path / f"{name}.safetensors")) for name in ("here", "there"))
-    before = image_identity(here)
-    assert before == image_identity(there) and len(before) == 64
-    save_file({"a": torch.ones(2)}, tmp_path / "here.safetensors")
-    assert image_identity(here) != before
+    save_file({"a": torch.zeros(1)}, tmp_path / "original.safetensors")
+    (tmp_path / "copy.safetensors").write_bytes((tmp_path / "original.safetensors").read_bytes())
+    original, copied = (ImageTower(weights=str(tmp_path / f"{name}.safetensors")) for name in ("original", "copy"))
+    before = image_identity(original)
+    assert before == image_identity(copied) and len(before) == 64
+    save_file({"a": torch.ones(2)}, tmp_path / "original.safetensors")
+    assert image_identity(original) != before
     with pytest.raises(ValueError, match="no weights file"):
         image_identity(ImageTower(weights=str(tmp_path / "absent.pth")))
 

@@ -10,7 +10,7 @@ from rmdd.models.losses import FLOOR, LOSSES, infonce, wbce
 
 
 def slow_wbce(logits, similarity):
-    """The card's formula, one entry at a time."""
+    """Weighted binary cross-entropy of LoRS, computed entry by entry."""
     size, sums, counts = len(logits), {True: 0.0, False: 0.0}, {True: 0, False: 0}
     for i in range(size):
         for j in range(size):
@@ -33,18 +33,18 @@ def slow_infonce(logits, similarity):
 
 
 def slow_bce(logits, similarity):
-    """The mean over all B^2 entries."""
+    """Binary cross-entropy, computed entry by entry; the mean over all B^2 entries."""
     size, total = len(logits), 0.0
     for i in range(size):
         for j in range(size):
             p, s = 1 / (1 + math.exp(-logits[i][j])), similarity[i][j]
-            other = 1 / (1 + math.exp(logits[i][j]))  # 1 - p, which cancels near 1
+            other = 1 / (1 + math.exp(logits[i][j]))  # 1 - p, computed without cancellation
             total -= s * math.log(p) + (1 - s) * math.log(other)
     return total / size**2
 
 
 def slow_cwcl(logits, similarity):
-    """InfoNCE on rows of S, then of its transpose, each divided by its sum."""
+    """InfoNCE whose target rows are divided by their sum, averaged over S and its transpose."""
     size, total = len(logits), 0.0
     for z, s in ((logits, similarity), (transposed(logits), transposed(similarity))):
         for i in range(size):
@@ -54,14 +54,14 @@ def slow_cwcl(logits, similarity):
 
 
 def slow_kl(logits, similarity):
-    """KLDivLoss(log softmax(Z), softmax(10 S)), the mean over elements, and both directions averaged."""
+    """KLDivLoss(log softmax(Z), softmax(10 S)), the mean over entries and over both directions."""
     size, total = len(logits), 0.0
     for z, s in ((logits, similarity), (transposed(logits), transposed(similarity))):
         for i in range(size):
-            scores, wanted = (sum(math.exp(x) for x in row) for row in (z[i], [10 * x for x in s[i]]))
+            score_sum, target_sum = (sum(math.exp(x) for x in row) for row in (z[i], [10 * x for x in s[i]]))
             for j in range(size):
-                target = math.exp(10 * s[i][j]) / wanted
-                total += target * (math.log(target) - math.log(math.exp(z[i][j]) / scores))
+                target = math.exp(10 * s[i][j]) / target_sum
+                total += target * (math.log(target) - math.log(math.exp(z[i][j]) / score_sum))
     return total / size**2 / 2
 
 
@@ -95,7 +95,7 @@ def draw(seed, size, spread=4.0):
 
 @settings(deadline=None, max_examples=40)
 @given(seed=st.integers(0, 2**32), size=st.integers(1, 9), name=st.sampled_from(sorted(LOSSES)))
-def test_equal_the_double_loop(seed, size, name):
+def test_losses_equal_a_double_loop(seed, size, name):
     logits, similarity = draw(seed, size)
     expected = SLOW[name](logits.tolist(), similarity.tolist())
     assert LOSSES[name](logits, similarity).item() == pytest.approx(expected, rel=1e-12, abs=1e-12)
@@ -119,7 +119,7 @@ def test_gradients_in_scores_and_similarity(name):
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
-def test_an_identity_similarity_gets_a_gradient_everywhere(name):
+def test_all_entries_of_an_identity_similarity_get_a_gradient(name):
     similarity = torch.eye(4, requires_grad=True)
     (gradient,) = torch.autograd.grad(LOSSES[name](draw(1, 4)[0].float(), similarity), similarity)
     assert (gradient != 0).all()
@@ -132,20 +132,20 @@ def test_infonce_with_an_identity_is_the_symmetric_cross_entropy():
     torch.testing.assert_close(infonce(logits, torch.eye(7, dtype=torch.float64)), both / 2, rtol=1e-12, atol=0)
 
 
-def test_wbce_stays_finite_where_the_sigmoid_saturates():
+def test_wbce_is_finite_for_a_saturated_sigmoid():
     wrong = torch.full((3, 3), 1e4) - 2e4 * torch.eye(3)
     value = wbce(wrong, torch.eye(3))
     assert value.item() == pytest.approx(-math.log(FLOOR), rel=1e-3)
     assert wbce(-wrong, torch.eye(3)).item() == pytest.approx(0, abs=1e-5)
 
 
-def test_wbce_counts_one_half_as_negative_and_lives_without_positives():
+def test_wbce_counts_one_half_as_negative_and_works_without_positives():
     logits, _ = draw(2, 3)
     for similarity in (0.5 + 0.5 * torch.eye(3, dtype=torch.float64), torch.full((3, 3), 0.5, dtype=torch.float64)):
         expected = slow_wbce(logits.tolist(), similarity.tolist())
         assert wbce(logits, similarity).item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_shapes_are_checked_in_every_process_of_this_suite():
+def test_tensor_shapes_are_checked_in_tests():
     with pytest.raises(TypeCheckError):
         infonce(torch.zeros(2, 3), torch.zeros(2, 3))

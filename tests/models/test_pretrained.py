@@ -1,4 +1,4 @@
-"""Pretrained parts: found, pinned, and missed, without a network."""
+"""Pretrained models without a network: locating them, their identity, and messages about missing files."""
 
 import contextlib
 import json
@@ -21,27 +21,27 @@ OLD = "0ddba11" + 33 * "0"
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch, tmp_path):
-    """An empty cache of the hub, and no network; `tmp_path/hub` is the cache."""
+    """Switch the hub to offline mode with an empty cache in `tmp_path/hub`."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parts")
     return tiny_parts.clip(folder / "clip", licence="mit"), tiny_parts.stable_unclip(folder / "unclip")
 
 
 def in_cache(folder, cache, commit="c0ffee", name=HUB):
-    """`folder` as the hub's client keeps it."""
-    place = cache / f"models--{name.replace('/', '--')}"
-    (place / "refs").mkdir(parents=True, exist_ok=True)
-    (place / "refs" / "main").write_text(commit)
-    return shutil.copytree(folder, place / "snapshots" / commit)
+    """Copy `folder` into the cache as the hub client stores it; return the snapshot folder."""
+    entry = cache / f"models--{name.replace('/', '--')}"
+    (entry / "refs").mkdir(parents=True, exist_ok=True)
+    (entry / "refs" / "main").write_text(commit)
+    return shutil.copytree(folder, entry / "snapshots" / commit)
 
 
-def test_a_folder_is_whole_pinned_by_its_bytes_and_tells_its_licence(made, tmp_path):
-    clip, unclip = (shutil.copytree(path, tmp_path / path.name) for path in made)
+def test_a_complete_folder_has_a_content_hash_and_a_licence(models, tmp_path):
+    clip, unclip = (shutil.copytree(path, tmp_path / path.name) for path in models)
     parts = [clip_part(str(clip)), PretrainedModel.of("decoder", str(unclip), "diffusers")]
     assert missing(parts) == faults(parts) == []
     obtain(parts)
@@ -52,66 +52,66 @@ def test_a_folder_is_whole_pinned_by_its_bytes_and_tells_its_licence(made, tmp_p
     before = parts[0].identity()
     (clip / "README.md").write_text("another card\n")
     assert parts[0].identity() == before and parts[0].facts()["licence"] is None
-    tiny_parts.clip(clip, seed=9)  # the same shapes and sizes, other numbers
+    tiny_parts.clip(clip, seed=9)  # the same shapes and file sizes, but other weights
     assert parts[0].identity() != before
-    moved = shutil.copytree(made[0], tmp_path / "elsewhere")
+    moved = shutil.copytree(models[0], tmp_path / "elsewhere")
     assert clip_part(str(moved)).identity() == before
 
 
-def test_what_a_folder_lacks_is_named(made, tmp_path):
-    clip, unclip = (shutil.copytree(path, tmp_path / path.name) for path in made)
+def test_missing_files_of_a_folder_are_listed(models, tmp_path):
+    clip, unclip = (shutil.copytree(path, tmp_path / path.name) for path in models)
     (clip / "model.safetensors").unlink()
     (clip / "tokenizer.json").unlink()
     (unclip / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     shutil.rmtree(unclip / "scheduler")
     parts = [clip_part(str(clip)), PretrainedModel.of("decoder", str(unclip), "diffusers")]
-    assert parts[0].lacking() == ["weights (*.safetensors)", "tokenizer.json|vocab.json"]
-    assert parts[1].lacking() == ["scheduler/", "unet/weights (*.safetensors)"]
-    with pytest.raises(ValueError, match=r"2 pretrained part\(s\) are missing") as error:
+    assert parts[0].missing_files() == ["weights (*.safetensors)", "tokenizer.json|vocab.json"]
+    assert parts[1].missing_files() == ["scheduler/", "unet/weights (*.safetensors)"]
+    with pytest.raises(ValueError, match=r"2 pretrained model\(s\) are missing") as error:
         obtain(parts)
     assert f"folder {clip}: it lacks weights" in str(error.value) and "scheduler/" in str(error.value)
     gone = clip_part(str(tmp_path / "nowhere"))
-    assert gone.lacking() == ["all of it"] and "there is no such folder" in faults([gone])[0]
-    with pytest.raises(ValueError, match="no such folder"):
+    assert gone.missing_files() == ["all files"] and "the folder does not exist" in faults([gone])[0]
+    with pytest.raises(ValueError, match="folder does not exist"):
         gone.folder()
 
 
-def test_weights_in_parts_are_whole_when_all_are_there(made, tmp_path):
-    clip = shutil.copytree(made[0], tmp_path / "clip")
+def test_split_weights_are_complete_when_all_parts_exist(models, tmp_path):
+    clip = shutil.copytree(models[0], tmp_path / "clip")
     names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     (clip / "model.safetensors").rename(clip / names[0])
     (clip / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict(zip("ab", names, strict=True))}))
-    assert clip_part(str(clip)).lacking() == [names[1]]
+    assert clip_part(str(clip)).missing_files() == [names[1]]
     (clip / names[1]).write_bytes(b"rest")
-    assert clip_part(str(clip)).lacking() == []
+    assert clip_part(str(clip)).missing_files() == []
 
 
-def test_a_hub_id_is_taken_from_the_cache_and_pinned_by_its_commit(made, tmp_path):
-    snapshot = in_cache(made[0], tmp_path / "hub")
-    in_cache(made[0], tmp_path / "hub", OLD)
+def test_a_cached_hub_id_is_identified_by_its_commit(models, tmp_path):
+    snapshot = in_cache(models[0], tmp_path / "hub")
+    in_cache(models[0], tmp_path / "hub", OLD)
     (tmp_path / "hub" / "models--nobody--tiny-clip" / "refs" / "main").write_text("c0ffee")
     part = clip_part(HUB)
     assert part.folder() == snapshot and part.identity() == "c0ffee" and not part.is_local
     assert clip_part(f"{HUB}@{OLD}").identity() == OLD
     assert part.facts()["id"] == HUB and part.facts()["licence"] == "mit"
-    (snapshot / "model.safetensors").unlink()  # a download that was cut off
-    assert part.lacking() == ["weights (*.safetensors)"]
+    (snapshot / "model.safetensors").unlink()  # simulates an interrupted download
+    assert part.missing_files() == ["weights (*.safetensors)"]
 
 
-def test_without_network_a_missing_hub_id_is_told_with_its_size_and_a_way_out():
+def test_without_a_network_a_missing_hub_id_is_reported_with_its_size_and_remedy():
     part = clip_part("openai/clip-vit-large-patch14@abc", "distill.options.features: clip:FOLDER")
     (line,) = faults([part])
     for words in ("clip: openai/clip-vit-large-patch14@abc", "1.7 GB", "offline mode", "hf download", "--revision abc"):
         assert words in line
-    assert line.endswith("give a folder that holds it (distill.options.features: clip:FOLDER)")
-    assert summary(part)["missing"] == ["all of it"] and summary(part)["bytes"] == 1_710_000_000
-    with pytest.raises(ValueError, match=r"1 pretrained part\(s\) are missing"):
+    assert line.endswith("give a folder with this model (distill.options.features: clip:FOLDER)")
+    assert summary(part)["missing"] == ["all files"] and summary(part)["bytes"] == 1_710_000_000
+    with pytest.raises(ValueError, match=r"1 pretrained model\(s\) are missing"):
         obtain([part])
 
 
 @contextlib.contextmanager
 def hub_of(folder):
-    """The address of a hub that serves `folder` as `HUB`; OLD is its commit."""
+    """Start a local hub that serves `folder` as the model `HUB` with the commit OLD; yield its address."""
 
     class Hub(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -135,7 +135,7 @@ def hub_of(folder):
         do_HEAD = do_GET
 
         def log_message(self, *args):
-            """Nothing is summary."""
+            """Log nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -146,12 +146,12 @@ def hub_of(folder):
         server.server_close()
 
 
-ASK = """
+SCRIPT = """
 import sys
 from rmdd.models.clip import clip_part
 from rmdd.models.pretrained import faults, obtain
 part = clip_part(sys.argv[1])
-before = part.lacking()
+before = part.missing_files()
 assert faults([part]) == []
 obtain([part])
 print(before, part.identity(), sorted(p.name for p in part.folder().iterdir()))
@@ -159,32 +159,32 @@ print(before, part.identity(), sorted(p.name for p in part.folder().iterdir()))
 
 
 @pytest.mark.parametrize("name", [HUB, f"{HUB}@{OLD}"])
-def test_what_was_fetched_from_a_hub_is_found_again_without_a_network(made, tmp_path, name):
-    clip = shutil.copytree(made[0], tmp_path / "clip")
-    (clip / "tf_model.h5").write_bytes(b"of another library")
+def test_a_downloaded_model_is_available_offline(models, tmp_path, name):
+    clip = shutil.copytree(models[0], tmp_path / "clip")
+    (clip / "tf_model.h5").write_bytes(b"weights of another library")
     usual = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
 
-    def ask(**environment):
-        words = [sys.executable, "-c", ASK, name]
+    def run_script(**environment):
+        command = [sys.executable, "-c", SCRIPT, name]
         environment = usual | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"} | environment
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
-    files = sorted(p.name for p in made[0].iterdir())
+    files = sorted(p.name for p in models[0].iterdir())
     with hub_of(clip) as address:
-        assert ask(HF_ENDPOINT=address) == f"['all of it'] {OLD} {files}"
-    assert ask(HF_HUB_OFFLINE="1") == f"[] {OLD} {files}"
+        assert run_script(HF_ENDPOINT=address) == f"['all files'] {OLD} {files}"
+    assert run_script(HF_HUB_OFFLINE="1") == f"[] {OLD} {files}"
 
 
-def test_of_a_hub_only_what_is_loaded_is_fetched():
+def test_only_files_needed_for_loading_are_selected_for_download():
     flat = ["README.md", "config.json", "model.safetensors", "pytorch_model.bin", "tf_model.h5", "onnx/model.onnx"]
     assert wanted(flat, "transformers") == ["README.md", "config.json", "model.safetensors"]
     folders = ["model_index.json", "all.safetensors", "unet/config.json", "unet/diffusion_pytorch_model.bin"]
     folders += ["unet/diffusion_pytorch_model.fp16.bin", "vae/config.json", "vae/model.ckpt"]
     folders += [f"text/model-0000{i}-of-00002.safetensors" for i in (1, 2)] + ["text/model.safetensors.index.json"]
-    found = wanted(folders, "diffusers")
-    assert set(found) == set(folders) - {"all.safetensors", "unet/diffusion_pytorch_model.fp16.bin", "vae/model.ckpt"}
+    selected = set(wanted(folders, "diffusers"))
+    assert selected == set(folders) - {"all.safetensors", "unet/diffusion_pytorch_model.fp16.bin", "vae/model.ckpt"}
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_of_a_hub_only_what_is_loaded_is_fetched():
         ("license: {", None),
     ],
 )
-def test_licences_as_cards_name_them(tmp_path, head, licence):
+def test_the_licence_is_read_from_the_model_card(tmp_path, head, licence):
     (tmp_path / "README.md").write_text(f"---\n{head}\n---\ntext --- text\n")
     assert licence_of(tmp_path) == licence
     (tmp_path / "README.md").write_text("no metadata\n---\nlicense: mit\n---\n")

@@ -68,7 +68,7 @@ def test_embed_equals_one_caption_at_a_time(folder, tmp_path, pooling, batch):
     assert np.ptp(vectors, axis=0).min() > 0.01
 
 
-def test_padding_would_give_the_same(folder, tmp_path):
+def test_vectors_equal_those_of_a_padded_batch(folder, tmp_path):
     tokenizer, model = BertTokenizerFast.from_pretrained(folder), BertModel.from_pretrained(folder).eval()
     tokens = tokenizer(CAPTIONS, return_tensors="pt", truncation=True, max_length=12, padding=True)
     with torch.no_grad():
@@ -88,10 +88,10 @@ def test_order_and_duplicates_do_not_matter(folder, tmp_path, name):
 
 
 def test_distinct_captions_are_encoded_once(folder, tmp_path, monkeypatch):
-    seen, encode = [], text._Transformer.__call__
-    monkeypatch.setattr(text._Transformer, "__call__", lambda self, some: seen.append(some) or encode(self, some))
+    encoded, encode = [], text._Transformer.__call__
+    monkeypatch.setattr(text._Transformer, "__call__", lambda self, batch: encoded.append(batch) or encode(self, batch))
     embed(CAPTIONS, tower_of(folder), tmp_path)
-    assert seen == [sorted(set(CAPTIONS))]
+    assert encoded == [sorted(set(CAPTIONS))]
 
 
 def test_the_second_call_reads_the_file(folder, tmp_path, monkeypatch):
@@ -102,7 +102,7 @@ def test_the_second_call_reads_the_file(folder, tmp_path, monkeypatch):
     assert sorted(p.suffix for p in tmp_path.glob("text-*")) == [".lock", ".npy"]
 
 
-def test_everything_that_shapes_the_vectors_is_in_the_key(folder, tmp_path):
+def test_the_cache_key_depends_on_captions_and_all_encoder_settings(folder, tmp_path):
     embed(CAPTIONS, tower_of(folder), tmp_path)
     embed(CAPTIONS[:-1], tower_of(folder), tmp_path)
     embed(CAPTIONS, tower_of(folder, pooling="mean"), tmp_path)
@@ -112,25 +112,25 @@ def test_everything_that_shapes_the_vectors_is_in_the_key(folder, tmp_path):
     assert len(list(tmp_path.glob("text-*.npy"))) == 6
 
 
-def test_the_identity_is_of_the_content_not_of_the_place(tmp_path):
-    here, there = save_encoder(tmp_path / "here"), save_encoder(tmp_path / "there")
-    same = encoder_identity(tower_of(here))
-    assert same == encoder_identity(tower_of(there, pooling="mean"))
-    (there / "README.md").write_text("notes")
-    assert same == encoder_identity(tower_of(there))
-    (there / "tokenizer_config.json").write_text("{}")
-    assert same != encoder_identity(tower_of(there))
+def test_the_identity_depends_on_content_and_not_on_the_folder(tmp_path):
+    original, copied = save_encoder(tmp_path / "original"), save_encoder(tmp_path / "copy")
+    identity = encoder_identity(tower_of(original))
+    assert identity == encoder_identity(tower_of(copied, pooling="mean"))
+    (copied / "README.md").write_text("notes")
+    assert identity == encoder_identity(tower_of(copied))
+    (copied / "tokenizer_config.json").write_text("{}")
+    assert identity != encoder_identity(tower_of(copied))
 
 
 def test_the_files_are_hashed_once_per_process(tmp_path, monkeypatch):
-    here, hashed = save_encoder(tmp_path / "here"), []
+    encoder, hashed = save_encoder(tmp_path / "encoder"), []
     hash_file = text.sha256_file
     monkeypatch.setattr(text, "sha256_file", lambda path: hashed.append(path) or hash_file(path))
-    first = encoder_identity(tower_of(here))
+    first = encoder_identity(tower_of(encoder))
     files = len(hashed)
-    assert files and encoder_identity(tower_of(here)) == first and len(hashed) == files
-    (here / "vocab.txt").write_text("[UNK]")
-    assert encoder_identity(tower_of(here)) != first and len(hashed) == 2 * files
+    assert files and encoder_identity(tower_of(encoder)) == first and len(hashed) == files
+    (encoder / "vocab.txt").write_text("[UNK]")
+    assert encoder_identity(tower_of(encoder)) != first and len(hashed) == 2 * files
 
 
 @pytest.fixture
@@ -138,28 +138,28 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(text, "BLOCK", 3)
 
 
-def test_an_interrupted_call_keeps_its_blocks(folder, small_blocks, tmp_path):
+def test_an_interrupted_call_keeps_its_finished_blocks(folder, small_blocks, tmp_path):
     def stopped(make, items):
         yield from sequential_stream(make, items[:2])
         raise KeyboardInterrupt
 
-    seen = []
+    encoded_blocks = []
 
     def counted(make, items):
-        seen.extend(items)
+        encoded_blocks.extend(items)
         return sequential_stream(make, items)
 
     with pytest.raises(KeyboardInterrupt):
         embed(CAPTIONS, tower_of(folder), tmp_path, stream=stopped)
     assert not list(tmp_path.glob("*.npy"))
     vectors = embed(iter_twice(CAPTIONS), tower_of(folder), tmp_path, stream=counted)
-    assert len(seen) == 1 and not list(tmp_path.glob("*.parts"))
-    assert np.array_equal(vectors, embed(CAPTIONS, tower_of(folder), tmp_path / "whole"))
+    assert len(encoded_blocks) == 1 and not list(tmp_path.glob("*.parts"))
+    assert np.array_equal(vectors, embed(CAPTIONS, tower_of(folder), tmp_path / "uninterrupted"))
     np.testing.assert_allclose(vectors, one_by_one(folder, "cls"), atol=1e-5)
 
 
 def iter_twice(captions):
-    """Captions that are read anew each time, as those of a dataset are."""
+    """Return an iterable without a length that can be iterated repeatedly, like the captions of a dataset."""
 
     class Read:
         def __iter__(self):
@@ -170,7 +170,7 @@ def iter_twice(captions):
 
 @pytest.mark.ray
 @pytest.mark.parametrize("name", ["folder", "hashing"])
-def test_actors_give_the_same_bits(folder, small_blocks, ray_local, tmp_path, name):
+def test_ray_actors_give_bit_identical_vectors(folder, small_blocks, ray_local, tmp_path, name):
     from rmdd.execution.ray.stream import over_actors
 
     tower = TextTower(name="hashing", width=32) if name == "hashing" else tower_of(folder)
@@ -179,13 +179,13 @@ def test_actors_give_the_same_bits(folder, small_blocks, ray_local, tmp_path, na
     assert np.array_equal(plain, spread)
 
 
-def test_loading_an_encoder_moves_no_global_draw(folder, tmp_path):
+def test_loading_an_encoder_does_not_change_the_global_random_state(folder, tmp_path):
     state = torch.random.get_rng_state()
     embed(CAPTIONS, tower_of(folder), tmp_path)
     assert torch.equal(state, torch.random.get_rng_state())
 
 
-def test_hashing_is_pinned_and_of_unit_scale(tmp_path):
+def test_hashing_vectors_have_pinned_values_and_unit_scale(tmp_path):
     tower = TextTower(name="hashing", width=256)
     words = [w for w in WORDS if w.isalpha()]
     captions = [f"{a} {b} {c}" for a in words for b in words for c in words[:5]]
@@ -223,20 +223,20 @@ def test_a_package_is_found_without_running_it(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("config", [GPT2Config(), T5Config(), CLIPConfig()], ids=lambda c: c.model_type)
-def test_only_encoders(config, tmp_path):
+def test_models_that_are_not_encoders_are_refused(config, tmp_path):
     config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"{config.model_type}.* is .*; give an encoder such as bert"):
         embed(["a"], tower_of(tmp_path), tmp_path / "cache")
 
 
-def test_what_cannot_be_had_is_explained(tmp_path, monkeypatch):
+def test_errors_for_unavailable_encoders_name_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name, words in {
         "rmdd/absent-encoder": "could not load.*local folder, package:MODULE.*hashing",
         str(tmp_path / "absent"): "no text tower folder",
         str(tmp_path): "holds no config.json",
         "package:rmdd_absent": "not an installed package",
-        "package:json": "ships no transformers model",
+        "package:json": "contains no transformers model",
     }.items():
         with pytest.raises(ValueError, match=words):
             embed(["a"], TextTower(name=name), tmp_path)
