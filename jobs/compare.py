@@ -1,4 +1,4 @@
-"""Evaluate sets and subsets, by paths that the head sees, under the protocol of CONFIG.
+"""Ray job: evaluate sets and subsets under the protocol of CONFIG. Paths must exist on the head node.
 
 ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/compare.py --config CONFIG \\
   A B random

@@ -1,4 +1,4 @@
-"""Distil the phases that are not finished.
+"""Ray job: distil the unfinished phases of a run.
 
 ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/distill.py --config CONFIG
 """

@@ -1,4 +1,4 @@
-"""What all jobs share: the words of a job become those of the command line, and its end says how to go on."""
+"""Entry point of all Ray jobs: run an `rmdd` command with the arguments of the job, and print how to resume it."""
 
 import argparse
 import shlex
@@ -13,41 +13,41 @@ UNUSABLE = 2
 
 
 def main(command: str, option: bool = False) -> None:
-    """Do `rmdd COMMAND CONFIG --set ...` for the job that was started as `python jobs/X.py --config CONFIG --set ...`.
+    """Run `rmdd COMMAND CONFIG --set ...` for a job started as `python jobs/X.py --config CONFIG --set ...`.
 
-    `option`: the command takes `--config CONFIG` itself.
-
-    Ends with the exit code of the command line.
+    With `option`, CONFIG is passed as `--config CONFIG`. Exits with the exit code of the command.
     """
-    parser = argparse.ArgumentParser(description=f"rmdd {command} as a Ray job; further words go to `rmdd {command}`")
+    description = f"Run rmdd {command} as a Ray job. Other arguments are passed to `rmdd {command}`."
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", required=True, help="a preset's name or a YAML file in the working folder")
-    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change a field")
-    known, further = parser.parse_known_args()
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="set a field of the run file")
+    arguments, further = parser.parse_known_args()
     try:
-        if lost := lost_with_the_job(config.load(known.config, known.set)):
-            raise config.ConfigError(lost, known.config)
+        if mistakes := relative_paths(config.load(arguments.config, arguments.set)):
+            raise config.ConfigError(mistakes, arguments.config)
     except config.ConfigError as error:
         print(error, file=sys.stderr)
         raise SystemExit(UNUSABLE) from error
     try:
-        given = ["--config", known.config] if option else [known.config]
-        cli.main([command, *given, *(word for change in known.set for word in ("--set", change)), *further])
+        source = ["--config", arguments.config] if option else [arguments.config]
+        cli.main([command, *source, *(word for change in arguments.set for word in ("--set", change)), *further])
     except SystemExit as end:
         if end.code not in (None, 0, UNUSABLE):
             print(f"or submit it again: {SUBMIT} {shlex.join(sys.argv)}", file=sys.stderr)
         raise
 
 
-def lost_with_the_job(run: config.Run) -> list[str]:
-    """Mistakes: places that would lie in the job's own copy of the working folder, which goes when the job does."""
+def relative_paths(run: config.Run) -> list[str]:
+    """Return a message for every relative path, because Ray deletes the job's copy of the working folder."""
     image, text = run.model.image, run.model.text.name
-    places = {"runtime.storage": run.runtime.storage, "data.root": run.data.root}
+    paths = {"runtime.storage": run.runtime.storage, "data.root": run.data.root}
     if image.weights != "pretrained" and not image.is_random:
-        places["model.image.weights"] = image.weights
+        paths["model.image.weights"] = image.weights
     if Path(text).is_dir():
-        places["model.text.name"] = text
+        paths["model.text.name"] = text
     return [
-        f"{key}: '{place}' would lie in the job's copy of the working folder; give a path that all nodes see"
-        for key, place in places.items()
-        if place is not None and "://" not in place and not Path(place).is_absolute()
+        f"{key}: '{path}' would be inside the job's temporary copy of the working folder; give an absolute path that "
+        "exists on all nodes"
+        for key, path in paths.items()
+        if path is not None and "://" not in path and not Path(path).is_absolute()
     ]

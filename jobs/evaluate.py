@@ -1,4 +1,4 @@
-"""Train students, choose on val, read test once.
+"""Ray job: train students on the distilled set, choose on val, read test once.
 
 ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/evaluate.py --config CONFIG
 """

@@ -1,4 +1,4 @@
-"""Train the experts that are missing.
+"""Ray job: train the missing experts of a run.
 
 ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/experts.py --config CONFIG
 """

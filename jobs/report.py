@@ -1,4 +1,4 @@
-"""Write the distilled set and its page.
+"""Ray job: write the distilled set and the HTML report of a run.
 
 ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/report.py --config CONFIG
 """

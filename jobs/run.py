@@ -1,4 +1,4 @@
-"""All steps; what is there already is used.
+"""Ray job: run all steps of a run; finished results are used again.
 
 ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/run.py --config CONFIG
 """

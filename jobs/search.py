@@ -1,4 +1,4 @@
-"""Try the values of `search.space`. Submitted twice, with `search.storage` set, two drivers share the trials.
+"""Ray job: search over `search.space`. With `search.storage` set, several submitted jobs share the trials.
 
 ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/search.py --config CONFIG
 """

@@ -1,4 +1,4 @@
-"""rmdd: distil image-text data into a few hundred synthetic pairs.
+"""rmdd distils an image-text dataset into a few hundred synthetic pairs.
 
 >>> import rmdd
 >>> run = rmdd.load_config("demo", ["seed=1"])  # a preset's name, a YAML file or a mapping
@@ -6,7 +6,7 @@
 >>> distilled = rmdd.load("runs/demo-0123abcd/set")  # doctest: +SKIP
 >>> pairs = distilled.as_dataset()  # doctest: +SKIP
 
-Importing is instant: torch, transformers and ray are loaded when something needs them.
+`import rmdd` is fast: torch, transformers and ray are imported on first use.
 """
 
 from importlib import import_module
@@ -54,7 +54,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
-        raise AttributeError(f"module 'rmdd' has no attribute '{name}'; it has {', '.join(__all__)}")
+        raise AttributeError(f"module 'rmdd' has no attribute '{name}'; available: {', '.join(__all__)}")
     module, attribute = _HOME[name]
     return getattr(import_module(module), attribute)
 

@@ -1,4 +1,4 @@
-"""`python -m rmdd` is the `rmdd` command."""
+"""Run the `rmdd` command line as `python -m rmdd`."""
 
 from rmdd.cli.app import main
 

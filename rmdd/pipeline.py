@@ -1,7 +1,7 @@
-"""One run, read top to bottom: ingest, embed, experts, plan, phases, students, health, export, report.
+"""`rmdd.run` and `Pipeline`: one run from top to bottom, from ingest and experts to evaluation, export and report.
 
-Each step is done once and hands its value to the next; what a step does is in `rmdd.runs.steps`. Results lie under the
-hash of what shaped them: two runs that differ in evaluation alone share their experts and phases.
+Each step runs once and passes its value to the next; `rmdd.runs.steps` implements the steps. The folder of a result is
+named by a hash of its settings, so two runs that differ only in their evaluation share experts and phases.
 """
 
 import contextlib
@@ -35,16 +35,20 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run leaves: the distilled set, the page, and the numbers."""
+    """The results of a finished run."""
 
     set: Path
+    """Folder of the distilled set."""
     report: Path
+    """The HTML report."""
     evaluation: dict[str, Any]
+    """Content of `evaluation.json`."""
     seconds: dict[str, float]
+    """Wall-clock seconds by step."""
 
 
 def once(step: Callable[[Any], T]) -> Callable[[Any], T]:
-    """A method that is executed at its first call, and returns the same value at every later one."""
+    """Decorate a method to run at its first call and return the same value at every later call."""
 
     @functools.wraps(step)
     def value(self: Any) -> T:
@@ -57,9 +61,9 @@ def once(step: Callable[[Any], T]) -> Callable[[Any], T]:
 
 
 class Pipeline:
-    """The steps of one run in their order. A call runs the steps up to it, each once, and returns its value.
+    """The steps of one run. Calling a step first runs the steps before it, each at most once, and returns its value.
 
-    `splits` are embedded; a run that never reads test leaves it out. Use `open_pipeline`, which brings a backend.
+    `splits` lists the splits to embed; searches leave out test. `open_pipeline` opens a pipeline with its backend.
     """
 
     def __init__(
@@ -71,7 +75,7 @@ class Pipeline:
         splits: Sequence[str] = SPLITS,
     ):
         run = run.model_copy(update={"runtime": absolute_runtime(run.runtime)})
-        run = with_phases(run, []) if run.distill.plan.plans else run  # the plan in the run folder has its phases
+        run = with_phases(run, []) if run.distill.plan.plans else run  # the phases are in the plan of the run folder
         self.steps = Steps(run, backend, progress, folder or run_folder(run))
         self.splits, self.values = splits, dict[str, Any]()
         self.storage, self.folder = self.steps.storage, self.steps.folder
@@ -85,32 +89,32 @@ class Pipeline:
 
     @once
     def ingest(self) -> Dataset:
-        """The dataset: pairs in shards."""
+        """Return the ingested dataset."""
         return self.steps.ingest()
 
     @once
     def item(self) -> TaskItem:
-        """The run and the paths of its parts, which every task is given."""
+        """Return the input of the run's tasks: the run and its paths."""
         return self.steps.locate(self.ingest())
 
     @once
     def embed(self) -> SplitSource:
-        """The splits with their embeddings."""
+        """Embed the splits and return their source."""
         return self.steps.embed(self.item(), self.ingest(), self.splits)
 
     @once
     def experts(self) -> Store:
-        """The trained experts."""
+        """Train the missing experts and return their store."""
         return self.steps.experts(self.item(), self.ingest(), self.embed())
 
     @once
     def check_budget(self) -> None:
-        """Whether the phases are within the budget; raises `ValueError` or warns, as configured."""
+        """Raise `ValueError` or warn (see `distill.budget_check`) if the phases cost more than the budget."""
         self.steps.check_budget(self.steps.run)
 
     @once
     def planned(self) -> TaskItem:
-        """The run with its phases, and the paths of its parts."""
+        """Plan the phases if the run lists none; return the run with its phases, and its paths."""
         self.check_budget()
         self.experts()
         planned = self.steps.plan(self.item(), self.ingest())
@@ -120,18 +124,18 @@ class Pipeline:
 
     @once
     def begin_phases(self) -> TaskItem:
-        """`planned`, with what its phases start from."""
+        """Write the initial synthetic pairs of the phases; return the run with its phases, and its paths."""
         self.steps.begin_phases(self.planned(), self.embed())
         return self.planned()
 
     @once
     def distill(self) -> list[Path]:
-        """The folders of the distilled phases."""
+        """Distil the phases and return their folders."""
         return self.steps.distill(self.begin_phases())
 
     @once
     def evaluate(self) -> dict[str, Any]:
-        """What val chose and the scores on test."""
+        """Choose on val, train the final students and return the content of `evaluation.json`."""
         self.distill()
         probes = self.steps.probes(self.ingest())
         evaluation = self.steps.evaluate(self.planned(), self.embed(), self.experts(), probes)
@@ -140,13 +144,13 @@ class Pipeline:
 
     @once
     def health(self) -> dict[str, Any]:
-        """The health of embeddings over the distillation."""
+        """Measure and return the embedding health of every snapshot."""
         self.distill()
         return self.steps.health(self.planned())
 
     @once
     def export(self) -> Path:
-        """The folder of the distilled set."""
+        """Export the distilled set and return its folder."""
         evaluation, item = self.evaluate(), self.planned()
         with self.steps.timed("export"):
             distilled = assemble(
@@ -162,7 +166,7 @@ class Pipeline:
 
     @once
     def report(self) -> Path:
-        """The page that shows the run."""
+        """Write the HTML report and return its path."""
         folder, health, item = self.export(), self.health(), self.planned()
         with self.steps.timed("report"):
             page, evaluation = self.folder / "report.html", self.evaluate()
@@ -170,15 +174,15 @@ class Pipeline:
         return page
 
     def all(self) -> Result:
-        """The whole line."""
+        """Run all steps."""
         page = self.report()
         return Result(self.export(), page, self.evaluate(), self.all_seconds())
 
-    # -- for what is built on runs -------------------------------------------------------------------------------
+    # -- for searches, comparisons and analyses --------------------------------------------------------------------
 
     @property
     def run(self) -> config.Run:
-        """The run, with the phases of its plan once that is made."""
+        """The run; once the plan exists, with the planned phases."""
         planned: TaskItem | None = self.values.get("planned")
         return planned.run if planned else self.steps.run
 
@@ -190,37 +194,37 @@ class Pipeline:
     def progress(self) -> Progress:
         return self.steps.progress
 
-    def work_with(self, backend: Backend, progress: Progress) -> None:
-        """Do the steps that are left over another backend."""
+    def use_backend(self, backend: Backend, progress: Progress) -> None:
+        """Run the remaining steps with another backend and progress display."""
         self.steps.backend, self.steps.progress = backend, progress
 
     def prepared_split(self, split: str) -> PreparedSplit:
-        """A split with its embeddings."""
+        """Return a split with its embeddings; the cache must hold them."""
         return self.item().source.open(split)
 
     def embedded(self, split: str) -> PreparedSplit:
-        """`prepared_split`, its captions embedded by the backend where they are not yet."""
+        """Embed the captions of a split if the cache lacks them, and return the split."""
         self.steps.embed_split(self.item(), self.ingest(), split)
         return self.prepared_split(split)
 
     def plan(self) -> config.Run:
-        """The run with its phases."""
+        """Return the run with its phases."""
         return self.planned().run
 
     def all_seconds(self) -> dict[str, float]:
-        """Wall seconds per step, added up over all sittings of this run."""
+        """Return the wall-clock seconds of each step, summed over all starts of this run."""
         return self.steps.all_seconds()
 
 
 def _draw(plan: Path, drawing: Path) -> None:
-    """Draw a plan that is newer than its drawing."""
+    """Draw the plan as SVG if the drawing is missing or older than the plan."""
     if not drawing.is_file() or drawing.stat().st_mtime < plan.stat().st_mtime:
         draw_plan(read_json(plan), drawing)
 
 
 @contextlib.contextmanager
 def open_pipeline(run: config.Run, progress: Progress | None = None) -> Iterator[Pipeline]:
-    """A pipeline with the backend that `runtime` describes."""
+    """Lock the run folder, open the backend that `runtime` describes, and yield the run's pipeline."""
     progress = progress or Progress()
     folder = run_folder(run)
     with hold_folders(run.runtime, folder), open_backend(run.runtime, folder / "events.jsonl", progress) as backend:
@@ -228,6 +232,6 @@ def open_pipeline(run: config.Run, progress: Progress | None = None) -> Iterator
 
 
 def run(run: config.Run, progress: Progress | None = None) -> Result:
-    """Do a whole run and return what it left. Going on after an interruption is calling it again."""
+    """Execute all steps of a run and return its results. After an interruption, call it again to resume."""
     with open_pipeline(run, progress) as pipeline:
         return pipeline.all()

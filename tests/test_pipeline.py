@@ -94,7 +94,7 @@ def test_everything_the_referee_can_tell(storage):
     cost = json.loads((run_folder(run) / "cost.json").read_text())
     assert cost["seconds_per_iteration"] > 0 and cost["iterations_timed"] == 7 and cost["gpu_hours"] == 0
     page = (run_folder(run) / "report.html").read_text()
-    assert "What picking on test adds" in page and "IOR: the set minus random pairs by the same recipe" in page
+    assert "Gain from choosing on test" in page and "IOR: the set minus random pairs with the same recipe" in page
 
 
 def test_a_record_without_its_ranks_or_its_test_scores_is_made_again(storage):
@@ -223,7 +223,7 @@ def test_a_folder_begun_with_other_data_is_refused(tmp_path):
     go(with_data("0"), "ingest")
     shutil.copytree(tmp_path / "0", tmp_path / "moved")
     assert go(with_data("moved"), "ingest").path == tmp_path / "moved", "the same data may lie elsewhere"
-    with pytest.raises(ValueError, match=r"tiny-.* was begun with other data .*give the run another name"):
+    with pytest.raises(ValueError, match=r"tiny-.* was started with other data .*give the run another name"):
         go(with_data("1"), "ingest")
 
 

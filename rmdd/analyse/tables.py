@@ -22,7 +22,7 @@ from rmdd.experts.train import kept_epochs
 from rmdd.models.text import text_width
 from rmdd.pipeline import open_pipeline
 from rmdd.report.sheets import Sheet, write_csv
-from rmdd.searches.sweeps import Member, Swept, members, run_all
+from rmdd.searches.sweeps import Member, SweepResult, members, run_all
 
 TITLES = {
     "shift": "ranges and endpoints, shifted from phase to phase or not",
@@ -225,7 +225,7 @@ def _prepared(run: config.Run, progress: Progress) -> tuple[config.Run, Store]:
         return with_explicit_phases(pipeline.plan()), pipeline.experts()
 
 
-def _left(folder: Path, name: str, rows: list[dict[str, Any]], sheet: Sheet, swept: Swept) -> dict[str, Any]:
+def _left(folder: Path, name: str, rows: list[dict[str, Any]], sheet: Sheet, swept: SweepResult) -> dict[str, Any]:
     files = [str(folder / "analyse" / f"{name}.{kind}") for kind in ("csv", "svg")]
     write_csv(Path(files[0]), rows)
     sheet.save(Path(files[1]))

@@ -1,1 +1,1 @@
-"""Measurements of the matching engine: `rmdd bench`."""
+"""Benchmarks of trajectory matching (`rmdd bench`): time, memory, and first-order against exact gradients."""

@@ -1,7 +1,7 @@
-"""How far the first-order meta-gradient is from the exact one, along a real run.
+"""`rmdd bench estimator`: compare the first-order meta-gradient with the exact one during a real run.
 
-The run's own loop is followed with its own estimator; every so often the other one is taken of the same state and the
-same draw, and both are compared, tensor by tensor. Nothing is saved.
+The outer loop uses the estimator of the run. At regular intervals the other estimator gets the same state and the same
+draw, and both gradients are compared tensor by tensor. Nothing is saved.
 """
 
 import math
@@ -22,7 +22,7 @@ from rmdd.models.dual import DualEncoder
 from rmdd.pipeline import Pipeline
 
 
-def along(
+def compare_estimators(
     run: config.Run,
     phase: int,
     store: Store,
@@ -33,16 +33,15 @@ def along(
     iterations: int,
     every: int,
 ) -> list[dict[str, Any]]:
-    """One row per comparison: `iteration`, `start`, `loss`, and by tensor the cosine and the norm ratio, first-order
-    over exact.
+    """Run the outer loop and compare both estimators every `every` iterations; return one row per comparison.
 
-    The rates' "cosine" is the agreement of their signs. Stops early, with a row that says so, when the loop does not
-    stay finite.
+    A row has `iteration`, `start`, `loss`, and for each tensor the cosine and the norm ratio (first-order over exact).
+    For a learning rate, a scalar, the cosine is 1 or -1. If the loss is not finite, the loop ends with a row `stopped`.
     """
     matcher = Matcher(methods.matching_method(run), phase, store, model, device)
     state = State.begin(initial).to(device)
-    own = run.distill.estimator
-    other: Literal["exact", "first_order"] = "first_order" if own == "exact" else "exact"
+    used = run.distill.estimator
+    other: Literal["exact", "first_order"] = "first_order" if used == "exact" else "exact"
     rows: list[dict[str, Any]] = []
     while state.iteration < iterations:
         drawn = matcher.draw(state.iteration)
@@ -51,7 +50,7 @@ def along(
             rows.append({"iteration": state.iteration, "stopped": "the loss is not finite"})
             break
         if state.iteration % every == 0:
-            both = {own: result.gradient, other: matcher.gradient(state.raw, drawn, estimator=other).gradient}
+            both = {used: result.gradient, other: matcher.gradient(state.raw, drawn, estimator=other).gradient}
             exact, first = both["exact"].tensors(), both["first_order"].tensors()
             rows.append(
                 {
@@ -67,20 +66,20 @@ def along(
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
-    """Of the flattened tensors; nan when one of them is zero."""
+    """Return the cosine of two flattened tensors; NaN if one of them is zero."""
     a, b = a.double().flatten(), b.double().flatten()
     size = a.norm() * b.norm()
     return float(a @ b / size) if size > 0 else math.nan
 
 
 def norm_ratio(a: Tensor, b: Tensor) -> float:
-    """|a| / |b|; nan when b is zero."""
+    """Return |a| / |b|; NaN if b is zero."""
     size = b.double().norm()
     return float(a.double().norm() / size) if size > 0 else math.nan
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Per tensor the median cosine and norm ratio over rows, zero gradients left out."""
+    """Return for each tensor the median cosine and norm ratio over all rows, without zero gradients."""
     compared = [row for row in rows if "cosine" in row]
     medians: dict[str, dict[str, float]] = {}
     for name in compared[0]["cosine"] if compared else ():
@@ -91,15 +90,16 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def of_run(pipeline: Pipeline, phase: int, iterations: int, every: int) -> list[dict[str, Any]]:
-    """`along` for a phase of a run, whose experts are trained first where they are missing."""
+    """Train the missing experts of a run, then compare both estimators in one of its phases."""
     run = pipeline.plan()
     if not 0 <= phase < len(run.distill.phases):
-        raise ValueError(f"the run has phases 0-{len(run.distill.phases) - 1}; there is no phase {phase}")
+        raise ValueError(f"unknown phase {phase}; give a phase from 0 to {len(run.distill.phases) - 1}")
     if every < 1 or iterations < 1:
-        raise ValueError(f"asked for {iterations} iterations and a comparison every {every}; give at least 1 of each")
+        raise ValueError(f"iterations is {iterations} and every is {every}; both must be at least 1")
     store = pipeline.experts()
     train = pipeline.prepared_split("train")
     method = methods.matching_method(run)
     initial = method.initial(phase, train, method.records(phase, train))
     model = expert_model(run.model, run.data.image_size, run.seed_of("experts"), 0, train.texts.shape[1])
-    return along(run, phase, store, model, initial, device_of(run.runtime), iterations=iterations, every=every)
+    device = device_of(run.runtime)
+    return compare_estimators(run, phase, store, model, initial, device, iterations=iterations, every=every)

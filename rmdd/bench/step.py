@@ -1,9 +1,9 @@
-"""Time, memory and arithmetic of one iteration of matching, against both yardsticks, in one run.
+"""`rmdd bench step`: time, peak memory and FLOPs of one matching iteration, compared with reference loops.
 
-Variants take turns, so that whatever else the machine does hits all alike. On a CPU the peak of each is that of the
-resident set in a process of its own, in which glibc returns every freed tensor at once (else fragments of the heap
-count as well): one iteration to warm up, the high-water mark reset (Linux, /proc/self/clear_refs), one iteration
-more. On a GPU it is the allocator's own count.
+Variants are timed in turn, so that other load on the machine affects all of them equally. On a CPU, peak memory is the
+resident set of a separate process: one iteration to warm up, a reset of the high-water mark (/proc/self/clear_refs,
+Linux only), and one more iteration. There glibc returns every freed tensor at once, so that heap fragmentation is not
+counted. On a GPU, peak memory is the count of PyTorch's allocator.
 """
 
 import ctypes
@@ -45,7 +45,7 @@ YARDSTICKS = ("whole_unroll", "published", "published_rebuilt")
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: an encoder, a synthetic set, and K steps on it."""
+    """The problem to measure: a dual encoder, a synthetic set, and the number of inner steps."""
 
     tower: str = "convnet"
     widths: tuple[int, ...] = (64, 64, 64)
@@ -63,22 +63,22 @@ class Case:
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
-            raise ValueError(f"no loss '{self.loss}'; there are: {', '.join(LOSSES)}")
+            raise ValueError(f"unknown loss '{self.loss}'; available: {', '.join(LOSSES)}")
         if self.similarity not in ("full", "low_rank", "identity"):
-            raise ValueError(f"no similarity '{self.similarity}'; there are: full, low_rank, identity")
+            raise ValueError(f"unknown similarity '{self.similarity}'; available: full, low_rank, identity")
         if not 2 <= self.batch <= self.pairs:
-            raise ValueError(f"batch is {self.batch} of {self.pairs} pairs; give at least 2 and at most all")
+            raise ValueError(f"batch is {self.batch}, but must be from 2 to the number of pairs, {self.pairs}")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to take the iteration: a yardstick by name, or an estimator on an engine, of the case's own student or
-    a method's."""
+    """One way to compute the iteration: a reference loop, or an estimator with engine options."""
 
     name: str
     method: str | None = None
-    """Its loss, similarity, blending, and whether the tower is trained, come from the defaults of the method."""
+    """Method whose defaults set loss, similarity, blending and trainable towers; None: those of the case."""
     estimator: Literal["exact", "first_order"] | None = None
+    """Gradient estimator; None for a reference loop, which `name` identifies."""
     engine: Engine = AS_RUN
 
 
@@ -88,10 +88,10 @@ def variants(
     yardsticks: Sequence[str] = YARDSTICKS,
     of_methods: Sequence[str] = (),
 ) -> list[Variant]:
-    """The yardsticks, then every estimator on every engine for the case's own student and for each of `of_methods`."""
+    """Return the reference loops, then every estimator with every engine, for the case and for each of `of_methods`."""
     for name in of_methods:
         if not methods.find(name).unrolls:
-            raise ValueError(f"method {name} matches no trajectories and has no such step; leave it out")
+            raise ValueError(f"method {name} does not match trajectories, so it has no matching step; remove it")
     chosen = [Variant(y) for y in yardsticks]
     for method in (None, *of_methods):
         for label, engine in (engines or {"": AS_RUN}).items():
@@ -100,7 +100,7 @@ def variants(
 
 
 def engine_of(words: str) -> Engine:
-    """An engine from words such as `reverse,bfloat16,recompute`; what is not named is as in a run."""
+    """Parse engine options such as `reverse,bfloat16,recompute`; other options are as in a run."""
     options: dict[str, Any] = {"second_pass": "forward"}
     for word in filter(None, words.split(",")):
         if word.startswith("reuse=") and word[6:].isdigit():
@@ -109,21 +109,21 @@ def engine_of(words: str) -> Engine:
         fields = [name for name, choices in ENGINE_WORDS.items() if word in choices]
         if not fields:
             valid = ", ".join([*(w for choices in ENGINE_WORDS.values() for w in choices), "reuse=STEPS"])
-            raise ValueError(f"no engine option '{word}'; there are: {valid}")
+            raise ValueError(f"unknown engine option '{word}'; available: {valid}")
         options[fields[0]] = word
     return Engine(**options)
 
 
 def yardsticks_of(words: str) -> list[str]:
-    """Yardsticks by name, parted by commas; none for an empty string."""
+    """Parse the names of reference loops, separated by commas; an empty string gives none."""
     names = [w for w in words.split(",") if w]
     if unknown := [w for w in names if w not in YARDSTICKS]:
-        raise ValueError(f"no yardstick '{unknown[0]}'; there are: {', '.join(YARDSTICKS)}")
+        raise ValueError(f"unknown reference loop '{unknown[0]}'; available: {', '.join(YARDSTICKS)}")
     return names
 
 
 def run_of(case: Case, method: str | None = None) -> config.Run:
-    """The case as a run: by the defaults of `method`, or with the case's own loss and similarity."""
+    """Return the case as a run, with the defaults of `method` or with the loss and similarity of the case."""
     convnet = case.tower == "convnet"
     image: dict[str, Any] = {"name": case.tower, "weights": "random:0", "widths": case.widths}
     image["projection"] = "linear" if convnet else "none"
@@ -131,10 +131,10 @@ def run_of(case: Case, method: str | None = None) -> config.Run:
     if method is not None:
         image |= methods.find(method).defaults.get("model", {}).get("image", {})
         plan = {"method": method, "similarity": methods.find(method).defaults.get("distill", {}).get("similarity", {})}
-    if plan["similarity"].get("kind") == "low_rank":  # which may not cost more than the full matrix
+    if plan["similarity"].get("kind") == "low_rank":  # low-rank factors must not be larger than the full matrix
         plan["similarity"] = plan["similarity"] | {"rank": min(10, max(1, (case.pairs - 1) // 2))}
     phase = {"pairs": case.pairs, "start": 0, "stop": 1, "iterations": 1}
-    own = {
+    raw = {
         "data": {"image_size": case.image_size},
         "model": {
             "image": image,
@@ -144,11 +144,14 @@ def run_of(case: Case, method: str | None = None) -> config.Run:
         },
         "distill": plan | {"phases": [phase], "batch": case.batch, "steps": case.steps},
     }
-    return config.load(own)
+    return config.load(raw)
 
 
 def prepare(case: Case, method: str | None = None) -> Callable[[Variant], Callable[[], tuple[torch.Tensor, Synthetic]]]:
-    """The case's tensors, and how a variant of `method` takes one iteration on them: (miss, gradient)."""
+    """Create the tensors of a case; return a function that maps a variant to its iteration.
+
+    Calling the iteration returns the matching loss and the gradient in the synthetic set.
+    """
     device, dtype = torch.device(case.device), getattr(torch, case.dtype)
     run = run_of(case, method)
     recipe = methods.matching_method(run)
@@ -188,8 +191,8 @@ def prepare(case: Case, method: str | None = None) -> Callable[[Variant], Callab
                 if variant.name == "whole_unroll":
                     return whole_unroll(bare, loss, start, target, synthetic, batches)
                 if variant.estimator is None:
-                    again = variant.name == "published_rebuilt"
-                    nets = (lambda: plain(encoder())) if again else lambda: bare
+                    rebuilt = variant.name == "published_rebuilt"
+                    nets = (lambda: plain(encoder())) if rebuilt else lambda: bare
                     return published(nets, loss, start, target, synthetic, batches)
                 engine = variant.engine if forward else replace(variant.engine, second_pass="reverse")
                 inputs = synthetic if tower is None else features_of(tower, synthetic, batches)
@@ -215,11 +218,13 @@ def prepare(case: Case, method: str | None = None) -> Callable[[Variant], Callab
 def bench_step(
     case: Case, chosen: Sequence[Variant], repeats: int = 20, out: Path | None = None, memory: bool = True
 ) -> dict[str, Any]:
-    """Measure `chosen` on `case`: per variant seconds (median, first and last quartile), pairs per second, peak
-    bytes above the process's baseline, floating-point operations, and, of the case's own student, ratios to the
-    yardsticks present, which take the same steps."""
+    """Measure the variants `chosen` on `case`; with `out`, write the result as JSON.
+
+    A variant has seconds (median and quartiles), pairs per second, peak bytes above the process's baseline, and FLOPs;
+    variants without a method also have their ratios to the reference loops, which compute the same steps.
+    """
     if repeats < 1:
-        raise ValueError(f"repeats is {repeats}; ask for at least 1, and for 20 to trust the median")
+        raise ValueError(f"repeats is {repeats}, but must be at least 1; use 20 for a reliable median")
     torch.set_num_threads(case.threads)
     ready = {method: prepare(case, method) for method in dict.fromkeys(v.method for v in chosen)}
     runs = {v.name: ready[v.method](v) for v in chosen}
@@ -233,7 +238,7 @@ def bench_step(
             del runs[variant.name]
             continue
         rows[variant.name] = {"flops": counter.total}
-    short = [v.name for v in chosen if v.name not in rows]
+    out_of_memory = [v.name for v in chosen if v.name not in rows]
     chosen = [v for v in chosen if v.name in rows]
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
@@ -259,7 +264,7 @@ def bench_step(
     result = {
         "case": asdict(case),
         "repeats": repeats,
-        "out_of_memory": short,
+        "out_of_memory": out_of_memory,
         "torch": torch.__version__,
         "variants": rows,
     }
@@ -269,7 +274,7 @@ def bench_step(
 
 
 def peak_bytes(case: Case, variant: Variant) -> int:
-    """Peak memory of one iteration above what the process held before it."""
+    """Return the peak bytes of one iteration above the memory of the process before it."""
     if case.device != "cpu":
         run = prepare(case, variant.method)(variant)
         run()
@@ -279,15 +284,15 @@ def peak_bytes(case: Case, variant: Variant) -> int:
         return torch.cuda.max_memory_allocated(case.device) - before
     request = json.dumps({"case": asdict(case), "variant": asdict(variant)})
     command = [sys.executable, "-m", "rmdd.bench.step", request]
-    returning = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    done = subprocess.run(command, capture_output=True, text=True, env=returning)
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        raise RuntimeError(f"the memory of '{variant.name}' could not be measured: {done.stderr.strip()[-300:]}")
+        raise RuntimeError(f"cannot measure the memory of '{variant.name}': {done.stderr.strip()[-300:]}")
     return int(done.stdout.split()[-1])
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result as lines of text."""
+    """Return the result as a text table."""
     rows = result["variants"]
     against = [y for y in YARDSTICKS if y in rows]
     heads = ["variant", "s/iter", "pairs/s", "peak MB", "GFLOP", *(f"time, memory / {y}" for y in against)]
@@ -307,9 +312,9 @@ def table(result: dict[str, Any]) -> str:
 
 
 class _Flops(TorchDispatchMode):
-    """Sums torch's own formulas for matrix products and convolutions.
+    """Counter of the FLOPs of matrix products and convolutions, with PyTorch's formulas.
 
-    `FlopCounterMode` hangs hooks on modules, which `torch.autograd.grad` in parameters refuses.
+    `FlopCounterMode` cannot be used, because its module hooks conflict with `torch.autograd.grad` in parameters.
     """
 
     total = 0
@@ -329,14 +334,14 @@ def _wait(device: str) -> None:
 
 
 def resident(field_name: Literal["VmRSS", "VmHWM"]) -> int:
-    """Bytes that this process holds now, or held at its peak."""
+    """Return the resident bytes of this process now (`VmRSS`) or at its peak (`VmHWM`)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field_name}:"):
             return 1024 * int(line.split()[1])
     raise RuntimeError(f"/proc/self/status has no {field_name}")
 
 
-def _measure_here(case: Case, variant: Variant) -> int:
+def _peak_in_this_process(case: Case, variant: Variant) -> int:
     torch.set_num_threads(case.threads)
     run = prepare(case, variant.method)(variant)
     run()
@@ -351,7 +356,7 @@ if __name__ == "__main__":
     request = json.loads(sys.argv[1])
     of_case, of_variant = request["case"], request["variant"]
     print(
-        _measure_here(
+        _peak_in_this_process(
             Case(**of_case | {"widths": tuple(of_case["widths"])}),
             Variant(**of_variant | {"engine": Engine(**of_variant["engine"])}),
         )

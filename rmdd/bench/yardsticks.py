@@ -1,6 +1,6 @@
-"""What the engine is measured against: the whole unroll, and the loop of the papers' released code.
+"""Reference loops for the benchmark: a full unroll with autograd, and the two-pass loop of the papers' released code.
 
-M pairs, B in a mini-batch, K inner steps, P parameters of one modality.
+B pairs in a mini-batch, K inner steps.
 """
 
 import math
@@ -17,11 +17,11 @@ from rmdd.models.dual import DualEncoder, Params, tower_of
 from rmdd.models.image import ConvNet
 
 PairLoss = Callable[[Tensor, Tensor], Tensor]
-"""(scores (B,B), target similarity (B,B)) -> scalar."""
+"""Loss function: scores (B, B) and target similarity (B, B) to a scalar."""
 
 
 def plain(model: DualEncoder) -> DualEncoder:
-    """The same encoder, its ConvNet run layer by layer as anyone would write it."""
+    """Return the same encoder with a plain layer-by-layer ConvNet instead of the optimised one."""
     tower = model.image_tower
     if isinstance(tower, ConvNet):
         tower = _Plain(tower)
@@ -45,14 +45,14 @@ def whole_unroll(
     synthetic: Synthetic,
     batches: Int[Tensor, "K B"],
 ) -> tuple[Tensor, Synthetic]:
-    """The miss and its exact gradient by differentiating through all K steps at once."""
+    """Return the matching loss and its exact gradient, by autograd through all K inner steps."""
     leaf = synthetic.map(lambda t: t.detach().requires_grad_())
     rates = {"image": leaf.lr_image, "text": leaf.lr_text}
     theta = {n: p.detach().requires_grad_() for n, p in start.items()}
     for index in batches:
         scores = functional_call(model, theta, (leaf.images[index], leaf.texts[index]))
-        wanted = similarity.dense(similarity.gather(leaf.similarity, index), leaf.alpha, scores)
-        grads = torch.autograd.grad(loss(scores, wanted), list(theta.values()), create_graph=True)
+        labels = similarity.dense(similarity.gather(leaf.similarity, index), leaf.alpha, scores)
+        grads = torch.autograd.grad(loss(scores, labels), list(theta.values()), create_graph=True)
         theta = {n: p - rates[tower_of(n)] * g for (n, p), g in zip(theta.items(), grads, strict=True)}
     miss = torch.zeros_like(leaf.lr_image)
     for tower in rates:
@@ -65,7 +65,7 @@ def whole_unroll(
 
 
 class _Flat:
-    """One modality's network as a function of one vector, cut into views at every call."""
+    """The network of one modality as a function of one flat parameter vector, which every call splits into views."""
 
     def __init__(self, parts: nn.Module):
         self.parts = parts
@@ -86,12 +86,12 @@ def published(
     synthetic: Synthetic,
     batches: Int[Tensor, "K B"],
 ) -> tuple[Tensor, Synthetic]:
-    """One iteration as the released code of LoRS makes it (RepBlend and PTM-ST build on the same loop).
+    """Compute one iteration like the released code of LoRS, whose loop RepBlend and PTM-ST also use.
 
-    Kept from it: one vector per modality; a graph of the gradient in both passes; image and text gradients of the
-    inner loss by a call each; clones of every mini-batch; parameters that stay linked from step to step; the
-    previous step's graph alive until it is overwritten; rates read as numbers at every use. `build` gives the
-    encoder: the released code makes a new one in every iteration.
+    It keeps the properties of that code that cost time or memory: one parameter vector per modality; `create_graph` in
+    both passes; separate calls for image and text gradients; clones of every mini-batch; parameters that stay linked
+    from step to step; the graph of a step stays alive until the next one; rates are read with `.item()`. `build` gives
+    the encoder; the released code builds a new one in every iteration.
     """
     model = build()
     nets = {"image": _Flat(nn.Sequential(model.image_tower, model.image_head)), "text": _Flat(model.text_head)}
@@ -104,17 +104,17 @@ def published(
     rates = {"image": leaf.lr_image, "text": leaf.lr_text}
     steps = []
 
-    def inner(images: Tensor, texts: Tensor, wanted: Tensor, step: int) -> Tensor:
+    def inner(images: Tensor, texts: Tensor, labels: Tensor, step: int) -> Tensor:
         u = nets["image"](images, visited["image"][step])
         v = nets["text"](texts, visited["text"][step])
-        return loss(u @ v.t() / model.temperature, wanted)
+        return loss(u @ v.t() / model.temperature, labels)
 
     for step, index in enumerate(batches):
         images, texts = leaf.images[index], leaf.texts[index]
         parts = similarity.gather(leaf.similarity, index)
-        wanted = similarity.dense(parts, leaf.alpha, texts)
-        steps.append((images.clone(), texts.clone(), parts, wanted))
-        value = inner(images, texts, wanted, step)
+        labels = similarity.dense(parts, leaf.alpha, texts)
+        steps.append((images.clone(), texts.clone(), parts, labels))
+        value = inner(images, texts, labels, step)
         g_image = torch.autograd.grad(value, visited["image"][step], create_graph=True)[0]
         g_text = torch.autograd.grad(value, visited["text"][step], create_graph=True)[0]
         for tower, g in (("image", g_image), ("text", g_text)):
@@ -126,8 +126,8 @@ def published(
     reach = {t: (begin[t] - goal[t]).square().sum() for t in nets}
     gradient = zeros_like(synthetic)
     for step, index in enumerate(batches):
-        images, texts, parts, wanted = steps[step]
-        value = inner(images, texts, wanted, step)
+        images, texts, parts, labels = steps[step]
+        value = inner(images, texts, labels, step)
         toward = {t: rates[t].item() * (goal[t] - begin[t]) + rates[t].item() ** 2 * total[t] for t in nets}
         g_image = torch.autograd.grad(value, visited["image"][step], create_graph=True, retain_graph=True)[0]
         g_text = torch.autograd.grad(value, visited["text"][step], create_graph=True, retain_graph=True)[0]
@@ -144,5 +144,5 @@ def published(
     gradient.lr_image.copy_(torch.autograd.grad(miss, rates["image"], retain_graph=True)[0])
     gradient.lr_text.copy_(torch.autograd.grad(miss, rates["text"])[0])
     if math.isnan(miss.item()):
-        raise FloatingPointError("the miss is not a number")
+        raise FloatingPointError("the matching loss is NaN")
     return miss.detach(), gradient

@@ -1,4 +1,4 @@
-"""What touches no run: `rmdd init`, `check`, `verify`, `methods`, `version`."""
+"""Commands that change no run: `rmdd init`, `check`, `verify`, `methods`, `version`."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,9 +16,9 @@ from rmdd.core.version import VERSION
 
 @command(options=())
 def init(file: Annotated[Path, typer.Argument(help="The YAML file to write.")]) -> Output:
-    """Write a run file with every key, its default and its meaning."""
+    """Write a run file that lists every field with its default and its meaning."""
     if file.exists():
-        raise config.ConfigError(["exists already and is left as it is; give another name"], str(file))
+        raise config.ConfigError(["exists already and was not changed; give another file name"], str(file))
     with atomic_path(file) as temporary:
         temporary.write_text(template(str(file)), encoding="utf-8")
     return Output(lines=[f"wrote {file}"])
@@ -26,7 +26,7 @@ def init(file: Annotated[Path, typer.Argument(help="The YAML file to write.")]) 
 
 @command(options=("json", "debug"))
 def check(source: Source, set_: Sets = None) -> Output:
-    """Say what a run would do and cost; touch nothing."""
+    """Print what a run would do and its estimated cost, without starting it."""
     run = load(source, set_ or [])
     from rmdd.evaluate.probes.of_run import faults
     from rmdd.runs.preflight import examine, storage_faults
@@ -48,19 +48,19 @@ def check(source: Source, set_: Sets = None) -> Output:
 def verify(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A folder that rmdd wrote, or its URI.")],
 ) -> Output:
-    """Check manifests, hashes, numbers of a dataset, store, phase, set, run, sweep, search, storage; touch nothing."""
+    """Check that a dataset, store, set, run, search or whole storage is intact. Changes nothing."""
     from rmdd.searches.formats import verify as verify_
 
     result = verify_(path)
     lines = [f"BROKEN {fault.path}: {fault.wrong}; {fault.todo}" for fault in result.faults]
-    lines += [f"not finished: {folder}" for folder in result.unfinished]
+    lines += [f"not finished yet: {folder}" for folder in result.unfinished]
     lines += [f"{len(result.checked)} checked, {len(result.faults)} broken"]
     return Output(result.as_json(), lines, typer.Exit(1) if result.faults else None)
 
 
 @command(options=("json",))
-def methods(name: Annotated[str | None, typer.Argument(help="Tell all about this one.")] = None) -> Output:
-    """List the methods that a run file can name, or tell about one."""
+def methods(name: Annotated[str | None, typer.Argument(help="Describe this method.")] = None) -> Output:
+    """List the distillation methods, or describe one in detail."""
     from rmdd.methods.about import about, listing
 
     try:

@@ -1,4 +1,4 @@
-"""The analyses of PTM-ST: `rmdd analyse gradients`, `pca`, `collapse`, `sweep`, `linearity`."""
+"""Commands for the analyses of the PTM-ST paper: `rmdd analyse gradients`, `pca`, `collapse`, `sweep`, `linearity`."""
 
 from typing import Annotated, Any
 
@@ -8,12 +8,12 @@ from rmdd import config
 from rmdd.cli.command import Call, Output, command
 from rmdd.cli.console import rows_table
 
-GROUP = "The analyses of PTM-ST on a run's own experts: tables and drawings in its folder."
-Endpoint = Annotated[int | None, typer.Option(help="Epoch at which shortcuts end; default: the last one.")]
-Experts = Annotated[int | None, typer.Option(min=1, help="Use only so many experts.")]
-Draws = Annotated[int, typer.Option(min=1, help="Draws of mini-batches per start and expert.")]
+GROUP = "Repeat the analyses of the PTM-ST paper with the experts of a run; write tables and plots to its folder."
+Endpoint = Annotated[int | None, typer.Option(help="Last epoch of the shortcuts; default: the last epoch.")]
+Experts = Annotated[int | None, typer.Option(min=1, help="Number of experts to use; default: all.")]
+Draws = Annotated[int, typer.Option(min=1, help="Mini-batch draws for each start epoch and expert.")]
 ShortcutOnly = Annotated[
-    bool, typer.Option("--shortcut-only", help="Leave out original trajectories, which need experts.keep: all.")
+    bool, typer.Option("--shortcut-only", help="Skip the original trajectories, which need experts.keep: all.")
 ]
 
 
@@ -26,7 +26,7 @@ def gradients(
     draws: Draws = 2,
     shortcut_only: ShortcutOnly = False,
 ) -> Output:
-    """Cosines between the matching gradients of all starts, on original and shortcut trajectories (Figure 4)."""
+    """Compare matching gradients of all start epochs by cosine, on original and shortcut trajectories (Figure 4)."""
     from rmdd.analyse.gradients import gradients
 
     with call.pipeline(run) as pipeline:
@@ -44,7 +44,7 @@ def pca(
     draws: Draws = 4,
     shortcut_only: ShortcutOnly = False,
 ) -> Output:
-    """Principal components of the matching gradients by start epoch (Figures 2b and 6a)."""
+    """Plot the principal components of matching gradients, coloured by start epoch (Figures 2b and 6a)."""
     from rmdd.analyse.gradients import pca
 
     options: dict[str, Any] = {"endpoint": endpoint, "experts": experts, "draws": draws, "shortcut_only": shortcut_only}
@@ -57,12 +57,14 @@ def collapse(
     call: Call,
     run: config.Run,
     epochs: Annotated[
-        str | None, typer.Option(help="Stops (exclusive ends of the range of starts), such as 2,4,6; default: five.")
+        str | None, typer.Option(help="Start ranges to try, by their exclusive end, such as 2,4,6; default: five.")
     ] = None,
-    iterations: Annotated[int | None, typer.Option(min=1, help="Updates of each; default: those of phase 0.")] = None,
-    trajectories: Annotated[str, typer.Option(help="original, shortcut, or both with a comma.")] = "original",
+    iterations: Annotated[
+        int | None, typer.Option(min=1, help="Iterations of each distillation; default: those of phase 0.")
+    ] = None,
+    trajectories: Annotated[str, typer.Option(help="original, shortcut, or original,shortcut.")] = "original",
 ) -> Output:
-    """Teacher against student by stop of the starts (Figure 2a, Table 7); a distillation each."""
+    """Distil once per start range and compare the student with its teacher (Figure 2a, Table 7)."""
     from rmdd.analyse.tables import collapse
 
     call.check(run)
@@ -79,9 +81,9 @@ def collapse(
 def sweep(
     call: Call,
     run: config.Run,
-    table: Annotated[str, typer.Option(help="shift, endpoints or delta: Tables 13, 14 and 15.")] = "shift",
+    table: Annotated[str, typer.Option(help="shift (Table 13), endpoints (Table 14) or delta (Table 15).")] = "shift",
 ) -> Output:
-    """What ranges and endpoints that move from phase to phase are worth; a distillation per row."""
+    """Distil once per row of an ablation table: start ranges and endpoints that move from phase to phase."""
     from rmdd.analyse.tables import sweep
 
     call.check(run)
@@ -94,12 +96,12 @@ def linearity(
     call: Call,
     run: config.Run,
     endpoint: Endpoint = None,
-    start: Annotated[float, typer.Option(help="Epoch to start at, which may lie between two.")] = 0.5,
-    halvings: Annotated[int, typer.Option(min=1, help="How often the distance between starts is halved.")] = 5,
-    inner_steps: Annotated[int, typer.Option(min=1, help="Student steps; the proposition is about one.")] = 1,
+    start: Annotated[float, typer.Option(help="Start epoch; may be a fraction such as 0.5.")] = 0.5,
+    halvings: Annotated[int, typer.Option(min=1, help="How often to halve the distance between two starts.")] = 5,
+    inner_steps: Annotated[int, typer.Option(min=1, help="Student steps; Proposition 1 is about one step.")] = 1,
     shortcut_only: ShortcutOnly = False,
 ) -> Output:
-    """How the matching gradient changes with the start (Proposition 1)."""
+    """Measure how the matching gradient changes with the start point (Proposition 1)."""
     from rmdd.analyse.linearity import linearity
 
     options: dict[str, Any] = {"endpoint": endpoint, "shortcut_only": shortcut_only}
@@ -108,7 +110,7 @@ def linearity(
 
 
 def _output(result: dict[str, Any]) -> Output:
-    """The rows as a table, what they are, and the files; rows of runs that failed raise."""
+    """Return the output of an analysis: its rows as a table, its note and its files. Failed rows make it an error."""
     rows = result["rows"]
     notes = [result["note"]] if "note" in result else []
     lines = [rows_table(rows), *notes, *(f"wrote {file}" for file in result["files"])]

@@ -1,8 +1,8 @@
-"""The command line: every command in a file of this folder, and those of other packages.
+"""The `rmdd` command line: collects the commands of this folder and of other packages into one Typer app.
 
-A file's functions with the decorator `command` are commands of `rmdd`; where the file has a `GROUP`, which is then its
-help, they are commands of `rmdd FILE`. Another package names functions of the same kind, or Typer apps, as entry points
-of the group `rmdd.commands`. What is heavy is imported inside the command that needs it, so that help comes at once.
+Functions with the decorator `command` become commands of `rmdd`. If their file defines `GROUP`, a help text, they are
+commands of `rmdd FILE`. Other packages add such functions or Typer apps by entry points of the group `rmdd.commands`.
+Commands import heavy modules inside their function, so that `rmdd --help` answers at once.
 """
 
 import importlib
@@ -16,19 +16,19 @@ import rmdd.cli
 from rmdd.cli.command import stop_on_sigterm
 
 ENTRY_POINTS = "rmdd.commands"
-EXIT_CODES = "Exit codes: 0 done, 1 a run failed, 2 a run file cannot be used, 130 stopped (a resumable run says how)."
+EXIT_CODES = "Exit codes: 0 done, 1 a run failed, 2 the run file has mistakes, 130 stopped (prints how to resume)."
 FIRST = ("steps", "about", "presets", "searches")
-"""Files whose commands are listed first; the others follow by name."""
+"""Files whose commands are listed first in the help; the other files follow by name."""
 
 
 def build() -> typer.Typer:
-    """The app with every command there is."""
+    """Build the Typer app with all commands of this folder and of installed plugins."""
     app = typer.Typer(
         add_completion=False,
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
-        help="Distil image-text data into a few hundred synthetic pairs. Start with `rmdd demo`.",
+        help="Distil an image-text dataset into a few hundred synthetic pairs. Start with `rmdd demo`.",
         epilog=EXIT_CODES,
     )
     names = {module.name for module in pkgutil.iter_modules(rmdd.cli.__path__)} - {"app"}
@@ -61,6 +61,6 @@ app = build()
 
 
 def main(words: list[str] | None = None) -> None:
-    """Entry point of the `rmdd` script, and of jobs with the `words` of a command line. Ends by `SystemExit`."""
+    """Run the command line `words` (default: `sys.argv`), as the `rmdd` script does. Ends with `SystemExit`."""
     stop_on_sigterm()
     app(words, prog_name="rmdd")

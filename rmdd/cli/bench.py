@@ -1,4 +1,4 @@
-"""Measurements of the matching step: `rmdd bench step`, `estimator`."""
+"""Commands that measure trajectory matching: `rmdd bench step`, `estimator`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,35 +9,36 @@ from rmdd import config
 from rmdd.cli.command import Call, Output, command
 from rmdd.cli.console import comparison
 
-GROUP = "Measure one iteration of matching, and the first-order gradient against the exact one."
+GROUP = "Measure time and memory of a matching step, and how close first-order gradients are to exact ones."
 
 
 @command(options=("json", "debug"))
 def step(
-    tower: Annotated[str, typer.Option(help="convnet or a timm model, with random weights.")] = "convnet",
-    widths: Annotated[str, typer.Option(help="convnet: channels of its blocks.")] = "64,64,64",
-    image_size: Annotated[int, typer.Option(help="Side of the pictures.")] = 64,
-    pairs: Annotated[int, typer.Option(help="Synthetic pairs M.")] = 100,
-    batch: Annotated[int, typer.Option(help="Pairs B of an inner step.")] = 20,
-    steps: Annotated[int, typer.Option(help="Inner steps K.")] = 8,
+    tower: Annotated[str, typer.Option(help="Image tower with random weights: convnet or a timm model.")] = "convnet",
+    widths: Annotated[str, typer.Option(help="Channels of the blocks of convnet.")] = "64,64,64",
+    image_size: Annotated[int, typer.Option(help="Side of the images, in pixels.")] = 64,
+    pairs: Annotated[int, typer.Option(help="Number of synthetic pairs M.")] = 100,
+    batch: Annotated[int, typer.Option(help="Mini-batch size B of an inner step.")] = 20,
+    steps: Annotated[int, typer.Option(help="Number of inner steps K.")] = 8,
     loss: Annotated[str, typer.Option(help="The student's loss.")] = "wbce",
-    similarity: Annotated[str, typer.Option(help="full, low_rank or identity.")] = "full",
-    yardsticks: Annotated[str, typer.Option(help="Which of whole_unroll, published, published_rebuilt.")] = (
+    similarity: Annotated[str, typer.Option(help="Similarity matrix: full, low_rank or identity.")] = "full",
+    yardsticks: Annotated[str, typer.Option(help="Reference loops: whole_unroll, published, published_rebuilt.")] = (
         "whole_unroll,published,published_rebuilt"
     ),
     options: Annotated[
-        list[str] | None, typer.Option("--engine", help="An engine to compare, such as bfloat16,recompute; repeat it.")
+        list[str] | None,
+        typer.Option("--engine", help="Engine options to compare, such as bfloat16,recompute; repeatable."),
     ] = None,
     method: Annotated[
-        list[str] | None, typer.Option(help="Also the step of a method, such as repblend; repeat it.")
+        list[str] | None, typer.Option(help="Also measure the step of a method, such as repblend; repeatable.")
     ] = None,
-    repeats: Annotated[int, typer.Option(help="Timed iterations of each variant.")] = 20,
+    repeats: Annotated[int, typer.Option(help="Iterations to time for each variant.")] = 20,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    memory: Annotated[bool, typer.Option(help="Measure peak memory too.")] = True,
+    memory: Annotated[bool, typer.Option(help="Also measure peak memory.")] = True,
     out: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
 ) -> Output:
-    """Time one iteration of matching and its memory against plain autograd and the published two-pass loop."""
+    """Compare time and memory of a matching step with plain autograd and with the published two-pass loop."""
     from rmdd.bench import step as bench
 
     case = bench.Case(
@@ -62,11 +63,11 @@ def step(
 def estimator(
     call: Call,
     run: config.Run,
-    phase: Annotated[int, typer.Option(help="The phase to follow.")] = 0,
-    iterations: Annotated[int, typer.Option(help="Outer iterations to follow it for.")] = 100,
+    phase: Annotated[int, typer.Option(help="Number of the phase to measure.")] = 0,
+    iterations: Annotated[int, typer.Option(help="Number of outer iterations.")] = 100,
     every: Annotated[int, typer.Option(help="Iterations between comparisons.")] = 10,
 ) -> Output:
-    """Compare the first-order meta-gradient with the exact one along a run: cosine and norm ratio."""
+    """Compare first-order with exact meta-gradients during a run: cosine and norm ratio."""
     from rmdd.bench.estimator import of_run, summary
 
     with call.pipeline(run) as pipeline:

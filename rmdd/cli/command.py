@@ -1,10 +1,10 @@
-"""What every command does: common options, the run it works on, what it prints, and its exit code.
+"""The decorator `command`: common options, loading of the run, printed output and exit codes of all commands.
 
-A command is a function with the decorator `command` in a file of this folder. It returns an `Output`:
+A command is a decorated function in a file of this folder that returns an `Output`:
 
     @command
     def experts(call: Call, run: config.Run) -> Output:
-        "Train the experts that are missing."
+        "Train the missing experts."
         with call.pipeline(run) as pipeline:
             ...
 """
@@ -35,61 +35,66 @@ if TYPE_CHECKING:
 
 Source = Annotated[str, typer.Argument(metavar="CONFIG", help="A preset's name or a YAML file.")]
 Sets = Annotated[
-    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a field, such as distill.phases.0.pairs=20.")
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Set a field, such as distill.phases.0.pairs=20.")
 ]
-Folder = Annotated[str, typer.Argument(metavar="RUN_FOLDER", help="That, or URI, of a run, sweep, search, ...")]
+Folder = Annotated[str, typer.Argument(metavar="RUN_FOLDER", help="Folder or URI of a run, sweep, search, ...")]
 COMMON = {
-    "json": Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, and nothing else there.")],
-    "quiet": Annotated[bool, typer.Option("--quiet", help="Show no progress.")],
+    "json": Annotated[bool, typer.Option("--json", help="Print only one JSON object to stdout.")],
+    "quiet": Annotated[bool, typer.Option("--quiet", help="Hide the progress.")],
     "debug": Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")],
 }
-GENERAL_ADVICE = "lower the rates it names and use `rmdd run` again"
-BEGUN = ("run.yaml", "sweep.json", "search.json", "comparison.json")
-"""Files of a folder that `rmdd resume` can go on with."""
+GENERAL_ADVICE = "lower the learning rates named above and start `rmdd run` again"
+RESUMABLE = ("run.yaml", "sweep.json", "search.json", "comparison.json")
+"""A folder with one of these files can be resumed by `rmdd resume`."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """What a command leaves: the object that `--json` prints, lines and tables for people, and what went wrong."""
+    """The output of a command."""
 
     facts: Any = None
+    """JSON value that `--json` prints."""
     lines: Sequence[Any] = ()
+    """Lines and tables for the terminal."""
     failed: Exception | None = None
-    """Raised when all is printed."""
+    """Error that is raised after everything is printed, or None."""
     wrap: bool = False
-    """Long captions of tables are wrapped in a pipe, too."""
+    """Wrap long table captions even if the output goes to a pipe."""
 
 
 def failure(summary: str, reasons: Iterable[tuple[Any, str]]) -> RuntimeError | None:
-    """What is raised when parts of the work failed, each with its reason; None when none did."""
+    """Return an error that lists the failed items, each with its reason; None if there are none."""
     lines = [f"{name}: {why}" for name, why in reasons]
     return RuntimeError("\n".join([f"{len(lines)} {summary}", *lines])) if lines else None
 
 
 @dataclass
 class Call:
-    """One use of a command: how it shows progress, and the folders it works in."""
+    """State of one command call: its progress display and the folders it works in."""
 
     quiet: bool = False
     folders: dict[Path, str] = field(default_factory=dict)
-    """Folders that can be resumed, and their addresses."""
+    """Resumable folders and their addresses (path or URI)."""
     more: dict[str, Any] = field(default_factory=dict)
-    """What every command on a pipeline adds to its facts."""
+    """JSON values that are added to the output of every command on a pipeline: run folder and storage."""
 
     def mistakes(self, run: config.Run) -> list[str]:
-        """All that makes the run impossible."""
-        from rmdd.runs.preflight import impossible
+        """Return the messages of all problems that would stop the run and can be detected before it starts."""
+        from rmdd.runs.preflight import problems_of
 
-        return impossible(run)
+        return problems_of(run)
 
     def check(self, run: config.Run) -> None:
-        """Raise `ConfigError` with all that makes the run impossible."""
+        """Raise `ConfigError` with all problems that would stop the run."""
         if mistakes := self.mistakes(run):
             raise config.ConfigError(mistakes, run.name)
 
     @contextlib.contextmanager
     def working(self, folder: Path | None = None, address: str = "") -> Iterator[Progress]:
-        """While work goes on, in a folder that can be resumed: what libraries print goes to stderr."""
+        """Yield the progress display while a command works in a resumable `folder`.
+
+        Meanwhile stdout is redirected to stderr, because libraries print to it.
+        """
         if folder is not None:
             self.folders[folder] = address
         stop_on_sigterm()
@@ -98,7 +103,7 @@ class Call:
 
     @contextlib.contextmanager
     def pipeline(self, run: config.Run, check: bool = True) -> Iterator["Pipeline"]:
-        """The steps of a run; `check` first whether all of it can be done."""
+        """Open the pipeline of a run; with `check`, first raise `ConfigError` for detectable problems."""
         from rmdd.pipeline import open_pipeline
 
         if check:
@@ -112,7 +117,7 @@ class Call:
             self.more["storage"] = address
 
     def show(self, output: Output, as_json: bool) -> None:
-        """Print what a command left, and raise what went wrong."""
+        """Print the output of a command, then raise its error if it has one."""
         if as_json:
             print_json(output.facts | self.more if self.more else output.facts)
         else:
@@ -132,17 +137,17 @@ def command(function: Callable[..., Output]) -> Callable[..., None]: ...
 @overload
 def command(*, options: Sequence[str]) -> Callable[[Callable[..., Output]], Callable[..., None]]: ...
 def command(function: Callable[..., Output] | None = None, *, options: Sequence[str] = tuple(COMMON)) -> Any:
-    """Make a function a command, with the common `options`.
+    """Decorate a function to make it a command with the common `options`.
 
-    A parameter `run` becomes the words CONFIG and `--set`, and the function gets the run they make; a parameter `call`
-    is the `Call`. All others are parameters as Typer knows them.
+    A parameter `run` adds CONFIG and `--set` to the command line, and the function receives the loaded run. A parameter
+    `call` receives the `Call`. All other parameters are ordinary Typer parameters.
     """
     if function is None:
         return functools.partial(command, options=options)
     declared = inspect.signature(function).parameters
-    own = {name: parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for name, parameter in declared.items()}
+    named = {name: parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for name, parameter in declared.items()}
     parameters: list[inspect.Parameter] = []
-    for name, parameter in own.items():
+    for name, parameter in named.items():
         if name == "run":
             parameters += [parameter.replace(name="source", annotation=Source)]
             parameters += [parameter.replace(name="set_", annotation=Sets, default=None)]
@@ -155,7 +160,7 @@ def command(function: Callable[..., Output] | None = None, *, options: Sequence[
     def invoked(**words: Any) -> None:
         as_json, quiet, debug = (words.pop(option, False) for option in COMMON)
         call = Call(quiet)
-        with outcome(debug, call.folders):
+        with errors_to_exit_codes(debug, call.folders):
             if "run" in declared:
                 words["run"] = load(words.pop("source"), words.pop("set_") or [])
             if "call" in declared:
@@ -169,8 +174,8 @@ def command(function: Callable[..., Output] | None = None, *, options: Sequence[
 
 
 @contextlib.contextmanager
-def outcome(debug: bool = False, folders: dict[Path, str] | None = None) -> Iterator[None]:
-    """Turns what can go wrong into a message on stderr and an exit code."""
+def errors_to_exit_codes(debug: bool = False, folders: dict[Path, str] | None = None) -> Iterator[None]:
+    """Turn exceptions into a message on stderr, with the command that resumes `folders`, and an exit code."""
 
     def end(message: str, code: int, error: BaseException) -> NoReturn:
         if debug:
@@ -181,11 +186,13 @@ def outcome(debug: bool = False, folders: dict[Path, str] | None = None) -> Iter
         raise typer.Exit(code) from error
 
     def how_to_resume(words: str) -> str:
-        begun = [address for folder, address in (folders or {}).items() if any((folder / k).is_file() for k in BEGUN)]
-        return "".join(f"{words}: rmdd resume {shlex.quote(address)}" for address in begun)
+        resumable = [
+            address for folder, address in (folders or {}).items() if any((folder / k).is_file() for k in RESUMABLE)
+        ]
+        return "".join(f"{words}: rmdd resume {shlex.quote(address)}" for address in resumable)
 
     def words(error: Exception) -> str:
-        """With where it happened, if that was another process."""
+        """Return the message of an error and its notes, which name the worker process it comes from."""
         return "\n".join([str(error) or type(error).__name__, *getattr(error, "__notes__", [])])
 
     try:
@@ -198,11 +205,11 @@ def outcome(debug: bool = False, folders: dict[Path, str] | None = None) -> Iter
         end(how_to_resume("stopped; resume with") or "stopped", 130, error)
     except ValueError as error:
         end(f"error: {words(error)}", 1, error)
-    except ArithmeticError as error:  # the same numbers would come again
+    except ArithmeticError as error:  # a resumed run would repeat the same numbers
         advice = getattr(error, "advice", GENERAL_ADVICE)
         end("\n".join(filter(None, [f"error: {words(error)}", advice])), 1, error)
     except (RuntimeError, OSError, MemoryError) as error:
-        resume_with = how_to_resume("\nwhen that is mended, resume with")
+        resume_with = how_to_resume("\nafter fixing the problem, resume with")
         end(f"error: {words(error)}{resume_with}", 1, error)
 
 
@@ -219,7 +226,7 @@ def print_json(value: Any) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: the spread of a single value is null."""
+    """Replace non-finite floats by None, because JSON has no NaN (the spread of a single student is NaN)."""
     if isinstance(value, dict):
         return {key: _finite(v) for key, v in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Sets beside each other and beside published numbers: `rmdd compare`, `transfer`, `published`."""
+"""Commands that compare sets with each other and with published numbers: `rmdd compare`, `transfer`, `published`."""
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 Config = Annotated[
     str | None,
-    typer.Option("--config", metavar="CONFIG", help="Protocol and data; default: what the first set was made by."),
+    typer.Option("--config", metavar="CONFIG", help="Protocol and data; default: those of the first set's run."),
 ]
-LEFT_TO_FILES = ("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10", "parameters", "bytes", "seconds")
-"""Columns of measured tables that a terminal has no room for."""
+ONLY_IN_FILES = ("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10", "parameters", "bytes", "seconds")
+"""Columns of measured tables that are left out on the terminal, where they do not fit."""
 
 
 @command
@@ -33,22 +33,22 @@ def compare(
     words: Annotated[
         list[str],
         typer.Argument(
-            metavar="[NAME=]FOLDER...", help="Distilled sets, runs, subsets, and the words random, random:N and full."
+            metavar="[NAME=]FOLDER...", help="Distilled sets, runs, subsets, or the words random, random:N and full."
         ),
     ],
     source: Config = None,
     set_: Sets = None,
     against: Annotated[
-        str | None, typer.Option("--against", metavar="NAME", help="The row that others are compared with.")
+        str | None, typer.Option("--against", metavar="NAME", help="The row that all others are compared with.")
     ] = None,
     reencode: Annotated[
-        bool, typer.Option("--reencode", help="Embed captions of sets with another text encoder anew.")
+        bool, typer.Option("--reencode", help="Embed the captions of sets with another text encoder again.")
     ] = False,
 ) -> Output:
-    """Evaluate sets and subsets under one protocol, in one table, with published numbers apart."""
-    from rmdd.comparisons.compare import begin
+    """Evaluate sets and subsets under one protocol in one table; published numbers go to a separate table."""
+    from rmdd.comparisons.compare import prepare_comparison
 
-    return compared(call, begin(words, source, set_ or [], against, reencode, load))
+    return run_comparison(call, prepare_comparison(words, source, set_ or [], against, reencode, load))
 
 
 @command
@@ -57,52 +57,54 @@ def transfer(
     word: Annotated[str, typer.Argument(metavar="[NAME=]SET", help="The folder of a distilled set, or of its run.")],
     to: Annotated[
         list[str] | None,
-        typer.Option("--to", metavar="TOWER", help="IMAGE[@WEIGHTS], text:ENCODER or IMAGE+text:ENCODER; repeat it."),
+        typer.Option("--to", metavar="TOWER", help="IMAGE[@WEIGHTS], text:ENCODER or IMAGE+text:ENCODER; repeatable."),
     ] = None,
     source: Config = None,
     set_: Sets = None,
-    random: Annotated[bool, typer.Option("--random", help="Random pairs for every tower, too.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="All pairs for every tower, too: trains its experts.")] = False,
+    random: Annotated[bool, typer.Option("--random", help="Also train every tower on random pairs.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Also train every tower on all pairs (its experts).")] = False,
 ) -> Output:
-    """Train students with other towers on a set: learned rates, and rates chosen on val."""
-    from rmdd.comparisons.transfer import begin
+    """Train students with other towers on a set, with its learned rates and with rates chosen on val."""
+    from rmdd.comparisons.transfer import prepare_transfer
 
-    return compared(call, begin(word, to or [], source, set_ or [], random=random, full=full, load=load))
+    return run_comparison(
+        call, prepare_transfer(word, to or [], source, set_ or [], random=random, full=full, load=load)
+    )
 
 
 @command(options=("json",))
 def published(
-    dataset: Annotated[str | None, typer.Option(help="Such as flickr30k, flickr8k, coco, cc3m.")] = None,
-    pairs: Annotated[str | None, typer.Option(help="Nominal budget, or full.")] = None,
-    method: Annotated[str | None, typer.Option(help="Such as LoRS.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Dataset, such as flickr30k, flickr8k, coco or cc3m.")] = None,
+    pairs: Annotated[str | None, typer.Option(help="Nominal budget in pairs, or full.")] = None,
+    method: Annotated[str | None, typer.Option(help="Method, such as LoRS.")] = None,
 ) -> Output:
-    """Print published numbers, with source and protocol."""
+    """Print published results with their source and protocol."""
     from rmdd.comparisons import published as numbers
 
     try:
         rows = numbers.published(dataset, pairs, method)
     except ValueError as error:
         raise config.ConfigError([str(error)], "published") from error
-    return Output(rows, list(_drawn([numbers.table("published, not measured here", rows)])))
+    return Output(rows, list(_rich_tables([numbers.table("published, not measured here", rows)])))
 
 
-def compared(call: Call, begun: "Comparison | Transfer") -> Output:
-    """Begin or go on, print the tables, and say where they are."""
-    address = address_of(begun.run.runtime, begun.folder)
-    with call.working(begun.folder, address) as progress:
-        result: Any = begun.go(progress)
-    rest = {"published": result.published} if hasattr(result, "published") else {"transfer_mean": result.mean}
-    lines = [*_drawn(result.tables), f"comparison: {address} (table.md, table.html, table.csv, results.json)"]
+def run_comparison(call: Call, comparison: "Comparison | Transfer") -> Output:
+    """Start or resume a comparison or transfer; return its tables and the address of its folder."""
+    address = address_of(comparison.run.runtime, comparison.folder)
+    with call.working(comparison.folder, address) as progress:
+        result: Any = comparison.execute(progress)
+    other_facts = {"published": result.published} if hasattr(result, "published") else {"transfer_mean": result.mean}
+    lines = [*_rich_tables(result.tables), f"comparison: {address} (table.md, table.html, table.csv, results.json)"]
     failed = failure(f"of {len(result.rows)} rows failed", [(row["name"], row["error"]) for row in result.failed])
-    return Output({"comparison": address, "rows": result.rows} | rest, lines, failed)
+    return Output({"comparison": address, "rows": result.rows} | other_facts, lines, failed)
 
 
-def _drawn(measured: "Sequence[tables.ResultTable]") -> Iterable[RenderableType]:
+def _rich_tables(measured: "Sequence[tables.ResultTable]") -> Iterable[RenderableType]:
     for table in measured:
         drawn = Table(title=Text(table.title), style="dim" if table.apart else "", box=box.SIMPLE_HEAD)
-        shown = [k for k, name in enumerate(table.columns) if table.apart or name not in LEFT_TO_FILES]
+        shown = [k for k, name in enumerate(table.columns) if table.apart or name not in ONLY_IN_FILES]
         for k in shown:
-            justify: Literal["left", "right"] = "left" if table.left()[k] else "right"
+            justify: Literal["left", "right"] = "left" if table.aligned_left()[k] else "right"
             drawn.add_column(Text(table.columns[k]), justify=justify, overflow="fold")
         for cells in table.rows:
             drawn.add_row(*(Text(cells[k]) for k in shown))

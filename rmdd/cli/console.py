@@ -1,4 +1,4 @@
-"""What commands print for people: the result table and the plan of a run."""
+"""Tables and lists that the commands print on the terminal."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,23 +17,23 @@ METRICS = ("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10")
 NAMES = {"random": "random pairs", "full": "full data", **TITLES}
 PAD = "  "
 TABLE_WIDTH = 80
-"""Of the table of methods, which is read beside a run file."""
-PICKED = "reference protocol,\npicked on test"
+"""Width of the table of methods in characters, for a terminal beside an open run file."""
+BEST_ON_TEST = "reference protocol,\nbest pass on test"
 
 
 def stdout() -> Console:
-    """As wide as the terminal; in a file or a pipe, as wide as the widest table."""
+    """Return a console as wide as the terminal; for a file or a pipe, wide enough for the widest table."""
     console = Console()
     return console if console.is_terminal else Console(width=132, soft_wrap=True)
 
 
 def results(evaluation: Mapping[str, Any]) -> RenderableType:
-    """The result table, and one per probe."""
+    """Return the result table and one table per probe."""
     return Group(result_table(evaluation), *(probe_table(evaluation, name) for name in evaluation.get("probes", ())))
 
 
 def probe_table(evaluation: Mapping[str, Any], name: str) -> Table:
-    """The scores of one probe, beside chance and, for questions, the most frequent answers."""
+    """Return the scores of one probe, the chance level and, for questions, the score of the most frequent answer."""
     facts = evaluation["probes"][name]
     table = Table(title=f"Probe {name} ({facts['kind']}), in %", title_justify="left")
     rows = {row: scores["probes"][name] for row, scores in evaluation["table"].items()}
@@ -52,7 +52,7 @@ def probe_table(evaluation: Mapping[str, Any], name: str) -> Table:
 
 
 def result_table(evaluation: Mapping[str, Any]) -> Table:
-    """A row each for random pairs, the method, and full data: R@mean on val and test, and the recalls on test."""
+    """Return a table of R@mean on val and test and the recalls on test, for random pairs, the method and full data."""
     caption = "\n".join([evaluation["spread"], *referee.lines(evaluation, NAMES)])
     table = Table(title="Recall in %, mean ± spread", caption=caption, caption_justify="left")
     table.add_column("trained on")
@@ -66,13 +66,13 @@ def result_table(evaluation: Mapping[str, Any]) -> Table:
         if picked := row.get("test_best_reference"):
             table.add_section()
             on_test = (_spread(picked[m]) for m in ("R@mean", *METRICS))
-            table.add_row(f"{NAMES.get(name, name)}, {PICKED}", "", *on_test, style="dim")
+            table.add_row(f"{NAMES.get(name, name)}, {BEST_ON_TEST}", "", *on_test, style="dim")
     return table
 
 
 def sweep_table(runs: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> Table:
-    """A row per run (spread over its students), then one per setting (spread over seeds)."""
-    table = Table(title="R@mean in %, mean ± spread", caption="below: over seeds", caption_justify="left")
+    """Return a table with a row per run (spread over its students), then a row per setting (spread over seeds)."""
+    table = Table(title="R@mean in %, mean ± spread", caption="below the line: over seeds", caption_justify="left")
     keys = dict.fromkeys(key for row in runs for key in row["settings"])
     for column in keys:
         table.add_column(column)
@@ -87,7 +87,7 @@ def sweep_table(runs: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str,
 
 
 def search_table(rows: Sequence[Mapping[str, Any]], best: Sequence[int], most: int = 12) -> Table:
-    """The best trials of a search by val, and how many there are of each kind."""
+    """Return the `most` best trials of a search by val, with the number of trials in each state."""
     states = [row["state"] for row in rows]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     table = Table(title="val R@mean in %; test was not read", caption=counts, caption_justify="left")
@@ -108,7 +108,7 @@ def _spread(value: Mapping[str, Any]) -> str:
 
 
 def plan(facts: Mapping[str, Any]) -> RenderableType:
-    """What `rmdd.runs.preflight.examine` found."""
+    """Return the output of `rmdd check` from the facts of `rmdd.runs.preflight.examine`."""
     return Group(_facts(facts), _phases(facts), _costs(facts), *(Text(f"note: {r}") for r in facts["remarks"]))
 
 
@@ -122,21 +122,22 @@ def _facts(facts: Mapping[str, Any]) -> Table:
         "data": f"{counts} ({data['origin']})",
         "trained": f"image {model['image']:,} + text {model['text']:,} parameters; frozen {model['frozen']:,}; "
         f"double backward {model['double_backward']}",
-        "experts": f"{experts['num']} to have, {experts['complete']} there; epochs kept {experts['epochs_kept']}; "
-        f"store {experts['store'] or 'named once the data is ingested'}",
+        "experts": f"{experts['num']} in total, {experts['complete']} trained; epochs kept {experts['epochs_kept']}; "
+        f"store {experts['store'] or 'named after the ingest'}",
         "budget": f"{pay['used']:.2f} of {pay['pairs']} pairs ({pay['numbers']:,} of {pay['limit']:,} numbers)",
-        "GPUs": "none asked for"
+        "GPUs": "none requested"
         if not gpus["each"]
-        else f"{gpus['each']:g} per worker; {gpus['experts']:g} keep all experts busy, {gpus['phases']:g} all phases",
+        else f"{gpus['each']:g} per worker; {gpus['experts']:g} for all experts at once, "
+        f"{gpus['phases']:g} for all phases at once",
     }
     for part in facts["parts"]:
         size = "size unknown" if part["bytes"] is None else f"{part['bytes'] / 1e9:.2f} GB"
-        there = f"MISSING: {', '.join(part['missing'][:4])}" if part["missing"] else f"revision {part['revision'][:15]}"
-        rows[part["role"]] = f"{part['id']}, {size}, licence {part['licence'] or 'not stated'}; {there}"
-    if tried := facts["search"]:
-        cost = "the distillation" if tried["experts"] == "shared" else "experts and distillation"
-        fields, trials = len(tried["fields"]), tried["trials"]
-        rows["search"] = f"{fields} fields, {trials} trials, at most {trials} times {cost}"
+        state = f"MISSING: {', '.join(part['missing'][:4])}" if part["missing"] else f"revision {part['revision'][:15]}"
+        rows[part["role"]] = f"{part['id']}, {size}, licence {part['licence'] or 'not stated'}; {state}"
+    if search := facts["search"]:
+        cost = "the distillation" if search["experts"] == "shared" else "experts and distillation"
+        fields, trials = len(search["fields"]), search["trials"]
+        rows["search"] = f"{fields} fields, {trials} trials, each trial repeats {cost}"
     if pay["over"]:
         rows["budget"] = Text(pay["over"], style="bold red")
     for name, text in rows.items():
@@ -145,14 +146,14 @@ def _facts(facts: Mapping[str, Any]) -> Table:
 
 
 def _phases(facts: Mapping[str, Any]) -> Table:
-    guessed = facts["phases_foreseen"]
-    table = Table(title="Phases, as foreseen" if guessed else "Phases")
+    foreseen = facts["phases_foreseen"]
+    table = Table(title="Phases (forecast)" if foreseen else "Phases")
     matched = any("start" in p for p in facts["phases"])
     for column in ("phase", "pairs", *(("starts", "endpoint") if matched else ()), "iterations", "done"):
         table.add_column(column, justify="right")
     for number, p in enumerate(facts["phases"]):
         path = ["planned"] * 2
-        if not guessed:
+        if not foreseen:
             path = [f"{p['start']} to {p['stop'] - 1}", str(p["endpoint"])] if matched else []
         table.add_row(str(number), str(p["pairs"]), *path, str(p["iterations"]), "yes" if p["done"] else "no")
     return table
@@ -160,9 +161,9 @@ def _phases(facts: Mapping[str, Any]) -> Table:
 
 def _costs(facts: Mapping[str, Any]) -> Table:
     disk, time = facts["disk"], facts["time"]
-    assumed = f"time: {time['assumed']} (assumed), loading of data not counted"
-    table = Table(title="Rough cost", caption=assumed, caption_justify="left")
-    for column in ("step", "disk", "memory of a worker", "operations", "time"):
+    assumed = f"time: assumes {time['assumed']}; data loading is not included"
+    table = Table(title="Estimated cost", caption=assumed, caption_justify="left")
+    for column in ("step", "disk", "memory per worker", "FLOPs", "time"):
         table.add_column(column, justify="right")
     step_memory = next(iter(facts["memory"].values()), None)
     rows = (("experts", disk["store"], None), ("distill", disk["phases"], step_memory), ("evaluate", None, None))
@@ -181,7 +182,7 @@ def _bytes(number: int | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In the unit that reads best."""
+    """Return seconds as text in s, min, h or days."""
     for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= size:
             return f"{seconds / size:.1f} {unit}"
@@ -189,8 +190,8 @@ def duration(seconds: float) -> str:
 
 
 def comparison(rows: Sequence[Mapping[str, Any]], medians: Mapping[str, Mapping[str, float]]) -> Table:
-    """First-order against exact meta-gradients: a line per comparison, cosine and norm ratio of every tensor."""
-    table = Table(title="first-order against exact meta-gradient: cosine (norm ratio)")
+    """Return a table that compares first-order with exact meta-gradients: cosine and norm ratio of every tensor."""
+    table = Table(title="first-order and exact meta-gradient: cosine (norm ratio)")
     table.add_column("iteration", justify="right")
     for name in medians:
         table.add_column(name, justify="right", no_wrap=True)
@@ -205,7 +206,7 @@ def comparison(rows: Sequence[Mapping[str, Any]], medians: Mapping[str, Mapping[
 
 
 def rows_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Plain rows, a column per key."""
+    """Return a table of `rows` with a column per key."""
     table = Table()
     columns = list(dict.fromkeys(key for row in rows for key in row))
     for name in columns:
@@ -217,7 +218,7 @@ def rows_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def health_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """A line per number, a column per set and iteration."""
+    """Return the embedding health as a table: a row per metric, a column per set and iteration."""
     table = Table()
     for title in ("", *(" ".join(map(str, (row["set"], *row.get("iterations", ())))) for row in rows)):
         table.add_column(title, justify="right" if title else "left")
@@ -231,32 +232,32 @@ def _pair(cosine: float, ratio: float) -> str:
 
 
 def methods(listed: Sequence[Mapping[str, Any]]) -> Table:
-    """A line per method: its family, what it needs, where it was published, and what was verified of it."""
+    """Return a table of methods: family, requirements, paper, and what was verified."""
     caption = (
-        "What is open takes a GPU, the weights and the datasets.\n"
-        "rmdd methods NAME tells the idea, the equations, the values and the presets."
+        "Open: needs a GPU, pretrained weights or the published datasets.\n"
+        "`rmdd methods NAME` prints its idea, equations, defaults and presets."
     )
     table = Table(caption=caption, caption_justify="left", width=TABLE_WIDTH)
     for column in ("method", "family", "needs", "card"):
         table.add_column(column, overflow="fold")
     table.add_column("status", ratio=1)
     family = None
-    for each in listed:
-        if family not in (None, each["family"]):
+    for row in listed:
+        if family not in (None, row["family"]):
             table.add_section()
-        family = each["family"]
-        needs, card = "\n".join(each["needs"]) or "-", each["card"].removeprefix("arXiv ")
-        table.add_row(each["name"], family or "?", needs, card or "-", each["status"] or "-")
+        family = row["family"]
+        needs, card = "\n".join(row["needs"]) or "-", row["card"].removeprefix("arXiv ")
+        table.add_row(row["name"], family or "?", needs, card or "-", row["status"] or "-")
     return table
 
 
 def method(facts: Mapping[str, Any]) -> list[str]:
-    """One method: its own words, then the values it sets, its options and its presets."""
+    """Return the description of one method: its docstring, its defaults, its options and its presets."""
     lines = [facts["text"], "", f"from: {facts['place']}"]
     lines += [f"family: {facts['family']}; needs: {', '.join(facts['needs']) or 'nothing'}"]
     lines += [f"status: {facts['status']}"] if facts["status"] else []
     if facts["defaults"]:
-        lines += ["sets, unless the run file does:", *indent(as_yaml(facts["defaults"]), PAD).splitlines()]
+        lines += ["defaults of this method:", *indent(as_yaml(facts["defaults"]), PAD).splitlines()]
     if facts["options"]:
         lines += ["distill.options:", *(f"{PAD}{key}: {meaning}" for key, meaning in facts["options"].items())]
     return [*lines, f"presets: {', '.join(facts['presets']) or 'none'}"]

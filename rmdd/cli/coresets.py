@@ -1,4 +1,4 @@
-"""Real pairs that a set has to beat: `rmdd coreset`."""
+"""The command `rmdd coreset`: select real training pairs as a baseline for distilled sets."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,41 +18,43 @@ def coreset(
     method: Annotated[
         str, typer.Option(help="random, herding, k-center, forgetting, medoids, matched or clip-score.")
     ] = "herding",
-    pairs: Annotated[int | None, typer.Option(help="Pairs to choose.")] = None,
+    pairs: Annotated[int | None, typer.Option(help="Number of pairs to select.")] = None,
     bytes_: Annotated[
-        int | None, typer.Option("--bytes", metavar="N", help="As many as fit, as encoded images and captions.")
+        int | None, typer.Option("--bytes", metavar="N", help="Select as many pairs as fit in N bytes on disk.")
     ] = None,
     like: Annotated[
-        Path | None, typer.Option(metavar="SET", help="As many as fit the bytes of this distilled set, or of a run's.")
+        Path | None, typer.Option(metavar="SET", help="Select as many pairs as fit in the bytes of this set or run.")
     ] = None,
-    unit: Annotated[str, typer.Option(help="image: one caption of an image at most; record: any captions.")] = "image",
+    unit: Annotated[str, typer.Option(help="image: at most one caption per image; record: any captions.")] = "image",
     encoder: Annotated[
         str,
         typer.Option(
-            help="tower, expert:N, columns:NAME for features in the dataset, or clip:NAME, a hub id or folder."
+            help="Feature encoder: tower, expert:N, columns:NAME (stored in the dataset) or clip:NAME (hub id, folder)."
         ),
     ] = "tower",
-    space: Annotated[str, typer.Option(help="joint, image, text or sum.")] = "joint",
-    seed: Annotated[int | None, typer.Option(help="Default: the run's.")] = None,
-    clusters: Annotated[int, typer.Option(help="Choose within so many k-means clusters.")] = 0,
-    guard: Annotated[str, typer.Option(help="Drop outliers first: none, centroids or cosine.")] = "none",
+    space: Annotated[str, typer.Option(help="Feature space: joint, image, text or sum.")] = "joint",
+    seed: Annotated[int | None, typer.Option(help="Random seed; default: the run's.")] = None,
+    clusters: Annotated[int, typer.Option(help="Number of k-means clusters to select within; 0: none.")] = 0,
+    guard: Annotated[str, typer.Option(help="Drop outliers first, by: none, centroids or cosine.")] = "none",
     never_learned: Annotated[
-        str, typer.Option(help="forgetting: put what was never learned first, last, or exclude it.")
+        str, typer.Option(help="With forgetting, where to put pairs that were never learned: first, last or exclude.")
     ] = "last",
     options: Annotated[
         list[str] | None,
-        typer.Option("--option", metavar="A=B", help="More: caption, dtype, draw, start, quota, guard_share, expert."),
+        typer.Option(
+            "--option", metavar="A=B", help="Other options: caption, dtype, draw, start, quota, guard_share, expert."
+        ),
     ] = None,
     ranks: Annotated[
-        int | None, typer.Option(min=1, help="Workers that hold the features; default: by their size.")
+        int | None, typer.Option(min=1, help="Workers that share the features; default: depends on their size.")
     ] = None,
     set_: Sets = None,
 ) -> Output:
-    """Choose real pairs of the training split: the baselines, at equal pairs or at equal bytes."""
+    """Select real pairs of the training split as a baseline with equal pairs or equal bytes."""
     from rmdd.comparisons.coreset import choice_of, choose
 
     if like is not None and bytes_ is not None:
-        raise config.ConfigError(["--like and --bytes both say how many bytes; give one"], "coreset")
+        raise config.ConfigError(["--like and --bytes both set the number of bytes; give only one of them"], "coreset")
     rule: dict[str, Any] = {"method": method, "pairs": pairs, "bytes": bytes_, "unit": unit, "encoder": encoder}
     rule |= {"space": space, "seed": seed, "clusters": clusters, "guard": guard, "never_learned": never_learned}
     rule |= _options(options or [])
@@ -67,7 +69,7 @@ def coreset(
     size = f"{facts['pairs']} pairs of {facts['items']} {subset.unit}s"
     cost = f"{facts['bytes']['total']:,} bytes, {facts['parameters']:,} parameters"
     if facts["pairs"] == facts["items"]:
-        cost += "; that is all of them, so that nothing was chosen"
+        cost += "; these are all pairs, so the selection had no effect"
     lines = [f"{subset.method}: {size}, {cost}", *([measures] if measures else []), f"subset: {folder}"]
     return Output({"subset": str(folder), "method": subset.method, "facts": facts}, lines)
 
@@ -75,9 +77,9 @@ def coreset(
 def _bytes_of(folder: Path) -> int:
     from rmdd.artefact.distilled import load as load_set
 
-    own = folder / "set"
+    nested = folder / "set"
     try:
-        size: int = load_set(own if own.is_dir() else folder).budget()["total"]["bytes"]
+        size: int = load_set(nested if nested.is_dir() else folder).budget()["total"]["bytes"]
     except (ValueError, OSError) as error:
         raise config.ConfigError([f"--like {folder}: {error}"], "coreset") from error
     return size

@@ -1,4 +1,4 @@
-"""The run that the words of a command mean, with absolute paths."""
+"""Load the run that a command line names: a preset, a run file or a run folder, with absolute paths."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,23 +12,22 @@ from rmdd.runs.absolute import with_absolute_paths
 
 
 def load(source: str | Mapping[str, Any], sets: list[str]) -> config.Run:
-    """The run with absolute paths, so that it can be resumed from anywhere.
+    """Load a run with absolute paths, so that it can be resumed from any working folder.
 
-    The paths of weights and of a text encoder are in the hash of a run, which names its folder: the same files at
-    another place make another run.
+    The paths of weights and text encoder are part of the run's hash. If these files move, it is another run.
     """
     return with_absolute_paths(config.load(source, sets))
 
 
 def load_folder(address: str) -> config.Run:
-    """The run that was begun in a folder, or at a URI.
+    """Load the run of a run folder, given as a path or URI.
 
-    Raises `ConfigError` for what is no folder of a run, `ValueError` where the storage has another layout.
+    Raises `ConfigError` if `address` is not a run folder, and `ValueError` if the storage has another layout.
     """
     storage, file = locate_file(address, "run.yaml", depth=1)
     if not file.is_file():
         absent = not is_uri(address) and not file.parent.is_dir()
-        mistake = "there is no such folder" if absent else "no run.yaml, sweep.json or search.json in it"
+        mistake = "this folder does not exist" if absent else "no run.yaml, sweep.json or search.json in this folder"
         advice = "give the folder of a run, a sweep or a search, such as runs/demo-0123abcd"
         raise config.ConfigError([f"{mistake}; {advice}"], address)
     raw = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -39,6 +38,6 @@ def load_folder(address: str) -> config.Run:
     except config.ConfigError as error:
         raise config.ConfigError(error.mistakes, str(file)) from None
     if run_folder(run).name != file.parent.name:
-        now = f"its run.yaml now means {run_folder(run).name}: it was changed, or the folder renamed"
-        raise config.ConfigError([f"{now}; use `rmdd run {file}`"], address)
+        changed = f"its run.yaml describes {run_folder(run).name}: the file was changed or the folder was renamed"
+        raise config.ConfigError([f"{changed}; start it with `rmdd run {file}`"], address)
     return run

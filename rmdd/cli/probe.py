@@ -1,4 +1,4 @@
-"""Other questions to the students of a finished set or run: `rmdd probe`."""
+"""The command `rmdd probe`: score the students of a finished set or run on more probes, such as zero-shot classes."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,10 +15,10 @@ from rmdd.cli.loading import load, load_folder
 def probe(
     call: Call,
     address: Annotated[str, typer.Argument(metavar="SET_OR_RUN", help="A distilled set, or the folder of a run.")],
-    probes: Annotated[Path, typer.Option("--probes", metavar="YAML", help="A mapping, as evaluate.probes.")],
+    probes: Annotated[Path, typer.Option("--probes", metavar="YAML", help="A mapping like evaluate.probes.")],
     set_: Sets = None,
 ) -> Output:
-    """Ask the students of a finished set or run other questions; what is trained already is not trained again."""
+    """Score the students of a finished set or run on more probes. Trained students are used again."""
     path = Path(address).expanduser()
     if not (path / "set.json").is_file():
         with call.pipeline(_run_with(address, probes, set_ or [])) as pipeline:
@@ -35,12 +35,12 @@ def probe(
 
 
 def _run_with(address: str, file: Path, overrides: list[str]) -> config.Run:
-    begun = load_folder(address)
-    raw = begun.model_dump(mode="json")
+    original = load_folder(address)
+    raw = original.model_dump(mode="json")
     raw["evaluate"]["probes"] = _read(file)
     run = load(raw, overrides)
-    if run.hash_of() != begun.hash_of():
-        wrong = "--set changes what the run is; only evaluate.probes, storage and runtime may change"
+    if run.hash_of() != original.hash_of():
+        wrong = "--set would make this another run; it may change only evaluate.probes, storage and runtime"
         raise config.ConfigError([wrong], address)
     return run
 
@@ -48,5 +48,5 @@ def _run_with(address: str, file: Path, overrides: list[str]) -> config.Run:
 def _read(file: Path) -> dict[str, Any]:
     probes = config.read(file)
     if not probes:
-        raise config.ConfigError(["write a mapping from names to probes, as in evaluate.probes"], str(file))
+        raise config.ConfigError(["no probes in this file; map names to probes, as in evaluate.probes"], str(file))
     return probes

@@ -1,4 +1,4 @@
-"""A run and its steps: `rmdd demo`, `run`, `ingest`, `experts`, `distill`, `evaluate`, `report`, `health`."""
+"""Commands of one run: `rmdd demo`, `run`, `ingest`, `experts`, `distill`, `evaluate`, `report`, `health`."""
 
 import time
 from typing import TYPE_CHECKING, Annotated
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 def demo(
     call: Call,
     set_: Sets = None,
-    storage: Annotated[str | None, typer.Option(help="Folder of all runs; default: runs.")] = None,
+    storage: Annotated[str | None, typer.Option(help="Storage folder for runs and their parts; default: runs.")] = None,
 ) -> Output:
-    """Distil drawn scenes on this machine, in minutes, and print how well it went."""
+    """Distil drawn scenes on this machine in a few minutes and print the scores."""
     sets = [*(set_ or []), *([f"runtime.storage={storage}"] if storage else [])]
     with call.pipeline(load("demo", sets)) as pipeline:
-        return everything(pipeline)
+        return run_all_steps(pipeline)
 
 
 @command
 def ingest(call: Call, run: config.Run) -> Output:
-    """Bring the pairs in: shards, a manifest and a quarantine."""
+    """Read the source data and write it as shards, with a manifest and a list of rejected rows."""
     with call.pipeline(run, check=False) as pipeline:
         dataset = pipeline.ingest()
     rejected = dataset.manifest["quarantine"]
@@ -39,7 +39,7 @@ def ingest(call: Call, run: config.Run) -> Output:
 
 @command
 def experts(call: Call, run: config.Run) -> Output:
-    """Train the experts that are missing."""
+    """Train the missing experts."""
     with call.pipeline(run) as pipeline:
         store = pipeline.experts()
         facts = {"store": str(store.path), "complete": store.complete(), "bytes": store.size()}
@@ -48,7 +48,7 @@ def experts(call: Call, run: config.Run) -> Output:
 
 @command
 def distill(call: Call, run: config.Run) -> Output:
-    """Distil the phases that are not finished."""
+    """Distil the unfinished phases."""
     with call.pipeline(run) as pipeline:
         folders = [str(folder) for folder in pipeline.distill()]
     return Output({"phases": folders}, [f"phase {p}: {folder}" for p, folder in enumerate(folders)])
@@ -56,7 +56,7 @@ def distill(call: Call, run: config.Run) -> Output:
 
 @command
 def evaluate(call: Call, run: config.Run) -> Output:
-    """Train students, choose on val, read test once."""
+    """Train students on the distilled set, choose on val, read test once."""
     with call.pipeline(run) as pipeline:
         evaluation, path = pipeline.evaluate(), str(pipeline.folder / "evaluation.json")
     facts = {"evaluation": path, "table": evaluation["table"]}
@@ -65,7 +65,7 @@ def evaluate(call: Call, run: config.Run) -> Output:
 
 @command
 def report(call: Call, run: config.Run) -> Output:
-    """Write the distilled set and its page."""
+    """Write the distilled set and an HTML report of the run."""
     with call.pipeline(run) as pipeline:
         page, set_ = str(pipeline.report()), str(pipeline.folder / "set")
     return Output({"set": set_, "page": page}, [f"distilled set: {set_}", f"page: {page}"])
@@ -73,7 +73,7 @@ def report(call: Call, run: config.Run) -> Output:
 
 @command
 def health(call: Call, run: config.Run) -> Output:
-    """Distil what is not there, and say how far the embeddings of the set have collapsed, beside real pairs."""
+    """Run the distillation if its result is missing, then report how far the embeddings have collapsed."""
     with call.pipeline(run) as pipeline:
         from rmdd.report.health import write_health
 
@@ -85,13 +85,13 @@ def health(call: Call, run: config.Run) -> Output:
 
 @command
 def run_(call: Call, run: config.Run) -> Output:
-    """All steps, in order; what is there already is used."""
+    """Run all steps in order; finished results are used again."""
     with call.pipeline(run) as pipeline:
-        return everything(pipeline)
+        return run_all_steps(pipeline)
 
 
-def everything(pipeline: "Pipeline") -> Output:
-    """Do all steps, and say how well it went and where everything lies."""
+def run_all_steps(pipeline: "Pipeline") -> Output:
+    """Run all steps; return the scores and the paths of the results."""
     began = time.perf_counter()
     result = pipeline.all()
     seconds = {"this_sitting": round(time.perf_counter() - began, 2), "steps": result.seconds}
@@ -101,7 +101,7 @@ def everything(pipeline: "Pipeline") -> Output:
         f"distilled set: {result.set}",
         f"page: {result.report}",
         f"run folder: {pipeline.folder}",
-        f"seconds: {seconds['this_sitting']:.0f} now; over all sittings {steps}",
+        f"seconds: {seconds['this_sitting']:.0f} in this call; by step over all calls: {steps}",
     ]
     facts = {"set": str(result.set), "page": str(result.report), "table": result.evaluation["table"]}
     return Output(facts | {"seconds": seconds}, lines)

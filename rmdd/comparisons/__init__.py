@@ -1,1 +1,1 @@
-"""Many sets under one protocol, one set under many towers, and what others have published."""
+"""Comparisons of sets under one protocol, transfer of a set to other towers, coresets, and published results."""

@@ -1,4 +1,4 @@
-"""Intervals of a row over test images, from the ranks that its students leave."""
+"""Bootstrap intervals of a row over test images, from the rank files of its students."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,12 +9,15 @@ from rmdd.evaluate.retrieval import Ranks
 
 
 def interval(ranks: Sequence[Path]) -> dict[str, float] | None:
-    """95 % interval of R@mean over test images, of the mean student; None where ranks were not kept."""
+    """Return the 95 % interval of the students' mean R@mean over test images; None without rank files."""
     return _plain(bootstrap.interval(_loaded(ranks))) if ranks else None
 
 
 def difference(ours: Sequence[Path], others: Sequence[Path]) -> dict[str, float] | None:
-    """The same of a paired difference: students by number, images resampled together."""
+    """Return the 95 % interval of the difference between two rows in R@mean; None without rank files.
+
+    Students are paired by number, and both rows are resampled with the same images.
+    """
     number = min(len(ours), len(others))
     if not number:
         return None

@@ -1,4 +1,4 @@
-"""`rmdd compare`: sets, subsets, random pairs and full data under one protocol, in one table."""
+"""`rmdd compare`: evaluate distilled sets, subsets, random pairs and full data under one protocol, in one table."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,8 +7,8 @@ from typing import Any
 
 from rmdd import config
 from rmdd.comparisons import published, results, tables
-from rmdd.comparisons.engine import FOLDER, ComparedRun, Row, score
-from rmdd.comparisons.entries import Entry, made_by, misfits, open_entries, planned
+from rmdd.comparisons.engine import FOLDER, ComparedRun, Row, ScoredRow, score
+from rmdd.comparisons.entries import Entry, misfits, open_entries, source_run, with_planned_phases
 from rmdd.comparisons.tables import ResultTable
 from rmdd.core.files import write_json
 from rmdd.core.progress import Progress
@@ -19,20 +19,22 @@ from rmdd.models.text import text_width
 from rmdd.runs import cost as estimate
 
 SCHEMA_VERSION = 1
-BEGUN, RESULTS = "comparison.json", "results.json"
+DESCRIPTION, RESULTS = "comparison.json", "results.json"
 Source = str | Path | Mapping[str, Any] | config.Run
 Load = Callable[[str | Mapping[str, Any], list[str]], config.Run]
 SPREAD = "mean ± sample standard deviation over students"
 
 
 @dataclass(frozen=True)
-class Compared:
-    """What a comparison leaves: its folder with `table.md`, `table.csv`, `table.html` and `results.json`, its rows as
-    plain values, and the published ones that stand below them."""
+class ComparisonResult:
+    """The result of a comparison."""
 
     folder: Path
+    """Holds `table.md`, `table.csv`, `table.html` and `results.json`."""
     rows: list[dict[str, Any]]
+    """A row per entry, as JSON values."""
     published: list[dict[str, Any]]
+    """Published results for the same dataset and budget."""
     tables: tuple[ResultTable, ...]
 
     @property
@@ -42,66 +44,69 @@ class Compared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared, checked as far as that needs no data."""
+    """A comparison that passed all checks that need no data."""
 
     entries: tuple[Entry, ...]
     run: config.Run
+    """Gives the protocol and the data."""
     against: str
+    """Name of the row that all others are compared with."""
     reencode: bool = False
+    """Whether to embed the captions of sets with another text encoder again."""
 
     @property
     def folder(self) -> Path:
-        """Named by all that the table says."""
+        """The folder of this comparison; its name ends in a hash of the entries, the run and the options."""
         entries = [[e.name, e.kind, e.value, e.pairs] for e in self.entries]
         value = config.hash_value([entries, self.run.hash_of(), self.against, self.reencode])[:8]
         return root_of(self.run.runtime) / FOLDER / f"{self.run.name}-{value}"
 
-    def begin(self) -> Path:
-        """Keep what it is, so that it can be resumed by its folder; returns the folder."""
-        plain = {
+    def write_description(self) -> Path:
+        """Write `comparison.json`, so that the comparison can be resumed from its folder; return the folder."""
+        description = {
             "verb": "compare",
-            "words": worded(self.entries),
+            "words": words_of(self.entries),
             "run": self.run.model_dump(mode="json"),
             "against": self.against,
             "reencode": self.reencode,
         }
-        write_json(self.folder / BEGUN, {"schema_version": SCHEMA_VERSION} | plain)
+        write_json(self.folder / DESCRIPTION, {"schema_version": SCHEMA_VERSION} | description)
         return self.folder
 
-    def go(self, progress: Progress | None = None) -> Compared:
-        """Train what is missing and write the tables. Going on after an interruption is calling it again."""
+    def execute(self, progress: Progress | None = None) -> ComparisonResult:
+        """Train the missing students and write the tables. After an interruption, call it again to resume."""
         progress = progress or Progress()
         runtime, folder = self.run.runtime, self.folder
         with hold_folders(runtime, folder), open_backend(runtime, folder / "events.jsonl", progress) as backend:
-            self.begin()
-            compared = ComparedRun(self.run, backend, progress, folder / "protocol")
-            if wrong := compared.check(self.entries):
+            self.write_description()
+            pipeline = ComparedRun(self.run, backend, progress, folder / "protocol")
+            if wrong := pipeline.check(self.entries):
                 raise config.ConfigError(wrong, "comparison")
-            compared.embed()
-            rows = [compared.row(entry.name, entry) for entry in self.entries]
-            return self._written(rows, list(zip(rows, score(rows, backend, progress), strict=True)))
+            pipeline.embed()
+            rows = [pipeline.row(entry.name, entry) for entry in self.entries]
+            return self._write_results(rows, score(rows, backend, progress))
 
-    def _written(self, rows: Sequence[Row], scored: list[tuple[Row, Any]]) -> Compared:
-        plain = [results.plain(row, s) for row, s in scored]
-        results.of_full(plain)
+    def _write_results(self, rows: Sequence[Row], scored: Sequence[ScoredRow]) -> ComparisonResult:
+        values = [results.row_values(row, s) for row, s in zip(rows, scored, strict=True)]
+        results.add_ratio_to_full(values)
         base = next(k for k, row in enumerate(rows) if row.name == self.against)
-        for k, row in enumerate(plain):
+        for k, row in enumerate(values):
             if k != base:
-                row["difference"] = results.against((row, scored[k][1]), (plain[base], scored[base][1]))
-        beside = published.beside(self.run.data.layout, self.run.distill.budget)
+                row["difference"] = results.difference((row, scored[k]), (values[base], scored[base]))
+        from_papers = published.for_dataset(self.run.data.layout, self.run.distill.budget)
         title = f"comparison: {self.run.name}"
         shown = (
-            table(protocol_words(self.run.model, self.run.data.image_size, self.run.evaluate), plain, self.against),
-            *_published(self.run.data.layout, self.run.distill.budget, beside),
+            table(protocol_words(self.run.model, self.run.data.image_size, self.run.evaluate), values, self.against),
+            *_published(self.run.data.layout, self.run.distill.budget, from_papers),
         )
-        tables.write(self.folder, title, shown, [*map(tables.flat, plain), *map(published.flat, beside)])
+        tables.write(self.folder, title, shown, [*map(tables.flat, values), *map(published.flat, from_papers)])
         facts = {"schema_version": SCHEMA_VERSION, "protocol": self.run.hash_of(), "against": self.against}
-        write_json(self.folder / RESULTS, facts | {"rows": plain, "published": beside})
-        return Compared(self.folder, plain, beside, shown)
+        write_json(self.folder / RESULTS, facts | {"rows": values, "published": from_papers})
+        return ComparisonResult(self.folder, values, from_papers, shown)
 
 
 def table(protocol: str, rows: Sequence[dict[str, Any]], against: str) -> ResultTable:
-    """The rows as people read them; `protocol` says in words how students were trained."""
+    """Return the rows as a table for people; `protocol` describes in words how students were trained."""
     extra = [name for name in ("interval", "difference", "of_full") if any(row.get(name) for row in rows)]
     heads = {"interval": "95 % interval", "difference": f"against {against}", "of_full": "of full data"}
     costs = ("pairs", "parameters", "bytes", "seconds")
@@ -114,56 +119,58 @@ def table(protocol: str, rows: Sequence[dict[str, Any]], against: str) -> Result
             "difference": tables.gain(row.get("difference")),
             "of_full": "" if row.get("of_full") is None else f"{row['of_full']:.0f} %",
         }
-        held = [tables.count(row["costs"].get(c)) for c in costs]
-        cells.append([row["name"], row["method"], rate(row), *tables.recalls(row), *(shown[n] for n in extra), *held])
-    return ResultTable(f"measured: {protocol}", columns, cells, [*reading(extra), *tables.remarks(rows)])
+        counts = [tables.count(row["costs"].get(c)) for c in costs]
+        cells.append([row["name"], row["method"], rate(row), *tables.recalls(row), *(shown[n] for n in extra), *counts])
+    return ResultTable(f"measured: {protocol}", columns, cells, [*column_notes(extra), *tables.remarks(rows)])
 
 
 def rate(row: Mapping[str, Any]) -> str:
-    """Where the rates came from; those chosen on val with the loss of real pairs."""
+    """Return in words how a row got its learning rates: learned, fixed, or chosen on val (with the loss)."""
     if "chosen" not in row:
         recipe = config.Distill.model_construct(method=row["method"]).recipe
-        return "as set" if row["rates"] == "learned" and recipe and not recipe.learns_rates else row["rates"]
+        return "fixed" if row["rates"] == "learned" and recipe and not recipe.learns_rates else row["rates"]
     loss = "" if row["kind"] == "set" else f"{row['chosen']['loss']}, "
     return f"by val: {loss}{row['chosen']['lr']:g}"
 
 
-def reading(extra: Sequence[str]) -> list[str]:
-    """How to read the columns."""
+def column_notes(extra: Sequence[str]) -> list[str]:
+    """Return the notes that explain the columns of the table."""
     notes = [
-        f"Recall in %, {SPREAD}. Students are paired: the same number begins alike in every row. The columns IR and TR "
-        "are on test, read once per student after its last pass; every choice was made on val.",
-        "Random pairs are drawn anew for every student and full data has experts for students, so their spread is over "
-        "draws and experts. Rates (and the loss) of real pairs are chosen on val; a distilled set brings its own.",
+        f"Recall in %, {SPREAD}. Students are paired: students with the same number have equal initial weights in all "
+        "rows. The columns IR and TR are on test, which each student reads once after its last pass. All choices use "
+        "val.",
+        "Each student of random pairs has its own draw, and the students of full data are the experts, so their spread "
+        "is over draws and experts. The rates (and the loss) of real pairs are chosen on val; a distilled set has its "
+        "own rates.",
     ]
     notes.append(
-        "Pairs are counted as students see them, those of all data as images. Bytes of real pairs are images as they "
-        "lie in the shards and captions in UTF-8 (of random pairs the mean over draws), those of a set its tensors."
+        "Pairs are the training pairs of a student; for full data, the images. The bytes of real pairs are their "
+        "encoded images and UTF-8 captions (for random pairs, the mean over draws); those of a set are its tensors."
     )
     if "interval" in extra:
-        notes.append("Intervals are at 95 %, by resampling test images with all of their captions.")
+        notes.append("Intervals are 95 % bootstrap intervals over test images, each with all its captions.")
     if "of_full" in extra:
-        notes.append("`of full data` is the ratio of mean test R@mean to that of the row of all pairs.")
+        notes.append("`of full data`: mean test R@mean divided by that of the row with all pairs.")
     return notes
 
 
 def protocol_words(model: config.Model, image_size: int, rule: config.Evaluate) -> str:
-    """The protocol in one line."""
+    """Return the protocol in one line: towers, image size, students, passes and batch."""
     return (
         f"{model.image.name} + {model.text.name}, {image_size} pixels; {rule.students} students, "
         f"{rule.epochs} passes per subset, batch {rule.batch}"
     )
 
 
-def _published(layout: str | None, budget: int, beside: Sequence[dict[str, Any]]) -> list[ResultTable]:
-    if not beside:
+def _published(layout: str | None, budget: int, rows: Sequence[dict[str, Any]]) -> list[ResultTable]:
+    if not rows:
         return []
     name = published.LAYOUTS[str(layout)]
-    return [published.table(f"published, not measured here: {name}, {budget} pairs and full data", beside)]
+    return [published.table(f"published, not measured here: {name}, {budget} pairs and full data", rows)]
 
 
-def worded(entries: Iterable[Entry]) -> list[str]:
-    """The entries as words that open them again, from any folder."""
+def words_of(entries: Iterable[Entry]) -> list[str]:
+    """Return the command-line words that open the entries again, from any working folder."""
     return [e.address if e.kind in ("random", "full") else f"{e.name}={e.address}" for e in entries]
 
 
@@ -175,22 +182,23 @@ def compare(
     against: str | None = None,
     reencode: bool = False,
     progress: Progress | None = None,
-) -> Compared:
+) -> ComparisonResult:
     """Evaluate distilled sets, subsets, `random`, `random:N` and `full` under one protocol and write one table.
 
-    A set is the folder of one, or of a run that has one, or a file of bare tensors; a subset is a folder with
-    `subset.json`. `source` gives the protocol and the data, as `config.load` takes it; without it they are those that
-    the first set was made by. `against` names the row that others are compared with (default: `random`, else the
-    first one); `reencode` embeds captions of sets with another text encoder anew.
+    A set is the folder of a distilled set or of its run, or a safetensors file; a subset is a folder with
+    `subset.json`. `source` gives the protocol and the data in a form that `config.load` accepts; by default they are
+    those of the first set's run. `against` names the row that all others are compared with (default: `random` or the
+    first row). `reencode` embeds the captions of sets with another text encoder again.
 
     >>> rmdd.compare(["runs/demo-0123abcd", "random", "full"])  # doctest: +SKIP
 
-    What is there is used, so adding a set trains only its students. Raises `ConfigError` for what cannot be compared.
+    Finished students are used again, so a new set trains only its own students. Raises `ConfigError` for entries that
+    do not fit the protocol.
     """
-    return begin([str(w) for w in words], source, list(overrides), against, reencode).go(progress)
+    return prepare_comparison([str(w) for w in words], source, list(overrides), against, reencode).execute(progress)
 
 
-def begin(
+def prepare_comparison(
     words: Sequence[str],
     source: Source | None,
     overrides: list[str],
@@ -198,7 +206,7 @@ def begin(
     reencode: bool = False,
     load: Load = config.load,
 ) -> Comparison:
-    """A comparison, checked. Raises `ConfigError` with all that is wrong."""
+    """Open and check the entries of a comparison. Raises `ConfigError` with all mistakes."""
     entries = open_entries(words)
     run = protocol_of(entries, source, overrides, load)
     wrong = unbuildable(run) or [
@@ -206,11 +214,11 @@ def begin(
     ]
     names = [e.name for e in entries]
     if against is not None and against not in names:
-        wrong.append(f"--against {against}: there is no such row; there are {', '.join(names)}")
+        wrong.append(f"--against {against}: unknown row; the rows are {', '.join(names)}")
     if wrong:
         raise config.ConfigError(wrong, "comparison")
-    usual = next((e.name for e in entries if e.kind == "random"), names[0])
-    return Comparison(tuple(entries), run, against or usual, reencode)
+    default = next((e.name for e in entries if e.kind == "random"), names[0])
+    return Comparison(tuple(entries), run, against or default, reencode)
 
 
 def protocol_of(
@@ -219,7 +227,7 @@ def protocol_of(
     overrides: list[str],
     load: Load,
 ) -> config.Run:
-    """The run whose data and evaluation hold for all rows; a comparison asks no probes. Raises `ConfigError`."""
+    """Return the run that gives data and evaluation for all rows, without its probes. Raises `ConfigError`."""
     run = _protocol_of(entries, source, overrides, load)
     return run.model_copy(update={"evaluate": run.evaluate.model_copy(update={"probes": {}})})
 
@@ -229,21 +237,21 @@ def _protocol_of(entries: Sequence[Entry], source: Source | None, overrides: lis
         source = source.model_dump(mode="json")
     if source is not None:
         run = load(source if isinstance(source, Mapping) else str(source), overrides)
-        return planned(run, str(source) if not isinstance(source, Mapping) else "comparison")
+        return with_planned_phases(run, str(source) if not isinstance(source, Mapping) else "comparison")
     for entry in entries:
-        if (raw := made_by(entry)) is not None:
+        if (raw := source_run(entry)) is not None:
             return load(raw, overrides)
-    mistake = "none of these says by which run it was made, so the protocol is open; give --config CONFIG"
+    mistake = "no entry records the run that made it, so there is no protocol; give --config CONFIG"
     raise config.ConfigError([mistake], "comparison")
 
 
 def unbuildable(run: config.Run) -> list[str]:
-    """Why the towers of `run` cannot be had."""
+    """Return the reason why a tower of `run` cannot be built; empty if both can."""
     try:
         tower = run.model.image
         if tower.weights != "pretrained" and not tower.is_random:
             weights_file(tower)
         estimate.model_on_meta(run, text_width(run.model.text))
-    except (ValueError, ArithmeticError) as error:  # some of timm's divide by a size that has come to nothing
+    except (ValueError, ArithmeticError) as error:  # timm models divide by zero if the image is too small
         return [f"image tower '{run.model.image.name}': {error}" if isinstance(error, ArithmeticError) else str(error)]
     return []

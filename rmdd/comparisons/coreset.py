@@ -1,4 +1,4 @@
-"""A coreset of a run's training split: features, picks, and the folder that says what was chosen."""
+"""`rmdd coreset`: select real pairs of a run's training split and write them as a subset folder."""
 
 import functools
 import itertools
@@ -32,13 +32,12 @@ from rmdd.generate.encoders import features
 from rmdd.models.prepared import PreparedSplit
 from rmdd.pipeline import Pipeline, open_pipeline
 
-RANKS_FROM = 256 * 2**20
-"""Bytes of features from which they are spread over ranks."""
-EVERY = 200
-"""Picks between checkpoints."""
+SHARE_FROM_BYTES = 256 * 2**20
+"""Features of at least this size are shared over several workers."""
+SAVE_EVERY = 200
+"""Picks between two checkpoints."""
 PREVIEWED = 64
-Order = Callable[[WorkerParts | None, np.ndarray], Iterator[int]]
-"""Items in the order of a method, out of the given ids, which the ranks hold the rows of."""
+"""Number of images in the preview."""
 
 
 def coreset(
@@ -48,11 +47,11 @@ def coreset(
     ranks: int | None = None,
     **choice: Any,
 ) -> Coreset:
-    """Choose real pairs of a run's training split; the fields of `rmdd.coresets.choice.Choice` say how.
+    """Select real pairs of a run's training split; `choice` are fields of `rmdd.coresets.choice.Choice`.
 
     >>> rmdd.coreset("demo", method="herding", pairs=100)  # doctest: +SKIP
 
-    Raises `ConfigError` with all that is wrong with the choice.
+    `ranks` is the number of workers that share the features. Raises `ConfigError` with all mistakes.
     """
     checked = choice_of(choice)
     run = run if isinstance(run, config.Run) else config.load(run)
@@ -61,7 +60,7 @@ def coreset(
 
 
 def choice_of(fields: dict[str, Any]) -> Choice:
-    """Raises `ConfigError` with every mistake."""
+    """Check the fields of a selection. Raises `ConfigError` with all mistakes."""
     method = str(fields.get("method", "herding")).replace("-", "_")
     checked, mistakes = validate(Choice, {**fields, "method": method})
     if checked is None or mistakes:
@@ -70,24 +69,24 @@ def choice_of(fields: dict[str, Any]) -> Choice:
 
 
 def choose(pipeline: "Pipeline", choice: Choice, ranks: int | None = None) -> tuple[Coreset, Path]:
-    """The subset and its folder, `<storage>/coresets/<run>-<method>-<hash>`; one that is there is read.
+    """Select a subset or read the existing one; return it and its folder `<storage>/coresets/<run>-<method>-<hash>`.
 
-    `ranks` hold the rows; None: one, or the workers of the run where the features are large. WorkerParts that die are
-    opened again, and go on from the stored picks.
+    `ranks` is the number of workers that share the features (None: one worker, or all workers of the run if the
+    features are large). If a worker dies, all are started again and resume from the stored picks.
     """
     if choice.method == "forgetting" or (choice.needs_features and choice.encoder.startswith("expert")):
         pipeline.experts()
     train = pipeline.embedded("train")
 
-    def chosen() -> tuple[Coreset, Path]:
+    def select() -> tuple[Coreset, Path]:
         return Selection(pipeline, choice, train).result(ranks)
 
-    return with_restarts(chosen, pipeline.run.runtime.max_restarts, pipeline.progress.say)
+    return with_restarts(select, pipeline.run.runtime.max_restarts, pipeline.progress.say)
 
 
 @dataclass
 class Picks:
-    """The picks so far, ids and values, in a file: a longer coreset goes on from a shorter one."""
+    """The greedy picks so far (ids and values), stored in a file so that a larger coreset extends a smaller one."""
 
     path: Path
     ids: list[int] = field(default_factory=list)
@@ -98,15 +97,15 @@ class Picks:
         stored = read_json(path) if path.is_file() else {"ids": [], "values": []}
         return cls(path, stored["ids"], [math.inf if v is None else v for v in stored["values"]])
 
-    def follow(self, more: Callable[[Sequence[int]], Iterator[Best]]) -> Iterator[tuple[int, float]]:
-        """All picks: those stored, then those that `more` adds."""
+    def follow(self, next_picks: Callable[[Sequence[int]], Iterator[Best]]) -> Iterator[tuple[int, float]]:
+        """Yield the stored picks, then new ones from `more(ids)`, which continues the greedy method."""
         stored = len(self.ids)
         yield from list(zip(self.ids, self.values, strict=True))
         try:
-            for best in more(list(self.ids)):
+            for best in next_picks(list(self.ids)):
                 self.ids.append(best.id)
                 self.values.append(best.value)
-                if len(self.ids) % EVERY == 0:
+                if len(self.ids) % SAVE_EVERY == 0:
                     self.save()
                 yield best.id, best.value
         finally:
@@ -119,7 +118,7 @@ class Picks:
 
 
 class Selection:
-    """The choice of one coreset."""
+    """The selection of one coreset: computes features and picks, and writes the subset folder."""
 
     def __init__(self, pipeline: "Pipeline", choice: Choice, train: PreparedSplit):
         self.pipeline, self.choice, self.train, self.run = pipeline, choice, train, pipeline.run
@@ -128,50 +127,50 @@ class Selection:
         self.facts: dict[str, Any] = {}
         self.sides: Sides | None = None
         self.key = ""
-        """Of everything that decides the picks, but for how many."""
+        """Hash of all settings that change the picks, without their number."""
         self.values: list[float] = []
-        """Of greedy picks, in their order."""
+        """Value of each greedy pick, in order."""
         self._mean: np.ndarray | None = None
 
     def result(self, ranks: int | None) -> tuple[Coreset, Path]:
         began = time.perf_counter()
         choice, item, run = self.choice, self.pipeline.item(), self.run
-        about: dict[str, Any] = {}
+        feature_facts: dict[str, Any] = {}
         rows: Rows | None = None
         folder = Path()
         if choice.needs_features:
-            rows, about, self.sides, folder = features(
+            rows, feature_facts, self.sides, folder = features(
                 item.feature_source, self.train, self.items, choice, self.pipeline.backend.encoders
             )
         data = self.train.split.dataset.hash
         store = {"store": item.paths.store.name} if choice.method == "forgetting" else {}
-        what = {"data": data, "captions": run.data.captions.model_dump(), "method": choice.method, "seed": self.seed}
-        what |= {"unit": choice.unit, "options": choice.options(), "features": about, **store}
-        self.key = config.hash_value(what)
+        inputs = {"data": data, "captions": run.data.captions.model_dump(), "method": choice.method, "seed": self.seed}
+        inputs |= {"unit": choice.unit, "options": choice.options(), "features": feature_facts, **store}
+        self.key = config.hash_value(inputs)
         size = {"pairs": choice.pairs, "bytes": choice.bytes}
-        name = f"{run.name}-{choice.method}-{config.hash_value(what | size)[:8]}"
+        name = f"{run.name}-{choice.method}-{config.hash_value(inputs | size)[:8]}"
         target = self.pipeline.storage.root / "coresets" / name
         self.pipeline.storage.fetch(target)
         if (target / DESCRIPTION).is_file():
             return Coreset.load(target), target
         with hold_folder(target, wait=True):
             if rows is None:
-                chosen = self.chosen(None)
+                chosen = self.picks(None)
             else:
-                many = ranks or (None if 4 * len(rows) * rows.width >= RANKS_FROM else 1)
-                with self.pipeline.backend.open_parts(functools.partial(open_shard, folder), many) as parts:
-                    chosen = self.chosen(parts)
+                workers = ranks or (None if 4 * len(rows) * rows.width >= SHARE_FROM_BYTES else 1)
+                with self.pipeline.backend.open_parts(functools.partial(open_shard, folder), workers) as parts:
+                    chosen = self.picks(parts)
             records = self.items.record_of[chosen].tolist()
             self.facts |= self.cost(records) | {"seconds": round(time.perf_counter() - began, 3)}
             options = choice.options()
-            subset = Coreset(
-                choice.method, options, self.seed, choice.unit, data, about, self.named(records), self.facts
-            )
+            named = self.pair_names(records)
+            subset = Coreset(choice.method, options, self.seed, choice.unit, data, feature_facts, named, self.facts)
             self.preview(chosen, target / PREVIEW)
             subset.save(target)
         return subset, target
 
-    def named(self, records: Sequence[int]) -> tuple[tuple[str, int], ...]:
+    def pair_names(self, records: Sequence[int]) -> tuple[tuple[str, int], ...]:
+        """Return the pair id and the caption number of each record."""
         split = self.train.split
         images = split.image_of[list(records)]
         first = np.searchsorted(split.image_of, images)
@@ -185,6 +184,7 @@ class Selection:
         return ByteCosts.of(self.train.split, self.pipeline.item().paths.cache)
 
     def cost(self, records: Sequence[int]) -> dict[str, Any]:
+        """Return the pairs, images, parameters and bytes of the chosen records, and the items to choose from."""
         images = len(set(self.train.split.image_of[list(records)].tolist())) if records else 0
         numbers = parameters(len(records), self.run.data.image_size, self.train.texts.shape[1])
         return {
@@ -196,14 +196,14 @@ class Selection:
         }
 
     def preview(self, chosen: Sequence[int], path: Path) -> None:
-        """The first pictures, row by row."""
+        """Write a PNG with the first chosen images in a square grid."""
         from PIL import Image
 
         shown = self.items.image_of[list(chosen[:PREVIEWED])]
         if not len(shown):
             return
-        index, place = np.unique(shown, return_inverse=True)
-        images = np.asarray(self.train.split.some_images(index))[place].transpose(0, 2, 3, 1)
+        index, position = np.unique(shown, return_inverse=True)
+        images = np.asarray(self.train.split.some_images(index))[position].transpose(0, 2, 3, 1)
         side = math.ceil(math.sqrt(len(images)))
         edge = images.shape[1]
         sheet = Image.new("RGB", (side * edge, -(-len(images) // side) * edge), "white")
@@ -214,52 +214,54 @@ class Selection:
 
     # -- picks ---------------------------------------------------------------------------------------------------
 
-    def chosen(self, ranks: WorkerParts | None) -> list[int]:
-        """Item ids in the order in which they were chosen."""
+    def picks(self, ranks: WorkerParts | None) -> list[int]:
+        """Return the chosen item ids in the order of selection."""
         choice, ids = self.choice, np.arange(len(self.items))
         if ranks:
             greedy.checked(ranks)
         if ranks and choice.guard != "none":
-            dropped = self.guarded(ranks, ids)
+            dropped = self.outliers(ranks, ids)
             ranks.call("drop", dropped)
             ids = np.setdiff1d(ids, dropped)
             self.facts["guard"] = {"kind": choice.guard, "share": choice.guard_share, "dropped": len(dropped)}
-        if ranks and choice.clusters and choice.method == "forgetting":  # quotas count what can be chosen
-            never = np.setdiff1d(ids, self.ranking)
-            ranks.call("drop", never)
-            ids = np.setdiff1d(ids, never)
+        if ranks and choice.clusters and choice.method == "forgetting":  # cluster quotas must not count excluded items
+            excluded = np.setdiff1d(ids, self.ranking)
+            ranks.call("drop", excluded)
+            ids = np.setdiff1d(ids, excluded)
         if (choice.pairs or 0) > len(ids):
-            by = ["the guard"] if "guard" in self.facts else []
-            by += ["never_learned exclude"] if choice.never_learned == "exclude" else []
-            left = f"{len(ids)} left by {' and '.join(by)} of {len(self.items)}" if by else str(len(ids))
-            raise ValueError(f"asked for {choice.pairs} pairs, and there are {left} {choice.unit}s to choose from")
+            filters = ["guard"] if "guard" in self.facts else []
+            filters += ["never_learned: exclude"] if choice.never_learned == "exclude" else []
+            after = f" (after {' and '.join(filters)}, of {len(self.items)})" if filters else ""
+            raise ValueError(
+                f"cannot select {choice.pairs} pairs: there are only {len(ids)} {choice.unit}s{after}; ask for fewer"
+            )
         if choice.clusters or choice.method in AT_ONCE:
             assert ranks is not None
-            picks = self.at_once(ranks, len(ids))
+            picks = self.choose_jointly(ranks, len(ids))
         else:
-            with closing(self.ordered(ranks, ids)) as order:  # type: ignore[type-var]
-                picks = self.filled(order)
+            with closing(self.order(ranks, ids)) as order:  # type: ignore[type-var]
+                picks = self.take(order)
                 if choice.method == "k_center" and picks:
                     self.facts["radius"] = self.radius(order, len(picks))
         if ranks and picks:
-            own = greedy.rows_of(ranks, picks).astype(np.float64).mean(axis=0)
-            self.facts["mean_error"] = float(np.linalg.norm(self.mean(ranks) - own))
+            chosen_mean = greedy.rows_of(ranks, picks).astype(np.float64).mean(axis=0)
+            self.facts["mean_error"] = float(np.linalg.norm(self.mean(ranks) - chosen_mean))
         return picks
 
     def mean(self, ranks: WorkerParts) -> np.ndarray:
-        """Mean of all rows that can be chosen."""
+        """Return the mean feature of all items that can be chosen."""
         if self._mean is None:
             self._mean = greedy.mean(ranks, greedy.checked(ranks).largest)
         return self._mean
 
     def radius(self, order: Iterator[int], picks: int) -> float:
-        """Of the balls around the first `picks` that hold all items: how far away the next pick is."""
+        """Return the largest distance of an item to the first `picks` picks (the covering radius of k-center)."""
         if len(self.values) <= picks:
             next(order, None)
         return math.sqrt(self.values[picks]) if len(self.values) > picks else 0.0
 
-    def filled(self, order: Iterator[int]) -> list[int]:
-        """As many of `order` as were asked for. Raises `ValueError` when there are fewer."""
+    def take(self, order: Iterator[int]) -> list[int]:
+        """Take items from `order` up to the requested pairs or bytes. Raises `ValueError` if there are too few."""
         choice = self.choice
         if choice.bytes is not None:
             record_of = self.items.record_of
@@ -274,13 +276,16 @@ class Selection:
         picks = list(itertools.islice(order, choice.pairs))
         if len(picks) < (choice.pairs or 0):
             raise ValueError(
-                f"asked for {choice.pairs} pairs, and {choice.method} leaves {len(picks)} of {len(self.items)}; ask "
-                "for fewer, or set never_learned to last"
+                f"cannot select {choice.pairs} pairs: {choice.method} gives only {len(picks)} of {len(self.items)}; "
+                "ask for fewer, or set never_learned: last"
             )
         return picks
 
-    def at_once(self, ranks: WorkerParts, available: int) -> list[int]:
-        """A choice whose items depend on how many there are; for bytes, so many that one more would not fit."""
+    def choose_jointly(self, ranks: WorkerParts, available: int) -> list[int]:
+        """Select items with a method whose result depends on their number, such as medoids.
+
+        For a limit in bytes, the number is the largest one that fits.
+        """
         choice = self.choice
 
         def of(k: int) -> tuple[list[int], dict[str, Any]]:
@@ -291,20 +296,20 @@ class Selection:
                 chosen, facts = matched.matched(ranks, k, self.seed, self.sides.images.width)
                 return chosen, {"matched": facts}
             count = min(choice.clusters, available)
-            method = functools.partial(self.ordered, keep=False)
+            method = functools.partial(self.order, stored=False)
             chosen = clusters.balanced(
-                ranks, k, count, choice.quota, self.seed, lambda own: method(own, np.concatenate(own.call("ids")))
+                ranks, k, count, choice.quota, self.seed, lambda part: method(part, np.concatenate(part.call("ids")))
             )
             return chosen, {}
 
-        best, facts = of(choice.pairs or 0) if choice.bytes is None else self.most(ranks, of, available)
+        best, facts = of(choice.pairs or 0) if choice.bytes is None else self.largest(ranks, of, available)
         self.facts |= facts
         return best
 
-    def most(
+    def largest(
         self, ranks: WorkerParts, of: Callable[[int], tuple[list[int], dict[str, Any]]], available: int
     ) -> tuple[list[int], dict[str, Any]]:
-        """`of` the largest number whose items fit the bytes."""
+        """Return the selection `of(k)` with the largest k that fits in the requested bytes."""
         limit = self.choice.bytes or 0
         total = self.costs.bytes_of(self.items.record_of.tolist())["total"]
         k = min(available, max(1, limit * len(self.items) // total))
@@ -318,46 +323,48 @@ class Selection:
             k = min(max(k * limit // used, fits + 1), over - 1)
         return best
 
-    def guarded(self, ranks: WorkerParts, ids: np.ndarray) -> np.ndarray:
+    def outliers(self, ranks: WorkerParts, ids: np.ndarray) -> np.ndarray:
+        """Return the ids of the outliers that the guard drops before the selection."""
         choice = self.choice
         if choice.guard == "centroids":
             return clusters.outliers(ranks, choice.guard_share, self.seed)
         assert self.sides is not None
         return clusters.worst(ids, cosines(self.sides, self.items, choice.caption), choice.guard_share)
 
-    def ordered(self, ranks: WorkerParts | None, ids: np.ndarray, keep: bool = True) -> Iterator[int]:
-        """Items out of `ids` in the order of the method."""
+    def order(self, ranks: WorkerParts | None, ids: np.ndarray, stored: bool = True) -> Iterator[int]:
+        """Yield items of `ids` in the order of the method; with `stored`, greedy picks are read and saved."""
         choice = self.choice
         if choice.method == "random":
             draw = permuted(ids, self.seed) if choice.draw == "permutation" else smallest(ids, None, self.seed)
             yield from draw.tolist()
         elif choice.method in ("forgetting", "clip_score"):
-            among = set(ids.tolist())
-            yield from (item for item in self.ranking if item in among)
+            allowed = set(ids.tolist())
+            yield from (item for item in self.ranking if item in allowed)
         else:
             assert ranks is not None
-            yield from self.greedily(ranks, keep)
+            yield from self.greedy_order(ranks, stored)
 
-    def greedily(self, ranks: WorkerParts, keep: bool) -> Iterator[int]:
-        mu = self.mean(ranks) if keep else greedy.mean(ranks, greedy.checked(ranks).largest)
+    def greedy_order(self, ranks: WorkerParts, stored: bool) -> Iterator[int]:
+        """Yield the picks of herding or k-center; with `stored`, continue the picks of an earlier selection."""
+        mu = self.mean(ranks) if stored else greedy.mean(ranks, greedy.checked(ranks).largest)
 
-        def more(begun: Sequence[int]) -> Iterator[Best]:
+        def next_picks(picked: Sequence[int]) -> Iterator[Best]:
             if self.choice.method == "herding":
-                return greedy.herding(ranks, mu, begun)
-            return greedy.k_center(ranks, greedy.start_of(ranks, self.choice.start, self.seed, mu), begun)
+                return greedy.herding(ranks, mu, picked)
+            return greedy.k_center(ranks, greedy.start_of(ranks, self.choice.start, self.seed, mu), picked)
 
-        if not keep:
-            yield from (best.id for best in more([]))
+        if not stored:
+            yield from (best.id for best in next_picks([]))
             return
         path = self.pipeline.item().paths.cache / f"picks-{self.key}.json"
-        with hold_folder(path, wait=True), closing(Picks.open(path).follow(more)) as picks:  # type: ignore[type-var]
+        with hold_folder(path, wait=True), closing(Picks.open(path).follow(next_picks)) as picks:  # type: ignore[type-var]
             for item, value in picks:
                 self.values.append(value)
                 yield item
 
     @functools.cached_property
     def ranking(self) -> list[int]:
-        """All items, best first, where that does not depend on what was chosen before."""
+        """All items, best first, for methods that score each item independently (clip-score, forgetting)."""
         choice = self.choice
         if choice.method == "clip_score":
             assert self.sides is not None

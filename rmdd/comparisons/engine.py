@@ -1,8 +1,8 @@
-"""From the rows of a comparison to their scores: training pairs, rates chosen on val, students.
+"""Score the rows of a comparison: prepare training pairs, choose rates on val, train and test students.
 
-Every student is a task of its own under the hash of its training pairs and its protocol, so a comparison that was
-stopped goes on, and one with more rows trains only their students. Random pairs and full data are those of `rmdd run`,
-records included.
+Each student is a separate task. Its record is stored under a hash of its training pairs and protocol, so a stopped
+comparison resumes, and added rows train only their own students. The rows for random pairs and full data share their
+records with `rmdd run`.
 """
 
 import statistics
@@ -30,7 +30,7 @@ from rmdd.models.prepared import PreparedSplit
 from rmdd.models.text import embed
 from rmdd.pipeline import Pipeline
 from rmdd.runs.items import ExternalPairs, TaskItem, record
-from rmdd.runs.paths import paths_of, seen_by
+from rmdd.runs.paths import model_settings, paths_of
 from rmdd.runs.students import TrainStudent
 
 FOLDER = Path("comparisons")
@@ -42,20 +42,23 @@ Costs = dict[str, int | float | None]
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One row: the training pairs, the run whose students learn them, and the rates."""
+    """One row of a comparison, ready to be scored."""
 
     name: str
     entry: Entry
-    compared: "ComparedRun"
+    pipeline: "ComparedRun"
     run: config.Run
+    """Run whose protocol the students follow."""
     rates: Rates
+    """How students get their learning rates: from the set, chosen on val, or from the experts' training."""
     pairs: Path | None = None
-    """File of training pairs within the storage; None for random pairs and full data, which a run has itself."""
+    """File of training pairs, relative to the storage; None for random pairs and full data."""
     costs: Costs = field(default_factory=dict)
+    """Pairs, parameters, bytes and seconds of the training pairs."""
     remarks: tuple[str, ...] = ()
 
     def choices(self) -> list[Job]:
-        """Students by which rates (and the loss of real pairs) are chosen on val."""
+        """Return the students that choose the rates on val; for real pairs also the loss."""
         rule = self.run.evaluate
         if self.rates != "tuned":
             return []
@@ -65,10 +68,10 @@ class Row:
         return [Job("select", i, snapshot=0, lr=lr) for lr in rule.baseline_lrs for i in students]
 
     def students(self, loss: str, lr: float) -> list[Job]:
-        """Those whose scores are the row."""
+        """Return the students whose scores make up the row."""
         rule = self.run.evaluate
         if self.entry.kind == "full":
-            store = Store.open(self.compared.item().paths.store)
+            store = Store.open(self.pipeline.item().paths.store)
             return [Job("full", e) for e in store.complete()[: self.run.experts.num]]
         if self.entry.kind == "set":
             return [Job("student", i, lr=lr) for i in range(rule.students)]
@@ -76,7 +79,7 @@ class Row:
         return [Job("baseline", i, loss=loss, lr=lr) for i in range(number)]
 
     def item(self, job: Job) -> TaskItem:
-        dataset = self.compared.ingest()
+        dataset = self.pipeline.ingest()
         paths = paths_of(self.run, dataset)
         if self.pairs is None:
             return TaskItem(self.run, paths, paths.phases.name, job=job)
@@ -86,35 +89,39 @@ class Row:
             learned |= {"loss": self.run.distill.loss, "temperature": self.run.student_temperature}
         else:
             learned |= {"loss": job.loss, "updates": protocol.StudentProtocol.of(self.run).updates}
-        value = config.hash_value({**seen_by(self.run, dataset), "evaluate": rule, **learned})
+        value = config.hash_value({**model_settings(self.run, dataset), "evaluate": rule, **learned})
         return TaskItem(self.run, paths, value, job=job, external=ExternalPairs(self.pairs, STUDENTS / value))
 
 
 class ComparedRun(Pipeline):
-    """The run behind the rows of one protocol: its data, embeddings, and experts where full data is a row."""
+    """Pipeline for the rows of one protocol: gives their data and embeddings, and experts for a row of full data."""
 
     def check(self, entries: Sequence[Entry]) -> list[str]:
-        """Why entries do not belong to the data, or are not in its training split."""
+        """Return a message for every entry that belongs to other data or has pairs outside the training split."""
         dataset = self.ingest()
         wrong = [mistake for entry in entries for mistake in check_data(entry, dataset.hash)]
-        most = dataset.counts["train"]["captions"]
-        wrong += [f"{e.name} asks for more than the {most} captions of train" for e in entries if (e.pairs or 0) > most]
+        total = dataset.counts["train"]["captions"]
+        wrong += [
+            f"{e.name} needs {e.pairs} pairs, but train has only {total} captions; ask for fewer"
+            for e in entries
+            if (e.pairs or 0) > total
+        ]
         subsets = [] if wrong else [entry for entry in entries if entry.subset is not None]
         split = load_split(dataset, "train", self.run.data, self.item().paths.cache) if subsets else None
         for entry in subsets:
             assert entry.subset is not None and split is not None
             try:
                 if not entry.subset.rows(split):
-                    wrong.append(f"{entry.name} holds no pairs")
+                    wrong.append(f"{entry.name} holds no pairs; remove it")
             except ValueError as error:
                 wrong.append(f"{entry.name}: {error}")
         return wrong
 
     def row(self, name: str, entry: Entry, rates: Rates | None = None) -> Row:
-        """Raises ValueError where the entry does not fit the data."""
+        """Prepare the row of an entry. Raises `ValueError` if the entry does not fit the data."""
         if entry.kind == "full":
             self.experts()
-            return Row(name, entry, self, self.run, "trained", costs=self._full())
+            return Row(name, entry, self, self.run, "trained", costs=self._full_costs())
         if entry.kind == "random":
             rule = self.run.distill
             run = self.run.model_copy(
@@ -123,38 +130,39 @@ class ComparedRun(Pipeline):
             train, number = self.prepared_split("train"), min(run.evaluate.students, run.evaluate.baseline_draws)
             budget, seed = run.distill.budget, run.seed_of("evaluate")
             draws = [protocol.random_records(train, budget, seed, draw) for draw in range(number)]
-            return Row(name, entry, self, run, "tuned", costs=self._real(draws))
+            return Row(name, entry, self, run, "tuned", costs=self._real_costs(draws))
         if entry.subset is not None:
             rows = entry.subset.rows(self.prepared_split("train").split)
-            costs = self._real([rows]) | {"seconds": seconds_of(entry, self.storage.root)}
-            return Row(name, entry, self, self.run, "tuned", self._within(write_records(self._pairs, rows)), costs)
+            costs = self._real_costs([rows]) | {"seconds": seconds_of(entry, self.storage.root)}
+            file = self._relative(write_records(self._pairs, rows))
+            return Row(name, entry, self, self.run, "tuned", file, costs)
         assert entry.distilled is not None
-        return self._distilled(name, entry, rates or entry.rates)
+        return self._distilled_row(name, entry, rates or entry.rates)
 
-    def _distilled(self, name: str, entry: Entry, rates: Rates) -> Row:
+    def _distilled_row(self, name: str, entry: Entry, rates: Rates) -> Row:
         distilled = entry.distilled
         assert distilled is not None
         train, remarks = self.prepared_split("train"), []
-        subsets, duplicates = self._learned(entry, train)
+        subsets, duplicates = self._training_pairs(entry, train)
         if duplicates is not None:
             remarks.append(
-                f"texts are the nearest real captions of its own, encoded anew; {duplicates} of {distilled.num_pairs} "
-                "are the caption of an earlier pair"
+                "its texts are the nearest real captions, embedded with this text encoder; "
+                f"{duplicates} of {distilled.num_pairs} pairs have the same caption as an earlier pair"
             )
         if distilled.mean and (distilled.mean, distilled.std) != (tuple(train.mean), tuple(train.std)):
-            remarks.append("pictures were brought to the pixel constants of this protocol")
+            remarks.append("its images were normalised again with the mean and std of this protocol")
         towers = distilled.model.get("image", {})
         if towers.get("trainable", True) != self.run.model.image.trainable:
             remarks.append(
-                f"made for {'trained' if towers['trainable'] else 'frozen'} image towers, students' are "
-                f"{'trained' if self.run.model.image.trainable else 'frozen'}"
+                f"it was distilled for {'trained' if towers['trainable'] else 'frozen'} image towers, but these "
+                f"students have {'trained' if self.run.model.image.trainable else 'frozen'} ones"
             )
         if not distilled.model:
-            remarks.append("bare tensors: that they are of these encoders and data is taken on trust")
+            remarks.append("bare tensors: rmdd cannot check that they fit these encoders and this data")
         epochs, batch = self.run.evaluate.epochs, self.run.evaluate.batch
         steps = sum(-(-subset.pairs // batch) * epochs for subset in distilled.subsets)
         if steps != (real := protocol.StudentProtocol.of(self.run).updates):
-            remarks.append(f"its students make {steps:,} updates, those of real pairs {real:,}")
+            remarks.append(f"its students train for {steps:,} updates, students of real pairs for {real:,}")
         rule = self.run.distill
         change = {"loss": distilled.loss or rule.loss, "temperature": temperature_of(distilled) or rule.temperature}
         run = self.run.model_copy(update={"distill": rule.model_copy(update=change)})
@@ -167,11 +175,11 @@ class ComparedRun(Pipeline):
         }
         if duplicates is not None:
             costs["duplicates"] = duplicates
-        file = self._within(write_pairs(self._pairs, subsets))
+        file = self._relative(write_pairs(self._pairs, subsets))
         return Row(name, entry, self, run, rates, file, costs, tuple(remarks))
 
-    def _learned(self, entry: Entry, train: PreparedSplit) -> tuple[list[TrainingPairs], int | None]:
-        """The training pairs of a set, and how many captions came twice where its texts had to be encoded anew."""
+    def _training_pairs(self, entry: Entry, train: PreparedSplit) -> tuple[list[TrainingPairs], int | None]:
+        """Return the training pairs of a set and, if its captions were embedded again, the number of duplicates."""
         distilled = entry.distilled
         assert distilled is not None
         texts, duplicates = [subset.texts for subset in distilled.subsets], None
@@ -182,8 +190,8 @@ class ComparedRun(Pipeline):
             texts = list(torch.tensor(vectors).split([subset.pairs for subset in distilled.subsets]))
             duplicates = len(captions) - len(set(captions))
         subsets = [
-            replace(pairs, images=renormalised(pairs.images, distilled, train.mean, train.std), texts=own)
-            for pairs, own in zip(pairs_of_set(distilled), texts, strict=True)
+            replace(pairs, images=renormalised(pairs.images, distilled, train.mean, train.std), texts=embeddings)
+            for pairs, embeddings in zip(pairs_of_set(distilled), texts, strict=True)
         ]
         return subsets, duplicates
 
@@ -191,38 +199,41 @@ class ComparedRun(Pipeline):
     def _pairs(self) -> Path:
         return self.storage.root / PAIRS
 
-    def _within(self, file: Path) -> Path:
+    def _relative(self, file: Path) -> Path:
         return file.relative_to(self.storage.root)
 
-    def _real(self, draws: Sequence[Sequence[int]]) -> Costs:
-        """Of as many records in every draw; bytes are their mean."""
+    def _real_costs(self, draws: Sequence[Sequence[int]]) -> Costs:
+        """Return the costs of equally large draws of real pairs; `bytes` is the mean over draws."""
         train, pairs = self.prepared_split("train"), len(draws[0])
         costs = cost.ByteCosts.of(train.split, self.item().paths.cache)
         mean_bytes = statistics.fmean(costs.bytes_of(draw)["total"] for draw in draws)
         numbers = cost.parameters(pairs, self.run.data.image_size, train.texts.shape[1])
         return {"pairs": pairs, "parameters": numbers, "bytes": round(mean_bytes), "seconds": None}
 
-    def _full(self) -> Costs:
-        """Pairs are images here, with all of their captions."""
+    def _full_costs(self) -> Costs:
+        """Return the costs of the training split; here a pair is an image with all its captions."""
         split = self.prepared_split("train").split
-        return self._real([range(len(split.captions))]) | {"pairs": len(split)}
+        return self._real_costs([range(len(split.captions))]) | {"pairs": len(split)}
 
 
 @dataclass(frozen=True)
-class Scored:
-    """The students of a row in order, and how their rates came about; `error` where there are none."""
+class ScoredRow:
+    """The students of a row, or the error that stopped them."""
 
     records: list[dict[str, Any]] = field(default_factory=list)
+    """Record of each student, in order."""
     ranks: list[Path] = field(default_factory=list)
-    """Where the ranks of each student's test captions and images lie, if they were kept."""
+    """Files with the retrieval ranks of each student on test, for students that have one."""
     chosen: dict[str, Any] | None = None
+    """Loss and learning rate that were chosen on val, and the val scores of all candidates."""
     error: str | None = None
+    """Reason of the first failed student, or None."""
 
 
-def score(rows: Sequence[Row], backend: Backend, progress: Progress) -> list[Scored]:
-    """All students of all rows, side by side: first those by which val chooses, then those that test is read for."""
+def score(rows: Sequence[Row], backend: Backend, progress: Progress) -> list[ScoredRow]:
+    """Train and score the students of all rows in parallel: first to choose on val, then to read test."""
     choices = {id(row): row.choices() for row in rows}
-    tried = _do("choices on val", [(row, job) for row in rows for job in choices[id(row)]], backend, progress)
+    tried = _run_jobs("choices on val", [(row, job) for row in rows for job in choices[id(row)]], backend, progress)
     chosen: dict[int, dict[str, Any]] = {}
     errors: dict[int, str] = {}
     for row in rows:
@@ -238,25 +249,27 @@ def score(rows: Sequence[Row], backend: Backend, progress: Progress) -> list[Sco
         if id(row) not in errors:
             rule = chosen.get(id(row), {"loss": "", "lr": 0.0})
             final[id(row)] = row.students(rule["loss"], rule["lr"])
-    done = _do("students", [(row, job) for row in rows for job in final.get(id(row), [])], backend, progress)
-    return [_scored(row, final.get(id(row), []), done, chosen.get(id(row)), errors.get(id(row))) for row in rows]
+    done = _run_jobs("students", [(row, job) for row in rows for job in final.get(id(row), [])], backend, progress)
+    return [_scored_row(row, final.get(id(row), []), done, chosen.get(id(row)), errors.get(id(row))) for row in rows]
 
 
-def _scored(
+def _scored_row(
     row: Row, jobs: list[Job], done: dict[tuple[int, Job], Any], chosen: dict[str, Any] | None, error: str | None
-) -> Scored:
+) -> ScoredRow:
     results = [done[id(row), job] for job in jobs]
     error = error or next((r.reason for r in results if isinstance(r, Failed)), None)
     if error is not None:
-        return Scored(chosen=chosen, error=error)
+        return ScoredRow(chosen=chosen, error=error)
     files = [records.ranks_file(record(row.item(job))) for job in jobs]
     for file in files:
-        row.compared.storage.fetch(file)
-    return Scored(results, [file for file in files if file.is_file()], chosen)
+        row.pipeline.storage.fetch(file)
+    return ScoredRow(results, [file for file in files if file.is_file()], chosen)
 
 
-def _do(title: str, jobs: list[tuple[Row, Job]], backend: Backend, progress: Progress) -> dict[tuple[int, Job], Any]:
-    """The records of students by row and job; one that fails does not stop the others."""
+def _run_jobs(
+    title: str, jobs: list[tuple[Row, Job]], backend: Backend, progress: Progress
+) -> dict[tuple[int, Job], Any]:
+    """Run students and return their records by row and job. A failed student does not stop the others."""
     if not jobs:
         return {}
     names = [f"{row.name}: {job.name}" + (f" at {job.lr:g}" if job.lr else "") for row, job in jobs]

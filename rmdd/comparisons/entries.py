@@ -1,4 +1,4 @@
-"""What can be compared: distilled sets, subsets of real pairs, and the words `random`, `random:N` and `full`."""
+"""`Entry`: one row of a comparison, opened from a set, a subset, or the words `random`, `random:N` and `full`."""
 
 import hashlib
 import json
@@ -26,21 +26,22 @@ Kind = Literal["set", "subset", "random", "full"]
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """One row of a comparison: what it trains on, and how the user named it."""
+    """One row of a comparison: its training pairs and its name."""
 
     name: str
     kind: Kind
     value: str
-    """Hash of what it holds."""
-    place: Path | None = None
+    """Hash of the training pairs."""
+    path: Path | None = None
+    """Local folder or file of a set or subset."""
     distilled: DistilledSet | None = None
     subset: Coreset | None = None
     pairs: int | None = None
-    """Of random pairs, where another number than the budget's was asked for."""
+    """Number of random pairs, if it differs from the budget."""
     rates: Literal["learned", "tuned"] = "tuned"
-    """Real pairs, and bare tensors without rates, have theirs chosen on val."""
+    """Rates stored in a set (`learned`), or chosen on val (`tuned`: real pairs, tensors without rates)."""
     address: str = ""
-    """How it was named, from any folder."""
+    """The user's word with an absolute path, which opens the entry from any folder."""
 
     @property
     def method(self) -> str:
@@ -50,11 +51,11 @@ class Entry:
 
 
 LEASES = (".lock", ".lease")
-"""Lie beside folders; `runs/name-*` of a shell names them too."""
+"""Suffixes of lock files beside run folders; a shell pattern such as `runs/name-*` matches them too."""
 
 
 def open_entries(words: Iterable[str]) -> list[Entry]:
-    """Every word as an entry. Raises `ConfigError` with all that cannot be opened."""
+    """Open an entry for every word. Raises `ConfigError` with all words that cannot be opened."""
     entries: list[Entry] = []
     mistakes: list[str] = []
     for word in words:
@@ -67,9 +68,9 @@ def open_entries(words: Iterable[str]) -> list[Entry]:
     for k, entry in enumerate(entries):
         for other in entries[:k]:
             if (entry.kind, entry.value, entry.pairs) == (other.kind, other.value, other.pairs):
-                mistakes.append(f"{entry.address} and {other.address} hold the same; leave one out")
+                mistakes.append(f"{entry.address} and {other.address} have the same content; remove one of them")
             elif entry.name == other.name:
-                mistakes.append(f"two rows would be called {entry.name}; name one yourself, as in NAME=FOLDER")
+                mistakes.append(f"two rows have the name {entry.name}; give one another name, as in NAME=FOLDER")
     if not entries and not mistakes:
         mistakes.append("nothing to compare; give folders of distilled sets or subsets, or the words random and full")
     if mistakes:
@@ -78,38 +79,38 @@ def open_entries(words: Iterable[str]) -> list[Entry]:
 
 
 def open_entry(word: str) -> Entry:
-    """`[NAME=]FOLDER`, `random`, `random:N` or `full`. Raises ValueError for what is none of these."""
+    """Open `[NAME=]FOLDER`, `random`, `random:N` or `full`. Raises `ValueError` for other words."""
     if match := re.fullmatch(r"random(?::([1-9]\d*))?|full", word):
         pairs = int(match[1]) if match[1] else None
         return Entry(word, "full" if word == "full" else "random", word, pairs=pairs, address=word)
     named = re.fullmatch(r"([A-Za-z0-9][\w.+ -]*)=(.+)", word)
     name, text = (named[1], named[2]) if named and not Path(word).exists() else ("", word)
-    place = _here(text)
-    address = text.rstrip("/") if is_uri(text) else str(place)
-    if (place / "set" / distilled.DESCRIPTION).is_file():
-        place, name = place / "set", name or place.name
-    usual = place.parent.name if place.name == "set" else place.stem if place.is_file() else place.name
-    if (place / distilled.DESCRIPTION).is_file():
-        whole = DistilledSet.load(place)
-        return Entry(name or usual, "set", value_of(whole), place, whole, rates="learned", address=address)
-    if (place / coreset.DESCRIPTION).is_file():
-        subset = Coreset.load(place)
+    path = _local_path(text)
+    address = text.rstrip("/") if is_uri(text) else str(path)
+    if (path / "set" / distilled.DESCRIPTION).is_file():
+        path, name = path / "set", name or path.name
+    default = path.parent.name if path.name == "set" else path.stem if path.is_file() else path.name
+    if (path / distilled.DESCRIPTION).is_file():
+        full_set = DistilledSet.load(path)
+        return Entry(name or default, "set", value_of(full_set), path, full_set, rates="learned", address=address)
+    if (path / coreset.DESCRIPTION).is_file():
+        subset = Coreset.load(path)
         value = hashlib.sha256(json.dumps(subset.records).encode()).hexdigest()[:16]
-        return Entry(name or usual, "subset", value, place, subset=subset, address=address)
-    tensors = place if place.is_file() else place / distilled.TENSORS
+        return Entry(name or default, "subset", value, path, subset=subset, address=address)
+    tensors = path if path.is_file() else path / distilled.TENSORS
     if tensors.suffix == ".safetensors" and tensors.is_file():
         bare, learned = bare_set(tensors)
         rates: Literal["learned", "tuned"] = "learned" if learned else "tuned"
         value = sha256_file(tensors)[:16]
-        return Entry(name or usual, "set", value, tensors, bare, rates=rates, address=address)
+        return Entry(name or default, "set", value, tensors, bare, rates=rates, address=address)
     raise ValueError(
-        f"nothing there to compare: no {distilled.DESCRIPTION}, {coreset.DESCRIPTION} or {distilled.TENSORS}; give the "
-        "folder of a distilled set, of a run that has one, or of a subset, or the word random or full"
+        f"no {distilled.DESCRIPTION}, {coreset.DESCRIPTION} or {distilled.TENSORS} in this folder; give the folder of "
+        "a distilled set, of a finished run or of a subset, or the word random or full"
     )
 
 
-def _here(text: str) -> Path:
-    """The folder or file that `text` names; what lies at a URI is fetched."""
+def _local_path(text: str) -> Path:
+    """Return the absolute path of a folder or file; a URI is first copied to a local folder."""
     if not is_uri(text):
         return Path(text).expanduser().absolute()
     parent, _, name = text.rstrip("/").rpartition("/")
@@ -119,7 +120,7 @@ def _here(text: str) -> Path:
 
 
 def value_of(set_: DistilledSet) -> str:
-    """Hash of all that a student learns from a set, wherever it lies."""
+    """Return a hash of everything in a set that changes a student."""
     digest = hashlib.sha256()
     for subset in set_.subsets:
         for name, t in sorted(subset.tensors().items()):
@@ -130,17 +131,17 @@ def value_of(set_: DistilledSet) -> str:
 
 
 def temperature_of(set_: DistilledSet) -> float | None:
-    """What the set was distilled with; None when it does not say."""
-    own = set_.config.get("distill", {}).get("temperature")
-    return own or set_.config.get("model", {}).get("temperature") or set_.model.get("temperature")
+    """Return the temperature that the set was distilled with; None if it is not recorded."""
+    temperature = set_.config.get("distill", {}).get("temperature")
+    return temperature or set_.config.get("model", {}).get("temperature") or set_.model.get("temperature")
 
 
 def bare_set(path: Path) -> tuple[DistilledSet, bool]:
-    """Tensors named as in a distilled set, without its description: `0.images`, `0.texts`, ..., or `images`, `texts`
-    for a single subset; and whether they bring learning rates.
+    """Load a set from a safetensors file without `set.json`; return it and whether it has learning rates.
 
-    A similarity must be whole (`similarity.matrix`, or `similarity`), for the factors of one lack their scale.
-    Raises ValueError for anything else.
+    Tensors are named `0.images`, `0.texts`, ... as in a distilled set, or `images`, `texts` for a single subset. A
+    similarity must be the full matrix (`similarity.matrix` or `similarity`), because the scale of low-rank factors is
+    in `set.json`. Raises `ValueError` for other content.
     """
     from safetensors.torch import load_file
 
@@ -154,33 +155,34 @@ def bare_set(path: Path) -> tuple[DistilledSet, bool]:
     learned = all(f"{k}.{rate}" in tensors for k in numbers for rate in ("lr_image", "lr_text"))
     subsets = []
     for k in numbers:
-        own = {n.partition(".")[2]: t.float() for n, t in tensors.items() if n.partition(".")[0] == str(k)}
-        own |= {"similarity.matrix": own.pop("similarity")} if "similarity" in own else {}
+        named = {n.partition(".")[2]: t.float() for n, t in tensors.items() if n.partition(".")[0] == str(k)}
+        named |= {"similarity.matrix": named.pop("similarity")} if "similarity" in named else {}
         allowed = {"images", "texts", "similarity.matrix", "lr_image", "lr_text"}
-        if not {"images", "texts"} <= own.keys() <= allowed:
+        if not {"images", "texts"} <= named.keys() <= allowed:
             raise ValueError(
-                f"{path} holds {sorted(own)} for subset {k}; it needs images and texts, and may hold {allowed}"
+                f"{path} holds {sorted(named)} for subset {k}; it needs images and texts, and may hold {allowed}"
             )
-        images, nameless = own["images"], [""] * len(own["images"])
-        matrix = {"matrix": own["similarity.matrix"]} if "similarity.matrix" in own else {}
-        lr_image, lr_text = (float(own.get(rate, torch.zeros(()))) for rate in ("lr_image", "lr_text"))
-        subsets.append(distilled.Subset(images, own["texts"], matrix, 1.0, lr_image, lr_text, nameless, nameless))
+        images, no_names = named["images"], [""] * len(named["images"])
+        matrix = {"matrix": named["similarity.matrix"]} if "similarity.matrix" in named else {}
+        lr_image, lr_text = (float(named.get(rate, torch.zeros(()))) for rate in ("lr_image", "lr_text"))
+        subsets.append(distilled.Subset(images, named["texts"], matrix, 1.0, lr_image, lr_text, no_names, no_names))
     return DistilledSet(tuple(subsets), (), (), model={}, method="tensors", loss="", config={}), learned
 
 
-def made_by(entry: Entry) -> dict[str, Any] | None:
-    """The run file that a set was made by, as a mapping: with its data and storage where its run lies beside it.
+def source_run(entry: Entry) -> dict[str, Any] | None:
+    """Return the run file of the run that made a set, as a mapping; None if the set does not record it.
 
-    Raises `ValueError` when that run lies in a storage of another layout.
+    If the set is in its run folder, the mapping has the data and storage of that run. Raises `ValueError` if that
+    storage has another layout.
     """
-    if entry.distilled is None or not entry.distilled.config or entry.place is None:
+    if entry.distilled is None or not entry.distilled.config or entry.path is None:
         return None
     raw: dict[str, Any] = json.loads(json.dumps(entry.distilled.config))
     if raw.get("distill", {}).get("phases"):
-        raw["distill"].pop("plan", None)  # they were planned, and now are what they are
-    if entry.place.name != "set":
+        raw["distill"].pop("plan", None)  # the planned phases are listed, so the plan is not needed
+    if entry.path.name != "set":
         return raw
-    folder = entry.address.removesuffix("/set") if is_uri(entry.address) else str(entry.place.parent)
+    folder = entry.address.removesuffix("/set") if is_uri(entry.address) else str(entry.path.parent)
     storage, file = locate_file(folder, "run.yaml", depth=1)
     if file.is_file():
         import yaml
@@ -192,49 +194,54 @@ def made_by(entry: Entry) -> dict[str, Any] | None:
 
 
 def misfits(entry: Entry, model: config.Model, image_size: int, reencode: bool) -> list[str]:
-    """Why students of `model` that see pictures of `image_size` cannot learn from a set, as far as its files show."""
+    """Return the reasons why students of `model` with images of `image_size` pixels cannot train on a set."""
     set_ = entry.distilled
     if set_ is None:
         return []
     wrong, towers = [], set_.model
     if set_.image_size != image_size:
-        wrong.append(f"was made for pictures of {set_.image_size} pixels, students see {image_size}")
-    if towers and (its := image_start(towers["image"])) != (ours := image_start(model.image.model_dump())):
-        wrong.append(f"was made for the image tower {its}, students have {ours}; `rmdd transfer` is for other towers")
+        wrong.append(
+            f"was made for images of {set_.image_size} pixels, but students use {image_size}; set data.image_size"
+        )
+    tower = image_tower_words(model.image.model_dump())
+    if towers and (set_tower := image_tower_words(towers["image"])) != tower:
+        wrong.append(
+            f"was made for the image tower {set_tower}, but students have {tower}; use `rmdd transfer` for other towers"
+        )
     if same_text(set_, model.text):
-        return [f"{entry.name} {each}" for each in wrong]
-    encoder = towers.get("text", {}).get("name", "none that it names")
+        return [f"{entry.name} {mistake}" for mistake in wrong]
+    encoder = towers.get("text", {}).get("name", "unknown")
     if not reencode:
         wrong.append(
-            f"was made for the text encoder {encoder} (texts of {set_.subsets[0].texts.shape[1]} numbers), "
-            f"students have {model.text.name} or pool otherwise; --reencode embeds the nearest real captions anew, "
-            "and `rmdd transfer` compares encoders"
+            f"was made for the text encoder {encoder} (width {set_.subsets[0].texts.shape[1]}), but students have "
+            f"{model.text.name} or another pooling; give --reencode to embed the nearest real captions again, or "
+            "compare encoders with `rmdd transfer`"
         )
     elif not all(caption for subset in set_.subsets for caption in subset.captions):
-        wrong.append("has no captions, which its texts would be encoded from anew; give a set that rmdd wrote")
-    return [f"{entry.name} {each}" for each in wrong]
+        wrong.append("has no captions that could be embedded again; give a set that rmdd wrote")
+    return [f"{entry.name} {mistake}" for mistake in wrong]
 
 
-def same_text(set_: DistilledSet, ours: config.TextTower) -> bool:
-    """Whether a set's texts are of the space of the encoder `ours`; bare tensors are trusted."""
-    if set_.subsets[0].texts.shape[1] != text_width(ours):
+def same_text(set_: DistilledSet, tower: config.TextTower) -> bool:
+    """Return whether a set's text embeddings come from the encoder `tower`; bare tensors only need the same width."""
+    if set_.subsets[0].texts.shape[1] != text_width(tower):
         return False
     if not set_.model:
         return True
     theirs = config.TextTower(**set_.model["text"])
-    shape = ["width"] if ours.name == "hashing" else ["pooling", "max_tokens"]
-    space = all(getattr(ours, name) == getattr(theirs, name) for name in (*shape, "normalise"))
-    return space and set_.model.get("text_encoder") == encoder_identity(ours)
+    shape = ["width"] if tower.name == "hashing" else ["pooling", "max_tokens"]
+    space = all(getattr(tower, name) == getattr(theirs, name) for name in (*shape, "normalise"))
+    return space and set_.model.get("text_encoder") == encoder_identity(tower)
 
 
-def image_start(tower: Mapping[str, Any]) -> str:
-    """Architecture and starting weights in words."""
+def image_tower_words(tower: Mapping[str, Any]) -> str:
+    """Return the architecture and initial weights of an image tower in words."""
     shape = f" {tuple(tower['widths'])} in groups of {tower['groups']}" if tower["name"] == "convnet" else ""
     return f"{tower['name']}{shape} ({tower['weights']})"
 
 
 def check_data(entry: Entry, data_hash: str) -> list[str]:
-    """Why an entry does not belong to the dataset of this hash; bare tensors are trusted."""
+    """Return the reason why an entry does not belong to the dataset with this hash; bare tensors are not checked."""
     theirs = None
     if entry.distilled is not None:
         data = entry.distilled.provenance.get("data")
@@ -244,13 +251,13 @@ def check_data(entry: Entry, data_hash: str) -> list[str]:
     if theirs in (None, data_hash):
         return []
     return [
-        f"{entry.name} was made from other data (hash {theirs}, here {data_hash}); compare it by a CONFIG of its "
-        "own data, in a table of its own"
+        f"{entry.name} was made from other data (hash {theirs}, expected {data_hash}); compare it separately, with a "
+        "CONFIG for its data"
     ]
 
 
 def seconds_of(entry: Entry, storage: Path) -> float | None:
-    """Seconds that it took to make, where that is known: outer updates of a set, the choice of a subset."""
+    """Return the seconds of a set's distillation or a subset's selection; None if they are not recorded."""
     if entry.subset is not None:
         seconds = entry.subset.facts.get("seconds")
         return float(seconds) if isinstance(seconds, int | float) else None
@@ -266,21 +273,24 @@ def seconds_of(entry: Entry, storage: Path) -> float | None:
 
 
 def renormalised(images: torch.Tensor, set_: DistilledSet, mean: Iterable[float], std: Iterable[float]) -> torch.Tensor:
-    """Pictures of a set in the constants of those that students are scored on; as they are where these are the same."""
-    ours = tuple(map(float, mean)), tuple(map(float, std))
-    if not set_.mean or ours == (set_.mean, set_.std):
+    """Return a set's images normalised with the `mean` and `std` that students are scored with."""
+    target = tuple(map(float, mean)), tuple(map(float, std))
+    if not set_.mean or target == (set_.mean, set_.std):
         return images
-    (mean_, std_), old = ours, (set_.mean, set_.std)
+    (mean_, std_), old = target, (set_.mean, set_.std)
     m, s, m0, s0 = (torch.tensor(c)[:, None, None] for c in (mean_, std_, *old))
     return (images * s0 + m0 - m) / s
 
 
-def planned(run: config.Run, where: str) -> config.Run:
-    """`run` with its phases listed: those of random pairs make as many updates. Raises `ConfigError` without a plan."""
+def with_planned_phases(run: config.Run, where: str) -> config.Run:
+    """Return `run` with the phases of its plan listed, because students of random pairs train for as many updates.
+
+    Raises `ConfigError` if the run has no plan yet.
+    """
     if not run.distill.plan.plans:
         return run
     file = run_folder(run) / PLAN
     if not file.is_file():
-        mistake = "its phases are planned and it was not run yet; run it, or give a CONFIG that lists its phases"
+        mistake = "its phases are not planned yet; run it first, or give a CONFIG that lists the phases"
         raise config.ConfigError([mistake], where)
     return with_explicit_phases(with_phases(run, read_json(file)["phases"]))

@@ -1,6 +1,6 @@
-"""Probes of a distilled set without its run: train students by the protocol of the set, and probe them.
+"""Probe a distilled set without its run: train students with the protocol of the set and score them on probes.
 
-This needs the text encoder of the set, but neither its data nor the folder of its run.
+This needs the text encoder of the set, but not its training data or the folder of its run.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,19 +28,20 @@ from rmdd.runs.absolute import with_absolute_paths
 
 @dataclass(frozen=True)
 class SetProbeItem:
-    """One student of the set."""
+    """Task input: one student of a set."""
 
     run: config.Run
     set: Path
     index: int
+    """Number of the student."""
     value: str
-    """Hash of the set."""
+    """Hash of the set's tensors."""
 
 
 def run_of(path: Path, probes: Mapping[str, Any], overrides: Sequence[str] = ()) -> config.Run:
-    """The run that the set at `path` came from, as far as its students and `probes` need it.
+    """Return the run of the set at `path`, with the settings that its students and `probes` need.
 
-    Raises `ConfigError`, also for files of a probe that cannot be read and when the text encoder is another.
+    Raises `ConfigError` for mistakes, for unreadable files of a probe, and if the text encoder is another one.
     """
     distilled = DistilledSet.load(path)
     source = distilled.config
@@ -49,16 +50,19 @@ def run_of(path: Path, probes: Mapping[str, Any], overrides: Sequence[str] = ())
     raw["evaluate"] = source["evaluate"] | {"probes": dict(probes)}
     run = with_absolute_paths(config.load(raw | {"name": f"probes-of-{distilled.method}"}, overrides))
     mistakes = faults(run.data, run.evaluate.probes)
-    encoder, here = distilled.model.get("text_encoder"), encoder_identity(run.model.text)
-    if encoder and encoder != here:
-        mistakes.append(f"the set's texts are of text encoder {encoder}, but '{run.model.text.name}' here is {here}")
+    encoder, local = distilled.model.get("text_encoder"), encoder_identity(run.model.text)
+    if encoder and encoder != local:
+        mistakes.append(
+            f"the set was made with text encoder {encoder}, but '{run.model.text.name}' on this machine is {local}; "
+            "install the encoder of the set"
+        )
     if mistakes:
         raise config.ConfigError(mistakes, str(path))
     return run
 
 
 def probe_set(path: Path, run: config.Run, progress: Progress) -> dict[str, Any]:
-    """Train and probe the students of the set at `path`; returns the result and writes it into the run folder."""
+    """Train and probe the students of the set at `path`; write the result to `probes.json` and return it."""
     value = sha256_file(path / TENSORS)[:16]
     run = run.model_copy(update={"runtime": absolute_runtime(run.runtime), "name": f"{run.name}-{value[:8]}"})
     folder = run_folder(run)
@@ -83,7 +87,7 @@ def probe_set(path: Path, run: config.Run, progress: Progress) -> dict[str, Any]
 
 
 def student(item: SetProbeItem, hooks: Hooks) -> dict[str, Any]:
-    """Probe one student, trained as a run would or read from the weights of an earlier probe."""
+    """Probe one student. Its weights come from an earlier probe or, if there are none, from training it."""
     run, storage = item.run, open_storage(item.run.runtime)
     job = protocol.Job("student", item.index)
     probing = Probing(run, job, run_folder(run) / "students" / f"{job.name}.json", item.value, storage)
@@ -94,7 +98,7 @@ def student(item: SetProbeItem, hooks: Hooks) -> dict[str, Any]:
 
 
 def _trained(item: SetProbeItem, probing: Probing, hooks: Hooks) -> DualEncoder | None:
-    """None if it diverged."""
+    """Train the student and return its model; None if it diverged."""
     run, distilled = item.run, DistilledSet.load(item.set)
     size, seed = run.data.image_size, run.seed_of("evaluate")
     subsets = enlarged_to(size, pairs_of_set(distilled))
@@ -102,11 +106,11 @@ def _trained(item: SetProbeItem, probing: Probing, hooks: Hooks) -> DualEncoder 
     model = build(run.model, subsets[0].texts.shape[1], size, seed, "student", item.index).to(device_of(run.runtime))
     model.temperature = run.student_temperature
 
-    def alive(subset: int, passes: int) -> None:
+    def heartbeat(subset: int, passes: int) -> None:
         hooks.should_stop()
 
     try:
-        train_student(model, subsets, schedule, run.distill.loss, seed, item.index, alive)
+        train_student(model, subsets, schedule, run.distill.loss, seed, item.index, heartbeat)
     except Diverged:
         return None
     probing.keep(model)

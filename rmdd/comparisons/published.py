@@ -1,7 +1,7 @@
-"""Published numbers as printed, with their sources and what speaks against them.
+"""Results printed in papers, with their sources and known problems, read from `published_results.csv`.
 
-`published_results.csv` has a row per cell: method (a variant in brackets), dataset, pairs (nominal; `full`; empty where
-the source does not print it), the encoders of the student, metric, mean and std as printed, source, note.
+The file has a row per number: method (a variant in brackets), dataset, pairs (nominal budget, `full`, or empty if not
+printed), the student's encoders, metric, mean and std as printed, source, note.
 """
 
 import csv
@@ -26,29 +26,31 @@ UNITS = {
     "total_min": "min",
 }
 LAYOUTS = {"flickr30k": "Flickr30k", "flickr8k": "Flickr8k", "coco": "COCO", "cc3m": "LLaVA-CC3M"}
-"""What a run file calls a dataset, and what the papers do."""
+"""Name of a dataset in the papers, by its layout in a run file."""
 
-PICKED = "best of several passes, picked on test"
+PICKED = "best of several passes, chosen on test"
 PROTOCOLS = {
     "MTT-VL": "last pass",
     "LoRS": PICKED,
     "RepBlend": PICKED,
     "PTM-ST": PICKED,
     "MDM": "last pass",
-    "EDGE": "every 5 passes printed, choice not coded",
+    "EDGE": "prints every 5th pass; the choice is not in its code",
     "Full-data": "a trained expert",
 }
 UNKNOWN = "not stated"
 NOTES = (
     "Published numbers were not measured here. They come from other students, schedules and budgets, and their spread "
-    "is over students alone; several protocols pick the best pass on test.",
-    "An R@mean in brackets was not printed and is the mean of the six recalls.",
-    "Full-data bounds of one paper are no bound for the numbers of another.",
+    "is only over students. Several protocols choose the best pass on test.",
+    "An R@mean in brackets is not in the paper; it is the mean of the six printed recalls.",
+    "The full-data result of one paper is no upper bound for the results of another paper.",
 )
 
 
 @dataclass(frozen=True)
 class PublishedNumber:
+    """One number of a published table."""
+
     method: str
     dataset: str
     pairs: str
@@ -62,12 +64,12 @@ class PublishedNumber:
 
     @property
     def base_method(self) -> str:
-        """The method without its variant."""
+        """Name of the method without the variant in brackets."""
         return self.method.partition("[")[0]
 
     @property
     def protocol(self) -> str:
-        """How the number was taken, by the code that was released for the method."""
+        """How the pass of the reported number was chosen, according to the released code of the method."""
         return PROTOCOLS.get(self.base_method, UNKNOWN)
 
     @property
@@ -77,7 +79,7 @@ class PublishedNumber:
 
 @functools.cache
 def cells() -> tuple[PublishedNumber, ...]:
-    """All published cells."""
+    """Return all rows of `published_results.csv`."""
     text = (resources.files("rmdd.comparisons") / "published_results.csv").read_text(encoding="utf-8")
     rows = csv.DictReader(text.splitlines())
     return tuple(
@@ -89,26 +91,26 @@ def cells() -> tuple[PublishedNumber, ...]:
 def published(
     dataset: str | None = None, pairs: str | int | None = None, method: str | None = None
 ) -> list[dict[str, Any]]:
-    """Published results, one row per method, budget, encoders and source: `metrics` by name with mean, std and unit.
+    """Return published results, one row per method, budget, encoders and source.
 
-    `dataset` is a layout of a run file or a name as printed, `method` a family such as LoRS; case does not matter.
-    Raises ValueError for one that is not there.
+    A row's `metrics` map a name to mean, std and unit. `dataset` is a layout of a run file or a printed name, `method`
+    a name without variant such as LoRS; case is ignored. Raises `ValueError` for unknown names, listing the known ones.
     """
     datasets = {cell.dataset for cell in cells()}
     if dataset is not None:
         printed = LAYOUTS.get(dataset.lower(), dataset)
         dataset = next((name for name in datasets if name.lower() == printed.lower()), None)
         if dataset is None:
-            raise ValueError(f"no published numbers of dataset '{printed}'; there are: {', '.join(sorted(datasets))}")
+            raise ValueError(f"no published results for dataset '{printed}'; available: {', '.join(sorted(datasets))}")
     methods = {cell.base_method for cell in cells()}
     if method is not None and method.lower() not in {f.lower() for f in methods}:
-        raise ValueError(f"no published numbers of method '{method}'; there are: {', '.join(sorted(methods))}")
+        raise ValueError(f"no published results of method '{method}'; available: {', '.join(sorted(methods))}")
     if pairs is not None and str(pairs) not in (choices := budgets(dataset)):
-        raise ValueError(f"no published numbers at a budget of '{pairs}'; there are: {', '.join(choices)}")
+        raise ValueError(f"no published results at a budget of '{pairs}'; available: {', '.join(choices)}")
     rows: dict[tuple[str, ...], dict[str, Any]] = {}
     for cell in cells():
-        wanted = dataset in (None, cell.dataset) and (pairs is None or cell.pairs == str(pairs))
-        if not wanted or (method is not None and cell.base_method.lower() != method.lower()):
+        matches = dataset in (None, cell.dataset) and (pairs is None or cell.pairs == str(pairs))
+        if not matches or (method is not None and cell.base_method.lower() != method.lower()):
             continue
         facts = {k: v for k, v in asdict(cell).items() if k not in ("metric", "mean", "std", "note")}
         row = rows.setdefault(tuple(facts.values()), facts | {"protocol": cell.protocol, "metrics": {}, "notes": []})
@@ -119,15 +121,15 @@ def published(
 
 
 def budgets(dataset: str | None = None) -> list[str]:
-    """Of the cells of a dataset as printed, or of all; words and blanks after numbers."""
+    """Return the published budgets of a dataset (printed name), or of all datasets: numbers first, then words."""
     sizes = {cell.pairs for cell in cells() if dataset in (None, cell.dataset)}
     return sorted(sizes, key=lambda b: (not b.isdigit(), int(b) if b.isdigit() else 0, b))
 
 
-def beside(layout: str | None, budget: int) -> list[dict[str, Any]]:
-    """Recalls published for the dataset of a run file, at its budget and of full data; none for other datasets.
+def for_dataset(layout: str | None, budget: int) -> list[dict[str, Any]]:
+    """Return the published recalls for a layout of a run file, at its budget and for full data, without variants.
 
-    Variants of a method are left out.
+    Datasets without published results give an empty list.
     """
     if layout not in LAYOUTS:
         return []
@@ -137,7 +139,7 @@ def beside(layout: str | None, budget: int) -> list[dict[str, Any]]:
 
 
 def table(title: str, rows: Sequence[dict[str, Any]]) -> ResultTable:
-    """A table apart from ours, of recalls where there are any, else of what there is."""
+    """Return published rows as a separate table: the recalls or, if no row has recalls, all other metrics."""
     metrics = ["R@mean", *RECALLS]
     if not any(m in row["metrics"] for m in metrics for row in rows):
         metrics = [m for m in UNITS if any(m in row["metrics"] for row in rows)]
@@ -161,7 +163,7 @@ def _cell(metrics: dict[str, Any], metric: str) -> str:
 
 
 def flat(row: dict[str, Any]) -> dict[str, Any]:
-    """A row in the columns of our own, marked as published; val was never read."""
+    """Return a published row with the columns of `tables.flat`, marked as published and without val."""
     out = {"name": row["method"], "kind": "published", "method": row["method"], "published": True}
     for metric in ("R@mean", *RECALLS):
         if metric in row["metrics"]:

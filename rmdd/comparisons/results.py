@@ -1,11 +1,11 @@
-"""Scored rows as plain values: what tables, pages and other programs are written from."""
+"""Convert scored rows to JSON values, from which tables and pages are written."""
 
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
 from rmdd.comparisons import certainty
-from rmdd.comparisons.engine import Row, Scored
+from rmdd.comparisons.engine import Row, ScoredRow
 from rmdd.config.recipes import TITLES
 from rmdd.evaluate.protocol import summary
 
@@ -14,8 +14,8 @@ RECALLS = ("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10")
 NAMES = {"random": "random pairs", "full": "all pairs", "tensors": "bare tensors", **TITLES}
 
 
-def plain(row: Row, scored: Scored) -> dict[str, Any]:
-    """One row: scores with mean, sample standard deviation and number, or `error`."""
+def row_values(row: Row, scored: ScoredRow) -> dict[str, Any]:
+    """Return a row as JSON values: its scores (mean, sample standard deviation, number of students) or `error`."""
     method = row.entry.method
     values: dict[str, Any] = {
         "name": row.name,
@@ -38,10 +38,14 @@ def plain(row: Row, scored: Scored) -> dict[str, Any]:
     return values
 
 
-def against(ours: tuple[dict[str, Any], Scored], other: tuple[dict[str, Any], Scored]) -> dict[str, Any] | None:
-    """Paired difference in test R@mean: students that have the same number and so began alike, where both rows have
-    them; None where one failed, and for full data, whose experts are no such students."""
-    (row, scored), (base, its) = ours, other
+def difference(
+    ours: tuple[dict[str, Any], ScoredRow], other: tuple[dict[str, Any], ScoredRow]
+) -> dict[str, Any] | None:
+    """Return the difference of two rows in test R@mean, over students paired by number (equal initial weights).
+
+    Returns None if a row failed, and for full data, because experts cannot be paired with students.
+    """
+    (row, scored), (base, base_scored) = ours, other
     if any("error" in r or r["kind"] == "full" for r in (row, base)):
         return None
     gains = [a - b for a, b in zip(row["students"], base["students"], strict=False)]
@@ -51,11 +55,11 @@ def against(ours: tuple[dict[str, Any], Scored], other: tuple[dict[str, Any], Sc
         "std": statistics.stdev(gains) if len(gains) > 1 else None,
         "n": len(gains),
     }
-    return gain | {"interval": certainty.difference(scored.ranks, its.ranks)}
+    return gain | {"interval": certainty.difference(scored.ranks, base_scored.ranks)}
 
 
-def of_full(rows: Sequence[dict[str, Any]]) -> None:
-    """Give every row the ratio of its mean test R@mean to that of the full data, where that is a row, in percent."""
+def add_ratio_to_full(rows: Sequence[dict[str, Any]]) -> None:
+    """Set `of_full` of every row: its mean test R@mean in percent of the full-data row, or None without that row."""
     bounds = [r["test_last"]["R@mean"]["mean"] for r in rows if r["kind"] == "full" and "error" not in r]
     for row in rows:
         has_ratio = bounds and bounds[0] > 0 and "error" not in row and row["kind"] != "full"

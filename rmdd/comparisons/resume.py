@@ -1,4 +1,4 @@
-"""Comparisons and transfers that were begun, opened again by their folder."""
+"""Reopen a comparison or transfer from its folder, to resume it."""
 
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,17 @@ from rmdd.core.files import read_json
 from rmdd.core.layout import locate_file
 
 
-def begun_in(place: Path | str) -> Comparison | Transfer | None:
-    """What was begun in a folder or at a URI, also in a storage that was moved; None where that is no comparison.
+def comparison_in(folder: Path | str) -> Comparison | Transfer | None:
+    """Return the comparison or transfer in a folder or URI, with the storage that holds it; None without one.
 
-    Raises `ConfigError` when the sets are not there any more, `ValueError` when the storage has another layout.
+    Raises `ConfigError` if its sets are missing, and `ValueError` if the storage has another layout.
     """
-    storage, file = locate_file(str(place), "comparison.json", depth=2)
+    storage, file = locate_file(str(folder), "comparison.json", depth=2)
     if not file.is_file():
         return None
     raw: dict[str, Any] = read_json(file)
-    before, raw["run"]["runtime"]["storage"] = raw["run"]["runtime"]["storage"], storage
-    words = [word.replace(before, storage, 1) for word in raw["words"]]
+    old_storage, raw["run"]["runtime"]["storage"] = raw["run"]["runtime"]["storage"], storage
+    words = [word.replace(old_storage, storage, 1) for word in raw["words"]]
     if raw["verb"] == "compare":
         return Comparison(tuple(open_entries(words)), config.load(raw["run"]), raw["against"], raw["reencode"])
-    return transfer.begin(words[0], raw["to"], raw["run"], [], random=raw["random"], full=raw["full"])
+    return transfer.prepare_transfer(words[0], raw["to"], raw["run"], [], random=raw["random"], full=raw["full"])

@@ -1,4 +1,4 @@
-"""Rows as Markdown, CSV and one self-contained HTML page."""
+"""Write result tables as Markdown, as CSV and as one self-contained HTML page."""
 
 import csv
 import io
@@ -24,21 +24,23 @@ th:first-child, td:first-child, .text {{ text-align: left }}
 
 
 TEXTS = ("method", "rates", "choice", "text encoder", "encoders", "protocol", "source")
-"""Columns of words, set to the left."""
+"""Columns of text, which are aligned to the left."""
 
 
 @dataclass(frozen=True)
 class ResultTable:
-    """A title, cells as words, and notes on how to read them; `apart`: not measured here."""
+    """A table of text cells with a title and notes."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
+    """Sentences below the table that explain its columns."""
     apart: bool = False
+    """Whether the table holds published results, which are shown separately."""
 
-    def left(self) -> list[bool]:
-        """Whether the cells of each column are set to the left: names and words."""
+    def aligned_left(self) -> list[bool]:
+        """Return for each column whether it is aligned to the left."""
         return [k == 0 or name in TEXTS for k, name in enumerate(self.columns)]
 
 
@@ -46,7 +48,7 @@ def markdown(title: str, tables: Sequence[ResultTable]) -> str:
     parts = [f"# {title}"]
     for table in tables:
         parts.append(f"## {table.title}")
-        lines = [table.columns, ["---" if left else "---:" for left in table.left()], *table.rows]
+        lines = [table.columns, ["---" if left else "---:" for left in table.aligned_left()], *table.rows]
         parts.append("\n".join("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |" for cells in lines))
         if table.notes:
             parts.append("\n".join(f"- {note}" for note in table.notes))
@@ -54,13 +56,13 @@ def markdown(title: str, tables: Sequence[ResultTable]) -> str:
 
 
 def page(title: str, tables: Sequence[ResultTable]) -> str:
-    """One HTML page that loads nothing else."""
+    """Return one HTML page that loads no other file."""
     parts = [HEAD.format(title=escape(title)), f"<h1>{escape(title)}</h1>"]
     for table in tables:
-        left = [' class="text"' if c in TEXTS else "" for c in table.columns]
-        head = "".join(f"<th{k}>{escape(c)}</th>" for c, k in zip(table.columns, left, strict=True))
+        classes = [' class="text"' if c in TEXTS else "" for c in table.columns]
+        head = "".join(f"<th{k}>{escape(c)}</th>" for c, k in zip(table.columns, classes, strict=True))
         body = "\n".join(
-            "<tr>" + "".join(f"<td{k}>{escape(c)}</td>" for c, k in zip(cells, left, strict=True)) + "</tr>"
+            "<tr>" + "".join(f"<td{k}>{escape(c)}</td>" for c, k in zip(cells, classes, strict=True)) + "</tr>"
             for cells in table.rows
         )
         notes = "".join(f"<li>{escape(note)}</li>" for note in table.notes)
@@ -72,7 +74,7 @@ def page(title: str, tables: Sequence[ResultTable]) -> str:
 
 
 def csv_of(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A line per row; the columns are all keys in the order in which they come."""
+    """Return `rows` as CSV text; the columns are all keys in order of first appearance."""
     buffer = io.StringIO(newline="")
     columns = list(dict.fromkeys(key for row in rows for key in row))
     writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
@@ -82,7 +84,7 @@ def csv_of(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of results in columns of numbers; `published` says whether it was measured here."""
+    """Return a row as flat columns for CSV; the column `published` is False for measured rows."""
     out = {key: row[key] for key in ("name", "kind", "method", "tower", "text", "rates") if key in row}
     out["published"] = False
     for split in SPLITS if "error" not in row else ():
@@ -98,7 +100,7 @@ def flat(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write(folder: Path, title: str, tables: Sequence[ResultTable], rows: Sequence[Mapping[str, Any]]) -> list[Path]:
-    """`table.md`, `table.html` and `table.csv`; returns them."""
+    """Write `table.md`, `table.html` and `table.csv`; return their paths."""
     texts = {"table.md": markdown(title, tables), "table.html": page(title, tables), "table.csv": csv_of(rows)}
     for name, text in texts.items():
         with atomic_path(folder / name) as temporary:
@@ -118,7 +120,7 @@ def between(value: Mapping[str, Any] | None) -> str:
 
 
 def gain(value: Mapping[str, Any] | None) -> str:
-    """A difference and its interval."""
+    """Return a difference and its interval as text."""
     if value is None:
         return ""
     inner = value["interval"]
@@ -130,13 +132,13 @@ def count(value: int | float | None) -> str:
 
 
 def recalls(row: Mapping[str, Any]) -> list[str]:
-    """Val R@mean, test R@mean and the six recalls on test."""
+    """Return the cells of a row's scores: R@mean on val, R@mean on test and the six recalls on test."""
     if "error" in row:
         return ["failed", *[""] * (1 + len(RECALLS))]
     return [spread(row["val"]["R@mean"]), *(spread(row["test_last"][m]) for m in ("R@mean", *RECALLS))]
 
 
 def remarks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The remarks on single rows, errors last."""
+    """Return the remarks of all rows, then the errors of failed rows."""
     lines = [f"{row['name']}: {remark}" for row in rows for remark in row["remarks"]]
     return [*lines, *(f"{row['name']} failed: {row['error']}" for row in rows if "error" in row)]

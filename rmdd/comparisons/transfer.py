@@ -1,8 +1,8 @@
-"""`rmdd transfer`: what a set is worth to students with other towers than those that it was made for.
+"""`rmdd transfer`: train students with other towers on a distilled set (cross-architecture generalisation).
 
-Image towers are always pooled features: a classifier is taken off. Texts of a set lie in the space of its own encoder,
-so for another one the nearest real caption of each (cosine in the source space, kept with the set) is encoded anew.
-Learned rates belong to the source architecture, so every row stands twice: with them, and with rates chosen on val.
+Image towers give pooled features; a classifier is removed. A set's text embeddings belong to its own encoder, so for
+another text encoder the nearest real caption of each embedding (cosine, stored with the set) is embedded again. Learned
+rates belong to the source architecture, so every tower has two rows: with these rates and with rates chosen on val.
 """
 
 import statistics
@@ -14,7 +14,7 @@ from typing import Any
 from rmdd import config
 from rmdd.comparisons import results, tables
 from rmdd.comparisons.compare import (
-    BEGUN,
+    DESCRIPTION,
     RESULTS,
     SCHEMA_VERSION,
     SPREAD,
@@ -23,10 +23,11 @@ from rmdd.comparisons.compare import (
     protocol_of,
     rate,
     unbuildable,
-    worded,
+    with_planned_phases,
+    words_of,
 )
-from rmdd.comparisons.engine import FOLDER, ComparedRun, Row, Scored, score
-from rmdd.comparisons.entries import Entry, misfits, open_entries, planned
+from rmdd.comparisons.engine import FOLDER, ComparedRun, Row, ScoredRow, score
+from rmdd.comparisons.entries import Entry, misfits, open_entries
 from rmdd.comparisons.tables import ResultTable
 from rmdd.core.files import write_json
 from rmdd.core.progress import Progress
@@ -37,13 +38,15 @@ POOLINGS = ("cls", "mean")
 
 
 @dataclass(frozen=True)
-class Transferred:
-    """What a transfer leaves: its folder with tables and `results.json`, its rows (the source's first), and the mean
-    test R@mean over the other towers, per kind of rates."""
+class TransferResult:
+    """The result of a transfer."""
 
     folder: Path
+    """Holds the tables and `results.json`."""
     rows: list[dict[str, Any]]
+    """Rows as JSON values; those of the source towers come first."""
     mean: dict[str, dict[str, Any]]
+    """Mean scores over the other towers, for learned and for tuned rates."""
     tables: tuple[ResultTable, ...]
 
     @property
@@ -53,105 +56,111 @@ class Transferred:
 
 @dataclass(frozen=True)
 class Transfer:
-    """A set, the run of its own towers, and runs that differ from it in towers alone."""
+    """A checked transfer of one set to other towers."""
 
     entry: Entry
     run: config.Run
+    """Run with the towers of the set."""
     to: tuple[str, ...]
+    """The target towers as the user wrote them."""
     targets: tuple[config.Run, ...]
+    """For each target, `run` with its towers."""
     random: bool = False
+    """Whether to train every tower on random pairs too."""
     full: bool = False
+    """Whether to train every tower on all pairs too."""
 
     @property
     def folder(self) -> Path:
-        """Named by all that the matrix says."""
+        """The folder of this transfer; its name ends in a hash of the set, the towers and the options."""
         runs = [run.hash_of() for run in (self.run, *self.targets)]
         value = config.hash_value([self.entry.value, runs, self.random, self.full, "transfer"])[:8]
         return root_of(self.run.runtime) / FOLDER / f"{self.run.name}-transfer-{value}"
 
-    def begin(self) -> Path:
-        """Keep what it is, so that it can be resumed by its folder; returns the folder."""
-        plain = {
+    def write_description(self) -> Path:
+        """Write `comparison.json`, so that the transfer can be resumed from its folder; return the folder."""
+        description = {
             "verb": "transfer",
-            "words": worded([self.entry]),
+            "words": words_of([self.entry]),
             "to": list(self.to),
             "run": self.run.model_dump(mode="json"),
             "random": self.random,
             "full": self.full,
         }
-        write_json(self.folder / BEGUN, {"schema_version": SCHEMA_VERSION} | plain)
+        write_json(self.folder / DESCRIPTION, {"schema_version": SCHEMA_VERSION} | description)
         return self.folder
 
-    def go(self, progress: Progress | None = None) -> Transferred:
-        """Train what is missing and write the matrix. Going on after an interruption is calling it again."""
+    def execute(self, progress: Progress | None = None) -> TransferResult:
+        """Train the missing students and write the tables. After an interruption, call it again to resume."""
         progress = progress or Progress()
         runtime, folder = self.run.runtime, self.folder
         with hold_folders(runtime, folder), open_backend(runtime, folder / "events.jsonl", progress) as backend:
-            self.begin()
+            self.write_description()
             rows = [
                 row
                 for k, run in enumerate((self.run, *self.targets))
                 for row in self._rows(run, folder / "towers" / f"{k:02d}", backend, progress)
             ]
-            return self._written(rows, score(rows, backend, progress))
+            return self._write_results(rows, score(rows, backend, progress))
 
     def _rows(self, run: config.Run, folder: Path, backend: Backend, progress: Progress) -> list[Row]:
-        compared = ComparedRun(run, backend, progress, folder)
-        if wrong := compared.check([self.entry]):
+        pipeline = ComparedRun(run, backend, progress, folder)
+        if wrong := pipeline.check([self.entry]):
             raise config.ConfigError(wrong, "transfer")
-        compared.embed()
+        pipeline.embed()
         tower = towers(run.model)
         kinds = ("learned", "tuned") if self.entry.rates == "learned" else ("tuned",)
-        rows = [compared.row(f"{tower}, {rates} rates", self.entry, rates) for rates in kinds]  # type: ignore[arg-type]
-        for wanted, word in ((self.random, "random"), (self.full, "full")):
-            if wanted:
-                rows.append(compared.row(f"{tower}, {results.NAMES[word]}", Entry(word, word, word, address=word)))  # type: ignore[arg-type]
+        rows = [pipeline.row(f"{tower}, {rates} rates", self.entry, rates) for rates in kinds]  # type: ignore[arg-type]
+        for requested, word in ((self.random, "random"), (self.full, "full")):
+            if requested:
+                rows.append(pipeline.row(f"{tower}, {results.NAMES[word]}", Entry(word, word, word, address=word)))  # type: ignore[arg-type]
         return rows
 
-    def _written(self, rows: Sequence[Row], scored: Sequence[Scored]) -> Transferred:
-        plain = [
-            results.plain(row, s)
+    def _write_results(self, rows: Sequence[Row], scored: Sequence[ScoredRow]) -> TransferResult:
+        values = [
+            results.row_values(row, s)
             | {
                 "tower": row.run.model.image.name,
                 "text": row.run.model.text.name,
-                "source": row.compared.run.model == self.run.model,
+                "source": row.pipeline.run.model == self.run.model,
             }
             for row, s in zip(rows, scored, strict=True)
         ]
-        for compared in dict.fromkeys(row.compared for row in rows):
-            mine = [k for k, row in enumerate(rows) if row.compared is compared]
-            results.of_full([plain[k] for k in mine])
-            for base in (k for k in mine if plain[k]["kind"] == "random"):
-                for k in mine:
+        for pipeline in dict.fromkeys(row.pipeline for row in rows):
+            same_towers = [k for k, row in enumerate(rows) if row.pipeline is pipeline]
+            results.add_ratio_to_full([values[k] for k in same_towers])
+            for base in (k for k in same_towers if values[k]["kind"] == "random"):
+                for k in same_towers:
                     if k != base:
-                        plain[k]["difference"] = results.against((plain[k], scored[k]), (plain[base], scored[base]))
-        mean = means(plain)
-        shown = matrix(self.run.evaluate, plain, mean)
-        tables.write(self.folder, f"transfer: {self.entry.name}", shown, [tables.flat(row) for row in plain])
-        facts = {"schema_version": SCHEMA_VERSION, "set": self.entry.address, "transfer_mean": mean, "rows": plain}
+                        pair = (values[k], scored[k]), (values[base], scored[base])
+                        values[k]["difference"] = results.difference(*pair)
+        mean = means(values)
+        shown = matrix(self.run.evaluate, values, mean)
+        tables.write(self.folder, f"transfer: {self.entry.name}", shown, [tables.flat(row) for row in values])
+        facts = {"schema_version": SCHEMA_VERSION, "set": self.entry.address, "transfer_mean": mean, "rows": values}
         write_json(self.folder / RESULTS, facts)
-        return Transferred(self.folder, plain, mean, shown)
+        return TransferResult(self.folder, values, mean, shown)
 
 
 def means(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Per kind of rates the mean over towers of their mean scores, the source architecture left out."""
+    """Return the mean scores over all towers except the source's, for learned and for tuned rates."""
     mean: dict[str, dict[str, Any]] = {}
     for rates in ("learned", "tuned"):
-        mine = [r for r in rows if r["kind"] == "set" and r["rates"] == rates and not r["source"] and "error" not in r]
-        if mine:
+        used = [r for r in rows if r["kind"] == "set" and r["rates"] == rates and not r["source"] and "error" not in r]
+        if used:
             mean[rates] = {
-                split: {m: statistics.fmean(r[split][m]["mean"] for r in mine) for m in ("R@mean", *results.RECALLS)}
+                split: {m: statistics.fmean(r[split][m]["mean"] for r in used) for m in ("R@mean", *results.RECALLS)}
                 for split in results.SPLITS
-            } | {"towers": len(mine)}
+            } | {"towers": len(used)}
     return mean
 
 
 def matrix(rule: config.Evaluate, rows: Sequence[dict[str, Any]], mean: Mapping[str, Any]) -> tuple[ResultTable, ...]:
-    """The source architecture apart from the others."""
+    """Return two tables of scores: one for the other towers with their mean, one for the towers of the set."""
     extra = [name for name in ("interval", "difference", "of_full") if any(row.get(name) for row in rows)]
     heads = {"interval": "95 % interval", "difference": "against random pairs", "of_full": "of full data"}
     columns = ["image tower", "text encoder", "choice", "val R@mean", "test R@mean", *results.RECALLS]
-    columns += [heads[name] for name in extra] + ["captions twice"]
+    columns += [heads[name] for name in extra] + ["duplicate captions"]
 
     def cells(row: dict[str, Any]) -> list[str]:
         shown = {
@@ -161,8 +170,8 @@ def matrix(rule: config.Evaluate, rows: Sequence[dict[str, Any]], mean: Mapping[
         }
         words = f"{rate(row)} rates" if row["kind"] == "set" and "chosen" not in row else rate(row)
         words = words if row["kind"] == "set" else f"{row['method']}, {words}"
-        twice = tables.count(row["costs"].get("duplicates"))
-        return [row["tower"], row["text"], words, *tables.recalls(row), *(shown[n] for n in extra), twice]
+        duplicates = tables.count(row["costs"].get("duplicates"))
+        return [row["tower"], row["text"], words, *tables.recalls(row), *(shown[n] for n in extra), duplicates]
 
     others = [cells(row) for row in rows if not row["source"]]
     for rates, over_towers in mean.items():
@@ -173,19 +182,19 @@ def matrix(rule: config.Evaluate, rows: Sequence[dict[str, Any]], mean: Mapping[
         over = f"mean of {over_towers['towers']}"
         others.append([over, "", f"{rates} rates", *scores, *[""] * (len(extra) + 1)])
     notes = [
-        f"Recall in %, {SPREAD}; test is read once per student after its last pass, val makes every choice.",
-        "Image towers are pooled features without a classifier. Learned rates belong to the source architecture; rates "
-        "by val are one for both sides, out of `evaluate.baseline_lrs`.",
-        "For another text encoder the nearest real caption of each distilled text (cosine in the source space) is "
-        "encoded anew; `captions twice` counts those that an earlier pair has too.",
-        "The mean is over the towers of this table; the source architecture is not in it.",
+        f"Recall in %, {SPREAD}. Each student reads test once, after its last pass; all choices use val.",
+        "Image towers give pooled features without a classifier. Learned rates belong to the source architecture; a "
+        "rate chosen on val is one of `evaluate.baseline_lrs` and is used for both towers.",
+        "For another text encoder, the nearest real caption of each distilled text (cosine in the source space) is "
+        "embedded again; `duplicate captions` counts pairs with the same caption as an earlier pair.",
+        "The mean is over the towers of this table, without the source architecture.",
     ]
-    own = [cells(row) for row in rows if row["source"]]
+    of_source = [cells(row) for row in rows if row["source"]]
     words = f"{rule.students} students, {rule.epochs} passes per subset, batch {rule.batch}"
     remarks = tables.remarks(rows)
     return (
         ResultTable(f"other towers; {words}", columns, others, [*notes, *remarks]),
-        ResultTable("the towers that it was made for", columns, own),
+        ResultTable("towers of the set", columns, of_source),
     )
 
 
@@ -194,10 +203,10 @@ def towers(model: config.Model) -> str:
 
 
 def target(run: config.Run, word: str) -> config.Run:
-    """`run` with the towers of a word: `IMAGE[@WEIGHTS]`, `text:ENCODER[@POOLING]`, or both joined by `+`.
+    """Return `run` with the towers of a word: `IMAGE[@WEIGHTS]`, `text:ENCODER[@POOLING]`, or both joined by `+`.
 
-    An image tower named without weights starts as the source's does: at random (with its seed) or pretrained.
-    Raises ValueError for a word that names neither.
+    Without `@WEIGHTS`, an image tower starts like the source's: random with the same seed, or pretrained. Raises
+    `ValueError` for other words.
     """
     first, joined, second = ("", "+", word[5:]) if word.startswith("text:") else word.partition("+text:")
     name, _, weights = first.partition("@")
@@ -205,19 +214,19 @@ def target(run: config.Run, word: str) -> config.Run:
         raise ValueError("write a tower as IMAGE, IMAGE@WEIGHTS, text:ENCODER or IMAGE+text:ENCODER")
     image, text = run.model.image, run.model.text
     if name:
-        usual = image.weights if image.is_random else "random" if name == "convnet" else "pretrained"
-        image = config.ImageTower(**image.model_dump() | {"name": name, "weights": _placed(weights) or usual})
+        default = image.weights if image.is_random else "random" if name == "convnet" else "pretrained"
+        image = config.ImageTower(**image.model_dump() | {"name": name, "weights": _absolute(weights) or default})
     if second:
         encoder, _, pooling = second.rpartition("@")
         changed = {"name": encoder, "pooling": pooling} if pooling in POOLINGS else {"name": second}
-        text = config.TextTower(**text.model_dump() | changed | {"name": _placed(changed["name"])})
+        text = config.TextTower(**text.model_dump() | changed | {"name": _absolute(changed["name"])})
     return config.Run.model_validate(
         run.model_copy(update={"model": run.model.model_copy(update={"image": image, "text": text})}).model_dump()
     )
 
 
-def _placed(word: str) -> str:
-    """A file or folder of this machine by its absolute path; other words as they are."""
+def _absolute(word: str) -> str:
+    """Return the absolute path of an existing file or folder; other words unchanged."""
     path = Path(word).expanduser()
     return str(path.absolute()) if word and path.exists() else word
 
@@ -231,20 +240,20 @@ def transfer(
     random: bool = False,
     full: bool = False,
     progress: Progress | None = None,
-) -> Transferred:
-    """Train students with other towers on a set and write the matrix: with its learned rates and with rates by val.
+) -> TransferResult:
+    """Train students with other towers on a set, with its learned rates and with rates chosen on val.
 
-    `to` are towers as `target` takes them; `source` gives protocol and data as in `rmdd.compare`; `random` and `full`
-    add random pairs and all pairs for every tower.
+    `to` lists towers: `IMAGE[@WEIGHTS]`, `text:ENCODER[@POOLING]`, or both joined by `+`. `source` gives protocol and
+    data as in `rmdd.compare`. `random` and `full` add rows for random pairs and for all pairs with every tower.
 
     >>> rmdd.transfer("runs/demo-0123abcd", ["resnet18@random", "text:hashing"])  # doctest: +SKIP
 
-    Raises `ConfigError` with all that cannot be had, before anything starts.
+    Raises `ConfigError` with all mistakes before any training starts.
     """
-    return begin(str(set_), list(to), source, list(overrides), random=random, full=full).go(progress)
+    return prepare_transfer(str(set_), list(to), source, list(overrides), random=random, full=full).execute(progress)
 
 
-def begin(
+def prepare_transfer(
     word: str,
     to: Sequence[str],
     source: Source | None,
@@ -254,29 +263,29 @@ def begin(
     full: bool = False,
     load: Load = config.load,
 ) -> Transfer:
-    """A transfer, checked. Raises `ConfigError` with all that is wrong."""
+    """Open the set of a transfer and check its target towers. Raises `ConfigError` with all mistakes."""
     (entry,) = open_entries([word])
     if entry.distilled is None:
-        raise config.ConfigError([f"{word} is no distilled set; give the folder of one, or of its run"], "transfer")
-    run = planned(protocol_of([entry], source, overrides, load), "transfer")
+        raise config.ConfigError([f"{word} is no distilled set; give the folder of a set or of its run"], "transfer")
+    run = with_planned_phases(protocol_of([entry], source, overrides, load), "transfer")
     wrong = unbuildable(run) or misfits(entry, run.model, run.data.image_size, reencode=False)
-    wrong += [] if to else ["no tower to go to; give --to TOWER, such as --to resnet18"]
+    wrong += [] if to else ["no target tower; give --to TOWER, such as --to resnet18"]
     targets: list[config.Run] = []
     for name in to:
         try:
-            there = target(run, name)
+            other = target(run, name)
         except ValueError as error:
             message = error.errors()[0]["msg"] if hasattr(error, "errors") else str(error)
             wrong.append(f"--to {name}: {message.removeprefix('Value error, ')}")
             continue
-        own_image = there.model.model_copy(update={"image": run.model.image})  # another image tower is no misfit here
-        unfit = unbuildable(there) or misfits(entry, own_image, run.data.image_size, reencode=True)
+        same_image = other.model.model_copy(update={"image": run.model.image})  # the image tower may differ
+        unfit = unbuildable(other) or misfits(entry, same_image, run.data.image_size, reencode=True)
         wrong += [f"--to {name}: {mistake}" for mistake in unfit]
-        if there.model == run.model:
-            wrong.append(f"--to {name}: these are the towers that the set was made for, which stand there anyway")
-        elif there.model in [t.model for t in targets]:
-            wrong.append(f"--to {name}: is there twice")
-        targets.append(there)
+        if other.model == run.model:
+            wrong.append(f"--to {name}: the set was made for these towers, so their row is always included; remove it")
+        elif other.model in [t.model for t in targets]:
+            wrong.append(f"--to {name}: given twice; remove one")
+        targets.append(other)
     if wrong:
         raise config.ConfigError(wrong, "transfer")
     return Transfer(entry, run, tuple(to), tuple(targets), random, full)

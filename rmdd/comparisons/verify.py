@@ -1,4 +1,4 @@
-"""What `rmdd verify` checks of comparisons and transfers."""
+"""Checks of `rmdd verify` for comparisons and transfers."""
 
 from pathlib import Path
 
@@ -7,11 +7,11 @@ from rmdd.evaluate import records
 
 
 def verify_comparison(path: Path, check: DiskCheck) -> None:
-    """The table of a comparison or a transfer."""
+    """Check the files of a comparison or a transfer."""
     if not check.begin(path):
         return
     for file in sorted(path.glob("*.json")):
-        check.json(file, "make the comparison again: students that are there are not trained again")
+        check.json(file, "run the comparison again; it uses finished students")
     check.lines(path / "events.jsonl")
     if not (path / "results.json").is_file():
         check.unfinished(path)

@@ -1,4 +1,4 @@
-"""Health over the distillation as files and as drawings of the page."""
+"""Write the embedding health of a run as CSV and SVG files, and draw it for the HTML report."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ SIDES = ("image", "text")
 
 
 def write_health(health: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write health.csv and health.svg; returns their paths."""
+    """Write health.csv and health.svg; return their paths and that of health.json."""
     rows = [row | {"iterations": " ".join(map(str, row.get("iterations", ())))} for row in health["rows"]]
     write_csv(folder / "health.csv", rows)
     files = [folder / "health.json", folder / "health.csv"]
@@ -27,14 +27,14 @@ def write_health(health: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def drawings(health: Mapping[str, Any]) -> list[str]:
-    """The same as inline SVG."""
+    """Return the health plots as inline SVG."""
     return [plots.curves(title, x, lines, "iteration", level=level) for title, x, lines, level in _panels(health)]
 
 
 def _panels(
     health: Mapping[str, Any],
 ) -> list[tuple[str, Sequence[int], dict[str, list[float]], tuple[float, str]]]:
-    """Title, iterations (of the longest phase), lines, and what random real pairs have."""
+    """Return for each plot its title, iterations (of the longest phase), lines, and the level of random real pairs."""
     sets = [row for row in health["rows"] if row["set"] == "distilled"]
     real = next(row for row in health["rows"] if row["set"] == "random pairs")
     x = [max(row["iterations"]) for row in sets]
@@ -52,6 +52,6 @@ def _panels(
     ranks = {side: [row[f"rank_{side}"] / max(real[f"rank_{side}"], 1e-12) for row in sets] for side in SIDES}
     return [
         *panels,
-        ("effective rank over that of random pairs", x, ranks, (1.0, "random pairs")),
+        ("effective rank divided by that of random pairs", x, ranks, (1.0, "random pairs")),
         ("modality gap", x, {"gap": [row["gap"] for row in sets]}, (real["gap"], "random pairs")),
     ]

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a finished run: what came out, what it looks like, how it went, what it cost."""
+"""Write `report.html`, a self-contained page about a finished run: scores, pairs before and after, curves and cost."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from rmdd.runs.paths import RunPaths
 
 RECALLS = ("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10", "R@mean")
-GALLERY = 60  # most pairs shown
-EXACT_BYTES = 1_500_000  # pictures that come to less are kept pixel by pixel
-SIDE = 96  # pixels on a side of pictures that are not
-STRONGEST = 3  # links across pairs that are named under a heat map
+GALLERY = 60  # maximum number of pairs in the gallery
+EXACT_BYTES = 1_500_000  # a gallery with fewer bytes of pixels is stored losslessly as PNG
+SIDE = 96  # side in pixels of the images of larger galleries, stored as JPEG
+STRONGEST = 3  # number of strongest links between different pairs that are listed under a heat map
 
 
 def write_report(
@@ -49,7 +49,7 @@ def write_report(
     seconds: dict[str, float],
     measured: dict[str, Any],
 ) -> None:
-    """Draw the page of a run whose set lies at `set_path` with the health `measured`. Needs no network."""
+    """Write the page of a run with its set at `set_path` and its embedding health `measured`. The page loads no URL."""
     distilled = DistilledSet.load(set_path)
     logs = [_read_log(paths.phase(p) / "metrics.jsonl") for p in range(len(distilled.subsets))]
     method, name = method_of(run), TITLES.get(distilled.method, distilled.method)
@@ -95,24 +95,24 @@ def write_report(
 
 
 def headline(name: str, distilled: DistilledSet, evaluation: dict[str, Any]) -> str:
-    """The result in one sentence, from the test scores of the last pass."""
+    """Return the result in one sentence, from the test scores after the last pass."""
     table = evaluation["table"]
     ours, random, full = (table[row]["test_last"]["R@mean"] for row in (distilled.method, "random", "full"))
     reach = f"train a student to {ours['mean']:.1f} R@mean on unseen test pairs"
     pairs = evaluation["baseline"]["pairs"]
     if ours["mean"] <= random["mean"]:
-        against = f"no better than {pairs} random real pairs ({random['mean']:.1f})"
+        against = f"not better than {pairs} random real pairs ({random['mean']:.1f})"
     elif ours["mean"] - _spread(ours) <= random["mean"] + _spread(random):
-        against = f"above {pairs} random real pairs ({random['mean']:.1f}), though the spreads overlap"
+        against = f"better than {pairs} random real pairs ({random['mean']:.1f}), but the spreads overlap"
     elif random["mean"] > 0:
         against = f"{ours['mean'] / random['mean']:.1f} times the {random['mean']:.1f} of {pairs} random real pairs"
     else:
-        against = f"where {pairs} random real pairs reach 0"
-    whole = _train_pairs(distilled)
-    everything = f"all {whole:,} training pairs" if whole else "all training pairs"
+        against = f"{pairs} random real pairs reach 0"
+    total = _train_pairs(distilled)
+    all_pairs = f"all {total:,} training pairs" if total else "all training pairs"
     bound = ""
     if full["mean"] > 0:
-        bound = f", and {100 * ours['mean'] / full['mean']:.0f} % of what {everything} reach ({full['mean']:.1f})"
+        bound = f", and {100 * ours['mean'] / full['mean']:.0f} % of the score of {all_pairs} ({full['mean']:.1f})"
     return f"{distilled.num_pairs} pairs distilled by {name} {reach}: {against}{bound}."
 
 
@@ -140,7 +140,7 @@ def number(value: float | int) -> str:
 
 
 def plus_minus(score: dict[str, float]) -> str:
-    """Mean and spread; of a single student there is no spread."""
+    """Return mean and spread as text; a single student has no spread."""
     return f"{score['mean']:.1f}" + ("" if _no_spread(score) else f" ± {score['std']:.1f}")
 
 
@@ -160,22 +160,23 @@ def _train_pairs(distilled: DistilledSet) -> int | None:
 def _tiles(distilled: DistilledSet, evaluation: dict[str, Any], seconds: dict[str, float]) -> list[tuple[str, str]]:
     table = evaluation["table"]
     ours, full = (table[row]["test_last"]["R@mean"]["mean"] for row in (distilled.method, "full"))
-    whole, total = _train_pairs(distilled), distilled.budget()["total"]
+    train_pairs, total = _train_pairs(distilled), distilled.budget()["total"]
+    share = f"{100 * distilled.num_pairs / train_pairs:.1f} %" if train_pairs else "unknown"
     return [
         (f"{ours:.1f}", "R@mean on test, after the last pass"),
         (f"{100 * ours / full:.0f} %" if full > 0 else "unknown", "of the score of all training pairs"),
-        (f"{100 * distilled.num_pairs / whole:.1f} %" if whole else "unknown", "of the number of training pairs"),
-        (size(total["bytes"]), "the set on disk"),
-        (duration(sum(seconds.values())), "for the whole run"),
+        (share, "of the number of training pairs"),
+        (size(total["bytes"]), "size of the set on disk"),
+        (duration(sum(seconds.values())), "time of the whole run"),
     ]
 
 
 def _labels(name: str, distilled: DistilledSet, evaluation: dict[str, Any]) -> dict[str, str]:
-    whole = _train_pairs(distilled)
+    train_pairs = _train_pairs(distilled)
     return {
         "random": f"random pairs ({evaluation['baseline']['pairs']})",
         distilled.method: f"{name} ({distilled.num_pairs})",
-        "full": f"full data ({whole:,})" if whole else "full data",
+        "full": f"full data ({train_pairs:,})" if train_pairs else "full data",
     }
 
 
@@ -186,13 +187,13 @@ def _bars(name: str, distilled: DistilledSet, evaluation: dict[str, Any]) -> lis
 
 
 def _result_groups(name: str, distilled: DistilledSet, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the result table, by what they were scored on."""
+    """Return the rows of the result table, grouped by split and protocol."""
     labels, table = _labels(name, distilled, evaluation), evaluation["table"]
     titles = {
         "test_last": "Test, read once after the last pass (test_last)",
-        "val": "Validation, on which every choice was made (val)",
-        "test_best_reference": "The best pass, picked on the test set (test_best_reference): "
-        "the papers' protocol, for comparison with their numbers only",
+        "val": "Validation, which all choices used (val)",
+        "test_best_reference": "The best pass, chosen on the test set (test_best_reference): "
+        "the papers' protocol, only for comparison with their numbers",
     }
     return [
         {
@@ -210,7 +211,7 @@ def _result_groups(name: str, distilled: DistilledSet, evaluation: dict[str, Any
 
 
 def _probes(name: str, distilled: DistilledSet, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    """Per probe, its rows and what else is to be said about it."""
+    """Return for each probe its rows, its facts and its baselines (chance, most frequent answer)."""
     labels, table = _labels(name, distilled, evaluation), evaluation["table"]
     return [
         {
@@ -221,11 +222,11 @@ def _probes(name: str, distilled: DistilledSet, evaluation: dict[str, Any]) -> l
                 {"label": label, "ours": row == distilled.method, "scores": table[row]["probes"][probe]}
                 for row, label in labels.items()
             ],
-            "known": {
+            "baselines": {
                 label: values
                 for label, values in (
                     ("chance", facts["chance"]),
-                    ("most frequent answer in train for the type", facts.get("majority", {}).get("all")),
+                    ("most frequent train answer per question type", facts.get("majority", {}).get("all")),
                 )
                 if values
             },
@@ -234,18 +235,18 @@ def _probes(name: str, distilled: DistilledSet, evaluation: dict[str, Any]) -> l
     ]
 
 
-# -- pictures -----------------------------------------------------------------------------------------------------
+# -- images -------------------------------------------------------------------------------------------------------
 
 
 def _shown(pairs: Sequence[int]) -> list[list[int]]:
-    """Which pairs of each subset the gallery shows: evenly spaced, at most `GALLERY` in all, at least one each."""
+    """Return the pairs of each subset in the gallery: evenly spaced, about `GALLERY` in total, at least one each."""
     share = min(1.0, GALLERY / sum(pairs))
     counts = [max(1, int(m * share)) for m in pairs]
     return [[i * m // n for i in range(n)] for m, n in zip(pairs, counts, strict=True)]
 
 
 def _gallery(paths: RunPaths, distilled: DistilledSet) -> list[list[dict[str, Any]]]:
-    """Per subset, the shown pairs: pictures before and after as data URIs, captions before and after."""
+    """Return for each subset the pairs in the gallery: images (as data URIs) and captions, before and after."""
     rows = _shown([s.pairs for s in distilled.subsets])
     _, _, height, width = distilled.subsets[0].images.shape
     exact = 2 * sum(map(len, rows)) * 3 * height * width <= EXACT_BYTES
@@ -280,7 +281,7 @@ def _pictures(images: Tensor, distilled: DistilledSet, exact: bool) -> list[str]
 
 
 def _similarity(subsets: Sequence[Subset]) -> list[dict[str, Any]]:
-    """Per subset its heat map, the ranges on and off the diagonal, and its strongest links across pairs."""
+    """Return for each subset its heat map, value ranges on and off the diagonal, and strongest off-diagonal entries."""
     import torch
 
     maps: list[dict[str, Any]] = []
@@ -308,11 +309,11 @@ def _similarity(subsets: Sequence[Subset]) -> list[dict[str, Any]]:
     return maps
 
 
-# -- how it went --------------------------------------------------------------------------------------------------
+# -- curves -------------------------------------------------------------------------------------------------------
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
-    """Whole lines of a metrics log; one that a kill cut short, or a log that is not there, is no reason to fail."""
+    """Read the complete lines of a metrics log. A truncated last line is skipped; a missing log gives no lines."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
@@ -323,7 +324,7 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def _curves(method: BaseMethod, lines: list[dict[str, Any]]) -> list[Markup]:
-    """The curves of one phase, of the iterations that were logged."""
+    """Draw the curves of one phase from its log."""
     drawn, logged = [], {name: None for line in lines for name in line}
     for title, labels, level in method.curves(logged):
         shown = {key: label for key, label in labels.items() if any(key in line for line in lines)}
@@ -348,7 +349,7 @@ def _val_plots(epochs: int, evaluation: dict[str, Any]) -> list[Markup]:
 
 
 def _speed(lines: list[dict[str, Any]]) -> float | None:
-    """Median seconds per iteration."""
+    """Return the median seconds per iteration; None without a log."""
     seconds = [line["seconds"] for line in lines if "seconds" in line]
     return statistics.median(seconds) if seconds else None
 

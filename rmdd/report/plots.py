@@ -1,6 +1,6 @@
-"""The drawings of the page as inline SVG: no request leaves the page, and text takes the page's colour and font.
+"""Plots of the HTML report as inline SVG. They load no URL and use the page's text colour and font.
 
-M pairs of a subset.
+M is the number of pairs of a subset.
 """
 
 import io
@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 
 IMAGE, TEXT, REST = "#e8590c", "#1c7ed6", "#868e96"  # readable on white and on near-black
 FULL = "#2f9e44"
-INK = "#010203"  # stands for the page's own text colour
-POINTS = 75  # most points of a curve; more are averaged into bins
-CELLS = 160  # most rows of a heat map; larger ones are averaged into blocks
+INK = "#010203"  # placeholder that is replaced by the page's text colour
+POINTS = 75  # maximum number of points of a curve; longer curves are averaged in bins
+CELLS = 160  # maximum number of rows of a heat map; larger matrices are averaged in blocks
 
 STYLE: dict[Any, Any] = {
     "text.color": INK,
@@ -44,7 +44,7 @@ STYLE: dict[Any, Any] = {
 
 
 class Drawing:
-    """One figure with one axes; `svg()` gives it as markup to be put into HTML."""
+    """A matplotlib figure with one plot; `svg()` returns it as inline SVG for HTML."""
 
     def __init__(self, title: str, xlabel: str = "", ylabel: str = "", size: tuple[float, float] = (4.0, 2.6)):
         self.title = title
@@ -58,13 +58,13 @@ class Drawing:
         with matplotlib.rc_context(STYLE):
             if labels := self.ax.get_legend_handles_labels()[1]:
                 self.figure.legend(loc="outside lower center", ncols=len(labels))
-            nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-            self.figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+            no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+            self.figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
         return _inline(buffer.getvalue(), self.title)
 
 
 def _inline(svg: str, title: str) -> str:
-    """Drop what only a stand-alone file needs: prolog, metadata, namespaces, fixed size, fonts and group ids."""
+    """Remove the parts that only a separate SVG file needs: prolog, metadata, namespaces, fixed size, fonts, ids."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
@@ -77,7 +77,7 @@ def _inline(svg: str, title: str) -> str:
 
 
 def results(rows: Sequence[tuple[str, float, float]]) -> str:
-    """Horizontal bars of (name, mean, spread); a spread that is not a number is left out."""
+    """Draw a horizontal bar per (name, mean, spread); a NaN spread draws no error bar."""
     drawing = Drawing("R@mean on test", size=(6.4, 0.5 + 0.42 * len(rows)))
     ax, colours = drawing.ax, [REST, IMAGE, FULL]
     with matplotlib.rc_context(STYLE):
@@ -102,7 +102,10 @@ def curves(
     *,
     level: tuple[float, str] | None = None,
 ) -> str:
-    """Up to three named lines over x: the mean of each bin, and its range as a band. `level` is a dotted line."""
+    """Draw up to three named lines over x: the mean of each bin, with its range as a band.
+
+    `level` (value and label) is a dotted horizontal line.
+    """
     drawing = Drawing(title, xlabel)
     with matplotlib.rc_context(STYLE):
         for (name, y), colour in zip(lines.items(), (IMAGE, TEXT, FULL), strict=False):
@@ -122,8 +125,8 @@ def _binned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 def snapshots(val: Sequence[Mapping[str, Any]], chosen: Sequence[int]) -> str:
-    """Val R@mean of the kept sets over their iterations (of the longest phase), the exported one marked."""
-    drawing = Drawing("which set to export", "iterations", "val R@mean")
+    """Draw val R@mean of the snapshots over the iterations of the longest phase, and mark the exported snapshot."""
+    drawing = Drawing("choice of the exported snapshot", "iterations", "val R@mean")
     points = sorted((max(v["iterations"]), v["R@mean"], list(v["iterations"]) == list(chosen)) for v in val)
     with matplotlib.rc_context(STYLE):
         drawing.ax.plot([p[0] for p in points], [p[1] for p in points], color=IMAGE, marker="o", ms=4)
@@ -134,8 +137,8 @@ def snapshots(val: Sequence[Mapping[str, Any]], chosen: Sequence[int]) -> str:
 
 
 def students(curves: Sequence[Sequence[Mapping[str, Any]]], epochs: int, levels: Mapping[str, float]) -> str:
-    """Val R@mean of every student over its passes through all subsets; dotted lines where one subset ends."""
-    drawing = Drawing("students while they train", "passes", "val R@mean")
+    """Draw val R@mean of every student over its passes; dotted lines mark the end of a subset."""
+    drawing = Drawing("students during training", "passes", "val R@mean")
     with matplotlib.rc_context(STYLE):
         for i, curve in enumerate(curves):
             x = [p["subset"] * epochs + p["passes"] for p in curve]
@@ -151,7 +154,7 @@ def students(curves: Sequence[Sequence[Mapping[str, Any]]], epochs: int, levels:
 
 
 def tuning(val: Sequence[Mapping[str, Any]]) -> str:
-    """Val R@mean of random pairs over the rates that were tried, a line per loss."""
+    """Draw val R@mean of random pairs over the learning rates that were tried, with a line per loss."""
     drawing = Drawing("random pairs, tuned on val", "student learning rate", "val R@mean")
     with matplotlib.rc_context(STYLE):
         for loss, colour in zip(dict.fromkeys(v["loss"] for v in val), (REST, TEXT, FULL), strict=False):
@@ -162,7 +165,7 @@ def tuning(val: Sequence[Mapping[str, Any]]) -> str:
 
 
 def heat_map(matrix: Float[np.ndarray, "M M"], limit: float) -> str:
-    """A similarity, images by texts, on a diverging scale that ends at -limit and limit; beyond it colours saturate."""
+    """Draw a similarity matrix (images by texts) with colours from -limit to limit."""
     drawing = Drawing("", "text", "image", size=(3.6, 3.1))
     size, block = len(matrix), math.ceil(len(matrix) / CELLS)
     if block > 1:
@@ -171,8 +174,8 @@ def heat_map(matrix: Float[np.ndarray, "M M"], limit: float) -> str:
         matrix = np.add.reduceat(np.add.reduceat(matrix, edges, 0), edges, 1) / np.outer(counts, counts)
     with matplotlib.rc_context(STYLE):
         extent = (-0.5, size - 0.5, size - 0.5, -0.5)
-        picture = drawing.ax.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="none", extent=extent)
-        bar = drawing.figure.colorbar(picture, ax=drawing.ax, shrink=0.85, extend="both")
+        heat = drawing.ax.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="none", extent=extent)
+        bar = drawing.figure.colorbar(heat, ax=drawing.ax, shrink=0.85, extend="both")
         bar.ax.tick_params(labelsize=7)
         bar.outline.set_linewidth(0.4)
     return drawing.svg()

@@ -1,4 +1,4 @@
-"""The page of a search: its table, which fields matter, and val over each of them."""
+"""Write the HTML page of a search: its trials, the importance of each field, and val R@mean over each field."""
 
 import json
 from collections import Counter
@@ -17,11 +17,11 @@ from rmdd.core.files import atomic_path
 from rmdd.report.plots import IMAGE, INK, REST, STYLE, TEXT, Drawing
 
 Rows = Sequence[Mapping[str, Any]]
-"""Trials in their order, as `rmdd.searches.table` has them."""
+"""Rows of trials as written by `rmdd.searches.table`, in the order of their numbers."""
 
-BEST = " The run file of the best trial is best.yaml, beside this page."
+BEST = " The run file of the best trial is best.yaml in the folder of this page."
 LABEL = 18
-"""Letters of a choice under a plot; the table has all."""
+"""Maximum letters of an axis label; the table below has the full text."""
 
 HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
@@ -38,8 +38,10 @@ th, td {{ padding: .2rem .7rem; text-align: left; border-bottom: 1px solid #8884
 def write_page(
     path: Path, name: str, rule: config.Search, rows: Rows, best: Sequence[int], shares: Mapping[str, float]
 ) -> None:
-    """Write the page of the search of run `name`; `best` are the numbers of the best trials, `shares` what each field
-    explains of val. The page makes no request of its own."""
+    """Write the page of a search of run `name`. The page loads no URL.
+
+    `best` are the numbers of the best trials; `shares` is the share of the variance of val that each field explains.
+    """
     title = f"search: {name}"
     counts = Counter(row["state"] for row in rows)
     states = ", ".join(f"{n} {state}" for state, n in sorted(counts.items()))
@@ -56,7 +58,8 @@ def write_page(
         HEAD.format(title=escape(title)),
         f"<h1>{escape(title)}</h1><p>{escape(states)}. Val R@mean in %; test was not read. "
         f"Sampler {rule.sampler}, pruner {rule.pruner}.{BEST if best else ''}</p>",
-        f"<p>What matters is judged by {len(done)} finished trials (fANOVA); of few it means little.</p>"
+        f"<p>The importance of a field is estimated from {len(done)} finished trials (fANOVA); with few trials it is "
+        "unreliable.</p>"
         if shares
         else "",
         f'<div class="plots">{"".join(drawings)}</div>',
@@ -83,14 +86,14 @@ def _word(value: Any) -> str:
 
 
 def _label(choice: Any) -> str:
-    """Short, and with no formula in it."""
+    """Shorten a choice for an axis label; `$` is escaped because matplotlib would read it as a formula."""
     text = str(choice).replace("$", r"\$")
     return text if len(text) <= LABEL else f"{text[: LABEL - 3]}..."
 
 
 def importance(shares: Mapping[str, float]) -> str:
-    """A bar per field: its share of the spread of val."""
-    drawing = Drawing("what matters", "share of the spread of val", size=(4.0, 0.8 + 0.3 * len(shares)))
+    """Draw a bar per field: the share of the variance of val that it explains."""
+    drawing = Drawing("importance of fields", "share of the variance of val", size=(4.0, 0.8 + 0.3 * len(shares)))
     with matplotlib.rc_context(STYLE):
         names = list(shares)[::-1]
         drawing.ax.barh(range(len(names)), [shares[name] for name in names], 0.62, color=TEXT)
@@ -99,28 +102,28 @@ def importance(shares: Mapping[str, float]) -> str:
     return drawing.svg()
 
 
-def slice_of(field: str, each: Dimension, rows: Rows, best: Sequence[int]) -> str:
-    """Val over one field, a point per trial: those without a last snapshot are pale, the best is ringed."""
+def slice_of(field: str, dimension: Dimension, rows: Rows, best: Sequence[int]) -> str:
+    """Draw val over one field with a point per trial: unfinished trials in grey, a ring around the best."""
     drawing = Drawing(field, "", "val R@mean")
     rows = [row for row in rows if field in row["values"] and row["val"] is not None]
-    choices = [json.dumps(choice) for choice in each.choice or ()]
+    choices = [json.dumps(choice) for choice in dimension.choice or ()]
     values = [row["values"][field] for row in rows]
     with matplotlib.rc_context(STYLE):
         _trials(drawing, [choices.index(json.dumps(v)) for v in values] if choices else values, rows, best)
         if choices:
-            drawing.ax.set_xticks(range(len(choices)), [_label(choice) for choice in each.choice or ()])
-        elif each.kind.startswith("log"):
+            drawing.ax.set_xticks(range(len(choices)), [_label(choice) for choice in dimension.choice or ()])
+        elif dimension.kind.startswith("log"):
             drawing.ax.set_xscale("log")
-            ticks = log_ticks(*each.ends, whole=each.kind == "logint")
+            ticks = log_ticks(*dimension.ends, integer=dimension.kind == "logint")
             drawing.ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             drawing.ax.xaxis.set_minor_locator(NullLocator())
-        elif each.kind == "int":
+        elif dimension.kind == "int":
             drawing.ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
     return drawing.svg()
 
 
 def _trials(drawing: Drawing, at: Sequence[float | int], rows: Rows, numbers: Sequence[int]) -> None:
-    """A point per trial, by how it ended, with a ring around the best."""
+    """Add a point per trial, coloured by its state, and a ring around the best trials."""
     for name, colour, complete in (("complete", IMAGE, True), ("pruned or open", REST, False)):
         points = [(x, r["val"]) for x, r in zip(at, rows, strict=True) if (r["state"] == "complete") == complete]
         if points:
@@ -129,14 +132,14 @@ def _trials(drawing: Drawing, at: Sequence[float | int], rows: Rows, numbers: Se
         drawing.ax.plot(*zip(*best, strict=True), "o", ms=9, mfc="none", color=INK, label="best")
 
 
-def log_ticks(low: float | int, high: float | int, whole: bool = False) -> list[float | int]:
-    """Up to four numbers of two digits, evenly spread over a logarithmic range."""
+def log_ticks(low: float | int, high: float | int, integer: bool = False) -> list[float | int]:
+    """Return up to four ticks, rounded to two digits and evenly spaced on a logarithmic axis."""
     spread = (float(f"{tick:.2g}") for tick in np.geomspace(low, high, 4))
-    return list(dict.fromkeys(round(tick) if whole else tick for tick in spread))
+    return list(dict.fromkeys(round(tick) if integer else tick for tick in spread))
 
 
 def front(cost: str, done: Rows, best: Sequence[int]) -> str:
-    """Val over cost; those that no other beats are ringed."""
+    """Draw val over cost, with a ring around the trials on the Pareto front."""
     drawing = Drawing("val against cost", cost, "val R@mean")
     with matplotlib.rc_context(STYLE):
         _trials(drawing, [row["cost"][cost] for row in done], done, best)

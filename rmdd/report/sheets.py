@@ -1,4 +1,4 @@
-"""Drawings and tables of analyses as files: SVG and CSV, written whole."""
+"""Write plots and tables of analyses as SVG and CSV files."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ STYLE: dict[Any, Any] = {
 
 
 class Sheet:
-    """A row of panels; `save` writes it as SVG."""
+    """A figure with a row of panels; `save` writes it as an SVG file."""
 
     def __init__(self, panels: int, width: float = 3.6, height: float = 3.0):
         with matplotlib.rc_context(STYLE):
@@ -50,7 +50,7 @@ class Sheet:
         ylabel: str,
         spreads: Mapping[str, Sequence[float]] = MappingProxyType({}),
     ) -> Axes:
-        """Named lines, with error bars where a spread is given; whole numbers get whole ticks."""
+        """Draw named lines, with error bars for names in `spreads`; integer x values get integer ticks."""
         ax = self.panels[panel]
         with matplotlib.rc_context(STYLE):
             for (name, values), colour in zip(y.items(), COLOURS * (1 + len(y)), strict=False):
@@ -71,7 +71,7 @@ class Sheet:
         spreads: Sequence[float],
         ylabel: str,
     ) -> None:
-        """A point with an error bar per name; names have no order, so no line joins them."""
+        """Draw a point with an error bar per name, without a line between names."""
         ax, ticks = self.panels[panel], range(len(names))
         with matplotlib.rc_context(STYLE):
             ax.errorbar(ticks, means, spreads, fmt="o", ms=5, capsize=4, color=COLOURS[0])
@@ -87,7 +87,7 @@ class Sheet:
         ylabel: str,
         legend: str,
     ) -> None:
-        """Named groups of points, coloured in their order; `legend` says what the names are."""
+        """Draw named groups of points, coloured by their order; `legend` is the title of the legend."""
         ax, shades = self.panels[panel], matplotlib.colormaps["viridis"]
         with matplotlib.rc_context(STYLE):
             for i, (name, (x, y)) in enumerate(groups.items()):
@@ -96,20 +96,20 @@ class Sheet:
             ax.legend(ncols=2, title=legend, title_fontsize=8)
 
     def matrix(self, panel: int, title: str, values: np.ndarray, ticks: Sequence[int | float], label: str) -> None:
-        """A square of cosines, on a scale from -1 to 1."""
+        """Draw a square matrix of cosines with colours from -1 to 1."""
         ax = self.panels[panel]
         with matplotlib.rc_context(STYLE):
-            picture = ax.imshow(values, cmap="RdBu_r", vmin=-1, vmax=1)
-            at = range(len(ticks))
+            heat = ax.imshow(values, cmap="RdBu_r", vmin=-1, vmax=1)
+            positions = range(len(ticks))
             names = [f"{t:g}" for t in ticks]
-            ax.set(title=title, xlabel=label, ylabel=label, xticks=at, yticks=at)
+            ax.set(title=title, xlabel=label, ylabel=label, xticks=positions, yticks=positions)
             ax.set_xticklabels(names)
             ax.set_yticklabels(names)
-            self.figure.colorbar(picture, ax=ax, shrink=0.8, label="cosine")
+            self.figure.colorbar(heat, ax=ax, shrink=0.8, label="cosine")
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
-    """One line per row; `columns`: all keys in order of first appearance, unless they are listed."""
+    """Write `rows` as CSV; without `columns`, these are all keys in order of first appearance."""
     columns = columns or list(dict.fromkeys(key for row in rows for key in row))
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
@@ -118,22 +118,22 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[s
 
 
 def draw_plan(plan: Mapping[str, Any], path: Path) -> None:
-    """Why a plan came out as it did: the teacher's gain, how bent its paths are, and which starts agree."""
+    """Draw the signals of a plan: the teacher's gain per epoch, straightness of paths, agreement of start epochs."""
     signals = plan["signals"]
     sheet = Sheet(3 + len(signals["agreement"]))
     epochs = list(range(len(signals["val"])))
-    ax = sheet.lines(0, "share of the teacher's gain", epochs, {"": signals["share"]}, "epoch", "share of gain on val")
+    ax = sheet.lines(0, "teacher's progress", epochs, {"": signals["share"]}, "epoch", "share of its gain on val")
     for p, (end, (first, last)) in enumerate(zip(plan["endpoints"], plan["starts"], strict=True)):
         colour = COLOURS[(p + 1) % len(COLOURS)]
         ax.axvline(end, color=colour, ls="--", label=f"phase {p}: endpoint")
         ax.axvspan(first - 0.1, last + 0.1, color=colour, alpha=0.15, label=f"phase {p}: starts")
     ax.legend(fontsize=8)
     sheet.lines(
-        1, "gain per unit of arc", epochs[1:], {"": signals["gain_per_arc"]}, "epoch", "points per unit of length"
+        1, "val gain per arc length", epochs[1:], {"": signals["gain_per_arc"]}, "epoch", "points per unit of length"
     )
     straight = {int(e): s for e, s in signals["straightness"].items()}
     ax = sheet.lines(2, "straightness", list(straight), {"": list(straight.values())}, "endpoint", "chord over path")
     ax.set_ylim(0, 1.02)
     for p, matrix in enumerate(signals["agreement"]):
-        sheet.matrix(3 + p, f"gradients agree: phase {p}", np.array(matrix), range(len(matrix)), "start epoch")
+        sheet.matrix(3 + p, f"cosine of gradients: phase {p}", np.array(matrix), range(len(matrix)), "start epoch")
     sheet.save(path)

@@ -1,4 +1,4 @@
-"""A run with absolute paths, so that it can be resumed from any working folder."""
+"""Make the paths in a run absolute, so that it can be resumed from any working folder."""
 
 import os
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from rmdd.data.inputs import absolute
 
 
 def with_absolute_paths(run: config.Run) -> config.Run:
-    """The run with absolute paths."""
+    """Return the run with absolute paths for its data, weights, text encoder, probes and method options."""
     data, image, text = run.data, run.model.image, run.model.text
     if data.root is not None:
         data = data.model_copy(update={"root": _absolute_address(data.root)})
@@ -34,7 +34,7 @@ def _parts(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _part(option: str) -> str:
-    """An option that names a folder, such as `./model` or `clip:./model`, with its absolute path."""
+    """Return an option such as `./model` or `clip:./model` with an absolute path, if that folder exists."""
     kind, colon, path = option.rpartition(":")
     return f"{kind}{colon}{_absolute(path)}" if "/" in path and Path(path).expanduser().is_dir() else option
 

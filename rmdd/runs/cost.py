@@ -1,7 +1,7 @@
-"""What a run will cost, before anything runs: parameters, disk, memory and time. Writes nothing, downloads nothing.
+"""Estimates of a run's parameters, disk, memory and time for `rmdd check`. Writes and downloads nothing.
 
-Operations are counted on the run's own towers, with random weights on the meta device, where nothing is computed.
-Seconds follow from an assumed throughput and are rough; bytes are what the formats take.
+FLOPs are counted on the run's own towers, built with random weights on PyTorch's meta device, so nothing is computed.
+Seconds are a rough estimate from an assumed throughput. Bytes on disk are exact for the file formats.
 """
 
 import importlib.util
@@ -31,10 +31,10 @@ from rmdd.models.text import text_width
 FLOAT = 4
 GPU_FLOPS = 10e12
 CPU_FLOPS = 30e9
-"""Assumed operations per second of one GPU, and of one CPU thread, in float32 on the layers used here."""
+"""Assumed float32 FLOP/s of one GPU (`GPU_FLOPS`) and of one CPU thread (`CPU_FLOPS`) on typical towers."""
 
 GRAPH = 1.2
-"""Peak of the second pass over what the graph of reverse mode keeps: 0.9 (ViT, NFNet) to 1.5 (small ConvNets)."""
+"""Peak memory of double backward over the bytes that autograd saves for it: 0.9 (ViT, NFNet), 1.5 (small ConvNets)."""
 
 KNOWN_WIDTHS = {"bert-base-uncased": 768, "distilbert-base-uncased": 768, "BAAI/bge-base-en-v1.5": 768}
 PUBLISHED_COUNTS = {
@@ -45,17 +45,21 @@ PUBLISHED_COUNTS = {
     "cc3m": {"train": (357_225, 357_225), "val": (119_075, 119_075), "test": (119_075, 119_075)},
 }
 Counts = dict[str, tuple[int, int]]
-"""Per split, images and captions."""
+"""Number of images and number of captions, by split."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """Numbers in a dual encoder. `shared` are trained ones that every expert starts from alike."""
+    """Parameter counts of a dual encoder."""
 
     image: int
+    """Trained parameters of the image tower and its projection."""
     text: int
+    """Trained parameters of the text projection."""
     frozen: int
+    """Parameters that are not trained."""
     shared: int
+    """Trained parameters that start from the same pretrained values in every expert."""
 
     @property
     def trained(self) -> int:
@@ -64,24 +68,28 @@ class Size:
 
 @dataclass(frozen=True)
 class Work:
-    """Operations: `forward` and `training` per pair, `matching` per inner step with both passes, `features` per pair
-    in use and iteration of matching (a frozen tower's, there and back); and the bytes that their graphs keep: a frozen
-    tower's of one chunk, and that of an inner step."""
+    """FLOPs and autograd memory of a run's dual encoder. The matching fields are 0 for methods without trajectories."""
 
     forward: int
+    """FLOPs of a forward pass, per pair."""
     training: int
+    """FLOPs of a training step (forward and backward), per pair."""
     matching: int
+    """FLOPs of one inner step of trajectory matching, with its double backward, for a whole mini-batch."""
     features: int
-    kept_by_tower: int
-    kept: int
+    """FLOPs of a frozen image tower in trajectory matching, forward and backward, per pair and outer iteration."""
+    tower_graph_bytes: int
+    """Bytes that autograd saves for one chunk of images in a frozen image tower."""
+    graph_bytes: int
+    """Bytes that autograd saves for one inner step of trajectory matching."""
     gradient: int = 0
-    """Of a method that matches no trajectories: per pair, there and back to it; all that was told of matching is 0."""
-    kept_of_pair: int = 0
-    """Bytes that such a graph keeps of a pair."""
+    """FLOPs of the gradient in one pair, forward and backward, for methods without trajectories."""
+    pair_graph_bytes: int = 0
+    """Bytes that autograd saves for the gradient in one pair, for methods without trajectories."""
 
 
 def text_features(tower: config.TextTower) -> tuple[int, str | None]:
-    """Length of a text embedding, and a remark where it had to be assumed."""
+    """Return the width of a text embedding, and a remark if the width is an assumption."""
     if tower.name == "hashing":
         return tower.width, None
     if tower.name in KNOWN_WIDTHS:
@@ -97,11 +105,11 @@ def text_features(tower: config.TextTower) -> tuple[int, str | None]:
     try:
         return int(AutoConfig.from_pretrained(tower.name, local_files_only=True).hidden_size), None
     except (OSError, ValueError):
-        return 768, f"text width 768 is assumed: '{tower.name}' is not in the local cache"
+        return 768, f"assuming text width 768, because '{tower.name}' is not in the local cache"
 
 
 def model_on_meta(run: config.Run, text_width: int) -> DualEncoder:
-    """The run's dual encoder without values. Raises `ValueError` where a tower cannot be built."""
+    """Build the run's dual encoder on the meta device. Raises `ValueError` if a tower cannot be built."""
     image = run.model.image.model_copy(update={"weights": "random"})
     model = run.model.model_copy(update={"image": image})
     return build(model, text_width, run.data.image_size, 0, "estimate").to("meta")
@@ -116,8 +124,10 @@ def size_of(model: DualEncoder, pretrained: bool) -> Size:
 
 
 def work_of(model: DualEncoder, run: config.Run, text_width: int) -> Work:
-    """Counted on one inner mini-batch, a frozen tower's share of matching on one chunk; `model` lies on the meta
-    device."""
+    """Count the FLOPs and autograd memory of `model` (on the meta device) with one inner mini-batch.
+
+    A frozen image tower is counted with one chunk of images.
+    """
     batch, size = run.distill.batch, run.data.image_size
     images = torch.empty(batch, 3, size, size, device="meta")
     texts = torch.empty(batch, text_width, device="meta")
@@ -125,10 +135,10 @@ def work_of(model: DualEncoder, run: config.Run, text_width: int) -> Work:
     params = {name: p.detach().requires_grad_() for name, p in model.trained().items()}
     loss = LOSSES[run.distill.loss]
     model.train()
-    student, features, kept_by_tower, kept = model, 0, _GraphBytes(model), _GraphBytes(model)
+    student, features, saved_by_tower, saved = model, 0, _GraphBytes(model), _GraphBytes(model)
 
     def trained(encoder: DualEncoder) -> int:
-        """Operations of one step of training."""
+        """Count the FLOPs of one training step."""
         with FlopCounterMode(display=False) as counter:
             value = loss(functional_call(encoder, params, (images, texts)), target)
             torch.autograd.grad(value, list(params.values()), allow_unused=True)
@@ -139,41 +149,41 @@ def work_of(model: DualEncoder, run: config.Run, text_width: int) -> Work:
             model(images, texts)
         first = training = trained(model)
         if not methods.find(run.distill.method).unrolls:
-            with FlopCounterMode(display=False) as once, kept:
+            with FlopCounterMode(display=False) as once, saved:
                 pairs = [t.requires_grad_() for t in (images, texts)]
                 torch.autograd.grad(loss(model(*(t.clone() for t in pairs)), target), pairs)
-            gradient, of_pair = once.get_total_flops() // batch, kept.bytes // batch
+            gradient, of_pair = once.get_total_flops() // batch, saved.bytes // batch
             return Work(forward.get_total_flops() // batch, training // batch, 0, 0, 0, 0, gradient, of_pair)
-        if not run.model.image.trainable:  # matching sees its features, computed once an iteration and carried back
+        if not run.model.image.trainable:  # inner steps use its features, computed once per outer iteration
             chunk = min(CHUNK, max(p.pairs for p in run.distill.phases))
-            pictures = torch.empty(chunk, 3, size, size, device="meta", requires_grad=True)
-            with FlopCounterMode(display=False) as there, torch.no_grad():
-                model.image_tower(pictures)
-            with FlopCounterMode(display=False) as back, kept_by_tower:
-                out = model.image_tower(pictures.clone())
-                torch.autograd.grad(out.sum(), pictures)
-            features = (there.get_total_flops() + back.get_total_flops()) // chunk
+            pixels = torch.empty(chunk, 3, size, size, device="meta", requires_grad=True)
+            with FlopCounterMode(display=False) as tower_forward, torch.no_grad():
+                model.image_tower(pixels)
+            with FlopCounterMode(display=False) as tower_backward, saved_by_tower:
+                out = model.image_tower(pixels.clone())
+                torch.autograd.grad(out.sum(), pixels)
+            features = (tower_forward.get_total_flops() + tower_backward.get_total_flops()) // chunk
             student, images = model.on_features(), torch.empty(batch, out.shape[1], device="meta")
             first = trained(student)
         inputs = [t.requires_grad_() for t in (images, texts, target)]
-        with FlopCounterMode(display=False) as second, kept:
-            # the counter hooks the inputs of modules, which must not be leaves then
+        with FlopCounterMode(display=False) as second, saved:
+            # FlopCounterMode hooks the inputs of modules, and hooked inputs must not be leaf tensors
             value = loss(functional_call(student, params, (images.clone(), texts.clone())), target)
             grads = torch.autograd.grad(value, list(params.values()), create_graph=True, materialize_grads=True)
             q = torch.stack([g.sum() for g in grads]).sum()
-            wanted = inputs + (list(params.values()) if run.distill.estimator == "exact" else [])
-            torch.autograd.grad(q, wanted, allow_unused=True)
+            variables = inputs + (list(params.values()) if run.distill.estimator == "exact" else [])
+            torch.autograd.grad(q, variables, allow_unused=True)
     matching = first + second.get_total_flops()
     return Work(
-        forward.get_total_flops() // batch, training // batch, matching, features, kept_by_tower.bytes, kept.bytes
+        forward.get_total_flops() // batch, training // batch, matching, features, saved_by_tower.bytes, saved.bytes
     )
 
 
 class _GraphBytes(torch.autograd.graph.saved_tensors_hooks):
-    """Adds up what graphs made inside keep, but for the parameters."""
+    """Context that adds up the bytes autograd saves for graphs built inside it, without the model's parameters."""
 
     def __init__(self, model: DualEncoder):
-        self._own = {p.untyped_storage()._cdata for p in model.parameters()}
+        self._weights = {p.untyped_storage()._cdata for p in model.parameters()}
         self._tensors: dict[int, torch.Tensor] = {}
         super().__init__(self._keep, lambda t: t)
 
@@ -183,7 +193,7 @@ class _GraphBytes(torch.autograd.graph.saved_tensors_hooks):
 
     @property
     def bytes(self) -> int:
-        return sum(t.untyped_storage().nbytes() for pointer, t in self._tensors.items() if pointer not in self._own)
+        return sum(t.untyped_storage().nbytes() for pointer, t in self._tensors.items() if pointer not in self._weights)
 
 
 def checkpoint_bytes(numbers: int, dtype: str = "float32") -> int:
@@ -191,19 +201,25 @@ def checkpoint_bytes(numbers: int, dtype: str = "float32") -> int:
 
 
 def store_bytes(size: Size, experts: int, epochs_kept: int, dtype: str = "float32") -> int:
-    """A store with `epochs_kept` checkpoints per expert beside epoch 0, of which `size.shared` lies there once."""
+    """Return the bytes of a store with `epochs_kept` checkpoints per expert and its epoch 0.
+
+    The `size.shared` parameters of epoch 0 are stored once for all experts.
+    """
     start = FLOAT * (size.trained - size.shared)
     return FLOAT * size.shared + experts * (start + epochs_kept * checkpoint_bytes(size.trained, dtype))
 
 
 def synthetic_numbers(run: config.Run, text_width: int) -> list[int]:
-    """Learnable numbers per phase."""
+    """Return the number of learnable values of each phase: pixels, text embeddings and similarity."""
     s = run.distill.similarity
     return [cost([p.pairs], run.stored_size, text_width, s.kind, s.rank) for p in run.distill.phases]
 
 
 def phases_bytes(run: config.Run, text_width: int) -> int:
-    """Start, state (raw, momentum, average; none where there are no steps) and snapshots of every phase."""
+    """Return the bytes of all phases: the initial set, the snapshots and the optimiser state.
+
+    The state has three values per learnable number (value, momentum, average). Methods that do not iterate have none.
+    """
     per_phase = zip(run.distill.phases, synthetic_numbers(run, text_width), strict=True)
     state = 3 if methods.find(run.distill.method).iterates else 0
     return sum(
@@ -212,40 +228,48 @@ def phases_bytes(run: config.Run, text_width: int) -> int:
 
 
 def cache_bytes(run: config.Run, counts: Counts, text_width: int) -> int:
-    """Decoded images and text embeddings of all splits."""
+    """Return the bytes of the decoded images (uint8) and text embeddings (float32) of all splits."""
     images, captions = (sum(c[i] for c in counts.values()) for i in (0, 1))
     return images * 3 * run.data.image_size**2 + captions * text_width * FLOAT
 
 
 def matching_bytes(run: config.Run, size: Size, work: Work, text_width: int) -> int:
-    """Peak of one matching step on its device: parameters that wait and that are at work, one step's graph, the set."""
+    """Return the peak bytes of one outer step of trajectory matching on its device.
+
+    They hold the student's parameters of the inner steps, the graph of one inner step and the synthetic set.
+    """
     steps = run.distill.steps
-    waiting = {"device": steps, "cpu": 0, "recompute": 2 * math.isqrt(steps - 1) + 2}[run.runtime.keep_parameters]
-    vectors = waiting + 3 + (run.distill.estimator == "exact")
+    stored = {"device": steps, "cpu": 0, "recompute": 2 * math.isqrt(steps - 1) + 2}[run.runtime.keep_parameters]
+    vectors = stored + 3 + (run.distill.estimator == "exact")
     learnable = max(synthetic_numbers(run, text_width))
     reach = math.isqrt(steps - 1) + 1 if run.runtime.keep_parameters == "recompute" else steps
     graphs = max(1, min(run.distill.reuse_graphs, reach))
-    graph = GRAPH * max(work.kept_by_tower, graphs * work.kept / (2 if run.distill.precision == "bfloat16" else 1))
+    graph = GRAPH * max(
+        work.tower_graph_bytes, graphs * work.graph_bytes / (2 if run.distill.precision == "bfloat16" else 1)
+    )
     return FLOAT * (vectors * size.trained + size.frozen + 4 * learnable) + round(graph)
 
 
 def effort_of(run: config.Run, phase: int, records: int) -> Effort:
-    """What a step of a distribution method takes."""
+    """Return the models, passes and values that one step of a distribution method uses in `phase`."""
     method = methods.method_of(run)
     assert isinstance(method, DistributionMethod)
     return method.effort(phase, records)
 
 
 def step_bytes(run: config.Run, counts: Counts, size: Size, work: Work, text_width: int) -> int:
-    """Peak of one step of matching distributions: models, the set with its gradient, momentum and average, a graph."""
+    """Return the peak bytes of one step of distribution matching.
+
+    They hold the models, the synthetic set with its gradient, momentum and average, and the graph.
+    """
     efforts = [effort_of(run, p, counts["train"][1]) for p in range(len(run.distill.phases))]
     held = max(e.models for e in efforts) * size.trained + max(e.numbers for e in efforts) + size.frozen
-    graph = max(e.at_once for e in efforts) * work.kept_of_pair / (2 if run.distill.precision == "bfloat16" else 1)
+    graph = max(e.at_once for e in efforts) * work.pair_graph_bytes / (2 if run.distill.precision == "bfloat16" else 1)
     return FLOAT * (held + 4 * max(synthetic_numbers(run, text_width))) + round(GRAPH * graph)
 
 
 def _distilling(run: config.Run, counts: Counts, work: Work) -> int:
-    """Operations of all phases; none are known of a generative method's parts."""
+    """Return the FLOPs of all phases; 0 for generative methods, whose models are not counted."""
     method, total = methods.find(run.distill.method), 0
     if not method.iterates:
         return 0
@@ -261,7 +285,7 @@ def _distilling(run: config.Run, counts: Counts, work: Work) -> int:
 
 
 def operations(run: config.Run, counts: Counts, work: Work) -> dict[str, int]:
-    """Operations of each step of the run, all experts, phases and students together."""
+    """Return the FLOPs of each step of the run, summed over all experts, phases or students."""
     rule, teach = run.evaluate, run.experts
     records = counts["train"][1]
     val, test = counts["val"][0], counts["test"][0]
@@ -297,9 +321,9 @@ def operations(run: config.Run, counts: Counts, work: Work) -> dict[str, int]:
 
 
 def known_counts(data: config.Data) -> tuple[Counts, str]:
-    """Images and captions per split and where the numbers come from, reading annotations but no image.
+    """Return the images and captions per split, and a phrase that says where the counts come from.
 
-    Raises `ValueError` when they cannot be read, or known, at all.
+    Annotation files are read, images are not. Raises `ValueError` when the counts cannot be known without an ingest.
     """
     if data.source == "scenes":
         s = data.scenes
@@ -307,15 +331,15 @@ def known_counts(data: config.Data) -> tuple[Counts, str]:
     if data.source == "dataset":
         stored = Dataset.open(data.root or "").counts
         return {k: (c["pairs"], c["captions"]) for k, c in stored.items()}, "from the dataset"
-    known = "textcaps" if data.source == "textcaps" else data.layout
-    if known is not None and not input_path(data.root).is_dir():
-        return limited(PUBLISHED_COUNTS[known], data), f"published; data.root {data.root} is not there"
+    layout = "textcaps" if data.source == "textcaps" else data.layout
+    if layout is not None and not input_path(data.root).is_dir():
+        return limited(PUBLISHED_COUNTS[layout], data), f"as published, because data.root {data.root} does not exist"
     source = sources.find(data)
     if isinstance(source, SampleSource):
         files = source.files(data)
         raise ValueError(
-            f"what {len(files)} {data.source} files hold is not known before they are read; run `rmdd ingest` first "
-            "and check a run with data: {source: dataset, root: its folder}"
+            f"cannot count the pairs of {len(files)} {data.source} files without reading them; run `rmdd ingest` "
+            "first, then check a run with data: {source: dataset, root: the ingested folder}"
         )
     plan = make_plan(source.rows(data)[0], data)
     counts = {k: (len(rows), sum(len(r["captions"]) for r in rows)) for k, rows in plan.pairs.items()}
@@ -323,12 +347,12 @@ def known_counts(data: config.Data) -> tuple[Counts, str]:
 
 
 def limited(counts: Counts, data: config.Data) -> Counts:
-    """With `eval_limit` applied to val and test."""
+    """Return `counts` with `data.eval_limit` applied to val and test."""
     if data.eval_limit is None:
         return counts
 
     def cut(split: str, images: int, captions: int) -> tuple[int, int]:
-        kept = images if split == "train" else min(images, data.eval_limit or images)
-        return kept, captions * kept // images if images else 0
+        limit = images if split == "train" else min(images, data.eval_limit or images)
+        return limit, captions * limit // images if images else 0
 
     return {split: cut(split, *both) for split, both in counts.items()}

@@ -1,4 +1,4 @@
-"""What a task of a run is given, and what all tasks do: find their files, hold a folder, follow their curves."""
+"""`TaskItem`, the input of a run's tasks, and helpers for tasks: paths, folder locks, tracking, trained experts."""
 
 import contextlib
 import re
@@ -24,53 +24,54 @@ from rmdd.runs.paths import RunPaths
 
 @dataclass(frozen=True)
 class ExternalPairs:
-    """Training pairs that no phase of the run made, and the folder of its students' records, within the storage."""
+    """Training pairs from outside the run's phases. Both paths are relative to the storage."""
 
     file: Path
-    """See `rmdd.evaluate.training_pairs`."""
+    """File of the pairs; `rmdd.evaluate.training_pairs` describes its format."""
     records: Path
+    """Folder of the records of the students that train on these pairs."""
 
 
 @dataclass(frozen=True)
 class TaskItem:
-    """What every task is given: the run, the paths, and a number or a job."""
+    """The input of a task: the run, its paths, and the number of an expert or phase or the job of a student."""
 
     run: config.Run
     paths: RunPaths
     value: str
-    """Hash of all that shaped the result; guards checkpoints against another run's."""
+    """Hash of all settings that change the result; a task ignores checkpoints with another hash."""
     number: int = 0
     job: Job | None = None
     iterations: tuple[int, ...] = ()
-    """Per phase, the iteration of the set that a student learns from."""
+    """Iteration of the snapshot that a student trains on, for each phase."""
     stream: Stream | None = None
-    """Who reads the shards for an expert whose pictures are not cached; None: the process that trains it."""
+    """Readers of the shards for an expert whose images are not cached; None: the training process reads them."""
     external: ExternalPairs | None = None
 
     @property
     def source(self) -> SplitSource:
-        """Where the splits of the run are read from."""
+        """The source that opens the run's splits."""
         run = self.run
         return SplitSource(self.paths.data, self.paths.cache, run.data, run.model, device_of(run.runtime))
 
     @property
     def feature_source(self) -> FeatureSource:
-        """What embeds the training split."""
+        """The source of expert features of the training split."""
         run = self.run
         return FeatureSource(self.source, self.paths.store, run.experts.epochs, run.seed_of("experts"), run.runtime)
 
 
 def prepared_split(item: TaskItem, split: str) -> PreparedSplit:
-    """A split, loaded once for all runs that differ in nothing that shapes it.
+    """Return a split with its embeddings; runs with equal data settings share one copy in memory.
 
-    Raises `TestIsClosed` for test and a job that something is chosen by.
+    Raises `TestIsClosed` if a job that makes a choice asks for the test split.
     """
     check_split_is_open(item.job, split)
     return item.source.open(split)
 
 
 def record(item: TaskItem) -> Path:
-    """Where the record of a student lies; those of random pairs and full data are shared by runs."""
+    """Return the record file of a student. Runs share the records of the random-pairs and full-data baselines."""
     assert item.job is not None
     if item.external is not None:
         return item.paths.root / item.external.records / f"{item.job.name}.json"
@@ -79,8 +80,8 @@ def record(item: TaskItem) -> Path:
 
 
 @contextlib.contextmanager
-def held_alone(folder: Path, storage: Storage, hooks: Hooks) -> Iterator[Hooks]:
-    """Hold `folder`, brought up to date, while a task works in it; yields hooks that also stop a task that lost it."""
+def exclusive_folder(folder: Path, storage: Storage, hooks: Hooks) -> Iterator[Hooks]:
+    """Lock `folder` and fetch its files while a task works in it; the hooks it yields stop a task without the lock."""
     with hold_folder(folder, wait=True) as lease:
         storage.fetch(folder)
         yield replace(hooks, should_stop=lambda: lease.lost or hooks.should_stop())
@@ -88,15 +89,15 @@ def held_alone(folder: Path, storage: Storage, hooks: Hooks) -> Iterator[Hooks]:
         lease.check()
 
 
-def located(item: TaskItem) -> tuple[TaskItem, Storage]:
-    """`item` with its paths as this process sees them, and the storage they lie in."""
+def with_local_paths(item: TaskItem) -> tuple[TaskItem, Storage]:
+    """Return `item` with the paths of this process, and the storage that holds them."""
     storage = open_storage(item.run.runtime)
     return replace(item, paths=item.paths.under(storage.root)), storage
 
 
 @contextlib.contextmanager
 def tracked(item: TaskItem, title: str, value: str, folder: Path, storage: Storage) -> Iterator[track.Tracker]:
-    """What follows a piece of work, going on from the curves in `folder`, which go to the storage at the end."""
+    """Yield a tracker that continues the curves in `folder` and publishes them to the storage at the end."""
     for part in track.FOLDERS:
         storage.fetch(folder / part)
     try:
@@ -107,13 +108,13 @@ def tracked(item: TaskItem, title: str, value: str, folder: Path, storage: Stora
             storage.publish(folder / part)
 
 
-def without_running(name: str) -> bool:
-    """What is read of a store whose experts are there."""
+def needed_after_training(name: str) -> bool:
+    """Return whether file `name` of a store is needed once its experts are trained: not training states or curves."""
     return not name.endswith("/running.safetensors") and not track.is_curve(name)
 
 
 def trained_expert(item: TaskItem, expert: int, storage: Storage) -> DualEncoder:
-    """An expert after its last epoch."""
+    """Return the model of an expert with the parameters of its last epoch."""
     others = re.compile(rf"/expert-(?!{expert:03d}/)")
     storage.fetch(item.paths.store, lambda name: not others.search(name) and not track.is_curve(name))
     store = Store.open(item.paths.store)

@@ -1,4 +1,4 @@
-"""Where a run and its parts lie: each under the hash of all that shapes it."""
+"""Paths of a run's folders: each folder name ends in a hash of every setting that changes its content."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,12 +19,12 @@ from rmdd.models.pretrained import obtain
 from rmdd.models.text import encoder_identity
 
 HEALTH = "health.json"
-"""In the run folder: embedding health over the distillation."""
+"""File in the run folder with the embedding health of each snapshot."""
 
 
 @dataclass(frozen=True)
 class RunPaths:
-    """Where the parts of a run lie."""
+    """The folders of a run: dataset, cache, experts, phases, baselines and its own folder."""
 
     data: Path
     cache: Path
@@ -33,10 +33,10 @@ class RunPaths:
     baseline: Path
     run: Path
     root: Path = Path()
-    """The storage that these lie in, as the process sees it that named them."""
+    """The storage folder, as mounted for the process that computed these paths."""
 
     def under(self, root: Path) -> "RunPaths":
-        """The same paths for a process that sees the storage at `root`."""
+        """Return the same paths for a process that mounts the storage at `root`."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         return RunPaths(
             **{n: root / p.relative_to(self.root) if p.is_relative_to(self.root) else p for n, p in moved.items()}
@@ -46,19 +46,19 @@ class RunPaths:
         return self.phases / f"phase-{number}"
 
     def start(self, number: int) -> Path:
-        """The set that a phase starts from."""
+        """Return the file with the initial synthetic pairs of a phase."""
         return self.phase(number) / "start.safetensors"
 
     def set(self, number: int, iteration: int) -> Path:
         return self.phase(number) / f"set-{iteration:06d}.safetensors"
 
     def set_of(self, number: int, iteration: int) -> Path:
-        """`set`, or `start` for iteration 0."""
+        """Return the file of the snapshot at `iteration`; at iteration 0 this is the initial set."""
         return self.set(number, iteration) if iteration else self.start(number)
 
 
 def dataset_folder(run: config.Run) -> Path:
-    """Where the dataset of a run lies, or will: named by its source and by what shapes it."""
+    """Return the dataset folder of a run, existing or not; its name is a hash of the source and the data settings."""
     if run.data.source == "dataset":
         return Path(str(run.data.root))
     root = absolute(run.data.root) if run.data.root else ""
@@ -67,13 +67,13 @@ def dataset_folder(run: config.Run) -> Path:
 
 
 def protocol_of(run: config.Run) -> dict[str, Any]:
-    """What shapes one expert; how many there are does not."""
+    """Return the settings that change one expert, without `experts.num`."""
     value: dict[str, Any] = run.hashed("experts", "experts")
     return value
 
 
-def seen_by(run: config.Run, dataset: Dataset) -> dict[str, Any]:
-    """What shapes whatever is trained and scored: the data as models see it, and the models."""
+def model_settings(run: config.Run, dataset: Dataset) -> dict[str, Any]:
+    """Return the settings that change every trained or scored model: the preprocessed data and the encoders."""
     return {
         "version": NUMBERS_VERSION,
         "device": device_of(run.runtime).type,
@@ -86,8 +86,8 @@ def seen_by(run: config.Run, dataset: Dataset) -> dict[str, Any]:
 
 
 def paths_of(run: config.Run, dataset: Dataset) -> RunPaths:
-    """Where the parts of a run lie: each under the hash of all that shapes it."""
-    trained = seen_by(run, dataset) | {
+    """Return the paths of a run; folders with equal settings have equal paths and are shared between runs."""
+    trained = model_settings(run, dataset) | {
         "experts": protocol_of(run),
         "kept": kept_epochs(run.experts, run.endpoints) or "all",
     }
@@ -113,9 +113,8 @@ def paths_of(run: config.Run, dataset: Dataset) -> RunPaths:
     )
 
 
-def bring_parts(run: config.Run) -> None:
-    """Have the pretrained parts of a run here before anything else of it. Raises `ConfigError` with all that cannot be
-    had."""
+def fetch_pretrained(run: config.Run) -> None:
+    """Download the pretrained models that the method needs. Raises `ConfigError` that lists all unavailable ones."""
     method = methods.method_of(run)
     if mistakes := method.faults():
         raise config.ConfigError(mistakes, run.name)
@@ -123,11 +122,11 @@ def bring_parts(run: config.Run) -> None:
 
 
 def is_finished(run: config.Run, paths: RunPaths, number: int) -> bool:
-    """Whether a phase is finished; its method says how that is seen."""
+    """Return whether the method considers phase `number` finished."""
     return methods.method_of(run).is_finished(number, paths.phase(number))
 
 
 def candidates_of(run: config.Run) -> list[tuple[int, ...]]:
-    """What may be exported: per snapshot, the iteration of each phase."""
+    """Return the sets that can be exported: for each snapshot, a tuple with the iteration of each phase."""
     snapshots = [snapshot_iterations(p.iterations, run.distill.snapshots) for p in run.distill.phases]
     return [tuple(s[min(i, len(s) - 1)] for s in snapshots) for i in range(max(map(len, snapshots)))]

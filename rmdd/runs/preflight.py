@@ -1,4 +1,4 @@
-"""`rmdd check`: what a run would do, where, and at about what cost. Touches nothing."""
+"""`rmdd check`: the steps, folders and estimated cost of a run before it starts. Changes no file."""
 
 import contextlib
 import os
@@ -28,13 +28,15 @@ from rmdd.models.text import encoder_identity
 from rmdd.runs import cost as estimate
 from rmdd.runs.paths import RunPaths, dataset_folder, is_finished, paths_of
 
-OF_PATH = ("start", "stop", "start_text", "stop_text", "endpoint")
-"""Fields of a phase that lie on a path."""
+EPOCH_FIELDS = ("start", "stop", "start_text", "stop_text", "endpoint")
+"""Fields of a phase that are epochs of an expert trajectory."""
 
 
-def impossible(run: config.Run) -> list[str]:
-    """What can be known to stop a run before anything of it is made: a tower or a pretrained part that cannot be had,
-    phases over budget, files of a probe that cannot be read."""
+def problems_of(run: config.Run) -> list[str]:
+    """Return the messages of all problems that would stop a run and that can be detected before it starts.
+
+    These are unavailable encoders or pretrained models, phases over budget and unreadable files of a probe.
+    """
     mistakes = []
     try:
         _model(run, text_width=1)
@@ -49,7 +51,7 @@ def impossible(run: config.Run) -> list[str]:
 
 
 def storage_faults(run: config.Run) -> list[str]:
-    """The message on a storage of another layout, if it is one; none where it cannot be reached. Nothing is written."""
+    """Return the error message if the storage has another layout. An unreachable storage gives no message."""
     with contextlib.suppress(OSError):
         try:
             check_layout(open_storage(run.runtime))
@@ -59,18 +61,18 @@ def storage_faults(run: config.Run) -> list[str]:
 
 
 def examine(run: config.Run, search: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Everything that `rmdd check` prints, as plain values; bytes, seconds and operations are numbers.
+    """Return everything that `rmdd check` prints as JSON values, in bytes, seconds and FLOPs.
 
-    Raises `ValueError` where a tower or an annotation file cannot be had.
+    Raises `ValueError` if a tower or an annotation file is unavailable.
     """
     width, remark = estimate.text_features(run.model.text)
     model = _model(run, width)
     tower = run.model.image
     size = estimate.size_of(model, pretrained=tower.weights != "random")
     run, planned = _with_phases(run, width)
-    guessed = bool(run.distill.plan.plans and not (run_folder(run) / PLAN).is_file())
+    foreseen_only = bool(run.distill.plan.plans and not (run_folder(run) / PLAN).is_file())
     work = estimate.work_of(model, run, width)
-    dataset, paths = _already_there(run)
+    dataset, paths = _existing_results(run)
     if dataset is not None:
         counts = {k: (c["pairs"], c["captions"]) for k, c in dataset.counts.items()}
         counts, origin = estimate.limited(counts, run.data), f"from {dataset.path}"
@@ -79,7 +81,7 @@ def examine(run: config.Run, search: dict[str, Any] | None = None) -> dict[str, 
     similarity, sizes = run.distill.similarity, [p.pairs for p in run.distill.phases]
     unit = budget.pair_parameters(run.data.image_size, width)
     cost = budget.cost(sizes, run.stored_size, width, similarity.kind, similarity.rank)
-    kept = len(kept_epochs(run.experts, run.endpoints) or range(run.experts.epochs))
+    epochs_kept = len(kept_epochs(run.experts, run.endpoints) or range(run.experts.epochs))
     over = budget_error(run, width)
     sentences = probes.costs(run.data, run.evaluate.probes, width)
     return {
@@ -100,8 +102,8 @@ def examine(run: config.Run, search: dict[str, Any] | None = None) -> dict[str, 
             "store": str(paths.store) if paths else None,
             "epochs_kept": [0, *(kept_epochs(run.experts, run.endpoints) or range(1, run.experts.epochs + 1))],
         },
-        "phases": [_phase(run, paths, i, guessed) for i in range(len(run.distill.phases))],
-        "phases_foreseen": guessed,
+        "phases": [_phase(run, paths, i, foreseen_only) for i in range(len(run.distill.phases))],
+        "phases_foreseen": foreseen_only,
         "phases_folder": str(paths.phases) if paths else None,
         "budget": {
             "pairs": run.distill.budget,
@@ -112,7 +114,7 @@ def examine(run: config.Run, search: dict[str, Any] | None = None) -> dict[str, 
         },
         "disk": {
             "cache": estimate.cache_bytes(run, counts, width),
-            "store": estimate.store_bytes(size, run.experts.num, kept, run.experts.dtype),
+            "store": estimate.store_bytes(size, run.experts.num, epochs_kept, run.experts.dtype),
             "phases": estimate.phases_bytes(run, width),
         },
         "memory": _memory(run, counts, size, work, width),
@@ -120,7 +122,7 @@ def examine(run: config.Run, search: dict[str, Any] | None = None) -> dict[str, 
         "search": search,
         "parts": [parts.summary(part) for part in _parts(run)],
         "gpus": _gpus(run),
-        "remarks": [r for r in (remark, planned, *_of_family(run), *sentences) if r]
+        "remarks": [r for r in (remark, planned, *_method_remarks(run), *sentences) if r]
         + [f"split '{split}' is empty; a run needs all three" for split, (pairs, _) in counts.items() if not pairs],
     }
 
@@ -130,8 +132,11 @@ def _parts(run: config.Run) -> list[parts.PretrainedModel]:
 
 
 def _model(run: config.Run, text_width: int) -> DualEncoder:
-    """The run's dual encoder without values. Raises `ValueError` when its image tower cannot be had, or not be matched
-    where it would be."""
+    """Build the run's dual encoder on the meta device.
+
+    Raises `ValueError` if the image tower is unavailable, or if trajectory matching needs its second derivatives and
+    it has none.
+    """
     tower = run.model.image
     if tower.weights != "pretrained" and not tower.is_random:
         weights_file(tower)
@@ -140,14 +145,14 @@ def _model(run: config.Run, text_width: int) -> DualEncoder:
 
 
 def _matched(run: config.Run) -> bool:
-    """Whether steps of the image tower are differentiated."""
+    """Return whether the method differentiates through training steps of the image tower."""
     return run.model.image.trainable and methods.find(run.distill.method).unrolls
 
 
 def _memory(
     run: config.Run, counts: estimate.Counts, size: estimate.Size, work: estimate.Work, text_width: int
 ) -> dict[str, int]:
-    """Of a step, where there are any."""
+    """Return the peak bytes of one step; empty for methods without steps."""
     method = methods.find(run.distill.method)
     if method.unrolls:
         return {"matching_step": estimate.matching_bytes(run, size, work, text_width)}
@@ -156,30 +161,30 @@ def _memory(
     return {}
 
 
-def _of_family(run: config.Run) -> list[str]:
-    """What is not counted of other families, and what does nothing there."""
+def _method_remarks(run: config.Run) -> list[str]:
+    """Return the costs that the estimate leaves out for this method, and the fields that have no effect with it."""
     rule, method = run.distill, methods.method_of(run)
     remarks = method.uncounted()
     if idle := method.idle():
-        remarks.append(f"of no effect with method {rule.method}: distill.{', '.join(idle)}")
+        remarks.append(f"no effect with method {rule.method}: distill.{', '.join(idle)}")
     return remarks
 
 
 def _with_phases(run: config.Run, text_width: int) -> tuple[config.Run, str | None]:
-    """A run that plans its phases with those of its plan, or with what can be foreseen of them, and a remark."""
+    """Return the run with phases from its plan, or with a forecast of them if it has no plan yet, and a remark."""
     if not run.distill.plan.plans:
         return run, None
     if (written := run_folder(run) / PLAN).is_file():
-        return with_phases(run, read_json(written)["phases"]), f"phases as planned in {written}"
+        return with_phases(run, read_json(written)["phases"]), f"the phases are those of {written}"
     if mistake := planned_budget_error(run, text_width):
         raise config.ConfigError([mistake], run.name)
     return with_estimated_phases(run, text_width), (
-        "number and sizes of the phases are foreseen, not known; phases are planned after the experts"
+        "the number and sizes of the phases are a forecast; the run plans its phases after the experts are trained"
     )
 
 
-def _already_there(run: config.Run) -> tuple[Dataset | None, RunPaths | None]:
-    """The dataset and the folders of an earlier sitting of this run, or of another one that shares them."""
+def _existing_results(run: config.Run) -> tuple[Dataset | None, RunPaths | None]:
+    """Return the dataset if it is ingested, and the run's paths if its encoders are available; otherwise None."""
     record = run_folder(run) / "data.json"
     path = Path(read_json(record)["path"]) if record.is_file() else dataset_folder(run)
     if not (path / MANIFEST).is_file():
@@ -191,7 +196,7 @@ def _already_there(run: config.Run) -> tuple[Dataset | None, RunPaths | None]:
 
 
 def _encoder_is_local(tower: config.TextTower) -> bool:
-    """Whether the text encoder can be identified without a download."""
+    """Return whether the text encoder can be identified without a download."""
     if tower.name == "hashing" or tower.name.startswith("package:") or Path(tower.name).expanduser().is_dir():
         return True
     from huggingface_hub import try_to_load_from_cache
@@ -205,29 +210,29 @@ def _complete(paths: RunPaths | None) -> int:
     return len(Store.open(paths.store).complete()) if paths and (paths.store / "store.json").is_file() else 0
 
 
-def _phase(run: config.Run, paths: RunPaths | None, number: int, guessed: bool) -> dict[str, Any]:
-    """A phase as plain values; of one that is only foreseen, what is planned after the experts is None."""
+def _phase(run: config.Run, paths: RunPaths | None, number: int, foreseen_only: bool) -> dict[str, Any]:
+    """Return the fields of a phase as JSON values; in a forecast, the epochs are None."""
     phase = run.distill.phases[number]
     values = phase.model_dump(include=set(methods.find(run.distill.method).phase_fields))
     return (
         values
-        | (dict.fromkeys(OF_PATH) if guessed else {})
-        | {"done": not guessed and paths is not None and is_finished(run, paths, number)}
+        | (dict.fromkeys(EPOCH_FIELDS) if foreseen_only else {})
+        | {"done": not foreseen_only and paths is not None and is_finished(run, paths, number)}
     )
 
 
 def _gpus(run: config.Run) -> dict[str, float]:
-    """What one worker asks for, and what would keep all of a step's items busy side by side."""
-    each, side_by_side = run.runtime.gpus_per_worker, _side_by_side(run)
+    """Return the GPUs that one worker needs, and the GPUs that keep all experts or all phases running in parallel."""
+    gpus, phases = run.runtime.gpus_per_worker, _parallel_workers(run)
     return {
-        "each": each,
-        "experts": each * min(run.experts.num, run.runtime.workers or run.experts.num),
-        "phases": each * min(side_by_side, run.runtime.workers or side_by_side),
+        "each": gpus,
+        "experts": gpus * min(run.experts.num, run.runtime.workers or run.experts.num),
+        "phases": gpus * min(phases, run.runtime.workers or phases),
     }
 
 
-def _side_by_side(run: config.Run) -> int:
-    """Who can distil at once: a worker per phase, or, one phase after another, per draw of a step."""
+def _parallel_workers(run: config.Run) -> int:
+    """Return how many workers can distil in parallel: one per phase, or one per draw if the workers share a step."""
     draws = methods.method_of(run).draws
     return draws if draws > 1 else len(run.distill.phases)
 
@@ -242,6 +247,6 @@ def _time(run: config.Run, operations: dict[str, int]) -> dict[str, Any]:
         cpus = runtime.num_cpus or os.cpu_count() or 1
         workers = 1 if runtime.ray == "off" else runtime.workers or max(1, cpus // runtime.threads)
         assumed = f"{workers} worker(s) of {runtime.threads} CPU thread(s) at {estimate.CPU_FLOPS / 1e9:g} GFLOP/s each"
-    items = {"experts": run.experts.num, "distill": _side_by_side(run), "evaluate": workers}
+    items = {"experts": run.experts.num, "distill": _parallel_workers(run), "evaluate": workers}
     seconds = {step: n / (throughput * min(workers, items[step])) for step, n in operations.items()}
     return {"assumed": assumed, "operations": operations, "seconds": seconds}

@@ -1,6 +1,6 @@
-"""What each step of a run does: it takes what the steps before it returned, and returns a value.
+"""The steps of a run (ingest, embed, experts, plan, distill, evaluate ...) as methods that take and return values.
 
-Every step first looks for results in the storage, so a run that is started again goes on where it stopped.
+Every step first looks for finished results in the storage, so a restarted run resumes where it stopped.
 """
 
 import contextlib
@@ -33,13 +33,13 @@ from rmdd.generate.studio import Tools
 from rmdd.models.prepared import SplitSource
 from rmdd.models.text import embed, encoder_identity, text_width
 from rmdd.runs.items import TaskItem, record
-from rmdd.runs.paths import HEALTH, bring_parts, candidates_of, dataset_folder, is_finished, paths_of, protocol_of
+from rmdd.runs.paths import HEALTH, candidates_of, dataset_folder, fetch_pretrained, is_finished, paths_of, protocol_of
 from rmdd.runs.students import TrainStudent
 from rmdd.runs.tasks import CheckHealth, DistillPhase, DistillShared, GeneratePhase, MakePlan, TrainExpert
 
 
 class Steps:
-    """The steps of one run over one backend. Wall seconds of each are added up in `seconds.json`."""
+    """The steps of one run, executed by one backend. `seconds.json` accumulates the wall-clock seconds of each step."""
 
     def __init__(self, run: config.Run, backend: Backend, progress: Progress, folder: Path):
         self.run, self.backend, self.progress, self.folder = run, backend, progress, folder
@@ -48,9 +48,9 @@ class Steps:
     # -- data ----------------------------------------------------------------------------------------------------
 
     def ingest(self) -> Dataset:
-        """Bring the data in, or open what was ingested before."""
+        """Ingest the data, or open the dataset if it was ingested before."""
         run = self.run
-        bring_parts(run)
+        fetch_pretrained(run)
         with self.timed("ingest"):
             if run.data.source == "dataset":
                 dataset = Dataset.open(dataset_folder(run))
@@ -65,12 +65,12 @@ class Steps:
         return dataset
 
     def locate(self, dataset: Dataset) -> TaskItem:
-        """What every task of the run is given: the run, and the paths of its parts."""
+        """Return the input of the run's tasks: the run and its paths."""
         paths = paths_of(self.run, dataset)
         return TaskItem(self.run, paths, paths.phases.name)
 
     def embed(self, item: TaskItem, dataset: Dataset, splits: Sequence[str]) -> SplitSource:
-        """Embed the captions of `splits`, and decode the pictures that are scored."""
+        """Embed the captions of `splits` and decode the images that are scored."""
         with self.timed("embed"):
             for split in splits:
                 if dataset.counts[split]["pairs"]:
@@ -79,7 +79,7 @@ class Steps:
         return item.source
 
     def embed_split(self, item: TaskItem, dataset: Dataset, split: str) -> None:
-        """Embed the captions of a split into the cache, where they are not there yet."""
+        """Embed the captions of a split that are missing from the cache."""
         run = self.run
         embed(
             SplitCaptions(dataset, split, run.data),
@@ -91,7 +91,7 @@ class Steps:
         )
 
     def probes(self, dataset: Dataset) -> dict[str, dict[str, Any]]:
-        """Ingest and embed what `evaluate.probes` ask of the final students; returns the facts about each."""
+        """Ingest and embed the data of `evaluate.probes`; return the facts about each probe by its name."""
         facts: dict[str, dict[str, Any]] = {}
         for name in self.run.evaluate.probes:
             with self.timed("probes"):
@@ -105,7 +105,7 @@ class Steps:
     # -- experts and phases --------------------------------------------------------------------------------------
 
     def experts(self, item: TaskItem, dataset: Dataset, splits: SplitSource) -> Store:
-        """Train the experts that are missing."""
+        """Train the missing experts and return their store."""
         run, path = self.run, item.paths.store
         with self.timed("experts"):
             facts = {
@@ -126,7 +126,7 @@ class Steps:
         return store
 
     def check_budget(self, run: config.Run) -> None:
-        """Raise `ValueError` (or warn, as configured) when the phases cost more than the budget."""
+        """Raise `ValueError` or warn (see `distill.budget_check`) if the phases cost more than the budget."""
         message = budget_error(run)
         if message and (run.distill.budget_check == "error" or not run.distill.phases):
             raise ValueError(message)
@@ -134,7 +134,7 @@ class Steps:
             self.progress.say(f"warning: {message}")
 
     def plan(self, item: TaskItem, dataset: Dataset) -> TaskItem:
-        """The run with phases and its paths: its own phases, or those that are planned from its experts."""
+        """Return the run with its phases, and its paths; phases that are not listed are planned from the experts."""
         if self.run.distill.phases:
             return item
         with self.timed("plan"):
@@ -149,7 +149,7 @@ class Steps:
         return TaskItem(run, paths, paths.phases.name)
 
     def begin_phases(self, item: TaskItem, splits: SplitSource) -> None:
-        """Write what the phases start from, where it is not there yet."""
+        """Write the initial synthetic pairs of the phases that have none."""
         with self.timed("distill"):
             self.storage.fetch(item.paths.phases, _no_curve)
             method = methods.method_of(item.run)
@@ -157,21 +157,21 @@ class Steps:
                 method.begin(p, lambda: splits.open("train"), item.paths.phase(p))
 
     def distill(self, item: TaskItem) -> list[Path]:
-        """Distil the phases that are not finished; returns their folders."""
+        """Distil the unfinished phases; return the folders of all phases."""
         run, paths, backend = item.run, item.paths, self.backend
         phases = range(len(run.distill.phases))
         with self.timed("distill"):
             todo = [p for p in phases if not is_finished(run, paths, p)]
             items = [replace(item, number=p) for p in todo]
             totals = {f"phase {p}": run.distill.phases[p].iterations for p in todo}
-            here = SequentialExecutor(run.runtime.threads)  # for a phase whose parts are done by others
+            local = SequentialExecutor(run.runtime.threads)  # runs the phases whose parts workers compute
             method = methods.method_of(run)
             if not method.iterates:
                 tools = Tools(backend.executor, backend.encoders, backend.open_parts, self.progress)
-                self.map("phases", GeneratePhase(tools), items, totals, here)
+                self.map("phases", GeneratePhase(tools), items, totals, local)
             elif method.draws > 1:
                 shared = DistillShared(backend.open_parts, method.draws, self.progress.say)
-                self.map("phases", shared, items, totals, here)
+                self.map("phases", shared, items, totals, local)
             else:
                 self.map("phases", DistillPhase(), items, totals)
             self.storage.fetch(paths.phases, _no_curve)
@@ -182,7 +182,10 @@ class Steps:
     def evaluate(
         self, item: TaskItem, splits: SplitSource, store: Store, facts: dict[str, dict[str, Any]]
     ) -> dict[str, Any]:
-        """Choose on val, train students, read test once; returns and writes `evaluation.json`."""
+        """Choose snapshot and settings on val, train the final students, read test once; write `evaluation.json`.
+
+        Returns the content of that file.
+        """
         run, rule, by_protocol = item.run, item.run.evaluate, protocol.StudentProtocol.of(item.run)
         candidates = candidates_of(run)
         with self.timed("evaluate"):
@@ -226,24 +229,24 @@ class Steps:
     def students(
         self, item: TaskItem, title: str, jobs: list[protocol.Job], candidates: list[tuple[int, ...]]
     ) -> list[dict[str, Any]]:
-        """The records of students in the order of `jobs`."""
+        """Train and score the students of `jobs`; return their records in the same order."""
         items = [replace(item, job=job, iterations=candidates[job.snapshot]) for job in jobs]
         return self.map(title, TrainStudent(), items, dict.fromkeys([job.name for job in jobs], 1))
 
     def health(self, item: TaskItem) -> dict[str, Any]:
-        """Embed the sets over the distillation by the first expert; returns and writes `health.json`."""
+        """Embed each snapshot of the sets with the first expert; write and return the embedding health."""
         with self.timed("health"):
             self.map("health", CheckHealth(), [item], {"health": 1})
             self.storage.fetch(self.folder / HEALTH)
         health: dict[str, Any] = read_json(self.folder / HEALTH)
         for warning in health["warnings"]:
-            self.progress.say(f"warning: modality collapse? {warning}")
+            self.progress.say(f"warning: possible modality collapse: {warning}")
         return health
 
     def cost(self, item: TaskItem) -> dict[str, Any]:
-        """What the run has cost by the clock up to now; returns and writes `cost.json`.
+        """Write `cost.json`, the time and disk that the run has used so far, and return its content.
 
-        It lies apart from `evaluation.json`, which is the same to the bit after a kill and a resume.
+        The file is separate from `evaluation.json`, which must be byte-identical after a kill and a resume.
         """
         logs = [item.paths.phase(p) / "metrics.jsonl" for p in range(len(item.run.distill.phases))]
         cost = summary.clocks(item.run.runtime, logs, stored_bytes(item.paths.store), self.all_seconds())
@@ -255,7 +258,7 @@ class Steps:
     def map(
         self, title: str, task: Task, items: list[TaskItem], totals: dict[str, int], executor: Mapper | None = None
     ) -> list[Any]:
-        """Results in order; `totals` names the items and says how much each has to do."""
+        """Run `task` on `items` and return the results in order. `totals` maps an item's name to its amount of work."""
         if not items:
             return []
         with self.progress.stage(title, totals) as update:
@@ -265,35 +268,35 @@ class Steps:
         return results
 
     def all_seconds(self) -> dict[str, float]:
-        """Wall seconds per step, added up over all sittings of this run."""
+        """Return the wall-clock seconds of each step, summed over all starts of this run."""
         return read_json(self.folder / "seconds.json") if (self.folder / "seconds.json").is_file() else {}
 
     def _train(self, items: list[TaskItem]) -> None:
-        """Train experts, failed ones again after the others; raises `RuntimeError` naming all that are given up."""
+        """Train experts and retry failed ones after the others. Raises `RuntimeError` that lists all failed experts."""
         executor, runtime, size = None, self.run.runtime, self.run.experts.worker_group.workers
         if items and self.backend.expert_pool is not None and (size > 1 or runtime.fleet == "train"):
             executor = self.backend.expert_pool(items[0].paths.store.name, size=size)
         by_reason: dict[str, list[str]] = {}
-        for left in reversed(range(runtime.max_restarts + 1)):
+        for retries_left in reversed(range(runtime.max_restarts + 1)):
             totals = {f"expert {item.number}": self.run.experts.epochs for item in items}
             results = self.map("experts", ReturnFailures(TrainExpert()), items, totals, executor)
             failed = [(item, r) for item, r in zip(items, results, strict=True) if isinstance(r, Failed)]
-            items = [item for item, r in failed if r.again and left]
+            items = [item for item, r in failed if r.again and retries_left]
             for item, r in failed:
                 if item not in items:
                     by_reason.setdefault(f"on {r.host}: {r.reason}", []).append(str(item.number))
         if by_reason:
             lines = "".join(f"\n  expert {', '.join(numbers)} {reason}" for reason, numbers in by_reason.items())
             raise RuntimeError(
-                f"{sum(map(len, by_reason.values()))} expert(s) could not be trained; the others are:{lines}"
+                f"{sum(map(len, by_reason.values()))} expert(s) could not be trained; all others are complete:{lines}"
             )
 
     def _bind(self, dataset: Dataset) -> None:
-        """Refuse a run folder that was begun with other data."""
+        """Raise `ValueError` if this run folder belongs to other data; otherwise record the hash of the data in it."""
         path = self.folder / "data.json"
         if path.is_file() and read_json(path)["data_hash"] != dataset.hash:
             raise ValueError(
-                f"{self.folder} was begun with other data (hash {read_json(path)['data_hash']}, now {dataset.hash}); "
+                f"{self.folder} was started with other data (hash {read_json(path)['data_hash']}, now {dataset.hash}); "
                 "give the run another name"
             )
         write_json(path, {"data_hash": dataset.hash, "path": str(dataset.path)})
@@ -310,7 +313,7 @@ class Steps:
 
 
 def _records(name: str) -> bool:
-    """What the driver reads of a store: all but the experts' parameters."""
+    """Return whether the driver reads file `name` of a store: everything except the experts' later parameters."""
     return _no_curve(name) and (not name.endswith(".safetensors") or name.endswith("/theta-0.safetensors"))
 
 

@@ -1,4 +1,4 @@
-"""The task of a student: train and score it, or read its record."""
+"""The task that trains and scores one student, or reads its record if the student is finished."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,27 +23,27 @@ from rmdd.evaluate.retrieval import Ranks
 from rmdd.evaluate.training_pairs import read_pairs
 from rmdd.execution.tasks import Hooks
 from rmdd.models.dual import DualEncoder
-from rmdd.runs.items import TaskItem, located, prepared_split, record, trained_expert
+from rmdd.runs.items import TaskItem, prepared_split, record, trained_expert, with_local_paths
 
 
 @dataclass(frozen=True)
 class TrainStudent:
-    """Train and score one student, or read its record if it has been; test is read once."""
+    """Task: train and score one student, or read its record. Each student reads the test split once."""
 
     def target(self, item: TaskItem) -> Path:
         return record(item)
 
     def __call__(self, item: TaskItem, hooks: Hooks) -> dict[str, Any]:
-        item, storage = located(item)
+        item, storage = with_local_paths(item)
         assert item.job is not None
         job, run, paths = item.job, item.run, item.paths
         path = record(item)
         shared = path.parent == paths.baseline
         value = paths.baseline.name if shared else f"{item.value}/{'-'.join(map(str, item.iterations))}"
-        for each in (path, *(() if job.kind in CHOOSING else (records.test_file(path), records.ranks_file(path)))):
-            storage.fetch(each)
+        for file in (path, *(() if job.kind in CHOOSING else (records.test_file(path), records.ranks_file(path)))):
+            storage.fetch(file)
         scored, unranked = records.read(path, value), job.kind in (*CHOOSING, "reference")
-        if not unranked and not records.ranks_file(path).is_file():  # older records have no ranks
+        if not unranked and not records.ranks_file(path).is_file():  # records of older releases have no rank file
             scored = None
         probing = Probing(run, job, path, value, storage)
         if scored is not None and not probing.missing:
@@ -51,9 +51,9 @@ class TrainStudent:
             return probing.added_to(scored)
         model = probing.restored() if scored is not None else None
         if model is None:
-            again, model = _train_and_score(item, storage, probing, path if scored is None else None, hooks)
-            if scored is None:  # a student that is trained again for new probes keeps the scores and ranks it had
-                scored = again | {"value": value}
+            new_scores, model = _train_and_score(item, storage, probing, path if scored is None else None, hooks)
+            if scored is None:  # a student that is retrained only for new probes keeps its first scores and ranks
+                scored = new_scores | {"value": value}
                 records.write(path, scored)
         assert scored is not None
         probing.ask(model, device_of(run.runtime), hooks.should_stop)
@@ -64,21 +64,24 @@ class TrainStudent:
 def _train_and_score(
     item: TaskItem, storage: Storage, probing: Probing, path: Path | None, hooks: Hooks
 ) -> tuple[dict[str, Any], DualEncoder | None]:
-    """The record of a student and, if it was trained to the end, itself; its ranks go beside `path`."""
+    """Train and score a student; return its record and the model (None if training diverged).
+
+    The ranks are written beside `path`, unless it is None.
+    """
     assert item.job is not None
     job, run, paths, protocol = item.job, item.run, item.paths, StudentProtocol.of(item.run)
     storage.fetch(paths.data)
     device, val = device_of(run.runtime), prepared_split(item, "val")
     test = None if job.kind in CHOOSING else prepared_split(item, "test")
 
-    def keep(ranks: Ranks) -> None:
+    def save_ranks(ranks: Ranks) -> None:
         if path is not None:
             ranks.save(records.ranks_file(path))
 
     if job.kind == "full":
         assert test is not None
         model = trained_expert(item, job.index, storage)
-        return score_expert(job, model, val, test, device, run.evaluate.chunk, on_ranks=keep), model
+        return score_expert(job, model, val, test, device, run.evaluate.chunk, on_ranks=save_ranks), model
     if item.external is not None:
         file = paths.root / item.external.file
         storage.fetch(file)
@@ -99,6 +102,6 @@ def _train_and_score(
         probing.keep(model)
         trained.append(model)
 
-    alive = hooks.should_stop  # a sign of life
-    scored = train_and_score(job, protocol, subsets, val, test, device, alive, finished, on_ranks=keep)
+    heartbeat = hooks.should_stop  # each call tells the backend that this worker is alive
+    scored = train_and_score(job, protocol, subsets, val, test, device, heartbeat, finished, on_ranks=save_ranks)
     return scored, trained[0] if trained else None

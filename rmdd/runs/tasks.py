@@ -1,8 +1,8 @@
-"""The tasks of a run before its students: train an expert, plan the phases, make a phase, check the sets' health.
+"""Tasks of a run, except its students: train an expert, plan the phases, make a phase, check the embedding health.
 
-A task is called with an item and opens what it needs by path, so it runs the same in this process and on another
-machine that sees the same storage, and it goes on from its own last checkpoint. `target` says where its result goes:
-items with the same target are the same work.
+A task is called with an item and opens its files by path, so it runs in the same way in this process and on another
+machine with the same storage. A restarted task resumes from its last checkpoint. `target` returns the path of the
+result; two items with the same target are the same work.
 """
 
 import contextlib
@@ -32,16 +32,24 @@ from rmdd.methods.generative import GenerativeMethod
 from rmdd.methods.tuned import TunedMethod
 from rmdd.models.prepared import PreparedSplit
 from rmdd.models.text import text_width
-from rmdd.runs.items import TaskItem, held_alone, located, prepared_split, tracked, trained_expert, without_running
+from rmdd.runs.items import (
+    TaskItem,
+    exclusive_folder,
+    needed_after_training,
+    prepared_split,
+    tracked,
+    trained_expert,
+    with_local_paths,
+)
 from rmdd.runs.paths import HEALTH, candidates_of
 
 CURVES = ("loss", "miss_image", "miss_text", "student_loss", "lr_image", "lr_text", "rollbacks")
-"""What is tracked of a phase."""
+"""Metrics of a phase that are written to its curves."""
 
 
 @dataclass(frozen=True)
 class TrainExpert:
-    """Train expert `item.number` to the end or until told to stop. In a worker group the first worker alone writes."""
+    """Task: train expert `item.number` until it is finished or stopped. In a worker group only rank 0 writes files."""
 
     def target(self, item: TaskItem) -> Path:
         return item.paths.store / f"expert-{item.number:03d}"
@@ -50,7 +58,7 @@ class TrainExpert:
         rule, device, member = item.run.experts.worker_group, device_of(item.run.runtime), hooks.member
         if rule.workers > 1 and member is None:
             return worker_group.side_by_side(self, item, hooks, rule.workers, item.run.runtime.threads)
-        item, storage = located(item)
+        item, storage = with_local_paths(item)
         paths = item.paths
         storage.fetch(paths.data)
         storage.fetch(paths.store, lambda name: "/expert-" not in name and not track.is_curve(name))
@@ -58,10 +66,10 @@ class TrainExpert:
         with contextlib.ExitStack() as stack:
             tracker = track.Tracker({})
             if member is None or member.rank == 0:
-                hooks = stack.enter_context(held_alone(store.folder(item.number), storage, hooks))
+                hooks = stack.enter_context(exclusive_folder(store.folder(item.number), storage, hooks))
                 curves = paths.store / "curves" / f"{item.number:03d}"
-                follow = tracked(item, f"expert {item.number}", paths.store.name, curves, storage)
-                tracker = stack.enter_context(follow)
+                tracking = tracked(item, f"expert {item.number}", paths.store.name, curves, storage)
+                tracker = stack.enter_context(tracking)
 
             def on_epoch(metrics: dict[str, Any]) -> None:
                 shown = {"loss": metrics["loss"], "val": metrics["val"]}
@@ -86,23 +94,23 @@ class TrainExpert:
 
 @dataclass(frozen=True)
 class DistillPhase:
-    """Distil phase `item.number` to the end or until told to stop."""
+    """Task: distil phase `item.number` until it is finished or stopped."""
 
     parts: WorkerParts | None = None
-    """Share the draws of a step; None: this process makes them all."""
+    """Workers that share the draws of a step; None: this process computes all draws."""
 
     def target(self, item: TaskItem) -> Path:
         return item.paths.phase(item.number)
 
     def __call__(self, item: TaskItem, hooks: Hooks) -> bool:
-        item, storage = located(item)
+        item, storage = with_local_paths(item)
         paths, run = item.paths, item.run
-        storage.fetch(paths.store, without_running)
+        storage.fetch(paths.store, needed_after_training)
         method, image_size, seed = methods.method_of(run), run.data.image_size, run.seed_of("experts")
         model = expert_model(run.model, image_size, seed, 0, text_width(run.model.text))
         title, folder, key = f"phase {item.number}", paths.phase(item.number), f"{item.value}/{item.number}"
-        follow = tracked(item, title, paths.phases.name, folder, storage)
-        with held_alone(folder, storage, hooks) as hooks, follow as tracker:
+        tracking = tracked(item, title, paths.phases.name, folder, storage)
+        with exclusive_folder(folder, storage, hooks) as hooks, tracking as tracker:
 
             def train() -> PreparedSplit:
                 storage.fetch(paths.data)
@@ -125,7 +133,7 @@ class DistillPhase:
 
 @dataclass(frozen=True)
 class DistillShared:
-    """`DistillPhase` by workers that share the draws of a step; they are opened again when one dies."""
+    """Task: `DistillPhase` with workers that share the draws of a step. If a worker dies, all are started again."""
 
     open_parts: OpenParts
     draws: int
@@ -143,10 +151,10 @@ class DistillShared:
 
 
 def part_of_phase(item: TaskItem, rank: int, size: int) -> Any:
-    """The share of one worker in the draws of every step of phase `item.number`."""
-    item, storage = located(item)
+    """Return the part of every step of phase `item.number` that worker `rank` of `size` computes."""
+    item, storage = with_local_paths(item)
     storage.fetch(item.paths.data)
-    storage.fetch(item.paths.store, without_running)
+    storage.fetch(item.paths.store, needed_after_training)
     image_size, seed = item.run.data.image_size, item.run.seed_of("experts")
     model = expert_model(item.run.model, image_size, seed, 0, text_width(item.run.model.text))
     store, train = Store.open(item.paths.store), prepared_split(item, "train")
@@ -156,7 +164,7 @@ def part_of_phase(item: TaskItem, rank: int, size: int) -> Any:
 
 @dataclass(frozen=True)
 class GeneratePhase:
-    """Make phase `item.number` of a generative method: those of its pairs that are not there."""
+    """Task: generate the missing pairs of phase `item.number` of a generative method."""
 
     tools: Tools
 
@@ -164,11 +172,11 @@ class GeneratePhase:
         return item.paths.phase(item.number)
 
     def __call__(self, item: TaskItem, hooks: Hooks) -> bool:
-        item, storage = located(item)
+        item, storage = with_local_paths(item)
         paths = item.paths
         storage.fetch(paths.data)
         folder = paths.phase(item.number)
-        with held_alone(folder, storage, hooks) as hooks:
+        with exclusive_folder(folder, storage, hooks) as hooks:
             method = methods.method_of(item.run)
             if not method.is_finished(item.number, folder):
                 assert isinstance(method, GenerativeMethod)
@@ -181,14 +189,14 @@ class GeneratePhase:
         return True
 
     def tune(self, item: TaskItem, total: int) -> bool:
-        """Train what the method draws with, `total` updates, by the executor; returns whether it finished."""
+        """Fine-tune the method's image generator for `total` updates in the executor; return whether it finished."""
         with self.tools.progress.stage("fine-tuning", {"fine-tuning": total}) as update:
             return all(self.tools.executor.map(TuneGenerator(), [item], ["fine-tuning"], update))
 
 
 @dataclass(frozen=True)
 class TuneGenerator:
-    """Train what a generative method draws with, to the end or until told to stop."""
+    """Task: fine-tune the image generator of a generative method until it is finished or stopped."""
 
     def target(self, item: TaskItem) -> Path:
         method = methods.method_of(item.run)
@@ -196,13 +204,13 @@ class TuneGenerator:
         return method.tuned_folder(item.paths.root, Dataset.open(item.paths.data).hash)
 
     def __call__(self, item: TaskItem, hooks: Hooks) -> bool:
-        item, storage = located(item)
+        item, storage = with_local_paths(item)
         storage.fetch(item.paths.data)
         method = methods.method_of(item.run)
         assert isinstance(method, TunedMethod)
         train = prepared_split(item, "train")
         folder = method.tuned_folder(item.paths.root, train.split.dataset.hash)
-        with held_alone(folder, storage, hooks) as hooks:
+        with exclusive_folder(folder, storage, hooks) as hooks:
 
             def on_step(metrics: dict[str, Any]) -> None:
                 hooks.report({"done": metrics["step"], "loss": metrics["loss"]})
@@ -213,22 +221,22 @@ class TuneGenerator:
 
 @dataclass(frozen=True)
 class MakePlan:
-    """Plan the phases of a run that lists none; a plan that is there stays.
+    """Task: plan the phases of a run that lists none, unless an up-to-date plan exists.
 
-    Writes plan.json with signals and reasons, and planned.yaml, the same run with its phases listed.
+    Writes plan.json with signals and reasons, and planned.yaml, the same run file with the phases listed.
     """
 
     def target(self, item: TaskItem) -> Path:
         return item.paths.run / PLAN
 
     def __call__(self, item: TaskItem, hooks: Hooks) -> bool:
-        item, storage = located(item)
+        item, storage = with_local_paths(item)
         paths, run = item.paths, item.run
         storage.fetch(paths.run / PLAN)
         written = paths.run / PLAN
         if not written.is_file() or read_json(written)["key"] != key_of(run, paths.store.name):
             storage.fetch(paths.data)
-            storage.fetch(paths.store, without_running)
+            storage.fetch(paths.store, needed_after_training)
             planned = make_plan(
                 methods.matching_method(run),
                 Store.open(paths.store),
@@ -248,13 +256,13 @@ class MakePlan:
 
 @dataclass(frozen=True)
 class CheckHealth:
-    """Embed the sets of a run by the last epoch of its first expert, and write down their health."""
+    """Task: embed the sets of a run with its first expert and write their embedding health to `health.json`."""
 
     def target(self, item: TaskItem) -> Path:
         return item.paths.run / HEALTH
 
     def __call__(self, item: TaskItem, hooks: Hooks) -> bool:
-        item, storage = located(item)
+        item, storage = with_local_paths(item)
         paths, run = item.paths, item.run
         path = paths.run / HEALTH
         storage.fetch(path)
@@ -264,8 +272,10 @@ class CheckHealth:
             storage.fetch(paths.store, lambda name: not name.endswith(".safetensors") and not track.is_curve(name))
             train, val = prepared_split(item, "train"), prepared_split(item, "val")
             model = trained_expert(item, Store.open(paths.store).complete()[0], storage)
-            rungs = [(0,) * len(run.distill.phases), *candidates_of(run)]
-            sets = [(rung, [load_set(paths.set_of(p, i)) for p, i in enumerate(rung)]) for rung in rungs]
+            snapshots = [(0,) * len(run.distill.phases), *candidates_of(run)]
+            sets = [
+                (snapshot, [load_set(paths.set_of(p, i)) for p, i in enumerate(snapshot)]) for snapshot in snapshots
+            ]
             device, seed, rule = device_of(run.runtime), run.seed_of("evaluate"), run.evaluate
             health = checkup(model, sets, train, val, device, seed, rule.chunk, run.data.image_size)
             write_json(path, health | {"value": item.value})

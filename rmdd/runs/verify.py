@@ -1,7 +1,7 @@
-"""`rmdd verify`: walk what rmdd wrote and ask each format whether it is as it was written.
+"""`rmdd verify`: check that files written by rmdd are intact.
 
-Everything is read: schema versions, manifests, sizes, SHA-256, headers, whether numbers are finite, and whether what a
-finished run was made from is still there. Work that is not finished is no fault. Nothing is changed.
+The check reads all files: schema versions, manifests, sizes, SHA-256, headers and whether numbers are finite. For a
+finished run it also checks its dataset, experts and phases. Unfinished work is not a fault. No file is changed.
 """
 
 import tempfile
@@ -23,17 +23,16 @@ from rmdd.evaluate import records
 from rmdd.experts import store
 
 COLLECTIONS = ("sweeps", "searches", "comparisons")
-"""Folders of a storage whose members belong to other folders of it."""
-READ_IN_OWN_LAYOUT = ("*", "sweeps/*", "searches/*")
-"""Folders of runs, sweeps and searches: their checks read run files, which only this release's layout allows."""
-REMADE = "delete it and resume the {}: it is made anew"
+"""Folders of a storage whose subfolders refer to other folders of the same storage."""
+NEED_CURRENT_LAYOUT = ("*", "sweeps/*", "searches/*")
+"""Folders of runs, sweeps and searches: their run files can be read only in the layout of this release."""
+RECREATE = "delete it and resume the {} to create it again"
 
 
 def verify(address: str, formats: Sequence[Format]) -> Findings:
-    """Check a folder of any format, or a whole storage: a folder, or a URI, of which a copy is made in the temporary
-    folder for the time being.
+    """Check one folder of any format, or a whole storage. A URI is copied to a temporary folder first.
 
-    Raises `ValueError` when there is nothing that rmdd writes.
+    Raises `ValueError` when `address` is missing or holds no files of rmdd.
     """
     if not is_uri(address):
         folder = Path(address).absolute()
@@ -51,31 +50,31 @@ def verify(address: str, formats: Sequence[Format]) -> Findings:
 
 
 def _walk(path: Path, formats: Sequence[Format], check: DiskCheck) -> Findings:
-    """The folder as the first format that knows it, else all of its phases, else a whole storage."""
-    surest_first = sorted(formats, key=lambda f: len(f.markers))
-    own = next((f for f in surest_first if any((path / name).is_file() for name in f.markers)), None)
-    if own is not None:
-        if own.within not in READ_IN_OWN_LAYOUT or _readable(path.parents[own.within.count("/")], check):
-            own.check(path, check)
+    """Check `path` as the first format whose marker file it holds, or as a folder of phases, or as a storage."""
+    fewest_markers_first = sorted(formats, key=lambda f: len(f.markers))
+    match = next((f for f in fewest_markers_first if any((path / name).is_file() for name in f.markers)), None)
+    if match is not None:
+        if match.within not in NEED_CURRENT_LAYOUT or _has_current_layout(path.parents[match.within.count("/")], check):
+            match.check(path, check)
     elif phases := folders(path, "phase-*"):
-        for each in phases:
-            loop.verify(each, check)
+        for folder in phases:
+            loop.verify(folder, check)
     elif any((path / name).is_dir() for name in ("data", "experts", "phases")):
-        for form in formats if _readable(path, check) else ():
-            _ask(form, path, check)
+        for form in formats if _has_current_layout(path, check) else ():
+            _check_all(form, path, check)
     elif not path.exists():
-        raise ValueError(f"there is no {check.storage.address(path)}; give a folder that rmdd wrote, or its URI")
+        raise ValueError(f"{check.storage.address(path)} does not exist; give a folder that rmdd wrote, or its URI")
     else:
         markers = ", ".join(f.markers[0] for f in formats if len(f.markers) == 1)
         raise ValueError(
-            f"{check.storage.address(path)} holds nothing that rmdd writes (no {markers}, phase or storage folders); "
-            "give one of these"
+            f"{check.storage.address(path)} was not written by rmdd (no {markers}, phase or storage folders); "
+            "give a folder that holds one of these"
         )
     return check.findings
 
 
-def _readable(root: Path, check: DiskCheck) -> bool:
-    """Whether the storage has the layout of this release. If not, that becomes the only fault that is reported."""
+def _has_current_layout(root: Path, check: DiskCheck) -> bool:
+    """Return whether the storage has the layout of this release; report another layout as a fault."""
     storage = check.storage if check.storage.root == root else Storage(root)
     try:
         layout = layout_of(storage)
@@ -90,17 +89,17 @@ def _readable(root: Path, check: DiskCheck) -> bool:
     return False
 
 
-def _ask(each: Format, storage: Path, check: DiskCheck) -> None:
-    """One format, of all that a storage has of it."""
-    if not each.within:
+def _check_all(form: Format, storage: Path, check: DiskCheck) -> None:
+    """Check every file or folder of one format in a storage."""
+    if not form.within:
         return
-    if not each.markers:
-        for file in sorted(storage.glob(each.within)):
-            each.check(file, check)
-    for folder in folders(storage, each.within) if each.markers else ():
-        if len(each.markers) > 1 or (folder / each.markers[0]).is_file():
-            each.check(folder, check)
-        elif not each.always_marked:
+    if not form.markers:
+        for file in sorted(storage.glob(form.within)):
+            form.check(file, check)
+    for folder in folders(storage, form.within) if form.markers else ():
+        if len(form.markers) > 1 or (folder / form.markers[0]).is_file():
+            form.check(folder, check)
+        elif not form.always_marked:
             check.unfinished(folder)
 
 
@@ -112,19 +111,19 @@ def folders(path: Path, pattern: str) -> list[Path]:
 
 
 def verify_run(path: Path, check: DiskCheck) -> None:
-    """A run's own files and, where it is finished, all that it was made from."""
+    """Check the files of a run folder; for a finished run also its dataset, experts and phases."""
     if not check.begin(path):
         return
     verify_records(path, check, "run")
     for log in sorted(path.glob("*.jsonl")):
         check.lines(log)
-    rewrite = "write the run file anew with the values of before, or begin another run"
+    rewrite = "restore the original values in the run file, or start another run"
     with check.errors_as_faults(path / "run.yaml", rewrite):
         run = config.load(path / "run.yaml")
         if run.distill.plan.plans:
             run = _planned(path / PLAN, run, check)
         if path.name != run.folder_name:
-            check.fault(path / "run.yaml", "means another run than its folder is named after", "name it back")
+            check.fault(path / "run.yaml", "describes another run than the folder name", "restore the folder name")
         if not (path / "set" / distilled.DESCRIPTION).is_file():
             check.unfinished(path)
             return
@@ -133,40 +132,40 @@ def verify_run(path: Path, check: DiskCheck) -> None:
         verify_sources(path.parent, run, sources, read_json(path / "data.json"), check)
 
 
-def verify_records(path: Path, check: DiskCheck, what: str) -> None:
-    """The records of a run and of its students."""
+def verify_records(path: Path, check: DiskCheck, kind: str) -> None:
+    """Check the JSON records of a folder and of its students; `kind` (run, trial ...) is named in the advice."""
     for file in sorted((*path.glob("*.json"), *path.glob("students/*.json"))):
-        check.json(file, REMADE.format(what))
+        check.json(file, RECREATE.format(kind))
 
 
 def verify_sources(
-    root: Path, run: config.Run, sources: dict[str, Any], data: dict[str, Any], check: DiskCheck, whole: bool = True
+    root: Path, run: config.Run, sources: dict[str, Any], data: dict[str, Any], check: DiskCheck, finished: bool = True
 ) -> None:
-    """Dataset, experts and phases that a run was made from; `whole`: its phases are finished."""
+    """Check the dataset, experts and phases of a run; a `finished` run must have all snapshots of its phases."""
     experts, phases = root / "experts" / sources["experts"], root / "phases" / sources["phases"]
     dataset = Path(data["path"])
     if run.data.source != "dataset":
         dataset = root / "data" / dataset.name
-    for each, what in ((dataset, "ingest"), (experts, "experts"), (phases, "distill")):
-        check.storage.fetch(each)
-        if not each.is_dir():
-            check.fault(each, "is missing, and the run was made from it", f"run `rmdd {what}` again")
+    for folder, command in ((dataset, "ingest"), (experts, "experts"), (phases, "distill")):
+        check.storage.fetch(folder)
+        if not folder.is_dir():
+            check.fault(folder, "is missing, but the run depends on it", f"run `rmdd {command}` again")
     if dataset.is_dir():
         shards.verify(dataset, check)
     if experts.is_dir():
         store.verify(experts, check, run.experts.num)
     for number, phase in enumerate(run.distill.phases) if phases.is_dir() else ():
-        snapshots = loop.snapshot_iterations(phase.iterations, run.distill.snapshots) if whole else ()
+        snapshots = loop.snapshot_iterations(phase.iterations, run.distill.snapshots) if finished else ()
         loop.verify(phases / f"phase-{number}", check, snapshots)
 
 
 def _planned(path: Path, run: config.Run, check: DiskCheck) -> config.Run:
-    """`run` with the phases of its plan, which is there once anything was distilled."""
+    """Return `run` with the phases of its plan; a missing plan is a fault only if a distilled set exists."""
     if not path.is_file():
         if (path.parent / "set" / distilled.DESCRIPTION).is_file():
-            check.fault(path, "is missing", "resume the run: it is made anew")
+            check.fault(path, "is missing", "resume the run to create it again")
         return run
-    with check.errors_as_faults(path, REMADE.format("run")):
+    with check.errors_as_faults(path, RECREATE.format("run")):
         return with_phases(run, read_json(path)["phases"])
     return run
 

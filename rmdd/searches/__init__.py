@@ -1,7 +1,7 @@
-"""`rmdd search`: trials of one run with other values, compared by val R@mean.
+"""`rmdd search`: hyper-parameter search over the fields of a run file, by val R@mean.
 
-What the trials share, data and experts, is made first by all workers. Then each trial goes from snapshot to
-snapshot, side by side through Ray Tune or in turn, and `rmdd.searches.study` decides what is tried and what goes on.
+All workers first make the data and the experts that the trials share. Then trials distil from snapshot to snapshot, in
+parallel with Ray Tune or one after another. `rmdd.searches.study` chooses the values and stops poor trials.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -26,35 +26,39 @@ from rmdd.searches.space import Space
 from rmdd.searches.study import Study
 from rmdd.searches.table import TrialTable, write_table
 from rmdd.searches.trial import SPLITS, open_trial
-from rmdd.searches.warm_start import COMPARED, earlier_trials
+from rmdd.searches.warm_start import COMPARED_SECTIONS, earlier_trials
 
 
 @dataclass(frozen=True)
-class Searched:
-    """What a search leaves: its folder, a row per trial, and what could not be done this time."""
+class SearchResult:
+    """The result of a search: its folder and a row per trial."""
 
     folder: Path
     table: TrialTable
     failures: dict[str, str]
+    """Error message of each trial that failed in this call; the next call tries it again."""
 
 
 def search_folder(base: config.Run) -> Path:
-    """Where a search keeps its trials: named by what decides them."""
+    """Return the folder of a search; its name ends in a hash of the run, the seed and the search settings."""
     rule = hashed(base.search, "search")
     value = config.hash_value({"run": base.hash_of(), "seed": base.seed, "search": rule})[:8]
     return root_of(base.runtime) / "searches" / f"{base.name}-{value}"
 
 
 def check(base: config.Run, width_of: WidthOf = text_width) -> None:
-    """Raise `ConfigError` with all that is wrong with the space; `width_of` gives the length of a text embedding."""
-    mistakes = _planned(base.distill.plan, base.search.space)
+    """Raise `ConfigError` with all mistakes in the search space; `width_of` returns the width of a text embedding."""
+    mistakes = _plan_mistakes(base.distill.plan, base.search.space)
     mistakes = mistakes or Space(base.search).mistakes(TrialLoader(base, width_of).mistakes)
     if mistakes:
         raise config.ConfigError(mistakes, base.name)
 
 
 def facts_of(base: config.Run) -> dict[str, Any] | None:
-    """What a search would try; None without a space. Raises `ConfigError` where the run file cannot take it."""
+    """Return the fields and number of trials of a search; None without a search space.
+
+    Raises `ConfigError` if the space has mistakes.
+    """
     if not base.search.space:
         return None
     check(base, lambda tower: text_features(tower)[0])
@@ -65,22 +69,23 @@ def facts_of(base: config.Run) -> dict[str, Any] | None:
     }
 
 
-def _planned(plan: config.Plan, fields: Collection[str]) -> list[str]:
-    """Fields of phases that plan themselves, and of a plan that nobody follows."""
+def _plan_mistakes(plan: config.Plan, fields: Collection[str]) -> list[str]:
+    """Return the mistakes for fields of single phases if phases are planned, or of the plan if phases are listed."""
     if plan.plans:
         return [
-            f"search.space.{field}: distill.phases is {plan.kind}, so there is no such number to try; try "
+            f"search.space.{field}: distill.phases is {plan.kind}, so phases have no fixed values to vary; vary "
             "distill.plan.reach, max_phases or endpoints instead, or list the phases in distill.phases"
             for field in fields
             if field.startswith("distill.phases.")
         ]
-    unplanned = "the phases are listed, so no plan is made and every trial would be the same; set distill.phases: auto"
-    alone = "distill.phases" not in fields
-    return [f"search.space.{field}: {unplanned}" for field in fields if alone and field.startswith("distill.plan.")]
+    if "distill.phases" in fields:
+        return []
+    unplanned = "the phases are listed, so the plan is not used and all trials would be equal; set distill.phases: auto"
+    return [f"search.space.{field}: {unplanned}" for field in fields if field.startswith("distill.plan.")]
 
 
-def begun_in(folder: Path | str) -> config.Run | None:
-    """The run of a search that was begun in a folder or at a URI, also in a moved storage; None without one."""
+def base_run_in(folder: Path | str) -> config.Run | None:
+    """Return the base run of the search in a folder or URI, with the storage that holds it; None without a search."""
     storage, file = locate_file(str(folder), "search.json", depth=2)
     if not file.is_file():
         return None
@@ -90,25 +95,26 @@ def begun_in(folder: Path | str) -> config.Run | None:
 
 def search(
     source: str | Path | Mapping[str, Any], overrides: Iterable[str] = (), progress: Progress | None = None
-) -> Searched:
-    """Search as the `search` section of a run file says; see `config.load` for `source` and `overrides`.
+) -> SearchResult:
+    """Run the search that the `search` section of a run file describes.
 
     >>> search("demo", ["search.space={distill.lr_image: {loguniform: [10, 10000]}}"])  # doctest: +SKIP
 
-    Calling it again goes on where it stopped, also beside another driver at the same time.
+    `config.load` explains `source` and `overrides`. A second call resumes the search; several processes may run the
+    same search at the same time and share its trials.
     """
     base = config.load(source, overrides)
     check(base)
     return run_search(base, progress)
 
 
-def run_search(base: config.Run, progress: Progress | None = None) -> Searched:
-    """Make the trials that are missing, and write the table, the plots and the best run file."""
+def run_search(base: config.Run, progress: Progress | None = None) -> SearchResult:
+    """Run the missing trials and write the table, the plots and the best run file."""
     progress = progress or Progress()
     folder, storage = search_folder(base), open_storage(base.runtime)
     check_layout(storage)
     storage.fetch(folder)
-    earlier = earlier_trials(base.search, {section: base.hash_of(section) for section in COMPARED}, base.name)
+    earlier = earlier_trials(base.search, {section: base.hash_of(section) for section in COMPARED_SECTIONS}, base.name)
     trials = TrialLoader(base)
     with hold_folders(base.runtime), open_backend(base.runtime, folder / "events.jsonl", progress) as backend:
         write_json(folder / "search.json", {"schema_version": 1, "run": base.model_dump(mode="json")})
@@ -128,4 +134,4 @@ def run_search(base: config.Run, progress: Progress | None = None) -> Searched:
                     backend.run_trials(study, open_trial, base.search.concurrency)
                 finally:
                     table = write_table(trials, folder, study.study)
-        return Searched(folder, table, study.failures)
+        return SearchResult(folder, table, study.failures)

@@ -1,4 +1,4 @@
-"""All formats that `rmdd verify` knows, in the order in which a storage is walked."""
+"""All file formats that `rmdd verify` checks, in the order in which it checks a storage."""
 
 from rmdd.comparisons.verify import COMPARISONS, STUDENTS
 from rmdd.core.checks import Findings
@@ -21,5 +21,5 @@ FORMATS = (
 
 
 def verify(address: str) -> Findings:
-    """Check a folder that rmdd wrote, or its URI. Raises `ValueError` when there is nothing that rmdd writes."""
+    """Check a folder that rmdd wrote, or its URI. Raises `ValueError` if it holds no files of rmdd."""
     return walk.verify(address, FORMATS)

@@ -1,4 +1,4 @@
-"""The runs of a search's trials: how they are loaded, and what stops one before it begins."""
+"""`TrialLoader`: load and check the run of a trial from the values that it tries."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -12,9 +12,9 @@ WidthOf = Callable[[config.TextTower], int]
 
 
 class TrialLoader:
-    """Loads the run of a trial: `base` with other values and no search of its own.
+    """Loads the runs of trials: `base` with changed values and without its `search` section.
 
-    `width_of` gives the length of a text embedding.
+    `width_of` returns the width of a text embedding.
     """
 
     def __init__(self, base: config.Run, width_of: WidthOf = text_width):
@@ -26,7 +26,7 @@ class TrialLoader:
         return config.load(self.raw | {"search": {}}, overrides(values))
 
     def checked(self, values: Mapping[str, Any]) -> config.Run:
-        """`load`, raising `ConfigError` also for what is known to stop the trial beside its run file."""
+        """Load a trial's run; also raise `ConfigError` if it is over budget or needs epochs that are not stored."""
         run, mistakes = self.load(values), []
         if run.distill.budget_check == "error":
             try:
@@ -39,15 +39,15 @@ class TrialLoader:
         base = self.base
         if self.shared and run.experts.keep == "endpoints" and run.endpoints != base.endpoints:
             mistakes.append(
-                f"the trial reads epochs {list(run.endpoints)} and the experts keep {list(base.endpoints)}; set "
-                "experts.keep: all, so that they are trained once"
+                f"the trial needs epochs {list(run.endpoints)}, but the shared experts keep only "
+                f"{list(base.endpoints)}; set experts.keep: all"
             )
         if mistakes:
             raise config.ConfigError(mistakes, base.name)
         return run
 
     def mistakes(self, values: Mapping[str, Any]) -> list[str]:
-        """What is wrong with the run of a trial; empty where it can begin."""
+        """Return the mistakes in the run of a trial; empty if the trial can start."""
         try:
             self.checked(values)
         except config.ConfigError as error:
@@ -56,5 +56,5 @@ class TrialLoader:
 
 
 def shares_experts(space: Iterable[str]) -> bool:
-    """Whether all trials of a search are distilled from the same experts."""
+    """Return whether all trials of a search use the same experts."""
     return all(field.split(".")[0] == "distill" for field in space)

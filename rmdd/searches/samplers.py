@@ -1,4 +1,4 @@
-"""Who chooses the values of the next trial, and who stops a poor one."""
+"""Optuna samplers, which choose the values of the next trial, and pruners, which stop poor trials."""
 
 import warnings
 from collections.abc import Callable
@@ -14,19 +14,21 @@ from rmdd import config
 from rmdd.core.seeding import derive
 from rmdd.searches.space import Space
 
-FIRST = "first"
-"""Of a study: the number of its first trial that was made here, those before were taken from earlier searches."""
+FIRST_TRIAL = "first"
+"""Attribute of a study: the number of its first own trial; trials before it were copied from earlier searches."""
 
 
-def begun(study: Study) -> list[FrozenTrial]:
-    """Trials of this search: those of earlier ones are left out, and what a killed driver was about to begin."""
-    first = study.user_attrs.get(FIRST, 0)
+def trials_of(study: Study) -> list[FrozenTrial]:
+    """Return the started trials of this search, without those copied from earlier searches."""
+    first = study.user_attrs.get(FIRST_TRIAL, 0)
     return [t for t in study.get_trials(deepcopy=False) if t.number >= first and t.state != TrialState.WAITING]
 
 
 class Seeded(BaseSampler):
-    """A sampler made anew for every trial from its number, so that a search which was killed goes on as if it had not
-    been: nothing of a draw is left in a process."""
+    """Sampler that is created again for every trial, seeded by its number.
+
+    A resumed search therefore draws the same values as one that was never killed.
+    """
 
     def __init__(self, make: Callable[[int], BaseSampler]):
         self.make = make
@@ -57,7 +59,7 @@ class Seeded(BaseSampler):
 
 
 class Grid(BaseSampler):
-    """Every combination once, by the number of the trial, so that drivers that share a study do not meet."""
+    """Sampler that tries every combination once, in the order of trial numbers, also if drivers share the study."""
 
     def __init__(self, rows: list[dict[str, Any]]):
         self.rows = rows
@@ -69,7 +71,7 @@ class Grid(BaseSampler):
         return {}
 
     def sample_independent(self, study: Study, trial: FrozenTrial, name: str, distribution: BaseDistribution) -> Any:
-        return self.rows[(trial.number - study.user_attrs.get(FIRST, 0)) % len(self.rows)][name]
+        return self.rows[(trial.number - study.user_attrs.get(FIRST_TRIAL, 0)) % len(self.rows)][name]
 
 
 def sampler_of(search: config.Search, space: Space, seed: int) -> BaseSampler:

@@ -1,4 +1,4 @@
-"""The values that the trials of a search try, and whether the run file can take them."""
+"""`Space`: the fields and values that a search tries, and the check that the run file accepts them."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -11,14 +11,14 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from rmdd import config
 
 SECTIONS = ("model", "experts", "distill")
-"""What a trial may change; data and evaluation are the same for all, or their scores could not be compared."""
+"""Sections that a trial may change. Data and evaluation must be equal, so that scores can be compared."""
 
 DRAWS = 48
-"""Tries to find values of the other fields that suit an end of a range."""
+"""Random draws of the other fields, to find one that is valid together with the end of a range."""
 
 
 def overrides(values: Mapping[str, Any]) -> list[str]:
-    """As `--set` takes them; every number is read back as it was."""
+    """Return `values` as texts for `--set`; numbers keep their exact value."""
     return [f"{key}={_yaml(value)}" for key, value in values.items()]
 
 
@@ -28,61 +28,61 @@ def _yaml(value: Any) -> str:
 
 
 class Space:
-    """The dimensions of a search, each after those that it depends on."""
+    """The dimensions of a search, ordered so that a dimension comes after those it depends on."""
 
     def __init__(self, search: config.Search):
         self.search = search
         self.dimensions = {field: search.space[field] for field in search.ordered()}
 
     def suggest(self, trial: Any) -> dict[str, Any]:
-        """Draw the fields whose conditions hold, define-by-run, from an Optuna trial; returns their values."""
+        """Draw the value of every field whose condition holds from an Optuna trial; return the values by field."""
         values: dict[str, Any] = {}
-        for field, each in self.dimensions.items():
-            if not each.holds(values):
+        for field, dimension in self.dimensions.items():
+            if not dimension.holds(values):
                 continue
-            if each.kind == "choice":
-                values[field] = decoded(each, trial.suggest_categorical(field, _categories(each)))
+            if dimension.kind == "choice":
+                values[field] = decoded(dimension, trial.suggest_categorical(field, _categories(dimension)))
                 continue
-            (low, high), log = each.ends, each.kind.startswith("log")
-            if each.kind in ("int", "logint"):
-                values[field] = trial.suggest_int(field, low, high, step=round(each.step or 1), log=log)
+            (low, high), log = dimension.ends, dimension.kind.startswith("log")
+            if dimension.kind in ("int", "logint"):
+                values[field] = trial.suggest_int(field, low, high, step=round(dimension.step or 1), log=log)
             else:
-                values[field] = trial.suggest_float(field, low, high, step=each.step, log=log)
+                values[field] = trial.suggest_float(field, low, high, step=dimension.step, log=log)
         return values
 
     def active(self, run: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The values that a resolved run has of the fields whose conditions hold; None when it lies outside."""
+        """Return a resolved run's values for the fields whose condition holds; None if one is outside the space."""
         values: dict[str, Any] = {}
-        for field, each in self.dimensions.items():
-            if each.holds(values):
-                value = looked_up(run, field)
-                if not _inside(each, value):
+        for field, dimension in self.dimensions.items():
+            if dimension.holds(values):
+                value = field_value(run, field)
+                if not _inside(dimension, value):
                     return None
                 values[field] = value
         return values
 
     def parameters(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """`values` as Optuna keeps them."""
+        """Return `values` as Optuna parameters."""
         return {field: encoded(self.dimensions[field], value) for field, value in values.items()}
 
     def distributions(self, values: Mapping[str, Any]) -> dict[str, BaseDistribution]:
         return {field: distribution(self.dimensions[field]) for field in values}
 
     def grid(self) -> list[dict[str, Any]]:
-        """Every combination, with conditions followed; values as Optuna keeps them."""
+        """Return every combination of values that fulfils the conditions, as Optuna parameters."""
         rows: list[dict[str, Any]] = [{}]
-        for field, each in self.dimensions.items():
-            points = _points(each)
+        for field, dimension in self.dimensions.items():
+            points = _points(dimension)
             rows = [
                 drawn
                 for row in rows
-                for drawn in ([{**row, field: p} for p in points] if each.holds(self._decoded(row)) else [row])
+                for drawn in ([{**row, field: p} for p in points] if dimension.holds(self._decoded(row)) else [row])
             ]
         return rows
 
     @property
     def trials(self) -> int:
-        """How many there are to be: those asked for, of a grid no more than it has points."""
+        """The number of trials: `search.trials`, but for a grid at most the number of its combinations."""
         return min(self.search.trials, len(self.grid())) if self.search.sampler == "grid" else self.search.trials
 
     def _decoded(self, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,20 +91,20 @@ class Space:
     # -- validation --------------------------------------------------------------------------------------------------
 
     def mistakes(self, mistakes_of: Callable[[Mapping[str, Any]], list[str]]) -> list[str]:
-        """What the run file cannot take, naming the field; empty when every end of every range can be had.
+        """Return a message for every field with a value that the run file rejects.
 
-        `mistakes_of(values)` says what is wrong with the run of a trial. What clashes with other fields of the space
-        at every one of many draws is a mistake too; what clashes at some is not.
+        Tests each choice and both ends of each range. `mistakes_of(values)` returns the mistakes of a trial's run. A
+        clash between fields of the space is a mistake only if it occurs in all of many random draws.
         """
         if not self.dimensions:
             return ["search.space is empty; give fields to try, such as distill.lr_image: {loguniform: [10, 10000]}"]
         mistakes = [
-            f"search.space.{field}: trials may differ in {', '.join(SECTIONS)}, or their scores could not be compared"
+            f"search.space.{field}: trials may differ only in {', '.join(SECTIONS)}, so that scores can be compared"
             for field in self.dimensions
             if field.split(".")[0] not in SECTIONS
         ]
-        mistakes += self._never() + [
-            f"search.space.{field}: lies within {other}, which is in the space too and would overwrite it; keep one"
+        mistakes += self._impossible_conditions() + [
+            f"search.space.{field}: this is a part of {other}, which the space also varies; remove one of the two"
             for field in self.dimensions
             for other in self.dimensions
             if field.startswith(f"{other}.")
@@ -112,8 +112,8 @@ class Space:
         if mistakes:
             return mistakes
         doubtful = []
-        for field, each in self.dimensions.items():
-            for value in _probes(each):
+        for field, dimension in self.dimensions.items():
+            for value in _probes(dimension):
                 pinned = {**self._conditions(field), field: value}
                 wrong = mistakes_of(pinned)
                 about = [m for m in wrong if m.startswith((f"{field}:", f"{field}.", "--set"))]
@@ -129,20 +129,21 @@ class Space:
                 mistakes.append(f"search.space.{field}: at {_yaml(value)}: {wrong[0]}")
         return mistakes
 
-    def _never(self) -> list[str]:
+    def _impossible_conditions(self) -> list[str]:
+        """Return a message for every `when` with a value that the other field never takes."""
         return [
             f"search.space.{field}.when: {other} is never {_yaml(value)} in this space; add that value or correct it"
-            for field, each in self.dimensions.items()
-            for other, wanted in each.when.items()
-            for value in (wanted if isinstance(wanted, list) else [wanted])
+            for field, dimension in self.dimensions.items()
+            for other, required in dimension.when.items()
+            for value in (required if isinstance(required, list) else [required])
             if not _inside(self.dimensions[other], value)
         ]
 
     def _conditions(self, field: str) -> dict[str, Any]:
-        """Values with which the conditions of `field` hold."""
+        """Return values of other fields with which the condition of `field` holds."""
         values: dict[str, Any] = {}
-        for other, wanted in self.dimensions[field].when.items():
-            values |= self._conditions(other) | {other: wanted[0] if isinstance(wanted, list) else wanted}
+        for other, required in self.dimensions[field].when.items():
+            values |= self._conditions(other) | {other: required[0] if isinstance(required, list) else required}
         return values
 
     def _draws(self, pinned: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -153,59 +154,59 @@ class Space:
         return [{**self.suggest(study.ask()), **pinned} for _ in range(DRAWS)]
 
 
-def distribution(each: config.Dimension) -> BaseDistribution:
-    if each.kind == "choice":
-        return CategoricalDistribution(_categories(each))
-    (low, high), log = each.ends, each.kind.startswith("log")
-    if each.kind in ("int", "logint"):
-        return IntDistribution(low, high, log=log, step=round(each.step or 1))
-    return FloatDistribution(low, high, log=log, step=each.step)
+def distribution(dimension: config.Dimension) -> BaseDistribution:
+    if dimension.kind == "choice":
+        return CategoricalDistribution(_categories(dimension))
+    (low, high), log = dimension.ends, dimension.kind.startswith("log")
+    if dimension.kind in ("int", "logint"):
+        return IntDistribution(low, high, log=log, step=round(dimension.step or 1))
+    return FloatDistribution(low, high, log=log, step=dimension.step)
 
 
-def encoded(each: config.Dimension, value: Any) -> Any:
-    """A value as Optuna keeps it: lists and mappings as JSON."""
-    return json.dumps(value) if each.kind == "choice" and isinstance(value, list | tuple | dict) else value
+def encoded(dimension: config.Dimension, value: Any) -> Any:
+    """Return a value as an Optuna parameter: lists and mappings as JSON text."""
+    return json.dumps(value) if dimension.kind == "choice" and isinstance(value, list | tuple | dict) else value
 
 
-def decoded(each: config.Dimension, value: Any) -> Any:
-    assert each.choice is None or value in _categories(each)
-    return value if each.choice is None else each.choice[_categories(each).index(value)]
+def decoded(dimension: config.Dimension, value: Any) -> Any:
+    assert dimension.choice is None or value in _categories(dimension)
+    return value if dimension.choice is None else dimension.choice[_categories(dimension).index(value)]
 
 
-def _inside(each: config.Dimension, value: Any) -> bool:
-    if each.kind == "choice":
-        return encoded(each, value) in _categories(each)
-    low, high = each.ends
+def _inside(dimension: config.Dimension, value: Any) -> bool:
+    if dimension.kind == "choice":
+        return encoded(dimension, value) in _categories(dimension)
+    low, high = dimension.ends
     if not isinstance(value, int | float) or not low <= value <= high:
         return False
-    off = (value - low) / each.step if each.step is not None else 0.0
+    off = (value - low) / dimension.step if dimension.step is not None else 0.0
     return bool(abs(off - round(off)) < 1e-9)
 
 
-def _categories(each: config.Dimension) -> list[Any]:
-    return [encoded(each, value) for value in each.choice or ()]
+def _categories(dimension: config.Dimension) -> list[Any]:
+    return [encoded(dimension, value) for value in dimension.choice or ()]
 
 
-def _points(each: config.Dimension) -> list[Any]:
-    """All values of a dimension with finitely many."""
-    if each.kind == "choice":
-        return _categories(each)
-    (low, high), step = each.ends, each.step or 1
+def _points(dimension: config.Dimension) -> list[Any]:
+    """Return all values of a choice, or of a range with a step."""
+    if dimension.kind == "choice":
+        return _categories(dimension)
+    (low, high), step = dimension.ends, dimension.step or 1
     points = [low + i * step for i in range(round((high - low) / step) + 1)]
-    return [round(p) for p in points] if each.kind == "int" else points
+    return [round(p) for p in points] if dimension.kind == "int" else points
 
 
-def _probes(each: config.Dimension) -> list[Any]:
-    """Every choice, or the ends of a range and a number between that is not whole where the range is not."""
-    if each.kind == "choice":
-        return list(each.choice or ())
-    low, high = each.ends
-    between = low + each.step if each.step is not None else low + 0.381966 * (high - low)
-    return [low, high] if each.kind in ("int", "logint") else [low, high, between]
+def _probes(dimension: config.Dimension) -> list[Any]:
+    """Return the values to test: every choice, or both ends of a range and, for real numbers, one value between."""
+    if dimension.kind == "choice":
+        return list(dimension.choice or ())
+    low, high = dimension.ends
+    between = low + dimension.step if dimension.step is not None else low + 0.381966 * (high - low)
+    return [low, high] if dimension.kind in ("int", "logint") else [low, high, between]
 
 
-def looked_up(run: Mapping[str, Any], field: str) -> Any:
-    """The value of a dotted field of a resolved run; None where there is none."""
+def field_value(run: Mapping[str, Any], field: str) -> Any:
+    """Return the value of a dotted field of a resolved run; None if the field does not exist."""
     node: Any = run
     for part in field.split("."):
         if isinstance(node, Mapping):

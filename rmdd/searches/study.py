@@ -1,7 +1,7 @@
-"""The trials of a search and their scores, in Optuna's storage, which no kill and no second driver can hurt.
+"""`Study`: the trials of a search in Optuna's database, which several drivers can share and which survives kills.
 
-The storage decides: a trial that ended is written to it and never run again. A driver that gets the lease of the folder
-of a trial whose driver died goes on with it, by the same number and with the same values.
+A finished trial is written to the database and never run again. If a driver dies, another driver takes the lock of the
+trial's folder and resumes the trial under the same number with the same values.
 """
 
 import contextlib
@@ -20,39 +20,39 @@ from rmdd.core.locks import FolderInUse, Lease, hold_folder
 from rmdd.core.storage import is_uri, open_storage
 from rmdd.execution.tasks import Values
 from rmdd.searches.loading import TrialLoader
-from rmdd.searches.samplers import FIRST, begun, pruner_of, sampler_of
+from rmdd.searches.samplers import FIRST_TRIAL, pruner_of, sampler_of, trials_of
 from rmdd.searches.space import Space
 from rmdd.searches.warm_start import EarlierTrial
 
 INFEASIBLE = "infeasible"
 PARTS = ("experts", "phases")
-"""Folders of the storage that a trial is made of."""
+"""Folders of the storage that a trial uses; their hashes are written to its row."""
 
 TRIES = 100
-"""Draws in a row that clash with the run file before a search gives up."""
+"""A search gives up after this many draws in a row that clash with the run file."""
 
 WAIT_SECONDS = 60.0
-"""How long a driver waits for another that writes to the same SQLite file."""
+"""Seconds that a driver waits for another driver that writes to the same SQLite file."""
 
 
 def url_of(search: config.Search, folder: Path) -> str:
-    """The database of a search, with its variables filled in."""
+    """Return the URL of a search's database, with environment variables replaced by their values."""
     if search.storage is None:
         return f"sqlite:///{folder / 'study.db'}"
     url: str = os.path.expandvars(search.storage)
     if "${" in url:
-        raise ValueError(f"search.storage {search.storage} names a variable that is not set; export it")
+        raise ValueError(f"search.storage {search.storage} uses an environment variable that is not set; export it")
     return url
 
 
 def open_study(search: config.Search, seed: int, folder: Path) -> optuna.Study:
-    """The study of a search, made where it is not there. `seed` is that of the sampler."""
+    """Open the Optuna study of a search, or create it; `seed` seeds the sampler."""
     url = url_of(search, folder)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     engine = {"connect_args": {"timeout": WAIT_SECONDS}} if url.startswith("sqlite") else {}
     try:
         storage = optuna.storages.RDBStorage(url, engine_kwargs=engine)
-    except Exception as error:  # of the database's own driver, whichever it is
+    except Exception as error:  # every database driver raises its own exceptions
         address = search.storage or url
         raise ValueError(f"search.storage {address} cannot be opened: {type(error).__name__}: {error}") from error
     return optuna.create_study(
@@ -66,7 +66,7 @@ def open_study(search: config.Search, seed: int, folder: Path) -> optuna.Study:
 
 
 class Study:
-    """The trials of one search as one driver sees them; an `rmdd.execution.trials.TrialSource`. Use it in a `with`."""
+    """The trials of one search for one driver; implements `rmdd.execution.trials.TrialSource`. Use it in a `with`."""
 
     def __init__(
         self,
@@ -84,13 +84,13 @@ class Study:
         self.trials: dict[str, optuna.Trial] = {}
         self.failures: dict[str, str] = {}
         self._leases: dict[str, tuple[Lease, contextlib.ExitStack]] = {}
-        self._alone = contextlib.ExitStack()
-        if is_uri(base.runtime.storage) and self.search.storage is None:  # its file is copied to and fro
-            self._alone.enter_context(hold_folder(folder, wait=False))
-        with self._asking():
+        self._only_driver = contextlib.ExitStack()
+        if is_uri(base.runtime.storage) and self.search.storage is None:  # two drivers would overwrite study.db
+            self._only_driver.enter_context(hold_folder(folder, wait=False))
+        with self._one_driver_at_a_time():
             self.study = open_study(self.search, base.seed if self.search.seed is None else self.search.seed, folder)
-            if FIRST not in self.study.user_attrs:
-                self._learn(earlier)
+            if FIRST_TRIAL not in self.study.user_attrs:
+                self._add_earlier_trials(earlier)
 
     def __enter__(self) -> "Study":
         return self
@@ -98,54 +98,61 @@ class Study:
     def __exit__(self, *error: object) -> None:
         for _, stack in self._leases.values():
             stack.close()
-        self._keep()
-        self._alone.close()
+        self._publish()
+        self._only_driver.close()
 
     @property
     def limit(self) -> int:
-        """How many trials there are to be."""
+        """The number of trials that the search will run."""
         return self.space.trials
 
     @property
     def ended(self) -> set[str]:
-        """Names of the trials that ended, also in earlier sittings and by other drivers, of those that count."""
+        """Names of all finished trials, also of earlier calls and of other drivers.
+
+        Trials whose values clash with the run file count only for a grid.
+        """
         grid = self.search.sampler == "grid"
-        ended = (t for t in begun(self.study) if t.state.is_finished())
+        ended = (t for t in trials_of(self.study) if t.state.is_finished())
         return {self._name(t.number) for t in ended if grid or not t.user_attrs.get(INFEASIBLE)}
 
-    # -- what the runner calls ---------------------------------------------------------------------------------------
+    # -- methods of TrialSource --------------------------------------------------------------------------------------
 
     def ask(self) -> tuple[str, str] | None:
-        """The next trial: one that nobody works on any more, else a new one; None when there are enough."""
-        with self._asking():
-            for trial in begun(self.study):
+        """Return the name and the run (as JSON) of the next trial; None if the search has enough trials.
+
+        Trials of drivers that died come first, then new ones.
+        """
+        with self._one_driver_at_a_time():
+            for trial in trials_of(self.study):
                 if trial.state == TrialState.RUNNING and self._name(trial.number) not in self.failures:
                     resumed = self._begin(optuna.Trial(self.study, trial._trial_id), resumes=True)
                     if resumed is not None:
                         return resumed
             for _ in range(TRIES):
-                trials = begun(self.study)
+                trials = trials_of(self.study)
                 counted = [t for t in trials if not t.user_attrs.get(INFEASIBLE)]
-                gone = len(trials) if self.search.sampler == "grid" else 0  # a grid has no other draw to offer
-                if max(len(counted), gone) >= self.limit:
+                tried = len(trials) if self.search.sampler == "grid" else 0  # a grid cannot replace a clashing draw
+                if max(len(counted), tried) >= self.limit:
                     return None
                 if not trials:
-                    self._begin_with_the_run_file()
+                    self._enqueue_run_file_values()
                 drawn = self._begin(self.study.ask())
                 if drawn is not None:
                     return drawn
-        last = begun(self.study)[-1].user_attrs["error"]
+        last = trials_of(self.study)[-1].user_attrs["error"]
         raise ValueError(f"{TRIES} draws in a row clash with the run file, the last with: {last}; narrow search.space")
 
     def tell(self, name: str, score: Values) -> bool:
+        """Record a score of a trial; return whether the trial should continue."""
         trial = self.trials[name]
         if self._leases[name][0].lost:
-            self.say(f"{name}: another driver took over while this one stood still")
-            self._let_go(name)
+            self.say(f"{name}: another driver took over this trial, because this driver did not respond")
+            self._release(name)
             return False
-        for what in PARTS:
-            if what in score and what not in trial.user_attrs:
-                trial.set_user_attr(what, score[what])
+        for part in PARTS:
+            if part in score and part not in trial.user_attrs:
+                trial.set_user_attr(part, score[part])
         if "step" in score:
             curve = trial.user_attrs.get("curve", [])
             if score["step"] > len(curve):
@@ -163,37 +170,40 @@ class Study:
         if "error" in score:
             trial.set_user_attr("error", score["error"])
             self.say(f"{name}: {score['error']}")
-        for what, spent in score.get("cost", {}).items():
-            trial.set_user_attr(what, spent)
+        for kind, cost in score.get("cost", {}).items():
+            trial.set_user_attr(kind, cost)
         if "value" in score:
-            cost = [] if self.search.cost == "none" else [score["cost"][self.search.cost]]
-            self._end(name, [score["value"], *cost])
+            second = [] if self.search.cost == "none" else [score["cost"][self.search.cost]]
+            self._end(name, [score["value"], *second])
         else:
             self._end(name, state=TrialState.FAIL)
         return False
 
     def fail(self, name: str, why: str) -> None:
-        """Leave a trial open, to be gone on with by the next driver."""
+        """Release a failed trial and leave it open, so that the next driver resumes it."""
         self.failures[name] = why
         self.say(f"{name}: {why}")
-        self._let_go(name)
+        self._release(name)
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
     def _begin(self, trial: optuna.Trial, resumes: bool = False) -> tuple[str, str] | None:
-        """Hold a trial and write down its run; None when another driver holds it, or its values clash."""
+        """Lock a trial and write its run file; return its name and its run as JSON.
+
+        Returns None if another driver has the lock or the trial's values clash with the run file.
+        """
         name, folder = self._name(trial.number), self.folder / "trials" / f"{trial.number:03d}"
-        if resumes and (name in self.trials or not self._lies_here(trial, folder)):
+        if resumes and (name in self.trials or not self._is_in_this_storage(trial, folder)):
             return None
         stack = contextlib.ExitStack()
         try:
             lease = stack.enter_context(hold_folder(folder, wait=False))
         except FolderInUse:
             return None
-        if resumes and self._state(trial.number) != TrialState.RUNNING:  # its driver ended it meanwhile
+        if resumes and self._state(trial.number) != TrialState.RUNNING:  # its driver has finished it in the meantime
             stack.close()
             return None
-        trial.set_user_attr("storage", self._where())
+        trial.set_user_attr("storage", self._storage_address())
         values = self.space.suggest(trial)
         try:
             run = self.loader.checked(values)
@@ -207,62 +217,64 @@ class Study:
             temporary.write_text(config.dump(run), encoding="utf-8")
         write_json(folder / "values.json", values)
         if resumes:
-            self.say(f"{name}: goes on")
+            self.say(f"{name}: resumed")
         self.trials[name], self._leases[name] = trial, (lease, stack)
         self.show(name, {"done": 0})
-        at = run.runtime.model_copy(update={"storage": self._where()})
-        return name, run.model_copy(update={"runtime": at}).model_dump_json()
+        runtime = run.runtime.model_copy(update={"storage": self._storage_address()})
+        return name, run.model_copy(update={"runtime": runtime}).model_dump_json()
 
-    def _lies_here(self, trial: optuna.Trial, folder: Path) -> bool:
-        """Whether a trial was begun in this storage, which may have moved since, and not in another one of drivers
-        that share a database."""
-        return trial.user_attrs.get("storage") in (None, self._where()) or (folder / "run.yaml").is_file()
+    def _is_in_this_storage(self, trial: optuna.Trial, folder: Path) -> bool:
+        """Return whether a trial was started in this storage, also if the storage has moved since.
+
+        Drivers that share a database can use different storages.
+        """
+        return trial.user_attrs.get("storage") in (None, self._storage_address()) or (folder / "run.yaml").is_file()
 
     def _state(self, number: int) -> TrialState:
-        return next(t.state for t in begun(self.study) if t.number == number)
+        return next(t.state for t in trials_of(self.study) if t.number == number)
 
     def _end(self, name: str, values: list[float] | None = None, state: TrialState | None = None) -> None:
         self.study.tell(self.trials[name], values, state=state)
-        self._let_go(name)
-        self._keep()
+        self._release(name)
+        self._publish()
 
-    def _let_go(self, name: str) -> None:
+    def _release(self, name: str) -> None:
         self.show(name, {"done": math.inf})
         del self.trials[name]
         self._leases.pop(name)[1].close()
 
-    def _begin_with_the_run_file(self) -> None:
-        """Have the first trial take the run file's own values, where the space holds them."""
-        own = self.space.active(self.loader.raw) if self.search.base else None
-        if own is not None and self.search.sampler != "grid":
-            self.study.enqueue_trial(self.space.parameters(own), skip_if_exists=True)
+    def _enqueue_run_file_values(self) -> None:
+        """Make the values of the run file the first trial, if they lie inside the search space."""
+        values = self.space.active(self.loader.raw) if self.search.base else None
+        if values is not None and self.search.sampler != "grid":
+            self.study.enqueue_trial(self.space.parameters(values), skip_if_exists=True)
 
-    def _learn(self, earlier: Sequence[EarlierTrial]) -> None:
-        """Add the trials of earlier searches to the study."""
-        for each in earlier[len(self.study.get_trials(deepcopy=False)) :]:
-            values = [each.value, *([] if self.search.cost == "none" else [each.cost[self.search.cost]])]
+    def _add_earlier_trials(self, earlier: Sequence[EarlierTrial]) -> None:
+        """Add the trials of earlier searches to the study, so that the sampler can learn from them."""
+        for trial in earlier[len(self.study.get_trials(deepcopy=False)) :]:
+            values = [trial.value, *([] if self.search.cost == "none" else [trial.cost[self.search.cost]])]
             self.study.add_trial(
                 optuna.trial.create_trial(
-                    params=self.space.parameters(each.values),
-                    distributions=self.space.distributions(each.values),
+                    params=self.space.parameters(trial.values),
+                    distributions=self.space.distributions(trial.values),
                     values=values,
-                    user_attrs={"from": each.source},
+                    user_attrs={"from": trial.source},
                 )
             )
-        self.study.set_user_attr(FIRST, len(earlier))
+        self.study.set_user_attr(FIRST_TRIAL, len(earlier))
 
-    def _keep(self) -> None:
-        """Have a storage at a URI hold what the search has so far."""
+    def _publish(self) -> None:
+        """Upload the folder of the search if the storage is a URI."""
         self.stored.publish(self.folder)
 
     @contextlib.contextmanager
-    def _asking(self) -> Iterator[None]:
-        """One driver at a time decides what is tried next."""
+    def _one_driver_at_a_time(self) -> Iterator[None]:
+        """Lock the choice of the next trial, so that two drivers never start the same one."""
         with hold_folder(self.folder / "asking", wait=True), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             yield
 
-    def _where(self) -> str:
+    def _storage_address(self) -> str:
         storage = self.loader.base.runtime.storage
         return storage if is_uri(storage) else str(self.stored.root)
 

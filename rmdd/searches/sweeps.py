@@ -1,8 +1,8 @@
-"""Many runs as one: seeds, methods or settings side by side, over one executor.
+"""`rmdd sweep`: many runs (seeds, methods or settings) in parallel over one executor.
 
-Runs share what the hashes say they share. Data and experts are made first, run by run. Then each run goes its way in
-a thread of its own, one thread at a time: it gives way to the others only while its phases or students are at work.
-So a piece that two runs need is there when the second one asks, or on its way, and is waited for.
+Runs with equal hashes share results. The data and experts of all runs are made first. Then each run continues in its
+own thread. Only one thread is active at a time; it yields while the executor works on its phases or students. If two
+runs need the same result, the second one waits for it instead of computing it again.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ SCORES = ("val", "test_last")
 
 @dataclass(frozen=True)
 class Member:
-    """One run of a sweep, the values that set it apart, and a name where it has one."""
+    """One run of a sweep, its settings that differ from the other runs, and an optional name."""
 
     settings: dict[str, Any]
     run: config.Run
@@ -40,17 +40,19 @@ class Member:
 
     @property
     def label(self) -> str:
-        """Its name, else such as `distill.method=lors distill.seed=0`."""
+        """The name of the run or, without a name, its settings: `distill.method=lors distill.seed=0`."""
         return self.name or " ".join(f"{key}={_word(value)}" for key, value in self.settings.items()) or self.run.name
 
 
 @dataclass(frozen=True)
-class Swept:
-    """What a sweep leaves: its folder, a row per run, and a row per setting with the spread over its seeds."""
+class SweepResult:
+    """The results of a sweep."""
 
     folder: Path
     runs: list[dict[str, Any]]
+    """A row per run: settings, method, scores or error."""
     groups: list[dict[str, Any]]
+    """A row per setting, with mean and standard deviation over its seeds."""
 
     @property
     def failed(self) -> list[dict[str, Any]]:
@@ -62,23 +64,23 @@ def members(
     over: Mapping[str, Sequence[Any]],
     settings: Iterable[Mapping[str, Any]] = (),
 ) -> list[Member]:
-    """The runs of a sweep: each of `settings` with every combination of the values in `over`, keys dotted.
+    """Return the runs of a sweep: each of `settings` with every combination of the values in `over`.
 
-    `load(overrides)` gives a run. Raises `ConfigError` with the mistakes of all runs.
+    Keys are dotted fields. `load(overrides)` loads a run. Raises `ConfigError` with the mistakes of all runs.
     """
     by_hash: dict[str, Member] = {}
     mistakes: list[str] = []
     for fixed, values in itertools.product(list(settings) or [{}], itertools.product(*over.values())):
         chosen = {**fixed, **dict(zip(over, values, strict=True))}
         if shared := [key for key in chosen if key.split(".")[0] in ("runtime", "name")]:
-            raise config.ConfigError([f"{shared[0]} is the same for all runs of a sweep; give it by --set"], "sweep")
+            raise config.ConfigError([f"{shared[0]} must be equal for all runs of a sweep; give it by --set"], "sweep")
         try:
             run = load([f"{key}={json.dumps(value)}" for key, value in chosen.items()])
         except config.ConfigError as error:
             mistakes += [f"{chosen}: {m}" for m in error.mistakes]
             continue
         if (value := run.hash_of()) in by_hash:
-            mistakes.append(f"{chosen} and {by_hash[value].settings} are the same run; take one out")
+            mistakes.append(f"{chosen} and {by_hash[value].settings} are the same run; remove one of them")
         by_hash[value] = Member(chosen, run)
     if mistakes:
         raise config.ConfigError(mistakes, "sweep")
@@ -86,7 +88,7 @@ def members(
 
 
 def read_over(words: Iterable[str]) -> dict[str, list[Any]]:
-    """`a.b=1,2` or `a.b=[1, 2]` as a key and its values. Raises `ConfigError`."""
+    """Parse words such as `a.b=1,2` or `a.b=[1, 2]` into lists of values by field. Raises `ConfigError`."""
     over = {}
     for word in words:
         key, equals, text = word.partition("=")
@@ -101,24 +103,24 @@ def read_over(words: Iterable[str]) -> dict[str, list[Any]]:
 
 
 def read_settings(file: Path) -> list[dict[str, Any]]:
-    """A YAML list of mappings from dotted keys to values. Raises `ConfigError`."""
+    """Read a YAML list of mappings from dotted fields to values. Raises `ConfigError`."""
     if not file.is_file():
-        raise config.ConfigError(["no such file"], str(file))
+        raise config.ConfigError(["this file does not exist; give a YAML file with a list of settings"], str(file))
     settings = parse(file.read_text(encoding="utf-8"))
-    if not isinstance(settings, list) or not settings or not all(isinstance(each, dict) for each in settings):
+    if not isinstance(settings, list) or not settings or not all(isinstance(entry, dict) for entry in settings):
         raise config.ConfigError(["write a list, each entry a mapping such as {distill.method: lors}"], str(file))
     return settings
 
 
 def sweep_folder(runs: Sequence[Member]) -> Path:
-    """Where a sweep keeps its table: named by the values of its runs."""
+    """Return the folder of a sweep; its name ends in a hash of its runs."""
     first = runs[0].run
     value = config.hash_value(sorted(m.run.hash_of() for m in runs))[:8]
     return root_of(first.runtime) / "sweeps" / f"{first.name}-{value}"
 
 
-def begin(runs: Sequence[Member]) -> Path:
-    """Keep what the sweep is, so that it can be resumed by its folder; returns the folder."""
+def write_members(runs: Sequence[Member]) -> Path:
+    """Write the runs of a sweep to its folder, so that it can be resumed from there; return the folder."""
     folder = sweep_folder(runs)
     plain = [{"settings": m.settings, "run": m.run.model_dump(mode="json"), "name": m.name} for m in runs]
     write_json(folder / "sweep.json", {"schema_version": 1, "members": plain})
@@ -126,7 +128,7 @@ def begin(runs: Sequence[Member]) -> Path:
 
 
 def members_in(folder: Path | str) -> list[Member]:
-    """The runs of a sweep that was begun in a folder or at a URI, also in a storage that was moved; [] without one."""
+    """Return the runs of the sweep in a folder or URI, with the storage that holds it; empty without a sweep."""
     storage, file = locate_file(str(folder), "sweep.json", depth=2)
     listed = read_json(file)["members"] if file.is_file() else []
     moved = {"storage": storage}
@@ -142,26 +144,26 @@ def sweep(
     overrides: Iterable[str] = (),
     settings: Iterable[Mapping[str, Any]] = (),
     progress: Progress | None = None,
-) -> Swept:
-    """Run `source` with every combination of the values in `over`, each as `config.load` would; see `members`.
+) -> SweepResult:
+    """Run `source` with every combination of the values in `over`; `members` explains `over` and `settings`.
 
     >>> sweep("demo", {"distill.seed": [0, 1], "distill.method": ["lors", "ptm_st"]})  # doctest: +SKIP
 
-    Calling it again goes on where it stopped. A run that fails does not stop the others; see `Swept.failed`.
+    A second call resumes the sweep. A failed run does not stop the others; `SweepResult.failed` lists the failures.
     """
     fixed = list(overrides)
     return run_all(members(lambda chosen: config.load(source, [*fixed, *chosen]), over, settings), progress)
 
 
-def run_all(runs: Sequence[Member], progress: Progress | None = None) -> Swept:
-    """Do all runs of a sweep and write `results.json` and `runs.csv` to its folder."""
+def run_all(runs: Sequence[Member], progress: Progress | None = None) -> SweepResult:
+    """Run or resume all runs of a sweep and write `results.json` and `runs.csv` to its folder."""
     progress = progress or Progress()
     runtime, folder = runs[0].run.runtime, sweep_folder(runs)
     with (
         hold_folders(runtime, folder, *(run_folder(m.run) for m in runs)),
         open_backend(runtime, folder / "events.jsonl", progress) as backend,
     ):
-        begin(runs)
+        write_members(runs)
         errors: dict[str, Exception] = {}
         pipelines = {m.label: Pipeline(m.run, backend, _Named(progress, m.label)) for m in runs}
         for label, pipeline in pipelines.items():
@@ -173,14 +175,14 @@ def run_all(runs: Sequence[Member], progress: Progress | None = None) -> Swept:
             for label, pipeline in pipelines.items():
                 if label not in errors:
                     of_run = replace(backend, executor=scheduler.executor_of(label))
-                    pipeline.work_with(of_run, _Named(progress, label, stage))
+                    pipeline.use_backend(of_run, _Named(progress, label, stage))
                     scheduler.add(label, pipeline.all)
             errors |= scheduler.run_all()
         return _collect(folder, runs, errors)
 
 
 class _Named(Progress):
-    """The progress of one run within a sweep: its name before every line and item, its items in the one table."""
+    """Progress of one run of a sweep: prefixes lines and items with the run's label and shares one table."""
 
     def __init__(self, progress: Progress, label: str, table: Stage | None = None):
         super().__init__(progress.quiet, progress.console, progress.clock)
@@ -204,10 +206,10 @@ class _Named(Progress):
 # -- results -------------------------------------------------------------------------------------------------------
 
 
-def _collect(folder: Path, runs: Sequence[Member], errors: Mapping[str, Exception]) -> Swept:
+def _collect(folder: Path, runs: Sequence[Member], errors: Mapping[str, Exception]) -> SweepResult:
     rows = [_row(m, errors.get(m.label)) for m in runs]
-    swept = Swept(folder, rows, _groups(rows))
-    write_json(folder / "results.json", {"schema_version": 1, "runs": rows, "groups": swept.groups})
+    result = SweepResult(folder, rows, _groups(rows))
+    write_json(folder / "results.json", {"schema_version": 1, "runs": rows, "groups": result.groups})
     keys = list(dict.fromkeys(key for m in runs for key in m.settings))
     columns = [
         *keys,
@@ -223,11 +225,11 @@ def _collect(folder: Path, runs: Sequence[Member], errors: Mapping[str, Exceptio
         for row in rows
     ]
     write_csv(folder / "runs.csv", flat, columns)
-    return swept
+    return result
 
 
 def _row(member: Member, error: Exception | None) -> dict[str, Any]:
-    """R@mean of one run: mean, spread and number over its students."""
+    """Return the row of one run: R@mean as mean, standard deviation and number of its students, or its error."""
     folder, name = run_folder(member.run), member.run.distill.method_name
     address = address_of(member.run.runtime, folder)
     row: dict[str, Any] = {"settings": member.settings, "method": name, "folder": address}
@@ -238,16 +240,16 @@ def _row(member: Member, error: Exception | None) -> dict[str, Any]:
 
 
 def _groups(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Runs that differ in seeds alone: the mean of their means, and its sample standard deviation over seeds."""
+    """Group runs that differ only in seeds; return the mean of their means and its standard deviation over seeds."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(json.dumps(_seedless(row["settings"]), sort_keys=True), []).append(row)
     table = []
-    for each in groups.values():
-        done = [row for row in each if "error" not in row]
+    for group_rows in groups.values():
+        done = [row for row in group_rows if "error" not in row]
         group: dict[str, Any] = {
-            "settings": _seedless(each[0]["settings"]),
-            "method": each[0]["method"],
+            "settings": _seedless(group_rows[0]["settings"]),
+            "method": group_rows[0]["method"],
             "n": len(done),
         }
         for split in SCORES if done else ():

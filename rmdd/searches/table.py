@@ -1,4 +1,4 @@
-"""What came of a search: a row per trial, the best run file, and the page with its plots."""
+"""Write the results of a search: a row per trial, the best run file and the HTML page with its plots."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from rmdd.core.storage import address_of, run_folder
 from rmdd.report.search import write_page
 from rmdd.report.sheets import write_csv
 from rmdd.searches.loading import TrialLoader
-from rmdd.searches.samplers import begun
+from rmdd.searches.samplers import trials_of
 from rmdd.searches.space import Space, decoded
 from rmdd.searches.study import INFEASIBLE, PARTS
 
@@ -31,21 +31,24 @@ COSTS = ("iterations", "seconds")
 
 @dataclass(frozen=True)
 class TrialTable:
-    """Rows in the order of the trials; `best` are the numbers of those that no other is better than."""
+    """The results of all trials of a search."""
 
     rows: list[dict[str, Any]]
+    """A row per trial, in the order of their numbers."""
     best: list[int]
+    """Numbers of the trials that no other trial beats; with a cost objective, the Pareto front."""
     importance: dict[str, float]
+    """Share of the variance of val R@mean that each field explains."""
 
     @property
     def winner(self) -> dict[str, Any] | None:
-        """The best by val R@mean, the first of equals."""
+        """The row with the best val R@mean; the first one in a tie."""
         rows = [row for row in self.rows if row["number"] in self.best]
         return max(rows, key=lambda row: row["val"], default=None)
 
 
 def write_table(loader: TrialLoader, folder: Path, study: optuna.Study) -> TrialTable:
-    """Write `results.json`, `trials.csv`, `report.html` and, when a trial has finished, `best.yaml`."""
+    """Write `results.json`, `trials.csv`, `report.html` and, if a trial has finished, `best.yaml`."""
     table, base = table_of(loader, study), loader.base
     best = table.winner
     if best is not None:
@@ -64,7 +67,7 @@ def write_table(loader: TrialLoader, folder: Path, study: optuna.Study) -> Trial
 
 
 def table_of(loader: TrialLoader, study: optuna.Study) -> TrialTable:
-    trials, search = begun(study), loader.base.search
+    trials, search = trials_of(study), loader.base.search
     rows = [_row(loader, Space(search), t) for t in trials]
     done = [row for row in rows if row["state"] == "complete"]
     return TrialTable(rows, _best(done, search.cost), _importance(study, trials))
@@ -77,29 +80,29 @@ def _row(loader: TrialLoader, space: Space, trial: FrozenTrial) -> dict[str, Any
     curve = attrs.get("curve", [])
     row: dict[str, Any] = {"number": trial.number, "state": state, "values": values, "curve": curve}
     row["val"] = trial.values[0] if trial.values else curve[-1] if curve else None
-    row["cost"] = {what: attrs[what] for what in COSTS if what in attrs}
+    row["cost"] = {kind: attrs[kind] for kind in COSTS if kind in attrs}
     if state != "infeasible" and trial.state.is_finished():
         row["run"] = address_of(loader.base.runtime, run_folder(loader.load(values)))
-    return row | {what: attrs[what] for what in (*PARTS, "error") if what in attrs}
+    return row | {name: attrs[name] for name in (*PARTS, "error") if name in attrs}
 
 
 def _best(done: Sequence[Mapping[str, Any]], cost: str) -> list[int]:
-    """Numbers of the trials that no other beats: in val, and where it counts in cost."""
+    """Return the numbers of the trials that no other trial beats in val R@mean and, if it is an objective, cost."""
 
     def key(row: Mapping[str, Any]) -> tuple[float, float]:
         return row["val"], 0.0 if cost == "none" else -row["cost"][cost]
 
     def beaten(row: Mapping[str, Any]) -> bool:
-        mine = key(row)
+        val, cost = key(row)
         others = [key(other) for other in done]
-        return any(o != mine and o[0] >= mine[0] and o[1] >= mine[1] for o in others)
+        return any(o != (val, cost) and o[0] >= val and o[1] >= cost for o in others)
 
     best = [row["number"] for row in done if not beaten(row)]
     return best if cost != "none" else best[:1]
 
 
 def _importance(study: optuna.Study, trials: Sequence[FrozenTrial]) -> dict[str, float]:
-    """How much of the spread of val each field explains (fANOVA), of fields that every finished trial has."""
+    """Return the share of the variance of val that each field explains (fANOVA), for fields of all finished trials."""
     done = [t for t in trials if t.state == TrialState.COMPLETE]
     if len(done) < 3 or len({t.values[0] for t in done}) < 2:
         return {}
@@ -110,6 +113,6 @@ def _importance(study: optuna.Study, trials: Sequence[FrozenTrial]) -> dict[str,
             shares = optuna.importance.get_param_importances(
                 study, evaluator=evaluator, target=lambda trial: trial.values[0]
             )
-    except (ValueError, RuntimeError):  # fields that no two trials share, or that do not vary
+    except (ValueError, RuntimeError):  # no field is in two trials, or no field varies
         return {}
     return {field: float(share) for field, share in shares.items()}

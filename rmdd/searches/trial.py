@@ -1,4 +1,4 @@
-"""One trial: a run that is distilled from snapshot to snapshot and scored on val at each. It never opens test."""
+"""`Trial`: a run that is distilled from snapshot to snapshot and scored on val at each; it never reads test."""
 
 import json
 import statistics
@@ -21,7 +21,7 @@ SPLITS = ("train", "val")
 
 @dataclass(frozen=True)
 class DistillUntil:
-    """`DistillPhase`, stopped at an iteration; gives True once that is reached."""
+    """Task: run `DistillPhase` up to an iteration; returns whether that iteration was reached."""
 
     iteration: int
 
@@ -41,7 +41,7 @@ class DistillUntil:
 
 
 class Trial:
-    """A run, snapshot by snapshot. Finished ones are reused: a trial that is begun again goes on where it stopped."""
+    """A run that is distilled and scored one snapshot at a time. A restarted trial uses finished snapshots again."""
 
     def __init__(self, run: config.Run):
         self.worker = SequentialExecutor(run.runtime.threads)
@@ -49,11 +49,10 @@ class Trial:
         self.curve: list[float] = []
 
     def run_rung(self, hooks: Hooks) -> dict[str, Any]:
-        """Distil up to the next snapshot and score it: `step` and `val` R@mean; at the last one, `done` with the
-        `value` of the trial and its `cost`.
+        """Distil up to the next snapshot and score it on val.
 
-        `error` says why there is no score. A trial whose rates made a phase diverge has the value 0; one whose run
-        cannot be done has no value.
+        Returns `step`, `val` (R@mean) and `done`; at the last snapshot also the `value` of the trial and its `cost`. If
+        a phase diverges, `value` is 0 and `error` is the message; if the run is invalid, there is only `error`.
         """
         self.worker.hooks = hooks
         try:
@@ -66,7 +65,7 @@ class Trial:
     def _score_next(self) -> dict[str, Any]:
         item, steps = self.pipeline.begin_phases(), self.pipeline.steps
         step, candidates = len(self.curve), candidates_of(item.run)
-        if not methods.method_of(item.run).iterates:  # it has one snapshot
+        if not methods.method_of(item.run).iterates:  # such a method has only one snapshot
             self.pipeline.distill()
         for p, iteration in enumerate(candidates[step]):
             if not item.paths.set(p, iteration).is_file():
@@ -82,17 +81,17 @@ class Trial:
         return score
 
     def cost(self) -> dict[str, float]:
-        """What the distillation has cost so far: outer updates, and seconds spent on them."""
+        """Return the outer iterations of the distillation so far, and their seconds."""
         item = self.pipeline.begin_phases()
-        spent = {"iterations": 0.0, "seconds": 0.0}
+        total = {"iterations": 0.0, "seconds": 0.0}
         for p in range(len(item.run.distill.phases)):
             log = item.paths.phase(p) / "metrics.jsonl"
             lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-            spent["iterations"] += len(lines)
-            spent["seconds"] += sum(json.loads(line)["seconds"] for line in lines)
-        return spent
+            total["iterations"] += len(lines)
+            total["seconds"] += sum(json.loads(line)["seconds"] for line in lines)
+        return total
 
 
 def open_trial(text: str) -> Trial:
-    """The trial of a resolved run, given as JSON."""
+    """Create the trial of a resolved run from its JSON text."""
     return Trial(config.Run.model_validate_json(text))

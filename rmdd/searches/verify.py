@@ -1,4 +1,4 @@
-"""What `rmdd verify` checks of sweeps and searches."""
+"""Checks of `rmdd verify` for sweeps and searches."""
 
 import contextlib
 import sqlite3
@@ -10,15 +10,15 @@ from rmdd.artefact import distilled
 from rmdd.core.checks import DiskCheck, Format
 from rmdd.core.files import read_json
 from rmdd.distill.trajectory.planning import PLAN, with_phases
-from rmdd.runs.verify import REMADE, verify_records, verify_run, verify_sources
+from rmdd.runs.verify import RECREATE, verify_records, verify_run, verify_sources
 
 
 def verify_sweep(path: Path, check: DiskCheck) -> None:
-    """A sweep's table and all its runs."""
+    """Check the files of a sweep and all its runs."""
     if not check.begin(path):
         return
-    _own_files(path, "sweep", check)
-    with check.errors_as_faults(path / "sweep.json", "begin the sweep again: what its runs have is used"):
+    _json_files(path, "sweep", check)
+    with check.errors_as_faults(path / "sweep.json", "start the sweep again; it uses finished runs"):
         root = path.parents[1]
         for member in read_json(path / "sweep.json")["members"]:
             folder = root / config.load(member["run"]).folder_name
@@ -30,28 +30,28 @@ def verify_sweep(path: Path, check: DiskCheck) -> None:
 
 
 def verify_search(path: Path, check: DiskCheck) -> None:
-    """A search's table, its database where that lies beside it, and the runs of its trials."""
+    """Check the files of a search, its database if it is in the folder, and the runs of its trials."""
     if not check.begin(path):
         return
-    _own_files(path, "search", check)
-    with check.errors_as_faults(path / "search.json", "begin the search again: what its trials have is used"):
+    _json_files(path, "search", check)
+    with check.errors_as_faults(path / "search.json", "start the search again; it uses finished trials"):
         config.load(read_json(path / "search.json")["run"])
     if (path / "study.db").is_file():
         _database(path / "study.db", check)
     rows: dict[int, dict[str, Any]] = {}
     if (path / "results.json").is_file():
-        with check.errors_as_faults(path / "results.json", REMADE.format("search")):
+        with check.errors_as_faults(path / "results.json", RECREATE.format("search")):
             rows = {row["number"]: row for row in read_json(path / "results.json")["trials"]}
     for file in sorted(path.glob("trials/*/run.yaml")):
-        with check.errors_as_faults(file, "resume the search: it is made anew"):
+        with check.errors_as_faults(file, "resume the search to create it again"):
             _trial(path.parents[1], config.load(file), rows.get(int(file.parent.name), {"state": "open"}), check)
     if (path / "best.yaml").is_file():
-        with check.errors_as_faults(path / "best.yaml", "resume the search: it is made anew"):
+        with check.errors_as_faults(path / "best.yaml", "resume the search to create it again"):
             config.load(path / "best.yaml")
 
 
 def _trial(root: Path, run: config.Run, row: dict[str, Any], check: DiskCheck) -> None:
-    """What a trial was made from, and the run that repeats it where that has been made."""
+    """Check the parts that a trial uses and, if it exists, the full run with the trial's settings."""
     folder = root / run.folder_name
     check.storage.fetch(folder)
     if (folder / "set" / distilled.DESCRIPTION).is_file():
@@ -65,24 +65,24 @@ def _trial(root: Path, run: config.Run, row: dict[str, Any], check: DiskCheck) -
         return
     if run.distill.plan.plans:
         run = with_phases(run, read_json(folder / PLAN)["phases"])
-    verify_sources(root, run, row, read_json(folder / "data.json"), check, whole=row["state"] == "complete")
+    verify_sources(root, run, row, read_json(folder / "data.json"), check, finished=row["state"] == "complete")
 
 
-def _own_files(path: Path, what: str, check: DiskCheck) -> None:
+def _json_files(path: Path, kind: str, check: DiskCheck) -> None:
     for file in sorted(path.glob("*.json")):
-        check.json(file, REMADE.format(what))
+        check.json(file, RECREATE.format(kind))
     check.lines(path / "events.jsonl")
 
 
 def _database(path: Path, check: DiskCheck) -> None:
-    """SQLite's own check, by a connection that cannot write."""
+    """Check a SQLite file with `PRAGMA integrity_check` over a read-only connection."""
     try:
         with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
             wrong = database.execute("PRAGMA integrity_check(1)").fetchone()[0]
     except sqlite3.Error as error:
         wrong = str(error)
     if wrong != "ok":
-        check.fault(path, f"is no sound database: {wrong}", "bring a copy back; without it a search begins anew")
+        check.fault(path, f"is a damaged database: {wrong}", "restore a copy; without it the search starts from zero")
 
 
 SWEEPS = Format(("sweep.json",), "sweeps/*", verify_sweep)

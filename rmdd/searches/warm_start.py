@@ -1,4 +1,4 @@
-"""What earlier searches found, as far as a new one can use it."""
+"""Read the trials of earlier searches (`search.warm_start`) that lie inside the space of a new search."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from rmdd.core.files import read_json
 from rmdd.core.layout import locate_file
 from rmdd.searches.space import Space
 
-COMPARED = ("data", "evaluate")
-"""Sections that the searches must have alike, or their scores do not compare."""
+COMPARED_SECTIONS = ("data", "evaluate")
+"""Sections that must be equal in both searches, so that their scores can be compared."""
 
 
 @dataclass(frozen=True)
 class EarlierTrial:
-    """A trial of an earlier search: the values that it had of the new space's fields, and its score and cost."""
+    """A trial of an earlier search: its values for the fields of the new space, its val R@mean and its cost."""
 
     source: str
     values: dict[str, Any]
@@ -27,11 +27,11 @@ class EarlierTrial:
 
 
 def earlier_trials(search: config.Search, hashes: Mapping[str, str], name: str) -> list[EarlierTrial]:
-    """Finished trials of the searches in `search.warm_start` that lie within its space.
+    """Return the finished trials of the searches in `search.warm_start` that lie inside its space.
 
-    `hashes` are those of the run's sections in `COMPARED`; other fields of the trials may differ from the run's: they
-    show a sampler where to look, and are no results of the new search. Raises `ConfigError`, naming the run `name`,
-    for a folder that holds no search, one of another layout, or one over other data or another evaluation.
+    `hashes` maps `COMPARED_SECTIONS` to the run's hashes. Other fields of the trials may differ from the run's: earlier
+    trials guide the sampler, but are not results of the new search. Raises `ConfigError` for run `name` if a folder
+    holds no search, has another layout, or used other data or another evaluation.
     """
     trials: list[EarlierTrial] = []
     mistakes = []
@@ -39,16 +39,17 @@ def earlier_trials(search: config.Search, hashes: Mapping[str, str], name: str) 
         try:
             _, file = locate_file(source, "results.json", depth=2)
         except ValueError as error:
-            mistakes.append(f"search.warm_start: leave {source} out: {error}")
+            mistakes.append(f"search.warm_start: cannot use {source}, remove it: {error}")
             continue
         if not file.is_file():
-            mistakes.append(f"search.warm_start: no results.json in {source}; give the folder of a search that ran")
+            mistakes.append(f"search.warm_start: no results.json in {source}; give the folder of a finished search")
             continue
         folder = file.parent
         earlier = config.load(read_json(folder / "search.json")["run"])
         if other := [section for section in hashes if earlier.hash_of(section) != hashes[section]]:
             mistakes.append(
-                f"search.warm_start: {source} has another `{other[0]}` section, so its scores do not compare"
+                f"search.warm_start: {source} has another `{other[0]}` section, so its scores cannot be compared; "
+                "remove it"
             )
             continue
         trials += _finished(source, folder, Space(search))

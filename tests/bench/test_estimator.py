@@ -1,4 +1,4 @@
-"""The first-order gradient beside the exact one, along a loop."""
+"""`rmdd bench estimator`: its rows compare the first-order with the exact gradient of the run's own loop."""
 
 import math
 
@@ -6,15 +6,15 @@ import pytest
 import torch
 from toy import CPU, encoder, first_set, run_of
 
-from rmdd.bench.estimator import along, cosine, norm_ratio, summary
+from rmdd.bench.estimator import compare_estimators, cosine, norm_ratio, summary
 from rmdd.distill.loop import State, outer_step
 from rmdd.distill.trajectory.matching import Matcher
 from rmdd.methods import matching_method
 
 
-def test_rows_are_of_the_run_itself(store):
+def test_rows_equal_a_comparison_by_hand(store):
     run = run_of(estimator="exact")
-    rows = along(run, 0, store, encoder(), first_set(), CPU, iterations=5, every=2)
+    rows = compare_estimators(run, 0, store, encoder(), first_set(), CPU, iterations=5, every=2)
     assert [row["iteration"] for row in rows] == [0, 2, 4]
     matcher, state = Matcher(matching_method(run), 0, store, encoder(), CPU), State.begin(first_set())
     for iteration in range(5):
@@ -30,13 +30,13 @@ def test_rows_are_of_the_run_itself(store):
         state = outer_step(state, exact, run.distill)
 
 
-def test_one_step_leaves_nothing_out(store):
-    (row,) = along(run_of(steps=1), 0, store, encoder(), first_set(), CPU, iterations=1, every=1)
+def test_with_one_inner_step_both_estimators_agree(store):
+    (row,) = compare_estimators(run_of(steps=1), 0, store, encoder(), first_set(), CPU, iterations=1, every=1)
     assert all(c == pytest.approx(1, abs=1e-6) for c in row["cosine"].values())
 
 
-def test_a_loop_that_diverges_says_so(store):
-    rows = along(run_of(lr_lr=1e6, steps=3), 0, store, encoder(), first_set(), CPU, iterations=60, every=1)
+def test_a_diverging_loop_ends_with_a_stopped_row(store):
+    rows = compare_estimators(run_of(lr_lr=1e6, steps=3), 0, store, encoder(), first_set(), CPU, iterations=60, every=1)
     assert "not finite" in rows[-1]["stopped"] and len(rows) < 60
 
 

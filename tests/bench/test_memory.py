@@ -1,4 +1,4 @@
-"""Peak memory of a matching step: what it depends on, and what `rmdd check` says of it. Linux only, as the measure."""
+"""Peak memory of a matching step: its growth with inner steps, and the estimate of `rmdd check`. Linux only."""
 
 import sys
 from dataclasses import replace
@@ -36,18 +36,18 @@ def peaks():
     return {steps: peak_bytes(replace(CASE, steps=steps), Variant("exact", None, "exact")) for steps in (4, 8, 16)}
 
 
-def test_more_steps_cost_their_parameters_and_nothing_else(peaks, vector):
+def test_each_inner_step_adds_the_bytes_of_one_parameter_vector(peaks, vector):
     for fewer, more in ((4, 8), (8, 16)):
         assert peaks[more] - peaks[fewer] == pytest.approx((more - fewer) * vector, rel=0.15)
 
 
-def test_recomputing_keeps_few_of_them(peaks, vector):
-    spared = Variant("exact", None, "exact", Engine(trajectory="recompute"))
-    assert peaks[16] - peak_bytes(replace(CASE, steps=16), spared) > 5 * vector
+def test_recompute_stores_few_parameter_vectors(peaks, vector):
+    recompute = Variant("exact", None, "exact", Engine(trajectory="recompute"))
+    assert peaks[16] - peak_bytes(replace(CASE, steps=16), recompute) > 5 * vector
 
 
 @pytest.mark.parametrize("steps", [4, 16])
-def test_the_prediction_is_within_a_quarter(peaks, steps):
+def test_the_estimate_of_check_is_within_25_percent(peaks, steps):
     run = run_of(replace(CASE, steps=steps), estimator="exact")
     model = estimate.model_on_meta(run, CASE.text_width)
     work = estimate.work_of(model, run, CASE.text_width)

@@ -55,7 +55,7 @@ def here(tmp_path, monkeypatch):
 
 @dataclass
 class Steps:
-    """Stands in for the pipeline: does as told, and keeps the run it was given."""
+    """Fake pipeline that records its runs and, if `error` is set, raises it."""
 
     error: BaseException | None = None
     runs: list[config.Run] = field(default_factory=list)
@@ -67,7 +67,7 @@ class Steps:
         @contextmanager
         def opened(run, progress=None):
             self.runs.append(run)
-            require_layout(open_storage(run.runtime))  # as every run does
+            require_layout(open_storage(run.runtime))  # as the real pipeline does
             self.folder = rmdd.pipeline.run_folder(run)
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "run.yaml").write_text(config.dump(run))
@@ -77,7 +77,7 @@ class Steps:
         return self
 
     def all(self) -> Any:
-        print("a library chatters")
+        print("output of a library")
         if self.error:
             raise self.error
         value = {"mean": 20.0, "std": 1.5, "n": 5}
@@ -89,7 +89,7 @@ class Steps:
         return rmdd.pipeline.Result(self.folder / "set", self.folder / "report.html", evaluation, {"distill": 3.0})
 
 
-def test_help_answers_without_torch_or_ray():
+def test_help_imports_neither_torch_nor_ray():
     code = (
         "import sys; from rmdd.cli import app; sys.argv = ['rmdd', '--help']\n"
         "try: app.main()\nexcept SystemExit: pass\n"
@@ -115,7 +115,7 @@ def test_the_template_has_every_key():
     assert keys(yaml.safe_load(template("a.yaml"))) == keys(config.Run().model_dump(mode="json"))
 
 
-def test_all_mistakes_are_told_at_once(here):
+def test_all_mistakes_are_reported_together(here):
     bad = sets("experts.num=0", "distil.budget=3", "evaluate.students=many", "distill.phases.7.pairs=3")
     done = rmdd_("run", "demo", *bad)
     assert done.exit_code == 2 and done.stdout == ""
@@ -127,7 +127,7 @@ def test_all_mistakes_are_told_at_once(here):
 
 
 @pytest.mark.parametrize("command", ["check", "ingest", "experts", "distill", "evaluate", "report", "run"])
-def test_a_name_that_is_no_preset_is_a_config_mistake(command):
+def test_an_unknown_preset_is_a_config_mistake(command):
     done = rmdd_(command, "dmeo")
     assert done.exit_code == 2 and "no preset 'dmeo'; did you mean demo?" in done.stderr
 
@@ -185,14 +185,16 @@ def test_the_table_of_methods_fits_a_terminal():
     for each in listed:
         assert each["family"] in ("trajectory", "distribution", "generative"), each["name"]
         assert each["card"] and {"experts", "features", "diffusion", "captioner"} >= set(each["needs"]), each["name"]
-        assert re.search("Open:|GPU", each["status"]), f"{each['name']} says what was not verified"
+        assert re.search("Open:|GPU", each["status"]), f"{each['name']} must state what was not verified"
     families = [each["family"] for each in listed]
-    assert families == sorted(families, key=["trajectory", "distribution", "generative"].index), "together"
+    assert families == sorted(families, key=["trajectory", "distribution", "generative"].index), (
+        "methods of a family stand together"
+    )
     words = " ".join(row[4] for row in cells)
     assert all(" ".join(each["status"].split()[:2]) in words for each in listed)
 
 
-def test_one_method_is_told_about():
+def test_methods_describes_one_method():
     shown = rmdd_("methods", "mct").stdout
     assert "theta_l(t) = theta_l(0)" in shown and "start_points: continuous" in shown and "emoji_mct_100" in shown
     facts = json.loads(rmdd_("methods", "mct", "--json").stdout)
@@ -203,7 +205,7 @@ def test_one_method_is_told_about():
     assert wrong.exit_code == 2 and "did you mean lors?" in wrong.stderr
 
 
-def test_check_touches_nothing_and_counts(here):
+def test_check_writes_nothing_and_counts_pairs_and_cost(here):
     done = rmdd_("check", "demo", "--json", *sets(*TINY))
     assert done.exit_code == 0, done.stderr
     facts = json.loads(done.stdout)
@@ -211,28 +213,28 @@ def test_check_touches_nothing_and_counts(here):
     assert facts["phases"][0]["pairs"] == 8 and not facts["data"]["ingested"]
     assert facts["time"]["seconds"]["distill"] > 0 and facts["memory"]["matching_step"] > 0
     shown = rmdd_("check", "demo", *sets(*TINY))
-    assert "Phases" in shown.stdout and "assumed" in shown.stdout
+    assert "Phases" in shown.stdout and "time: assumes" in shown.stdout
     assert not list(here.iterdir())
 
 
-def test_check_refuses_what_does_not_fit(here):
+def test_check_refuses_phases_over_budget_and_unknown_towers(here):
     over = rmdd_("check", "demo", *sets(*TINY, "distill.budget=8"))
     assert over.exit_code == 2 and "over by" in over.stderr
     tower = rmdd_("check", "demo", *sets("model.image.name=nfnet_10"))
     assert tower.exit_code == 2 and "nfnet_l0" in tower.stderr
 
 
-def test_check_looks_at_the_search_too(here):
+def test_check_includes_the_search_space(here):
     space = "search.space={distill.lr_image: {loguniform: [1, 10]}, experts.lr_image: {choice: [0.1, 0.2]}}"
     shown = rmdd_("check", "demo", *sets(*TINY, space))
     assert shown.exit_code == 0, shown.stderr
-    assert "2 fields, 24 trials, at most 24 times experts and distillation" in shown.stdout
+    assert "2 fields, 24 trials, each trial repeats experts and distillation" in shown.stdout
     grid = ("search.space={distill.steps: {int: [2, 4]}}", "search.sampler=grid")
     facts = json.loads(rmdd_("check", "demo", "--json", *sets(*TINY, *grid)).stdout)
     assert facts["search"] == {"fields": ["distill.steps"], "trials": 3, "experts": "shared"}
     wrong = ("{distill.lr_imgae: {uniform: [1, 2]}}", "{distill.phases.0.endpoint: {int: [1, 99]}}")
-    for given, words in zip(wrong, ("lr_imgae: at 1.0: distill.lr_imgae: unknown key", "at 99: "), strict=True):
-        done = rmdd_("check", "demo", *sets(*TINY, f"search.space={given}"))
+    for space, words in zip(wrong, ("lr_imgae: at 1.0: distill.lr_imgae: unknown key", "at 99: "), strict=True):
+        done = rmdd_("check", "demo", *sets(*TINY, f"search.space={space}"))
         assert done.exit_code == 2 and words in done.stderr and done.stderr.count("mistake") == 1
     assert not list(here.iterdir())
 
@@ -244,36 +246,41 @@ def test_a_published_preset_is_checked_without_its_data_or_weights(here):
     assert "published" in facts["data"]["origin"]
 
 
-def test_run_prints_the_table_and_the_places(here, monkeypatch):
+def test_run_prints_the_table_and_the_paths_of_its_results(here, monkeypatch):
     Steps().install(monkeypatch)
     done = rmdd_("demo", "--quiet", "--storage", "out")
     assert done.exit_code == 0, done.stderr
-    wanted = ("random pairs", "PTM-ST", "full data", "20.0 ± 1.5", "picked on test", "distilled set:", "page:")
+    wanted = ("random pairs", "PTM-ST", "full data", "20.0 ± 1.5", "best pass on test", "distilled set:", "page:")
     for words in (*wanted, "seconds:"):
         assert words in done.stdout
-    assert "chatters" not in done.stdout and (here / "out").is_dir()
+    assert "output of a library" not in done.stdout and (here / "out").is_dir()
 
 
 def test_json_is_one_object_and_nothing_else(here, monkeypatch):
     Steps().install(monkeypatch)
-    left = json.loads(rmdd_("run", "demo", "--json", *sets("seed=4")).stdout)
-    assert left["table"]["full"]["val"]["R@mean"] == {"mean": 20.0, "std": None, "n": 5}
-    assert Path(left["set"]).parent == Path(left["run"]) == Path(left["page"]).parent
+    facts = json.loads(rmdd_("run", "demo", "--json", *sets("seed=4")).stdout)
+    assert facts["table"]["full"]["val"]["R@mean"] == {"mean": 20.0, "std": None, "n": 5}
+    assert Path(facts["set"]).parent == Path(facts["run"]) == Path(facts["page"]).parent
 
 
 @pytest.mark.parametrize(
     ("error", "code", "words", "resumable"),
     [
         (ValueError("no such thing"), 1, "error: no such thing", False),
-        (FloatingPointError("not finite"), 1, "error: not finite\nlower the rates it names and use `rmdd run`", False),
+        (
+            FloatingPointError("not finite"),
+            1,
+            "error: not finite\nlower the learning rates named above and start `rmdd run`",
+            False,
+        ),
         (PhaseDiverged("not finite; halve"), 1, "error: not finite; halve\n", False),
-        (RuntimeError("worker died"), 1, "error: worker died\nwhen that is mended, resume with: ", True),
+        (RuntimeError("worker died"), 1, "error: worker died\nafter fixing the problem, resume with: ", True),
         (OSError("disk full"), 1, "error: disk full", True),
         (KeyboardInterrupt(), 130, "stopped; resume with: ", True),
         (Interrupted(), 130, "stopped; resume with: ", True),
     ],
 )
-def test_a_failed_run_says_how_to_go_on(here, monkeypatch, error, code, words, resumable):
+def test_a_failed_run_prints_its_error_and_how_to_resume(here, monkeypatch, error, code, words, resumable):
     steps = Steps(error).install(monkeypatch)
     done = rmdd_("run", "demo", "--quiet")
     assert done.exit_code == code and done.stdout == ""
@@ -293,7 +300,7 @@ def test_sigterm_stops_like_ctrl_c(here, monkeypatch):
     assert done.exit_code == 130 and "rmdd resume" in done.stderr
 
 
-def test_resume_keeps_the_folder_wherever_it_lies(here, monkeypatch):
+def test_resume_works_in_a_moved_run_folder(here, monkeypatch):
     steps = Steps().install(monkeypatch)
     rmdd_("run", "demo", "--quiet", *sets("seed=7"))
     (here / "runs").rename(here / "moved")
@@ -304,19 +311,19 @@ def test_resume_keeps_the_folder_wherever_it_lies(here, monkeypatch):
     assert steps.folder == folder and steps.runs[0].hash_of() == steps.runs[1].hash_of()
 
 
-def test_resume_refuses_what_it_cannot_go_on_with(here, monkeypatch):
-    assert "there is no such folder; give the folder of a run, a sweep or a search" in rmdd_("resume", "nowhere").stderr
-    assert "no run.yaml, sweep.json or search.json in it" in rmdd_("resume", str(here)).stderr
+def test_resume_refuses_other_folders_and_changed_run_files(here, monkeypatch):
+    assert "folder does not exist; give the folder of a run, a sweep or a search" in rmdd_("resume", "nowhere").stderr
+    assert "no run.yaml, sweep.json or search.json in this folder" in rmdd_("resume", str(here)).stderr
     steps = Steps().install(monkeypatch)
     rmdd_("run", "demo", "--quiet")
     file = steps.folder / "run.yaml"
     file.write_text(file.read_text().replace("budget: 50", "budget: 60"))
     changed = rmdd_("resume", str(steps.folder))
-    assert changed.exit_code == 2 and "it was changed" in changed.stderr
+    assert changed.exit_code == 2 and "the file was changed" in changed.stderr
 
 
-def test_relative_paths_are_kept_absolute(here, monkeypatch):
-    monkeypatch.setattr("rmdd.runs.preflight.impossible", lambda run: [])
+def test_relative_paths_are_made_absolute(here, monkeypatch):
+    monkeypatch.setattr("rmdd.runs.preflight.problems_of", lambda run: [])
     steps = Steps().install(monkeypatch)
     (here / "bert").mkdir()
     local = ("data.root=images", "model.image.weights=w/nfnet.pth", "model.text.name=bert")
@@ -329,7 +336,7 @@ def test_relative_paths_are_kept_absolute(here, monkeypatch):
 
 
 @pytest.mark.parametrize("command", ["run", "experts", "distill", "evaluate", "report"])
-def test_what_cannot_work_is_found_before_any_folder_is_made(here, command):
+def test_mistakes_are_reported_before_any_folder_is_created(here, command):
     wrong = ("model.image.name=nfnet_10", "model.image.weights=absent.pth", "distill.budget=8")
     done = rmdd_(command, "demo", *sets(*TINY, *wrong))
     assert done.exit_code == 2 and "2 mistake(s)" in done.stderr

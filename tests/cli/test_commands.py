@@ -1,4 +1,4 @@
-"""A command of one's own: as one new file of `rmdd/cli`, or from outside by an entry point."""
+"""New commands: a file added to `rmdd/cli`, or a plugin that another package adds by an entry point."""
 
 import importlib
 import json
@@ -20,10 +20,10 @@ from rmdd.cli.command import Call, Output, command
 
 
 @command
-def count_pairs(call: Call, run: config.Run, times: Annotated[int, typer.Option(help="Count so often.")] = 1) -> Output:
+def count_pairs(call: Call, run: config.Run, times: Annotated[int, typer.Option(help="Repetitions.")] = 1) -> Output:
     """Count the pairs of a budget."""
     with call.working() as progress:
-        print("a library chatters")
+        print("output of a library")
     if times == 0:
         raise ValueError("nothing to count")
     pairs = times * run.distill.budget
@@ -33,7 +33,7 @@ def count_pairs(call: Call, run: config.Run, times: Annotated[int, typer.Option(
 
 @pytest.fixture(params=["a file of the folder", "a group of the folder", "an entry point"])
 def words(request, tmp_path, monkeypatch):
-    """The words of the command, which was added in each way."""
+    """The command line of a new command, added as a file, as a group or as an entry point."""
     if request.param == "an entry point":
         name, folder = "counting_outside", tmp_path
         info = tmp_path / "counting-1.0.dist-info"
@@ -54,13 +54,13 @@ def words(request, tmp_path, monkeypatch):
     sys.modules.pop(f"rmdd.cli.{name}", None)
 
 
-def test_a_new_command_has_the_options_and_the_frame_of_all(words):
+def test_a_new_command_has_the_common_options_output_and_exit_codes(words):
     app = build()
     use = lambda *more: CliRunner().invoke(app, [*words, *more])  # noqa: E731
     listed = CliRunner().invoke(app, [*words[:-1], "--help"], terminal_width=120).stdout
     assert "count-pairs" in listed and "Count the pairs of a budget." in listed
-    asked = use("--help").stdout
-    assert all(word in asked for word in ("CONFIG", "--set", "--times", "--json", "--quiet", "--debug"))
+    text = use("--help").stdout
+    assert all(word in text for word in ("CONFIG", "--set", "--times", "--json", "--quiet", "--debug"))
     assert use("demo", "--set", "distill.budget=30").stdout == "30 pairs\n"
     assert json.loads(use("demo", "--set", "distill.budget=30", "--times", "2", "--json").stdout) == {"pairs": 60}
     odd = use("demo", "--set", "distill.budget=31")
@@ -70,5 +70,5 @@ def test_a_new_command_has_the_options_and_the_frame_of_all(words):
     assert use("dmeo").exit_code == 2
 
 
-def test_a_command_from_outside_hides_none_of_rmdd(words):
+def test_a_plugin_cannot_replace_a_command_of_rmdd(words):
     assert "Distil drawn scenes" in CliRunner().invoke(build(), ["demo", "--help"]).stdout

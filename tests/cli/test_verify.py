@@ -1,4 +1,4 @@
-"""`rmdd verify` on everything that rmdd writes: silent on what is whole, and it names what is not."""
+"""`rmdd verify`: intact files give no fault, and a damaged file is named."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def flip(path, back=7):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, store):
+def intact(tmp_path_factory, store):
     """A storage with a dataset, a store and a finished phase."""
     root = tmp_path_factory.mktemp("storage")
     scenes = config.Scenes(train=6, val=2, test=2, size=16)
@@ -38,23 +38,23 @@ def whole(tmp_path_factory, store):
 
 
 @pytest.fixture
-def root(whole, tmp_path):
-    shutil.copytree(whole, tmp_path / "storage")
+def root(intact, tmp_path):
+    shutil.copytree(intact, tmp_path / "storage")
     return tmp_path / "storage"
 
 
-def faults(place):
-    return [(os.path.basename(f.path), f.wrong) for f in verify(str(place)).faults]
+def faults(folder):
+    return [(os.path.basename(f.path), f.wrong) for f in verify(str(folder)).faults]
 
 
 @pytest.mark.parametrize("part", ["", "data/d", "experts/e", "phases/p", "phases/p/phase-0"])
-def test_what_is_whole_passes(root, part):
-    found = verify(str(root / part))
-    assert found.faults == [] and found.unfinished == []
-    assert len(found.checked) == (3 if part == "" else 1)
+def test_intact_folders_have_no_faults(root, part):
+    findings = verify(str(root / part))
+    assert findings.faults == [] and findings.unfinished == []
+    assert len(findings.checked) == (3 if part == "" else 1)
 
 
-def test_a_uri_is_checked_by_a_copy(root):
+def test_a_fault_at_a_uri_is_reported_with_its_uri(root):
     flip(root / "experts" / "e" / "expert-000" / "epoch-0002.safetensors")
     (fault,) = verify(f"file://{root}/experts/e").faults
     assert fault.path == f"file://{root}/experts/e/expert-000/epoch-0002.safetensors"
@@ -84,7 +84,7 @@ def _infinite(root):
     tensors[name].view(-1)[0] = float("nan")
     save_file(tensors, folder / "epoch-0001.safetensors")
     record = json.loads((folder / "expert.json").read_text())
-    del record["files"]  # as a store of an earlier version
+    del record["files"]  # stores of earlier versions have no hashes
     (folder / "expert.json").write_text(json.dumps(record))
     return "epoch-0001.safetensors", f"not finite (first: {name})"
 
@@ -117,7 +117,7 @@ def _flipped_log(root):
 
 
 def _flipped_start(root):
-    """Of a store whose experts share one."""
+    """Damage the shared pretrained parameters of a store."""
     folder = root / "experts" / "e"
     shutil.rmtree(folder)
     theta = {"a": torch.zeros(3), "b": torch.ones(2)}
@@ -138,7 +138,7 @@ def _schema(root):
 
 
 @pytest.mark.parametrize(
-    "harm",
+    "damage",
     [
         _truncate,
         _flipped_shard,
@@ -153,10 +153,10 @@ def _schema(root):
         _schema,
     ],
 )
-def test_the_one_broken_thing_is_named(root, harm):
-    name, words = harm(root)
-    ((found, wrong),) = faults(root)
-    assert found == name and words in wrong
+def test_the_damaged_file_is_named(root, damage):
+    name, words = damage(root)
+    ((file, wrong),) = faults(root)
+    assert file == name and words in wrong
 
 
 def test_a_log_may_hold_any_text_and_end_in_the_middle_of_a_line(root):
@@ -165,18 +165,18 @@ def test_a_log_may_hold_any_text_and_end_in_the_middle_of_a_line(root):
     assert faults(root) == []
 
 
-def test_the_command_prints_what_is_broken_and_fails(root):
+def test_the_command_prints_the_damaged_file_and_exits_with_1(root):
     run = lambda *words: CliRunner().invoke(cli.app, ["verify", str(root), *words])  # noqa: E731
     assert run().exit_code == 0 and "3 checked, 0 broken" in run().stdout
     name, _ = _flipped_epoch(root)
     done = run()
     assert done.exit_code == 1 and f"{name}: has another SHA-256" in done.stdout and "train that expert" in done.stdout
-    left = json.loads(run("--json").stdout)
-    assert [f["path"].endswith(name) for f in left["faults"]] == [True]
+    facts = json.loads(run("--json").stdout)
+    assert [f["path"].endswith(name) for f in facts["faults"]] == [True]
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="holds nothing that rmdd writes"):
+def test_other_folders_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="was not written by rmdd"):
         verify(str(tmp_path))
-    with pytest.raises(ValueError, match=r"there is no .*/absent; give a folder that rmdd wrote"):
+    with pytest.raises(ValueError, match=r"/absent does not exist; give a folder that rmdd wrote"):
         verify(str(tmp_path / "absent"))

@@ -1,4 +1,4 @@
-"""A head without CPUs whose workers come when they are asked for, as `clusters/` has it: Ray's autoscaler, here."""
+"""Autoscaling as in `clusters/`: a head node without CPUs, and workers that Ray's autoscaler starts on demand."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ worker_start_ray_commands: []
 provider:
   type: fake_multinode
   gcs_address: "{gcs}"
-  use_node_id_as_ip: true  # they share one address
+  use_node_id_as_ip: true  # all fake nodes share one address
   disable_node_updaters: true
   disable_launch_config_check: true
 head_node_type: ray.head.default
@@ -37,17 +37,17 @@ from rmdd.config import Runtime
 from rmdd.execution.ray.actors import ActorExecutor
 from rmdd.execution.ray.cluster import connected
 
-def meet(folder, hooks):  # ends when two nodes have been here
+def meet(folder, hooks):  # returns once two nodes have written their file
     (folder / ray.get_runtime_context().get_node_id()).touch()
     while len(list(folder.iterdir())) < 2:
         time.sleep(0.1)
 
 rule, folder = Runtime(gpus_per_worker=1, workers=2), Path("FOLDER")
 (folder / "met").mkdir()
-with connected(rule) as found:
-    executor = ActorExecutor(rule, found, folder / "events.jsonl")
+with connected(rule) as resources:
+    executor = ActorExecutor(rule, resources, folder / "events.jsonl")
     executor.map(meet, [folder / "met"] * 3, list("abc"), lambda *report: None)
-    print("FOUND", json.dumps([found.gpus, found.grows]))
+    print("RESOURCES", json.dumps([resources.gpus, resources.grows]))
 """
 
 
@@ -57,11 +57,11 @@ def head() -> Iterator[Head]:
         yield head
 
 
-def test_the_first_node_is_waited_for_and_more_come_for_workers_that_wait(head: Head) -> None:
+def test_a_run_waits_for_the_first_node_and_starts_more_for_waiting_workers(head: Head) -> None:
     code = RUN.replace("FOLDER", str(head.folder))
     output = head.do(sys.executable, "-c", code, RAY_ADDRESS=f"127.0.0.1:{head.gcs}")
     assert "waiting up to 15 minutes for a node with {'GPU': 1" in output
-    (line,) = [line for line in output.splitlines() if line.startswith("FOUND")]
-    gpus, grows = json.loads(line.removeprefix("FOUND"))
+    (line,) = [line for line in output.splitlines() if line.startswith("RESOURCES")]
+    gpus, grows = json.loads(line.removeprefix("RESOURCES"))
     assert gpus >= 1 and grows
     assert len(list((head.folder / "met").iterdir())) == 2

@@ -1,4 +1,4 @@
-"""The manifests for KubeRay and the image of their pods."""
+"""The manifests of `clusters/kuberay` and the Dockerfile: fields, pinned versions, shared storage, no open ports."""
 
 import copy
 import itertools
@@ -22,7 +22,7 @@ TEXT, COUNT, FLAG = {"type": "string"}, {"type": "integer", "minimum": 0}, {"typ
 
 
 def of(*required: str, **fields: Any) -> dict[str, Any]:
-    """An object with these fields and no other."""
+    """Return a JSON schema for an object with only these fields."""
     return {"type": "object", "properties": fields, "required": list(required), "additionalProperties": False}
 
 
@@ -131,13 +131,13 @@ CLUSTER_SPECS = [d["spec"].get("rayClusterSpec", d["spec"]) for _, d in ALL if d
 def check(document: dict[str, Any]) -> None:
     version, spec = KINDS[document["kind"]]
     named = of("name", name={"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"})
-    whole = of("apiVersion", "kind", "metadata", "spec", apiVersion={"const": version}, kind=TEXT, metadata=named)
-    whole["properties"]["spec"] = spec
-    jsonschema.validate(document, whole)
+    schema = of("apiVersion", "kind", "metadata", "spec", apiVersion={"const": version}, kind=TEXT, metadata=named)
+    schema["properties"]["spec"] = spec
+    jsonschema.validate(document, schema)
 
 
 @pytest.mark.parametrize(("file", "document"), ALL, ids=lambda v: v if isinstance(v, str) else v["kind"])
-def test_it_has_the_fields_of_its_kind_and_nothing_is_open(file: str, document: dict[str, Any]) -> None:
+def test_each_manifest_is_valid_and_opens_no_port(file: str, document: dict[str, Any]) -> None:
     check(document)
     assert problems(document) == []
 
@@ -158,14 +158,14 @@ def test_it_has_the_fields_of_its_kind_and_nothing_is_open(file: str, document: 
         lambda d: d.update(apiVersion="ray.io/v1alpha1"),
     ],
 )
-def test_what_is_broken_is_found(break_it: Any) -> None:
+def test_the_schema_rejects_broken_manifests(break_it: Any) -> None:
     document = copy.deepcopy(RUN)
     break_it(document)
     with pytest.raises(jsonschema.ValidationError):
         check(document)
 
 
-def test_open_ports_and_moving_images_are_found() -> None:
+def test_open_ports_and_unpinned_images_are_reported() -> None:
     document = copy.deepcopy(RUN)
     head = document["spec"]["rayClusterSpec"]["headGroupSpec"]
     head["rayStartParams"]["dashboard-host"] = "0.0.0.0"
@@ -175,23 +175,23 @@ def test_open_ports_and_moving_images_are_found() -> None:
 
 
 def strict(schema: Any) -> Any:
-    """A schema of a resource definition as plain JSON schema that knows no further fields."""
+    """Return the schema of a Kubernetes resource definition as a JSON schema that allows no other fields."""
     if isinstance(schema, list):
         return [strict(s) for s in schema]
     if not isinstance(schema, dict):
         return schema
-    found = {key: strict(value) for key, value in schema.items()}
+    result = {key: strict(value) for key, value in schema.items()}
     if schema.get("x-kubernetes-int-or-string") is True:
-        found = {"type": ["integer", "string"]}
+        result = {"type": ["integer", "string"]}
     if isinstance(schema.get("properties"), dict) and not schema.get("x-kubernetes-preserve-unknown-fields"):
-        found["additionalProperties"] = False
+        result["additionalProperties"] = False
         if "metadata" in schema["properties"]:
-            found["properties"]["metadata"] = {"type": "object"}
-    return found
+            result["properties"]["metadata"] = {"type": "object"}
+    return result
 
 
 @pytest.mark.parametrize("document", [d for _, d in ALL if d["kind"].startswith("Ray")], ids=lambda d: d["kind"])
-def test_kuberays_own_definition_takes_it(document: dict[str, Any]) -> None:
+def test_the_manifests_match_the_resource_definitions_of_kuberay(document: dict[str, Any]) -> None:
     if not (folder := os.environ.get("RMDD_KUBERAY_CRDS")):
         pytest.skip("set RMDD_KUBERAY_CRDS to the folder of KubeRay's ray.io_rayclusters.yaml and ray.io_rayjobs.yaml")
     definition = yaml.safe_load((Path(folder) / f"ray.io_{document['kind'].lower()}s.yaml").read_text())
@@ -212,7 +212,7 @@ def test_pods_share_storage_and_one_image(spec: dict[str, Any]) -> None:
         assert mounts["/dev/shm"]["emptyDir"]["medium"] == "Memory"
 
 
-def test_the_job_runs_a_file_of_the_image_with_a_run_that_loads() -> None:
+def test_the_job_starts_a_script_of_the_image_with_a_valid_run() -> None:
     from rmdd import config
 
     words = shlex.split(RUN["spec"]["entrypoint"])
@@ -225,7 +225,7 @@ def test_the_job_runs_a_file_of_the_image_with_a_run_that_loads() -> None:
     assert int(yaml.safe_load(RUN["spec"]["runtimeEnvYAML"])["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) >= 60
 
 
-def test_the_image_is_pinned_as_the_project_is_and_not_root() -> None:
+def test_the_image_pins_the_tested_ray_and_does_not_run_as_root() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needs = {r.name: r for r in map(Requirement, project["dependencies"])}
     base = re.search(r"^FROM rayproject/ray:([\d.]+)-py(\d)(\d+)-cpu$", DOCKERFILE, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""The files for `ray up`: Ray's own schema and preparation, and what these let pass."""
+"""The files for `ray up`: they pass Ray's schema and stricter checks for typos, open ports, secrets and versions."""
 
 import copy
 from pathlib import Path
@@ -22,7 +22,7 @@ AWS = {
 }
 GCP = {
     "machineType": ANY,
-    "networkInterfaces": [{"subnetwork": ANY}],  # with accessConfigs a machine has a public address
+    "networkInterfaces": [{"subnetwork": ANY}],  # accessConfigs would give a machine a public address
     "disks": [
         {"boot": ANY, "autoDelete": ANY, "type": ANY, "initializeParams": {"diskSizeGb": ANY, "sourceImage": ANY}}
     ],
@@ -49,7 +49,7 @@ PROVIDER = {
 }
 NODE = {"aws": AWS, "gcp": GCP, "azure": AZURE, "local": {}}
 NEEDED = {
-    "aws": {"InstanceType", "ImageId", "SecurityGroupIds"},  # without a group Ray opens port 22 to the world
+    "aws": {"InstanceType", "ImageId", "SecurityGroupIds"},  # without a group, Ray opens port 22 to the internet
     "gcp": {"machineType", "disks", "networkInterfaces"},
     "azure": {"azure_arm_parameters"},
 }
@@ -59,68 +59,71 @@ def read(path: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
-def strange(value: Any, known: Any, path: str) -> list[str]:
-    """Keys that a cloud does not know."""
-    if isinstance(value, dict) and isinstance(known, dict):
-        mine = [f"{path}.{key}: no such field" for key in value if key not in known]
-        return mine + [s for key in value if key in known for s in strange(value[key], known[key], f"{path}.{key}")]
-    if isinstance(value, list) and isinstance(known, list):
-        return [s for place, inner in enumerate(value) for s in strange(inner, known[0], f"{path}.{place}")]
-    return [] if known is ANY or not isinstance(value, dict | list) else [f"{path}: has another shape"]
+def unknown_keys(value: Any, schema: Any, path: str) -> list[str]:
+    """Return a message for every key that the cloud's schema does not have."""
+    if isinstance(value, dict) and isinstance(schema, dict):
+        messages = [f"{path}.{key}: no such field" for key in value if key not in schema]
+        for key in value.keys() & schema.keys():
+            messages += unknown_keys(value[key], schema[key], f"{path}.{key}")
+        return messages
+    if isinstance(value, list) and isinstance(schema, list):
+        return [m for i, inner in enumerate(value) for m in unknown_keys(inner, schema[0], f"{path}.{i}")]
+    return [] if schema is ANY or not isinstance(value, dict | list) else [f"{path}: has another shape"]
 
 
-def wrong(document: dict[str, Any]) -> list[str]:
-    """All that is wrong with a file beside what Ray itself finds."""
+def mistakes(document: dict[str, Any]) -> list[str]:
+    """Return the mistakes in a file that Ray itself does not report."""
     kind = document["provider"]["type"]
-    found = problems(document) + strange(document["provider"], dict.fromkeys(PROVIDER[kind]), "provider")
+    messages = problems(document) + unknown_keys(document["provider"], dict.fromkeys(PROVIDER[kind]), "provider")
     for name, node in document.get("available_node_types", {}).items():
-        found += strange(node["node_config"], NODE[kind], name)
-        found += [f"{name}: {key} is missing" for key in NEEDED[kind] - node["node_config"].keys()]
+        messages += unknown_keys(node["node_config"], NODE[kind], name)
+        messages += [f"{name}: {key} is missing" for key in NEEDED[kind] - node["node_config"].keys()]
         if name != document["head_node_type"] and node.get("min_workers", 0) != 0:
-            found.append(f"{name}: machines that wait cost")
+            messages.append(f"{name}: idle machines cost money")
     if kind in ("gcp", "azure") and not document["provider"].get("use_internal_ips"):
-        found.append("provider.use_internal_ips: machines would have public addresses, and port 22 open on them")
+        messages.append("provider.use_internal_ips: machines would have public addresses with port 22 open")
     head, worker = document["head_start_ray_commands"][-1], document["worker_start_ray_commands"][-1]
-    found += [f"{c.split()[0]}: no token" for c in (head, worker) if "RAY_AUTH_MODE=token ray start" not in c]
-    found += [] if "--dashboard-host=127.0.0.1" in head else ["head: the dashboard's host is left open"]
-    found += [] if "--num-cpus=0" in head else ["head: work would go to it"]
-    found += [] if "~/.ray/auth_token" in document["file_mounts"] else ["file_mounts: no token for the nodes"]
+    messages += [f"{c.split()[0]}: no token" for c in (head, worker) if "RAY_AUTH_MODE=token ray start" not in c]
+    messages += [] if "--dashboard-host=127.0.0.1" in head else ["head: --dashboard-host is missing"]
+    messages += [] if "--num-cpus=0" in head else ["head: Ray would run tasks on it"]
+    messages += [] if "~/.ray/auth_token" in document["file_mounts"] else ["file_mounts: no token for the nodes"]
+    setup = document["setup_commands"]
     installs = f'"ray[default,train,tune,data]=={RAY}" ~/rmdd'
-    found += [] if any(installs in c for c in document["setup_commands"]) else ["setup_commands: another Ray, or none"]
-    found += [] if any("/mnt/rmdd" in c for c in document["setup_commands"]) else ["setup_commands: no shared storage"]
-    return found
+    messages += [] if any(installs in c for c in setup) else ["setup_commands: does not install the tested Ray"]
+    messages += [] if any("/mnt/rmdd" in c for c in setup) else ["setup_commands: no shared storage"]
+    return messages
 
 
 def prepared(document: dict[str, Any]) -> dict[str, Any]:
-    util = pytest.importorskip("ray.autoscaler._private.util")  # private, and the only check that needs no cloud
-    whole = util.prepare_config(copy.deepcopy(document))
-    util.validate_config(whole)
-    return whole
+    util = pytest.importorskip("ray.autoscaler._private.util")  # a private module: the only check without a cloud
+    full = util.prepare_config(copy.deepcopy(document))
+    util.validate_config(full)
+    return full
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_ray_takes_it_and_nothing_is_wrong(path: Path) -> None:
+def test_ray_accepts_each_file_and_it_has_no_mistakes(path: Path) -> None:
     document = read(path)
-    whole = prepared(document)
-    assert wrong(document) == []
-    hosts = len(document["provider"].get("worker_ips", []))  # own machines cannot be asked for, they are all there
-    assert {node["min_workers"] for node in whole["available_node_types"].values()} == {hosts}
-    commands = [c for key in ("head_start_ray_commands", "worker_start_ray_commands") for c in whole[key]]
-    assert not [c for c in commands if "0.0.0.0" in c] and "3.0.0.dev" not in str(whole)
+    full = prepared(document)
+    assert mistakes(document) == []
+    hosts = len(document["provider"].get("worker_ips", []))  # your own machines all join at once
+    assert {node["min_workers"] for node in full["available_node_types"].values()} == {hosts}
+    commands = [c for key in ("head_start_ray_commands", "worker_start_ray_commands") for c in full[key]]
+    assert not [c for c in commands if "0.0.0.0" in c] and "3.0.0.dev" not in str(full)
 
 
-def test_there_is_one_for_every_place_and_each_cloud_has_spot_workers() -> None:
+def test_every_cloud_has_a_file_with_spot_workers() -> None:
     assert [p.stem for p in FILES] == ["aws", "azure", "gcp", "onprem"]
     spot = {"aws": "MarketType", "azure": "priority", "gcp": "provisioningModel"}
     for cloud, key in spot.items():
         document = read(CLUSTERS / f"{cloud}.yaml")
-        on = {path[1] for path, value in leaves(document) if path[-1] == key and str(value).lower() == "spot"}
-        assert "gpu_spot" in on and document["head_node_type"] not in on
+        spot_types = {path[1] for path, value in leaves(document) if path[-1] == key and str(value).lower() == "spot"}
+        assert "gpu_spot" in spot_types and document["head_node_type"] not in spot_types
 
 
 def at(document: dict[str, Any], path: str) -> tuple[Any, Any]:
-    *way, last = path.split("/")
-    for key in way:
+    *parents, last = path.split("/")
+    for key in parents:
         document = document[int(key) if isinstance(document, list) else key]
     return document, int(last) if isinstance(document, list) else last
 
@@ -131,10 +134,15 @@ def at(document: dict[str, Any], path: str) -> tuple[Any, Any]:
         ("aws", "provider/regoin", "us-west-2", "provider.regoin: no such field"),
         ("aws", "available_node_types/gpu_spot/node_config/InstnceType", "g6.2xlarge", "InstnceType: no such field"),
         ("aws", "available_node_types/gpu_spot/node_config/BlockDeviceMappings/0/Ebs/Size", 5, "Ebs.Size: no such"),
-        ("aws", "available_node_types/gpu_spot/min_workers", 1, "machines that wait cost"),
+        ("aws", "available_node_types/gpu_spot/min_workers", 1, "idle machines cost money"),
         ("aws", "available_node_types/head/node_config/SecurityGroupIds", ..., "SecurityGroupIds is missing"),
         ("aws", "provider/security_group", {"GroupName": "g", "IpPermissions": [{"CidrIp": "0.0.0.0/0"}]}, "a door"),
-        ("aws", "head_start_ray_commands/1", "RAY_AUTH_MODE=token ray start --head --num-cpus=0", "left open"),
+        (
+            "aws",
+            "head_start_ray_commands/1",
+            "RAY_AUTH_MODE=token ray start --head --num-cpus=0",
+            "--dashboard-host is missing",
+        ),
         ("aws", "head_start_ray_commands/1", "ray start --head --dashboard-host=0.0.0.0", "on all interfaces"),
         ("aws", "worker_start_ray_commands/1", "ray start --address=$RAY_HEAD_IP:6379", "no token"),
         ("aws", "setup_commands/0", "export AWS_ACCESS_KEY_ID=AKIAABCDEFGHIJKLMNOP", "a credential"),
@@ -153,23 +161,23 @@ def at(document: dict[str, Any], path: str) -> tuple[Any, Any]:
         ("onprem", "provider/worker_ip", [], "provider.worker_ip: no such field"),
     ],
 )
-def test_what_ray_lets_pass_is_found(cloud: str, path: str, value: Any, words: str) -> None:
-    document = copy.deepcopy(read(CLUSTERS / f"{cloud}.yaml"))  # anchors become copies
+def test_mistakes_that_ray_does_not_report_are_found(cloud: str, path: str, value: Any, words: str) -> None:
+    document = copy.deepcopy(read(CLUSTERS / f"{cloud}.yaml"))  # the copy also separates nodes that share a YAML anchor
     holder, key = at(document, path)
     if value is ...:
         del holder[key]
     else:
         holder[key] = value
-    assert any(words in line for line in wrong(document)), wrong(document)
+    assert any(words in line for line in mistakes(document)), mistakes(document)
 
 
 @pytest.mark.parametrize("change", [{"setup_command": []}, {"max_workers": "8"}, {"head_node_type": "haed"}])
-def test_rays_own_check_is_at_work(change: dict[str, Any]) -> None:
+def test_the_check_of_ray_rejects_wrong_fields(change: dict[str, Any]) -> None:
     with pytest.raises(Exception, match="setup_command|'8'|head_node_type"):
         prepared(read(CLUSTERS / "aws.yaml") | change)
 
 
-def test_the_ray_of_all_files_is_the_one_that_is_tested() -> None:
+def test_all_files_use_the_tested_version_of_ray() -> None:
     import ray
 
     assert f"Tested with ray {RAY}," in (ROOT / "pyproject.toml").read_text() and ray.__version__ == RAY

@@ -1,4 +1,4 @@
-"""Two tiny runs in one storage, whose sets are compared and transferred."""
+"""Fixtures: two tiny finished runs in one storage, and a small BERT with random weights."""
 
 import shutil
 
@@ -9,7 +9,6 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 import rmdd
 from rmdd import config
-from rmdd.core.storage import run_folder
 
 TINY = changed(
     name="one",
@@ -41,7 +40,7 @@ def tiny(storage, **sections):
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory):
+def two_runs(tmp_path_factory):
     """A storage with two finished runs."""
     storage = tmp_path_factory.mktemp("made") / "runs"
     for sections in ({}, OTHER):
@@ -50,14 +49,9 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def storage(made, tmp_path):
-    """A copy of it, to be changed at will."""
-    return shutil.copytree(made, tmp_path / "runs")
-
-
-@pytest.fixture
-def run_of():
-    return lambda storage, **sections: run_folder(config.load(tiny(storage, **sections)))
+def storage(two_runs, tmp_path):
+    """A copy of `two_runs` that a test may change."""
+    return shutil.copytree(two_runs, tmp_path / "runs")
 
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a the red green blue yellow circle square triangle on left right of".split()
@@ -65,7 +59,7 @@ WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a the red green blue yellow circle squar
 
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory):
-    """A small text encoder of transformers with random weights."""
+    """Folder of a small BERT with random weights, readable by transformers."""
     folder = tmp_path_factory.mktemp("encoder") / "bert"
     folder.mkdir()
     (folder / "vocab.txt").write_text("\n".join(WORDS))

@@ -1,4 +1,4 @@
-"""Sets, subsets, random pairs and full data under one protocol: fair, resumable, and with the numbers of a run."""
+"""`rmdd compare`: its rows have the scores of the runs, it can be resumed, and entries that do not fit are refused."""
 
 import csv
 import json
@@ -19,10 +19,10 @@ from rmdd import config
 from rmdd.artefact.distilled import DistilledSet
 from rmdd.cli import app as cli
 from rmdd.comparisons import engine
-from rmdd.comparisons.compare import begin
+from rmdd.comparisons.compare import prepare_comparison
 from rmdd.comparisons.entries import open_entries
-from rmdd.comparisons.published import beside
-from rmdd.comparisons.resume import begun_in
+from rmdd.comparisons.published import for_dataset
+from rmdd.comparisons.resume import comparison_in
 from rmdd.core.progress import Progress
 from rmdd.core.seeding import generator
 from rmdd.coresets.subset import Coreset
@@ -47,14 +47,14 @@ def table_of(run):
 
 
 def records(storage):
-    found = storage.glob("comparisons/students/*/*.json")
-    return {p: p.stat().st_mtime_ns for p in found if not p.name.endswith(".test.json")}
+    result = storage.glob("comparisons/students/*/*.json")
+    return {p: p.stat().st_mtime_ns for p in result if not p.name.endswith(".test.json")}
 
 
-def whole(record):
-    """A record with its scores on test, which may lie apart."""
-    apart = record.with_suffix(".test.json")
-    return json.loads(record.read_text()) | (json.loads(apart.read_text()) if apart.is_file() else {})
+def full_record(record):
+    """Return a student's record with its test scores, which can be in a separate file."""
+    test_scores = record.with_suffix(".test.json")
+    return json.loads(record.read_text()) | (json.loads(test_scores.read_text()) if test_scores.is_file() else {})
 
 
 def protocol(storage):
@@ -76,25 +76,25 @@ def subset_of(storage, rows, **facts):
 
 
 @pytest.fixture(scope="module")
-def compared(made, tmp_path_factory):
-    one, two = folders(shutil.copytree(made, tmp_path_factory.mktemp("compared") / "runs"))
+def compared(two_runs, tmp_path_factory):
+    one, two = folders(shutil.copytree(two_runs, tmp_path_factory.mktemp("compared") / "runs"))
     return rmdd.compare([one, two / "set", "random", "random:4", "full"], progress=QUIET)
 
 
-def test_the_numbers_are_those_of_the_runs(made, compared):
-    one, two = map(table_of, folders(made))
+def test_the_scores_equal_those_of_the_runs(two_runs, compared):
+    one, two = map(table_of, folders(two_runs))
     rows = {row["name"]: row for row in compared.rows}
-    alike = {folders(made)[0].name: one["ptm_st"], "random": one["random"], "full": one["full"]}
-    for name, scores in alike.items():
+    expected = {folders(two_runs)[0].name: one["ptm_st"], "random": one["random"], "full": one["full"]}
+    for name, scores in expected.items():
         for split in ("val", "test_last"):
             assert rows[name][split] == scores[split], name
-    other = rows[folders(made)[1].name]
-    assert other["test_last"] == two["ptm_st"]["test_last"], "its own loss and temperature, the protocol of the first"
+    other = rows[folders(two_runs)[1].name]
+    assert other["test_last"] == two["ptm_st"]["test_last"], "the set keeps its own loss and temperature"
     assert rows["random:4"]["costs"]["pairs"] == 4 and rows["random"]["costs"]["pairs"] == 9
     assert not compared.failed and compared.published == []
 
 
-def test_the_tables_say_the_same_in_every_form(compared):
+def test_all_table_formats_show_the_same_scores(compared):
     folder = compared.folder
     assert {p.name for p in folder.iterdir()} >= {"table.md", "table.csv", "table.html", "results.json"}
     assert json.loads((folder / "results.json").read_text())["rows"] == compared.rows
@@ -118,38 +118,38 @@ def test_differences_are_paired_and_ratios_are_of_means(compared):
     gains = [a - b for a, b in zip(own["students"], random, strict=True)]
     assert own["difference"]["mean"] == pytest.approx(sum(gains) / 3) and own["difference"]["n"] == 3
     assert own["difference"]["to"] == "random" and "difference" not in compared.rows[2]
-    assert full["difference"] is None, "experts are no students of the same number"
+    assert full["difference"] is None, "experts cannot be paired with students"
     bound = full["test_last"]["R@mean"]["mean"]
     assert own["of_full"] == pytest.approx(100 * own["test_last"]["R@mean"]["mean"] / bound)
     assert own["costs"]["parameters"] == DistilledSet.load(Path(own["from"]) / "set").budget()["total"]["parameters"]
     assert own["costs"]["seconds"] > 0 and full["costs"]["bytes"] > 0
 
 
-def test_published_numbers_of_the_dataset_and_budget_stand_apart(storage):
+def test_published_numbers_have_a_separate_table(storage):
     one, _ = folders(storage)
-    found = rmdd.compare([one], None, ["data.layout=flickr30k", "distill.budget=100"], progress=QUIET)
-    assert found.published == beside("flickr30k", 100) and len(found.rows) == 1
-    ours, theirs = (found.folder / "table.md").read_text().split("## published, not measured here")
-    assert "LoRS" not in ours and "picked on test" in theirs and "arXiv:2603.25388" in theirs
-    assert "<section class=apart>" in (found.folder / "table.html").read_text()
-    with open(found.folder / "table.csv", newline="") as file:
+    result = rmdd.compare([one], None, ["data.layout=flickr30k", "distill.budget=100"], progress=QUIET)
+    assert result.published == for_dataset("flickr30k", 100) and len(result.rows) == 1
+    ours, theirs = (result.folder / "table.md").read_text().split("## published, not measured here")
+    assert "LoRS" not in ours and "chosen on test" in theirs and "arXiv:2603.25388" in theirs
+    assert "<section class=apart>" in (result.folder / "table.html").read_text()
+    with open(result.folder / "table.csv", newline="") as file:
         lines = list(csv.DictReader(file))
-    assert [line["published"] for line in lines] == ["False"] + ["True"] * len(found.published)
+    assert [line["published"] for line in lines] == ["False"] + ["True"] * len(result.published)
     assert all(line["source"] and not line["test_last_R@mean_mean"] for line in lines[1:])
 
 
-def test_a_row_more_trains_only_its_students(storage):
+def test_an_added_row_trains_only_its_own_students(storage):
     one, two = folders(storage)
     rmdd.compare([one, "random"], progress=QUIET)
     before = records(storage)
-    assert len(before) == 3, "random pairs are those of the run"
-    found = rmdd.compare([one, two, "random"], progress=QUIET)
+    assert len(before) == 3, "the students of random pairs come from the run"
+    result = rmdd.compare([one, two, "random"], progress=QUIET)
     after = records(storage)
     assert len(after) == 6 and {p: after[p] for p in before} == before
-    assert begun_in(found.folder).go(QUIET).rows == found.rows and records(storage) == after
-    assert not verify(str(found.folder)).faults
-    found = rmdd.compare([one, two, "random"], overrides=["evaluate.epochs=1"], progress=QUIET)
-    assert len(records(storage)) == 12, "another protocol has other students"
+    assert comparison_in(result.folder).execute(QUIET).rows == result.rows and records(storage) == after
+    assert not verify(str(result.folder)).faults
+    result = rmdd.compare([one, two, "random"], overrides=["evaluate.epochs=1"], progress=QUIET)
+    assert len(records(storage)) == 12, "another protocol trains new students"
 
 
 def test_a_coreset_and_a_run_end_to_end(storage):
@@ -175,15 +175,15 @@ def test_a_coreset_and_a_run_end_to_end(storage):
     assert len(core["students"]) == 3 and core["difference"]["to"] == "random" and not own["remarks"]
 
 
-def test_a_set_of_other_phases_says_how_many_updates_it_gets(storage):
+def test_a_set_with_fewer_phases_has_a_remark_on_its_updates(storage):
     one, _ = folders(storage)
-    found = DistilledSet.load(one / "set")
-    replace(found, subsets=found.subsets[:1]).save(storage.parent / "half")
+    distilled = DistilledSet.load(one / "set")
+    replace(distilled, subsets=distilled.subsets[:1]).save(storage.parent / "half")
     rows = rmdd.compare([storage.parent / "half"], protocol(storage), progress=QUIET).rows
-    assert rows[0]["remarks"] == ["its students make 3 updates, those of real pairs 6"]
+    assert rows[0]["remarks"] == ["its students train for 3 updates, students of real pairs for 6"]
 
 
-def test_subsets_are_looked_for_before_anything_is_trained(storage, monkeypatch):
+def test_subsets_are_checked_against_the_split_before_training(storage, monkeypatch):
     one, _ = folders(storage)
     foreign = replace(subset_of(storage, [0, 1]), records=(("nowhere", 0),))
     foreign.save(storage.parent / "foreign")
@@ -195,7 +195,7 @@ def test_subsets_are_looked_for_before_anything_is_trained(storage, monkeypatch)
     assert "foreign: 1 of 1 pairs are not in split 'train'" in result.stderr and "none holds no pairs" in result.stderr
 
 
-def test_names_are_no_markup(storage):
+def test_markup_in_names_is_escaped(storage):
     one, _ = folders(storage)
     odd = shutil.copytree(one / "set", storage.parent / "a[red]|<b>&=1")
     words = ["compare", str(odd), "--config", str(one / "run.yaml"), "--set", f"runtime.storage={storage}", "--quiet"]
@@ -208,34 +208,34 @@ def test_names_are_no_markup(storage):
     assert r"| a[red]\|<b>&=1 |" in (folder / "table.md").read_text()
 
 
-def test_a_subset_is_tuned_on_val_as_random_pairs_are(storage):
+def test_a_subset_chooses_its_rates_on_val_like_random_pairs(storage):
     run = protocol(storage)
     total = len(train_split(storage).captions)
     draw = torch.randperm(total, generator=generator(run.seed_of("evaluate"), "random pairs", 0))[:9].tolist()
     subset_of(storage, draw, seconds=2.5).save(storage.parent / "chosen")
-    found = rmdd.compare([storage.parent / "chosen", "random"], run, progress=QUIET)
-    ours, random = found.rows
+    result = rmdd.compare([storage.parent / "chosen", "random"], run, progress=QUIET)
+    ours, random = result.rows
     assert ours["chosen"]["lr"] in run.evaluate.baseline_lrs and len(ours["chosen"]["val"]) == 2
     assert (ours["method"], ours["rates"], ours["name"]) == ("herding", "tuned", "chosen")
     assert {"pairs": 9, "seconds": 2.5}.items() <= ours["costs"].items()
-    assert ours["chosen"] == random["chosen"], "the one draw that both choose by"
-    assert ours["students"][0] == random["students"][0], "the same pairs, the same student"
+    assert ours["chosen"] == random["chosen"], "both choose with the same draw"
+    assert ours["students"][0] == random["students"][0], "equal pairs give the same student"
     assert len(records(storage)) == 2 + 3
     tuned = [json.loads(p.read_text()) for p in records(storage) if p.name.startswith("tune")]
     assert tuned and all("test" not in str(record) for record in tuned)
 
 
-def test_bare_tensors_are_trusted_and_tuned_where_they_bring_no_rates(storage):
+def test_bare_tensors_without_rates_choose_them_on_val(storage):
     one, _ = folders(storage)
-    found = DistilledSet.load(one / "set")
-    tensors = {f"{k}.{n}": t for k, s in enumerate(found.subsets) for n, t in s.tensors().items()}
+    distilled = DistilledSet.load(one / "set")
+    tensors = {f"{k}.{n}": t for k, s in enumerate(distilled.subsets) for n, t in s.tensors().items()}
     save_file(tensors, storage.parent / "bare.safetensors")
     save_file({n: t for n, t in tensors.items() if ".lr_" not in n}, storage.parent / "rateless.safetensors")
     save_file({"images": tensors["0.images"], "texts": tensors["0.texts"]}, storage.parent / "plain.safetensors")
     words = [one, *(storage.parent / f"{n}.safetensors" for n in ("bare", "rateless", "plain"))]
     own, bare, rateless, plain = rmdd.compare(words, progress=QUIET).rows
     assert bare["test_last"] == own["test_last"] and bare["val"] == own["val"]
-    assert "taken on trust" in bare["remarks"][0]
+    assert "rmdd cannot check that they fit" in bare["remarks"][0]
     assert rateless["rates"] == plain["rates"] == "tuned" and rateless["chosen"]["lr"] in (0.03, 0.3)
     assert plain["costs"]["pairs"] == 4 and rateless["costs"]["pairs"] == 7
     save_file({"images": tensors["0.images"]}, storage.parent / "half.safetensors")
@@ -243,14 +243,14 @@ def test_bare_tensors_are_trusted_and_tuned_where_they_bring_no_rates(storage):
         rmdd.compare([one, storage.parent / "half.safetensors"], progress=QUIET)
 
 
-def test_a_pattern_of_the_shell_names_runs_alone(storage):
+def test_lock_files_matched_by_a_shell_pattern_are_ignored(storage):
     one, _ = folders(storage)
     lock = one.with_name(f"{one.name}.lock")
     lock.touch()
     assert [entry.name for entry in open_entries([str(one), str(lock)])] == [one.name]
 
 
-def test_what_does_not_fit_is_refused_by_name_before_anything_starts(storage, bert):
+def test_entries_that_do_not_fit_are_refused_by_name_before_training(storage, bert):
     one, two = folders(storage)
     text = json.dumps({"name": str(bert), "projection": "linear", "max_tokens": 40})
     words = [str(one), f"second={two}", "random", "--json", "--quiet"]
@@ -258,19 +258,19 @@ def test_what_does_not_fit_is_refused_by_name_before_anything_starts(storage, be
     result = CliRunner().invoke(cli.app, ["compare", *words, *(w for s in sets for w in ("--set", s))])
     assert result.exit_code == 2 and not (storage / "comparisons").exists()
     for name in (one.name, "second"):
-        for told in ("pictures of 16 pixels, students see 32", "image tower convnet", "text encoder hashing"):
-            assert f"{name} was made for" in result.stderr and told in result.stderr
+        for words_shown in ("images of 16 pixels, but students use 32", "image tower convnet", "text encoder hashing"):
+            assert f"{name} was made for" in result.stderr and words_shown in result.stderr
     assert "--reencode" in result.stderr and "rmdd transfer" in result.stderr
-    for words, told in (
-        ([str(one), str(two / "set"), str(storage / "nothing")], "nothing there to compare"),
-        ([str(one), str(one / "set")], "hold the same; leave one out"),
-        ([f"x={one}", f"x={two}"], "two rows would be called x"),
-        ([str(one), "--against", "full"], "--against full: there is no such row"),
+    for words, words_shown in (
+        ([str(one), str(two / "set"), str(storage / "nothing")], "tensors.safetensors in this folder"),
+        ([str(one), str(one / "set")], "have the same content; remove one of them"),
+        ([f"x={one}", f"x={two}"], "two rows have the name x"),
+        ([str(one), "--against", "full"], "--against full: unknown row"),
         (["random", "full"], "give --config CONFIG"),
         ([str(one), "--set", "evaluate.epochs=0"], "evaluate.epochs"),
     ):
         result = CliRunner().invoke(cli.app, ["compare", *words, "--quiet"])
-        assert result.exit_code == 2 and told in result.stderr, told
+        assert result.exit_code == 2 and words_shown in result.stderr, words_shown
     assert not (storage / "comparisons").exists()
 
 
@@ -283,31 +283,32 @@ def test_a_set_or_subset_of_other_data_is_refused(storage, tmp_path):
     assert f"{one.name} was made from other data" in result.stderr and "chosen was made from other" in result.stderr
 
 
-def test_texts_are_encoded_anew_when_asked(storage, bert):
+def test_reencode_embeds_captions_with_another_encoder(storage, bert):
     one, _ = folders(storage)
     text = json.dumps({"name": str(bert), "projection": "linear", "max_tokens": 40})
-    found = rmdd.compare([one], None, [f"model.text={text}"], reencode=True, progress=QUIET)
+    result = rmdd.compare([one], None, [f"model.text={text}"], reencode=True, progress=QUIET)
     captions = [c for s in DistilledSet.load(one / "set").subsets for c in s.captions]
     twice = len(captions) - len(set(captions))
     assert (
-        found.rows[0]["costs"]["duplicates"] == twice and f"{twice} of 7 are the caption" in found.rows[0]["remarks"][0]
+        result.rows[0]["costs"]["duplicates"] == twice
+        and f"{twice} of 7 pairs have the same caption" in result.rows[0]["remarks"][0]
     )
 
 
-def test_pixel_constants_are_brought_over(storage):
+def test_images_are_normalised_with_the_constants_of_the_protocol(storage):
     one, _ = folders(storage)
     (row,) = rmdd.compare([one], None, ["data.normalise=half"], progress=QUIET).rows
-    assert "pixel constants" in row["remarks"][0]
+    assert "normalised again" in row["remarks"][0]
     (file,) = (storage / "comparisons" / "pairs").glob("*.safetensors")
-    found, ours = DistilledSet.load(one / "set"), load_file(file)["0.images"]
-    mean, std = (torch.tensor(c)[:, None, None] for c in (found.mean, found.std))
-    torch.testing.assert_close(ours * 0.5 + 0.5, found.subsets[0].images * std + mean)
+    distilled, ours = DistilledSet.load(one / "set"), load_file(file)["0.images"]
+    mean, std = (torch.tensor(c)[:, None, None] for c in (distilled.mean, distilled.std))
+    torch.testing.assert_close(ours * 0.5 + 0.5, distilled.subsets[0].images * std + mean)
 
 
-def test_a_student_that_diverges_counts_as_nothing_and_an_error_stops_no_other_row(storage, tmp_path, monkeypatch):
+def test_a_diverged_student_scores_0_and_an_error_stops_no_other_row(storage, tmp_path, monkeypatch):
     one, two = folders(storage)
-    found = DistilledSet.load(one / "set")
-    wild = replace(found, subsets=tuple(replace(s, lr_image=-1.0) for s in found.subsets))
+    distilled = DistilledSet.load(one / "set")
+    wild = replace(distilled, subsets=tuple(replace(s, lr_image=-1.0) for s in distilled.subsets))
     wild.save(tmp_path / "wild")
     compared = rmdd.compare([f"wild={tmp_path / 'wild'}", one], protocol(storage), progress=QUIET)
     assert compared.rows[0]["students"] == [0.0] * 3 and "3 of 3 students diverged" in compared.rows[0]["remarks"][0]
@@ -316,17 +317,17 @@ def test_a_student_that_diverges_counts_as_nothing_and_an_error_stops_no_other_r
 
     def fails(self, item, hooks):
         if item.run.student_temperature == 0.3:
-            raise OSError("a disk that is gone")
+            raise OSError("no such disk")
         return work(self, item, hooks)
 
     monkeypatch.setattr(TrainStudent, "__call__", fails)
     result = CliRunner().invoke(cli.app, ["compare", str(one), f"second={two}", "--json", "--quiet"])
     assert result.exit_code == 1 and "1 of 2 rows failed" in result.stderr
     rows = json.loads(result.stdout)["rows"]
-    assert rows[1]["error"] == "OSError: a disk that is gone" and "test_last" in rows[0] and rows[0]["of_full"] is None
+    assert rows[1]["error"] == "OSError: no such disk" and "test_last" in rows[0] and rows[0]["of_full"] is None
 
 
-def test_probes_of_the_run_file_are_not_asked(storage):
+def test_probes_of_the_run_file_are_ignored(storage):
     one, _ = folders(storage)
     raw = protocol(storage).model_dump(mode="json")
     raw["evaluate"]["probes"] = {"elsewhere": {"kind": "retrieval", "data": raw["data"]}}
@@ -335,10 +336,10 @@ def test_probes_of_the_run_file_are_not_asked(storage):
     assert compared.rows[0]["students"] == rmdd.compare([one, "random"], progress=QUIET).rows[0]["students"]
 
 
-def test_intervals_come_from_the_ranks_that_students_leave(storage):
+def test_intervals_come_from_the_rank_files_of_the_students(storage):
     one, two = folders(storage)
     compared = rmdd.compare([one, two], progress=QUIET)
-    files = {whole(r)["test_last"]["R@mean"]: r.with_suffix(".ranks.safetensors") for r in records(storage)}
+    files = {full_record(r)["test_last"]["R@mean"]: r.with_suffix(".ranks.safetensors") for r in records(storage)}
     first, second = ([Ranks.load(files[score]) for score in row["students"]] for row in compared.rows)
     ours, other = compared.rows
     assert ours["interval"] == asdict(bootstrap.interval(first))
@@ -349,58 +350,58 @@ def test_intervals_come_from_the_ranks_that_students_leave(storage):
     )
 
 
-def test_a_killed_comparison_goes_on(storage):
+def test_a_killed_comparison_can_be_resumed(storage):
     one, two = folders(storage)
     process = Rmdd("compare", one, two, "random", "full", "--quiet", "--set", "evaluate.students=6")
-    while not (begun := records(storage)):
-        assert process.poll() is None, "it ended before it was killed"
+    while not (before := records(storage)):
+        assert process.poll() is None, "the process ended before the kill"
         time.sleep(0.02)
     process.kill()
     (folder,) = [p.parent for p in storage.glob("comparisons/*/comparison.json")]
-    assert not (folder / "results.json").exists() and len(begun) < 12
+    assert not (folder / "results.json").exists() and len(before) < 12
     resumed = json.loads(done("resume", folder, "--json"))
     again = records(storage)
-    assert len(again) == 12 and {p: again[p] for p in begun} == begun
-    whole = rmdd.compare([one, two, "random", "full"], None, ["evaluate.students=6"], progress=QUIET)
-    assert resumed["rows"] == whole.rows and records(storage) == again
+    assert len(again) == 12 and {p: again[p] for p in before} == before
+    unbroken = rmdd.compare([one, two, "random", "full"], None, ["evaluate.students=6"], progress=QUIET)
+    assert resumed["rows"] == unbroken.rows and records(storage) == again
 
 
-def test_a_comparison_goes_on_in_a_storage_that_was_moved(storage, tmp_path):
+def test_a_comparison_can_be_resumed_in_a_moved_storage(storage, tmp_path):
     one, two = folders(storage)
-    found = rmdd.compare([one, two], progress=QUIET)
+    result = rmdd.compare([one, two], progress=QUIET)
     moved = storage.rename(tmp_path / "elsewhere")
-    folder = moved / found.folder.relative_to(storage)
-    again = begun_in(folder).go(QUIET)
-    assert again.folder == folder and [r["students"] for r in again.rows] == [r["students"] for r in found.rows]
+    folder = moved / result.folder.relative_to(storage)
+    again = comparison_in(folder).execute(QUIET)
+    assert again.folder == folder and [r["students"] for r in again.rows] == [r["students"] for r in result.rows]
 
 
 @pytest.mark.ray
 def test_ray_changes_no_number(ray_local, storage, compared):
     one, two = folders(storage)
-    on = ["runtime.ray=on", "runtime.workers=2"]
-    found = rmdd.compare([one, two, "random", "random:4", "full"], None, on, progress=QUIET)
-    assert [r["students"] for r in found.rows] == [r["students"] for r in compared.rows]
-    finished = [json.loads(line) for line in (found.folder / "events.jsonl").read_text().splitlines()]
+    with_ray = ["runtime.ray=on", "runtime.workers=2"]
+    result = rmdd.compare([one, two, "random", "random:4", "full"], None, with_ray, progress=QUIET)
+    assert [r["students"] for r in result.rows] == [r["students"] for r in compared.rows]
+    finished = [json.loads(line) for line in (result.folder / "events.jsonl").read_text().splitlines()]
     assert sum(line["event"] == "finished" for line in finished) >= 6
 
 
-def test_at_a_uri_sets_are_read_and_tables_kept(made, tmp_path, monkeypatch):
+def test_sets_are_read_from_a_uri_and_tables_written_to_it(two_runs, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "scratch"))
-    shutil.copytree(made, tmp_path / "bucket")
-    one, _ = folders(made)
+    shutil.copytree(two_runs, tmp_path / "bucket")
+    one, _ = folders(two_runs)
     address = f"file://{tmp_path}/bucket/{one.name}"
     result = CliRunner().invoke(cli.app, ["compare", address, "random", "--json", "--quiet"])
     assert result.exit_code == 0, result.stderr
-    found = json.loads(result.stdout)
-    assert found["comparison"].startswith(f"file://{tmp_path}/bucket/comparisons/one-")
-    assert found["rows"][0]["test_last"]["R@mean"] == table_of(one)["ptm_st"]["test_last"]["R@mean"]
+    result = json.loads(result.stdout)
+    assert result["comparison"].startswith(f"file://{tmp_path}/bucket/comparisons/one-")
+    assert result["rows"][0]["test_last"]["R@mean"] == table_of(one)["ptm_st"]["test_last"]["R@mean"]
     assert list((tmp_path / "bucket" / "comparisons").glob("one-*/table.md"))
-    assert not verify(found["comparison"]).faults
+    assert not verify(result["comparison"]).faults
 
 
-def test_a_planned_run_is_no_protocol_before_its_plan(tmp_path, made):
+def test_a_run_cannot_give_the_protocol_before_its_phases_are_planned(tmp_path, two_runs):
     run = {"extends": "emoji_ptm_st_auto_100", "data": {"root": str(tmp_path)}}
     run["runtime"] = {"storage": str(tmp_path), "ray": "off"}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
-    with pytest.raises(config.ConfigError, match="its phases are planned and it was not run yet"):
-        begin(["random"], tmp_path / "run.yaml", [])
+    with pytest.raises(config.ConfigError, match="its phases are not planned yet"):
+        prepare_comparison(["random"], tmp_path / "run.yaml", [])

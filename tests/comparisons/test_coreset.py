@@ -1,4 +1,4 @@
-"""Coresets of real small datasets, through the command line and Python."""
+"""`rmdd coreset` and `rmdd.coreset` on a small drawn dataset with CLIP-like feature columns."""
 
 import json
 import shutil
@@ -46,18 +46,18 @@ def run_of(storage, *overrides):
 
 @pytest.fixture(scope="module")
 def vectors():
-    """CLIP-like features of every image and caption of every split."""
+    """Generator of the random features of images and captions."""
     return np.random.default_rng(0)
 
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory, vectors):
-    """A storage with a dataset that has feature columns, and a run file that reads it."""
-    place = tmp_path_factory.mktemp("runs")
-    with_columns = place / "columns"
+    """A storage with a dataset in the folder `columns` that has feature columns for images and captions."""
+    folder = tmp_path_factory.mktemp("runs")
+    with_columns = folder / "columns"
     from rmdd.pipeline import open_pipeline
 
-    with open_pipeline(run_of(place), QUIET) as pipeline:
+    with open_pipeline(run_of(folder), QUIET) as pipeline:
         shutil.copytree(pipeline.ingest().path, with_columns)
     manifest = read_json(with_columns / MANIFEST)
     for shard in manifest["shards"]:
@@ -71,7 +71,7 @@ def storage(tmp_path_factory, vectors):
         pq.write_table(table.append_column("text.clip", pa.array(text, pa.list_(one))), path)
         shard |= {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
     write_json(with_columns / MANIFEST, manifest)
-    return place
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def train(run):
 
 @pytest.fixture(scope="module")
 def columns(run):
-    """Image features (N, D), and text features per image."""
+    """Image features (N, D), and the text features of each image's captions."""
     table = pq.read_table(min(Dataset.open(run.data.root).path.glob("train-*")))
     return np.array(table.column("image.clip").to_pylist()), [
         np.array(t) for t in table.column("text.clip").to_pylist()
@@ -100,7 +100,7 @@ def columns(run):
 
 
 def distilled_set():
-    """Two pairs of pictures of 16 x 16: some kilobytes."""
+    """A distilled set of two pairs with 16 x 16 images, a few kilobytes."""
     two = distilled.Subset(torch.zeros(2, 3, 16, 16), torch.zeros(2, 16), {}, 1.0, 0.1, 0.1, ["a", "b"], ["x", "y"])
     model = {"image": {"name": "convnet", "weights": "random"}, "text": {"name": "hashing"}, "temperature": 0.07}
     return distilled.DistilledSet((two,), (0.5,) * 3, (0.5,) * 3, model, "lors", "wbce", {"name": "x", "data": {}})
@@ -111,14 +111,14 @@ def normal(rows):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_gives_distinct_training_pairs_again_and_again(run, train, method):
+def test_every_method_selects_distinct_training_pairs(run, train, method):
     for unit, items in (("image", TRAIN), ("record", len(train.captions))):
         subset = choose(run, method, 7, unit=unit)
         rows = subset.rows(train)
         assert len(set(rows)) == len(rows) == 7 == len(subset) and {p for p, _ in subset.records} <= set(train.pair_ids)
         if unit == "image":
             assert len({p for p, _ in subset.records}) == 7
-        with pytest.raises(ValueError, match=f"asked for {items + 1} pairs, and there are {items} {unit}s"):
+        with pytest.raises(ValueError, match=f"cannot select {items + 1} pairs: there are only {items} {unit}s"):
             choose(run, method, items + 1, unit=unit)
     assert len(choose(run, method, 0)) == 0
     if method != "forgetting":
@@ -131,7 +131,7 @@ def test_fewer_pairs_are_the_first_of_more_and_ranks_do_not_matter(run, method):
     assert few.records == more.records[:4]
 
 
-def test_spaces_are_what_they_are_called(run, columns, storage):
+def test_feature_spaces_match_their_definitions(run, columns, storage):
     image, texts = columns
     u, v = normal(image), normal(np.array([normal(t).mean(axis=0) for t in texts]))
     spaces = {
@@ -154,13 +154,13 @@ def test_spaces_are_what_they_are_called(run, columns, storage):
     assert half.features["dtype"] == "float16" and half.records[0] == choose(run, "herding", 6).records[0]
 
 
-def test_clip_scores_choose_the_pairs_that_agree_most(run, columns, train):
+def test_clip_score_selects_the_pairs_with_the_highest_cosine(run, columns, train):
     image, texts = columns
     score = np.concatenate([normal(t) @ normal(i) for i, t in zip(image, texts, strict=True)])
     assert choose(run, "clip_score", 8, unit="record").rows(train) == (-score).argsort(kind="stable")[:8].tolist()
 
 
-def test_guards_leave_out_what_does_not_belong(run, columns, train):
+def test_guards_drop_the_outliers(run, columns, train):
     image, texts = columns
     v = normal(np.array([normal(t).mean(axis=0) for t in texts]))
     lowest = (normal(image) * v).sum(axis=1).argsort()[: TRAIN // 5]
@@ -168,30 +168,30 @@ def test_guards_leave_out_what_does_not_belong(run, columns, train):
     assert {p for p, _ in subset.records} == set(train.pair_ids) - {train.pair_ids[i] for i in lowest}
     assert subset.facts["guard"] == {"kind": "cosine", "share": 0.2, "dropped": 6}
     assert choose(run, "k_center", 5, guard="centroids", guard_share=0.3).facts["guard"]["dropped"] == 9
-    with pytest.raises(ValueError, match="there are 24 left by the guard of 30 images"):
+    with pytest.raises(ValueError, match=r"there are only 24 images \(after guard, of 30\)"):
         choose(run, "random", 25, guard="cosine", guard_share=0.2)
 
 
 @pytest.mark.parametrize("method", ["random", "herding", "k_center", "forgetting", "clip_score"])
-def test_choices_within_clusters(run, method):
+def test_methods_can_select_within_clusters(run, method):
     subset = choose(run, method, 9, clusters=3)
     assert len({p for p, _ in subset.records}) == 9 and subset.options["quota"] == "equal"
 
 
-def test_clusters_count_what_can_be_chosen(run):
-    whole = choose(run, "forgetting", 2, never_learned="exclude", unit="record", encoder="tower")
-    never = round(whole.facts["never_learned"] * whole.facts["items"])
-    left = whole.facts["items"] - never
+def test_cluster_quotas_count_only_items_that_can_be_chosen(run):
+    full = choose(run, "forgetting", 2, never_learned="exclude", unit="record", encoder="tower")
+    never = round(full.facts["never_learned"] * full.facts["items"])
+    learned = full.facts["items"] - never
     assert never > 0
     same = {"clusters": 3, "never_learned": "exclude", "unit": "record", "encoder": "tower"}
-    assert len(choose(run, "forgetting", left, **same)) == left
-    with pytest.raises(ValueError, match=f"there are {left} left by never_learned exclude of"):
-        choose(run, "forgetting", left + 1, **same)
+    assert len(choose(run, "forgetting", learned, **same)) == learned
+    with pytest.raises(ValueError, match=rf"there are only {learned} records \(after never_learned: exclude, of"):
+        choose(run, "forgetting", learned + 1, **same)
 
 
 @pytest.mark.parametrize("method", ["medoids", "matched"])
 def test_clustered_choices_fill_the_bytes(run, train, method):
-    """One more would not fit, also where those that are chosen are smaller than most."""
+    """The selection is the largest one that fits, also if the chosen images are smaller than average."""
     sizes = [len(train.encoded(i)) for i in range(TRAIN)]
     for limit in (sum(sizes) // 4, sum(sizes) // 2, 2 * sum(sizes)):
         subset = choose(run, method, None, bytes=limit, seed=3)
@@ -201,12 +201,12 @@ def test_clustered_choices_fill_the_bytes(run, train, method):
     assert len(choose(run, method, None, bytes=1)) == 0
 
 
-def test_what_matching_found_is_told(run, columns):
+def test_matched_reports_the_overlap_of_its_clusters(run, columns):
     subset = choose(run, "matched", 6, unit="record")
     assert set(subset.facts["matched"]) == {"overlap", "empty"} and 0 < subset.facts["matched"]["overlap"] <= 1
 
 
-def test_as_many_as_fit_the_bytes(run, train):
+def test_a_limit_in_bytes_is_filled_and_reported(run, train):
     for method in ("herding", "medoids"):
         subset = choose(run, method, None, bytes=6000)
         rows, used = subset.rows(train), subset.facts["bytes"]
@@ -221,7 +221,7 @@ def test_as_many_as_fit_the_bytes(run, train):
     assert more.records[:-1] == greedy.records and more.facts["bytes"]["total"] > 6000
 
 
-def test_towers_and_experts_give_features_too(run):
+def test_features_can_come_from_towers_and_experts(run):
     by = {encoder: choose(run, "k_center", 6, encoder=encoder) for encoder in ("tower", "expert:0")}
     assert by["tower"].records != by["expert:0"].records
     assert by["expert:0"].features["encoder"] == "expert:0" and "store" in by["expert:0"].features
@@ -230,15 +230,15 @@ def test_towers_and_experts_give_features_too(run):
         choose(run, "herding", 3, encoder="tower", space="sum")
 
 
-def test_features_that_are_none_are_named_by_their_pairs(run, train, tmp_path):
+def test_zero_and_infinite_features_are_reported_with_their_pairs(run, train, tmp_path):
     broken = shutil.copytree(run.data.root, tmp_path / "broken")
     path = next(iter(sorted(broken.glob("train-*"))))
     table = pq.read_table(path)
-    place = table.column_names.index("image.clip")
+    index = table.column_names.index("image.clip")
     image = np.array(table.column("image.clip").to_pylist())
     image[3] = 0
     image[4, 1] = np.nan
-    pq.write_table(table.set_column(place, "image.clip", pa.array(image.tolist(), pa.list_(pa.float32(), WIDTH))), path)
+    pq.write_table(table.set_column(index, "image.clip", pa.array(image.tolist(), pa.list_(pa.float32(), WIDTH))), path)
     manifest = read_json(broken / MANIFEST)
     next(s for s in manifest["shards"] if s["file"] == path.name).update(bytes=path.stat().st_size)
     write_json(broken / MANIFEST, manifest)
@@ -250,29 +250,29 @@ def test_features_that_are_none_are_named_by_their_pairs(run, train, tmp_path):
         choose(other, "herding", encoder="columns:dino")
 
 
-def test_a_stopped_choice_goes_on_from_its_picks(run, monkeypatch):
-    monkeypatch.setattr("rmdd.comparisons.coreset.EVERY", 3)
-    whole = choose(run, "k_center", 15, seed=8, encoder="tower")
+def test_a_stopped_selection_resumes_from_its_stored_picks(run, monkeypatch):
+    monkeypatch.setattr("rmdd.comparisons.coreset.SAVE_EVERY", 3)
+    full = choose(run, "k_center", 15, seed=8, encoder="tower")
     from rmdd.coresets.shard import Shard
 
     before, calls = Shard.farthest, []
 
-    def dies(self, *given):
-        calls.append(given)
+    def dies(self, *args):
+        calls.append(args)
         if len(calls) == 8:
             raise RuntimeError("stopped")
-        return before(self, *given)
+        return before(self, *args)
 
     monkeypatch.setattr(Shard, "farthest", dies)
     other = run_of(f"{run.runtime.storage}/other", "data.source=dataset", f"data.root={run.data.root}")
     with pytest.raises(RuntimeError, match="stopped"):
         choose(other, "k_center", 15, seed=8, encoder="tower")
     again = choose(other, "k_center", 15, seed=8, encoder="tower")
-    assert again.records == whole.records and again.facts["radius"] == whole.facts["radius"]
+    assert again.records == full.records and again.facts["radius"] == full.facts["radius"]
     assert len(calls) - 8 < 15
 
 
-def test_subsets_are_of_their_data(run, train, tmp_path):
+def test_a_subset_is_refused_for_other_data(run, train, tmp_path):
     subset = choose(run, "random", 4)
     folder = subset.save(tmp_path / "s")
     assert Coreset.load(folder) == subset and read_json(folder / "subset.json")["schema_version"] == 1
@@ -300,22 +300,22 @@ def test_the_command_line(storage, run, tmp_path):
         "--method", "k-center", "--pairs", "6", "--encoder", "columns:clip", "--option", "start=mean", "--json"
     )
     assert done.exit_code == 0, done.output
-    told = json.loads(done.stdout)
-    subset = Coreset.load(told["subset"])
-    assert len(subset) == 6 and subset.options["start"] == "mean" and told["facts"]["radius"] > 0
-    assert told["subset"].startswith(f"{storage}/coresets/tiny-k_center-")
+    message = json.loads(done.stdout)
+    subset = Coreset.load(message["subset"])
+    assert len(subset) == 6 and subset.options["start"] == "mean" and message["facts"]["radius"] > 0
+    assert message["subset"].startswith(f"{storage}/coresets/tiny-k_center-")
     assert {p.name for p in (storage / "coresets").glob("*/*")} == {"subset.json", "preview.png"}
     assert "pairs of 30 images" in words("--pairs", "3", "--method", "random").stdout
     small = distilled_set().save(tmp_path / "set")
     done = words("--method", "random", "--like", str(small), "--json")
     facts = json.loads(done.stdout)["facts"]
     assert 0 < facts["bytes"]["total"] <= distilled_set().budget()["total"]["bytes"] < 30 * 1000
-    for wrong, told in (
+    for wrong, message in (
         (["--method", "herding"], "give either pairs or bytes, found neither"),
         (["--method", "clip-score", "--pairs", "3"], "compare an image with its text, which the untrained towers"),
         (["--method", "best", "--pairs", "3"], "method"),
         (["--pairs", "3", "--option", "x"], "write it as name=value"),
-        (["--like", str(small), "--bytes", "9"], "--like and --bytes both say how many bytes"),
+        (["--like", str(small), "--bytes", "9"], "--like and --bytes both set the number of bytes"),
         (["--like", str(tmp_path / "no")], "--like"),
         (["--pairs", "3", "--ranks", "0"], "--ranks"),
         (["--pairs", "3", "--encoder", "expert:7"], "expert 7 is asked for, and the run has 1; raise experts.num"),
@@ -324,16 +324,16 @@ def test_the_command_line(storage, run, tmp_path):
         (["--pairs", "3", "--method", "matched", "--space", "image"], "method matched clusters both sides apart"),
     ):
         done = words(*wrong)
-        assert done.exit_code == 2 and told in done.output, done.output
+        assert done.exit_code == 2 and message in done.output, done.output
 
 
-def test_an_expert_is_watched_where_none_was(run):
+def test_forgetting_counts_are_collected_if_no_expert_has_them(run):
     plain = run.model_copy(update={"experts": run.experts.model_copy(update={"forgetting": 0, "num": 3})})
     subset = rmdd.coreset(plain, method="forgetting", pairs=4, never_learned="first", progress=QUIET)
     assert subset.facts["pool"] == 5 * TRAIN and subset.facts["epochs"] == 3 and len(subset) == 4
 
 
-def test_a_pipeline_has_ranks_of_its_own_process(run):
+def test_open_parts_without_ray_stay_in_this_process(run):
     from rmdd.execution.backend import Backend
     from rmdd.execution.in_turn import SequentialExecutor
 

@@ -11,13 +11,13 @@ from rmdd import config
 from rmdd.cli.app import app
 from rmdd.cli.loading import load_folder
 from rmdd.comparisons import resume as comparisons
-from rmdd.comparisons.entries import made_by, open_entry
+from rmdd.comparisons.entries import open_entry, source_run
 from rmdd.core.files import write_json
 from rmdd.core.layout import LAYOUT, require_layout
 from rmdd.core.remote import ObjectStore
 from rmdd.core.storage import open_storage, run_folder
 from rmdd.execution.backend import hold_folders
-from rmdd.searches import begun_in
+from rmdd.searches import base_run_in
 from rmdd.searches.formats import verify
 from rmdd.searches.sweeps import members_in
 from rmdd.searches.warm_start import earlier_trials
@@ -77,7 +77,7 @@ def test_a_folder_of_run_files_is_no_storage(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "run.yaml").write_text(config.dump(config.load(tiny.stored(tmp_path / "runs"))))
     done = CliRunner().invoke(app, ["resume", str(tmp_path / "mine")])
-    assert done.exit_code == 2 and "use `rmdd run" in done.stderr
+    assert done.exit_code == 2 and "start it with `rmdd run" in done.stderr
     require_layout(open_storage(config.Runtime(storage=str(tmp_path))))
 
 
@@ -92,8 +92,8 @@ def test_a_run_stops_at_an_old_storage(tmp_path):
 BEGUN = [
     ("tiny-0123abcd/run.yaml", load_folder),
     ("sweeps/tiny-0123abcd/sweep.json", members_in),
-    ("searches/tiny-0123abcd/search.json", begun_in),
-    ("comparisons/tiny-0123abcd/comparison.json", comparisons.begun_in),
+    ("searches/tiny-0123abcd/search.json", base_run_in),
+    ("comparisons/tiny-0123abcd/comparison.json", comparisons.comparison_in),
 ]
 """Files that the previous release wrote with other fields, and for each the function that reads it."""
 
@@ -129,12 +129,14 @@ def test_a_comparison_of_sets_in_an_old_storage_is_refused(tmp_path):
     tiny.go(run)
     (tmp_path / "storage.json").unlink()
     with pytest.raises(ValueError, match="has layout 1"):
-        made_by(open_entry(str(run_folder(run) / "set")))
+        source_run(open_entry(str(run_folder(run) / "set")))
 
 
 def test_a_warm_start_from_a_search_of_the_previous_release_is_refused(tmp_path):
     folder = old(tmp_path, "searches/tiny-0123abcd/results.json")
-    with pytest.raises(config.ConfigError, match=f"warm_start: leave {folder} out: this release .* has layout 1"):
+    with pytest.raises(
+        config.ConfigError, match=f"warm_start: cannot use {folder}, remove it: this release .* has layout 1"
+    ):
         earlier_trials(config.Search(warm_start=[str(folder)]), {}, "tiny")
 
 

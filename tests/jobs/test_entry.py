@@ -1,4 +1,4 @@
-"""The entries of `jobs/` hand their words to the command line."""
+"""The scripts of `jobs/` pass their arguments to the `rmdd` command line and refuse relative paths."""
 
 import importlib.util
 import sys
@@ -17,66 +17,69 @@ STORED = ["--set", "runtime.storage=/shared/runs"]
 
 
 @pytest.fixture
-def handed(monkeypatch):
-    """The words that the command line was given; `monkeypatch` puts what it ends with."""
+def passed(monkeypatch):
+    """The arguments that the fake command line received."""
     words: list[str] = []
-    monkeypatch.setattr(cli, "main", lambda given: words.extend(given))
+    monkeypatch.setattr(cli, "main", lambda arguments: words.extend(arguments))
     return words
 
 
 def start(monkeypatch, step: str, *words: str) -> None:
-    """As `python jobs/STEP.py WORDS` does it."""
+    """Run a job script like `python jobs/STEP.py WORDS`."""
     monkeypatch.syspath_prepend(str(JOBS))
     monkeypatch.setattr(sys, "argv", [f"jobs/{step}.py", *words])
     spec = importlib.util.spec_from_file_location("__main__", JOBS / f"{step}.py")
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
-def test_there_is_an_entry_for_every_step() -> None:
+def test_every_step_has_a_job_script() -> None:
     assert {p.stem for p in JOBS.glob("*.py")} == {*STEPS, *COMPARISONS, "entry"}
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_an_entry_does_its_step(monkeypatch, handed, step) -> None:
+def test_a_job_runs_its_step(monkeypatch, passed, step) -> None:
     start(monkeypatch, step, "--config", "demo", *STORED, "--quiet", "--set", "experts.num=3")
-    assert handed == [step, "demo", *STORED, "--set", "experts.num=3", "--quiet"]
+    assert passed == [step, "demo", *STORED, "--set", "experts.num=3", "--quiet"]
 
 
 @pytest.mark.parametrize("verb", COMPARISONS)
-def test_an_entry_of_a_comparison_hands_on_what_is_compared(monkeypatch, handed, verb) -> None:
+def test_a_comparison_job_passes_its_sets_on(monkeypatch, passed, verb) -> None:
     start(monkeypatch, verb, "--config", "demo", *STORED, *COMPARISONS[verb])
-    assert handed == [verb, "--config", "demo", *STORED, *COMPARISONS[verb]]
+    assert passed == [verb, "--config", "demo", *STORED, *COMPARISONS[verb]]
 
 
 @pytest.mark.parametrize("preset", config.preset_names())
-def test_every_preset_can_be_a_job(monkeypatch, handed, preset) -> None:
+def test_every_preset_can_be_a_job(monkeypatch, passed, preset) -> None:
     start(monkeypatch, "run", "--config", preset, *STORED, "--set", "data.root=/shared/data")
-    assert handed[:2] == ["run", preset]
+    assert passed[:2] == ["run", preset]
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
-        (["--config", "demo"], "runtime.storage: 'runs' would lie in the job's copy"),
-        (["--config", "demo", *STORED, "--set", "data.root=images"], "data.root: 'images' would lie"),
+        (["--config", "demo"], "runtime.storage: 'runs' would be inside the job's temporary copy"),
+        (["--config", "demo", *STORED, "--set", "data.root=images"], "data.root: 'images' would be inside"),
         (["--config", "dmeo", *STORED], "demo"),
-        (["--config", "demo", *STORED, "--set", "model.image.weights=w.pt"], "model.image.weights: 'w.pt' would lie"),
-        (["--config", "demo", *STORED, "--set", "model.text.name=rmdd"], "model.text.name: 'rmdd' would lie"),
+        (
+            ["--config", "demo", *STORED, "--set", "model.image.weights=w.pt"],
+            "image.weights: 'w.pt' would be inside",
+        ),
+        (["--config", "demo", *STORED, "--set", "model.text.name=rmdd"], "model.text.name: 'rmdd' would be inside"),
     ],
 )
-def test_what_would_be_lost_is_refused(monkeypatch, handed, capsys, words, told) -> None:
+def test_relative_paths_are_refused(monkeypatch, passed, capsys, words, message) -> None:
     with pytest.raises(SystemExit) as end:
         start(monkeypatch, "run", *words)
-    assert end.value.code == 2 and handed == [] and told in capsys.readouterr().err
+    assert end.value.code == 2 and passed == [] and message in capsys.readouterr().err
 
 
-def test_a_uri_is_a_place_of_its_own(monkeypatch, handed) -> None:
+def test_a_uri_is_accepted_as_storage(monkeypatch, passed) -> None:
     start(monkeypatch, "run", "--config", "demo", "--set", "runtime.storage=s3://bucket/runs")
-    assert handed[0] == "run"
+    assert passed[0] == "run"
 
 
 @pytest.mark.parametrize(("code", "says"), [(0, False), (None, False), (2, False), (1, True), (130, True)])
-def test_an_end_that_can_be_mended_tells_how_to_submit_again(monkeypatch, capsys, code, says) -> None:
+def test_a_failed_or_stopped_job_prints_how_to_submit_it_again(monkeypatch, capsys, code, says) -> None:
     def ends(words: list[str]) -> None:
         raise SystemExit(code)
 
@@ -90,10 +93,10 @@ def test_an_end_that_can_be_mended_tells_how_to_submit_again(monkeypatch, capsys
     assert end.value.code == code and (line in capsys.readouterr().err) == says
 
 
-def test_the_runtime_environment_ships_the_code_and_no_more() -> None:
+def test_the_runtime_environment_sends_only_the_code() -> None:
     environment = yaml.safe_load((JOBS / "runtime_env.yaml").read_text())
     assert environment.keys() == {"excludes", "env_vars"}
     assert all(isinstance(value, str) for value in environment["env_vars"].values())
-    left_out = {p.strip("/") for p in environment["excludes"]}
-    assert {".git", ".venv", "runs", "tests"} <= left_out and not {"rmdd", "jobs"} & left_out
+    excluded = {p.strip("/") for p in environment["excludes"]}
+    assert {".git", ".venv", "runs", "tests"} <= excluded and not {"rmdd", "jobs"} & excluded
     assert int(environment["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) >= 60

@@ -1,4 +1,4 @@
-"""`ray job submit` from the repository to a head that was started the way `clusters/` starts it."""
+"""`ray job submit` from the repository to a local head node that is started like those of `clusters/`."""
 
 import json
 import os
@@ -29,7 +29,7 @@ TINY = [
     "evaluate.baseline_lrs=[0.1]",
     "evaluate.baseline_losses=[infonce]",
     "runtime.track=none",
-    "runtime.workers=1",  # each is a process that imports torch
+    "runtime.workers=1",  # every worker is a process that imports torch
 ]
 
 
@@ -45,10 +45,10 @@ def job(storage: Path, step: str = "run", *more: str) -> list[str]:
 
 
 def results(storage: Path) -> dict[str, bytes]:
-    """Everything that a run's value decides: stores, sets and scores, without clocks and places."""
-    named = ("evaluation.json", "expert.json")
-    found = [p for p in storage.rglob("*") if p.suffix == ".safetensors" or p.name in named]
-    return {str(p.relative_to(storage)): p.read_bytes() for p in found}
+    """Return the files that must be byte-identical for equal runs: stores, sets and scores."""
+    names = ("evaluation.json", "expert.json")
+    files = [p for p in storage.rglob("*") if p.suffix == ".safetensors" or p.name in names]
+    return {str(p.relative_to(storage)): p.read_bytes() for p in files}
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +64,10 @@ def test_the_demo_runs_to_the_end(unbroken: Path) -> None:
     assert len(rmdd.load(run / "set").as_dataset()) == 6
     assert (run / "report.html").is_file()
     events = (run / "events.jsonl").read_text()
-    assert '"item": "phase 0"' in events, "the job's work went to the cluster's workers"
+    assert '"item": "phase 0"' in events, "the workers of the cluster distilled the phase"
 
 
-def test_a_stopped_job_saves_and_goes_on_when_submitted_again(head: Head, unbroken: Path, tmp_path: Path) -> None:
+def test_a_stopped_job_resumes_when_submitted_again(head: Head, unbroken: Path, tmp_path: Path) -> None:
     copy_experts(unbroken, tmp_path)
     client = head.client()
     head.do(*SUBMIT, "--no-wait", "--submission-id", "stopped", "--", *job(tmp_path))
@@ -104,18 +104,18 @@ def iterations(storage: Path) -> int:
     return sum(len(p.read_text().splitlines()) for p in storage.glob("phases/*/phase-0/metrics.jsonl"))
 
 
-def test_what_is_shipped_is_what_runs(head: Head) -> None:
+def test_the_working_folder_is_the_code_that_runs(head: Head) -> None:
     code = (
-        "import ray, rmdd; ray.init(); there = ray.remote(lambda: __import__('rmdd').__file__);"
-        "print('HERE', rmdd.__file__); print('THERE', ray.get(there.remote()))"
+        "import ray, rmdd; ray.init(); remote = ray.remote(lambda: __import__('rmdd').__file__);"
+        "print('DRIVER', rmdd.__file__); print('WORKER', ray.get(remote.remote()))"
     )
     head.do(*SUBMIT, "--submission-id", "shipped", "--", "python", "-c", code)
-    lines = head.client().get_job_logs("shipped").splitlines()  # those of so short a job may end before they are shown
-    places = [line.split()[1] for line in lines if line.startswith(("HERE", "THERE"))]
-    assert len(places) == 2 and all(place.startswith(str(head.folder)) for place in places)
+    lines = head.client().get_job_logs("shipped").splitlines()  # a job this short may end before its output is streamed
+    files = [line.split()[1] for line in lines if line.startswith(("DRIVER", "WORKER"))]
+    assert len(files) == 2 and all(file.startswith(str(head.folder)) for file in files)
 
 
-def test_the_dashboard_answers_on_loopback_and_to_the_token_alone(head: Head) -> None:
+def test_the_dashboard_answers_only_on_loopback_and_with_the_token(head: Head) -> None:
     assert head.answers("127.0.0.1", **BEARER) == 200
     assert head.answers("127.0.0.1") == 401
     with pytest.raises(OSError):

@@ -17,7 +17,7 @@ from rmdd import config, pipeline
 from rmdd.distill.sets import load_set
 from rmdd.generate.stable_diffusion import FromCaption, Sampling
 from rmdd.methods.edge import EDGE
-from rmdd.runs.preflight import impossible
+from rmdd.runs.preflight import problems_of
 from rmdd.runs.tasks import TrainExpert, TuneGenerator
 
 TUNING = {"steps": 6, "batch": 3, "size": 16, "checkpoint_every": 2}
@@ -166,7 +166,7 @@ def test_each_tuning_of_a_sweep_and_the_expert_are_work_of_their_own(parts, tmp_
     places = [task.target(one) for task in (TuneGenerator(), TrainExpert()) for one in items]
     assert len(set(places)) == 3 and places[2] == places[3], "both need the same expert"
     size = drawn.run_of(tmp_path, "edge", 4, options(parts, tuning={**TUNING, "size": 17}))
-    assert any("tuning.size: pictures of side 17" in line for line in impossible(size))
+    assert any("tuning.size: pictures of side 17" in line for line in problems_of(size))
 
 
 def test_rows_per_picture():

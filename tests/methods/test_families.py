@@ -20,7 +20,7 @@ from rmdd.methods import method_of
 from rmdd.methods.distribution import Effort
 from rmdd.pipeline import Pipeline
 from rmdd.runs import cost as estimate
-from rmdd.runs.preflight import examine, impossible
+from rmdd.runs.preflight import examine, problems_of
 from rmdd.runs.tasks import DistillPhase
 
 COUNTS = {"train": (24, 120), "val": (6, 30), "test": (6, 30)}
@@ -60,7 +60,7 @@ def test_a_run_that_matches_distributions_is_estimated_as_such(method, tmp_path,
     step = e.forward * work.forward + e.back * work.gradient + e.trained * work.training
     assert facts["time"]["operations"]["distill"] == 7 * step
     size = estimate.size_of(estimate.model_on_meta(run, 16), pretrained=False)
-    least = 4 * (e.models * size.trained + 4 * 6 * (3 * 8 * 8 + 16)) + e.at_once * work.kept_of_pair
+    least = 4 * (e.models * size.trained + 4 * 6 * (3 * 8 * 8 + 16)) + e.at_once * work.pair_graph_bytes
     assert list(facts["memory"]) == ["step"] and least < facts["memory"]["step"] < 2 * least
     assert facts["phases"] == [{"pairs": 6, "iterations": 7, "done": False}]
     assert facts["model"]["double_backward"] == "not needed"
@@ -98,8 +98,8 @@ def test_a_tower_without_a_second_derivative_is_for_those_that_need_none():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(image, "double_backward", lambda name: image.Support.NO)
-        assert any("no second derivative" in told for told in impossible(matched))
-        assert not impossible(other)
+        assert any("no second derivative" in told for told in problems_of(matched))
+        assert not problems_of(other)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_a_mixture_needs_two_checkpoints():
 def test_what_does_nothing_is_told_and_checks_of_paths_are_not_made(tmp_path):
     run = of_method("covmatch", tmp_path, steps=3, trajectory="original", inner_dropout="fresh_mask")
     assert method_of(run).idle() == ["trajectory", "steps", "inner_dropout"]
-    assert "of no effect with method covmatch: distill.trajectory, steps, inner_dropout" in examine(run)["remarks"]
+    assert "no effect with method covmatch: distill.trajectory, steps, inner_dropout" in examine(run)["remarks"]
     raw = run.model_dump(mode="json")
     raw["experts"]["keep"], raw["runtime"]["keep_parameters"] = "endpoints", "recompute"
     config.load(raw)
@@ -207,4 +207,4 @@ def test_the_page_and_the_table_tell_of_no_paths(tmp_path):
     assert "expert paths" not in page and "Learned rates" not in page and "inner steps" not in page
     assert "Matched for" in page and "gradient norm" in page and "its parts" in page
     told = {"rates": "learned", "kind": "set"}
-    assert (rate(told | {"method": "mdm"}), rate(told | {"method": "lors"})) == ("as set", "learned")
+    assert (rate(told | {"method": "mdm"}), rate(told | {"method": "lors"})) == ("fixed", "learned")

@@ -33,7 +33,7 @@ from rmdd.methods.pds import decoder_of
 from rmdd.pipeline import open_pipeline
 from rmdd.runs.absolute import with_absolute_paths
 from rmdd.runs.paths import paths_of
-from rmdd.runs.preflight import examine, impossible
+from rmdd.runs.preflight import examine, problems_of
 
 PAIRS = 6
 TINY = tiny.changed(
@@ -170,7 +170,7 @@ def test_images_are_embedded_once_as_clip_itself_does(finished, parts):
 def test_the_nearest_real_images_need_no_parts(finished, options, tmp_path):
     storage = shutil.copytree(finished[0], tmp_path / "runs")
     run = load(storage, decode="nearest", starts=2, **options)
-    assert impossible(run) == [] and rmdd.methods.find("pds")(run).parts() == []
+    assert problems_of(run) == [] and rmdd.methods.find("pds")(run).parts() == []
     result = go(run, "all")
     found = rmdd.load(result.set)
     with open_pipeline(run, Progress(quiet=True)) as pipeline:
@@ -211,7 +211,7 @@ def test_missing_parts_stop_a_run_before_any_work(parts, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     run = load(tmp_path / "runs")
     asked = ["openai/clip-vit-large-patch14", "stabilityai/stable-diffusion-2-1-unclip-small"]
-    assert all(name in line for name, line in zip(asked, impossible(run), strict=True))
+    assert all(name in line for name, line in zip(asked, problems_of(run), strict=True))
     with pytest.raises(config.ConfigError, match="2 mistake") as error:
         go(run, "all")
     assert all(name in str(error.value) for name in asked) and not (tmp_path / "runs" / "data").exists()
@@ -222,7 +222,7 @@ def test_missing_parts_stop_a_run_before_any_work(parts, tmp_path, monkeypatch):
         ("decoder", [], "openrail++"),
     ]
     wide = tiny_parts.clip(tmp_path / "wide", width=32)
-    (line,) = impossible(load(tmp_path / "runs", **{**parts, "features": f"clip:{wide}"}))
+    (line,) = problems_of(load(tmp_path / "runs", **{**parts, "features": f"clip:{wide}"}))
     assert "embeddings of width 32" in line and "takes 24" in line
 
 

@@ -1,4 +1,4 @@
-"""The page of a run folder made by hand: real files, no training."""
+"""The HTML report of a run folder that the test writes itself, without training."""
 
 import math
 import re
@@ -22,7 +22,7 @@ from rmdd.runs.paths import RunPaths
 pytestmark = pytest.mark.usefixtures("ink")
 
 HOSTILE = "<script>alert('x')</script> & \"a\" <img src=x onerror=alert(1)>"
-SEEN = {
+HEALTH = {
     "rows": [
         *(
             {"set": "distilled", "iterations": [i], "cosine_image": 0.3 + i / 100, "cosine_text": 0.2}
@@ -44,7 +44,7 @@ VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
 class Page(HTMLParser):
-    """Checks that tags nest, and collects what a browser would fetch or run."""
+    """Parser that checks the nesting of tags and collects everything that a browser would load or run."""
 
     def __init__(self, text):
         super().__init__()
@@ -94,7 +94,7 @@ def evaluation_of(iterations, **change):
 
 
 def make_run(tmp_path, pairs=(5,), kind="full", size=16, logged=40, captions_before=True, branches="separate"):
-    """A run folder: start sets, logs, a store, the distilled set, seconds."""
+    """Write a run folder with initial sets, logs, a store and a distilled set; return run, paths and set folder."""
     run = config.load({
         "name": "tiny",
         "data": {"image_size": size},
@@ -104,9 +104,9 @@ def make_run(tmp_path, pairs=(5,), kind="full", size=16, logged=40, captions_bef
             "phases": [{"pairs": m, "iterations": 40} for m in pairs],
         },
     })  # fmt: skip
-    places = RunPaths(**{name: tmp_path / name for name in ("data", "cache", "store", "phases", "baseline", "run")})
-    places.store.mkdir()
-    (places.store / "epoch.safetensors").write_bytes(bytes(3 * 2**20))
+    paths = RunPaths(**{name: tmp_path / name for name in ("data", "cache", "store", "phases", "baseline", "run")})
+    paths.store.mkdir()
+    (paths.store / "epoch.safetensors").write_bytes(bytes(3 * 2**20))
     subsets = []
     for p, m in enumerate(pairs):
         random = torch.Generator().manual_seed(p)
@@ -118,10 +118,10 @@ def make_run(tmp_path, pairs=(5,), kind="full", size=16, logged=40, captions_bef
             torch.tensor(0.1),
             parts,
         )
-        save_set(start, places.start(p))
+        save_set(start, paths.start(p))
         end = start.map(lambda t, random=random: t + 0.1 * torch.randn(t.shape, generator=random))
         for i in range(1, logged + 1):
-            append_jsonl(places.phase(p) / "metrics.jsonl", {
+            append_jsonl(paths.phase(p) / "metrics.jsonl", {
                 "phase": p, "iteration": i, "loss": 2 - i / 40, "miss_image": 1 - i / 80, "miss_text": 1 - i / 80,
                 "student_loss": 3.0 / i, "lr_image": 0.1 + i / 1000, "lr_text": 0.1, "seconds": 0.25,
             })  # fmt: skip
@@ -141,14 +141,14 @@ def make_run(tmp_path, pairs=(5,), kind="full", size=16, logged=40, captions_bef
         config=run.model_dump(mode="json", exclude={"runtime"}) | {"name": HOSTILE},
         provenance={"data": {"hash": "d4t4", "counts": {"train": {"pairs": 1234, "captions": 6170}}}, "experts": "3xp"},
     )
-    return run, places, distilled.save(tmp_path / "set")
+    return run, paths, distilled.save(tmp_path / "set")
 
 
-def written(tmp_path, evaluation=None, seconds=None, **options):
-    run, places, path = make_run(tmp_path, **options)
+def page_of(tmp_path, evaluation=None, seconds=None, **options):
+    run, paths, path = make_run(tmp_path, **options)
     evaluation = evaluation or evaluation_of([40] * len(run.distill.phases))
     seconds = seconds or {"experts": 75.0, "distill": 4000.0}
-    write_report(tmp_path / "report.html", run, places, path, evaluation, seconds, SEEN)
+    write_report(tmp_path / "report.html", run, paths, path, evaluation, seconds, HEALTH)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert len(text) < 3_000_000
     return text
@@ -156,8 +156,8 @@ def written(tmp_path, evaluation=None, seconds=None, **options):
 
 @pytest.mark.parametrize("pairs", [(5,), (5, 4, 3)])
 @pytest.mark.parametrize("kind", ["full", "low_rank", "identity"])
-def test_one_page_that_stands_alone(tmp_path, pairs, kind):
-    text = written(tmp_path, pairs=pairs, kind=kind)
+def test_the_page_is_valid_and_loads_no_url(tmp_path, pairs, kind):
+    text = page_of(tmp_path, pairs=pairs, kind=kind)
     parsed = Page(text)
     assert all(r.startswith(("data:image/", "#")) for r in parsed.references)
     assert not re.search(r"https?:|//[a-z]+\.|@import|url\((?!#)", re.sub(r"base64,[^\"]*", "", text))
@@ -168,11 +168,11 @@ def test_one_page_that_stands_alone(tmp_path, pairs, kind):
     assert ("fixed at the identity" in text) == (kind == "identity")
 
 
-def test_the_numbers_are_on_it(tmp_path):
-    text = written(tmp_path)
+def test_the_page_shows_the_scores(tmp_path):
+    text = page_of(tmp_path)
     for number in ("34.6 ± 1.2", "18.6 ± 1.2", "70.6 ± 1.2", "37.1 ± 1.2", "33.6 ± 1.2", "34.1 ± 1.2"):
         assert number in text
-    facts = ("1,234", "picked on the test set", "infonce", "0.3", "1.2 min", "1.1 h", "3.0 MiB", "0.25 s", "0.138")
+    facts = ("1,234", "chosen on the test set", "infonce", "0.3", "1.2 min", "1.1 h", "3.0 MiB", "0.25 s", "0.138")
     for fact in facts:
         assert fact in text
 
@@ -181,11 +181,11 @@ def spans(mean):
     return {name: {"mean": mean, "low": mean - 1.5, "high": mean + 2.5} for name in score(0)}
 
 
-def test_what_the_referee_found_is_on_it(tmp_path):
+def test_the_page_shows_intervals_reference_scores_and_cost(tmp_path):
     evaluation = evaluation_of([40])
     (tmp_path / "bare").mkdir()
-    bare = written(tmp_path / "bare", evaluation)
-    assert "How certain" not in bare and "What picking on test adds" not in bare and "LRS" not in bare
+    bare = page_of(tmp_path / "bare", evaluation)
+    assert "Uncertainty" not in bare and "Gain from choosing on test" not in bare and "LRS" not in bare
     evaluation["certainty"] = {
         "over": "images of test",
         "test_last": {"random": spans(18.0), "ptm_st": spans(34.0)},
@@ -198,9 +198,9 @@ def test_what_the_referee_found_is_on_it(tmp_path):
     evaluation["scores"] = {"points": points, "LRS": 28.25, "ARS": 31.5, "augment": "dsa", "similarity": "identity"}
     clocks = {"seconds_per_iteration": 0.125, "iterations_timed": 1500, "gpus": 2, "gpu_hours": 3.5}
     write_json(tmp_path / "cost.json", clocks | {"distill_gpu_hours": 1.25})
-    text = written(tmp_path, evaluation)
+    text = page_of(tmp_path, evaluation)
     Page(text)
-    for told in (
+    for text_shown in (
         "34.0 [32.5, 36.5]",
         "+16.2 [+14.8, +18.8]",
         "best of 11",
@@ -209,63 +209,63 @@ def test_what_the_referee_found_is_on_it(tmp_path):
         "+7.5 [-1.0, +9.0]",
         "31.5",
     ):
-        assert told in text
-    for told in ("1.25 for distilling, 3.5 for the whole run on 2 GPUs", "0.125 s, the median of 1,500", "61,440"):
-        assert told in text
-    said = referee.lines(evaluation, {"ptm_st": "PTM-ST"})
-    assert "PTM-ST minus random pairs [95 %]: +16.2 [+14.8, +18.8]" in said and "LRS, 0 to 100: 28.2" in said
+        assert text_shown in text
+    for cost in ("1.25 for distillation, 3.5 for the whole run on 2 GPUs", "0.125 s, the median of 1,500", "61,440"):
+        assert cost in text
+    lines = referee.lines(evaluation, {"ptm_st": "PTM-ST"})
+    assert "PTM-ST minus random pairs [95 %]: +16.2 [+14.8, +18.8]" in lines and "LRS, 0 to 100: 28.2" in lines
 
 
 def test_a_single_student_has_no_spread(tmp_path):
     lone = score(34.0, std=math.nan, n=1)
     evaluation = evaluation_of([40])
     evaluation["table"] = {row: {"val": lone, "test_last": lone} for row in evaluation["table"]}
-    text = written(tmp_path, evaluation)
+    text = page_of(tmp_path, evaluation)
     assert "34.6" in text and "nan" not in re.sub(r"base64,[^\"]*", "", text)
 
 
 @pytest.mark.parametrize("logged", [0, 1, 3])
-def test_logs_may_be_absent_or_cut_short(tmp_path, logged):
-    run, places, path = make_run(tmp_path, logged=logged)
+def test_missing_and_truncated_logs_are_accepted(tmp_path, logged):
+    run, paths, path = make_run(tmp_path, logged=logged)
     if logged:
-        with open(places.phase(0) / "metrics.jsonl", "a") as log:
+        with open(paths.phase(0) / "metrics.jsonl", "a") as log:
             log.write('{"iteration": 41}\n{"phase": 0, "iterat')
-    write_report(tmp_path / "report.html", run, places, path, evaluation_of([40]), {}, SEEN)
+    write_report(tmp_path / "report.html", run, paths, path, evaluation_of([40]), {}, HEALTH)
     text = (tmp_path / "report.html").read_text()
     Page(text)
     assert ("No iteration of this phase was logged" in text) == (not logged)
 
 
-def test_what_was_not_measured_is_left_out(tmp_path):
+def test_parts_without_numbers_are_left_out(tmp_path):
     bare = evaluation_of([40], selection={"rule": "last", "val": []}, student_curves=[[]])
     del bare["table"]["ptm_st"]["test_best_reference"]
-    text = written(tmp_path, bare, captions_before=False, branches="merged")
-    assert "test_best_reference" not in text and "which set to export" not in text and "BEFORE" not in text
+    text = page_of(tmp_path, bare, captions_before=False, branches="merged")
+    assert "test_best_reference" not in text and "choice of the exported snapshot" not in text and "BEFORE" not in text
 
 
-def test_large_sets_stay_small_pages(tmp_path):
-    text = written(tmp_path, pairs=(90, 70), size=96)
+def test_the_page_of_a_large_set_stays_small(tmp_path):
+    text = page_of(tmp_path, pairs=(90, 70), size=96)
     assert Page(text).tags.count("img") <= 2 * page.GALLERY
     assert "image/jpeg" in text
 
 
 def test_two_writes_give_the_same_bytes(tmp_path):
-    run, places, path = make_run(tmp_path)
+    run, paths, path = make_run(tmp_path)
     for name in ("a", "b"):
-        write_report(tmp_path / name, run, places, path, evaluation_of([40]), {"distill": 1.0}, SEEN)
+        write_report(tmp_path / name, run, paths, path, evaluation_of([40]), {"distill": 1.0}, HEALTH)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 @pytest.mark.parametrize(
     "ours, random, full, words",
     [
-        (34.0, 17.0, 68.0, "2.0 times the 17.6 of 20 random real pairs, and 50 % of what all 1,234 training"),
-        (17.5, 17.0, 68.0, "though the spreads overlap"),
-        (16.0, 17.0, 68.0, "no better than 20 random real pairs"),
-        (16.0, -0.6, -0.6, "where 20 random real pairs reach 0."),
+        (34.0, 17.0, 68.0, "2.0 times the 17.6 of 20 random real pairs, and 50 % of the score of all 1,234 training"),
+        (17.5, 17.0, 68.0, "but the spreads overlap"),
+        (16.0, 17.0, 68.0, "not better than 20 random real pairs"),
+        (16.0, -0.6, -0.6, ": 20 random real pairs reach 0."),
     ],
 )
-def test_the_headline_says_no_more_than_the_numbers(tmp_path, ours, random, full, words):
+def test_the_headline_depends_on_scores_and_spreads(tmp_path, ours, random, full, words):
     distilled = DistilledSet.load(make_run(tmp_path)[2])
     evaluation = evaluation_of([40])
     for row, mean in zip(("ptm_st", "random", "full"), (ours, random, full), strict=True):
@@ -276,7 +276,7 @@ def test_the_headline_says_no_more_than_the_numbers(tmp_path, ours, random, full
     assert "1,234" not in unknown
 
 
-def test_the_gallery_spreads_over_all_subsets():
+def test_the_gallery_shows_pairs_of_all_subsets():
     shown = page._shown([100, 10, 1])
     assert sum(map(len, shown)) <= page.GALLERY + 2 and all(shown)
     assert shown[0] == sorted(set(shown[0])) and shown[0][-1] > 90
@@ -288,6 +288,6 @@ def test_durations(value, text):
     assert page.duration(value) == text
 
 
-def test_heat_maps_of_many_pairs_are_averaged_to_their_mean():
+def test_heat_maps_of_many_pairs_are_averaged_in_blocks():
     svg = plots.heat_map(np.full((2 * plots.CELLS + 1,) * 2, 0.5), 1.0)
     assert len(svg) < 100_000 and "<image" in svg

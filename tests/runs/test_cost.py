@@ -1,3 +1,5 @@
+"""The estimates of `rmdd check`: parameters, FLOPs, memory, disk, and the number of images and captions."""
+
 import pytest
 import torch
 
@@ -26,25 +28,25 @@ def test_nfnet_and_bert_have_the_published_sizes():
     assert estimate.size_of(estimate.model_on_meta(run, width), pretrained=True) == NFNET
 
 
-def test_a_store_takes_what_the_method_card_says():
+def test_the_size_of_a_store_matches_the_method_card():
     assert estimate.checkpoint_bytes(NFNET.trained) / MIB == pytest.approx(152.0, abs=0.05)
-    for kept, mib, gib in ((1, 179, 3.6), (2, 331, 6.6), (3, 483, 9.6)):
-        assert (store_bytes(NFNET, 1, kept) - 4 * NFNET.shared) / MIB == pytest.approx(mib, abs=0.5)
-        assert store_bytes(NFNET, 20, kept) / GIB == pytest.approx(gib, abs=0.05)
+    for checkpoints, mib, gib in ((1, 179, 3.6), (2, 331, 6.6), (3, 483, 9.6)):
+        assert (store_bytes(NFNET, 1, checkpoints) - 4 * NFNET.shared) / MIB == pytest.approx(mib, abs=0.5)
+        assert store_bytes(NFNET, 20, checkpoints) / GIB == pytest.approx(gib, abs=0.05)
     alone = Size(NFNET.image, NFNET.text, 0, 0)
     assert store_bytes(alone, 1, 10) / MIB == pytest.approx(1672, abs=0.5)
     assert store_bytes(alone, 20, 10) / GIB == pytest.approx(32.7, abs=0.05)
     assert store_bytes(alone, 1, 2, "bfloat16-delta") == store_bytes(alone, 1, 1)
 
 
-def test_sizes_are_those_of_the_model_that_runs():
+def test_estimated_parameters_equal_those_of_the_built_model():
     run = config.load(SMALL)
     size = estimate.size_of(estimate.model_on_meta(run, 32), pretrained=False)
     model = build(run.model, 32, 16, 0, "student")
     assert size.trained == sum(p.numel() for p in model.parameters()) and size.frozen == size.shared == 0
 
 
-def test_operations_are_counted_by_hand():
+def test_flops_equal_a_count_by_hand():
     run = config.load(SMALL)
     work = estimate.work_of(estimate.model_on_meta(run, 32), run, 32)
     convolutions = 2 * 9 * (3 * 8 * 16 * 16 + 8 * 16 * 8 * 8)
@@ -52,19 +54,19 @@ def test_operations_are_counted_by_hand():
     scores = 2 * 4 * 24
     assert work.forward == convolutions + heads + scores
     assert 2 * work.forward < work.training < 3 * work.forward
-    assert work.matching > 2 * 4 * work.training and work.kept > 0
+    assert work.matching > 2 * 4 * work.training and work.graph_bytes > 0
 
 
-def test_a_frozen_tower_is_counted_once_an_iteration():
+def test_a_frozen_tower_is_counted_once_per_outer_iteration():
     frozen = ["model.image.trainable=false", "distill.phases.0.iterations=3", "distill.steps=2", "distill.batch=4"]
     run = config.load(
         SMALL | {"model": SMALL["model"] | {"image": SMALL["model"]["image"] | {"weights": "random:0"}}}, frozen
     )
     work = estimate.work_of(estimate.model_on_meta(run, 32), run, 32)
     convolutions = 2 * 9 * (3 * 8 * 16 * 16 + 8 * 16 * 8 * 8)
-    assert work.features == 3 * convolutions, "features, then once more with the gradient in the pictures"
+    assert work.features == 3 * convolutions, "one forward pass, then forward and backward in the pixels"
     assert work.matching < 2 * 4 * convolutions < estimate.work_of(*_trained(run), 32).matching
-    assert work.forward > convolutions, "experts and students see pictures"
+    assert work.forward > convolutions, "experts and students process images, not features"
     distil = estimate.operations(run, {s: (10, 10) for s in ("train", "val", "test")}, work)["distill"]
     assert distil == 3 * (2 * work.matching + 8 * work.features)
 
@@ -80,10 +82,10 @@ def test_first_order_costs_less_and_more_pairs_cost_more():
     runs = {"e": exact, "f": first, "w": wide}
     cost = {name: estimate.work_of(estimate.model_on_meta(r, 32), r, 32) for name, r in runs.items()}
     assert cost["f"].matching < cost["e"].matching < cost["w"].matching
-    assert cost["e"].kept < cost["w"].kept
+    assert cost["e"].graph_bytes < cost["w"].graph_bytes
 
 
-def test_a_reused_graph_is_held_with_the_others():
+def test_each_reused_graph_adds_its_bytes():
     need = []
     for reuse in (0, 1, 3, 99):
         run = config.load(SMALL, ["distill.steps=4", f"distill.reuse_graphs={reuse}"])
@@ -91,17 +93,17 @@ def test_a_reused_graph_is_held_with_the_others():
         size, work = estimate.size_of(model, pretrained=False), estimate.work_of(model, run, 32)
         need.append(estimate.matching_bytes(run, size, work, 32))
     graph = (need[2] - need[1]) / 2
-    assert need[0] == need[1] and graph > work.kept / 2 and need[3] - need[2] == pytest.approx(graph, abs=2)
+    assert need[0] == need[1] and graph > work.graph_bytes / 2 and need[3] - need[2] == pytest.approx(graph, abs=2)
 
 
-def test_counting_leaves_the_global_generator_alone():
+def test_counting_does_not_change_the_global_random_state():
     before = torch.random.get_rng_state()
     run = config.load(SMALL)
     estimate.work_of(estimate.model_on_meta(run, 32), run, 32)
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-def test_counts_come_from_config_annotations_or_publications(tmp_path):
+def test_counts_come_from_the_config_annotations_or_papers(tmp_path):
     assert estimate.known_counts(config.Data())[0]["train"] == (1000, 5000)
     absent = config.Data(source="lists", layout="cc3m", root=str(tmp_path / "absent"), eval_limit=10_000)
     counts, origin = estimate.known_counts(absent)
@@ -111,6 +113,6 @@ def test_counts_come_from_config_annotations_or_publications(tmp_path):
     assert counts == {"train": (1, 2), "val": (0, 0), "test": (1, 1)} and "annotations" in origin
 
 
-def test_an_encoder_that_is_not_installed_is_named():
+def test_an_encoder_that_is_not_installed_is_reported():
     with pytest.raises(ValueError, match="pip install no-such-encoder"):
         estimate.text_features(config.TextTower(name="package:no_such_encoder"))

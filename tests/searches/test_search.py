@@ -1,4 +1,4 @@
-"""Whole searches: what they leave, what survives, and that test stays closed."""
+"""Whole searches: their files, kills and resumes, shared databases, and that test is never read."""
 
 import csv
 import io
@@ -26,47 +26,48 @@ from rmdd.core.progress import Progress
 from rmdd.core.storage import run_folder
 from rmdd.models import prepared
 from rmdd.report.search import log_ticks, write_page
-from rmdd.searches import begun_in, check, search_folder
+from rmdd.searches import base_run_in, check, search_folder
 from rmdd.searches.formats import verify
 
 
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory, painted):
+def shared_search(tmp_path_factory, painted):
+    """A finished search, its storage, and the names of the splits that it opened."""
     storage = tmp_path_factory.mktemp("search")
     opened = []
     with painted(), pytest.MonkeyPatch.context() as patch:
         load = prepared.prepare_split
-        patch.setattr(prepared, "prepare_split", lambda *given: opened.append(given[3]) or load(*given))
-        found = rmdd.search(raw_of(storage, {"distill.lr_image": LR, **BOTH}, trials=5, pruner="asha"), progress=QUIET)
-    return found, storage, set(opened)
+        patch.setattr(prepared, "prepare_split", lambda *args: opened.append(args[3]) or load(*args))
+        result = rmdd.search(raw_of(storage, {"distill.lr_image": LR, **BOTH}, trials=5, pruner="asha"), progress=QUIET)
+    return result, storage, set(opened)
 
 
-def test_a_search_leaves_its_table_plots_and_best_run_file(searched):
-    found, storage, _ = searched
-    rows = json.loads((found.folder / "results.json").read_text())["trials"]
-    assert rows == found.table.rows and len(rows) == 5 and not found.failures
+def test_a_search_writes_its_table_plots_and_best_run_file(shared_search):
+    result, storage, _ = shared_search
+    rows = json.loads((result.folder / "results.json").read_text())["trials"]
+    assert rows == result.table.rows and len(rows) == 5 and not result.failures
     done = [row for row in rows if row["state"] == "complete"]
     assert done and {row["state"] for row in rows} <= {"complete", "pruned"}
-    assert found.table.winner["val"] == max(row["val"] for row in done)
-    with open(found.folder / "trials.csv", newline="") as file:
+    assert result.table.winner["val"] == max(row["val"] for row in done)
+    with open(result.folder / "trials.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     assert [float(line["distill.lr_image"]) for line in lines] == [row["values"]["distill.lr_image"] for row in rows]
-    page = (found.folder / "report.html").read_text()
+    page = (result.folder / "report.html").read_text()
     assert "best.yaml" in page and ">complete</text>" in page and ">best</text>" in page
     assert page.count("<svg") >= 2 and "http" not in page.replace("http-equiv", "")
-    assert len(list((storage / "experts").glob("*/"))) == 1, "experts are trained once"
-    assert found.folder.parent == storage / "searches"
+    assert len(list((storage / "experts").glob("*/"))) == 1, "all trials must share one store of experts"
+    assert result.folder.parent == storage / "searches"
 
 
-def test_ticks_of_a_logarithmic_range_are_few_and_told_as_they_are():
+def test_a_logarithmic_axis_has_few_ticks_with_rounded_values():
     assert log_ticks(10, 10000) == [10, 100, 1000, 10000]
     assert log_ticks(0.005, 0.05) == [0.005, 0.011, 0.023, 0.05]
-    assert log_ticks(1, 3, whole=True) == [1, 2, 3]
+    assert log_ticks(1, 3, integer=True) == [1, 2, 3]
 
 
-def test_a_search_counts_its_trials_by_those_asked_for(tmp_path):
+def test_the_progress_counts_trials_against_the_requested_number(tmp_path):
     out = io.StringIO()
-    clock = (11.0 * tick for tick in itertools.count())  # every report comes late enough for a line of the log
+    clock = (11.0 * tick for tick in itertools.count())  # 11 s between reports, so that each report prints a line
     progress = Progress(console=Console(file=out, width=200), clock=lambda: next(clock))
     for trials in (2, 3):
         rmdd.search(raw_of(tmp_path, trials=trials), progress=progress)
@@ -74,46 +75,46 @@ def test_a_search_counts_its_trials_by_those_asked_for(tmp_path):
     assert {most for _, most in shown} == {"2", "3"} and min(done for done, most in shown if most == "3") == "2"
 
 
-def test_no_trial_opens_test(searched):
-    found, storage, opened = searched
+def test_no_trial_reads_the_test_split(shared_search):
+    result, storage, opened = shared_search
     assert opened == {"train", "val"}
-    assert not [p for row in found.table.rows for p in config.Path(row["run"]).glob("students/student*")]
+    assert not [p for row in result.table.rows for p in config.Path(row["run"]).glob("students/student*")]
     assert not list(storage.glob("baselines/*"))
 
 
-def test_the_best_run_file_repeats_its_trial_bit_for_bit(searched, tmp_path):
-    found, storage, _ = searched
-    best = found.table.winner
-    run = config.load(found.folder / "best.yaml", [f"runtime.storage={tmp_path}"])
+def test_the_best_run_file_repeats_its_trial_bit_for_bit(shared_search, tmp_path):
+    result, storage, _ = shared_search
+    best = result.table.winner
+    run = config.load(result.folder / "best.yaml", [f"runtime.storage={tmp_path}"])
     again = rmdd.run(run, QUIET)
-    there, here = (sorted(root.glob("phases/*/phase-0/set-*")) for root in (storage, tmp_path))
-    bits = {(p.parts[-3], p.name): p.read_bytes() for p in there}
-    assert len(here) == 3 and all(bits[p.parts[-3], p.name] == p.read_bytes() for p in here)
+    of_trials, repeated = (sorted(root.glob("phases/*/phase-0/set-*")) for root in (storage, tmp_path))
+    content = {(p.parts[-3], p.name): p.read_bytes() for p in of_trials}
+    assert len(repeated) == 3 and all(content[p.parts[-3], p.name] == p.read_bytes() for p in repeated)
     assert [v["R@mean"] for v in again.evaluation["selection"]["val"]] == best["curve"]
-    text = (found.folder / "trials" / f"{best['number']:03d}" / "run.yaml").read_text()
+    text = (result.folder / "trials" / f"{best['number']:03d}" / "run.yaml").read_text()
     assert config.load(yaml.safe_load(text)).hash_of() == run.hash_of()
     assert run_folder(run).name == config.Path(best["run"]).name
 
 
-def test_a_search_learns_from_an_earlier_one(searched, tmp_path):
-    found, storage, _ = searched
-    warm = base_of(storage, warm_start=[str(found.folder)], trials=1, sampler="tpe", snapshots=2)
+def test_warm_start_copies_the_trials_of_an_earlier_search(shared_search, tmp_path):
+    result, storage, _ = shared_search
+    warm = base_of(storage, warm_start=[str(result.folder)], trials=1, sampler="tpe", snapshots=2)
     later = rmdd.search(warm.model_dump(mode="json"), progress=QUIET)
-    done = [row for row in found.table.rows if row["state"] == "complete"]
+    done = [row for row in result.table.rows if row["state"] == "complete"]
     study = optuna.load_study(study_name=later.folder.name, storage=f"sqlite:///{later.folder}/study.db")
     assert [t.params["distill.lr_image"] for t in study.trials[: len(done)]] == [
         row["values"]["distill.lr_image"] for row in done
     ]
-    assert [row["number"] for row in later.table.rows] == [len(done)], "what was learned is no result of this search"
-    for wrong, told in (
+    assert [row["number"] for row in later.table.rows] == [len(done)], "copied trials are not results of this search"
+    for wrong, message in (
         ({"evaluate": {**TINY["evaluate"], "epochs": 3}}, "has another `evaluate` section"),
         ({"search": {"space": {"distill.lr_image": LR}, "warm_start": [str(tmp_path)]}}, "no results.json in"),
     ):
-        with pytest.raises(config.ConfigError, match=told):
+        with pytest.raises(config.ConfigError, match=message):
             rmdd.search({**warm.model_dump(mode="json"), **wrong}, progress=QUIET)
 
 
-def begin(*words):
+def start_search(*words):
     return Rmdd("search", *words, "--quiet")
 
 
@@ -125,14 +126,14 @@ def wait_for(process, reached):
         time.sleep(0.02)
 
 
-def test_two_kills_lose_nothing(searched, tmp_path):
-    found, _, _ = searched
+def test_a_search_killed_twice_and_resumed_gives_the_same_trials(shared_search, tmp_path):
+    result, _, _ = shared_search
     file, storage = tmp_path / "run.yaml", tmp_path / "runs"
     raw = raw_of(storage, {"distill.lr_image": LR, **BOTH}, trials=5, pruner="asha")
     file.write_text(yaml.safe_dump(raw))
     for kills in (1, 2):
         folder = search_folder(config.load(file))
-        process = begin(file) if kills == 1 else begin("--resume", folder)
+        process = start_search(file) if kills == 1 else start_search("--resume", folder)
         wait_for(process, lambda: len(list(folder.glob("trials/*/run.yaml"))) > 2 * kills - 1)  # noqa: B023
         wait_for(process, lambda: len(list(storage.glob("phases/*/phase-0/set-000001*"))) > 2 * kills - 1)  # noqa: B023
         process.kill()
@@ -142,8 +143,8 @@ def test_two_kills_lose_nothing(searched, tmp_path):
     done = CliRunner().invoke(cli.app, ["resume", str(folder), "--json", "--quiet"])
     assert done.exit_code == 0, done.stderr
     rows = json.loads(done.stdout)["trials"]
-    keep = ("number", "state", "values", "curve", "val")
-    assert [{k: row[k] for k in keep} for row in rows] == [{k: row[k] for k in keep} for row in found.table.rows]
+    columns = ("number", "state", "values", "curve", "val")
+    assert [{k: row[k] for k in columns} for row in rows] == [{k: row[k] for k in columns} for row in result.table.rows]
     study = optuna.load_study(study_name=folder.name, storage=f"sqlite:///{folder}/study.db")
     assert ended.items() <= {t.number: (t.values, t.datetime_complete) for t in study.trials}.items()
 
@@ -151,7 +152,7 @@ def test_two_kills_lose_nothing(searched, tmp_path):
 def test_two_drivers_share_the_trials_of_one_database(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(raw_of(tmp_path / "runs", trials=6, storage=f"sqlite:///{tmp_path}/shared.db")))
-    drivers = [begin(file), begin(file)]
+    drivers = [start_search(file), start_search(file)]
     ends = [driver.communicate(timeout=180) for driver in drivers]
     assert [driver.returncode for driver in drivers] == [0, 0], ends
     folder = search_folder(config.load(file))
@@ -160,51 +161,51 @@ def test_two_drivers_share_the_trials_of_one_database(tmp_path):
     assert not (folder / "study.db").exists()
 
 
-def test_a_driver_that_is_killed_beside_another_loses_no_trial_and_none_is_made_twice(tmp_path):
+def test_if_one_of_two_drivers_is_killed_the_other_runs_every_trial_once(tmp_path):
     file, url = tmp_path / "run.yaml", f"sqlite:///{tmp_path}/shared.db"
     file.write_text(yaml.safe_dump(raw_of(tmp_path / "runs", trials=6, storage=url)))
     folder = search_folder(config.load(file))
-    killed, other = begin(file), begin(file)
+    killed, other = start_search(file), start_search(file)
     wait_for(killed, lambda: len(list(folder.glob("trials/*/run.yaml"))) > 1)
     killed.kill()
     assert other.communicate(timeout=180) and other.returncode == 0
-    found = rmdd.search(file, progress=QUIET)
-    assert [row["state"] for row in found.table.rows] == ["complete"] * 6
+    result = rmdd.search(file, progress=QUIET)
+    assert [row["state"] for row in result.table.rows] == ["complete"] * 6
     assert len(list(folder.glob("trials/*/run.yaml"))) == 6
-    for row in found.table.rows:
+    for row in result.table.rows:
         (log,) = (tmp_path / "runs" / "phases" / row["phases"]).glob("phase-0/metrics.jsonl")
         assert [json.loads(line)["iteration"] for line in log.read_text().splitlines()] == [1, 2, 3]
 
 
-def test_plans_are_searched_and_their_phases_have_no_numbers_to_try(tmp_path):
+def test_fields_of_a_plan_can_be_searched_but_not_those_of_its_phases(tmp_path):
     raw = raw_of(tmp_path / "runs", {"distill.plan.reach": {"choice": [0.5, 0.9]}}, sampler="grid", snapshots=2)
     raw["distill"] |= {"phases": "auto", "plan": {"iterations": 2, "min_pairs": 2, "min_straightness": 0}}
-    found = rmdd.search(raw, progress=QUIET)
-    assert [row["state"] for row in found.table.rows] == ["complete"] * 2
-    best = found.table.winner
-    run = config.load(found.folder / "best.yaml", [f"runtime.storage={tmp_path / 'again'}"])
+    result = rmdd.search(raw, progress=QUIET)
+    assert [row["state"] for row in result.table.rows] == ["complete"] * 2
+    best = result.table.winner
+    run = config.load(result.folder / "best.yaml", [f"runtime.storage={tmp_path / 'again'}"])
     assert [v["R@mean"] for v in rmdd.run(run, QUIET).evaluation["selection"]["val"]] == best["curve"]
     raw["search"]["space"] = {"distill.phases.0.endpoint": {"int": [1, 2]}}
-    with pytest.raises(config.ConfigError, match=r"phases.0.endpoint: distill.phases is auto.*try distill.plan.reach"):
+    with pytest.raises(config.ConfigError, match=r"phases.0.endpoint: distill.phases is auto.*vary distill.plan.reach"):
         check(config.load(raw))
 
 
-def test_verify_knows_a_search(searched, tmp_path):
-    found, storage, _ = searched
+def test_verify_reports_damaged_files_of_a_search(shared_search, tmp_path):
+    result, storage, _ = shared_search
     shutil.copytree(storage, root := tmp_path / "copy")
-    folder = root / "searches" / found.folder.name
-    tried = {os.path.basename(row["run"]) for row in found.table.rows}
-    for place in (str(folder), f"file://{folder}", str(root)):
-        whole = verify(place)
-        assert whole.faults == [] and len(whole.checked) > len(found.table.rows)
-        assert not tried & {os.path.basename(left) for left in whole.unfinished}
-    best = found.table.winner
+    folder = root / "searches" / result.folder.name
+    runs = {os.path.basename(row["run"]) for row in result.table.rows}
+    for address in (str(folder), f"file://{folder}", str(root)):
+        findings = verify(address)
+        assert findings.faults == [] and len(findings.checked) > len(result.table.rows)
+        assert not runs & {os.path.basename(unfinished) for unfinished in findings.unfinished}
+    best = result.table.winner
     for broken in (folder / "study.db", next((root / "phases" / best["phases"]).glob("phase-0/set-000003*"))):
         broken.write_bytes(broken.read_bytes()[:3000])
         assert broken.name in [os.path.basename(fault.path) for fault in verify(str(folder)).faults]
 
 
-def test_the_page_shows_what_it_is_given_as_text(tmp_path, painted):
+def test_the_page_escapes_markup_in_names_and_values(tmp_path, painted):
     name = "<b>$x_</b>"
     rows = [
         {"number": n, "state": "complete", "values": {"distill.options.x": v}, "val": float(n), "cost": {}}
@@ -217,38 +218,38 @@ def test_the_page_shows_what_it_is_given_as_text(tmp_path, painted):
     assert "<b>" not in page and "&lt;b&gt;" in page
 
 
-def test_more_trials_are_added_to_a_search_and_nothing_else_changes(searched):
-    found, _, _ = searched
-    before = found.table.rows
-    words = ["search", "--resume", str(found.folder), "--json", "--quiet"]
+def test_resume_can_add_trials_but_change_nothing_else(shared_search):
+    result, _, _ = shared_search
+    before = result.table.rows
+    words = ["search", "--resume", str(result.folder), "--json", "--quiet"]
     other = CliRunner().invoke(cli.app, [*words, "--set", "distill.steps=3"])
-    assert other.exit_code == 2 and "--set changes what the search is" in other.stderr
+    assert other.exit_code == 2 and "--set would make this another search" in other.stderr
     more = CliRunner().invoke(cli.app, [*words, "--set", "search.trials=6"])
     assert more.exit_code == 0, more.stderr
     rows = json.loads(more.stdout)["trials"]
-    assert rows[:5] == before and len(rows) == 6 and begun_in(found.folder).search.trials == 6
+    assert rows[:5] == before and len(rows) == 6 and base_run_in(result.folder).search.trials == 6
 
 
 def test_trials_may_differ_in_their_experts(tmp_path):
     space = {"experts.lr_image": {"choice": [0.1, 0.2]}, "model.width": {"choice": [4, 8]}}
-    found = rmdd.search(raw_of(tmp_path, space, sampler="grid"), progress=QUIET)
-    assert [row["state"] for row in found.table.rows] == ["complete"] * 4
+    result = rmdd.search(raw_of(tmp_path, space, sampler="grid"), progress=QUIET)
+    assert [row["state"] for row in result.table.rows] == ["complete"] * 4
     assert len(list((tmp_path / "experts").glob("*/expert-000/expert.json"))) == 4
 
 
-def test_experts_that_keep_too_little_for_the_space_are_told():
+def test_endpoints_that_shared_experts_do_not_keep_are_refused():
     raw = raw_of("runs", {"distill.phases.0.endpoint": {"int": [1, 2]}})
     raw["experts"]["keep"] = "endpoints"
     raw["experts"]["epochs"] = 3
-    with pytest.raises(config.ConfigError, match=r"endpoint: at 2: .*set experts.keep: all, so that they are trained"):
+    with pytest.raises(config.ConfigError, match=r"endpoint: at 2: .*set experts.keep: all"):
         check(config.load(raw))
 
 
-def test_resume_needs_a_search(tmp_path):
-    for words, told in (
+def test_search_needs_either_a_config_or_the_folder_of_a_search(tmp_path):
+    for words, message in (
         ([], "give CONFIG"),
-        (["--resume", str(tmp_path)], "no search.json in it"),
-        (["demo", "--resume", str(tmp_path)], "leave 'demo' out"),
+        (["--resume", str(tmp_path)], "no search.json in this folder"),
+        (["demo", "--resume", str(tmp_path)], "remove 'demo'"),
     ):
         done = CliRunner().invoke(cli.app, ["search", *words])
-        assert done.exit_code == 2 and told in done.stderr
+        assert done.exit_code == 2 and message in done.stderr

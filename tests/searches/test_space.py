@@ -1,4 +1,4 @@
-"""A search: what can be tried, who chooses, and what is kept of it."""
+"""Search spaces and their mistakes, samplers and pruners, and the study that records trials."""
 
 import itertools
 import json
@@ -16,7 +16,7 @@ from rmdd.cli import app as cli
 from rmdd.execution.trials import sequential_trials
 from rmdd.searches import check
 from rmdd.searches.loading import TrialLoader
-from rmdd.searches.samplers import begun, pruner_of, sampler_of
+from rmdd.searches.samplers import pruner_of, sampler_of, trials_of
 from rmdd.searches.space import Space, overrides
 from rmdd.searches.study import Study
 from rmdd.searches.warm_start import EarlierTrial
@@ -25,7 +25,7 @@ from rmdd.searches.warm_start import EarlierTrial
 
 
 @pytest.mark.parametrize(
-    ("space", "told"),
+    ("space", "message"),
     [
         ({}, "search.space is empty"),
         ({"distill.lr_imgae": LR}, "search.space.distill.lr_imgae: at 0.1: distill.lr_imgae: unknown key"),
@@ -46,20 +46,23 @@ from rmdd.searches.warm_start import EarlierTrial
         ),
         (
             {"distill.phases.0.pairs": {"int": [3, 4]}, "distill.phases": {"choice": ["auto"]}},
-            "phases.0.pairs: lies within distill.phases",
+            "phases.0.pairs: this is a part of distill.phases",
         ),
         ({"distill.plan.reach": {"uniform": [0.5, 0.9]}}, "plan.reach: the phases are listed.*distill.phases: auto"),
-        ({"evaluate.epochs": {"int": [1, 4]}}, "search.space.evaluate.epochs: trials may differ in model, experts"),
+        (
+            {"evaluate.epochs": {"int": [1, 4]}},
+            "search.space.evaluate.epochs: trials may differ only in model, experts",
+        ),
     ],
 )
-def test_what_the_run_file_cannot_take_is_told_by_field(space, told):
-    with pytest.raises(config.ConfigError, match=told):
+def test_values_that_the_run_file_rejects_are_reported_by_field(space, message):
+    with pytest.raises(config.ConfigError, match=message):
         base = base_of(space={"distill.lr_image": LR})
         check(base.model_copy(update={"search": config.Search(space=space)}))
 
 
 @pytest.mark.parametrize(
-    ("rule", "told"),
+    ("rule", "message"),
     [
         ({"space": {"distill.lr_image": {}}}, "search.space.distill.lr_image: give one of uniform"),
         ({"space": {"distill.lr_image": {**LR, "choice": [1]}}}, "found loguniform and choice"),
@@ -87,12 +90,12 @@ def test_what_the_run_file_cannot_take_is_told_by_field(space, told):
         ({"storage": "mysql://me:secret@host/db"}, "search.storage holds a password"),
     ],
 )
-def test_a_search_section_that_cannot_be_is_refused(rule, told):
-    with pytest.raises(config.ConfigError, match=told):
+def test_an_invalid_search_section_is_refused(rule, message):
+    with pytest.raises(config.ConfigError, match=message):
         base_of(**rule)
 
 
-def test_every_mistake_is_told_at_once(tmp_path):
+def test_all_mistakes_are_reported_together(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(searched(tmp_path / "runs", {"distill.lr": LR, "distill.ema": {"uniform": [0, 1]}})))
     done = CliRunner().invoke(cli.app, ["search", str(file)])
@@ -100,20 +103,20 @@ def test_every_mistake_is_told_at_once(tmp_path):
     assert "search.space.distill.lr: " in done.stderr and "search.space.distill.ema: at 1.0" in done.stderr
 
 
-def test_an_end_that_another_field_can_make_room_for_is_no_mistake():
+def test_an_end_that_is_valid_with_some_values_of_another_field_is_accepted():
     space = {"distill.phases.0.pairs": {"int": [4, 6]}, "distill.batch": {"int": [2, 6]}}
     check(base_of(space=space).model_copy(update={"distill": base_of().distill.model_copy(update={"budget": 20})}))
 
 
 @pytest.mark.parametrize("value", [1e-05, 0.1 + 0.2, 1e22, 7, True, None, "full", "0.1", [1.5, 2], {"a": 1e-7}])
-def test_values_reach_the_run_as_they_are(value):
+def test_overrides_keep_the_exact_value_and_type(value):
     raw, mistakes = {}, []
     for override in overrides({"distill.options": {"x": value}, "distill.ema": value}):
         config.apply(raw, override, {}, mistakes)
     assert raw == {"distill": {"options": {"x": value}, "ema": value}} and mistakes == []
 
 
-def test_conditional_fields_are_drawn_when_their_condition_holds():
+def test_conditional_fields_are_drawn_only_if_their_condition_holds():
     search = config.Search(space=dict(reversed(BOTH.items())))
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     drawn = [Space(search).suggest(study.ask()) for _ in range(20)]
@@ -126,7 +129,7 @@ def test_conditional_fields_are_drawn_when_their_condition_holds():
     ]
 
 
-def test_a_grid_tries_no_value_too():
+def test_a_grid_can_hold_none_as_a_value():
     search = config.Search(space={"distill.temperature": {"choice": [None, 0.1]}}, sampler="grid")
     assert Space(search).grid() == [{"distill.temperature": None}, {"distill.temperature": 0.1}]
 
@@ -141,17 +144,17 @@ def test_choices_may_be_lists():
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     runs = [TrialLoader(base).load(Space(base.search).suggest(study.ask())) for _ in range(8)]
     assert {len(run.distill.phases) for run in runs} == {1, 2}
-    assert runs[0].search == config.Search(), "a trial is an ordinary run"
+    assert runs[0].search == config.Search(), "a trial's run has no search of its own"
 
 
-# -- who chooses -----------------------------------------------------------------------------------------------------
+# -- samplers, pruners and the study ---------------------------------------------------------------------------------
 
 RATES = [f"distill.lr_{part}" for part in ("image", "text", "similarity", "lr")]
 PLANE = {field: {"loguniform": [0.01, 100]} for field in RATES}
 
 
 def bowl(values):
-    """Best, 0, where every rate is 5; the first matters most."""
+    """A score with its maximum 0 where every rate is 5; the first rate has the largest weight."""
     return -sum((math.log10(values[field] / 5)) ** 2 / (1 + i) for i, field in enumerate(RATES) if field in values)
 
 
@@ -163,23 +166,26 @@ def best_of(sampler, seed, trials=30):
 
 
 def test_tpe_beats_random_at_equal_trials():
-    found = {name: [best_of(name, seed) for seed in range(5)] for name in ("tpe", "random", "cmaes", "nsgaii")}
-    mean = {name: statistics.fmean(values) for name, values in found.items()}
-    assert mean["tpe"] > mean["random"] and mean["cmaes"] > mean["random"], found
-    assert statistics.median(found["tpe"]) > statistics.median(found["random"]), found
+    scores = {name: [best_of(name, seed) for seed in range(5)] for name in ("tpe", "random", "cmaes", "nsgaii")}
+    mean = {name: statistics.fmean(values) for name, values in scores.items()}
+    assert mean["tpe"] > mean["random"] and mean["cmaes"] > mean["random"], scores
+    assert statistics.median(scores["tpe"]) > statistics.median(scores["random"]), scores
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random", "cmaes", "nsgaii", "grid"])
-def test_a_sampler_that_was_killed_draws_what_an_unbroken_one_would(sampler, tmp_path):
+def test_a_sampler_that_is_created_again_draws_the_same_values(sampler, tmp_path):
     space = {**PLANE, "distill.lr_image": {"choice": [0.1, 1, 10]}} if sampler == "tpe" else PLANE
     if sampler == "grid":
         space = {"distill.lr_image": {"uniform": [1, 8], "step": 1}, "distill.lr_text": {"choice": [1, 2]}}
     search = config.Search(space=space, sampler=sampler, startup=4)
 
     def study(name, storage):
-        made = sampler_of(search, Space(search), 7)
         return optuna.create_study(
-            study_name=name, sampler=made, storage=storage, direction="maximize", load_if_exists=True
+            study_name=name,
+            sampler=sampler_of(search, Space(search), 7),
+            storage=storage,
+            direction="maximize",
+            load_if_exists=True,
         )
 
     def draw(study):
@@ -195,10 +201,10 @@ def test_a_sampler_that_was_killed_draws_what_an_unbroken_one_would(sampler, tmp
     assert unbroken == broken and len({json.dumps(v) for v in unbroken}) > 7
 
 
-def asked(base, folder, value):
-    """Climb without any distillation: `value(run, step)` is val there."""
+def run_study(base, folder, value):
+    """Run a study without distillation: `value(run, step)` is the val score of a trial at a snapshot."""
 
-    class Climb:
+    class FakeTrial:
         def __init__(self, text):
             self.run, self.step = config.Run.model_validate_json(text), 0
 
@@ -209,72 +215,74 @@ def asked(base, folder, value):
             return {"step": self.step, "val": val, "done": self.step == 3, "value": val, "cost": cost}
 
     with Study(TrialLoader(base), folder, []) as study:
-        sequential_trials(study, Climb)
+        sequential_trials(study, FakeTrial)
         return study
 
 
-def test_a_grid_tries_every_combination_once_and_passes_over_those_that_clash(tmp_path):
+def test_a_grid_tries_every_combination_once_and_skips_those_that_clash(tmp_path):
     space = {"distill.batch": {"int": [2, 5]}, "distill.estimator": {"choice": ["exact", "first_order"]}}
-    study = asked(base_of(tmp_path, space, sampler="grid", trials=99), tmp_path / "s", lambda run, step: 1.0)
-    tried = [t for t in begun(study.study) if t.state == optuna.trial.TrialState.COMPLETE]
+    study = run_study(base_of(tmp_path, space, sampler="grid", trials=99), tmp_path / "s", lambda run, step: 1.0)
+    tried = [t for t in trials_of(study.study) if t.state == optuna.trial.TrialState.COMPLETE]
     assert sorted(t.params["distill.batch"] for t in tried) == [2, 2, 3, 3, 4, 4]
-    clash = [t for t in begun(study.study) if t.user_attrs.get("infeasible")]
+    clash = [t for t in trials_of(study.study) if t.user_attrs.get("infeasible")]
     assert len(clash) == 2 and all("distill.batch 5 is larger" in t.user_attrs["error"] for t in clash)
 
 
 @pytest.mark.parametrize("own", [2.5, 1e-6])
-def test_a_search_starts_from_the_run_file(tmp_path, own):
+def test_the_first_trial_has_the_values_of_the_run_file(tmp_path, own):
     def lr(study):
-        return [t.params["distill.lr_image"] for t in begun(study.study)]
+        return [t.params["distill.lr_image"] for t in trials_of(study.study)]
 
     space = {"distill.lr_image": LR}
-    given = {**searched(tmp_path, space, trials=3)}
-    given["distill"] = {**given["distill"], "lr_image": own}
-    base = config.load(given)
-    found = lr(asked(base, tmp_path / "s", lambda run, step: run.distill.lr_image))
-    assert len(found) == 3 and (found[0] == own) == (own == 2.5)
+    raw = {**searched(tmp_path, space, trials=3)}
+    raw["distill"] = {**raw["distill"], "lr_image": own}
+    base = config.load(raw)
+    scores = lr(run_study(base, tmp_path / "s", lambda run, step: run.distill.lr_image))
+    assert len(scores) == 3 and (scores[0] == own) == (own == 2.5)
     without = base.model_copy(update={"search": base.search.model_copy(update={"base": False})})
-    assert own not in lr(asked(without, tmp_path / "t", lambda run, step: run.distill.lr_image))
+    assert own not in lr(run_study(without, tmp_path / "t", lambda run, step: run.distill.lr_image))
 
 
 @pytest.mark.parametrize("pruner", ["asha", "median"])
-def test_poor_trials_are_stopped_by_their_curve(tmp_path, pruner):
+def test_pruners_stop_poor_trials_early(tmp_path, pruner):
     base = base_of(tmp_path, pruner=pruner, trials=12, sampler="random", reduction=2)
-    study = asked(base, tmp_path / "s", lambda run, step: math.log10(run.distill.lr_image) * step)
-    done = [t for t in begun(study.study) if t.state == optuna.trial.TrialState.COMPLETE]
-    stopped = [t for t in begun(study.study) if t.state == optuna.trial.TrialState.PRUNED]
+    study = run_study(base, tmp_path / "s", lambda run, step: math.log10(run.distill.lr_image) * step)
+    done = [t for t in trials_of(study.study) if t.state == optuna.trial.TrialState.COMPLETE]
+    stopped = [t for t in trials_of(study.study) if t.state == optuna.trial.TrialState.PRUNED]
     assert len(done) + len(stopped) == 12 and len(stopped) >= 3
-    assert max(t.params["distill.lr_image"] for t in begun(study.study)) in [t.params["distill.lr_image"] for t in done]
+    assert max(t.params["distill.lr_image"] for t in trials_of(study.study)) in [
+        t.params["distill.lr_image"] for t in done
+    ]
     assert all(len(t.user_attrs["curve"]) < 3 for t in stopped) and pruner_of(base.search) is not None
 
 
-def test_two_objectives_leave_a_front(tmp_path):
+def test_two_objectives_give_a_pareto_front(tmp_path):
     from rmdd.searches.table import table_of
 
     base = base_of(tmp_path, {"distill.steps": {"int": [1, 8]}}, cost="iterations", sampler="grid")
-    study = asked(base, tmp_path / "s", lambda run, step: float(min(run.distill.steps, 5)))
+    study = run_study(base, tmp_path / "s", lambda run, step: float(min(run.distill.steps, 5)))
     table = table_of(TrialLoader(base), study.study)
     front = [row for row in table.rows if row["number"] in table.best]
     assert [row["values"]["distill.steps"] for row in front] == [1, 2, 3, 4, 5]
     assert table.winner["values"] == {"distill.steps": 5}
 
 
-def test_what_fails_by_its_values_is_told_and_what_fails_by_chance_stays_open(tmp_path):
+def test_a_trial_that_fails_by_chance_stays_open_for_the_next_driver(tmp_path):
     base = base_of(tmp_path, {"distill.steps": {"int": [1, 3]}}, sampler="grid")
     calls = itertools.count()
 
     def value(run, step):
         if run.distill.steps == 2 and next(calls) == 0:
-            raise OSError("the disk is away")
+            raise OSError("the disk is offline")
         return float(run.distill.steps)
 
-    first = asked(base, tmp_path / "s", value)
-    assert list(first.failures) == ["trial 001"] and "the disk is away" in first.failures["trial 001"]
-    second = asked(base, tmp_path / "s", value)
-    assert second.failures == {} and [t.values for t in begun(second.study)] == [[1.0], [2.0], [3.0]]
+    first = run_study(base, tmp_path / "s", value)
+    assert list(first.failures) == ["trial 001"] and "the disk is offline" in first.failures["trial 001"]
+    second = run_study(base, tmp_path / "s", value)
+    assert second.failures == {} and [t.values for t in trials_of(second.study)] == [[1.0], [2.0], [3.0]]
 
 
-def test_what_was_half_learned_when_killed_is_learned_once(tmp_path, monkeypatch):
+def test_earlier_trials_are_copied_once_even_after_a_kill(tmp_path, monkeypatch):
     base = base_of(tmp_path)
     earlier = [EarlierTrial(f"earlier#{n}", {"distill.lr_image": 1.0 + n}, float(n), {}) for n in range(3)]
     with monkeypatch.context() as patch:
@@ -284,10 +292,10 @@ def test_what_was_half_learned_when_killed_is_learned_once(tmp_path, monkeypatch
             Study(TrialLoader(base), tmp_path / "s", earlier)
     with Study(TrialLoader(base), tmp_path / "s", earlier) as study:
         assert [t.params["distill.lr_image"] for t in study.study.trials] == [1.0, 2.0, 3.0]
-        assert begun(study.study) == []
+        assert trials_of(study.study) == []
 
 
-def test_a_trial_at_work_goes_on_in_a_storage_that_has_moved(tmp_path):
+def test_an_open_trial_is_resumed_in_a_storage_that_has_moved(tmp_path):
     with Study(TrialLoader(base_of(tmp_path / "old")), tmp_path / "old" / "s", []) as study:
         name, _ = study.ask()
     (tmp_path / "old").rename(tmp_path / "new")
@@ -297,7 +305,7 @@ def test_a_trial_at_work_goes_on_in_a_storage_that_has_moved(tmp_path):
         assert study.ask()[0] != name
 
 
-def test_a_trial_that_has_ended_is_no_longer_shown_at_work(tmp_path):
+def test_the_progress_shows_a_failed_trial_as_ended(tmp_path):
     shown = {}
     with Study(TrialLoader(base_of(tmp_path, trials=1)), tmp_path / "s", [], show=shown.__setitem__) as study:
         name, _ = study.ask()
@@ -307,15 +315,15 @@ def test_a_trial_that_has_ended_is_no_longer_shown_at_work(tmp_path):
     assert shown[name]["done"] == math.inf
 
 
-def test_a_space_without_room_gives_up_with_the_reason(tmp_path, monkeypatch):
+def test_a_search_gives_up_if_all_draws_clash_with_the_run_file(tmp_path, monkeypatch):
     monkeypatch.setattr("rmdd.searches.study.TRIES", 3)
     base = base_of(tmp_path)
-    told = "clash with the run file, the last with: no such tower; narrow search.space"
+    message = "clash with the run file, the last with: no such tower; narrow search.space"
     loader = TrialLoader(base)
 
     def without_tower(values):
         raise config.ConfigError(["no such tower"], "run")
 
     monkeypatch.setattr(loader, "checked", without_tower)
-    with Study(loader, tmp_path / "s", []) as study, pytest.raises(ValueError, match=told):
+    with Study(loader, tmp_path / "s", []) as study, pytest.raises(ValueError, match=message):
         study.ask()

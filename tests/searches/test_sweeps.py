@@ -1,4 +1,4 @@
-"""Many runs as one: what is shared is made once, what fails stays alone, what was stopped goes on."""
+"""Sweeps: shared results are computed once, a failed run stops no other, a killed sweep resumes."""
 
 import csv
 import json
@@ -42,100 +42,102 @@ def swept(tmp_path_factory):
 
 
 def test_every_combination_is_run_and_shares_what_it_can(swept):
-    found, storage = swept
-    assert [tuple(row["settings"].values()) for row in found.runs] == [
+    result, storage = swept
+    assert [tuple(row["settings"].values()) for row in result.runs] == [
         ("ptm_st", 0),
         ("ptm_st", 1),
         ("lors", 0),
         ("lors", 1),
     ]
-    assert not found.failed and len({row["folder"] for row in found.runs}) == 4
+    assert not result.failed and len({row["folder"] for row in result.runs}) == 4
     assert [len(list((storage / part).glob("*/"))) for part in ("data", "experts", "phases")] == [1, 1, 4]
-    assert all((storage / row["folder"] / "report.html").is_file() for row in found.runs)
+    assert all((storage / row["folder"] / "report.html").is_file() for row in result.runs)
 
 
-def test_the_table_has_runs_and_the_spread_over_seeds(swept):
-    found, _ = swept
-    for row in found.runs:
+def test_the_table_has_a_row_per_run_and_the_spread_over_seeds(swept):
+    result, _ = swept
+    for row in result.runs:
         table = json.loads((config.Path(row["folder"]) / "evaluation.json").read_text())["table"][row["method"]]
         assert row["test_last"] == table["test_last"]["R@mean"] and row["val"]["n"] == 2
-    assert [group["settings"] for group in found.groups] == [{"distill.method": "ptm_st"}, {"distill.method": "lors"}]
-    means = [row["test_last"]["mean"] for row in found.runs[:2]]
+    assert [group["settings"] for group in result.groups] == [{"distill.method": "ptm_st"}, {"distill.method": "lors"}]
+    means = [row["test_last"]["mean"] for row in result.runs[:2]]
     spread = {"mean": statistics.fmean(means), "std": statistics.stdev(means), "n": 2}
-    assert found.groups[0]["test_last"] == pytest.approx(spread)
-    assert json.loads((found.folder / "results.json").read_text())["runs"] == found.runs
-    with open(found.folder / "runs.csv", newline="") as file:
+    assert result.groups[0]["test_last"] == pytest.approx(spread)
+    assert json.loads((result.folder / "results.json").read_text())["runs"] == result.runs
+    with open(result.folder / "runs.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     assert [line["distill.method"] for line in lines] == ["ptm_st", "ptm_st", "lors", "lors"]
-    assert float(lines[3]["test_last_mean"]) == found.runs[3]["test_last"]["mean"] and lines[3]["error"] == ""
+    assert float(lines[3]["test_last_mean"]) == result.runs[3]["test_last"]["mean"] and lines[3]["error"] == ""
 
 
-def test_a_sweep_gives_the_bits_of_its_runs_alone(swept, tmp_path):
-    found, storage = swept
+def test_a_run_of_a_sweep_is_byte_identical_to_the_same_run_alone(swept, tmp_path):
+    result, storage = swept
     alone = config.load(raw_of(tmp_path), [*METHODS, "distill.method=lors", "distill.seed=1"])
     rmdd.run(alone, QUIET)
-    assert run_folder(alone).name == config.Path(found.runs[3]["folder"]).name
+    assert run_folder(alone).name == config.Path(result.runs[3]["folder"]).name
     sets = [sorted(root.glob("phases/*/phase-0/set-*")) for root in (tmp_path, storage)]
     assert sets[0][0].read_bytes() in [path.read_bytes() for path in sets[1]]
     evaluations = [
         (folder / "evaluation.json").read_bytes()
-        for folder in (run_folder(alone), config.Path(found.runs[3]["folder"]))
+        for folder in (run_folder(alone), config.Path(result.runs[3]["folder"]))
     ]
     assert evaluations[0] == evaluations[1]
 
 
-def test_resuming_a_finished_sweep_makes_nothing_again(swept):
-    found, storage = swept
+def test_resuming_a_finished_sweep_rewrites_no_file(swept):
+    result, storage = swept
     before = {part: stamps(storage / part) for part in ("data", "experts", "phases", "baselines")}
-    again = run_all(members_in(found.folder), QUIET)
-    assert again.runs == found.runs and {part: stamps(storage / part) for part in before} == before
+    again = run_all(members_in(result.folder), QUIET)
+    assert again.runs == result.runs and {part: stamps(storage / part) for part in before} == before
 
 
-def test_a_killed_sweep_goes_on(swept, tmp_path):
-    found, storage = swept
+def test_a_killed_sweep_resumes_and_gives_the_same_sets(swept, tmp_path):
+    result, storage = swept
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw_of(tmp_path / "runs")))
     over = ["--over", "distill.method=ptm_st,lors", "--over", "distill.seed=0,1"]
-    sets = [word for change in METHODS for word in ("--set", change)]
-    process = Rmdd("sweep", tmp_path / "run.yaml", *over, *sets, "--quiet")
-    sets_made = "runs/phases/*/phase-0/set-*"
-    while len(made := [p for p in tmp_path.glob(sets_made) if finished(p.parent, 3)]) < 2:
-        assert process.poll() is None, "it ended before it was killed"
+    changes = [word for change in METHODS for word in ("--set", change)]
+    process = Rmdd("sweep", tmp_path / "run.yaml", *over, *changes, "--quiet")
+    pattern = "runs/phases/*/phase-0/set-*"
+    while len(sets := [p for p in tmp_path.glob(pattern) if finished(p.parent, 3)]) < 2:
+        assert process.poll() is None, "the process ended before the kill"
         time.sleep(0.02)
     process.kill()
-    begun = {path: path.stat().st_mtime_ns for path in made}
+    modified = {path: path.stat().st_mtime_ns for path in sets}
     (folder,) = tmp_path.glob("runs/sweeps/*/")
     rows = json.loads(done("resume", folder, "--json"))["runs"]
-    assert [(r["val"], r["test_last"]) for r in rows] == [(r["val"], r["test_last"]) for r in found.runs]
-    assert begun == {path: path.stat().st_mtime_ns for path in made}
+    assert [(r["val"], r["test_last"]) for r in rows] == [(r["val"], r["test_last"]) for r in result.runs]
+    assert modified == {path: path.stat().st_mtime_ns for path in sets}
     roots = (tmp_path / "runs" / "phases", storage / "phases")
     bits = [{p.relative_to(root): p.read_bytes() for p in root.glob("*/phase-0/set-*")} for root in roots]
     assert bits[0] == bits[1] and len(bits[0]) == 4
 
 
-def test_a_sweep_at_a_uri_goes_on_on_another_machine(tmp_path, monkeypatch):
+def test_a_sweep_at_a_uri_can_be_resumed_on_another_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
     uri = f"file://{tmp_path}/bucket"
-    found = rmdd.sweep(raw_of(uri), {"evaluate.epochs": [1, 2]}, progress=QUIET)
-    address = f"{uri}/sweeps/{found.folder.name}"
-    assert verify(address).faults == [] and len(verify(address).checked) >= 3, "the sweep and both runs"
-    assert all(row["folder"].startswith(uri) for row in found.runs) and not found.failed
+    result = rmdd.sweep(raw_of(uri), {"evaluate.epochs": [1, 2]}, progress=QUIET)
+    address = f"{uri}/sweeps/{result.folder.name}"
+    assert verify(address).faults == [] and len(verify(address).checked) >= 3, "sweep and both runs"
+    assert all(row["folder"].startswith(uri) for row in result.runs) and not result.failed
     before = {part: stamps(tmp_path / "bucket" / part) for part in ("data", "experts", "phases", "baselines")}
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     again = CliRunner().invoke(cli.app, ["resume", address, "--json", "--quiet"])
     assert again.exit_code == 0, again.stderr
-    assert json.loads(again.stdout)["runs"] == found.runs and json.loads(again.stdout)["sweep"] == address
+    assert json.loads(again.stdout)["runs"] == result.runs and json.loads(again.stdout)["sweep"] == address
     assert {part: stamps(tmp_path / "bucket" / part) for part in before} == before
 
 
-def test_a_run_that_fails_is_told_and_stops_no_other(tmp_path):
+def test_a_failed_run_is_reported_and_stops_no_other(tmp_path):
     listed = [{"distill.lr_image": 1.0}, {"distill.lr_image": 1e38, "distill.guard.retries": 0}]
-    found = rmdd.sweep(raw_of(tmp_path), {}, settings=listed, progress=QUIET)
-    assert "test_last" in found.runs[0] and "error" not in found.runs[0]
-    assert [row["settings"] for row in found.failed] == [listed[1]] and "phase 0, iteration" in found.failed[0]["error"]
-    assert found.groups[1]["n"] == 0
+    result = rmdd.sweep(raw_of(tmp_path), {}, settings=listed, progress=QUIET)
+    assert "test_last" in result.runs[0] and "error" not in result.runs[0]
+    assert [row["settings"] for row in result.failed] == [listed[1]] and "phase 0, iteration" in result.failed[0][
+        "error"
+    ]
+    assert result.groups[1]["n"] == 0
 
 
-def test_settings_by_words_and_by_file(tmp_path):
+def test_settings_come_from_over_options_or_from_a_file(tmp_path):
     assert read_over(["a.b=0,1", "c=[x, y]", "d=[[1, 2], [3]]"]) == {"a.b": [0, 1], "c": ["x", "y"], "d": [[1, 2], [3]]}
     for wrong in ("a", "=1", "a=", "a=["):
         with pytest.raises(config.ConfigError, match="write it as section.field=value,value"):
@@ -148,18 +150,18 @@ def test_settings_by_words_and_by_file(tmp_path):
     assert wrong.exit_code == 2 and "distill.steps" in wrong.stderr and "'distill.method': 'mct'" in wrong.stderr
 
 
-def test_runs_that_are_the_same_or_differ_in_places_are_refused(tmp_path):
+def test_equal_runs_and_runs_with_other_runtime_settings_are_refused(tmp_path):
     def load(overrides):
         return config.load(raw_of(tmp_path), overrides)
 
-    with pytest.raises(config.ConfigError, match=r"are the same run; take one out"):
+    with pytest.raises(config.ConfigError, match=r"are the same run; remove one of them"):
         members(load, {"distill.checkpoint_every": [5, 10]})
-    with pytest.raises(config.ConfigError, match=r"runtime.workers is the same for all runs"):
+    with pytest.raises(config.ConfigError, match=r"runtime.workers must be equal for all runs"):
         members(load, {"runtime.workers": [1, 2]})
 
 
 class Watched(SequentialExecutor):
-    """In turn, and telling what came."""
+    """`SequentialExecutor` that records the names of the work pieces it runs."""
 
     def __init__(self):
         super().__init__()
@@ -174,9 +176,9 @@ class Watched(SequentialExecutor):
         super().serve(watched)
 
 
-def test_a_piece_that_two_runs_need_is_made_once(tmp_path):
+def test_a_phase_that_two_runs_share_is_distilled_once(tmp_path):
     runs = members(lambda o: config.load(raw_of(tmp_path), o), {"evaluate.epochs": [1, 2]})
-    executor, asked = Watched(), []
+    executor, reports = Watched(), []
     scheduler = SweepScheduler(executor)
 
     def work(label):
@@ -185,7 +187,7 @@ def test_a_piece_that_two_runs_need_is_made_once(tmp_path):
             PhaseOfNone(),
             [TaskItem(m.run, places, "") for m in runs[:1]],
             ["phase 0"],
-            lambda n, m: asked.append(label),
+            lambda n, m: reports.append(label),
         )
         assert results == [True]
 
@@ -196,7 +198,7 @@ def test_a_piece_that_two_runs_need_is_made_once(tmp_path):
 
     for label in ("one", "two"):
         scheduler.add(label, lambda label=label: work(label))
-    assert scheduler.run_all() == {} and executor.names == ["one: phase 0"] and sorted(asked) == ["one", "two"]
+    assert scheduler.run_all() == {} and executor.names == ["one: phase 0"] and sorted(reports) == ["one", "two"]
 
 
 def test_a_stop_reaches_every_run(tmp_path):
@@ -212,7 +214,7 @@ def test_a_stop_reaches_every_run(tmp_path):
         scheduler.executor_of("one").map(
             Interrupt(), [TaskItem(config.Run(), RunPaths(*[tmp_path] * 6), "")], ["it"], lambda n, m: None
         )
-        raise AssertionError("a stopped run goes no further")
+        raise AssertionError("a stopped run must not continue")
 
     scheduler.add("one", work)
     scheduler.add("two", work)

@@ -23,7 +23,7 @@ from rmdd.distill.trajectory.planning import Measured, endpoints, key_of, ranges
 from rmdd.execution.tasks import Hooks
 from rmdd.experts.train import kept_epochs
 from rmdd.pipeline import open_pipeline
-from rmdd.runs.preflight import examine, impossible
+from rmdd.runs.preflight import examine, problems_of
 from rmdd.searches.formats import verify
 from rmdd.searches.sweeps import sweep
 from rmdd.searches.trial import Trial
@@ -80,7 +80,7 @@ def test_bent_shortcuts_are_no_endpoints():
 
 def test_a_budget_without_a_phase_is_told_before_anything_is_made(tmp_path):
     run = load(tmp_path, "distill.budget=2")
-    (mistake,) = impossible(run)
+    (mistake,) = problems_of(run)
     assert "the budget of 2 holds 1 pairs and a phase needs 3; raise distill.budget" in mistake
     with pytest.raises(ValueError, match="the budget of 2 holds"), open_pipeline(run, Progress(quiet=True)) as pipeline:
         pipeline.check_budget()
@@ -285,11 +285,11 @@ def test_a_check_says_what_is_foreseen_and_then_what_is_planned(finished, tmp_pa
     assert [p["pairs"] for p in fresh["phases"]] == [4, 4] and not fresh["budget"]["over"]
     assert {p["endpoint"] for p in fresh["phases"]} == {p["start"] for p in fresh["phases"]} == {None}
     shown = CliRunner().invoke(app, ["check", _written(load(tmp_path / "runs"), tmp_path)])
-    assert "as foreseen" in shown.stdout and shown.stdout.count("planned ") >= 4
+    assert "Phases (forecast)" in shown.stdout and shown.stdout.count("planned ") >= 4
     (tmp_path / "run.yaml").unlink()
-    assert any("planned after the experts" in r for r in fresh["remarks"]) and not list(tmp_path.iterdir())
+    assert any("plans its phases after the experts" in r for r in fresh["remarks"]) and not list(tmp_path.iterdir())
     done = examine(load(finished))
-    assert all(p["done"] for p in done["phases"]) and any("as planned in" in r for r in done["remarks"])
+    assert all(p["done"] for p in done["phases"]) and any("the phases are those of" in r for r in done["remarks"])
 
 
 def test_what_is_foreseen_has_no_more_phases_than_endpoints(tmp_path):

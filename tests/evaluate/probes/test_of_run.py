@@ -176,7 +176,7 @@ def test_a_finished_run_can_be_probed(finished, storage, tmp_path, formats_):
     row = finished[1].evaluation["table"]["full"]["probes"]
     assert found["table"]["full"] == {"cocoqa": row["cocoqa"]}
     code, told = rmdd_("probe", folder, "--probes", file, "--set", "evaluate.students=3")
-    assert code == 2 and "--set changes what the run is" in told
+    assert code == 2 and "--set would make this another run" in told
 
 
 def test_probes_of_a_run_whose_storage_is_a_uri(tmp_path, formats_):
