@@ -94,7 +94,7 @@ def test_everything_the_referee_can_tell(storage):
     cost = json.loads((run_folder(run) / "cost.json").read_text())
     assert cost["seconds_per_iteration"] > 0 and cost["iterations_timed"] == 7 and cost["gpu_hours"] == 0
     page = (run_folder(run) / "report.html").read_text()
-    assert "Gain from choosing on test" in page and "IOR: the set minus random pairs with the same recipe" in page
+    assert "Gain from picking on test" in page and "IOR: the set minus random pairs with the same recipe" in page
 
 
 def test_a_record_without_its_ranks_or_its_test_scores_is_made_again(storage):

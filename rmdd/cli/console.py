@@ -18,7 +18,7 @@ NAMES = {"random": "random pairs", "full": "full data", **TITLES}
 PAD = "  "
 TABLE_WIDTH = 80
 """Width of the table of methods in characters, for a terminal beside an open run file."""
-BEST_ON_TEST = "reference protocol,\nbest pass on test"
+PICKED_ON_TEST = "reference protocol,\npicked on test"
 
 
 def stdout() -> Console:
@@ -66,7 +66,7 @@ def result_table(evaluation: Mapping[str, Any]) -> Table:
         if picked := row.get("test_best_reference"):
             table.add_section()
             on_test = (_spread(picked[m]) for m in ("R@mean", *METRICS))
-            table.add_row(f"{NAMES.get(name, name)}, {BEST_ON_TEST}", "", *on_test, style="dim")
+            table.add_row(f"{NAMES.get(name, name)}, {PICKED_ON_TEST}", "", *on_test, style="dim")
     return table
 
 

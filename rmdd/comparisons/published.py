@@ -28,7 +28,7 @@ UNITS = {
 LAYOUTS = {"flickr30k": "Flickr30k", "flickr8k": "Flickr8k", "coco": "COCO", "cc3m": "LLaVA-CC3M"}
 """Name of a dataset in the papers, by its layout in a run file."""
 
-PICKED = "best of several passes, chosen on test"
+PICKED = "best of several passes, picked on test"
 PROTOCOLS = {
     "MTT-VL": "last pass",
     "LoRS": PICKED,
@@ -41,7 +41,7 @@ PROTOCOLS = {
 UNKNOWN = "not stated"
 NOTES = (
     "Published numbers were not measured here. They come from other students, schedules and budgets, and their spread "
-    "is only over students. Several protocols choose the best pass on test.",
+    "is only over students. Several protocols pick the best pass on test.",
     "An R@mean in brackets is not in the paper; it is the mean of the six printed recalls.",
     "The full-data result of one paper is no upper bound for the results of another paper.",
 )

@@ -192,7 +192,7 @@ def _result_groups(name: str, distilled: DistilledSet, evaluation: dict[str, Any
     titles = {
         "test_last": "Test, read once after the last pass (test_last)",
         "val": "Validation, which all choices used (val)",
-        "test_best_reference": "The best pass, chosen on the test set (test_best_reference): "
+        "test_best_reference": "The best pass, picked on the test set (test_best_reference): "
         "the papers' protocol, only for comparison with their numbers",
     }
     return [

@@ -1,4 +1,4 @@
-"""Tables that accompany the result table: bootstrap intervals, the gap from choosing on test, LRS/ARS scores, and cost.
+"""Tables that accompany the result table: bootstrap intervals, the gain from picking on test, LRS/ARS scores, and cost.
 
 An evaluation without the numbers of a table leaves that table out.
 """
@@ -70,9 +70,9 @@ def _reference(evaluation: Mapping[str, Any]) -> TextTable | None:
     )
     note = (
         "Points of R@mean. First row: gain of the papers' protocol over test_last. Second row: the part of the gain "
-        "that comes from choosing the pass on test."
+        "that comes from picking the pass on test."
     )
-    return {"title": "Gain from choosing on test", "heads": ("", "R@mean"), "rows": [row, same_students], "note": note}
+    return {"title": "Gain from picking on test", "heads": ("", "R@mean"), "rows": [row, same_students], "note": note}
 
 
 def _scores(evaluation: Mapping[str, Any]) -> TextTable | None:

@@ -104,7 +104,7 @@ def test_the_notes_about_whole_tables_hold():
 def test_rows_can_be_selected_by_layout_budget_and_method():
     rows = published("flickr30k", 100, "lors")
     assert rows and {(r["dataset"], r["pairs"], r["method"]) for r in rows} == {("Flickr30k", "100", "LoRS")}
-    assert all(r["protocol"] == "best of several passes, chosen on test" and r["source"] for r in rows)
+    assert all(r["protocol"] == "best of several passes, picked on test" and r["source"] for r in rows)
     assert {r["pairs"] for r in for_dataset("coco", 500)} == {"500", "full"} and for_dataset(None, 500) == []
     assert not any("[" in r["method"] for r in for_dataset("flickr30k", 500))
     for wrong in ({"dataset": "emoji"}, {"method": "nobody"}, {"pairs": "abc"}, {"dataset": "coco", "pairs": 7}):

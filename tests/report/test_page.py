@@ -172,7 +172,7 @@ def test_the_page_shows_the_scores(tmp_path):
     text = page_of(tmp_path)
     for number in ("34.6 ± 1.2", "18.6 ± 1.2", "70.6 ± 1.2", "37.1 ± 1.2", "33.6 ± 1.2", "34.1 ± 1.2"):
         assert number in text
-    facts = ("1,234", "chosen on the test set", "infonce", "0.3", "1.2 min", "1.1 h", "3.0 MiB", "0.25 s", "0.138")
+    facts = ("1,234", "picked on the test set", "infonce", "0.3", "1.2 min", "1.1 h", "3.0 MiB", "0.25 s", "0.138")
     for fact in facts:
         assert fact in text
 
@@ -185,7 +185,7 @@ def test_the_page_shows_intervals_reference_scores_and_cost(tmp_path):
     evaluation = evaluation_of([40])
     (tmp_path / "bare").mkdir()
     bare = page_of(tmp_path / "bare", evaluation)
-    assert "Uncertainty" not in bare and "Gain from choosing on test" not in bare and "LRS" not in bare
+    assert "Uncertainty" not in bare and "Gain from picking on test" not in bare and "LRS" not in bare
     evaluation["certainty"] = {
         "over": "images of test",
         "test_last": {"random": spans(18.0), "ptm_st": spans(34.0)},

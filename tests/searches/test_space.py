@@ -195,8 +195,8 @@ def test_a_sampler_that_is_created_again_draws_the_same_values(sampler, tmp_path
         return values
 
     memory = optuna.storages.InMemoryStorage()
-    whole = study("whole", memory)
-    unbroken = [draw(whole) for _ in range(14)]
+    unbroken_study = study("unbroken", memory)
+    unbroken = [draw(unbroken_study) for _ in range(14)]
     broken = [draw(study("broken", memory)) for _ in range(14)]
     assert unbroken == broken and len({json.dumps(v) for v in unbroken}) > 7
 
