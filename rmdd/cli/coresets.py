@@ -25,7 +25,7 @@ def coreset(
     like: Annotated[
         Path | None, typer.Option(metavar="SET", help="Select as many pairs as fit in the bytes of this set or run.")
     ] = None,
-    unit: Annotated[str, typer.Option(help="image: at most one caption per image; record: any captions.")] = "image",
+    unit: Annotated[str, typer.Option(help="image: one caption per image at most; record: any number.")] = "image",
     encoder: Annotated[
         str,
         typer.Option(
@@ -37,7 +37,7 @@ def coreset(
     clusters: Annotated[int, typer.Option(help="Number of k-means clusters to select within; 0: none.")] = 0,
     guard: Annotated[str, typer.Option(help="Drop outliers first, by: none, centroids or cosine.")] = "none",
     never_learned: Annotated[
-        str, typer.Option(help="With forgetting, where to put pairs that were never learned: first, last or exclude.")
+        str, typer.Option(help="With forgetting: rank pairs that were never learned first or last, or exclude them.")
     ] = "last",
     options: Annotated[
         list[str] | None,

@@ -120,7 +120,7 @@ def _local_path(text: str) -> Path:
 
 
 def value_of(set_: DistilledSet) -> str:
-    """Return a hash of everything in a set that changes a student."""
+    """Return a hash of all parts of a set that affect the training of a student."""
     digest = hashlib.sha256()
     for subset in set_.subsets:
         for name, t in sorted(subset.tensors().items()):
@@ -283,9 +283,9 @@ def renormalised(images: torch.Tensor, set_: DistilledSet, mean: Iterable[float]
 
 
 def with_planned_phases(run: config.Run, where: str) -> config.Run:
-    """Return `run` with the phases of its plan listed, because students of random pairs train for as many updates.
+    """Return `run` with the phases of its plan listed. Raises `ConfigError` if the run has no plan yet.
 
-    Raises `ConfigError` if the run has no plan yet.
+    The phases set the number of updates for students of random pairs.
     """
     if not run.distill.plan.plans:
         return run

@@ -23,11 +23,10 @@ from rmdd.comparisons.compare import (
     protocol_of,
     rate,
     unbuildable,
-    with_planned_phases,
     words_of,
 )
 from rmdd.comparisons.engine import FOLDER, ComparedRun, Row, ScoredRow, score
-from rmdd.comparisons.entries import Entry, misfits, open_entries
+from rmdd.comparisons.entries import Entry, misfits, open_entries, with_planned_phases
 from rmdd.comparisons.tables import ResultTable
 from rmdd.core.files import write_json
 from rmdd.core.progress import Progress

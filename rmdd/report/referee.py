@@ -90,4 +90,9 @@ def _scores(evaluation: Mapping[str, Any]) -> TextTable | None:
         f"Points of R@mean on test, with 95 % intervals over images. Hard labels: InfoNCE, identity similarity, the "
         f"experts' rates. Random pairs with the same recipe: similarity {scores['similarity']}, rate chosen on val."
     )
-    return {"title": "Gain from the recipe and from the pairs", "heads": ("", "R@mean"), "rows": rows, "note": note}
+    return {
+        "title": "Contribution of the training recipe and of the pairs",
+        "heads": ("", "R@mean"),
+        "rows": rows,
+        "note": note,
+    }

@@ -236,7 +236,7 @@ def cache_bytes(run: config.Run, counts: Counts, text_width: int) -> int:
 def matching_bytes(run: config.Run, size: Size, work: Work, text_width: int) -> int:
     """Return the peak bytes of one outer step of trajectory matching on its device.
 
-    They hold the student's parameters of the inner steps, the graph of one inner step and the synthetic set.
+    This memory holds the student's parameters of the inner steps, the graph of one inner step and the synthetic set.
     """
     steps = run.distill.steps
     stored = {"device": steps, "cpu": 0, "recompute": 2 * math.isqrt(steps - 1) + 2}[run.runtime.keep_parameters]
@@ -260,7 +260,7 @@ def effort_of(run: config.Run, phase: int, records: int) -> Effort:
 def step_bytes(run: config.Run, counts: Counts, size: Size, work: Work, text_width: int) -> int:
     """Return the peak bytes of one step of distribution matching.
 
-    They hold the models, the synthetic set with its gradient, momentum and average, and the graph.
+    This memory holds the models, the synthetic set with its gradient, momentum and average, and the graph.
     """
     efforts = [effort_of(run, p, counts["train"][1]) for p in range(len(run.distill.phases))]
     held = max(e.models for e in efforts) * size.trained + max(e.numbers for e in efforts) + size.frozen

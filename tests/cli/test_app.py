@@ -331,7 +331,9 @@ def test_relative_paths_are_made_absolute(workdir, monkeypatch):
     rmdd_("run", "flickr30k_ptm_st_100", "--quiet", *sets("data.root=images"))
     first, second = steps.runs
     assert first.data.root == second.data.root == str(workdir / "images")
-    assert first.model.image.weights == str(workdir / "w" / "nfnet.pth") and first.model.text.name == str(workdir / "bert")
+    assert first.model.image.weights == str(workdir / "w" / "nfnet.pth") and first.model.text.name == str(
+        workdir / "bert"
+    )
     assert (second.model.image.weights, second.model.text.name) == ("pretrained", "bert-base-uncased")
 
 
