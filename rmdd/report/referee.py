@@ -91,7 +91,7 @@ def _scores(evaluation: Mapping[str, Any]) -> TextTable | None:
         f"experts' rates. Random pairs with the same recipe: similarity {scores['similarity']}, rate chosen on val."
     )
     return {
-        "title": "Contribution of the training recipe and of the pairs",
+        "title": "Contribution of the recipe and of the pairs",
         "heads": ("", "R@mean"),
         "rows": rows,
         "note": note,

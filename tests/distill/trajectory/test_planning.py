@@ -310,7 +310,7 @@ def test_a_plan_that_is_gone_or_broken_is_told(finished, tmp_path):
         plan.unlink() if wrong is None else plan.write_text(wrong)
         faults = verify(str(plan.parent)).faults
         assert faults and {Path(f.path).name for f in faults} == {"plan.json"}, wrong
-        assert all("made anew" in f.todo for f in faults)
+        assert all("create it again" in f.todo for f in faults)
     plan.unlink()
     go(load(storage), "plan")
     assert verify(str(plan.parent)).faults == []
