@@ -21,5 +21,5 @@ def test_public_names():
 
     assert rmdd.load is load and rmdd.Run is Run and rmdd.load_config is load_config
     assert set(rmdd.__all__) <= set(dir(rmdd)) and isinstance(rmdd.__version__, str)
-    with pytest.raises(AttributeError, match="no attribute 'laod'; it has Run"):
+    with pytest.raises(AttributeError, match="no attribute 'laod'; available: Run"):
         _ = rmdd.laod
