@@ -253,7 +253,7 @@ class Steps:
         write_json(self.folder / "cost.json", cost)
         return cost
 
-    # -- parts ---------------------------------------------------------------------------------------------------
+    # -- helpers -------------------------------------------------------------------------------------------------
 
     def map(
         self, title: str, task: Task, items: list[TaskItem], totals: dict[str, int], executor: Mapper | None = None

@@ -185,7 +185,7 @@ class Study:
         self.say(f"{name}: {why}")
         self._release(name)
 
-    # -- parts -------------------------------------------------------------------------------------------------------
+    # -- helpers -----------------------------------------------------------------------------------------------------
 
     def _begin(self, trial: optuna.Trial, resumes: bool = False) -> tuple[str, str] | None:
         """Lock a trial and write its run file; return its name and its run as JSON.
