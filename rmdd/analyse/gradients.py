@@ -1,12 +1,12 @@
-"""Do the matching gradients of different starts agree? (PTM-ST, figures 4, 2b and 6a.)
+"""Compare the matching gradients of different start epochs (PTM-ST, figures 4, 2b and 6a).
 
-The set is what the first phase begins with. Batches and masks are the same at every start, and gradients are averaged
-over experts and draws. The paper fixes neither.
+The distilled set is the initial set of the first phase. All starts use the same batches and dropout masks. `gradients`
+averages over experts and draws; the paper says neither which batches it uses nor how it averages.
 """
 
 from typing import Any
 
-from rmdd.analyse.setting import Setting, chosen
+from rmdd.analyse.setting import Setting, trajectories_of
 from rmdd.distill.trajectory.statistics import PARTS, Probe, off_diagonal, principal
 from rmdd.pipeline import Pipeline
 from rmdd.report.sheets import Sheet, write_csv
@@ -20,11 +20,11 @@ def gradients(
     draws: int = 2,
     shortcut_only: bool = False,
 ) -> dict[str, Any]:
-    """Cosine matrices over starts, of the pictures' and the texts' gradients, and their lengths.
+    """Compute cosines between the gradients of all starts, and gradient norms, for images and for texts.
 
-    Writes gradients.csv, gradient_norms.csv and gradients.svg to the run's folder `analyse`.
+    Write gradients.csv, gradient_norms.csv and gradients.svg to the run's folder `analyse`; return a summary.
     """
-    setting = Setting(pipeline, chosen(shortcut_only), endpoint=endpoint, experts=experts)
+    setting = Setting(pipeline, trajectories_of(shortcut_only), endpoint=endpoint, experts=experts)
     probes = {name: setting.probe(name, draws, averaged=True) for name in setting.trajectories}
     cosines, sizes, summary = [], [], []
     sheet = Sheet(2 * len(probes) + 1)
@@ -40,7 +40,7 @@ def gradients(
             ]
         sizes += _sizes(name, probe)
     lines = {name: probe.norms("images").tolist() for name, probe in probes.items()}
-    title, ylabel = "length of the gradient", "norm of the gradient by images"
+    title, ylabel = "gradient norm", "norm of the gradient of the images"
     ax = sheet.lines(2 * len(probes), title, setting.starts(), lines, "start epoch", ylabel)
     ax.set_yscale("log")
     files = {name: setting.folder / name for name in ("gradients.csv", "gradient_norms.csv", "gradients.svg")}
@@ -67,11 +67,14 @@ def pca(
     draws: int = 4,
     shortcut_only: bool = False,
 ) -> dict[str, Any]:
-    """The first two principal components of the pictures' gradients, a point per start, expert and draw.
+    """Project the gradients of the images to two principal components, one point per start, expert and draw.
 
-    Each kind of trajectory has components of its own. Writes pca.csv and pca.svg to the run's folder `analyse`.
+    The components are computed separately for each kind of trajectory. Write pca.csv and pca.svg to the run's folder
+    `analyse`; return a summary.
     """
-    setting = Setting(pipeline, chosen(shortcut_only), endpoint=endpoint, experts=experts, least=3, draws=draws)
+    setting = Setting(
+        pipeline, trajectories_of(shortcut_only), endpoint=endpoint, experts=experts, least=3, draws=draws
+    )
     labels, points, summary = setting.labels(draws), [], []
     sheet = Sheet(len(setting.trajectories), width=4.4)
     for panel, name in enumerate(setting.trajectories):
@@ -93,7 +96,7 @@ def pca(
             for i, start in enumerate(probe.starts)
             for j, (expert, draw) in enumerate(labels)
         ]
-        groups = {f"{s:g}": (coordinates[i, :, 0].tolist(), coordinates[i, :, 1].tolist()) for i, s in _few(probe)}
+        groups = {f"{s:g}": (coordinates[i, :, 0].tolist(), coordinates[i, :, 1].tolist()) for i, s in _thinned(probe)}
         axes = (f"first component ({shares[0]:.0%})", f"second component ({shares[1]:.0%})")
         sheet.points(panel, f"{name}: gradients", groups, *axes, legend="start epoch")
     files = [setting.folder / "pca.csv", setting.folder / "pca.svg"]
@@ -102,7 +105,7 @@ def pca(
     return {"rows": summary, "files": [str(f) for f in files]}
 
 
-def _few(probe: Probe, most: int = 10) -> list[tuple[int, int | float]]:
-    """Starts, evenly thinned to as many as a legend holds."""
+def _thinned(probe: Probe, most: int = 10) -> list[tuple[int, int | float]]:
+    """Return at most `most` evenly spaced starts with their positions, to keep the legend short."""
     step = -(-len(probe.starts) // most)
     return list(enumerate(probe.starts))[::step]

@@ -1,9 +1,10 @@
-"""Proposition 1 of PTM-ST in numbers: on a straight path the matching gradient changes linearly with the start.
+"""Numerical check of PTM-ST's Proposition 1: on a straight path, the matching gradient changes linearly with the start.
 
     ratio = |grad L(start + distance) - grad L(start)| / distance   tends to a constant as the distance goes to 0
 
-In float64, with the same batches and masks. `joined` is the original trajectory with straight lines between its epochs:
-straight around t as well, but with a bend at every epoch, which a target on the far side of it feels.
+All gradients are computed in float64 with the same batches and dropout masks. The path `joined` is the original
+trajectory with straight lines between its epochs. It is straight around the start, but bends at every epoch, and the
+target lies behind a bend.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rmdd import config, methods
-from rmdd.analyse.setting import Setting, chosen, endpoint_of
+from rmdd.analyse.setting import Setting, endpoint_of, trajectories_of
 from rmdd.distill.synthetic import Synthetic
 from rmdd.distill.trajectory.matching import Matcher
 from rmdd.distill.trajectory.statistics import probing
@@ -25,28 +26,31 @@ from rmdd.pipeline import Pipeline
 from rmdd.report.sheets import Sheet, write_csv
 
 NOTE = (
-    "ratio: norm of the change of the matching gradient from start to start + distance, over the distance (epochs); "
-    "Proposition 1 says that it levels off as the distance goes to 0. joined: the original trajectory, straight "
-    "between its epochs"
+    "ratio: norm of the difference between the matching gradients at start + distance and at start, divided by the "
+    "distance in epochs; by Proposition 1 it tends to a constant as the distance goes to 0. joined: the original "
+    "trajectory with straight lines between its epochs"
 )
 
 
 class DoubleStore(Store):
-    """A store whose checkpoints come in float64."""
+    """A store that returns checkpoints in float64."""
 
     def read(self, expert: int, epoch: int) -> Params:
         return {n: p.double() for n, p in super().read(expert, epoch).items()}
 
 
-def joined(store: Store, expert: int) -> Path:
-    """The trajectory as trained, with straight lines between its epochs."""
+def joined_path(store: Store, expert: int) -> Path:
+    """Return the original trajectory of an expert with straight lines between its epochs."""
     return AnchoredPath({t: store.read(expert, t) for t in range(store.epochs + 1)}, store.norms(expert))
 
 
-def changes(
+def gradient_changes(
     matcher: Matcher, synthetic: Synthetic, expert: int, start: int | float, steps: list[float]
 ) -> list[Tensor]:
-    """By how much the gradient by pictures and texts changes from `start` to `start + d`, for each d of `steps`."""
+    """Return the norm of the gradient's change from `start` to `start + d`, for each d of `steps`.
+
+    The gradient is that of images and texts together.
+    """
 
     def gradient(at: int | float) -> Tensor:
         drawn = dataclasses.replace(matcher.draw(0), expert=expert, start=at, start_text=at)
@@ -66,24 +70,25 @@ def linearity(
     inner_steps: int = 1,
     shortcut_only: bool = False,
 ) -> dict[str, Any]:
-    """The ratio for a distance of 0.1 epochs and its halves, on the first expert; one student step, as in the paper.
+    """Compute the ratio for a distance of 0.1 epochs and its repeated halves, on the first expert.
 
-    Writes linearity.csv and linearity.svg to the run's folder `analyse`.
+    `inner_steps` is the number of student steps, 1 in the paper. Write linearity.csv and linearity.svg to the run's
+    folder `analyse`; return the rows.
     """
     steps = [0.1 / 2**i for i in range(halvings + 1)]
     reach = pipeline.run.distill.match_epochs
     last = endpoint_of(reach, pipeline.run.experts.epochs, endpoint) - reach
     if not 0 <= start <= last - steps[0]:
         mistake = (
-            f"a start at {start} and {steps[0]} beyond it must lie in 0-{last}; give another --start or --endpoint"
+            f"--start {start} and {steps[0]} epochs after it must lie in 0-{last}; give another --start or --endpoint"
         )
         raise config.ConfigError([mistake], "analyse")
-    setting = Setting(pipeline, chosen(shortcut_only), endpoint=endpoint, experts=1)
+    setting = Setting(pipeline, trajectories_of(shortcut_only), endpoint=endpoint, experts=1)
     store = DoubleStore.open(setting.store.path)
     run = probing(setting.run, setting.endpoint, "shortcut", setting.pairs, 1)
-    once: dict[str, Any] = {"steps": inner_steps, "inner_dropout": "off", "estimator": "exact"}
-    once |= {"precision": "float32", "reuse_graphs": 0}  # float32: no rounding to bfloat16 on the way
-    run = run.model_copy(update={"distill": run.distill.model_copy(update=once)})
+    changes: dict[str, Any] = {"steps": inner_steps, "inner_dropout": "off", "estimator": "exact"}
+    changes |= {"precision": "float32", "reuse_graphs": 0}  # "float32" only switches off rounding to bfloat16
+    run = run.model_copy(update={"distill": run.distill.model_copy(update=changes)})
     synthetic = setting.initial(methods.matching_method(run)).map(Tensor.double)
     ratios: dict[str, list[float]] = {}
     for name in ("shortcut",) if shortcut_only else ("shortcut", "joined"):
@@ -92,17 +97,17 @@ def linearity(
         ).double()
         matcher = Matcher(methods.matching_method(run), 0, store, model, setting.device)
         if name == "joined":
-            matcher.use_path(matcher.experts[0], joined(store, matcher.experts[0]))
-        lengths = changes(matcher, synthetic, 0, start, steps)
+            matcher.use_path(matcher.experts[0], joined_path(store, matcher.experts[0]))
+        lengths = gradient_changes(matcher, synthetic, 0, start, steps)
         ratios[name] = [float(length) / d for length, d in zip(lengths, steps, strict=True)]
     rows = [
         {"trajectory": name, "start": start, "distance": d, "ratio": ratio}
-        for name, of_one in ratios.items()
-        for d, ratio in zip(steps, of_one, strict=True)
+        for name, values in ratios.items()
+        for d, ratio in zip(steps, values, strict=True)
     ]
     sheet = Sheet(1, width=4.4)
-    xlabel, ylabel = "distance, epochs between the starts", "ratio: change of the gradient / distance"
-    ax = sheet.lines(0, f"linear in the start? start {start:g}", steps, ratios, xlabel, ylabel)
+    xlabel, ylabel = "distance between the starts, in epochs", "ratio: change of the gradient / distance"
+    ax = sheet.lines(0, f"linearity at start {start:g}", steps, ratios, xlabel, ylabel)
     ax.set_xscale("log")
     ax.set_yscale("log")
     files = [setting.folder / "linearity.csv", setting.folder / "linearity.svg"]

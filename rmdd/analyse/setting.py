@@ -1,4 +1,4 @@
-"""What the analyses of a run look at: its experts, a first set of real pairs, and paths of either kind."""
+"""Inputs of an analysis: the experts of a run, an initial set of real pairs, and original or shortcut paths."""
 
 import functools
 import itertools
@@ -17,11 +17,11 @@ TRAJECTORIES = ("original", "shortcut")
 
 
 class Setting:
-    """The experts of a run, trained first where they are missing, and the real pairs that its first phase begins with.
+    """The experts of a run and the initial pairs of its first phase; missing experts are trained.
 
-    `experts` limits how many are used, `endpoint` is where shortcuts end (default: the last epoch), `least` how many
-    gradients of one trajectory are needed, with `draws` of each start and expert. Raises `ConfigError` before anything
-    is trained when the run's experts cannot be looked at like that.
+    `experts` limits the number of experts, `endpoint` is the last epoch of shortcuts (default: the experts' last), and
+    `least` is the number of gradients needed per kind of trajectory, with `draws` per start and expert. Raise
+    `ConfigError`, before anything is trained, if the run's experts do not allow the analysis.
     """
 
     def __init__(
@@ -42,11 +42,13 @@ class Setting:
         mistakes = missing_epochs(run.experts.epochs, stored) if "original" in trajectories else []
         if not (mistakes or self.endpoint in stored):
             mistakes.append(
-                f"the experts keep epochs {sorted(stored)}, asked for shortcuts to {self.endpoint}; give one of "
+                f"--endpoint {self.endpoint} is not stored: the experts keep epochs {sorted(stored)}; give one of "
                 "them as --endpoint, or train experts with experts.keep: all"
             )
         if gradients < least:
-            mistakes.append(f"{gradients} gradients, {least} are needed; give more --experts or --draws")
+            mistakes.append(
+                f"the analysis needs {least} gradients but gets {gradients}; give more --experts or --draws"
+            )
         try:
             methods.matching_method(run)
         except ValueError as error:
@@ -60,59 +62,62 @@ class Setting:
         self.device = device_of(self.run.runtime)
 
     def initial(self, method: methods.Method) -> Synthetic:
+        """Return the initial set of the first phase of a method."""
         return method.initial(0, self.train, method.records(0, self.train)).map(lambda t: t.to(self.device))
 
-    def probing(self, trajectory: str) -> config.Run:
-        """The run on one kind of path."""
+    def run_on(self, trajectory: str) -> config.Run:
+        """Return the run with all pairs in one phase on one kind of trajectory."""
         return statistics.probing(self.run, self.endpoint, trajectory, self.pairs, self.num)
 
     def matcher(self, trajectory: str) -> Matcher:
+        """Return the matcher that computes gradients on one kind of trajectory."""
         model = expert_model(
             self.run.model, self.run.data.image_size, self.run.seed_of("experts"), 0, self.train.texts.shape[1]
         )
-        return Matcher(methods.matching_method(self.probing(trajectory)), 0, self.store, model, self.device)
+        return Matcher(methods.matching_method(self.run_on(trajectory)), 0, self.store, model, self.device)
 
     def starts(self) -> range:
-        """Every whole epoch from which a target can be reached."""
+        """Return all integer start epochs whose target lies on the path."""
         return range(self.endpoint - self.run.distill.match_epochs + 1)
 
     @functools.cached_property
     def samples(self) -> list[int]:
-        """Numbers of the experts that are used."""
+        """Numbers of the experts that the analysis uses."""
         return [e for e in self.store.complete() if e < self.num]
 
     def probe(self, trajectory: str, draws: int, *, averaged: bool = False) -> statistics.Probe:
-        """Matching gradients at every start of the paths of one kind."""
-        initial = self.initial(methods.matching_method(self.probing(trajectory)))
+        """Compute the matching gradients at every start on one kind of trajectory."""
+        initial = self.initial(methods.matching_method(self.run_on(trajectory)))
         return statistics.probe(self.matcher(trajectory), initial, self.starts(), draws, averaged=averaged)
 
     def labels(self, draws: int) -> list[tuple[int, int]]:
-        """Expert and draw of each sample of a probe."""
+        """Return (expert, draw) of each gradient of one start, in the order in which `probe` computes them."""
         return list(itertools.product(self.samples, range(draws)))
 
 
 def endpoint_of(least: int, last: int, endpoint: int | None) -> int:
-    """Where shortcuts end: `endpoint`, or the last epoch. Raises `ConfigError` when it is not in least..last."""
+    """Return the endpoint of shortcuts, by default `last`. Raise `ConfigError` if it is outside of least..last."""
     if endpoint is not None and not least <= endpoint <= last:
-        mistake = f"asked for shortcuts to epoch {endpoint}; give one from {least} to {last}, where the experts end"
+        mistake = f"--endpoint {endpoint} is outside of the experts' epochs; give one from {least} to {last}"
         raise config.ConfigError([mistake], "analyse")
     return last if endpoint is None else endpoint
 
 
 def stored_epochs(last: int, kept: Collection[int] | None) -> set[int]:
-    """Epochs that a store has of experts of `last` epochs; `kept`: those that stay, None for all."""
+    """Return the epochs in the store of experts trained for `last` epochs; `kept` is None if all are kept."""
     return {0, *(kept or range(last)), last}
 
 
 def missing_epochs(last: int, stored: Collection[int]) -> list[str]:
-    """What is wrong where a store does not have the whole trajectory."""
+    """Return a message if the store does not hold every epoch of a trajectory, otherwise an empty list."""
     if len(stored) > last:
         return []
     return [
-        f"original trajectories need every epoch and the experts keep {sorted(stored)}; train experts with "
-        "experts.keep: all, or look at shortcuts only"
+        f"original trajectories need every epoch, but the experts keep {sorted(stored)}; train experts with "
+        "experts.keep: all, or give --shortcut-only"
     ]
 
 
-def chosen(shortcut_only: bool) -> Sequence[str]:
+def trajectories_of(shortcut_only: bool) -> Sequence[str]:
+    """Return the kinds of trajectories to analyse: both, or shortcuts only."""
     return TRAJECTORIES[1:] if shortcut_only else TRAJECTORIES

@@ -1,7 +1,7 @@
-"""Tables that take a distillation per cell: the collapse of late starts, and the ablations of PTM-ST's phases.
+"""Tables with one distillation per cell: how late starts harm students, and ablations of PTM-ST's phases.
 
-Each cell is an ordinary run with another `distill.phases`, run side by side as a sweep, so it is resumed, shared and
-scored like one.
+Each cell is an ordinary run with changed `distill.phases`. All cells run as one sweep, so they can be resumed, and they
+share experts and evaluation.
 """
 
 import json
@@ -25,18 +25,18 @@ from rmdd.report.sheets import Sheet, write_csv
 from rmdd.searches.sweeps import Member, SweepResult, members, run_all
 
 TITLES = {
-    "shift": "ranges and endpoints, shifted from phase to phase or not",
+    "shift": "whether start ranges and endpoints move from phase to phase",
     "endpoints": "endpoints of the phases",
-    "delta": "epochs by which ranges move on from phase to phase",
+    "delta": "epochs by which start ranges move from phase to phase",
 }
 TABLES = tuple(TITLES)
-STOP = "exclusive end of the range of starts"
+STOP = "exclusive end of the start range"
 
 
 def collapse_members(
     run: config.Run, epochs: Sequence[int], trajectories: Sequence[str], iterations: int | None = None
 ) -> list[Member]:
-    """One run per trajectory and stop: all pairs in one phase, whole starts uniform in 0 .. stop - 1."""
+    """Return one run per kind of trajectory and stop: one phase with all pairs, integer starts in 0..stop - 1."""
     rule, similarity = run.distill, run.distill.similarity
     budgeted = (rule.budget, run.data.image_size, text_width(run.model.text), similarity.kind, similarity.rank)
     phase: dict[str, Any] = {
@@ -45,8 +45,8 @@ def collapse_members(
         "iterations": iterations or rule.phases[0].iterations,
     }
     options = {**rule.options, **recipes.find(rule.method).plain_options}
-    same: dict[str, Any] = {"start_rule": "exclusive", "options": options}
-    run = run.model_copy(update={"distill": rule.model_copy(update=same)})
+    plain: dict[str, Any] = {"start_rule": "exclusive", "options": options}
+    run = run.model_copy(update={"distill": rule.model_copy(update=plain)})
     settings = {
         f"{trajectory}, {stop}": {
             "distill.trajectory": trajectory,
@@ -61,20 +61,21 @@ def collapse_members(
 def collapse_axes(
     trained: int, stored: Collection[int], reach: int, epochs: Sequence[int] | None, trajectories: Sequence[str]
 ) -> tuple[list[int], list[str]]:
-    """Stops, five by default, and trajectories. Raises `ConfigError` with all that does not fit the experts.
+    """Return the stops (five by default) and the kinds of trajectories of the table.
 
-    They have `trained` epochs, of which those in `stored` are kept; a target is `reach` epochs after its start.
+    The experts are trained for `trained` epochs and keep those in `stored`; a target lies `reach` epochs after its
+    start. Raise `ConfigError` with all values that do not fit the experts.
     """
     last = trained - reach + 1
     chosen = sorted(set(epochs or [max(1, round(last * i / 5)) for i in range(1, 6)]))
     mistakes = [
-        f"--epochs: stop {stop} ({STOP}) does not fit experts of {trained} epochs; give stops from 1 to {last}"
+        f"--epochs: stop {stop} ({STOP}) does not fit experts with {trained} epochs; give stops from 1 to {last}"
         for stop in chosen
         if not 1 <= stop <= last
     ]
-    wrong = sorted(set(trajectories) - set(TRAJECTORIES))
-    if wrong or not trajectories:
-        mistakes.append(f"no trajectory '{', '.join(wrong)}'; give one or both of {', '.join(TRAJECTORIES)}")
+    unknown = sorted(set(trajectories) - set(TRAJECTORIES))
+    if unknown or not trajectories:
+        mistakes.append(f"unknown trajectory '{', '.join(unknown)}'; give one or both of {', '.join(TRAJECTORIES)}")
     if "original" in trajectories:
         mistakes += missing_epochs(trained, stored)
     if mistakes:
@@ -90,15 +91,15 @@ def collapse(
     iterations: int | None = None,
     trajectories: Sequence[str] = ("original",),
 ) -> dict[str, Any]:
-    """Teacher against student by stop, the exclusive end of the range of starts (PTM-ST, figure 2a and Table 7).
+    """Compare experts and students for each stop, the exclusive end of the start range (PTM-ST, figure 2a, Table 7).
 
-    Scored on val. Writes collapse.csv and collapse.svg to the run's folder `analyse`.
+    All are scored on val. Write collapse.csv and collapse.svg to the run's folder `analyse`; return the rows.
     """
     stored = stored_epochs(run.experts.epochs, kept_epochs(run.experts, run.endpoints))
     reach = run.distill.match_epochs
     epochs, trajectories = collapse_axes(run.experts.epochs, stored, reach, epochs, trajectories)
     if run.distill.phases:
-        collapse_members(run, epochs, trajectories, iterations)  # raises what is wrong with a cell before any work
+        collapse_members(run, epochs, trajectories, iterations)  # raises the mistakes of a cell before any work
     folder, (run, store) = run_folder(run), _prepared(run, progress)
     cells = collapse_members(run, epochs, trajectories, iterations)
     swept = run_all(cells, progress)
@@ -115,25 +116,28 @@ def collapse(
         lines[name], spreads[name] = _scores([r for r in rows if r["trajectory"] == trajectory])
     xlabel = f"stop ({STOP}); epoch of the teacher"
     sheet.lines(0, "teacher and student", epochs, lines, xlabel, "val R@mean, %", spreads)
-    return _left(folder, "collapse", rows, sheet, swept)
+    return _write_table(folder, "collapse", rows, sheet, swept)
 
 
 def table_settings(rule: config.Distill, epochs: int, table: str) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
-    """Phases of each row of a table, by its name, and the names of rows that do not fit the experts.
+    """Return the phases of each row of a PTM-ST table by row name, and the names of rows that do not fit the experts.
 
-    `shift` (Table 13): ranges, or endpoints, as the first phase has them in all phases. `endpoints` (Table 14): all
-    endpoints earlier and later by the distance of two phases, or by one epoch. `delta` (Table 15): ranges that move on
-    by 0, 1 and 2 epochs a phase. Raises `ConfigError` for a table that the run cannot fill.
+    - `shift` (Table 13): all phases get the start range, or the endpoint, of the first phase
+    - `endpoints` (Table 14): all endpoints move earlier and later, by the distance between two phases or by one epoch
+    - `delta` (Table 15): start ranges move by 0, 1 and 2 epochs per phase
+
+    Raise `ConfigError` for a table that needs more phases than the run has.
     """
     check_table(rule, table)
     phases = [p.model_dump(mode="json") for p in rule.phases]
-    first, own = phases[0], {"as given": phases}
+    first, unchanged = phases[0], {"as given": phases}
     if table != "endpoints" and len(phases) < 2:
         raise config.ConfigError(
-            [f"the table '{table}' moves phases against each other and the run has one; give it two or more"], "analyse"
+            [f"the table '{table}' compares shifts between phases, but distill.phases has one; list two or more"],
+            "analyse",
         )
     if table == "shift":
-        rows = own | {"ranges not shifted": [p | _moved(first, 0) for p in phases]}
+        rows = unchanged | {"ranges not shifted": [p | _moved(first, 0) for p in phases]}
         if rule.trajectory == "shortcut":
             rows["endpoints not shifted"] = [p | {"endpoint": first["endpoint"]} for p in phases]
     elif table == "endpoints":
@@ -149,39 +153,39 @@ def table_settings(rule: config.Distill, epochs: int, table: str) -> tuple[dict[
 
 
 def check_table(rule: config.Distill, table: str) -> None:
-    """Raise `ConfigError` when there is no such table, or none for the path of a run."""
+    """Raise `ConfigError` for an unknown table, or a table that the run's trajectory does not support."""
     if table not in TABLES:
-        raise config.ConfigError([f"no table '{table}'; give one of {', '.join(TABLES)}"], "analyse")
+        raise config.ConfigError([f"unknown table '{table}'; give one of {', '.join(TABLES)}"], "analyse")
     if table == "endpoints" and rule.trajectory != "shortcut":
-        mistake = f"a path of kind '{rule.trajectory}' has no endpoint to move; set distill.trajectory: shortcut"
+        mistake = f"trajectory '{rule.trajectory}' has no endpoint to move; set distill.trajectory: shortcut"
         raise config.ConfigError([f"the table 'endpoints': {mistake}"], "analyse")
 
 
 def _moved(first: dict[str, Any], by: int) -> dict[str, Any]:
-    """The ranges of a phase, moved on."""
+    """Return the start ranges of a phase, moved by `by` epochs."""
     ranges = ("start", "stop", "start_text", "stop_text", "grow_from")
     return {key: None if first[key] is None else first[key] + by for key in ranges}
 
 
 def sweep(run: config.Run, progress: Progress, table: str) -> dict[str, Any]:
-    """One of the tables of `table_settings`, scored on val. Writes sweep-TABLE.csv and .svg to the folder `analyse`."""
+    """Run a table of `table_settings`, scored on val; write sweep-TABLE.csv and .svg to the run's folder `analyse`."""
     check_table(run.distill, table)
     if run.distill.phases:
-        table_members(run, table)  # raises what is wrong with a row before any work
+        table_members(run, table)  # raises the mistakes of a row before any work
     folder, (run, _) = run_folder(run), _prepared(run, progress)
-    names, cells, left_out = table_members(run, table)
-    for name in left_out:
-        progress.say(f"the row '{name}' does not fit the experts and is left out")
+    names, cells, skipped = table_members(run, table)
+    for name in skipped:
+        progress.say(f"skipped the row '{name}': its phases need epochs that the experts do not have")
     swept = run_all(cells, progress)
     rows = [{"row": name, **_student(result)} for name, result in zip(names, swept.runs, strict=True)]
     sheet = Sheet(1, width=1.5 + 1.3 * len(rows))
     sheet.rows(0, f"students by {TITLES[table]}", names, *_scores(rows), "val R@mean, %")
-    return _left(folder, f"sweep-{table}", rows, sheet, swept)
+    return _write_table(folder, f"sweep-{table}", rows, sheet, swept)
 
 
 def table_members(run: config.Run, table: str) -> tuple[list[str], list[Member], list[str]]:
-    """Names and runs of a table's rows, rows of the same phases once, and names of those that do not fit."""
-    rows, left_out = table_settings(run.distill, run.experts.epochs, table)
+    """Return names and runs of a table's rows, without duplicates, and names of rows that do not fit the experts."""
+    rows, skipped = table_settings(run.distill, run.experts.epochs, table)
     distinct: dict[str, str] = {}
     for name, phases in rows.items():
         distinct.setdefault(json.dumps(phases), name)
@@ -189,11 +193,11 @@ def table_members(run: config.Run, table: str) -> tuple[list[str], list[Member],
         raise config.ConfigError([f"no row of the table '{table}' fits the experts; train them for longer"], "analyse")
     settings = {name: {"distill.phases": json.loads(phases)} for phases, name in distinct.items()}
     cells = _members(run.model_dump(mode="json"), kept_epochs(run.experts, run.endpoints), settings)
-    return list(distinct.values()), cells, left_out
+    return list(distinct.values()), cells, skipped
 
 
 def _fits(rule: config.Distill, epochs: int, phase: dict[str, Any]) -> bool:
-    """Whether experts of so many epochs have what a phase reads."""
+    """Return whether experts trained for `epochs` have all epochs that a phase reads."""
     if not 1 <= phase["endpoint"] - (rule.endpoint_rule == "exclusive") <= epochs:
         return False
     limit = epochs if rule.trajectory == "original" else phase["endpoint"]
@@ -201,9 +205,9 @@ def _fits(rule: config.Distill, epochs: int, phase: dict[str, Any]) -> bool:
 
 
 def _members(raw: dict[str, Any], kept: Collection[int] | None, settings: Mapping[str, dict[str, Any]]) -> list[Member]:
-    """Named runs on the experts of the run in `raw`, whose store keeps the same epochs: no others are trained."""
+    """Return named runs that all use the experts of the run in `raw`, which keep the epochs `kept` (None: all)."""
     raw = raw | {"experts": raw["experts"] | {"keep": "all" if kept is None else list(kept)}}
-    runs = members(lambda chosen: config.load(raw, chosen), {}, settings.values())
+    runs = members(lambda values: config.load(raw, values), {}, settings.values())
     return [replace(member, name=name) for name, member in zip(settings, runs, strict=True)]
 
 
@@ -214,18 +218,18 @@ def _student(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _scores(rows: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
-    """Mean and spread of the students of each row; not a number where there is none."""
-    nothing = float("nan")
-    return [r.get("student", nothing) for r in rows], [r.get("spread", nothing) for r in rows]
+    """Return mean and spread of the students of each row; NaN for rows that failed."""
+    nan = float("nan")
+    return [r.get("student", nan) for r in rows], [r.get("spread", nan) for r in rows]
 
 
 def _prepared(run: config.Run, progress: Progress) -> tuple[config.Run, Store]:
-    """The run with its phases as if written by hand, and its experts."""
+    """Train missing experts and plan the phases; return the run with explicit phases, and the experts' store."""
     with open_pipeline(run, progress) as pipeline:
         return with_explicit_phases(pipeline.plan()), pipeline.experts()
 
 
-def _left(folder: Path, name: str, rows: list[dict[str, Any]], sheet: Sheet, swept: SweepResult) -> dict[str, Any]:
+def _write_table(folder: Path, name: str, rows: list[dict[str, Any]], sheet: Sheet, swept: SweepResult) -> dict[str, Any]:
     files = [str(folder / "analyse" / f"{name}.{kind}") for kind in ("csv", "svg")]
     write_csv(Path(files[0]), rows)
     sheet.save(Path(files[1]))

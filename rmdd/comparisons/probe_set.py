@@ -16,7 +16,7 @@ from rmdd.core.files import sha256_file, write_json
 from rmdd.core.progress import Progress
 from rmdd.core.storage import absolute_runtime, open_storage, run_folder
 from rmdd.evaluate import protocol
-from rmdd.evaluate.probes.of_run import Probing, faults, prepare, remarks
+from rmdd.evaluate.probes.of_run import StudentProbes, faults, prepare, remarks
 from rmdd.evaluate.students import Diverged, StudentSchedule, train_student
 from rmdd.evaluate.training_pairs import enlarged_to, pairs_of_set
 from rmdd.execution.backend import hold_folders, open_backend
@@ -90,14 +90,16 @@ def student(item: SetProbeItem, hooks: Hooks) -> dict[str, Any]:
     """Probe one student. Its weights come from an earlier probe or, if there are none, from training it."""
     run, storage = item.run, open_storage(item.run.runtime)
     job = protocol.Job("student", item.index)
-    probing = Probing(run, job, run_folder(run) / "students" / f"{job.name}.json", item.value, storage)
-    if probing.missing:
-        probing.ask(probing.restored() or _trained(item, probing, hooks), device_of(run.runtime), hooks.should_stop)
+    probes = StudentProbes(run, job, run_folder(run) / "students" / f"{job.name}.json", item.value, storage)
+    if probes.missing:
+        probes.score_missing(
+            probes.load_student() or _trained(item, probes, hooks), device_of(run.runtime), hooks.should_stop
+        )
     hooks.report({"done": 1})
-    return probing.added_to({"job": job.name})
+    return probes.added_to({"job": job.name})
 
 
-def _trained(item: SetProbeItem, probing: Probing, hooks: Hooks) -> DualEncoder | None:
+def _trained(item: SetProbeItem, probes: StudentProbes, hooks: Hooks) -> DualEncoder | None:
     """Train the student and return its model; None if it diverged."""
     run, distilled = item.run, DistilledSet.load(item.set)
     size, seed = run.data.image_size, run.seed_of("evaluate")
@@ -113,5 +115,5 @@ def _trained(item: SetProbeItem, probing: Probing, hooks: Hooks) -> DualEncoder 
         train_student(model, subsets, schedule, run.distill.loss, seed, item.index, heartbeat)
     except Diverged:
         return None
-    probing.keep(model)
+    probes.save_student(model)
     return model

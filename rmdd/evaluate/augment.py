@@ -1,10 +1,10 @@
-"""Augmentation of the pictures that students see, by name. Every draw comes from the generator that is given.
+"""Image augmentations for training students. All random draws come from the generator argument.
 
-`dsa` is the transform of Siamese augmentation (arXiv 2102.08259) as released code applies it to students: one family,
-drawn per batch, of colour, crop, cutout, flip, scale and rotate, with strengths drawn per picture. `randaugment` is the
-training transform of the experts (`rmdd.data.augment`) at its published strength, on pictures turned to 8 bits.
+`dsa` is the transform of Siamese augmentation (arXiv 2102.08259) as the released code applies it to students. It draws
+one of colour, crop, cutout, flip, scale and rotate for each batch, and a strength for each image. `randaugment` is the
+training transform of the experts (`rmdd.data.augment`) at its published strength; it works on 8-bit images.
 
-N pictures in a batch, H x W pixels.
+N images in a batch, H x W pixels.
 """
 
 import math
@@ -21,20 +21,20 @@ from rmdd.data.augment import augment
 from rmdd.data.images import denormalise, normalise
 
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
-"""(normalised pictures, generator) -> pictures of the same shape."""
+"""Function from normalised images and a generator to augmented images of the same shape."""
 
 SCALE, DEGREES, SHIFT, CUT = 1.2, 15.0, 0.125, 0.5
 BRIGHTNESS, SATURATION, CONTRAST = 1.0, 2.0, 0.5
 
 
 def augmentation(name: str, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> Augmentation:
-    """The augmentation called `name`; randaugment needs the pixel constants of the pictures."""
+    """Return the augmentation `name`; randaugment also needs the mean and std that normalised the images."""
     if name == "dsa":
         return dsa
     if name != "randaugment":
-        raise ValueError(f"no augmentation '{name}'; there are: dsa, randaugment")
+        raise ValueError(f"unknown augmentation '{name}'; available: dsa, randaugment")
     if mean is None or std is None:
-        raise ValueError("randaugment works on 8-bit pictures; give the mean and std that they were normalised with")
+        raise ValueError("randaugment works on 8-bit images; give the mean and std with which they were normalised")
     shift, scale = mean, std
 
     def randaugment(images: Tensor, random: torch.Generator) -> Tensor:
@@ -47,7 +47,7 @@ def augmentation(name: str, mean: Sequence[float] | None = None, std: Sequence[f
 
 
 def dsa(images: Float[Tensor, "N 3 H W"], random: torch.Generator) -> Float[Tensor, "N 3 H W"]:
-    """One of `FAMILIES`, drawn for the batch. Pictures are normalised; what comes in from outside is 0, the mean."""
+    """Apply one random transform of `FAMILIES` to a batch of normalised images; empty areas become 0, the mean."""
     name = list(FAMILIES)[int(torch.randint(len(FAMILIES), (), generator=random))]
     return FAMILIES[name](images, random)
 
@@ -66,7 +66,7 @@ def _colour(images: Tensor, random: torch.Generator) -> Tensor:
 
 
 def _crop(images: Tensor, random: torch.Generator) -> Tensor:
-    """Shifted by up to an eighth of the side."""
+    """Shift each image by up to an eighth of its side in both directions."""
     height, width = images.shape[2:]
     down, right = int(height * SHIFT + 0.5), int(width * SHIFT + 0.5)
     padded = F.pad(images, (right, right, down, down))
@@ -77,7 +77,7 @@ def _crop(images: Tensor, random: torch.Generator) -> Tensor:
 
 
 def _cutout(images: Tensor, random: torch.Generator) -> Tensor:
-    """A square of half the side, which may stick out, becomes 0."""
+    """Set a square of half the side to 0 in each image; the square may extend beyond the image."""
     height, width = images.shape[2:]
     cut_h, cut_w = int(height * CUT + 0.5), int(width * CUT + 0.5)
     rows = torch.randint(height + 1 - cut_h % 2, (len(images), 1), generator=random) - cut_h // 2
@@ -94,8 +94,8 @@ def _flip(images: Tensor, random: torch.Generator) -> Tensor:
 def _scale(images: Tensor, random: torch.Generator) -> Tensor:
     across = _uniform(images, random, 1 / SCALE, SCALE).flatten()
     along = _uniform(images, random, 1 / SCALE, SCALE).flatten()
-    none = torch.zeros_like(across)
-    return _warped(images, across, none, none, along)
+    zero = torch.zeros_like(across)
+    return _warped(images, across, zero, zero, along)
 
 
 def _rotate(images: Tensor, random: torch.Generator) -> Tensor:
@@ -104,8 +104,8 @@ def _rotate(images: Tensor, random: torch.Generator) -> Tensor:
 
 
 def _warped(images: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-    none = torch.zeros_like(a)
-    matrix = torch.stack([a, b, none, c, d, none], 1).view(-1, 2, 3)
+    zero = torch.zeros_like(a)
+    matrix = torch.stack([a, b, zero, c, d, zero], 1).view(-1, 2, 3)
     grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
 

@@ -1,7 +1,8 @@
-"""Intervals over the images of a gallery: how far a recall, or a difference, would move on other images.
+"""Bootstrap confidence intervals of recalls and of their differences, over the images of a gallery.
 
-Images are drawn with replacement and their captions move with them: captions of one image succeed together, so drawing
-them apart would give intervals that are too narrow. Differences are paired: both sides see the same images.
+Images are drawn with replacement together with their captions. Captions of one image succeed or fail together, so
+drawing captions one by one would give intervals that are too narrow. Differences are paired: both sides use the same
+draws of images.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,13 +19,13 @@ from rmdd.evaluate.retrieval import KS, Ranks
 
 DRAWS = 2000
 STRIDE = 100
-"""Draws that are counted at once."""
+"""Number of bootstrap draws processed at once."""
 METRICS = (*(f"IR@{k}" for k in KS), *(f"TR@{k}" for k in KS), "R@mean")
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Percent (points, for a difference): the value on the gallery as it is, and the ends of its interval."""
+    """A value on the original gallery with its confidence bounds, in percent (a difference: in percentage points)."""
 
     mean: float
     low: float
@@ -34,9 +35,9 @@ class Interval:
 def interval(
     ranks: Sequence[Ranks], metric: str = "R@mean", draws: int = DRAWS, seed: int = 0, level: float = 0.95
 ) -> Interval:
-    """Of the mean over students that were scored on one gallery. `metric` is IR@K, TR@K or R@mean.
+    """Return the interval of a metric averaged over students; `metric` is IR@K, TR@K or R@mean.
 
-    Raises `ValueError` for no students, for galleries that differ and for a metric that is none.
+    Raise `ValueError` for an empty list, ranks of different galleries, or an unknown metric.
     """
     return intervals(ranks, (metric,), draws, seed, level)[metric]
 
@@ -49,7 +50,7 @@ def difference(
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """Of mean over students of `a` minus that of `b`, both on the same draws of images."""
+    """Return the interval of the mean over students of `a` minus the mean over `b`, on the same draws of images."""
     return differences(a, b, (metric,), draws, seed, level)[metric]
 
 
@@ -60,9 +61,9 @@ def intervals(
     seed: int = 0,
     level: float = 0.95,
 ) -> dict[str, Interval]:
-    """`interval` of several metrics at once."""
+    """Return the `interval` of each metric."""
     _check(ranks, draws, level)
-    return _summed([_hits(ranks, metric) for metric in metrics], metrics, _captions(ranks[0]), draws, seed, level)
+    return _bootstrapped([_hits(ranks, metric) for metric in metrics], metrics, _captions(ranks[0]), draws, seed, level)
 
 
 def differences(
@@ -73,19 +74,19 @@ def differences(
     seed: int = 0,
     level: float = 0.95,
 ) -> dict[str, Interval]:
-    """`difference` of several metrics at once."""
+    """Return the `difference` of each metric."""
     _check([*a, *b] if a and b else [], draws, level)
     hits = [{k: h - other[k] for k, h in _hits(a, m).items()} for m in metrics for other in (_hits(b, m),)]
-    return _summed(hits, metrics, _captions(a[0]), draws, seed, level)
+    return _bootstrapped(hits, metrics, _captions(a[0]), draws, seed, level)
 
 
 def _check(ranks: Sequence[Ranks], draws: int, level: float) -> None:
     if not ranks:
-        raise ValueError("there are no ranks to draw from; give those of at least one student of each side")
+        raise ValueError("the list of ranks is empty; give the ranks of at least one student of each side")
     if draws < 1 or not 0 < level < 1:
         raise ValueError(f"draws must be at least 1 and level between 0 and 1; found {draws} and {level:g}")
     if not all(torch.equal(ranks[0].image_of, r.image_of) for r in ranks):
-        raise ValueError("these ranks are of different galleries; score all students on the same split, in one order")
+        raise ValueError("the ranks come from different galleries; score all students on the same split, in one order")
 
 
 def _captions(ranks: Ranks) -> Float[Tensor, " I"]:
@@ -93,10 +94,10 @@ def _captions(ranks: Ranks) -> Float[Tensor, " I"]:
 
 
 def _hits(ranks: Sequence[Ranks], metric: str) -> dict[str, Float[Tensor, " I"]]:
-    """Per direction, what each image adds to the mean over students: its share of hits, averaged over K."""
+    """Return, per direction (IR, TR), each image's hits averaged over students and K."""
     kind, _, k = metric.partition("@")
     if metric != "R@mean" and (kind not in ("IR", "TR") or not k.isdigit() or int(k) < 1):
-        raise ValueError(f"no metric '{metric}'; there are IR@K, TR@K and R@mean")
+        raise ValueError(f"unknown metric '{metric}'; available: IR@K, TR@K and R@mean")
     ks = KS if metric == "R@mean" else (int(k),)
     by_side: dict[str, Tensor] = {}
     if kind != "TR":
@@ -112,7 +113,7 @@ def _mean(ranks: Sequence[Tensor], ks: Sequence[int]) -> Tensor:
     return torch.stack([(r < k).double() for r in ranks for k in ks]).mean(0)
 
 
-def _summed(
+def _bootstrapped(
     hits: Sequence[dict[str, Tensor]],
     metrics: Sequence[str],
     captions: Float[Tensor, " I"],
@@ -120,28 +121,31 @@ def _summed(
     seed: int,
     level: float,
 ) -> dict[str, Interval]:
-    """Intervals of sums of hits over sums of what there was to hit: captions for IR, images for TR."""
+    """Return the interval of each metric: hits per query, where queries are captions for IR and images for TR."""
     names = [(m, side) for m, by_side in enumerate(hits) for side in by_side]
     columns = torch.stack([captions, *(hits[m][side] for m, side in names)], dim=1)
     drawn_RS = torch.cat([counts @ columns for counts in _counts(len(captions), draws, seed)])
     tail = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     result = {}
     for m, metric in enumerate(metrics):
-        here = {side: 1 + s for s, (of, side) in enumerate(names) if of == m}
-        low, high = torch.quantile(_mean_of_sides(drawn_RS, here, len(captions)), tail).tolist()
-        whole = _mean_of_sides(columns.sum(0, keepdim=True), here, len(captions))
-        result[metric] = Interval(float(whole), low, high)
+        column_of = {side: 1 + s for s, (of, side) in enumerate(names) if of == m}
+        low, high = torch.quantile(_mean_of_sides(drawn_RS, column_of, len(captions)), tail).tolist()
+        observed = _mean_of_sides(columns.sum(0, keepdim=True), column_of, len(captions))
+        result[metric] = Interval(float(observed), low, high)
     return result
 
 
 def _mean_of_sides(sums: Tensor, columns: dict[str, int], images: int) -> Tensor:
-    """The mean over IR and TR of hits in per cent; column 0 of `sums` counts captions, that of a side its hits."""
+    """Return the mean of the recalls of all sides in percent.
+
+    Column 0 of `sums` holds the number of captions, `columns` the position of each side's hits.
+    """
     sides = [sums[:, c] / (sums[:, 0] if side == "IR" else images) for side, c in columns.items()]
     return 100 * torch.stack(sides).mean(0)
 
 
 def _counts(images: int, draws: int, seed: int) -> Iterator[Float[Tensor, "r I"]]:
-    """How often each image is in each draw; the same for all that have as many images, and the same seed."""
+    """Yield how often each draw contains each image; the counts depend on the number of images and the seed only."""
     for start in range(0, draws, STRIDE):
         rows = min(STRIDE, draws - start)
         index = torch.randint(images, (rows, images), generator=generator(seed, "bootstrap", start))

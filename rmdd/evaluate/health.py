@@ -1,7 +1,7 @@
-"""Embedding health: how far the embeddings of a set have collapsed, beside those of real pairs.
+"""Embedding health: statistics that show whether the embeddings of a distilled set have collapsed.
 
-All sets go through one fixed encoder, so numbers of different iterations can be compared. Random real pairs give the
-scale of a number, because healthy models also have a modality gap and a narrow cone.
+All sets go through the same fixed encoder, so values of different iterations can be compared. Random real pairs give
+reference values, because healthy models also have a modality gap and embeddings in a narrow cone.
 """
 
 import math
@@ -16,35 +16,37 @@ from torch import Tensor
 from rmdd.core.seeding import derive, generator
 
 EXACT = 10_000
-"""Most rows whose pairs of rows are all looked at; of more, `SAMPLE` pairs are drawn."""
+"""Largest number of rows for which all pairs of rows are used; with more rows, `SAMPLE` random pairs are used."""
 
 SAMPLE = 1_000_000
-PROBED = 2_000
-"""Most pairs that the linear probe is fitted on."""
+MAX_PROBE_PAIRS = 2_000
+"""Largest number of pairs on which the linear probe is trained."""
 
 NEIGHBOURS = 10
 CHUNK = 1024
 
-NARROWER, POORER = 0.5, 0.5
-"""A set is called collapsed when its mean cosine went this share of the way from that of random pairs to 1, or its
-effective rank fell below this share of theirs. Both are ours."""
+COSINE_LIMIT, RANK_LIMIT = 0.5, 0.5
+"""Thresholds of `collapsed`, our choice: the mean cosine has moved more than this share of the way from that of random
+pairs to 1, or the effective rank is below this share of that of random pairs."""
 
 
 def health(images: Float[Tensor, "N D"], texts: Float[Tensor, "N D"], seed: int = 0) -> dict[str, float]:
-    """Health of N pairs, rows of any length; `images[i]` belongs to `texts[i]`.
+    """Return health statistics of N pairs; `images[i]` belongs to `texts[i]`, and rows need not be normalised.
 
-    Pairs with a zero row or one that is not finite are counted (`unusable`) and left out. Of fewer than two usable
-    pairs nothing else is told.
+    Pairs with a zero or non-finite row are counted as `unusable` and excluded. With fewer than two usable pairs, only
+    the counts are returned. In the list, "collapsed" means that all rows are equal:
 
-    - `cosine_image`, `cosine_text`: mean off-diagonal cosine, and its percentiles `_p05`, `_p50`, `_p95`; 1 is a point
+    - `cosine_image`, `cosine_text`: mean cosine of different rows, with percentiles `_p05`, `_p50`, `_p95`; 1 if
+      collapsed
     - `centroid_image`, `centroid_text`: norm of the mean row
-    - `gap`: distance of the two means; `gap_share`: its square as a part of the mean squared distance of pairs
-    - `alignment`: mean squared distance of pairs (Wang and Isola 2020)
-    - `uniformity_image`, `_text`, `_cross`: log mean exp(-2 d^2) over pairs of rows; 0 is a point
-    - `margin`: mean cosine of pairs less that of mismatched ones
-    - `separability`: accuracy of a linear probe that tells images from texts, five folds; 0.5 is chance
-    - `rank_image`, `rank_text`: exp of the entropy of the normalised singular values of the centred rows; 0 for a point
-    - `hubness_image`, `hubness_text`: skewness of how often one is among the ten nearest of the other side's rows
+    - `gap`: distance between image mean and text mean; `gap_share`: its square divided by `alignment`
+    - `alignment`: mean squared distance between the image and the text of a pair (Wang and Isola 2020)
+    - `uniformity_image`, `_text`, `_cross`: log mean exp(-2 d^2) over pairs of rows; 0 if collapsed
+    - `margin`: mean cosine of matching pairs minus that of mismatched pairs
+    - `separability`: five-fold accuracy of a linear probe that separates images from texts; 0.5 is chance
+    - `rank_image`, `rank_text`: effective rank, exp of the entropy of the normalised singular values of the centred
+      rows; 0 if collapsed
+    - `hubness_image`, `hubness_text`: skewness of how often a row is among the ten nearest of the other modality's rows
     """
     usable = images.isfinite().all(1) & texts.isfinite().all(1) & (images != 0).any(1) & (texts != 0).any(1)
     row = {"pairs": float(len(images)), "unusable": float((~usable).sum())}
@@ -75,9 +77,10 @@ def health(images: Float[Tensor, "N D"], texts: Float[Tensor, "N D"], seed: int 
 
 
 def stripes(similarity: Float[Tensor, "M M"]) -> float:
-    """Variance of the row means and of the column means of a similarity, off the diagonal, over that of its entries.
+    """Return the variance of the row means and column means of a similarity matrix, divided by that of its entries.
 
-    1 where rows alone or columns alone decide (the visible stripes of RepBlend's Figure 1); 0 of a constant.
+    The diagonal is excluded. The value is 1 if an entry depends only on its row or only on its column, which shows as
+    stripes in RepBlend's Figure 1, and 0 for a constant matrix.
     """
     m = len(similarity)
     if m < 2:
@@ -90,53 +93,55 @@ def stripes(similarity: Float[Tensor, "M M"]) -> float:
 
 
 def collapsed(row: Mapping[str, Any], real: Mapping[str, Any]) -> list[str]:
-    """What makes a set look collapsed beside as many random real pairs; empty for a healthy one."""
+    """Return a warning for each sign of collapse of a set, compared with the same number of random real pairs."""
     warnings = []
     if row["unusable"]:
-        warnings.append(f"{row['unusable']:.0f} of {row['pairs']:.0f} pairs have a zero embedding or one not finite")
+        warnings.append(f"{row['unusable']:.0f} of {row['pairs']:.0f} pairs have a zero or non-finite embedding")
     for side in ("image", "text"):
         cosine, rank = f"cosine_{side}", f"rank_{side}"
         if cosine not in row or cosine not in real:
             continue
-        if row[cosine] > real[cosine] + NARROWER * (1 - real[cosine]):
+        if row[cosine] > real[cosine] + COSINE_LIMIT * (1 - real[cosine]):
             warnings.append(
-                f"{side} embeddings have a mean cosine of {row[cosine]:.3f}, those of random pairs {real[cosine]:.3f}"
+                f"{side} embeddings have a mean cosine of {row[cosine]:.3f}, those of random pairs have "
+                f"{real[cosine]:.3f}"
             )
-        if row[rank] < POORER * real[rank]:
+        if row[rank] < RANK_LIMIT * real[rank]:
             warnings.append(
-                f"{side} embeddings have an effective rank of {row[rank]:.1f}, those of random pairs {real[rank]:.1f}"
+                f"{side} embeddings have an effective rank of {row[rank]:.1f}, those of random pairs have "
+                f"{real[rank]:.1f}"
             )
     return warnings
 
 
 def _unit(rows: Tensor) -> Tensor:
     rows = rows.detach().double()
-    rows = rows / rows.abs().amax(1, keepdim=True)  # so that no norm under- or overflows
+    rows = rows / rows.abs().amax(1, keepdim=True)  # scaled first, so that the norm cannot underflow or overflow
     unit: Tensor = rows / rows.norm(dim=1, keepdim=True)
     return unit
 
 
-def _drawn(n: int, seed: int, of: str) -> tuple[Tensor, Tensor]:
-    """`SAMPLE` ordered pairs of different rows of n."""
-    draw = generator(seed, f"health {of}")
+def _random_pairs(n: int, seed: int, purpose: str) -> tuple[Tensor, Tensor]:
+    """Draw `SAMPLE` ordered pairs of different indices below n."""
+    draw = generator(seed, f"health {purpose}")
     first = torch.randint(n, (SAMPLE,), generator=draw)
     return first, (first + torch.randint(1, n, (SAMPLE,), generator=draw)) % n
 
 
 def _some_pairs(a: Tensor, b: Tensor, seed: int) -> np.ndarray:
-    """Cosines of different rows: all of them, or as many as are drawn."""
+    """Return the cosines of rows i of `a` and j of `b`, i != j: all of them, or a random sample if there are many."""
     n = len(a)
     if n * (n - 1) <= SAMPLE:
         return (a @ b.T)[~torch.eye(n, dtype=torch.bool, device=a.device)].cpu().numpy()
-    first, second = (index.to(a.device) for index in _drawn(n, seed, "percentiles"))
+    first, second = (index.to(a.device) for index in _random_pairs(n, seed, "percentiles"))
     return (a[first] * b[second]).sum(1).cpu().numpy()
 
 
 def _uniformity(a: Tensor, b: Tensor, seed: int) -> float:
-    """log of the mean of exp(-2 d^2) over rows i of a and j of b, i != j; d^2 = 2 - 2 cosine."""
+    """Return log mean exp(-2 d^2) over rows i of `a` and j of `b`, i != j, with d^2 = 2 - 2 cosine."""
     n = len(a)
     if n > EXACT:
-        first, second = (index.to(a.device) for index in _drawn(n, seed, "uniformity"))
+        first, second = (index.to(a.device) for index in _random_pairs(n, seed, "uniformity"))
         return math.log(float((4 * (a[first] * b[second]).sum(1) - 4).exp().mean()))
     total = sum(float((4 * (a[i : i + CHUNK] @ b.T) - 4).exp().sum()) for i in range(0, n, CHUNK))
     matched = float((4 * (a * b).sum(1) - 4).exp().sum())
@@ -144,7 +149,7 @@ def _uniformity(a: Tensor, b: Tensor, seed: int) -> float:
 
 
 def _effective_rank(rows: Tensor) -> float:
-    """Roy and Vetterli 2007; 0 where all rows are equal."""
+    """Return the effective rank of the centred rows (Roy and Vetterli 2007); 0 if all rows are equal."""
     values = torch.linalg.svdvals(rows - rows.mean(0))
     values = values[values > 1e-9 * math.sqrt(len(rows))]
     if not len(values):
@@ -154,8 +159,8 @@ def _effective_rank(rows: Tensor) -> float:
 
 
 def _hubness(queries: Tensor, candidates: Tensor) -> float:
-    """Skewness of the number of queries that have a candidate among their nearest."""
-    from scipy.stats import skew  # here, and sklearn below: they take a second to import, which workers do not need
+    """Return the skewness, over candidates, of the number of queries that have the candidate among their nearest."""
+    from scipy.stats import skew  # imported lazily, like sklearn below: the import takes a second
 
     k, n = min(NEIGHBOURS, len(candidates)), len(candidates)
     counts = torch.zeros(n, dtype=torch.int64, device=candidates.device)
@@ -166,9 +171,9 @@ def _hubness(queries: Tensor, candidates: Tensor) -> float:
 
 
 def _separability(u: Tensor, v: Tensor, seed: int) -> float:
-    """Share of held-out rows that a ridge classifier puts on the right side."""
-    if len(u) > PROBED:
-        chosen = torch.randperm(len(u), generator=generator(seed, "health probe"))[:PROBED].to(u.device)
+    """Return the share of held-out rows whose modality a ridge classifier predicts correctly."""
+    if len(u) > MAX_PROBE_PAIRS:
+        chosen = torch.randperm(len(u), generator=generator(seed, "health probe"))[:MAX_PROBE_PAIRS].to(u.device)
         u, v = u[chosen], v[chosen]
     rows = torch.cat([u, v]).cpu().numpy()
     sides = np.repeat([0, 1], len(u))

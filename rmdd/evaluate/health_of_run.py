@@ -1,4 +1,4 @@
-"""Health of a run over its distillation: its sets, random real pairs and val through one fixed encoder."""
+"""Embedding health of a run: its sets over the iterations, random real pairs and val, all through one encoder."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,13 +14,13 @@ from rmdd.evaluate.health import collapsed, health, stripes
 from rmdd.models.dual import DualEncoder
 from rmdd.models.prepared import PreparedSplit
 
-MOST = 5_000
-"""Most pairs of val that are embedded."""
+MAX_VAL_PAIRS = 5_000
+"""Largest number of val pairs that are embedded."""
 
 Batch = tuple[Tensor, Tensor]
 
 
-def checkup(
+def health_report(
     model: DualEncoder,
     sets: Sequence[tuple[tuple[int, ...], Sequence[Synthetic]]],
     train: PreparedSplit,
@@ -30,8 +30,11 @@ def checkup(
     chunk: int,
     image_size: int,
 ) -> dict[str, Any]:
-    """Rows of health and warnings. `sets` holds, oldest first, the iteration of each phase and their sets, which count
-    as one set; as many random pairs are compared, the first ones that the baseline draws. `seed` is the evaluation's.
+    """Return the content of `health.json`: one row of statistics per set, and warnings about the last set.
+
+    `sets` holds one entry per snapshot, oldest first: the iteration of each phase and the subsets of all phases, which
+    are treated as one set. The last set is compared with the same number of random pairs, the first ones of the
+    baseline's draw 0. `seed` is the seed of the evaluation.
     """
     model = model.to(device).eval()
 
@@ -48,9 +51,9 @@ def checkup(
     records = torch.randperm(len(train.split.captions), generator=generator(seed, "random pairs", 0))
     real = {"set": "random pairs"} | health_of(_of_records(train, records[:pairs], chunk))
     first = torch.from_numpy(val.split.image_of).diff(prepend=torch.tensor([-1])).nonzero().flatten()
-    chosen = torch.randperm(len(first), generator=generator(seed, "health of val"))[:MOST]
-    whole = {"set": "val"} | health_of(_of_records(val, first[chosen.sort().values], chunk))
-    return {"schema_version": 1, "rows": [*rows, real, whole], "warnings": collapsed(rows[-1], real)}
+    chosen = torch.randperm(len(first), generator=generator(seed, "health of val"))[:MAX_VAL_PAIRS]
+    val_row = {"set": "val"} | health_of(_of_records(val, first[chosen.sort().values], chunk))
+    return {"schema_version": 1, "rows": [*rows, real, val_row], "warnings": collapsed(rows[-1], real)}
 
 
 def _embedded(model: DualEncoder, batches: Iterator[Batch], device: torch.device) -> tuple[Tensor, Tensor]:

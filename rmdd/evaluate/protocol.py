@@ -1,19 +1,21 @@
-"""Who is scored against whom: distilled set, random pairs at the same budget, full data.
+"""The evaluation protocol: students trained on the distilled set, on random pairs, and experts trained on all data.
 
-The jobs behind a row of the result table are independent of one another, so they run side by side:
+Each job trains and scores one student. Jobs are independent, so they can run in parallel:
 
-    select     a student on one snapshot, scored on val only; the best snapshot is exported
-    tune       random pairs with one loss and rate, scored on val only; the best rate trains the baseline
-    student    the exported set: a curve on val, then val and test once at the last pass
-    baseline   random pairs at the chosen loss and rate: val and test once
-    reference  a released protocol: its scorings of *test*, for comparison with papers only
-    full       an expert trained on all pairs: val and test once
+    select     trained on one snapshot of the set, scored on val only; the best snapshot is exported
+    tune       trained on random pairs with one loss and learning rate, scored on val only; the best loss and rate are
+               used for the baseline
+    student    trained on the exported set; scored on val during training, on val and test after the last pass
+    baseline   trained on random pairs with the chosen loss and learning rate; scored once on val and test
+    reference  trained by a paper's released protocol and scored on *test*, for comparison with the paper only
+    full       an expert trained on all pairs; scored once on val and test
 
-and of `rmdd.evaluate.scores`, on request: hard, own, soft_tune (val only) and soft.
+`rmdd.evaluate.scores` adds four optional kinds: hard, own, soft_tune (val only) and soft.
 
-Jobs that choose cannot read test: `check_split_is_open` refuses to open it for them, `train_and_score` refuses the
-split, and `best_by_val` refuses any record that holds a score of it. Student i of every kind has the same heads, and
-with as many pairs the same batches, so rows differ in their training pairs alone.
+Jobs whose scores select something cannot read test: `check_split_is_open` refuses to open the split for them,
+`train_and_score` refuses to score it, and `best_by_val` rejects records that contain test scores. Student i of every
+kind has the same initial heads, and with equal numbers of pairs also the same batches, so that rows of the result table
+differ only in their training pairs.
 """
 
 import statistics
@@ -35,21 +37,23 @@ from rmdd.models.dual import DualEncoder, build
 from rmdd.models.prepared import PreparedSplit
 
 Kind = Literal["select", "tune", "student", "baseline", "reference", "full", "hard", "own", "soft_tune", "soft"]
-CHOOSING = ("select", "tune", "soft_tune")
-"""Kinds whose scores something is chosen by; they are scored on val, and test is closed to them."""
-OF_THE_SET = ("select", "student", "reference", "hard", "own")
-OF_RANDOM_PAIRS = ("tune", "baseline", "soft_tune", "soft")
+SELECTION_KINDS = ("select", "tune", "soft_tune")
+"""Kinds of jobs whose scores select something; they are scored on val and may not read test."""
+SET_KINDS = ("select", "student", "reference", "hard", "own")
+"""Kinds of jobs that train on the distilled set."""
+RANDOM_KINDS = ("tune", "baseline", "soft_tune", "soft")
+"""Kinds of jobs that train on random pairs."""
 
 
 class TestIsClosed(PermissionError):
-    """What a choice depends on asked for the test split, or was given a score of it."""
+    """Raised when a selection tries to read the test split or a test score."""
 
     __test__ = False
 
 
 @dataclass(frozen=True)
 class Job:
-    """One student. `index` is the student (or draw, or expert); the rest says what it learns from."""
+    """One student to train and score. `index` is the number of the student, random draw or expert."""
 
     kind: Kind
     index: int
@@ -57,7 +61,7 @@ class Job:
     loss: str = ""
     lr: float = 0.0
     augment: str = ""
-    """Of kinds own, soft_tune and soft; empty: as the run says."""
+    """Augmentation for the kinds own, soft_tune and soft; empty: the run's augmentation."""
 
     @property
     def name(self) -> str:
@@ -72,15 +76,15 @@ class Job:
 
 
 def check_split_is_open(job: Job | None, split: str) -> str:
-    """`split`, where `job` may look at it. Raises `TestIsClosed` for test and a job that something is chosen by."""
-    if split == "test" and job is not None and job.kind in CHOOSING:
-        raise TestIsClosed(f"{job.name} is scored for a choice, and choices are made on val; test is closed to it")
+    """Return `split` if `job` may read it. Raise `TestIsClosed` if a job for a selection asks for test."""
+    if split == "test" and job is not None and job.kind in SELECTION_KINDS:
+        raise TestIsClosed(f"{job.name} is used for a selection, so it must not read test; score it on val")
     return split
 
 
 @dataclass(frozen=True)
 class StudentProtocol:
-    """All that training and scoring the students of a run reads of its run file."""
+    """The settings of a run that training and scoring its students depends on."""
 
     rule: config.Evaluate
     seed: int
@@ -89,14 +93,14 @@ class StudentProtocol:
     layout: str | None
     method: str
     loss: str
-    """Of students of the distilled set."""
+    """Loss of students of the distilled set."""
     temperature: float
-    """What students of the distilled set divide their cosines by."""
+    """Temperature of students of the distilled set."""
     phase_pairs: tuple[int, ...]
-    """Pairs of each phase."""
+    """Number of pairs of each phase."""
     budget: int
     similarity: str
-    """Kind of similarity of the distilled set."""
+    """Kind of the similarity of the distilled set: identity, low_rank or full."""
     expert_rates: tuple[float, float]
     """Learning rates of the experts: image, text."""
 
@@ -120,49 +124,49 @@ class StudentProtocol:
 
     @property
     def reference(self) -> Reference | None:
-        """The released protocol that the set is also scored by."""
+        """The released protocol by which the set is also scored, or None."""
         return reference_of(self.rule, self.method, self.loss, self.temperature)
 
     @property
     def updates(self) -> int:
-        """Steps that a student of the distilled set makes; one of random pairs gets as many."""
+        """Number of SGD steps of a student of the distilled set; students of random pairs get the same number."""
         return updates(self.rule, self.phase_pairs)
 
 
 def updates(rule: config.Evaluate, phase_pairs: Iterable[int]) -> int:
-    """Steps of a student that is trained on subsets of so many pairs."""
+    """Return the number of SGD steps of a student trained on subsets with these numbers of pairs."""
     return sum(-(-pairs // rule.batch) * rule.epochs for pairs in phase_pairs)
 
 
 def pairs_of_subset(synthetic: Synthetic, image_size: int) -> TrainingPairs:
-    """What a student learns from one distilled subset, its pictures enlarged to `image_size`."""
+    """Return the training pairs of one distilled subset, with images enlarged to side `image_size`."""
     s = similarity.dense(synthetic.similarity, synthetic.alpha, synthetic.texts)
     images = enlarged(synthetic.images, image_size)
     return TrainingPairs(images, synthetic.texts, s, float(synthetic.lr_image), float(synthetic.lr_text))
 
 
 def random_pairs(protocol: StudentProtocol, train: PreparedSplit, draw: int, lr: float) -> TrainingPairs:
-    """`budget` real caption records drawn uniformly, identity similarity, one rate for both towers."""
+    """Return `budget` random real pairs with identity similarity and the learning rate `lr` for both towers."""
     return real_pairs(train, random_records(train, protocol.budget, protocol.seed, draw), lr)
 
 
 def random_records(train: PreparedSplit, budget: int, seed: int, draw: int) -> list[int]:
-    """The caption records of a draw: `budget` of them, or all where there are fewer."""
+    """Return `budget` random caption records, or all records if the split has fewer."""
     random = generator(seed, "random pairs", draw)
     return torch.randperm(len(train.split.captions), generator=random)[:budget].tolist()
 
 
-def hardened(pairs: TrainingPairs, lr_image: float, lr_text: float) -> TrainingPairs:
-    """The pairs with identity similarity, at the rates of the experts: what images and texts alone are worth."""
+def with_hard_labels(pairs: TrainingPairs, lr_image: float, lr_text: float) -> TrainingPairs:
+    """Replace similarity and learning rates by the identity and the given rates, to score images and texts alone."""
     return replace(pairs, similarity=torch.eye(len(pairs.images)), lr_image=lr_image, lr_text=lr_text)
 
 
 def soft_pairs(
     protocol: StudentProtocol, train: PreparedSplit, draw: int, lr: float, teacher: DualEncoder, device: torch.device
 ) -> TrainingPairs:
-    """Random pairs by the recipe of the set: where the set has a similarity, so have they, computed by a teacher.
+    """Return random pairs with a similarity if the distilled set has one: S = sigmoid(cosine / temperature).
 
-    S = sigmoid(cosine / temperature); the teacher is an expert after its last epoch.
+    `teacher` computes the cosines; it is an expert after its last epoch.
     """
     pairs = random_pairs(protocol, train, draw, lr)
     if protocol.similarity == "identity":
@@ -175,8 +179,10 @@ def soft_pairs(
 
 
 def final_jobs(protocol: StudentProtocol, loss: str, lr: float, experts: Sequence[int]) -> list[Job]:
-    """The students whose scores are reported: of the set, by the reference protocol, of random pairs at the loss and
-    rate that val chose, and `experts` as the full-data bound."""
+    """Return the jobs whose scores are reported: student, reference, baseline and full.
+
+    `loss` and `lr` of the baseline were chosen on val; `experts` are the experts scored as the full-data bound.
+    """
     rule, reference = protocol.rule, protocol.reference
     jobs = [Job("student", i) for i in range(rule.students)]
     jobs += [Job("reference", i) for i in range(reference.students if reference else 0)]
@@ -197,18 +203,19 @@ def train_and_score(
     *,
     on_ranks: Callable[[Ranks], object] = lambda ranks: None,
 ) -> dict[str, Any]:
-    """Run one student job and return its record; `test` is None for jobs that choose, else `TestIsClosed` is raised.
+    """Train and score one student; return its record.
 
-    `finished` gets the student once it is trained to the end, and `on_ranks` the ranks of its queries on test.
+    `test` must be None for the kinds in `SELECTION_KINDS`, otherwise `TestIsClosed` is raised. `on_pass` is called
+    after every pass over a subset, `finished` with the fully trained student, `on_ranks` with its ranks on test.
     """
-    if job.kind in CHOOSING and test is not None:
+    if job.kind in SELECTION_KINDS and test is not None:
         check_split_is_open(job, "test")
     rule, reference = protocol.rule, protocol.reference if job.kind == "reference" else None
     loss, schedule = job.loss or protocol.loss, StudentSchedule.of(rule)
     pixels = val if test is None else test
     width, size = subsets[0].texts.shape[1], protocol.image_size
     model = build(protocol.model, width, size, protocol.seed, "student", job.index).to(device)
-    if job.kind in OF_THE_SET or job.kind in ("soft_tune", "soft"):
+    if job.kind in SET_KINDS or job.kind in ("soft_tune", "soft"):
         model.temperature = protocol.temperature
     if job.kind == "reference":
         assert reference is not None and test is not None
@@ -216,8 +223,8 @@ def train_and_score(
         loss, schedule, model.temperature = reference.loss, reference.schedule, reference.temperature
         subsets = reference.adapted(subsets)
     elif job.kind == "hard":
-        loss, subsets = "infonce", [hardened(x, *protocol.expert_rates) for x in subsets]
-    elif job.kind in OF_RANDOM_PAIRS:
+        loss, subsets = "infonce", [with_hard_labels(x, *protocol.expert_rates) for x in subsets]
+    elif job.kind in RANDOM_KINDS:
         passes = round(protocol.updates / -(-len(subsets[0].images) // rule.batch))
         schedule = replace(schedule, epochs=max(1, passes))
         if schedule.drop_after is not None:
@@ -225,7 +232,7 @@ def train_and_score(
     schedule = replace(schedule, augment=job.augment or schedule.augment).on(pixels.mean, pixels.std)
     curve: list[dict[str, Any]] = []
 
-    def at(subset: int, passes: int) -> None:
+    def after_pass(subset: int, passes: int) -> None:
         on_pass()
         last = subset == len(subsets) - 1 and passes == schedule.epochs
         point: dict[str, Any] = {"subset": subset, "passes": passes}
@@ -236,13 +243,13 @@ def train_and_score(
 
     record: dict[str, Any] = {"job": job.name, "curve": curve}
     try:
-        train_student(model, subsets, schedule, loss, protocol.seed, job.index, at)
+        train_student(model, subsets, schedule, loss, protocol.seed, job.index, after_pass)
         if reference is not None:
-            of_best = max(curve, key=lambda point: point["test"]["R@mean"])
-            return record | {"test_best_reference": (of_best if reference.reported == "best" else curve[-1])["test"]}
+            best = max(curve, key=lambda point: point["test"]["R@mean"])
+            return record | {"test_best_reference": (best if reference.reported == "best" else curve[-1])["test"]}
         finished(model)
         return record | _scored(job, model, val, test, device, rule.chunk, on_ranks)
-    except Diverged as error:  # in training, or where its embeddings are to be scored
+    except Diverged as error:  # raised in training, or in scoring if the embeddings collapsed
         return record | _diverged(job, error, test, on_ranks)
 
 
@@ -256,7 +263,7 @@ def score_expert(
     *,
     on_ranks: Callable[[Ranks], object] = lambda ranks: None,
 ) -> dict[str, Any]:
-    """The full-data bound: one expert after its last epoch."""
+    """Score one expert after its last epoch, as the full-data bound; return its record."""
     try:
         scores = _scored(job, model.to(device), val, test, device, chunk, on_ranks)
     except Diverged as error:
@@ -273,9 +280,9 @@ def _scored(
     chunk: int,
     on_ranks: Callable[[Ranks], object],
 ) -> dict[str, Any]:
-    """What a model scores after its last pass: on val and, unless something is chosen by it, once on test."""
+    """Score a fully trained model on val and, unless the job is for a selection, on test."""
     scores = {"val": score(model, val, device, chunk).as_dict()}
-    if job.kind not in CHOOSING:
+    if job.kind not in SELECTION_KINDS:
         assert test is not None
         ranks = rank(model, test, device, chunk)
         on_ranks(ranks)
@@ -286,21 +293,21 @@ def _scored(
 def _diverged(
     job: Job, error: Diverged, test: PreparedSplit | None, on_ranks: Callable[[Ranks], object]
 ) -> dict[str, Any]:
-    """Recalls of 0 on every split that would have been scored."""
-    keys = ("val",) if job.kind in CHOOSING else ("val", "test_last", "test_best_reference")
+    """Return recalls of 0 for every split that would have been scored, and the error message."""
+    keys = ("val",) if job.kind in SELECTION_KINDS else ("val", "test_last", "test_best_reference")
     if test is not None and job.kind != "reference":
         on_ranks(Ranks.worst(torch.from_numpy(test.split.image_of)))
-    return dict.fromkeys(keys, _nothing()) | {"diverged": str(error)}
+    return dict.fromkeys(keys, _zero_recalls()) | {"diverged": str(error)}
 
 
 def selection_jobs(rule: config.Evaluate, snapshots: int) -> list[Job]:
-    """Students on every snapshot."""
+    """Return the jobs that train students on every snapshot, to choose one."""
     students = range(rule.selection_students)
     return [Job("select", i, snapshot=s) for s in range(snapshots) for i in students]
 
 
 def tuning_jobs(rule: config.Evaluate) -> list[Job]:
-    """Students of random pairs at every loss and rate."""
+    """Return the jobs that train students on random pairs with every loss and learning rate, to choose one of each."""
     draws = range(min(rule.selection_students, rule.baseline_draws))
     return [
         Job("tune", i, loss=loss, lr=lr) for loss in rule.baseline_losses for lr in rule.baseline_lrs for i in draws
@@ -308,15 +315,16 @@ def tuning_jobs(rule: config.Evaluate) -> list[Job]:
 
 
 def best_by_val(records: Sequence[tuple[Any, dict[str, Any]]]) -> tuple[Any, dict[Any, float]]:
-    """Given (choice, record) rows, the choice with the best mean val R@mean (the first of equals) and all means.
+    """Return the choice with the highest mean val R@mean, and the mean of every choice.
 
-    Raises `TestIsClosed` for a record that holds a score of test.
+    `records` holds (choice, record) pairs. Of equal means, the first choice wins. Raise `TestIsClosed` for a record
+    with a test score.
     """
     groups: dict[Any, list[float]] = {}
     for choice, record in records:
-        if of_test := [key for key in record if key.startswith("test")]:
+        if test_keys := [key for key in record if key.startswith("test")]:
             raise TestIsClosed(
-                f"a choice was given {', '.join(of_test)} of {record.get('job', choice)}; choose by val alone"
+                f"a selection got {', '.join(test_keys)} of {record.get('job', choice)}; select by val only"
             )
         groups.setdefault(choice, []).append(record["val"]["R@mean"])
     means = {choice: statistics.fmean(values) for choice, values in groups.items()}
@@ -324,7 +332,7 @@ def best_by_val(records: Sequence[tuple[Any, dict[str, Any]]]) -> tuple[Any, dic
 
 
 def summary(records: Sequence[dict[str, Any]], key: str) -> dict[str, dict[str, float | None]]:
-    """Per metric, mean and sample standard deviation (ddof = 1; None for one) over records, with their number."""
+    """Return mean, sample standard deviation (ddof = 1; None for one record) and number of records of each metric."""
     rows = [r[key] for r in records]
     return {
         metric: {
@@ -336,6 +344,6 @@ def summary(records: Sequence[dict[str, Any]], key: str) -> dict[str, dict[str, 
     }
 
 
-def _nothing() -> dict[str, float]:
+def _zero_recalls() -> dict[str, float]:
     zero = dict.fromkeys((1, 5, 10), 0.0)
     return Recalls(ir=zero, tr=zero, gap=0.0).as_dict()

@@ -1,6 +1,6 @@
-"""The record of a student on disk: NAME.json holds what choices may read, NAME.test.json the scores on test.
+"""Student records on disk: NAME.json with everything that a selection may read, NAME.test.json with test scores.
 
-Selection opens only the first. The second is written before it, so a record that is there is whole.
+Selections open only NAME.json. NAME.test.json is written first, so an existing NAME.json means a complete record.
 """
 
 from pathlib import Path
@@ -13,23 +13,23 @@ from rmdd.evaluate.retrieval import Ranks
 
 
 def test_file(path: Path) -> Path:
-    """Where the scores on test of the record at `path` lie."""
+    """Return the file with the test scores of the record at `path`."""
     return path.with_name(f"{path.stem}.test.json")
 
 
 def ranks_file(path: Path) -> Path:
-    """Where the ranks on test of the record at `path` lie."""
+    """Return the file with the test ranks of the record at `path`."""
     return path.with_name(f"{path.stem}.ranks.safetensors")
 
 
 def ranks_of(path: Path, storage: Storage) -> Ranks:
-    """What the queries of test found for the student whose record lies at `path`."""
+    """Load the ranks of the test queries for the student whose record is at `path`."""
     storage.fetch(ranks_file(path))
     return Ranks.load(ranks_file(path))
 
 
 def write(path: Path, record: dict[str, Any]) -> None:
-    """Write `record` in two: a curve of scores on test goes with them."""
+    """Write `record` as two files; test scores, and a curve that contains test scores, go into the second."""
     of_test = {k: v for k, v in record.items() if _is_of_test(k, v)}
     if of_test:
         write_json(test_file(path), {"value": record["value"], **of_test})
@@ -38,7 +38,7 @@ def write(path: Path, record: dict[str, Any]) -> None:
 
 
 def read(path: Path, value: str) -> dict[str, Any] | None:
-    """The whole record, if it is there and of `value`."""
+    """Return the complete record if it exists and has the hash `value`, otherwise None."""
     if not path.is_file():
         return None
     record: dict[str, Any] = read_json(path)
@@ -47,8 +47,8 @@ def read(path: Path, value: str) -> dict[str, Any] | None:
     if "test" not in record:
         return record
     del record["test"]
-    apart = test_file(path)
-    return record | read_json(apart) if apart.is_file() and read_json(apart)["value"] == value else None
+    file = test_file(path)
+    return record | read_json(file) if file.is_file() and read_json(file)["value"] == value else None
 
 
 def _is_of_test(key: str, value: Any) -> bool:
@@ -56,8 +56,8 @@ def _is_of_test(key: str, value: Any) -> bool:
 
 
 def verify(record: Path, check: DiskCheck, again: str = "run again") -> None:
-    """It can be read; `again` makes it anew."""
-    check.json(record, f"delete it and {again}: it is made anew")
+    """Check that a record can be read; `again` names the command that writes it again."""
+    check.json(record, f"delete it and {again}: that writes it again")
 
 
 BASELINES = Format((), "baselines/*/*.json", verify)

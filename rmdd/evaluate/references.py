@@ -1,9 +1,10 @@
-"""How each paper's released code trains and scores a student: a value per protocol, as coded, traps included.
+"""How the released code of each paper trains and scores students, reproduced with its mistakes.
 
-`evaluate.reference` names one; its score, `test_best_reference`, is for comparison with printed tables alone and never
-feeds a choice. Counts are passes over a subset: `range(E + 1)` of the released loops makes 101 of E = 100.
+`evaluate.reference` selects one protocol. Its score, `test_best_reference`, is only for comparison with the paper's
+tables and never used for a selection. Epochs are passes over a subset; released loops over `range(E + 1)` make 101
+passes for E = 100.
 
-What all share: SGD, a tower that starts from the same weights with fresh heads, cosines divided by 0.07 whatever a set
+All protocols use SGD, an image tower that starts from the same weights, new heads, temperature 0.07 whatever the set
 was distilled with, and the test split.
 """
 
@@ -22,26 +23,26 @@ TEMPERATURE = 0.07
 
 @dataclass(frozen=True)
 class Reference:
-    """One protocol. A set of several subsets goes through it as through PTM-ST's: one optimiser and one drop for all,
-    at the rates of the last."""
+    """One released protocol. For a set with several subsets it does what PTM-ST's code does: all subsets share one
+    optimiser, one drop of the learning rate, and the learned rates of the last subset."""
 
     name: str
     loss: str
     schedule: StudentSchedule
     lr: float | None
-    """One rate for what is trained; None: the learned ones."""
+    """Learning rate of all trained parameters; None: the learned rates of the set."""
     every: int | None
-    """Passes between scorings; None: only after the last."""
+    """Passes between two scorings; None: score once, after the last pass."""
     first: int
-    """The pass after which it is first scored."""
+    """Number of passes before the first scoring."""
     reported: Literal["best", "last"]
-    """Which scoring is quoted; best is by R@mean on the split that is quoted."""
+    """Which scoring the paper reports; best means highest R@mean on the split that is reported."""
     students: int
     temperature: float = TEMPERATURE
 
     @property
     def points(self) -> tuple[int, ...]:
-        """Passes of each subset after which students are scored."""
+        """Numbers of passes over each subset after which students are scored."""
         return (
             (self.schedule.epochs,)
             if self.every is None
@@ -49,11 +50,11 @@ class Reference:
         )
 
     def split(self, layout: str | None) -> Literal["val", "test"]:
-        """Where it is scored. EDGE takes CC3M's validation file for its test."""
+        """Return the split on which students are scored; EDGE uses CC3M's validation file as its test split."""
         return "val" if self.name == "edge" and layout == "cc3m" else "test"
 
     def adapted(self, subsets: Sequence[TrainingPairs]) -> Sequence[TrainingPairs]:
-        """The pairs as its student takes them: InfoNCE has no similarity, and a fixed rate replaces learned ones."""
+        """Return the pairs as this protocol uses them: InfoNCE ignores the similarity, `lr` replaces learned rates."""
         if self.loss == "infonce":
             subsets = [replace(x, similarity=torch.eye(len(x.images)).to(x.similarity)) for x in subsets]
         if self.lr is not None:
@@ -69,7 +70,7 @@ REFERENCES = {
     r.name: r
     for r in (
         Reference("lors", "wbce", _LEARNED, lr=None, every=10, first=1, reported="best", students=5),
-        # subsets 2.. run at a tenth of the rate: the drop lies inside the first
+        # The learning rate drops during the first subset, so all later subsets use a tenth of it.
         Reference("ptm_st", "wbce", _LEARNED, lr=None, every=10, first=1, reported="best", students=5),
         Reference(
             "repblend",
@@ -81,7 +82,7 @@ REFERENCES = {
             reported="best",
             students=1,
         ),
-        # its drop comes after the last pass; both sides learn at the image rate
+        # The released drop comes after the last pass, so there is none. Both towers use the image learning rate.
         Reference(
             "mtt_vl",
             "infonce",
@@ -112,7 +113,7 @@ REFERENCES = {
             reported="best",
             students=5,
         ),
-        # which of its 20 scorings is quoted is not coded; we take the last
+        # The code does not say which of its 20 scorings the paper reports; we use the last.
         Reference(
             "edge",
             "infonce",
@@ -137,11 +138,12 @@ REFERENCES = {
 
 
 def reference_of(rule: config.Evaluate, method: str, loss: str, temperature: float) -> Reference | None:
-    """The protocol that a run is also scored by. None: switched off, or `auto` with a method that has none.
+    """Return the released protocol by which a run is also scored, or None (`none`, or `auto` for a method without one).
 
-    A named one is as coded. `auto` takes that of the run's method to the scale of the run: loss, batch, momentum,
-    decay, temperature and number of students are the run's. Presets named after a paper state the paper's, so that
-    there the two are one; small runs on plain SGD would diverge with momentum at the rates that they learned without.
+    A protocol chosen by name is reproduced as coded. `auto` takes the protocol of the run's method, but with the run's
+    own batch, momentum, weight decay, number of students and, if rates are learned, loss and temperature. In presets
+    named after a paper both are the same, because they set the paper's values. Small runs need their own values:
+    students would diverge with momentum if the set's learning rates were learned without it.
     """
     if rule.reference == "none":
         return None

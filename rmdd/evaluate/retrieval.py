@@ -1,7 +1,7 @@
-"""Retrieval ranks and recalls: exact, chunked, pessimistic about ties.
+"""Retrieval ranks and recalls: exact, computed in chunks, with ties counted against the model.
 
-IR@K: a caption retrieves its image. TR@K: an image retrieves any of its captions. A candidate that scores the same as
-the right one counts as ranked above it, so a collapsed model scores 0; `Recalls.gap` says how much that decided.
+IR@K: a caption retrieves its image. TR@K: an image retrieves any of its captions. A candidate with the same score as
+the correct one counts as ranked above it, so a collapsed model scores 0. `Recalls.gap` is the effect of this rule.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,11 +15,11 @@ from torch import Tensor
 from rmdd.core.files import atomic_path
 
 # I images, T captions, D joint width, Q queries and C candidates of one direction, q queries of one chunk,
-# P most right candidates of a query
+# P largest number of correct candidates of a query
 
 KS = (1, 5, 10)
 STRIDE = 1024
-"""Rows that are checked and normalised at once."""
+"""Number of rows checked and normalised at once."""
 
 Rows = Callable[[int, int], Tensor]
 """Scores of the queries from the first to the second number, (queries, candidates)."""
@@ -27,7 +27,7 @@ Rows = Callable[[int, int], Tensor]
 
 @dataclass(frozen=True)
 class Recalls:
-    """Percentages per K; `gap` is the largest optimistic minus pessimistic difference over all of them."""
+    """Recalls in percent per K. `gap` is the largest amount by which a recall would rise if ties counted as hits."""
 
     ir: dict[int, float]
     tr: dict[int, float]
@@ -35,7 +35,7 @@ class Recalls:
 
     @property
     def mean(self) -> float:
-        """R@mean, the plain mean over both directions and all K; models are selected by it."""
+        """R@mean: the mean of all recalls in percent, over both directions and all K; used to select models."""
         values = [*self.ir.values(), *self.tr.values()]
         return sum(values) / len(values)
 
@@ -46,28 +46,30 @@ class Recalls:
 
 @dataclass(frozen=True)
 class Ranks:
-    """What every query found: 0-based, pessimistic ranks, from which each recall and its interval follow."""
+    """The 0-based rank of every query, with ties counted against the model; recalls are computed from it."""
 
     image: Int[Tensor, " T"]
-    """Per caption, the rank of its image."""
+    """For each caption, the rank of its image."""
     text: Int[Tensor, " I"]
-    """Per image, the rank of its best caption."""
+    """For each image, the rank of its best caption."""
     image_of: Int[Tensor, " T"]
+    """For each caption, the index of its image."""
     image_ties: Int[Tensor, " T"] | None = None
-    """How many of the candidates above are there by a tie alone; None: not known."""
+    """For each caption, the number of wrong images that tie with the correct one; None: unknown."""
     text_ties: Int[Tensor, " I"] | None = None
+    """For each image, the number of wrong captions that tie with its best caption; None: unknown."""
     text_own: Int[Tensor, " I"] | None = None
-    """Per image, how many captions of its own score as high as its best."""
+    """For each image, the number of its captions that have the same score as its best caption; None: unknown."""
 
     @classmethod
     def worst(cls, image_of: Int[Tensor, " T"]) -> "Ranks":
-        """Of a model that finds nothing at any K, such as a student that diverged."""
-        never = torch.iinfo(torch.int32).max
-        images = torch.full((int(image_of.max()) + 1,), never)
-        return cls(torch.full((len(image_of),), never), images, image_of.cpu().long())
+        """Return ranks that give a recall of 0 at every K, for a student that diverged."""
+        last = torch.iinfo(torch.int32).max
+        images = torch.full((int(image_of.max()) + 1,), last)
+        return cls(torch.full((len(image_of),), last), images, image_of.cpu().long())
 
     def recalls(self, ks: Sequence[int] = KS) -> Recalls:
-        """Percentages of the queries whose rank is below K. The gap is 0 where ties are not known."""
+        """Return the percentage of queries with a rank below K, for each K. The gap is 0 if ties are unknown."""
         if not ks or min(ks) < 1:
             raise ValueError(f"every K must be at least 1; found K {tuple(ks)}")
         ir, ir_gap = _recall(self.image, self.image_ties, ks)
@@ -75,29 +77,32 @@ class Ranks:
         return Recalls(ir, tr, max(ir_gap, tr_gap))
 
     def expected(self, ks: Sequence[int] = KS) -> Recalls:
-        """Recalls on average over random orders of what ties. Raises `ValueError` where ties are not known."""
+        """Return the mean recalls if tied candidates are ordered randomly. Raise `ValueError` if ties are unknown."""
         if self.image_ties is None or self.text_ties is None or self.text_own is None:
-            raise ValueError("these ranks were kept without their ties; rank the embeddings again")
+            raise ValueError("these ranks were saved without ties; rank the embeddings again")
 
-        def percent(rank: Tensor, ties: Tensor, own: Tensor, k: int) -> float:
-            """1 - C(ties, q) / C(ties + own, q) with q places left in the first k, as a product of q factors."""
-            left = (k - (rank - ties)).clamp(min=0)[:, None]
+        def percent(rank: Tensor, ties: Tensor, correct: Tensor, k: int) -> float:
+            """Return 100 times the mean of 1 - C(ties, q) / C(ties + correct, q), as a product of q factors.
+
+            q is the number of places among the first k that tied candidates fill.
+            """
+            free = (k - (rank - ties)).clamp(min=0)[:, None]
             place = torch.arange(k, dtype=torch.float64)
-            factor = (ties[:, None] - place).clamp(min=0) / (ties + own)[:, None].sub(place).clamp(min=1)
-            return 100 * float((1 - torch.where(place < left, factor, 1.0).prod(1)).mean())
+            factor = (ties[:, None] - place).clamp(min=0) / (ties + correct)[:, None].sub(place).clamp(min=1)
+            return 100 * float((1 - torch.where(place < free, factor, 1.0).prod(1)).mean())
 
         one = torch.ones_like(self.image)
         ir = {k: percent(self.image, self.image_ties, one, k) for k in ks}
         return Recalls(ir, {k: percent(self.text, self.text_ties, self.text_own, k) for k in ks}, 0.0)
 
     def optimistic(self, ks: Sequence[int] = KS) -> Recalls:
-        """Recalls with every tie in the model's favour."""
+        """Return the recalls with every tie counted as a hit. Raise `ValueError` if ties are unknown."""
         if self.image_ties is None or self.text_ties is None:
-            raise ValueError("these ranks were kept without their ties; rank the embeddings again")
+            raise ValueError("these ranks were saved without ties; rank the embeddings again")
         return Ranks(self.image - self.image_ties, self.text - self.text_ties, self.image_of).recalls(ks)
 
     def save(self, path: Path) -> None:
-        """As int32 in a safetensors file."""
+        """Write the ranks to a safetensors file as int32."""
         from safetensors.torch import save_file
 
         tensors = {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -116,27 +121,27 @@ class Ranks:
 def ranks(
     images: Float[Tensor, "I D"], texts: Float[Tensor, "T D"], image_of: Int[Tensor, " T"], chunk: int = 256
 ) -> Ranks:
-    """Ranks by cosine; `image_of[j]` is the image of caption j. Rows need not be normalised.
+    """Rank all candidates of every query by cosine; `image_of[j]` is the image of caption j.
 
-    Scores are float32 (float64 for float64 input) and `chunk` queries are held at once: O(chunk * max(I, T)) memory.
-    Candidates with the same bits tie exactly, whatever the chunk. Raises ValueError for non-finite or zero rows,
-    an empty gallery, and an image without captions.
+    Rows need not be normalised. Scores are float32 (float64 for float64 input). `chunk` queries are scored at once,
+    which needs O(chunk * max(I, T)) memory. Candidates with identical bits always tie, for any chunk size. Raise
+    `ValueError` for non-finite or zero rows, an empty gallery, or an image without captions.
     """
     if images.ndim != 2 or texts.ndim != 2 or images.shape[1] != texts.shape[1]:
         shapes = f"{tuple(images.shape)} and {tuple(texts.shape)}"
-        raise ValueError(f"images and texts must be (I, D) and (T, D), found {shapes}")
+        raise ValueError(f"images and texts must have shapes (I, D) and (T, D); found {shapes}")
     image_of = _checked(image_of, len(images), len(texts), images.device)
     u, v = _normalised(images, "image"), _normalised(texts, "text")
-    return _both(_scorer(v, u), _scorer(u, v), image_of, len(images), chunk)
+    return _both_directions(_scorer(v, u), _scorer(u, v), image_of, len(images), chunk)
 
 
 def ranks_from_scores(scores: Float[Tensor, "I T"], image_of: Int[Tensor, " T"], chunk: int = 256) -> Ranks:
-    """The same from a score matrix (higher is closer), compared in the precision it comes in."""
+    """Return `ranks` for a score matrix (a higher score is closer); scores are compared in their own precision."""
     num_images, num_texts = scores.shape
     image_of = _checked(image_of, num_images, num_texts, scores.device)
     if bad := int((~scores.isfinite()).sum()):
-        raise ValueError(f"{bad} of {scores.numel()} scores are not finite; recalls of them would mean nothing")
-    return _both(lambda a, b: scores[:, a:b].T, lambda a, b: scores[a:b], image_of, num_images, chunk)
+        raise ValueError(f"{bad} of {scores.numel()} scores are not finite; check the model that computed them")
+    return _both_directions(lambda a, b: scores[:, a:b].T, lambda a, b: scores[a:b], image_of, num_images, chunk)
 
 
 def recalls(
@@ -146,24 +151,24 @@ def recalls(
     ks: Sequence[int] = KS,
     chunk: int = 256,
 ) -> Recalls:
-    """Recalls of `ranks`."""
+    """Return the recalls of `ranks`."""
     return ranks(images, texts, image_of, chunk).recalls(ks)
 
 
 def recalls_from_scores(
     scores: Float[Tensor, "I T"], image_of: Int[Tensor, " T"], ks: Sequence[int] = KS, chunk: int = 256
 ) -> Recalls:
-    """Recalls of `ranks_from_scores`."""
+    """Return the recalls of `ranks_from_scores`."""
     return ranks_from_scores(scores, image_of, chunk).recalls(ks)
 
 
 def chance(image_of: Int[Tensor, " T"], ks: Sequence[int] = KS) -> Recalls:
-    """What random scores reach on average: K / I, and 1 - C(T - m, K) / C(T, K) for an image with m captions."""
+    """Return the mean recalls of random scores: K / I, and 1 - C(T - m, K) / C(T, K) for an image with m captions."""
     num_texts, captions = len(image_of), torch.bincount(image_of)
     num_images = len(captions)
 
     def missed(m: Tensor, k: int) -> Tensor:
-        """Chance that none of m captions is among k of all, as a product of k factors."""
+        """Return the probability that none of m captions is among the first k, as a product of k factors."""
         ranked = torch.arange(min(k, num_texts), dtype=torch.float64)
         return ((num_texts - m.double()[:, None] - ranked).clamp(min=0) / (num_texts - ranked)).prod(1)
 
@@ -171,16 +176,16 @@ def chance(image_of: Int[Tensor, " T"], ks: Sequence[int] = KS) -> Recalls:
     return Recalls(ir, {k: 100 * float((1 - missed(captions, k)).mean()) for k in ks}, 0.0)
 
 
-def _both(text_rows: Rows, image_rows: Rows, image_of: Tensor, num_images: int, chunk: int) -> Ranks:
+def _both_directions(text_rows: Rows, image_rows: Rows, image_of: Tensor, num_images: int, chunk: int) -> Ranks:
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1; found {chunk}")
-    of_image, image_ties, _ = _ranks(text_rows, image_of[:, None], chunk)
-    of_text, text_ties, own = _ranks(image_rows, _captions_of(image_of, num_images), chunk)
-    return Ranks(*(t.cpu() for t in (of_image, of_text, image_of, image_ties, text_ties, own)))
+    image, image_ties, _ = _ranks(text_rows, image_of[:, None], chunk)
+    text, text_ties, text_own = _ranks(image_rows, _captions_of(image_of, num_images), chunk)
+    return Ranks(*(t.cpu() for t in (image, text, image_of, image_ties, text_ties, text_own)))
 
 
 def _captions_of(image_of: Int[Tensor, " T"], num_images: int) -> Int[Tensor, "I P"]:
-    """Per image its captions; a row that is short repeats its last one."""
+    """Return the captions of each image; shorter rows repeat their last caption."""
     order = image_of.argsort(stable=True)
     counts = torch.bincount(image_of, minlength=num_images)
     first = counts.cumsum(0) - counts
@@ -191,23 +196,23 @@ def _captions_of(image_of: Int[Tensor, " T"], num_images: int) -> Int[Tensor, "I
 def _ranks(
     rows: Rows, positives_QP: Int[Tensor, "Q P"], chunk: int
 ) -> tuple[Int[Tensor, " Q"], Int[Tensor, " Q"], Int[Tensor, " Q"]]:
-    """Pessimistic 0-based rank of each query's best positive, how many candidates merely tie with it, and how many
-    positives are as good."""
-    pessimistic, ties, good = [], [], []
+    """Return for each query: the 0-based rank of its best positive with ties counted against it, the number of wrong
+    candidates that tie with it, and the number of positives that share its score."""
+    pessimistic, ties, best_positives = [], [], []
     for start in range(0, len(positives_QP), chunk):
         score_qC = rows(start, start + chunk)
         index_qP = positives_QP[start : start + chunk]
-        own_qP = score_qC.gather(1, index_qP)
-        best_q1 = own_qP.amax(1, keepdim=True)
-        above = (score_qC > best_q1).sum(1, dtype=torch.int32).long()  # summing into int64 takes thrice as long
+        positive_qP = score_qC.gather(1, index_qP)
+        best_q1 = positive_qP.amax(1, keepdim=True)
+        above = (score_qC > best_q1).sum(1, dtype=torch.int32).long()  # an int64 sum takes three times as long
         level = (score_qC >= best_q1).sum(1, dtype=torch.int32).long() - above
         repeats = torch.zeros_like(index_qP, dtype=torch.bool)
         repeats[:, 1:] = index_qP[:, 1:] == index_qP[:, :-1]
-        good.append(((own_qP == best_q1) & ~repeats).sum(1))
-        tied = level - good[-1]
+        best_positives.append(((positive_qP == best_q1) & ~repeats).sum(1))
+        tied = level - best_positives[-1]
         pessimistic.append(above + tied)
         ties.append(tied)
-    return torch.cat(pessimistic), torch.cat(ties), torch.cat(good)
+    return torch.cat(pessimistic), torch.cat(ties), torch.cat(best_positives)
 
 
 def _recall(pessimistic: Tensor, ties: Tensor | None, ks: Sequence[int]) -> tuple[dict[int, float], float]:
@@ -218,7 +223,7 @@ def _recall(pessimistic: Tensor, ties: Tensor | None, ks: Sequence[int]) -> tupl
 
 
 def _scorer(queries: Float[Tensor, "Q D"], candidates: Float[Tensor, "C D"]) -> Rows:
-    # A matrix product may round equal columns differently by where they stand, so each distinct one is scored once.
+    # A matrix product may round equal columns differently, depending on their position, so each is scored only once.
     distinct, which = _distinct(candidates)
     if len(distinct) == len(candidates):
         return lambda a, b: queries[a:b] @ candidates.T
@@ -226,7 +231,10 @@ def _scorer(queries: Float[Tensor, "Q D"], candidates: Float[Tensor, "C D"]) -> 
 
 
 def _distinct(rows: Float[Tensor, "C D"]) -> tuple[Float[Tensor, "_ D"], Int[Tensor, " C"]]:
-    """Rows that differ in their bits, and which of them each row is; found by a hash, which is checked."""
+    """Return the rows with distinct bits, and the index of each row among them.
+
+    Equal rows are detected by a hash; rows with equal hashes are compared.
+    """
     bits = rows.contiguous().view(torch.int32)
     random = torch.Generator().manual_seed(0)
     factors = torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=random).to(rows.device)
@@ -237,12 +245,12 @@ def _distinct(rows: Float[Tensor, "C D"]) -> tuple[Float[Tensor, "_ D"], Int[Ten
         return rows, which
     first = torch.full((count,), len(rows), device=rows.device)
     first = first.scatter_reduce(0, which, torch.arange(len(rows), device=rows.device), "amin")
-    for part, own in zip(bits.split(STRIDE), which.split(STRIDE), strict=True):
-        assert torch.equal(part, bits[first[own]]), "two rows have one hash"
+    for part, index in zip(bits.split(STRIDE), which.split(STRIDE), strict=True):
+        assert torch.equal(part, bits[first[index]]), "different rows have the same hash"
     return rows[first], which
 
 
-def _normalised(rows: Tensor, what: str) -> Tensor:
+def _normalised(rows: Tensor, modality: str) -> Tensor:
     rows = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
     unit = torch.empty_like(rows)
     infinite = zero = 0
@@ -250,27 +258,29 @@ def _normalised(rows: Tensor, what: str) -> Tensor:
         largest = part.abs().amax(1, keepdim=True)
         infinite += int((~largest.isfinite()).sum())
         zero += int((largest == 0).sum())
-        torch.div(part, largest, out=out)  # so that no norm under- or overflows
-        out.div_(out.norm(dim=1, keepdim=True)).add_(0.0)  # and no zero has a sign
+        torch.div(part, largest, out=out)  # scaled first, so that the norm cannot underflow or overflow
+        out.div_(out.norm(dim=1, keepdim=True)).add_(0.0)  # adding 0 turns -0 into 0
     if infinite or zero:
         raise ValueError(
-            f"of {len(rows)} {what} embeddings {infinite} are not finite and {zero} are zero; "
-            "the model has diverged or collapsed"
+            f"of {len(rows)} {modality} embeddings {infinite} are not finite and {zero} are zero: the model has "
+            "diverged or collapsed; train it with lower learning rates"
         )
     return unit
 
 
 def _checked(image_of: Tensor, num_images: int, num_texts: int, device: torch.device) -> Tensor:
     if not num_images or not num_texts:
-        raise ValueError(f"the gallery has {num_images} images and {num_texts} captions; it needs both")
+        raise ValueError(f"the gallery has {num_images} images and {num_texts} captions; give at least one of each")
     if image_of.shape != (num_texts,):
-        raise ValueError(f"image_of must give one image per caption ({num_texts}); found shape {tuple(image_of.shape)}")
+        raise ValueError(
+            f"image_of must hold one image index per caption ({num_texts}); found shape {tuple(image_of.shape)}"
+        )
     image_of = image_of.to(device=device, dtype=torch.int64)
     low, high = int(image_of.min()), int(image_of.max())
     if low < 0 or high >= num_images:
-        raise ValueError(f"image_of spans {low}..{high} but images are 0..{num_images - 1}")
+        raise ValueError(f"image_of has indices {low}..{high}, but images are numbered 0..{num_images - 1}")
     captions = torch.bincount(image_of, minlength=num_images)
-    if bare := int((captions == 0).sum()):
+    if without := int((captions == 0).sum()):
         first = int(captions.argmin())
-        raise ValueError(f"{bare} of {num_images} images have no caption (first: {first}); leave them out")
+        raise ValueError(f"{without} of {num_images} images have no caption (first: {first}); remove them")
     return image_of

@@ -1,7 +1,7 @@
-"""Students: fresh models trained on a distilled set, and the protocols they are scored by.
+"""Train and score students: newly initialised models that learn from a distilled set or from real pairs.
 
-A student is trained on the subsets in order with the same weights. The headline protocol fixes the number of
-passes, gives every subset its own learned rates, optimiser and schedule, chooses on val and reads test once.
+One student is trained on all subsets of a set in order. By default the number of passes is fixed, and every subset has
+its own learned learning rates, optimiser and schedule.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,12 +24,12 @@ from rmdd.models.prepared import PreparedSplit
 
 
 class Diverged(FloatingPointError):
-    """A student cannot be trained or scored with these rates."""
+    """Raised when the training of a student diverges or its embeddings cannot be scored."""
 
 
 @dataclass(frozen=True)
 class TrainingPairs:
-    """What a student learns from one subset: M pairs with target similarities and its two rates."""
+    """The training data of one subset: M pairs, their target similarities, and a learning rate per tower."""
 
     images: Float[Tensor, "M 3 H W"]
     texts: Float[Tensor, "M F"]
@@ -40,7 +40,7 @@ class TrainingPairs:
 
 @dataclass(frozen=True)
 class StudentSchedule:
-    """How a student is trained on the subsets of a set, in order."""
+    """The training schedule of a student on the subsets of a set."""
 
     epochs: int
     """Passes over each subset."""
@@ -48,26 +48,31 @@ class StudentSchedule:
     momentum: float
     weight_decay: float
     drop_after: int | None
-    """Passes of a subset after which rates are multiplied by `drop`; None: never."""
+    """Number of passes over a subset after which learning rates are multiplied by `drop`; None: never."""
     drop: float = 0.1
+    """Factor on the learning rates after `drop_after` passes."""
     chain: bool = False
-    """One optimiser for all subsets, whose momentum carries over, and one drop, in the first."""
+    """True: all subsets share one optimiser with its momentum, and the learning rate drops only in the first subset."""
     rates: Literal["own", "last"] = "own"
-    """Each subset's rates, or the last one's for all."""
+    """own: each subset is trained with its own learned rates; last: all use those of the last subset."""
     text_rate: Literal["own", "image"] = "own"
+    """own: the text head has its own learning rate; image: it uses the rate of the image tower."""
     batches: Literal["drawn", "cut", "cut_full"] = "drawn"
-    """drawn: each of a pass's ceil(M / B) steps takes B pairs of a fresh shuffle, as code with a similarity does, so
-    that no batch is short; cut: one shuffle per pass, the last batch short; cut_full: without a short one."""
+    """How a pass over M pairs is split into batches of B. drawn: ceil(M / B) independent draws of B pairs, as in
+    released code with a similarity; cut: one shuffle, with a shorter last batch; cut_full: the same without the shorter
+    batch."""
     augment: str = "none"
+    """Name of the augmentation (`rmdd.evaluate.augment`), or none."""
     trains: Literal["all", "heads", "text head"] = "all"
-    """What of the parameters that the model trains."""
+    """Which of the model's trainable parameters are trained."""
     mean: tuple[float, ...] | None = None
-    """Pixel constants of the pictures, for augmentations that need 8 bits."""
+    """Pixel mean with which images were normalised, for augmentations of 8-bit images."""
     std: tuple[float, ...] | None = None
+    """Pixel standard deviation with which images were normalised."""
 
     @classmethod
     def of(cls, rule: config.Evaluate) -> "StudentSchedule":
-        """The schedule of our own protocol: the rate drops after half of the passes."""
+        """Return the schedule that the run file describes; learning rates drop after half of the passes."""
         return cls(
             epochs=rule.epochs,
             batch=rule.batch,
@@ -82,19 +87,19 @@ class StudentSchedule:
         )
 
     def on(self, mean: Sequence[float], std: Sequence[float]) -> "StudentSchedule":
-        """The same schedule for pictures that were normalised with these constants."""
+        """Return the same schedule for images normalised with these constants."""
         return replace(self, mean=tuple(mean), std=tuple(std))
 
 
 def score(model: DualEncoder, prepared: PreparedSplit, device: torch.device, chunk: int = 256) -> Recalls:
-    """Retrieval recalls of `rank`."""
+    """Return the retrieval recalls of `model` on a split; see `rank`."""
     return rank(model, prepared, device, chunk).recalls()
 
 
 def rank(model: DualEncoder, prepared: PreparedSplit, device: torch.device, chunk: int = 256) -> Ranks:
-    """What every query of a split finds with `model`, in eval mode; leaves the mode as it was.
+    """Return the retrieval ranks of all queries of a split. The model runs in eval mode; its mode is restored.
 
-    Raises `Diverged` when its embeddings are not finite or zero.
+    Raise `Diverged` if embeddings are zero or not finite.
     """
     was_training = model.training
     model.eval()
@@ -109,7 +114,7 @@ def rank(model: DualEncoder, prepared: PreparedSplit, device: torch.device, chun
     model.train(was_training)
     for side, embeddings in (("image", images), ("text", texts)):
         if not (torch.isfinite(embeddings).all() and (embeddings != 0).any(dim=1).all()):
-            raise Diverged(f"the {side} embeddings collapsed: some are zero or not finite")
+            raise Diverged(f"{side} embeddings collapsed: some are zero or not finite")
     return ranks(images, texts, torch.from_numpy(split.image_of).to(device), chunk=chunk)
 
 
@@ -120,13 +125,13 @@ def train_student(
     loss: str,
     seed: int,
     student: int,
-    at: Callable[[int, int], None] = lambda subset, passes: None,
+    after_pass: Callable[[int, int], None] = lambda subset, passes: None,
 ) -> None:
-    """Train `model` in place on the pairs of each subset in order. `at(subset, passes)` is called after every pass.
+    """Train `model` in place on each subset in order; call `after_pass(subset, passes)` after every pass.
 
-    Batches, dropout and augmentation are drawn by (seed, student, subset, pass) alone: student i meets the same draws
-    whatever it learns from, so that methods are compared on the same students.
-    Raises `Diverged` for a rate that is not positive and when the loss is not finite.
+    Batches, dropout and augmentation depend only on (seed, student, subset, pass). Student i therefore gets the same
+    random draws for every training set, which makes methods comparable. Raise `Diverged` for a learning rate that is
+    not positive, or a loss that is not finite.
     """
     device = next(model.parameters()).device
     optimiser = None
@@ -157,19 +162,19 @@ def train_student(
                     optimiser.step()
             if not torch.isfinite(value):
                 raise Diverged(
-                    f"student {student} diverged on subset {s} in pass {epoch}: loss {value.item()} at rates "
+                    f"student {student} diverged on subset {s} in pass {epoch}: loss {value.item()} at learning rates "
                     f"{rates.lr_image:.4g} (image) and {rates.lr_text:.4g} (text)"
                 )
-            at(s, epoch + 1)
+            after_pass(s, epoch + 1)
 
 
 def batches(pairs: int, schedule: StudentSchedule, random: torch.Generator) -> list[Int[Tensor, " b"]]:
-    """The batches of one pass. A subset smaller than a batch is one batch."""
+    """Return the indices of each batch of one pass; a subset smaller than a batch forms one batch."""
     if schedule.batches == "drawn":
         return [torch.randperm(pairs, generator=random)[: schedule.batch] for _ in range(-(-pairs // schedule.batch))]
     cut = torch.randperm(pairs, generator=random).split(schedule.batch)
-    whole = schedule.batches == "cut" or len(cut) == 1 or len(cut[-1]) == schedule.batch
-    return list(cut if whole else cut[:-1])
+    keep_last = schedule.batches == "cut" or len(cut) == 1 or len(cut[-1]) == schedule.batch
+    return list(cut if keep_last else cut[:-1])
 
 
 def _optimiser(model: DualEncoder, rates: TrainingPairs, schedule: StudentSchedule, subset: int) -> torch.optim.SGD:
@@ -180,7 +185,7 @@ def _optimiser(model: DualEncoder, rates: TrainingPairs, schedule: StudentSchedu
         lr, params = by_tower[tower], [p for n, p in named if tower_of(n) == tower]
         if params and not lr > 0:
             raise Diverged(
-                f"subset {subset} has the learned {tower} rate {lr:.4g}, which trains nothing; set "
+                f"the learned {tower} learning rate of subset {subset} is {lr:.4g}, but it must be positive; set "
                 "distill.min_inner_lr and lower distill.lr_lr"
             )
         groups += [{"params": params, "lr": lr}] if params else []

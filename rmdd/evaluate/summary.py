@@ -1,4 +1,4 @@
-"""What `evaluation.json` says beside the table: certainty over images, the gap of peeking, and what it cost."""
+"""Sections of `evaluation.json`: result table, choices on val, confidence intervals, reference protocol, size, cost."""
 
 import json
 import statistics
@@ -15,34 +15,34 @@ from rmdd.evaluate.references import Reference
 from rmdd.evaluate.retrieval import Ranks
 
 FLOAT = 4
-
+"""Bytes of a float32."""
 
 ROWS = {"random": "baseline", "": "student", "full": "full"}
-"""Kind of students of each row of the table; "" stands for the method."""
+"""Kind of job behind each row of the result table; the row "" is named after the method."""
 
 
 def by_kind(rows: Sequence[tuple[Job, dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
-    """The records of the kinds that the table tells of."""
+    """Return the records of each kind of job that the result table shows."""
     return {kind: [r for job, r in rows if job.kind == kind] for kind in (*ROWS.values(), "reference")}
 
 
 def table_of(
     method: str, records: Mapping[str, Sequence[dict[str, Any]]], probes: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Mean and spread of each row: val, test at the last pass, the reference where it was scored, and probes."""
+    """Return the result table: mean and spread of each row on val, test and probes, and by the reference protocol."""
     table: dict[str, dict[str, Any]] = {}
     for row, kind in ROWS.items():
         scores: dict[str, Any] = {key: summary(records[kind], key) for key in ("val", "test_last")}
         if probes:
-            answers = [record["probes"] for record in records[kind]]
-            scores["probes"] = {name: summary(answers, name) for name in probes}
+            probe_scores = [record["probes"] for record in records[kind]]
+            scores["probes"] = {name: summary(probe_scores, name) for name in probes}
         table[row or method] = scores
     if records["reference"]:
         table[method]["test_best_reference"] = summary(records["reference"], "test_best_reference")
     return table
 
 
-def choices(
+def choices_section(
     protocol: StudentProtocol,
     candidates: Sequence[tuple[int, ...]],
     chosen: int,
@@ -50,7 +50,10 @@ def choices(
     baseline: tuple[str, float],
     tried: Mapping[tuple[str, float], float],
 ) -> dict[str, Any]:
-    """What was chosen on val: the snapshot of the set, by `curve`, and loss and rate of random pairs, by `tried`."""
+    """Return what was chosen on val: the snapshot of the set, and loss and learning rate of the baseline.
+
+    `curve` maps snapshots, and `tried` maps (loss, learning rate), to their mean R@mean on val.
+    """
     loss, lr = baseline
     return {
         "iterations": list(candidates[chosen]),
@@ -67,7 +70,7 @@ def choices(
     }
 
 
-def beside(
+def further_sections(
     protocol: StudentProtocol,
     method: str,
     table: Mapping[str, Any],
@@ -75,20 +78,20 @@ def beside(
     ranks: Mapping[Job, Ranks],
     size: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """`certainty`, `size` and, where a reference was scored, `reference`, from all final students and their records."""
+    """Return the sections `certainty`, `size` and, if a reference protocol was scored, `reference`."""
     of_rows = {row or method: [r for job, r in ranks.items() if job.kind == kind] for row, kind in ROWS.items()}
     sections = {"certainty": certainty(of_rows), "size": dict(size)}
-    by_reference = [record for job, record in rows if job.kind == "reference"]
-    if by_reference and (reference := protocol.reference):
-        honest = table[method]["test_last"]["R@mean"]["mean"]
-        sections["reference"] = peeking(reference, protocol.layout, by_reference, honest)
+    reference_records = [record for job, record in rows if job.kind == "reference"]
+    if reference_records and (reference := protocol.reference):
+        test_last = table[method]["test_last"]["R@mean"]["mean"]
+        sections["reference"] = reference_section(reference, protocol.layout, reference_records, test_last)
     return sections
 
 
 def certainty(ranks: Mapping[str, Sequence[Ranks]], random: str = "random") -> dict[str, Any]:
-    """95 % intervals of `test_last` per row of the table, over the images of test, and of each row minus `random`."""
+    """Return 95 % intervals over the test images for each row of the table, and for each row minus `random`."""
     return {
-        "over": f"images of test, drawn with their captions {DRAWS} times; 95 %, of the mean over students",
+        "over": f"95 % intervals of the mean over students; test images are drawn with their captions {DRAWS} times",
         "test_last": {row: {m: asdict(i) for m, i in intervals(students).items()} for row, students in ranks.items()},
         "minus_random": {
             row: {m: asdict(i) for m, i in differences(students, ranks[random], METRICS).items()}
@@ -99,10 +102,14 @@ def certainty(ranks: Mapping[str, Sequence[Ranks]], random: str = "random") -> d
     }
 
 
-def peeking(
+def reference_section(
     reference: Reference, layout: str | None, records: Sequence[Mapping[str, Any]], test_last: float
 ) -> dict[str, Any]:
-    """The protocol, and how far its number lies above the honest one, and above the last pass of its own students."""
+    """Return the settings of the reference protocol and its gain from selecting on test.
+
+    `minus_test_last` is its R@mean minus that of our protocol, `minus_own_last` its R@mean minus that of the last pass
+    of the same students.
+    """
     best = statistics.fmean(r["test_best_reference"]["R@mean"] for r in records)
     last = [r["curve"][-1]["test"]["R@mean"] if r["curve"] and "diverged" not in r else 0.0 for r in records]
     return {
@@ -117,7 +124,7 @@ def peeking(
 
 
 def size(rule: config.Distill, stored_size: int, text_width: int) -> dict[str, Any]:
-    """Numbers and float32 bytes of the set, similarity and rates included."""
+    """Return the size of the set in float numbers and in float32 bytes, including similarity and learning rates."""
     pairs = [p.pairs for p in rule.phases]
     numbers = budget.cost(pairs, stored_size, text_width, rule.similarity.kind, rule.similarity.rank)
     return {
@@ -128,13 +135,13 @@ def size(rule: config.Distill, stored_size: int, text_width: int) -> dict[str, A
     }
 
 
-def clocks(
+def measured_cost(
     runtime: config.Runtime, logs: Sequence[Path], store_bytes: int, steps: Mapping[str, float]
 ) -> dict[str, Any]:
-    """What was measured, and so differs from one run to the next: seconds per iteration, GPU-hours, bytes of the store.
+    """Return the measured cost, which varies between runs: seconds per iteration, hours, GPU-hours, bytes of the store.
 
-    GPU-hours are wall hours times GPUs: of distilling, over its iterations, each on one worker; of all steps, as long
-    as they took with every GPU that the run had, busy or not.
+    `distill_gpu_hours` counts the GPUs of one worker during each iteration. `gpu_hours` counts all GPUs of the run
+    during all steps, busy or idle.
     """
     seconds = [
         json.loads(line)["seconds"] for log in logs if log.is_file() for line in log.read_text().splitlines() if line
@@ -152,7 +159,7 @@ def clocks(
 
 
 def _workers(runtime: config.Runtime) -> int:
-    """Workers side by side: as configured, else one per GPU that this machine has."""
+    """Return the number of parallel workers: the configured one, or one per GPU of this machine."""
     if runtime.workers is not None or runtime.gpus_per_worker == 0:
         return runtime.workers or 1
     import torch

@@ -1,7 +1,7 @@
-"""Files of training pairs that no phase of a run made.
+"""Files of training pairs from outside the run, for comparisons: other distilled sets and subsets of real pairs.
 
-Two kinds of file, each named by the hash of its content: `.safetensors` holds learned pairs (see `rmdd.distill.sets`,
-always with the whole similarity matrix), `.json` the caption records of real pairs in the train split.
+A file is named by the hash of its content. `.safetensors` files hold learned pairs (see `rmdd.distill.sets`) with the
+full similarity matrix; `.json` files list caption records of the train split.
 """
 
 import hashlib
@@ -21,17 +21,17 @@ from rmdd.models.prepared import PreparedSplit
 
 
 def pairs_of_set(distilled: DistilledSet) -> list[TrainingPairs]:
-    """The pairs of each subset of a set, in order, with pictures as they are stored."""
+    """Return the pairs of each subset of a set, in order, with images at their stored size."""
     return [TrainingPairs(s.images, s.texts, s.matrix, s.lr_image, s.lr_text) for s in distilled.subsets]
 
 
 def enlarged_to(size: int, subsets: Sequence[TrainingPairs]) -> list[TrainingPairs]:
-    """The same pairs with pictures of side `size`, as the towers take them."""
+    """Return the pairs with images enlarged to side `size`, the input size of the towers."""
     return [replace(pairs, images=enlarged(pairs.images, size)) for pairs in subsets]
 
 
 def write_pairs(folder: Path, subsets: Sequence[TrainingPairs]) -> Path:
-    """Write learned pairs with pictures as they are stored; returns the file."""
+    """Write learned pairs with images at their stored size; return the file."""
     tensors = [
         {
             "images": pairs.images,
@@ -50,7 +50,7 @@ def write_pairs(folder: Path, subsets: Sequence[TrainingPairs]) -> Path:
 
 
 def write_records(folder: Path, records: Sequence[int]) -> Path:
-    """Write the numbers of caption records of the train split; returns the file."""
+    """Write the indices of caption records of the train split; return the file."""
     data = json.dumps(list(records)).encode()
     path = folder / f"{hashlib.sha256(data).hexdigest()[:16]}.json"
     if not path.is_file():
@@ -60,7 +60,7 @@ def write_records(folder: Path, records: Sequence[int]) -> Path:
 
 
 def read_pairs(path: Path, image_size: int, train: Callable[[], PreparedSplit], lr: float) -> list[TrainingPairs]:
-    """The pairs of each subset in order, with pictures of side `image_size`. `lr`, unless 0, replaces both rates."""
+    """Read the pairs of each subset in order, with images of side `image_size`; `lr` replaces both rates unless 0."""
     if path.suffix == ".json":
         return [real_pairs(train(), read_json(path), lr)]
     stored = [
@@ -72,6 +72,6 @@ def read_pairs(path: Path, image_size: int, train: Callable[[], PreparedSplit], 
 
 
 def real_pairs(train: PreparedSplit, records: list[int], lr: float) -> TrainingPairs:
-    """Real caption records with identity similarity and one rate for both towers."""
+    """Return the pairs of real caption records, with identity similarity and learning rate `lr` for both towers."""
     images = train.pictures(train.split.image_of[records])
     return TrainingPairs(images, torch.tensor(train.texts[records]), torch.eye(len(records)), lr, lr)

@@ -1,4 +1,4 @@
-"""Methods: one file for each published one. Which there are, and those of other packages: `rmdd.config.recipes`."""
+"""Distillation methods, one file per paper. `rmdd.config.recipes` lists their names, also those of other packages."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from rmdd.methods.trajectory import Method as Method
 
 
 def find(name: str) -> type[BaseMethod]:
-    """The method called `name`. Raises `ValueError` when there is none."""
+    """Return the class of the method `name`. Raise `ValueError` for an unknown name."""
     return cast(type[BaseMethod], recipes.find(name))
 
 
 def method_of(run: config.Run) -> BaseMethod:
-    """The method of a run."""
+    """Return the method that `run` names in `distill.method`, configured for that run."""
     return find(run.distill.method)(run)
 
 
 def matching_method(run: config.Run) -> Method:
-    """The method of a run that matches trajectories. Raises `ValueError` for another one."""
+    """Return the method of a run if it matches trajectories; raise `ValueError` if it does not."""
     method = method_of(run)
     if not isinstance(method, Method):
         raise ValueError(
-            f"method {run.distill.method} matches no trajectories; name one that does (see `rmdd methods`)"
+            f"method {run.distill.method} does not match trajectories; choose one that does (see `rmdd methods`)"
         )
     return method

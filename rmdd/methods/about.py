@@ -1,4 +1,4 @@
-"""What there is to say about a method: its own words, the values it sets, and the presets that use it."""
+"""Describe methods for `rmdd methods`: docstring, defaults, options and the presets that use each method."""
 
 import inspect
 import json
@@ -12,29 +12,34 @@ from rmdd.methods.base import BaseMethod
 
 
 def listing() -> list[dict[str, Any]]:
-    """Every method by name, families together: where it is, one line about it, what it needs, its card, its status and
-    its presets. One that cannot be imported says so."""
-    users = presets_by_method()
-    listed = []
+    """Return one record per method, sorted by family and name: import path, summary, needs, card, status, presets.
+
+    For a method that cannot be imported, summary and status hold the error message.
+    """
+    presets = presets_by_method()
+    records = []
     for name, place in sorted(names().items()):
         try:
-            told = {"summary": summary(name), **_standing(methods.find(name))}
+            details = {"summary": summary(name), **_attributes(methods.find(name))}
         except ValueError as error:
-            told = {"summary": str(error), "family": "", "needs": [], "card": "", "status": str(error)}
-        listed.append({"name": name, "place": place, **told, "presets": users.get(name, [])})
+            details = {"summary": str(error), "family": "", "needs": [], "card": "", "status": str(error)}
+        records.append({"name": name, "place": place, **details, "presets": presets.get(name, [])})
     order = [*get_args(Family), ""]
-    return sorted(listed, key=lambda each: order.index(each["family"]))
+    return sorted(records, key=lambda record: order.index(record["family"]))
 
 
 def about(name: str) -> dict[str, Any]:
-    """All about the method that `name` names as a run file does. Raises `ValueError` when there is none."""
+    """Return all details of one method: the record of `listing` with its docstring, defaults and options.
+
+    `name` is a name or an import path `module:Class`, as in `distill.method`. Raise `ValueError` for an unknown name.
+    """
     method = methods.find(name)
     return {
         "name": name,
         "place": f"{method.__module__}:{method.__qualname__}",
         "summary": summary(name),
-        **_standing(method),
-        "text": _words(method),
+        **_attributes(method),
+        "text": _docstring(method),
         "defaults": dict(method.defaults),
         "options": _options(method.Options),
         "presets": presets_by_method().get(name, []),
@@ -42,25 +47,25 @@ def about(name: str) -> dict[str, Any]:
 
 
 def _options(section: type[Section], before: str = "") -> dict[str, str]:
-    """Every field below `distill.options`: its meaning, what it may say, and its default."""
-    found: dict[str, str] = {}
+    """Return a description of every field below `distill.options`: its meaning, allowed values and default."""
+    described: dict[str, str] = {}
     for name, field in section.model_fields.items():
         key, kind = f"{before}{name}", field.annotation
         if isinstance(kind, type) and issubclass(kind, Section):
-            found |= _options(kind, f"{key}.")
+            described |= _options(kind, f"{key}.")
             continue
         choices = [str(c) for part in (kind, *get_args(kind)) if get_origin(part) is Literal for c in get_args(part)]
         default = (
             "none" if field.is_required() else json.dumps(field.get_default(call_default_factory=True), default=str)
         )
-        told = [f"one of {', '.join(choices)}"] if choices else []
-        facts = "; ".join([*told, f"default {default}"])
-        found[key] = f"{field.description} ({facts})" if field.description else facts
-    return found
+        allowed = [f"one of {', '.join(choices)}"] if choices else []
+        facts = "; ".join([*allowed, f"default {default}"])
+        described[key] = f"{field.description} ({facts})" if field.description else facts
+    return described
 
 
-def _standing(method: type[BaseMethod]) -> dict[str, Any]:
-    """Its family, what must be there before it begins, where it was published, and what was verified of it."""
+def _attributes(method: type[BaseMethod]) -> dict[str, Any]:
+    """Return a method's family, its prerequisites, where it was published, and what was verified of it."""
     return {
         "family": method.family,
         "needs": list(method.needs),
@@ -70,18 +75,18 @@ def _standing(method: type[BaseMethod]) -> dict[str, Any]:
 
 
 def summary(name: str) -> str:
-    """The first paragraph about a method, in one line. Raises `ValueError` when there is no such method."""
-    return " ".join(_words(methods.find(name)).partition("\n\n")[0].split())
+    """Return the first paragraph of a method's docstring as one line. Raise `ValueError` for an unknown name."""
+    return " ".join(_docstring(methods.find(name)).partition("\n\n")[0].split())
 
 
 def presets_by_method() -> dict[str, list[str]]:
-    """The names of the presets, by method."""
-    usual, found = config.Distill().method, dict[str, list[str]]()
+    """Return the names of the presets of each method."""
+    default_method, presets = config.Distill().method, dict[str, list[str]]()
     for preset in config.preset_names():
-        found.setdefault(config.read(preset).get("distill", {}).get("method", usual), []).append(preset)
-    return found
+        presets.setdefault(config.read(preset).get("distill", {}).get("method", default_method), []).append(preset)
+    return presets
 
 
-def _words(method: type[BaseMethod]) -> str:
-    """The docstring of its module, else its own."""
+def _docstring(method: type[BaseMethod]) -> str:
+    """Return the docstring of the method's module, or of its class if the module has none."""
     return inspect.cleandoc(sys.modules[method.__module__].__doc__ or method.__doc__ or "")

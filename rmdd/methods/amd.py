@@ -1,14 +1,18 @@
-"""AMD: asynchronous matching with dynamic sampling (ICLR 2026), on a LoRS loop.
+"""AMD: asynchronous matching with dynamic sampling (ICLR 2026), built on LoRS.
 
-Text heads move most in the first epochs, image towers later, so one start epoch for both is wrong for one of them.
-Starts are drawn independently, t_V ~ U{0..R_V} and t_L ~ U{0..R_L}, from ranges found in the experts:
+In the experts, text heads move most in the first epochs and image towers move most in later ones. One start epoch for
+both towers therefore fits only one of them. AMD draws the two start epochs independently, t_V ~ U{0..R_V} for the image
+tower and t_L ~ U{0..R_L} for the text head, and computes the upper bounds from the experts:
 
-    drift   D_m(t) = | mean over experts of theta_m(t) - the same at t - 1 |,  m = image V, text L
-    ratio   r(t) = D_V(t) / D_L(t), threshold T its median;  R_V = min{t: r(t) > T},  R_L = max{t: r(t) <= T}
+    drift   D_m(t) = || mean_m(t) - mean_m(t - 1) ||,  mean_m(t) = mean over experts of theta_m(t),  m = V or L
+    ratio   r(t) = D_V(t) / D_L(t), with threshold T = median of r
+    bounds  R_V = min{t: r(t) > T},  R_L = max{t: r(t) <= T}
 
-and the set starts from prototypes: pairs nearest to the k-means centres of image and text embeddings side by side. From
-notes on the paper, which has no code; its rule for R_V is an odd one, and `options.ranges: stated` takes ranges by
-hand. Prototypes are found by `rmdd.distill.starts`, where every method may ask for them (`init: prototypes`).
+The set starts from prototypes: the pairs nearest to k-means centres of concatenated image and text embeddings
+(`distill.init: prototypes`, in `rmdd.distill.starts`; any trajectory method can use it).
+
+No code was released; this file follows notes on the paper. The rule for R_V is unusual: it ends the range of the image
+tower at the first epoch with a high ratio. `options.ranges: stated` takes the ranges from the run file instead.
 """
 
 import logging
@@ -30,18 +34,20 @@ _logger = logging.getLogger(__name__)
 class AMD(LoRS):
     class Options(LoRS.Options):
         starts: Literal["independent", "together"] = Field(
-            "independent", description="independent: a start epoch for each tower; together: one for both"
+            "independent", description="independent: draw one start epoch per tower; together: one epoch for both"
         )
         ranges: Literal["drift", "stated"] = Field(
-            "drift", description="drift finds each tower's range of starts from the experts"
+            "drift",
+            description="drift: compute each tower's range of start epochs from the experts; stated: use the ranges of "
+            "distill.phases",
         )
 
     options: Options
     plain_options: ClassVar[dict[str, Any]] = {"ranges": "stated", "starts": "together"}
     card = "ICLR 2026"
     verified = (
-        "ranges of planted drifts, prototypes and steps equal slow float64 ones; as LoRS on emoji. "
-        "Open: published figures"
+        "ranges for known drifts, prototypes and steps equal a slow float64 version; on par with LoRS on emoji. "
+        "Not verified: the published numbers"
     )
     defaults = filled({"distill": {"init": "prototypes"}}, LoRS.defaults)
 
@@ -60,11 +66,11 @@ class AMD(LoRS):
             return mistakes
         if not cls.starts_apart(rule):
             mistakes.append(
-                "distill.options.ranges: drift gives each tower its own range; set distill.options.starts: independent"
+                "distill.options.ranges: drift computes one range per tower; set distill.options.starts: independent"
             )
         if rule.start_rule == "inclusive":
             mistakes.append(
-                "distill.options.ranges: drift finds whole epochs, ends included; set distill.start_rule: exclusive"
+                "distill.options.ranges: drift already includes the last start epoch; set distill.start_rule: exclusive"
             )
         if run.experts.keep == "endpoints":
             mistakes.append("distill.options.ranges 'drift' reads every epoch; set experts.keep: all")
@@ -83,7 +89,10 @@ class AMD(LoRS):
 
 
 def drift_ranges(store: Store, experts: Sequence[int], last: int) -> dict[str, tuple[int, int]]:
-    """The half-open range of start epochs per tower, up to the start `last`; the whole of it where all ratios agree."""
+    """Return each tower's half-open range of start epochs, cut after epoch `last`.
+
+    If no drift ratio exceeds the median, both towers get the full range.
+    """
     drift = mean_drift(store, experts)
     ratio = drift["image"] / (drift["text"] + np.finfo(np.float64).eps)
     above = ratio > np.median(ratio)
@@ -92,14 +101,16 @@ def drift_ranges(store: Store, experts: Sequence[int], last: int) -> dict[str, t
         "image": int(epochs[above].min()) if above.any() else last,
         "text": int(epochs[~above].max()) if above.any() else last,
     }
-    for tower, found in reach.items():
-        if found > last:
-            _logger.warning("%s starts up to epoch %d are cut at %d, where the path ends", tower, found, last)
+    for tower, epoch in reach.items():
+        if epoch > last:
+            _logger.warning(
+                "%s start epochs up to %d are cut to %d, the last start that the path allows", tower, epoch, last
+            )
     return {tower: (0, min(r, last) + 1) for tower, r in reach.items()}
 
 
 def mean_drift(store: Store, experts: Sequence[int]) -> dict[str, np.ndarray]:
-    """Per tower, how far the mean of the experts moves in each epoch, (epochs,)."""
+    """Return, per tower, the distance that the mean of the experts moves in each epoch, (epochs,)."""
     squares = {tower: np.zeros(store.epochs) for tower in TOWERS}
     before = _mean(store, experts, 0)
     for epoch in range(1, store.epochs + 1):

@@ -1,4 +1,4 @@
-"""What every method is: values for the run file, and what the steps of a run ask of it."""
+"""Base class of all methods: default values for the run file, and the functions that the steps of a run call."""
 
 from __future__ import annotations
 
@@ -28,53 +28,53 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound="BaseMethod")
 Need = Literal["experts", "features", "diffusion", "captioner"]
 
-OF_PATHS = (
+TRAJECTORY_FIELDS = (
     *("trajectory", "endpoint_rule", "start_rule", "estimator", "reuse_graphs", "steps", "match_epochs"),
     *("batch", "batches", "branches", "inner_dropout", "lr_similarity", "lr_lr"),
 )
-"""Fields of `distill` that only matching of trajectories reads."""
-
+"""Fields of `distill` that only trajectory-matching methods read."""
 
 Curves = tuple[str, dict[str, str], tuple[float, str] | None]
-"""A title, the numbers drawn under it with a label each, and a level with its name."""
+"""One plot of the report: title, labels by name of the logged number, and an optional reference level with its name."""
 
 
 class BaseMethod:
-    """A recipe. Those that others derive from are `rmdd.methods.Method`, which matches trajectories,
-    `rmdd.methods.distribution.DistributionMethod` and `rmdd.methods.generative.GenerativeMethod`.
+    """A distillation method. New methods derive from the class of their family: `rmdd.methods.Method` (trajectory
+    matching), `rmdd.methods.distribution.DistributionMethod` or `rmdd.methods.generative.GenerativeMethod`.
 
-    Parts are functions of the run, the phase and the iteration alone: what they draw comes from
-    `rmdd.core.seeding.generator`, so that a run that was killed goes on with the same bits.
+    Every result depends only on the run, the phase and the iteration. Random draws come from
+    `rmdd.core.seeding.generator`, so that a resumed run gives the same bits as an uninterrupted one.
     """
 
     family: ClassVar[Family]
-    """Which loop it is a recipe of; told to people, and asked by no code."""
+    """Family of the method. It is only shown to users; no code branches on it."""
     needs: ClassVar[tuple[Need, ...]] = ("experts",)
-    """What must be there before it begins."""
+    """Inputs that must exist before the method starts."""
     card: ClassVar[str] = ""
-    """Where it was published: an arXiv number or a venue."""
+    """Where the method was published: an arXiv number or a venue."""
     verified: ClassVar[str] = ""
-    """What was verified of it, and what only a GPU with weights can show."""
+    """What was verified of this implementation, and what is not verified because it needs a GPU and weights."""
     defaults: ClassVar[Mapping[str, Any]] = {}
-    """Values of the run file that hold where it says nothing, by section."""
+    """Default values of the method for fields missing from the run file, by section."""
     reference: ClassVar[str | None] = None
-    """The protocol of `rmdd.evaluate.references` by which its paper scored students."""
+    """Name of the paper's evaluation protocol in `rmdd.evaluate.references`."""
     version: ClassVar[int] = 1
-    """Raise it when a change of the code moves the numbers; part of the hash of every phase."""
+    """Version of the method, part of the hash of every phase. Increase it when a code change moves the numbers."""
 
     iterates: ClassVar[bool] = True
-    """Whether a phase is made by updates that one may stop between; else in one piece, by tasks of its own."""
+    """True if a phase is a loop of updates that can stop after any of them; False if it runs as separate tasks."""
     unrolls: ClassVar[bool] = False
-    """Whether student steps are differentiated, so that a trainable tower must have a double backward."""
+    """Whether gradients pass through student steps; a trainable tower must then support double backward."""
     learns_rates: ClassVar[bool] = False
-    """Whether the inner rates of a set are learned; else they are as set."""
+    """Whether the learning rates of the student steps are learned; otherwise they stay at the configured values."""
     plain_options: ClassVar[Mapping[str, Any]] = {}
-    """Options with which students start at whole epochs of the stated range, on the path of `distill.trajectory`."""
+    """Options that give plain trajectory matching: integer start epochs from the ranges of `distill.phases`, on the
+    path of `distill.trajectory`."""
     phase_fields: ClassVar[tuple[str, ...]] = ("pairs", "iterations")
-    """Fields of `distill.phases` that it reads."""
+    """Fields of `distill.phases` that the method reads."""
 
     class Options(Section):
-        """Fields of the method's own, read from `distill.options`."""
+        """Options that only this method has, read from `distill.options`."""
 
     def __init__(self, run: config.Run):
         self.run, self.rule = run, run.distill
@@ -82,29 +82,30 @@ class BaseMethod:
         self.seed = run.seed_of("distill")
 
     def on(self: M, run: config.Run) -> M:
-        """The same method of another run."""
+        """Return the same method configured for another run."""
         return type(self)(run)
 
     # -- the run file ------------------------------------------------------------------------------------------------
 
     @classmethod
     def mistakes(cls, run: config.Run) -> list[str]:
-        """What is wrong with a run of this method: its options, then `clashes`."""
+        """Return the config mistakes of a run of this method: invalid options and the messages of `clashes`."""
         listed_by = f"`rmdd methods {run.distill.method}` lists them"
-        options, wrong = validate(cls.Options, dict(run.distill.options), listed_by)
-        return [f"distill.options.{line}" for line in wrong] + ([] if options is None else cls.clashes(run))
+        options, invalid = validate(cls.Options, dict(run.distill.options), listed_by)
+        return [f"distill.options.{line}" for line in invalid] + ([] if options is None else cls.clashes(run))
 
     @classmethod
     def clashes(cls, run: config.Run) -> list[str]:
-        """What the method cannot work with, one line each that says what to set."""
+        """Return one message per setting that does not work with this method; each says what to set."""
         return []
 
     @classmethod
     def clashes_of_family(cls, rule: config.Distill, experts: config.Experts, runtime: config.Runtime) -> list[Clash]:
-        """What is wrong between the fields of a run, whatever the options: here, without a path to match."""
+        """Return the field combinations that no method of the family supports. The base class covers methods that match
+        no trajectories."""
         mistakes = []
         if rule.plan.plans or not rule.phases:
-            text = f"distill.method {rule.method} has no path to plan phases from; list distill.phases"
+            text = f"distill.method {rule.method} cannot plan phases, it matches no trajectories; list distill.phases"
             mistakes.append(Clash(text, "distill.method", "distill.phases", "plan.kind"))
         if rule.similarity.kind != "identity":
             text = f"distill.method {rule.method} learns no similarity; set distill.similarity.kind: identity"
@@ -113,46 +114,46 @@ class BaseMethod:
 
     @classmethod
     def idle_fields(cls) -> tuple[str, ...]:
-        """Fields of `distill` that it does not read."""
-        return OF_PATHS
+        """Return the fields of `distill` that the method does not read."""
+        return TRAJECTORY_FIELDS
 
     @classmethod
     def real_starts(cls, rule: config.Distill) -> bool:
-        """Whether students start at real-valued epochs; else at whole ones."""
+        """Return whether students start at real-valued epochs; False means integer epochs."""
         return False
 
     @classmethod
     def endpoint_of(cls, rule: config.Distill, epochs: int, phase: int) -> int:
-        """The last expert epoch that a phase reads, of experts trained for `epochs`."""
+        """Return the last expert epoch that a phase reads; the experts are trained for `epochs`."""
         return epochs
 
     def idle(self) -> list[str]:
-        """Fields of `distill` that were moved from their defaults and do nothing with it."""
-        usual = config.Distill.model_fields
-        return [name for name in self.idle_fields() if getattr(self.rule, name) != usual[name].default]
+        """Return the fields of `distill` that the run file changes although the method does not read them."""
+        fields = config.Distill.model_fields
+        return [name for name in self.idle_fields() if getattr(self.rule, name) != fields[name].default]
 
-    # -- what must be there ------------------------------------------------------------------------------------------
+    # -- prerequisites and reports -----------------------------------------------------------------------------------
 
     def parts(self) -> list[PretrainedModel]:
-        """The pretrained parts that it asks for."""
+        """Return the pretrained models that the method needs."""
         return []
 
     def faults(self) -> list[str]:
-        """What can be known to keep its parts from working, a line each; downloads nothing."""
+        """Return one message per problem with the pretrained models that can be detected without a download."""
         return []
 
     def uncounted(self) -> list[str]:
-        """Remarks on what estimates of its cost leave out."""
+        """Return remarks on work that the cost estimate leaves out."""
         return []
 
     def curves(self, logged: Iterable[str]) -> list[Curves]:
-        """What a page draws of a phase whose log has the numbers `logged`."""
+        """Return the plots for the report page of a phase; `logged` holds the names of its logged numbers."""
         return []
 
     # -- the phases --------------------------------------------------------------------------------------------------
 
     def records(self, phase: int, train: PreparedSplit) -> list[int]:
-        """The caption records that a phase starts from."""
+        """Return the indices of the caption records whose pairs initialise a phase."""
         pairs = self.rule.phases[phase].pairs
         if self.rule.init == "prototypes":
             run, device, width = self.run, local_device(self.run.runtime), train.texts.shape[1]
@@ -161,11 +162,11 @@ class BaseMethod:
         return choose_records(phase, pairs, train, self.seed)
 
     def initial(self, phase: int, train: PreparedSplit, records: list[int]) -> Synthetic:
-        """The set that a phase starts from."""
+        """Return the set that a phase starts from."""
         return phases.initial(self.run, phase, train, records)
 
     def begin(self, phase: int, train: Callable[[], PreparedSplit], folder: Path) -> None:
-        """Write what a phase starts from into its folder, where that is done before phases are handed out."""
+        """Write the starting set of a phase into its folder, if the method does that before workers get the phase."""
 
     def distil(
         self,
@@ -180,19 +181,20 @@ class BaseMethod:
         should_stop: Callable[[], bool] = lambda: False,
         ranks: WorkerParts | None = None,
     ) -> bool:
-        """Make a phase that `iterates`, from its last checkpoint if it has one; returns whether it finished.
+        """Run one phase from its last checkpoint, or from the start; return whether it finished.
 
-        `ranks` hold a `part_of_step` each; None: this process makes every step whole.
+        Called if `iterates` is True. Each worker of `ranks` holds a `part_of_step`; with None, this process computes
+        every step alone.
         """
-        raise NotImplementedError(f"{type(self).__name__} has `iterates` set, and so needs a method `distil`")
+        raise NotImplementedError(f"{type(self).__name__} sets `iterates` but has no method `distil`; add one")
 
     def is_finished(self, phase: int, folder: Path) -> bool:
-        """Whether the phase in `folder` has come to its end."""
+        """Return whether the phase in `folder` has finished."""
         return finished(folder, self.rule.phases[phase].iterations)
 
     @property
     def draws(self) -> int:
-        """Draws of a step that workers can share; 1: a step is made by one."""
+        """Number of draws per step, which workers can share; with 1, one process computes every step."""
         return 1
 
     def part_of_step(
@@ -205,9 +207,9 @@ class BaseMethod:
         rank: int = 0,
         size: int = 1,
     ) -> Any:
-        """What one of the workers that share the draws of every step holds."""
-        raise NotImplementedError(f"{type(self).__name__} has several `draws`, and so needs a method `part_of_step`")
+        """Return the object with which worker `rank` of `size` computes its share of the draws of every step."""
+        raise NotImplementedError(f"{type(self).__name__} has several `draws` but no `part_of_step`; add that method")
 
     def pairs_of_step(self, phase: int, train: Callable[[], PreparedSplit]) -> int:
-        """Pairs that go through the towers in an update; for the pace that people see."""
+        """Return the number of pairs that go through the towers in one update, for the displayed speed."""
         return self.rule.phases[phase].pairs

@@ -1,21 +1,24 @@
 """CovMatch: cross-covariance matching with a trainable text tower (arXiv 2510.18583, NeurIPS 2025).
 
-With linear heads the contrastive problem depends on the data through one matrix, the cross-covariance C of image and
-text features before the heads. So a set should have that of real data, and no student is unrolled:
+With linear heads, the contrastive loss depends on the data only through the cross-covariance C of image and text
+features h before the heads. CovMatch therefore moves the set until its cross-covariance C_S equals C_T, that of real
+data. No student is unrolled. For image (v) and text (l) features, with heads G_v and G_l, the loss is
 
     L = || rho C_T - C_S ||_F^2 + lambda (L_v + L_l),   L_m = || mean G_m h_m(real) - mean G_m h_m(set) ||^2
 
-C_S is of all pairs; its gradient is exact, in two passes over chunks. After every step the online model (both towers
-and linear heads G) takes one contrastive step on a real batch, and every 50 steps it begins anew from pretrained
-towers and random heads, so that features are those of models along training.
+C_S covers all M pairs; two passes over chunks of pairs give its exact gradient. The features come from an online model
+(two towers and the linear heads), so that they are those of models at every stage of training: after each step of the
+set, the online model takes one contrastive step on a real batch. Every `reset` = 50 steps it restarts from pretrained
+towers and random heads.
 
-    texts: frozen   learns (M,F) embeddings of the frozen tower; only image tower and heads are online (ours, to be
-                    compared with the other methods)
-    texts: tokens   learns (M,L,d) token embeddings, read in place of word embeddings under the masks of the initial
-                    captions, and trains the text tower too; students get what the frozen tower makes of them
+    texts: frozen   learns (M, F) text embeddings of the frozen text tower; only the image tower and the heads are
+                    trained online (our variant, for comparison with the other methods)
+    texts: tokens   learns (M, L, d) token embeddings with the masks of the initial captions, and trains the text tower
+                    online too; students get the output of the frozen text tower
 
-From notes on the paper, whose code could not be read: features are not normalised, masks are fixed, real batches of
-128 are ours. A batch far smaller than the features are wide makes C_T noise; `average` takes the mean over batches.
+We could not read the released code and follow notes on the paper. Our choices: features are not normalised, masks are
+fixed, real batches have 128 pairs. If a batch has far fewer pairs than the features have dimensions, C_T is mostly
+noise; `average` then uses a moving average over batches.
 """
 
 from __future__ import annotations
@@ -53,8 +56,8 @@ class CovMatch(DistributionMethod):
     needs = ()
     card = "2510.18583"
     verified = (
-        "losses and chunked gradients equal slow float64 ones, both kinds of texts on small towers. "
-        "Open: published figures, students that train the text tower"
+        "losses and chunked gradients equal a slow float64 version, for both `texts` options on small towers. "
+        "Not verified: the published numbers, students that train the text tower"
     )
     defaults = {
         "experts": {"num": 1, "keep": "endpoints"},
@@ -71,57 +74,65 @@ class CovMatch(DistributionMethod):
 
     class Options(DistributionMethod.Options):
         texts: Literal["frozen", "tokens"] = Field(
-            "frozen", description="learn embeddings of the frozen tower, or of tokens and train the tower too"
+            "frozen",
+            description="frozen: learn text embeddings of the frozen tower; tokens: learn token embeddings and train "
+            "the text tower online",
         )
-        rho: PositiveFloat = Field(2.0, description="scale of the real covariance; the paper: 2 for 100 pairs, else 1")
-        mean_weight: NonNegativeFloat = Field(0.1, description="lambda, of the matching of means")
-        real_batch: Annotated[int, Field(ge=2)] = Field(128, description="real pairs of a draw and of an online step")
+        rho: PositiveFloat = Field(
+            2.0, description="scale of the real covariance; in the paper 2 for 100 pairs, 1 for more"
+        )
+        mean_weight: NonNegativeFloat = Field(0.1, description="lambda, weight of the mean-matching terms")
+        real_batch: Annotated[int, Field(ge=2)] = Field(
+            128, description="real pairs in each draw and in each step of the online model"
+        )
         average: Annotated[float, Field(ge=0, lt=1)] = Field(
-            0.0, description="share of the mean over past batches in the real covariance, since the last reset; 0: none"
+            0.0, description="weight of past batches in a moving average of the real covariance; 0: no average"
         )
-        reset: PositiveInt = Field(50, description="steps after which the online model begins anew")
-        lr_tower: NonNegativeFloat = Field(0.01, description="rate of the online towers")
-        lr_head: NonNegativeFloat = Field(0.1, description="rate of the online heads")
-        online_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of the online SGD")
-        weight_decay: NonNegativeFloat = Field(5e-4, description="of the online SGD")
-        head_width: PositiveInt | None = Field(None, description="rows k of the heads; null: the joint width")
+        reset: PositiveInt = Field(50, description="steps between restarts of the online model")
+        lr_tower: NonNegativeFloat = Field(0.01, description="learning rate of the online towers")
+        lr_head: NonNegativeFloat = Field(0.1, description="learning rate of the online heads")
+        online_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="momentum of the online SGD")
+        weight_decay: NonNegativeFloat = Field(5e-4, description="weight decay of the online SGD")
+        head_width: PositiveInt | None = Field(
+            None, description="output width of the online heads; null: the width of the joint embedding"
+        )
         chunk: PositiveInt = Field(64, description="pairs that go through the towers at once")
 
     options: Options
 
     @classmethod
     def clashes(cls, run: config.Run) -> list[str]:
-        found = []
+        mistakes = []
         if run.distill.precision != "float32":
-            found.append("distill.method covmatch compares covariances; set distill.precision: float32")
+            mistakes.append("distill.method covmatch needs float32 covariances; set distill.precision: float32")
         if run.distill.options.get("texts", "frozen") == "frozen":
-            return found
+            return mistakes
         if run.model.text.name == "hashing":
-            found.append(
+            mistakes.append(
                 "distill.options.texts: tokens needs a tower with tokens; set model.text.name to a transformers encoder"
             )
         if run.distill.init == "noise":
-            found.append("distill.options.texts: tokens begins from the masks of captions; set distill.init: real")
-        return found
+            mistakes.append("distill.options.texts: tokens needs the masks of real captions; set distill.init: real")
+        return mistakes
 
     @functools.cached_property
     def tower(self) -> TokenTower:
-        """The frozen text tower, as pretrained."""
+        """Pretrained text tower that turns learned token embeddings into text embeddings; never trained."""
         return TokenTower(self.run.model.text, local_device(self.run.runtime)).requires_grad_(False)
 
     def uncounted(self) -> list[str]:
         tokens = self.options.texts == "tokens"
-        return ["the text tower, which learns along, is not counted"] if tokens else []
+        return ["the cost of training the text tower is not counted"] if tokens else []
 
     def initial(self, phase: int, train: PreparedSplit, records: list[int]) -> Synthetic:
-        begun = super().initial(phase, train, records)
+        initial = super().initial(phase, train, records)
         if self.options.texts == "frozen":
-            return begun
+            return initial
         words = self.tower.words([train.split.captions[r] for r in records])
-        return dataclasses.replace(begun, texts=words.cpu())
+        return dataclasses.replace(initial, texts=words.cpu())
 
     def exported(self, synthetic: Synthetic) -> Synthetic:
-        """Its texts as the frozen tower embeds them."""
+        """Return the set with token embeddings replaced by (M, F) text embeddings of the frozen tower."""
         if synthetic.texts.ndim == 2:
             return synthetic
         words, device = synthetic.texts, self.tower.model.device
@@ -134,7 +145,7 @@ class CovMatch(DistributionMethod):
         pairs, chunk = self.rule.phases[phase].pairs, self.options.chunk
         twice = pairs if pairs > chunk else 0
         at_once = max(real, min(pairs, chunk))
-        # the online model, its gradients and momentum, and how it begins
+        # 4 copies of the parameters: the online model, its gradients, its momentum, and its initial state
         return Effort(draws * (real + twice), draws * pairs, at_once, trained=real, models=4)
 
     def objective(
@@ -146,7 +157,7 @@ class CovMatch(DistributionMethod):
 
 
 class Online(nn.Module):
-    """Towers and linear heads. Without a text tower, texts are its embeddings already."""
+    """The online model: towers and linear heads. Without a text tower, its text input is already embedded."""
 
     def __init__(self, image_tower: nn.Module, text_tower: TokenTower | None, text_width: int, width: int | None):
         super().__init__()
@@ -155,21 +166,21 @@ class Online(nn.Module):
         self.head_image = nn.Linear(image_width, width or image_width, bias=False)
         self.head_text = nn.Linear(text_width, width or image_width, bias=False)
         if text_tower is not None and getattr(text_tower.model, "pooler", None) is not None:
-            text_tower.model.pooler.requires_grad_(False)  # which nothing here reads
+            text_tower.model.pooler.requires_grad_(False)  # the pooler's output is not used
         self.eval()
 
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-        """Features before the heads."""
+        """Return image and text features before the heads."""
         return self.image_tower(images), texts if self.text_tower is None else self.text_tower(texts)
 
     def scores(self, images: Tensor, texts: Tensor, temperature: float) -> Tensor:
-        """Of features."""
+        """Return the cosine similarities of image and text features after the heads, divided by `temperature`."""
         u = nn.functional.normalize(self.head_image(images), dim=1)
         return u @ nn.functional.normalize(self.head_text(texts), dim=1).T / temperature
 
 
 class CovarianceMatching:
-    """The objective of one phase: the online model, and what it has seen since its last reset."""
+    """The loss of one phase, computed with the online model; it also trains and resets that model."""
 
     def __init__(self, method: CovMatch, phase: int, train: PreparedSplit, online: Online, device: torch.device):
         self.run, self.rule, self.seed = method.run, method.options, method.seed
@@ -183,14 +194,18 @@ class CovarianceMatching:
         self.pretrained = {n: t.clone() for n, t in online.state_dict().items() if not n.startswith("head_")}
         self.temperature = self.run.distill.temperature or self.run.model.temperature
         self.mean: Tensor | None = None
-        """Of the real covariance over past batches."""
-        self.taken = 0
-        """Steps of the online model since its last reset."""
+        """Moving average of the real covariance since the last reset; None before the first batch or without
+        `average`."""
+        self.steps_since_reset = 0
+        """Training steps of the online model since its last reset."""
         self.reset(0)
 
     def reset(self, turn: int) -> None:
-        """Begin anew: towers as pretrained, and heads, and a tower without weights, as drawn for this turn."""
-        self.turn, self.taken, self.mean = turn, 0, None
+        """Restart the online model for the `turn`-th time: pretrained towers and newly drawn heads.
+
+        An image tower without pretrained weights is drawn too.
+        """
+        self.turn, self.steps_since_reset, self.mean = turn, 0, None
         self.optimiser.state.clear()
         self.model.load_state_dict(self.pretrained, strict=False)
         if self.run.model.image.weights == "random":
@@ -198,14 +213,14 @@ class CovarianceMatching:
             fresh = build_image_tower(self.run.model.image, draw, self.run.data.image_size)
             self.model.image_tower.load_state_dict(fresh.state_dict())
         for side, head in enumerate((self.model.head_image, self.model.head_text)):
-            reach = head.in_features**-0.5
+            bound = head.in_features**-0.5
             drawn = torch.rand(head.weight.shape, generator=generator(self.seed, "online head", self.phase, turn, side))
-            head.weight.data.copy_((2 * drawn - 1) * reach)
+            head.weight.data.copy_((2 * drawn - 1) * bound)
 
-    def _real(self, what: str, *index: int) -> tuple[Tensor, Tensor]:
-        """Pictures and texts of a real batch."""
+    def _real(self, purpose: str, *index: int) -> tuple[Tensor, Tensor]:
+        """Return images and texts of a random real batch; `purpose` and `index` seed the draw."""
         total = len(self.train.split.captions)
-        drawn = generator(self.seed, what, self.phase, *index)
+        drawn = generator(self.seed, purpose, self.phase, *index)
         records = torch.randperm(total, generator=drawn)[: self.rule.real_batch].sort().values.numpy()
         images = self.train.pictures(self.train.split.image_of[records], self.device)
         return images, self._texts(records.tolist())
@@ -231,7 +246,7 @@ class CovarianceMatching:
             of_covariance = covariance_loss(covariance, cross_covariance(image, text), self.rule.rho)
             heads = self.model.head_image, self.model.head_text
             sides = zip(heads, (real_v, real_l), (image, text), strict=True)
-            of_means = torch.stack([mean_loss(head(real), head(own)) for head, real, own in sides]).sum()
+            of_means = torch.stack([mean_loss(head(real), head(learned)) for head, real, learned in sides]).sum()
             total = of_covariance + self.rule.mean_weight * of_means
             return total, {"loss": total, "loss_covariance": of_covariance, "loss_mean": of_means}
 
@@ -240,12 +255,12 @@ class CovarianceMatching:
         )
         if by_texts.ndim == 3:
             by_texts = by_texts * mask_of(synthetic.texts)[..., None]
-        found = dataclasses.replace(zeros_like(synthetic), images=by_images, texts=by_texts)
+        gradient = dataclasses.replace(zeros_like(synthetic), images=by_images, texts=by_texts)
         parts["covariance_norm"] = covariance.norm()
-        return found, {name: float(part) for name, part in parts.items()}
+        return gradient, {name: float(part) for name, part in parts.items()}
 
     def after(self, synthetic: Synthetic, iteration: int) -> None:
-        """One contrastive step of the online model, or its reset."""
+        """Train the online model for one contrastive step, or reset it if `reset` steps have passed."""
         if (iteration + 1) % self.rule.reset == 0:
             self.reset((iteration + 1) // self.rule.reset)
             return
@@ -260,19 +275,22 @@ class CovarianceMatching:
         loss.backward()
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        self.taken += 1
+        self.steps_since_reset += 1
 
     def tensors(self) -> dict[str, Tensor]:
-        """The online model with its optimiser; just after a reset the number of its turn says all."""
-        found: dict[str, Tensor] = {TURN: torch.tensor(self.turn)}
-        if self.taken:
-            found |= tensors_of(self.model, self.optimiser) | {"taken": torch.tensor(self.taken)}
-        return found if self.mean is None else found | {AVERAGE: self.mean.clone()}
+        """Return the state for the checkpoint: the online model and its optimiser, and the number of its reset.
+
+        Directly after a reset the number is enough, since it seeds the model's parameters.
+        """
+        tensors: dict[str, Tensor] = {TURN: torch.tensor(self.turn)}
+        if self.steps_since_reset:
+            tensors |= tensors_of(self.model, self.optimiser) | {"taken": torch.tensor(self.steps_since_reset)}
+        return tensors if self.mean is None else tensors | {AVERAGE: self.mean.clone()}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         self.reset(int(tensors[TURN]))
         if "taken" in tensors:
             load_tensors(self.model, self.optimiser, tensors)
-            self.taken = int(tensors["taken"])
+            self.steps_since_reset = int(tensors["taken"])
         if AVERAGE in tensors:
             self.mean = tensors[AVERAGE].to(self.device)

@@ -1,13 +1,14 @@
-"""DATM: difficulty-aligned trajectory matching (arXiv 2310.05773), on image-text pairs.
+"""DATM: difficulty-aligned trajectory matching (arXiv 2310.05773), adapted to image-text pairs.
 
-Early epochs teach easy patterns, late ones hard patterns. So the range of start epochs grows while a set is distilled,
-and larger budgets end with later ranges. With T0 = `grow_from`, T+ = `stop` and i_end = `grow_until`,
+Early expert epochs teach easy patterns and late epochs teach hard ones. DATM therefore lets the range of start epochs
+grow during distillation, and gives larger budgets later ranges. At iteration i, with T- = `start`, T0 = `grow_from`,
+T+ = `stop` and i_end = `grow_until` (fields of `distill.phases`),
 
     U(i) = min(T+, T0 + floor((T+ - T0) i / i_end)),      start ~ Uniform{T-, ..., U(i) - 1}
 
-U is `growing_stop`; all else is LoRS. DATM's other parts are for classification: its learned soft
-labels are what the learned similarity is for pairs; its loss threshold is `distill.skip_above`, off here, for it is set
-for losses of another size.
+`growing_stop` computes U. Everything else is LoRS. DATM was published for classification; its other two ideas map to
+existing features: its learned soft labels correspond to LoRS's learned similarity, and its loss threshold is
+`distill.skip_above`. The threshold is off here because its published value fits losses of a different scale.
 """
 
 from collections.abc import Mapping
@@ -23,9 +24,10 @@ class DATM(LoRS):
     grows: ClassVar[bool] = True
     card = "2310.05773"
     verified = (
-        "growing ranges and steps equal slow float64 ones; below LoRS on emoji, as published. Open: published figures"
+        "growing ranges and steps equal a slow float64 version; below LoRS on emoji, as published. "
+        "Not verified: the published numbers"
     )
-    # the range for 100 pairs and 10 epochs is ours: the paper prints none for pairs
+    # We chose the range for 100 pairs and 10 epochs; the paper has no values for image-text pairs.
     defaults = filled(
         {
             "distill": {
@@ -44,7 +46,10 @@ class DATM(LoRS):
 
 
 def growing_stop(phase: config.Phase, stop: int | float, iteration: int) -> int | float:
-    """The exclusive upper bound U(i) of the start epochs at an iteration counted from 0; `stop` where none grows."""
+    """Return U(i), the exclusive upper bound of the start epochs at `iteration` (counted from 0).
+
+    Return `stop` unchanged if the phase sets no `grow_from`.
+    """
     if phase.grow_from is None or phase.grow_until is None:
         return stop
     return min(stop, phase.grow_from + max(0, stop - phase.grow_from) * iteration // phase.grow_until)

@@ -1,6 +1,6 @@
-"""Methods that match distributions of features: real batches against the synthetic one, with a single-level update.
+"""Base class of distribution-matching methods: the set moves so that its features resemble those of real batches.
 
-M pairs.
+The update is single-level: no student is trained inside a step. M is the number of distilled pairs.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Effort:
-    """What a step of a phase takes, all draws together."""
+    """The work and memory of one step of a phase, summed over its draws; used by cost estimates."""
 
     forward: int
-    """Pairs that go through the towers without a graph."""
+    """Pairs that go through the towers without gradients."""
     back: int
-    """Pairs that go through them and whose gradient comes back."""
+    """Pairs that go through the towers forward and backward."""
     at_once: int
-    """Pairs with one graph, at most."""
+    """Largest number of pairs in one autograd graph."""
     trained: int = 0
-    """Pairs that an online model learns from."""
+    """Pairs on which an online model is trained."""
     models: int = 1
-    """Sets of trained parameters that are held."""
+    """Copies of the trained parameters held in memory."""
     numbers: int = 0
-    """What else is held beside the set."""
+    """Further float numbers held in memory, beside the set."""
 
     @property
     def pairs(self) -> int:
@@ -51,23 +51,25 @@ class Effort:
 
 
 class DistributionMethod(BaseMethod, ABC):
-    """A recipe on the distribution-matching loop (`rmdd.distill.distribution.matching`)."""
+    """A method that runs in the distribution-matching loop (`rmdd.distill.distribution.matching`)."""
 
     family: ClassVar[Family] = "distribution"
 
     class Options(BaseMethod.Options):
-        """What all methods of the family have; they add their own."""
+        """Options of all distribution-matching methods; each method adds more."""
 
         draws: PositiveInt = Field(
             1,
-            description="draws whose gradients a step averages; workers share them, with the same bits",
+            description="draws whose gradients are averaged in a step; any number of workers gives the same bits",
         )
-        clip: PositiveFloat | None = Field(None, description="joint norm that the gradient is cut to; null: none")
+        clip: PositiveFloat | None = Field(
+            None, description="largest norm of the gradient of images and texts together; null: no clipping"
+        )
 
     options: Options
 
     def records(self, phase: int, train: PreparedSplit, store: Store | None = None) -> list[int]:
-        """The caption records that a phase starts from; the experts of `store` are there."""
+        """Return the indices of the caption records that initialise a phase; `store` holds the trained experts."""
         return super().records(phase, train)
 
     def distil(
@@ -102,8 +104,8 @@ class DistributionMethod(BaseMethod, ABC):
         return Rank(self, phase, store, model, train, device, rank, size)
 
     def curves(self, logged: Iterable[str]) -> list[Curves]:
-        parts = {name: name.removeprefix("loss_").replace("_", " ") for name in logged if name.startswith("loss_")}
-        return [("loss", {"loss": ""}, None), ("its parts", parts, None), ("gradient norm", {"grad_norm": ""}, None)]
+        terms = {name: name.removeprefix("loss_").replace("_", " ") for name in logged if name.startswith("loss_")}
+        return [("loss", {"loss": ""}, None), ("loss terms", terms, None), ("gradient norm", {"grad_norm": ""}, None)]
 
     def pairs_of_step(self, phase: int, train: Callable[[], PreparedSplit]) -> int:
         return self.effort(phase, len(train().split.captions)).pairs
@@ -112,13 +114,13 @@ class DistributionMethod(BaseMethod, ABC):
     def objective(
         self, phase: int, store: Store, train: PreparedSplit, model: DualEncoder, device: torch.device
     ) -> Objective:
-        """What the steps of a phase go down."""
+        """Return the objective that the steps of a phase minimise."""
 
     def effort(self, phase: int, records: int) -> Effort:
-        """What a step takes of so many caption records; for estimates and for the pace that is told."""
+        """Return the work of one step on a dataset of `records` captions, for cost estimates and displayed speed."""
         pairs = self.rule.phases[phase].pairs
         return Effort(0, self.options.draws * pairs, pairs)
 
     def exported(self, synthetic: Synthetic) -> Synthetic:
-        """What students get of the set that was learned: its texts as (M, F) embeddings."""
+        """Return the set as students read it, with texts as (M, F) embeddings."""
         return synthetic

@@ -1,4 +1,4 @@
-"""Methods that cluster, pick and decode: no loop over the set, and pairs that carry real strings."""
+"""Base class of generative methods: images come from a decoder, and captions are strings. There is no update loop."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from rmdd import config
 from rmdd.config.recipes import Family
 from rmdd.config.runfile import Clash
 from rmdd.generate.studio import Studio
-from rmdd.methods.base import OF_PATHS, BaseMethod, Need
+from rmdd.methods.base import TRAJECTORY_FIELDS, BaseMethod, Need
 from rmdd.models import pretrained
 
-OF_STEPS = (
+UPDATE_FIELDS = (
     *("precision", "optimiser", "lr_image", "lr_text", "momentum", "min_inner_lr", "ema", "init_augment"),
     *("checkpoint_every", "snapshots"),
 )
-"""Fields of `distill` that only methods with outer updates read."""
+"""Fields of `distill` that only methods with an update loop read."""
 
 
 class GenerativeMethod(BaseMethod, ABC):
-    """A recipe on features, prototypes and decoders (`rmdd.generate`)."""
+    """A method that builds pairs from features, prototypes and decoders (`rmdd.generate`)."""
 
     family: ClassVar[Family] = "generative"
     needs: ClassVar[tuple[Need, ...]] = ("features", "diffusion")
@@ -30,15 +30,15 @@ class GenerativeMethod(BaseMethod, ABC):
     @classmethod
     def clashes_of_family(cls, rule: config.Distill, experts: config.Experts, runtime: config.Runtime) -> list[Clash]:
         mistakes = super().clashes_of_family(rule, experts, runtime)
-        asked = {"init": rule.init != "real", "stored_size": rule.stored_size, "skip_above": rule.skip_above}
+        changed = {"init": rule.init != "real", "stored_size": rule.stored_size, "skip_above": rule.skip_above}
         mistakes += [
-            Clash(f"distill.{name} is not for {rule.method}; leave it out", f"distill.{name}")
-            for name, set_ in asked.items()
-            if set_
+            Clash(f"distill.{name} has no effect with method {rule.method}; remove it", f"distill.{name}")
+            for name, is_set in changed.items()
+            if is_set
         ]
         return mistakes + [
             Clash(
-                f"distill.phases.{p}.iterations: {rule.method} makes its pairs once; set it to 1",
+                f"distill.phases.{p}.iterations: {rule.method} makes its pairs in one pass; set it to 1",
                 "distill.phases.iterations",
             )
             for p, phase in enumerate(rule.phases)
@@ -47,19 +47,19 @@ class GenerativeMethod(BaseMethod, ABC):
 
     @classmethod
     def idle_fields(cls) -> tuple[str, ...]:
-        return OF_PATHS + OF_STEPS
+        return TRAJECTORY_FIELDS + UPDATE_FIELDS
 
     def faults(self) -> list[str]:
-        """What can be known to keep its parts from working, a line each; asks a hub, downloads nothing."""
+        """Return one message per problem with the pretrained models; query the hub, but download nothing."""
         return pretrained.faults(self.parts())
 
     def uncounted(self) -> list[str]:
-        return ["features, training and drawing by pretrained parts are not counted"]
+        return ["features, fine-tuning and image generation with pretrained models are not counted"]
 
     def is_finished(self, phase: int, folder: Path) -> bool:
-        """Its set comes last."""
+        """Return whether the phase's set exists; it is the last file that a phase writes."""
         return (folder / f"set-{self.rule.phases[phase].iterations:06d}.safetensors").is_file()
 
     @abstractmethod
     def make(self, studio: Studio, phase: int) -> None:
-        """Make the pairs of a phase, those that are not there, and leave them by `studio.finish`."""
+        """Make the missing pairs of a phase and save the set with `studio.finish`."""

@@ -1,17 +1,23 @@
 """LoRS: low-rank similarity mining (arXiv 2406.03793), the baseline of the field.
 
-With M pairs it distils the M x M target similarity between every image and every text, so that M pairs carry M^2 soft
-relations. Stored as S = diag(omega) + alpha/R L R^T it costs less than one pair. L M images x R rank, R likewise for
-texts; omega starts at ones, L normal, R zero, so S starts at the identity.
+LoRS learns M pairs together with the M x M matrix S of target similarities between every image and every text, so that
+M pairs carry M^2 soft relations. S is stored in low-rank form, which costs less memory than one pair:
 
-    student   K SGD steps on batches cut from permutations, loss `wbce` against the block S[I, I]
-    targets   the experts' own epochs: start s ~ Uniform{0, ..., T+ - 1}, target s + 1
-    gradient  `first_order`: how a step moves the next is left out (TESLA's two passes)
-    step      SGD, momentum 0.5, on images, texts, omega, L, R and both inner rates; no average
+    S = diag(omega) + alpha/r A B^T,    omega (M,) = one scale per pair,  A (M, r), B (M, r) = image and text factors
 
-Where paper and code differ we follow the code's vector omega, factor 1/2 and floor 1e-6 of the loss and its exclusive
-T+; and we keep the dropout mask in both passes, start from plain pictures, and weigh the rates' branches alike.
-`similarity.diagonal`, `inner_dropout`, `init_augment` and `options.rate_branches` give the code's way back.
+omega starts at ones, A at normal draws and B at zero, so S starts as the identity. An outer iteration trains a student
+on the set and compares it with an expert:
+
+    student   K SGD steps on batches cut from permutations; loss `wbce` against the block S[I, I] of the batch I
+    target    start at an expert's epoch s ~ Uniform{0, ..., T+ - 1}, end at its epoch s + 1
+    gradient  `first_order`: ignores how one student step changes the gradient of the next (TESLA's two passes)
+    update    SGD with momentum 0.5 on images, texts, omega, A, B and both student learning rates; no moving average
+
+Paper and released code differ. We follow the code for the vector omega, the factor 1/2 and the floor 1e-6 of the loss,
+and the exclusive bound T+. We differ from the code in three points: both passes use the same dropout mask, initial
+images are not augmented, and the gradient of the student learning rates uses the same denominators as all others. The
+options `inner_dropout`, `init_augment` and `options.rate_branches` restore the code's behaviour, and
+`similarity.diagonal` restores the paper's scalar omega.
 """
 
 from dataclasses import replace
@@ -28,13 +34,18 @@ from rmdd.models.dual import TOWERS, Params
 class LoRS(Method):
     class Options(Method.Options):
         rate_branches: Literal["same", "separate"] = Field(
-            "same", description="separate keeps one ratio per tower for the inner rates of merged branches, as released"
+            "same",
+            description="loss ratio for the gradient of the student learning rates if branches are merged; same: the "
+            "merged ratio; separate: one ratio per tower, as released",
         )
 
     options: Options
     reference = "lors"
     card = "2406.03793"
-    verified = "gradients and steps equal slow float64 ones; above random pairs on emoji. Open: published figures"
+    verified = (
+        "gradients and steps equal a slow float64 version; better than random pairs on emoji. "
+        "Not verified: the published numbers"
+    )
     defaults = {
         "experts": {"keep": "all"},
         "distill": {
@@ -55,18 +66,22 @@ class LoRS(Method):
         separate = cls.Options(**rule.options).rate_branches == "separate"
         if separate and (rule.branches, rule.estimator) != ("merged", "first_order"):
             mistakes.append(
-                "distill.options.rate_branches: separate is for distill.branches: merged with estimator: first_order"
+                "distill.options.rate_branches: separate needs distill.branches: merged and "
+                "distill.estimator: first_order; set both"
             )
         return mistakes
 
-    def corrected(self, found: MetaGradient, start: Params, target: Params) -> MetaGradient:
-        return _separate_rates(found, start, target) if self.options.rate_branches == "separate" else found
+    def corrected(self, result: MetaGradient, start: Params, target: Params) -> MetaGradient:
+        return _separate_rates(result, start, target) if self.options.rate_branches == "separate" else result
 
 
-def _separate_rates(found: MetaGradient, start: Params, target: Params) -> MetaGradient:
-    """Undo the shared denominator of merged branches for the inner rates, as the released code has it."""
+def _separate_rates(result: MetaGradient, start: Params, target: Params) -> MetaGradient:
+    """Give each student learning rate the denominator of its own tower, as the released code does.
+
+    With merged branches, the gradient was divided by the sum of both towers' squared distances.
+    """
     scale = {tower: squared_distance(start, target, tower) for tower in TOWERS}
     both = scale["image"] + scale["text"]
-    old = found.gradient
+    old = result.gradient
     gradient = replace(old, lr_image=old.lr_image * both / scale["image"], lr_text=old.lr_text * both / scale["text"])
-    return replace(found, gradient=gradient)
+    return replace(result, gradient=gradient)

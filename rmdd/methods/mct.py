@@ -1,13 +1,16 @@
 """MCT: matching convexified trajectories (arXiv 2406.19827), on image-text pairs.
 
-Each expert's path is replaced by a straight one, tensor by tensor, from theta_0 to the last checkpoint theta_n:
+MCT replaces the trajectory of each expert by a straight line from theta_0 to its last checkpoint theta_n. For each
+parameter tensor l,
 
-    theta_l(t) = theta_l(0) + beta_l(t) (theta_l(n) - theta_l(0)),   beta_l(t) = share of its way that l had gone by t
+    theta_l(t) = theta_l(0) + beta_l(t) (theta_l(n) - theta_l(0)),
+    beta_l(t)  = path length of l up to epoch t / path length of l up to epoch n, linear between epochs
 
-and starts are real numbers, t ~ Uniform[0, T+), with beta linear between epochs. The paper describes two anchors; its
-code goes through four, smoothed over their neighbours: `options.anchors: 4`, `options.smooth_anchors: true`. Targets
-past the last epoch are refused where the code clamps them. All else is LoRS; PTM-ST's shortcut differs by an endpoint
-of its own per phase and whole epochs (`rmdd.experts.shortcut` holds both).
+Start epochs are real numbers, t ~ Uniform[0, T+). Everything else is LoRS. The paper describes a line between two
+anchor checkpoints. The released code uses four anchors, each averaged with its neighbours; `options.anchors: 4` and
+`options.smooth_anchors: true` reproduce that. The code clamps targets past the last epoch; we reject such a run file.
+PTM-ST's shortcut also follows a straight line, but with one endpoint per phase and integer epochs
+(`rmdd.experts.shortcut` implements both).
 """
 
 import functools
@@ -26,15 +29,17 @@ from rmdd.models.dual import Params
 
 class MCT(LoRS):
     class Options(LoRS.Options):
-        anchors: Annotated[int, Field(ge=2)] = Field(2, description="checkpoints that the path goes through")
-        smooth_anchors: bool = Field(False, description="anchors are means of neighbouring checkpoints")
+        anchors: Annotated[int, Field(ge=2)] = Field(
+            2, description="checkpoints that the path connects by straight lines"
+        )
+        smooth_anchors: bool = Field(False, description="average each anchor with its neighbouring checkpoints")
         start_points: Literal["continuous", "integer"] = Field(
-            "continuous", description="continuous draws real-valued epochs of a straight path"
+            "continuous", description="continuous: draw real-valued start epochs; integer: draw integer ones"
         )
 
         @property
         def bends(self) -> bool:
-            """Whether the path goes through more than the first and the last checkpoint as they are."""
+            """True if the path is not the single line from the first to the last checkpoint."""
             return self.anchors > 2 or self.smooth_anchors
 
     options: Options
@@ -59,15 +64,13 @@ class MCT(LoRS):
         options = cls.Options(**rule.options)
         if options.start_points == "continuous" and rule.trajectory == "original":
             mistakes.append(
-                "distill.options.start_points: continuous needs a path between the epochs; set distill.trajectory to "
+                "distill.options.start_points: continuous needs a straight path; set distill.trajectory to "
                 "shortcut or convexified"
             )
         if options.bends and rule.trajectory != "convexified":
-            mistakes.append("distill.options.anchors and smooth_anchors belong to distill.trajectory: convexified")
+            mistakes.append("distill.options.anchors and smooth_anchors need distill.trajectory: convexified; set it")
         if options.bends and rule.trajectory == "convexified" and run.experts.keep == "endpoints":
-            mistakes.append(
-                "distill.options.anchors between the ends and smooth_anchors read every epoch; set experts.keep: all"
-            )
+            mistakes.append("distill.options.anchors above 2 and smooth_anchors read all epochs; set experts.keep: all")
         return mistakes
 
     def path(self, store: Store, expert: int, phase: int) -> Path:
@@ -77,7 +80,7 @@ class MCT(LoRS):
 
 
 def anchored(store: Store, expert: int, anchors: int, *, smooth: bool) -> AnchoredPath:
-    """Straight lines through so many evenly spaced checkpoints of an expert, first and last among them."""
+    """Return the path of straight lines through `anchors` evenly spaced checkpoints of an expert, ends included."""
     last = store.epochs
     epochs = sorted({round(last * i / (anchors - 1)) for i in range(anchors)})
     anchor = functools.partial(_smoothed, store) if smooth else store.read
@@ -85,7 +88,10 @@ def anchored(store: Store, expert: int, anchors: int, *, smooth: bool) -> Anchor
 
 
 def _smoothed(store: Store, expert: int, epoch: int) -> Params:
-    """The mean of a checkpoint and its neighbours; the first stays, the last is the mean of the last two."""
+    """Return the mean of a checkpoint and its two neighbours.
+
+    Epoch 0 is returned unchanged; the last epoch is averaged with the one before it.
+    """
     near = [0] if epoch == 0 else [t for t in (epoch - 1, epoch, epoch + 1) if t <= store.epochs]
-    read = [store.read(expert, t) for t in near]
-    return {n: torch.stack([p[n] for p in read]).mean(dim=0) for n in read[0]}
+    checkpoints = [store.read(expert, t) for t in near]
+    return {n: torch.stack([p[n] for p in checkpoints]).mean(dim=0) for n in checkpoints[0]}

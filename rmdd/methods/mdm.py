@@ -1,18 +1,22 @@
 """MDM: multimodal distribution matching on the unit hypersphere (arXiv 2605.23482, CVPR 2026).
 
-No student is unrolled: the set is moved so that its features lie as real ones do under a teacher that is another one in
-every step. M pairs, B_r and B_s real and synthetic pairs of a batch, v and t unit embeddings of image and text.
+MDM moves the set until its features are distributed like real ones under a teacher that changes in every step. No
+student is unrolled. M distilled pairs; a batch has B_r real and B_s distilled pairs; v and t are the unit embeddings of
+an image and its text.
 
-    start    k-means (cosine, K = M) on [v ; t] of all real pairs; per cluster the pair nearest to its centre
-    teacher  w* = w_0 + alpha c/(1+c) (d_1 + d_2) per tensor, of two random checkpoints (`distribution.merging`)
-    loss     nce + lambda_agr GKE(u real, u synthetic) + lambda_dis GKE(g real, g synthetic), with the directions in
-             which image and text agree, u = (v + t)/|v + t|, and differ, g = (v - t)/|v - t|, and GKE the energy of a
-             Gaussian kernel of angles (`distribution.sphere`); nce, the contrastive loss of the synthetic pairs
-    step     joint gradient cut to norm 1, SGD with momentum 0.5 on images and texts; the set has no other tensors
+    start    cluster [v ; t] of all real pairs by k-means (cosine, K = M); take the pair nearest to each centre
+    teacher  merge two random expert checkpoints w_1, w_2 around the anchor w_0, tensor by tensor:
+             w* = w_0 + alpha c/(1 + c) (d_1 + d_2),  d_i = w_i - w_0,  c = cosine of d_1 and d_2
+             (`rmdd.distill.distribution.merging`)
+    loss     L = InfoNCE(distilled batch) + lambda_agr GKE(u real, u distilled) + lambda_dis GKE(g real, g distilled)
+             u = (v + t)/|v + t| is the direction in which image and text agree, g = (v - t)/|v - t| the one in which
+             they differ; GKE is the energy distance of a Gaussian kernel of angles (`rmdd.distill.distribution.sphere`)
+    update   SGD with momentum 0.5 on images and texts, their joint gradient clipped to norm 1
 
-Paper where paper and code differ (V-statistic, teacher in eval mode, 64 real pairs), but for three traps: c is kept
-above 0, below which the ratio blows up; the anchor w_0 is one fixed start, that of the store's first expert, where the
-code draws a new text head in every iteration; and pairs to begin with are found by a merged teacher, as in the code.
+Where paper and released code differ we follow the paper (V-statistic, teacher in eval mode, 64 real pairs), with three
+exceptions. c is kept at or above 0, because the factor c/(1 + c) diverges as c approaches -1. The anchor w_0 is fixed:
+epoch 0 of the store's first expert; the code draws a new text head in every iteration. The teacher that embeds pairs
+for clustering is a merged one, as in the code.
 """
 
 import contextlib
@@ -40,52 +44,63 @@ from rmdd.models.dual import DualEncoder, Params
 from rmdd.models.prepared import PreparedSplit
 
 POOL_BYTES = 4 * 2**30
-"""Checkpoints held in memory at most."""
+"""Memory limit in bytes for checkpoints held in memory."""
 
 
 class MDM(DistributionMethod):
     class Options(DistributionMethod.Options):
-        clip: PositiveFloat | None = Field(1.0, description="joint norm that the gradient is cut to; null: none")
-        real_batch: PositiveInt = Field(64, description="real pairs B_r of a step; fewer where there are fewer")
-        synthetic_batch: PositiveInt = Field(64, description="pairs of the set in a step, B_s; never more than B_r")
+        clip: PositiveFloat | None = Field(
+            1.0, description="largest norm of the gradient of images and texts together; null: no clipping"
+        )
+        real_batch: PositiveInt = Field(64, description="B_r, real pairs per draw; at most the whole train split")
+        synthetic_batch: PositiveInt = Field(64, description="B_s, distilled pairs per draw; at most B_r")
         cluster: Literal["joint", "image", "text", "random"] = Field(
             "joint",
-            description="embeddings that the pairs to begin with are found by; distill.init: noise begins without",
+            description="embeddings clustered to choose the initial pairs; random: no clustering; ignored with "
+            "distill.init: noise",
         )
         teacher: Literal["mixed", "weighted_sum", "naive", "expert", "pretrained"] = Field(
             "mixed",
-            description="mixed; or a checkpoint's weighted sum with the anchor (weighted_sum: the last, share in [0.2, "
-            "0.5]; naive: any, in [0.1, 0.9]), a checkpoint, or the anchor alone",
+            description="mixed: merge of two checkpoints; weighted_sum: anchor plus 0.2 to 0.5 of the way to a last "
+            "checkpoint; naive: anchor plus 0.1 to 0.9 of the way to any checkpoint; expert: one checkpoint; "
+            "pretrained: the anchor",
         )
         partners: Literal["any", "same_expert"] = Field(
             "any",
-            description="mixed: two checkpoints of the pool, around the first expert's start; or two of one expert, "
-            "around its own, where heads start apart. Sums: whose start the anchor is",
+            description="any: checkpoints of any experts, with epoch 0 of the first expert as the anchor; same_expert: "
+            "checkpoints of one expert, with its own epoch 0 as the anchor, if experts start from different weights",
         )
-        alpha: NonNegativeFloat = Field(0.5, description="mixed: share of the way from the anchor")
+        alpha: NonNegativeFloat = Field(0.5, description="mixed: alpha of the merge; 0 gives the anchor")
         positive_cosine: bool = Field(
-            True, description="mixed: count opposed displacements as orthogonal; false: as coded"
+            True, description="mixed: replace a negative cosine c by 0; false: keep it, as released"
         )
-        first_epoch: PositiveInt = Field(1, description="of the checkpoints drawn from")
-        resample_every: PositiveInt = Field(1, description="iterations with one teacher")
-        teacher_dropout: bool = Field(False, description="keep the heads' dropout on, as coded")
-        agreement: NonNegativeFloat = Field(0.8, description="weight of the energy of agreement features")
-        discrepancy: NonNegativeFloat = Field(0.8, description="weight of the energy of discrepancy features")
+        first_epoch: PositiveInt = Field(1, description="first expert epoch from which checkpoints are drawn")
+        resample_every: PositiveInt = Field(1, description="iterations between two draws of the teacher")
+        teacher_dropout: bool = Field(False, description="apply the heads' dropout in the teacher, as released")
+        agreement: NonNegativeFloat = Field(0.8, description="lambda_agr, weight of the agreement energy")
+        discrepancy: NonNegativeFloat = Field(0.8, description="lambda_dis, weight of the discrepancy energy")
         contrastive: NonNegativeFloat = Field(1.0, description="weight of the contrastive term")
-        kernel: sphere.Kernel = Field("geodesic", description="of both energies; chordal: Gaussian of the chord")
+        kernel: sphere.Kernel = Field(
+            "geodesic", description="kernel of both energies; geodesic: Gaussian of the angle; chordal: of the chord"
+        )
         sigma: PositiveFloat = Field(0.5, description="width of the kernel, in radians")
-        statistic: sphere.Statistic = Field("v", description="u leaves the diagonal out, as coded")
-        root: bool = Field(True, description="of the energies, as printed; false: squared")
+        statistic: sphere.Statistic = Field(
+            "v", description="v: average the kernel over all pairs of a set; u: without the diagonal, as released"
+        )
+        root: bool = Field(True, description="take the square root of the energies, as in the paper")
 
         def clashes(self) -> list[Clash]:
             small = [n for n in ("real_batch", "synthetic_batch") if getattr(self, n) < 2]
-            return [Clash(f"{n} is 1: a pair alone has no negatives; give at least 2", n) for n in small]
+            return [Clash(f"{n} is 1, but a single pair has no negatives; set it to 2 or more", n) for n in small]
 
     options: Options
 
     reference = "mdm"
     card = "2605.23482"
-    verified = "terms against slow versions, resuming, emoji pairs; the published numbers need NFNet, BERT and a GPU"
+    verified = (
+        "loss terms equal slow versions; resuming works; runs on emoji pairs. "
+        "Not verified: the published numbers, which need NFNet, BERT and a GPU"
+    )
     defaults = {
         "experts": {"keep": "all"},
         "distill": {
@@ -105,25 +120,26 @@ class MDM(DistributionMethod):
         apart = options.teacher not in ("expert", "pretrained") and options.partners == "any"
         if apart and run.model.image.trainable and run.model.image.weights == "random":
             mistakes.append(
-                "distill.method mdm averages experts, but model.image.weights: random starts every tower elsewhere; "
-                "set random:SEED, pretrained or a weights file, or distill.options.partners: same_expert"
+                "distill.method mdm averages experts that start from the same weights, but model.image.weights: random "
+                "draws new ones for each; set random:SEED, pretrained or a weights file, or "
+                "distill.options.partners: same_expert"
             )
         if options.first_epoch > run.experts.epochs:
             mistakes.append(
-                f"distill.options.first_epoch {options.first_epoch} lies past the last of experts.epochs "
+                f"distill.options.first_epoch {options.first_epoch} is larger than experts.epochs "
                 f"{run.experts.epochs}; lower it"
             )
         elif options.teacher == "mixed":
-            kept = kept_epochs(run.experts, run.endpoints) or range(1, run.experts.epochs + 1)
-            epochs = sum(e >= options.first_epoch for e in kept)
+            stored = kept_epochs(run.experts, run.endpoints) or range(1, run.experts.epochs + 1)
+            epochs = sum(e >= options.first_epoch for e in stored)
             if epochs * (1 if options.partners == "same_expert" else run.experts.num) < 2:
                 mistakes.append(
-                    "distill.method mdm mixes two checkpoints of its experts and would find one; raise experts.num, or "
-                    "set experts.keep: all"
+                    "distill.method mdm merges two expert checkpoints, but the store would hold one; raise experts.num "
+                    "or set experts.keep: all"
                 )
         if run.distill.init == "prototypes":
             mistakes.append(
-                "distill.init: prototypes is a choice of its own; set distill.options.cluster: joint instead"
+                "distill.init: prototypes is not available for mdm; set distill.options.cluster: joint instead"
             )
         return mistakes
 
@@ -137,14 +153,15 @@ class MDM(DistributionMethod):
         model = expert_model(
             self.run.model, self.run.data.image_size, self.run.seed_of("experts"), 0, train.texts.shape[1]
         )
-        Teacher(self, phase, store, model, device).begin()
+        Teacher(self, phase, store, model, device).load_initial()
         embedded = Embedded.by(model, train, device, _side(side))
         return nearest_pairs(embedded, pairs, generator(self.seed, "mdm clusters", phase))
 
     def effort(self, phase: int, records: int) -> Effort:
         draws, real = self.options.draws, min(self.options.real_batch, records)
-        made = min(real, self.options.synthetic_batch, self.rule.phases[phase].pairs)
-        return Effort(draws * real, draws * made, made, models=5)  # anchor, two checkpoints, their mean, the teacher
+        distilled = min(real, self.options.synthetic_batch, self.rule.phases[phase].pairs)
+        # 5 copies of the parameters: anchor, two checkpoints, their mean, the teacher
+        return Effort(draws * real, draws * distilled, distilled, models=5)
 
     def objective(
         self, phase: int, store: Store, train: PreparedSplit, model: DualEncoder, device: torch.device
@@ -157,7 +174,7 @@ def _side(name: str) -> Side:
 
 
 class Teacher:
-    """The model of a step, whose trained parameters are set in place; it takes no gradient itself."""
+    """The model that embeds pairs. Its parameters are replaced in place by merged checkpoints and get no gradient."""
 
     def __init__(self, method: MDM, phase: int, store: Store, model: DualEncoder, device: torch.device):
         self.options, self.phase, self.seed = method.options, phase, method.seed
@@ -165,32 +182,33 @@ class Teacher:
         experts = [e for e in store.complete() if e < num]
         if len(experts) < num:
             raise ValueError(
-                f"the run asks for {num} experts but the store at {store.path} holds {len(experts)} finished ones; "
+                f"the run needs {num} experts, but the store at {store.path} holds {len(experts)} finished ones; "
                 "train the rest with `rmdd experts`"
             )
         epochs = [e for e in store.kept_epochs if e >= self.options.first_epoch]
         self.pool = merging.Pool(store, experts, epochs, POOL_BYTES)
         self.model, self.device = model.to(device).eval().requires_grad_(False), device
-        self._own = {n: p for n, p in model.named_parameters() if n in store.shapes}
+        self._trained = {n: p for n, p in model.named_parameters() if n in store.shapes}
         self._anchor: Params | None = None
-        self._now: tuple[int, int] | None = None
+        self._current: tuple[int, int] | None = None
 
-    def begin(self) -> None:
-        """The teacher that the pairs to begin with are found by."""
+    def load_initial(self) -> None:
+        """Load the teacher that embeds the real pairs for clustering."""
         random = generator(self.seed, "mdm first teacher", self.phase)
-        self._set(random, share=0.5)
+        self._load(random, share=0.5)
 
-    def turn(self, iteration: int, draw: int) -> None:
-        """The teacher of a draw."""
-        now = (iteration // self.options.resample_every, draw)
-        if now != self._now:
-            self._set(generator(self.seed, "mdm teacher", self.phase, *now))
-            self._now = now
+    def load_draw(self, iteration: int, draw: int) -> None:
+        """Load the teacher of a draw, unless it is already loaded."""
+        key = (iteration // self.options.resample_every, draw)
+        if key != self._current:
+            self._load(generator(self.seed, "mdm teacher", self.phase, *key))
+            self._current = key
 
-    def _set(self, random: torch.Generator, share: float | None = None) -> None:
+    def _load(self, random: torch.Generator, share: float | None = None) -> None:
+        """Draw a teacher; `share` replaces the random share of weighted_sum and naive."""
         kind, pool = self.options.teacher, self.pool
 
-        def one(epochs: list[int]) -> merging.Cell:
+        def random_cell(epochs: list[int]) -> merging.Cell:
             places = [int(torch.randint(len(among), (1,), generator=random)) for among in (pool.experts, epochs)]
             return merging.Cell(pool.experts[places[0]], epochs[places[1]])
 
@@ -199,14 +217,14 @@ class Teacher:
         elif kind == "pretrained":
             params = self._start(pool.experts[0])
         elif kind == "expert":
-            params = self._read(one(pool.epochs))
+            params = self._read(random_cell(pool.epochs))
         else:
             last, low, high = (True, 0.2, 0.5) if kind == "weighted_sum" else (False, 0.1, 0.9)
-            cell = one(pool.epochs[-1:] if last else pool.epochs)
+            cell = random_cell(pool.epochs[-1:] if last else pool.epochs)
             drawn = low + (high - low) * float(torch.rand((), generator=random, dtype=torch.float64))
             anchor = self._start(cell.expert if self.options.partners == "same_expert" else pool.experts[0])
             params = merging.interpolated(anchor, self._read(cell), drawn if share is None else share)
-        for name, p in self._own.items():
+        for name, p in self._trained.items():
             p.copy_(params[name])
 
     def _mixed(self, random: torch.Generator) -> Params:
@@ -214,14 +232,14 @@ class Teacher:
         within = options.partners == "same_expert"
         first, second = merging.draw_two(pool.experts, pool.epochs, random, within=within)
         anchor = self._start(first.expert if within else pool.experts[0])
-        found = self._read(first), self._read(second)
-        return merging.merge(anchor, *found, options.alpha, positive=options.positive_cosine)
+        checkpoints = self._read(first), self._read(second)
+        return merging.merge(anchor, *checkpoints, options.alpha, positive=options.positive_cosine)
 
     def _read(self, cell: merging.Cell) -> Params:
         return {n: p.to(self.device, non_blocking=True) for n, p in self.pool.read(cell).items()}
 
     def _start(self, expert: int) -> Params:
-        """Where an expert began; the one anchor of all stays on the device."""
+        """Return an expert's parameters at epoch 0; with partners: any, those of the common anchor, kept in memory."""
         if self.options.partners == "same_expert":
             return self._read(merging.Cell(expert, 0))
         if self._anchor is None:
@@ -230,7 +248,7 @@ class Teacher:
 
 
 class MDMObjective:
-    """The loss of one draw: a teacher, a real and a synthetic batch. It learns nothing itself."""
+    """The loss of one draw, from a teacher, a real batch and a batch of the set. It has no trained state."""
 
     def __init__(
         self, method: MDM, phase: int, store: Store, train: PreparedSplit, model: DualEncoder, device: torch.device
@@ -241,7 +259,7 @@ class MDMObjective:
         self.temperature = method.rule.temperature or method.run.model.temperature
 
     def gradient(self, synthetic: Synthetic, iteration: int, draw: int) -> tuple[Synthetic, dict[str, float]]:
-        self.teacher.turn(iteration, draw)
+        self.teacher.load_draw(iteration, draw)
         place = (self.phase, iteration, draw)
         random, options = generator(self.seed, "mdm batches", *place), self.options
         total = len(self.train.split.captions)
@@ -253,24 +271,26 @@ class MDMObjective:
             with torch.no_grad():
                 texts = torch.from_numpy(np.array(self.train.texts[real]))
                 pictures = self.train.pictures(self.train.split.image_of[real], self.device)
-                seen = self._embed(pictures.to(leaves[0]), texts.to(leaves[1]))
-            made = self._embed(enlarged(leaves[0], self.run.data.image_size), leaves[1])
-        parts = self.parts(seen, made)
-        loss = options.contrastive * parts["loss_nce"]
-        loss = loss + options.agreement * parts["loss_agreement"] + options.discrepancy * parts["loss_discrepancy"]
-        moved = torch.autograd.grad(loss, leaves)
+                real_features = self._embed(pictures.to(leaves[0]), texts.to(leaves[1]))
+            features = self._embed(enlarged(leaves[0], self.run.data.image_size), leaves[1])
+        terms = self.terms(real_features, features)
+        loss = options.contrastive * terms["loss_nce"]
+        loss = loss + options.agreement * terms["loss_agreement"] + options.discrepancy * terms["loss_discrepancy"]
+        grads = torch.autograd.grad(loss, leaves)
         zero = zeros_like(synthetic)
-        named = {n: t.index_copy(0, rows, g) for n, t, g in zip(("images", "texts"), _both(zero), moved, strict=True)}
-        told = dict(zip(["loss", *parts], torch.stack([loss, *parts.values()]).tolist(), strict=True))
-        return zero.with_tensors(zero.tensors() | named), told
+        named = {n: t.index_copy(0, rows, g) for n, t, g in zip(("images", "texts"), _both(zero), grads, strict=True)}
+        values = dict(zip(["loss", *terms], torch.stack([loss, *terms.values()]).tolist(), strict=True))
+        return zero.with_tensors(zero.tensors() | named), values
 
-    def parts(self, real: tuple[Tensor, Tensor], made: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        """The terms of the loss from unit embeddings of images and texts."""
+    def terms(self, real: tuple[Tensor, Tensor], distilled: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """Return the unweighted loss terms; both arguments are unit embeddings of images and of texts."""
         o = self.options
-        found = {"loss_nce": sphere.contrastive(*made, self.temperature)}
+        terms = {"loss_nce": sphere.contrastive(*distilled, self.temperature)}
         for name, joint in (("agreement", sphere.agreement), ("discrepancy", sphere.discrepancy)):
-            found[f"loss_{name}"] = sphere.energy(joint(*real), joint(*made), o.sigma, o.kernel, o.statistic, o.root)
-        return found
+            terms[f"loss_{name}"] = sphere.energy(
+                joint(*real), joint(*distilled), o.sigma, o.kernel, o.statistic, o.root
+            )
+        return terms
 
     def after(self, synthetic: Synthetic, iteration: int) -> None:
         pass
@@ -287,7 +307,7 @@ class MDMObjective:
 
     @contextlib.contextmanager
     def _masks(self, seed: int) -> Iterator[None]:
-        """Dropout of its own seed, or none."""
+        """Apply the teacher's dropout with masks drawn from `seed`, if `teacher_dropout` is set."""
         if not self.options.teacher_dropout:
             yield
             return
@@ -300,7 +320,10 @@ class MDMObjective:
                 self.model.eval()
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        """Kernels stay in float32: in bfloat16 a cosine of 1 - 1e-6 is 1."""
+        """Return the autocast context for the towers.
+
+        Kernels are computed in float32 outside it, because bfloat16 rounds a cosine of 1 - 1e-6 to 1.
+        """
         low = self.run.distill.precision == "bfloat16"
         return torch.autocast(self.device.type, torch.bfloat16) if low else contextlib.nullcontext()
 

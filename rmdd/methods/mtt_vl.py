@@ -1,13 +1,15 @@
-"""MTT-VL: bi-trajectory matching (arXiv 2308.07545), the first trajectory matching for pairs.
+"""MTT-VL: bi-trajectory matching (arXiv 2308.07545), the first trajectory matching for image-text pairs.
 
-Images and text embeddings are learned, the pairing is fixed: no similarity. A student starts from an expert's epoch s,
-takes K steps of InfoNCE, each on an independent draw of B pairs, and should end near epoch s + 1 in both towers:
+MTT-VL learns images and text embeddings; image i always belongs to text i, and no similarity is learned. A student
+starts from an expert's epoch s and takes K SGD steps on InfoNCE, each on an independent draw of B pairs. It should end
+near theta*, the expert's epoch s + 1, in both towers:
 
-    L = |theta_K - theta*|^2 / |theta_0 - theta*|^2, for the image tower plus for the text head
+    L = sum over m of ||theta_K,m - theta*_m||^2 / ||theta_0,m - theta*_m||^2,    m = image tower, text head
 
-differentiated through the whole unroll (`estimator: exact`; we hold one step's graph at a time, and get the same
-numbers). The released inner loop multiplies cosines by log(1/0.07) = 2.66 where experts and students divide by 0.07;
-we divide, and `distill.temperature: 0.376` gives theirs. Their students train the text head at the image rate:
+The gradient goes through all K steps (`estimator: exact`). We keep the autograd graph of one step at a time and get the
+same gradient. We differ from the released code in one point: its student loop multiplies cosines by
+log(1/0.07) = 2.66, while its experts and evaluation divide by 0.07. We always divide; `distill.temperature: 0.376`
+reproduces the code. Its evaluation trains the text head at the learning rate of the image tower:
 `evaluate.text_lr: image`.
 """
 
@@ -18,7 +20,8 @@ class MTTVL(Method):
     reference = "mtt_vl"
     card = "2308.07545"
     verified = (
-        "gradients equal the whole unroll in float64; at the level of random pairs on emoji. Open: published figures"
+        "gradients equal the full unroll in float64; on par with random pairs on emoji. "
+        "Not verified: the published numbers"
     )
     defaults = {
         "experts": {"keep": "all"},

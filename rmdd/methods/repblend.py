@@ -1,16 +1,17 @@
 """RepBlend: representation blending and symmetric projection matching (arXiv 2505.14705).
 
-Distilled images drift together, and so do texts, while the two modalities drift apart. Two changes to LoRS:
+During distillation, images become similar to each other, texts become similar to each other, and the two modalities
+move apart. RepBlend makes two changes to LoRS:
 
-    blending    each inner step mixes what the encoders give, a' = lam a + (1 - lam) a[q] for images and b' likewise for
-                texts, with one lam ~ Beta(1, 1) and one permutation q of the batch for both, before the projections;
-                targets are not mixed, and the students that use the set do not blend
-    projection  both encoders are frozen, and a projection on each is trained and matched; pixels get their gradient
-                through the frozen tower
+    blending    each inner step mixes the encoder outputs of a batch before the projections: a' = lam a + (1 - lam) a[q]
+                for images, b' = lam b + (1 - lam) b[q] for texts, with the same weight lam ~ Beta(1, 1) and the same
+                permutation q of the batch. Targets are not mixed, and students trained on the set do not blend.
+    projection  both encoders are frozen; a projection on each is trained and matched. Pixels get their gradient through
+                the frozen image tower.
 
-lam and q are drawn per step and the same in both passes. The paper prints one ratio over both projections
-(`branches: merged`, as its COCO scripts); its Flickr30k scripts take one per projection. Blending alone is
-`model.image.trainable: true`.
+lam and q are drawn once per step and are the same in both passes over the student. The paper has one loss ratio over
+both projections (`branches: merged`, as in its COCO scripts); its Flickr30k scripts use one ratio per projection.
+`model.image.trainable: true` gives blending without the frozen encoder.
 """
 
 from collections.abc import Mapping
@@ -34,13 +35,13 @@ from rmdd.models.dual import DualEncoder
 
 @dataclass(frozen=True)
 class Blend:
-    """How the pairs of a mini-batch are mixed: `weight` of their own, the rest of the pair at `partner`."""
+    """Mixing rule of a mini-batch: each pair keeps the share `weight`, its partner's features fill the rest."""
 
     weight: float
     partner: Int[Tensor, " B"]
 
     def of(self, features: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-        """Each row mixed with that of its partner."""
+        """Return each row mixed with the row of its partner."""
         return (
             self.weight * features + (1 - self.weight) * features[self.partner.to(features.device, non_blocking=True)]
         )
@@ -49,19 +50,22 @@ class Blend:
 @dataclass(frozen=True)
 class BlendedDraw(Draw):
     blends: tuple[Blend, ...]
-    """One per inner step."""
+    """One blend per inner step."""
 
 
 class RepBlend(LoRS):
     class Options(LoRS.Options):
         blend: PositiveFloat = Field(
-            1.0, description="mix encoder outputs within a batch with a weight from Beta(blend, blend)"
+            1.0, description="parameter of Beta(blend, blend), from which the mixing weight lam is drawn"
         )
 
     options: Options
     reference = "repblend"
     card = "2505.14705"
-    verified = "blended steps equal slow float64 ones; above random pairs on emoji. Open: published figures"
+    verified = (
+        "blended steps equal a slow float64 version; better than random pairs on emoji. "
+        "Not verified: the published numbers"
+    )
     defaults = filled({"model": {"image": {"trainable": False, "projection": "block"}}}, LoRS.defaults)
 
     def draw(
@@ -72,7 +76,7 @@ class RepBlend(LoRS):
         return BlendedDraw(**vars(drawn), blends=blends)
 
     def _blend(self, phase: int, iteration: int, step: int, pairs: int) -> Blend:
-        """A weight from Beta(blend, blend) and a permutation of the batch."""
+        """Draw the blend of one inner step: a weight from Beta(blend, blend) and a permutation of the batch."""
         partner = torch.randperm(pairs, generator=generator(self.seed, "blend", phase, iteration, step))
         weights = np.random.default_rng(derive(self.seed, "blend weight", phase, iteration, step))
         return Blend(float(weights.beta(self.options.blend, self.options.blend)), partner)

@@ -1,10 +1,14 @@
-"""TESLA-VL: trajectory matching in constant memory (arXiv 2211.10586), in its image-text form.
+"""TESLA-VL: trajectory matching in constant memory (arXiv 2211.10586), adapted to image-text pairs.
 
-The estimator of TESLA with LoRS's loss and a similarity fixed at the identity: the baseline of the LoRS authors that
-later tables quote. Let w = eta (target - theta_0) + eta^2 sum_k g_k, constant; then dL/dX_k is taken for
-2 w/D . dg_k/dX_k, as if theta_j did not depend on X_k for j > k. The paper calls this exact; it is exact for one step,
-and a truncation for more (`distill.estimator: exact` has the same memory). It stores no similarity, so it keeps as many
-pairs as the budget. Its rates are LoRS's, for no script was released.
+TESLA-VL is LoRS with its loss and gradient estimator, but without a learned similarity: S stays the identity. The LoRS
+authors introduced it as a baseline, and later papers quote it. The estimator approximates the gradient of the loss L in
+the batch X_k of step k, with g_k = gradient of step k, eta = student learning rate, D = ||theta_0 - target||^2:
+
+    dL/dX_k = 2 w/D . dg_k/dX_k,    w = eta (target - theta_0) + eta^2 sum_j g_j, held constant
+
+This ignores that the student's parameters after step k depend on X_k. The paper calls the gradient exact, but it is
+exact only for one step (K = 1); `distill.estimator: exact` gives the exact gradient for the same memory. Without a
+similarity to store, the whole budget goes into pairs. No script was released, so learning rates are those of LoRS.
 """
 
 from rmdd.config.runfile import filled
@@ -13,7 +17,10 @@ from rmdd.methods.lors import LoRS
 
 class TeslaVL(LoRS):
     card = "2211.10586"
-    verified = "gradients equal its two passes in float64; below random pairs on emoji. Open: published figures"
+    verified = (
+        "gradients equal a float64 version of TESLA's two passes; worse than random pairs on emoji. "
+        "Not verified: the published numbers"
+    )
     defaults = filled(
         {
             "distill": {

@@ -1,5 +1,7 @@
-"""Generative methods that train something before they draw: one task with checkpoints, shared by runs that differ
-in budget or sampling alone."""
+"""Base class of generative methods that train a model before they generate images.
+
+The training is one task with checkpoints. Runs that differ only in budget or sampling share its result.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ from rmdd.models.prepared import PreparedSplit
 
 
 class TunedMethod(GenerativeMethod):
-    """What is trained lies in the storage under the hash of all that shapes it."""
+    """A generative method with a trained model, stored under a hash of everything that determines its weights."""
 
     needs: ClassVar[tuple[Need, ...]] = ("diffusion",)
 
@@ -41,35 +43,35 @@ class TunedMethod(GenerativeMethod):
     @property
     @abstractmethod
     def checkpoint_every(self) -> int:
-        """Updates between checkpoints."""
+        """Number of updates between two checkpoints."""
 
     @abstractmethod
     def shapes(self) -> dict[str, Any]:
-        """What shapes the training beside data, parts and seed."""
+        """Return the options that determine the trained weights; data, models and seed are added to the hash anyway."""
 
     @abstractmethod
     def updates(self, captions: int) -> int:
-        """Steps of the training over so many captions; 0 when nothing is trained."""
+        """Return the number of training updates for a dataset of `captions` captions; 0 means no training."""
 
     @abstractmethod
     def sizes(self) -> dict[str, int]:
-        """Sides of the pictures that its first part, the generator, encodes and draws, by option."""
+        """Return the image sizes in pixels that the diffusion model must support, by option name."""
 
     def faults(self) -> list[str]:
-        found, generator = super().faults(), self.parts()[0]
+        faults, generator = super().faults(), self.parts()[0]
         for option, size in () if generator.missing_files() else self.sizes().items():
             try:
                 latent_shape(generator.folder(), size)
             except ValueError as error:
-                found.append(f"distill.options.{option}: {error}")
-        return found
+                faults.append(f"distill.options.{option}: {error}")
+        return faults
 
     @abstractmethod
     def trainer(self, train: PreparedSplit, device: torch.device) -> Trainer:
-        """Who trains, see `rmdd.generate.tuning`."""
+        """Return the trainer that runs the updates (`rmdd.generate.tuning`)."""
 
     def tuned_folder(self, root: Path, data: str) -> Path:
-        """Where it lies in the storage `root`, for data of that hash."""
+        """Return the folder of the trained model in the storage `root`; `data` is the hash of the dataset."""
         view = self.run.hashed("data", "features")
         facts = {
             "version": [NUMBERS_VERSION, type(self).version],
@@ -87,7 +89,7 @@ class TunedMethod(GenerativeMethod):
         return self.tuned_folder(studio.root, studio.train.split.dataset.hash)
 
     def tuned(self, studio: Studio) -> Path | None:
-        """The folder of what was trained, after it was; None when nothing is."""
+        """Train the model if it is not in the storage yet; return its folder, or None if `updates` is 0."""
         total = self.updates(len(studio.train.split.captions))
         if not total:
             return None
@@ -100,18 +102,21 @@ class TunedMethod(GenerativeMethod):
         return folder
 
     def pictures(self, train: PreparedSplit) -> Callable[[list[int], int], Tensor]:
-        """Gives the pictures of caption records as uint8 (B, 3, S, S), squashed to the side asked for."""
+        """Return a function that maps caption records and a side S to images squashed to S x S, uint8 (B, 3, S, S)."""
         split, data = train.split, self.run.data
 
-        def some(records: list[int], size: int) -> Tensor:
+        def images_of(records: list[int], size: int) -> Tensor:
             images = split.image_of[records]
             if size == data.image_size:
                 return torch.from_numpy(np.array(split.some_images(images)))
             sized = data.model_copy(update={"image_size": size})
             return torch.from_numpy(np.stack([squashed(split.encoded(int(i)), sized) for i in images]))
 
-        return some
+        return images_of
 
     def before(self, phase: int, count: Callable[[int], int]) -> int:
-        """`count` of the pairs of all earlier phases, added up: phases share one draw and take their parts of it."""
+        """Return the sum of `count(pairs)` over all earlier phases.
+
+        All phases share one random draw; the sum is the offset of this phase in it.
+        """
         return sum(count(p.pairs) for p in self.rule.phases[:phase])

@@ -191,7 +191,7 @@ class Steps:
         with self.timed("evaluate"):
             select = protocol.selection_jobs(rule, len(candidates)) if len(candidates) > 1 else []
             tune = protocol.tuning_jobs(rule)
-            recipe = scores.choices(rule) if rule.scores else []
+            recipe = scores.tuning_jobs(rule) if rule.scores else []
             tried_all = self.students(item, "choices on val", select + tune + recipe, candidates)
             rates = scores.chosen_rates(list(zip(recipe, tried_all[len(select + tune) :], strict=True)))
             chosen = len(candidates) - 1
@@ -203,7 +203,7 @@ class Steps:
                 [((j.loss, j.lr), r) for j, r in zip(tune, tried_all[len(select) :], strict=False)]
             )
             final = protocol.final_jobs(by_protocol, loss, lr, store.complete()[: run.experts.num])
-            final += scores.finals(rule, rates) if rule.scores else []
+            final += scores.final_jobs(rule, rates) if rule.scores else []
             trained = self.students(item, "students", final, [candidates[chosen]] * len(candidates))
             rows = list(zip(final, trained, strict=True))
             paths = {j: record(replace(item, job=j)) for j in final if j.kind != "reference"}
@@ -216,11 +216,11 @@ class Steps:
             "diverged": {kind: sum("diverged" in r for r in rs) for kind, rs in by_kind.items()},
             "galleries": {s: splits.open(s).split.facts() for s in ("train", "val", "test")},
             "spread": "sample standard deviation over students (distilled), draws (random) and experts (full)",
-            **summary.choices(by_protocol, candidates, chosen, curve, (loss, lr), tried),
+            **summary.choices_section(by_protocol, candidates, chosen, curve, (loss, lr), tried),
             "student_curves": [r["curve"] for r in by_kind["student"]],
         }
         size = summary.size(run.distill, run.stored_size, splits.open("val").texts.shape[1])
-        evaluation |= summary.beside(by_protocol, run.distill.method_name, table, rows, ranks, size)
+        evaluation |= summary.further_sections(by_protocol, run.distill.method_name, table, rows, ranks, size)
         if rule.scores:
             evaluation["scores"] = scores.result(by_protocol, ranks, rates)
         write_json(self.folder / "evaluation.json", evaluation)
@@ -249,7 +249,7 @@ class Steps:
         The file is separate from `evaluation.json`, which must be byte-identical after a kill and a resume.
         """
         logs = [item.paths.phase(p) / "metrics.jsonl" for p in range(len(item.run.distill.phases))]
-        cost = summary.clocks(item.run.runtime, logs, stored_bytes(item.paths.store), self.all_seconds())
+        cost = summary.measured_cost(item.run.runtime, logs, stored_bytes(item.paths.store), self.all_seconds())
         write_json(self.folder / "cost.json", cost)
         return cost
 

@@ -8,10 +8,10 @@ from rmdd.core.device import device_of
 from rmdd.core.storage import Storage
 from rmdd.distill.sets import load_set
 from rmdd.evaluate import records
-from rmdd.evaluate.probes.of_run import Probing
+from rmdd.evaluate.probes.of_run import StudentProbes
 from rmdd.evaluate.protocol import (
-    CHOOSING,
-    OF_RANDOM_PAIRS,
+    RANDOM_KINDS,
+    SELECTION_KINDS,
     StudentProtocol,
     pairs_of_subset,
     random_pairs,
@@ -40,29 +40,30 @@ class TrainStudent:
         path = record(item)
         shared = path.parent == paths.baseline
         value = paths.baseline.name if shared else f"{item.value}/{'-'.join(map(str, item.iterations))}"
-        for file in (path, *(() if job.kind in CHOOSING else (records.test_file(path), records.ranks_file(path)))):
+        test_files = () if job.kind in SELECTION_KINDS else (records.test_file(path), records.ranks_file(path))
+        for file in (path, *test_files):
             storage.fetch(file)
-        scored, unranked = records.read(path, value), job.kind in (*CHOOSING, "reference")
+        scored, unranked = records.read(path, value), job.kind in (*SELECTION_KINDS, "reference")
         if not unranked and not records.ranks_file(path).is_file():  # records of older releases have no rank file
             scored = None
-        probing = Probing(run, job, path, value, storage)
-        if scored is not None and not probing.missing:
+        probes = StudentProbes(run, job, path, value, storage)
+        if scored is not None and not probes.missing:
             hooks.report({"done": 1})
-            return probing.added_to(scored)
-        model = probing.restored() if scored is not None else None
+            return probes.added_to(scored)
+        model = probes.load_student() if scored is not None else None
         if model is None:
-            new_scores, model = _train_and_score(item, storage, probing, path if scored is None else None, hooks)
+            new_scores, model = _train_and_score(item, storage, probes, path if scored is None else None, hooks)
             if scored is None:  # a student that is retrained only for new probes keeps its first scores and ranks
                 scored = new_scores | {"value": value}
                 records.write(path, scored)
         assert scored is not None
-        probing.ask(model, device_of(run.runtime), hooks.should_stop)
+        probes.score_missing(model, device_of(run.runtime), hooks.should_stop)
         hooks.report({"done": 1, "val": scored["val"]["R@mean"]} if "val" in scored else {"done": 1})
-        return probing.added_to(scored)
+        return probes.added_to(scored)
 
 
 def _train_and_score(
-    item: TaskItem, storage: Storage, probing: Probing, path: Path | None, hooks: Hooks
+    item: TaskItem, storage: Storage, probes: StudentProbes, path: Path | None, hooks: Hooks
 ) -> tuple[dict[str, Any], DualEncoder | None]:
     """Train and score a student; return its record and the model (None if training diverged).
 
@@ -72,7 +73,7 @@ def _train_and_score(
     job, run, paths, protocol = item.job, item.run, item.paths, StudentProtocol.of(item.run)
     storage.fetch(paths.data)
     device, val = device_of(run.runtime), prepared_split(item, "val")
-    test = None if job.kind in CHOOSING else prepared_split(item, "test")
+    test = None if job.kind in SELECTION_KINDS else prepared_split(item, "test")
 
     def save_ranks(ranks: Ranks) -> None:
         if path is not None:
@@ -89,7 +90,7 @@ def _train_and_score(
     elif job.kind in ("soft_tune", "soft"):
         teacher = trained_expert(item, job.index % run.experts.num, storage)
         subsets = [soft_pairs(protocol, prepared_split(item, "train"), job.index, job.lr, teacher, device)]
-    elif job.kind in OF_RANDOM_PAIRS:
+    elif job.kind in RANDOM_KINDS:
         subsets = [random_pairs(protocol, prepared_split(item, "train"), job.index, job.lr)]
     else:
         for p, iteration in enumerate(item.iterations):
@@ -99,7 +100,7 @@ def _train_and_score(
     trained: list[DualEncoder] = []
 
     def finished(model: DualEncoder) -> None:
-        probing.keep(model)
+        probes.save_student(model)
         trained.append(model)
 
     heartbeat = hooks.should_stop  # each call tells the backend that this worker is alive

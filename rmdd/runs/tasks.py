@@ -19,7 +19,7 @@ from rmdd.core.files import atomic_path, read_json, write_json
 from rmdd.data.shards import Dataset
 from rmdd.distill.sets import load_set
 from rmdd.distill.trajectory.planning import PLAN, key_of, make_plan, with_explicit_phases, with_phases
-from rmdd.evaluate.health_of_run import checkup
+from rmdd.evaluate.health_of_run import health_report
 from rmdd.evaluate.students import score
 from rmdd.execution.parts import OpenParts, WorkerParts, with_restarts
 from rmdd.execution.tasks import Hooks
@@ -277,7 +277,7 @@ class CheckHealth:
                 (snapshot, [load_set(paths.set_of(p, i)) for p, i in enumerate(snapshot)]) for snapshot in snapshots
             ]
             device, seed, rule = device_of(run.runtime), run.seed_of("evaluate"), run.evaluate
-            health = checkup(model, sets, train, val, device, seed, rule.chunk, run.data.image_size)
+            health = health_report(model, sets, train, val, device, seed, rule.chunk, run.data.image_size)
             write_json(path, health | {"value": item.value})
         hooks.report({"done": 1})
         return True

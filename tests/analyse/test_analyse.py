@@ -1,4 +1,4 @@
-"""The analyses on a tiny run, through the words that people type and the functions below them."""
+"""The `rmdd analyse` commands on a tiny run, and the functions behind them."""
 
 import csv
 import dataclasses
@@ -35,7 +35,7 @@ PHASES = [
 TINY = tiny.changed(
     model={"image": {"weights": "random:0"}},
     experts={"num": 2, "epochs": EPOCHS, "keep": "all"},
-    distill={"phases": PHASES, "reuse_graphs": 2},  # keeps graphs in place of a second pass: quicker at this size
+    distill={"phases": PHASES, "reuse_graphs": 2},  # keeping graphs instead of a second pass is faster at this size
 )
 
 
@@ -51,7 +51,7 @@ def load(storage, *overrides):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A storage with the experts of the tiny run, and its run file."""
+    """Train the experts of the tiny run; return the folder with its run file and storage."""
     folder = tmp_path_factory.mktemp("analyse")
     run = load(folder / "runs")
     (folder / "run.yaml").write_text(config.dump(run))
@@ -60,8 +60,8 @@ def trained(tmp_path_factory):
     return folder
 
 
-def say(trained, *words):
-    """What `rmdd analyse WORDS --json` prints."""
+def analyse(trained, *words):
+    """Run `rmdd analyse WORDS --json` and return the parsed output."""
     word, *rest = words
     done = CliRunner().invoke(app, ["analyse", word, str(trained / "run.yaml"), *rest, "--json", "--quiet"])
     assert done.exit_code == 0, done.output
@@ -74,38 +74,40 @@ def rows_of(path):
 
 
 def test_gradients_of_both_kinds_of_trajectory(trained, ink):
-    found = say(trained, "gradients", "--draws", "1")
-    assert [(r["trajectory"], r["of"]) for r in found["rows"]] == [
+    result = analyse(trained, "gradients", "--draws", "1")
+    assert [(r["trajectory"], r["of"]) for r in result["rows"]] == [
         (t, p) for t in ("original", "shortcut") for p in ("images", "texts")
     ]
     folder = run_folder(load(trained / "runs")) / "analyse"
     rows = rows_of(folder / "gradients.csv")
     assert len(rows) == 2 * 2 * EPOCHS**2
-    own = {(r["trajectory"], r["of"], r["start"], r["other"]): float(r["cosine"]) for r in rows}
-    for (kind, part, a, b), cosine in own.items():
-        assert cosine == pytest.approx(own[kind, part, b, a]) and (a != b or cosine == pytest.approx(1))
-    first = found["rows"][0]
-    beside = [own["original", "images", str(t), str(t + 1)] for t in range(EPOCHS - 1)]
-    assert first["adjacent"] == pytest.approx(sum(beside) / len(beside))
+    cosines = {(r["trajectory"], r["of"], r["start"], r["other"]): float(r["cosine"]) for r in rows}
+    for (kind, part, a, b), cosine in cosines.items():
+        assert cosine == pytest.approx(cosines[kind, part, b, a]) and (a != b or cosine == pytest.approx(1))
+    first = result["rows"][0]
+    adjacent = [cosines["original", "images", str(t), str(t + 1)] for t in range(EPOCHS - 1)]
+    assert first["adjacent"] == pytest.approx(sum(adjacent) / len(adjacent))
     assert {r["start"] for r in rows_of(folder / "gradient_norms.csv")} == {"0", "1", "2"}
     assert (folder / "gradients.svg").stat().st_size > 1000
 
 
 def test_components_of_the_gradients(trained):
-    found = say(trained, "pca", "--draws", "2", "--endpoint", "2")
-    assert all(0 <= r["second"] <= r["first"] <= 1 for r in found["rows"])
-    points = rows_of(found["files"][0])
-    assert len(points) == 2 * 2 * 2 * 2, "kinds, starts, experts, draws"
+    result = analyse(trained, "pca", "--draws", "2", "--endpoint", "2")
+    assert all(0 <= r["second"] <= r["first"] <= 1 for r in result["rows"])
+    points = rows_of(result["files"][0])
+    assert len(points) == 2 * 2 * 2 * 2, "expected 2 trajectories x 2 starts x 2 experts x 2 draws"
     for kind in ("original", "shortcut"):
         assert sum(float(p["first"]) for p in points if p["trajectory"] == kind) == pytest.approx(0, abs=1e-6)
 
 
-def test_the_collapse_has_teacher_and_student(trained, ink):
-    found = say(trained, "collapse", "--epochs", "1,3", "--iterations", "2", "--trajectories", "original,shortcut")
-    words = re.findall(r"<!-- (.*?) -->", Path(found["files"][1]).read_text())
-    assert "stop (exclusive end of the range of starts); epoch of the teacher" in words
-    assert not [w for w in words if re.fullmatch(r"\d\.\d+", w) and float(w) <= 3], "epochs are whole"
-    assert [(r["trajectory"], r["stop"]) for r in found["rows"]] == [
+def test_the_collapse_table_has_teacher_and_student(trained, ink):
+    result = analyse(trained, "collapse", "--epochs", "1,3", "--iterations", "2", "--trajectories", "original,shortcut")
+    words = re.findall(r"<!-- (.*?) -->", Path(result["files"][1]).read_text())
+    assert "stop (exclusive end of the start range); epoch of the teacher" in words
+    assert not [w for w in words if re.fullmatch(r"\d\.\d+", w) and float(w) <= 3], (
+        "epochs on the axis must be integers"
+    )
+    assert [(r["trajectory"], r["stop"]) for r in result["rows"]] == [
         ("original", 1),
         ("original", 3),
         ("shortcut", 1),
@@ -115,9 +117,9 @@ def test_the_collapse_has_teacher_and_student(trained, ink):
     with open_pipeline(run, Progress(quiet=True)) as pipeline:
         store = Store.open(paths_of(run, pipeline.ingest()).store)
     val = [store.record(e)["metrics"][3]["val"] for e in (0, 1)]
-    assert found["rows"][1]["teacher"] == pytest.approx(sum(val) / 2)
-    assert all(0 <= r["student"] <= 100 for r in found["rows"])
-    assert len(list((trained / "runs" / "experts").glob("*/"))) == 1, "no expert is trained again"
+    assert result["rows"][1]["teacher"] == pytest.approx(sum(val) / 2)
+    assert all(0 <= r["student"] <= 100 for r in result["rows"])
+    assert len(list((trained / "runs" / "experts").glob("*/"))) == 1, "all cells must share the experts"
 
 
 def test_a_cell_of_the_collapse_is_one_phase_with_the_whole_budget():
@@ -127,7 +129,7 @@ def test_a_cell_of_the_collapse_is_one_phase_with_the_whole_budget():
     assert (phase.start, phase.stop, phase.iterations, phase.pairs) == (0, 2, 7, 8)
     assert member.label == "original, 2"
     with pytest.raises(
-        config.ConfigError, match=r"stop 4 .exclusive end.* not fit experts of 3 epochs; give .* 1 to 3"
+        config.ConfigError, match=r"stop 4 .exclusive end.* not fit experts with 3 epochs; give .* 1 to 3"
     ):
         collapse_axes(EPOCHS, range(EPOCHS + 1), run.distill.match_epochs, [4], ["original"])
 
@@ -151,8 +153,8 @@ OTHER_METHOD = [
         ["distill.method=amd", *OTHER_METHOD],
     ],
 )
-def test_the_starts_of_a_cell_are_its_own_whatever_the_run_draws(sets):
-    """By default, all last starts that fit; on both kinds of trajectory."""
+def test_a_cell_draws_all_its_start_epochs_for_every_setting_of_the_run(sets):
+    """Check the default stops on both kinds of trajectory."""
     run = load("runs", *sets)
     epochs, kinds = collapse_axes(EPOCHS, range(EPOCHS + 1), run.distill.match_epochs, None, TRAJECTORIES)
     cells = collapse_members(run, epochs, kinds)
@@ -164,8 +166,8 @@ def test_the_starts_of_a_cell_are_its_own_whatever_the_run_draws(sets):
         assert cell.run.distill.trajectory == "original" or cell.run.endpoint_of(0) == EPOCHS
 
 
-def test_cells_read_the_store_of_the_run():
-    """What it keeps stays, so that no other experts are trained."""
+def test_cells_use_the_store_of_the_run():
+    """Cells must keep the same expert epochs as the run, otherwise new experts would be trained."""
     run = load("runs", "experts.keep=endpoints", f"distill.phases={json.dumps(PHASES[:1])}")
     (member,) = collapse_members(run, [1], ["shortcut"])
     assert kept_epochs(member.run.experts, member.run.endpoints) == kept_epochs(run.experts, run.endpoints) == (2, 3)
@@ -173,8 +175,8 @@ def test_cells_read_the_store_of_the_run():
 
 def test_tables_of_phases():
     run = load("runs")
-    delta, left_out = table_settings(run.distill, EPOCHS, "delta")
-    assert not left_out
+    delta, skipped = table_settings(run.distill, EPOCHS, "delta")
+    assert not skipped
     assert [[(p["start"], p["stop"]) for p in row] for row in delta.values()] == [
         [(0, 1), (0, 1)],
         [(0, 1), (1, 2)],
@@ -184,8 +186,8 @@ def test_tables_of_phases():
     assert shift["as given"] == [p.model_dump(mode="json") for p in run.distill.phases]
     assert [p["start"] for p in shift["ranges not shifted"]] == [0, 0]
     assert [p["endpoint"] for p in shift["endpoints not shifted"]] == [2, 2]
-    rows, left_out = table_settings(run.distill, EPOCHS, "endpoints")
-    assert list(rows) == ["1+2", "2+3"] and left_out == ["3+4"], "it ends past the experts"
+    rows, skipped = table_settings(run.distill, EPOCHS, "endpoints")
+    assert list(rows) == ["1+2", "2+3"] and skipped == ["3+4"], "experts have no epoch 4"
     twice = load("runs", f"distill.phases={json.dumps([PHASES[0]] * 2)}")
     alike, _ = table_settings(twice.distill, EPOCHS, "endpoints")
     assert list(alike) == ["1+1", "2+2", "3+3"]
@@ -198,7 +200,7 @@ def test_tables_of_phases():
     assert [(p["start_text"], p["stop_text"]) for p in moved["delta 1"]] == [(0, 1), (1, 2)]
 
 
-def test_cells_that_fail_are_told_and_end_with_1(trained):
+def test_failed_cells_are_reported_with_exit_code_1(trained):
     pairs = json.dumps([{**PHASES[0], "pairs": 100}])
     words = ["--table", "endpoints", "--set", f"distill.phases={pairs}", "--set", "distill.budget=120"]
     done = CliRunner().invoke(app, ["analyse", "sweep", str(trained / "run.yaml"), *words, "--json", "--quiet"])
@@ -207,20 +209,20 @@ def test_cells_that_fail_are_told_and_end_with_1(trained):
 
 
 def test_a_table_is_a_sweep(trained, ink):
-    found = say(trained, "sweep", "--table", "endpoints")
-    assert [r["row"] for r in found["rows"]] == ["1+2", "2+3"] and all(r["student"] >= 0 for r in found["rows"])
-    words = re.findall(r"<!-- (.*?) -->", Path(found["files"][1]).read_text())
+    result = analyse(trained, "sweep", "--table", "endpoints")
+    assert [r["row"] for r in result["rows"]] == ["1+2", "2+3"] and all(r["student"] >= 0 for r in result["rows"])
+    words = re.findall(r"<!-- (.*?) -->", Path(result["files"][1]).read_text())
     assert "students by endpoints of the phases" in words and {"1+2", "2+3"} <= set(words)
-    assert [m.label for m in members_in(found["sweep"])] == ["1+2", "2+3"]
+    assert [m.label for m in members_in(result["sweep"])] == ["1+2", "2+3"]
     assert (trained / "runs" / "sweeps").is_dir()
 
 
 def test_the_gradient_is_linear_in_the_start_on_a_straight_path(trained):
-    """The ratio settles, once no ReLU turns between the two starts any more."""
+    """The ratio must converge once the distance is too small for a ReLU to switch between the two starts."""
     with open_pipeline(load(trained / "runs"), Progress(quiet=True)) as pipeline:
-        found = linearity(pipeline, halvings=10, start=1.3)
+        result = linearity(pipeline, halvings=10, start=1.3)
     for name in ("shortcut", "joined"):
-        rows = [row for row in found["rows"] if row["trajectory"] == name]
+        rows = [row for row in result["rows"] if row["trajectory"] == name]
         assert [(row["start"], row["distance"]) for row in rows] == [(1.3, 0.1 / 2**i) for i in range(11)]
         ratios = [row["ratio"] for row in rows]
         assert all(math.isfinite(r) and r > 0 for r in ratios)
@@ -228,59 +230,64 @@ def test_the_gradient_is_linear_in_the_start_on_a_straight_path(trained):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["linearity", "--start", "1.95"], "must lie in 0-2; give another --start"),
         (["linearity", "--endpoint", "1"], "must lie in 0-0; give another --start or --endpoint"),
-        (["gradients", "--endpoint", "4"], "asked for shortcuts to epoch 4; give one from 1 to 3"),
+        (["gradients", "--endpoint", "4"], "--endpoint 4 is outside of the experts' epochs; give one from 1 to 3"),
         (["gradients", "--draws", "0"], "--draws"),
-        (["pca", "--endpoint", "2", "--experts", "1", "--draws", "1"], "2 gradients, 3 are needed"),
+        (["pca", "--endpoint", "2", "--experts", "1", "--draws", "1"], "needs 3 gradients but gets 2"),
         (["collapse", "--epochs", "2,x"], "--epochs 2,x: write whole numbers, such as 2,4,6"),
-        (["collapse", "--epochs", "0,2,4"], "stop 4 (exclusive end of the range of starts) does not fit experts of 3"),
-        (["collapse", "--trajectories", "orignal"], "no trajectory 'orignal'; give one or both of original, shortcut"),
-        (["sweep", "--table", "sizes"], "no table 'sizes'; give one of shift, endpoints, delta"),
-        (["sweep", "--set", "distill.phases=" + json.dumps(PHASES[:1])], "the run has one; give it two or more"),
+        (["collapse", "--epochs", "0,2,4"], "stop 4 (exclusive end of the start range) does not fit experts with 3"),
+        (
+            ["collapse", "--trajectories", "orignal"],
+            "unknown trajectory 'orignal'; give one or both of original, shortcut",
+        ),
+        (["sweep", "--table", "sizes"], "unknown table 'sizes'; give one of shift, endpoints, delta"),
+        (["sweep", "--set", "distill.phases=" + json.dumps(PHASES[:1])], "distill.phases has one; list two or more"),
         (["sweep", "--table", "endpoints", "--set", "distill.trajectory=original"], "has no endpoint to move"),
         (["sweep", "--table", "endpoints", "--set", "experts.keep=endpoints"], "leaves out [1]"),
         (["collapse", "--set", "distill.budget=2"], "budget 2 is"),
         (["collapse", "--set", "experts.keep=endpoints"], "original trajectories need every epoch"),
-        (["gradients", "--set", "experts.keep=endpoints"], "experts.keep: all, or look at shortcuts only"),
+        (["gradients", "--set", "experts.keep=endpoints"], "experts.keep: all, or give --shortcut-only"),
         (
             ["gradients", "--set", "experts.keep=[2,3]", "--shortcut-only", "--endpoint", "1"],
-            "the experts keep epochs [0, 2, 3], asked for shortcuts to 1",
+            "--endpoint 1 is not stored: the experts keep epochs [0, 2, 3]",
         ),
     ],
 )
-def test_what_cannot_be_asked_is_told_before_experts_are_trained(trained, words, told):
+def test_invalid_options_are_rejected_before_experts_are_trained(trained, words, message):
     before = set((trained / "runs" / "experts").iterdir())
     word, *rest = words
     done = CliRunner().invoke(app, ["analyse", word, str(trained / "run.yaml"), *rest, "--set", "seed=77", "--quiet"])
     assert done.exit_code == 2, done.output
-    assert told in " ".join(done.stderr.replace("│", " ").split())
+    assert message in " ".join(done.stderr.replace("│", " ").split())
     assert set((trained / "runs" / "experts").iterdir()) == before
 
 
-def test_stores_that_keep_endpoints_have_shortcuts(trained, ink):
-    found = say(trained, "gradients", "--set", "experts.keep=endpoints", "--shortcut-only", "--draws", "1")
-    assert {r["trajectory"] for r in found["rows"]} == {"shortcut"}
-    words = set(re.findall(r"<!-- (.*?) -->", Path(found["files"][2]).read_text()))
-    assert {"start epoch", "cosine", "shortcut: images", "length of the gradient"} <= words
+def test_stores_that_keep_endpoints_allow_shortcuts(trained, ink):
+    result = analyse(trained, "gradients", "--set", "experts.keep=endpoints", "--shortcut-only", "--draws", "1")
+    assert {r["trajectory"] for r in result["rows"]} == {"shortcut"}
+    words = set(re.findall(r"<!-- (.*?) -->", Path(result["files"][2]).read_text()))
+    assert {"start epoch", "cosine", "shortcut: images", "gradient norm"} <= words
 
 
-def test_norms_and_components_are_those_of_the_gradients(trained):
-    """gradient_norms.csv and pca.csv against gradients taken one by one."""
+def test_norms_and_components_equal_those_of_single_gradients(trained):
+    """Compare gradient_norms.csv and pca.csv with gradients computed one by one."""
     folder = run_folder(load(trained / "runs")) / "analyse"
-    say(trained, "gradients", "--draws", "2")
-    say(trained, "pca", "--draws", "2")
+    analyse(trained, "gradients", "--draws", "2")
+    analyse(trained, "pca", "--draws", "2")
     with open_pipeline(load(trained / "runs"), Progress(quiet=True)) as pipeline:
         setting = Setting(pipeline, TRAJECTORIES)
         for kind in TRAJECTORIES:
-            matcher, first = setting.matcher(kind), setting.initial(matching_method(setting.probing(kind)))
-            found = []
+            matcher, first = setting.matcher(kind), setting.initial(matching_method(setting.run_on(kind)))
+            result = []
             for start, expert, d in itertools.product(range(EPOCHS), (0, 1), (0, 1)):
                 drawn = dataclasses.replace(matcher.draw(d), expert=expert, start=start, start_text=start)
-                found.append(matcher.gradient(first, drawn, estimator="first_order").gradient.images.double().flatten())
-            rows = torch.stack(found)
+                result.append(
+                    matcher.gradient(first, drawn, estimator="first_order").gradient.images.double().flatten()
+                )
+            rows = torch.stack(result)
             norms = [float(r["images"]) for r in rows_of(folder / "gradient_norms.csv") if r["trajectory"] == kind]
             assert norms == pytest.approx(rows.unflatten(0, (EPOCHS, 4)).mean(1).norm(dim=1).tolist(), rel=1e-4)
             points = [r for r in rows_of(folder / "pca.csv") if r["trajectory"] == kind]

@@ -22,12 +22,12 @@ def with_phase(changes: dict, **distill) -> dict:
     ("raw", "words"),
     [
         (with_phase({"stop": 4}), "set distill.phases.0.stop to 3"),
-        (with_phase({}, match_epochs=3), "ends past the endpoint 3"),
+        (with_phase({}, match_epochs=3), "lies 3 epoch(s) later, past the endpoint 3"),
         (with_phase({"stop": 3}, start_rule="inclusive"), "set distill.phases.0.stop to 2"),
         (with_phase({"stop": 3}, endpoint_rule="exclusive"), "set distill.phases.0.stop to 2"),
         (with_phase({"start": 2}), "is empty; raise stop"),
         (with_phase({"pairs": 1}), "one pair has no negatives"),
-        (with_phase({"pairs": 8}), "batch 10 is larger than distill.phases.0 with its 8 pairs"),
+        (with_phase({"pairs": 8}), "batch 10 is larger than the 8 pairs of distill.phases.0"),
         (
             with_phase({}, similarity={"kind": "low_rank", "rank": 11}),
             "use at most 10 or distill.similarity.kind: full",
@@ -230,7 +230,7 @@ def test_another_method_by_override_brings_its_values():
 
 
 def test_ranges_found_from_drift_have_their_ends_included():
-    with pytest.raises(ConfigError, match="drift finds whole epochs"):
+    with pytest.raises(ConfigError, match="drift already includes the last start epoch"):
         load("emoji_amd_100", ["data.root=x", "distill.trajectory=convexified", "distill.start_rule=inclusive"])
 
 

@@ -1,3 +1,5 @@
+"""Augmentations for students: reproducible draws, and the effect of each transform."""
+
 import pytest
 import torch
 
@@ -24,7 +26,7 @@ def test_views_depend_on_the_generator_alone(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_pictures_of_a_batch_get_strengths_of_their_own(name):
+def test_images_of_a_batch_get_different_strengths(name):
     images = pictures(1).expand(6, -1, -1, -1)
     views = FAMILIES[name](images, generator(1, "views"))
     assert any(not torch.equal(views[0], v) for v in views[1:])
@@ -40,23 +42,23 @@ def test_dsa_draws_one_family_per_batch():
     assert expected == set(FAMILIES)
 
 
-def test_what_each_family_does():
+def test_the_effect_of_each_transform():
     images = pictures(40)
     flipped = FAMILIES["flip"](images, generator(0, "f"))
     either = [torch.equal(v, x) or torch.equal(v, x.flip(2)) for v, x in zip(flipped, images, strict=True)]
     assert all(either) and 8 < sum(torch.equal(v, x) for v, x in zip(flipped, images, strict=True)) < 32
     cut = FAMILIES["cutout"](images, generator(0, "c"))
-    lost = (cut != images).any(1).flatten(1).sum(1)
-    assert ((cut == images) | (cut == 0)).all() and lost.max() <= (16 * CUT) ** 2 and lost.min() > 0
+    erased = (cut != images).any(1).flatten(1).sum(1)
+    assert ((cut == images) | (cut == 0)).all() and erased.max() <= (16 * CUT) ** 2 and erased.min() > 0
     cropped = FAMILIES["crop"](torch.ones(40, 3, 16, 16), generator(0, "p"))
     assert set(cropped.unique().tolist()) == {0.0, 1.0} and cropped.mean() > 0.7
     coloured = FAMILIES["colour"](images, generator(0, "k"))
     edges = [x.flatten(1).argmax(1) for x in (images.mean(1), coloured.mean(1))]
-    assert torch.equal(*edges), "colour moves no pixel"
+    assert torch.equal(*edges), "colour must not move the brightest pixel"
     for name in ("scale", "rotate"):
         still = torch.zeros(1, 3, 17, 17)
         still[..., 8, 8] = 1
-        assert FAMILIES[name](still, generator(0, name))[..., 8, 8].min() > 0.5, "the centre stays"
+        assert FAMILIES[name](still, generator(0, name))[..., 8, 8].min() > 0.5, "the centre of the image must not move"
 
 
 def test_randaugment_is_that_of_the_experts_on_8_bits():
@@ -65,8 +67,8 @@ def test_randaugment_is_that_of_the_experts_on_8_bits():
     assert torch.allclose(normalise(denormalise(views, MEAN, STD), MEAN, STD), views, atol=1e-6)
 
 
-def test_what_is_no_augmentation_is_refused():
-    with pytest.raises(ValueError, match="no augmentation 'mixup'; there are: dsa, randaugment"):
+def test_unknown_augmentations_are_rejected():
+    with pytest.raises(ValueError, match="unknown augmentation 'mixup'; available: dsa, randaugment"):
         augmentation("mixup")
     with pytest.raises(ValueError, match="give the mean and std"):
         augmentation("randaugment")

@@ -1,3 +1,5 @@
+"""Bootstrap intervals compared with a loop over captions, and their coverage."""
+
 import numpy as np
 import pytest
 import torch
@@ -18,15 +20,15 @@ def ranks_of(seed, counts=RAGGED, hard=12):
 
 
 def one_draw(ranks, chosen, metric):
-    """The metric on a gallery of `chosen` images, caption by caption."""
+    """Compute the metric on the gallery of `chosen` images with a loop over captions."""
     image, text, of = ranks.image.tolist(), ranks.text.tolist(), ranks.image_of.tolist()
-    found = {}
+    result = {}
     for k in (1, 3, 5, 10):
         ir = [image[j] < k for i in chosen for j in range(len(of)) if of[j] == i]
         tr = [text[i] < k for i in chosen]
-        found |= {f"IR@{k}": 100 * sum(ir) / len(ir), f"TR@{k}": 100 * sum(tr) / len(tr)}
-    found["R@mean"] = sum(found[f"{side}@{k}"] for side in ("IR", "TR") for k in (1, 5, 10)) / 6
-    return found[metric]
+        result |= {f"IR@{k}": 100 * sum(ir) / len(ir), f"TR@{k}": 100 * sum(tr) / len(tr)}
+    result["R@mean"] = sum(result[f"{side}@{k}"] for side in ("IR", "TR") for k in (1, 5, 10)) / 6
+    return result[metric]
 
 
 def slow(a, b, metric, draws, seed, level):
@@ -40,8 +42,8 @@ def slow(a, b, metric, draws, seed, level):
     ]
 
     def value(chosen):
-        ours = np.mean([one_draw(r, chosen, metric) for r in a])
-        return ours - (np.mean([one_draw(r, chosen, metric) for r in b]) if b else 0.0)
+        mean = np.mean([one_draw(r, chosen, metric) for r in a])
+        return mean - (np.mean([one_draw(r, chosen, metric) for r in b]) if b else 0.0)
 
     low, high = np.quantile([value(chosen) for chosen in index], [(1 - level) / 2, (1 + level) / 2])
     return Interval(value(range(images)), low, high)
@@ -50,24 +52,24 @@ def slow(a, b, metric, draws, seed, level):
 @pytest.mark.parametrize("metric", ["R@mean", "IR@1", "TR@5", "IR@3"])
 def test_equals_a_loop_over_captions(metric):
     a, b = [ranks_of(0), ranks_of(1), ranks_of(2)], [ranks_of(3, hard=30), ranks_of(4, hard=30)]
-    for found, expected in (
+    for result, expected in (
         (interval(a, metric, 130, 7, 0.9), slow(a, [], metric, 130, 7, 0.9)),
         (difference(a, b, metric, 130, 7, 0.9), slow(a, b, metric, 130, 7, 0.9)),
     ):
-        assert [found.mean, found.low, found.high] == pytest.approx([expected.mean, expected.low, expected.high])
-        assert found.low <= found.mean <= found.high
+        assert [result.mean, result.low, result.high] == pytest.approx([expected.mean, expected.low, expected.high])
+        assert result.low <= result.mean <= result.high
 
 
 def test_the_mean_is_the_mean_recall_of_the_students():
     students = [ranks_of(seed) for seed in range(3)]
-    found = intervals(students, draws=10)
-    assert set(found) == set(METRICS)
-    for metric, one in found.items():
-        assert one.mean == pytest.approx(np.mean([r.recalls().as_dict()[metric] for r in students]))
+    result = intervals(students, draws=10)
+    assert set(result) == set(METRICS)
+    for metric, estimate in result.items():
+        assert estimate.mean == pytest.approx(np.mean([r.recalls().as_dict()[metric] for r in students]))
 
 
-def test_pairing_cancels_what_the_images_share():
-    """Hard images are hard for both, so a paired difference is surer than its two sides."""
+def test_paired_differences_have_narrower_intervals():
+    """Images that are hard for one model are hard for both, so the paired difference varies less than each side."""
     g = torch.Generator().manual_seed(0)
     counts = [5] * 200
     image_of = torch.arange(200).repeat_interleave(5)
@@ -78,12 +80,12 @@ def test_pairing_cancels_what_the_images_share():
     assert paired.high - paired.low < 0.6 * (alone.high - alone.low) and len(counts) == 200
     same = difference([a], [a], draws=50)
     assert (same.mean, same.low, same.high) == (0, 0, 0)
-    turned = difference([b], [a], "IR@5", 400)
-    assert [turned.mean, turned.low, turned.high] == pytest.approx([-paired.mean, -paired.high, -paired.low])
+    reverse = difference([b], [a], "IR@5", 400)
+    assert [reverse.mean, reverse.low, reverse.high] == pytest.approx([-paired.mean, -paired.high, -paired.low])
 
 
 def test_captions_of_one_image_are_drawn_together():
-    """Five captions that fail and succeed together carry the information of one."""
+    """If the five captions of an image always have equal ranks, the interval equals that of one caption per image."""
     g = torch.Generator().manual_seed(1)
     hit = torch.randint(2, (300,), generator=g) * 20
     alone = interval([Ranks(hit, hit, torch.arange(300))], "IR@1", 500)
@@ -92,40 +94,40 @@ def test_captions_of_one_image_are_drawn_together():
     assert [five.mean, five.low, five.high] == pytest.approx([alone.mean, alone.low, alone.high])
 
 
-def test_intervals_cover_the_truth_as_often_as_they_say():
-    """Galleries of 80 images with a known hit rate: 95 % intervals hold it about 95 times in a hundred."""
+def test_95_percent_intervals_cover_the_true_value_in_95_percent_of_cases():
+    """Draw 300 galleries of 80 images with a known hit rate, and count how often the interval contains it."""
     g = torch.Generator().manual_seed(2)
     covered = 0
     for _ in range(300):
-        rate = 0.2 + 0.4 * torch.rand(80, 1, generator=g)  # of each image, 0.4 on average
+        rate = 0.2 + 0.4 * torch.rand(80, 1, generator=g)  # hit rate of each image, 0.4 on average
         miss = torch.rand(80, 5, generator=g) > rate
-        found = interval(
+        result = interval(
             [Ranks(50 * miss.flatten(), torch.zeros(80, dtype=torch.int64), torch.arange(80).repeat_interleave(5))],
             "IR@1",
             300,
         )
-        covered += found.low <= 40 <= found.high
+        covered += result.low <= 40 <= result.high
     assert 0.90 <= covered / 300 <= 0.985
 
 
-def test_a_draw_depends_on_the_seed_and_the_number_of_images_alone():
+def test_draws_depend_only_on_the_seed_and_the_number_of_images():
     a, b = ranks_of(0), ranks_of(5)
     torch.manual_seed(1)
     assert interval([a], draws=150) == interval([a], draws=150) != interval([a], draws=150, seed=1)
-    found = differences([a], [b], ("IR@1", "R@mean"), 150)
-    assert found["IR@1"] == difference([a], [b], "IR@1", 150)
+    result = differences([a], [b], ("IR@1", "R@mean"), 150)
+    assert result["IR@1"] == difference([a], [b], "IR@1", 150)
 
 
-def test_what_cannot_be_compared_is_refused():
+def test_invalid_arguments_are_rejected():
     a = ranks_of(0)
-    with pytest.raises(ValueError, match="no ranks to draw from"):
+    with pytest.raises(ValueError, match="the list of ranks is empty"):
         interval([])
-    with pytest.raises(ValueError, match="no ranks to draw from"):
+    with pytest.raises(ValueError, match="the list of ranks is empty"):
         difference([a], [])
     with pytest.raises(ValueError, match="different galleries"):
         difference([a], [ranks_of(0, RAGGED[::-1])])
     for metric in ("IR", "R@5", "IR@0", "MRR"):
-        with pytest.raises(ValueError, match=f"no metric '{metric}'"):
+        with pytest.raises(ValueError, match=f"unknown metric '{metric}'"):
             interval([a], metric)
     with pytest.raises(ValueError, match="draws must be at least 1 and level between 0 and 1"):
         interval([a], level=95.0)

@@ -1,4 +1,4 @@
-"""Health of embeddings against slow loops, and at the ends of each scale."""
+"""Embedding health compared with slow loops, and for extreme inputs."""
 
 import itertools
 import math
@@ -16,14 +16,14 @@ def rows(n, d, seed, dtype=torch.float64):
 
 
 def slow(images, texts):
-    """The table of the reference by loops over plain numbers."""
+    """Compute the statistics with Python loops over pairs of rows."""
     u = [np.asarray(x) / np.linalg.norm(x) for x in images]
     v = [np.asarray(x) / np.linalg.norm(x) for x in texts]
     n = len(u)
     off = [(i, j) for i in range(n) for j in range(n) if i != j]
     pairs = list(itertools.combinations(range(n), 2))
     mean_u, mean_v = sum(u) / n, sum(v) / n
-    found = {
+    stats = {
         "cosine_image": np.mean([u[i] @ u[j] for i, j in pairs]),
         "cosine_text": np.mean([v[i] @ v[j] for i, j in pairs]),
         "cosine_image_p05": np.percentile([u[i] @ u[j] for i, j in off], 5),
@@ -37,37 +37,37 @@ def slow(images, texts):
         "uniformity_cross": math.log(np.mean([math.exp(-2 * np.sum((u[i] - v[j]) ** 2)) for i, j in off])),
         "margin": np.mean([u[i] @ v[i] for i in range(n)]) - np.mean([u[i] @ v[j] for i, j in off]),
     }
-    found["gap_share"] = found["gap"] ** 2 / found["alignment"]
+    stats["gap_share"] = stats["gap"] ** 2 / stats["alignment"]
     for side, each in (("image", u), ("text", v)):
         s = np.linalg.svd(np.array(each) - np.mean(each, 0), compute_uv=False)
         s = s[s > 1e-9]
-        found[f"rank_{side}"] = math.exp(-sum(x / s.sum() * math.log(x / s.sum()) for x in s))
+        stats[f"rank_{side}"] = math.exp(-sum(x / s.sum() * math.log(x / s.sum()) for x in s))
     for side, queries, candidates in (("image", v, u), ("text", u, v)):
         counts = np.zeros(n)
         for q in queries:
             for j in sorted(range(n), key=lambda j, q=q: -(q @ candidates[j]))[:10]:
                 counts[j] += 1
         z = counts - counts.mean()
-        found[f"hubness_{side}"] = np.mean(z**3) / np.mean(z**2) ** 1.5
-    return found
+        stats[f"hubness_{side}"] = np.mean(z**3) / np.mean(z**2) ** 1.5
+    return stats
 
 
-def test_agrees_with_loops():
+def test_statistics_equal_slow_loops():
     images = rows(40, 7, 0) + 0.5
     texts = images @ rows(7, 7, 1) + 0.3 * rows(40, 7, 2)
-    found = health(3 * images, texts)
+    stats = health(3 * images, texts)
     for name, value in slow(images.numpy(), texts.numpy()).items():
-        assert found[name] == pytest.approx(value, rel=1e-9, abs=1e-12), name
+        assert stats[name] == pytest.approx(value, rel=1e-9, abs=1e-12), name
 
 
-def test_chunks_change_nothing(monkeypatch):
+def test_the_chunk_size_does_not_change_the_statistics(monkeypatch):
     images, texts = rows(50, 5, 3), rows(50, 5, 4)
     whole = health(images, texts)
     monkeypatch.setattr(module, "CHUNK", 7)
     assert health(images, texts) == pytest.approx(whole, rel=1e-12)
 
 
-def test_samples_of_pairs_come_near_and_are_seeded(monkeypatch):
+def test_sampled_statistics_are_close_and_seeded(monkeypatch):
     images, texts = rows(60, 5, 5), rows(60, 5, 6)
     whole = health(images, texts)
     monkeypatch.setattr(module, "EXACT", 10)
@@ -79,35 +79,35 @@ def test_samples_of_pairs_come_near_and_are_seeded(monkeypatch):
         assert drawn[name] == pytest.approx(whole[name], abs=0.15), name
 
 
-def test_one_point():
-    found = health(torch.ones(12, 4), torch.ones(12, 4))
-    assert found["cosine_image"] == pytest.approx(1)
-    assert found["uniformity_image"] == pytest.approx(0, abs=1e-12)
-    assert found["rank_image"] == 0
-    assert found["gap"] == pytest.approx(0, abs=1e-12) == found["alignment"] == found["gap_share"]
-    assert found["margin"] == pytest.approx(0, abs=1e-12)
+def test_equal_rows():
+    stats = health(torch.ones(12, 4), torch.ones(12, 4))
+    assert stats["cosine_image"] == pytest.approx(1)
+    assert stats["uniformity_image"] == pytest.approx(0, abs=1e-12)
+    assert stats["rank_image"] == 0
+    assert stats["gap"] == pytest.approx(0, abs=1e-12) == stats["alignment"] == stats["gap_share"]
+    assert stats["margin"] == pytest.approx(0, abs=1e-12)
 
 
 def test_orthonormal_rows():
-    found = health(torch.eye(6), torch.eye(6))
-    assert found["cosine_image"] == pytest.approx(0, abs=1e-12)
-    assert found["gap"] == found["alignment"] == 0
-    assert found["margin"] == pytest.approx(1)
-    assert found["rank_image"] == pytest.approx(5)
+    stats = health(torch.eye(6), torch.eye(6))
+    assert stats["cosine_image"] == pytest.approx(0, abs=1e-12)
+    assert stats["gap"] == stats["alignment"] == 0
+    assert stats["margin"] == pytest.approx(1)
+    assert stats["rank_image"] == pytest.approx(5)
 
 
-def test_opposite_sides():
+def test_texts_opposite_to_their_images():
     images = rows(20, 6, 7)
-    found = health(images, -images)
-    assert found["alignment"] == pytest.approx(4)
+    stats = health(images, -images)
+    assert stats["alignment"] == pytest.approx(4)
 
 
-def test_the_probe_tells_cones_apart_and_is_at_chance_on_one_cloud():
-    apart = rows(100, 8, 8)
+def test_the_linear_probe_separates_distant_modalities_and_is_at_chance_for_equal_ones():
+    images = rows(100, 8, 8)
     offset = torch.zeros(8, dtype=torch.float64)
     offset[0] = 50
-    assert health(apart + offset, rows(100, 8, 9) - offset)["separability"] == 1
-    assert health(apart, rows(100, 8, 9))["separability"] == pytest.approx(0.5, abs=0.15)
+    assert health(images + offset, rows(100, 8, 9) - offset)["separability"] == 1
+    assert health(images, rows(100, 8, 9))["separability"] == pytest.approx(0.5, abs=0.15)
 
 
 def test_unusable_rows_are_counted_and_left_out():
@@ -117,16 +117,16 @@ def test_unusable_rows_are_counted_and_left_out():
     broken[5, 1] = torch.nan
     other[5] = torch.inf
     other[9] = 0
-    found = health(broken, other)
-    kept = torch.tensor([i not in (3, 5, 9) for i in range(20)])
-    assert found.pop("unusable") == 3
-    assert found.pop("pairs") == 20
-    rest = health(images[kept], texts[kept])
-    assert found == {k: v for k, v in rest.items() if k in found}
+    stats = health(broken, other)
+    usable = torch.tensor([i not in (3, 5, 9) for i in range(20)])
+    assert stats.pop("unusable") == 3
+    assert stats.pop("pairs") == 20
+    rest = health(images[usable], texts[usable])
+    assert stats == {k: v for k, v in rest.items() if k in stats}
     assert health(torch.zeros(4, 3), torch.ones(4, 3)) == {"pairs": 4, "unusable": 4}
 
 
-def test_numbers_do_not_depend_on_length():
+def test_statistics_do_not_depend_on_the_norm_of_rows():
     images, texts = rows(30, 6, 12), rows(30, 6, 13)
     scaled = health(images * torch.logspace(-150, 150, 30, dtype=torch.float64)[:, None], texts * 1e-300)
     assert scaled == pytest.approx(health(images, texts), rel=1e-6, abs=1e-9)
@@ -141,7 +141,7 @@ def test_stripes():
     assert stripes(torch.eye(4)) == 0 == stripes(torch.ones(1, 1))
 
 
-def test_a_collapsed_set_is_told_from_a_healthy_one():
+def test_collapsed_sets_get_warnings_and_healthy_ones_do_not():
     real = health(rows(60, 16, 15), rows(60, 16, 16))
     assert collapsed(health(rows(60, 16, 17), rows(60, 16, 18)), real) == []
     point = torch.ones(60, 16, dtype=torch.float64)
@@ -149,5 +149,5 @@ def test_a_collapsed_set_is_told_from_a_healthy_one():
     assert len(narrow) == 1 and "image" in narrow[0] and "cosine" in narrow[0]
     flat = rows(60, 2, 19) @ rows(2, 16, 20)
     poor = collapsed(health(rows(60, 16, 17), flat), real)
-    assert any("text" in told and "rank" in told for told in poor)
+    assert any("text" in warning and "rank" in warning for warning in poor)
     assert "zero" in collapsed(health(0 * flat, flat), real)[0]

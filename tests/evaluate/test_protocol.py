@@ -1,3 +1,5 @@
+"""The evaluation protocol: jobs, selection on val, closed test split, scores of students that diverge."""
+
 from itertools import pairwise
 from pathlib import Path
 
@@ -36,7 +38,7 @@ CPU = torch.device("cpu")
 
 
 def prepared_split(seed=0, images=11):
-    """Random pictures and caption embeddings, in memory."""
+    """Return a split of random images and caption embeddings, in memory."""
     random = np.random.default_rng(seed)
     image_of = np.repeat(np.arange(images), CAPTIONS)
     pictures = random.integers(0, 256, (images, 3, SIZE, SIZE)).astype(np.uint8)
@@ -48,11 +50,11 @@ def prepared_split(seed=0, images=11):
 
 
 class Poisoned(PreparedSplit):
-    """A split that must not be looked at."""
+    """A split that raises when it is read."""
 
     def __getattribute__(self, name):
         if name in ("split", "texts", "mean", "std"):
-            raise AssertionError(f"{name} of a forbidden split was read")
+            raise AssertionError(f"`{name}` of the forbidden split was read")
         return super().__getattribute__(name)
 
 
@@ -86,21 +88,21 @@ def training_pairs(run, number=2, lr=0.05):
 
 @pytest.fixture
 def scored(monkeypatch):
-    """Which splits were scored, in order."""
-    seen = []
+    """Return the list of scored splits, filled in order while the test runs."""
+    splits = []
 
     def counted(name):
         original = getattr(protocol, name)
 
         def count(model, prepared, device, chunk=256):
-            seen.append({id(VAL): "val", id(TEST): "test"}[id(prepared)])
+            splits.append({id(VAL): "val", id(TEST): "test"}[id(prepared)])
             return original(model, prepared, device, chunk)
 
         monkeypatch.setattr(protocol, name, count)
 
     counted("score")
     counted("rank")
-    return seen
+    return splits
 
 
 def test_a_poisoned_split_cannot_be_scored():
@@ -108,7 +110,7 @@ def test_a_poisoned_split_cannot_be_scored():
         protocol.score(build(run_of().model, TEXT_WIDTH, SIZE, 0, "x"), POISON, CPU)
 
 
-def test_a_lesson_is_what_was_distilled():
+def test_training_pairs_equal_the_distilled_subset():
     left, right, scale = torch.randn(4, 2), torch.randn(4, 2), torch.rand(4)
     images, texts = torch.randn(4, 3, SIZE, SIZE), torch.randn(4, TEXT_WIDTH)
     rates = {"lr_image": torch.tensor(0.25), "lr_text": torch.tensor(0.5)}
@@ -121,7 +123,7 @@ def test_a_lesson_is_what_was_distilled():
 
 
 def records_of(pairs):
-    """Caption records of TRAIN that training pairs were made of."""
+    """Return the caption records of TRAIN from which training pairs were made."""
     return [int(np.flatnonzero((TRAIN.texts == row).all(1)).item()) for row in pairs.texts.numpy()]
 
 
@@ -135,10 +137,10 @@ def test_random_pairs_are_real_records_at_the_budget():
     assert torch.equal(pairs.similarity, torch.eye(7)) and (pairs.lr_image, pairs.lr_text) == (0.3, 0.3)
 
 
-def test_random_pairs_depend_on_the_evaluation_seed_and_the_draw_alone():
+def test_random_pairs_depend_only_on_the_evaluation_seed_and_the_draw():
     records = records_of(random_of(run_of(), TRAIN, 0, 0.3))
     torch.manual_seed(9)
-    assert records_of(random_of(run_of(), TRAIN, 0, 1.0)) == records, "rates are compared on the same pairs"
+    assert records_of(random_of(run_of(), TRAIN, 0, 1.0)) == records, "the learning rate must not change the draw"
     other = run_of().model_copy(update={"distill": config.Distill(budget=7, phases=(config.Phase(pairs=20),), seed=8)})
     assert records_of(random_of(other, TRAIN, 0, 0.3)) == records
     assert records_of(random_of(run_of(seed=5), TRAIN, 0, 0.3)) == records
@@ -146,7 +148,7 @@ def test_random_pairs_depend_on_the_evaluation_seed_and_the_draw_alone():
     assert records_of(random_of(run_of(), TRAIN, 1, 0.3)) != records
 
 
-def test_a_budget_past_the_data_takes_all_of_it():
+def test_a_budget_larger_than_the_data_takes_all_pairs():
     few = prepared_split(3, 2)
     assert len(random_of(run_of(), few, 0, 0.3).images) == 2 * CAPTIONS
 
@@ -156,7 +158,7 @@ def test_jobs_cover_every_choice_once():
     select, tune = selection_jobs(run.evaluate, 4), tuning_jobs(run.evaluate)
     assert [(j.snapshot, j.index) for j in select] == [(s, i) for s in range(4) for i in range(3)]
     expected = [(loss, lr, i) for loss in ("wbce", "infonce") for lr in (0.1, 0.2) for i in range(2)]
-    assert [(j.loss, j.lr, j.index) for j in tune] == expected, "no draw that is not there"
+    assert [(j.loss, j.lr, j.index) for j in tune] == expected, "a draw must not be tuned twice"
     names = [j.name for j in select + tune + [Job(k, i) for k in ("student", "reference", "full") for i in range(3)]]
     assert len(set(names)) == len(names) and "tune-wbce-0.1-001" in names and "select-03-002" in names
 
@@ -169,31 +171,31 @@ def test_the_best_on_val_is_the_first_of_equals():
 
 def test_the_summary_is_a_mean_and_a_sample_deviation():
     rows = [{"val": {"IR@1": v, "R@mean": 2 * v}} for v in (1.0, 2.0, 6.0)]
-    found = summary(rows, "val")
-    assert found["IR@1"] == {"mean": 3.0, "std": pytest.approx(np.std([1, 2, 6], ddof=1)), "n": 3}
-    assert found["R@mean"]["mean"] == 6.0
+    table = summary(rows, "val")
+    assert table["IR@1"] == {"mean": 3.0, "std": pytest.approx(np.std([1, 2, 6], ddof=1)), "n": 3}
+    assert table["R@mean"]["mean"] == 6.0
     alone = summary(rows[:1], "val")["IR@1"]
     assert alone == {"mean": 1.0, "std": None, "n": 1}
 
 
 @pytest.mark.parametrize("kind", ["select", "tune", "soft_tune"])
-def test_a_choice_that_asks_for_test_is_refused(kind):
+def test_jobs_for_a_selection_cannot_open_test(kind):
     run, job = run_of(), Job(kind, 0, snapshot=0, loss="infonce", lr=0.05)
-    with pytest.raises(TestIsClosed, match=f"{kind}.* is scored for a choice, .* test is closed to it"):
+    with pytest.raises(TestIsClosed, match=f"{kind}.* is used for a selection, .* must not read test"):
         train_job(job, run, training_pairs(run), VAL, POISON, CPU)
-    with pytest.raises(TestIsClosed, match="choices are made on val"):
+    with pytest.raises(TestIsClosed, match="must not read test; score it on val"):
         prepared_of(TaskItem(run, RunPaths(*[Path()] * 6), "value", job=job), "test")
     assert check_split_is_open(job, "val") == "val" and check_split_is_open(Job("student", 0), "test") == "test"
 
 
-def test_a_choice_cannot_be_given_a_score_of_test():
+def test_a_selection_rejects_records_with_test_scores():
     rows = [("a", {"val": {"R@mean": 1.0}}), ("b", {"val": {"R@mean": 0.0}, "test_last": {"R@mean": 9.0}})]
-    with pytest.raises(TestIsClosed, match="a choice was given test_last of b; choose by val alone"):
+    with pytest.raises(TestIsClosed, match="a selection got test_last of b; select by val only"):
         best_by_val(rows)
 
 
 @pytest.mark.parametrize("kind", ["select", "tune", "soft_tune"])
-def test_choices_never_read_test(kind):
+def test_jobs_for_a_selection_are_scored_on_val_only(kind):
     run = run_of()
     record = train_and_score(
         Job(kind, 0, snapshot=0, loss="infonce", lr=0.05), StudentProtocol.of(run), training_pairs(run), VAL, None, CPU
@@ -208,7 +210,7 @@ def test_a_student_has_its_curve_on_val_and_reads_test_once(scored):
     assert points == [(0, 2), (0, 4), (1, 2), (1, 4), (1, 5)] and all(a < b for a, b in pairwise(points))
     assert all(set(point) == {"subset", "passes", "val"} for point in record["curve"])
     assert set(record) == {"job", "curve", "val", "test_last"} and record["job"] == "student-001"
-    assert scored.count("test") == 1 and scored[-1] == "test", "test is read after all else"
+    assert scored.count("test") == 1 and scored[-1] == "test", "test must be scored last"
     assert record["val"] == record["curve"][-1]["val"]
 
 
@@ -220,7 +222,7 @@ def test_a_baseline_reads_val_and_test_once(scored):
     assert scored == ["val", "test"] and set(record) == {"job", "curve", "val", "test_last"}
 
 
-def test_the_reference_is_the_best_on_test_and_says_so(scored):
+def test_the_reference_score_is_the_best_on_test(scored):
     run = run_of()
     record = train_job(Job("reference", 0), run, training_pairs(run), POISON, TEST, CPU)
     assert set(record) == {"job", "curve", "test_best_reference"}
@@ -237,7 +239,7 @@ def test_the_full_data_bound_reads_val_and_test_once(scored):
     assert scored == ["val", "test"] and set(record) == {"job", "val", "test_last"} and record["job"] == "full-003"
 
 
-def test_a_record_is_a_function_of_the_job():
+def test_a_record_depends_only_on_the_job():
     run, job = run_of(), Job("student", 0)
     first = train_job(job, run, training_pairs(run), VAL, TEST, CPU)
     torch.manual_seed(77)
@@ -245,7 +247,7 @@ def test_a_record_is_a_function_of_the_job():
 
 
 @pytest.mark.parametrize("kind", ["tune", "select"])
-def test_a_choice_that_diverges_scores_nothing(kind):
+def test_a_job_for_a_selection_that_diverges_scores_0(kind):
     run = run_of()
     record = train_and_score(
         Job(kind, 0, loss="infonce"), StudentProtocol.of(run), training_pairs(run, 1, lr=1e38), VAL, None, CPU
@@ -256,7 +258,7 @@ def test_a_choice_that_diverges_scores_nothing(kind):
 
 
 @pytest.mark.parametrize("kind", ["student", "reference", "baseline"])
-def test_a_student_that_diverges_counts_as_nothing(kind):
+def test_a_student_that_diverges_scores_0(kind):
     run = run_of()
     record = train_job(Job(kind, 0), run, training_pairs(run, 1, lr=1e38), VAL, TEST, CPU)
     for key in ("val", "test_last", "test_best_reference"):
@@ -267,60 +269,64 @@ def test_a_student_that_diverges_counts_as_nothing(kind):
 @pytest.mark.parametrize(
     ("distilled", "evaluated", "expected"), [(None, None, 0.3), (0.5, None, 0.5), (0.5, 0.07, 0.07), (None, 0.07, 0.07)]
 )
-def test_students_of_the_set_divide_by_its_temperature_and_others_by_the_models(
+def test_students_of_the_set_use_its_temperature_and_others_that_of_the_model(
     monkeypatch, distilled, evaluated, expected
 ):
     run = run_of(temperature=evaluated)
     run = run.model_copy(update={"distill": run.distill.model_copy(update={"temperature": distilled})})
-    seen = {}
+    temperatures = {}
 
-    def train(model, training_pairs, rule, loss, seed, student, at=None):
-        seen[kind] = model.temperature
+    def train(model, training_pairs, rule, loss, seed, student, after_pass=None):
+        temperatures[kind] = model.temperature
         if kind == "reference":
-            at(0, 1)
+            after_pass(0, 1)
 
     monkeypatch.setattr(protocol, "train_student", train)
     for kind in ("select", "student", "reference", "baseline", "tune"):
         test = None if kind in ("select", "tune") else TEST
         train_job(Job(kind, 0), run, training_pairs(run, 1), VAL, test, CPU)
     of_the_set = dict.fromkeys(("select", "student", "reference"), expected)
-    assert seen == of_the_set | {"baseline": 0.3, "tune": 0.3}
+    assert temperatures == of_the_set | {"baseline": 0.3, "tune": 0.3}
 
 
 def test_random_pairs_get_as_many_updates_as_the_distilled_set(monkeypatch):
-    """Two phases of 6 and 5 pairs in batches of 4 are 2 + 2 updates a pass; 7 random pairs are 2."""
+    """Two phases of 6 and 5 pairs in batches of 4 need 2 + 2 updates per pass, 7 random pairs need 2."""
     plan = (config.Phase(pairs=6), config.Phase(pairs=5))
     run = run_of().model_copy(update={"distill": config.Distill(budget=7, phases=plan, batch=4)})
-    seen = {}
-    monkeypatch.setattr(protocol, "train_student", lambda m, given, rule, *rest: seen.update({len(given): rule.epochs}))
+    epochs = {}
+
+    def train(model, subsets, rule, *rest):
+        epochs[len(subsets)] = rule.epochs
+
+    monkeypatch.setattr(protocol, "train_student", train)
     train_job(Job("baseline", 0), run, training_pairs(run, 1), VAL, TEST, CPU)
     train_job(Job("student", 0), run, training_pairs(run, 2), VAL, TEST, CPU)
-    assert seen == {1: 10, 2: 5}
+    assert epochs == {1: 10, 2: 5}
 
 
 @pytest.mark.parametrize("kind", ["tune", "select", "student", "baseline", "hard"])
-def test_a_student_whose_last_step_breaks_it_counts_as_nothing(kind, monkeypatch):
-    """Its losses are finite, as they are taken before the step; what it embeds then is not."""
-    run, told = run_of(epochs=1, eval_every=9), []
+def test_a_student_that_diverges_in_its_last_step_scores_0(kind, monkeypatch):
+    """All losses are finite, because a loss is computed before its step, but the final embeddings are not."""
+    run, ranks = run_of(epochs=1, eval_every=9), []
 
-    def train(model, given, schedule, loss, seed, student, at):
+    def train(model, subsets, schedule, loss, seed, student, after_pass):
         with torch.no_grad():
             next(iter(model.text_head.parameters())).fill_(float("nan"))
 
     monkeypatch.setattr(protocol, "train_student", train)
-    test = None if kind in protocol.CHOOSING else TEST
+    test = None if kind in protocol.SELECTION_KINDS else TEST
     record = train_and_score(
-        Job(kind, 0), StudentProtocol.of(run), training_pairs(run, 1), VAL, test, CPU, on_ranks=told.append
+        Job(kind, 0), StudentProtocol.of(run), training_pairs(run, 1), VAL, test, CPU, on_ranks=ranks.append
     )
     assert set(record["val"].values()) == {0.0} and "text embeddings collapsed" in record["diverged"]
-    assert [r.recalls().as_dict() for r in told] == ([] if test is None else [record["test_last"]])
+    assert [r.recalls().as_dict() for r in ranks] == ([] if test is None else [record["test_last"]])
 
 
-def test_a_full_data_expert_that_collapsed_counts_as_nothing():
-    run, told = run_of(), []
+def test_a_collapsed_expert_scores_0():
+    run, ranks = run_of(), []
     model = build(run.model, TEXT_WIDTH, SIZE, 0, "expert", 0)
     with torch.no_grad():
         for p in model.text_head.parameters():
             p.zero_()
-    record = score_expert(Job("full", 0), model, VAL, TEST, CPU, run.evaluate.chunk, on_ranks=told.append)
-    assert set(record["test_last"].values()) == {0.0} and "collapsed" in record["diverged"] and len(told) == 1
+    record = score_expert(Job("full", 0), model, VAL, TEST, CPU, run.evaluate.chunk, on_ranks=ranks.append)
+    assert set(record["test_last"].values()) == {0.0} and "collapsed" in record["diverged"] and len(ranks) == 1

@@ -1,4 +1,4 @@
-"""Every released protocol against the calls that its code makes, typed from the cards and not from the table."""
+"""Each reference protocol compared with the calls that the paper's released code makes, written down independently."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -18,8 +18,8 @@ RATES = ((0.02, 0.04), (0.03, 0.01))
 TENS = tuple(range(1, 102, 10))
 BOTH = {"image_tower", "image_head", "text_head"}
 
-# passes, batches of one pass of each subset, rates of subset and pass (image, text), momentum, decay, points, reported,
-# students, what is trained, augmentation, loss
+# Columns: passes, batch sizes of a pass over each subset, learning rates, drop, momentum, weight decay, scored passes,
+# reported scoring, students, trained parts, augmentation, loss.
 EXPECTED = {
     "lors": (101, ([128] * 2, [70]), "learned, last", 51, 0.9, 5e-4, TENS, "best", 5, BOTH, "none", "wbce"),
     "ptm_st": (101, ([128] * 2, [70]), "learned, last", 51, 0.9, 5e-4, TENS, "best", 5, BOTH, "none", "wbce"),
@@ -60,24 +60,22 @@ def training_pairs():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What a protocol does: per step the size of its batch and its rates, and after which passes it is scored."""
-    seen = SimpleNamespace(
-        steps=[], optimisers=[], scored=[], losses=Counter(), targets=[], views=Counter(), model=None
-    )
+    """Record the calls of a protocol: batch size and learning rates of each step, scorings, losses, augmentations."""
+    log = SimpleNamespace(steps=[], optimisers=[], scored=[], losses=Counter(), targets=[], views=Counter(), model=None)
 
     class Recorded(torch.optim.SGD):
         def __init__(self, groups, **options):
             super().__init__(groups, **options)
-            seen.optimisers.append(self)
+            log.optimisers.append(self)
 
         def step(self, closure=None):
-            seen.steps.append((seen.batch, tuple(g["lr"] for g in self.param_groups)))
+            log.steps.append((log.batch, tuple(g["lr"] for g in self.param_groups)))
 
     def loss_named(name):
         def loss(logits, similarity):
-            seen.losses[name] += 1
-            seen.batch = len(logits)
-            seen.targets.append(bool(torch.equal(similarity, torch.eye(len(logits)))))
+            log.losses[name] += 1
+            log.batch = len(logits)
+            log.targets.append(bool(torch.equal(similarity, torch.eye(len(logits)))))
             return logits.sum()
 
         return loss
@@ -86,22 +84,22 @@ def calls(monkeypatch):
         assert mean == VAL.mean and std == VAL.std
 
         def view(images, random):
-            seen.views[name] += 1
+            log.views[name] += 1
             return images
 
         return view
 
     def score(model, prepared, device, chunk=256):
-        seen.model = model
-        seen.scored.append(({id(VAL): "val", id(TEST): "test"}[id(prepared)], len(seen.steps)))
-        value = float(-abs(len(seen.scored) - 3))
-        return SimpleNamespace(as_dict=lambda: {"R@mean": value, "point": len(seen.scored)})
+        log.model = model
+        log.scored.append(({id(VAL): "val", id(TEST): "test"}[id(prepared)], len(log.steps)))
+        value = float(-abs(len(log.scored) - 3))
+        return SimpleNamespace(as_dict=lambda: {"R@mean": value, "point": len(log.scored)})
 
     monkeypatch.setattr(torch.optim, "SGD", Recorded)
     monkeypatch.setattr(students, "LOSSES", {name: loss_named(name) for name in students.LOSSES})
     monkeypatch.setattr(students, "augmentation", view_named)
     monkeypatch.setattr(protocol, "score", score)
-    return seen
+    return log
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -119,7 +117,7 @@ def test_a_protocol_makes_the_calls_of_the_released_code(name, calls):
     assert [b for b, _ in calls.steps] == [b for b, _ in expected]
     assert [r for _, r in calls.steps] == [pytest.approx(r) for _, r in expected]
 
-    assert len(calls.optimisers) == 1, "momentum carries over from subset to subset"
+    assert len(calls.optimisers) == 1, "all subsets must share one optimiser"
     for group in calls.optimisers[0].param_groups:
         assert (group["momentum"], group["weight_decay"]) == (momentum, decay) and not group["nesterov"]
     params = {id(p) for g in calls.optimisers[0].param_groups for p in g["params"]}
@@ -138,14 +136,14 @@ def test_a_protocol_makes_the_calls_of_the_released_code(name, calls):
     assert StudentProtocol.of(run).reference.students == number
 
 
-def test_edge_takes_the_validation_file_of_cc3m_for_its_test(calls):
+def test_edge_is_scored_on_the_validation_file_of_cc3m(calls):
     run = run_of(reference="edge")
     run = run.model_copy(update={"data": run.data.model_copy(update={"layout": "cc3m"})})
     train_job(Job("reference", 0), run, training_pairs()[1:], VAL, TEST, CPU)
     assert {split for split, _ in calls.scored} == {"val"}
 
 
-def test_every_protocol_of_the_config_is_there_and_no_other():
+def test_the_config_allows_exactly_the_known_protocols():
     named = config.Evaluate.model_fields["reference"].annotation.__args__
     assert {*named} == {"auto", "none", *REFERENCES} == {"auto", "none", *EXPECTED}
 
@@ -157,13 +155,13 @@ def test_every_protocol_of_the_config_is_there_and_no_other():
         *(("tesla_vl", "lors"), ("datm", "lors"), ("mct", "lors"), ("amd", "lors")),
     ],
 )
-def test_auto_is_the_protocol_of_the_method_at_the_scale_of_the_run(method, name):
+def test_auto_is_the_protocol_of_the_method_with_values_of_the_run(method, name):
     run = run_of(method, temperature=0.15)
-    found, released = StudentProtocol.of(run).reference, REFERENCES[name]
-    assert found.name == name and found.points == released.points and found.reported == released.reported
-    schedule = found.schedule
+    reference, released = StudentProtocol.of(run).reference, REFERENCES[name]
+    assert reference.name == name and reference.points == released.points and reference.reported == released.reported
+    schedule = reference.schedule
     assert (schedule.batch, schedule.momentum, schedule.weight_decay) == (7, 0.5, 0.25)
-    assert (found.loss, found.temperature, found.students) == ("bce", 0.15, 3)
+    assert (reference.loss, reference.temperature, reference.students) == ("bce", 0.15, 3)
     assert (schedule.epochs, schedule.drop_after, schedule.trains, schedule.text_rate) == (
         *(released.schedule.epochs, released.schedule.drop_after),
         *(released.schedule.trains, released.schedule.text_rate),
@@ -173,16 +171,16 @@ def test_auto_is_the_protocol_of_the_method_at_the_scale_of_the_run(method, name
 @pytest.mark.parametrize(
     "preset", ["flickr30k_lors_100", "coco_ptm_st_500", "flickr30k_mtt_vl_100", "coco_repblend_100"]
 )
-def test_for_presets_named_after_a_paper_auto_is_what_was_released(preset):
+def test_auto_equals_the_released_protocol_in_presets_of_a_paper(preset):
     run = config.load(preset, ["data.root=elsewhere"])
-    found, released = StudentProtocol.of(run).reference, REFERENCES[run.distill.method]
-    assert found.schedule == released.schedule and (found.loss, found.temperature) == (
+    reference, released = StudentProtocol.of(run).reference, REFERENCES[run.distill.method]
+    assert reference.schedule == released.schedule and (reference.loss, reference.temperature) == (
         released.loss,
         released.temperature,
     )
 
 
-def test_switches_of_older_run_files_can_be_read():
+def test_true_and_false_of_older_run_files_can_be_read():
     assert config.load({"evaluate": {"reference": True}}).evaluate.reference == "auto"
     off = config.load({"evaluate": {"reference": False}})
     assert off.evaluate.reference == "none" and StudentProtocol.of(off).reference is None

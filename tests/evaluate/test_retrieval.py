@@ -1,3 +1,5 @@
+"""Ranks and recalls compared with double loops, rules for ties, chance levels, and invalid input."""
+
 import math
 from itertools import permutations
 
@@ -14,12 +16,12 @@ GOLDEN_OF = torch.tensor([0, 0, 1, 1, 2, 2])
 
 
 def double_loop(scores, image_of, ks, pessimistic=True):
-    """The definition, one comparison at a time."""
+    """Compute the recalls from their definition, one comparison at a time."""
     s, of = scores.tolist(), image_of.tolist()
     num_images, num_texts = len(s), len(of)
 
-    def above(other, own):
-        return other > own or (pessimistic and other == own)
+    def above(other, correct):
+        return other > correct or (pessimistic and other == correct)
 
     ir_ranks = [sum(above(s[i][j], s[of[j]][j]) for i in range(num_images) if i != of[j]) for j in range(num_texts)]
     tr_ranks = []
@@ -33,7 +35,7 @@ def double_loop(scores, image_of, ks, pessimistic=True):
 
 
 def problem(seed, counts, levels=None, width=None):
-    """Random scores (or embeddings) with `counts[i]` captions of image i, in shuffled order."""
+    """Return random scores (or embeddings if `width` is given) with `counts[i]` captions of image i, shuffled."""
     g = torch.Generator().manual_seed(seed)
     image_of = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     image_of = image_of[torch.randperm(len(image_of), generator=g)]
@@ -53,11 +55,11 @@ GALLERIES = {"one": [1] * 60, "five": [5] * 40, "six": [6] * 20, "ragged": RAGGE
 def test_equals_a_double_loop(counts, levels):
     scores, image_of = problem(0, counts, levels)
     for chunk in (1, 7, 256):
-        found = recalls_from_scores(scores, image_of, KS, chunk)
+        result = recalls_from_scores(scores, image_of, KS, chunk)
         ir, tr = double_loop(scores, image_of, KS)
-        assert (found.ir, found.tr) == (ir, tr)
+        assert (result.ir, result.tr) == (ir, tr)
     best_ir, best_tr = double_loop(scores, image_of, KS, pessimistic=False)
-    assert found.gap == max(max(best_ir[k] - ir[k], best_tr[k] - tr[k]) for k in KS)
+    assert result.gap == max(max(best_ir[k] - ir[k], best_tr[k] - tr[k]) for k in KS)
 
 
 @settings(max_examples=40, deadline=None)
@@ -69,24 +71,24 @@ def test_equals_a_double_loop(counts, levels):
 )
 def test_equals_a_double_loop_on_any_gallery(counts, levels, seed, chunk):
     scores, image_of = problem(seed, counts, levels)
-    found = recalls_from_scores(scores, image_of, KS, chunk)
-    assert (found.ir, found.tr) == double_loop(scores, image_of, KS)
-    for values in (list(found.ir.values()), list(found.tr.values())):
+    result = recalls_from_scores(scores, image_of, KS, chunk)
+    assert (result.ir, result.tr) == double_loop(scores, image_of, KS)
+    for values in (list(result.ir.values()), list(result.tr.values())):
         assert values == sorted(values) and values[0] >= 0 and values[-1] <= 100
-    assert found.gap >= 0
+    assert result.gap >= 0
 
 
 def test_golden_example():
-    found = recalls_from_scores(GOLDEN, GOLDEN_OF, (1, 2, 3, 5))
-    assert found.tr == pytest.approx({1: 100 / 3, 2: 100 / 3, 3: 200 / 3, 5: 100})
-    assert found.ir == pytest.approx({1: 0, 2: 100 / 3, 3: 100, 5: 100})
-    assert found.gap == pytest.approx(100 / 6)  # IR@1 and IR@2: 16.67 against 0 and 50 against 33.33
+    result = recalls_from_scores(GOLDEN, GOLDEN_OF, (1, 2, 3, 5))
+    assert result.tr == pytest.approx({1: 100 / 3, 2: 100 / 3, 3: 200 / 3, 5: 100})
+    assert result.ir == pytest.approx({1: 0, 2: 100 / 3, 3: 100, 5: 100})
+    assert result.gap == pytest.approx(100 / 6)  # with ties as hits, IR@1 is 16.67 (not 0) and IR@2 is 50 (not 33.33)
 
 
 def test_a_tied_positive_of_the_same_image_does_not_hurt():
     scores = torch.tensor([[1.0, 1.0, 0.5], [0.0, 0.0, 1.0]])
-    found = recalls_from_scores(scores, torch.tensor([0, 0, 1]), (1,))
-    assert found.tr == {1: 100} and found.gap == 0
+    result = recalls_from_scores(scores, torch.tensor([0, 0, 1]), (1,))
+    assert result.tr == {1: 100} and result.gap == 0
     assert recalls_from_scores(torch.ones(2, 3), torch.tensor([0, 0, 1]), (1,)).tr == {1: 0}
 
 
@@ -95,8 +97,8 @@ def test_embeddings_are_scored_by_cosine():
     u, v = (torch.nn.functional.normalize(x.double()) for x in (images, texts))
     expected = double_loop(u @ v.T, image_of, KS)
     for chunk in (1, 13, 64, 1000):
-        found = recalls(images, texts, image_of, KS, chunk)
-        assert (found.ir, found.tr) == expected and found.gap == 0
+        result = recalls(images, texts, image_of, KS, chunk)
+        assert (result.ir, result.tr) == expected and result.gap == 0
     scaled = recalls(images * 1e-30, texts * 1e30, image_of, KS)
     assert (scaled.ir, scaled.tr) == expected
 
@@ -106,8 +108,8 @@ def test_low_precision_input_is_scored_in_float32_or_better(dtype):
     images, texts, image_of = problem(2, RAGGED, width=16)
     images, texts = images.to(dtype), texts.to(dtype)
     u, v = (torch.nn.functional.normalize(x.double()) for x in (images, texts))
-    found = recalls(images, texts, image_of)
-    assert (found.ir, found.tr) == double_loop(u @ v.T, image_of, (1, 5, 10))
+    result = recalls(images, texts, image_of)
+    assert (result.ir, result.tr) == double_loop(u @ v.T, image_of, (1, 5, 10))
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 17, 256])
@@ -118,14 +120,14 @@ def test_identical_embeddings_tie_exactly(chunk):
     assert collapsed.mean == 0 and collapsed.gap == 100
     assert recalls(images, same_texts, image_of, chunk=chunk).tr == {1: 0, 5: 0, 10: 0}
     assert recalls(same_images, texts, image_of, chunk=chunk).ir == {1: 0, 5: 0, 10: 0}
-    # captions of image 0 repeated under another image: it can never be sure of its own
+    # A caption of another image equals the captions of image 0, so image 0 must miss at K = 1.
     texts = images[image_of] + 0.01 * texts
     twin = int((image_of != image_of[0]).nonzero()[0])
     texts[image_of == image_of[0]] = texts[twin] = images[image_of[0]]
     assert recalls(images, texts, image_of, (1,), chunk).tr[1] == pytest.approx(100 * 29 / 30)
 
 
-def test_invariants():
+def test_scaling_shifting_and_permuting_scores_does_not_change_recalls():
     scores, image_of = problem(4, RAGGED)
     base = recalls_from_scores(scores, image_of, KS)
     assert recalls_from_scores(scores * 8, image_of, KS) == base
@@ -151,21 +153,21 @@ def test_perfect_and_constant_scores():
 def test_one_caption_per_image_is_symmetric():
     scores, image_of = problem(6, [1] * 50, levels=9)
     image_in_order = scores[:, image_of.argsort()]
-    one = recalls_from_scores(image_in_order, torch.arange(50), KS)
-    other = recalls_from_scores(image_in_order.T, torch.arange(50), KS)
-    assert (one.ir, one.tr) == (other.tr, other.ir)
+    straight = recalls_from_scores(image_in_order, torch.arange(50), KS)
+    swapped = recalls_from_scores(image_in_order.T, torch.arange(50), KS)
+    assert (straight.ir, straight.tr) == (swapped.tr, swapped.ir)
 
 
 def test_random_embeddings_score_at_chance():
     images, texts, image_of = problem(7, [1] * 900, width=32)
-    found = recalls(images, texts, image_of)
+    result = recalls(images, texts, image_of)
     for k in (1, 5, 10):
         p = k / 900
         error = 4 * 100 * math.sqrt(p * (1 - p) / 900)
-        assert abs(found.ir[k] - 100 * p) <= error and abs(found.tr[k] - 100 * p) <= error
+        assert abs(result.ir[k] - 100 * p) <= error and abs(result.tr[k] - 100 * p) <= error
 
 
-def test_a_second_caption_never_lowers_its_own_image():
+def test_an_additional_caption_never_lowers_the_recall_of_its_image():
     for seed in range(10):
         scores, image_of = problem(seed, [1] * 12, levels=6)
         hit = [recalls_from_scores(scores, image_of, (k,)).tr[k] for k in (1, 3)]
@@ -177,11 +179,11 @@ def test_a_second_caption_never_lowers_its_own_image():
 
 
 def test_names_and_mean():
-    found = Recalls({1: 1.0, 5: 2.0, 10: 3.0}, {1: 4.0, 5: 5.0, 10: 6.0}, 0.0)
-    assert found.as_dict() == {"IR@1": 1, "IR@5": 2, "IR@10": 3, "TR@1": 4, "TR@5": 5, "TR@10": 6, "R@mean": 3.5}
+    result = Recalls({1: 1.0, 5: 2.0, 10: 3.0}, {1: 4.0, 5: 5.0, 10: 6.0}, 0.0)
+    assert result.as_dict() == {"IR@1": 1, "IR@5": 2, "IR@10": 3, "TR@1": 4, "TR@5": 5, "TR@10": 6, "R@mean": 3.5}
 
 
-def test_bad_input_is_counted_and_refused():
+def test_invalid_input_is_counted_and_rejected():
     images, texts, image_of = problem(8, [2] * 6, width=8)
     broken = images.clone()
     broken[1, 3], broken[4] = torch.nan, 0
@@ -191,7 +193,7 @@ def test_bad_input_is_counted_and_refused():
         recalls(images, texts * torch.inf, image_of)
     with pytest.raises(ValueError, match="2 of 8 images have no caption .first: 6."):
         recalls(torch.randn(8, 8), texts, image_of)
-    with pytest.raises(ValueError, match="spans 0..5 but images are 0..3"):
+    with pytest.raises(ValueError, match="has indices 0..5, but images are numbered 0..3"):
         recalls(images[:4], texts, image_of)
     with pytest.raises(ValueError, match="1 of 72 scores are not finite"):
         scores = torch.zeros(6, 12)
@@ -206,48 +208,48 @@ def test_bad_input_is_counted_and_refused():
 
 
 def test_golden_example_under_every_rule_for_ties():
-    found = ranks_from_scores(GOLDEN, GOLDEN_OF)
-    assert found.text.tolist() == [0, 2, 4] and found.image.tolist() == [1, 2, 2, 1, 2, 2]
-    assert (found.image - found.image_ties).tolist() == [0, 2, 2, 1, 2, 1]
-    by_rule = (found.optimistic((1, 2, 3)), found.recalls((1, 2, 3)), found.expected((1, 2, 3)))
+    result = ranks_from_scores(GOLDEN, GOLDEN_OF)
+    assert result.text.tolist() == [0, 2, 4] and result.image.tolist() == [1, 2, 2, 1, 2, 2]
+    assert (result.image - result.image_ties).tolist() == [0, 2, 2, 1, 2, 1]
+    by_rule = (result.optimistic((1, 2, 3)), result.recalls((1, 2, 3)), result.expected((1, 2, 3)))
     table = {1: (100 / 6, 0, 100 / 12), 2: (50, 100 / 3, 500 / 12), 3: (100, 100, 100)}
     assert {k: tuple(r.ir[k] for r in by_rule) for k in table} == {k: pytest.approx(v) for k, v in table.items()}
     assert by_rule[2].tr == pytest.approx({1: 100 / 3, 2: 100 / 3, 3: 200 / 3})
 
 
-def over_all_orders(row, own, k):
-    """Percent of the orders of what ties with the best of `own` in which one of `own` is among the first k."""
-    best = max(row[j] for j in own)
+def over_all_orders(row, correct, k):
+    """Return the percentage of all orders of tied candidates in which a correct one is among the first k."""
+    best = max(row[j] for j in correct)
     above, level = sum(v > best for v in row), [j for j, v in enumerate(row) if v == best]
-    hits = [bool(set(order[: max(0, k - above)]) & set(own)) for order in permutations(level)]
+    hits = [bool(set(order[: max(0, k - above)]) & set(correct)) for order in permutations(level)]
     return 100 * sum(hits) / len(hits)
 
 
 @pytest.mark.parametrize("counts", [[2, 1, 3], [1, 1, 1, 1], [5, 1]])
-def test_expected_recall_is_the_mean_over_all_orders_of_what_ties(counts):
+def test_expected_recall_is_the_mean_over_all_orders_of_tied_candidates(counts):
     for seed in range(4):
         scores, image_of = problem(seed, counts, levels=2)
-        found, of = ranks_from_scores(scores, image_of).expected((1, 2)), image_of.tolist()
+        result, of = ranks_from_scores(scores, image_of).expected((1, 2)), image_of.tolist()
         for k in (1, 2):
             ir = [over_all_orders(column, [of[j]], k) for j, column in enumerate(scores.T.tolist())]
             owned = [[j for j, i in enumerate(of) if i == image] for image in range(len(counts))]
-            tr = [over_all_orders(row, own, k) for row, own in zip(scores.tolist(), owned, strict=True)]
-            assert found.ir[k] == pytest.approx(sum(ir) / len(ir)) and found.tr[k] == pytest.approx(sum(tr) / len(tr))
+            tr = [over_all_orders(row, captions, k) for row, captions in zip(scores.tolist(), owned, strict=True)]
+            assert result.ir[k] == pytest.approx(sum(ir) / len(ir)) and result.tr[k] == pytest.approx(sum(tr) / len(tr))
 
 
 @pytest.mark.parametrize("counts", GALLERIES.values(), ids=GALLERIES)
-def test_constant_scores_are_chance_on_average(counts):
+def test_the_expected_recall_of_constant_scores_is_chance(counts):
     _, image_of = problem(5, counts)
-    found = ranks_from_scores(torch.zeros(len(counts), sum(counts)), image_of)
+    result = ranks_from_scores(torch.zeros(len(counts), sum(counts)), image_of)
     by_chance = chance(image_of)
     if len(counts) > 10:
-        assert found.recalls().mean == 0
-    assert found.optimistic().mean == 100
-    assert found.expected().as_dict() == pytest.approx(by_chance.as_dict())
+        assert result.recalls().mean == 0
+    assert result.optimistic().mean == 100
+    assert result.expected().as_dict() == pytest.approx(by_chance.as_dict())
 
 
-def test_chance_is_that_of_the_published_galleries():
-    """Flickr30k's test and val, and COCO's 5,000 images, ten of them with six captions."""
+def test_chance_on_the_published_galleries():
+    """Check Flickr30k's test and val splits, and COCO's 5,000 images, ten of which have six captions."""
     flickr = chance(torch.arange(1000).repeat_interleave(5))
     assert [round(v, 3) for v in (*flickr.ir.values(), *flickr.tr.values())] == [0.1, 0.5, 1.0, 0.1, 0.499, 0.996]
     val = chance(torch.arange(1014).repeat_interleave(5))
@@ -257,11 +259,11 @@ def test_chance_is_that_of_the_published_galleries():
 
 
 def cut_to_the_best(scores, k=128):
-    """The released evaluation: all but the k best of every query are -100."""
+    """Set all but the k best scores of every query to -100, as the released evaluation does."""
     images, texts = (torch.full(m.shape, -100.0) for m in (scores, scores.T))
-    for kept, full in ((images, scores), (texts, scores.T)):
+    for target, full in ((images, scores), (texts, scores.T)):
         best, where = full.topk(k, dim=1)
-        kept.scatter_(1, where, best)
+        target.scatter_(1, where, best)
     return images, texts.T
 
 
@@ -272,18 +274,18 @@ def test_the_cut_at_128_of_released_code_changes_no_recall_up_to_10():
     assert recalls_from_scores(by_image, image_of).tr == exact.tr
     assert recalls_from_scores(by_text, image_of).ir == exact.ir
     late = recalls_from_scores(by_text, image_of, (140,)).ir[140]
-    assert late != recalls_from_scores(scores, image_of, (140,)).ir[140], "beyond 128 it does"
+    assert late != recalls_from_scores(scores, image_of, (140,)).ir[140], "the cut must change recalls at K above 128"
 
 
-def test_images_with_six_captions_count_as_they_are():
+def test_images_with_six_captions_use_all_of_them():
     image_of = torch.cat([torch.arange(40).repeat_interleave(5), torch.arange(4)])
     g = torch.Generator().manual_seed(0)
-    found = ranks(torch.randn(40, 8, generator=g), torch.randn(204, 8, generator=g), image_of)
-    assert len(found.image) == 204 and len(found.text) == 40
+    result = ranks(torch.randn(40, 8, generator=g), torch.randn(204, 8, generator=g), image_of)
+    assert len(result.image) == 204 and len(result.text) == 40
 
 
 def broken_embeddings():
-    """Models that know nothing, each in a way that dataset order could reward."""
+    """Yield embeddings of models that learned nothing, which a wrong rule for ties would score above chance."""
     g = torch.Generator().manual_seed(0)
     image_of = torch.arange(60).repeat_interleave(5)
     images, texts, one = torch.randn(60, 16, generator=g), torch.randn(300, 16, generator=g), torch.randn(1, 16)
@@ -300,43 +302,45 @@ def broken_embeddings():
 @pytest.mark.parametrize("case", list(broken_embeddings()), ids=lambda case: case[0])
 def test_collapsed_and_duplicate_embeddings_never_score_above_chance(case):
     name, images, texts, image_of = case
-    found, by_chance = recalls(images, texts, image_of).as_dict(), chance(image_of).as_dict()
+    result, by_chance = recalls(images, texts, image_of).as_dict(), chance(image_of).as_dict()
     spread = {m: 4 * math.sqrt(v * (100 - v) / (300 if m.startswith("IR") else 60)) for m, v in by_chance.items()}
-    for metric, value in found.items():
+    for metric, value in result.items():
         if name in ("collapsed", "four points", "one axis"):
             limit = by_chance[metric]
-        elif "collapsed" in name and metric != "R@mean":  # every query has one ranking, whose first K are of K images
+        elif (
+            "collapsed" in name and metric != "R@mean"
+        ):  # all queries share one ranking, whose first K candidates belong to K images
             limit = 100 * int(metric.partition("@")[2]) / 60 + 1e-9
         else:
             limit = by_chance[metric] + spread[metric]
         assert value <= limit, (name, metric)
 
 
-def test_nan_and_zero_embeddings_have_no_score():
+def test_nan_and_zero_embeddings_are_rejected():
     images, texts, image_of = problem(8, [2] * 6, width=8)
     for bad in (torch.nan, torch.inf, 0.0):
         with pytest.raises(ValueError, match="of 6 image embeddings"):
             recalls(images * bad, texts, image_of)
 
 
-def test_ranks_come_back_from_their_file(tmp_path):
-    found = ranks(*problem(3, RAGGED, width=8))
-    found.save(tmp_path / "a.safetensors")
+def test_saved_ranks_can_be_loaded(tmp_path):
+    result = ranks(*problem(3, RAGGED, width=8))
+    result.save(tmp_path / "a.safetensors")
     again = Ranks.load(tmp_path / "a.safetensors")
-    for name in found.__dataclass_fields__:
-        assert torch.equal(getattr(found, name), getattr(again, name))
-    assert again.recalls() == found.recalls()
-    bare = Ranks(found.image, found.text, found.image_of)
+    for name in result.__dataclass_fields__:
+        assert torch.equal(getattr(result, name), getattr(again, name))
+    assert again.recalls() == result.recalls()
+    bare = Ranks(result.image, result.text, result.image_of)
     bare.save(tmp_path / "b.safetensors")
-    assert Ranks.load(tmp_path / "b.safetensors").recalls().as_dict() == found.recalls().as_dict()
-    with pytest.raises(ValueError, match="without their ties"):
+    assert Ranks.load(tmp_path / "b.safetensors").recalls().as_dict() == result.recalls().as_dict()
+    with pytest.raises(ValueError, match="saved without ties"):
         bare.expected()
-    worst = Ranks.worst(found.image_of)
-    assert worst.recalls().mean == 0 and torch.equal(worst.image_of, found.image_of)
+    worst = Ranks.worst(result.image_of)
+    assert worst.recalls().mean == 0 and torch.equal(worst.image_of, result.image_of)
 
 
-def test_what_finds_nothing_has_no_recall_in_a_gallery_smaller_than_k(tmp_path):
+def test_the_worst_ranks_give_a_recall_of_0_even_in_a_gallery_smaller_than_k(tmp_path):
     worst = Ranks.worst(torch.tensor([0, 0, 1, 1, 2]))
     worst.save(tmp_path / "worst.safetensors")
-    for found in (worst, Ranks.load(tmp_path / "worst.safetensors")):
-        assert set(found.recalls().as_dict().values()) == {0.0}
+    for result in (worst, Ranks.load(tmp_path / "worst.safetensors")):
+        assert set(result.recalls().as_dict().values()) == {0.0}

@@ -1,3 +1,5 @@
+"""Training of students compared with a plain loop, options of the schedule, divergence, and scoring."""
+
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +48,7 @@ def rule_of(**change):
 
 
 def plain_loop(model, training_pairs, rule, loss):
-    """SGD with momentum and weight decay, one parameter at a time."""
+    """Train with SGD, momentum and weight decay, written out for one parameter at a time."""
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     speed, rate = {}, {}
     for s, one in enumerate(training_pairs):
@@ -78,16 +80,16 @@ def distance(a, b):
 @pytest.mark.parametrize("schedule", ["per_subset", "shared"])
 @pytest.mark.parametrize("lr", ["own", "last"])
 @pytest.mark.parametrize(("loss", "epochs"), [("wbce", 4), ("infonce", 5)])
-def test_training_is_the_plain_loop(schedule, lr, loss, epochs):
+def test_training_equals_the_plain_loop(schedule, lr, loss, epochs):
     rule = rule_of(schedule=schedule, lr=lr, epochs=epochs)
-    found, expected = fresh(), fresh()
-    train_student(found, training_pairs(), rule, loss, SEED, STUDENT)
+    actual, expected = fresh(), fresh()
+    train_student(actual, training_pairs(), rule, loss, SEED, STUDENT)
     plain_loop(expected, training_pairs(), rule, loss)
-    assert distance(found, expected) < 1e-12
-    assert distance(found, fresh()) > 1e-3
+    assert distance(actual, expected) < 1e-12
+    assert distance(actual, fresh()) > 1e-3
 
 
-def test_schedules_and_rates_are_different_protocols():
+def test_options_schedule_and_lr_change_the_student():
     ends = []
     for schedule in ("per_subset", "shared"):
         for lr in ("own", "last"):
@@ -98,17 +100,17 @@ def test_schedules_and_rates_are_different_protocols():
 
 
 def test_the_text_head_can_take_the_image_rate():
-    """As in the released MTT-VL, whatever the text rate is."""
-    own, image, equal = fresh(), fresh(), fresh()
-    train_student(own, [pairs_of(0, 7, 0.02, 0.04)], rule_of(), "wbce", SEED, STUDENT)
+    """`text_lr: image`, as in the released MTT-VL code, ignores the learned text rate."""
+    default, image, equal = fresh(), fresh(), fresh()
+    train_student(default, [pairs_of(0, 7, 0.02, 0.04)], rule_of(), "wbce", SEED, STUDENT)
     train_student(image, [pairs_of(0, 7, 0.02, 0.04)], rule_of(text_lr="image"), "wbce", SEED, STUDENT)
     train_student(equal, [pairs_of(0, 7, 0.02, 0.02)], rule_of(), "wbce", SEED, STUDENT)
-    assert distance(image, equal) == 0 and distance(image, own) > 1e-5
+    assert distance(image, equal) == 0 and distance(image, default) > 1e-5
     negative = [pairs_of(0, 7, 0.02, -1.0)]
     train_student(fresh(), negative, rule_of(text_lr="image"), "wbce", SEED, STUDENT)
 
 
-def test_the_order_of_subsets_counts():
+def test_the_order_of_subsets_changes_the_student():
     first, second = fresh(), fresh()
     train_student(first, training_pairs(), rule_of(), "wbce", SEED, STUDENT)
     train_student(second, training_pairs()[::-1], rule_of(), "wbce", SEED, STUDENT)
@@ -122,7 +124,7 @@ def test_a_batch_larger_than_the_subset_is_the_whole_subset():
     assert distance(large, exact) == 0
 
 
-def test_the_same_student_has_the_same_bits_and_another_has_not():
+def test_a_student_is_reproducible_and_differs_from_other_students():
     def end(student, seed=SEED):
         model = fresh(dropout=0.4)
         torch.manual_seed(len(ends))
@@ -136,36 +138,36 @@ def test_the_same_student_has_the_same_bits_and_another_has_not():
     assert distance(ends[0], ends[2]) > 1e-5 and distance(ends[0], ends[3]) > 1e-5
 
 
-def test_scoring_on_the_way_changes_nothing():
-    def look(subset, passes):
-        seen.append((subset, passes))
+def test_scoring_during_training_does_not_change_the_student():
+    def score_now(subset, passes):
+        calls.append((subset, passes))
         torch.rand(5)
         model.eval()
         model.train()
 
-    seen, model, other = [], fresh(dropout=0.4), fresh(dropout=0.4)
+    calls, model, other = [], fresh(dropout=0.4), fresh(dropout=0.4)
     before = torch.random.get_rng_state()
     train_student(other, training_pairs(), rule_of(), "wbce", SEED, STUDENT)
     assert torch.equal(torch.random.get_rng_state(), before)
-    train_student(model, training_pairs(), rule_of(), "wbce", SEED, STUDENT, look)
-    assert seen == [(s, p) for s in (0, 1) for p in (1, 2, 3, 4)]
+    train_student(model, training_pairs(), rule_of(), "wbce", SEED, STUDENT, score_now)
+    assert calls == [(s, p) for s in (0, 1) for p in (1, 2, 3, 4)]
     assert distance(model, other) == 0
 
 
 @pytest.mark.parametrize("rate", [0.0, -0.1, float("nan")])
 @pytest.mark.parametrize("tower", ["image", "text"])
-def test_a_rate_that_is_not_positive_is_refused(rate, tower):
+def test_a_learning_rate_that_is_not_positive_is_rejected(rate, tower):
     broken = [training_pairs()[0], replace(training_pairs()[1], **{f"lr_{tower}": rate})]
-    with pytest.raises(Diverged, match=f"subset 1 has the learned {tower} rate .*distill.min_inner_lr"):
+    with pytest.raises(Diverged, match=f"learned {tower} learning rate of subset 1 is .*distill.min_inner_lr"):
         train_student(fresh(), broken, rule_of(), "wbce", SEED, STUDENT)
-    with pytest.raises(Diverged, match="which trains nothing"):
+    with pytest.raises(Diverged, match="must be positive"):
         train_student(fresh(), broken, rule_of(lr="last"), "wbce", SEED, STUDENT)
 
 
 def test_a_diverging_student_stops():
     wild = [pairs_of(0, 7, 1e200, 1e200)]
     with pytest.raises(
-        FloatingPointError, match=r"student 2 diverged on subset 0 in pass \d: loss nan at rates 1e\+200"
+        FloatingPointError, match=r"student 2 diverged on subset 0 in pass \d: loss nan at learning rates 1e\+200"
     ):
         train_student(fresh(), wild, rule_of(epochs=9), "infonce", SEED, STUDENT)
 
@@ -180,10 +182,10 @@ def test_score_is_the_recall_of_the_embeddings_in_eval_mode(chunk):
     prepared = PreparedSplit(split, texts, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
     model = fresh(dropout=0.5).float()
     model.train()
-    found = score(model, prepared, torch.device("cpu"), chunk)
+    actual = score(model, prepared, torch.device("cpu"), chunk)
     assert model.training
     model.eval()
     with torch.no_grad():
         u = model.embed_images(normalise(torch.from_numpy(images), prepared.mean, prepared.std))
         v = model.embed_texts(torch.from_numpy(texts))
-    assert found.as_dict() == recalls(u, v, torch.from_numpy(image_of)).as_dict()
+    assert actual.as_dict() == recalls(u, v, torch.from_numpy(image_of)).as_dict()

@@ -1,4 +1,4 @@
-"""What tests of several methods share."""
+"""Fixtures shared by tests of several methods."""
 
 import pytest
 import torch
@@ -7,11 +7,11 @@ from objectives import prepared_split
 
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory):
-    """A tiny BERT that knows the words of the toy captions."""
+    """Return the folder of a tiny BERT whose vocabulary holds the words of the toy captions."""
     from transformers import BertConfig, BertModel, BertTokenizer
 
     folder = tmp_path_factory.mktemp("bert")
-    words = sorted({w for said in prepared_split().split.captions for w in said.split()})
+    words = sorted({w for caption in prepared_split().split.captions for w in caption.split()})
     (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
     BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
     shape = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}

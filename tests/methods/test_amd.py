@@ -1,3 +1,5 @@
+"""AMD: drift ranges, independent start epochs, prototypes, and steps compared with slow float64 versions."""
+
 import itertools
 from pathlib import Path
 
@@ -21,55 +23,55 @@ from rmdd.models.prepared import PreparedSplit
 NAMES = {"image_tower.w": (2, 3), "image_head.b": (4,), "text_head.w": (3, 2)}
 
 
-def planted(path, image, text, experts=3):
-    """Experts whose mean moves by the given lengths, and each of which strays from it."""
+def store_with_drifts(path, image, text, experts=3):
+    """Return a store whose experts' mean moves by the lengths `image` and `text` per epoch; each expert adds noise."""
     epochs = len(image)
     store = Store.create(path, NAMES, shared={}, epochs=epochs, keep=None, dtype="float32", facts={})
     random = torch.Generator().manual_seed(0)
-    stray = [
+    noise = [
         [{n: torch.randn(s, generator=random) for n, s in NAMES.items()} for _ in range(epochs + 1)]
         for _ in range(experts)
     ]
-    way = {n: torch.randn(s, generator=random) for n, s in NAMES.items()}
+    direction = {n: torch.randn(s, generator=random) for n, s in NAMES.items()}
     for tower in ("image", "text"):
-        mine = [n for n in NAMES if n.startswith(tower)]
-        size = sum(way[n].square().sum() for n in mine).sqrt()
-        way |= {n: way[n] / size for n in mine}
+        names = [n for n in NAMES if n.startswith(tower)]
+        size = sum(direction[n].square().sum() for n in names).sqrt()
+        direction |= {n: direction[n] / size for n in names}
     for expert in range(experts):
         writer = Writer(store, expert)
         for t in range(epochs + 1):
-            gone = {n: sum((text if n.startswith("text") else image)[:t]) for n in NAMES}
-            mean = {n: sum(s[t][n] for s in stray) / experts for n in NAMES}
-            writer.add({n: gone[n] * way[n] + stray[expert][t][n] - mean[n] for n in NAMES}, {})
+            length = {n: sum((text if n.startswith("text") else image)[:t]) for n in NAMES}
+            mean = {n: sum(s[t][n] for s in noise) / experts for n in NAMES}
+            writer.add({n: length[n] * direction[n] + noise[expert][t][n] - mean[n] for n in NAMES}, {})
         writer.finish()
     return store
 
 
 def test_drift_is_of_the_mean_and_not_of_the_experts(tmp_path):
     image, text = [3.0, 2.0, 1.0, 0.5], [1.0, 2.0, 4.0, 0.25]
-    found = mean_drift(planted(tmp_path, image, text), [0, 1, 2])
-    np.testing.assert_allclose(found["image"], image, rtol=1e-5)
-    np.testing.assert_allclose(found["text"], text, rtol=1e-5)
+    drift = mean_drift(store_with_drifts(tmp_path, image, text), [0, 1, 2])
+    np.testing.assert_allclose(drift["image"], image, rtol=1e-5)
+    np.testing.assert_allclose(drift["text"], text, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("image", "text", "expected"),
     [
-        # ratios 1/4, 1/2, 2, 4 with median 1.25: above it first at epoch 3, not above it last at epoch 2
+        # Ratios 1/4, 1/2, 2, 4, median 1.25: the first epoch above it is 3, the last epoch at or below it is 2.
         ([1, 1, 2, 4], [4, 2, 1, 1], {"image": (0, 4), "text": (0, 3)}),
-        # ratios 4, 2, 1/2, 1/4: first above at 1; last not above at 4, cut to the last start, 3
+        # Ratios 4, 2, 1/2, 1/4: the first epoch above the median is 1; the last one below it, 4, is cut to 3.
         ([4, 2, 1, 1], [1, 1, 2, 4], {"image": (0, 2), "text": (0, 4)}),
-        # ratios 1/2, 4, 1/4, 2, 1: median 1, above at 2 and 4, not above at 1, 3, 5, cut to 4
+        # Ratios 1/2, 4, 1/4, 2, 1, median 1: the first epoch above it is 2; the last one not above it, 5, is cut to 4.
         ([1, 4, 1, 2, 1], [2, 1, 4, 1, 1], {"image": (0, 3), "text": (0, 5)}),
     ],
 )
-def test_planted_drifts_give_the_ranges_of_the_card(tmp_path, image, text, expected):
-    store = planted(tmp_path, image, text)
+def test_known_drifts_give_the_ranges_of_the_paper(tmp_path, image, text, expected):
+    store = store_with_drifts(tmp_path, image, text)
     assert drift_ranges(store, [0, 1, 2], store.epochs - 1) == expected
 
 
 def test_equal_drifts_give_equal_ranges(tmp_path):
-    """Towers that are the same tensors: every ratio is one, and the whole range is left to both."""
+    """If both towers have the same parameters, every ratio is 1 and both towers get the full range."""
     names = {"image_tower.w": (3, 2), "text_head.w": (3, 2)}
     store = Store.create(tmp_path, names, shared={}, epochs=4, keep=None, dtype="float32", facts={})
     random = torch.Generator().manual_seed(0)
@@ -88,18 +90,18 @@ def test_starts_are_independent_and_reproducible(make):
     assert set(starts[:, 0]) == {0, 1, 2} and set(starts[:, 1]) == {1, 2}
     assert abs(np.corrcoef(starts.T)[0, 1]) < 0.06
     counts = [(starts == pair).all(axis=1).sum() for pair in itertools.product((0, 1, 2), (1, 2))]
-    assert min(counts) > 250, "each of the six about 333 times"
+    assert min(counts) > 250, "each of the six pairs of epochs should be drawn about 333 times"
     again = matcher.draw(11)
     assert (again.start, again.start_text) == tuple(starts[11])
 
 
 def test_starts_together_are_the_image_towers(make):
     plan = {"pairs": 6, "start": 0, "stop": 3, "endpoint": EPOCHS, "iterations": 4}
-    both, own = (
+    together, independent = (
         make(method_run("amd", options={"ranges": "stated", "starts": starts}, phases=[plan])).matcher
         for starts in ("together", "independent")
     )
-    drawn = [(both.draw(i), own.draw(i)) for i in range(30)]
+    drawn = [(together.draw(i), independent.draw(i)) for i in range(30)]
     assert all(d.start == d.start_text == alone.start for d, alone in drawn)
     assert any(alone.start != alone.start_text for _, alone in drawn)
 
@@ -112,25 +114,25 @@ def test_phases_are_planned_for_starts_together_of_stated_ranges():
             method_run("amd", options={name: value}, phases="auto")
 
 
-def test_ranges_found_from_drift_need_starts_of_their_own():
+def test_drift_ranges_need_independent_starts():
     with pytest.raises(config.ConfigError, match="set distill.options.starts: independent"):
         method_run("amd", options={"starts": "together"})
 
 
-def test_a_range_of_the_text_tower_needs_starts_of_its_own():
+def test_a_range_of_the_text_tower_needs_independent_starts():
     plan = {"pairs": 6, "stop": 2, "stop_text": 3, "endpoint": EPOCHS, "iterations": 4}
-    with pytest.raises(config.ConfigError, match="start_text and stop_text need a start for each tower"):
+    with pytest.raises(config.ConfigError, match="start_text and stop_text need an independent start epoch per tower"):
         method_run("amd", options={"starts": "together", "ranges": "stated"}, phases=[plan])
 
 
-def test_each_tower_starts_at_an_epoch_of_its_own(make):
+def test_each_tower_starts_at_its_own_epoch(make):
     made = make(method_run("amd"))
     wide = {"image": (0, 3), "text": (0, 3)}
-    made.matcher.ranges = wide  # the random walk's own may be narrow
-    apart = set()
+    made.matcher.ranges = wide  # the drift of randomly moving experts may give a narrow range
+    different = set()
 
     def gradient_of(leaves, drawn):
-        apart.add(drawn.start != drawn.start_text)
+        different.add(drawn.start != drawn.start_text)
         expert = made.matcher.experts[drawn.expert]
         start, target = (
             {
@@ -143,16 +145,16 @@ def test_each_tower_starts_at_an_epoch_of_its_own(make):
         return two_passes(loss, start, target, leaves, made.begun.alpha, drawn.batches)
 
     assert_equals_slow(made, gradient_of, iterations=4)
-    assert any(apart)
+    assert any(different)
 
 
-def test_a_matcher_finds_the_ranges_in_its_experts(make):
+def test_a_matcher_computes_the_ranges_from_its_experts(make):
     made = make(method_run("amd"))
     assert made.matcher.ranges == drift_ranges(made.store, [0, 1], EPOCHS - 1)
 
 
 def prepared_split(images=30, width=toy.TEXT_WIDTH):
-    """Pictures of three colours and captions of three directions, with noise; two captions a picture."""
+    """Return a split of images in three colours and text embeddings in three directions, with noise; two texts each."""
     random = np.random.default_rng(0)
     colour = np.array([(250, 20, 20), (20, 250, 20), (20, 20, 250)])[np.arange(images) % 3]
     pictures = np.clip(colour[:, :, None, None] + random.integers(-9, 9, (images, 3, toy.SIZE, toy.SIZE)), 0, 255)
@@ -189,9 +191,9 @@ def test_prototypes_are_the_records_nearest_to_the_centres(pairs, monkeypatch):
 
     unit = torch.nn.functional.normalize
     tower = toy.build(run.model, toy.TEXT_WIDTH, toy.SIZE, run.seed, "expert", 0).eval().image_tower
-    seen = unit(tower(normalise(torch.tensor(train.split.images), train.mean, train.std)), dim=1).detach()
+    embedded = unit(tower(normalise(torch.tensor(train.split.images), train.mean, train.std)), dim=1).detach()
     for record in range(len(points)):
-        side = torch.cat([seen[train.split.image_of[record]], unit(torch.tensor(train.texts[record]), dim=0)])
+        side = torch.cat([embedded[train.split.image_of[record]], unit(torch.tensor(train.texts[record]), dim=0)])
         np.testing.assert_allclose(points[record], side.numpy(), rtol=1e-4, atol=1e-6)
 
     free = list(range(len(points)))
@@ -200,5 +202,5 @@ def test_prototypes_are_the_records_nearest_to_the_centres(pairs, monkeypatch):
         assert distances[record] <= min(distances.values()) + 1e-9
         free.remove(record)
     if pairs == 3:
-        assert {train.split.image_of[r] % 3 for r in chosen} == {0, 1, 2}, "one of every colour"
+        assert {train.split.image_of[r] % 3 for r in chosen} == {0, 1, 2}, "expected one prototype per colour"
     assert drawn() == chosen

@@ -1,4 +1,4 @@
-"""CovMatch on toy pairs: loss and gradient against plain sums, the online model's steps, both kinds of texts."""
+"""CovMatch on toy pairs: loss and gradient compared with plain sums, and the online model, for both `texts` options."""
 
 import dataclasses
 from pathlib import Path
@@ -21,7 +21,7 @@ SMALL = {"real_batch": 8, "reset": 4, "rho": 1.5, "mean_weight": 0.3}
 
 @pytest.fixture(params=["frozen", "tokens"])
 def setting(request, bert, tmp_path):
-    """Options, run and pairs of each kind of texts."""
+    """Return a run and its real pairs, for each `texts` option."""
     if request.param == "frozen":
         return run_of("covmatch", SMALL), prepared_split()
     tower = {"name": bert, "pooling": "mean", "max_tokens": 12}
@@ -36,7 +36,7 @@ def with_options(run, **options):
 
 
 def slow_loss(objective, train, images, texts, iteration):
-    """By the definition, one pair at a time: plain sums for every entry of C."""
+    """Compute the loss from its definition: encode one pair at a time and sum every entry of C in Python."""
     rule, model = objective.rule, objective.model
     draws = generator(objective.seed, "real batch", 0, iteration, 0)
     records = torch.randperm(len(train.split.captions), generator=draws)[: rule.real_batch].tolist()
@@ -54,15 +54,15 @@ def slow_loss(objective, train, images, texts, iteration):
         return sum(torch.outer(v - mean_v, t - mean_l) for v, t in zip(vs, ls, strict=True)) / (len(vs) - 1)
 
     gap = rule.rho * covariance(h_v, h_l) - covariance(g_v, g_l)
-    of_means = 0.0
-    for head, real, own in ((model.head_image, h_v, g_v), (model.head_text, h_l, g_l)):
-        apart = sum(head(h) for h in real) / len(real) - sum(head(h) for h in own) / len(own)
-        of_means = of_means + (apart**2).sum()
-    return (gap**2).sum() + rule.mean_weight * of_means
+    means = 0.0
+    for head, real, learned in ((model.head_image, h_v, g_v), (model.head_text, h_l, g_l)):
+        difference = sum(head(h) for h in real) / len(real) - sum(head(h) for h in learned) / len(learned)
+        means = means + (difference**2).sum()
+    return (gap**2).sum() + rule.mean_weight * means
 
 
 def test_loss_and_gradient_equal_the_slow_ones(setting):
-    """In float64, at the start and after a few steps of the online model."""
+    """Compare in float64, at the start and after each of the first steps of the online model."""
     run, train = setting
     for chunk in (2, 64):
         _, begun, objective = opened(with_options(run, chunk=chunk), None, train)
@@ -72,14 +72,15 @@ def test_loss_and_gradient_equal_the_slow_ones(setting):
         draw = objective._real
         objective._real = lambda *a, draw=draw: (draw(*a)[0].double(), draw(*a)[1])
         for iteration in range(3):
-            found, parts = objective.gradient(begun, iteration, 0)
+            gradient, parts = objective.gradient(begun, iteration, 0)
             leaves = begun.images.clone().requires_grad_(), begun.texts.clone().requires_grad_()
             slow = slow_loss(objective, train, *leaves, iteration)
             assert parts["loss"] == pytest.approx(float(slow.detach()), rel=1e-9)
             assert parts["loss"] == pytest.approx(parts["loss_covariance"] + 0.3 * parts["loss_mean"])
-            for one, other in zip((found.images, found.texts), torch.autograd.grad(slow, leaves), strict=True):
-                torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-11)
-            assert float(found.lr_image) == float(found.lr_text) == 0
+            expected = torch.autograd.grad(slow, leaves)
+            for actual, wanted in zip((gradient.images, gradient.texts), expected, strict=True):
+                torch.testing.assert_close(actual, wanted, rtol=1e-8, atol=1e-11)
+            assert float(gradient.lr_image) == float(gradient.lr_text) == 0
             objective.after(begun, iteration)
 
 
@@ -91,7 +92,7 @@ def test_the_set_comes_closer_to_the_real_covariance(setting):
     assert not torch.equal(after.texts, begun.texts)
 
 
-def test_the_online_model_learns_and_begins_anew(setting):
+def test_the_online_model_learns_and_is_reset(setting):
     run, train = setting
     _, begun, objective = opened(run, None, train)
     trained = {n for n, p in objective.model.named_parameters() if p.requires_grad}
@@ -104,12 +105,13 @@ def test_the_online_model_learns_and_begins_anew(setting):
     moved = {n for n in trained if not torch.equal(states[0][n], states[3][n])}
     assert {n for n in trained if "text_tower" not in n} <= moved
     towers = [n for n in trained if not n.startswith("head_")]
-    assert all(torch.equal(states[0][n], states[4][n]) for n in towers), "pretrained again"
-    assert not torch.equal(states[0]["head_image.weight"], states[4]["head_image.weight"]), "other heads"
+    assert all(torch.equal(states[0][n], states[4][n]) for n in towers), "a reset must restore pretrained towers"
+    first_head, second_head = (states[i]["head_image.weight"] for i in (0, 4))
+    assert not torch.equal(first_head, second_head), "a reset must draw new heads"
     assert not torch.equal(states[4]["head_image.weight"], states[5]["head_image.weight"])
 
 
-def test_a_tower_without_weights_is_drawn_anew():
+def test_a_reset_draws_a_new_tower_if_it_has_no_weights():
     _, begun, objective = opened(run_of("covmatch", SMALL | {"reset": 1}, weights="random"), None, prepared_split())
     name = next(n for n, p in objective.model.named_parameters() if n.startswith("image_tower.") and p.ndim == 4)
     turns = []
@@ -136,7 +138,7 @@ def test_the_online_step_is_that_of_torch(setting):
 
 
 @pytest.mark.parametrize("average", [0.0, 0.9])
-def test_what_is_learned_goes_on_with_the_same_bits(setting, average):
+def test_a_resumed_objective_gives_the_same_bits(setting, average):
     run, train = setting
     run = with_options(run, average=average)
     method, begun, unbroken = opened(run, None, train)
@@ -144,11 +146,11 @@ def test_what_is_learned_goes_on_with_the_same_bits(setting, average):
     for stop in (3, 4, 6):  # before, at and after a reset
         first = objective_of(method, None, train)
         half, _ = descend(first, begun, stop, lr=0.01)
-        kept = {n: t.clone() for n, t in first.tensors().items()}
-        assert ("taken" in kept) == (stop != 4), "a fresh model needs no tensors"
+        state = {n: t.clone() for n, t in first.tensors().items()}
+        assert ("taken" in state) == (stop != 4), "directly after a reset the model must not be saved"
         descend(first, half, 1, start=stop)
         for second in (objective_of(method, None, train), first):
-            second.load(kept)
+            second.load(state)
             rest, more = descend(second, half, 7 - stop, start=stop, lr=0.01)
             assert same_tensors(rest.tensors(), whole.tensors()) and more == losses[stop:]
             assert same_tensors(second.tensors(), unbroken.tensors())
@@ -157,13 +159,13 @@ def test_what_is_learned_goes_on_with_the_same_bits(setting, average):
 def test_the_real_covariance_is_averaged_since_the_last_reset(setting):
     run, train = setting
     _, begun, objective = opened(with_options(run, average=0.75, lr_tower=0, lr_head=0), None, train)
-    seen = []
+    covariances = []
     for iteration in range(2):
         images, texts = objective._real("online batch", iteration)
         v, t = (f.detach() for f in objective._encode(images, texts))
-        seen.append((v - v.mean(0)).T @ (t - t.mean(0)) / (len(v) - 1))
+        covariances.append((v - v.mean(0)).T @ (t - t.mean(0)) / (len(v) - 1))
         objective.after(begun, iteration)
-    torch.testing.assert_close(objective.mean, 0.75 * seen[0] + 0.25 * seen[1])
+    torch.testing.assert_close(objective.mean, 0.75 * covariances[0] + 0.25 * covariances[1])
     objective.after(begun, 2)
     objective.after(begun, 3)
     assert objective.mean is None
@@ -210,8 +212,8 @@ def test_texts_stay_as_long_as_their_captions(setting):
         assert torch.equal(mask_of(begun.texts), mask_of(after.texts))
 
 
-def test_what_cannot_work_is_refused():
+def test_invalid_settings_are_rejected():
     with pytest.raises(config.ConfigError, match=r"texts: tokens needs a tower with tokens; set model.text.name"):
         run_of("covmatch", {"texts": "tokens"})
-    with pytest.raises(config.ConfigError, match=r"begins from the masks of captions; set distill.init: real"):
+    with pytest.raises(config.ConfigError, match=r"needs the masks of real captions; set distill.init: real"):
         run_of("covmatch", {"texts": "tokens"}, text={"name": str(Path(__file__).parent)}, init="noise")

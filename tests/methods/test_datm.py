@@ -1,3 +1,5 @@
+"""DATM: the growing range of start epochs, and steps compared with LoRS in float64."""
+
 import pytest
 from slow import assert_equals_slow, plain_loss, segment, two_passes, wbce
 from toy import PAIRS, method_run
@@ -9,7 +11,7 @@ RAMP = {"pairs": PAIRS, "start": 0, "stop": 3, "grow_from": 1, "grow_until": 40,
 
 
 def ramp(low, first, last, until, iteration):
-    """The card's U(i), and all the starts it allows."""
+    """Return U(i) of the paper, computed by counting up, and the list of allowed start epochs."""
     bound = first
     while bound < last and (bound + 1 - first) * until <= (last - first) * iteration:
         bound += 1
@@ -17,7 +19,7 @@ def ramp(low, first, last, until, iteration):
 
 
 @pytest.mark.parametrize(("low", "first", "last", "until"), [(0, 1, 3, 40), (1, 2, 8, 7), (2, 4, 4, 5), (0, 2, 4, 3)])
-def test_the_bound_climbs_as_printed(low, first, last, until):
+def test_the_bound_grows_as_in_the_paper(low, first, last, until):
     phase = config.Phase(pairs=4, start=low, stop=last, grow_from=first, grow_until=until, endpoint=last)
     for iteration in range(2 * until):
         assert growing_stop(phase, last, iteration) == ramp(low, first, last, until, iteration)[0]
@@ -25,7 +27,7 @@ def test_the_bound_climbs_as_printed(low, first, last, until):
 
 
 def test_a_bound_below_the_ramp_stays():
-    """A range that is found, or the text side's own, may end before the ramp begins."""
+    """A computed range, or the range of the text tower, may end below `grow_from`; the bound must then stay."""
     assert {growing_stop(config.Phase(pairs=4, stop=5, grow_from=3, grow_until=4), 2, i) for i in range(20)} == {2}
 
 
@@ -35,13 +37,13 @@ def test_a_phase_that_does_not_grow_keeps_its_bound():
 
 def test_starts_come_from_the_range_of_their_iteration(make):
     matcher = make(method_run("datm", phases=[RAMP])).matcher
-    seen = {}
+    starts = {}
     for iteration in range(400):
         drawn = matcher.draw(iteration)
         bound, allowed = ramp(0, 1, 3, 40, iteration)
         assert drawn.start == drawn.start_text and drawn.start in allowed
-        seen.setdefault(bound, set()).add(drawn.start)
-    assert seen == {1: {0}, 2: {0, 1}, 3: {0, 1, 2}}
+        starts.setdefault(bound, set()).add(drawn.start)
+    assert starts == {1: {0}, 2: {0, 1}, 3: {0, 1, 2}}
 
 
 def test_equals_the_two_passes_of_lors_on_a_growing_range(make):
@@ -55,12 +57,12 @@ def test_equals_the_two_passes_of_lors_on_a_growing_range(make):
     assert_equals_slow(made, gradient_of, iterations=6)
 
 
-def test_a_ramp_that_cannot_be_is_refused():
-    for wrong, words in (
+def test_an_invalid_ramp_is_rejected():
+    for change, words in (
         ({"grow_until": None}, "give both or neither"),
         ({"start": 1}, "grow_from 1 must lie above start 1"),
         ({"start_text": 1}, "grow_from 1 must lie above start_text 1"),
         ({"grow_from": 4}, "at most at stop 3"),
     ):
         with pytest.raises(config.ConfigError, match=words):
-            method_run("datm", phases=[RAMP | wrong])
+            method_run("datm", phases=[RAMP | change])

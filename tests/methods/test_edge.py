@@ -1,4 +1,4 @@
-"""EDGE from shards to an evaluated set on tiny parts, killed on its way, and with captioners of every kind."""
+"""EDGE from shards to an evaluated set, with tiny models: resume after a kill, every captioner, invalid options."""
 
 import json
 from dataclasses import replace
@@ -26,10 +26,10 @@ SAMPLING = {"size": 16, "steps": 2}
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    here = tmp_path_factory.mktemp("parts")
+    folder = tmp_path_factory.mktemp("parts")
     return {
-        "generator": str(tiny_diffusion.stable_diffusion(here / "sd", licence="openrail")),
-        "clip": str(tiny_parts.clip(here / "clip", licence="mit")),
+        "generator": str(tiny_diffusion.stable_diffusion(folder / "sd", licence="openrail")),
+        "clip": str(tiny_parts.clip(folder / "clip", licence="mit")),
     }
 
 
@@ -39,45 +39,47 @@ def options(parts, **changes):
 
 @pytest.fixture(scope="module")
 def unbroken(parts, tmp_path_factory):
-    """A whole run: its storage and what it returned."""
+    """Run EDGE without interruption; return the storage and the result."""
     storage = tmp_path_factory.mktemp("unbroken")
     return storage, pipeline.run(drawn.run_of(storage, "edge", 7, options(parts, captions_per_image=3)))
 
 
-def told(folder, name):
+def read(folder, name):
     return json.loads((folder / f"{name}.json").read_text())
 
 
-def test_rows_are_those_asked_for_and_pictures_their_third(unbroken):
+def test_three_pairs_share_an_image_if_captions_per_image_is_3(unbroken):
     storage, result = unbroken
     folder = drawn.phase_of(storage)
-    facts, captions, made = told(folder, "facts"), told(folder, "captions"), load_set(folder / "set-000001.safetensors")
+    facts, captions, made = read(folder, "facts"), read(folder, "captions"), load_set(folder / "set-000001.safetensors")
     assert made.images.shape == (7, 3, 16, 16) and made.texts.shape == (7, 16) and not made.similarity
-    assert facts["picture_of"] == [0, 0, 0, 1, 1, 1, 2] and facts["pictures"] == 3, "a remainder of one"
+    assert facts["picture_of"] == [0, 0, 0, 1, 1, 1, 2] and facts["pictures"] == 3, (
+        "the seventh pair gets its own image"
+    )
     assert len(list((folder / "pairs").glob("*.png"))) == 3
     for a, b in ((0, 1), (0, 2), (3, 5)):
         assert torch.equal(made.images[a], made.images[b]) and captions[a] != captions[b]
     assert not torch.equal(made.images[0], made.images[3])
     assert facts["caption_from"] == ["drawn", "real", "real"] * 2 + ["drawn"]
     assert result.evaluation["table"]["edge"]["test_last"]["R@mean"]["n"] == 1
-    assert [(p["role"], p["licence"]) for p in told(folder, "parts")] == [("generator", "openrail"), ("clip", "mit")]
+    assert [(p["role"], p["licence"]) for p in read(folder, "parts")] == [("generator", "openrail"), ("clip", "mit")]
     assert len(rmdd.load(result.set).as_dataset()) == 7
 
 
-def test_killed_while_it_tunes_and_while_it_draws_it_gives_the_same_bits(parts, unbroken, tmp_path):
+def test_a_run_killed_in_tuning_and_in_generation_gives_the_same_bits(parts, unbroken, tmp_path):
     raw = drawn.raw_run(tmp_path / "runs", "edge", 7, options(parts, captions_per_image=3))
     drawn.kill_when(drawn.begin(tmp_path, raw), tmp_path, "runs/tuned/*/state.safetensors")
     assert not list(tmp_path.glob("runs/tuned/*/tuned.safetensors"))
     drawn.kill_when(drawn.begin(tmp_path, raw), tmp_path, "runs/phases/*/*/pairs/000000.json")
     first = next(tmp_path.glob("runs/phases/*/*/pairs/000000.png"))
-    kept = first.stat().st_mtime_ns
+    written = first.stat().st_mtime_ns
     pipeline.run(config.load(raw))
-    assert first.stat().st_mtime_ns == kept, "what was drawn is not drawn again"
+    assert first.stat().st_mtime_ns == written, "a finished image must not be generated again"
     assert drawn.results(tmp_path / "runs") == drawn.results(unbroken[0])
 
 
 def test_budgets_share_the_tuning_and_phases_share_the_draw(parts, unbroken, tmp_path):
-    """Two phases give the pairs that one gives, and nothing is tuned again."""
+    """Two phases must give the same pairs as one phase, without another fine-tuning."""
     storage, _ = unbroken
     again = options(parts, captions_per_image=3)
     plan = [{"pairs": 3, "iterations": 1}, {"pairs": 4, "iterations": 1}]
@@ -87,60 +89,66 @@ def test_budgets_share_the_tuning_and_phases_share_the_draw(parts, unbroken, tmp
         folders = opened.distill()
     assert {p: p.stat().st_mtime_ns for p in storage.glob("tuned/*/*.safetensors")} == before
     one = next(f for f in storage.glob("phases/*") if not (f / "phase-1").exists()) / "phase-0"
-    assert [c for f in folders for c in told(f, "captions")] == told(one, "captions")
+    assert [c for f in folders for c in read(f, "captions")] == read(one, "captions")
     made = [load_set(f / "set-000001.safetensors").images for f in folders]
     assert torch.equal(torch.cat(made), load_set(one / "set-000001.safetensors").images)
 
 
 @pytest.mark.parametrize("kind", ["blip", "llava"])
-def test_captioners_speak_about_pictures(parts, kind, tmp_path):
-    spoken = {"kind": kind, "id": str(getattr(tiny_diffusion, kind)(tmp_path / kind)), "tokens": 6, "prompt": "a dog"}
-    changed = options(parts, captions_per_image=2, captioner=spoken, tuning={"steps": 0})
+def test_captioners_add_captions(parts, kind, tmp_path):
+    captioner = {
+        "kind": kind,
+        "id": str(getattr(tiny_diffusion, kind)(tmp_path / kind)),
+        "tokens": 6,
+        "prompt": "a dog",
+    }
+    changed = options(parts, captions_per_image=2, captioner=captioner, tuning={"steps": 0})
     with pipeline.open_pipeline(drawn.run_of(tmp_path / "runs", "edge", 4, changed)) as opened:
         (folder,) = opened.distill()
-    facts, captions = told(folder, "facts"), told(folder, "captions")
+    facts, captions = read(folder, "facts"), read(folder, "captions")
     assert facts["caption_from"][::2] == ["drawn"] * 2 and set(facts["caption_from"][1::2]) <= {"captioner", "real"}
     assert len(captions) == 4 and all(captions) and captions[0] != captions[1] and captions[2] != captions[3]
-    assert [p["role"] for p in told(folder, "parts")] == ["generator", "captioner"], "no tuning, no CLIP"
+    assert [p["role"] for p in read(folder, "parts")] == ["generator", "captioner"], "without tuning, no CLIP is needed"
     assert not list((tmp_path / "runs").glob("tuned/*"))
 
 
-def test_a_picture_of_one_colour_is_drawn_again_by_the_next_seed(parts, monkeypatch, caplog):
+def test_an_image_of_one_colour_is_generated_again_with_the_next_seed(parts, monkeypatch, caplog):
     painter = FromCaption(Path(parts["generator"]), torch.device("cpu"), Sampling(**SAMPLING, redraws=2))
-    asked = [{"index": i, "number": i, "seed": 0, "caption": "a dog"} for i in range(2)]
-    usual = painter.decode(asked)
+    requests = [{"index": i, "number": i, "seed": 0, "caption": "a dog"} for i in range(2)]
+    usual = painter.decode(requests)
     images, calls = painter._images, []
 
     def blacked_out(requests, randoms):
-        """The first picture is black in the first two tries."""
+        """Return a black first image in the first two attempts."""
         calls.append([r["index"] for r in requests])
-        found = images(requests, randoms).copy()
-        found[0] *= len(calls) > 2
-        return found
+        pixels = images(requests, randoms).copy()
+        pixels[0] *= len(calls) > 2
+        return pixels
 
     monkeypatch.setattr(painter, "_images", blacked_out)
-    made = painter.decode(asked)
+    made = painter.decode(requests)
     assert calls == [[0, 1], [0], [0]] and "pair 0 has one colour; drawn again, try 2" in caplog.text
     assert made[0].info["redrawn"] == 2 and made[1].tobytes() == usual[1].tobytes()
     assert made[0].tobytes() != usual[0].tobytes()
 
 
-def test_pictures_do_not_depend_on_who_is_drawn_beside_them(parts):
+def test_images_do_not_depend_on_the_rest_of_the_batch(parts):
     painter = FromCaption(Path(parts["generator"]), torch.device("cpu"), Sampling(**SAMPLING))
-    asked = [{"index": 0, "number": i, "seed": 3, "caption": c} for i, c in enumerate(["a dog", "two cats", "a hat"])]
-    together = painter.decode(asked)
-    alone = [painter.decode([one])[0] for one in asked]
-    for one, other in zip(together, alone, strict=True):
-        difference = np.abs(np.asarray(one, int) - np.asarray(other, int))
-        assert difference.max() <= 2, "kernels of another batch round otherwise, and that is all"
+    prompts = ["a dog", "two cats", "a hat"]
+    requests = [{"index": 0, "number": i, "seed": 3, "caption": c} for i, c in enumerate(prompts)]
+    together = painter.decode(requests)
+    alone = [painter.decode([request])[0] for request in requests]
+    for batched, single in zip(together, alone, strict=True):
+        difference = np.abs(np.asarray(batched, int) - np.asarray(single, int))
+        assert difference.max() <= 2, "another batch size may only change rounding"
     again = FromCaption(Path(parts["generator"]), torch.device("cpu"), Sampling(**SAMPLING))
-    assert [i.tobytes() for i in again.decode(asked)] == [i.tobytes() for i in together]
-    assert [again.decode([one])[0].tobytes() for one in asked[::-1]] == [i.tobytes() for i in alone[::-1]]
+    assert [i.tobytes() for i in again.decode(requests)] == [i.tobytes() for i in together]
+    assert [again.decode([r])[0].tobytes() for r in requests[::-1]] == [i.tobytes() for i in alone[::-1]]
     assert isinstance(together[0], Image.Image) and together[0].size == (16, 16)
-    assert together[0].tobytes() != painter.decode([{**asked[0], "seed": 4}])[0].tobytes()
+    assert together[0].tobytes() != painter.decode([{**requests[0], "seed": 4}])[0].tobytes()
 
 
-def test_mistakes_are_told_before_any_work(parts, tmp_path):
+def test_mistakes_are_reported_before_any_work(parts, tmp_path):
     with pytest.raises(config.ConfigError, match="captions_per_image to 1, or another captioner"):
         drawn.run_of(tmp_path, "edge", 6, options(parts, captioner={"kind": "none"}))
     with pytest.raises(config.ConfigError, match=r"tuning.batch: .*found 1"):
@@ -157,14 +165,14 @@ def test_mistakes_are_told_before_any_work(parts, tmp_path):
         pipeline.run(drawn.run_of(tmp_path, "edge", 72, options(parts, captions_per_image=1, tuning={"steps": 0})))
 
 
-def test_each_tuning_of_a_sweep_and_the_expert_are_work_of_their_own(parts, tmp_path):
+def test_runs_with_different_tunings_share_the_expert(parts, tmp_path):
     run = drawn.run_of(tmp_path, "edge", 4, options(parts))
     other = drawn.run_of(tmp_path, "edge", 4, options(parts, tuning={**TUNING, "lr": 0.5}))
     with pipeline.open_pipeline(run) as opened:
         item = opened.item()
     items = [item, replace(item, run=other)]
-    places = [task.target(one) for task in (TuneGenerator(), TrainExpert()) for one in items]
-    assert len(set(places)) == 3 and places[2] == places[3], "both need the same expert"
+    targets = [task.target(each) for task in (TuneGenerator(), TrainExpert()) for each in items]
+    assert len(set(targets)) == 3 and targets[2] == targets[3], "both runs need the same expert"
     size = drawn.run_of(tmp_path, "edge", 4, options(parts, tuning={**TUNING, "size": 17}))
     assert any("tuning.size: pictures of side 17" in line for line in problems_of(size))
 

@@ -1,4 +1,4 @@
-"""EVLF from shards to an evaluated set on tiny parts, killed on its way, and by every sampler."""
+"""EVLF from shards to an evaluated set, with tiny models: resume after a kill, every sampler, invalid options."""
 
 import json
 
@@ -31,8 +31,8 @@ def unbroken(painter, tmp_path_factory):
     return storage, pipeline.run(drawn.run_of(storage, "evlf", 5, options(painter)))
 
 
-def made(storage, painter, name, **changes):
-    """The phase folder of another run in the same storage, and whether its fusion was trained again."""
+def distilled(storage, painter, name, **changes):
+    """Distil another run in the same storage; return its phase folder and whether it trained a fusion again."""
     before = set(storage.glob("tuned/*/tuned.safetensors"))
     run = config.load({**drawn.raw_run(storage, "evlf", 5, options(painter, **changes)), "name": name})
     with pipeline.open_pipeline(run) as opened:
@@ -40,24 +40,24 @@ def made(storage, painter, name, **changes):
     return folder, set(storage.glob("tuned/*/tuned.safetensors")) != before
 
 
-def told(folder, name):
+def read(folder, name):
     return json.loads((folder / f"{name}.json").read_text())
 
 
 def test_an_evaluated_set_of_real_captions(unbroken):
     storage, result = unbroken
     folder = drawn.phase_of(storage)
-    found = load_set(folder / "set-000001.safetensors")
-    assert found.images.shape == (5, 3, 16, 16) and not found.similarity
+    made = load_set(folder / "set-000001.safetensors")
+    assert made.images.shape == (5, 3, 16, 16) and not made.similarity
     with pipeline.open_pipeline(config.load(folder.parents[2].glob("tiny-*/run.yaml").__next__())) as opened:
         train = opened.prepared_split("train").split
-    assert told(folder, "captions") == [train.captions[r] for r in told(folder, "records")]
-    assert sum(told(folder, "facts")["members"]) == len(train.captions) and len(set(told(folder, "records"))) == 5
+    assert read(folder, "captions") == [train.captions[r] for r in read(folder, "records")]
+    assert sum(read(folder, "facts")["members"]) == len(train.captions) and len(set(read(folder, "records"))) == 5
     assert result.evaluation["table"]["evlf"]["test_last"]["R@mean"]["n"] == 1
-    assert [(p["role"], p["licence"]) for p in told(folder, "parts")] == [("generator", "openrail")]
+    assert [(p["role"], p["licence"]) for p in read(folder, "parts")] == [("generator", "openrail")]
 
 
-def test_killed_while_it_trains_and_while_it_draws_it_gives_the_same_bits(painter, unbroken, tmp_path):
+def test_a_run_killed_in_training_and_in_generation_gives_the_same_bits(painter, unbroken, tmp_path):
     raw = drawn.raw_run(tmp_path / "runs", "evlf", 5, options(painter))
     drawn.kill_when(drawn.begin(tmp_path, raw), tmp_path, "runs/tuned/*/state.safetensors")
     assert not list(tmp_path.glob("runs/tuned/*/tuned.safetensors"))
@@ -67,8 +67,10 @@ def test_killed_while_it_trains_and_while_it_draws_it_gives_the_same_bits(painte
 
 
 def test_an_untrained_fusion_clusters_the_latents_as_they_are(painter, tmp_path):
-    """Identity at the start: fused latents of no training are the encoder's own, times the scale."""
-    folder, trained = made(tmp_path, painter, "tiny", fusion={**FUSION, "steps": 0}, components=None, mode="nearest")
+    """The fusion starts as the identity, so without training fused latents equal the scaled VAE latents."""
+    folder, trained = distilled(
+        tmp_path, painter, "tiny", fusion={**FUSION, "steps": 0}, components=None, mode="nearest"
+    )
     assert not trained
     modes, _ = load_checked(folder / "requests.safetensors", "requests")
     diffusion = tiny_diffusion.stable_diffusion()
@@ -80,30 +82,30 @@ def test_an_untrained_fusion_clusters_the_latents_as_they_are(painter, tmp_path)
         assert float((latents - mode).flatten(1).norm(dim=1).min()) < 1e-2 * float(mode.norm())
 
 
-def test_samplers_differ_and_the_pull_shows(painter, unbroken):
+def test_every_sampler_gives_different_images(painter, unbroken):
     storage, _ = unbroken
     guided = {"sampler": "mode_guidance", "pull_until": 0}
-    found = {}
+    images = {}
     for name, changes in {
         "plain": {**guided, "pull": 0.0},
         "ddpm": {**guided, "pull": 0.5},
         "ddim": {**guided, "pull": 0.5, "scheduler": "ddim"},
         "nearest": {"mode": "nearest"},
     }.items():
-        folder, trained = made(storage, painter, name, **changes)
-        assert not trained, "sampling shares the training"
-        found[name] = load_set(folder / "set-000001.safetensors").images
-    pairs = [(a, b) for a in found for b in found if a < b]
-    assert all(not torch.equal(found[a], found[b]) for a, b in pairs)
+        folder, trained = distilled(storage, painter, name, **changes)
+        assert not trained, "runs that differ in sampling must share the training"
+        images[name] = load_set(folder / "set-000001.safetensors").images
+    pairs = [(a, b) for a in images for b in images if a < b]
+    assert all(not torch.equal(images[a], images[b]) for a, b in pairs)
 
 
-def test_steps_and_sizes_that_give_no_picture_are_told_before_any_work(painter, tmp_path):
-    with pytest.raises(config.ConfigError, match="strength 0.3 leaves none of the 3 steps to denoise a mode"):
+def test_invalid_steps_and_sizes_are_reported_before_any_work(painter, tmp_path):
+    with pytest.raises(config.ConfigError, match="strength 0.3 uses none of the 3 steps to denoise a mode"):
         drawn.run_of(tmp_path, "evlf", 5, options(painter, strength=0.3))
     with pytest.raises(config.ConfigError, match=r"sampling.size: .*multiple of 8"):
         drawn.run_of(tmp_path, "evlf", 5, options(painter, sampling={"size": 12}))
 
 
-def test_a_pull_that_never_acts_is_a_mistake(painter, tmp_path):
-    with pytest.raises(config.ConfigError, match="pull_until 25 leaves none of the 3 steps to be guided; lower it"):
+def test_guidance_that_never_acts_is_a_mistake(painter, tmp_path):
+    with pytest.raises(config.ConfigError, match="pull_until 25 leaves none of the 3 steps guided; lower it"):
         drawn.run_of(tmp_path, "evlf", 5, options(painter, sampler="mode_guidance"))

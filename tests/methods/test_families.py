@@ -1,4 +1,4 @@
-"""What differs between families outside their loops: what a run is told beforehand, what is refused, dead ranks."""
+"""Differences between method families outside the loops: cost estimates, rejected settings, lost workers, pages."""
 
 import contextlib
 import shutil
@@ -41,12 +41,12 @@ def of_method(method, folder="absent", **distill):
     [
         ("mdm", {"draws": 3, "real_batch": 8, "synthetic_batch": 4}, Effort(24, 12, 4, models=5)),
         ("mdm", {"real_batch": 999}, Effort(120, 6, 6, models=5)),
-        # two clusters of 2 pairs and 16 real ones, 4 pairs apart, and 4 pairs of the next step
+        # ncfm: 2 clusters of 16 real and 2 distilled pairs, 4 pairs for InfoNCE, and 4 pairs embedded for the next step
         ("ncfm", OTHERS["ncfm"], Effort(2 * 16 + 4, 8, 4, models=5)),
         ("covmatch", OTHERS["covmatch"], Effort(16 + 6, 6, 16, trained=16, models=4)),
     ],
 )
-def test_what_a_step_takes(method, options, effort):
+def test_the_effort_of_a_step(method, options, effort):
     assert estimate.effort_of(of_method(method, options=options), 0, 120) == effort
 
 
@@ -69,18 +69,18 @@ def test_a_run_that_matches_distributions_is_estimated_as_such(method, tmp_path,
     assert "endpoint" not in shown and "starts" not in shown.replace("starts every", "")
 
 
-def test_a_run_that_draws_pictures_is_estimated_without_steps(tmp_path, capsys):
+def test_a_generative_run_is_estimated_without_steps(tmp_path, capsys):
     phases = [{"pairs": 6, "iterations": 1}]
     run = of_method("pds", tmp_path, phases=phases, snapshots=1, options={"features": "expert:0", "decode": "nearest"})
     facts = examine(run)
     assert facts["memory"] == {} and facts["time"]["operations"]["distill"] == 0
-    assert facts["disk"]["phases"] == 4 * 2 * 6 * (3 * 8 * 8 + 16), "start and set"
-    assert any("pretrained parts are not counted" in remark for remark in facts["remarks"])
+    assert facts["disk"]["phases"] == 4 * 2 * 6 * (3 * 8 * 8 + 16), "the starting set and the final set"
+    assert any("image generation with pretrained models are not counted" in remark for remark in facts["remarks"])
     console.stdout().print(console.plan(facts))
     assert "endpoint" not in capsys.readouterr().out
 
 
-def test_a_tower_without_a_second_derivative_is_for_those_that_need_none():
+def test_a_tower_without_a_second_derivative_works_with_mdm_only():
     tower = {"name": "test_mambaout", "weights": "random:0", "projection": "linear"}
     matched, other = (
         config.load(
@@ -98,34 +98,42 @@ def test_a_tower_without_a_second_derivative_is_for_those_that_need_none():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(image, "double_backward", lambda name: image.Support.NO)
-        assert any("no second derivative" in told for told in problems_of(matched))
+        assert any("no second derivative" in message for message in problems_of(matched))
         assert not problems_of(other)
 
 
 @pytest.mark.parametrize(
-    ("method", "distill", "told"),
+    ("method", "distill", "words"),
     [
-        ("mdm", {"init": "prototypes"}, "distill.init: prototypes is a choice of its own"),
-        ("ncfm", {"init": "prototypes"}, "distill.init: prototypes is a choice of its own"),
+        ("mdm", {"init": "prototypes"}, "distill.init: prototypes is not available for mdm"),
+        ("ncfm", {"init": "prototypes"}, "distill.init: prototypes is not available for ncfm"),
         ("ncfm", {"precision": "bfloat16"}, "set distill.precision: float32"),
         ("covmatch", {"precision": "bfloat16"}, "set distill.precision: float32"),
-        ("pds", {"init": "noise", "phases": [{"pairs": 6, "iterations": 1}]}, "distill.init is not for pds"),
-        ("pds", {"stored_size": 4, "phases": [{"pairs": 6, "iterations": 1}]}, "distill.stored_size is not for pds"),
+        (
+            "pds",
+            {"init": "noise", "phases": [{"pairs": 6, "iterations": 1}]},
+            "distill.init has no effect with method pds",
+        ),
+        (
+            "pds",
+            {"stored_size": 4, "phases": [{"pairs": 6, "iterations": 1}]},
+            "distill.stored_size has no effect with method pds",
+        ),
     ],
 )
-def test_what_a_method_would_not_heed_is_refused(method, distill, told):
-    with pytest.raises(config.ConfigError, match=told):
+def test_settings_that_a_method_does_not_support_are_rejected(method, distill, words):
+    with pytest.raises(config.ConfigError, match=words):
         of_method(method, **distill)
 
 
 def test_a_mixture_needs_two_checkpoints():
     one = {"num": 1, "keep": "endpoints"}
-    with pytest.raises(config.ConfigError, match="mixes two checkpoints of its experts and would find one"):
+    with pytest.raises(config.ConfigError, match="merges two expert checkpoints, but the store would hold one"):
         config.load({**TINY, "experts": {**TINY["experts"], **one}})
     config.load({**TINY, "experts": {**TINY["experts"], "num": 1}})
 
 
-def test_what_does_nothing_is_told_and_checks_of_paths_are_not_made(tmp_path):
+def test_fields_without_effect_are_reported_and_trajectory_checks_are_skipped(tmp_path):
     run = of_method("covmatch", tmp_path, steps=3, trajectory="original", inner_dropout="fresh_mask")
     assert method_of(run).idle() == ["trajectory", "steps", "inner_dropout"]
     assert "no effect with method covmatch: distill.trajectory, steps, inner_dropout" in examine(run)["remarks"]
@@ -139,14 +147,14 @@ def test_what_does_nothing_is_told_and_checks_of_paths_are_not_made(tmp_path):
 def test_the_pace_counts_the_pairs_of_a_step(tmp_path):
     pipeline = Pipeline(run_of(tmp_path), Backend(SequentialExecutor(1)), Progress(quiet=True))
     pipeline.experts()
-    told = []
-    assert DistillPhase()(pipeline.item(), Hooks(told.append))
-    taken = [line["seconds"] for line in lines_of(pipeline.item().paths.phase(0))]
-    assert [t["pairs/s"] for t in told if "pairs/s" in t] == pytest.approx([12 / s for s in taken if s])
+    reports = []
+    assert DistillPhase()(pipeline.item(), Hooks(reports.append))
+    seconds = [line["seconds"] for line in lines_of(pipeline.item().paths.phase(0))]
+    assert [r["pairs/s"] for r in reports if "pairs/s" in r] == pytest.approx([12 / s for s in seconds if s])
 
 
-def test_ranks_that_die_are_opened_again_and_the_phase_goes_on(tmp_path):
-    opened, said = [], []
+def test_lost_workers_are_restarted_and_the_phase_resumes(tmp_path):
+    opened, messages = [], []
 
     class Fragile(LocalParts):
         def call(self, method, *arguments):
@@ -161,13 +169,13 @@ def test_ranks_that_die_are_opened_again_and_the_phase_goes_on(tmp_path):
 
     run = run_of(tmp_path, {"draws": 2})
     quiet = Progress(quiet=True)
-    quiet.say = said.append
+    quiet.say = messages.append
     (folder,) = Pipeline(run, Backend(SequentialExecutor(1), open_parts=fragile), quiet).distill()
     assert opened == [(2, True)] * 3
-    assert sum("a rank died; the ranks start again from what was kept" in line for line in said) == 2
-    shutil.move(folder, tmp_path / "found")
+    assert sum("a rank died; the ranks start again from what was kept" in line for line in messages) == 2
+    shutil.move(folder, tmp_path / "resumed")
     (whole,) = Pipeline(run, Backend(SequentialExecutor(1)), Progress(quiet=True)).distill()
-    assert_same_results(whole, tmp_path / "found")
+    assert_same_results(whole, tmp_path / "resumed")
     shutil.rmtree(whole)
     opened.clear()
     limited = run.model_copy(update={"runtime": run.runtime.model_copy(update={"max_restarts": 1})})
@@ -176,7 +184,7 @@ def test_ranks_that_die_are_opened_again_and_the_phase_goes_on(tmp_path):
     assert len(opened) == 2
 
 
-def test_a_sum_with_one_experts_start_is_around_that_start(tmp_path):
+def test_a_weighted_sum_of_one_expert_is_anchored_at_its_start(tmp_path):
     from toy_mdm import made, model_of
 
     from rmdd.distill.distribution import merging
@@ -185,26 +193,26 @@ def test_a_sum_with_one_experts_start_is_around_that_start(tmp_path):
     toy = made(tmp_path)
     run = run_of(tmp_path, {"teacher": "naive", "partners": "same_expert"})
     model = model_of(run, toy.train)
-    seen = []
-    start = merging.interpolated
+    merged = []
+    interpolated = merging.interpolated
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merging, "interpolated", lambda a, b, s: seen.append((a, b)) or start(a, b, s))
+        patch.setattr(merging, "interpolated", lambda a, b, s: merged.append((a, b)) or interpolated(a, b, s))
         teacher = Teacher(MDM(run), 0, toy.store, model, torch.device("cpu"))
         for iteration in range(8):
-            teacher.turn(iteration, 0)
+            teacher.load_draw(iteration, 0)
     cells = {e: [toy.store.read(e, n) for n in range(4)] for e in (0, 1)}
     same = SimpleNamespace(of=lambda a, b: all(torch.equal(a[n], b[n]) for n in a))
-    owners = [{e for e, kept in cells.items() if any(same.of(b, p) for p in kept[1:])} for _, b in seen]
+    owners = [{e for e, saved in cells.items() if any(same.of(b, p) for p in saved[1:])} for _, b in merged]
     assert set().union(*owners) == {0, 1}
-    assert all(same.of(a, cells[e][0]) for (a, _), owner in zip(seen, owners, strict=True) for e in owner)
+    assert all(same.of(a, cells[e][0]) for (a, _), owner in zip(merged, owners, strict=True) for e in owner)
 
 
-def test_the_page_and_the_table_tell_of_no_paths(tmp_path):
+def test_the_page_and_the_table_of_a_distribution_method_mention_no_trajectories(tmp_path):
     from rmdd.comparisons.compare import rate
 
     run = run_of(tmp_path)
     page = Pipeline(run, Backend(SequentialExecutor(1)), Progress(quiet=True)).report().read_text(encoding="utf-8")
     assert "expert paths" not in page and "Learned rates" not in page and "inner steps" not in page
-    assert "Matched for" in page and "gradient norm" in page and "its parts" in page
-    told = {"rates": "learned", "kind": "set"}
-    assert (rate(told | {"method": "mdm"}), rate(told | {"method": "lors"})) == ("fixed", "learned")
+    assert "Matched for" in page and "gradient norm" in page and "loss terms" in page
+    row = {"rates": "learned", "kind": "set"}
+    assert (rate(row | {"method": "mdm"}), rate(row | {"method": "lors"})) == ("fixed", "learned")

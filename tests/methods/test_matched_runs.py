@@ -1,4 +1,4 @@
-"""NCFM and CovMatch in the loop of their family: the same bits after a stop, rates that halve, and whole runs."""
+"""NCFM and CovMatch in the distribution-matching loop: resuming, halved learning rates, and complete runs."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -45,7 +45,7 @@ def distil(run, store, train, folder, **hooks):
 
 @pytest.fixture(params=["ncfm", "covmatch", "tokens"])
 def setting(request, bert, tmp_path):
-    """A run of each kind, and its pairs."""
+    """Return a run and its real pairs: NCFM, CovMatch, and CovMatch with token embeddings."""
     rule = {"iterations": 6, "checkpoint_every": 2, "snapshots": 2, "guard": {"every": 3}}
     if request.param == "ncfm":
         return run_of("ncfm", NCFM, **rule), prepared_split()
@@ -56,7 +56,7 @@ def setting(request, bert, tmp_path):
     return run, dataclasses.replace(train, texts=np.array(embed(train.split.captions, run.model.text, tmp_path)))
 
 
-def test_a_phase_that_was_stopped_has_the_same_bits(setting, store, tmp_path):
+def test_a_resumed_phase_gives_the_same_bits(setting, store, tmp_path):
     run, train = setting
     assert distil(run, store, train, tmp_path / "whole")
     for stop in (1, 3, 1):
@@ -64,7 +64,9 @@ def test_a_phase_that_was_stopped_has_the_same_bits(setting, store, tmp_path):
     assert distil(run, store, train, tmp_path / "parts")
     assert_same_results(tmp_path / "whole", tmp_path / "parts")
     first, last = (load_set(tmp_path / "whole" / f) for f in ("start.safetensors", "set-000006.safetensors"))
-    assert first.texts.shape == last.texts.shape == (6, train.texts.shape[1]), "what students take"
+    assert first.texts.shape == last.texts.shape == (6, train.texts.shape[1]), (
+        "saved texts must be embeddings for students"
+    )
     assert not torch.equal(first.images, last.images) and not torch.equal(first.texts, last.texts)
     losses = {name for line in lines_of(tmp_path / "whole") for name in line if name.startswith("loss")}
     parts = {"loss_ncfd", "loss_calibration"} if run.distill.method == "ncfm" else {"loss_covariance", "loss_mean"}
@@ -72,7 +74,7 @@ def test_a_phase_that_was_stopped_has_the_same_bits(setting, store, tmp_path):
 
 
 def test_rates_are_paced(store, tmp_path):
-    """By what the objective tells, that of a text too; the rates students use have their own."""
+    """`pace`, returned by the objective, scales the learning rates of images and texts."""
     run = run_of("ncfm", NCFM, momentum=0)
     random = torch.Generator().manual_seed(0)
     begun = Synthetic(
@@ -108,7 +110,7 @@ def test_a_whole_run_gives_an_evaluated_set(kind, bert, tmp_path):
         sets += [f"model.text.name={bert}", "model.text.max_tokens=12"]
     run = config.load(tmp_path / "toy.yaml", sets)
     with open_pipeline(run, Progress(quiet=True)) as pipeline:
-        left = pipeline.all()
-    assert set(left.evaluation["table"]) == {"random", method, "full"}
-    made = rmdd.load(left.set)
+        result = pipeline.all()
+    assert set(result.evaluation["table"]) == {"random", method, "full"}
+    made = rmdd.load(result.set)
     assert made.method == method and made.subsets[0].texts.shape == (4, 8 if kind == "tokens" else 16)

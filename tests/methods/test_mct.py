@@ -1,3 +1,5 @@
+"""MCT: steps compared with LoRS on a straight path, real-valued start epochs, and paths through several anchors."""
+
 from itertools import pairwise
 
 import numpy as np
@@ -12,8 +14,8 @@ from rmdd.methods.mct import anchored
 FIVE = 5
 
 
-def walked(path):
-    """A store of one expert of five epochs, and the checkpoints in it."""
+def store_of_five_epochs(path):
+    """Return a store with one expert of five epochs, and the list of its checkpoints."""
     theta = {"image_tower.w": torch.ones(4, 3), "text_head.w": torch.ones(3, 2), "text_head.b": torch.ones(2)}
     store = store_of(path, theta, epochs=FIVE, experts=1)
     return store, [store.read(0, t) for t in range(FIVE + 1)]
@@ -42,7 +44,7 @@ def test_starts_are_spread_evenly_over_the_real_numbers_of_the_range(make):
 
 @pytest.mark.parametrize("smooth", [False, True])
 def test_anchors_in_between_are_on_the_path(make, smooth):
-    """Four anchors of three epochs are all of them; smoothed, each is a mean with its neighbours."""
+    """With three epochs, four anchors are all checkpoints; smoothed, each is a mean with its neighbours."""
     made = make(method_run("mct", options={"anchors": 4, "smooth_anchors": smooth}))
     path = made.matcher.path(1)
     walk = [made.store.read(1, t) for t in range(EPOCHS + 1)]
@@ -56,13 +58,15 @@ def test_anchors_in_between_are_on_the_path(make, smooth):
 
 def test_targets_past_the_last_epoch_are_refused():
     plan = [{"pairs": 6, "start": 0, "stop": EPOCHS, "endpoint": EPOCHS}]
-    with pytest.raises(config.ConfigError, match=r"reaches epoch 4 of a path that ends .* at 3; set .*stop to 2"):
+    with pytest.raises(
+        config.ConfigError, match=r"needs epoch 4, but the path ends at experts.epochs 3; set .*stop to 2"
+    ):
         method_run("mct", phases=plan)
 
 
 @pytest.mark.parametrize(("anchors", "epochs"), [(3, [0, 2, 5]), (4, [0, 2, 3, 5]), (6, [0, 1, 2, 3, 4, 5])])
 def test_anchors_are_evenly_spaced_checkpoints_on_the_path(tmp_path, anchors, epochs):
-    store, walk = walked(tmp_path)
+    store, walk = store_of_five_epochs(tmp_path)
     path = anchored(store, 0, anchors, smooth=False)
     assert path.epochs == epochs and path.endpoint == FIVE
     for t in epochs:
@@ -70,14 +74,14 @@ def test_anchors_are_evenly_spaced_checkpoints_on_the_path(tmp_path, anchors, ep
 
 
 def test_more_anchors_than_epochs_are_all_epochs(tmp_path):
-    store, walk = walked(tmp_path)
+    store, walk = store_of_five_epochs(tmp_path)
     path = anchored(store, 0, 11, smooth=False)
     assert path.epochs == list(range(FIVE + 1)) and all(same_tensors(path.at(t), walk[t]) for t in path.epochs)
 
 
 @pytest.mark.parametrize("smooth", [False, True])
 def test_an_anchored_path_is_continuous_and_straight_between_anchors(tmp_path, smooth):
-    store, _ = walked(tmp_path)
+    store, _ = store_of_five_epochs(tmp_path)
     path = anchored(store, 0, 4, smooth=smooth)
     lengths = store.norms(0)
     for t in path.epochs[1:-1]:
@@ -87,13 +91,13 @@ def test_an_anchored_path_is_continuous_and_straight_between_anchors(tmp_path, s
         first, last = path.at(a), path.at(b)
         for t in np.linspace(a, b, 5):
             for name, p in path.at(float(t)).items():
-                gone = [min(max(t - e, 0), 1) * lengths[name][e] for e in range(a, b)]
-                share = sum(gone) / (sum(lengths[name][a:b]) or 1)
+                covered = [min(max(t - e, 0), 1) * lengths[name][e] for e in range(a, b)]
+                share = sum(covered) / (sum(lengths[name][a:b]) or 1)
                 torch.testing.assert_close(p, torch.lerp(first[name], last[name], share), rtol=1e-5, atol=1e-6)
 
 
 def test_smoothed_anchors_are_means_of_their_neighbours(tmp_path):
-    store, walk = walked(tmp_path)
+    store, walk = store_of_five_epochs(tmp_path)
     path = anchored(store, 0, 4, smooth=True)
     for t, near in {0: [0], 2: [1, 2, 3], 3: [2, 3, 4], 5: [4, 5]}.items():
         for name, p in path.at(t).items():

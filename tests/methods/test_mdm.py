@@ -1,4 +1,4 @@
-"""MDM: the start, the teacher and the gradient against slow versions, and a run killed and gone on with."""
+"""MDM: initial pairs, teacher and gradient compared with slow versions, and a run resumed after a kill."""
 
 import json
 import math
@@ -42,58 +42,60 @@ def cosine(a, b):
     return float(a @ b / (a.norm() * b.norm()))
 
 
-# -- the start -------------------------------------------------------------------------------------------------------
+# -- initial pairs ---------------------------------------------------------------------------------------------------
 
 
 def slow_rows(model, train, side):
-    found = []
+    rows = []
     for record in range(len(train.texts)):
         pixels = torch.from_numpy(np.array(train.split.images[train.split.image_of[record]]))[None]
         with torch.no_grad():
             v = model.embed_images(normalise(pixels, train.mean, train.std))[0]
             t = model.embed_texts(torch.from_numpy(np.array(train.texts[record]))[None])[0]
-        found.append({"joint": torch.cat([v, t]) / math.sqrt(2), "image": v, "text": t}[side])
-    return torch.stack(found)
+        rows.append({"joint": torch.cat([v, t]) / math.sqrt(2), "image": v, "text": t}[side])
+    return torch.stack(rows)
 
 
 @pytest.mark.parametrize("side", ["joint", "image", "text"])
-def test_pairs_to_begin_with_are_those_nearest_to_centres(toy, side):
+def test_initial_pairs_are_those_nearest_to_the_cluster_centres(toy, side):
     teacher = teacher_of(toy)
-    teacher.begin()
+    teacher.load_initial()
     rows = slow_rows(teacher.model, toy.train, side)
     embedded = Embedded.by(teacher.model, toy.train, CPU, side)
     torch.testing.assert_close(embedded.rows(np.arange(len(rows))), rows, rtol=1e-4, atol=1e-5)
-    found = nearest_pairs(embedded, 6, generator(0, "x"))
-    assert found == nearest_pairs(embedded, 6, generator(0, "x")) and len(set(found)) == 6
+    chosen = nearest_pairs(embedded, 6, generator(0, "x"))
+    assert chosen == nearest_pairs(embedded, 6, generator(0, "x")) and len(set(chosen)) == 6
     random = generator(0, "x")
     drawn = np.sort(torch.randperm(len(rows), generator=random).numpy())
     middle = centres(embedded.rows(drawn), 6, random)
     assert middle.norm(dim=1).tolist() == pytest.approx([1.0] * 6, abs=1e-5)
     label = (rows @ middle.T).argmax(dim=1)
     for k in range(6):
-        own = [r for r in range(len(rows)) if label[r] == k]
-        mean = rows[own].sum(dim=0)
-        assert cosine(mean, middle[k]) == pytest.approx(1, abs=1e-5), "k-means has come to rest"
-    free = [k for k in range(6) if int(label[found[k]]) == k]
-    pictures = toy.train.split.image_of[found]
+        members = [r for r in range(len(rows)) if label[r] == k]
+        mean = rows[members].sum(dim=0)
+        assert cosine(mean, middle[k]) == pytest.approx(1, abs=1e-5), "k-means must have converged"
+    free = [k for k in range(6) if int(label[chosen[k]]) == k]
+    pictures = toy.train.split.image_of[chosen]
     assert len(free) >= 4 and len(set(pictures.tolist())) == 6
     for k in free:
         near = rows @ middle[k]
-        better = [r for r in range(len(rows)) if label[r] == k and near[r] > near[found[k]] + 1e-6]
+        better = [r for r in range(len(rows)) if label[r] == k and near[r] > near[chosen[k]] + 1e-6]
         assert all(toy.train.split.image_of[r] in pictures for r in better)
 
 
-def test_clusters_without_a_picture_of_their_own_take_another_pair(toy):
-    """As many clusters as captions: more than there are pictures, and some of them empty."""
+def test_a_cluster_without_an_unused_image_takes_another_pair(toy):
+    """There are as many clusters as captions, so more clusters than images, and some clusters are empty."""
     teacher = teacher_of(toy)
-    teacher.begin()
+    teacher.load_initial()
     total, pictures = len(toy.train.texts), len(toy.train.split)
     embedded = Embedded.by(teacher.model, toy.train, CPU, "image")
     assert total > pictures
-    found = nearest_pairs(embedded, total, generator(1, "x"))
-    assert sorted(found) == list(range(total))
+    chosen = nearest_pairs(embedded, total, generator(1, "x"))
+    assert sorted(chosen) == list(range(total))
     fewer = nearest_pairs(embedded, pictures, generator(1, "x"))
-    assert len(set(toy.train.split.image_of[fewer].tolist())) == pictures, "no picture twice while there are enough"
+    assert len(set(toy.train.split.image_of[fewer].tolist())) == pictures, (
+        "no image may be used twice while others are unused"
+    )
 
 
 @pytest.mark.parametrize(("options", "distill"), [({"cluster": "random"}, {}), ({}, {"init": "noise"})])
@@ -106,7 +108,7 @@ def test_random_pairs_and_noise_need_no_teacher(toy, options, distill):
     assert torch.equal(begun.texts, real) == (not distill)
 
 
-def test_more_pairs_than_there_are_is_refused(toy):
+def test_more_pairs_than_captions_are_rejected(toy):
     run = run_of(toy.folder, budget=5000, phases=[{"pairs": 5000}])
     with pytest.raises(ValueError, match=r"wants 5000 pairs but the train split has \d+ caption records"):
         method_of(run).records(0, toy.train, toy.store)
@@ -115,36 +117,36 @@ def test_more_pairs_than_there_are_is_refused(toy):
 # -- the teacher -----------------------------------------------------------------------------------------------------
 
 
-def test_a_mixed_teacher_lies_between_its_checkpoints_and_the_stores_start(toy):
-    teacher, found = teacher_of(toy), []
+def test_a_mixed_teacher_merges_two_checkpoints_around_the_anchor(toy):
+    teacher, teachers = teacher_of(toy), []
     anchor = toy.store.read(0, 0)
     for iteration in range(4):
-        teacher.turn(iteration, 0)
-        found.append(params_of(teacher))
-        near = []
+        teacher.load_draw(iteration, 0)
+        teachers.append(params_of(teacher))
+        errors = []
         for e1, t1 in [(e, t) for e in range(2) for t in range(1, 4)]:
             for e2, t2 in [(e, t) for e in range(2) for t in range(1, 4)]:
-                one, two = toy.store.read(e1, t1), toy.store.read(e2, t2)
-                off = 0.0
+                w1, w2 = toy.store.read(e1, t1), toy.store.read(e2, t2)
+                error = 0.0
                 for n, w in anchor.items():
-                    d1, d2 = (one[n] - w).flatten().double(), (two[n] - w).flatten().double()
+                    d1, d2 = (w1[n] - w).flatten().double(), (w2[n] - w).flatten().double()
                     c = min(1.0, max(0.0, cosine(d1, d2))) if d1.norm() * d2.norm() > 0 else 0.0
                     wanted = w.flatten() + 0.5 * c / (1 + c) * (d1 + d2)
-                    off = max(off, float((found[-1][n].flatten() - wanted).abs().max()))
-                near.append((off, (e1, t1) != (e2, t2)))
-        assert min(near)[0] < 1e-5 and min(near)[1]
-    assert not same_tensors(found[0], found[1])
-    assert len(teacher.pool._held) <= 7, "six checkpoints and the anchor"
+                    error = max(error, float((teachers[-1][n].flatten() - wanted).abs().max()))
+                errors.append((error, (e1, t1) != (e2, t2)))
+        assert min(errors)[0] < 1e-5 and min(errors)[1]
+    assert not same_tensors(teachers[0], teachers[1])
+    assert len(teacher.pool._held) <= 7, "the pool holds at most six checkpoints and the anchor"
 
 
-def test_a_teacher_stays_as_long_as_it_is_told_and_each_draw_has_its_own(toy):
-    teacher, seen = teacher_of(toy, {"resample_every": 3}), {}
+def test_each_draw_has_its_own_teacher_for_resample_every_iterations(toy):
+    teacher, params = teacher_of(toy, {"resample_every": 3}), {}
     for iteration in range(6):
         for draw in (0, 1):
-            teacher.turn(iteration, draw)
-            seen[iteration, draw] = params_of(teacher)
-    assert same_tensors(seen[0, 0], seen[2, 0]) and same_tensors(seen[3, 1], seen[5, 1])
-    assert not same_tensors(seen[2, 0], seen[3, 0]) and not same_tensors(seen[0, 0], seen[0, 1])
+            teacher.load_draw(iteration, draw)
+            params[iteration, draw] = params_of(teacher)
+    assert same_tensors(params[0, 0], params[2, 0]) and same_tensors(params[3, 1], params[5, 1])
+    assert not same_tensors(params[2, 0], params[3, 0]) and not same_tensors(params[0, 0], params[0, 1])
 
 
 @pytest.mark.parametrize("kind", ["weighted_sum", "naive", "expert", "pretrained"])
@@ -152,43 +154,43 @@ def test_other_teachers(toy, kind):
     teacher, anchor = teacher_of(toy, {"teacher": kind}), toy.store.read(0, 0)
     cells = [(e, t) for e in range(2) for t in ((3,) if kind == "weighted_sum" else (1, 2, 3))]
     for iteration in range(6):
-        teacher.turn(iteration, 0)
+        teacher.load_draw(iteration, 0)
         now = params_of(teacher)
         if kind == "pretrained":
             assert same_tensors(now, anchor)
             continue
         shares = []
         for cell in cells:
-            moved = {n: p - anchor[n] for n, p in toy.store.read(*cell).items()}
-            way = torch.cat([d.flatten() for d in moved.values()]).double()
-            gone = torch.cat([(now[n] - anchor[n]).flatten() for n in moved]).double()
-            share = float(way @ gone / (way @ way))
-            if (gone - share * way).norm() < 1e-5 * way.norm():
+            change = {n: p - anchor[n] for n, p in toy.store.read(*cell).items()}
+            expert = torch.cat([d.flatten() for d in change.values()]).double()
+            merged = torch.cat([(now[n] - anchor[n]).flatten() for n in change]).double()
+            share = float(expert @ merged / (expert @ expert))
+            if (merged - share * expert).norm() < 1e-5 * expert.norm():
                 shares.append(share)
         low, high = {"weighted_sum": (0.2, 0.5), "naive": (0.1, 0.9), "expert": (1.0, 1.0)}[kind]
         assert len(shares) == 1 and low - 1e-5 <= shares[0] <= high + 1e-5
 
 
-def test_partners_of_one_expert_move_around_its_own_start(toy, monkeypatch):
+def test_partners_of_one_expert_are_anchored_at_its_start(toy, monkeypatch):
     reads = []
     read = toy.store.read
     monkeypatch.setattr(type(toy.store), "read", lambda self, e, t: reads.append((e, t)) or read(e, t))
     for iteration in range(8):
         teacher = teacher_of(toy, {"partners": "same_expert"})
         reads.clear()
-        teacher.turn(iteration, 0)
+        teacher.load_draw(iteration, 0)
         assert len(reads) == 3 and len({e for e, _ in reads}) == 1 and {0} < {t for _, t in reads}
     mixed = teacher_of(toy)
     reads.clear()
-    mixed.turn(0, 0)
+    mixed.load_draw(0, 0)
     assert len(reads) == 3 and (0, 0) in reads, "a teacher reads two checkpoints and the anchor"
 
 
 # -- the gradient ----------------------------------------------------------------------------------------------------
 
 
-def slow_loss(model, o, real, made, tau):
-    """The card's loss in double loops, on embeddings normalised by hand."""
+def slow_loss(model, o, real, distilled, tau):
+    """Compute the loss of the paper with double loops over pairs; embeddings are normalised one by one."""
 
     def units(x):
         return [row / row.norm() for row in x]
@@ -205,7 +207,7 @@ def slow_loss(model, o, real, made, tau):
         return total / (len(a) * len(b))
 
     sides = []
-    for images, texts in (real, made):
+    for images, texts in (real, distilled):
         v, t = model.image_head(model.image_tower(images)), model.text_head(texts)
         sides.append((units(v), units(t)))
     (vr, tr), (v, t) = sides
@@ -226,36 +228,37 @@ def test_the_gradient_is_that_of_the_double_loop(toy):
     objective = method.objective(0, toy.store, toy.train, model, CPU)
     begun = method.initial(0, toy.train, [0, 5, 11, 17, 30, 41]).map(torch.Tensor.double)
     for iteration in (0, 3):
-        gradient, told = objective.gradient(begun, iteration, 0)
+        gradient, values = objective.gradient(begun, iteration, 0)
         random = generator(method.seed, "mdm batches", 0, iteration, 0)
         real = torch.randperm(len(toy.train.texts), generator=random)[:8].numpy()
         rows = torch.randperm(6, generator=random)[:4]
         pixels = torch.from_numpy(np.array(toy.train.split.images[toy.train.split.image_of[real]]))
         texts = torch.from_numpy(np.array(toy.train.texts[real])).double()
-        seen = normalise(pixels, toy.train.mean, toy.train.std).double(), texts
+        real_pairs = normalise(pixels, toy.train.mean, toy.train.std).double(), texts
         leaves = [begun.images.clone().requires_grad_(), begun.texts.clone().requires_grad_()]
-        loss = slow_loss(model, method.options, seen, (leaves[0][rows], leaves[1][rows]), run.model.temperature)
+        loss = slow_loss(model, method.options, real_pairs, (leaves[0][rows], leaves[1][rows]), run.model.temperature)
         slow = torch.autograd.grad(loss, leaves)
-        assert told["loss"] == pytest.approx(loss.item(), rel=1e-4)  # joint features are normalised a hair short
-        for found, wanted in zip((gradient.images, gradient.texts), slow, strict=True):
-            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())
+        # The tolerance is wide because the fast version adds a small constant when it normalises joint features.
+        assert values["loss"] == pytest.approx(loss.item(), rel=1e-4)
+        for actual, wanted in zip((gradient.images, gradient.texts), slow, strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())
         untouched = sorted(set(range(6)) - set(rows.tolist()))
         assert not gradient.images[untouched].any() and not gradient.texts[untouched].any()
         assert not gradient.lr_image and not gradient.lr_text
 
 
-def test_dropout_is_off_unless_asked_for_and_then_seeded(toy):
-    found = {}
+def test_dropout_is_off_by_default_and_seeded_if_enabled(toy):
+    gradients = {}
     for dropout in (False, True):
         method = method_of(run_of(toy.folder, {"teacher_dropout": dropout}))
         begun = method.initial(0, toy.train, list(range(6)))
         for turn in (0, 1):
             torch.manual_seed(turn)
             objective = method.objective(0, toy.store, toy.train, model_of(toy.run, toy.train), CPU)
-            found[dropout, turn] = objective.gradient(begun, 0, 0)[0].tensors()
+            gradients[dropout, turn] = objective.gradient(begun, 0, 0)[0].tensors()
             assert not objective.model.training
-        assert same_tensors(found[dropout, 0], found[dropout, 1])
-    assert not same_tensors(found[False, 0], found[True, 0])
+        assert same_tensors(gradients[dropout, 0], gradients[dropout, 1])
+    assert not same_tensors(gradients[False, 0], gradients[True, 0])
 
 
 def test_momentum_moves_pairs_that_were_not_drawn(toy, tmp_path):
@@ -272,14 +275,14 @@ def test_momentum_moves_pairs_that_were_not_drawn(toy, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"distill": {"options": {"synthetic_batch": 1}}}, "synthetic_batch is 1: a pair alone has no negatives"),
-        ({"distill": {"options": {"first_epoch": 9}}}, r"first_epoch 9 lies past the last of experts.epochs 3"),
+        ({"distill": {"options": {"synthetic_batch": 1}}}, "synthetic_batch is 1, but a single pair has no negatives"),
+        ({"distill": {"options": {"first_epoch": 9}}}, r"first_epoch 9 is larger than experts.epochs 3"),
         ({"distill": {"options": {"kernel": "cosine"}}}, "distill.options.kernel"),
         ({"distill": {"similarity": {"kind": "full"}}}, "set distill.similarity.kind: identity"),
-        ({"model": {"image": {"weights": "random"}}}, r"starts every tower elsewhere; set random:SEED"),
+        ({"model": {"image": {"weights": "random"}}}, r"draws new ones for each; set random:SEED"),
     ],
 )
-def test_what_cannot_be_is_refused(change, words):
+def test_invalid_settings_are_rejected(change, words):
     from rmdd.config.runfile import filled
 
     with pytest.raises(config.ConfigError, match=words):
@@ -314,11 +317,11 @@ def write_run(folder, **distill):
 
 
 def phase_files(folder: Path):
-    found = [p for p in (folder / "runs").glob("phases/*/phase-0/*") if p.suffix == ".safetensors"]
-    return {p.name: p.read_bytes() for p in found}
+    files = [p for p in (folder / "runs").glob("phases/*/phase-0/*") if p.suffix == ".safetensors"]
+    return {p.name: p.read_bytes() for p in files}
 
 
-def test_a_killed_run_goes_on_with_the_same_bits_and_is_evaluated(tmp_path):
+def test_a_killed_run_resumes_with_the_same_bits(tmp_path):
     whole, broken = write_run(tmp_path / "whole"), write_run(tmp_path / "broken")
     done("run", whole, "--quiet")
     folder = run_folder(config.load(whole))

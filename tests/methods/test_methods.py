@@ -1,4 +1,4 @@
-"""What holds for every method: its defaults, and that all it may learn is learned."""
+"""Checks of every method: documented defaults, moving tensors, and messages for unknown methods and options."""
 
 import pytest
 import torch
@@ -117,13 +117,13 @@ def value_at(section, path):
 def test_defaults_are_the_documented_ones(name):
     run = config.load({"distill": {"method": name}})
     assert {path: value_at(run.distill, path) for path in CARDS[name]} == CARDS[name]
-    given = methods.find(name)(run).options
-    assert {option: getattr(given, option) for option in OPTIONS.get(name, {})} == OPTIONS.get(name, {})
+    options = methods.find(name)(run).options
+    assert {option: getattr(options, option) for option in OPTIONS.get(name, {})} == OPTIONS.get(name, {})
     assert run.experts.keep == EXPERTS[name]
     assert (run.model.image.trainable, run.model.image.projection) == (
         (False, "block") if name == "repblend" else (True, "none")
     )
-    assert config.load(run.model_dump(mode="json")) == run, "a resolved run stays what it is"
+    assert config.load(run.model_dump(mode="json")) == run, "loading a resolved run must not change it"
 
 
 @pytest.mark.parametrize("name", sorted(BUILT_IN))
@@ -134,7 +134,7 @@ def test_a_run_file_overrules_the_defaults(name):
 
 @pytest.mark.parametrize("name", TRAJECTORY)
 def test_every_learnable_tensor_moves_in_one_outer_step(make, name):
-    """R of low-rank factors starts at zero, and the gradient of L is a multiple of it: L moves in the second step."""
+    """The left low-rank factor moves only in the second step: its gradient is a multiple of the right one, first 0."""
     made = make(method_run(name))
     now = dict.fromkeys(("first", "second"))
     now["first"], now["second"] = (state.raw.tensors() for state in fast_loop(made, 2))
@@ -178,8 +178,8 @@ def test_a_built_in_method_takes_no_options():
         config.load({"distill": {"method": "lors", "options": {"sharpness": 2}}})
 
 
-def test_every_method_has_a_test_of_its_own():
+def test_every_method_has_a_test_file():
     from pathlib import Path
 
-    here = {p.stem.removeprefix("test_") for p in Path(__file__).parent.glob("test_*.py")}
-    assert set(BUILT_IN) <= here
+    tested = {p.stem.removeprefix("test_") for p in Path(__file__).parent.glob("test_*.py")}
+    assert set(BUILT_IN) <= tested

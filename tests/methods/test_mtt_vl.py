@@ -1,3 +1,5 @@
+"""MTT-VL: gradients compared with the full unroll, independent batches, and the released temperature."""
+
 from slow import assert_equals_slow, full_unroll, infonce, plain_loss, segment
 from toy import method_run
 
@@ -13,8 +15,8 @@ def test_equals_the_whole_unroll_and_torchs_sgd(make):
     assert_equals_slow(made, gradient_of)
 
 
-def test_every_batch_is_a_draw_of_its_own(make):
-    """Two batches of 3 of 6 pairs that are cut from one permutation share none."""
+def test_every_batch_is_an_independent_draw(make):
+    """Two batches of 3 out of 6 pairs share pairs; if both were cut from one permutation they would share none."""
     matcher = make(method_run("mtt_vl", batch=3, steps=2)).matcher
     batches = [matcher.draw(i).batches for i in range(200)]
     assert all(len(set(row.tolist())) == 3 for rows in batches for row in rows)
@@ -23,7 +25,7 @@ def test_every_batch_is_a_draw_of_its_own(make):
 
 
 def test_the_released_inner_temperature(make):
-    """`distill.temperature: 0.376` multiplies cosines by log(1 / 0.07), as the released code does by mistake."""
+    """`distill.temperature: 0.376` multiplies cosines by log(1 / 0.07), which reproduces a mistake of the code."""
     made, plain = make(method_run("mtt_vl", temperature=0.376)), make(method_run("mtt_vl"))
     drawn = made.matcher.draw(0)
     hot, cold = (m.matcher.gradient(m.begun, drawn).student_loss for m in (made, plain))

@@ -1,4 +1,4 @@
-"""NCFM on toy pairs: its clusters, its loss and gradient against a slow float64 version, and its network's steps."""
+"""NCFM on toy pairs: clusters, loss and gradient compared with a slow float64 version, and the frequency network."""
 
 import cmath
 import logging
@@ -23,21 +23,21 @@ def train():
     return prepared_split()
 
 
-def slow_discrepancy(real, own, frequencies, w_amplitude, w_phase):
+def slow_discrepancy(real, distilled, frequencies, w_amplitude, w_phase):
     total = 0.0
     for t in frequencies.tolist():
         phi = []
-        for points in (real, own):
+        for points in (real, distilled):
             angles = [sum(x * y for x, y in zip(a, t, strict=True)) for a in points.tolist()]
             phi.append(sum(cmath.exp(1j * angle) for angle in angles) / len(angles))
         r, s = phi
-        turned = 2 * abs(r) * abs(s) * (1 - math.cos(cmath.phase(r) - cmath.phase(s)))
-        total += math.sqrt(w_amplitude * (abs(r) - abs(s)) ** 2 + w_phase * turned)
+        phase_gap = 2 * abs(r) * abs(s) * (1 - math.cos(cmath.phase(r) - cmath.phase(s)))
+        total += math.sqrt(w_amplitude * (abs(r) - abs(s)) ** 2 + w_phase * phase_gap)
     return total / len(frequencies)
 
 
 def slow_parts(objective, train, synthetic, iteration):
-    """The loss of a draw, pair by pair, in float64: blends, batches and frequencies drawn as documented."""
+    """Compute the two loss terms of a draw pair by pair in float64, with the same random draws as `objective`."""
     store, rule, seed, run = objective.store, objective.rule, objective.seed, objective.method.run
     random = generator(seed, "blend", 0, iteration, 0)
     expert = store.complete()[int(torch.randint(run.experts.num, (), generator=random))]
@@ -61,14 +61,14 @@ def slow_parts(objective, train, synthetic, iteration):
         clusters = torch.randperm(objective.clusters, generator=draws)[: rule.subset].tolist()
     each = []
     for c in clusters:
-        own = np.flatnonzero(objective.labels == c)
+        members = np.flatnonzero(objective.labels == c)
         draws = generator(seed, "real batch", 0, iteration, 0, c)
-        batch = own[torch.randperm(len(own), generator=draws)[: rule.real_batch].numpy()]
+        batch = members[torch.randperm(len(members), generator=draws)[: rule.real_batch].numpy()]
         pixels = normalise(torch.from_numpy(train.split.images[train.split.image_of[batch]]), train.mean, train.std)
         texts = torch.tensor(train.texts[batch])
         real = torch.stack([features(x, y) for x, y in zip(pixels, texts, strict=True)])
-        mine = range(c * objective.ipc, (c + 1) * objective.ipc)
-        points = torch.stack([features(synthetic.images[i], synthetic.texts[i]) for i in mine])
+        pairs = range(c * objective.ipc, (c + 1) * objective.ipc)
+        points = torch.stack([features(synthetic.images[i], synthetic.texts[i]) for i in pairs])
         each.append(slow_discrepancy(real, points, frequencies, rule.w_amplitude, rule.w_phase))
     ncfd = rule.scale * objective.clusters / len(clusters) * sum(each)
 
@@ -79,11 +79,11 @@ def slow_parts(objective, train, synthetic, iteration):
     draws = generator(seed, "calibration batch", 0, iteration, 0)
     rows = torch.randperm(synthetic.pairs, generator=draws)[: rule.calibration_batch]
     joint = [(synthetic.images[i], synthetic.texts[i]) for i in rows.tolist()]
-    objective.projection, kept = None, objective.projection
+    objective.projection, projection = None, objective.projection
     model = objective.model.double()
     both = torch.stack([features(*pair) for pair in joint]) * 2**0.5
     objective.model.float()
-    objective.projection = kept
+    objective.projection = projection
     half = both.shape[1] // 2
     temperature = run.distill.temperature or model.temperature
     logits = (both[:, :half] @ both[:, half:].T / temperature).tolist()
@@ -106,38 +106,38 @@ def slow_parts(objective, train, synthetic, iteration):
 def test_the_loss_equals_the_slow_one(store, train, options):
     run = run_of("ncfm", {**SMALL, **options})
     _, begun, objective = opened(run, store, train)
-    found = [objective.gradient(begun, i, 0)[1] for i in (0, 1)]
-    for iteration, parts in enumerate(found):
+    values = [objective.gradient(begun, i, 0)[1] for i in (0, 1)]
+    for iteration, parts in enumerate(values):
         ncfd, calibration = slow_parts(objective, train, begun, iteration)
         assert parts["loss_ncfd"] == pytest.approx(ncfd, rel=1e-4)
         assert parts["loss_calibration"] == pytest.approx(calibration, rel=1e-4)
         assert parts["loss"] == pytest.approx(ncfd + calibration, rel=1e-4)
-    assert found[0] != found[1]
+    assert values[0] != values[1]
 
 
-def test_pairs_are_told_apart_at_the_temperature_of_the_students(store, train):
+def test_the_calibration_uses_the_temperature_of_the_students(store, train):
     run = run_of("ncfm", SMALL, temperature=0.2)
     _, begun, objective = opened(run, store, train)
     parts = objective.gradient(begun, 0, 0)[1]
     assert parts["loss_calibration"] == pytest.approx(slow_parts(objective, train, begun, 0)[1], rel=1e-4)
 
 
-def test_real_features_seen_ahead_are_those_of_the_step(store, train, monkeypatch):
-    """Encoded once, with the bits that a step without a look ahead sees."""
+def test_real_features_computed_in_advance_are_reused_by_the_next_step(store, train, monkeypatch):
+    """`after` encodes the real batch of the next step; that step must use it and give the same bits as without it."""
     _, begun, objective = opened(run_of("ncfm", {**SMALL, "patience": 3}), store, train)
-    before, asked = objective._real, []
-    monkeypatch.setattr(objective, "_real", lambda *given: asked.append(given) or before(*given))
+    before, calls = objective._real, []
+    monkeypatch.setattr(objective, "_real", lambda *args: calls.append(args) or before(*args))
     objective.gradient(begun, 0, 0)
     objective.after(begun, 0)
     ahead = objective.gradient(begun, 1, 0)
-    assert [given[1:] for given in asked] == [(0, 0), (1, 0)]
+    assert [args[1:] for args in calls] == [(0, 0), (1, 0)]
     _, _, fresh = opened(run_of("ncfm", {**SMALL, "patience": 3}), store, train)
     alone = fresh.gradient(begun, 1, 0)
     assert torch.equal(ahead[0].images, alone[0].images) and ahead[1]["loss"] == alone[1]["loss"]
 
 
 def test_the_gradient_is_that_of_the_loss(store, train):
-    """Central differences along random directions, in float64."""
+    """Compare the gradient with central differences along random directions, in float64."""
     _, begun, objective = opened(run_of("ncfm", {**SMALL, "chunk": 4, "calibration_batch": 4}), store, train)
     objective._load("blend", 2, 0)
     real, frequencies = objective._real([0, 1], 2, 0), objective._frequencies(2, 0).double()
@@ -147,28 +147,28 @@ def test_the_gradient_is_that_of_the_loss(store, train):
     gradient, _ = objective.gradient(begun, 2, 0)
     random = torch.Generator().manual_seed(7)
     for name in ("images", "texts"):
-        way = torch.randn(begun.tensors()[name].shape, generator=random, dtype=torch.float64)
+        direction = torch.randn(begun.tensors()[name].shape, generator=random, dtype=torch.float64)
         sides = []
         for sign in (1, -1):
-            moved = begun.with_tensors(begun.tensors() | {name: begun.tensors()[name] + sign * 1e-6 * way})
+            moved = begun.with_tensors(begun.tensors() | {name: begun.tensors()[name] + sign * 1e-6 * direction})
             sides.append(objective.gradient(moved, 2, 0)[1]["loss"])
-        slope = float((gradient.tensors()[name] * way).sum())
+        slope = float((gradient.tensors()[name] * direction).sum())
         assert (sides[0] - sides[1]) / 2e-6 == pytest.approx(slope, rel=1e-4)
 
 
-def test_chunks_change_nothing(store, train):
-    found = []
+def test_the_chunk_size_does_not_change_the_gradient(store, train):
+    gradients = []
     for chunk in (1, 64):
         _, begun, objective = opened(run_of("ncfm", {**SMALL, "chunk": chunk}), store, train)
-        found.append(objective.gradient(begun, 0, 0)[0])
+        gradients.append(objective.gradient(begun, 0, 0)[0])
     for name in ("images", "texts"):
-        a, b = (f.tensors()[name] for f in found)
+        a, b = (g.tensors()[name] for g in gradients)
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
         assert b.abs().max() > 0
-    assert all(float(f.lr_image) == float(f.lr_text) == 0 for f in found)
+    assert all(float(g.lr_image) == float(g.lr_text) == 0 for g in gradients)
 
 
-def test_clusters_without_a_part_in_a_step_get_no_gradient(store, train):
+def test_clusters_that_are_not_drawn_get_no_gradient(store, train):
     run = run_of("ncfm", {**SMALL, "clusters": 6, "subset": 2, "calibration": 0})
     _, begun, objective = opened(run, store, train)
     gradient, parts = objective.gradient(begun, 0, 0)
@@ -178,7 +178,7 @@ def test_clusters_without_a_part_in_a_step_get_no_gradient(store, train):
     assert len(drawn) > 8 and all(len(set(d)) == 2 for d in drawn)
 
 
-def test_a_cluster_begins_with_its_own_pairs(store, train):
+def test_the_initial_pairs_of_a_cluster_are_its_members(store, train):
     method, begun, objective = opened(run_of("ncfm", {**SMALL, "clusters": 3}), store, train)
     records = method.records(0, train, store)
     assert objective.labels[records].tolist() == [0, 0, 1, 1, 2, 2]
@@ -198,7 +198,7 @@ NETWORK = {**SMALL, "network": True, "lr_network": 0.01, "patience": 1}
 
 
 @pytest.mark.parametrize("optimiser", ["adam", "sgd"])
-def test_the_network_goes_uphill_on_what_the_next_step_sees(store, train, optimiser):
+def test_the_network_increases_the_loss_of_the_next_step(store, train, optimiser):
     run = run_of("ncfm", {**NETWORK, "calibration": 0, "patience": None, "network_optimiser": optimiser})
     _, begun, objective = opened(run, store, train)
     before = objective.gradient(begun, 1, 0)[1]["loss"]
@@ -209,17 +209,17 @@ def test_the_network_goes_uphill_on_what_the_next_step_sees(store, train, optimi
 
 
 @pytest.mark.parametrize("extra", [{}, {"network_optimiser": "sgd"}, {"network_norm": "batch", "learned_scale": True}])
-def test_what_is_learned_goes_on_with_the_same_bits(store, train, extra):
+def test_a_resumed_objective_gives_the_same_bits(store, train, extra):
     run = run_of("ncfm", {**NETWORK, **extra})
     method, begun, unbroken = opened(run, store, train)
     whole, losses = descend(unbroken, begun, 6)
     assert 0.5**unbroken.plateau.halvings < losses[0]["pace"] == 1 and losses[-1]["pace"] < 1
     first = objective_of(method, store, train)
     half, _ = descend(first, begun, 3)
-    kept = {n: t.clone() for n, t in first.tensors().items()}
+    state = {n: t.clone() for n, t in first.tensors().items()}
     descend(first, half, 1, start=3)
-    for second in (objective_of(method, store, train), first):  # a new process, and one that goes back
-        second.load(kept)
+    for second in (objective_of(method, store, train), first):  # a new process, and one that returns to an older state
+        second.load(state)
         rest, more = descend(second, half, 3, start=3)
         assert same_tensors(rest.tensors(), whole.tensors()) and more == losses[3:]
         assert same_tensors(second.tensors(), unbroken.tensors())
@@ -227,31 +227,31 @@ def test_what_is_learned_goes_on_with_the_same_bits(store, train, extra):
 
 def test_rates_are_halved_on_a_plateau(caplog):
     caplog.set_level(logging.INFO)
-    seen = Plateau(3)
+    plateau = Plateau(3)
     for loss, halvings in [(5, 0), (4, 0), (4, 0), (6, 0), (4, 1), (5, 1), (3, 1), (9, 1), (9, 1), (9, 2)]:
-        seen.see(float(loss))
-        assert seen.halvings == halvings
+        plateau.update(float(loss))
+        assert plateau.halvings == halvings
     again = Plateau(3)
-    again.load(seen.tensor())
-    assert vars(again) == vars(seen) and "rates halved" in caplog.text
+    again.load(plateau.tensor())
+    assert vars(again) == vars(plateau) and "learning rates are halved" in caplog.text
     never = Plateau(None)
     for _ in range(9):
-        never.see(1.0)
+        never.update(1.0)
     assert never.halvings == 0
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"clusters": 4}, r"phases.0.pairs 6 cannot be shared by distill.options.clusters 4"),
+        ({"clusters": 4}, r"phases.0.pairs 6 is not a multiple of distill.options.clusters 4"),
         ({"clusters": 2, "subset": 3}, r"options.subset 3 is more than the 2 clusters"),
         ({"network": True, "network_norm": "batch", "frequencies": 16}, r"frequencies: 16 frequencies; .* from 32 on"),
-        ({"repeat": True}, r"repeat and learned_scale are of the network"),
+        ({"repeat": True}, r"repeat and learned_scale need the frequency network"),
         ({"w_amplitude": 0, "w_phase": 0}, r"w_amplitude and w_phase are both 0"),
         ({"scale": -1}, r"distill.options.scale"),
     ],
 )
-def test_what_cannot_work_is_refused(options, words):
+def test_invalid_settings_are_rejected(options, words):
     with pytest.raises(config.ConfigError, match=words):
         run_of("ncfm", options)
 

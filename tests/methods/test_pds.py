@@ -1,4 +1,4 @@
-"""PDS from shards to an evaluated student, with tiny parts that lie in folders as a user's would."""
+"""PDS from shards to an evaluated student, with tiny models saved in folders as a user would have them."""
 
 import json
 import shutil
@@ -45,10 +45,10 @@ TINY = tiny.changed(
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    place = tmp_path_factory.mktemp("parts")
+    folder = tmp_path_factory.mktemp("parts")
     return {
-        "features": f"clip:{tiny_parts.clip(place / 'clip', licence='mit')}",
-        "decoder": str(tiny_parts.stable_unclip(place / "unclip", licence="openrail++")),
+        "features": f"clip:{tiny_parts.clip(folder / 'clip', licence='mit')}",
+        "decoder": str(tiny_parts.stable_unclip(folder / "unclip", licence="openrail++")),
         "steps": 2,
         "dtype": "float32",
         "starts": 2,
@@ -73,7 +73,7 @@ def features_in(storage):
 
 @pytest.fixture(scope="module")
 def finished(parts, tmp_path_factory):
-    """A storage with a whole run, and what it returned."""
+    """Run PDS to its end; return the storage and the result."""
     storage = tmp_path_factory.mktemp("runs")
     return storage, go(load(storage, **parts), "all")
 
@@ -82,26 +82,26 @@ def test_shards_become_a_set_with_real_captions_and_a_student(finished, parts):
     storage, result = finished
     run = load(storage, **parts)
     assert set(result.evaluation["table"]) == {"random", "pds", "full"}
-    found = rmdd.load(result.set)
-    (subset,) = found.subsets
+    loaded = rmdd.load(result.set)
+    (subset,) = loaded.subsets
     with open_pipeline(run, Progress(quiet=True)) as pipeline:
         split, item = pipeline.prepared_split("train").split, pipeline.item()
     assert subset.pairs == PAIRS and subset.kind == "identity" and set(subset.captions) <= set(split.captions)
     assert [split.captions[i] for i in json.loads((item.paths.phase(0) / "records.json").read_text())] == list(
         subset.captions
     )
-    pictures = denormalise(subset.images, found.mean, found.std).permute(0, 2, 3, 1).numpy()
+    pictures = denormalise(subset.images, loaded.mean, loaded.std).permute(0, 2, 3, 1).numpy()
 
     shown = [np.asarray(Image.open(p)) for p in sorted((item.paths.phase(0) / "pairs").glob("*.png"))]
     assert (np.stack(shown) == pictures).all()
-    told = {part["role"]: part for part in found.provenance["parts"]}
-    assert told["clip"]["licence"] == "mit" and told["decoder"]["revision"].startswith("sha256:")
-    assert found.provenance["generated"]["phase-0"]["kept"] == len(split.captions) - int(0.2 * len(split.captions))
+    recorded = {part["role"]: part for part in loaded.provenance["parts"]}
+    assert recorded["clip"]["licence"] == "mit" and recorded["decoder"]["revision"].startswith("sha256:")
+    assert loaded.provenance["generated"]["phase-0"]["kept"] == len(split.captions) - int(0.2 * len(split.captions))
     card = (result.set / "README.md").read_text()
-    assert "openrail++" in card and "no safety checker" in card and told["decoder"]["revision"] in card
+    assert "openrail++" in card and "no safety checker" in card and recorded["decoder"]["revision"] in card
 
 
-def test_pictures_are_those_of_the_pipeline_for_the_prototypes(finished, parts):
+def test_images_are_the_decoded_prototypes(finished, parts):
 
     storage, _ = finished
     run = load(storage, **parts)
@@ -109,7 +109,9 @@ def test_pictures_are_those_of_the_pipeline_for_the_prototypes(finished, parts):
         folder = pipeline.item().paths.phase(0)
     requests = json.loads((folder / "requests.json").read_text())
     rows = load_file(folder / "requests.safetensors")["embedding"]
-    assert rows.shape == (PAIRS, tiny_parts.D) and np.linalg.norm(rows, axis=1).std() > 1e-4  # not of unit length
+    assert (
+        rows.shape == (PAIRS, tiny_parts.D) and np.linalg.norm(rows, axis=1).std() > 1e-4
+    )  # prototypes are not normalised
     options = rmdd.methods.find("pds")(run).options
 
     decoder = decoder_of(options, Path(parts["decoder"]), torch.device("cpu"))
@@ -120,7 +122,7 @@ def test_pictures_are_those_of_the_pipeline_for_the_prototypes(finished, parts):
         assert (np.asarray(image) == np.asarray(Image.open(folder / "pairs" / f"{i:06d}.png"))).all()
 
 
-def test_another_storage_gives_the_same_bytes_and_features_are_made_once(finished, parts, tmp_path):
+def test_another_storage_gives_the_same_bytes_and_features_are_computed_once(finished, parts, tmp_path):
     storage, _ = finished
     run = load(tmp_path, **parts)
     (folder,) = go(run, "distill")
@@ -131,11 +133,11 @@ def test_another_storage_gives_the_same_bytes_and_features_are_made_once(finishe
     (sides,) = features_in(tmp_path)
     stamps = {p.name: p.stat().st_mtime_ns for p in sides.rglob("*.npy")}
     (other,) = go(load(tmp_path, **{**parts, "rm_ratio": 0.5, "decode": "nearest", "decoder": None}), "distill")
-    assert other.parent != folder.parent  # what pruning keeps is in the key
+    assert other.parent != folder.parent  # the pruning ratio is part of the phase's hash
     assert stamps == {p.name: p.stat().st_mtime_ns for p in sides.rglob("*.npy")}
     assert features_in(tmp_path) == [sides]
-    found = coreset(run, method="clip_score", encoder=parts["features"], pairs=3, progress=Progress(quiet=True))
-    assert len(found.records) == 3 and features_in(tmp_path) == [sides]
+    chosen = coreset(run, method="clip_score", encoder=parts["features"], pairs=3, progress=Progress(quiet=True))
+    assert len(chosen.records) == 3 and features_in(tmp_path) == [sides]
 
 
 def test_images_are_embedded_once_as_clip_itself_does(finished, parts):
@@ -146,8 +148,8 @@ def test_images_are_embedded_once_as_clip_itself_does(finished, parts):
     folder = item.paths.cache / f"sides-{config.hash_value(identity_of(item.feature_source, train, parts['features']))}"
     images, texts = Rows.open(folder / "images"), Rows.open(folder / "texts")
     assert (len(images), len(texts)) == (12, len(train.split.captions)) and images.width == tiny_parts.D
-    place = parts["features"].removeprefix("clip:")
-    model, processor = CLIPModel.from_pretrained(place), CLIPProcessor.from_pretrained(place)
+    clip = parts["features"].removeprefix("clip:")
+    model, processor = CLIPModel.from_pretrained(clip), CLIPProcessor.from_pretrained(clip)
     rule = {name: getattr(item.run.data, name) for name in ("max_pixels", "background")}
     picture = decode(train.split.encoded(7), **rule)
     caption = clean(train.split.captions[3].upper() + "!", Captions())
@@ -167,25 +169,25 @@ def test_images_are_embedded_once_as_clip_itself_does(finished, parts):
         {"features": "expert:0", "texts": "prototypes", "repeats": "forbid"},
     ],
 )
-def test_the_nearest_real_images_need_no_parts(finished, options, tmp_path):
+def test_the_nearest_real_images_need_no_pretrained_models(finished, options, tmp_path):
     storage = shutil.copytree(finished[0], tmp_path / "runs")
     run = load(storage, decode="nearest", starts=2, **options)
     assert problems_of(run) == [] and rmdd.methods.find("pds")(run).parts() == []
     result = go(run, "all")
-    found = rmdd.load(result.set)
+    loaded = rmdd.load(result.set)
     with open_pipeline(run, Progress(quiet=True)) as pipeline:
         train = pipeline.prepared_split("train")
     real = {image.tobytes() for image in np.asarray(train.split.images)}
-    shown = denormalise(found.subsets[0].images, found.mean, found.std).numpy()
+    shown = denormalise(loaded.subsets[0].images, loaded.mean, loaded.std).numpy()
     assert {image.tobytes() for image in shown} <= real and len({image.tobytes() for image in shown}) == PAIRS
-    captions = found.subsets[0].captions
+    captions = loaded.subsets[0].captions
     assert len(set(captions)) == PAIRS and set(captions) <= set(train.split.captions)
     rows = train.texts[[train.split.captions.index(c) for c in captions]]
-    assert np.array_equal(found.subsets[0].texts.numpy(), rows) == (options.get("texts") != "prototypes")
-    assert "parts" not in found.provenance and "real ones" in (result.set / "README.md").read_text()
+    assert np.array_equal(loaded.subsets[0].texts.numpy(), rows) == (options.get("texts") != "prototypes")
+    assert "parts" not in loaded.provenance and "real ones" in (result.set / "README.md").read_text()
 
 
-def test_a_killed_decoding_goes_on_with_the_same_bits(finished, parts, tmp_path):
+def test_a_killed_decoding_resumes_with_the_same_bits(finished, parts, tmp_path):
     storage = shutil.copytree(finished[0], tmp_path / "runs")
     slow = {**parts, "steps": 25, "batch": 1}
     untouched = shutil.copytree(finished[0], tmp_path / "untouched")
@@ -197,24 +199,24 @@ def test_a_killed_decoding_goes_on_with_the_same_bits(finished, parts, tmp_path)
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
     process.kill()
-    left = {p.name: p.stat().st_mtime_ns for p in (folder / "pairs").glob("*.json")}
-    assert 0 < len(left) < PAIRS and not (folder / "set-000001.safetensors").exists()
+    finished_pairs = {p.name: p.stat().st_mtime_ns for p in (folder / "pairs").glob("*.json")}
+    assert 0 < len(finished_pairs) < PAIRS and not (folder / "set-000001.safetensors").exists()
     go(load(storage, **slow), "distill")
     assert images_of(folder) == images_of(whole)
-    assert {n: (folder / "pairs" / n).stat().st_mtime_ns for n in left} == left
+    assert {n: (folder / "pairs" / n).stat().st_mtime_ns for n in finished_pairs} == finished_pairs
     names = ["set-000001.safetensors", "start.safetensors", "captions.json", "records.json", "parts.json", "facts.json"]
     assert all((folder / n).read_bytes() == (whole / n).read_bytes() for n in names)
 
 
-def test_missing_parts_stop_a_run_before_any_work(parts, tmp_path, monkeypatch):
+def test_missing_pretrained_models_stop_a_run_before_any_work(parts, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     run = load(tmp_path / "runs")
-    asked = ["openai/clip-vit-large-patch14", "stabilityai/stable-diffusion-2-1-unclip-small"]
-    assert all(name in line for name, line in zip(asked, problems_of(run), strict=True))
+    models = ["openai/clip-vit-large-patch14", "stabilityai/stable-diffusion-2-1-unclip-small"]
+    assert all(name in line for name, line in zip(models, problems_of(run), strict=True))
     with pytest.raises(config.ConfigError, match="2 mistake") as error:
         go(run, "all")
-    assert all(name in str(error.value) for name in asked) and not (tmp_path / "runs" / "data").exists()
+    assert all(name in str(error.value) for name in models) and not (tmp_path / "runs" / "data").exists()
     assert [part["missing"] for part in examine(run)["parts"]] == [["all files"]] * 2
     whole = examine(load(tmp_path / "runs", **parts))["parts"]
     assert [(p["role"], p["missing"], p["licence"]) for p in whole] == [
@@ -223,35 +225,39 @@ def test_missing_parts_stop_a_run_before_any_work(parts, tmp_path, monkeypatch):
     ]
     wide = tiny_parts.clip(tmp_path / "wide", width=32)
     (line,) = problems_of(load(tmp_path / "runs", **{**parts, "features": f"clip:{wide}"}))
-    assert "embeddings of width 32" in line and "takes 24" in line
+    assert "embeddings of width 32" in line and "needs width 24" in line
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"features": "tower"}, "reads CLIP embeddings, and distill.options.features is tower"),
+        ({"features": "tower"}, "reads CLIP embeddings, but distill.options.features is tower"),
         ({"features": "tower", "decode": "nearest"}, "set distill.options.rm_ratio to 0"),
         ({"features": "expert:1", "decode": "nearest"}, "the run trains 1 experts"),
         ({"decode": "nearest", "decoder": "x/y"}, "needs no decoder"),
         ({"steps": 0, "speed": 1}, "distill.options.speed"),
     ],
 )
-def test_options_that_cannot_work_are_told(tmp_path, options, words):
+def test_invalid_options_are_rejected(tmp_path, options, words):
     with pytest.raises(config.ConfigError, match=words):
         load(tmp_path, **options)
 
 
 def test_folders_of_a_run_file_become_absolute(parts, tmp_path, monkeypatch):
-    place = Path(parts["decoder"])
-    monkeypatch.chdir(place.parent)
-    run = with_absolute_paths(load(tmp_path, **{**parts, "features": "clip:./clip", "decoder": f"./{place.name}"}))
-    given = run.distill.options
-    assert (given["features"], given["decoder"], given["dtype"]) == (parts["features"], parts["decoder"], "float32")
+    decoder = Path(parts["decoder"])
+    monkeypatch.chdir(decoder.parent)
+    run = with_absolute_paths(load(tmp_path, **{**parts, "features": "clip:./clip", "decoder": f"./{decoder.name}"}))
+    options = run.distill.options
+    assert (options["features"], options["decoder"], options["dtype"]) == (
+        parts["features"],
+        parts["decoder"],
+        "float32",
+    )
     hub = with_absolute_paths(load(tmp_path, features="clip:a/b@c", decoder="d/e")).distill.options
     assert (hub["features"], hub["decoder"]) == ("clip:a/b@c", "d/e")
 
 
-def test_places_depend_on_the_bytes_of_the_parts(finished, parts, tmp_path):
+def test_phase_folders_depend_on_the_bytes_of_the_pretrained_models(finished, parts, tmp_path):
     storage, _ = finished
     run = load(storage, **parts)
     with open_pipeline(run, Progress(quiet=True)) as pipeline:

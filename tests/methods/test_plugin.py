@@ -76,15 +76,15 @@ def test_it_runs_from_its_preset_to_a_page(installed, name, row):
     run = config.load(preset(installed, name), [f"runtime.storage={installed / 'runs'}"])
     assert (run.distill.method, run.distill.options, run.distill.inner_dropout) == (name, {"decay": 0.5}, "off")
     with open_pipeline(run, Progress(quiet=True)) as pipeline:
-        left = pipeline.all()
-    assert set(left.evaluation["table"]) == {"random", row, "full"}
-    assert rmdd.load(left.set).method == row and f"distilled by {row}" in left.report.read_text()
+        result = pipeline.all()
+    assert set(result.evaluation["table"]) == {"random", row, "full"}
+    assert rmdd.load(result.set).method == row and f"distilled by {row}" in result.report.read_text()
     assert config.load(run_folder(run) / "run.yaml") == run
 
 
-def test_it_is_listed_with_what_it_says(installed):
-    (listed,) = [each for each in listing() if each["name"] == "decaying"]
-    assert listed["summary"] == "Students whose weights decay." and listed["place"] == "decaying:Decaying"
+def test_it_is_listed_with_its_docstring_and_options(installed):
+    (record,) = [record for record in listing() if record["name"] == "decaying"]
+    assert record["summary"] == "Students whose weights decay." and record["place"] == "decaying:Decaying"
     facts = about("decaying:Decaying")
     assert facts["options"] == {"decay": "weight of the squared parameters (default 0.1)"}
     assert facts["defaults"] == {"distill": {"inner_dropout": "off"}}
@@ -119,13 +119,13 @@ def test_its_hook_is_what_students_minimise(outside):
         ("distill.method=decay", "no method 'decay'"),
     ],
 )
-def test_what_is_wrong_with_it_is_told_as_a_mistake_of_the_run_file(outside, change, words):
+def test_mistakes_in_it_are_reported_as_config_errors(outside, change, words):
     with pytest.raises(config.ConfigError) as caught:
         config.load(preset(outside, "decaying:Decaying"), [change])
     assert words in str(caught.value) and len(caught.value.mistakes) == 1
 
 
-def test_a_row_of_the_result_table_is_no_name_for_a_method(outside):
+def test_a_method_may_not_be_named_like_a_row_of_the_result_table(outside):
     with (outside / "decaying.py").open("a") as file:
         file.write("\n\nfull = Decaying\n")
     with pytest.raises(config.ConfigError, match="'full' is a row of every result table"):

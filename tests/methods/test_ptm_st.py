@@ -1,3 +1,5 @@
+"""PTM-ST: presets, the ablations of Table 4, and the loop compared with slow float64 versions."""
+
 import pytest
 import torch
 from slow import fast_loop, full_unroll, outer_loop, plain_loss, segment, shortcut, two_passes, wbce
@@ -29,8 +31,8 @@ def test_every_row_of_table_4(ptm, st, ema):
     run = load("flickr30k_ptm_st_500")
     row = without(run, ptm=not ptm, st=not st, ema=not ema)
     first = run.distill.phases[0]
-    one = (first.model_copy(update={"pairs": sum(p.pairs for p in run.distill.phases)}),)
-    assert row.distill.phases == (run.distill.phases if ptm else one)
+    merged = (first.model_copy(update={"pairs": sum(p.pairs for p in run.distill.phases)}),)
+    assert row.distill.phases == (run.distill.phases if ptm else merged)
     assert row.distill.trajectory == ("shortcut" if st else "original")
     assert row.experts.keep == ("endpoints" if st else "all")
     assert row.distill.ema == (0.99 if ema else 0.0)
@@ -39,7 +41,7 @@ def test_every_row_of_table_4(ptm, st, ema):
     assert (row == run) == (ptm and st and ema)
 
 
-def test_the_run_itself_is_left_alone():
+def test_without_does_not_change_its_argument():
     run = load("flickr30k_ptm_st_200")
     before = run.model_dump_json()
     without(run, ptm=True, st=True, ema=True)
@@ -52,8 +54,8 @@ PLAN = [
 ]
 
 
-def assert_equals_the_card(made, phase, gradients):
-    """Equation 4-5 for the path, the gradient by `gradients`, torch's SGD, then equation 7 for the average."""
+def assert_equals_slow_loop(made, phase, gradients):
+    """Compare with equations 4-5 for the path, `gradients` for the gradient, torch SGD, and equation 7 for the EMA."""
     rule = made.run.distill
     loss, plan = plain_loss(made.model, wbce), rule.phases[phase]
 
@@ -79,18 +81,18 @@ def assert_equals_the_card(made, phase, gradients):
 @pytest.mark.parametrize("ptm", [False, True])
 @pytest.mark.parametrize("st", [False, True])
 @pytest.mark.parametrize("ema", [False, True])
-def test_every_row_of_table_4_is_the_loop_it_names(make, ptm, st, ema):
-    """In each of its phases; a row without PTM has one."""
+def test_every_row_of_table_4_equals_the_slow_loop(make, ptm, st, ema):
+    """Check each phase of each row; a row without PTM has one phase."""
     run = method_run("ptm_st", phases=PLAN, estimator="first_order", ema=0.9, inner_dropout="off")
     row = without(run, ptm=not ptm, st=not st, ema=not ema)
     assert len(row.distill.phases) == 1 + ptm and row.distill.ema == (0.9 if ema else 0.0)
     for phase in range(len(row.distill.phases)):
         made = make(row, phase)
         assert made.begun.similarity.keys() == {"matrix"}
-        assert_equals_the_card(made, phase, two_passes)
+        assert_equals_slow_loop(made, phase, two_passes)
 
 
 def test_the_exact_gradient_is_the_default_of_ours(make):
     made = make(method_run("ptm_st", phases=PLAN), 1)
     assert made.run.distill.estimator == "exact"
-    assert_equals_the_card(made, 1, full_unroll)
+    assert_equals_slow_loop(made, 1, full_unroll)

@@ -1,3 +1,5 @@
+"""RepBlend: blended steps compared with slow float64 versions, and the random blends."""
+
 import pytest
 import torch
 from slow import assert_equals_slow, segment, two_passes, wbce
@@ -9,7 +11,7 @@ from rmdd.methods.repblend import Blend
 
 
 def blended_loss(made, drawn):
-    """RepBlend card, step 3: the tower inside every step, encoder outputs mixed before the two heads."""
+    """Return a slow student loss: it runs the image tower in every step and mixes rows before the two heads."""
 
     def value(theta, images, texts, similarity, step):
         lam, q = drawn.blends[step].weight, drawn.blends[step].partner.tolist()
@@ -18,8 +20,8 @@ def blended_loss(made, drawn):
         b = torch.stack([lam * b[i] + (1 - lam) * b[q[i]] for i in range(len(b))])
         sides = []
         for head, x in (("image_head", a), ("text_head", b)):
-            own = {n.removeprefix(f"{head}."): p for n, p in theta.items() if n.startswith(head)}
-            sides.append(torch.nn.functional.normalize(functional_call(getattr(made.model, head), own, (x,)), dim=1))
+            params = {n.removeprefix(f"{head}."): p for n, p in theta.items() if n.startswith(head)}
+            sides.append(torch.nn.functional.normalize(functional_call(getattr(made.model, head), params, (x,)), dim=1))
         return wbce(sides[0] @ sides[1].T / made.model.temperature, similarity)
 
     return value
@@ -45,7 +47,7 @@ def test_blends_are_uniform_differ_by_step_and_repeat(make):
     matcher = make(method_run("repblend", steps=4)).matcher
     drawn = [matcher.draw(i) for i in range(100)]
     weights = torch.tensor([[b.weight for b in d.blends] for d in drawn])
-    assert len(weights.unique()) == weights.numel() == 400, "one of its own for every inner step"
+    assert len(weights.unique()) == weights.numel() == 400, "every inner step must have its own weight"
     assert abs(weights.mean() - 0.5) < 0.05 and abs(weights.var() - 1 / 12) < 0.02, "Beta(1, 1)"
     partners = [b.partner.tolist() for d in drawn for b in d.blends]
     assert all(sorted(q) == list(range(4)) for q in partners) and len({tuple(q) for q in partners}) == 24
@@ -55,19 +57,23 @@ def test_blends_are_uniform_differ_by_step_and_repeat(make):
 
 
 def test_blending_alone_is_repblend_with_a_trainable_tower(make):
-    """Both passes see one blend: with the wrong one in the second, this would not be a gradient of the miss."""
+    """Compare with central differences; they would differ if the second pass used another blend than the first."""
     trainable = {**TINY["model"], "image": {**TINY["model"]["image"], "trainable": True}}
     made = make(config.load({**method_run("repblend", steps=1).model_dump(mode="json"), "model": trainable}))
     assert any(n.startswith("image_tower") for n in made.model.trained())
     drawn, x = made.matcher.draw(0), made.begun.images
-    found = made.matcher.gradient(made.begun, drawn)
+    result = made.matcher.gradient(made.begun, drawn)
     random, h = torch.Generator().manual_seed(0), 1e-5
-    way = torch.randn(x.shape, generator=random, dtype=torch.float64)
+    direction = torch.randn(x.shape, generator=random, dtype=torch.float64)
     ends = [
-        made.matcher.gradient(made.begun.with_tensors(made.begun.tensors() | {"images": x + s * h * way}), drawn).loss
+        made.matcher.gradient(
+            made.begun.with_tensors(made.begun.tensors() | {"images": x + s * h * direction}), drawn
+        ).loss
         for s in (1, -1)
     ]
-    assert ((ends[0] - ends[1]) / (2 * h)).item() == pytest.approx((found.gradient.images * way).sum().item(), rel=1e-6)
+    assert ((ends[0] - ends[1]) / (2 * h)).item() == pytest.approx(
+        (result.gradient.images * direction).sum().item(), rel=1e-6
+    )
 
 
 def test_the_mixture_of_two_rows():
@@ -76,12 +82,12 @@ def test_the_mixture_of_two_rows():
     torch.testing.assert_close(Blend(0.25, torch.tensor([1, 2, 0])).of(rows), expected)
 
 
-def test_a_weight_is_drawn_from_a_beta_of_its_own(make):
+def test_the_blend_option_sets_the_beta_distribution(make):
     with pytest.raises(config.ConfigError, match=r"distill.options.blend: Input should be greater than 0"):
         config.load({"distill": {"method": "repblend", "options": {"blend": 0.0}}})
     matcher = make(method_run("repblend", options={"blend": 0.2})).matcher
     weights = torch.tensor([b.weight for i in range(100) for b in matcher.draw(i).blends])
-    assert abs(weights.var() - 1 / (4 * 1.4)) < 0.03, "near 0 or 1"
+    assert abs(weights.var() - 1 / (4 * 1.4)) < 0.03, "weights must be mostly near 0 or 1"
 
 
 def test_every_step_has_a_blend_and_other_methods_none(make):

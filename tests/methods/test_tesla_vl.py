@@ -1,3 +1,5 @@
+"""TESLA-VL: gradients compared with the formula of the two passes and with the full unroll."""
+
 from slow import assert_equals_slow, full_unroll, plain_loss, segment, two_passes, wbce
 from toy import method_run
 
@@ -10,13 +12,13 @@ def test_equals_the_formula_of_the_two_passes(make):
 
 
 def gap(make, steps):
-    """How far the estimator is from the whole unroll, as a share of it, in the pictures."""
+    """Return the relative distance between the estimated and the fully unrolled gradient of the images."""
     made = make(method_run("tesla_vl", steps=steps))
     drawn, loss = made.matcher.draw(0), plain_loss(made.model, wbce)
-    found = made.matcher.gradient(made.begun, drawn).gradient.images
+    estimated = made.matcher.gradient(made.begun, drawn).gradient.images
     leaves = {n: t.requires_grad_() for n, t in made.begun.tensors().items()}
     whole = full_unroll(loss, *segment(made, drawn), leaves, 1.0, drawn.batches)["images"].detach()
-    return ((found - whole).norm() / whole.norm()).item()
+    return ((estimated - whole).norm() / whole.norm()).item()
 
 
 def test_exact_for_one_step_and_a_truncation_for_more(make):

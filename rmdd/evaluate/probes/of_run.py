@@ -1,8 +1,8 @@
-"""Probes of a run: prepared once by the driver, then answered by every final student.
+"""Probes of a run: extra evaluation tasks, prepared once by the driver and then scored for all final students.
 
-What a probe asks lies in `probes/NAME.json` of the run's folder, its pictures in a dataset that `ingest` wrote, its
-embedded sentences in the cache. The scores of a student lie beside its record under the hash of what was asked, and its
-weights beside them: other probes ask it again without training it anew.
+A prepared probe is the file `probes/NAME.json` in the run's folder. Its images are in a dataset written by `ingest`,
+and its embedded sentences are in the cache. The scores of a student are saved next to its record, in a file named by
+the hash of the probe. The student's weights are saved there too, so that later probes need no training.
 """
 
 import itertools
@@ -40,75 +40,79 @@ from rmdd.models.prepared import PreparedSplit
 from rmdd.models.text import embed, text_width
 
 VERSION = 1
-"""Part of the hash of what is asked; raised when a change of the code moves the scores of an unchanged probe."""
+"""Version of the probes, part of their hash. Increase it when a code change moves the scores of an unchanged probe."""
 
-PROBED = ("student", "baseline", "full")
-"""Kinds of jobs that are probed: those that choose nothing."""
+PROBED_KINDS = ("student", "baseline", "full")
+"""Kinds of jobs whose students are probed; jobs for a selection are not."""
 
-ASKING: dict[str, ModuleType] = {"zero_shot": zero_shot, "vqa": vqa}
+PROBE_MODULES: dict[str, ModuleType] = {"zero_shot": zero_shot, "vqa": vqa}
 RECALLS = [f"{side}R@{k}" for side in "IT" for k in (1, 5, 10)] + ["R@mean"]
-LOOKED_AT = 64
-"""Pictures that are looked for before anything starts."""
+CHECKED_IMAGES = 64
+"""Number of images whose files are looked up before a run starts."""
 
-_AS_WRITTEN = config.Captions(lowercase=False, strip_punctuation=False, max_words=None)
+_UNCHANGED = config.Captions(lowercase=False, strip_punctuation=False, max_words=None)
 
 
 def data_of(data: config.Data, probe: Probe) -> Any:
-    """The probe's data as a run with `data` sees it.
+    """Return the probe's data section with the image size and other view settings of the run's `data`.
 
-    The captions of labelled pictures are their classes, kept as they are.
+    Captions of labelled images are class names and are not cleaned.
     """
     view = {field: getattr(data, field) for field in VIEW}
     if probe.kind != "retrieval":
-        view["captions"] = _AS_WRITTEN
+        view["captions"] = _UNCHANGED
     root = absolute(probe.data.root) if probe.data.root else None
     return probe.data.model_copy(update=view | {"root": root})
 
 
 def faults(data: config.Data, probes: Mapping[str, Probe]) -> list[str]:
-    """What stops a probe of a run with `data`, as far as its files show without opening a picture."""
+    """Return one message per probe whose files have a problem; images are not opened."""
     mistakes = []
     for name, probe in probes.items():
         try:
-            _look(data, probe)
+            _check_files(data, probe)
         except (ValueError, OSError) as error:
             mistakes.append(prefix_data_fields(name, str(error)))
     return mistakes
 
 
-def _look(of_run: config.Data, probe: Probe) -> None:
-    data = data_of(of_run, probe)
+def _check_files(run_data: config.Data, probe: Probe) -> None:
+    """Raise `ValueError` or `OSError` if the probe's files are missing or hold no data."""
+    data = data_of(run_data, probe)
     if isinstance(probe, config.ZeroShot):
         zero_shot.templates(probe.templates)
     if data.source == "dataset":
         if not Dataset.open(data.root).counts[probe.split]["pairs"]:  # type: ignore[union-attr]
-            raise ValueError(f"the dataset at {data.root} has no pair in the split that is asked for")
+            raise ValueError(
+                f"split '{probe.split}' of the dataset at {data.root} has no pairs; set another split"  # type: ignore[union-attr]
+            )
         return
     source = sources.find(data)
     if isinstance(source, SampleSource):
         if not source.files(data):
-            raise ValueError(f"{data.root} holds no file that data.{data.source}.files names")
+            raise ValueError(f"{data.root} has no file that matches data.{data.source}.files; correct one of them")
         return
     rows, _ = source.rows(data)
     if isinstance(probe, config.Vqa):
         cocoqa.read(data, "train")
-    first = list(dict.fromkeys(itertools.islice((row.image for row in rows if row.drawing is None), LOOKED_AT)))
-    there = (input_path(data.root) / path for image in first for path in alternatives(str(image), data.layout))
-    if first and not is_remote(data.root) and not any(path.is_file() for path in there):
-        raise ValueError(f"of the first {len(first)} pictures none is there, such as {first[0]}; correct data.root")
+    names = itertools.islice((row.image for row in rows if row.drawing is None), CHECKED_IMAGES)
+    first = list(dict.fromkeys(names))
+    paths = (input_path(data.root) / path for image in first for path in alternatives(str(image), data.layout))
+    if first and not is_remote(data.root) and not any(path.is_file() for path in paths):
+        raise ValueError(f"none of the first {len(first)} images exists, such as {first[0]}; correct data.root")
 
 
 def costs(data: config.Data, probes: Mapping[str, Probe], width: int) -> list[str]:
-    """What embedding the sentences of large probes takes."""
+    """Return one line per VQA probe: how many sentences it embeds and how much cache they need."""
     lines = []
     for name, probe in probes.items():
         if isinstance(probe, config.Vqa):
-            own = data_of(data, probe)
-            answers = {q.answer for split in ("train", "test") for q in cocoqa.read(own, split)}
-            total = len({q.question for q in cocoqa.sampled_questions(own)}) * len(answers)
+            probe_data = data_of(data, probe)
+            answers = {q.answer for split in ("train", "test") for q in cocoqa.read(probe_data, split)}
+            total = len({q.question for q in cocoqa.sampled_questions(probe_data)}) * len(answers)
             lines.append(
                 f"probe {name} embeds {total:,} sentences, {4 * width * total / 2**30:.1f} GiB in the cache; "
-                f"evaluate.probes.{name}.data.cocoqa.questions takes fewer"
+                f"set evaluate.probes.{name}.data.cocoqa.questions to use fewer"
             )
     return lines
 
@@ -120,10 +124,10 @@ def prepare(
     readers: Stream = sequential_stream,
     encoders: Stream = sequential_stream,
 ) -> dict[str, Any]:
-    """Ingest and embed what probe `name` asks, and write it down for the students; returns the facts about it.
+    """Ingest the images and embed the sentences of probe `name`, write its file, and return facts for the report.
 
-    `train` is the dataset of the distillation, if known, whose train pictures are looked for among the probe's. Raises
-    `ValueError` for files that cannot be read, and when no picture is left.
+    `train` is the dataset of the distillation, if known; images that are also in its train split are counted. Raise
+    `ValueError` if files cannot be read or no image can be used.
     """
     probe, storage = run.evaluate.probes[name], open_storage(run.runtime)
     data = data_of(run.data, probe)
@@ -135,13 +139,13 @@ def prepare(
             dataset = ingest(data, storage.root / "data" / value, readers, run.runtime)
         split = load_split(dataset, _split(probe), data, storage.root / "cache")
         if not len(split):
-            why = f"{dataset.path / 'quarantine.jsonl'} says why: {dataset.manifest['quarantine']}"
-            raise ValueError(f"no picture of split '{_split(probe)}' can be used; {why}")
+            reasons = f"see {dataset.path / 'quarantine.jsonl'}; numbers by reason: {dataset.manifest['quarantine']}"
+            raise ValueError(f"no image of split '{_split(probe)}' can be used; {reasons}")
         trained_on = None if train is None else frozenset(vqa.picture(p) for (p,) in train.columns("train", "pair_id"))
         questions, facts = _questions(run.data.captions, probe, data, split, trained_on)
     except ValueError as error:
         raise ValueError(prefix_data_fields(name, str(error))) from error
-    split.images  # noqa: B018  # decoded once here, before every worker would
+    split.images  # noqa: B018  # decoded here once, so that the workers need not
     for block in _sentences(probe, questions, split):
         cache, device = storage.root / "cache", str(device_of(run.runtime))
         embed(block, run.model.text, cache, device=device, threads=run.runtime.threads, stream=encoders)
@@ -166,16 +170,16 @@ def probe(
     device: torch.device,
     alive: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
-    """What `model` scores in probe `name`, which `prepare` prepared, in percent; 0 where its embeddings collapsed.
+    """Return the scores of `model` in percent for probe `name`, prepared by `prepare`; 0 if its embeddings collapsed.
 
-    `alive` is called now and then. The model is left in the mode it was in.
+    `alive` is called regularly during the work. The train or eval mode of the model is restored.
     """
-    wanted, storage = run.evaluate.probes[name], open_storage(run.runtime)
+    rule, storage = run.evaluate.probes[name], open_storage(run.runtime)
     prepared_probe = _prepared(run_folder(run), name, storage)
     path, questions = storage.root / prepared_probe["dataset"], prepared_probe["asked"]
     storage.fetch(path)
-    data, cache = data_of(run.data, wanted), storage.root / "cache"
-    split = load_split(Dataset.open(path), _split(wanted), data, cache)
+    data, cache = data_of(run.data, rule), storage.root / "cache"
+    split = load_split(Dataset.open(path), _split(rule), data, cache)
     constants = (
         normalisation_of(run.model.image) if run.data.normalise == "tower" else normalisation(run.data.normalise)
     )
@@ -186,41 +190,45 @@ def probe(
     was_training, chunk = model.training, run.evaluate.chunk
     model.eval()
     try:
-        if isinstance(wanted, config.Retrieval):
+        if isinstance(rule, config.Retrieval):
             prepared = PreparedSplit(split, embedded(split.captions), *constants)
             return students.score(model, prepared, device, chunk).as_dict()
-        score = ASKING[wanted.kind].score
+        score = PROBE_MODULES[rule.kind].score
         scores: dict[str, float] = score(model, questions, split, constants, embedded, device, chunk, alive)
         return scores
     except Diverged:
-        return dict.fromkeys(_metrics(wanted, questions), 0.0)
+        return dict.fromkeys(_metrics(rule, questions), 0.0)
     finally:
         model.train(was_training)
 
 
-class Probing:
-    """The probes of one student, whose record lies at `record` and is of `value`; none for one that chooses."""
+class StudentProbes:
+    """The probe scores of one student: read from disk if saved, otherwise computed by `score_missing`.
+
+    `record` is the path of the student's record and `value` its hash. Jobs for a selection have no probes.
+    """
 
     def __init__(self, run: config.Run, job: Job, record: Path, value: str, storage: Storage):
         self.run, self.index, self.value = run, job.index, value
         self.scores: dict[str, dict[str, float]] = {}
         self.files: dict[str, Path] = {}
         self.weights = record.with_name(f"{record.stem}.trained.safetensors")
-        for name in run.evaluate.probes if job.kind in PROBED else ():
+        for name in run.evaluate.probes if job.kind in PROBED_KINDS else ():
             key = _prepared(run_folder(run), name, storage)["key"]
             file = self.files[name] = record.with_name(f"{record.stem}.probe-{key}.json")
             storage.fetch(file)
-            if file.is_file() and (answers := read_json(file))["value"] == value:
-                self.scores[name] = answers["scores"]
+            if file.is_file() and (saved := read_json(file))["value"] == value:
+                self.scores[name] = saved["scores"]
         if self.missing:
             storage.fetch(self.weights)
 
     @property
     def missing(self) -> list[str]:
+        """Names of the probes without scores."""
         return [name for name in self.files if name not in self.scores]
 
-    def restored(self) -> DualEncoder | None:
-        """The student as it was kept."""
+    def load_student(self) -> DualEncoder | None:
+        """Return the student with its saved weights, or None if they are missing, damaged or of another hash."""
         if not self.weights.is_file():
             return None
         try:
@@ -235,13 +243,13 @@ class Probing:
         model.load_trained({name: params[name] for name in model.trained() if name in params})
         return model
 
-    def keep(self, model: DualEncoder) -> None:
-        """Write the student down for probes to come."""
+    def save_student(self, model: DualEncoder) -> None:
+        """Save the student's weights for later probes."""
         if self.files:
             save_checked(self.weights, model.trained(), "student", {"value": self.value})
 
-    def ask(self, model: DualEncoder | None, device: torch.device, alive: Callable[[], object]) -> None:
-        """Score what is missing; a student that diverged in training, None, scores 0."""
+    def score_missing(self, model: DualEncoder | None, device: torch.device, alive: Callable[[], object]) -> None:
+        """Compute and save the missing scores; they are 0 if `model` is None, for a student that diverged."""
         for name in self.missing:
             if model is None:
                 questions = read_json(_file(run_folder(self.run), name))["asked"]
@@ -252,18 +260,22 @@ class Probing:
             write_json(self.files[name], {"value": self.value, "name": name, "scores": scores})
 
     def added_to(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Return the student's record with its probe scores."""
         return record | {"probes": {name: self.scores[name] for name in self.files}} if self.files else record
 
 
 def remarks(name: str, facts: dict[str, Any]) -> list[str]:
-    """What a person should know before reading the scores."""
-    lines = [f"probe {name}: {facts['pictures']} pictures"]
-    if lost := facts["quarantine"]:
-        lines.append(f"probe {name}: left out {', '.join(f'{n} {reason}' for reason, n in lost.items())}")
-    if (both := facts.get("overlap")) and both["pictures"]:
-        lines.append(f"probe {name}: {both['pictures']} of its pictures are in the train split, which was distilled")
+    """Return remarks on a probe's data that matter for its scores."""
+    lines = [f"probe {name}: {facts['pictures']} images"]
+    if rejected := facts["quarantine"]:
+        lines.append(f"probe {name}: left out {', '.join(f'{n} {reason}' for reason, n in rejected.items())}")
+    if (overlap := facts.get("overlap")) and overlap["pictures"]:
+        lines.append(f"probe {name}: {overlap['pictures']} of its images are in the train split, which was distilled")
     if facts.get("duplicate_names"):
-        lines.append(f"probe {name}: {facts['duplicate_names']} classes share a name with another; they tie and miss")
+        lines.append(
+            f"probe {name}: {facts['duplicate_names']} classes share a name with another class; their images count as "
+            "misses"
+        )
     if "note" in facts:
         lines.append(f"probe {name}: {facts['note']}")
     return lines
@@ -272,12 +284,12 @@ def remarks(name: str, facts: dict[str, Any]) -> list[str]:
 def _questions(
     captions: config.Captions, probe: Probe, data: Any, split: Split, trained_on: frozenset[str] | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is asked, and what stands beside the scores."""
+    """Return the questions of a probe and the facts reported with its scores."""
     if isinstance(probe, config.ZeroShot):
-        questions = zero_shot.ask(probe, data, captions, split)
+        questions = zero_shot.task_of(probe, data, captions, split)
         return questions, zero_shot.facts(questions)
     if isinstance(probe, config.Vqa):
-        questions = vqa.ask(probe, data, captions, split, trained_on)
+        questions = vqa.task_of(probe, data, captions, split, trained_on)
         return questions, vqa.facts(questions)
     facts: dict[str, Any] = {
         "split": probe.split,
@@ -286,19 +298,19 @@ def _questions(
         "chance": chance(torch.from_numpy(split.image_of)).as_dict(),
     }
     if trained_on is not None:
-        both = sum(vqa.picture(pair_id) in trained_on for pair_id in split.pair_ids)
-        facts["overlap"] = {"pictures": both, "share": both / len(split)}
+        shared = sum(vqa.picture(pair_id) in trained_on for pair_id in split.pair_ids)
+        facts["overlap"] = {"pictures": shared, "share": shared / len(split)}
     if "textcaps" in (data.source, data.layout) and data.annotations is None and probe.split == "test":
         facts["note"] = textcaps.NOTE
     return {"split": probe.split, "captions": data.captions.model_dump(), "limit": data.eval_limit}, facts
 
 
 def _sentences(probe: Probe, questions: dict[str, Any], split: Split) -> Any:
-    return [split.captions] if probe.kind == "retrieval" else ASKING[probe.kind].sentences(questions)
+    return [split.captions] if probe.kind == "retrieval" else PROBE_MODULES[probe.kind].sentences(questions)
 
 
 def _metrics(probe: Probe, questions: dict[str, Any]) -> list[str]:
-    return RECALLS if probe.kind == "retrieval" else ASKING[probe.kind].metrics(questions)
+    return RECALLS if probe.kind == "retrieval" else PROBE_MODULES[probe.kind].metrics(questions)
 
 
 def _split(probe: Probe) -> str:
@@ -306,7 +318,7 @@ def _split(probe: Probe) -> str:
 
 
 def _file(folder: Path, name: str) -> Path:
-    """What probe `name` asks, in the folder of a run."""
+    """Return the file of the prepared probe `name` in the folder of a run."""
     return folder / "probes" / f"{name}.json"
 
 

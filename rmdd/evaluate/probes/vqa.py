@@ -1,9 +1,9 @@
-"""COCO-QA as retrieval: for a question, a sentence per candidate answer, ranked by its cosine with the picture.
+"""COCO-QA as retrieval: each candidate answer gives a sentence; sentences are ranked by their cosine with the image.
 
-Candidates are all distinct answers of train and test. As the question is the same for all of them, only the answer
-tells them apart; so a student stands beside itself blind (all pictures replaced by their mean embedding), and beside
-the answers most frequent in train for that type of question.
-Q distinct questions, A answers, N asked (question, picture) pairs, I pictures, D joint width.
+Candidates are all distinct answers of train and test. A student may guess an answer from the question without looking
+at the image, so two baselines are reported: `blind`, the same student with all images replaced by their mean embedding,
+and `majority`, the most frequent train answers to that type of question.
+Q distinct questions, A answers, N (question, image) pairs, I images, D joint width.
 """
 
 from collections import Counter, defaultdict
@@ -22,21 +22,24 @@ from rmdd.models.dual import DualEncoder
 from rmdd.models.prepared import Constants
 
 BLOCK = 2**18
-"""Sentences that are embedded and kept in one file."""
+"""Number of sentences embedded at once and cached in one file."""
 
 PAIRS = 32
-"""Pairs of a question and a picture that are scored at once."""
+"""Number of (question, image) pairs scored at once."""
 
 
-def ask(
+def task_of(
     probe: config.Vqa,
     data: config.CocoQaData,
     captions: config.Captions,
     split: Split,
     trained_on: frozenset[str] | None,
 ) -> dict[str, Any]:
-    """Distinct questions, answers, and who is asked what; `captions` is the run's rule,
-    `seen` are the pictures that were distilled, if known."""
+    """Return the task: distinct questions, candidate answers, and triples (question, image, answer).
+
+    `captions` holds the run's caption cleaning; `trained_on` names the images of the distilled dataset, if known. The
+    images among them are listed under `seen`.
+    """
     train, test = cocoqa.read(data, "train"), cocoqa.sampled_questions(data)
     image_of = {pair_id: i for i, pair_id in enumerate(split.pair_ids)}
     usable = [q for q in test if q.image in image_of]
@@ -60,39 +63,41 @@ def ask(
 
 
 def picture(pair_id: str) -> str:
-    """A name of the picture that COCO's releases of 2014 and 2017 share; for other pictures the id itself."""
+    """Return a name for a COCO image that is the same in the 2014 and 2017 releases; other ids are returned as is."""
     name = pair_id.rsplit("/", 1)[-1].rsplit(".", 1)[0]
     number = name.rsplit("_", 1)[-1] if name.startswith("COCO_") else name
     return f"coco {number}" if len(number) == 12 and number.isdecimal() else pair_id
 
 
 def majority(train: Sequence[Any], test: Sequence[Any], ks: Sequence[int]) -> dict[str, dict[str, float]]:
-    """ACC@K of the answers that train gives most often to questions of the type, in all and per type."""
+    """Return ACC@K of answering with the most frequent train answers to the type of question, in total and per type."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for q in train:
         counts[q.type][q.answer] += 1
     order = {t: {a: i for i, (a, _) in enumerate(sorted(c.items(), key=_frequent))} for t, c in counts.items()}
-    never = max(ks, default=0)
+    miss = max(ks, default=0)
     ranks: dict[str, list[int]] = defaultdict(list)
     for q in test:
-        rank = order.get(q.type, {}).get(q.answer, never)
+        rank = order.get(q.type, {}).get(q.answer, miss)
         ranks["all"].append(rank)
         ranks[q.type].append(rank)
     return {name: ranking.accuracies(torch.tensor(rank), ks) for name, rank in ranks.items()}
 
 
 def _frequent(counted: tuple[str, int]) -> tuple[int, str]:
+    """Sort key of (answer, count): the most frequent first, equal counts by name."""
     return -counted[1], counted[0]
 
 
 def facts(task: dict[str, Any]) -> dict[str, Any]:
+    """Return the facts that are reported with the scores."""
     pairs = task["pairs"]
     copied = ("template", "question_mark", "caption_rule", "majority", "types", "without_picture")
     overlap = {}
     if task["seen"] is not None:
-        seen_pictures = set(task["seen"])
-        on_seen = sum(image in seen_pictures for _, image, _ in pairs)
-        overlap = {"overlap": {"pictures": len(seen_pictures), "questions": on_seen, "share": on_seen / len(pairs)}}
+        train_images = set(task["seen"])
+        shared = sum(image in train_images for _, image, _ in pairs)
+        overlap = {"overlap": {"pictures": len(train_images), "questions": shared, "share": shared / len(pairs)}}
     return {
         **{name: task[name] for name in copied},
         "questions": len(pairs),
@@ -104,7 +109,7 @@ def facts(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def sentences(task: dict[str, Any]) -> Iterator[list[str]]:
-    """Blocks of whole questions, each question with all answers."""
+    """Yield blocks of sentences; a block holds some questions, each with all answers."""
     for start, stop in _blocks(task):
         yield [_sentence(task, q, a) for q in task["questions"][start:stop] for a in task["answers"]]
 
@@ -124,8 +129,8 @@ def _sentence(task: dict[str, Any], question: str, answer: str) -> str:
 
 def metrics(task: dict[str, Any]) -> list[str]:
     names = ["ACC", "blind ACC"]
-    on_seen = {image for _, image, _ in task["pairs"]} & set(task["seen"] or ())
-    if on_seen and any(image not in on_seen for _, image, _ in task["pairs"]):
+    train_images = {image for _, image, _ in task["pairs"]} & set(task["seen"] or ())
+    if train_images and any(image not in train_images for _, image, _ in task["pairs"]):
         names.append("unseen ACC")
     return [f"{name}@{k}" for name in names for k in task["ks"]]
 
@@ -141,26 +146,28 @@ def score(
     chunk: int,
     alive: Callable[[], object],
 ) -> dict[str, float]:
-    """ACC@K in percent of `model`, which is in eval mode: with pictures, blind, and on pictures that the distillation
-    has not seen (where it has seen some and not all). Raises `Diverged`."""
+    """Return ACC@K in percent: with images, blind, and on images outside the distilled dataset if only some are in it.
+
+    `model` must be in eval mode. Raise `Diverged` if its embeddings collapsed.
+    """
     images_ID = ranking.embed_pictures(model, split.images, constants, device, chunk, alive)
     mean_D = F.normalize(images_ID.mean(0), dim=0)
     pairs = torch.tensor(task["pairs"], device=device)
-    answers, together = len(task["answers"]), max(1, ranking.TEXTS // len(task["answers"]))
-    seeing, blind = [], []
+    answers, questions_at_once = len(task["answers"]), max(1, ranking.TEXTS // len(task["answers"]))
+    with_image, blind = [], []
     for (first, last), block in zip(_blocks(task), sentences(task), strict=True):
         vectors = embed(block)
-        for start in range(first, last, together):
-            stop = min(start + together, last)
+        for start in range(first, last, questions_at_once):
+            stop = min(start + questions_at_once, last)
             rows = vectors[(start - first) * answers : (stop - first) * answers]
             texts_QAD = ranking.embed_texts(model, rows, device).unflatten(0, (stop - start, answers))
-            here = pairs[(pairs[:, 0] >= start) & (pairs[:, 0] < stop)]
-            for some in here.split(PAIRS):
-                texts_NAD, images_ND = texts_QAD[some[:, 0] - start], images_ID[some[:, 1]]
-                seeing.append(ranking.ranks(torch.einsum("nad,nd->na", texts_NAD, images_ND), some[:, 2]))
-                blind.append(ranking.ranks((texts_QAD @ mean_D)[some[:, 0] - start], some[:, 2]))
+            in_block = pairs[(pairs[:, 0] >= start) & (pairs[:, 0] < stop)]
+            for part in in_block.split(PAIRS):
+                texts_NAD, images_ND = texts_QAD[part[:, 0] - start], images_ID[part[:, 1]]
+                with_image.append(ranking.ranks(torch.einsum("nad,nd->na", texts_NAD, images_ND), part[:, 2]))
+                blind.append(ranking.ranks((texts_QAD @ mean_D)[part[:, 0] - start], part[:, 2]))
             alive()
-    rank, ks = torch.cat(seeing), task["ks"]
+    rank, ks = torch.cat(with_image), task["ks"]
     scores = ranking.accuracies(rank, ks) | ranking.accuracies(torch.cat(blind), ks, "blind ACC")
     unseen = ~torch.isin(pairs[:, 1], torch.tensor(task["seen"] or [], dtype=pairs.dtype, device=device))
     if unseen.any() and not unseen.all():

@@ -1,8 +1,8 @@
-"""Zero-shot classification: a picture is of the class whose prompts it is nearest to.
+"""Zero-shot classification: an image gets the class whose prototype has the highest cosine with it.
 
-A prototype is the normalised mean of the normalised text embeddings of a class's prompts, through the student's text
-head. ACC@K: the right class is among the K with the highest cosines; ties count against the student.
-N pictures, C classes, P prompts of all classes, D joint width.
+The prototype of a class is the normalised mean of the normalised text embeddings of its prompts. ACC@K: the correct
+class is among the K classes with the highest cosines; ties count against the student.
+N images, C classes, P prompts of all classes, D joint width.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from rmdd.models.prepared import Constants
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "single": ("a photo of a {}.",),
-    # the subset that CLIP's authors found to do nearly as well as all of theirs
+    # The seven templates that, according to CLIP's authors, score almost as well as their full list.
     "seven": (
         "itap of a {}.",
         "a bad photo of the {}.",
@@ -32,7 +32,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "art of the {}.",
         "a photo of the small {}.",
     ),
-    # ours, for pictures of few pixels
+    # Our templates for small images.
     "cifar": (
         "a photo of a {}.",
         "a small photo of a {}.",
@@ -45,7 +45,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "a cropped picture of the {}.",
         "one {} seen from the side.",
     ),
-    # ours, for photographs of objects
+    # Our templates for photographs of objects.
     "imagenet": (
         "a photo of a {}.",
         "a photo of the {}.",
@@ -66,46 +66,56 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 }
 
 TOGETHER = 4096
-"""Pictures that are compared with all classes at once."""
+"""Number of images compared with all classes at once."""
 
 
 def templates(named: str | tuple[str, ...]) -> tuple[str, ...]:
-    """The templates of that name, in that file (a line each), or as given. Raises `ValueError`."""
+    """Return prompt templates: a list by name, the lines of a text file, or the templates themselves.
+
+    Raise `ValueError` for an unknown name or file, and for a template without {}.
+    """
     if not isinstance(named, str):
-        where, lines = "templates", list(enumerate(named))
+        origin, lines = "templates", list(enumerate(named))
     elif named in TEMPLATES:
         return TEMPLATES[named]
     else:
         path = Path(named).expanduser()
         if not path.is_file():
-            raise ValueError(f"templates '{named}' is neither a file nor one of {', '.join(TEMPLATES)}")
+            raise ValueError(
+                f"templates '{named}' is not a file and not one of {', '.join(TEMPLATES)}; give one of them"
+            )
         try:
             text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 (byte {error.start}); give a text file") from None
-        where = str(path)
+        origin = str(path)
         lines = [(i, line.strip()) for i, line in enumerate(text.splitlines(), start=1) if line.strip()]
     if not lines:
-        raise ValueError(f"{where} holds no template; write lines such as: a photo of a {{}}.")
+        raise ValueError(f"{origin} has no templates; write lines such as: a photo of a {{}}.")
     for i, line in lines:
         if "{}" not in line:
-            raise ValueError(f"{where}: line {i} is no template, found {line[:60]!r}; write {{}} where the class goes")
+            raise ValueError(
+                f"{origin}: line {i} is not a template, found {line[:60]!r}; write {{}} in the place of the class name"
+            )
     return tuple(line for _, line in lines)
 
 
-def ask(probe: config.ZeroShot, data: config.ClassData, captions: config.Captions, split: Split) -> dict[str, Any]:
-    """Classes with their prompts, and the class of each picture of `split`. `captions` is the run's rule."""
+def task_of(probe: config.ZeroShot, data: config.ClassData, captions: config.Captions, split: Split) -> dict[str, Any]:
+    """Return the task: classes, their prompts, and the class index of each image of `split`.
+
+    `captions` is the run's caption cleaning, applied to prompts if the probe asks for it.
+    """
     names = classes.read(data).names
     number_of = {clean(c, data.captions): i for i, c in enumerate(names)}
     lines = templates(probe.templates)
     prompts = []
-    for of_class in names.values():
-        used = of_class if data.classes.synonyms else of_class[:1]
-        written = [line.replace("{}", name) for name in used for line in lines]
-        prompts.append([clean(p, captions) for p in written] if probe.caption_rule else written)
+    for synonyms in names.values():
+        used = synonyms if data.classes.synonyms else synonyms[:1]
+        filled = [line.replace("{}", name) for name in used for line in lines]
+        prompts.append([clean(p, captions) for p in filled] if probe.caption_rule else filled)
     return {
         "classes": list(names),
-        "names": [of_class[0] for of_class in names.values()],
+        "names": [synonyms[0] for synonyms in names.values()],
         "templates": list(lines),
         "prompts": prompts,
         "labels": [number_of[split.captions[j]] for j in range(len(split.captions))],
@@ -114,7 +124,7 @@ def ask(probe: config.ZeroShot, data: config.ClassData, captions: config.Caption
 
 
 def facts(task: dict[str, Any]) -> dict[str, Any]:
-    """What stands beside the scores."""
+    """Return the facts that are reported with the scores."""
     names, total = task["names"], len(task["classes"])
     return {
         "classes": task["classes"],
@@ -126,7 +136,7 @@ def facts(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def sentences(task: dict[str, Any]) -> list[list[str]]:
-    """What the text encoder embeds, in blocks."""
+    """Return the sentences to embed, as a list of blocks."""
     return [[prompt for prompts in task["prompts"] for prompt in prompts]]
 
 
@@ -145,7 +155,7 @@ def score(
     chunk: int,
     alive: Callable[[], object],
 ) -> dict[str, float]:
-    """ACC@K in percent of `model`, which is in eval mode. Raises `Diverged`."""
+    """Return ACC@K in percent. `model` must be in eval mode. Raise `Diverged` if its embeddings collapsed."""
     texts_PD = ranking.embed_texts(model, embed(sentences(task)[0]), device)
     means = [part.mean(0) for part in texts_PD.split([len(prompts) for prompts in task["prompts"]])]
     prototypes_CD = F.normalize(torch.stack(means), dim=1)

@@ -177,7 +177,7 @@ def test_a_phase_that_always_derails_ends_with_what_to_do(toy, tmp_path, monkeyp
 
 
 def test_a_method_of_another_family_is_refused(toy):
-    with pytest.raises(ValueError, match="method mdm matches no trajectories; name one that does"):
+    with pytest.raises(ValueError, match="method mdm does not match trajectories; choose one that does"):
         matching_method(toy.run)
 
 

@@ -136,7 +136,7 @@ def test_reused_graphs_change_the_engine_and_not_the_gradient(store):
 
 
 def test_a_reused_graph_would_repeat_what_fresh_masks_draw_anew():
-    with pytest.raises(ValueError, match="reuse_graphs keeps the masks"):
+    with pytest.raises(ValueError, match="reuse_graphs keeps the dropout masks"):
         run_of(reuse_graphs=1, inner_dropout="fresh_mask")
 
 

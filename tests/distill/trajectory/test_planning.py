@@ -138,13 +138,13 @@ def test_auto_reads_back_and_is_no_phase_list():
     assert run.distill.phases == () and run.distill.plan.kind == "auto"
     assert config.load(run.model_dump()) == run == config.load(yaml.safe_load(config.dump(run)))
     for wrong, told in (
-        (["distill.trajectory=convexified"], "set trajectory: shortcut"),
+        (["distill.trajectory=convexified"], "set distill.trajectory: shortcut"),
         (["distill.method=amd"], "plans one range for both towers"),
         (["distill.plan.endpoints=[4, 12]"], r"endpoints \[12\] lie past the last expert epoch 10"),
         (["distill.phases=autos"], "distill.phases"),
-        (["distill.phases=[]", "distill.plan={}"], "give at least one, or auto"),
+        (["distill.phases=[]", "distill.plan={}"], "list a phase, or set auto"),
         (["distill.phases=auto", "distill.plan=5"], "distill.plan"),
-        (["distill.phases=adaptive", "distill.trajectory=original", "experts.keep=all"], "along a straight path"),
+        (["distill.phases=adaptive", "distill.trajectory=original", "experts.keep=all"], "needs a straight path"),
         (["experts.keep=[4, 6]", "distill.plan.endpoints=[4, 5]"], r"leaves out \[5, 10\]"),
     ):
         with pytest.raises(config.ConfigError, match=told):

@@ -1,4 +1,4 @@
-"""Whole tiny runs with probes, and what `rmdd probe`, `check` and `run` say."""
+"""Complete tiny runs with probes, and the commands `rmdd probe`, `check` and `run`."""
 
 import json
 import shutil
@@ -23,33 +23,33 @@ from rmdd.runs.tasks import CheckHealth
 
 
 @pytest.mark.parametrize("word", ("check", "run"))
-def test_a_wrong_path_ends_a_command_before_anything_starts(tmp_path, word):
+def test_missing_files_of_a_probe_are_reported_before_any_work(tmp_path, word):
     formats.cocoqa(tmp_path / "qa" / "cocoqa", [("what", "dog", 1, 0)], [("what", "dog", 1, 0)])
     (tmp_path / "qa" / "cocoqa" / "train" / "types.txt").write_text("7\n")
     formats.textcaps(tmp_path / "text", "val", ["a"])
     (tmp_path / "text" / "train_images").rename(tmp_path / "text" / "elsewhere")
-    asked = {
+    probe_configs = {
         "gone": zero_shot_probe(tmp_path / "gone"),
         "qa": vqa_probe(tmp_path / "qa"),
         "text": textcaps_probe(tmp_path / "text"),
         "prompts": zero_shot_probe(tmp_path, templates="no-such-file.txt"),
     }
     file = tmp_path / "run.yaml"
-    file.write_text(config.dump(run_of(tmp_path / "runs", asked)))
+    file.write_text(config.dump(run_of(tmp_path / "runs", probe_configs)))
     result = CliRunner().invoke(cli.app, [word, str(file)])
     assert result.exit_code == 2 and not (tmp_path / "runs").exists()
     for words in (
         "evaluate.probes.gone: evaluate.probes.gone.data.root",
         "types.txt: line 1 is '7'",
-        "of the first 1 pictures none is there, such as train_images/a.jpg; correct evaluate.probes.text.data.root",
-        "no-such-file.txt' is neither a file nor one of single, seven, cifar, imagenet",
+        "none of the first 1 images exists, such as train_images/a.jpg; correct evaluate.probes.text.data.root",
+        "no-such-file.txt' is not a file and not one of single, seven, cifar, imagenet",
     ):
         assert words in result.stderr
 
 
 @pytest.fixture(scope="module")
 def formats_(tmp_path_factory):
-    """Generated data in the real formats."""
+    """Write generated data in the file formats of the real datasets; return the folder."""
     root = tmp_path_factory.mktemp("formats")
     formats.class_folders(root / "in", ["n01", "n02", "n03"])
     (root / "in" / "map.txt").write_text("n01 tench\nn02 crane\nn03 kite, hawk\n")
@@ -82,7 +82,7 @@ def files(folder, pattern):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, formats_):
-    """A storage with a run that had its probes from the start, and its result."""
+    """Run with probes to the end; return the storage and the result."""
     storage = tmp_path_factory.mktemp("finished")
     return storage, go(run_of(storage, asked_of(formats_)), "all")
 
@@ -110,29 +110,31 @@ def test_a_run_with_probes_from_end_to_end(finished, formats_):
     assert set(stored["metrics"]["full"]["probes"]) == set(asked_of(formats_))
 
 
-def test_probes_that_come_later_change_no_score(finished, tmp_path, formats_):
+def test_probes_added_later_do_not_change_other_scores(finished, tmp_path, formats_):
     bare, probed = run_of(tmp_path / "runs", {}), run_of(tmp_path / "runs", asked_of(formats_))
     assert bare.hash_of() == probed.hash_of() and run_folder(bare) == run_folder(probed)
     before = go(bare)
     assert "probes" not in before and not files(tmp_path, "*.trained.safetensors")
-    kept = ("student-*.json", "baseline-*.json", "*.ranks.safetensors")
-    records = {p: t for pattern in kept for p, t in files(tmp_path / "runs", pattern).items()}
+    patterns = ("student-*.json", "baseline-*.json", "*.ranks.safetensors")
+    records = {p: t for pattern in patterns for p, t in files(tmp_path / "runs", pattern).items()}
     table = go(probed)["table"]
     assert table == finished[1].evaluation["table"]
     assert {row: {k: v for k, v in of.items() if k != "probes"} for row, of in table.items()} == before["table"]
     assert {p: p.stat().st_mtime_ns for p in records} == records
 
 
-def test_other_probes_train_no_student_again(finished, storage, formats_, monkeypatch):
-    kept = files(storage, "*.trained.safetensors")
-    assert len(kept) == 3
+def test_new_probes_use_the_saved_students(finished, storage, formats_, monkeypatch):
+    weights = files(storage, "*.trained.safetensors")
+    assert len(weights) == 3
     monkeypatch.setattr("rmdd.runs.students.train_and_score", None)
     other = {"words": vqa_probe(formats_ / "coco", question_mark=True)}
     assert set(go(run_of(storage, other))["table"]["random"]["probes"]) == {"words"}
     for file in storage.rglob("*.probe-*.json"):
         file.unlink()
-    assert go(run_of(storage, asked_of(formats_)))["table"] == finished[1].evaluation["table"], "by the weights kept"
-    assert files(storage, "*.trained.safetensors") == kept
+    assert go(run_of(storage, asked_of(formats_)))["table"] == finished[1].evaluation["table"], (
+        "deleted scores must be computed again from saved weights"
+    )
+    assert files(storage, "*.trained.safetensors") == weights
 
 
 def rmdd_(*words):
@@ -140,7 +142,7 @@ def rmdd_(*words):
     return result.exit_code, result.stderr if result.exit_code else json.loads(result.stdout)
 
 
-def test_a_set_alone_can_be_probed(finished, storage, tmp_path, formats_):
+def test_a_set_can_be_probed_without_its_run(finished, storage, tmp_path, formats_):
     shutil.copytree(finished[1].set, tmp_path / "shared" / "set")
     shutil.rmtree(storage)
     file = tmp_path / "probes.yaml"
@@ -148,40 +150,40 @@ def test_a_set_alone_can_be_probed(finished, storage, tmp_path, formats_):
     away = [
         word for o in (f"storage={tmp_path / 'away'}", "ray=off", "track=none") for word in ("--set", f"runtime.{o}")
     ]
-    code, found = rmdd_("probe", tmp_path / "shared" / "set", "--probes", file, *away)
-    assert code == 0, found
-    assert found["table"]["ptm_st"]["probes"] == finished[1].evaluation["table"]["ptm_st"]["probes"]
-    assert "overlap" not in found["probes"]["cocoqa"], "which pictures were distilled is not in a set"
+    code, output = rmdd_("probe", tmp_path / "shared" / "set", "--probes", file, *away)
+    assert code == 0, output
+    assert output["table"]["ptm_st"]["probes"] == finished[1].evaluation["table"]["ptm_st"]["probes"]
+    assert "overlap" not in output["probes"]["cocoqa"], "a set does not record which images were distilled"
     file.write_text(json.dumps({"gone": zero_shot_probe(tmp_path / "gone")}))
-    code, told = rmdd_("probe", tmp_path / "shared" / "set", "--probes", file, *away)
-    assert code == 2 and "evaluate.probes.gone: evaluate.probes.gone.data.root" in told
+    code, message = rmdd_("probe", tmp_path / "shared" / "set", "--probes", file, *away)
+    assert code == 2 and "evaluate.probes.gone: evaluate.probes.gone.data.root" in message
 
 
-def test_a_set_whose_students_are_augmented_can_be_probed_alone(tmp_path, formats_):
+def test_a_set_with_augmented_students_can_be_probed_without_its_run(tmp_path, formats_):
     run = run_of(tmp_path / "runs", {}, "evaluate.augment=randaugment", "evaluate.students=1")
-    asked = {"cocoqa": vqa_probe(formats_ / "coco")}
+    probe_configs = {"cocoqa": vqa_probe(formats_ / "coco")}
     path = go(run, "export")
     away = [f"runtime.{o}" for o in (f"storage={tmp_path / 'away'}", "ray=off", "track=none")]
-    found = probe_set(path, set_probes.run_of(path, asked, away), Progress(quiet=True))
-    probed = go(run_of(tmp_path / "runs", asked, "evaluate.augment=randaugment", "evaluate.students=1"))
-    assert found["table"]["ptm_st"]["probes"] == probed["table"]["ptm_st"]["probes"]
+    output = probe_set(path, set_probes.run_of(path, probe_configs, away), Progress(quiet=True))
+    probed = go(run_of(tmp_path / "runs", probe_configs, "evaluate.augment=randaugment", "evaluate.students=1"))
+    assert output["table"]["ptm_st"]["probes"] == probed["table"]["ptm_st"]["probes"]
 
 
 def test_a_finished_run_can_be_probed(finished, storage, tmp_path, formats_):
     folder = run_folder(run_of(storage, {}))
     file = tmp_path / "probes.yaml"
     file.write_text(json.dumps({"cocoqa": vqa_probe(formats_ / "coco")}))
-    code, found = rmdd_("probe", folder, "--probes", file)
-    assert code == 0, found
+    code, output = rmdd_("probe", folder, "--probes", file)
+    assert code == 0, output
     row = finished[1].evaluation["table"]["full"]["probes"]
-    assert found["table"]["full"] == {"cocoqa": row["cocoqa"]}
-    code, told = rmdd_("probe", folder, "--probes", file, "--set", "evaluate.students=3")
-    assert code == 2 and "--set would make this another run" in told
+    assert output["table"]["full"] == {"cocoqa": row["cocoqa"]}
+    code, message = rmdd_("probe", folder, "--probes", file, "--set", "evaluate.students=3")
+    assert code == 2 and "--set would make this another run" in message
 
 
 def test_probes_of_a_run_whose_storage_is_a_uri(tmp_path, formats_):
-    asked = {"cocoqa": vqa_probe(formats_ / "coco")}
-    run = run_of(f"file://{tmp_path}/there", asked, f"runtime.scratch={tmp_path}/a")
+    probe_configs = {"cocoqa": vqa_probe(formats_ / "coco")}
+    run = run_of(f"file://{tmp_path}/there", probe_configs, f"runtime.scratch={tmp_path}/a")
     try:
         first = go(run)
         second = go(run.model_copy(update={"runtime": run.runtime.model_copy(update={"scratch": f"{tmp_path}/b"})}))
@@ -192,7 +194,7 @@ def test_probes_of_a_run_whose_storage_is_a_uri(tmp_path, formats_):
     assert list((tmp_path / "there").rglob("student-000.probe-*.json"))
 
 
-def test_health_is_seen_from_a_machine_that_has_no_file_yet(tmp_path):
+def test_health_is_computed_on_a_machine_without_local_files(tmp_path):
     run = run_of(f"file://{tmp_path}/there", {}, f"runtime.scratch={tmp_path}/a")
     try:
         with open_pipeline(run, Progress(quiet=True)) as pipeline:

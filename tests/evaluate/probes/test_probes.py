@@ -1,4 +1,4 @@
-"""Probes prepared and answered through files of the real formats, by random towers."""
+"""Probes compared with slow versions, chance levels of random towers, and invalid settings."""
 
 import json
 import statistics
@@ -24,13 +24,13 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
-    """The dataset of the distillation."""
+    """Return the dataset from which a set is distilled."""
     return ingest(run_of("unused", {}).data, tmp_path_factory.mktemp("train") / "scenes")
 
 
 @pytest.fixture
 def ready(tmp_path, train):
-    """`ready(probe)`: a run with it prepared as `p`, and the facts."""
+    """Return a function that prepares a probe under the name `p` and returns the run and the facts."""
 
     def make(probe, dataset=train, **data):
         run = run_of(tmp_path / "runs", {"p": probe}, **data)
@@ -52,7 +52,7 @@ def embedded(run, texts, tmp_path):
 
 
 def pictures_of(run, folder, names):
-    """Embedding inputs of files, decoded by hand."""
+    """Return the normalised images of some files, decoded step by step."""
     from PIL import Image
 
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in probes.normalisation("clip"))
@@ -63,17 +63,17 @@ def pictures_of(run, folder, names):
     return torch.stack(stack)
 
 
-# -- what is scored ---------------------------------------------------------------------------------------------
+# -- scores -----------------------------------------------------------------------------------------------------
 
 
 def test_zero_shot_equals_a_slow_version(tmp_path, ready):
     classes = ["n01", "n02", "n03", "n04"]
     formats.class_folders(tmp_path / "in", classes)
     (tmp_path / "in" / "names.txt").write_text("n01 Marsh Heron!\nn02 crane, bird\nn03 kite\nn04 drake\n")
-    asked = zero_shot_probe(tmp_path / "in", {"names": "names.txt", "synonyms": True}, templates="seven", ks=[1, 2, 4])
-    run, facts = ready(asked)
+    probe = zero_shot_probe(tmp_path / "in", {"names": "names.txt", "synonyms": True}, templates="seven", ks=[1, 2, 4])
+    run, facts = ready(probe)
     model = tower(run)
-    names = [["marsh heron"], ["crane", "bird"], ["kite"], ["drake"]]  # under the caption rule
+    names = [["marsh heron"], ["crane", "bird"], ["kite"], ["drake"]]  # class names after caption cleaning
     prototypes = []
     for each in names:
         lines = [t.replace("{}", name).replace(".", " ").strip() for name in each for t in zero_shot.TEMPLATES["seven"]]
@@ -88,8 +88,10 @@ def test_zero_shot_equals_a_slow_version(tmp_path, ready):
             rank = sum(s >= scores[c] for i, s in enumerate(scores) if i != c)
             for k in hits:
                 hits[k] += rank < k
-    found = probes.probe(model, run, "p", CPU)
-    assert found == {f"ACC@{k}": pytest.approx(100 * n / 12) for k, n in hits.items()}, "ACC@4 of 4 would always be 100"
+    result = probes.probe(model, run, "p", CPU)
+    assert result == {f"ACC@{k}": pytest.approx(100 * n / 12) for k, n in hits.items()}, (
+        "ACC@4 must be left out, since 4 classes always give 100"
+    )
     assert facts["chance"] == {"ACC@1": 25, "ACC@2": 50} and facts["pictures"] == 12 and facts["names"][1] == "crane"
 
 
@@ -119,7 +121,7 @@ def test_vqa_equals_a_slow_version(tmp_path, ready):
     assert probes.probe(model, run, "p", CPU) == wanted
 
 
-def test_the_blocks_of_sentences_change_nothing(tmp_path, ready, monkeypatch):
+def test_the_block_size_does_not_change_the_scores(tmp_path, ready, monkeypatch):
     rows = [(f"what {i % 5}", f"a{i % 7}", 100 + i % 3, 0) for i in range(35)]
     formats.cocoqa(tmp_path / "cocoqa", rows, rows)
     formats.coco_pictures(tmp_path, range(100, 103))
@@ -132,21 +134,21 @@ def test_the_blocks_of_sentences_change_nothing(tmp_path, ready, monkeypatch):
         assert probes.probe(tower(run), run, "p", CPU) == whole
 
 
-def test_majority_answers_come_from_train_and_by_type():
-    def asked(*rows):
+def test_majority_answers_come_from_train_per_question_type():
+    def questions(*rows):
         return [Question("q", answer, "i", kind, 1) for answer, kind in rows]
 
-    train = asked(("two", "number"), ("two", "number"), ("one", "number"), ("red", "colour"), ("blue", "colour"))
-    test = asked(("two", "number"), ("one", "number"), ("red", "colour"), ("green", "colour"))
-    found = vqa.majority(train, test, [1, 2])
-    assert found["number"] == {"ACC@1": 50, "ACC@2": 100}
-    assert found["colour"] == {"ACC@1": 0, "ACC@2": 50}, "equal counts: blue before red"
-    assert found["all"] == {"ACC@1": 25, "ACC@2": 75}
-    never = vqa.majority(asked(("red", "colour")), asked(("green", "colour")), [5])
-    assert never["all"] == {"ACC@5": 0}, "an answer that train never gave is found by no K"
+    train = questions(("two", "number"), ("two", "number"), ("one", "number"), ("red", "colour"), ("blue", "colour"))
+    test = questions(("two", "number"), ("one", "number"), ("red", "colour"), ("green", "colour"))
+    result = vqa.majority(train, test, [1, 2])
+    assert result["number"] == {"ACC@1": 50, "ACC@2": 100}
+    assert result["colour"] == {"ACC@1": 0, "ACC@2": 50}, "of equal counts, blue comes before red"
+    assert result["all"] == {"ACC@1": 25, "ACC@2": 75}
+    unknown = vqa.majority(questions(("red", "colour")), questions(("green", "colour")), [5])
+    assert unknown["all"] == {"ACC@5": 0}, "an answer that train does not contain must be a miss at every K"
 
 
-def test_pictures_that_were_distilled_are_counted_and_scored_apart(tmp_path, ready):
+def test_images_of_the_train_split_are_counted_and_scored_apart(tmp_path, ready):
     rows = [("what is it", f"a{i}", 100 + i % 4, 0) for i in range(12)]
     formats.cocoqa(tmp_path / "qa" / "cocoqa", rows, rows)
     formats.coco_pictures(tmp_path / "qa", range(100, 104))
@@ -157,27 +159,27 @@ def test_pictures_that_were_distilled_are_counted_and_scored_apart(tmp_path, rea
     dataset = ingest(config.Data(source="table", root=str(tmp_path / "train")), tmp_path / "seen")
     run, facts = ready(vqa_probe(tmp_path / "qa"), dataset)
     assert facts["overlap"] == {"pictures": 1, "questions": 3, "share": 0.25}
-    assert "1 of its pictures are in the train split" in " ".join(probes.remarks("p", facts))
-    found = probes.probe(tower(run), run, "p", CPU)
-    assert {"ACC@1", "blind ACC@1", "unseen ACC@1"} <= found.keys()
+    assert "1 of its images are in the train split" in " ".join(probes.remarks("p", facts))
+    result = probes.probe(tower(run), run, "p", CPU)
+    assert {"ACC@1", "blind ACC@1", "unseen ACC@1"} <= result.keys()
 
 
 # -- chance -----------------------------------------------------------------------------------------------------
 
 
-def near(found, chance):
-    """The mean over random towers is within 4 of its standard errors of chance."""
-    error = statistics.stdev(found) / len(found) ** 0.5
-    return abs(statistics.fmean(found) - chance) <= 4 * error + 1e-9
+def near(result, chance):
+    """Return whether the mean over random towers differs from chance by at most 4 standard errors."""
+    error = statistics.stdev(result) / len(result) ** 0.5
+    return abs(statistics.fmean(result) - chance) <= 4 * error + 1e-9
 
 
 def test_random_towers_classify_by_chance(tmp_path, ready):
     formats.class_folders(tmp_path, [f"c{i}" for i in range(12)], each=4)
     run, facts = ready(zero_shot_probe(tmp_path))
     assert facts["chance"] == {"ACC@1": 100 / 12, "ACC@5": 500 / 12, "ACC@10": 1000 / 12}
-    found = [probes.probe(tower(run, i), run, "p", CPU) for i in range(24)]
+    result = [probes.probe(tower(run, i), run, "p", CPU) for i in range(24)]
     for metric, chance in facts["chance"].items():
-        assert near([f[metric] for f in found], chance), metric
+        assert near([f[metric] for f in result], chance), metric
 
 
 def test_random_towers_answer_by_chance(tmp_path, ready):
@@ -186,24 +188,24 @@ def test_random_towers_answer_by_chance(tmp_path, ready):
     formats.coco_pictures(tmp_path, range(100, 110))
     run, facts = ready(vqa_probe(tmp_path))
     assert facts["chance"] == {f"ACC@{k}": 100 * k / 43 for k in (1, 5, 10)}
-    found = [probes.probe(tower(run, i), run, "p", CPU) for i in range(24)]
+    result = [probes.probe(tower(run, i), run, "p", CPU) for i in range(24)]
     for metric, chance in facts["chance"].items():
-        assert near([f[metric] for f in found], chance), metric
-        assert near([f[f"blind {metric}"] for f in found], chance), metric
+        assert near([f[metric] for f in result], chance), metric
+        assert near([f[f"blind {metric}"] for f in result], chance), metric
 
 
 def test_random_towers_retrieve_by_chance(tmp_path, ready):
     letters = np.random.default_rng(0)
 
-    def unlike(image, n):  # captions of one picture that are alike would rank alike
+    def random_caption(image, n):  # similar captions of an image would get similar ranks
         return bytes(letters.integers(97, 123, 30, dtype=np.uint8)).decode()
 
-    formats.textcaps(tmp_path, "val", [f"{i:016x}" for i in range(30)], say=unlike)
+    formats.textcaps(tmp_path, "val", [f"{i:016x}" for i in range(30)], say=random_caption)
     run, facts = ready(textcaps_probe(tmp_path))
-    found = [probes.probe(tower(run, i), run, "p", CPU) for i in range(24)]
+    result = [probes.probe(tower(run, i), run, "p", CPU) for i in range(24)]
     assert facts["gallery"]["captions"] == 60
     for metric, chance in facts["chance"].items():
-        assert near([f[metric] for f in found], chance), metric
+        assert near([f[metric] for f in result], chance), metric
 
 
 @pytest.mark.parametrize(
@@ -215,29 +217,29 @@ def test_random_towers_retrieve_by_chance(tmp_path, ready):
         ([1] * 10_000, (0.01, 0.05, 0.10), (0.01, 0.05, 0.10)),
     ],
 )
-def test_chance_of_retrieval_is_that_of_the_reference(captions, ir, tr):
-    found = retrieval.chance(torch.arange(len(captions)).repeat_interleave(torch.tensor(captions))).as_dict()
+def test_chance_levels_of_retrieval(captions, ir, tr):
+    result = retrieval.chance(torch.arange(len(captions)).repeat_interleave(torch.tensor(captions))).as_dict()
     for k, i, t in zip((1, 5, 10), ir, tr, strict=True):
-        assert found[f"IR@{k}"] == pytest.approx(i, abs=6e-4) and found[f"TR@{k}"] == pytest.approx(t, abs=6e-4)
+        assert result[f"IR@{k}"] == pytest.approx(i, abs=6e-4) and result[f"TR@{k}"] == pytest.approx(t, abs=6e-4)
 
 
-def test_collapsed_and_broken_towers_score_nothing(tmp_path, ready):
+def test_collapsed_and_broken_towers_score_0(tmp_path, ready):
     formats.class_folders(tmp_path / "in", ["a", "b", "c"])
     rows = [("what", f"a{i}", 100, 0) for i in range(12)]
     formats.cocoqa(tmp_path / "qa" / "cocoqa", rows, rows)
     formats.coco_pictures(tmp_path / "qa", [100])
-    for asked in (zero_shot_probe(tmp_path / "in"), vqa_probe(tmp_path / "qa")):
-        run, _ = ready(asked)
+    for probe in (zero_shot_probe(tmp_path / "in"), vqa_probe(tmp_path / "qa")):
+        run, _ = ready(probe)
         for weight, bias in ((0.0, 1.0), (float("nan"), 0.0), (0.0, 0.0)):
             model = tower(run)
             with torch.no_grad():
                 model.text_head.weight.fill_(weight)
                 model.text_head.bias.fill_(bias)
-            found = probes.probe(model, run, "p", CPU)
-            assert found and set(found.values()) == {0.0}
+            result = probes.probe(model, run, "p", CPU)
+            assert result and set(result.values()) == {0.0}
 
 
-def test_classes_with_one_name_tie_and_miss(tmp_path, ready):
+def test_classes_with_the_same_name_count_as_misses(tmp_path, ready):
     formats.class_folders(tmp_path, ["n01", "n02"])
     (tmp_path / "names.txt").write_text("n01 crane\nn02 crane\n")
     run, facts = ready(zero_shot_probe(tmp_path, {"names": "names.txt"}))
@@ -245,10 +247,10 @@ def test_classes_with_one_name_tie_and_miss(tmp_path, ready):
     assert probes.probe(tower(run), run, "p", CPU) == {"ACC@1": 0.0}
 
 
-# -- what is refused --------------------------------------------------------------------------------------------
+# -- invalid input ----------------------------------------------------------------------------------------------
 
 
-def test_pictures_that_cannot_be_read_are_left_out_and_counted(tmp_path, ready):
+def test_unreadable_images_are_left_out_and_counted(tmp_path, ready):
     rows = [("what", f"a{i}", 100 + i, 0) for i in range(4)]
     formats.cocoqa(tmp_path / "cocoqa", rows, rows)
     formats.coco_pictures(tmp_path, (100, 101))
@@ -259,14 +261,14 @@ def test_pictures_that_cannot_be_read_are_left_out_and_counted(tmp_path, ready):
     assert len(answers(run)["pairs"]) == 2
 
 
-def test_templates_come_by_name_by_file_or_as_they_are(tmp_path):
+def test_templates_are_given_by_name_by_file_or_as_a_list(tmp_path):
     assert tuple(zero_shot.TEMPLATES) == config.probes.TEMPLATES
     assert all("{}" in line for lines in zero_shot.TEMPLATES.values() for line in lines)
     (tmp_path / "mine.txt").write_text("a {}\n\nthe {}.\n")
     assert zero_shot.templates(str(tmp_path / "mine.txt")) == ("a {}", "the {}.")
     assert zero_shot.templates(("one {}",)) == ("one {}",)
     (tmp_path / "mine.txt").write_text("a {}\nthe dog\n")
-    with pytest.raises(ValueError, match=r"mine.txt: line 2 is no template, found 'the dog'; write \{\}"):
+    with pytest.raises(ValueError, match=r"mine.txt: line 2 is not a template, found 'the dog'; write \{\}"):
         zero_shot.templates(str(tmp_path / "mine.txt"))
 
 
@@ -282,12 +284,12 @@ def test_templates_come_by_name_by_file_or_as_they_are(tmp_path):
         ({"data": {"root": "r", "classes": {"number": 1}}}, "evaluate.probes.p.data.classes.number: "),
     ],
 )
-def test_a_wrong_option_is_named(tmp_path, change, words):
+def test_an_invalid_option_is_named_in_the_message(tmp_path, change, words):
     with pytest.raises(config.ConfigError) as error:
         run_of(tmp_path, {"p": {"kind": "zero_shot", "data": {"root": "r"}} | change})
     assert words in str(error.value)
 
 
-def test_a_wrong_name_is_refused(tmp_path):
+def test_an_invalid_probe_name_is_rejected(tmp_path):
     with pytest.raises(config.ConfigError, match="'a/b' is no name"):
         run_of(tmp_path, {"a/b": zero_shot_probe("r")})
