@@ -22,7 +22,7 @@ STRIDE = 1024
 """Number of rows checked and normalised at once."""
 
 Rows = Callable[[int, int], Tensor]
-"""Scores of the queries from the first to the second number, (queries, candidates)."""
+"""Function that returns the scores of queries `start` to `stop`, (queries, candidates)."""
 
 
 @dataclass(frozen=True)
