@@ -91,8 +91,8 @@ class Ranks:
             factor = (ties[:, None] - place).clamp(min=0) / (ties + correct)[:, None].sub(place).clamp(min=1)
             return 100 * float((1 - torch.where(place < free, factor, 1.0).prod(1)).mean())
 
-        one = torch.ones_like(self.image)
-        ir = {k: percent(self.image, self.image_ties, one, k) for k in ks}
+        ones = torch.ones_like(self.image)
+        ir = {k: percent(self.image, self.image_ties, ones, k) for k in ks}
         return Recalls(ir, {k: percent(self.text, self.text_ties, self.text_own, k) for k in ks}, 0.0)
 
     def optimistic(self, ks: Sequence[int] = KS) -> Recalls:

@@ -146,14 +146,14 @@ def measured_cost(
     seconds = [
         json.loads(line)["seconds"] for log in logs if log.is_file() for line in log.read_text().splitlines() if line
     ]
-    each, workers = runtime.gpus_per_worker, _workers(runtime)
+    gpus_per_worker, workers = runtime.gpus_per_worker, _workers(runtime)
     return {
         "seconds_per_iteration": statistics.median(seconds) if seconds else None,
         "iterations_timed": len(seconds),
-        "distill_gpu_hours": sum(seconds) / 3600 * each,
+        "distill_gpu_hours": sum(seconds) / 3600 * gpus_per_worker,
         "wall_hours": {step: duration / 3600 for step, duration in steps.items()},
-        "gpus": each * workers,
-        "gpu_hours": sum(steps.values()) / 3600 * each * workers,
+        "gpus": gpus_per_worker * workers,
+        "gpu_hours": sum(steps.values()) / 3600 * gpus_per_worker * workers,
         "store_bytes": store_bytes,
     }
 

@@ -179,7 +179,7 @@ class PDS(GenerativeMethod):
     def make(self, studio: Studio, phase: int) -> None:
         options, split = self.options, studio.train.split
         sides = studio.features(options.features)
-        prototypes, kept = find(
+        prototypes, remaining = find(
             sides,
             studio.pairs,
             self.seed,
@@ -196,13 +196,13 @@ class PDS(GenerativeMethod):
                 "matches that share no pair"
             )
         repeats = options.repeats == "allow"
-        pool = kept if options.caption_pool == "kept" else np.arange(len(split.captions))
+        pool = remaining if options.caption_pool == "kept" else np.arange(len(split.captions))
         if not repeats:  # keep one record of captions with the same words
             pool = pool[np.unique([split.captions[i] for i in pool], return_index=True)[1]]
         records = retrieved(prototypes.texts, sides.texts, pool, repeats).tolist()
         captions = [split.captions[record] for record in records]
         if options.decode == "nearest":
-            candidates = np.unique(split.image_of[kept])
+            candidates = np.unique(split.image_of[remaining])
             images = retrieved(prototypes.images, sides.images, candidates, repeats).tolist()
             requests: list[dict[str, Any]] = [{"image": image} for image in images]
             pictures = studio.draw(lambda: Nearest(split), requests, batch=64, here=True)

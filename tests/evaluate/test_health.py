@@ -62,21 +62,21 @@ def test_statistics_equal_slow_loops():
 
 def test_the_chunk_size_does_not_change_the_statistics(monkeypatch):
     images, texts = rows(50, 5, 3), rows(50, 5, 4)
-    whole = health(images, texts)
+    exact = health(images, texts)
     monkeypatch.setattr(module, "CHUNK", 7)
-    assert health(images, texts) == pytest.approx(whole, rel=1e-12)
+    assert health(images, texts) == pytest.approx(exact, rel=1e-12)
 
 
 def test_sampled_statistics_are_close_and_seeded(monkeypatch):
     images, texts = rows(60, 5, 5), rows(60, 5, 6)
-    whole = health(images, texts)
+    exact = health(images, texts)
     monkeypatch.setattr(module, "EXACT", 10)
     monkeypatch.setattr(module, "SAMPLE", 3000)
     drawn = health(images, texts, seed=1)
     assert drawn == health(images, texts, seed=1)
     for name in ("uniformity_image", "uniformity_cross", "cosine_text_p50"):
-        assert drawn[name] != whole[name]
-        assert drawn[name] == pytest.approx(whole[name], abs=0.15), name
+        assert drawn[name] != exact[name]
+        assert drawn[name] == pytest.approx(exact[name], abs=0.15), name
 
 
 def test_equal_rows():

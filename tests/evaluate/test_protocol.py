@@ -111,14 +111,14 @@ def test_a_poisoned_split_cannot_be_scored():
 
 
 def test_training_pairs_equal_the_distilled_subset():
-    left, right, scale = torch.randn(4, 2), torch.randn(4, 2), torch.rand(4)
+    left_factor, right_factor, scale = torch.randn(4, 2), torch.randn(4, 2), torch.rand(4)
     images, texts = torch.randn(4, 3, SIZE, SIZE), torch.randn(4, TEXT_WIDTH)
     rates = {"lr_image": torch.tensor(0.25), "lr_text": torch.tensor(0.5)}
-    learned = {"scale": scale, "left": left, "right": right}
+    learned = {"scale": scale, "left": left_factor, "right": right_factor}
     pairs = pairs_of_subset(Synthetic(images, texts, **rates, similarity=learned, alpha=3.0), SIZE)
     assert pairs.images is images and pairs.texts is texts
     assert (pairs.lr_image, pairs.lr_text) == (0.25, 0.5) and type(pairs.lr_image) is float
-    torch.testing.assert_close(pairs.similarity, torch.diag(scale) + 3.0 / 2 * left @ right.T)
+    torch.testing.assert_close(pairs.similarity, torch.diag(scale) + 3.0 / 2 * left_factor @ right_factor.T)
     assert torch.equal(pairs_of_subset(Synthetic(images, texts, **rates), SIZE).similarity, torch.eye(4))
 
 

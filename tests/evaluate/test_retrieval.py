@@ -136,8 +136,8 @@ def test_scaling_shifting_and_permuting_scores_does_not_change_recalls():
     rows, columns = torch.randperm(scores.shape[0], generator=g), torch.randperm(scores.shape[1], generator=g)
     assert recalls_from_scores(scores[rows], rows.argsort()[image_of], KS) == base
     assert recalls_from_scores(scores[:, columns], image_of[columns], KS) == base
-    whole = recalls_from_scores(scores, image_of, (scores.shape[1],))
-    assert whole.ir == whole.tr == {scores.shape[1]: 100}
+    all_candidates = recalls_from_scores(scores, image_of, (scores.shape[1],))
+    assert all_candidates.ir == all_candidates.tr == {scores.shape[1]: 100}
 
 
 def test_perfect_and_constant_scores():
@@ -288,11 +288,11 @@ def broken_embeddings():
     """Yield embeddings of models that learned nothing, which a wrong rule for ties would score above chance."""
     g = torch.Generator().manual_seed(0)
     image_of = torch.arange(60).repeat_interleave(5)
-    images, texts, one = torch.randn(60, 16, generator=g), torch.randn(300, 16, generator=g), torch.randn(1, 16)
+    images, texts, row = torch.randn(60, 16, generator=g), torch.randn(300, 16, generator=g), torch.randn(1, 16)
     few = torch.randn(4, 16, generator=g)
-    yield "collapsed", one.expand(60, -1), one.expand(300, -1), image_of
-    yield "images collapsed", one.expand(60, -1), texts, image_of
-    yield "texts collapsed", images, one.expand(300, -1), image_of
+    yield "collapsed", row.expand(60, -1), row.expand(300, -1), image_of
+    yield "images collapsed", row.expand(60, -1), texts, image_of
+    yield "texts collapsed", images, row.expand(300, -1), image_of
     yield "four points", few[torch.arange(60) % 4], few[torch.arange(300) % 4], image_of
     yield "every image twice", images[:30].repeat(2, 1), texts, image_of
     yield "low precision", images.round(), texts.round(), image_of

@@ -51,20 +51,20 @@ def plain_loop(model, training_pairs, rule, loss):
     """Train with SGD, momentum and weight decay, written out for one parameter at a time."""
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     speed, rate = {}, {}
-    for s, one in enumerate(training_pairs):
+    for s, subset in enumerate(training_pairs):
         if s == 0 or not rule.chain:
-            rates = training_pairs[-1] if rule.rates == "last" else one
+            rates = training_pairs[-1] if rule.rates == "last" else subset
             speed, rate = {}, {"image": rates.lr_image, "text": rates.lr_text}
         for epoch in range(rule.epochs):
             dropped = epoch >= math.ceil(rule.epochs / 2) and (s == 0 or not rule.chain)
             dropped = dropped or (s > 0 and rule.chain)
             random = generator(SEED, "student batches", STUDENT, s, epoch)
-            steps = len(one.images) // rule.batch + (len(one.images) % rule.batch > 0)
+            steps = len(subset.images) // rule.batch + (len(subset.images) % rule.batch > 0)
             for _ in range(steps):
-                index = torch.randperm(len(one.images), generator=random)[: rule.batch]
-                logits = model(one.images[index], one.texts[index])
+                index = torch.randperm(len(subset.images), generator=random)[: rule.batch]
+                logits = model(subset.images[index], subset.texts[index])
                 grads = torch.autograd.grad(
-                    LOSSES[loss](logits, one.similarity[index][:, index]), list(params.values())
+                    LOSSES[loss](logits, subset.similarity[index][:, index]), list(params.values())
                 )
                 with torch.no_grad():
                     for (name, p), g in zip(params.items(), grads, strict=True):

@@ -126,31 +126,28 @@ def test_a_range_of_the_text_tower_needs_independent_starts():
 
 
 def test_each_tower_starts_at_its_own_epoch(make):
-    made = make(method_run("amd"))
+    setup = make(method_run("amd"))
     wide = {"image": (0, 3), "text": (0, 3)}
-    made.matcher.ranges = wide  # the drift of randomly moving experts may give a narrow range
+    setup.matcher.ranges = wide  # the drift of randomly moving experts may give a narrow range
     different = set()
 
     def gradient_of(leaves, drawn):
         different.add(drawn.start != drawn.start_text)
-        expert = made.matcher.experts[drawn.expert]
+        expert = setup.matcher.experts[drawn.expert]
+        epoch_of = {n: drawn.start_text if n.startswith("text_head.") else drawn.start for n in setup.store.shapes}
         start, target = (
-            {
-                n: made.store.read(expert, (drawn.start_text if n.startswith("text_head.") else drawn.start) + ahead)[n]
-                for n in made.store.shapes
-            }
-            for ahead in (0, 1)
+            {n: setup.store.read(expert, epoch + ahead)[n] for n, epoch in epoch_of.items()} for ahead in (0, 1)
         )
-        loss = plain_loss(made.model, wbce)
-        return two_passes(loss, start, target, leaves, made.begun.alpha, drawn.batches)
+        loss = plain_loss(setup.model, wbce)
+        return two_passes(loss, start, target, leaves, setup.begun.alpha, drawn.batches)
 
-    assert_equals_slow(made, gradient_of, iterations=4)
+    assert_equals_slow(setup, gradient_of, iterations=4)
     assert any(different)
 
 
 def test_a_matcher_computes_the_ranges_from_its_experts(make):
-    made = make(method_run("amd"))
-    assert made.matcher.ranges == drift_ranges(made.store, [0, 1], EPOCHS - 1)
+    setup = make(method_run("amd"))
+    assert setup.matcher.ranges == drift_ranges(setup.store, [0, 1], EPOCHS - 1)
 
 
 def prepared_split(images=30, width=toy.TEXT_WIDTH):

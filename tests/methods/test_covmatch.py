@@ -142,7 +142,7 @@ def test_a_resumed_objective_gives_the_same_bits(setting, average):
     run, train = setting
     run = with_options(run, average=average)
     method, begun, unbroken = opened(run, None, train)
-    whole, losses = descend(unbroken, begun, 7, lr=0.01)
+    uninterrupted, losses = descend(unbroken, begun, 7, lr=0.01)
     for stop in (3, 4, 6):  # before, at and after a reset
         first = objective_of(method, None, train)
         half, _ = descend(first, begun, stop, lr=0.01)
@@ -152,7 +152,7 @@ def test_a_resumed_objective_gives_the_same_bits(setting, average):
         for second in (objective_of(method, None, train), first):
             second.load(state)
             rest, more = descend(second, half, 7 - stop, start=stop, lr=0.01)
-            assert same_tensors(rest.tensors(), whole.tensors()) and more == losses[stop:]
+            assert same_tensors(rest.tensors(), uninterrupted.tensors()) and more == losses[stop:]
             assert same_tensors(second.tensors(), unbroken.tensors())
 
 
@@ -181,8 +181,8 @@ def test_a_frozen_image_tower_stays(bert):
     assert same_tensors(before, objective.model.image_tower.state_dict())
 
 
-def test_token_embeddings_read_as_the_captions_do(bert, tmp_path):
-    """What the frozen tower makes of the words of the initial captions is what it makes of them, padded or not."""
+def test_token_embeddings_give_the_embeddings_of_their_captions(bert, tmp_path):
+    """The frozen tower must return the same output for initial token embeddings as for captions, padded or not."""
     for pooling, unit in (("cls", False), ("mean", True)):
         tower = {"name": bert, "pooling": pooling, "max_tokens": 12, "normalise": unit}
         run, train = run_of("covmatch", {**SMALL, "texts": "tokens", "chunk": 4}, text=tower), prepared_split()

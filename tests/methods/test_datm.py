@@ -48,13 +48,13 @@ def test_starts_come_from_the_range_of_their_iteration(make):
 
 def test_equals_the_two_passes_of_lors_on_a_growing_range(make):
     quick = RAMP | {"grow_until": 4, "iterations": 6}
-    made = make(method_run("datm", phases=[quick]))
-    loss = plain_loss(made.model, wbce)
+    setup = make(method_run("datm", phases=[quick]))
+    loss = plain_loss(setup.model, wbce)
 
     def gradient_of(leaves, drawn):
-        return two_passes(loss, *segment(made, drawn), leaves, made.begun.alpha, drawn.batches)
+        return two_passes(loss, *segment(setup, drawn), leaves, setup.begun.alpha, drawn.batches)
 
-    assert_equals_slow(made, gradient_of, iterations=6)
+    assert_equals_slow(setup, gradient_of, iterations=6)
 
 
 def test_an_invalid_ramp_is_rejected():

@@ -51,15 +51,16 @@ def read(folder, name):
 def test_three_pairs_share_an_image_if_captions_per_image_is_3(unbroken):
     storage, result = unbroken
     folder = drawn.phase_of(storage)
-    facts, captions, made = read(folder, "facts"), read(folder, "captions"), load_set(folder / "set-000001.safetensors")
-    assert made.images.shape == (7, 3, 16, 16) and made.texts.shape == (7, 16) and not made.similarity
+    facts, captions = read(folder, "facts"), read(folder, "captions")
+    loaded = load_set(folder / "set-000001.safetensors")
+    assert loaded.images.shape == (7, 3, 16, 16) and loaded.texts.shape == (7, 16) and not loaded.similarity
     assert facts["picture_of"] == [0, 0, 0, 1, 1, 1, 2] and facts["pictures"] == 3, (
         "the seventh pair gets its own image"
     )
     assert len(list((folder / "pairs").glob("*.png"))) == 3
     for a, b in ((0, 1), (0, 2), (3, 5)):
-        assert torch.equal(made.images[a], made.images[b]) and captions[a] != captions[b]
-    assert not torch.equal(made.images[0], made.images[3])
+        assert torch.equal(loaded.images[a], loaded.images[b]) and captions[a] != captions[b]
+    assert not torch.equal(loaded.images[0], loaded.images[3])
     assert facts["caption_from"] == ["drawn", "real", "real"] * 2 + ["drawn"]
     assert result.evaluation["table"]["edge"]["test_last"]["R@mean"]["n"] == 1
     assert [(p["role"], p["licence"]) for p in read(folder, "parts")] == [("generator", "openrail"), ("clip", "mit")]
@@ -88,10 +89,10 @@ def test_budgets_share_the_tuning_and_phases_share_the_draw(parts, unbroken, tmp
     with pipeline.open_pipeline(run) as opened:
         folders = opened.distill()
     assert {p: p.stat().st_mtime_ns for p in storage.glob("tuned/*/*.safetensors")} == before
-    one = next(f for f in storage.glob("phases/*") if not (f / "phase-1").exists()) / "phase-0"
-    assert [c for f in folders for c in read(f, "captions")] == read(one, "captions")
-    made = [load_set(f / "set-000001.safetensors").images for f in folders]
-    assert torch.equal(torch.cat(made), load_set(one / "set-000001.safetensors").images)
+    single_phase = next(f for f in storage.glob("phases/*") if not (f / "phase-1").exists()) / "phase-0"
+    assert [c for f in folders for c in read(f, "captions")] == read(single_phase, "captions")
+    loaded = [load_set(f / "set-000001.safetensors").images for f in folders]
+    assert torch.equal(torch.cat(loaded), load_set(single_phase / "set-000001.safetensors").images)
 
 
 @pytest.mark.parametrize("kind", ["blip", "llava"])
@@ -126,10 +127,10 @@ def test_an_image_of_one_colour_is_generated_again_with_the_next_seed(parts, mon
         return pixels
 
     monkeypatch.setattr(painter, "_images", blacked_out)
-    made = painter.decode(requests)
+    again = painter.decode(requests)
     assert calls == [[0, 1], [0], [0]] and "pair 0 has one colour; drawn again, try 2" in caplog.text
-    assert made[0].info["redrawn"] == 2 and made[1].tobytes() == usual[1].tobytes()
-    assert made[0].tobytes() != usual[0].tobytes()
+    assert again[0].info["redrawn"] == 2 and again[1].tobytes() == usual[1].tobytes()
+    assert again[0].tobytes() != usual[0].tobytes()
 
 
 def test_images_do_not_depend_on_the_rest_of_the_batch(parts):

@@ -47,8 +47,8 @@ def read(folder, name):
 def test_an_evaluated_set_of_real_captions(unbroken):
     storage, result = unbroken
     folder = drawn.phase_of(storage)
-    made = load_set(folder / "set-000001.safetensors")
-    assert made.images.shape == (5, 3, 16, 16) and not made.similarity
+    loaded = load_set(folder / "set-000001.safetensors")
+    assert loaded.images.shape == (5, 3, 16, 16) and not loaded.similarity
     with pipeline.open_pipeline(config.load(folder.parents[2].glob("tiny-*/run.yaml").__next__())) as opened:
         train = opened.prepared_split("train").split
     assert read(folder, "captions") == [train.captions[r] for r in read(folder, "records")]

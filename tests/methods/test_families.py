@@ -127,9 +127,9 @@ def test_settings_that_a_method_does_not_support_are_rejected(method, distill, w
 
 
 def test_a_mixture_needs_two_checkpoints():
-    one = {"num": 1, "keep": "endpoints"}
+    single_expert = {"num": 1, "keep": "endpoints"}
     with pytest.raises(config.ConfigError, match="merges two expert checkpoints, but the store would hold one"):
-        config.load({**TINY, "experts": {**TINY["experts"], **one}})
+        config.load({**TINY, "experts": {**TINY["experts"], **single_expert}})
     config.load({**TINY, "experts": {**TINY["experts"], "num": 1}})
 
 
@@ -174,9 +174,9 @@ def test_lost_workers_are_restarted_and_the_phase_resumes(tmp_path):
     assert opened == [(2, True)] * 3
     assert sum("a rank died; the ranks start again from what was kept" in line for line in messages) == 2
     shutil.move(folder, tmp_path / "resumed")
-    (whole,) = Pipeline(run, Backend(SequentialExecutor(1)), Progress(quiet=True)).distill()
-    assert_same_results(whole, tmp_path / "resumed")
-    shutil.rmtree(whole)
+    (uninterrupted,) = Pipeline(run, Backend(SequentialExecutor(1)), Progress(quiet=True)).distill()
+    assert_same_results(uninterrupted, tmp_path / "resumed")
+    shutil.rmtree(uninterrupted)
     opened.clear()
     limited = run.model_copy(update={"runtime": run.runtime.model_copy(update={"max_restarts": 1})})
     with pytest.raises(PartLost):

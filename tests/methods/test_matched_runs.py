@@ -112,5 +112,5 @@ def test_a_whole_run_gives_an_evaluated_set(kind, bert, tmp_path):
     with open_pipeline(run, Progress(quiet=True)) as pipeline:
         result = pipeline.all()
     assert set(result.evaluation["table"]) == {"random", method, "full"}
-    made = rmdd.load(result.set)
-    assert made.method == method and made.subsets[0].texts.shape == (4, 8 if kind == "tokens" else 16)
+    loaded = rmdd.load(result.set)
+    assert loaded.method == method and loaded.subsets[0].texts.shape == (4, 8 if kind == "tokens" else 16)

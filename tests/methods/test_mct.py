@@ -22,15 +22,15 @@ def store_of_five_epochs(path):
 
 
 def test_equals_the_two_passes_of_lors_on_a_straight_path(make):
-    made = make(method_run("mct"))
+    setup = make(method_run("mct"))
 
     def gradient_of(leaves, drawn):
         assert drawn.start != int(drawn.start)
-        expert = made.matcher.experts[drawn.expert]
-        start, target = (shortcut(made.store, expert, EPOCHS, drawn.start + ahead) for ahead in (0, 1))
-        return two_passes(plain_loss(made.model, wbce), start, target, leaves, made.begun.alpha, drawn.batches)
+        expert = setup.matcher.experts[drawn.expert]
+        start, target = (shortcut(setup.store, expert, EPOCHS, drawn.start + ahead) for ahead in (0, 1))
+        return two_passes(plain_loss(setup.model, wbce), start, target, leaves, setup.begun.alpha, drawn.batches)
 
-    assert_equals_slow(made, gradient_of)
+    assert_equals_slow(setup, gradient_of)
 
 
 def test_starts_are_spread_evenly_over_the_real_numbers_of_the_range(make):
@@ -45,15 +45,15 @@ def test_starts_are_spread_evenly_over_the_real_numbers_of_the_range(make):
 @pytest.mark.parametrize("smooth", [False, True])
 def test_anchors_in_between_are_on_the_path(make, smooth):
     """With three epochs, four anchors are all checkpoints; smoothed, each is a mean with its neighbours."""
-    made = make(method_run("mct", options={"anchors": 4, "smooth_anchors": smooth}))
-    path = made.matcher.path(1)
-    walk = [made.store.read(1, t) for t in range(EPOCHS + 1)]
+    setup = make(method_run("mct", options={"anchors": 4, "smooth_anchors": smooth}))
+    path = setup.matcher.path(1)
+    walk = [setup.store.read(1, t) for t in range(EPOCHS + 1)]
     near = {0: [0], 1: [0, 1, 2], 2: [1, 2, 3], 3: [2, 3]} if smooth else {t: [t] for t in range(4)}
     for epoch, few in near.items():
         for name, p in path.at(epoch).items():
             torch.testing.assert_close(p, sum(walk[t][name] for t in few) / len(few), rtol=1e-12, atol=1e-12)
-    drawn = made.matcher.draw(0)
-    assert torch.isfinite(made.matcher.gradient(made.begun, drawn).loss)
+    drawn = setup.matcher.draw(0)
+    assert torch.isfinite(setup.matcher.gradient(setup.begun, drawn).loss)
 
 
 def test_targets_past_the_last_epoch_are_refused():

@@ -136,7 +136,7 @@ def test_a_mixed_teacher_merges_two_checkpoints_around_the_anchor(toy):
                 errors.append((error, (e1, t1) != (e2, t2)))
         assert min(errors)[0] < 1e-5 and min(errors)[1]
     assert not same_tensors(teachers[0], teachers[1])
-    assert len(teacher.pool._held) <= 7, "the pool holds at most six checkpoints and the anchor"
+    assert len(teacher.pool._cached) <= 7, "the pool holds at most six checkpoints and the anchor"
 
 
 def test_each_draw_has_its_own_teacher_for_resample_every_iterations(toy):
@@ -322,9 +322,9 @@ def phase_files(folder: Path):
 
 
 def test_a_killed_run_resumes_with_the_same_bits(tmp_path):
-    whole, broken = write_run(tmp_path / "whole"), write_run(tmp_path / "broken")
-    done("run", whole, "--quiet")
-    folder = run_folder(config.load(whole))
+    uninterrupted, broken = write_run(tmp_path / "whole"), write_run(tmp_path / "broken")
+    done("run", uninterrupted, "--quiet")
+    folder = run_folder(config.load(uninterrupted))
     evaluation = read_json(folder / "evaluation.json")
     assert evaluation["table"]["mdm"]["test_last"]["R@mean"]["n"] == 1
     assert len(yaml.safe_load((folder / "run.yaml").read_text())["distill"]["phases"]) == 1

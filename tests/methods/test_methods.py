@@ -135,12 +135,12 @@ def test_a_run_file_overrules_the_defaults(name):
 @pytest.mark.parametrize("name", TRAJECTORY)
 def test_every_learnable_tensor_moves_in_one_outer_step(make, name):
     """The left low-rank factor moves only in the second step: its gradient is a multiple of the right one, first 0."""
-    made = make(method_run(name))
+    setup = make(method_run(name))
     now = dict.fromkeys(("first", "second"))
-    now["first"], now["second"] = (state.raw.tensors() for state in fast_loop(made, 2))
-    begun = made.begun.tensors()
+    now["first"], now["second"] = (state.raw.tensors() for state in fast_loop(setup, 2))
+    begun = setup.begun.tensors()
     assert begun.keys() == now["second"].keys() >= {"images", "texts", "lr_image", "lr_text"}
-    low_rank = made.run.distill.similarity.kind == "low_rank"
+    low_rank = setup.run.distill.similarity.kind == "low_rank"
     assert {n for n in begun if n.startswith("similarity.")} == (
         {"similarity.scale", "similarity.left", "similarity.right"}
         if low_rank

@@ -5,14 +5,14 @@ from toy import method_run
 
 
 def test_equals_the_whole_unroll_and_torchs_sgd(make):
-    made = make(method_run("mtt_vl"))
-    assert "similarity.matrix" not in made.begun.tensors()
+    setup = make(method_run("mtt_vl"))
+    assert "similarity.matrix" not in setup.begun.tensors()
 
     def gradient_of(leaves, drawn):
         assert drawn.start == drawn.start_text
-        return full_unroll(plain_loss(made.model, infonce), *segment(made, drawn), leaves, 1.0, drawn.batches)
+        return full_unroll(plain_loss(setup.model, infonce), *segment(setup, drawn), leaves, 1.0, drawn.batches)
 
-    assert_equals_slow(made, gradient_of)
+    assert_equals_slow(setup, gradient_of)
 
 
 def test_every_batch_is_an_independent_draw(make):
@@ -26,11 +26,11 @@ def test_every_batch_is_an_independent_draw(make):
 
 def test_the_released_inner_temperature(make):
     """`distill.temperature: 0.376` multiplies cosines by log(1 / 0.07), which reproduces a mistake of the code."""
-    made, plain = make(method_run("mtt_vl", temperature=0.376)), make(method_run("mtt_vl"))
-    drawn = made.matcher.draw(0)
-    hot, cold = (m.matcher.gradient(m.begun, drawn).student_loss for m in (made, plain))
-    parts = (made.begun.images[drawn.batches[0]], made.begun.texts[drawn.batches[0]])
-    made.model.load_trained(made.store.read(made.matcher.experts[drawn.expert], drawn.start))
-    cosines = made.model(*parts).detach() * made.model.temperature
+    setup, plain = make(method_run("mtt_vl", temperature=0.376)), make(method_run("mtt_vl"))
+    drawn = setup.matcher.draw(0)
+    hot, cold = (m.matcher.gradient(m.begun, drawn).student_loss for m in (setup, plain))
+    parts = (setup.begun.images[drawn.batches[0]], setup.begun.texts[drawn.batches[0]])
+    setup.model.load_trained(setup.store.read(setup.matcher.experts[drawn.expert], drawn.start))
+    cosines = setup.model(*parts).detach() * setup.model.temperature
     assert abs(hot.item() - infonce(cosines / 0.376, None).item()) < 1e-12
     assert abs(cold.item() - infonce(cosines / 0.5, None).item()) < 1e-12

@@ -212,7 +212,7 @@ def test_the_network_increases_the_loss_of_the_next_step(store, train, optimiser
 def test_a_resumed_objective_gives_the_same_bits(store, train, extra):
     run = run_of("ncfm", {**NETWORK, **extra})
     method, begun, unbroken = opened(run, store, train)
-    whole, losses = descend(unbroken, begun, 6)
+    uninterrupted, losses = descend(unbroken, begun, 6)
     assert 0.5**unbroken.plateau.halvings < losses[0]["pace"] == 1 and losses[-1]["pace"] < 1
     first = objective_of(method, store, train)
     half, _ = descend(first, begun, 3)
@@ -221,7 +221,7 @@ def test_a_resumed_objective_gives_the_same_bits(store, train, extra):
     for second in (objective_of(method, store, train), first):  # a new process, and one that returns to an older state
         second.load(state)
         rest, more = descend(second, half, 3, start=3)
-        assert same_tensors(rest.tensors(), whole.tensors()) and more == losses[3:]
+        assert same_tensors(rest.tensors(), uninterrupted.tensors()) and more == losses[3:]
         assert same_tensors(second.tensors(), unbroken.tensors())
 
 
@@ -258,5 +258,5 @@ def test_invalid_settings_are_rejected(options, words):
 
 def test_too_few_images_are_refused(store, train):
     run = run_of("ncfm", {"clusters": 20}, pairs=20)
-    with pytest.raises(ValueError, match=r"20 clusters of 1 pairs each need 40 images"):
+    with pytest.raises(ValueError, match=r"20 clusters of 1 pairs each need at least 40 images"):
         NCFM(run).records(0, train, store)

@@ -191,10 +191,10 @@ def test_a_killed_decoding_resumes_with_the_same_bits(finished, parts, tmp_path)
     storage = shutil.copytree(finished[0], tmp_path / "runs")
     slow = {**parts, "steps": 25, "batch": 1}
     untouched = shutil.copytree(finished[0], tmp_path / "untouched")
-    (whole,) = go(load(untouched, **slow), "distill")
+    (uninterrupted,) = go(load(untouched, **slow), "distill")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw(storage, **slow)))
     process = Rmdd("distill", tmp_path / "run.yaml", "--quiet", HF_HUB_OFFLINE="1")
-    folder = storage / "phases" / whole.parent.name / "phase-0"
+    folder = storage / "phases" / uninterrupted.parent.name / "phase-0"
     while len(images_of(folder)) < 2:
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
@@ -202,10 +202,10 @@ def test_a_killed_decoding_resumes_with_the_same_bits(finished, parts, tmp_path)
     finished_pairs = {p.name: p.stat().st_mtime_ns for p in (folder / "pairs").glob("*.json")}
     assert 0 < len(finished_pairs) < PAIRS and not (folder / "set-000001.safetensors").exists()
     go(load(storage, **slow), "distill")
-    assert images_of(folder) == images_of(whole)
+    assert images_of(folder) == images_of(uninterrupted)
     assert {n: (folder / "pairs" / n).stat().st_mtime_ns for n in finished_pairs} == finished_pairs
     names = ["set-000001.safetensors", "start.safetensors", "captions.json", "records.json", "parts.json", "facts.json"]
-    assert all((folder / n).read_bytes() == (whole / n).read_bytes() for n in names)
+    assert all((folder / n).read_bytes() == (uninterrupted / n).read_bytes() for n in names)
 
 
 def test_missing_pretrained_models_stop_a_run_before_any_work(parts, tmp_path, monkeypatch):
@@ -218,8 +218,8 @@ def test_missing_pretrained_models_stop_a_run_before_any_work(parts, tmp_path, m
         go(run, "all")
     assert all(name in str(error.value) for name in models) and not (tmp_path / "runs" / "data").exists()
     assert [part["missing"] for part in examine(run)["parts"]] == [["all files"]] * 2
-    whole = examine(load(tmp_path / "runs", **parts))["parts"]
-    assert [(p["role"], p["missing"], p["licence"]) for p in whole] == [
+    complete = examine(load(tmp_path / "runs", **parts))["parts"]
+    assert [(p["role"], p["missing"], p["licence"]) for p in complete] == [
         ("clip", [], "mit"),
         ("decoder", [], "openrail++"),
     ]

@@ -54,24 +54,24 @@ PLAN = [
 ]
 
 
-def assert_equals_slow_loop(made, phase, gradients):
+def assert_equals_slow_loop(setup, phase, gradients):
     """Compare with equations 4-5 for the path, `gradients` for the gradient, torch SGD, and equation 7 for the EMA."""
-    rule = made.run.distill
-    loss, plan = plain_loss(made.model, wbce), rule.phases[phase]
+    rule = setup.run.distill
+    loss, plan = plain_loss(setup.model, wbce), rule.phases[phase]
 
     def gradient_of(leaves, iteration):
-        drawn = made.matcher.draw(iteration)
+        drawn = setup.matcher.draw(iteration)
         assert plan.start <= drawn.start < plan.stop
-        start, target = segment(made, drawn) if rule.trajectory == "original" else straight(drawn)
+        start, target = segment(setup, drawn) if rule.trajectory == "original" else straight(drawn)
         return gradients(loss, start, target, leaves, 1.0, drawn.batches)
 
     def straight(drawn):
-        expert = made.matcher.experts[drawn.expert]
-        return [shortcut(made.store, expert, plan.endpoint, drawn.start + ahead) for ahead in (0, 1)]
+        expert = setup.matcher.experts[drawn.expert]
+        return [shortcut(setup.store, expert, plan.endpoint, drawn.start + ahead) for ahead in (0, 1)]
 
-    average = made.begun.tensors()
-    slow = outer_loop(made.begun, rule, gradient_of, 3)
-    for state, wanted in zip(fast_loop(made, 3), slow, strict=True):
+    average = setup.begun.tensors()
+    slow = outer_loop(setup.begun, rule, gradient_of, 3)
+    for state, wanted in zip(fast_loop(setup, 3), slow, strict=True):
         average = {n: rule.ema * a + (1 - rule.ema) * wanted[n] for n, a in average.items()}
         for name, t in wanted.items():
             torch.testing.assert_close(state.raw.tensors()[name], t, rtol=1e-9, atol=1e-11)
@@ -87,12 +87,12 @@ def test_every_row_of_table_4_equals_the_slow_loop(make, ptm, st, ema):
     row = without(run, ptm=not ptm, st=not st, ema=not ema)
     assert len(row.distill.phases) == 1 + ptm and row.distill.ema == (0.9 if ema else 0.0)
     for phase in range(len(row.distill.phases)):
-        made = make(row, phase)
-        assert made.begun.similarity.keys() == {"matrix"}
-        assert_equals_slow_loop(made, phase, two_passes)
+        setup = make(row, phase)
+        assert setup.begun.similarity.keys() == {"matrix"}
+        assert_equals_slow_loop(setup, phase, two_passes)
 
 
 def test_the_exact_gradient_is_the_default_of_ours(make):
-    made = make(method_run("ptm_st", phases=PLAN), 1)
-    assert made.run.distill.estimator == "exact"
-    assert_equals_slow_loop(made, 1, full_unroll)
+    setup = make(method_run("ptm_st", phases=PLAN), 1)
+    assert setup.run.distill.estimator == "exact"
+    assert_equals_slow_loop(setup, 1, full_unroll)

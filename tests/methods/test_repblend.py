@@ -10,36 +10,38 @@ from rmdd import config
 from rmdd.methods.repblend import Blend
 
 
-def blended_loss(made, drawn):
+def blended_loss(setup, drawn):
     """Return a slow student loss: it runs the image tower in every step and mixes rows before the two heads."""
 
     def value(theta, images, texts, similarity, step):
         lam, q = drawn.blends[step].weight, drawn.blends[step].partner.tolist()
-        a, b = made.model.image_tower(images), texts
+        a, b = setup.model.image_tower(images), texts
         a = torch.stack([lam * a[i] + (1 - lam) * a[q[i]] for i in range(len(a))])
         b = torch.stack([lam * b[i] + (1 - lam) * b[q[i]] for i in range(len(b))])
         sides = []
         for head, x in (("image_head", a), ("text_head", b)):
             params = {n.removeprefix(f"{head}."): p for n, p in theta.items() if n.startswith(head)}
-            sides.append(torch.nn.functional.normalize(functional_call(getattr(made.model, head), params, (x,)), dim=1))
-        return wbce(sides[0] @ sides[1].T / made.model.temperature, similarity)
+            sides.append(
+                torch.nn.functional.normalize(functional_call(getattr(setup.model, head), params, (x,)), dim=1)
+            )
+        return wbce(sides[0] @ sides[1].T / setup.model.temperature, similarity)
 
     return value
 
 
 @pytest.mark.parametrize("branches", ["separate", "merged"])
 def test_equals_blending_in_the_loss_and_autograd_through_the_tower(make, branches):
-    made = make(method_run("repblend", branches=branches))
-    assert {n.split(".")[0] for n in made.model.trained()} == {"image_head", "text_head"}
-    tower = {n: p.clone() for n, p in made.model.image_tower.named_parameters()}
+    setup = make(method_run("repblend", branches=branches))
+    assert {n.split(".")[0] for n in setup.model.trained()} == {"image_head", "text_head"}
+    tower = {n: p.clone() for n, p in setup.model.image_tower.named_parameters()}
 
     def gradient_of(leaves, drawn):
-        start, target = segment(made, drawn)
-        loss = blended_loss(made, drawn)
-        return two_passes(loss, start, target, leaves, made.begun.alpha, drawn.batches, merged=branches == "merged")
+        start, target = segment(setup, drawn)
+        loss = blended_loss(setup, drawn)
+        return two_passes(loss, start, target, leaves, setup.begun.alpha, drawn.batches, merged=branches == "merged")
 
-    assert_equals_slow(made, gradient_of)
-    for name, p in made.model.image_tower.named_parameters():
+    assert_equals_slow(setup, gradient_of)
+    for name, p in setup.model.image_tower.named_parameters():
         assert torch.equal(p, tower[name]) and p.grad is None, name
 
 
@@ -59,15 +61,15 @@ def test_blends_are_uniform_differ_by_step_and_repeat(make):
 def test_blending_alone_is_repblend_with_a_trainable_tower(make):
     """Compare with central differences; they would differ if the second pass used another blend than the first."""
     trainable = {**TINY["model"], "image": {**TINY["model"]["image"], "trainable": True}}
-    made = make(config.load({**method_run("repblend", steps=1).model_dump(mode="json"), "model": trainable}))
-    assert any(n.startswith("image_tower") for n in made.model.trained())
-    drawn, x = made.matcher.draw(0), made.begun.images
-    result = made.matcher.gradient(made.begun, drawn)
+    setup = make(config.load({**method_run("repblend", steps=1).model_dump(mode="json"), "model": trainable}))
+    assert any(n.startswith("image_tower") for n in setup.model.trained())
+    drawn, x = setup.matcher.draw(0), setup.begun.images
+    result = setup.matcher.gradient(setup.begun, drawn)
     random, h = torch.Generator().manual_seed(0), 1e-5
     direction = torch.randn(x.shape, generator=random, dtype=torch.float64)
     ends = [
-        made.matcher.gradient(
-            made.begun.with_tensors(made.begun.tensors() | {"images": x + s * h * direction}), drawn
+        setup.matcher.gradient(
+            setup.begun.with_tensors(setup.begun.tensors() | {"images": x + s * h * direction}), drawn
         ).loss
         for s in (1, -1)
     ]

@@ -5,20 +5,22 @@ from toy import method_run
 
 
 def test_equals_the_formula_of_the_two_passes(make):
-    made = make(method_run("tesla_vl"))
-    loss = plain_loss(made.model, wbce)
-    assert not made.begun.similarity
-    assert_equals_slow(made, lambda leaves, drawn: two_passes(loss, *segment(made, drawn), leaves, 1.0, drawn.batches))
+    setup = make(method_run("tesla_vl"))
+    loss = plain_loss(setup.model, wbce)
+    assert not setup.begun.similarity
+    assert_equals_slow(
+        setup, lambda leaves, drawn: two_passes(loss, *segment(setup, drawn), leaves, 1.0, drawn.batches)
+    )
 
 
 def gap(make, steps):
     """Return the relative distance between the estimated and the fully unrolled gradient of the images."""
-    made = make(method_run("tesla_vl", steps=steps))
-    drawn, loss = made.matcher.draw(0), plain_loss(made.model, wbce)
-    estimated = made.matcher.gradient(made.begun, drawn).gradient.images
-    leaves = {n: t.requires_grad_() for n, t in made.begun.tensors().items()}
-    whole = full_unroll(loss, *segment(made, drawn), leaves, 1.0, drawn.batches)["images"].detach()
-    return ((estimated - whole).norm() / whole.norm()).item()
+    setup = make(method_run("tesla_vl", steps=steps))
+    drawn, loss = setup.matcher.draw(0), plain_loss(setup.model, wbce)
+    estimated = setup.matcher.gradient(setup.begun, drawn).gradient.images
+    leaves = {n: t.requires_grad_() for n, t in setup.begun.tensors().items()}
+    unrolled = full_unroll(loss, *segment(setup, drawn), leaves, 1.0, drawn.batches)["images"].detach()
+    return ((estimated - unrolled).norm() / unrolled.norm()).item()
 
 
 def test_exact_for_one_step_and_a_truncation_for_more(make):
@@ -27,6 +29,8 @@ def test_exact_for_one_step_and_a_truncation_for_more(make):
 
 
 def test_the_exact_estimator_is_one_setting_away(make):
-    made = make(method_run("tesla_vl", estimator="exact"))
-    loss = plain_loss(made.model, wbce)
-    assert_equals_slow(made, lambda leaves, drawn: full_unroll(loss, *segment(made, drawn), leaves, 1.0, drawn.batches))
+    setup = make(method_run("tesla_vl", estimator="exact"))
+    loss = plain_loss(setup.model, wbce)
+    assert_equals_slow(
+        setup, lambda leaves, drawn: full_unroll(loss, *segment(setup, drawn), leaves, 1.0, drawn.batches)
+    )

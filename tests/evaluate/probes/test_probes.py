@@ -126,12 +126,12 @@ def test_the_block_size_does_not_change_the_scores(tmp_path, ready, monkeypatch)
     formats.cocoqa(tmp_path / "cocoqa", rows, rows)
     formats.coco_pictures(tmp_path, range(100, 103))
     run, _ = ready(vqa_probe(tmp_path))
-    whole = probes.probe(tower(run), run, "p", CPU)
+    expected = probes.probe(tower(run), run, "p", CPU)
     for block, texts, pairs in ((15, 8, 2), (1, 7, 1)):
         monkeypatch.setattr(vqa, "BLOCK", block)
         monkeypatch.setattr(ranking, "TEXTS", texts)
         monkeypatch.setattr(vqa, "PAIRS", pairs)
-        assert probes.probe(tower(run), run, "p", CPU) == whole
+        assert probes.probe(tower(run), run, "p", CPU) == expected
 
 
 def test_majority_answers_come_from_train_per_question_type():
