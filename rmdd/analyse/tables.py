@@ -114,7 +114,7 @@ def collapse(
     for trajectory in trajectories:
         name = f"student, {trajectory}"
         lines[name], spreads[name] = _scores([r for r in rows if r["trajectory"] == trajectory])
-    xlabel = f"stop ({STOP}); epoch of the teacher"
+    xlabel = f"students: stop ({STOP}); teacher: epoch"
     sheet.lines(0, "teacher and student", epochs, lines, xlabel, "val R@mean, %", spreads)
     return _write_table(folder, "collapse", rows, sheet, swept)
 

@@ -103,7 +103,7 @@ def test_components_of_the_gradients(trained):
 def test_the_collapse_table_has_teacher_and_student(trained, ink):
     result = analyse(trained, "collapse", "--epochs", "1,3", "--iterations", "2", "--trajectories", "original,shortcut")
     words = re.findall(r"<!-- (.*?) -->", Path(result["files"][1]).read_text())
-    assert "stop (exclusive end of the start range); epoch of the teacher" in words
+    assert "students: stop (exclusive end of the start range); teacher: epoch" in words
     assert not [w for w in words if re.fullmatch(r"\d\.\d+", w) and float(w) <= 3], (
         "epochs on the axis must be integers"
     )
