@@ -229,7 +229,9 @@ def _prepared(run: config.Run, progress: Progress) -> tuple[config.Run, Store]:
         return with_explicit_phases(pipeline.plan()), pipeline.experts()
 
 
-def _write_table(folder: Path, name: str, rows: list[dict[str, Any]], sheet: Sheet, swept: SweepResult) -> dict[str, Any]:
+def _write_table(
+    folder: Path, name: str, rows: list[dict[str, Any]], sheet: Sheet, swept: SweepResult
+) -> dict[str, Any]:
     files = [str(folder / "analyse" / f"{name}.{kind}") for kind in ("csv", "svg")]
     write_csv(Path(files[0]), rows)
     sheet.save(Path(files[1]))
