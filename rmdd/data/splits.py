@@ -97,9 +97,9 @@ class Split:
         return self.pixels.decode(np.asarray(index))
 
     def cache_bytes(self, encoded: bool) -> int:
-        """Return the size in bytes of the cache of decoded images, or about that of the cache of encoded images.
+        """Return the size of the image cache in bytes: exact for decoded images, approximate for encoded ones.
 
-        Images in memory have no cache and give 0.
+        Images in memory need no cache and give 0.
         """
         if isinstance(self.pixels, np.ndarray):
             return 0

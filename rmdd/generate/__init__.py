@@ -1,1 +1,1 @@
-"""Generative distillation: features, prototypes, decoders, and the studio that a method works in."""
+"""Generative distillation: features, prototypes, image decoders, captioners and fine-tuning."""

@@ -1,7 +1,7 @@
-"""Captions of drawn pictures: images to strings, by a captioner of transformers, and what is made of its answers.
+"""Captions for generated images, written by a captioning model of transformers.
 
-Answers are stripped, cleaned as the run cleans captions, and refused when empty or repeated; a captioner is asked
-again, and at last a real caption stands in.
+Its answers are cleaned with the caption rule of the run. Empty and repeated answers are refused; the model is then
+called again, and after the last try real captions fill the gap.
 """
 
 import re
@@ -36,12 +36,12 @@ _SPACE = re.compile(r"\s+")
 @runtime_checkable
 class Captioner(Protocol):
     def describe(self, image: Image.Image, count: int, seed: int) -> list[str]:
-        """Some captions of a picture as the model gives them; about `count`, the same for the same seed."""
+        """Return about `count` captions of an image, unprocessed; equal seeds give equal captions."""
         ...
 
 
 class PretrainedCaptioner:
-    """BLIP or LLaVA from a folder; answers are sampled under a seed of their own."""
+    """BLIP or LLaVA, loaded from a folder; answers are sampled with a given seed."""
 
     def __init__(
         self, backend: Backend, folder: Path, device: torch.device, *, prompt: str, tokens: int, dtype: Precision
@@ -72,18 +72,18 @@ class PretrainedCaptioner:
         if self.backend == "llava":
             out = out[:, inputs["input_ids"].shape[1] :]
         answers = self.processor.batch_decode(out, skip_special_tokens=True)
-        return [one.removeprefix(self.prompt.lower()) for one in answers] if self.backend == "blip" else answers
+        return [answer.removeprefix(self.prompt.lower()) for answer in answers] if self.backend == "blip" else answers
 
 
 @dataclass(frozen=True)
 class FurtherCaptions:
-    """The further captions of a picture, and where each came from."""
+    """The additional captions of an image, and the source of each."""
 
     captions: list[str]
     sources: list[str]
     """`captioner` or `real`, one per caption."""
     refused: int
-    """Answers that were empty or repeated."""
+    """Number of refused answers, which were empty or repeated."""
 
 
 def further_captions(
@@ -94,9 +94,9 @@ def further_captions(
     rule: Captions,
     tries: int,
 ) -> FurtherCaptions:
-    """`count` captions beside `first`, all different: answers of `ask(wanted, attempt)`, then real ones in their order.
+    """Collect `count` different captions besides `first`: answers of `ask(wanted, attempt)`, then real captions.
 
-    Raises `ValueError` when the real ones do not suffice either.
+    Raises `ValueError` if there are not enough real captions.
     """
     captions: list[str] = []
     refused = 0
@@ -104,7 +104,7 @@ def further_captions(
         if len(captions) == count:
             break
         for answer in ask(count - len(captions), attempt):
-            caption = tidied(answer, rule)
+            caption = clean_answer(answer, rule)
             if len(captions) == count:
                 break
             if not caption or caption in (first, *captions):
@@ -117,19 +117,19 @@ def further_captions(
             captions.append(caption)
     if len(captions) < count:
         raise ValueError(
-            f"a picture of {first!r} needs {count} more captions, and the captioner and {len(real)} real ones gave "
-            f"{len(captions)}; lower distill.options.captions_per_image"
+            f"an image with caption {first!r} needs {count} more captions, but the captioner and {len(real)} real ones "
+            f"gave {len(captions)}; lower distill.options.captions_per_image"
         )
     return FurtherCaptions(captions, ["captioner"] * answered + ["real"] * (count - answered), refused)
 
 
-def tidied(answer: str, rule: Captions) -> str:
-    """An answer on one line, as the run's captions are; may be empty."""
+def clean_answer(answer: str, rule: Captions) -> str:
+    """Put an answer on one line and clean it with the caption rule; the result may be empty."""
     return clean(_SPACE.sub(" ", answer).strip().strip("\"'").strip(), rule)
 
 
 class CaptionWriter:
-    """A captioner at work: a picture's path in, a JSON of its further captions beside it out."""
+    """A worker that captions one image per item and writes the captions as JSON to the item's `out`."""
 
     def __init__(self, make: Callable[[], Captioner], rule: Captions, seed: int, tries: int, threads: int):
         self.rule, self.seed, self.tries, self.threads = rule, seed, tries, threads
@@ -149,7 +149,7 @@ class CaptionWriter:
 
 
 def saved_captions(path: Path, key: str) -> FurtherCaptions | None:
-    """What was gathered before, for the same picture, caption and captioner."""
+    """Read the captions that an earlier run wrote; None if they are missing or belong to another `key`."""
     if not path.is_file():
         return None
     value = read_json(path)
@@ -157,25 +157,24 @@ def saved_captions(path: Path, key: str) -> FurtherCaptions | None:
 
 
 def stand_ins(captions: Sequence[str], texts: np.ndarray, record: int, count: int, image_of: np.ndarray) -> list[str]:
-    """Real captions to stand in beside that of `record`: those of its own picture, then the nearest of others.
+    """Choose real captions to replace missing answers for `record`: first those of its image, then the nearest others.
 
-    `texts` (T,F) are the captions' embeddings. At most `count` of each kind.
+    `texts` (T,F) are the embeddings of the captions. Returns at most `count` captions of each kind.
     """
-    own = [captions[int(r)] for r in np.flatnonzero(image_of == image_of[record])[: count + 1] if int(r) != record]
-    here = np.asarray(texts[record], dtype=np.float32)
-    score = _cosines(texts, here)
+    same_image = np.flatnonzero(image_of == image_of[record])[: count + 1]
+    of_image = [captions[int(r)] for r in same_image if int(r) != record]
+    score = _cosines(texts, np.asarray(texts[record], dtype=np.float32))
     score[record] = -np.inf
-    few = min(len(score), 8 * (count + 1))
-    order = np.argsort(-score, kind="stable")[:few]
+    order = np.argsort(-score, kind="stable")[: min(len(score), 8 * (count + 1))]
     others = list(dict.fromkeys(captions[int(r)] for r in order if captions[int(r)] != captions[record]))
-    return [*own, *others[: count + len(own)]]
+    return [*of_image, *others[: count + len(of_image)]]
 
 
-def _cosines(rows: np.ndarray, one: np.ndarray, chunk: int = 65_536) -> np.ndarray:
-    """Of every row with one vector, a chunk of rows at a time."""
+def _cosines(rows: np.ndarray, vector: np.ndarray, chunk: int = 65_536) -> np.ndarray:
+    """Compute the cosine of each row with `vector`, in chunks of rows."""
     cosines = np.empty(len(rows), np.float32)
     for start in range(0, len(rows), chunk):
         block = np.asarray(rows[start : start + chunk], dtype=np.float32)
-        size = np.maximum(np.linalg.norm(block, axis=1) * np.linalg.norm(one), 1e-12)
-        cosines[start : start + chunk] = block @ one / size
+        size = np.maximum(np.linalg.norm(block, axis=1) * np.linalg.norm(vector), 1e-12)
+        cosines[start : start + chunk] = block @ vector / size
     return cosines

@@ -1,8 +1,8 @@
-"""From what is known of a pair to its picture: the real image nearest to a prototype, or a diffusion pipeline.
+"""Image decoders: they turn the request of a pair into an image, by looking up a real image or by diffusion.
 
-A decoder is made inside the worker that uses it. Every picture has a generator of its own, seeded by its pair, so it
-does not depend on which were made before. Pictures of a block are made together; blocks are cut by pair number, so
-that a resume makes the same ones. B pictures of a block, D width of the embedding space.
+A decoder is constructed in the worker that uses it. Each image has its own random generator, seeded by its pair, so it
+does not depend on other images. Images of a block are generated together; a block is a range of pair numbers, so a
+resumed run generates the same blocks. B images of a block, D width of the embedding space.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from rmdd.execution.tasks import Values
 from rmdd.models.pretrained import quiet
 
 Request = dict[str, Any]
-"""What a pair is made from: `index`, `seed`, and what its decoder reads, such as `caption` or a row `embedding`."""
+"""Input for one image: `index` and `seed` of the pair, and the decoder's inputs, such as `caption` or `embedding`."""
 Precision = Literal["float32", "bfloat16", "float16"]
 Offload = Literal["none", "model", "sequential"]
 
@@ -36,20 +36,20 @@ REQUESTS = "requests"
 
 @runtime_checkable
 class Decoder(Protocol):
-    """Makes pictures of any size; `random_of` gives the generator of each."""
+    """An image decoder. Images may have any size; `random_of` returns the random generator of each."""
 
     def decode(self, requests: Sequence[Request]) -> list[Image.Image]:
-        """A picture for each request, in order. Raises `ValueError` that names a pair whose picture cannot be used."""
+        """Return an image for each request, in order. Raises `ValueError` that names the pair of an unusable image."""
         ...
 
 
 def random_of(request: Request, what: str = "picture") -> torch.Generator:
-    """The generator of a pair, on the CPU, so that every device draws the same numbers."""
+    """Return the random generator of a pair; it is on the CPU, so all devices use the same numbers."""
     return generator(request["seed"], what, request["index"])
 
 
 class Nearest:
-    """Real images as they are, as a baseline that makes nothing up; a request names its `image` by number."""
+    """A baseline decoder that returns a real image; a request contains its number as `image`."""
 
     def __init__(self, split: Split):
         self.split = split
@@ -60,9 +60,9 @@ class Nearest:
 
 
 class StableUnclip:
-    """Stable unCLIP: image embeddings of raw CLIP scale, noised to `noise_level`, and captions as prompts.
+    """Stable unCLIP: decodes CLIP image embeddings (not normalised, with noise of `noise_level`), captions as prompts.
 
-    The pipeline brings no safety checker. Raises `ValueError` for embeddings of another width than its normaliser's.
+    The pipeline has no safety checker. Raises `ValueError` for embeddings whose width differs from its normaliser's.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class StableUnclip:
                 folder, dtype=getattr(torch, dtype), local_files_only=True
             )
         self.dtype, self.width = getattr(torch, dtype), width_of(folder)
-        self.device = placed(self.pipeline, device, offload)
+        self.device = move_to_device(self.pipeline, device, offload)
         self.negative = negative_prompt
         self.options = {"num_inference_steps": steps, "guidance_scale": guidance, "noise_level": noise_level}
 
@@ -101,9 +101,9 @@ class StableUnclip:
 
 
 class Karlo:
-    """Karlo's unCLIP decoder with its two upscalers; it reads embeddings alone, no captions.
+    """Karlo's unCLIP decoder with its two upscalers; it uses only embeddings, no captions.
 
-    diffusers cannot load this pipeline whole any more, so its parts are loaded one by one.
+    diffusers can no longer load the complete pipeline, so its parts are loaded one by one.
     """
 
     def __init__(
@@ -147,9 +147,9 @@ class Karlo:
                 n: kind.from_pretrained(folder / n, dtype=self.dtype).eval() for n, kind in models.items()
             }
             parts |= {n: kind.from_pretrained(folder / n) for n, kind in rest.items()}
-            whole: Any = UnCLIPImageVariationPipeline
-            self.pipeline = whole(**parts)
-        self.device = placed(self.pipeline, device, offload)
+            pipeline_class: Any = UnCLIPImageVariationPipeline
+            self.pipeline = pipeline_class(**parts)
+        self.device = move_to_device(self.pipeline, device, offload)
         self.options = {
             "decoder_num_inference_steps": steps,
             "super_res_num_inference_steps": super_steps,
@@ -166,39 +166,39 @@ class Karlo:
         return pictures(requests, output.images)
 
 
-# -- what decoders share ---------------------------------------------------------------------------------------------
+# -- helpers of the decoders -----------------------------------------------------------------------------------------
 
 
 def width_of(folder: Path) -> int:
-    """Width D of the embeddings that the unCLIP pipeline in `folder` takes."""
+    """Return the width D of the embeddings that the unCLIP pipeline in `folder` accepts."""
     if (folder / "image_normalizer").is_dir():
         return int(read_json(folder / "image_normalizer" / "config.json")["embedding_dim"])
     return int(read_json(folder / "image_encoder" / "config.json")["projection_dim"])
 
 
 def embeddings_of(requests: Sequence[Request], width: int) -> Float[Tensor, "B D"]:
-    """The rows `embedding` of some pairs, float32. Raises `ValueError` where they do not suit the decoder."""
+    """Stack the `embedding` of each request, as float32. Raises `ValueError` for a wrong width or non-finite values."""
     rows = torch.stack([r["embedding"] for r in requests]).float()
     if rows.shape[1] != width:
-        raise ValueError(f"the decoder takes embeddings of width {width}, found {rows.shape[1]}; take its own CLIP")
+        raise ValueError(f"the decoder takes embeddings of width {width}, found {rows.shape[1]}; use its own CLIP")
     for request, row in zip(requests, rows, strict=True):
         if not row.isfinite().all():
-            raise ValueError(f"the embedding of pair {request['index']} is not finite; look at the features")
+            raise ValueError(f"the embedding of pair {request['index']} is not finite; check the features")
     return rows
 
 
 def pictures(requests: Sequence[Request], images: Float[np.ndarray, "B H W 3"]) -> list[Image.Image]:
-    """Pixels in [0, 1] as pictures. Raises `ValueError` for those that are not finite (half precision overflows)."""
+    """Convert pixels in [0, 1] to PIL images. Raises `ValueError` for non-finite pixels (half precision overflows)."""
     for request, image in zip(requests, images, strict=True):
         if not np.isfinite(image).all():
             raise ValueError(
-                f"the picture of pair {request['index']} is not finite; use dtype bfloat16 or float32 for the decoder"
+                f"the image of pair {request['index']} is not finite; use dtype bfloat16 or float32 for the decoder"
             )
     return [Image.fromarray(np.rint(255 * image).clip(0, 255).astype(np.uint8)) for image in images]
 
 
-def placed(pipeline: Any, device: torch.device, offload: Offload) -> torch.device:
-    """Bring a pipeline to a device; with `offload` its parts wait in main memory until they are needed."""
+def move_to_device(pipeline: Any, device: torch.device, offload: Offload) -> torch.device:
+    """Move a pipeline to a device; with `offload` its parts stay in main memory until they are needed."""
     pipeline.set_progress_bar_config(disable=True)
     device = device if torch.cuda.is_available() else torch.device("cpu")
     if offload == "none" or device.type == "cpu":
@@ -210,13 +210,13 @@ def placed(pipeline: Any, device: torch.device, offload: Offload) -> torch.devic
     return device
 
 
-# -- pairs, one file each --------------------------------------------------------------------------------------------
+# -- image files -----------------------------------------------------------------------------------------------------
 
 
 class PictureWriter:
-    """A decoder at work: numbers of blocks to pictures in `<folder>/pairs`, a PNG and a JSON each, the latter last.
+    """A worker that decodes one block per item and writes each image to `<folder>/pairs`: first a PNG, then a JSON.
 
-    Pictures are RGB of side `size` (Lanczos). Raises `ValueError` for a picture of one colour or without pixels.
+    Images are resized to RGB of side `size` (Lanczos). Raises `ValueError` for an image of one colour or no pixels.
     """
 
     def __init__(self, make: Callable[[], Decoder], folder: Path, batch: int, size: int, threads: int):
@@ -239,8 +239,8 @@ class PictureWriter:
         image = image.convert("RGB")
         if not image.width or not image.height or not np.asarray(image).reshape(-1, 3).std(axis=0).any():
             raise ValueError(
-                f"the picture of pair {index} is empty or of one colour ({image.width} x {image.height}); the decoder "
-                "failed: look at its precision and its parts"
+                f"the image of pair {index} is empty or has one colour ({image.width} x {image.height}); the decoder "
+                "failed: check its precision and its parts"
             )
         native, redrawn = list(image.size), image.info.get("redrawn", 0)
         if image.size != (self.size, self.size):
@@ -250,7 +250,7 @@ class PictureWriter:
         plain = {name: value for name, value in request.items() if not isinstance(value, Tensor)}
         about = plain | {"native": native, "request": request_hash(request)}
         if redrawn:
-            about["redrawn"] = redrawn  # how many seeds gave one colour
+            about["redrawn"] = redrawn  # number of seeds that gave an image of one colour
         write_json(picture_of(self.folder, index).with_suffix(".json"), about)
 
 
@@ -259,14 +259,14 @@ def picture_of(folder: Path, index: int) -> Path:
 
 
 def is_drawn(folder: Path, request: Request) -> bool:
-    """Whether the picture of a pair is there, made from the same request."""
+    """Return whether the image of a pair exists and was generated from the same request."""
     path = picture_of(folder, request["index"])
     about = path.with_suffix(".json")
     return path.is_file() and about.is_file() and read_json(about)["request"] == request_hash(request)
 
 
 def request_hash(request: Request) -> str:
-    """Of all that a pair is made from, rows of tensors too."""
+    """Return a hash of a request, including its tensors."""
     plain = {name: value for name, value in request.items() if not isinstance(value, Tensor)}
     digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
     for name in sorted(request.keys() - plain.keys()):
@@ -276,9 +276,10 @@ def request_hash(request: Request) -> str:
 
 
 def write_requests(folder: Path, requests: Sequence[Values], tensors: dict[str, Tensor]) -> None:
-    """What pairs are made from, for the workers: small values of each, and tensors whose row i belongs to pair i."""
+    """Write the requests of all pairs for the workers: JSON values, and tensors whose row i belongs to pair i."""
     if any(len(t) != len(requests) for t in tensors.values()):
-        raise ValueError(f"{len(requests)} pairs, and rows { ({n: len(t) for n, t in tensors.items()}) }")
+        lengths = {n: len(t) for n, t in tensors.items()}
+        raise ValueError(f"each tensor needs one row per pair: {len(requests)} pairs, found rows {lengths}")
     save_checked(folder / f"{REQUESTS}.safetensors", {n: t.contiguous() for n, t in tensors.items()}, REQUESTS, {})
     write_json(folder / f"{REQUESTS}.json", list(requests))
 

@@ -1,4 +1,4 @@
-"""A text-conditioned latent diffusion model taken apart: what training and fusing need of it.
+"""The parts of a text-conditioned latent diffusion model that fine-tuning and fusion use.
 
 B batch, S pixels on a side, C h w a latent, L text tokens, F text width.
 """
@@ -11,22 +11,22 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from rmdd.generate.fusion import after, first_end
+from rmdd.generate.fusion import first_end, positions_after
 
 
 @dataclass
 class Texts:
-    """Captions as a text encoder leaves them."""
+    """Captions, encoded by the text encoder."""
 
     tokens: Float[Tensor, "B L F"]
     pooled: Float[Tensor, "B F"]
-    """The state of the first end-of-text token."""
+    """Hidden state of the first end-of-text token."""
     padding: Bool[Tensor, "B L"]
-    """True behind it."""
+    """True for positions after the first end-of-text token."""
 
 
 class Diffusion:
-    """Frozen parts of a Stable Diffusion pipeline."""
+    """The frozen parts of a Stable Diffusion pipeline."""
 
     def __init__(self, pipeline: Any):
         self.pipeline = pipeline
@@ -44,13 +44,16 @@ class Diffusion:
         return int(self.text_encoder.config.hidden_size)
 
     def grid(self, size: int) -> tuple[int, int]:
-        """Rows and columns of the latent of a picture. Raises `ValueError` for sizes the encoder cannot halve."""
+        """Return the rows and columns of the latent of an image. Raises `ValueError` for an unsupported image size."""
         return grid_of(len(self.vae.config.block_out_channels), size)
 
     def latents(
         self, pixels: Float[Tensor, "B 3 S S"], random: torch.Generator | None = None
     ) -> Float[Tensor, "B C h w"]:
-        """Unscaled latents of pictures in [-1, 1]: a sample of the posterior by a CPU generator, its mean without."""
+        """Encode images in [-1, 1] as unscaled latents.
+
+        With a CPU generator it samples from the posterior, without one it returns the mean of the posterior.
+        """
         posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         if random is None:
             return posterior.mean.float()
@@ -58,12 +61,12 @@ class Diffusion:
         return posterior.mean.float() + posterior.std.float() * noise
 
     def decode(self, latents: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 S S"]:
-        """Pictures around [-1, 1] of unscaled latents."""
+        """Decode unscaled latents to images, approximately in [-1, 1]."""
         return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
 
     @torch.no_grad()
     def texts(self, captions: Sequence[str]) -> Texts:
-        """Captions padded to the length that the encoder reads, and cut where they are longer."""
+        """Encode captions, padded or truncated to the length that the text encoder reads."""
         length = self.tokenizer.model_max_length
         ids = self.tokenizer(
             list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
@@ -71,20 +74,23 @@ class Diffusion:
         tokens = self.text_encoder(ids).last_hidden_state.float()
         ends = first_end(ids, int(self.tokenizer.eos_token_id))
         pooled = tokens[torch.arange(len(ids), device=ids.device), ends]
-        return Texts(tokens, pooled, after(ends, ids.shape[1]))
+        return Texts(tokens, pooled, positions_after(ends, ids.shape[1]))
 
 
 def grid_of(blocks: int, size: int) -> tuple[int, int]:
-    """Rows and columns of a latent behind an encoder of so many blocks. Raises `ValueError` for other sizes."""
+    """Return the rows and columns of the latent of an image of side `size`; the encoder has `blocks` blocks.
+
+    Raises `ValueError` if the size cannot be halved `blocks - 1` times.
+    """
     factor = 2 ** (blocks - 1)
     if size % factor:
         raise ValueError(
-            f"pictures of side {size} cannot be halved {blocks - 1} times by this model's encoder; give a multiple of "
-            f"{factor} as the size in distill.options"
+            f"this model's encoder cannot halve images of side {size} {blocks - 1} times; set the size in "
+            f"distill.options to a multiple of {factor}"
         )
     return size // factor, size // factor
 
 
 def as_signed(pictures: UInt8[Tensor, "B 3 S S"]) -> Float[Tensor, "B 3 S S"]:
-    """Pixels in [-1, 1], as the encoder expects them."""
+    """Convert uint8 pixels to [-1, 1], the range of the encoder."""
     return pictures.to(torch.float32) / 127.5 - 1

@@ -1,10 +1,10 @@
-"""EDGE's fine-tuning: gradients of its losses in the biases and normalisations of a UNet.
+"""EDGE's fine-tuning: the gradients of its losses in the biases and normalisation parameters of a UNet.
 
     z_t = noised(z_0), prediction = UNet(z_t, t, e), z^ = clean estimate, x^ = VAE(z^ / scale), i = CLIP(x^)
     L   = lambda_c L_C(i, w) + lambda_d L_D(i, w) + lambda_n MSE(prediction, its target)
 
-The batch of the contrastive loss may be larger than what fits: features are then made twice, first without a graph for
-the loss of all of them, then part by part for their gradient (gradient caching).
+The batch of the contrastive loss may be larger than the memory allows. Features are then computed twice (gradient
+caching): first without a graph for the loss of the entire batch, then in micro-batches for the gradient.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,38 +33,40 @@ from rmdd.generate.edge_losses import (
 
 
 class EdgeTuning(Section):
-    """How the generator is fine-tuned."""
+    """Settings for fine-tuning the diffusion model."""
 
     epochs: PositiveInt = Field(10, description="passes over the captions")
-    fraction: float = Field(1.0, gt=0, le=1, description="of the captions, drawn once")
-    steps: int | None = Field(None, ge=0, description="updates in place of epochs; 0 takes the generator as it is")
-    batch: int = Field(128, ge=2, description="pairs B that are contrasted")
+    fraction: float = Field(1.0, gt=0, le=1, description="fraction of the captions that are used, drawn at random once")
+    steps: int | None = Field(None, ge=0, description="number of updates, replaces epochs; 0 skips fine-tuning")
+    batch: int = Field(128, ge=2, description="pairs B in a batch of the contrastive loss")
     micro_batch: PositiveInt | None = Field(
-        None, description="pairs that go through the networks together, with the same gradient; null: all"
+        None, description="pairs per forward pass, does not change the gradient; null: the entire batch"
     )
-    size: PositiveInt = Field(256, description="side of the pictures in fine-tuning; the release has 224")
-    lr: PositiveFloat = Field(1e-3, description="of plain SGD")
+    size: PositiveInt = Field(256, description="side of the images in fine-tuning; released code: 224")
+    lr: PositiveFloat = Field(1e-3, description="learning rate of SGD without momentum")
     contrast: NonNegativeFloat = Field(1.0, description="lambda_c, weight of the contrastive loss")
     diverse: NonNegativeFloat = Field(1.0, description="lambda_d, weight of the diversity loss")
     anchor: NonNegativeFloat = Field(
-        1.0, description="lambda_n, weight of the noise prediction that keeps the model a generator; the release has 0"
+        1.0, description="lambda_n, weight of the denoising loss, which preserves image generation; released code: 0"
     )
     temperature: PositiveFloat = Field(0.1, description="tau of the contrastive loss")
-    unit_halves: bool = Field(True, description="unit length for image and text before they are joined; release: false")
+    unit_halves: bool = Field(True, description="normalise image and text before joining them; released code: false")
     max_step: PositiveInt = Field(
-        600, description="time steps are drawn below it, for 1/sqrt(abar_t) grows to 15; the release has 1000"
+        600, description="upper bound of the time steps, because 1/sqrt(abar_t) grows to 15; released code: 1000"
     )
     weighting: Literal["none", "alpha_bar"] = Field(
-        "none", description="alpha_bar lets a sample's gradient count by its signal level, so that high noise may stay"
+        "none", description="alpha_bar weights the gradient of each sample by its signal level, which allows high noise"
     )
-    clamp: PositiveFloat | None = Field(6.0, description="bound of the clean estimate in scaled units; null: none")
+    clamp: PositiveFloat | None = Field(
+        6.0, description="bound of the clean estimate, in units of scaled latents; null: no bound"
+    )
     recipe: Literal["corrected", "released"] = Field(
         "corrected",
         description="released feeds clean latents to the UNet, decodes scaled ones, and gives CLIP's pixels to the "
         "VAE and the VAE's to CLIP",
     )
     precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of matrix products; parameters and their updates are float32"
+        "float32", description="dtype of matrix products; parameters and their updates are float32"
     )
     save_memory: bool = Field(False, description="recompute activations of UNet and decoder in the backward pass")
     checkpoint_every: PositiveInt = Field(100, description="updates between checkpoints")
@@ -76,26 +78,26 @@ class EdgeTuning(Section):
         return []
 
     def updates(self, captions: int) -> int:
-        """Steps over so many captions."""
+        """Return the number of updates for a number of captions."""
         used = self.used(captions)
         return self.epochs * max(1, used // min(self.batch, used)) if self.steps is None else self.steps
 
     def used(self, captions: int) -> int:
-        """Of so many captions."""
+        """Return how many of `captions` are used for fine-tuning, at least 2 if there are as many."""
         return min(captions, max(2, int(self.fraction * captions)))
 
 
 @dataclass(frozen=True)
 class TuningBatch:
-    """A batch before noise, on the device."""
+    """A training batch without noise, on the device."""
 
     latents: Float[Tensor, "B C h w"]
-    """z_0, scaled."""
+    """Scaled clean latents z_0."""
     tokens: Float[Tensor, "B L F"]
     texts: Float[Tensor, "B D"]
     """CLIP features of the captions."""
     captions: Int[Tensor, " B"]
-    """Equal numbers for equal captions."""
+    """Number of the caption of each pair; equal captions have equal numbers."""
     times: Int[Tensor, " B"]
     noise: Float[Tensor, "B C h w"]
 
@@ -104,7 +106,7 @@ class TuningBatch:
 
 
 class EdgeTrainer:
-    """See `rmdd.generate.tuning.Trainer`. `pictures(records, size)` gives those of caption records as uint8."""
+    """A `rmdd.generate.tuning.Trainer` for EDGE. `pictures(records, size)` returns the images of captions as uint8."""
 
     def __init__(
         self,
@@ -117,14 +119,14 @@ class EdgeTrainer:
         seed: int,
     ):
         if len(captions) < 2:
-            raise ValueError("EDGE contrasts pairs, found a train split of one caption; ingest more data")
+            raise ValueError("EDGE needs at least two captions, found a train split of one; ingest more data")
         self.rule, self.diffusion, self.seed = rule, diffusion, seed
         self.clip, self.clip_tokenizer = clip.requires_grad_(False).eval(), clip_tokenizer
         self.captions, self.pictures = captions, pictures
         diffusion.grid(rule.size)
         if rule.max_step > len(diffusion.alpha_bar):
             raise ValueError(
-                f"distill.options.tuning.max_step {rule.max_step} lies past this model's {len(diffusion.alpha_bar)} "
+                f"distill.options.tuning.max_step {rule.max_step} exceeds this model's {len(diffusion.alpha_bar)} "
                 "time steps; lower it"
             )
         order = torch.randperm(len(captions), generator=generator(seed, "edge fraction"))
@@ -141,17 +143,17 @@ class EdgeTrainer:
 
     # -- a batch -----------------------------------------------------------------------------------------------------
 
-    def drawn(self, step: int) -> list[int]:
-        """The caption records of a step, cut from a permutation per epoch."""
+    def batch_records(self, step: int) -> list[int]:
+        """Return the caption records of a step, taken from a permutation per epoch."""
         epoch, offset = divmod(step, len(self.records) // self.batch_size)
         order = torch.randperm(len(self.records), generator=generator(self.seed, "edge epoch", epoch))
         return self.records[order[offset * self.batch_size :][: self.batch_size]].tolist()
 
     @torch.no_grad()
     def batch(self, step: int) -> TuningBatch:
-        """All that is random about a step, drawn on the CPU."""
+        """Build the batch of a step; all its random numbers are drawn on the CPU."""
         rule, device, random = self.rule, self.diffusion.device, generator(self.seed, "edge step", step)
-        records = self.drawn(step)
+        records = self.batch_records(step)
         captions = [self.captions[r] for r in records]
         pixels = self._for_vae(self.pictures(records, rule.size).to(device))
         latents = torch.cat([self.diffusion.latents(pixels[rows], random) for rows in self._parts(len(records))])
@@ -183,8 +185,8 @@ class EdgeTrainer:
 
     # -- the losses --------------------------------------------------------------------------------------------------
 
-    def look(self, batch: TuningBatch) -> tuple[Float[Tensor, "B D"], Float[Tensor, ""]]:
-        """CLIP features of what the UNet takes the noisy latents for, and the sum of squared misses per entry."""
+    def features_and_error(self, batch: TuningBatch) -> tuple[Float[Tensor, "B D"], Float[Tensor, ""]]:
+        """Return the CLIP features of the denoised images, and the sum over the batch of the mean squared errors."""
         rule, diffusion = self.rule, self.diffusion
         alpha_bar = diffusion.alpha_bar[batch.times]
         noisy = noised(batch.latents, batch.noise, alpha_bar)
@@ -199,8 +201,8 @@ class EdgeTrainer:
             features = self.clip.get_image_features(pixel_values=self._for_clip(pixels)).pooler_output
         if rule.weighting == "alpha_bar":
             features = _weighted(features.float(), alpha_bar)
-        wanted = target_of(batch.latents, batch.noise, alpha_bar, diffusion.prediction)
-        return features.float(), F.mse_loss(predicted, wanted, reduction="sum") / wanted[0].numel()
+        target = target_of(batch.latents, batch.noise, alpha_bar, diffusion.prediction)
+        return features.float(), F.mse_loss(predicted, target, reduction="sum") / target[0].numel()
 
     def _for_clip(self, pixels: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B 3 s s"]:
         side = self.clip.config.vision_config.image_size
@@ -209,8 +211,8 @@ class EdgeTrainer:
             pixels = F.interpolate(pixels, (side, side), mode="bicubic", antialias=True)
         return pixels if self.rule.recipe == "released" else _standardised(pixels)
 
-    def pull(self, features: Float[Tensor, "B D"], batch: TuningBatch) -> dict[str, Tensor]:
-        """The losses on features of a whole batch."""
+    def feature_losses(self, features: Float[Tensor, "B D"], batch: TuningBatch) -> dict[str, Tensor]:
+        """Return the losses that depend on the features of the entire batch."""
         rule = self.rule
         return {
             "contrast": contrastive(features, batch.texts, rule.temperature, batch.captions),
@@ -222,19 +224,19 @@ class EdgeTrainer:
         count = len(batch.latents)
         parts = list(self._parts(count))
         if len(parts) == 1:
-            features, miss = self.look(batch)
-            losses = self.pull(features, batch) | {"anchor": miss / count}
+            features, miss = self.features_and_error(batch)
+            losses = self.feature_losses(features, batch) | {"anchor": miss / count}
             self._sum(losses).backward()
         else:
             with torch.no_grad():
-                features = torch.cat([self.look(batch.part(rows))[0] for rows in parts])
+                features = torch.cat([self.features_and_error(batch.part(rows))[0] for rows in parts])
             features.requires_grad_(True)
-            losses = self.pull(features, batch)
+            losses = self.feature_losses(features, batch)
             (rule.contrast * losses["contrast"] + rule.diverse * losses["diversity"]).backward()
             assert features.grad is not None
             misses = torch.zeros((), device=features.device)
             for rows in parts:
-                again, miss = self.look(batch.part(rows))
+                again, miss = self.features_and_error(batch.part(rows))
                 ((again * features.grad[rows]).sum() + rule.anchor * miss / count).backward()
                 misses += miss.detach()
             losses["anchor"] = misses / count
@@ -247,11 +249,14 @@ class EdgeTrainer:
 
 
 def draws(seed: int, count: int, number: int, start: int = 0) -> list[int]:
-    """`number` of `count` captions, uniform without replacement and the same in every process; `start` of the same
-    order are left to others. Raises `ValueError` when there are too few."""
+    """Draw `number` of `count` captions uniformly without replacement, equal in all processes.
+
+    The first `start` captions of the same order are skipped, because other phases use them. Raises `ValueError` if
+    there are too few captions.
+    """
     if start + number > count:
         raise ValueError(
-            f"{start + number} pictures are asked for, each of a caption of its own, but the train split has {count}; "
+            f"{start + number} images need different captions, but the train split has {count} captions; "
             "lower distill.phases.*.pairs, raise distill.options.captions_per_image, or ingest more data"
         )
     order = torch.randperm(count, generator=generator(seed, "edge captions"))
@@ -259,12 +264,12 @@ def draws(seed: int, count: int, number: int, start: int = 0) -> list[int]:
 
 
 def _standardised(pixels: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B 3 S S"]:
-    """Pixels in [0, 1] with CLIP's mean and deviation."""
+    """Normalise pixels in [0, 1] with CLIP's mean and deviation."""
     mean, std = (torch.tensor(v, device=pixels.device).view(1, 3, 1, 1) for v in NORMALISATIONS["clip"])
     return (pixels - mean) / std
 
 
 def _weighted(features: Float[Tensor, "B D"], weight: Float[Tensor, " B"]) -> Float[Tensor, "B D"]:
-    """The same features, whose gradient counts by `weight`."""
+    """Return the same features, with their gradient multiplied by `weight`."""
     w = weight[:, None]
     return w * features + (1 - w) * features.detach()

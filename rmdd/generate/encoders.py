@@ -1,7 +1,7 @@
-"""Features of the training split by an encoder, made block by block and kept in the cache.
+"""Features of the training split, computed in blocks by an encoder and cached.
 
-An encoder is named by `tower` (the run's own towers before training), `expert:N`, `clip:ID` or `columns:NAME`.
-Every image is encoded once, however many captions it has. n rows of a block, D width of a row.
+An encoder is `tower` (the towers of the run before training), `expert:N`, `clip:ID` or `columns:NAME`. Each image is
+encoded once, even if it has several captions. n rows of a block, D width of a row.
 """
 
 import functools
@@ -38,12 +38,12 @@ from rmdd.models.prepared import PreparedSplit, SplitSource
 from rmdd.models.text import encoder_identity
 
 BATCH, CLIP_BATCH = 256, 64
-"""Images or captions that go through an encoder together."""
+"""Images or captions per forward pass of a tower, and of a CLIP model."""
 
 
 @dataclass(frozen=True)
 class FeatureSource:
-    """What a worker needs to embed the training split of a run. It is small enough to be sent to one."""
+    """The settings that a worker needs to embed the training split of a run; small enough to send to workers."""
 
     splits: SplitSource
     store: Path
@@ -58,7 +58,7 @@ class FeatureSource:
 def features(
     source: FeatureSource, train: PreparedSplit, items: Items, choice: Choice, stream: Stream
 ) -> tuple[Rows, dict[str, Any], Sides, Path]:
-    """The rows of all items in the space asked for, what they are, their sides, and the folder of the rows."""
+    """Return the features of all items in the space of `choice`, their description, both sides, and their folder."""
     identity = identity_of(source, train, choice.encoder)
     sides = sides_of(source, train, choice.encoder, stream)
     about: dict[str, Any] = {"space": choice.space, "unit": choice.unit, "dtype": choice.dtype, **identity}
@@ -75,18 +75,18 @@ def features(
 
 
 def identity_of(source: FeatureSource, train: PreparedSplit, encoder: str) -> dict[str, Any]:
-    """All that decides the features of an encoder."""
+    """Return everything that determines the features of an encoder."""
     return {"data": train.split.dataset.hash, **encoder_facts(source, encoder)}
 
 
 def encoder_facts(source: FeatureSource, encoder: str) -> dict[str, Any]:
-    """What decides the features of an encoder, but for the data."""
+    """Return everything except the dataset that determines the features of an encoder."""
     data, model, device = source.splits.data, source.splits.model, device_of(source.runtime).type
     view = hashed(data, "features")
     kind, _, name = encoder.partition(":")
     if kind == "clip":
-        own = {name: view[name] for name in ("captions", "background", "exif_orientation")}
-        return {"encoder": "clip", "part": clip_part(name).identity(), "device": device, "view": own}
+        clip_view = {name: view[name] for name in ("captions", "background", "exif_orientation")}
+        return {"encoder": "clip", "part": clip_part(name).identity(), "device": device, "view": clip_view}
     facts: dict[str, Any] = {
         "encoder": f"expert:{name or 0}" if kind == "expert" else encoder,
         "device": device,
@@ -103,7 +103,7 @@ def encoder_facts(source: FeatureSource, encoder: str) -> dict[str, Any]:
 
 
 def sides_of(source: FeatureSource, train: PreparedSplit, encoder: str, stream: Stream) -> Sides:
-    """Images and captions of the split by an encoder, read from the cache or made by `stream`, block by block."""
+    """Return the features of all images and captions of the split, from the cache or computed in blocks by `stream`."""
     split, identity = train.split, identity_of(source, train, encoder)
     kind, _, name = encoder.partition(":")
     folder = source.splits.cache / f"sides-{config.hash_value(identity)}"
@@ -129,7 +129,7 @@ def sides_of(source: FeatureSource, train: PreparedSplit, encoder: str, stream: 
 
 
 class TowerEncoder:
-    """An image tower at work: numbers of blocks to files of rows. It is loaded once."""
+    """A worker that loads an image tower once and encodes one block of images per item to a file of rows."""
 
     def __init__(self, source: FeatureSource, encoder: str, folder: Path):
         self.train, self.folder, self.threads = source.splits.open("train"), folder, source.runtime.threads
@@ -156,12 +156,12 @@ class TowerEncoder:
 
 
 def trained_expert(source: FeatureSource, number: int, train: PreparedSplit) -> DualEncoder:
-    """Expert `number` of the run's store after its last epoch, in eval mode."""
+    """Load expert `number` of the run's store after its last epoch, in eval mode."""
     store = Store.open(source.store)
     open_storage(source.runtime).fetch(store.folder(number))
     if not store.is_complete(number):
         raise ValueError(
-            f"expert {number} is not in the store at {store.path}, which has {store.complete()}; name one of these, or "
+            f"expert {number} is not in the store at {store.path}, which has {store.complete()}; choose one of them or "
             "raise experts.num"
         )
     size = source.splits.data.image_size
@@ -183,7 +183,7 @@ def _expert_texts(source: FeatureSource, number: int, train: PreparedSplit) -> t
 
 
 class ClipEncoder:
-    """Numbers of blocks of one side to files of rows. The CLIP is loaded once."""
+    """A worker that loads a CLIP model once and encodes one block of images or captions per item to a file of rows."""
 
     def __init__(self, source: FeatureSource, clip: Path, folder: Path, side: Literal["image", "text"]):
         self.split, self.folder, self.side = source.splits.open("train").split, folder, side
@@ -198,7 +198,7 @@ class ClipEncoder:
         if not np.isfinite(rows).all():
             bad = int(ids[~np.isfinite(rows).all(axis=1)][0])
             raise ValueError(
-                f"the CLIP gives numbers that are not finite for {self.side} {bad}; its weights are broken"
+                f"the CLIP model gives non-finite features for {self.side} {bad}; download its weights again"
             )
         save_block(self.folder, values["block"], ids, rows)
         return {"rows": len(ids)}

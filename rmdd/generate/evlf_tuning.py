@@ -1,4 +1,4 @@
-"""EVLF's training: the fusion and the reader that aligns fused latents with texts, while they stay what they were.
+"""EVLF's training of its fusion module: fused latents are aligned with their texts while they stay close to the input.
 
 L = lambda_1 L_align(reader(z~), pooled text) + lambda_2(step) MSE(z~, z)
 """
@@ -16,57 +16,62 @@ from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
 from rmdd.config.runfile import Clash, Section
 from rmdd.core.seeding import derive, generator
 from rmdd.generate.diffusion import Diffusion, Texts, as_signed
-from rmdd.generate.fusion import Fusion, Projector, alignment, blurred_text, positives, ramp
+from rmdd.generate.fusion import Fusion, Projector, alignment, augment_text, positives, ramp
 
 
 class FusionRule(Section):
-    """The fusion module and how it is trained."""
+    """Settings of the fusion module and of its training."""
 
-    width: PositiveInt = Field(256, description="fusion width d")
+    width: PositiveInt = Field(256, description="width d of the fusion module")
     heads: PositiveInt = Field(4, description="attention heads")
     layers: PositiveInt = Field(2, description="attention layers")
-    dropout: float = Field(0.1, ge=0, lt=1, description="within the layers")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout rate in the attention layers")
     kv: Literal["both", "text"] = Field(
-        "both", description="what latents attend to: image and text tokens, as released, or text alone, as printed"
+        "both",
+        description="tokens that latents attend to: image and text (released code) or only text (paper)",
     )
     residual: bool = Field(
         True,
-        description="add to the latent through a convolution that starts at zero, so that z~ = z before training; "
-        "false as published, where the identity has to be learned",
+        description="add the output to the latent through a convolution that starts at zero: z~ = z before training; "
+        "false as published, where the module must learn the identity",
     )
     reader_width: PositiveInt = Field(64, description="channels of the reader's convolution")
     epochs: PositiveInt = Field(4, description="passes over the captions")
-    steps: int | None = Field(None, ge=0, description="updates in place of epochs; 0 leaves the fusion untrained")
-    batch: int = Field(16, ge=2, description="pairs B of a batch")
-    accumulate: PositiveInt = Field(2, description="batches of one update")
-    lr: PositiveFloat = Field(3e-4, description="of the fusion (AdamW)")
-    lr_reader: PositiveFloat = Field(1e-4, description="of the reader (AdamW)")
-    weight_decay: NonNegativeFloat = Field(1e-2, description="of both")
-    clip: PositiveFloat = Field(1.0, description="bound of the gradient's norm")
-    temperature: PositiveFloat = Field(0.07, description="tau of the alignment")
-    align: NonNegativeFloat = Field(0.1, description="lambda_1, weight of the alignment")
-    rebuild_low: NonNegativeFloat = Field(0.05, description="lambda_2 at the first update, weight of the likeness")
-    rebuild_high: NonNegativeFloat = Field(1.0, description="lambda_2 from half of the updates on")
-    drop_text: float = Field(0.2, ge=0, le=1, description="chance that a batch sees no text")
-    drop_entries: float = Field(0.1, ge=0, lt=1, description="share of text entries that are zero otherwise")
-    text_noise: NonNegativeFloat = Field(0.01, description="deviation of the noise added to text entries")
-    flip: float = Field(0.0, ge=0, le=1, description="chance of a mirrored picture; published 0.5, for classes")
+    steps: int | None = Field(
+        None, ge=0, description="number of updates, replaces epochs; 0 leaves the fusion untrained"
+    )
+    batch: int = Field(16, ge=2, description="pairs B in a batch")
+    accumulate: PositiveInt = Field(2, description="batches per update (gradient accumulation)")
+    lr: PositiveFloat = Field(3e-4, description="learning rate of the fusion (AdamW)")
+    lr_reader: PositiveFloat = Field(1e-4, description="learning rate of the reader (AdamW)")
+    weight_decay: NonNegativeFloat = Field(1e-2, description="weight decay of fusion and reader")
+    clip: PositiveFloat = Field(1.0, description="maximum norm of the gradient")
+    temperature: PositiveFloat = Field(0.07, description="temperature tau of the alignment loss")
+    align: NonNegativeFloat = Field(0.1, description="lambda_1, weight of the alignment loss")
+    rebuild_low: NonNegativeFloat = Field(
+        0.05, description="lambda_2, weight of the reconstruction loss, at the first update"
+    )
+    rebuild_high: NonNegativeFloat = Field(1.0, description="lambda_2 after half of the updates")
+    drop_text: float = Field(0.2, ge=0, le=1, description="probability that a batch is trained without text")
+    drop_entries: float = Field(0.1, ge=0, lt=1, description="fraction of text entries set to zero in other batches")
+    text_noise: NonNegativeFloat = Field(0.01, description="standard deviation of the noise added to text entries")
+    flip: float = Field(0.0, ge=0, le=1, description="probability of a mirrored image; published 0.5, for class labels")
     checkpoint_every: PositiveInt = Field(200, description="updates between checkpoints")
 
     def clashes(self) -> list[Clash]:
         if self.width % self.heads:
-            text = f"fusion.width {self.width} cannot be cut into {self.heads} heads; give a multiple"
+            text = f"fusion.width {self.width} is not divisible by {self.heads} heads; give a multiple"
             return [Clash(text, "fusion.width", "fusion.heads")]
         return []
 
     def updates(self, captions: int) -> int:
-        """Steps over so many captions."""
+        """Return the number of updates for a number of captions."""
         each = min(self.batch, captions) * self.accumulate
         return self.epochs * max(1, captions // each) if self.steps is None else self.steps
 
 
 def fusion_of(rule: FusionRule, diffusion: Diffusion, size: int, seed: int) -> tuple[Fusion, Projector]:
-    """The untrained modules for pictures of side `size`, drawn by `seed`."""
+    """Build the untrained fusion and reader modules for images of side `size`, initialised from `seed`."""
     grid, channels = diffusion.grid(size), int(diffusion.vae.config.latent_channels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "evlf modules"))
@@ -86,8 +91,10 @@ def fusion_of(rule: FusionRule, diffusion: Diffusion, size: int, seed: int) -> t
 
 
 class FusionTrainer:
-    """See `rmdd.generate.tuning.Trainer`. `pictures(records, size)` gives those of caption records as uint8, `image_of`
-    says which picture each is of."""
+    """A `rmdd.generate.tuning.Trainer` for EVLF's fusion and reader.
+
+    `pictures(records, size)` returns the images of captions as uint8; `image_of` is the image number of each caption.
+    """
 
     def __init__(
         self,
@@ -100,7 +107,7 @@ class FusionTrainer:
         seed: int,
     ):
         if len(set(image_of)) < 2:
-            raise ValueError("EVLF aligns pairs against others, found a train split of one picture; ingest more data")
+            raise ValueError("EVLF needs at least two images, found a train split of one; ingest more data")
         self.rule, self.diffusion, self.size, self.seed = rule, diffusion, size, seed
         self.captions, self.pictures = captions, pictures
         numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
@@ -118,8 +125,8 @@ class FusionTrainer:
         ]
         self.optimiser: torch.optim.Optimizer = torch.optim.AdamW(groups, weight_decay=rule.weight_decay)
 
-    def drawn(self, number: int) -> list[int]:
-        """The caption records of a batch, cut from a permutation per epoch."""
+    def batch_records(self, number: int) -> list[int]:
+        """Return the caption records of a batch, taken from a permutation per epoch."""
         epoch, offset = divmod(number, len(self.captions) // self.batch_size)
         order = torch.randperm(len(self.captions), generator=generator(self.seed, "evlf epoch", epoch))
         return order[offset * self.batch_size :][: self.batch_size].tolist()
@@ -131,7 +138,7 @@ class FusionTrainer:
         tokens: Float[Tensor, "B L F"],
         positive: Bool[Tensor, "B B"],
     ) -> dict[str, Tensor]:
-        """The alignment, whose target is the clean text, and the likeness of fused latents."""
+        """Return the alignment loss, whose target is the unaugmented text, and the reconstruction loss."""
         fused = self.fusion(latents, tokens, texts.padding)
         return {
             "align": alignment(self.reader(fused), texts.pooled, positive, self.rule.temperature),
@@ -143,14 +150,14 @@ class FusionTrainer:
         weight = ramp(step, self.total, rule.rebuild_low, rule.rebuild_high)
         report = {"loss": 0.0, "align": 0.0, "rebuild": 0.0}
         for number in range(step * rule.accumulate, (step + 1) * rule.accumulate):
-            random, records = generator(self.seed, "evlf batch", number), self.drawn(number)
+            random, records = generator(self.seed, "evlf batch", number), self.batch_records(number)
             pictures = self.pictures(records, self.size)
             mirrored = torch.rand(len(records), generator=random) < rule.flip
             pictures = torch.where(mirrored.view(-1, 1, 1, 1), pictures.flip(-1), pictures)
             with torch.no_grad():
                 latents = self.diffusion.latents(as_signed(pictures.to(device)))
                 texts = self.diffusion.texts([self.captions[r] for r in records])
-                tokens = blurred_text(
+                tokens = augment_text(
                     texts.tokens, random, drop_all=rule.drop_text, drop=rule.drop_entries, noise=rule.text_noise
                 )
             same = [torch.tensor([int(of[r]) for r in records]) for of in (self.image_of, self.caption_of)]

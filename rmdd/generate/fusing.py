@@ -1,4 +1,4 @@
-"""All pairs of a split as fused latents, block by block, on workers. D numbers of a latent."""
+"""Fused latents of all pairs of a split, computed in blocks by workers. D numbers of a latent."""
 
 import functools
 from pathlib import Path
@@ -20,12 +20,12 @@ from rmdd.generate.tuning import read_tuned, use_tuned
 from rmdd.models.prepared import SplitSource
 
 BLOCK = 512
-"""Caption records of a file."""
+"""Number of caption records in a block, which is one file."""
 BATCH = 16
 
 
 class FusionEncoder:
-    """A trained fusion at work: numbers of blocks of records to files of scaled fused latents (n, D), float16."""
+    """A worker that encodes one block of caption records per item to a file of scaled fused latents (n, D), float16."""
 
     def __init__(
         self,
@@ -53,13 +53,13 @@ class FusionEncoder:
         with torch_threads(self.threads):
             rows = in_chunks(self.fused, records, BATCH)
         if not np.isfinite(rows).all():
-            raise ValueError("fused latents are not finite; train the fusion with lower rates (distill.options.fusion)")
+            raise ValueError("fused latents are not finite; lower the learning rates in distill.options.fusion")
         write_array(_file(self.folder, values["block"]), rows)
         return {"pairs": len(records)}
 
     @torch.inference_mode()
     def fused(self, records: np.ndarray) -> np.ndarray:
-        """Rows of some records; each picture is encoded once."""
+        """Return the fused latents of caption records as rows; each image is encoded once."""
         images, positions = np.unique(self.split.image_of[records], return_inverse=True)
         pictures = np.stack([squashed(self.split.encoded(int(i)), self.data) for i in images])
         latents = self.diffusion.latents(as_signed(torch.from_numpy(pictures).to(self.diffusion.device)))
@@ -69,7 +69,7 @@ class FusionEncoder:
 
 
 def fused_rows(studio: Studio, generator: Path, rule: FusionRule, size: int, tuned: Path | None, folder: Path) -> Rows:
-    """The fused latents of all caption records of the train split, in `folder`, made where they are not there."""
+    """Return the fused latents of all caption records of the train split; missing files in `folder` are computed."""
     storage, count = open_storage(studio.run.runtime), len(studio.train.split.captions)
     storage.fetch(folder)
     blocks = range(-(-count // BLOCK))

@@ -1,7 +1,7 @@
-"""EVLF's fusion of a latent with the text of its picture, and the losses that train it.
+"""EVLF's fusion of an image latent with its text, and the losses that train it.
 
-Latent positions attend to text tokens (and, as released, to each other), so that the fused latent still looks like
-the latent it came from and can be read linearly as the embedding of its text.
+Latent positions attend to text tokens (and, in the released code, to each other). The fused latent stays close to the
+original latent, and the text embedding can be predicted from it linearly.
 
     L = lambda_1 L_align + lambda_2(step) MSE(z~, z)
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 class Layer(nn.Module):
-    """Attention to fixed keys and a feed-forward net, each with a normalised sum behind it."""
+    """A transformer layer: attention to fixed keys, then a feed-forward network, each with LayerNorm afterwards."""
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
@@ -37,11 +37,12 @@ class Layer(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Latents and text tokens to latents of the same scale.
+    """A module that fuses latents with text tokens and returns latents of the same shape and scale.
 
-    `keys: both` attends to image and text tokens, as released, `text` to text alone, as printed; either are made once
-    before the layers. With `residual` the output is added to the latent through a convolution that starts at zero, so
-    an untrained module changes nothing; without it (as published) the identity has to be learned.
+    With `keys: both` the latents attend to image and text tokens, as in the released code; with `text` only to text, as
+    in the paper. Keys are computed once before the layers. With `residual` the output is added to the latent through a
+    convolution that starts at zero, so an untrained module changes nothing; without it (as published) the module must
+    learn the identity.
     """
 
     def __init__(
@@ -74,11 +75,11 @@ class Fusion(nn.Module):
         tokens: Float[Tensor, "B L F"],
         padding: Bool[Tensor, "B L"],
     ) -> Float[Tensor, "B C h w"]:
-        """`padding` is true for tokens that nothing shall see. Raises `ValueError` for another grid."""
+        """Return fused latents. Tokens with `padding` True are ignored. Raises `ValueError` for another latent size."""
         if latents.shape[-2:] != self.grid:
             raise ValueError(
-                f"this fusion was made for latents of {self.grid[0]} x {self.grid[1]}, found "
-                f"{latents.shape[-2]} x {latents.shape[-1]}; keep one picture size in training and sampling"
+                f"this fusion was built for latents of {self.grid[0]} x {self.grid[1]}, found "
+                f"{latents.shape[-2]} x {latents.shape[-1]}; use the same image size in training and sampling"
             )
         x = self.image_in(latents).flatten(2).transpose(1, 2) + self.position
         text = self.text_in(tokens)
@@ -93,12 +94,12 @@ class Fusion(nn.Module):
 
 
 class Projector(nn.Module):
-    """Reads a latent as a text embedding. Raises `ValueError` for a grid it cannot be cut into 4 x 4 from."""
+    """A module that predicts a text embedding from a latent. Raises `ValueError` for latents smaller than 4 x 4."""
 
     def __init__(self, text_width: int, grid: tuple[int, int], *, channels: int = 4, width: int = 64):
         super().__init__()
         if min(grid) < 4:
-            raise ValueError(f"latents of {grid[0]} x {grid[1]} are too small for the projector; give larger pictures")
+            raise ValueError(f"latents of {grid[0]} x {grid[1]} are too small for the projector; use larger images")
         self.cut = nn.Conv2d(channels, width, 4, stride=4)
         self.read = nn.Linear(16 * width, text_width)
         self.norm = nn.LayerNorm(text_width)
@@ -113,9 +114,9 @@ def alignment(
     positive: Bool[Tensor, "B B"],
     temperature: float,
 ) -> Float[Tensor, ""]:
-    """InfoNCE in both directions in the mean form: -log of the mean probability of a row's positives.
+    """Symmetric InfoNCE with several positives: -log of the mean probability of the positives of a row.
 
-    `positive` is symmetric and true on the diagonal; true nowhere else it makes this symmetric cross-entropy.
+    `positive` is symmetric and True on the diagonal. If it is True only there, this is the symmetric cross-entropy.
     """
     assert positive.diagonal().all(), "a row without a positive has no loss"
     logits = F.normalize(read, dim=1) @ F.normalize(texts, dim=1).T / temperature
@@ -129,36 +130,37 @@ def alignment(
 
 
 def positives(pictures: Int[Tensor, " B"], captions: Int[Tensor, " B"]) -> Bool[Tensor, "B B"]:
-    """Pairs of the same picture or of the same caption; equal numbers for equal ones."""
+    """Return True for two pairs with the same image number or the same caption number."""
     return (pictures[:, None] == pictures[None, :]) | (captions[:, None] == captions[None, :])
 
 
 def ramp(step: int, total: int, low: float, high: float) -> float:
-    """Linear from `low` at step 0 to `high` at half of `total`, then `high`."""
+    """Return a weight that rises linearly from `low` at step 0 to `high` at half of `total`, and then stays `high`."""
     half = total / 2
     return high if step >= half else low + (high - low) * step / half
 
 
 def first_end(ids: Int[Tensor, "B L"], end: int) -> Int[Tensor, " B"]:
-    """The position of the first end-of-text token; the last one where a text has none.
+    """Return the position of the first end-of-text token, or the last position if there is none.
 
-    Stable Diffusion's tokenizer pads with that very token, so its last one says nothing.
+    Stable Diffusion's tokenizer also pads with this token, so the last end-of-text token is usually padding.
     """
     ends = ids == end
     return torch.where(ends.any(dim=1), ends.int().argmax(dim=1), ids.shape[1] - 1)
 
 
-def after(positions: Int[Tensor, " B"], length: int) -> Bool[Tensor, "B L"]:
-    """True for tokens behind a position."""
+def positions_after(positions: Int[Tensor, " B"], length: int) -> Bool[Tensor, "B L"]:
+    """Return True for tokens after the given position of each text."""
     return torch.arange(length, device=positions.device)[None, :] > positions[:, None]
 
 
-def blurred_text(
+def augment_text(
     tokens: Float[Tensor, "B L F"], random: torch.Generator, *, drop_all: float, drop: float, noise: float
 ) -> Float[Tensor, "B L F"]:
-    """Text as it is trained on: all of it zero at times, else with entries dropped and noise added.
+    """Augment text tokens for training.
 
-    `random` is a CPU generator, so that every device draws the same.
+    All tokens become zero with probability `drop_all`; otherwise entries are dropped and noise is added. `random` is a
+    CPU generator, so all devices use the same numbers.
     """
     if float(torch.rand((), generator=random)) < drop_all:
         return torch.zeros_like(tokens)

@@ -1,9 +1,9 @@
-"""Samplers that draw near given latents: mode guidance (MGD3) over any denoiser and scheduler of diffusers.
+"""Diffusion sampling near given latents: mode guidance (MGD3) for any denoiser and for DDPM and DDIM schedulers.
 
     x_{k-1} = step(x_k) - [k > k_stop] s sigma_k (x0^ - m)
 
-`x0^` is the scheduler's own clean estimate and sigma_k the deviation of the noise that its step adds. A deterministic
-step adds none, so there sqrt(1 - abar_t) stands in for sigma_k, without which guided and unguided samples are equal.
+`x0^` is the scheduler's estimate of the clean latent, m the mode, and sigma_k the deviation of the noise that step k
+adds. A deterministic step adds no noise; sigma_k = 0 would disable the guidance, so sqrt(1 - abar_t) replaces it.
 B samples, C h w a latent.
 """
 
@@ -15,11 +15,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
-"""(latents as the model sees them, time step) to what the model predicts; classifier-free guidance is in there."""
+"""A function (scaled latents, time step) -> model prediction, including classifier-free guidance."""
 
 
 def step_deviation(scheduler: Any, t: Tensor, predicted: Tensor, channels: int, eta: float) -> Tensor:
-    """sigma_k, a number or one per entry where the model has learned it."""
+    """Return sigma_k as a number, or per latent entry if the model predicts its variance."""
     if _is_ddim(scheduler):
         if not eta:
             return (1 - scheduler.alphas_cumprod[t.cpu()]).sqrt().to(predicted.device)
@@ -52,8 +52,10 @@ def guided(
     generators: Sequence[torch.Generator] | None = None,
     eta: float = 0.0,
 ) -> Float[Tensor, "B C h w"]:
-    """Denoise `latents`, pulled to `modes` in the steps `steps - 1` down to `stop + 1`; `strength` 0 is the plain
-    sampler. `scheduler` is a DDPM or DDIM scheduler without clipping; `eta` is for the latter."""
+    """Denoise `latents`, guided towards `modes` in the steps `steps - 1` down to `stop + 1`.
+
+    `strength` 0 disables the guidance. `scheduler` is DDPM or DDIM without clipping; only DDIM uses `eta`.
+    """
     scheduler.set_timesteps(steps, device=latents.device)
     x, channels = latents * scheduler.init_noise_sigma, latents.shape[1]
     options: dict[str, Any] = {"generator": list(generators) if generators is not None else None}
@@ -70,7 +72,10 @@ def guided(
 
 
 def text_denoiser(unet: Any, texts: Tensor, empty: Tensor | None, scale: float) -> Denoise:
-    """A text-conditioned UNet with classifier-free guidance; `texts` (B,L,F), `empty` those of the empty caption."""
+    """Return a denoiser for a text-conditioned UNet with classifier-free guidance.
+
+    `texts` (B,L,F) are encoded captions; `empty` (B,L,F) is the encoded empty caption.
+    """
     both = torch.cat([empty, texts]) if empty is not None and scale > 1 else texts
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
@@ -84,10 +89,10 @@ def text_denoiser(unet: Any, texts: Tensor, empty: Tensor | None, scale: float) 
 
 
 def class_denoiser(transformer: Any, classes: Tensor, scale: float, *, guided_channels: int | None = None) -> Denoise:
-    """A class-conditioned DiT (`DiTTransformer2DModel`) with classifier-free guidance; classes (B).
+    """Return a denoiser for a class-conditioned `DiTTransformer2DModel` with classifier-free guidance; classes (B,).
 
-    `guided_channels: 3` is the quirk of the published sampler, which guides three of four latent channels; None
-    guides all. A learned variance stays as the conditioned half predicts it.
+    The published sampler guides only three of four latent channels (`guided_channels=3`); None guides all channels.
+    A learned variance is taken from the conditional prediction.
     """
     null = transformer.config.num_embeds_ada_norm
     labels = torch.cat([classes, torch.full_like(classes, null)]) if scale > 1 else classes
@@ -106,7 +111,7 @@ def class_denoiser(transformer: Any, classes: Tensor, scale: float, *, guided_ch
 
 
 def scheduler_for(kind: str, config: Any) -> Any:
-    """A DDPM or DDIM scheduler by the configuration of a pipeline's own; latents are not clipped."""
+    """Build a DDPM or DDIM scheduler from the scheduler configuration of a pipeline, without clipping of latents."""
     from diffusers import DDIMScheduler, DDPMScheduler
 
     scheduler: Any = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}[kind]

@@ -1,4 +1,4 @@
-"""Modes of fused latents: k-means over all pairs, and of every cluster a latent and the caption that speaks for it.
+"""Modes of fused latents: k-means clusters of all pairs, with one latent and one representative caption per cluster.
 
 T caption records, D numbers of a latent, K clusters, F text width, P components.
 """
@@ -16,16 +16,16 @@ from rmdd.coresets.draws import smallest
 from rmdd.coresets.rows import Rows
 
 REDUCED_FROM = 16_384
-"""Rows that principal components are found from at most."""
+"""Maximum number of rows for the computation of principal components."""
 
 
 @dataclass(frozen=True)
 class Modes:
     latents: Float32[np.ndarray, "K D"]
     records: list[int]
-    """Of each cluster the record whose caption lies nearest the mean of its captions."""
+    """For each cluster, the record whose caption is nearest to the mean of the cluster's captions."""
     members: list[int]
-    """How many records are in each; 0 where coinciding latents left one empty, and a free record stands in."""
+    """Number of records per cluster. 0: equal latents left the cluster empty, and an unused record represents it."""
 
 
 def modes_of(
@@ -37,10 +37,13 @@ def modes_of(
     components: int | None = 256,
     kind: Literal["centre", "nearest"] = "centre",
 ) -> Modes:
-    """Cluster rows, whose ids are caption records, in their first `components` principal components (None: as they
-    are). `centre` is the mean latent of a cluster, `nearest` the member nearest to it."""
+    """Cluster fused latents by k-means in their first `components` principal components (None: in the full space).
+
+    The ids of `rows` are caption records. Each mode is the mean latent of its cluster (`centre`) or the member nearest
+    to the mean (`nearest`). Raises `ValueError` if there are fewer latents than clusters.
+    """
     if k > len(rows):
-        raise ValueError(f"{k} pairs are asked for but there are {len(rows)} latents; lower distill.phases.*.pairs")
+        raise ValueError(f"{k} pairs need as many latents, found {len(rows)}; lower distill.phases.*.pairs")
     low = reduced(rows, components, seed)
     ids = rows.ids
     positions = np.arange(len(rows))
@@ -50,7 +53,7 @@ def modes_of(
     nearest = _nearest(rows, label, centres)
     captions = [_central_caption(texts, ids[label == cluster]) if count[cluster] else -1 for cluster in range(k)]
     free = np.flatnonzero(~np.isin(ids, captions))
-    free = free[np.argsort(np.isin(free, nearest[count > 0]), kind="stable")]  # those that stand for no mode first
+    free = free[np.argsort(np.isin(free, nearest[count > 0]), kind="stable")]  # records not yet used come first
     for cluster, position in zip(np.flatnonzero(count == 0), free, strict=False):
         nearest[cluster], captions[cluster] = position, int(ids[position])
         centres[cluster] = rows.at(free[free == position])[0]
@@ -59,7 +62,7 @@ def modes_of(
 
 
 def reduced(rows: Rows, components: int | None, seed: int) -> Float32[np.ndarray, "T P"]:
-    """Rows in their principal components, found from some of them; no more than they have."""
+    """Project rows on their principal components, which are computed from a sample; None or too many: no projection."""
     from sklearn.decomposition import PCA
 
     count = len(rows)
@@ -77,7 +80,7 @@ def reduced(rows: Rows, components: int | None, seed: int) -> Float32[np.ndarray
 def assigned(
     rows: Float32[np.ndarray, "T P"], centres: Float32[np.ndarray, "K P"], chunk: int = 8192
 ) -> Int64[np.ndarray, " T"]:
-    """The centre nearest to each row; of equally near ones the first."""
+    """Return the nearest centre of each row, and the first of equally near centres."""
     length = (centres.astype(np.float64) ** 2).sum(1)
     nearest = np.empty(len(rows), np.int64)
     for start in range(0, len(rows), chunk):
@@ -94,7 +97,7 @@ def _means(rows: Rows, label: np.ndarray, k: int, count: np.ndarray) -> np.ndarr
 
 
 def _nearest(rows: Rows, label: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """The position of the member nearest to each centre; 0 for clusters without one."""
+    """Return the position of the member nearest to each centre, or 0 for an empty cluster."""
     best, nearest = np.full(len(centres), np.inf), np.zeros(len(centres), np.int64)
     for where, block in rows.chunks():
         distance = ((block - centres[label[where]]) ** 2).sum(1)
@@ -106,7 +109,7 @@ def _nearest(rows: Rows, label: np.ndarray, centres: np.ndarray) -> np.ndarray:
 
 
 def _central_caption(texts: np.ndarray, members: np.ndarray) -> int:
-    """The member whose text has the largest cosine with the mean of all members' unit texts."""
-    own = np.asarray(texts[members], dtype=np.float64)
-    own /= np.maximum(np.linalg.norm(own, axis=1, keepdims=True), 1e-12)
-    return int(members[(own @ own.mean(0)).argmax()])
+    """Return the member whose text has the largest cosine with the mean of the normalised texts of all members."""
+    units = np.asarray(texts[members], dtype=np.float64)
+    units /= np.maximum(np.linalg.norm(units, axis=1, keepdims=True), 1e-12)
+    return int(members[(units @ units.mean(0)).argmax()])

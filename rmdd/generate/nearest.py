@@ -1,4 +1,4 @@
-"""The real captions nearest to drawn pictures by CLIP. P pictures, T captions, D features."""
+"""The real captions nearest to generated images, by CLIP features. P images, T captions, D features."""
 
 import functools
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from rmdd.generate.studio import Studio
 from rmdd.models.clip import Clip
 
 BLOCK = 32
-"""Pictures that are looked at together."""
+"""Number of images in a block."""
 
 
 class PictureEncoder:
-    """A CLIP at work: files of pictures to a file of their features."""
+    """A worker that loads a CLIP model once and encodes one block of image files per item to a file of features."""
 
     def __init__(self, folder: Path, device: torch.device, threads: int):
         self.clip, self.threads = Clip(folder, device), threads
@@ -40,7 +40,10 @@ class PictureEncoder:
 def nearest_captions(
     studio: Studio, clip: Path, pictures: Sequence[Path], texts: Rows, count: int
 ) -> Int64[np.ndarray, "P n"]:
-    """Of each picture the caption records by falling cosine, enough of them that `count` differ in most data."""
+    """Return the nearest caption records of each image by descending cosine.
+
+    It returns 16 (count + 1) records, so that in most datasets `count` of their captions differ.
+    """
     starts = range(0, len(pictures), BLOCK)
     items: list[Values] = [
         {
@@ -50,22 +53,22 @@ def nearest_captions(
         for start in starts
     ]
     make = functools.partial(PictureEncoder, clip, studio.device, studio.run.runtime.threads)
-    for _ in studio.stream(f"pictures seen in phase {studio.phase}", "pictures")(make, items):
+    for _ in studio.stream(f"features of images of phase {studio.phase}", "pictures")(make, items):
         pass
     features = np.concatenate([np.load(item["out"]) for item in items])
     return nearest_rows(features, texts, min(len(texts), 16 * count + 16))
 
 
 def nearest_rows(queries: Float32[np.ndarray, "P D"], rows: Rows, count: int) -> Int64[np.ndarray, "P n"]:
-    """Of each query the ids of `count` rows by falling cosine; of equal ones the smaller id first."""
+    """Return the ids of the `count` nearest rows of each query by descending cosine; ties are ordered by id."""
     queries = queries / np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-12)
     best = np.zeros((len(queries), 0), np.float32)
     ids = np.zeros((len(queries), 0), np.int64)
     for where, block in rows.chunks():
         block = block / np.maximum(np.linalg.norm(block, axis=1, keepdims=True), 1e-12)
-        here = np.broadcast_to(rows.ids[where], (len(queries), len(block)))
+        block_ids = np.broadcast_to(rows.ids[where], (len(queries), len(block)))
         best = np.concatenate([best, queries @ block.T], axis=1)
-        ids = np.concatenate([ids, here], axis=1)
+        ids = np.concatenate([ids, block_ids], axis=1)
         order = np.lexsort((ids, -best), axis=1)[:, :count]
         best, ids = np.take_along_axis(best, order, 1), np.take_along_axis(ids, order, 1)
     return ids

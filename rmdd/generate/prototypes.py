@@ -1,7 +1,7 @@
-"""Matched prototypes: clusters of images and of captions, paired one to one, each pair the mean of what they share.
+"""Matched prototypes: image clusters and caption clusters are paired, and each pair is the mean of its shared records.
 
-Records are caption records: record n shows image `image_of[n]` and says caption n. N records that are kept, M pairs,
-D feature width (U of images, V of captions where they differ).
+A record is a caption with its image: record n has image `image_of[n]` and caption n. N records after pruning, M pairs,
+D feature width (U for images and V for captions if they differ).
 """
 
 import functools
@@ -24,7 +24,7 @@ from rmdd.execution.parts import OpenParts, WorkerParts
 MINI_BATCH = 10_000
 CHUNK = 8192
 RANKS_FROM = 256 * 2**20
-"""Bytes of features from which their rows are held by ranks."""
+"""Size of features in bytes from which their rows are distributed over workers (ranks)."""
 
 Pairless = Literal["topup", "keep_centres", "drop"]
 RecordIds = Int64[np.ndarray, " _"]
@@ -32,7 +32,7 @@ RecordIds = Int64[np.ndarray, " _"]
 
 @dataclass(frozen=True)
 class PairMembers:
-    """The records that one pair stands for; both are the same unless two clusters share none."""
+    """The records of one pair. Image and text records are the same, unless the two clusters share no record."""
 
     images: RecordIds
     texts: RecordIds
@@ -44,7 +44,7 @@ class PairMembers:
 
 @dataclass(frozen=True)
 class Prototypes:
-    """M means of raw features, and the records behind each."""
+    """M prototypes, which are means of unnormalised features, and the records of each."""
 
     images: Float32[np.ndarray, "M U"]
     texts: Float32[np.ndarray, "M V"]
@@ -64,9 +64,9 @@ def find(
     pairless: Pairless = "topup",
     rescale: bool = False,
 ) -> tuple[Prototypes, RecordIds]:
-    """The prototypes, those whose sides agree most first, and the records that pruning left.
+    """Return the prototypes, sorted by descending image-text agreement, and the records that remain after pruning.
 
-    Raises `ValueError` where fewer records than `pairs` are left.
+    Raises `ValueError` if fewer than `pairs` records remain.
     """
     image_of = sides.split.image_of.astype(np.int64)
     records = np.arange(len(image_of))
@@ -74,8 +74,8 @@ def find(
         records = np.setdiff1d(records, worst(records, raw_cosines(sides), rm_ratio))
     if len(records) < pairs:
         raise ValueError(
-            f"{len(image_of)} caption records, of which rm_ratio {rm_ratio} leaves {len(records)}, make no {pairs} "
-            "pairs; lower rm_ratio or the pairs, or ingest more data"
+            f"{pairs} pairs need at least as many caption records, but rm_ratio {rm_ratio} leaves {len(records)} of "
+            f"{len(image_of)}; lower rm_ratio or the pairs, or ingest more data"
         )
     of = {"image": image_of[records], "text": records}
     both = (("image", sides.images), ("text", sides.texts))
@@ -94,12 +94,12 @@ def find(
     if pairless == "keep_centres":
         cells += _centres(label["image"], label["text"], partner, np.flatnonzero(common == 0))
     if pairless != "drop" and len(cells) < pairs:
-        cells = topped_up(cells, pairs, label["image"], label["text"], joint, seed)
+        cells = split_largest_cells(cells, pairs, label["image"], label["text"], joint, seed)
     images = np.stack([_mean(sides.images, of["image"][c.images], rescale) for c in cells])
     texts = np.stack([_mean(sides.texts, of["text"][c.texts], rescale) for c in cells])
     if images.shape[1] == texts.shape[1]:
         agreement = np.vecdot(_unit(images), _unit(texts))
-    else:  # two spaces have no cosine
+    else:  # features of different spaces have no cosine
         agreement = np.array([len(c.images) if c.shared else 0 for c in cells], np.float32)
     order = np.argsort(-agreement, kind="stable")
     facts = {
@@ -118,10 +118,10 @@ def find(
 
 
 def raw_cosines(sides: Sides) -> Float32[np.ndarray, " T"]:
-    """Of every caption record. Raises `ValueError` when the sides lie in different spaces, or features are zero."""
+    """Return the image-text cosine of each record. Raises `ValueError` for different spaces or non-finite features."""
     if sides.images.width != sides.texts.width:
         widths = f"{sides.images.width} and {sides.texts.width}"
-        raise ValueError(f"image and text features of {widths} numbers have no cosine; set rm_ratio: 0, or take a CLIP")
+        raise ValueError(f"image and text features of {widths} numbers have no cosine; set rm_ratio: 0, or use a CLIP")
     cosines = np.empty(len(sides.texts), np.float32)
     for where, texts in sides.texts.chunks():
         cosines[where] = np.vecdot(_unit(sides.images.at(sides.split.image_of[where])), _unit(texts))
@@ -137,22 +137,22 @@ def raw_cosines(sides: Sides) -> Float32[np.ndarray, " T"]:
 def partition(
     rows: Rows, of: RecordIds, k: int, seed: int, ranks: OpenParts, starts: int = 20, normalize: bool = False
 ) -> RecordIds:
-    """The k-means cluster of every record, whose features are row `of[n]`; fitted on a sample of them.
+    """Return the k-means cluster of each record n, whose features are row `of[n]`. k-means is fitted on a sample.
 
-    No cluster is empty as long as there are enough distinct rows.
+    No cluster is empty if there are enough distinct rows.
     """
     sample = rows.at(of[sampled(np.arange(len(of)), k, seed)])
     centroids = fit(_unit(sample) if normalize else sample, k, seed, starts=starts, mini_batch=MINI_BATCH)
     if rows.folder is not None and 4 * len(rows) * rows.width >= RANKS_FROM:
-        with ranks(functools.partial(open_side, rows.folder, normalize)) as held:
-            label, distance = _nearest(held, centroids, len(rows))
+        with ranks(functools.partial(open_side, rows.folder, normalize)) as workers:
+            label, distance = _nearest(workers, centroids, len(rows))
     else:
         label, distance = _nearest(here(_units(rows) if normalize else rows), centroids, len(rows))
-    return refilled(label, distance, of, k)[of]
+    return refill_empty_clusters(label, distance, of, k)[of]
 
 
 def open_side(folder: Path, normalize: bool, rank: int, size: int) -> Shard:
-    """The rows of one rank."""
+    """Open the rows of one worker (rank)."""
     rows = Rows.open(folder).share(rank, size)
     return Shard(_units(rows) if normalize else rows)
 
@@ -164,15 +164,15 @@ def _nearest(ranks: WorkerParts, centroids: np.ndarray, count: int) -> tuple[np.
     return label, distance
 
 
-def refilled(label: np.ndarray, distance: np.ndarray, of: RecordIds, k: int) -> RecordIds:
-    """Clusters of all rows, where an empty one gets the row in use that lies farthest from its centroid."""
+def refill_empty_clusters(label: np.ndarray, distance: np.ndarray, of: RecordIds, k: int) -> RecordIds:
+    """Return the cluster of each row, after giving each empty cluster the used row farthest from its centroid."""
     label, used = label.copy(), np.unique(of)
     count = np.bincount(label[used], minlength=k)
     far = used[np.lexsort((used, -distance[used]))].tolist()
     for empty in np.flatnonzero(count == 0):
         row = next((r for r in far if distance[r] > 0 and count[label[r]] > 1), None)
         if row is None:
-            break  # all that is left coincides with its centroid
+            break  # all remaining rows equal their centroid
         count[label[row]] -= 1
         label[row], count[empty] = empty, 1
         far.remove(row)
@@ -183,36 +183,36 @@ def refilled(label: np.ndarray, distance: np.ndarray, of: RecordIds, k: int) -> 
 
 
 def contingency(a: RecordIds, b: RecordIds, k: int) -> Int64[np.ndarray, "K K"]:
-    """How many records lie in image cluster i and text cluster j; clusters without members have zeros."""
+    """Return the number of records in image cluster i and text cluster j; empty clusters have zeros."""
     return np.bincount(a * k + b, minlength=k * k).reshape(k, k)
 
 
 def shared_cells(a: RecordIds, b: RecordIds, partner: RecordIds) -> list[PairMembers]:
-    """For every image cluster the records whose text cluster is its partner, where there are any."""
+    """Return, per image cluster, the records whose text cluster is its partner; clusters without any are left out."""
     inside = np.where(partner[a] == b, a, -1)
     return [_same(np.flatnonzero(inside == i)) for i in np.unique(inside[inside >= 0])]
 
 
-def topped_up(
+def split_largest_cells(
     cells: Sequence[PairMembers], pairs: int, a: RecordIds, b: RecordIds, joint: Any, seed: int
 ) -> list[PairMembers]:
-    """`pairs` cells: the largest is split in two by 2-means on `joint(members)` until there are enough.
+    """Split the largest cell in two, by 2-means on `joint(members)`, until there are `pairs` cells.
 
-    Where nothing is left to split, the largest cells that were not matched follow.
+    If no cell can be split, the largest groups of unmatched records are added.
     """
     result = list(cells)
     matched = np.zeros(len(a), bool)
     for cell in result:
         if cell.shared:
             matched[cell.images] = True
-    rest = _unmatched(a, b, matched)
+    unmatched = _unmatched(a, b, matched)
     while len(result) < pairs:
         sizes = [len(c.images) if c.shared else 0 for c in result]
         largest = int(np.argmax(sizes)) if sizes else 0
         if not sizes or sizes[largest] < 2:
-            if not rest:
+            if not unmatched:
                 break
-            result.append(_same(rest.pop(0)))
+            result.append(_same(unmatched.pop(0)))
             continue
         members = result[largest].images
         result[largest : largest + 1] = [_same(half) for half in _halves(members, joint(members), seed)]
@@ -223,21 +223,21 @@ def _halves(members: RecordIds, rows: np.ndarray, seed: int) -> list[RecordIds]:
     centroids = fit(rows, 2, derive(seed, "split of a cell", int(members[0]), len(members)))
     _, label, _ = Shard(Rows.of(rows)).assigned(centroids)
     halves = [members[label == half] for half in (0, 1)]
-    if not all(len(half) for half in halves):  # members that coincide
+    if not all(len(half) for half in halves):  # all members are equal
         return [members[: len(members) // 2], members[len(members) // 2 :]]
     return halves
 
 
 def _unmatched(a: RecordIds, b: RecordIds, matched: Bool[np.ndarray, " N"]) -> list[RecordIds]:
-    """Records in no matched cell, by their two clusters, the most first."""
-    left = np.flatnonzero(~matched)
-    _, group = np.unique(np.stack([a[left], b[left]]), axis=1, return_inverse=True)
-    groups = [left[group.ravel() == g] for g in range(int(group.max(initial=-1)) + 1)]
+    """Return the unmatched records, grouped by image and text cluster, the largest group first."""
+    remaining = np.flatnonzero(~matched)
+    _, group = np.unique(np.stack([a[remaining], b[remaining]]), axis=1, return_inverse=True)
+    groups = [remaining[group.ravel() == g] for g in range(int(group.max(initial=-1)) + 1)]
     return sorted(groups, key=lambda members: (-len(members), int(members[0])))
 
 
 def _centres(a: RecordIds, b: RecordIds, partner: RecordIds, empty: RecordIds) -> list[PairMembers]:
-    """Both clusters of a match that shares no record; their means stand for their k-means centres."""
+    """Return the members of both clusters for matches that share no record."""
     cells = [PairMembers(np.flatnonzero(a == i), np.flatnonzero(b == partner[i])) for i in empty]
     return [cell for cell in cells if len(cell.images) and len(cell.texts)]
 
@@ -262,17 +262,20 @@ def _units(rows: Rows) -> Rows:
     return Rows.of(np.concatenate([_unit(x) for _, x in rows.chunks()]), rows.ids)
 
 
-# -- what is nearest to a prototype ----------------------------------------------------------------------------------
+# -- nearest rows of a prototype -------------------------------------------------------------------------------------
 
 
 def retrieved(
     queries: Float32[np.ndarray, "M D"], rows: Rows, among: RecordIds, repeats: bool
 ) -> Int64[np.ndarray, " M"]:
-    """For each query the row out of `among` with the highest cosine, the first of equals; without `repeats` each row is
-    taken once, such that the sum of cosines is largest. Raises `ValueError` for fewer rows than queries then."""
+    """Return, for each query, the row of `among` with the highest cosine, and the first of equal ones.
+
+    Without `repeats` each row is used at most once, and the sum of cosines is maximal. Raises `ValueError` if there are
+    fewer rows than queries then.
+    """
     count = len(queries)
     if not repeats and len(among) < count:
-        raise ValueError(f"{len(among)} rows cannot go to {count} prototypes without repeats; set repeats: allow")
+        raise ValueError(f"{len(among)} rows are too few for {count} prototypes without repeats; set repeats: allow")
     ids, score = _best(_unit(queries), rows, among, 1 if repeats else count)
     if repeats:
         return ids[:, 0]
@@ -287,7 +290,7 @@ def retrieved(
 
 
 def _best(queries: np.ndarray, rows: Rows, among: RecordIds, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """(M, k): the ids of the k best rows of each query, best first, and their cosines."""
+    """Return the ids (M, k) of the k best rows of each query, best first, and their cosines."""
     ids, score = np.zeros((len(queries), 0), np.int64), np.zeros((len(queries), 0), np.float32)
     among = np.sort(among)
     for start in range(0, len(among), CHUNK):

@@ -1,6 +1,6 @@
-"""Pictures by a text-conditioned Stable Diffusion: from captions alone, from a latent, or near a latent.
+"""Stable Diffusion decoders: image generation from a caption, from a latent, or guided towards a latent.
 
-A picture that comes out as one colour, as a safety checker leaves it, is drawn again by the next seed. B pictures of
+An image of a single colour (such as the output of a safety checker) is generated again with the next seed. B images of
 a block, C h w a latent.
 """
 
@@ -20,7 +20,7 @@ from rmdd.config.numbers import NonNegativeFloat, PositiveInt
 from rmdd.config.runfile import Section
 from rmdd.core.files import read_json
 from rmdd.core.seeding import generator
-from rmdd.generate.decode import Offload, Precision, Request, pictures, placed
+from rmdd.generate.decode import Offload, Precision, Request, move_to_device, pictures
 from rmdd.generate.diffusion import Diffusion, grid_of
 from rmdd.generate.guidance import guided, scheduler_for, text_denoiser
 from rmdd.generate.tuning import read_tuned, use_tuned
@@ -30,23 +30,21 @@ _logger = logging.getLogger(__name__)
 
 
 class Sampling(Section):
-    """How pictures are drawn."""
+    """Settings of image generation."""
 
     steps: PositiveInt = Field(50, description="denoising steps")
-    guidance: NonNegativeFloat = Field(7.5, description="scale of classifier-free guidance; at most 1: without")
+    guidance: NonNegativeFloat = Field(7.5, description="scale of classifier-free guidance; 1 or less disables it")
     size: PositiveInt = Field(
-        512, multiple_of=8, description="side of the pictures as drawn; the set has data.image_size"
+        512, multiple_of=8, description="side of generated images; the distilled set has data.image_size"
     )
-    batch: PositiveInt = Field(
-        1, description="pictures that are drawn together; above 1 their last bits depend on how many"
-    )
-    dtype: Precision = Field("float32", description="of the whole pipeline while it draws")
+    batch: PositiveInt = Field(1, description="images per forward pass; the last bits of an image depend on it")
+    dtype: Precision = Field("float32", description="floating-point type of the pipeline, weights and activations")
     offload: Offload = Field("none", description="keep parts of the pipeline in main memory until they are needed")
-    redraws: int = Field(3, ge=0, description="further seeds for a picture that comes out as one colour")
+    redraws: int = Field(3, ge=0, description="further seeds to try for an image of one colour")
 
 
 def load_pipeline(folder: Path, dtype: torch.dtype = torch.float32, kind: str = "StableDiffusion") -> Any:
-    """`<kind>Pipeline` of a folder, without a safety checker: what that blacks out would enter the set."""
+    """Load `<kind>Pipeline` from a folder, without the safety checker, which would add black images to the set."""
     import diffusers
 
     with quiet("transformers", "diffusers"):
@@ -68,19 +66,19 @@ def generator_part(name: str) -> PretrainedModel:
 
 
 def diffusion_of(folder: Path, device: torch.device) -> Diffusion:
-    """The pipeline of a folder in parts, float32, on a device that is there."""
+    """Load the diffusion model in a folder, in float32, on `device` if the machine has a GPU, otherwise on the CPU."""
     return Diffusion(load_pipeline(folder).to(device if torch.cuda.is_available() else "cpu"))
 
 
 def latent_shape(folder: Path, size: int) -> tuple[int, int, int]:
-    """Channels, rows and columns of the latents of pictures of side `size`, by the pipeline in `folder`."""
+    """Return channels, rows and columns of the latent of an image of side `size`, for the pipeline in `folder`."""
     vae = read_json(folder / "vae" / "config.json")
     rows, columns = grid_of(len(vae["block_out_channels"]), size)
     return int(vae["latent_channels"]), rows, columns
 
 
 def cut_captions(folder: Path, captions: Sequence[str]) -> int:
-    """How many captions are longer than the text encoder of the pipeline in `folder` reads."""
+    """Count the captions that are too long for the text encoder of the pipeline in `folder`."""
     from transformers import CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
@@ -88,7 +86,7 @@ def cut_captions(folder: Path, captions: Sequence[str]) -> int:
 
 
 class FromCaption:
-    """A decoder of captions; `tuned` is the folder of a fine-tuning of its UNet (see `rmdd.generate.tuning`)."""
+    """A decoder from captions to images. `tuned` is a folder with a fine-tuned UNet; see `rmdd.generate.tuning`."""
 
     kind = "StableDiffusion"
 
@@ -97,21 +95,23 @@ class FromCaption:
         self.pipeline = load_pipeline(folder, self.dtype, self.kind)
         if tuned is not None:
             use_tuned(self.pipeline.unet, read_tuned(tuned))
-        self.device = placed(self.pipeline, device, rule.offload)
+        self.device = move_to_device(self.pipeline, device, rule.offload)
 
     def decode(self, requests: Sequence[Request]) -> list[Image.Image]:
-        """Raises `ValueError` for a picture that stays of one colour, or is not finite."""
-        pictures = self._drawn(requests, 0)
+        """Generate an image for each request. Raises `ValueError` for an image that is not finite."""
+        pictures = self._generate(requests, 0)
         for position, request in enumerate(requests):
             for attempt in range(1, self.rule.redraws + 1):
                 if not is_plain(pictures[position]):
                     break
-                _logger.warning("the picture of pair %d has one colour; drawn again, try %d", request["index"], attempt)
-                pictures[position] = self._drawn([request], attempt)[0]
+                _logger.warning(
+                    "the image of pair %d has one colour; generating it again, try %d", request["index"], attempt
+                )
+                pictures[position] = self._generate([request], attempt)[0]
                 pictures[position].info["redrawn"] = attempt
         return pictures
 
-    def _drawn(self, requests: Sequence[Request], attempt: int) -> list[Image.Image]:
+    def _generate(self, requests: Sequence[Request], attempt: int) -> list[Image.Image]:
         what = f"picture {attempt}" if attempt else "picture"
         return pictures(requests, self._images(requests, [_random_of(r, what) for r in requests]))
 
@@ -133,7 +133,7 @@ class FromCaption:
 
 
 class FromLatent(FromCaption):
-    """Image-to-image: the row `mode` of a pair, a scaled latent, noised to `strength` and denoised with the caption."""
+    """An image-to-image decoder: noises the scaled latent `mode` of a pair to `strength`, denoises with the caption."""
 
     kind = "StableDiffusionImg2Img"
 
@@ -144,7 +144,7 @@ class FromLatent(FromCaption):
     def _images(self, requests: Sequence[Request], randoms: list[torch.Generator]) -> np.ndarray:
         output = self.pipeline(
             prompt=self._prompts(requests),
-            image=modes_of(requests).to(self.device, self.dtype),
+            image=stack_modes(requests).to(self.device, self.dtype),
             strength=self.strength,
             num_inference_steps=self.rule.steps,
             guidance_scale=self.rule.guidance,
@@ -155,7 +155,7 @@ class FromLatent(FromCaption):
 
 
 class NearLatent(FromCaption):
-    """Mode guidance: from noise, with the caption, pulled to the row `mode` of a pair; see `rmdd.generate.guidance`."""
+    """A decoder with mode guidance: denoises noise with the caption, guided towards the latent `mode` of a pair."""
 
     def __init__(
         self,
@@ -172,7 +172,7 @@ class NearLatent(FromCaption):
         self.options: dict[str, Any] = {"strength": strength, "stop": stop, "eta": eta}
 
     def _images(self, requests: Sequence[Request], randoms: list[torch.Generator]) -> np.ndarray:
-        pipeline, modes = self.pipeline, modes_of(requests).to(self.device, self.dtype)
+        pipeline, modes = self.pipeline, stack_modes(requests).to(self.device, self.dtype)
         start = torch.cat([torch.randn((1, *modes.shape[1:]), generator=random) for random in randoms])
         texts, empty = pipeline.encode_prompt(
             self._prompts(requests), self.device, 1, self.rule.guidance > 1, [""] * len(requests)
@@ -192,15 +192,15 @@ class NearLatent(FromCaption):
 
 
 def _random_of(request: Request, what: str) -> torch.Generator:
-    """Of a picture, by its number among those of all phases, which would else begin from the same noise."""
+    """Return the random generator of an image, seeded by its number over all phases, so phases differ in noise."""
     return generator(request["seed"], what, request["number"])
 
 
-def modes_of(requests: Sequence[Request]) -> Float[Tensor, "B C h w"]:
+def stack_modes(requests: Sequence[Request]) -> Float[Tensor, "B C h w"]:
     return torch.stack([r["mode"] for r in requests]).float()
 
 
 def is_plain(image: Image.Image) -> bool:
-    """Whether it has one colour."""
+    """Return whether an image has a single colour."""
     pixels = np.asarray(image.convert("RGB"))
     return bool((pixels == pixels[0, 0]).all())

@@ -1,4 +1,4 @@
-"""What a generative method works with: features of the data, workers that hold a model, and where its pairs go.
+"""The studio of a generative method: features of the data, workers with models, and the output of its pairs.
 
 M pairs of the phase, F text feature width, S side of a picture.
 """
@@ -40,37 +40,37 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tools:
-    """Who does the parts of the work."""
+    """The workers of a generative method."""
 
     executor: Executor
-    """Trains what is fine-tuned: one task with checkpoints."""
+    """Runs the fine-tuning as one task with checkpoints."""
     encoders: Stream
-    """Actors that hold a model: features, captions, decoding."""
+    """Workers that hold a model, for features, captions and image decoding."""
     ranks: OpenParts
-    """Hold rows of features."""
+    """Workers that hold rows of features."""
     progress: "Progress"
 
 
 @dataclass(frozen=True)
 class Studio:
-    """One phase of a generative method in the making."""
+    """The working environment of a generative method for one phase."""
 
     run: config.Run
     phase: int
     feature_source: FeatureSource
     root: Path
-    """Of the storage."""
+    """Root folder of the storage."""
     train: "PreparedSplit"
     folder: Path
-    """Of the phase, held."""
+    """Folder of the phase, locked by this process."""
     tools: Tools
     hooks: Hooks
     tune: Callable[[int], bool]
-    """Fine-tunes what the method draws with by so many updates; returns whether it finished."""
+    """Fine-tunes the generator for a number of updates; returns whether it finished."""
 
     @property
     def pairs(self) -> int:
-        """M, as asked for."""
+        """The configured number of pairs M."""
         return self.run.distill.phases[self.phase].pairs
 
     @property
@@ -82,14 +82,14 @@ class Studio:
         return device_of(self.run.runtime)
 
     def stream(self, title: str, unit: str, here: bool = False) -> Stream:
-        """The workers, with their progress shown, who stop between two items when that is asked; `here`: this process.
+        """Return a stream of tasks on the workers (with `here`: in this process) that shows progress.
 
-        What `make()` returns must give `{unit: count}` for an item.
+        It can be interrupted between two items. The callable from `make()` must return `{unit: count}` for each item.
         """
-        each = with_progress(self.tools.progress, title, unit, sequential_stream if here else self.tools.encoders)
+        stream = with_progress(self.tools.progress, title, unit, sequential_stream if here else self.tools.encoders)
 
         def streamed(make: Callable[[], Callable[[Values], Values]], items: Sequence[Values]) -> Any:
-            for done in each(functools.partial(_stored, make, self.run.runtime), items):
+            for done in stream(functools.partial(_stored, make, self.run.runtime), items):
                 yield done
                 if self.hooks.should_stop():
                     raise Interrupted
@@ -97,7 +97,7 @@ class Studio:
         return streamed
 
     def features(self, encoder: str) -> "Sides":
-        """Both sides of the train split by an encoder of `rmdd.coresets`, such as `clip:ID`, raw; made once."""
+        """Return the features of images and captions of train, not normalised, by an encoder such as `clip:ID`."""
         return sides_of(self.feature_source, self.train, encoder, self.stream(f"features of {encoder}", "rows"))
 
     def draw(
@@ -108,10 +108,10 @@ class Studio:
         batch: int = 1,
         here: bool = False,
     ) -> list[Path]:
-        """The pictures of all pairs; those that are there, made from the same request, stay.
+        """Generate the images of all pairs and return their paths; existing images of the same request are kept.
 
-        `requests` are small values of each pair, `index` and `seed` are added; row i of every tensor goes to pair i.
-        `make` is called in the workers, or in this process if `here`, and must travel there.
+        `requests` are JSON values per pair, to which `index` and `seed` are added; row i of each tensor belongs to pair
+        i. `make` must be picklable; it is called in the workers, or in this process with `here`.
         """
         numbered = [{**request, "index": i, "seed": self.seed} for i, request in enumerate(requests)]
         write_requests(self.folder, numbered, dict(tensors or {}))
@@ -133,21 +133,22 @@ class Studio:
         parts: Sequence[PretrainedModel] = (),
         facts: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write what later steps read: the set comes last, and says that the phase is done.
+        """Write the files that later steps read. The set is written last and marks the phase as finished.
 
-        `records` are the real pairs that it started from, `captions` the strings; `texts` what students get for them,
-        by default what the run's text tower makes of them; `facts` go into the artefact. Raises `ValueError` for what
-        does not fit together.
+        `records` are the real pairs from which the pairs were generated. `texts` are the caption embeddings for
+        students, by default from the text tower of the run. `facts` are added to the artefact. Raises `ValueError` for
+        lengths or shapes that do not match.
         """
         run, rule, count = self.run, self.run.distill, len(pictures)
         if not count == len(records) == len(captions):
-            raise ValueError(f"{count} pictures, {len(records)} records and {len(captions)} captions make no pairs")
+            numbers = f"{count} images, {len(records)} records and {len(captions)} captions"
+            raise ValueError(f"a method must return equal numbers of images, records and captions, found {numbers}")
         if empty := [i for i, caption in enumerate(captions) if not clean(caption, run.data.captions)]:
-            raise ValueError(f"the captions of pairs {empty[:5]} are empty; look at what made them")
+            raise ValueError(f"the captions of pairs {empty[:5]} are empty; check the captioner")
         texts = self.embedded(captions) if texts is None else texts.float()
         if texts.shape != (count, self.train.texts.shape[1]) or not texts.isfinite().all():
-            wanted = f"({count}, {self.train.texts.shape[1]})"
-            raise ValueError(f"texts must be finite and of shape {wanted}, found {tuple(texts.shape)}")
+            shape = f"({count}, {self.train.texts.shape[1]})"
+            raise ValueError(f"texts must be finite and of shape {shape}, found {tuple(texts.shape)}")
         images = normalise(
             torch.stack([read_picture(p, run.data.image_size) for p in pictures]), self.train.mean, self.train.std
         )
@@ -162,7 +163,7 @@ class Studio:
         save_set(synthetic, self.folder / "set-000001.safetensors")
 
     def embedded(self, captions: Sequence[str]) -> Float[Tensor, "M F"]:
-        """What the run's text tower makes of captions, cleaned as the run cleans its own."""
+        """Embed captions with the text tower of the run, after cleaning them with its caption rule."""
         run = self.run
         cleaned = [clean(caption, run.data.captions) for caption in captions]
         features = embed(
@@ -176,13 +177,13 @@ class Studio:
 
 
 def _stored(make: Callable[[], Callable[[Values], Values]], runtime: config.Runtime) -> Callable[[Values], Values]:
-    """`make()` in a worker that publishes what it writes into the run's storage."""
+    """Call `make()` in a worker, after opening the storage so that files written by the worker are published."""
     open_storage(runtime)
     return make()
 
 
 def read_picture(path: Path, size: int) -> Tensor:
-    """A picture of a pair as uint8 (3, S, S). Raises `ValueError` when it is of another size or kind."""
+    """Read the image of a pair as uint8 (3, S, S). Raises `ValueError` if it is not RGB of side `size`."""
     with Image.open(path) as image:
         if image.size != (size, size) or image.mode != "RGB":
             raise ValueError(f"{path} is {image.mode} {image.size}, not RGB of side {size}; delete it to make it again")

@@ -1,7 +1,7 @@
-"""Training what a generative method fine-tunes: one task with checkpoints that goes on with the same bits.
+"""The training loop for fine-tuning in generative methods; after an interruption it resumes with bit-identical results.
 
-A trainer draws everything that one step needs from the number of the step. Its parameters and the state of its
-optimiser lie in one file, `state.safetensors`; what comes of it in `tuned.safetensors`, written last.
+All random numbers of a step depend only on the step number. A checkpoint holds parameters and optimiser state in one
+file, `state.safetensors`; the result is `tuned.safetensors`, written last.
 """
 
 import logging
@@ -23,20 +23,20 @@ TUNED = "tuned.safetensors"
 STATE = "state.safetensors"
 LOG = "metrics.jsonl"
 SKIPS = 20
-"""Steps in a row that may be left out for numbers that are not finite."""
+"""Number of consecutive steps with non-finite numbers after which training stops."""
 
 
 @runtime_checkable
 class Trainer(Protocol):
-    """What is trained: parameters by name in a fixed order, an optimiser over just these, and how a step goes."""
+    """A model in training: named parameters in a fixed order, an optimiser over them, and the gradient of a step."""
 
     total: int
-    """Steps."""
+    """Number of steps."""
     parameters: dict[str, nn.Parameter]
     optimiser: torch.optim.Optimizer
 
     def gradient(self, step: int) -> dict[str, float]:
-        """Put the gradient of step `step` into the parameters; returns its losses by name, `loss` among them."""
+        """Compute the gradient of a step into the parameters; return its losses by name, including `loss`."""
         ...
 
 
@@ -48,10 +48,10 @@ def tune(
     on_step: Callable[[dict[str, Any]], None] = lambda metrics: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Train to the end or until told to stop, from the last checkpoint in `folder`. Returns whether it finished.
+    """Train from the last checkpoint in `folder` until the end or until `should_stop()`. Return whether it finished.
 
-    A step whose loss or gradient is not finite changes nothing, and is told. Raises `RuntimeError` after `SKIPS` of
-    them in a row.
+    A step with a non-finite loss or gradient is skipped with a warning. Raises `RuntimeError` after `SKIPS` consecutive
+    skips.
     """
     if is_tuned(folder):
         return True
@@ -68,10 +68,10 @@ def tune(
         done += 1
         if skip:
             skipped += 1
-            _logger.warning("step %d of %s left out: its loss or gradient is not finite (%s)", done, folder, losses)
+            _logger.warning("step %d of %s skipped: its loss or gradient is not finite (%s)", done, folder, losses)
             if skipped == SKIPS:
                 raise RuntimeError(
-                    f"{SKIPS} steps in a row up to {done} gave numbers that are not finite; lower the rate or the "
+                    f"{SKIPS} consecutive steps up to {done} had non-finite numbers; lower the learning rate or the "
                     "range of time steps, or set the precision to float32, in distill.options"
                 )
         else:
@@ -98,7 +98,7 @@ def is_tuned(folder: Path) -> bool:
 
 
 def read_tuned(folder: Path) -> dict[str, Tensor]:
-    """What training gave, by name. Raises `ValueError` when the file is damaged."""
+    """Read the tuned parameters by name. Raises `ValueError` if the file is damaged."""
     try:
         return load_checked(folder / TUNED, "tuned")[0]
     except Damaged as error:
@@ -106,14 +106,14 @@ def read_tuned(folder: Path) -> dict[str, Tensor]:
 
 
 def use_tuned(module: nn.Module, tuned: Mapping[str, Tensor]) -> None:
-    """Put tuned parameters into the module they came from, whatever its precision."""
-    own = dict(module.named_parameters())
+    """Copy tuned parameters into their module, which may have another dtype."""
+    parameters = dict(module.named_parameters())
     for name, value in tuned.items():
-        own[name].data.copy_(value)
+        parameters[name].data.copy_(value)
 
 
 def _finite(parameters: Mapping[str, nn.Parameter]) -> bool:
-    """Whether no gradient holds anything else."""
+    """Return whether all gradients are finite."""
     norms = torch._foreach_norm([p.grad for p in parameters.values() if p.grad is not None])
     return bool(torch.stack(list(norms)).isfinite().all()) if norms else True
 
@@ -133,9 +133,9 @@ def _restore(trainer: Trainer, path: Path, key: str) -> int:
     try:
         named, facts = load_checked(path, "state")
     except Damaged as error:
-        raise ValueError(f"the checkpoint {path} is damaged ({error}); delete it to begin anew") from error
+        raise ValueError(f"the checkpoint {path} is damaged ({error}); delete it to restart the training") from error
     if facts["key"] != key:
-        raise ValueError(f"the checkpoint {path} belongs to another configuration; delete it")
+        raise ValueError(f"the checkpoint {path} belongs to another configuration; delete it to restart the training")
     saved = split_groups(named)
     for name, value in saved["parameter"].items():
         trainer.parameters[name].data.copy_(value)

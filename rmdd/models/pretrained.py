@@ -46,7 +46,7 @@ class PretrainedModel:
     """A pretrained model, or a pipeline of several models, that a run needs."""
 
     role: str
-    """Purpose of the model in the run, such as `clip` or `decoder`; the artefact lists the model by it."""
+    """Purpose of the model in the run, such as `clip` or `decoder`; the artefact lists the model under this name."""
     id: str
     """Hub id or local folder."""
     revision: str | None = None
@@ -54,10 +54,11 @@ class PretrainedModel:
     kind: Library = "transformers"
     """The library that loads it. diffusers means a pipeline: a model_index.json and one folder per component."""
     files: tuple[str, ...] = ()
-    """Further required files besides configuration and weights, where `a|b` means one of both; for a pipeline, the
-    required components."""
+    """Files that the model needs besides configuration and weights, where `a|b` means either file; for a pipeline, the
+    components that it needs."""
     option: str = ""
-    """Run-file setting that reads the model from a folder, for messages, such as `distill.options.decoder: FOLDER`."""
+    """The run-file setting that loads this model from a folder, for error messages, such as
+    `distill.options.decoder: FOLDER`."""
 
     @classmethod
     def of(

@@ -1,4 +1,4 @@
-"""What the benchmarks share: options from a dataclass, a child process whose memory is sampled, and tables (Linux)."""
+"""Shared code of the benchmarks: options from a dataclass, a measured child process, and tables (Linux only)."""
 
 import argparse
 import contextlib
@@ -26,9 +26,9 @@ def main(
     child: Callable[[Any, Numbers], Numbers] | None = None,
     **defaults: Any,
 ) -> None:
-    """Run a benchmark from the command line: an option per field of `case_class` and per entry of `defaults`.
+    """Run a benchmark from the command line; each field of `case_class` and each entry of `defaults` is an option.
 
-    `child(case, task)` does what `measured` asks of a process of its own.
+    `child(case, task)` is the function that `measured` runs in a separate process.
     """
     if child is not None and sys.argv[1:2] == ["--task"]:
         task = json.loads(sys.argv[2])
@@ -39,32 +39,32 @@ def main(
     for name, value in {**sizes, **defaults}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help=" ")
     parser.add_argument("--out", type=Path, help="also write the numbers to this JSON file")
-    asked = parser.parse_args()
-    numbers = measure(case_class(**{name: getattr(asked, name) for name in sizes}), asked)
-    if asked.out is not None:
-        write_json(asked.out, numbers)
+    arguments = parser.parse_args()
+    numbers = measure(case_class(**{name: getattr(arguments, name) for name in sizes}), arguments)
+    if arguments.out is not None:
+        write_json(arguments.out, numbers)
     print(table(numbers))
 
 
-def known(names: str | Sequence[str], choices: Sequence[str], noun: str) -> list[str]:
-    """Names of a comma-separated list, each of them one of `choices`."""
+def check_names(names: str | Sequence[str], choices: Sequence[str], noun: str) -> list[str]:
+    """Split a comma-separated list of names. Raises `ValueError` for a name that is not in `choices`."""
     listed = [name for name in names.split(",") if name] if isinstance(names, str) else list(names)
     if unknown := [name for name in listed if name not in choices]:
-        raise ValueError(f"no {noun} '{unknown[0]}'; there are: {', '.join(choices)}")
+        raise ValueError(f"unknown {noun} '{unknown[0]}'; available: {', '.join(choices)}")
     return listed
 
 
 def measured(module: str, case: Any, task: Numbers, **environment: str) -> Numbers:
-    """What the `child` of a benchmark returns, with the peak of its memory, its CPU seconds and its wall seconds.
+    """Run the `child` function of a benchmark in a new process; return its result, peak memory, CPU and wall seconds.
 
-    Memory is the proportional set size (each shared page counted once), summed over the process and all that it
-    started, looked at twice a second.
+    Memory is the proportional set size (each shared page counts once), summed over the process and its descendants
+    and sampled twice per second.
     """
-    words = [sys.executable, "-m", f"benchmarks.{module}", "--task", json.dumps({**task, "case": asdict(case)})]
+    command = [sys.executable, "-m", f"benchmarks.{module}", "--task", json.dumps({**task, "case": asdict(case)})]
     path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
     began, peak, cpu = time.perf_counter(), 0, dict[int, float]()
     child = subprocess.Popen(
-        words, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment, "PYTHONPATH": path}
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment, "PYTHONPATH": path}
     )
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -73,13 +73,13 @@ def measured(module: str, case: Any, task: Numbers, **environment: str) -> Numbe
         peak = max(peak, pss_of_tree(child.pid))
         cpu |= {pid: max(_cpu_seconds(pid), cpu.get(pid, 0.0)) for pid in _tree(child.pid)}
     if child.returncode:
-        raise RuntimeError(f"benchmark {module} failed with {task}; its message stands above")
+        raise RuntimeError(f"benchmark {module} failed with {task}; see its message above")
     usage = {"peak_mib": round(peak / 2**20, 1), "cpu_seconds": round(sum(cpu.values()), 1)}
     return usage | {"wall": time.perf_counter() - began} | json.loads(printed.splitlines()[-1])
 
 
 def pss_of_tree(root: int) -> int:
-    """Bytes of memory that a process and all below it hold, shared pages counted once."""
+    """Return the memory in bytes of a process and its descendants; each shared page counts once."""
     return sum(_proportional(pid) for pid in _tree(root))
 
 
@@ -92,7 +92,7 @@ def _tree(pid: int) -> Iterator[int]:
 
 
 def _proportional(pid: int) -> int:
-    """Bytes; 0 for a process that has ended."""
+    """Return the proportional set size of a process in bytes, or 0 if it has ended."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):
@@ -101,7 +101,7 @@ def _proportional(pid: int) -> int:
 
 
 def _cpu_seconds(pid: int) -> float:
-    """Of all its threads so far; 0 for a process that has ended."""
+    """Return the CPU seconds of all threads of a process so far, or 0 if it has ended."""
     with contextlib.suppress(OSError):
         ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
         return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
@@ -109,6 +109,6 @@ def _cpu_seconds(pid: int) -> float:
 
 
 def columns(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells as text, every column as wide as its widest cell."""
+    """Format rows of cells as text; each column is as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)

@@ -1,7 +1,7 @@
-"""How long herding and k-center take over generated features on disk, and how much memory.
+"""Time and memory of herding, k-center and medoids on generated features on disk.
 
-Features are float16 or float32 rows of unit length around seeded centres, written once. Each method runs in a process
-of its own; the peak is over its PSS, mapped pages of the features counted.
+Features are float16 or float32 rows of unit length around random centres, generated once. Each method runs in a
+separate process; peak memory is its proportional set size, including mapped pages of the features.
 """
 
 import resource
@@ -28,7 +28,7 @@ CENTRES = 1000
 
 @dataclass(frozen=True)
 class Case:
-    """`rows` features of `width` numbers."""
+    """The size of the problem: `rows` features of `width` numbers."""
 
     rows: int = 1_000_000
     width: int = 384
@@ -40,23 +40,23 @@ class Case:
 def bench_coresets(
     case: Case, picks: Sequence[int], folder: Path, methods: str | Sequence[str] = METHODS[:2]
 ) -> common.Numbers:
-    """Run each method once up to the last of `picks`; seconds at each of them, peak memory, and the objective."""
-    methods, picks = common.known(methods, METHODS, "method"), sorted(picks)
+    """Run each method once up to the largest pick; measure the seconds at each pick, peak memory and objective."""
+    methods, picks = common.check_names(methods, METHODS, "method"), sorted(picks)
     if not picks or not 0 < max(picks) < case.rows:
-        raise ValueError(f"picks {picks} out of {case.rows} rows; give numbers from 1 to {case.rows - 1}")
+        raise ValueError(f"picks {picks} are impossible for {case.rows} rows; give numbers from 1 to {case.rows - 1}")
     root = generate(case, folder / f"features-{case.rows}-{case.width}-{case.dtype}-{case.seed}")
     threads = {f"{library}_NUM_THREADS": str(case.threads) for library in ("OMP", "OPENBLAS", "MKL")}
-    found: common.Numbers = {"case": asdict(case), "picks": picks, "methods": {}}
+    results: common.Numbers = {"case": asdict(case), "picks": picks, "methods": {}}
     for method in methods:
         task = {"method": method, "picks": picks, "root": str(root)}
         numbers = common.measured("coresets", case, task, **threads)
         numbers["peak_mib"] = round(max(numbers["peak_mib"], numbers.pop("high_water_mib")), 1)
-        found["methods"][method] = numbers
-    return found
+        results["methods"][method] = numbers
+    return results
 
 
 def generate(case: Case, root: Path) -> Path:
-    """The features, drawn from the seed; what is there is used."""
+    """Generate the features from the seed, unless they exist already."""
     if (root / DESCRIPTION).is_file():
         return root
     centres = torch.randn(CENTRES, case.width, generator=generator(case.seed, "bench centres"))
@@ -65,27 +65,27 @@ def generate(case: Case, root: Path) -> Path:
         for start in range(0, case.rows, BLOCK):
             draw = generator(case.seed, "bench features", start)
             ids = np.arange(start, min(start + BLOCK, case.rows))
-            own = centres[torch.randint(CENTRES, (len(ids),), generator=draw)]
-            rows = own + torch.randn(len(ids), case.width, generator=draw)
+            row_centres = centres[torch.randint(CENTRES, (len(ids),), generator=draw)]
+            rows = row_centres + torch.randn(len(ids), case.width, generator=draw)
             yield ids, torch.nn.functional.normalize(rows, dim=1).numpy()
 
     write_rows(root, blocks(), case.width, case.dtype, asdict(case))
     return root
 
 
-def table(found: common.Numbers) -> str:
-    """The numbers for people."""
-    case, picks = found["case"], found["picks"]
+def table(results: common.Numbers) -> str:
+    """Format the results as a table."""
+    case, picks = results["case"], results["picks"]
     lines = [f"{case['rows']:,} x {case['width']} {case['dtype']}, {case['threads']} thread(s)"]
     lines.append(f"{'':10}" + "".join(f"{f'{k} picks, s':>15}" for k in picks) + f"{'peak MiB':>12}  objective")
-    for name, n in found["methods"].items():
+    for name, n in results["methods"].items():
         seconds = "".join(f"{n['seconds'][str(k)]:>15.1f}" for k in picks)
         lines.append(f"{name:10}{seconds}{n['peak_mib']:>12.0f}  {n['objective']:.4g}")
     return "\n".join(lines)
 
 
 def _run(case: Case, task: common.Numbers) -> common.Numbers:
-    """One method, in the process that is measured; seconds count from the opening of the features."""
+    """Run one method in the measured process; seconds include opening the features."""
     picks = task["picks"]
     torch.set_num_threads(case.threads)
     seconds: dict[str, float] = {}
@@ -123,10 +123,10 @@ def _order(method: str, ranks: Any, mu: np.ndarray, seed: int) -> Iterator[Best]
     return greedy.k_center(ranks, greedy.start_of(ranks, "random", seed, mu))
 
 
-def _measure(case: Case, asked: Any) -> common.Numbers:
+def _measure(case: Case, arguments: Any) -> common.Numbers:
     with tempfile.TemporaryDirectory() as temporary:
-        picks = [int(k) for k in asked.picks.split(",")]
-        return bench_coresets(case, picks, Path(asked.folder or temporary), asked.methods)
+        picks = [int(k) for k in arguments.picks.split(",")]
+        return bench_coresets(case, picks, Path(arguments.folder or temporary), arguments.methods)
 
 
 if __name__ == "__main__":

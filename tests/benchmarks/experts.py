@@ -1,9 +1,9 @@
-"""What many experts cost: one after another, by a pool of actors, by one run of Ray Train, by a run of it for each.
+"""Cost of training many experts: sequentially, with a pool of actors, with one Ray Train run, or one run per expert.
 
-Every way trains the same tiny experts in a process and a storage of its own. Seconds are those of the experts' step;
-what starting Ray takes stands beside them. Memory is the peak, looked at twice a second, of the proportional set size
-(each shared page counted once) summed over the process and all that it started (Linux). CPU seconds are theirs from
-start to end: where a machine is busy with other things, compare those.
+Each way trains the same tiny experts in a separate process and storage. Seconds are those of the experts step; the
+start of Ray is listed separately. Memory is the peak of the proportional set size (each shared page counts once),
+summed over the process and its descendants and sampled twice per second (Linux only). CPU seconds cover the entire
+process; compare them if the machine is busy.
 """
 
 import os
@@ -24,7 +24,7 @@ WAYS = ("in_turn", "pool", "train", "trainer_each")
 
 @dataclass(frozen=True)
 class Case:
-    """How many experts of which size; `trainer_each` trains `each` of them, the rest is extrapolated."""
+    """Number and size of the experts. The way `trainer_each` trains only `each` of them; its ratio is extrapolated."""
 
     experts: int = 8
     workers: int = 2
@@ -35,11 +35,11 @@ class Case:
 
     def __post_init__(self) -> None:
         if not 1 <= self.each <= self.experts:
-            raise ValueError(f"each is {self.each} of {self.experts} experts; give at least 1 and at most all")
+            raise ValueError(f"each is {self.each} of {self.experts} experts; give a number from 1 to {self.experts}")
 
 
 def run_of(case: Case, way: str, storage: Path) -> config.Run:
-    """A run on drawn scenes whose experts are trained in that way."""
+    """Return a run on synthetic scenes that trains its experts in this way."""
     return config.load(
         {
             "name": "bench",
@@ -67,11 +67,11 @@ def run_of(case: Case, way: str, storage: Path) -> config.Run:
 
 
 def bench_experts(case: Case, ways: str | Sequence[str] = WAYS) -> common.Numbers:
-    """Measure every way in turn; `found["ways"][name]` holds seconds, memory and the overhead of an expert.
+    """Measure all ways; the entry `ways` of the result has seconds, memory and the overhead per expert of each.
 
-    Raises `RuntimeError` when one of them fails.
+    Raises `RuntimeError` if one of them fails.
     """
-    rows = {way: _measure(case, way) for way in common.known(ways, WAYS, "way")}
+    rows = {way: _measure(case, way) for way in common.check_names(ways, WAYS, "way")}
     alone = rows.get("in_turn")
     for way, row in rows.items():
         if alone is None or way == "in_turn":
@@ -83,10 +83,10 @@ def bench_experts(case: Case, ways: str | Sequence[str] = WAYS) -> common.Number
     return {"case": asdict(case), "load_average": os.getloadavg()[0], "ways": rows}
 
 
-def table(found: common.Numbers) -> str:
+def table(results: common.Numbers) -> str:
     heads = ["", "experts", "seconds", "against in turn", "overhead per expert", "start of Ray", "CPU seconds", "MiB"]
     lines = [heads]
-    for way, row in found["ways"].items():
+    for way, row in results["ways"].items():
         ratio, overhead = (f"{row[k]:.2f}" if k in row else "-" for k in ("ratio", "overhead_per_expert"))
         lines.append(
             [

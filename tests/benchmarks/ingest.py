@@ -1,7 +1,7 @@
-"""How fast an ingest is and how much memory it takes, beside a plain loop and a torch DataLoader that do the same work.
+"""Speed and memory of an ingest, compared with a plain loop and a torch DataLoader that do the same work.
 
-The same work: find the file, read it, decode it to be sure, hash the pair, write it to Parquet shards. Each variant
-runs in a process of its own, one after another; the peak is over the sum of PSS of all processes below it.
+The work: find and read each file, decode it as a check, hash the pair, write it to Parquet shards. Each variant runs
+in a separate process; peak memory is the sum of the proportional set sizes of the process and its descendants.
 """
 
 import csv
@@ -36,7 +36,7 @@ TABLE = "captions.csv"
 
 @dataclass(frozen=True)
 class Case:
-    """`pairs` JPEGs of `side` x `side` pixels, read by `workers` processes."""
+    """The size of the problem: `pairs` JPEGs of `side` x `side` pixels, read by `workers` processes."""
 
     pairs: int = 20_000
     side: int = 32
@@ -46,10 +46,10 @@ class Case:
 
 
 def bench_ingest(case: Case, folder: Path, variants: str | Sequence[str] = VARIANTS) -> common.Numbers:
-    """Measure each variant once, on the same generated pairs below `folder`."""
-    variants = common.known(variants, VARIANTS, "variant")
+    """Measure each variant once on the same generated pairs in `folder`."""
+    variants = common.check_names(variants, VARIANTS, "variant")
     root = generate(case, folder / f"pairs-{case.pairs}-{case.side}-{case.seed}")
-    found: common.Numbers = {"case": asdict(case), "variants": {}}
+    results: common.Numbers = {"case": asdict(case), "variants": {}}
     for variant in variants:
         target = folder / variant
         shutil.rmtree(target, ignore_errors=True)
@@ -58,16 +58,16 @@ def bench_ingest(case: Case, folder: Path, variants: str | Sequence[str] = VARIA
         seconds = numbers["seconds"]
         numbers["pairs_per_s"] = round(numbers["pairs"] / seconds, 1)
         numbers["start_seconds"] = round(numbers.pop("wall") - seconds, 2)
-        found["variants"][variant] = numbers
-    first = next(iter(found["variants"].values()))
-    for numbers in found["variants"].values():
+        results["variants"][variant] = numbers
+    first = next(iter(results["variants"].values()))
+    for numbers in results["variants"].values():
         numbers["ratio"] = round(numbers["pairs_per_s"] / first["pairs_per_s"], 3)
-    return found
+    return results
 
 
-def table(found: common.Numbers) -> str:
-    """The numbers for people."""
-    case, variants = found["case"], found["variants"]
+def table(results: common.Numbers) -> str:
+    """Format the results as a table."""
+    case, variants = results["case"], results["variants"]
     lines = [f"{case['pairs']} pairs of {case['side']} x {case['side']}, {case['workers']} workers"]
     lines.append(
         f"{'':10}{'pairs/s':>10}{'of ' + next(iter(variants)):>12}{'seconds':>10}{'start-up':>10}{'peak MiB':>10}"
@@ -79,7 +79,7 @@ def table(found: common.Numbers) -> str:
 
 
 def generate(case: Case, root: Path) -> Path:
-    """Blurred noise with one caption each, drawn from the seed; what is there is used."""
+    """Generate images of blurred noise with one caption each from the seed, unless they exist already."""
     if (root / TABLE).is_file():
         return root
     rows = []
@@ -98,7 +98,7 @@ def generate(case: Case, root: Path) -> Path:
 
 
 def _run(case: Case, task: common.Numbers) -> common.Numbers:
-    """One variant, in the process that is measured; its start and its imports are not in the seconds."""
+    """Run one variant in the measured process; seconds exclude its start and its imports."""
     root, out = Path(task["root"]), Path(task["out"])
     if task["variant"] in ("rmdd", "in_turn"):
         return _rmdd(case, root, out, "on" if task["variant"] == "rmdd" else "off")
@@ -142,9 +142,9 @@ class _Samples:
 
 
 def _write(samples: Iterator[tuple[str, str, bytes, bytes]], out: Path) -> int:
-    """Shards as a plain loop writes them; the number of pairs."""
+    """Write shards in a plain loop; return the number of pairs."""
     out.mkdir(parents=True)
-    whole, writer, count = hashlib.sha256(), None, 0
+    content, writer, count = hashlib.sha256(), None, 0
     rows: list[tuple[str, str, bytes]] = []
     schema = pa.schema([("pair_id", pa.string()), ("image", pa.binary()), ("captions", pa.list_(pa.string()))])
 
@@ -162,7 +162,7 @@ def _write(samples: Iterator[tuple[str, str, bytes, bytes]], out: Path) -> int:
                 writer.close()
             path = out / f"{count // ROWS_PER_SHARD:05d}.parquet"
             writer = pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=False)
-        whole.update(digest)
+        content.update(digest)
         rows.append((name, caption, image))
         count += 1
         if len(rows) == ROWS_PER_GROUP:
@@ -176,9 +176,9 @@ def _write(samples: Iterator[tuple[str, str, bytes, bytes]], out: Path) -> int:
     return count
 
 
-def _measure(case: Case, asked: Any) -> common.Numbers:
+def _measure(case: Case, arguments: Any) -> common.Numbers:
     with tempfile.TemporaryDirectory() as temporary:
-        return bench_ingest(case, Path(asked.folder or temporary), asked.variants)
+        return bench_ingest(case, Path(arguments.folder or temporary), arguments.variants)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Time and memory of the retrieval metric on a gallery of a published size, in a process of its own."""
+"""Time and memory of the retrieval metric on a gallery of a published size, in a separate process."""
 
 import time
 from dataclasses import asdict, dataclass
@@ -13,7 +13,7 @@ from rmdd.evaluate.retrieval import ranks
 
 @dataclass(frozen=True)
 class Case:
-    """Random unit vectors; every image has five captions and the first ones a sixth, as COCO's test has ten."""
+    """Random vectors; each image has five captions, and the first ones have six, like ten images of COCO test."""
 
     images: int = 5000
     texts: int = 25_010
@@ -23,21 +23,24 @@ class Case:
 
 
 def bench_metric(case: Case, repeats: int = 3) -> common.Numbers:
-    """Wall and CPU seconds of one ranking in both directions, the least of `repeats`; peak bytes of the whole process,
-    and above what it held before."""
+    """Measure the ranking in both directions: the smallest wall and CPU seconds of `repeats`, and memory in bytes.
+
+    Memory is the peak of the process, and its increase during the ranking.
+    """
     if repeats < 1 or case.texts < case.images:
-        raise ValueError(f"give repeats of at least 1 and as many texts as images; got {repeats}, {case}")
-    returning = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    return {"case": asdict(case), **common.measured("metric", case, {"repeats": repeats}, **returning)}
+        raise ValueError(f"give repeats of at least 1 and at least as many texts as images; found {repeats}, {case}")
+    environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    return {"case": asdict(case), **common.measured("metric", case, {"repeats": repeats}, **environment)}
 
 
-def table(found: common.Numbers) -> str:
-    """The result in one line."""
-    case = found["case"]
+def table(results: common.Numbers) -> str:
+    """Format the result as one line."""
+    case = results["case"]
     return (
         f"{case['images']:,} x {case['texts']:,} of width {case['width']} on {case['threads']} threads: "
-        f"{found['seconds']:.2f} s ({found['cpu_seconds']:.2f} s of CPU), peak {found['peak_bytes'] / 2**20:.0f} MiB "
-        f"({found['added_bytes'] / 2**20:.0f} MiB above what the process held)"
+        f"{results['seconds']:.2f} s ({results['cpu_seconds']:.2f} s of CPU), "
+        f"peak {results['peak_bytes'] / 2**20:.0f} MiB "
+        f"({results['added_bytes'] / 2**20:.0f} MiB more than before)"
     )
 
 
@@ -48,15 +51,17 @@ def _measure(case: Case, task: common.Numbers) -> common.Numbers:
     images = torch.randn(case.images, case.width, generator=random)
     texts = torch.randn(case.texts, case.width, generator=random)
     Path("/proc/self/clear_refs").write_text("5")
-    before, taken = resident("VmRSS"), []
+    before, timings = resident("VmRSS"), []
     for _ in range(task["repeats"]):
         wall, cpu = time.perf_counter(), time.process_time()
         ranks(images, texts, image_of, case.chunk)
-        taken.append((time.perf_counter() - wall, time.process_time() - cpu))
+        timings.append((time.perf_counter() - wall, time.process_time() - cpu))
     peak = resident("VmHWM")
-    seconds, cpu_seconds = min(taken)
+    seconds, cpu_seconds = min(timings)
     return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": peak, "added_bytes": peak - before}
 
 
 if __name__ == "__main__":
-    common.main(__doc__, Case, lambda case, asked: bench_metric(case, asked.repeats), table, _measure, repeats=3)
+    common.main(
+        __doc__, Case, lambda case, arguments: bench_metric(case, arguments.repeats), table, _measure, repeats=3
+    )

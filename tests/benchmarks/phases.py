@@ -1,7 +1,7 @@
-"""Phases side by side against the same phases in turn, one thread each, by turns in one sitting.
+"""Parallel phases compared with the same phases run sequentially, one thread each, measured alternately.
 
-Three ratios of wall time. `work` counts from the moment the first phase begins to the end of the last, `workers` the
-whole call with the start of the workers, `ray` the start of Ray as well. In turn there is nothing to start.
+It prints three ratios of wall time: `work` counts from the start of the first phase to the end of the last, `workers`
+also includes the start of the workers, and `ray` also includes the start of Ray. Sequential runs start neither.
 """
 
 import os
@@ -38,7 +38,7 @@ PARTS = ("work", "workers", "ray")
 
 @dataclass(frozen=True)
 class Case:
-    """The size of one phase: an iteration should be much more than overhead."""
+    """The size of one phase; an iteration should take much longer than its overhead."""
 
     iterations: int = 60
     pairs: int = 48
@@ -49,9 +49,9 @@ class Case:
 
 
 def bench_phases(case: Case, counts: Sequence[int], repeats: int) -> common.Numbers:
-    """Seconds of each number of phases both ways, `repeats` times, and their ratios.
+    """Measure each number of phases in parallel and sequentially, `repeats` times; return seconds and ratios.
 
-    Raises `ValueError` when there is nothing to measure.
+    Raises `ValueError` if there is nothing to measure.
     """
     if repeats < 1 or min(counts, default=0) < 1:
         raise ValueError(f"nothing to measure: phases {list(counts)}, repeats {repeats}; give numbers from 1")
@@ -73,25 +73,25 @@ def bench_phases(case: Case, counts: Sequence[int], repeats: int) -> common.Numb
 
 
 def ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Per number of phases, the median over repeats of side by side over in turn."""
-    found = []
+    """Return, per number of phases, the median over repeats of parallel time / sequential time."""
+    results = []
     for count in dict.fromkeys(row["phases"] for row in rows):
-        mine = [row for row in rows if row["phases"] == count]
-        parts = {p: statistics.median(r["side_by_side"][p] / r["in_turn"][p] for r in mine) for p in PARTS}
-        found.append({"phases": count, **parts})
-    return found
+        repeats = [row for row in rows if row["phases"] == count]
+        parts = {p: statistics.median(r["side_by_side"][p] / r["in_turn"][p] for r in repeats) for p in PARTS}
+        results.append({"phases": count, **parts})
+    return results
 
 
-def table(found: Mapping[str, Any]) -> str:
+def table(results: Mapping[str, Any]) -> str:
     lines = [f"{'phases':>6} {'load':>6}  in turn, side by side: {', '.join(PARTS)} (seconds; ratio)"]
-    for row in found["rows"]:
-        one, other = row["in_turn"], row["side_by_side"]
-        parts = (f"{one[p]:.1f} {other[p]:.1f} ({other[p] / one[p]:.2f})" for p in PARTS)
+    for row in results["rows"]:
+        sequential, parallel = row["in_turn"], row["side_by_side"]
+        parts = (f"{sequential[p]:.1f} {parallel[p]:.1f} ({parallel[p] / sequential[p]:.2f})" for p in PARTS)
         lines.append(f"{row['phases']:>6} {row['load']:>6.1f}  {', '.join(parts)}")
     lines += [
-        f"{r['phases']} phases side by side take {r['work']:.2f} of the time in turn; with the start of workers "
-        f"{r['workers']:.2f}, of Ray {r['ray']:.2f} (medians)"
-        for r in found["ratios"]
+        f"{r['phases']} parallel phases take {r['work']:.2f} of the sequential time; with the start of workers "
+        f"{r['workers']:.2f}, also with the start of Ray {r['ray']:.2f} (medians)"
+        for r in results["ratios"]
     ]
     return "\n".join(lines)
 
@@ -112,7 +112,7 @@ def _run_of(case: Case, phases: int, storage: Path) -> config.Run:
 
 
 def _items(run: config.Run, folder: Path) -> list[TaskItem]:
-    """Phases that have not begun, and an expert that walked at random: the arithmetic of real ones."""
+    """Create phases at their start, and an expert whose trajectory is a random walk; they cost as much as real ones."""
     places = RunPaths(folder, folder, folder / "store", folder / "phases", folder, folder)
     width, size = text_width(run.model.text), run.stored_size
     store, random = begin_store(run, places.store, width, {}), generator(0, "bench phases")
@@ -126,7 +126,7 @@ def _items(run: config.Run, folder: Path) -> list[TaskItem]:
     writer.finish()
     rate = torch.tensor(float(run.distill.inner_lr))
     for number, plan in enumerate(run.distill.phases):
-        begun = Synthetic(
+        start_set = Synthetic(
             images=torch.randn(plan.pairs, 3, size, size, generator=random),
             texts=torch.randn(plan.pairs, width, generator=random) / width**0.5,
             lr_image=rate.clone(),
@@ -134,7 +134,7 @@ def _items(run: config.Run, folder: Path) -> list[TaskItem]:
             similarity=similarity.initial(run.distill.similarity, plan.pairs, random),
             alpha=run.distill.similarity.alpha,
         )
-        save_set(begun, places.start(number))
+        save_set(start_set, places.start(number))
     return [TaskItem(run, places, "bench", number) for number in range(len(run.distill.phases))]
 
 
@@ -147,15 +147,15 @@ def _measure(executor: Executor, items: Sequence[TaskItem]) -> dict[str, float]:
 
 
 def timed(item: TaskItem, hooks: Hooks) -> tuple[float, float]:
-    """When a phase began and ended."""
+    """Run a phase; return its start and end time."""
     began = time.time()
-    assert DistillPhase()(item, hooks), "a bench is not stopped"
+    assert DistillPhase()(item, hooks), "a benchmark must not be interrupted"
     return began, time.time()
 
 
-def _asked(case: Case, asked: Any) -> common.Numbers:
-    return bench_phases(case, [int(p) for p in asked.phases.split(",")], asked.repeats)
+def _measure_case(case: Case, arguments: Any) -> common.Numbers:
+    return bench_phases(case, [int(p) for p in arguments.phases.split(",")], arguments.repeats)
 
 
 if __name__ == "__main__":
-    common.main(__doc__, Case, _asked, table, phases="2,3", repeats=3)
+    common.main(__doc__, Case, _measure_case, table, phases="2,3", repeats=3)

@@ -2,15 +2,15 @@ import pytest
 from benchmarks import experts as bench
 
 
-def test_the_yardstick_is_measured_with_its_memory():
+def test_sequential_training_is_measured_with_its_memory():
     case = bench.Case(experts=2, epochs=1, pairs=40, image_size=16, each=1)
-    found = bench.bench_experts(case, ("in_turn",))
-    row = found["ways"]["in_turn"]
+    results = bench.bench_experts(case, ("in_turn",))
+    row = results["ways"]["in_turn"]
     assert row["experts"] == 2 and row["seconds"] > 0 and row["peak_mib"] > 50 and row["cpu_seconds"] > 0
-    assert bench.table(found).splitlines()[1].split()[:3] == ["in", "turn", "2"]
+    assert bench.table(results).splitlines()[1].split()[:3] == ["in", "turn", "2"]
 
 
-def test_ratios_and_overhead_are_those_of_the_figures(monkeypatch):
+def test_ratios_and_overhead_are_computed_from_the_seconds(monkeypatch):
     seconds = {"in_turn": 8.0, "pool": 5.0, "train": 12.0, "trainer_each": 20.0}
     measure = lambda case, way: {  # noqa: E731
         "experts": 2 if way == "trainer_each" else 8,
@@ -25,17 +25,17 @@ def test_ratios_and_overhead_are_those_of_the_figures(monkeypatch):
     assert [ways[w]["overhead_per_expert"] for w in ("pool", "train", "trainer_each")] == [0.12, 1.0, 9.0]
 
 
-def test_what_cannot_be_measured_is_refused():
-    with pytest.raises(ValueError, match="no way 'magic'; there are: in_turn, pool, train, trainer_each"):
+def test_unknown_ways_and_wrong_numbers_are_refused():
+    with pytest.raises(ValueError, match="unknown way 'magic'; available: in_turn, pool, train, trainer_each"):
         bench.bench_experts(bench.Case(), ("magic",))
     with pytest.raises(ValueError, match="each is 9 of 8 experts"):
         bench.Case(each=9)
 
 
-def test_all_experts_may_have_a_run_of_their_own(tmp_path, monkeypatch):
-    """The last of them is then a run of the same value as the one around it."""
+def test_each_expert_can_have_its_own_run(tmp_path, monkeypatch):
+    """With one expert, the inner run has the same config as the outer run."""
     case = bench.Case(experts=1, epochs=1, pairs=40, image_size=16, each=1)
     without_ray = bench.run_of(case, "in_turn", tmp_path)
-    monkeypatch.setattr(bench, "run_of", lambda *given: without_ray)
+    monkeypatch.setattr(bench, "run_of", lambda *arguments: without_ray)
     row = bench._train_here(case, {"way": "trainer_each", "storage": str(tmp_path)})
     assert row["experts"] == 1

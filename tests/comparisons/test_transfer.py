@@ -152,14 +152,14 @@ def test_all_wrong_towers_are_reported_before_training(storage, tmp_path):
     done = CliRunner().invoke(cli.app, ["transfer", str(one), *words, "--quiet"])
     assert done.exit_code == 2 and not (storage / "comparisons").exists()
     for message in (
-        "--to resnet81: no image tower 'resnet81'",
+        "--to resnet81: unknown image tower 'resnet81'",
         "--to test_vit: given twice",
         "--to convnet: the set was made for these towers",
         "--to text:/no/such/folder: no text tower folder",
         "--to resnet18@missing.pt: no weights file",
         "--to text:: write a tower as",
         "--to test_maxvit: image tower 'test_maxvit'",
-        "--to inception_v3: image tower 'inception_v3' does not take images of 16 pixels",
+        "--to inception_v3: image tower 'inception_v3' does not accept images of 16 pixels",
     ):
         assert message in done.stderr, message
     assert "8 mistake(s)" in done.stderr, "the valid tower test_vit gives no mistake"

@@ -54,7 +54,7 @@ def test_an_ingest_killed_during_the_final_move_resumes(machine, last, tmp_path,
 
     dataset = ingest(SCENES, b.out, counted, b.runtime)
     dataset.verify()
-    assert not any(fresh), "a finished part was written again"
+    assert not any(fresh), "a finished part must not be written again"
     assert dataset.manifest["shards"] == ingest(SCENES, tmp_path / "plain").manifest["shards"]
     names = {p.relative_to(dataset.path).as_posix() for p in dataset.path.rglob("*") if p.is_file()}
     assert set(b.mirror.remote.list("")) == {f"data/d/{name}" for name in names}, (

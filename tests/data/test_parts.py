@@ -94,7 +94,7 @@ def test_an_ingest_killed_in_the_middle_of_a_shard_resumes(data, undisturbed, tm
 
     assert files(ingest(data, tmp_path / "out").path) == undisturbed
     after = shards_of(tmp_path / "out")
-    assert {name: after[name] for name in before} == before, "a finished part was written again"
+    assert {name: after[name] for name in before} == before, "a finished part must not be written again"
     assert not work.exists()
 
 

@@ -1,4 +1,4 @@
-"""Decoders of the real classes with tiny random weights, and the files that pairs lie in."""
+"""Diffusion decoders with tiny random weights, and the files of generated images."""
 
 import functools
 
@@ -16,8 +16,8 @@ WIDTH = {StableUnclip: tiny_parts.D, Karlo: 32}
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    place = tmp_path_factory.mktemp("decoders")
-    return {StableUnclip: tiny_parts.stable_unclip(place / "unclip"), Karlo: tiny_parts.karlo(place / "karlo")}
+    root = tmp_path_factory.mktemp("decoders")
+    return {StableUnclip: tiny_parts.stable_unclip(root / "unclip"), Karlo: tiny_parts.karlo(root / "karlo")}
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +35,13 @@ def pixels(images):
 
 
 @pytest.mark.parametrize("kind", [StableUnclip, Karlo])
-def test_pictures_depend_on_their_request_and_seed_alone(folders, kind):
-    decoder, asked = kind(folders[kind], CPU, steps=2), requests(3, WIDTH[kind])
-    together = pixels(decoder.decode(asked))
+def test_images_depend_only_on_their_request_and_seed(folders, kind):
+    decoder, batch = kind(folders[kind], CPU, steps=2), requests(3, WIDTH[kind])
+    together = pixels(decoder.decode(batch))
     assert len({image.tobytes() for image in together}) == 3 and together[0].shape[2] == 3
-    again = pixels(kind(folders[kind], CPU, steps=2).decode(asked))
+    again = pixels(kind(folders[kind], CPU, steps=2).decode(batch))
     assert all((a == b).all() for a, b in zip(together, again, strict=True))
-    swapped = pixels(decoder.decode([asked[2], asked[0]]))  # other company: the same but for rounding
+    swapped = pixels(decoder.decode([batch[2], batch[0]]))  # in another batch, an image differs only by rounding
     assert np.abs(swapped[0].astype(int) - together[2]).max() <= 1
     other = pixels(decoder.decode(requests(3, WIDTH[kind], seed=1)))
     assert not any((a == b).all() for a, b in zip(together, other, strict=True))
@@ -56,15 +56,15 @@ def test_unclip_reads_the_embedding_and_the_caption(unclip):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_reaches_every_part(folders, dtype):
-    half, (one,) = StableUnclip(folders[StableUnclip], CPU, steps=2, dtype=dtype), requests(1, tiny_parts.D)
+    half, (request,) = StableUnclip(folders[StableUnclip], CPU, steps=2, dtype=dtype), requests(1, tiny_parts.D)
     assert {p.dtype for name in ("unet", "vae", "text_encoder") for p in getattr(half.pipeline, name).parameters()} == {
         getattr(torch, dtype)
     }
-    (image,) = pixels(half.decode([one]))
-    assert image.shape == (16, 16, 3) and image.std() > 1 and (image == pixels(half.decode([one]))[0]).all()
+    (image,) = pixels(half.decode([request]))
+    assert image.shape == (16, 16, 3) and image.std() > 1 and (image == pixels(half.decode([request]))[0]).all()
 
 
-def test_what_no_decoder_can_take_is_told(unclip):
+def test_wrong_widths_and_non_finite_embeddings_are_refused(unclip):
     with pytest.raises(ValueError, match="the decoder takes embeddings of width 24, found 25"):
         unclip.decode(requests(1, 25))
     (broken,) = requests(1, tiny_parts.D)
@@ -72,15 +72,15 @@ def test_what_no_decoder_can_take_is_told(unclip):
         unclip.decode([broken | {"embedding": broken["embedding"] * torch.nan}])
 
 
-def test_pictures_that_are_not_finite_are_told(folders):
+def test_non_finite_images_are_refused(folders):
     broken = StableUnclip(folders[StableUnclip], CPU, steps=1)
     torch.nn.init.constant_(broken.pipeline.vae.decoder.conv_out.bias, torch.nan)
-    with pytest.raises(ValueError, match=r"the picture of pair 0 is not finite; use dtype bfloat16"):
+    with pytest.raises(ValueError, match=r"the image of pair 0 is not finite; use dtype bfloat16"):
         broken.decode(requests(1, tiny_parts.D))
 
 
-class Drawn:
-    """Stripes by number, and the company in which they were made."""
+class StripesDecoder:
+    """A decoder that draws stripes and logs the pair numbers of each batch."""
 
     def __init__(self, log, size=12, flat=()):
         self.log, self.size, self.flat = log, size, flat
@@ -93,19 +93,21 @@ class Drawn:
 
 
 def writer(folder, log, **options):
-    return PictureWriter(functools.partial(Drawn, log, **options), folder, 2, 6, 1)
+    return PictureWriter(functools.partial(StripesDecoder, log, **options), folder, 2, 6, 1)
 
 
-def test_pairs_are_files_and_a_block_is_made_as_it_was(tmp_path):
+def test_a_damaged_block_is_generated_again_with_the_same_bytes(tmp_path):
     write_requests(tmp_path, [{"index": i, "seed": 0} for i in range(5)], {"embedding": torch.arange(5.0)[:, None]})
     log = []
     work = writer(tmp_path, log)
     assert [work({"block": b})["pictures"] for b in range(3)] == [2, 2, 1] and log == [[0, 1], [2, 3], [4]]
-    asked = read_requests(tmp_path)
-    assert all(is_drawn(tmp_path, r) for r in asked) and Image.open(picture_of(tmp_path, 3)).size == (6, 6)
+    batch = read_requests(tmp_path)
+    assert all(is_drawn(tmp_path, r) for r in batch) and Image.open(picture_of(tmp_path, 3)).size == (6, 6)
     before = {i: picture_of(tmp_path, i).read_bytes() for i in range(5)}
     stamp = picture_of(tmp_path, 3).stat().st_mtime_ns
-    picture_of(tmp_path, 2).with_suffix(".json").unlink()  # as a process leaves it that dies between the two files
+    picture_of(tmp_path, 2).with_suffix(
+        ".json"
+    ).unlink()  # simulates a process that was killed between writing PNG and JSON
     writer(tmp_path, log)({"block": 1})
     assert log[-1] == [2, 3] and {i: picture_of(tmp_path, i).read_bytes() for i in range(5)} == before
     assert picture_of(tmp_path, 3).stat().st_mtime_ns == stamp
@@ -113,10 +115,10 @@ def test_pairs_are_files_and_a_block_is_made_as_it_was(tmp_path):
     assert [is_drawn(tmp_path, r) for r in read_requests(tmp_path)] == [False, True, False, False, False]
 
 
-def test_pictures_of_one_colour_are_refused(tmp_path):
+def test_images_of_one_colour_are_refused(tmp_path):
     write_requests(tmp_path, [{"index": i, "seed": 0} for i in range(2)], {})
-    with pytest.raises(ValueError, match="the picture of pair 1 is empty or of one colour"):
+    with pytest.raises(ValueError, match="the image of pair 1 is empty or has one colour"):
         writer(tmp_path, [], flat=(1,))({"block": 0})
     assert picture_of(tmp_path, 0).is_file() and not picture_of(tmp_path, 1).is_file()
-    with pytest.raises(ValueError, match="2 pairs, and rows"):
+    with pytest.raises(ValueError, match="2 pairs, found rows"):
         write_requests(tmp_path, [{"index": 0}, {"index": 1}], {"embedding": torch.ones(3, 1)})

@@ -1,4 +1,4 @@
-"""EDGE's losses against the plainest possible float64 versions, and what is known of them."""
+"""EDGE's losses against simple float64 implementations, and for inputs with known results."""
 
 import math
 
@@ -24,23 +24,23 @@ def test_contrastive_loss_against_a_double_loop(captions):
     images, texts = features()
     total = 0.0
     for p in range(5):
-        for mine, others in ((images[p], texts), (texts[p], images)):
+        for anchor, others in ((images[p], texts), (texts[p], images)):
             terms = [
-                math.exp(cosine(mine, others[q]) / 0.1)
+                math.exp(cosine(anchor, others[q]) / 0.1)
                 for q in range(5)
                 if captions is None or q == p or captions[q] != captions[p]
             ]
-            total -= math.log(math.exp(cosine(mine, others[p]) / 0.1) / sum(terms))
+            total -= math.log(math.exp(cosine(anchor, others[p]) / 0.1) / sum(terms))
     same = None if captions is None else torch.tensor(captions)
     assert float(contrastive(images, texts, 0.1, same)) == pytest.approx(total / 10, rel=1e-12)
 
 
-def test_contrastive_loss_of_features_that_are_all_equal_is_log_of_the_batch():
+def test_contrastive_loss_of_equal_features_is_the_log_of_the_batch_size():
     equal = torch.ones(6, 4, dtype=torch.float64)
     assert float(contrastive(equal, equal, 0.1)) == pytest.approx(math.log(6), rel=1e-12)
 
 
-def test_pictures_of_the_same_caption_are_not_pushed_apart():
+def test_images_of_the_same_caption_are_not_negatives():
     images, texts = features(2)
     texts = texts[:1].expand(2, -1)
     assert float(contrastive(images, texts, 0.1, torch.tensor([0, 0]))) == 0
@@ -60,7 +60,7 @@ def test_diversity_against_a_double_loop(unit_halves):
 
 def test_diversity_of_equal_orthogonal_and_simplex_rows():
     equal, eye = torch.ones(4, 3, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
-    simplex = eye - 1 / 4  # four points as far from each other as can be
+    simplex = eye - 1 / 4  # four points with the largest possible distances
     assert float(diversity(equal, equal)) == pytest.approx(1)
     assert float(diversity(eye, eye)) == pytest.approx(0)
     assert float(diversity(simplex, simplex)) == pytest.approx(-1 / 3)
@@ -69,7 +69,7 @@ def test_diversity_of_equal_orthogonal_and_simplex_rows():
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-def test_a_perfect_prediction_gives_the_clean_latent_back(kind):
+def test_a_perfect_prediction_gives_the_clean_latent(kind):
     random = generator(1, "latents")
     clean, noise = (torch.randn(3, 4, 5, 5, generator=random, dtype=torch.float64) for _ in range(2))
     signal = torch.tensor([0.9, 0.3, 0.0047], dtype=torch.float64)
@@ -78,7 +78,7 @@ def test_a_perfect_prediction_gives_the_clean_latent_back(kind):
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-def test_estimates_and_targets_are_those_of_the_scheduler(kind):
+def test_estimates_and_targets_equal_those_of_the_scheduler(kind):
     from diffusers import DDPMScheduler
 
     scheduler = DDPMScheduler(**tiny_diffusion.BETAS, prediction_type=kind, clip_sample=False)
@@ -95,9 +95,9 @@ def test_estimates_and_targets_are_those_of_the_scheduler(kind):
         torch.testing.assert_close(target_of(clean, noise, signal, kind), scheduler.get_velocity(clean, noise, t))
 
 
-def test_the_filter_by_module_finds_what_the_published_names_find():
+def test_biases_and_norms_selects_the_published_parameters():
     unet = tiny_diffusion.unet()
-    named = {n for n, _ in unet.named_parameters() if any(w in n for w in ("bias", "norm", "gamma", "y_embed"))}
-    found = biases_and_norms(unet)
-    assert set(found) == named and len(found) == 125
-    assert sum(p.numel() for p in found.values()) == 7300
+    published = {n for n, _ in unet.named_parameters() if any(w in n for w in ("bias", "norm", "gamma", "y_embed"))}
+    selected = biases_and_norms(unet)
+    assert set(selected) == published and len(selected) == 125
+    assert sum(p.numel() for p in selected.values()) == 7300

@@ -1,4 +1,4 @@
-"""EDGE's fine-tuning on tiny parts: what it moves, that it helps, and that it goes on with the same bits."""
+"""EDGE's fine-tuning of tiny models: its gradients, decreasing losses, and bit-identical resuming."""
 
 import copy
 import json
@@ -38,14 +38,14 @@ def clip(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def painter():
+def tiny_pipeline():
     return tiny_diffusion.stable_diffusion()
 
 
 @pytest.fixture
-def make(clip, painter):
+def make(clip, tiny_pipeline):
     def make(pipeline=None, **rule):
-        pipeline = copy.deepcopy(pipeline or painter)
+        pipeline = copy.deepcopy(pipeline or tiny_pipeline)
         rule = EdgeTuning(**{"batch": 4, "size": 16, "steps": 6, "lr": 0.01, "checkpoint_every": 2, **rule})
         return EdgeTrainer(
             rule, Diffusion(pipeline), clip.model, clip.processor.tokenizer, CAPTIONS, drawn_pictures, seed=1
@@ -56,31 +56,32 @@ def make(clip, painter):
 
 def gradients(trainer, step=0):
     trainer.optimiser.zero_grad()
-    told = trainer.gradient(step)
-    return told, {n: p.grad.clone() for n, p in trainer.parameters.items()}
+    report = trainer.gradient(step)
+    return report, {n: p.grad.clone() for n, p in trainer.parameters.items()}
 
 
-def test_losses_go_down_on_a_batch_and_only_the_filtered_parameters_move(make):
+def test_losses_decrease_and_only_the_selected_parameters_change(make):
     trainer = make(lr=0.05)
     unet = trainer.diffusion.unet
     before = {n: p.detach().clone() for n, p in unet.named_parameters()}
     first = None
     for _ in range(12):
-        told, _ = gradients(trainer)
-        first = first or told
+        report, _ = gradients(trainer)
+        first = first or report
         trainer.optimiser.step()
     last, _ = gradients(trainer)
     assert last["loss"] < first["loss"] and last["contrast"] < first["contrast"] and last["anchor"] < first["anchor"]
-    moved = {n for n, p in unet.named_parameters() if not torch.equal(p, before[n])}
-    assert moved and moved <= trainer.parameters.keys()
+    changed_names = {n for n, p in unet.named_parameters() if not torch.equal(p, before[n])}
+    assert changed_names and changed_names <= trainer.parameters.keys()
     frozen = [trainer.diffusion.vae, trainer.diffusion.text_encoder, trainer.clip]
     assert all(p.grad is None for part in frozen for p in part.parameters())
 
 
-def test_the_gradient_is_that_of_the_card_written_out(make):
-    """The corrected step: z_t into the UNet, z^ divided by the scale before decoding, CLIP's own pixels."""
+def test_the_gradient_equals_the_paper_formula_written_out(make):
+    """Check the corrected recipe: the UNet gets z_t, z^ is divided by the scale before decoding, and CLIP's pixel
+    normalisation is used."""
     trainer = make(anchor=0.5, clamp=None, size=32)
-    told, found = gradients(trainer)
+    report, grads = gradients(trainer)
     batch, d = trainer.batch(0), trainer.diffusion
     signal = d.scheduler.alphas_cumprod[batch.times].view(-1, 1, 1, 1)
     noisy = signal.sqrt() * batch.latents + (1 - signal).sqrt() * batch.noise
@@ -92,15 +93,15 @@ def test_the_gradient_is_that_of_the_card_written_out(make):
     loss = contrastive(i, batch.texts, 0.1, batch.captions) + diversity(i, batch.texts)
     loss = loss + 0.5 * ((eps - batch.noise) ** 2).mean()
     expected = torch.autograd.grad(loss, list(trainer.parameters.values()))
-    assert told["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
-    for (name, g), e in zip(found.items(), expected, strict=True):
+    assert report["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
+    for (name, g), e in zip(grads.items(), expected, strict=True):
         torch.testing.assert_close(g, e, rtol=1e-3, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("micro", [1, 3])
 def test_micro_batches_have_the_same_gradient(make, micro):
-    (whole, a), (parts, b) = gradients(make()), gradients(make(micro_batch=micro))
-    assert parts == pytest.approx(whole, rel=1e-4)
+    (full_batch, a), (parts, b) = gradients(make()), gradients(make(micro_batch=micro))
+    assert parts == pytest.approx(full_batch, rel=1e-4)
     for name in a:
         torch.testing.assert_close(b[name], a[name], rtol=2e-3, atol=1e-5, msg=name)
 
@@ -111,11 +112,11 @@ def test_recomputing_activations_has_the_same_gradient(make):
         torch.testing.assert_close(a[name], b[name])
 
 
-def test_the_released_recipe_and_the_weights_by_signal_are_others(make):
-    _, usual = gradients(make(anchor=0))
+def test_recipe_weighting_and_unit_halves_change_the_gradient(make):
+    _, reference = gradients(make(anchor=0))
     for changed in ({"recipe": "released"}, {"weighting": "alpha_bar"}, {"unit_halves": False}):
         _, other = gradients(make(anchor=0, **changed))
-        assert any(not torch.allclose(other[n], g) for n, g in usual.items()), changed
+        assert any(not torch.allclose(other[n], g) for n, g in reference.items()), changed
 
 
 def test_a_model_that_predicts_velocity_trains(make):
@@ -128,9 +129,9 @@ def test_a_model_that_predicts_velocity_trains(make):
 
 
 def test_bfloat16_keeps_float32_parameters(make):
-    (exact, _), (rough, found) = gradients(make()), gradients(make(precision="bfloat16"))
+    (exact, _), (rough, grads) = gradients(make()), gradients(make(precision="bfloat16"))
     assert rough["loss"] == pytest.approx(exact["loss"], rel=0.05) and rough["loss"] != exact["loss"]
-    assert {g.dtype for g in found.values()} == {torch.float32}
+    assert {g.dtype for g in grads.values()} == {torch.float32}
 
 
 def stop_after(steps):
@@ -138,51 +139,55 @@ def stop_after(steps):
     return {"on_step": done.append, "should_stop": lambda: len(done) >= steps}
 
 
-def test_a_stopped_training_goes_on_with_the_same_bits(make, tmp_path):
-    assert tune(make(), tmp_path / "whole", "key", 2)
-    assert not tune(make(), tmp_path / "parts", "key", 2, **stop_after(3))
-    assert tune(make(), tmp_path / "parts", "key", 2)
-    a, b = ((tmp_path / name / TUNED).read_bytes() for name in ("whole", "parts"))
+def test_a_stopped_training_resumes_bit_identically(make, tmp_path):
+    assert tune(make(), tmp_path / "unbroken", "key", 2)
+    assert not tune(make(), tmp_path / "resumed", "key", 2, **stop_after(3))
+    assert tune(make(), tmp_path / "resumed", "key", 2)
+    a, b = ((tmp_path / name / TUNED).read_bytes() for name in ("unbroken", "resumed"))
     assert a == b
-    told = [
+    report = [
         [{k: v for k, v in line.items() if k != "seconds"} for line in losses_of(tmp_path / n)]
-        for n in ("whole", "parts")
+        for n in ("unbroken", "resumed")
     ]
-    assert told[0] == told[1] and [line["step"] for line in told[0]] == [1, 2, 3, 4, 5, 6]
+    assert report[0] == report[1] and [line["step"] for line in report[0]] == [1, 2, 3, 4, 5, 6]
     unet = tiny_diffusion.unet()
-    use_tuned(unet, read_tuned(tmp_path / "whole"))
-    assert all(torch.equal(unet.get_parameter(n), t) for n, t in read_tuned(tmp_path / "whole").items())
+    use_tuned(unet, read_tuned(tmp_path / "unbroken"))
+    assert all(torch.equal(unet.get_parameter(n), t) for n, t in read_tuned(tmp_path / "unbroken").items())
     with pytest.raises(ValueError, match="another configuration"):
-        (tmp_path / "whole" / TUNED).unlink()
-        tune(make(), tmp_path / "whole", "other", 2)
+        (tmp_path / "unbroken" / TUNED).unlink()
+        tune(make(), tmp_path / "unbroken", "other", 2)
 
 
-def test_a_step_that_is_not_finite_changes_nothing_and_too_many_stop(make, tmp_path, caplog):
+def test_non_finite_steps_are_skipped_and_too_many_stop_the_training(make, tmp_path, caplog):
     trainer = make(steps=30)
     before = {n: p.detach().clone() for n, p in trainer.parameters.items()}
     trainer.gradient = lambda step: {"loss": float("nan")}
-    with pytest.raises(RuntimeError, match="20 steps in a row up to 20 gave numbers that are not finite"):
+    with pytest.raises(RuntimeError, match="20 consecutive steps up to 20 had non-finite numbers"):
         tune(trainer, tmp_path, "key", 2)
     assert all(torch.equal(p, before[n]) for n, p in trainer.parameters.items())
     assert "step 1 of" in caplog.text and losses_of(tmp_path)[0]["loss"] is None
 
 
-def test_every_caption_of_an_epoch_comes_once(make):
+def test_each_caption_occurs_once_per_epoch(make):
     trainer = make(steps=None, epochs=2)
     assert trainer.total == 4
-    assert sorted(trainer.drawn(0) + trainer.drawn(1)) == list(range(8)) == sorted(trainer.drawn(2) + trainer.drawn(3))
+    assert (
+        sorted(trainer.batch_records(0) + trainer.batch_records(1))
+        == list(range(8))
+        == sorted(trainer.batch_records(2) + trainer.batch_records(3))
+    )
     assert make(steps=None, epochs=1, fraction=0.5).total == 1
 
 
 def test_too_late_time_steps_and_odd_sizes_are_refused(make):
-    with pytest.raises(ValueError, match="max_step 2000 lies past this model's 1000 time steps"):
+    with pytest.raises(ValueError, match="max_step 2000 exceeds this model's 1000 time steps"):
         make(max_step=2000)
-    with pytest.raises(ValueError, match="pictures of side 33 cannot be halved 1 times"):
+    with pytest.raises(ValueError, match="cannot halve images of side 33 1 times"):
         make(size=33)
 
 
-def test_captions_are_drawn_once_and_phases_share_the_draw():
+def test_phases_share_one_random_order_of_captions():
     assert draws(0, 20, 6) + draws(0, 20, 5, start=6) == draws(0, 20, 11)
     assert len(set(draws(0, 20, 20))) == 20 and draws(1, 20, 6) != draws(0, 20, 6)
-    with pytest.raises(ValueError, match="21 pictures are asked for.*the train split has 20"):
+    with pytest.raises(ValueError, match="21 images need different captions.*the train split has 20"):
         draws(0, 20, 6, start=15)

@@ -1,4 +1,4 @@
-"""EVLF's training on tiny parts."""
+"""EVLF's training of the fusion with tiny models."""
 
 import pytest
 import tiny_diffusion
@@ -31,8 +31,8 @@ def diffusion():
 @pytest.fixture
 def make(diffusion):
     def make(size=16, **rule):
-        usual = {"batch": 4, "width": 16, "reader_width": 8, "steps": 4, "checkpoint_every": 1}
-        rule = FusionRule(**{**usual, **rule})
+        defaults = {"batch": 4, "width": 16, "reader_width": 8, "steps": 4, "checkpoint_every": 1}
+        rule = FusionRule(**{**defaults, **rule})
         return FusionTrainer(rule, diffusion, CAPTIONS, IMAGE_OF, drawn_pictures, size, seed=2)
 
     return make
@@ -45,16 +45,16 @@ def losses_on_all(trainer):
         texts = d.texts(CAPTIONS)
         latents = d.latents(as_signed(drawn_pictures(range(8), 16)))
         image = torch.tensor(IMAGE_OF)
-        found = trainer.losses(latents, texts, texts.tokens, image[:, None] == image[None, :])
+        losses = trainer.losses(latents, texts, texts.tokens, image[:, None] == image[None, :])
     trainer.fusion.train()
-    return {name: float(value) for name, value in found.items()}
+    return {name: float(value) for name, value in losses.items()}
 
 
 @pytest.mark.parametrize("residual", [True, False])
-def test_losses_go_down_and_frozen_parts_stay(make, residual):
+def test_losses_decrease_and_frozen_parts_do_not_change(make, residual):
     trainer = make(residual=residual, lr=3e-3, lr_reader=3e-3, steps=30, drop_text=0.0)
     first = losses_on_all(trainer)
-    assert (first["rebuild"] == 0) == residual, "the identity at the start"
+    assert (first["rebuild"] == 0) == residual, "with a residual, the untrained fusion must be the identity"
     frozen = [p.clone() for p in trainer.diffusion.vae.parameters()]
     for step in range(30):
         trainer.optimiser.zero_grad()
@@ -67,13 +67,13 @@ def test_losses_go_down_and_frozen_parts_stay(make, residual):
 
 
 def test_a_step_accumulates_batches_and_is_clipped(make):
-    """Both terms with their weights, the mean over batches, the norm bounded at last."""
+    """Check the weights of both terms, the mean over batches, and the clipping of the gradient norm."""
     trainer = make(accumulate=2, dropout=0.0, drop_text=0.0, drop_entries=0.0, text_noise=0.0, residual=False, clip=0.1)
-    told = trainer.gradient(0)
-    found = [p.grad.clone() for p in trainer.parameters.values()]
+    report = trainer.gradient(0)
+    clipped = [p.grad.clone() for p in trainer.parameters.values()]
     d, total = trainer.diffusion, 0.0
     for number in range(2):
-        records = trainer.drawn(number)
+        records = trainer.batch_records(number)
         with torch.no_grad():
             texts = d.texts([CAPTIONS[r] for r in records])
             latents = d.latents(as_signed(drawn_pictures(records, 16)))
@@ -84,48 +84,51 @@ def test_a_step_accumulates_batches_and_is_clipped(make):
         total = total + (0.1 * parts["align"] + 0.05 * parts["rebuild"]) / 2
     expected = list(torch.autograd.grad(total, list(trainer.parameters.values())))
     norm = torch.stack([g.norm() for g in expected]).norm()
-    assert told["loss"] == pytest.approx(float(total.detach()), rel=1e-5) and norm > 0.1
-    for g, e in zip(found, expected, strict=True):
+    assert report["loss"] == pytest.approx(float(total.detach()), rel=1e-5) and norm > 0.1
+    for g, e in zip(clipped, expected, strict=True):
         torch.testing.assert_close(g, e * 0.1 / norm, rtol=1e-3, atol=1e-6)
-    assert told["rebuild_weight"] == 0.05 and trainer.gradient(2)["rebuild_weight"] == 1.0
+    assert report["rebuild_weight"] == 0.05 and trainer.gradient(2)["rebuild_weight"] == 1.0
 
 
-def test_a_stopped_training_goes_on_with_the_same_bits(make, tmp_path):
+def test_a_stopped_training_resumes_bit_identically(make, tmp_path):
     done = []
-    assert tune(make(), tmp_path / "whole", "key", 1)
-    assert not tune(make(), tmp_path / "parts", "key", 1, done.append, lambda: len(done) >= 2)
-    assert tune(make(), tmp_path / "parts", "key", 1)
-    a, b = ((tmp_path / name / TUNED).read_bytes() for name in ("whole", "parts"))
+    assert tune(make(), tmp_path / "unbroken", "key", 1)
+    assert not tune(make(), tmp_path / "resumed", "key", 1, done.append, lambda: len(done) >= 2)
+    assert tune(make(), tmp_path / "resumed", "key", 1)
+    a, b = ((tmp_path / name / TUNED).read_bytes() for name in ("unbroken", "resumed"))
     assert a == b
 
 
-def test_mirrored_pictures_come_in_the_share_asked_for(make):
-    seen = []
+def test_flip_one_mirrors_all_images(make):
+    encoded = []
     trainer = make(flip=1.0, accumulate=1)
-    trainer.diffusion.latents, kept = lambda pixels: seen.append(pixels) or kept(pixels), trainer.diffusion.latents
+    trainer.diffusion.latents, latents = (
+        lambda pixels: encoded.append(pixels) or latents(pixels),
+        trainer.diffusion.latents,
+    )
     try:
         trainer.gradient(0)
     finally:
         del trainer.diffusion.latents
-    assert torch.equal(seen[0], as_signed(drawn_pictures(trainer.drawn(0), 16)).flip(-1))
+    assert torch.equal(encoded[0], as_signed(drawn_pictures(trainer.batch_records(0), 16)).flip(-1))
 
 
-def test_what_cannot_be_trained_is_refused(make, diffusion):
-    with pytest.raises(ValueError, match="found a train split of one picture"):
+def test_unusable_data_and_settings_are_refused(make, diffusion):
+    with pytest.raises(ValueError, match="found a train split of one"):
         FusionTrainer(FusionRule(), diffusion, ["a", "b"], [0, 0], drawn_pictures, 16, 0)
-    with pytest.raises(ValueError, match=r"fusion.width 10 cannot be cut into 4 heads"):
+    with pytest.raises(ValueError, match=r"fusion.width 10 is not divisible by 4 heads"):
         FusionRule(width=10)
     with pytest.raises(ValueError, match="latents of 3 x 3 are too small"):
         fusion_of(FusionRule(), diffusion, 6, 0)
 
 
-def test_latents_are_unscaled_means_and_texts_end_at_their_first_end(diffusion):
+def test_latents_are_unscaled_means_and_texts_end_at_the_first_end_token(diffusion):
     pixels = as_signed(drawn_pictures([0, 2], 16))
     with torch.no_grad():
         mean = diffusion.vae.encode(pixels).latent_dist.mean
         torch.testing.assert_close(diffusion.latents(pixels), mean)
-        one, two = (diffusion.latents(pixels, generator(0, "posterior")) for _ in range(2))
-    assert torch.equal(one, two) and not torch.allclose(one, mean)
+        first, second = (diffusion.latents(pixels, generator(0, "posterior")) for _ in range(2))
+    assert torch.equal(first, second) and not torch.allclose(first, mean)
     texts = diffusion.texts(["a", "a dog"])
     assert torch.equal(texts.pooled[0], texts.tokens[0, 2]) and texts.padding.sum(1).tolist() == [74, 71]
     assert diffusion.grid(16) == (8, 8)

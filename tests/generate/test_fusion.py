@@ -1,4 +1,4 @@
-"""EVLF's fusion: the identity at the start, what text and padding do to it, and its losses in float64."""
+"""EVLF's fusion: the identity at the start, the effect of text and padding, and its losses in float64."""
 
 import math
 
@@ -8,7 +8,7 @@ from tiny_parts import clip_tokenizer
 from torch import nn
 
 from rmdd.core.seeding import generator
-from rmdd.generate.fusion import Fusion, Projector, after, alignment, blurred_text, first_end, positives, ramp
+from rmdd.generate.fusion import Fusion, Projector, alignment, augment_text, first_end, positions_after, positives, ramp
 
 GRID, LENGTH, WIDTH = (4, 6), 7, 5
 
@@ -19,24 +19,24 @@ def fusion(**options):
         return Fusion(WIDTH, GRID, **{"width": 8, "heads": 2, "dropout": 0.5, **options}).eval()
 
 
-def given(seed=0):
-    random = generator(seed, "given")
+def inputs(seed=0):
+    random = generator(seed, "inputs")
     latents = torch.randn(3, 4, *GRID, generator=random)
     tokens = torch.randn(3, LENGTH, WIDTH, generator=random)
-    return latents, tokens, after(torch.tensor([2, 6, 4]), LENGTH)
+    return latents, tokens, positions_after(torch.tensor([2, 6, 4]), LENGTH)
 
 
 @pytest.mark.parametrize("keys", ["both", "text"])
 def test_an_untrained_fusion_changes_nothing(keys):
-    latents, tokens, padding = given()
+    latents, tokens, padding = inputs()
     for mode in (True, False):
         assert torch.equal(fusion(keys=keys).train(mode)(latents, tokens, padding), latents)
     assert not torch.equal(fusion(keys=keys, residual=False)(latents, tokens, padding), latents)
 
 
 @pytest.mark.parametrize("keys", ["both", "text"])
-def test_text_moves_the_latent_and_padding_does_not(keys):
-    latents, tokens, padding = given()
+def test_the_fused_latent_depends_on_text_but_not_on_padding(keys):
+    latents, tokens, padding = inputs()
     module = fusion(keys=keys, residual=False)
     fused = module(latents, tokens, padding)
     behind = tokens + padding[..., None] * 100.0
@@ -44,9 +44,9 @@ def test_text_moves_the_latent_and_padding_does_not(keys):
     assert not torch.allclose(module(latents, tokens + ~padding[..., None], padding), fused)
 
 
-def test_the_layers_are_those_of_the_card():
-    """Attention to keys that stay as they were, sums with normalisation behind, written out without torch's module."""
-    latents, tokens, padding = given()
+def test_the_layers_equal_the_formula_written_out():
+    """Check attention to fixed keys and LayerNorm after each sum, computed without torch's attention module."""
+    latents, tokens, padding = inputs()
     module = fusion(residual=False).double()
     latents, tokens = latents.double(), tokens.double()
     x = module.image_in(latents).flatten(2).transpose(1, 2) + module.position
@@ -59,22 +59,22 @@ def test_the_layers_are_those_of_the_card():
             for rows, w, b in zip((x, keys, keys), a.in_proj_weight.chunk(3), a.in_proj_bias.chunk(3), strict=True)
         )
         score = (q @ k.transpose(2, 3) / 2).masked_fill(hidden[:, None, None], -math.inf)
-        seen = a.out_proj((score.softmax(-1) @ v).transpose(1, 2).reshape(3, 24, 8))
-        x = layer.norm_attention(x + seen)
+        attended = a.out_proj((score.softmax(-1) @ v).transpose(1, 2).reshape(3, 24, 8))
+        x = layer.norm_attention(x + attended)
         x = layer.norm_feed(x + layer.feed[3](layer.feed[0](x).relu()))
     expected = module.image_out(x.transpose(1, 2).reshape(3, 8, *GRID))
     torch.testing.assert_close(module(latents, tokens, padding), expected)
 
 
-def test_another_grid_is_refused():
-    _, tokens, padding = given()
-    with pytest.raises(ValueError, match="made for latents of 4 x 6, found 4 x 4"):
+def test_another_latent_size_is_refused():
+    _, tokens, padding = inputs()
+    with pytest.raises(ValueError, match="built for latents of 4 x 6, found 4 x 4"):
         fusion()(torch.zeros(3, 4, 4, 4), tokens, padding)
     with pytest.raises(ValueError, match="2 x 2 are too small"):
         Projector(WIDTH, (2, 2))
 
 
-def test_the_published_sizes():
+def test_the_modules_have_the_published_number_of_parameters():
     def count(m):
         return sum(p.numel() for p in m.parameters())
 
@@ -92,20 +92,22 @@ def test_alignment_against_a_double_loop():
         for i in range(5):
             logits = [float(a[i] @ b[j] / (a[i].norm() * b[j].norm())) / 0.07 for j in range(5)]
             weights = [math.exp(x) for x in logits]
-            mine = [j for j in range(5) if pictures[i] == pictures[j] or captions[i] == captions[j]]
-            total -= math.log(sum(weights[j] for j in mine) / sum(weights) / len(mine))
+            matching = [j for j in range(5) if pictures[i] == pictures[j] or captions[i] == captions[j]]
+            total -= math.log(sum(weights[j] for j in matching) / sum(weights) / len(matching))
     assert float(alignment(read, texts, positive, 0.07)) == pytest.approx(total / 10, rel=1e-12)
 
 
-def test_distinct_pairs_make_it_symmetric_cross_entropy_and_one_picture_makes_it_nothing():
+def test_alignment_is_cross_entropy_for_distinct_pairs_and_constant_for_one_image():
     random = generator(4, "alignment")
     read, texts = (torch.randn(6, 8, generator=random, dtype=torch.float64) for _ in range(2))
     logits = nn.functional.normalize(read) @ nn.functional.normalize(texts).T / 0.07
-    own = torch.arange(6)
-    expected = (nn.functional.cross_entropy(logits, own) + nn.functional.cross_entropy(logits.T, own)) / 2
+    labels = torch.arange(6)
+    expected = (nn.functional.cross_entropy(logits, labels) + nn.functional.cross_entropy(logits.T, labels)) / 2
     torch.testing.assert_close(alignment(read, texts, torch.eye(6, dtype=torch.bool), 0.07), expected)
     read.requires_grad_(True)
-    flat = alignment(read, texts, torch.ones(6, 6, dtype=torch.bool), 0.07)  # all rows are positives: no gradient
+    flat = alignment(
+        read, texts, torch.ones(6, 6, dtype=torch.bool), 0.07
+    )  # if all pairs are positives, there is no gradient
     flat.backward()
     assert float(flat.detach()) == pytest.approx(math.log(6)) and float(read.grad.abs().max()) < 1e-12
 
@@ -121,16 +123,16 @@ def test_the_pooled_state_is_that_of_the_first_end_of_text():
     ids = tokenizer(["a", "a dog runs"], padding="max_length", max_length=77, return_tensors="pt").input_ids
     ends = first_end(ids, tokenizer.eos_token_id)
     assert ends.tolist() == [2, 9] and ids[0, 76] == tokenizer.eos_token_id
-    assert after(ends, 77).sum(1).tolist() == [74, 67]
+    assert positions_after(ends, 77).sum(1).tolist() == [74, 67]
     assert first_end(torch.zeros(1, 5, dtype=torch.long), 9).tolist() == [4]
 
 
-def test_text_is_dropped_whole_in_the_share_asked_for_and_blurred_otherwise():
+def test_text_is_dropped_with_its_probability_and_augmented_otherwise():
     tokens = torch.ones(2, 40, 25)
-    seen = [blurred_text(tokens, generator(0, "blur", i), drop_all=0.2, drop=0.1, noise=0.01) for i in range(200)]
-    whole = [s for s in seen if s.any()]
-    assert 140 < len(whole) < 180
-    rest = torch.cat(whole)
-    assert float((rest < 0.5).float().mean()) == pytest.approx(0.1, abs=0.01)
-    assert float(rest.mean()) == pytest.approx(1, abs=0.01)
-    assert torch.equal(blurred_text(tokens, generator(0, "x"), drop_all=0.0, drop=0.0, noise=0.0), tokens)
+    attended = [augment_text(tokens, generator(0, "blur", i), drop_all=0.2, drop=0.1, noise=0.01) for i in range(200)]
+    texts = [s for s in attended if s.any()]
+    assert 140 < len(texts) < 180
+    entries = torch.cat(texts)
+    assert float((entries < 0.5).float().mean()) == pytest.approx(0.1, abs=0.01)
+    assert float(entries.mean()) == pytest.approx(1, abs=0.01)
+    assert torch.equal(augment_text(tokens, generator(0, "x"), drop_all=0.0, drop=0.0, noise=0.0), tokens)

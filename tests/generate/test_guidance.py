@@ -1,4 +1,4 @@
-"""Samplers near given latents: without a pull they are diffusers' own to the bit, with one they end nearer."""
+"""Guided sampling: without guidance it equals diffusers bit for bit, and with guidance it ends nearer to the mode."""
 
 import pytest
 import tiny_diffusion
@@ -11,7 +11,7 @@ CAPTIONS = ["a red dog", "two cats on a mat"]
 
 
 @pytest.fixture(scope="module")
-def painter():
+def pipeline():
     return tiny_diffusion.stable_diffusion()
 
 
@@ -29,11 +29,11 @@ def start(size=16):
 
 
 @torch.no_grad()
-def near(painter, kind, strength, *, eta=0.0, steps=6, stop=2, modes=None):
-    texts, empty = painter.encode_prompt(CAPTIONS, torch.device("cpu"), 1, True, ["", ""])
+def near(pipeline, kind, strength, *, eta=0.0, steps=6, stop=2, modes=None):
+    texts, empty = pipeline.encode_prompt(CAPTIONS, torch.device("cpu"), 1, True, ["", ""])
     return guided(
-        text_denoiser(painter.unet, texts, empty, 7.5),
-        scheduler_for(kind, painter.scheduler.config),
+        text_denoiser(pipeline.unet, texts, empty, 7.5),
+        scheduler_for(kind, pipeline.scheduler.config),
         start(),
         torch.zeros(2, 4, 16, 16) if modes is None else modes,
         steps=steps,
@@ -45,24 +45,24 @@ def near(painter, kind, strength, *, eta=0.0, steps=6, stop=2, modes=None):
 
 
 @pytest.mark.parametrize("kind", ["ddim", "ddpm"])
-def test_no_pull_is_the_plain_sampler_to_the_bit(kind):
-    painter = tiny_diffusion.stable_diffusion()
-    painter.scheduler = scheduler_for(kind, painter.scheduler.config)
-    plain = painter(CAPTIONS, num_inference_steps=6, latents=start(), generator=randoms(), output_type="latent").images
-    assert torch.equal(near(painter, kind, 0.0), plain)
-    assert torch.equal(near(painter, kind, 0.5, stop=5), plain), "no step is left to be guided"
+def test_without_guidance_the_sampler_equals_diffusers_bit_for_bit(kind):
+    pipeline = tiny_diffusion.stable_diffusion()
+    pipeline.scheduler = scheduler_for(kind, pipeline.scheduler.config)
+    plain = pipeline(CAPTIONS, num_inference_steps=6, latents=start(), generator=randoms(), output_type="latent").images
+    assert torch.equal(near(pipeline, kind, 0.0), plain)
+    assert torch.equal(near(pipeline, kind, 0.5, stop=5), plain), "with stop=5 no step is guided"
 
 
 @pytest.mark.parametrize(("kind", "eta"), [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 1.0)])
-def test_a_pull_ends_nearer_to_the_mode(painter, kind, eta):
+def test_guided_samples_are_nearer_to_the_mode(pipeline, kind, eta):
     modes = torch.full((2, 4, 16, 16), 3.0)
-    far = (near(painter, kind, 0.0, eta=eta, modes=modes) - modes).norm()
-    assert (near(painter, kind, 0.3, eta=eta, modes=modes) - modes).norm() < 0.8 * far
+    far = (near(pipeline, kind, 0.0, eta=eta, modes=modes) - modes).norm()
+    assert (near(pipeline, kind, 0.3, eta=eta, modes=modes) - modes).norm() < 0.8 * far
 
 
-def test_one_guided_step_is_the_equation(painter):
-    """x_{k-1} = step - s sigma_k (x0 - m), with sigma_k of the posterior written out."""
-    scheduler = scheduler_for("ddpm", painter.scheduler.config)
+def test_one_guided_step_equals_the_equation(pipeline):
+    """Check x_{k-1} = step - s sigma_k (x0 - m), with sigma_k computed from the posterior variance."""
+    scheduler = scheduler_for("ddpm", pipeline.scheduler.config)
     modes = torch.ones(2, 4, 16, 16)
     both = []
     for strength in (0.0, 0.5):
@@ -70,7 +70,7 @@ def test_one_guided_step_is_the_equation(painter):
         t = scheduler.timesteps[0]
         x = start()
         with torch.no_grad():
-            predicted = painter.unet(x, t, torch.zeros(2, 5, 32)).sample
+            predicted = pipeline.unet(x, t, torch.zeros(2, 5, 32)).sample
         stepped = scheduler.step(predicted, t, x, generator=randoms())
         now, before = scheduler.alphas_cumprod[t], scheduler.alphas_cumprod[t - 250]
         sigma = ((1 - before) / (1 - now) * (1 - now / before)).sqrt()
@@ -81,10 +81,10 @@ def test_one_guided_step_is_the_equation(painter):
 
         def denoise(x, t, calls=calls, first=first):
             first.append(x)
-            found = next(calls, None)
-            if found is None:
+            prediction = next(calls, None)
+            if prediction is None:
                 raise StopIteration
-            return found
+            return prediction
 
         with pytest.raises(StopIteration):
             guided(denoise, scheduler, x, modes, steps=4, strength=strength, stop=0, generators=randoms())
@@ -93,7 +93,7 @@ def test_one_guided_step_is_the_equation(painter):
     assert not torch.allclose(*both)
 
 
-def test_a_learned_variance_is_read_between_its_bounds(dit):
+def test_a_learned_variance_interpolates_between_its_bounds(dit):
     scheduler = dit.scheduler
     scheduler.set_timesteps(50)
     assert scheduler.timesteps.tolist()[:2] + scheduler.timesteps.tolist()[-2:] == [999, 979, 20, 0]
@@ -101,13 +101,13 @@ def test_a_learned_variance_is_read_between_its_bounds(dit):
     now, before = scheduler.alphas_cumprod[t], scheduler.alphas_cumprod[scheduler.timesteps[11]]
     beta = 1 - now / before
     small = (1 - before) / (1 - now) * beta
-    for said, variance in ((-1.0, small), (1.0, beta), (0.0, (small * beta).sqrt())):
-        predicted = torch.full((1, 8, 2, 2), said)
+    for output, variance in ((-1.0, small), (1.0, beta), (0.0, (small * beta).sqrt())):
+        predicted = torch.full((1, 8, 2, 2), output)
         sigma = step_deviation(scheduler, t, predicted, 4, 0.0)
         torch.testing.assert_close(sigma, variance.sqrt().expand(1, 4, 2, 2))
 
 
-def test_classes_without_a_pull_are_the_plain_pipeline_to_the_bit():
+def test_class_sampling_without_guidance_equals_diffusers_bit_for_bit():
     pipeline = tiny_diffusion.dit(learned=False)
     scheduler = pipeline.scheduler
     random = generator(0, "classes")
@@ -116,11 +116,11 @@ def test_classes_without_a_pull_are_the_plain_pipeline_to_the_bit():
     denoise = class_denoiser(pipeline.transformer, torch.tensor([3, 7]), 4.0)
     with torch.no_grad():
         x = guided(lambda x, t: denoise(x, t)[:, :4], scheduler, first, first, steps=4, strength=0.0, stop=0)
-        found = pipeline.vae.decode(1 / pipeline.vae.config.scaling_factor * x).sample
-    assert torch.equal((found / 2 + 0.5).clamp(0, 1), plain)
+        decoded = pipeline.vae.decode(1 / pipeline.vae.config.scaling_factor * x).sample
+    assert torch.equal((decoded / 2 + 0.5).clamp(0, 1), plain)
 
 
-def test_guided_classes_with_a_learned_variance_end_nearer_and_the_quirk_leaves_the_last_channel(dit):
+def test_guidance_works_with_a_learned_variance_and_with_three_guided_channels(dit):
     first, modes = start(8), torch.full((2, 4, 8, 8), 2.0)
     classes = torch.tensor([3, 7])
     with torch.no_grad():
@@ -141,8 +141,8 @@ def test_guided_classes_with_a_learned_variance_end_nearer_and_the_quirk_leaves_
             class_denoiser(dit.transformer, classes, 4.0, guided_channels=n)(first, torch.tensor(500))
             for n in (None, 3)
         )
-        given = dit.transformer(first, timestep=torch.tensor([500, 500]), class_labels=classes).sample
+        conditional = dit.transformer(first, timestep=torch.tensor([500, 500]), class_labels=classes).sample
     assert all(e.isfinite().all() for e in ends)
     assert (ends[1] - modes).norm() < (ends[0] - modes).norm()
     assert torch.equal(all_four[:, :3], three[:, :3])
-    torch.testing.assert_close(three[:, 3:], given[:, 3:])
+    torch.testing.assert_close(three[:, 3:], conditional[:, 3:])

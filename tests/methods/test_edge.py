@@ -128,7 +128,7 @@ def test_an_image_of_one_colour_is_generated_again_with_the_next_seed(parts, mon
 
     monkeypatch.setattr(painter, "_images", blacked_out)
     again = painter.decode(requests)
-    assert calls == [[0, 1], [0], [0]] and "pair 0 has one colour; drawn again, try 2" in caplog.text
+    assert calls == [[0, 1], [0], [0]] and "pair 0 has one colour; generating it again, try 2" in caplog.text
     assert again[0].info["redrawn"] == 2 and again[1].tobytes() == usual[1].tobytes()
     assert again[0].tobytes() != usual[0].tobytes()
 
@@ -162,7 +162,7 @@ def test_mistakes_are_reported_before_any_work(parts, tmp_path):
     ):
         pipeline.run(run)
     assert not list(tmp_path.glob("experts/*"))
-    with pytest.raises(ValueError, match="72 pictures are asked for.*has 60"):
+    with pytest.raises(ValueError, match="72 images need different captions.*has 60"):
         pipeline.run(drawn.run_of(tmp_path, "edge", 72, options(parts, captions_per_image=1, tuning={"steps": 0})))
 
 

@@ -114,7 +114,7 @@ def test_malformed_samples_are_quarantined(root, pack, tmp_path):
     assert sum(c["pairs"] for c in dataset.counts.values()) == 2
 
 
-def test_a_truncated_tar_is_quarantined_with_the_number_of_lost_samples(root, pack, tmp_path):
+def test_a_truncated_tar_is_quarantined_with_the_number_of_good_samples(root, pack, tmp_path):
     pack("1.tar", [m for i in range(4) for m in sample(f"{i}", f"caption {i}", i)])
     content = (root / "1.tar").read_bytes()
     with tarfile.open(root / "1.tar") as archive:
