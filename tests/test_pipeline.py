@@ -199,7 +199,7 @@ def test_another_distillation_reuses_experts_and_baselines(storage):
 
 def test_over_budget_stops_before_anything_is_trained(tmp_path):
     run = load(tmp_path, "distill.budget=8")
-    with pytest.raises(ValueError, match=r"budget 8 is .* phases of 4\+4 = 8 pairs need .*set phases to"):
+    with pytest.raises(ValueError, match=r"budget 8 allows .* phases of 4\+4 = 8 pairs need .*set the pairs of the phases to"):
         go(run)
     assert not (tmp_path / "experts").exists() and not (tmp_path / "data").exists()
 
@@ -210,7 +210,7 @@ def test_over_budget_can_be_a_warning(storage):
         said = []
         pipeline.progress.say = said.append
         pipeline.check_budget()
-    assert len(said) == 1 and said[0].startswith("warning: budget 8 is ")
+    assert len(said) == 1 and said[0].startswith("warning: budget 8 allows ")
 
 
 def test_a_folder_begun_with_other_data_is_refused(tmp_path):

@@ -1,7 +1,7 @@
-"""The run file as typed, frozen models: every number of a run is decided here.
+"""The run file as typed, frozen pydantic models, one per section: all settings of a run.
 
-This package imports neither torch nor ray. Fields that say where things are, how far to go or how often to save, and
-not what is computed, enter no hash: each says so where it is declared (`rmdd.config.hashing`).
+This package imports neither torch nor ray. Fields that cannot change a result (paths, retry limits, how often to save)
+are not hashed; each is marked where it is declared (see `rmdd.config.hashing`).
 """
 
 from __future__ import annotations
@@ -60,10 +60,14 @@ from rmdd.config.search import Search as Search
 
 
 class Run(Section):
-    """A whole run. `rmdd run FILE` turns it into a distilled set and a report."""
+    """All settings of a run. `rmdd run FILE` computes a distilled set and a report from them."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder under runtime.storage")
-    seed: int = Field(0, description="seed of every section that has none of its own")
+    name: str = Field(
+        "run",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="name of the run; the folder of its results starts with it",
+    )
+    seed: int = Field(0, description="random seed of every section whose own seed is null")
     data: Data = Data()
     model: Model = Model()
     experts: Experts = Experts()
@@ -76,99 +80,111 @@ class Run(Section):
         mistakes = view_clashes(self.evaluate.probes, self.data)
         image = self.model.image
         d, recipe = self.distill, self.distill.recipe
-        of_family = recipe.clashes_of_family(self.distill, self.experts, self.runtime) if recipe else []
-        mistakes += [Clash(clash, "distill.method", *getattr(clash, "fields", ())) for clash in of_family]
+        family_clashes = recipe.clashes_of_family(self.distill, self.experts, self.runtime) if recipe else []
+        mistakes += [Clash(clash, "distill.method", *getattr(clash, "fields", ())) for clash in family_clashes]
         if self.stored_size > self.data.image_size:
             text = (
-                f"distill.stored_size {self.stored_size} is larger than data.image_size {self.data.image_size}, which "
-                "is all that a tower sees; lower it"
+                f"distill.stored_size {self.stored_size} is larger than data.image_size {self.data.image_size}, the "
+                "size at which a tower sees an image; lower distill.stored_size"
             )
             mistakes.append(Clash(text, "distill.stored_size", "data.image_size"))
         if not image.trainable and image.weights == "random":
             text = (
-                "model.image.trainable is false and its weights are drawn anew for every expert and student, so what "
-                "is matched to one fits no other; set model.image.weights to pretrained (a timm model), a weights file "
-                "or random:SEED (drawn once for all), or trainable: true"
+                "model.image.trainable is false and its weights are random: every expert and student would have "
+                "another frozen tower, so a set that is matched to one would not fit the others; set "
+                "model.image.weights to pretrained (a timm model), a weights file or random:SEED (the same for all), "
+                "or set model.image.trainable to true"
             )
             mistakes.append(Clash(text, "model.image.trainable", "model.image.weights"))
         if image.name == "convnet" and image.weights == "pretrained":
-            text = "convnet has no pretrained weights; set model.image.weights to random or a weights file"
+            text = "convnet has no pretrained weights; set model.image.weights to random or to a weights file"
             mistakes.append(Clash(text, "model.image.name", "model.image.weights"))
         if image.name == "convnet" and self.data.normalise == "tower":
-            text = "convnet has no normalisation of its own; set data.normalise to clip, imagenet or half"
+            text = "convnet defines no normalisation; set data.normalise to clip, imagenet or half"
             mistakes.append(Clash(text, "model.image.name", "data.normalise"))
-        of_ends = ("distill.method", "endpoint", "endpoint_rule", "trajectory", "experts.epochs", *OF_REACH)
+        endpoint_fields = ("distill.method", "endpoint", "endpoint_rule", "trajectory", "experts.epochs", *OF_REACH)
         reach = max((self.endpoint_of(p) for p in range(len(d.phases))), default=0) if recipe else 0
         if reach > self.experts.epochs:
             text = (
-                f"distill.phases ask for epoch {reach} but experts are trained for {self.experts.epochs}; "
+                f"distill.phases need expert epoch {reach}, but experts are trained for {self.experts.epochs} epochs; "
                 f"set experts.epochs to {reach} or lower the endpoints"
             )
-            mistakes.append(Clash(text, *of_ends))
+            mistakes.append(Clash(text, *endpoint_fields))
         gpus, workers = self.runtime.gpus_per_worker, self.experts.worker_group.workers
         if workers > 1 and 0 < gpus < 1:
             text = (
-                f"experts.worker_group.workers {workers} on shares of a GPU would put two on one, which NCCL "
-                "refuses; set runtime.gpus_per_worker to 1, or experts.worker_group.workers to 1"
+                f"experts.worker_group.workers is {workers} and runtime.gpus_per_worker is below 1: two workers would "
+                "share a GPU, which NCCL does not allow; set runtime.gpus_per_worker to 1, or "
+                "experts.worker_group.workers to 1"
             )
             mistakes.append(Clash(text, "experts.worker_group.workers", "runtime.gpus_per_worker"))
         if d.plan.plans and self.experts.keep == "endpoints":
-            text = f"distill.phases: {d.plan.kind} looks for its endpoints; set experts.keep: all, or a list"
+            text = (
+                f"distill.phases: {d.plan.kind} chooses its endpoints among the stored epochs, and experts.keep: "
+                "endpoints stores none of them; set experts.keep to all or to a list of epochs"
+            )
             mistakes.append(Clash(text, "distill.phases", "distill.plan.kind", "experts.keep"))
         late = [e for e in d.plan.endpoints or () if d.plan.plans and e > self.experts.epochs]
         if late:
-            text = f"distill.plan.endpoints {late} lie past the last expert epoch {self.experts.epochs}; leave them out"
+            text = f"distill.plan.endpoints {late} are after the last expert epoch {self.experts.epochs}; remove them"
             mistakes.append(Clash(text, "distill.plan.endpoints", "kind", "phases", "experts.epochs"))
         keep = self.experts.keep
         missing = [] if isinstance(keep, str) or not recipe else sorted(set(self.endpoints) - set(keep))
         if missing:
-            text = f"experts.keep {list(keep)} leaves out {missing}, which this run reads; add them"
-            mistakes.append(Clash(text, "experts.keep", "distill.plan.endpoints", *of_ends))
+            text = f"experts.keep {list(keep)} lacks the epochs {missing}, which this run reads; add them"
+            mistakes.append(Clash(text, "experts.keep", "distill.plan.endpoints", *endpoint_fields))
         if self.search.pruner != "none" and d.snapshots < 2:
             text = (
-                f"search.pruner: {self.search.pruner} compares trials at their snapshots, and distill.snapshots keeps "
-                f"{d.snapshots}; raise it"
+                f"search.pruner: {self.search.pruner} compares trials at their snapshots, and distill.snapshots is "
+                f"{d.snapshots}; set it to 2 or more"
             )
             mistakes.append(Clash(text, "search.pruner", "distill.snapshots"))
         return mistakes
 
     def endpoint_of(self, phase: int) -> int:
-        """The last expert epoch that a phase reads."""
+        """Return the last expert epoch that a phase reads."""
         return recipes.find(self.distill.method).endpoint_of(self.distill, self.experts.epochs, phase)
 
     @property
     def stored_size(self) -> int:
-        """Side of the synthetic pictures as stored."""
+        """Side in pixels of the stored synthetic images."""
         return self.distill.stored_size or self.data.image_size
 
     @property
     def student_temperature(self) -> float:
-        """What a student of the distilled set divides its cosines by."""
+        """The temperature of a student that is trained on the distilled set: its cosines are divided by it."""
         return self.evaluate.temperature or self.distill.temperature or self.model.temperature
 
     @property
     def endpoints(self) -> tuple[int, ...]:
-        """Epochs a store must keep for this run, beside epoch 0; the last one gives the full-data bound."""
+        """Expert epochs that a store must keep for this run, besides epoch 0.
+
+        The last epoch is always among them: it gives the score of training on the full data.
+        """
         if self.distill.plan.plans:
             return tuple(sorted({*(self.distill.plan.endpoints or ()), self.experts.epochs}))
         return tuple(sorted({self.endpoint_of(p) for p in range(len(self.distill.phases))} | {self.experts.epochs}))
 
     def seed_of(self, section: Literal["experts", "distill", "evaluate"]) -> int:
-        own = getattr(self, section).seed
-        return self.seed if own is None else own
+        """Return the seed of a section, or that of the run if the section has none."""
+        seed = getattr(self, section).seed
+        return self.seed if seed is None else seed
 
     @property
     def folder_name(self) -> str:
-        """Of its results: the name and the hash of its value."""
+        """Name of the folder with the run's results: the run's name and the first digits of its hash."""
         return f"{self.name}-{self.hash_of()[:8]}"
 
     def hash_of(self, *sections: str) -> str:
-        """Hash of the named sections (all that matter when none is named), seeds resolved, places left out."""
-        named: Any = sections or ("data", "model", "experts", "distill", "evaluate")
-        return hash_value({section: self.hashed(section, "run") for section in named})
+        """Return a hash of the named sections, by default of all that shape a result.
+
+        It contains the seeds, but no paths and no other field that cannot change a result.
+        """
+        names: Any = sections or ("data", "model", "experts", "distill", "evaluate")
+        return hash_value({section: self.hashed(section, "run") for section in names})
 
     def hashed(self, section: Literal["data", "model", "experts", "distill", "evaluate"], purpose: Purpose) -> Any:
-        """The fields of a section that shape `purpose`, its seed resolved."""
+        """Return the fields of a section that are hashed for `purpose`, with the seed that the section uses."""
         value = hashed(getattr(self, section), purpose)
         if section == "distill" and (recipe := self.distill.recipe) is not None:
             options = self.distill.options_as(recipe.Options)
@@ -177,14 +193,14 @@ class Run(Section):
 
 
 def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Run:
-    """Read a run from a preset's name, a YAML file or a mapping, apply `a.b=c` overrides, check all of it.
+    """Load a run from a preset name, a YAML file or a mapping, apply overrides such as `a.b=c`, and check it.
 
-    What the run file leaves open takes the values of the file that it `extends`, then those of its `distill.method`,
-    then the defaults. An override that names another method brings that method's values.
+    Fields missing from the run file get the values of the file that it `extends`, then the defaults of its
+    `distill.method`, then the general defaults. An override of `distill.method` also sets the defaults of that method.
 
     >>> load("demo", ["distill.budget=20"])  # doctest: +SKIP
 
-    Raises `ConfigError` with every mistake found.
+    Raises a `ConfigError` that lists all mistakes.
     """
     if isinstance(source, Mapping):
         where, raw = "run", extended(copy.deepcopy(dict(source)), Path(), "run")
@@ -193,17 +209,17 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
     mistakes: list[str] = []
     overrides = list(overrides)
     method, unknown = _method_of(raw, overrides)
-    usual = {} if method is None else method.defaults
+    method_defaults = {} if method is None else method.defaults
     if method is not None and method is not _method_of(raw, [])[0]:
-        # else the file's method would run under another's name; of its options, those that both have stay
+        # the new method's defaults replace the values in the file; options that both methods have are kept
         raw = filled(method.defaults, _with_options_of(method, raw))
-    defaults = filled(usual, Run().model_dump(mode="json"))
+    defaults = filled(method_defaults, Run().model_dump(mode="json"))
     for override in overrides:
         apply(raw, override, defaults, mistakes)
     if any(o.startswith("distill.phases=") for o in overrides):
-        _listed(raw.get("distill"))
-    run, wrong = validate(Run, _kept(filled(raw, usual)))
-    mistakes += unknown + wrong
+        _drop_plan_kind(raw.get("distill"))
+    run, invalid = validate(Run, _keep_possible_endpoints(filled(raw, method_defaults)))
+    mistakes += unknown + invalid
     if run is not None and method is not None:
         mistakes += method.mistakes(run)
     if run is None or mistakes:
@@ -212,35 +228,37 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
 
 
 def _resolved(run: Run) -> Run:
-    """`run` with every option of its method, defaults included."""
+    """Return `run` with all options of its method in `distill.options`, including those at their defaults."""
     options = run.distill.options_as(recipes.find(run.distill.method).Options)
-    stated = {} if options is None else options.model_dump(mode="json")
-    return run.model_copy(update={"distill": run.distill.model_copy(update={"options": stated})})
+    values = {} if options is None else options.model_dump(mode="json")
+    return run.model_copy(update={"distill": run.distill.model_copy(update={"options": values})})
 
 
 def _with_options_of(method: Recipe, raw: dict[str, Any]) -> dict[str, Any]:
-    """`raw` without the options that `method` does not have."""
+    """Return `raw` without the entries of `distill.options` that are not options of `method`."""
     distill = raw.get("distill")
     options = distill.get("options") if isinstance(distill, dict) else None
     if not isinstance(distill, dict) or not isinstance(options, dict):
         return raw
-    kept = {name: value for name, value in options.items() if name in method.Options.model_fields}
-    return {**raw, "distill": {**distill, "options": kept}}
+    shared = {name: value for name, value in options.items() if name in method.Options.model_fields}
+    return {**raw, "distill": {**distill, "options": shared}}
 
 
-def _listed(distill: Any) -> None:
-    """Let phases that are listed hold where the file says, as that of a run that planned its phases does, `kind: auto`;
-    in place."""
+def _drop_plan_kind(distill: Any) -> None:
+    """Delete `plan.kind`, in place, if the phases are a list: an explicit list replaces `kind: auto` of the file."""
     if isinstance(distill, dict) and isinstance(distill.get("phases"), list) and isinstance(distill.get("plan"), dict):
         distill["plan"].pop("kind", None)
 
 
-def _kept(raw: dict[str, Any]) -> dict[str, Any]:
-    """`raw`, whose experts keep every epoch that a plan may make an endpoint, where it leaves it to the endpoints."""
+def _keep_possible_endpoints(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return `raw` with `experts.keep: endpoints` replaced by the epochs that planned phases may choose as endpoints.
 
-    def section(of: Mapping[Any, Any], name: str) -> dict[Any, Any]:
-        found = of.get(name)
-        return found if isinstance(found, dict) else {}
+    Runs whose phases are listed, or whose `experts.keep` is something else, are returned as they are.
+    """
+
+    def section(mapping: Mapping[Any, Any], name: str) -> dict[Any, Any]:
+        value = mapping.get(name)
+        return value if isinstance(value, dict) else {}
 
     distill, experts = section(raw, "distill"), section(raw, "experts")
     plan = section(distill, "plan")
@@ -248,14 +266,14 @@ def _kept(raw: dict[str, Any]) -> dict[str, Any]:
     if not plans or experts.get("keep", "endpoints") != "endpoints":
         return raw
     original = distill.get("trajectory") == "original"
-    few, last = None if original else plan.get("endpoints"), experts.get("epochs", Experts().epochs)
-    named = [*few, last] if isinstance(few, list | tuple) else []
-    keep = sorted(set(named)) if named and all(isinstance(e, int) for e in named) else "all"
+    endpoints, last = None if original else plan.get("endpoints"), experts.get("epochs", Experts().epochs)
+    epochs = [*endpoints, last] if isinstance(endpoints, list | tuple) else []
+    keep = sorted(set(epochs)) if epochs and all(isinstance(e, int) for e in epochs) else "all"
     return {**raw, "experts": {**experts, "keep": keep}}
 
 
 def _method_of(raw: Mapping[str, Any], overrides: Iterable[str]) -> tuple[Recipe | None, list[str]]:
-    """The recipe that a run file or an override names, or what is wrong with the name."""
+    """Return the recipe of the method that an override or the run file names, and the mistakes in that name."""
     draft = copy.deepcopy(dict(raw))
     for override in overrides:
         if override.startswith("distill.method="):
@@ -269,7 +287,7 @@ def _method_of(raw: Mapping[str, Any], overrides: Iterable[str]) -> tuple[Recipe
 
 
 def dump(run: Run) -> str:
-    """The resolved run as YAML; `load` of it gives the same run."""
+    """Return the run as YAML with all its fields; loading that gives the same run."""
     return as_yaml(run.model_dump(mode="json"))
 
 

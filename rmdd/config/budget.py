@@ -1,9 +1,9 @@
-"""Memory-fair accounting: a learned similarity is paid for in pairs.
+"""The cost of a distilled set, counted in stored numbers: a learned similarity costs as much as some pairs.
 
-One pair is an image and a text embedding, 3 * size^2 + F numbers, the unit of a budget. Pictures stored smaller cost
-less. On top of its pairs a phase of M costs M^2 numbers (full similarity), M + 2 M R (low rank) or none (identity). Its
-two learning rates are counted with a similarity and not without one, as the published tables do: a set of plain pairs
-has as many as its budget.
+The unit of a budget is one pair: an image and a text embedding, 3 * size^2 + F numbers. Images stored at a smaller size
+cost less. A phase of M pairs also costs M^2 numbers for a full similarity, M + 2 M R for one of rank R, or none for the
+identity. The two learning rates of a phase are counted only if it has a learned similarity, as in the published tables:
+so a set without one has as many pairs as its budget.
 """
 
 from collections.abc import Sequence
@@ -12,15 +12,16 @@ from typing import Literal
 SimilarityKind = Literal["full", "low_rank", "identity"]
 
 RATES = 2
+"""Learned inner rates per phase: one of the image side, one of the text side."""
 
 
 def pair_parameters(image_size: int, text_width: int) -> int:
-    """Numbers in one pair, the unit of a budget."""
+    """Return how many numbers one pair has: the unit of a budget."""
     return 3 * image_size**2 + text_width
 
 
 def similarity_parameters(pairs: int, kind: SimilarityKind, rank: int = 0) -> int:
-    """Numbers in the similarity of one phase."""
+    """Return how many numbers the similarity of a phase with `pairs` pairs has."""
     if kind == "full":
         return pairs**2
     if kind == "low_rank":
@@ -29,18 +30,21 @@ def similarity_parameters(pairs: int, kind: SimilarityKind, rank: int = 0) -> in
 
 
 def cost(pairs: Sequence[int], stored_size: int, text_width: int, kind: SimilarityKind, rank: int = 0) -> int:
-    """Numbers in a set with `pairs[p]` pairs in phase p, pictures of side `stored_size`: pairs, similarities, rates."""
+    """Return how many numbers a set has: its pairs, similarities and learning rates.
+
+    Phase p has `pairs[p]` pairs, and images are stored with sides of `stored_size` pixels.
+    """
     learned = sum(similarity_parameters(m, kind, rank) for m in pairs) + rate_parameters(len(pairs), kind)
     return sum(pairs) * pair_parameters(stored_size, text_width) + learned
 
 
 def rate_parameters(phases: int, kind: SimilarityKind) -> int:
-    """Learning rates that count."""
+    """Return how many learning rates count: none without a learned similarity."""
     return 0 if kind == "identity" else RATES * phases
 
 
 def split(total: int, phases: int) -> tuple[int, ...]:
-    """`total` pairs over `phases` as evenly as can be, the larger ones first."""
+    """Split `total` pairs over `phases` as evenly as possible, larger parts first."""
     return tuple(total // phases + (p < total % phases) for p in range(phases))
 
 
@@ -53,7 +57,10 @@ def largest(
     phases: int = 1,
     stored_size: int | None = None,
 ) -> int:
-    """The most pairs, spread evenly over `phases`, that fit a budget of `budget` pairs; 0 when none do."""
+    """Return the largest number of pairs, split evenly over `phases`, that a budget of `budget` pairs allows.
+
+    Returns 0 if no pair fits.
+    """
     stored = stored_size or image_size
     limit = budget * pair_parameters(image_size, text_width)
     fits, over = 0, limit // pair_parameters(stored, text_width) + 1
@@ -75,24 +82,24 @@ def check(
     rank: int = 0,
     stored_size: int | None = None,
 ) -> str | None:
-    """What is wrong when phases of `pairs` pairs cost more than `budget` pairs, else None."""
+    """Return an error message if phases of `pairs` pairs cost more than `budget` pairs, otherwise None."""
     unit = pair_parameters(image_size, text_width)
     needed = cost(pairs, stored_size or image_size, text_width, kind, rank)
     if needed <= budget * unit:
         return None
     similarity = sum(similarity_parameters(m, kind, rank) for m in pairs)
-    what = f"{kind} similarity" + (f" of rank {rank}" if kind == "low_rank" else "")
+    name = f"{kind} similarity" + (f" of rank {rank}" if kind == "low_rank" else "")
     total = largest(budget, image_size, text_width, kind, rank, len(pairs), stored_size)
     if min(split(total, len(pairs))) < 2:
-        advice = "no such phases fit; use fewer phases or similarity.kind: low_rank"
+        advice = "this number of phases does not fit; use fewer phases or similarity.kind: low_rank"
     elif len(pairs) == 1:
         advice = f"at most {total} pairs fit; set phases.0.pairs to {total}"
     else:
         even = _sum(split(total, len(pairs)))
-        advice = f"at most {total} pairs fit in {len(pairs)} even phases; set phases to {even}"
+        advice = f"at most {total} pairs fit in {len(pairs)} even phases; set the pairs of the phases to {even}"
     return (
-        f"budget {budget} is {budget * unit:,} numbers at {unit:,} a pair, but phases of {_sum(pairs)} pairs need "
-        f"{needed:,}: {similarity:,} for the {what} and {rate_parameters(len(pairs), kind)} for learning rates; "
+        f"budget {budget} allows {budget * unit:,} numbers ({unit:,} per pair), but phases of {_sum(pairs)} pairs need "
+        f"{needed:,}, with {similarity:,} for the {name} and {rate_parameters(len(pairs), kind)} for learning rates; "
         f"over by {needed - budget * unit:,}; {advice}"
     )
 

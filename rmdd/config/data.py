@@ -1,4 +1,4 @@
-"""Where pairs come from, and how pictures and captions are seen."""
+"""The `data` section of a run file: the source of pairs, and how images and captions are preprocessed."""
 
 from __future__ import annotations
 
@@ -15,58 +15,71 @@ from rmdd.config.runfile import Clash, Section
 
 
 class Captions(Section):
-    """The papers' caption rule. Turning a part off keeps the caption as it was written."""
+    """Caption preprocessing. The defaults are those of the papers; with all steps off, captions stay unchanged."""
 
-    lowercase: bool = Field(True, description="turn captions to lower case")
-    strip_punctuation: bool = Field(True, description='replace . ! " ( ) * # : ; ~ by a space')
-    max_words: PositiveInt | None = Field(30, description="keep the first words; null keeps all")
+    lowercase: bool = Field(True, description="convert captions to lower case")
+    strip_punctuation: bool = Field(True, description='replace . ! " ( ) * # : ; ~ by spaces')
+    max_words: PositiveInt | None = Field(30, description="number of words after which a caption is cut; null: never")
 
 
 class Scenes(Section):
-    """The built-in source: seeded pictures of coloured shapes with five captions each."""
+    """The built-in source `scenes`: generated images of coloured shapes with five captions each."""
 
-    train: PositiveInt = Field(1000, description="pictures to train on")
-    val: PositiveInt = Field(200, description="pictures for every choice")
-    test: PositiveInt = Field(200, description="pictures for the final score")
-    size: Annotated[int, Field(ge=16)] = Field(48, description="side of the square picture in pixels")
-    seed: int = Field(0, description="another seed draws other pictures")
+    train: PositiveInt = Field(1000, description="number of images in train")
+    val: PositiveInt = Field(200, description="number of images in val, on which all choices are made")
+    test: PositiveInt = Field(200, description="number of images in test, for the final score")
+    size: Annotated[int, Field(ge=16)] = Field(48, description="side of the square images, in pixels")
+    seed: int = Field(0, description="random seed of the images")
 
 
 class TableSource(Section):
-    """A folder of images plus one CSV, TSV, JSONL or Parquet table."""
+    """The source `table`: a folder of images and one CSV, TSV, JSONL or Parquet table."""
 
-    file: str = Field("captions.csv", description="relative to data.root")
+    file: str = Field("captions.csv", description="path of the table, relative to data.root")
     image: str = Field("image", description="column with the path of the image")
     caption: str = Field("caption", description="column with a caption or a list of captions")
-    split: str | None = Field("split", description="column with train/val/test; absent or null: cut by hash")
+    split: str | None = Field(
+        "split", description="column with train, val or test; if missing or null, rows are split by a hash of the path"
+    )
 
 
 class Tars(Section):
-    """Tar files of samples, as img2dataset writes them; captions from key.txt, else from key.json."""
+    """The source `webdataset`: tar files as img2dataset writes them, with captions in key.txt or key.json."""
 
-    files: str = Field("**/*.tar", description="glob or name-{000..146}.tar below data.root; several joined by ::")
-    split_by_name: bool = Field(True, description="train/val/test in a file's or folder's name; else cut by hash")
+    files: str = Field(
+        "**/*.tar", description="tar files below data.root: a glob or name-{000..146}.tar; separate several by ::"
+    )
+    split_by_name: bool = Field(
+        True, description="take the split from train, val or test in a file or folder name; otherwise split by a hash"
+    )
 
 
 class Parquet(Section):
-    """Parquet files with the images inside, as Hugging Face datasets has them."""
+    """The source `parquet`: Parquet files that contain the images, as Hugging Face datasets stores them."""
 
-    files: str = Field("**/*.parquet", description="glob or name-{000..146}.parquet below data.root; joined by ::")
-    image: str = Field("image", description="column of {bytes, path} or of bytes")
+    files: str = Field(
+        "**/*.parquet",
+        description="Parquet files below data.root: a glob or name-{000..146}.parquet; separate several by ::",
+    )
+    image: str = Field("image", description="column with the image, as bytes or as {bytes, path}")
     caption: str = Field("caption", description="column with a caption or a list of captions")
-    split: str | None = Field("split", description="column with train/val/test; absent or null: by name or hash")
-    split_by_name: bool = Field(True, description="train/val/test in a file's or folder's name; else cut by hash")
+    split: str | None = Field(
+        "split", description="column with train, val or test; if missing or null, split by file name or hash"
+    )
+    split_by_name: bool = Field(
+        True, description="take the split from train, val or test in a file or folder name; otherwise split by a hash"
+    )
 
 
 class Annotations(Section):
-    """A file per split, relative to data.root."""
+    """Annotation files of the source `lists`, one per split, relative to data.root."""
 
-    train: str | None = Field(None, description="the list to train on")
-    val: str | None = Field(None, description="the list for every choice")
-    test: str | None = Field(None, description="the list for the final score")
+    train: str | None = Field(None, description="annotation file of train")
+    val: str | None = Field(None, description="annotation file of val, on which all choices are made")
+    test: str | None = Field(None, description="annotation file of test, for the final score")
 
     def clashes(self) -> list[Clash]:
-        empty = "data.annotations is empty; give {train: ..., val: ..., test: ...}"
+        empty = "data.annotations is empty; set it to {train: ..., val: ..., test: ...}"
         return [] if self.files else [Clash(empty, "data.annotations", "train", "val", "test")]
 
     @property
@@ -75,23 +88,28 @@ class Annotations(Section):
 
 
 class Data(Section):
+    """The source of the pairs, and how their images and captions are preprocessed."""
+
     source: str = Field(
         "scenes",
-        description="scenes, karpathy, lists (BLIP/LoRS train/val/test files), table, textcaps, webdataset, parquet, "
-        "or one that a package brings; dataset: a folder that `rmdd ingest` wrote",
+        description="format of the pairs: scenes, karpathy, lists (train, val and test files as of BLIP and LoRS), "
+        "table, textcaps, webdataset, parquet, one from an installed package, or dataset (a folder that `rmdd ingest` "
+        "wrote)",
         json_schema_extra=hash_only("run", "ingest"),
     )
     root: str | None = Field(
         None,
-        description="folder or URI (s3://, gs://) that paths are relative to; not part of the hash",
+        description="folder or URI (s3://, gs://) that other paths of this section are relative to; not hashed",
         json_schema_extra=no_hash(),
     )
     layout: Literal["flickr30k", "flickr8k", "coco", "cc3m", "textcaps"] | None = Field(
-        None, description="known file names for `lists` and `karpathy`", json_schema_extra=hash_only("run", "ingest")
+        None,
+        description="sources lists and karpathy: dataset whose usual file names are used",
+        json_schema_extra=hash_only("run", "ingest"),
     )
     annotations: str | Annotations | None = Field(
         None,
-        description="karpathy: one file; lists: a file per split; relative to root; null: by layout",
+        description="path relative to data.root of one file (karpathy) or of a file per split (lists); null: as layout",
         json_schema_extra=hash_only("run", "ingest"),
     )
     scenes: Scenes = Field(Scenes(), json_schema_extra=hash_only("run", "ingest"))
@@ -100,79 +118,81 @@ class Data(Section):
     parquet: Parquet = Field(Parquet(), json_schema_extra=hash_only("run", "ingest"))
     split_fractions: tuple[float, float, float] = Field(
         (0.8, 0.1, 0.1),
-        description="train, val, test; used where the source has no splits; cut by a hash of the path",
+        description="shares of train, val and test if the source has no splits; images are split by a hash of the path",
         json_schema_extra=hash_only("run", "ingest"),
     )
     eval_limit: PositiveInt | None = Field(
-        None, description="first n pairs of val and test (CC3M: 10000)", json_schema_extra=hash_only("run", "view")
+        None,
+        description="use only the first n pairs of val and of test (usual for CC3M: 10000); null: all",
+        json_schema_extra=hash_only("run", "view"),
     )
     reencode: PositiveInt | None = Field(
         None,
-        description="store images as PNG squashed to this side; null: as they came",
+        description="store images as square PNG files with this side in pixels; null: store the original files",
         json_schema_extra=hash_only("run", "ingest"),
     )
     shard_mb: Annotated[float, Field(gt=0)] = Field(
-        128, description="size in MiB at which a shard is closed", json_schema_extra=hash_only("run", "ingest")
+        128, description="size of a shard in MiB", json_schema_extra=hash_only("run", "ingest")
     )
     max_pixels: PositiveInt = Field(
         89_478_485,
-        description="larger images are quarantined as decompression bombs",
+        description="images with more pixels are skipped, as possible decompression bombs",
         json_schema_extra=hash_only("run", "ingest"),
     )
     background: tuple[int, int, int] = Field(
         (255, 255, 255),
-        description="under transparent pixels",
+        description="colour (R, G, B) behind transparent pixels",
         json_schema_extra=hash_only("run", "ingest", "view", "features"),
     )
     exif_orientation: bool = Field(
         False,
-        description="the published loaders ignore it",
+        description="rotate images as their EXIF data says; the published loaders do not",
         json_schema_extra=hash_only("run", "ingest", "view", "features"),
     )
     image_size: Annotated[int, Field(ge=8)] = Field(
         224,
-        description="square side in pixels; aspect ratio is squashed",
+        description="side in pixels to which images are resized; the aspect ratio is not kept",
         json_schema_extra=hash_only("run", "view", "features"),
     )
     normalise: Literal["clip", "imagenet", "half", "tower"] = Field(
         "clip",
-        description="the papers use CLIP's constants for every tower; `tower` asks the timm model",
+        description="mean and standard deviation of pixels; the papers use clip for every tower; tower: those of timm",
         json_schema_extra=hash_only("run", "view", "features"),
     )
     captions: Captions = Field(Captions(), json_schema_extra=hash_only("run", "view", "features"))
 
     def clashes(self) -> list[Clash]:
-        source, found = self.source, []
-        if source != "dataset" and (wrong := sources.mistake(source)):
-            found.append(Clash(f"data.source: {wrong}", "data.source"))
+        source, mistakes = self.source, []
+        if source != "dataset" and (mistake := sources.mistake(source)):
+            mistakes.append(Clash(f"data.source: {mistake}", "data.source"))
         elif source in sources.OF_PROBES and not hasattr(self, source):
-            text = f"data.source '{source}' is for evaluate.probes alone"
-            found.append(Clash(text, "data.source", "evaluate.probes"))
+            text = f"data.source '{source}' can only be used in evaluate.probes; set another source"
+            mistakes.append(Clash(text, "data.source", "evaluate.probes"))
         if self.root is not None and _holds_secret(self.root):
             text = (
-                "data.root holds a password or key; leave it out and give it by the environment "
+                "data.root contains a password or key; remove it and set it in the environment "
                 "(such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
             )
-            found.append(Clash(text, "data.root"))
+            mistakes.append(Clash(text, "data.root"))
         if source != "scenes" and self.root is None:
-            text = f"source '{source}' reads files; give data.root (--set data.root=FOLDER)"
-            found.append(Clash(text, "data.source", "data.root"))
+            text = f"source '{source}' reads files; set data.root (--set data.root=FOLDER)"
+            mistakes.append(Clash(text, "data.source", "data.root"))
         if source in ("karpathy", "lists") and self.layout is None and self.annotations is None:
-            text = f"source '{source}' needs data.layout or data.annotations"
-            found.append(Clash(text, "data.source", "data.layout", "data.annotations"))
+            text = f"source '{source}' needs data.layout or data.annotations; set one of them"
+            mistakes.append(Clash(text, "data.source", "data.layout", "data.annotations"))
         if source == "karpathy" and isinstance(self.annotations, Annotations):
-            text = "source 'karpathy' reads one data.annotations file; for a file per split use source: lists"
-            found.append(Clash(text, "data.source", "data.annotations"))
+            text = "source 'karpathy' reads one data.annotations file; with a file per split, use source: lists"
+            mistakes.append(Clash(text, "data.source", "data.annotations"))
         if source == "lists" and isinstance(self.annotations, str):
-            text = "source 'lists' reads a file per split; give data.annotations: {train: ..., val: ..., test: ...}"
-            found.append(Clash(text, "data.source", "data.annotations"))
+            text = "source 'lists' reads a file per split; set data.annotations: {train: ..., val: ..., test: ...}"
+            mistakes.append(Clash(text, "data.source", "data.annotations"))
         if any(f < 0 for f in self.split_fractions) or abs(sum(self.split_fractions) - 1) > 1e-6:
             text = f"data.split_fractions must be three shares that sum to 1, found {self.split_fractions}"
-            found.append(Clash(text, "data.split_fractions"))
-        return found
+            mistakes.append(Clash(text, "data.split_fractions"))
+        return mistakes
 
     def not_hashed(self, purpose: Purpose) -> tuple[str, ...]:
-        """Of a dataset as written: settings of other sources, and of decoding where pictures stay as they came."""
+        """Leave out of a dataset's hash what cannot change it: other sources, and, without `reencode`, decoding."""
         if purpose != "ingest":
             return ()
         others = [n for n, v in self if isinstance(v, Section) and n not in (self.source, "annotations")]

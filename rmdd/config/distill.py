@@ -1,4 +1,4 @@
-"""The matching loop: phases, similarity, and the switches that methods set."""
+"""The `distill` section of a run file: the method, its phases, the similarity, and the matching loop."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ S = TypeVar("S", bound=Section)
 
 
 class Phase(Section):
-    """One sub-problem: `pairs` synthetic pairs matched to starts in [start, stop) of a path that ends at `endpoint`."""
+    """A phase: one group of synthetic pairs. Each iteration draws a start epoch in [start, stop), trains a student from
+    there, and matches it to a later point of the expert trajectory, which ends at `endpoint`."""
 
-    pairs: PositiveInt = Field(description="synthetic pairs M of this phase")
-    start: Annotated[int, Field(ge=0)] = Field(0, description="first epoch at which a student may start")
+    pairs: PositiveInt = Field(description="number of synthetic pairs (M) of this phase")
+    start: Annotated[int, Field(ge=0)] = Field(0, description="first expert epoch at which a student may start")
     stop: PositiveInt = Field(2, description="exclusive upper bound of the start epoch")
     start_text: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="method amd; the text side's; null: as start"
+        None, description="method amd: start for the text side; null: as start"
     )
-    stop_text: PositiveInt | None = Field(None, description="method amd; the text side's; null: as stop")
+    stop_text: PositiveInt | None = Field(None, description="method amd: stop for the text side; null: as stop")
     grow_from: PositiveInt | None = Field(
-        None, description="method datm; upper bound at the first iteration; null: stop throughout"
+        None, description="method datm: upper bound of the start epoch at the first iteration; null: always stop"
     )
     grow_until: PositiveInt | None = Field(
-        None, description="method datm; iteration at which a growing upper bound reaches stop"
+        None, description="method datm: iteration at which the growing upper bound reaches stop"
     )
-    endpoint: PositiveInt = Field(6, description="epoch t_p at which the path ends, inclusive")
-    iterations: PositiveInt = Field(2000, description="outer updates")
+    endpoint: PositiveInt = Field(6, description="last expert epoch (t_p) of the trajectory, inclusive")
+    iterations: PositiveInt = Field(2000, description="number of outer updates")
 
     @property
     def ranges(self) -> dict[str, tuple[int, int]]:
-        """The half-open range of start epochs, per side."""
+        """The half-open range of start epochs of the image side and of the text side."""
         text = (
             self.start if self.start_text is None else self.start_text,
             self.stop if self.stop_text is None else self.stop_text,
@@ -47,151 +48,178 @@ class Phase(Section):
 
     def clashes(self) -> list[Clash]:
         if (self.grow_from is None) != (self.grow_until is None):
-            return [Clash("grow_from and grow_until go together; give both or neither", "grow_from", "grow_until")]
+            return [Clash("grow_from needs grow_until and vice versa; set both or neither", "grow_from", "grow_until")]
         if self.grow_from is not None and not self.start < self.grow_from <= self.stop:
-            text = f"grow_from {self.grow_from} must lie above start {self.start} and at most at stop {self.stop}"
+            text = f"grow_from {self.grow_from} must be above start {self.start} and at most stop {self.stop}"
             return [Clash(text, "grow_from", "start", "stop")]
         if self.grow_from is not None and self.start_text is not None and self.start_text >= self.grow_from:
-            text = f"grow_from {self.grow_from} must lie above start_text {self.start_text}"
+            text = f"grow_from {self.grow_from} must be above start_text {self.start_text}"
             return [Clash(text, "grow_from", "start_text")]
         return []
 
 
 class Similarity(Section):
+    """The target similarity S between the M images and M texts of a subset."""
+
     kind: Literal["full", "low_rank", "identity"] = Field(
-        "full", description="target similarity of a subset: an M x M matrix, its factors, or fixed at the identity"
+        "full", description="full: a learned M x M matrix; low_rank: learned factors; identity: fixed"
     )
-    rank: PositiveInt = Field(10, description="low_rank: columns R of each factor")
-    alpha: PositiveFloat = Field(1.0, description="low_rank: S = diag(omega) + alpha/R L R^T")
+    rank: PositiveInt = Field(10, description="low_rank: rank R, the number of columns of each factor")
+    alpha: PositiveFloat = Field(1.0, description="low_rank: factor alpha in S = diag(omega) + alpha/R L R^T")
     diagonal: Literal["vector", "scalar"] = Field(
-        "vector", description="low_rank: omega per pair, as coded, or one number, as LoRS prints it"
+        "vector", description="low_rank: one omega per pair (as in LoRS's code) or a single omega (as in its paper)"
     )
-    clamp: tuple[float, float] | None = Field(None, description="full: bounds of every entry after a step; null: none")
+    clamp: tuple[float, float] | None = Field(
+        None, description="full: lowest and highest value of an entry, applied after every update; null: no bounds"
+    )
 
     def clashes(self) -> list[Clash]:
-        found = []
+        mistakes = []
         if self.clamp is not None and self.kind != "full":
-            text = "distill.similarity.clamp bounds the entries of a matrix; set distill.similarity.kind: full"
-            found.append(Clash(text, "distill.similarity.clamp", "distill.similarity.kind"))
+            text = "distill.similarity.clamp needs a full similarity matrix; set distill.similarity.kind: full"
+            mistakes.append(Clash(text, "distill.similarity.clamp", "distill.similarity.kind"))
         if self.clamp is not None and not self.clamp[0] < self.clamp[1]:
             text = f"distill.similarity.clamp must be (low, high), found {self.clamp}"
-            found.append(Clash(text, "distill.similarity.clamp"))
-        return found
+            mistakes.append(Clash(text, "distill.similarity.clamp"))
+        return mistakes
 
 
 class Guard(Section):
-    """What is taken for a derailed phase: it goes back to its last good state and on with halved outer rates."""
+    """Detection of a diverged phase: it is rolled back to its last good state and continues with halved outer learning
+    rates."""
 
     retries: Annotated[int, Field(ge=0)] = Field(
-        3, description="rollbacks of a phase before it fails; in no hash", json_schema_extra=no_hash()
+        3, description="rollbacks of a phase before it fails; not hashed", json_schema_extra=no_hash()
     )
-    every: PositiveInt = Field(50, description="iterations between the states to go back to")
+    every: PositiveInt = Field(50, description="iterations between two states that a rollback can return to")
     max_rate_growth: Annotated[float, Field(gt=1)] = Field(
-        100.0, description="an inner rate this many times its start, or this small a share of it, has derailed"
+        100.0, description="a phase has diverged if an inner rate grew, or shrank, by more than this factor"
     )
     dead_similarity: bool = Field(
-        True, description="wbce: no learned diagonal entry above 0.5, so that no pair is a positive, has derailed"
+        True, description="loss wbce: a phase has diverged if no diagonal entry of its similarity is above 0.5"
     )
 
 
 WORDS = ("auto", "adaptive")
-"""What `phases` may say in place of a list."""
+"""Words that `distill.phases` accepts instead of a list."""
 
 OF_REACH = ("distill.phases.stop", "stop_text", "start_rule", "match_epochs", "options", "plan.kind")
-"""The fields that `Distill.reach` depends on, for the clashes that use it."""
+"""Fields on which `Distill.reach` depends. Error messages about the reach name them."""
 
 
 class Distill(Section):
+    """The distillation: a method, its phases, and the settings of the matching loop."""
+
     method: str = Field(
-        "ptm_st", description="the recipe: a name of `rmdd methods`, or module:Class; its values hold unless set here"
+        "ptm_st",
+        description="a method that `rmdd methods` lists, or module:Class; it sets the defaults of other fields",
     )
-    options: dict[str, Any] = Field({}, description="fields of the method's own; `rmdd methods NAME` tells them")
-    budget: PositiveInt = Field(100, description="pairs, counted memory-fair: the similarity is paid for in pairs")
+    options: dict[str, Any] = Field({}, description="options of the method; `rmdd methods NAME` lists them")
+    budget: PositiveInt = Field(
+        100, description="size of the set in pairs; a learned similarity counts as some of them (rmdd.config.budget)"
+    )
     phases: tuple[Phase, ...] = Field(
         (Phase(pairs=99),),
-        description="sub-problems, in the order in which students learn from them; or auto, found from the experts "
-        "before distilling, or adaptive, which also move while distilling",
+        description="list of phases, in the order in which students train on them; auto: planned from the experts "
+        "before distillation; adaptive: planned, and adjusted during distillation",
         json_schema_extra=no_hash("plan"),
     )
     plan: Plan = Plan()
     budget_check: Literal["error", "warn"] = Field(
-        "error", description="what happens when the phases cost more than the budget", json_schema_extra=no_hash()
+        "error", description="whether phases that exceed the budget are an error", json_schema_extra=no_hash()
     )
     trajectory: Literal["original", "shortcut", "convexified"] = Field(
         "shortcut",
-        description="path of targets: the epochs as trained, the shortcut to the endpoint, or to the last epoch",
+        description="matching targets: original (the trained epochs), shortcut (the trajectory straightened to the "
+        "endpoint), or convexified (straightened to the last epoch)",
     )
     endpoint_rule: Literal["inclusive", "exclusive"] = Field(
-        "inclusive", description="exclusive reproduces the released buffers, which end one epoch early"
+        "inclusive",
+        description="exclusive: the trajectory ends one epoch before the endpoint, as in the released buffers",
     )
-    start_rule: Literal["exclusive", "inclusive"] = Field("exclusive", description="whether `stop` itself may be drawn")
+    start_rule: Literal["exclusive", "inclusive"] = Field(
+        "exclusive", description="whether a student may also start at the epoch stop (inclusive)"
+    )
     estimator: Literal["exact", "first_order"] = Field(
-        "exact", description="meta-gradient; first_order, as published, leaves out how a step moves the next"
+        "exact",
+        description="meta-gradient through the inner steps: exact, or first_order, which ignores how each step changes "
+        "the gradients of later steps, as the published code does",
     )
     precision: Literal["float32", "bfloat16"] = Field(
         "float32",
-        description="of the student's matrix products; bfloat16 turns the gradient of pictures a little (cosine 0.99), "
-        "and a frozen tower stays float32",
+        description="number format of the student's matrix products; bfloat16 changes the image gradient a little "
+        "(cosine 0.99 to float32); a frozen tower stays float32",
     )
     reuse_graphs: Annotated[int, Field(ge=0)] = Field(
         0,
-        description="last inner steps whose first pass keeps its graph for the second: up to two ninths less work "
-        "for each, and a graph more to hold; moves the rounding; at most sqrt(steps) with keep_parameters: recompute",
+        description="number of last inner steps whose autograd graph is kept from the first pass for the second: saves "
+        "up to 2/9 of the work of each such step, needs memory for its graph, and changes rounding; at most "
+        "sqrt(steps) with keep_parameters: recompute",
     )
     loss: Literal["wbce", "infonce", "bce", "cwcl", "kl", "mse"] = Field(
-        "wbce", description="loss of the student's steps, here and in evaluation"
+        "wbce", description="training loss of the students, in distillation and in evaluation"
     )
-    temperature: PositiveFloat | None = Field(None, description="of the student's cosines; null: model.temperature")
+    temperature: PositiveFloat | None = Field(
+        None, description="the student's cosines are divided by it; null: model.temperature"
+    )
     similarity: Similarity = Similarity()
-    steps: PositiveInt = Field(8, description="inner student steps K")
-    match_epochs: PositiveInt = Field(1, description="expert epochs dT between start and target")
-    batch: Annotated[int, Field(ge=2)] = Field(20, description="inner mini-batch B")
+    steps: PositiveInt = Field(8, description="number of inner steps (K) of a student")
+    match_epochs: PositiveInt = Field(1, description="expert epochs (dT) between the start and the target of a match")
+    batch: Annotated[int, Field(ge=2)] = Field(20, description="pairs per inner step (B)")
     batches: Literal["cycle", "independent"] = Field(
-        "cycle", description="cut from permutations of all pairs, or a fresh draw each step (MTT-VL)"
+        "cycle", description="cycle: batches from permutations of all pairs; independent: a new draw each step (MTT-VL)"
     )
     branches: Literal["separate", "merged"] = Field(
-        "separate", description="separate: one ratio per tower, summed; merged: one ratio over all parameters"
+        "separate",
+        description="matching loss: separate sums one normalised distance per tower, merged has one for all parameters",
     )
     skip_above: PositiveFloat | None = Field(
-        None, description="make no step where the miss is larger, and count it (DATM's threshold); null: never skip"
+        None, description="skip the update if the matching loss is above this (DATM's threshold); null: never skip"
     )
     inner_dropout: Literal["same_mask", "fresh_mask", "off"] = Field(
-        "same_mask", description="fresh_mask is what the released code does"
+        "same_mask", description="dropout masks of the inner steps; the released code uses fresh_mask"
     )
     optimiser: Literal["sgd", "normalised"] = Field(
         "sgd",
-        description="outer steps; normalised divides each gradient by its size, so that a rate is a step per entry",
+        description="optimiser of the synthetic pairs; normalised divides each gradient by its root mean square",
     )
-    lr_image: NonNegativeFloat = Field(1000.0, description="outer rate of the pictures; 0 keeps them as they start")
-    lr_text: NonNegativeFloat = Field(1000.0, description="outer rate of the text embeddings")
-    lr_similarity: NonNegativeFloat = Field(10.0, description="outer rate of the similarity")
-    lr_lr: NonNegativeFloat = Field(1e-2, description="rate of the learnable inner rates")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.5, description="of the outer steps")
-    inner_lr: PositiveFloat = Field(0.1, description="both inner rates at the start")
-    inner_lr_text: PositiveFloat | None = Field(None, description="the text side's at the start; null: as inner_lr")
-    min_inner_lr: NonNegativeFloat | None = Field(None, description="lower clamp of the inner rates; null: none")
+    lr_image: NonNegativeFloat = Field(
+        1000.0, description="outer learning rate of the images; 0 keeps the initial images"
+    )
+    lr_text: NonNegativeFloat = Field(1000.0, description="outer learning rate of the text embeddings")
+    lr_similarity: NonNegativeFloat = Field(10.0, description="outer learning rate of the similarity")
+    lr_lr: NonNegativeFloat = Field(1e-2, description="learning rate of the learned inner rates")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.5, description="momentum of the outer optimiser")
+    inner_lr: PositiveFloat = Field(0.1, description="initial inner learning rate of both sides")
+    inner_lr_text: PositiveFloat | None = Field(
+        None, description="initial inner learning rate of the text side; null: as inner_lr"
+    )
+    min_inner_lr: NonNegativeFloat | None = Field(
+        None, description="lower bound of the inner learning rates; null: none"
+    )
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.99, description="decay of the exported average; 0 exports the raw set"
+        0.99, description="decay of the moving average of the set that is exported; 0 exports the last state"
     )
     init: Literal["real", "prototypes", "noise"] = Field(
-        "real", description="what the set starts from: random pairs, the pairs nearest to k-means centres, or noise"
+        "real", description="initial pairs: random real pairs, the pairs nearest to k-means centres, or noise"
     )
     stored_size: PositiveInt | None = Field(
         None,
-        description="side of the pictures as stored and paid for; towers see them enlarged; null: data.image_size",
+        description="side in pixels of the stored images, which counts in the budget; towers get them enlarged to "
+        "data.image_size; null: data.image_size",
     )
-    init_augment: bool = Field(False, description="start from augmented pictures, as LoRS does")
+    init_augment: bool = Field(False, description="augment the initial images, as LoRS does")
     guard: Guard = Field(Guard(), json_schema_extra=no_hash("plan"))
     checkpoint_every: PositiveInt = Field(50, description="iterations between checkpoints", json_schema_extra=no_hash())
     snapshots: Annotated[int, Field(ge=1)] = Field(
-        1, description="how many sets to keep, evenly spaced over the iterations; the last is always one of them"
+        1, description="number of intermediate sets to keep, evenly spaced over the iterations, including the last one"
     )
-    seed: int | None = Field(None, description="null: the run's seed")
+    seed: int | None = Field(None, description="random seed of the distillation; null: the run's seed")
 
     @model_validator(mode="before")
     @classmethod
     def _word_for_phases(cls, value: Any) -> Any:
-        """`phases: auto` is an empty list and `plan.kind: auto`."""
+        """Turn `phases: auto` (or adaptive) into an empty list of phases and `plan.kind: auto`."""
         if isinstance(value, dict) and value.get("phases") in WORDS:
             plan = {} if value.get("plan") is None else value["plan"]
             plan = plan.model_dump() if isinstance(plan, Plan) else plan
@@ -203,34 +231,34 @@ class Distill(Section):
     @classmethod
     def _list_of_phases(cls, value: Any) -> Any:
         if isinstance(value, str):
-            raise ValueError(f"give a list of phases, or one of {' and '.join(WORDS)}")
+            raise ValueError(f"must be a list of phases, or one of {' and '.join(WORDS)}")
         return value
 
     @property
     def method_name(self) -> str:
-        """What results are filed under: the name of the method, or of the class where an import path is given."""
+        """The method's name in results; for an import path, the name of the class."""
         return self.method.rpartition(":")[2]
 
     @property
     def recipe(self) -> Recipe | None:
-        """The method; None where it cannot be found."""
+        """The recipe of the method, or None if there is no method of that name."""
         try:
             return recipes.find(self.method)
         except ValueError:
             return None
 
     def options_as(self, kind: type[S]) -> S | None:
-        """The options as fields of `kind`, its defaults where they say nothing; None where they cannot be read."""
+        """Return the options as a section of the class `kind`, filled with its defaults; None if they are invalid."""
         return validate(kind, copy.deepcopy(self.options))[0]
 
     @property
     def real_starts(self) -> bool:
-        """Whether students start at real-valued epochs; else at whole ones."""
+        """Whether students may start between two epochs, at a real-valued epoch."""
         recipe = self.recipe
         return recipe is not None and recipe.real_starts(self)
 
     def reach(self, phase: Phase) -> int:
-        """The last epoch that a start of `phase` and its target may need."""
+        """Return the last expert epoch that a target of `phase` can need."""
         stop = max(stop for _, stop in phase.ranges.values())
         beyond = self.start_rule == "inclusive" or self.real_starts
         return stop - (not beyond) + self.match_epochs
@@ -238,16 +266,22 @@ class Distill(Section):
     def clashes(self) -> list[Clash]:
         mistakes = []
         if self.method_name in ("random", "full"):
-            text = f"distill.method is {self.method}, but '{self.method_name}' is a row of every result table"
+            text = (
+                f"distill.method is {self.method}, but '{self.method_name}' is the name of a baseline in all result "
+                "tables; rename the class"
+            )
             mistakes.append(Clash(text, "distill.method"))
         for p, phase in enumerate(self.phases):
             if phase.pairs < 2:
-                text = f"distill.phases.{p}.pairs is {phase.pairs}: one pair has no negatives; give at least 2"
+                text = f"distill.phases.{p}.pairs is {phase.pairs}: one pair has no negatives; set it to at least 2"
                 mistakes.append(Clash(text, "distill.phases.pairs"))
         return mistakes
 
     def not_hashed(self, purpose: Purpose) -> tuple[str, ...]:
-        """A run is what its phases are, or what they are found by; a phase is the same however it was found."""
+        """Leave `phases` out of a run's hash if they are planned, and `plan` if they are listed.
+
+        The hash of a phase is without `plan`, except for adaptive phases, which the plan changes while they run.
+        """
         if purpose == "run":
             return ("phases",) if self.plan.plans else ("plan",)
         return ("plan",) if purpose == "phases" and self.plan.kind != "adaptive" else ()

@@ -1,4 +1,4 @@
-"""How students are trained and scored, and where a run goes."""
+"""The sections `evaluate` (how students are trained and scored) and `runtime` (where and with which resources)."""
 
 from __future__ import annotations
 
@@ -14,183 +14,209 @@ from rmdd.config.runfile import Clash, Section
 
 
 class Evaluate(Section):
-    """How students are trained and scored. Choices are made on val; test is read once."""
+    """Training and scoring of students. All choices are made on val; test is read once."""
 
     students: Annotated[int, Field(ge=1)] = Field(
         5,
-        description="fresh models trained on the set; mean and spread are over them",
+        description="number of models that are trained on the set; scores are their mean and standard deviation",
         json_schema_extra=no_hash("baseline", "learned"),
     )
-    epochs: PositiveInt = Field(50, description="passes per subset", json_schema_extra=no_hash("baseline"))
+    epochs: PositiveInt = Field(
+        50, description="epochs of training on each subset", json_schema_extra=no_hash("baseline")
+    )
     batch: Annotated[int, Field(ge=2)] = Field(128, description="pairs per step; a smaller subset is one batch")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of SGD")
-    weight_decay: NonNegativeFloat = Field(5e-4, description="of SGD, on every parameter")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="momentum of SGD")
+    weight_decay: NonNegativeFloat = Field(5e-4, description="weight decay of SGD, on every parameter")
     lr_drop: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.1, description="factor applied after half of a subset's passes"
+        0.1, description="the learning rate is multiplied by it after half of the epochs on a subset"
     )
     schedule: Literal["per_subset", "shared"] = Field(
         "per_subset",
-        description="shared: one optimiser for all subsets, one drop",
+        description="per_subset: a new optimiser for each subset; shared: one for all, whose rate drops once",
         json_schema_extra=no_hash("baseline"),
     )
     lr: Literal["own", "last"] = Field(
         "own",
-        description="each subset's learned rates, or the last subset's for all",
+        description="own: each subset's learned rates; last: those of the last subset for all",
         json_schema_extra=no_hash("baseline"),
     )
     text_lr: Literal["own", "image"] = Field(
         "own",
-        description="image trains the text head at the image rate, as MTT-VL's code does",
+        description="learning rate of the text head: its own, or that of the image side, as in MTT-VL's code",
         json_schema_extra=no_hash("baseline"),
     )
     temperature: PositiveFloat | None = Field(
-        None, description="of the students' cosines; null: as distilled with", json_schema_extra=no_hash("baseline")
+        None,
+        description="the students' cosines are divided by it; null: as in distillation",
+        json_schema_extra=no_hash("baseline"),
     )
     eval_every: PositiveInt = Field(
-        10, description="passes between scorings on val", json_schema_extra=no_hash("baseline")
+        10, description="epochs between two scores on val", json_schema_extra=no_hash("baseline")
     )
     augment: Literal["none", "dsa", "randaugment"] = Field(
-        "none", description="of the students' pictures, of random pairs too; randaugment: as experts train by default"
+        "none",
+        description="augmentation of the images that students train on, also of the random pairs they are compared "
+        "with; randaugment: the default of the experts",
     )
     reference: Literal["auto", "none", "lors", "ptm_st", "repblend", "mtt_vl", "mdm", "pds", "edge"] = Field(
         "auto",
-        description="also score by a paper's released protocol, as test_best_reference; auto: that of the method, at "
-        "the loss, batch, momentum and decay of this run; a name: exactly as coded",
+        description="also score by a paper's released protocol, reported as test_best_reference; auto: the method's, "
+        "with the loss, batch, momentum and weight decay of this run; a name: exactly as in that paper's code",
         json_schema_extra=no_hash("baseline", "learned"),
     )
     scores: bool = Field(
         False,
-        description="also HLR, IOR, LRS and ARS: what the recipe adds, and random pairs by the same recipe",
+        description="also compute HLR, IOR, LRS and ARS, which compare the set with random pairs and with full data "
+        "under the same training",
         json_schema_extra=no_hash("baseline", "learned"),
     )
     selection: Literal["last", "val_best"] = Field(
         "last",
-        description="which snapshot of the distillation is exported",
+        description="snapshot of the distillation that is exported: the last one, or the best one on val",
         json_schema_extra=no_hash("baseline", "learned"),
     )
     selection_students: PositiveInt = Field(
         2,
-        description="students per snapshot, and random draws per rate and loss, that a choice on val is made by",
+        description="students per choice on val: for each snapshot, and for each rate and loss of the random pairs",
         json_schema_extra=no_hash("learned"),
     )
     baseline_lrs: tuple[PositiveFloat, ...] = Field(
         (0.01, 0.03, 0.1, 0.3, 1.0),
-        description="rates tried for the random pairs, chosen on val",
+        description="learning rates tried for the random pairs; the best one on val is used",
         json_schema_extra=no_hash("learned"),
     )
     baseline_losses: tuple[Literal["wbce", "infonce", "bce", "cwcl", "kl", "mse"], ...] = Field(
-        ("wbce", "infonce"), description="losses tried likewise", json_schema_extra=no_hash("learned")
+        ("wbce", "infonce"),
+        description="losses tried for the random pairs; the best one on val is used",
+        json_schema_extra=no_hash("learned"),
     )
     baseline_draws: PositiveInt = Field(
-        5, description="different random subsets, one per student", json_schema_extra=no_hash("learned")
+        5,
+        description="number of different draws of random pairs, with one student each",
+        json_schema_extra=no_hash("learned"),
     )
     chunk: PositiveInt = Field(
-        256, description="queries scored at once", json_schema_extra=no_hash("baseline", "learned")
+        256, description="number of queries scored at a time", json_schema_extra=no_hash("baseline", "learned")
     )
     probes: dict[str, Probe] = Field(
         {},
-        description="what else the final students are asked, by a free name: zero_shot, vqa or retrieval",
+        description="further tests of the final students, each under a name you choose: zero_shot, vqa or retrieval",
         json_schema_extra=no_hash(),
     )
-    seed: int | None = Field(None, description="null: the run's seed")
+    seed: int | None = Field(None, description="random seed of the students; null: the run's seed")
 
     @field_validator("reference", mode="before")
     @classmethod
-    def _once_a_switch(cls, value: Any) -> Any:
+    def _bool_of_old_files(cls, value: Any) -> Any:
+        """Accept true and false, as older run files have it."""
         return {True: "auto", False: "none"}.get(value, value) if isinstance(value, bool) else value
 
     def clashes(self) -> list[Clash]:
         return clashes_of_probes(self.probes)
 
     def not_hashed(self, purpose: Purpose) -> tuple[str, ...]:
-        """Plain pictures leave the students of random pairs as they were before there was a choice."""
+        """Leave `augment: none` out of the baseline hash, so that baselines older than this field stay valid."""
         return ("augment",) if purpose == "baseline" and self.augment == "none" else ()
 
 
 class Runtime(Section):
-    """Where and how wide a run goes; in no hash. Only `threads` and a GPU change bits, by rounding alone."""
+    """Place and resources of a run; not hashed. Only `threads` and the use of a GPU change results, by rounding."""
 
     storage: str = Field(
         "runs", description="folder of all runs, stores and caches, or a URI (s3://, gs://, abfs://, file://, ...)"
     )
     scratch: str | None = Field(
-        None, description="local folder for copies of what lies at a URI; null: rmdd in the user's cache folder"
+        None, description="local folder for copies of a storage at a URI; null: rmdd in the user's cache folder"
     )
-    ray: Literal["on", "off"] = Field("on", description="off: everything in turn in this process, with the same bits")
-    address: str | None = Field(None, description="cluster to join; null: RAY_ADDRESS if set, else a local cluster")
-    num_cpus: PositiveInt | None = Field(None, description="CPUs of a local cluster; null: all")
+    ray: Literal["on", "off"] = Field(
+        "on", description="off: do all work sequentially in this process, with identical results"
+    )
+    address: str | None = Field(None, description="Ray cluster to join; null: RAY_ADDRESS if set, else a local cluster")
+    num_cpus: PositiveInt | None = Field(None, description="CPUs of a local Ray cluster; null: all")
     workers: PositiveInt | None = Field(
         None,
-        description="experts, phases or students side by side; null: one per CPU or GPU there is; "
-        "a cluster that grows is asked for as many",
+        description="experts, phases or students that run in parallel; null: as many as the cluster has room for; set "
+        "it for an autoscaling cluster, which then adds nodes for them",
     )
-    threads: PositiveInt = Field(1, description="CPU threads per worker; the same bits need the same number")
-    reader_cpus: PositiveFloat = Field(1.0, description="CPUs that each reader of an ingest takes; a half: two per CPU")
-    object_store_mb: Annotated[int, Field(ge=75)] = Field(256, description="object store of a local Ray, in MiB")
-    loader_workers: Annotated[int, Field(ge=0)] = Field(0, description="processes per expert that decode and augment")
+    threads: PositiveInt = Field(
+        1, description="CPU threads per worker; results are identical only for the same number of threads"
+    )
+    reader_cpus: PositiveFloat = Field(1.0, description="CPUs per reader of an ingest; 0.5 runs two readers per CPU")
+    object_store_mb: Annotated[int, Field(ge=75)] = Field(
+        256, description="size in MiB of the object store of a local Ray cluster"
+    )
+    loader_workers: Annotated[int, Field(ge=0)] = Field(
+        0, description="processes per expert that decode and augment images"
+    )
     fleet: Literal["pool", "train"] = Field(
         "pool",
-        description="who trains experts: a pool of actors, or one run of Ray Train, which worker groups always take",
+        description="how experts are trained: on a pool of actors, or in one run of Ray Train (always if several "
+        "workers train one expert)",
     )
     min_workers: PositiveInt = Field(
-        1, description="workers that a run of Ray Train starts or goes on with; it grows up to `workers` as nodes come"
+        1, description="fewest workers with which a run of Ray Train works; it grows up to workers as nodes are added"
     )
     cache_gb: NonNegativeFloat = Field(
         20.0,
-        description="GB of disk and page cache for the pictures experts train on; what is larger is streamed from the "
-        "shards in every epoch, with the same bits",
+        description="GB of disk (and page cache) for the decoded images that experts train on; a larger dataset is "
+        "streamed from its shards in every epoch, with identical results",
     )
-    gpus_per_worker: NonNegativeFloat = Field(0.0, description="share of a GPU that each worker gets; 0: CPUs")
+    gpus_per_worker: NonNegativeFloat = Field(
+        0.0, description="GPUs per worker, or the share of a GPU; 0: workers compute on CPUs"
+    )
     cpus_per_worker: NonNegativeFloat | None = Field(
-        None, description="CPUs, or a share of one, that Ray keeps for each worker; null: `threads`, none beside a GPU"
+        None, description="CPUs (or share of one) that Ray reserves per worker; null: threads, or 0 with a GPU"
     )
     keep_parameters: Literal["device", "cpu", "recompute"] = Field(
-        "device", description="where a step's K parameter vectors wait: there, on the CPU, or rebuilt from 2 sqrt(K)"
+        "device",
+        description="where the parameters of the K inner steps are kept for the backward pass: on the device, on the "
+        "CPU, or recomputed from 2 sqrt(K) of them",
     )
     max_restarts: Annotated[int, Field(ge=0)] = Field(
-        3, description="times a dead worker or a failed expert is tried again"
+        3, description="how often a dead worker or a failed expert is started again"
     )
     time_limit: PositiveFloat | None = Field(
-        None, description="minutes after which a run saves and stops, to be resumed, as on Ctrl-C; null: none"
+        None, description="minutes after which a run saves its state and stops, as on Ctrl-C; null: no limit"
     )
     stall_limit: PositiveFloat | None = Field(
         60.0,
-        description="minutes without a sign of life after which a worker is killed and started again; null: none; "
-        "workers of a run of Ray Train are not watched",
+        description="minutes without progress after which a worker is killed and restarted; null: no limit; it does "
+        "not apply to workers of Ray Train",
     )
     track: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
         ("tensorboard",),
-        description="where curves go beside the JSON lines; wandb and mlflow: `pip install rmdd[track]`",
+        description="tools that show the training curves, or none; wandb and mlflow need `pip install rmdd[track]`",
     )
 
     @field_validator("track", mode="before")
     @classmethod
-    def _one_or_none(cls, value: Any) -> Any:
+    def _word_for_track(cls, value: Any) -> Any:
+        """Turn a single word into a tuple; `none` is the empty one."""
         return ([] if value == "none" else [value]) if isinstance(value, str) else value
 
     @property
     def share(self) -> tuple[float, float]:
         """CPUs and GPUs of one worker."""
-        usual = 0.0 if self.gpus_per_worker else float(self.threads)
-        return usual if self.cpus_per_worker is None else self.cpus_per_worker, self.gpus_per_worker
+        default = 0.0 if self.gpus_per_worker else float(self.threads)
+        return default if self.cpus_per_worker is None else self.cpus_per_worker, self.gpus_per_worker
 
     def clashes(self) -> list[Clash]:
         if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
             text = (
-                f"runtime.gpus_per_worker {self.gpus_per_worker:g} is neither a share of one GPU nor a number of them; "
-                "give a share up to 1, or a whole number"
+                f"runtime.gpus_per_worker is {self.gpus_per_worker:g}: above 1, only whole numbers are possible; set "
+                "a share up to 1, or a whole number"
             )
             return [Clash(text, "runtime.gpus_per_worker")]
         scheme, is_uri, rest = self.storage.partition("://")
         user = rest.partition("/")[0].rpartition("@")[0]
         if is_uri and (":" in user or "?" in rest or "#" in rest):
             text = (
-                f"runtime.storage is a {scheme}:// URI with a password or settings in it, which would end up in files "
-                "and logs; give a bare URI, and the rest by the environment of every machine (such as "
+                f"runtime.storage is a {scheme}:// URI that contains a password or settings, which would be written to "
+                "files and logs; remove them, and set them in the environment of every machine (such as "
                 "AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS)"
             )
             return [Clash(text, "runtime.storage")]
         if is_uri and not rest.strip("/"):
-            text = f"runtime.storage '{self.storage}' names no bucket or folder; give {scheme}://BUCKET/FOLDER"
+            text = f"runtime.storage '{self.storage}' has no bucket or folder; set it to {scheme}://BUCKET/FOLDER"
             return [Clash(text, "runtime.storage")]
         return []

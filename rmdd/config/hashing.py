@@ -1,7 +1,8 @@
-"""What of a run file shapes what: every field says it where it is declared.
+"""Hashes of the run file, by which results, experts and caches are found again.
 
-A field without a mark shapes every hash that its section enters. `no_hash(...)` leaves it out of some purposes, or of
-all; `hash_only(...)` lets it into these alone. What depends on the values of other fields is `Section.not_hashed`.
+A hash has a purpose, such as "experts", and contains the fields that can change the result of that purpose. A field is
+in all hashes that contain its section, unless it is declared with `no_hash(...)` (not in these) or `hash_only(...)`
+(only in these). `Section.not_hashed` removes more fields, depending on the values of others.
 """
 
 from __future__ import annotations
@@ -14,46 +15,46 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 NUMBERS_VERSION = 4
-"""Part of every hash; raised when a change of the code moves the numbers of an unchanged run file."""
+"""Part of every hash; increased when a change of the code changes the results of an unchanged run file."""
 
 Purpose = Literal[
     "run",  # the results of a run
-    "ingest",  # a dataset as it is written
-    "view",  # pictures and captions as models see them
-    "features",  # those of them that do not depend on a split
+    "ingest",  # an ingested dataset
+    "view",  # preprocessed images and captions
+    "features",  # features of images and captions, of any split
     "experts",  # one expert
-    "phases",  # what is distilled
-    "plan",  # phases that are found from the experts
-    "baseline",  # students of random pairs and of full data
-    "learned",  # a student of one set of pairs
-    "search",  # what a search tries
+    "phases",  # one distilled phase
+    "plan",  # phases planned from the experts
+    "baseline",  # students trained on random pairs and on full data
+    "learned",  # a student trained on one set of pairs
+    "search",  # the trials of a search
 ]
 PURPOSES: tuple[str, ...] = get_args(Purpose)
 
 
 def no_hash(*purposes: Purpose) -> dict[str, Any]:
-    """For `Field(json_schema_extra=...)`: the field enters no hash, or none for these purposes."""
+    """Return a mark for `Field(json_schema_extra=...)`: the field is in no hash, or not in those of `purposes`."""
     return {"hash": [p for p in PURPOSES if purposes and p not in purposes]}
 
 
 def hash_only(*purposes: Purpose) -> dict[str, Any]:
-    """For `Field(json_schema_extra=...)`: the field enters the hash of these purposes alone."""
+    """Return a mark for `Field(json_schema_extra=...)`: the field is only in the hashes of `purposes`."""
     return {"hash": list(purposes)}
 
 
 def purposes_of(field: FieldInfo) -> tuple[str, ...]:
-    """What a field shapes, if its section does."""
+    """Return the purposes whose hash contains `field`, if it contains the field's section."""
     mark = field.json_schema_extra
-    found: Any = mark.get("hash") if isinstance(mark, dict) else None
-    return PURPOSES if found is None else tuple(found)
+    purposes: Any = mark.get("hash") if isinstance(mark, dict) else None
+    return PURPOSES if purposes is None else tuple(purposes)
 
 
 def hashed(section: BaseModel, purpose: Purpose) -> dict[str, Any]:
-    """The fields of a section that shape `purpose`, as plain values."""
+    """Return the fields of a section that are hashed for `purpose`, as plain values."""
     value = section.model_dump(mode="json")
-    left_out = section.not_hashed(purpose)  # type: ignore[attr-defined]
+    not_hashed = section.not_hashed(purpose)  # type: ignore[attr-defined]
     for name, field in type(section).model_fields.items():
-        if purpose not in purposes_of(field) or name in left_out:
+        if purpose not in purposes_of(field) or name in not_hashed:
             del value[name]
         elif isinstance(inner := getattr(section, name), BaseModel):
             value[name] = hashed(inner, purpose)
@@ -61,6 +62,6 @@ def hashed(section: BaseModel, purpose: Purpose) -> dict[str, Any]:
 
 
 def hash_value(value: Any) -> str:
-    """First 16 hex digits of the SHA-256 of the canonical JSON of `value`."""
+    """Return the first 16 hex digits of the SHA-256 of `value` as canonical JSON."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

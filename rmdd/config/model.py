@@ -1,4 +1,4 @@
-"""The dual encoder and how experts are trained."""
+"""The sections `model` (the dual encoder) and `experts` (how experts are trained)."""
 
 from __future__ import annotations
 
@@ -12,80 +12,100 @@ from rmdd.config.runfile import Clash, Section
 
 
 class ImageTower(Section):
-    name: str = Field("nfnet_l0", description="a timm model, or `convnet` for the small built-in one")
+    """The image encoder of a dual encoder."""
+
+    name: str = Field("nfnet_l0", description="name of a timm model, or convnet (a small built-in network)")
     weights: str = Field(
         "pretrained",
-        description="pretrained (hub), the path of a local weights file, random (drawn anew for every expert and "
-        "student), or random:SEED (drawn once, the same start for all, as a pretrained tower is)",
+        description="initial weights: pretrained (from the hub), the path of a local file, random (another draw for "
+        "every expert and student), or random:SEED (the same draw for all)",
     )
-    trainable: bool = Field(True, description="false: only the projection on it is trained and matched")
-    widths: tuple[PositiveInt, ...] = Field((64, 128, 128), description="convnet: channels of its blocks")
-    groups: PositiveInt = Field(8, description="convnet: groups of GroupNorm")
+    trainable: bool = Field(True, description="false: freeze the tower, so that only its projection is trained")
+    widths: tuple[PositiveInt, ...] = Field((64, 128, 128), description="convnet: number of channels of each block")
+    groups: PositiveInt = Field(8, description="convnet: number of GroupNorm groups")
     projection: Literal["none", "linear", "block"] = Field("none", description="trainable head on the image tower")
 
     @property
     def is_random(self) -> bool:
-        """Whether it starts from random weights, drawn anew or once for all."""
+        """Whether the initial weights are random, with or without a seed of their own."""
         return self.weights == "random" or self.weights.startswith("random:")
 
     def clashes(self) -> list[Clash]:
         seed = self.weights.removeprefix("random:")
         if seed != self.weights and not seed.isdecimal():
-            text = f"model.image.weights is {self.weights}; write random:SEED with a whole number, such as random:0"
+            text = f"model.image.weights is {self.weights}; the seed must be a whole number, such as random:0"
             return [Clash(text, "model.image.weights")]
         return []
 
 
 class TextTower(Section):
+    """The text encoder of a dual encoder; it is always frozen."""
+
     name: str = Field(
         "bert-base-uncased",
-        description="hub id or folder of a transformers encoder, `package:MODULE` for one shipped as a package, "
-        "or `hashing`, the built-in one that needs no download",
+        description="hub id or folder of a transformers encoder, package:MODULE for one in a Python package, or "
+        "hashing (built in, needs no download)",
     )
     pooling: Literal["cls", "mean"] = Field(
-        "cls", description="embedding of a caption: the first token's state, or the mean over its tokens"
+        "cls", description="embedding of a caption: cls (state of the first token) or mean (over all tokens)"
     )
-    max_tokens: PositiveInt = Field(64, description="longer captions are cut")
+    max_tokens: PositiveInt = Field(64, description="number of tokens after which a caption is cut")
     normalise: bool = Field(
-        False, description="scale embeddings to unit length, as sentence encoders do; BERT's are not"
+        False, description="scale embeddings to unit length, as sentence encoders do (BERT does not)"
     )
-    width: PositiveInt = Field(512, description="hashing: length of the embedding")
+    width: PositiveInt = Field(512, description="hashing: width of the embedding")
     projection: Literal["linear", "block"] = Field(
         "block", description="trainable head on the embeddings; block: two linear layers with a skip"
     )
 
 
 class Model(Section):
+    """The dual encoder of experts and students."""
+
     image: ImageTower = ImageTower()
     text: TextTower = TextTower()
-    width: PositiveInt | None = Field(None, description="joint width D; null: the image tower's own width")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="inside a `block` projection")
-    temperature: PositiveFloat = Field(0.07, description="cosines are divided by it before a loss")
+    width: PositiveInt | None = Field(
+        None, description="width D of the joint embedding; null: the width of the image tower"
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="dropout rate in a block projection")
+    temperature: PositiveFloat = Field(0.07, description="cosines are divided by it in the loss")
 
     def clashes(self) -> list[Clash]:
-        found = []
+        mistakes = []
         if not self.image.trainable and self.image.projection == "none":
-            text = "model.image.trainable is false and it has no projection; set model.image.projection: block"
-            found.append(Clash(text, "model.image.trainable", "model.image.projection"))
+            text = (
+                "model.image.trainable is false and model.image.projection is none, so nothing is trained on the image "
+                "side; set model.image.projection: block"
+            )
+            mistakes.append(Clash(text, "model.image.trainable", "model.image.projection"))
         if self.width is not None and self.image.projection == "none":
-            text = "model.width needs model.image.projection: linear or block, else the tower decides it"
-            found.append(Clash(text, "model.width", "model.image.projection"))
-        return found
+            text = (
+                "model.width is set, but without a projection the width is that of the image tower; set "
+                "model.image.projection: linear or block, or model.width: null"
+            )
+            mistakes.append(Clash(text, "model.width", "model.image.projection"))
+        return mistakes
 
 
 class Augment(Section):
-    """Training-time augmentation of the experts, in this order. The defaults are the published protocol."""
+    """Augmentation of the experts' training images, applied in this order. The defaults are those of the papers."""
 
-    crop: bool = Field(True, description="random resized crop, bicubic")
+    crop: bool = Field(True, description="apply a random resized crop (bicubic)")
     crop_scale: tuple[float, float] = Field(
-        (0.5, 1.0), description="least and largest share of the area that a crop keeps"
+        (0.5, 1.0), description="smallest and largest area of a crop, as a share of the image"
     )
-    crop_ratio: tuple[float, float] = Field((0.75, 4 / 3), description="least and largest width over height of a crop")
+    crop_ratio: tuple[float, float] = Field(
+        (0.75, 4 / 3), description="smallest and largest aspect ratio (width / height) of a crop"
+    )
     flip: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="probability of a horizontal flip")
-    randaugment_ops: Annotated[int, Field(ge=0)] = Field(2, description="operations drawn per image; 0 turns it off")
-    randaugment_magnitude: Annotated[float, Field(ge=0, le=10)] = Field(5, description="on a scale of 10")
+    randaugment_ops: Annotated[int, Field(ge=0)] = Field(
+        2, description="number of RandAugment operations drawn per image; 0: none"
+    )
+    randaugment_magnitude: Annotated[float, Field(ge=0, le=10)] = Field(
+        5, description="strength of the RandAugment operations, from 0 to 10"
+    )
     randaugment_probability: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.5, description="chance that a drawn operation is applied"
+        0.5, description="probability that a drawn operation is applied"
     )
 
     @property
@@ -97,82 +117,87 @@ NO_AUGMENT = Augment(crop=False, flip=0.0, randaugment_ops=0)
 
 
 class Shuffle(Section):
-    """The order of an epoch, drawn anew for every expert and epoch. Either order has the same bits from the cache and
-    from a stream; a stream reads each picture once per epoch if windowed, and once per window if global."""
+    """Order of the training records, with another draw for every expert and epoch. It is the same for cached and for
+    streamed images. A stream reads each image once per epoch with `windowed`, and once per window with `global`."""
 
     kind: Literal["global", "windowed"] = Field(
         "global",
-        description="global: all records in one permutation; windowed: blocks of pairs in random order, and the "
-        "records of `window` blocks at a time shuffled",
+        description="global: one permutation of all records; windowed: blocks of pairs in random order, and the "
+        "records of window blocks at a time shuffled",
     )
-    block: PositiveInt = Field(256, description="consecutive pairs that stay together; a pair is read with its block")
-    window: PositiveInt = Field(8, description="blocks that are mixed; a stream holds the pictures of one window")
+    block: PositiveInt = Field(256, description="number of consecutive pairs that are read together")
+    window: PositiveInt = Field(
+        8, description="number of blocks that are shuffled together; a stream keeps their images in memory"
+    )
 
     @property
     def pairs(self) -> int:
-        """Pairs of one window."""
+        """Number of pairs in one window."""
         return self.block * self.window
 
 
 class WorkerGroup(Section):
-    """Workers that train one expert together. The batch is split over them and the loss is that of the whole batch."""
+    """Several workers that train one expert together: the batch is split over them, the loss is that of all of it."""
 
-    workers: PositiveInt = Field(1, description="workers per expert, each with `runtime.gpus_per_worker` and `threads`")
+    workers: PositiveInt = Field(
+        1, description="workers per expert, each with runtime.gpus_per_worker GPUs and runtime.threads threads"
+    )
     strategy: Literal["ddp", "zero1", "zero2", "zero3"] = Field(
         "ddp",
-        description="ddp: every worker holds all of it; zero1, zero2, zero3 (DeepSpeed): momentum, gradients too, "
-        "weights too lie in parts",
+        description="ddp: every worker keeps the whole model; DeepSpeed splits the momentum (zero1), also the "
+        "gradients (zero2), also the weights (zero3)",
     )
 
 
 class Experts(Section):
-    """The teacher protocol. Defaults: 20 experts, 10 epochs over caption records, plain SGD, InfoNCE."""
+    """Training of the experts by InfoNCE and SGD. A caption record is an image with one of its captions."""
 
     num: PositiveInt = Field(
-        20, description="trajectories to train, each from its own seed", json_schema_extra=hash_only("run")
+        20, description="number of experts, each with another seed", json_schema_extra=hash_only("run")
     )
-    epochs: PositiveInt = Field(10, description="passes over all caption records; the length of a trajectory")
+    epochs: PositiveInt = Field(10, description="epochs over all caption records: the length of a trajectory")
     batch: Annotated[int, Field(ge=2)] = Field(128, description="caption records per step")
-    lr_image: PositiveFloat = Field(0.1, description="constant rate of the image tower")
-    lr_text: PositiveFloat = Field(0.1, description="constant rate of the text projection")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of SGD; 0 is plain SGD")
-    weight_decay: NonNegativeFloat = Field(0.0, description="of SGD, on every parameter")
+    lr_image: PositiveFloat = Field(0.1, description="constant learning rate of the image tower")
+    lr_text: PositiveFloat = Field(0.1, description="constant learning rate of the text projection")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="momentum of SGD")
+    weight_decay: NonNegativeFloat = Field(0.0, description="weight decay of SGD, on every parameter")
     augment: Augment = Augment()
     shuffle: Shuffle = Shuffle()
     worker_group: WorkerGroup = WorkerGroup()
     keep: Literal["all", "endpoints"] | tuple[PositiveInt, ...] = Field(
         "endpoints",
-        description="epochs that stay on disk; a list, such as [6, 8, 10], lets runs with other endpoints share them",
+        description="epochs that stay on disk: all, the endpoints that this run needs, or a list, such as [6, 8, 10], "
+        "so that runs with other endpoints can use the experts too",
     )
     dtype: Literal["float32", "bfloat16-delta"] = Field(
-        "float32", description="bfloat16-delta stores the difference to epoch 0 at half the size"
+        "float32", description="format of stored epochs; bfloat16-delta is the difference to epoch 0, at half the size"
     )
     forgetting: Annotated[int, Field(ge=0)] = Field(
         0,
-        description="records of a fixed pool that all are scored against after every epoch, to count forgetting events "
-        "for a coreset (1000 to 4000); 0: not counted; changes no number of an expert",
+        description="for coresets by forgetting: size of a fixed pool (1000 to 4000 records) against which all records "
+        "are scored after every epoch, to count forgetting events; 0: do not count; does not change the experts",
     )
-    seed: int | None = Field(None, description="null: the run's seed")
+    seed: int | None = Field(None, description="random seed of the experts; null: the run's seed")
 
     def clashes(self) -> list[Clash]:
         mistakes = []
         group = self.worker_group
         if self.batch < group.workers:
             text = (
-                f"experts.batch {self.batch} cannot be split over experts.worker_group.workers {group.workers}; "
-                "raise it"
+                f"experts.batch {self.batch} cannot be split over experts.worker_group.workers {group.workers}; raise "
+                "experts.batch"
             )
             mistakes.append(Clash(text, "experts.batch", "experts.worker_group.workers"))
         if group.workers > 1 and group.strategy != "ddp" and self.momentum:
             text = (
-                f"experts.momentum {self.momentum} lies in parts under experts.worker_group.strategy {group.strategy}, "
-                "and cannot be resumed from; set it to 0, or the strategy to ddp"
+                f"experts.worker_group.strategy {group.strategy} splits the momentum over the workers, and such an "
+                f"expert cannot be resumed; set experts.momentum {self.momentum} to 0, or the strategy to ddp"
             )
             mistakes.append(Clash(text, "experts.momentum", "experts.worker_group.strategy", "workers"))
         return mistakes
 
     def not_hashed(self, purpose: Purpose) -> tuple[str, ...]:
-        """What changes nothing as it is set: stores that are older than it stay valid."""
+        """Return fields that are turned off, so that stores older than these fields stay valid."""
         idle = {"shuffle": self.shuffle.kind == "global", "worker_group": self.worker_group.workers == 1}
         idle["forgetting"] = not self.forgetting
         return tuple(name for name, is_idle in idle.items() if is_idle)

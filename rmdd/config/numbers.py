@@ -1,4 +1,4 @@
-"""Bounded numbers that the sections of a run file share."""
+"""Number types with bounds, for the fields of a run file."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""How phases plan themselves."""
+"""The section `distill.plan`: settings for `phases: auto` and `phases: adaptive`."""
 
 from __future__ import annotations
 
@@ -11,36 +11,38 @@ from rmdd.config.runfile import Section
 
 
 class Plan(Section):
-    """What `phases: auto` and `phases: adaptive` go by (the rule: `rmdd.distill.trajectory.planning`). The phases
-    that are found go to plan.json in the run folder, and a run that lists them is the same one."""
+    """Settings of planned phases (`phases: auto` or `adaptive`; the rule is in `rmdd.distill.trajectory.planning`). The
+    planned phases are written to plan.json in the run folder. A run that lists them gives the same results."""
 
     kind: Literal["stated", "auto", "adaptive"] = Field(
-        "stated", description="what `phases` says: a list, or one of the two words"
+        "stated", description="set by distill.phases: stated for a list, or the word auto or adaptive"
     )
-    iterations: PositiveInt = Field(2000, description="outer updates, all phases together")
-    max_phases: PositiveInt = Field(3, description="most phases")
-    min_iterations: PositiveInt = Field(1000, description="updates that a phase needs before another one pays")
-    min_pairs: Annotated[int, Field(ge=2)] = Field(90, description="pairs that a phase needs before another one pays")
+    iterations: PositiveInt = Field(2000, description="number of outer updates of all phases together")
+    max_phases: PositiveInt = Field(3, description="largest number of phases")
+    min_iterations: PositiveInt = Field(1000, description="smallest number of outer updates per phase")
+    min_pairs: Annotated[int, Field(ge=2)] = Field(90, description="smallest number of pairs per phase")
     reach: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.92, description="share of the teacher's gain on val that the first endpoint has reached"
+        0.92, description="share of the experts' gain on val that is reached at the endpoint of the first phase"
     )
-    reach_step: NonNegativeFloat = Field(0.04, description="how much more the endpoint of each later phase reaches")
+    reach_step: NonNegativeFloat = Field(0.04, description="how much this share grows from phase to phase")
     min_straightness: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.25, description="shortcut: endpoints whose chord is a smaller share of the path are left out"
+        0.25, description="trajectory shortcut: smallest straightness (chord / path length) of an endpoint"
     )
     agreement: Annotated[float, Field(ge=-1, le=1)] = Field(
-        0.7, description="cosine of matching gradients from which on a start belongs to the range of the one before it"
+        0.7, description="smallest cosine between the matching gradients of two start epochs in the same range"
     )
-    min_starts: PositiveInt = Field(2, description="starts of a range at least, where the path has as many")
+    min_starts: PositiveInt = Field(2, description="smallest number of start epochs in a range, if the path has them")
     endpoints: tuple[PositiveInt, ...] | None = Field(
-        None, description="epochs that may be endpoints, which the store keeps; null: every epoch that is kept"
+        None, description="epochs that may be endpoints and are stored; null: all epochs that experts.keep stores"
     )
-    experts: PositiveInt = Field(2, description="experts whose checkpoints are read for the signals")
-    draws: PositiveInt = Field(2, description="mini-batch draws of each for the gradients of a plan; a move takes one")
-    every: PositiveInt = Field(50, description="adaptive: updates between moves of range and endpoint")
-    pace: PositiveFloat = Field(0.25, description="adaptive: most epochs that a bound moves at once")
+    experts: PositiveInt = Field(2, description="number of experts from which phases are planned")
+    draws: PositiveInt = Field(
+        2, description="mini-batches per expert for the gradients of a plan; a later adjustment uses one"
+    )
+    every: PositiveInt = Field(50, description="adaptive: outer updates between two adjustments of range and endpoint")
+    pace: PositiveFloat = Field(0.25, description="adaptive: largest change of a bound per adjustment, in epochs")
 
     @property
     def plans(self) -> bool:
-        """Whether phases are found and not given."""
+        """Whether the phases are planned, not listed in the run file."""
         return self.kind != "stated"

@@ -1,7 +1,7 @@
-"""Probes: what a trained student can do beyond the retrieval that it was chosen by. They enter no choice and no hash.
+"""Probes: further tests of the trained students (classification, question answering, retrieval on other data).
 
-A probe is a dataset and a way of asking. Of its `data` only what says where pictures and words are is its own; how they
-are seen (`VIEW`) is the run's.
+A probe has its own dataset, in the field `data`, but its images and captions are preprocessed as in the run (`VIEW`).
+Probes are not hashed, and no choice of a run depends on them.
 """
 
 from __future__ import annotations
@@ -17,155 +17,170 @@ from rmdd.config.numbers import PositiveInt
 from rmdd.config.runfile import Clash, Section
 
 VIEW = ("image_size", "normalise", "captions", "background", "exif_orientation")
-"""Fields of `data` that a probe takes from the run."""
+"""Fields of `data` whose values a probe takes from the run."""
 
 TEMPLATES = ("single", "seven", "cifar", "imagenet")
-"""Sets of prompts that come with rmdd."""
+"""Names of the built-in sets of prompt templates."""
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 Ks = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 
 class Classes(Section):
-    """Labelled pictures. A subset of n classes is drawn by a hash of seed and class: a smaller one lies in a larger."""
+    """Labelled images. A random subset of classes depends on a hash of seed and class, so that a smaller subset is part
+    of a larger one."""
 
     layout: Literal["folders", "list", "cifar10", "cifar100"] = Field(
-        "folders", description="a folder per class; a list of files; CIFAR's binary version (test part)"
+        "folders", description="a folder per class, a list of files, or the binary version of CIFAR (its test part)"
     )
-    images: str = Field("", description="folder of the pictures below data.root, such as val")
+    images: str = Field("", description="folder of the images below data.root, such as val")
     file: str | None = Field(
-        None, description="of layout list, below data.root: lines `FILE CLASS`, or Kaggle's LOC_val_solution.csv"
+        None, description="layout list: file below data.root with lines FILE CLASS, or Kaggle's LOC_val_solution.csv"
     )
     names: str | None = Field(
         None,
-        description="class names below data.root: lines `CLASS name, synonym`, or a JSON object; null: the folder's",
+        description="file with class names below data.root: lines CLASS name, synonym, or a JSON object; null: the "
+        "names of the folders",
     )
-    synonyms: bool = Field(False, description="make prompts of all names of a class, not of the first alone")
-    number: Annotated[int, Field(ge=2)] | None = Field(None, description="classes drawn; null: all")
-    seed: int = Field(0, description="another seed draws other classes")
-    only: tuple[str, ...] | None = Field(None, description="these classes, instead of a draw")
+    synonyms: bool = Field(False, description="make prompts from all names of a class, not only from the first")
+    number: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="number of classes, drawn at random; null: all"
+    )
+    seed: int = Field(0, description="random seed of the draw of classes")
+    only: tuple[str, ...] | None = Field(None, description="names of the classes to use, instead of a draw")
 
     def clashes(self) -> list[Clash]:
-        found = []
+        mistakes = []
         if (self.layout == "list") != (self.file is not None):
-            text = "data.classes.file goes with layout: list, which needs it"
-            found.append(Clash(text, "data.classes.file", "data.classes.layout"))
+            text = "layout: list needs data.classes.file, and no other layout uses it; set or remove it"
+            mistakes.append(Clash(text, "data.classes.file", "data.classes.layout"))
         if self.only is not None and self.number is not None:
-            text = "data.classes.only names the classes and number draws them; leave one out"
-            found.append(Clash(text, "data.classes.only", "data.classes.number"))
+            text = "data.classes.only and data.classes.number exclude each other; remove one of them"
+            mistakes.append(Clash(text, "data.classes.only", "data.classes.number"))
         if self.only is not None and len(set(self.only)) < 2:
-            found.append(Clash("data.classes.only needs two different classes or more", "data.classes.only"))
-        return found
+            mistakes.append(Clash("data.classes.only needs at least two different classes", "data.classes.only"))
+        return mistakes
 
 
 class CocoQa(Section):
-    """COCO-QA as released: train/ and test/ with questions.txt, answers.txt, img_ids.txt and types.txt."""
+    """The released COCO-QA: folders train and test with questions.txt, answers.txt, img_ids.txt and types.txt."""
 
-    folder: str = Field("cocoqa", description="where train/ and test/ lie, below data.root or absolute")
-    questions: PositiveInt | None = Field(None, description="test questions drawn; null: all")
-    seed: int = Field(0, description="another seed draws other questions")
+    folder: str = Field("cocoqa", description="folder that contains train and test: absolute, or relative to data.root")
+    questions: PositiveInt | None = Field(None, description="number of test questions, drawn at random; null: all")
+    seed: int = Field(0, description="random seed of the draw of questions")
 
 
 class _ProbeData(Data):
     def clashes(self) -> list[Clash]:
-        return []  # told by `Evaluate`, which knows the name of the probe
+        return []  # `Evaluate` reports them, because it knows the name of the probe
 
     def faults(self) -> list[Clash]:
+        """Return the mistakes in this section."""
         return super().clashes()
 
 
 class ClassData(_ProbeData):
-    source: Literal["classes"] = Field("classes", description="labelled pictures")
+    """The data of a `zero_shot` probe."""
+
+    source: Literal["classes"] = Field("classes", description="labelled images")
     classes: Classes = Classes()
 
     def faults(self) -> list[Clash]:
-        limited = "data.eval_limit would keep the first classes; draw some by data.classes.number"
+        limited = "data.eval_limit would keep only the first classes; set data.classes.number to draw some of them"
         clash = Clash(limited, "data.eval_limit", "data.classes.number")
         return super().faults() + ([clash] if self.eval_limit else [])
 
 
 class CocoQaData(_ProbeData):
-    source: Literal["cocoqa"] = Field("cocoqa", description="COCO-QA")
-    layout: Literal["coco"] = Field("coco", description="pictures may have their names of 2014 or of 2017")
+    """The data of a `vqa` probe."""
+
+    source: Literal["cocoqa"] = Field("cocoqa", description="questions about COCO images")
+    layout: Literal["coco"] = Field("coco", description="file names of the images: those of COCO 2014 or of 2017")
     cocoqa: CocoQa = CocoQa()
 
     def faults(self) -> list[Clash]:
-        limited = "data.eval_limit would keep the first pictures; draw questions by data.cocoqa.questions"
+        limited = "data.eval_limit would keep only the first images; set data.cocoqa.questions to draw questions"
         clash = Clash(limited, "data.eval_limit", "data.cocoqa.questions")
         return super().faults() + ([clash] if self.eval_limit else [])
 
 
 class PairData(_ProbeData):
-    """Anything that `rmdd ingest` reads."""
+    """The data of a `retrieval` probe: any source that `rmdd ingest` reads."""
 
 
 class ZeroShot(Section):
-    """Classification by the nearest class: the mean of its prompts."""
+    """Zero-shot classification: an image gets the class whose mean prompt embedding is nearest."""
 
-    kind: Literal["zero_shot"] = Field("zero_shot", description="classification")
+    kind: Literal["zero_shot"] = Field("zero_shot", description="zero-shot classification")
     data: ClassData
     templates: str | tuple[str, ...] = Field(
         "single",
-        description="single, seven, cifar, imagenet, a file with a template per line, or a list; {} is the class",
+        description="prompt templates: single, seven, cifar, imagenet, a file with one per line, or a list; {} is "
+        "replaced by the class name",
     )
-    caption_rule: bool = Field(True, description="put prompts through data.captions, as captions are")
-    ks: Ks = Field((1, 5, 10), description="ACC@K for those below the number of classes")
+    caption_rule: bool = Field(True, description="preprocess prompts by data.captions, like captions")
+    ks: Ks = Field((1, 5, 10), description="values of K for ACC@K; those not below the number of classes are ignored")
 
 
 class Vqa(Section):
-    """COCO-QA as retrieval: a sentence per candidate answer, ranked by its cosine with the picture."""
+    """Question answering on COCO-QA: candidate answers, as sentences, are ranked by their cosine with the image."""
 
-    kind: Literal["vqa"] = Field("vqa", description="questions about pictures")
+    kind: Literal["vqa"] = Field("vqa", description="visual question answering")
     data: CocoQaData
-    template: str = Field("Question: {question} Answer: {answer}.", description="the sentence")
-    question_mark: bool = Field(False, description="end questions with ` ?`; the files have none")
-    caption_rule: bool = Field(
-        False, description="put sentences through data.captions, which takes colons and full stop away"
+    template: str = Field(
+        "Question: {question} Answer: {answer}.", description="sentence that is embedded for a question and an answer"
     )
-    ks: Ks = Field((1, 5, 10), description="ACC@K")
+    question_mark: bool = Field(False, description="end questions with ` ?`, because the files have none")
+    caption_rule: bool = Field(
+        False, description="preprocess sentences by data.captions, which removes colons and full stops"
+    )
+    ks: Ks = Field((1, 5, 10), description="values of K for ACC@K")
 
     def clashes(self) -> list[Clash]:
         missing = [word for word in ("{question}", "{answer}") if word not in self.template]
-        text = f"template of a vqa probe lacks {' and '.join(missing)}, found {self.template!r}"
+        text = f"the template of a vqa probe needs {' and '.join(missing)}, found {self.template!r}"
         return [Clash(text, "template")] if missing else []
 
 
 class Retrieval(Section):
-    """Retrieval on another dataset: TextCaps, CC3M, or any that can be ingested."""
+    """Image-text retrieval on another dataset, such as TextCaps or CC3M."""
 
-    kind: Literal["retrieval"] = Field("retrieval", description="retrieval elsewhere")
-    data: PairData = Field(description="any source of the section data")
-    split: Literal["train", "val", "test"] = Field("test", description="the gallery")
+    kind: Literal["retrieval"] = Field("retrieval", description="retrieval on another dataset")
+    data: PairData = Field(description="the dataset, with the fields of the section data")
+    split: Literal["train", "val", "test"] = Field("test", description="split on which retrieval is scored")
 
 
 Probe = Annotated[ZeroShot | Vqa | Retrieval, Field(discriminator="kind")]
 
 
-def with_paths(probe: Probe, place: Callable[[str], str]) -> Probe:
-    """The probe with every path as `place` gives it."""
+def with_paths(probe: Probe, convert: Callable[[str], str]) -> Probe:
+    """Return the probe with each of its paths replaced by `convert(path)`."""
     root = probe.data.root
     if root is not None:
-        probe = probe.model_copy(update={"data": probe.data.model_copy(update={"root": place(root)})})
+        probe = probe.model_copy(update={"data": probe.data.model_copy(update={"root": convert(root)})})
     if isinstance(probe, ZeroShot) and isinstance(probe.templates, str) and probe.templates not in TEMPLATES:
-        probe = probe.model_copy(update={"templates": place(probe.templates)})
+        probe = probe.model_copy(update={"templates": convert(probe.templates)})
     return probe
 
 
 def prefix_data_fields(name: str, message: str) -> str:
-    """A message about a probe's own `data`, as one about the run."""
+    """Return `message` with `data.FIELD` written as `evaluate.probes.NAME.data.FIELD`, after the name of the probe.
+
+    The checks of the section `data` name its fields as in a run; for a probe these fields are deeper in the file.
+    """
     where = f"evaluate.probes.{name}"
     fields = "|".join({**ClassData.model_fields, **CocoQaData.model_fields})
     return f"{where}: " + re.sub(rf"(?<![\w./])data\.(?=({fields})\b)", f"{where}.data.", message)
 
 
 def clashes(probes: dict[str, Any]) -> list[Clash]:
-    """What is wrong with probes by themselves."""
-    found = [
-        Clash(f"evaluate.probes: '{name}' is no name; use letters, digits, - and _", "evaluate.probes", name)
+    """Return the mistakes in the probes' names and data."""
+    bad_names = [
+        Clash(f"evaluate.probes: '{name}' is not a valid name; use letters, digits, - and _", "evaluate.probes", name)
         for name in probes
         if not NAME.fullmatch(name)
     ]
-    return found + [
+    return bad_names + [
         Clash(prefix_data_fields(name, clash), "evaluate.probes", name, *clash.fields)
         for name, probe in probes.items()
         for clash in probe.data.faults()
@@ -173,15 +188,15 @@ def clashes(probes: dict[str, Any]) -> list[Clash]:
 
 
 def view_clashes(probes: dict[str, Any], data: Data) -> list[Clash]:
-    """Settings of probes on how pictures and captions are seen that are not the run's."""
-    usual = Data()
+    """Return a mistake for each field of `VIEW` that a probe sets to another value than the run."""
+    default = Data()
     return [
         Clash(
-            f"evaluate.probes.{name}.data.{field} is {getattr(probe.data, field)!r}, but a probe sees through the "
-            f"run's data.{field}; leave it out",
+            f"evaluate.probes.{name}.data.{field} is {getattr(probe.data, field)!r}, but a probe uses the run's "
+            f"data.{field}; remove it",
             *("evaluate.probes", name, f"data.{field}", *(Captions.model_fields if field == "captions" else ())),
         )
         for name, probe in probes.items()
         for field in VIEW
-        if getattr(probe.data, field) not in (getattr(usual, field), getattr(data, field))
+        if getattr(probe.data, field) not in (getattr(default, field), getattr(data, field))
     ]

@@ -1,7 +1,7 @@
-"""Recipes by name: the published methods, and those that other packages bring.
+"""Find a distillation method by its name: the built-in methods, and those of other packages.
 
-A package brings its own by an entry point of the group `rmdd.methods`; a run file may also name one by its import
-path, `module:Class`. A recipe is imported when it is asked for, so that this package knows none of them.
+A package adds a method by an entry point of the group `rmdd.methods`. A run file can also give an import path,
+`module:Class`. The class of a method (its recipe) is imported only when it is used, so `rmdd.config` imports none.
 """
 
 from __future__ import annotations
@@ -48,69 +48,69 @@ TITLES = {
     "edge": "EDGE",
     "evlf": "EVLF",
 }
-"""What tables and pages call a method; one from outside goes by its name."""
+"""Names of the built-in methods in tables and reports."""
 GROUP = "rmdd.methods"
 
 
 @runtime_checkable
 class Recipe(Protocol):
-    """What a run file asks of the method that it names, a class; `rmdd.methods.Method` has it."""
+    """The class of a method, as far as the run file needs it; `rmdd.methods.Method` implements it."""
 
     family: Family
-    """Which loop it is a recipe of."""
+    """The distillation loop that the method uses."""
     defaults: Mapping[str, Any]
-    """Values of the run file that hold where it says nothing, by section."""
+    """Defaults of run file fields for this method, by section."""
     reference: str | None
-    """The protocol by which its paper scored students."""
+    """Name of the evaluation protocol of the method's paper, or None."""
     version: int
-    """Part of the hash of every phase."""
+    """Version of the method's code, part of the hash of every phase."""
     learns_rates: bool
-    """Whether the inner rates of a set are learned."""
+    """Whether the inner learning rates of a set are learned."""
     Options: Any
-    """Fields of `distill.options`, a section."""
+    """Section class of `distill.options`."""
     plain_options: Mapping[str, Any]
-    """Options with which students start at whole epochs of the stated range, on the path of `distill.trajectory`."""
+    """Options with which students start at whole epochs of the phase's range, on the path of `distill.trajectory`."""
 
     def mistakes(self, run: Any) -> list[str]:
-        """What is wrong with a run of this method."""
+        """Return the mistakes in a run of this method."""
         ...
 
     def clashes_of_family(self, rule: Any, experts: Any, runtime: Any) -> list[Clash]:
-        """What is wrong between the fields of a run, whatever the options."""
+        """Return the mistakes in combinations of fields that all methods of this family share."""
         ...
 
     def real_starts(self, rule: Any) -> bool:
-        """Whether students start at real-valued epochs; else at whole ones."""
+        """Return whether students may start between two epochs, at a real-valued epoch."""
         ...
 
     def endpoint_of(self, rule: Any, epochs: int, phase: int) -> int:
-        """The last expert epoch that a phase reads."""
+        """Return the last expert epoch that a phase reads."""
         ...
 
 
 def names() -> dict[str, str]:
-    """Every method that can be named without its import path, and where it is."""
+    """Return the import paths of all built-in and installed methods, by their names."""
     return BUILT_IN | {p.name: p.value for p in entry_points(group=GROUP) if p.name not in BUILT_IN}
 
 
 def find(name: str) -> Recipe:
-    """The recipe called `name`. Raises `ValueError` when there is none, or when it is no `Recipe`."""
-    place = BUILT_IN.get(name, name)
-    if ":" not in place:
-        place = names().get(name, name)
-    module, colon, attribute = place.partition(":")
+    """Return the recipe of the method `name`. Raises `ValueError` if there is none, or if it is not a `Recipe`."""
+    path = BUILT_IN.get(name, name)
+    if ":" not in path:
+        path = names().get(name, name)
+    module, colon, attribute = path.partition(":")
     if not colon:
-        known = names()
-        near = difflib.get_close_matches(name, known, n=1)
+        available = names()
+        near = difflib.get_close_matches(name, available, n=1)
         hint = f"; did you mean {near[0]}?" if near else "; or give one of your own as module:Class"
-        raise ValueError(f"no method '{name}'; there are: {', '.join(sorted(known))}{hint}")
+        raise ValueError(f"unknown method '{name}'; available: {', '.join(sorted(available))}{hint}")
     try:
         recipe: Any = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"cannot import method '{place}': {error}; install its package, or put its folder on PYTHONPATH, on every "
+            f"cannot import method '{path}': {error}; install its package, or add its folder to PYTHONPATH, on every "
             "node"
         ) from error
     if not (isinstance(recipe, type) and isinstance(recipe, Recipe)):
-        raise ValueError(f"'{place}' is no method; derive it from rmdd.methods.Method")
+        raise ValueError(f"'{path}' is not a method; derive it from rmdd.methods.Method")
     return recipe

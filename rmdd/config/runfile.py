@@ -1,6 +1,6 @@
-"""The mapping in a run file: its YAML, overrides, default values, and checks that report every mistake at once.
+"""Parse and validate the content of run files: YAML, overrides, defaults, and a report of all mistakes at once.
 
-The fields of each section are declared in the other modules of `rmdd.config`; `rmdd.config.presets` finds the files.
+The other modules of `rmdd.config` declare the fields of each section; `rmdd.config.presets` finds the files.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ MOVED: dict[str, str] = {
     "distill.starts": "distill.options.starts (method: amd; take it out with others)",
     "distill.rate_branches": "distill.options.rate_branches (method: lors, and those derived from it)",
 }
-"""Fields of older run files, and where each is now: the place to write it, for the message that names it."""
+"""Fields that were moved since older releases, and the new place of each, as the error message gives it."""
 
 
 class Clash(str):
-    """A sentence on fields that do not fit each other."""
+    """An error message about a combination of fields that does not work."""
 
     fields: frozenset[str]
-    """The fields that it was derived from, and their sections; if one of them cannot be read, it is not shown."""
+    """The fields that the message is about, and their sections. It is not shown if one of them is itself invalid."""
 
     def __new__(cls, text: str, *names: str) -> Clash:
         clash = super().__new__(cls, text)
@@ -43,25 +43,26 @@ class Clash(str):
 
 
 class Section(BaseModel):
-    """Part of a run file, frozen and without unknown keys."""
+    """A part of the run file: a frozen model that refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
 
     def clashes(self) -> list[Clash]:
-        """What is wrong between fields that are each right."""
+        """Return the combinations of valid fields that do not work."""
         return []
 
     def not_hashed(self, purpose: Purpose) -> tuple[str, ...]:
-        """Fields that shape nothing for a purpose, as the others are set; see `rmdd.config.hashing`."""
+        """Return fields to leave out of the hash for `purpose`, because with the other fields' values they have no
+        effect; see `rmdd.config.hashing`."""
         return ()
 
     @model_validator(mode="after")
     def _check(self, info: Any) -> Section:
-        found = [c if isinstance(c, Clash) else Clash(c) for c in self.clashes()]  # other packages may give a `str`
-        if found and info.context is None:
-            raise ValueError("; ".join(found))
-        if found and info.context is not None:
-            info.context.extend(found)  # `validate` tells them all at once
+        clashes = [c if isinstance(c, Clash) else Clash(c) for c in self.clashes()]  # other packages may return `str`
+        if clashes and info.context is None:
+            raise ValueError("; ".join(clashes))
+        if clashes and info.context is not None:
+            info.context.extend(clashes)  # `validate` reports all of them together
         return self
 
     def __hash__(self) -> int:
@@ -69,7 +70,7 @@ class Section(BaseModel):
 
 
 class ConfigError(ValueError):
-    """Every mistake of a run file at once: one line each, naming the field."""
+    """All mistakes of a run file: one line for each, which names the field."""
 
     def __init__(self, mistakes: Iterable[str], where: str = "run file"):
         self.mistakes = list(mistakes)
@@ -81,7 +82,7 @@ class ConfigError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without the words on, off, yes and no for booleans: `ray: off` means the word."""
+    """A YAML loader that reads on, off, yes and no as words, not as booleans, because of `ray: off`."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -94,14 +95,14 @@ _Loader.add_implicit_resolver(
 
 
 def parse(text: str) -> Any:
-    """One YAML value; raises `yaml.YAMLError`."""
+    """Parse one YAML value. Raises `yaml.YAMLError`."""
     return _Loader(text).get_single_data()
 
 
 def apply(raw: dict[str, Any], override: str, defaults: Mapping[str, Any], mistakes: list[str]) -> None:
-    """Set `a.b=c` in `raw`, in place; what is wrong with it is added to `mistakes`.
+    """Apply an override such as `a.b=c` to `raw`, in place; add what is wrong with it to `mistakes`.
 
-    An entry of a list that `raw` does not spell out changes the list of `defaults`.
+    An override of a list entry, such as `a.0=c`, starts from the list in `defaults` if `raw` has none.
     """
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -110,26 +111,28 @@ def apply(raw: dict[str, Any], override: str, defaults: Mapping[str, Any], mista
     try:
         value = parse(text)
     except yaml.YAMLError:
-        mistakes.append(f"--set {override}: '{text}' is not a YAML value")
+        mistakes.append(f"--set {override}: '{text}' is not a YAML value; put it in quotes")
         return
     node: Any = raw
-    usual: Any = defaults
+    default: Any = defaults
     *parents, last = key.split(".")
     for part in parents:
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
-                mistakes.append(f"--set {override}: no entry '{part}' (there are {len(node)})")
+                mistakes.append(
+                    f"--set {override}: no entry '{part}'; the list has {len(node)} entries, counted from 0"
+                )
                 return
             node = node[int(part)]
         else:
-            usual = usual.get(part) if isinstance(usual, Mapping) else None
-            node = node.setdefault(part, copy.deepcopy(usual) if isinstance(usual, list) else {})
+            default = default.get(part) if isinstance(default, Mapping) else None
+            node = node.setdefault(part, copy.deepcopy(default) if isinstance(default, list) else {})
         if not isinstance(node, dict | list):
             mistakes.append(f"--set {override}: '{part}' is a value, not a section")
             return
     if isinstance(node, list):
         if not last.isdigit() or int(last) >= len(node):
-            mistakes.append(f"--set {override}: no entry '{last}' (there are {len(node)})")
+            mistakes.append(f"--set {override}: no entry '{last}'; the list has {len(node)} entries, counted from 0")
             return
         node[int(last)] = value
     else:
@@ -137,7 +140,7 @@ def apply(raw: dict[str, Any], override: str, defaults: Mapping[str, Any], mista
 
 
 def filled(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of `raw` with the values of `defaults` wherever it has none; lists are taken whole."""
+    """Return a copy of `raw` with missing keys, at any depth, taken from `defaults`. Lists are not merged."""
     out = copy.deepcopy(dict(raw))
     for key, value in defaults.items():
         if isinstance(value, Mapping):
@@ -153,10 +156,10 @@ KEYS = "`rmdd init` writes every key with its meaning"
 
 
 def validate(kind: type[S], raw: dict[str, Any], listed_by: str = KEYS) -> tuple[S | None, list[str]]:
-    """`raw` as a section, and every mistake in it.
+    """Validate `raw` as a section; return the section (None if there are mistakes) and all mistakes.
 
-    Fields are checked against each other only where all can be read. So those that cannot are left out, and what
-    then is wrong is told as well, unless it is about them. Changes `raw`.
+    Combinations of fields can be checked only if each field is valid. So the invalid fields are deleted from `raw`, in
+    place, and the rest is checked again. Messages about a deleted field are not returned.
     """
     mistakes: list[str] = []
     broken: set[str] = set()
@@ -166,20 +169,23 @@ def validate(kind: type[S], raw: dict[str, Any], listed_by: str = KEYS) -> tuple
             value = kind.model_validate(raw, context=clashes)
         except ValidationError as error:
             mistakes += [] if broken else [_mistake(e, listed_by) for e in error.errors()]
-            left_out = _without(raw, [e["loc"] for e in error.errors()])
-            if not left_out:
+            deleted = _delete_fields(raw, [e["loc"] for e in error.errors()])
+            if not deleted:
                 return None, mistakes
-            broken |= left_out
+            broken |= deleted
             continue
         mistakes += [str(clash) for clash in dict.fromkeys(clashes) if not clash.fields & broken]
         return (None if mistakes else value), mistakes
 
 
 def _mistake(error: Any, listed_by: str) -> str:
-    """One line for one of pydantic's errors: the field, what is wrong, what was found; `listed_by` lists the keys."""
-    # pydantic also names the member of a union that it tried, such as `str`
+    """Return one of pydantic's errors as a line: the field, what is wrong, and the value.
+
+    `listed_by` says where the valid keys are listed.
+    """
+    # pydantic's location also contains the member of a union that it tried, such as `str`
     place = error["loc"]
-    if place[:2] == ("evaluate", "probes"):  # what is at the fourth place is the kind, by which a union is told apart
+    if place[:2] == ("evaluate", "probes"):  # the fourth part is the kind of the probe, which is not a field
         place = (*place[:3], *place[4:])
     where = ".".join(str(part) for part in place if part != "str" and "[" not in str(part))
     if where in MOVED:
@@ -195,8 +201,11 @@ def _mistake(error: Any, listed_by: str) -> str:
     return f"{where}: {message}{shown}" if where else message
 
 
-def _without(raw: dict[str, Any], places: Iterable[Sequence[Any]]) -> set[str]:
-    """Delete from `raw`, in place, the field nearest to each of `places`; returns the names of those deleted."""
+def _delete_fields(raw: dict[str, Any], places: Iterable[Sequence[Any]]) -> set[str]:
+    """Delete the field at each of `places` from `raw`, in place, or its closest parent that `raw` has.
+
+    Returns the names of the deleted fields.
+    """
     deleted = set()
     for place in places:
         node: Any = raw

@@ -1,7 +1,7 @@
-"""Sources of pairs by name: the files of `rmdd.data.sources`, and those that other packages bring.
+"""Find a source of pairs by its name: the modules of `rmdd.data.sources`, and sources of other packages.
 
-A file there is called as its source and defines `SOURCE`; a package brings one by an entry point of the group
-`rmdd.sources`. A source is imported when it is asked for, so that this package knows none of them.
+Each of these modules has the name of its source and defines `SOURCE`. A package adds a source by an entry point of the
+group `rmdd.sources`. A source is imported only when it is used, so `rmdd.config` imports none.
 """
 
 from __future__ import annotations
@@ -16,35 +16,35 @@ from typing import Any
 GROUP = "rmdd.sources"
 PACKAGE = "rmdd.data.sources"
 OF_PROBES = ("classes", "cocoqa")
-"""Sources with settings that the data of a probe has, and that of a run has not."""
+"""Sources that only the data of a probe can use."""
 
 
 def built_in() -> dict[str, str]:
-    """The sources of this package, and the module and attribute that each is."""
+    """Return the import paths (module:attribute) of the built-in sources, by their names."""
     spec = find_spec(PACKAGE)
     assert spec is not None
     return {m.name: f"{PACKAGE}.{m.name}:SOURCE" for m in pkgutil.iter_modules(spec.submodule_search_locations)}
 
 
 def names() -> dict[str, str]:
-    """Every source, and the module and attribute that it is."""
+    """Return the import paths (module:attribute) of all sources, by their names."""
     return {p.name: p.value for p in entry_points(group=GROUP)} | built_in()
 
 
 def mistake(name: str) -> str | None:
-    """What is wrong when there is no source `name`."""
-    if name in built_in() or name in (known := names()):
+    """Return an error message if there is no source `name`, otherwise None."""
+    if name in built_in() or name in (available := names()):
         return None
-    listed = ", ".join(["dataset", *sorted(known.keys() - set(OF_PROBES))])
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]}?" if near else f"; a package brings one by an entry point of the group {GROUP}"
-    return f"no source '{name}'; there are: {listed}{hint}"
+    listed = ", ".join(["dataset", *sorted(available.keys() - set(OF_PROBES))])
+    near = difflib.get_close_matches(name, available, n=1)
+    hint = f"; did you mean {near[0]}?" if near else f"; a package adds one by an entry point of the group {GROUP}"
+    return f"unknown source '{name}'; available: {listed}{hint}"
 
 
 def find(name: str) -> Any:
-    """The source called `name`. Raises `ValueError` when it is not there or cannot be imported."""
-    if wrong := mistake(name):
-        raise ValueError(f"data.source: {wrong}")
+    """Return the source `name`. Raises `ValueError` if it does not exist or cannot be imported."""
+    if message := mistake(name):
+        raise ValueError(f"data.source: {message}")
     module, _, attribute = names()[name].partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)

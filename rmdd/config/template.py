@@ -1,4 +1,4 @@
-"""The run file that `rmdd init` writes: every key with its default and its meaning."""
+"""The run file that `rmdd init` writes: all fields with their defaults and descriptions."""
 
 import inspect
 from typing import Any, Literal, get_args, get_origin
@@ -8,14 +8,14 @@ from pydantic.fields import FieldInfo
 
 from rmdd import config
 
-HEAD = """# A run of rmdd. Every key is here with its default; delete what you do not change.
-# Check it with `rmdd check {name}`, run it with `rmdd run {name}`.
-# With `extends: NAME`, what this file leaves out comes from that preset or YAML file, and only then from the defaults.
+HEAD = """# A run file of rmdd with all fields and their defaults. Delete the lines that you do not change.
+# Check it with `rmdd check {name}`, and run it with `rmdd run {name}`.
+# Fields that are missing here get their defaults, or with `extends: NAME` the values of that preset or YAML file.
 """
 
 
 def template(name: str) -> str:
-    """YAML that loads to the defaults. `name` is what the file is called."""
+    """Return a run file, as YAML, with all defaults. `name` is the name of the file in its comments."""
     return HEAD.format(name=name) + "\n".join(_section(config.Run(), 0)) + "\n"
 
 
@@ -41,8 +41,8 @@ def _section(section: config.Section, depth: int) -> list[str]:
 
 
 def _meaning(section: config.Section) -> list[str]:
-    own = type(section).__doc__
-    return inspect.cleandoc(own).splitlines() if own and own is not config.Section.__doc__ else []
+    doc = type(section).__doc__
+    return inspect.cleandoc(doc).splitlines() if doc and doc is not config.Section.__doc__ else []
 
 
 def _about(field: FieldInfo) -> str:

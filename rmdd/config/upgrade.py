@@ -1,4 +1,4 @@
-"""Resolved run files of the release before, with every field where it is now."""
+"""Convert resolved run files of the previous release: move each field to its present place."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ OPTIONS = {
     "starts": "together",
     "rate_branches": "same",
 }
-"""Fields of `distill` that are options of a method now, and their defaults then."""
+"""Former fields of `distill` that are now options of a method, with their former defaults."""
 
 
 def upgraded(raw: dict[str, Any]) -> dict[str, Any]:
-    """`raw`, as `rmdd.config.dump` wrote it, with moved fields at their new place.
+    """Return a run file written by `rmdd.config.dump` of the previous release, with moved fields at their new place.
 
-    A field that the method of the run does not have is left out where it had its default; any other value stays where
-    it is, so that loading the file names it.
+    A field that is not an option of the run's method is removed if it has its former default. With another value it
+    stays, so that loading the file raises an error about it.
     """
     raw = copy.deepcopy(raw)
     experts, distill = raw.get("experts", {}), raw.get("distill", {})
@@ -33,11 +33,12 @@ def upgraded(raw: dict[str, Any]) -> dict[str, Any]:
         return raw
     try:
         fields = recipes.find(distill.get("method", "ptm_st")).Options.model_fields
-    except ValueError:  # a method that is not installed here
+    except ValueError:  # the method is not installed on this machine
         fields = {}
     for name, default in OPTIONS.items():
-        moved = name in fields and isinstance(fields[name].default, type(default))  # not an option of the same name
-        if name in distill and moved:
+        # the type tells it from an unrelated option of the same name
+        is_option = name in fields and isinstance(fields[name].default, type(default))
+        if name in distill and is_option:
             distill.setdefault("options", {})[name] = distill.pop(name)
         elif distill.get(name) == default:
             del distill[name]

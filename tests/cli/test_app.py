@@ -120,7 +120,7 @@ def test_all_mistakes_are_reported_together(workdir):
     done = rmdd_("run", "demo", *bad)
     assert done.exit_code == 2 and done.stdout == ""
     word = rmdd_("run", "demo", *sets("distill.phases=automatic"))
-    assert word.exit_code == 2 and "distill.phases: give a list of phases, or one of auto and adaptive" in word.stderr
+    assert word.exit_code == 2 and "distill.phases: must be a list of phases, or one of auto and adaptive" in word.stderr
     for words in ("experts.num", "distil: unknown key", "evaluate.students", "no entry '7'", "4 mistake"):
         assert words in done.stderr
     assert not list(workdir.iterdir())
@@ -345,7 +345,7 @@ def test_mistakes_are_reported_before_any_folder_is_created(workdir, command):
     assert f"no weights file '{workdir / 'absent.pth'}'" in done.stderr and "over by" in done.stderr
     for changes, words in (
         (("model.image.name=nfnet_10",), "the closest names are nfnet_l0"),
-        (("data.normalise=tower",), "convnet has no normalisation of its own"),
+        (("data.normalise=tower",), "convnet defines no normalisation"),
         (("model.image.name=lcnet_035",), "no second derivative"),
         (("model.text.name=package:absent",), "not an installed package"),
     ):

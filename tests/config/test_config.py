@@ -40,7 +40,7 @@ def with_phase(changes: dict, **distill) -> dict:
         ({"model": {"image": {"trainable": False}}}, "set model.image.projection: block"),
         ({"model": {"image": {"trainable": False, "weights": "random", "projection": "block"}}}, "or random:SEED"),
         ({"model": {"image": {"name": "convnet", "weights": "pretrained"}}}, "convnet has no pretrained weights"),
-        ({"model": {"image": {"name": "convnet"}}, "data": {"normalise": "tower"}}, "no normalisation of its own"),
+        ({"model": {"image": {"name": "convnet"}}, "data": {"normalise": "tower"}}, "convnet defines no normalisation"),
         (
             {"data": {"source": "lists", "root": "r", "annotations": {"dev": "d.json"}}},
             "data.annotations.dev: unknown key",
@@ -51,7 +51,7 @@ def with_phase(changes: dict, **distill) -> dict:
             {"experts": {"worker_group": {"workers": 2}}, "runtime": {"gpus_per_worker": 0.5}},
             "set runtime.gpus_per_worker to 1, or experts.worker_group.workers to 1",
         ),
-        ({"runtime": {"gpus_per_worker": 1.5}}, "give a share up to 1, or a whole number"),
+        ({"runtime": {"gpus_per_worker": 1.5}}, "set a share up to 1, or a whole number"),
         ({"experts": {"epochz": 3}}, "experts.epochz: unknown key"),
         ({"experts": {"gang": {"workers": 2}}}, "experts.gang: moved to experts.worker_group"),
         ({"name": "../escape"}, "name"),
@@ -126,7 +126,7 @@ def test_clashes_are_told_beside_fields_that_cannot_be_read():
     clashes = (
         "source 'table' reads files",
         "distill.batch 10 is larger",
-        "ask for epoch 3 but experts are trained for 2",
+        "need expert epoch 3, but experts are trained for 2 epochs",
     )
     for words in fields + clashes:
         assert sum(words in mistake for mistake in caught.value.mistakes) == 1, words
@@ -179,7 +179,7 @@ def test_a_section_of_another_package_may_say_its_clashes_as_plain_text():
 
 
 def test_a_section_made_in_code_is_checked_too():
-    with pytest.raises(ValueError, match="give data.root"):
+    with pytest.raises(ValueError, match="set data.root"):
         config.Data(source="table")
 
 
@@ -205,7 +205,7 @@ def test_an_override_changes_an_entry_of_a_default_list():
     run = load({}, ["distill.phases.0.pairs=20", "model.image.widths.1=64", "experts.augment.crop_scale.0=0.25"])
     assert run.distill.phases == (config.Distill().phases[0].model_copy(update={"pairs": 20}),)
     assert run.model.image.widths == (64, 64, 128) and run.experts.augment.crop_scale == (0.25, 1.0)
-    with pytest.raises(ConfigError, match="no entry '1' .there are 1."):
+    with pytest.raises(ConfigError, match="no entry '1'; the list has 1 entries"):
         load({}, ["distill.phases.1.pairs=20"])
 
 
@@ -268,7 +268,7 @@ def test_overrides_reach_sections_lists_and_nothing_else():
     assert [p.pairs for p in run.distill.phases] == [20, 12]
     assert run.experts.augment.flip == 0 and run.model.image.widths == (8, 16)
     for override, words in (
-        ("distill.phases.2.pairs=3", "no entry '2' (there are 2)"),
+        ("distill.phases.2.pairs=3", "no entry '2'; the list has 2 entries"),
         ("seed.deep=1", "'seed' is a value, not a section"),
         ("seed={", "is not a YAML value"),
     ):

@@ -108,7 +108,7 @@ def test_the_error_for_a_missing_bucket_names_it(s3, tmp_path, monkeypatch):
     "uri", ["s3://me:secret@bucket/a", "s3://bucket/a?secret_key=secret", "abfs://:secret@account/a"]
 )
 def test_a_secret_in_the_uri_is_refused_and_not_repeated(uri):
-    with pytest.raises(config.ConfigError, match="by the environment") as caught:
+    with pytest.raises(config.ConfigError, match="in the environment") as caught:
         config.load({"runtime": {"storage": uri}})
     assert "secret" not in str(caught.value)
     assert config.load({"runtime": {"storage": "abfs://container@account.dfs.core.windows.net/a"}})

@@ -116,7 +116,7 @@ def test_roots_that_cannot_be_read_are_reported(tmp_path):
     ],
 )
 def test_credentials_in_a_run_file_are_refused(uri):
-    with pytest.raises(ConfigError, match="holds a password or key") as error:
+    with pytest.raises(ConfigError, match="contains a password or key") as error:
         load({"data": {"source": "table", "root": uri}})
     assert "hunter2" not in str(error.value)
     load({"data": {"source": "table", "root": "hdfs://me@host:9000/x?replication=1"}})

@@ -106,9 +106,9 @@ def test_a_custom_sample_format_is_read_in_ranges(one_file, root, tmp_path):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("lines", r"no source 'lines'; there are: dataset, karpathy, lists, .*did you mean lists\?"),
+        ("lines", r"unknown source 'lines'; available: dataset, karpathy, lists, .*did you mean lists\?"),
         ("nonsense", "an entry point of the group rmdd.sources"),
-        ("classes", "data.source 'classes' is for evaluate.probes alone"),
+        ("classes", "data.source 'classes' can only be used in evaluate.probes"),
     ],
 )
 def test_an_unknown_source_is_a_config_error(data, name, words):

@@ -158,12 +158,12 @@ def test_every_learnable_tensor_moves_in_one_outer_step(make, name):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("lorss", r"no method 'lorss'; there are: amd, .*datm, .*lors, .*; did you mean lors\?"),
-        ("ptm", r"no method 'ptm'; there are: .*"),
-        ("quite_another", r"no method 'quite_another'; .*; or give one of your own as module:Class"),
+        ("lorss", r"unknown method 'lorss'; available: amd, .*datm, .*lors, .*; did you mean lors\?"),
+        ("ptm", r"unknown method 'ptm'; available: .*"),
+        ("quite_another", r"unknown method 'quite_another'; .*; or give one of your own as module:Class"),
         ("no.such.module:Method", r"cannot import method 'no.such.module:Method': .*install"),
         ("rmdd.methods.lors:Lors", r"cannot import method 'rmdd.methods.lors:Lors'"),
-        ("rmdd.config:Run", r"'rmdd.config:Run' is no method; derive it from rmdd.methods.Method"),
+        ("rmdd.config:Run", r"'rmdd.config:Run' is not a method; derive it from rmdd.methods.Method"),
     ],
 )
 def test_unknown_methods_are_refused_with_a_hint(name, words):

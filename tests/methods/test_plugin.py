@@ -114,9 +114,9 @@ def test_its_hook_is_what_students_minimise(outside):
         ("distill.options.decay=-1", "distill.options.decay: Input should be greater than or equal to 0, found -1"),
         ("distill.options.decays=1", "distill.options.decays: unknown key"),
         ("distill.method=decaying:Decayin", "cannot import method 'decaying:Decayin'"),
-        ("distill.method=decays:Decaying", "or put its folder on PYTHONPATH"),
+        ("distill.method=decays:Decaying", "or add its folder to PYTHONPATH"),
         ("distill.method=decaying:Field", "derive it from rmdd.methods.Method"),
-        ("distill.method=decay", "no method 'decay'"),
+        ("distill.method=decay", "unknown method 'decay'"),
     ],
 )
 def test_mistakes_in_it_are_reported_as_config_errors(outside, change, words):
@@ -128,7 +128,7 @@ def test_mistakes_in_it_are_reported_as_config_errors(outside, change, words):
 def test_a_method_may_not_be_named_like_a_row_of_the_result_table(outside):
     with (outside / "decaying.py").open("a") as file:
         file.write("\n\nfull = Decaying\n")
-    with pytest.raises(config.ConfigError, match="'full' is a row of every result table"):
+    with pytest.raises(config.ConfigError, match="'full' is the name of a baseline"):
         config.load(preset(outside, "decaying:full"))
 
 

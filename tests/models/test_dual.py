@@ -49,5 +49,5 @@ def test_mixing_gets_the_outputs_of_both_encoders():
 
 @pytest.mark.parametrize("name", ["random:", "random:-1", "random:one"])
 def test_the_seed_of_random_weights_must_be_a_whole_number(name):
-    with pytest.raises(ValueError, match="write random:SEED with a whole number, such as random:0"):
+    with pytest.raises(ValueError, match="the seed must be a whole number, such as random:0"):
         config.ImageTower(weights=name)

@@ -66,13 +66,13 @@ def test_values_that_the_run_file_rejects_are_reported_by_field(space, message):
     [
         ({"space": {"distill.lr_image": {}}}, "search.space.distill.lr_image: give one of uniform"),
         ({"space": {"distill.lr_image": {**LR, "choice": [1]}}}, "found loguniform and choice"),
-        ({"space": {"distill.lr_image": {"loguniform": [0, 1]}}}, "needs ends above 0"),
-        ({"space": {"distill.lr_image": {"uniform": [2, 1]}}}, "the lower first"),
+        ({"space": {"distill.lr_image": {"loguniform": [0, 1]}}}, "needs two numbers above 0"),
+        ({"space": {"distill.lr_image": {"uniform": [2, 1]}}}, "the lower one first"),
         ({"space": {"distill.lr_image": {"uniform": ["a", 1]}}}, "search.space.distill.lr_image.uniform.0"),
-        ({"space": {"distill.lr_image": {**LR, "step": 1}}}, "a step belongs to uniform or int"),
+        ({"space": {"distill.lr_image": {**LR, "step": 1}}}, "step works only with uniform and int"),
         ({"space": {"distill.steps": {"int": [1, 4], "step": 0.5}}}, "must be a whole number"),
-        ({"space": {"distill.steps": {"int": [1, 4], "step": 9}}}, "is wider than int"),
-        ({"space": {"distill.ema": {"choice": [0, 0]}}}, "values that differ"),
+        ({"space": {"distill.steps": {"int": [1, 4], "step": 9}}}, "is larger than the range of int"),
+        ({"space": {"distill.ema": {"choice": [0, 0]}}}, "different values"),
         ({"space": {"distill.ema": {"choice": [0, 1], "when": {"distill.steps": 1}}}}, "'distill.steps' is not in"),
         (
             {
@@ -84,10 +84,10 @@ def test_values_that_the_run_file_rejects_are_reported_by_field(space, message):
             "depend on each other",
         ),
         ({"sampler": "grid", "space": {"distill.lr_image": LR}}, "distill.lr_image: a grid needs choice"),
-        ({"sampler": "cmaes", "cost": "seconds"}, "cmaes knows one objective"),
-        ({"pruner": "asha", "cost": "seconds"}, "compares by val alone"),
-        ({"pruner": "asha", "snapshots": 1}, "distill.snapshots keeps 1"),
-        ({"storage": "mysql://me:secret@host/db"}, "search.storage holds a password"),
+        ({"sampler": "cmaes", "cost": "seconds"}, "cmaes supports only one objective"),
+        ({"pruner": "asha", "cost": "seconds"}, "ignores search.cost"),
+        ({"pruner": "asha", "snapshots": 1}, "distill.snapshots is 1"),
+        ({"storage": "mysql://me:secret@host/db"}, "search.storage contains a password"),
     ],
 )
 def test_an_invalid_search_section_is_refused(rule, message):

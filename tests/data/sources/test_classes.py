@@ -174,10 +174,10 @@ def test_a_new_image_makes_the_old_dataset_out_of_date(imagenet, tmp_path):
 @pytest.mark.parametrize(
     ("rule", "words"),
     [
-        ({"layout": "list"}, "data.classes.file goes with layout: list"),
-        ({"file": "val.txt"}, "data.classes.file goes with layout: list"),
-        ({"only": ["a", "b"], "number": 2}, "leave one out"),
-        ({"only": ["a"]}, "needs two different classes"),
+        ({"layout": "list"}, "layout: list needs data.classes.file"),
+        ({"file": "val.txt"}, "layout: list needs data.classes.file"),
+        ({"only": ["a", "b"], "number": 2}, "remove one of them"),
+        ({"only": ["a"]}, "needs at least two different classes"),
     ],
 )
 def test_contradicting_settings_are_refused(rule, words):

@@ -140,7 +140,7 @@ def test_auto_reads_back_and_is_no_phase_list():
     for wrong, told in (
         (["distill.trajectory=convexified"], "set distill.trajectory: shortcut"),
         (["distill.method=amd"], "plans one range for both towers"),
-        (["distill.plan.endpoints=[4, 12]"], r"endpoints \[12\] lie past the last expert epoch 10"),
+        (["distill.plan.endpoints=[4, 12]"], r"endpoints \[12\] are after the last expert epoch 10"),
         (["distill.phases=autos"], "distill.phases"),
         (["distill.phases=[]", "distill.plan={}"], "list a phase, or set auto"),
         (["distill.phases=auto", "distill.plan=5"], "distill.plan"),

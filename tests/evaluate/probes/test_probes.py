@@ -276,10 +276,10 @@ def test_templates_are_given_by_name_by_file_or_as_a_list(tmp_path):
     ("change", "words"),
     [
         ({"kind": "shot"}, "evaluate.probes.p: Input tag 'shot'"),
-        ({"data": {}}, "evaluate.probes.p: source 'classes' reads files; give evaluate.probes.p.data.root"),
+        ({"data": {}}, "evaluate.probes.p: source 'classes' reads files; set evaluate.probes.p.data.root"),
         ({"colour": 1}, "evaluate.probes.p.colour: unknown key"),
-        ({"data": {"root": "r", "image_size": 8}}, "evaluate.probes.p.data.image_size is 8, but a probe sees through"),
-        ({"data": {"root": "r", "eval_limit": 8}}, "draw some by evaluate.probes.p.data.classes.number"),
+        ({"data": {"root": "r", "image_size": 8}}, "evaluate.probes.p.data.image_size is 8, but a probe uses"),
+        ({"data": {"root": "r", "eval_limit": 8}}, "set evaluate.probes.p.data.classes.number"),
         ({"ks": []}, "evaluate.probes.p.ks: "),
         ({"data": {"root": "r", "classes": {"number": 1}}}, "evaluate.probes.p.data.classes.number: "),
     ],
@@ -291,5 +291,5 @@ def test_an_invalid_option_is_named_in_the_message(tmp_path, change, words):
 
 
 def test_an_invalid_probe_name_is_rejected(tmp_path):
-    with pytest.raises(config.ConfigError, match="'a/b' is no name"):
+    with pytest.raises(config.ConfigError, match="'a/b' is not a valid name"):
         run_of(tmp_path, {"a/b": zero_shot_probe("r")})
