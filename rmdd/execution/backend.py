@@ -1,4 +1,4 @@
-"""Who does the work of runs: this process, or a Ray cluster; made from `runtime`, for one run or for all of a sweep."""
+"""The backend that does the work of a run or a sweep: this process or a Ray cluster, as `runtime` says."""
 
 import contextlib
 import functools
@@ -21,43 +21,43 @@ from rmdd.execution.tasks import Stream, Values, sequential_stream
 from rmdd.execution.trials import RunTrials, TrialRunner, TrialSource, sequential_trials
 
 MOST_ENCODERS = 64
-"""Most workers that embed captions side by side; `runtime.workers` and the cluster's size bound them too."""
+"""Largest number of workers that embed captions in parallel."""
 
 MOST_PARTS = 64
-"""Most workers that hold parts of a coreset, or share the draws of a step."""
+"""Largest number of workers that keep parts of the data (see `rmdd.execution.parts`)."""
 
 PictureReader = Callable[..., Iterable[Any]]
-"""See `rmdd.experts.feed.Stream`."""
+"""The type of a function that reads training images; see `rmdd.experts.feed.Stream`."""
 
 
 @dataclass(frozen=True)
 class Backend:
-    """The executor of a run's tasks, and who does its other work. By default all of it is done in this process."""
+    """The executor of a run's tasks, and functions for its other work. By default, everything runs in this process."""
 
     executor: Executor
     readers: Stream = sequential_stream
-    """Do the parts of an ingest."""
+    """Runs the parts of an ingest."""
     encoders: Stream = sequential_stream
-    """Embed blocks of captions."""
+    """Embeds blocks of captions."""
     expert_pool: Callable[..., Mapper] | None = None
-    """`expert_pool(store, size=n)`: a run of Ray Train whose workers train experts of a store, n to an expert."""
+    """`expert_pool(store, size)` returns a run of Ray Train that trains the experts of a store, `size` workers each."""
     pictures: PictureReader | None = None
-    """Reads the pictures of experts that are not cached; None: the process that trains reads them."""
+    """Reads the images of experts if they are not cached; None: the training process reads them itself."""
     run_trials: RunTrials = sequential_trials
-    """Makes the trials of a search."""
+    """Runs the trials of a search."""
     open_parts: OpenParts = local_parts
-    """Workers that hold the rows that a coreset is chosen from, or share the draws of a step."""
+    """Opens workers for data in parts: the rows that a coreset is chosen from, or the draws of one outer step."""
 
 
 @contextlib.contextmanager
 def hold_folders(runtime: config.Runtime, *folders: Path) -> Iterator[None]:
-    """Hold `folders` of a storage that can be written; new files in them are published at the end.
+    """Check that the storage is writable, hold `folders` in it inside the block, and publish its logs at the end.
 
     Raises `rmdd.core.locks.FolderInUse` if another process works in one of them, and `ValueError` if the storage has
     another layout.
     """
     storage = open_storage(runtime)
-    require_layout(storage)  # first: nothing of an old storage is swept
+    require_layout(storage)  # before `begin`, which removes files
     storage.begin()
     with contextlib.ExitStack() as stack:
         for folder in folders:
@@ -68,9 +68,10 @@ def hold_folders(runtime: config.Runtime, *folders: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_backend(runtime: config.Runtime, events: Path, progress: Progress) -> Iterator[Backend]:
-    """The backend that `runtime` describes; Ray is started and stopped here.
+    """Open the backend that `runtime` describes; starts Ray, and stops it at the end of the block.
 
-    `events` gets a line for each start, death and end of a worker. Ends after `runtime.time_limit` as on Ctrl-C.
+    Appends a line to the file `events` for each start, death and end of a worker. After `runtime.time_limit`, it raises
+    `KeyboardInterrupt` in the block.
     """
     with time_limit(runtime.time_limit, progress.say):
         if runtime.ray == "off":
@@ -87,7 +88,7 @@ def open_backend(runtime: config.Runtime, events: Path, progress: Progress) -> I
             with ActorExecutor(runtime, resources, events, progress.say) as executor:
 
                 def after_rest(stream: Stream) -> Stream:
-                    """Idle actors would keep the CPUs that the stream's tasks wait for."""
+                    """Return `stream`, but free idle actors first, because they hold CPUs that its tasks wait for."""
 
                     def streamed(
                         make: Callable[[], Callable[[Values], Values]], items: Sequence[Values]
@@ -131,7 +132,7 @@ def open_backend(runtime: config.Runtime, events: Path, progress: Progress) -> I
                 restarts = runtime.max_restarts
                 readers = after_rest(over_tasks(min(runtime.reader_cpus, resources.widest), restarts))
                 backend = Backend(executor, readers, expert_pool=expert_pool, run_trials=run_trials)
-                if not is_uri(runtime.storage):  # workers that hold CPUs may hold them all
+                if not is_uri(runtime.storage):  # readers need 0 CPUs where workers may hold all of them
                     pictures = functools.partial(ray_stream, cpus=1 if gpus and not cpus else 0)
                     backend = replace(backend, pictures=pictures)
                 if not is_uri(runtime.storage) or (resources.nodes == 1 and not resources.grows):

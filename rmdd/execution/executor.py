@@ -1,4 +1,4 @@
-"""What an executor is: it does pieces as they come, or a list of items in one call."""
+"""The interface of an executor, which runs tasks on items: pieces as they arrive, or a list of items in one call."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -10,22 +10,22 @@ from rmdd.execution.tasks import Failed, ReturnFailures, Task
 
 @dataclass
 class Piece:
-    """One item with its task, and the functions that are called with its progress and its end."""
+    """An item, its task, and the functions that get its progress reports and its result."""
 
     task: Task
     item: Any
     name: str
     on_report: Callable[[dict[str, Any]], None]
     settle: Callable[[Any, Exception | None], None]
-    """Takes the result, or the error that ended it. An error raised in here ends the work of all."""
+    """Called with the result and None, or with None and the error. An error raised by it stops all work."""
 
 
 PieceSource = Callable[[float], Sequence[Piece] | None]
-"""Gives the pieces that have come meanwhile, after so many seconds at most; None when no more will come."""
+"""`source(seconds)` returns new pieces, waiting for at most that long, or None if no more will come."""
 
 
 class RetriesExhausted(RuntimeError):
-    """The workers of an item died too often."""
+    """The workers of an item died more often than `runtime.max_restarts` allows."""
 
     def __init__(self, message: str, host: str):
         super().__init__(message)
@@ -34,27 +34,27 @@ class RetriesExhausted(RuntimeError):
 
 @runtime_checkable
 class Mapper(Protocol):
-    """Does a list of items."""
+    """Runs a task on a list of items."""
 
     def map(
         self, task: Task, items: Sequence[Any], names: Sequence[str], on_report: Callable[[str, dict[str, Any]], None]
     ) -> list[Any]:
-        """Results in the order of `items`. `on_report(name, metrics)` sees the latest report of each item."""
+        """Return the results in the order of `items`; `on_report(name, metrics)` gets the progress of each item."""
         ...
 
 
 @runtime_checkable
 class Executor(Mapper, Protocol):
-    """Does pieces. Both methods raise `Interrupted` when work was asked to stop and has saved its state."""
+    """Runs pieces. Both methods raise `Interrupted` after a stop signal, when the running tasks have saved."""
 
     def serve(self, source: PieceSource) -> None:
-        """Do all pieces as they come; each is told its end by its `settle`."""
+        """Run all pieces as they arrive, and call the `settle` of each at its end."""
         ...
 
     def map(
         self, task: Task, items: Sequence[Any], names: Sequence[str], on_report: Callable[[str, dict[str, Any]], None]
     ) -> list[Any]:
-        """See `Mapper`. Raises the first error; a `ReturnFailures` task returns `RetriesExhausted` as `Failed`."""
+        """See `Mapper`. Raises the first error; with `ReturnFailures`, `RetriesExhausted` becomes a `Failed` result."""
         results: dict[int, Any] = {}
 
         def settle(index: int, result: Any, error: Exception | None) -> None:
@@ -73,6 +73,6 @@ class Executor(Mapper, Protocol):
 
 
 def all_at_once(pieces: Sequence[Piece]) -> PieceSource:
-    """All pieces at the first call."""
-    left = iter([pieces] if pieces else [])
-    return lambda seconds: next(left, None)
+    """Return a source that gives all pieces at its first call."""
+    batches = iter([pieces] if pieces else [])
+    return lambda seconds: next(batches, None)

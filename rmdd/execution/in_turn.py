@@ -1,4 +1,4 @@
-"""The executor without Ray: one item after another in this process."""
+"""The executor without Ray, which runs one item after another in this process."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,8 +12,8 @@ from rmdd.execution.tasks import Hooks, Interrupted
 
 @dataclass
 class SequentialExecutor(Executor):
-    """One item after another in this process. Ctrl-C and SIGTERM ask the running item to save and stop; a second
-    one stops it where it is. `hooks` see all reports, and may ask to stop too."""
+    """Runs one item after another in this process. After Ctrl-C or SIGTERM the running item saves its state and stops;
+    a second signal stops it at once. `hooks` get all reports, and can also request the stop."""
 
     threads: int = 1
     hooks: Hooks = field(default_factory=Hooks)

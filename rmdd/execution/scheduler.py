@@ -1,4 +1,4 @@
-"""Several runs over one executor: each in a thread, one thread at a time, with shared work done once."""
+"""The scheduler of a sweep: several runs share one executor, and work that they have in common is done once."""
 
 import contextlib
 import functools
@@ -15,7 +15,7 @@ from rmdd.execution.tasks import Hooks, Interrupted, Task
 
 @runtime_checkable
 class TargetedTask(Protocol):
-    """A task that says where its result goes; items with the same target are the same work."""
+    """A task that knows the path of each item's result; items with the same path are the same work."""
 
     def __call__(self, item: Any, hooks: Hooks) -> Any: ...
 
@@ -24,7 +24,7 @@ class TargetedTask(Protocol):
 
 @contextlib.contextmanager
 def collect_errors(errors: dict[str, Exception], label: str) -> Iterator[None]:
-    """Put an error of the block under `label` instead of raising it."""
+    """Store an error raised in the block as `errors[label]`, instead of raising it."""
     try:
         yield
     except Exception as error:
@@ -33,7 +33,7 @@ def collect_errors(errors: dict[str, Exception], label: str) -> Iterator[None]:
 
 @dataclass
 class _SharedPiece:
-    """A piece that one or more runs wait for."""
+    """A piece for which one or more runs wait."""
 
     reports: list[Callable[[dict[str, Any]], None]] = field(default_factory=list)
     settled: bool = False
@@ -49,9 +49,9 @@ class _SharedPiece:
 
 
 class SweepScheduler:
-    """Lets runs take turns: a run gives up its turn only while it waits for its pieces.
+    """Runs several runs in threads, of which one computes at a time: the others wait for their pieces.
 
-    So a piece that two runs need is finished or on its way when the second one asks for it, and is done once.
+    If two runs need the same piece, it is already queued or finished when the second run needs it, so it runs once.
     """
 
     def __init__(self, executor: Executor):
@@ -66,7 +66,7 @@ class SweepScheduler:
         self.errors: dict[str, Exception] = {}
 
     def add(self, label: str, run: Callable[[], Any]) -> None:
-        """Let `run()` take part under a name."""
+        """Add a run: the function `run`, and a label for its messages and errors."""
 
         def take_part() -> None:
             try:
@@ -82,7 +82,7 @@ class SweepScheduler:
         self.runs.append(threading.Thread(target=take_part, name=label, daemon=True))
 
     def run_all(self) -> dict[str, Exception]:
-        """Do all runs; returns the errors by name. Raises `Interrupted` when asked to stop."""
+        """Do all runs, and return their errors by label. Raises `Interrupted` after a stop signal."""
         for run in self.runs:
             run.start()
         try:
@@ -98,7 +98,7 @@ class SweepScheduler:
         return self.errors
 
     def executor_of(self, label: str) -> Executor:
-        """The executor of one run."""
+        """Return the executor for the run with this label."""
         return _RunExecutor(self, label)
 
     def map(
@@ -149,7 +149,7 @@ class SweepScheduler:
             self.changed.notify_all()
 
     def _alone(self, task: Task) -> Task:
-        """In this process a task must not run beside another run: both would draw from torch's global state."""
+        """Return `task`, made to wait for its turn in this process, because runs share torch's global random state."""
         if not isinstance(self.executor, SequentialExecutor):
             return task
 

@@ -1,8 +1,8 @@
-"""What a task is: independent work that runs in this process or on a cluster, with the same result.
+"""Tasks and streams: independent work that runs in this process or on a cluster, with identical results.
 
-A *task* is called as `task(item, hooks)`. It reports progress through its hooks, asks them whether to stop, keeps its
-own checkpoints, and gives the same bits wherever it runs. One that was stopped before its end returns False. A *stream*
-is for small items: it fans them out and yields their results.
+A *task* is called as `task(item, hooks)`. It reports its progress to the hooks, stops when they say so, and saves its
+checkpoints. A task that stopped before its end returns False. A *stream* is for many small items: it distributes them
+over workers and yields their results.
 """
 
 import socket
@@ -18,24 +18,24 @@ Values = dict[str, Any]
 
 
 class Interrupted(KeyboardInterrupt):
-    """Work was asked to stop and has saved its state."""
+    """Work was stopped by a signal, after saving its state."""
 
 
 @dataclass(frozen=True)
 class GroupMember:
-    """One of the workers that do one item together."""
+    """One of several workers that run one item together."""
 
     rank: int
     size: int
     host: str
-    """Address of this machine for the others."""
+    """Network address of this worker's machine, as the other members see it."""
     meet: Callable[[str | None], str]
-    """The first member calls it with an address; the others call it with None and get that address."""
+    """Shares an address: the first member calls it with its address, the others with None; it returns that address."""
 
 
 @dataclass
 class Hooks:
-    """What a task is given besides its item."""
+    """Functions by which a task reports progress and learns that it should stop."""
 
     report: Callable[[dict[str, Any]], None] = lambda metrics: None
     should_stop: Callable[[], bool] = lambda: False
@@ -47,17 +47,17 @@ Task = Callable[[Any, Hooks], Any]
 
 @dataclass(frozen=True)
 class Failed:
-    """The result of an item that failed under `ReturnFailures`."""
+    """The result of an item whose task failed under `ReturnFailures`."""
 
     reason: str
     host: str
     again: bool
-    """Whether another try may succeed: not after a `ValueError` or the like, which the same numbers bring again."""
+    """Whether another try may succeed. An error such as `ValueError` would come again with the same numbers."""
 
 
 @dataclass(frozen=True)
 class ReturnFailures:
-    """Calls the task and returns `Failed` where it fails: one item does not stop the others."""
+    """Calls a task, and returns `Failed` instead of raising its error, so that one item does not stop the others."""
 
     task: Task
 
@@ -71,18 +71,20 @@ class ReturnFailures:
 
 @runtime_checkable
 class Stream(Protocol):
+    """Runs a function on many small items, possibly on several workers."""
+
     def __call__(self, make: Callable[[], Callable[[Values], Values]], items: Sequence[Values]) -> Iterator[Values]:
-        """Yields the result of `make()(item)` for each item, in any order; every worker calls `make` once or more."""
+        """Yield `make()(item)` for each item, in any order; every worker calls `make` at least once."""
         ...
 
 
 def sequential_stream(make: Callable[[], Callable[[Values], Values]], items: Sequence[Values]) -> Iterator[Values]:
-    """A `Stream` in this process."""
+    """Yield the results of the items, one after another, in this process (a `Stream`)."""
     yield from map(make(), items)
 
 
 def with_progress(progress: Progress, title: str, unit: str, stream: Stream) -> Stream:
-    """`stream` with its progress shown: how many parts are done, and how many `unit` per second."""
+    """Return `stream` with a progress display: the number of finished items, and how many `unit` per second."""
 
     def watch(make: Callable[[], Callable[[Values], Values]], items: Sequence[Values]) -> Iterator[Values]:
         if not items:

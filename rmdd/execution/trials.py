@@ -1,4 +1,4 @@
-"""Trials of a search: what decides which are made, what makes one, and the loop over them in this process."""
+"""Interfaces for the trials of a search (a source that chooses them, a runner of one), and a sequential loop."""
 
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
@@ -8,40 +8,40 @@ from rmdd.execution.tasks import Hooks, Values
 
 @runtime_checkable
 class TrialRunner(Protocol):
-    """One trial, made rung by rung; it may be ended after each."""
+    """Runs one trial in steps, called rungs: after each rung the source may end the trial."""
 
     def run_rung(self, hooks: Hooks) -> Values:
-        """Do the next rung; `done` is true after the last. Raises `Interrupted` when asked to stop."""
+        """Run the next rung, and return its results with `done`: whether it was the last. Raises `Interrupted`."""
         ...
 
 
 @runtime_checkable
 class TrialSource(Protocol):
-    """Decides which trial is made next, and whether one goes on. Called from one thread."""
+    """Chooses the next trial, and decides after each rung whether a trial continues. Called from one thread."""
 
     def ask(self) -> tuple[str, Any] | None:
-        """The name of a trial and what its runner is opened with; None when nothing is left to begin."""
+        """Return the name of the next trial and the argument of `open_runner` for it; None if there are no more."""
         ...
 
     def tell(self, name: str, rung: Values) -> bool:
-        """Take the result of a rung; returns whether the trial goes on."""
+        """Take the results of a rung, and return whether the trial continues."""
         ...
 
     def fail(self, name: str, why: str) -> None:
-        """The trial could not be done here and now."""
+        """Take notice that a trial failed, with the reason."""
         ...
 
 
 RunTrials = Callable[[TrialSource, Callable[[Any], TrialRunner], int | None], None]
-"""`run_trials(source, open_runner, most)` makes trials until the source has none, at most `most` side by side."""
+"""`run_trials(source, open_runner, most)` runs trials until the source has no more, at most `most` in parallel."""
 
 
 def sequential_trials(source: TrialSource, open_runner: Callable[[Any], TrialRunner], most: int | None = None) -> None:
-    """`RunTrials` one after the other in this process, whatever `most` allows."""
+    """Run the trials one after another in this process (a `RunTrials` that ignores `most`)."""
     while (trial := source.ask()) is not None:
-        name, what = trial
+        name, argument = trial
         try:
-            runner = open_runner(what)
+            runner = open_runner(argument)
             while source.tell(name, runner.run_rung(Hooks())):
                 pass
         except (RuntimeError, OSError, MemoryError) as error:

@@ -120,7 +120,7 @@ def test_all_mistakes_are_reported_together(workdir):
     done = rmdd_("run", "demo", *bad)
     assert done.exit_code == 2 and done.stdout == ""
     word = rmdd_("run", "demo", *sets("distill.phases=automatic"))
-    assert word.exit_code == 2 and "distill.phases: must be a list of phases, or one of auto and adaptive" in word.stderr
+    assert word.exit_code == 2 and "phases: must be a list of phases, or one of auto and adaptive" in word.stderr
     for words in ("experts.num", "distil: unknown key", "evaluate.students", "no entry '7'", "4 mistake"):
         assert words in done.stderr
     assert not list(workdir.iterdir())

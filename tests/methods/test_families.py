@@ -159,7 +159,7 @@ def test_lost_workers_are_restarted_and_the_phase_resumes(tmp_path):
     class Fragile(LocalParts):
         def call(self, method, *arguments):
             if method == "gradient" and arguments[1] == 5 and len(opened) < 3:
-                raise PartLost("a rank died")
+                raise PartLost("a worker died")
             return super().call(method, *arguments)
 
     @contextlib.contextmanager

@@ -1,8 +1,8 @@
-"""Supervised actors: experts, phases and students side by side, each restarted where it left off.
+"""The executor on Ray actors: experts, phases and students run in parallel and resume after the death of a worker.
 
-One actor per item takes items until none is left. When an actor or its node dies, or an actor is silent for too
-long, its item is begun again elsewhere, which means from its last checkpoint, for tasks keep their own. A task's
-own error is not retried.
+Each actor runs one item at a time until none is left. If an actor or its node dies, or an actor reports no progress for
+too long, its item starts again on another actor and resumes from its last checkpoint. Errors raised by a task are not
+retried.
 """
 
 import contextlib
@@ -26,28 +26,30 @@ from rmdd.execution.ray.worker import StorageNotVisible, Worker, folder_to_check
 from rmdd.execution.tasks import Interrupted, Task
 
 POLL_SECONDS = 0.5
+"""Longest wait for news of the workers, in seconds."""
 NODES_SECONDS = 3.0
-"""How often the cluster is asked which nodes it has."""
+"""Seconds between two looks at the nodes of the cluster."""
 STOP_SECONDS = 90.0
-"""For saving; who stops the driver leaves it 120."""
+"""Seconds that workers have to save their state; cluster managers kill the driver after 120."""
 BACK_OFF = 0.5, 60.0
-"""Seconds before an item whose worker died is begun again: at first, and at most after doubling."""
+"""Seconds before an item whose worker died starts again: the first delay, and the bound up to which it doubles."""
 
 
 @dataclass(eq=False)
 class Attempts:
-    """A piece and what became of it so far."""
+    """A piece, with the number of its starts and of the deaths of its workers."""
 
     piece: Piece
     starts: int = 0
     deaths: int = 0
-    """Starts that count against `max_restarts`: the worker died or hung, and not because its node went."""
+    """Deaths that count against `max_restarts`: the worker died or hung, but its node was not lost."""
     ready_at: float = 0.0
+    """Clock time before which the piece does not start again."""
 
 
 @dataclass(eq=False)
 class WorkerActor:
-    """An actor and where it is, once it has answered."""
+    """An actor, with its process and node once it has answered."""
 
     actor: Any
     process: dict[str, Any] = field(default_factory=dict)
@@ -60,17 +62,17 @@ class WorkerActor:
 
 @dataclass(eq=False)
 class RunningItem:
-    """An actor at work on one item."""
+    """An item that is running on an actor."""
 
     worker: WorkerActor
     attempts: Attempts
     result: Any
     status: Any
     where: Any
-    """Answers once the actor is up; None when that has been logged."""
+    """Reference to the actor's process and node, ready once the actor is up; None after the start was logged."""
     beats: int = -1
     last_beat: float = field(default_factory=time.monotonic)
-    """When it began, or the count of beats last rose."""
+    """Clock time at which the item started or the number of heartbeats last rose."""
 
     @property
     def name(self) -> str:
@@ -79,9 +81,9 @@ class RunningItem:
 
 @dataclass
 class ActorExecutor(Executor):
-    """An executor that spreads items over actors. `events` gets a JSON line for every start, death and end.
+    """An executor that spreads items over actors. It logs every start, death and end as a JSON line in `events`.
 
-    Its actors end with the last piece; inside a `with` they wait for the next ones, and end with it.
+    Its actors are stopped after the last piece. Inside a `with` block they are kept for further pieces until its end.
     """
 
     runtime: config.Runtime
@@ -92,7 +94,7 @@ class ActorExecutor(Executor):
     waiting: list[Attempts] = field(default_factory=list)
     idle: list[WorkerActor] = field(default_factory=list)
     without_storage: set[str] = field(default_factory=set)
-    """Nodes that do not see the storage; nothing is put there again."""
+    """Nodes that do not see the storage; no more actors are placed on them."""
     _entered: bool = False
     _nodes_checked: float = 0.0
     _tasks: dict[Task, Any] = field(default_factory=dict)
@@ -106,11 +108,11 @@ class ActorExecutor(Executor):
         self.rest()
 
     def rest(self) -> None:
-        """Let go of actors that have no work, so that others find room."""
+        """Stop the idle actors, to free their CPUs and GPUs for other work."""
         self._kill(self.idle)
 
     def serve(self, source: PieceSource) -> None:
-        """See `rmdd.execution.executor.Executor`. A piece whose workers keep dying ends with `RetriesExhausted`."""
+        """See `rmdd.execution.executor.Executor`. If its workers keep dying, a piece gets `RetriesExhausted`."""
         more = True
         self._nodes_checked = time.monotonic()
         try:
@@ -123,7 +125,7 @@ class ActorExecutor(Executor):
                 self._wait()
                 self._check_running()
                 if any(item.where is not None for item in self.running) and not self._next():
-                    self.rest()  # one without work may hold what another needs to start
+                    self.rest()  # idle actors may hold CPUs that a starting one needs
         except KeyboardInterrupt:
             self._stop()
             raise Interrupted from None
@@ -139,7 +141,7 @@ class ActorExecutor(Executor):
     # -- starting ------------------------------------------------------------------------------------------------
 
     def _next(self) -> list[Attempts]:
-        """What can start now: it waits no longer, and the cluster has room for one more worker."""
+        """Return the waiting items that can start now: their delay is over, and the cluster has room for a worker."""
         room = self.resources.workers(self.runtime, len(self.running) + len(self.waiting)) - len(self.running)
         ready = [attempts for attempts in self.waiting if attempts.ready_at <= time.monotonic()]
         return ready[: max(0, room)]
@@ -177,18 +179,18 @@ class ActorExecutor(Executor):
         """Log the start of an item once its actor answers."""
         if item.where is None or not ray.wait([item.where], timeout=timeout)[0]:
             return
-        with contextlib.suppress(RayError):  # a death shows in the result
+        with contextlib.suppress(RayError):  # `_settle` handles a death
             item.worker.process = ray.get(item.where)
             item.last_beat = time.monotonic()
             self._log("started", item, attempt=item.attempts.starts)
             if item.attempts.starts > 1:
-                self.say(f"{item.name}: goes on at {item.worker.where}, start {item.attempts.starts}")
+                self.say(f"{item.name}: continues on {item.worker.where}, start {item.attempts.starts}")
         item.where = None
 
-    # -- looking after -------------------------------------------------------------------------------------------
+    # -- supervising ---------------------------------------------------------------------------------------------
 
     def _wait(self) -> None:
-        """Until something happens, or for a moment."""
+        """Wait until an item starts or ends, but at most `POLL_SECONDS`."""
         news = [s.result for s in self.running] + [s.where for s in self.running if s.where is not None]
         if news:
             ray.wait(news, num_returns=1, timeout=POLL_SECONDS)
@@ -206,7 +208,7 @@ class ActorExecutor(Executor):
             elif self._hangs(item):
                 minutes = self.runtime.stall_limit
                 self._end_unfinished(
-                    item, "hung", f"no sign of life for {minutes:g} minutes (runtime.stall_limit)", counts=True
+                    item, "hung", f"no progress for {minutes:g} minutes (runtime.stall_limit)", counts=True
                 )
         if time.monotonic() - self._nodes_checked >= NODES_SECONDS:
             self._nodes_checked = time.monotonic()
@@ -232,7 +234,7 @@ class ActorExecutor(Executor):
         return limit is not None and bool(item.worker.process) and time.monotonic() - item.last_beat > 60 * limit
 
     def _stop_on(self, nodes: set[str]) -> None:
-        """Let those on nodes that are about to go save and stop; their items go on elsewhere."""
+        """Stop the actors on nodes that are about to leave; their tasks save their state and resume on other nodes."""
         self._kill([worker for worker in self.idle if worker.process.get("node") in nodes])
         for item in self.running:
             if item.worker.process.get("node") in nodes:
@@ -254,14 +256,15 @@ class ActorExecutor(Executor):
             self._log("failed", item, error=str(cause))
             cause.add_note(f"{item.name} failed on {item.worker.where}")
             settle(None, cause)
-        except ActorUnavailableError as error:  # its node went, or cannot be reached
+        except ActorUnavailableError as error:  # its node was lost or is unreachable
             self._end_unfinished(item, "lost", _one_line(error), counts=False)
         except RayError as error:
-            gone = "node has died" in str(error) or (item.worker.process and item.worker.process["node"] not in alive())
-            self._end_unfinished(item, "lost" if gone else "died", _one_line(error), not gone)
+            process = item.worker.process
+            node_lost = "node has died" in str(error) or (process and process["node"] not in alive())
+            self._end_unfinished(item, "lost" if node_lost else "died", _one_line(error), not node_lost)
         else:
             if stopped and result is False:
-                self._end_unfinished(item, "moved", "its node or process was told to go; it has saved", counts=False)
+                self._end_unfinished(item, "moved", "its node or process was stopped, after saving", counts=False)
                 return
             self.running.remove(item)
             self._log("finished", item)
@@ -272,10 +275,10 @@ class ActorExecutor(Executor):
             settle(result, None)
 
     def _end_unfinished(self, item: RunningItem, event: str, why: str, counts: bool) -> None:
-        """End an item that is not done, and let the item wait for its next start, or give it up."""
+        """Stop the actor of an unfinished item, and queue the item for its next start, or give it up."""
         attempts, worker = item.attempts, item.worker
         self.running.remove(item)
-        self._kill([worker])  # one that is only out of reach must not go on beside its successor
+        self._kill([worker])  # an unreachable actor must not run beside the next one
         self._log(event, item, why=why)
         _count(event)
         attempts.deaths += counts
@@ -284,7 +287,7 @@ class ActorExecutor(Executor):
                 None,
                 RetriesExhausted(
                     f"the worker of {item.name} died {attempts.deaths} times (last on {worker.where}: {why[:200]}); "
-                    "its checkpoint is kept; look for lack of memory, then resume, or raise runtime.max_restarts",
+                    "its checkpoint is kept; check whether memory ran out, then resume, or raise runtime.max_restarts",
                     worker.process.get("host", "?"),
                 ),
             )
@@ -303,7 +306,7 @@ class ActorExecutor(Executor):
                 self.idle.remove(worker)
 
     def _stop(self) -> None:
-        """Ask everyone to stop at the next step and wait for their checkpoints."""
+        """Make all workers stop at their next step, and wait for their checkpoints."""
         working = [s for s in self.running if s.where is None or ray.wait([s.where], timeout=0)[0]]
         for item in working:
             item.worker.actor.stop.remote()

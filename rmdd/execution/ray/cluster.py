@@ -1,4 +1,4 @@
-"""Joining or starting a Ray cluster, and what it has to offer."""
+"""Join or start a Ray cluster, and count its CPUs, GPUs and the workers that fit on it."""
 
 import contextlib
 import math
@@ -14,8 +14,8 @@ from pathlib import Path
 
 from rmdd import config
 
-# Set before ray is imported: workers at normal priority, and none in advance, for those would lack our runtime_env and
-# never be used; no telemetry, no upload of the working folder, quiet Data.
+# Set before ray is imported: workers have normal priority, and none is started in advance (it would never be used,
+# because it lacks our runtime_env); no telemetry, no upload of the working folder, no output of Ray Data.
 ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     "RAY_prestart_worker_first_driver": "0",
@@ -26,35 +26,37 @@ ENVIRONMENT = {
     "RAY_DATA_USE_DATASOURCE_V2": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
-    # Ray Train: look at workers twice a second, stay in the folder, and start no actor that waits for spot notices:
-    # an expert saves every epoch and goes on from there.
+    # Ray Train: check workers twice a second, keep the working folder, and start no actor that watches for the loss of
+    # spot nodes, because an expert saves every epoch and resumes from it.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    # Ray Tune: Ctrl-C is ours, and its logs would tell what our own files do.
+    # Ray Tune: rmdd handles Ctrl-C, and Tune's logs would repeat our own files.
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
 }
 
 START_ATTEMPTS = 4
+"""How often the start of a local cluster is tried."""
 
 GROW_SECONDS = 900.0
-"""How long a cluster that grows may take to bring a first node with room for a worker."""
+"""Seconds to wait for the first node of an autoscaling cluster with room for a worker."""
 
 PROBE_SECONDS = 60.0
-"""A node that has not answered by then does not see the storage."""
+"""Seconds after which a node without an answer counts as not seeing the storage."""
 
-_ASK = ", or set runtime.workers, so that a cluster that grows is asked for them"
+_ASK = ", or set runtime.workers, so that an autoscaling cluster adds such nodes"
 
 
 @dataclass(frozen=True)
 class Resources:
+    """The CPUs and GPUs of a cluster."""
+
     each: tuple[tuple[float, float], ...]
     """CPUs and GPUs of every node."""
     grows: bool = False
-    """Whether nodes come for workers that wait, as wide as a worker needs; as many may wait as `runtime.workers` says.
-    """
+    """Whether the cluster adds nodes (autoscaling) for waiting workers, up to `runtime.workers` of them."""
 
     @property
     def nodes(self) -> int:
@@ -66,21 +68,21 @@ class Resources:
 
     @property
     def widest(self) -> float:
-        """CPUs of the node that has most."""
+        """Number of CPUs of the node with the most CPUs."""
         return math.inf if self.grows else max((cpus for cpus, _ in self.each), default=0.0)
 
     def room(self, runtime: config.Runtime) -> float:
-        """How many workers have their share of CPUs and of a GPU; no share spans two nodes or two GPUs."""
+        """Return how many workers fit. The CPUs of a worker are on one node, and its share of a GPU is of one GPU."""
         return sum((_room(cpus, gpus, *runtime.share) for cpus, gpus in self.each), 0.0)
 
     def workers(self, runtime: config.Runtime, items: int) -> int:
-        """How many workers to have side by side: as many as fit, and one at least."""
+        """Return how many workers to run in parallel for `items` items: as many as fit, but at least one."""
         wanted = min(items, runtime.workers or items)
         return max(1, wanted if self.grows else int(min(wanted, self.room(runtime))))
 
 
 def _room(cpus: float, gpus: float, cpu_share: float, gpu_share: float) -> float:
-    """How many workers one node has room for."""
+    """Return how many workers fit on one node."""
     by_cpus = (cpus / cpu_share + 1e-9) // 1 if cpu_share else math.inf
     if gpu_share >= 1:
         return min(by_cpus, gpus // gpu_share)
@@ -88,7 +90,7 @@ def _room(cpus: float, gpus: float, cpu_share: float, gpu_share: float) -> float
 
 
 def resources_now(grows: bool = False, without: Collection[str] = ()) -> Resources:
-    """What the cluster has now, but for some nodes; nodes come and go."""
+    """Return the present resources of the cluster, without those of the nodes `without`."""
     import ray
 
     have = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in without]
@@ -99,9 +101,9 @@ def resources_now(grows: bool = False, without: Collection[str] = ()) -> Resourc
 def connected(runtime: config.Runtime) -> Iterator[Resources]:
     """Join the cluster that `runtime.address` or RAY_ADDRESS names, or start a local one and stop it at the end.
 
-    A cluster that this process had already joined is used and left alone. One that is joined here with
-    `runtime.workers` set is taken to grow: its first node is waited for. Raises `ValueError` when no node has room for
-    a worker, or some do not see the storage; `RuntimeError` when what is done inside meets an error of Ray's own.
+    If this process has already joined a cluster, that one is used and stays. If `runtime.workers` is set, a cluster
+    joined here is assumed to be autoscaling, and its first node is awaited. Raises `ValueError` if no node has room for
+    a worker, or if some nodes do not see the storage, and `RuntimeError` for an error of Ray itself in the block.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -118,7 +120,7 @@ def connected(runtime: config.Runtime) -> Iterator[Resources]:
     elif ours:
         _start(runtime)
     if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)  # ray.init puts its own in place
+        signal.signal(signal.SIGTERM, on_sigterm)  # ray.init replaces the handler
     try:
         grows = ours and bool(address) and runtime.workers is not None
         if grows:
@@ -127,7 +129,7 @@ def connected(runtime: config.Runtime) -> Iterator[Resources]:
         joined = bool(address) or not ours
         if runtime.gpus_per_worker > resources.gpus:
             raise ValueError(
-                f"runtime.gpus_per_worker asks for {runtime.gpus_per_worker} GPU(s) but the cluster has "
+                f"runtime.gpus_per_worker is {runtime.gpus_per_worker}, but the number of GPUs in the cluster is "
                 f"{resources.gpus:g}; set it to 0 for CPUs, or add GPU nodes{_ASK if joined else ''}"
             )
         if joined and resources.room(runtime) < 1:
@@ -138,7 +140,8 @@ def connected(runtime: config.Runtime) -> Iterator[Resources]:
         yield resources
     except RayError as error:
         raise RuntimeError(
-            f"Ray failed ({type(error).__name__}: {' '.join(str(error).split())[:300]}); what was finished is kept"
+            f"Ray failed ({type(error).__name__}: {' '.join(str(error).split())[:300]}); finished work is kept, so the "
+            "same command continues it"
         ) from error
     finally:
         if ours:
@@ -146,7 +149,7 @@ def connected(runtime: config.Runtime) -> Iterator[Resources]:
 
 
 def _start(runtime: config.Runtime) -> None:
-    """Start a local cluster, and again if it does not come up in Ray's half minute, as on a very busy machine."""
+    """Start a local cluster; try again if a busy machine does not start it within Ray's half minute."""
     import ray
 
     for attempt in range(START_ATTEMPTS):
@@ -160,7 +163,7 @@ def _start(runtime: config.Runtime) -> None:
                 object_store_memory=runtime.object_store_mb * 2**20,
             )
             return
-        except Exception as error:  # Ray has no class of its own for it
+        except Exception as error:  # Ray has no error class for it
             ray.shutdown()
             if attempt == START_ATTEMPTS - 1 or "timed out" not in str(error):
                 raise RuntimeError(f"a local Ray could not be started: {error}") from error
@@ -171,9 +174,9 @@ def _need(runtime: config.Runtime) -> dict[str, float]:
 
 
 def _await_room(runtime: config.Runtime) -> None:
-    """Wait until a node has had room for one worker. What waits is a placement group, which runs nothing.
+    """Wait until a node has room for one worker, by requesting an empty placement group.
 
-    Raises `ValueError` when none came.
+    Raises `ValueError` if there is no such node after `GROW_SECONDS`.
     """
     import ray
 
@@ -185,17 +188,17 @@ def _await_room(runtime: config.Runtime) -> None:
     try:
         if not group.wait(GROW_SECONDS):
             raise ValueError(
-                f"no node with room for a worker ({need}) came within {minutes:g} minutes; ask for less by "
-                "runtime.gpus_per_worker, cpus_per_worker or threads, or see why the cluster brings no such node"
+                f"no node with room for a worker ({need}) was added within {minutes:g} minutes; lower "
+                "runtime.gpus_per_worker, cpus_per_worker or threads, or find out why the cluster adds no such node"
             )
     finally:
         ray.util.remove_placement_group(group)
 
 
 def require_shared(storage: Path) -> None:
-    """Raise `ValueError` that names the alive nodes on which `storage` is not the folder that this process sees.
+    """Raise `ValueError` if some nodes do not see the folder `storage` of this process; the error names these nodes.
 
-    This process writes a token there; every node must read it, and answer with a file that this process must find.
+    This process writes a token into the folder. Every node reads it and writes a file, which this process must see.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -206,7 +209,7 @@ def require_shared(storage: Path) -> None:
     try:
         (folder / "token").write_text(token)
         nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
-        answer = ray.remote(num_cpus=0, max_retries=0)(_answer)
+        answer = ray.remote(num_cpus=0, max_retries=0)(_write_answer)
         answers = {
             node: answer.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
                 str(folder), token, node
@@ -220,13 +223,13 @@ def require_shared(storage: Path) -> None:
     if blind:
         named = ", ".join(f"{nodes[n].get('NodeName') or nodes[n]['NodeManagerAddress']} ({n[:8]})" for n in blind)
         raise ValueError(
-            f"the cluster has {len(nodes)} nodes, and {len(blind)} of them do not see runtime.storage {storage} as "
-            f"this one does: {named}; mount one shared folder at that path on every node, or give a URI (s3://, gs://, "
-            "abfs://)"
+            f"the cluster has {len(nodes)} nodes, and {len(blind)} of them do not see the folder runtime.storage "
+            f"{storage} of this node: {named}; mount one shared folder at that path on every node, or set "
+            "runtime.storage to a URI (s3://, gs://, abfs://)"
         )
 
 
-def _answer(folder: str, token: str, node: str) -> None:
-    """Runs on `node`: leave its name beside the token, if that is there."""
+def _write_answer(folder: str, token: str, node: str) -> None:
+    """Write a file named after `node` beside the token, if this node can read the token."""
     if (Path(folder) / "token").read_text() == token:
         (Path(folder) / node).touch()

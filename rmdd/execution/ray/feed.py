@@ -1,4 +1,4 @@
-"""Ray Data as the reader of the pictures that an expert is fed: parts of an epoch fan out, steps come back in order."""
+"""Read the training images of an expert by Ray Data: tasks decode parts of an epoch, steps come back in order."""
 
 import functools
 import logging
@@ -10,17 +10,18 @@ import pyarrow as pa
 import ray
 
 WAITING_STEPS = 2
+"""Number of steps that are fetched in advance."""
 BLOCK_BYTES = 2**20
-"""Below one step's pictures, so that every step is a block of its own."""
+"""Largest size of a block; it is smaller than the images of a step, so that every step is a separate block."""
 
 
 def ray_stream(
     look: Callable[[Any], Iterator[np.ndarray]], parts: Sequence[Any], width: int, cpus: int
 ) -> Iterator[np.ndarray]:
-    """`rmdd.experts.feed.Stream`: `width` tasks of `cpus` CPUs each look at a part at a time.
+    """Yield the images of each step, decoded by `width` tasks with `cpus` CPUs each (a `rmdd.experts.feed.Stream`).
 
-    A task gives its steps one by one, so that what is held is its window and a few steps. Give `cpus` 0 where the
-    workers themselves hold all CPUs, else the tasks would wait for ever.
+    A task returns its steps one by one, so memory holds only its window and a few steps. Set `cpus` to 0 if the workers
+    hold all CPUs; otherwise the tasks would wait for ever.
     """
     import ray.data
 
@@ -28,7 +29,7 @@ def ray_stream(
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.use_datasource_v2 = False
-    context.execution_no_progress_timeout_s = -1  # the expert may be busy for as long as it needs
+    context.execution_no_progress_timeout_s = -1  # an expert may be busy for any length of time
     context.target_max_block_size = BLOCK_BYTES
     context.enable_progress_bars = False
     context.print_on_execution_start = False

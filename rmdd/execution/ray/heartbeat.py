@@ -1,6 +1,6 @@
-"""Signs of life of the workers of a search, and the word to stop: what Ray Tune does not carry.
+"""Heartbeats of the workers of a search, and the request to stop them, which Ray Tune does not offer.
 
-An actor without a share of the machine hears a beat of every worker each second, and answers whether to stop.
+Every worker sends a heartbeat each second to a monitor (an actor without CPUs), which answers whether to stop.
 """
 
 import threading
@@ -16,16 +16,16 @@ BEAT_SECONDS = 1.0
 
 
 class TrialMonitor:
-    """What is known of the workers, by the trial that each is at."""
+    """Collects the heartbeats of workers, by the trial that each works on."""
 
     def __init__(self) -> None:
         self.beats: dict[str, tuple[int, float]] = {}
-        """Of those at work: signs of life, and when their number last rose."""
+        """The number of heartbeats of each running trial, and when it last rose."""
         self.reasons: dict[str, str] = {}
         self.stopping = False
 
-    def hear(self, trial: str, beats: int | None) -> bool:
-        """Take the signs of life of a worker, None while it has no work; returns whether to stop."""
+    def receive(self, trial: str, beats: int | None) -> bool:
+        """Take the number of heartbeats of a trial (None: it ended), and return whether its worker should stop."""
         if beats is None:
             self.beats.pop(trial, None)
         elif trial not in self.beats or self.beats[trial][0] != beats:
@@ -33,7 +33,7 @@ class TrialMonitor:
         return self.stopping
 
     def silent(self, seconds: float) -> list[str]:
-        """Trials whose worker has given no sign of life for so long; each is told once."""
+        """Return the trials without a heartbeat for `seconds`; each is returned only once."""
         late = time.monotonic() - seconds
         silent = [trial for trial, (_, beat) in self.beats.items() if beat < late]
         for trial in silent:
@@ -44,7 +44,7 @@ class TrialMonitor:
         self.reasons[trial] = why
 
     def reason(self, trial: str) -> str | None:
-        """Why a trial last failed, as its worker put it."""
+        """Return the reason of a trial's last failure, or None."""
         return self.reasons.get(trial)
 
     def stop(self) -> None:
@@ -55,40 +55,40 @@ class TrialMonitor:
 
 
 class TrialHeartbeat:
-    """In a worker: sends its beats from a thread, and gives the runner of its trial hooks."""
+    """Sends the heartbeats of a worker from a thread; its hooks count a heartbeat at each call."""
 
     def __init__(self, monitor: Any):
         self.monitor = monitor
         self.trial, self.beats, self.stopping = "", 0, False
-        self.hooks = Hooks(report=lambda metrics: self._live(), should_stop=self._should_stop)
+        self.hooks = Hooks(report=lambda metrics: self._count(), should_stop=self._should_stop)
         threading.Thread(target=self._send, name="heartbeat", daemon=True).start()
 
     def begin(self, trial: str) -> None:
-        self._live()
+        self._count()
         self.trial = trial
-        self._hear(trial, self.beats)
+        self._report(trial, self.beats)
 
     def end(self) -> None:
         trial, self.trial = self.trial, ""
-        self._hear(trial, None)
+        self._report(trial, None)
 
-    def _live(self) -> None:
+    def _count(self) -> None:
         self.beats += 1
 
     def _should_stop(self) -> bool:
-        self._live()
+        self._count()
         return self.stopping
 
-    def _hear(self, trial: str, beats: int | None) -> None:
-        self.stopping = ray.get(self.monitor.hear.remote(trial, beats))
+    def _report(self, trial: str, beats: int | None) -> None:
+        self.stopping = ray.get(self.monitor.receive.remote(trial, beats))
 
     def _send(self) -> None:
         try:
             while True:
                 if trial := self.trial:
-                    self._hear(trial, self.beats)
-                    if self.trial != trial:  # it ended meanwhile
-                        self._hear(trial, None)
+                    self._report(trial, self.beats)
+                    if self.trial != trial:  # the trial ended meanwhile
+                        self._report(trial, None)
                 time.sleep(BEAT_SECONDS)
         except RayError:  # the search is over
             return

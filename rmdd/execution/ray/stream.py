@@ -1,7 +1,7 @@
-"""Ray Data as the stream of an ingest and of an embedding: small items fan out, their results come as they are done.
+"""Streams by Ray Data, for ingesting and embedding: small items run on many workers, results come as they finish.
 
-What is large goes by path from storage to storage; blocks hold numbers and texts. Workers that die are replaced and
-their item is done again.
+Items and results are numbers and texts; large data is read and written by path. A dead worker is replaced, and its item
+runs again.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from typing import Any
 from rmdd.execution.tasks import Stream, Values, sequential_stream
 
 BLOCK_BYTES = 16 * 2**20
+"""Largest size of a block of results."""
 _ERRORS = {"ValueError": ValueError, "OSError": OSError}
-"""A task's own errors that are told as they are; they are not tried again."""
+"""Classes of errors that a task may raise: they reach the caller unchanged, and the item is not tried again."""
 
 
 def over_tasks(cpus: float = 1.0, restarts: int = 3) -> Stream:
-    """A stream over tasks that hold `cpus` CPUs each; an item whose worker dies is tried `restarts` times more."""
+    """Return a stream that runs each item as a Ray task with `cpus` CPUs, with `restarts` more tries if it dies."""
 
     def stream(make: Callable[[], Callable[[Values], Values]], items: Sequence[Values]) -> Iterator[Values]:
         if not items:
@@ -35,9 +36,9 @@ def over_tasks(cpus: float = 1.0, restarts: int = 3) -> Stream:
 
 
 def over_actors(actors: int, cpus: float = 1.0, gpus: float = 0.0, restarts: int = 3) -> Stream:
-    """A stream over at most `actors` actors, each with `cpus` CPUs and a share of a GPU; each calls `make` once.
+    """Return a stream over at most `actors` actors with `cpus` CPUs and `gpus` GPUs each; each calls `make` once.
 
-    A single item that needs no GPU is done here: actors take longer to start.
+    A single item that needs no GPU runs in this process, because starting an actor takes longer.
     """
 
     def stream(make: Callable[[], Callable[[Values], Values]], items: Sequence[Values]) -> Iterator[Values]:
@@ -74,12 +75,12 @@ class _Worker:
 
 
 def _answer(work: Callable[[Values], Values], row: dict[str, str]) -> dict[str, str]:
-    """What crosses between processes is JSON: blocks of one column, and errors that keep their words."""
+    """Run `work` on the item in `row`; return its result, or its error message, as JSON in a row of one column."""
     try:
         return {"value": json.dumps({"result": work(json.loads(row["value"]))})}
     except tuple(_ERRORS.values()) as error:
         kind = "OSError" if isinstance(error, OSError) else "ValueError"
-        return {"value": json.dumps({"error": kind, "words": str(error)})}
+        return {"value": json.dumps({"error": kind, "message": str(error)})}
 
 
 def _run(items: Sequence[Values], over: Callable[[Any], Any]) -> Iterator[Values]:
@@ -87,7 +88,7 @@ def _run(items: Sequence[Values], over: Callable[[Any], Any]) -> Iterator[Values
     from ray.exceptions import RayActorError, WorkerCrashedError
     from ray.util.annotations import RayDeprecationWarning
 
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised here
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised below
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = BLOCK_BYTES
     context.enable_progress_bars = False
@@ -95,7 +96,7 @@ def _run(items: Sequence[Values], over: Callable[[Any], Any]) -> Iterator[Values
     context.use_datasource_v2 = False
     context.execution_no_progress_timeout_s = -1  # an item may take as long as it needs
     rows = [{"value": json.dumps(item)} for item in items]
-    with warnings.catch_warnings():  # Ray 2.60 has no other way to bound how often workers are replaced
+    with warnings.catch_warnings():  # Ray 2.60 has no other way to limit the restarts of workers
         warnings.simplefilter("ignore", RayDeprecationWarning)
         answers = over(ray.data.from_items(rows, override_num_blocks=len(rows)))
     try:
@@ -103,10 +104,10 @@ def _run(items: Sequence[Values], over: Callable[[Any], Any]) -> Iterator[Values
             for text in batch["value"].to_pylist():
                 answer = json.loads(text)
                 if "error" in answer:
-                    raise _ERRORS[answer["error"]](answer["words"])
+                    raise _ERRORS[answer["error"]](answer["message"])
                 yield answer["result"]
     except (RayActorError, WorkerCrashedError) as error:
         raise RuntimeError(
-            f"workers keep dying ({' '.join(str(error).split())[:200]}); what was finished is kept; look for lack of "
-            "memory, then start again, or raise runtime.max_restarts"
+            f"workers keep dying ({' '.join(str(error).split())[:200]}); finished work is kept; check whether memory "
+            "ran out, then start again, or raise runtime.max_restarts"
         ) from error

@@ -1,8 +1,8 @@
-"""A pool for experts: one run of Ray Train whose workers take experts from a shared list until none is left.
+"""Train experts in one run of Ray Train, whose workers take experts from a shared queue until it is empty.
 
-Start-up is paid once, not per expert; workers come and go between the elastic bounds. Train keeps no checkpoint here:
-what an expert has done lies in its store, from which it goes on. When a worker dies Train starts the group again, and
-every expert at work goes on from its last epoch; only the one whose worker died is charged with it.
+Workers start once, not for each expert, and their number can change between two bounds (elastic training). Train saves
+no checkpoints: an expert resumes from the epochs in its store. If a worker dies, Train restarts all workers, and each
+unfinished expert resumes from its last epoch. Only the expert of the dead worker uses up one of its retries.
 """
 
 import contextlib
@@ -28,22 +28,23 @@ from rmdd.core.threads import thread_variables
 from rmdd.execution.executor import Mapper
 from rmdd.execution.ray.actors import POLL_SECONDS, STOP_SECONDS
 from rmdd.execution.ray.cluster import Resources
-from rmdd.execution.ray.nodes import alive, here
+from rmdd.execution.ray.nodes import alive, this_node
 from rmdd.execution.ray.worker import StorageNotVisible, folder_to_check, require_visible, this_process
 from rmdd.execution.tasks import Failed, GroupMember, Hooks, Interrupted, Task
 
 DIED = WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
-"""What Train raises for a worker that died; what a worker raised itself comes wrapped in another class."""
+"""Errors of Train for a worker that died. An error that a worker raised is wrapped in another class."""
 
 PATIENCE_SECONDS = 120.0
-"""After so long without a worker it is said what is waited for."""
+"""Seconds without a worker after which a message says what Train is waiting for."""
 
 
 class WorkQueue:
-    """The shared list, as an actor: who does what, what came of it, and whether to stop. Outlives the workers.
+    """The shared queue of items, in an actor that outlives the workers; it also keeps the results.
 
-    A *group* is `size` consecutive ranks that do an item together. A *generation* is a group of workers that Train
-    started together.
+    A *group* is `size` consecutive ranks that work on an item together. A *generation* is all the workers that Train
+    started at the same time: after a death, Train starts a new generation. A *turn* is the number of an item within
+    the items of a group.
     """
 
     def __init__(self, names: Sequence[str], size: int, tries: int):
@@ -66,23 +67,27 @@ class WorkQueue:
     # -- for workers ---------------------------------------------------------------------------------------------
 
     def enrol(self, generation: str, rank: int, where: dict[str, Any]) -> bool:
-        """A worker is up; says whether to stop. The first of a generation puts back what the one before left undone."""
+        """Register a started worker, and return whether it should stop.
+
+        The first worker of a generation puts the unfinished items of the previous generation back into the queue.
+        """
         if generation != self.generation:
             self.generation = generation
             self.waiting.extendleft(sorted(self.running.values(), reverse=True))
-            for things in (self.running, self.turns, self.addresses, self.reasons, self.where):
-                things.clear()
+            for entries in (self.running, self.turns, self.addresses, self.reasons, self.where):
+                entries.clear()
         self.where[rank], self.up = where, True
         return self.stopping
 
     def refuse(self, reason: str) -> None:
-        """A worker is where it cannot work, and so may be those that come after it: the list is closed."""
+        """Stop all workers, because one is on a node that does not see the storage, as later ones might be."""
         self.refusal, self.stopping = reason, True
 
     def take(self, generation: str, group: int, turn: int, leads: bool = True) -> list[int | None]:
-        """The item of a group's turn, or None when there is none, in a list, which is empty until the leader drew it.
+        """Return the item of a group's turn in a list: [item], [None] if the queue is empty, or [] to ask again.
 
-        The leader draws once it has settled the item before; the others may be done with that earlier.
+        The leader (first member) draws the item after it has settled the previous one. The other members may ask
+        earlier, and get [] until then.
         """
         if generation != self.generation:
             return [None]
@@ -97,19 +102,19 @@ class WorkQueue:
         return turns[turn : turn + 1]
 
     def meet(self, group: int, address: str | None) -> str | None:
-        """The address of a group's first member, once it has told it."""
+        """Return the address of a group's first member, which it passes as `address`; None if it has not called yet."""
         if address:
             self.addresses[group] = address
         return self.addresses.get(group)
 
     def beat(self, group: int, report: dict[str, Any] | None) -> bool:
-        """Take a progress report; say whether to stop."""
+        """Take a progress report of a group, and return whether its workers should stop."""
         if report and group in self.running:
             self.reports[self.names[self.running[group]]] = report
         return self.stopping
 
     def settle(self, generation: str, group: int, turn: int, result: Any) -> None:
-        """A group is done with the item of its turn. Not heard from a generation that has ended, nor twice."""
+        """Take the result of a group's item. Ignores repeated calls, and calls of earlier generations."""
         if generation != self.generation or group not in self.running or turn != len(self.turns[group]) - 1:
             return
         index = self.running.pop(group)
@@ -120,16 +125,16 @@ class WorkQueue:
             self._log("finished" if result is not False else "stopped", index, group)
 
     def explain(self, group: int, reason: Failed) -> None:
-        """Why a member is about to end the group."""
+        """Take the reason why a member is about to stop its group."""
         if group not in self.reasons or not reason.again:
             self.reasons[group] = reason
 
     # -- for the controller and the driver -----------------------------------------------------------------------
 
     def lost(self, deaths: dict[int, str | None], away: Set[int] = frozenset()) -> None:
-        """Ranks that ended: with the reason when they died, None when they raised what they have explained.
+        """Take the ranks that ended: with the reason if they died, with None if they raised an explained error.
 
-        Those of `away` went with their node, which is no fault of the item.
+        The deaths of ranks in `away` do not count against their items, because the node was lost.
         """
         self.up = False
         for group in sorted({rank // self.size for rank in deaths}):
@@ -149,11 +154,11 @@ class WorkQueue:
                 self._fault("failed", index, group, explained)
 
     def nodes(self) -> dict[int, str]:
-        """The node of every rank."""
+        """Return the node id of every rank."""
         return {rank: where["node"] for rank, where in self.where.items()}
 
     def news(self) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]], bool]:
-        """Events and reports since the last call, and whether workers are up."""
+        """Return the events and reports since the last call, and whether workers are running."""
         news = self.events, self.reports, self.up
         self.events, self.reports = [], {}
         return news
@@ -162,7 +167,7 @@ class WorkQueue:
         self.stopping = True
 
     def outcome(self) -> tuple[dict[int, Any], str | None]:
-        """Results by place, and why the list was closed if a worker refused."""
+        """Return the results by item number, and the reason if a worker stopped all of them (`refuse`)."""
         return self.results, self.refusal
 
     def _fault(self, event: str, index: int, group: int, reason: Failed) -> None:
@@ -181,14 +186,14 @@ class WorkQueue:
 
 
 class Heartbeat:
-    """A worker's messages to the work queue: twice a second it sends the latest report and hears whether to stop."""
+    """Sends the latest report of a worker to the work queue twice a second, and learns whether to stop."""
 
     def __init__(self, queue: Any, group: int):
         self.queue, self.group = queue, group
         self.latest: dict[str, Any] | None = None
         self.stop = threading.Event()
         self.lock = threading.Lock()
-        threading.Thread(target=self._talk, daemon=True).start()
+        threading.Thread(target=self._send, daemon=True).start()
 
     def report(self, metrics: dict[str, Any]) -> None:
         self.latest = metrics
@@ -199,25 +204,25 @@ class Heartbeat:
             if ray.get(self.queue.beat.remote(self.group, latest)):
                 self.stop.set()
 
-    def _talk(self) -> None:
+    def _send(self) -> None:
         try:
             while not self.stop.wait(POLL_SECONDS):
                 self.flush()
         except RayActorError:
-            self.stop.set()  # nobody is left to work for
+            self.stop.set()  # the run is over
 
 
 def work(queue: Any, task: Task, items: Sequence[Any], size: int, threads: int, folder: Path | None) -> None:
-    """What every worker of the run does. Members of a group past the last whole one have nothing to do.
+    """Run items from the queue (the function of every worker). Workers beyond the last complete group return at once.
 
-    Raises `RuntimeError` on a node that does not see `folder`.
+    Raises `StorageNotVisible` on a node that does not see `folder`.
     """
     import torch
 
     torch.set_num_threads(threads)
     context = ray.train.get_context()
     rank, group = context.get_world_rank(), context.get_world_rank() // size
-    generation = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"  # Train draws a port for every group
+    generation = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"  # another port per generation
     where = this_process()
     if ray.get(queue.enrol.remote(generation, rank, where)) or (group + 1) * size > context.get_world_size():
         return
@@ -225,7 +230,7 @@ def work(queue: Any, task: Task, items: Sequence[Any], size: int, threads: int, 
         require_visible(folder)
     except StorageNotVisible as error:
         ray.get(queue.refuse.remote(str(error)))
-        raise  # ends the others, which may wait for this one
+        raise  # stops the other workers, which may wait for this one
     member = GroupMember(rank % size, size, ray.util.get_node_ip_address(), functools.partial(_meet, queue, group))
     heartbeat = Heartbeat(queue, group)
     hooks = Hooks(heartbeat.report, heartbeat.stop.is_set, member if size > 1 else None)
@@ -238,7 +243,7 @@ def work(queue: Any, task: Task, items: Sequence[Any], size: int, threads: int, 
         result = task(items[index], hooks)
         if isinstance(result, Failed) and size > 1:
             ray.get(queue.explain.remote(group, result))
-            raise RuntimeError(result.reason)  # ends the others, which may wait for this one
+            raise RuntimeError(result.reason)  # stops the other workers, which may wait for this one
         if member.rank == 0:
             heartbeat.flush()
             ray.get(queue.settle.remote(generation, group, turn, result))
@@ -251,30 +256,30 @@ def _meet(queue: Any, group: int, address: str | None) -> str:
 
 
 class WorkerDeaths(UserCallback):
-    """Tells the work queue which workers ended; runs in Train's controller."""
+    """Reports dead workers to the work queue; runs in Train's controller."""
 
     def __init__(self, queue: Any):
         self.queue = queue
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        nodes, there = ray.get(self.queue.nodes.remote()), alive()
+        nodes, alive_nodes = ray.get(self.queue.nodes.remote()), alive()
         deaths: dict[int, str | None] = {}
         away = set()
         for rank, error in worker_exceptions.items():
             died = isinstance(error, DIED)
             failure = getattr(error, "health_check_failure", error)
             deaths[rank] = " ".join(str(failure).split())[:200] if died else None
-            if nodes.get(rank) not in there or isinstance(failure, ActorUnavailableError):
+            if nodes.get(rank) not in alive_nodes or isinstance(failure, ActorUnavailableError):
                 away.add(rank)
         ray.get(self.queue.lost.remote(deaths, away))
 
 
 @dataclass
 class ExpertPool(Mapper):
-    """An executor that is one run of Ray Train. An item that fails is tried again and does not stop the others.
+    """An executor for experts, as one run of Ray Train. An item that fails is tried again and does not stop the others.
 
-    `size` workers do each item together. `name` is the run's under `storage`: from the hash of what is trained, so that
-    no other run is taken for this one. `events` gets a JSON heartbeat for every start, death, failure and end.
+    `size` workers run each item together. `name` is the folder of Train's run under `storage`; it contains the hash of
+    the experts, so that every store has another run. `events` gets a JSON line for every start, death, failure and end.
     """
 
     runtime: config.Runtime
@@ -288,15 +293,15 @@ class ExpertPool(Mapper):
     def map(
         self, task: Task, items: Sequence[Any], names: Sequence[str], on_report: Callable[[str, dict[str, Any]], None]
     ) -> list[Any]:
-        """See `rmdd.execution.executor.Mapper`; `Failed` in the place of what was given up.
+        """See `rmdd.execution.executor.Mapper`. The result of an item that failed too often is a `Failed`.
 
-        Raises `ValueError` when no group fits the cluster, `RuntimeError` when Train itself gives up or a node that
-        came later does not see the storage.
+        Raises `ValueError` if no group fits on the cluster, and `RuntimeError` if Train gives up or if a node that was
+        added later does not see the storage.
         """
         if not items:
             return []
         scaling = self._scaling(len(items))
-        options = {"num_cpus": 0, "scheduling_strategy": here()}
+        options = {"num_cpus": 0, "scheduling_strategy": this_node()}
         queue = ray.remote(WorkQueue).options(**options).remote(list(names), self.size, self.runtime.max_restarts)
         problems: list[Exception] = []
         thread = threading.Thread(target=self._fit, args=(queue, task, list(items), scaling, problems), daemon=True)
@@ -305,24 +310,24 @@ class ExpertPool(Mapper):
         try:
             while thread.is_alive():
                 thread.join(POLL_SECONDS)
-                if self._hear(queue, on_report):
+                if self._forward(queue, on_report):
                     up_at = time.monotonic()
                 elif time.monotonic() - up_at > PATIENCE_SECONDS:
                     up_at = time.monotonic()
-                    self.say(f"experts: no worker is up; Ray Train waits for room for {_least(scaling)}")
+                    self.say(f"experts: no worker is running; Ray Train waits for room for {_least(scaling)}")
         except BaseException as error:
             with contextlib.suppress(RayActorError):
                 ray.get(queue.stop.remote())
                 thread.join(STOP_SECONDS)
-                self._hear(queue, lambda name, metrics: None)
+                self._forward(queue, lambda name, metrics: None)
             raise (Interrupted() if isinstance(error, KeyboardInterrupt) else error) from None
         results, refusal = ray.get(queue.outcome.remote())
         ray.kill(queue)
         if refusal:
-            raise RuntimeError(f"{refusal}; what was trained is kept")
+            raise RuntimeError(f"{refusal}; finished epochs are kept")
         if problems and len(results) < len(items):
             raise RuntimeError(
-                f"the run of Ray Train ended ({' '.join(str(problems[0]).split())[:300]}); what was trained is kept"
+                f"the run of Ray Train failed ({' '.join(str(problems[0]).split())[:300]}); finished epochs are kept"
             ) from problems[0]
         return [results.get(i, False) for i in range(len(items))]
 
@@ -356,10 +361,10 @@ class ExpertPool(Mapper):
         least = min(most, max(size, runtime.min_workers))
         cpus, gpus = runtime.share
         if room < least:
-            asks = "experts.worker_group.workers" if least == size else "runtime.min_workers"
+            field = "experts.worker_group.workers" if least == size else "runtime.min_workers"
             raise ValueError(
-                f"{asks} asks for {least} workers side by side, the cluster has room for {room} of {gpus:g} GPU(s) and "
-                f"{cpus:g} CPU(s); lower one of them or add nodes"
+                f"{field} needs {least} workers at the same time, but the cluster has room for {room} with {gpus:g} "
+                f"GPU(s) and {cpus:g} CPU(s) each; lower {field} or the share of a worker, or add nodes"
             )
         return ScalingConfig(
             num_workers=most if least == most else (least, most),
@@ -370,8 +375,8 @@ class ExpertPool(Mapper):
             },
         )
 
-    def _hear(self, queue: Any, on_report: Callable[[str, dict[str, Any]], None]) -> bool:
-        """Pass on what is new; returns whether workers are up."""
+    def _forward(self, queue: Any, on_report: Callable[[str, dict[str, Any]], None]) -> bool:
+        """Write new events to the log, pass new reports to `on_report`, and return whether workers are running."""
         events, reports, up = ray.get(queue.news.remote())
         for event in events:
             append_jsonl(self.events, event)

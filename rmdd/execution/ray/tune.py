@@ -1,7 +1,7 @@
-"""Ray Tune as the runner of a search: it places trials, restarts those whose worker died, and ends those told to end.
+"""Run the trials of a search by Ray Tune: it places trials on the cluster and restarts those whose worker died.
 
-What is tried and what goes on is asked of an `TrialSource` (`rmdd.execution.trials`), which lives in the driver. So a
-run of Tune keeps nothing that matters: one that was killed is followed by a new one, not restored, and drivers can
+A `TrialSource` (`rmdd.execution.trials`) in the driver process chooses the trials and decides which continue. So the
+state of a search is not in Tune: after a kill a new run of Tune is started, none is restored, and several drivers can
 share a search.
 """
 
@@ -31,7 +31,7 @@ MANY = 10**6
 
 
 class TrialActor(tune.Trainable):
-    """A step is a rung. One actor makes many trials, one after the other."""
+    """The actor that runs trials, one after another. A step of Tune is a rung."""
 
     def setup(
         self,
@@ -53,7 +53,7 @@ class TrialActor(tune.Trainable):
         try:
             rung = self.runner.run_rung(self.heartbeat.hooks)
         except (Exception, Interrupted) as error:
-            why = str(error) or "its process was told to go; it has saved"
+            why = str(error) or "its process was stopped, after saving its state"
             ray.get(self.monitor.note_failure.remote(self.trial_id, f"{type(error).__name__}: {why}"))
             raise RuntimeError(why) from error
         finally:
@@ -66,17 +66,17 @@ class TrialActor(tune.Trainable):
 
 
 class SourceSearcher(Searcher):
-    """Tune's searcher: hands on the trials of the source, at most `width` at a time."""
+    """Tune's searcher: gives Tune the trials of the source, at most `width` at a time."""
 
     def __init__(self, source: TrialSource, width: int, monitor: Any):
         super().__init__(metric="val", mode="max")
         self.source, self.width, self.monitor = source, width, monitor
         self.names: dict[str, str] = {}
-        """Of those at work, by Tune's id."""
+        """Names of the running trials, by Tune's ids."""
         self.problem: Exception | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune saves its searcher; this one is never restored
+        return {}  # Tune saves its searcher, but this one is never restored
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if self.problem is None and len(self.names) >= self.width:
@@ -91,14 +91,14 @@ class SourceSearcher(Searcher):
         return {"what": trial[1]}
 
     def tell(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Whether the trial goes on."""
+        """Pass the result of a rung to the source, and return whether the trial continues."""
         try:
-            goes_on = self.problem is None and self.source.tell(self.names[trial_id], json.loads(result["rung"]))
+            continues = self.problem is None and self.source.tell(self.names[trial_id], json.loads(result["rung"]))
         except Exception as error:
-            self.problem, goes_on = error, False
-        if not goes_on:
+            self.problem, continues = error, False
+        if not continues:
             del self.names[trial_id]
-        return goes_on
+        return continues
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if trial_id not in self.names:
@@ -107,7 +107,7 @@ class SourceSearcher(Searcher):
             self.tell(trial_id, result)
         else:
             why = ray.get(self.monitor.reason.remote(trial_id)) or "its worker died"
-            advice = "more often than runtime.max_restarts allows; it goes on with the next `rmdd search`"
+            advice = "more often than runtime.max_restarts allows; the next `rmdd search` continues this trial"
             self.source.fail(self.names.pop(trial_id), f"{why} ({advice})")
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -121,7 +121,7 @@ class SourceSearcher(Searcher):
 
 
 class SourceScheduler(FIFOScheduler):
-    """Tune's scheduler: a trial ends when the source says so."""
+    """Tune's scheduler: ends a trial if the source says so."""
 
     def __init__(self, searcher: SourceSearcher):
         super().__init__()
@@ -135,7 +135,7 @@ class SourceScheduler(FIFOScheduler):
         return self.CONTINUE if self.searcher.tell(trial.trial_id, result) else self.STOP
 
     def end(self) -> None:
-        """Let no worker outlive a search that was stopped, also where the cluster does: Tune leaves them."""
+        """Kill the workers of a stopped search: on a cluster that stays up, Tune would leave them running."""
         if self.controller is None:
             return
         for trial in self.controller.get_live_trials():
@@ -145,28 +145,28 @@ class SourceScheduler(FIFOScheduler):
 
 
 class StopAndStall(tune.Callback):
-    """Ends the search when it was asked to stop, and workers that give no sign of life; Tune begins their trials again.
+    """Stops the search after a signal, and kills workers without a heartbeat, whose trials Tune then starts again.
 
-    A signal that raised wherever it came could be lost in what Ray calls from its own threads.
+    The signal handler does not raise an error itself, because Ray's threads could swallow it.
     """
 
     def __init__(self, monitor: Any, stopped: Callable[[], bool], minutes: float | None, say: Callable[[str], None]):
         self.monitor, self.stopped, self.minutes, self.say = monitor, stopped, minutes, say
-        self.looked = time.monotonic()
+        self.checked_at = time.monotonic()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune saves its callbacks; this one is never restored
+        return {}  # Tune saves its callbacks, but this one is never restored
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if self.stopped():
             raise Interrupted
-        if self.minutes is None or time.monotonic() - self.looked < BEAT_SECONDS:
+        if self.minutes is None or time.monotonic() - self.checked_at < BEAT_SECONDS:
             return
-        self.looked = time.monotonic()
+        self.checked_at = time.monotonic()
         silent = ray.get(self.monitor.silent.remote(60 * self.minutes))
         for trial in trials:
             if trial.trial_id in silent and (actor := trial.temporary_state.ray_actor) is not None:
-                self.say(f"no sign of life of a worker for {self.minutes:g} minutes (runtime.stall_limit); it is ended")
+                self.say(f"a worker made no progress for {self.minutes:g} minutes (runtime.stall_limit); it is killed")
                 ray.kill(actor)
 
 
@@ -178,9 +178,9 @@ def run_trials(
     most: int | None,
     say: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Make trials side by side, as many as have room and at most `most`, until the source has none left to begin.
+    """Run trials in parallel until the source has no more: as many as the cluster has room for, and at most `most`.
 
-    Ctrl-C asks the workers to save what they have, and a second one ends them.
+    After Ctrl-C the workers save their state and stop; a second Ctrl-C kills them.
     """
     cpus, gpus = runtime.share
     monitor = ray.remote(TrialMonitor).options(num_cpus=0, max_concurrency=1).remote()
@@ -195,7 +195,7 @@ def run_trials(
     try:
         with (
             stop_on_signal() as stopped,
-            tempfile.TemporaryDirectory(prefix="rmdd-search-") as scratch,  # what Tune writes; nothing of it is read
+            tempfile.TemporaryDirectory(prefix="rmdd-search-") as scratch,  # Tune writes here; nothing of it is read
         ):
             tune.Tuner(
                 trainable,
@@ -229,7 +229,7 @@ def run_trials(
 
 
 def _save(monitor: Any) -> None:
-    """Have the workers save, and wait for it."""
+    """Make the workers save their state, and wait until they have."""
     deadline = time.monotonic() + STOP_SECONDS
     ray.get(monitor.stop.remote())
     while ray.get(monitor.at_work.remote()) and time.monotonic() < deadline:

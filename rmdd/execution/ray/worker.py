@@ -1,4 +1,4 @@
-"""The actor that does the work: one task at a time, while another thread answers how it goes."""
+"""The Ray actor that runs tasks, one at a time, while another thread reports its status."""
 
 import contextlib
 import os
@@ -20,11 +20,11 @@ from rmdd.execution.tasks import Hooks, Task
 
 
 class StorageNotVisible(RuntimeError):
-    """This node does not see the folder that all of them should."""
+    """A node of the cluster does not see the shared folder of the storage."""
 
 
 def folder_to_check(runtime: config.Runtime, events: Path) -> Path | None:
-    """A folder that every node should see: that of the run, made if it is not there; None where it is at a URI."""
+    """Create and return the run's folder, which every node must see; return None if the storage is at a URI."""
     if "://" in runtime.storage:
         return None
     events.parent.mkdir(parents=True, exist_ok=True)
@@ -32,11 +32,11 @@ def folder_to_check(runtime: config.Runtime, events: Path) -> Path | None:
 
 
 def require_visible(folder: Path | None) -> None:
-    """Raise `StorageNotVisible` on a node that joined after the start, was not asked, and does not see `folder`."""
+    """Raise `StorageNotVisible` if this node, which may have joined after the first check, does not see `folder`."""
     if folder is not None and not folder.is_dir():
-        here = this_process()
+        process = this_process()
         raise StorageNotVisible(
-            f"node {here['node'][:8]} ({here['host']}) does not see {folder}; mount one shared folder at "
+            f"node {process['node'][:8]} ({process['host']}) does not see {folder}; mount one shared folder at "
             "runtime.storage on every node"
         )
 
@@ -50,7 +50,7 @@ def this_process() -> dict[str, Any]:
 
 
 class Worker:
-    """Runs tasks in one thread while another answers `status` and `stop`. SIGTERM is a `stop` too."""
+    """Runs tasks in one thread while another answers `status` and `stop`. SIGTERM acts like `stop`."""
 
     def __init__(self, threads: int, folder: Path | None = None):
         self.threads, self.folder = threads, folder
@@ -58,15 +58,15 @@ class Worker:
         self.beats = 0
         self.latest: dict[str, Any] = {}
         self.metrics = Metrics()
-        with contextlib.suppress(ValueError):  # Ray makes actors in the main thread, which alone may do this
+        with contextlib.suppress(ValueError):  # only the main thread may do this; Ray creates actors in it
             signal.signal(signal.SIGTERM, lambda number, frame: self.stop())
 
     def where(self) -> dict[str, Any]:
-        """The process and the node it is on."""
+        """Return the process id, the host and the node of this worker."""
         return this_process()
 
     def run(self, task: Task, item: Any, name: str) -> tuple[Any, bool]:
-        """The result, and whether the task had been asked to stop. Raises `StorageNotVisible`."""
+        """Run the task; return its result and whether a stop was requested. Raises `StorageNotVisible`."""
         require_visible(self.folder)
         import torch
 
@@ -88,7 +88,7 @@ class Worker:
             self.latest = {}
 
     def status(self) -> tuple[int, dict[str, Any]]:
-        """A count of signs of life, and the latest report."""
+        """Return the number of heartbeats, and the latest progress report."""
         return self.beats, self.latest
 
     def stop(self) -> None:
@@ -96,7 +96,7 @@ class Worker:
 
 
 class Metrics:
-    """What an item reports, for the dashboard: gauges `rmdd_<key>` by item, with its pace and the memory it takes."""
+    """Shows the reports of an item in Ray's dashboard: gauges `rmdd_<key>` per item, with its pace and memory use."""
 
     gauges: dict[str, Gauge] = {}
 

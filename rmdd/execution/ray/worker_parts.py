@@ -1,4 +1,4 @@
-"""Parts of something large on actors: each makes its part, keeps it in memory, and answers what all are asked."""
+"""Data in parts on Ray actors: each actor keeps one part in memory, and a method is called on all parts at once."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,7 @@ from rmdd.execution.parts import PartLost, WorkerParts
 
 
 class PartActor:
-    """Holds one part."""
+    """The actor that keeps one part."""
 
     def __init__(self, make: Callable[[int, int], Any], rank: int, size: int, threads: int):
         import torch
@@ -25,7 +25,7 @@ class PartActor:
 
 
 class ActorParts(WorkerParts):
-    """See `rmdd.execution.parts.WorkerParts`. An error of a part is raised as it is."""
+    """Parts on actors (see `rmdd.execution.parts.WorkerParts`). An error raised by a part keeps its class."""
 
     def __init__(self, actors: Sequence[Any]):
         self.actors = list(actors)
@@ -35,7 +35,7 @@ class ActorParts(WorkerParts):
         try:
             return ray.get([actor.call.remote(method, sent) for actor in self.actors])
         except RayActorError as error:
-            raise PartLost(f"a rank died ({' '.join(str(error).split())[:200]})") from error
+            raise PartLost(f"a worker died ({' '.join(str(error).split())[:200]})") from error
         except RayTaskError as error:
             raise (error.cause if isinstance(error.cause, Exception) else error) from None
 
@@ -44,7 +44,7 @@ class ActorParts(WorkerParts):
 def parts_on_actors(
     make: Callable[[int, int], Any], size: int, cpus: float, threads: int, gpus: float = 0.0
 ) -> Iterator[ActorParts]:
-    """So many actors of `cpus` CPUs and `gpus` GPUs each, spread over the nodes; they end with the block."""
+    """Start `size` actors with `cpus` CPUs and `gpus` GPUs each, spread over the nodes; stop them after the block."""
     options: dict[str, Any] = {
         "num_cpus": cpus,
         "num_gpus": gpus,

@@ -199,8 +199,8 @@ def test_a_worker_that_hangs_is_killed_and_started_again(side_by_side, tmp_path)
     executor.say = told.append
     assert executor.map(hang_once, [tmp_path], ["item 0"], ignore) == ["done"]
     assert [line["event"] for line in events(tmp_path)] == ["started", "hung", "started", "finished"]
-    assert events(tmp_path)[1]["why"].startswith("no sign of life for 0.2 minutes")
-    assert told[0].startswith("item 0: hung on node ") and told[1].startswith("item 0: goes on at node ")
+    assert events(tmp_path)[1]["why"].startswith("no progress for 0.2 minutes")
+    assert told[0].startswith("item 0: hung on node ") and told[1].startswith("item 0: continues on node ")
 
 
 def test_a_worker_that_is_told_to_go_saves_and_another_goes_on(side_by_side, tmp_path):

@@ -52,7 +52,7 @@ def test_a_cluster_that_grows_is_asked_for_as_many_as_the_run_says(items, expect
 
 @pytest.mark.ray
 def test_gpus_that_are_not_there_are_an_error_and_a_joined_cluster_stays(ray_local):
-    words = r"asks for 0.5 GPU\(s\) but the cluster has 0; set it to 0 for CPUs"
+    words = r"gpus_per_worker is 0.5, but the number of GPUs in the cluster is 0; set it to 0 for CPUs"
     with pytest.raises(ValueError, match=words), connected(Runtime(gpus_per_worker=0.5)):
         pass
     with connected(Runtime()) as found:
@@ -76,7 +76,7 @@ def test_readers_of_pictures_ask_for_no_cpu_that_workers_may_hold(rule, cpus, mo
 def test_an_error_of_rays_own_can_be_resumed_from(ray_local):
     actor = ray.remote(Resources).options(num_cpus=0).remote(())
     ray.kill(actor)
-    words = r"Ray failed \(ActorDiedError: .*; what was finished is kept"
+    words = r"Ray failed \(ActorDiedError: .*; finished work is kept"
     with pytest.raises(RuntimeError, match=words) as caught, connected(Runtime()):
         ray.get(actor.room.remote(Runtime()))
     assert isinstance(caught.value.__cause__, RayActorError)
@@ -85,5 +85,5 @@ def test_an_error_of_rays_own_can_be_resumed_from(ray_local):
 @pytest.mark.ray
 def test_a_growing_cluster_that_brings_no_node_is_an_error(ray_local, monkeypatch):
     monkeypatch.setattr(cluster, "GROW_SECONDS", 0.2)
-    with pytest.raises(ValueError, match=r"no node with room for a worker \({'CPU': 5.0}\) came within"):
+    with pytest.raises(ValueError, match=r"no node with room for a worker \({'CPU': 5.0}\) was added within"):
         cluster._await_room(Runtime(threads=5, workers=2))

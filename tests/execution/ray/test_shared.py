@@ -89,7 +89,7 @@ def test_nodes_that_do_not_see_the_storage_are_named_before_anything_starts(prin
     assert printed["SHARED"] == [2, []]
     refused, other, untouched = printed["REFUSED"]
     assert untouched and re.search(
-        rf"the cluster has 2 nodes, and 1 of them do not see runtime.storage /proc/self/cwd/runs .*"
+        rf"the cluster has 2 nodes, and 1 of them do not see the folder runtime.storage /proc/self/cwd/runs .*"
         rf"\({other[:8]}\); mount one shared folder",
         refused,
     )

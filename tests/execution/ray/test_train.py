@@ -214,16 +214,16 @@ def test_a_worker_group_with_a_killed_member_trains_the_bits_of_an_unbroken_one_
 
 
 def test_a_worker_group_that_does_not_fit_is_refused(fleet):
-    with pytest.raises(ValueError, match=r"asks for 5 workers side by side, the cluster has room for 4"):
+    with pytest.raises(ValueError, match=r"needs 5 workers at the same time, but the cluster has room for 4"):
         fleet(size=5).map(flaky, [(0, None)], ["item"], lambda name, metrics: None)
 
 
 def test_more_workers_to_start_with_than_fit_are_refused(fleet):
     """Two nodes of three CPUs have room for one worker of two threads each, not for three."""
     executor = fleet(size=3, nodes=((3.0, 0.0), (3.0, 0.0)), threads=2)
-    with pytest.raises(ValueError, match=r"worker_group.workers asks for 3 .* room for 2 of 0 GPU\(s\) and 2 CPU\(s\)"):
+    with pytest.raises(ValueError, match=r"worker_group.workers needs 3 .* room for 2 with 0 GPU\(s\) and 2 CPU\(s\)"):
         executor.map(flaky, [(0, None)], ["item"], lambda name, metrics: None)
-    with pytest.raises(ValueError, match=r"runtime.min_workers asks for 8 .* room for 4"):
+    with pytest.raises(ValueError, match=r"runtime.min_workers needs 8 .* room for 4"):
         fleet(workers=8, min_workers=8).map(flaky, [(0, None)] * 9, list("abcdefghi"), lambda name, metrics: None)
 
 
@@ -233,7 +233,9 @@ def test_it_is_said_when_no_worker_comes_up(fleet, monkeypatch):
     executor, told = fleet(), []
     executor.say = told.append
     executor.map(flaky, [(0, None)] * 3, list("abc"), lambda name, metrics: None)
-    assert told[0].startswith("experts: no worker is up; Ray Train waits for room for 2 worker(s) with {'CPU': 1.0}")
+    assert told[0].startswith(
+        "experts: no worker is running; Ray Train waits for room for 2 worker(s) with {'CPU': 1.0}"
+    )
 
 
 def test_a_list_that_is_lost_ends_with_an_error_that_can_be_resumed(fleet, monkeypatch):
@@ -242,14 +244,14 @@ def test_a_list_that_is_lost_ends_with_an_error_that_can_be_resumed(fleet, monke
         time.sleep(2)
 
     monkeypatch.setattr(ExpertPool, "_fit", lose)
-    words = r"Ray failed \(ActorDiedError: .*what was finished is kept"
+    words = r"Ray failed \(ActorDiedError: .*finished work is kept"
     with pytest.raises(RuntimeError, match=words), connected(Runtime()):
         fleet().map(flaky, [(0, None)], ["item"], lambda name, metrics: None)
 
 
 def test_a_worker_that_does_not_see_the_storage_takes_nothing(fleet, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "folder_to_check", lambda runtime, events: tmp_path / "elsewhere")
-    with pytest.raises(RuntimeError, match=r"^node .* does not see .*elsewhere; .* what was trained is kept"):
+    with pytest.raises(RuntimeError, match=r"^node .* does not see .*elsewhere; .* finished epochs are kept"):
         fleet().map(ReturnFailures(flaky), [(0, tmp_path)] * 2, ["a", "b"], lambda name, metrics: None)
     assert events(tmp_path / "events.jsonl") == []
 

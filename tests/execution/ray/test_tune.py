@@ -132,7 +132,7 @@ def test_a_worker_that_hangs_is_replaced(ray_local, tmp_path):
     said, source = [], Numbers([1])
     runtime = config.Runtime(storage=str(tmp_path), stall_limit=3 / 60)
     run_trials(source, Hanging, runtime, resources_now(), 1, said.append)
-    assert source.heard == [("n1", 1)] and "no sign of life" in said[0] and len(list(tmp_path.glob("pid-*"))) > 1
+    assert source.heard == [("n1", 1)] and "made no progress" in said[0] and len(list(tmp_path.glob("pid-*"))) > 1
 
 
 def test_why_a_trial_failed_is_told(ray_local, tmp_path):

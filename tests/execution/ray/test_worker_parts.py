@@ -46,7 +46,7 @@ def test_errors_are_told_and_a_death_is_a_loss(ray_local, tmp_path):
         with pytest.raises(TypeError, match="missing"):
             ranks.call("take")
         ray_local.kill(ranks.actors[1])
-        with pytest.raises(PartLost, match="a rank died"):
+        with pytest.raises(PartLost, match="a worker died"):
             ranks.call("check")
 
 
