@@ -1,4 +1,4 @@
-"""What each field shapes: the same hashes as ever, and none for a field that does not say."""
+"""Tests of which hashes contain each field of a run file, by the table in `tests/hash_table.py`."""
 
 import importlib
 import inspect
@@ -15,28 +15,30 @@ from rmdd.runs import paths
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer")
-def test_a_field_moves_the_hashes_of_the_table_and_a_new_one_has_to_be_in_it(monkeypatch):
+def test_each_field_changes_the_hashes_listed_in_the_table_and_every_field_is_listed(monkeypatch):
     table = {field: moves.split() for moves, fields in MOVES.items() for field in fields.split()}
-    found = moved(monkeypatch)
-    assert found.keys() == table.keys(), "a new field goes into tests/hash_table.py: what does it shape?"
+    changed = moved(monkeypatch)
+    assert changed.keys() == table.keys(), "add a new field to tests/hash_table.py, with the hashes that it changes"
     wrong = {
-        field: names for field, names in found.items() if names != ([] if table[field] == ["nothing"] else table[field])
+        field: names
+        for field, names in changed.items()
+        if names != ([] if table[field] == ["nothing"] else table[field])
     }
     assert wrong == {}
 
 
-def test_a_field_of_options_or_of_a_listed_section_is_in_the_table_and_has_no_mark():
-    """A field without a mark enters every hash that its section enters."""
+def test_fields_of_method_options_are_in_the_table_and_have_no_hash_mark():
+    """A field without a mark is in every hash that contains its section."""
     for module in pkgutil.walk_packages(rmdd.__path__, "rmdd."):
         importlib.import_module(module.name)
-    found, marked = {}, []
+    fields_of, marked = {}, []
     for kind in derived(Section) - {type(section) for section in sections(RUN)}:
         declared = inspect.get_annotations(kind)
-        own = {name: field for name, field in kind.model_fields.items() if name in declared}
-        if own and kind.__module__.startswith("rmdd."):
-            found[f"{kind.__module__.rpartition('.')[2]}.{kind.__qualname__}"] = set(own)
-        marked += [f"{kind.__qualname__}.{name}" for name, field in own.items() if field.json_schema_extra]
-    assert found == {name: set(fields.split()) for name, fields in WITHIN.items()}, "it goes into tests/hash_table.py"
+        declared_fields = {name: field for name, field in kind.model_fields.items() if name in declared}
+        if declared_fields and kind.__module__.startswith("rmdd."):
+            fields_of[f"{kind.__module__.rpartition('.')[2]}.{kind.__qualname__}"] = set(declared_fields)
+        marked += [f"{kind.__qualname__}.{name}" for name, field in declared_fields.items() if field.json_schema_extra]
+    assert fields_of == {name: set(fields.split()) for name, fields in WITHIN.items()}, "update tests/hash_table.py"
     assert marked == []
 
 
@@ -68,7 +70,7 @@ WINDOWED = {"experts": {"shuffle": {"kind": "windowed"}}}
         ({}, {"data": {"table": {"file": "x.csv"}}}, {"run"}),
     ],
 )
-def test_what_changes_nothing_as_it_is_set_enters_no_hash(base, change, moves, monkeypatch):
+def test_a_field_that_has_no_effect_with_the_other_values_is_not_hashed(base, change, moves, monkeypatch):
     for name in ("image_identity", "encoder_identity"):
         monkeypatch.setattr(paths, name, lambda tower: "")
 

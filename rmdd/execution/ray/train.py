@@ -66,7 +66,7 @@ class WorkQueue:
 
     # -- for workers ---------------------------------------------------------------------------------------------
 
-    def enrol(self, generation: str, rank: int, where: dict[str, Any]) -> bool:
+    def register(self, generation: str, rank: int, where: dict[str, Any]) -> bool:
         """Register a started worker, and return whether it should stop.
 
         The first worker of a generation puts the unfinished items of the previous generation back into the queue.
@@ -224,7 +224,7 @@ def work(queue: Any, task: Task, items: Sequence[Any], size: int, threads: int, 
     rank, group = context.get_world_rank(), context.get_world_rank() // size
     generation = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"  # another port per generation
     where = this_process()
-    if ray.get(queue.enrol.remote(generation, rank, where)) or (group + 1) * size > context.get_world_size():
+    if ray.get(queue.register.remote(generation, rank, where)) or (group + 1) * size > context.get_world_size():
         return
     try:
         require_visible(folder)

@@ -20,7 +20,8 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture
 def side_by_side(ray_local, tmp_path):
-    """Builds an executor of two workers; its tasks travel by value, for workers cannot import a test."""
+    """Return a function that builds an executor of two workers. Tasks of this module are pickled by value,
+    because workers cannot import a test module."""
     ray_local.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     yield lambda **rule: ActorExecutor(
         Runtime(**{"workers": 2, **rule}), Resources(((8.0, 0.0),)), tmp_path / "events.jsonl"
@@ -42,24 +43,24 @@ def ignore(name, metrics):
 
 
 def square(item, hooks):
-    time.sleep(0.1 * (5 - item))  # the last is done first
+    time.sleep(0.1 * (5 - item))  # the last item is finished first
     hooks.report({"done": 1})
     return item * item, os.getpid()
 
 
 def fail_on_two(item, hooks):
     if item == 2:
-        raise ValueError("item two cannot be had; leave it out")
+        raise ValueError("item two is invalid; remove it")
     return item
 
 
 def die_until(item, hooks):
-    """Kill this process as often as the item says, counted by marker files."""
+    """Kill this process as often as the item says; marker files count the kills."""
     folder, deaths = item
     died = len(list(folder.glob("died-*")))
     if died < deaths:
         (folder / f"died-{died}").touch()
-        time.sleep(0.3)  # time enough to be seen alive
+        time.sleep(0.3)  # long enough for a heartbeat
         os.kill(os.getpid(), signal.SIGKILL)
     return f"after {died}"
 
@@ -81,7 +82,7 @@ def hang_once(item, hooks):
 
 
 def leave_once(item, hooks):
-    """As on a node that is to go: SIGTERM comes, the work is saved, and goes on elsewhere."""
+    """Stop once by SIGTERM, as on a node that is about to leave: the work is saved and resumes on another worker."""
     if (item / "saved").exists():
         return os.getpid()
     os.kill(os.getpid(), signal.SIGTERM)
@@ -105,7 +106,7 @@ def report_until_stopped(item, hooks):
 
 
 def meet(item, hooks):
-    """Ends when all the others are there."""
+    """Return when all items have started."""
     folder, number, others = item
     (folder / f"here-{number}").touch()
     while len(list(folder.glob("here-*"))) < others:
@@ -113,44 +114,46 @@ def meet(item, hooks):
     return os.getpid()
 
 
-def test_results_come_in_order_from_few_actors(side_by_side, tmp_path):
+def test_results_are_in_the_order_of_the_items(side_by_side, tmp_path):
     executor, items = side_by_side(), list(range(6))
     assert isinstance(executor, Executor)
     results = executor.map(square, items, names_of(items), ignore)
     assert [value for value, _ in results] == [0, 1, 4, 9, 16, 25]
-    assert len({pid for _, pid in results}) == 2, "actors are used again"
+    assert len({pid for _, pid in results}) == 2, "two actors run all items"
     for name in names_of(items):
         assert [line["event"] for line in events(tmp_path, name)] == ["started", "finished"]
     assert {line["pid"] for line in events(tmp_path) if line["event"] == "started"} == {pid for _, pid in results}
 
 
-def test_more_workers_than_the_cluster_has_room_for_come_later(side_by_side):
+def test_more_workers_than_fit_on_the_cluster_start_later(side_by_side):
     items = list(range(5))
     results = side_by_side(workers=3, threads=2).map(square, items, names_of(items), ignore)
     assert [value for value, _ in results] == [0, 1, 4, 9, 16]
 
 
-def test_no_items_are_no_work(side_by_side, tmp_path):
+def test_an_empty_list_of_items_starts_no_actor(side_by_side, tmp_path):
     assert side_by_side().map(square, [], [], ignore) == []
     assert not (tmp_path / "events.jsonl").exists()
 
 
-def test_a_tasks_own_error_surfaces_as_it_was_raised_and_says_where(side_by_side, tmp_path):
+def test_the_error_of_a_task_is_raised_unchanged_and_with_a_note_of_its_node(side_by_side, tmp_path):
     items = list(range(4))
     with pytest.raises(ValueError) as caught:
         side_by_side().map(fail_on_two, items, names_of(items), ignore)
-    assert type(caught.value) is ValueError and caught.value.args == ("item two cannot be had; leave it out",)
-    assert [line["event"] for line in events(tmp_path, "item 2")] == ["started", "failed"], "it is not tried again"
-    assert events(tmp_path, "item 2")[-1]["error"] == "item two cannot be had; leave it out"
+    assert type(caught.value) is ValueError and caught.value.args == ("item two is invalid; remove it",)
+    assert [line["event"] for line in events(tmp_path, "item 2")] == ["started", "failed"], (
+        "the item is not tried again"
+    )
+    assert events(tmp_path, "item 2")[-1]["error"] == "item two is invalid; remove it"
     where = events(tmp_path, "item 2")[0]
     (note,) = caught.value.__notes__
     assert note == f"item 2 failed on node {where['node'][:8]} ({where['host']}), pid {where['pid']}"
 
 
-def test_a_killed_worker_is_replaced_and_its_item_begun_again(side_by_side, tmp_path):
-    for name in ("whole", "mortal"):
+def test_a_killed_worker_is_replaced_and_its_item_starts_again(side_by_side, tmp_path):
+    for name in ("healthy", "mortal"):
         (tmp_path / name).mkdir()
-    items = [(tmp_path / "whole", 0), (tmp_path / "mortal", 1)]
+    items = [(tmp_path / "healthy", 0), (tmp_path / "mortal", 1)]
     assert side_by_side().map(die_until, items, names_of(items), ignore) == ["after 0", "after 1"]
     lines = events(tmp_path, "item 1")
     assert [line["event"] for line in lines] == ["started", "died", "started", "finished"]
@@ -167,25 +170,25 @@ def test_a_worker_that_keeps_dying_is_given_up(side_by_side, tmp_path):
     assert len(list(tmp_path.glob("died-*"))) == 2
 
 
-def test_a_spared_one_that_keeps_dying_stops_no_other(side_by_side, tmp_path):
-    for name in ("mortal", "whole"):
+def test_under_return_failures_an_item_whose_workers_keep_dying_does_not_stop_the_others(side_by_side, tmp_path):
+    for name in ("mortal", "healthy"):
         (tmp_path / name).mkdir()
-    items = [(tmp_path / "mortal", 9), (tmp_path / "whole", 0)]
-    lost, kept = side_by_side(max_restarts=1).map(ReturnFailures(die_until), items, names_of(items), ignore)
-    assert kept == "after 0"
-    assert lost.reason.startswith("the worker of item 0 died 2 times") and not lost.again and lost.host != "?"
+    items = [(tmp_path / "mortal", 9), (tmp_path / "healthy", 0)]
+    failed, finished = side_by_side(max_restarts=1).map(ReturnFailures(die_until), items, names_of(items), ignore)
+    assert finished == "after 0"
+    assert failed.reason.startswith("the worker of item 0 died 2 times") and not failed.again and failed.host != "?"
 
 
 def test_an_interrupt_lets_every_worker_save(side_by_side, tmp_path):
     items = [tmp_path / "a", tmp_path / "b"]
     for item in items:
         item.mkdir()
-    seen = set()
+    reported = set()
 
     def interrupt(name, metrics):
         assert metrics == {"done": 1}
-        seen.add(name)
-        if len(seen) == 2:
+        reported.add(name)
+        if len(reported) == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(Interrupted):
@@ -194,22 +197,22 @@ def test_an_interrupt_lets_every_worker_save(side_by_side, tmp_path):
 
 
 def test_a_worker_that_hangs_is_killed_and_started_again(side_by_side, tmp_path):
-    told = []
+    messages = []
     executor = side_by_side(stall_limit=0.2)
-    executor.say = told.append
+    executor.say = messages.append
     assert executor.map(hang_once, [tmp_path], ["item 0"], ignore) == ["done"]
     assert [line["event"] for line in events(tmp_path)] == ["started", "hung", "started", "finished"]
     assert events(tmp_path)[1]["why"].startswith("no progress for 0.2 minutes")
-    assert told[0].startswith("item 0: hung on node ") and told[1].startswith("item 0: continues on node ")
+    assert messages[0].startswith("item 0: hung on node ") and messages[1].startswith("item 0: continues on node ")
 
 
-def test_a_worker_that_is_told_to_go_saves_and_another_goes_on(side_by_side, tmp_path):
+def test_a_worker_that_gets_sigterm_saves_and_another_worker_resumes(side_by_side, tmp_path):
     (pid,) = side_by_side(max_restarts=0).map(leave_once, [tmp_path], ["item 0"], ignore)
     assert pid != int((tmp_path / "saved").read_text())
     assert [line["event"] for line in events(tmp_path)] == ["started", "moved", "started", "finished"]
 
 
-def test_a_worker_on_a_node_that_is_drained_saves_and_another_goes_on(side_by_side, ray_local, tmp_path, monkeypatch):
+def test_a_worker_on_a_drained_node_saves_and_another_worker_resumes(side_by_side, ray_local, tmp_path, monkeypatch):
     assert actors.draining() == set()
     here, saved = ray_local.nodes()[0]["NodeID"], tmp_path / "saved"
     monkeypatch.setattr(actors, "draining", lambda: set() if saved.exists() else {here})
@@ -224,7 +227,7 @@ def test_fractions_of_a_cpu_fit_side_by_side(side_by_side, tmp_path):
     assert len(set(pids)) == 5, "five on four CPUs"
 
 
-def test_the_end_of_one_piece_is_told_to_it_alone(side_by_side):
+def test_a_result_or_error_is_passed_only_to_its_own_piece(side_by_side):
     ended = {}
 
     def piece(number):
@@ -234,29 +237,29 @@ def test_the_end_of_one_piece_is_told_to_it_alone(side_by_side):
         return Piece(fail_on_two, number, f"item {number}", lambda metrics: None, settle)
 
     side_by_side().serve(all_at_once([piece(n) for n in range(4)]))
-    assert ended == {0: 0, 1: 1, 2: "item two cannot be had; leave it out", 3: 3}
+    assert ended == {0: 0, 1: 1, 2: "item two is invalid; remove it", 3: 3}
 
 
-def test_actors_wait_for_the_next_items_inside_a_with(side_by_side):
+def test_actors_are_kept_for_the_next_items_inside_a_with_block(side_by_side):
     with side_by_side() as executor:
         first, second = (executor.map(square, [3, 4], ["a", "b"], ignore) for _ in range(2))
         assert {pid for _, pid in first} == {pid for _, pid in second}
     assert executor.idle == []
 
 
-def test_reports_are_metrics_of_the_dashboard(side_by_side, ray_local, tmp_path):
+def test_reports_are_shown_as_metrics_of_the_ray_dashboard(side_by_side, ray_local, tmp_path):
     node = ray_local.nodes()[0]
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    found = {}
+    gauges = {}
 
     def look(name, metrics):
         page = urllib.request.urlopen(address, timeout=5).read().decode()
         for line in page.splitlines():
             if match := re.match(r'ray_rmdd_(\w+){.*item="item 0".*} (\S+)', line):
-                found[match[1]] = float(match[2])
-        if "done_per_second" in found:
+                gauges[match[1]] = float(match[2])
+        if "done_per_second" in gauges:
             (tmp_path / "stop").touch()
 
     side_by_side().map(report_until_stopped, [tmp_path], ["item 0"], look)
-    assert found["pairs_per_second"] == 12.5 and found["done"] > 1
-    assert found["done_per_second"] > 0 and found["peak_memory_bytes"] > 2**20
+    assert gauges["pairs_per_second"] == 12.5 and gauges["done"] > 1
+    assert gauges["done_per_second"] > 0 and gauges["peak_memory_bytes"] > 2**20

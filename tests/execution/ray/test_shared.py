@@ -1,4 +1,4 @@
-"""More than one node needs a storage that all of them see."""
+"""Tests that a storage in a folder is checked to be visible on all nodes of a cluster."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from rmdd.execution.ray.cluster import ENVIRONMENT, connected
 os.environ.update(ENVIRONMENT)
 here, elsewhere, shared = map(Path, sys.argv[1:])
 node = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
-local = "/proc/self/cwd/runs"  # a path that means another folder on the other node, as a local disk does
+local = "/proc/self/cwd/runs"  # another folder on each node, like a local disk
 events = Path(local, "one/events.jsonl")
 os.chdir(here)
 cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False}))
@@ -38,18 +38,18 @@ def until_it_is_lost(log, hooks):
     return ray.get_runtime_context().get_node_id()
 
 try:
-    with connected(rule) as found:
+    with connected(rule) as resources:
         first = ray.get_runtime_context().get_node_id()
         os.chdir(elsewhere)
         other = patiently(lambda: cluster.add_node(**node))
         os.chdir(here)
         cluster.wait_for_nodes()
-        told, log = [], here / "runs/one/events.jsonl"
-        executor = ActorExecutor(rule, found, events, told.append)
+        messages, log = [], here / "runs/one/events.jsonl"
+        executor = ActorExecutor(rule, resources, events, messages.append)
         done = executor.map(until_it_is_lost, [log] * 3, list("abc"), lambda *report: None)
-        print("LATE", json.dumps([set(done) == {first}, executor.resources.nodes, told[0]]))
-    with connected(Runtime(storage=str(shared), address=cluster.address)) as found:
-        print("SHARED", json.dumps([found.nodes, os.listdir(shared)]))
+        print("LATE", json.dumps([set(done) == {first}, executor.resources.nodes, messages[0]]))
+    with connected(Runtime(storage=str(shared), address=cluster.address)) as resources:
+        print("SHARED", json.dumps([resources.nodes, os.listdir(shared)]))
     before = os.listdir("runs")
     try:
         with connected(rule):
@@ -64,7 +64,7 @@ finally:
 
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory):
-    """What a process prints whose cluster gets a second node, one that does not see a local disk."""
+    """Return what a process prints; its cluster gets a second node, which does not see the folder of the storage."""
     folders = [tmp_path_factory.mktemp(name) for name in ("here", "elsewhere", "shared")]
     done = subprocess.run(
         [sys.executable, "-c", CODE, *map(str, folders)],
@@ -78,14 +78,14 @@ def printed(tmp_path_factory):
 
 
 @pytest.mark.ray
-def test_a_node_that_joins_later_and_does_not_see_the_storage_is_given_nothing(printed):
-    on_the_first, nodes, told = printed["LATE"]
+def test_a_node_that_joins_later_and_does_not_see_the_storage_gets_no_work(printed):
+    on_the_first, nodes, message = printed["LATE"]
     assert on_the_first and nodes == 1
-    assert re.search(r"lost on node .* does not see /proc/self/cwd/runs/one; mount one shared folder", told)
+    assert re.search(r"lost on node .* does not see /proc/self/cwd/runs/one; mount one shared folder", message)
 
 
 @pytest.mark.ray
-def test_nodes_that_do_not_see_the_storage_are_named_before_anything_starts(printed):
+def test_nodes_that_do_not_see_the_storage_are_named_before_any_work_starts(printed):
     assert printed["SHARED"] == [2, []]
     refused, other, untouched = printed["REFUSED"]
     assert untouched and re.search(
@@ -96,17 +96,17 @@ def test_nodes_that_do_not_see_the_storage_are_named_before_anything_starts(prin
 
 
 @pytest.mark.ray
-def test_one_node_sees_its_own_folder(ray_local, tmp_path):
+def test_a_single_node_sees_the_folder_and_no_file_is_left(ray_local, tmp_path):
     require_shared(tmp_path / "runs")
     assert list((tmp_path / "runs").iterdir()) == []
 
 
 @pytest.mark.ray
-def test_a_folder_that_is_given_as_a_uri_is_asked_for_too(ray_local, monkeypatch):
-    asked = []
+def test_a_folder_given_as_a_file_uri_is_checked_too(ray_local, monkeypatch):
+    checked = []
     monkeypatch.setattr(cluster, "resources_now", lambda grows=False: cluster.Resources(((1.0, 0.0), (1.0, 0.0))))
-    monkeypatch.setattr(cluster, "require_shared", asked.append)
+    monkeypatch.setattr(cluster, "require_shared", checked.append)
     for storage in ("file:///shared/runs", "s3://bucket/runs"):
         with cluster.connected(Runtime(storage=storage)):
             pass
-    assert asked == [Path("/shared/runs")]
+    assert checked == [Path("/shared/runs")]

@@ -1,4 +1,4 @@
-"""Fleets of experts on a real local Ray: each test is one or two runs of Ray Train."""
+"""Tests of training experts in one run of Ray Train, on a real local Ray, and of its work queue."""
 
 import copy
 import functools
@@ -38,7 +38,8 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture
 def fleet(ray_local, tmp_path, monkeypatch):
-    """Builds a fleet on four CPUs; tasks of this module travel by value, for workers cannot import a test."""
+    """Return a function that builds an `ExpertPool` on four CPUs. Tasks of this module are pickled by value,
+    because workers cannot import a test module."""
     for name, value in ENVIRONMENT.items():
         if name.startswith(("RAY_TRAIN", "RAY_CHDIR")):
             monkeypatch.setenv(name, value)
@@ -61,14 +62,14 @@ def events(path, *kinds):
 def run_of(folder, num, **experts):
     raw = copy.deepcopy(TINY)
     raw["experts"] |= {"num": num, "epochs": 4, **experts}
-    raw["model"]["dropout"] = 0.0  # whose masks the ranks of a worker group draw for themselves
+    raw["model"]["dropout"] = 0.0  # the ranks of a worker group draw different dropout masks
     raw["runtime"] = {"storage": str(folder), "track": "none"}
     return config.load(raw)
 
 
 def trained(run, executor=None, stream=None):
-    """The store that a run's experts go to, trained by the executor, or one after another in this process."""
-    if executor is not None:  # `train` asks for it however few workers share an expert
+    """Train the experts of a run with `executor`, or without one sequentially, and return their store."""
+    if executor is not None:  # always use Ray Train
         run = run.model_copy(update={"runtime": run.runtime.model_copy(update={"fleet": "train"})})
     pool = None if executor is None else lambda store, size: executor
     backend = Backend(SequentialExecutor(), expert_pool=pool, pictures=stream)
@@ -126,12 +127,14 @@ class HeldUp(Mapper):
         return struck
 
 
-def test_a_fleet_with_a_killed_worker_trains_the_bits_of_one_process_and_later_only_what_is_new(fleet, tmp_path):
+def test_after_the_kill_of_a_worker_experts_equal_those_of_one_process_and_later_runs_train_only_new_ones(
+    fleet, tmp_path
+):
     alone = files(trained(run_of(tmp_path / "alone", 4)))
     log = tmp_path / "events.jsonl"
-    held = HeldUp(fleet(), 1, tmp_path / "mark")
-    killed = held.kill(tmp_path / "fleet")
-    store = trained(run_of(tmp_path / "fleet", 3), held)
+    held_up = HeldUp(fleet(), 1, tmp_path / "mark")
+    killed = held_up.kill(tmp_path / "fleet")
+    store = trained(run_of(tmp_path / "fleet", 3), held_up)
     assert [(e["item"], e["pid"]) for e in events(log, "died")] == [("expert 1", *killed)]
     assert sorted(e["item"] for e in events(log, "finished")) == ["expert 0", "expert 1", "expert 2"]
     assert {k: v for k, v in alone.items() if "expert-003" not in str(k)} == files(store)
@@ -146,25 +149,25 @@ def test_a_fleet_with_a_killed_worker_trains_the_bits_of_one_process_and_later_o
 
 
 def flaky(item, hooks):
-    """Fails for good on item 1; on item 2 until the second try; reports otherwise."""
+    """Fail always on item 1, and once on item 2; otherwise report progress and return the number of the item."""
     place, folder = item
     if place == 1:
-        raise ValueError("item one cannot be had")
+        raise ValueError("item one fails always")
     if place == 2 and not (folder / "tried").exists():
         (folder / "tried").touch()
-        raise RuntimeError("out of memory for once")
+        raise RuntimeError("out of memory once")
     hooks.report({"done": 1})
     return place
 
 
 def test_an_item_that_fails_is_tried_again_and_does_not_stop_the_others(fleet, tmp_path):
-    executor, seen = fleet(), {}
+    executor, reports = fleet(), {}
     assert isinstance(executor, Mapper)
     names = [f"item {i}" for i in range(5)]
-    results = executor.map(ReturnFailures(flaky), [(i, tmp_path) for i in range(5)], names, seen.__setitem__)
+    results = executor.map(ReturnFailures(flaky), [(i, tmp_path) for i in range(5)], names, reports.__setitem__)
     assert [r for r in results if not isinstance(r, Failed)] == [0, 2, 3, 4]
-    assert results[1].reason == "ValueError: item one cannot be had" and not results[1].again
-    assert seen == {n: {"done": 1} for n in names if n != "item 1"}
+    assert results[1].reason == "ValueError: item one fails always" and not results[1].again
+    assert reports == {n: {"done": 1} for n in names if n != "item 1"}
     log = tmp_path / "events.jsonl"
     by_item = {n: [e["event"] for e in events(log) if e["item"] == n] for n in names}
     assert by_item["item 1"] == ["started", "failed"]
@@ -184,24 +187,24 @@ def test_an_interrupt_lets_every_worker_save(fleet, tmp_path):
     items = [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
     for item in items:
         item.mkdir()
-    seen = set()
+    reports = set()
 
     def interrupt(name, metrics):
-        seen.add(name)
-        if len(seen) == 2:
+        reports.add(name)
+        if len(reports) == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(Interrupted):
         fleet().map(wait_to_be_stopped, items, ["a", "b", "c"], interrupt)
-    assert [(item / "saved").exists() for item in items] == [True, True, False], "no new item is begun"
+    assert [(item / "saved").exists() for item in items] == [True, True, False], "no new item starts"
 
 
-def test_a_worker_group_with_a_killed_member_trains_the_bits_of_an_unbroken_one_item_after_item(fleet, tmp_path):
+def test_a_worker_group_with_a_killed_member_trains_the_same_experts_as_an_uninterrupted_one(fleet, tmp_path):
     one, unbroken = (trained(run_of(tmp_path / f"{n}", 2, keep="all", worker_group={"workers": n})) for n in (1, 2))
     log = tmp_path / "events.jsonl"
-    held = HeldUp(fleet(size=2), 0, tmp_path / "mark", late=0.5)
-    killed = held.kill(tmp_path / "group")
-    store = trained(run_of(tmp_path / "group", 2, keep="all", worker_group={"workers": 2}), held)
+    held_up = HeldUp(fleet(size=2), 0, tmp_path / "mark", late=0.5)
+    killed = held_up.kill(tmp_path / "group")
+    store = trained(run_of(tmp_path / "group", 2, keep="all", worker_group={"workers": 2}), held_up)
     assert killed and files(store) == files(unbroken)
     (ended,) = [e["event"] for e in events(log, "died", "failed")]
     expected = [("started", "expert 0"), (ended, "expert 0")]
@@ -213,12 +216,12 @@ def test_a_worker_group_with_a_killed_member_trains_the_bits_of_an_unbroken_one_
         torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-5)
 
 
-def test_a_worker_group_that_does_not_fit_is_refused(fleet):
+def test_a_worker_group_that_does_not_fit_on_the_cluster_is_an_error(fleet):
     with pytest.raises(ValueError, match=r"needs 5 workers at the same time, but the cluster has room for 4"):
         fleet(size=5).map(flaky, [(0, None)], ["item"], lambda name, metrics: None)
 
 
-def test_more_workers_to_start_with_than_fit_are_refused(fleet):
+def test_more_minimum_workers_than_fit_on_the_cluster_are_an_error(fleet):
     """Two nodes of three CPUs have room for one worker of two threads each, not for three."""
     executor = fleet(size=3, nodes=((3.0, 0.0), (3.0, 0.0)), threads=2)
     with pytest.raises(ValueError, match=r"worker_group.workers needs 3 .* room for 2 with 0 GPU\(s\) and 2 CPU\(s\)"):
@@ -227,20 +230,20 @@ def test_more_workers_to_start_with_than_fit_are_refused(fleet):
         fleet(workers=8, min_workers=8).map(flaky, [(0, None)] * 9, list("abcdefghi"), lambda name, metrics: None)
 
 
-def test_it_is_said_when_no_worker_comes_up(fleet, monkeypatch):
+def test_a_message_is_printed_while_no_worker_is_running(fleet, monkeypatch):
     monkeypatch.setattr(train, "PATIENCE_SECONDS", 0.1)
-    monkeypatch.setattr(ExpertPool, "_fit", lambda self, *given: time.sleep(2))
-    executor, told = fleet(), []
-    executor.say = told.append
+    monkeypatch.setattr(ExpertPool, "_fit", lambda self, *arguments: time.sleep(2))
+    executor, messages = fleet(), []
+    executor.say = messages.append
     executor.map(flaky, [(0, None)] * 3, list("abc"), lambda name, metrics: None)
-    assert told[0].startswith(
+    assert messages[0].startswith(
         "experts: no worker is running; Ray Train waits for room for 2 worker(s) with {'CPU': 1.0}"
     )
 
 
-def test_a_list_that_is_lost_ends_with_an_error_that_can_be_resumed(fleet, monkeypatch):
-    def lose(self, roster, *given):
-        ray.kill(roster)
+def test_the_loss_of_the_work_queue_is_an_error_that_says_that_finished_work_is_kept(fleet, monkeypatch):
+    def lose(self, queue, *arguments):
+        ray.kill(queue)
         time.sleep(2)
 
     monkeypatch.setattr(ExpertPool, "_fit", lose)
@@ -249,27 +252,27 @@ def test_a_list_that_is_lost_ends_with_an_error_that_can_be_resumed(fleet, monke
         fleet().map(flaky, [(0, None)], ["item"], lambda name, metrics: None)
 
 
-def test_a_worker_that_does_not_see_the_storage_takes_nothing(fleet, tmp_path, monkeypatch):
+def test_a_worker_that_does_not_see_the_storage_starts_no_item(fleet, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "folder_to_check", lambda runtime, events: tmp_path / "elsewhere")
     with pytest.raises(RuntimeError, match=r"^node .* does not see .*elsewhere; .* finished epochs are kept"):
         fleet().map(ReturnFailures(flaky), [(0, tmp_path)] * 2, ["a", "b"], lambda name, metrics: None)
     assert events(tmp_path / "events.jsonl") == []
 
 
-def test_a_member_of_a_worker_group_that_does_not_see_the_storage_ends_the_others(ray_local, tmp_path, monkeypatch):
+def test_a_member_of_a_worker_group_that_does_not_see_the_storage_stops_the_others(ray_local, tmp_path, monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "here")
     monkeypatch.setenv("MASTER_PORT", "1")
     member = SimpleNamespace(get_world_rank=lambda: 1, get_world_size=lambda: 2)
     monkeypatch.setattr(ray.train, "get_context", lambda: member)
-    kept = ray_local.remote(WorkQueue).options(num_cpus=0).remote(["expert 0"], 2, 0)
+    queue = ray_local.remote(WorkQueue).options(num_cpus=0).remote(["expert 0"], 2, 0)
     with pytest.raises(StorageNotVisible):
-        train.work(kept, flaky, [(0, tmp_path)], 2, 1, tmp_path / "elsewhere")
-    _, refusal = ray_local.get(kept.outcome.remote())
-    assert "does not see" in refusal and ray_local.get(kept.take.remote("here:1", 0, 0)) == [None]
-    ray_local.kill(kept)
+        train.work(queue, flaky, [(0, tmp_path)], 2, 1, tmp_path / "elsewhere")
+    _, refusal = ray_local.get(queue.outcome.remote())
+    assert "does not see" in refusal and ray_local.get(queue.take.remote("here:1", 0, 0)) == [None]
+    ray_local.kill(queue)
 
 
-def test_ray_data_feeds_the_bits_of_the_cache(ray_local, tmp_path):
+def test_images_streamed_by_ray_data_train_the_same_expert_as_cached_images(ray_local, tmp_path):
     cached = trained(run_of(tmp_path / "cache", 1, epochs=3, keep="all"))
     run = run_of(tmp_path / "stream", 1, epochs=3, keep="all")
     run = run.model_copy(update={"runtime": run.runtime.model_copy(update={"cache_gb": 0.0})})
@@ -282,93 +285,93 @@ def test_ray_data_feeds_the_bits_of_the_cache(ray_local, tmp_path):
     assert files(trained(run, stream=stream)) == files(cached) and len(used) == 3
 
 
-# -- the list itself -------------------------------------------------------------------------------------------------
+# -- the work queue without Ray --------------------------------------------------------------------------------------
 
 
-def roster(items=3, size=1, tries=1):
-    made = WorkQueue([f"expert {i}" for i in range(items)], size, tries)
+def new_queue(items=3, size=1, tries=1):
+    queue = WorkQueue([f"expert {i}" for i in range(items)], size, tries)
     for rank in range(2 * size):
-        made.enrol("first", rank, {"pid": rank, "host": f"node-{rank}"})
-    return made
+        queue.register("first", rank, {"pid": rank, "host": f"node-{rank}"})
+    return queue
 
 
-def test_a_death_is_charged_to_its_own_item_alone():
-    made = roster()
-    assert [made.take("first", group, 0) for group in (0, 1)] == [[0], [1]]
-    made.lost({1: "killed"})
+def test_the_death_of_a_worker_counts_only_against_its_own_item():
+    queue = new_queue()
+    assert [queue.take("first", group, 0) for group in (0, 1)] == [[0], [1]]
+    queue.lost({1: "killed"})
     for rank in (0, 1):
-        made.enrol("second", rank, {"pid": 10 + rank, "host": "node"})
-    assert made.faults == [0, 1, 0]
-    assert [made.take("second", group, 0) for group in (0, 1)] == [[0], [2]], "what was at work comes first"
-    made.settle("second", 0, 0, True)
-    assert made.take("second", 0, 1) == [1]
-    made.lost({0: "killed"})
-    made.settle("second", 1, 0, True)
-    assert made.results == {0: True, 1: Failed("its worker died (killed), 2 times", "node", False), 2: True}
-    kinds = [(e["event"], e["item"]) for e in made.news()[0]]
-    assert kinds.count(("died", "expert 1")) == 2 and made.news()[:2] == ([], {})
+        queue.register("second", rank, {"pid": 10 + rank, "host": "node"})
+    assert queue.faults == [0, 1, 0]
+    assert [queue.take("second", group, 0) for group in (0, 1)] == [[0], [2]], "unfinished items come first"
+    queue.settle("second", 0, 0, True)
+    assert queue.take("second", 0, 1) == [1]
+    queue.lost({0: "killed"})
+    queue.settle("second", 1, 0, True)
+    assert queue.results == {0: True, 1: Failed("its worker died (killed), 2 times", "node", False), 2: True}
+    kinds = [(e["event"], e["item"]) for e in queue.news()[0]]
+    assert kinds.count(("died", "expert 1")) == 2 and queue.news()[:2] == ([], {})
 
 
-def test_an_item_whose_node_went_is_not_charged():
-    made = roster(size=2)
-    made.take("first", 0, 0)
-    made.lost({0: None, 1: "the node has died"}, away={1})
-    made.enrol("second", 0, {"pid": 9, "host": "node"})
-    assert made.faults == [0, 0, 0] and made.take("second", 0, 0) == [0]
-    assert [e["event"] for e in made.news()[0]] == ["started", "lost", "started"]
+def test_the_loss_of_a_node_does_not_count_against_its_item():
+    queue = new_queue(size=2)
+    queue.take("first", 0, 0)
+    queue.lost({0: None, 1: "the node has died"}, away={1})
+    queue.register("second", 0, {"pid": 9, "host": "node"})
+    assert queue.faults == [0, 0, 0] and queue.take("second", 0, 0) == [0]
+    assert [e["event"] for e in queue.news()[0]] == ["started", "lost", "started"]
 
 
 @pytest.mark.parametrize(("node", "faults"), [("here", 1), ("gone", 0)])
-def test_a_death_is_told_from_the_loss_of_a_node(node, faults, ray_local):
+def test_the_death_of_a_worker_is_distinguished_from_the_loss_of_its_node(node, faults, ray_local):
     here = ray_local.get_runtime_context().get_node_id()
-    kept = ray_local.remote(WorkQueue).options(num_cpus=0).remote(["expert 0"], 1, 0)
-    kept.enrol.remote("first", 0, {"pid": 1, "host": "a", "node": here if node == "here" else "0" * 56})
-    kept.take.remote("first", 0, 0)
-    WorkerDeaths(kept).after_exception(None, {0: WorkerHealthCheckFailedError("it is gone", RuntimeError("killed"))})
-    results, _ = ray_local.get(kept.outcome.remote())
+    queue = ray_local.remote(WorkQueue).options(num_cpus=0).remote(["expert 0"], 1, 0)
+    queue.register.remote("first", 0, {"pid": 1, "host": "a", "node": here if node == "here" else "0" * 56})
+    queue.take.remote("first", 0, 0)
+    WorkerDeaths(queue).after_exception(None, {0: WorkerHealthCheckFailedError("it is gone", RuntimeError("killed"))})
+    results, _ = ray_local.get(queue.outcome.remote())
     assert len(results) == faults
-    assert ray_local.get(kept.take.remote("first", 0, 1)) == ([None] if faults else [0])
-    ray_local.kill(kept)
+    assert ray_local.get(queue.take.remote("first", 0, 1)) == ([None] if faults else [0])
+    ray_local.kill(queue)
 
 
-def test_members_of_a_worker_group_take_the_item_that_its_leader_drew():
-    made = roster(items=2, size=2)
-    assert made.take("first", 0, 0, leads=False) == []
-    assert [made.take("first", group, 0, leads) for leads in (True, False) for group in (0, 1)] == [[0], [1], [0], [1]]
-    assert made.take("first", 0, 1, leads=False) == [], "its leader still writes"
-    made.settle("first", 0, 0, True)
-    assert made.results == {0: True}
-    assert made.take("first", 0, 1) == [None] == made.take("first", 0, 1, leads=False)
-    made.explain(1, Failed("RuntimeError: connection closed", "a", True))
-    made.explain(1, Failed("ValueError: diverged", "b", False))
-    made.lost({2: None, 3: None})
-    assert made.results[1].reason == "ValueError: diverged"
+def test_all_members_of_a_worker_group_get_the_item_that_its_leader_drew():
+    queue = new_queue(items=2, size=2)
+    assert queue.take("first", 0, 0, leads=False) == []
+    assert [queue.take("first", group, 0, leads) for leads in (True, False) for group in (0, 1)] == [[0], [1], [0], [1]]
+    assert queue.take("first", 0, 1, leads=False) == [], "its leader has not settled the previous item"
+    queue.settle("first", 0, 0, True)
+    assert queue.results == {0: True}
+    assert queue.take("first", 0, 1) == [None] == queue.take("first", 0, 1, leads=False)
+    queue.explain(1, Failed("RuntimeError: connection closed", "a", True))
+    queue.explain(1, Failed("ValueError: diverged", "b", False))
+    queue.lost({2: None, 3: None})
+    assert queue.results[1].reason == "ValueError: diverged"
 
 
-def test_a_smaller_group_takes_over_what_a_larger_one_left():
-    made = roster(items=2)
-    assert [made.take("first", group, 0) for group in (0, 1)] == [[0], [1]]
-    made.enrol("second", 0, {"pid": 9, "host": "node"})
-    assert [made.take("second", 0, turn) for turn in (0, 1)] == [[0], [1]] and made.faults == [0, 0]
+def test_fewer_workers_of_a_new_generation_take_over_all_unfinished_items():
+    queue = new_queue(items=2)
+    assert [queue.take("first", group, 0) for group in (0, 1)] == [[0], [1]]
+    queue.register("second", 0, {"pid": 9, "host": "node"})
+    assert [queue.take("second", 0, turn) for turn in (0, 1)] == [[0], [1]] and queue.faults == [0, 0]
 
 
-def test_a_worker_of_a_group_that_has_ended_is_not_heard():
-    made = roster(items=2)
-    assert made.take("first", 0, 0) == [0]
-    made.enrol("second", 0, {"pid": 9, "host": "node"})
-    assert made.take("second", 0, 0) == [0] and made.take("first", 0, 1) == [None]
-    made.settle("first", 0, 0, True)
-    assert made.results == {}
+def test_calls_of_a_worker_of_an_earlier_generation_are_ignored():
+    queue = new_queue(items=2)
+    assert queue.take("first", 0, 0) == [0]
+    queue.register("second", 0, {"pid": 9, "host": "node"})
+    assert queue.take("second", 0, 0) == [0] and queue.take("first", 0, 1) == [None]
+    queue.settle("first", 0, 0, True)
+    assert queue.results == {}
     for _ in range(2):
-        made.settle("second", 0, 0, True)
-    assert made.results == {0: True} and made.take("second", 0, 1) == [1]
-    made.settle("second", 0, 0, True)
-    assert made.results == {0: True} and made.running == {0: 1}
+        queue.settle("second", 0, 0, True)
+    assert queue.results == {0: True} and queue.take("second", 0, 1) == [1]
+    queue.settle("second", 0, 0, True)
+    assert queue.results == {0: True} and queue.running == {0: 1}
 
 
-def test_a_stopped_list_gives_out_nothing():
-    made = roster()
-    assert made.take("first", 0, 0) == [0] and not made.beat(0, {"done": 3})
-    made.stop()
-    assert made.beat(0, None) and made.take("first", 1, 0) == [None]
-    assert made.news()[1] == {"expert 0": {"done": 3}}
+def test_a_stopped_queue_gives_out_no_item():
+    queue = new_queue()
+    assert queue.take("first", 0, 0) == [0] and not queue.beat(0, {"done": 3})
+    queue.stop()
+    assert queue.beat(0, None) and queue.take("first", 1, 0) == [None]
+    assert queue.news()[1] == {"expert 0": {"done": 3}}

@@ -1,4 +1,4 @@
-"""Ray Tune runs the trials of a search: with the numbers of one without Ray, and through deaths of workers."""
+"""Tests that Ray Tune runs the trials of a search with the same results as without Ray, also when workers die."""
 
 import os
 import signal
@@ -27,13 +27,13 @@ def _environment(monkeypatch):
         monkeypatch.setenv(name, value)
 
 
-def test_ray_changes_no_number_and_leaves_nothing_behind(ray_local, tmp_path):
+def test_a_search_has_the_same_results_with_ray_and_tune_leaves_no_files(ray_local, tmp_path):
     raw = searched(tmp_path / "on", {"distill.lr_image": LR, **BOTH}, trials=5, pruner="asha", concurrency=1)
     raw["runtime"]["ray"] = "on"
     on = rmdd.search(raw, progress=QUIET)
     raw["runtime"] |= {"ray": "off", "storage": str(tmp_path / "off")}
     off = rmdd.search(raw, progress=QUIET)
-    rows = [[{key: row[key] for key in KEEP} for row in found.table.rows] for found in (on, off)]
+    rows = [[{key: row[key] for key in KEEP} for row in result.table.rows] for result in (on, off)]
     assert rows[0] == rows[1] and len(rows[0]) == 5 and on.failures == {}
     sets = [{p.parts[-3:]: p.read_bytes() for p in (tmp_path / n).glob("phases/*/*/set-*")} for n in ("on", "off")]
     assert sets[0] == sets[1]
@@ -42,34 +42,34 @@ def test_ray_changes_no_number_and_leaves_nothing_behind(ray_local, tmp_path):
 
 
 class Numbers:
-    """A source of trials over whole numbers, which keeps what it was told."""
+    """A source of trials, one per number in a list, which records the results that it gets."""
 
     def __init__(self, numbers, stop_below=0):
-        self.left, self.stop_below = list(numbers), stop_below
-        self.heard, self.open, self.most, self.lost = [], set(), 0, {}
+        self.remaining, self.stop_below = list(numbers), stop_below
+        self.results, self.open, self.most, self.failures = [], set(), 0, {}
 
     def ask(self):
-        if not self.left:
+        if not self.remaining:
             return None
-        number = self.left.pop(0)
+        number = self.remaining.pop(0)
         self.open.add(f"n{number}")
         self.most = max(self.most, len(self.open))
         return f"n{number}", number
 
     def tell(self, name, rung):
-        self.heard.append((name, rung["step"]))
-        goes_on = not rung["done"] and rung["val"] >= self.stop_below
-        if not goes_on:
+        self.results.append((name, rung["step"]))
+        continues = not rung["done"] and rung["val"] >= self.stop_below
+        if not continues:
             self.open.discard(name)
-        return goes_on
+        return continues
 
     def fail(self, name, why):
         self.open.discard(name)
-        self.lost[name] = why
+        self.failures[name] = why
 
 
 def counting(folder, dies=()):
-    """Runners of trials with three rungs; those of the numbers in `dies` kill their process at the second, once."""
+    """Return a runner class for trials of three rungs; those in `dies` kill their process once, at rung 2."""
 
     class Counter:
         def __init__(self, number):
@@ -86,16 +86,16 @@ def counting(folder, dies=()):
     return Counter
 
 
-def test_trials_stop_when_told_and_a_dead_worker_is_replaced(ray_local, tmp_path):
+def test_the_source_can_end_a_trial_and_a_dead_worker_is_replaced(ray_local, tmp_path):
     runtime = config.Runtime(storage=str(tmp_path))
     source = Numbers([1, 5, 2, 7], stop_below=3)
     run_trials(source, counting(tmp_path, dies=(7,)), runtime, resources_now(), 2)
-    assert source.most == 2 and source.open == set() and source.lost == {}
-    steps = {name: [s for n, s in source.heard if n == name] for name in ("n1", "n2", "n5", "n7")}
+    assert source.most == 2 and source.open == set() and source.failures == {}
+    steps = {name: [s for n, s in source.results if n == name] for name in ("n1", "n2", "n5", "n7")}
     assert steps == {"n1": [1], "n2": [1], "n5": [1, 2, 3], "n7": [1, 1, 2, 3]}
 
 
-def test_an_error_of_the_source_ends_the_search(ray_local, tmp_path):
+def test_an_error_of_the_source_stops_the_search(ray_local, tmp_path):
     class Broken(Numbers):
         def ask(self):
             raise ValueError("narrow search.space")
@@ -111,8 +111,8 @@ def wait_for(reached):
         time.sleep(0.1)
 
 
-def ended(folder):
-    """Whether the processes that wrote their number into `folder` are gone."""
+def processes_ended(folder):
+    """Return whether the processes with a pid file in `folder` have ended."""
     pids = [int(file.name.removeprefix("pid-")) for file in folder.glob("pid-*")]
     return bool(pids) and not any(os.path.exists(f"/proc/{pid}") for pid in pids)
 
@@ -129,13 +129,13 @@ def test_a_worker_that_hangs_is_replaced(ray_local, tmp_path):
                 os.kill(os.getpid(), signal.SIGSTOP)
             return {"step": 1, "val": 1.0, "done": True}
 
-    said, source = [], Numbers([1])
+    messages, source = [], Numbers([1])
     runtime = config.Runtime(storage=str(tmp_path), stall_limit=3 / 60)
-    run_trials(source, Hanging, runtime, resources_now(), 1, said.append)
-    assert source.heard == [("n1", 1)] and "made no progress" in said[0] and len(list(tmp_path.glob("pid-*"))) > 1
+    run_trials(source, Hanging, runtime, resources_now(), 1, messages.append)
+    assert source.results == [("n1", 1)] and "made no progress" in messages[0] and len(list(tmp_path.glob("pid-*"))) > 1
 
 
-def test_why_a_trial_failed_is_told(ray_local, tmp_path):
+def test_the_source_gets_the_reason_of_a_failed_trial(ray_local, tmp_path):
     class Failing:
         def __init__(self, number):
             pass
@@ -145,11 +145,11 @@ def test_why_a_trial_failed_is_told(ray_local, tmp_path):
 
     source = Numbers([1])
     run_trials(source, Failing, config.Runtime(storage=str(tmp_path), max_restarts=0), resources_now(), 1)
-    assert "out of memory on the card" in source.lost["n1"]
+    assert "out of memory on the card" in source.failures["n1"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_when_stopped_workers_save_and_end_also_in_a_cluster_that_stays(ray_local, tmp_path, number):
+def test_after_a_signal_workers_save_and_end_also_on_a_cluster_that_keeps_running(ray_local, tmp_path, number):
     class Saving:
         def __init__(self, number):
             (tmp_path / f"pid-{os.getpid()}").touch()
@@ -175,4 +175,4 @@ def test_when_stopped_workers_save_and_end_also_in_a_cluster_that_stays(ray_loca
     finally:
         signal.signal(signal.SIGTERM, before)
     assert (tmp_path / "saved").exists()
-    wait_for(lambda: ended(tmp_path))
+    wait_for(lambda: processes_ended(tmp_path))

@@ -1,4 +1,4 @@
-"""Rows held by actors: the same picks as in one process, and deaths."""
+"""Tests of coresets whose rows are kept by actors: the same picks as in one process, also after a death."""
 
 from functools import partial
 from itertools import islice
@@ -28,15 +28,15 @@ def chosen(ranks, k):
     return mu.tolist(), herding, k_center, clusters.medoids(ranks, 7, 0)
 
 
-def test_ranks_choose_what_one_process_does(ray_local, tmp_path):
+def test_workers_choose_the_same_rows_as_one_process(ray_local, tmp_path):
     write_rows(tmp_path / "f", [(np.arange(23), ROWS)], 6, "float32", {})
     alone = chosen(here(Rows.of(ROWS)), 15)
-    for size in (1, 2, 3):  # 15 picks are more than a rank of 3 has rows, and 23 is a multiple of neither
+    for size in (1, 2, 3):  # 15 picks are more rows than one of 3 workers has; 23 rows do not split evenly
         with parts_on_actors(partial(open_shard, tmp_path / "f"), size, 1.0, 1) as ranks:
             assert chosen(ranks, 15) == alone
 
 
-def test_errors_are_told_and_a_death_is_a_loss(ray_local, tmp_path):
+def test_an_error_of_a_part_is_raised_unchanged_and_a_death_raises_part_lost(ray_local, tmp_path):
     rows = ROWS.copy()
     rows[20] = np.nan
     write_rows(tmp_path / "f", [(np.arange(23), rows)], 6, "float32", {})
@@ -50,8 +50,8 @@ def test_errors_are_told_and_a_death_is_a_loss(ray_local, tmp_path):
             ranks.call("check")
 
 
-def test_a_choice_survives_the_death_of_a_rank(ray_local, tmp_path, monkeypatch):
-    """Ranks of a real run are opened again and go on from the picks that were kept."""
+def test_a_coreset_is_the_same_after_the_death_of_a_worker(ray_local, tmp_path, monkeypatch):
+    """After the death of a worker, the workers start again and continue from the stored picks."""
     import rmdd
     from rmdd import config
     from rmdd.core.progress import Progress
@@ -67,7 +67,7 @@ def test_a_choice_survives_the_death_of_a_rank(ray_local, tmp_path, monkeypatch)
     }
     runs = {ray: config.load(raw, [f"runtime.storage={tmp_path / ray}", f"runtime.ray={ray}"]) for ray in ("on", "off")}
     quiet = Progress(quiet=True)
-    whole = rmdd.coreset(runs["off"], method="k_center", pairs=9, progress=quiet)
+    expected = rmdd.coreset(runs["off"], method="k_center", pairs=9, progress=quiet)
     before, calls = ActorParts.call, []
 
     def call(self, method, *arguments):
@@ -77,6 +77,6 @@ def test_a_choice_survives_the_death_of_a_rank(ray_local, tmp_path, monkeypatch)
         return before(self, method, *arguments)
 
     monkeypatch.setattr(ActorParts, "call", call)
-    found = rmdd.coreset(runs["on"], method="k_center", pairs=9, ranks=2, progress=quiet)
-    assert calls.count("check") == 2 * calls[: calls.index("farthest")].count("check"), "the ranks began twice"
-    assert found.records == whole.records and found.facts["radius"] == whole.facts["radius"]
+    coreset = rmdd.coreset(runs["on"], method="k_center", pairs=9, ranks=2, progress=quiet)
+    assert calls.count("check") == 2 * calls[: calls.index("farthest")].count("check"), "the workers started twice"
+    assert coreset.records == expected.records and coreset.facts["radius"] == expected.facts["radius"]
