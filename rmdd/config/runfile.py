@@ -19,13 +19,13 @@ S = TypeVar("S", bound="Section")
 
 MOVED: dict[str, str] = {
     "experts.gang": "experts.worker_group",
-    "distill.blend": "distill.options.blend (method: repblend; take it out with others)",
-    "distill.anchors": "distill.options.anchors (method: mct; take it out with others)",
-    "distill.smooth_anchors": "distill.options.smooth_anchors (method: mct; take it out with others)",
-    "distill.start_points": "distill.options.start_points (method: mct; take it out with others)",
-    "distill.ranges": "distill.options.ranges (method: amd; take it out with others)",
-    "distill.starts": "distill.options.starts (method: amd; take it out with others)",
-    "distill.rate_branches": "distill.options.rate_branches (method: lors, and those derived from it)",
+    "distill.blend": "distill.options.blend (only method: repblend; remove it with other methods)",
+    "distill.anchors": "distill.options.anchors (only method: mct; remove it with other methods)",
+    "distill.smooth_anchors": "distill.options.smooth_anchors (only method: mct; remove it with other methods)",
+    "distill.start_points": "distill.options.start_points (only method: mct; remove it with other methods)",
+    "distill.ranges": "distill.options.ranges (only method: amd; remove it with other methods)",
+    "distill.starts": "distill.options.starts (only method: amd; remove it with other methods)",
+    "distill.rate_branches": "distill.options.rate_branches (only method: lors, and methods derived from it)",
 }
 """Fields that were moved since older releases, and the new place of each, as the error message gives it."""
 
@@ -66,7 +66,7 @@ class Section(BaseModel):
         return self
 
     def __hash__(self) -> int:
-        return hash(self.model_dump_json())  # a field may hold a mapping
+        return hash(self.model_dump_json())  # not `hash` of the fields, because some are mappings
 
 
 class ConfigError(ValueError):
@@ -152,7 +152,7 @@ def filled(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any
     return out
 
 
-KEYS = "`rmdd init` writes every key with its meaning"
+KEYS = "`rmdd init` writes a file with all keys"
 
 
 def validate(kind: type[S], raw: dict[str, Any], listed_by: str = KEYS) -> tuple[S | None, list[str]]:

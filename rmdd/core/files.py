@@ -146,10 +146,10 @@ def _error_number(error: Exception) -> int:
     """Return the error number (errno) of the operating system that caused `error`, or 0."""
     if isinstance(error, OSError) and error.errno:
         return error.errno
-    match = re.search(r"os error (\d+)|errno (\d+)", str(error), re.IGNORECASE)  # as safetensors and pyarrow word it
+    match = re.search(r"os error (\d+)|errno (\d+)", str(error), re.IGNORECASE)  # errors of safetensors and pyarrow
     if match:
         return int(match[1] or match[2])
-    return errno.ENOSPC if re.search(r"requested and \d+ written", str(error)) else 0  # as numpy words it
+    return errno.ENOSPC if re.search(r"requested and \d+ written", str(error)) else 0  # numpy's error on a full disk
 
 
 # -- temporary names and their writers -------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def _abandoned(path: Path) -> bool:
     return False
 
 
-# -- JSON, lines, hashes ---------------------------------------------------------------------------------------------
+# -- JSON files, logs of JSON lines, checksums -----------------------------------------------------------------------
 
 
 def write_json(path: Path | str, value: Any) -> None:

@@ -12,7 +12,8 @@ from rmdd.core.files import write_json
 from rmdd.core.storage import Storage, is_uri, open_storage
 
 LAYOUT = 2
-"""Increased by one in a release that cannot read the files of the previous one. Layout 1 had no `storage.json`."""
+"""Version of the layout that this release reads; a release that cannot read older files increases it by one. Layout 1
+had no `storage.json`."""
 
 FILE = "storage.json"
 ADVICE_FOR_COPIES = f"or, if you copied folders of a newer storage, copy its {FILE} too"
@@ -26,7 +27,7 @@ def layout_of(storage: Storage) -> int | None:
     path = storage.root / FILE
     content = storage.read(path)
     if content is None and storage.has_results():
-        content = storage.read(path) or b"{}"  # another process may have just written it, before its first result
+        content = storage.read(path) or b"{}"  # another process may have just created the storage
     try:
         return None if content is None else json.loads(content).get("layout", 1)
     except (ValueError, AttributeError):

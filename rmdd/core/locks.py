@@ -111,7 +111,7 @@ class Lease:
     def _beat(self) -> None:
         while not self._done.wait(BEAT):
             with contextlib.suppress(OSError):  # an unreachable storage may come back before the lease expires
-                if not self.owned():  # a process that took over wrote its own lease, or has ended and removed it
+                if not self.owned():  # another process took over, and may have ended since
                     self._lost.set()
                     return
                 self.beats += 1
@@ -160,7 +160,7 @@ def _locked(lock: Any) -> bool:
 def _take(lease: Lease) -> bool:
     """Write the lease if there is none or its holder is dead, and return True; return False if its holder is alive."""
     cell, before = lease.cell, lease.cell.read()
-    foreign = before is not None and before.get("machine") != machine()  # a holder on this machine has lost the lock
+    foreign = before is not None and before.get("machine") != machine()  # else dead: we have its lock
     deadline = time.monotonic() + EXPIRES
     while foreign and (now := cell.read()) is not None:
         if now != before:
@@ -188,5 +188,5 @@ def _successor(lease: dict[str, Any] | None) -> str:
 
 def _holder(lease: dict[str, Any] | None) -> str:
     if lease is None:
-        return "another process of this machine"
+        return "another process on this machine"
     return f"process {lease.get('pid')} on {lease.get('host')} (last seen {lease.get('seen')})"

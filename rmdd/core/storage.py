@@ -187,7 +187,7 @@ class Mirror(Storage):
             elif path.is_file():
                 self._upload(path)
             elif was_folder:
-                self.publish(path)  # deletes all its objects
+                self.publish(path)  # deletes the objects of the removed folder
             else:
                 self.remote.delete(self._name(path))
 

@@ -4,5 +4,5 @@ from importlib.metadata import PackageNotFoundError, version
 
 try:
     VERSION = version("rmdd")
-except PackageNotFoundError:  # a source tree that is not installed
+except PackageNotFoundError:  # rmdd runs from a source tree and is not installed
     VERSION = "0+unknown"

@@ -57,7 +57,7 @@ def hold_folders(runtime: config.Runtime, *folders: Path) -> Iterator[None]:
     another layout.
     """
     storage = open_storage(runtime)
-    require_layout(storage)  # before `begin`, which removes files
+    require_layout(storage)  # before `begin`, which removes temporary files
     storage.begin()
     with contextlib.ExitStack() as stack:
         for folder in folders:
@@ -132,7 +132,7 @@ def open_backend(runtime: config.Runtime, events: Path, progress: Progress) -> I
                 restarts = runtime.max_restarts
                 readers = after_rest(over_tasks(min(runtime.reader_cpus, resources.widest), restarts))
                 backend = Backend(executor, readers, expert_pool=expert_pool, run_trials=run_trials)
-                if not is_uri(runtime.storage):  # readers need 0 CPUs where workers may hold all of them
+                if not is_uri(runtime.storage):  # image readers take 0 CPUs if workers may hold all
                     pictures = functools.partial(ray_stream, cpus=1 if gpus and not cpus else 0)
                     backend = replace(backend, pictures=pictures)
                 if not is_uri(runtime.storage) or (resources.nodes == 1 and not resources.grows):

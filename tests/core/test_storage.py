@@ -60,8 +60,8 @@ def test_a_fetched_folder_equals_the_storage(node):
     for name in ("kept", "gone"):
         write_json(a.root / "phase" / f"{name}.json", 1)
     b.fetch(b.root / "phase")
-    time.sleep(1.1)  # S3 counts whole seconds
-    write_json(b.root / "phase" / "kept.json", 2)  # as long as before
+    time.sleep(1.1)  # S3 stores modification times in whole seconds
+    write_json(b.root / "phase" / "kept.json", 2)  # the size does not change
     remove(b.root / "phase" / "gone.json")
     (a.root / "phase" / "never-published.json").write_text("3")
     a.fetch(a.root / "phase")

@@ -138,7 +138,7 @@ class ActorExecutor(Executor):
             if not self._entered:
                 self.rest()
 
-    # -- starting ------------------------------------------------------------------------------------------------
+    # -- starting items ------------------------------------------------------------------------------------------
 
     def _next(self) -> list[Attempts]:
         """Return the waiting items that can start now: their delay is over, and the cluster has room for a worker."""
@@ -179,7 +179,7 @@ class ActorExecutor(Executor):
         """Log the start of an item once its actor answers."""
         if item.where is None or not ray.wait([item.where], timeout=timeout)[0]:
             return
-        with contextlib.suppress(RayError):  # `_settle` handles a death
+        with contextlib.suppress(RayError):  # `_settle` handles the death of an actor
             item.worker.process = ray.get(item.where)
             item.last_beat = time.monotonic()
             self._log("started", item, attempt=item.attempts.starts)
@@ -187,7 +187,7 @@ class ActorExecutor(Executor):
                 self.say(f"{item.name}: continues on {item.worker.where}, start {item.attempts.starts}")
         item.where = None
 
-    # -- supervising ---------------------------------------------------------------------------------------------
+    # -- supervising running items -------------------------------------------------------------------------------
 
     def _wait(self) -> None:
         """Wait until an item starts or ends, but at most `POLL_SECONDS`."""
@@ -297,7 +297,7 @@ class ActorExecutor(Executor):
         attempts.ready_at = time.monotonic() + min(most, first * 2 ** (attempts.deaths - 1 if counts else 0))
         self.waiting.insert(0, attempts)
 
-    # -- ending --------------------------------------------------------------------------------------------------
+    # -- stopping actors -----------------------------------------------------------------------------------------
 
     def _kill(self, workers: Sequence[WorkerActor]) -> None:
         for worker in list(workers):

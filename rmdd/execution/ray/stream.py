@@ -88,7 +88,7 @@ def _run(items: Sequence[Values], over: Callable[[Any], Any]) -> Iterator[Values
     from ray.exceptions import RayActorError, WorkerCrashedError
     from ray.util.annotations import RayDeprecationWarning
 
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised below
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors of Ray Data are raised below, not logged
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = BLOCK_BYTES
     context.enable_progress_bars = False

@@ -64,7 +64,7 @@ class WorkQueue:
         self.reports: dict[str, dict[str, Any]] = {}
         self.stopping = False
 
-    # -- for workers ---------------------------------------------------------------------------------------------
+    # -- called by workers ---------------------------------------------------------------------------------------
 
     def register(self, generation: str, rank: int, where: dict[str, Any]) -> bool:
         """Register a started worker, and return whether it should stop.
@@ -129,7 +129,7 @@ class WorkQueue:
         if group not in self.reasons or not reason.again:
             self.reasons[group] = reason
 
-    # -- for the controller and the driver -----------------------------------------------------------------------
+    # -- called by Train's controller and by the driver ----------------------------------------------------------
 
     def lost(self, deaths: dict[int, str | None], away: Set[int] = frozenset()) -> None:
         """Take the ranks that ended: with the reason if they died, with None if they raised an explained error.
@@ -144,7 +144,7 @@ class WorkQueue:
             ranks = [r for r in deaths if r // self.size == group]
             died = next((deaths[r] for r in ranks if deaths[r]), None)
             host = self.where.get(ranks[0], {}).get("host", "?")
-            explained = self.reasons.get(group, Failed("it ended without a reason", host, True))
+            explained = self.reasons.get(group, Failed("the worker ended without an error message", host, True))
             if died and not away.isdisjoint(ranks):
                 self._log("lost", index, group, attempt=self.attempts[index], error=died)
                 self.waiting.appendleft(index)
@@ -209,7 +209,7 @@ class Heartbeat:
             while not self.stop.wait(POLL_SECONDS):
                 self.flush()
         except RayActorError:
-            self.stop.set()  # the run is over
+            self.stop.set()  # the work queue was removed, because the run has ended
 
 
 def work(queue: Any, task: Task, items: Sequence[Any], size: int, threads: int, folder: Path | None) -> None:
@@ -222,7 +222,7 @@ def work(queue: Any, task: Task, items: Sequence[Any], size: int, threads: int, 
     torch.set_num_threads(threads)
     context = ray.train.get_context()
     rank, group = context.get_world_rank(), context.get_world_rank() // size
-    generation = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"  # another port per generation
+    generation = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"  # Train uses a new port per generation
     where = this_process()
     if ray.get(queue.register.remote(generation, rank, where)) or (group + 1) * size > context.get_world_size():
         return

@@ -224,7 +224,7 @@ def test_a_worker_on_a_drained_node_saves_and_another_worker_resumes(side_by_sid
 def test_fractions_of_a_cpu_fit_side_by_side(side_by_side, tmp_path):
     items = [(tmp_path, n, 5) for n in range(5)]
     pids = side_by_side(workers=5, cpus_per_worker=0.5).map(meet, items, names_of(items), ignore)
-    assert len(set(pids)) == 5, "five on four CPUs"
+    assert len(set(pids)) == 5, "five workers run on four CPUs at the same time"
 
 
 def test_a_result_or_error_is_passed_only_to_its_own_piece(side_by_side):
