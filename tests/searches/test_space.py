@@ -33,7 +33,7 @@ from rmdd.searches.warm_start import EarlierTrial
         ({"distill.steps": {"uniform": [1, 8]}}, "search.space.distill.steps: at .*valid integer"),
         ({"distill.estimator": {"choice": ["exact", "magic"]}}, "search.space.distill.estimator: at magic"),
         ({"distill.phases.1.pairs": {"int": [2, 4]}}, "search.space.distill.phases.1.pairs: at 2: .*no entry '1'"),
-        ({"distill.phases.0.endpoint": {"int": [1, 9]}}, "distill.phases.0.endpoint: at 9: .*for epoch 9"),
+        ({"distill.phases.0.endpoint": {"int": [1, 9]}}, "distill.phases.0.endpoint: at 9: .*need expert epoch 9"),
         ({"distill.phases.0.pairs": {"int": [4, 400]}}, "search.space.distill.phases.0.pairs: at 400: "),
         (
             {"distill.similarity.kind": BOTH["distill.similarity.kind"]}
@@ -64,7 +64,7 @@ def test_values_that_the_run_file_rejects_are_reported_by_field(space, message):
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ({"space": {"distill.lr_image": {}}}, "search.space.distill.lr_image: give one of uniform"),
+        ({"space": {"distill.lr_image": {}}}, "search.space.distill.lr_image: needs exactly one of uniform"),
         ({"space": {"distill.lr_image": {**LR, "choice": [1]}}}, "found loguniform and choice"),
         ({"space": {"distill.lr_image": {"loguniform": [0, 1]}}}, "needs two numbers above 0"),
         ({"space": {"distill.lr_image": {"uniform": [2, 1]}}}, "the lower one first"),
