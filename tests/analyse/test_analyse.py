@@ -246,8 +246,8 @@ def test_the_gradient_is_linear_in_the_start_on_a_straight_path(trained):
         (["sweep", "--table", "sizes"], "unknown table 'sizes'; give one of shift, endpoints, delta"),
         (["sweep", "--set", "distill.phases=" + json.dumps(PHASES[:1])], "distill.phases has one; list two or more"),
         (["sweep", "--table", "endpoints", "--set", "distill.trajectory=original"], "has no endpoint to move"),
-        (["sweep", "--table", "endpoints", "--set", "experts.keep=endpoints"], "leaves out [1]"),
-        (["collapse", "--set", "distill.budget=2"], "budget 2 is"),
+        (["sweep", "--table", "endpoints", "--set", "experts.keep=endpoints"], "lacks the epochs [1]"),
+        (["collapse", "--set", "distill.budget=2"], "budget 2 allows"),
         (["collapse", "--set", "experts.keep=endpoints"], "original trajectories need every epoch"),
         (["gradients", "--set", "experts.keep=endpoints"], "experts.keep: all, or give --shortcut-only"),
         (

@@ -364,7 +364,7 @@ def test_a_plan_that_was_changed_by_hand_keeps_to_the_budget(finished, tmp_path)
     plan = json.loads(path.read_text())
     plan["phases"][0]["pairs"] = 40
     path.write_text(json.dumps(plan))
-    with pytest.raises(ValueError, match="budget 9 is"):
+    with pytest.raises(ValueError, match="budget 9 allows"):
         go(load(storage), "plan")
 
 
