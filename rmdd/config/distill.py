@@ -62,7 +62,7 @@ class Similarity(Section):
     """The target similarity S between the M images and M texts of a subset."""
 
     kind: Literal["full", "low_rank", "identity"] = Field(
-        "full", description="full: a learned M x M matrix; low_rank: learned factors; identity: fixed"
+        "full", description="full (a learned M x M matrix), low_rank (learned factors of it), or identity (not learned)"
     )
     rank: PositiveInt = Field(10, description="low_rank: rank R, the number of columns of each factor")
     alpha: PositiveFloat = Field(1.0, description="low_rank: factor alpha in S = diag(omega) + alpha/R L R^T")

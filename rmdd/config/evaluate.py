@@ -24,7 +24,9 @@ class Evaluate(Section):
     epochs: PositiveInt = Field(
         50, description="epochs of training on each subset", json_schema_extra=no_hash("baseline")
     )
-    batch: Annotated[int, Field(ge=2)] = Field(128, description="pairs per step; a smaller subset is one batch")
+    batch: Annotated[int, Field(ge=2)] = Field(
+        128, description="pairs per training step; a subset with fewer pairs is one batch"
+    )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="momentum of SGD")
     weight_decay: NonNegativeFloat = Field(5e-4, description="weight decay of SGD, on every parameter")
     lr_drop: Annotated[float, Field(gt=0, le=1)] = Field(

@@ -38,7 +38,7 @@ class LeaseCell(Protocol):
     """The place where a lease is stored: a local file or an object at a URI."""
 
     exact: bool
-    """Whether a write needs no second look, because the file lock excludes all other writers."""
+    """Whether the lease need not be read back after a write, because the file lock excludes all other writers."""
 
     def read(self) -> dict[str, Any] | None: ...
 

@@ -163,7 +163,7 @@ def _start(runtime: config.Runtime) -> None:
                 object_store_memory=runtime.object_store_mb * 2**20,
             )
             return
-        except Exception as error:  # Ray has no error class for it
+        except Exception as error:  # Ray has no error class for a failed start
             ray.shutdown()
             if attempt == START_ATTEMPTS - 1 or "timed out" not in str(error):
                 raise RuntimeError(f"a local Ray could not be started: {error}") from error
