@@ -230,7 +230,7 @@ def test_an_override_of_the_method_sets_the_defaults_of_that_method():
 
 
 def test_ranges_found_from_drift_have_their_ends_included():
-    with pytest.raises(ConfigError, match="drift finds whole epochs"):
+    with pytest.raises(ConfigError, match="drift already includes the last start epoch"):
         load("emoji_amd_100", ["data.root=x", "distill.trajectory=convexified", "distill.start_rule=inclusive"])
 
 

@@ -59,10 +59,10 @@ def test_equals_the_two_passes_of_lors_on_a_growing_range(make):
 
 def test_an_invalid_ramp_is_rejected():
     for change, words in (
-        ({"grow_until": None}, "give both or neither"),
-        ({"start": 1}, "grow_from 1 must lie above start 1"),
-        ({"start_text": 1}, "grow_from 1 must lie above start_text 1"),
-        ({"grow_from": 4}, "at most at stop 3"),
+        ({"grow_until": None}, "set both or neither"),
+        ({"start": 1}, "grow_from 1 must be above start 1"),
+        ({"start_text": 1}, "grow_from 1 must be above start_text 1"),
+        ({"grow_from": 4}, "at most stop 3"),
     ):
         with pytest.raises(config.ConfigError, match=words):
             method_run("datm", phases=[RAMP | change])

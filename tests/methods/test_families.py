@@ -172,7 +172,7 @@ def test_lost_workers_are_restarted_and_the_phase_resumes(tmp_path):
     quiet.say = messages.append
     (folder,) = Pipeline(run, Backend(SequentialExecutor(1), open_parts=fragile), quiet).distill()
     assert opened == [(2, True)] * 3
-    assert sum("a rank died; the ranks start again from what was kept" in line for line in messages) == 2
+    assert sum("a worker died; all workers start again from the last checkpoint" in line for line in messages) == 2
     shutil.move(folder, tmp_path / "resumed")
     (uninterrupted,) = Pipeline(run, Backend(SequentialExecutor(1)), Progress(quiet=True)).distill()
     assert_same_results(uninterrupted, tmp_path / "resumed")

@@ -145,7 +145,7 @@ def test_auto_reads_back_and_is_no_phase_list():
         (["distill.phases=[]", "distill.plan={}"], "list a phase, or set auto"),
         (["distill.phases=auto", "distill.plan=5"], "distill.plan"),
         (["distill.phases=adaptive", "distill.trajectory=original", "experts.keep=all"], "needs a straight path"),
-        (["experts.keep=[4, 6]", "distill.plan.endpoints=[4, 5]"], r"leaves out \[5, 10\]"),
+        (["experts.keep=[4, 6]", "distill.plan.endpoints=[4, 5]"], r"lacks the epochs \[5, 10\]"),
     ):
         with pytest.raises(config.ConfigError, match=told):
             config.load(run.model_dump(), wrong)
