@@ -1,46 +1,25 @@
-"""New commands: a file added to `rmdd/cli`, or a plugin that another package adds by an entry point."""
+"""The command of CONTRIBUTING: as one new file of `rmdd/cli`, or from outside by an entry point."""
 
 import importlib
 import json
 import sys
 
 import pytest
+from manual import example, install
 from typer.testing import CliRunner
 
 import rmdd.cli
 from rmdd.cli.app import build
 
-COMMANDS = '''
-from typing import Annotated
-
-import typer
-
-from rmdd import config
-from rmdd.cli.command import Call, Output, command
-
-
-@command
-def count_pairs(call: Call, run: config.Run, times: Annotated[int, typer.Option(help="Repetitions.")] = 1) -> Output:
-    """Count the pairs of a budget."""
-    with call.working() as progress:
-        print("output of a library")
-    if times == 0:
-        raise ValueError("nothing to count")
-    pairs = times * run.distill.budget
-    return Output({"pairs": pairs}, [f"{pairs} pairs"], config.ConfigError(["odd"], "count") if pairs % 2 else None)
-'''
+COMMANDS = example("counting.py")
 
 
 @pytest.fixture(params=["a file of the folder", "a group of the folder", "an entry point"])
 def words(request, tmp_path, monkeypatch):
     """The command line of a new command, added as a file, as a group or as an entry point."""
     if request.param == "an entry point":
-        name, folder = "counting_outside", tmp_path
-        info = tmp_path / "counting-1.0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: counting\nVersion: 1.0\n")
-        points = "count-pairs = counting_outside:count_pairs\ndemo = counting_outside:count_pairs\n"
-        (info / "entry_points.txt").write_text(f"[rmdd.commands]\n{points}")
+        name, folder = "counting", tmp_path
+        install(folder, name, "rmdd.commands", demo="counting:count_pairs")
         monkeypatch.syspath_prepend(tmp_path)
     else:
         name, folder = "counting", tmp_path / "more"
@@ -64,7 +43,7 @@ def test_a_new_command_has_the_common_options_output_and_exit_codes(words):
     assert use("demo", "--set", "distill.budget=30").stdout == "30 pairs\n"
     assert json.loads(use("demo", "--set", "distill.budget=30", "--times", "2", "--json").stdout) == {"pairs": 60}
     odd = use("demo", "--set", "distill.budget=31")
-    assert odd.exit_code == 2 and odd.stdout == "31 pairs\n" and "odd" in odd.stderr
+    assert odd.exit_code == 2 and odd.stdout == "31 pairs\n" and "31 is odd; set an even" in odd.stderr
     nothing = use("demo", "--times", "0")
     assert nothing.exit_code == 1 and nothing.stderr.endswith("error: nothing to count\n")
     assert use("dmeo").exit_code == 2

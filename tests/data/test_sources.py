@@ -3,11 +3,10 @@
 import importlib
 import io
 import pkgutil
-import re
 import sys
-from pathlib import Path
 
 import pytest
+from manual import example, install
 from PIL import Image
 
 from rmdd import config
@@ -16,8 +15,7 @@ from rmdd.config.sources import names
 from rmdd.data import sources
 from rmdd.data.ingest import ingest, quarantined
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-LINES = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "AnnotationSource(" in block)
+LINES = example("lined.py")
 TILES = '''
 """A file with several captions and images, separated by `|||`; a range is a range of image numbers."""
 
@@ -67,10 +65,7 @@ def one_file(tmp_path, monkeypatch):
 def installed(tmp_path, monkeypatch):
     """Install the first custom format as another package with an entry point."""
     (tmp_path / "lined.py").write_text(LINES)
-    info = tmp_path / "lined-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lined\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[rmdd.sources]\nlines = lined:SOURCE\n")
+    install(tmp_path, "lined", "rmdd.sources")
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
     yield

