@@ -40,7 +40,7 @@ def decode(
             warnings.simplefilter("ignore")  # PIL warns about image size and metadata; the size is checked below
             image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
             if image.width * image.height > max_pixels:
-                detail = f"{image.width} x {image.height} pixels are more than data.max_pixels {max_pixels}"
+                detail = f"{image.width} x {image.height} pixels exceed data.max_pixels {max_pixels}"
                 raise ImageError("too_large", detail)
             image.load()
             if exif_orientation:
@@ -54,7 +54,7 @@ def decode(
     except Exception as error:  # PIL raises many types for broken files: OSError, SyntaxError, struct.error ...
         detail = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
-            detail = f"{len(data)} bytes in no known image format"
+            detail = f"{len(data)} bytes of unknown image format"
         raise ImageError("truncated" if "truncated" in detail.lower() else "undecodable", detail[:200]) from None
 
 

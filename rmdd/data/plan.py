@@ -135,7 +135,7 @@ def _size(root: str, path: str, layout: str | None) -> int:
 
 
 _PROBLEMS = {
-    "no_path": "the image is not given as a path",
+    "no_path": "the image path is missing or not text",
     "absolute_path": "absolute paths are not allowed; write it relative to data.root",
     "escaping_path": "the path leads out of data.root",
 }

@@ -96,7 +96,7 @@ class AnnotationSource:
     draw: Callable[[InputPath, str], bytes] | None = None
     """Draws an image from `data.root` and `AnnotationRow.drawing`, and returns its bytes. None: no row needs it."""
     cut_by_hash: bool = False
-    """Whether `data.split_fractions` decides the split of some rows."""
+    """Whether the split of some rows is chosen by a hash and `data.split_fractions`."""
     without_list: bool = False
     """Whether rows come from file names instead of a list."""
 

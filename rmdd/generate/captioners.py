@@ -81,7 +81,7 @@ class FurtherCaptions:
 
     captions: list[str]
     sources: list[str]
-    """`captioner` or `real`, one per caption."""
+    """Source of each caption: `captioner` or `real`."""
     refused: int
     """Number of refused answers, which were empty or repeated."""
 

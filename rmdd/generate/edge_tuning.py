@@ -49,7 +49,7 @@ class EdgeTuning(Section):
     anchor: NonNegativeFloat = Field(
         1.0, description="lambda_n, weight of the denoising loss, which preserves image generation; released code: 0"
     )
-    temperature: PositiveFloat = Field(0.1, description="tau of the contrastive loss")
+    temperature: PositiveFloat = Field(0.1, description="temperature tau of the contrastive loss")
     unit_halves: bool = Field(True, description="normalise image and text before joining them; released code: false")
     max_step: PositiveInt = Field(
         600, description="upper bound of the time steps, because 1/sqrt(abar_t) grows to 15; released code: 1000"
@@ -62,8 +62,8 @@ class EdgeTuning(Section):
     )
     recipe: Literal["corrected", "released"] = Field(
         "corrected",
-        description="released feeds clean latents to the UNet, decodes scaled ones, and gives CLIP's pixels to the "
-        "VAE and the VAE's to CLIP",
+        description="corrected as in the paper, or the released code, in which the UNet gets clean latents, the "
+        "decoder gets scaled latents, and the pixel normalisations of CLIP and VAE are swapped",
     )
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="dtype of matrix products; parameters and their updates are float32"
@@ -95,7 +95,7 @@ class TuningBatch:
     """Scaled clean latents z_0."""
     tokens: Float[Tensor, "B L F"]
     texts: Float[Tensor, "B D"]
-    """CLIP features of the captions."""
+    """CLIP features of the captions, not normalised."""
     captions: Int[Tensor, " B"]
     """Number of the caption of each pair; equal captions have equal numbers."""
     times: Int[Tensor, " B"]

@@ -47,11 +47,11 @@ class FeatureSource:
 
     splits: SplitSource
     store: Path
-    """Of the experts."""
+    """Folder of the store with the experts."""
     epochs: int
-    """Of an expert."""
+    """Epochs for which each expert was trained."""
     seed: int
-    """Of the experts."""
+    """Seed of the experts."""
     runtime: config.Runtime
 
 

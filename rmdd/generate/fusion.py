@@ -118,7 +118,7 @@ def alignment(
 
     `positive` is symmetric and True on the diagonal. If it is True only there, this is the symmetric cross-entropy.
     """
-    assert positive.diagonal().all(), "a row without a positive has no loss"
+    assert positive.diagonal().all(), "each row needs a positive pair"
     logits = F.normalize(read, dim=1) @ F.normalize(texts, dim=1).T / temperature
     none = torch.finfo(logits.dtype).min
 

@@ -67,7 +67,9 @@ def reduced(rows: Rows, components: int | None, seed: int) -> Float32[np.ndarray
 
     count = len(rows)
     if components is None or components >= min(count, rows.width):
-        return np.concatenate([block.copy() for _, block in rows.chunks()])  # chunks share a buffer
+        return np.concatenate(
+            [block.copy() for _, block in rows.chunks()]
+        )  # a copy, because all chunks share one buffer
     some = np.arange(count) if count <= REDUCED_FROM else np.sort(smallest(np.arange(count), REDUCED_FROM, seed, "pca"))
     out = np.empty((count, components), np.float32)
     with one_thread():

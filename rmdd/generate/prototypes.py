@@ -131,7 +131,7 @@ def raw_cosines(sides: Sides) -> Float32[np.ndarray, " T"]:
     return cosines
 
 
-# -- clusters of one side --------------------------------------------------------------------------------------------
+# -- clusters of images or of texts ----------------------------------------------------------------------------------
 
 
 def partition(

@@ -186,5 +186,7 @@ def read_picture(path: Path, size: int) -> Tensor:
     """Read the image of a pair as uint8 (3, S, S). Raises `ValueError` if it is not RGB of side `size`."""
     with Image.open(path) as image:
         if image.size != (size, size) or image.mode != "RGB":
-            raise ValueError(f"{path} is {image.mode} {image.size}, not RGB of side {size}; delete it to make it again")
+            raise ValueError(
+                f"{path} is {image.mode} {image.size}, not RGB of side {size}; delete it to generate it again"
+            )
         return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())

@@ -213,7 +213,7 @@ def _convnet(tower: ImageTower, generator: torch.Generator, image_size: int) -> 
     for width in tower.widths:
         if width % min(tower.groups, width):
             raise ValueError(
-                f"convnet width {width} does not divide into {tower.groups} groups; "
+                f"convnet width {width} is not divisible by {tower.groups} groups; "
                 "choose model.image.widths that are multiples of model.image.groups"
             )
     if image_size >> len(tower.widths) == 0:

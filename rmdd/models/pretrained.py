@@ -48,7 +48,7 @@ class PretrainedModel:
     role: str
     """Purpose of the model in the run, such as `clip` or `decoder`; the artefact lists the model under this name."""
     id: str
-    """Hub id or local folder."""
+    """Hub id or local folder of the model."""
     revision: str | None = None
     """Branch, tag or commit of a hub id; None means the main branch, or the version in the cache."""
     kind: Library = "transformers"

@@ -26,7 +26,13 @@ from rmdd.core.threads import torch_threads
 from rmdd.execution.tasks import Stream, Values, sequential_stream
 from rmdd.models.pretrained import quiet
 
-MODEL_FILES = (".json", ".txt", ".model", ".safetensors", ".bin")  # weights, configuration and tokenizer
+MODEL_FILES = (
+    ".json",
+    ".txt",
+    ".model",
+    ".safetensors",
+    ".bin",
+)  # suffixes of weights, configuration and tokenizer files
 
 # Built-in encoder: n-grams are hashed to BUCKETS buckets; each bucket is a sparse random vector of NONZEROS signs.
 HASHING_VERSION = 1

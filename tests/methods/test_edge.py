@@ -175,7 +175,7 @@ def test_runs_with_different_tunings_share_the_expert(parts, tmp_path):
     targets = [task.target(each) for task in (TuneGenerator(), TrainExpert()) for each in items]
     assert len(set(targets)) == 3 and targets[2] == targets[3], "both runs need the same expert"
     size = drawn.run_of(tmp_path, "edge", 4, options(parts, tuning={**TUNING, "size": 17}))
-    assert any("tuning.size: pictures of side 17" in line for line in problems_of(size))
+    assert any("tuning.size: this model's encoder cannot halve images of side 17" in line for line in problems_of(size))
 
 
 def test_rows_per_picture():

@@ -76,7 +76,7 @@ def test_the_generator_decides_the_weights(tower):
 @pytest.mark.parametrize(
     "fields, size, words",
     [
-        ({"widths": (12,), "groups": 8}, 16, "12 does not divide into 8 groups"),
+        ({"widths": (12,), "groups": 8}, 16, "12 is not divisible by 8 groups"),
         ({"widths": (8,) * 5}, 16, "16 pixels are too small for convnet, which halves them 5 times"),
         ({"widths": ()}, 16, "at least one width"),
         ({"weights": "pretrained"}, 16, "no pretrained weights; set model.image.weights to random"),

@@ -153,7 +153,9 @@ def _cifar(folder: InputPath, images: str, layout: str) -> tuple[list[str], list
         while record := f.read(size):
             label = record[labels - 1]
             if label >= len(ids):
-                raise ValueError(f"{path}: record {number} has class {label}, but {folder / names} names {len(ids)}")
+                raise ValueError(
+                    f"{path}: record {number} has class {label}, but {folder / names} lists {len(ids)} classes"
+                )
             position = {"file": f"{images}/{binary}".lstrip("/"), "offset": number * size + labels}
             name = f"{position['file']}/{number:05d}"
             pictures.append(

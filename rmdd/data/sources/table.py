@@ -52,7 +52,7 @@ def _split(record: dict[str, Any], table: TableSource, path: InputPath, where: s
     if split is None:
         raise ValueError(
             f"{path}: {where} has {value!r} in column '{table.split}'; expected train, val or test; "
-            "set data.table.split: null to cut the splits by hash"
+            "set data.table.split: null to choose splits by hash"
         )
     return split
 

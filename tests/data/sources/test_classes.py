@@ -147,7 +147,7 @@ def test_damaged_cifar_files_are_reported(root):
     with pytest.raises(ValueError, match="test_batch.bin has 6145 bytes, not a multiple of the record size 3073"):
         read(root, layout="cifar10")
     (root / "test_batch.bin").write_bytes(content[:3073] + bytes([9]) + content[3074:])
-    with pytest.raises(ValueError, match="record 1 has class 9, but .*batches.meta.txt names 3"):
+    with pytest.raises(ValueError, match="record 1 has class 9, but .*batches.meta.txt lists 3 classes"):
         read(root, layout="cifar10")
     with pytest.raises(
         ValueError, match=r"fine_label_names.txt not found; layout cifar100 needs the unpacked binary version"
