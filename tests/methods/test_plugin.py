@@ -47,7 +47,7 @@ runtime: {ray: off, track: none, num_cpus: 2}
 
 @pytest.fixture
 def outside(tmp_path, monkeypatch):
-    """A folder that Python looks into, with the method as a module."""
+    """Write the method as a module into a folder on the Python path; return the folder."""
     (tmp_path / "decaying.py").write_text(METHOD)
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
@@ -56,7 +56,7 @@ def outside(tmp_path, monkeypatch):
 
 @pytest.fixture
 def installed(outside):
-    """The same, with the entry point that an installed package would have."""
+    """Add the entry point of an installed package to the folder of `outside`; return the folder."""
     install(outside, "decaying", "rmdd.methods")
     importlib.invalidate_caches()
     return outside
