@@ -116,9 +116,9 @@ def test_images_are_the_decoded_prototypes(finished, parts):
 
     decoder = decoder_of(options, Path(parts["decoder"]), torch.device("cpu"))
     assert isinstance(decoder, StableUnclip)
-    made = decoder.decode([r | {"embedding": torch.from_numpy(rows[r["index"]])} for r in requests[: options.batch]])
+    decoded = decoder.decode([r | {"embedding": torch.from_numpy(rows[r["index"]])} for r in requests[: options.batch]])
 
-    for i, image in enumerate(made):
+    for i, image in enumerate(decoded):
         assert (np.asarray(image) == np.asarray(Image.open(folder / "pairs" / f"{i:06d}.png"))).all()
 
 
@@ -276,9 +276,9 @@ def test_actors_make_the_same_bits(ray_local, finished, parts, tmp_path, monkeyp
     storage = shutil.copytree(finished[0], tmp_path / "runs")
     more = {**parts, "batch": 2, "rm_ratio": 0.1}
     (alone,) = go(load(shutil.copytree(finished[0], tmp_path / "alone"), **more), "distill")
-    made = raw(storage, **more)
-    made["runtime"] = {"storage": str(storage), "ray": "on", "num_cpus": 2, "workers": 2, "track": "none"}
-    (there,) = go(config.load(made), "distill")
+    run_file = raw(storage, **more)
+    run_file["runtime"] = {"storage": str(storage), "ray": "on", "num_cpus": 2, "workers": 2, "track": "none"}
+    (there,) = go(config.load(run_file), "distill")
     assert images_of(there) == images_of(alone) and len(images_of(there)) == PAIRS
     name = "set-000001.safetensors"
     assert there.parent.name == alone.parent.name and (there / name).read_bytes() == (alone / name).read_bytes()
