@@ -1,4 +1,4 @@
-"""The method of CONTRIBUTING from outside the package, named by its import path or by an entry point."""
+"""The example method of CONTRIBUTING, installed outside the package and named by import path or entry point."""
 
 import importlib
 import json
