@@ -1,4 +1,4 @@
-"""Every field of a run file, changed in turn, and which hashes that moves."""
+"""Change every field of a run file in turn, and list the hashes that change with it."""
 
 import typing
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ SECTIONS = ("data", "model", "experts", "distill", "evaluate", "search", "runtim
 
 
 class Named(Dataset):
-    """A dataset of which only place and hash are read."""
+    """A dataset of which only the path and the hash are read."""
 
     hash = "of the data"
     path = Path("data")
@@ -38,7 +38,7 @@ class Named(Dataset):
 
 
 def other(value: Any, annotation: Any) -> Any:
-    """A value of the same kind as `value`, or one that the annotation of an empty field allows."""
+    """Return another value of the same type as `value`, or one allowed by the annotation of an empty field."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
@@ -56,7 +56,7 @@ def other(value: Any, annotation: Any) -> Any:
 
 
 def sections(section: BaseModel) -> Iterator[BaseModel]:
-    """A section and those that its fields hold, to any depth."""
+    """Yield a section and all sections nested in it."""
     yield section
     for name in type(section).model_fields:
         if isinstance(value := getattr(section, name), BaseModel):
@@ -64,7 +64,7 @@ def sections(section: BaseModel) -> Iterator[BaseModel]:
 
 
 def changes(section: BaseModel, before: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted fields below a section, and the section with another value of each; nothing is checked."""
+    """Yield the dotted name of every field, and a copy of the section with a changed value, without validation."""
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         if isinstance(value, BaseModel):
@@ -75,10 +75,10 @@ def changes(section: BaseModel, before: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def hashes(run: config.Run) -> dict[str, str]:
-    """All hashes that a run is known by."""
+    """Return all hashes of a run."""
     places = paths.paths_of(run, Named())
-    found = {name: getattr(places, name).name for name in ("store", "phases", "baseline")}
-    return found | {
+    result = {name: getattr(places, name).name for name in ("store", "phases", "baseline")}
+    return result | {
         "run": run.hash_of(),
         "ingest": config.hash_value(shaping(run.data)),
         "plan": key_of(run, "store"),
@@ -86,13 +86,13 @@ def hashes(run: config.Run) -> dict[str, str]:
 
 
 def moved(monkeypatch: Any) -> dict[str, list[str]]:
-    """By field, the hashes that another value of it moves."""
+    """Return, by field, the names of the hashes that change with its value."""
     for name in ("image_identity", "encoder_identity"):
         monkeypatch.setattr(paths, name, lambda tower: "")
     usual, table = hashes(RUN), {}
     for section in SECTIONS:
         for key, changed in changes(getattr(RUN, section), f"{section}."):
-            if key in ("data.source", "distill.method", "distill.options"):  # which name what is imported
+            if key in ("data.source", "distill.method", "distill.options"):  # these values name modules to import
                 continue
             now = hashes(RUN.model_copy(update={section: changed}))
             table[key] = sorted(name for name in now if now[name] != usual[name])

@@ -1,4 +1,4 @@
-"""What the files of `clusters/` and `jobs/` are searched for: open ports, credentials, versions that move."""
+"""Find open ports, credentials and unpinned versions in the files of `clusters/` and `jobs/`."""
 
 import re
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ CLUSTERS = ROOT / "clusters"
 RAY = "2.60.0"
 
 OPEN = {
-    "a door to the world": re.compile(r"0\.0\.0\.0/0|(?<![0-9a-f:])::/0"),
+    "a port open to all addresses": re.compile(r"0\.0\.0\.0/0|(?<![0-9a-f:])::/0"),
     "the dashboard on all interfaces": re.compile(r"dashboard[-_]host[= ]+(?!127\.0\.0\.1)\S"),
 }
 OPEN_KEYS = {"hostNetwork": {True}, "serviceType": {"LoadBalancer", "NodePort"}, "dashboard-host": {"0.0.0.0", "::"}}
@@ -23,7 +23,7 @@ INSTALLED = re.compile(r"[\w.-]+(?:\[[\w,-]+\])?(?P<version>==[\w.]+)?$")
 
 
 def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every scalar of a YAML document with the keys that lead to it."""
+    """Yield every scalar of a YAML document with its path of keys."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from leaves(inner, (*path, str(key)))
@@ -35,23 +35,23 @@ def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
 
 
 def problems(document: Any) -> list[str]:
-    """What must not stand in a cluster file, one line each."""
-    found = []
+    """Return the problems of a cluster file, one line each."""
+    result = []
     for path, value in leaves(document):
         text, where = str(value), ".".join(path)
-        found += [f"{where}: {what}" for what, pattern in OPEN.items() if pattern.search(text)]
+        result += [f"{where}: {what}" for what, pattern in OPEN.items() if pattern.search(text)]
         if value in OPEN_KEYS.get(path[-1], set()):
-            found.append(f"{where}: {value} opens it")
+            result.append(f"{where}: {value} opens a port to all addresses")
         if SECRET.search(text) or (SECRET_KEYS.search(path[-1]) and is_literal(text)):
-            found.append(f"{where}: a credential")
+            result.append(f"{where}: a credential")
         if path[-1] in ("image", "imageVersion") and not pinned(path[-1], text):
-            found.append(f"{where}: '{text}' is not pinned")
-        found += [f"{where}: {name} is not pinned" for name in loose(text)]
-    return found
+            result.append(f"{where}: '{text}' is not pinned")
+        result += [f"{where}: {name} is not pinned" for name in loose(text)]
+    return result
 
 
 def is_literal(text: str) -> bool:
-    """Whether a value under a key that names a secret is the secret itself, not where it lies."""
+    """Return whether a value is a secret itself, rather than a reference to where the secret is stored."""
     return not text.startswith(("~", "/"))
 
 
@@ -61,10 +61,10 @@ def pinned(key: str, text: str) -> bool:
 
 
 def loose(command: str) -> list[str]:
-    """Packages that a shell command installs with pip without an exact version."""
-    found = []
+    """Return the packages that a shell command installs with pip without an exact version."""
+    result = []
     for part in re.findall(r"pip3? install\s+([^&|;\n]*)", command):
         words = [w.strip("\"'") for w in part.split() if not w.startswith("-")]
         named = [w for w in words if not w.startswith((".", "~", "/"))]
-        found += [w for w in named if not ((hit := INSTALLED.fullmatch(w)) and hit["version"])]
-    return found
+        result += [w for w in named if not ((hit := INSTALLED.fullmatch(w)) and hit["version"])]
+    return result

@@ -1,4 +1,4 @@
-"""Fixtures that several rooms share. The environment of Ray is set before anything imports it."""
+"""Fixtures for tests of several packages; sets Ray's environment variables before Ray is imported."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-settings.register_profile("shared", deadline=None)  # seconds say nothing on a machine that does other work too
+settings.register_profile("shared", deadline=None)  # timings would be unreliable on a busy machine
 settings.load_profile("shared")
 os.environ.update(
     {
@@ -30,7 +30,7 @@ os.environ.update(
 
 
 def pytest_configure(config):
-    """Processes of pytest-xdist check types too: jaxtyping reads the command line only, which they do not have."""
+    """Check tensor types in pytest-xdist workers too; jaxtyping reads the command line, which workers do not have."""
     if hasattr(config, "workerinput"):
         *packages, checker = config.option.jaxtyping_packages.split(",")
         install_import_hook(packages, checker)
@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session", autouse=True)
 def no_ink():
-    """Figures are built and written, but not painted, which is half the time of a tiny run: see `ink`."""
+    """Do not render figures, which would take half the time of a tiny run; the fixture `ink` turns rendering on."""
     from matplotlib.figure import Figure
 
     with pytest.MonkeyPatch.context() as patch:
@@ -55,7 +55,7 @@ def no_ink():
 
 @pytest.fixture(scope="session", autouse=True)
 def unchecked_operations():
-    """Do not check the types of `__torch_function__`: torch calls it hundreds of times a step."""
+    """Do not type-check `__torch_function__`, because torch calls it hundreds of times per step."""
     from rmdd.models.group_norm import TwiceDifferentiable
 
     TwiceDifferentiable.__torch_function__.__no_type_check__ = True
@@ -63,7 +63,7 @@ def unchecked_operations():
 
 @pytest.fixture(scope="session", autouse=True)
 def no_rival():
-    """Shorten the wait in which a rival for a lease at a URI would show up: tests in this process have no rivals."""
+    """Shorten the wait for competing leases on URI storage; tests in one process have no competitors."""
     from rmdd.core import locks
 
     with pytest.MonkeyPatch.context() as patch:
@@ -73,7 +73,7 @@ def no_rival():
 
 @pytest.fixture(scope="session", autouse=True)
 def no_waiting():
-    """Skip what costs time and changes no result: fsync, and seeding devices that this machine does not have."""
+    """Skip slow calls that do not change results: fsync, and seeding devices that this machine does not have."""
     import torch
 
     with pytest.MonkeyPatch.context() as patch:
@@ -86,7 +86,7 @@ def no_waiting():
 
 @pytest.fixture(scope="session")
 def painted(no_ink):
-    """A context in which figures are painted, as they are for users."""
+    """A context in which figures are rendered, as in real use."""
     from matplotlib.figure import Figure
 
     empty = Figure.draw
@@ -104,14 +104,14 @@ def painted(no_ink):
 
 @pytest.fixture(scope="module")
 def ink(painted):
-    """Figures of a whole file are painted."""
+    """Render figures in all tests of a file."""
     with painted():
         yield
 
 
 @pytest.fixture(scope="session")
 def ray_local():
-    """One local cluster for all tests of this process."""
+    """One local Ray cluster for all tests of this process."""
     ray = pytest.importorskip("ray")
     from ray_head import patiently
 
@@ -132,7 +132,7 @@ def ray_local():
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory):
-    """The experts of `toy.run_of`: random walks in the place of trained ones."""
+    """The expert store of `toy.run_of`, with random walks instead of trained experts."""
     import toy
 
     return toy.store_of(tmp_path_factory.mktemp("store"), toy.encoder().trained())
@@ -140,7 +140,7 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def make(tmp_path_factory):
-    """`make(run)`: the run of a method on the toy problem in float64, see `toy.made`."""
+    """`make(run)`: a method on the toy problem in float64; see `toy.made`."""
     import toy
 
     stores = {}
@@ -155,16 +155,16 @@ def make(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real annotation slices and pictures; tests that need it are skipped without it."""
+    """The folder with samples of real annotations and images; tests that need it are skipped if it is missing."""
     folder = Path(os.environ.get("RMDD_SHARED", Path(__file__).parents[2] / "shared"))
     if not (folder / "reference" / "real_annotations").is_dir():
-        pytest.skip("no folder `shared` beside the repository; set RMDD_SHARED")
+        pytest.skip("the folder `shared` is missing next to the repository; set RMDD_SHARED")
     return folder
 
 
 @pytest.fixture(scope="session")
 def s3():
-    """A bucket on loopback; its address and credentials are in the environment."""
+    """An S3 bucket on the loopback address; its address and credentials are in the environment."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)

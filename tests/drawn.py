@@ -1,4 +1,4 @@
-"""Tiny runs of methods that draw pictures, and real processes to kill while they do."""
+"""Tiny runs of generative methods, and real processes that tests kill during them."""
 
 import time
 from pathlib import Path
@@ -19,7 +19,7 @@ TINY = changed(
 
 
 def raw_run(storage, method, pairs, options, **distill):
-    """The run file of a tiny run without Ray."""
+    """Return the run file of a tiny run without Ray."""
     plan = {"method": method, "budget": pairs, "phases": [{"pairs": pairs, "iterations": 1}], "inner_lr": 0.1}
     return stored(storage, TINY, distill={**plan, **distill, "options": options})
 
@@ -29,13 +29,13 @@ def run_of(*args, **distill):
 
 
 def phase_of(storage, number=0):
-    """The folder of a phase of the one run in a storage."""
-    (found,) = Path(storage).glob(f"phases/*/phase-{number}")
-    return found
+    """Return the folder of a phase of the only run in a storage."""
+    (result,) = Path(storage).glob(f"phases/*/phase-{number}")
+    return result
 
 
 def results(storage):
-    """All that the value of the one run in a storage decides, without clocks."""
+    """Return all results of the only run in a storage, without timings."""
     storage = Path(storage)
     wanted = [
         p
@@ -47,14 +47,14 @@ def results(storage):
 
 
 def begin(folder, raw):
-    """A real process that does a run."""
+    """Start a run in a real process."""
     file = Path(folder) / "run.yaml"
     file.write_text(yaml.safe_dump(raw))
     return Rmdd("run", file, "--quiet")
 
 
 def kill_when(process, storage, pattern, seconds=500):
-    """SIGKILL when a file of that name is there."""
+    """Kill the process (SIGKILL) once a file with that name exists."""
     deadline = time.monotonic() + seconds
     while not list(Path(storage).glob(pattern)):
         assert process.poll() is None, process.communicate()

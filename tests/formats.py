@@ -1,4 +1,4 @@
-"""Files of the real formats that probes read, tiny and made up."""
+"""Write tiny made-up files in the real formats that probes read."""
 
 import json
 
@@ -10,12 +10,12 @@ from rmdd.data.sources.cocoqa import FILES
 
 
 def rows_of(data):
-    """The rows of a source of annotations."""
+    """Return the rows of an annotation source."""
     return list(sources.find(data).rows(data)[0])
 
 
 def picture(path, seed=0, size=(9, 7)):
-    """A picture of one colour with noise, whatever the file is called."""
+    """Write an image of one colour with noise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(seed)
     noise = draw.integers(0, 60, (size[1], size[0], 3)) + draw.integers(0, 190, 3)
@@ -23,14 +23,14 @@ def picture(path, seed=0, size=(9, 7)):
 
 
 def class_folders(root, classes, each=3, folder="val"):
-    """ImageFolder: a folder per class."""
+    """Write an ImageFolder: one folder of images per class."""
     for c, name in enumerate(classes):
         for i in range(each):
             picture(root / folder / name / f"ILSVRC2012_val_{c * each + i:08d}.JPEG", seed=c * each + i)
 
 
 def cifar10(root, labels, names=("airplane", "automobile", "bird")):
-    """The binary version: a label byte and 3 x 1024 bytes per record."""
+    """Write the binary version of CIFAR-10: one label byte and 3 x 1024 pixel bytes per record."""
     root.mkdir(parents=True, exist_ok=True)
     (root / "batches.meta.txt").write_text("\n".join(names) + "\n\n")
     planes = [[40 * label + 3] * 1024 + [2] * 1024 + [i] * 1024 for i, label in enumerate(labels)]
@@ -39,7 +39,7 @@ def cifar10(root, labels, names=("airplane", "automobile", "bird")):
 
 
 def cocoqa(folder, train, test):
-    """Rows (question, answer, image id, type) as line-aligned files."""
+    """Write COCO-QA files; line n of each file has the question, answer, image id or type of row n."""
     for split, rows in (("train", train), ("test", test)):
         (folder / split).mkdir(parents=True, exist_ok=True)
         for name, column in zip(FILES, zip(*rows, strict=True), strict=True):
@@ -52,7 +52,7 @@ def coco_pictures(root, ids, folder="val2014"):
 
 
 def textcaps(root, split, images, captions=2, say="A sign that says {image} #{n}.".format):
-    """A record per caption, as `say(image=..., n=...)` words it; train and val pictures lie in train_images."""
+    """Write TextCaps files with one record per caption, `say(image=..., n=...)`; all images are in train_images."""
     records = []
     for i, image in enumerate(images):
         strings = [say(image=image, n=n) for n in range(captions)]

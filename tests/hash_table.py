@@ -1,4 +1,4 @@
-"""Which hashes each field of a run file moves, read off the code before fields said so themselves."""
+"""The hashes that each field of a run file changes, recorded before fields declared them in the code."""
 
 MOVES = {
     "baseline ingest phases run store": """
@@ -124,4 +124,4 @@ WITHIN = {
     "stable_diffusion.Sampling": "steps guidance size batch dtype offload redraws",
     "tuned.TunedMethod.Options": "generator",
 }
-"""Sections in lists, options and mappings, which `changing` does not reach. Their fields have no marks."""
+"""Fields of sections in lists, options and mappings, which `changing` does not reach; they have no hash marks."""

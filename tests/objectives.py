@@ -1,4 +1,4 @@
-"""What tests of distribution matching share: real pairs in memory, and a loop of a few lines on an objective."""
+"""Shared code for tests of distribution matching: real pairs in memory, and a simple loop over an objective."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ WORDS = ("red circle", "green square by a tree", "blue thing")
 
 
 def prepared_split(images=24, width=toy.TEXT_WIDTH, captions=2):
-    """Pictures of three colours and captions of three directions, with noise."""
+    """Return images of three colours and caption embeddings of three directions, with noise."""
     random = np.random.default_rng(0)
     colour = np.array([(250, 20, 20), (20, 250, 20), (20, 20, 250)])[np.arange(images) % 3]
     pictures = np.clip(colour[:, :, None, None] + random.integers(-90, 90, (images, 3, toy.SIZE, toy.SIZE)), 0, 255)
@@ -38,7 +38,7 @@ def run_of(method, options, *, pairs=6, iterations=5, text=None, weights="random
 
 
 def opened(run, store, train):
-    """The method, its first set, and its objective."""
+    """Return the method, its initial set, and its objective."""
     method = methods.find(run.distill.method)(run)
     begun = method.initial(0, train, method.records(0, train, store))
     return method, begun, objective_of(method, store, train)
@@ -51,12 +51,12 @@ def objective_of(method, store, train):
 
 
 def descend(objective, synthetic, iterations, *, start=0, lr=0.1):
-    """Plain steps down the mean gradient of one draw each; the last set and all losses."""
+    """Take plain gradient steps with one draw each; return the last set and all losses."""
     losses = []
     for iteration in range(start, start + iterations):
-        found, parts = objective.gradient(synthetic, iteration, 0)
+        result, parts = objective.gradient(synthetic, iteration, 0)
         losses.append(parts)
-        moved = {n: t - lr * found.tensors()[n] for n, t in synthetic.tensors().items()}
+        moved = {n: t - lr * result.tensors()[n] for n, t in synthetic.tensors().items()}
         synthetic = synthetic.with_tensors(moved)
         objective.after(synthetic, iteration)
     return synthetic, losses

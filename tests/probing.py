@@ -1,4 +1,4 @@
-"""Runs with probes, and how a test writes them."""
+"""Run files with probes for tests."""
 
 from tiny import changed, stored
 

@@ -1,4 +1,4 @@
-"""Processes of the `rmdd` command, forked from one that has imported what they need: each is there at once."""
+"""Start `rmdd` processes quickly, by forking a process that has already imported the package."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ CONTEXT.set_forkserver_preload(USED.split())
 class Forked:
     """A process that calls `function(*arguments)`, with the methods of `subprocess.Popen` to watch and to kill it.
 
-    The function has to be importable: the process finds it by its module and name.
+    The function must be importable by its module and name.
     """
 
     def __init__(self, function: Callable[..., object], *arguments: object, **environment: str):
@@ -47,7 +47,7 @@ class Forked:
         return self.process.exitcode
 
     def kill(self) -> None:
-        """SIGKILL, and its end."""
+        """Kill the process (SIGKILL) and wait for it to end."""
         self.process.kill()
         self.process.join()
 
@@ -56,22 +56,22 @@ class Forked:
         self.process.terminate()
 
     def communicate(self, timeout: float = 400) -> tuple[str, str]:
-        """What it has written, once it has ended."""
+        """Wait for the process to end and return its output."""
         self.process.join(timeout)
-        assert self.returncode is not None, f"it has not ended after {timeout} seconds"
+        assert self.returncode is not None, f"the process has not ended after {timeout} seconds"
         written = [file.read_text() if file.exists() else "" for file in self.files]
         return written[0], written[1]
 
 
 class Rmdd(Forked):
-    """A process that runs the command `rmdd WORDS`."""
+    """Start a process that runs the command `rmdd WORDS`."""
 
     def __init__(self, *words: object, **environment: str):
         super().__init__(_rmdd, *(str(word) for word in words), **environment)
 
 
 def done(*words: object, **environment: str) -> str:
-    """What `rmdd WORDS` prints."""
+    """Run `rmdd WORDS` and return what it prints."""
     process = Rmdd(*words, **environment)
     output, errors = process.communicate()
     assert process.returncode == 0, output + errors

@@ -1,4 +1,4 @@
-"""A head of a Ray cluster on this machine, started with the words of `clusters/`, beside whatever else runs here."""
+"""Start a Ray head on this machine with the commands of `clusters/`, next to any other Ray processes."""
 
 import contextlib
 import os
@@ -20,11 +20,11 @@ from cluster_files import CLUSTERS, ROOT
 
 
 class Head:
-    """A head with ports and a folder of its own; `environment` lets the command line find it."""
+    """A Ray head with separate ports and a separate folder; `environment` points the command line to it."""
 
     def __init__(self, autoscaling: str | None = None, **flags: object):
-        """`autoscaling` is a file for the autoscaler, with `{gcs}` where the head's address goes."""
-        self.folder = Path(tempfile.mkdtemp(prefix="rmdd-", dir="/tmp"))  # sockets lie in it: 107 bytes are the limit
+        """Start the head; `autoscaling` is the autoscaler file, with `{gcs}` in place of the head's address."""
+        self.folder = Path(tempfile.mkdtemp(prefix="rmdd-", dir="/tmp"))  # paths of sockets have at most 107 bytes
         self.log, self.gcs, self.dashboard = self.folder / "head.log", free_port(), free_port()
         mine = {"port": self.gcs, "dashboard-port": self.dashboard, "temp-dir": self.folder, "num-cpus": 2}
         mine |= {"ray-client-server-port": free_port(), "dashboard-agent-listen-port": free_port()}
@@ -50,12 +50,12 @@ class Head:
         self.environment = base | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{self.dashboard}"}
 
     def comes_up(self) -> bool:
-        """False when Ray gave up: it waits 30 seconds for its own processes, and a busy machine may need longer."""
+        """Return whether the head started; Ray gives up after 30 seconds, which can be too short on a busy machine."""
         wait_for(lambda: self.process.poll() is not None or "will now block" in self.log.read_text())
         return self.process.poll() is None
 
     def answers(self, host: str, **headers: str) -> int:
-        """The HTTP status of the dashboard at `host`. Raises `OSError` where nothing listens."""
+        """Return the HTTP status of the dashboard at `host`. Raises `OSError` if nothing listens there."""
         request = urllib.request.Request(f"http://{host}:{self.dashboard}/api/version", headers=headers)
         try:
             with urllib.request.urlopen(request, timeout=10) as answer:
@@ -82,7 +82,7 @@ class Head:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _end_nodes(self) -> None:
-        """Nodes that the autoscaler added are no children of the head, and would wait a minute for it."""
+        """End nodes of the autoscaler, which are not child processes of the head and would wait a minute for it."""
         for file in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
                 if str(self.folder).encode() in file.read_bytes():
@@ -91,7 +91,7 @@ class Head:
 
 @contextlib.contextmanager
 def started(autoscaling: str | None = None, **flags: object) -> Iterator[Head]:
-    """A head that came up, in one of three attempts."""
+    """Start a Ray head in up to three attempts."""
     with contextlib.ExitStack() as stack:
         for _ in range(3):
             head = Head(autoscaling, **flags)
@@ -99,12 +99,12 @@ def started(autoscaling: str | None = None, **flags: object) -> Iterator[Head]:
             if head.comes_up():
                 break
         else:
-            raise AssertionError(f"no head came up:\n{head.log.read_text()}")
+            raise AssertionError(f"no Ray head started:\n{head.log.read_text()}")
         yield head
 
 
 def patiently(begin: Callable):
-    """A node of Ray must come up within half a minute, which a busy machine may not give it."""
+    """Retry a test that starts Ray nodes, because a busy machine may exceed Ray's start limit of 30 seconds."""
     for _ in range(5):
         with contextlib.suppress(Exception):
             return begin()
@@ -132,5 +132,5 @@ def outer_address() -> str:
 def wait_for(condition: Callable[[], object], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "what was waited for never came"
+        assert time.monotonic() < deadline, "the awaited condition did not occur in time"
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""The method cards written out plainly, in float64: losses, gradients and the outer loop, with none of the engine."""
+"""Slow reference versions of the methods in float64, without the engine: losses, gradients and the outer loop."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from rmdd.distill.loop import State, outer_step
 
 
 def wbce(logits, similarity):
-    """LoRS card, section 3: the means over positives and over negatives, halved."""
+    """Return the weighted BCE of LoRS: half the sum of the means over positives and over negatives."""
     p = torch.sigmoid(logits)
     entry = -similarity * torch.log(p + 1e-6) - (1 - similarity) * torch.log(1 - p + 1e-6)
     positive = (similarity > 0.5).double()
@@ -18,13 +18,13 @@ def wbce(logits, similarity):
 
 
 def infonce(logits, similarity):
-    """MTT-VL card, step 4: cross entropy both ways, with nothing to learn in the pairing."""
+    """Return InfoNCE as in MTT-VL: cross entropy in both directions, with fixed pairs."""
     labels = torch.arange(len(logits))
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
 def whole_similarity(leaves, alpha):
-    """S of all pairs from its tensors; the identity where there are none."""
+    """Return the similarity S of all pairs; the identity if it has no tensors."""
     if "similarity.matrix" in leaves:
         return leaves["similarity.matrix"]
     identity = torch.eye(len(leaves["texts"]), dtype=torch.float64)
@@ -35,7 +35,7 @@ def whole_similarity(leaves, alpha):
 
 
 def plain_loss(model, loss):
-    """The loss of one inner step: (parameters, images, texts, similarity, step) -> number."""
+    """Return the loss of one inner step: (parameters, images, texts, similarity, step) -> number."""
 
     def value(theta, images, texts, similarity, step):
         return loss(functional_call(model, theta, (images, texts)), similarity)
@@ -44,30 +44,30 @@ def plain_loss(model, loss):
 
 
 def rate_of(rates, name):
-    """The inner rate of one parameter, by the tower it belongs to."""
+    """Return the inner learning rate of a parameter, by its tower."""
     return rates["lr_text" if name.startswith("text_head.") else "lr_image"]
 
 
 def flat(params, tower):
-    """All parameters of one tower in one vector."""
+    """Return all parameters of one tower as one vector."""
     mine = [p.flatten() for n, p in params.items() if n.startswith("text_head.") == (tower == "text")]
     return torch.cat(mine)
 
 
 def weights(start, target, merged):
-    """What divides each tower's squared miss: its own way, or that of both."""
+    """Return the divisor of each tower's squared miss: the squared start distance of the tower, or of both towers."""
     way = {m: (flat(start, m) - flat(target, m)).square().sum() for m in ("image", "text")}
     return dict.fromkeys(way, sum(way.values())) if merged else way
 
 
 def segment(made, drawn):
-    """Start and target of a draw among the epochs as they were trained."""
+    """Return start and target of a draw on the original trajectory."""
     expert = made.matcher.experts[drawn.expert]
     return [made.store.read(expert, drawn.start + ahead) for ahead in (0, 1)]
 
 
 def shortcut(store, expert, endpoint, epoch):
-    """PTM-ST card, section 3.1, at a real epoch: each tensor between epoch 0 and `endpoint` by its share of steps."""
+    """Return the shortcut of PTM-ST at a real epoch: each tensor between epoch 0 and `endpoint`, by arc length."""
     walk = [store.read(expert, t) for t in range(endpoint + 1)]
     point = {}
     for name in walk[0]:
@@ -79,7 +79,7 @@ def shortcut(store, expert, endpoint, epoch):
 
 
 def full_unroll(loss, start, target, leaves, alpha, batches, merged=False):
-    """Gradients by every leaf, differentiated through the whole unroll."""
+    """Return the gradients of all leaves, differentiated through the full unroll."""
     similarity = whole_similarity(leaves, alpha)
     theta = {n: p.clone().requires_grad_() for n, p in start.items()}
     for step, index in enumerate(batches):
@@ -93,7 +93,7 @@ def full_unroll(loss, start, target, leaves, alpha, batches, merged=False):
 
 
 def two_passes(loss, start, target, leaves, alpha, batches, merged=False, merged_rates=None):
-    """TESLA card, sections 3-4: 2 w_m / a_m . dg_m/dX with w_m constant, and -2 delta . G / a_m for the rates."""
+    """Return the gradients of TESLA: 2 w_m / a_m . dg_m/dX with constant w_m, and -2 delta . G / a_m for the rates."""
     eta = {"image": leaves["lr_image"].detach(), "text": leaves["lr_text"].detach()}
     theta, visited = {n: p.clone() for n, p in start.items()}, []
     total = {m: torch.zeros_like(flat(start, m)) for m in eta}
@@ -107,7 +107,7 @@ def two_passes(loss, start, target, leaves, alpha, batches, merged=False, merged
     w = {m: eta[m] * (flat(target, m) - flat(start, m)) + eta[m] ** 2 * total[m] for m in eta}
     scale = weights(start, target, merged)
     learned = [n for n in leaves if not n.startswith("lr_")]
-    found = {n: torch.zeros_like(t) for n, t in leaves.items()}
+    result = {n: torch.zeros_like(t) for n, t in leaves.items()}
     for step, index in enumerate(batches):
         block = whole_similarity(leaves, alpha)[index][:, index]
         value = loss(visited[step], leaves["images"][index], leaves["texts"][index], block, step)
@@ -115,16 +115,16 @@ def two_passes(loss, start, target, leaves, alpha, batches, merged=False, merged
         g = dict(zip(start, grads, strict=True))
         c = sum(2 * (w[m] / scale[m] * flat(g, m)).sum() for m in w)
         for n, d in zip(learned, torch.autograd.grad(c, [leaves[n] for n in learned], allow_unused=True), strict=True):
-            found[n] += 0 if d is None else d
+            result[n] += 0 if d is None else d
     scale = weights(start, target, merged if merged_rates is None else merged_rates)
     for m in eta:
         delta = flat(start, m) - flat(target, m) - eta[m] * total[m]
-        found[f"lr_{m}"] = -2 * (delta * total[m]).sum() / scale[m]
-    return found
+        result[f"lr_{m}"] = -2 * (delta * total[m]).sum() / scale[m]
+    return result
 
 
 def outer_loop(begun, rule, gradient_of, iterations):
-    """torch's own SGD on every tensor, `gradient_of(leaves, iteration)` in the place of a backward pass; all states."""
+    """Run torch's own SGD on every tensor with gradients `gradient_of(leaves, iteration)`; return all states."""
     leaves = {n: t.clone().double().requires_grad_() for n, t in begun.tensors().items()}
     rates = {"images": rule.lr_image, "texts": rule.lr_text, "lr_image": rule.lr_lr, "lr_text": rule.lr_lr}
     groups = [{"params": [t], "lr": rates.get(n, rule.lr_similarity)} for n, t in leaves.items()]
@@ -139,11 +139,11 @@ def outer_loop(begun, rule, gradient_of, iterations):
 
 
 def fast_loop(made, iterations):
-    """The states of the loop as it is run."""
+    """Return the states of the real distillation loop."""
     states = [State.begin(made.begun)]
     for iteration in range(iterations):
-        found = made.matcher.gradient(states[-1].raw, made.matcher.draw(iteration))
-        states.append(outer_step(states[-1], found.gradient, made.run.distill))
+        result = made.matcher.gradient(states[-1].raw, made.matcher.draw(iteration))
+        states.append(outer_step(states[-1], result.gradient, made.run.distill))
     return states[1:]
 
 
@@ -151,11 +151,13 @@ def assert_same_states(states, expected):
     for state, wanted in zip(states, expected, strict=True):
         for name, t in state.raw.tensors().items():
             torch.testing.assert_close(t, wanted[name], rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
-    assert all(not torch.equal(t, expected[0][n]) for n, t in expected[-1].items()), "nothing moved to compare"
+    assert all(not torch.equal(t, expected[0][n]) for n, t in expected[-1].items()), (
+        "no tensor changed, so nothing is compared"
+    )
 
 
 def assert_equals_slow(made, gradient_of, iterations=3):
-    """The loop as it is run has the states of the outer loop on `gradient_of(leaves, drawn)`."""
+    """Assert that the real loop has the same states as the plain outer loop with `gradient_of(leaves, drawn)`."""
 
     def gradient(leaves, iteration):
         return gradient_of(leaves, made.matcher.draw(iteration))

@@ -1,4 +1,4 @@
-"""What disks, copies and people do to a run: each is a clear error, and nothing that was whole is lost."""
+"""Check that damaged files, full disks and user errors give clear errors, and that finished files stay intact."""
 
 import contextlib
 import json
@@ -23,14 +23,14 @@ from rmdd.pipeline import open_pipeline
 
 
 def mounted(folder, *options):
-    """Mount a small disk of its own at `folder`; False where this process may not."""
+    """Mount a small separate file system at `folder`; return False if this process has no permission."""
     folder.mkdir(parents=True, exist_ok=True)
     command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "none", str(folder)]
     return shutil.which("mount") is not None and subprocess.run(command, capture_output=True).returncode == 0
 
 
 class SmallDisk:
-    """A folder that takes no more once `full()` is entered."""
+    """A folder that cannot take more data inside the context `full()`."""
 
     def __init__(self, folder, kind):
         self.folder, self.mounted = folder, kind == "disk" and mounted(folder, "size=4m")
@@ -38,7 +38,7 @@ class SmallDisk:
 
     @contextlib.contextmanager
     def full(self):
-        if not self.mounted:  # a limit of the operating system on every write beyond the first bytes of a file
+        if not self.mounted:  # the operating system limits the size of every file
             soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (512, hard))
             try:
@@ -80,7 +80,7 @@ def test_an_expert_survives_a_full_disk(disk, tmp_path):
         writer.add(walk[1], {})
     assert not list(store.path.rglob("*.tmp"))
     writer = Writer(store, 0)
-    assert writer.epoch == 0, "the epoch before is whole"
+    assert writer.epoch == 0, "the previous epoch is intact"
     whole, unbroken = begin(tmp_path / "whole"), None
     unbroken = Writer(whole, 0)
     unbroken.add(walk[0], {})
@@ -92,7 +92,7 @@ def test_an_expert_survives_a_full_disk(disk, tmp_path):
     assert all(toy.same_tensors(store.read(0, e), whole.read(0, e)) for e in range(3))
 
 
-def test_a_phase_goes_on_after_a_full_disk(disk, store, tmp_path):
+def test_a_phase_continues_after_a_full_disk(disk, store, tmp_path):
     run = toy.run_of(iterations=7)
     with contextlib.ExitStack() as stack:
 
@@ -107,7 +107,7 @@ def test_a_phase_goes_on_after_a_full_disk(disk, store, tmp_path):
     toy.assert_same_results(disk.folder / "phase", tmp_path / "unbroken")
 
 
-def test_a_cache_that_does_not_fit_is_an_error_and_kills_nobody(disk, tmp_path):
+def test_a_cache_that_does_not_fit_is_a_clear_error(disk, tmp_path):
     tower, captions = config.TextTower(name="hashing", width=2048), ["one", "two"] * 50
     with disk.full(), pytest.raises(OSError, match=NO_ROOM):
         embed(captions, tower, disk.folder / "cache")
@@ -118,7 +118,7 @@ def test_a_cache_that_does_not_fit_is_an_error_and_kills_nobody(disk, tmp_path):
 
 @pytest.fixture
 def read_only(tmp_path):
-    """A folder that nobody can write to, by the strongest means that this process has."""
+    """Make a folder read-only, by the strongest means that this process may use."""
     folder = tmp_path / "fixed"
     if mounted(folder, "ro"):
         yield folder
@@ -147,12 +147,12 @@ def test_two_runs_on_one_folder(tmp_path):
             pass
         other = run.model_copy(update={"name": "other"})
         with open_pipeline(other) as second:
-            assert second.folder != first.folder, "another run may use the same storage"
+            assert second.folder != first.folder, "another run can use the same storage"
     with open_pipeline(run):
         pass
 
 
-# -- files that are not as they were written -------------------------------------------------------------------------
+# -- damaged files ---------------------------------------------------------------------------------------------------
 
 
 def flip(path, back=7):
@@ -190,7 +190,7 @@ def test_flipped_bytes_of_what_experts_start_from(tmp_path):
     with pytest.raises(ValueError, match=words):
         Writer(store, 1).add(theta, {})
     before = {k: v for k, v in store.spec.items() if k != "shared_sha256"}
-    (tmp_path / "store.json").write_text(json.dumps(before))  # as an earlier version wrote it
+    (tmp_path / "store.json").write_text(json.dumps(before))  # a store of an earlier version
     older = Store.create(tmp_path, store.shapes, **spec)
     assert older.read(0, 0).keys() == theta.keys()
 
@@ -204,7 +204,7 @@ def test_flipped_bytes_of_an_expert_in_training(store, tmp_path):
         Writer(half, 0)
 
 
-def test_a_damaged_checkpoint_of_a_phase_gives_way_to_the_good_one(store, tmp_path, caplog):
+def test_a_phase_resumes_from_the_good_state_if_its_checkpoint_is_damaged(store, tmp_path, caplog):
     run = toy.run_of(iterations=9, guard={"every": 2}, checkpoint_every=1)
     toy.distil(run, store, tmp_path / "unbroken")
     toy.distil(run, store, tmp_path / "flipped", **toy.stop_after(5))

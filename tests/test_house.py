@@ -1,6 +1,6 @@
-"""The rules that hold the house together, read off the source.
+"""Check the structure of the package from its source code.
 
-Imports count wherever they stand: at the top of a file, inside a function, or under `TYPE_CHECKING`.
+All imports count: at the top of a file, inside a function, or under `TYPE_CHECKING`.
 """
 
 import ast
@@ -45,19 +45,19 @@ ROOMS: dict[str, list[str]] = {
     "core": "config".split(),
     "config": [],
 }
-"""Which rooms a room may import, from the top of the house down: all of them stand below it."""
+"""The packages that each package may import; a package imports only those listed after it."""
 
 LAZY_IMPORTS = 40
-"""Imports of our own modules inside functions, at most: those that keep `import rmdd` and `rmdd --help` light."""
+"""Largest number of own modules imported inside functions; these keep `import rmdd` and `rmdd --help` fast."""
 WHOLE_RUN = 60
-"""Functions outside `runs`, `cli` and the pipeline that take a whole run, at most."""
+"""Largest number of functions outside `runs`, `cli` and the pipeline that take a complete run as an argument."""
 LINES = 450
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
-    """Full names of what is imported anywhere in `tree`; `from a import b` gives a and a.b."""
+    """Return the full names of all imports in `tree`; `from a import b` gives a and a.b."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -68,15 +68,15 @@ def imported(tree: ast.AST) -> Iterator[str]:
 
 
 def ours(tree: ast.AST) -> set[str]:
-    """The modules of the package that `tree` imports; `from a import b` is one of a.b where that is a module."""
-    found = set()
+    """Return the modules of this package that `tree` imports; `from a import b` counts as a.b if that is a module."""
+    result = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            result |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {name if name in MODULES else str(node.module) for name in names}
-    return found & MODULES.keys()
+            result |= {name if name in MODULES else str(node.module) for name in names}
+    return result & MODULES.keys()
 
 
 def within(name: str, package: str) -> bool:
@@ -84,7 +84,7 @@ def within(name: str, package: str) -> bool:
 
 
 def room_of(module: str) -> str:
-    """The folder below `rmdd`, `pipeline`, or `rmdd` for the package itself."""
+    """Return the subpackage of a module; `pipeline` for the pipeline, and `rmdd` for the package itself."""
     parts = module.split(".")
     return "rmdd" if len(parts) == 1 or parts[1] == "__main__" else parts[1]
 
@@ -93,7 +93,7 @@ IMPORTS = {module: ours(tree) for module, tree in MODULES.items()}
 
 
 def circles(edges: Mapping[str, Collection[str]]) -> list[list[str]]:
-    """Groups of nodes that reach one another (strongly connected components of more than one, by two passes)."""
+    """Return the import cycles: strongly connected components with more than one node, found in two passes."""
     order: list[str] = []
     seen: set[str] = set()
 
@@ -139,12 +139,12 @@ def test_a_circle_is_found():
     assert circles({"a": {"b", "c"}, "b": {"d"}, "c": {"d"}, "d": set()}) == []
 
 
-def test_no_files_import_each_other():
+def test_there_are_no_import_cycles():
     assert circles(IMPORTS) == []
 
 
 def test_rooms_import_only_rooms_below_them():
-    assert {room_of(module) for module in MODULES} == ROOMS.keys(), "every room has a line in the table"
+    assert {room_of(module) for module in MODULES} == ROOMS.keys(), "every package is listed in the table"
     below = list(ROOMS)
     assert all(below.index(target) > below.index(room) for room, targets in ROOMS.items() for target in targets)
     wrong = {
@@ -199,7 +199,7 @@ def test_functions_take_what_they_read():
 
 
 def test_only_methods_know_their_family():
-    """Elsewhere a hook of the method does what differs between families; the word is only shown to people."""
+    """Outside the methods, code must not branch on the family of a method; it may only print it."""
     asking = []
     for module, tree in MODULES.items():
         shown = {id(value) for node in ast.walk(tree) if isinstance(node, ast.Dict) for value in node.values}
@@ -221,11 +221,11 @@ def test_no_two_public_classes_share_a_name():
 
 
 FOREIGN_MESSAGES = {"rmdd.models.image", "rmdd.execution.ray.cluster", "rmdd.execution.ray.actors"}
-"""Where timm and Ray give nothing but the text of an error to tell it by."""
+"""Places where an error of timm or Ray can be recognised only by its text."""
 
 
-def test_errors_are_told_apart_by_their_class():
-    """Never by the name of a class, nor by words in a message."""
+def test_errors_are_distinguished_by_their_class():
+    """Errors must not be recognised by the name of their class or by words of their message."""
     wrong = []
     for module, tree in MODULES.items():
         for node in (n for n in ast.walk(tree) if isinstance(n, ast.Compare)):
@@ -260,7 +260,7 @@ def test_only_the_backend_imports_the_ray_room_and_only_inside_functions():
 def test_the_ray_room_holds_no_maths(module):
     assert {room_of(name) for name in IMPORTS[module]} <= {"execution", "core", "config"}
     torch = {name for name in imported(MODULES[module]) if within(name, "torch")}
-    assert torch <= {"torch"}, "threads are set through torch; tensors belong elsewhere"
+    assert torch <= {"torch"}, "torch is used only to set threads"
 
 
 def test_everything_but_the_ray_room_imports_without_ray():

@@ -1,4 +1,4 @@
-"""One run in this process: what is reused, what is refused, what comes out."""
+"""Check one run in this process: reuse of finished work, errors, and results."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ def load(storage, *overrides, **sections):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A storage with a finished run; tests copy it before they write to it."""
+    """A storage with a finished run; tests copy it before they change it."""
     storage = tmp_path_factory.mktemp("runs")
     go(load(storage))
     return storage
@@ -51,7 +51,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def storage(finished, tmp_path):
-    """A copy of the finished storage, at the same age."""
+    """A copy of the finished storage with the same file times."""
     return shutil.copytree(finished, tmp_path / "runs")
 
 
@@ -73,16 +73,16 @@ def test_a_run_leaves_a_table_a_set_and_a_page(finished):
     assert not list(finished.rglob("*.tmp"))
 
 
-def test_everything_the_referee_can_tell(storage):
+def test_the_page_reports_certainty_and_peeking(storage):
     run = load(storage, "evaluate.reference=edge", "evaluate.scores=true", "evaluate.students=1")
     go(run)
     evaluation = json.loads((run_folder(run) / "evaluation.json").read_text())
-    table, found = evaluation["table"], evaluation["certainty"]
-    for row, recalls in found["test_last"].items():
+    table, results = evaluation["table"], evaluation["certainty"]
+    for row, recalls in results["test_last"].items():
         for metric, interval in recalls.items():
             assert interval["low"] <= interval["high"]
             assert interval["mean"] == pytest.approx(table[row]["test_last"][metric]["mean"])
-    gain = found["minus_random"]["ptm_st"]["R@mean"]["mean"]
+    gain = results["minus_random"]["ptm_st"]["R@mean"]["mean"]
     rows = [table[row]["test_last"]["R@mean"]["mean"] for row in ("ptm_st", "random")]
     assert gain == pytest.approx(rows[0] - rows[1])
     reference, picked = evaluation["reference"], table["ptm_st"]["test_best_reference"]["R@mean"]
@@ -97,7 +97,7 @@ def test_everything_the_referee_can_tell(storage):
     assert "Gain from picking on test" in page and "IOR: the set minus random pairs with the same recipe" in page
 
 
-def test_a_record_without_its_ranks_or_its_test_scores_is_made_again(storage):
+def test_incomplete_records_are_computed_again(storage):
     (baseline,) = (storage / "baselines").iterdir()
     ranks, apart = baseline / "baseline-000.ranks.safetensors", baseline / "baseline-001.test.json"
     before = ranks.read_bytes(), apart.read_bytes()
@@ -128,9 +128,9 @@ def test_a_run_does_each_step_once_and_computes_its_paths_once(tmp_path, monkeyp
     def counted(owner, name):
         original = getattr(owner, name)
 
-        def counting(*given, **named):
+        def counting(*arguments, **named):
             calls[name] += 1
-            return original(*given, **named)
+            return original(*arguments, **named)
 
         monkeypatch.setattr(owner, name, counting)
 
@@ -146,7 +146,7 @@ def test_a_run_does_each_step_once_and_computes_its_paths_once(tmp_path, monkeyp
         tmp_path, "distill.phases=auto", "distill.plan.min_pairs=2", "distill.plan.max_phases=1", "name=planned"
     )
     go(planned, "plan")
-    assert (calls["plan"], calls["paths_of"]) == (1, 2), "the paths of phases follow from the plan"
+    assert (calls["plan"], calls["paths_of"]) == (1, 2), "the phase paths are known once phases are planned"
 
 
 def test_running_again_changes_nothing(finished):
@@ -161,7 +161,7 @@ def test_running_again_changes_nothing(finished):
     assert {f: stamps(finished / f) for f in folders} == times
 
 
-def test_workers_are_told_where_a_relative_storage_lies(tmp_path, monkeypatch):
+def test_workers_get_the_absolute_path_of_a_relative_storage(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     seen = []
 
@@ -222,7 +222,7 @@ def test_a_folder_begun_with_other_data_is_refused(tmp_path):
 
     go(with_data("0"), "ingest")
     shutil.copytree(tmp_path / "0", tmp_path / "moved")
-    assert go(with_data("moved"), "ingest").path == tmp_path / "moved", "the same data may lie elsewhere"
+    assert go(with_data("moved"), "ingest").path == tmp_path / "moved", "the same data may be in another folder"
     with pytest.raises(ValueError, match=r"tiny-.* was started with other data .*give the run another name"):
         go(with_data("1"), "ingest")
 
@@ -263,13 +263,13 @@ def test_a_time_limit_stops_a_run_like_ctrl_c(storage):
         pool.submit(go, limited(1), "ingest").result()
 
 
-def test_health_is_seen_over_the_distillation_and_repeats(tmp_path):
+def test_health_is_computed_for_every_snapshot_and_repeatable(tmp_path):
     run = load(tmp_path)
-    found = go(run, "health")
-    assert [row.get("iterations") for row in found["rows"]] == [[0, 0], [2, 2], [4, 3], None, None]
-    assert [row["set"] for row in found["rows"]] == [*["distilled"] * 3, "random pairs", "val"]
-    assert [row["pairs"] for row in found["rows"]] == [8, 8, 8, 8, 5]
-    first, last = found["rows"][0], found["rows"][2]
+    results = go(run, "health")
+    assert [row.get("iterations") for row in results["rows"]] == [[0, 0], [2, 2], [4, 3], None, None]
+    assert [row["set"] for row in results["rows"]] == [*["distilled"] * 3, "random pairs", "val"]
+    assert [row["pairs"] for row in results["rows"]] == [8, 8, 8, 8, 5]
+    first, last = results["rows"][0], results["rows"][2]
     assert first["stripes"] == 0 < last["stripes"]
     assert first["cosine_image"] != last["cosine_image"]
     file = run_folder(run) / "health.json"
@@ -288,4 +288,4 @@ def test_a_collapsed_set_is_warned_of(tmp_path):
             file = places.set(p, iteration)
             whole = load_set(file)
             save_set(replace(whole, images=whole.images[:1].expand_as(whole.images).clone()), file)
-        assert any("image" in told for told in pipeline.health()["warnings"])
+        assert any("image" in message for message in pipeline.health()["warnings"])

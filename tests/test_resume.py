@@ -1,4 +1,4 @@
-"""Kill what works on Ray, go on, and compare bits with a run without Ray that nobody touched."""
+"""Kill drivers, workers and nodes of Ray runs, resume, and compare with an undisturbed run without Ray."""
 
 import contextlib
 import json
@@ -35,7 +35,7 @@ def finish(process: Rmdd) -> None:
 
 
 def results(folder: Path) -> dict[str, bytes]:
-    """Everything that a run's value decides: stores, sets and scores, without clocks and places."""
+    """Return all results of a run: stores, sets and scores, without timings and paths."""
     runs = folder / "runs"
     files = [
         p
@@ -46,14 +46,14 @@ def results(folder: Path) -> dict[str, bytes]:
 
 
 def made(folder: Path) -> dict[str, tuple[int, int]]:
-    """Which finished experts, shards and records there are, by what changes when one is made again."""
+    """Return the finished experts, shards and records, with the file stamps that change if one is made again."""
     patterns = ("data/*/*.parquet", "experts/*/*/expert.json", "baselines/*/*.json", "phases/*/*/start.safetensors")
-    found = [p for pattern in patterns for p in (folder / "runs").glob(pattern)]
-    return {str(p.relative_to(folder)): (p.stat().st_ino, p.stat().st_mtime_ns) for p in found}
+    result = [p for pattern in patterns for p in (folder / "runs").glob(pattern)]
+    return {str(p.relative_to(folder)): (p.stat().st_ino, p.stat().st_mtime_ns) for p in result}
 
 
 class Nodes:
-    """A cluster of processes on this machine whose nodes can be killed; the head does no work."""
+    """A Ray cluster of processes on this machine whose nodes can be killed; the head runs no tasks."""
 
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
@@ -72,7 +72,7 @@ class Nodes:
         return patiently(lambda: self.cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20))
 
     def kill(self, node) -> None:
-        """As a machine that is switched off; another one comes in its place."""
+        """Kill a node as if its machine were switched off, and start another node in its place."""
         self.cluster.remove_node(node, allow_graceful=False)
         self.nodes.remove(node)
         self.nodes.append(self.add())
@@ -99,17 +99,17 @@ def events(path: Path) -> list[dict]:
 def wait_for(condition: Callable[[], object], process: Rmdd, seconds: float = 300) -> object:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        assert process.poll() is None, f"the run ended before it was killed: {process.communicate()}"
-        if found := condition():
-            return found
+        assert process.poll() is None, f"the run ended before the test killed it: {process.communicate()}"
+        if result := condition():
+            return result
         time.sleep(0.005)
-    raise AssertionError("what was waited for never came")
+    raise AssertionError("the awaited condition did not occur in time")
 
 
 def pid_of(folder: Path, item: str) -> int | None:
     logs = (folder / "runs").glob("tiny-*/events.jsonl")
-    found = [e["pid"] for log in logs for e in events(log) if e["event"] == "started" and e["item"] == item]
-    return found[-1] if found else None
+    result = [e["pid"] for log in logs for e in events(log) if e["event"] == "started" and e["item"] == item]
+    return result[-1] if result else None
 
 
 def lines_of(folder: Path, pattern: str) -> int:
@@ -139,11 +139,11 @@ def test_killed_workers_are_replaced_and_a_lost_node_costs_no_attempt(
     assert [e["item"] for e in events(log) if e["event"] == "died"] == ["expert 1", "phase 1"]
     seen = [e["event"] for e in events(log) if e["item"] == "phase 1"]
     assert seen[:3] == ["started", "died", "started"] and seen[-2:] == ["started", "finished"]
-    assert set(seen[3:-2]) == {"lost"}, "which would be one death too many"
+    assert set(seen[3:-2]) == {"lost"}, "one more death would have exceeded the limit"
     assert results(tmp_path) == unbroken
 
 
-def test_killed_and_terminated_drivers_go_on_with_resume(tmp_path: Path, unbroken: dict, nodes: Nodes) -> None:
+def test_killed_and_terminated_drivers_resume(tmp_path: Path, unbroken: dict, nodes: Nodes) -> None:
     process = Rmdd("run", write_run(tmp_path, **nodes.place), "--quiet")
     kept: dict[str, tuple[int, int]] = {}
     run = run_of(tmp_path)
@@ -158,7 +158,7 @@ def test_killed_and_terminated_drivers_go_on_with_resume(tmp_path: Path, unbroke
             output = "".join(process.communicate())
             assert process.returncode == 130 and f"rmdd resume {run}" in output, output
         assert not (run / "evaluation.json").exists()
-        assert kept.items() <= made(tmp_path).items(), "what was finished is not done again"
+        assert kept.items() <= made(tmp_path).items(), "finished work is not repeated"
         kept = made(tmp_path)
         process = Rmdd("resume", run, "--quiet")
     finish(process)
@@ -171,7 +171,7 @@ KILLS = 20
 
 @pytest.mark.slow
 def test_soak(tmp_path: Path, unbroken: dict, nodes: Nodes) -> None:
-    """At least twenty kills of drivers, workers and whole nodes at random moments, until whole runs have come of it."""
+    """Kill drivers, workers and nodes at random moments, at least twenty times, and check the finished runs."""
     draw, kills = random.Random(0), Counter[str]()
     for number in range(100):
         folder = tmp_path / f"run-{number}"
@@ -194,7 +194,7 @@ def test_soak(tmp_path: Path, unbroken: dict, nodes: Nodes) -> None:
                 continue
             kills[victim] += 1
             print(f"{time.strftime('%X')} run {number}: killed {victim}, {kills.total()} in all", flush=True)
-            assert kept.items() <= made(folder).items(), "what was finished is not done again"
+            assert kept.items() <= made(folder).items(), "finished work is not repeated"
             kept = made(folder)
         finish(process)
         assert kept.items() <= made(folder).items()
@@ -205,7 +205,7 @@ def test_soak(tmp_path: Path, unbroken: dict, nodes: Nodes) -> None:
 
 
 def pids(run: Path) -> dict[str, int]:
-    """Items at work and their processes."""
+    """Return the items in progress and their process ids."""
     working = {}
     for event in events(run / "events.jsonl"):
         if event["event"] == "started":
@@ -216,7 +216,7 @@ def pids(run: Path) -> dict[str, int]:
 
 
 def wait_a_while(folder: Path, process: Rmdd, draw: random.Random) -> bool:
-    """Until the run has made some progress, and a random moment more; False when it has ended."""
+    """Wait until the run has made progress, plus a random time; return False if the run has ended."""
 
     def progress() -> int:
         return lines_of(folder, "tiny-*/events.jsonl") + lines_of(folder, "phases/*/*/metrics.jsonl") // 10

@@ -1,4 +1,4 @@
-"""The tiny run that tests of many rooms do: drawn scenes, a network of one block, a few iterations."""
+"""The tiny run that many tests use: drawn scenes, a network with one block, and a few iterations."""
 
 import copy
 from collections.abc import Mapping
@@ -41,7 +41,7 @@ RUN: dict[str, Any] = {
 
 
 def changed(raw: Mapping[str, Any] = RUN, **changes: Any) -> dict[str, Any]:
-    """A copy of the run file with `changes` in its sections; a section that is no mapping is replaced."""
+    """Return a copy of the run file with `changes` merged into its sections; other values are replaced."""
     copied = copy.deepcopy(dict(raw))
     for key, value in changes.items():
         nested = isinstance(value, Mapping) and isinstance(copied.get(key), Mapping)
@@ -50,12 +50,12 @@ def changed(raw: Mapping[str, Any] = RUN, **changes: Any) -> dict[str, Any]:
 
 
 def stored(storage: Path | str, raw: Mapping[str, Any] = RUN, **sections: Any) -> dict[str, Any]:
-    """A copy of the run file that stores its work at `storage`, without Ray; `sections` replace its own."""
+    """Return a copy of the run file with storage at `storage` and without Ray; `sections` are replaced."""
     runtime = {"storage": str(storage), "ray": "off", "track": "none"}
     return copy.deepcopy({**raw, "runtime": runtime, **sections})
 
 
 def go(run: config.Run, step: str = "all") -> Any:
-    """Do a run, or the pipeline's `step` of it."""
+    """Do a run, or only its pipeline step `step`."""
     with open_pipeline(run, QUIET) as pipeline:
         return getattr(pipeline, step)()

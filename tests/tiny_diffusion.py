@@ -1,4 +1,4 @@
-"""Tiny Stable Diffusion, DiT and captioners of the real classes with random weights, saved as a user has them."""
+"""Tiny Stable Diffusion, DiT and caption models of the real classes, with random weights, saved as users have them."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.
 
 
 def unet(seed=4):
-    """A latent denoiser of 16 x 16 x 4 that reads text states of width 32."""
+    """Return a denoiser of 16 x 16 x 4 latents that reads text states of width 32."""
     from diffusers import UNet2DConditionModel
 
     return seeded(
@@ -28,7 +28,7 @@ def unet(seed=4):
 
 
 def stable_diffusion(folder=None, licence=None, prediction="epsilon"):
-    """A StableDiffusionPipeline for pictures of 32 x 32; saved to `folder` where one is given."""
+    """Return a StableDiffusionPipeline for images of 32 x 32, also saved to `folder` if given."""
     from diffusers import PNDMScheduler, StableDiffusionPipeline
 
     schedule = {"skip_prk_steps": True, "steps_offset": 1, "set_alpha_to_one": False, "prediction_type": prediction}
@@ -52,7 +52,7 @@ def stable_diffusion(folder=None, licence=None, prediction="epsilon"):
 
 
 def dit(learned=True):
-    """A DiTPipeline for pictures of 16 x 16 and 1000 classes."""
+    """Return a DiTPipeline for images of 16 x 16 and 1000 classes."""
     from diffusers import DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 
     transformer = seeded(
@@ -81,7 +81,7 @@ def dit(learned=True):
 
 
 def blip(folder):
-    """A BlipForConditionalGeneration with its processor in `folder`; it speaks in a few words."""
+    """Save a BlipForConditionalGeneration with its processor in `folder`; its vocabulary has a few words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
         BertTokenizerFast,
@@ -118,7 +118,7 @@ def blip(folder):
 
 
 def llava(folder):
-    """A LlavaForConditionalGeneration with its processor in `folder`; pictures of 16 x 16 are four tokens."""
+    """Save a LlavaForConditionalGeneration with its processor in `folder`; an image of 16 x 16 is four tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
         CLIPImageProcessor,

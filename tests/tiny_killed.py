@@ -1,4 +1,4 @@
-"""A tiny run that takes long enough to be killed at many moments."""
+"""A tiny run that is long enough to be killed at many different moments."""
 
 TINY = {
     "name": "tiny",

@@ -1,4 +1,4 @@
-"""Tiny pretrained parts of the real classes with random weights, saved as a user would have them in a folder."""
+"""Tiny pretrained models of the real classes with random weights, saved in folders as users have them."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ VISION = {
 
 
 def clip_tokenizer(folder=None):
-    """A byte-level CLIP tokenizer without merges, 514 entries; saved to `folder` where one is given."""
+    """Return a byte-level CLIP tokenizer without merges (514 entries), also saved to `folder` if given."""
     from transformers import CLIPTokenizer
 
     letters = list(byte_letters().values())
@@ -40,14 +40,14 @@ def clip_tokenizer(folder=None):
 
 
 def byte_letters():
-    """GPT-2's printable stand-in for every byte."""
+    """Return the printable character that GPT-2 uses for every byte."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     rest = [b for b in range(256) if b not in plain]
     return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(rest)}
 
 
 def seeded(make, seed=0):
-    """`make()` under a seed, in eval mode, without touching the global generator of the test."""
+    """Call `make()` with a fixed seed and return its result in eval mode; the global generator is unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make().eval()
@@ -60,7 +60,7 @@ def clip_image_processor():
 
 
 def clip(folder, width=D, seed=0, licence=None):
-    """A CLIPModel with its processor in `folder`, and a model card where a licence is given; returns the folder."""
+    """Save a CLIPModel with its processor in `folder`, and a model card if a licence is given; return the folder."""
     from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
     config = CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=width)
@@ -89,7 +89,7 @@ def image_encoder(width=D, seed=2):
 
 
 def autoencoder(seed=3):
-    """Spatial factor 2: latents of 8 x 8 are pictures of 16 x 16."""
+    """Return an autoencoder that decodes latents of 8 x 8 to images of 16 x 16."""
     from diffusers import AutoencoderKL
 
     return seeded(
@@ -106,7 +106,7 @@ def autoencoder(seed=3):
 
 
 def unet(classes=None, seed=4, **options):
-    """A latent denoiser of 8 x 8 x 4 that reads text states of width 32, with a class embedding of `classes` wide."""
+    """Return a denoiser of 8 x 8 x 4 latents with text states of width 32 and class embeddings of width `classes`."""
     from diffusers import UNet2DConditionModel
 
     if classes is not None:
@@ -131,7 +131,7 @@ def unet(classes=None, seed=4, **options):
 
 
 def stable_unclip(folder, width=D, licence=None):
-    """A StableUnCLIPImg2ImgPipeline in `folder` that decodes embeddings of `width` to pictures of 16 x 16."""
+    """Save a StableUnCLIPImg2ImgPipeline in `folder` that decodes embeddings of `width` to images of 16 x 16."""
     from diffusers import DDIMScheduler, DDPMScheduler, StableUnCLIPImg2ImgPipeline
     from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 
@@ -161,7 +161,7 @@ def stable_unclip(folder, width=D, licence=None):
 
 
 def karlo(folder, width=32):
-    """The parts of a UnCLIPImageVariationPipeline, each in its folder of `folder`, as on the hub."""
+    """Save the parts of a UnCLIPImageVariationPipeline in subfolders of `folder`, as on the hub."""
     from diffusers import UnCLIPScheduler, UNet2DConditionModel, UNet2DModel
     from diffusers.pipelines.deprecated.unclip import UnCLIPImageVariationPipeline
     from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel

@@ -1,4 +1,4 @@
-"""A toy problem that the tests of matching and of every method share: a tiny run, its experts, and a first set."""
+"""The toy problem of the matching and method tests: a tiny run, its experts, and an initial set."""
 
 import json
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ MODEL = {
 
 
 def run_of(*, iterations=7, phases=None, **distill):
-    """A run of two toy experts; `distill` overrides its section."""
+    """Return a run with two toy experts; `distill` overrides fields of its section."""
     plan = phases or (config.Phase(pairs=PAIRS, start=0, stop=2, endpoint=EPOCHS, iterations=iterations),)
     rule = {"phases": plan, "budget": 10, "batch": 4, "steps": 2, "checkpoint_every": 3, "snapshots": 2}
     return config.Run(
@@ -50,7 +50,7 @@ PHASE = {"pairs": PAIRS, "start": 0, "stop": 2, "endpoint": EPOCHS, "iterations"
 
 
 def method_run(method, **changes):
-    """A run by the defaults of `method`, but for its size and its outer rates; `changes` go into `distill`."""
+    """Return a run with the defaults of `method` except size and outer rates; `changes` go into `distill`."""
     frozen = {"image": {**MODEL["image"], "weights": "random:0", "trainable": False, "projection": "block"}}
     model = TINY["model"] | (frozen if method == "repblend" else {})
     plan = {"method": method, "phases": [PHASE], **TINY["distill"], **changes}
@@ -64,7 +64,7 @@ def encoder(model=None):
 
 
 def store_of(path, theta, *, epochs=EPOCHS, experts=EXPERTS):
-    """Experts that walk at random from `theta`, each epoch kept."""
+    """Write a store of experts that are random walks from `theta`, with every epoch kept."""
     shapes = {n: tuple(p.shape) for n, p in theta.items()}
     store = Store.create(path, shapes, shared={}, epochs=epochs, keep=None, dtype="float32", facts={})
     random = torch.Generator().manual_seed(0)
@@ -78,7 +78,7 @@ def store_of(path, theta, *, epochs=EPOCHS, experts=EXPERTS):
 
 
 class DoubleStore(Store):
-    """A store whose checkpoints come in float64, for comparisons with a slow version."""
+    """A store that returns checkpoints in float64, for comparisons with slow reference versions."""
 
     def read(self, expert, epoch):
         return {n: p.double() for n, p in super().read(expert, epoch).items()}
@@ -98,7 +98,7 @@ def first_set(kind="full", pairs=PAIRS, **similarity):
 
 
 def made(run, store, phase=0):
-    """All that a comparison of one phase with a slow version needs, in float64."""
+    """Return everything needed to compare a phase with a slow reference version, in float64."""
     model, similarity = encoder(run.model).double(), run.distill.similarity.model_dump(exclude={"clamp"})
     store = DoubleStore.open(store.path)
     return SimpleNamespace(
@@ -118,7 +118,7 @@ def distil(run, store, folder, *, phase=0, kind="full", key="key", **hooks):
 
 
 def stop_after(steps):
-    """`on_step` and `should_stop` that end a call after so many iterations."""
+    """Return `on_step` and `should_stop` that end a phase after a number of iterations."""
     done = []
     return {"on_step": lambda metrics: done.append(metrics), "should_stop": lambda: len(done) >= steps}
 

@@ -1,4 +1,4 @@
-"""MDM on drawn scenes: a tiny run, its training split, and experts that walk at random in the place of trained ones."""
+"""MDM on drawn scenes: a tiny run, its training split, and experts that are random walks."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -44,7 +44,7 @@ def run_of(folder, options=None, **distill):
 
 
 def made(folder):
-    """A run, its training split and its store."""
+    """Return a run, its training split and its expert store."""
     run = run_of(folder)
     pipeline = Pipeline(run, Backend(SequentialExecutor(1)), Progress(quiet=True))
     train = pipeline.embedded("train")
@@ -74,7 +74,7 @@ def side_by_side(made, run, size):
 
 
 class Learning(MDM):
-    """MDM that also learns a number, which weighs its gradients: what an online model is to other methods."""
+    """MDM with one additional learned number that scales its gradients, as a minimal example of an online model."""
 
     def objective(self, phase, store, train, model, device):
         return Learner(self, phase, store, train, model, device)
@@ -87,8 +87,8 @@ class Learner(MDMObjective):
     weight = torch.ones(())
 
     def gradient(self, synthetic, iteration, draw):
-        gradient, told = super().gradient(synthetic, iteration, draw)
-        return gradient.map(lambda t: self.weight * t), told
+        gradient, loss_parts = super().gradient(synthetic, iteration, draw)
+        return gradient.map(lambda t: self.weight * t), loss_parts
 
     def after(self, synthetic, iteration):
         self.weight = 0.9 * self.weight + 0.01 * iteration * synthetic.images.mean()

@@ -1,4 +1,4 @@
-"""Distils the phase of the toy problem in a process of its own, which a test may have killed."""
+"""Distil the phase of the toy problem in a separate process that can kill itself."""
 
 import os
 import signal
@@ -14,12 +14,12 @@ ITERATIONS = 9
 
 
 def go(uri: str, root: Path, kill: int = 0) -> None:
-    """Distil phase 0 with the store at `uri`. The process kills itself after `kill` iterations; 0: never."""
-    mirror, seen = Mirror(uri, root), []
+    """Distil phase 0 with the store at `uri`; the process kills itself after `kill` iterations (0: never)."""
+    mirror, logged = Mirror(uri, root), []
 
     def on_step(metrics: dict) -> None:
-        seen.append(metrics)
-        if len(seen) == kill:
+        logged.append(metrics)
+        if len(logged) == kill:
             os.kill(os.getpid(), signal.SIGKILL)
 
     folder = root / "phases" / "phase-0"

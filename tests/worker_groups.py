@@ -1,4 +1,4 @@
-"""What the ranks of a worker group do in tests: apart from test files, because their processes import it."""
+"""Tasks that the ranks of a worker group run in tests; a separate module, because the processes import it."""
 
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def train(item: tuple[Path, config.Run], hooks: Hooks) -> bool:
 
 
 def die(item: Path, hooks: Hooks) -> bool:
-    """The second rank fails; the first waits for it."""
+    """Fail on the second rank while the first one waits for it."""
     worker_group.join_group(hooks.member, "ddp", CPU)
     if hooks.member.rank == 1:
         raise ValueError("rank one cannot go on")
@@ -73,7 +73,7 @@ def die(item: Path, hooks: Hooks) -> bool:
 
 
 def exact(item: None, hooks: Hooks) -> bool:
-    """Whether the ranks' gradients add up to that of the whole batch, which they split unevenly, in float64."""
+    """Check in float64 that the gradients of two unequal ranks add up to the gradient of the full batch."""
     group = worker_group.join_group(hooks.member, "ddp", CPU)
     model = expert_model(run_of().model, run_of().data.image_size, run_of().seed_of("experts"), 0, WIDTH).double()
     draw = torch.Generator().manual_seed(0)
@@ -86,7 +86,7 @@ def exact(item: None, hooks: Hooks) -> bool:
     u, v = model.embed_images(images[own]), model.embed_texts(texts[own])
     assert len(u) == mine
     loss = infonce(
-        model.scores(worker_group.whole(u, group.rank, 2), worker_group.whole(v, group.rank, 2)), torch.eye(5)
+        model.scores(worker_group.gathered(u, group.rank, 2), worker_group.gathered(v, group.rank, 2)), torch.eye(5)
     )
     parts = torch.autograd.grad(loss, list(model.parameters()))
     for part, full in zip(parts, whole, strict=True):

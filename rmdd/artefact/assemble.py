@@ -1,4 +1,4 @@
-"""From the phases of a run to its distilled set.
+"""Assemble the distilled set of a run from the results of its phases.
 
 M synthetic texts, T real captions, F text feature width.
 """
@@ -22,7 +22,7 @@ from rmdd.models.text import encoder_identity
 
 CHUNK = 8192
 CAPTIONS, PARTS, FACTS = "captions.json", "parts.json", "facts.json"
-"""In the folder of a generated phase: the strings of its pairs, the pretrained parts that made it, and how it went."""
+"""Files in the folder of a generated phase: its captions, the pretrained models used, and facts about the run."""
 
 
 def assemble(
@@ -35,10 +35,10 @@ def assemble(
     metrics: dict[str, Any],
     version: str,
 ) -> DistilledSet:
-    """The distilled set of a run: its captions, its origin and its numbers.
+    """Assemble the distilled set of a run, with its captions, provenance and metrics.
 
-    `sets` are the chosen snapshot of each phase, in the phase's folder, and `iterations` the updates of each; `experts`
-    is the hash of their store, `version` that of rmdd. A phase that began from noise has no source pairs.
+    `sets` is the file of the chosen snapshot of each phase, `iterations` its number of updates, `experts` the hash of
+    the expert store, and `version` the version of rmdd. A phase that started from noise has no source pairs.
     """
     seeds = {
         "experts": run.seed_of("experts"),
@@ -61,29 +61,32 @@ def assemble(
 
 
 def portable(run: config.Run) -> dict[str, Any]:
-    """The resolved run without the fields that name places: `runtime`, `data.root` and `evaluate.probes`."""
+    """Return the resolved run file without machine-specific fields: `runtime`, `data.root` and `evaluate.probes`."""
     return run.model_dump(mode="json", exclude={"runtime": True, "data": {"root"}, "evaluate": {"probes"}})
 
 
 def nearest(queries: Float[Tensor, "M F"], captions: Float[np.ndarray, "T F"], chunk: int = CHUNK) -> Int[Tensor, " M"]:
-    """For each query the caption with the highest cosine, the first of equals; reads `chunk` captions at a time."""
+    """Return, for each query, the index of the caption with the highest cosine (the first one if several are equal).
+
+    Reads `chunk` captions at a time.
+    """
     unit = torch.nn.functional.normalize(queries.detach().cpu().float(), dim=1)
-    best, where = torch.full((len(unit),), -torch.inf), torch.zeros(len(unit), dtype=torch.int64)
+    best, positions = torch.full((len(unit),), -torch.inf), torch.zeros(len(unit), dtype=torch.int64)
     for begin in range(0, len(captions), chunk):
         rows = torch.nn.functional.normalize(torch.tensor(captions[begin : begin + chunk]).float(), dim=1)
         score, index = (unit @ rows.T).max(1)
         better = score > best
         best = torch.where(better, score, best)
-        where = torch.where(better, index + begin, where)
-    return where
+        positions = torch.where(better, index + begin, positions)
+    return positions
 
 
 def _subset(path: Path, train: PreparedSplit, real: bool) -> Subset:
     synthetic, split = load_set(path), train.split
     records: list[int] = read_json(path.parent / "records.json")
-    written = path.parent / CAPTIONS
-    if written.is_file():  # pairs that carry their own strings
-        captions = read_json(written)
+    caption_file = path.parent / CAPTIONS
+    if caption_file.is_file():  # the method has made or chosen the captions
+        captions = read_json(caption_file)
     else:
         captions = [split.captions[i] for i in nearest(synthetic.texts, train.texts).tolist()]
     return Subset(

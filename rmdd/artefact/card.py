@@ -1,4 +1,4 @@
-"""The dataset card and the preview of a distilled set."""
+"""The dataset card (`README.md`) and the preview image of a distilled set."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from rmdd.artefact.distilled import PREVIEW, DistilledSet
 from rmdd.data.images import denormalise
 
 PREVIEW_PAIRS = 64
-TILE = (64, 128)  # smallest and largest side of a picture in the preview
+TILE = (64, 128)  # smallest and largest side of an image in the preview, in pixels
+RECALLS = ("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10", "R@mean")
 
 LOSSES = {
     "wbce": "sum(F.binary_cross_entropy_with_logits(z[p], s[p]) for p in (s > 0.5, s <= 0.5)) / 2",
@@ -28,31 +29,31 @@ LOSSES = {
 
 
 def export(distilled: DistilledSet, path: Path | str, overwrite: bool = False) -> Path:
-    """Save a set with its card and its preview. An existing set is replaced only when asked to."""
-    picture = io.BytesIO()
-    preview(distilled).save(picture, "PNG")
-    beside = {PREVIEW: picture.getvalue(), CARD_FILE: text(distilled).encode("utf-8")}
-    return distilled.save(path, overwrite, beside)
+    """Save a set with its card and its preview; an existing set is replaced only with `overwrite`."""
+    image = io.BytesIO()
+    preview(distilled).save(image, "PNG")
+    extra_files = {PREVIEW: image.getvalue(), CARD_FILE: text(distilled).encode("utf-8")}
+    return distilled.save(path, overwrite, extra_files)
 
 
 def preview(distilled: DistilledSet) -> Image.Image:
-    """A near-square grid of up to 64 pictures, evenly spaced over all pairs."""
+    """Draw up to 64 images, evenly spaced over all pairs, in a nearly square grid."""
     total = distilled.num_pairs
-    shown = min(total, PREVIEW_PAIRS)
+    count = min(total, PREVIEW_PAIRS)
     pairs = distilled.as_dataset()
     side = min(max(pairs[0]["image"].shape[-1], TILE[0]), TILE[1])
-    columns = math.ceil(math.sqrt(shown))
-    grid = Image.new("RGB", (columns * (side + 2) + 2, math.ceil(shown / columns) * (side + 2) + 2), "white")
-    for n in range(shown):
-        pixels = denormalise(pairs[n * total // shown]["image"][None], distilled.mean, distilled.std)[0]
-        how = Image.Resampling.NEAREST if pixels.shape[-1] < side else Image.Resampling.BICUBIC
-        tile = Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).resize((side, side), how)
+    columns = math.ceil(math.sqrt(count))
+    grid = Image.new("RGB", (columns * (side + 2) + 2, math.ceil(count / columns) * (side + 2) + 2), "white")
+    for n in range(count):
+        pixels = denormalise(pairs[n * total // count]["image"][None], distilled.mean, distilled.std)[0]
+        resampling = Image.Resampling.NEAREST if pixels.shape[-1] < side else Image.Resampling.BICUBIC
+        tile = Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).resize((side, side), resampling)
         grid.paste(tile, (2 + n % columns * (side + 2), 2 + n // columns * (side + 2)))
     return grid
 
 
 def script(distilled: DistilledSet) -> str:
-    """Plain torch that trains a small dual encoder on the saved set, run from its folder."""
+    """Return a plain torch script that trains a small dual encoder on the saved set; it runs in the set's folder."""
     subset = distilled.subsets[0]
     size = distilled.image_size
     flat = 64 * math.ceil(size / 8) ** 2
@@ -91,7 +92,7 @@ def script(distilled: DistilledSet) -> str:
 
 
 def text(distilled: DistilledSet) -> str:
-    """The README of a distilled set, in the form of a dataset card."""
+    """Return the README of a distilled set, a dataset card in Markdown."""
     budget, subset = distilled.budget(), distilled.subsets[0]
     _, _, height, width = subset.images.shape
     size = distilled.image_size
@@ -106,7 +107,7 @@ def text(distilled: DistilledSet) -> str:
         loss=distilled.loss,
         counts=counts,
         image_shape=f"3 x {height} x {width}",
-        enlarged="" if width == size else f"; enlarge them to {size} x {size} (bilinear) for a tower",
+        enlarged="" if width == size else f"; enlarge them to {size} x {size} (bilinear) before an image tower",
         text_width=subset.texts.shape[1],
         kind=subset.kind + (f", rank {subset.rank}" if subset.rank else ""),
         image_tower=towers["image"],
@@ -120,17 +121,47 @@ def text(distilled: DistilledSet) -> str:
         ),
         unit=budget["unit"],
         in_pairs=budget["in_pairs"],
-        metrics=_table(distilled.metrics, "measure") or "None were recorded.",
-        provenance=_table(distilled.provenance, "what") or "Nothing was recorded.",
+        results=_results(distilled) or "No scores were recorded.",
+        provenance=_table(distilled.provenance, "item") or "No provenance was recorded.",
         similarity_row=SIMILARITY_ROWS[subset.kind],
-        made=_origin(distilled),
+        origin=_origin(distilled),
         licences=_licences(distilled.provenance.get("parts", [])),
         script=script(distilled),
     )
 
 
+def _results(distilled: DistilledSet) -> str:
+    """Return the table of retrieval scores, followed by a table of any other recorded scores."""
+    data = distilled.provenance.get("data")
+    pairs = data.get("counts", {}).get("train", {}).get("pairs") if isinstance(data, dict) else None
+    labels = {
+        "random": "random real pairs, same budget",
+        distilled.method: f"this set (`{distilled.method}`)",
+        "full": f"all {pairs:,} training pairs" if pairs else "all training pairs",
+    }
+    others, rows = dict(distilled.metrics), []
+    for name in labels.keys() & others.keys():
+        others[name] = {split: scores for split, scores in others[name].items() if split not in ("test_last", "val")}
+    for name, label in labels.items():
+        if name in distilled.metrics:
+            test, val = distilled.metrics[name]["test_last"], distilled.metrics[name]["val"]
+            cells = [_mean_and_std(test[recall]) for recall in RECALLS] + [_mean_and_std(val["R@mean"])]
+            rows.append(f"| {label} | {' | '.join(cells)} | {test['R@mean']['n']} |")
+    other_table = _table(others, "other score")
+    if not rows:
+        return other_table
+    head = f"| trained on | {' | '.join(RECALLS)} | R@mean on val | students |\n|---|{'---|' * (len(RECALLS) + 2)}"
+    return "\n\n".join(filter(None, ["\n".join([head, *rows]), RESULTS_NOTE, other_table]))
+
+
+def _mean_and_std(score: dict[str, Any]) -> str:
+    """Format a score as `mean ± std`, or as its mean when the spread is unknown (a single student)."""
+    unknown = score["std"] is None or math.isnan(score["std"])
+    return f"{score['mean']:.1f}" + ("" if unknown else f" ± {score['std']:.1f}")
+
+
 def _origin(distilled: DistilledSet) -> str:
-    """How the pictures came about."""
+    """Return the sentence that says how the images were made."""
     generated = distilled.provenance.get("generated")
     if generated is None:
         return OPTIMISED
@@ -138,7 +169,7 @@ def _origin(distilled: DistilledSet) -> str:
 
 
 def _licences(parts: list[dict[str, Any]]) -> str:
-    """The pretrained parts that a set was made with, and what their model cards say."""
+    """Return a table of the pretrained models that the set was made with, and their licences; empty without any."""
     rows = [
         f"| {p['role']} | `{p['id']}`{' (a local folder)' if p['local'] else ''} | `{p['revision']}` "
         f"| {p['licence'] or 'not stated; see its source'} |"
@@ -153,7 +184,7 @@ def _table(values: dict[str, Any], head: str) -> str:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Scalars by dotted name; curves and other lists stay in set.json."""
+    """Yield all scalars with dotted names; lists such as curves are left out, because they are in set.json."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")
@@ -162,12 +193,18 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 SIMILARITY_ROWS = {
-    "full": "| `<k>.similarity.matrix` | M x M | how well image i fits text j; rows are images, any real number |",
-    "low_rank": "| `<k>.similarity.scale` | M | with the two below, S = diag(scale) + alpha/R left right^T |\n"
-    "| `<k>.similarity.left` | M x R | factor of the images |\n"
-    "| `<k>.similarity.right` | M x R | factor of the texts |",
-    "identity": "| (none) | | the similarity is the identity: image i belongs to text i alone |",
+    "full": "| `<k>.similarity.matrix` | M x M | how well image i (row) matches text j (column); any real number |",
+    "low_rank": "| `<k>.similarity.scale` | M | diagonal of the similarity S = diag(scale) + alpha/R left right^T |\n"
+    "| `<k>.similarity.left` | M x R | factor for the images |\n"
+    "| `<k>.similarity.right` | M x R | factor for the texts |",
+    "identity": "| (none) | | the similarity is the identity: image i matches text i only |",
 }
+
+RESULTS_NOTE = """\
+Scores are in percent, on the test split unless the column says val. IR@k is the share of captions whose image is among
+the first k results; TR@k is the share of images with one of their captions among the first k. R@mean is the mean of
+these six. Each row is the mean ± standard deviation over students with different seeds. All settings were chosen on
+val, and each student was scored on test once, after its last pass. `set.json` has all digits under `metrics`."""
 
 CARD = """\
 ---
@@ -184,19 +221,19 @@ tags:
 
 ![preview](preview.png)
 
-Synthetic pairs that stand in for a large image-text dataset (source: {source}) when a retrieval model is
-trained. They were made by rmdd with the method `{method}` for the loss `{loss}`. {made}
+These synthetic pairs replace a large image-text dataset (source: {source}) when you train a retrieval model. They
+were made by rmdd with the method `{method}` and the loss `{loss}`. {origin}
 
-- Subsets, to be trained on in this order: {counts} pairs.
-- Images: {image_shape}, normalised{enlarged}. A picture in [0, 1] is `image * std + mean` with mean ({mean}) and std
-  ({std}).
-- Texts: embeddings of width {text_width} from `{text_tower}`, which is needed again to embed real captions.
-- Similarity: {kind}, within each subset only. Scores are cosine / {temperature}.
-- Distilled with the image tower `{image_tower}`; the learned rates belong to it and to plain SGD.
+- Subsets: {counts} pairs. Train on the subsets in this order.
+- Images: {image_shape}, normalised{enlarged}. `image * std + mean` gives pixels in [0, 1], with mean ({mean})
+  and std ({std}).
+- Texts: embeddings of width {text_width} from `{text_tower}`. Use the same encoder to embed real captions.
+- Similarity: {kind}, within each subset only. The logits of a pair are cosine / {temperature}.
+- The set was distilled with the image tower `{image_tower}`. The learned rates are meant for this tower and plain SGD.
 
 ## Results
 
-{metrics}
+{results}
 
 ## Size
 
@@ -204,32 +241,32 @@ trained. They were made by rmdd with the method `{method}` for the loss `{loss}`
 |---|---|---|
 {parts}
 
-Counted memory-fair this is {in_pairs:.2f} pairs of {unit:,} parameters.
+Counted memory-fair, the set is as large as {in_pairs:.2f} plain pairs of {unit:,} parameters each.
 
 ## Fields
 
-`tensors.safetensors`, for each subset k = 0, 1, ... of M pairs:
+`tensors.safetensors` has these tensors for each subset k = 0, 1, ... of M pairs:
 
 | tensor | shape | meaning |
 |---|---|---|
 | `<k>.images` | M x {image_shape} | float32, normalised |
 | `<k>.texts` | M x {text_width} | float32, not normalised |
 {similarity_row}
-| `<k>.lr_image`, `<k>.lr_text` | scalar | learned SGD rates of the image and the text side |
+| `<k>.lr_image`, `<k>.lr_text` | scalar | learned SGD rates of the image tower and of the text tower |
 
-`captions.parquet`, a row per pair: `subset`, `index`, `caption` (the real caption nearest to the distilled text),
-`source_id` (the real pair it started from), `caption_before` (the caption it started from). `set.json`: everything
-else, with SHA-256 sums.
+`captions.parquet` has one row per pair: `subset`, `index`, `caption` (the real caption nearest to the distilled text
+embedding), `source_id` (the real pair that this pair started from), and `caption_before` (the caption of that real
+pair). `set.json` has the configuration, provenance and scores, and the SHA-256 of the other two files.
 
 ## Train on it without rmdd
 
-Needs torch and safetensors; run in this folder.
+This script needs torch and safetensors. Run it in this folder.
 
 ```python
 {script}
 ```
 
-With rmdd: `rmdd.load(folder).as_dataset()`.
+With rmdd installed, `rmdd.load(folder).as_dataset()` returns the pairs as a torch dataset.
 
 ## Provenance
 
@@ -237,22 +274,22 @@ With rmdd: `rmdd.load(folder).as_dataset()`.
 
 ## Licence
 
-The pictures and captions derive from the source data: its licence and terms of use apply to this set. Name the
-source when you publish or share it.{licences}
+The images and captions are derived from the source data, so its licence and terms of use apply to this set. Name the
+source when you publish or share the set.{licences}
 """
 OPTIMISED = """\
-Pictures and text embeddings were
-optimised; they are not photographs and need not look like any."""
+The images and
+text embeddings were optimised: they are not photographs and may not look natural."""
 DECODED = """\
-Pictures were
-generated by the pretrained parts that the section on licences names; no safety checker looked at them."""
+The images were
+generated by the pretrained models listed under Licence; no safety checker was used."""
 PICKED = """\
-Pictures and
-captions are real ones, picked by the method."""
+The images and
+captions are real ones, chosen by the method."""
 PARTS = """
 
-Pretrained parts took part in making it, whose licences and terms of use apply to what they made as well:
+The set was made with these pretrained models. Their licences and terms of use also apply to it:
 
-| part | name | revision | licence |
+| role | name | revision | licence |
 |---|---|---|---|
 {rows}"""

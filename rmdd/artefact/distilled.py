@@ -1,4 +1,4 @@
-"""The distilled set: what a run leaves behind, in memory and on disk.
+"""The distilled set, the result of a run: in memory (`DistilledSet`) and on disk.
 
 M pairs of a subset, H x W image size, F text embedding width, R similarity rank.
 """
@@ -33,21 +33,21 @@ AS_WRITTEN = ("model", "method", "loss", "config", "provenance", "metrics")
 
 @dataclass(frozen=True, eq=False)
 class Subset:
-    """The M pairs of one phase; students train on subsets in order. All tensors are finite float32.
+    """The M pairs of one phase. All tensors are finite float32. Students train on the subsets of a set in order.
 
-    `similarity` holds `matrix` (M, M), or `scale` (M,), `left` and `right` (M, R), or nothing (identity);
-    rows are images. Raises ValueError when the parts do not fit each other.
+    `similarity` holds `matrix` (M, M), or `scale` (M,), `left` and `right` (M, R), or nothing (identity); rows are
+    images. Raises ValueError when shapes or types do not match.
     """
 
     images: Tensor  # (M, 3, H, W), normalised
-    texts: Tensor  # (M, F), as the text encoder gives them
+    texts: Tensor  # (M, F), outputs of the text encoder, not normalised
     similarity: dict[str, Tensor]
     alpha: float  # low rank: S = diag(scale) + alpha/R left right^T
-    lr_image: float
-    lr_text: float
-    captions: Sequence[str]  # nearest real caption of each pair
-    source_ids: Sequence[str]  # pair_id of the real pair each started from
-    captions_before: Sequence[str] = ()  # caption each started from; empty when unknown
+    lr_image: float  # learned SGD rate of the image tower
+    lr_text: float  # learned SGD rate of the text tower
+    captions: Sequence[str]  # real caption nearest to the text of each pair
+    source_ids: Sequence[str]  # pair_id of the real pair that each pair started from
+    captions_before: Sequence[str] = ()  # caption that each pair started from; empty when unknown
 
     def __post_init__(self) -> None:
         m = len(self.images)
@@ -60,8 +60,8 @@ class Subset:
         if self.texts.ndim != 2 or len(self.texts) != m:
             raise ValueError(f"{m} images need texts of shape ({m}, F), found {tuple(self.texts.shape)}")
         if actual != shapes[kind]:
-            wanted = "nothing, matrix (M, M), or scale (M), left (M, R) and right (M, R)"
-            raise ValueError(f"similarity of {m} pairs must be {wanted}; found {actual}")
+            allowed = "empty, matrix (M, M), or scale (M), left (M, R) and right (M, R)"
+            raise ValueError(f"similarity of {m} pairs must be {allowed}; found {actual}")
         for name in ("captions", "source_ids", "captions_before"):
             count = len(getattr(self, name))
             if count != m and (count or name != "captions_before"):
@@ -78,7 +78,7 @@ class Subset:
 
     @property
     def kind(self) -> str:
-        """full, low_rank or identity."""
+        """Kind of similarity: `full`, `low_rank` or `identity`."""
         return "full" if "matrix" in self.similarity else "low_rank" if "left" in self.similarity else "identity"
 
     @property
@@ -87,11 +87,11 @@ class Subset:
 
     @property
     def matrix(self) -> Float[Tensor, "M M"]:
-        """The similarity in full, images by texts."""
+        """The similarity as a full matrix; rows are images, columns are texts."""
         return similarity.dense(self.similarity, self.alpha, self.texts)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything learned, by its name on disk (after `<subset>.`); rates are float64 scalars."""
+        """Return all learned tensors by their names on disk (without the prefix `<subset>.`); rates are float64."""
         rates = {n: torch.tensor(getattr(self, n), dtype=torch.float64) for n in ("lr_image", "lr_text")}
         named = {"images": self.images, "texts": self.texts}
         return named | {f"similarity.{n}": t for n, t in self.similarity.items()} | rates
@@ -99,16 +99,16 @@ class Subset:
 
 @dataclass(frozen=True, eq=False)
 class DistilledSet:
-    """Subsets in training order, and all that is needed to use and to trace them."""
+    """A distilled set: subsets in training order, and the information needed to use and to reproduce them."""
 
     subsets: tuple[Subset, ...]
-    mean: Sequence[float]  # picture in [0, 1] = image * std + mean, per channel
+    mean: Sequence[float]  # per channel; pixels in [0, 1] = image * std + mean
     std: Sequence[float]
     model: dict[str, Any]  # encoders, projections, temperature, identity of the text encoder
     method: str
     loss: str
     config: dict[str, Any]
-    image_size: int = 0  # side that towers see; stored pictures are enlarged to it; 0: as stored
+    image_size: int = 0  # input size of the image tower; stored images are enlarged to it; 0: the stored size
     provenance: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
 
@@ -128,8 +128,10 @@ class DistilledSet:
         return sum(s.pairs for s in self.subsets)
 
     def budget(self) -> dict[str, Any]:
-        """What the set holds, in parameters, in bytes as stored, and in pairs of `unit` parameters, where the rates
-        of plain pairs are not counted (see `rmdd.config.budget`)."""
+        """Return the size of the set in parameters, in bytes as stored, and in plain pairs of `unit` parameters.
+
+        The learning rates count only if the set has a similarity (see `rmdd.config.budget`).
+        """
         unit = pair_parameters(self.image_size, self.subsets[0].texts.shape[1])
         parts = {part: {"parameters": 0, "bytes": 0} for part in ("images", "texts", "similarity", "rates")}
         for subset in self.subsets:
@@ -148,14 +150,19 @@ class DistilledSet:
         }
 
     def as_dataset(self) -> torch.utils.data.Dataset[dict[str, Any]]:
-        """All pairs in training order as `image` (3, S, S) for S = `image_size`, `text`, `subset` and `index` in it."""
+        """Return all pairs in training order as a torch dataset.
+
+        An item has `image` (3, S, S) with S = `image_size`, `text` (F,), `subset`, and `index` within the subset.
+        """
         return Pairs(self.subsets, self.image_size)
 
     def save(
-        self, path: Path | str, overwrite: bool = False, beside: Mapping[str, bytes] = MappingProxyType({})
+        self, path: Path | str, overwrite: bool = False, extra_files: Mapping[str, bytes] = MappingProxyType({})
     ) -> Path:
-        """Write the set as a folder, whole or not at all, with the files `beside`, such as its card
-        (`rmdd.artefact.card.export`). An existing set is replaced only when asked to."""
+        """Write the set as a folder in one atomic step; `rmdd.artefact.card.export` adds the card and the preview.
+
+        An existing set is replaced only with `overwrite`. `extra_files` are written into the folder by name.
+        """
         path = Path(path)
         _check_free(path, overwrite)
         with atomic_path(path) as folder:
@@ -163,7 +170,7 @@ class DistilledSet:
             tensors = [subset.tensors() for subset in self.subsets]
             write_subsets(folder / TENSORS, tensors, [subset.alpha for subset in self.subsets])
             _write_captions(self.subsets, folder / CAPTIONS)
-            for name, content in beside.items():
+            for name, content in extra_files.items():
                 (folder / name).write_bytes(content)
             write_json(folder / DESCRIPTION, self._description(folder))
             aside = _move_aside(path)
@@ -200,7 +207,7 @@ class DistilledSet:
 
     @classmethod
     def load(cls, path: Path | str) -> "DistilledSet":
-        """Read a saved set. Raises ValueError when a file is missing, altered, or of another schema version."""
+        """Load a saved set. Raises ValueError when a file is missing, altered, or of an unsupported schema version."""
         path = Path(path)
         info = _read_description(path)
         try:
@@ -218,37 +225,37 @@ class DistilledSet:
                 image_size=info.get("image_size", 0),
             )
         except (KeyError, TypeError, AttributeError) as error:
-            what = f"{path / DESCRIPTION} is not as this version writes it"
-            raise ValueError(f"{what} ({error!r}); get the set again") from error
+            problem = f"{path / DESCRIPTION} has missing or wrong fields ({error!r})"
+            raise ValueError(f"{problem}; get the set again") from error
 
 
 load = DistilledSet.load
 
 
 class Pairs(torch.utils.data.Dataset[dict[str, Any]]):
-    """The pairs of all subsets in training order."""
+    """The pairs of all subsets in training order, as a torch dataset."""
 
     def __init__(self, subsets: Sequence[Subset], image_size: int):
         self.subsets, self.image_size = subsets, image_size
-        self.numbers = [(k, i) for k, subset in enumerate(subsets) for i in range(subset.pairs)]
+        self.positions = [(k, i) for k, subset in enumerate(subsets) for i in range(subset.pairs)]
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return len(self.positions)
 
     def __getitem__(self, item: int) -> dict[str, Any]:
-        k, i = self.numbers[item]
+        k, i = self.positions[item]
         image = enlarged(self.subsets[k].images[i : i + 1], self.image_size)[0]
         return {"image": image, "text": self.subsets[k].texts[i], "subset": k, "index": i}
 
 
-def _subset(own: dict[str, Tensor], entry: dict[str, Any], strings: dict[str, list[Any]]) -> Subset:
+def _subset(tensors: dict[str, Tensor], entry: dict[str, Any], strings: dict[str, list[Any]]) -> Subset:
     return Subset(
-        images=own["images"],
-        texts=own["texts"],
-        similarity={n.removeprefix("similarity."): t for n, t in own.items() if n.startswith("similarity.")},
+        images=tensors["images"],
+        texts=tensors["texts"],
+        similarity={n.removeprefix("similarity."): t for n, t in tensors.items() if n.startswith("similarity.")},
         alpha=entry["similarity"]["alpha"],
-        lr_image=own["lr_image"].item(),
-        lr_text=own["lr_text"].item(),
+        lr_image=tensors["lr_image"].item(),
+        lr_text=tensors["lr_text"].item(),
         **strings,
     )
 
@@ -278,17 +285,17 @@ def _read_captions(path: Path) -> dict[int, dict[str, list[Any]]]:
 
     by_subset: dict[int, dict[str, list[Any]]] = {}
     for row in sorted(pq.read_table(path).to_pylist(), key=lambda r: (r["subset"], r["index"])):
-        own = by_subset.setdefault(row["subset"], {"captions": [], "source_ids": [], "captions_before": []})
-        own["captions"].append(row["caption"])
-        own["source_ids"].append(row["source_id"])
+        strings = by_subset.setdefault(row["subset"], {"captions": [], "source_ids": [], "captions_before": []})
+        strings["captions"].append(row["caption"])
+        strings["source_ids"].append(row["source_id"])
         if row["caption_before"] is not None:
-            own["captions_before"].append(row["caption_before"])
+            strings["captions_before"].append(row["caption_before"])
     return by_subset
 
 
 def _read_description(path: Path) -> dict[str, Any]:
     if not (path / DESCRIPTION).is_file():
-        raise ValueError(f"no distilled set at {path}: it has no {DESCRIPTION}; give the folder that a run wrote")
+        raise ValueError(f"no distilled set at {path}: {DESCRIPTION} is missing; give the folder `set` of a run")
     try:
         info: dict[str, Any] = read_json(path / DESCRIPTION)
     except ValueError as error:
@@ -297,13 +304,13 @@ def _read_description(path: Path) -> dict[str, Any]:
     if version not in READABLE:
         raise ValueError(
             f"{path} has schema version {version} and this rmdd reads {READABLE[0]} to {READABLE[-1]}; "
-            "use the rmdd that wrote it, or write the set again"
+            "use the version of rmdd that wrote it, or write the set again"
         )
     return info
 
 
 def _read_tensors(path: Path, version: int) -> dict[str, Tensor]:
-    """By their names in the file. Version 1 had the same names, and no checksum of its own."""
+    """Return the tensors of a set by name; files of schema version 1 have the same names, but no checksum inside."""
     if version == 1:
         from safetensors.torch import load_file
 
@@ -325,21 +332,21 @@ def _check_tensors(path: Path, tensors: dict[str, Tensor], listed: dict[str, dic
     actual = {name: {"shape": list(t.shape), "dtype": str(t.dtype)} for name, t in tensors.items()}
     for name in sorted(actual.keys() | listed.keys()):
         if actual.get(name) != listed.get(name):
-            what = f"{TENSORS} has {name} as {actual.get(name)}, {DESCRIPTION} says {listed.get(name)}"
-            raise ValueError(f"{path}: {what}; get the set again")
+            problem = f"{TENSORS} has {name} as {actual.get(name)}, {DESCRIPTION} says {listed.get(name)}"
+            raise ValueError(f"{path}: {problem}; get the set again")
 
 
 def _check_free(path: Path, overwrite: bool) -> None:
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not (path / DESCRIPTION).is_file():
-        raise ValueError(f"{path} exists and is no distilled set; choose another folder")
+        raise ValueError(f"{path} exists and is not a distilled set; choose another folder")
     if not overwrite:
         raise ValueError(f"{path} already holds a distilled set; choose another folder or pass overwrite=True")
 
 
 def _move_aside(path: Path) -> Path | None:
-    """A folder with files in it cannot be renamed over, so an old set steps aside just before the new one lands."""
+    """Rename an existing set to a temporary name and return it, because a non-empty folder cannot be overwritten."""
     if not path.exists():
         return None
     aside = temporary_beside(path, "old")
@@ -348,19 +355,19 @@ def _move_aside(path: Path) -> Path | None:
 
 
 def verify(path: Path, check: DiskCheck) -> None:
-    """The set as its reader finds it."""
+    """Check that all files of a distilled set are intact and that it can be loaded."""
     if not check.begin(path):
         return
-    again = "get the set again, or write it again with `rmdd report`"
+    remedy = "get the set again, or write it again with `rmdd report`"
     before = len(check.findings.faults)
-    info = check.json(path / DESCRIPTION, again)
+    info = check.json(path / DESCRIPTION, remedy)
     for name, sha256 in (info or {}).get("sha256", {}).items():
         if not (path / name).is_file():
-            check.fault(path / name, "is missing", again)
+            check.fault(path / name, "is missing", remedy)
         elif sha256_file(path / name) != sha256:
-            check.fault(path / name, f"has another SHA-256 than {DESCRIPTION} says", again)
+            check.fault(path / name, f"has another SHA-256 than {DESCRIPTION} says", remedy)
     if len(check.findings.faults) == before:
-        with check.errors_as_faults(path, again):
+        with check.errors_as_faults(path, remedy):
             DistilledSet.load(path)
 
 

@@ -1,5 +1,6 @@
-"""Coresets: real pairs chosen from the training split, the baselines that a distilled set has to beat.
+"""Coresets: real pairs chosen from the training split, as baselines for a distilled set.
 
-An *item* is a caption record or an image, and its id is its number in the order of the dataset. Every method returns an
-ordered list of distinct ids; equal values go to the smallest id, whatever the chunks, ranks and order of the rows.
+An *item* is a caption record or an image; its id is its position in the dataset. Every selection method returns an
+ordered list of distinct ids. Ties go to the smallest id. The result does not depend on the chunk size, the number of
+ranks or the order of the rows.
 """

@@ -1,4 +1,4 @@
-"""What is asked of a coreset."""
+"""The options of a coreset: selection method, size, features and filters."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from rmdd.config.numbers import PositiveInt
 from rmdd.config.runfile import Clash, Section
 
 POOL = 1000
-"""Records that forgetting is counted against where `experts.forgetting` does not say."""
+"""Default number of records that forgetting is measured against, if `experts.forgetting` is not set."""
 BY_FEATURES = ("herding", "k_center", "medoids", "matched", "clip_score")
 AT_ONCE = ("medoids", "matched")
-"""Methods whose fewer picks are not the first of more."""
+"""Methods that choose all pairs together, so a smaller coreset is not the beginning of a larger one."""
 
 SelectionMethod = Literal["random", "herding", "k_center", "forgetting", "medoids", "matched", "clip_score"]
 ChoiceUnit = Literal["image", "record"]
@@ -22,35 +22,47 @@ FeatureSpace = Literal["joint", "image", "text", "sum"]
 
 
 class Choice(Section):
-    """A method, how much it may choose, and what it looks at. Give `pairs` or `bytes`."""
+    """The options of a coreset; give either `pairs` or `bytes`."""
 
-    method: SelectionMethod = Field("herding", description="how pairs are chosen")
-    pairs: Annotated[int, Field(ge=0)] | None = Field(None, description="pairs to choose")
-    bytes: PositiveInt | None = Field(None, description="as many as fit, as encoded images and captions")
-    seed: int | None = Field(None, description="null: the run's seed")
-    unit: ChoiceUnit = Field("image", description="image: at most one caption of an image; record: any caption records")
+    method: SelectionMethod = Field("herding", description="selection method")
+    pairs: Annotated[int, Field(ge=0)] | None = Field(None, description="number of pairs to choose")
+    bytes: PositiveInt | None = Field(
+        None, description="choose as many pairs as fit into this many bytes of images and captions"
+    )
+    seed: int | None = Field(None, description="seed of the selection; null: the run's seed")
+    unit: ChoiceUnit = Field("image", description="image: at most one caption per image; record: any caption records")
     caption: Literal["mean", "seeded"] = Field(
-        "mean", description="text of an image: the mean over its captions, or the one that is drawn to go with it"
+        "mean", description="text features of an image: mean over its captions, or those of one drawn caption"
     )
     encoder: str = Field(
         "tower",
         pattern=r"^(tower|expert(:\d+)?|columns:[^/\\]+|clip:.+)$",
-        description="tower: the run's towers untrained by pairs, no projection; expert:N: expert N of the store; "
+        description="tower: the run's initial towers, without projection; expert:N: expert N of the store; "
         "columns:NAME: the columns image.NAME and text.NAME of the dataset; clip:NAME: a CLIP by hub id or folder",
     )
-    space: FeatureSpace = Field("joint", description="joint: both sides end to end; sum: their sum, for one width")
-    dtype: Literal["float32", "float16"] = Field("float32", description="of the features on disk")
-    draw: Literal["permutation", "hash"] = Field("permutation", description="random: of all items, or smallest hashes")
-    start: Literal["random", "mean"] = Field("random", description="k_center: first item, drawn or nearest the mean")
-    clusters: Annotated[int, Field(ge=0)] = Field(0, description="choose within so many k-means clusters; 0: in all")
-    quota: Literal["equal", "proportional", "sqrt"] = Field("equal", description="share of a cluster, by its size")
+    space: FeatureSpace = Field(
+        "joint", description="features to compare: joint: image and text concatenated; sum: image plus text; or one"
+    )
+    dtype: Literal["float32", "float16"] = Field("float32", description="number type of the features on disk")
+    draw: Literal["permutation", "hash"] = Field(
+        "permutation", description="method random: first items of a permutation, or items with the smallest hashes"
+    )
+    start: Literal["random", "mean"] = Field(
+        "random", description="method k_center: first item is a random one, or the one nearest to the mean"
+    )
+    clusters: Annotated[int, Field(ge=0)] = Field(
+        0, description="number of k-means clusters to choose from separately; 0: choose from all items together"
+    )
+    quota: Literal["equal", "proportional", "sqrt"] = Field(
+        "equal", description="pairs per cluster: equal, or proportional to its size or to the square root of its size"
+    )
     guard: Literal["none", "centroids", "cosine"] = Field(
         "none", description="first drop items far from 1,000 k-means centroids, or with a low image-text cosine"
     )
-    guard_share: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="share that a guard drops")
-    expert: Annotated[int, Field(ge=0)] = Field(0, description="forgetting: of which expert of the store")
+    guard_share: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="share of items that the guard drops")
+    expert: Annotated[int, Field(ge=0)] = Field(0, description="method forgetting: number of the expert to use")
     never_learned: Literal["first", "last", "exclude"] = Field(
-        "last", description="forgetting: where records go that were never found; first is the published rule"
+        "last", description="method forgetting: position of records never retrieved; first is the published rule"
     )
 
     def clashes(self) -> list[Clash]:
@@ -59,17 +71,19 @@ class Choice(Section):
             text = "give either pairs or bytes, found " + ("neither" if self.pairs is None else "both")
             mistakes.append(Clash(text, "pairs", "bytes"))
         if self.clusters and self.method in AT_ONCE:
-            text = f"{self.method} makes clusters of its own; leave clusters out"
+            text = f"{self.method} makes clusters of its own; remove clusters"
             mistakes.append(Clash(text, "method", "clusters"))
         if self.method == "matched" and self.space != "joint":
-            text = f"method matched clusters both sides apart, which space {self.space} does not hold; use joint"
+            text = (
+                f"method matched clusters images and texts apart and needs space joint, found {self.space}; use joint"
+            )
             mistakes.append(Clash(text, "method", "space"))
         cosines = [f"method {self.method}"] if self.method == "clip_score" else []
         cosines += ["guard cosine"] if self.guard == "cosine" else []
         if cosines and self.encoder == "tower":
             text = (
-                f"{' and '.join(cosines)} compare an image with its text, which the untrained towers do not bring "
-                "together; set encoder to clip:NAME, columns:NAME (features of the dataset) or expert:N"
+                f"{' and '.join(cosines)} need the cosine of image and text, but untrained towers have no common "
+                "space; set encoder to clip:NAME, columns:NAME (features of the dataset) or expert:N"
             )
             mistakes.append(Clash(text, "method", "guard", "encoder"))
         return mistakes
@@ -79,7 +93,7 @@ class Choice(Section):
         return self.method in BY_FEATURES or self.clusters > 0 or self.guard != "none"
 
     def options(self) -> dict[str, Any]:
-        """The fields that have an effect beside method, size, seed and unit."""
+        """Return the fields that affect the selection, except method, size, seed and unit."""
         used = []
         if self.needs_features:
             used += ["encoder", "space", "dtype"] + (["caption"] if self.unit == "image" else [])
@@ -92,20 +106,20 @@ class Choice(Section):
 
     @property
     def experts(self) -> list[int]:
-        """The experts that are looked at."""
+        """Numbers of the experts that the selection uses."""
         kind, _, number = self.encoder.partition(":")
         encoders = [int(number or 0)] if self.needs_features and kind == "expert" else []
         return encoders + ([self.expert] if self.method == "forgetting" else [])
 
     def prepared(self, run: Run) -> Run:
-        """The run with an expert that is watched for what it forgets, where that is asked for and it has none.
+        """Return `run`, with forgetting counts switched on for its experts if the method needs them.
 
         Raises `ConfigError` for an expert that the run does not train.
         """
         if self.method == "forgetting" and not run.experts.forgetting:
-            watched = {"forgetting": POOL, "num": 1 + max(self.experts)}
-            run = run.model_copy(update={"experts": run.experts.model_copy(update=watched)})
+            counting = {"forgetting": POOL, "num": 1 + max(self.experts)}
+            run = run.model_copy(update={"experts": run.experts.model_copy(update=counting)})
         if missing := [n for n in self.experts if n >= run.experts.num]:
-            wrong = f"expert {max(missing)} is asked for, and the run has {run.experts.num}; raise experts.num"
+            wrong = f"the coreset needs expert {max(missing)}, but the run trains {run.experts.num}; raise experts.num"
             raise ConfigError([wrong], "coreset")
         return run

@@ -1,6 +1,6 @@
-"""What real pairs cost: bytes as an encoded image and a sentence, and parameters as a student sees them.
+"""The size of real pairs in bytes (encoded image and caption) and in parameters (pixels and text embedding).
 
-An image that goes with two captions is counted once in bytes, and twice in parameters, as the papers count pairs.
+An image with two chosen captions counts once in bytes and twice in parameters, as in the papers.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +19,7 @@ from rmdd.data.splits import Split
 
 @dataclass(frozen=True)
 class ByteCosts:
-    """Bytes of every image as it lies in the shards, and of every caption in UTF-8."""
+    """The size in bytes of every encoded image and of every caption in UTF-8."""
 
     images: Int64[np.ndarray, " N"]
     captions: Int64[np.ndarray, " T"]
@@ -27,7 +27,7 @@ class ByteCosts:
 
     @classmethod
     def of(cls, split: Split, cache: Path) -> "ByteCosts":
-        """Sizes of images are read from the shards once, and then from `cache`."""
+        """Return the sizes of a split; image sizes are read from the shards once and kept in the folder `cache`."""
         file = cache / f"image-bytes-{split.dataset.hash[:16]}-{split.name}.npy"
         if not file.is_file():
             write_array(file, _image_bytes(split))
@@ -35,12 +35,13 @@ class ByteCosts:
         return cls(np.load(file)[split.rows], captions, split.image_of)
 
     def bytes_of(self, records: Sequence[int]) -> dict[str, int]:
+        """Return the bytes of the images, of the captions, and of both, for some caption records."""
         images = int(self.images[np.unique(self.image_of[list(records)])].sum()) if records else 0
         captions = int(self.captions[list(records)].sum()) if records else 0
         return {"images": images, "captions": captions, "total": images + captions}
 
     def within(self, records: Iterable[int], limit: int) -> Iterator[int]:
-        """Records in their order, until the next does not fit `limit` bytes."""
+        """Yield records in order until the next one would exceed `limit` bytes."""
         counted: set[int] = set()
         for record in records:
             image = int(self.image_of[record])
@@ -52,7 +53,7 @@ class ByteCosts:
 
 
 def _image_bytes(split: Split) -> Int64[np.ndarray, " rows"]:
-    """Of every row of the shards of a split."""
+    """Return the size in bytes of the image in every shard row of a split."""
     sizes = [np.zeros(0, np.int64)]
     for shard in split.dataset.manifest["shards"]:
         if shard["split"] == split.name:
@@ -63,5 +64,5 @@ def _image_bytes(split: Split) -> Int64[np.ndarray, " rows"]:
 
 
 def parameters(pairs: int, image_size: int, text_width: int) -> int:
-    """Numbers that so many pairs are to a student."""
+    """Return the number of pixel and text-embedding values of `pairs` pairs."""
     return pairs * pair_parameters(image_size, text_width)

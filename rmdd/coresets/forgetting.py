@@ -1,9 +1,9 @@
-"""Forgetting events (Toneva et al. 2019), translated to pairs and counted while an expert trains.
+"""Forgetting events (Toneva et al. 2019), adapted to image-text pairs and counted while an expert trains.
 
-After every epoch all records are scored, without augmentation, against one seeded pool of M other records. A record is
-*correct* when its image finds its caption and its caption finds its image before anything of the pool; captions of the
-same image are no rivals. It is *forgotten* when it was correct at its previous visit and is not any more. The first
-visit is never an event, so E epochs give at most E // 2.
+After every epoch, all records are scored without augmentation against a seeded pool of P records. A record is *correct*
+if its image is more similar to its caption than to any caption of the pool, and its caption more similar to its image
+than to any image of the pool; captions of the same image are ignored. A record is *forgotten* if it was correct after
+the previous epoch and no longer is. The first epoch cannot be an event, so E epochs give at most E // 2 events.
 
 N images, T records, P records of the pool, D joint width.
 """
@@ -25,35 +25,36 @@ from rmdd.models.dual import DualEncoder
 from rmdd.models.prepared import PreparedSplit
 
 FILE = "forgetting.safetensors"
-"""In the folder of an expert."""
+"""File of the counts in the folder of an expert."""
 BLOCK = 256
-"""Images that are scored at a time."""
+"""Number of images that are scored at once."""
 MARGIN = 1e-6
-"""What a record must lead by; less is rounding, as between copies of one picture."""
+"""Smallest cosine margin of a correct record; smaller ones are rounding errors, for example between equal images."""
 
 NeverLearned = Literal["first", "last", "exclude"]
 
 
 @dataclass(frozen=True)
 class ForgettingCounts:
-    """What is remembered of T records, as tensors of shape (T,)."""
+    """Forgetting statistics of T records, as tensors of shape (T,); a visit is one scoring after an epoch."""
 
     correct: Tensor
-    """int8: at the last visit; -1 before any."""
+    """Whether the record was correct at its last visit, int8; -1 before the first visit."""
     events: Tensor
-    """int16."""
+    """Number of forgetting events, int16."""
     learned: Tensor
-    """int8: whether it was ever correct."""
+    """Whether the record was ever correct, int8."""
     last: Tensor
-    """int16: epoch of the last event, 0 without one."""
+    """Epoch of the last forgetting event, int16; 0 without one."""
     visits: Tensor
-    """int16."""
+    """Number of visits, int16."""
     margins: Tensor
-    """float32: sum over visits of the smaller lead of the two directions."""
+    """Sum over visits of the cosine margin (the smaller of the two directions), float32."""
     facts: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @classmethod
     def new(cls, records: int) -> "ForgettingCounts":
+        """Return empty counts."""
         small = torch.zeros(records, dtype=torch.int16)
         never = torch.full((records,), -1, dtype=torch.int8)
         flag, total = torch.zeros(records, dtype=torch.int8), torch.zeros(records)
@@ -65,7 +66,7 @@ class ForgettingCounts:
 
     @classmethod
     def load(cls, folder: Path) -> "ForgettingCounts":
-        """The counts stored with an expert. Raises `ValueError` when there are none or they are damaged."""
+        """Load the counts of an expert. Raises `ValueError` when they are missing or damaged."""
         path = folder / FILE
         if not path.is_file():
             raise ValueError(f"{folder} holds no forgetting counts; train it with experts.forgetting: 1000")
@@ -89,7 +90,7 @@ class ForgettingCounts:
         margin: Float[Tensor, " n"] | None = None,
         records: Int[Tensor, " n"] | None = None,
     ) -> "ForgettingCounts":
-        """The counts after `epoch` has visited `records` (None: all); others keep what they have."""
+        """Return the counts after visiting `records` (None: all) at the end of `epoch`; other records are unchanged."""
         index = torch.arange(len(self.correct)) if records is None else records
         new = {name: t.clone() for name, t in self.tensors().items()}
         forgotten = (self.correct[index] == 1) & ~correct
@@ -103,10 +104,10 @@ class ForgettingCounts:
         return ForgettingCounts(**new, facts=self.facts)
 
     def ranking(self, never_learned: NeverLearned) -> Int64[np.ndarray, " n"]:
-        """Records, the most forgotten first.
+        """Return the records in order, the most forgotten first.
 
-        More events, then a later last event, then a smaller mean margin, then the smaller number. Records that were
-        never correct come before all, after all, or not at all, among themselves by margin and number.
+        The order is by more events, later last event, smaller mean margin, smaller record number. Records that were
+        never correct come first, last or not at all (`never_learned`), ordered by margin and record number.
         """
         never = (self.learned == 0).numpy()
         margin = (self.margins / self.visits.clamp(min=1)).numpy()
@@ -116,29 +117,32 @@ class ForgettingCounts:
         return order[~never[order]] if never_learned == "exclude" else order
 
     def summary(self) -> dict[str, Any]:
-        """Shares and counts for a report."""
+        """Return the share of never-learned records and the number of records by event count, for a report."""
         never = self.learned == 0
-        counted = torch.bincount(self.events[~never].long(), minlength=1).tolist()
-        return {"never_learned": float(never.float().mean()), "records_by_events": counted, **self.facts}
+        histogram = torch.bincount(self.events[~never].long(), minlength=1).tolist()
+        return {"never_learned": float(never.float().mean()), "records_by_events": histogram, **self.facts}
 
 
 TENSORS = tuple(f.name for f in fields(ForgettingCounts) if f.name != "facts")
 
 
 def pool_of(image_of: Int64[np.ndarray, " T"], size: int, seed: int) -> Int64[np.ndarray, " P"]:
-    """The records that all are scored against, ascending. Raises `ValueError` when they show fewer than two images."""
+    """Draw the pool of records that all records are scored against, in ascending order.
+
+    Raises `ValueError` when the pool has fewer than two images.
+    """
     drawn = torch.randperm(len(image_of), generator=generator(seed, "forgetting pool"))[:size].numpy()
     if len(np.unique(image_of[drawn])) < 2:
-        raise ValueError(f"a forgetting pool of {len(drawn)} records shows one image; raise experts.forgetting")
+        raise ValueError(f"a forgetting pool of {len(drawn)} records has only one image; raise experts.forgetting")
     return np.sort(drawn)
 
 
 def margins(
     model: DualEncoder, prepared: PreparedSplit, pool: Int64[np.ndarray, " P"], device: torch.device
 ) -> Float32[Tensor, " T"]:
-    """By how much every record leads what is best in the pool, in cosines: the smaller of both directions.
+    """Return the margin of every record: the cosine of its image and caption minus the best cosine within the pool.
 
-    In eval mode; leaves the mode of `model` as it was.
+    The margin is the smaller of the two retrieval directions. The model is scored in eval mode; its mode is restored.
     """
     split, image_of = prepared.split, prepared.split.image_of
     was_training = model.training
@@ -153,25 +157,28 @@ def margins(
 
     blocks = []
     with torch.no_grad():
-        shown, of_pool = np.unique(image_of[pool], return_inverse=True)
-        u_PD = in_chunks(images, shown, BLOCK)
+        pool_images, of_pool = np.unique(image_of[pool], return_inverse=True)
+        u_PD = in_chunks(images, pool_images, BLOCK)
         v_PD = in_chunks(texts, pool, BLOCK)
-        rivals = torch.from_numpy(shown).to(device)
-        captions_of = torch.from_numpy(shown[of_pool]).to(device)
+        rivals = torch.from_numpy(pool_images).to(device)
+        captions_of = torch.from_numpy(pool_images[of_pool]).to(device)
         for first in range(0, len(split), BLOCK):
             numbers = np.arange(first, min(first + BLOCK, len(split)))
             low, high = np.searchsorted(image_of, [first, first + BLOCK])
-            own = torch.from_numpy(image_of[low:high]).to(device)
+            images_of = torch.from_numpy(image_of[low:high]).to(device)
             u, v = images(numbers), texts(np.arange(low, high))
-            by_image = _best(u, v_PD, torch.from_numpy(numbers).to(device), captions_of)[own - first]
-            by_text = _best(v, u_PD, own, rivals)
-            blocks.append(((u[own - first] * v).sum(dim=1) - torch.maximum(by_image, by_text)).cpu())
+            by_image = _best(u, v_PD, torch.from_numpy(numbers).to(device), captions_of)[images_of - first]
+            by_text = _best(v, u_PD, images_of, rivals)
+            blocks.append(((u[images_of - first] * v).sum(dim=1) - torch.maximum(by_image, by_text)).cpu())
     model.train(was_training)
     return torch.cat(blocks)
 
 
 def _best(
-    queries: Float[Tensor, "Q D"], rivals: Float[Tensor, "P D"], own: Int[Tensor, " Q"], of: Int[Tensor, " P"]
+    queries: Float[Tensor, "Q D"],
+    rivals: Float[Tensor, "P D"],
+    image: Int[Tensor, " Q"],
+    rival_image: Int[Tensor, " P"],
 ) -> Float[Tensor, " Q"]:
-    """The best cosine of every query to a rival of another image."""
-    return (queries @ rivals.T).masked_fill(own[:, None] == of, -torch.inf).amax(dim=1)
+    """Return the best cosine of each query with a rival of another image; the last two arguments are image numbers."""
+    return (queries @ rivals.T).masked_fill(image[:, None] == rival_image, -torch.inf).amax(dim=1)

@@ -1,10 +1,10 @@
-"""Herding and k-center: one item after another, each the best against all picked before.
+"""Greedy selection, one item at a time: herding and k-center.
 
     herding    w_1 = mu;  pick argmax <w_t, x>;  w_{t+1} = w_t + mu - x_t          (Welling 2009, over all items)
     k-center   pick the item farthest from its nearest pick (Gonzalez 1985; radius at most twice the optimum)
 
-Both hand out picks without end, so the first j of k are the picks of j, and both go on after picks made before with
-the bits of a run that was never stopped. D features.
+Both yield picks until no item is left, so the first j of k picks are the picks for size j. Both can resume after
+earlier picks, with bit-identical results. D features.
 """
 
 import math
@@ -22,14 +22,14 @@ Start = Literal["random", "mean"]
 
 
 def checked(ranks: WorkerParts) -> Check:
-    """Look at all rows. Raises `ValueError` that names rows that are zero or not finite, or when there are none."""
+    """Check all rows of all ranks. Raises `ValueError` when a row is zero or not finite, or when there are no rows."""
     checks: list[Check] = ranks.call("check")
     bad = sum(c.bad for c in checks)
     if bad:
         first = sorted(i for c in checks for i in c.first_bad)[:MAX_SHOWN]
         raise ValueError(
-            f"{bad} of {sum(c.rows for c in checks)} features are zero or not finite (first ids: {first}); leave these "
-            "items out, or use another encoder"
+            f"{bad} of {sum(c.rows for c in checks)} features are zero or not finite (first ids: {first}); remove "
+            "these items from the dataset, or use another encoder"
         )
     if not (rows := sum(c.rows for c in checks)):
         raise ValueError("there are no features to choose from")
@@ -37,7 +37,10 @@ def checked(ranks: WorkerParts) -> Check:
 
 
 def mean(ranks: WorkerParts, largest: float) -> Float64[np.ndarray, " D"]:
-    """Of all kept rows, whose entries are at most `largest`: the same bits however they lie."""
+    """Return the mean of all rows that were not dropped; bit-identical for any order of rows and number of ranks.
+
+    `largest` is the largest absolute value of the rows.
+    """
     count = sum(ranks.call("count"))
     size = math.ceil(math.log2(largest)) + 1
     bits = min(52 - size, 62 - size - math.ceil(math.log2(count + 1)))
@@ -45,7 +48,7 @@ def mean(ranks: WorkerParts, largest: float) -> Float64[np.ndarray, " D"]:
 
 
 def rows_of(ranks: WorkerParts, ids: Sequence[int]) -> Float32[np.ndarray, "n D"]:
-    """The rows of `ids`, in their order. Raises `ValueError` when one is nowhere."""
+    """Return the rows of `ids` in the order of `ids`. Raises `ValueError` when a row is missing."""
     row_of: dict[int, np.ndarray] = {}
     for numbers, rows in ranks.call("rows_of", np.asarray(ids, dtype=np.int64)):
         row_of.update(zip(numbers.tolist(), rows, strict=True))
@@ -55,13 +58,14 @@ def rows_of(ranks: WorkerParts, ids: Sequence[int]) -> Float32[np.ndarray, "n D"
 
 
 def herding(
-    ranks: WorkerParts, mu: Float64[np.ndarray, " D"], begun: Sequence[int] = (), explicit: bool = False
+    ranks: WorkerParts, mu: Float64[np.ndarray, " D"], earlier: Sequence[int] = (), explicit: bool = False
 ) -> Iterator[Best]:
-    """The picks after those `begun` with, until no item is left.
+    """Yield picks until no item is left, after the `earlier` picks.
 
-    `explicit` minimises the distance of the mean of the picks to `mu`, which is the same for rows of equal length.
+    `explicit` minimises the distance between the mean of the picks and `mu`; for rows of equal length this makes no
+    difference.
     """
-    w, new = mu.copy(), list(begun)
+    w, new = mu.copy(), list(earlier)
     for row in rows_of(ranks, new) if new else ():
         w += mu - row
     while (best := best_of(ranks.call("along", w, new, explicit))) is not None:
@@ -70,22 +74,23 @@ def herding(
         new = [best.id]
 
 
-def k_center(ranks: WorkerParts, first: Best, begun: Sequence[int] = ()) -> Iterator[Best]:
-    """The picks after those `begun` with, until no item is left, `first` being the very first.
+def k_center(ranks: WorkerParts, first: Best, earlier: Sequence[int] = ()) -> Iterator[Best]:
+    """Yield picks until no item is left, after the `earlier` picks; without these, `first` is the first pick.
 
-    The value of a pick is its squared distance to the picks before: the squared radius that these cover all with.
+    The value of a pick is its squared distance to the nearest earlier pick, which is the squared covering radius of the
+    earlier picks.
     """
-    if not begun:
+    if not earlier:
         yield first
-    new = list(begun) or [first.id]
-    centres = rows_of(ranks, new) if begun else first.row[None]
+    new = list(earlier) or [first.id]
+    centres = rows_of(ranks, new) if earlier else first.row[None]
     while (best := best_of(ranks.call("farthest", centres, new))) is not None:
         yield best
         centres, new = best.row[None], [best.id]
 
 
 def start_of(ranks: WorkerParts, rule: Start, seed: int, mu: Float64[np.ndarray, " D"]) -> Best:
-    """The first centre: a seeded random item, or the one nearest the mean."""
+    """Return the first centre: a seeded random item, or the item nearest to the mean `mu`."""
     if rule == "mean":
         best = best_of(ranks.call("nearest", mu))
         assert best is not None

@@ -1,11 +1,11 @@
-"""Matched prototypes (PDS) as a coreset: clusters of images matched one to one with clusters of texts.
+"""Matched prototypes (PDS) as a coreset: image clusters are matched one to one with text clusters.
 
-Rows hold images and texts end to end. Each side is put into K k-means clusters; the Hungarian algorithm pairs them so
-that as many rows as can be lie in both clusters of a pair. The prototype of a pair is the mean of these rows, and the
-row among them that is nearest to it is chosen. A pair of clusters without a common row has both centroids for a
-prototype, and the nearest row that was not chosen yet.
+A row is an image embedding followed by a text embedding. Images and texts are clustered separately, into K k-means
+clusters each. The Hungarian algorithm matches image clusters to text clusters so that as many rows as possible lie in
+both clusters of a match. The prototype of a match is the mean of these common rows, and the common row nearest to it is
+chosen. If a match has no common row, its prototype is the two centroids, and the nearest row not yet chosen is taken.
 
-N rows, D features, K clusters a side.
+N rows, D features, K clusters of each side.
 """
 
 import math
@@ -20,9 +20,10 @@ from rmdd.execution.parts import WorkerParts
 
 
 def matched(ranks: WorkerParts, k: int, seed: int, image_width: int) -> tuple[list[int], dict[str, Any]]:
-    """Ids of `k` rows, those of the largest overlap first, and how well the sides agree.
+    """Choose `k` rows; return their ids, largest overlap first, and statistics of the matching.
 
-    The first `image_width` columns are those of the image.
+    The first `image_width` columns are the image embedding. Statistics: `overlap` (share of rows in both clusters
+    of a match) and `empty` (number of matches without a common row).
     """
     if not k:
         return [], {"overlap": 0.0, "empty": 0}
@@ -34,24 +35,27 @@ def matched(ranks: WorkerParts, k: int, seed: int, image_width: int) -> tuple[li
     points = _prototypes(ranks, partner, common, np.concatenate([images, texts[partner]], axis=1))
     chosen = nearest_members(ranks, points, ranks.call("inner", partner, points))
     order = np.argsort(-common, kind="stable").tolist()
-    agreed = float(common.sum() / overlap.sum())
-    return [chosen[cluster] for cluster in order], {"overlap": agreed, "empty": int((common == 0).sum())}
+    share = float(common.sum() / overlap.sum())
+    return [chosen[cluster] for cluster in order], {"overlap": share, "empty": int((common == 0).sum())}
 
 
 def match(overlap: Int64[np.ndarray, "K K"]) -> Int64[np.ndarray, " K"]:
-    """The column of every row, each taken once, with the largest sum (Kuhn 1955)."""
+    """Assign a different column to every row so that the sum of entries is largest (Hungarian method, Kuhn 1955)."""
     from scipy.optimize import linear_sum_assignment
 
     return np.asarray(linear_sum_assignment(overlap, maximize=True)[1], np.int64)
 
 
 def _prototypes(
-    ranks: WorkerParts, partner: np.ndarray, common: np.ndarray, without: Float32[np.ndarray, "K D"]
+    ranks: WorkerParts, partner: np.ndarray, common: np.ndarray, fallback: Float32[np.ndarray, "K D"]
 ) -> Float32[np.ndarray, "K D"]:
-    """Means of the common rows of every pair, the same bits however rows lie; `without` any, that row."""
+    """Return the mean of the common rows of every match, or its row of `fallback` if there are none.
+
+    The result is bit-identical for any order of rows and number of ranks.
+    """
     largest = checked(ranks).largest
     size = math.ceil(math.log2(largest)) + 1
     bits = min(52 - size, 62 - size - math.ceil(math.log2(int(common.max()) + 1)))
     total = np.sum(ranks.call("sums", partner, bits), axis=0).astype(np.float64)
     mean = np.ldexp(total, -bits) / np.maximum(common, 1)[:, None]
-    return np.where(common[:, None] > 0, mean, without).astype(np.float32)
+    return np.where(common[:, None] > 0, mean, fallback).astype(np.float32)

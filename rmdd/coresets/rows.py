@@ -1,6 +1,6 @@
 """Features on disk: memory-mapped files of rows with their ids.
 
-    rows.json                      schema version, rows, width, dtype, files, what the rows are
+    rows.json                      schema version, rows, width, dtype, files, origin of the rows
     part-00000.npy  (n, D)         float16 or float32
     part-00000.ids.npy  (n,)       int64
 
@@ -24,41 +24,43 @@ SCHEMA_VERSION = 1
 DESCRIPTION = "rows.json"
 ROWS_PER_FILE = 262_144
 CHUNK_BYTES = 32 * 2**20
-"""Of the float32 rows that are worked on at a time."""
+"""Size in bytes of the float32 rows that are processed at once."""
 
 RowBlock = tuple[Int64[np.ndarray, " _"], Float[np.ndarray, "_ _"]]
-"""Ids and their rows; parts differ in how many."""
+"""(ids, rows); the number of rows differs from block to block."""
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows with distinct ids, in memory or mapped from files; read as float32."""
+    """A matrix of feature rows with distinct ids, in memory or mapped from files, and read as float32."""
 
     parts: tuple[RowBlock, ...]
     width: int
     folder: Path | None = None
-    """Where all of them lie, if they do."""
+    """Folder of the files, or None for rows in memory."""
 
     @classmethod
     def of(cls, rows: np.ndarray, ids: Sequence[int] | np.ndarray | None = None) -> "Rows":
-        """Rows (N, D) in memory; ids are their positions unless others are passed."""
+        """Return rows (N, D) in memory; the default ids are the positions."""
         numbers = np.arange(len(rows)) if ids is None else np.asarray(ids)
         if rows.ndim != 2 or numbers.shape != (len(rows),):
             raise ValueError(f"rows are (N, D) with N ids, found {rows.shape} and {numbers.shape}")
         if len(np.unique(numbers)) != len(numbers):
-            raise ValueError("the ids of rows must be distinct, and some come twice")
+            raise ValueError("the ids of rows must be distinct, but some occur twice")
         return cls(((numbers.astype(np.int64), rows),), rows.shape[1])
 
     @classmethod
     def open(cls, folder: Path | str) -> "Rows":
-        """Map the files of a folder. Raises `ValueError` when it is none of ours or of another schema version."""
+        """Map the files of a folder. Raises `ValueError` when it holds no features or has another schema version."""
         folder = Path(folder)
         if not (folder / DESCRIPTION).is_file():
-            raise ValueError(f"{folder} holds no features (no {DESCRIPTION}); delete it, and they are made anew")
+            raise ValueError(f"{folder} holds no features (no {DESCRIPTION}); delete it, and they are computed again")
         facts = read_json(folder / DESCRIPTION)
         if facts["schema_version"] != SCHEMA_VERSION:
             version = facts["schema_version"]
-            raise ValueError(f"{folder} has schema version {version}, this rmdd reads {SCHEMA_VERSION}; delete it")
+            raise ValueError(
+                f"{folder} has schema version {version}, this rmdd reads {SCHEMA_VERSION}; delete that folder"
+            )
         parts = tuple(
             (np.load(folder / _ids(name), mmap_mode="r"), np.load(folder / name, mmap_mode="r"))
             for name in facts["files"]
@@ -78,24 +80,25 @@ class Rows:
 
     @property
     def chunk(self) -> int:
-        """Rows to work on at a time."""
+        """Number of rows to process at once."""
         return max(1, CHUNK_BYTES // (4 * max(1, self.width)))
 
     def share(self, rank: int, size: int) -> "Rows":
-        """The consecutive rows of one of `size` ranks."""
+        """Return the consecutive rows that belong to rank `rank` of `size`."""
         count = len(self)
         return self.between(count * rank // size, count * (rank + 1) // size)
 
     def between(self, start: int, stop: int) -> "Rows":
-        cut = []
+        """Return the rows at positions start .. stop - 1."""
+        parts = []
         for (ids, rows), first in zip(self.parts, self._ends, strict=False):
             low, high = max(start - first, 0), min(stop - first, len(ids))
             if low < high:
-                cut.append((ids[low:high], rows[low:high]))
-        return Rows(tuple(cut), self.width)
+                parts.append((ids[low:high], rows[low:high]))
+        return Rows(tuple(parts), self.width)
 
     def chunks(self, size: int | None = None) -> Iterator[tuple[slice, Float32[np.ndarray, "n D"]]]:
-        """The positions of at most `size` consecutive rows at a time, and these rows."""
+        """Yield all rows in chunks of at most `size`, as the slice of positions and the float32 rows."""
         size = self.chunk if size is None else size
         for (_, rows), first in zip(self.parts, self._ends, strict=False):
             buffer = torch.empty((min(size, len(rows)) if rows.dtype == np.float16 else 0, self.width))
@@ -106,7 +109,7 @@ class Rows:
                 yield slice(first + start, first + start + len(block)), _float32(block)
 
     def at(self, positions: Sequence[int] | np.ndarray) -> Float32[np.ndarray, "n D"]:
-        """Copies of the rows at some positions."""
+        """Return copies of the rows at `positions`."""
         positions = [int(p) for p in positions]
         values = np.empty((len(positions), self.width), np.float32)
         for i, position in enumerate(positions):
@@ -116,27 +119,27 @@ class Rows:
 
 
 def write_rows(folder: Path, blocks: Iterable[RowBlock], width: int, dtype: str, facts: Mapping[str, Any]) -> Rows:
-    """Write blocks of rows to files of up to `ROWS_PER_FILE`, whole or not at all."""
+    """Write blocks of rows to a folder atomically, about `ROWS_PER_FILE` rows per file; return the mapped rows."""
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         names: list[str] = []
-        held: list[RowBlock] = []
+        pending: list[RowBlock] = []
         count = total = 0
 
         def flush() -> None:
             names.append(f"part-{len(names):05d}.npy")
-            np.save(temporary / names[-1], np.concatenate([rows for _, rows in held]).astype(dtype, copy=False))
-            np.save(temporary / _ids(names[-1]), np.concatenate([ids for ids, _ in held]))
-            held.clear()
+            np.save(temporary / names[-1], np.concatenate([rows for _, rows in pending]).astype(dtype, copy=False))
+            np.save(temporary / _ids(names[-1]), np.concatenate([ids for ids, _ in pending]))
+            pending.clear()
 
         for ids, rows in blocks:
-            held.append((ids.astype(np.int64, copy=False), rows.astype(dtype, copy=False)))
+            pending.append((ids.astype(np.int64, copy=False), rows.astype(dtype, copy=False)))
             count += len(ids)
             total += len(ids)
             if count >= ROWS_PER_FILE:
                 flush()
                 count = 0
-        if held:
+        if pending:
             flush()
         about = {"schema_version": SCHEMA_VERSION, "rows": total, "width": width, "dtype": dtype, "files": names}
         write_json(temporary / DESCRIPTION, about | {"facts": dict(facts)})

@@ -1,8 +1,9 @@
-"""The rows of one rank, and all that is asked of them while a coreset is chosen.
+"""The feature rows of one rank, and the operations on them that selection methods use.
 
-Every number of a row is computed from that row alone (`numpy.vecdot`: one dot product a row), so neither chunks nor
-ranks nor the order of rows change a bit of it; only which of two centroids at equal distance a row goes to, up to
-rounding, may (a matrix product). N rows of this rank, D features, K centroids, C centres.
+Values of a row are computed from that row alone (`numpy.vecdot` computes one dot product per row). So results are
+bit-identical for any chunk size, number of ranks and order of rows. One exception: cluster assignment uses a matrix
+product, whose rounding can decide between two centroids at nearly equal distance. N rows of this rank, D features, K
+centroids, C centres.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,11 +18,11 @@ from rmdd.execution.parts import LocalParts
 
 Ids = Sequence[int] | np.ndarray
 MAX_SHOWN = 5
-"""Ids that an error names."""
+"""Largest number of ids in an error message."""
 
 
 class Best(NamedTuple):
-    """A row that no other surpasses."""
+    """The row with the largest value, with its id."""
 
     value: float
     id: int
@@ -30,17 +31,20 @@ class Best(NamedTuple):
 
 @dataclass(frozen=True)
 class Check:
-    """What the rows of one rank are like."""
+    """Result of checking the rows of one rank."""
 
     rows: int
+    """Number of rows."""
     largest: float
-    """Absolute value."""
+    """Largest absolute value."""
     bad: int
+    """Number of rows that are zero or not finite."""
     first_bad: tuple[int, ...]
+    """Ids of the first few bad rows."""
 
 
 class Shard:
-    """One rank's rows. Rows that were dropped count for nothing, rows that were taken cannot be chosen again."""
+    """The rows of one rank. Dropped rows are ignored everywhere; taken rows cannot be chosen again."""
 
     def __init__(self, rows: Rows, chunk: int | None = None):
         self.rows, self.chunk = rows, chunk
@@ -55,7 +59,7 @@ class Shard:
     # -- about the rows ------------------------------------------------------------------------------------------
 
     def check(self) -> Check:
-        """Look for rows that are not finite or zero."""
+        """Count the rows that are zero or not finite, and find the largest absolute value."""
         largest, bad = 0.0, []
         for where, x in self.rows.chunks(self.chunk):
             high = np.abs(x).max(axis=1, initial=0.0)
@@ -65,49 +69,53 @@ class Shard:
         return Check(len(self.rows), largest, len(bad), tuple(sorted(bad)[:MAX_SHOWN]))
 
     def count(self) -> int:
-        """Rows that were not dropped."""
+        """Return the number of rows that were not dropped."""
         return int(self.included.sum())
 
     def total(self, bits: int) -> Int64[np.ndarray, " D"]:
-        """The sum of all rows in units of 2^-bits: whole numbers, which add up the same in any order."""
+        """Return the sum of all rows that were not dropped, as integers in units of 2^-bits.
+
+        Integer sums are the same in any order.
+        """
         total = np.zeros(self.rows.width, np.int64)
         for where, x in self.rows.chunks(self.chunk):
             total += np.rint(np.ldexp(x[self.included[where]].astype(np.float64), bits)).astype(np.int64).sum(axis=0)
         return total
 
     def ids(self) -> Int64[np.ndarray, " n"]:
-        """Of rows that were not dropped, ascending."""
+        """Return the ids of the rows that were not dropped, in ascending order."""
         return np.sort(self.rows.ids[self.included])
 
     def drop(self, ids: Ids) -> None:
-        """Leave out the rows of `ids` that are here."""
+        """Drop the rows of `ids` that this rank has."""
         positions = self._positions(ids)
         self.included[positions] = self.free[positions] = False
 
     def take(self, ids: Ids) -> None:
+        """Mark the rows of `ids` that this rank has as taken."""
         self.free[self._positions(ids)] = False
 
     def release(self) -> None:
-        """Begin anew: no row is taken, and there is no centre."""
+        """Reset the selection: no row is taken, and there are no centres."""
         self.free, self._near = self.included.copy(), None
 
     def rows_of(self, ids: Ids) -> tuple[Int64[np.ndarray, " n"], Float32[np.ndarray, "n D"]]:
-        """Those of `ids` that are here, and their rows."""
+        """Return the ids of `ids` that this rank has, and their rows."""
         positions = self._positions(ids)
         return self.rows.ids[positions], self.rows.at(positions)
 
     def _positions(self, ids: Ids) -> np.ndarray:
-        wanted = np.asarray(ids, dtype=np.int64)
+        numbers = np.asarray(ids, dtype=np.int64)
         if not len(self._sorted):
             return np.zeros(0, np.int64)
-        indices = np.searchsorted(self._sorted, wanted)
-        here = (indices < len(self._sorted)) & (self._sorted[np.minimum(indices, len(self._sorted) - 1)] == wanted)
-        return self._order[indices[here]]
+        indices = np.searchsorted(self._sorted, numbers)
+        match = (indices < len(self._sorted)) & (self._sorted[np.minimum(indices, len(self._sorted) - 1)] == numbers)
+        return self._order[indices[match]]
 
     # -- choosing ------------------------------------------------------------------------------------------------
 
     def along(self, w: Float64[np.ndarray, " D"], chosen: Ids, explicit: bool = False) -> Best | None:
-        """The free row with the largest <w, x>, or <w, x> - |x|^2 / 2, once `chosen` are not free any more."""
+        """Take `chosen`, then return the free row with the largest <w, x> (`explicit`: <w, x> - |x|^2 / 2)."""
         self.take(chosen)
         direction = w.astype(np.float32)
         squares = self.squares() if explicit else None
@@ -118,7 +126,7 @@ class Shard:
         return search.best
 
     def nearest(self, point: Float64[np.ndarray, " D"], chosen: Ids = ()) -> Best | None:
-        """The free row nearest to `point`; its value is minus the squared distance."""
+        """Take `chosen`, then return the free row nearest to `point`; its value is minus the squared distance."""
         self.take(chosen)
         search = _Search(self)
         for where, x in self.rows.chunks(self.chunk):
@@ -126,7 +134,10 @@ class Shard:
         return search.best
 
     def farthest(self, centres: Float32[np.ndarray, "C D"], chosen: Ids) -> Best | None:
-        """The free row farthest from all centres so far; its value is the squared distance to the nearest."""
+        """Take `chosen`, add `centres` to the centres, and return the free row farthest from its nearest centre.
+
+        The value is the squared distance to that centre.
+        """
         self.take(chosen)
         if self._near is None:
             self._near = np.full(len(self.rows), np.inf, np.float32)
@@ -138,7 +149,7 @@ class Shard:
         return search.best
 
     def squares(self) -> Float32[np.ndarray, " N"]:
-        """|x|^2 of every row."""
+        """Return |x|^2 of every row."""
         if self._squares is None:
             self._squares = np.empty(len(self.rows), np.float32)
             for where, x in self.rows.chunks(self.chunk):
@@ -146,7 +157,7 @@ class Shard:
         return self._squares
 
     def _distances(self, where: slice, x: np.ndarray, centre: np.ndarray) -> np.ndarray:
-        """|x|^2 + |c|^2 - 2 <x, c>, which is exactly 0 for a copy of the centre."""
+        """Return |x|^2 + |c|^2 - 2 <x, c>, which is exactly 0 for a row equal to the centre."""
         return np.maximum(self.squares()[where] + np.vecdot(centre, centre) - 2 * np.vecdot(x, centre), 0)
 
     # -- clusters ------------------------------------------------------------------------------------------------
@@ -154,7 +165,10 @@ class Shard:
     def assigned(
         self, centroids: Float32[np.ndarray, "K C"], first: int = 0
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids of kept rows, the nearest centroid of each, by columns from `first`, and the squared distance to it."""
+        """Assign the rows that were not dropped to centroids; return ids, nearest centroids and squared distances.
+
+        Distances use the columns from `first` on, as many as a centroid has.
+        """
         label = np.empty(len(self.rows), np.int32)
         distance = np.empty(len(self.rows), np.float32)
         half = np.vecdot(centroids, centroids) / 2
@@ -166,20 +180,23 @@ class Shard:
         return self.rows.ids[self.included], label[self.included], distance[self.included]
 
     def medoids(self, centroids: Float32[np.ndarray, "K D"]) -> dict[int, tuple[float, int]]:
-        """Per cluster that has members here, the squared distance and the id of the member nearest the centroid."""
+        """Return, by cluster, the squared distance and the id of this rank's member nearest to the centroid."""
         return _first_of(*self.assigned(centroids))
 
     # -- two sides -----------------------------------------------------------------------------------------------
 
     def overlap(self, images: Float32[np.ndarray, "K U"], texts: Float32[np.ndarray, "K V"]) -> np.ndarray:
-        """(K, K): kept rows by the nearest image and text centroid; the columns of images come first."""
+        """Count the rows that were not dropped by nearest image and text centroid: (K, K).
+
+        The columns of the image embedding come first in a row.
+        """
         self._cells = np.stack([self.assigned(images)[1], self.assigned(texts, images.shape[1])[1]])
         counts = np.zeros((len(images), len(images)), np.int64)
         np.add.at(counts, tuple(self._cells), 1)
         return counts
 
     def sums(self, partner: Int64[np.ndarray, " K"], bits: int) -> np.ndarray:
-        """(K, D): of the rows in image cluster c and text cluster `partner[c]`, as whole numbers; see `total`."""
+        """Sum the rows in image cluster c and text cluster `partner[c]`: (K, D), as integers like `total`."""
         total = np.zeros((len(partner), self.rows.width), np.int64)
         inside = self._inside(partner)
         for where, x in self.rows.chunks(self.chunk):
@@ -191,7 +208,10 @@ class Shard:
     def inner(
         self, partner: Int64[np.ndarray, " K"], points: Float32[np.ndarray, "K D"]
     ) -> dict[int, tuple[float, int]]:
-        """Per c, of the same rows the squared distance and the id of the one nearest `points[c]`."""
+        """Return, by image cluster c, the squared distance and the id of the row nearest to `points[c]`.
+
+        Only rows in image cluster c and text cluster `partner[c]` are considered.
+        """
         inside = self._inside(partner)
         distance = np.zeros(len(self.rows), np.float32)
         for where, x in self.rows.chunks(self.chunk):
@@ -201,7 +221,7 @@ class Shard:
         return _first_of(self.rows.ids[chosen], inside[chosen], distance[chosen])
 
     def _inside(self, partner: np.ndarray) -> Int64[np.ndarray, " N"]:
-        """The image cluster of rows whose text cluster is its partner, else -1."""
+        """Return the image cluster of every row whose text cluster is the partner of it, and -1 for other rows."""
         assert self._cells is not None
         image, text = self._cells
         cluster = np.full(len(self.rows), -1, np.int64)
@@ -210,14 +230,14 @@ class Shard:
 
 
 def _first_of(ids: np.ndarray, label: np.ndarray, distance: np.ndarray) -> dict[int, tuple[float, int]]:
-    """Per label the smallest distance, and its id."""
+    """Return, by label, the smallest distance and its id."""
     order = np.lexsort((ids, distance, label))
     labels, first = np.unique(label[order], return_index=True)
     return {int(c): (float(distance[order[i]]), int(ids[order[i]])) for c, i in zip(labels, first, strict=True)}
 
 
 class _Search:
-    """The best free row so far: the largest value, and of equal ones the smallest id."""
+    """A search for the free row with the largest value; among equal values, the smallest id wins."""
 
     def __init__(self, shard: Shard):
         self.shard = shard
@@ -230,15 +250,15 @@ class _Search:
         ids, values = self.shard.rows.ids[where][free], value[free]
         equal = np.flatnonzero(values == values.max())
         position = equal[ids[equal].argmin()]
-        one = Best(float(values[position]), int(ids[position]), x[free[position]].copy())
-        self.best = best_of([self.best, one])
+        candidate = Best(float(values[position]), int(ids[position]), x[free[position]].copy())
+        self.best = best_of([self.best, candidate])
 
 
 def best_of(candidates: Iterable[Best | None]) -> Best | None:
-    """The lexicographic maximum of (value, -id); None when there is none."""
+    """Return the candidate with the largest value, and among equal ones the smallest id; None without candidates."""
     return max((b for b in candidates if b is not None), key=lambda b: (b.value, -b.id), default=None)
 
 
-def here(rows: Rows, ranks: int = 1, chunk: int | None = None) -> LocalParts:
-    """Rows cut over so many ranks of this process."""
+def split_rows(rows: Rows, ranks: int = 1, chunk: int | None = None) -> LocalParts:
+    """Split rows over `ranks` ranks in this process."""
     return LocalParts([Shard(rows.share(rank, ranks), chunk) for rank in range(ranks)])

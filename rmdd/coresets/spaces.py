@@ -1,10 +1,10 @@
-"""What items look like: embeddings of both sides by a fixed encoder, and the space that they are compared in.
+"""Features of items: image and text embeddings by a fixed encoder, combined into one feature space.
 
-    joint  normalise([normalise(u); normalise(v)])     squared distance = mean of those of both sides
+    joint  normalise([normalise(u); normalise(v)])     squared distance = mean of the image's and the text's
     image  normalise(u)        text  normalise(v)
     sum    normalise(normalise(u) + normalise(v))
 
-Everything is computed once and kept in the run's cache under the hash of what shaped it; see `rmdd.coresets.rows`.
+Features are computed once and kept in the run's cache under a hash of their inputs (file format: `rmdd.coresets.rows`).
 N images, T captions, D features.
 """
 
@@ -31,13 +31,13 @@ from rmdd.data.splits import Split
 from rmdd.execution.tasks import Stream, Values
 
 BLOCK = 2048
-"""Images that are encoded, kept and handed to a worker together."""
+"""Number of images that form one block: encoded by one task and stored in one file."""
 BATCH = 256
 
 
 @dataclass(frozen=True)
 class Items:
-    """What is chosen from: item i shows image `image_of[i]` and returns record `record_of[i]`."""
+    """The items to choose from: item i has image `image_of[i]` and stands for caption record `record_of[i]`."""
 
     unit: ChoiceUnit
     image_of: Int64[np.ndarray, " items"]
@@ -45,7 +45,7 @@ class Items:
 
     @classmethod
     def of(cls, split: Split, unit: ChoiceUnit, seed: int) -> "Items":
-        """Records, or images with one caption each, drawn by hash."""
+        """Return all caption records of a split as items, or all images with one caption each, drawn by hash."""
         if unit == "record":
             return cls(unit, split.image_of, np.arange(len(split.image_of)))
         numbers = np.arange(len(split))
@@ -59,14 +59,17 @@ class Items:
 
 @dataclass(frozen=True)
 class Sides:
-    """Image rows (N, ...) and text rows (T, ...) of an encoder, as it gives them."""
+    """The image rows (N, ...) and text rows (T, ...) of an encoder, not normalised."""
 
     images: Rows
     texts: Rows
     split: Split
 
     def blocks(self, items: Items, caption: str) -> Iterator[tuple[Int64[np.ndarray, " n"], np.ndarray, np.ndarray]]:
-        """Ids of items, and both their sides at unit length. Raises `ValueError` that names pairs without features."""
+        """Yield blocks of item ids, unit image features and unit text features.
+
+        Raises `ValueError` when a pair has features that are zero or not finite.
+        """
         split = self.split
         for start in range(0, len(items), BLOCK):
             ids = np.arange(start, min(start + BLOCK, len(items)))
@@ -86,25 +89,28 @@ class Sides:
 
 
 def cosines(sides: Sides, items: Items, caption: str) -> Float32[np.ndarray, " items"]:
-    """Of image and text of every item. Raises `ValueError` when they do not lie in one space."""
+    """Return the cosine of image and text features of every item. Raises `ValueError` when their widths differ."""
     if sides.images.width != sides.texts.width:
         widths = f"{sides.images.width} and {sides.texts.width}"
-        raise ValueError(f"image and text features of {widths} numbers have no cosine; use columns:NAME or expert:N")
+        raise ValueError(f"image and text features of widths {widths} have no cosine; use columns:NAME or expert:N")
     return np.concatenate([np.vecdot(u, v) for _, u, v in sides.blocks(items, caption)])
 
 
-def unit(rows: np.ndarray, split: Split, images: np.ndarray, what: str) -> Float32[np.ndarray, "n D"]:
-    """Rows at unit length; the row of image `images[i]` is named when it cannot be brought there."""
+def unit(rows: np.ndarray, split: Split, images: np.ndarray, side: str) -> Float32[np.ndarray, "n D"]:
+    """Scale rows to unit length.
+
+    Raises `ValueError` when rows are zero or not finite; it names the pairs of `images` and the `side`.
+    """
     rows = np.ascontiguousarray(rows, dtype=np.float32)
     largest = np.abs(rows).max(axis=1, keepdims=True)
     bad = ~np.isfinite(largest[:, 0]) | (largest[:, 0] == 0)
     if bad.any():
         named = list(dict.fromkeys(split.pair_ids[int(i)] for i in images[bad]))
         raise ValueError(
-            f"{int(bad.sum())} {what} features are zero or not finite (first pairs: {', '.join(named[:MAX_SHOWN])}); "
-            "leave these pairs out of the dataset, or use another encoder"
+            f"{int(bad.sum())} {side} features are zero or not finite (first pairs: {', '.join(named[:MAX_SHOWN])}); "
+            "remove these pairs from the dataset, or use another encoder"
         )
-    rows = rows / largest  # so that no length under- or overflows
+    rows = rows / largest  # keeps the squared lengths in range
     return rows / np.sqrt(np.vecdot(rows, rows))[:, None]
 
 
@@ -113,6 +119,7 @@ def _read(rows: Rows, start: int, stop: int) -> Float32[np.ndarray, "n D"]:
 
 
 def in_space(sides: Sides, items: Items, choice: Choice) -> Iterator[RowBlock]:
+    """Yield blocks of item ids and their features in the space `choice.space`."""
     for ids, u, v in sides.blocks(items, choice.caption):
         rows = _combined(choice.space, u, v)
         yield ids, unit(rows, sides.split, items.image_of[ids], choice.space) if choice.space == "sum" else rows
@@ -124,8 +131,8 @@ def _combined(space: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     if space == "sum":
         if u.shape[1] != v.shape[1]:
             raise ValueError(
-                f"space sum adds image features of {u.shape[1]} to text features of {v.shape[1]} numbers; use joint, "
-                "or an encoder with one width (expert:N, columns:NAME)"
+                f"space sum cannot add image features of width {u.shape[1]} to text features of width {v.shape[1]}; "
+                "use joint, or an encoder with equal widths (expert:N, columns:NAME)"
             )
         return u + v
     return u if space == "image" else v
@@ -137,7 +144,10 @@ def _combined(space: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 def encode_blocks(
     folder: Path, count: int, make: Callable[[], Callable[[Values], Values]], identity: dict[str, Any], stream: Stream
 ) -> None:
-    """`count` rows in `folder`, where they are not; blocks that are there stay."""
+    """Compute `count` feature rows into `folder` with an encoder from `make`; existing blocks are kept.
+
+    `stream` runs the encoder on the missing blocks; `identity` describes the encoder in the folder's `rows.json`.
+    """
     if (folder / DESCRIPTION).is_file():
         return
     blocks = range(-(-count // BLOCK))
@@ -155,7 +165,7 @@ def _name(block: int) -> str:
 
 
 def save_block(folder: Path, block: int, ids: np.ndarray, rows: np.ndarray) -> None:
-    """Write one part; the file of rows, which says that it is there, comes last."""
+    """Write one block; its file of rows is written last, and its existence marks the block as complete."""
     name = _name(block)
     write_array(folder / name.replace(".npy", ".ids.npy"), ids.astype(np.int64))
     write_array(folder / name, rows)
@@ -165,22 +175,23 @@ def save_block(folder: Path, block: int, ids: np.ndarray, rows: np.ndarray) -> N
 
 
 def column_rows(split: Split, data: config.Data, column: str) -> tuple[Iterator[RowBlock], int]:
-    """Rows of a column of fixed-size lists, one per image or per caption that the caption rule left, and their width.
+    """Return the feature rows of a dataset column, and their width.
 
-    Raises `ValueError` when there is no such column, or an entry is of another size.
+    The column holds a list of numbers per image, or one per caption; captions that the caption rule drops are skipped.
+    Raises `ValueError` when the column is missing, or its lists differ in length.
     """
     shards = [s for s in split.dataset.manifest["shards"] if s["split"] == split.name]
     blocks = _column_blocks(split, data, column, [split.dataset.path / s["file"] for s in shards])
     first = next(blocks)
 
-    def all_of() -> Iterator[RowBlock]:
+    def all_blocks() -> Iterator[RowBlock]:
         yield first
         for ids, rows in blocks:
             if rows.shape[1] != first[1].shape[1]:
                 raise _ragged(column)
             yield ids, rows
 
-    return all_of(), first[1].shape[1]
+    return all_blocks(), first[1].shape[1]
 
 
 def _column_blocks(split: Split, data: config.Data, column: str, files: list[Path]) -> Iterator[RowBlock]:
@@ -188,38 +199,42 @@ def _column_blocks(split: Split, data: config.Data, column: str, files: list[Pat
     for path in files:
         with pq.ParquetFile(path) as file:
             if column not in file.schema_arrow.names:
-                there = [n for n in file.schema_arrow.names if n.startswith(("image.", "text."))]
+                names = [n for n in file.schema_arrow.names if n.startswith(("image.", "text."))]
                 raise ValueError(
-                    f"{path} has no column '{column}'; it has {', '.join(there) or 'no features'}: write them into the "
-                    "shards, or set encoder to tower or expert:N"
+                    f"{path} has no column '{column}'; its feature columns are {', '.join(names) or 'none'}; write the "
+                    "features into the shards, or set encoder to tower or expert:N"
                 )
             for batch in file.iter_batches(batch_size=BLOCK, columns=["captions", column]):
                 texts = batch.column("captions").to_pylist()
                 usable = [[bool(clean(c, data.captions)) for c in captions] for captions in texts]
-                mask = np.array([any(k) for k in usable] if of_image else [one for k in usable for one in k], bool)
+                flags = [any(k) for k in usable] if of_image else [flag for k in usable for flag in k]
+                mask = np.array(flags, bool)
                 rows = _matrix(batch.column(column), column, len(texts) if of_image else [len(k) for k in usable])[mask]
                 if len(rows):
                     yield np.arange(count, count + len(rows)), rows
                     count += len(rows)
 
 
-def _matrix(values: pa.Array, column: str, wanted: int | list[int]) -> np.ndarray:
-    """(n, D) from lists, or (captions, D) from lists of lists."""
-    if not isinstance(wanted, int):
+def _matrix(values: pa.Array, column: str, expected: int | list[int]) -> np.ndarray:
+    """Convert lists to (n, D), or lists of lists to (captions, D).
+
+    `expected` is the number of rows, or the number of rows of each pair.
+    """
+    if not isinstance(expected, int):
         lengths = pc.list_value_length(values).fill_null(0).to_pylist()
-        if lengths != wanted:
-            bad = next(i for i, (a, b) in enumerate(zip(lengths, wanted, strict=True)) if a != b)
-            raise ValueError(f"column '{column}' holds {lengths[bad]} rows for a pair of {wanted[bad]} captions")
+        if lengths != expected:
+            bad = next(i for i, (a, b) in enumerate(zip(lengths, expected, strict=True)) if a != b)
+            raise ValueError(f"column '{column}' has {lengths[bad]} rows for a pair with {expected[bad]} captions")
         values = values.flatten()
-        wanted = sum(wanted)
+        expected = sum(expected)
     flat = values.flatten().to_numpy(zero_copy_only=False)
-    if not wanted or len(flat) % wanted or not len(flat):
+    if not expected or len(flat) % expected or not len(flat):
         raise _ragged(column)
-    width = len(flat) // wanted
+    width = len(flat) // expected
     if pc.any(pc.not_equal(pc.list_value_length(values), width)).as_py():
         raise _ragged(column)
-    return flat.reshape(wanted, width).astype(np.float32)
+    return flat.reshape(expected, width).astype(np.float32)
 
 
 def _ragged(column: str) -> ValueError:
-    return ValueError(f"the entries of column '{column}' differ in size; they must all have the same")
+    return ValueError(f"the lists in column '{column}' differ in length; all must have the same length")

@@ -1,4 +1,4 @@
-"""A coreset on disk: a folder with `subset.json`, which names pairs of a dataset and says how they were chosen."""
+"""A coreset on disk: a folder with `subset.json`, which lists pairs of a dataset and how they were chosen."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,11 +23,11 @@ class Coreset:
     unit: Literal["image", "record"]
     data_hash: str
     features: dict[str, Any]
-    """Encoder and space of what was looked at; empty for methods that look at nothing."""
+    """Encoder and feature space; empty for methods that use no features."""
     records: tuple[tuple[str, int], ...]
-    """`pair_id`, and which of the captions that the caption rule left the pair."""
+    """`pair_id` and position of the caption among the pair's captions that pass the caption rule."""
     facts: dict[str, Any] = field(default_factory=dict, compare=False)
-    """Objective, shares, pairs, parameters, bytes, seconds."""
+    """Other facts for reports: objective, shares, pairs, parameters, bytes, seconds."""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -40,7 +40,7 @@ class Coreset:
 
     @classmethod
     def load(cls, folder: Path | str) -> "Coreset":
-        """Raises `ValueError` when the folder holds no subset, a damaged one, or one of another schema version."""
+        """Load a coreset. Raises `ValueError` when it is missing, damaged, or of another schema version."""
         path = Path(folder) / DESCRIPTION
         if not path.is_file():
             raise ValueError(f"{folder} holds no subset (no {DESCRIPTION}); choose one with `rmdd coreset`")
@@ -56,11 +56,14 @@ class Coreset:
         return subset
 
     def rows(self, split: Split) -> list[int]:
-        """The caption records of these pairs in `split`. Raises `ValueError` when it is of other data or lacks some."""
+        """Return the caption records of the pairs in `split`.
+
+        Raises `ValueError` when the split belongs to another dataset or lacks some of the pairs.
+        """
         if split.dataset.hash != self.data_hash:
             raise ValueError(
-                f"this subset was chosen from data {self.data_hash[:12]}, the dataset at {split.dataset.path} is "
-                f"{split.dataset.hash[:12]}; use the dataset that it was chosen from"
+                f"this subset was chosen from data {self.data_hash[:12]}, but the dataset at {split.dataset.path} is "
+                f"{split.dataset.hash[:12]}; use the dataset that the subset was chosen from"
             )
         first: dict[str, int] = {}
         count = [0] * len(split)
@@ -78,7 +81,7 @@ class Coreset:
 
 
 def verify(path: Path, check: DiskCheck) -> None:
-    """It can be read."""
+    """Check that the coreset can be loaded."""
     if check.begin(path):
         with check.errors_as_faults(path / DESCRIPTION, f"delete {check.storage.address(path)} and choose it again"):
             Coreset.load(path)

@@ -46,5 +46,5 @@ def divergence_reason(numbers: list[float], first_rates: tuple[float, float], ru
         if not 1 / max_growth <= rate / first <= max_growth:
             return f"the inner {side} rate went from {first:.4g} to {rate:.4g}"
     if rule.guard.dead_similarity and rule.loss == "wbce" and diagonal <= 0.5:
-        return f"the similarity is dead: its largest diagonal entry is {diagonal:.4g}, so no pair is a positive"
+        return f"the similarity is dead: its largest diagonal entry is {diagonal:.4g}, so no pair counts as positive"
     return None

@@ -1,8 +1,9 @@
-"""What an expert trains on: the records of an epoch in their order, and the pictures that go with them.
+"""The training data of an expert: the caption records of an epoch in order, and the pixels of their images.
 
-N images, T caption records, B of them in a batch, S pixels on a side. Pictures come from a cache that all workers of a
-node map, or, where that would not fit `runtime.cache_gb`, from the shards in every epoch, a window of pairs at a time.
-Order and pictures depend on (seed, expert, epoch, record) alone: either feed gives the same bits, in any process.
+N images, T caption records, B of them in a batch, S pixels on a side. If the images fit `runtime.cache_gb`, they come
+from a cache file that all workers of a node memory-map. Otherwise they are read from the shards in every epoch, one
+window of pairs at a time. Order and pixels depend only on (seed, expert, epoch, record), so both ways give
+bit-identical data in any process.
 """
 
 import functools
@@ -28,17 +29,17 @@ Key = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Part:
-    """Consecutive steps that are read from the shards together."""
+    """Consecutive training steps whose images are read from the shards together."""
 
     records: np.ndarray
-    """int64 (steps, B)."""
+    """Caption records, int64 (steps, B)."""
     rows: np.ndarray
-    """int64 (steps, B): the row of each record's picture in the shards."""
+    """Row of each record's image in the shards, int64 (steps, B)."""
 
 
 @dataclass(frozen=True)
-class Look:
-    """How records become pictures; small enough to travel with every part."""
+class PixelReader:
+    """Reads the images of a part from the shards and augments them; small enough to be sent with every part."""
 
     dataset: Path
     split: str
@@ -46,33 +47,33 @@ class Look:
     augment: config.Augment
     key: Key
 
-    def view(self, image: bytes, record: int) -> np.ndarray:
-        """What one record sees of an encoded image: uint8 (3, S, S)."""
+    def pixels(self, image: bytes, record: int) -> np.ndarray:
+        """Decode an image for one caption record, augmented if the run augments: uint8 (3, S, S)."""
         if not self.augment.active:
             return squashed(image, self.data)
         seed, expert, epoch = self.key
-        picture = decode_as(image, self.data)
-        return augment(picture, self.augment, self.data.image_size, generator(seed, "augment", expert, epoch, record))
+        decoded = decode_as(image, self.data)
+        return augment(decoded, self.augment, self.data.image_size, generator(seed, "augment", expert, epoch, record))
 
     def read(self, part: Part) -> dict[int, bytes | np.ndarray]:
-        """By row, the encoded images of a part, or the squashed ones where that is all a record sees."""
+        """Return the images of a part by row: encoded if they will be augmented, otherwise decoded and resized."""
         images = read_rows(_opened(self.dataset), self.split, part.rows)
         return {row: image if self.augment.active else squashed(image, self.data) for row, image in images}
 
-    def step(self, held: dict[int, bytes | np.ndarray], part: Part, step: int) -> np.ndarray:
-        """uint8 (B, 3, S, S)."""
+    def step(self, images: dict[int, bytes | np.ndarray], part: Part, step: int) -> np.ndarray:
+        """Return the pixels of one step of a part, uint8 (B, 3, S, S); `images` come from `read`."""
         pairs = zip(part.rows[step].tolist(), part.records[step].tolist(), strict=True)
-        return np.stack([i if isinstance(i := held[row], np.ndarray) else self.view(i, n) for row, n in pairs])
+        return np.stack([i if isinstance(i := images[row], np.ndarray) else self.pixels(i, n) for row, n in pairs])
 
     def __call__(self, part: Part) -> Iterator[np.ndarray]:
-        """The pictures of a part, step by step."""
-        held = self.read(part)
+        """Yield the pixels of a part, step by step."""
+        images = self.read(part)
         for step in range(len(part.records)):
-            yield self.step(held, part, step)
+            yield self.step(images, part, step)
 
 
-Stream = Callable[[Look, Sequence[Part], int], Iterable[np.ndarray]]
-"""Applies the look to the parts, so many at a time and in order, elsewhere: `rmdd.execution.ray.feed`."""
+Stream = Callable[[PixelReader, Sequence[Part], int], Iterable[np.ndarray]]
+"""(reader, parts, parallel parts) -> pixels of each step, in order; read by Ray tasks (`rmdd.execution.ray.feed`)."""
 
 
 @functools.lru_cache(maxsize=4)
@@ -81,7 +82,7 @@ def _opened(path: Path) -> Dataset:
 
 
 def order(rule: config.Shuffle, image_of: np.ndarray, key: Key) -> tuple[np.ndarray, list[int]]:
-    """The records of an epoch, int64 (T,), and where in it each window begins."""
+    """Return the shuffled records of an epoch, int64 (T,), and the position at which each shuffle window begins."""
     if rule.kind == "global":
         records = torch.randperm(len(image_of), generator=generator(key[0], "expert order", *key[1:])).numpy()
         return records, list(range(0, len(records), rule.pairs))
@@ -103,34 +104,37 @@ def _records(image_of: np.ndarray, first: int, images: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One pass of one expert: `records` (steps, B) in order, and the steps at which windows begin."""
+    """The batches of one epoch of one expert."""
 
     records: np.ndarray
+    """Caption records of each step, (steps, B)."""
     begins: tuple[int, ...]
+    """Steps at which the shuffle windows begin."""
     key: Key
+    """Seed, expert and epoch."""
 
     @classmethod
     def of(cls, experts: config.Experts, seed: int, image_of: np.ndarray, expert: int, epoch: int) -> "Epoch":
-        """The last short batch is dropped; fewer records than a batch are one batch."""
+        """Return the batches of an epoch; a last short batch is dropped, unless it is the only one."""
         key = (seed, expert, epoch)
         records, begins = order(experts.shuffle, image_of, key)
         batch = min(experts.batch, len(records))
         steps = len(records) // batch
-        at = sorted({-(-begin // batch) for begin in begins})
-        return cls(records[: steps * batch].reshape(steps, batch), tuple(s for s in at if s < steps), key)
+        first_steps = sorted({-(-begin // batch) for begin in begins})
+        return cls(records[: steps * batch].reshape(steps, batch), tuple(s for s in first_steps if s < steps), key)
 
     def share(self, rank: int, size: int) -> "Epoch":
-        """The records of one of `size` workers that split every batch."""
+        """Return the part of every batch that worker `rank` of `size` workers trains on."""
         return Epoch(np.array_split(self.records, size, axis=1)[rank], self.begins, self.key)
 
 
 def fits(prepared: PreparedSplit, augment: config.Augment, cache_gb: float) -> bool:
-    """Whether the pictures that experts train on are cached, or streamed."""
+    """Return whether the images that experts train on fit the cache; if not, they are streamed from the shards."""
     return prepared.split.cache_bytes(augment.active) <= cache_gb * 1e9
 
 
 def prepare(prepared: PreparedSplit, augment: config.Augment, cache_gb: float) -> None:
-    """Write the cache that experts train from, if it fits, before every worker would."""
+    """Write the image cache for the experts, if it fits, so that the workers do not all write it."""
     if fits(prepared, augment, cache_gb) and augment.active:
         prepared.split.encoded(0)
     elif fits(prepared, augment, cache_gb):
@@ -146,19 +150,23 @@ def pictures(
     workers: int = 0,
     stream: Stream | None = None,
 ) -> Iterator[Tensor]:
-    """uint8 (B, 3, S, S) for every step. `workers` processes decode, those of `stream` unless that is None."""
+    """Yield the pixels of every step, uint8 (B, 3, S, S).
+
+    `workers` is the number of decoding processes. `stream` reads images that do not fit the cache, for example with
+    Ray; with None, processes of this machine read them.
+    """
     split = prepared.split
-    look = Look(split.dataset.path, split.name, data, augment, epoch.key)
+    reader = PixelReader(split.dataset.path, split.name, data, augment, epoch.key)
     if fits(prepared, augment, cache_gb):
-        yield from _loaded(_Cached(prepared, epoch.records, look), workers)
+        yield from _loaded(_Cached(prepared, epoch.records, reader), workers)
         return
     ends = [*epoch.begins[1:], len(epoch.records)]
     rows = split.rows[split.image_of[epoch.records]]
     parts = [Part(epoch.records[a:b], rows[a:b]) for a, b in zip(epoch.begins, ends, strict=True)]
     if stream is None:
-        yield from _loaded(_Read(look, parts), workers)
+        yield from _loaded(_FromShards(reader, parts), workers)
     else:
-        yield from (torch.from_numpy(np.array(images)) for images in stream(look, parts, max(1, workers)))
+        yield from (torch.from_numpy(np.array(images)) for images in stream(reader, parts, max(1, workers)))
 
 
 def _loaded(source: torch.utils.data.Dataset[Tensor], workers: int) -> torch.utils.data.DataLoader[Tensor]:
@@ -167,9 +175,11 @@ def _loaded(source: torch.utils.data.Dataset[Tensor], workers: int) -> torch.uti
 
 @dataclass
 class _Cached(torch.utils.data.Dataset[Tensor]):
+    """Pixels of each step, from the memory-mapped cache."""
+
     prepared: PreparedSplit
     records: np.ndarray
-    look: Look
+    reader: PixelReader
 
     def __len__(self) -> int:
         return len(self.records)
@@ -177,29 +187,30 @@ class _Cached(torch.utils.data.Dataset[Tensor]):
     def __getitem__(self, step: int) -> Tensor:
         split, records = self.prepared.split, self.records[step]
         index = split.image_of[records]
-        if not self.look.augment.active:
+        if not self.reader.augment.active:
             return torch.from_numpy(split.images[index])
         pairs = zip(index.tolist(), records.tolist(), strict=True)
-        return torch.from_numpy(np.stack([self.look.view(split.encoded(i), record) for i, record in pairs]))
+        return torch.from_numpy(np.stack([self.reader.pixels(split.encoded(i), record) for i, record in pairs]))
 
 
 @dataclass
-class _Read(torch.utils.data.Dataset[Tensor]):
-    """Steps in turn, holding one part; each loader process reads every part for itself."""
+class _FromShards(torch.utils.data.Dataset[Tensor]):
+    """Pixels of each step, read from the shards; one part is in memory, and every loader process reads all parts."""
 
-    look: Look
+    reader: PixelReader
     parts: Sequence[Part]
-    _held: tuple[int, dict[int, bytes | np.ndarray]] = field(default=(-1, {}))
+    _images: tuple[int, dict[int, bytes | np.ndarray]] = field(default=(-1, {}))
+    """Number of the part in memory, and its images by row."""
 
     def __post_init__(self) -> None:
-        self._place = [(number, step) for number, part in enumerate(self.parts) for step in range(len(part.records))]
+        self._steps = [(number, step) for number, part in enumerate(self.parts) for step in range(len(part.records))]
 
     def __len__(self) -> int:
-        return len(self._place)
+        return len(self._steps)
 
     def __getitem__(self, step: int) -> Tensor:
-        number, within = self._place[step]
-        if self._held[0] != number:
-            self._held = (-1, {})  # let go of one window before the next is read
-            self._held = (number, self.look.read(self.parts[number]))
-        return torch.from_numpy(self.look.step(self._held[1], self.parts[number], within))
+        number, within = self._steps[step]
+        if self._images[0] != number:
+            self._images = (-1, {})  # free one part before the next is read
+            self._images = (number, self.reader.read(self.parts[number]))
+        return torch.from_numpy(self.reader.step(self._images[1], self.parts[number], within))

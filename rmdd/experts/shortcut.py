@@ -1,9 +1,9 @@
-"""Paths through an expert's trajectory that a student is matched to.
+"""Paths through an expert's trajectory, on which a student's start and target lie.
 
-A *layer* is one parameter tensor. With s_l(t) the length of layer l's step in epoch t, a shortcut to endpoint E
-places theta_l(t) = (1 - beta_l(t)) theta_l(0) + beta_l(t) theta_l(E), where beta_l(t) is the share of the way
-that the layer had gone by epoch t (PTM-ST, equations 4-5). Each layer goes straight at the expert's own pace;
-the joint path is not a straight line, for the layers differ in pace.
+A *layer* is one parameter tensor. With s_l(t) the length of layer l's step in epoch t, a shortcut to endpoint E is
+theta_l(t) = (1 - beta_l(t)) theta_l(0) + beta_l(t) theta_l(E), where beta_l(t) is the share of its path length that
+layer l had covered by epoch t (PTM-ST, equations 4-5). Each layer moves on a straight line, at the speed of the expert.
+The joint path of all layers is not straight, because the layers move at different speeds.
 """
 
 import functools
@@ -18,37 +18,40 @@ from rmdd import config
 from rmdd.experts.store import Store
 from rmdd.models.dual import Params
 
-KEPT = 4
-"""Checkpoints of one trajectory that stay in memory, the latest used: starts repeat."""
+CACHED = 4
+"""Number of checkpoints of a trajectory kept in memory (the most recently used), because starts repeat."""
 
 
 @runtime_checkable
 class Path(Protocol):
+    """A path through the parameters of an expert, indexed by epoch."""
+
     endpoint: int
+    """Last epoch of the path."""
     vectors: int
-    """Sets of parameters held in memory at most."""
+    """Largest number of parameter sets held in memory."""
 
     def at(self, epoch: int | float) -> Params:
-        """Parameters at an epoch in [0, endpoint], not to be changed in place."""
+        """Return the parameters at an epoch in [0, endpoint]; do not change them in place."""
         ...
 
 
 class OriginalPath:
-    """The trajectory as it was trained; every epoch must be in the store, and only whole epochs can be asked for."""
+    """The trajectory as trained; the store must hold every epoch, and only whole epochs can be read."""
 
     def __init__(self, store: Store, expert: int):
-        self.endpoint, self.vectors = store.epochs, KEPT
-        self._read = functools.lru_cache(maxsize=KEPT)(functools.partial(store.read, expert))
+        self.endpoint, self.vectors = store.epochs, CACHED
+        self._read = functools.lru_cache(maxsize=CACHED)(functools.partial(store.read, expert))
 
     def at(self, epoch: int | float) -> Params:
         _check(epoch, self.endpoint)
         if epoch != int(epoch):
-            raise ValueError(f"asked for epoch {epoch} of a trajectory that is kept at whole epochs; draw integer ones")
+            raise ValueError(f"asked for epoch {epoch} of a trajectory that has whole epochs only; use integer starts")
         return self._read(int(epoch))
 
 
 class ShortcutPath:
-    """Per-layer straight line between two checkpoints, placed by arc length."""
+    """A straight line per layer between two checkpoints; the position on it follows the arc length of the layer."""
 
     def __init__(self, start: Params, end: Params, norms: Mapping[str, np.ndarray], endpoint: int):
         self.start, self.end, self.endpoint, self.vectors = start, end, endpoint, 2
@@ -60,13 +63,13 @@ class ShortcutPath:
         return {n: (1 - b) * self.start[n] + b * self.end[n] for n, b in beta.items()}
 
     def straightness(self) -> dict[str, float]:
-        """Per layer, chord over path length, at most 1: by how much each step shrinks (0 for a layer at rest)."""
+        """Return chord length over path length for each layer: 1 for a straight path, 0 for a layer at rest."""
         chord = {n: _length(self.end[n] - self.start[n]) for n in self.start}
         return {n: chord[n] / b.total if b.total > 0 else 0.0 for n, b in self.beta.items()}
 
 
 class AnchoredPath:
-    """Shortcuts joined at `anchors`, a checkpoint for each of some epochs, first and last among them (MCT)."""
+    """Shortcuts joined at the checkpoints `anchors`, given by epoch; the first and last epoch are anchors too (MCT)."""
 
     def __init__(self, anchors: Mapping[int, Params], norms: Mapping[str, np.ndarray]):
         self.epochs = sorted(anchors)
@@ -83,33 +86,35 @@ class AnchoredPath:
 
 
 class ArcPositions(list[float]):
-    """beta(0), ..., beta(E) with the path length they were measured on."""
+    """The values beta(0), ..., beta(E) of a layer, and its total path length."""
 
     def __init__(self, beta: list[float], total: float):
         super().__init__(beta)
         self.total = total
 
     def at(self, epoch: int | float) -> float:
-        """beta, linear between whole epochs."""
+        """Return beta at `epoch`, interpolated linearly between whole epochs."""
         low = math.floor(epoch)
         share = epoch - low
         return self[low] if share == 0 else (1 - share) * self[low] + share * self[low + 1]
 
 
 def arc_positions(steps: np.ndarray, size: float = 0.0) -> ArcPositions:
-    """Cumulative share of the path length: beta(0) = 0 and beta(E) = 1, float64.
+    """Return the cumulative share of the path length after each epoch: beta(0) = 0 and beta(E) = 1, float64.
 
-    A layer whose whole path is below float32 resolution of its own `size` has not moved: beta is 0 throughout.
+    A layer counts as not moved, with beta = 0 everywhere, if its path is shorter than the float32 resolution of its
+    norm `size`.
     """
-    travelled = np.concatenate([[0.0], np.cumsum(steps, dtype=np.float64)])
-    total = float(travelled[-1])
+    distance = np.concatenate([[0.0], np.cumsum(steps, dtype=np.float64)])
+    total = float(distance[-1])
     if total <= np.finfo(np.float32).eps * size or total == 0:
-        return ArcPositions([0.0] * len(travelled), 0.0)
-    return ArcPositions([float(x) for x in travelled / total], total)
+        return ArcPositions([0.0] * len(distance), 0.0)
+    return ArcPositions([float(x) for x in distance / total], total)
 
 
 def open_path(store: Store, expert: int, rule: config.Distill, endpoint: int) -> Path:
-    """The path of one expert: as trained, the shortcut to `endpoint`, or to the last epoch (convexified)."""
+    """Open the path of one expert: as trained (`original`), the shortcut to `endpoint`, or `convexified`, which is
+    the shortcut to the last epoch. Raises `ValueError` when the endpoint lies after the last epoch of the store."""
     if rule.trajectory == "original":
         return OriginalPath(store, expert)
     last = store.epochs if rule.trajectory == "convexified" else endpoint
@@ -127,4 +132,4 @@ def _length(tensor: torch.Tensor) -> float:
 
 def _check(epoch: int | float, endpoint: int) -> None:
     if not 0 <= epoch <= endpoint:
-        raise ValueError(f"asked for epoch {epoch} of a path that covers 0-{endpoint}")
+        raise ValueError(f"asked for epoch {epoch} of a path that covers epochs 0-{endpoint}")

@@ -1,14 +1,14 @@
-"""Expert trajectories on disk.
+"""The expert store: trajectories on disk.
 
     store.json                      schema version, parameter names and shapes, protocol, config and data hash
-    theta-0.safetensors             what every expert starts from: the image tower, where it is pretrained
+    theta-0.safetensors             parameters that all experts start from: a pretrained image tower
     expert-003/epoch-0006.safetensors
-    expert-003/expert.json          per-epoch metrics, step norms, bytes and SHA-256 of each file; says "complete"
-    expert-003/forgetting.safetensors  counts of forgetting events, where experts.forgetting asked for them
-    expert-003/running.safetensors  the last finished epoch of an expert still in training
+    expert-003/expert.json          per-epoch metrics, step norms, size and SHA-256 of each file; written at the end
+    expert-003/forgetting.safetensors  counts of forgetting events, if experts.forgetting is set
+    expert-003/running.safetensors  the last finished epoch of an expert in training
 
-Every file is written under a temporary name and renamed. Reading one checkpoint touches only its file and,
-for shared or delta storage, epoch 0.
+Every file is written under a temporary name and renamed. Reading a checkpoint opens only its own file and, if the
+store shares epoch 0 or saves differences to it, the file of epoch 0.
 """
 
 import json
@@ -31,7 +31,7 @@ START = "theta-0.safetensors"
 
 
 class Store:
-    """A folder of trajectories. Open one with `Store.open`, begin one with `Store.create`."""
+    """A folder of expert trajectories; use `Store.open` to open one and `Store.create` to make one."""
 
     def __init__(self, path: Path, spec: dict[str, Any]):
         self.path = path
@@ -53,10 +53,11 @@ class Store:
         dtype: str,
         facts: Mapping[str, Any],
     ) -> "Store":
-        """Begin a store, or open the one that is there if it holds the same thing.
+        """Create a store, or open the existing one if it has the same description.
 
-        `shared` are the epoch-0 parameters that all experts have in common, `keep` the epochs that stay
-        (None: all), `facts` what else a reader should know (protocol, encoders, hashes).
+        `shared` are the epoch-0 parameters that all experts have in common. `keep` are the epochs to keep (None: all).
+        `facts` are added to `store.json` (protocol, encoders, hashes). Raises `ValueError` when the store at `path`
+        holds other experts.
         """
         spec = {
             "schema_version": SCHEMA,
@@ -85,6 +86,7 @@ class Store:
 
     @classmethod
     def open(cls, path: Path | str) -> "Store":
+        """Open a store. Raises `ValueError` when the folder is no store or has another schema version."""
         path = Path(path)
         if not (path / "store.json").is_file():
             raise ValueError(f"no expert store at {path} (no store.json); train experts first with `rmdd experts`")
@@ -103,16 +105,17 @@ class Store:
 
     @property
     def start(self) -> Path:
-        """The file of what all experts start from, where they share it."""
+        """The file with the epoch-0 parameters that all experts share; exists only if they share any."""
         return self.path / START
 
-    def kept(self, epoch: int) -> bool:
+    def keeps(self, epoch: int) -> bool:
+        """Return whether checkpoints of this epoch are kept."""
         return self.spec["keep"] == "all" or epoch in self.spec["keep"]
 
     @property
     def kept_epochs(self) -> list[int]:
-        """Epochs that can be read, ascending, with epoch 0."""
-        return [e for e in range(self.epochs + 1) if self.kept(e)]
+        """Epochs that can be read, in ascending order; includes epoch 0."""
+        return [e for e in range(self.epochs + 1) if self.keeps(e)]
 
     def folder(self, expert: int) -> Path:
         return self.path / f"expert-{expert:03d}"
@@ -121,11 +124,14 @@ class Store:
         return (self.folder(expert) / "expert.json").is_file()
 
     def complete(self) -> list[int]:
-        """Numbers of the finished experts, ascending."""
+        """Return the numbers of the finished experts in ascending order."""
         return sorted(int(p.parent.name.removeprefix("expert-")) for p in self.path.glob("expert-*/expert.json"))
 
     def record(self, expert: int) -> dict[str, Any]:
-        """The finished expert's metrics per epoch, step norms and files. Raises `ValueError` when it is damaged."""
+        """Return the metrics per epoch, the step norms and the files of a finished expert.
+
+        Raises `ValueError` when its `expert.json` is damaged.
+        """
         path = self.folder(expert) / "expert.json"
         try:
             record: dict[str, Any] = read_json(path)
@@ -137,18 +143,18 @@ class Store:
         return record
 
     def norms(self, expert: int) -> dict[str, np.ndarray]:
-        """Per parameter tensor, the length of its step in each epoch: float64 (n,)."""
+        """Return the step length of each parameter tensor in each epoch, float64 (n,), by tensor name."""
         return {name: np.asarray(steps, dtype=np.float64) for name, steps in self.record(expert)["step_norms"].items()}
 
     def read(self, expert: int, epoch: int) -> Params:
-        """All matched parameters after `epoch` epochs, float32, fresh copies.
+        """Return copies of all trained parameters after `epoch` epochs, in float32.
 
-        Raises `ValueError` when the epoch was not kept, or the file is damaged.
+        Raises `ValueError` when the epoch was not kept or its file is damaged.
         """
-        if not self.kept(epoch):
+        if not self.keeps(epoch):
             raise ValueError(
                 f"expert {expert} keeps epochs {self.spec['keep']}, asked for {epoch}; train with experts.keep: all "
-                "or ask for a kept one"
+                "or use a kept epoch"
             )
         if epoch == 0:
             return {n: t.clone() for n, t in self._start(expert).items()}
@@ -162,16 +168,16 @@ class Store:
 
     def _start(self, expert: int) -> Params:
         if expert not in self._theta_0:
-            own = self._load(self._file(expert, 0))
+            stored = self._load(self._file(expert, 0))
             self._shared = self._shared or self.shared()
-            both = {**self._shared, **own}
-            check_same_shapes(self.shapes, {n: tuple(both[n].shape) for n in self.shapes if n in both})
+            params = {**self._shared, **stored}
+            check_same_shapes(self.shapes, {n: tuple(params[n].shape) for n in self.shapes if n in params})
             self._check(self._file(expert, 0))
-            self._theta_0[expert] = {n: both[n] for n in self.shapes}
+            self._theta_0[expert] = {n: params[n] for n in self.shapes}
         return self._theta_0[expert]
 
     def shared(self) -> Params:
-        """The epoch-0 parameters that all experts have in common. Raises `ValueError` when their file is damaged."""
+        """Return the epoch-0 parameters that all experts share. Raises `ValueError` when their file is damaged."""
         if not self.spec["shared"]:
             return {}
         listed = self.spec.get("shared_sha256")  # older stores have none
@@ -194,7 +200,7 @@ class Store:
             raise _damaged(path, error) from error
 
     def _check(self, path: Path) -> None:
-        """Compare the file of a finished expert with its record, once; older records name no files."""
+        """Compare a file of a finished expert with the SHA-256 in its record, once; older records list no files."""
         if path in self._checked or not (path.parent / "expert.json").is_file():
             return
         listed = self._files(int(path.parent.name.removeprefix("expert-"))).get(path.name)
@@ -203,7 +209,7 @@ class Store:
         self._checked.add(path)
 
     def size(self) -> int:
-        """Bytes that it takes in the storage."""
+        """Return the size of the store in bytes."""
         return stored_bytes(self.path)
 
     def _files(self, expert: int) -> dict[str, dict[str, Any]]:
@@ -212,7 +218,7 @@ class Store:
 
 
 def stored_bytes(path: Path) -> int:
-    """Bytes of a store; those of finished experts by their records, for their files need not all be here."""
+    """Return the size of a store in bytes; files of finished experts that are not on this machine count as recorded."""
     sizes = {p: p.stat().st_size for p in path.rglob("*") if p.is_file()}
     for record in path.glob("expert-*/expert.json"):
         sizes |= {record.parent / n: file["bytes"] for n, file in read_json(record).get("files", {}).items()}
@@ -223,10 +229,15 @@ def _damaged(path: Path, error: Exception | str) -> ValueError:
     return ValueError(f"{path} is damaged ({error}); delete its expert's folder and train that expert again")
 
 
-class Writer:
-    """Writes one expert, epoch by epoch. A writer opened on a half-trained expert goes on after its last epoch.
+def _without_prefix(tensors: Params, prefix: str) -> Params:
+    """Return the tensors whose names begin with `prefix`, under their names without it."""
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
-    Raises `ValueError` on a finished expert.
+
+class Writer:
+    """Writes one expert to the store, epoch by epoch; resumes a half-trained expert after its last finished epoch.
+
+    Raises `ValueError` if the expert is already complete.
     """
 
     def __init__(self, store: Store, expert: int):
@@ -241,7 +252,7 @@ class Writer:
         self._previous: Params = {}
         self.momentum: Params = {}
         self.counts: Params = {}
-        """What is counted while it trains, as it was after the last finished epoch."""
+        """Forgetting counts after the last finished epoch; empty unless experts.forgetting is set."""
         if store.is_complete(expert):
             raise ValueError(
                 f"expert {expert} of the store at {store.path} is complete; delete {self.folder} to train it again"
@@ -259,8 +270,8 @@ class Writer:
         self.epoch, self.norms, self.metrics = state["epoch"], state["norms"], state["metrics"]
         self.files = state.get("files", {})
         self._previous = {n: tensors[n] for n in self.store.shapes}
-        self.momentum = {n.removeprefix("momentum/"): t for n, t in tensors.items() if n.startswith("momentum/")}
-        self.counts = {n.removeprefix("counts/"): t for n, t in tensors.items() if n.startswith("counts/")}
+        self.momentum = _without_prefix(tensors, "momentum/")
+        self.counts = _without_prefix(tensors, "counts/")
 
     @property
     def params(self) -> Params:
@@ -274,9 +285,9 @@ class Writer:
         momentum: Params | None = None,
         counts: Params | None = None,
     ) -> None:
-        """Record the state after the next epoch (the first call: before training).
+        """Write the state after the next epoch; the first call writes the state before training.
 
-        Raises `ValueError` on non-finite parameters, before anything is written.
+        Raises `ValueError` for parameters that are not finite, before anything is written.
         """
         check_same_shapes(self.store.shapes, {n: tuple(p.shape) for n, p in params.items()})
         self.check_finite(params)
@@ -285,18 +296,18 @@ class Writer:
         for name, steps in self.norms.items() if epoch else ():
             steps.append(torch.linalg.vector_norm((params[name] - self._previous[name]).double()).item())
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.store.kept(epoch):
+        if self.store.keeps(epoch):
             self._write(epoch, params)
         self.metrics.append({"epoch": epoch, **metrics})
         self.epoch, self._previous, self.momentum = epoch, params, dict(momentum or {})
         self.counts = dict(counts or {})
         state = {"epoch": epoch, "norms": self.norms, "metrics": self.metrics, "files": self.files}
         buffers = {f"momentum/{n}": t for n, t in self.momentum.items()}
-        counted = {f"counts/{n}": t for n, t in self.counts.items()}
-        save_checked(self.running, {**params, **buffers, **counted}, "state", state)
+        counters = {f"counts/{n}": t for n, t in self.counts.items()}
+        save_checked(self.running, {**params, **buffers, **counters}, "state", state)
 
     def check_finite(self, params: Params) -> None:
-        """Raise `ValueError` when the parameters after the next epoch are no numbers."""
+        """Raise `ValueError` when `params` contain NaN or infinite values."""
         bad = [n for n, p in params.items() if not torch.isfinite(p).all()]
         if bad:
             raise ValueError(
@@ -314,23 +325,23 @@ class Writer:
         path = self.store._file(self.expert, epoch)
         with atomic_path(path) as temporary:
             save_file(params, temporary)
-        self.enter(path)
+        self.list_file(path)
 
-    def enter(self, path: Path) -> None:
-        """Name a file of the expert in its record."""
+    def list_file(self, path: Path) -> None:
+        """Add a file of the expert, with its size and SHA-256, to the expert's record."""
         self.files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
     def _check_shared(self, params: Params) -> None:
         changed = [n for n, p in self.store.shared().items() if not torch.equal(p, params[n])]
         if changed:
             raise ValueError(
-                f"the pretrained tower is not the one in the store at {self.store.path} (first: {changed[0]}); its "
-                "weights have changed since; train into another storage folder"
+                f"the weights of the pretrained tower differ from those in the store at {self.store.path} (first: "
+                f"{changed[0]}); they changed since the store was made; use another storage folder"
             )
 
     def finish(self) -> None:
-        """Declare the expert complete; after this it is never trained again."""
-        assert self.epoch == self.store.epochs, "an expert is finished after its last epoch"
+        """Mark the expert as complete by writing its `expert.json`; a complete expert is not trained again."""
+        assert self.epoch == self.store.epochs, "an expert is complete only after its last epoch"
         write_json(
             self.folder / "expert.json",
             {
@@ -346,50 +357,53 @@ class Writer:
 
 
 def verify(path: Path, check: DiskCheck, experts: int | None = None) -> None:
-    """Every kept epoch of every expert; `experts` are expected, else those up to the last that is there."""
+    """Check every kept epoch of every expert.
+
+    `experts` is the expected number of experts; None checks all experts up to the last one that exists.
+    """
     if not check.begin(path):
         return
     with check.errors_as_faults(path / "store.json", "delete the store and train again"):
         store = Store.open(path)
         shared = store.spec["shared"]
         if shared:
-            listed, again = store.spec.get("shared_sha256"), "copy it again, or delete the store and train again"
+            listed, remedy = store.spec.get("shared_sha256"), "copy it again, or delete the store and train again"
             if listed and store.start.is_file() and sha256_file(store.start) != listed:
-                check.fault(store.start, "has another SHA-256 than store.json says", again)
+                check.fault(store.start, "has another SHA-256 than store.json says", remedy)
             else:
-                _verify_shapes(store.start, {n: store.shapes[n] for n in shared}, again, check)
-        there = [int(p.name.removeprefix("expert-")) for p in path.glob("expert-*") if _is_folder(p)]
-        for number in range(experts if experts is not None else max(there, default=-1) + 1):
+                _verify_shapes(store.start, {n: store.shapes[n] for n in shared}, remedy, check)
+        numbers = [int(p.name.removeprefix("expert-")) for p in path.glob("expert-*") if _is_folder(p)]
+        for number in range(experts if experts is not None else max(numbers, default=-1) + 1):
             _verify_expert(store, number, experts is not None, check)
 
 
 def _verify_expert(store: Store, number: int, finished: bool, check: DiskCheck) -> None:
     folder = store.folder(number)
-    again = f"delete {check.storage.address(folder)} and train that expert again with `rmdd experts`"
+    remedy = f"delete {check.storage.address(folder)} and train that expert again with `rmdd experts`"
     if not store.is_complete(number):
         if (running := folder / "running.safetensors").is_file():
-            check.tensors(running, "state", again)
+            check.tensors(running, "state", remedy)
         if finished or not folder.is_dir():
             check.fault(folder, "expert is missing or not finished", "train it with `rmdd experts`")
         else:
             check.unfinished(folder)
         return
-    with check.errors_as_faults(folder / "expert.json", again):
+    with check.errors_as_faults(folder / "expert.json", remedy):
         files = store.record(number).get("files", {})
-        for epoch in (e for e in range(store.epochs + 1) if store.kept(e)):
+        for epoch in (e for e in range(store.epochs + 1) if store.keeps(e)):
             file = folder / f"epoch-{epoch:04d}.safetensors"
             listed = files.get(file.name)
             if not file.is_file():
-                check.fault(file, "is missing", again)
+                check.fault(file, "is missing", remedy)
             elif listed and file.stat().st_size != listed["bytes"]:
-                check.fault(file, f"has {file.stat().st_size} bytes, expert.json says {listed['bytes']}", again)
+                check.fault(file, f"has {file.stat().st_size} bytes, expert.json says {listed['bytes']}", remedy)
             elif listed and sha256_file(file) != listed["sha256"]:
-                check.fault(file, "has another SHA-256 than expert.json says", again)
+                check.fault(file, "has another SHA-256 than expert.json says", remedy)
             else:
                 names = set(store.shapes) - (set(store.spec["shared"]) if epoch == 0 else set())
-                _verify_shapes(file, {n: store.shapes[n] for n in names}, again, check)
+                _verify_shapes(file, {n: store.shapes[n] for n in names}, remedy, check)
         if forgetting.FILE in files:
-            check.tensors(folder / forgetting.FILE, "forgetting", again)
+            check.tensors(folder / forgetting.FILE, "forgetting", remedy)
 
 
 def _verify_shapes(path: Path, shapes: dict[str, tuple[int, ...]], todo: str, check: DiskCheck) -> None:

@@ -1,7 +1,8 @@
 """Train one expert and record its trajectory (the teacher protocol of MTT-VL, LoRS and PTM-ST).
 
-One epoch visits every caption record once, shuffled, and drops the last short batch. InfoNCE with identity
-targets, plain SGD. Two captions of one image in a batch count as negatives of each other, as in the papers.
+An epoch visits every caption record once in shuffled order and drops the last short batch. The loss is InfoNCE with
+identity targets, and the optimiser is plain SGD. Two captions of the same image in a batch count as negatives of each
+other, as in the papers.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,10 +27,10 @@ from rmdd.models.prepared import PreparedSplit
 
 
 def begin_store(run: config.Run, path: Path, text_width: int, facts: dict[str, Any]) -> Store:
-    """Create the store that all experts of `run` go to, or open it if it is there."""
+    """Create the store for all experts of `run`, or open it if it exists."""
     model = expert_model(run.model, run.data.image_size, run.seed_of("experts"), 0, text_width)
-    alike = run.model.image.weights != "random"
-    shared = {n: p for n, p in model.trained().items() if alike and n.startswith("image_tower.")}
+    pretrained = run.model.image.weights != "random"
+    shared = {n: p for n, p in model.trained().items() if pretrained and n.startswith("image_tower.")}
     return Store.create(
         path,
         {n: tuple(p.shape) for n, p in model.trained().items()},
@@ -42,19 +43,19 @@ def begin_store(run: config.Run, path: Path, text_width: int, facts: dict[str, A
 
 
 def kept_epochs(experts: config.Experts, endpoints: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The epochs that stay in the store, for runs with these endpoints; None for all."""
+    """Return the epochs to keep in the store for runs with these endpoints; None means all epochs."""
     if isinstance(experts.keep, str):
         return None if experts.keep == "all" else endpoints
     return tuple(sorted(set(experts.keep)))
 
 
 def expert_model(model: config.Model, image_size: int, seed: int, expert: int, text_width: int) -> DualEncoder:
-    """The dual encoder that expert number `expert` starts from; `seed` is that of the experts."""
+    """Build the initial dual encoder of expert number `expert`; `seed` is the seed of the experts."""
     return build(model, text_width, image_size, seed, "expert", expert)
 
 
 class ExpertTrainer:
-    """A model and its optimiser in one process. A `TrainingGroup` of several workers has trainers of its own."""
+    """A model and its optimiser in one process; subclasses in `rmdd.experts.worker_group` use several processes."""
 
     def __init__(self, model: DualEncoder, rule: config.Experts, momentum: Params):
         self.model = model
@@ -64,7 +65,7 @@ class ExpertTrainer:
                 self.optimiser.state[p]["momentum_buffer"] = momentum[name].to(p.device).clone()
 
     def step(self, images: Float[Tensor, "B C H W"], texts: Float[Tensor, "B F"]) -> Float[Tensor, ""]:
-        """Take one step; the loss before it."""
+        """Take one optimiser step; return the loss before the step."""
         loss = infonce(self.model(images, texts), torch.eye(len(images), device=images.device))
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -81,22 +82,22 @@ class ExpertTrainer:
 
 
 class TrainingGroup:
-    """The workers that train one expert: here one. Several, of `rmdd.experts.worker_group`, agree with the leader."""
+    """The workers that train one expert: a single one here, several in `rmdd.experts.worker_group`."""
 
     rank, size = 0, 1
 
     @property
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
         return self.rank == 0
 
-    def agreed(self, value: int) -> int:
-        """The leader's value."""
+    def from_leader(self, value: int) -> int:
+        """Return the leader's `value` on every worker."""
         return value
 
     def trainer(
         self, model: DualEncoder, rule: config.Experts, momentum: Params, device: torch.device
     ) -> ExpertTrainer:
-        """Takes the model to the device; the leader's weights and momentum count."""
+        """Return a trainer of `model` on `device`; every worker gets the weights and the momentum of the leader."""
         return ExpertTrainer(model.to(device), rule, momentum)
 
 
@@ -113,25 +114,23 @@ def train_expert(
     stream: Stream | None = None,
     group: TrainingGroup | None = None,
 ) -> bool:
-    """Train until complete or told to stop; goes on after the last finished epoch. Returns whether complete.
+    """Train an expert until it is complete or `should_stop` returns true; return whether it is complete.
 
-    `score` gives the val R@mean of a model on `device`.
-
-    Stopping loses the unfinished epoch, which begins again from its start. In a group every worker calls this, and
-    the leader reads and writes the store.
+    Training resumes after the last finished epoch; an unfinished epoch is repeated. `score` computes the val R@mean of
+    a model on `device`. In a group, every worker calls this function, and only the leader reads and writes the store.
     """
     group, rule = group or TrainingGroup(), run.experts
-    if group.agreed(int(store.is_complete(expert))):
+    if group.from_leader(int(store.is_complete(expert))):
         return True
-    writer = Writer(store, expert) if group.leads else None
-    done = group.agreed(writer.epoch if writer else 0)
+    writer = Writer(store, expert) if group.is_leader else None
+    done = group.from_leader(writer.epoch if writer else 0)
     seed = run.seed_of("experts")
     model = expert_model(run.model, run.data.image_size, seed, expert, train.texts.shape[1])
     if writer and done >= 0:
         model.load_trained(writer.params)
     trainer = group.trainer(model, rule, writer.momentum if writer else {}, device)
-    counted = writer.counts if writer else {}
-    counter = ForgettingCounter.of(rule, seed, train, counted) if rule.forgetting else None
+    counts = writer.counts if writer else {}
+    counter = ForgettingCounter.of(rule, seed, train, counts) if rule.forgetting else None
 
     def record(metrics: dict[str, Any], momentum: Params) -> None:
         params = trainer.trained()
@@ -146,7 +145,7 @@ def train_expert(
     if done < 0:
         record({}, {})
         done = 0
-    stop = should_stop if group.size == 1 else lambda: bool(group.agreed(int(should_stop())))
+    stop = should_stop if group.size == 1 else lambda: bool(group.from_leader(int(should_stop())))
     while done < rule.epochs:
         epoch = Epoch.of(rule, seed, train.split.image_of, expert, done).share(group.rank, group.size)
         images = pictures(train, epoch, run.data, rule.augment, run.runtime.cache_gb, loader_workers, stream)
@@ -160,29 +159,30 @@ def train_expert(
     if writer:
         if counter:
             counter.counts.save(writer.folder)
-            writer.enter(writer.folder / forgetting.FILE)
+            writer.list_file(writer.folder / forgetting.FILE)
         writer.finish()
     return True
 
 
 class ForgettingCounter:
-    """Counts what an expert forgets; see `rmdd.coresets.forgetting`. It changes nothing in the training."""
+    """Counts forgetting events while an expert trains (`rmdd.coresets.forgetting`), without changing the training."""
 
     def __init__(self, train: PreparedSplit, pool: np.ndarray, counts: forgetting.ForgettingCounts):
         self.train, self.pool, self.counts = train, pool, counts
 
     @classmethod
-    def of(cls, rule: config.Experts, seed: int, train: PreparedSplit, counted: Params) -> "ForgettingCounter":
-        """A counter that goes on from the tensors in `counted`."""
+    def of(cls, rule: config.Experts, seed: int, train: PreparedSplit, earlier: Params) -> "ForgettingCounter":
+        """Return a counter that continues from the saved counts `earlier`, or from zero if that is empty."""
         records = len(train.split.image_of)
         pool = forgetting.pool_of(train.split.image_of, rule.forgetting, seed)
         facts = {"pool": len(pool), "epochs": rule.epochs, "records": records}
-        counts = forgetting.ForgettingCounts.of(counted) if counted else forgetting.ForgettingCounts.new(records)
+        counts = forgetting.ForgettingCounts.of(earlier) if earlier else forgetting.ForgettingCounts.new(records)
         return cls(train, pool, replace(counts, facts=facts))
 
     def visit(self, model: DualEncoder, device: torch.device, epoch: int) -> None:
-        lead = forgetting.margins(model, self.train, self.pool, device)
-        self.counts = self.counts.visited(epoch, lead > forgetting.MARGIN, lead)
+        """Update the counts with the model after `epoch`."""
+        margins = forgetting.margins(model, self.train, self.pool, device)
+        self.counts = self.counts.visited(epoch, margins > forgetting.MARGIN, margins)
 
 
 def _pass(
@@ -194,14 +194,14 @@ def _pass(
     should_stop: Callable[[], bool],
     rank: int,
 ) -> float | None:
-    """One pass over the caption records; its mean loss, or None when told to stop, which loses the unfinished pass."""
+    """Train for one epoch; return its mean loss, or None if `should_stop` ended it early."""
     trainer.model.train()
     total = torch.zeros((), device=device)
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
         seed, *index = epoch.key
         torch.manual_seed(derive(seed, "expert dropout", *index, *([rank] if rank else [])))
-        torch.empty((), dtype=torch.int64).random_()  # a loader once drew its seed here, and masks follow it
+        torch.empty((), dtype=torch.int64).random_()  # a data loader used to draw here; keeps the dropout masks equal
         for records, batch in zip(epoch.records, images, strict=True):
             if should_stop():
                 return None
@@ -212,7 +212,7 @@ def _pass(
 
 
 def optimiser_of(model: DualEncoder, rule: config.Experts) -> torch.optim.SGD:
-    """SGD with a rate for each side."""
+    """Return plain SGD with one learning rate for the image tower and one for the text tower."""
     rates = {"image": rule.lr_image, "text": rule.lr_text}
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = [{"params": [p for n, p in named if tower_of(n) == tower], "lr": lr} for tower, lr in rates.items()]

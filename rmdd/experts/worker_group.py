@@ -1,9 +1,9 @@
-"""Several workers that train one expert: DDP, or DeepSpeed's ZeRO where the towers do not fit one worker.
+"""Several workers that train one expert together: DDP, or DeepSpeed's ZeRO if the towers do not fit on one worker.
 
-B pairs in a batch, b of them on this rank, D joint width. Every rank embeds its share, all ranks gather the embeddings
-and compute the loss of the whole batch, so that each share meets all B - 1 negatives. A rank's gradient is that through
-its own share; their sum is the gradient of one worker, up to rounding and to dropout, whose masks every rank draws for
-itself. The first rank alone reads and writes the store.
+B pairs in a batch, b of them on this rank, D joint width. Every rank embeds its part of the batch. All ranks gather the
+embeddings and compute the loss of the full batch, so each pair is compared with all B - 1 negatives. Each rank
+differentiates through its own part only. The sum over ranks equals the gradient of a single worker, up to rounding and
+to dropout (each rank draws its own masks). Only the first rank reads and writes the store.
 """
 
 import os
@@ -24,16 +24,17 @@ from rmdd.models.image import ConvNet
 from rmdd.models.losses import infonce
 
 LOCALHOST = "127.0.0.1"
-_joined: "list[ProcessGroup]" = []
+_current_group: "list[ProcessGroup]" = []
+"""The process group that this process has joined; the list is empty before that."""
 
 
 class ProcessGroup(TrainingGroup):
-    """The workers of this process group."""
+    """The workers of a torch process group, as seen by one of them."""
 
     def __init__(self, strategy: str, rank: int, size: int, device: torch.device):
         self.strategy, self.rank, self.size, self.device = strategy, rank, size, device
 
-    def agreed(self, value: int) -> int:
+    def from_leader(self, value: int) -> int:
         shared = torch.tensor(value, device=self.device)
         dist.broadcast(shared, 0)
         return int(shared)
@@ -44,8 +45,8 @@ class ProcessGroup(TrainingGroup):
         batch_norm = nn.modules.batchnorm._BatchNorm
         if any(isinstance(m, batch_norm) and m.training for m in model.train().modules()):
             raise ValueError(
-                "the image tower has batch normalisation, whose statistics would be those of a worker's share of the "
-                "batch; set experts.worker_group.workers to 1, or use a tower without it"
+                "the image tower has batch normalisation, and each worker would compute its statistics on a part of "
+                "the batch; set experts.worker_group.workers to 1, or use a tower without batch normalisation"
             )
         if self.strategy == "ddp":
             return DdpTrainer(model.to(device), rule, momentum, self)
@@ -53,7 +54,7 @@ class ProcessGroup(TrainingGroup):
 
 
 class Towers(nn.Module):
-    """Both embeddings in one call, which is what DDP and DeepSpeed wrap."""
+    """A module that computes both embeddings in one forward call, as DDP and DeepSpeed need it."""
 
     def __init__(self, model: DualEncoder):
         super().__init__()
@@ -66,15 +67,17 @@ class Towers(nn.Module):
 
 
 class DdpTrainer(ExpertTrainer):
+    """Trains the towers with torch's DistributedDataParallel."""
+
     def __init__(self, model: DualEncoder, rule: config.Experts, momentum: Params, group: ProcessGroup):
         self.group = group
-        self.wrapped: nn.Module = nn.parallel.DistributedDataParallel(Towers(model))  # spreads the leader's weights
+        self.wrapped: nn.Module = nn.parallel.DistributedDataParallel(Towers(model))  # also copies the leader's weights
         super().__init__(model, rule, self._spread(model, momentum))
 
     def step(self, images: Float[Tensor, "B C H W"], texts: Float[Tensor, "B F"]) -> Float[Tensor, ""]:
-        u, v = (whole(share, self.group.rank, self.group.size) for share in self.wrapped(images, texts))
+        u, v = (gathered(share, self.group.rank, self.group.size) for share in self.wrapped(images, texts))
         loss = infonce(self.model.scores(u, v), torch.eye(len(u), device=u.device))
-        self._descend(loss * self.group.size)  # gradients are averaged over ranks, and their sum is wanted
+        self._descend(loss * self.group.size)  # DDP averages gradients over ranks, but we need the sum
         return loss.detach()
 
     def _descend(self, loss: Float[Tensor, ""]) -> None:
@@ -83,8 +86,8 @@ class DdpTrainer(ExpertTrainer):
         self.optimiser.step()
 
     def _spread(self, model: DualEncoder, momentum: Params) -> Params:
-        """The leader's buffers on every rank."""
-        if not self.group.agreed(len(momentum)):
+        """Return the leader's momentum buffers on every rank."""
+        if not self.group.from_leader(len(momentum)):
             return {}
         shapes = {n: p for n, p in model.named_parameters() if p.requires_grad}
         buffers = {n: momentum[n].to(p.device) if n in momentum else torch.zeros_like(p) for n, p in shapes.items()}
@@ -94,26 +97,26 @@ class DdpTrainer(ExpertTrainer):
 
 
 class ZeroTrainer(DdpTrainer):
-    """ZeRO 1, 2 or 3 with a client optimiser, which compiles nothing."""
+    """Trains the towers with DeepSpeed's ZeRO stage 1, 2 or 3 and torch's SGD, so DeepSpeed compiles nothing."""
 
     def __init__(self, model: DualEncoder, rule: config.Experts, momentum: Params, group: ProcessGroup):
         deepspeed = _deepspeed()
         self.group, self.model = group, model
-        self.gathered = deepspeed.zero.GatheredParameters
+        self.gathered_parameters = deepspeed.zero.GatheredParameters
         stage = int(group.strategy[-1])
         settings = {
             "train_micro_batch_size_per_gpu": -(-rule.batch // group.size),
             "zero_optimization": {"stage": stage},
-            "gradient_clipping": 0.0,  # its default is 1
+            "gradient_clipping": 0.0,  # off; the default is 1
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
         towers = Towers(model)
-        if stage == 3:  # weight by weight, so that the whole model never lies on one device
+        if stage == 3:  # partition one weight at a time, so the full model is never on one device
             deepspeed.zero.Init(module=towers, config_dict_or_path=settings, dtype=torch.float32)
             for buffer in model.buffers():
                 buffer.data = buffer.to(group.device)
-            if isinstance(model.image_tower, ConvNet):  # its forward reads what its norms own
+            if isinstance(model.image_tower, ConvNet):  # its forward pass reads parameters of submodules
                 for p in model.image_tower.blocks[1::4].parameters():
                     deepspeed.zero.register_external_parameter(model.image_tower, p)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -127,17 +130,17 @@ class ZeroTrainer(DdpTrainer):
         engine.step()
 
     def trained(self) -> Params:
-        """All weights; every rank has to call it."""
+        """Return the full weights; every rank must call this."""
         named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        with self.gathered([p for _, p in named]):
+        with self.gathered_parameters([p for _, p in named]):
             return {n: p.detach().clone() for n, p in named}
 
     def momentum(self) -> Params:
         return {}
 
 
-def whole(share: Float[Tensor, "b D"], rank: int, size: int) -> Float[Tensor, "B D"]:
-    """The embeddings of all ranks in their order; the gradient flows to this rank's own."""
+def gathered(share: Float[Tensor, "b D"], rank: int, size: int) -> Float[Tensor, "B D"]:
+    """Gather the embeddings of all ranks, in rank order; gradients flow only to the part of this rank."""
     lengths = [torch.zeros((), dtype=torch.int64, device=share.device) for _ in range(size)]
     dist.all_gather(lengths, torch.tensor(len(share), device=share.device))
     longest = int(torch.stack(lengths).max())
@@ -149,9 +152,9 @@ def whole(share: Float[Tensor, "b D"], rank: int, size: int) -> Float[Tensor, "B
 
 
 def join_group(member: GroupMember, strategy: str, device: torch.device) -> ProcessGroup:
-    """Join the group of this member; a process stays in it for all experts that it trains."""
-    if not _joined:
-        if dist.is_initialized():  # of all workers of a Train run, whatever their group
+    """Join the process group of `member`; the process stays in it for all experts that it trains."""
+    if not _current_group:
+        if dist.is_initialized():  # Ray Train has put all its workers into one group
             dist.destroy_process_group()
         if member.rank == 0:
             store = dist.TCPStore(member.host, 0, member.size, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
@@ -159,20 +162,21 @@ def join_group(member: GroupMember, strategy: str, device: torch.device) -> Proc
         else:
             host, port = member.meet(None).split()
             store = dist.TCPStore(host, int(port), member.size, is_master=False)  # type: ignore[attr-defined]
-        here = torch.cuda.current_device() if device.type == "cuda" else member.rank
-        os.environ.update(RANK=str(member.rank), WORLD_SIZE=str(member.size), LOCAL_RANK=str(here))
+        local_rank = torch.cuda.current_device() if device.type == "cuda" else member.rank
+        os.environ.update(RANK=str(member.rank), WORLD_SIZE=str(member.size), LOCAL_RANK=str(local_rank))
         os.environ.setdefault("MASTER_ADDR", member.host)
         os.environ.setdefault("MASTER_PORT", str(store.port))
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=member.rank, world_size=member.size)
-        _joined.append(ProcessGroup(strategy, member.rank, member.size, device))
-    return _joined[0]
+        _current_group.append(ProcessGroup(strategy, member.rank, member.size, device))
+    return _current_group[0]
 
 
-def side_by_side(task: Callable[[Any, Hooks], bool], item: Any, hooks: Hooks, size: int, threads: int) -> bool:
-    """Do one item by `size` processes on this machine; without Ray. A rank that fails ends the others.
+def run_in_processes(task: Callable[[Any, Hooks], bool], item: Any, hooks: Hooks, size: int, threads: int) -> bool:
+    """Run `task` on one item in `size` processes of this machine, without Ray; return whether all completed it.
 
-    Raises `RuntimeError` with the reason of the first rank that failed.
+    If one rank fails, the others are ended. Raises `ValueError` if a rank raised one, else `RuntimeError` with the
+    error of the first failed rank.
     """
     context = torch.multiprocessing.get_context("spawn")
     addresses, messages, stop = context.Queue(), context.Queue(), context.Event()
@@ -243,7 +247,7 @@ def _deepspeed() -> Any:
             "experts.worker_group.strategy zero1, zero2 and zero3 need DeepSpeed: pip install 'rmdd[deepspeed]', or "
             "set ddp"
         ) from None
-    if not torch.cuda.is_available():  # else a C++ extension is compiled that nothing here needs
+    if not torch.cuda.is_available():  # keeps DeepSpeed from compiling an unused C++ extension
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel("ERROR")
     return deepspeed

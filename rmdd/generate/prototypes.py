@@ -17,7 +17,7 @@ from rmdd.core.seeding import derive
 from rmdd.coresets.clusters import fit, sampled, worst
 from rmdd.coresets.matched import match
 from rmdd.coresets.rows import Rows
-from rmdd.coresets.shard import Shard, here
+from rmdd.coresets.shard import Shard, split_rows
 from rmdd.coresets.spaces import Sides
 from rmdd.execution.parts import OpenParts, WorkerParts
 
@@ -147,7 +147,7 @@ def partition(
         with ranks(functools.partial(open_side, rows.folder, normalize)) as workers:
             label, distance = _nearest(workers, centroids, len(rows))
     else:
-        label, distance = _nearest(here(_units(rows) if normalize else rows), centroids, len(rows))
+        label, distance = _nearest(split_rows(_units(rows) if normalize else rows), centroids, len(rows))
     return refill_empty_clusters(label, distance, of, k)[of]
 
 

@@ -57,7 +57,7 @@ class TrainExpert:
     def __call__(self, item: TaskItem, hooks: Hooks) -> bool:
         rule, device, member = item.run.experts.worker_group, device_of(item.run.runtime), hooks.member
         if rule.workers > 1 and member is None:
-            return worker_group.side_by_side(self, item, hooks, rule.workers, item.run.runtime.threads)
+            return worker_group.run_in_processes(self, item, hooks, rule.workers, item.run.runtime.threads)
         item, storage = with_local_paths(item)
         paths = item.paths
         storage.fetch(paths.data)

@@ -1,4 +1,4 @@
-"""A scenes run whose phases are written by hand, assembled."""
+"""Check the distilled set assembled from a scenes run whose phase files are written by hand."""
 
 import numpy as np
 import pytest
@@ -62,7 +62,7 @@ def test_an_unmoved_set_is_nearest_to_what_it_started_from(tmp_path):
     assert distilled.metrics == EVALUATION["table"]
 
 
-def test_it_says_where_it_comes_from_and_nothing_about_this_machine(tmp_path):
+def test_the_set_records_its_origin_but_no_local_paths(tmp_path):
     run, distilled, train, _ = finished(tmp_path)
     origin = distilled.provenance
     assert origin["data"]["hash"] == train.split.dataset.hash

@@ -1,4 +1,5 @@
 import json
+import math
 import re
 import subprocess
 import sys
@@ -107,6 +108,22 @@ def test_folder(saved):
     assert "| test_last.R@mean | 31.25 |" in text and "licence" in text and "{" not in text.split("```")[0]
 
 
+def test_the_card_has_one_row_of_scores_per_training_set():
+    def scores(mean, std, count):
+        recalls = {recall: {"mean": mean, "std": std, "n": count} for recall in card.RECALLS}
+        return {"val": {"R@mean": {"mean": mean + 1, "std": std, "n": count}}, "test_last": recalls}
+
+    metrics = {"random": scores(15.33, 1.63, 5), "ptm_st": scores(23.57, 3.05, 5), "full": scores(92.44, math.nan, 1)}
+    metrics["ptm_st"]["test_best_reference"] = {"R@mean": {"mean": 24.5, "std": 1.0, "n": 5}}
+    provenance = {"data": {"counts": {"train": {"pairs": 1000}}}}
+    text = card.text(replace(make_set(), metrics=metrics, provenance=provenance))
+    assert f"| random real pairs, same budget |{' 15.3 ± 1.6 |' * 7} 16.3 ± 1.6 | 5 |" in text
+    assert f"| this set (`ptm_st`) |{' 23.6 ± 3.0 |' * 7} 24.6 ± 3.0 | 5 |" in text
+    assert f"| all 1,000 training pairs |{' 92.4 |' * 7} 93.4 | 1 |" in text, "one student has no spread"
+    assert "| ptm_st.test_best_reference.R@mean.mean | 24.5 |" in text
+    assert "test_last" not in text and ".val." not in text, "the recalls are in the table only"
+
+
 def test_preview_of_many_pairs(tmp_path):
     folder = card.export(make_set(pairs=(70, 30)), tmp_path / "set")
     with Image.open(folder / "preview.png") as preview:
@@ -115,14 +132,14 @@ def test_preview_of_many_pairs(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_budget_agrees_with_the_plan(kind):
-    found = make_set(kind).budget()
-    assert found["unit"] == 3 * 16 * 16 + 12
-    assert found["in_pairs"] * found["unit"] == pytest.approx(cost((6, 5), 16, 12, kind, 2), rel=1e-12)
-    parts = [found[part] for part in ("images", "texts", "similarity", "rates")]
-    for measure, total in found["total"].items():
+    result = make_set(kind).budget()
+    assert result["unit"] == 3 * 16 * 16 + 12
+    assert result["in_pairs"] * result["unit"] == pytest.approx(cost((6, 5), 16, 12, kind, 2), rel=1e-12)
+    parts = [result[part] for part in ("images", "texts", "similarity", "rates")]
+    for measure, total in result["total"].items():
         assert total == sum(part[measure] for part in parts)
-    assert found["images"] == {"parameters": 11 * 768, "bytes": 11 * 768 * 4}
-    assert found["rates"] == {"parameters": 4, "bytes": 32}
+    assert result["images"] == {"parameters": 11 * 768, "bytes": 11 * 768 * 4}
+    assert result["rates"] == {"parameters": 4, "bytes": 32}
 
 
 @pytest.mark.parametrize(("kind", "loss"), [*((k, "wbce") for k in KINDS), ("low_rank", "infonce")])
@@ -188,7 +205,7 @@ def edit(folder, change):
 
 
 def test_a_set_of_schema_version_1_is_read(saved):
-    """Its tensors have the same names, in a file without metadata."""
+    """A set of schema version 1 has the same tensor names, but its file has no metadata."""
     new, file = rmdd.load(saved), saved / "tensors.safetensors"
     save_file(load_file(file), file)
     fields = {"distill": {"method": "repblend", "blend": 0.5, "anchors": 2}, "experts": {"gang": {"workers": 2}}}
@@ -202,7 +219,7 @@ def test_a_set_of_schema_version_1_is_read(saved):
     assert old.num_pairs == new.num_pairs
     distill = {"method": "repblend", "options": {"blend": 0.5}}
     assert old.config == {"distill": distill, "experts": {"worker_group": {"workers": 2}}}, (
-        "fields are where they are now"
+        "old run-file fields are converted to the present ones"
     )
     for mine, its in zip(old.subsets, new.subsets, strict=True):
         assert mine.tensors().keys() == its.tensors().keys() and mine.alpha == its.alpha
@@ -216,7 +233,7 @@ def test_other_descriptions_are_refused(saved, tmp_path):
     with pytest.raises(ValueError, match=r"0.images as .*\[6, 3, 16, 16\].*says .*\[9, 3, 16, 16\]"):
         rmdd.load(saved)
     edit(saved, lambda info: (info["tensors"]["0.images"].update(shape=[6, 3, 16, 16]), info.pop("subsets")))
-    with pytest.raises(ValueError, match="not as this version writes it"):
+    with pytest.raises(ValueError, match="set.json has missing or wrong fields"):
         rmdd.load(saved)
     edit(saved, lambda info: info.update(schema_version=3))
     with pytest.raises(ValueError, match="schema version 3 and this rmdd reads 1 to 2"):
@@ -238,7 +255,7 @@ def test_a_set_is_replaced_only_when_asked(saved):
 
 def test_another_folder_is_never_replaced(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="is no distilled set"):
+    with pytest.raises(ValueError, match="is not a distilled set"):
         make_set().save(tmp_path, overwrite=True)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 

@@ -19,7 +19,7 @@ from benchmarks import common
 from rmdd.core.seeding import generator
 from rmdd.coresets import clusters, greedy
 from rmdd.coresets.rows import DESCRIPTION, RowBlock, Rows, write_rows
-from rmdd.coresets.shard import Best, here
+from rmdd.coresets.shard import Best, split_rows
 
 METHODS = ("herding", "k_center", "medoids")
 BLOCK = 65_536
@@ -90,7 +90,7 @@ def _run(case: Case, task: common.Numbers) -> common.Numbers:
     torch.set_num_threads(case.threads)
     seconds: dict[str, float] = {}
     began = time.perf_counter()
-    ranks = here(Rows.open(Path(task["root"])))
+    ranks = split_rows(Rows.open(Path(task["root"])))
     mu = greedy.mean(ranks, greedy.checked(ranks).largest)
     seconds["mean"] = round(time.perf_counter() - began, 2)
     chosen: list[int] = []
@@ -98,7 +98,7 @@ def _run(case: Case, task: common.Numbers) -> common.Numbers:
     if task["method"] == "medoids":
         for k in picks:
             began = time.perf_counter()
-            chosen = clusters.medoids(here(ranks.parts[0].rows), k, case.seed)
+            chosen = clusters.medoids(split_rows(ranks.parts[0].rows), k, case.seed)
             seconds[str(k)] = round(time.perf_counter() - began, 2)
     else:
         order = _order(task["method"], ranks, mu, case.seed)

@@ -318,10 +318,13 @@ def test_the_command_line(storage, run, tmp_path):
         (["--like", str(small), "--bytes", "9"], "--like and --bytes both set the number of bytes"),
         (["--like", str(tmp_path / "no")], "--like"),
         (["--pairs", "3", "--ranks", "0"], "--ranks"),
-        (["--pairs", "3", "--encoder", "expert:7"], "expert 7 is asked for, and the run has 1; raise experts.num"),
+        (
+            ["--pairs", "3", "--encoder", "expert:7"],
+            "the coreset needs expert 7, but the run trains 1; raise experts.num",
+        ),
         (["--pairs", "3", "--method", "forgetting", "--option", "expert=2"], "expert 2 is asked for"),
         (["--pairs", "3", "--method", "matched", "--clusters", "2"], "matched makes clusters of its own"),
-        (["--pairs", "3", "--method", "matched", "--space", "image"], "method matched clusters both sides apart"),
+        (["--pairs", "3", "--method", "matched", "--space", "image"], "method matched clusters images and texts apart"),
     ):
         done = words(*wrong)
         assert done.exit_code == 2 and message in done.output, done.output

@@ -21,11 +21,11 @@ def test_every_item_is_drawn_as_often_as_any_other():
         assert statistic < chi2.ppf(0.999, 29), draw
 
 
-def test_draws_are_prefixes_distinct_seeded_and_blind_to_order():
+def test_draws_are_distinct_seeded_prefixes_for_any_order_of_ids():
     for draw in (by_permutation, smallest):
-        whole = draw(IDS, 30, 1).tolist()
-        assert sorted(whole) == IDS.tolist() and whole != draw(IDS, 30, 2).tolist()
-        assert draw(IDS, 7, 1).tolist() == whole[:7] == draw(IDS[::-1].copy(), 7, 1).tolist()
+        full = draw(IDS, 30, 1).tolist()
+        assert sorted(full) == IDS.tolist() and full != draw(IDS, 30, 2).tolist()
+        assert draw(IDS, 7, 1).tolist() == full[:7] == draw(IDS[::-1].copy(), 7, 1).tolist()
         assert draw(IDS, 0, 1).tolist() == []
 
 

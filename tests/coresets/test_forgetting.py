@@ -1,4 +1,4 @@
-"""Events as a function of visits, and their counts beside a trained expert."""
+"""Check forgetting events for given visits, and the counts stored with a trained expert."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ EPOCHS = 4
 
 
 def counted(*visits, margins=None):
-    """The counts of records that are correct or not at each visit; None for a visit that leaves a record out."""
+    """Return the counts after visits that list which records are correct; None leaves a record out of a visit."""
     counts = ForgettingCounts.new(len(visits[0]))
     for epoch, visit in enumerate(visits, 1):
         there = torch.tensor([i for i, v in enumerate(visit) if v is not None], dtype=torch.int64)
@@ -42,7 +42,7 @@ def events(*sequence):
     return int(counts.events), bool(counts.learned)
 
 
-def test_events_are_falls_from_correct_to_wrong():
+def test_events_are_changes_from_correct_to_wrong():
     assert events(1, 0, 1, 0) == (2, True)
     assert events(0, 0, 0) == (0, False)
     assert events(1, 1, 1) == (0, True) == events(0, 1, 1)
@@ -50,19 +50,19 @@ def test_events_are_falls_from_correct_to_wrong():
 
 
 @given(visits=st.lists(st.booleans(), max_size=12))
-def test_there_are_half_as_many_events_as_visits_at_most(visits):
+def test_events_are_at_most_half_the_visits(visits):
     if visits:
-        found, learned = events(*visits)
-        assert found == sum(a and not b for a, b in pairwise(visits)) <= len(visits) // 2
+        result, learned = events(*visits)
+        assert result == sum(a and not b for a, b in pairwise(visits)) <= len(visits) // 2
         assert learned == any(visits)
 
 
-def test_records_that_an_epoch_leaves_out_keep_their_state():
+def test_records_that_an_epoch_skips_keep_their_state():
     counts = counted([1, 1], [None, 0], [0, 1], [None, 0])
     assert counts.events.tolist() == [1, 2] and counts.last.tolist() == [3, 4] and counts.visits.tolist() == [2, 4]
 
 
-def test_counts_come_back_from_disk_and_go_on(tmp_path):
+def test_counts_are_loaded_and_continued(tmp_path):
     counts = counted([1, 0, 1], [0, 0, 1], margins=[0.1, 0.2, 0.3])
     counts.save(tmp_path)
     more = torch.tensor([True, True, False])
@@ -128,7 +128,7 @@ def watched(tmp_path_factory):
 
 
 def lead(model, train, record, pool):
-    """By how much one record leads the pool, in the slow and obvious way."""
+    """Return the margin of one record over the pool, computed in a slow, obvious way."""
     split = train.split
 
     def image(i):
@@ -162,7 +162,7 @@ def test_counts_are_those_of_the_checkpoints(watched):
     assert counts.events.sum() > 3 and counts.facts == {"pool": 5, "epochs": EPOCHS, "records": len(train.texts)}
 
 
-def test_an_expert_does_not_notice_that_it_is_watched(watched, tmp_path):
+def test_counting_does_not_change_the_expert(watched, tmp_path):
     run, store, _ = watched
     plain = run_of(tmp_path, 0)
     other, _ = trained(plain)
@@ -178,7 +178,7 @@ def test_an_expert_does_not_notice_that_it_is_watched(watched, tmp_path):
     )
 
 
-def test_damaged_counts_are_found(watched, tmp_path):
+def test_damaged_counts_are_refused(watched, tmp_path):
     _, store, _ = watched
     assert verify(str(store.path)).faults == []
     copy = shutil.copytree(store.path, tmp_path / "store")
@@ -207,8 +207,8 @@ with open_pipeline(config.load(sys.argv[1]), Progress(quiet=True)) as pipeline:
 """
 
 
-def test_a_killed_expert_goes_on_with_the_bits_of_an_unbroken_one(watched, tmp_path):
-    _, whole, _ = watched
+def test_a_killed_expert_resumes_bit_identically(watched, tmp_path):
+    _, full, _ = watched
     run = run_of(tmp_path / "runs")
     (tmp_path / "run.yaml").write_text(config.dump(run))
     done = subprocess.run([sys.executable, "-c", KILLED_AT, str(tmp_path / "run.yaml")], env=dict(os.environ))
@@ -216,12 +216,12 @@ def test_a_killed_expert_goes_on_with_the_bits_of_an_unbroken_one(watched, tmp_p
     broken = next((tmp_path / "runs" / "experts").glob("*/expert-000"))
     assert (broken / "running.safetensors").is_file()
     store, _ = trained(run)
-    assert (store.folder(0) / forgetting.FILE).read_bytes() == (whole.folder(0) / forgetting.FILE).read_bytes()
-    assert store.record(0) == whole.record(0) and Store.open(store.path).complete() == [0]
+    assert (store.folder(0) / forgetting.FILE).read_bytes() == (full.folder(0) / forgetting.FILE).read_bytes()
+    assert store.record(0) == full.record(0) and Store.open(store.path).complete() == [0]
     with open_pipeline(run, Progress(quiet=True)) as pipeline:
         assert paths_of(run, pipeline.ingest()).store == store.path
 
 
 def test_a_pool_of_one_image_is_refused():
-    with pytest.raises(ValueError, match="a forgetting pool of 1 records shows one image"):
+    with pytest.raises(ValueError, match="a forgetting pool of 1 records has only one image"):
         forgetting.pool_of(np.array([0, 0, 1]), 1, 0)

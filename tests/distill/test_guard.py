@@ -13,18 +13,18 @@ from rmdd.distill.loop import State
 from rmdd.distill.trajectory import matching, stepping
 
 BAD = 5
-"""The iteration that derails, counted from 0; states to go back to are kept at 2 and 4."""
+"""The iteration that diverges, counted from 0; good states exist after iterations 2 and 4."""
 
 
 def guarded(kind="full", **change):
-    """A run with a guard. With one student step and fresh masks, the gradients are quicker to compute."""
+    """Return a run with a guard; one student step and fresh masks make its gradients fast to compute."""
     change = {"steps": 1, "inner_dropout": "fresh_mask"} | change
     guard = {"every": 2, "retries": 3} | change.pop("guard", {})
     return run_of(guard=guard, similarity={"kind": kind, "rank": 2}, **change)
 
 
 def put(**tensors):
-    """A damage: these tensors in the place of the set's."""
+    """Return a function that damages a set: it changes the named tensors."""
     return lambda raw: raw.with_tensors(raw.tensors() | {n: change(raw.tensors()[n]) for n, change in tensors.items()})
 
 
@@ -43,8 +43,8 @@ DAMAGE = {
 }
 
 
-def derail(monkeypatch, damage, times=1, at=BAD):
-    """Spoil what an iteration gives until the outer rates were halved so many times."""
+def diverge(monkeypatch, damage, times=1, at=BAD):
+    """Damage the update of iteration `at` until the outer rates have been halved `times` times."""
     step = stepping.outer_step
 
     def spoilt(state, gradient, rule):
@@ -60,28 +60,28 @@ def rollbacks_of(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(store, tmp_path_factory):
-    """`whole(run, times)`: the folder of a phase that derails `times` times and is never stopped, made once."""
+def unbroken_run(store, tmp_path_factory):
+    """`unbroken_run(run, times)`: the folder of a phase that diverges `times` times and is never stopped."""
     folders = {}
 
-    def whole(run, times):
+    def unbroken_run(run, times):
         if (run, times) not in folders:
             folder = tmp_path_factory.mktemp("whole")
             with pytest.MonkeyPatch.context() as patch:
-                derail(patch, DAMAGE["not a number"][1], times=times)
+                diverge(patch, DAMAGE["not a number"][1], times=times)
                 assert distil(run, store, folder)
             folders[run, times] = folder
         return folders[run, times]
 
-    return whole
+    return unbroken_run
 
 
 USUAL = {"steps": 2, "inner_dropout": "same_mask"}
-"""Settings closer to those of users: several student steps, and the same dropout mask in both passes."""
+"""Settings closer to a real run: several student steps, and the same dropout mask in both passes."""
 
 
 @pytest.mark.parametrize(("name", "change"), [*((name, {}) for name in DAMAGE), ("not a number", USUAL)])
-def test_a_derailed_phase_goes_on_from_its_last_good_state_at_half_the_rates(
+def test_a_diverged_phase_continues_from_its_last_good_state_at_half_the_rates(
     store, tmp_path, monkeypatch, name, change
 ):
     kind, damage, words = DAMAGE[name]
@@ -89,7 +89,7 @@ def test_a_derailed_phase_goes_on_from_its_last_good_state_at_half_the_rates(
     good = State.load(tmp_path / "until" / "good.safetensors", "key")
     assert good.iteration == 4 and good.halvings == 0
 
-    derail(monkeypatch, damage)
+    diverge(monkeypatch, damage)
     assert distil(guarded(kind, **change), store, tmp_path / "found", kind=kind)
     (line,) = rollbacks_of(tmp_path / "found")
     assert line["to"] == 4 and line["halvings"] == 1
@@ -102,19 +102,19 @@ def test_a_derailed_phase_goes_on_from_its_last_good_state_at_half_the_rates(
     good.save(tmp_path / "slow" / "state.safetensors", "key")
     half = guarded(kind, **change, **{n: lr / 2 for n, lr in RATES.items()})
     assert distil(half, store, tmp_path / "slow", kind=kind)
-    found, slow = (State.load(tmp_path / f / "state.safetensors", "key") for f in ("found", "slow"))
-    assert found.halvings == 1 and found.iteration == slow.iteration == 7
+    result, slow = (State.load(tmp_path / f / "state.safetensors", "key") for f in ("found", "slow"))
+    assert result.halvings == 1 and result.iteration == slow.iteration == 7
     for part in ("raw", "average"):
-        assert same_tensors(getattr(found, part).tensors(), getattr(slow, part).tensors())
+        assert same_tensors(getattr(result, part).tensors(), getattr(slow, part).tensors())
 
 
-def test_a_loss_that_is_no_number_is_caught(store, tmp_path, monkeypatch):
-    gradient, seen = matching.Matcher.gradient, []
+def test_a_nan_loss_is_detected(store, tmp_path, monkeypatch):
+    gradient, calls = matching.Matcher.gradient, []
 
     def spoilt(self, synthetic, drawn):
-        found = gradient(self, synthetic, drawn)
-        seen.append(1)
-        return replace(found, loss=found.loss * torch.nan) if len(seen) == 3 else found
+        result = gradient(self, synthetic, drawn)
+        calls.append(1)
+        return replace(result, loss=result.loss * torch.nan) if len(calls) == 3 else result
 
     monkeypatch.setattr(matching.Matcher, "gradient", spoilt)
     assert distil(guarded(skip_above=1e9), store, tmp_path)
@@ -122,8 +122,8 @@ def test_a_loss_that_is_no_number_is_caught(store, tmp_path, monkeypatch):
     assert line["to"] == 2 and "a loss, gradient or tensor stopped being finite" in line["why"]
 
 
-def test_rates_that_are_too_high_are_halved_until_it_goes(store, tmp_path):
-    """Nothing is spoilt here: the rate of the inner rates is far too high to begin with."""
+def test_rates_are_halved_until_the_phase_is_stable(store, tmp_path):
+    """Nothing is damaged here: `lr_lr` is far too high, so the phase diverges until it is halved often enough."""
     assert distil(guarded(lr_lr=30.0, guard={"retries": 40}), store, tmp_path)
     state = State.load(tmp_path / "state.safetensors", "key")
     lines, back = lines_of(tmp_path), rollbacks_of(tmp_path)
@@ -132,8 +132,8 @@ def test_rates_that_are_too_high_are_halved_until_it_goes(store, tmp_path):
     assert 1e-3 < state.raw.lr_image < 10 and all(1e-3 < m["lr_image"] < 10 for m in lines)
 
 
-def test_after_its_retries_it_fails_with_the_command_to_go_on(store, tmp_path, monkeypatch):
-    derail(monkeypatch, DAMAGE["dead"][1], times=5)
+def test_after_its_retries_it_fails_with_the_command_to_continue(store, tmp_path, monkeypatch):
+    diverge(monkeypatch, DAMAGE["dead"][1], times=5)
     with pytest.raises(
         PhaseDiverged, match=r"3 rollbacks with halved rates did not help\. .*good.safetensors holds itera"
     ) as e:
@@ -144,7 +144,7 @@ def test_after_its_retries_it_fails_with_the_command_to_go_on(store, tmp_path, m
     good = State.load(tmp_path / "good.safetensors", "key")
     assert good.iteration == 4 and good.halvings == 3
 
-    assert distil(guarded(guard={"retries": 7}), store, tmp_path), "two more halvings are enough"
+    assert distil(guarded(guard={"retries": 7}), store, tmp_path), "two more halvings are enough to continue"
     assert [b["halvings"] for b in rollbacks_of(tmp_path)] == [1, 2, 3, 4, 5]
     assert [m["iteration"] for m in lines_of(tmp_path)] == list(range(1, 8))
     assert distil(guarded(guard={"retries": 7}), store, tmp_path / "at once")
@@ -152,7 +152,7 @@ def test_after_its_retries_it_fails_with_the_command_to_go_on(store, tmp_path, m
 
 
 def test_no_retries_fail_at_once(store, tmp_path, monkeypatch):
-    derail(monkeypatch, DAMAGE["infinite"][1])
+    diverge(monkeypatch, DAMAGE["infinite"][1])
     with pytest.raises(PhaseDiverged, match=r"0 rollbacks .* --set distill.guard.retries=1"):
         distil(guarded(guard={"retries": 0}), store, tmp_path)
     assert not rollbacks_of(tmp_path)
@@ -160,12 +160,12 @@ def test_no_retries_fail_at_once(store, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("stop", [3, 6])
 @pytest.mark.parametrize(("every", "change"), [(2, {}), (100, {}), (2, USUAL)])
-def test_stopped_and_resumed_around_a_rollback_has_the_bits_of_unbroken(
-    store, tmp_path, whole, monkeypatch, stop, every, change
+def test_stopped_and_resumed_around_a_rollback_is_bit_identical(
+    store, tmp_path, unbroken_run, monkeypatch, stop, every, change
 ):
     run = guarded(guard={"every": every}, **change)
-    unbroken = whole(run, times=2)
-    derail(monkeypatch, DAMAGE["not a number"][1], times=2)
+    unbroken = unbroken_run(run, times=2)
+    diverge(monkeypatch, DAMAGE["not a number"][1], times=2)
     assert not distil(run, store, tmp_path, **stop_after(stop))
     assert distil(run, store, tmp_path)
     assert_same_results(unbroken, tmp_path)
@@ -174,19 +174,19 @@ def test_stopped_and_resumed_around_a_rollback_has_the_bits_of_unbroken(
 
 
 class Killed(BaseException):
-    """Ends the loop without a chance to tidy up, like SIGKILL does."""
+    """Raised to end the loop without any cleanup, as SIGKILL would."""
 
 
 @pytest.mark.parametrize(
     ("checkpoint_every", "where"), [(5, 1), (5, 2), (5, 3), (100, 1), (100, 5), (100, 6), (100, 7)]
 )
-def test_killed_in_the_middle_of_a_rollback_has_the_bits_of_unbroken(
-    store, tmp_path, whole, monkeypatch, where, checkpoint_every
+def test_killed_in_the_middle_of_a_rollback_is_bit_identical(
+    store, tmp_path, unbroken_run, monkeypatch, where, checkpoint_every
 ):
-    """Killed before one of the writes of the rollback, each in turn."""
+    """The process is killed before each write of the rollback in turn."""
     run = guarded(checkpoint_every=checkpoint_every)
-    unbroken = whole(run, times=1)
-    derail(monkeypatch, DAMAGE["not a number"][1])
+    unbroken = unbroken_run(run, times=1)
+    diverge(monkeypatch, DAMAGE["not a number"][1])
     writes, armed = [], []
 
     def counted(write):
@@ -201,10 +201,10 @@ def test_killed_in_the_middle_of_a_rollback_has_the_bits_of_unbroken(
     judge = loop.divergence_reason
 
     def arm(*args):
-        found = judge(*args)
-        if found:
+        result = judge(*args)
+        if result:
             armed.append(len(writes))
-        return found
+        return result
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "divergence_reason", arm)
@@ -222,8 +222,8 @@ def test_iterations_above_the_threshold_are_skipped_and_counted(store, tmp_path)
     losses = sorted(line["loss"] for line in lines_of(tmp_path / "plain"))
 
     assert distil(run_of(skip_above=losses[0] / 2), store, tmp_path / "none")
-    state, begun = State.load(tmp_path / "none" / "state.safetensors", "key"), first_set().tensors()
-    assert same_tensors(state.raw.tensors(), begun) and same_tensors(state.average.tensors(), begun)
+    state, initial_set = State.load(tmp_path / "none" / "state.safetensors", "key"), first_set().tensors()
+    assert same_tensors(state.raw.tensors(), initial_set) and same_tensors(state.average.tensors(), initial_set)
     assert not state.momentum and state.iteration == 7
     lines = lines_of(tmp_path / "none")
     assert all(m["skipped"] and m["lr_image"] == pytest.approx(0.1) for m in lines) and len(lines) == 7
@@ -235,28 +235,30 @@ def test_iterations_above_the_threshold_are_skipped_and_counted(store, tmp_path)
     assert "skipped" not in lines_of(tmp_path / "plain")[0]
 
 
-def test_what_a_skipped_step_would_have_done_is_no_derailment(store, tmp_path, monkeypatch):
-    derail(monkeypatch, DAMAGE["exploding rate"][1])
+def test_a_skipped_step_does_not_count_as_divergence(store, tmp_path, monkeypatch):
+    diverge(monkeypatch, DAMAGE["exploding rate"][1])
     assert distil(guarded(skip_above=1e-6), store, tmp_path)
     assert not rollbacks_of(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["full", "low_rank", "identity"])
-def test_vitals(kind):
-    begun = first_set(kind, alpha=3.0)
-    total, lr_image, lr_text, diagonal = health_numbers(begun, torch.tensor(2.0)).tolist()
-    assert total == pytest.approx(2 + sum(float(t.sum()) for t in begun.tensors().values()), rel=1e-4)
+def test_health_numbers(kind):
+    initial_set = first_set(kind, alpha=3.0)
+    total, lr_image, lr_text, diagonal = health_numbers(initial_set, torch.tensor(2.0)).tolist()
+    assert total == pytest.approx(2 + sum(float(t.sum()) for t in initial_set.tensors().values()), rel=1e-4)
     assert (lr_image, lr_text, diagonal) == pytest.approx((0.1, 0.1, 1.0))
     assert divergence_reason([total, lr_image, lr_text, diagonal], (0.1, 0.1), config.Distill()) is None
 
 
-def test_the_diagonal_of_factors_is_the_printed_one():
-    begun = first_set("low_rank", alpha=3.0)
+def test_the_diagonal_of_factors_equals_that_of_the_matrix():
+    initial_set = first_set("low_rank", alpha=3.0)
     random = torch.Generator().manual_seed(2)
-    parts = {n: torch.randn(t.shape, generator=random) for n, t in begun.similarity.items()}
-    moved = replace(begun, similarity=parts)
-    whole = torch.diag(parts["scale"]) + 3.0 / 2 * parts["left"] @ parts["right"].T
-    assert health_numbers(moved, torch.tensor(0.0))[3].item() == pytest.approx(whole.diagonal().max().item(), rel=1e-5)
+    parts = {n: torch.randn(t.shape, generator=random) for n, t in initial_set.similarity.items()}
+    moved = replace(initial_set, similarity=parts)
+    unbroken_run = torch.diag(parts["scale"]) + 3.0 / 2 * parts["left"] @ parts["right"].T
+    assert health_numbers(moved, torch.tensor(0.0))[3].item() == pytest.approx(
+        unbroken_run.diagonal().max().item(), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -273,10 +275,10 @@ def test_the_diagonal_of_factors_is_the_printed_one():
         ([float("nan"), 0.1, 0.1, 1.0], {"dead_similarity": False}, False),
     ],
 )
-def test_what_is_wrong(numbers, rule, healthy):
+def test_divergence_reasons(numbers, rule, healthy):
     judged = config.Distill(guard=config.Guard(**rule))
     assert (divergence_reason(numbers, (0.1, 0.1), judged) is None) == healthy
 
 
-def test_other_losses_know_no_positives():
+def test_the_dead_similarity_check_applies_to_wbce_only():
     assert divergence_reason([1.0, 0.1, 0.1, 0.2], (0.1, 0.1), config.Distill(loss="infonce")) is None

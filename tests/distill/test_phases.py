@@ -30,16 +30,16 @@ def same(a, b):
 
 
 def test_a_draw_depends_on_seed_phase_and_iteration_alone():
-    seen = [draw(rule(), 0, i, 4, seed=5) for i in range(6)]
+    draws = [draw(rule(), 0, i, 4, seed=5) for i in range(6)]
     torch.manual_seed(123)
     backwards = [draw(rule(), 0, i, 4, seed=5) for i in reversed(range(6))][::-1]
-    assert all(same(a, b) for a, b in zip(seen, backwards, strict=True))
+    assert all(same(a, b) for a, b in zip(draws, backwards, strict=True))
     for other in (draw(rule(), 0, 3, 4, seed=6), draw(rule(), 1, 3, 4, seed=5), draw(rule(), 0, 2, 4, seed=5)):
-        assert not same(seen[3], other)
-        assert not set(other.dropout_seeds) & set(seen[3].dropout_seeds)
+        assert not same(draws[3], other)
+        assert not set(other.dropout_seeds) & set(draws[3].dropout_seeds)
 
 
-def test_what_other_phases_are_does_not_matter():
+def test_draws_do_not_depend_on_other_phases():
     alone = rule(phases=(config.Phase(pairs=9, start=0, stop=2),))
     assert all(same(draw(rule(), 0, i, 4, 5), draw(alone, 0, i, 4, 5)) for i in range(5))
 
@@ -65,7 +65,7 @@ def test_starts_cover_the_range(start_rule, expected):
 
 
 def test_batches_of_the_published_setting():
-    """99 pairs, batches of 20, 8 steps: two permutations of four batches, 19 pairs idle in each."""
+    """99 pairs, batches of 20 and 8 steps give two permutations of four batches, each with 19 unused pairs."""
     batches = mini_batches(99, 20, 8, torch.Generator().manual_seed(0))
     assert batches.shape == (8, 20)
     for turn in (batches[:4], batches[4:]):
@@ -79,9 +79,9 @@ def test_batches_are_cut_from_permutations(data, pairs, steps, seed):
     batch = data.draw(st.integers(2, pairs))
     rows = mini_batches(pairs, batch, steps, torch.Generator().manual_seed(seed))
     assert rows.shape == (steps, batch) and rows.min() >= 0 and rows.max() < pairs
-    whole = pairs // batch
-    for i in range(0, steps, whole):
-        turn = rows[i : i + whole].flatten()
+    full = pairs // batch
+    for i in range(0, steps, full):
+        turn = rows[i : i + full].flatten()
         assert len(turn.unique()) == len(turn)
 
 
@@ -89,7 +89,7 @@ SIZE, IMAGES, CAPTIONS = 16, 12, 2
 
 
 class MemorySplit(Split):
-    """A split without files: pictures are encoded when asked for."""
+    """A split in memory, whose images are encoded on access."""
 
     def encoded(self, i):
         file = io.BytesIO()
@@ -127,7 +127,7 @@ def test_records_are_drawn_without_replacement_by_seed_and_phase():
     assert choose_records(0, 20, TRAIN, seed=1) == chosen
     assert choose_records(0, 8, TRAIN, seed=1) == chosen[:8]
     assert choose_records(1, 20, TRAIN, seed=1) != chosen != choose_records(0, 20, TRAIN, seed=2)
-    assert sorted(choose_records(0, 24, TRAIN, seed=1)) == list(range(24)), "all there is can be asked for"
+    assert sorted(choose_records(0, 24, TRAIN, seed=1)) == list(range(24)), "all records can be drawn"
 
 
 def test_more_pairs_than_records_are_an_error():
@@ -135,46 +135,49 @@ def test_more_pairs_than_records_are_an_error():
         choose_records(1, 25, TRAIN, seed=1)
 
 
-def test_a_real_start_is_the_records():
-    begun = initial(run_of(inner_lr=0.03), 0, TRAIN, RECORDS)
+def test_a_real_start_equals_the_records():
+    initial_set = initial(run_of(inner_lr=0.03), 0, TRAIN, RECORDS)
     pictures = torch.from_numpy(TRAIN.split.images[TRAIN.split.image_of[RECORDS]])
-    assert torch.equal(begun.images, normalise(pictures, TRAIN.mean, TRAIN.std))
-    assert torch.equal(begun.texts, torch.tensor(TRAIN.texts[RECORDS]))
-    assert begun.lr_image == begun.lr_text == torch.tensor(0.03) and begun.lr_image is not begun.lr_text
-    begun.texts.zero_()
-    assert TRAIN.texts[RECORDS].all(), "the data is not what is learned"
+    assert torch.equal(initial_set.images, normalise(pictures, TRAIN.mean, TRAIN.std))
+    assert torch.equal(initial_set.texts, torch.tensor(TRAIN.texts[RECORDS]))
+    assert (
+        initial_set.lr_image == initial_set.lr_text == torch.tensor(0.03)
+        and initial_set.lr_image is not initial_set.lr_text
+    )
+    initial_set.texts.zero_()
+    assert TRAIN.texts[RECORDS].all(), "changing the set does not change the data"
 
 
 @pytest.mark.parametrize("start", ["real", "noise"])
 @pytest.mark.parametrize("kind", ["full", "low_rank", "identity"])
 def test_the_similarity_starts_at_the_identity(kind, start):
-    begun = initial(run_of(init=start, similarity={"kind": kind, "alpha": 2.5}), 0, TRAIN, RECORDS)
-    assert begun.alpha == 2.5
-    assert torch.equal(dense(begun.similarity, begun.alpha, begun.texts), torch.eye(4))
-    assert kind != "low_rank" or begun.similarity["left"].abs().min() > 0, "or the factors never move"
+    initial_set = initial(run_of(init=start, similarity={"kind": kind, "alpha": 2.5}), 0, TRAIN, RECORDS)
+    assert initial_set.alpha == 2.5
+    assert torch.equal(dense(initial_set.similarity, initial_set.alpha, initial_set.texts), torch.eye(4))
+    assert kind != "low_rank" or initial_set.similarity["left"].abs().min() > 0, "zero factors get no gradient"
 
 
-def test_a_start_from_noise_knows_the_statistics_and_not_the_records():
+def test_a_noise_start_depends_on_statistics_only():
     records = list(range(20))
-    begun = initial(run_of(init="noise"), 0, TRAIN, records)
-    assert begun.images.shape == (20, 3, SIZE, SIZE) and begun.texts.shape == (20, 200)
-    channels = begun.images.transpose(0, 1).flatten(1)
+    initial_set = initial(run_of(init="noise"), 0, TRAIN, records)
+    assert initial_set.images.shape == (20, 3, SIZE, SIZE) and initial_set.texts.shape == (20, 200)
+    channels = initial_set.images.transpose(0, 1).flatten(1)
     torch.testing.assert_close(channels.mean(1), torch.tensor(NOISE_PIXEL_MEAN), atol=0.06, rtol=0)
     torch.testing.assert_close(channels.std(1), torch.tensor(NOISE_PIXEL_STD), atol=0.05, rtol=0)
-    assert begun.texts.mean().item() == pytest.approx(2, abs=0.2)
-    assert begun.texts.std().item() == pytest.approx(3, abs=0.2)
+    assert initial_set.texts.mean().item() == pytest.approx(2, abs=0.2)
+    assert initial_set.texts.std().item() == pytest.approx(3, abs=0.2)
     again = initial(run_of(init="noise"), 0, TRAIN, records[::-1])
-    assert torch.equal(begun.images, again.images) and torch.equal(begun.texts, again.texts)
-    assert not torch.equal(begun.images, initial(run_of(init="noise"), 1, TRAIN, records).images)
+    assert torch.equal(initial_set.images, again.images) and torch.equal(initial_set.texts, again.texts)
+    assert not torch.equal(initial_set.images, initial(run_of(init="noise"), 1, TRAIN, records).images)
 
 
-def test_an_augmented_start_shows_the_records_as_experts_saw_them():
+def test_an_augmented_start_has_the_augmentations_of_the_experts():
     plain = initial(run_of(), 0, TRAIN, RECORDS)
     still = initial(run_of(init_augment=True), 0, TRAIN, RECORDS)
-    assert torch.equal(still.images, plain.images), "an augmentation that does nothing changes nothing"
+    assert torch.equal(still.images, plain.images), "an inactive augmentation changes nothing"
     shown = initial(run_of(config.Augment(), init_augment=True), 0, TRAIN, RECORDS)
     assert torch.equal(shown.texts, plain.texts)
     assert all(not torch.equal(a, b) for a, b in zip(shown.images, plain.images, strict=True))
     turned = initial(run_of(config.Augment(), init_augment=True), 0, TRAIN, RECORDS[::-1])
-    assert torch.equal(turned.images, shown.images.flip(0)), "what a record shows does not depend on the others"
-    assert not torch.equal(shown.images[0], shown.images[3]), "two records of one image are augmented apart"
+    assert torch.equal(turned.images, shown.images.flip(0)), "records are augmented independently"
+    assert not torch.equal(shown.images[0], shown.images[3]), "two records of one image get different augmentations"

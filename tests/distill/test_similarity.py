@@ -23,14 +23,14 @@ def test_starts_at_the_identity(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_gathered_block_is_the_block_of_the_whole(kind):
+def test_a_gathered_block_equals_the_block_of_the_matrix(kind):
     tensors, index = moved(kind), torch.tensor([4, 0, 3])
-    whole = similarity.dense(tensors, 0.7, torch.zeros(6, 1))
+    full = similarity.dense(tensors, 0.7, torch.zeros(6, 1))
     block = similarity.dense(similarity.gather(tensors, index), 0.7, torch.zeros(3, 1))
-    torch.testing.assert_close(block, whole[index][:, index])
+    torch.testing.assert_close(block, full[index][:, index])
 
 
-def test_low_rank_is_the_printed_formula():
+def test_low_rank_equals_the_published_formula():
     t = moved("low_rank")
     expected = torch.empty(6, 6)
     for i in range(6):
@@ -43,19 +43,19 @@ def test_low_rank_is_the_printed_formula():
 
 @pytest.mark.parametrize("kind", ["vector", "scalar"])
 def test_the_diagonal_is_one_number_or_one_per_pair(kind):
-    begun = start("low_rank", diagonal=kind)
-    assert begun["scale"].shape == ((6,) if kind == "vector" else ())
-    assert torch.equal(similarity.dense(begun, 3.0, torch.zeros(6, 1)), torch.eye(6))
-    moved = begun | {"scale": begun["scale"] * 0.4, "right": torch.ones(6, 2)}
-    whole = similarity.dense(moved, 0.7, torch.zeros(6, 1))
+    initial_set = start("low_rank", diagonal=kind)
+    assert initial_set["scale"].shape == ((6,) if kind == "vector" else ())
+    assert torch.equal(similarity.dense(initial_set, 3.0, torch.zeros(6, 1)), torch.eye(6))
+    moved = initial_set | {"scale": initial_set["scale"] * 0.4, "right": torch.ones(6, 2)}
+    full = similarity.dense(moved, 0.7, torch.zeros(6, 1))
     expected = 0.4 * torch.eye(6) + 0.7 / 2 * moved["left"] @ moved["right"].T
-    torch.testing.assert_close(whole, expected)
+    torch.testing.assert_close(full, expected)
     index = torch.tensor([4, 0, 3])
     block = similarity.dense(similarity.gather(moved, index), 0.7, torch.zeros(3, 1))
-    torch.testing.assert_close(block, whole[index][:, index])
+    torch.testing.assert_close(block, full[index][:, index])
     stored = similarity.per_pair(moved)
-    assert stored["scale"].shape == (6,) and moved["scale"].shape == begun["scale"].shape
-    assert torch.equal(similarity.dense(stored, 0.7, torch.zeros(6, 1)), whole)
+    assert stored["scale"].shape == (6,) and moved["scale"].shape == initial_set["scale"].shape
+    assert torch.equal(similarity.dense(stored, 0.7, torch.zeros(6, 1)), full)
 
 
 def test_a_scalar_diagonal_gathers_the_gradients_of_all_batches():
@@ -82,8 +82,8 @@ def test_scatter_is_the_gradient_of_gather(kind):
         weights = {n: torch.randn(p.shape, generator=torch.Generator().manual_seed(2)) for n, p in parts.items()}
         value = value + sum((parts[n] * w).sum() for n, w in weights.items())
         similarity.scatter_add(total, index, weights)
-    for found, expected in zip(total.values(), torch.autograd.grad(value, list(tensors.values())), strict=True):
-        torch.testing.assert_close(found, expected)
+    for result, expected in zip(total.values(), torch.autograd.grad(value, list(tensors.values())), strict=True):
+        torch.testing.assert_close(result, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

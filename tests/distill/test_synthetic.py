@@ -1,4 +1,4 @@
-"""Pictures stored smaller than towers see them."""
+"""Check synthetic images that are stored smaller than the input of the towers."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ def test_reduced_pixels_are_means():
             torch.testing.assert_close(small[:, :, y, x], cell.mean(dim=(2, 3)))
 
 
-def test_pictures_of_the_right_size_are_left_alone():
+def test_images_of_the_right_size_are_unchanged():
     images = torch.randn(2, 3, 8, 8)
     assert enlarged(images, 8) is images and reduced(images, 8) is images
 
@@ -32,13 +32,13 @@ def test_a_flat_picture_stays_flat(size):
 
 
 @pytest.mark.parametrize("estimator", ["exact", "first_order"])
-def test_the_gradient_of_small_pictures_is_that_of_the_large_ones_carried_back(store, estimator):
+def test_the_gradient_of_small_images_is_the_backpropagated_gradient_of_large_ones(store, estimator):
     whole = replace(first_set(), images=first_set().images[:, :, ::2, ::2].clone())
     large = replace(whole, images=enlarged(whole.images, SIZE))
     matcher = Matcher(matching_method(run_of(estimator=estimator, stored_size=SIZE // 2)), 0, store, encoder(), CPU)
     drawn = matcher.draw(0)
-    found, seen = (matcher.gradient(s, drawn).gradient for s in (whole, large))
+    result, from_large = (matcher.gradient(s, drawn).gradient for s in (whole, large))
     small = whole.images.clone().requires_grad_()
-    (wanted,) = torch.autograd.grad(enlarged(small, SIZE), small, seen.images)
-    torch.testing.assert_close(found.images, wanted, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(found.texts, seen.texts)
+    (wanted,) = torch.autograd.grad(enlarged(small, SIZE), small, from_large.images)
+    torch.testing.assert_close(result.images, wanted, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(result.texts, from_large.texts)

@@ -1,4 +1,4 @@
-"""The engine against differentiating the whole unroll, in float64."""
+"""Compare the engine with differentiating the full unroll, in float64."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ TOLERANCE = 1e-9
 
 
 def encoder(*, frozen=False, dropout=0.0, name="convnet", image_size=8):
-    """A small dual encoder in float64: wholly trained, or only its projections."""
+    """Return a small dual encoder in float64; with `frozen`, only its projections are trained."""
     image = config.ImageTower(
         name=name,
         weights="random",
@@ -42,7 +42,7 @@ def encoder(*, frozen=False, dropout=0.0, name="convnet", image_size=8):
 
 
 def problem(model, *, pairs=7, batch=3, steps=3, similarity="full", seed=0, image_size=8):
-    """Start and target parameters, a synthetic set with nothing at a special value, and mini-batches."""
+    """Return start and target parameters, a synthetic set without special values such as zeros, and mini-batches."""
     random = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -82,7 +82,7 @@ def whole_similarity(synthetic):
 
 
 def unrolled(loss, start, target, synthetic, batches, *, estimator, branches="separate"):
-    """Miss and gradients with the graph of all K steps. `first_order`: every step's gradient is taken at detached
+    """Return the miss and its gradients from all K steps. `first_order`: every step's gradient is taken at detached
     parameters, and only the sum of steps stays in the graph."""
     leaf = synthetic.map(lambda t: t.clone().requires_grad_())
     rate = {"image": leaf.lr_image, "text": leaf.lr_text}
@@ -106,13 +106,13 @@ def unrolled(loss, start, target, synthetic, batches, *, estimator, branches="se
 
 
 def loss_of(model, steps, **rule):
-    """The matching loop's own student loss, dropout and all."""
+    """Return the student loss that the matching loop uses, including dropout."""
     return student_loss(model, config.Distill(**rule), tuple(range(100, 100 + steps)))
 
 
-def assert_close(found, miss, expected, tolerance=TOLERANCE):
-    assert found.loss.item() == pytest.approx(miss.item(), rel=tolerance)
-    gradient = found.gradient.tensors()
+def assert_close(result, miss, expected, tolerance=TOLERANCE):
+    assert result.loss.item() == pytest.approx(miss.item(), rel=tolerance)
+    gradient = result.gradient.tensors()
     assert gradient.keys() == expected.keys()
     for name, e in expected.items():
         assert e.norm() > 0, f"the gradient of {name} is zero, so nothing is tested"
@@ -123,14 +123,14 @@ def check(model, estimator, *, loss="wbce", branches="separate", image_size=8, *
     start, target, synthetic, batches = problem(model, image_size=image_size, **shape)
     with matching_context(model):
         compute = loss_of(model, len(batches), loss=loss)
-        found = meta_gradient(compute, start, target, synthetic, batches, estimator=estimator, branches=branches)
+        result = meta_gradient(compute, start, target, synthetic, batches, estimator=estimator, branches=branches)
         expected = unrolled(compute, start, target, synthetic, batches, estimator=estimator, branches=branches)
-    assert_close(found, *expected)
+    assert_close(result, *expected)
 
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_equals_the_whole_unroll(estimator, similarity):
+def test_equals_the_full_unroll(estimator, similarity):
     check(encoder(), estimator, similarity=similarity, steps=4, seed=3)
 
 
@@ -146,19 +146,21 @@ def test_equals_the_whole_unroll(estimator, similarity):
     branches=st.sampled_from(("separate", "merged")),
     seed=st.integers(0, 2**16),
 )
-def test_equals_the_whole_unroll_for_any(estimator, steps, batch, loss, similarity, frozen, dropout, branches, seed):
+def test_equals_the_full_unroll_for_any_setting(
+    estimator, steps, batch, loss, similarity, frozen, dropout, branches, seed
+):
     model = encoder(frozen=frozen, dropout=dropout)
     check(model, estimator, loss=loss, branches=branches, steps=steps, batch=batch, similarity=similarity, seed=seed)
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_equals_the_whole_unroll_through_a_timm_tower(name, estimator):
+def test_equals_the_full_unroll_through_a_timm_tower(name, estimator):
     check(encoder(name=name, image_size=32), estimator, image_size=32, pairs=4, batch=3, steps=2)
 
 
-def test_the_miss_has_this_slope():
-    """Central differences of the miss itself, along one random direction of everything learnable."""
+def test_the_gradient_equals_finite_differences():
+    """Compare with central differences of the miss along a random direction over all learnable tensors."""
     model = encoder()
     start, target, synthetic, batches = problem(model)
     compute = loss_of(model, len(batches), loss="infonce")
@@ -168,8 +170,8 @@ def test_the_miss_has_this_slope():
     def moved(by):
         return synthetic.with_tensors({n: t + by * along[n] for n, t in synthetic.tensors().items()})
 
-    found = meta_gradient(compute, start, target, synthetic, batches)
-    slope = sum((g * along[n]).sum() for n, g in found.gradient.tensors().items())
+    result = meta_gradient(compute, start, target, synthetic, batches)
+    slope = sum((g * along[n]).sum() for n, g in result.gradient.tensors().items())
     h = 1e-3
     up, down = (meta_gradient(compute, start, target, moved(by), batches).loss for by in (h, -h))
     assert ((up - down) / (2 * h)).item() == pytest.approx(slope.item(), rel=1e-5)
@@ -204,8 +206,8 @@ def test_first_order_is_the_published_two_pass_estimator():
             w = -rate[tower_of(n)] * (visited[-1][n] - target[n]).detach()
             scalar = scalar + 2 * (w / reach[tower_of(n)] * g).sum()
         total += torch.autograd.grad(scalar, leaf)[0]
-    found = meta_gradient(compute, start, target, synthetic, batches, estimator="first_order").gradient.images
-    assert ((found - total).norm() / total.norm()).item() < TOLERANCE
+    result = meta_gradient(compute, start, target, synthetic, batches, estimator="first_order").gradient.images
+    assert ((result - total).norm() / total.norm()).item() < TOLERANCE
 
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)
@@ -226,13 +228,13 @@ def test_overlapping_batches_add_up(estimator):
     start, target, synthetic, _ = problem(model)
     batches = torch.tensor([[0, 1, 2], [2, 1, 4], [4, 0, 2]])
     compute = loss_of(model, 3)
-    found = meta_gradient(compute, start, target, synthetic, batches, estimator=estimator)
-    assert_close(found, *unrolled(compute, start, target, synthetic, batches, estimator=estimator))
+    result = meta_gradient(compute, start, target, synthetic, batches, estimator=estimator)
+    assert_close(result, *unrolled(compute, start, target, synthetic, batches, estimator=estimator))
     idle = torch.tensor([3, 5, 6])
     for name in ("images", "texts"):
-        assert (found.gradient.tensors()[name][idle] == 0).all()
-    assert (found.gradient.similarity["matrix"][idle] == 0).all()
-    assert (found.gradient.similarity["matrix"][:, idle] == 0).all()
+        assert (result.gradient.tensors()[name][idle] == 0).all()
+    assert (result.gradient.similarity["matrix"][idle] == 0).all()
+    assert (result.gradient.similarity["matrix"][:, idle] == 0).all()
 
 
 def test_dropout_draws_one_mask_per_step():
@@ -246,7 +248,7 @@ def test_dropout_draws_one_mask_per_step():
 
     first, second, again = values("same_mask", (0, 1, 0))
     assert first == again and first != second
-    torch.rand(3)  # what the program draws in between does not matter
+    torch.rand(3)  # draws from the global generator between calls do not matter
     assert values("same_mask", (0,)) == [first]
     fresh = values("fresh_mask", (0, 0))
     assert fresh[0] == first and fresh[1] != first
@@ -255,7 +257,7 @@ def test_dropout_draws_one_mask_per_step():
 
 
 class DropsItsInput(torch.nn.Module):
-    """Noise that is no `nn.Dropout`, like the stochastic depth of timm."""
+    """A noise layer other than `nn.Dropout`, similar to timm's stochastic depth."""
 
     def forward(self, x):
         return torch.nn.functional.dropout(x, 0.5, self.training)
@@ -276,7 +278,7 @@ def test_student_loss_leaves_the_global_generator_alone():
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_nothing_that_goes_in_is_changed():
+def test_inputs_are_not_modified():
     model = encoder()
     start, target, synthetic, batches = problem(model)
     ins = {"start": start, "target": target, "synthetic": synthetic.tensors(), "model": model.state_dict()}
@@ -286,16 +288,16 @@ def test_nothing_that_goes_in_is_changed():
         assert all(torch.equal(t, before[k][n]) and not t.requires_grad for n, t in named.items())
 
 
-def test_the_miss_of_a_student_that_stays_is_one_per_tower():
+def test_the_miss_without_learning_is_one_per_tower():
     model = encoder()
     start, target, synthetic, batches = problem(model)
     still = replace(
         synthetic, lr_image=torch.zeros_like(synthetic.lr_image), lr_text=torch.zeros_like(synthetic.lr_text)
     )
-    found = meta_gradient(loss_of(model, len(batches)), start, target, still, batches)
-    assert {t: m.item() for t, m in found.miss.items()} == pytest.approx({"image": 1, "text": 1})
-    assert found.loss.item() == pytest.approx(2)
-    assert found.gradient.lr_image != 0 and (found.gradient.images == 0).all()
+    result = meta_gradient(loss_of(model, len(batches)), start, target, still, batches)
+    assert {t: m.item() for t, m in result.miss.items()} == pytest.approx({"image": 1, "text": 1})
+    assert result.loss.item() == pytest.approx(2)
+    assert result.gradient.lr_image != 0 and (result.gradient.images == 0).all()
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])

@@ -1,4 +1,4 @@
-"""Every option of the engine against the whole unroll, in float64, and how each gives way."""
+"""Compare every engine option with the full unroll in float64, and check when the engine falls back to reverse mode."""
 
 import itertools
 
@@ -24,12 +24,12 @@ TIMM = ["test_nfnet", "test_vit", "test_resnet"]
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("engine", ENGINES, ids=lambda e: f"{e.second_pass}-{e.trajectory}-{e.reuse}")
 @pytest.mark.parametrize("steps", [1, 5])
-def test_every_engine_equals_the_whole_unroll(engine, estimator, steps, caplog):
+def test_every_engine_equals_the_full_unroll(engine, estimator, steps, caplog):
     model = encoder(dropout=0.3)
     start, target, synthetic, batches = problem(model, steps=steps)
     compute = loss_of(model, steps)
-    found = meta_gradient(compute, start, target, synthetic, batches, estimator=estimator, engine=engine)
-    assert_close(found, *unrolled(compute, start, target, synthetic, batches, estimator=estimator), tolerance=1e-11)
+    result = meta_gradient(compute, start, target, synthetic, batches, estimator=estimator, engine=engine)
+    assert_close(result, *unrolled(compute, start, target, synthetic, batches, estimator=estimator), tolerance=1e-11)
     assert not caplog.records
 
 
@@ -42,30 +42,30 @@ def test_forward_mode_suits_timm_towers(name, loss, caplog):
     with matching_context(model):
         for estimator in ESTIMATORS:
             suits = forward_suits(compute, start, synthetic, batches[0], estimator=estimator)
-            assert suits == (name != "test_vit"), "torch's attention cannot be differentiated this way"
+            assert suits == (name != "test_vit"), "forward mode of torch's attention cannot be differentiated again"
             engine = Engine(second_pass="forward" if suits else "reverse")
-            found = meta_gradient(compute, start, target, synthetic, batches, estimator=estimator, engine=engine)
-            assert_close(found, *unrolled(compute, start, target, synthetic, batches, estimator=estimator))
+            result = meta_gradient(compute, start, target, synthetic, batches, estimator=estimator, engine=engine)
+            assert_close(result, *unrolled(compute, start, target, synthetic, batches, estimator=estimator))
     assert bool(caplog.records) == (name == "test_vit")
 
 
-def test_frozen_towers_have_no_gradient_to_wait_for():
+def test_frozen_towers_work_with_every_engine():
     model = encoder(frozen=True)
     start, target, synthetic, batches = problem(model)
     for engine in ENGINES:
-        found = meta_gradient(loss_of(model, 3), start, target, synthetic, batches, engine=engine)
-        assert_close(found, *unrolled(loss_of(model, 3), start, target, synthetic, batches, estimator="exact"))
+        result = meta_gradient(loss_of(model, 3), start, target, synthetic, batches, engine=engine)
+        assert_close(result, *unrolled(loss_of(model, 3), start, target, synthetic, batches, estimator="exact"))
 
 
 class WrongTwice(torch.nn.Module):
-    """Its forward mode may not be differentiated again, and says nothing: torch's own layer norm."""
+    """A layer (torch's layer norm) whose forward-mode derivative is silently wrong when it is differentiated again."""
 
     def forward(self, x):
         return torch.layer_norm(x, x.shape[-1:])
 
 
 @pytest.mark.parametrize("layer", [WrongTwice(), "no forward mode"])
-def test_forward_mode_that_does_not_suit_is_told_in_one_line(layer, caplog):
+def test_unsuitable_forward_mode_is_warned_of_in_one_line(layer, caplog):
     model = encoder()
     if isinstance(layer, WrongTwice):
         model.image_head = torch.nn.Sequential(model.image_head, layer)
@@ -77,7 +77,7 @@ def test_forward_mode_that_does_not_suit_is_told_in_one_line(layer, caplog):
 
 
 @pytest.mark.parametrize(("mask", "second_pass"), [("same_mask", "forward"), ("fresh_mask", "reverse")])
-def test_a_phase_settles_its_engine_by_where_it_begins(store, mask, second_pass):
+def test_a_phase_chooses_its_engine_from_its_initial_set(store, mask, second_pass):
     matcher = Matcher(matching_method(run_of(inner_dropout=mask)), 0, store, toy.encoder(), CPU)
     assert matcher.engine(first_set()).second_pass == second_pass
     assert matcher.engine(first_set().map(lambda t: t * torch.nan)).second_pass == second_pass
@@ -95,7 +95,7 @@ class _Cube(torch.autograd.Function):
 
 
 class Cube(torch.nn.Module):
-    """Without a forward mode, between two layers that train."""
+    """A layer without a forward mode, placed so that trained layers come before and after it."""
 
     def __init__(self):
         super().__init__()
@@ -122,14 +122,14 @@ def test_bfloat16_keeps_the_direction(estimator, second_pass):
 
 
 def twice(out, along, leaves):
-    """The gradient of <out, along[0]>, and that of its product with the rest of `along`."""
+    """Return the gradient of <out, along[0]>, and the gradient of its scalar product with the rest of `along`."""
     first = torch.autograd.grad(out, leaves, along[0], create_graph=True)
     return *first, *torch.autograd.grad(first, (along[0], *leaves), along[1:], materialize_grads=True)
 
 
 @pytest.mark.parametrize(("groups", "size"), list(itertools.product((1, 2, 4), (4, 5))))
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_fused_norm_is_torchs_with_both_derivatives(groups, size, packed):
+def test_the_fused_norm_equals_torch_with_both_derivatives(groups, size, packed):
     random = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -142,8 +142,8 @@ def test_the_fused_norm_is_torchs_with_both_derivatives(groups, size, packed):
     fused = norm_relu_pool(wide, weight, bias, groups, 1e-5)
     assert torch.allclose(fused, pooled)
     along = [normal(*t.shape) for t in (pooled, wide, weight, bias)]
-    for found, expected in zip(*(twice(out, along, (wide, weight, bias)) for out in (fused, pooled)), strict=True):
-        assert torch.allclose(found, expected)
+    for result, expected in zip(*(twice(out, along, (wide, weight, bias)) for out in (fused, pooled)), strict=True):
+        assert torch.allclose(result, expected)
     small = normal(2, 4, size, 2).detach().contiguous(memory_format=form).requires_grad_()
     for function in (group_norm, norm_relu_pool):
 
@@ -154,7 +154,7 @@ def test_the_fused_norm_is_torchs_with_both_derivatives(groups, size, packed):
         assert torch.autograd.gradgradcheck(at, (small, weight, bias))
 
 
-def test_own_silu_is_torchs_with_both_derivatives():
+def test_our_silu_equals_torch_with_both_derivatives():
     x = torch.linspace(-8, 8, 33, dtype=torch.float64).requires_grad_()
     with TwiceDifferentiable():
         assert torch.allclose(F.silu(x), x * x.sigmoid(), rtol=1e-14)
@@ -167,7 +167,7 @@ def test_own_silu_is_torchs_with_both_derivatives():
     assert torch.allclose(bend, torch.autograd.grad(slope.sum(), x)[0], rtol=1e-12, atol=1e-15)
 
 
-def test_own_operations_have_torchs_values():
+def test_our_operations_equal_torch():
     random = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(*s, generator=random, dtype=torch.float64) for s in ((1, 6, 8), (8,), (8,)))
     pixel, matrix = torch.randn(3, 4, 1, 1, generator=random).double(), torch.randn(5, 4, generator=random).double()

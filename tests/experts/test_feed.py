@@ -1,4 +1,4 @@
-"""The order of an epoch, and the two feeds that have to agree."""
+"""Check the order of an epoch, and that cached and streamed images are equal."""
 
 import numpy as np
 import pytest
@@ -50,7 +50,7 @@ def fed(run, dataset, path, epoch=1, **how):
 
 
 def by_hand(look, parts, width):
-    """A stream that holds one part after another."""
+    """A `Stream` that reads one part after another in this process."""
     assert width >= 1
     for part in parts:
         yield from look(part)
@@ -58,7 +58,7 @@ def by_hand(look, parts, width):
 
 @pytest.mark.parametrize("augment", [False, True])
 @pytest.mark.parametrize("shuffle", [config.Shuffle(block=8, window=2), WINDOWED])
-def test_cache_shards_and_stream_give_the_same_bits(dataset, tmp_path, augment, shuffle):
+def test_cache_shards_and_stream_give_equal_images(dataset, tmp_path, augment, shuffle):
     run = {cached: run_of(cached=cached, augment=augment, shuffle=shuffle) for cached in (True, False)}
     plan, cached = fed(run[True], dataset, tmp_path / "cache")
     for how in ({}, {"workers": 2}, {"stream": by_hand}):
@@ -67,7 +67,7 @@ def test_cache_shards_and_stream_give_the_same_bits(dataset, tmp_path, augment, 
     assert not list((tmp_path / "none").glob("train-*")) and not list((tmp_path / "none").glob("*.bin"))
 
 
-def test_a_stream_trains_the_expert_that_a_cache_trains(dataset, tmp_path):
+def test_streamed_and_cached_images_train_the_same_expert(dataset, tmp_path):
     for cached in (True, False):
         run = run_of(cached=cached, augment=True)
         train, val = prepared_of(run, dataset, tmp_path), prepare_split(run.data, run.model, dataset, "val", tmp_path)
@@ -91,7 +91,7 @@ def test_the_windowed_order_mixes_blocks_and_reads_each_once():
     assert sorted(records.tolist()) == list(range(3 * PAIRS))
     windows = np.split(records, begins[1:])
     blocks = [set((image_of[w] // WINDOWED.block).tolist()) for w in windows]
-    assert [len(b) for b in blocks] == [2, 2, 2, 2, 1], "nine blocks, two at a time"
+    assert [len(b) for b in blocks] == [2, 2, 2, 2, 1], "nine blocks make windows of two blocks"
     assert not any(a & b for i, a in enumerate(blocks) for b in blocks[:i])
     assert [w.tolist() for w in windows] != [sorted(w.tolist()) for w in windows]
     assert set().union(*blocks[:1]) != {0, 1}, "blocks come in random order"
@@ -106,25 +106,25 @@ def test_orders_differ_by_epoch_expert_and_seed_and_agree_between_runs(shuffle):
     assert orders == [tuple(order(shuffle, image_of, key)[0].tolist()) for key in keys]
 
 
-def test_the_order_does_not_know_how_rows_are_cut_into_shards(tmp_path):
+def test_the_order_does_not_depend_on_the_shards(tmp_path):
     run = run_of(cached=False)
-    found = []
+    result = []
     for size in (1, 64):
         dataset = ingest(run.data.model_copy(update={"shard_mb": size}), tmp_path / str(size))
-        found.append(fed(run, dataset, tmp_path / f"cache-{size}")[1])
-    assert torch.equal(*found)
+        result.append(fed(run, dataset, tmp_path / f"cache-{size}")[1])
+    assert torch.equal(*result)
 
 
 def test_a_worker_group_shares_every_batch():
     run = run_of()
     image_of = np.repeat(np.arange(PAIRS), 3)
-    whole = Epoch.of(run.experts, run.seed_of("experts"), image_of, 0, 0)
-    shares = [whole.share(rank, 3) for rank in range(3)]
+    full = Epoch.of(run.experts, run.seed_of("experts"), image_of, 0, 0)
+    shares = [full.share(rank, 3) for rank in range(3)]
     assert [s.records.shape[1] for s in shares] == [6, 5, 5]
-    assert np.array_equal(np.concatenate([s.records for s in shares], axis=1), whole.records)
+    assert np.array_equal(np.concatenate([s.records for s in shares], axis=1), full.records)
 
 
-def test_the_budget_decides(dataset, tmp_path):
+def test_the_cache_limit_decides_how_images_are_read(dataset, tmp_path):
     run = run_of()
     train = prepared_of(run, dataset, tmp_path)
     size = train.split.cache_bytes(encoded=False)
@@ -134,7 +134,7 @@ def test_the_budget_decides(dataset, tmp_path):
         assert len(list(tmp_path.glob("train-*.npy"))) == built
 
 
-def test_what_is_fed_where_is_in_no_hash_and_the_order_is():
+def test_the_hash_has_the_order_but_not_the_way_of_reading():
     run = run_of(shuffle=config.Shuffle())
     assert run.hash_of() == run_of(cached=False, shuffle=config.Shuffle(block=2)).hash_of()
     assert run.hash_of() != run_of().hash_of() != run_of(shuffle=WINDOWED.model_copy(update={"block": 9})).hash_of()

@@ -16,7 +16,7 @@ REST = "image_tower.at_rest"
 
 
 def trajectory(seed=0, dtype=torch.float32):
-    """A random walk of four layers with different paces, one of which never moves."""
+    """Return a random walk of four layers at different speeds; one layer never moves."""
     random = torch.Generator().manual_seed(seed)
     shapes = {"image_tower.w": (4, 3), REST: (5,), "text_head.w": (3, 2), "text_head.b": (2,)}
     theta = {n: torch.randn(shape, generator=random).to(dtype) for n, shape in shapes.items()}
@@ -55,7 +55,7 @@ def stored(tmp_path, walk):
 
 
 @pytest.mark.parametrize("endpoint", [1, 3, EPOCHS])
-def test_ends_are_the_checkpoints(endpoint):
+def test_ends_of_a_shortcut_are_checkpoints(endpoint):
     walk = trajectory()
     path = shortcut_of(walk, endpoint)
     for epoch in (0, endpoint):
@@ -87,7 +87,7 @@ def test_beta_rises_from_zero_to_one(steps):
     assert beta[-1] == (1 if sum(steps) > 0 else 0)
 
 
-def test_beta_is_the_share_of_the_way_gone():
+def test_beta_is_the_share_of_the_path_length():
     assert list(arc_positions(np.array([1.0, 3.0, 0.0, 4.0]))) == [0, 1 / 8, 1 / 2, 1 / 2, 1]
 
 
@@ -110,14 +110,14 @@ def test_a_straight_trajectory_is_its_own_shortcut():
         torch.testing.assert_close(path.at(t), walk[t], rtol=1e-12, atol=1e-12)
 
 
-def test_a_layer_at_rest_stays_exactly_where_it_is():
+def test_a_layer_at_rest_stays_exactly_constant():
     walk = trajectory()
     path = shortcut_of(walk, EPOCHS)
     assert all(torch.equal(path.at(t)[REST], walk[0][REST]) for t in range(EPOCHS + 1))
     assert path.straightness()[REST] == 0
 
 
-def test_steps_below_the_resolution_of_a_layer_are_rest():
+def test_steps_below_float_resolution_count_as_rest():
     assert list(arc_positions(np.array([1e-9, 2e-9]), size=1.0)) == [0, 0, 0]
     assert list(arc_positions(np.array([1e-9, 3e-9]), size=0.0)) == [0, 0.25, 1]
     assert list(arc_positions(np.array([1e-3, 3e-3]), size=1.0)) == [0, 0.25, 1]
@@ -126,8 +126,8 @@ def test_steps_below_the_resolution_of_a_layer_are_rest():
 def test_only_norms_up_to_the_endpoint_count():
     walk = trajectory()
     norms = {n: np.where(np.arange(EPOCHS) < 3, s, np.nan) for n, s in norms_of(walk).items()}
-    whole, cut = shortcut_of(walk, 3), ShortcutPath(walk[0], walk[3], norms, 3)
-    assert all(torch.equal(whole.at(2)[n], cut.at(2)[n]) for n in walk[0])
+    full, cut = shortcut_of(walk, 3), ShortcutPath(walk[0], walk[3], norms, 3)
+    assert all(torch.equal(full.at(2)[n], cut.at(2)[n]) for n in walk[0])
 
 
 def test_paths_of_a_store(tmp_path):
@@ -163,7 +163,7 @@ def test_a_real_epoch_lies_between_its_neighbours(epoch):
 def test_a_trajectory_as_trained_has_whole_epochs_only(tmp_path):
     path = shortcut.open_path(stored(tmp_path, trajectory()), 0, rule("original"), 3)
     assert same(path.at(2.0), path.at(2))
-    with pytest.raises(ValueError, match="asked for epoch 1.5 of a trajectory that is kept at whole epochs"):
+    with pytest.raises(ValueError, match="asked for epoch 1.5 of a trajectory that has whole epochs only"):
         path.at(1.5)
 
 
@@ -180,5 +180,7 @@ def test_errors(tmp_path):
     for kind, beyond in (("shortcut", 4), ("original", 6)):
         path = shortcut.open_path(store, 0, rule(kind), 3)
         for epoch in (-1, beyond):
-            with pytest.raises(ValueError, match=f"asked for epoch {epoch} of a path that covers 0-{beyond - 1}"):
+            with pytest.raises(
+                ValueError, match=f"asked for epoch {epoch} of a path that covers epochs 0-{beyond - 1}"
+            ):
                 path.at(epoch)

@@ -44,7 +44,7 @@ def files(path):
     return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
-def test_what_goes_in_comes_out(tmp_path):
+def test_parameters_are_read_back_exactly(tmp_path):
     store, points = create(tmp_path), walk()
     write(store, 3, points)
     again = Store.open(str(tmp_path))
@@ -60,7 +60,7 @@ def test_what_goes_in_comes_out(tmp_path):
     assert not list(tmp_path.rglob("running*")) and not list(tmp_path.rglob("*.tmp"))
 
 
-def test_endpoints_keep_the_first_the_last_and_what_was_asked(tmp_path):
+def test_the_first_last_and_requested_epochs_are_kept(tmp_path):
     store, points = create(tmp_path, keep=[2]), walk()
     write(store, 0, points)
     assert sorted(p.name for p in (tmp_path / "expert-000").glob("*.safetensors")) == [
@@ -81,7 +81,7 @@ def test_a_shared_start_is_stored_once(tmp_path):
         assert equal(store.read(expert, 0), walk(expert, shared)[0])
 
 
-def test_what_is_read_may_be_changed(tmp_path):
+def test_returned_parameters_are_copies(tmp_path):
     shared = {n: p for n, p in walk(7)[0].items() if n.startswith("image_tower.")}
     store, points = create(tmp_path, shared=shared), walk(0, shared)
     write(store, 0, points)
@@ -97,17 +97,17 @@ def test_bfloat16_deltas_are_small_and_close(tmp_path):
     write(half, 0, points)
     assert equal(half.read(0, 0), points[0])
     for epoch in range(1, EPOCHS + 1):
-        found = half.read(0, epoch)
+        result = half.read(0, epoch)
         for name, p in points[epoch].items():
-            assert found[name].dtype == torch.float32
+            assert result[name].dtype == torch.float32
             delta = (p - points[0][name]).abs()
-            assert ((found[name] - p).abs() <= 2**-8 * delta + 1e-6).all()
+            assert ((result[name] - p).abs() <= 2**-8 * delta + 1e-6).all()
         stored = load_file(tmp_path / "half" / "expert-000" / f"epoch-{epoch:04d}.safetensors")
         assert {t.dtype for t in stored.values()} == {torch.bfloat16}
     assert full.record(0)["step_norms"] == half.record(0)["step_norms"]
 
 
-def test_reading_a_checkpoint_touches_its_file_only(tmp_path):
+def test_reading_a_checkpoint_opens_only_its_file(tmp_path):
     store, points = create(tmp_path), walk()
     write(store, 0, points)
     for path in tmp_path.rglob("*.safetensors"):
@@ -118,7 +118,7 @@ def test_reading_a_checkpoint_touches_its_file_only(tmp_path):
         store.read(0, 3)
 
 
-def test_a_half_written_expert_is_not_there(tmp_path):
+def test_an_unfinished_expert_is_not_listed(tmp_path):
     store, points = create(tmp_path), walk()
     writer = Writer(store, 0)
     for theta in points:
@@ -129,7 +129,7 @@ def test_a_half_written_expert_is_not_there(tmp_path):
 
 
 @pytest.mark.parametrize("stop", range(1, EPOCHS + 2))
-def test_a_writer_goes_on_where_it_was_left(tmp_path, stop):
+def test_a_writer_resumes_after_the_last_epoch(tmp_path, stop):
     points = walk()
     whole, broken = create(tmp_path / "whole", keep=[2]), create(tmp_path / "broken", keep=[2])
     write(whole, 0, points)
@@ -165,7 +165,7 @@ def test_a_kill_between_the_checkpoint_and_the_running_state_costs_one_epoch(tmp
     assert equal(store.read(0, 2), points[2])
 
 
-def test_leftovers_without_a_running_state_are_swept_away(tmp_path):
+def test_leftovers_without_a_running_state_are_deleted(tmp_path):
     store = create(tmp_path)
     leftover = store.folder(0) / "epoch-0000.safetensors"
     leftover.parent.mkdir()
@@ -195,7 +195,7 @@ def test_a_diverged_expert_is_refused_before_anything_is_written(tmp_path, numbe
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", None])
-def test_a_damaged_checkpoint_is_named(tmp_path, content):
+def test_a_damaged_checkpoint_is_refused(tmp_path, content):
     store = create(tmp_path)
     write(store, 0, walk())
     path = store.folder(0) / "epoch-0002.safetensors"
@@ -204,7 +204,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, content):
         store.read(0, 2)
 
 
-def test_a_damaged_running_state_is_named(tmp_path):
+def test_a_damaged_running_state_is_refused(tmp_path):
     store = create(tmp_path)
     writer = Writer(store, 0)
     writer.add(walk()[0], {})
@@ -245,7 +245,7 @@ def test_creating_twice_opens_only_the_same_store(tmp_path):
             create(tmp_path, **other)
 
 
-def test_opening_what_is_no_store(tmp_path):
+def test_opening_a_folder_that_is_no_store(tmp_path):
     with pytest.raises(ValueError, match="no expert store at .*train experts first"):
         Store.open(tmp_path)
     create(tmp_path)

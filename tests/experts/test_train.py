@@ -25,11 +25,11 @@ CPU = torch.device("cpu")
 
 
 class Killed(BaseException):
-    """Ends training without a chance to tidy up, like SIGKILL does."""
+    """Raised to end training without any cleanup, as SIGKILL would."""
 
 
 class MemorySplit(Split):
-    """A split without files: pictures are encoded when asked for. `killed_at` counts the pictures read."""
+    """A split in memory, whose images are encoded on access; raises `Killed` after `killed_at` images."""
 
     killed_at = None
 
@@ -48,14 +48,14 @@ def model_of(run, expert):
 
 
 def prepared_split(seed=0, images=IMAGES):
-    """Pictures of one colour each, and captions whose embeddings tell the colour with some noise."""
+    """Return a split of single-colour images, and captions whose embeddings encode the colour with some noise."""
     random = np.random.default_rng(seed)
     colours = random.integers(0, 256, (images, 3))
     noise = random.integers(-20, 21, (images, 3, SIZE, SIZE))
     pictures = np.clip(colours[:, :, None, None] + noise, 0, 255).astype(np.uint8)
     image_of = np.repeat(np.arange(images), CAPTIONS)
-    told = np.concatenate([colours, 255 - colours], axis=1)[image_of] / 128 - 1
-    texts = (told + 0.1 * random.standard_normal(told.shape)).astype(np.float32)
+    signal = np.concatenate([colours, 255 - colours], axis=1)[image_of] / 128 - 1
+    texts = (signal + 0.1 * random.standard_normal(signal.shape)).astype(np.float32)
     names = [str(i) for i in range(images)]
     split = MemorySplit(
         "train", pictures, ["a"] * len(image_of), image_of, names, {}, Dataset(Path(), {}), np.arange(images), Path()
@@ -92,7 +92,7 @@ def train(run, path, *, expert=0, data=None, **hooks):
 
 
 def stop_after(epochs):
-    """`on_epoch` and `should_stop` that end a call after so many epochs."""
+    """Return `on_epoch` and `should_stop` that end training after a number of epochs."""
     done = []
     return {"on_epoch": done.append, "should_stop": lambda: len(done) >= epochs}
 
@@ -111,7 +111,7 @@ NOISY = {"augment": True, "dropout": 0.3, "momentum": 0.9, "weight_decay": 1e-3}
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("stop", [0, 1, 2])
-def test_stopped_and_resumed_has_the_bits_of_unbroken(tmp_path, stop, momentum):
+def test_stopped_and_resumed_is_bit_identical(tmp_path, stop, momentum):
     run = run_of(**{**NOISY, "momentum": momentum})
     assert train(run, tmp_path / "whole")[1]
     store, done = train(run, tmp_path / "broken", **stop_after(stop))
@@ -124,7 +124,7 @@ def test_stopped_and_resumed_has_the_bits_of_unbroken(tmp_path, stop, momentum):
 @pytest.mark.parametrize("keep", ["all", "endpoints"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16-delta"])
 @pytest.mark.parametrize("pictures", [3, 25, 50])
-def test_killed_within_an_epoch_and_resumed_has_the_bits_of_unbroken(tmp_path, pictures, keep, dtype):
+def test_killed_within_an_epoch_and_resumed_is_bit_identical(tmp_path, pictures, keep, dtype):
     run, mortal = run_of(keep=keep, dtype=dtype, **NOISY), prepared_split()
     object.__setattr__(mortal.split, "killed_at", pictures)
     train(run, tmp_path / "whole")
@@ -135,7 +135,7 @@ def test_killed_within_an_epoch_and_resumed_has_the_bits_of_unbroken(tmp_path, p
     assert files(tmp_path / "whole") == files(tmp_path / "broken")
 
 
-def test_loader_processes_change_no_bit(tmp_path):
+def test_loader_processes_do_not_change_results(tmp_path):
     run = run_of(**NOISY, epochs=1)
     train(run, tmp_path / "none")
     train(run, tmp_path / "two", loader_workers=2)
@@ -143,7 +143,7 @@ def test_loader_processes_change_no_bit(tmp_path):
 
 
 def test_training_is_the_plain_loop(tmp_path):
-    """InfoNCE by torch's cross entropy, in batches of a shuffled list of captions, the short rest dropped."""
+    """Training equals a plain loop with torch's cross entropy over shuffled captions, without the last short batch."""
     run, data = run_of(), prepared_split()
     store, _ = train(run, tmp_path, data=data)
     model, rates = (
@@ -181,19 +181,19 @@ def test_the_loss_falls(tmp_path, change):
 
 
 def test_reports_every_epoch(tmp_path):
-    seen = []
-    store, _ = train(run_of(), tmp_path, on_epoch=seen.append)
-    assert [m["epoch"] for m in seen] == [1, 2, 3] and {m["expert"] for m in seen} == {0}
-    assert [{k: v for k, v in m.items() if k != "expert"} for m in seen] == store.record(0)["metrics"][1:]
+    logged = []
+    store, _ = train(run_of(), tmp_path, on_epoch=logged.append)
+    assert [m["epoch"] for m in logged] == [1, 2, 3] and {m["expert"] for m in logged} == {0}
+    assert [{k: v for k, v in m.items() if k != "expert"} for m in logged] == store.record(0)["metrics"][1:]
     assert list(store.record(0)["metrics"][0]) == ["epoch", "val"]
 
 
-def test_a_finished_expert_is_left_alone(tmp_path):
+def test_a_finished_expert_is_not_changed(tmp_path):
     run = run_of()
     train(run, tmp_path)
-    before, seen = files(tmp_path), []
-    assert train(run, tmp_path, on_epoch=seen.append)[1]
-    assert not seen and files(tmp_path) == before
+    before, logged = files(tmp_path), []
+    assert train(run, tmp_path, on_epoch=logged.append)[1]
+    assert not logged and files(tmp_path) == before
 
 
 def test_experts_differ_from_one_another(tmp_path):
@@ -219,7 +219,7 @@ def test_endpoints_are_those_the_phases_read(tmp_path):
     assert files == [f"epoch-000{e}.safetensors" for e in (0, 1, EPOCHS)]
 
 
-def test_a_list_of_epochs_is_what_stays(tmp_path):
+def test_only_the_listed_epochs_are_kept(tmp_path):
     run = run_of(keep=(EPOCHS, 1, 2, 2))
     store, _ = train(run, tmp_path)
     assert store.spec["keep"] == sorted({0, 1, 2, EPOCHS})
@@ -228,12 +228,12 @@ def test_a_list_of_epochs_is_what_stays(tmp_path):
     assert all(torch.isfinite(p).all() for p in store.read(0, 2).values())
 
 
-def test_a_list_that_leaves_out_what_is_read_is_refused():
+def test_a_list_without_a_needed_epoch_is_refused():
     with pytest.raises(ValueError, match=rf"experts.keep \[2\] lacks the epochs \[1, {EPOCHS}\], which this run"):
         run_of(keep=(2,))
 
 
-def test_a_tower_of_a_seed_is_one_for_all_and_heads_are_not(tmp_path):
+def test_a_seeded_tower_is_shared_and_heads_are_not(tmp_path):
     image = {"name": "convnet", "weights": "random:7", "widths": (4,), "groups": 2, "projection": "linear"}
     run = run_of(image=dict(image), epochs=1)
     experts = [model_of(run, e).trained() for e in (0, 1)]
@@ -241,7 +241,7 @@ def test_a_tower_of_a_seed_is_one_for_all_and_heads_are_not(tmp_path):
     other = model_of(run_of(image=image | {"weights": "random:8"}), 0).trained()
     for name, p in experts[0].items():
         tower = name.startswith("image_tower.")
-        norm = bool((p == 1).all() or (p == 0).all())  # affine parts start the same everywhere
+        norm = bool((p == 1).all() or (p == 0).all())  # affine parameters of norms start equal in all models
         assert torch.equal(p, experts[1][name]) == torch.equal(p, student[name]) == (tower or norm), name
         assert torch.equal(p, other[name]) == (not tower or norm), name
     store = begin_store(run, tmp_path, TEXT_WIDTH, {})

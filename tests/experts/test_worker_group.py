@@ -1,4 +1,4 @@
-"""Worker groups without Ray: each test starts two processes on this machine."""
+"""Check worker groups without Ray; each test starts two processes on this machine."""
 
 import pytest
 import torch
@@ -8,25 +8,25 @@ from rmdd import config
 from rmdd.execution.tasks import Hooks
 from rmdd.experts.store import Store
 from rmdd.experts.train import begin_store
-from rmdd.experts.worker_group import side_by_side
+from rmdd.experts.worker_group import run_in_processes
 
 EPOCHS = 3
 
 
-def begun(path, **experts):
+def initial_set(path, **experts):
     run = worker_groups.run_of(**experts)
     begin_store(run, path, worker_groups.WIDTH, {})
     return path, run
 
 
 def by_one(path, **experts):
-    item = begun(path, **experts)
+    item = initial_set(path, **experts)
     assert worker_groups.train(item, Hooks())
     return Store.open(path)
 
 
 def by_two(path, hooks=None, **experts):
-    return side_by_side(worker_groups.train, begun(path, **experts), hooks or Hooks(), 2, 1)
+    return run_in_processes(worker_groups.train, initial_set(path, **experts), hooks or Hooks(), 2, 1)
 
 
 def check_same(a, b):
@@ -39,13 +39,13 @@ def check_same(a, b):
 
 
 def test_gradients_of_the_ranks_add_up_to_that_of_the_whole_batch():
-    assert side_by_side(worker_groups.exact, None, Hooks(), 2, 1)
+    assert run_in_processes(worker_groups.exact, None, Hooks(), 2, 1)
 
 
 def test_a_stopped_and_resumed_group_with_momentum_trains_what_one_worker_trains(tmp_path):
-    one, seen = by_one(tmp_path / "one", momentum=0.9), []
+    one, logged = by_one(tmp_path / "one", momentum=0.9), []
     group = {"momentum": 0.9, "worker_group": {"workers": 2}}
-    assert not by_two(tmp_path / "two", Hooks(seen.append, lambda: len(seen) >= 1), **group)
+    assert not by_two(tmp_path / "two", Hooks(logged.append, lambda: len(logged) >= 1), **group)
     store = Store.open(tmp_path / "two")
     assert store.complete() == [] and (store.folder(0) / "running.safetensors").is_file()
     assert by_two(tmp_path / "two", **group)
@@ -54,7 +54,7 @@ def test_a_stopped_and_resumed_group_with_momentum_trains_what_one_worker_trains
 
 def test_a_rank_that_fails_ends_the_group_with_its_reason():
     with pytest.raises((ValueError, RuntimeError), match="rank one cannot go on"):
-        side_by_side(worker_groups.die, None, Hooks(), 2, 1)
+        run_in_processes(worker_groups.die, None, Hooks(), 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_zero_trains_what_one_worker_trains(tmp_path, strategy):
     check_same(one, Store.open(tmp_path / strategy))
 
 
-def test_what_cannot_be_split_is_refused():
+def test_an_impossible_split_over_workers_is_refused():
     with pytest.raises(
         ValueError, match=r"experts.batch 2 cannot be split over experts.worker_group.workers 3; raise it"
     ):

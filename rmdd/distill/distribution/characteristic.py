@@ -82,5 +82,7 @@ def frequency_count_error(frequencies: int, norm: Norm) -> str | None:
     """Return an error message if a network cannot make this number of frequencies, otherwise None."""
     smallest = 2 * REPEATS if norm == "batch" else REPEATS  # batch statistics need two rows
     if frequencies % REPEATS or frequencies < smallest:
-        return f"{frequencies} frequencies; a network with {norm} norm makes multiples of {REPEATS} from {smallest} on"
+        return (
+            f"{frequencies} frequencies; a network with {norm} norm needs a multiple of {REPEATS}, at least {smallest}"
+        )
     return None

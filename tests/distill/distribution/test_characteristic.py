@@ -1,4 +1,4 @@
-"""Characteristic functions against double loops over points and frequencies, and the properties of the card."""
+"""Compare characteristic functions with double loops over points and frequencies; check properties from the paper."""
 
 import cmath
 import math
@@ -51,7 +51,7 @@ def test_amplitude_and_phase_add_up_to_the_squared_distance():
     torch.testing.assert_close(sum(terms(a, b)), (a - b).square().sum(dim=1), atol=3 * FLOOR, rtol=0)
 
 
-def test_half_and_half_is_the_two_term_form():
+def test_equal_weights_equal_the_two_term_form():
     real, synthetic, t = drawn(9, 4), drawn(5, 4, seed=1), drawn(7, 4, seed=2)
     a, b = characteristic(real, t), characteristic(synthetic, t)
     amplitude, phase = terms(a, b)
@@ -59,17 +59,17 @@ def test_half_and_half_is_the_two_term_form():
     assert float(ncfd(real, synthetic, t)) == pytest.approx(float(general), rel=1e-7)
 
 
-def test_of_a_set_and_itself_is_zero_up_to_the_floor():
+def test_the_discrepancy_of_equal_sets_is_the_floor():
     a, t = drawn(9, 4), drawn(7, 4, seed=2)
     for weights in ((0.5, 0.5), (0.8, 0.2)):
         points = a.clone().requires_grad_()
-        found = ncfd(a, points, t, *weights)
-        assert float(found.detach()) == pytest.approx(FLOOR**0.5, rel=0.3)
-        (grad,) = torch.autograd.grad(found, points)
+        result = ncfd(a, points, t, *weights)
+        assert float(result.detach()) == pytest.approx(FLOOR**0.5, rel=0.3)
+        (grad,) = torch.autograd.grad(result, points)
         assert torch.isfinite(grad).all()
 
 
-def test_a_translated_set_differs_in_phase_alone():
+def test_a_translated_set_differs_only_in_phase():
     a, t = drawn(9, 4), drawn(7, 4, seed=2)
     amplitude, phase = terms(characteristic(a, t), characteristic(a + 0.7, t))
     assert amplitude.max() < 1e-12 and phase.max() > 0.1
@@ -89,7 +89,7 @@ def test_a_single_point_has_modulus_one():
 
 
 def test_a_modulus_of_zero_has_a_finite_gradient():
-    """Two points at 0 and pi along t: exp(0) + exp(i pi) = 0."""
+    """Points at 0 and pi along t have Phi(t) = 0, because exp(0) + exp(i pi) = 0."""
     points = torch.tensor([[0.0], [math.pi]], dtype=torch.float64, requires_grad=True)
     for weights in ((0.5, 0.5), (0.8, 0.2)):
         (grad,) = torch.autograd.grad(
@@ -119,7 +119,7 @@ def test_a_row_scales_fresh_noise_or_is_repeated():
     torch.randn(4, 4, generator=random)
     noise = torch.randn(64, 4, generator=random)
     torch.testing.assert_close(made / noise, net(repeat=True)(64, draw()), rtol=1e-4, atol=1e-5)
-    assert torch.equal(made, net()(64, draw())), "a function of the draw"
+    assert torch.equal(made, net()(64, draw())), "equal generators give equal frequencies"
     assert net(repeat=True)(64, draw()).abs().max() <= 1, "tanh"
 
 
@@ -133,9 +133,8 @@ def test_a_learned_scale_reaches_higher_frequencies():
 
 def test_batch_norm_needs_two_rows():
     assert frequency_count_error(16, "layer") is None and frequency_count_error(32, "batch") is None
-    assert "multiples of 16 from 32 on" in frequency_count_error(16, "batch") and "from 16 on" in frequency_count_error(
-        40, "layer"
-    )
+    assert "a multiple of 16, at least 32" in frequency_count_error(16, "batch")
+    assert "a multiple of 16, at least 16" in frequency_count_error(40, "layer")
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         net(norm="batch")(16, torch.Generator())
     assert net()(16, torch.Generator()).shape == (16, 4)

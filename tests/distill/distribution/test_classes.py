@@ -1,4 +1,4 @@
-"""Clusters as classes: enough images each, merged and split where k-means left too few, and distinct initial pairs."""
+"""Check clusters that replace classes: each has enough images, small ones are merged, and initial pairs differ."""
 
 import numpy as np
 import pytest
@@ -10,8 +10,8 @@ def points(images=60, captions=3, width=4, groups=3, seed=0):
     random = np.random.default_rng(seed)
     image_of = np.repeat(np.arange(images), captions)
     centres = 10 * random.standard_normal((groups, width))
-    found = centres[image_of % groups] + random.standard_normal((len(image_of), width))
-    return found.astype(np.float32), image_of
+    result = centres[image_of % groups] + random.standard_normal((len(image_of), width))
+    return result.astype(np.float32), image_of
 
 
 def images_in(labels, image_of, clusters):
@@ -41,20 +41,20 @@ def test_points_go_to_the_nearest_centre():
 
 
 def test_a_small_cluster_joins_the_nearest_and_the_largest_is_split():
-    """On a line: group 0 at 0 (20 images), group 1 at 100 (10), one image alone at 98, an empty one."""
+    """The points lie on a line: 20 images near 0, 10 near 100, one image at 98, and one empty cluster."""
     place = np.concatenate([np.linspace(-1, 1, 20), np.linspace(100, 101, 10), [98.0]])
     x = np.stack([place, np.zeros_like(place)], axis=1).astype(np.float32)
     labels = balanced(x, np.arange(31), np.array([0] * 20 + [1] * 10 + [2]), 4, 2)
     sizes = images_in(labels, np.arange(31), 4)
-    assert labels[30] == labels[20], "the lone one is with its neighbours"
-    assert sorted(sizes) == [5, 6, 10, 10], "both groups were the largest once"
+    assert labels[30] == labels[20], "the image at 98 joins its neighbours"
+    assert sorted(sizes) == [5, 6, 10, 10], "each group was once the largest, and was split"
     assert not set(labels[:20].tolist()) & set(labels[20:].tolist())
     along = labels[np.argsort(place)]
-    assert (np.diff(along) != 0).sum() == 3, "cut across the line"
+    assert (np.diff(along) != 0).sum() == 3, "each cluster is an interval of the line"
 
 
 def test_sizes_are_counted_in_images():
-    """Five captions of one image are one image."""
+    """Five captions of one image count as one image."""
     x = np.concatenate([np.zeros((5, 2)), np.ones((30, 2)) * np.arange(10, 40)[:, None]]).astype(np.float32)
     image_of = np.array([0] * 5 + list(range(1, 31)))
     labels = balanced(x, image_of, np.array([0] * 5 + [1] * 30), 2, 3)

@@ -1,4 +1,4 @@
-"""Cross-covariances against plain sums, the minimiser of the linear problem, and gradients by chunks."""
+"""Compare cross-covariances with plain sums; check the minimum of the linear problem, and gradients in chunks."""
 
 import pytest
 import torch
@@ -13,12 +13,12 @@ def drawn(*shape, seed=0):
 
 def slow_covariance(image, text):
     n, mean_v, mean_l = len(image), sum(image) / len(image), sum(text) / len(text)
-    found = torch.zeros(image.shape[1], text.shape[1], dtype=torch.float64)
+    result = torch.zeros(image.shape[1], text.shape[1], dtype=torch.float64)
     for i in range(n):
         for a in range(image.shape[1]):
             for b in range(text.shape[1]):
-                found[a, b] += (image[i, a] - mean_v[a]) * (text[i, b] - mean_l[b]) / (n - 1)
-    return found
+                result[a, b] += (image[i, a] - mean_v[a]) * (text[i, b] - mean_l[b]) / (n - 1)
+    return result
 
 
 def test_equals_the_plain_sum():
@@ -26,7 +26,7 @@ def test_equals_the_plain_sum():
     torch.testing.assert_close(cross_covariance(image, text), slow_covariance(image, text))
 
 
-def test_one_pair_has_none():
+def test_one_pair_has_no_covariance():
     with pytest.raises(ValueError, match="at least 2 pairs, found 1; raise the batch"):
         cross_covariance(drawn(1, 4), drawn(1, 3))
 
@@ -41,8 +41,8 @@ def test_losses_against_plain_sums():
 
 
 @pytest.mark.parametrize("rho", [1.0, 2.0])
-def test_heads_that_learn_find_the_covariance_over_rho(rho):
-    """min of -Tr(G_v C G_l^T) + rho/2 ||G_v^T G_l||^2 is at G_v^T G_l = C / rho, where the heads have the rank."""
+def test_learned_heads_reach_the_covariance_over_rho(rho):
+    """-Tr(G_v C G_l^T) + rho/2 ||G_v^T G_l||^2 is smallest at G_v^T G_l = C / rho, if the heads have enough rank."""
     covariance = cross_covariance(drawn(9, 4), drawn(9, 3, seed=1))
     heads = [drawn(5, 4, seed=2).requires_grad_(), drawn(5, 3, seed=3).requires_grad_()]
     optimiser = torch.optim.LBFGS(heads, max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
@@ -62,8 +62,8 @@ def test_heads_that_learn_find_the_covariance_over_rho(rho):
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 6, 99])
 @pytest.mark.parametrize("learned", [True, False])
-def test_the_gradient_by_chunks_is_that_of_the_whole(chunk, learned):
-    """Of a loss that ties all pairs; also where texts are their own features."""
+def test_the_gradient_in_chunks_equals_the_full_gradient(chunk, learned):
+    """The loss depends on all pairs together; the text encoder may also be the identity."""
     w_v, w_l, target = drawn(12, 4), drawn(5, 3, seed=1), drawn(4, 3 if learned else 5, seed=2)
     images, texts = drawn(6, 3, 2, 2, seed=3), drawn(6, 5, seed=4)
 
@@ -75,9 +75,9 @@ def test_the_gradient_by_chunks_is_that_of_the_whole(chunk, learned):
         return loss, {"loss": loss}
 
     leaves = images.clone().requires_grad_(), texts.clone().requires_grad_()
-    whole, _ = loss_of(*encode(*leaves))
-    wanted = torch.autograd.grad(whole, leaves)
-    *found, parts = gradient_in_chunks(encode, images, texts, loss_of, chunk)
-    for a, b in zip(found, wanted, strict=True):
+    full, _ = loss_of(*encode(*leaves))
+    wanted = torch.autograd.grad(full, leaves)
+    *result, parts = gradient_in_chunks(encode, images, texts, loss_of, chunk)
+    for a, b in zip(result, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
-    assert float(parts["loss"]) == pytest.approx(float(whole.detach())) and not parts["loss"].requires_grad
+    assert float(parts["loss"]) == pytest.approx(float(full.detach())) and not parts["loss"].requires_grad

@@ -1,4 +1,4 @@
-"""Terms on the sphere against double loops in float64, and what must hold at the edges."""
+"""Compare the losses on the sphere with double loops in float64, and check edge cases such as equal points."""
 
 import itertools
 import math
@@ -39,8 +39,8 @@ def slow_energy(a, b, sigma, kind, statistic, root):
 @pytest.mark.parametrize("kind", ["geodesic", "laplacian", "chordal"])
 def test_energy_is_the_double_loop(kind, statistic, root):
     a, b = points(6, 0), points(4, 1)
-    found = energy(a, b, 0.7, kind, statistic, root)
-    assert found.item() == pytest.approx(slow_energy(a, b, 0.7, kind, statistic, root), rel=1e-9, abs=1e-12)
+    result = energy(a, b, 0.7, kind, statistic, root)
+    assert result.item() == pytest.approx(slow_energy(a, b, 0.7, kind, statistic, root), rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["geodesic", "laplacian", "chordal"])
@@ -49,13 +49,13 @@ def test_the_gradient_of_the_energy_is_that_of_finite_differences(kind):
     assert torch.autograd.gradcheck(lambda b: energy(a, unit(b), 0.7, kind), points(3, 3).requires_grad_())
 
 
-def test_joint_features_are_the_printed_ones():
+def test_joint_features_equal_the_published_formula():
     v, t = points(6, 4), points(6, 5)
     for made, sign in ((agreement(v, t), 1), (discrepancy(v, t), -1)):
         for row, (x, y) in zip(made, zip(v, t, strict=True), strict=True):
             length = math.sqrt(2 + sign * 2 * float(x @ y))
             assert row.tolist() == pytest.approx(((x + sign * y) / length).tolist(), abs=1e-5)
-    assert (agreement(v, t) * discrepancy(v, t)).sum(dim=1).abs().max() < 1e-12, "u is orthogonal to g"
+    assert (agreement(v, t) * discrepancy(v, t)).sum(dim=1).abs().max() < 1e-12, "they are orthogonal"
 
 
 def test_contrastive_is_the_double_loop():
@@ -67,18 +67,18 @@ def test_contrastive_is_the_double_loop():
 
 
 @pytest.mark.parametrize("statistic", ["v", "u"])
-def test_energy_knows_no_order_and_no_common_rotation(statistic):
+def test_energy_is_invariant_to_order_and_rotation(statistic):
     a, b = points(6, 8), points(4, 9)
     q, _ = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(3), dtype=torch.float64))
-    whole = energy(a, b, 0.5, statistic=statistic)
-    torch.testing.assert_close(energy(a @ q, b @ q, 0.5, statistic=statistic), whole)
-    torch.testing.assert_close(energy(a.flip(0), b[[2, 0, 3, 1]], 0.5, statistic=statistic), whole)
+    full = energy(a, b, 0.5, statistic=statistic)
+    torch.testing.assert_close(energy(a @ q, b @ q, 0.5, statistic=statistic), full)
+    torch.testing.assert_close(energy(a.flip(0), b[[2, 0, 3, 1]], 0.5, statistic=statistic), full)
 
 
-def test_a_set_has_no_energy_to_itself():
+def test_the_energy_of_equal_sets_is_the_floor():
     a = points(6, 10)
     assert energy(a, a, 0.5, root=False).abs() < 1e-12
-    assert energy(a, a, 0.5).item() == pytest.approx(1e-4), "the floor under the root"
+    assert energy(a, a, 0.5).item() == pytest.approx(1e-4), "the energy is the root of FLOOR"
 
 
 def test_two_samples_of_one_distribution_have_a_gradient_by_the_v_statistic_and_may_have_none_by_the_u():

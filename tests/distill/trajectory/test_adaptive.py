@@ -1,4 +1,4 @@
-"""Ranges and endpoints that move: where to, and the same bits after a kill."""
+"""Check how adaptive ranges and endpoints move, and that a killed phase resumes with bit-identical results."""
 
 import math
 from dataclasses import replace
@@ -18,15 +18,15 @@ from rmdd.methods import matching_method
 
 
 def moving(stop=1, endpoint=2, iterations=5, **plan):
-    """One student step with fresh masks, whose gradients take reverse mode, the quicker one at this size."""
+    """Return a run with adaptive phases; one student step and fresh masks make its gradients fast to compute."""
     phase = config.Phase(pairs=PAIRS, start=0, stop=stop, endpoint=endpoint, iterations=iterations)
     rule = {"kind": "adaptive", "every": 2, "pace": 0.5, "experts": 1, **plan}
     return run_of(phases=(phase,), plan=config.Plan(**rule), steps=1, inner_dropout="fresh_mask")
 
 
 def windows(run, store, iterations):
-    """The window of each update, the set standing still."""
-    matcher, state, found = (
+    """Return the window of each update while the set does not change."""
+    matcher, state, result = (
         Matcher(matching_method(run), 0, store, encoder(run.model), CPU),
         State.begin(first_set()),
         [],
@@ -36,23 +36,23 @@ def windows(run, store, iterations):
         state = adapted(matcher, state)
         assert matcher.ranges["image"] == matcher.ranges["text"] == state.window[:2]
         assert matcher.path(matcher.experts[0]).endpoint == state.window.endpoint
-        found.append(state.window)
-    return found
+        result.append(state.window)
+    return result
 
 
-def test_a_range_grows_while_all_agrees_and_takes_the_endpoint_along(store):
-    found = windows(moving(agreement=-1), store, 6)
+def test_a_range_grows_while_gradients_agree_and_moves_the_endpoint(store):
+    result = windows(moving(agreement=-1), store, 6)
     grown = [Window(0, 1, 2), Window(0, 1.5, 3), Window(0, 2, 3)]
-    assert found == [grown[0]] * 2 + [grown[1]] * 2 + [grown[2]] * 2, "the experts end at 3, and targets are one ahead"
+    assert result == [grown[0]] * 2 + [grown[1]] * 2 + [grown[2]] * 2, "targets end at epoch 3, the last one"
 
 
-def test_a_range_stands_where_nothing_beyond_agrees_and_nothing_within_opposes(store):
-    found = windows(moving(stop=2, endpoint=3, agreement=1), store, 3)
+def test_a_range_stays_when_no_gradient_asks_for_a_move(store):
+    result = windows(moving(stop=2, endpoint=3, agreement=1), store, 3)
     run = moving(stop=2, endpoint=3)
     matcher = Matcher(matching_method(run), 0, store, encoder(run.model), CPU)
     matcher.set_window(Window(0.0, 2.0, 3))
     opposed = float(probe(matcher, first_set(), [1.0, 2.0], experts=1).agreement()[0, 1]) < 0
-    assert found == [Window(0, 2, 3)] * 2 + [Window(0, 1.5 if opposed else 2, 3)]
+    assert result == [Window(0, 2, 3)] * 2 + [Window(0, 1.5 if opposed else 2, 3)]
 
 
 def test_endpoints_are_among_those_of_the_plan(store):
@@ -69,23 +69,23 @@ def test_starts_are_drawn_from_the_window(store, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def whole(store, tmp_path_factory):
+def unbroken(store, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     assert distil(moving(agreement=-1), store, folder)
     return folder
 
 
 @pytest.mark.parametrize("first", [2, 3])
-def test_a_stopped_phase_goes_on_with_the_same_bits(store, tmp_path, whole, first):
-    """Stopped right before a move, and right after it."""
+def test_a_stopped_phase_resumes_bit_identically(store, tmp_path, unbroken, first):
+    """The phase is stopped right before and right after a move of the range."""
     run = moving(agreement=-1)
     assert not distil(run, store, tmp_path, **stop_after(first))
     assert distil(run, store, tmp_path)
-    assert_same_results(whole, tmp_path)
+    assert_same_results(unbroken, tmp_path)
 
 
-def test_a_derailed_phase_takes_its_window_back_and_goes_on_with_the_same_bits(store, tmp_path, monkeypatch):
-    """Derails right after a move; once unbroken, once stopped in the iteration after the rollback."""
+def test_a_rollback_restores_the_window(store, tmp_path, monkeypatch):
+    """The phase diverges right after a move; one run is never stopped, one is stopped after the rollback."""
     monkeypatch.setattr(stepping, "outer_step", _spoilt(stepping.outer_step, at=4))
     run = moving(agreement=-1, iterations=7, pace=0.25)
     run = run.model_copy(update={"distill": run.distill.model_copy(update={"guard": config.Guard(every=3)})})
@@ -99,7 +99,7 @@ def test_a_derailed_phase_takes_its_window_back_and_goes_on_with_the_same_bits(s
 
 
 def _spoilt(step, at):
-    """An outer step that derails once."""
+    """Return an outer step that makes the phase diverge once."""
 
     def once(state, gradient, rule):
         after = step(state, gradient, rule)
@@ -110,7 +110,7 @@ def _spoilt(step, at):
     return once
 
 
-def test_a_bent_shortcut_is_no_endpoint_to_move_to(store):
+def test_the_endpoint_never_moves_to_a_bent_shortcut(store):
     straight = {e: straightness(store, [0], e) for e in (2, 3)}
     assert straight[3] < straight[2], "a random walk"
     between = (straight[2] + straight[3]) / 2
@@ -120,11 +120,11 @@ def test_a_bent_shortcut_is_no_endpoint_to_move_to(store):
 
 @pytest.mark.parametrize("reuse_graphs", [0, 2])
 def test_moves_follow_the_slow_cosines(make, reuse_graphs):
-    """Every bound against cosines of gradients taken one by one, in float64, with a set that differs each time."""
+    """Compare every bound with cosines of gradients computed one by one in float64, with a different set each time."""
     phases = (config.Phase(pairs=PAIRS, stop=1, endpoint=2), config.Phase(pairs=PAIRS, start=1, stop=2, endpoint=3))
     plan = config.Plan(kind="adaptive", every=1, pace=0.25, agreement=0.5, experts=2)
     made = make(run_of(phases=phases, plan=plan, steps=2, inner_dropout="off", reuse_graphs=reuse_graphs), 1)
-    seen = set()
+    moves = set()
     for i in range(8):
         raw = made.begun.map(lambda t, i=i: t * (1 + 0.3 * i) if t.ndim else t)
         raw = raw.with_tensors({**raw.tensors(), "images": raw.images.roll(i, 2)})
@@ -136,8 +136,8 @@ def test_moves_follow_the_slow_cosines(make, reuse_graphs):
             parts = {"images": 0, "texts": 0}
             for expert in (0, 1):
                 drawn = replace(made.matcher.draw(0), expert=expert, start=t, start_text=t)
-                found = made.matcher.gradient(raw, drawn, estimator="first_order").gradient
-                parts = {"images": parts["images"] + found.images, "texts": parts["texts"] + found.texts}
+                result = made.matcher.gradient(raw, drawn, estimator="first_order").gradient
+                parts = {"images": parts["images"] + result.images, "texts": parts["texts"] + result.texts}
             return parts
 
         made.matcher.set_window(now)
@@ -160,8 +160,8 @@ def test_moves_follow_the_slow_cosines(make, reuse_graphs):
         elif cosine[0] < 0:
             wanted[0] = min(low + 0.25, max(low, wanted[1] - 1))
         assert adapted(made.matcher, state).window[:2] == pytest.approx(wanted)
-        seen.add((wanted[0] != low, wanted[1] != stop))
-    assert len(seen) > 1
+        moves.add((wanted[0] != low, wanted[1] != stop))
+    assert len(moves) > 1
 
 
 def test_a_checkpoint_has_the_window(store, tmp_path):

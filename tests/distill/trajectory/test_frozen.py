@@ -1,4 +1,4 @@
-"""Features in the place of pictures against the engine with the tower in every step, in float64."""
+"""Compare matching on features with running the frozen tower in every step, in float64."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from rmdd.methods import matching_method
 
 IMAGE = MODEL["image"] | {"weights": "random:0", "trainable": False, "projection": "block"}
 BATCHES = torch.tensor([[4, 0, 2], [2, 5, 4], [0, 5, 2]])
-"""Of six pairs; 1 and 3 are in none."""
+"""Mini-batches of six pairs; pairs 1 and 3 are unused."""
 
 
 def problem(dropout=0.0):
@@ -30,7 +30,7 @@ def problem(dropout=0.0):
 @pytest.mark.parametrize("branches", ["separate", "merged"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_equals_the_tower_in_every_step(monkeypatch, estimator, branches, dropout):
-    monkeypatch.setattr(frozen, "CHUNK", 3)  # four pairs in use are two chunks
+    monkeypatch.setattr(frozen, "CHUNK", 3)  # the four used pairs are two chunks
     model, start, target, synthetic = problem(dropout)
     before = {n: p.clone() for n, p in model.image_tower.named_parameters()}
     rule, how = config.Distill(), {"estimator": estimator, "branches": branches}
@@ -39,28 +39,28 @@ def test_equals_the_tower_in_every_step(monkeypatch, estimator, branches, dropou
     plain = meta_gradient(student_loss(model, rule, seeds), start, target, synthetic, BATCHES, **how)
     features = features_of(tower, synthetic, BATCHES)
     behind = meta_gradient(student_loss(model.on_features(), rule, seeds), start, target, features, BATCHES, **how)
-    found = to_pixels(tower, synthetic, BATCHES, behind)
+    result = to_pixels(tower, synthetic, BATCHES, behind)
 
-    torch.testing.assert_close(found.loss, plain.loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(result.loss, plain.loss, rtol=1e-12, atol=0)
     for name, t in plain.gradient.tensors().items():
-        torch.testing.assert_close(found.gradient.tensors()[name], t, rtol=1e-10, atol=1e-13)
-    assert found.gradient.images.shape == synthetic.images.shape and (found.gradient.images[[1, 3]] == 0).all()
-    assert (found.gradient.images[[0, 2, 4, 5]].flatten(1) != 0).any(dim=1).all()
+        torch.testing.assert_close(result.gradient.tensors()[name], t, rtol=1e-10, atol=1e-13)
+    assert result.gradient.images.shape == synthetic.images.shape and (result.gradient.images[[1, 3]] == 0).all()
+    assert (result.gradient.images[[0, 2, 4, 5]].flatten(1) != 0).any(dim=1).all()
     for name, p in model.image_tower.named_parameters():
         assert torch.equal(p, before[name]) and p.grad is None
 
 
 def test_features_are_those_of_the_pairs_in_use():
     model, *_, synthetic = problem()
-    found = features_of(model.image_tower, synthetic, BATCHES)
-    whole = model.image_tower(synthetic.images)
-    torch.testing.assert_close(found.images[[0, 2, 4, 5]], whole[[0, 2, 4, 5]], rtol=1e-12, atol=1e-12)
-    assert (found.images[[1, 3]] == 0).all() and not found.images.requires_grad
-    assert found.texts is synthetic.texts and found.pairs == synthetic.pairs
+    result = features_of(model.image_tower, synthetic, BATCHES)
+    full = model.image_tower(synthetic.images)
+    torch.testing.assert_close(result.images[[0, 2, 4, 5]], full[[0, 2, 4, 5]], rtol=1e-12, atol=1e-12)
+    assert (result.images[[1, 3]] == 0).all() and not result.images.requires_grad
+    assert result.texts is synthetic.texts and result.pairs == synthetic.pairs
 
 
-def test_a_frozen_tower_with_dropout_is_still(make):
-    """Its dropout would draw anew between the two passes."""
+def test_a_frozen_tower_has_no_dropout(make):
+    """A frozen tower stays in eval mode; its dropout would draw a different mask in each pass."""
     run = method_run("repblend")
     made = make(run)
     made.model.image_tower = nn.Sequential(made.model.image_tower, nn.Dropout(0.5)).requires_grad_(False).train()

@@ -1,4 +1,4 @@
-"""What the student's loss draws and divides by, step by step."""
+"""Check the dropout masks, the temperature and the mixing of the student's loss in each step."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def model_of(dropout) -> DualEncoder:
 
 
 def losses(rule, calls, dropout=0.5, **more):
-    """The loss at each of `calls`, a list of steps."""
+    """Return the loss for each step in the list `calls`."""
     model = model_of(dropout)
     compute = student_loss(model, rule, (101, 202, 303), **more)
     return [compute(model.trained(), SET.images, SET.texts, TARGET, step).item() for step in calls]
@@ -41,7 +41,7 @@ def test_without_dropout_nothing_is_drawn():
     assert len(set(losses(config.Distill(inner_dropout="off"), [0, 1, 2]))) == 1
     before = torch.get_rng_state()
     losses(config.Distill(), [0, 1])
-    assert torch.equal(torch.get_rng_state(), before), "the global generator is left as it was"
+    assert torch.equal(torch.get_rng_state(), before), "the global generator is unchanged"
 
 
 @pytest.mark.parametrize("temperature", [None, 0.07, 0.376, 2.0])
@@ -49,16 +49,16 @@ def test_cosines_are_divided_by_the_temperature(temperature):
     model = model_of(0.0)
     cosines = model.embed_images(SET.images) @ model.embed_texts(SET.texts).T
     expected = wbce(cosines / (temperature or MODEL["temperature"]), TARGET).item()
-    found = losses(config.Distill(temperature=temperature), [0], dropout=0.0)[0]
-    assert found == pytest.approx(expected, rel=1e-12)
+    result = losses(config.Distill(temperature=temperature), [0], dropout=0.0)[0]
+    assert result == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_step_has_one_mixture_in_both_passes():
     order = torch.tensor([5, 3, 4, 0, 1, 2])
     blends = tuple(Blend(w, order) for w in (1.0, 0.0, 0.3))
-    found = losses(config.Distill(), [0, 1, 2, 2, 1, 0], dropout=0.0, mix=lambda rows, step: blends[step].of(rows))
-    assert found[:3] == found[3:][::-1] and found[0] != found[2]
-    assert found[0] == losses(config.Distill(), [0], dropout=0.0)[0], "all of their own"
+    result = losses(config.Distill(), [0, 1, 2, 2, 1, 0], dropout=0.0, mix=lambda rows, step: blends[step].of(rows))
+    assert result[:3] == result[3:][::-1] and result[0] != result[2]
+    assert result[0] == losses(config.Distill(), [0], dropout=0.0)[0], "with weight 1 the features are unchanged"
     model = model_of(0.0)
     swapped = wbce(model(SET.images[order], SET.texts[order]), TARGET).item()
-    assert found[1] == pytest.approx(swapped, rel=1e-12), "all of the partner's"
+    assert result[1] == pytest.approx(swapped, rel=1e-12), "with weight 0 the features are those of the partner"

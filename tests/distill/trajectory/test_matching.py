@@ -31,24 +31,24 @@ from rmdd.methods import matching_method
 
 
 @pytest.fixture(scope="module")
-def whole(store, tmp_path_factory):
-    """`whole(run)`: the folder of a phase that is never stopped; made once for each run."""
+def unbroken_run(store, tmp_path_factory):
+    """`unbroken_run(run)`: the folder of a phase that is never stopped, computed once for each run."""
     folders = {}
 
-    def whole(run):
+    def unbroken_run(run):
         if run not in folders:
             folder = tmp_path_factory.mktemp("whole")
             assert distil(run, store, folder, kind=run.distill.similarity.kind)
             folders[run] = folder
         return folders[run]
 
-    return whole
+    return unbroken_run
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
 @pytest.mark.parametrize("estimator", ["exact", "first_order"])
-def test_one_phase_on_the_original_trajectory_without_average_is_the_plain_loop(store, tmp_path, momentum, estimator):
-    """LoRS with a full similarity, written out with torch's own optimiser: the same bits."""
+def test_a_phase_on_the_original_trajectory_equals_the_plain_loop(store, tmp_path, momentum, estimator):
+    """LoRS with a full similarity is bit-identical to a plain loop with torch's own optimiser."""
     run = run_of(trajectory="original", ema=0.0, momentum=momentum, estimator=estimator)
     rule = run.distill
     assert distil(run, store, tmp_path)
@@ -67,12 +67,12 @@ def test_one_phase_on_the_original_trajectory_without_average_is_the_plain_loop(
         theta, target = ({n: point[n] for n in names} for point in (theta, target))
         now = first_set().with_tensors({n: t.detach() for n, t in leaves.items()})
         compute = student_loss(model, rule, drawn.dropout_seeds)
-        engine = Engine(second_pass="forward")  # which the phase settles on
-        found = meta_gradient(compute, theta, target, now, drawn.batches, estimator=estimator, engine=engine)
-        for n, g in found.gradient.tensors().items():
+        engine = Engine(second_pass="forward")  # the mode that the phase chooses
+        results = meta_gradient(compute, theta, target, now, drawn.batches, estimator=estimator, engine=engine)
+        for n, g in results.gradient.tensors().items():
             leaves[n].grad = g
         optimiser.step()
-        losses.append(found.loss.item())
+        losses.append(results.loss.item())
     plain = {n: t.detach() for n, t in leaves.items()}
     result = load_set(tmp_path / "set-000007.safetensors").tensors()
     assert same_tensors(result, plain)
@@ -81,19 +81,19 @@ def test_one_phase_on_the_original_trajectory_without_average_is_the_plain_loop(
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.7, 0.99])
-def test_the_average_is_the_printed_recurrence(store, tmp_path, whole, decay):
-    """Equation 7 in float64 over the raw sets, which an average does not touch."""
+def test_the_average_equals_the_published_recurrence(store, tmp_path, unbroken_run, decay):
+    """Compare the average with equation 7 in float64; averaging must not change the raw sets."""
     raw = []
     for iteration in range(1, 8):
-        folder = whole(run_of(ema=0.0, iterations=iteration, snapshots=1))
+        folder = unbroken_run(run_of(ema=0.0, iterations=iteration, snapshots=1))
         raw.append(load_set(folder / f"set-{iteration:06d}.safetensors").tensors())
     expected = {n: t.double() for n, t in first_set().tensors().items()}
     for now in raw:
         expected = {n: decay * e + (1 - decay) * now[n].double() for n, e in expected.items()}
     distil(run_of(ema=decay), store, tmp_path / "averaged")
-    found = load_set(tmp_path / "averaged" / "set-000007.safetensors").tensors()
+    results = load_set(tmp_path / "averaged" / "set-000007.safetensors").tensors()
     for n, e in expected.items():
-        torch.testing.assert_close(found[n].double(), e, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(results[n].double(), e, rtol=1e-5, atol=1e-6)
     assert same_tensors(State.load(tmp_path / "averaged" / "state.safetensors", "key").raw.tensors(), raw[-1])
 
 
@@ -109,7 +109,7 @@ def test_every_learnable_tensor_moves(store, tmp_path, kind, trajectory):
             assert torch.isfinite(t).all() and not torch.equal(t, before[name]), name
     if kind == "full":
         diagonal = state.raw.similarity["matrix"].diagonal()
-        assert (diagonal != 1).any(), "an identity must be able to leave its start"
+        assert (diagonal != 1).any(), "an identity similarity must be able to change"
 
 
 def test_one_outer_step_moves_the_pairs_drawn_and_no_others(store):
@@ -124,23 +124,23 @@ def test_one_outer_step_moves_the_pairs_drawn_and_no_others(store):
 
 
 def test_reused_graphs_change_the_engine_and_not_the_gradient(store):
-    drawn, found = None, []
+    drawn, results = None, []
     for reuse in (0, 1, 5):
         matcher = Matcher(matching_method(run_of(reuse_graphs=reuse)), 0, store, encoder(), CPU)
         drawn = drawn or matcher.draw(0)
-        found.append(matcher.gradient(first_set(), drawn).gradient.tensors())
+        results.append(matcher.gradient(first_set(), drawn).gradient.tensors())
         assert matcher.engine(first_set()).reuse == reuse
-    for other in found[1:]:
-        for name, tensor in found[0].items():
+    for other in results[1:]:
+        for name, tensor in results[0].items():
             torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-5 * tensor.abs().max().item())
 
 
-def test_a_reused_graph_would_repeat_what_fresh_masks_draw_anew():
+def test_reused_graphs_are_refused_with_fresh_masks():
     with pytest.raises(ValueError, match="reuse_graphs keeps the dropout masks"):
         run_of(reuse_graphs=1, inner_dropout="fresh_mask")
 
 
-def test_matching_reads_the_path_that_was_asked_for(store):
+def test_matching_uses_the_configured_path(store):
     drawn = None
     losses = {}
     for trajectory in ("original", "shortcut", "convexified"):
@@ -172,20 +172,20 @@ def test_phases_do_not_depend_on_one_another(store, tmp_path):
 
 @pytest.mark.parametrize("kind", ["full", "low_rank"])
 @pytest.mark.parametrize("stop", [1, 2, 3, 4, 6])
-def test_stopped_and_resumed_has_the_bits_of_unbroken(store, tmp_path, whole, stop, kind):
+def test_stopped_and_resumed_is_bit_identical(store, tmp_path, unbroken_run, stop, kind):
     run = run_of(similarity={"kind": kind, "rank": 2})
     assert not distil(run, store, tmp_path, kind=kind, **stop_after(stop))
     torch.manual_seed(stop)
     assert distil(run, store, tmp_path, kind=kind)
-    assert_same_results(whole(run), tmp_path)
+    assert_same_results(unbroken_run(run), tmp_path)
 
 
 class Killed(BaseException):
-    """Ends the loop without a chance to tidy up, like SIGKILL does."""
+    """Raised to end the loop without any cleanup, as SIGKILL would."""
 
 
 @pytest.mark.parametrize("at", [1, 2, 4, 5, 7])
-def test_killed_and_resumed_has_the_bits_of_unbroken(store, tmp_path, whole, at):
+def test_killed_and_resumed_is_bit_identical(store, tmp_path, unbroken_run, at):
     def kill(metrics):
         if metrics["iteration"] == at:
             raise Killed
@@ -194,15 +194,15 @@ def test_killed_and_resumed_has_the_bits_of_unbroken(store, tmp_path, whole, at)
     with pytest.raises(Killed):
         distil(run, store, tmp_path, on_step=kill)
     log = tmp_path / "metrics.jsonl"
-    with open(log, "a") as file:  # a line cut by the kill
+    with open(log, "a") as file:  # an incomplete line left by the kill
         file.write('{"phase": 0, "iterat')
     assert distil(run, store, tmp_path)
-    assert_same_results(whole(run), tmp_path)
+    assert_same_results(unbroken_run(run), tmp_path)
     assert [line["iteration"] for line in lines_of(tmp_path)] == list(range(1, 8))
 
 
-def test_lines_after_the_last_checkpoint_are_written_once(store, tmp_path):
-    """A kill between the log and the checkpoint leaves lines of iterations that are done again."""
+def test_log_lines_after_the_last_checkpoint_are_not_duplicated(store, tmp_path):
+    """A kill between log and checkpoint leaves log lines of iterations that are repeated."""
     run = run_of()
     distil(run, store, tmp_path, **stop_after(3))
     with open(tmp_path / "metrics.jsonl", "a") as file:
@@ -212,7 +212,7 @@ def test_lines_after_the_last_checkpoint_are_written_once(store, tmp_path):
     assert [line["iteration"] for line in lines] == list(range(1, 8)) and lines[3]["loss"] != 1.0
 
 
-def test_a_finished_phase_is_left_alone(store, tmp_path):
+def test_a_finished_phase_is_not_changed(store, tmp_path):
     run = run_of()
     assert distil(run, store, tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
@@ -224,7 +224,7 @@ def test_a_finished_phase_is_left_alone(store, tmp_path):
 @pytest.mark.parametrize(
     "damage", [lambda b: b[:-10], lambda b: b"", lambda b: b"x" * len(b), lambda b: b[: len(b) // 2]]
 )
-def test_a_damaged_state_is_named(store, tmp_path, damage):
+def test_a_damaged_state_is_refused(store, tmp_path, damage):
     run = run_of(iterations=4)
     distil(run, store, tmp_path, **stop_after(2))
     path = tmp_path / "state.safetensors"
@@ -241,9 +241,11 @@ def test_a_state_of_another_run_is_refused(store, tmp_path):
         distil(run, store, tmp_path, key="other")
 
 
-def test_a_state_survives_the_disk(tmp_path):
-    begun = State.begin(first_set("low_rank"))
-    state = State(4, begun.raw, begun.average.map(lambda t: t + 1), begun.raw.map(lambda t: t * 2).tensors())
+def test_a_state_is_saved_and_loaded_exactly(tmp_path):
+    initial_set = State.begin(first_set("low_rank"))
+    state = State(
+        4, initial_set.raw, initial_set.average.map(lambda t: t + 1), initial_set.raw.map(lambda t: t * 2).tensors()
+    )
     state.save(tmp_path / "state.safetensors", "k")
     again = State.load(tmp_path / "state.safetensors", "k")
     assert again.iteration == 4 and again.raw.alpha == state.raw.alpha
@@ -252,7 +254,7 @@ def test_a_state_survives_the_disk(tmp_path):
     assert same_tensors(again.momentum, state.momentum)
 
 
-def test_a_set_survives_the_disk(tmp_path):
+def test_a_set_is_saved_and_loaded_exactly(tmp_path):
     before = replace(first_set("low_rank"), alpha=0.3)
     save_set(before, tmp_path / "set.safetensors")
     after = load_set(tmp_path / "set.safetensors")
@@ -293,7 +295,7 @@ def test_a_clamp_bounds_every_entry_of_the_matrix_after_a_step_and_in_the_averag
         ({"kind": "full", "clamp": (1.0, 0.0)}, r"must be \(low, high\), found \(1.0, 0.0\)"),
     ],
 )
-def test_a_clamp_that_cannot_be_is_refused(similarity, words):
+def test_an_impossible_clamp_is_refused(similarity, words):
     with pytest.raises(ValueError, match=words):
         run_of(similarity=similarity)
 
@@ -335,7 +337,7 @@ NORMALISED = {
 
 
 def gradients_of(state, seed, scale=1.0):
-    """Made-up gradients in float64, of another size per tensor."""
+    """Return random gradients in float64, with a different magnitude for each tensor."""
     random = torch.Generator().manual_seed(seed)
     sizes = dict(zip(state.raw.tensors(), (1e-6, 1e3, 0.4, 5.0, 1e-2, 70.0, 1.0), strict=False))
     named = {
@@ -350,7 +352,7 @@ def begin_double(kind="full"):
 
 
 def normalised_by_hand(start, gradients, lr, momentum, rate):
-    """The rule for one tensor as lists of Python floats."""
+    """Apply the `normalised` rule to one tensor, as plain Python floats."""
     values, speed = list(start), [0.0] * len(start)
     for gradient in gradients:
         size = math.sqrt(sum(g * g for g in gradient) / len(gradient))
@@ -391,7 +393,7 @@ def test_normalised_steps_do_not_depend_on_the_scale_of_a_gradient(name):
         torch.testing.assert_close(scaled.raw.tensors()[n], t, rtol=1e-12, atol=1e-13)
 
 
-def test_normalised_keeps_inner_rates_positive_and_a_missing_gradient_still():
+def test_normalised_keeps_inner_rates_positive_and_ignores_zero_gradients():
     state, rule = State.begin(first_set()), run_of(**(NORMALISED | {"lr_lr": 0.3})).distill
     for _ in range(100):
         pull = {n: torch.full_like(t, 1e6 if n.startswith("lr_") else 0.0) for n, t in state.raw.tensors().items()}
@@ -401,8 +403,8 @@ def test_normalised_keeps_inner_rates_positive_and_a_missing_gradient_still():
 
 
 @pytest.mark.parametrize("stop", [1, 4])
-def test_normalised_stopped_and_resumed_has_the_bits_of_unbroken(store, tmp_path, whole, stop):
+def test_normalised_stopped_and_resumed_is_bit_identical(store, tmp_path, unbroken_run, stop):
     run = run_of(**NORMALISED)
     assert not distil(run, store, tmp_path, **stop_after(stop))
     assert distil(run, store, tmp_path)
-    assert_same_results(whole(run), tmp_path)
+    assert_same_results(unbroken_run(run), tmp_path)

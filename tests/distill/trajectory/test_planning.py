@@ -1,4 +1,4 @@
-"""The rule of `phases: auto` on known signals, and runs that plan themselves."""
+"""Check the planning rule of `phases: auto` on known signals, and runs that use it."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ from rmdd.searches.formats import verify
 from rmdd.searches.sweeps import sweep
 from rmdd.searches.trial import Trial
 
-# PTM-ST, Table 7, with the odd epochs between their neighbours
+# PTM-ST, Table 7; values of odd epochs are interpolated
 FLICKR = [0.1, 40.0, 45.6, 47.2, 48.9, 50.0, 51.2, 52.4, 53.6, 54.4, 55.3]
 COCO = [0.1, 32.0, 35.4, 37.5, 39.0, 39.3, 40.4, 41.2, 41.9, 42.3, 42.8]
 
@@ -65,9 +65,9 @@ def test_an_early_saturated_teacher_ends_early():
     assert endpoints(published(100).distill, measured(emoji))[:2] == [3, 4]
 
 
-def test_a_phase_ends_later_than_the_one_before_and_where_the_teacher_has_more():
+def test_endpoints_increase_and_the_teacher_gains_between_them():
     flat = [0.0, 50.0, 97.0, 97.0, 98.0, 100.0, 100.0, 99.0, 100.0, 100.0, 100.0]
-    assert endpoints(published(1000, max_phases=6).distill, measured(flat)) == [2, 4, 5], "nothing is gained beyond 5"
+    assert endpoints(published(1000, max_phases=6).distill, measured(flat)) == [2, 4, 5], "no gain after epoch 5"
     assert endpoints(published(1000, reach=1.0).distill, measured(flat)) == [5]
 
 
@@ -78,7 +78,7 @@ def test_bent_shortcuts_are_no_endpoints():
         endpoints(published(100).distill, measured(FLICKR, {5: 0.1}))
 
 
-def test_a_budget_without_a_phase_is_told_before_anything_is_made(tmp_path):
+def test_a_budget_too_small_for_a_phase_is_refused_before_training(tmp_path):
     run = load(tmp_path, "distill.budget=2")
     (mistake,) = problems_of(run)
     assert "the budget of 2 holds 1 pairs and a phase needs 3; raise distill.budget" in mistake
@@ -89,7 +89,7 @@ def test_a_budget_without_a_phase_is_told_before_anything_is_made(tmp_path):
     assert not (tmp_path / "experts").exists()
 
 
-def test_more_pairs_than_records_are_told_by_what_was_set(trained, tmp_path):
+def test_more_pairs_than_records_are_refused(trained, tmp_path):
     storage = shutil.copytree(trained, tmp_path / "runs")
     with pytest.raises(ValueError, match=r"wants 7\d pairs but the train split has \d+ .*\(or distill.budget, where"):
         go(load(storage, "distill.budget=80", "distill.plan.max_phases=1"), "plan")
@@ -97,9 +97,9 @@ def test_more_pairs_than_records_are_told_by_what_was_set(trained, tmp_path):
 
 @pytest.mark.parametrize(("budget", "phases"), [(100, 1), (200, 2), (1000, 3)])
 def test_phases_by_pairs(budget, phases):
-    found = sizes(published(budget), 768, 3)
-    assert len(found) == phases and max(found) - min(found) <= 1
-    listed = [{"pairs": m, "endpoint": 6} for m in found]
+    result = sizes(published(budget), 768, 3)
+    assert len(result) == phases and max(result) - min(result) <= 1
+    listed = [{"pairs": m, "endpoint": 6} for m in result]
     assert config.load(published(budget).model_dump(), [f"distill.phases={json.dumps(listed)}", "distill.plan={}"])
 
 
@@ -109,35 +109,35 @@ def test_few_updates_make_one_phase():
     assert len(sizes(published(1000), 768, 1)) == 1, "or few endpoints"
 
 
-def test_sizes_use_the_budget_up():
+def test_sizes_use_the_full_budget():
     from rmdd.config import budget
 
     run = published(200)
-    found = sizes(run, 768, 3)
-    assert budget.check(found, 200, 224, 768, "full") is None
-    assert budget.check([found[0] + 1, *found[1:]], 200, 224, 768, "full")
+    result = sizes(run, 768, 3)
+    assert budget.check(result, 200, 224, 768, "full") is None
+    assert budget.check([result[0] + 1, *result[1:]], 200, 224, 768, "full")
 
 
-def test_ranges_go_on_while_gradients_agree():
+def test_ranges_grow_while_gradients_agree():
     run = published(1000)
-    assert ranges(run.distill, [6, 8, 10], agreeing(0)) == [(0, 2), (1, 3), (2, 4)], "as published, where none agree"
+    assert ranges(run.distill, [6, 8, 10], agreeing(0)) == [(0, 2), (1, 3), (2, 4)], "the published ranges"
     assert ranges(run.distill, [6], agreeing(0.9)) == [(0, 6)]
     cosines = torch.eye(11, dtype=torch.float64)
     cosines[1, 2] = 0.95
     assert ranges(run.distill, [6], lambda phase, end: cosines) == [(0, 3)]
-    assert ranges(run.distill, [1], agreeing(0.9)) == [(0, 1)], "no start whose target lies past the end"
+    assert ranges(run.distill, [1], agreeing(0.9)) == [(0, 1)], "no start has a target after the endpoint"
 
 
-def test_a_range_of_real_starts_ends_where_targets_do():
+def test_a_range_of_real_starts_ends_with_its_targets():
     run = config.load(published(100).model_dump(), ["distill.method=mct", "distill.trajectory=shortcut"])
     assert ranges(run.distill, [6], agreeing(0.9)) == [(0, 5)]
 
 
-def test_auto_reads_back_and_is_no_phase_list():
+def test_auto_phases_are_read_back_and_validated():
     run = published(100)
     assert run.distill.phases == () and run.distill.plan.kind == "auto"
     assert config.load(run.model_dump()) == run == config.load(yaml.safe_load(config.dump(run)))
-    for wrong, told in (
+    for wrong, message in (
         (["distill.trajectory=convexified"], "set distill.trajectory: shortcut"),
         (["distill.method=amd"], "plans one range for both towers"),
         (["distill.plan.endpoints=[4, 12]"], r"endpoints \[12\] are after the last expert epoch 10"),
@@ -147,11 +147,11 @@ def test_auto_reads_back_and_is_no_phase_list():
         (["distill.phases=adaptive", "distill.trajectory=original", "experts.keep=all"], "needs a straight path"),
         (["experts.keep=[4, 6]", "distill.plan.endpoints=[4, 5]"], r"lacks the epochs \[5, 10\]"),
     ):
-        with pytest.raises(config.ConfigError, match=told):
+        with pytest.raises(config.ConfigError, match=message):
             config.load(run.model_dump(), wrong)
 
 
-def test_a_plan_keeps_what_may_be_an_endpoint():
+def test_a_plan_keeps_all_possible_endpoints():
     run = published(100)
     assert config.load("flickr30k_ptm_st_100", _sets()).experts.keep == "endpoints"
     assert run.experts.keep == "all" and kept_epochs(run.experts, run.endpoints) is None
@@ -169,8 +169,8 @@ def test_a_plan_on_original_trajectories_keeps_all_of_them():
     assert run.experts.keep == "all"
 
 
-def test_phases_that_are_listed_over_a_plan_are_taken():
-    """A resolved run file has `kind: auto` in its plan."""
+def test_listed_phases_override_a_plan():
+    """Explicit phases override the plan: a resolved run file has both phases and `kind: auto`."""
     listed = [{"pairs": 90, "endpoint": 5, "iterations": 5}]
     run = config.load(published(100).model_dump(), [f"distill.phases={json.dumps(listed)}"])
     assert run.distill.plan.kind == "stated" and run.distill.phases[0].pairs == 90
@@ -178,7 +178,7 @@ def test_phases_that_are_listed_over_a_plan_are_taken():
         config.load(published(100).model_dump(), ["distill.phases.0.pairs=90"])
 
 
-def test_a_plan_is_made_anew_when_what_it_follows_from_changes():
+def test_a_plan_is_renewed_when_its_inputs_change():
     run = published(100)
     key = key_of(run, "store")
     assert key == key_of(config.load(run.model_dump(), ["distill.guard.every=7", "evaluate.epochs=3"]), "store")
@@ -187,11 +187,11 @@ def test_a_plan_is_made_anew_when_what_it_follows_from_changes():
     assert len(keys) == 2 + len(others)
 
 
-def test_a_run_without_a_plan_has_the_hash_of_before():
+def test_unused_plan_settings_do_not_change_the_hash():
     run = config.load("demo")
     assert "plan" not in json.dumps({k: v for k, v in run.model_dump().items() if k != "distill"})
     raised = config.load("demo", ["distill.plan.reach=0.5"])
-    assert raised.hash_of() == run.hash_of(), "a knob that nothing reads"
+    assert raised.hash_of() == run.hash_of(), "plan settings are ignored without planning"
 
 
 TINY = tiny.changed(
@@ -199,7 +199,7 @@ TINY = tiny.changed(
     model={"image": {"weights": "random:0"}},
     experts={"num": 2, "epochs": 3, "lr_image": 0.3, "lr_text": 0.3},
     distill={
-        "reuse_graphs": 2,  # keeps graphs in place of a second pass: quicker at this size
+        "reuse_graphs": 2,  # faster at this size, because graphs are kept for the second pass
         "phases": "auto",
         "plan": {
             "iterations": 12,
@@ -208,7 +208,7 @@ TINY = tiny.changed(
             "experts": 1,
             "draws": 1,
             "reach": 0.1,
-            "reach_step": 0.8,  # these experts gain on val in their second and in their third epoch
+            "reach_step": 0.8,  # the val score of these experts rises in epochs 2 and 3
         },
     },
 )
@@ -225,7 +225,7 @@ def _written(run, folder):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A storage with the experts of the tiny run and nothing after them."""
+    """A storage with trained experts of the tiny run, but without phases."""
     storage = tmp_path_factory.mktemp("trained")
     go(load(storage), "experts")
     return storage
@@ -242,7 +242,7 @@ def phase_files(storage):
     return {str(p.relative_to(storage)): p.read_bytes() for p in storage.glob("phases/*/phase-*/set-*.safetensors")}
 
 
-def test_a_planned_run_leaves_its_plan_and_a_whole_result(finished):
+def test_a_planned_run_writes_its_plan_and_a_complete_result(finished):
     run = load(finished)
     folder = run_folder(run)
     plan = json.loads((folder / "plan.json").read_text())
@@ -256,8 +256,8 @@ def test_a_planned_run_leaves_its_plan_and_a_whole_result(finished):
     assert verify(str(folder)).faults == []
 
 
-def test_the_same_phases_by_hand_are_the_same_work(finished, tmp_path):
-    """The listed run finds all phases done, and a fresh one makes the same bits."""
+def test_explicit_phases_equal_to_a_plan_reuse_its_work(finished, tmp_path):
+    """A run with the planned phases written by hand reuses the finished phases; a fresh one gives identical files."""
     planned = run_folder(load(finished)) / "planned.yaml"
     before = phase_files(finished)
     times = {p: p.stat().st_mtime_ns for p in finished.glob("phases/*/phase-*/set-*")}
@@ -277,10 +277,10 @@ def test_planning_again_gives_the_same_plan(finished, tmp_path):
     assert {k: v for k, v in one.items() if k != "seconds"} == {k: v for k, v in other.items() if k != "seconds"}
     stamp = (run_folder(run) / "plan.json").stat().st_mtime_ns
     go(run, "plan")
-    assert (run_folder(run) / "plan.json").stat().st_mtime_ns == stamp, "it is not made twice"
+    assert (run_folder(run) / "plan.json").stat().st_mtime_ns == stamp, "the plan is not computed again"
 
 
-def test_a_check_says_what_is_foreseen_and_then_what_is_planned(finished, tmp_path):
+def test_a_check_shows_estimated_and_then_planned_phases(finished, tmp_path):
     fresh = examine(load(tmp_path))
     assert [p["pairs"] for p in fresh["phases"]] == [4, 4] and not fresh["budget"]["over"]
     assert {p["endpoint"] for p in fresh["phases"]} == {p["start"] for p in fresh["phases"]} == {None}
@@ -292,7 +292,7 @@ def test_a_check_says_what_is_foreseen_and_then_what_is_planned(finished, tmp_pa
     assert all(p["done"] for p in done["phases"]) and any("the phases are those of" in r for r in done["remarks"])
 
 
-def test_what_is_foreseen_has_no_more_phases_than_endpoints(tmp_path):
+def test_estimated_phases_are_limited_by_the_endpoints(tmp_path):
     assert [p["pairs"] for p in examine(load(tmp_path, "distill.plan.endpoints=[2]"))["phases"]] == [8]
 
 
@@ -301,7 +301,7 @@ def test_a_planned_run_with_a_frozen_tower_can_be_checked(tmp_path):
     assert examine(run)["time"]["operations"]["distill"] > 0
 
 
-def test_a_plan_that_is_gone_or_broken_is_told(finished, tmp_path):
+def test_a_missing_or_damaged_plan_is_reported(finished, tmp_path):
     storage = tmp_path / "runs"
     shutil.copytree(finished, storage)
     plan = run_folder(load(storage)) / "plan.json"
@@ -318,7 +318,7 @@ def test_a_plan_that_is_gone_or_broken_is_told(finished, tmp_path):
 
 
 def test_a_planned_run_moves_with_its_storage(finished, tmp_path):
-    """Plan, phases and students are found where the storage was moved to."""
+    """A run continues with its plan, phases and students after its storage was moved."""
     shutil.copytree(finished, tmp_path / "there")
     run = load_folder(str(tmp_path / "there" / run_folder(load(finished)).name))
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "there").glob("*/*/*/*.safetensors")}
@@ -329,15 +329,15 @@ def test_a_planned_run_moves_with_its_storage(finished, tmp_path):
     assert verify(str(tmp_path / "there")).faults == []
 
 
-def test_a_planned_run_in_the_cloud_is_taken_up_by_another_machine(finished, tmp_path):
+def test_another_machine_continues_a_planned_run_in_the_cloud(finished, tmp_path):
     uri = f"file://{tmp_path}/bucket"
     seen = []
     for machine in ("one", "other"):
         run = load(tmp_path, f"runtime.storage={uri}", f"runtime.scratch={tmp_path / machine}")
         go(run, "plan" if machine == "one" else "distill")
-        told = {p.name: p.read_bytes() for p in (tmp_path / "bucket" / run_folder(run).name).glob("plan*")}
-        assert told.keys() == {"plan.json", "plan.svg", "planned.yaml"}
-        seen.append(told)
+        files = {p.name: p.read_bytes() for p in (tmp_path / "bucket" / run_folder(run).name).glob("plan*")}
+        assert files.keys() == {"plan.json", "plan.svg", "planned.yaml"}
+        seen.append(files)
     assert seen[0] == seen[1]
     assert phase_files(tmp_path / "bucket") == phase_files(finished)
     assert verify(f"{uri}/{run_folder(run).name}").faults == []
@@ -357,7 +357,7 @@ def test_a_trial_of_a_search_plans_its_phases(trained, tmp_path):
     assert len(list(tmp_path.glob("runs/phases/*/phase-*/set-*"))) == 4
 
 
-def test_a_plan_that_was_changed_by_hand_keeps_to_the_budget(finished, tmp_path):
+def test_a_plan_edited_by_hand_must_fit_the_budget(finished, tmp_path):
     storage = tmp_path / "runs"
     shutil.copytree(finished, storage)
     path = run_folder(load(storage)) / "plan.json"
@@ -369,21 +369,21 @@ def test_a_plan_that_was_changed_by_hand_keeps_to_the_budget(finished, tmp_path)
 
 
 def kill_when_begun(run, folder):
-    """Distil in a process of its own, which dies once a phase has a checkpoint."""
+    """Distil in a child process that kills itself once a phase has a checkpoint."""
     process = Rmdd("distill", _written(run, folder), "--quiet")
     while process.poll() is None and not list(run_folder(run).parent.glob("phases/*/phase-*/state.safetensors")):
         time.sleep(0.01)
     process.kill()
 
 
-def test_a_killed_planned_run_goes_on_with_the_same_bits(trained, finished, tmp_path):
+def test_a_killed_planned_run_resumes_bit_identically(trained, finished, tmp_path):
     run = load(shutil.copytree(trained, tmp_path / "runs"), "distill.checkpoint_every=1")
     kill_when_begun(run, tmp_path)
     go(run, "distill")
     assert phase_files(tmp_path / "runs") == phase_files(finished)
 
 
-def test_a_killed_adaptive_run_goes_on_with_the_same_bits(trained, tmp_path):
+def test_a_killed_adaptive_run_resumes_bit_identically(trained, tmp_path):
     plan = {"iterations": 12, "min_iterations": 50, "every": 2, "agreement": -1, "experts": 1, "draws": 1, "pace": 0.3}
     sets = ["distill.phases=adaptive", f"distill.plan={json.dumps(plan)}", "distill.checkpoint_every=1"]
     storages = [shutil.copytree(trained, tmp_path / name) for name in ("whole", "killed")]

@@ -1,4 +1,4 @@
-"""Every signal against a slow and obvious version, in float64."""
+"""Compare every trajectory statistic with a slow, obvious version in float64."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ RUN = method_run("ptm_st", inner_dropout="off")
 
 
 def steps_of(store, expert):
-    """Per epoch and layer, the length of the step, from the checkpoints."""
+    """Return the step length of every epoch and layer, computed from the checkpoints."""
     walk = [store.read(expert, t) for t in range(store.epochs + 1)]
     return [
         {n: math.sqrt(sum(((b[n] - a[n]) ** 2).double().flatten().tolist())) for n in a}
@@ -52,10 +52,10 @@ def test_the_teachers_gain():
     val, arc = np.array([1.0, 41.0, 51.0, 49.0, 51.5]), np.array([4.0, 2.0, 0.0, 0.5])
     assert statistics.gain_per_arc(val, arc).tolist() == [10, 5, 0, 5]
     assert statistics.share_reached(val) == pytest.approx([0, 40 / 50.5, 50 / 50.5, 50 / 50.5, 1])
-    assert statistics.share_reached(np.array([3.0, 2.0])).tolist() == [1, 1], "a teacher that learns nothing"
+    assert statistics.share_reached(np.array([3.0, 2.0])).tolist() == [1, 1], "a teacher without any gain"
 
 
-def test_val_curves_are_averaged_and_must_be_there(store, tmp_path):
+def test_val_curves_are_averaged_and_required(store, tmp_path):
     theta = encoder().trained()
     shapes = {n: tuple(p.shape) for n, p in theta.items()}
     other = Store.create(tmp_path, shapes, shared={}, epochs=1, keep=None, dtype="float32", facts={})
@@ -73,8 +73,8 @@ def test_val_curves_are_averaged_and_must_be_there(store, tmp_path):
 def test_probed_gradients_are_those_of_two_passes(make, trajectory):
     made = make(probing(RUN, EPOCHS, trajectory, PAIRS))
     starts = [0, 2] if trajectory == "original" else [0, 0.5, 2]
-    found = probe(made.matcher, made.begun, starts, draws=2)
-    assert found.images.shape[:2] == (len(starts), 4)
+    result = probe(made.matcher, made.begun, starts, draws=2)
+    assert result.images.shape[:2] == (len(starts), 4)
     samples = list(itertools.product((0, 1), (0, 1)))
     for i, start in enumerate(starts):
         for j, (expert, draw) in enumerate(samples):
@@ -87,23 +87,23 @@ def test_probed_gradients_are_those_of_two_passes(make, trajectory):
             slow = two_passes(plain_loss(made.model, wbce), *ends, leaves, 1.0, batches)
             for part in ("images", "texts"):
                 wanted = slow[part].flatten().detach()
-                torch.testing.assert_close(getattr(found, part)[i, j], wanted, rtol=1e-9, atol=1e-12)
+                torch.testing.assert_close(getattr(result, part)[i, j], wanted, rtol=1e-9, atol=1e-12)
 
 
 def test_cosines_are_between_mean_gradients(make):
     made = make(probing(RUN, EPOCHS, "shortcut", PAIRS))
-    found = probe(made.matcher, made.begun, range(3))
-    means = [[sum(s) / 2 for s in zip(*found.images[t].tolist(), strict=True)] for t in range(3)]
-    matrix = found.cosine("images")
+    result = probe(made.matcher, made.begun, range(3))
+    means = [[sum(s) / 2 for s in zip(*result.images[t].tolist(), strict=True)] for t in range(3)]
+    matrix = result.cosine("images")
     for a, b in itertools.product(range(3), repeat=2):
         dot = sum(x * y for x, y in zip(means[a], means[b], strict=True))
         size = math.sqrt(sum(x * x for x in means[a]) * sum(y * y for y in means[b]))
         assert float(matrix[a, b]) == pytest.approx(dot / size, rel=1e-9)
-    both = (found.cosine("images") + found.cosine("texts")) / 2
-    torch.testing.assert_close(found.agreement(), both)
-    told = off_diagonal(matrix)
-    assert told["adjacent"] == pytest.approx(float(matrix[0, 1] + matrix[1, 2]) / 2)
-    assert told["all"] == pytest.approx(float(matrix[0, 1] + matrix[1, 2] + matrix[0, 2]) / 3)
+    both = (result.cosine("images") + result.cosine("texts")) / 2
+    torch.testing.assert_close(result.agreement(), both)
+    averages = off_diagonal(matrix)
+    assert averages["adjacent"] == pytest.approx(float(matrix[0, 1] + matrix[1, 2]) / 2)
+    assert averages["all"] == pytest.approx(float(matrix[0, 1] + matrix[1, 2] + matrix[0, 2]) / 3)
 
 
 def test_known_cosines():
@@ -126,7 +126,7 @@ def test_principal_components_are_those_of_the_covariance():
 @pytest.mark.parametrize("trajectory", ["original", "shortcut"])
 @pytest.mark.parametrize(("method", "options"), [("mct", {}), ("ptm_st", {}), ("amd", {"ranges": "stated"})])
 def test_every_draw_of_a_probed_run_lies_on_its_path(make, trajectory, method, options):
-    """Whatever the starts of the run itself; the engine is settled with a draw."""
+    """All draws lie on the path for any ranges of the run; the engine is chosen with one of these draws."""
     run = method_run(method, trajectory="shortcut", start_rule="inclusive", steps=2, options=options)
     made = make(probing(run, EPOCHS, trajectory, PAIRS))
     for i in range(20):
@@ -142,11 +142,11 @@ def test_the_shortcut_of_a_run_with_anchors_is_the_straight_one(make):
     made = make(probing(run, EPOCHS, "shortcut", PAIRS))
     for t in (1, 2.5):
         slow = shortcut(made.store, 0, EPOCHS, t)
-        for name, found in made.matcher.path(0).at(t).items():
-            torch.testing.assert_close(found, slow[name], rtol=1e-9, atol=1e-12)
+        for name, result in made.matcher.path(0).at(t).items():
+            torch.testing.assert_close(result, slow[name], rtol=1e-9, atol=1e-12)
 
 
-def test_a_probe_of_means_holds_one_gradient_a_start(make):
+def test_an_averaged_probe_holds_one_gradient_per_start(make):
     made = make(probing(RUN, EPOCHS, "shortcut", PAIRS))
     every, means = (probe(made.matcher, made.begun, range(3), 2, averaged=a) for a in (False, True))
     assert means.images.shape[1] == means.texts.shape[1] == means.miss.shape[1] == 1 and every.images.shape[1] == 4
@@ -156,7 +156,7 @@ def test_a_probe_of_means_holds_one_gradient_a_start(make):
 
 
 @pytest.mark.parametrize("width", [1, 4, 100])
-def test_products_of_wide_rows_are_made_in_pieces(monkeypatch, width):
+def test_products_of_wide_rows_are_computed_in_blocks(monkeypatch, width):
     monkeypatch.setattr(statistics, "COLUMNS", width)
     rows = torch.randn(4, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 3
     unit = rows / rows.norm(dim=1, keepdim=True)

@@ -10,7 +10,7 @@ import pytest
 from rmdd.comparisons.coreset import open_shard
 from rmdd.coresets import clusters, greedy
 from rmdd.coresets.rows import Rows, write_rows
-from rmdd.coresets.shard import here
+from rmdd.coresets.shard import split_rows
 from rmdd.execution.parts import PartLost
 from rmdd.execution.ray.worker_parts import ActorParts, parts_on_actors
 
@@ -30,7 +30,7 @@ def chosen(ranks, k):
 
 def test_workers_choose_the_same_rows_as_one_process(ray_local, tmp_path):
     write_rows(tmp_path / "f", [(np.arange(23), ROWS)], 6, "float32", {})
-    alone = chosen(here(Rows.of(ROWS)), 15)
+    alone = chosen(split_rows(Rows.of(ROWS)), 15)
     for size in (1, 2, 3):  # 15 picks are more rows than one of 3 workers has; 23 rows do not split evenly
         with parts_on_actors(partial(open_shard, tmp_path / "f"), size, 1.0, 1) as ranks:
             assert chosen(ranks, 15) == alone
