@@ -82,7 +82,7 @@ class Choice(Section):
         cosines += ["guard cosine"] if self.guard == "cosine" else []
         if cosines and self.encoder == "tower":
             text = (
-                f"{' and '.join(cosines)} need the cosine of image and text, but untrained towers have no common "
+                f"{' and '.join(cosines)}: this needs the cosine of image and text, but untrained towers lack a joint "
                 "space; set encoder to clip:NAME, columns:NAME (features of the dataset) or expert:N"
             )
             mistakes.append(Clash(text, "method", "guard", "encoder"))

@@ -226,7 +226,7 @@ def test_features_can_come_from_towers_and_experts(run):
     assert by["tower"].records != by["expert:0"].records
     assert by["expert:0"].features["encoder"] == "expert:0" and "store" in by["expert:0"].features
     assert choose(run, "herding", 3, encoder="expert:0", space="sum", caption="seeded").facts["pairs"] == 3
-    with pytest.raises(ValueError, match="image features of 256 to text features of 16"):
+    with pytest.raises(ValueError, match="image features of width 256 to text features of width 16"):
         choose(run, "herding", 3, encoder="tower", space="sum")
 
 
@@ -246,7 +246,7 @@ def test_zero_and_infinite_features_are_reported_with_their_pairs(run, train, tm
     named = f"2 image features are zero or not finite .first pairs: {train.pair_ids[3]}, {train.pair_ids[4]}"
     with pytest.raises(ValueError, match=named):
         choose(other, "herding")
-    with pytest.raises(ValueError, match="no column 'image.dino'; it has image.clip, text.clip"):
+    with pytest.raises(ValueError, match="no column 'image.dino'; its feature columns are image.clip, text.clip"):
         choose(other, "herding", encoder="columns:dino")
 
 
@@ -312,7 +312,7 @@ def test_the_command_line(storage, run, tmp_path):
     assert 0 < facts["bytes"]["total"] <= distilled_set().budget()["total"]["bytes"] < 30 * 1000
     for wrong, message in (
         (["--method", "herding"], "give either pairs or bytes, found neither"),
-        (["--method", "clip-score", "--pairs", "3"], "compare an image with its text, which the untrained towers"),
+        (["--method", "clip-score", "--pairs", "3"], "needs the cosine of image and text, but untrained towers"),
         (["--method", "best", "--pairs", "3"], "method"),
         (["--pairs", "3", "--option", "x"], "write it as name=value"),
         (["--like", str(small), "--bytes", "9"], "--like and --bytes both set the number of bytes"),
@@ -322,7 +322,7 @@ def test_the_command_line(storage, run, tmp_path):
             ["--pairs", "3", "--encoder", "expert:7"],
             "the coreset needs expert 7, but the run trains 1; raise experts.num",
         ),
-        (["--pairs", "3", "--method", "forgetting", "--option", "expert=2"], "expert 2 is asked for"),
+        (["--pairs", "3", "--method", "forgetting", "--option", "expert=2"], "the coreset needs expert 2"),
         (["--pairs", "3", "--method", "matched", "--clusters", "2"], "matched makes clusters of its own"),
         (["--pairs", "3", "--method", "matched", "--space", "image"], "method matched clusters images and texts apart"),
     ):
