@@ -58,7 +58,7 @@ def method_page(name: str) -> str:
         lines += ["The method sets these values unless the run file sets them.", ""]
         lines += ["```yaml", as_yaml(values).rstrip(), "```", ""]
     else:
-        lines += ["The method sets no values of its own.", ""]
+        lines += ["The method changes no default of the run file.", ""]
     lines += ["## Options", ""]
     options = [f"- `{key}`: {meaning}" for key, meaning in facts["options"].items()]
     lines += ["Options stand in the section `distill.options` of the run file.", "", *options, ""] if options else []
@@ -79,6 +79,7 @@ def api_page() -> str:
     lines = ["# Python API", "", NOTE.format(source="the docstrings"), ""]
     lines += ["`import rmdd` is instant; torch, transformers and Ray are imported when a function needs them.", ""]
     results: dict[str, type] = {}
+    arguments = importlib.import_module("rmdd.coresets.choice").Choice
     for name in public.__all__:
         value = getattr(public, name)
         if isinstance(value, str):
@@ -95,6 +96,7 @@ def api_page() -> str:
         for hint in getattr(kind, "__annotations__", {}).values():
             same = [part for part in _classes(hint) if part.__module__ == kind.__module__]
             results |= {part.__name__: part for part in same}
+    results[arguments.__name__] = arguments
     lines += ["## Classes", "", "[Run files](runfiles.md) describes the fields of the sections of `Run`.", ""]
     for kind in results.values():
         lines += [f"### `{kind.__name__}`", "", *_class(kind)]
@@ -178,17 +180,21 @@ def _class(kind: type) -> list[str]:
 
 
 def _fields(body: list[ast.stmt]) -> Iterator[tuple[str, str, str]]:
-    """Yield name, type and meaning of every public field: its description, or the docstring below it."""
+    """Yield name, type and meaning of every public field; the meaning ends with the default."""
     for item, after in zip(body, [*body[1:], None], strict=True):
         if not isinstance(item, ast.AnnAssign) or not isinstance(item.target, ast.Name) or item.target.id[0] == "_":
             continue
         meaning = ""
         if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
             meaning = str(after.value.value)
+        default = item.value
         if isinstance(item.value, ast.Call):
+            default = item.value.args[0] if item.value.args else None
             words = {keyword.arg: keyword.value for keyword in item.value.keywords}
             described = words.get("description")
             meaning = str(described.value) if isinstance(described, ast.Constant) else meaning
+        if isinstance(default, ast.Constant) and default.value is not ...:
+            meaning += f" (default `{ast.unparse(default)}`)"
         yield item.target.id, _annotation(item.annotation), f": {' '.join(meaning.split())}" if meaning else ""
 
 
