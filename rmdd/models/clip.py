@@ -1,8 +1,8 @@
-"""Pretrained CLIP models: projected features of images and captions.
+"""Pretrained CLIP models, which turn images and captions into features of one space.
 
-Images are preprocessed by the model's own processor (resize and centre crop, no augmentation). Captions are cleaned as
-published (lower case, no punctuation, at most 30 words). Features are not normalised, because unCLIP decoders use their
-length. n rows, D projection width.
+The image processor saved with a model resizes and crops the images (no augmentation). Captions are cleaned by default
+rules (lower case, no punctuation, at most 30 words). Features are not scaled to unit length, because unCLIP decoders
+use their length. Shapes: n images or captions, D features of each.
 """
 
 from collections.abc import Sequence
@@ -23,17 +23,17 @@ FILES = ("preprocessor_config.json|processor_config.json", "tokenizer.json|vocab
 
 
 def clip_part(name: str, option: str = "") -> PretrainedModel:
-    """Describe the CLIP model of an encoder `clip:NAME`."""
+    """Return the CLIP model that the setting `clip:NAME` selects; `name` is a hub id or a folder."""
     return PretrainedModel.of("clip", name, files=FILES, option=option)
 
 
 def projection_width(folder: Path) -> int:
-    """Return D of the CLIP model in `folder`."""
+    """Return D, the number of features of an image or caption, for the CLIP model in `folder`."""
     return int(read_json(folder / "config.json")["projection_dim"])
 
 
 class Clip:
-    """A CLIP model with its processor, in float32."""
+    """A CLIP model in float32, with its image processor and tokenizer."""
 
     def __init__(self, folder: Path, device: torch.device):
         from transformers import CLIPModel, CLIPProcessor
@@ -57,5 +57,5 @@ class Clip:
 
 
 def _projected(output: Any) -> Tensor:
-    """Return the projected features as float32; since version 5, transformers wraps them in an output object."""
+    """Return the features in `output` as float32; transformers 5 and later wrap them in an object."""
     return (output if isinstance(output, Tensor) else output.pooler_output).float()

@@ -1,7 +1,7 @@
-"""The dual encoder: an image tower and projections for images and texts; its score is cosine / temperature.
+"""The dual encoder: an image tower, and projections of images and texts into one space (the joint space).
 
-B pairs in a batch, F text feature width, D joint width, H W image size. The text tower is frozen, so the model takes
-text embeddings instead of captions.
+The score of an image and a text is their cosine / temperature. The text tower is frozen, so the model takes text
+embeddings instead of captions. Shapes: B pairs, F features of a text, D features in the joint space, H x W pixels.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ TOWERS = ("image", "text")
 
 
 class Block(nn.Module):
-    """The projection of the papers: linear, GELU, linear, dropout, a skip connection over the last three, LayerNorm."""
+    """The published projection: LayerNorm(dropout(linear(GELU(h))) + h), where h = linear(x)."""
 
     def __init__(self, inputs: int, width: int, dropout: float):
         super().__init__()
@@ -61,7 +61,7 @@ class DualEncoder(nn.Module):
     def on_features(self) -> "DualEncoder":
         """Return a dual encoder that takes image features instead of images.
 
-        It shares the parameters of the projections, under the same names.
+        Both encoders use the same projection parameters (not copies), under the same names.
         """
         return DualEncoder(nn.Identity(), self.image_head, self.text_head, self.temperature).train(self.training)
 
@@ -77,7 +77,7 @@ class DualEncoder(nn.Module):
         texts: Float[Tensor, "B F"],
         mixing: Callable[[Tensor], Tensor] | None = None,
     ) -> Float[Tensor, "B B"]:
-        """Return all pairwise scores; `mixing` transforms the features of both modalities before the projections."""
+        """Return the score of every image with every text; `mixing` is applied to their features before projection."""
         features = self.image_tower(images)
         if mixing is not None:
             features, texts = mixing(features), mixing(texts)
@@ -89,11 +89,11 @@ class DualEncoder(nn.Module):
             return _at_least_float32(u) @ _at_least_float32(v).T / self.temperature
 
     def trained(self) -> Params:
-        """Return the trainable parameters, which are also the matched ones, detached and in registration order."""
+        """Return the trainable parameters by name, detached and in registration order; distillation matches these."""
         return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
 
     def load_trained(self, params: Mapping[str, Tensor]) -> None:
-        """Copy `params` into the trainable parameters. Raises `ValueError` if names or shapes differ."""
+        """Copy `params` into the trainable parameters. Raises `ValueError` if their names, order or shapes differ."""
         trainable = {name: p for name, p in self.named_parameters() if p.requires_grad}
         shapes = {n: tuple(p.shape) for n, p in trainable.items()}
         check_same_shapes(shapes, {n: tuple(p.shape) for n, p in params.items()})
@@ -112,7 +112,7 @@ def _at_least_float32(t: Tensor) -> Tensor:
 
 
 def tower_of(name: str) -> str:
-    """Return the modality of a parameter, `image` or `text`, from its name."""
+    """Return the modality of the parameter called `name`: `image` or `text`."""
     return "text" if name.startswith("text_head.") else "image"
 
 
@@ -123,20 +123,20 @@ def check_same_shapes(expected: Mapping[str, tuple[int, ...]], actual: Mapping[s
     missing = [n for n in expected if n not in actual][:3]
     extra = [n for n in actual if n not in expected][:3]
     common = [n for n in expected if n in actual and expected[n] != actual[n]][:3]
-    differing = [f"{n} {tuple(actual[n])} for {tuple(expected[n])}" for n in common]
+    differing = [f"{n} {tuple(actual[n])} instead of {tuple(expected[n])}" for n in common]
     raise ValueError(
         "these parameters belong to another model: "
         f"missing {missing}, unexpected {extra}, other shapes {differing or 'none (another order)'}; "
-        "use the model section that they were trained with"
+        "use the section `model` of the run file that they were trained with"
     )
 
 
 def build(model: config.Model, text_width: int, image_size: int, seed: int, who: str, index: int = 0) -> DualEncoder:
     """Build a dual encoder with newly initialised projections.
 
-    `who` (such as `expert` or `student`) and `index` select the random numbers, so each expert and student starts from
-    different projections. A tower with weights `random` also differs; pretrained and local towers and `random:SEED` are
-    the same for all.
+    `who` (such as `expert` or `student`) and `index` select the random numbers, so each expert and each student starts
+    with different projections. An image tower with weights `random` differs as well; with other weights (`pretrained`,
+    a file, `random:SEED`) all experts and students start with the same image tower.
     """
     tower = build_image_tower(model.image, generator(seed, f"{who} tower", index), image_size)
     with torch.random.fork_rng(devices=[]):

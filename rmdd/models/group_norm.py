@@ -3,9 +3,10 @@
 N images, C channels in G groups, H x W pixels. The speed of these operations is limited by memory, not by arithmetic.
 Composed from torch operations, their second derivative reads and writes the largest feature maps of a network about
 forty times. This module saves only the input, and computes each derivative by one pass of sums per image and channel
-and one linear combination of maps.
+and one linear combination of feature maps.
 
-With xh = (x - mean) r the normalised input, z = w xh + b, h a gradient at z, m(.) a mean over a group:
+Let r = 1 / deviation, xh = (x - mean) r the normalised input, z = w xh + b the output, h the gradient of a loss in z,
+and m(.) the mean over a group of channels. The gradients in x, w and b, and the tangent of z for tangents dx, dw, db:
 
     gradient    gx = r (w h - m(w h) - xh m(w h xh)),  gw = sum h xh,  gb = sum h
     tangent     dz = w r (dx - m(dx) - xh m(dx xh)) + dw xh + db
@@ -30,7 +31,7 @@ def norm_relu_pool(
     x: Float[Tensor, "N C H W"], weight: Float[Tensor, " C"], bias: Float[Tensor, " C"], groups: int, eps: float
 ) -> Float[Tensor, "N C h w"]:
     """Compute `avg_pool2d(relu(group_norm(x)), 2)`, twice differentiable in all tensor arguments."""
-    if x.shape[2] % 2 or x.shape[3] % 2:  # for odd sizes, pooling drops a row or a column
+    if x.shape[2] % 2 or x.shape[3] % 2:  # pooling drops the last row or column of odd sizes
         return F.avg_pool2d(F.relu(group_norm(x, weight, bias, groups, eps)), 2)
     return _Norm.apply(_packed(x.to(weight.dtype)), weight, bias, groups, eps, True)[0]
 
@@ -43,9 +44,10 @@ def group_norm(
 
 
 class TwiceDifferentiable(TorchFunctionMode):
-    """A context in which torch calls the norms, SiLU and softmax of this module.
+    """A context in which layer norm, group norm, SiLU and softmax of torch are replaced by those of this module.
 
-    The batch norm that standardises weights is also replaced. A convolution of a single pixel becomes a matrix product.
+    The batch norm with which timm standardises convolution weights is replaced too, and the convolution of a single
+    pixel becomes a matrix product.
     """
 
     def __torch_function__(
@@ -219,7 +221,7 @@ class _SiLU(torch.autograd.Function):
 
 
 class _SiLUSlope(torch.autograd.Function):
-    """The derivative of SiLU at x, times g."""
+    """The derivative of SiLU at x, times g (a gradient or a tangent)."""
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, x: Tensor) -> Tensor:
@@ -233,7 +235,7 @@ class _SiLUSlope(torch.autograd.Function):
         on_g = torch.ops.aten.silu_backward(a, x) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return on_g, None
-        s = x.sigmoid()  # the second derivative is s (1 - s) (2 + x (1 - 2 s))
+        s = x.sigmoid()  # the second derivative of SiLU is s (1 - s) (2 + x (1 - 2 s))
         bend = torch.addcmul(x, x, s, value=-2).add_(2).mul_(s)
         return on_g, bend.mul_(s.neg_().add_(1)).mul_(a).mul_(g)
 
@@ -265,13 +267,13 @@ def _tangent(
 def _second(
     a: Tensor, aw: Tensor, h: Tensor, x: Tensor, weight: Tensor, _: Tensor, mean: Tensor, rstd: Tensor, *, reuse_h: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the derivatives of <a, gx> + <aw, gw> in x and weight. With `reuse_h`, the memory of h is overwritten."""
+    """Return the derivatives of <a, gx> + <aw, gw> in x and in the weight; `reuse_h` stores the first one in h."""
     r, mu, average = _statistics(x, mean, rstd)
     sa, sh, sah = _sum(a), _sum(h), _dot(a, h)
     sax, shx = r * (_dot(a, x) - mu * sa), r * (_dot(h, x) - mu * sh)
     ma, mh, max_, mhx = average(sa), average(weight * sh), average(sax), average(weight * shx)
     through_r = r * (average(weight * sah) - ma * mh - max_ * mhx)
-    on_a, on_h = -r * mhx, aw - r * max_ * weight  # the cotangent of xh is on_a * a + on_h * h
+    on_a, on_h = -r * mhx, aw - r * max_ * weight  # the gradient in xh is on_a * a + on_h * h
     on_x = -r * r * (average(on_a * sax + on_h * shx) + through_r)
     constant = -r * average(on_a * sa + on_h * sh) - on_x * mu
     wide = [_like_map(t, x) for t in (constant, r * on_a, r * on_h, on_x)]
@@ -280,9 +282,9 @@ def _second(
 
 
 def _statistics(x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Any]:
-    """Return 1 / deviation and mean, per image and channel, and a function from sums over pixels to group means."""
+    """Return 1 / deviation and mean per image and channel, and a function that turns pixel sums into group means."""
     (n, groups), size = mean.shape, x[0].numel() // mean.shape[1]
-    channels = x.shape[1] // groups  # channels per group
+    channels = x.shape[1] // groups  # number of channels in each group
     r, mu = rstd.repeat_interleave(channels, 1), mean.repeat_interleave(channels, 1)
     return r, mu, lambda sums: (sums.view(n, groups, -1).sum(2) / size).repeat_interleave(channels, 1)
 
@@ -293,7 +295,7 @@ def _before_relu(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Te
 
 
 def _before_pool(g: Tensor, z: Tensor | None) -> Tensor:
-    """Return the gradient at the norm's output from the gradient after the pooling; overwrites z with the ReLU mask."""
+    """Return the gradient in the output z of the norm, given the gradient g after ReLU and pooling; overwrites z."""
     return g if z is None else F.interpolate(g / 4, scale_factor=2.0).mul_(torch.gt(z, 0, out=z))
 
 
@@ -306,14 +308,17 @@ def _sum(a: Tensor) -> Float[Tensor, "N C"]:
 
 
 def _packed(x: Tensor) -> Tensor:
-    """Return `x` contiguous: on a CPU feature maps become channels-last, which makes pooling and the first convolution
-    several times faster; the norm of other devices supports only the standard layout."""
+    """Return `x` contiguous. On a CPU, feature maps become channels-last, which makes pooling and the first convolution
+    several times faster; on other devices, the norm supports only the standard layout."""
     last = x.dim() == 4 and x.device.type == "cpu"
     return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def _combine(constant: Tensor, *terms: Tensor) -> Tensor:
-    """Return constant + coefficient * map + ...; constant and coefficients have one value per image and channel."""
+    """Return constant + coefficient * map + ...; `terms` alternates between coefficients and feature maps.
+
+    The constant and the coefficients have one value per image and channel.
+    """
     out = torch.addcmul(_like_map(constant, terms[1]), terms[1], _like_map(terms[0], terms[1]))
     for coefficient, part in zip(terms[2::2], terms[3::2], strict=True):
         out.addcmul_(part, _like_map(coefficient, part))

@@ -1,6 +1,6 @@
 """Image towers: a small ConvNet and all timm models, without classifier.
 
-B images, H x W pixels, F features.
+Shapes: B images of H x W pixels, F features of each image.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
 class Support(Enum):
-    """Whether a tower supports exact trajectory matching, which differentiates its gradient again."""
+    """Whether an image tower works with exact trajectory matching, which differentiates the tower's gradient again."""
 
     YES = "supported"
     MATH = "supported with the math attention kernel"
@@ -34,8 +34,8 @@ class Support(Enum):
     UNTESTED = "untested"
 
 
-# Keys are timm modules, or single models where a module contains both kinds. Fused attention has no double backward,
-# so families that may call it are MATH. The NO families use hardsigmoid, whose backward has no derivative in torch.
+# A key is a timm module (a family of models), or one model where the models of a module differ. torch's fused attention
+# has no second derivative, so families that may call it are MATH. The NO families use hardsigmoid, which has none too.
 SUPPORT: dict[str, Support] = {
     "convnet": Support.YES,
     **dict.fromkeys(
@@ -68,9 +68,9 @@ def double_backward(name: str) -> Support:
 
 @contextlib.contextmanager
 def matching_context(tower: nn.Module | str) -> Iterator[None]:
-    """Use the math attention kernel, so that matching can differentiate twice through `tower` (a name or a module).
+    """A context with the math attention kernel, in which matching can differentiate twice through `tower`.
 
-    Raises `ValueError` for a trainable tower that is known to have no double backward.
+    `tower` is a name or a module. Raises `ValueError` for a trainable tower that is known to have no second derivative.
     """
     for name in [tower] if isinstance(tower, str) else _trained_architectures(tower):
         if double_backward(name) is Support.NO:
@@ -91,8 +91,8 @@ def _trained_architectures(module: nn.Module) -> list[str]:
 def build_image_tower(tower: ImageTower, generator: torch.Generator, image_size: int = 224) -> nn.Module:
     """Build a tower (B, 3, image_size, image_size) -> (B, width) with its output width as the attribute `width`.
 
-    All random weights come from `generator`; batch statistics are frozen. Raises `ValueError` for unknown names, for
-    weights that are unavailable or do not fit, and for images that are too small.
+    All random weights come from `generator`; running statistics of batch norms are frozen. Raises `ValueError` for
+    unknown names, for weights that are unavailable or do not fit, and for images that are too small.
     """
     if tower.name == "convnet":
         return _convnet(tower, generator, image_size)
@@ -106,14 +106,14 @@ def build_image_tower(tower: ImageTower, generator: torch.Generator, image_size:
 
 
 def _generator_of(tower: ImageTower, generator: torch.Generator) -> torch.Generator:
-    """Return a generator for the seed of `random:SEED`, or `generator` for other weights."""
+    """Return a generator seeded with SEED if the weights of the tower are `random:SEED`, otherwise `generator`."""
     if not tower.weights.startswith("random:"):
         return generator
     return seeding.generator(int(tower.weights.removeprefix("random:")), "shared tower")
 
 
 def normalisation_of(tower: ImageTower) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Return the channel means and deviations that the timm weights of a tower were trained with."""
+    """Return the pixel means and standard deviations, per colour channel, with which a timm tower was trained."""
     if tower.name == "convnet":
         raise ValueError("convnet defines no normalisation; set data.normalise to clip, imagenet or half")
     import timm
@@ -127,7 +127,7 @@ def normalisation_of(tower: ImageTower) -> tuple[tuple[float, float, float], tup
 
 
 def image_identity(tower: ImageTower) -> str:
-    """Identify the weights of a tower: `random`, the SHA-256 of a local file, or the hub id and the timm version."""
+    """Return what identifies a tower's weights: `random[:SEED]`, the SHA-256 of a file, or hub id and timm version."""
     if tower.is_random:
         return tower.weights
     if tower.weights != "pretrained":
@@ -157,8 +157,9 @@ def _sha256_once(path: Path, changed_ns: int, size: int) -> str:
 def freeze_statistics(module: nn.Module) -> nn.Module:
     """Keep layers with running statistics in eval mode, even after a call of `train()`.
 
-    An unrolled student must depend only on its parameters. If batches changed buffers, a step that is recomputed in the
-    backward pass would differ from the original step, and a checkpoint of the parameters would be incomplete.
+    The outputs of a student must depend only on its parameters. If batches changed the running statistics, a training
+    step that is recomputed in the backward pass would differ from the original step, and checkpoints, which hold only
+    parameters, would be incomplete.
     """
     for layer in module.modules():
         if layer._buffers.keys() & {"running_mean", "running_var"}:
@@ -188,7 +189,7 @@ class ConvNet(nn.Module):
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B F"]:
         x = images
-        if x.device.type == "cpu":  # makes the first convolution several times faster
+        if x.device.type == "cpu":  # this layout makes the first convolution several times faster
             x = x.contiguous(memory_format=torch.channels_last)
         for convolution, norm in zip(self.blocks[::4], self.blocks[1::4], strict=True):
             assert isinstance(norm, nn.GroupNorm)
@@ -228,7 +229,7 @@ def _convnet(tower: ImageTower, generator: torch.Generator, image_size: int) -> 
 
 
 def check_name(name: str) -> None:
-    """Raise `ValueError` that suggests similar names, unless `name` is a timm model or a hub id."""
+    """Raise a `ValueError` that lists similar names, unless `name` is a timm model or a hub id."""
     import timm
 
     if name.startswith(HUB_PREFIXES) or timm.is_model(name):
@@ -246,7 +247,7 @@ def _create(name: str, pretrained: bool, generator: torch.Generator, image_size:
     seed = int(torch.randint(2**62, (), generator=generator))
     create = functools.partial(timm.create_model, name, pretrained=pretrained, num_classes=0)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # timm's initialisation draws from the global generator
+        torch.default_generator.manual_seed(seed)  # timm draws initial weights from torch's global generator
         try:
             try:
                 return create(img_size=image_size)
@@ -264,16 +265,16 @@ def _create(name: str, pretrained: bool, generator: torch.Generator, image_size:
 
 
 def _load(model: nn.Module, path: Path) -> None:
-    """Load weights of the same architecture from a file, with or without its classifier."""
+    """Load the weights in the file `path` into `model`; a classifier in the file is ignored."""
     import timm
 
-    # timm's conversion handles older key names and position embeddings of another image size
+    # timm's filter renames parameters of older files and resizes position embeddings to the image size
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", lambda state, model: state)
     try:
         state = convert(timm.models.load_state_dict(str(path), device="cpu", weights_only=True), model)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"weights file '{path}' holds no state dict ({reason}); save one as .safetensors") from error
+        raise ValueError(f"weights file '{path}' holds no state dict ({reason}); give a .safetensors file") from error
     classifiers = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
     expected = model.state_dict()
@@ -292,7 +293,7 @@ def _load(model: nn.Module, path: Path) -> None:
 
 
 def _width(model: nn.Module, name: str, image_size: int) -> int:
-    """Return the length of the pooled feature, measured with a blank image."""
+    """Return the number of features that `model` returns for an image, measured with an image of zeros."""
     was_training = model.training
     model.eval()
     try:
@@ -304,5 +305,8 @@ def _width(model: nn.Module, name: str, image_size: int) -> int:
         ) from error
     model.train(was_training)
     if len(shape) != 2:
-        raise ValueError(f"image tower '{name}' returns features of shape {shape}, expected (1, width); choose another")
+        raise ValueError(
+            f"image tower '{name}' returns features of shape {shape}, expected (1, width); choose another "
+            "model.image.name"
+        )
     return shape[1]

@@ -1,6 +1,6 @@
-"""Losses between scores and target similarities.
+"""Losses between scores (`logits`) and target similarities of the images and texts in a mini-batch of B pairs.
 
-B pairs in a mini-batch. Rows are images, columns are texts. All losses are differentiable in both arguments.
+Rows are images, columns are texts. All losses are differentiable in the scores and in the similarities.
 """
 
 import torch
@@ -12,10 +12,10 @@ FLOOR = 1e-6
 
 
 def wbce(logits: Float[Tensor, "B B"], similarity: Float[Tensor, "B B"]) -> Float[Tensor, ""]:
-    """Weighted binary cross-entropy of LoRS: half of (mean over positives + mean over negatives).
+    """Weighted binary cross-entropy of LoRS: (mean over positive entries + mean over negative entries) / 2.
 
-    Positives are entries with similarity above 0.5. The factor 1/2 and the floor of 1e-6 come from the released code;
-    the paper does not mention them.
+    An entry is positive if its similarity is above 0.5. The factor 1/2 and the 1e-6 that is added to probabilities and
+    counts come from the released code of LoRS; the paper does not mention them.
     """
     p = torch.sigmoid(logits)
     entry = -similarity * torch.log(p + FLOOR) - (1 - similarity) * torch.log(1 - p + FLOOR)
@@ -27,19 +27,19 @@ def wbce(logits: Float[Tensor, "B B"], similarity: Float[Tensor, "B B"]) -> Floa
 
 
 def infonce(logits: Float[Tensor, "B B"], similarity: Float[Tensor, "B B"]) -> Float[Tensor, ""]:
-    """Symmetric cross-entropy with the targets `similarity`, not normalised; with the identity it is InfoNCE."""
+    """Cross-entropy with the targets `similarity`, averaged over images and texts; InfoNCE if that is the identity."""
     by_image = -(similarity * F.log_softmax(logits, dim=1)).sum() / logits.shape[0]
     by_text = -(similarity * F.log_softmax(logits, dim=0)).sum() / logits.shape[0]
     return (by_image + by_text) / 2
 
 
 def bce(logits: Float[Tensor, "B B"], similarity: Float[Tensor, "B B"]) -> Float[Tensor, ""]:
-    """Binary cross-entropy, the mean over all B^2 entries; targets may be outside [0, 1]."""
+    """Binary cross-entropy, averaged over all B^2 entries; the similarities may lie outside [0, 1]."""
     return F.binary_cross_entropy_with_logits(logits, similarity)
 
 
 def cwcl(logits: Float[Tensor, "B B"], similarity: Float[Tensor, "B B"]) -> Float[Tensor, ""]:
-    """Symmetric cross-entropy as in `infonce`, with the targets of each image (or text) divided by their sum + 1e-6."""
+    """Cross-entropy as in `infonce`, but the similarities of each image (or text) are divided by their sum + 1e-6."""
     by_image = similarity / (similarity.sum(dim=1, keepdim=True) + FLOOR)
     by_text = similarity / (similarity.sum(dim=0, keepdim=True) + FLOOR)
     row, column = F.log_softmax(logits, dim=1), F.log_softmax(logits, dim=0)
@@ -47,7 +47,7 @@ def cwcl(logits: Float[Tensor, "B B"], similarity: Float[Tensor, "B B"]) -> Floa
 
 
 def kl(logits: Float[Tensor, "B B"], similarity: Float[Tensor, "B B"]) -> Float[Tensor, ""]:
-    """Kullback-Leibler divergence KL(softmax(10 S) || softmax(logits)), the mean over entries and both directions."""
+    """KL(softmax(10 similarity) || softmax(logits)) / B, averaged over softmax along rows and softmax along columns."""
     total = logits.new_zeros(())
     for dim in (0, 1):
         target = F.log_softmax(10 * similarity, dim=dim)
@@ -56,7 +56,7 @@ def kl(logits: Float[Tensor, "B B"], similarity: Float[Tensor, "B B"]) -> Float[
 
 
 def mse(logits: Float[Tensor, "B B"], similarity: Float[Tensor, "B B"]) -> Float[Tensor, ""]:
-    """Mean squared difference between sigmoid(logits) and the targets."""
+    """Mean squared difference between sigmoid(logits) and the similarities."""
     return (torch.sigmoid(logits) - similarity).square().mean()
 
 

@@ -1,4 +1,4 @@
-"""A split ready for training or evaluation: images, caption embeddings, and the mean and deviation of pixels."""
+"""The train, val or test split, ready for use: images, caption embeddings, and the pixel normalisation."""
 
 import functools
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class PreparedSplit:
     std: Constants
 
     def pictures(self, index: np.ndarray, device: torch.device | str = "cpu") -> Float[torch.Tensor, "n 3 S S"]:
-        """Return the images at `index`, normalised, on `device`."""
+        """Return the images with the numbers `index` on `device`, with pixels normalised by `mean` and `std`."""
         pixels = torch.from_numpy(np.array(self.split.some_images(index)))
         return normalise(pixels.to(device), self.mean, self.std)
 
@@ -41,10 +41,10 @@ class SplitSource:
     data: config.Data
     model: config.Model
     device: torch.device
-    """The device that embeds captions which are not cached."""
+    """Device that computes caption embeddings which are not in `cache`."""
 
     def open(self, split: str) -> PreparedSplit:
-        """Return a split; each process loads it once. Raises `ValueError` if it is empty."""
+        """Return the split named `split`; a process loads it once. Raises `ValueError` if the split has no captions."""
         return _open(self, split)
 
 
@@ -57,15 +57,16 @@ def _open(source: SplitSource, split: str) -> PreparedSplit:
 def prepare_split(
     data: config.Data, model: config.Model, dataset: Dataset, split: str, cache: Path, device: str = "cpu"
 ) -> PreparedSplit:
-    """Load a split and its caption embeddings, from the cache if possible.
+    """Load the split named `split` and its caption embeddings, which are kept in the folder `cache`.
 
-    Images of val and test are decoded now, and images of train at the first access. Raises `ValueError` if it is empty.
+    Images of val and test are decoded now, images of train at the first access. Raises `ValueError` if the split has no
+    captions.
     """
     loaded = load_split(dataset, split, data, cache)
     if not loaded.captions:
         raise ValueError(
             f"split '{split}' of the dataset at {dataset.path} holds no pair with a caption; "
-            f"see its manifest.json and quarantine.jsonl (counts: {dataset.counts})"
+            f"see manifest.json and quarantine.jsonl in that folder (counts: {dataset.counts})"
         )
     if split != "train":
         loaded.images  # noqa: B018  # decodes the images once, before workers open this split

@@ -1,7 +1,7 @@
-"""Pretrained models: locating, checking and downloading them, and their entries in an artefact.
+"""Find, check and download pretrained models, and describe them for the artefact of a run.
 
-A model is named by a hub id (`ORGANISATION/NAME` or `ORGANISATION/NAME@REVISION`) or by a local folder. Its version is
-recorded: the commit for a hub id, and the hash of all files for a folder.
+A model is named by a hub id (`ORGANISATION/NAME` or `ORGANISATION/NAME@REVISION`) or by a local folder. The artefact
+records the version of the model: the commit for a hub id, and the hash of all files for a folder.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ WEIGHTS = (
     "pytorch_model.bin",
     "diffusion_pytorch_model.bin",
 )
-"""File names of weights; the first that exists is used. Large models split it into files listed in
-`<name>.index.json`."""
+"""Possible names of the weights file; the first that exists is used. Large models split the file into parts, which
+`<name>.index.json` lists."""
 SMALL = ("*.json", "*.txt", "*.model", "README.md")
 ABOUT_BYTES = {
     "openai/clip-vit-large-patch14": 1_710_000_000,
@@ -38,7 +38,7 @@ ABOUT_BYTES = {
     "Salesforce/blip-image-captioning-large": 1_880_000_000,
     "llava-hf/llava-1.5-7b-hf": 14_100_000_000,
 }
-"""Approximate size in bytes of the models that presets name, in float32; shown when the hub does not respond."""
+"""Approximate size in bytes of the models that presets name, in float32; shown when a model is missing."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class PretrainedModel:
     id: str
     """Hub id or local folder of the model."""
     revision: str | None = None
-    """Branch, tag or commit of a hub id; None means the main branch, or the version in the cache."""
+    """Branch, tag or commit on the hub; None means the main branch, or the version that is already in the cache."""
     kind: Library = "transformers"
-    """The library that loads it. diffusers means a pipeline: a model_index.json and one folder per component."""
+    """Library that loads the model. diffusers means a pipeline: a model_index.json and one folder per component."""
     files: tuple[str, ...] = ()
     """Files that the model needs besides configuration and weights, where `a|b` means either file; for a pipeline, the
     components that it needs."""
@@ -76,21 +76,21 @@ class PretrainedModel:
         return _is_path(self.id) or Path(self.id).is_dir()
 
     def location(self) -> Path | None:
-        """Return the folder of its local files, or None if there are none. Does not use the network."""
+        """Return the folder of the model's files on this machine, or None. Does not use the network."""
         if self.is_local:
             return Path(self.id) if Path(self.id).is_dir() else None
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
 
         config_file = "config.json" if self.kind == "transformers" else "model_index.json"
-        try:  # snapshot_download would treat a snapshot that lacks unused files as incomplete
+        try:  # `snapshot_download` would also require files that are not needed here
             path = try_to_load_from_cache(self.id, config_file, revision=self.revision)
         except HFValidationError:
             return None
         return Path(path).parent if isinstance(path, str) else None
 
     def missing_files(self) -> list[str]:
-        """Return the names of its missing files; empty if it is complete."""
+        """Return the names of the files that this machine lacks; empty if the model is complete."""
         folder = self.location()
         if folder is None:
             return ["all files"]
@@ -103,7 +103,7 @@ class PretrainedModel:
         return gaps + [gap for name in listed for gap in _missing_component_files(folder / name)]
 
     def folder(self) -> Path:
-        """Return its folder. Raises `ValueError` if it is incomplete, with what is missing and how to get it."""
+        """Return the folder of the model. Raises `ValueError` if files are missing, and says how to get them."""
         if self.missing_files():
             raise ValueError(self.how_to_get())
         folder = self.location()
@@ -111,7 +111,7 @@ class PretrainedModel:
         return folder
 
     def how_to_get(self, why: str = "") -> str:
-        """Return a message of one line: what is missing, its size, and what to do."""
+        """Return a line for the user: the missing files, the size of the model, the cause `why`, and what to do."""
         missing_files, size = self.missing_files(), ABOUT_BYTES.get(self.id)
         shown = ", ".join(missing_files[:4]) + (f" and {len(missing_files) - 4} more" if len(missing_files) > 4 else "")
         field = f" ({self.option})" if self.option else ""
@@ -124,19 +124,19 @@ class PretrainedModel:
         name = self.id + (f"@{self.revision}" if self.revision else "")
         return (
             f"{self.role}: {name}{about} is not on this machine (missing: {shown}{'; ' + why if why else ''}); run "
-            f"`hf download {self.id}{at}` on a machine with a network and copy its cache here (HF_HOME), or give a "
-            f"folder with this model{field}"
+            f"`hf download {self.id}{at}` on a machine with a network and copy the cache of that machine here "
+            f"(HF_HOME), or give a folder with this model{field}"
         )
 
     def identity(self) -> str:
-        """Return the commit of a hub id, or `sha256:` and the hash of all files of a folder."""
+        """Return the version of the model: the commit on the hub, or `sha256:` and the hash of a folder's files."""
         folder = self.folder()
         if not self.is_local:
             return folder.name
         return "sha256:" + _content(folder, tuple((p, *_stamp(folder / p)) for p in self._used(folder)))
 
     def facts(self) -> dict[str, Any]:
-        """Return its entry in an artefact. The licence is None if the model card does not name one."""
+        """Return what an artefact records of the model. The licence is None if the model card names none."""
         folder = self.folder()
         used = [folder / name for name in self._used(folder)]
         return {
@@ -164,7 +164,7 @@ def obtain(parts: Iterable[PretrainedModel]) -> None:
     for part in missing(parts):
         try:
             _download(part)
-        except Exception as error:  # any failure of the hub or the network
+        except Exception as error:  # the hub and the network can fail in many ways
             lines.append(part.how_to_get(_briefly(error)))
             continue
         if part.missing_files():
@@ -185,7 +185,7 @@ def faults(parts: Iterable[PretrainedModel]) -> list[str]:
 
 
 def summary(part: PretrainedModel) -> dict[str, Any]:
-    """Return what `rmdd check` prints about a model: its entry, or its missing files and its size if known."""
+    """Return what `rmdd check` prints about a model: `facts()` if complete, else its missing files and known size."""
     missing_files = part.missing_files()
     if not missing_files:
         return part.facts() | {"missing": []}
@@ -194,7 +194,7 @@ def summary(part: PretrainedModel) -> dict[str, Any]:
 
 
 def licence_of(folder: Path) -> str | None:
-    """Return the licence in the metadata of the model card in `folder`, or None."""
+    """Return the licence that the model card in `folder` (README.md) names in its metadata, or None."""
     import yaml
 
     card = folder / "README.md"
@@ -211,13 +211,13 @@ def licence_of(folder: Path) -> str | None:
 
 
 def components(folder: Path) -> dict[str, str]:
-    """Return the class name of each component in the folder of a pipeline; unset components are left out."""
+    """Return the class name of each component of the pipeline in `folder`; components without a class are left out."""
     index = read_json(folder / "model_index.json")
     return {name: value[1] for name, value in index.items() if isinstance(value, list) and all(value)}
 
 
 def wanted(names: Sequence[str], kind: Library) -> list[str]:
-    """Select the files of a model that are needed to load it: small files, and one weight format per folder."""
+    """Select the files that loading a model needs: configuration, tokenizer, and weights in one format per folder."""
     files = []
     for folder in sorted({os.path.dirname(n) for n in names}):
         if bool(folder) != (kind == "diffusers") and folder:
@@ -268,7 +268,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=16)
 def _content(folder: Path, files: tuple[tuple[str, int, int], ...]) -> str:
-    """Return a hash of file names and contents. Times and sizes in `files` only decide when a cached hash is valid."""
+    """Return a hash of file names and contents; it is computed again if a time or size in `files` changed."""
     digest = hashlib.sha256()
     for name, _, _ in files:
         digest.update(f"{name}\0{sha256_file(folder / name)}\n".encode())
@@ -282,7 +282,7 @@ def _download(part: PretrainedModel) -> None:
 
     listed = HfApi().model_info(part.id, revision=part.revision)
     names = wanted([s.rfilename for s in listed.siblings or []], part.kind)
-    # The revision is passed by name, because downloading by commit would not record what `main` is.
+    # Pass the name of the revision: a download by commit would not record in the cache which commit `main` is.
     snapshot_download(part.id, revision=part.revision, allow_patterns=names)
 
 
@@ -293,7 +293,7 @@ def _unreachable(part: PretrainedModel) -> str:
 
     try:
         HfApi().model_info(part.id, revision=part.revision, timeout=10)
-    except Exception as error:  # any failure of the hub or the network
+    except Exception as error:  # the hub and the network can fail in many ways
         return _briefly(error)
     return ""
 
@@ -304,7 +304,7 @@ def _briefly(error: Exception) -> str:
 
 @contextlib.contextmanager
 def quiet(*libraries: Literal["transformers", "diffusers"]) -> Iterator[None]:
-    """Load models without the progress bars and warnings of these libraries."""
+    """A context in which the given libraries show no progress bars and no warnings."""
     logs = [importlib.import_module(f"{library}.utils.logging") for library in libraries]
     before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
     for log in logs:

@@ -1,6 +1,6 @@
 """Frozen text encoders, and a disk cache of caption embeddings.
 
-T captions, U distinct captions, F features.
+Shapes: T captions, U distinct captions in a block, F features of a caption.
 """
 
 import functools
@@ -32,9 +32,9 @@ MODEL_FILES = (
     ".model",
     ".safetensors",
     ".bin",
-)  # suffixes of weights, configuration and tokenizer files
+)  # suffixes of the weights, configuration and tokenizer files that the hash of an encoder covers
 
-# Built-in encoder: n-grams are hashed to BUCKETS buckets; each bucket is a sparse random vector of NONZEROS signs.
+# The encoder `hashing` maps n-grams to BUCKETS buckets; a bucket is a random vector with NONZEROS entries of +1 or -1.
 HASHING_VERSION = 1
 BUCKETS = 2**18
 NONZEROS = 8
@@ -53,15 +53,16 @@ def embed(
     threads: int | None = None,
     stream: Stream = sequential_stream,
 ) -> Float32[np.ndarray, "T F"]:
-    """Embed captions in order, as a read-only memory map of a file in `cache`; unit length if `tower.normalise`.
+    """Embed captions, in order; return a read-only memory map of a file in the folder `cache`.
 
     `captions` is iterated twice, with at most `BLOCK` captions in memory. `stream` distributes blocks to workers, which
     must be able to access `cache`. Finished blocks are reused after an interruption, and a caption that repeats in a
-    block is encoded once. Raises `ValueError` if there are no captions or the encoder is unavailable.
+    block is encoded once. Embeddings have unit length if `tower.normalise`. Raises `ValueError` if there are no
+    captions or the encoder is unavailable.
     """
     key, count = _key(captions, tower, encoder_identity(tower))
     if not count:
-        raise ValueError("there are no captions to embed; check the split and the caption rule")
+        raise ValueError("there are no captions to embed; check the dataset and data.captions in the run file")
     path = Path(cache) / f"text-{key}.npy"
     if not path.exists():
         with hold_folder(path.with_suffix(""), wait=True):
@@ -73,7 +74,7 @@ def embed(
 def _embed_blocks(
     captions: Iterable[str], count: int, path: Path, make: Callable[[], "Encoder"], stream: Stream
 ) -> None:
-    """Encode the missing blocks in a folder beside `path`, then join all blocks into `path`."""
+    """Encode the blocks that are missing in a folder beside `path`, then join all blocks in the file `path`."""
     folder = path.with_suffix(".parts")
     folder.mkdir(parents=True, exist_ok=True)
     blocks: list[Path] = []
@@ -94,9 +95,9 @@ def _embed_blocks(
 
 
 class Encoder:
-    """A worker that loads a text tower once and encodes blocks: a file of captions becomes a file of vectors.
+    """A worker that loads a text tower once; each call encodes one file of captions into one file of embeddings.
 
-    It uses the CPU if the machine has no GPU, such as the head node of some clusters.
+    The worker uses the CPU if its machine has no GPU, such as the Ray head node of some clusters.
     """
 
     def __init__(self, tower: TextTower, batch: int, device: torch.device | str, threads: int | None):
@@ -119,12 +120,12 @@ class Encoder:
 
 
 def text_width(tower: TextTower) -> int:
-    """Return F, the width of the vectors that `embed` returns."""
+    """Return F, the number of features of an embedding that `embed` returns."""
     return tower.width if tower.name == "hashing" else int(_config(tower).hidden_size)
 
 
 def encoder_identity(tower: TextTower) -> str:
-    """Return a hash of the encoder's files, or of its hub id and commit. Pooling and truncation do not change it."""
+    """Return a hash of the encoder's files, or of its hub id and commit; pooling and max_tokens do not matter."""
     if tower.name == "hashing":
         return _sha256([f"hashing {HASHING_VERSION}"])
     source = _source(tower)
@@ -136,12 +137,12 @@ def encoder_identity(tower: TextTower) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _content(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """Return a hash of file names and contents. Times and sizes in `files` only decide when a cached hash is valid."""
+    """Return a hash of file names and contents; it is computed again if a time or size in `files` changed."""
     return _sha256(part for path, _, _ in files for part in (path.name, sha256_file(path)))
 
 
 def _key(captions: Iterable[str], tower: TextTower, identity: str) -> tuple[str, int]:
-    """Return a hash of everything that determines the vectors, and the number of captions."""
+    """Return a hash of all that determines the embeddings of `captions`, and the number of captions."""
     shape = [tower.width] if tower.name == "hashing" else [tower.pooling, tower.max_tokens]
     count = 0
 
@@ -164,7 +165,7 @@ def _sha256(parts: Any) -> str:
 
 
 def _source(tower: TextTower) -> Path | str:
-    """Return the folder of the encoder, or its hub id."""
+    """Return where the text tower is loaded from: a folder, or a hub id."""
     if tower.name.startswith("package:"):
         return _package_folder(tower.name.removeprefix("package:"))
     folder = Path(tower.name).expanduser()
@@ -189,7 +190,7 @@ def _package_folder(module: str) -> Path:
         if "model_type" in json.loads(path.read_text(encoding="utf-8")):
             return path.parent
     raise ValueError(
-        f"package '{module}' contains no transformers model (no config.json with a model_type); give another"
+        f"package '{module}' contains no transformers model (no config.json with a model_type); name another package"
     )
 
 
@@ -208,7 +209,7 @@ def _config(tower: TextTower) -> Any:
 
     source = _source(tower)
     try:
-        try:  # local files first: the encoder stays the same on this machine, and no network is needed
+        try:  # try local files first, so that the encoder stays the same and no network is needed
             config = AutoConfig.from_pretrained(source, local_files_only=True)
         except OSError:
             config = AutoConfig.from_pretrained(source)
@@ -231,7 +232,7 @@ def _config(tower: TextTower) -> Any:
 def load(tower: TextTower, device: torch.device | str) -> tuple[Any, torch.nn.Module]:
     """Load the tokenizer and the transformers model of `tower`, in eval mode. Raises `ValueError` for `hashing`."""
     if tower.name == "hashing":
-        raise ValueError("model.text.name is hashing, which has no tokens; give a transformers encoder")
+        raise ValueError("model.text.name is hashing, which has no tokens; set it to a transformers encoder")
     return _load(tower, _config(tower), device)
 
 
@@ -241,14 +242,14 @@ def _load(tower: TextTower, config: Any, device: torch.device | str) -> tuple[An
     source, revision = _source(tower), getattr(config, "_commit_hash", None) or "main"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-        # fork_rng protects the global generator, because missing heads (such as a pooler) are initialised at random.
+        # fork_rng keeps the global generator unchanged: layers without weights (such as a pooler) start at random.
         with torch.random.fork_rng(devices=[]), quiet("transformers"):
             model, info = AutoModel.from_pretrained(
                 source, revision=revision, config=config, dtype=torch.float32, output_loading_info=True
             )
     except (OSError, ValueError) as error:
         raise _unavailable(tower, error) from error
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # without files, transformers creates an empty vocabulary
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # without tokenizer files, the vocabulary is empty
         raise ValueError(f"text tower '{tower.name}' has no vocabulary; save its tokenizer beside the weights")
     missing = sorted(k for k in info["missing_keys"] if "pooler" not in k)
     if missing:
@@ -258,14 +259,16 @@ def _load(tower: TextTower, config: Any, device: torch.device | str) -> tuple[An
         )
     longest = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", tower.max_tokens))
     if tower.max_tokens > longest:
-        raise ValueError(f"model.text.max_tokens is {tower.max_tokens} but '{tower.name}' reads {longest}; lower it")
+        raise ValueError(
+            f"model.text.max_tokens is {tower.max_tokens} but '{tower.name}' reads at most {longest} tokens; lower it"
+        )
     return tokenizer, model.to(device).eval()
 
 
 class _Transformer:
     """A transformers encoder that batches captions of equal length.
 
-    Without padding, a vector does not depend on the other captions of its batch.
+    Such batches need no padding, so the embedding of a caption does not depend on the other captions of its batch.
     """
 
     def __init__(self, tower: TextTower, batch: int, device: torch.device | str):
@@ -294,9 +297,9 @@ def _batches(lengths: list[int], batch: int) -> Iterator[list[int]]:
 
 
 def _hash_ngrams(width: int) -> Callable[[list[str]], Float32[np.ndarray, "U F"]]:
-    """Return an encoder that hashes word 1-2-grams and character 3-5-grams, then applies a sparse random projection.
+    """Return an encoder that hashes n-grams (1 or 2 words, 3 to 5 characters) and applies a sparse random projection.
 
-    The mean square of an entry is one. A vector depends only on its caption and on `width`.
+    The entries of an embedding have mean square one. An embedding depends only on its caption and on `width`.
     """
     from scipy import sparse
     from sklearn.feature_extraction.text import HashingVectorizer

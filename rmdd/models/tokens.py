@@ -1,7 +1,7 @@
 """A transformers text tower whose input is word embeddings instead of token ids.
 
-A word embedding of zeros marks padding. It gets no gradient, so it stays zero.
-B captions, L tokens in the longest, d width of a word embedding, F width of a caption embedding.
+A word embedding of zeros marks padding. Padding gets no gradient, so it stays zero. Shapes: B captions, L tokens in the
+longest caption, d features of a word embedding, F features of a caption embedding.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from rmdd.models.text import load
 
 
 class TokenTower(nn.Module):
-    """A text tower from word embeddings to caption embeddings, with the pooling of the frozen tower, no dropout."""
+    """A module that maps word embeddings to caption embeddings, with the pooling of `tower` and without dropout."""
 
     def __init__(self, tower: TextTower, device: torch.device | str = "cpu"):
         super().__init__()
@@ -26,7 +26,7 @@ class TokenTower(nn.Module):
         self.tokenizer, self.model = load(tower, device)
 
     def words(self, captions: Sequence[str]) -> Float[Tensor, "B L d"]:
-        """Return the word embeddings of captions, padded to the longest; differentiable in the tower's parameters."""
+        """Return word embeddings, padded to the longest caption; differentiable in the parameters of the tower."""
         limit = {"truncation": True, "max_length": self.tower.max_tokens}
         tokens = self.tokenizer(list(captions), padding=True, return_tensors="pt", **limit).to(self.model.device)
         return self.model.get_input_embeddings()(tokens["input_ids"]) * tokens["attention_mask"][..., None]
@@ -42,5 +42,5 @@ class TokenTower(nn.Module):
 
 
 def mask_of(words: Float[Tensor, "B L d"]) -> Bool[Tensor, "B L"]:
-    """Return True for positions that contain a token, False for padding."""
+    """Return a mask of the word positions: True for a token, False for padding."""
     return words.detach().ne(0).any(dim=2)

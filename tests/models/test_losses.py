@@ -10,7 +10,7 @@ from rmdd.models.losses import FLOOR, LOSSES, infonce, wbce
 
 
 def slow_wbce(logits, similarity):
-    """Weighted binary cross-entropy of LoRS, computed entry by entry."""
+    """Compute the loss `wbce` (weighted binary cross-entropy of LoRS) entry by entry."""
     size, sums, counts = len(logits), {True: 0.0, False: 0.0}, {True: 0, False: 0}
     for i in range(size):
         for j in range(size):
@@ -33,18 +33,18 @@ def slow_infonce(logits, similarity):
 
 
 def slow_bce(logits, similarity):
-    """Binary cross-entropy, computed entry by entry; the mean over all B^2 entries."""
+    """Compute the loss `bce` (binary cross-entropy, averaged over all B^2 entries) entry by entry."""
     size, total = len(logits), 0.0
     for i in range(size):
         for j in range(size):
             p, s = 1 / (1 + math.exp(-logits[i][j])), similarity[i][j]
-            other = 1 / (1 + math.exp(logits[i][j]))  # 1 - p, computed without cancellation
+            other = 1 / (1 + math.exp(logits[i][j]))  # 1 - p, without the rounding error of the subtraction
             total -= s * math.log(p) + (1 - s) * math.log(other)
     return total / size**2
 
 
 def slow_cwcl(logits, similarity):
-    """InfoNCE whose target rows are divided by their sum, averaged over S and its transpose."""
+    """Compute the loss `cwcl` entry by entry: per image over all texts, then per text over all images."""
     size, total = len(logits), 0.0
     for z, s in ((logits, similarity), (transposed(logits), transposed(similarity))):
         for i in range(size):
@@ -54,7 +54,7 @@ def slow_cwcl(logits, similarity):
 
 
 def slow_kl(logits, similarity):
-    """KLDivLoss(log softmax(Z), softmax(10 S)), the mean over entries and over both directions."""
+    """Compute the loss `kl` entry by entry: per image over all texts, then per text over all images."""
     size, total = len(logits), 0.0
     for z, s in ((logits, similarity), (transposed(logits), transposed(similarity))):
         for i in range(size):

@@ -1,4 +1,4 @@
-"""Pretrained models without a network: locating them, their identity, and messages about missing files."""
+"""Pretrained models without a network: where they are found, what identifies them, and messages on missing files."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ OLD = "0ddba11" + 33 * "0"
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch, tmp_path):
-    """Switch the hub to offline mode with an empty cache in `tmp_path/hub`."""
+    """Switch the Hugging Face client to offline mode with an empty cache in `tmp_path/hub`."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
 
@@ -33,7 +33,7 @@ def models(tmp_path_factory):
 
 
 def in_cache(folder, cache, commit="c0ffee", name=HUB):
-    """Copy `folder` into the cache as the hub client stores it; return the snapshot folder."""
+    """Copy the model in `folder` into `cache` as the Hugging Face client stores it; return the folder of the copy."""
     entry = cache / f"models--{name.replace('/', '--')}"
     (entry / "refs").mkdir(parents=True, exist_ok=True)
     (entry / "refs" / "main").write_text(commit)
@@ -52,7 +52,7 @@ def test_a_complete_folder_has_a_content_hash_and_a_licence(models, tmp_path):
     before = parts[0].identity()
     (clip / "README.md").write_text("another card\n")
     assert parts[0].identity() == before and parts[0].facts()["licence"] is None
-    tiny_parts.clip(clip, seed=9)  # the same shapes and file sizes, but other weights
+    tiny_parts.clip(clip, seed=9)  # write other weights in files of the same size
     assert parts[0].identity() != before
     moved = shutil.copytree(models[0], tmp_path / "elsewhere")
     assert clip_part(str(moved)).identity() == before
@@ -135,7 +135,7 @@ def hub_of(folder):
         do_HEAD = do_GET
 
         def log_message(self, *args):
-            """Log nothing."""
+            """Keep the server from logging requests."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -255,5 +255,5 @@ def test_incomplete_folders_are_refused(tmp_path):
     for folder, words in {bare: "no vocabulary", weightless: "could not load", blank: "lacks 16 weights"}.items():
         with pytest.raises(ValueError, match=words):
             embed(["a man"], tower_of(folder), tmp_path / "cache")
-    with pytest.raises(ValueError, match="max_tokens is 64 but .* reads 32"):
+    with pytest.raises(ValueError, match="max_tokens is 64 but .* reads at most 32 tokens"):
         embed(["a man"], tower_of(save_encoder(tmp_path / "short"), max_tokens=64), tmp_path / "cache")
