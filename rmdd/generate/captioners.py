@@ -1,7 +1,7 @@
 """Captions for generated images, written by a captioning model of transformers.
 
-Its answers are cleaned with the caption rule of the run. Empty and repeated answers are refused; the model is then
-called again, and after the last try real captions fill the gap.
+The answers of the model are cleaned like the captions of the dataset. Empty and repeated answers are dropped; the model
+is then called again, and after the last try real captions (those of the dataset) replace the missing ones.
 """
 
 import re
@@ -36,12 +36,12 @@ _SPACE = re.compile(r"\s+")
 @runtime_checkable
 class Captioner(Protocol):
     def describe(self, image: Image.Image, count: int, seed: int) -> list[str]:
-        """Return about `count` captions of an image, unprocessed; equal seeds give equal captions."""
+        """Return about `count` captions of an image, as the model wrote them; equal seeds give equal captions."""
         ...
 
 
 class PretrainedCaptioner:
-    """BLIP or LLaVA, loaded from a folder; answers are sampled with a given seed."""
+    """A captioner that runs BLIP or LLaVA from `folder` and samples the captions of an image with a given seed."""
 
     def __init__(
         self, backend: Backend, folder: Path, device: torch.device, *, prompt: str, tokens: int, dtype: Precision
@@ -77,13 +77,13 @@ class PretrainedCaptioner:
 
 @dataclass(frozen=True)
 class FurtherCaptions:
-    """The additional captions of an image, and the source of each."""
+    """The captions of a generated image besides its first one, and who wrote each of them."""
 
     captions: list[str]
     sources: list[str]
-    """Source of each caption: `captioner` or `real`."""
+    """Origin of each caption: `captioner` (written by the model) or `real` (taken from the dataset)."""
     refused: int
-    """Number of refused answers, which were empty or repeated."""
+    """Number of answers of the captioner that were dropped because they were empty or repeated a caption."""
 
 
 def further_captions(
@@ -94,9 +94,9 @@ def further_captions(
     rule: Captions,
     tries: int,
 ) -> FurtherCaptions:
-    """Collect `count` different captions besides `first`: answers of `ask(wanted, attempt)`, then real captions.
+    """Collect `count` different captions besides `first`: answers of `ask(wanted, attempt)`, then captions of `real`.
 
-    Raises `ValueError` if there are not enough real captions.
+    Raises `ValueError` if answers and real captions together are too few.
     """
     captions: list[str] = []
     refused = 0
@@ -117,19 +117,19 @@ def further_captions(
             captions.append(caption)
     if len(captions) < count:
         raise ValueError(
-            f"an image with caption {first!r} needs {count} more captions, but the captioner and {len(real)} real ones "
-            f"gave {len(captions)}; lower distill.options.captions_per_image"
+            f"an image with caption {first!r} needs {count} more captions, but the captioner and {len(real)} captions "
+            f"of the dataset gave only {len(captions)}; lower distill.options.captions_per_image"
         )
     return FurtherCaptions(captions, ["captioner"] * answered + ["real"] * (count - answered), refused)
 
 
 def clean_answer(answer: str, rule: Captions) -> str:
-    """Put an answer on one line and clean it with the caption rule; the result may be empty."""
+    """Put an answer of the captioner on one line and clean it by `rule`; the result may be empty."""
     return clean(_SPACE.sub(" ", answer).strip().strip("\"'").strip(), rule)
 
 
 class CaptionWriter:
-    """A worker that captions one image per item and writes the captions as JSON to the item's `out`."""
+    """A worker that captions one image per call and writes the captions as JSON to the file `item["out"]`."""
 
     def __init__(self, make: Callable[[], Captioner], rule: Captions, seed: int, tries: int, threads: int):
         self.rule, self.seed, self.tries, self.threads = rule, seed, tries, threads
@@ -149,7 +149,7 @@ class CaptionWriter:
 
 
 def saved_captions(path: Path, key: str) -> FurtherCaptions | None:
-    """Read the captions that an earlier run wrote; None if they are missing or belong to another `key`."""
+    """Read the captions that an earlier run wrote to `path`; None if there is no file or it has another `key`."""
     if not path.is_file():
         return None
     value = read_json(path)
@@ -157,9 +157,10 @@ def saved_captions(path: Path, key: str) -> FurtherCaptions | None:
 
 
 def stand_ins(captions: Sequence[str], texts: np.ndarray, record: int, count: int, image_of: np.ndarray) -> list[str]:
-    """Choose real captions to replace missing answers for `record`: first those of its image, then the nearest others.
+    """Choose captions of the dataset to replace missing answers for caption `record`: first those of the same image,
+    then those with the highest cosine.
 
-    `texts` (T,F) are the embeddings of the captions. Returns at most `count` captions of each kind.
+    `texts` (T,F) are the embeddings of `captions`. More than `count` are returned, because some may repeat.
     """
     same_image = np.flatnonzero(image_of == image_of[record])[: count + 1]
     of_image = [captions[int(r)] for r in same_image if int(r) != record]
@@ -171,7 +172,7 @@ def stand_ins(captions: Sequence[str], texts: np.ndarray, record: int, count: in
 
 
 def _cosines(rows: np.ndarray, vector: np.ndarray, chunk: int = 65_536) -> np.ndarray:
-    """Compute the cosine of each row with `vector`, in chunks of rows."""
+    """Compute the cosine of each row of `rows` with `vector`, with `chunk` rows in memory at a time."""
     cosines = np.empty(len(rows), np.float32)
     for start in range(0, len(rows), chunk):
         block = np.asarray(rows[start : start + chunk], dtype=np.float32)

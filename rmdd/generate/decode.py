@@ -1,8 +1,8 @@
-"""Image decoders: they turn the request of a pair into an image, by looking up a real image or by diffusion.
+"""Image decoders: each turns the request of a pair (a caption, an embedding, ...) into the image of the pair.
 
-A decoder is constructed in the worker that uses it. Each image has its own random generator, seeded by its pair, so it
-does not depend on other images. Images of a block are generated together; a block is a range of pair numbers, so a
-resumed run generates the same blocks. B images of a block, D width of the embedding space.
+A decoder is constructed in the worker that uses it. A random generator per image, seeded by the number of its pair,
+makes an image independent of the others. Images of a block are generated together; a block is a range of pair numbers,
+so a resumed run generates the same blocks. Shapes: B images of a block, D features of an embedding.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from rmdd.execution.tasks import Values
 from rmdd.models.pretrained import quiet
 
 Request = dict[str, Any]
-"""Input for one image: `index` and `seed` of the pair, and the decoder's inputs, such as `caption` or `embedding`."""
+"""What a decoder needs for one image: `index` and `seed` of the pair, and inputs such as `caption` or `embedding`."""
 Precision = Literal["float32", "bfloat16", "float16"]
 Offload = Literal["none", "model", "sequential"]
 
@@ -36,7 +36,7 @@ REQUESTS = "requests"
 
 @runtime_checkable
 class Decoder(Protocol):
-    """An image decoder. Images may have any size; `random_of` returns the random generator of each."""
+    """An image decoder. Its images may have any size; it draws random numbers from `random_of(request)`."""
 
     def decode(self, requests: Sequence[Request]) -> list[Image.Image]:
         """Return an image for each request, in order. Raises `ValueError` that names the pair of an unusable image."""
@@ -44,12 +44,12 @@ class Decoder(Protocol):
 
 
 def random_of(request: Request, what: str = "picture") -> torch.Generator:
-    """Return the random generator of a pair; it is on the CPU, so all devices use the same numbers."""
+    """Return the random generator for the image of a pair; it is on the CPU, so all devices use the same numbers."""
     return generator(request["seed"], what, request["index"])
 
 
 class Nearest:
-    """A baseline decoder that returns a real image; a request contains its number as `image`."""
+    """A baseline decoder that returns an image of the dataset, the one with the number `image` of the request."""
 
     def __init__(self, split: Split):
         self.split = split
@@ -60,9 +60,10 @@ class Nearest:
 
 
 class StableUnclip:
-    """Stable unCLIP: decodes CLIP image embeddings (not normalised, with noise of `noise_level`), captions as prompts.
+    """A decoder that runs Stable unCLIP on CLIP image embeddings, which are not normalised, with captions as prompts.
 
-    The pipeline has no safety checker. Raises `ValueError` for embeddings whose width differs from its normaliser's.
+    `noise_level` is the time step of the noise added to embeddings. The pipeline has no safety checker. Raises
+    `ValueError` for embeddings with another number of features than the pipeline accepts.
     """
 
     def __init__(
@@ -101,9 +102,9 @@ class StableUnclip:
 
 
 class Karlo:
-    """Karlo's unCLIP decoder with its two upscalers; it uses only embeddings, no captions.
+    """A decoder that runs Karlo's unCLIP decoder and its two upscalers on embeddings; captions are not used.
 
-    diffusers can no longer load the complete pipeline, so its parts are loaded one by one.
+    diffusers can no longer load the complete pipeline, so the parts of the pipeline are loaded one by one.
     """
 
     def __init__(
@@ -177,18 +178,18 @@ def width_of(folder: Path) -> int:
 
 
 def embeddings_of(requests: Sequence[Request], width: int) -> Float[Tensor, "B D"]:
-    """Stack the `embedding` of each request, as float32. Raises `ValueError` for a wrong width or non-finite values."""
+    """Stack the `embedding` of each request, as float32. Raises `ValueError` unless it is `width` finite numbers."""
     rows = torch.stack([r["embedding"] for r in requests]).float()
     if rows.shape[1] != width:
-        raise ValueError(f"the decoder takes embeddings of width {width}, found {rows.shape[1]}; use its own CLIP")
+        raise ValueError(f"the decoder takes embeddings of width {width}, found {rows.shape[1]}; use its CLIP model")
     for request, row in zip(requests, rows, strict=True):
         if not row.isfinite().all():
-            raise ValueError(f"the embedding of pair {request['index']} is not finite; check the features")
+            raise ValueError(f"the embedding of pair {request['index']} is not finite; check its source features")
     return rows
 
 
 def pictures(requests: Sequence[Request], images: Float[np.ndarray, "B H W 3"]) -> list[Image.Image]:
-    """Convert pixels in [0, 1] to PIL images. Raises `ValueError` for non-finite pixels (half precision overflows)."""
+    """Convert pixels in [0, 1] to PIL images. Raises `ValueError` for non-finite pixels (float16 can overflow)."""
     for request, image in zip(requests, images, strict=True):
         if not np.isfinite(image).all():
             raise ValueError(
@@ -198,7 +199,7 @@ def pictures(requests: Sequence[Request], images: Float[np.ndarray, "B H W 3"]) 
 
 
 def move_to_device(pipeline: Any, device: torch.device, offload: Offload) -> torch.device:
-    """Move a pipeline to a device; with `offload` its parts stay in main memory until they are needed."""
+    """Move a pipeline to a device, or with `offload` each part when it is needed; return the device."""
     pipeline.set_progress_bar_config(disable=True)
     device = device if torch.cuda.is_available() else torch.device("cpu")
     if offload == "none" or device.type == "cpu":
@@ -214,9 +215,10 @@ def move_to_device(pipeline: Any, device: torch.device, offload: Offload) -> tor
 
 
 class PictureWriter:
-    """A worker that decodes one block per item and writes each image to `<folder>/pairs`: first a PNG, then a JSON.
+    """A worker that decodes one block of requests per call and writes each image to `<folder>/pairs`.
 
-    Images are resized to RGB of side `size` (Lanczos). Raises `ValueError` for an image of one colour or no pixels.
+    An image is resized to RGB of side `size` (Lanczos) and written as a PNG, and then a JSON with its request. Raises
+    `ValueError` for an image of one colour or without pixels.
     """
 
     def __init__(self, make: Callable[[], Decoder], folder: Path, batch: int, size: int, threads: int):
@@ -240,7 +242,7 @@ class PictureWriter:
         if not image.width or not image.height or not np.asarray(image).reshape(-1, 3).std(axis=0).any():
             raise ValueError(
                 f"the image of pair {index} is empty or has one colour ({image.width} x {image.height}); the decoder "
-                "failed: check its precision and its parts"
+                "failed: check its dtype and its model files"
             )
         native, redrawn = list(image.size), image.info.get("redrawn", 0)
         if image.size != (self.size, self.size):
@@ -250,7 +252,7 @@ class PictureWriter:
         plain = {name: value for name, value in request.items() if not isinstance(value, Tensor)}
         about = plain | {"native": native, "request": request_hash(request)}
         if redrawn:
-            about["redrawn"] = redrawn  # number of seeds that gave an image of one colour
+            about["redrawn"] = redrawn  # number of earlier seeds, which gave an image of one colour
         write_json(picture_of(self.folder, index).with_suffix(".json"), about)
 
 
@@ -259,7 +261,7 @@ def picture_of(folder: Path, index: int) -> Path:
 
 
 def is_drawn(folder: Path, request: Request) -> bool:
-    """Return whether the image of a pair exists and was generated from the same request."""
+    """Return whether `folder` holds the image of a pair and it was generated from the same request."""
     path = picture_of(folder, request["index"])
     about = path.with_suffix(".json")
     return path.is_file() and about.is_file() and read_json(about)["request"] == request_hash(request)
@@ -276,7 +278,7 @@ def request_hash(request: Request) -> str:
 
 
 def write_requests(folder: Path, requests: Sequence[Values], tensors: dict[str, Tensor]) -> None:
-    """Write the requests of all pairs for the workers: JSON values, and tensors whose row i belongs to pair i."""
+    """Write the requests of all pairs to `folder`, for the workers: JSON values, and tensors with one row per pair."""
     if any(len(t) != len(requests) for t in tensors.values()):
         lengths = {n: len(t) for n, t in tensors.items()}
         raise ValueError(f"each tensor needs one row per pair: {len(requests)} pairs, found rows {lengths}")

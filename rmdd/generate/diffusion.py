@@ -1,6 +1,6 @@
 """The parts of a text-conditioned latent diffusion model that fine-tuning and fusion use.
 
-B batch, S pixels on a side, C h w a latent, L text tokens, F text width.
+Shapes: B images of S x S pixels, latents of C channels and h x w positions, L text tokens, F features of a token.
 """
 
 from collections.abc import Sequence
@@ -16,17 +16,17 @@ from rmdd.generate.fusion import first_end, positions_after
 
 @dataclass
 class Texts:
-    """Captions, encoded by the text encoder."""
+    """Captions, encoded by the text encoder of a diffusion model."""
 
     tokens: Float[Tensor, "B L F"]
     pooled: Float[Tensor, "B F"]
-    """Hidden state of the first end-of-text token."""
+    """Output of the text encoder for the first end-of-text token of each caption."""
     padding: Bool[Tensor, "B L"]
-    """True for positions after the first end-of-text token."""
+    """True for the tokens of each caption after its first end-of-text token."""
 
 
 class Diffusion:
-    """The frozen parts of a Stable Diffusion pipeline."""
+    """The frozen parts of a Stable Diffusion pipeline: VAE, UNet and text encoder."""
 
     def __init__(self, pipeline: Any):
         self.pipeline = pipeline
@@ -44,7 +44,7 @@ class Diffusion:
         return int(self.text_encoder.config.hidden_size)
 
     def grid(self, size: int) -> tuple[int, int]:
-        """Return the rows and columns of the latent of an image. Raises `ValueError` for an unsupported image size."""
+        """Return the rows and columns of the latent of an image of side `size`. Raises `ValueError` as `grid_of`."""
         return grid_of(len(self.vae.config.block_out_channels), size)
 
     def latents(
@@ -52,7 +52,7 @@ class Diffusion:
     ) -> Float[Tensor, "B C h w"]:
         """Encode images in [-1, 1] as unscaled latents.
 
-        With a CPU generator it samples from the posterior, without one it returns the mean of the posterior.
+        With a CPU generator `random` the latents are sampled from the VAE's posterior, without one they are its mean.
         """
         posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         if random is None:
@@ -78,19 +78,19 @@ class Diffusion:
 
 
 def grid_of(blocks: int, size: int) -> tuple[int, int]:
-    """Return the rows and columns of the latent of an image of side `size`; the encoder has `blocks` blocks.
+    """Return the rows and columns of the latent of an image of side `size`, for a VAE encoder with `blocks` blocks.
 
-    Raises `ValueError` if the size cannot be halved `blocks - 1` times.
+    Raises `ValueError` if the image cannot be halved `blocks - 1` times.
     """
     factor = 2 ** (blocks - 1)
     if size % factor:
         raise ValueError(
-            f"this model's encoder cannot halve images of side {size} {blocks - 1} times; set the size in "
+            f"this model's encoder cannot halve images of side {size} {blocks - 1} times; set the image size in "
             f"distill.options to a multiple of {factor}"
         )
     return size // factor, size // factor
 
 
 def as_signed(pictures: UInt8[Tensor, "B 3 S S"]) -> Float[Tensor, "B 3 S S"]:
-    """Convert uint8 pixels to [-1, 1], the range of the encoder."""
+    """Convert uint8 pixels to [-1, 1], the range that the VAE encoder expects."""
     return pictures.to(torch.float32) / 127.5 - 1

@@ -1,10 +1,10 @@
 """The losses with which EDGE fine-tunes a diffusion model, and the estimate of the clean latent that they use.
 
-    L_C = 1/2 [CE(Z, arange) + CE(Z^T, arange)],  Z = a b^T / tau of unit features
+    L_C = 1/2 [CE(Z, arange) + CE(Z^T, arange)],  Z = i w^T / tau, i image and w text features of unit length
     L_D = 1/(B(B-1)) sum_{p != q} <j_p, j_q>,     j = [i ; w] / ||[i ; w]||
-    z^  from z_t and the prediction of the UNet, depending on the prediction type
+    z^  the clean latent, computed from the noisy latent z_t and the prediction of the UNet
 
-B batch, D features, C h w a latent.
+Shapes: B pairs of a batch, D features of an image or text, latents of C channels and h x w positions.
 """
 
 from typing import Literal
@@ -25,7 +25,7 @@ def contrastive(
     temperature: float,
     captions: Int[Tensor, " B"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Compute L_C. Pairs with equal numbers in `captions` have equal captions and are not used as negatives."""
+    """Compute the contrastive loss L_C; pairs with equal numbers in `captions` are not used as negatives."""
     logits = F.normalize(images, dim=1) @ F.normalize(texts, dim=1).T / temperature
     if captions is not None:
         logits = logits.masked_fill(_others(captions), torch.finfo(logits.dtype).min)
@@ -34,7 +34,7 @@ def contrastive(
 
 
 def _others(captions: Int[Tensor, " B"]) -> Bool[Tensor, "B B"]:
-    """Return True where two different pairs have the same caption."""
+    """Return a mask that is True where two different pairs have the same caption."""
     same = captions[:, None] == captions[None, :]
     return same & ~torch.eye(len(captions), dtype=torch.bool, device=captions.device)
 
@@ -42,13 +42,13 @@ def _others(captions: Int[Tensor, " B"]) -> Bool[Tensor, "B B"]:
 def diversity(
     images: Float[Tensor, "B D"], texts: Float[Tensor, "B D"], *, unit_halves: bool = True
 ) -> Float[Tensor, ""]:
-    """Compute L_D, in [-1, 1]; lower is more diverse. The released code does not normalise first (`unit_halves=False`).
+    """Compute the diversity loss L_D, between -1 and 1; lower is more diverse. Raises `ValueError` for one pair.
 
-    Raises `ValueError` for fewer than two pairs.
+    `unit_halves` scales i and w to unit length before they are joined, which the released code does not do.
     """
     count = len(images)
     if count < 2:
-        raise ValueError(f"diversity compares the pairs of a batch, found {count}; give at least 2 pairs")
+        raise ValueError(f"the diversity loss compares the pairs of a batch, found {count}; give at least 2 pairs")
     halves = [F.normalize(h, dim=1) for h in (images, texts)] if unit_halves else [images, texts]
     joint = F.normalize(torch.cat(halves, dim=1), dim=1)
     products = joint @ joint.T
@@ -56,14 +56,14 @@ def diversity(
 
 
 def per_sample(values: Float[Tensor, " B"], like: Tensor) -> Tensor:
-    """Reshape (B,) so that it broadcasts over all other dimensions of `like`."""
+    """Reshape `values` (B,) so that they broadcast over all other dimensions of `like`."""
     return values.view(-1, *[1] * (like.ndim - 1))
 
 
 def noised(
     clean: Float[Tensor, "B C h w"], noise: Float[Tensor, "B C h w"], alpha_bar: Float[Tensor, " B"]
 ) -> Float[Tensor, "B C h w"]:
-    """Return the noisy latent z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps."""
+    """Return the noisy latents z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps of clean latents z_0 and noise eps."""
     signal = per_sample(alpha_bar, clean)
     return signal.sqrt() * clean + (1 - signal).sqrt() * noise
 
@@ -74,7 +74,7 @@ def clean_estimate(
     alpha_bar: Float[Tensor, " B"],
     kind: Prediction,
 ) -> Float[Tensor, "B C h w"]:
-    """Return z^, the clean latent that follows from a prediction of type `kind`."""
+    """Return z^, the clean latents computed from noisy latents and a UNet prediction of type `kind`."""
     signal = per_sample(alpha_bar, noisy)
     if kind == "sample":
         return predicted
@@ -89,7 +89,7 @@ def target_of(
     alpha_bar: Float[Tensor, " B"],
     kind: Prediction,
 ) -> Float[Tensor, "B C h w"]:
-    """Return the training target of a UNet with prediction type `kind`."""
+    """Return what a UNet with prediction type `kind` should predict: the noise, the velocity or the clean latents."""
     signal = per_sample(alpha_bar, clean)
     if kind == "sample":
         return clean
@@ -97,7 +97,7 @@ def target_of(
 
 
 def biases_and_norms(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return all biases and the parameters of normalisation layers, by name (the parameters that DiffFit tunes)."""
+    """Return all biases and all parameters of normalisation layers, by name (those that the method DiffFit tunes)."""
     parameters = {}
     for where, part in module.named_modules():
         for name, parameter in part.named_parameters(recurse=False):

@@ -1,10 +1,11 @@
-"""EDGE's fine-tuning: the gradients of its losses in the biases and normalisation parameters of a UNet.
+"""EDGE's fine-tuning of a UNet: gradients of the EDGE losses in its biases and normalisation parameters.
 
     z_t = noised(z_0), prediction = UNet(z_t, t, e), z^ = clean estimate, x^ = VAE(z^ / scale), i = CLIP(x^)
     L   = lambda_c L_C(i, w) + lambda_d L_D(i, w) + lambda_n MSE(prediction, its target)
 
-The batch of the contrastive loss may be larger than the memory allows. Features are then computed twice (gradient
-caching): first without a graph for the loss of the entire batch, then in micro-batches for the gradient.
+z_0 is the latent of an image, t a time step, e the encoded caption, w the CLIP feature of the caption. A batch for the
+contrastive loss may not fit in memory. Features are then computed twice (gradient caching): first without autograd, for
+the loss of the entire batch, then in micro-batches, for the gradient.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,16 +34,20 @@ from rmdd.generate.edge_losses import (
 
 
 class EdgeTuning(Section):
-    """Settings for fine-tuning the diffusion model."""
+    """Settings of EDGE's fine-tuning of the diffusion model."""
 
-    epochs: PositiveInt = Field(10, description="passes over the captions")
-    fraction: float = Field(1.0, gt=0, le=1, description="fraction of the captions that are used, drawn at random once")
-    steps: int | None = Field(None, ge=0, description="number of updates, replaces epochs; 0 skips fine-tuning")
-    batch: int = Field(128, ge=2, description="pairs B in a batch of the contrastive loss")
-    micro_batch: PositiveInt | None = Field(
-        None, description="pairs per forward pass, does not change the gradient; null: the entire batch"
+    epochs: PositiveInt = Field(10, description="number of passes over the captions used for fine-tuning")
+    fraction: float = Field(
+        1.0, gt=0, le=1, description="share of the train captions used for fine-tuning, drawn once at random"
     )
-    size: PositiveInt = Field(256, description="side of the images in fine-tuning; released code: 224")
+    steps: int | None = Field(
+        None, ge=0, description="number of updates; 0: no fine-tuning; null: as many as tuning.epochs needs"
+    )
+    batch: int = Field(128, ge=2, description="number of pairs in a batch of the contrastive loss")
+    micro_batch: PositiveInt | None = Field(
+        None, description="number of pairs per forward pass, which limits memory use only; null: the entire batch"
+    )
+    size: PositiveInt = Field(256, description="side in pixels of the images in fine-tuning; released code: 224")
     lr: PositiveFloat = Field(1e-3, description="learning rate of SGD without momentum")
     contrast: NonNegativeFloat = Field(1.0, description="lambda_c, weight of the contrastive loss")
     diverse: NonNegativeFloat = Field(1.0, description="lambda_d, weight of the diversity loss")
@@ -50,26 +55,34 @@ class EdgeTuning(Section):
         1.0, description="lambda_n, weight of the denoising loss, which preserves image generation; released code: 0"
     )
     temperature: PositiveFloat = Field(0.1, description="temperature tau of the contrastive loss")
-    unit_halves: bool = Field(True, description="normalise image and text before joining them; released code: false")
+    unit_halves: bool = Field(
+        True, description="scale image and text features to unit length before joining them; released code: false"
+    )
     max_step: PositiveInt = Field(
-        600, description="upper bound of the time steps, because 1/sqrt(abar_t) grows to 15; released code: 1000"
+        600,
+        description="exclusive upper bound of the time steps t in fine-tuning: at high t, errors of the clean estimate "
+        "grow up to 15 times; released code: 1000",
     )
     weighting: Literal["none", "alpha_bar"] = Field(
-        "none", description="alpha_bar weights the gradient of each sample by its signal level, which allows high noise"
+        "none",
+        description="weights of the gradients of pairs; none: equal; alpha_bar: by the share abar_t of signal in the "
+        "noisy latent, which allows a higher tuning.max_step",
     )
     clamp: PositiveFloat | None = Field(
-        6.0, description="bound of the clean estimate, in units of scaled latents; null: no bound"
+        6.0, description="largest absolute value of the clean estimate, which is a scaled latent; null: no limit"
     )
     recipe: Literal["corrected", "released"] = Field(
         "corrected",
-        description="corrected as in the paper, or the released code, in which the UNet gets clean latents, the "
-        "decoder gets scaled latents, and the pixel normalisations of CLIP and VAE are swapped",
+        description="corrected: as in the paper; released: as in the released code, where the UNet gets clean latents, "
+        "the VAE decoder gets scaled latents, and the pixel normalisations of CLIP and VAE are swapped",
     )
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="dtype of matrix products; parameters and their updates are float32"
     )
-    save_memory: bool = Field(False, description="recompute activations of UNet and decoder in the backward pass")
-    checkpoint_every: PositiveInt = Field(100, description="updates between checkpoints")
+    save_memory: bool = Field(
+        False, description="save memory: compute activations of UNet and VAE again in the backward pass, not store them"
+    )
+    checkpoint_every: PositiveInt = Field(100, description="number of updates between two checkpoints")
 
     def clashes(self) -> list[Clash]:
         if self.micro_batch is not None and self.micro_batch > self.batch:
@@ -78,26 +91,26 @@ class EdgeTuning(Section):
         return []
 
     def updates(self, captions: int) -> int:
-        """Return the number of updates for a number of captions."""
+        """Return the number of updates for a train split with `captions` captions."""
         used = self.used(captions)
         return self.epochs * max(1, used // min(self.batch, used)) if self.steps is None else self.steps
 
     def used(self, captions: int) -> int:
-        """Return how many of `captions` are used for fine-tuning, at least 2 if there are as many."""
+        """Return how many of `captions` captions are used for fine-tuning; at least 2, if there are 2."""
         return min(captions, max(2, int(self.fraction * captions)))
 
 
 @dataclass(frozen=True)
 class TuningBatch:
-    """A training batch without noise, on the device."""
+    """A training batch on the device of the model; the noise is not yet added to the latents."""
 
     latents: Float[Tensor, "B C h w"]
-    """Scaled clean latents z_0."""
+    """Clean latents z_0, multiplied by the scaling factor of the VAE."""
     tokens: Float[Tensor, "B L F"]
     texts: Float[Tensor, "B D"]
-    """CLIP features of the captions, not normalised."""
+    """CLIP features w of the captions, not scaled to unit length."""
     captions: Int[Tensor, " B"]
-    """Number of the caption of each pair; equal captions have equal numbers."""
+    """A number for the caption of each pair; equal captions have equal numbers."""
     times: Int[Tensor, " B"]
     noise: Float[Tensor, "B C h w"]
 
@@ -106,7 +119,7 @@ class TuningBatch:
 
 
 class EdgeTrainer:
-    """A `rmdd.generate.tuning.Trainer` for EDGE. `pictures(records, size)` returns the images of captions as uint8."""
+    """A `rmdd.generate.tuning.Trainer` for EDGE; `pictures(records, size)` returns the uint8 images of captions."""
 
     def __init__(
         self,
@@ -144,7 +157,7 @@ class EdgeTrainer:
     # -- a batch -----------------------------------------------------------------------------------------------------
 
     def batch_records(self, step: int) -> list[int]:
-        """Return the caption records of a step, taken from a permutation per epoch."""
+        """Return the caption records in the batch of a step; every epoch takes them from a new random order."""
         epoch, offset = divmod(step, len(self.records) // self.batch_size)
         order = torch.randperm(len(self.records), generator=generator(self.seed, "edge epoch", epoch))
         return self.records[order[offset * self.batch_size :][: self.batch_size]].tolist()
@@ -186,7 +199,7 @@ class EdgeTrainer:
     # -- the losses --------------------------------------------------------------------------------------------------
 
     def features_and_error(self, batch: TuningBatch) -> tuple[Float[Tensor, "B D"], Float[Tensor, ""]]:
-        """Return the CLIP features of the denoised images, and the sum over the batch of the mean squared errors."""
+        """Return the CLIP features of the denoised images, and the mean squared error of each prediction, summed."""
         rule, diffusion = self.rule, self.diffusion
         alpha_bar = diffusion.alpha_bar[batch.times]
         noisy = noised(batch.latents, batch.noise, alpha_bar)
@@ -212,7 +225,7 @@ class EdgeTrainer:
         return pixels if self.rule.recipe == "released" else _standardised(pixels)
 
     def feature_losses(self, features: Float[Tensor, "B D"], batch: TuningBatch) -> dict[str, Tensor]:
-        """Return the losses that depend on the features of the entire batch."""
+        """Return the contrastive and the diversity loss, which depend on the features of the entire batch."""
         rule = self.rule
         return {
             "contrast": contrastive(features, batch.texts, rule.temperature, batch.captions),
@@ -249,10 +262,10 @@ class EdgeTrainer:
 
 
 def draws(seed: int, count: int, number: int, start: int = 0) -> list[int]:
-    """Draw `number` of `count` captions uniformly without replacement, equal in all processes.
+    """Draw the numbers of `number` of `count` captions, uniformly without replacement, from a random order by `seed`.
 
-    The first `start` captions of the same order are skipped, because other phases use them. Raises `ValueError` if
-    there are too few captions.
+    The first `start` captions of that order are skipped, because other phases use them. Raises `ValueError` if there
+    are too few captions.
     """
     if start + number > count:
         raise ValueError(
@@ -264,12 +277,12 @@ def draws(seed: int, count: int, number: int, start: int = 0) -> list[int]:
 
 
 def _standardised(pixels: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B 3 S S"]:
-    """Normalise pixels in [0, 1] with CLIP's mean and deviation."""
+    """Normalise pixels in [0, 1] with the pixel mean and standard deviation of CLIP."""
     mean, std = (torch.tensor(v, device=pixels.device).view(1, 3, 1, 1) for v in NORMALISATIONS["clip"])
     return (pixels - mean) / std
 
 
 def _weighted(features: Float[Tensor, "B D"], weight: Float[Tensor, " B"]) -> Float[Tensor, "B D"]:
-    """Return the same features, with their gradient multiplied by `weight`."""
+    """Return `features` with equal values, but with the gradient of each row multiplied by its `weight`."""
     w = weight[:, None]
     return w * features + (1 - w) * features.detach()

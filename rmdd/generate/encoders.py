@@ -1,7 +1,8 @@
-"""Features of the training split, computed in blocks by an encoder and cached.
+"""Features of the train split, computed in blocks by an encoder and cached.
 
-An encoder is `tower` (the towers of the run before training), `expert:N`, `clip:ID` or `columns:NAME`. Each image is
-encoded once, even if it has several captions. n rows of a block, D width of a row.
+The encoder is `tower` (the untrained towers of the run), `expert:N` (expert N), `clip:ID` (a pretrained CLIP model) or
+`columns:NAME` (columns of the dataset). An image is encoded once, even if it has several captions. Shapes: n images or
+captions of a block, D features of each.
 """
 
 import functools
@@ -38,27 +39,28 @@ from rmdd.models.prepared import PreparedSplit, SplitSource
 from rmdd.models.text import encoder_identity
 
 BATCH, CLIP_BATCH = 256, 64
-"""Images or captions per forward pass of a tower, and of a CLIP model."""
+"""Number of images or captions per forward pass: BATCH of an image tower, CLIP_BATCH of a CLIP model."""
 
 
 @dataclass(frozen=True)
 class FeatureSource:
-    """The settings that a worker needs to embed the training split of a run; small enough to send to workers."""
+    """The settings that a worker needs to embed the train split of a run; small enough to send to workers."""
 
     splits: SplitSource
     store: Path
-    """Folder of the store with the experts."""
+    """Folder with the checkpoints of the experts (the expert store)."""
     epochs: int
-    """Epochs for which each expert was trained."""
+    """Number of epochs for which each expert was trained."""
     seed: int
-    """Seed of the experts."""
+    """Seed with which the experts were trained."""
     runtime: config.Runtime
 
 
 def features(
     source: FeatureSource, train: PreparedSplit, items: Items, choice: Choice, stream: Stream
 ) -> tuple[Rows, dict[str, Any], Sides, Path]:
-    """Return the features of all items in the space of `choice`, their description, both sides, and their folder."""
+    """Return the features of `items` in the space `choice.space`, what determines them, the image and text features
+    that they are made of, and their folder."""
     identity = identity_of(source, train, choice.encoder)
     sides = sides_of(source, train, choice.encoder, stream)
     about: dict[str, Any] = {"space": choice.space, "unit": choice.unit, "dtype": choice.dtype, **identity}
@@ -75,12 +77,12 @@ def features(
 
 
 def identity_of(source: FeatureSource, train: PreparedSplit, encoder: str) -> dict[str, Any]:
-    """Return everything that determines the features of an encoder."""
+    """Return everything that determines the features of the train split by the encoder named `encoder`."""
     return {"data": train.split.dataset.hash, **encoder_facts(source, encoder)}
 
 
 def encoder_facts(source: FeatureSource, encoder: str) -> dict[str, Any]:
-    """Return everything except the dataset that determines the features of an encoder."""
+    """Return everything that determines the features by the encoder named `encoder`, except the dataset."""
     data, model, device = source.splits.data, source.splits.model, device_of(source.runtime).type
     view = hashed(data, "features")
     kind, _, name = encoder.partition(":")
@@ -103,7 +105,7 @@ def encoder_facts(source: FeatureSource, encoder: str) -> dict[str, Any]:
 
 
 def sides_of(source: FeatureSource, train: PreparedSplit, encoder: str, stream: Stream) -> Sides:
-    """Return the features of all images and captions of the split, from the cache or computed in blocks by `stream`."""
+    """Return the features of all images and captions of `train`, from the cache or computed in blocks by `stream`."""
     split, identity = train.split, identity_of(source, train, encoder)
     kind, _, name = encoder.partition(":")
     folder = source.splits.cache / f"sides-{config.hash_value(identity)}"
@@ -129,7 +131,7 @@ def sides_of(source: FeatureSource, train: PreparedSplit, encoder: str, stream: 
 
 
 class TowerEncoder:
-    """A worker that loads an image tower once and encodes one block of images per item to a file of rows."""
+    """A worker that loads an image tower once; each call encodes one block of images and saves the features."""
 
     def __init__(self, source: FeatureSource, encoder: str, folder: Path):
         self.train, self.folder, self.threads = source.splits.open("train"), folder, source.runtime.threads
@@ -156,13 +158,13 @@ class TowerEncoder:
 
 
 def trained_expert(source: FeatureSource, number: int, train: PreparedSplit) -> DualEncoder:
-    """Load expert `number` of the run's store after its last epoch, in eval mode."""
+    """Load expert `number` from the expert store of the run, after the last epoch, in eval mode."""
     store = Store.open(source.store)
     open_storage(source.runtime).fetch(store.folder(number))
     if not store.is_complete(number):
         raise ValueError(
-            f"expert {number} is not in the store at {store.path}, which has {store.complete()}; choose one of them or "
-            "raise experts.num"
+            f"expert {number} is not in the expert store at {store.path}, which has the experts {store.complete()}; "
+            "choose one of them or raise experts.num"
         )
     size = source.splits.data.image_size
     model = build(source.splits.model, train.texts.shape[1], size, source.seed, "expert", number)
@@ -183,7 +185,7 @@ def _expert_texts(source: FeatureSource, number: int, train: PreparedSplit) -> t
 
 
 class ClipEncoder:
-    """A worker that loads a CLIP model once and encodes one block of images or captions per item to a file of rows."""
+    """A worker that loads a CLIP model once; each call encodes a block of images or captions and saves the features."""
 
     def __init__(self, source: FeatureSource, clip: Path, folder: Path, side: Literal["image", "text"]):
         self.split, self.folder, self.side = source.splits.open("train").split, folder, side
@@ -198,7 +200,7 @@ class ClipEncoder:
         if not np.isfinite(rows).all():
             bad = int(ids[~np.isfinite(rows).all(axis=1)][0])
             raise ValueError(
-                f"the CLIP model gives non-finite features for {self.side} {bad}; download its weights again"
+                f"the CLIP model gives non-finite features for {self.side} {bad}; download the model again"
             )
         save_block(self.folder, values["block"], ids, rows)
         return {"rows": len(ids)}

@@ -1,6 +1,6 @@
-"""EVLF's training of its fusion module: fused latents are aligned with their texts while they stay close to the input.
+"""EVLF's training of its fusion module: fused latents z~ learn to match their texts and to stay close to the latents z.
 
-L = lambda_1 L_align(reader(z~), pooled text) + lambda_2(step) MSE(z~, z)
+L = lambda_1 L_align(reader(z~), pooled text) + lambda_2(step) MSE(z~, z); the reader predicts the text from z~.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,43 +20,51 @@ from rmdd.generate.fusion import Fusion, Projector, alignment, augment_text, pos
 
 
 class FusionRule(Section):
-    """Settings of the fusion module and of its training."""
+    """Settings of EVLF's fusion module and of the training of this module."""
 
-    width: PositiveInt = Field(256, description="width d of the fusion module")
+    width: PositiveInt = Field(256, description="number of features per position in the fusion module")
     heads: PositiveInt = Field(4, description="attention heads")
     layers: PositiveInt = Field(2, description="attention layers")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout rate in the attention layers")
     kv: Literal["both", "text"] = Field(
         "both",
-        description="tokens that latents attend to: image and text (released code) or only text (paper)",
+        description="what latents attend to; both: image and text tokens (released code); text: text tokens (paper)",
     )
     residual: bool = Field(
         True,
-        description="add the output to the latent through a convolution that starts at zero: z~ = z before training; "
-        "false as published, where the module must learn the identity",
+        description="true: add the output of the module to the latent through a convolution that starts at zero, so "
+        "z~ = z before training; false (as published): the module must learn the identity",
     )
-    reader_width: PositiveInt = Field(64, description="channels of the reader's convolution")
-    epochs: PositiveInt = Field(4, description="passes over the captions")
+    reader_width: PositiveInt = Field(
+        64, description="number of channels in the reader, which predicts the text embedding from a fused latent"
+    )
+    epochs: PositiveInt = Field(4, description="number of passes over the train captions")
     steps: int | None = Field(
-        None, ge=0, description="number of updates, replaces epochs; 0 leaves the fusion untrained"
+        None, ge=0, description="number of updates; 0: no training; null: as many as fusion.epochs needs"
     )
-    batch: int = Field(16, ge=2, description="pairs B in a batch")
-    accumulate: PositiveInt = Field(2, description="batches per update (gradient accumulation)")
-    lr: PositiveFloat = Field(3e-4, description="learning rate of the fusion (AdamW)")
+    batch: int = Field(16, ge=2, description="number of pairs in a batch")
+    accumulate: PositiveInt = Field(2, description="number of batches per update (gradient accumulation)")
+    lr: PositiveFloat = Field(3e-4, description="learning rate of the fusion module (AdamW)")
     lr_reader: PositiveFloat = Field(1e-4, description="learning rate of the reader (AdamW)")
-    weight_decay: NonNegativeFloat = Field(1e-2, description="weight decay of fusion and reader")
-    clip: PositiveFloat = Field(1.0, description="maximum norm of the gradient")
+    weight_decay: NonNegativeFloat = Field(1e-2, description="weight decay of fusion module and reader (AdamW)")
+    clip: PositiveFloat = Field(1.0, description="maximum norm of the gradient; longer gradients are scaled down")
     temperature: PositiveFloat = Field(0.07, description="temperature tau of the alignment loss")
     align: NonNegativeFloat = Field(0.1, description="lambda_1, weight of the alignment loss")
     rebuild_low: NonNegativeFloat = Field(
         0.05, description="lambda_2, weight of the reconstruction loss, at the first update"
     )
-    rebuild_high: NonNegativeFloat = Field(1.0, description="lambda_2 after half of the updates")
-    drop_text: float = Field(0.2, ge=0, le=1, description="probability that a batch is trained without text")
-    drop_entries: float = Field(0.1, ge=0, lt=1, description="fraction of text entries set to zero in other batches")
-    text_noise: NonNegativeFloat = Field(0.01, description="standard deviation of the noise added to text entries")
-    flip: float = Field(0.0, ge=0, le=1, description="probability of a mirrored image; published 0.5, for class labels")
-    checkpoint_every: PositiveInt = Field(200, description="updates between checkpoints")
+    rebuild_high: NonNegativeFloat = Field(1.0, description="lambda_2 in the second half of the updates")
+    drop_text: float = Field(0.2, ge=0, le=1, description="probability that all text tokens of a batch are set to zero")
+    drop_entries: float = Field(
+        0.1, ge=0, lt=1, description="share of the numbers in text tokens that are set to zero in the other batches"
+    )
+    text_noise: NonNegativeFloat = Field(
+        0.01, description="standard deviation of the noise added to text tokens in the other batches"
+    )
+    flip: float = Field(
+        0.0, ge=0, le=1, description="probability that a training image is mirrored; published: 0.5, for class labels"
+    )
+    checkpoint_every: PositiveInt = Field(200, description="number of updates between two checkpoints")
 
     def clashes(self) -> list[Clash]:
         if self.width % self.heads:
@@ -65,7 +73,7 @@ class FusionRule(Section):
         return []
 
     def updates(self, captions: int) -> int:
-        """Return the number of updates for a number of captions."""
+        """Return the number of updates for a train split with `captions` captions."""
         each = min(self.batch, captions) * self.accumulate
         return self.epochs * max(1, captions // each) if self.steps is None else self.steps
 
@@ -91,9 +99,9 @@ def fusion_of(rule: FusionRule, diffusion: Diffusion, size: int, seed: int) -> t
 
 
 class FusionTrainer:
-    """A `rmdd.generate.tuning.Trainer` for EVLF's fusion and reader.
+    """A `rmdd.generate.tuning.Trainer` for EVLF's fusion module and reader.
 
-    `pictures(records, size)` returns the images of captions as uint8; `image_of` is the image number of each caption.
+    `pictures(records, size)` returns the uint8 images of captions; `image_of` is the image number of each caption.
     """
 
     def __init__(
@@ -126,7 +134,7 @@ class FusionTrainer:
         self.optimiser: torch.optim.Optimizer = torch.optim.AdamW(groups, weight_decay=rule.weight_decay)
 
     def batch_records(self, number: int) -> list[int]:
-        """Return the caption records of a batch, taken from a permutation per epoch."""
+        """Return the caption records of a batch; every epoch takes them from a new random order."""
         epoch, offset = divmod(number, len(self.captions) // self.batch_size)
         order = torch.randperm(len(self.captions), generator=generator(self.seed, "evlf epoch", epoch))
         return order[offset * self.batch_size :][: self.batch_size].tolist()
@@ -138,7 +146,7 @@ class FusionTrainer:
         tokens: Float[Tensor, "B L F"],
         positive: Bool[Tensor, "B B"],
     ) -> dict[str, Tensor]:
-        """Return the alignment loss, whose target is the unaugmented text, and the reconstruction loss."""
+        """Return the alignment loss, whose targets are the unaugmented texts, and the reconstruction loss."""
         fused = self.fusion(latents, tokens, texts.padding)
         return {
             "align": alignment(self.reader(fused), texts.pooled, positive, self.rule.temperature),

@@ -1,4 +1,7 @@
-"""Fused latents of all pairs of a split, computed in blocks by workers. D numbers of a latent."""
+"""EVLF's fused latents of all caption records of the train split, computed in blocks by workers.
+
+Shapes: n caption records of a block, D numbers of a latent.
+"""
 
 import functools
 from pathlib import Path
@@ -20,12 +23,12 @@ from rmdd.generate.tuning import read_tuned, use_tuned
 from rmdd.models.prepared import SplitSource
 
 BLOCK = 512
-"""Number of caption records in a block, which is one file."""
+"""Number of caption records in a block; the fused latents of a block form one file."""
 BATCH = 16
 
 
 class FusionEncoder:
-    """A worker that encodes one block of caption records per item to a file of scaled fused latents (n, D), float16."""
+    """A worker that fuses one block of caption records per call, and saves the scaled latents (n, D) as float16."""
 
     def __init__(
         self,
@@ -69,7 +72,7 @@ class FusionEncoder:
 
 
 def fused_rows(studio: Studio, generator: Path, rule: FusionRule, size: int, tuned: Path | None, folder: Path) -> Rows:
-    """Return the fused latents of all caption records of the train split; missing files in `folder` are computed."""
+    """Return the fused latents of all caption records of the train split; files missing in `folder` are computed."""
     storage, count = open_storage(studio.run.runtime), len(studio.train.split.captions)
     storage.fetch(folder)
     blocks = range(-(-count // BLOCK))

@@ -1,11 +1,12 @@
 """EVLF's fusion of an image latent with its text, and the losses that train it.
 
-Latent positions attend to text tokens (and, in the released code, to each other). The fused latent stays close to the
-original latent, and the text embedding can be predicted from it linearly.
+Latent positions attend to text tokens (and, in the released code, to each other). The fused latent z~ stays close to
+the original latent z, and the text embedding can be predicted from z~.
 
     L = lambda_1 L_align + lambda_2(step) MSE(z~, z)
 
-B batch, C h w a latent, unscaled, N = h w its positions, L text tokens, F text width, d fusion width.
+Shapes: B pairs, unscaled latents of C channels and N = h w positions, L text tokens of F features, K keys, d features
+of a position inside the fusion module.
 """
 
 from typing import Literal
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 
 class Layer(nn.Module):
-    """A transformer layer: attention to fixed keys, then a feed-forward network, each with LayerNorm afterwards."""
+    """A transformer layer: attention to fixed keys, then a feed-forward network, each followed by LayerNorm."""
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
@@ -39,10 +40,10 @@ class Layer(nn.Module):
 class Fusion(nn.Module):
     """A module that fuses latents with text tokens and returns latents of the same shape and scale.
 
-    With `keys: both` the latents attend to image and text tokens, as in the released code; with `text` only to text, as
-    in the paper. Keys are computed once before the layers. With `residual` the output is added to the latent through a
-    convolution that starts at zero, so an untrained module changes nothing; without it (as published) the module must
-    learn the identity.
+    With `keys` both, the latents attend to image and text tokens, as in the released code; with `keys` text only to
+    text tokens, as in the paper. All layers use the same keys. With `residual`, the output is added to the latent
+    through a convolution that starts at zero, so an untrained module changes nothing; without `residual` (as
+    published), the module must learn the identity.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Fusion(nn.Module):
         tokens: Float[Tensor, "B L F"],
         padding: Bool[Tensor, "B L"],
     ) -> Float[Tensor, "B C h w"]:
-        """Return fused latents. Tokens with `padding` True are ignored. Raises `ValueError` for another latent size."""
+        """Return fused latents; text tokens with `padding` True are ignored. Raises `ValueError` for a wrong size."""
         if latents.shape[-2:] != self.grid:
             raise ValueError(
                 f"this fusion was built for latents of {self.grid[0]} x {self.grid[1]}, found "
@@ -94,7 +95,7 @@ class Fusion(nn.Module):
 
 
 class Projector(nn.Module):
-    """A module that predicts a text embedding from a latent. Raises `ValueError` for latents smaller than 4 x 4."""
+    """A module that predicts a text embedding from a fused latent. Raises `ValueError` if `grid` is below 4 x 4."""
 
     def __init__(self, text_width: int, grid: tuple[int, int], *, channels: int = 4, width: int = 64):
         super().__init__()
@@ -114,9 +115,9 @@ def alignment(
     positive: Bool[Tensor, "B B"],
     temperature: float,
 ) -> Float[Tensor, ""]:
-    """Symmetric InfoNCE with several positives: -log of the mean probability of the positives of a row.
+    """InfoNCE with several positives: -log of the mean probability of a row's positives, averaged over both directions.
 
-    `positive` is symmetric and True on the diagonal. If it is True only there, this is the symmetric cross-entropy.
+    `positive` is symmetric and True on the diagonal. If `positive` is True nowhere else, the loss is the cross-entropy.
     """
     assert positive.diagonal().all(), "each row needs a positive pair"
     logits = F.normalize(read, dim=1) @ F.normalize(texts, dim=1).T / temperature
@@ -130,7 +131,7 @@ def alignment(
 
 
 def positives(pictures: Int[Tensor, " B"], captions: Int[Tensor, " B"]) -> Bool[Tensor, "B B"]:
-    """Return True for two pairs with the same image number or the same caption number."""
+    """Return a mask that is True for two pairs with the same image number or the same caption number."""
     return (pictures[:, None] == pictures[None, :]) | (captions[:, None] == captions[None, :])
 
 
@@ -141,7 +142,7 @@ def ramp(step: int, total: int, low: float, high: float) -> float:
 
 
 def first_end(ids: Int[Tensor, "B L"], end: int) -> Int[Tensor, " B"]:
-    """Return the position of the first end-of-text token, or the last position if there is none.
+    """Return the position of the first token `end` (end of text) of each text, or the last position if there is none.
 
     Stable Diffusion's tokenizer also pads with this token, so the last end-of-text token is usually padding.
     """
@@ -150,7 +151,7 @@ def first_end(ids: Int[Tensor, "B L"], end: int) -> Int[Tensor, " B"]:
 
 
 def positions_after(positions: Int[Tensor, " B"], length: int) -> Bool[Tensor, "B L"]:
-    """Return True for tokens after the given position of each text."""
+    """Return a mask that is True for the tokens of a text after its position in `positions`."""
     return torch.arange(length, device=positions.device)[None, :] > positions[:, None]
 
 
@@ -159,8 +160,9 @@ def augment_text(
 ) -> Float[Tensor, "B L F"]:
     """Augment text tokens for training.
 
-    All tokens become zero with probability `drop_all`; otherwise entries are dropped and noise is added. `random` is a
-    CPU generator, so all devices use the same numbers.
+    With probability `drop_all` all tokens become zero. Otherwise, numbers become zero with probability `drop`, the
+    others are scaled up, and noise of deviation `noise` is added. `random` is a CPU generator, so all devices use the
+    same random numbers.
     """
     if float(torch.rand((), generator=random)) < drop_all:
         return torch.zeros_like(tokens)

@@ -2,9 +2,10 @@
 
     x_{k-1} = step(x_k) - [k > k_stop] s sigma_k (x0^ - m)
 
-`x0^` is the scheduler's estimate of the clean latent, m the mode, and sigma_k the deviation of the noise that step k
-adds. A deterministic step adds no noise; sigma_k = 0 would disable the guidance, so sqrt(1 - abar_t) replaces it.
-B samples, C h w a latent.
+k counts steps down to 0, s is the strength of the guidance, `x0^` the scheduler's estimate of the clean latent, m the
+mode (the given latent), and sigma_k the deviation of the noise that step k adds. A deterministic step adds no noise,
+and sigma_k = 0 would disable the guidance, so sqrt(1 - abar_t) replaces it. Shapes: B latents of C channels and h x w
+positions.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ Denoise = Callable[[Tensor, Tensor], Tensor]
 
 
 def step_deviation(scheduler: Any, t: Tensor, predicted: Tensor, channels: int, eta: float) -> Tensor:
-    """Return sigma_k as a number, or per latent entry if the model predicts its variance."""
+    """Return sigma_k: one number, or one for each number of the latents if the model predicts variances."""
     if _is_ddim(scheduler):
         if not eta:
             return (1 - scheduler.alphas_cumprod[t.cpu()]).sqrt().to(predicted.device)
@@ -52,9 +53,10 @@ def guided(
     generators: Sequence[torch.Generator] | None = None,
     eta: float = 0.0,
 ) -> Float[Tensor, "B C h w"]:
-    """Denoise `latents`, guided towards `modes` in the steps `steps - 1` down to `stop + 1`.
+    """Denoise `latents`, guided towards the latents `modes` in the steps `steps - 1` down to `stop + 1`.
 
-    `strength` 0 disables the guidance. `scheduler` is DDPM or DDIM without clipping; only DDIM uses `eta`.
+    `strength` 0 disables the guidance. `scheduler` is DDPM or DDIM without clipping of latents; only DDIM uses `eta`,
+    the share of noise in a step.
     """
     scheduler.set_timesteps(steps, device=latents.device)
     x, channels = latents * scheduler.init_noise_sigma, latents.shape[1]
@@ -89,10 +91,10 @@ def text_denoiser(unet: Any, texts: Tensor, empty: Tensor | None, scale: float) 
 
 
 def class_denoiser(transformer: Any, classes: Tensor, scale: float, *, guided_channels: int | None = None) -> Denoise:
-    """Return a denoiser for a class-conditioned `DiTTransformer2DModel` with classifier-free guidance; classes (B,).
+    """Return a denoiser for a class-conditioned `DiTTransformer2DModel` with classifier-free guidance.
 
-    The published sampler guides only three of four latent channels (`guided_channels=3`); None guides all channels.
-    A learned variance is taken from the conditional prediction.
+    `classes` (B,) are class numbers. The published sampler guides only three of four latent channels
+    (`guided_channels=3`); None guides all channels. A learned variance is taken from the conditional prediction.
     """
     null = transformer.config.num_embeds_ada_norm
     labels = torch.cat([classes, torch.full_like(classes, null)]) if scale > 1 else classes

@@ -1,6 +1,6 @@
-"""Modes of fused latents: k-means clusters of all pairs, with one latent and one representative caption per cluster.
+"""Modes of fused latents: k-means clusters of all caption records, each with one latent (the mode) and one caption.
 
-T caption records, D numbers of a latent, K clusters, F text width, P components.
+Shapes: T caption records, D numbers of a latent, K clusters, F features of a text, P principal components.
 """
 
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ from rmdd.coresets.draws import smallest
 from rmdd.coresets.rows import Rows
 
 REDUCED_FROM = 16_384
-"""Maximum number of rows for the computation of principal components."""
+"""Maximum number of latents from which principal components are computed; of more latents, a sample is used."""
 
 
 @dataclass(frozen=True)
 class Modes:
     latents: Float32[np.ndarray, "K D"]
     records: list[int]
-    """For each cluster, the record whose caption is nearest to the mean of the cluster's captions."""
+    """For each cluster, the caption record whose text embedding is nearest to the cluster's mean text embedding."""
     members: list[int]
-    """Number of records per cluster. 0: equal latents left the cluster empty, and an unused record represents it."""
+    """Number of caption records per cluster; 0 if equal latents left a cluster empty, which gets an unused record."""
 
 
 def modes_of(
@@ -37,10 +37,10 @@ def modes_of(
     components: int | None = 256,
     kind: Literal["centre", "nearest"] = "centre",
 ) -> Modes:
-    """Cluster fused latents by k-means in their first `components` principal components (None: in the full space).
+    """Cluster fused latents by k-means in their first `components` principal components (None: in all dimensions).
 
-    The ids of `rows` are caption records. Each mode is the mean latent of its cluster (`centre`) or the member nearest
-    to the mean (`nearest`). Raises `ValueError` if there are fewer latents than clusters.
+    The ids of `rows` are the numbers of caption records. Each mode is the mean latent of its cluster (`kind` centre) or
+    the latent nearest to the mean (`kind` nearest). Raises `ValueError` if there are fewer latents than clusters.
     """
     if k > len(rows):
         raise ValueError(f"{k} pairs need as many latents, found {len(rows)}; lower distill.phases.*.pairs")
@@ -53,7 +53,7 @@ def modes_of(
     nearest = _nearest(rows, label, centres)
     captions = [_central_caption(texts, ids[label == cluster]) if count[cluster] else -1 for cluster in range(k)]
     free = np.flatnonzero(~np.isin(ids, captions))
-    free = free[np.argsort(np.isin(free, nearest[count > 0]), kind="stable")]  # records not yet used come first
+    free = free[np.argsort(np.isin(free, nearest[count > 0]), kind="stable")]  # prefer latents that are not yet a mode
     for cluster, position in zip(np.flatnonzero(count == 0), free, strict=False):
         nearest[cluster], captions[cluster] = position, int(ids[position])
         centres[cluster] = rows.at(free[free == position])[0]
@@ -62,14 +62,17 @@ def modes_of(
 
 
 def reduced(rows: Rows, components: int | None, seed: int) -> Float32[np.ndarray, "T P"]:
-    """Project rows on their principal components, which are computed from a sample; None or too many: no projection."""
+    """Project rows on their first `components` principal components, computed from a sample.
+
+    All rows are returned unprojected if `components` is None, or at least the number of rows or of columns.
+    """
     from sklearn.decomposition import PCA
 
     count = len(rows)
     if components is None or components >= min(count, rows.width):
         return np.concatenate(
             [block.copy() for _, block in rows.chunks()]
-        )  # a copy, because all chunks share one buffer
+        )  # copy each chunk, because all chunks share one buffer
     some = np.arange(count) if count <= REDUCED_FROM else np.sort(smallest(np.arange(count), REDUCED_FROM, seed, "pca"))
     out = np.empty((count, components), np.float32)
     with one_thread():
@@ -82,7 +85,7 @@ def reduced(rows: Rows, components: int | None, seed: int) -> Float32[np.ndarray
 def assigned(
     rows: Float32[np.ndarray, "T P"], centres: Float32[np.ndarray, "K P"], chunk: int = 8192
 ) -> Int64[np.ndarray, " T"]:
-    """Return the nearest centre of each row, and the first of equally near centres."""
+    """Return the number of the centre nearest to each row; of equally near centres, the first."""
     length = (centres.astype(np.float64) ** 2).sum(1)
     nearest = np.empty(len(rows), np.int64)
     for start in range(0, len(rows), chunk):
@@ -99,7 +102,7 @@ def _means(rows: Rows, label: np.ndarray, k: int, count: np.ndarray) -> np.ndarr
 
 
 def _nearest(rows: Rows, label: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """Return the position of the member nearest to each centre, or 0 for an empty cluster."""
+    """Return, for each centre, the position of the nearest row in its cluster, or 0 for an empty cluster."""
     best, nearest = np.full(len(centres), np.inf), np.zeros(len(centres), np.int64)
     for where, block in rows.chunks():
         distance = ((block - centres[label[where]]) ** 2).sum(1)
@@ -111,7 +114,8 @@ def _nearest(rows: Rows, label: np.ndarray, centres: np.ndarray) -> np.ndarray:
 
 
 def _central_caption(texts: np.ndarray, members: np.ndarray) -> int:
-    """Return the member whose text has the largest cosine with the mean of the normalised texts of all members."""
+    """Return the caption record in `members` whose text embedding has the highest cosine with the mean of the unit text
+    embeddings of all `members`."""
     units = np.asarray(texts[members], dtype=np.float64)
     units /= np.maximum(np.linalg.norm(units, axis=1, keepdims=True), 1e-12)
     return int(members[(units @ units.mean(0)).argmax()])

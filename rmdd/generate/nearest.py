@@ -1,4 +1,7 @@
-"""The real captions nearest to generated images, by CLIP features. P images, T captions, D features."""
+"""Find the captions of the dataset that are nearest to generated images, by the cosine of CLIP features.
+
+Shapes: P images, n captions found for each, D features.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -17,11 +20,11 @@ from rmdd.generate.studio import Studio
 from rmdd.models.clip import Clip
 
 BLOCK = 32
-"""Number of images in a block."""
+"""Number of images that a worker encodes per call."""
 
 
 class PictureEncoder:
-    """A worker that loads a CLIP model once and encodes one block of image files per item to a file of features."""
+    """A worker that loads a CLIP model once; each call encodes a block of image files and saves the features."""
 
     def __init__(self, folder: Path, device: torch.device, threads: int):
         self.clip, self.threads = Clip(folder, device), threads
@@ -40,9 +43,9 @@ class PictureEncoder:
 def nearest_captions(
     studio: Studio, clip: Path, pictures: Sequence[Path], texts: Rows, count: int
 ) -> Int64[np.ndarray, "P n"]:
-    """Return the nearest caption records of each image by descending cosine.
+    """Return the caption records with the highest cosines to each image, highest first.
 
-    It returns 16 (count + 1) records, so that in most datasets `count` of their captions differ.
+    For each image, 16 (count + 1) records are returned, so that in most datasets `count` of them differ in caption.
     """
     starts = range(0, len(pictures), BLOCK)
     items: list[Values] = [
@@ -60,7 +63,7 @@ def nearest_captions(
 
 
 def nearest_rows(queries: Float32[np.ndarray, "P D"], rows: Rows, count: int) -> Int64[np.ndarray, "P n"]:
-    """Return the ids of the `count` nearest rows of each query by descending cosine; ties are ordered by id."""
+    """Return the ids of the `count` rows with the highest cosines to each query, highest first; ties in id order."""
     queries = queries / np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-12)
     best = np.zeros((len(queries), 0), np.float32)
     ids = np.zeros((len(queries), 0), np.int64)

@@ -1,7 +1,7 @@
-"""Matched prototypes: image clusters and caption clusters are paired, and each pair is the mean of its shared records.
+"""Matched prototypes: image clusters are matched with caption clusters; a prototype is the mean of the shared records.
 
-A record is a caption with its image: record n has image `image_of[n]` and caption n. N records after pruning, M pairs,
-D feature width (U for images and V for captions if they differ).
+A record is a caption with its image: record n has image `image_of[n]` and caption n. Shapes: T records, N after
+pruning, M prototypes, K clusters of images or captions, D features (U of an image and V of a caption if they differ).
 """
 
 import functools
@@ -24,7 +24,7 @@ from rmdd.execution.parts import OpenParts, WorkerParts
 MINI_BATCH = 10_000
 CHUNK = 8192
 RANKS_FROM = 256 * 2**20
-"""Size of features in bytes from which their rows are distributed over workers (ranks)."""
+"""Size in bytes of image or caption features; larger features are distributed over several workers (ranks)."""
 
 Pairless = Literal["topup", "keep_centres", "drop"]
 RecordIds = Int64[np.ndarray, " _"]
@@ -32,7 +32,7 @@ RecordIds = Int64[np.ndarray, " _"]
 
 @dataclass(frozen=True)
 class PairMembers:
-    """The records of one pair. Image and text records are the same, unless the two clusters share no record."""
+    """The records of one prototype; image and text records differ only if the two clusters share no record."""
 
     images: RecordIds
     texts: RecordIds
@@ -44,7 +44,7 @@ class PairMembers:
 
 @dataclass(frozen=True)
 class Prototypes:
-    """M prototypes, which are means of unnormalised features, and the records of each."""
+    """M prototypes (the mean features of images and of texts, before normalisation), and the records of each."""
 
     images: Float32[np.ndarray, "M U"]
     texts: Float32[np.ndarray, "M V"]
@@ -64,7 +64,7 @@ def find(
     pairless: Pairless = "topup",
     rescale: bool = False,
 ) -> tuple[Prototypes, RecordIds]:
-    """Return the prototypes, sorted by descending image-text agreement, and the records that remain after pruning.
+    """Return the prototypes, by descending cosine of image and text, and the records that remain after pruning.
 
     Raises `ValueError` if fewer than `pairs` records remain.
     """
@@ -75,7 +75,7 @@ def find(
     if len(records) < pairs:
         raise ValueError(
             f"{pairs} pairs need at least as many caption records, but rm_ratio {rm_ratio} leaves {len(records)} of "
-            f"{len(image_of)}; lower rm_ratio or the pairs, or ingest more data"
+            f"{len(image_of)}; lower rm_ratio or distill.phases.*.pairs, or ingest more data"
         )
     of = {"image": image_of[records], "text": records}
     both = (("image", sides.images), ("text", sides.texts))
@@ -99,7 +99,7 @@ def find(
     texts = np.stack([_mean(sides.texts, of["text"][c.texts], rescale) for c in cells])
     if images.shape[1] == texts.shape[1]:
         agreement = np.vecdot(_unit(images), _unit(texts))
-    else:  # features of different spaces have no cosine
+    else:  # features of different widths have no cosine, so sort by the number of records
         agreement = np.array([len(c.images) if c.shared else 0 for c in cells], np.float32)
     order = np.argsort(-agreement, kind="stable")
     facts = {
@@ -118,16 +118,18 @@ def find(
 
 
 def raw_cosines(sides: Sides) -> Float32[np.ndarray, " T"]:
-    """Return the image-text cosine of each record. Raises `ValueError` for different spaces or non-finite features."""
+    """Return the image-text cosine of each record. Raises `ValueError` for different widths or non-finite features."""
     if sides.images.width != sides.texts.width:
         widths = f"{sides.images.width} and {sides.texts.width}"
-        raise ValueError(f"image and text features of {widths} numbers have no cosine; set rm_ratio: 0, or use a CLIP")
+        raise ValueError(
+            f"image and text features of {widths} numbers have no cosine; set rm_ratio: 0, or features: clip:NAME"
+        )
     cosines = np.empty(len(sides.texts), np.float32)
     for where, texts in sides.texts.chunks():
         cosines[where] = np.vecdot(_unit(sides.images.at(sides.split.image_of[where])), _unit(texts))
     if not np.isfinite(cosines).all():
         bad = sides.split.pair_ids[int(sides.split.image_of[np.flatnonzero(~np.isfinite(cosines))[0]])]
-        raise ValueError(f"the features of pair {bad} are not finite; leave it out, or use another encoder")
+        raise ValueError(f"the features of pair {bad} are not finite; remove the pair, or use another encoder")
     return cosines
 
 
@@ -137,7 +139,7 @@ def raw_cosines(sides: Sides) -> Float32[np.ndarray, " T"]:
 def partition(
     rows: Rows, of: RecordIds, k: int, seed: int, ranks: OpenParts, starts: int = 20, normalize: bool = False
 ) -> RecordIds:
-    """Return the k-means cluster of each record n, whose features are row `of[n]`. k-means is fitted on a sample.
+    """Return the cluster of each record n, whose features are row `of[n]`, by k-means fitted on a sample of records.
 
     No cluster is empty if there are enough distinct rows.
     """
@@ -152,7 +154,7 @@ def partition(
 
 
 def open_side(folder: Path, normalize: bool, rank: int, size: int) -> Shard:
-    """Open the rows of one worker (rank)."""
+    """Open the share of the feature rows in `folder` that worker `rank` of `size` workers keeps."""
     rows = Rows.open(folder).share(rank, size)
     return Shard(_units(rows) if normalize else rows)
 
@@ -165,14 +167,14 @@ def _nearest(ranks: WorkerParts, centroids: np.ndarray, count: int) -> tuple[np.
 
 
 def refill_empty_clusters(label: np.ndarray, distance: np.ndarray, of: RecordIds, k: int) -> RecordIds:
-    """Return the cluster of each row, after giving each empty cluster the used row farthest from its centroid."""
+    """Return the cluster of each row, after giving each empty cluster the row in `of` farthest from its centroid."""
     label, used = label.copy(), np.unique(of)
     count = np.bincount(label[used], minlength=k)
     far = used[np.lexsort((used, -distance[used]))].tolist()
     for empty in np.flatnonzero(count == 0):
         row = next((r for r in far if distance[r] > 0 and count[label[r]] > 1), None)
         if row is None:
-            break  # all remaining rows equal their centroid
+            break  # no row can leave: it equals its centroid or is alone in its cluster
         count[label[row]] -= 1
         label[row], count[empty] = empty, 1
         far.remove(row)
@@ -183,12 +185,12 @@ def refill_empty_clusters(label: np.ndarray, distance: np.ndarray, of: RecordIds
 
 
 def contingency(a: RecordIds, b: RecordIds, k: int) -> Int64[np.ndarray, "K K"]:
-    """Return the number of records in image cluster i and text cluster j; empty clusters have zeros."""
+    """Return a matrix with the number of records in both image cluster i and text cluster j."""
     return np.bincount(a * k + b, minlength=k * k).reshape(k, k)
 
 
 def shared_cells(a: RecordIds, b: RecordIds, partner: RecordIds) -> list[PairMembers]:
-    """Return, per image cluster, the records whose text cluster is its partner; clusters without any are left out."""
+    """Return, for each image cluster, the records it shares with its partner text cluster; empty cells are left out."""
     inside = np.where(partner[a] == b, a, -1)
     return [_same(np.flatnonzero(inside == i)) for i in np.unique(inside[inside >= 0])]
 
@@ -196,9 +198,9 @@ def shared_cells(a: RecordIds, b: RecordIds, partner: RecordIds) -> list[PairMem
 def split_largest_cells(
     cells: Sequence[PairMembers], pairs: int, a: RecordIds, b: RecordIds, joint: Any, seed: int
 ) -> list[PairMembers]:
-    """Split the largest cell in two, by 2-means on `joint(members)`, until there are `pairs` cells.
+    """Split the cell with most records in two, by 2-means on `joint(members)`, until there are `pairs` cells.
 
-    If no cell can be split, the largest groups of unmatched records are added.
+    If no cell can be split, the largest groups of records outside all cells are added.
     """
     result = list(cells)
     matched = np.zeros(len(a), bool)
@@ -223,13 +225,13 @@ def _halves(members: RecordIds, rows: np.ndarray, seed: int) -> list[RecordIds]:
     centroids = fit(rows, 2, derive(seed, "split of a cell", int(members[0]), len(members)))
     _, label, _ = Shard(Rows.of(rows)).assigned(centroids)
     halves = [members[label == half] for half in (0, 1)]
-    if not all(len(half) for half in halves):  # all members are equal
+    if not all(len(half) for half in halves):  # 2-means cannot separate equal rows
         return [members[: len(members) // 2], members[len(members) // 2 :]]
     return halves
 
 
 def _unmatched(a: RecordIds, b: RecordIds, matched: Bool[np.ndarray, " N"]) -> list[RecordIds]:
-    """Return the unmatched records, grouped by image and text cluster, the largest group first."""
+    """Return the records outside all cells, grouped by image and text cluster, the largest group first."""
     remaining = np.flatnonzero(~matched)
     _, group = np.unique(np.stack([a[remaining], b[remaining]]), axis=1, return_inverse=True)
     groups = [remaining[group.ravel() == g] for g in range(int(group.max(initial=-1)) + 1)]
@@ -237,7 +239,7 @@ def _unmatched(a: RecordIds, b: RecordIds, matched: Bool[np.ndarray, " N"]) -> l
 
 
 def _centres(a: RecordIds, b: RecordIds, partner: RecordIds, empty: RecordIds) -> list[PairMembers]:
-    """Return the members of both clusters for matches that share no record."""
+    """Return a cell with the records of both clusters for each image cluster in `empty`, which shares no record."""
     cells = [PairMembers(np.flatnonzero(a == i), np.flatnonzero(b == partner[i])) for i in empty]
     return [cell for cell in cells if len(cell.images) and len(cell.texts)]
 
@@ -268,10 +270,10 @@ def _units(rows: Rows) -> Rows:
 def retrieved(
     queries: Float32[np.ndarray, "M D"], rows: Rows, among: RecordIds, repeats: bool
 ) -> Int64[np.ndarray, " M"]:
-    """Return, for each query, the row of `among` with the highest cosine, and the first of equal ones.
+    """Return, for each query, the number in `among` of the row with the highest cosine; of equal rows, the first.
 
-    Without `repeats` each row is used at most once, and the sum of cosines is maximal. Raises `ValueError` if there are
-    fewer rows than queries then.
+    Without `repeats` each row is used at most once, and the sum of cosines is maximal; fewer rows than queries then
+    raise `ValueError`.
     """
     count = len(queries)
     if not repeats and len(among) < count:
@@ -290,7 +292,7 @@ def retrieved(
 
 
 def _best(queries: np.ndarray, rows: Rows, among: RecordIds, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ids (M, k) of the k best rows of each query, best first, and their cosines."""
+    """Return the ids (M, k) of the k rows with the highest cosines to each query, highest first, and these cosines."""
     ids, score = np.zeros((len(queries), 0), np.int64), np.zeros((len(queries), 0), np.float32)
     among = np.sort(among)
     for start in range(0, len(among), CHUNK):

@@ -1,7 +1,7 @@
 """Stable Diffusion decoders: image generation from a caption, from a latent, or guided towards a latent.
 
-An image of a single colour (such as the output of a safety checker) is generated again with the next seed. B images of
-a block, C h w a latent.
+An image of a single colour (such as the output of a safety checker) is generated again with the next seed. Shapes: B
+images of a block, latents of C channels and h x w positions.
 """
 
 import logging
@@ -30,21 +30,27 @@ _logger = logging.getLogger(__name__)
 
 
 class Sampling(Section):
-    """Settings of image generation."""
+    """Settings of image generation with Stable Diffusion."""
 
     steps: PositiveInt = Field(50, description="denoising steps")
     guidance: NonNegativeFloat = Field(7.5, description="scale of classifier-free guidance; 1 or less disables it")
     size: PositiveInt = Field(
-        512, multiple_of=8, description="side of generated images; the distilled set has data.image_size"
+        512, multiple_of=8, description="side in pixels of generated images; the distilled set has data.image_size"
     )
-    batch: PositiveInt = Field(1, description="images per forward pass; the last bits of an image depend on it")
+    batch: PositiveInt = Field(
+        1, description="number of images per forward pass; rounding errors in the pixels depend on this number"
+    )
     dtype: Precision = Field("float32", description="floating-point type of the pipeline, weights and activations")
-    offload: Offload = Field("none", description="keep parts of the pipeline in main memory until they are needed")
-    redraws: int = Field(3, ge=0, description="further seeds to try for an image of one colour")
+    offload: Offload = Field(
+        "none",
+        description="none: keep the pipeline on the GPU; model, sequential: keep its models or single layers in main "
+        "memory until they are needed",
+    )
+    redraws: int = Field(3, ge=0, description="number of further seeds to try if an image has a single colour")
 
 
 def load_pipeline(folder: Path, dtype: torch.dtype = torch.float32, kind: str = "StableDiffusion") -> Any:
-    """Load `<kind>Pipeline` from a folder, without the safety checker, which would add black images to the set."""
+    """Load `<kind>Pipeline` of diffusers, without the safety checker, which would add black images to the set."""
     import diffusers
 
     with quiet("transformers", "diffusers"):
@@ -86,7 +92,7 @@ def cut_captions(folder: Path, captions: Sequence[str]) -> int:
 
 
 class FromCaption:
-    """A decoder from captions to images. `tuned` is a folder with a fine-tuned UNet; see `rmdd.generate.tuning`."""
+    """A decoder from captions to images; `tuned` is a folder with UNet parameters from `rmdd.generate.tuning`."""
 
     kind = "StableDiffusion"
 
@@ -98,7 +104,7 @@ class FromCaption:
         self.device = move_to_device(self.pipeline, device, rule.offload)
 
     def decode(self, requests: Sequence[Request]) -> list[Image.Image]:
-        """Generate an image for each request. Raises `ValueError` for an image that is not finite."""
+        """Generate an image for each request. Raises `ValueError` for an image with non-finite pixels."""
         pictures = self._generate(requests, 0)
         for position, request in enumerate(requests):
             for attempt in range(1, self.rule.redraws + 1):
@@ -133,7 +139,7 @@ class FromCaption:
 
 
 class FromLatent(FromCaption):
-    """An image-to-image decoder: noises the scaled latent `mode` of a pair to `strength`, denoises with the caption."""
+    """A decoder that adds noise of share `strength` to the scaled latent `mode` of a pair and denoises the result."""
 
     kind = "StableDiffusionImg2Img"
 
@@ -155,7 +161,7 @@ class FromLatent(FromCaption):
 
 
 class NearLatent(FromCaption):
-    """A decoder with mode guidance: denoises noise with the caption, guided towards the latent `mode` of a pair."""
+    """A decoder that starts from noise and denoises it with the caption, guided towards the latent `mode` of a pair."""
 
     def __init__(
         self,
@@ -192,7 +198,7 @@ class NearLatent(FromCaption):
 
 
 def _random_of(request: Request, what: str) -> torch.Generator:
-    """Return the random generator of an image, seeded by its number over all phases, so phases differ in noise."""
+    """Return the random generator of an image, seeded by its number, which is counted over all phases."""
     return generator(request["seed"], what, request["number"])
 
 

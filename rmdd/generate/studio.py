@@ -1,6 +1,6 @@
-"""The studio of a generative method: features of the data, workers with models, and the output of its pairs.
+"""The studio, with which a generative method computes features, runs models on workers and writes its pairs.
 
-M pairs of the phase, F text feature width, S side of a picture.
+Shapes: M pairs of the phase, F features of a text, S x S pixels of a picture.
 """
 
 import functools
@@ -40,20 +40,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tools:
-    """The workers of a generative method."""
+    """The workers that a generative method can use, and the progress display."""
 
     executor: Executor
-    """Runs the fine-tuning as one task with checkpoints."""
+    """Runs the fine-tuning of a model as one task with checkpoints."""
     encoders: Stream
     """Workers that hold a model, for features, captions and image decoding."""
     ranks: OpenParts
-    """Workers that hold rows of features."""
+    """Starts workers that each hold a part of the feature rows."""
     progress: "Progress"
 
 
 @dataclass(frozen=True)
 class Studio:
-    """The working environment of a generative method for one phase."""
+    """What a generative method uses in one phase: the run, the train split, a folder and workers."""
 
     run: config.Run
     phase: int
@@ -66,11 +66,11 @@ class Studio:
     tools: Tools
     hooks: Hooks
     tune: Callable[[int], bool]
-    """Fine-tunes the generator for a number of updates; returns whether it finished."""
+    """Trains the model that the method fine-tunes, for the given number of updates; returns whether it finished."""
 
     @property
     def pairs(self) -> int:
-        """The configured number of pairs M."""
+        """Number of pairs M that the run file sets for this phase."""
         return self.run.distill.phases[self.phase].pairs
 
     @property
@@ -82,9 +82,10 @@ class Studio:
         return device_of(self.run.runtime)
 
     def stream(self, title: str, unit: str, here: bool = False) -> Stream:
-        """Return a stream of tasks on the workers (with `here`: in this process) that shows progress.
+        """Return a function `(make, items)` that processes items on the workers (with `here`: in this process).
 
-        It can be interrupted between two items. The callable from `make()` must return `{unit: count}` for each item.
+        It shows progress, and can be interrupted between two items. The callable that `make()` returns is called with
+        each item, and must return `{unit: count}`.
         """
         stream = with_progress(self.tools.progress, title, unit, sequential_stream if here else self.tools.encoders)
 
@@ -97,7 +98,7 @@ class Studio:
         return streamed
 
     def features(self, encoder: str) -> "Sides":
-        """Return the features of images and captions of train, not normalised, by an encoder such as `clip:ID`."""
+        """Return the features of the train images and captions, not normalised, by an encoder such as `clip:ID`."""
         return sides_of(self.feature_source, self.train, encoder, self.stream(f"features of {encoder}", "rows"))
 
     def draw(
@@ -110,8 +111,9 @@ class Studio:
     ) -> list[Path]:
         """Generate the images of all pairs and return their paths; existing images of the same request are kept.
 
-        `requests` are JSON values per pair, to which `index` and `seed` are added; row i of each tensor belongs to pair
-        i. `make` must be picklable; it is called in the workers, or in this process with `here`.
+        `requests` holds JSON values for each pair, to which `index` and `seed` are added; row i of each tensor belongs
+        to pair i. `make` returns the decoder and must be picklable; it is called in the workers, or in this process
+        with `here`.
         """
         numbered = [{**request, "index": i, "seed": self.seed} for i, request in enumerate(requests)]
         write_requests(self.folder, numbered, dict(tensors or {}))
@@ -133,22 +135,22 @@ class Studio:
         parts: Sequence[PretrainedModel] = (),
         facts: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write the files that later steps read. The set is written last and marks the phase as finished.
+        """Write the files of the phase. The distilled set is written last, and marks the phase as finished.
 
-        `records` are the real pairs from which the pairs were generated. `texts` are the caption embeddings for
-        students, by default from the text tower of the run. `facts` are added to the artefact. Raises `ValueError` for
-        lengths or shapes that do not match.
+        `records` are the caption records from which the pairs were generated. `texts` are the caption embeddings for
+        students, by default from the text tower of the run. `parts` are the pretrained models that were used. `parts`
+        and `facts` are recorded in the artefact. Raises `ValueError` for lengths or shapes that do not match.
         """
         run, rule, count = self.run, self.run.distill, len(pictures)
         if not count == len(records) == len(captions):
             numbers = f"{count} images, {len(records)} records and {len(captions)} captions"
-            raise ValueError(f"a method must return equal numbers of images, records and captions, found {numbers}")
+            raise ValueError(f"a method must give equal numbers of images, records and captions, found {numbers}")
         if empty := [i for i, caption in enumerate(captions) if not clean(caption, run.data.captions)]:
             raise ValueError(f"the captions of pairs {empty[:5]} are empty; check the captioner")
         texts = self.embedded(captions) if texts is None else texts.float()
         if texts.shape != (count, self.train.texts.shape[1]) or not texts.isfinite().all():
             shape = f"({count}, {self.train.texts.shape[1]})"
-            raise ValueError(f"texts must be finite and of shape {shape}, found {tuple(texts.shape)}")
+            raise ValueError(f"caption embeddings must be finite and of shape {shape}, found {tuple(texts.shape)}")
         images = normalise(
             torch.stack([read_picture(p, run.data.image_size) for p in pictures]), self.train.mean, self.train.std
         )
@@ -163,7 +165,7 @@ class Studio:
         save_set(synthetic, self.folder / "set-000001.safetensors")
 
     def embedded(self, captions: Sequence[str]) -> Float[Tensor, "M F"]:
-        """Embed captions with the text tower of the run, after cleaning them with its caption rule."""
+        """Embed captions with the text tower of the run, after cleaning them like the captions of the dataset."""
         run = self.run
         cleaned = [clean(caption, run.data.captions) for caption in captions]
         features = embed(
@@ -177,7 +179,7 @@ class Studio:
 
 
 def _stored(make: Callable[[], Callable[[Values], Values]], runtime: config.Runtime) -> Callable[[Values], Values]:
-    """Call `make()` in a worker, after opening the storage so that files written by the worker are published."""
+    """Return `make()`, called after opening the storage, which publishes the files that the worker writes."""
     open_storage(runtime)
     return make()
 

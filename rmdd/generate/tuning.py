@@ -1,7 +1,7 @@
 """The training loop for fine-tuning in generative methods; after an interruption it resumes with bit-identical results.
 
-All random numbers of a step depend only on the step number. A checkpoint holds parameters and optimiser state in one
-file, `state.safetensors`; the result is `tuned.safetensors`, written last.
+All random numbers of a step depend only on the seed and the step number. A checkpoint holds the parameters and the
+optimiser state in one file, `state.safetensors`; the result is `tuned.safetensors`, written last.
 """
 
 import logging
@@ -23,20 +23,20 @@ TUNED = "tuned.safetensors"
 STATE = "state.safetensors"
 LOG = "metrics.jsonl"
 SKIPS = 20
-"""Number of consecutive steps with non-finite numbers after which training stops."""
+"""Number of consecutive steps with a non-finite loss or gradient after which training stops with an error."""
 
 
 @runtime_checkable
 class Trainer(Protocol):
-    """A model in training: named parameters in a fixed order, an optimiser over them, and the gradient of a step."""
+    """A model in training: named parameters in a fixed order, the optimiser that updates them, and their gradient."""
 
     total: int
-    """Number of steps."""
+    """Number of steps (updates of the parameters) in the entire training."""
     parameters: dict[str, nn.Parameter]
     optimiser: torch.optim.Optimizer
 
     def gradient(self, step: int) -> dict[str, float]:
-        """Compute the gradient of a step into the parameters; return its losses by name, including `loss`."""
+        """Add the gradient of a step to `grad` of the parameters; return the losses by name, including `loss`."""
         ...
 
 
@@ -48,7 +48,7 @@ def tune(
     on_step: Callable[[dict[str, Any]], None] = lambda metrics: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Train from the last checkpoint in `folder` until the end or until `should_stop()`. Return whether it finished.
+    """Train from the last checkpoint in `folder` to the end or until `should_stop()`; return whether training ended.
 
     A step with a non-finite loss or gradient is skipped with a warning. Raises `RuntimeError` after `SKIPS` consecutive
     skips.
@@ -98,7 +98,7 @@ def is_tuned(folder: Path) -> bool:
 
 
 def read_tuned(folder: Path) -> dict[str, Tensor]:
-    """Read the tuned parameters by name. Raises `ValueError` if the file is damaged."""
+    """Read the fine-tuned parameters in `folder`, by name. Raises `ValueError` if the file is damaged."""
     try:
         return load_checked(folder / TUNED, "tuned")[0]
     except Damaged as error:
@@ -106,14 +106,14 @@ def read_tuned(folder: Path) -> dict[str, Tensor]:
 
 
 def use_tuned(module: nn.Module, tuned: Mapping[str, Tensor]) -> None:
-    """Copy tuned parameters into their module, which may have another dtype."""
+    """Copy fine-tuned parameters into `module`, which may have another dtype."""
     parameters = dict(module.named_parameters())
     for name, value in tuned.items():
         parameters[name].data.copy_(value)
 
 
 def _finite(parameters: Mapping[str, nn.Parameter]) -> bool:
-    """Return whether all gradients are finite."""
+    """Return whether the gradients of all parameters are finite."""
     norms = torch._foreach_norm([p.grad for p in parameters.values() if p.grad is not None])
     return bool(torch.stack(list(norms)).isfinite().all()) if norms else True
 

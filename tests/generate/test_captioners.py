@@ -1,4 +1,4 @@
-"""Captioners: cleaning and refusing of their answers, and the real captions that replace missing ones."""
+"""Captioners: how answers are cleaned or dropped, and which captions of the dataset replace missing answers."""
 
 import json
 
@@ -23,7 +23,7 @@ REAL = ["a real one", "a cat", "another real one", "a third"]
 
 
 def saying(*answers):
-    """Return a captioner that gives one list of answers per attempt."""
+    """Return a function `ask` that gives the next list in `answers` at each attempt, and then none."""
     return lambda wanted, attempt: answers[attempt] if attempt < len(answers) else []
 
 

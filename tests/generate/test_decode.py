@@ -1,4 +1,4 @@
-"""Diffusion decoders with tiny random weights, and the files of generated images."""
+"""Diffusion decoders with tiny random weights, and the files to which generated images are written."""
 
 import functools
 
@@ -80,7 +80,7 @@ def test_non_finite_images_are_refused(folders):
 
 
 class StripesDecoder:
-    """A decoder that draws stripes and logs the pair numbers of each batch."""
+    """A decoder that draws stripes and appends the pair numbers of each call to `log`; pairs in `flat` are black."""
 
     def __init__(self, log, size=12, flat=()):
         self.log, self.size, self.flat = log, size, flat
@@ -107,7 +107,7 @@ def test_a_damaged_block_is_generated_again_with_the_same_bytes(tmp_path):
     stamp = picture_of(tmp_path, 3).stat().st_mtime_ns
     picture_of(tmp_path, 2).with_suffix(
         ".json"
-    ).unlink()  # simulates a process that was killed between writing PNG and JSON
+    ).unlink()  # as if the process had been killed after the PNG and before the JSON
     writer(tmp_path, log)({"block": 1})
     assert log[-1] == [2, 3] and {i: picture_of(tmp_path, i).read_bytes() for i in range(5)} == before
     assert picture_of(tmp_path, 3).stat().st_mtime_ns == stamp

@@ -1,4 +1,4 @@
-"""EVLF's fusion: the identity at the start, the effect of text and padding, and its losses in float64."""
+"""EVLF's fusion module: it starts as the identity, reads texts but no padding, and has exact losses in float64."""
 
 import math
 
@@ -45,7 +45,7 @@ def test_the_fused_latent_depends_on_text_but_not_on_padding(keys):
 
 
 def test_the_layers_equal_the_formula_written_out():
-    """Check attention to fixed keys and LayerNorm after each sum, computed without torch's attention module."""
+    """Compare with attention to fixed keys and LayerNorm after each sum, written without torch's attention module."""
     latents, tokens, padding = inputs()
     module = fusion(residual=False).double()
     latents, tokens = latents.double(), tokens.double()
@@ -105,9 +105,7 @@ def test_alignment_is_cross_entropy_for_distinct_pairs_and_constant_for_one_imag
     expected = (nn.functional.cross_entropy(logits, labels) + nn.functional.cross_entropy(logits.T, labels)) / 2
     torch.testing.assert_close(alignment(read, texts, torch.eye(6, dtype=torch.bool), 0.07), expected)
     read.requires_grad_(True)
-    flat = alignment(
-        read, texts, torch.ones(6, 6, dtype=torch.bool), 0.07
-    )  # if all pairs are positives, there is no gradient
+    flat = alignment(read, texts, torch.ones(6, 6, dtype=torch.bool), 0.07)  # with only positives, the loss is constant
     flat.backward()
     assert float(flat.detach()) == pytest.approx(math.log(6)) and float(read.grad.abs().max()) < 1e-12
 

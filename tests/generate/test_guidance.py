@@ -1,4 +1,4 @@
-"""Guided sampling: without guidance it equals diffusers bit for bit, and with guidance it ends nearer to the mode."""
+"""Guided sampling: without guidance it equals diffusers bit for bit; with guidance it ends nearer to the mode."""
 
 import pytest
 import tiny_diffusion
@@ -61,7 +61,7 @@ def test_guided_samples_are_nearer_to_the_mode(pipeline, kind, eta):
 
 
 def test_one_guided_step_equals_the_equation(pipeline):
-    """Check x_{k-1} = step - s sigma_k (x0 - m), with sigma_k computed from the posterior variance."""
+    """Check x_{k-1} = step(x_k) - s sigma_k (x0^ - m), where sigma_k^2 is the posterior variance of DDPM."""
     scheduler = scheduler_for("ddpm", pipeline.scheduler.config)
     modes = torch.ones(2, 4, 16, 16)
     both = []

@@ -1,4 +1,4 @@
-"""Modes of fused latents: k-means finds planted clusters, and each gets a representative caption."""
+"""Modes of fused latents: k-means finds planted clusters, and each cluster gets the caption nearest to its mean."""
 
 import numpy as np
 import pytest

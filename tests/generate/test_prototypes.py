@@ -1,4 +1,4 @@
-"""Matched prototypes, compared with brute force and on planted clusters."""
+"""Matched prototypes, compared with slow exhaustive searches and with the clusters from which features are drawn."""
 
 import itertools
 from pathlib import Path
@@ -32,7 +32,8 @@ def noise(count, seed=0, width=WIDTH):
 
 
 def planted(order, each=5, seed=0):
-    """Return distant groups of images and texts, where text group `order[i]` belongs to image group i."""
+    """Return image and text features in distant groups, and the group of each image; image group i has text group
+    `order[i]`."""
     group = np.repeat(np.arange(len(order)), each)
     centres = 40 + 30 * np.eye(len(order), WIDTH)
     images = centres[group] + noise(len(group), seed)
@@ -90,7 +91,7 @@ def test_pruning_drops_the_records_with_the_lowest_cosines():
 
 @pytest.mark.parametrize("rule", ["topup", "keep_centres", "drop"])
 def test_matches_without_shared_records(rule):
-    """Two groups of texts are matched with three groups of images, so one match shares no record."""
+    """Match two groups of texts with three groups of images, so that one match shares no record."""
     images, _, group = planted([0, 1, 2], each=8)
     texts = np.where((group == 0)[:, None], 50.0, -50.0) * np.eye(1, WIDTH) + 1e-3 * noise(24, 3)
     texts[group == 0] += np.where(np.arange(8) < 4, 20.0, -20.0)[:, None] * np.eye(WIDTH)[1]
@@ -108,7 +109,7 @@ def test_matches_without_shared_records(rule):
 @settings(deadline=None, max_examples=15)
 @given(count=st.integers(4, 24), distinct=st.integers(1, 24), seed=st.integers(0, 99), data=st.data())
 def test_topup_returns_the_configured_number_of_pairs(count, distinct, seed, data):
-    """This includes clusters that share few records, and equal features."""
+    """Check this also for clusters that share few records, and for equal features."""
     pairs = data.draw(st.integers(1, count))
     images = noise(distinct, seed)[np.random.default_rng(seed).integers(0, distinct, count)]
     prototypes, _ = find(sides(images, noise(count, seed + 1)), pairs, seed, local_parts, rm_ratio=0.0, starts=1)
@@ -122,14 +123,14 @@ def test_topup_returns_the_configured_number_of_pairs(count, distinct, seed, dat
 def test_empty_clusters_get_the_rows_farthest_from_their_centroid():
     label, distance = np.array([0, 0, 0, 2, 2]), np.array([0.0, 5, 1, 2, 0])
     assert refill_empty_clusters(label, distance, np.arange(5), 4).tolist() == [0, 1, 0, 3, 2]
-    assert refill_empty_clusters(np.zeros(3, int), np.zeros(3), np.arange(3), 2).tolist() == [0, 0, 0]  # equal rows
+    assert refill_empty_clusters(np.zeros(3, int), np.zeros(3), np.arange(3), 2).tolist() == [0, 0, 0]  # no row to move
     assert refill_empty_clusters(label, distance, np.array([0, 2, 3, 4]), 2 + 1).tolist() == [
         0,
         0,
         0,
         1,
         2,
-    ]  # row 1 is unused
+    ]  # no record has row 1, so row 3 moves
 
 
 def test_rows_on_disk_and_workers_do_not_change_clusters(tmp_path, monkeypatch):
@@ -180,4 +181,4 @@ def test_impossible_settings_are_refused():
         find(sides(noise(4), noise(4, 1, 3)), 2, 0, local_parts)
     prototypes, _ = find(sides(noise(9), noise(9, 1, 3)), 4, 0, local_parts, rm_ratio=0.0, starts=1)
     sizes = [len(c.images) for c in prototypes.cells]
-    assert sizes == sorted(sizes, reverse=True)  # without cosines, pairs are sorted by size
+    assert sizes == sorted(sizes, reverse=True)  # without cosines, prototypes are sorted by number of records
