@@ -184,7 +184,7 @@ def embeddings_of(requests: Sequence[Request], width: int) -> Float[Tensor, "B D
         raise ValueError(f"the decoder takes embeddings of width {width}, found {rows.shape[1]}; use its CLIP model")
     for request, row in zip(requests, rows, strict=True):
         if not row.isfinite().all():
-            raise ValueError(f"the embedding of pair {request['index']} is not finite; check its source features")
+            raise ValueError(f"the embedding of pair {request['index']} is not finite; check the image features")
     return rows
 
 
@@ -261,7 +261,7 @@ def picture_of(folder: Path, index: int) -> Path:
 
 
 def is_drawn(folder: Path, request: Request) -> bool:
-    """Return whether `folder` holds the image of a pair and it was generated from the same request."""
+    """Return whether `folder` holds the image of a pair, generated from the same request."""
     path = picture_of(folder, request["index"])
     about = path.with_suffix(".json")
     return path.is_file() and about.is_file() and read_json(about)["request"] == request_hash(request)

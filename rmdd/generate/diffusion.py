@@ -44,7 +44,7 @@ class Diffusion:
         return int(self.text_encoder.config.hidden_size)
 
     def grid(self, size: int) -> tuple[int, int]:
-        """Return the rows and columns of the latent of an image of side `size`. Raises `ValueError` as `grid_of`."""
+        """Return the rows and columns of the latent of an image of side `size`. Raises `ValueError` like `grid_of`."""
         return grid_of(len(self.vae.config.block_out_channels), size)
 
     def latents(

@@ -80,7 +80,7 @@ class EdgeTuning(Section):
         "float32", description="dtype of matrix products; parameters and their updates are float32"
     )
     save_memory: bool = Field(
-        False, description="save memory: compute activations of UNet and VAE again in the backward pass, not store them"
+        False, description="compute activations of UNet and VAE again in the backward pass, which saves memory"
     )
     checkpoint_every: PositiveInt = Field(100, description="number of updates between two checkpoints")
 
@@ -102,7 +102,7 @@ class EdgeTuning(Section):
 
 @dataclass(frozen=True)
 class TuningBatch:
-    """A training batch on the device of the model; the noise is not yet added to the latents."""
+    """A training batch on the device of the model, before the noise is added to the latents."""
 
     latents: Float[Tensor, "B C h w"]
     """Clean latents z_0, multiplied by the scaling factor of the VAE."""
@@ -132,7 +132,7 @@ class EdgeTrainer:
         seed: int,
     ):
         if len(captions) < 2:
-            raise ValueError("EDGE needs at least two captions, found a train split of one; ingest more data")
+            raise ValueError("EDGE needs at least two captions, found a train split of one caption; ingest more data")
         self.rule, self.diffusion, self.seed = rule, diffusion, seed
         self.clip, self.clip_tokenizer = clip.requires_grad_(False).eval(), clip_tokenizer
         self.captions, self.pictures = captions, pictures
@@ -164,7 +164,7 @@ class EdgeTrainer:
 
     @torch.no_grad()
     def batch(self, step: int) -> TuningBatch:
-        """Build the batch of a step; all its random numbers are drawn on the CPU."""
+        """Build the batch of a step; all random numbers are drawn on the CPU, so they are equal for all devices."""
         rule, device, random = self.rule, self.diffusion.device, generator(self.seed, "edge step", step)
         records = self.batch_records(step)
         captions = [self.captions[r] for r in records]
@@ -199,7 +199,7 @@ class EdgeTrainer:
     # -- the losses --------------------------------------------------------------------------------------------------
 
     def features_and_error(self, batch: TuningBatch) -> tuple[Float[Tensor, "B D"], Float[Tensor, ""]]:
-        """Return the CLIP features of the denoised images, and the mean squared error of each prediction, summed."""
+        """Return the CLIP features of the denoised images, and the sum of the UNet's mean squared errors per pair."""
         rule, diffusion = self.rule, self.diffusion
         alpha_bar = diffusion.alpha_bar[batch.times]
         noisy = noised(batch.latents, batch.noise, alpha_bar)
@@ -262,7 +262,7 @@ class EdgeTrainer:
 
 
 def draws(seed: int, count: int, number: int, start: int = 0) -> list[int]:
-    """Draw the numbers of `number` of `count` captions, uniformly without replacement, from a random order by `seed`.
+    """Return the numbers of `number` captions, drawn without replacement from all `count`, in an order set by `seed`.
 
     The first `start` captions of that order are skipped, because other phases use them. Raises `ValueError` if there
     are too few captions.

@@ -53,7 +53,9 @@ class FusionRule(Section):
     rebuild_low: NonNegativeFloat = Field(
         0.05, description="lambda_2, weight of the reconstruction loss, at the first update"
     )
-    rebuild_high: NonNegativeFloat = Field(1.0, description="lambda_2 in the second half of the updates")
+    rebuild_high: NonNegativeFloat = Field(
+        1.0, description="lambda_2, weight of the reconstruction loss, in the second half of the updates"
+    )
     drop_text: float = Field(0.2, ge=0, le=1, description="probability that all text tokens of a batch are set to zero")
     drop_entries: float = Field(
         0.1, ge=0, lt=1, description="share of the numbers in text tokens that are set to zero in the other batches"
@@ -68,7 +70,7 @@ class FusionRule(Section):
 
     def clashes(self) -> list[Clash]:
         if self.width % self.heads:
-            text = f"fusion.width {self.width} is not divisible by {self.heads} heads; give a multiple"
+            text = f"fusion.width {self.width} is not divisible by {self.heads} heads; give a multiple of fusion.heads"
             return [Clash(text, "fusion.width", "fusion.heads")]
         return []
 
@@ -115,7 +117,7 @@ class FusionTrainer:
         seed: int,
     ):
         if len(set(image_of)) < 2:
-            raise ValueError("EVLF needs at least two images, found a train split of one; ingest more data")
+            raise ValueError("EVLF needs at least two images, found a train split of one image; ingest more data")
         self.rule, self.diffusion, self.size, self.seed = rule, diffusion, size, seed
         self.captions, self.pictures = captions, pictures
         numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}

@@ -76,7 +76,7 @@ class Fusion(nn.Module):
         tokens: Float[Tensor, "B L F"],
         padding: Bool[Tensor, "B L"],
     ) -> Float[Tensor, "B C h w"]:
-        """Return fused latents; text tokens with `padding` True are ignored. Raises `ValueError` for a wrong size."""
+        """Return fused latents; `padding` marks ignored tokens. Raises `ValueError` for another size than `grid`."""
         if latents.shape[-2:] != self.grid:
             raise ValueError(
                 f"this fusion was built for latents of {self.grid[0]} x {self.grid[1]}, found "
@@ -136,7 +136,7 @@ def positives(pictures: Int[Tensor, " B"], captions: Int[Tensor, " B"]) -> Bool[
 
 
 def ramp(step: int, total: int, low: float, high: float) -> float:
-    """Return a weight that rises linearly from `low` at step 0 to `high` at half of `total`, and then stays `high`."""
+    """Return a weight that rises linearly from `low` at step 0 to `high` at step `total` / 2, and then stays `high`."""
     half = total / 2
     return high if step >= half else low + (high - low) * step / half
 

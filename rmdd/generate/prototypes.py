@@ -24,7 +24,7 @@ from rmdd.execution.parts import OpenParts, WorkerParts
 MINI_BATCH = 10_000
 CHUNK = 8192
 RANKS_FROM = 256 * 2**20
-"""Size in bytes of image or caption features; larger features are distributed over several workers (ranks)."""
+"""Image or caption features of at least this size in bytes are distributed over several workers (ranks)."""
 
 Pairless = Literal["topup", "keep_centres", "drop"]
 RecordIds = Int64[np.ndarray, " _"]
@@ -32,7 +32,7 @@ RecordIds = Int64[np.ndarray, " _"]
 
 @dataclass(frozen=True)
 class PairMembers:
-    """The records of one prototype; image and text records differ only if the two clusters share no record."""
+    """The records of one prototype (its cell); image and text records differ only if its clusters share no record."""
 
     images: RecordIds
     texts: RecordIds
@@ -239,7 +239,7 @@ def _unmatched(a: RecordIds, b: RecordIds, matched: Bool[np.ndarray, " N"]) -> l
 
 
 def _centres(a: RecordIds, b: RecordIds, partner: RecordIds, empty: RecordIds) -> list[PairMembers]:
-    """Return a cell with the records of both clusters for each image cluster in `empty`, which shares no record."""
+    """Return one cell, with the records of both clusters, for each image cluster in `empty`: those that share none."""
     cells = [PairMembers(np.flatnonzero(a == i), np.flatnonzero(b == partner[i])) for i in empty]
     return [cell for cell in cells if len(cell.images) and len(cell.texts)]
 
@@ -270,7 +270,7 @@ def _units(rows: Rows) -> Rows:
 def retrieved(
     queries: Float32[np.ndarray, "M D"], rows: Rows, among: RecordIds, repeats: bool
 ) -> Int64[np.ndarray, " M"]:
-    """Return, for each query, the number in `among` of the row with the highest cosine; of equal rows, the first.
+    """Return, for each query, the row number in `among` with the highest cosine; of equal rows, the first.
 
     Without `repeats` each row is used at most once, and the sum of cosines is maximal; fewer rows than queries then
     raise `ValueError`.

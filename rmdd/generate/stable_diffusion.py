@@ -35,7 +35,7 @@ class Sampling(Section):
     steps: PositiveInt = Field(50, description="denoising steps")
     guidance: NonNegativeFloat = Field(7.5, description="scale of classifier-free guidance; 1 or less disables it")
     size: PositiveInt = Field(
-        512, multiple_of=8, description="side in pixels of generated images; the distilled set has data.image_size"
+        512, multiple_of=8, description="side in pixels of generated images; the distilled set gets data.image_size"
     )
     batch: PositiveInt = Field(
         1, description="number of images per forward pass; rounding errors in the pixels depend on this number"
@@ -72,7 +72,7 @@ def generator_part(name: str) -> PretrainedModel:
 
 
 def diffusion_of(folder: Path, device: torch.device) -> Diffusion:
-    """Load the diffusion model in a folder, in float32, on `device` if the machine has a GPU, otherwise on the CPU."""
+    """Load the diffusion model in `folder`, in float32, on `device` if the machine has a GPU, otherwise on the CPU."""
     return Diffusion(load_pipeline(folder).to(device if torch.cuda.is_available() else "cpu"))
 
 

@@ -59,7 +59,7 @@ class Studio:
     phase: int
     feature_source: FeatureSource
     root: Path
-    """Root folder of the storage."""
+    """Root folder of the storage of the run."""
     train: "PreparedSplit"
     folder: Path
     """Folder of the phase, locked by this process."""
@@ -84,8 +84,8 @@ class Studio:
     def stream(self, title: str, unit: str, here: bool = False) -> Stream:
         """Return a function `(make, items)` that processes items on the workers (with `here`: in this process).
 
-        It shows progress, and can be interrupted between two items. The callable that `make()` returns is called with
-        each item, and must return `{unit: count}`.
+        The function shows progress, and can be interrupted between two items. The callable that `make()` returns is
+        called with each item, and must return `{unit: count}`.
         """
         stream = with_progress(self.tools.progress, title, unit, sequential_stream if here else self.tools.encoders)
 

@@ -48,7 +48,7 @@ def tune(
     on_step: Callable[[dict[str, Any]], None] = lambda metrics: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Train from the last checkpoint in `folder` to the end or until `should_stop()`; return whether training ended.
+    """Train from the checkpoint in `folder`, to the end or until `should_stop()`; return whether it reached the end.
 
     A step with a non-finite loss or gradient is skipped with a warning. Raises `RuntimeError` after `SKIPS` consecutive
     skips.

@@ -22,7 +22,7 @@ TOWERS = ("image", "text")
 
 
 class Block(nn.Module):
-    """The published projection: LayerNorm(dropout(linear(GELU(h))) + h), where h = linear(x)."""
+    """The projection as published: LayerNorm(dropout(linear(GELU(h))) + h), where h = linear(x)."""
 
     def __init__(self, inputs: int, width: int, dropout: float):
         super().__init__()

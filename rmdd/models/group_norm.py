@@ -267,7 +267,7 @@ def _tangent(
 def _second(
     a: Tensor, aw: Tensor, h: Tensor, x: Tensor, weight: Tensor, _: Tensor, mean: Tensor, rstd: Tensor, *, reuse_h: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the derivatives of <a, gx> + <aw, gw> in x and in the weight; `reuse_h` stores the first one in h."""
+    """Return the derivatives of <a, gx> + <aw, gw> (see the module) in x and in w; `reuse_h` stores the first in h."""
     r, mu, average = _statistics(x, mean, rstd)
     sa, sh, sah = _sum(a), _sum(h), _dot(a, h)
     sax, shx = r * (_dot(a, x) - mu * sa), r * (_dot(h, x) - mu * sh)

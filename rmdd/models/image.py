@@ -35,7 +35,8 @@ class Support(Enum):
 
 
 # A key is a timm module (a family of models), or one model where the models of a module differ. torch's fused attention
-# has no second derivative, so families that may call it are MATH. The NO families use hardsigmoid, which has none too.
+# has no second derivative, so families that may call it are MATH. The NO families use hardsigmoid, which torch cannot
+# differentiate twice.
 SUPPORT: dict[str, Support] = {
     "convnet": Support.YES,
     **dict.fromkeys(
@@ -68,14 +69,14 @@ def double_backward(name: str) -> Support:
 
 @contextlib.contextmanager
 def matching_context(tower: nn.Module | str) -> Iterator[None]:
-    """A context with the math attention kernel, in which matching can differentiate twice through `tower`.
+    """A context with the math attention kernel, in which trajectory matching can differentiate twice through `tower`.
 
     `tower` is a name or a module. Raises `ValueError` for a trainable tower that is known to have no second derivative.
     """
     for name in [tower] if isinstance(tower, str) else _trained_architectures(tower):
         if double_backward(name) is Support.NO:
             raise ValueError(
-                f"image tower '{name}' does not support matching: one of its operations has no second derivative; "
+                f"image tower '{name}' does not support trajectory matching: an operation has no second derivative; "
                 "choose another model.image.name, or set model.image.trainable: false"
             )
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
@@ -142,7 +143,7 @@ def image_identity(tower: ImageTower) -> str:
 
 
 def weights_file(tower: ImageTower) -> Path:
-    """Return the local file that `tower.weights` names. Raises `ValueError` if it does not exist."""
+    """Return the local file that `tower.weights` names. Raises `ValueError` if the file does not exist."""
     path = Path(tower.weights).expanduser().absolute()
     if not path.is_file():
         raise ValueError(f"no weights file '{path}'; set model.image.weights to pretrained, random or an existing file")

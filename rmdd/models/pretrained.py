@@ -52,10 +52,10 @@ class PretrainedModel:
     revision: str | None = None
     """Branch, tag or commit on the hub; None means the main branch, or the version that is already in the cache."""
     kind: Library = "transformers"
-    """Library that loads the model. diffusers means a pipeline: a model_index.json and one folder per component."""
+    """Library that loads the model; `diffusers` loads a pipeline: a model_index.json and one folder per component."""
     files: tuple[str, ...] = ()
-    """Files that the model needs besides configuration and weights, where `a|b` means either file; for a pipeline, the
-    components that it needs."""
+    """Files that a model needs besides configuration and weights, where `a|b` means either file; for a pipeline, the
+    names of the components that it needs."""
     option: str = ""
     """The run-file setting that loads this model from a folder, for error messages, such as
     `distill.options.decoder: FOLDER`."""

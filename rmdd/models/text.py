@@ -125,7 +125,7 @@ def text_width(tower: TextTower) -> int:
 
 
 def encoder_identity(tower: TextTower) -> str:
-    """Return a hash of the encoder's files, or of its hub id and commit; pooling and max_tokens do not matter."""
+    """Return a hash of the encoder's files, or of its hub id and commit; `pooling` and `max_tokens` have no effect."""
     if tower.name == "hashing":
         return _sha256([f"hashing {HASHING_VERSION}"])
     source = _source(tower)
@@ -230,7 +230,7 @@ def _config(tower: TextTower) -> Any:
 
 
 def load(tower: TextTower, device: torch.device | str) -> tuple[Any, torch.nn.Module]:
-    """Load the tokenizer and the transformers model of `tower`, in eval mode. Raises `ValueError` for `hashing`."""
+    """Load tokenizer and transformers model of `tower`, in eval mode. Raises `ValueError` for the tower `hashing`."""
     if tower.name == "hashing":
         raise ValueError("model.text.name is hashing, which has no tokens; set it to a transformers encoder")
     return _load(tower, _config(tower), device)

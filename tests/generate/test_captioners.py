@@ -23,7 +23,7 @@ REAL = ["a real one", "a cat", "another real one", "a third"]
 
 
 def saying(*answers):
-    """Return a function `ask` that gives the next list in `answers` at each attempt, and then none."""
+    """Return a function for `ask` of `further_captions`: attempt i gives the list `answers[i]`, later attempts none."""
     return lambda wanted, attempt: answers[attempt] if attempt < len(answers) else []
 
 

@@ -45,7 +45,7 @@ def test_the_fused_latent_depends_on_text_but_not_on_padding(keys):
 
 
 def test_the_layers_equal_the_formula_written_out():
-    """Compare with attention to fixed keys and LayerNorm after each sum, written without torch's attention module."""
+    """Compare the layers with attention to fixed keys and LayerNorm, written without torch's attention module."""
     latents, tokens, padding = inputs()
     module = fusion(residual=False).double()
     latents, tokens = latents.double(), tokens.double()

@@ -91,7 +91,7 @@ def test_pruning_drops_the_records_with_the_lowest_cosines():
 
 @pytest.mark.parametrize("rule", ["topup", "keep_centres", "drop"])
 def test_matches_without_shared_records(rule):
-    """Match two groups of texts with three groups of images, so that one match shares no record."""
+    """Match two groups of texts with three groups of images, so that one match of clusters shares no record."""
     images, _, group = planted([0, 1, 2], each=8)
     texts = np.where((group == 0)[:, None], 50.0, -50.0) * np.eye(1, WIDTH) + 1e-3 * noise(24, 3)
     texts[group == 0] += np.where(np.arange(8) < 4, 20.0, -20.0)[:, None] * np.eye(WIDTH)[1]
@@ -109,7 +109,7 @@ def test_matches_without_shared_records(rule):
 @settings(deadline=None, max_examples=15)
 @given(count=st.integers(4, 24), distinct=st.integers(1, 24), seed=st.integers(0, 99), data=st.data())
 def test_topup_returns_the_configured_number_of_pairs(count, distinct, seed, data):
-    """Check this also for clusters that share few records, and for equal features."""
+    """Check the number of pairs also for clusters that share few records, and for equal features."""
     pairs = data.draw(st.integers(1, count))
     images = noise(distinct, seed)[np.random.default_rng(seed).integers(0, distinct, count)]
     prototypes, _ = find(sides(images, noise(count, seed + 1)), pairs, seed, local_parts, rm_ratio=0.0, starts=1)

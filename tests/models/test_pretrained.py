@@ -94,7 +94,7 @@ def test_a_cached_hub_id_is_identified_by_its_commit(models, tmp_path):
     assert part.folder() == snapshot and part.identity() == "c0ffee" and not part.is_local
     assert clip_part(f"{HUB}@{OLD}").identity() == OLD
     assert part.facts()["id"] == HUB and part.facts()["licence"] == "mit"
-    (snapshot / "model.safetensors").unlink()  # simulates an interrupted download
+    (snapshot / "model.safetensors").unlink()  # as after an interrupted download
     assert part.missing_files() == ["weights (*.safetensors)"]
 
 
