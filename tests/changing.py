@@ -28,7 +28,7 @@ SECTIONS = ("data", "model", "experts", "distill", "evaluate", "search", "runtim
 
 
 class Named(Dataset):
-    """A dataset of which only the path and the hash are read."""
+    """A dataset of which tests read only the path and the hash."""
 
     hash = "of the data"
     path = Path("data")
@@ -38,7 +38,7 @@ class Named(Dataset):
 
 
 def other(value: Any, annotation: Any) -> Any:
-    """Return another value of the same type as `value`, or one allowed by the annotation of an empty field."""
+    """Return a value that differs from `value`, of the same type; an empty field gets one that `annotation` allows."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
@@ -56,7 +56,7 @@ def other(value: Any, annotation: Any) -> Any:
 
 
 def sections(section: BaseModel) -> Iterator[BaseModel]:
-    """Yield a section and all sections nested in it."""
+    """Yield a section of a run file and all sections nested in it."""
     yield section
     for name in type(section).model_fields:
         if isinstance(value := getattr(section, name), BaseModel):
@@ -75,7 +75,7 @@ def changes(section: BaseModel, before: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def hashes(run: config.Run) -> dict[str, str]:
-    """Return all hashes of a run."""
+    """Return all hashes of a run by name."""
     places = paths.paths_of(run, Named())
     result = {name: getattr(places, name).name for name in ("store", "phases", "baseline")}
     return result | {
@@ -92,7 +92,7 @@ def moved(monkeypatch: Any) -> dict[str, list[str]]:
     usual, table = hashes(RUN), {}
     for section in SECTIONS:
         for key, changed in changes(getattr(RUN, section), f"{section}."):
-            if key in ("data.source", "distill.method", "distill.options"):  # these values name modules to import
+            if key in ("data.source", "distill.method", "distill.options"):  # values of these fields name modules
                 continue
             now = hashes(RUN.model_copy(update={section: changed}))
             table[key] = sorted(name for name in now if now[name] != usual[name])

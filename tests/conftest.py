@@ -9,7 +9,7 @@ import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-settings.register_profile("shared", deadline=None)  # timings would be unreliable on a busy machine
+settings.register_profile("shared", deadline=None)  # a busy machine may take longer than a test may
 settings.load_profile("shared")
 os.environ.update(
     {
@@ -86,7 +86,7 @@ def no_waiting():
 
 @pytest.fixture(scope="session")
 def painted(no_ink):
-    """A context in which figures are rendered, as in real use."""
+    """A context in which figures are rendered, as they are for users."""
     from matplotlib.figure import Figure
 
     empty = Figure.draw
@@ -140,7 +140,7 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def make(tmp_path_factory):
-    """`make(run)`: a method on the toy problem in float64; see `toy.made`."""
+    """Function `make(run)`: returns a distillation method on the toy problem in float64; see `toy.made`."""
     import toy
 
     stores = {}

@@ -1,4 +1,4 @@
-"""Tiny runs of generative methods, and real processes that tests kill during them."""
+"""Tiny runs of generative methods, and separate processes for these runs that tests kill."""
 
 import time
 from pathlib import Path
@@ -29,7 +29,7 @@ def run_of(*args, **distill):
 
 
 def phase_of(storage, number=0):
-    """Return the folder of a phase of the only run in a storage."""
+    """Return the folder of phase `number` of the only run in a storage folder."""
     (result,) = Path(storage).glob(f"phases/*/phase-{number}")
     return result
 
@@ -47,14 +47,14 @@ def results(storage):
 
 
 def begin(folder, raw):
-    """Start a run in a real process."""
+    """Start a run in a separate process that tests can kill."""
     file = Path(folder) / "run.yaml"
     file.write_text(yaml.safe_dump(raw))
     return Rmdd("run", file, "--quiet")
 
 
 def kill_when(process, storage, pattern, seconds=500):
-    """Kill the process (SIGKILL) once a file with that name exists."""
+    """Kill the process (SIGKILL) once a file in the storage matches `pattern`."""
     deadline = time.monotonic() + seconds
     while not list(Path(storage).glob(pattern)):
         assert process.poll() is None, process.communicate()

@@ -1,4 +1,4 @@
-"""Random features, and slow, obvious versions of the selection methods."""
+"""Random features, and slow, obvious versions of the coreset selection methods."""
 
 import itertools
 
@@ -11,7 +11,7 @@ def unit_rows(count, width, seed=0, dtype=np.float32):
 
 
 def herding(rows, k):
-    """Herding in float64: at every step, pick the item that brings the mean of the picks nearest to the mean."""
+    """Herding in float64: at every step, pick the row that brings the mean of the picks nearest to the mean of all."""
     x, chosen = rows.astype(np.float64), []
     for t in range(1, k + 1):
         free = [i for i in range(len(x)) if i not in chosen]
@@ -21,7 +21,7 @@ def herding(rows, k):
 
 
 def k_center(rows, first, k):
-    """K-center with all distances recomputed at every step; return the picks and the distance of each."""
+    """Run K-center with all distances recomputed at every step; return the picks and the distance of each pick."""
     x, chosen, far = rows.astype(np.float64), [first], []
     while len(chosen) < k:
         nearest = np.array([min(np.linalg.norm(x[i] - x[c]) for c in chosen) for i in range(len(x))])

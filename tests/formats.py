@@ -1,4 +1,4 @@
-"""Write tiny made-up files in the real formats that probes read."""
+"""Write tiny made-up datasets in the file formats that probes read."""
 
 import json
 
@@ -10,7 +10,7 @@ from rmdd.data.sources.cocoqa import FILES
 
 
 def rows_of(data):
-    """Return the rows of an annotation source."""
+    """Return the annotation rows of a dataset, as the reader of its layout yields them."""
     return list(sources.find(data).rows(data)[0])
 
 

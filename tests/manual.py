@@ -13,7 +13,7 @@ KINDS = ("sh", "python", "yaml")
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block that is run by a test, unless it names what it needs."""
+    """A fenced block of a page. A test runs it, unless a marker before the block says that something is missing."""
 
     kind: str
     text: str
@@ -23,7 +23,7 @@ class Block:
 
     @property
     def file(self) -> str:
-        """The name of the file that the block shows: its first line is then a comment with that name."""
+        """The name of the file that the block shows, from a comment in its first line; empty if there is none."""
         match = re.match(r"# ([\w./]+\.(?:py|ya?ml))$", self.text.partition("\n")[0])
         return match[1] if match else ""
 
@@ -45,7 +45,7 @@ def blocks(page: Path) -> Iterator[Block]:
             needs = marker[1]
         elif line.strip():
             needs = ""
-    assert not kind, f"{page}:{start}: a block without an end"
+    assert not kind, f"{page}:{start}: a fenced block has no closing line"
 
 
 def commands(block: Block) -> list[str]:
@@ -79,7 +79,7 @@ def example(name: str, page: Path = CONTRIBUTING) -> str:
 
 
 def install(folder: Path, package: str, group: str, **more: str) -> None:
-    """Write what an installed package leaves: the entry point that CONTRIBUTING shows for `group`, and `more`."""
+    """Write the files of an installed package: the entry point that CONTRIBUTING shows for `group`, and `more`."""
     shown = re.findall(r"^```toml\n(.*?)^```$", CONTRIBUTING.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     points = [tomllib.loads(text)["project"]["entry-points"] for text in shown]
     (named,) = [point[group] for point in points if group in point]

@@ -38,7 +38,7 @@ def run_of(method, options, *, pairs=6, iterations=5, text=None, weights="random
 
 
 def opened(run, store, train):
-    """Return the method, its initial set, and its objective."""
+    """Return a distribution-matching method, its initial set, and its objective."""
     method = methods.find(run.distill.method)(run)
     begun = method.initial(0, train, method.records(0, train, store))
     return method, begun, objective_of(method, store, train)

@@ -64,7 +64,7 @@ class Forked:
 
 
 class Rmdd(Forked):
-    """Start a process that runs the command `rmdd WORDS`."""
+    """A process that runs the command `rmdd WORDS`."""
 
     def __init__(self, *words: object, **environment: str):
         super().__init__(_rmdd, *(str(word) for word in words), **environment)

@@ -1,4 +1,4 @@
-"""Start a Ray head on this machine with the commands of `clusters/`, next to any other Ray processes."""
+"""Start a Ray head node on this machine with the commands of `clusters/`, next to any other Ray processes."""
 
 import contextlib
 import os
@@ -20,11 +20,11 @@ from cluster_files import CLUSTERS, ROOT
 
 
 class Head:
-    """A Ray head with separate ports and a separate folder; `environment` points the command line to it."""
+    """A Ray head node with separate ports and a separate folder; `environment` points the command line to it."""
 
     def __init__(self, autoscaling: str | None = None, **flags: object):
-        """Start the head; `autoscaling` is the autoscaler file, with `{gcs}` in place of the head's address."""
-        self.folder = Path(tempfile.mkdtemp(prefix="rmdd-", dir="/tmp"))  # paths of sockets have at most 107 bytes
+        """Start a head node. `autoscaling` is the text of an autoscaler file, with `{gcs}` for the node's address."""
+        self.folder = Path(tempfile.mkdtemp(prefix="rmdd-", dir="/tmp"))  # socket paths are limited to 107 bytes
         self.log, self.gcs, self.dashboard = self.folder / "head.log", free_port(), free_port()
         mine = {"port": self.gcs, "dashboard-port": self.dashboard, "temp-dir": self.folder, "num-cpus": 2}
         mine |= {"ray-client-server-port": free_port(), "dashboard-agent-listen-port": free_port()}
@@ -50,7 +50,7 @@ class Head:
         self.environment = base | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{self.dashboard}"}
 
     def comes_up(self) -> bool:
-        """Return whether the head started; Ray gives up after 30 seconds, which can be too short on a busy machine."""
+        """Return if the head node started; Ray gives up after 30 seconds, which can be too short on a busy machine."""
         wait_for(lambda: self.process.poll() is not None or "will now block" in self.log.read_text())
         return self.process.poll() is None
 
@@ -82,7 +82,7 @@ class Head:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _end_nodes(self) -> None:
-        """End nodes of the autoscaler, which are not child processes of the head and would wait a minute for it."""
+        """End the autoscaler's nodes; they are no child processes of the head node and would run for a minute more."""
         for file in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
                 if str(self.folder).encode() in file.read_bytes():
@@ -91,7 +91,7 @@ class Head:
 
 @contextlib.contextmanager
 def started(autoscaling: str | None = None, **flags: object) -> Iterator[Head]:
-    """Start a Ray head in up to three attempts."""
+    """Start a Ray head node, in up to three attempts."""
     with contextlib.ExitStack() as stack:
         for _ in range(3):
             head = Head(autoscaling, **flags)
@@ -99,7 +99,7 @@ def started(autoscaling: str | None = None, **flags: object) -> Iterator[Head]:
             if head.comes_up():
                 break
         else:
-            raise AssertionError(f"no Ray head started:\n{head.log.read_text()}")
+            raise AssertionError(f"no Ray head node started:\n{head.log.read_text()}")
         yield head
 
 

@@ -1,4 +1,4 @@
-"""Slow reference versions of the methods in float64, without the engine: losses, gradients and the outer loop."""
+"""Slow distillation methods in float64, without the engine, for comparison: losses, gradients and the outer loop."""
 
 import itertools
 
@@ -35,7 +35,7 @@ def whole_similarity(leaves, alpha):
 
 
 def plain_loss(model, loss):
-    """Return the loss of one inner step: (parameters, images, texts, similarity, step) -> number."""
+    """Return the loss of one inner step as a function: (parameters, images, texts, similarity, step) -> number."""
 
     def value(theta, images, texts, similarity, step):
         return loss(functional_call(model, theta, (images, texts)), similarity)
@@ -61,13 +61,13 @@ def weights(start, target, merged):
 
 
 def segment(made, drawn):
-    """Return start and target of a draw on the original trajectory."""
+    """Return the start and target parameters of a draw on the original trajectory."""
     expert = made.matcher.experts[drawn.expert]
     return [made.store.read(expert, drawn.start + ahead) for ahead in (0, 1)]
 
 
 def shortcut(store, expert, endpoint, epoch):
-    """Return the shortcut of PTM-ST at a real epoch: each tensor between epoch 0 and `endpoint`, by arc length."""
+    """Return parameters on PTM-ST's shortcut at a real epoch: each tensor moves to `endpoint` by its arc length."""
     walk = [store.read(expert, t) for t in range(endpoint + 1)]
     point = {}
     for name in walk[0]:
@@ -79,7 +79,7 @@ def shortcut(store, expert, endpoint, epoch):
 
 
 def full_unroll(loss, start, target, leaves, alpha, batches, merged=False):
-    """Return the gradients of all leaves, differentiated through the full unroll."""
+    """Return the gradients of the miss for all tensors in `leaves`, differentiated through the full unroll."""
     similarity = whole_similarity(leaves, alpha)
     theta = {n: p.clone().requires_grad_() for n, p in start.items()}
     for step, index in enumerate(batches):
@@ -93,7 +93,7 @@ def full_unroll(loss, start, target, leaves, alpha, batches, merged=False):
 
 
 def two_passes(loss, start, target, leaves, alpha, batches, merged=False, merged_rates=None):
-    """Return the gradients of TESLA: 2 w_m / a_m . dg_m/dX with constant w_m, and -2 delta . G / a_m for the rates."""
+    """Return the gradients of TESLA: 2 w_m / a_m . dg_m/dX with constant w_m; -2 delta . G / a_m for learning rates."""
     eta = {"image": leaves["lr_image"].detach(), "text": leaves["lr_text"].detach()}
     theta, visited = {n: p.clone() for n, p in start.items()}, []
     total = {m: torch.zeros_like(flat(start, m)) for m in eta}
@@ -124,7 +124,7 @@ def two_passes(loss, start, target, leaves, alpha, batches, merged=False, merged
 
 
 def outer_loop(begun, rule, gradient_of, iterations):
-    """Run torch's own SGD on every tensor with gradients `gradient_of(leaves, iteration)`; return all states."""
+    """Run torch's SGD on every tensor with gradients `gradient_of(leaves, iteration)`; return tensors per iteration."""
     leaves = {n: t.clone().double().requires_grad_() for n, t in begun.tensors().items()}
     rates = {"images": rule.lr_image, "texts": rule.lr_text, "lr_image": rule.lr_lr, "lr_text": rule.lr_lr}
     groups = [{"params": [t], "lr": rates.get(n, rule.lr_similarity)} for n, t in leaves.items()]
@@ -139,7 +139,7 @@ def outer_loop(begun, rule, gradient_of, iterations):
 
 
 def fast_loop(made, iterations):
-    """Return the states of the real distillation loop."""
+    """Run the production loop of `rmdd.distill`; return its state after each iteration, as `outer_loop` does."""
     states = [State.begin(made.begun)]
     for iteration in range(iterations):
         result = made.matcher.gradient(states[-1].raw, made.matcher.draw(iteration))
@@ -157,7 +157,7 @@ def assert_same_states(states, expected):
 
 
 def assert_equals_slow(made, gradient_of, iterations=3):
-    """Assert that the real loop has the same states as the plain outer loop with `gradient_of(leaves, drawn)`."""
+    """Assert that the production loop and the slow loop with `gradient_of(leaves, drawn)` give the same sets."""
 
     def gradient(leaves, iteration):
         return gradient_of(leaves, made.matcher.draw(iteration))

@@ -80,7 +80,7 @@ def test_an_expert_survives_a_full_disk(disk, tmp_path):
         writer.add(walk[1], {})
     assert not list(store.path.rglob("*.tmp"))
     writer = Writer(store, 0)
-    assert writer.epoch == 0, "the previous epoch is intact"
+    assert writer.epoch == 0, "after the failed write, the previous epoch is intact"
     whole, unbroken = begin(tmp_path / "whole"), None
     unbroken = Writer(whole, 0)
     unbroken.add(walk[0], {})
@@ -118,7 +118,7 @@ def test_a_cache_that_does_not_fit_is_a_clear_error(disk, tmp_path):
 
 @pytest.fixture
 def read_only(tmp_path):
-    """Make a folder read-only, by the strongest means that this process may use."""
+    """A folder that cannot be written, by the strongest means that this process may use."""
     folder = tmp_path / "fixed"
     if mounted(folder, "ro"):
         yield folder
@@ -184,13 +184,13 @@ def test_flipped_bytes_of_what_experts_start_from(tmp_path):
     store = Store.create(tmp_path, {name: tuple(t.shape) for name, t in theta.items()}, **spec)
     Writer(store, 0).add(theta, {})
     flip(tmp_path / "theta-0.safetensors", back=3)
-    words = r"theta-0.* is damaged .*SHA-256.*delete the store and train again"
+    words = r"theta-0.* is damaged .*SHA-256.*delete the store and train the experts again"
     with pytest.raises(ValueError, match=words):
         Store.open(tmp_path).read(0, 0)
     with pytest.raises(ValueError, match=words):
         Writer(store, 1).add(theta, {})
     before = {k: v for k, v in store.spec.items() if k != "shared_sha256"}
-    (tmp_path / "store.json").write_text(json.dumps(before))  # a store of an earlier version
+    (tmp_path / "store.json").write_text(json.dumps(before))  # a store of an earlier version has no hash
     older = Store.create(tmp_path, store.shapes, **spec)
     assert older.read(0, 0).keys() == theta.keys()
 

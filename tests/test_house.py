@@ -48,7 +48,7 @@ ROOMS: dict[str, list[str]] = {
 """The packages that each package may import; a package imports only those listed after it."""
 
 LAZY_IMPORTS = 40
-"""Largest number of own modules imported inside functions; these keep `import rmdd` and `rmdd --help` fast."""
+"""Largest number of modules of this package that functions import; these keep `import rmdd` and `rmdd --help` fast."""
 WHOLE_RUN = 60
 """Largest number of functions outside `runs`, `cli` and the pipeline that take a complete run as an argument."""
 LINES = 450
@@ -144,7 +144,7 @@ def test_there_are_no_import_cycles():
 
 
 def test_rooms_import_only_rooms_below_them():
-    assert {room_of(module) for module in MODULES} == ROOMS.keys(), "every package is listed in the table"
+    assert {room_of(module) for module in MODULES} == ROOMS.keys(), "every package is listed in ROOMS"
     below = list(ROOMS)
     assert all(below.index(target) > below.index(room) for room, targets in ROOMS.items() for target in targets)
     wrong = {
@@ -221,7 +221,7 @@ def test_no_two_public_classes_share_a_name():
 
 
 FOREIGN_MESSAGES = {"rmdd.models.image", "rmdd.execution.ray.cluster", "rmdd.execution.ray.actors"}
-"""Places where an error of timm or Ray can be recognised only by its text."""
+"""Modules that may recognise an error of timm or Ray by its text, because its class does not tell."""
 
 
 def test_errors_are_distinguished_by_their_class():
@@ -260,7 +260,7 @@ def test_only_the_backend_imports_the_ray_room_and_only_inside_functions():
 def test_the_ray_room_holds_no_maths(module):
     assert {room_of(name) for name in IMPORTS[module]} <= {"execution", "core", "config"}
     torch = {name for name in imported(MODULES[module]) if within(name, "torch")}
-    assert torch <= {"torch"}, "torch is used only to set threads"
+    assert torch <= {"torch"}, "torch is imported only to set the number of threads"
 
 
 def test_everything_but_the_ray_room_imports_without_ray():

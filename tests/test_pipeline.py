@@ -146,7 +146,7 @@ def test_a_run_does_each_step_once_and_computes_its_paths_once(tmp_path, monkeyp
         tmp_path, "distill.phases=auto", "distill.plan.min_pairs=2", "distill.plan.max_phases=1", "name=planned"
     )
     go(planned, "plan")
-    assert (calls["plan"], calls["paths_of"]) == (1, 2), "the phase paths are known once phases are planned"
+    assert (calls["plan"], calls["paths_of"]) == (1, 2), "the paths are computed again after the phases are planned"
 
 
 def test_running_again_changes_nothing(finished):
@@ -222,7 +222,7 @@ def test_a_folder_begun_with_other_data_is_refused(tmp_path):
 
     go(with_data("0"), "ingest")
     shutil.copytree(tmp_path / "0", tmp_path / "moved")
-    assert go(with_data("moved"), "ingest").path == tmp_path / "moved", "the same data may be in another folder"
+    assert go(with_data("moved"), "ingest").path == tmp_path / "moved", "the data folder may be moved"
     with pytest.raises(ValueError, match=r"tiny-.* was started with other data .*give the run another name"):
         go(with_data("1"), "ingest")
 

@@ -46,14 +46,14 @@ def results(folder: Path) -> dict[str, bytes]:
 
 
 def made(folder: Path) -> dict[str, tuple[int, int]]:
-    """Return the finished experts, shards and records, with the file stamps that change if one is made again."""
+    """Return the finished experts, shards and records, with inode and time, which change if a file is written again."""
     patterns = ("data/*/*.parquet", "experts/*/*/expert.json", "baselines/*/*.json", "phases/*/*/start.safetensors")
     result = [p for pattern in patterns for p in (folder / "runs").glob(pattern)]
     return {str(p.relative_to(folder)): (p.stat().st_ino, p.stat().st_mtime_ns) for p in result}
 
 
 class Nodes:
-    """A Ray cluster of processes on this machine whose nodes can be killed; the head runs no tasks."""
+    """A Ray cluster of processes on this machine whose nodes can be killed; the head node runs no tasks."""
 
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
@@ -139,7 +139,7 @@ def test_killed_workers_are_replaced_and_a_lost_node_costs_no_attempt(
     assert [e["item"] for e in events(log) if e["event"] == "died"] == ["expert 1", "phase 1"]
     seen = [e["event"] for e in events(log) if e["item"] == "phase 1"]
     assert seen[:3] == ["started", "died", "started"] and seen[-2:] == ["started", "finished"]
-    assert set(seen[3:-2]) == {"lost"}, "one more death would have exceeded the limit"
+    assert set(seen[3:-2]) == {"lost"}, "one more `died` event would have exceeded the limit"
     assert results(tmp_path) == unbroken
 
 
@@ -201,11 +201,11 @@ def test_soak(tmp_path: Path, unbroken: dict, nodes: Nodes) -> None:
         assert results(folder) == unbroken
         if kills.total() >= KILLS:
             return
-    raise AssertionError(f"only {kills} in 100 runs")
+    raise AssertionError(f"100 runs had only these kills: {kills}")
 
 
 def pids(run: Path) -> dict[str, int]:
-    """Return the items in progress and their process ids."""
+    """Return the work items in progress, with the ids of their processes."""
     working = {}
     for event in events(run / "events.jsonl"):
         if event["event"] == "started":

@@ -56,6 +56,6 @@ def stored(storage: Path | str, raw: Mapping[str, Any] = RUN, **sections: Any) -
 
 
 def go(run: config.Run, step: str = "all") -> Any:
-    """Do a run, or only its pipeline step `step`."""
+    """Execute a run, or only its pipeline step `step`."""
     with open_pipeline(run, QUIET) as pipeline:
         return getattr(pipeline, step)()

@@ -1,4 +1,4 @@
-"""Tiny Stable Diffusion, DiT and caption models of the real classes, with random weights, saved as users have them."""
+"""Tiny Stable Diffusion, DiT and caption models of the public classes, with random weights, saved to folders."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.
 
 
 def unet(seed=4):
-    """Return a denoiser of 16 x 16 x 4 latents that reads text states of width 32."""
+    """Return a denoiser of 16 x 16 x 4 latents that reads text embeddings of width 32."""
     from diffusers import UNet2DConditionModel
 
     return seeded(

@@ -1,4 +1,4 @@
-"""Tiny pretrained models of the real classes with random weights, saved in folders as users have them."""
+"""Tiny pretrained models of the public classes, with random weights, saved to folders."""
 
 from pathlib import Path
 
@@ -106,7 +106,7 @@ def autoencoder(seed=3):
 
 
 def unet(classes=None, seed=4, **options):
-    """Return a denoiser of 8 x 8 x 4 latents with text states of width 32 and class embeddings of width `classes`."""
+    """Return a denoiser of 8 x 8 x 4 latents with text embeddings of width 32 and class embeddings of `classes`."""
     from diffusers import UNet2DConditionModel
 
     if classes is not None:

@@ -1,4 +1,4 @@
-"""The tiny run of sweeps and searches, and the search space."""
+"""Run files of tiny sweeps and searches, with a search space."""
 
 import json
 
@@ -8,7 +8,7 @@ from rmdd import config
 
 TINY = tiny.changed(experts={"keep": "all"}, distill={"snapshots": 1})
 METHODS = [f"distill.{key}={json.dumps(value)}" for key, value in TINY["distill"].items() if key != "budget"]
-"""Overrides for LoRS: they replace its presets, and its similarity factors count against the budget."""
+"""Overrides for LoRS that replace its presets; the factors of its similarity count against the budget."""
 METHODS += ["distill.similarity.rank=2", "distill.budget=10"]
 LR = {"loguniform": [0.1, 100]}
 BOTH = {
@@ -18,12 +18,12 @@ BOTH = {
 
 
 def swept(storage):
-    """Write the run file of a sweep."""
+    """Return the run file of a sweep."""
     return tiny.stored(storage, TINY)
 
 
 def searched(place, space=None, snapshots=3, **rule):
-    """Write the run file of a search over the image learning rate, or over `space`."""
+    """Return the run file of a search over the image learning rate, or over `space`."""
     distill = {**TINY["distill"], "snapshots": snapshots, "budget": 10, "checkpoint_every": 1}
     search = {"space": space or {"distill.lr_image": LR}, "startup": 3, **rule}
     return tiny.stored(place, TINY, distill=distill, search=search)

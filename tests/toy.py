@@ -50,7 +50,7 @@ PHASE = {"pairs": PAIRS, "start": 0, "stop": 2, "endpoint": EPOCHS, "iterations"
 
 
 def method_run(method, **changes):
-    """Return a run with the defaults of `method` except size and outer rates; `changes` go into `distill`."""
+    """Return a run with the defaults of `method` except size and outer learning rates; `changes` go into `distill`."""
     frozen = {"image": {**MODEL["image"], "weights": "random:0", "trainable": False, "projection": "block"}}
     model = TINY["model"] | (frozen if method == "repblend" else {})
     plan = {"method": method, "phases": [PHASE], **TINY["distill"], **changes}

@@ -14,7 +14,7 @@ ITERATIONS = 9
 
 
 def go(uri: str, root: Path, kill: int = 0) -> None:
-    """Distil phase 0 with the store at `uri`; the process kills itself after `kill` iterations (0: never)."""
+    """Distil phase 0 with the expert store at `uri`; the process kills itself after `kill` iterations (0: never)."""
     mirror, logged = Mirror(uri, root), []
 
     def on_step(metrics: dict) -> None:

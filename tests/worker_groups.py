@@ -64,10 +64,10 @@ def train(item: tuple[Path, config.Run], hooks: Hooks) -> bool:
 
 
 def die(item: Path, hooks: Hooks) -> bool:
-    """Fail on the second rank while the first one waits for it."""
+    """Raise an error on the second rank while the first one waits for it."""
     worker_group.join_group(hooks.member, "ddp", CPU)
     if hooks.member.rank == 1:
-        raise ValueError("rank one cannot go on")
+        raise ValueError("rank one fails on purpose")
     dist.barrier()
     return True
 

@@ -1,4 +1,4 @@
-"""Detection of a diverged phase; the loop then returns to the last good state and halves the outer rates."""
+"""Detection of a diverged phase; the loop then returns to a good state with halved outer learning rates."""
 
 import torch
 from jaxtyping import Float
@@ -9,7 +9,7 @@ from rmdd.distill.synthetic import Synthetic
 
 
 class PhaseDiverged(FloatingPointError):
-    """Raised when a phase diverged more often than `guard.retries` allows; its last good state is on disk."""
+    """Raised when a phase diverged more often than `guard.retries` allows; its last good checkpoint is on disk."""
 
     advice = ""
     """Hint that the command line appends to the message; empty, because the message already says how to continue."""
@@ -17,8 +17,8 @@ class PhaseDiverged(FloatingPointError):
 
 def health_numbers(synthetic: Synthetic, loss: Float[Tensor, ""]) -> Float[Tensor, "4"]:
     """Return four numbers that show whether a phase diverged, on the device of `synthetic`: the sum of the loss and of
-    all tensors (finite when all of them are), the inner image rate, the inner text rate, and the largest diagonal
-    entry of a learned similarity (1 without one)."""
+    all tensors (finite when all of them are), the inner learning rates of the image and the text tower, and the largest
+    diagonal entry of a learned similarity (1 without one)."""
     total = torch.stack([loss, *(t.sum() for t in synthetic.tensors().values())]).sum()
     return torch.stack([total, synthetic.lr_image, synthetic.lr_text, _diagonal(synthetic).amax()])
 
@@ -36,7 +36,8 @@ def _diagonal(synthetic: Synthetic) -> Tensor:
 def divergence_reason(numbers: list[float], first_rates: tuple[float, float], rule: config.Distill) -> str | None:
     """Return the reason why a phase diverged, or None when it is healthy.
 
-    `numbers` come from `health_numbers`; `first_rates` are the inner image and text rate at the start of the phase.
+    `numbers` come from `health_numbers`; `first_rates` are the inner learning rates of the image and the text tower at
+    the start of the phase.
     """
     total, *rates, diagonal = numbers
     max_growth = rule.guard.max_rate_growth
@@ -44,7 +45,7 @@ def divergence_reason(numbers: list[float], first_rates: tuple[float, float], ru
         return "a loss, gradient or tensor stopped being finite"
     for side, rate, first in zip(("image", "text"), rates, first_rates, strict=True):
         if not 1 / max_growth <= rate / first <= max_growth:
-            return f"the inner {side} rate went from {first:.4g} to {rate:.4g}"
+            return f"the inner {side} learning rate went from {first:.4g} to {rate:.4g}"
     if rule.guard.dead_similarity and rule.loss == "wbce" and diagonal <= 0.5:
-        return f"the similarity is dead: its largest diagonal entry is {diagonal:.4g}, so no pair counts as positive"
+        return f"no pair counts as positive: the largest diagonal entry of the similarity is only {diagonal:.4g}"
     return None

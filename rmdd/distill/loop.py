@@ -1,7 +1,7 @@
 """The distillation loop that all method families share: state on disk, outer step, rollbacks, snapshots and log.
 
-The whole state is one safetensors file that is written atomically, and every random draw depends only on its
-iteration. A loop that was killed therefore resumes with bit-identical results.
+The state of a phase is one safetensors file that is written atomically, and every random draw depends only on the
+number of the iteration. A loop that was killed therefore resumes with bit-identical results.
 """
 
 import json
@@ -39,9 +39,9 @@ class State:
     average: Synthetic
     momentum: dict[str, Tensor]
     halvings: int = 0
-    """Number of rollbacks so far; each rollback halved the outer rates."""
+    """Number of rollbacks so far; each rollback halved the outer learning rates."""
     window: Window | None = None
-    """Range of start epochs and endpoint of the last update; None unless `phases: adaptive` moves them."""
+    """Range of start epochs and endpoint that the last update used; None unless `phases: adaptive` moves them."""
     learned: dict[str, Tensor] = field(default_factory=dict)
     """Tensors that a method learns in addition to the set, such as an online model or a frequency network."""
 
@@ -98,11 +98,11 @@ class State:
 def outer_step(state: State, gradient: Synthetic, rule: config.Distill) -> State:
     """Update every learnable tensor once, then its exponential moving average (PTM-ST, equation 7).
 
-    `sgd` is the papers' SGD with momentum. `normalised` (ours) first divides the gradient of each tensor by its
-    root mean square. A rate is then the step size per entry, and the rare huge gradients of an unstable unroll count
-    no more than the others. With `normalised`, the inner rates are multiplied by a factor, so they stay positive.
-    As in the released code, the inner rates are clamped after averaging, and for a low-rank similarity the factors
-    are averaged, not their product.
+    `sgd` is the papers' SGD with momentum. `normalised` (ours) first divides the gradient of each tensor by its root
+    mean square. An outer learning rate is then the step size per entry, and the rare huge gradients of an unstable
+    unroll count no more than the others. With `normalised`, the inner learning rates are multiplied by a factor, so
+    they stay positive. As in the released code, the inner learning rates are clamped after averaging, and for a
+    low-rank similarity the factors are averaged, not their product.
     """
     rates = {"images": rule.lr_image, "texts": rule.lr_text, "lr_image": rule.lr_lr, "lr_text": rule.lr_lr}
     rates = {name: rates.get(name, rule.lr_similarity) / 2**state.halvings for name in gradient.tensors()}
@@ -112,10 +112,10 @@ def outer_step(state: State, gradient: Synthetic, rule: config.Distill) -> State
         lr, past = rates[name], state.momentum.get(name)
         if rule.optimiser == "sgd":
             momentum[name] = g if past is None else rule.momentum * past + g
-            # one fused multiply-add, which rounds as torch.optim.SGD does
+            # this fused multiply-add rounds as torch.optim.SGD does
             raw[name] = torch.add(now[name], momentum[name], alpha=-lr)
             continue
-        step = g / g.abs().amax().clamp(min=torch.finfo(g.dtype).tiny)  # keeps the squares below in range
+        step = g / g.abs().amax().clamp(min=torch.finfo(g.dtype).tiny)  # keeps the squares of the next line in range
         step = step / step.square().mean().sqrt().clamp(min=torch.finfo(g.dtype).tiny)
         momentum[name] = (1 - rule.momentum) * step + (0 if past is None else rule.momentum * past)
         raw[name] = now[name] * (-lr * momentum[name]).exp() if name in INNER_RATES else now[name] - lr * momentum[name]
@@ -142,7 +142,7 @@ def finished(folder: Path, total: int) -> bool:
 
 
 def _last_state(path: Path, good: Path, key: str) -> State:
-    """Load the last checkpoint, or the older file `good` when the last one is damaged; both lead to the same result."""
+    """Load the last checkpoint, or the older file `good` if the last one is damaged; the phase ends the same way."""
     try:
         return State.load(path, key)
     except Damaged as error:
@@ -155,22 +155,22 @@ def _last_state(path: Path, good: Path, key: str) -> State:
 
 @dataclass(frozen=True)
 class Step:
-    """A computed update; the loop accepts it, skips it or rolls back."""
+    """A computed update of a phase, which the loop accepts, skips or rolls back."""
 
     before: State
     after: State
     loss: Tensor
     numbers: dict[str, Tensor]
-    """Scalars for the log, still on their device."""
+    """Scalars for the metrics log, still on the device that computed them."""
     facts: dict[str, Any]
-    """Other values for the log, already on the CPU."""
+    """Other values for the metrics log, already on the CPU."""
     drawn: str = ""
     """Description of the random draw for error messages, such as the expert and the start epoch."""
 
 
 @runtime_checkable
 class Stepper(Protocol):
-    """Computes the updates of a phase; an update depends only on the state before it."""
+    """An object that computes the updates of a phase; an update depends only on the state before it."""
 
     def step(self, state: State) -> Step: ...
 
@@ -179,7 +179,7 @@ class Stepper(Protocol):
         ...
 
     def learned(self) -> dict[str, Tensor]:
-        """Return the tensors that the method learns in addition to the set."""
+        """Return the tensors that the method learns in addition to the synthetic set."""
         ...
 
     def restore(self, learned: dict[str, Tensor]) -> None:
@@ -199,13 +199,13 @@ def run_phase(
     should_stop: Callable[[], bool] = lambda: False,
     exported: Callable[[Synthetic], Synthetic] = lambda synthetic: synthetic,
 ) -> bool:
-    """Distil one phase into `folder`, resuming from its last checkpoint if one exists. Returns whether it finished.
+    """Distil one phase into `folder`, resuming from its last checkpoint if any. Returns whether the phase finished.
 
-    `key` is the hash of the run; a checkpoint with another key is refused with a `ValueError`. `open_stepper` is
-    called with the initial set of the phase. Files written: `state.safetensors` at every checkpoint,
-    `good.safetensors` every `guard.every` iterations, `metrics.jsonl` with one line per iteration, `rollbacks.jsonl`
-    with one line per rollback, and for every snapshot `set-<iteration>.safetensors`, converted by `exported`.
-    Raises `PhaseDiverged` after too many rollbacks; the last good state is then on disk.
+    `key` is the hash of the run; a checkpoint with another key raises a `ValueError`. `open_stepper` gets the initial
+    set of the phase and returns a `Stepper`. Files written: `state.safetensors` at every checkpoint, `good.safetensors`
+    every `guard.every` iterations, `metrics.jsonl` with one line per iteration, `rollbacks.jsonl` with one line per
+    rollback, and for every snapshot `set-<iteration>.safetensors`, converted by `exported`. Raises `PhaseDiverged`
+    after too many rollbacks; the last good state is then on disk.
     """
     total = rule.phases[phase].iterations
     log, rollbacks = folder / "metrics.jsonl", folder / "rollbacks.jsonl"
@@ -213,7 +213,7 @@ def run_phase(
     first_state = State.begin(initial).to(device)
     good = State.load(files["good"], key).to(device) if files["good"].is_file() else None
     state = _last_state(files["state"], files["good"], key).to(device) if files["state"].is_file() else None
-    if good and good.halvings > (state.halvings if state else 0):  # killed in the middle of a rollback
+    if good and good.halvings > (state.halvings if state else 0):  # killed while it rolled back
         state = good
     cut_jsonl(log, "iteration", state.iteration if state else 0)
     cut_jsonl(rollbacks, "halvings", state.halvings if state else 0)
@@ -254,12 +254,13 @@ def run_phase(
                 if not files["good"].is_file():
                     first_state.save(files["good"], key)
                 raise PhaseDiverged(
-                    f"{problem}; {rule.guard.retries} rollbacks with halved rates did not help. {files['good']} holds "
-                    f"iteration {good.iteration}. Start a new run with lower rates (distill.lr_image, lr_text, "
-                    "lr_similarity, lr_lr), or continue from that file with rates halved again: "
+                    f"{problem}; {rule.guard.retries} rollbacks with halved learning rates did not help. "
+                    f"{files['good']} holds iteration {good.iteration}. Start a new run with lower ones "
+                    "(distill.lr_image, lr_text, lr_similarity, lr_lr), or continue from that file with learning rates "
+                    "halved again: "
                     f"rmdd run RUN.yaml --set distill.guard.retries={2 * rule.guard.retries + 1}"
                 )
-            _logger.warning("%s; returning to iteration %d with halved outer rates", problem, state.iteration)
+            _logger.warning("%s; returning to iteration %d with halved outer learning rates", problem, state.iteration)
             lines[:] = [line for line in lines if line["iteration"] <= state.iteration]
             cut_jsonl(log, "iteration", state.iteration)
             write_lines()
@@ -327,13 +328,13 @@ def snapshot_iterations(total: int, count: int) -> list[int]:
 
 
 def verify(folder: Path, check: DiskCheck, snapshots: Iterable[int] = ()) -> None:
-    """Check the checkpoints, sets and logs of a phase folder; a set must exist for each iteration in `snapshots`."""
+    """Check the checkpoints, sets and logs of a phase folder; each iteration in `snapshots` must have a set file."""
     if not check.begin(folder):
         return
     remedy = f"delete {check.storage.address(folder)} to distil that phase again"
     for file in sorted(folder.glob("*.safetensors")):
         is_state = file.name in ("state.safetensors", "good.safetensors")
-        todo = f"delete it and run again, or {remedy}" if is_state else remedy
+        todo = f"delete this file and run again, or {remedy}" if is_state else remedy
         check.tensors(file, "state" if is_state else "set", todo)
     if (folder / "records.json").is_file():
         check.json(folder / "records.json", remedy)

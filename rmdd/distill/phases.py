@@ -1,6 +1,6 @@
 """The random draws and the initial synthetic set of a phase. A phase never reads the files of another phase.
 
-M pairs of the phase, B pairs in a mini-batch, K inner steps.
+Symbols: M pairs of the phase, B pairs in a mini-batch, K inner steps.
 """
 
 from collections.abc import Mapping
@@ -25,11 +25,11 @@ NOISE_PIXEL_MEAN, NOISE_PIXEL_STD = (-0.0626, -0.0221, 0.0680), (1.0451, 1.0752,
 
 
 Ranges = dict[str, tuple[int | float, int | float]]
-"""Half-open range of start epochs of each tower, by tower name."""
+"""Range [start, stop) of start epochs of each tower, by tower name."""
 
 
 class Window(NamedTuple):
-    """Real-valued start epochs in [low, stop) of shortcuts to `endpoint`; used where `phases: adaptive` moves them."""
+    """Range [low, stop) of real-valued start epochs on shortcuts to `endpoint`; `phases: adaptive` moves it."""
 
     low: float
     stop: float
@@ -41,15 +41,15 @@ class Draw:
     """All random choices of one outer iteration."""
 
     expert: int
-    """Position in the list of experts."""
+    """Index of the expert in the list of finished experts, from 0."""
     start: int | float
-    """Epoch of the path at which the image tower of the student starts."""
+    """Epoch on the expert's path at which the image tower of the student starts."""
     start_text: int | float
-    """Epoch of the path at which the text tower of the student starts."""
+    """Epoch on the expert's path at which the text tower of the student starts."""
     batches: Int[Tensor, "K B"]
     """Indices of the synthetic pairs in each mini-batch."""
     dropout_seeds: tuple[int, ...]
-    """One dropout seed per inner step."""
+    """One dropout seed per inner step of the student."""
 
 
 def draw(
@@ -67,7 +67,7 @@ def draw(
 
     Experts are drawn in shuffled order, each of the `experts` once before any repeats. Start epochs are uniform over
     the half-open `ranges` of the two towers (default: the ranges of the phase). They are integers, or real numbers if
-    `real`. Both towers share one start, or draw one each if `apart`.
+    `real`. Both towers share one start epoch, or draw one each if `apart`.
     """
     plan = rule.phases[phase]
     ranges = plan.ranges if ranges is None else ranges
@@ -118,7 +118,7 @@ def mini_batches(
 
 
 def initial(run: config.Run, phase: int, train: PreparedSplit, records: list[int]) -> Synthetic:
-    """Return the initial synthetic set of a phase: the real pairs at `records`, or noise with similar statistics."""
+    """Return the initial set of a phase: the real pairs of the caption `records`, or noise with similar statistics."""
     rule, seed = run.distill, run.seed_of("distill")
     random = generator(seed, "initial tensors", phase)
     if rule.init == "noise":

@@ -30,7 +30,7 @@ def read_subsets(path: Path) -> list[tuple[dict[str, Tensor], float]]:
     tensors, facts = load_checked(path, ENTRY)
     groups, alpha = split_groups(tensors), facts["alpha"]
     if not isinstance(alpha, list) or groups.keys() != {str(k) for k in range(len(alpha))}:
-        raise Damaged("its tensor names are not those of this rmdd; another version wrote it")
+        raise Damaged("its tensor names are unknown; another version of rmdd wrote the file")
     return [(groups[str(k)], float(a)) for k, a in enumerate(alpha)]
 
 

@@ -1,7 +1,7 @@
 """The learned target similarity of M pairs: a full matrix, a low-rank form, or the fixed identity.
 
-M pairs, B of them in a batch, R rank. Rows are images and columns are texts. The matrix need not be symmetric, and its
-entries are not bounded. Optimisers, checkpoints and distilled sets use the same tensor names.
+Symbols: M pairs, B of them in a batch, R rank. Rows are images and columns are texts. The matrix need not be symmetric,
+and its entries are not bounded. Optimisers, checkpoints and distilled sets use the same tensor names.
 """
 
 import torch

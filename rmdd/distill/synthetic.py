@@ -1,6 +1,6 @@
 """The learnable state of one phase: images, text embeddings, similarity and inner learning rates.
 
-M pairs, F text feature width, H W image size.
+Symbols: M pairs, F text feature width, H x W image size.
 """
 
 from collections.abc import Callable
@@ -21,13 +21,13 @@ class Synthetic:
     texts: Float[Tensor, " M *text"]
     """Text embeddings (M,F), or token embeddings (M,L,d) with zeros as padding for methods that learn tokens."""
     lr_image: Float[Tensor, ""]
-    """Learned inner SGD rate of the image tower."""
+    """Learned learning rate of the image tower in the SGD steps of a student."""
     lr_text: Float[Tensor, ""]
-    """Learned inner SGD rate of the text tower."""
+    """Learned learning rate of the text tower in the SGD steps of a student."""
     similarity: dict[str, Tensor] = field(default_factory=dict)
     """Tensors of the learned similarity (see `rmdd.distill.similarity`); empty for the identity."""
     alpha: float = 1.0
-    """Weight of the low-rank part of the similarity."""
+    """Weight alpha of the low-rank part of the similarity."""
 
     @property
     def pairs(self) -> int:

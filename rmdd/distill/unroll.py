@@ -1,6 +1,6 @@
 """Student steps and their meta-gradient: the engine of every trajectory-matching method.
 
-M synthetic pairs, B of them in a mini-batch, K inner steps, F text width, H W image size, P parameters.
+Symbols: M synthetic pairs, B of them in a mini-batch, K inner steps, F text width, H W image size, P parameters.
 
 A student takes K plain SGD steps on synthetic mini-batches. The miss is its distance to the expert's target after
 these steps. The gradient of the miss with respect to all learnable tensors is computed backwards, step by step, with
@@ -9,9 +9,9 @@ loss(theta_i)>:
 
     d eta -= <lambda, g_i>        d batch, d similarity += dq        exact only: lambda += dq / d theta_i
 
-Without the last update this is the estimator of TESLA, LoRS, RepBlend and PTM-ST (`first_order`).
-All theta_i are stored. Recomputing theta_i from theta_i+1 would round differently, which can flip a ReLU whose input is
-exactly zero, for example after a normalisation layer that starts at zero.
+Without the last line, this is the estimator of TESLA, LoRS, RepBlend and PTM-ST (`first_order`). All theta_i are
+stored. Recomputing theta_i from theta_i+1 would round differently, which can flip a ReLU whose input is exactly zero,
+for example after a normalisation layer that starts at zero.
 """
 
 import functools
@@ -37,37 +37,38 @@ logger = logging.getLogger(__name__)
 SMALLEST_RATE = 1e-4
 
 StudentLoss = Callable[[Params, Tensor, Tensor, Tensor, int], Tensor]
-"""(parameters, images (B,3,H,W), texts (B,F), target similarity (B,B), step) -> scalar loss."""
+"""Loss of one inner step: (parameters, images (B,3,H,W), texts (B,F), target similarity (B,B), step) -> scalar loss."""
 
 
 @dataclass(frozen=True)
 class Engine:
-    """Speed and memory options of the meta-gradient; only `bfloat16` changes its value beyond rounding."""
+    """Speed and memory options of the meta-gradient; only `bfloat16` changes the gradient beyond rounding."""
 
     second_pass: Literal["forward", "reverse"] = "reverse"
-    """How q is differentiated: reverse mode twice, or reverse over forward mode, which skips unneeded weight gradients.
-    Some torch operations have a forward mode that cannot be differentiated again; check with `forward_suits` first."""
+    """How the second pass differentiates q: reverse mode twice, or reverse over forward mode, which skips weight
+    gradients that are not needed. Some torch operations have a forward mode that cannot be differentiated again; check
+    with `forward_suits` first."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Number type of the student's matrix products; parameters, lambda and their sums keep their own type."""
+    """Number type of the student's matrix products; parameters, lambda and sums keep the type of the parameters."""
     trajectory: Literal["device", "cpu", "recompute"] = "device"
     """Where the K parameter vectors are stored until the second pass; `recompute` stores only about 2 sqrt(K) of them
     and computes most steps of the first pass twice."""
     reuse: int = 0
-    """Number of last steps whose first-pass graph is kept for the second pass (with `recompute`, steps of the last
-    segment). These steps use reverse mode and need about 2/9 less arithmetic each, but each after the first keeps one
-    more graph in memory."""
+    """Number of the last inner steps whose autograd graph is kept for the second pass (with `recompute`, steps of the
+    last segment). These steps use reverse mode and need about 2/9 less arithmetic each, but each after the first keeps
+    one more graph in memory."""
 
 
 @dataclass(frozen=True)
 class MetaGradient:
-    """The miss after K steps and its gradient with respect to every learnable tensor."""
+    """The distance to the target (miss) after K steps, and its gradient with respect to every learnable tensor."""
 
     loss: Float[Tensor, ""]
     miss: dict[str, Float[Tensor, ""]]
-    """Squared distance to the target divided by that of the start, by tower."""
+    """Squared distance to the target after K steps, divided by that at the start, by tower."""
     gradient: Synthetic
     student_loss: Float[Tensor, ""]
-    """Inner loss of the first step."""
+    """Loss of the student in its first inner step."""
 
 
 def meta_gradient(
@@ -91,7 +92,7 @@ def meta_gradient(
     begin, goal = layout.listed(start), layout.listed(target)
     reach, rates = _reach(begin, goal, layout, branches, {"image": synthetic.lr_image, "text": synthetic.lr_text})
     passes = _Passes(student_loss, synthetic, batches, layout, engine)
-    tiny = min(map(abs, rates.values())) < SMALLEST_RATE  # theta_i+1 - theta_i is then too imprecise to recover g
+    tiny = min(map(abs, rates.values())) < SMALLEST_RATE  # theta_i+1 - theta_i is too coarse to recover g
     if tiny:
         passes.mode = "reverse"
 
@@ -230,7 +231,7 @@ class _Passes:
 
 @functools.cache
 def _load_forward_mode() -> None:
-    """Import torch's forward-mode formulas once and silence the deprecation warning that torch raises for itself."""
+    """Import torch's forward-mode formulas once, and silence a deprecation warning about torch's own code."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         import torch._decomp.decompositions_for_jvp  # noqa: F401
@@ -264,12 +265,12 @@ def forward_suits(
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:120]
     else:
-        smallest = 1e-6 * max(e.norm() for e in expected)  # smaller gradients are mostly rounding errors
+        smallest = 1e-6 * max(e.norm() for e in expected)  # gradients below are mostly rounding errors
         actual = [*parts.values(), *([_flat(on_theta)] if on_theta else [])]
         gaps = [(a - e).norm() / torch.maximum(e.norm(), smallest) for e, a in zip(expected, actual, strict=True)]
         gap = torch.stack(gaps).max().item()
         tolerance = 0.1 if passes.half else 1e-8 if size.dtype == torch.float64 else 1e-2
-        reason = "" if gap < tolerance else f"its derivatives differ from reverse mode by {gap:.1e}"
+        reason = "" if gap < tolerance else f"its derivatives differ from those of reverse mode by {gap:.1e}"
     if reason:
         logger.warning("forward mode does not suit this student (%s); the second pass uses reverse mode", reason)
     return not reason
@@ -303,7 +304,7 @@ class _Path:
                 self.segment = self._walk(step - self.stride, step)
 
     def _walk(self, first: int, last: int) -> list[tuple[Vector, _Graph | None]]:
-        """Take the steps first .. last - 1 from `end`; return the parameters before each, and the graphs to reuse."""
+        """Take steps `first` to `last` - 1 from `end`; return the parameters before each step, and graphs to reuse."""
         segment: list[tuple[Vector, _Graph | None]] = []
         for step in range(first, last):
             theta = self.end
@@ -342,7 +343,7 @@ def _add(total: Synthetic, index: Int[Tensor, " B"], parts: dict[str, Tensor]) -
 def _reach(
     begin: Vector, goal: Vector, layout: _Layout, branches: str, rates: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Return the squared distance from start to target per tower (`merged`: the sum of both), and the rates as floats.
+    """Return the squared distance from start to target per tower (`merged`: the sum of both), and the learning rates.
 
     This is the only place in a meta-gradient where the CPU waits for the device.
     """

@@ -1,8 +1,8 @@
 """The training data of an expert: the caption records of an epoch in order, and the pixels of their images.
 
-N images, T caption records, B of them in a batch, S pixels on a side. If the images fit `runtime.cache_gb`, they come
-from a cache file that all workers of a node memory-map. Otherwise they are read from the shards in every epoch, one
-window of pairs at a time. Order and pixels depend only on (seed, expert, epoch, record), so both ways give
+Symbols: N images, T caption records, B of them in a batch, S pixels on a side. If the images fit `runtime.cache_gb`,
+they come from a cache file that all workers of a node memory-map. Otherwise they are read from the shards in every
+epoch, one window of pairs at a time. Order and pixels depend only on (seed, expert, epoch, record), so both ways give
 bit-identical data in any process.
 """
 
@@ -24,7 +24,7 @@ from rmdd.data.splits import read_rows, squashed
 from rmdd.models.prepared import PreparedSplit
 
 Key = tuple[int, int, int]
-"""(seed, expert, epoch)."""
+"""Key of the order and the augmentations of an epoch: (seed, expert, epoch)."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class Part:
     """Consecutive training steps whose images are read from the shards together."""
 
     records: np.ndarray
-    """Caption records, int64 (steps, B)."""
+    """Index of the caption record of each pair, int64 (steps, B)."""
     rows: np.ndarray
-    """Row of each record's image in the shards, int64 (steps, B)."""
+    """Row in the shards that holds the image of each record, int64 (steps, B)."""
 
 
 @dataclass(frozen=True)
 class PixelReader:
-    """Reads the images of a part from the shards and augments them; small enough to be sent with every part."""
+    """Reads the images of a part from the shards and augments them; small enough to be sent with each part."""
 
     dataset: Path
     split: str
@@ -61,7 +61,7 @@ class PixelReader:
         return {row: image if self.augment.active else squashed(image, self.data) for row, image in images}
 
     def step(self, images: dict[int, bytes | np.ndarray], part: Part, step: int) -> np.ndarray:
-        """Return the pixels of one step of a part, uint8 (B, 3, S, S); `images` come from `read`."""
+        """Return the pixels of one training step of a part, uint8 (B, 3, S, S); `images` come from `read`."""
         pairs = zip(part.rows[step].tolist(), part.records[step].tolist(), strict=True)
         return np.stack([i if isinstance(i := images[row], np.ndarray) else self.pixels(i, n) for row, n in pairs])
 
@@ -73,7 +73,7 @@ class PixelReader:
 
 
 Stream = Callable[[PixelReader, Sequence[Part], int], Iterable[np.ndarray]]
-"""(reader, parts, parallel parts) -> pixels of each step, in order; read by Ray tasks (`rmdd.execution.ray.feed`)."""
+"""(reader, parts, number of parts read at once) -> pixels of each step in order; see `rmdd.execution.ray.feed`."""
 
 
 @functools.lru_cache(maxsize=4)
@@ -107,11 +107,11 @@ class Epoch:
     """The batches of one epoch of one expert."""
 
     records: np.ndarray
-    """Caption records of each step, (steps, B)."""
+    """Indices of the caption records in each training step, (steps, B)."""
     begins: tuple[int, ...]
-    """Steps at which the shuffle windows begin."""
+    """Training steps at which the shuffle windows begin."""
     key: Key
-    """Seed, expert and epoch."""
+    """Seed, expert and epoch, which determine the order and the augmentations."""
 
     @classmethod
     def of(cls, experts: config.Experts, seed: int, image_of: np.ndarray, expert: int, epoch: int) -> "Epoch":
@@ -134,7 +134,7 @@ def fits(prepared: PreparedSplit, augment: config.Augment, cache_gb: float) -> b
 
 
 def prepare(prepared: PreparedSplit, augment: config.Augment, cache_gb: float) -> None:
-    """Write the image cache for the experts, if it fits, so that the workers do not all write it."""
+    """Write the image cache of the experts, if the images fit it, so that not every worker writes the cache."""
     if fits(prepared, augment, cache_gb) and augment.active:
         prepared.split.encoded(0)
     elif fits(prepared, augment, cache_gb):
@@ -175,7 +175,7 @@ def _loaded(source: torch.utils.data.Dataset[Tensor], workers: int) -> torch.uti
 
 @dataclass
 class _Cached(torch.utils.data.Dataset[Tensor]):
-    """Pixels of each step, from the memory-mapped cache."""
+    """Pixels of each training step, read from the memory-mapped image cache."""
 
     prepared: PreparedSplit
     records: np.ndarray
@@ -200,7 +200,7 @@ class _FromShards(torch.utils.data.Dataset[Tensor]):
     reader: PixelReader
     parts: Sequence[Part]
     _images: tuple[int, dict[int, bytes | np.ndarray]] = field(default=(-1, {}))
-    """Number of the part in memory, and its images by row."""
+    """Number of the part in memory, and the images of this part by row."""
 
     def __post_init__(self) -> None:
         self._steps = [(number, step) for number, part in enumerate(self.parts) for step in range(len(part.records))]
@@ -211,6 +211,6 @@ class _FromShards(torch.utils.data.Dataset[Tensor]):
     def __getitem__(self, step: int) -> Tensor:
         number, within = self._steps[step]
         if self._images[0] != number:
-            self._images = (-1, {})  # free one part before the next is read
+            self._images = (-1, {})  # free the old part before the next is read
             self._images = (number, self.reader.read(self.parts[number]))
         return torch.from_numpy(self.reader.step(self._images[1], self.parts[number], within))

@@ -24,12 +24,12 @@ CACHED = 4
 
 @runtime_checkable
 class Path(Protocol):
-    """A path through the parameters of an expert, indexed by epoch."""
+    """A path through the parameter space, on which an expert moves; epochs are positions on the path."""
 
     endpoint: int
     """Last epoch of the path."""
     vectors: int
-    """Largest number of parameter sets held in memory."""
+    """Largest number of parameter sets that the path holds in memory."""
 
     def at(self, epoch: int | float) -> Params:
         """Return the parameters at an epoch in [0, endpoint]; do not change them in place."""

@@ -56,8 +56,8 @@ class Store:
         """Create a store, or open the existing one if it has the same description.
 
         `shared` are the epoch-0 parameters that all experts have in common. `keep` are the epochs to keep (None: all).
-        `facts` are added to `store.json` (protocol, encoders, hashes). Raises `ValueError` when the store at `path`
-        holds other experts.
+        `facts` are added to `store.json` (protocol, encoders, hashes). Raises `ValueError` when the store at `path` has
+        another description.
         """
         spec = {
             "schema_version": SCHEMA,
@@ -86,7 +86,7 @@ class Store:
 
     @classmethod
     def open(cls, path: Path | str) -> "Store":
-        """Open a store. Raises `ValueError` when the folder is no store or has another schema version."""
+        """Open a store. Raises `ValueError` when the folder holds no store or has another schema version."""
         path = Path(path)
         if not (path / "store.json").is_file():
             raise ValueError(f"no expert store at {path} (no store.json); train experts first with `rmdd experts`")
@@ -114,7 +114,7 @@ class Store:
 
     @property
     def kept_epochs(self) -> list[int]:
-        """Epochs that can be read, in ascending order; includes epoch 0."""
+        """Epochs whose checkpoints can be read, in ascending order; includes epoch 0."""
         return [e for e in range(self.epochs + 1) if self.keeps(e)]
 
     def folder(self, expert: int) -> Path:
@@ -153,7 +153,7 @@ class Store:
         """
         if not self.keeps(epoch):
             raise ValueError(
-                f"expert {expert} keeps epochs {self.spec['keep']}, asked for {epoch}; train with experts.keep: all "
+                f"expert {expert} keeps only epochs {self.spec['keep']}, not {epoch}; train with experts.keep: all "
                 "or use a kept epoch"
             )
         if epoch == 0:
@@ -180,11 +180,11 @@ class Store:
         """Return the epoch-0 parameters that all experts share. Raises `ValueError` when their file is damaged."""
         if not self.spec["shared"]:
             return {}
-        listed = self.spec.get("shared_sha256")  # older stores have none
+        listed = self.spec.get("shared_sha256")  # stores of earlier versions record no SHA-256
         if listed is not None and self.start.is_file() and sha256_file(self.start) != listed:
             raise ValueError(
                 f"{self.start} is damaged (its SHA-256 is not the one in store.json); copy it again, or delete the "
-                "store and train again"
+                "store and train the experts again"
             )
         return self._load(self.start)
 
@@ -200,7 +200,7 @@ class Store:
             raise _damaged(path, error) from error
 
     def _check(self, path: Path) -> None:
-        """Compare a file of a finished expert with the SHA-256 in its record, once; older records list no files."""
+        """Compare a file of a finished expert with the SHA-256 in its record, once; old records list no SHA-256."""
         if path in self._checked or not (path.parent / "expert.json").is_file():
             return
         listed = self._files(int(path.parent.name.removeprefix("expert-"))).get(path.name)
@@ -218,7 +218,7 @@ class Store:
 
 
 def stored_bytes(path: Path) -> int:
-    """Return the size of a store in bytes; files of finished experts that are not on this machine count as recorded."""
+    """Return the size of a store in bytes; files that are not on this machine have their recorded size."""
     sizes = {p: p.stat().st_size for p in path.rglob("*") if p.is_file()}
     for record in path.glob("expert-*/expert.json"):
         sizes |= {record.parent / n: file["bytes"] for n, file in read_json(record).get("files", {}).items()}
@@ -252,7 +252,7 @@ class Writer:
         self._previous: Params = {}
         self.momentum: Params = {}
         self.counts: Params = {}
-        """Forgetting counts after the last finished epoch; empty unless experts.forgetting is set."""
+        """Tensors of forgetting counts after the last finished epoch; empty unless experts.forgetting is set."""
         if store.is_complete(expert):
             raise ValueError(
                 f"expert {expert} of the store at {store.path} is complete; delete {self.folder} to train it again"
@@ -285,7 +285,7 @@ class Writer:
         momentum: Params | None = None,
         counts: Params | None = None,
     ) -> None:
-        """Write the state after the next epoch; the first call writes the state before training.
+        """Write the parameters after the next epoch; the first call writes those before training.
 
         Raises `ValueError` for parameters that are not finite, before anything is written.
         """
@@ -363,11 +363,11 @@ def verify(path: Path, check: DiskCheck, experts: int | None = None) -> None:
     """
     if not check.begin(path):
         return
-    with check.errors_as_faults(path / "store.json", "delete the store and train again"):
+    with check.errors_as_faults(path / "store.json", "delete the store and train the experts again"):
         store = Store.open(path)
         shared = store.spec["shared"]
         if shared:
-            listed, remedy = store.spec.get("shared_sha256"), "copy it again, or delete the store and train again"
+            listed, remedy = store.spec.get("shared_sha256"), "copy it again, or delete the store and retrain experts"
             if listed and store.start.is_file() and sha256_file(store.start) != listed:
                 check.fault(store.start, "has another SHA-256 than store.json says", remedy)
             else:
@@ -416,7 +416,7 @@ def _verify_shapes(path: Path, shapes: dict[str, tuple[int, ...]], todo: str, ch
     wrong = sorted(n for n in stored.keys() | shapes.keys() if stored.get(n) != shapes.get(n))
     if wrong:
         n = wrong[0]
-        check.fault(path, f"{n} is {stored.get(n, 'missing')}, store.json says {shapes.get(n, 'nothing')}", todo)
+        check.fault(path, f"{n} has shape {stored.get(n, '(missing)')}, store.json says {shapes.get(n, 'none')}", todo)
     check.finite(path, tensors, todo)
 
 

@@ -55,7 +55,7 @@ def expert_model(model: config.Model, image_size: int, seed: int, expert: int, t
 
 
 class ExpertTrainer:
-    """A model and its optimiser in one process; subclasses in `rmdd.experts.worker_group` use several processes."""
+    """Trains one model in one process; subclasses in `rmdd.experts.worker_group` use several processes."""
 
     def __init__(self, model: DualEncoder, rule: config.Experts, momentum: Params):
         self.model = model
@@ -172,7 +172,7 @@ class ForgettingCounter:
 
     @classmethod
     def of(cls, rule: config.Experts, seed: int, train: PreparedSplit, earlier: Params) -> "ForgettingCounter":
-        """Return a counter that continues from the saved counts `earlier`, or from zero if that is empty."""
+        """Return a counter that continues from the saved counts `earlier`, or from zero if `earlier` is empty."""
         records = len(train.split.image_of)
         pool = forgetting.pool_of(train.split.image_of, rule.forgetting, seed)
         facts = {"pool": len(pool), "epochs": rule.epochs, "records": records}
@@ -180,7 +180,7 @@ class ForgettingCounter:
         return cls(train, pool, replace(counts, facts=facts))
 
     def visit(self, model: DualEncoder, device: torch.device, epoch: int) -> None:
-        """Update the counts with the model after `epoch`."""
+        """Update the forgetting counts with the predictions of the model after `epoch`."""
         margins = forgetting.margins(model, self.train, self.pool, device)
         self.counts = self.counts.visited(epoch, margins > forgetting.MARGIN, margins)
 
@@ -201,7 +201,7 @@ def _pass(
     with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
         seed, *index = epoch.key
         torch.manual_seed(derive(seed, "expert dropout", *index, *([rank] if rank else [])))
-        torch.empty((), dtype=torch.int64).random_()  # a data loader used to draw here; keeps the dropout masks equal
+        torch.empty((), dtype=torch.int64).random_()  # keeps dropout as in old versions, which drew here
         for records, batch in zip(epoch.records, images, strict=True):
             if should_stop():
                 return None

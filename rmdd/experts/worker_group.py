@@ -1,9 +1,9 @@
 """Several workers that train one expert together: DDP, or DeepSpeed's ZeRO if the towers do not fit on one worker.
 
-B pairs in a batch, b of them on this rank, D joint width. Every rank embeds its part of the batch. All ranks gather the
-embeddings and compute the loss of the full batch, so each pair is compared with all B - 1 negatives. Each rank
-differentiates through its own part only. The sum over ranks equals the gradient of a single worker, up to rounding and
-to dropout (each rank draws its own masks). Only the first rank reads and writes the store.
+Symbols: B pairs in a batch, b of them on this rank, D joint width. Every rank embeds its part of the batch. All ranks
+gather the embeddings and compute the loss of the full batch, so each pair is compared with all B - 1 negatives. Each
+rank differentiates through its own part only. The sum over ranks equals the gradient of a single worker, up to rounding
+and to dropout (each rank draws its own masks). Only the first rank reads and writes the store.
 """
 
 import os
@@ -25,7 +25,7 @@ from rmdd.models.losses import infonce
 
 LOCALHOST = "127.0.0.1"
 _current_group: "list[ProcessGroup]" = []
-"""The process group that this process has joined; the list is empty before that."""
+"""The process group that this process has joined, as a list with one element; empty before the process joins."""
 
 
 class ProcessGroup(TrainingGroup):
@@ -71,7 +71,7 @@ class DdpTrainer(ExpertTrainer):
 
     def __init__(self, model: DualEncoder, rule: config.Experts, momentum: Params, group: ProcessGroup):
         self.group = group
-        self.wrapped: nn.Module = nn.parallel.DistributedDataParallel(Towers(model))  # also copies the leader's weights
+        self.wrapped: nn.Module = nn.parallel.DistributedDataParallel(Towers(model))  # copies the leader's weights, too
         super().__init__(model, rule, self._spread(model, momentum))
 
     def step(self, images: Float[Tensor, "B C H W"], texts: Float[Tensor, "B F"]) -> Float[Tensor, ""]:
@@ -107,7 +107,7 @@ class ZeroTrainer(DdpTrainer):
         settings = {
             "train_micro_batch_size_per_gpu": -(-rule.batch // group.size),
             "zero_optimization": {"stage": stage},
-            "gradient_clipping": 0.0,  # off; the default is 1
+            "gradient_clipping": 0.0,  # no clipping; the default norm is 1
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
@@ -116,7 +116,7 @@ class ZeroTrainer(DdpTrainer):
             deepspeed.zero.Init(module=towers, config_dict_or_path=settings, dtype=torch.float32)
             for buffer in model.buffers():
                 buffer.data = buffer.to(group.device)
-            if isinstance(model.image_tower, ConvNet):  # its forward pass reads parameters of submodules
+            if isinstance(model.image_tower, ConvNet):  # its forward reads submodules' parameters
                 for p in model.image_tower.blocks[1::4].parameters():
                     deepspeed.zero.register_external_parameter(model.image_tower, p)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -173,7 +173,7 @@ def join_group(member: GroupMember, strategy: str, device: torch.device) -> Proc
 
 
 def run_in_processes(task: Callable[[Any, Hooks], bool], item: Any, hooks: Hooks, size: int, threads: int) -> bool:
-    """Run `task` on one item in `size` processes of this machine, without Ray; return whether all completed it.
+    """Run `task` on `item` in `size` processes of this machine, without Ray; return whether all completed it.
 
     If one rank fails, the others are ended. Raises `ValueError` if a rank raised one, else `RuntimeError` with the
     error of the first failed rank.

@@ -327,7 +327,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path):
 def test_a_set_that_another_version_wrote_is_refused(tmp_path):
     first = toy.first_set()
     save_checked(tmp_path / "set.safetensors", first.tensors(), "set", {"alpha": 3.0})
-    with pytest.raises(ValueError, match="another version wrote it.*to distil that phase again"):
+    with pytest.raises(ValueError, match="another version of rmdd wrote the file.*to distil that phase again"):
         load_set(tmp_path / "set.safetensors")
     save_set(first, tmp_path / "set.safetensors")
     assert torch.equal(load_set(tmp_path / "set.safetensors").images, first.images)

@@ -17,14 +17,14 @@ BAD = 5
 
 
 def guarded(kind="full", **change):
-    """Return a run with a guard; one student step and fresh masks make its gradients fast to compute."""
+    """Return a run that checks for divergence; one student step and fresh masks make its gradients fast to compute."""
     change = {"steps": 1, "inner_dropout": "fresh_mask"} | change
     guard = {"every": 2, "retries": 3} | change.pop("guard", {})
     return run_of(guard=guard, similarity={"kind": kind, "rank": 2}, **change)
 
 
 def put(**tensors):
-    """Return a function that damages a set: it changes the named tensors."""
+    """Return a function that damages a synthetic set: it applies the given functions to the tensors of these names."""
     return lambda raw: raw.with_tensors(raw.tensors() | {n: change(raw.tensors()[n]) for n, change in tensors.items()})
 
 
@@ -35,16 +35,20 @@ DAMAGE = {
         "stopped being finite",
     ),
     "infinite": ("identity", put(texts=lambda t: t / 0), "stopped being finite"),
-    "exploding rate": ("full", put(lr_text=lambda t: t * 101), r"the inner text rate went from 0.1 to 1\d"),
-    "vanishing rate": ("identity", put(lr_image=lambda t: t / 101), "the inner image rate went from 0.1 to 0.0009"),
-    "negative rate": ("low_rank", put(lr_image=lambda t: -t), "the inner image rate went from 0.1 to -0"),
-    "dead": ("full", put(**{"similarity.matrix": lambda t: t * 0.4}), "the similarity is dead: its largest diagonal"),
-    "dead factors": ("low_rank", put(**{"similarity.scale": lambda t: t * 0.4}), "the similarity is dead"),
+    "exploding rate": ("full", put(lr_text=lambda t: t * 101), r"the inner text learning rate went from 0.1 to 1\d"),
+    "vanishing rate": (
+        "identity",
+        put(lr_image=lambda t: t / 101),
+        "the inner image learning rate went from 0.1 to 0.0009",
+    ),
+    "negative rate": ("low_rank", put(lr_image=lambda t: -t), "the inner image learning rate went from 0.1 to -0"),
+    "dead": ("full", put(**{"similarity.matrix": lambda t: t * 0.4}), "no pair counts as positive: the largest diag"),
+    "dead factors": ("low_rank", put(**{"similarity.scale": lambda t: t * 0.4}), "no pair counts as positive"),
 }
 
 
 def diverge(monkeypatch, damage, times=1, at=BAD):
-    """Damage the update of iteration `at` until the outer rates have been halved `times` times."""
+    """Damage the update of iteration `at` until the outer learning rates have been halved `times` times."""
     step = stepping.outer_step
 
     def spoilt(state, gradient, rule):
@@ -61,7 +65,7 @@ def rollbacks_of(folder):
 
 @pytest.fixture(scope="module")
 def unbroken_run(store, tmp_path_factory):
-    """`unbroken_run(run, times)`: the folder of a phase that diverges `times` times and is never stopped."""
+    """Function `unbroken_run(run, times)`: returns the folder of a phase that diverges `times` times, never stopped."""
     folders = {}
 
     def unbroken_run(run, times):
@@ -77,7 +81,7 @@ def unbroken_run(store, tmp_path_factory):
 
 
 USUAL = {"steps": 2, "inner_dropout": "same_mask"}
-"""Settings closer to a real run: several student steps, and the same dropout mask in both passes."""
+"""Settings closer to those of users: several student steps, and the same dropout mask in both passes."""
 
 
 @pytest.mark.parametrize(("name", "change"), [*((name, {}) for name in DAMAGE), ("not a number", USUAL)])
@@ -123,7 +127,7 @@ def test_a_nan_loss_is_detected(store, tmp_path, monkeypatch):
 
 
 def test_rates_are_halved_until_the_phase_is_stable(store, tmp_path):
-    """Nothing is damaged here: `lr_lr` is far too high, so the phase diverges until it is halved often enough."""
+    """Check a phase whose `lr_lr` is far too high: it diverges until `lr_lr` has been halved often enough."""
     assert distil(guarded(lr_lr=30.0, guard={"retries": 40}), store, tmp_path)
     state = State.load(tmp_path / "state.safetensors", "key")
     lines, back = lines_of(tmp_path), rollbacks_of(tmp_path)
@@ -135,16 +139,16 @@ def test_rates_are_halved_until_the_phase_is_stable(store, tmp_path):
 def test_after_its_retries_it_fails_with_the_command_to_continue(store, tmp_path, monkeypatch):
     diverge(monkeypatch, DAMAGE["dead"][1], times=5)
     with pytest.raises(
-        PhaseDiverged, match=r"3 rollbacks with halved rates did not help\. .*good.safetensors holds itera"
+        PhaseDiverged, match=r"3 rollbacks with halved learning rates did not help\. .*good.safetensors holds itera"
     ) as e:
         distil(guarded(), store, tmp_path)
     assert "holds iteration 4" in str(e.value) and "rmdd run RUN.yaml --set distill.guard.retries=7" in str(e.value)
-    assert "phase 0, iteration 6 (expert" in str(e.value) and "the similarity is dead" in str(e.value)
+    assert "phase 0, iteration 6 (expert" in str(e.value) and "no pair counts as positive" in str(e.value)
     assert [b["halvings"] for b in rollbacks_of(tmp_path)] == [1, 2, 3]
     good = State.load(tmp_path / "good.safetensors", "key")
     assert good.iteration == 4 and good.halvings == 3
 
-    assert distil(guarded(guard={"retries": 7}), store, tmp_path), "two more halvings are enough to continue"
+    assert distil(guarded(guard={"retries": 7}), store, tmp_path), "two more halvings let the phase finish"
     assert [b["halvings"] for b in rollbacks_of(tmp_path)] == [1, 2, 3, 4, 5]
     assert [m["iteration"] for m in lines_of(tmp_path)] == list(range(1, 8))
     assert distil(guarded(guard={"retries": 7}), store, tmp_path / "at once")
@@ -183,7 +187,7 @@ class Killed(BaseException):
 def test_killed_in_the_middle_of_a_rollback_is_bit_identical(
     store, tmp_path, unbroken_run, monkeypatch, where, checkpoint_every
 ):
-    """The process is killed before each write of the rollback in turn."""
+    """Kill the process before each file write of the rollback in turn."""
     run = guarded(checkpoint_every=checkpoint_every)
     unbroken = unbroken_run(run, times=1)
     diverge(monkeypatch, DAMAGE["not a number"][1])

@@ -65,7 +65,7 @@ def test_starts_cover_the_range(start_rule, expected):
 
 
 def test_batches_of_the_published_setting():
-    """99 pairs, batches of 20 and 8 steps give two permutations of four batches, each with 19 unused pairs."""
+    """Mini-batches of 20 from 99 pairs: 8 steps use two permutations, four batches from each; 19 pairs stay unused."""
     batches = mini_batches(99, 20, 8, torch.Generator().manual_seed(0))
     assert batches.shape == (8, 20)
     for turn in (batches[:4], batches[4:]):
@@ -127,7 +127,7 @@ def test_records_are_drawn_without_replacement_by_seed_and_phase():
     assert choose_records(0, 20, TRAIN, seed=1) == chosen
     assert choose_records(0, 8, TRAIN, seed=1) == chosen[:8]
     assert choose_records(1, 20, TRAIN, seed=1) != chosen != choose_records(0, 20, TRAIN, seed=2)
-    assert sorted(choose_records(0, 24, TRAIN, seed=1)) == list(range(24)), "all records can be drawn"
+    assert sorted(choose_records(0, 24, TRAIN, seed=1)) == list(range(24)), "all 24 records can be drawn"
 
 
 def test_more_pairs_than_records_are_an_error():
@@ -145,7 +145,7 @@ def test_a_real_start_equals_the_records():
         and initial_set.lr_image is not initial_set.lr_text
     )
     initial_set.texts.zero_()
-    assert TRAIN.texts[RECORDS].all(), "changing the set does not change the data"
+    assert TRAIN.texts[RECORDS].all(), "changing the synthetic set does not change the train split"
 
 
 @pytest.mark.parametrize("start", ["real", "noise"])
@@ -154,7 +154,7 @@ def test_the_similarity_starts_at_the_identity(kind, start):
     initial_set = initial(run_of(init=start, similarity={"kind": kind, "alpha": 2.5}), 0, TRAIN, RECORDS)
     assert initial_set.alpha == 2.5
     assert torch.equal(dense(initial_set.similarity, initial_set.alpha, initial_set.texts), torch.eye(4))
-    assert kind != "low_rank" or initial_set.similarity["left"].abs().min() > 0, "zero factors get no gradient"
+    assert kind != "low_rank" or initial_set.similarity["left"].abs().min() > 0, "factors of 0 would get no gradient"
 
 
 def test_a_noise_start_depends_on_statistics_only():
@@ -174,10 +174,10 @@ def test_a_noise_start_depends_on_statistics_only():
 def test_an_augmented_start_has_the_augmentations_of_the_experts():
     plain = initial(run_of(), 0, TRAIN, RECORDS)
     still = initial(run_of(init_augment=True), 0, TRAIN, RECORDS)
-    assert torch.equal(still.images, plain.images), "an inactive augmentation changes nothing"
+    assert torch.equal(still.images, plain.images), "an inactive augmentation changes no image"
     shown = initial(run_of(config.Augment(), init_augment=True), 0, TRAIN, RECORDS)
     assert torch.equal(shown.texts, plain.texts)
     assert all(not torch.equal(a, b) for a, b in zip(shown.images, plain.images, strict=True))
     turned = initial(run_of(config.Augment(), init_augment=True), 0, TRAIN, RECORDS[::-1])
-    assert torch.equal(turned.images, shown.images.flip(0)), "records are augmented independently"
+    assert torch.equal(turned.images, shown.images.flip(0)), "records are augmented independently of their position"
     assert not torch.equal(shown.images[0], shown.images[3]), "two records of one image get different augmentations"

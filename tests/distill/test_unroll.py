@@ -1,4 +1,4 @@
-"""Compare the engine with differentiating the full unroll, in float64."""
+"""Compare the meta-gradient engine with differentiating through the full unroll, in float64."""
 
 from dataclasses import replace
 
@@ -82,7 +82,7 @@ def whole_similarity(synthetic):
 
 
 def unrolled(loss, start, target, synthetic, batches, *, estimator, branches="separate"):
-    """Return the miss and its gradients from all K steps. `first_order`: every step's gradient is taken at detached
+    """Return the miss after K steps and its gradients. `first_order`: every step's gradient is taken at detached
     parameters, and only the sum of steps stays in the graph."""
     leaf = synthetic.map(lambda t: t.clone().requires_grad_())
     rate = {"image": leaf.lr_image, "text": leaf.lr_text}
@@ -248,7 +248,7 @@ def test_dropout_draws_one_mask_per_step():
 
     first, second, again = values("same_mask", (0, 1, 0))
     assert first == again and first != second
-    torch.rand(3)  # draws from the global generator between calls do not matter
+    torch.rand(3)  # random numbers drawn between calls must not change the masks
     assert values("same_mask", (0,)) == [first]
     fresh = values("fresh_mask", (0, 0))
     assert fresh[0] == first and fresh[1] != first

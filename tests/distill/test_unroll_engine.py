@@ -1,4 +1,4 @@
-"""Compare every engine option with the full unroll in float64, and check when the engine falls back to reverse mode."""
+"""Compare every option of the meta-gradient engine with the full unroll, and check the fall-back to reverse mode."""
 
 import itertools
 
@@ -122,7 +122,7 @@ def test_bfloat16_keeps_the_direction(estimator, second_pass):
 
 
 def twice(out, along, leaves):
-    """Return the gradient of <out, along[0]>, and the gradient of its scalar product with the rest of `along`."""
+    """Return the gradient g of <out, along[0]>, and the gradient of <g, along[1:]>."""
     first = torch.autograd.grad(out, leaves, along[0], create_graph=True)
     return *first, *torch.autograd.grad(first, (along[0], *leaves), along[1:], materialize_grads=True)
 

@@ -50,7 +50,7 @@ def fed(run, dataset, path, epoch=1, **how):
 
 
 def by_hand(look, parts, width):
-    """A `Stream` that reads one part after another in this process."""
+    """Read one part after another in this process, as a `Stream` does in several."""
     assert width >= 1
     for part in parts:
         yield from look(part)
@@ -91,7 +91,7 @@ def test_the_windowed_order_mixes_blocks_and_reads_each_once():
     assert sorted(records.tolist()) == list(range(3 * PAIRS))
     windows = np.split(records, begins[1:])
     blocks = [set((image_of[w] // WINDOWED.block).tolist()) for w in windows]
-    assert [len(b) for b in blocks] == [2, 2, 2, 2, 1], "nine blocks make windows of two blocks"
+    assert [len(b) for b in blocks] == [2, 2, 2, 2, 1], "nine blocks make four windows of two blocks and one of one"
     assert not any(a & b for i, a in enumerate(blocks) for b in blocks[:i])
     assert [w.tolist() for w in windows] != [sorted(w.tolist()) for w in windows]
     assert set().union(*blocks[:1]) != {0, 1}, "blocks come in random order"

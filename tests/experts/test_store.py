@@ -68,7 +68,7 @@ def test_the_first_last_and_requested_epochs_are_kept(tmp_path):
     ]
     assert all(equal(store.read(0, e), points[e]) for e in (0, 2, 4))
     assert all(len(s) == EPOCHS for s in store.norms(0).values())
-    with pytest.raises(ValueError, match=r"keeps epochs \[0, 2, 4\], asked for 3; train with experts.keep: all"):
+    with pytest.raises(ValueError, match=r"keeps only epochs \[0, 2, 4\], not 3; train with experts.keep: all"):
         store.read(0, 3)
 
 

@@ -53,7 +53,7 @@ def test_a_stopped_and_resumed_group_with_momentum_trains_what_one_worker_trains
 
 
 def test_a_rank_that_fails_ends_the_group_with_its_reason():
-    with pytest.raises((ValueError, RuntimeError), match="rank one cannot go on"):
+    with pytest.raises((ValueError, RuntimeError), match="rank one fails on purpose"):
         run_in_processes(worker_groups.die, None, Hooks(), 2, 1)
 
 

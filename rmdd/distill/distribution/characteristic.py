@@ -4,9 +4,9 @@
     Chf(t)    = w_a (|Phi_r| - |Phi_s|)^2 + w_p 2 (|Phi_r||Phi_s| - Re_r Re_s - Im_r Im_s)
     NCFD(r,s) = mean over t of sqrt(Chf(t))
 
-According to the paper, the first term measures diversity and the second realism. Their sum is |Phi_r - Phi_s|^2, so
-with equal weights no modulus is needed; its derivative is undefined at zero. n real and m synthetic rows, D features,
-T frequencies.
+According to the paper, the first term measures diversity and the second realism. With equal weights, both terms add up
+to |Phi_r - Phi_s|^2, which avoids the modulus, whose derivative is undefined at zero. Symbols: n real and m synthetic
+rows, D features, T frequencies.
 """
 
 from typing import Literal
@@ -16,15 +16,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 FLOOR = 1e-8
-"""Added under square roots, so values and gradients stay finite for equal sets and for a modulus of zero."""
+"""Added under square roots, so that losses and gradients stay finite for two equal sets and for a modulus of zero."""
 REPEATS = 16
-"""Number of frequencies drawn from each row of the network's output."""
+"""Number of frequencies that the frequency network draws from each of its output rows."""
 
 Norm = Literal["layer", "batch"]
 
 
 def characteristic(points: Float[Tensor, "n D"], frequencies: Float[Tensor, "T D"]) -> Float[Tensor, "T 2"]:
-    """Return the real and imaginary part of Phi at each frequency."""
+    """Return the real and imaginary part of the characteristic function Phi at each frequency."""
     angle = points @ frequencies.T
     return torch.stack([angle.cos().mean(dim=0), angle.sin().mean(dim=0)], dim=1)
 
@@ -36,7 +36,7 @@ def ncfd(
     w_amplitude: float = 0.5,
     w_phase: float = 0.5,
 ) -> Float[Tensor, ""]:
-    """Return the discrepancy NCFD of two sets, differentiable in all tensors; half precision is too coarse for it."""
+    """Return the discrepancy NCFD of two sets, differentiable in all tensors; half precision is too coarse for NCFD."""
     a, b = characteristic(real, frequencies), characteristic(synthetic, frequencies)
     if w_amplitude == w_phase:
         return (w_phase * (a - b).square().sum(dim=1) + FLOOR).sqrt().mean()
@@ -45,18 +45,18 @@ def ncfd(
 
 
 def terms(a: Float[Tensor, "T 2"], b: Float[Tensor, "T 2"]) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"]]:
-    """Return the amplitude term and the phase term of Chf at each frequency, without weights; both are >= 0."""
+    """Return the amplitude term and the phase term of Chf at each frequency, without their weights; both are >= 0."""
     left, right = ((c.square().sum(dim=1) + FLOOR).sqrt() for c in (a, b))
     return (left - right).square(), 2 * (left * right - (a * b).sum(dim=1)).clamp(min=0)
 
 
 class FrequencyNet(nn.Module):
-    """The frequency network psi: maps rows of N(0, I) to frequencies.
+    """The frequency network psi: maps rows drawn from N(0, I) to frequencies.
 
-    It has three normalised linear layers, followed by LeakyReLU(0.2), LeakyReLU(0.2) and tanh. Each output row is a
-    component of a Gaussian mixture: its entries scale fresh noise per coordinate, for `REPEATS` frequencies. The
-    released code only repeats the row (`repeat`). Because tanh bounds the scales, high frequencies are out of reach;
-    `learned_scale` adds one learned factor for all of them.
+    The network has three normalised linear layers, followed by LeakyReLU(0.2), LeakyReLU(0.2) and tanh. Each output row
+    is a component of a Gaussian mixture: `REPEATS` frequencies are fresh normal noise, scaled per coordinate by the
+    row. The released code repeats the row itself instead (`repeat`). Because tanh bounds the scales, high frequencies
+    cannot be reached; `learned_scale` multiplies all frequencies by one learned factor.
     """
 
     def __init__(self, width: int, norm: Norm, *, repeat: bool = False, learned_scale: bool = False):
@@ -70,7 +70,7 @@ class FrequencyNet(nn.Module):
         self.width, self.repeat = width, repeat
 
     def forward(self, frequencies: int, random: torch.Generator) -> Float[Tensor, "T D"]:
-        """Return `frequencies` frequencies (a multiple of `REPEATS`), drawn with the generator `random`."""
+        """Draw frequencies with the generator `random`; their number `frequencies` is a multiple of `REPEATS`."""
         rows = torch.randn(frequencies // REPEATS, self.width, generator=random).to(self.log_scale)
         scales: Tensor = self.layers(rows).repeat_interleave(REPEATS, dim=0) * self.log_scale.exp()
         if self.repeat:
@@ -79,8 +79,8 @@ class FrequencyNet(nn.Module):
 
 
 def frequency_count_error(frequencies: int, norm: Norm) -> str | None:
-    """Return an error message if a network cannot make this number of frequencies, otherwise None."""
-    smallest = 2 * REPEATS if norm == "batch" else REPEATS  # batch statistics need two rows
+    """Return an error message if a frequency network cannot produce this number of frequencies, otherwise None."""
+    smallest = 2 * REPEATS if norm == "batch" else REPEATS  # batch norm needs two rows for its statistics
     if frequencies % REPEATS or frequencies < smallest:
         return (
             f"{frequencies} frequencies; a network with {norm} norm needs a multiple of {REPEATS}, at least {smallest}"

@@ -1,8 +1,8 @@
 """The exact gradient of a loss over the features of all pairs, with the memory of one chunk of pairs.
 
-Features are computed without a graph, and the loss is differentiated with respect to them. Then each chunk is encoded
-again to carry its part of the gradient back to images and texts. The features of a pair must not depend on the other
-pairs in the chunk (no batch statistics).
+First, all features are computed without an autograd graph, and the loss is differentiated with respect to the features.
+Then each chunk is encoded again, with a graph, to carry its part of the gradient back to images and texts. The features
+of a pair must not depend on the other pairs in the chunk (no batch statistics).
 """
 
 from collections.abc import Callable
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 Encode = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(images, texts) -> (image features, text features)."""
+"""Function that encodes pairs: (images, texts) -> (image features, text features)."""
 LossOf = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
-"""(image features, text features) -> (loss, parts of the loss by name)."""
+"""Loss function on features: (image features, text features) -> (loss, parts of the loss by name)."""
 
 
 def gradient_in_chunks(

@@ -1,7 +1,7 @@
-"""Clusters of pairs that replace the classes of NCFM: balanced k-means of joint features, and initial pairs of each.
+"""Clusters of pairs that replace the classes of NCFM: balanced k-means, and initial pairs per cluster.
 
-R caption records, D joint features, C clusters, ipc pairs of each. Cluster sizes count distinct images, because one
-image with all its captions can fill a cluster.
+Symbols: R caption records, D joint features, C clusters, ipc pairs per cluster. Cluster sizes count distinct images,
+because one image with all its captions can fill a cluster.
 """
 
 from typing import Literal
@@ -19,7 +19,7 @@ Pick = Literal["nearest", "random"]
 def clusters_of(
     points: Float32[np.ndarray, "R D"], image_of: Int64[np.ndarray, " R"], clusters: int, ipc: int, seed: int
 ) -> Labels:
-    """Return the cluster of each record; each cluster has at least `ipc` images.
+    """Return the cluster number of each caption record; each cluster has at least `ipc` different images.
 
     Raises `ValueError` when the train split has too few images.
     """
@@ -38,7 +38,7 @@ def clusters_of(
 
 
 def assigned(points: Float32[np.ndarray, "R D"], centres: Float32[np.ndarray, "C D"]) -> Labels:
-    """Return the index of the nearest centre of each point."""
+    """Return, for each point, the index of the nearest centre."""
     blocks = np.array_split(points, max(1, len(points) // MINI_BATCH))
     half = (centres**2).sum(axis=1) / 2
     return np.concatenate([(block @ centres.T - half).argmax(axis=1) for block in blocks]).astype(np.int64)
@@ -76,10 +76,10 @@ def _centre(points: np.ndarray) -> np.ndarray:
 
 
 def _half(points: np.ndarray, image_of: np.ndarray) -> np.ndarray:
-    """Return a mask of the members of half the images: those at one end of the first principal axis."""
+    """Return a mask of the points of half the images: the images at one end of the first principal axis."""
     centred = points - points.mean(axis=0)
     axis = centred[(centred**2).sum(axis=1).argmax()]
-    for _ in range(8):  # power iterations
+    for _ in range(8):  # power iterations for the first principal axis
         axis = centred.T @ (centred @ axis)
         axis = axis / max(float(np.linalg.norm(axis)), 1e-30)
     images, image_index = np.unique(image_of, return_inverse=True)
@@ -98,9 +98,9 @@ def initial_pairs(
     pick: Pick,
     seed: int,
 ) -> list[int]:
-    """Return `ipc` records of each cluster in cluster order, all of different images within a cluster.
+    """Return `ipc` caption records per cluster, cluster by cluster; the records of one cluster have different images.
 
-    `pick` is `nearest` (closest to the cluster centre) or `random`.
+    `pick` is `nearest` (the records nearest to the cluster centre) or `random`.
     """
     records: list[int] = []
     for c in range(clusters):

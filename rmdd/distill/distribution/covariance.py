@@ -1,8 +1,9 @@
 """The cross-covariance of image and text features, and the losses of CovMatch (arXiv 2510.18583) on it.
 
-With linear heads G on frozen features, the contrastive loss depends on the data only through C. With P = G_v^T G_l it
-is -<C, P> + rho/2 ||P||^2, with its minimum at P = C / rho. Heads trained on the set reach C_S / rho, and CovMatch asks
-that this equals C_T of the real data. n pairs, V and L widths of image and text features, K joint width.
+With linear heads G on frozen features, the contrastive loss depends on the data only through the cross-covariance C.
+With P = G_v^T G_l, the loss is -<C, P> + rho/2 ||P||^2, with its minimum at P = C / rho. Heads trained on the synthetic
+pairs reach C_S / rho; CovMatch makes it equal to C_T, the cross-covariance of the real pairs. Symbols: n pairs, V and L
+widths of image and text features, K joint width.
 """
 
 from jaxtyping import Float
@@ -12,7 +13,7 @@ from torch import Tensor
 def cross_covariance(image: Float[Tensor, "n V"], text: Float[Tensor, "n L"]) -> Float[Tensor, "V L"]:
     """Return C = 1/(n-1) sum of (h_v - mean)(h_l - mean)^T. Raises `ValueError` for fewer than two pairs."""
     if len(image) < 2:
-        raise ValueError(f"a covariance needs at least 2 pairs, found {len(image)}; raise the batch")
+        raise ValueError(f"a covariance needs at least 2 pairs, found {len(image)}; raise the batch size")
     return (image - image.mean(dim=0)).T @ (text - text.mean(dim=0)) / (len(image) - 1)
 
 
@@ -25,7 +26,7 @@ def linear_contrast(
 
 
 def covariance_loss(real: Float[Tensor, "V L"], synthetic: Float[Tensor, "V L"], rho: float) -> Float[Tensor, ""]:
-    """Return || rho C_T - C_S ||_F^2 for the real covariance C_T and the synthetic covariance C_S."""
+    """Return || rho C_T - C_S ||_F^2, where C_T is the cross-covariance of real, C_S that of synthetic pairs."""
     return (rho * real - synthetic).square().sum()
 
 

@@ -1,6 +1,7 @@
 """Initial pairs of MDM: the real pairs nearest to the k-means centres of joint image-text embeddings.
 
-N records, n of them clustered, K clusters, I images, D joint width, W width of a row (2 D for image and text, else D).
+Symbols: N records, n of them clustered, K clusters, I images, D joint width, W width of a row (2 D for image and text,
+else D).
 """
 
 from collections.abc import Iterator
@@ -20,16 +21,16 @@ from rmdd.models.prepared import PreparedSplit
 Side = Literal["joint", "image", "text"]
 
 SAMPLE = 65_536
-"""Largest number of records that k-means is fitted on; the centres are then compared with all records."""
+"""Largest number of caption records that k-means is fitted on; the centres are then compared with all records."""
 IMAGES, RECORDS = 256, 8192
-"""Number of images, and of caption records, that are embedded at once."""
+"""Number of images per forward pass, and of caption records per block."""
 ROUNDS = 100
-"""Largest number of k-means rounds."""
+"""Largest number of k-means iterations."""
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """Embeddings of all records under one model; images are embedded once, captions on every access."""
+    """Embeddings of all caption records under one model; images are embedded once, captions each time they are read."""
 
     images: Float[Tensor, "I D"]
     model: DualEncoder
@@ -53,7 +54,7 @@ class Embedded:
         return len(self.train.split.captions)
 
     def rows(self, records: np.ndarray) -> Float[Tensor, "n W"]:
-        """Return unit-length rows for `records`; in a joint row, the image and the text half have length 1/sqrt(2)."""
+        """Return unit-length embeddings (rows) of `records`; in a joint row, both halves have length 1/sqrt(2)."""
         halves = []
         if self.side != "text":
             halves.append(self.images[torch.from_numpy(self.train.split.image_of[records]).to(self.images.device)])
@@ -64,14 +65,14 @@ class Embedded:
         return F.normalize(torch.cat(halves, dim=1), dim=1)
 
     def blocks(self) -> Iterator[tuple[np.ndarray, Float[Tensor, "n W"]]]:
-        """Yield all records in blocks, with their rows."""
+        """Yield all caption records in blocks, each block with its embeddings."""
         for start in range(0, len(self), RECORDS):
             records = np.arange(start, min(start + RECORDS, len(self)))
             yield records, self.rows(records)
 
 
 def centres(points: Float[Tensor, "n W"], k: int, random: torch.Generator) -> Float[Tensor, "K W"]:
-    """Return the unit-length centres of spherical k-means with k-means++ starts; an empty cluster keeps its centre."""
+    """Return unit-length centres of spherical k-means with k-means++ seeds; an empty cluster keeps its old centre."""
     seeds = [int(torch.randint(len(points), (1,), generator=random))]
     distance = 1 - points @ points[seeds[0]]
     while len(seeds) < k:
@@ -92,10 +93,10 @@ def centres(points: Float[Tensor, "n W"], k: int, random: torch.Generator) -> Fl
 
 
 def nearest_pairs(embedded: Embedded, k: int, random: torch.Generator) -> list[int]:
-    """Return, for each cluster, the record with the largest cosine to its centre.
+    """Return, for each cluster, the caption record with the largest cosine to the cluster's centre.
 
     The record is a member of the cluster, unless the images of all members are used already. No record is returned
-    twice, and no image while unused images remain.
+    twice, and no image is used twice while unused images remain.
     """
     total = len(embedded)
     drawn = np.sort(torch.randperm(total, generator=random)[: max(SAMPLE, 4 * k)].numpy())
@@ -128,6 +129,6 @@ def nearest_pairs(embedded: Embedded, k: int, random: torch.Generator) -> list[i
 
 
 def _assigned(embedded: Embedded, centre: Float[Tensor, "K W"]) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]]:
-    """Return the nearest centre of every record, and its cosine to that centre."""
+    """Return the index of the nearest centre of every record, and the cosine of the record to that centre."""
     best = [(rows @ centre.T).max(dim=1) for _, rows in embedded.blocks()]
     return torch.cat([b.indices for b in best]).cpu(), torch.cat([b.values for b in best]).cpu()

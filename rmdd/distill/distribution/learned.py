@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 def tensors_of(module: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the trainable parameters as `model/NAME` and their optimiser state as `optimiser/KEY/NAME`."""
+    """Return trainable parameters under `model/NAME` and their optimiser state under `optimiser/KEY/NAME`."""
     tensors: dict[str, Tensor] = {}
     for name, p in module.named_parameters():
         if p.requires_grad:
@@ -16,7 +16,7 @@ def tensors_of(module: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str,
 
 
 def load_tensors(module: nn.Module, optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Restore the module and its optimiser from the result of `tensors_of`; older optimiser state is dropped."""
+    """Restore the module and its optimiser from the result of `tensors_of`; any other optimiser state is dropped."""
     optimiser.state.clear()
     named = {n: p for n, p in module.named_parameters() if p.requires_grad}
     with torch.no_grad():

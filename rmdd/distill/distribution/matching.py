@@ -23,12 +23,12 @@ from rmdd.models.dual import DualEncoder
 from rmdd.models.prepared import PreparedSplit
 
 LossParts = dict[str, float]
-"""The loss of a draw (`loss`) and its parts by name."""
+"""Loss of one draw (under the name `loss`) and its parts by name."""
 
 
 @runtime_checkable
 class Objective(Protocol):
-    """The loss that a step minimises. Its random choices depend only on the iteration and the draw."""
+    """The loss that a step minimises. The random choices of the loss depend only on the iteration and the draw."""
 
     def gradient(self, synthetic: Synthetic, iteration: int, draw: int) -> tuple[Synthetic, dict[str, float]]:
         """Return the gradient of the loss of one draw for every tensor of the set, and the loss and its parts.
@@ -46,7 +46,7 @@ class Objective(Protocol):
         ...
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Restore the result of `tensors`."""
+        """Restore the tensors that `tensors` returned earlier."""
         ...
 
 
@@ -56,7 +56,7 @@ class Averaged(Protocol):
 
     run: config.Run
     options: Any
-    """Options of the method; must have the fields `draws` and `clip`."""
+    """Options of the distillation method; they must have the fields `draws` and `clip`."""
 
     def records(self, phase: int, train: PreparedSplit, store: Store | None = None) -> list[int]: ...
 
@@ -87,7 +87,7 @@ class Rank:
         self.device, self.draws = device, range(rank, method.options.draws, size)
 
     def gradient(self, synthetic: Synthetic, iteration: int) -> list[tuple[Synthetic, LossParts]]:
-        """Return the gradients and loss parts of the draws of this rank, in order."""
+        """Return the gradients and loss parts of the draws that this rank computes, in the order of the draws."""
         local = synthetic.map(lambda t: t.to(self.device))
         results = (self.objective.gradient(local, iteration, draw) for draw in self.draws)
         return [(gradient.map(lambda t: t.to(synthetic.images.device)), parts) for gradient, parts in results]
@@ -143,7 +143,7 @@ class Averaging:
 
 
 def mean(results: list[tuple[Synthetic, LossParts]]) -> tuple[Synthetic, LossParts]:
-    """Return the mean gradient and the mean loss parts, summed in the order of `results`."""
+    """Return the mean gradient and the mean loss parts over all draws, summed in the order of `results`."""
     first, count = results[0][0], len(results)
     if count == 1:
         return first, dict(results[0][1])
@@ -156,11 +156,11 @@ def mean(results: list[tuple[Synthetic, LossParts]]) -> tuple[Synthetic, LossPar
 
 
 def clipped(gradient: Synthetic, limit: float | None) -> tuple[Synthetic, Tensor]:
-    """Clip the joint norm of all tensors of `gradient` to `limit`; also return the norm before clipping."""
+    """Clip the joint norm of all gradient tensors to `limit`; return the clipped gradient and the unclipped norm."""
     norm = torch.stack([torch.linalg.vector_norm(t) for t in gradient.tensors().values()]).norm()
     if limit is None:
         return gradient, norm
-    factor = (limit / (norm + 1e-6)).clamp(max=1.0)  # same formula as torch.nn.utils.clip_grad_norm_
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0)  # torch.nn.utils.clip_grad_norm_ uses the same formula
     return gradient.map(lambda t: t * factor), norm
 
 

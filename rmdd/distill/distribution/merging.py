@@ -1,11 +1,11 @@
 """The merged teachers of MDM: two checkpoints are averaged tensor by tensor, weighted by how well they agree.
 
-With displacements d_1, d_2 of a tensor from the anchor w_0 and c the cosine between them,
+With displacements d_1, d_2 of a tensor from the anchor w_0 and the cosine c between both displacements,
 
     w* = w_0 + alpha c / (1 + c) (d_1 + d_2)
 
 For alpha = 1 this is the point between the anchor and the mean that lies nearest to the centre of the fine-tuned
-weights (Model Stock): the mean if the displacements are equal, the anchor if they are orthogonal.
+weights (Model Stock): it is the mean if the displacements are equal, and the anchor if they are orthogonal.
 """
 
 from collections import OrderedDict
@@ -20,7 +20,7 @@ from rmdd.models.dual import Params, check_same_shapes
 
 
 class Cell(NamedTuple):
-    """The address of a checkpoint in the pool: an expert and an epoch."""
+    """Address of a checkpoint in the pool: the number of the expert and the epoch."""
 
     expert: int
     epoch: int
@@ -37,7 +37,7 @@ def cosine(first: Tensor, second: Tensor, *, positive: bool = True) -> Tensor:
 
 
 def merge(anchor: Params, first: Params, second: Params, alpha: float, *, positive: bool = True) -> Params:
-    """Merge two checkpoints into a teacher, tensor by tensor. Raises `ValueError` if their models differ."""
+    """Merge two checkpoints into a teacher, tensor by tensor. Raises `ValueError` if they are of different models."""
     for other in (first, second):
         check_same_shapes(*({n: tuple(p.shape) for n, p in params.items()} for params in (anchor, other)))
     merged = {}
@@ -49,14 +49,14 @@ def merge(anchor: Params, first: Params, second: Params, alpha: float, *, positi
 
 
 def interpolated(anchor: Params, other: Params, share: float) -> Params:
-    """Interpolate linearly between two checkpoints: share 0 gives `anchor`, share 1 gives `other`."""
+    """Interpolate linearly between two checkpoints: `share` 0 returns `anchor`, `share` 1 returns `other`."""
     return {n: (1 - share) * p + share * other[n] for n, p in anchor.items()}
 
 
 def draw_two(
     experts: Sequence[int], epochs: Sequence[int], random: torch.Generator, *, within: bool = False
 ) -> tuple[Cell, Cell]:
-    """Draw two different checkpoints of `experts` x `epochs`; `within` draws both from one expert.
+    """Draw two different checkpoints from all `epochs` of `experts`; with `within`, both are of the same expert.
 
     Raises `ValueError` if fewer than two checkpoints are available.
     """
@@ -67,7 +67,7 @@ def draw_two(
         )
 
     first = Cell(_draw(experts, random), _draw(epochs, random))
-    single_epoch = len(epochs) == 1  # the second checkpoint must then be of another expert
+    single_epoch = len(epochs) == 1  # then the second checkpoint is of another expert
     other = first.expert if within else _draw([e for e in experts if not (single_epoch and e == first.expert)], random)
     return first, Cell(other, _draw([e for e in epochs if other != first.expert or e != first.epoch], random))
 

@@ -1,7 +1,7 @@
 """The losses of MDM on the unit sphere: joint image-text features, kernels of angles, and kernel energies.
 
-n, m points of two sets, D joint width. All vectors have unit length. All functions are differentiable everywhere,
-including at equal and at opposite points.
+Symbols: n, m points of two sets, D joint width. All vectors have unit length. All functions are differentiable
+everywhere, including at equal and at opposite points.
 """
 
 import math
@@ -17,9 +17,9 @@ Kernel = Literal["geodesic", "laplacian", "chordal"]
 Statistic = Literal["v", "u"]
 
 NEAR = 1e-6
-"""Smallest distance of a cosine from +-1, where arccos has no derivative; also added to squared lengths in `unit`."""
+"""Smallest distance of a cosine from +-1, where arccos has no derivative; `unit` also adds it to squared lengths."""
 FLOOR = 1e-8
-"""Added under the square root of an energy, because its derivative is infinite at 0."""
+"""Added to an energy before its square root is taken, because the derivative of the root is infinite at 0."""
 
 
 def unit(x: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
@@ -40,7 +40,7 @@ def discrepancy(images: Float[Tensor, "n D"], texts: Float[Tensor, "n D"]) -> Fl
 def kernel(
     a: Float[Tensor, "n D"], b: Float[Tensor, "m D"], sigma: float, kind: Kernel = "geodesic"
 ) -> Float[Tensor, "n m"]:
-    """Return the kernel of all points of `a` and `b`, with phi the angle between two points.
+    """Return the kernel between all points of `a` and all points of `b`; phi is the angle between two points.
 
     `geodesic` is exp(-phi^2 / 2 sigma^2), `laplacian` is exp(-phi / sigma), and `chordal` is the geodesic formula with
     the chord length instead of phi.
@@ -63,8 +63,8 @@ def energy(
     """Return the kernel energy between two sets of points, or its square if `root` is false.
 
     The U-statistic (`u`) leaves out the kernel of a point with itself, so the squared energy can be negative: for two
-    samples of the same distribution it is so half of the time. Under the root, a negative value counts as 0 and has no
-    gradient.
+    samples of the same distribution, the squared energy is negative half of the time. Before the root is taken, a
+    negative value is set to 0, so it has no gradient.
     """
     within = _mean(kernel(a, a, sigma, kind), statistic) + _mean(kernel(b, b, sigma, kind), statistic)
     squared = within - 2 * kernel(a, b, sigma, kind).mean()

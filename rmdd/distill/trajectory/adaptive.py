@@ -10,8 +10,8 @@ gradients of the current set are computed in the middle of the range, at both bo
     planned endpoint, and never to an epoch whose shortcut is less straight than `min_straightness`.
 
 The first phase keeps its lower bound, because its student begins at epoch 0. A move depends only on the set and on the
-window before it. Both are in every checkpoint, so a killed phase resumes with bit-identical results. The numbers of
-pairs and updates, and so the budget, stay as planned.
+window before it. The set and the window are in every checkpoint, so a killed phase resumes with bit-identical results.
+The numbers of pairs and updates, and so the budget, stay as planned.
 """
 
 import functools
@@ -29,7 +29,7 @@ NARROWEST = 1.0
 
 
 def adapted(matcher: Matcher, state: State) -> State:
-    """Return `state` with the window for its next update, and set `matcher` to that window."""
+    """Return `state` with the window (start epochs, endpoint) of its next update; also set it in `matcher`."""
     phase, rule = matcher.run.distill.phases[matcher.phase], matcher.run.distill.plan
     window = state.window or Window(float(phase.start), float(phase.stop), phase.endpoint)
     matcher.set_window(window)
@@ -65,11 +65,11 @@ def _moved(matcher: Matcher, state: State, now: Window) -> Window:
 
 @functools.lru_cache(maxsize=8)
 def _endpoints(store: Store, experts: tuple[int, ...], plan: Plan, planned: int) -> list[int]:
-    """Return the possible endpoints of a phase: the planned epoch and later ones with a straight enough shortcut."""
+    """Return the epochs at which a phase may end: the planned one, and later ones with a straight enough shortcut."""
     later = [e for e in plan.endpoints or store.kept_epochs if e > planned]
     return [planned, *(e for e in sorted(later) if straightness(store, experts, e) >= plan.min_straightness)]
 
 
 def _end(ends: list[int], needed: float) -> int:
-    """Return the first endpoint at or after epoch `needed`, or the last endpoint."""
+    """Return the first of the endpoints `ends` at or after epoch `needed`, or the last endpoint."""
     return next((e for e in ends if e >= needed), ends[-1])

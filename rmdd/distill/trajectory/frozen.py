@@ -1,8 +1,9 @@
 """Trajectory matching with a frozen image tower: match on its features, then carry the gradient back to the pixels.
 
-The tower is the same in all K steps. So the features of the used pairs are computed once, the engine runs on these
-features, and the sum of their gradients is propagated to the pixels in one pass. The result equals that of running the
-tower in every step (RepBlend), in a fraction of the time. M pairs, D tower width.
+The frozen tower is the same in all K inner steps. So the features of the pairs in the mini-batches are computed once,
+the engine (`rmdd.distill.unroll`) runs on these features, and the sum of their gradients is propagated to the pixels in
+one pass. The result equals that of running the tower in every step (RepBlend), in a fraction of the time. Symbols: M
+pairs, D width of the tower's features.
 """
 
 import dataclasses
@@ -18,11 +19,11 @@ from rmdd.distill.unroll import MetaGradient
 Tower = Callable[[Tensor], Tensor]
 
 CHUNK = 32
-"""Number of images per forward pass of the tower."""
+"""Number of images per forward pass of the frozen tower."""
 
 
 def features_of(tower: Tower, synthetic: Synthetic, batches: Int[Tensor, "K B"]) -> Synthetic:
-    """Return `synthetic` with its images replaced by their features (M, D); rows that no batch uses are zero."""
+    """Return `synthetic` with images replaced by their features (M, D); pairs in no mini-batch get zeros."""
     used = batches.unique().to(synthetic.images.device)
     with torch.no_grad():
         rows = torch.cat([tower(synthetic.images[part]) for part in used.split(CHUNK)])
@@ -31,7 +32,7 @@ def features_of(tower: Tower, synthetic: Synthetic, batches: Int[Tensor, "K B"])
 
 
 def to_pixels(tower: Tower, synthetic: Synthetic, batches: Int[Tensor, "K B"], matched: MetaGradient) -> MetaGradient:
-    """Return `matched` with its gradient on features replaced by the gradient on the images of `synthetic`."""
+    """Return `matched` with its gradient on features replaced by its gradient on the images of `synthetic`."""
     pixels = torch.zeros_like(synthetic.images)
     for part in batches.unique().to(pixels.device).split(CHUNK):
         images = synthetic.images[part].requires_grad_()

@@ -1,4 +1,4 @@
-"""Meta-gradients of one phase: draw a start, unroll a student from it, and differentiate its miss to the target."""
+"""Meta-gradients of one phase: draw a start, unroll a student, and differentiate its distance to the target."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ class Matched(Protocol):
     run: config.Run
 
     def on(self, run: config.Run) -> "Matched":
-        """Return this method for another run."""
+        """Return a copy of this distillation method for another run."""
         ...
 
     def records(self, phase: int, train: PreparedSplit) -> list[int]: ...
@@ -62,7 +62,7 @@ class Matcher:
                 f"the run asks for {run.experts.num} experts but the store at {store.path} holds {len(self.experts)} "
                 "finished ones; train the rest with `rmdd experts`"
             )
-        self.model = model.to(device).train()  # a frozen tower stays in eval mode
+        self.model = model.to(device).train()  # `train()` leaves a frozen tower in eval mode
         self.frozen_tower = None if run.model.image.trainable else self._features
         self.student = self.model if self.frozen_tower is None else self.model.on_features()
         self._engine: Engine | None = None
@@ -113,24 +113,24 @@ class Matcher:
                 self._paths[expert] = self.method.path(self.store, expert, self.phase)
             else:
                 self._paths[expert] = shortcut.open_path(self.store, expert, self.run.distill, self._endpoint)
-            checkpoint = 4 * sum(math.prod(shape) for shape in self.store.shapes.values())  # bytes
+            checkpoint = 4 * sum(math.prod(shape) for shape in self.store.shapes.values())  # bytes of one checkpoint
             while len(self._paths) > 1 and checkpoint * sum(p.vectors for p in self._paths.values()) > PATH_BYTES:
                 self._paths.pop(next(iter(self._paths)))
         return self._paths[expert]
 
     def set_window(self, window: Window) -> None:
-        """Draw starts from the range of `window` from now on, and match along paths to its endpoint."""
+        """Draw start epochs from the range of `window` from now on, and use paths to the endpoint of `window`."""
         self.ranges = {tower: (window.low, window.stop) for tower in TOWERS}
         if window.endpoint != self._endpoint:
             self._endpoint = window.endpoint
             self._paths.clear()
 
     def use_path(self, expert: int, path: shortcut.Path) -> None:
-        """Match `expert` along `path` instead of the path of the method."""
+        """Match expert `expert` along `path` instead of the path that the method opens."""
         self._paths[expert] = path
 
     def segment(self, drawn: Draw) -> tuple[Params, Params]:
-        """Return the start and target parameters of the student; the two towers may have different epochs."""
+        """Return the start and target parameters of the student; the two towers may be at different epochs."""
         path, ahead = self.path(self.experts[drawn.expert]), self.run.distill.match_epochs
         ends = []
         for image, text in ((drawn.start, drawn.start_text), (drawn.start + ahead, drawn.start_text + ahead)):
@@ -143,7 +143,7 @@ class Matcher:
     def gradient(
         self, synthetic: Synthetic, drawn: Draw, estimator: Literal["exact", "first_order"] | None = None
     ) -> MetaGradient:
-        """Compute the meta-gradient of one draw; `estimator` defaults to that of the run."""
+        """Compute the meta-gradient of one draw; `estimator` defaults to the estimator of the run."""
         rule, engine = self.run.distill, self.engine(synthetic)
         start, target = self.segment(drawn)
         batches = drawn.batches.to(self.device, non_blocking=True)

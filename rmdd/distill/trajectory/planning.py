@@ -47,9 +47,9 @@ class Measured:
     """Measurements of the experts that the planning rule reads, without the matching gradients."""
 
     val: Float[np.ndarray, " m"]
-    """Val R@mean of the teacher after each epoch, in percent; the first value is before training."""
+    """Val R@mean of the teacher after each epoch, in percent; the first value is that before training."""
     arc: Float[np.ndarray, " n"]
-    """Length of the parameter step of each epoch."""
+    """Length of the change of all parameters in each epoch."""
     straightness: dict[int, float]
     """Straightness of the shortcut to each possible endpoint, by epoch; 1 is a straight line."""
 
@@ -59,7 +59,7 @@ class Measured:
 
 
 def measure(plan: config.Plan, store: Store, experts: int) -> Measured:
-    """Measure the curves of the first `experts` experts, and the straightness of the first `plan.experts` of them."""
+    """Measure val scores and step lengths of the first `experts` experts; straightness of the first `plan.experts`."""
     all_experts = [e for e in store.complete() if e < experts]
     few = all_experts[: plan.experts]
     candidates = plan.endpoints or store.kept_epochs[1:]
@@ -155,7 +155,7 @@ def _includes_stop(rule: config.Distill) -> int:
 
 
 def make_plan(method: Matched, store: Store, train: PreparedSplit, device: torch.device) -> dict[str, Any]:
-    """Plan the phases of a run; return them as JSON values, with the signals and reasons behind them."""
+    """Plan the phases of a run; return the phases as JSON values, with the measured signals and reasons in words."""
     run = method.run
     began, rule, plan = time.perf_counter(), run.distill, run.distill.plan
     measured = measure(plan, store, run.experts.num)
@@ -245,19 +245,19 @@ def key_of(run: config.Run, store: str) -> str:
 
 
 def with_phases(run: config.Run, phases: list[dict[str, Any]]) -> config.Run:
-    """Return `run` with the phases of a plan; its hash and its folder do not change."""
+    """Return a copy of `run` that has the phases of a plan. The copy keeps the hash and the folder of `run`."""
     value = run.model_dump(mode="json")
     value["distill"]["phases"] = phases
     return config.Run.model_validate(value)
 
 
 def with_explicit_phases(run: config.Run) -> config.Run:
-    """Return `run` with its phases marked as explicit instead of planned."""
+    """Return a copy of `run` whose phases are marked as explicit instead of planned."""
     return run.model_copy(update={"distill": run.distill.model_copy(update={"plan": config.Plan()})})
 
 
 def with_estimated_phases(run: config.Run, text_width: int) -> config.Run:
-    """Return `run` with estimated phases, for cost estimates before experts exist: number, sizes and updates."""
+    """Return a copy of `run` with estimated phases (number, pairs, updates), to estimate costs before experts exist."""
     epochs, plan = run.experts.epochs, run.distill.plan
     pairs = sizes(run, text_width, min(plan.max_phases, len(plan.endpoints or range(epochs))))
     updates = budget.split(plan.iterations, len(pairs))

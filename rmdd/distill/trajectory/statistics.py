@@ -1,7 +1,7 @@
 """Statistics of expert trajectories: straightness, matching gradients at several starts, and the teacher's gain.
 
-n epochs of a trajectory (m = n + 1 with epoch 0), T probed starts, R samples (expert and draw) of each, N and L sizes
-of the gradient on the images and on the texts.
+Symbols: n epochs of a trajectory (m = n + 1 with epoch 0), T probed starts, R samples (an expert and a draw) per start,
+N and L sizes of the gradient on the images and on the texts.
 """
 
 import itertools
@@ -30,7 +30,7 @@ COLUMNS = 2**20
 def val_curve(store: Store, experts: Sequence[int]) -> Float[np.ndarray, " m"]:
     """Return the val R@mean after every epoch, averaged over `experts`.
 
-    Raises `ValueError` when the record of an expert lacks it.
+    Raises `ValueError` when the record of an expert lacks this score.
     """
     curves = [[epoch.get("val") for epoch in store.record(e)["metrics"]] for e in experts]
     if any(value is None for curve in curves for value in curve):
@@ -84,13 +84,13 @@ class Probe:
     """Matching gradients of a synthetic set at several start epochs, with the same batches and masks at every start."""
 
     starts: tuple[int | float, ...]
-    """Start epochs."""
+    """Start epochs at which the gradients were computed."""
     images: Float[Tensor, "T R N"]
-    """Gradients on the images; R is 1 when they are averaged over samples."""
+    """Gradients with respect to the images; R is 1 if they are averaged over samples."""
     texts: Float[Tensor, "T R L"]
-    """Gradients on the texts."""
+    """Gradients with respect to the texts; R is 1 if they are averaged over samples."""
     miss: Float[Tensor, "T R"]
-    """Matching loss, summed over the towers."""
+    """Matching loss of each start and sample, summed over the towers."""
 
     def mean(self, part: str) -> Float[Tensor, "T _"]:
         """Return the gradient at every start, averaged over samples."""
@@ -102,7 +102,7 @@ class Probe:
         return cosine_matrix(self.mean(part))
 
     def agreement(self) -> Float[Tensor, "T T"]:
-        """Return the cosines between starts, averaged over images and texts."""
+        """Return the cosines between the gradients at all starts, averaged over image and text gradients."""
         return (self.cosine("images") + self.cosine("texts")) / 2
 
     def norms(self, part: str) -> Float[Tensor, " T"]:
@@ -146,7 +146,7 @@ def probe(
 
 
 def probing(run: config.Run, endpoint: int, trajectory: str, pairs: int, experts: int | None = None) -> config.Run:
-    """Return `run` with a single phase of `pairs` pairs to `endpoint`, in which every start epoch is allowed.
+    """Return a copy of `run` with a single phase of `pairs` pairs to `endpoint`, in which every start epoch is allowed.
 
     `trajectory` is the kind of path, `shortcut` or `original`; `original` needs stores that keep every epoch. Only the
     first `experts` experts are used.
@@ -187,7 +187,7 @@ def _products(vectors: Float[Tensor, "T N"], *, centred: bool = False) -> Float[
 
 
 def principal(vectors: Float[Tensor, "R N"], components: int = 2) -> tuple[Float[Tensor, "R C"], Float[Tensor, " C"]]:
-    """Return the coordinates of the centred rows on the first principal components, and their shares of variance."""
+    """Return coordinates of the centred rows on the first principal components, and each component's variance share."""
     values, sides = torch.linalg.eigh(_products(vectors, centred=True))
     order = values.argsort(descending=True)[:components]
     largest = values[order].clamp(min=0)
@@ -197,7 +197,7 @@ def principal(vectors: Float[Tensor, "R N"], components: int = 2) -> tuple[Float
 
 
 def off_diagonal(matrix: Float[Tensor, "T T"]) -> dict[str, float]:
-    """Return the mean of `matrix` over adjacent starts and over all pairs of starts; nan for a single start."""
+    """Return the mean of `matrix` over neighbouring starts, and over all pairs of starts; nan for a single start."""
     size = len(matrix)
     others = matrix[~torch.eye(size, dtype=torch.bool)]
     return {"adjacent": float(matrix.diagonal(1).mean()), "all": float(others.mean())}

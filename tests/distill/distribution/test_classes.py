@@ -47,7 +47,7 @@ def test_a_small_cluster_joins_the_nearest_and_the_largest_is_split():
     labels = balanced(x, np.arange(31), np.array([0] * 20 + [1] * 10 + [2]), 4, 2)
     sizes = images_in(labels, np.arange(31), 4)
     assert labels[30] == labels[20], "the image at 98 joins its neighbours"
-    assert sorted(sizes) == [5, 6, 10, 10], "each group was once the largest, and was split"
+    assert sorted(sizes) == [5, 6, 10, 10], "both groups were split, because each was once the largest"
     assert not set(labels[:20].tolist()) & set(labels[20:].tolist())
     along = labels[np.argsort(place)]
     assert (np.diff(along) != 0).sum() == 3, "each cluster is an interval of the line"

@@ -27,7 +27,7 @@ def test_equals_the_plain_sum():
 
 
 def test_one_pair_has_no_covariance():
-    with pytest.raises(ValueError, match="at least 2 pairs, found 1; raise the batch"):
+    with pytest.raises(ValueError, match="at least 2 pairs, found 1; raise the batch size"):
         cross_covariance(drawn(1, 4), drawn(1, 3))
 
 
@@ -63,7 +63,7 @@ def test_learned_heads_reach_the_covariance_over_rho(rho):
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 6, 99])
 @pytest.mark.parametrize("learned", [True, False])
 def test_the_gradient_in_chunks_equals_the_full_gradient(chunk, learned):
-    """The loss depends on all pairs together; the text encoder may also be the identity."""
+    """Check a loss that depends on all pairs together, with a text encoder and with unencoded texts."""
     w_v, w_l, target = drawn(12, 4), drawn(5, 3, seed=1), drawn(4, 3 if learned else 5, seed=2)
     images, texts = drawn(6, 3, 2, 2, seed=3), drawn(6, 5, seed=4)
 

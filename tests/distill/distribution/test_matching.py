@@ -36,7 +36,7 @@ def unbroken(toy, learning, tmp_path_factory):
 
 
 def test_a_phase_is_the_plain_loop(toy, tmp_path):
-    """torch's own clipping and SGD on the mean of two draws give bit-identical results."""
+    """Compare a phase with torch's own clipping and SGD on the mean of two draws; both must be bit-identical."""
     run = run_of(toy.folder, {"draws": 2})
     assert distil(toy, tmp_path, run)
     records, method = read_json(tmp_path / "records.json"), method_of(run)
@@ -129,7 +129,7 @@ def test_ranks_on_ray_resume_bit_identically(ray_local, toy, learning, unbroken,
     def make(number, size):
         import sys
 
-        sys.path.insert(0, tests)  # the folder of the module with the method
+        sys.path.insert(0, tests)  # the folder of `toy_mdm`, which defines the method
         from rmdd.runs.tasks import part_of_phase
 
         return part_of_phase(item, number, size)
@@ -142,7 +142,7 @@ def test_ranks_on_ray_resume_bit_identically(ray_local, toy, learning, unbroken,
 
 
 def spoil(monkeypatch, times):
-    """Make the gradient of iteration 5 NaN until the rates have been halved `times` times."""
+    """Make the gradient of iteration 5 NaN until the outer learning rates have been halved `times` times."""
     step, tried = features.clipped, []
 
     def clipped(gradient, limit):
@@ -174,7 +174,7 @@ def test_a_rollback_restores_the_learned_tensors(toy, learning, tmp_path, monkey
 
 def test_a_phase_that_always_diverges_ends_with_advice(toy, tmp_path, monkeypatch):
     spoil(monkeypatch, 99)
-    with pytest.raises(PhaseDiverged, match=r"1 rollbacks with halved rates did not help.*lower rates"):
+    with pytest.raises(PhaseDiverged, match=r"1 rollbacks with halved learning rates did not help.*lower ones"):
         distil(toy, tmp_path, run_of(toy.folder, guard={"retries": 1, "every": 2}))
 
 

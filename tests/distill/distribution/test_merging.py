@@ -43,7 +43,7 @@ def test_merge_equals_the_published_formula(seed, alpha, positive):
     for name in SHAPES:
         torch.testing.assert_close(result[name], slow[name], rtol=1e-9, atol=1e-11)
     swapped = merge(anchor, second, first, alpha, positive=positive)
-    assert all(torch.allclose(swapped[n], result[n], rtol=1e-12) for n in SHAPES), "their order does not matter"
+    assert all(torch.allclose(swapped[n], result[n], rtol=1e-12) for n in SHAPES), "checkpoint order does not matter"
 
 
 def test_merging_equal_checkpoints_and_anchors():
@@ -60,7 +60,7 @@ def test_orthogonal_and_opposed_displacements_give_the_anchor():
     assert same_tensors(merge(anchor, x, y, 1.0), anchor)
     opposed = {"w": torch.tensor([-2.0, 0.1])}
     assert same_tensors(merge(anchor, x, opposed, 1.0), anchor)
-    assert merge(anchor, x, opposed, 1.0, positive=False)["w"].norm() > 100, "the clamp prevents huge teachers"
+    assert merge(anchor, x, opposed, 1.0, positive=False)["w"].norm() > 100, "without the clamp the teacher is huge"
     assert cosine(x["w"], opposed["w"], positive=False) == pytest.approx(-1, abs=2e-3)
 
 

@@ -78,7 +78,7 @@ def test_energy_is_invariant_to_order_and_rotation(statistic):
 def test_the_energy_of_equal_sets_is_the_floor():
     a = points(6, 10)
     assert energy(a, a, 0.5, root=False).abs() < 1e-12
-    assert energy(a, a, 0.5).item() == pytest.approx(1e-4), "the energy is the root of FLOOR"
+    assert energy(a, a, 0.5).item() == pytest.approx(1e-4), "the energy of equal sets is the square root of FLOOR"
 
 
 def test_two_samples_of_one_distribution_have_a_gradient_by_the_v_statistic_and_may_have_none_by_the_u():

@@ -18,14 +18,14 @@ from rmdd.methods import matching_method
 
 
 def moving(stop=1, endpoint=2, iterations=5, **plan):
-    """Return a run with adaptive phases; one student step and fresh masks make its gradients fast to compute."""
+    """Return a run with `phases: adaptive`; one student step and fresh masks make its gradients fast to compute."""
     phase = config.Phase(pairs=PAIRS, start=0, stop=stop, endpoint=endpoint, iterations=iterations)
     rule = {"kind": "adaptive", "every": 2, "pace": 0.5, "experts": 1, **plan}
     return run_of(phases=(phase,), plan=config.Plan(**rule), steps=1, inner_dropout="fresh_mask")
 
 
 def windows(run, store, iterations):
-    """Return the window of each update while the set does not change."""
+    """Return the window (start epochs and endpoint) of each update, for a synthetic set that does not change."""
     matcher, state, result = (
         Matcher(matching_method(run), 0, store, encoder(run.model), CPU),
         State.begin(first_set()),
@@ -77,7 +77,7 @@ def unbroken(store, tmp_path_factory):
 
 @pytest.mark.parametrize("first", [2, 3])
 def test_a_stopped_phase_resumes_bit_identically(store, tmp_path, unbroken, first):
-    """The phase is stopped right before and right after a move of the range."""
+    """Stop a phase right before and right after its range of start epochs moves; then resume it."""
     run = moving(agreement=-1)
     assert not distil(run, store, tmp_path, **stop_after(first))
     assert distil(run, store, tmp_path)
@@ -85,7 +85,7 @@ def test_a_stopped_phase_resumes_bit_identically(store, tmp_path, unbroken, firs
 
 
 def test_a_rollback_restores_the_window(store, tmp_path, monkeypatch):
-    """The phase diverges right after a move; one run is never stopped, one is stopped after the rollback."""
+    """Check a phase that diverges right after its range moves: once never stopped, once stopped after the rollback."""
     monkeypatch.setattr(stepping, "outer_step", _spoilt(stepping.outer_step, at=4))
     run = moving(agreement=-1, iterations=7, pace=0.25)
     run = run.model_copy(update={"distill": run.distill.model_copy(update={"guard": config.Guard(every=3)})})
@@ -120,7 +120,7 @@ def test_the_endpoint_never_moves_to_a_bent_shortcut(store):
 
 @pytest.mark.parametrize("reuse_graphs", [0, 2])
 def test_moves_follow_the_slow_cosines(make, reuse_graphs):
-    """Compare every bound with cosines of gradients computed one by one in float64, with a different set each time."""
+    """Compare each bound of the range with cosines of gradients computed one by one in float64, with varied sets."""
     phases = (config.Phase(pairs=PAIRS, stop=1, endpoint=2), config.Phase(pairs=PAIRS, start=1, stop=2, endpoint=3))
     plan = config.Plan(kind="adaptive", every=1, pace=0.25, agreement=0.5, experts=2)
     made = make(run_of(phases=phases, plan=plan, steps=2, inner_dropout="off", reuse_graphs=reuse_graphs), 1)

@@ -15,7 +15,7 @@ from rmdd.methods import matching_method
 
 IMAGE = MODEL["image"] | {"weights": "random:0", "trainable": False, "projection": "block"}
 BATCHES = torch.tensor([[4, 0, 2], [2, 5, 4], [0, 5, 2]])
-"""Mini-batches of six pairs; pairs 1 and 3 are unused."""
+"""Mini-batches of a set with six pairs; no mini-batch uses pair 1 or 3."""
 
 
 def problem(dropout=0.0):
@@ -30,7 +30,7 @@ def problem(dropout=0.0):
 @pytest.mark.parametrize("branches", ["separate", "merged"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_equals_the_tower_in_every_step(monkeypatch, estimator, branches, dropout):
-    monkeypatch.setattr(frozen, "CHUNK", 3)  # the four used pairs are two chunks
+    monkeypatch.setattr(frozen, "CHUNK", 3)  # so the four pairs in the mini-batches need two forward passes
     model, start, target, synthetic = problem(dropout)
     before = {n: p.clone() for n, p in model.image_tower.named_parameters()}
     rule, how = config.Distill(), {"estimator": estimator, "branches": branches}
@@ -60,7 +60,7 @@ def test_features_are_those_of_the_pairs_in_use():
 
 
 def test_a_frozen_tower_has_no_dropout(make):
-    """A frozen tower stays in eval mode; its dropout would draw a different mask in each pass."""
+    """Check that a frozen tower stays in eval mode; its dropout would draw a different mask in each pass."""
     run = method_run("repblend")
     made = make(run)
     made.model.image_tower = nn.Sequential(made.model.image_tower, nn.Dropout(0.5)).requires_grad_(False).train()

@@ -19,7 +19,7 @@ def model_of(dropout) -> DualEncoder:
 
 
 def losses(rule, calls, dropout=0.5, **more):
-    """Return the loss for each step in the list `calls`."""
+    """Return the student's loss for each step number in the list `calls`."""
     model = model_of(dropout)
     compute = student_loss(model, rule, (101, 202, 303), **more)
     return [compute(model.trained(), SET.images, SET.texts, TARGET, step).item() for step in calls]
@@ -58,7 +58,7 @@ def test_a_step_has_one_mixture_in_both_passes():
     blends = tuple(Blend(w, order) for w in (1.0, 0.0, 0.3))
     result = losses(config.Distill(), [0, 1, 2, 2, 1, 0], dropout=0.0, mix=lambda rows, step: blends[step].of(rows))
     assert result[:3] == result[3:][::-1] and result[0] != result[2]
-    assert result[0] == losses(config.Distill(), [0], dropout=0.0)[0], "with weight 1 the features are unchanged"
+    assert result[0] == losses(config.Distill(), [0], dropout=0.0)[0], "a mixing weight of 1 changes no features"
     model = model_of(0.0)
     swapped = wbce(model(SET.images[order], SET.texts[order]), TARGET).item()
-    assert result[1] == pytest.approx(swapped, rel=1e-12), "with weight 0 the features are those of the partner"
+    assert result[1] == pytest.approx(swapped, rel=1e-12), "a mixing weight of 0 gives the partner's features"

@@ -32,7 +32,7 @@ from rmdd.methods import matching_method
 
 @pytest.fixture(scope="module")
 def unbroken_run(store, tmp_path_factory):
-    """`unbroken_run(run)`: the folder of a phase that is never stopped, computed once for each run."""
+    """Function `unbroken_run(run)`: returns the folder of a phase that is never stopped, computed once for each run."""
     folders = {}
 
     def unbroken_run(run):
@@ -48,7 +48,7 @@ def unbroken_run(store, tmp_path_factory):
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
 @pytest.mark.parametrize("estimator", ["exact", "first_order"])
 def test_a_phase_on_the_original_trajectory_equals_the_plain_loop(store, tmp_path, momentum, estimator):
-    """LoRS with a full similarity is bit-identical to a plain loop with torch's own optimiser."""
+    """Check that a phase of LoRS with a full similarity is bit-identical to a plain loop with torch's own optimiser."""
     run = run_of(trajectory="original", ema=0.0, momentum=momentum, estimator=estimator)
     rule = run.distill
     assert distil(run, store, tmp_path)
@@ -67,7 +67,7 @@ def test_a_phase_on_the_original_trajectory_equals_the_plain_loop(store, tmp_pat
         theta, target = ({n: point[n] for n in names} for point in (theta, target))
         now = first_set().with_tensors({n: t.detach() for n, t in leaves.items()})
         compute = student_loss(model, rule, drawn.dropout_seeds)
-        engine = Engine(second_pass="forward")  # the mode that the phase chooses
+        engine = Engine(second_pass="forward")  # the phase chooses forward mode, too
         results = meta_gradient(compute, theta, target, now, drawn.batches, estimator=estimator, engine=engine)
         for n, g in results.gradient.tensors().items():
             leaves[n].grad = g
@@ -82,7 +82,7 @@ def test_a_phase_on_the_original_trajectory_equals_the_plain_loop(store, tmp_pat
 
 @pytest.mark.parametrize("decay", [0.0, 0.7, 0.99])
 def test_the_average_equals_the_published_recurrence(store, tmp_path, unbroken_run, decay):
-    """Compare the average with equation 7 in float64; averaging must not change the raw sets."""
+    """Compare the moving average with equation 7 of PTM-ST in float64; averaging must not change the raw sets."""
     raw = []
     for iteration in range(1, 8):
         folder = unbroken_run(run_of(ema=0.0, iterations=iteration, snapshots=1))
@@ -194,7 +194,7 @@ def test_killed_and_resumed_is_bit_identical(store, tmp_path, unbroken_run, at):
     with pytest.raises(Killed):
         distil(run, store, tmp_path, on_step=kill)
     log = tmp_path / "metrics.jsonl"
-    with open(log, "a") as file:  # an incomplete line left by the kill
+    with open(log, "a") as file:  # the kill left an incomplete line
         file.write('{"phase": 0, "iterat')
     assert distil(run, store, tmp_path)
     assert_same_results(unbroken_run(run), tmp_path)
@@ -202,7 +202,7 @@ def test_killed_and_resumed_is_bit_identical(store, tmp_path, unbroken_run, at):
 
 
 def test_log_lines_after_the_last_checkpoint_are_not_duplicated(store, tmp_path):
-    """A kill between log and checkpoint leaves log lines of iterations that are repeated."""
+    """A kill between log and checkpoint leaves log lines of iterations that are computed again after the resume."""
     run = run_of()
     distil(run, store, tmp_path, **stop_after(3))
     with open(tmp_path / "metrics.jsonl", "a") as file:
@@ -352,7 +352,7 @@ def begin_double(kind="full"):
 
 
 def normalised_by_hand(start, gradients, lr, momentum, rate):
-    """Apply the `normalised` rule to one tensor, as plain Python floats."""
+    """Apply the `normalised` optimiser rule to one tensor, as plain Python floats."""
     values, speed = list(start), [0.0] * len(start)
     for gradient in gradients:
         size = math.sqrt(sum(g * g for g in gradient) / len(gradient))

@@ -1,4 +1,4 @@
-"""Check the planning rule of `phases: auto` on known signals, and runs that use it."""
+"""Check the planning rule of `phases: auto` on made-up signals, and runs with planned phases."""
 
 import json
 import shutil
@@ -67,7 +67,7 @@ def test_an_early_saturated_teacher_ends_early():
 
 def test_endpoints_increase_and_the_teacher_gains_between_them():
     flat = [0.0, 50.0, 97.0, 97.0, 98.0, 100.0, 100.0, 99.0, 100.0, 100.0, 100.0]
-    assert endpoints(published(1000, max_phases=6).distill, measured(flat)) == [2, 4, 5], "no gain after epoch 5"
+    assert endpoints(published(1000, max_phases=6).distill, measured(flat)) == [2, 4, 5], "no val gain after epoch 5"
     assert endpoints(published(1000, reach=1.0).distill, measured(flat)) == [5]
 
 
@@ -199,7 +199,7 @@ TINY = tiny.changed(
     model={"image": {"weights": "random:0"}},
     experts={"num": 2, "epochs": 3, "lr_image": 0.3, "lr_text": 0.3},
     distill={
-        "reuse_graphs": 2,  # faster at this size, because graphs are kept for the second pass
+        "reuse_graphs": 2,  # kept graphs are faster at this size
         "phases": "auto",
         "plan": {
             "iterations": 12,
@@ -257,7 +257,7 @@ def test_a_planned_run_writes_its_plan_and_a_complete_result(finished):
 
 
 def test_explicit_phases_equal_to_a_plan_reuse_its_work(finished, tmp_path):
-    """A run with the planned phases written by hand reuses the finished phases; a fresh one gives identical files."""
+    """A run with a plan's phases written by hand reuses finished phases; in an empty storage it gives equal files."""
     planned = run_folder(load(finished)) / "planned.yaml"
     before = phase_files(finished)
     times = {p: p.stat().st_mtime_ns for p in finished.glob("phases/*/phase-*/set-*")}

@@ -52,7 +52,7 @@ def test_the_teachers_gain():
     val, arc = np.array([1.0, 41.0, 51.0, 49.0, 51.5]), np.array([4.0, 2.0, 0.0, 0.5])
     assert statistics.gain_per_arc(val, arc).tolist() == [10, 5, 0, 5]
     assert statistics.share_reached(val) == pytest.approx([0, 40 / 50.5, 50 / 50.5, 50 / 50.5, 1])
-    assert statistics.share_reached(np.array([3.0, 2.0])).tolist() == [1, 1], "a teacher without any gain"
+    assert statistics.share_reached(np.array([3.0, 2.0])).tolist() == [1, 1], "without any gain, the share is 1"
 
 
 def test_val_curves_are_averaged_and_required(store, tmp_path):
@@ -126,7 +126,7 @@ def test_principal_components_are_those_of_the_covariance():
 @pytest.mark.parametrize("trajectory", ["original", "shortcut"])
 @pytest.mark.parametrize(("method", "options"), [("mct", {}), ("ptm_st", {}), ("amd", {"ranges": "stated"})])
 def test_every_draw_of_a_probed_run_lies_on_its_path(make, trajectory, method, options):
-    """All draws lie on the path for any ranges of the run; the engine is chosen with one of these draws."""
+    """All draws lie on the path for any ranges of the run, which matters because the engine is chosen with one draw."""
     run = method_run(method, trajectory="shortcut", start_rule="inclusive", steps=2, options=options)
     made = make(probing(run, EPOCHS, trajectory, PAIRS))
     for i in range(20):
