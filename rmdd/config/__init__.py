@@ -65,7 +65,7 @@ class Run(Section):
     name: str = Field(
         "run",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="name of the run; the folder of its results starts with it",
+        description="name of the run; the name of its results folder begins with it",
     )
     seed: int = Field(0, description="random seed of every section whose own seed is null")
     data: Data = Data()
@@ -135,14 +135,14 @@ class Run(Section):
             mistakes.append(Clash(text, "experts.keep", "distill.plan.endpoints", *endpoint_fields))
         if self.search.pruner != "none" and d.snapshots < 2:
             text = (
-                f"search.pruner: {self.search.pruner} compares trials at their snapshots, and distill.snapshots is "
-                f"{d.snapshots}; set it to 2 or more"
+                f"search.pruner: {self.search.pruner} compares trials at their snapshots, and "
+                f"distill.snapshots is {d.snapshots}; set distill.snapshots to 2 or more"
             )
             mistakes.append(Clash(text, "search.pruner", "distill.snapshots"))
         return mistakes
 
     def endpoint_of(self, phase: int) -> int:
-        """Return the last expert epoch that a phase reads."""
+        """Return the last expert epoch that the phase with the index `phase` reads."""
         return recipes.find(self.distill.method).endpoint_of(self.distill, self.experts.epochs, phase)
 
     @property
@@ -157,9 +157,9 @@ class Run(Section):
 
     @property
     def endpoints(self) -> tuple[int, ...]:
-        """Expert epochs that a store must keep for this run, besides epoch 0.
+        """Expert epochs, besides epoch 0, that an expert store must keep for this run.
 
-        The last epoch is always among them: it gives the score of training on the full data.
+        The last epoch is always among them, because its parameters give the score of training on the full data.
         """
         if self.distill.plan.plans:
             return tuple(sorted({*(self.distill.plan.endpoints or ()), self.experts.epochs}))
@@ -176,15 +176,15 @@ class Run(Section):
         return f"{self.name}-{self.hash_of()[:8]}"
 
     def hash_of(self, *sections: str) -> str:
-        """Return a hash of the named sections, by default of all that shape a result.
+        """Return a hash of the sections with these names; if none is given, of all sections that can change a result.
 
-        It contains the seeds, but no paths and no other field that cannot change a result.
+        The hash depends on the seeds, but not on paths or other fields that cannot change a result.
         """
         names: Any = sections or ("data", "model", "experts", "distill", "evaluate")
         return hash_value({section: self.hashed(section, "run") for section in names})
 
     def hashed(self, section: Literal["data", "model", "experts", "distill", "evaluate"], purpose: Purpose) -> Any:
-        """Return the fields of a section that are hashed for `purpose`, with the seed that the section uses."""
+        """Return a section's fields that are hashed for `purpose`, with the seed that the section uses."""
         value = hashed(getattr(self, section), purpose)
         if section == "distill" and (recipe := self.distill.recipe) is not None:
             options = self.distill.options_as(recipe.Options)
@@ -211,7 +211,7 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
     method, unknown = _method_of(raw, overrides)
     method_defaults = {} if method is None else method.defaults
     if method is not None and method is not _method_of(raw, [])[0]:
-        # the new method's defaults replace the values in the file; options that both methods have are kept
+        # The new method's defaults replace the values in the file; values of options that both methods have are kept.
         raw = filled(method.defaults, _with_options_of(method, raw))
     defaults = filled(method_defaults, Run().model_dump(mode="json"))
     for override in overrides:
@@ -245,7 +245,7 @@ def _with_options_of(method: Recipe, raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _drop_plan_kind(distill: Any) -> None:
-    """Delete `plan.kind`, in place, if the phases are a list: an explicit list replaces `kind: auto` of the file."""
+    """Delete `plan.kind` from the section `distill`, in place, if `phases` is a list, which replaces `phases: auto`."""
     if isinstance(distill, dict) and isinstance(distill.get("phases"), list) and isinstance(distill.get("plan"), dict):
         distill["plan"].pop("kind", None)
 

@@ -1,9 +1,9 @@
-"""The cost of a distilled set, counted in stored numbers: a learned similarity costs as much as some pairs.
+"""The cost of a distilled set, counted in stored numbers: a learned similarity matrix costs as much as some pairs.
 
-The unit of a budget is one pair: an image and a text embedding, 3 * size^2 + F numbers. Images stored at a smaller size
-cost less. A phase of M pairs also costs M^2 numbers for a full similarity, M + 2 M R for one of rank R, or none for the
-identity. The two learning rates of a phase are counted only if it has a learned similarity, as in the published tables:
-so a set without one has as many pairs as its budget.
+The unit of a budget is one pair: an image and a text embedding of width F, 3 * size^2 + F numbers. Images stored at a
+smaller size cost less. A phase of M pairs also costs M^2 numbers for a full similarity, M + 2 M R for one of rank R, or
+none for the identity. The two learning rates of a phase are counted only if it has a learned similarity, as in the
+published tables: so a set without a learned similarity has as many pairs as its budget.
 """
 
 from collections.abc import Sequence
@@ -12,16 +12,16 @@ from typing import Literal
 SimilarityKind = Literal["full", "low_rank", "identity"]
 
 RATES = 2
-"""Learned inner rates per phase: one of the image side, one of the text side."""
+"""Number of learned inner learning rates per phase: one of the image side, one of the text side."""
 
 
 def pair_parameters(image_size: int, text_width: int) -> int:
-    """Return how many numbers one pair has: the unit of a budget."""
+    """Return how many numbers the image and the text embedding of one pair have together: the unit of a budget."""
     return 3 * image_size**2 + text_width
 
 
 def similarity_parameters(pairs: int, kind: SimilarityKind, rank: int = 0) -> int:
-    """Return how many numbers the similarity of a phase with `pairs` pairs has."""
+    """Return how many learned numbers the similarity matrix of a phase with `pairs` pairs has."""
     if kind == "full":
         return pairs**2
     if kind == "low_rank":
@@ -30,7 +30,7 @@ def similarity_parameters(pairs: int, kind: SimilarityKind, rank: int = 0) -> in
 
 
 def cost(pairs: Sequence[int], stored_size: int, text_width: int, kind: SimilarityKind, rank: int = 0) -> int:
-    """Return how many numbers a set has: its pairs, similarities and learning rates.
+    """Return how many numbers a distilled set has: its pairs, similarities and learning rates.
 
     Phase p has `pairs[p]` pairs, and images are stored with sides of `stored_size` pixels.
     """
@@ -39,12 +39,12 @@ def cost(pairs: Sequence[int], stored_size: int, text_width: int, kind: Similari
 
 
 def rate_parameters(phases: int, kind: SimilarityKind) -> int:
-    """Return how many learning rates count: none without a learned similarity."""
+    """Return how many learning rates count towards the budget: none without a learned similarity."""
     return 0 if kind == "identity" else RATES * phases
 
 
 def split(total: int, phases: int) -> tuple[int, ...]:
-    """Split `total` pairs over `phases` as evenly as possible, larger parts first."""
+    """Split `total` pairs over `phases` phases as evenly as possible; the first phases get the larger parts."""
     return tuple(total // phases + (p < total % phases) for p in range(phases))
 
 
@@ -57,7 +57,7 @@ def largest(
     phases: int = 1,
     stored_size: int | None = None,
 ) -> int:
-    """Return the largest number of pairs, split evenly over `phases`, that a budget of `budget` pairs allows.
+    """Return the largest number of pairs, split evenly over `phases` phases, that a budget of `budget` pairs allows.
 
     Returns 0 if no pair fits.
     """
@@ -82,7 +82,7 @@ def check(
     rank: int = 0,
     stored_size: int | None = None,
 ) -> str | None:
-    """Return an error message if phases of `pairs` pairs cost more than `budget` pairs, otherwise None."""
+    """Return an error message if phases with these numbers of pairs cost more than `budget` pairs, otherwise None."""
     unit = pair_parameters(image_size, text_width)
     needed = cost(pairs, stored_size or image_size, text_width, kind, rank)
     if needed <= budget * unit:
@@ -96,7 +96,7 @@ def check(
         advice = f"at most {total} pairs fit; set phases.0.pairs to {total}"
     else:
         even = _sum(split(total, len(pairs)))
-        advice = f"at most {total} pairs fit in {len(pairs)} even phases; set the pairs of the phases to {even}"
+        advice = f"at most {total} pairs fit in {len(pairs)} equal phases; set the pairs of the phases to {even}"
     return (
         f"budget {budget} allows {budget * unit:,} numbers ({unit:,} per pair), but phases of {_sum(pairs)} pairs need "
         f"{needed:,}, with {similarity:,} for the {name} and {rate_parameters(len(pairs), kind)} for learning rates; "

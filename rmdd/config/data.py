@@ -1,4 +1,4 @@
-"""The `data` section of a run file: the source of pairs, and how images and captions are preprocessed."""
+"""The `data` section of a run file: where the image-text pairs come from, and how they are preprocessed."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ class Captions(Section):
 class Scenes(Section):
     """The built-in source `scenes`: generated images of coloured shapes with five captions each."""
 
-    train: PositiveInt = Field(1000, description="number of images in train")
-    val: PositiveInt = Field(200, description="number of images in val, on which all choices are made")
-    test: PositiveInt = Field(200, description="number of images in test, for the final score")
+    train: PositiveInt = Field(1000, description="number of images in the split train")
+    val: PositiveInt = Field(200, description="number of images in the split val, on which all choices are made")
+    test: PositiveInt = Field(200, description="number of images in the split test, for the final score")
     size: Annotated[int, Field(ge=16)] = Field(48, description="side of the square images, in pixels")
-    seed: int = Field(0, description="random seed of the images")
+    seed: int = Field(0, description="random seed with which the images are generated")
 
 
 class TableSource(Section):
     """The source `table`: a folder of images and one CSV, TSV, JSONL or Parquet table."""
 
     file: str = Field("captions.csv", description="path of the table, relative to data.root")
-    image: str = Field("image", description="column with the path of the image")
-    caption: str = Field("caption", description="column with a caption or a list of captions")
+    image: str = Field("image", description="name of the column with the path of the image file")
+    caption: str = Field("caption", description="name of the column with a caption or a list of captions")
     split: str | None = Field(
         "split", description="column with train, val or test; if missing or null, rows are split by a hash of the path"
     )
 
 
 class Tars(Section):
-    """The source `webdataset`: tar files as img2dataset writes them, with captions in key.txt or key.json."""
+    """The source `webdataset`: tar files as of img2dataset, with the captions of KEY.jpg in KEY.txt or KEY.json."""
 
     files: str = Field(
-        "**/*.tar", description="tar files below data.root: a glob or name-{000..146}.tar; separate several by ::"
+        "**/*.tar", description="tar files: glob patterns or name-{000..146}.tar below data.root, separated by ::"
     )
     split_by_name: bool = Field(
         True, description="take the split from train, val or test in a file or folder name; otherwise split by a hash"
@@ -59,10 +59,10 @@ class Parquet(Section):
 
     files: str = Field(
         "**/*.parquet",
-        description="Parquet files below data.root: a glob or name-{000..146}.parquet; separate several by ::",
+        description="Parquet files: glob patterns or name-{000..146}.parquet below data.root, separated by ::",
     )
-    image: str = Field("image", description="column with the image, as bytes or as {bytes, path}")
-    caption: str = Field("caption", description="column with a caption or a list of captions")
+    image: str = Field("image", description="name of the column with the image, as bytes or as {bytes, path}")
+    caption: str = Field("caption", description="name of the column with a caption or a list of captions")
     split: str | None = Field(
         "split", description="column with train, val or test; if missing or null, split by file name or hash"
     )
@@ -74,9 +74,9 @@ class Parquet(Section):
 class Annotations(Section):
     """Annotation files of the source `lists`, one per split, relative to data.root."""
 
-    train: str | None = Field(None, description="annotation file of train")
-    val: str | None = Field(None, description="annotation file of val, on which all choices are made")
-    test: str | None = Field(None, description="annotation file of test, for the final score")
+    train: str | None = Field(None, description="annotation file of the split train")
+    val: str | None = Field(None, description="annotation file of the split val, on which all choices are made")
+    test: str | None = Field(None, description="annotation file of the split test, for the final score")
 
     def clashes(self) -> list[Clash]:
         empty = "data.annotations is empty; set it to {train: ..., val: ..., test: ...}"
@@ -88,13 +88,13 @@ class Annotations(Section):
 
 
 class Data(Section):
-    """The source of the pairs, and how their images and captions are preprocessed."""
+    """Where the image-text pairs come from, and how their images and captions are preprocessed."""
 
     source: str = Field(
         "scenes",
-        description="format of the pairs: scenes, karpathy, lists (train, val and test files as of BLIP and LoRS), "
-        "table, textcaps, webdataset, parquet, one from an installed package, or dataset (a folder that `rmdd ingest` "
-        "wrote)",
+        description="where the pairs come from: scenes, karpathy, lists (train, val and test files as of BLIP and "
+        "LoRS), table, textcaps, webdataset, parquet, a source that an installed package adds, or dataset (a folder "
+        "that `rmdd ingest` wrote)",
         json_schema_extra=hash_only("run", "ingest"),
     )
     root: str | None = Field(
@@ -104,12 +104,12 @@ class Data(Section):
     )
     layout: Literal["flickr30k", "flickr8k", "coco", "cc3m", "textcaps"] | None = Field(
         None,
-        description="sources lists and karpathy: dataset whose usual file names are used",
+        description="for the sources lists and karpathy: published dataset whose file names are used",
         json_schema_extra=hash_only("run", "ingest"),
     )
     annotations: str | Annotations | None = Field(
         None,
-        description="path relative to data.root of one file (karpathy) or of a file per split (lists); null: as layout",
+        description="annotations below data.root: one file (karpathy) or one per split (lists); null: those of layout",
         json_schema_extra=hash_only("run", "ingest"),
     )
     scenes: Scenes = Field(Scenes(), json_schema_extra=hash_only("run", "ingest"))
@@ -123,7 +123,7 @@ class Data(Section):
     )
     eval_limit: PositiveInt | None = Field(
         None,
-        description="use only the first n pairs of val and of test (usual for CC3M: 10000); null: all",
+        description="number of pairs of val and of test to use, from the first on (often 10000 for CC3M); null: all",
         json_schema_extra=hash_only("run", "view"),
     )
     reencode: PositiveInt | None = Field(
@@ -132,7 +132,7 @@ class Data(Section):
         json_schema_extra=hash_only("run", "ingest"),
     )
     shard_mb: Annotated[float, Field(gt=0)] = Field(
-        128, description="size of a shard in MiB", json_schema_extra=hash_only("run", "ingest")
+        128, description="size in MiB of a shard, a file of the dataset", json_schema_extra=hash_only("run", "ingest")
     )
     max_pixels: PositiveInt = Field(
         89_478_485,
@@ -141,7 +141,7 @@ class Data(Section):
     )
     background: tuple[int, int, int] = Field(
         (255, 255, 255),
-        description="colour (R, G, B) behind transparent pixels",
+        description="colour (R, G, B; 0 to 255) behind transparent pixels",
         json_schema_extra=hash_only("run", "ingest", "view", "features"),
     )
     exif_orientation: bool = Field(
@@ -151,12 +151,12 @@ class Data(Section):
     )
     image_size: Annotated[int, Field(ge=8)] = Field(
         224,
-        description="side in pixels to which images are resized; the aspect ratio is not kept",
+        description="side in pixels of the squares to which images are resized; the aspect ratio is not kept",
         json_schema_extra=hash_only("run", "view", "features"),
     )
     normalise: Literal["clip", "imagenet", "half", "tower"] = Field(
         "clip",
-        description="mean and standard deviation of pixels; the papers use clip for every tower; tower: those of timm",
+        description="mean and standard deviation to normalise pixels by; the papers use clip; tower: those of timm",
         json_schema_extra=hash_only("run", "view", "features"),
     )
     captions: Captions = Field(Captions(), json_schema_extra=hash_only("run", "view", "features"))
@@ -192,7 +192,7 @@ class Data(Section):
         return mistakes
 
     def not_hashed(self, purpose: Purpose) -> tuple[str, ...]:
-        """Leave out of a dataset's hash what cannot change it: other sources, and, without `reencode`, decoding."""
+        """Leave out of a dataset's hash the fields of other sources and, without `reencode`, of image decoding."""
         if purpose != "ingest":
             return ()
         others = [n for n, v in self if isinstance(v, Section) and n not in (self.source, "annotations")]

@@ -23,19 +23,19 @@ class Phase(Section):
 
     pairs: PositiveInt = Field(description="number of synthetic pairs (M) of this phase")
     start: Annotated[int, Field(ge=0)] = Field(0, description="first expert epoch at which a student may start")
-    stop: PositiveInt = Field(2, description="exclusive upper bound of the start epoch")
+    stop: PositiveInt = Field(2, description="exclusive end of the range of start epochs")
     start_text: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="method amd: start for the text side; null: as start"
+        None, description="method amd: `start` of the text side; null: as `start`"
     )
-    stop_text: PositiveInt | None = Field(None, description="method amd: stop for the text side; null: as stop")
+    stop_text: PositiveInt | None = Field(None, description="method amd: `stop` of the text side; null: as `stop`")
     grow_from: PositiveInt | None = Field(
-        None, description="method datm: upper bound of the start epoch at the first iteration; null: always stop"
+        None, description="method datm: exclusive end of the start epochs at the first iteration; null: always `stop`"
     )
     grow_until: PositiveInt | None = Field(
-        None, description="method datm: iteration at which the growing upper bound reaches stop"
+        None, description="method datm: iteration at which the growing end of the start epochs reaches `stop`"
     )
     endpoint: PositiveInt = Field(6, description="last expert epoch (t_p) of the trajectory, inclusive")
-    iterations: PositiveInt = Field(2000, description="number of outer updates")
+    iterations: PositiveInt = Field(2000, description="number of iterations (updates of the synthetic pairs)")
 
     @property
     def ranges(self) -> dict[str, tuple[int, int]]:
@@ -67,10 +67,10 @@ class Similarity(Section):
     rank: PositiveInt = Field(10, description="low_rank: rank R, the number of columns of each factor")
     alpha: PositiveFloat = Field(1.0, description="low_rank: factor alpha in S = diag(omega) + alpha/R L R^T")
     diagonal: Literal["vector", "scalar"] = Field(
-        "vector", description="low_rank: one omega per pair (as in LoRS's code) or a single omega (as in its paper)"
+        "vector", description="low_rank: one omega per pair (vector, LoRS's code) or a single one (scalar, its paper)"
     )
     clamp: tuple[float, float] | None = Field(
-        None, description="full: lowest and highest value of an entry, applied after every update; null: no bounds"
+        None, description="full: lowest and highest entry of S, enforced after every update; null: no bounds"
     )
 
     def clashes(self) -> list[Clash]:
@@ -89,11 +89,11 @@ class Guard(Section):
     rates."""
 
     retries: Annotated[int, Field(ge=0)] = Field(
-        3, description="rollbacks of a phase before it fails; not hashed", json_schema_extra=no_hash()
+        3, description="number of rollbacks after which a phase fails; not hashed", json_schema_extra=no_hash()
     )
     every: PositiveInt = Field(50, description="iterations between two states that a rollback can return to")
     max_rate_growth: Annotated[float, Field(gt=1)] = Field(
-        100.0, description="a phase has diverged if an inner rate grew, or shrank, by more than this factor"
+        100.0, description="a phase has diverged if an inner learning rate grew or shrank by more than this factor"
     )
     dead_similarity: bool = Field(
         True, description="loss wbce: a phase has diverged if no diagonal entry of its similarity is above 0.5"
@@ -104,7 +104,7 @@ WORDS = ("auto", "adaptive")
 """Words that `distill.phases` accepts instead of a list."""
 
 OF_REACH = ("distill.phases.stop", "stop_text", "start_rule", "match_epochs", "options", "plan.kind")
-"""Fields on which `Distill.reach` depends. Error messages about the reach name them."""
+"""Names of the fields on which `Distill.reach` depends, for error messages about the last epoch that a phase needs."""
 
 
 class Distill(Section):
@@ -126,19 +126,19 @@ class Distill(Section):
     )
     plan: Plan = Plan()
     budget_check: Literal["error", "warn"] = Field(
-        "error", description="whether phases that exceed the budget are an error", json_schema_extra=no_hash()
+        "error", description="error or only a warning if phases exceed the budget", json_schema_extra=no_hash()
     )
     trajectory: Literal["original", "shortcut", "convexified"] = Field(
         "shortcut",
-        description="matching targets: original (the trained epochs), shortcut (the trajectory straightened to the "
-        "endpoint), or convexified (straightened to the last epoch)",
+        description="path of the targets that students are matched to: original (the expert's epochs), shortcut (the "
+        "expert trajectory straightened to the endpoint), or convexified (straightened to the last epoch)",
     )
     endpoint_rule: Literal["inclusive", "exclusive"] = Field(
         "inclusive",
-        description="exclusive: the trajectory ends one epoch before the endpoint, as in the released buffers",
+        description="exclusive: the trajectory ends one epoch before the endpoint, as in the released expert buffers",
     )
     start_rule: Literal["exclusive", "inclusive"] = Field(
-        "exclusive", description="whether a student may also start at the epoch stop (inclusive)"
+        "exclusive", description="inclusive: a student may also start at the epoch `stop`, not only before it"
     )
     estimator: Literal["exact", "first_order"] = Field(
         "exact",
@@ -160,12 +160,12 @@ class Distill(Section):
         "wbce", description="training loss of the students, in distillation and in evaluation"
     )
     temperature: PositiveFloat | None = Field(
-        None, description="the student's cosines are divided by it; null: model.temperature"
+        None, description="temperature by which the student's cosines are divided; null: model.temperature"
     )
     similarity: Similarity = Similarity()
     steps: PositiveInt = Field(8, description="number of inner steps (K) of a student")
     match_epochs: PositiveInt = Field(1, description="expert epochs (dT) between the start and the target of a match")
-    batch: Annotated[int, Field(ge=2)] = Field(20, description="pairs per inner step (B)")
+    batch: Annotated[int, Field(ge=2)] = Field(20, description="number of pairs per inner step (B)")
     batches: Literal["cycle", "independent"] = Field(
         "cycle", description="cycle: batches from permutations of all pairs; independent: a new draw each step (MTT-VL)"
     )
@@ -174,10 +174,10 @@ class Distill(Section):
         description="matching loss: separate sums one normalised distance per tower, merged has one for all parameters",
     )
     skip_above: PositiveFloat | None = Field(
-        None, description="skip the update if the matching loss is above this (DATM's threshold); null: never skip"
+        None, description="matching loss above which the update is skipped (DATM's threshold); null: never skip"
     )
     inner_dropout: Literal["same_mask", "fresh_mask", "off"] = Field(
-        "same_mask", description="dropout masks of the inner steps; the released code uses fresh_mask"
+        "same_mask", description="dropout masks in the second pass through the inner steps; released code: fresh_mask"
     )
     optimiser: Literal["sgd", "normalised"] = Field(
         "sgd",
@@ -187,8 +187,8 @@ class Distill(Section):
         1000.0, description="outer learning rate of the images; 0 keeps the initial images"
     )
     lr_text: NonNegativeFloat = Field(1000.0, description="outer learning rate of the text embeddings")
-    lr_similarity: NonNegativeFloat = Field(10.0, description="outer learning rate of the similarity")
-    lr_lr: NonNegativeFloat = Field(1e-2, description="learning rate of the learned inner rates")
+    lr_similarity: NonNegativeFloat = Field(10.0, description="outer learning rate of the learned similarity")
+    lr_lr: NonNegativeFloat = Field(1e-2, description="outer learning rate of the learned inner learning rates")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.5, description="momentum of the outer optimiser")
     inner_lr: PositiveFloat = Field(0.1, description="initial inner learning rate of both sides")
     inner_lr_text: PositiveFloat | None = Field(
@@ -198,17 +198,17 @@ class Distill(Section):
         None, description="lower bound of the inner learning rates; null: none"
     )
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.99, description="decay of the moving average of the set that is exported; 0 exports the last state"
+        0.99, description="decay per update of the moving average of the set, which is exported; 0: no average"
     )
     init: Literal["real", "prototypes", "noise"] = Field(
-        "real", description="initial pairs: random real pairs, the pairs nearest to k-means centres, or noise"
+        "real", description="initial pairs: random training pairs, training pairs nearest to k-means centres, or noise"
     )
     stored_size: PositiveInt | None = Field(
         None,
         description="side in pixels of the stored images, which counts in the budget; towers get them enlarged to "
         "data.image_size; null: data.image_size",
     )
-    init_augment: bool = Field(False, description="augment the initial images, as LoRS does")
+    init_augment: bool = Field(False, description="augment the images of the initial pairs, as LoRS does")
     guard: Guard = Field(Guard(), json_schema_extra=no_hash("plan"))
     checkpoint_every: PositiveInt = Field(50, description="iterations between checkpoints", json_schema_extra=no_hash())
     snapshots: Annotated[int, Field(ge=1)] = Field(
@@ -219,7 +219,7 @@ class Distill(Section):
     @model_validator(mode="before")
     @classmethod
     def _word_for_phases(cls, value: Any) -> Any:
-        """Turn `phases: auto` (or adaptive) into an empty list of phases and `plan.kind: auto`."""
+        """Turn `phases: auto` (or `adaptive`) into an empty list of phases and `plan.kind: auto` (or `adaptive`)."""
         if isinstance(value, dict) and value.get("phases") in WORDS:
             plan = {} if value.get("plan") is None else value["plan"]
             plan = plan.model_dump() if isinstance(plan, Plan) else plan
@@ -248,7 +248,7 @@ class Distill(Section):
             return None
 
     def options_as(self, kind: type[S]) -> S | None:
-        """Return the options as a section of the class `kind`, filled with its defaults; None if they are invalid."""
+        """Return `options` as a section of the class `kind`, filled with its defaults; None if an option is invalid."""
         return validate(kind, copy.deepcopy(self.options))[0]
 
     @property
@@ -258,7 +258,7 @@ class Distill(Section):
         return recipe is not None and recipe.real_starts(self)
 
     def reach(self, phase: Phase) -> int:
-        """Return the last expert epoch that a target of `phase` can need."""
+        """Return the last expert epoch that a student of `phase` can be matched to."""
         stop = max(stop for _, stop in phase.ranges.values())
         beyond = self.start_rule == "inclusive" or self.real_starts
         return stop - (not beyond) + self.match_epochs
@@ -278,9 +278,9 @@ class Distill(Section):
         return mistakes
 
     def not_hashed(self, purpose: Purpose) -> tuple[str, ...]:
-        """Leave `phases` out of a run's hash if they are planned, and `plan` if they are listed.
+        """Leave `phases` out of a run's hash if the phases are planned, and `plan` if the phases are listed.
 
-        The hash of a phase is without `plan`, except for adaptive phases, which the plan changes while they run.
+        The hash of a single phase is without `plan`, except for adaptive phases, which the plan changes while they run.
         """
         if purpose == "run":
             return ("phases",) if self.plan.plans else ("plan",)

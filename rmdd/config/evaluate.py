@@ -14,55 +14,55 @@ from rmdd.config.runfile import Clash, Section
 
 
 class Evaluate(Section):
-    """Training and scoring of students. All choices are made on val; test is read once."""
+    """Training and scoring of students. All choices are made on val; test is read only for the final scores."""
 
     students: Annotated[int, Field(ge=1)] = Field(
         5,
-        description="number of models that are trained on the set; scores are their mean and standard deviation",
+        description="number of students trained on the distilled set; scores are their mean and standard deviation",
         json_schema_extra=no_hash("baseline", "learned"),
     )
     epochs: PositiveInt = Field(
-        50, description="epochs of training on each subset", json_schema_extra=no_hash("baseline")
+        50, description="number of training epochs on each subset of the set", json_schema_extra=no_hash("baseline")
     )
     batch: Annotated[int, Field(ge=2)] = Field(
-        128, description="pairs per training step; a subset with fewer pairs is one batch"
+        128, description="number of pairs per training step; a subset with fewer pairs is one batch"
     )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="momentum of SGD")
     weight_decay: NonNegativeFloat = Field(5e-4, description="weight decay of SGD, on every parameter")
     lr_drop: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.1, description="the learning rate is multiplied by it after half of the epochs on a subset"
+        0.1, description="factor by which the learning rate is multiplied after half of the epochs on a subset"
     )
     schedule: Literal["per_subset", "shared"] = Field(
         "per_subset",
-        description="per_subset: a new optimiser for each subset; shared: one for all, whose rate drops once",
+        description="per_subset: a new optimiser per subset; shared: a single one, whose learning rate drops once",
         json_schema_extra=no_hash("baseline"),
     )
     lr: Literal["own", "last"] = Field(
         "own",
-        description="own: each subset's learned rates; last: those of the last subset for all",
+        description="own: each subset's learned learning rates; last: those of the last subset for all subsets",
         json_schema_extra=no_hash("baseline"),
     )
     text_lr: Literal["own", "image"] = Field(
         "own",
-        description="learning rate of the text head: its own, or that of the image side, as in MTT-VL's code",
+        description="learning rate of the text projection: its own, or that of the image side, as in MTT-VL's code",
         json_schema_extra=no_hash("baseline"),
     )
     temperature: PositiveFloat | None = Field(
         None,
-        description="the students' cosines are divided by it; null: as in distillation",
+        description="temperature by which the students' cosines are divided; null: as in distillation",
         json_schema_extra=no_hash("baseline"),
     )
     eval_every: PositiveInt = Field(
-        10, description="epochs between two scores on val", json_schema_extra=no_hash("baseline")
+        10, description="number of epochs between two scores of a student on val", json_schema_extra=no_hash("baseline")
     )
     augment: Literal["none", "dsa", "randaugment"] = Field(
         "none",
-        description="augmentation of the images that students train on, also of the random pairs they are compared "
-        "with; randaugment: the default of the experts",
+        description="augmentation of the images of the distilled set that students are trained on, and of the random "
+        "pairs that the set is compared with; randaugment: the default augmentation of the experts",
     )
     reference: Literal["auto", "none", "lors", "ptm_st", "repblend", "mtt_vl", "mdm", "pds", "edge"] = Field(
         "auto",
-        description="also score by a paper's released protocol, reported as test_best_reference; auto: the method's, "
+        description="also score by a paper's released protocol, as test_best_reference; auto: that of the method, "
         "with the loss, batch, momentum and weight decay of this run; a name: exactly as in that paper's code",
         json_schema_extra=no_hash("baseline", "learned"),
     )
@@ -74,12 +74,12 @@ class Evaluate(Section):
     )
     selection: Literal["last", "val_best"] = Field(
         "last",
-        description="snapshot of the distillation that is exported: the last one, or the best one on val",
+        description="snapshot of the distillation that is exported: the last one, or that with the best val score",
         json_schema_extra=no_hash("baseline", "learned"),
     )
     selection_students: PositiveInt = Field(
         2,
-        description="students per choice on val: for each snapshot, and for each rate and loss of the random pairs",
+        description="number of students scored on val per snapshot, and per learning rate and loss of random pairs",
         json_schema_extra=no_hash("learned"),
     )
     baseline_lrs: tuple[PositiveFloat, ...] = Field(
@@ -98,7 +98,7 @@ class Evaluate(Section):
         json_schema_extra=no_hash("learned"),
     )
     chunk: PositiveInt = Field(
-        256, description="number of queries scored at a time", json_schema_extra=no_hash("baseline", "learned")
+        256, description="number of retrieval queries per chunk", json_schema_extra=no_hash("baseline", "learned")
     )
     probes: dict[str, Probe] = Field(
         {},
@@ -110,7 +110,7 @@ class Evaluate(Section):
     @field_validator("reference", mode="before")
     @classmethod
     def _bool_of_old_files(cls, value: Any) -> Any:
-        """Accept true and false, as older run files have it."""
+        """Turn true and false, as older run files have them, into `auto` and `none`."""
         return {True: "auto", False: "none"}.get(value, value) if isinstance(value, bool) else value
 
     def clashes(self) -> list[Clash]:
@@ -125,10 +125,10 @@ class Runtime(Section):
     """Place and resources of a run; not hashed. Only `threads` and the use of a GPU change results, by rounding."""
 
     storage: str = Field(
-        "runs", description="folder of all runs, stores and caches, or a URI (s3://, gs://, abfs://, file://, ...)"
+        "runs", description="folder of all runs, expert stores, caches, or a URI (s3://, gs://, abfs://, file://, ...)"
     )
     scratch: str | None = Field(
-        None, description="local folder for copies of a storage at a URI; null: rmdd in the user's cache folder"
+        None, description="local folder for copies of the files at a URI; null: folder rmdd in the user's cache folder"
     )
     ray: Literal["on", "off"] = Field(
         "on", description="off: do all work sequentially in this process, with identical results"
@@ -137,18 +137,18 @@ class Runtime(Section):
     num_cpus: PositiveInt | None = Field(None, description="CPUs of a local Ray cluster; null: all")
     workers: PositiveInt | None = Field(
         None,
-        description="experts, phases or students that run in parallel; null: as many as the cluster has room for; set "
-        "it for an autoscaling cluster, which then adds nodes for them",
+        description="number of experts, phases or students that run in parallel; null: as many as the cluster has "
+        "room for; set it for an autoscaling cluster, which then adds nodes for them",
     )
     threads: PositiveInt = Field(
-        1, description="CPU threads per worker; results are identical only for the same number of threads"
+        1, description="number of CPU threads per worker; results are identical only for the same number of threads"
     )
-    reader_cpus: PositiveFloat = Field(1.0, description="CPUs per reader of an ingest; 0.5 runs two readers per CPU")
+    reader_cpus: PositiveFloat = Field(1.0, description="CPUs per reading process of an ingest; 0.5: two share a CPU")
     object_store_mb: Annotated[int, Field(ge=75)] = Field(
         256, description="size in MiB of the object store of a local Ray cluster"
     )
     loader_workers: Annotated[int, Field(ge=0)] = Field(
-        0, description="processes per expert that decode and augment images"
+        0, description="number of processes per expert that decode and augment images"
     )
     fleet: Literal["pool", "train"] = Field(
         "pool",
@@ -156,7 +156,7 @@ class Runtime(Section):
         "workers train one expert)",
     )
     min_workers: PositiveInt = Field(
-        1, description="fewest workers with which a run of Ray Train works; it grows up to workers as nodes are added"
+        1, description="smallest number of workers of a Ray Train run; it grows up to `workers` as nodes are added"
     )
     cache_gb: NonNegativeFloat = Field(
         20.0,
@@ -164,10 +164,10 @@ class Runtime(Section):
         "streamed from its shards in every epoch, with identical results",
     )
     gpus_per_worker: NonNegativeFloat = Field(
-        0.0, description="GPUs per worker, or the share of a GPU; 0: workers compute on CPUs"
+        0.0, description="number of GPUs per worker, or the share of one GPU; 0: workers compute on CPUs"
     )
     cpus_per_worker: NonNegativeFloat | None = Field(
-        None, description="CPUs (or share of one) that Ray reserves per worker; null: threads, or 0 with a GPU"
+        None, description="CPUs (or share of one) that Ray reserves per worker; null: as `threads`, or 0 with a GPU"
     )
     keep_parameters: Literal["device", "cpu", "recompute"] = Field(
         "device",
@@ -193,12 +193,12 @@ class Runtime(Section):
     @field_validator("track", mode="before")
     @classmethod
     def _word_for_track(cls, value: Any) -> Any:
-        """Turn a single word into a tuple; `none` is the empty one."""
+        """Turn a single word into a list of that word, and the word `none` into an empty list."""
         return ([] if value == "none" else [value]) if isinstance(value, str) else value
 
     @property
     def share(self) -> tuple[float, float]:
-        """CPUs and GPUs of one worker."""
+        """Number of CPUs and of GPUs that Ray reserves for one worker."""
         default = 0.0 if self.gpus_per_worker else float(self.threads)
         return default if self.cpus_per_worker is None else self.cpus_per_worker, self.gpus_per_worker
 

@@ -1,8 +1,8 @@
 """Hashes of the run file, by which results, experts and caches are found again.
 
 A hash has a purpose, such as "experts", and contains the fields that can change the result of that purpose. A field is
-in all hashes that contain its section, unless it is declared with `no_hash(...)` (not in these) or `hash_only(...)`
-(only in these). `Section.not_hashed` removes more fields, depending on the values of others.
+in all hashes that contain its section, unless it is declared with `no_hash(...)` (not in the hashes of these purposes)
+or `hash_only(...)` (only in those). `Section.not_hashed` removes more fields, depending on the values of other fields.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 NUMBERS_VERSION = 4
-"""Part of every hash; increased when a change of the code changes the results of an unchanged run file."""
+"""Part of every hash; increased when a change of the code changes the results of a run file that did not change."""
 
 Purpose = Literal[
-    "run",  # the results of a run
-    "ingest",  # an ingested dataset
-    "view",  # preprocessed images and captions
-    "features",  # features of images and captions, of any split
-    "experts",  # one expert
-    "phases",  # one distilled phase
-    "plan",  # phases planned from the experts
-    "baseline",  # students trained on random pairs and on full data
-    "learned",  # a student trained on one set of pairs
-    "search",  # the trials of a search
+    "run",  # identifies the results of a run
+    "ingest",  # identifies an ingested dataset
+    "view",  # identifies preprocessed images and captions
+    "features",  # identifies features of images and captions, of any split
+    "experts",  # identifies one expert
+    "phases",  # identifies one distilled phase
+    "plan",  # identifies phases planned from the experts
+    "baseline",  # identifies students trained on random pairs and on full data
+    "learned",  # identifies a student trained on one set of pairs
+    "search",  # identifies the trials of a search
 ]
 PURPOSES: tuple[str, ...] = get_args(Purpose)
 
@@ -43,7 +43,7 @@ def hash_only(*purposes: Purpose) -> dict[str, Any]:
 
 
 def purposes_of(field: FieldInfo) -> tuple[str, ...]:
-    """Return the purposes whose hash contains `field`, if it contains the field's section."""
+    """Return the purposes whose hash contains `field`, provided that the hash contains the section of the field."""
     mark = field.json_schema_extra
     purposes: Any = mark.get("hash") if isinstance(mark, dict) else None
     return PURPOSES if purposes is None else tuple(purposes)

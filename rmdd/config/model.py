@@ -23,11 +23,11 @@ class ImageTower(Section):
     trainable: bool = Field(True, description="false: freeze the tower, so that only its projection is trained")
     widths: tuple[PositiveInt, ...] = Field((64, 128, 128), description="convnet: number of channels of each block")
     groups: PositiveInt = Field(8, description="convnet: number of GroupNorm groups")
-    projection: Literal["none", "linear", "block"] = Field("none", description="trainable head on the image tower")
+    projection: Literal["none", "linear", "block"] = Field("none", description="trainable projection after the tower")
 
     @property
     def is_random(self) -> bool:
-        """Whether the initial weights are random, with or without a seed of their own."""
+        """Whether the initial weights are random: `random` or `random:SEED`."""
         return self.weights == "random" or self.weights.startswith("random:")
 
     def clashes(self) -> list[Clash]:
@@ -47,15 +47,15 @@ class TextTower(Section):
         "hashing (built in, needs no download)",
     )
     pooling: Literal["cls", "mean"] = Field(
-        "cls", description="embedding of a caption: cls (state of the first token) or mean (over all tokens)"
+        "cls", description="embedding of a caption: cls (hidden state of the first token) or mean (over all tokens)"
     )
     max_tokens: PositiveInt = Field(64, description="number of tokens after which a caption is cut")
     normalise: bool = Field(
         False, description="scale embeddings to unit length, as sentence encoders do (BERT does not)"
     )
-    width: PositiveInt = Field(512, description="hashing: width of the embedding")
+    width: PositiveInt = Field(512, description="text encoder hashing: width of the embedding")
     projection: Literal["linear", "block"] = Field(
-        "block", description="trainable head on the embeddings; block: two linear layers with a skip"
+        "block", description="trainable projection of the embeddings; block: two linear layers with a skip connection"
     )
 
 
@@ -68,7 +68,7 @@ class Model(Section):
         None, description="width D of the joint embedding; null: the width of the image tower"
     )
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="dropout rate in a block projection")
-    temperature: PositiveFloat = Field(0.07, description="cosines are divided by it in the loss")
+    temperature: PositiveFloat = Field(0.07, description="temperature by which cosines are divided in the loss")
 
     def clashes(self) -> list[Clash]:
         mistakes = []
@@ -88,11 +88,11 @@ class Model(Section):
 
 
 class Augment(Section):
-    """Augmentation of the experts' training images, applied in this order. The defaults are those of the papers."""
+    """Augmentations of the experts' training images, in this order. The defaults are those of the papers."""
 
     crop: bool = Field(True, description="apply a random resized crop (bicubic)")
     crop_scale: tuple[float, float] = Field(
-        (0.5, 1.0), description="smallest and largest area of a crop, as a share of the image"
+        (0.5, 1.0), description="smallest and largest area of a crop, as a share of the area of the image"
     )
     crop_ratio: tuple[float, float] = Field(
         (0.75, 4 / 3), description="smallest and largest aspect ratio (width / height) of a crop"
@@ -117,13 +117,13 @@ NO_AUGMENT = Augment(crop=False, flip=0.0, randaugment_ops=0)
 
 
 class Shuffle(Section):
-    """Order of the training records, with another draw for every expert and epoch. It is the same for cached and for
-    streamed images. A stream reads each image once per epoch with `windowed`, and once per window with `global`."""
+    """Order of the caption records in training, drawn anew for every expert and epoch. It is the same for cached and
+    for streamed images. Streamed images are read once per epoch with `windowed`, once per window with `global`."""
 
     kind: Literal["global", "windowed"] = Field(
         "global",
         description="global: one permutation of all records; windowed: blocks of pairs in random order, and the "
-        "records of window blocks at a time shuffled",
+        "records of each `window` consecutive blocks shuffled together",
     )
     block: PositiveInt = Field(256, description="number of consecutive pairs that are read together")
     window: PositiveInt = Field(
@@ -132,20 +132,20 @@ class Shuffle(Section):
 
     @property
     def pairs(self) -> int:
-        """Number of pairs in one window."""
+        """Number of pairs in one window (`window` blocks of `block` pairs)."""
         return self.block * self.window
 
 
 class WorkerGroup(Section):
-    """Several workers that train one expert together: the batch is split over them, the loss is that of all of it."""
+    """Several workers that train one expert together: they share each batch; the loss is that of the whole batch."""
 
     workers: PositiveInt = Field(
         1, description="workers per expert, each with runtime.gpus_per_worker GPUs and runtime.threads threads"
     )
     strategy: Literal["ddp", "zero1", "zero2", "zero3"] = Field(
         "ddp",
-        description="ddp: every worker keeps the whole model; DeepSpeed splits the momentum (zero1), also the "
-        "gradients (zero2), also the weights (zero3)",
+        description="ddp: every worker keeps the whole model; zero1, zero2 and zero3: DeepSpeed splits the momentum "
+        "over the workers (zero1), also the gradients (zero2), also the weights (zero3)",
     )
 
 
@@ -153,10 +153,10 @@ class Experts(Section):
     """Training of the experts by InfoNCE and SGD. A caption record is an image with one of its captions."""
 
     num: PositiveInt = Field(
-        20, description="number of experts, each with another seed", json_schema_extra=hash_only("run")
+        20, description="number of experts, each trained with another seed", json_schema_extra=hash_only("run")
     )
-    epochs: PositiveInt = Field(10, description="epochs over all caption records: the length of a trajectory")
-    batch: Annotated[int, Field(ge=2)] = Field(128, description="caption records per step")
+    epochs: PositiveInt = Field(10, description="number of epochs over all caption records (trajectory length)")
+    batch: Annotated[int, Field(ge=2)] = Field(128, description="number of caption records per training step")
     lr_image: PositiveFloat = Field(0.1, description="constant learning rate of the image tower")
     lr_text: PositiveFloat = Field(0.1, description="constant learning rate of the text projection")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="momentum of SGD")
@@ -170,7 +170,7 @@ class Experts(Section):
         "so that runs with other endpoints can use the experts too",
     )
     dtype: Literal["float32", "bfloat16-delta"] = Field(
-        "float32", description="format of stored epochs; bfloat16-delta is the difference to epoch 0, at half the size"
+        "float32", description="format of stored epochs; bfloat16-delta: their difference to epoch 0, at half the size"
     )
     forgetting: Annotated[int, Field(ge=0)] = Field(
         0,
@@ -197,7 +197,7 @@ class Experts(Section):
         return mistakes
 
     def not_hashed(self, purpose: Purpose) -> tuple[str, ...]:
-        """Return fields that are turned off, so that stores older than these fields stay valid."""
+        """Leave fields that are turned off out of the hash: expert stores older than these fields stay valid."""
         idle = {"shuffle": self.shuffle.kind == "global", "worker_group": self.worker_group.workers == 1}
         idle["forgetting"] = not self.forgetting
         return tuple(name for name, is_idle in idle.items() if is_idle)

@@ -11,36 +11,36 @@ from rmdd.config.runfile import Section
 
 
 class Plan(Section):
-    """Settings of planned phases (`phases: auto` or `adaptive`; the rule is in `rmdd.distill.trajectory.planning`). The
-    planned phases are written to plan.json in the run folder. A run that lists them gives the same results."""
+    """Settings of planned phases (`phases: auto` or `adaptive`); `rmdd.distill.trajectory.planning` explains the plan.
+    The planned phases are written to plan.json in the run folder; a run that lists them gives the same results."""
 
     kind: Literal["stated", "auto", "adaptive"] = Field(
-        "stated", description="set by distill.phases: stated for a list, or the word auto or adaptive"
+        "stated", description="set by distill.phases: stated if that is a list, otherwise its word auto or adaptive"
     )
-    iterations: PositiveInt = Field(2000, description="number of outer updates of all phases together")
+    iterations: PositiveInt = Field(2000, description="number of iterations of all phases together")
     max_phases: PositiveInt = Field(3, description="largest number of phases")
     min_iterations: PositiveInt = Field(1000, description="smallest number of outer updates per phase")
     min_pairs: Annotated[int, Field(ge=2)] = Field(90, description="smallest number of pairs per phase")
     reach: Annotated[float, Field(gt=0, le=1)] = Field(
         0.92, description="share of the experts' gain on val that is reached at the endpoint of the first phase"
     )
-    reach_step: NonNegativeFloat = Field(0.04, description="how much this share grows from phase to phase")
+    reach_step: NonNegativeFloat = Field(0.04, description="increase of `reach` from each phase to the next")
     min_straightness: Annotated[float, Field(ge=0, le=1)] = Field(
         0.25, description="trajectory shortcut: smallest straightness (chord / path length) of an endpoint"
     )
     agreement: Annotated[float, Field(ge=-1, le=1)] = Field(
-        0.7, description="smallest cosine between the matching gradients of two start epochs in the same range"
+        0.7, description="smallest cosine between the matching gradients of two start epochs in the range of one phase"
     )
-    min_starts: PositiveInt = Field(2, description="smallest number of start epochs in a range, if the path has them")
+    min_starts: PositiveInt = Field(2, description="smallest number of start epochs per phase, if there are as many")
     endpoints: tuple[PositiveInt, ...] | None = Field(
         None, description="epochs that may be endpoints and are stored; null: all epochs that experts.keep stores"
     )
     experts: PositiveInt = Field(2, description="number of experts from which phases are planned")
     draws: PositiveInt = Field(
-        2, description="mini-batches per expert for the gradients of a plan; a later adjustment uses one"
+        2, description="mini-batches per expert for the gradients of a plan; each later adjustment uses one"
     )
     every: PositiveInt = Field(50, description="adaptive: outer updates between two adjustments of range and endpoint")
-    pace: PositiveFloat = Field(0.25, description="adaptive: largest change of a bound per adjustment, in epochs")
+    pace: PositiveFloat = Field(0.25, description="adaptive: largest change of a range's end per adjustment, in epochs")
 
     @property
     def plans(self) -> bool:

@@ -24,7 +24,7 @@ PRESETS = Path(__file__).parents[1] / "presets"
 
 
 def preset_files() -> dict[str, list[str]]:
-    """Return the preset files without their suffix, each with the keys of its budgets in the order of the file."""
+    """Return the names of the preset files (no .yaml), each with the keys of its budgets in the order of the file."""
     return {path.stem: list(_budgets(path)) for path in sorted(PRESETS.glob("*.yaml"))}
 
 
@@ -45,7 +45,7 @@ def find_preset(name: str) -> tuple[Path, str] | None:
 
 
 def preset(name: str) -> dict[str, Any] | None:
-    """Return the mapping of a preset with its key `extends`, or None if no preset has this name."""
+    """Return the mapping of the preset `name` with `extends` unresolved, or None if no preset has this name."""
     place = find_preset(name)
     if place is None:
         return None
@@ -69,7 +69,7 @@ def read(source: str | Path) -> dict[str, Any]:
     Raises `ConfigError` when a file is missing or is not valid YAML.
     """
     name = str(source)
-    raw = preset(name)  # a file with the name of a preset is read as ./NAME
+    raw = preset(name)  # a file that has the name of a preset must be given as ./NAME
     if raw is not None:
         return extended(raw, PRESETS, name, (name,))
     path = Path(source)
@@ -86,14 +86,14 @@ def extended(raw: dict[str, Any], folder: Path, where: str, chain: tuple[str, ..
     """
     name = raw.pop("extends", None)
     if "budgets" in raw:
-        advice = "write the values of one run, or start from one with `extends: flickr30k_lors_500`"
+        advice = "write the values of a single run, or start from a preset with `extends: flickr30k_lors_500`"
         raise ConfigError([f"budgets: only the presets of rmdd have several budgets in a file; {advice}"], where)
     if name is None:
         return raw
     if not isinstance(name, str):
         raise ConfigError([f"extends: give the name of a preset or the path of a YAML file, found {name!r}"], where)
     base, label, path = preset(name), name, PRESETS / f"{name}.yaml"
-    if base is None and name.startswith("bases/") and path.is_file():  # values that presets share
+    if base is None and name.startswith("bases/") and path.is_file():  # a file of values that presets share
         base = copy.deepcopy(_preset_file(path))
     elif base is None:
         path = folder / Path(name).expanduser()
@@ -103,12 +103,12 @@ def extended(raw: dict[str, Any], folder: Path, where: str, chain: tuple[str, ..
         base, label = _mapping(path, str(path)), str(path.resolve())
     if label in chain:
         circle = " -> ".join(Path(p).name for p in (*chain[chain.index(label) :], label))
-        raise ConfigError([f"extends: files extend each other in a circle, {circle}; take one `extends` out"], where)
+        raise ConfigError([f"extends: files extend each other in a circle, {circle}; remove one `extends`"], where)
     return filled(raw, extended(base, path.parent, label, (*chain, label)))
 
 
 def no_preset(name: str) -> str:
-    """Return the message for a name that no preset has: similar names, or the budgets if a file has that name."""
+    """Return the message that `name` is no preset, with a similar name, or with the presets in a file of that name."""
     files = preset_files()
     if name in files:
         return f"'{name}' has several budgets; give one of {', '.join(_names(name, files[name]))}"
@@ -117,7 +117,7 @@ def no_preset(name: str) -> str:
 
 
 def _choices() -> str:
-    return f"give one of the {len(preset_names())} that `rmdd presets` lists, or a YAML file"
+    return f"give one of the {len(preset_names())} presets that `rmdd presets` lists, or a YAML file"
 
 
 def _names(stem: str, keys: list[str]) -> list[str]:
@@ -131,12 +131,12 @@ def _budgets(path: Path) -> dict[str, dict[str, Any]]:
 
 @functools.cache
 def _preset_file(path: Path) -> dict[str, Any]:
-    """Return the mapping in a file of the folder `presets`; callers must not change it."""
+    """Return the mapping in a file of the folder `presets`. It is cached, so callers must not change it."""
     return _mapping(path, path.stem)
 
 
 def _mapping(path: Path, where: str) -> dict[str, Any]:
-    """Return the mapping in a YAML file. Raises `ConfigError` if the file has none."""
+    """Return the mapping in a YAML file. Raises `ConfigError` if the file contains something else."""
     try:
         raw = parse(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

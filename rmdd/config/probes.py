@@ -27,32 +27,32 @@ Ks = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 
 class Classes(Section):
-    """Labelled images. A random subset of classes depends on a hash of seed and class, so that a smaller subset is part
-    of a larger one."""
+    """Labelled images of a `zero_shot` probe. A random subset of classes depends on a hash of the seed and the class
+    name, so that a smaller subset is part of a larger one."""
 
     layout: Literal["folders", "list", "cifar10", "cifar100"] = Field(
-        "folders", description="a folder per class, a list of files, or the binary version of CIFAR (its test part)"
+        "folders", description="folder per class, list of files and classes, or CIFAR's binary version (test images)"
     )
-    images: str = Field("", description="folder of the images below data.root, such as val")
+    images: str = Field("", description="folder of the images relative to data.root, such as val")
     file: str | None = Field(
         None, description="layout list: file below data.root with lines FILE CLASS, or Kaggle's LOC_val_solution.csv"
     )
     names: str | None = Field(
         None,
-        description="file with class names below data.root: lines CLASS name, synonym, or a JSON object; null: the "
-        "names of the folders",
+        description="file with class names relative to data.root: lines CLASS name, synonym, or a JSON object; null: "
+        "the names of the folders",
     )
     synonyms: bool = Field(False, description="make prompts from all names of a class, not only from the first")
     number: Annotated[int, Field(ge=2)] | None = Field(
         None, description="number of classes, drawn at random; null: all"
     )
-    seed: int = Field(0, description="random seed of the draw of classes")
+    seed: int = Field(0, description="random seed with which the classes are drawn")
     only: tuple[str, ...] | None = Field(None, description="names of the classes to use, instead of a draw")
 
     def clashes(self) -> list[Clash]:
         mistakes = []
         if (self.layout == "list") != (self.file is not None):
-            text = "layout: list needs data.classes.file, and no other layout uses it; set or remove it"
+            text = "layout: list needs data.classes.file, and other layouts do not; set or remove data.classes.file"
             mistakes.append(Clash(text, "data.classes.file", "data.classes.layout"))
         if self.only is not None and self.number is not None:
             text = "data.classes.only and data.classes.number exclude each other; remove one of them"
@@ -67,7 +67,7 @@ class CocoQa(Section):
 
     folder: str = Field("cocoqa", description="folder that contains train and test: absolute, or relative to data.root")
     questions: PositiveInt | None = Field(None, description="number of test questions, drawn at random; null: all")
-    seed: int = Field(0, description="random seed of the draw of questions")
+    seed: int = Field(0, description="random seed with which the questions are drawn")
 
 
 class _ProbeData(Data):
@@ -75,7 +75,7 @@ class _ProbeData(Data):
         return []  # `Evaluate` reports them, because it knows the name of the probe
 
     def faults(self) -> list[Clash]:
-        """Return the mistakes in this section."""
+        """Return the mistakes in this `data` section of a probe."""
         return super().clashes()
 
 
@@ -115,11 +115,11 @@ class ZeroShot(Section):
     data: ClassData
     templates: str | tuple[str, ...] = Field(
         "single",
-        description="prompt templates: single, seven, cifar, imagenet, a file with one per line, or a list; {} is "
-        "replaced by the class name",
+        description="prompt templates: single, seven, cifar, imagenet, a file with one template per line, or a list; "
+        "{} is replaced by the class name",
     )
-    caption_rule: bool = Field(True, description="preprocess prompts by data.captions, like captions")
-    ks: Ks = Field((1, 5, 10), description="values of K for ACC@K; those not below the number of classes are ignored")
+    caption_rule: bool = Field(True, description="preprocess prompts like captions, by the fields data.captions")
+    ks: Ks = Field((1, 5, 10), description="cut-offs K for which ACC@K is reported, if below the number of classes")
 
 
 class Vqa(Section):
@@ -130,11 +130,11 @@ class Vqa(Section):
     template: str = Field(
         "Question: {question} Answer: {answer}.", description="sentence that is embedded for a question and an answer"
     )
-    question_mark: bool = Field(False, description="end questions with ` ?`, because the files have none")
+    question_mark: bool = Field(False, description="add ` ?` to questions, which have no question mark in the files")
     caption_rule: bool = Field(
-        False, description="preprocess sentences by data.captions, which removes colons and full stops"
+        False, description="preprocess sentences as data.captions says, which removes colons and full stops"
     )
-    ks: Ks = Field((1, 5, 10), description="values of K for ACC@K")
+    ks: Ks = Field((1, 5, 10), description="cut-offs K for which ACC@K (top-K accuracy in percent) is reported")
 
     def clashes(self) -> list[Clash]:
         missing = [word for word in ("{question}", "{answer}") if word not in self.template]
@@ -154,7 +154,7 @@ Probe = Annotated[ZeroShot | Vqa | Retrieval, Field(discriminator="kind")]
 
 
 def with_paths(probe: Probe, convert: Callable[[str], str]) -> Probe:
-    """Return the probe with each of its paths replaced by `convert(path)`."""
+    """Return a copy of the probe with each of its paths replaced by `convert(path)`."""
     root = probe.data.root
     if root is not None:
         probe = probe.model_copy(update={"data": probe.data.model_copy(update={"root": convert(root)})})
@@ -174,7 +174,7 @@ def prefix_data_fields(name: str, message: str) -> str:
 
 
 def clashes(probes: dict[str, Any]) -> list[Clash]:
-    """Return the mistakes in the probes' names and data."""
+    """Return the mistakes in the names and in the `data` sections of the probes."""
     bad_names = [
         Clash(f"evaluate.probes: '{name}' is not a valid name; use letters, digits, - and _", "evaluate.probes", name)
         for name in probes
@@ -192,8 +192,8 @@ def view_clashes(probes: dict[str, Any], data: Data) -> list[Clash]:
     default = Data()
     return [
         Clash(
-            f"evaluate.probes.{name}.data.{field} is {getattr(probe.data, field)!r}, but a probe uses the run's "
-            f"data.{field}; remove it",
+            f"evaluate.probes.{name}.data.{field} is {getattr(probe.data, field)!r}, but a probe uses "
+            f"the run's data.{field}; remove the field from the probe",
             *("evaluate.probes", name, f"data.{field}", *(Captions.model_fields if field == "captions" else ())),
         )
         for name, probe in probes.items()

@@ -57,26 +57,28 @@ class Recipe(Protocol):
     """The class of a method, as far as the run file needs it; `rmdd.methods.Method` implements it."""
 
     family: Family
-    """The distillation loop that the method uses."""
+    """Kind of distillation loop that the method uses."""
     defaults: Mapping[str, Any]
-    """Defaults of run file fields for this method, by section."""
+    """Default values of run file fields for this method, as sections of a run file."""
     reference: str | None
     """Name of the evaluation protocol of the method's paper, or None."""
     version: int
     """Version of the method's code, part of the hash of every phase."""
     learns_rates: bool
-    """Whether the inner learning rates of a set are learned."""
+    """Whether the inner learning rates of students are learned with the set."""
     Options: Any
-    """Section class of `distill.options`."""
+    """The section class that declares the fields of `distill.options` for this method."""
     plain_options: Mapping[str, Any]
-    """Options with which students start at whole epochs of the phase's range, on the path of `distill.trajectory`."""
+    """Option values that turn off a method's special start epochs: students then start at whole epochs of the phase's
+    range, on the path of `distill.trajectory`."""
 
     def mistakes(self, run: Any) -> list[str]:
-        """Return the mistakes in a run of this method."""
+        """Return error messages about fields of `run` that do not fit this method."""
         ...
 
     def clashes_of_family(self, rule: Any, experts: Any, runtime: Any) -> list[Clash]:
-        """Return the mistakes in combinations of fields that all methods of this family share."""
+        """Return the combinations of fields that fail with all methods of this family; `rule` is the section
+        `distill`."""
         ...
 
     def real_starts(self, rule: Any) -> bool:
@@ -84,7 +86,7 @@ class Recipe(Protocol):
         ...
 
     def endpoint_of(self, rule: Any, epochs: int, phase: int) -> int:
-        """Return the last expert epoch that a phase reads."""
+        """Return the last expert epoch that the phase with the index `phase` reads, if experts have `epochs` epochs."""
         ...
 
 

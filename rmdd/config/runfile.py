@@ -27,14 +27,15 @@ MOVED: dict[str, str] = {
     "distill.starts": "distill.options.starts (only method: amd; remove it with other methods)",
     "distill.rate_branches": "distill.options.rate_branches (only method: lors, and methods derived from it)",
 }
-"""Fields that were moved since older releases, and the new place of each, as the error message gives it."""
+"""Fields that were moved since older releases: the old place, and the new place as the error message gives it."""
 
 
 class Clash(str):
     """An error message about a combination of fields that does not work."""
 
     fields: frozenset[str]
-    """The fields that the message is about, and their sections. It is not shown if one of them is itself invalid."""
+    """Names of the fields that the message is about, and of their sections. The message is not shown if one of these
+    fields is itself invalid."""
 
     def __new__(cls, text: str, *names: str) -> Clash:
         clash = super().__new__(cls, text)
@@ -43,12 +44,12 @@ class Clash(str):
 
 
 class Section(BaseModel):
-    """A part of the run file: a frozen model that refuses unknown keys."""
+    """Base class of the sections of a run file: a frozen pydantic model that rejects unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
 
     def clashes(self) -> list[Clash]:
-        """Return the combinations of valid fields that do not work."""
+        """Return error messages about combinations of valid fields that do not work."""
         return []
 
     def not_hashed(self, purpose: Purpose) -> tuple[str, ...]:
@@ -58,7 +59,7 @@ class Section(BaseModel):
 
     @model_validator(mode="after")
     def _check(self, info: Any) -> Section:
-        clashes = [c if isinstance(c, Clash) else Clash(c) for c in self.clashes()]  # other packages may return `str`
+        clashes = [c if isinstance(c, Clash) else Clash(c) for c in self.clashes()]  # plugins may return plain strings
         if clashes and info.context is None:
             raise ValueError("; ".join(clashes))
         if clashes and info.context is not None:
@@ -66,7 +67,7 @@ class Section(BaseModel):
         return self
 
     def __hash__(self) -> int:
-        return hash(self.model_dump_json())  # not `hash` of the fields, because some are mappings
+        return hash(self.model_dump_json())  # some fields are mappings, which cannot be hashed
 
 
 class ConfigError(ValueError):
@@ -100,7 +101,7 @@ def parse(text: str) -> Any:
 
 
 def apply(raw: dict[str, Any], override: str, defaults: Mapping[str, Any], mistakes: list[str]) -> None:
-    """Apply an override such as `a.b=c` to `raw`, in place; add what is wrong with it to `mistakes`.
+    """Apply an override such as `a.b=c` to `raw`, in place; add an error message to `mistakes` if it is wrong.
 
     An override of a list entry, such as `a.0=c`, starts from the list in `defaults` if `raw` has none.
     """
@@ -156,7 +157,7 @@ KEYS = "`rmdd init` writes a file with all keys"
 
 
 def validate(kind: type[S], raw: dict[str, Any], listed_by: str = KEYS) -> tuple[S | None, list[str]]:
-    """Validate `raw` as a section; return the section (None if there are mistakes) and all mistakes.
+    """Validate `raw` as a section of class `kind`; return the section (None if there are mistakes) and all mistakes.
 
     Combinations of fields can be checked only if each field is valid. So the invalid fields are deleted from `raw`, in
     place, and the rest is checked again. Messages about a deleted field are not returned.
@@ -183,7 +184,7 @@ def _mistake(error: Any, listed_by: str) -> str:
 
     `listed_by` says where the valid keys are listed.
     """
-    # pydantic's location also contains the member of a union that it tried, such as `str`
+    # pydantic's location of an error also names the type of a union that was tried, such as `str`
     place = error["loc"]
     if place[:2] == ("evaluate", "probes"):  # the fourth part is the kind of the probe, which is not a field
         place = (*place[:3], *place[4:])

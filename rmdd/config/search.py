@@ -21,23 +21,23 @@ KINDS = ("uniform", "loguniform", "int", "logint", "choice")
 class Dimension(Section):
     """The values to try for one field: exactly one of uniform, loguniform, int, logint and choice."""
 
-    uniform: tuple[float, float] | None = Field(None, description="lowest and highest value, drawn uniformly")
+    uniform: tuple[float, float] | None = Field(None, description="lowest and highest value; draws are uniform")
     loguniform: tuple[float, float] | None = Field(
-        None, description="lowest and highest value, uniform in the logarithm"
+        None, description="lowest and highest value; the logarithm is drawn uniformly"
     )
     logint: tuple[Whole, Whole] | None = Field(
-        None, description="lowest and highest whole number, uniform in the logarithm"
+        None, description="lowest and highest whole number; the logarithm is drawn uniformly"
     )
     choice: tuple[Any, ...] | None = Field(None, description="list of values, which may be lists themselves")
-    step: PositiveFloat | None = Field(None, description="uniform and int: distance between two values")
+    step: PositiveFloat | None = Field(None, description="uniform and int: distance between two neighbouring values")
     when: dict[str, Any] = Field(
-        {}, description="try this field only if other fields of the space have these values (one value or a list each)"
+        {}, description="try this field only if other fields of search.space have these values (one or a list each)"
     )
-    int: tuple[Whole, Whole] | None = Field(None, description="lowest and highest whole number, drawn uniformly")
+    int: tuple[Whole, Whole] | None = Field(None, description="lowest and highest whole number; draws are uniform")
 
     @property
     def kind(self) -> str:
-        """Which of `KINDS` is set."""
+        """Name of the one field among `KINDS` that is set."""
         return next(kind for kind in KINDS if getattr(self, kind) is not None)
 
     @property
@@ -49,7 +49,7 @@ class Dimension(Section):
         return (low, round(high)) if self.kind in ("int", "logint") else (low, high)
 
     def holds(self, values: dict[str, Any]) -> bool:
-        """Return whether `values`, of other fields, meet the conditions in `when`."""
+        """Return whether `values` (of other fields of the space, by field) meet the conditions in `when`."""
         return all(
             key in values and values[key] in (allowed if isinstance(allowed, list) else [allowed])
             for key, allowed in self.when.items()
@@ -80,7 +80,7 @@ class Dimension(Section):
 
 
 class Search(Section):
-    """Settings of `rmdd search`: trials of this run with other values, compared by R@mean on val. Test is not read."""
+    """Settings of `rmdd search`: trials of this run with other values, compared by R@mean on val (never on test)."""
 
     space: dict[str, Dimension] = Field(
         {},
@@ -100,15 +100,15 @@ class Search(Section):
         "(distill.snapshots)",
     )
     cost: Literal["none", "seconds", "iterations"] = Field(
-        "none", description="second objective to minimise: seconds or iterations of the distillation"
+        "none", description="second objective to minimise: seconds or iterations that the distillation takes"
     )
     startup: PositiveInt = Field(
-        10, description="trials before tpe and median use earlier results; also the population size of nsgaii"
+        10, description="number of trials before tpe and median use results; also the population size of nsgaii"
     )
-    reduction: Whole = Field(3, ge=2, description="asha: one of this many trials continues to the next snapshot")
+    reduction: Whole = Field(3, ge=2, description="asha: the best of this many trials continues to the next snapshot")
     concurrency: PositiveInt | None = Field(
         None,
-        description="trials that run in parallel; null: as many as the cluster has room for",
+        description="number of trials that run in parallel; null: as many as the cluster has room for",
         json_schema_extra=no_hash(),
     )
     seed: Whole | None = Field(None, description="random seed of the sampler; null: the run's seed")

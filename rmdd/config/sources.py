@@ -16,7 +16,7 @@ from typing import Any
 GROUP = "rmdd.sources"
 PACKAGE = "rmdd.data.sources"
 OF_PROBES = ("classes", "cocoqa")
-"""Sources that only the data of a probe can use."""
+"""Names of the sources that only the `data` section of a probe can use."""
 
 
 def built_in() -> dict[str, str]:
@@ -32,7 +32,7 @@ def names() -> dict[str, str]:
 
 
 def mistake(name: str) -> str | None:
-    """Return an error message if there is no source `name`, otherwise None."""
+    """Return an error message if there is no source of pairs called `name`, otherwise None."""
     if name in built_in() or name in (available := names()):
         return None
     listed = ", ".join(["dataset", *sorted(available.keys() - set(OF_PROBES))])
@@ -42,7 +42,7 @@ def mistake(name: str) -> str | None:
 
 
 def find(name: str) -> Any:
-    """Return the source `name`. Raises `ValueError` if it does not exist or cannot be imported."""
+    """Return the source of pairs called `name`. Raises `ValueError` if it does not exist or cannot be imported."""
     if message := mistake(name):
         raise ValueError(f"data.source: {message}")
     module, _, attribute = names()[name].partition(":")

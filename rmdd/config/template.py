@@ -15,7 +15,7 @@ HEAD = """# A run file of rmdd with all fields and their defaults. Delete the li
 
 
 def template(name: str) -> str:
-    """Return a run file, as YAML, with all defaults. `name` is the name of the file in its comments."""
+    """Return a run file, as YAML, with all defaults. The comments in it call the file `name`."""
     return HEAD.format(name=name) + "\n".join(_section(config.Run(), 0)) + "\n"
 
 

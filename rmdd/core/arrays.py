@@ -28,7 +28,7 @@ def write_array(path: Path, values: np.ndarray) -> None:
 
 @contextlib.contextmanager
 def mapped_array(path: Path, shape: tuple[int, ...], dtype: Any) -> Iterator[np.ndarray]:
-    """Yield a memory-mapped array to fill; its file appears at `path` when the block ends without an error."""
+    """Yield a memory-mapped array to fill; its file is renamed to `path` when the block ends without an error."""
     with atomic_path(path) as temporary:
         values = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
         allocate(temporary)

@@ -1,6 +1,6 @@
-"""Record damaged files on disk for `rmdd verify`: every problem is collected, none is raised.
+"""Collect the problems of files on disk that `rmdd verify` reports; none of them is raised as an error.
 
-A `Format` describes how the folders of one kind are recognised and checked; `rmdd.runs.verify` walks the folders.
+A `Format` says how folders of one kind, such as stores, are recognised and checked; `rmdd.runs.verify` finds them.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from rmdd.core.tensors import Damaged, load_checked
 
 @dataclass(frozen=True)
 class Fault:
-    """A problem of one file or folder: what is wrong, and what to do about it."""
+    """A problem that `rmdd verify` found in one file or folder: what is wrong, and what the user can do about it."""
 
     path: str
     wrong: str
@@ -28,7 +28,7 @@ class Fault:
 
 @dataclass
 class Findings:
-    """The result of `rmdd verify`: the checked paths, the faults, and the folders whose work is unfinished."""
+    """The result of `rmdd verify`: the paths that were checked, the faults, and the folders that are unfinished."""
 
     checked: list[str] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
@@ -64,28 +64,28 @@ class DiskCheck:
 
     @contextlib.contextmanager
     def errors_as_faults(self, path: Path, todo: str) -> Iterator[None]:
-        """Record an error raised by a reader of `path` as a fault."""
+        """Record an error that is raised while `path` is read inside the block as a fault of `path`."""
         try:
             yield
         except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
             self.fault(path, str(error) if isinstance(error, ValueError | OSError) else repr(error), todo)
 
     def json(self, path: Path, todo: str) -> Any:
-        """Return the parsed JSON file; record a fault and return None if it cannot be read."""
+        """Return the parsed content of the JSON file `path`. If it cannot be read, record a fault and return None."""
         with self.errors_as_faults(path, todo):
             return read_json(path)
 
     def lines(self, path: Path) -> None:
-        """Check every line of a JSON-lines log. The last line may be cut off, because its writer was killed."""
+        """Check that all lines of the log `path` are JSON, except a last one cut off because its writer was killed."""
         *lines, _ = path.read_bytes().split(b"\n") if path.is_file() else [b""]
         for number, line in enumerate(lines, 1):
             try:
                 json.loads(line)
             except ValueError:
-                self.fault(path, f"line {number} is not JSON", "delete the line; nothing is computed from it")
+                self.fault(path, f"line {number} is not JSON", "delete the line; no result is computed from this log")
 
     def tensors(self, path: Path, entry: str, todo: str) -> None:
-        """Check a file written by `save_checked`: its checksum, and that all its numbers are finite."""
+        """Check that a file written by `save_checked` matches its checksum and that all its numbers are finite."""
         try:
             tensors, _ = load_checked(path, entry)
         except (Damaged, OSError) as error:
@@ -101,12 +101,12 @@ class DiskCheck:
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of folder, or of single files, that rmdd writes, and the function that checks it."""
+    """A kind of folder or file that rmdd writes, such as an expert store, and the function that checks it."""
 
     markers: tuple[str, ...]
-    """File names that identify a folder of this kind: one of them is enough. Empty for single files."""
+    """Names of marker files: a folder that contains one of them has this format. Empty for a format of single files."""
     within: str
-    """Glob pattern of these folders or files, relative to a storage; empty if they lie only inside other folders."""
+    """Glob pattern of the folders or files of this format in a storage; empty if they lie only in other folders."""
     check: Callable[[Path, DiskCheck], None]
     always_marked: bool = True
-    """Whether to ignore a folder that matches `within` and has no marker; if False, it is reported as unfinished."""
+    """Whether folders that match `within` but have no marker file are ignored; if False, they count as unfinished."""

@@ -1,7 +1,7 @@
-"""Atomic files: each is written under a temporary name and then renamed, so it is either complete or missing.
+"""Write files atomically: under a temporary name that is then changed, so that a file is either complete or missing.
 
-A temporary name contains the machine and the process id of its writer. So the temporary files of killed processes can
-be removed, and those that a live process is writing stay.
+A temporary name contains the machine and the id of the process that writes the file. So the temporary files of killed
+processes can be recognised and removed, and those of live processes are kept.
 """
 
 import contextlib
@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 ABANDONED_SECONDS = 24 * 3600.0
-"""Seconds without a write after which a temporary file of another machine is taken to be abandoned."""
+"""Seconds without a write after which a temporary file that another machine wrote counts as abandoned."""
 
 _TEMPORARY = re.compile(r"^\..+\.(?:(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{6}|[^.]+)\.(?:tmp|old)$")
 
 _ADVICE = {
-    errno.ENOSPC: "free some space there, or move the storage to a larger disk",
-    errno.EDQUOT: "the quota is used up; free some space, or ask for more",
-    errno.EFBIG: "the limit on the size of a file is reached (ulimit -f); raise it",
+    errno.ENOSPC: "free some space on that disk, or move the storage to a larger one",
+    errno.EDQUOT: "the disk quota is used up; delete files, or ask for a larger quota",
+    errno.EFBIG: "the file would be larger than the limit on file sizes; raise the limit with `ulimit -f`",
     errno.EROFS: "set runtime.storage to a folder on a writable disk",
     errno.EACCES: "set runtime.storage to a folder that this user may write to",
     errno.EPERM: "set runtime.storage to a folder on a writable disk",
@@ -36,20 +36,20 @@ _ADVICE = {
 
 @runtime_checkable
 class ChangeListener(Protocol):
-    """Receives every change of a file under the folder `root`; implemented by `rmdd.core.storage.Mirror`."""
+    """An object that is told of every change of a file under the folder `root`, such as `rmdd.core.storage.Mirror`."""
 
     root: Path
 
     def changing(self, path: Path) -> contextlib.AbstractContextManager[None]:
-        """Return a context manager inside which `path` is replaced or removed."""
+        """Return a context manager inside which the caller replaces or removes `path`."""
         ...
 
     def appended(self, path: Path) -> None:
-        """Take notice that a line was appended to `path`."""
+        """Take note that the caller appended a line to the log `path`."""
         ...
 
     def cell(self, folder: Path) -> Any:
-        """Return the cell that stores the lease of `folder`; see `rmdd.core.locks.LeaseCell`."""
+        """Return the place where the lease of `folder` is stored; see `rmdd.core.locks.LeaseCell`."""
         ...
 
 
@@ -61,7 +61,7 @@ def register_listener(listener: ChangeListener) -> None:
 
 
 def listener_of(path: Path | str) -> ChangeListener | None:
-    """Return the listener whose folder contains `path`, or None."""
+    """Return the registered `ChangeListener` whose folder `root` contains `path`, or None if there is none."""
     path = Path(path)
     return next((listener for root, listener in _listeners.items() if path.is_relative_to(root)), None)
 
@@ -112,7 +112,7 @@ def _sync(path: Path) -> None:
 
 
 def allocate(path: Path | str) -> None:
-    """Reserve disk space for a sparse file: a write to a memory map kills the process if the disk is full (SIGBUS)."""
+    """Reserve the disk space of the sparse file `path`: on a full disk, writing to its memory map kills the process."""
     with explain_write_errors(Path(path)), open(path, "r+b") as f:
         os.posix_fallocate(f.fileno(), 0, max(1, os.fstat(f.fileno()).st_size))
 
@@ -157,9 +157,9 @@ def _error_number(error: Exception) -> int:
 
 @functools.cache
 def machine() -> str:
-    """Return eight hex digits that identify this machine, or this container if it has process ids of its own."""
+    """Return eight hex digits that identify this machine, or this container if it has a process namespace."""
     parts = [socket.gethostname()]
-    with contextlib.suppress(OSError):  # containers can share a host name; other systems than Linux use it alone
+    with contextlib.suppress(OSError):  # containers can share a host name; only Linux has these files
         parts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
     return hashlib.sha256("/".join(parts).encode()).hexdigest()[:8]
 
@@ -224,7 +224,7 @@ def read_json(path: Path | str) -> Any:
 
 
 def append_jsonl(path: Path | str, value: Any) -> None:
-    """Append `value` as a JSON line; if the disk is full, the file keeps its earlier length."""
+    """Append `value` to the log `path` as a JSON line; if the disk is full, the file is cut back to its old length."""
     path = Path(path)
     rest = (json.dumps(value, ensure_ascii=False) + "\n").encode()
     with explain_write_errors(path):
@@ -242,9 +242,9 @@ def append_jsonl(path: Path | str, value: Any) -> None:
 
 
 def cut_jsonl(path: Path, count: str, last: int) -> None:
-    """Drop the lines whose field `count` is above `last`, and a half-written last line.
+    """Delete from the log `path` the lines whose field named `count` is above `last`, and a half-written last line.
 
-    Work that resumes from a checkpoint writes these lines again, so that the log contains each of them once.
+    Work that resumes from a checkpoint writes the deleted lines again, so that the log contains each of them once.
     """
     if not path.is_file():
         return

@@ -1,6 +1,6 @@
-"""The version of a storage's file layout: a number in `storage.json`, written when the storage is first used.
+"""The layout number of a storage: the version of its folders and files, stored in `storage.json` at its first use.
 
-A storage with another layout raises an error before any other file in it is read or written.
+A storage with another number than that of this release raises an error before any other file in it is read or written.
 """
 
 import json
@@ -12,15 +12,15 @@ from rmdd.core.files import write_json
 from rmdd.core.storage import Storage, is_uri, open_storage
 
 LAYOUT = 2
-"""Version of the layout that this release reads; a release that cannot read older files increases it by one. Layout 1
-had no `storage.json`."""
+"""Layout number of the storages that this release reads and writes. A release that cannot read older files increases it
+by one. Storages of layout 1 have no `storage.json`."""
 
 FILE = "storage.json"
 ADVICE_FOR_COPIES = f"or, if you copied folders of a newer storage, copy its {FILE} too"
 
 
 def layout_of(storage: Storage) -> int | None:
-    """Return the layout number of the storage, or None if nothing was stored yet. Writes nothing.
+    """Return the layout number of the storage, or None if it contains no results yet. Writes no file.
 
     Raises `ValueError` if `storage.json` cannot be read.
     """
@@ -32,12 +32,13 @@ def layout_of(storage: Storage) -> int | None:
         return None if content is None else json.loads(content).get("layout", 1)
     except (ValueError, AttributeError):
         raise ValueError(
-            f'{storage.address(path)} is damaged; write {{"layout": {LAYOUT}}} there if this release made it'
+            f"{storage.address(path)} is damaged; if this release of rmdd created the storage, write "
+            f'{{"layout": {LAYOUT}}} into the file'
         ) from None
 
 
 def check_layout(storage: Storage) -> None:
-    """Raise `ValueError` if the storage has another layout. Writes nothing."""
+    """Raise `ValueError` if the storage has another layout number than this release. Writes no file."""
     layout = layout_of(storage)
     if layout in (None, LAYOUT):
         return
@@ -51,7 +52,7 @@ def check_layout(storage: Storage) -> None:
 
 
 def require_layout(storage: Storage) -> None:
-    """Raise `ValueError` if the storage has another layout; write `storage.json` into a storage without results."""
+    """Raise `ValueError` as `check_layout` does, and write `storage.json` into a storage that has none."""
     check_layout(storage)
     if storage.read(storage.root / FILE) is None:
         write_json(storage.root / FILE, {"layout": LAYOUT})
@@ -60,8 +61,8 @@ def require_layout(storage: Storage) -> None:
 def locate_file(address: str, name: str, depth: int) -> tuple[str, Path]:
     """Return the address of the storage that contains a folder, and the local path of the file `name` in that folder.
 
-    `address` is the path or the URI of the folder; from a URI the file is fetched. The storage is the folder `depth`
-    levels above. Raises `ValueError` if the file exists and the storage has another layout.
+    `address` is the path or the URI of the folder; a file at a URI is first copied to this machine. The storage is
+    `depth` levels above the folder. Raises `ValueError` if the file exists and the storage has another layout number.
     """
     if not is_uri(address):
         folder = Path(address).absolute()

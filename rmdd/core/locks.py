@@ -1,8 +1,8 @@
-"""Exclusive access to a folder: a file lock between the processes of one machine, a lease between machines.
+"""Exclusive access to a folder: a file lock excludes processes of the same machine, a lease those of other machines.
 
-The operating system releases the lock as soon as its process dies. The lease is a small file beside the folder that
-names the process that holds it (the holder). The holder rewrites it every `BEAT` seconds. If the file does not change
-for `EXPIRES` seconds, by the clock of the machine that watches it, its holder is taken to be dead.
+The operating system releases the file lock as soon as its process dies. The lease is a small file beside the folder
+that names the process that holds the folder (the holder). The holder rewrites the lease every `BEAT` seconds. If the
+lease does not change for `EXPIRES` seconds, by the clock of the machine that watches it, its holder counts as dead.
 """
 
 import contextlib
@@ -21,16 +21,16 @@ from rmdd.core.files import listener_of, machine, read_json, remove, write_json
 BEAT = 5.0
 """Seconds between two writes of a lease by its holder."""
 EXPIRES = 30.0
-"""Seconds without a change after which a lease has expired."""
+"""Seconds after which a lease that its holder has not rewritten expires."""
 SETTLE = 1.0
-"""Seconds between writing a lease and reading it back. Cloud storage has no atomic create: of two processes that write
-a lease at the same time, the one whose text is read back holds it."""
+"""Seconds between writing a lease and reading it back. Cloud storage cannot create a file atomically: if two processes
+write a lease at the same time, the one that reads back its own text holds the folder."""
 POLL = 0.2
 """Seconds between two attempts to get the file lock."""
 
 
 class FolderInUse(RuntimeError):
-    """Another process holds the folder."""
+    """Another process holds the folder that this process needs (see `hold_folder`)."""
 
 
 @runtime_checkable
@@ -70,7 +70,7 @@ class LocalLeaseCell:
 
 
 class Lease:
-    """A lease that this process holds. It is `lost` if another process took over after this one paused for too long."""
+    """A lease on a folder that this process holds; `lost` if another process took over while this one was paused."""
 
     def __init__(self, folder: Path, cell: LeaseCell):
         self.folder, self.cell = folder, cell
@@ -111,7 +111,7 @@ class Lease:
     def _beat(self) -> None:
         while not self._done.wait(BEAT):
             with contextlib.suppress(OSError):  # an unreachable storage may come back before the lease expires
-                if not self.owned():  # another process took over, and may have ended since
+                if not self.owned():  # another process took over the folder, and may have ended since
                     self._lost.set()
                     return
                 self.beats += 1
@@ -120,10 +120,10 @@ class Lease:
 
 @contextlib.contextmanager
 def hold_folder(folder: Path | str, *, wait: bool) -> Iterator[Lease]:
-    """Hold `folder` inside the block, so that no other process can.
+    """Hold `folder` for this process inside the block, so that no other process can hold it at the same time.
 
-    If another process holds it, wait, or without `wait` raise `FolderInUse` with the name of that process. A lease
-    written by another machine is watched until it changes (its holder is alive) or expires.
+    If another process holds the folder, wait, or, if `wait` is False, raise `FolderInUse` with the name of that
+    process. A lease written by another machine is watched until it changes (its holder is alive) or expires.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -158,9 +158,10 @@ def _locked(lock: Any) -> bool:
 
 
 def _take(lease: Lease) -> bool:
-    """Write the lease if there is none or its holder is dead, and return True; return False if its holder is alive."""
+    """Return whether this process got the lease: if there is none, or its holder is dead, write it and read it back."""
     cell, before = lease.cell, lease.cell.read()
-    foreign = before is not None and before.get("machine") != machine()  # else dead: we have its lock
+    # a holder on this machine must be dead, because this process has the file lock
+    foreign = before is not None and before.get("machine") != machine()
     deadline = time.monotonic() + EXPIRES
     while foreign and (now := cell.read()) is not None:
         if now != before:

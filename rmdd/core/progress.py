@@ -1,6 +1,6 @@
-"""Progress of running work: a live table on a terminal, plain lines in a log, nothing with `quiet`.
+"""Show the progress of running work: a live table on a terminal, plain lines in a log, and nothing if `quiet` is True.
 
-All of it is printed to stderr, because stdout is for results.
+All output goes to stderr, because stdout is for results.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from rich.text import Text
 LOG_SECONDS = 10.0
 """Seconds between two progress lines in a log."""
 ROWS = 16
-"""Largest number of items in the live table."""
+"""Largest number of items, such as experts or phases, that the live table shows."""
 
 
 @dataclass
@@ -26,9 +26,9 @@ class _Item:
     total: int
     done: float = 0
     first: float = 0
-    """Units already finished at the first report; earlier work of a resumed item does not count for its rate."""
+    """Units finished at the first report; those that a resumed item did earlier do not count for its rate."""
     began: float | None = None
-    """Clock time at which the units after `first` began, or None before the first report."""
+    """Clock time in seconds when work on the units after `first` began, or None before the first report."""
     reported_at: float = 0.0
     metrics: dict[str, Any] = field(default_factory=dict)
 
@@ -44,7 +44,7 @@ class _Item:
 
 
 class Progress:
-    """Prints lines (`say`) and shows the progress of a group of items (`stage`).
+    """Prints lines of text (`say`) and shows the progress of a group of items, such as the experts of a run (`stage`).
 
     >>> with Progress(quiet=True).stage("experts", {"expert 0": 10}) as update:
     ...     update("expert 0", {"done": 3, "loss": 0.7})
@@ -63,10 +63,10 @@ class Progress:
 
     @contextlib.contextmanager
     def stage(self, title: str, totals: Mapping[str, int]) -> Iterator["Stage"]:
-        """Show the progress of items until the block ends; `totals` has the number of units of each item.
+        """Show the progress of a group of items until the block ends; `totals` has the units of work of each item.
 
-        Yields `update(name, metrics)`: `metrics["done"]` is the number of finished units of the item `name`, and the
-        other metrics are printed beside it.
+        Yields a function `update(name, metrics)`: `metrics["done"]` is the number of finished units of the item `name`,
+        and the other metrics are printed beside it.
         """
         live = not self.quiet and self.console.is_terminal
         stage = Stage(title, self.clock, None if live else self.say)
@@ -84,7 +84,8 @@ class Progress:
 
 
 class Stage:
-    """The progress of a group of items, called with the metrics of one item. `say` gets a line every `LOG_SECONDS`."""
+    """The progress of a group of items. Calling the stage with the name and the metrics of an item reports its
+    progress; `say` gets a line for the log every `LOG_SECONDS`."""
 
     def __init__(self, title: str, clock: Callable[[], float], say: Callable[[str], None] | None = None):
         self.title, self.clock, self.say = title, clock, say
@@ -93,19 +94,19 @@ class Stage:
         self.began = self.logged_at = clock()
 
     def add(self, totals: Mapping[str, int]) -> None:
-        """Add more items with their numbers of units; items that were added before stay as they are."""
+        """Add the items in `totals`, with their numbers of units of work; items added before stay as they are."""
         for name, total in totals.items():
             self.items.setdefault(name, _Item(total))
 
     def expect(self, most: int, each: int, ended: int) -> None:
-        """Expect `most` items of `each` units in total. `ended` of them are done already; others are added later."""
+        """Expect `most` items of `each` units in total, of which `ended` are finished; `add` adds the others later."""
         self.most, self.each, self.ended = most, each, ended
 
     def __call__(self, name: str, metrics: Mapping[str, Any]) -> None:
         item, now = self.items[name], self.clock()
         done = float(metrics.get("done", item.done))
         if item.began is None:
-            # a first report of one unit counts: that unit took the time since the stage began
+            # if the first report is of one unit, the item is not resumed: that unit took the time since the stage began
             item.began, item.first = self.began if done <= 1 else now, 0 if done <= 1 else done
         item.done, item.reported_at = done, now
         item.metrics = {key: value for key, value in metrics.items() if key != "done"}
@@ -115,7 +116,7 @@ class Stage:
 
     @property
     def count(self) -> int:
-        """Number of all items, including those that were not added yet."""
+        """Number of items of the stage, including expected items that were not added yet."""
         return max(self.most, len(self.items) + self.ended)
 
     @property
@@ -124,7 +125,7 @@ class Stage:
 
     @property
     def share(self) -> float:
-        """Finished share of all units, between 0 and 1."""
+        """Share of the units of work of all items that is finished, between 0 and 1."""
         total = sum(item.total for item in list(self.items.values())) + self._not_added * self.each
         done = sum(min(item.done, item.total) for item in list(self.items.values()))
         return (done + self.ended * self.each) / (total + self.ended * self.each) if total + self.ended else 1.0

@@ -18,12 +18,12 @@ from typing import Any, TypeVar
 from rmdd.core.files import sweep, temporary_beside
 
 ATOMIC_WRITES = ("s3", "gcs", "abfs")
-"""File systems on which an object becomes visible only when it is complete; others need a temporary name."""
+"""File systems (pyarrow's names) where an object becomes visible only when complete; others need a temporary name."""
 
 ATTEMPTS = 4
 """How often an operation is tried before its error is raised."""
 BUFFER = 2**20
-"""Bytes read at a time from a stream."""
+"""Size in bytes of the buffer with which an object is read as a stream."""
 T = TypeVar("T")
 
 
@@ -44,7 +44,7 @@ class Stamp:
 
 
 class ObjectStore:
-    """The files (objects) under a URI, each with a name relative to it."""
+    """The files (objects) under a URI; the name of an object is its path relative to that URI."""
 
     def __init__(self, uri: str):
         self.uri = uri
@@ -52,7 +52,7 @@ class ObjectStore:
         self.writes_atomically = self.fs.type_name in ATOMIC_WRITES
 
     def list(self, name: str) -> dict[str, Stamp]:
-        """Return the stamps of all objects at or under `name`, by their names."""
+        """Return the stamps, by name, of the object `name` or of all objects in the folder `name`."""
         from pyarrow.fs import FileSelector, FileType
 
         selector = FileSelector(self.path(name), allow_not_found=True, recursive=True)
@@ -74,7 +74,7 @@ class ObjectStore:
         return self._put(name, lambda target: _copy(str(path), target, None, self.fs))
 
     def copy(self, name: str, to: str) -> Stamp:
-        """Copy the object `name` to `to` and return its stamp; the store copies it itself if it can."""
+        """Copy the object `name` to the object `to`, in the cloud if possible, and return the stamp of the copy."""
 
         def copy(target: str) -> None:
             try:
@@ -158,11 +158,12 @@ class ObjectStore:
             sweep(self.base)
 
     def path(self, name: str) -> str:
-        """Return the path of the object `name` in the file system."""
+        """Return the path of the object `name` in the pyarrow file system `fs`."""
         return posixpath.normpath(posixpath.join(self.base, name)) if name else self.base
 
     def _try(self, action: str, name: str, do: Callable[[], T]) -> T:
-        """Call `do`, and again after a passing error of the cloud; the last error names the action and the object."""
+        """Call `do` and return its result. Repeat the call after an error that may pass, up to `ATTEMPTS` times in all;
+        the error of the last call is raised with the name of the action and of the object."""
         for attempt in range(ATTEMPTS):
             try:
                 return do()
@@ -179,7 +180,7 @@ class ObjectStore:
 
 @dataclass(frozen=True)
 class RemotePath:
-    """A read-only path at a URI, with the methods of `pathlib.Path` that readers need. It can be pickled."""
+    """A path to a file or folder at a URI, with those methods of `pathlib.Path` that only read. It can be pickled."""
 
     uri: str
     inside: str = ""
@@ -238,7 +239,7 @@ class RemotePath:
 
 @dataclass(frozen=True)
 class RemoteLeaseCell:
-    """A lease stored at a URI, where two processes can write it at the same time."""
+    """A lease stored as an object at a URI, where two processes can write it at the same time."""
 
     store: ObjectStore
     name: str

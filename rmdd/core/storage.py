@@ -1,9 +1,9 @@
-"""The storage of a run's files: a folder that all its machines share, or a cloud URI.
+"""The storage of a run's files: a folder that all machines of the run share, or a cloud URI.
 
 For a URI, every machine has a *mirror*: a local folder, so that all code works with plain paths. A finished file in the
-mirror is published (uploaded to the same relative path) before its writer continues. A step fetches its inputs before
-it reads them: after `fetch`, a folder equals the one at the URI. So a mirror can be out of date, or deleted, at any
-time. Credentials are read only from the environment.
+mirror is published (uploaded to the same relative path) before the work that wrote it continues. Each step of a run
+fetches the files that it needs before it reads them: after `fetch`, a local folder equals the one at the URI. So a
+mirror can be out of date, or deleted, at any time. Credentials are read only from the environment.
 """
 
 import contextlib
@@ -24,22 +24,22 @@ from rmdd.core.locks import LeaseCell, LocalLeaseCell, lock_of
 from rmdd.core.remote import ObjectStore, RemoteLeaseCell, Stamp
 
 MARKERS = ("manifest.json", "store.json", "expert.json", "set.json", "subset.json")
-"""Files that mark their folder as complete. They are published last and removed first."""
+"""Names of files that mark their folder as complete: they are published after its other files, and removed first."""
 
 LOCAL_ONLY = ("cache",)
-"""Top folders of a mirror that are never published."""
+"""Folders at the top of a mirror whose files are never published."""
 LOG_SECONDS = 10.0
 """Seconds between two uploads of a growing log."""
 RESULTS = ("experts/*/store.json", "phases/*/phase-*/*", f"*-{'[0-9a-f]' * 8}/run.yaml")
-"""Glob patterns of files that a used storage contains. Only the name of a run's folder ends in a hash, so that other
-folders with a run file do not match."""
+"""Glob patterns by which results in a storage are found. The last one requires that a folder's name ends in a hash,
+because other folders can contain a run file too."""
 
 
 class Storage:
     """A storage in the folder `root`, which all machines see: nothing has to be fetched or published."""
 
     moves_atomically = True
-    """Whether a moved folder is always complete: at its old place or at its new one."""
+    """Whether `move` is atomic: the complete folder is always at its old place or at its new one."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -72,10 +72,10 @@ class Storage:
         return str(path)
 
     def fetch(self, path: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
-        """Make the local file or folder `path` equal to the storage; `wanted` selects files by their relative name."""
+        """Make the local file or folder `path` equal to the storage; `wanted` selects files by their name in it."""
 
     def publish(self, folder: Path) -> None:
-        """Make `folder` in the storage equal to the local one: upload changed files and delete removed ones."""
+        """Make `folder` in the storage equal to the local folder: upload changed files, delete those that are gone."""
 
     def move(self, source: Path, target: Path) -> None:
         """Move the folder `source` to `target`, replacing any folder there."""
@@ -90,7 +90,7 @@ class Storage:
 
 
 class Mirror(Storage):
-    """A storage at `uri`, with a local copy in the folder `root`."""
+    """A storage at the URI `uri`; this machine keeps a copy of the files that it uses in the folder `root`."""
 
     moves_atomically = False
 
@@ -111,7 +111,7 @@ class Mirror(Storage):
         return RemoteLeaseCell(self.remote, f"{self._name(folder)}.lease")
 
     def fetch(self, path: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
-        """See `Storage.fetch`. Skips folders that a live process of this machine holds: their local files are newer."""
+        """See `Storage.fetch`. Folders that a live process of this machine holds are skipped: their files are newer."""
         if not path.is_relative_to(self.root):
             return
         remote = {n: s for n, s in self.remote.list(self._name(path)).items() if self._is_published(n) and wanted(n)}
@@ -123,7 +123,8 @@ class Mirror(Storage):
                 self._fetch_file(name, remote.get(name))
 
     def _fetch_file(self, name: str, stamp: Stamp | None) -> None:
-        """Make one local file equal to the URI, unless it changed meanwhile: then it is newer and being published."""
+        """Make the local file `name` equal to the object at the URI with this `stamp` (None: there is no object). A
+        file that another process changes meanwhile is kept: it is newer, and its writer publishes it."""
         path = self.root / name
         before = Stamp.of(path)
         if before == stamp:
@@ -201,7 +202,7 @@ class Mirror(Storage):
         self._flushed = time.monotonic()
 
     def flush_under(self, folder: Path) -> None:
-        """Publish the logs in `folder`. Called before a checkpoint is uploaded, so that its log is long enough."""
+        """Publish the logs in `folder`, before a checkpoint is published that must not be ahead of its log."""
         for path in [p for p in self._grown if p.is_relative_to(folder)]:
             self._grown.discard(path)
             if path.is_file():
@@ -213,7 +214,7 @@ class Mirror(Storage):
 
     def has_results(self) -> bool:
         paths = [PurePosixPath(name) for name in self.remote.list("")]
-        # `match` compares from the right: without the number of parts, files of a storage inside this one match too
+        # `match` compares from the right; comparing the number of parts excludes the files of a storage inside this one
         return any(p.match(r) and len(p.parts) == r.count("/") + 1 for p in paths for r in RESULTS)
 
     def read(self, path: Path) -> bytes | None:
@@ -233,7 +234,7 @@ class Mirror(Storage):
 
     @contextlib.contextmanager
     def _lock(self, mode: int) -> Iterator[None]:
-        """Hold the lock of the mirror: shared while publishing, exclusive while replacing a file by a fetched one."""
+        """Hold the file lock of the mirror: shared to publish a file, exclusive to replace a file by a fetched one."""
         with open(self.root / ".mirror.lock", "a") as lock:
             fcntl.flock(lock, mode)
             yield
@@ -280,7 +281,7 @@ def absolute_runtime(runtime: config.Runtime) -> config.Runtime:
 
 
 def root_of(runtime: config.Runtime) -> Path:
-    """Return the folder in which this machine works: the storage itself, or the mirror of a URI."""
+    """Return the folder in which this machine works: the storage, or for a storage at a URI, the mirror."""
     if not is_uri(runtime.storage):
         return Path(runtime.storage).absolute()
     uri = runtime.storage.rstrip("/")

@@ -1,9 +1,9 @@
-"""Safetensors files with a checksum: named tensors, and facts about them in the metadata.
+"""Safetensors files with a checksum: they contain named tensors, and a dict of JSON values about them (`facts`).
 
-Tensors that belong together are named GROUP.NAME: those of the first subset of a set (`0.images`), or a part of a
-checkpoint (`raw.images`). The metadata has a single entry, because safetensors writes several in no fixed order and two
-equal runs would then write different bytes. It is JSON with `schema_version`, the facts, and the SHA-256 of both the
-facts and the tensors.
+Tensors that belong together are named GROUP.NAME, such as those of the first subset of a set (`0.images`) or of a part
+of a checkpoint (`raw.images`). The metadata of a file has a single entry, because safetensors writes several entries in
+no fixed order, so that two equal runs would write different bytes. The entry is JSON with `schema_version`, `facts`,
+and the SHA-256 of both `facts` and the tensors.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ def split_groups(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def save_checked(path: Path, tensors: Mapping[str, Tensor], entry: str, facts: Mapping[str, Any]) -> None:
-    """Write `tensors` to a safetensors file; its metadata entry `entry` has `facts` and the checksum."""
+    """Write `tensors` to the file `path`; the entry named `entry` of its metadata has `facts` and the checksum."""
     named = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
     facts = {"schema_version": SCHEMA_VERSION, **facts}
     with atomic_path(path) as temporary:
@@ -55,15 +55,15 @@ def save_checked(path: Path, tensors: Mapping[str, Tensor], entry: str, facts: M
 
 
 def load_checked(path: Path, entry: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and the facts of a file written by `save_checked`.
+    """Return the tensors and the dict `facts` of a file written by `save_checked`.
 
-    Raises `Damaged` if the checksum does not match, or for another schema version.
+    Raises `Damaged` if the file cannot be read, its checksum does not match, or it has another schema version.
     """
     facts = facts_of(path, entry)
     expected = facts.pop("sha256", None)
     try:
         with safe_open(path, "pt") as file:
-            # copied, because another memory alignment than torch's can change the last bit of a product
+            # `clone`, because a memory alignment other than that of torch can change the last bit of a matrix product
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except Exception as error:
         raise Damaged(str(error)) from error
@@ -73,7 +73,7 @@ def load_checked(path: Path, entry: str) -> tuple[dict[str, Tensor], dict[str, A
 
 
 def facts_of(path: Path, entry: str) -> dict[str, Any]:
-    """Return the facts of a file, reading only its header. Raises `Damaged`."""
+    """Return `facts` and the checksum (as `sha256`) from the header of a file of `save_checked`. Raises `Damaged`."""
     try:
         with safe_open(path, "pt") as file:
             facts: dict[str, Any] = json.loads(file.metadata()[entry])

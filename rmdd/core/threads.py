@@ -19,7 +19,7 @@ def torch_threads(count: int | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Let BLAS and OpenMP use one thread inside the block, because the last bits of a sum depend on their number."""
+    """Let BLAS and OpenMP use one thread inside the block: the last bits of a sum depend on the number of threads."""
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1):
@@ -27,5 +27,5 @@ def one_thread() -> Iterator[None]:
 
 
 def thread_variables(count: int) -> dict[str, dict[str, str]]:
-    """Return the part of a Ray `runtime_env` that makes a worker use `count` threads."""
+    """Return the part of a Ray `runtime_env` (environment variables) that makes a worker use `count` threads."""
     return {"env_vars": {"OMP_NUM_THREADS": str(count)}}

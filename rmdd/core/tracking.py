@@ -1,9 +1,9 @@
 """Training curves in TensorBoard, W&B or MLflow, as `runtime.track` lists them.
 
-The JSON-lines files of a run are the record; the curves are copies for people. Work that resumes from a checkpoint
-repeats some steps, and every tracker shows each step once: TensorBoard replaces the earlier values from the first
-repeated step on, W&B and MLflow keep the earlier values. If a tracker fails, it is dropped with a warning and the work
-continues.
+The JSON-lines files of a run are the authoritative record; the curves are copies to look at. Work that resumes from a
+checkpoint repeats some steps, and every tracker shows each step once: TensorBoard replaces the earlier values from the
+first repeated step on, W&B and MLflow keep the earlier values. If a tracking tool fails, it is dropped with a warning
+and the work continues.
 """
 
 import logging
@@ -17,7 +17,7 @@ from rmdd import config
 from rmdd.core.storage import is_uri, root_of
 
 FOLDERS = ("tensorboard", "wandb")
-"""Subfolders in which trackers write their files."""
+"""Names of the subfolders in which TensorBoard and W&B write their files."""
 
 _logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Sink(Protocol):
 
 
 class Tracker:
-    """Writes scalar values per step to several sinks. `openers` opens each sink when the first step is added."""
+    """Writes the scalar values of each step to tracking tools (sinks), which `openers` opens at the first step."""
 
     def __init__(self, openers: Mapping[str, Callable[[int], Sink]]):
         self.openers = dict(openers)
@@ -39,7 +39,8 @@ class Tracker:
         self.last = 0
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Add the values of a step, counted from 1. A step that is not after the last one replaces the later steps."""
+        """Add the values of the step `step`, counted from 1. If it is not above the last step, as after a rollback, the
+        sinks are opened again, so that TensorBoard drops the values from this step on."""
         if self.sinks and step <= self.last:
             self.close()
         self.last = step
@@ -90,7 +91,7 @@ def open_tracker(run: config.Run, title: str, value: str, folder: Path) -> Track
 
 
 def is_curve(name: str) -> bool:
-    """Return whether the file `name` of a storage was written by a tracker."""
+    """Return whether the file `name` of a storage was written by a tracking tool."""
     return any(f"/{part}/" in name for part in FOLDERS)
 
 
@@ -103,7 +104,7 @@ class TensorBoard:
     def add(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
-        self.writer.flush()  # otherwise a kill would lose steps before the resumed one
+        self.writer.flush()  # otherwise steps before the last checkpoint would be lost if the process is killed
 
     def close(self) -> None:
         self.writer.close()

@@ -36,7 +36,7 @@ def test_ptm_st_on_coco_with_1000_pairs_exceeds_its_budget():
     assert message is not None
     for words in ("200+299+499 = 998", "378,402", "over by 75,816", "333+332+332 = 997"):
         assert words in message
-    rates = 6  # not counted in the published table
+    rates = 6  # the published table does not count the learning rates
     assert cost(pairs, 224, 768, "full") - 1000 * 151_296 - rates == 75_810
 
 

@@ -1,4 +1,4 @@
-"""Preset files: names, values compared with those of commit 30ca333, budgets, and printed run files."""
+"""Tests of preset files: their names, values (as at commit 30ca333), budgets, and the run files printed from them."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from rmdd.config import presets, recipes
 from rmdd.config.runfile import parse
 
 FORMER = Path(__file__).parent / "resolved_presets.jsonl"
-"""Resolved presets of commit 30ca333: a line has the fields that differ from those of an earlier line, `like`."""
+"""Preset values at commit 30ca333; each line has the fields that differ from the preset `like` of an earlier line."""
 RENAMED = {"experts.gang": "experts.worker_group"}
 ON_LORS = {"lors", "tesla_vl", "repblend", "datm", "mct", "amd"}
 MOVED_TO_OPTIONS = {
@@ -42,7 +42,7 @@ def load(name: str) -> config.Run:
 
 
 def by_field(values: dict) -> dict:
-    """`values` with the fields of each section as `section.field`."""
+    """Return `values` with each field of a section under the key `section.field`."""
     fields = {}
     for key, value in values.items():
         fields |= {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
@@ -63,7 +63,7 @@ def test_a_preset_has_the_values_that_it_had(name):
         value = expected.pop(f"distill.{option}")
         assert method in methods or value == default
         options |= {option: value} if method in methods else {}
-    # 30ca333 left the defaults of options out of the resolved values
+    # the presets at commit 30ca333 were stored without the defaults of options
     expected["distill.options"] = recipes.find(method).Options(**options).model_dump(mode="json")
     assert by_field(load(name).model_dump(mode="json")) == expected
 

@@ -1,4 +1,4 @@
-"""Every preset against the cards: the tables below were typed from the papers and scripts, not from the files."""
+"""Tests of all presets against published values: the tables were typed from the papers and scripts, not the presets."""
 
 import re
 
@@ -21,7 +21,8 @@ MDM = [f"{data}_mdm_{n}" for data in ("flickr8k", "flickr30k", "coco") for n in 
 SMALL = {"emoji_ptm_st_100_small", "emoji_ptm_st_500_small"}
 PLANNED = {"emoji_ptm_st_auto_100", "emoji_ptm_st_auto_200"}
 
-# M, T+, iterations, rank, alpha, B, lr of images and texts, lr of the similarity, branches, temperature
+# Columns: pairs (M), stop (T+), iterations, rank, alpha, batch (B), learning rate of images and texts, learning rate of
+# the similarity, branches, temperature.
 LORS = {
     "flickr30k_lors_100": (99, 2, 3000, 10, 3, 20, 100, 10, "separate", 0.07),
     "flickr30k_lors_200": (199, 2, 3000, 5, 1, 20, 1000, 10, "separate", 0.07),
@@ -44,7 +45,7 @@ REPBLEND = {
     "coco_repblend_200": (199, 2, 3000, 20, 1, 20, 1000, 50, "merged", 0.07),
     "coco_repblend_500": (499, 2, 3000, 40, 1, 20, 5000, 500, "merged", 0.1),
 }
-# M, T+, iterations, B, lr of images and texts
+# Columns: pairs (M), stop (T+), iterations, batch (B), learning rate of images and texts.
 TESLA_VL = {
     "flickr30k_tesla_vl_100": (100, 2, 3000, 20, 100),
     "flickr30k_tesla_vl_200": (200, 2, 3000, 20, 1000),
@@ -60,7 +61,7 @@ DRAWN = [
     *(f"{data}_evlf_{n}" for data in ("flickr30k", "coco") for n in (100, 500)),
 ]
 PDS = [f"{d}_pds_{n}" for d in ("flickr30k", "coco") for n in (100, 300, 500)]
-# PTM, ST, EMA: the rows of Table 4; row 8 is the preset itself
+# Rows of Table 4 of PTM-ST: whether PTM, ST and EMA are used. Row 8, which uses all three, is the preset itself.
 TABLE_4 = {
     "base": (False, False, False),
     "ema": (False, False, True),
@@ -71,9 +72,9 @@ TABLE_4 = {
     "no_ema": (True, True, False),
 }
 ROWS = [f"{data}_ptm_st_500_{row}" for data in ("flickr30k", "coco") for row in TABLE_4]
-# clusters and pairs of each: the rows of PTM-ST's Appendix E
+# Rows of PTM-ST's Appendix E: the number of clusters, and of pairs in each cluster.
 NCFM = {f"flickr30k_ncfm_{c}x{m}": (c, m) for c, m in ((100, 1), (100, 2), (100, 5), (200, 1), (200, 2), (500, 1))}
-# rho, lambda, iterations
+# Values of CovMatch for each budget: rho, lambda, iterations.
 COVMATCH = {100: (2, 0.1, 10_000), 200: (1, 0.1, 10_000), 500: (1, 0.5, 20_000)}
 COV = [f"{d}_covmatch{kind}_{n}" for d in ("flickr30k", "coco") for kind in ("", "_frozen_text") for n in COVMATCH]
 VARIANTS = {"emoji_covmatch_tokens_100"}
@@ -101,7 +102,7 @@ def test_loads_under_its_own_name_and_within_its_budget(name):
     paid = (rule.budget, run.data.image_size, width, kind, rank, run.stored_size)
     assert budget.check(pairs, *paid) is None
     one_more = [*pairs[:-1], pairs[-1] + 1]
-    assert budget.check(one_more, *paid), "a pair is left unused"
+    assert budget.check(one_more, *paid), "the budget allows one more pair"
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "demo"])
@@ -158,14 +159,14 @@ def test_rows_of_table_4(name):
     ptm, st, ema = TABLE_4[row]
     whole = load(f"{data}_ptm_st_500")
     expected = without(whole, ptm=not ptm, st=not st, ema=not ema)
-    if not ptm:  # 499 pairs and their full similarity are over the budget
+    if not ptm:  # without PTM, 499 pairs and their full similarity exceed the budget
         phases = tuple(p.model_copy(update={"pairs": 498}) for p in expected.distill.phases)
         expected = expected.model_copy(update={"distill": expected.distill.model_copy(update={"phases": phases})})
     assert load(name) == expected.model_copy(update={"name": name})
 
 
 def common(run: config.Run) -> tuple:
-    """What all image-text runs before PTM-ST have: K, dT, rate of the rates, inner rate, momentum, average, path."""
+    """Return values that are equal in the presets of MTT-VL, TESLA-VL, LoRS and RepBlend."""
     rule = run.distill
     return rule.steps, rule.match_epochs, rule.lr_lr, rule.inner_lr, rule.momentum, rule.ema, rule.trajectory
 

@@ -62,7 +62,10 @@ def test_a_storage_with_another_layout_number_is_refused(tmp_path, where):
 def test_a_damaged_storage_json_is_reported(tmp_path, text):
     folder, storage = storage_of(tmp_path, "folder")
     (folder / "storage.json").write_text(text)
-    with pytest.raises(ValueError, match=r'storage.json is damaged; write {"layout": 2} there if this release made it'):
+    with pytest.raises(
+        ValueError,
+        match='storage.json is damaged; if this release of rmdd created the storage, write {"layout": 2} into the file',
+    ):
         require_layout(storage)
 
 
@@ -95,11 +98,11 @@ BEGUN = [
     ("searches/tiny-0123abcd/search.json", base_run_in),
     ("comparisons/tiny-0123abcd/comparison.json", comparisons.comparison_in),
 ]
-"""Files that the previous release wrote with other fields, and for each the function that reads it."""
+"""Files that the previous release wrote with other fields, each with the function that reads it."""
 
 
 def old(tmp_path, file):
-    """Make a storage of the previous release with `file`, whose run has a field that no longer exists."""
+    """Create a storage of the previous release that contains `file`; its run has a field that no longer exists."""
     write_json(tmp_path / "runs" / OLD[0], {})
     path = tmp_path / "runs" / file
     path.parent.mkdir(parents=True)

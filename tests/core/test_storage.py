@@ -60,8 +60,8 @@ def test_a_fetched_folder_equals_the_storage(node):
     for name in ("kept", "gone"):
         write_json(a.root / "phase" / f"{name}.json", 1)
     b.fetch(b.root / "phase")
-    time.sleep(1.1)  # S3 stores modification times in whole seconds
-    write_json(b.root / "phase" / "kept.json", 2)  # the size does not change
+    time.sleep(1.1)  # S3 stores modification times in whole seconds, so the next write must be a second later
+    write_json(b.root / "phase" / "kept.json", 2)  # same size, but a new modification time
     remove(b.root / "phase" / "gone.json")
     (a.root / "phase" / "never-published.json").write_text("3")
     a.fetch(a.root / "phase")
@@ -97,7 +97,7 @@ def test_a_fetch_does_not_overwrite_a_folder_that_a_process_of_this_machine_hold
 
 
 def test_the_error_for_a_missing_bucket_names_it(s3, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)  # no pause between two attempts
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)  # do not wait between two attempts
     storage = open_storage(config.Runtime(storage="s3://no-such-bucket/runs", scratch=str(tmp_path)))
     words = r"cannot \w+ s3://no-such-bucket/runs.*credentials in the environment"
     with pytest.raises(OSError, match=words), hold_folder(storage.root / "run", wait=False):
@@ -233,7 +233,7 @@ def test_a_paused_holder_notices_that_another_process_took_over(quick, node):
     with hold_folder(a.root / "run", wait=False) as mine:
         deadline = time.monotonic() + 60
         while not mine.lost and time.monotonic() < deadline:
-            a.cell(a.root / "run").write(foreign_lease())  # the holder may have just overwritten the lease
+            a.cell(a.root / "run").write(foreign_lease())  # repeated, because the holder may overwrite it
             time.sleep(0.3)
         with pytest.raises(FolderInUse, match="was taken over by process 12 on node-7"):
             mine.check()
@@ -245,7 +245,7 @@ def test_a_paused_holder_notices_a_process_that_took_over_and_ended(quick, node)
     with hold_folder(node("a").root / "run", wait=False) as mine:
         deadline = time.monotonic() + 60
         while not mine.lost and time.monotonic() < deadline:
-            cell.remove()  # as the other process does at its end
+            cell.remove()  # a process that took over removes its lease when it ends
             time.sleep(0.3)
         with pytest.raises(FolderInUse, match="was taken over by a process that has since ended"):
             mine.check()
