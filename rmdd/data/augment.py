@@ -1,8 +1,8 @@
 """Image augmentation for training experts: random crop, flip, and the RandAugment variant of the BLIP data loaders.
 
-Only AutoContrast differs from the published code, which subtracts the channel minimum in 8-bit arithmetic; that wraps
-around and saturates entire channels to 255. This module stretches the channels correctly. At the published magnitude
-5, Brightness and Sharpness have factor 1 and change nothing.
+The operation AutoContrast stretches each channel exactly. The published AutoContrast subtracts the channel minimum in
+8-bit arithmetic, which wraps around and saturates entire channels to 255. All other operations equal the published
+code. At the published magnitude 5, the operations Brightness and Sharpness have factor 1 and change nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Operation = Callable[[Image.Image, float, torch.Generator], Image.Image]
 
 
 def augment(image: Image.Image, rule: Augment, size: int, generator: torch.Generator) -> np.ndarray:
-    """Return a random view of an RGB image as uint8 (3, size, size). With all options off, it equals `squash`."""
+    """Return a randomly augmented view of an RGB image as uint8 (3, size, size); `squash(image)` with all options off."""
     if rule.crop:
         image = image.crop(_crop_box(image.size, rule, generator))
     if image.size != (size, size):
@@ -40,7 +40,7 @@ def augment(image: Image.Image, rule: Augment, size: int, generator: torch.Gener
 
 
 def autocontrast(image: Image.Image) -> Image.Image:
-    """Stretch each channel to 0..255; a constant channel is not changed."""
+    """Stretch each channel of an image so that its values span 0..255; a channel with a single value is not changed."""
     pixels = np.asarray(image, dtype=np.float64)
     low, high = pixels.min(axis=(0, 1)), pixels.max(axis=(0, 1))
     spread = np.where(high > low, high - low, 1.0)
@@ -49,9 +49,9 @@ def autocontrast(image: Image.Image) -> Image.Image:
 
 
 def _crop_box(size: tuple[int, int], rule: Augment, generator: torch.Generator) -> tuple[int, int, int, int]:
-    """Return a crop box like torchvision's RandomResizedCrop.
+    """Return a random crop box (left, top, right, bottom), drawn like torchvision's RandomResizedCrop.
 
-    After ten failed random tries it is the largest centred box whose aspect ratio is allowed.
+    If ten random boxes do not fit into the image, the box is the largest centred one whose aspect ratio is allowed.
     """
     width, height = size
     low, high = rule.crop_ratio
@@ -78,7 +78,7 @@ def _signed(value: float, generator: torch.Generator) -> float:
 
 
 def _warp(image: Image.Image, matrix: tuple[int | float, ...]) -> Image.Image:
-    """Warp an image with an affine `matrix`, which maps pixels of the result to pixels of `image`."""
+    """Warp an image with an affine `matrix` that maps pixel positions of the result to pixel positions of `image`."""
     return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=GREY)
 
 

@@ -1,4 +1,4 @@
-"""Caption cleaning as in the papers (`pre_caption` of the BLIP data loaders)."""
+"""Caption cleaning as in the papers, where the function `pre_caption` of the BLIP data loaders does it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _RUN_OF_SPACE = re.compile(r"\s{2,}")
 
 @dataclass(frozen=True)
 class SplitCaptions:
-    """The cleaned captions of a split, in the order of its pairs; each iteration reads them from disk again."""
+    """The cleaned captions of a dataset split, in the order of its pairs; each iteration reads them from disk again."""
 
     dataset: Dataset
     split: str
@@ -33,7 +33,7 @@ class SplitCaptions:
 
 
 def clean(caption: str, rule: Captions) -> str:
-    """Clean a caption for the text encoder; the result may be empty. Cleaning it again changes nothing.
+    """Clean a caption for the text encoder. The result may be empty; cleaning the result again does not change it.
 
     >>> clean("A Dog, running!  Fast.", Captions())
     'a dog, running fast'
@@ -42,7 +42,7 @@ def clean(caption: str, rule: Captions) -> str:
         caption = caption.lower()
     if rule.strip_punctuation:
         caption = caption.translate(_PUNCTUATION)
-    # The published rule replaces only runs of two or more spaces, so a single tab or newline inside a caption stays.
+    # `pre_caption` replaces only runs of two or more spaces, so a single tab or newline inside a caption stays.
     caption = _RUN_OF_SPACE.sub(" ", caption).rstrip("\n").strip(" ")
     if rule.max_words is not None:
         caption = " ".join(caption.split(" ")[: rule.max_words])

@@ -1,4 +1,4 @@
-"""Counts of rows and captions that an ingest reads, keeps and rejects, each rejection with its reason."""
+"""Counts of the rows and captions that an ingest reads, keeps and rejects; rejections are counted by reason."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass
 class IngestCounts:
-    """Counts of an ingest, and one quarantine entry for each rejected row or caption."""
+    """Counts of rows and captions of an ingest, and one quarantine entry for each rejected row or caption."""
 
     rows_in: int = 0
     rows_merged: int = 0
@@ -20,13 +20,13 @@ class IngestCounts:
     entries: list[dict[str, Any]] = field(default_factory=list)
 
     def reject(self, file: Any, reason: str, origin: str, detail: str, captions: int) -> None:
-        """Reject a row together with all its captions."""
+        """Reject a row together with all its captions: count them under `reason` and add a quarantine entry."""
         self.quarantine[reason] += 1
         self.captions_dropped["image_quarantined"] += captions
         self._add_entry("pair", file, reason, origin, detail)
 
     def keep_captions(self, usable: dict[str, None], captions: Iterable[Any], file: str, origin: str) -> None:
-        """Add the captions that are text, not blank and not yet in `usable`; count the others as dropped."""
+        """Add to `usable` each of `captions` that is text, not blank and not yet there; count the others as dropped."""
         for caption in captions:
             if not isinstance(caption, str) or not is_text(caption):
                 self._drop(file, "caption_not_text", origin, caption)
@@ -38,7 +38,7 @@ class IngestCounts:
                 usable[caption] = None
 
     def as_json(self) -> dict[str, Any]:
-        """Return the counts, without the quarantine entries, as JSON values."""
+        """Return the counts as JSON values, without the quarantine entries."""
         return {
             "rows_in": self.rows_in,
             "rows_merged": self.rows_merged,
@@ -48,7 +48,7 @@ class IngestCounts:
         }
 
     def add(self, counts: dict[str, Any]) -> None:
-        """Add the counts of another part, given as its `as_json()`."""
+        """Add the counts of another part of the ingest; `counts` is what `as_json` returned for that part."""
         self.rows_in += counts["rows_in"]
         self.rows_merged += counts["rows_merged"]
         self.captions_in += counts["captions_in"]
@@ -65,7 +65,7 @@ class IngestCounts:
 
 
 def is_text(value: str) -> bool:
-    """Return whether a string can be written as UTF-8; JSON strings may contain half a surrogate pair, which cannot."""
+    """Return whether a string can be encoded as UTF-8. JSON may contain half a surrogate pair, which cannot."""
     try:
         value.encode()
     except UnicodeEncodeError:

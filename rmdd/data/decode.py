@@ -1,4 +1,4 @@
-"""Decoding of image files to RGB pixels. Does not import torch, so ingest workers start fast and need little memory."""
+"""Decoding of image files to RGB pixels. This module does not import torch, so ingest workers start fast."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from rmdd.config import Data
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF")
-"""Image formats that are accepted, whatever the file name ends in. EPS is not: decoding it runs another program."""
+"""Image formats that are decoded, whatever the file extension. EPS is left out: decoding it runs another program."""
 
 _ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 
 
 class ImageError(ValueError):
-    """An unusable image. `reason` is the quarantine reason as one word, such as too_large, truncated or undecodable."""
+    """Error for an unusable image; `reason` is the quarantine reason in one word, such as too_large or undecodable."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(reason, detail)
@@ -31,9 +31,10 @@ class ImageError(ValueError):
 def decode(
     data: bytes, *, max_pixels: int, background: tuple[int, int, int], exif_orientation: bool = False
 ) -> Image.Image:
-    """Decode an image to RGB, and the first frame of an animation.
+    """Decode an image file to RGB pixels; of an animation, decode the first frame.
 
-    Transparent pixels are blended with `background`; 16-bit greyscale is scaled to 8 bits. Raises `ImageError`.
+    Transparent pixels are blended with the colour `background`; 16-bit greyscale is scaled to 8 bits. Raises
+    `ImageError` for an image that cannot be decoded or has more than `max_pixels` pixels.
     """
     try:
         with warnings.catch_warnings():
@@ -59,12 +60,12 @@ def decode(
 
 
 def decode_as(image: bytes, data: Data) -> Image.Image:
-    """Decode an image with the settings of a run; see `decode`."""
+    """Decode an image file with the options of `data` for the maximum size, the background and the EXIF orientation."""
     return decode(image, max_pixels=data.max_pixels, background=data.background, exif_orientation=data.exif_orientation)
 
 
 def squash(image: Image.Image, size: int) -> np.ndarray:
-    """Resize an RGB image to `size` x `size` (bicubic, aspect ratio not preserved); return uint8 (3, size, size)."""
+    """Resize an RGB image to `size` x `size` (bicubic, aspect ratio not preserved); return it as uint8 (3, size, size)."""
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
@@ -74,7 +75,7 @@ def _rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     if image.mode in _ALPHA or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, (*background, 255)), rgba).convert("RGB")
-    if image.mode.startswith("I"):  # PIL would clip 16-bit values at 255, which makes the image nearly white
+    if image.mode.startswith("I"):  # PIL would clip 16-bit values at 255, which turns most of the image white
         wide = np.clip(np.asarray(image, dtype=np.int64), 0, 65535)
         image = Image.fromarray(np.rint(wide / 257).astype(np.uint8))
     return image.convert("RGB")

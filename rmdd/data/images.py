@@ -1,6 +1,6 @@
-"""Pixel tensors: normalisation and its inverse, and the decoding functions of `rmdd.data.decode`.
+"""Conversion of RGB images between uint8 pixels (0..255) and normalised float32 pixels.
 
-N images, H x W pixels. uint8 images are RGB in 0..255; float32 images are normalised.
+Also exports the decoding functions of `rmdd.data.decode`. N images, H x W pixels.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ NORMALISATIONS: dict[str, tuple[PerChannel, PerChannel]] = {
 
 
 def normalisation(name: str | tuple[Sequence[float], Sequence[float]]) -> tuple[PerChannel, PerChannel]:
-    """Return the mean and standard deviation per channel of pixels in [0, 1], from a name or from the pair itself."""
+    """Return the mean and standard deviation per channel of pixels in [0, 1]; `name` may also be this pair itself."""
     if isinstance(name, str):
         if name not in NORMALISATIONS:
             available = ", ".join(NORMALISATIONS)
@@ -31,7 +31,7 @@ def normalisation(name: str | tuple[Sequence[float], Sequence[float]]) -> tuple[
         return NORMALISATIONS[name]
     mean, std = ([float(v) for v in vector] for vector in name)
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise ValueError(f"a normalisation has three means and three positive deviations, found {name}")
+        raise ValueError(f"a normalisation has three means and three positive standard deviations, found {name}")
     return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
 
 
@@ -46,7 +46,7 @@ def normalise(
 def denormalise(
     images: Float[Tensor, "N 3 H W"], mean: Sequence[float], std: Sequence[float]
 ) -> UInt8[Tensor, "N 3 H W"]:
-    """Convert normalised pixels to uint8, rounded and clamped to 0..255."""
+    """Convert normalised pixels back to uint8; values are rounded and clamped to 0..255."""
     shift, scale = _constants(mean, std, images.device)
     return ((images.detach().to(torch.float32) * scale + shift) * 255).round().clamp(0, 255).to(torch.uint8)
 

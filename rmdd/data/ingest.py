@@ -1,11 +1,11 @@
 """Ingest: write annotations and images as a dataset. Every row becomes part of a shard or is quarantined with a reason.
 
-The counts in the manifest add up: `rows_in` = pairs + `rows_merged` + the sum of `quarantine`, and
-`captions_in` = captions + the sum of `captions_dropped`.
+The counts in the manifest add up: `rows_in` = pairs + `rows_merged` + the sum of `quarantine`, and `captions_in` =
+captions + the sum of `captions_dropped`.
 
-An ingest is first split into parts (`rmdd.data.plan`), each part is written independently (`rmdd.data.parts`), and the
-manifest is written last. Until then, all files are in a folder `.NAME.parts` beside the future dataset; an interrupted
-ingest resumes from it.
+The input is first split into parts (`rmdd.data.plan`), each part is written independently (`rmdd.data.parts`), and the
+manifest is written last. Until then, all files of the ingest NAME are in a folder `.NAME.parts` beside the future
+dataset; an interrupted ingest resumes from that folder.
 """
 
 from __future__ import annotations
@@ -37,17 +37,18 @@ from rmdd.data.source import SampleSource
 from rmdd.execution.tasks import Stream, sequential_stream
 
 PARTS_LAYOUT = 2
-"""Version of the files of an unfinished ingest; an ingest that another version started is restarted."""
+"""Version of the file format of an unfinished ingest. An ingest that was started with another version starts again."""
 
 
 def ingest(data: Data, out: Path | str, stream: Stream = sequential_stream, runtime: Runtime | None = None) -> Dataset:
     """Write the input that `data` describes as a dataset into the folder `out`, or return the dataset already there.
 
-    An existing dataset is returned if it was made from the same input. The folder appears only when it is complete; a
-    second ingest into it waits for the first. Bad rows are written to `quarantine.jsonl` and do not stop the ingest. An
-    unreadable layout, or a folder with other content, raises `ValueError`. An interrupted ingest keeps its finished
-    parts. With `source: dataset` nothing is written; the dataset at `data.root` is opened. `runtime` names the storage
-    of `out` when the dataset must also be uploaded to the URI of that storage.
+    An existing dataset is returned if it was made from the same input. The folder `out` appears only when the dataset
+    is complete; a second ingest into the same folder waits for the first. Unusable rows are written to
+    `quarantine.jsonl` and do not stop the ingest. An unreadable layout, or other content in `out`, raises `ValueError`.
+    An interrupted ingest keeps its finished parts. With `source: dataset` nothing is written; the dataset at
+    `data.root` is opened. With `runtime`, the dataset is also uploaded to the URI of the storage that `runtime`
+    describes.
     """
     if data.source == "dataset":
         return Dataset.open(data.root or "")
@@ -59,7 +60,7 @@ def ingest(data: Data, out: Path | str, stream: Stream = sequential_stream, runt
     folders = IngestFolders(out.with_name(f".{out.name}.parts"))
 
     def current_state() -> tuple[Dataset | None, bool]:
-        """Return the finished dataset or None, and whether files of an unfinished ingest exist."""
+        """Return the finished dataset or None, and whether an unfinished ingest has left files."""
         storage.fetch(folders.plan)
         storage.fetch(out)
         started = folders.parts.is_file()
@@ -83,7 +84,7 @@ def ingest(data: Data, out: Path | str, stream: Stream = sequential_stream, runt
             storage.move(folders.dataset, out)
             storage.fetch(out)
         lease.check()
-        # The plan is deleted last, because it marks that files of this ingest still exist.
+        # The plan is deleted last, because its presence marks that other files of this ingest may still exist.
         for folder in (folders.dataset, folders.records, folders.path):
             if folder.is_dir():
                 remove(folder)
@@ -91,7 +92,7 @@ def ingest(data: Data, out: Path | str, stream: Stream = sequential_stream, runt
 
 
 def _input(data: Data) -> tuple[dict[str, Any], Any]:
-    """Return what identifies the input (config and hashes), and the input itself: annotation rows or a file list."""
+    """Return a description of the input (config fields and file hashes), and the input: annotation rows or a file list."""
     inputs: dict[str, Any] = {"config": shaping(data), "annotations": {}}
     source = sources.find(data)
     if isinstance(source, SampleSource):
@@ -111,7 +112,7 @@ def _input(data: Data) -> tuple[dict[str, Any], Any]:
 def _start_or_resume(
     folders: IngestFolders, inputs: dict[str, Any], contents: Any, data: Data, storage: Storage
 ) -> list[dict[str, Any]]:
-    """Return the parts of the unfinished ingest in `folders`, or write a new plan and return its parts."""
+    """Return the parts of the unfinished ingest in `folders`, or write a new plan and return the parts of that plan."""
     path, value = folders.parts, {"schema_version": SCHEMA_VERSION, "layout": PARTS_LAYOUT, **inputs}
     if path.is_file() and (plan := read_json(path))["made_from"] == value:
         begun: list[dict[str, Any]] = plan["parts"]
@@ -135,7 +136,7 @@ def _start_or_resume(
 
 
 def _finish(folders: IngestFolders, inputs: dict[str, Any], parts: list[dict[str, Any]]) -> None:
-    """Write the quarantine and the manifest from the records of all parts, in the order of the parts."""
+    """Write `quarantine.jsonl` and the manifest from the records of all parts, in the order of the parts."""
     counts, content = IngestCounts(), hashlib.sha256()
     counts.add(read_json(folders.parts)["counts"])
     shards: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
@@ -150,7 +151,7 @@ def _finish(folders: IngestFolders, inputs: dict[str, Any], parts: list[dict[str
                 quarantine.write(folders.entries(part["number"]).read_bytes())
     for shard in (shard for split in SPLITS for shard in shards[split]):
         content.update(folders.digests(shard["file"]).read_bytes())
-    for temporary_file in folders.dataset.glob(".*.tmp"):  # from workers that were killed
+    for temporary_file in folders.dataset.glob(".*.tmp"):  # left by workers that were killed while they wrote
         remove(temporary_file)
     write_json(
         folders.dataset / MANIFEST,
@@ -170,7 +171,7 @@ def _finish(folders: IngestFolders, inputs: dict[str, Any], parts: list[dict[str
 
 
 def shaping(data: Data) -> dict[str, Any]:
-    """Return the config fields that change the content of a dataset; paths are not among them."""
+    """Return the fields of `data` that change the content of a dataset; paths are not among them."""
     value, source = hashed(data, "ingest"), by_name.find(data.source)
     if not (isinstance(source, SampleSource) or source.cut_by_hash):
         del value["split_fractions"]
@@ -180,15 +181,15 @@ def shaping(data: Data) -> dict[str, Any]:
 def _finished(out: Path, inputs: dict[str, Any], data: Data, half_moved: bool) -> Dataset | None:
     """Return the dataset in `out` if it is complete and made from `inputs`, otherwise None.
 
-    `half_moved` means that an interrupted move may have left `out` without its manifest. Raises `ValueError` if the
-    folder has other content.
+    `half_moved` tells that an interrupted move may have left files in `out` without a manifest. Raises `ValueError` if
+    `out` has other content.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not (out / MANIFEST).is_file():
         if half_moved:
             return None
-        raise ValueError(f"{out} is not empty and is not a dataset; give an empty or a new folder")
+        raise ValueError(f"{out} is not empty and is not a dataset; give an empty or a new folder for the dataset")
     dataset = Dataset.open(out)
     recorded = {name: dataset.manifest[name] for name in inputs}
     if recorded != inputs:
@@ -196,15 +197,15 @@ def _finished(out: Path, inputs: dict[str, Any], data: Data, half_moved: bool) -
         differing = [name for name in new | old if new.get(name) != old.get(name)] or ["annotations"]
         raise ValueError(
             f"{out} holds a dataset made from other input ({', '.join(differing)} differ); "
-            "give a new folder, or delete this one"
+            "give a new folder for the dataset, or delete this one"
         )
     return None if _missing_image_exists_now(dataset, data) else dataset
 
 
 def _missing_image_exists_now(dataset: Dataset, data: Data) -> bool:
-    """Return whether an image that was missing during the ingest exists now."""
+    """Return whether an image file that was missing during the ingest exists now; always False for a remote store."""
     if not dataset.manifest["quarantine"].get("missing_file") or is_remote(data.root):
-        return False  # each check would be a request to the remote store
+        return False  # checking each image would cost a request to the remote store
     with open(dataset.path / QUARANTINE, encoding="utf-8") as lines:
         bad = (json.loads(line) for line in lines)
         missing = [entry["file"] for entry in bad if entry["reason"] == "missing_file"]
@@ -213,7 +214,7 @@ def _missing_image_exists_now(dataset: Dataset, data: Data) -> bool:
 
 
 def _check_root(plan: IngestPlan, data: Data) -> None:
-    """Raise `ValueError` if image paths repeat the name of the `data.root` folder, which is a common mistake."""
+    """Raise `ValueError` if image paths repeat the folder name at the end of `data.root`, which is a common mistake."""
     if is_remote(data.root):
         return
     root = Path(data.root or "")
@@ -221,11 +222,11 @@ def _check_root(plan: IngestPlan, data: Data) -> None:
         doubled = Path(path).parts[0] == root.name and len(Path(path).parts) > 1
         if doubled and not (root / path).is_file() and (root.parent / path).is_file():
             raise ValueError(
-                f"image paths start with '{root.name}/', the end of data.root {root}: set data.root to {root.parent}"
+                f"image paths repeat '{root.name}/', the end of data.root {root}: set data.root to {root.parent}"
             )
 
 
 def quarantined(dataset: Dataset) -> list[dict[str, Any]]:
-    """Return the entries of `quarantine.jsonl`; their keys are what (pair or caption), file, reason, origin, detail."""
+    """Return the entries of `quarantine.jsonl`; their keys: what (pair or caption), file, reason, origin, detail."""
     text = (dataset.path / QUARANTINE).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]

@@ -1,4 +1,4 @@
-"""Input paths, local or at a URI: opening, hashing and listing files."""
+"""Paths of input files, local or at a URI: functions that open, hash and list the files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ InputPath = Path | RemotePath
 
 
 def input_path(root: str | None) -> InputPath:
-    """Return the folder that `data.root` names. Raises `ValueError` for a URI that cannot be opened."""
+    """Return `data.root` as a local path or a remote path. Raises `ValueError` for a URI that cannot be opened."""
     scheme, separator, rest = (root or "").partition("://")
     if not separator:
         return Path(root or "")
@@ -34,7 +34,7 @@ def input_path(root: str | None) -> InputPath:
 
 
 def absolute(root: str) -> str:
-    """Make a local folder independent of the working directory; a URI is returned unchanged."""
+    """Return a local folder as an absolute path; a URI is returned unchanged."""
     return root if is_remote(root) else str(Path(root.removeprefix("file://")).absolute())
 
 
@@ -47,18 +47,18 @@ def size_of(file: InputPath) -> int:
 
 
 def seekable(file: InputPath) -> Any:
-    """Open a file for random access."""
+    """Open a file for reading from any position."""
     return file.store.open(file.inside, seekable=True) if isinstance(file, RemotePath) else file.open("rb")
 
 
 def parquet_file(file: InputPath) -> Any:
-    import pyarrow.parquet as pq  # slow to import, and unused by callers that only handle paths
+    import pyarrow.parquet as pq  # pyarrow.parquet is slow to import, and callers that only handle paths do not need it
 
     return pq.ParquetFile(seekable(file) if isinstance(file, RemotePath) else file)
 
 
 def hash_of(file: InputPath) -> str:
-    """Return the SHA-256 of a file."""
+    """Return the SHA-256 of the content of a file, as hexadecimal digits."""
     digest = hashlib.sha256()
     with file.open("rb") as f:
         while block := f.read(BUFFER):
@@ -69,8 +69,9 @@ def hash_of(file: InputPath) -> str:
 def find(root: InputPath, patterns: str) -> list[tuple[str, int]]:
     """Return the relative path and size in bytes of each file that matches `patterns`, sorted, without duplicates.
 
-    Patterns are separated by `::`. `{000..146}` stands for a range of numbers, `{a,b}` for a list of alternatives, and
-    `*`, `?` and `**` are glob patterns. Raises `ValueError` if a file from a range or a list is missing.
+    Several patterns are separated by `::`. In a pattern, `{000..146}` stands for a range of numbers, `{a,b}` for a list
+    of alternatives, and `*`, `?` and `**` are glob patterns. Raises `ValueError` if a file that a range or a list names
+    is missing.
     """
     sizes: dict[str, int] = {}
     for pattern in itertools.chain.from_iterable(_expanded(p) for p in patterns.split("::")):

@@ -1,4 +1,4 @@
-"""File names of known datasets: where annotation files are, and other folders where an image may be; text reading."""
+"""File names of known datasets: where annotation files and image files may be; and reading of text and JSON files."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _COCO_2014 = re.compile(r"COCO_(?:train|val)2014_(\d{12}\.\w+)")
 
 
 def find_annotation(root: InputPath, names: Iterable[str], what: str) -> InputPath:
-    """Return the first file of `names` that exists in the root, in `annotations/` or in `annotations/` beside the root.
+    """Return the first file of `names` that exists in `root`, in `annotations/` or in `annotations/` beside `root`.
 
-    Raises `ValueError` if none exists; `what` names the file in the message.
+    Raises `ValueError` if none of the files exists; `what` says in the error message which file is needed.
     """
     tried = [root / folder / name for name in names for folder in _ANNOTATION_FOLDERS]
     for path in tried:
@@ -42,7 +42,7 @@ def find_annotation(root: InputPath, names: Iterable[str], what: str) -> InputPa
 
 
 def alternatives(path: str, layout: str | None) -> list[str]:
-    """Return the relative paths where an image may be, the given path first.
+    """Return the relative paths at which an image may be found; the given `path` comes first.
 
     COCO 2014 images may also have their 2017 names, and Flickr images may be in the folders that their archives create.
     """
@@ -54,7 +54,7 @@ def alternatives(path: str, layout: str | None) -> list[str]:
 
 
 def read_json_file(path: InputPath) -> Any:
-    """Parse a JSON file, with or without a byte-order mark. Raises `ValueError` with a hint for JSON lines."""
+    """Parse a JSON file, with or without a byte-order mark. Raises `ValueError`; for JSON lines it says what to do."""
     text = read_text(path)
     try:
         return json.loads(text)
@@ -63,7 +63,7 @@ def read_json_file(path: InputPath) -> Any:
         if _is_json(first):
             raise ValueError(
                 f"{path} is JSON lines (one value per line), expected a single JSON document; "
-                "wrap it in [ ] with commas, or read it with data.source: table"
+                "wrap the lines in [ ] with commas between them, or read the file with data.source: table"
             ) from None
         raise ValueError(f"{path} is not JSON: {error}") from None
 
@@ -74,11 +74,11 @@ def read_text(path: InputPath) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start}); convert it, e.g. with iconv -t UTF-8") from None
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start}); convert the file (iconv -t UTF-8)") from None
 
 
 def describe(value: Any) -> str:
-    """Describe a JSON value in a few words for an error message."""
+    """Return a description in a few words of a JSON value, for an error message."""
     if isinstance(value, dict):
         return f"an object with {', '.join(list(value)[:6]) or 'no keys'}"
     if isinstance(value, list):

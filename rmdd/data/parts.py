@@ -1,7 +1,7 @@
-"""Parts of an ingest: one task reads the input of a part and writes its shards and its record.
+"""Parts of an ingest: a worker reads the input of one part and writes the shards and the record of this part.
 
-The bytes of a part depend only on its input, so any worker can write it, in any order, and writing it twice is
-harmless. A worker holds one row group per split in memory.
+The bytes of a part depend only on its input, so any worker can write the part, in any order, and writing it twice is
+harmless. A worker holds one row group per split (train, val, test) in memory.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from rmdd.data.source import Candidate, SampleSource
 
 @dataclass(frozen=True)
 class IngestPart:
-    """A range of planned rows, a tar file, or a range of row groups of a Parquet file."""
+    """The input of one part: a file of planned rows, a tar file, or a range of row groups of a Parquet file."""
 
     number: int
     kind: str
-    """`listed` for planned rows, or the name of a `SampleSource`."""
+    """`listed` for planned rows, otherwise the value of `data.source` that names the `SampleSource`."""
     file: str
-    """Path relative to the plan folder for `listed`, and relative to `data.root` otherwise."""
+    """Path of the input file: relative to the plan folder if `kind` is `listed`, otherwise relative to `data.root`."""
     start: int = 0
     stop: int = 0
-    """End of the range from `start`, such as a range of row groups; 0 and 0 mean the entire file."""
+    """Exclusive end of the range that begins at `start`, such as a range of row groups; 0 and 0: the entire file."""
     split: str | None = None
-    """Split of all pairs in this part, or None if the file name does not contain it."""
+    """Split (train, val or test) of all pairs of this part; None if each pair may have another split."""
 
 
 @dataclass(frozen=True)
 class IngestFolders:
-    """The folders of an unfinished ingest: its plan, its records and the future dataset."""
+    """The folders of an unfinished ingest: the plan, the records of finished parts, and the future dataset."""
 
     path: Path
 
@@ -54,7 +54,7 @@ class IngestFolders:
 
     @property
     def parts(self) -> Path:
-        """The file that lists all parts; it exists once an ingest has started."""
+        """The file that lists all parts of the ingest; the file exists as soon as the plan is complete."""
         return self.plan / "plan.json"
 
     @property
@@ -69,7 +69,7 @@ class IngestFolders:
         return self.records / f"{number:05d}.json"
 
     def entries(self, number: int) -> Path:
-        """Return the file with the quarantine entries of a part."""
+        """Return the path of the file that holds the quarantine entries of part `number`."""
         return self.records / f"{number:05d}.jsonl"
 
     def digests(self, shard: str) -> Path:
@@ -77,9 +77,10 @@ class IngestFolders:
 
 
 class PartWriter:
-    """A worker that writes the shards and the record of a part into `folders`; a finished part is only checked.
+    """A worker that writes the shards and the record of one part into `folders`; a part written before is only checked.
 
-    With `runtime`, `folders` is a path relative to its storage, which each machine may mount elsewhere.
+    With `runtime`, the paths of `folders` are relative to the storage, because each machine may mount the storage
+    elsewhere.
     """
 
     def __init__(self, data: Data, folders: IngestFolders, runtime: Runtime | None = None):
@@ -89,9 +90,10 @@ class PartWriter:
         self.storage.fetch(self.folders.plan)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        """Write a part, given as the fields of an `IngestPart`.
+        """Write a part, given as the fields of an `IngestPart`, or check it if it was written before.
 
-        Returns its number, its number of pairs, and whether this call wrote it (`fresh`). Raises `OSError`.
+        Returns the part's number, its number of pairs, and as `fresh` whether this call wrote it. Raises `OSError` for
+        an error of a disk or of the storage.
         """
         part = IngestPart(**item)
         try:
@@ -110,7 +112,7 @@ class PartWriter:
         return {"number": part.number, "pairs": sum(s["rows"] for s in record["shards"]), "fresh": fresh}
 
     def _finished(self, part: IngestPart) -> dict[str, Any] | None:
-        """Return the record of a part if all its files exist and are intact, otherwise None."""
+        """Return the record of a part if all its files exist and its shards are intact, otherwise None."""
         path = self.folders.record(part.number)
         if not path.is_file():
             return None
@@ -144,7 +146,7 @@ class PartWriter:
         return record
 
     def _pairs(self, part: IngestPart, counts: IngestCounts) -> Iterator[Pair]:
-        """Yield the usable pairs of a part in order; rejected rows are added to `counts`."""
+        """Yield the usable pairs of a part in the order of the input, and add the rejected rows to `counts`."""
         candidates: Iterator[Candidate]
         if isinstance(self.source, SampleSource):
             candidates = self.source.candidates(part.file, (part.start, part.stop), part.split, self.data, counts)
@@ -161,7 +163,7 @@ class PartWriter:
 
 
 def write_entries(path: Path, entries: list[dict[str, Any]]) -> None:
-    """Write quarantine entries as JSON lines."""
+    """Write quarantine entries to `path` as JSON lines."""
     with open(path, "w", encoding="utf-8") as f:
         f.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
 

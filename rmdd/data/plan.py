@@ -1,7 +1,7 @@
 """The plan of an ingest: its input is checked, merged and split into parts before any image is opened.
 
-Annotation lists are held in memory during planning (about 0.5 kB per row) and then written to disk. Tar and Parquet
-files are only listed.
+Annotation lists are held in memory during planning (about 0.5 kB per row), and the planned rows are then written to
+disk. Of tar and Parquet files only a list is made.
 """
 
 from __future__ import annotations
@@ -27,29 +27,30 @@ from rmdd.data.source import NO_SPLIT, AnnotationRow, SampleSource, hash_split
 
 _DRIVE = re.compile(r"[A-Za-z]:")
 
-# A part never has more rows than this, so that a dataset of small images still has many parts.
+# A part never has more rows than these constants say, so that a dataset of small images still has many parts.
 _FILES_PER_PART = 8192
 _DRAWINGS_PER_PART = 512
 _REMOTE_FILES_PER_PART = 2048
-"""Parts of remote files are split by this number alone, because reading each file size would cost a request."""
+"""Largest number of remote files in a part; their sizes are not used, because reading each size would cost a request.
+"""
 
 
 @dataclass
 class IngestPlan:
-    """All annotations of an ingest in memory, without images."""
+    """The merged annotations of all rows of an ingest, in memory and without images."""
 
     counts: IngestCounts = field(default_factory=IngestCounts)
     pairs: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {split: [] for split in SPLITS})
 
     def images(self) -> Iterator[str]:
-        """Yield the paths of the images that are read from files, in order."""
+        """Yield in order the paths of the images that are read from files; generated images are left out."""
         return (pair["pair_id"] for split in SPLITS for pair in self.pairs[split] if pair["drawing"] is None)
 
 
 def make_plan(rows: Iterable[AnnotationRow], data: Data) -> IngestPlan:
-    """Check paths and captions, and merge all rows of an image into one pair at the position of its first row.
+    """Check paths and captions, and merge all rows of an image into one pair, at the position of the image's first row.
 
-    Raises `ValueError` if there are no rows or an image is in two splits.
+    Raises `ValueError` if there are no rows, or if an image is listed in two splits.
     """
     plan = IngestPlan()
     counts = plan.counts
@@ -74,11 +75,11 @@ def make_plan(rows: Iterable[AnnotationRow], data: Data) -> IngestPlan:
             if pair["split"] != split:
                 raise ValueError(
                     f"image {path} is in {pair['split']} ({pair['origin']}) and in {split} ({row.origin}); "
-                    "an image must be in one split only: remove it from the other"
+                    "an image must be in one split only: remove it from one of them"
                 )
         counts.keep_captions(pair["captions"], row.captions, path, row.origin)
     if not counts.rows_in:
-        raise ValueError(f"data.source '{data.source}' holds no rows; check that its files are the right ones")
+        raise ValueError(f"data.source '{data.source}' has no rows; check the files that the data section names")
     for pair in merged.values():
         pair["captions"] = list(pair["captions"])
         if pair["captions"]:
@@ -89,7 +90,7 @@ def make_plan(rows: Iterable[AnnotationRow], data: Data) -> IngestPlan:
 
 
 def write_parts(plan: IngestPlan, data: Data, folder: Path) -> list[IngestPart]:
-    """Split the planned pairs into parts, and write the rows of each part as a Parquet file into `folder`."""
+    """Divide the planned pairs into parts, and write the rows of each part as a Parquet file into `folder`."""
     parts: list[IngestPart] = []
     for split in SPLITS:
         for rows in _split_rows(plan.pairs[split], data):
@@ -100,14 +101,14 @@ def write_parts(plan: IngestPlan, data: Data, folder: Path) -> list[IngestPart]:
 
 
 def file_parts(source: SampleSource, files: list[tuple[str, int, str | None]], data: Data) -> list[IngestPart]:
-    """Return one part for each range of each file; see `SampleSource.ranges`."""
+    """Return one `IngestPart` for each range of each file; the `ranges` function of `source` gives the ranges."""
     ranges = source.ranges([path for path, _, _ in files], data)
     flat = [(path, split, r) for (path, _, split), of_file in zip(files, ranges, strict=True) for r in of_file]
     return [IngestPart(n, data.source, path, start, stop, split) for n, (path, split, (start, stop)) in enumerate(flat)]
 
 
 def _split_rows(pairs: list[dict[str, Any]], data: Data) -> Iterator[list[dict[str, Any]]]:
-    """Yield the pairs of each part; a part ends when its files reach `data.shard_mb` or it has the maximum of rows."""
+    """Yield the pairs of each part; a part ends when its files reach `data.shard_mb` or at the maximum number of pairs."""
     limit = data.shard_mb * 2**20
     remote = is_remote(data.root)
     root = "" if remote else str(input_path(data.root))
@@ -142,7 +143,7 @@ _PROBLEMS = {
 
 
 def _checked_path(value: Any) -> tuple[str, str | None]:
-    """Return a normalised relative POSIX path and None, or an empty path and the reason why it is rejected."""
+    """Return the image path as a normalised relative POSIX path and None, or an empty path and the reason of rejection."""
     if not isinstance(value, str) or not value.strip() or not is_text(value) or "\0" in value:
         return "", "no_path"
     path = PurePosixPath(value.strip().replace("\\", "/"))

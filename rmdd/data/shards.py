@@ -1,7 +1,7 @@
 """A dataset on disk: Parquet shards of pairs, and a manifest that is written last.
 
-A shard holds pairs of one split, in order. The hash of a dataset covers only its rows; it does not depend on the
-folder, on how the rows are divided into shards, or on the version of the Parquet writer.
+A shard holds pairs of one split (train, val or test), in order. The hash of a dataset covers only its rows; the hash
+does not depend on the folder, on how the rows are divided into shards, or on the version of the Parquet writer.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Pair:
     source: str
 
     def digest(self) -> bytes:
-        """Return the SHA-256 of all fields, each preceded by its length."""
+        """Return the SHA-256 over all fields of the pair, each preceded by its length in bytes."""
         digest = hashlib.sha256()
         texts = (self.pair_id, self.split, self.source, *self.captions)
         for data in (self.image, *(text.encode() for text in texts)):
@@ -57,7 +57,7 @@ class Pair:
 
 
 class ShardWriter:
-    """Writer of one shard file, which appears only when it is complete. Holds one row group in memory.
+    """Writer of one shard file. The file appears only when it is complete; one row group is held in memory.
 
     >>> with ShardWriter(folder / "train-00000.parquet") as writer:  # doctest: +SKIP
     ...     writer.append(pair)
@@ -67,7 +67,7 @@ class ShardWriter:
     def __init__(self, path: Path):
         self.path = path
         self.digests = bytearray()
-        """The concatenated digests of all pairs."""
+        """The concatenated digests of all pairs written so far."""
         self._captions = 0
         self._rows: list[Pair] = []
         self._group_size = 0
@@ -85,7 +85,7 @@ class ShardWriter:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        # `finish` has already closed a complete shard. For an incomplete one, an error of the disk was raised before.
+        # `finish` has already closed a complete shard. For an incomplete shard, the disk error was raised before.
         with contextlib.suppress(OSError):
             self._writer.close()
         self._atomic_path.__exit__(*error)
@@ -100,7 +100,7 @@ class ShardWriter:
             self._flush()
 
     def finish(self) -> dict[str, Any]:
-        """Write the remaining pairs and return the shard's entry in the manifest."""
+        """Write the pairs still in memory, and return the entry for this shard in the manifest."""
         self._flush()
         self._writer.close()
         return {
@@ -121,7 +121,7 @@ class ShardWriter:
 
 
 class Dataset:
-    """A finished folder of shards. `open` checks that all files exist and their sizes; `verify` checks every byte."""
+    """A complete dataset on disk. `open` checks that all shards exist and their sizes; `verify` checks every byte."""
 
     def __init__(self, path: Path, manifest: dict[str, Any]):
         self.path = path
@@ -129,10 +129,10 @@ class Dataset:
 
     @classmethod
     def open(cls, path: Path | str) -> Dataset:
-        """Open a dataset. Raises `ValueError` if it is no dataset, has another schema version, or is incomplete."""
+        """Open a dataset folder. Raises `ValueError` if it is no dataset, has another schema version, or is incomplete."""
         path = Path(path)
         if not (path / MANIFEST).is_file():
-            raise ValueError(f"{path} is not a dataset: it has no {MANIFEST}; write one with `rmdd ingest`")
+            raise ValueError(f"{path} is not a dataset: it has no {MANIFEST}; make a dataset with `rmdd ingest`")
         try:
             manifest = read_json(path / MANIFEST)
             version = manifest["schema_version"]
@@ -154,7 +154,7 @@ class Dataset:
 
     @property
     def hash(self) -> str:
-        """The hash of all rows in order."""
+        """The hash over all rows of the dataset in order, as hexadecimal digits."""
         digest: str = self.manifest["data_hash"]
         return digest
 
@@ -165,7 +165,7 @@ class Dataset:
         return counts
 
     def columns(self, split: str, *names: str) -> Iterator[tuple[Any, ...]]:
-        """Yield the rows of a split in order, as tuples of the named columns; other columns are not read."""
+        """Yield the rows of a split in order, as tuples of the columns `names`; other columns are not read from disk."""
         if split not in SPLITS:
             raise ValueError(f"unknown split '{split}'; available: {', '.join(SPLITS)}")
         for shard in self.manifest["shards"]:
@@ -181,7 +181,7 @@ class Dataset:
     def verify(self) -> None:
         """Read all shards and compare file hashes, row hashes and counts with the manifest.
 
-        Raises `ValueError` that names the first difference.
+        Raises `ValueError` with the first difference.
         """
         content = hashlib.sha256()
         for shard in self.manifest["shards"]:
@@ -201,11 +201,11 @@ class Dataset:
 
 
 def verify(path: Path, check: DiskCheck) -> None:
-    """Check all shards against the manifest, row by row, and report each fault to `check`."""
+    """Check all shards of the dataset at `path` against its manifest, row by row, and report each fault to `check`."""
     if not check.begin(path):
         return
     before = len(check.findings.faults)
-    copy = "copy it again, or delete the dataset and ingest again"
+    copy = "copy the file again, or delete the dataset and run `rmdd ingest` again"
     manifest = check.json(path / MANIFEST, copy)
     with check.errors_as_faults(path / MANIFEST, copy):
         for shard in manifest["shards"]:

@@ -1,7 +1,8 @@
-"""Data sources: the two kinds of source, and the rows that they yield.
+"""Data sources: the two kinds of data source, and the rows that they yield.
 
-An `AnnotationSource` reads lists that name images and captions, and opens no image. A `SampleSource` lists files that
-contain images and captions together; workers read them. Each source is one file in `rmdd.data.sources`.
+An `AnnotationSource` reads lists that name images and captions, and does not open images. A `SampleSource` lists files
+that contain images and captions together; ingest workers read these files. Each data source is one file in
+`rmdd.data.sources`.
 """
 
 from __future__ import annotations
@@ -33,18 +34,18 @@ SPLIT_NAMES = {
 
 @dataclass(frozen=True)
 class AnnotationRow:
-    """One row of an annotation file. `image` and `captions` are the values in the file, unchecked."""
+    """One row of an annotation file. `image` and `captions` are not checked yet: they can be any JSON values."""
 
     image: Any
-    """Path relative to `data.root`, or the name of a drawn image."""
+    """Path of the image relative to `data.root`, or the name of an image that the source draws."""
     captions: tuple[Any, ...]
     split: str | None
-    """train, val or test. None: the split is chosen by a hash of the path. NO_SPLIT: no split lists this row."""
+    """train, val or test. None: a hash of the path chooses the split. NO_SPLIT: the input has no split for this row."""
     source: str
     origin: str
-    """Position in the annotation file, such as `captions.csv line 12`."""
+    """Position of the row in the annotation file, such as `captions.csv line 12`."""
     drawing: str | None = None
-    """JSON description of an image that is drawn instead of read from a file."""
+    """Description, as a JSON string, of an image that the source draws; None if the image is read from a file."""
 
 
 def as_captions(value: Any) -> tuple[Any, ...]:
@@ -54,7 +55,7 @@ def as_captions(value: Any) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A row with checked captions, which becomes a pair if its image can be decoded."""
+    """A row with checked captions and the bytes of its image. The row becomes a pair if the image can be decoded."""
 
     pair_id: str
     captions: tuple[str, ...]
@@ -65,13 +66,13 @@ class Candidate:
 
 
 def hash_split(path: str, fractions: tuple[float, float, float]) -> str:
-    """Choose the split of an image by a hash of its path, so adding or removing other images does not change it."""
+    """Return the split of an image, chosen by a hash of its path, so that adding or removing images does not change it."""
     share = int.from_bytes(hashlib.sha256(f"rmdd split/{path}".encode()).digest()[:8], "big") / 2**64
     return "train" if share < fractions[0] else "val" if share < fractions[0] + fractions[1] else "test"
 
 
 def named_split(path: str) -> str | None:
-    """Return the split in a file name, such as `test-00000.parquet`, or in the nearest folder, such as `val/0.tar`."""
+    """Return the split named in a file name, such as `test-000.parquet`, or in the nearest folder, such as `val/0.tar`."""
     for name in reversed(path.split("/")):
         words = [SPLIT_NAMES[word] for word in re.split(r"[^a-z]+", name.lower()) if word in SPLIT_NAMES]
         if words:
@@ -80,34 +81,34 @@ def named_split(path: str) -> str | None:
 
 
 def sample_files(data: Data, source: Literal["parquet", "webdataset"]) -> list[tuple[str, int, str | None]]:
-    """Return the path relative to `data.root`, size in bytes and split of each file in `data.<source>.files`."""
+    """Return the path relative to `data.root`, size in bytes and split of each file that matches `data.SOURCE.files`."""
     root, rule = input_path(data.root), getattr(data, source)
     if not (paths := find(root, rule.files)):
-        raise ValueError(f"no file under {root} matches data.{source}.files '{rule.files}'; correct one of them")
+        raise ValueError(f"no file under {root} matches data.{source}.files '{rule.files}'; correct the pattern")
     return [(path, size, named_split(path) if rule.split_by_name else None) for path, size in paths]
 
 
 @dataclass(frozen=True)
 class AnnotationSource:
-    """A source that reads lists of image names and captions."""
+    """A data source that reads lists of image names and captions."""
 
     rows: Callable[[Data], tuple[Iterator[AnnotationRow], list[InputPath]]]
-    """Returns the rows in file order, and the files that they come from. Raises `ValueError` for an unreadable file."""
+    """Returns the rows in file order, and the annotation files read. Raises `ValueError` for an unreadable file."""
     draw: Callable[[InputPath, str], bytes] | None = None
-    """Draws an image from `data.root` and `AnnotationRow.drawing`, and returns its bytes. None: no row needs it."""
+    """Draws an image from `data.root` and `AnnotationRow.drawing`, and returns an image file. None: no row is drawn."""
     cut_by_hash: bool = False
-    """Whether the split of some rows is chosen by a hash and `data.split_fractions`."""
+    """Whether the split of some rows of this source is chosen by a hash and `data.split_fractions`."""
     without_list: bool = False
-    """Whether rows come from file names instead of a list."""
+    """Whether this source takes its rows from image file names instead of an annotation list."""
 
 
 @dataclass(frozen=True)
 class SampleSource:
-    """A source that reads files in which images and captions are stored together."""
+    """A data source that reads files in which images and captions are stored together."""
 
     files: Callable[[Data], list[tuple[str, int, str | None]]]
-    """Returns the path relative to `data.root`, size in bytes and split (None: not in its name) of each file."""
+    """Returns the path relative to `data.root`, size in bytes and split of each file (None: the name has no split)."""
     candidates: Callable[[str, tuple[int, int], str | None, Data, IngestCounts], Iterator[Candidate]]
-    """Called with file, range, split, data and counts. Yields the pairs in that range; counts the rejected rows."""
+    """Called with file, range, split, data, counts. Yields the usable rows in the range, and counts all rows there."""
     ranges: Callable[[list[str], Data], list[list[tuple[int, int]]]] = lambda files, data: [[(0, 0)]] * len(files)
-    """Returns the ranges in which each file is read, such as row groups. (0, 0): the entire file."""
+    """Returns for each file the ranges in which it is read, such as ranges of row groups; (0, 0) is the entire file."""

@@ -1,8 +1,8 @@
-"""A split of a dataset, ready for training: cleaned captions, and images resized to the model's size in a cache.
+"""A split (train, val or test) of a dataset, ready for training: cleaned captions, and images resized for the model.
 
-N images, T captions, S pixels on a side. Slow work is done once, at the first access, and its result is cached. Names
-of cache files are hashes of everything that determines their content, so runs can share a cache, and it can be deleted
-at any time.
+N images, T captions, images of S x S pixels. Decoding and resizing happen once, at the first access to the images, and
+the result is kept in a cache on disk. The names of cache files are hashes of everything that determines their content,
+so runs can share a cache, and it can be deleted at any time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rmdd.data.shards import Dataset
 
 @dataclass(frozen=True)
 class DecodedImages:
-    """The decoded images of a split in one cache file, which is written when it is first opened."""
+    """The decoded images of a split in one cache file; the first call of `open` writes the file."""
 
     dataset: Dataset = field(repr=False)
     split: str
@@ -44,7 +44,7 @@ class DecodedImages:
 
     def open(self) -> np.ndarray:
         if not len(self.rows):
-            return np.zeros(self.shape, dtype=np.uint8)  # an empty file cannot be memory-mapped
+            return np.zeros(self.shape, dtype=np.uint8)  # numpy cannot memory-map an empty file
         if not self.written:
             with hold_folder(self.path.with_suffix(""), wait=True):
                 if not self.written:
@@ -58,7 +58,7 @@ class DecodedImages:
                 images[i] = squashed(image, self.data)
 
     def decode(self, index: np.ndarray) -> np.ndarray:
-        """Decode the images at `index` directly from the shards, without the cache file."""
+        """Decode the images with the indices `index` directly from the shards, without the cache file."""
         wanted = self.rows[index]
         decoded = {row: squashed(image, self.data) for row, image in read_rows(self.dataset, self.split, wanted)}
         return np.stack([decoded[int(row)] for row in wanted])
@@ -68,17 +68,17 @@ class DecodedImages:
 class Split:
     name: str
     pixels: np.ndarray | DecodedImages = field(repr=False)
-    """The images in memory, or their cache."""
+    """The decoded images in memory, or the cache file that holds them."""
     captions: list[str]
-    """Cleaned captions, ordered by image."""
+    """The T cleaned captions; captions of the same image are consecutive."""
     image_of: np.ndarray
-    """int64 (T,): the image number of each caption, ascending."""
+    """int64 (T,): the index of the image of each caption, in ascending order."""
     pair_ids: list[str]
     dropped: dict[str, int]
-    """Number of `captions` that cleaning left empty, and of `pairs` that lost all their captions this way."""
+    """Number of `captions` that were empty after cleaning, and of `pairs` that had no other captions."""
     dataset: Dataset = field(repr=False)
     rows: np.ndarray = field(repr=False)
-    """int64 (N,): the row number of each image in the shards of this split."""
+    """int64 (N,): the row index of each image among all shard rows of this split."""
     _encoded: Path = field(repr=False)
 
     def __len__(self) -> int:
@@ -86,20 +86,20 @@ class Split:
 
     @functools.cached_property
     def images(self) -> np.ndarray:
-        """All images as uint8 (N, 3, S, S), a read-only memory map; decodes them at the first access."""
+        """All images as uint8 (N, 3, S, S), a read-only memory map of the cache. The first access decodes the images."""
         return self.pixels if isinstance(self.pixels, np.ndarray) else self.pixels.open()
 
     def some_images(self, index: np.ndarray) -> np.ndarray:
-        """Return the images at `index` as uint8 (n, 3, S, S); without a cache only these are decoded."""
+        """Return the images with indices `index` as uint8 (n, 3, S, S); without a cache, only these images are decoded."""
         if isinstance(self.pixels, np.ndarray) or self.pixels.written:
             chosen: np.ndarray = self.images[index]
             return chosen
         return self.pixels.decode(np.asarray(index))
 
     def cache_bytes(self, encoded: bool) -> int:
-        """Return the size of the image cache in bytes: exact for decoded images, approximate for encoded ones.
+        """Return the size of the image cache in bytes: exact for decoded images, approximate if `encoded`.
 
-        Images in memory need no cache and give 0.
+        The size is 0 for images in memory, which need no cache.
         """
         if isinstance(self.pixels, np.ndarray):
             return 0
@@ -108,13 +108,13 @@ class Split:
         return int(np.prod(self.pixels.shape))
 
     def facts(self) -> dict[str, int]:
-        """Return the number of pairs and captions in use, and of those that the caption rule removed."""
+        """Return the number of pairs and captions in this split, and of the pairs and captions that cleaning removed."""
         return {"pairs": len(self), "captions": len(self.captions)} | {
             f"dropped_{k}": n for k, n in self.dropped.items()
         }
 
     def encoded(self, i: int) -> bytes:
-        """Return the encoded bytes of image `i`. The first call copies all encoded images to a random-access cache."""
+        """Return the encoded bytes of image `i`; the first call copies all encoded images to a random-access cache."""
         if "_bytes" not in self.__dict__:
             object.__setattr__(self, "_bytes", _encoded_cache(self.dataset, self.name, self.rows, self._encoded))
         data, offsets = self.__dict__["_bytes"]
@@ -122,10 +122,10 @@ class Split:
 
 
 def load_split(dataset: Dataset, split: str, data: Data, cache: Path | str) -> Split:
-    """Load the cleaned captions of a split; its images are decoded at the first access and then read from `cache`.
+    """Load the cleaned captions of a split; its images are decoded at the first access and kept in the folder `cache`.
 
     `data.eval_limit` limits val and test to their first pairs. Pairs without a caption after cleaning are dropped from
-    every split and counted in `Split.dropped`. Several processes may call this at the same time.
+    every split and counted in `Split.dropped`. Several processes may call this function at the same time.
     """
     limit = data.eval_limit if split != "train" else None
     rows: list[int] = []
@@ -157,12 +157,12 @@ def load_split(dataset: Dataset, split: str, data: Data, cache: Path | str) -> S
 
 
 def squashed(image: bytes, data: Data) -> np.ndarray:
-    """Decode an image and resize it to `data.image_size`, as uint8 (3, S, S)."""
+    """Decode an image file and resize it to `data.image_size`; return it as uint8 (3, S, S)."""
     return squash(decode_as(image, data), data.image_size)
 
 
 def _encoded_cache(dataset: Dataset, split: str, rows: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return the concatenated encoded images and their N+1 offsets; writes both files if they are missing.
+    """Return the encoded images as one array of bytes, and N+1 offsets into it; missing cache files are written.
 
     The offsets are written last, so their file marks a complete cache.
     """
@@ -180,9 +180,9 @@ def _encoded_cache(dataset: Dataset, split: str, rows: np.ndarray, path: Path) -
 
 
 def read_rows(dataset: Dataset, split: str, rows: np.ndarray) -> Iterator[tuple[int, bytes]]:
-    """Yield (row, encoded image) for the given rows of a split, ascending and without duplicates.
+    """Yield (row, encoded image) for the shard rows `rows` of a split, ascending and without duplicates.
 
-    Only the row groups that contain these rows are read.
+    Only the row groups that contain these rows are read from disk.
     """
     wanted, first = np.unique(rows), 0
     for shard in dataset.manifest["shards"]:
@@ -202,6 +202,6 @@ def read_rows(dataset: Dataset, split: str, rows: np.ndarray) -> Iterator[tuple[
 
 
 def _between(rows: np.ndarray, start: int, stop: int) -> np.ndarray:
-    """Return those of the ascending `rows` that are in [start, stop)."""
+    """Return those of the ascending row numbers `rows` that are at least `start` and below `stop`."""
     low, high = np.searchsorted(rows, [start, stop])
     return rows[low:high]

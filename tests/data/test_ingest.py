@@ -227,7 +227,7 @@ def test_paths_that_repeat_the_root_folder_are_reported(root, draw, put, tmp_pat
 
 def test_missing_rows_and_a_missing_root_are_refused(root, put, tmp_path):
     put("t.json", [])
-    with pytest.raises(ValueError, match="holds no rows"):
+    with pytest.raises(ValueError, match="has no rows"):
         ingest(Data(source="lists", root=str(root), annotations={"train": "t.json"}), tmp_path / "out")
     with pytest.raises(ValueError, match="is not a folder"):
         ingest(Data(source="lists", root=str(root / "no"), annotations={"train": "t.json"}), tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Data sources, one file per input format. Each file defines `SOURCE`; see `rmdd.data.source`."""
+"""Built-in data sources, one file per input format. Each file defines `SOURCE`; see `rmdd.data.source`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from rmdd.data.source import AnnotationSource, SampleSource
 
 
 def find(data: Data) -> AnnotationSource | SampleSource:
-    """Return the source that `data` names. Raises `ValueError` if it does not exist or `data.root` is not a folder."""
+    """Return the source that `data.source` names. Raises `ValueError` if it is missing or `data.root` is not a folder."""
     source = by_name.find(data.source)
     if not isinstance(source, AnnotationSource | SampleSource):
-        raise ValueError(f"data.source '{data.source}' is no AnnotationSource or SampleSource of rmdd.data.source")
+        raise ValueError(f"data.source '{data.source}' has a SOURCE that is no AnnotationSource or SampleSource")
     if data.root is not None and not (root := input_path(data.root)).is_dir():
-        raise ValueError(f"data.root {root} is not a folder; set it to the folder that image paths start in")
+        raise ValueError(f"data.root {root} is not a folder; give the folder that image paths are relative to")
     return source

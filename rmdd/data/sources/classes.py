@@ -1,6 +1,6 @@
 """Images with class labels, for zero-shot classification: one folder per class, a list, or the binary CIFAR files.
 
-The caption of an image is its class id: the name of its folder, the class in the list, or CIFAR's class name.
+The caption of an image is its class id: the name of the folder, the class in the list, or the class name of CIFAR.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from rmdd.data.source import AnnotationRow, AnnotationSource
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 CIFAR = {"cifar10": ("batches.meta.txt", "test_batch.bin", 1), "cifar100": ("fine_label_names.txt", "test.bin", 2)}
-"""Per layout: the file with class names, the file with images, and the number of label bytes before each image. The
-last label byte is the class."""
+"""Per layout: the file with class names, the file with images, and the number of label bytes before each image, of
+which the last is the class."""
 _PIXELS = 3 * 32 * 32
 _KAGGLE = "ImageId,PredictionString"
 
@@ -31,7 +31,7 @@ _KAGGLE = "ImageId,PredictionString"
 @dataclass(frozen=True)
 class Labelled:
     names: dict[str, tuple[str, ...]]
-    """The names of each class, the usual name first. Classes are sorted; CIFAR classes have CIFAR's order."""
+    """The names of each class, the preferred name first. Classes are sorted by id; CIFAR classes have CIFAR's order."""
     pictures: list[AnnotationRow]
     files: list[InputPath]
     """The annotation files that were read."""
@@ -43,7 +43,7 @@ def rows(data: Data) -> tuple[Iterator[AnnotationRow], list[InputPath]]:
 
 
 def read(data: Any) -> Labelled:
-    """Read the classes and images that `data.classes` selects. Raises `ValueError` with file and line."""
+    """Read the classes and images that `data.classes` selects. Raises `ValueError` with file and line number."""
     root, rule = input_path(data.root), data.classes
     names_of, files = _read_names(root / rule.names) if rule.names else ({}, [])
     if rule.layout in CIFAR:
@@ -55,14 +55,14 @@ def read(data: Any) -> Labelled:
     chosen = _chosen(ids, rule, root)
     if rule.names and (nameless := [c for c in chosen if c not in names_of]):
         raise ValueError(
-            f"{root / rule.names} has no name for {len(nameless)} classes, such as '{nameless[0]}'; add it"
+            f"{root / rule.names} has no name for {len(nameless)} classes, such as '{nameless[0]}'; add the names"
         )
     names = {c: names_of.get(c) or (c.replace("_", " "),) for c in chosen}
     return Labelled(names, [row for row in pictures if row.captions[0] in names], files + lists)
 
 
 def draw(root: InputPath, spec: str) -> bytes:
-    """Return a CIFAR image as PNG bytes; `spec` is JSON with its file and byte offset."""
+    """Return a CIFAR image as PNG bytes; `spec` is JSON with the name of the CIFAR file and the image's byte offset."""
     position = json.loads(spec)
     file = root / position["file"]
     with seekable(file) as f:
@@ -76,7 +76,7 @@ def draw(root: InputPath, spec: str) -> bytes:
 def _chosen(ids: list[str], rule: Any, root: InputPath) -> list[str]:
     if rule.only is not None:
         if unknown := [c for c in rule.only if c not in ids]:
-            raise ValueError(f"data.classes.only names '{unknown[0]}', which is no class of {root}; correct it")
+            raise ValueError(f"data.classes.only names '{unknown[0]}', which is no class of {root}; remove it")
         return [c for c in ids if c in rule.only]
     number = rule.number or max(2, len(ids))
     if number > len(ids):
@@ -113,7 +113,7 @@ def _list(
     for i, line in lines[1:] if kaggle else lines:
         name, label = _kaggle(line) if kaggle else _file_and_class(line)
         if not label:
-            numbers = "; numbers without file names are the ILSVRC toolkit's format" if line.isdecimal() else ""
+            numbers = "; lines with only a number are the ILSVRC toolkit's format" if line.isdecimal() else ""
             raise ValueError(f"{path}: line {i} is not `FILE CLASS`, found {line[:60]!r}{numbers}; give `FILE CLASS`")
         if label.isdecimal() and label not in names_of:
             if not ids or int(label) >= len(ids):

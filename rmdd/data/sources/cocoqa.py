@@ -1,6 +1,7 @@
-"""COCO-QA: four text files per split, in which equal line numbers belong together. Rows are the test questions' images.
+"""COCO-QA: four text files per split, in which equal line numbers belong together.
 
-Test questions are about val2014 images. A question is lower-case, tokenised and has no question mark.
+The rows are the images of the test questions, which are in val2014. A question is lower-case, tokenised and has no
+question mark.
 """
 
 from __future__ import annotations
@@ -24,28 +25,28 @@ class Question:
     question: str
     answer: str
     image: str
-    """Path relative to the folder that contains val2014."""
+    """Path of the image, relative to the folder that contains val2014."""
     type: str
     line: int
 
 
 def read(data: Any, split: str) -> list[Question]:
-    """Read all questions of `split` (train or test) in file order. Raises `ValueError` with file and line."""
+    """Read all questions of `split` (train or test) in file order. Raises `ValueError` with file and line number."""
     root = input_path(data.root)
     folder = root / data.cocoqa.folder / split
     lines = {name: _lines(folder / name) for name in FILES}
     counts = {name: len(values) for name, values in lines.items()}
     if len(set(counts.values())) > 1:
         lengths = ", ".join(f"{name} {n}" for name, n in counts.items())
-        raise ValueError(f"{folder}: the four files must have equal numbers of lines, found {lengths}; copy them again")
+        raise ValueError(f"{folder}: the four files must have equal numbers of lines, found {lengths}; copy all again")
     if not counts[FILES[0]]:
-        raise ValueError(f"{folder / FILES[0]} holds no question; copy it again")
+        raise ValueError(f"{folder / FILES[0]} holds no question; copy the file again")
     pictures = {"train": "train2014", "test": "val2014"}[split]
     questions = []
     for i, (question, answer, number, kind) in enumerate(zip(*lines.values(), strict=True), start=1):
         for name, word in zip(FILES, (question, answer, number, kind), strict=True):
             if not word:
-                raise ValueError(f"{folder / name}: line {i} is empty but all four files need it; copy them again")
+                raise ValueError(f"{folder / name}: line {i} is empty; copy all four files again")
         if not number.isdecimal():
             raise ValueError(f"{folder / FILES[2]}: line {i} is {number!r}, expected the number of a COCO image")
         if kind not in ("0", "1", "2", "3"):
@@ -56,7 +57,7 @@ def read(data: Any, split: str) -> list[Question]:
 
 
 def sampled_questions(data: Any) -> list[Question]:
-    """Return the test questions in use: all, or `data.cocoqa.questions` of them, chosen by a hash of seed and line."""
+    """Return the test questions used: all, or `data.cocoqa.questions` of them, drawn by a hash of seed and line number."""
     questions, rule = read(data, "test"), data.cocoqa
     if rule.questions is None or rule.questions >= len(questions):
         return questions
@@ -85,7 +86,7 @@ def rows(data: Data) -> tuple[Iterator[AnnotationRow], list[InputPath]]:
 
 
 def _lines(path: InputPath) -> list[str]:
-    """Return the stripped lines of a file without blank lines at its end."""
+    """Return the lines of a file without surrounding white space; blank lines at the end of the file are left out."""
     lines = [line.strip() for line in read_text(path).split("\n")]
     while lines and not lines[-1]:
         lines.pop()

@@ -1,6 +1,7 @@
 """Karpathy's `dataset_*.json`: one file with all splits, `{"dataset": ..., "images": [{filename, split, sentences}]}`.
 
-`restval` is part of train, as in all papers. Captions come from `raw`, because `tokens` lack case and punctuation.
+The split `restval` is part of train, as in all papers. Captions come from the field `raw` of a sentence, because its
+`tokens` lack case and punctuation.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ def rows(data: Data) -> tuple[Iterator[AnnotationRow], list[InputPath]]:
     elif data.layout in KARPATHY:
         path = find_annotation(root, [KARPATHY[data.layout]], f"the Karpathy file of layout '{data.layout}'")
     else:
-        raise ValueError(f"layout '{data.layout}' has no Karpathy file; name it in data.annotations or use lists")
+        raise ValueError(f"layout '{data.layout}' has no Karpathy file; set data.annotations or data.source: lists")
     content = read_json_file(path)
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
-        hint = "; BLIP or LoRS lists are read with data.source: lists" if isinstance(content, list) else ""
+        hint = "; set data.source: lists for BLIP or LoRS lists" if isinstance(content, list) else ""
         raise ValueError(f"{path}: expected an object with a list `images` (Karpathy), found {describe(content)}{hint}")
     name = content.get("dataset")
     source = name if isinstance(name, str) and name else data.layout or path.stem

@@ -1,11 +1,10 @@
-"""BLIP/LoRS lists: one JSON list per split.
+"""Lists in the BLIP or LoRS format: one JSON list per split (train, val, test).
 
-Train has one record per caption; val and test have one record per image, whose `caption` is a list; CC3M has one
-string per record in all splits. Both forms are accepted in every split.
-
-Some original releases are also accepted: Flickr8k's token file with its three lists of image names, and Kaggle's
-`captions.txt`. Without published splits, images are assigned by a hash: Flickr30k's token file, and the
-`metadata.json` or `chat.json` of LLaVA's CC3M (with exact split sizes).
+The train list has one record per caption; the val and test lists have one record per image, whose `caption` is a list.
+CC3M has one record per caption in all splits. Every split accepts both forms of records. Some original releases are
+accepted too: Flickr8k's token file with its three lists of image names, and Kaggle's `captions.txt`. A hash assigns the
+images of releases without published splits: Flickr30k's token file, and the `metadata.json` or `chat.json` of LLaVA's
+CC3M (here with exact split sizes).
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def rows(data: Data) -> tuple[Iterator[AnnotationRow], list[InputPath]]:
     if isinstance(data.annotations, Annotations):
         files: dict[str, InputPath] = {split: root / name for split, name in data.annotations.files.items()}
     else:
-        assert layout is not None  # config.Data checks this
+        assert layout is not None  # config.Data has checked that a layout is given
         if layout == "flickr8k" and (released := _flickr8k(root)):
             return released
         files, missing = {}, []
@@ -67,7 +66,7 @@ def _records(path: InputPath) -> list[dict[str, Any]]:
     records = read_json_file(path)
     if not isinstance(records, list):
         karpathy = isinstance(records, dict) and "images" in records
-        hint = "; this looks like a Karpathy file: data.source: karpathy" if karpathy else ""
+        hint = "; set data.source: karpathy for a Karpathy file" if karpathy else ""
         raise ValueError(f"{path}: expected a JSON list of records, found {describe(records)}{hint}")
     for i, record in enumerate(records):
         if not isinstance(record, dict) or not {"image", "caption"} <= record.keys():
@@ -90,7 +89,7 @@ def _rows(path: InputPath, records: list[dict[str, Any]], split: str, source: st
 
 
 def _released(root: InputPath, layout: str, shares: Shares) -> tuple[Iterator[AnnotationRow], list[InputPath]] | None:
-    """Read an original release without splits, or return None if none of its files exists."""
+    """Read an original release that has no splits; return None if none of its files exists."""
     if layout == "flickr30k" and (path := root / FLICKR30K_TOKENS).is_file():
         return _token_rows(path, None, layout), [path]
     for name in CC3M_RELEASED if layout == "cc3m" else ():
@@ -100,9 +99,9 @@ def _released(root: InputPath, layout: str, shares: Shares) -> tuple[Iterator[An
 
 
 def _cut_exactly(rows: Iterator[AnnotationRow], shares: Shares) -> Iterator[AnnotationRow]:
-    """Assign images to splits with exact shares, in the order of a hash of their path.
+    """Divide the images into splits of exact sizes, in the order of a hash of the image path.
 
-    The first n images of a split are therefore a random sample of it.
+    The first n images of a split are therefore a random sample of the split.
     """
     all_rows = list(rows)
     images = sorted(
@@ -116,7 +115,7 @@ def _cut_exactly(rows: Iterator[AnnotationRow], shares: Shares) -> Iterator[Anno
 
 
 def ends(total: int, shares: Shares) -> tuple[int, int]:
-    """Return the end positions of train and val when `total` images are divided in these shares.
+    """Return the exclusive ends of train and val when `total` images are divided in the shares (train, val, test).
 
     >>> ends(595_375, (0.6, 0.2, 0.2))  # 357,225, 119,075 and 119,075
     (357225, 476300)
@@ -125,7 +124,7 @@ def ends(total: int, shares: Shares) -> tuple[int, int]:
 
 
 def _cc3m_rows(path: InputPath) -> Iterator[AnnotationRow]:
-    """Yield rows with the raw CC3M caption: `caption` in the metadata file, or the answer in the chat file."""
+    """Yield rows with the uncleaned CC3M caption: `caption` in the metadata file, or the answer in the chat file."""
     records = read_json_file(path)
     if not isinstance(records, list):
         raise ValueError(f"{path}: expected the JSON list of LLaVA's CC3M, found {describe(records)}")

@@ -1,4 +1,4 @@
-"""Parquet files that contain the images, as Hugging Face `datasets` writes them.
+"""Parquet files that contain the images, as the Hugging Face library `datasets` writes them.
 
 The image column is `{bytes, path}` or binary; the caption column is text or a list of texts.
 """
@@ -26,7 +26,7 @@ _ROWS_PER_READ = 32
 def row_group_ranges(paths: list[str], data: Data) -> list[list[tuple[int, int]]]:
     """Divide the row groups of each file into ranges whose compressed size reaches `data.shard_mb`.
 
-    Raises `ValueError` for a file that is not Parquet or lacks a column.
+    Raises `ValueError` for a file that is not Parquet or lacks a needed column.
     """
     root = input_path(data.root)
     with ThreadPoolExecutor(_CONCURRENT_FILES) as pool:
@@ -36,7 +36,7 @@ def row_group_ranges(paths: list[str], data: Data) -> list[list[tuple[int, int]]
 def candidates(
     file: str, groups: tuple[int, int], split: str | None, data: Data, counts: IngestCounts
 ) -> Iterator[Candidate]:
-    """Yield the rows of the row groups in the range `groups`, in order."""
+    """Yield in order the rows of the row groups [start, stop) of a file, where `groups` is (start, stop)."""
     start, stop = groups
     rule, path = data.parquet, input_path(data.root) / file
     with _opened(path) as table:
@@ -100,7 +100,7 @@ def _ranges_of_file(file: InputPath, data: Data) -> list[tuple[int, int]]:
 
 def _check(file: InputPath, name: str, columns: dict[str, Any], option: str, expected: str, fits: Any) -> None:
     if name not in columns:
-        raise ValueError(f"{file} has no column '{name}' but {', '.join(columns)}; set data.parquet.{option}")
+        raise ValueError(f"{file} has no column '{name}', only {', '.join(columns)}; set data.parquet.{option}")
     if not fits(columns[name]):
         raise ValueError(f"{file}: column '{name}' is {columns[name]}, expected {expected}; set data.parquet.{option}")
 
@@ -131,7 +131,7 @@ def _opened(file: InputPath) -> pq.ParquetFile:
 
 def _damaged(file: InputPath, error: Exception) -> ValueError:
     return ValueError(
-        f"{file} is not a complete Parquet file: {error}; download it again or exclude it from data.parquet.files"
+        f"{file} is not a complete Parquet file: {error}; download the file again or exclude it from data.parquet.files"
     )
 
 

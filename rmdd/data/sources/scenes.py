@@ -1,7 +1,7 @@
 """The built-in synthetic dataset: images of one to three shapes with five captions each, generated from a seed.
 
-Each caption describes the scene completely (background, arrangement, and colour, shape, size and texture of each
-shape), and no two scenes of a dataset are equal, so each caption has exactly one correct image.
+Each caption describes the scene completely: the background, the arrangement, and the colour, shape, size and texture of
+each shape. No two scenes of a dataset are equal, so each caption has exactly one correct image.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ ARRANGEMENTS = {
 }
 RADIUS = {"single": 0.25, "left_right": 0.2, "above_below": 0.2, "row": 0.15, "column": 0.15, "pyramid": 0.18}
 
-# A, B and C are the shapes with their article, in the order of ARRANGEMENTS; Z is the background.
+# A, B and C stand for the phrases of the shapes, in the order of ARRANGEMENTS; Z stands for the background.
 SENTENCES = {
     "single": (
         "{A} {place} of a picture with {Z}",
@@ -120,7 +120,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A scene. Two scenes with equal fields look the same, except for a shift of a few pixels."""
+    """A scene to draw. Two scenes with equal fields look the same, except for shifts of the shapes by a few pixels."""
 
     background: str
     arrangement: str
@@ -142,7 +142,7 @@ def _rows(config: Scenes) -> Iterator[AnnotationRow]:
 
 
 def plan(config: Scenes) -> dict[str, list[Scene]]:
-    """Draw distinct scenes for all splits. Test and val come first, so a larger train split does not change them."""
+    """Draw distinct scenes for all splits. Test and val are drawn first, so a larger train split does not change them."""
 
     earlier: set[Scene] = set()
     drawn: dict[str, list[Scene]] = {}
@@ -159,7 +159,7 @@ def plan(config: Scenes) -> dict[str, list[Scene]]:
 
 
 def captions(scene: Scene, seed: int, split: str, index: int) -> list[str]:
-    """Return five different captions of a scene; their wording is random."""
+    """Return five different captions of a scene, with random wording."""
 
     draws = generator(seed, f"scene captions/{split}", index)
     sentences = SENTENCES[scene.arrangement]
@@ -168,7 +168,7 @@ def captions(scene: Scene, seed: int, split: str, index: int) -> list[str]:
 
 
 def draw(spec: str) -> bytes:
-    """Draw a scene and return it as PNG bytes; `spec` is the JSON of its row."""
+    """Draw the scene of a row and return the image as PNG bytes; `spec` is the JSON in `AnnotationRow.drawing`."""
     picture = json.loads(spec)
     scene, size, shift = picture["scene"], picture["size"], picture["shift"]
     side = size * _SUPERSAMPLING
@@ -190,7 +190,7 @@ def _pick(options: Iterable[T], draws: torch.Generator) -> T:
 
 
 def _draw_scene(draws: torch.Generator) -> Scene:
-    # Scenes with two shapes are as frequent as scenes with one or three shapes together.
+    # Scenes with two shapes are as frequent as scenes with one shape and scenes with three shapes together.
     arrangement = _pick(("single", *2 * ("left_right", "above_below"), "row", "column", "pyramid"), draws)
     place = _pick(PLACES, draws) if arrangement == "single" else ""
     number = 1 if arrangement == "single" else len(ARRANGEMENTS[arrangement])
@@ -202,14 +202,14 @@ def _draw_scene(draws: torch.Generator) -> Scene:
 
 
 def _shift(scene: Scene, seed: int, split: str, index: int) -> list[list[float]]:
-    """Draw a random shift per shape of up to 2 % of the image side, so that positions vary."""
+    """Return a random shift for each shape, of up to 2 % of the image side, so that positions vary between images."""
 
     draws = generator(seed, f"scene shift/{split}", index)
     return ((torch.rand(len(scene.things), 2, generator=draws) - 0.5) * 0.04).tolist()
 
 
 def _sentence(sentence: str, scene: Scene, draws: torch.Generator) -> str:
-    short = len(scene.things) == 3  # keeps captions below the papers' limit of 30 words
+    short = len(scene.things) == 3  # keeps captions below 30 words, the limit used in the papers
     names = {letter: _phrase(thing, short, draws) for letter, thing in zip("ABC", scene.things, strict=False)}
     background = _pick(("a {} background", "a {} ground", "a {} backdrop"), draws).format(scene.background)
     return sentence.format(**names, Z=background, place=scene.place)
@@ -258,11 +258,11 @@ POLYGONS: dict[str, list[list[tuple[float, float]]]] = {
         ]
     ],
 }
-"""Corners of each shape relative to its centre, in units of the radius."""
+"""Corners of each shape: positions relative to the centre of the shape, in units of its radius."""
 
 
 def _ink(colour: tuple[int, int, int], texture: str, side: int) -> Image.Image:
-    """Return a canvas filled with the colour and its texture: light stripes or dots, twelve per side."""
+    """Return an image filled with a colour and a texture: light stripes or dots, twelve per image side."""
     ink = Image.new("RGB", (side, side), colour)
     if texture == "plain":
         return ink

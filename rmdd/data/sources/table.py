@@ -1,6 +1,6 @@
-"""A folder of images and one table (CSV, TSV, JSON lines or Parquet) with one row per caption or per image.
+"""A folder of images and one table (CSV, TSV, JSON lines or Parquet) with one row per caption or one row per image.
 
-An unknown name in the split column stops the ingest; an empty cell only quarantines its row.
+An unknown split name in the split column stops the ingest; a row whose cell in this column is empty is quarantined.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from rmdd.data.source import NO_SPLIT, SPLIT_NAMES, AnnotationRow, AnnotationSou
 def rows(data: Data) -> tuple[Iterator[AnnotationRow], list[InputPath]]:
     path = input_path(data.root) / data.table.file
     if not path.is_file():
-        raise ValueError(f"{path} not found; set data.table.file to the table, relative to data.root")
+        raise ValueError(f"{path} not found; set data.table.file to the path of the table relative to data.root")
     readers = {".csv": _csv, ".tsv": _csv, ".txt": _csv, ".jsonl": _jsonl, ".ndjson": _jsonl, ".parquet": _parquet}
     if path.suffix.lower() not in readers:
-        raise ValueError(f"{path}: cannot read '{path.suffix}'; give one of {', '.join(readers)}")
+        raise ValueError(f"{path}: unknown extension '{path.suffix}'; give one of {', '.join(readers)}")
     return _rows(path, readers[path.suffix.lower()](path), data.table), [path]
 
 
@@ -58,7 +58,7 @@ def _split(record: dict[str, Any], table: TableSource, path: InputPath, where: s
 
 
 def _unpacked(value: Any) -> Any:
-    """Parse a JSON list in a text cell; any other value is returned unchanged."""
+    """Return the list that a text cell holds as JSON; a value that is no JSON list is returned unchanged."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             inner = json.loads(value)
@@ -76,9 +76,9 @@ def _csv(path: InputPath) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         names = [name.strip() for name in next(reader, [])]
         if len(set(names)) < len(names):
-            raise ValueError(f"{path}: two columns have the same name: {', '.join(names)}; rename one")
+            raise ValueError(f"{path}: two of the columns {', '.join(names)} have the same name; rename one")
         for line in reader:
-            if line:  # in a row that is too short, the last columns are empty
+            if line:  # if a row has too few cells, its last columns are empty
                 padded = line + [None] * (len(names) - len(line))
                 yield f"line {reader.line_num}", dict(zip(names, padded, strict=False))
     except csv.Error as error:
@@ -94,7 +94,7 @@ def _jsonl(path: InputPath) -> Iterator[tuple[str, dict[str, Any]]]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: line {i} is not JSON: {error}; JSON lines hold one object per line") from None
         if not isinstance(record, dict):
-            hint = "; a JSON list of records is read with data.source: lists" if isinstance(record, list) else ""
+            hint = "; set data.source: lists for a JSON list of records" if isinstance(record, list) else ""
             raise ValueError(f"{path}: line {i} is {describe(record)}, expected an object{hint}")
         yield f"line {i}", record
 

@@ -1,7 +1,8 @@
-"""WebDataset tars as img2dataset writes them (LAION, DataComp): `key.jpg` with `key.txt`, `key.json`, or both.
+"""WebDataset tar files as img2dataset writes them (LAION, DataComp): `key.jpg` with `key.txt`, `key.json`, or both.
 
-A sample is a sequence of members whose paths are equal up to the first dot of the file name. The caption is the text
-file, or `caption` or `captions` in the JSON file. A tar is read sequentially, with one sample in memory.
+A sample is a run of consecutive tar members whose paths are equal up to the first dot of the file name. Its caption is
+the text file, or the field `caption` or `captions` of the JSON file. A tar file is read sequentially, with one sample
+in memory.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _SAMPLES_CHECKED = 64
 class Sample:
     key: str
     members: dict[str, bytes | None] = field(default_factory=dict)
-    """File contents by lower-case extension; None for a file larger than `MEMBER_BYTES`."""
+    """Content of each file of the sample by lower-case extension; None for a file larger than `MEMBER_BYTES`."""
 
     @property
     def image(self) -> bytes | ImageError:
@@ -40,7 +41,7 @@ class Sample:
 
     @property
     def captions(self) -> tuple[Any, ...]:
-        """The unchecked captions of this sample; a text file that is not UTF-8 gives bytes."""
+        """The captions of this sample before any check. A text file that is not UTF-8 is returned as bytes."""
         if text := self.members.get("txt"):
             try:
                 return (text.decode("utf-8-sig").rstrip("\r\n"),)
@@ -56,11 +57,11 @@ class Sample:
 
 
 class TruncatedTar(Exception):
-    """A tar file that ends, or is damaged, before its end mark."""
+    """Error for a tar file that ends, or is damaged, before its end mark."""
 
 
 class _Header(tarfile.TarInfo):
-    """A tar header that raises `TruncatedTar` for damage; tarfile silently takes a damaged header for the end."""
+    """A tar header that raises `TruncatedTar` if it is damaged. Python's tarfile takes a damaged header for the end."""
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> _Header:
@@ -73,9 +74,9 @@ class _Header(tarfile.TarInfo):
 
 
 def files(data: Data) -> list[tuple[str, int, str | None]]:
-    """Return the path relative to the root, size in bytes and split of each tar.
+    """Return the path relative to `data.root`, the size in bytes and the split of each tar file.
 
-    Raises `ValueError` if the first tar holds no pair.
+    Raises `ValueError` if the first samples of the first tar file have no image with a caption.
     """
     tars = sample_files(data, "webdataset")
     _check_layout(input_path(data.root) / tars[0][0])
@@ -85,7 +86,7 @@ def files(data: Data) -> list[tuple[str, int, str | None]]:
 def candidates(
     file: str, _range: tuple[int, int], split: str | None, data: Data, counts: IngestCounts
 ) -> Iterator[Candidate]:
-    """Yield the samples of one tar in order. The part after a damage is quarantined as one row."""
+    """Yield the usable samples of a tar file in order. If the tar is damaged, the rest is quarantined as one row."""
     keys: set[str] = set()
     try:
         for sample in samples(input_path(data.root) / file):
@@ -98,7 +99,7 @@ def candidates(
 
 
 def samples(tar: InputPath) -> Iterator[Sample]:
-    """Yield the samples of a tar. Raises `TruncatedTar`, `tarfile.TarError` or `EOFError` if it is damaged."""
+    """Yield the samples of a tar in order. Raises `TruncatedTar`, `tarfile.TarError` or `EOFError` for a damaged tar."""
     with tar.open("rb") as f, tarfile.open(fileobj=f, mode="r|*", tarinfo=_Header) as archive:
         sample = None
         for member in archive:
@@ -142,7 +143,7 @@ def _candidate(
 
 
 def _check_layout(tar: InputPath) -> None:
-    """Raise `ValueError` unless one of the first samples has an image and a caption."""
+    """Raise `ValueError` unless one of the first samples of a tar file has an image and a caption."""
     extensions: set[str] = set()
     try:
         for number, sample in enumerate(samples(tar)):

@@ -70,7 +70,7 @@ def test_the_kaggle_ground_truth_file(imagenet, put):
         (
             {"val.txt": "490\n361\n"},
             {},
-            "line 1 is not `FILE CLASS`.*numbers without file names are the ILSVRC toolkit's format",
+            "line 1 is not `FILE CLASS`.*lines with only a number are the ILSVRC toolkit's format",
         ),
         (
             {"val.txt": "a.JPEG n01\nb.JPEG n09\n"},

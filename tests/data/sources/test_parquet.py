@@ -80,14 +80,14 @@ def test_a_large_file_is_read_in_ranges_of_row_groups(root, tmp_path):
 def test_unreadable_files_are_refused(root, tmp_path):
     write(root / "a.parquet", [picture(0)], ["x"])
     for rule, words in {
-        ("pixels", "caption"): "has no column 'pixels' but image, caption; set data.parquet.image",
+        ("pixels", "caption"): "has no column 'pixels', only image, caption; set data.parquet.image",
         ("image", "image"): "column 'image' is binary, expected text or a list of texts; set data.parquet.caption",
         ("caption", "caption"): "column 'caption' is string, expected .bytes, path. or binary",
     }.items():
         with pytest.raises(ValueError, match=words):
             ingest(data_of(root, image=rule[0], caption=rule[1]), tmp_path / "out")
     (root / "a.parquet").write_bytes((root / "a.parquet").read_bytes()[:-9])
-    with pytest.raises(ValueError, match="a.parquet is not a complete Parquet file: .*download it again"):
+    with pytest.raises(ValueError, match="a.parquet is not a complete Parquet file: .*download the file again"):
         ingest(data_of(root), tmp_path / "out")
     with pytest.raises(ValueError, match="no file under .* matches data.parquet.files 'b"):
         ingest(data_of(root, files="b*.parquet"), tmp_path / "out")

@@ -97,13 +97,13 @@ def test_rows_with_bad_cells_are_quarantined(root, put, draw, tmp_path):
     [
         ("captions.csv", "file,caption\n1.png,x\n", "no column 'image'; it has file, caption; set data.table.image"),
         ("captions.csv", "image,caption,split\n1.png,x,holdout\n", "line 2 has 'holdout' in column 'split'"),
-        ("captions.csv", "image,image,caption\n1,2,x\n", "two columns have the same name"),
+        ("captions.csv", "image,image,caption\n1,2,x\n", "two of the columns image, image, caption have the same name"),
         ("captions.csv", 'image,caption\n1.png,"open\n', "cannot be read"),
         ("t.jsonl", "[1]\n", "line 1 is a list of 1.*source: lists"),
         ("t.jsonl", '{"image": 1}\n{"image"\n', "no column 'caption'"),
         ("t.jsonl", '{"image": 1, "caption": 2}\n{"image"\n', "line 2 is not JSON"),
         ("t.parquet", "no parquet", "is not a Parquet file"),
-        ("t.xlsx", "", "cannot read '.xlsx'"),
+        ("t.xlsx", "", "unknown extension '.xlsx'"),
     ],
 )
 def test_files_of_other_formats_are_refused(root, put, name, text, message):
