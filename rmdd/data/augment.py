@@ -24,7 +24,7 @@ Operation = Callable[[Image.Image, float, torch.Generator], Image.Image]
 
 
 def augment(image: Image.Image, rule: Augment, size: int, generator: torch.Generator) -> np.ndarray:
-    """Return a randomly augmented view of an RGB image as uint8 (3, size, size); `squash(image)` with all options off."""
+    """Return a random augmented view of an image as uint8 (3, size, size); with all options off, `squash(image)`."""
     if rule.crop:
         image = image.crop(_crop_box(image.size, rule, generator))
     if image.size != (size, size):

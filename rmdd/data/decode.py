@@ -65,7 +65,7 @@ def decode_as(image: bytes, data: Data) -> Image.Image:
 
 
 def squash(image: Image.Image, size: int) -> np.ndarray:
-    """Resize an RGB image to `size` x `size` (bicubic, aspect ratio not preserved); return it as uint8 (3, size, size)."""
+    """Resize an RGB image to `size` x `size` (bicubic, aspect ratio not preserved); return uint8 (3, size, size)."""
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))

@@ -92,7 +92,7 @@ def ingest(data: Data, out: Path | str, stream: Stream = sequential_stream, runt
 
 
 def _input(data: Data) -> tuple[dict[str, Any], Any]:
-    """Return a description of the input (config fields and file hashes), and the input: annotation rows or a file list."""
+    """Return what identifies the input (config fields, file hashes), and the input: annotation rows or a file list."""
     inputs: dict[str, Any] = {"config": shaping(data), "annotations": {}}
     source = sources.find(data)
     if isinstance(source, SampleSource):

@@ -108,7 +108,7 @@ def file_parts(source: SampleSource, files: list[tuple[str, int, str | None]], d
 
 
 def _split_rows(pairs: list[dict[str, Any]], data: Data) -> Iterator[list[dict[str, Any]]]:
-    """Yield the pairs of each part; a part ends when its files reach `data.shard_mb` or at the maximum number of pairs."""
+    """Yield the pairs of each part; a part ends when its files reach `data.shard_mb` or it has the maximum of rows."""
     limit = data.shard_mb * 2**20
     remote = is_remote(data.root)
     root = "" if remote else str(input_path(data.root))
@@ -143,7 +143,7 @@ _PROBLEMS = {
 
 
 def _checked_path(value: Any) -> tuple[str, str | None]:
-    """Return the image path as a normalised relative POSIX path and None, or an empty path and the reason of rejection."""
+    """Return a normalised relative POSIX path and None, or an empty path and the reason why the path is rejected."""
     if not isinstance(value, str) or not value.strip() or not is_text(value) or "\0" in value:
         return "", "no_path"
     path = PurePosixPath(value.strip().replace("\\", "/"))

@@ -129,7 +129,7 @@ class Dataset:
 
     @classmethod
     def open(cls, path: Path | str) -> Dataset:
-        """Open a dataset folder. Raises `ValueError` if it is no dataset, has another schema version, or is incomplete."""
+        """Open a dataset. Raises `ValueError` if `path` is no dataset, is incomplete or has another schema version."""
         path = Path(path)
         if not (path / MANIFEST).is_file():
             raise ValueError(f"{path} is not a dataset: it has no {MANIFEST}; make a dataset with `rmdd ingest`")
@@ -165,7 +165,7 @@ class Dataset:
         return counts
 
     def columns(self, split: str, *names: str) -> Iterator[tuple[Any, ...]]:
-        """Yield the rows of a split in order, as tuples of the columns `names`; other columns are not read from disk."""
+        """Yield the rows of a split in order, as tuples of the columns `names`; other columns are not read."""
         if split not in SPLITS:
             raise ValueError(f"unknown split '{split}'; available: {', '.join(SPLITS)}")
         for shard in self.manifest["shards"]:

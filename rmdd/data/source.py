@@ -66,13 +66,13 @@ class Candidate:
 
 
 def hash_split(path: str, fractions: tuple[float, float, float]) -> str:
-    """Return the split of an image, chosen by a hash of its path, so that adding or removing images does not change it."""
+    """Return the split of an image, chosen by a hash of its path, so adding or removing others does not matter."""
     share = int.from_bytes(hashlib.sha256(f"rmdd split/{path}".encode()).digest()[:8], "big") / 2**64
     return "train" if share < fractions[0] else "val" if share < fractions[0] + fractions[1] else "test"
 
 
 def named_split(path: str) -> str | None:
-    """Return the split named in a file name, such as `test-000.parquet`, or in the nearest folder, such as `val/0.tar`."""
+    """Return the split in a file name, such as `test-0.parquet`, or in the nearest folder, such as `val/0.tar`."""
     for name in reversed(path.split("/")):
         words = [SPLIT_NAMES[word] for word in re.split(r"[^a-z]+", name.lower()) if word in SPLIT_NAMES]
         if words:
@@ -81,7 +81,7 @@ def named_split(path: str) -> str | None:
 
 
 def sample_files(data: Data, source: Literal["parquet", "webdataset"]) -> list[tuple[str, int, str | None]]:
-    """Return the path relative to `data.root`, size in bytes and split of each file that matches `data.SOURCE.files`."""
+    """Return path relative to `data.root`, size in bytes and split of each file that matches `data.SOURCE.files`."""
     root, rule = input_path(data.root), getattr(data, source)
     if not (paths := find(root, rule.files)):
         raise ValueError(f"no file under {root} matches data.{source}.files '{rule.files}'; correct the pattern")

@@ -86,11 +86,11 @@ class Split:
 
     @functools.cached_property
     def images(self) -> np.ndarray:
-        """All images as uint8 (N, 3, S, S), a read-only memory map of the cache. The first access decodes the images."""
+        """All images as uint8 (N, 3, S, S), a read-only memory map of the cache; the first access decodes them."""
         return self.pixels if isinstance(self.pixels, np.ndarray) else self.pixels.open()
 
     def some_images(self, index: np.ndarray) -> np.ndarray:
-        """Return the images with indices `index` as uint8 (n, 3, S, S); without a cache, only these images are decoded."""
+        """Return the images at positions `index` as uint8 (n, 3, S, S); without a cache, only these are decoded."""
         if isinstance(self.pixels, np.ndarray) or self.pixels.written:
             chosen: np.ndarray = self.images[index]
             return chosen
@@ -108,7 +108,7 @@ class Split:
         return int(np.prod(self.pixels.shape))
 
     def facts(self) -> dict[str, int]:
-        """Return the number of pairs and captions in this split, and of the pairs and captions that cleaning removed."""
+        """Return the numbers of pairs and captions in this split, and of those that caption cleaning removed."""
         return {"pairs": len(self), "captions": len(self.captions)} | {
             f"dropped_{k}": n for k, n in self.dropped.items()
         }

@@ -57,7 +57,7 @@ def read(data: Any, split: str) -> list[Question]:
 
 
 def sampled_questions(data: Any) -> list[Question]:
-    """Return the test questions used: all, or `data.cocoqa.questions` of them, drawn by a hash of seed and line number."""
+    """Return the test questions used: all, or `data.cocoqa.questions` of them, chosen by a hash of seed and line."""
     questions, rule = read(data, "test"), data.cocoqa
     if rule.questions is None or rule.questions >= len(questions):
         return questions

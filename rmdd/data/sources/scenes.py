@@ -142,7 +142,7 @@ def _rows(config: Scenes) -> Iterator[AnnotationRow]:
 
 
 def plan(config: Scenes) -> dict[str, list[Scene]]:
-    """Draw distinct scenes for all splits. Test and val are drawn first, so a larger train split does not change them."""
+    """Draw distinct scenes for all splits. Test and val come first, so a larger train split does not change them."""
 
     earlier: set[Scene] = set()
     drawn: dict[str, list[Scene]] = {}

@@ -99,7 +99,7 @@ def candidates(
 
 
 def samples(tar: InputPath) -> Iterator[Sample]:
-    """Yield the samples of a tar in order. Raises `TruncatedTar`, `tarfile.TarError` or `EOFError` for a damaged tar."""
+    """Yield the samples of a tar file. Raises `TruncatedTar`, `tarfile.TarError` or `EOFError` if it is damaged."""
     with tar.open("rb") as f, tarfile.open(fileobj=f, mode="r|*", tarinfo=_Header) as archive:
         sample = None
         for member in archive:
