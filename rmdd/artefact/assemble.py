@@ -1,6 +1,6 @@
 """Assemble the distilled set of a run from the results of its phases.
 
-M synthetic texts, T real captions, F text feature width.
+M synthetic texts, T real captions, text features of width F.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from rmdd.models.text import encoder_identity
 
 CHUNK = 8192
 CAPTIONS, PARTS, FACTS = "captions.json", "parts.json", "facts.json"
-"""Files in the folder of a generated phase: its captions, the pretrained models used, and facts about the run."""
+"""Files in the folder of a phase that was generated, not optimised: captions, pretrained models, and run statistics."""
 
 
 def assemble(
@@ -37,8 +37,9 @@ def assemble(
 ) -> DistilledSet:
     """Assemble the distilled set of a run, with its captions, provenance and metrics.
 
-    `sets` is the file of the chosen snapshot of each phase, `iterations` its number of updates, `experts` the hash of
-    the expert store, and `version` the version of rmdd. A phase that started from noise has no source pairs.
+    `sets` is the file of the chosen snapshot of each phase, `iterations` the number of updates of each, `experts` the
+    hash of the expert store, `version` the version of rmdd. Pairs of a phase that started from noise have no real pair
+    as origin.
     """
     seeds = {
         "experts": run.seed_of("experts"),
@@ -66,7 +67,7 @@ def portable(run: config.Run) -> dict[str, Any]:
 
 
 def nearest(queries: Float[Tensor, "M F"], captions: Float[np.ndarray, "T F"], chunk: int = CHUNK) -> Int[Tensor, " M"]:
-    """Return, for each query, the index of the caption with the highest cosine (the first one if several are equal).
+    """Return for each query the index of the caption with the highest cosine (of several equal ones, the first).
 
     Reads `chunk` captions at a time.
     """
@@ -85,7 +86,7 @@ def _subset(path: Path, train: PreparedSplit, real: bool) -> Subset:
     synthetic, split = load_set(path), train.split
     records: list[int] = read_json(path.parent / "records.json")
     caption_file = path.parent / CAPTIONS
-    if caption_file.is_file():  # the method has made or chosen the captions
+    if caption_file.is_file():  # captions that the distillation method has made or chosen
         captions = read_json(caption_file)
     else:
         captions = [split.captions[i] for i in nearest(synthetic.texts, train.texts).tolist()]

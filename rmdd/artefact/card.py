@@ -15,7 +15,7 @@ from rmdd.artefact.distilled import PREVIEW, DistilledSet
 from rmdd.data.images import denormalise
 
 PREVIEW_PAIRS = 64
-TILE = (64, 128)  # smallest and largest side of an image in the preview, in pixels
+TILE = (64, 128)  # smallest and largest side in pixels of an image in the preview
 RECALLS = ("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10", "R@mean")
 
 LOSSES = {
@@ -29,7 +29,7 @@ LOSSES = {
 
 
 def export(distilled: DistilledSet, path: Path | str, overwrite: bool = False) -> Path:
-    """Save a set with its card and its preview; an existing set is replaced only with `overwrite`."""
+    """Save a distilled set with its card and preview; `overwrite` replaces an existing distilled set."""
     image = io.BytesIO()
     preview(distilled).save(image, "PNG")
     extra_files = {PREVIEW: image.getvalue(), CARD_FILE: text(distilled).encode("utf-8")}
@@ -37,7 +37,7 @@ def export(distilled: DistilledSet, path: Path | str, overwrite: bool = False) -
 
 
 def preview(distilled: DistilledSet) -> Image.Image:
-    """Draw up to 64 images, evenly spaced over all pairs, in a nearly square grid."""
+    """Draw up to 64 of the distilled images, evenly spaced over all pairs, in a nearly square grid."""
     total = distilled.num_pairs
     count = min(total, PREVIEW_PAIRS)
     pairs = distilled.as_dataset()
@@ -53,7 +53,7 @@ def preview(distilled: DistilledSet) -> Image.Image:
 
 
 def script(distilled: DistilledSet) -> str:
-    """Return a plain torch script that trains a small dual encoder on the saved set; it runs in the set's folder."""
+    """Return a script that trains a small dual encoder on the saved set with torch, without rmdd, in its folder."""
     subset = distilled.subsets[0]
     size = distilled.image_size
     flat = 64 * math.ceil(size / 8) ** 2
@@ -92,7 +92,7 @@ def script(distilled: DistilledSet) -> str:
 
 
 def text(distilled: DistilledSet) -> str:
-    """Return the README of a distilled set, a dataset card in Markdown."""
+    """Return the `README.md` of a distilled set: a dataset card in Markdown."""
     budget, subset = distilled.budget(), distilled.subsets[0]
     _, _, height, width = subset.images.shape
     size = distilled.image_size
@@ -131,7 +131,7 @@ def text(distilled: DistilledSet) -> str:
 
 
 def _results(distilled: DistilledSet) -> str:
-    """Return the table of retrieval scores, followed by a table of any other recorded scores."""
+    """Return a Markdown table of retrieval scores, followed by a table of all other recorded scores."""
     data = distilled.provenance.get("data")
     pairs = data.get("counts", {}).get("train", {}).get("pairs") if isinstance(data, dict) else None
     labels = {
@@ -155,7 +155,7 @@ def _results(distilled: DistilledSet) -> str:
 
 
 def _mean_and_std(score: dict[str, Any]) -> str:
-    """Format a score as `mean ± std`, or as its mean when the spread is unknown (a single student)."""
+    """Format a score as `mean ± std`, or as the mean alone when only one student was trained."""
     unknown = score["std"] is None or math.isnan(score["std"])
     return f"{score['mean']:.1f}" + ("" if unknown else f" ± {score['std']:.1f}")
 
@@ -169,7 +169,7 @@ def _origin(distilled: DistilledSet) -> str:
 
 
 def _licences(parts: list[dict[str, Any]]) -> str:
-    """Return a table of the pretrained models that the set was made with, and their licences; empty without any."""
+    """Return a table of the pretrained models that made the set, and their licences; empty without models."""
     rows = [
         f"| {p['role']} | `{p['id']}`{' (a local folder)' if p['local'] else ''} | `{p['revision']}` "
         f"| {p['licence'] or 'not stated; see its source'} |"
@@ -184,7 +184,7 @@ def _table(values: dict[str, Any], head: str) -> str:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield all scalars with dotted names; lists such as curves are left out, because they are in set.json."""
+    """Yield all scalars of nested dicts with dotted names; lists such as curves are left out, as set.json has them."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")

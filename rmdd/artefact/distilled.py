@@ -1,6 +1,6 @@
 """The distilled set, the result of a run: in memory (`DistilledSet`) and on disk.
 
-M pairs of a subset, H x W image size, F text embedding width, R similarity rank.
+M pairs of a subset, images of H x W pixels, text embeddings of width F, R rank of a low-rank similarity.
 """
 
 import os
@@ -33,21 +33,21 @@ AS_WRITTEN = ("model", "method", "loss", "config", "provenance", "metrics")
 
 @dataclass(frozen=True, eq=False)
 class Subset:
-    """The M pairs of one phase. All tensors are finite float32. Students train on the subsets of a set in order.
+    """The M distilled pairs of one phase. Students train on the subsets of a set in order.
 
-    `similarity` holds `matrix` (M, M), or `scale` (M,), `left` and `right` (M, R), or nothing (identity); rows are
-    images. Raises ValueError when shapes or types do not match.
+    All tensors are finite float32. `similarity` holds `matrix` (M, M), or `scale` (M,), `left` and `right` (M, R), or
+    nothing (identity); rows are images. Raises `ValueError` when shapes or types do not match.
     """
 
-    images: Tensor  # (M, 3, H, W), normalised
-    texts: Tensor  # (M, F), outputs of the text encoder, not normalised
+    images: Tensor  # (M, 3, H, W), normalised pixels
+    texts: Tensor  # (M, F), text-encoder outputs, not normalised
     similarity: dict[str, Tensor]
-    alpha: float  # low rank: S = diag(scale) + alpha/R left right^T
-    lr_image: float  # learned SGD rate of the image tower
-    lr_text: float  # learned SGD rate of the text tower
-    captions: Sequence[str]  # real caption nearest to the text of each pair
-    source_ids: Sequence[str]  # pair_id of the real pair that each pair started from
-    captions_before: Sequence[str] = ()  # caption that each pair started from; empty when unknown
+    alpha: float  # for a low-rank similarity S = diag(scale) + alpha/R left right^T
+    lr_image: float  # learned SGD learning rate of the image tower
+    lr_text: float  # learned SGD learning rate of the text tower
+    captions: Sequence[str]  # for each pair, the real caption nearest to its text embedding
+    source_ids: Sequence[str]  # for each pair, the pair_id of the real pair that it started from
+    captions_before: Sequence[str] = ()  # for each pair, the caption that it started from; empty if unknown
 
     def __post_init__(self) -> None:
         m = len(self.images)
@@ -78,7 +78,7 @@ class Subset:
 
     @property
     def kind(self) -> str:
-        """Kind of similarity: `full`, `low_rank` or `identity`."""
+        """Kind of the similarity matrix: `full`, `low_rank` or `identity`."""
         return "full" if "matrix" in self.similarity else "low_rank" if "left" in self.similarity else "identity"
 
     @property
@@ -87,11 +87,11 @@ class Subset:
 
     @property
     def matrix(self) -> Float[Tensor, "M M"]:
-        """The similarity as a full matrix; rows are images, columns are texts."""
+        """The similarity as a full matrix (M, M); rows are images, columns are texts."""
         return similarity.dense(self.similarity, self.alpha, self.texts)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all learned tensors by their names on disk (without the prefix `<subset>.`); rates are float64."""
+        """Return the learned tensors by their names on disk (without `<subset>.`); learning rates are float64."""
         rates = {n: torch.tensor(getattr(self, n), dtype=torch.float64) for n in ("lr_image", "lr_text")}
         named = {"images": self.images, "texts": self.texts}
         return named | {f"similarity.{n}": t for n, t in self.similarity.items()} | rates
@@ -99,16 +99,16 @@ class Subset:
 
 @dataclass(frozen=True, eq=False)
 class DistilledSet:
-    """A distilled set: subsets in training order, and the information needed to use and to reproduce them."""
+    """A distilled set: subsets in training order, and the information needed to use and to reproduce the set."""
 
     subsets: tuple[Subset, ...]
-    mean: Sequence[float]  # per channel; pixels in [0, 1] = image * std + mean
+    mean: Sequence[float]  # per channel: pixels in [0, 1] = image * std + mean
     std: Sequence[float]
     model: dict[str, Any]  # encoders, projections, temperature, identity of the text encoder
     method: str
     loss: str
     config: dict[str, Any]
-    image_size: int = 0  # input size of the image tower; stored images are enlarged to it; 0: the stored size
+    image_size: int = 0  # side in pixels of the images for the image tower; 0: as stored
     provenance: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
 
@@ -128,7 +128,7 @@ class DistilledSet:
         return sum(s.pairs for s in self.subsets)
 
     def budget(self) -> dict[str, Any]:
-        """Return the size of the set in parameters, in bytes as stored, and in plain pairs of `unit` parameters.
+        """Return the size of the set in parameters, in stored bytes, and in real pairs of `unit` parameters each.
 
         The learning rates count only if the set has a similarity (see `rmdd.config.budget`).
         """
@@ -152,7 +152,8 @@ class DistilledSet:
     def as_dataset(self) -> torch.utils.data.Dataset[dict[str, Any]]:
         """Return all pairs in training order as a torch dataset.
 
-        An item has `image` (3, S, S) with S = `image_size`, `text` (F,), `subset`, and `index` within the subset.
+        An element has `image` (3, S, S) with S = `image_size`, `text` (F,), the number `subset`, and `index` in the
+        subset.
         """
         return Pairs(self.subsets, self.image_size)
 
@@ -161,7 +162,7 @@ class DistilledSet:
     ) -> Path:
         """Write the set as a folder in one atomic step; `rmdd.artefact.card.export` adds the card and the preview.
 
-        An existing set is replaced only with `overwrite`. `extra_files` are written into the folder by name.
+        `overwrite` allows replacing an existing set. `extra_files` has the content of further files by name.
         """
         path = Path(path)
         _check_free(path, overwrite)
@@ -207,7 +208,7 @@ class DistilledSet:
 
     @classmethod
     def load(cls, path: Path | str) -> "DistilledSet":
-        """Load a saved set. Raises ValueError when a file is missing, altered, or of an unsupported schema version."""
+        """Load a saved set. Raises `ValueError` for a missing or altered file or another schema version."""
         path = Path(path)
         info = _read_description(path)
         try:
@@ -233,7 +234,7 @@ load = DistilledSet.load
 
 
 class Pairs(torch.utils.data.Dataset[dict[str, Any]]):
-    """The pairs of all subsets in training order, as a torch dataset."""
+    """The pairs of all subsets of a distilled set in training order, as a torch dataset."""
 
     def __init__(self, subsets: Sequence[Subset], image_size: int):
         self.subsets, self.image_size = subsets, image_size
@@ -295,7 +296,7 @@ def _read_captions(path: Path) -> dict[int, dict[str, list[Any]]]:
 
 def _read_description(path: Path) -> dict[str, Any]:
     if not (path / DESCRIPTION).is_file():
-        raise ValueError(f"no distilled set at {path}: {DESCRIPTION} is missing; give the folder `set` of a run")
+        raise ValueError(f"no distilled set at {path}: {DESCRIPTION} is missing; give the `set` folder of a run")
     try:
         info: dict[str, Any] = read_json(path / DESCRIPTION)
     except ValueError as error:
@@ -310,7 +311,7 @@ def _read_description(path: Path) -> dict[str, Any]:
 
 
 def _read_tensors(path: Path, version: int) -> dict[str, Tensor]:
-    """Return the tensors of a set by name; files of schema version 1 have the same names, but no checksum inside."""
+    """Return the tensors of a set by name. A file of schema version 1 has no checksum inside."""
     if version == 1:
         from safetensors.torch import load_file
 
@@ -346,7 +347,7 @@ def _check_free(path: Path, overwrite: bool) -> None:
 
 
 def _move_aside(path: Path) -> Path | None:
-    """Rename an existing set to a temporary name and return it, because a non-empty folder cannot be overwritten."""
+    """Rename an existing set and return its temporary path, because a non-empty folder cannot be overwritten."""
     if not path.exists():
         return None
     aside = temporary_beside(path, "old")
@@ -355,10 +356,10 @@ def _move_aside(path: Path) -> Path | None:
 
 
 def verify(path: Path, check: DiskCheck) -> None:
-    """Check that all files of a distilled set are intact and that it can be loaded."""
+    """Check that all files of the distilled set at `path` are intact and that the set can be loaded."""
     if not check.begin(path):
         return
-    remedy = "get the set again, or write it again with `rmdd report`"
+    remedy = "copy the set again, or write it again with `rmdd report`"
     before = len(check.findings.faults)
     info = check.json(path / DESCRIPTION, remedy)
     for name, sha256 in (info or {}).get("sha256", {}).items():

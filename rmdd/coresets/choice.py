@@ -11,10 +11,10 @@ from rmdd.config.numbers import PositiveInt
 from rmdd.config.runfile import Clash, Section
 
 POOL = 1000
-"""Default number of records that forgetting is measured against, if `experts.forgetting` is not set."""
+"""Number of records that each record is scored against for forgetting, if the run has no `experts.forgetting`."""
 BY_FEATURES = ("herding", "k_center", "medoids", "matched", "clip_score")
 AT_ONCE = ("medoids", "matched")
-"""Methods that choose all pairs together, so a smaller coreset is not the beginning of a larger one."""
+"""Selection methods that choose all pairs together: a smaller coreset is not the beginning of a larger one."""
 
 SelectionMethod = Literal["random", "herding", "k_center", "forgetting", "medoids", "matched", "clip_score"]
 ChoiceUnit = Literal["image", "record"]
@@ -22,47 +22,47 @@ FeatureSpace = Literal["joint", "image", "text", "sum"]
 
 
 class Choice(Section):
-    """The options of a coreset; give either `pairs` or `bytes`."""
+    """The options of a coreset. The size is given by either `pairs` or `bytes`."""
 
     method: SelectionMethod = Field("herding", description="selection method")
-    pairs: Annotated[int, Field(ge=0)] | None = Field(None, description="number of pairs to choose")
+    pairs: Annotated[int, Field(ge=0)] | None = Field(None, description="number of image-text pairs to choose")
     bytes: PositiveInt | None = Field(
-        None, description="choose as many pairs as fit into this many bytes of images and captions"
+        None, description="choose as many pairs as fit into this many bytes (encoded images and captions)"
     )
-    seed: int | None = Field(None, description="seed of the selection; null: the run's seed")
-    unit: ChoiceUnit = Field("image", description="image: at most one caption per image; record: any caption records")
+    seed: int | None = Field(None, description="seed of the random choices; null: the seed of the run")
+    unit: ChoiceUnit = Field("image", description="image: at most one caption per image; record: any number of them")
     caption: Literal["mean", "seeded"] = Field(
-        "mean", description="text features of an image: mean over its captions, or those of one drawn caption"
+        "mean", description="text features of an image: mean over its captions, or those of one random caption"
     )
     encoder: str = Field(
         "tower",
         pattern=r"^(tower|expert(:\d+)?|columns:[^/\\]+|clip:.+)$",
-        description="tower: the run's initial towers, without projection; expert:N: expert N of the store; "
-        "columns:NAME: the columns image.NAME and text.NAME of the dataset; clip:NAME: a CLIP by hub id or folder",
+        description="encoder of the features: tower: initial towers of the run, without projection; expert:N: expert N "
+        "of the run; columns:NAME: dataset columns image.NAME and text.NAME; clip:NAME: CLIP by hub id or folder",
     )
     space: FeatureSpace = Field(
-        "joint", description="features to compare: joint: image and text concatenated; sum: image plus text; or one"
+        "joint", description="features to compare: joint: image and text concatenated; sum: their sum; image; text"
     )
-    dtype: Literal["float32", "float16"] = Field("float32", description="number type of the features on disk")
+    dtype: Literal["float32", "float16"] = Field("float32", description="floating-point type of the feature files")
     draw: Literal["permutation", "hash"] = Field(
-        "permutation", description="method random: first items of a permutation, or items with the smallest hashes"
+        "permutation", description="method random: first items of a permutation, or those with the smallest id hashes"
     )
     start: Literal["random", "mean"] = Field(
-        "random", description="method k_center: first item is a random one, or the one nearest to the mean"
+        "random", description="method k_center: the first pick is a random item, or the item nearest to the mean"
     )
     clusters: Annotated[int, Field(ge=0)] = Field(
-        0, description="number of k-means clusters to choose from separately; 0: choose from all items together"
+        0, description="number of k-means clusters; the method chooses in each separately; 0: no clusters"
     )
     quota: Literal["equal", "proportional", "sqrt"] = Field(
-        "equal", description="pairs per cluster: equal, or proportional to its size or to the square root of its size"
+        "equal", description="pairs per cluster: equal, or proportional to the cluster's size or to its square root"
     )
     guard: Literal["none", "centroids", "cosine"] = Field(
-        "none", description="first drop items far from 1,000 k-means centroids, or with a low image-text cosine"
+        "none", description="before choosing, drop items far from 1,000 k-means centroids or with low image-text cosine"
     )
-    guard_share: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="share of items that the guard drops")
-    expert: Annotated[int, Field(ge=0)] = Field(0, description="method forgetting: number of the expert to use")
+    guard_share: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="share of items that guard drops")
+    expert: Annotated[int, Field(ge=0)] = Field(0, description="method forgetting: index of the expert to use, from 0")
     never_learned: Literal["first", "last", "exclude"] = Field(
-        "last", description="method forgetting: position of records never retrieved; first is the published rule"
+        "last", description="method forgetting: rank of records that were never correct; papers put them first"
     )
 
     def clashes(self) -> list[Clash]:
@@ -71,19 +71,17 @@ class Choice(Section):
             text = "give either pairs or bytes, found " + ("neither" if self.pairs is None else "both")
             mistakes.append(Clash(text, "pairs", "bytes"))
         if self.clusters and self.method in AT_ONCE:
-            text = f"{self.method} makes clusters of its own; remove clusters"
+            text = f"method {self.method} already makes clusters; remove the option clusters"
             mistakes.append(Clash(text, "method", "clusters"))
         if self.method == "matched" and self.space != "joint":
-            text = (
-                f"method matched clusters images and texts apart and needs space joint, found {self.space}; use joint"
-            )
+            text = f"method matched clusters images and texts separately, not in space {self.space}; set space: joint"
             mistakes.append(Clash(text, "method", "space"))
         cosines = [f"method {self.method}"] if self.method == "clip_score" else []
         cosines += ["guard cosine"] if self.guard == "cosine" else []
         if cosines and self.encoder == "tower":
             text = (
-                f"{' and '.join(cosines)}: this needs the cosine of image and text, but untrained towers lack a joint "
-                "space; set encoder to clip:NAME, columns:NAME (features of the dataset) or expert:N"
+                f"{' and '.join(cosines)}: the cosine of image and text is needed, but untrained towers have no joint "
+                "embedding space; set encoder to clip:NAME, columns:NAME (dataset columns) or expert:N"
             )
             mistakes.append(Clash(text, "method", "guard", "encoder"))
         return mistakes
@@ -93,7 +91,7 @@ class Choice(Section):
         return self.method in BY_FEATURES or self.clusters > 0 or self.guard != "none"
 
     def options(self) -> dict[str, Any]:
-        """Return the fields that affect the selection, except method, size, seed and unit."""
+        """Return the options that affect the selection, except `method`, the size, `seed` and `unit`."""
         used = []
         if self.needs_features:
             used += ["encoder", "space", "dtype"] + (["caption"] if self.unit == "image" else [])
@@ -106,13 +104,13 @@ class Choice(Section):
 
     @property
     def experts(self) -> list[int]:
-        """Numbers of the experts that the selection uses."""
+        """Indices of the experts that the selection uses: the encoder and the expert of method forgetting."""
         kind, _, number = self.encoder.partition(":")
         encoders = [int(number or 0)] if self.needs_features and kind == "expert" else []
         return encoders + ([self.expert] if self.method == "forgetting" else [])
 
     def prepared(self, run: Run) -> Run:
-        """Return `run`, with forgetting counts switched on for its experts if the method needs them.
+        """Return `run`; if the method needs forgetting counts that `run` does not make, a copy that makes them.
 
         Raises `ConfigError` for an expert that the run does not train.
         """

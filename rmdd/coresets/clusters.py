@@ -1,7 +1,7 @@
-"""Selection by k-means clusters: medoids, cluster-balanced selection with quotas, and the outlier guard.
+"""Selection by k-means clusters: medoids, selection from each cluster by quota, and the guard that drops outliers.
 
-K-means is scikit-learn's. It is fitted on at most about `SAMPLE` rows, chosen by hash; then all rows are assigned to
-the centroids. N rows, D features, K clusters.
+K-means is scikit-learn's. It is fitted on at most max(`SAMPLE`, 4 K) rows, chosen by a hash of their ids; then all rows
+are assigned to the centroids. N rows, D features, K clusters.
 """
 
 import math
@@ -22,7 +22,7 @@ from rmdd.execution.parts import LocalParts, WorkerParts
 
 SAMPLE = 65_536
 MINI_BATCH = 16_384
-"""Batch size of mini-batch k-means; samples of at most this size use full Lloyd iterations instead."""
+"""Batch size (rows) of mini-batch k-means; a sample of at most this size is clustered with full Lloyd iterations."""
 OUTLIER_CENTROIDS = 1000
 
 Quota = Literal["equal", "proportional", "sqrt"]
@@ -36,15 +36,15 @@ def fit(
     starts: int = 3,
     mini_batch: int = MINI_BATCH,
 ) -> Float32[np.ndarray, "K D"]:
-    """Return k-means centroids from k-means++ starts; with fewer than `k` distinct rows, some centroids are equal."""
+    """Return `k` k-means centroids, started by k-means++; some are equal if there are fewer than `k` distinct rows."""
     from sklearn.cluster import KMeans, MiniBatchKMeans
     from sklearn.exceptions import ConvergenceWarning
 
     if not 0 < k <= len(sample):
-        raise ValueError(f"{len(sample)} rows cannot be put into {k} clusters; use 1 to {len(sample)} clusters")
+        raise ValueError(f"{len(sample)} rows cannot be put into {k} clusters; ask for 1 to {len(sample)}")
     options = {"n_clusters": k, "n_init": starts, "max_iter": iterations, "random_state": derive(seed, "k-means") >> 31}
     with warnings.catch_warnings(), one_thread():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # raised for equal rows and for few iterations
+        warnings.simplefilter("ignore", ConvergenceWarning)  # scikit-learn warns about equal rows and few iterations
         if len(sample) > mini_batch:
             fitted = MiniBatchKMeans(batch_size=mini_batch, **options).fit(sample)
         else:
@@ -53,13 +53,13 @@ def fit(
 
 
 def sampled(ids: Int64[np.ndarray, " N"], k: int, seed: int, label: str = "k-means sample") -> Int64[np.ndarray, " n"]:
-    """Return the ids to fit `k` centroids on, in ascending order: all, or a sample if there are too many."""
+    """Return in ascending order the ids of the rows to fit `k` centroids on: all rows, or a random sample of many."""
     size = max(SAMPLE, 4 * k)
     return np.sort(ids if len(ids) <= size else smallest(ids, size, seed, label))
 
 
 def centroids_of(ranks: WorkerParts, k: int, seed: int, side: slice = slice(None)) -> Float32[np.ndarray, "K D"]:
-    """Return the centroids of all rows that were not dropped; `side` selects columns.
+    """Return `k` k-means centroids of all rows that were not dropped; `side` selects columns of the rows.
 
     Raises `ValueError` for fewer rows than `k`.
     """
@@ -68,9 +68,9 @@ def centroids_of(ranks: WorkerParts, k: int, seed: int, side: slice = slice(None
 
 
 def medoids(ranks: WorkerParts, k: int, seed: int) -> list[int]:
-    """Return the id of the member nearest to the centroid, for each of `k` clusters.
+    """Return for each of `k` k-means clusters the id of its member nearest to the centroid.
 
-    For a cluster without members, it is the nearest item that is not chosen yet.
+    A cluster without members gives the nearest item that is not chosen yet.
     """
     if not k:
         return []
@@ -81,9 +81,9 @@ def medoids(ranks: WorkerParts, k: int, seed: int) -> list[int]:
 def nearest_members(
     ranks: WorkerParts, points: Float32[np.ndarray, "K D"], of_workers: Sequence[dict[int, tuple[float, int]]]
 ) -> list[int]:
-    """Return the id of the member nearest to the point of each cluster, merged from the results `of_workers`.
+    """Return for each cluster the id of its member nearest to the cluster's point; `of_workers` has those per rank.
 
-    For a cluster without members, it is the nearest item that is not chosen yet.
+    A cluster without members gives the nearest item that is not chosen yet.
     """
     best: dict[int, tuple[float, int]] = {}
     for of_worker in of_workers:
@@ -98,7 +98,7 @@ def nearest_members(
 
 
 def quotas(sizes: Sequence[int], k: int, rule: Quota) -> list[int]:
-    """Split `k` picks over clusters with `sizes` items by the largest-remainder method; no quota exceeds its size.
+    """Divide `k` picks among clusters with `sizes` items by largest remainders; no cluster gets more than its size.
 
     Raises `ValueError` when the clusters have fewer than `k` items together.
     """
@@ -120,7 +120,7 @@ def quotas(sizes: Sequence[int], k: int, rule: Quota) -> list[int]:
 def balanced(
     ranks: WorkerParts, k: int, clusters: int, rule: Quota, seed: int, method: Callable[[WorkerParts], Iterator[int]]
 ) -> list[int]:
-    """Choose `k` items by running `method` in each cluster for its quota; the picks of cluster 0 come first."""
+    """Choose `k` items: run `method` in each cluster for the cluster's quota. The picks of cluster 0 come first."""
     centroids = centroids_of(ranks, clusters, seed)
     parts = ranks.call("assigned", centroids)
     ids = np.concatenate([part[0] for part in parts])
@@ -137,7 +137,7 @@ def balanced(
 def outliers(
     ranks: WorkerParts, share: float, seed: int, centroids: int = OUTLIER_CENTROIDS
 ) -> Int64[np.ndarray, " n"]:
-    """Return the ids of the `share` of rows that are farthest from their nearest k-means centroid."""
+    """Return the ids of the `share` (0 to 1) of rows that are farthest from their nearest k-means centroid."""
     ids = np.concatenate(ranks.call("ids"))
     parts = ranks.call("assigned", centroids_of(ranks, min(centroids, max(1, len(ids) // 10)), seed))
     ids, _, distance = (np.concatenate([part[i] for part in parts]) for i in range(3))
@@ -145,5 +145,5 @@ def outliers(
 
 
 def worst(ids: Int64[np.ndarray, " N"], score: Float32[np.ndarray, " N"], share: float) -> Int64[np.ndarray, " n"]:
-    """Return the ids of the `share` with the lowest scores; among equal scores, larger ids are taken first."""
+    """Return the ids of the `share` (0 to 1) of rows with the lowest scores; of equal scores, larger ids come first."""
     return np.sort(ids[np.lexsort((-ids, score))][: math.floor(share * len(ids))])

@@ -1,6 +1,6 @@
-"""The size of real pairs in bytes (encoded image and caption) and in parameters (pixels and text embedding).
+"""The size of real pairs in bytes (encoded image and caption) and in parameters (pixels and text-embedding values).
 
-An image with two chosen captions counts once in bytes and twice in parameters, as in the papers.
+An image chosen with two captions counts once in bytes and twice in parameters, as in the papers.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +19,7 @@ from rmdd.data.splits import Split
 
 @dataclass(frozen=True)
 class ByteCosts:
-    """The size in bytes of every encoded image and of every caption in UTF-8."""
+    """Sizes in bytes of the parts of a split: of every encoded image and of every caption in UTF-8."""
 
     images: Int64[np.ndarray, " N"]
     captions: Int64[np.ndarray, " T"]
@@ -27,7 +27,7 @@ class ByteCosts:
 
     @classmethod
     def of(cls, split: Split, cache: Path) -> "ByteCosts":
-        """Return the sizes of a split; image sizes are read from the shards once and kept in the folder `cache`."""
+        """Return the sizes for a split; image sizes are read from the shards once and kept in the folder `cache`."""
         file = cache / f"image-bytes-{split.dataset.hash[:16]}-{split.name}.npy"
         if not file.is_file():
             write_array(file, _image_bytes(split))
@@ -35,13 +35,13 @@ class ByteCosts:
         return cls(np.load(file)[split.rows], captions, split.image_of)
 
     def bytes_of(self, records: Sequence[int]) -> dict[str, int]:
-        """Return the bytes of the images, of the captions, and of both, for some caption records."""
+        """Return the bytes of the images, of the captions and in `total` for the caption records `records`."""
         images = int(self.images[np.unique(self.image_of[list(records)])].sum()) if records else 0
         captions = int(self.captions[list(records)].sum()) if records else 0
         return {"images": images, "captions": captions, "total": images + captions}
 
     def within(self, records: Iterable[int], limit: int) -> Iterator[int]:
-        """Yield records in order until the next one would exceed `limit` bytes."""
+        """Yield caption records in order; stop before the first that would exceed `limit` bytes (with its image)."""
         counted: set[int] = set()
         for record in records:
             image = int(self.image_of[record])
@@ -53,7 +53,7 @@ class ByteCosts:
 
 
 def _image_bytes(split: Split) -> Int64[np.ndarray, " rows"]:
-    """Return the size in bytes of the image in every shard row of a split."""
+    """Return the size in bytes of the encoded image in every shard row of a split."""
     sizes = [np.zeros(0, np.int64)]
     for shard in split.dataset.manifest["shards"]:
         if shard["split"] == split.name:
@@ -64,5 +64,5 @@ def _image_bytes(split: Split) -> Int64[np.ndarray, " rows"]:
 
 
 def parameters(pairs: int, image_size: int, text_width: int) -> int:
-    """Return the number of pixel and text-embedding values of `pairs` pairs."""
+    """Return the number of parameters of `pairs` real pairs: pixel values and text-embedding values."""
     return pairs * pair_parameters(image_size, text_width)

@@ -1,4 +1,4 @@
-"""Uniform draws without replacement."""
+"""Uniform random draws of ids without replacement."""
 
 from collections.abc import Sequence
 
@@ -10,13 +10,13 @@ from rmdd.core.seeding import derive, generator
 
 
 def permuted(ids: Int64[np.ndarray, " N"], seed: int) -> Int64[np.ndarray, " N"]:
-    """Shuffle the ids with a seed, regardless of their order in `ids`; the first k are a uniform draw of k."""
+    """Return all ids in a random order that does not depend on their order in `ids`; the first k are a draw of k."""
     order = torch.randperm(len(ids), generator=generator(seed, "coreset random")).numpy()
     return np.sort(ids)[order]
 
 
 def hashes(ids: Int64[np.ndarray, " N"], seed: int, label: str = "coreset hash") -> UInt64[np.ndarray, " N"]:
-    """Return a 64-bit hash of every id (splitmix64, keyed by the seed and `label`)."""
+    """Return a 64-bit hash of every id: splitmix64, with a key derived from `seed` and `label`."""
     with np.errstate(over="ignore"):
         z = ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(derive(seed, label))
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
@@ -27,7 +27,7 @@ def hashes(ids: Int64[np.ndarray, " N"], seed: int, label: str = "coreset hash")
 def smallest(
     ids: Int64[np.ndarray, " N"], k: int | None, seed: int, label: str = "coreset hash"
 ) -> Int64[np.ndarray, " k"]:
-    """Return the k ids with the smallest hashes, smallest first (all ids if k is None): a uniform draw.
+    """Return a random draw of k ids: those with the smallest hashes, smallest first (all ids if k is None).
 
     The number of ids need not be known beforehand. To draw from a union of shards, draw k from each and merge them.
     """
@@ -35,5 +35,5 @@ def smallest(
 
 
 def merged(parts: Sequence[np.ndarray], k: int, seed: int) -> np.ndarray:
-    """Merge draws made by `smallest` into a draw of k; each part must hold at least k ids, or all of its shard."""
+    """Merge draws that `smallest` made from disjoint shards into a draw of k; each has k ids or its entire shard."""
     return smallest(np.concatenate(list(parts)), k, seed)

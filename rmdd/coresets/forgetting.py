@@ -2,7 +2,7 @@
 
 After every epoch, all records are scored without augmentation against a seeded pool of P records. A record is *correct*
 if its image is more similar to its caption than to any caption of the pool, and its caption more similar to its image
-than to any image of the pool; captions of the same image are ignored. A record is *forgotten* if it was correct after
+than to any image of the pool; records of the same image do not count. A record is *forgotten* if it was correct after
 the previous epoch and no longer is. The first epoch cannot be an event, so E epochs give at most E // 2 events.
 
 N images, T records, P records of the pool, D joint width.
@@ -25,36 +25,36 @@ from rmdd.models.dual import DualEncoder
 from rmdd.models.prepared import PreparedSplit
 
 FILE = "forgetting.safetensors"
-"""File of the counts in the folder of an expert."""
+"""Name of the file with the forgetting counts, in the folder of an expert."""
 BLOCK = 256
-"""Number of images that are scored at once."""
+"""Number of images that are embedded and scored at once."""
 MARGIN = 1e-6
-"""Smallest cosine margin of a correct record; smaller ones are rounding errors, for example between equal images."""
+"""Smallest cosine margin of a correct record. Smaller ones are rounding errors, for example between equal images."""
 
 NeverLearned = Literal["first", "last", "exclude"]
 
 
 @dataclass(frozen=True)
 class ForgettingCounts:
-    """Forgetting statistics of T records, as tensors of shape (T,); a visit is one scoring after an epoch."""
+    """Forgetting statistics of T records, as tensors of shape (T,). At a visit, a record is scored after an epoch."""
 
     correct: Tensor
-    """Whether the record was correct at its last visit, int8; -1 before the first visit."""
+    """Whether the record was correct at its last visit: int8, 1 or 0; -1 before the first visit."""
     events: Tensor
-    """Number of forgetting events, int16."""
+    """Number of forgetting events of the record, int16."""
     learned: Tensor
-    """Whether the record was ever correct, int8."""
+    """Whether the record was correct at any visit: int8, 1 or 0."""
     last: Tensor
-    """Epoch of the last forgetting event, int16; 0 without one."""
+    """Epoch of the last forgetting event of the record, int16; 0 if there was none."""
     visits: Tensor
-    """Number of visits, int16."""
+    """Number of visits of the record, int16."""
     margins: Tensor
-    """Sum over visits of the cosine margin (the smaller of the two directions), float32."""
+    """Sum over all visits of the cosine margin (of the worse of the two retrieval directions), float32."""
     facts: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @classmethod
     def new(cls, records: int) -> "ForgettingCounts":
-        """Return empty counts."""
+        """Return the counts of `records` records before their first visit."""
         small = torch.zeros(records, dtype=torch.int16)
         never = torch.full((records,), -1, dtype=torch.int8)
         flag, total = torch.zeros(records, dtype=torch.int8), torch.zeros(records)
@@ -66,10 +66,10 @@ class ForgettingCounts:
 
     @classmethod
     def load(cls, folder: Path) -> "ForgettingCounts":
-        """Load the counts of an expert. Raises `ValueError` when they are missing or damaged."""
+        """Load the forgetting counts of the expert in `folder`. Raises `ValueError` when missing or damaged."""
         path = folder / FILE
         if not path.is_file():
-            raise ValueError(f"{folder} holds no forgetting counts; train it with experts.forgetting: 1000")
+            raise ValueError(f"{folder} holds no forgetting counts; train the expert with experts.forgetting: 1000")
         try:
             tensors, facts = load_checked(path, "forgetting")
         except Damaged as error:
@@ -90,7 +90,7 @@ class ForgettingCounts:
         margin: Float[Tensor, " n"] | None = None,
         records: Int[Tensor, " n"] | None = None,
     ) -> "ForgettingCounts":
-        """Return the counts after visiting `records` (None: all) at the end of `epoch`; other records are unchanged."""
+        """Return the counts after a visit of `records` (None: all) in `epoch`; other records do not change."""
         index = torch.arange(len(self.correct)) if records is None else records
         new = {name: t.clone() for name, t in self.tensors().items()}
         forgotten = (self.correct[index] == 1) & ~correct
@@ -104,10 +104,11 @@ class ForgettingCounts:
         return ForgettingCounts(**new, facts=self.facts)
 
     def ranking(self, never_learned: NeverLearned) -> Int64[np.ndarray, " n"]:
-        """Return the records in order, the most forgotten first.
+        """Return the record numbers in the order of selection, the most forgotten record first.
 
         The order is by more events, later last event, smaller mean margin, smaller record number. Records that were
-        never correct come first, last or not at all (`never_learned`), ordered by margin and record number.
+        never correct come first, come last or are left out (`never_learned`); they are ordered by margin and record
+        number.
         """
         never = (self.learned == 0).numpy()
         margin = (self.margins / self.visits.clamp(min=1)).numpy()
@@ -117,7 +118,7 @@ class ForgettingCounts:
         return order[~never[order]] if never_learned == "exclude" else order
 
     def summary(self) -> dict[str, Any]:
-        """Return the share of never-learned records and the number of records by event count, for a report."""
+        """Return for a report the share of records never correct, and how many of the others have 0, 1, ... events."""
         never = self.learned == 0
         histogram = torch.bincount(self.events[~never].long(), minlength=1).tolist()
         return {"never_learned": float(never.float().mean()), "records_by_events": histogram, **self.facts}
@@ -127,9 +128,9 @@ TENSORS = tuple(f.name for f in fields(ForgettingCounts) if f.name != "facts")
 
 
 def pool_of(image_of: Int64[np.ndarray, " T"], size: int, seed: int) -> Int64[np.ndarray, " P"]:
-    """Draw the pool of records that all records are scored against, in ascending order.
+    """Draw the pool of records that all records are scored against; return their numbers in ascending order.
 
-    Raises `ValueError` when the pool has fewer than two images.
+    Raises `ValueError` when the pool has fewer than two different images.
     """
     drawn = torch.randperm(len(image_of), generator=generator(seed, "forgetting pool"))[:size].numpy()
     if len(np.unique(image_of[drawn])) < 2:
@@ -140,7 +141,7 @@ def pool_of(image_of: Int64[np.ndarray, " T"], size: int, seed: int) -> Int64[np
 def margins(
     model: DualEncoder, prepared: PreparedSplit, pool: Int64[np.ndarray, " P"], device: torch.device
 ) -> Float32[Tensor, " T"]:
-    """Return the margin of every record: the cosine of its image and caption minus the best cosine within the pool.
+    """Return the margin of every record: cosine of its image and caption minus the best cosine with others of the pool.
 
     The margin is the smaller of the two retrieval directions. The model is scored in eval mode; its mode is restored.
     """
@@ -180,5 +181,5 @@ def _best(
     image: Int[Tensor, " Q"],
     rival_image: Int[Tensor, " P"],
 ) -> Float[Tensor, " Q"]:
-    """Return the best cosine of each query with a rival of another image; the last two arguments are image numbers."""
+    """Return the best cosine of each query with a rival of another image; `image` and `rival_image` are indices."""
     return (queries @ rivals.T).masked_fill(image[:, None] == rival_image, -torch.inf).amax(dim=1)

@@ -1,10 +1,10 @@
-"""Greedy selection, one item at a time: herding and k-center.
+"""Greedy selection, one item (image or caption record) after another: herding and k-center.
 
     herding    w_1 = mu;  pick argmax <w_t, x>;  w_{t+1} = w_t + mu - x_t          (Welling 2009, over all items)
     k-center   pick the item farthest from its nearest pick (Gonzalez 1985; radius at most twice the optimum)
 
-Both yield picks until no item is left, so the first j of k picks are the picks for size j. Both can resume after
-earlier picks, with bit-identical results. D features.
+Both yield picks until no item is left, so the first j of k picks are the coreset of size j. Both can resume after
+earlier picks, with bit-identical results. mu is the mean of all rows. D features.
 """
 
 import math
@@ -22,7 +22,7 @@ Start = Literal["random", "mean"]
 
 
 def checked(ranks: WorkerParts) -> Check:
-    """Check all rows of all ranks. Raises `ValueError` when a row is zero or not finite, or when there are no rows."""
+    """Check the rows of all ranks. Raises `ValueError` for a row that is zero or not finite, or without rows."""
     checks: list[Check] = ranks.call("check")
     bad = sum(c.bad for c in checks)
     if bad:
@@ -32,7 +32,7 @@ def checked(ranks: WorkerParts) -> Check:
             "these items from the dataset, or use another encoder"
         )
     if not (rows := sum(c.rows for c in checks)):
-        raise ValueError("there are no features to choose from")
+        raise ValueError("there are no features to choose from; the split is empty")
     return Check(rows, max(c.largest for c in checks), 0, ())
 
 
@@ -48,22 +48,22 @@ def mean(ranks: WorkerParts, largest: float) -> Float64[np.ndarray, " D"]:
 
 
 def rows_of(ranks: WorkerParts, ids: Sequence[int]) -> Float32[np.ndarray, "n D"]:
-    """Return the rows of `ids` in the order of `ids`. Raises `ValueError` when a row is missing."""
+    """Return the feature rows with the given `ids`, in the order of `ids`. Raises `ValueError` for a missing row."""
     row_of: dict[int, np.ndarray] = {}
     for numbers, rows in ranks.call("rows_of", np.asarray(ids, dtype=np.int64)):
         row_of.update(zip(numbers.tolist(), rows, strict=True))
     if missing := [i for i in ids if i not in row_of]:
-        raise ValueError(f"{len(missing)} ids have no features (first: {missing[:MAX_SHOWN]})")
+        raise ValueError(f"{len(missing)} ids have no feature row (first ids: {missing[:MAX_SHOWN]})")
     return np.stack([row_of[i] for i in ids])
 
 
 def herding(
     ranks: WorkerParts, mu: Float64[np.ndarray, " D"], earlier: Sequence[int] = (), explicit: bool = False
 ) -> Iterator[Best]:
-    """Yield picks until no item is left, after the `earlier` picks.
+    """Yield herding picks until no item is left, continuing after the `earlier` picks.
 
-    `explicit` minimises the distance between the mean of the picks and `mu`; for rows of equal length this makes no
-    difference.
+    With `explicit`, a pick minimises the distance between `mu` and the mean of all picks; for rows of equal length, the
+    picks are the same with and without.
     """
     w, new = mu.copy(), list(earlier)
     for row in rows_of(ranks, new) if new else ():
@@ -75,10 +75,9 @@ def herding(
 
 
 def k_center(ranks: WorkerParts, first: Best, earlier: Sequence[int] = ()) -> Iterator[Best]:
-    """Yield picks until no item is left, after the `earlier` picks; without these, `first` is the first pick.
+    """Yield k-center picks until no item is left, after the `earlier` picks; without these, `first` is the first pick.
 
-    The value of a pick is its squared distance to the nearest earlier pick, which is the squared covering radius of the
-    earlier picks.
+    The value of a pick is its squared distance to the nearest earlier pick: the squared covering radius of those picks.
     """
     if not earlier:
         yield first
@@ -90,7 +89,7 @@ def k_center(ranks: WorkerParts, first: Best, earlier: Sequence[int] = ()) -> It
 
 
 def start_of(ranks: WorkerParts, rule: Start, seed: int, mu: Float64[np.ndarray, " D"]) -> Best:
-    """Return the first centre: a seeded random item, or the item nearest to the mean `mu`."""
+    """Return the first pick of k-center: a random item drawn with `seed`, or the item nearest to the mean `mu`."""
     if rule == "mean":
         best = best_of(ranks.call("nearest", mu))
         assert best is not None

@@ -1,4 +1,4 @@
-"""Features on disk: memory-mapped files of rows with their ids.
+"""Features on disk: memory-mapped files of feature rows, and files of the ids of these rows.
 
     rows.json                      schema version, rows, width, dtype, files, origin of the rows
     part-00000.npy  (n, D)         float16 or float32
@@ -27,39 +27,39 @@ CHUNK_BYTES = 32 * 2**20
 """Size in bytes of the float32 rows that are processed at once."""
 
 RowBlock = tuple[Int64[np.ndarray, " _"], Float[np.ndarray, "_ _"]]
-"""(ids, rows); the number of rows differs from block to block."""
+"""Ids and feature rows of one block. Blocks may have different numbers of rows."""
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """A matrix of feature rows with distinct ids, in memory or mapped from files, and read as float32."""
+    """A matrix of feature rows with distinct ids, in memory or memory-mapped from files. Rows are read as float32."""
 
     parts: tuple[RowBlock, ...]
     width: int
     folder: Path | None = None
-    """Folder of the files, or None for rows in memory."""
+    """Folder of the mapped files, or None for rows in memory."""
 
     @classmethod
     def of(cls, rows: np.ndarray, ids: Sequence[int] | np.ndarray | None = None) -> "Rows":
-        """Return rows (N, D) in memory; the default ids are the positions."""
+        """Return the array `rows` (N, D) as `Rows` in memory; the default ids are 0 to N - 1."""
         numbers = np.arange(len(rows)) if ids is None else np.asarray(ids)
         if rows.ndim != 2 or numbers.shape != (len(rows),):
-            raise ValueError(f"rows are (N, D) with N ids, found {rows.shape} and {numbers.shape}")
+            raise ValueError(f"rows must be (N, D) with N ids, found shapes {rows.shape} and {numbers.shape}")
         if len(np.unique(numbers)) != len(numbers):
             raise ValueError("the ids of rows must be distinct, but some occur twice")
         return cls(((numbers.astype(np.int64), rows),), rows.shape[1])
 
     @classmethod
     def open(cls, folder: Path | str) -> "Rows":
-        """Map the files of a folder. Raises `ValueError` when it holds no features or has another schema version."""
+        """Map the feature files of a folder. Raises `ValueError` without any, or for another schema version."""
         folder = Path(folder)
         if not (folder / DESCRIPTION).is_file():
-            raise ValueError(f"{folder} holds no features (no {DESCRIPTION}); delete it, and they are computed again")
+            raise ValueError(f"{folder} holds no features (no {DESCRIPTION}); delete the folder to compute them again")
         facts = read_json(folder / DESCRIPTION)
         if facts["schema_version"] != SCHEMA_VERSION:
             version = facts["schema_version"]
             raise ValueError(
-                f"{folder} has schema version {version}, this rmdd reads {SCHEMA_VERSION}; delete that folder"
+                f"{folder} has schema version {version}, this rmdd reads {SCHEMA_VERSION}; delete it and compute again"
             )
         parts = tuple(
             (np.load(folder / _ids(name), mmap_mode="r"), np.load(folder / name, mmap_mode="r"))
@@ -80,16 +80,16 @@ class Rows:
 
     @property
     def chunk(self) -> int:
-        """Number of rows to process at once."""
+        """Number of rows to process at once, so that they take about `CHUNK_BYTES` as float32."""
         return max(1, CHUNK_BYTES // (4 * max(1, self.width)))
 
     def share(self, rank: int, size: int) -> "Rows":
-        """Return the consecutive rows that belong to rank `rank` of `size`."""
+        """Return the consecutive rows that belong to rank number `rank` of `size` ranks."""
         count = len(self)
         return self.between(count * rank // size, count * (rank + 1) // size)
 
     def between(self, start: int, stop: int) -> "Rows":
-        """Return the rows at positions start .. stop - 1."""
+        """Return the rows at positions `start` to `stop` - 1."""
         parts = []
         for (ids, rows), first in zip(self.parts, self._ends, strict=False):
             low, high = max(start - first, 0), min(stop - first, len(ids))
@@ -98,18 +98,18 @@ class Rows:
         return Rows(tuple(parts), self.width)
 
     def chunks(self, size: int | None = None) -> Iterator[tuple[slice, Float32[np.ndarray, "n D"]]]:
-        """Yield all rows in chunks of at most `size`, as the slice of positions and the float32 rows."""
+        """Yield all rows in chunks of at most `size` rows: the slice of their positions, and the rows as float32."""
         size = self.chunk if size is None else size
         for (_, rows), first in zip(self.parts, self._ends, strict=False):
             buffer = torch.empty((min(size, len(rows)) if rows.dtype == np.float16 else 0, self.width))
             for start in range(0, len(rows), size):
                 block = rows[start : start + size]
-                if block.dtype == np.float16:  # torch converts several times faster than numpy
+                if block.dtype == np.float16:  # for float16, torch converts several times faster than numpy
                     block = buffer[: len(block)].copy_(torch.from_numpy(np.array(block))).numpy()
                 yield slice(first + start, first + start + len(block)), _float32(block)
 
     def at(self, positions: Sequence[int] | np.ndarray) -> Float32[np.ndarray, "n D"]:
-        """Return copies of the rows at `positions`."""
+        """Return copies of the rows at `positions`, as float32."""
         positions = [int(p) for p in positions]
         values = np.empty((len(positions), self.width), np.float32)
         for i, position in enumerate(positions):
@@ -119,7 +119,7 @@ class Rows:
 
 
 def write_rows(folder: Path, blocks: Iterable[RowBlock], width: int, dtype: str, facts: Mapping[str, Any]) -> Rows:
-    """Write blocks of rows to a folder atomically, about `ROWS_PER_FILE` rows per file; return the mapped rows."""
+    """Write blocks of rows into a new folder in one atomic step, about `ROWS_PER_FILE` rows per file; map the files."""
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         names: list[str] = []

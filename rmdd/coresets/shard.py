@@ -1,9 +1,9 @@
-"""The feature rows of one rank, and the operations on them that selection methods use.
+"""The feature rows of one rank, and the operations on rows that selection methods use.
 
-Values of a row are computed from that row alone (`numpy.vecdot` computes one dot product per row). So results are
-bit-identical for any chunk size, number of ranks and order of rows. One exception: cluster assignment uses a matrix
-product, whose rounding can decide between two centroids at nearly equal distance. N rows of this rank, D features, K
-centroids, C centres.
+The result for a row is computed from that row alone (`numpy.vecdot` computes one dot product per row), so results are
+bit-identical for any chunk size, number of ranks and order of rows. One exception: the assignment of rows to clusters
+uses a matrix product, whose rounding can decide between two centroids at nearly equal distance. N rows of this rank, D
+features, K centroids, C centres.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,11 +18,11 @@ from rmdd.execution.parts import LocalParts
 
 Ids = Sequence[int] | np.ndarray
 MAX_SHOWN = 5
-"""Largest number of ids in an error message."""
+"""Largest number of ids to list in an error message."""
 
 
 class Best(NamedTuple):
-    """The row with the largest value, with its id."""
+    """The row with the largest value of a search: the value, the id of the row, and the row."""
 
     value: float
     id: int
@@ -31,20 +31,20 @@ class Best(NamedTuple):
 
 @dataclass(frozen=True)
 class Check:
-    """Result of checking the rows of one rank."""
+    """Result of checking that the rows of one rank are finite and not zero."""
 
     rows: int
-    """Number of rows."""
+    """Number of rows checked."""
     largest: float
-    """Largest absolute value."""
+    """Largest absolute value in the rows that are finite and not zero."""
     bad: int
     """Number of rows that are zero or not finite."""
     first_bad: tuple[int, ...]
-    """Ids of the first few bad rows."""
+    """Ids of the first few rows that are zero or not finite."""
 
 
 class Shard:
-    """The rows of one rank. Dropped rows are ignored everywhere; taken rows cannot be chosen again."""
+    """The feature rows of one rank. Dropped rows are ignored everywhere; taken rows cannot be chosen again."""
 
     def __init__(self, rows: Rows, chunk: int | None = None):
         self.rows, self.chunk = rows, chunk
@@ -56,10 +56,10 @@ class Shard:
         self._order = np.argsort(rows.ids, kind="stable")
         self._sorted = rows.ids[self._order]
 
-    # -- about the rows ------------------------------------------------------------------------------------------
+    # -- checking, dropping and taking rows ----------------------------------------------------------------------
 
     def check(self) -> Check:
-        """Count the rows that are zero or not finite, and find the largest absolute value."""
+        """Count the rows that are zero or not finite, and find the largest absolute value of the others."""
         largest, bad = 0.0, []
         for where, x in self.rows.chunks(self.chunk):
             high = np.abs(x).max(axis=1, initial=0.0)
@@ -73,9 +73,9 @@ class Shard:
         return int(self.included.sum())
 
     def total(self, bits: int) -> Int64[np.ndarray, " D"]:
-        """Return the sum of all rows that were not dropped, as integers in units of 2^-bits.
+        """Return the sum of all rows that were not dropped, as integers in units of 2^-`bits`.
 
-        Integer sums are the same in any order.
+        A sum of integers is the same in any order.
         """
         total = np.zeros(self.rows.width, np.int64)
         for where, x in self.rows.chunks(self.chunk):
@@ -87,20 +87,20 @@ class Shard:
         return np.sort(self.rows.ids[self.included])
 
     def drop(self, ids: Ids) -> None:
-        """Drop the rows of `ids` that this rank has."""
+        """Drop those rows of this rank whose id is in `ids`."""
         positions = self._positions(ids)
         self.included[positions] = self.free[positions] = False
 
     def take(self, ids: Ids) -> None:
-        """Mark the rows of `ids` that this rank has as taken."""
+        """Mark those rows of this rank whose id is in `ids` as taken."""
         self.free[self._positions(ids)] = False
 
     def release(self) -> None:
-        """Reset the selection: no row is taken, and there are no centres."""
+        """Forget all earlier picks: no row is taken any more, and k-center has no centres."""
         self.free, self._near = self.included.copy(), None
 
     def rows_of(self, ids: Ids) -> tuple[Int64[np.ndarray, " n"], Float32[np.ndarray, "n D"]]:
-        """Return the ids of `ids` that this rank has, and their rows."""
+        """Return those of `ids` that this rank has, and their rows."""
         positions = self._positions(ids)
         return self.rows.ids[positions], self.rows.at(positions)
 
@@ -112,10 +112,10 @@ class Shard:
         match = (indices < len(self._sorted)) & (self._sorted[np.minimum(indices, len(self._sorted) - 1)] == numbers)
         return self._order[indices[match]]
 
-    # -- choosing ------------------------------------------------------------------------------------------------
+    # -- searching the next pick ---------------------------------------------------------------------------------
 
     def along(self, w: Float64[np.ndarray, " D"], chosen: Ids, explicit: bool = False) -> Best | None:
-        """Take `chosen`, then return the free row with the largest <w, x> (`explicit`: <w, x> - |x|^2 / 2)."""
+        """Mark `chosen` as taken; return the free row x with the largest <w, x> (`explicit`: <w, x> - |x|^2 / 2)."""
         self.take(chosen)
         direction = w.astype(np.float32)
         squares = self.squares() if explicit else None
@@ -126,7 +126,7 @@ class Shard:
         return search.best
 
     def nearest(self, point: Float64[np.ndarray, " D"], chosen: Ids = ()) -> Best | None:
-        """Take `chosen`, then return the free row nearest to `point`; its value is minus the squared distance."""
+        """Mark `chosen` as taken; return the free row nearest to `point`, with minus its squared distance."""
         self.take(chosen)
         search = _Search(self)
         for where, x in self.rows.chunks(self.chunk):
@@ -134,9 +134,9 @@ class Shard:
         return search.best
 
     def farthest(self, centres: Float32[np.ndarray, "C D"], chosen: Ids) -> Best | None:
-        """Take `chosen`, add `centres` to the centres, and return the free row farthest from its nearest centre.
+        """Mark `chosen` as taken, add `centres`, and return the free row farthest from its nearest centre.
 
-        The value is the squared distance to that centre.
+        The value of that row is its squared distance to the nearest centre.
         """
         self.take(chosen)
         if self._near is None:
@@ -149,7 +149,7 @@ class Shard:
         return search.best
 
     def squares(self) -> Float32[np.ndarray, " N"]:
-        """Return |x|^2 of every row."""
+        """Return the squared length |x|^2 of every row x."""
         if self._squares is None:
             self._squares = np.empty(len(self.rows), np.float32)
             for where, x in self.rows.chunks(self.chunk):
@@ -157,7 +157,7 @@ class Shard:
         return self._squares
 
     def _distances(self, where: slice, x: np.ndarray, centre: np.ndarray) -> np.ndarray:
-        """Return |x|^2 + |c|^2 - 2 <x, c>, which is exactly 0 for a row equal to the centre."""
+        """Return |x|^2 + |c|^2 - 2 <x, c> for each row x, which is exactly 0 for a row equal to the centre c."""
         return np.maximum(self.squares()[where] + np.vecdot(centre, centre) - 2 * np.vecdot(x, centre), 0)
 
     # -- clusters ------------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ class Shard:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Assign the rows that were not dropped to centroids; return ids, nearest centroids and squared distances.
 
-        Distances use the columns from `first` on, as many as a centroid has.
+        Distances use as many columns of a row as a centroid has, from column `first` on.
         """
         label = np.empty(len(self.rows), np.int32)
         distance = np.empty(len(self.rows), np.float32)
@@ -180,15 +180,15 @@ class Shard:
         return self.rows.ids[self.included], label[self.included], distance[self.included]
 
     def medoids(self, centroids: Float32[np.ndarray, "K D"]) -> dict[int, tuple[float, int]]:
-        """Return, by cluster, the squared distance and the id of this rank's member nearest to the centroid."""
+        """Return for each cluster the squared distance and id of this rank's row nearest to the centroid."""
         return _first_of(*self.assigned(centroids))
 
-    # -- two sides -----------------------------------------------------------------------------------------------
+    # -- clusters of images and of texts -------------------------------------------------------------------------
 
     def overlap(self, images: Float32[np.ndarray, "K U"], texts: Float32[np.ndarray, "K V"]) -> np.ndarray:
-        """Count the rows that were not dropped by nearest image and text centroid: (K, K).
+        """Return a (K, K) matrix: the number of rows in each image cluster (row) and text cluster (column).
 
-        The columns of the image embedding come first in a row.
+        The columns of the image embedding come first in a row. Dropped rows are not counted.
         """
         self._cells = np.stack([self.assigned(images)[1], self.assigned(texts, images.shape[1])[1]])
         counts = np.zeros((len(images), len(images)), np.int64)
@@ -196,7 +196,7 @@ class Shard:
         return counts
 
     def sums(self, partner: Int64[np.ndarray, " K"], bits: int) -> np.ndarray:
-        """Sum the rows in image cluster c and text cluster `partner[c]`: (K, D), as integers like `total`."""
+        """Return for each c the sum of the rows in image cluster c and text cluster `partner[c]`, like `total`."""
         total = np.zeros((len(partner), self.rows.width), np.int64)
         inside = self._inside(partner)
         for where, x in self.rows.chunks(self.chunk):
@@ -208,7 +208,7 @@ class Shard:
     def inner(
         self, partner: Int64[np.ndarray, " K"], points: Float32[np.ndarray, "K D"]
     ) -> dict[int, tuple[float, int]]:
-        """Return, by image cluster c, the squared distance and the id of the row nearest to `points[c]`.
+        """Return for each image cluster c the squared distance and the id of the row nearest to `points[c]`.
 
         Only rows in image cluster c and text cluster `partner[c]` are considered.
         """
@@ -221,7 +221,7 @@ class Shard:
         return _first_of(self.rows.ids[chosen], inside[chosen], distance[chosen])
 
     def _inside(self, partner: np.ndarray) -> Int64[np.ndarray, " N"]:
-        """Return the image cluster of every row whose text cluster is the partner of it, and -1 for other rows."""
+        """Return for each row its image cluster c if its text cluster is `partner[c]`, otherwise -1."""
         assert self._cells is not None
         image, text = self._cells
         cluster = np.full(len(self.rows), -1, np.int64)
@@ -230,14 +230,14 @@ class Shard:
 
 
 def _first_of(ids: np.ndarray, label: np.ndarray, distance: np.ndarray) -> dict[int, tuple[float, int]]:
-    """Return, by label, the smallest distance and its id."""
+    """Return for each cluster in `label` its smallest distance, with the id of that row."""
     order = np.lexsort((ids, distance, label))
     labels, first = np.unique(label[order], return_index=True)
     return {int(c): (float(distance[order[i]]), int(ids[order[i]])) for c, i in zip(labels, first, strict=True)}
 
 
 class _Search:
-    """A search for the free row with the largest value; among equal values, the smallest id wins."""
+    """A search for the row with the largest value that is still free; among equal values, the smallest id wins."""
 
     def __init__(self, shard: Shard):
         self.shard = shard
@@ -255,10 +255,10 @@ class _Search:
 
 
 def best_of(candidates: Iterable[Best | None]) -> Best | None:
-    """Return the candidate with the largest value, and among equal ones the smallest id; None without candidates."""
+    """Return the candidate with the largest value (of equal ones, the smallest id), or None without candidates."""
     return max((b for b in candidates if b is not None), key=lambda b: (b.value, -b.id), default=None)
 
 
 def split_rows(rows: Rows, ranks: int = 1, chunk: int | None = None) -> LocalParts:
-    """Split rows over `ranks` ranks in this process."""
+    """Divide rows into `ranks` consecutive parts, and return them as ranks in this process."""
     return LocalParts([Shard(rows.share(rank, ranks), chunk) for rank in range(ranks)])

@@ -1,11 +1,11 @@
 """Features of items: image and text embeddings by a fixed encoder, combined into one feature space.
 
-    joint  normalise([normalise(u); normalise(v)])     squared distance = mean of the image's and the text's
+    joint  normalise([normalise(u); normalise(v)])     squared distance = mean of those of image and text
     image  normalise(u)        text  normalise(v)
     sum    normalise(normalise(u) + normalise(v))
 
-Features are computed once and kept in the run's cache under a hash of their inputs (file format: `rmdd.coresets.rows`).
-N images, T captions, D features.
+u is an image embedding, v a text embedding. Features are computed once and kept in the run's cache (file format:
+`rmdd.coresets.rows`). N images, T captions, D features.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,13 +31,13 @@ from rmdd.data.splits import Split
 from rmdd.execution.tasks import Stream, Values
 
 BLOCK = 2048
-"""Number of images that form one block: encoded by one task and stored in one file."""
+"""Number of images in a block; a block is encoded by one task and stored in one file."""
 BATCH = 256
 
 
 @dataclass(frozen=True)
 class Items:
-    """The items to choose from: item i has image `image_of[i]` and stands for caption record `record_of[i]`."""
+    """The items to choose from. Item i has the image `image_of[i]` and stands for the caption record `record_of[i]`."""
 
     unit: ChoiceUnit
     image_of: Int64[np.ndarray, " items"]
@@ -45,7 +45,7 @@ class Items:
 
     @classmethod
     def of(cls, split: Split, unit: ChoiceUnit, seed: int) -> "Items":
-        """Return all caption records of a split as items, or all images with one caption each, drawn by hash."""
+        """Return all caption records of `split` as items, or all images, each with one caption chosen by a hash."""
         if unit == "record":
             return cls(unit, split.image_of, np.arange(len(split.image_of)))
         numbers = np.arange(len(split))
@@ -59,14 +59,14 @@ class Items:
 
 @dataclass(frozen=True)
 class Sides:
-    """The image rows (N, ...) and text rows (T, ...) of an encoder, not normalised."""
+    """The image features (N, ...) and text features (T, ...) from an encoder, not normalised."""
 
     images: Rows
     texts: Rows
     split: Split
 
     def blocks(self, items: Items, caption: str) -> Iterator[tuple[Int64[np.ndarray, " n"], np.ndarray, np.ndarray]]:
-        """Yield blocks of item ids, unit image features and unit text features.
+        """Yield blocks of item ids, image features and text features; features are scaled to length 1.
 
         Raises `ValueError` when a pair has features that are zero or not finite.
         """
@@ -89,17 +89,17 @@ class Sides:
 
 
 def cosines(sides: Sides, items: Items, caption: str) -> Float32[np.ndarray, " items"]:
-    """Return the cosine of image and text features of every item. Raises `ValueError` when their widths differ."""
+    """Return the cosine of the image and text features of each item. Raises `ValueError` if their widths differ."""
     if sides.images.width != sides.texts.width:
         widths = f"{sides.images.width} and {sides.texts.width}"
-        raise ValueError(f"image and text features of widths {widths} have no cosine; use columns:NAME or expert:N")
+        raise ValueError(f"no cosine of image and text features of widths {widths}; use columns:NAME or expert:N")
     return np.concatenate([np.vecdot(u, v) for _, u, v in sides.blocks(items, caption)])
 
 
 def unit(rows: np.ndarray, split: Split, images: np.ndarray, side: str) -> Float32[np.ndarray, "n D"]:
     """Scale rows to unit length.
 
-    Raises `ValueError` when rows are zero or not finite; it names the pairs of `images` and the `side`.
+    Raises `ValueError` for rows that are zero or not finite, and names their pairs (`images`) and the `side`.
     """
     rows = np.ascontiguousarray(rows, dtype=np.float32)
     largest = np.abs(rows).max(axis=1, keepdims=True)
@@ -110,7 +110,7 @@ def unit(rows: np.ndarray, split: Split, images: np.ndarray, side: str) -> Float
             f"{int(bad.sum())} {side} features are zero or not finite (first pairs: {', '.join(named[:MAX_SHOWN])}); "
             "remove these pairs from the dataset, or use another encoder"
         )
-    rows = rows / largest  # keeps the squared lengths in range
+    rows = rows / largest  # keeps the squares of the values within range of float32
     return rows / np.sqrt(np.vecdot(rows, rows))[:, None]
 
 
@@ -119,7 +119,7 @@ def _read(rows: Rows, start: int, stop: int) -> Float32[np.ndarray, "n D"]:
 
 
 def in_space(sides: Sides, items: Items, choice: Choice) -> Iterator[RowBlock]:
-    """Yield blocks of item ids and their features in the space `choice.space`."""
+    """Yield blocks of item ids, and the items' features in the space `choice.space`."""
     for ids, u, v in sides.blocks(items, choice.caption):
         rows = _combined(choice.space, u, v)
         yield ids, unit(rows, sides.split, items.image_of[ids], choice.space) if choice.space == "sum" else rows
@@ -132,7 +132,7 @@ def _combined(space: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
         if u.shape[1] != v.shape[1]:
             raise ValueError(
                 f"space sum cannot add image features of width {u.shape[1]} to text features of width {v.shape[1]}; "
-                "use joint, or an encoder with equal widths (expert:N, columns:NAME)"
+                "set space: joint, or an encoder with equal widths (expert:N, columns:NAME)"
             )
         return u + v
     return u if space == "image" else v
@@ -144,9 +144,9 @@ def _combined(space: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 def encode_blocks(
     folder: Path, count: int, make: Callable[[], Callable[[Values], Values]], identity: dict[str, Any], stream: Stream
 ) -> None:
-    """Compute `count` feature rows into `folder` with an encoder from `make`; existing blocks are kept.
+    """Write `count` feature rows into `folder`, computed by the encoder that `make` creates; existing blocks are kept.
 
-    `stream` runs the encoder on the missing blocks; `identity` describes the encoder in the folder's `rows.json`.
+    `stream` runs the encoder on the missing blocks; `identity` describes the encoder in `rows.json`.
     """
     if (folder / DESCRIPTION).is_file():
         return
@@ -165,7 +165,7 @@ def _name(block: int) -> str:
 
 
 def save_block(folder: Path, block: int, ids: np.ndarray, rows: np.ndarray) -> None:
-    """Write one block; its file of rows is written last, and its existence marks the block as complete."""
+    """Write a block of ids and rows. The file of the rows is written last; its existence marks a complete block."""
     name = _name(block)
     write_array(folder / name.replace(".npy", ".ids.npy"), ids.astype(np.int64))
     write_array(folder / name, rows)
@@ -175,10 +175,10 @@ def save_block(folder: Path, block: int, ids: np.ndarray, rows: np.ndarray) -> N
 
 
 def column_rows(split: Split, data: config.Data, column: str) -> tuple[Iterator[RowBlock], int]:
-    """Return the feature rows of a dataset column, and their width.
+    """Return the features in the dataset column `column` as blocks of rows, and the width of a row.
 
-    The column holds a list of numbers per image, or one per caption; captions that the caption rule drops are skipped.
-    Raises `ValueError` when the column is missing, or its lists differ in length.
+    The column holds a list of numbers per image, or one per caption; captions that are empty after cleaning are
+    skipped. Raises `ValueError` when the column is missing, or its lists differ in length.
     """
     shards = [s for s in split.dataset.manifest["shards"] if s["split"] == split.name]
     blocks = _column_blocks(split, data, column, [split.dataset.path / s["file"] for s in shards])
@@ -202,7 +202,7 @@ def _column_blocks(split: Split, data: config.Data, column: str, files: list[Pat
                 names = [n for n in file.schema_arrow.names if n.startswith(("image.", "text."))]
                 raise ValueError(
                     f"{path} has no column '{column}'; its feature columns are {', '.join(names) or 'none'}; write the "
-                    "features into the shards, or set encoder to tower or expert:N"
+                    "features into the shards, or set encoder: tower or expert:N"
                 )
             for batch in file.iter_batches(batch_size=BLOCK, columns=["captions", column]):
                 texts = batch.column("captions").to_pylist()
@@ -216,9 +216,9 @@ def _column_blocks(split: Split, data: config.Data, column: str, files: list[Pat
 
 
 def _matrix(values: pa.Array, column: str, expected: int | list[int]) -> np.ndarray:
-    """Convert lists to (n, D), or lists of lists to (captions, D).
+    """Convert lists of numbers to an array (n, D), or one list per caption and pair to an array (captions, D).
 
-    `expected` is the number of rows, or the number of rows of each pair.
+    `expected` is the number of rows, or a list with the number of captions of each pair.
     """
     if not isinstance(expected, int):
         lengths = pc.list_value_length(values).fill_null(0).to_pylist()

@@ -15,7 +15,7 @@ MAX_SHOWN = 3
 
 @dataclass(frozen=True)
 class Coreset:
-    """Real pairs in the order in which they were chosen."""
+    """A coreset: real pairs in the order in which they were chosen."""
 
     method: str
     options: dict[str, Any]
@@ -23,11 +23,11 @@ class Coreset:
     unit: Literal["image", "record"]
     data_hash: str
     features: dict[str, Any]
-    """Encoder and feature space; empty for methods that use no features."""
+    """Encoder and feature space of the selection; empty for a method that uses no features."""
     records: tuple[tuple[str, int], ...]
-    """`pair_id` and position of the caption among the pair's captions that pass the caption rule."""
+    """`pair_id` of each pair, and the position of its caption among the pair's captions left after cleaning."""
     facts: dict[str, Any] = field(default_factory=dict, compare=False)
-    """Other facts for reports: objective, shares, pairs, parameters, bytes, seconds."""
+    """More results for reports: objective, shares, pairs, parameters, bytes, seconds."""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -40,7 +40,7 @@ class Coreset:
 
     @classmethod
     def load(cls, folder: Path | str) -> "Coreset":
-        """Load a coreset. Raises `ValueError` when it is missing, damaged, or of another schema version."""
+        """Load a coreset. Raises `ValueError` when it is missing or damaged, or has another schema version."""
         path = Path(folder) / DESCRIPTION
         if not path.is_file():
             raise ValueError(f"{folder} holds no subset (no {DESCRIPTION}); choose one with `rmdd coreset`")
@@ -50,15 +50,15 @@ class Coreset:
             records = tuple((str(pair_id), int(caption)) for pair_id, caption in facts.pop("records"))
             subset = cls(**facts, records=records)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error}); delete {folder} and choose it again") from None
+            raise ValueError(f"{path} is damaged ({error}); delete {folder} and run `rmdd coreset` again") from None
         if version != SCHEMA_VERSION:
-            raise ValueError(f"{path} has schema version {version}, this rmdd reads {SCHEMA_VERSION}; choose it again")
+            raise ValueError(f"{path} has schema version {version}, not {SCHEMA_VERSION}; run `rmdd coreset` again")
         return subset
 
     def rows(self, split: Split) -> list[int]:
-        """Return the caption records of the pairs in `split`.
+        """Return for each chosen pair its caption record in `split`.
 
-        Raises `ValueError` when the split belongs to another dataset or lacks some of the pairs.
+        Raises `ValueError` when `split` belongs to another dataset or lacks some of the pairs.
         """
         if split.dataset.hash != self.data_hash:
             raise ValueError(
@@ -75,15 +75,17 @@ class Coreset:
         if missing:
             raise ValueError(
                 f"{len(missing)} of {len(self.records)} pairs are not in split '{split.name}' (first: "
-                f"{missing[:MAX_SHOWN]}); use the split and the caption rule (data.captions) that they were chosen with"
+                f"{missing[:MAX_SHOWN]}); use the split and data.captions that they were chosen with"
             )
         return [first[pair] + caption for pair, caption in self.records]
 
 
 def verify(path: Path, check: DiskCheck) -> None:
-    """Check that the coreset can be loaded."""
+    """Check that the coreset at `path` can be loaded, and report a fault to `check`."""
     if check.begin(path):
-        with check.errors_as_faults(path / DESCRIPTION, f"delete {check.storage.address(path)} and choose it again"):
+        with check.errors_as_faults(
+            path / DESCRIPTION, f"delete {check.storage.address(path)} and run `rmdd coreset` again"
+        ):
             Coreset.load(path)
 
 

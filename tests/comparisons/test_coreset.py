@@ -312,7 +312,7 @@ def test_the_command_line(storage, run, tmp_path):
     assert 0 < facts["bytes"]["total"] <= distilled_set().budget()["total"]["bytes"] < 30 * 1000
     for wrong, message in (
         (["--method", "herding"], "give either pairs or bytes, found neither"),
-        (["--method", "clip-score", "--pairs", "3"], "needs the cosine of image and text, but untrained towers"),
+        (["--method", "clip-score", "--pairs", "3"], "the cosine of image and text is needed, but untrained towers"),
         (["--method", "best", "--pairs", "3"], "method"),
         (["--pairs", "3", "--option", "x"], "write it as name=value"),
         (["--like", str(small), "--bytes", "9"], "--like and --bytes both set the number of bytes"),
@@ -323,8 +323,11 @@ def test_the_command_line(storage, run, tmp_path):
             "the coreset needs expert 7, but the run trains 1; raise experts.num",
         ),
         (["--pairs", "3", "--method", "forgetting", "--option", "expert=2"], "the coreset needs expert 2"),
-        (["--pairs", "3", "--method", "matched", "--clusters", "2"], "matched makes clusters of its own"),
-        (["--pairs", "3", "--method", "matched", "--space", "image"], "method matched clusters images and texts apart"),
+        (["--pairs", "3", "--method", "matched", "--clusters", "2"], "method matched already makes clusters"),
+        (
+            ["--pairs", "3", "--method", "matched", "--space", "image"],
+            "method matched clusters images and texts separately",
+        ),
     ):
         done = words(*wrong)
         assert done.exit_code == 2 and message in done.output, done.output

@@ -68,7 +68,7 @@ def test_counts_are_loaded_and_continued(tmp_path):
     more = torch.tensor([True, True, False])
     a, b = ForgettingCounts.load(tmp_path).visited(3, more), counts.visited(3, more)
     assert all(torch.equal(x, y) for x, y in zip(a.tensors().values(), b.tensors().values(), strict=True))
-    with pytest.raises(ValueError, match="holds no forgetting counts; train it with experts.forgetting"):
+    with pytest.raises(ValueError, match="holds no forgetting counts; train the expert with experts.forgetting"):
         ForgettingCounts.load(tmp_path / "other")
 
 
