@@ -1,4 +1,4 @@
-"""Check the distilled set assembled from a scenes run whose phase files are written by hand."""
+"""Check the distilled set that `assemble` makes of a run whose phase files are written by the test."""
 
 import numpy as np
 import pytest

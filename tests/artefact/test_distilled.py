@@ -119,9 +119,9 @@ def test_the_card_has_one_row_of_scores_per_training_set():
     text = card.text(replace(make_set(), metrics=metrics, provenance=provenance))
     assert f"| random real pairs, same budget |{' 15.3 ± 1.6 |' * 7} 16.3 ± 1.6 | 5 |" in text
     assert f"| this set (`ptm_st`) |{' 23.6 ± 3.0 |' * 7} 24.6 ± 3.0 | 5 |" in text
-    assert f"| all 1,000 training pairs |{' 92.4 |' * 7} 93.4 | 1 |" in text, "one student has no spread"
+    assert f"| all 1,000 training pairs |{' 92.4 |' * 7} 93.4 | 1 |" in text, "one student has no std"
     assert "| ptm_st.test_best_reference.R@mean.mean | 24.5 |" in text
-    assert "test_last" not in text and ".val." not in text, "the recalls are in the table only"
+    assert "test_last" not in text and ".val." not in text, "recalls must be in the table of scores only"
 
 
 def test_preview_of_many_pairs(tmp_path):
@@ -205,7 +205,7 @@ def edit(folder, change):
 
 
 def test_a_set_of_schema_version_1_is_read(saved):
-    """A set of schema version 1 has the same tensor names, but its file has no metadata."""
+    """A set of schema version 1 has the same tensor names as today, but its tensor file has no metadata."""
     new, file = rmdd.load(saved), saved / "tensors.safetensors"
     save_file(load_file(file), file)
     fields = {"distill": {"method": "repblend", "blend": 0.5, "anchors": 2}, "experts": {"gang": {"workers": 2}}}

@@ -1,4 +1,4 @@
-"""Shared code of the benchmarks: options from a dataclass, a measured child process, and tables (Linux only)."""
+"""Shared code of the benchmarks (Linux only): command-line options from a dataclass, a measured process, and tables."""
 
 import argparse
 import contextlib
@@ -26,7 +26,7 @@ def main(
     child: Callable[[Any, Numbers], Numbers] | None = None,
     **defaults: Any,
 ) -> None:
-    """Run a benchmark from the command line; each field of `case_class` and each entry of `defaults` is an option.
+    """Run a benchmark from the command line; the fields of `case_class` and the entries of `defaults` are options.
 
     `child(case, task)` is the function that `measured` runs in a separate process.
     """
@@ -38,7 +38,7 @@ def main(
     sizes = {field.name: field.default for field in fields(case_class) if not isinstance(field.default, tuple)}
     for name, value in {**sizes, **defaults}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help=" ")
-    parser.add_argument("--out", type=Path, help="also write the numbers to this JSON file")
+    parser.add_argument("--out", type=Path, help="path of a JSON file to which the measured numbers are also written")
     arguments = parser.parse_args()
     numbers = measure(case_class(**{name: getattr(arguments, name) for name in sizes}), arguments)
     if arguments.out is not None:
@@ -47,7 +47,7 @@ def main(
 
 
 def check_names(names: str | Sequence[str], choices: Sequence[str], noun: str) -> list[str]:
-    """Split a comma-separated list of names. Raises `ValueError` for a name that is not in `choices`."""
+    """Return a comma-separated list of names as a list. Raises `ValueError` for a name that is not in `choices`."""
     listed = [name for name in names.split(",") if name] if isinstance(names, str) else list(names)
     if unknown := [name for name in listed if name not in choices]:
         raise ValueError(f"unknown {noun} '{unknown[0]}'; available: {', '.join(choices)}")
@@ -57,8 +57,8 @@ def check_names(names: str | Sequence[str], choices: Sequence[str], noun: str) -
 def measured(module: str, case: Any, task: Numbers, **environment: str) -> Numbers:
     """Run the `child` function of a benchmark in a new process; return its result, peak memory, CPU and wall seconds.
 
-    Memory is the proportional set size (each shared page counts once), summed over the process and its descendants
-    and sampled twice per second.
+    Memory is the proportional set size (each shared page counts once), summed over the process and its descendants and
+    sampled twice per second.
     """
     command = [sys.executable, "-m", f"benchmarks.{module}", "--task", json.dumps({**task, "case": asdict(case)})]
     path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
@@ -79,7 +79,7 @@ def measured(module: str, case: Any, task: Numbers, **environment: str) -> Numbe
 
 
 def pss_of_tree(root: int) -> int:
-    """Return the memory in bytes of a process and its descendants; each shared page counts once."""
+    """Return the memory in bytes of a process and its descendants; a page shared by several of them counts once."""
     return sum(_proportional(pid) for pid in _tree(root))
 
 
@@ -92,7 +92,7 @@ def _tree(pid: int) -> Iterator[int]:
 
 
 def _proportional(pid: int) -> int:
-    """Return the proportional set size of a process in bytes, or 0 if it has ended."""
+    """Return the proportional set size of a process in bytes, or 0 if the process has ended."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):
@@ -101,7 +101,7 @@ def _proportional(pid: int) -> int:
 
 
 def _cpu_seconds(pid: int) -> float:
-    """Return the CPU seconds of all threads of a process so far, or 0 if it has ended."""
+    """Return the CPU seconds of all threads of a process so far, or 0 if the process has ended."""
     with contextlib.suppress(OSError):
         ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
         return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
@@ -109,6 +109,6 @@ def _cpu_seconds(pid: int) -> float:
 
 
 def columns(lines: Sequence[Sequence[str]]) -> str:
-    """Format rows of cells as text; each column is as wide as its widest cell."""
+    """Format a table as text; each column is as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)

@@ -1,7 +1,7 @@
 """Time and memory of herding, k-center and medoids on generated features on disk.
 
 Features are float16 or float32 rows of unit length around random centres, generated once. Each method runs in a
-separate process; peak memory is its proportional set size, including mapped pages of the features.
+separate process; its peak memory is the proportional set size, including mapped pages of the features.
 """
 
 import resource
@@ -28,7 +28,7 @@ CENTRES = 1000
 
 @dataclass(frozen=True)
 class Case:
-    """The size of the problem: `rows` features of `width` numbers."""
+    """Size of the selection problem: `rows` feature rows of `width` numbers each."""
 
     rows: int = 1_000_000
     width: int = 384
@@ -40,10 +40,10 @@ class Case:
 def bench_coresets(
     case: Case, picks: Sequence[int], folder: Path, methods: str | Sequence[str] = METHODS[:2]
 ) -> common.Numbers:
-    """Run each method once up to the largest pick; measure the seconds at each pick, peak memory and objective."""
+    """Run each method up to the largest of `picks`; measure the seconds at each pick, peak memory and objective."""
     methods, picks = common.check_names(methods, METHODS, "method"), sorted(picks)
     if not picks or not 0 < max(picks) < case.rows:
-        raise ValueError(f"picks {picks} are impossible for {case.rows} rows; give numbers from 1 to {case.rows - 1}")
+        raise ValueError(f"picks {picks} are impossible for {case.rows} rows; give picks from 1 to {case.rows - 1}")
     root = generate(case, folder / f"features-{case.rows}-{case.width}-{case.dtype}-{case.seed}")
     threads = {f"{library}_NUM_THREADS": str(case.threads) for library in ("OMP", "OPENBLAS", "MKL")}
     results: common.Numbers = {"case": asdict(case), "picks": picks, "methods": {}}
@@ -56,7 +56,7 @@ def bench_coresets(
 
 
 def generate(case: Case, root: Path) -> Path:
-    """Generate the features from the seed, unless they exist already."""
+    """Generate the features from the seed, unless the folder `root` has them already."""
     if (root / DESCRIPTION).is_file():
         return root
     centres = torch.randn(CENTRES, case.width, generator=generator(case.seed, "bench centres"))
@@ -74,7 +74,7 @@ def generate(case: Case, root: Path) -> Path:
 
 
 def table(results: common.Numbers) -> str:
-    """Format the results as a table."""
+    """Format the seconds, peak memory and objective of each method as a text table."""
     case, picks = results["case"], results["picks"]
     lines = [f"{case['rows']:,} x {case['width']} {case['dtype']}, {case['threads']} thread(s)"]
     lines.append(f"{'':10}" + "".join(f"{f'{k} picks, s':>15}" for k in picks) + f"{'peak MiB':>12}  objective")
@@ -85,7 +85,7 @@ def table(results: common.Numbers) -> str:
 
 
 def _run(case: Case, task: common.Numbers) -> common.Numbers:
-    """Run one method in the measured process; seconds include opening the features."""
+    """Run one selection method in the measured process; the seconds include opening the features."""
     picks = task["picks"]
     torch.set_num_threads(case.threads)
     seconds: dict[str, float] = {}

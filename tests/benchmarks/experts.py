@@ -1,9 +1,9 @@
 """Cost of training many experts: sequentially, with a pool of actors, with one Ray Train run, or one run per expert.
 
-Each way trains the same tiny experts in a separate process and storage. Seconds are those of the experts step; the
-start of Ray is listed separately. Memory is the peak of the proportional set size (each shared page counts once),
-summed over the process and its descendants and sampled twice per second (Linux only). CPU seconds cover the entire
-process; compare them if the machine is busy.
+Each of these four ways trains the same tiny experts in a separate process and storage. Seconds are those of the
+pipeline step that trains experts; the start of Ray is listed separately. Memory is the peak of the proportional set
+size (each shared page counts once), summed over the process and its descendants and sampled twice per second (Linux
+only). CPU seconds cover the entire process; compare them if the machine is busy.
 """
 
 import os
@@ -39,7 +39,7 @@ class Case:
 
 
 def run_of(case: Case, way: str, storage: Path) -> config.Run:
-    """Return a run on synthetic scenes that trains its experts in this way."""
+    """Return a run on synthetic scenes that trains its experts in the way `way`, one of `WAYS`."""
     return config.load(
         {
             "name": "bench",
@@ -67,9 +67,9 @@ def run_of(case: Case, way: str, storage: Path) -> config.Run:
 
 
 def bench_experts(case: Case, ways: str | Sequence[str] = WAYS) -> common.Numbers:
-    """Measure all ways; the entry `ways` of the result has seconds, memory and the overhead per expert of each.
+    """Measure all ways of training; `ways` in the result has seconds, memory and overhead per expert of each.
 
-    Raises `RuntimeError` if one of them fails.
+    Raises `RuntimeError` if one of the ways fails.
     """
     rows = {way: _measure(case, way) for way in common.check_names(ways, WAYS, "way")}
     alone = rows.get("in_turn")

@@ -1,7 +1,7 @@
-"""Speed and memory of an ingest, compared with a plain loop and a torch DataLoader that do the same work.
+"""Speed and memory of an ingest, compared with a sequential loop and a torch DataLoader that do the same work.
 
-The work: find and read each file, decode it as a check, hash the pair, write it to Parquet shards. Each variant runs
-in a separate process; peak memory is the sum of the proportional set sizes of the process and its descendants.
+The work: find, read and decode each image file, hash the pair, write it to Parquet shards. Each variant runs in a
+separate process; peak memory is the sum of the proportional set sizes of the process and its descendants.
 """
 
 import csv
@@ -36,7 +36,7 @@ TABLE = "captions.csv"
 
 @dataclass(frozen=True)
 class Case:
-    """The size of the problem: `pairs` JPEGs of `side` x `side` pixels, read by `workers` processes."""
+    """Size of the ingest: `pairs` JPEG files of `side` x `side` pixels, read by `workers` processes."""
 
     pairs: int = 20_000
     side: int = 32
@@ -46,7 +46,7 @@ class Case:
 
 
 def bench_ingest(case: Case, folder: Path, variants: str | Sequence[str] = VARIANTS) -> common.Numbers:
-    """Measure each variant once on the same generated pairs in `folder`."""
+    """Measure each variant of the ingest once on the same generated pairs in `folder`."""
     variants = common.check_names(variants, VARIANTS, "variant")
     root = generate(case, folder / f"pairs-{case.pairs}-{case.side}-{case.seed}")
     results: common.Numbers = {"case": asdict(case), "variants": {}}
@@ -66,7 +66,7 @@ def bench_ingest(case: Case, folder: Path, variants: str | Sequence[str] = VARIA
 
 
 def table(results: common.Numbers) -> str:
-    """Format the results as a table."""
+    """Format the speed, seconds and memory of each variant as a text table."""
     case, variants = results["case"], results["variants"]
     lines = [f"{case['pairs']} pairs of {case['side']} x {case['side']}, {case['workers']} workers"]
     lines.append(
@@ -79,7 +79,7 @@ def table(results: common.Numbers) -> str:
 
 
 def generate(case: Case, root: Path) -> Path:
-    """Generate images of blurred noise with one caption each from the seed, unless they exist already."""
+    """Generate from the seed images of blurred noise with one caption each, unless `root` has them already."""
     if (root / TABLE).is_file():
         return root
     rows = []
@@ -98,7 +98,7 @@ def generate(case: Case, root: Path) -> Path:
 
 
 def _run(case: Case, task: common.Numbers) -> common.Numbers:
-    """Run one variant in the measured process; seconds exclude its start and its imports."""
+    """Run one variant in the measured process; the seconds exclude the start of the process and its imports."""
     root, out = Path(task["root"]), Path(task["out"])
     if task["variant"] in ("rmdd", "in_turn"):
         return _rmdd(case, root, out, "on" if task["variant"] == "rmdd" else "off")
@@ -142,7 +142,7 @@ class _Samples:
 
 
 def _write(samples: Iterator[tuple[str, str, bytes, bytes]], out: Path) -> int:
-    """Write shards in a plain loop; return the number of pairs."""
+    """Write samples to shards in a sequential loop, without rmdd; return the number of pairs."""
     out.mkdir(parents=True)
     content, writer, count = hashlib.sha256(), None, 0
     rows: list[tuple[str, str, bytes]] = []

@@ -1,4 +1,4 @@
-"""Time and memory of the retrieval metric on a gallery of a published size, in a separate process."""
+"""Time and memory of the retrieval metric on as many images and texts as COCO test, in a separate process."""
 
 import time
 from dataclasses import asdict, dataclass
@@ -13,7 +13,7 @@ from rmdd.evaluate.retrieval import ranks
 
 @dataclass(frozen=True)
 class Case:
-    """Random vectors; each image has five captions, and the first ones have six, like ten images of COCO test."""
+    """Size of the gallery of random vectors. Each image has five texts; the first ones have six, as in COCO test."""
 
     images: int = 5000
     texts: int = 25_010
@@ -25,7 +25,7 @@ class Case:
 def bench_metric(case: Case, repeats: int = 3) -> common.Numbers:
     """Measure the ranking in both directions: the smallest wall and CPU seconds of `repeats`, and memory in bytes.
 
-    Memory is the peak of the process, and its increase during the ranking.
+    Memory is the peak of the process, and the increase of this peak by the ranking.
     """
     if repeats < 1 or case.texts < case.images:
         raise ValueError(f"give repeats of at least 1 and at least as many texts as images; found {repeats}, {case}")
@@ -34,7 +34,7 @@ def bench_metric(case: Case, repeats: int = 3) -> common.Numbers:
 
 
 def table(results: common.Numbers) -> str:
-    """Format the result as one line."""
+    """Format the times and the memory of the result as one line."""
     case = results["case"]
     return (
         f"{case['images']:,} x {case['texts']:,} of width {case['width']} on {case['threads']} threads: "

@@ -1,7 +1,7 @@
 """Parallel phases compared with the same phases run sequentially, one thread each, measured alternately.
 
-It prints three ratios of wall time: `work` counts from the start of the first phase to the end of the last, `workers`
-also includes the start of the workers, and `ray` also includes the start of Ray. Sequential runs start neither.
+It prints three ratios of parallel to sequential wall time: `work` counts from the start of the first phase to the end
+of the last, `workers` adds the start of the workers, and `ray` also the start of Ray. Sequential runs start neither.
 """
 
 import os
@@ -38,7 +38,7 @@ PARTS = ("work", "workers", "ray")
 
 @dataclass(frozen=True)
 class Case:
-    """The size of one phase; an iteration should take much longer than its overhead."""
+    """Size of one distillation phase; an iteration should take much longer than its overhead for parallel execution."""
 
     iterations: int = 60
     pairs: int = 48
@@ -49,12 +49,12 @@ class Case:
 
 
 def bench_phases(case: Case, counts: Sequence[int], repeats: int) -> common.Numbers:
-    """Measure each number of phases in parallel and sequentially, `repeats` times; return seconds and ratios.
+    """Measure each number of phases in parallel and sequentially, `repeats` times; return seconds and their ratios.
 
-    Raises `ValueError` if there is nothing to measure.
+    Raises `ValueError` if a number of phases or `repeats` is below 1.
     """
     if repeats < 1 or min(counts, default=0) < 1:
-        raise ValueError(f"nothing to measure: phases {list(counts)}, repeats {repeats}; give numbers from 1")
+        raise ValueError(f"nothing to measure: phases {list(counts)}, repeats {repeats}; each must be at least 1")
     rows = []
     with TemporaryDirectory() as temporary:
         for count in counts:
@@ -73,7 +73,7 @@ def bench_phases(case: Case, counts: Sequence[int], repeats: int) -> common.Numb
 
 
 def ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return, per number of phases, the median over repeats of parallel time / sequential time."""
+    """Return for each number of phases the median over repeats of (parallel seconds / sequential seconds)."""
     results = []
     for count in dict.fromkeys(row["phases"] for row in rows):
         repeats = [row for row in rows if row["phases"] == count]
@@ -112,7 +112,7 @@ def _run_of(case: Case, phases: int, storage: Path) -> config.Run:
 
 
 def _items(run: config.Run, folder: Path) -> list[TaskItem]:
-    """Create phases at their start, and an expert whose trajectory is a random walk; they cost as much as real ones."""
+    """Write phases at their start, and an expert that is a random walk; they cost as much as those of a true run."""
     places = RunPaths(folder, folder, folder / "store", folder / "phases", folder, folder)
     width, size = text_width(run.model.text), run.stored_size
     store, random = begin_store(run, places.store, width, {}), generator(0, "bench phases")
@@ -147,9 +147,9 @@ def _measure(executor: Executor, items: Sequence[TaskItem]) -> dict[str, float]:
 
 
 def timed(item: TaskItem, hooks: Hooks) -> tuple[float, float]:
-    """Run a phase; return its start and end time."""
+    """Run a distillation phase; return the wall-clock times of its start and its end."""
     began = time.time()
-    assert DistillPhase()(item, hooks), "a benchmark must not be interrupted"
+    assert DistillPhase()(item, hooks), "a phase of the benchmark was interrupted"
     return began, time.time()
 
 

@@ -1,4 +1,4 @@
-"""Check forgetting events for given visits, and the counts stored with a trained expert."""
+"""Check the counts of forgetting events for given visits, and the counts that are stored with a trained expert."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ EPOCHS = 4
 
 
 def counted(*visits, margins=None):
-    """Return the counts after visits that list which records are correct; None leaves a record out of a visit."""
+    """Return the counts after `visits`, which list the correct records; None leaves a record out of a visit."""
     counts = ForgettingCounts.new(len(visits[0]))
     for epoch, visit in enumerate(visits, 1):
         there = torch.tensor([i for i, v in enumerate(visit) if v is not None], dtype=torch.int64)
@@ -73,7 +73,7 @@ def test_counts_are_loaded_and_continued(tmp_path):
 
 
 def test_ties_go_by_last_event_then_margin_then_number():
-    #                     0  1  2  3  4  5  6
+    # record:  0  1  2  3  4  5  6
     visits = [[1, 1, 1, 1, 1, 0, 0], [0, 1, 0, 0, 1, 0, 0], [1, 0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 1, 0, 0]]
     counts = counted(*visits, margins=[0.5, 0.5, 0.3, 0.2, 0.1, -0.1, -0.2])
     learned = [0, 1, 3, 2, 4]
@@ -85,7 +85,7 @@ def test_ties_go_by_last_event_then_margin_then_number():
     assert equal.ranking("last").tolist() == list(range(5))
 
 
-# -- while an expert trains ------------------------------------------------------------------------------------------
+# -- counting while an expert is trained ------------------------------------------------------------------------------
 
 
 def run_of(storage, forgetting_=5, **experts):
@@ -128,7 +128,7 @@ def watched(tmp_path_factory):
 
 
 def lead(model, train, record, pool):
-    """Return the margin of one record over the pool, computed in a slow, obvious way."""
+    """Return the margin of one record over the pool, computed directly from its definition."""
     split = train.split
 
     def image(i):

@@ -186,7 +186,7 @@ def test_the_first_centre_is_drawn_or_nearest_the_mean():
     assert len(drawn) > 10
 
 
-# -- on disk ---------------------------------------------------------------------------------------------------------
+# -- feature rows on disk ---------------------------------------------------------------------------------------------
 
 
 def test_rows_are_read_back_from_files_of_any_size(tmp_path, monkeypatch):

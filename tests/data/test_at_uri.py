@@ -1,4 +1,4 @@
-"""Ingest into a storage at a URI: resuming on another machine after a kill, and the number of network transfers."""
+"""Ingest into a storage at a URI: resuming on another machine after a kill, and how often files are transferred."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ SCENES = config.Data(scenes=config.Scenes(train=6, val=2, test=2, size=16), imag
 
 @pytest.fixture
 def machine(uri, tmp_path):
-    """Return a function that gives a named machine's view of the storage: runtime, local mirror and dataset folder."""
+    """Return a function that gives the runtime, the local mirror and the dataset folder of the machine `name`."""
     roots = []
 
     def machine(name):

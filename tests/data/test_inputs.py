@@ -8,7 +8,7 @@ from rmdd.data.inputs import RemotePath, find, input_path
 
 @pytest.fixture
 def memory():
-    """An in-memory fsspec store, which pyarrow does not support natively."""
+    """An in-memory fsspec store. pyarrow has no support of its own for it, unlike for S3."""
     fs = fsspec.filesystem("memory")
     fs.store.clear()
     yield fs

@@ -1,4 +1,4 @@
-"""Ingest in parts: an ingest that was killed or damaged and then resumed writes the bytes of an undisturbed one."""
+"""Check that an ingest that is killed or damaged and then resumed writes the same bytes as an undisturbed ingest."""
 
 import functools
 import json
@@ -28,7 +28,7 @@ PAIRS = 60
 
 @pytest.fixture
 def data(root, put):
-    """Sixty noisy images, three of them unusable, in about twenty parts."""
+    """Sixty images of noise, three of them unusable, which an ingest splits into about twenty parts."""
     draws = np.random.default_rng(0)
     lines = ["image,caption,split"]
     for i in range(PAIRS):
@@ -43,7 +43,7 @@ def data(root, put):
 
 
 def files(folder):
-    """Return all files of a dataset; the command line is removed from the manifest, because it differs between runs."""
+    """Return the content of all files of a dataset by name, without the command line in the manifest, which differs."""
     contents = {path.name: path.read_bytes() for path in folder.iterdir()}
     manifest = json.loads(contents.pop("manifest.json"))
     manifest.pop("command")
@@ -112,7 +112,7 @@ def test_an_ingest_resumes_after_its_ray_driver_was_killed(root, draw, put, tmp_
         assert process.poll() is None, "the ingest ended before the test killed it"
         time.sleep(0.005)
     process.kill()
-    time.sleep(4)  # Ray workers exit within 3 s of a killed driver
+    time.sleep(4)  # Ray workers exit within 3 s after their driver is killed
     assert not list((tmp_path / "runs").glob("data/*/manifest.json"))
     before = shards_of(records[0].parent.parent / "dataset")
 
@@ -124,7 +124,7 @@ def test_an_ingest_resumes_after_its_ray_driver_was_killed(root, draw, put, tmp_
 
 
 class MortalWriter(PartWriter):
-    """A part writer that kills its process in the middle of part 3, once."""
+    """A part writer that kills its process once, in the middle of part 3."""
 
     def _pairs(self, part, counts):
         for pair in super()._pairs(part, counts):
@@ -184,7 +184,7 @@ def test_damaged_shards_are_written_again(data, undisturbed, tmp_path):
 
 
 def test_a_full_disk_is_reported_and_finished_parts_are_kept(data, undisturbed, tmp_path):
-    """The test limits the file size of the process to simulate a full disk."""
+    """The test simulates a full disk by a limit on the size of files that the process may write."""
     big = data.model_copy(update={"shard_mb": 0.03})
     code = (
         "import resource, sys\n"

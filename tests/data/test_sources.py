@@ -1,4 +1,4 @@
-"""A custom input format: as a new file in `rmdd/data/sources`, or from another package through an entry point."""
+"""Check a custom input format that is a new file in `rmdd/data/sources`, or comes from another package."""
 
 import importlib
 import io
@@ -49,7 +49,7 @@ def data(root, draw, put):
 
 @pytest.fixture
 def one_file(tmp_path, monkeypatch):
-    """Install the two custom formats as files in the folder of the built-in sources."""
+    """Install the custom formats `lines` and `tiles` as files in the folder of the built-in sources."""
     (tmp_path / "formats").mkdir()
     (tmp_path / "formats" / "lines.py").write_text(LINES)
     (tmp_path / "formats" / "tiles.py").write_text(TILES)
@@ -63,7 +63,7 @@ def one_file(tmp_path, monkeypatch):
 
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
-    """Install the first custom format as another package with an entry point."""
+    """Install the custom format `lines` as another package, which registers an entry point."""
     (tmp_path / "lined.py").write_text(LINES)
     install(tmp_path, "lined", "rmdd.sources")
     monkeypatch.syspath_prepend(tmp_path)

@@ -53,7 +53,7 @@ def test_the_cache_is_reused_and_depends_on_the_settings(scenes, tmp_path):
         assert len(load_split(dataset, "val", data.model_copy(update=change), cache).images)
     assert len(files()) == 6
     assert len(load_split(dataset, "val", data.model_copy(update={"captions": Captions(max_words=3)}), cache).images)
-    assert len(files()) == 6  # the caption rule does not change the image cache
+    assert len(files()) == 6  # no new file: other caption cleaning does not change the image cache
 
 
 def test_several_workers_may_build_the_cache_at_the_same_time(scenes, tmp_path, monkeypatch):
@@ -71,7 +71,7 @@ def test_several_workers_may_build_the_cache_at_the_same_time(scenes, tmp_path, 
         images = list(pool.map(lambda split: split.images, splits))
     assert read == [[pair.image for pair in dataset.pairs("train")]] * 4
     assert all(np.array_equal(images[0], each) for each in images)
-    assert len(reads) == 2, "one worker must decode the images, and one must copy the encoded images, for all"
+    assert len(reads) == 2, "only one worker may decode the images, and only one may copy the encoded images"
     assert not [file.name for file in (tmp_path / "cache").iterdir() if file.name.endswith(".tmp")]
 
 
@@ -94,7 +94,7 @@ def test_some_images_are_the_same_with_and_without_the_cache(scenes, tmp_path):
     index = np.array([3, 0, 3])
     split = load_split(dataset, "train", data, tmp_path / "cache")
     few = split.some_images(index)
-    assert not (tmp_path / "cache").exists(), "the other images must not be decoded"
+    assert not (tmp_path / "cache").exists(), "only the requested images may be decoded"
     assert np.array_equal(few, split.images[index]) and np.array_equal(few, split.some_images(index))
 
 
