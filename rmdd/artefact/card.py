@@ -229,7 +229,7 @@ were made by rmdd with the method `{method}` and the loss `{loss}`. {origin}
   and std ({std}).
 - Texts: embeddings of width {text_width} from `{text_tower}`. Use the same encoder to embed real captions.
 - Similarity: {kind}, within each subset only. The logits of a pair are cosine / {temperature}.
-- The set was distilled with the image tower `{image_tower}`. The learned rates are meant for this tower and plain SGD.
+- The set was distilled with the image tower `{image_tower}`. Its learning rates are meant for this tower and plain SGD.
 
 ## Results
 
@@ -241,7 +241,7 @@ were made by rmdd with the method `{method}` and the loss `{loss}`. {origin}
 |---|---|---|
 {parts}
 
-Counted memory-fair, the set is as large as {in_pairs:.2f} plain pairs of {unit:,} parameters each.
+Counted in parameters, the set is as large as {in_pairs:.2f} real pairs of {unit:,} parameters each.
 
 ## Fields
 
@@ -252,7 +252,7 @@ Counted memory-fair, the set is as large as {in_pairs:.2f} plain pairs of {unit:
 | `<k>.images` | M x {image_shape} | float32, normalised |
 | `<k>.texts` | M x {text_width} | float32, not normalised |
 {similarity_row}
-| `<k>.lr_image`, `<k>.lr_text` | scalar | learned SGD rates of the image tower and of the text tower |
+| `<k>.lr_image`, `<k>.lr_text` | scalar | learned SGD learning rates of the image tower and the text tower |
 
 `captions.parquet` has one row per pair: `subset`, `index`, `caption` (the real caption nearest to the distilled text
 embedding), `source_id` (the real pair that this pair started from), and `caption_before` (the caption of that real
