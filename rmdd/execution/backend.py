@@ -36,28 +36,28 @@ class Backend:
 
     executor: Executor
     readers: Stream = sequential_stream
-    """Runs the parts of an ingest."""
+    """Stream that reads the parts of a raw dataset during the ingest."""
     encoders: Stream = sequential_stream
-    """Embeds blocks of captions."""
+    """Stream that embeds blocks of captions."""
     expert_pool: Callable[..., Mapper] | None = None
-    """`expert_pool(store, size)` returns a run of Ray Train that trains the experts of a store, `size` workers each."""
+    """`expert_pool(store, size)` returns a `Mapper` that trains experts by Ray Train, each expert on `size` workers."""
     pictures: PictureReader | None = None
-    """Reads the images of experts if they are not cached; None: the training process reads them itself."""
+    """Function that reads training images that are not cached; None: the process that trains an expert reads them."""
     run_trials: RunTrials = sequential_trials
-    """Runs the trials of a search."""
+    """Function that runs the trials of a search."""
     open_parts: OpenParts = local_parts
-    """Opens workers for data in parts: the rows that a coreset is chosen from, or the draws of one outer step."""
+    """Function that opens workers which keep parts of data: rows of a coreset, or draws of an outer iteration."""
 
 
 @contextlib.contextmanager
 def hold_folders(runtime: config.Runtime, *folders: Path) -> Iterator[None]:
-    """Check that the storage is writable, hold `folders` in it inside the block, and publish its logs at the end.
+    """Check that the storage is writable, lock `folders` during the block, and upload log files at its end.
 
-    Raises `rmdd.core.locks.FolderInUse` if another process works in one of them, and `ValueError` if the storage has
-    another layout.
+    Raises `rmdd.core.locks.FolderInUse` if another process works in one of the folders, and `ValueError` if another
+    version of rmdd wrote the storage with another layout of folders.
     """
     storage = open_storage(runtime)
-    require_layout(storage)  # before `begin`, which removes temporary files
+    require_layout(storage)  # check this before `begin` removes temporary files
     storage.begin()
     with contextlib.ExitStack() as stack:
         for folder in folders:
@@ -68,10 +68,10 @@ def hold_folders(runtime: config.Runtime, *folders: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_backend(runtime: config.Runtime, events: Path, progress: Progress) -> Iterator[Backend]:
-    """Open the backend that `runtime` describes; starts Ray, and stops it at the end of the block.
+    """Open the backend that `runtime` describes. If it is Ray, start Ray here and stop Ray at the end of the block.
 
-    Appends a line to the file `events` for each start, death and end of a worker. After `runtime.time_limit`, it raises
-    `KeyboardInterrupt` in the block.
+    Appends a line to the file `events` for each start, death and end of a worker. After `runtime.time_limit` minutes,
+    raises `KeyboardInterrupt` in the block.
     """
     with time_limit(runtime.time_limit, progress.say):
         if runtime.ray == "off":
@@ -88,7 +88,7 @@ def open_backend(runtime: config.Runtime, events: Path, progress: Progress) -> I
             with ActorExecutor(runtime, resources, events, progress.say) as executor:
 
                 def after_rest(stream: Stream) -> Stream:
-                    """Return `stream`, but free idle actors first, because they hold CPUs that its tasks wait for."""
+                    """Return `stream`, but first stop the executor's idle actors: they hold CPUs that it needs."""
 
                     def streamed(
                         make: Callable[[], Callable[[Values], Values]], items: Sequence[Values]
@@ -132,7 +132,7 @@ def open_backend(runtime: config.Runtime, events: Path, progress: Progress) -> I
                 restarts = runtime.max_restarts
                 readers = after_rest(over_tasks(min(runtime.reader_cpus, resources.widest), restarts))
                 backend = Backend(executor, readers, expert_pool=expert_pool, run_trials=run_trials)
-                if not is_uri(runtime.storage):  # image readers take 0 CPUs if workers may hold all
+                if not is_uri(runtime.storage):  # 0 CPUs per reader if the workers may hold all CPUs
                     pictures = functools.partial(ray_stream, cpus=1 if gpus and not cpus else 0)
                     backend = replace(backend, pictures=pictures)
                 if not is_uri(runtime.storage) or (resources.nodes == 1 and not resources.grows):

@@ -1,4 +1,4 @@
-"""The interface of an executor, which runs tasks on items: pieces as they arrive, or a list of items in one call."""
+"""Interface of an executor, which runs a task on each of many items, here or on other workers."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -10,22 +10,22 @@ from rmdd.execution.tasks import Failed, ReturnFailures, Task
 
 @dataclass
 class Piece:
-    """An item, its task, and the functions that get its progress reports and its result."""
+    """One piece of work: an item, the task to run on it, and functions that receive its progress and its result."""
 
     task: Task
     item: Any
     name: str
     on_report: Callable[[dict[str, Any]], None]
     settle: Callable[[Any, Exception | None], None]
-    """Called with the result and None, or with None and the error. An error raised by it stops all work."""
+    """Called as `settle(result, None)` or `settle(None, error)`. If `settle` raises an error, all work stops."""
 
 
 PieceSource = Callable[[float], Sequence[Piece] | None]
-"""`source(seconds)` returns new pieces, waiting for at most that long, or None if no more will come."""
+"""Called with a waiting time in seconds: returns the new pieces of work, or None if no more pieces will come."""
 
 
 class RetriesExhausted(RuntimeError):
-    """The workers of an item died more often than `runtime.max_restarts` allows."""
+    """Workers died on the same item more often than `runtime.max_restarts` allows."""
 
     def __init__(self, message: str, host: str):
         super().__init__(message)
@@ -39,22 +39,22 @@ class Mapper(Protocol):
     def map(
         self, task: Task, items: Sequence[Any], names: Sequence[str], on_report: Callable[[str, dict[str, Any]], None]
     ) -> list[Any]:
-        """Return the results in the order of `items`; `on_report(name, metrics)` gets the progress of each item."""
+        """Run `task` on each item; return the results in their order. `on_report(name, metrics)` gets progress."""
         ...
 
 
 @runtime_checkable
 class Executor(Mapper, Protocol):
-    """Runs pieces. Both methods raise `Interrupted` after a stop signal, when the running tasks have saved."""
+    """Runs pieces of work. After a stop signal, `serve` and `map` raise `Interrupted` once all tasks have saved."""
 
     def serve(self, source: PieceSource) -> None:
-        """Run all pieces as they arrive, and call the `settle` of each at its end."""
+        """Run all pieces that `source` returns, and call `settle` of each piece when its task has ended."""
         ...
 
     def map(
         self, task: Task, items: Sequence[Any], names: Sequence[str], on_report: Callable[[str, dict[str, Any]], None]
     ) -> list[Any]:
-        """See `Mapper`. Raises the first error; with `ReturnFailures`, `RetriesExhausted` becomes a `Failed` result."""
+        """See `Mapper.map`. Raises the first error; under `ReturnFailures`, dead workers give a `Failed` result."""
         results: dict[int, Any] = {}
 
         def settle(index: int, result: Any, error: Exception | None) -> None:
@@ -73,6 +73,6 @@ class Executor(Mapper, Protocol):
 
 
 def all_at_once(pieces: Sequence[Piece]) -> PieceSource:
-    """Return a source that gives all pieces at its first call."""
+    """Return a `PieceSource` that returns all pieces at its first call, then None."""
     batches = iter([pieces] if pieces else [])
     return lambda seconds: next(batches, None)

@@ -11,7 +11,7 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Yield a function that returns whether a stop signal arrived. A second signal raises `KeyboardInterrupt`."""
+    """Yield a function that returns whether a signal asked to stop. A second signal raises `KeyboardInterrupt`."""
     stop = threading.Event()
 
     def handle(number: int, frame: object) -> None:
@@ -32,12 +32,12 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
 
 @contextlib.contextmanager
 def time_limit(minutes: float | None, say: Callable[[str], None]) -> Iterator[None]:
-    """Raise `KeyboardInterrupt` in the block after `minutes`. Raises `ValueError` outside the main thread."""
+    """Raise `KeyboardInterrupt` in the block after `minutes`. Raises `ValueError` if called outside the main thread."""
     if minutes is None:
         yield
         return
     if threading.current_thread() is not threading.main_thread():
-        raise ValueError("runtime.time_limit works only in the main thread, which gets signals; unset it or run there")
+        raise ValueError("runtime.time_limit works only in the main thread of Python; set it to null, or run there")
     began = time.monotonic()
 
     def stop(number: int, frame: object) -> None:

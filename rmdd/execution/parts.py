@@ -1,4 +1,4 @@
-"""Data in parts: each worker keeps one part in its memory, and a method is called on all parts at once."""
+"""Data that is split into parts: each worker keeps one part in memory, and all parts are called at the same time."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -9,21 +9,21 @@ T = TypeVar("T")
 
 
 class PartLost(RuntimeError):
-    """A worker died, and its part is lost."""
+    """A worker died, and the part of the data in its memory is lost."""
 
 
 @runtime_checkable
 class WorkerParts(Protocol):
-    """Workers that keep one part each."""
+    """Workers that keep one part of some data each; part 0, 1, ... in the order of the workers."""
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
-        """Call the method named `method` of every part; return the results, part 0 first. Raises `PartLost`."""
+        """Call the Python method named `method` on every part; return one result per part. May raise `PartLost`."""
         ...
 
 
 @dataclass
 class LocalParts(WorkerParts):
-    """All parts, in the memory of this process."""
+    """`WorkerParts` without workers: this process keeps all parts in its memory."""
 
     parts: Sequence[Any]
 
@@ -40,13 +40,13 @@ OpenParts = Callable[..., contextlib.AbstractContextManager[WorkerParts]]
 def local_parts(
     make: Callable[[int, int], Any], size: int | None = None, most: int | None = None, accelerated: bool = False
 ) -> Iterator[WorkerParts]:
-    """Open the parts in this process, by default a single one (an `OpenParts`)."""
+    """Create `size` parts (default: one) in this process, where `OpenParts` would start workers."""
     count = size or 1
     yield LocalParts([make(rank, count) for rank in range(count)])
 
 
 def with_restarts(work: Callable[[], T], restarts: int, say: Callable[[str], None]) -> T:
-    """Call `work`, which resumes from checkpoints, and again after each `PartLost`, at most `restarts` times."""
+    """Call `work`. If it raises `PartLost`, call it again to resume from its checkpoint, at most `restarts` times."""
     for remaining in reversed(range(restarts + 1)):
         try:
             return work()

@@ -1,4 +1,4 @@
-"""The scheduler of a sweep: several runs share one executor, and work that they have in common is done once."""
+"""Scheduler of a sweep: its runs share one executor, and work that two or more runs need is done only once."""
 
 import contextlib
 import functools
@@ -15,7 +15,7 @@ from rmdd.execution.tasks import Hooks, Interrupted, Task
 
 @runtime_checkable
 class TargetedTask(Protocol):
-    """A task that knows the path of each item's result; items with the same path are the same work."""
+    """A task that can name the path of each item's result. Items with the same path are run only once."""
 
     def __call__(self, item: Any, hooks: Hooks) -> Any: ...
 
@@ -24,7 +24,7 @@ class TargetedTask(Protocol):
 
 @contextlib.contextmanager
 def collect_errors(errors: dict[str, Exception], label: str) -> Iterator[None]:
-    """Store an error raised in the block as `errors[label]`, instead of raising it."""
+    """Catch an error that the block raises, and store it as `errors[label]`."""
     try:
         yield
     except Exception as error:
@@ -33,7 +33,7 @@ def collect_errors(errors: dict[str, Exception], label: str) -> Iterator[None]:
 
 @dataclass
 class _SharedPiece:
-    """A piece for which one or more runs wait."""
+    """State and result of a piece of work for which one or more runs of a sweep wait."""
 
     reports: list[Callable[[dict[str, Any]], None]] = field(default_factory=list)
     settled: bool = False
@@ -49,9 +49,9 @@ class _SharedPiece:
 
 
 class SweepScheduler:
-    """Runs several runs in threads, of which one computes at a time: the others wait for their pieces.
+    """Executes the runs of a sweep in threads. One thread computes at a time; the others wait for pieces of work.
 
-    If two runs need the same piece, it is already queued or finished when the second run needs it, so it runs once.
+    A piece that two runs need is queued only by the first run; the second run waits for the same result.
     """
 
     def __init__(self, executor: Executor):
@@ -66,7 +66,7 @@ class SweepScheduler:
         self.errors: dict[str, Exception] = {}
 
     def add(self, label: str, run: Callable[[], Any]) -> None:
-        """Add a run: the function `run`, and a label for its messages and errors."""
+        """Add a run of the sweep: `run` is a function that executes it, `label` its name in messages and errors."""
 
         def take_part() -> None:
             try:
@@ -82,7 +82,7 @@ class SweepScheduler:
         self.runs.append(threading.Thread(target=take_part, name=label, daemon=True))
 
     def run_all(self) -> dict[str, Exception]:
-        """Do all runs, and return their errors by label. Raises `Interrupted` after a stop signal."""
+        """Execute all runs; return the errors of the failed ones by label. Raises `Interrupted` after a stop signal."""
         for run in self.runs:
             run.start()
         try:
@@ -98,7 +98,7 @@ class SweepScheduler:
         return self.errors
 
     def executor_of(self, label: str) -> Executor:
-        """Return the executor for the run with this label."""
+        """Return an executor for one run, which adds the run's pieces of work to the queue of the sweep."""
         return _RunExecutor(self, label)
 
     def map(
@@ -149,7 +149,7 @@ class SweepScheduler:
             self.changed.notify_all()
 
     def _alone(self, task: Task) -> Task:
-        """Return `task`, made to wait for its turn in this process, because runs share torch's global random state."""
+        """Return `task`, run under the lock `turn` if it runs in this process: threads share torch's random state."""
         if not isinstance(self.executor, SequentialExecutor):
             return task
 

@@ -1,8 +1,8 @@
 """Tasks and streams: independent work that runs in this process or on a cluster, with identical results.
 
-A *task* is called as `task(item, hooks)`. It reports its progress to the hooks, stops when they say so, and saves its
-checkpoints. A task that stopped before its end returns False. A *stream* is for many small items: it distributes them
-over workers and yields their results.
+A *task* is a function that is called as `task(item, hooks)`. It reports its progress by `hooks.report`, saves its own
+checkpoints, and ends early if `hooks.should_stop()` is true; then it returns False. A *stream* runs a function on many
+small items, possibly on several workers, and yields the results.
 """
 
 import socket
@@ -14,23 +14,23 @@ from typing import Any, Protocol, runtime_checkable
 from rmdd.core.progress import Progress
 
 Values = dict[str, Any]
-"""Numbers and texts, small enough to be sent between processes."""
+"""Mapping of names to numbers and texts, small enough to be sent from one process to another."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """Work was stopped by a signal, after saving its state."""
+    """A signal stopped the work, after its tasks had saved their checkpoints."""
 
 
 @dataclass(frozen=True)
 class GroupMember:
-    """One of several workers that run one item together."""
+    """One of the `size` workers that run the same item together, such as one expert; `rank` counts them from 0."""
 
     rank: int
     size: int
     host: str
     """Network address of this worker's machine, as the other members see it."""
     meet: Callable[[str | None], str]
-    """Shares an address: the first member calls it with its address, the others with None; it returns that address."""
+    """Returns the address of rank 0 to every member; rank 0 passes its own address, all others pass None."""
 
 
 @dataclass
@@ -52,12 +52,12 @@ class Failed:
     reason: str
     host: str
     again: bool
-    """Whether another try may succeed. An error such as `ValueError` would come again with the same numbers."""
+    """Whether to run the item again: True for an error that may not recur, such as too little memory."""
 
 
 @dataclass(frozen=True)
 class ReturnFailures:
-    """Calls a task, and returns `Failed` instead of raising its error, so that one item does not stop the others."""
+    """Wraps a task: if the task raises an error, the result is a `Failed`, so that the other items still run."""
 
     task: Task
 
@@ -74,17 +74,17 @@ class Stream(Protocol):
     """Runs a function on many small items, possibly on several workers."""
 
     def __call__(self, make: Callable[[], Callable[[Values], Values]], items: Sequence[Values]) -> Iterator[Values]:
-        """Yield `make()(item)` for each item, in any order; every worker calls `make` at least once."""
+        """Yield `make()(item)` for each item, in any order. `make` is called on the workers, at least once on each."""
         ...
 
 
 def sequential_stream(make: Callable[[], Callable[[Values], Values]], items: Sequence[Values]) -> Iterator[Values]:
-    """Yield the results of the items, one after another, in this process (a `Stream`)."""
+    """`Stream` without workers: run the items one after another in this process, and yield their results."""
     yield from map(make(), items)
 
 
 def with_progress(progress: Progress, title: str, unit: str, stream: Stream) -> Stream:
-    """Return `stream` with a progress display: the number of finished items, and how many `unit` per second."""
+    """Return `stream` with a progress display of the finished items and of their speed, in `unit` per second."""
 
     def watch(make: Callable[[], Callable[[Values], Values]], items: Sequence[Values]) -> Iterator[Values]:
         if not items:

@@ -1,4 +1,4 @@
-"""Interfaces for the trials of a search (a source that chooses them, a runner of one), and a sequential loop."""
+"""Interfaces for the trials of a search: `TrialSource` chooses the trials, and `TrialRunner` runs one of them."""
 
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
@@ -8,36 +8,36 @@ from rmdd.execution.tasks import Hooks, Values
 
 @runtime_checkable
 class TrialRunner(Protocol):
-    """Runs one trial in steps, called rungs: after each rung the source may end the trial."""
+    """Runs one trial in steps, called rungs. After each rung the `TrialSource` may end the trial early."""
 
     def run_rung(self, hooks: Hooks) -> Values:
-        """Run the next rung, and return its results with `done`: whether it was the last. Raises `Interrupted`."""
+        """Run the next rung; return its results and, as `done`, whether it was the last. May raise `Interrupted`."""
         ...
 
 
 @runtime_checkable
 class TrialSource(Protocol):
-    """Chooses the next trial, and decides after each rung whether a trial continues. Called from one thread."""
+    """Chooses the trials of a search, and decides after each rung whether the trial continues."""
 
     def ask(self) -> tuple[str, Any] | None:
         """Return the name of the next trial and the argument of `open_runner` for it; None if there are no more."""
         ...
 
     def tell(self, name: str, rung: Values) -> bool:
-        """Take the results of a rung, and return whether the trial continues."""
+        """Store the results `rung` of the trial `name`; return whether this trial continues with its next rung."""
         ...
 
     def fail(self, name: str, why: str) -> None:
-        """Take notice that a trial failed, with the reason."""
+        """Note that the trial `name` failed, with the reason `why`."""
         ...
 
 
 RunTrials = Callable[[TrialSource, Callable[[Any], TrialRunner], int | None], None]
-"""`run_trials(source, open_runner, most)` runs trials until the source has no more, at most `most` in parallel."""
+"""`run_trials(source, open_runner, most)` runs all trials of a `TrialSource`, at most `most` of them in parallel."""
 
 
 def sequential_trials(source: TrialSource, open_runner: Callable[[Any], TrialRunner], most: int | None = None) -> None:
-    """Run the trials one after another in this process (a `RunTrials` that ignores `most`)."""
+    """Run the trials one after another in this process; `most`, the number of parallel trials, is ignored."""
     while (trial := source.ask()) is not None:
         name, argument = trial
         try:

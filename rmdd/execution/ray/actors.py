@@ -1,8 +1,8 @@
 """The executor on Ray actors: experts, phases and students run in parallel and resume after the death of a worker.
 
 Each actor runs one item at a time until none is left. If an actor or its node dies, or an actor reports no progress for
-too long, its item starts again on another actor and resumes from its last checkpoint. Errors raised by a task are not
-retried.
+too long, the item of that actor starts again on another actor and resumes from its last checkpoint. An item whose task
+raises an error is not run again.
 """
 
 import contextlib
@@ -26,30 +26,30 @@ from rmdd.execution.ray.worker import StorageNotVisible, Worker, folder_to_check
 from rmdd.execution.tasks import Interrupted, Task
 
 POLL_SECONDS = 0.5
-"""Longest wait for news of the workers, in seconds."""
+"""Longest time between two checks of the workers, in seconds."""
 NODES_SECONDS = 3.0
-"""Seconds between two looks at the nodes of the cluster."""
+"""Seconds between two checks of which nodes the cluster has and which are about to leave."""
 STOP_SECONDS = 90.0
-"""Seconds that workers have to save their state; cluster managers kill the driver after 120."""
+"""Seconds that workers get to save checkpoints after a stop signal; cluster managers kill this process after 120."""
 BACK_OFF = 0.5, 60.0
-"""Seconds before an item whose worker died starts again: the first delay, and the bound up to which it doubles."""
+"""Seconds until an item starts again after its worker died: the first delay, which doubles up to the second."""
 
 
 @dataclass(eq=False)
 class Attempts:
-    """A piece, with the number of its starts and of the deaths of its workers."""
+    """A piece of work, with the number of times that it started and that its worker died."""
 
     piece: Piece
     starts: int = 0
     deaths: int = 0
-    """Deaths that count against `max_restarts`: the worker died or hung, but its node was not lost."""
+    """Number of times that the worker died or hung while its node was alive; `runtime.max_restarts` limits it."""
     ready_at: float = 0.0
-    """Clock time before which the piece does not start again."""
+    """Earliest time of the next start, in seconds of `time.monotonic`."""
 
 
 @dataclass(eq=False)
 class WorkerActor:
-    """An actor, with its process and node once it has answered."""
+    """A Ray actor that runs items. `process` names its pid, host and node once the actor has answered."""
 
     actor: Any
     process: dict[str, Any] = field(default_factory=dict)
@@ -69,10 +69,10 @@ class RunningItem:
     result: Any
     status: Any
     where: Any
-    """Reference to the actor's process and node, ready once the actor is up; None after the start was logged."""
+    """Ray reference to the actor's pid, host and node, ready when the actor runs; None once the start was logged."""
     beats: int = -1
     last_beat: float = field(default_factory=time.monotonic)
-    """Clock time at which the item started or the number of heartbeats last rose."""
+    """Time of the item's start or last heartbeat, in seconds of `time.monotonic`."""
 
     @property
     def name(self) -> str:
@@ -81,9 +81,9 @@ class RunningItem:
 
 @dataclass
 class ActorExecutor(Executor):
-    """An executor that spreads items over actors. It logs every start, death and end as a JSON line in `events`.
+    """An executor that spreads items over Ray actors. The file `events` gets a JSON line per start, death and end.
 
-    Its actors are stopped after the last piece. Inside a `with` block they are kept for further pieces until its end.
+    The actors are stopped after the last item of a call or, if the executor is used in a `with` block, at its end.
     """
 
     runtime: config.Runtime
@@ -94,7 +94,7 @@ class ActorExecutor(Executor):
     waiting: list[Attempts] = field(default_factory=list)
     idle: list[WorkerActor] = field(default_factory=list)
     without_storage: set[str] = field(default_factory=set)
-    """Nodes that do not see the storage; no more actors are placed on them."""
+    """Ids of the nodes that do not see the storage folder; no more actors are started on them."""
     _entered: bool = False
     _nodes_checked: float = 0.0
     _tasks: dict[Task, Any] = field(default_factory=dict)
@@ -112,7 +112,7 @@ class ActorExecutor(Executor):
         self._kill(self.idle)
 
     def serve(self, source: PieceSource) -> None:
-        """See `rmdd.execution.executor.Executor`. If its workers keep dying, a piece gets `RetriesExhausted`."""
+        """See `Executor.serve`. A piece of work whose workers keep dying is settled with `RetriesExhausted`."""
         more = True
         self._nodes_checked = time.monotonic()
         try:
@@ -125,7 +125,7 @@ class ActorExecutor(Executor):
                 self._wait()
                 self._check_running()
                 if any(item.where is not None for item in self.running) and not self._next():
-                    self.rest()  # idle actors may hold CPUs that a starting one needs
+                    self.rest()  # idle actors may hold CPUs that a new actor waits for
         except KeyboardInterrupt:
             self._stop()
             raise Interrupted from None
@@ -141,7 +141,7 @@ class ActorExecutor(Executor):
     # -- starting items ------------------------------------------------------------------------------------------
 
     def _next(self) -> list[Attempts]:
-        """Return the waiting items that can start now: their delay is over, and the cluster has room for a worker."""
+        """Return the items to start now: their delay after a death is over, and the cluster has room for a worker."""
         room = self.resources.workers(self.runtime, len(self.running) + len(self.waiting)) - len(self.running)
         ready = [attempts for attempts in self.waiting if attempts.ready_at <= time.monotonic()]
         return ready[: max(0, room)]
@@ -176,10 +176,10 @@ class ActorExecutor(Executor):
         return ray.remote(Worker).options(**options).remote(threads, folder_to_check(self.runtime, self.events))
 
     def _log_start(self, item: RunningItem, timeout: float = 0.0) -> None:
-        """Log the start of an item once its actor answers."""
+        """Write the start of an item to the event log, once its actor has answered."""
         if item.where is None or not ray.wait([item.where], timeout=timeout)[0]:
             return
-        with contextlib.suppress(RayError):  # `_settle` handles the death of an actor
+        with contextlib.suppress(RayError):  # if the actor died, `_settle` handles it
             item.worker.process = ray.get(item.where)
             item.last_beat = time.monotonic()
             self._log("started", item, attempt=item.attempts.starts)
@@ -190,7 +190,7 @@ class ActorExecutor(Executor):
     # -- supervising running items -------------------------------------------------------------------------------
 
     def _wait(self) -> None:
-        """Wait until an item starts or ends, but at most `POLL_SECONDS`."""
+        """Wait until a running item starts or ends, for at most `POLL_SECONDS`."""
         news = [s.result for s in self.running] + [s.where for s in self.running if s.where is not None]
         if news:
             ray.wait(news, num_returns=1, timeout=POLL_SECONDS)
@@ -234,7 +234,7 @@ class ActorExecutor(Executor):
         return limit is not None and bool(item.worker.process) and time.monotonic() - item.last_beat > 60 * limit
 
     def _stop_on(self, nodes: set[str]) -> None:
-        """Stop the actors on nodes that are about to leave; their tasks save their state and resume on other nodes."""
+        """Stop the actors on `nodes`, which are about to leave. Their tasks save checkpoints and resume elsewhere."""
         self._kill([worker for worker in self.idle if worker.process.get("node") in nodes])
         for item in self.running:
             if item.worker.process.get("node") in nodes:
@@ -256,7 +256,7 @@ class ActorExecutor(Executor):
             self._log("failed", item, error=str(cause))
             cause.add_note(f"{item.name} failed on {item.worker.where}")
             settle(None, cause)
-        except ActorUnavailableError as error:  # its node was lost or is unreachable
+        except ActorUnavailableError as error:  # the node was lost or cannot be reached
             self._end_unfinished(item, "lost", _one_line(error), counts=False)
         except RayError as error:
             process = item.worker.process
@@ -264,7 +264,9 @@ class ActorExecutor(Executor):
             self._end_unfinished(item, "lost" if node_lost else "died", _one_line(error), not node_lost)
         else:
             if stopped and result is False:
-                self._end_unfinished(item, "moved", "its node or process was stopped, after saving", counts=False)
+                self._end_unfinished(
+                    item, "moved", "its node or process was stopped; the task saved its checkpoint first", counts=False
+                )
                 return
             self.running.remove(item)
             self._log("finished", item)
@@ -275,10 +277,10 @@ class ActorExecutor(Executor):
             settle(result, None)
 
     def _end_unfinished(self, item: RunningItem, event: str, why: str, counts: bool) -> None:
-        """Stop the actor of an unfinished item, and queue the item for its next start, or give it up."""
+        """Stop the actor of an unfinished item. Queue the item to start again or, after too many deaths, give it up."""
         attempts, worker = item.attempts, item.worker
         self.running.remove(item)
-        self._kill([worker])  # an unreachable actor must not run beside the next one
+        self._kill([worker])  # it may still run if its node cannot be reached
         self._log(event, item, why=why)
         _count(event)
         attempts.deaths += counts
@@ -306,7 +308,7 @@ class ActorExecutor(Executor):
                 self.idle.remove(worker)
 
     def _stop(self) -> None:
-        """Make all workers stop at their next step, and wait for their checkpoints."""
+        """Ask the tasks of all workers to stop, and wait until they have saved checkpoints and ended."""
         working = [s for s in self.running if s.where is None or ray.wait([s.where], timeout=0)[0]]
         for item in working:
             item.worker.actor.stop.remote()
@@ -329,5 +331,5 @@ _counters: dict[str, Counter] = {}
 
 def _count(event: str) -> None:
     if event not in _counters:
-        _counters[event] = Counter(f"rmdd_{event}", f"experts, phases and students: {event}")
+        _counters[event] = Counter(f"rmdd_{event}", f"number of experts, phases and students with the event {event!r}")
     _counters[event].inc()

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from rmdd import config
 
-# Set before ray is imported: workers have normal priority, and none is started in advance (it would never be used,
-# because it lacks our runtime_env); no telemetry, no upload of the working folder, no output of Ray Data.
+# Environment variables, set before ray is imported. Workers get normal priority, and none is started in advance: it
+# would lack our runtime_env and never be used. No telemetry, no upload of the working folder, no output of Ray Data.
 ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     "RAY_prestart_worker_first_driver": "0",
@@ -26,27 +26,27 @@ ENVIRONMENT = {
     "RAY_DATA_USE_DATASOURCE_V2": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
-    # Ray Train: check workers twice a second, keep the working folder, and start no actor that watches for the loss of
-    # spot nodes, because an expert saves every epoch and resumes from it.
+    # For Ray Train: check workers twice a second, stay in the working folder, and start no actor that watches for the
+    # loss of spot nodes, because an expert saves a checkpoint every epoch and resumes from it.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    # Ray Tune: rmdd handles Ctrl-C, and Tune's logs would repeat our own files.
+    # For Ray Tune: leave Ctrl-C to rmdd, and write no log files, which would repeat those of the search.
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
 }
 
 START_ATTEMPTS = 4
-"""How often the start of a local cluster is tried."""
+"""Number of times that the start of a local cluster is tried."""
 
 GROW_SECONDS = 900.0
-"""Seconds to wait for the first node of an autoscaling cluster with room for a worker."""
+"""Seconds to wait until an autoscaling cluster has its first node with room for a worker."""
 
 PROBE_SECONDS = 60.0
-"""Seconds after which a node without an answer counts as not seeing the storage."""
+"""Seconds in which every node must show that it sees the storage folder."""
 
-_ASK = ", or set runtime.workers, so that an autoscaling cluster adds such nodes"
+_ASK = ", or set runtime.workers, so that an autoscaling cluster adds such nodes itself"
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class Resources:
     """The CPUs and GPUs of a cluster."""
 
     each: tuple[tuple[float, float], ...]
-    """CPUs and GPUs of every node."""
+    """Number of CPUs and number of GPUs of every node."""
     grows: bool = False
-    """Whether the cluster adds nodes (autoscaling) for waiting workers, up to `runtime.workers` of them."""
+    """Whether the cluster is autoscaling: it adds nodes while fewer than `runtime.workers` workers have room."""
 
     @property
     def nodes(self) -> int:
@@ -68,21 +68,21 @@ class Resources:
 
     @property
     def widest(self) -> float:
-        """Number of CPUs of the node with the most CPUs."""
+        """Largest number of CPUs that one node has; infinite if the cluster is autoscaling."""
         return math.inf if self.grows else max((cpus for cpus, _ in self.each), default=0.0)
 
     def room(self, runtime: config.Runtime) -> float:
-        """Return how many workers fit. The CPUs of a worker are on one node, and its share of a GPU is of one GPU."""
+        """Return how many workers fit on the cluster. A worker cannot get CPUs of two nodes, or shares of two GPUs."""
         return sum((_room(cpus, gpus, *runtime.share) for cpus, gpus in self.each), 0.0)
 
     def workers(self, runtime: config.Runtime, items: int) -> int:
-        """Return how many workers to run in parallel for `items` items: as many as fit, but at least one."""
+        """Return how many workers to start for `items` items: as many as fit on the cluster, but at least one."""
         wanted = min(items, runtime.workers or items)
         return max(1, wanted if self.grows else int(min(wanted, self.room(runtime))))
 
 
 def _room(cpus: float, gpus: float, cpu_share: float, gpu_share: float) -> float:
-    """Return how many workers fit on one node."""
+    """Return how many workers with these shares of CPUs and GPUs fit on a node."""
     by_cpus = (cpus / cpu_share + 1e-9) // 1 if cpu_share else math.inf
     if gpu_share >= 1:
         return min(by_cpus, gpus // gpu_share)
@@ -90,7 +90,7 @@ def _room(cpus: float, gpus: float, cpu_share: float, gpu_share: float) -> float
 
 
 def resources_now(grows: bool = False, without: Collection[str] = ()) -> Resources:
-    """Return the present resources of the cluster, without those of the nodes `without`."""
+    """Return the CPUs and GPUs of all nodes that are alive now, except the nodes with an id in `without`."""
     import ray
 
     have = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in without]
@@ -101,9 +101,9 @@ def resources_now(grows: bool = False, without: Collection[str] = ()) -> Resourc
 def connected(runtime: config.Runtime) -> Iterator[Resources]:
     """Join the cluster that `runtime.address` or RAY_ADDRESS names, or start a local one and stop it at the end.
 
-    If this process has already joined a cluster, that one is used and stays. If `runtime.workers` is set, a cluster
-    joined here is assumed to be autoscaling, and its first node is awaited. Raises `ValueError` if no node has room for
-    a worker, or if some nodes do not see the storage, and `RuntimeError` for an error of Ray itself in the block.
+    If this process has already joined a cluster, that cluster is used and keeps running. If `runtime.workers` is set,
+    a cluster joined here is assumed to be autoscaling, and this function waits for its first node. Raises `ValueError`
+    if no node has room for a worker or some nodes do not see the storage, and `RuntimeError` if Ray fails in the block.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -120,7 +120,7 @@ def connected(runtime: config.Runtime) -> Iterator[Resources]:
     elif ours:
         _start(runtime)
     if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)  # ray.init replaces the handler
+        signal.signal(signal.SIGTERM, on_sigterm)  # ray.init had replaced this handler
     try:
         grows = ours and bool(address) and runtime.workers is not None
         if grows:
@@ -149,7 +149,7 @@ def connected(runtime: config.Runtime) -> Iterator[Resources]:
 
 
 def _start(runtime: config.Runtime) -> None:
-    """Start a local cluster; try again if a busy machine does not start it within Ray's half minute."""
+    """Start a local cluster. On a busy machine Ray's limit of 30 seconds may be too short: then try again."""
     import ray
 
     for attempt in range(START_ATTEMPTS):
@@ -174,7 +174,7 @@ def _need(runtime: config.Runtime) -> dict[str, float]:
 
 
 def _await_room(runtime: config.Runtime) -> None:
-    """Wait until a node has room for one worker, by requesting an empty placement group.
+    """Wait until a node has room for one worker. A placement group without tasks makes the cluster add such a node.
 
     Raises `ValueError` if there is no such node after `GROW_SECONDS`.
     """
@@ -196,9 +196,9 @@ def _await_room(runtime: config.Runtime) -> None:
 
 
 def require_shared(storage: Path) -> None:
-    """Raise `ValueError` if some nodes do not see the folder `storage` of this process; the error names these nodes.
+    """Raise `ValueError` with the names of all nodes that do not see the folder `storage` of this process.
 
-    This process writes a token into the folder. Every node reads it and writes a file, which this process must see.
+    This process writes a token into the folder. Every node reads the token and writes a file that must appear here.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

@@ -1,4 +1,4 @@
-"""Read the training images of an expert by Ray Data: tasks decode parts of an epoch, steps come back in order."""
+"""Read the training images of an expert by Ray Data: parallel tasks decode the images of an epoch, in order."""
 
 import functools
 import logging
@@ -10,18 +10,18 @@ import pyarrow as pa
 import ray
 
 WAITING_STEPS = 2
-"""Number of steps that are fetched in advance."""
+"""Number of training steps whose images are fetched in advance."""
 BLOCK_BYTES = 2**20
-"""Largest size of a block; it is smaller than the images of a step, so that every step is a separate block."""
+"""Largest size of a block of Ray Data in bytes: less than the images of one training step, so each is a block."""
 
 
 def ray_stream(
     look: Callable[[Any], Iterator[np.ndarray]], parts: Sequence[Any], width: int, cpus: int
 ) -> Iterator[np.ndarray]:
-    """Yield the images of each step, decoded by `width` tasks with `cpus` CPUs each (a `rmdd.experts.feed.Stream`).
+    """Yield the images of each training step, decoded by `width` Ray tasks with `cpus` CPUs each.
 
-    A task returns its steps one by one, so memory holds only its window and a few steps. Set `cpus` to 0 if the workers
-    hold all CPUs; otherwise the tasks would wait for ever.
+    `look(part)` yields the images of the steps of one part of the epoch. Set `cpus` to 0 if the workers that train hold
+    all CPUs; otherwise the tasks would wait for ever. Implements `rmdd.experts.feed.Stream`.
     """
     import ray.data
 
@@ -29,7 +29,7 @@ def ray_stream(
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.use_datasource_v2 = False
-    context.execution_no_progress_timeout_s = -1  # an expert may be busy for any length of time
+    context.execution_no_progress_timeout_s = -1  # an expert may take long to use the images
     context.target_max_block_size = BLOCK_BYTES
     context.enable_progress_bars = False
     context.print_on_execution_start = False

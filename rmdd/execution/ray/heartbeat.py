@@ -1,6 +1,6 @@
-"""Heartbeats of the workers of a search, and the request to stop them, which Ray Tune does not offer.
+"""Heartbeats of the workers of a search, and a way to ask the workers to stop; Ray Tune offers neither.
 
-Every worker sends a heartbeat each second to a monitor (an actor without CPUs), which answers whether to stop.
+Every worker sends a message each second to one monitor, a Ray actor, which answers whether the worker should stop.
 """
 
 import threading
@@ -16,16 +16,16 @@ BEAT_SECONDS = 1.0
 
 
 class TrialMonitor:
-    """Collects the heartbeats of workers, by the trial that each works on."""
+    """Collects the heartbeats of all running trials; runs as a Ray actor."""
 
     def __init__(self) -> None:
         self.beats: dict[str, tuple[int, float]] = {}
-        """The number of heartbeats of each running trial, and when it last rose."""
+        """Number of heartbeats of each running trial, and the time of the last one in seconds of `time.monotonic`."""
         self.reasons: dict[str, str] = {}
         self.stopping = False
 
     def receive(self, trial: str, beats: int | None) -> bool:
-        """Take the number of heartbeats of a trial (None: it ended), and return whether its worker should stop."""
+        """Store a trial's number of heartbeats (None: the trial ended); return whether its worker should stop."""
         if beats is None:
             self.beats.pop(trial, None)
         elif trial not in self.beats or self.beats[trial][0] != beats:
@@ -33,7 +33,7 @@ class TrialMonitor:
         return self.stopping
 
     def silent(self, seconds: float) -> list[str]:
-        """Return the trials without a heartbeat for `seconds`; each is returned only once."""
+        """Return the ids of trials that sent no heartbeat for `seconds`; each is returned by one call only."""
         late = time.monotonic() - seconds
         silent = [trial for trial, (_, beat) in self.beats.items() if beat < late]
         for trial in silent:
@@ -44,7 +44,7 @@ class TrialMonitor:
         self.reasons[trial] = why
 
     def reason(self, trial: str) -> str | None:
-        """Return the reason of a trial's last failure, or None."""
+        """Return the reason why a trial failed last, or None if the trial never failed."""
         return self.reasons.get(trial)
 
     def stop(self) -> None:
@@ -55,7 +55,7 @@ class TrialMonitor:
 
 
 class TrialHeartbeat:
-    """Sends the heartbeats of a worker from a thread; its hooks count a heartbeat at each call."""
+    """Sends a worker's number of heartbeats to the monitor from a thread. Each call of a hook is a heartbeat."""
 
     def __init__(self, monitor: Any):
         self.monitor = monitor
@@ -87,7 +87,7 @@ class TrialHeartbeat:
             while True:
                 if trial := self.trial:
                     self._report(trial, self.beats)
-                    if self.trial != trial:  # the trial ended meanwhile
+                    if self.trial != trial:  # the trial ended during the call
                         self._report(trial, None)
                 time.sleep(BEAT_SECONDS)
         except RayError:  # the search is over

@@ -15,7 +15,7 @@ def this_node() -> NodeAffinitySchedulingStrategy:
 
 
 def draining() -> set[str]:
-    """Return the ids of the nodes that are about to leave, such as spot nodes after their notice."""
-    from ray._private.state import state  # Ray has no public function for it; Ray Train uses this one too
+    """Return the ids of the nodes that are about to leave, such as spot nodes after the cloud's notice."""
+    from ray._private.state import state  # Ray has no public function; Ray Train uses this one too
 
     return set(state.get_draining_nodes())

@@ -1,7 +1,7 @@
-"""Streams by Ray Data, for ingesting and embedding: small items run on many workers, results come as they finish.
+"""Implements `rmdd.execution.tasks.Stream` with Ray Data, to ingest datasets and embed captions on many workers.
 
-Items and results are numbers and texts; large data is read and written by path. A dead worker is replaced, and its item
-runs again.
+Items and results are numbers and texts; large data is passed as the path of a file. If a worker dies, a new worker
+starts and runs the same item again.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 from rmdd.execution.tasks import Stream, Values, sequential_stream
 
 BLOCK_BYTES = 16 * 2**20
-"""Largest size of a block of results."""
+"""Largest size of a block of results in Ray Data, in bytes."""
 _ERRORS = {"ValueError": ValueError, "OSError": OSError}
-"""Classes of errors that a task may raise: they reach the caller unchanged, and the item is not tried again."""
+"""Errors of these classes that the function raises on a worker are raised here too; the item is not run again."""
 
 
 def over_tasks(cpus: float = 1.0, restarts: int = 3) -> Stream:
-    """Return a stream that runs each item as a Ray task with `cpus` CPUs, with `restarts` more tries if it dies."""
+    """Return a stream that runs each item as a Ray task with `cpus` CPUs, again up to `restarts` times if it dies."""
 
     def stream(make: Callable[[], Callable[[Values], Values]], items: Sequence[Values]) -> Iterator[Values]:
         if not items:
@@ -36,7 +36,7 @@ def over_tasks(cpus: float = 1.0, restarts: int = 3) -> Stream:
 
 
 def over_actors(actors: int, cpus: float = 1.0, gpus: float = 0.0, restarts: int = 3) -> Stream:
-    """Return a stream over at most `actors` actors with `cpus` CPUs and `gpus` GPUs each; each calls `make` once.
+    """Return a stream that runs the items on at most `actors` Ray actors with `cpus` CPUs and `gpus` GPUs each.
 
     A single item that needs no GPU runs in this process, because starting an actor takes longer.
     """
@@ -75,7 +75,7 @@ class _Worker:
 
 
 def _answer(work: Callable[[Values], Values], row: dict[str, str]) -> dict[str, str]:
-    """Run `work` on the item in `row`; return its result, or its error message, as JSON in a row of one column."""
+    """Run `work` on the item in `row`; return a row that holds the result or the error message as JSON."""
     try:
         return {"value": json.dumps({"result": work(json.loads(row["value"]))})}
     except tuple(_ERRORS.values()) as error:
@@ -88,7 +88,7 @@ def _run(items: Sequence[Values], over: Callable[[Any], Any]) -> Iterator[Values
     from ray.exceptions import RayActorError, WorkerCrashedError
     from ray.util.annotations import RayDeprecationWarning
 
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors of Ray Data are raised below, not logged
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised below instead of logged
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = BLOCK_BYTES
     context.enable_progress_bars = False
@@ -96,7 +96,7 @@ def _run(items: Sequence[Values], over: Callable[[Any], Any]) -> Iterator[Values
     context.use_datasource_v2 = False
     context.execution_no_progress_timeout_s = -1  # an item may take as long as it needs
     rows = [{"value": json.dumps(item)} for item in items]
-    with warnings.catch_warnings():  # Ray 2.60 has no other way to limit the restarts of workers
+    with warnings.catch_warnings():  # deprecated, but the only way to limit restarts in Ray 2.60
         warnings.simplefilter("ignore", RayDeprecationWarning)
         answers = over(ray.data.from_items(rows, override_num_blocks=len(rows)))
     try:

@@ -1,8 +1,9 @@
 """Train experts in one run of Ray Train, whose workers take experts from a shared queue until it is empty.
 
-Workers start once, not for each expert, and their number can change between two bounds (elastic training). Train saves
-no checkpoints: an expert resumes from the epochs in its store. If a worker dies, Train restarts all workers, and each
-unfinished expert resumes from its last epoch. Only the expert of the dead worker uses up one of its retries.
+Workers start once, not for each expert, and Ray Train may change their number during the run (elastic training). An
+expert resumes from the epochs that it saved to its store, not from checkpoints of Ray Train. If a worker dies, all
+workers are restarted, and each unfinished expert resumes from its last epoch. The death counts against
+`runtime.max_restarts` only for the expert of the dead worker.
 """
 
 import contextlib
@@ -33,18 +34,18 @@ from rmdd.execution.ray.worker import StorageNotVisible, folder_to_check, requir
 from rmdd.execution.tasks import Failed, GroupMember, Hooks, Interrupted, Task
 
 DIED = WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
-"""Errors of Train for a worker that died. An error that a worker raised is wrapped in another class."""
+"""Classes of errors by which Ray Train reports a dead worker, in contrast to an error raised by a task."""
 
 PATIENCE_SECONDS = 120.0
-"""Seconds without a worker after which a message says what Train is waiting for."""
+"""Seconds without a running worker after which a message says which workers Ray Train is waiting for."""
 
 
 class WorkQueue:
-    """The shared queue of items, in an actor that outlives the workers; it also keeps the results.
+    """The shared queue of items and their results, in a Ray actor that survives the death of workers.
 
-    A *group* is `size` consecutive ranks that work on an item together. A *generation* is all the workers that Train
-    started at the same time: after a death, Train starts a new generation. A *turn* is the number of an item within
-    the items of a group.
+    A *group* is `size` workers with consecutive ranks that work on an item together. A *generation* is all the workers
+    that Ray Train started at the same time; after a death, it starts a new generation. The *turn* of a group counts the
+    items that the group has drawn from the queue, from 0.
     """
 
     def __init__(self, names: Sequence[str], size: int, tries: int):
@@ -67,7 +68,7 @@ class WorkQueue:
     # -- called by workers ---------------------------------------------------------------------------------------
 
     def register(self, generation: str, rank: int, where: dict[str, Any]) -> bool:
-        """Register a started worker, and return whether it should stop.
+        """Note that a worker has started, and where; return whether this worker should stop.
 
         The first worker of a generation puts the unfinished items of the previous generation back into the queue.
         """
@@ -80,14 +81,14 @@ class WorkQueue:
         return self.stopping
 
     def refuse(self, reason: str) -> None:
-        """Stop all workers, because one is on a node that does not see the storage, as later ones might be."""
+        """Stop all workers, because one of them runs on a node that does not see the storage folder."""
         self.refusal, self.stopping = reason, True
 
     def take(self, generation: str, group: int, turn: int, leads: bool = True) -> list[int | None]:
-        """Return the item of a group's turn in a list: [item], [None] if the queue is empty, or [] to ask again.
+        """Return `[item]`, the index of the item of a group's turn; `[None]` if none is left, or `[]` to ask again.
 
-        The leader (first member) draws the item after it has settled the previous one. The other members may ask
-        earlier, and get [] until then.
+        The leader (first member of the group) draws the item from the queue, after it has settled the previous item.
+        Until then the other members get `[]`.
         """
         if generation != self.generation:
             return [None]
@@ -102,19 +103,19 @@ class WorkQueue:
         return turns[turn : turn + 1]
 
     def meet(self, group: int, address: str | None) -> str | None:
-        """Return the address of a group's first member, which it passes as `address`; None if it has not called yet."""
+        """Return the network address of a group's first member, or None until that member has passed `address`."""
         if address:
             self.addresses[group] = address
         return self.addresses.get(group)
 
     def beat(self, group: int, report: dict[str, Any] | None) -> bool:
-        """Take a progress report of a group, and return whether its workers should stop."""
+        """Store a progress report of a group's item; return whether the workers of the group should stop."""
         if report and group in self.running:
             self.reports[self.names[self.running[group]]] = report
         return self.stopping
 
     def settle(self, generation: str, group: int, turn: int, result: Any) -> None:
-        """Take the result of a group's item. Ignores repeated calls, and calls of earlier generations."""
+        """Store the result of a group's item. Repeated calls and calls of earlier generations are ignored."""
         if generation != self.generation or group not in self.running or turn != len(self.turns[group]) - 1:
             return
         index = self.running.pop(group)
@@ -125,16 +126,16 @@ class WorkQueue:
             self._log("finished" if result is not False else "stopped", index, group)
 
     def explain(self, group: int, reason: Failed) -> None:
-        """Take the reason why a member is about to stop its group."""
+        """Store the reason why a worker is about to raise an error that stops its group."""
         if group not in self.reasons or not reason.again:
             self.reasons[group] = reason
 
     # -- called by Train's controller and by the driver ----------------------------------------------------------
 
     def lost(self, deaths: dict[int, str | None], away: Set[int] = frozenset()) -> None:
-        """Take the ranks that ended: with the reason if they died, with None if they raised an explained error.
+        """Take back the items of workers that ended. `deaths` maps a rank to the reason, or to None after an error.
 
-        The deaths of ranks in `away` do not count against their items, because the node was lost.
+        Ranks in `away` ran on a lost node, so their deaths do not count against `tries` of their items.
         """
         self.up = False
         for group in sorted({rank // self.size for rank in deaths}):
@@ -154,11 +155,11 @@ class WorkQueue:
                 self._fault("failed", index, group, explained)
 
     def nodes(self) -> dict[int, str]:
-        """Return the node id of every rank."""
+        """Return the id of the node on which each worker runs, by rank."""
         return {rank: where["node"] for rank, where in self.where.items()}
 
     def news(self) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]], bool]:
-        """Return the events and reports since the last call, and whether workers are running."""
+        """Return the events and progress reports since the last call, and whether any worker is running."""
         news = self.events, self.reports, self.up
         self.events, self.reports = [], {}
         return news
@@ -167,7 +168,7 @@ class WorkQueue:
         self.stopping = True
 
     def outcome(self) -> tuple[dict[int, Any], str | None]:
-        """Return the results by item number, and the reason if a worker stopped all of them (`refuse`)."""
+        """Return the results by index of the item, and the reason given to `refuse`, or None."""
         return self.results, self.refusal
 
     def _fault(self, event: str, index: int, group: int, reason: Failed) -> None:
@@ -186,7 +187,7 @@ class WorkQueue:
 
 
 class Heartbeat:
-    """Sends the latest report of a worker to the work queue twice a second, and learns whether to stop."""
+    """Sends the latest progress report of a worker to the work queue twice a second, and asks whether to stop."""
 
     def __init__(self, queue: Any, group: int):
         self.queue, self.group = queue, group
@@ -209,11 +210,11 @@ class Heartbeat:
             while not self.stop.wait(POLL_SECONDS):
                 self.flush()
         except RayActorError:
-            self.stop.set()  # the work queue was removed, because the run has ended
+            self.stop.set()  # the run has ended and its work queue was removed
 
 
 def work(queue: Any, task: Task, items: Sequence[Any], size: int, threads: int, folder: Path | None) -> None:
-    """Run items from the queue (the function of every worker). Workers beyond the last complete group return at once.
+    """Run items from the queue until none is left: Ray Train calls this on every worker. Incomplete groups do nothing.
 
     Raises `StorageNotVisible` on a node that does not see `folder`.
     """
@@ -222,7 +223,7 @@ def work(queue: Any, task: Task, items: Sequence[Any], size: int, threads: int, 
     torch.set_num_threads(threads)
     context = ray.train.get_context()
     rank, group = context.get_world_rank(), context.get_world_rank() // size
-    generation = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"  # Train uses a new port per generation
+    generation = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"  # the port is new in each generation
     where = this_process()
     if ray.get(queue.register.remote(generation, rank, where)) or (group + 1) * size > context.get_world_size():
         return
@@ -230,7 +231,7 @@ def work(queue: Any, task: Task, items: Sequence[Any], size: int, threads: int, 
         require_visible(folder)
     except StorageNotVisible as error:
         ray.get(queue.refuse.remote(str(error)))
-        raise  # stops the other workers, which may wait for this one
+        raise  # the error stops the other workers, which may wait for this one
     member = GroupMember(rank % size, size, ray.util.get_node_ip_address(), functools.partial(_meet, queue, group))
     heartbeat = Heartbeat(queue, group)
     hooks = Hooks(heartbeat.report, heartbeat.stop.is_set, member if size > 1 else None)
@@ -243,7 +244,7 @@ def work(queue: Any, task: Task, items: Sequence[Any], size: int, threads: int, 
         result = task(items[index], hooks)
         if isinstance(result, Failed) and size > 1:
             ray.get(queue.explain.remote(group, result))
-            raise RuntimeError(result.reason)  # stops the other workers, which may wait for this one
+            raise RuntimeError(result.reason)  # the error stops the other workers, which may wait for this one
         if member.rank == 0:
             heartbeat.flush()
             ray.get(queue.settle.remote(generation, group, turn, result))
@@ -256,7 +257,7 @@ def _meet(queue: Any, group: int, address: str | None) -> str:
 
 
 class WorkerDeaths(UserCallback):
-    """Reports dead workers to the work queue; runs in Train's controller."""
+    """Callback of Ray Train that reports dead workers to the work queue."""
 
     def __init__(self, queue: Any):
         self.queue = queue
@@ -276,10 +277,11 @@ class WorkerDeaths(UserCallback):
 
 @dataclass
 class ExpertPool(Mapper):
-    """An executor for experts, as one run of Ray Train. An item that fails is tried again and does not stop the others.
+    """Trains experts in one run of Ray Train. An expert that fails is tried again and does not stop the others.
 
-    `size` workers run each item together. `name` is the folder of Train's run under `storage`; it contains the hash of
-    the experts, so that every store has another run. `events` gets a JSON line for every start, death, failure and end.
+    `size` workers train each expert together. `name` is the name of Ray Train's run, which writes to a folder of that
+    name under `storage`; each store of experts needs another name. The file `events` gets a JSON line for every start,
+    death, failure and end of an expert.
     """
 
     runtime: config.Runtime
@@ -293,10 +295,10 @@ class ExpertPool(Mapper):
     def map(
         self, task: Task, items: Sequence[Any], names: Sequence[str], on_report: Callable[[str, dict[str, Any]], None]
     ) -> list[Any]:
-        """See `rmdd.execution.executor.Mapper`. The result of an item that failed too often is a `Failed`.
+        """See `rmdd.execution.executor.Mapper.map`. The result of an item that failed too often is a `Failed`.
 
-        Raises `ValueError` if no group fits on the cluster, and `RuntimeError` if Train gives up or if a node that was
-        added later does not see the storage.
+        Raises `ValueError` if not even `size` workers fit on the cluster, and `RuntimeError` if Ray Train gives up or
+        if a node that joined later does not see the storage folder.
         """
         if not items:
             return []
@@ -376,7 +378,7 @@ class ExpertPool(Mapper):
         )
 
     def _forward(self, queue: Any, on_report: Callable[[str, dict[str, Any]], None]) -> bool:
-        """Write new events to the log, pass new reports to `on_report`, and return whether workers are running."""
+        """Write the queue's new events to the log, pass new reports to `on_report`; return whether workers run."""
         events, reports, up = ray.get(queue.news.remote())
         for event in events:
             append_jsonl(self.events, event)

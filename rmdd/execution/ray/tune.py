@@ -1,8 +1,8 @@
 """Run the trials of a search by Ray Tune: it places trials on the cluster and restarts those whose worker died.
 
-A `TrialSource` (`rmdd.execution.trials`) in the driver process chooses the trials and decides which continue. So the
-state of a search is not in Tune: after a kill a new run of Tune is started, none is restored, and several drivers can
-share a search.
+A `TrialSource` (`rmdd.execution.trials`) in this process chooses the trials and decides which of them continue. Nothing
+that Ray Tune stores is needed later: a killed search resumes with a new run of Ray Tune, and several processes can run
+trials of the same search.
 """
 
 import json
@@ -31,7 +31,7 @@ MANY = 10**6
 
 
 class TrialActor(tune.Trainable):
-    """The actor that runs trials, one after another. A step of Tune is a rung."""
+    """Ray actor that runs trials one after another; Ray Tune calls `step` for each rung of a trial."""
 
     def setup(
         self,
@@ -53,7 +53,7 @@ class TrialActor(tune.Trainable):
         try:
             rung = self.runner.run_rung(self.heartbeat.hooks)
         except (Exception, Interrupted) as error:
-            why = str(error) or "its process was stopped, after saving its state"
+            why = str(error) or "its process was stopped; the trial saved its checkpoint first"
             ray.get(self.monitor.note_failure.remote(self.trial_id, f"{type(error).__name__}: {why}"))
             raise RuntimeError(why) from error
         finally:
@@ -66,17 +66,17 @@ class TrialActor(tune.Trainable):
 
 
 class SourceSearcher(Searcher):
-    """Tune's searcher: gives Tune the trials of the source, at most `width` at a time."""
+    """Search algorithm for Ray Tune that passes on the trials of a `TrialSource`, at most `width` at a time."""
 
     def __init__(self, source: TrialSource, width: int, monitor: Any):
         super().__init__(metric="val", mode="max")
         self.source, self.width, self.monitor = source, width, monitor
         self.names: dict[str, str] = {}
-        """Names of the running trials, by Tune's ids."""
+        """Names of the running trials, by the id that Ray Tune gave each trial."""
         self.problem: Exception | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune saves its searcher, but this one is never restored
+        return {}  # Ray Tune pickles this object, but never loads it
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if self.problem is None and len(self.names) >= self.width:
@@ -91,7 +91,7 @@ class SourceSearcher(Searcher):
         return {"what": trial[1]}
 
     def tell(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Pass the result of a rung to the source, and return whether the trial continues."""
+        """Pass the results of a rung to the `TrialSource`; return whether the trial continues."""
         try:
             continues = self.problem is None and self.source.tell(self.names[trial_id], json.loads(result["rung"]))
         except Exception as error:
@@ -107,7 +107,7 @@ class SourceSearcher(Searcher):
             self.tell(trial_id, result)
         else:
             why = ray.get(self.monitor.reason.remote(trial_id)) or "its worker died"
-            advice = "more often than runtime.max_restarts allows; the next `rmdd search` continues this trial"
+            advice = "more than runtime.max_restarts failures; the next `rmdd search` continues this trial"
             self.source.fail(self.names.pop(trial_id), f"{why} ({advice})")
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -121,7 +121,7 @@ class SourceSearcher(Searcher):
 
 
 class SourceScheduler(FIFOScheduler):
-    """Tune's scheduler: ends a trial if the source says so."""
+    """Scheduler for Ray Tune that ends a trial early if the `TrialSource` decides so."""
 
     def __init__(self, searcher: SourceSearcher):
         super().__init__()
@@ -135,7 +135,7 @@ class SourceScheduler(FIFOScheduler):
         return self.CONTINUE if self.searcher.tell(trial.trial_id, result) else self.STOP
 
     def end(self) -> None:
-        """Kill the workers of a stopped search: on a cluster that stays up, Tune would leave them running."""
+        """Kill the workers of a stopped search, which Ray Tune would leave running on a cluster that keeps running."""
         if self.controller is None:
             return
         for trial in self.controller.get_live_trials():
@@ -145,9 +145,9 @@ class SourceScheduler(FIFOScheduler):
 
 
 class StopAndStall(tune.Callback):
-    """Stops the search after a signal, and kills workers without a heartbeat, whose trials Tune then starts again.
+    """Stops the search after a signal, and kills workers without a heartbeat, so that Ray Tune restarts their trials.
 
-    The signal handler does not raise an error itself, because Ray's threads could swallow it.
+    The error for a signal is raised here, because a thread of Ray could catch one raised by the signal handler.
     """
 
     def __init__(self, monitor: Any, stopped: Callable[[], bool], minutes: float | None, say: Callable[[str], None]):
@@ -155,7 +155,7 @@ class StopAndStall(tune.Callback):
         self.checked_at = time.monotonic()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune saves its callbacks, but this one is never restored
+        return {}  # Ray Tune pickles this object, but never loads it
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if self.stopped():
@@ -178,9 +178,9 @@ def run_trials(
     most: int | None,
     say: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Run trials in parallel until the source has no more: as many as the cluster has room for, and at most `most`.
+    """Run all trials of `source`: as many in parallel as the cluster has room for, but at most `most`.
 
-    After Ctrl-C the workers save their state and stop; a second Ctrl-C kills them.
+    After Ctrl-C the workers save their checkpoints and stop; a second Ctrl-C kills them.
     """
     cpus, gpus = runtime.share
     monitor = ray.remote(TrialMonitor).options(num_cpus=0, max_concurrency=1).remote()
@@ -195,7 +195,7 @@ def run_trials(
     try:
         with (
             stop_on_signal() as stopped,
-            tempfile.TemporaryDirectory(prefix="rmdd-search-") as scratch,  # Tune writes here; nothing of it is read
+            tempfile.TemporaryDirectory(prefix="rmdd-search-") as scratch,  # Ray Tune's own files, never read
         ):
             tune.Tuner(
                 trainable,
@@ -229,7 +229,7 @@ def run_trials(
 
 
 def _save(monitor: Any) -> None:
-    """Make the workers save their state, and wait until they have."""
+    """Ask the workers to save their checkpoints and stop; wait until all have ended their trials."""
     deadline = time.monotonic() + STOP_SECONDS
     ray.get(monitor.stop.remote())
     while ray.get(monitor.at_work.remote()) and time.monotonic() < deadline:

@@ -20,11 +20,11 @@ from rmdd.execution.tasks import Hooks, Task
 
 
 class StorageNotVisible(RuntimeError):
-    """A node of the cluster does not see the shared folder of the storage."""
+    """A node of the cluster does not see the folder `runtime.storage`, which all nodes must share."""
 
 
 def folder_to_check(runtime: config.Runtime, events: Path) -> Path | None:
-    """Create and return the run's folder, which every node must see; return None if the storage is at a URI."""
+    """Create and return the folder of the file `events`, which every node must see; None if the storage is a URI."""
     if "://" in runtime.storage:
         return None
     events.parent.mkdir(parents=True, exist_ok=True)
@@ -32,7 +32,7 @@ def folder_to_check(runtime: config.Runtime, events: Path) -> Path | None:
 
 
 def require_visible(folder: Path | None) -> None:
-    """Raise `StorageNotVisible` if this node, which may have joined after the first check, does not see `folder`."""
+    """Raise `StorageNotVisible` if this node does not see `folder`; it may have joined after the check at the start."""
     if folder is not None and not folder.is_dir():
         process = this_process()
         raise StorageNotVisible(
@@ -50,7 +50,7 @@ def this_process() -> dict[str, Any]:
 
 
 class Worker:
-    """Runs tasks in one thread while another answers `status` and `stop`. SIGTERM acts like `stop`."""
+    """Runs tasks in one thread while another thread answers `status` and `stop`. SIGTERM acts like a call of `stop`."""
 
     def __init__(self, threads: int, folder: Path | None = None):
         self.threads, self.folder = threads, folder
@@ -58,7 +58,7 @@ class Worker:
         self.beats = 0
         self.latest: dict[str, Any] = {}
         self.metrics = Metrics()
-        with contextlib.suppress(ValueError):  # only the main thread may do this; Ray creates actors in it
+        with contextlib.suppress(ValueError):  # outside the main thread it fails; Ray creates actors in it
             signal.signal(signal.SIGTERM, lambda number, frame: self.stop())
 
     def where(self) -> dict[str, Any]:
@@ -66,7 +66,7 @@ class Worker:
         return this_process()
 
     def run(self, task: Task, item: Any, name: str) -> tuple[Any, bool]:
-        """Run the task; return its result and whether a stop was requested. Raises `StorageNotVisible`."""
+        """Run `task` on `item`; return its result and whether `stop` was called. May raise `StorageNotVisible`."""
         require_visible(self.folder)
         import torch
 
@@ -88,7 +88,7 @@ class Worker:
             self.latest = {}
 
     def status(self) -> tuple[int, dict[str, Any]]:
-        """Return the number of heartbeats, and the latest progress report."""
+        """Return the number of heartbeats so far, and the latest progress report of the running task."""
         return self.beats, self.latest
 
     def stop(self) -> None:
@@ -96,7 +96,7 @@ class Worker:
 
 
 class Metrics:
-    """Shows the reports of an item in Ray's dashboard: gauges `rmdd_<key>` per item, with its pace and memory use."""
+    """Shows progress reports in Ray's dashboard: each number of a report is a gauge `rmdd_<key>`, labelled by item."""
 
     gauges: dict[str, Gauge] = {}
 

@@ -1,4 +1,4 @@
-"""Data in parts on Ray actors: each actor keeps one part in memory, and a method is called on all parts at once."""
+"""Data that is split into parts on Ray actors: each actor keeps one part in memory, and all are called at once."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,7 @@ from rmdd.execution.parts import PartLost, WorkerParts
 
 
 class PartActor:
-    """The actor that keeps one part."""
+    """Ray actor that keeps one part of the data, created by `make(rank, size)`."""
 
     def __init__(self, make: Callable[[int, int], Any], rank: int, size: int, threads: int):
         import torch
@@ -25,7 +25,7 @@ class PartActor:
 
 
 class ActorParts(WorkerParts):
-    """Parts on actors (see `rmdd.execution.parts.WorkerParts`). An error raised by a part keeps its class."""
+    """`WorkerParts` whose workers are Ray actors. An error that a part raises is raised here with the same class."""
 
     def __init__(self, actors: Sequence[Any]):
         self.actors = list(actors)
@@ -44,7 +44,7 @@ class ActorParts(WorkerParts):
 def parts_on_actors(
     make: Callable[[int, int], Any], size: int, cpus: float, threads: int, gpus: float = 0.0
 ) -> Iterator[ActorParts]:
-    """Start `size` actors with `cpus` CPUs and `gpus` GPUs each, spread over the nodes; stop them after the block."""
+    """Start `size` actors with `cpus` CPUs and `gpus` GPUs each, spread over the nodes; kill them after the block."""
     options: dict[str, Any] = {
         "num_cpus": cpus,
         "num_gpus": gpus,
