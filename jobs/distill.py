@@ -1,4 +1,4 @@
-"""Ray job: distil the unfinished phases of a run.
+"""Ray job: distil all phases of a run that are not finished yet.
 
 ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/distill.py --config CONFIG
 """

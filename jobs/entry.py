@@ -1,4 +1,4 @@
-"""Entry point of all Ray jobs: run an `rmdd` command with the arguments of the job, and print how to resume it."""
+"""Entry point of all Ray jobs: run an `rmdd` command with the arguments of the job; if it fails, say how to resume."""
 
 import argparse
 import shlex
@@ -15,9 +15,9 @@ UNUSABLE = 2
 def main(command: str, option: bool = False) -> None:
     """Run `rmdd COMMAND CONFIG --set ...` for a job started as `python jobs/X.py --config CONFIG --set ...`.
 
-    With `option`, CONFIG is passed as `--config CONFIG`. Exits with the exit code of the command.
+    If `option` is true, the command gets CONFIG as `--config CONFIG`. The exit code is that of the command.
     """
-    description = f"Run rmdd {command} as a Ray job. Other arguments are passed to `rmdd {command}`."
+    description = f"Run rmdd {command} as a Ray job. All other arguments are passed to `rmdd {command}`."
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", required=True, help="a preset's name or a YAML file in the working folder")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="set a field of the run file")
@@ -38,7 +38,7 @@ def main(command: str, option: bool = False) -> None:
 
 
 def relative_paths(run: config.Run) -> list[str]:
-    """Return a message for every relative path, because Ray deletes the job's copy of the working folder."""
+    """Return a message for every relative path in a run: Ray deletes the copy of the working folder after the job."""
     image, text = run.model.image, run.model.text.name
     paths = {"runtime.storage": run.runtime.storage, "data.root": run.data.root}
     if image.weights != "pretrained" and not image.is_random:

@@ -1,4 +1,4 @@
-"""Ray job: train students on the distilled set, choose on val, read test once.
+"""Ray job: train students on the distilled set of a run, choose the snapshot on val, and report scores on test.
 
 ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/evaluate.py --config CONFIG
 """

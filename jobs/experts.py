@@ -1,4 +1,4 @@
-"""Ray job: train the missing experts of a run.
+"""Ray job: train all experts of a run that are not trained yet.
 
 ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/experts.py --config CONFIG
 """

@@ -1,4 +1,4 @@
-"""Ray job: read the source data of a run and write it as shards.
+"""Ray job: read the raw dataset of a run and write it as shards.
 
 ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/ingest.py --config CONFIG
 """

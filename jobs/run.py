@@ -1,4 +1,4 @@
-"""Ray job: run all steps of a run; finished results are used again.
+"""Ray job: run all steps of a run; steps that are finished already are not repeated.
 
 ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/run.py --config CONFIG
 """

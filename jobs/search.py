@@ -1,4 +1,4 @@
-"""Ray job: search over `search.space`. With `search.storage` set, several submitted jobs share the trials.
+"""Ray job: hyper-parameter search over `search.space`. If `search.storage` is set, several jobs can share its trials.
 
 ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/search.py --config CONFIG
 """

@@ -1,7 +1,7 @@
-"""`rmdd.run` and `Pipeline`: one run from top to bottom, from ingest and experts to evaluation, export and report.
+"""`rmdd.run` and `Pipeline`: all steps of one run, from ingest and experts to evaluation, export and report.
 
-Each step runs once and passes its value to the next; `rmdd.runs.steps` implements the steps. The folder of a result is
-named by a hash of its settings, so two runs that differ only in their evaluation share experts and phases.
+`Pipeline` calls the steps in the right order; `rmdd.runs.steps` implements them. The name of a result's folder contains
+a hash of the settings for the result, so two runs that differ only in their evaluation share experts and phases.
 """
 
 import contextlib
@@ -35,20 +35,20 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class Result:
-    """The results of a finished run."""
+    """Paths and scores of a finished run."""
 
     set: Path
     """Folder of the distilled set."""
     report: Path
-    """The HTML report."""
+    """Path of the HTML report."""
     evaluation: dict[str, Any]
-    """Content of `evaluation.json`."""
+    """Scores and chosen settings, as stored in `evaluation.json`."""
     seconds: dict[str, float]
-    """Wall-clock seconds by step."""
+    """Wall-clock seconds of each step, by the name of the step, summed over all starts of the run."""
 
 
 def once(step: Callable[[Any], T]) -> Callable[[Any], T]:
-    """Decorate a method to run at its first call and return the same value at every later call."""
+    """Decorator: the Python method `step` runs at its first call only; later calls return the same value."""
 
     @functools.wraps(step)
     def value(self: Any) -> T:
@@ -61,9 +61,9 @@ def once(step: Callable[[Any], T]) -> Callable[[Any], T]:
 
 
 class Pipeline:
-    """The steps of one run. Calling a step first runs the steps before it, each at most once, and returns its value.
+    """The steps of one run, as Python methods. A step first runs the steps that it needs; each step runs at most once.
 
-    `splits` lists the splits to embed; searches leave out test. `open_pipeline` opens a pipeline with its backend.
+    `splits` names the splits whose captions are embedded; searches leave out test. `open_pipeline` creates a pipeline.
     """
 
     def __init__(
@@ -75,7 +75,9 @@ class Pipeline:
         splits: Sequence[str] = SPLITS,
     ):
         run = run.model_copy(update={"runtime": absolute_runtime(run.runtime)})
-        run = with_phases(run, []) if run.distill.plan.plans else run  # the phases are in the plan of the run folder
+        run = (
+            with_phases(run, []) if run.distill.plan.plans else run
+        )  # planned phases are read from the plan in the run folder
         self.steps = Steps(run, backend, progress, folder or run_folder(run))
         self.splits, self.values = splits, dict[str, Any]()
         self.storage, self.folder = self.steps.storage, self.steps.folder
@@ -89,32 +91,32 @@ class Pipeline:
 
     @once
     def ingest(self) -> Dataset:
-        """Return the ingested dataset."""
+        """Ingest the raw data, if that is not done yet, and return the dataset."""
         return self.steps.ingest()
 
     @once
     def item(self) -> TaskItem:
-        """Return the input of the run's tasks: the run and its paths."""
+        """Return the run and the paths of its results, as its tasks get them."""
         return self.steps.locate(self.ingest())
 
     @once
     def embed(self) -> SplitSource:
-        """Embed the splits and return their source."""
+        """Embed the captions of `splits`; return the object that opens these splits."""
         return self.steps.embed(self.item(), self.ingest(), self.splits)
 
     @once
     def experts(self) -> Store:
-        """Train the missing experts and return their store."""
+        """Train the experts that are not trained yet; return the store of all experts."""
         return self.steps.experts(self.item(), self.ingest(), self.embed())
 
     @once
     def check_budget(self) -> None:
-        """Raise `ValueError` or warn (see `distill.budget_check`) if the phases cost more than the budget."""
+        """Compare the cost of all phases with the budget; if it is higher, raise `ValueError` or warn."""
         self.steps.check_budget(self.steps.run)
 
     @once
     def planned(self) -> TaskItem:
-        """Plan the phases if the run lists none; return the run with its phases, and its paths."""
+        """Plan the phases if the run file does not list them; return the run with its phases, and its paths."""
         self.check_budget()
         self.experts()
         planned = self.steps.plan(self.item(), self.ingest())
@@ -124,18 +126,18 @@ class Pipeline:
 
     @once
     def begin_phases(self) -> TaskItem:
-        """Write the initial synthetic pairs of the phases; return the run with its phases, and its paths."""
+        """Write the synthetic pairs with which each phase starts; return the same as `planned`."""
         self.steps.begin_phases(self.planned(), self.embed())
         return self.planned()
 
     @once
     def distill(self) -> list[Path]:
-        """Distil the phases and return their folders."""
+        """Distil all unfinished phases; return the folders of all phases."""
         return self.steps.distill(self.begin_phases())
 
     @once
     def evaluate(self) -> dict[str, Any]:
-        """Choose on val, train the final students and return the content of `evaluation.json`."""
+        """Choose the snapshot on val, train students on it, score them on test; return `evaluation.json` as a dict."""
         self.distill()
         probes = self.steps.probes(self.ingest())
         evaluation = self.steps.evaluate(self.planned(), self.embed(), self.experts(), probes)
@@ -144,13 +146,13 @@ class Pipeline:
 
     @once
     def health(self) -> dict[str, Any]:
-        """Measure and return the embedding health of every snapshot."""
+        """Return, for every snapshot, measures of how far the embeddings of its pairs have collapsed."""
         self.distill()
         return self.steps.health(self.planned())
 
     @once
     def export(self) -> Path:
-        """Export the distilled set and return its folder."""
+        """Write the chosen snapshot as the distilled set of the run; return the folder of the set."""
         evaluation, item = self.evaluate(), self.planned()
         with self.steps.timed("export"):
             distilled = assemble(
@@ -166,7 +168,7 @@ class Pipeline:
 
     @once
     def report(self) -> Path:
-        """Write the HTML report and return its path."""
+        """Write the HTML report of the run; return the path of the page."""
         folder, health, item = self.export(), self.health(), self.planned()
         with self.steps.timed("report"):
             page, evaluation = self.folder / "report.html", self.evaluate()
@@ -174,7 +176,7 @@ class Pipeline:
         return page
 
     def all(self) -> Result:
-        """Run all steps."""
+        """Run all steps; return the results of the run."""
         page = self.report()
         return Result(self.export(), page, self.evaluate(), self.all_seconds())
 
@@ -182,7 +184,7 @@ class Pipeline:
 
     @property
     def run(self) -> config.Run:
-        """The run; once the plan exists, with the planned phases."""
+        """The run of this pipeline; if phases are planned, it contains them after the step `planned`."""
         planned: TaskItem | None = self.values.get("planned")
         return planned.run if planned else self.steps.run
 
@@ -195,36 +197,36 @@ class Pipeline:
         return self.steps.progress
 
     def use_backend(self, backend: Backend, progress: Progress) -> None:
-        """Run the remaining steps with another backend and progress display."""
+        """Use another backend and another progress display for all steps that have not run yet."""
         self.steps.backend, self.steps.progress = backend, progress
 
     def prepared_split(self, split: str) -> PreparedSplit:
-        """Return a split with its embeddings; the cache must hold them."""
+        """Return a split (train, val or test) with the embeddings of its captions, which must be in the cache."""
         return self.item().source.open(split)
 
     def embedded(self, split: str) -> PreparedSplit:
-        """Embed the captions of a split if the cache lacks them, and return the split."""
+        """Return a split (train, val or test), after embedding its captions if they are not in the cache."""
         self.steps.embed_split(self.item(), self.ingest(), split)
         return self.prepared_split(split)
 
     def plan(self) -> config.Run:
-        """Return the run with its phases."""
+        """Plan the phases if the run file does not list them; return the run with its phases."""
         return self.planned().run
 
     def all_seconds(self) -> dict[str, float]:
-        """Return the wall-clock seconds of each step, summed over all starts of this run."""
+        """Return the wall-clock seconds of each step, summed over all starts of the run."""
         return self.steps.all_seconds()
 
 
 def _draw(plan: Path, drawing: Path) -> None:
-    """Draw the plan as SVG if the drawing is missing or older than the plan."""
+    """Draw the plan of the phases as an SVG file, unless the file `drawing` is newer than the file `plan`."""
     if not drawing.is_file() or drawing.stat().st_mtime < plan.stat().st_mtime:
         draw_plan(read_json(plan), drawing)
 
 
 @contextlib.contextmanager
 def open_pipeline(run: config.Run, progress: Progress | None = None) -> Iterator[Pipeline]:
-    """Lock the run folder, open the backend that `runtime` describes, and yield the run's pipeline."""
+    """Lock the folder of a run, open the backend that `run.runtime` describes, and yield the pipeline of the run."""
     progress = progress or Progress()
     folder = run_folder(run)
     with hold_folders(run.runtime, folder), open_backend(run.runtime, folder / "events.jsonl", progress) as backend:
@@ -232,6 +234,6 @@ def open_pipeline(run: config.Run, progress: Progress | None = None) -> Iterator
 
 
 def run(run: config.Run, progress: Progress | None = None) -> Result:
-    """Execute all steps of a run and return its results. After an interruption, call it again to resume."""
+    """Execute all steps of a run and return its results. An interrupted run resumes at the next call with it."""
     with open_pipeline(run, progress) as pipeline:
         return pipeline.all()

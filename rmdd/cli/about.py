@@ -15,10 +15,10 @@ from rmdd.core.version import VERSION
 
 
 @command(options=())
-def init(file: Annotated[Path, typer.Argument(help="The YAML file to write.")]) -> Output:
+def init(file: Annotated[Path, typer.Argument(help="Path of the run file (YAML) to write.")]) -> Output:
     """Write a run file that lists every field with its default and its meaning."""
     if file.exists():
-        raise config.ConfigError(["exists already and was not changed; give another file name"], str(file))
+        raise config.ConfigError(["this file exists already and was not changed; give another file name"], str(file))
     with atomic_path(file) as temporary:
         temporary.write_text(template(str(file)), encoding="utf-8")
     return Output(lines=[f"wrote {file}"])
@@ -46,21 +46,21 @@ def check(source: Source, set_: Sets = None) -> Output:
 
 @command(options=("json", "debug"))
 def verify(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A folder that rmdd wrote, or its URI.")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Path or URI of any folder that rmdd wrote.")],
 ) -> Output:
-    """Check that a dataset, store, set, run, search or whole storage is intact. Changes nothing."""
+    """Check the files of a dataset, expert store, distilled set, run, search or whole storage; change no file."""
     from rmdd.searches.formats import verify as verify_
 
     result = verify_(path)
     lines = [f"BROKEN {fault.path}: {fault.wrong}; {fault.todo}" for fault in result.faults]
     lines += [f"not finished yet: {folder}" for folder in result.unfinished]
-    lines += [f"{len(result.checked)} checked, {len(result.faults)} broken"]
+    lines += [f"folders: {len(result.checked)} checked, {len(result.faults)} broken"]
     return Output(result.as_json(), lines, typer.Exit(1) if result.faults else None)
 
 
 @command(options=("json",))
 def methods(name: Annotated[str | None, typer.Argument(help="Describe this method.")] = None) -> Output:
-    """List the distillation methods, or describe one in detail."""
+    """List the distillation methods, or describe one method in detail."""
     from rmdd.methods.about import about, listing
 
     try:
@@ -72,5 +72,5 @@ def methods(name: Annotated[str | None, typer.Argument(help="Describe this metho
 
 @command(options=())
 def version() -> Output:
-    """Print the version."""
+    """Print the version of rmdd."""
     return Output(lines=[VERSION])

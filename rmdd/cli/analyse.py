@@ -9,11 +9,11 @@ from rmdd.cli.command import Call, Output, command
 from rmdd.cli.console import rows_table
 
 GROUP = "Repeat the analyses of the PTM-ST paper with the experts of a run; write tables and plots to its folder."
-Endpoint = Annotated[int | None, typer.Option(help="Last epoch of the shortcuts; default: the last epoch.")]
+Endpoint = Annotated[int | None, typer.Option(help="Expert epoch at which the shortcuts end; default: the last one.")]
 Experts = Annotated[int | None, typer.Option(min=1, help="Number of experts to use; default: all.")]
-Draws = Annotated[int, typer.Option(min=1, help="Mini-batch draws for each start epoch and expert.")]
+Draws = Annotated[int, typer.Option(min=1, help="Random mini-batch draws for each start epoch and expert.")]
 ShortcutOnly = Annotated[
-    bool, typer.Option("--shortcut-only", help="Skip the original trajectories, which need experts.keep: all.")
+    bool, typer.Option("--shortcut-only", help="Leave out original trajectories, which need experts.keep: all.")
 ]
 
 
@@ -57,14 +57,14 @@ def collapse(
     call: Call,
     run: config.Run,
     epochs: Annotated[
-        str | None, typer.Option(help="Start ranges to try, by their exclusive end, such as 2,4,6; default: five.")
+        str | None, typer.Option(help="Exclusive ends of the start-epoch ranges to try, such as 2,4,6; default: five.")
     ] = None,
     iterations: Annotated[
-        int | None, typer.Option(min=1, help="Iterations of each distillation; default: those of phase 0.")
+        int | None, typer.Option(min=1, help="Outer iterations of each distillation; default: those of phase 0.")
     ] = None,
-    trajectories: Annotated[str, typer.Option(help="original, shortcut, or original,shortcut.")] = "original",
+    trajectories: Annotated[str, typer.Option(help="Kinds: original, shortcut, or original,shortcut.")] = "original",
 ) -> Output:
-    """Distil once per start range and compare the student with its teacher (Figure 2a, Table 7)."""
+    """Distil once per range of start epochs and compare students with the experts they match (Figure 2a, Table 7)."""
     from rmdd.analyse.tables import collapse
 
     call.check(run)
@@ -81,9 +81,9 @@ def collapse(
 def sweep(
     call: Call,
     run: config.Run,
-    table: Annotated[str, typer.Option(help="shift (Table 13), endpoints (Table 14) or delta (Table 15).")] = "shift",
+    table: Annotated[str, typer.Option(help="Paper's table: shift (13), endpoints (14) or delta (15).")] = "shift",
 ) -> Output:
-    """Distil once per row of an ablation table: start ranges and endpoints that move from phase to phase."""
+    """Distil once per row of an ablation table that varies how start epochs and endpoints move between phases."""
     from rmdd.analyse.tables import sweep
 
     call.check(run)
@@ -96,12 +96,12 @@ def linearity(
     call: Call,
     run: config.Run,
     endpoint: Endpoint = None,
-    start: Annotated[float, typer.Option(help="Start epoch; may be a fraction such as 0.5.")] = 0.5,
-    halvings: Annotated[int, typer.Option(min=1, help="How often to halve the distance between two starts.")] = 5,
-    inner_steps: Annotated[int, typer.Option(min=1, help="Student steps; Proposition 1 is about one step.")] = 1,
+    start: Annotated[float, typer.Option(help="Start epoch on the trajectory; may be a fraction such as 0.5.")] = 0.5,
+    halvings: Annotated[int, typer.Option(min=1, help="How often to halve the distance between two start points.")] = 5,
+    inner_steps: Annotated[int, typer.Option(min=1, help="Student's inner steps; Proposition 1 is about one.")] = 1,
     shortcut_only: ShortcutOnly = False,
 ) -> Output:
-    """Measure how the matching gradient changes with the start point (Proposition 1)."""
+    """Measure how the matching gradient changes with the start point on a trajectory (Proposition 1)."""
     from rmdd.analyse.linearity import linearity
 
     options: dict[str, Any] = {"endpoint": endpoint, "shortcut_only": shortcut_only}
@@ -110,7 +110,7 @@ def linearity(
 
 
 def _output(result: dict[str, Any]) -> Output:
-    """Return the output of an analysis: its rows as a table, its note and its files. Failed rows make it an error."""
+    """Return the output of an analysis: the rows as a table, the note and the files. If a row failed, add an error."""
     rows = result["rows"]
     notes = [result["note"]] if "note" in result else []
     lines = [rows_table(rows), *notes, *(f"wrote {file}" for file in result["files"])]

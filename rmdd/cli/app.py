@@ -1,7 +1,7 @@
 """The `rmdd` command line: collects the commands of this folder and of other packages into one Typer app.
 
-Functions with the decorator `command` become commands of `rmdd`. If their file defines `GROUP`, a help text, they are
-commands of `rmdd FILE`. Other packages add such functions or Typer apps by entry points of the group `rmdd.commands`.
+Functions with the decorator `command` become commands of `rmdd`, or of `rmdd FILE` if their file defines `GROUP`, the
+help text of that group. Other packages add such functions or Typer apps by entry points of the group `rmdd.commands`.
 Commands import heavy modules inside their function, so that `rmdd --help` answers at once.
 """
 
@@ -16,9 +16,9 @@ import rmdd.cli
 from rmdd.cli.command import stop_on_sigterm
 
 ENTRY_POINTS = "rmdd.commands"
-EXIT_CODES = "Exit codes: 0 done, 1 a run failed, 2 the run file has mistakes, 130 stopped (prints how to resume)."
+EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 mistakes in run file or options, 130 stopped (prints how to resume)."
 FIRST = ("steps", "about", "presets", "searches")
-"""Files whose commands are listed first in the help; the other files follow by name."""
+"""Files of this folder whose commands are listed first in the help; the others follow in alphabetical order."""
 
 
 def build() -> typer.Typer:

@@ -1,4 +1,4 @@
-"""The decorator `command`: common options, loading of the run, printed output and exit codes of all commands.
+"""The decorator `command` adds what all commands share: options, loading of the run, printing and exit codes.
 
 A command is a decorated function in a file of this folder that returns an `Output`:
 
@@ -37,63 +37,63 @@ Source = Annotated[str, typer.Argument(metavar="CONFIG", help="A preset's name o
 Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Set a field, such as distill.phases.0.pairs=20.")
 ]
-Folder = Annotated[str, typer.Argument(metavar="RUN_FOLDER", help="Folder or URI of a run, sweep, search, ...")]
+Folder = Annotated[str, typer.Argument(metavar="RUN_FOLDER", help="Path or URI of a run, sweep, search or comparison.")]
 COMMON = {
     "json": Annotated[bool, typer.Option("--json", help="Print only one JSON object to stdout.")],
-    "quiet": Annotated[bool, typer.Option("--quiet", help="Hide the progress.")],
-    "debug": Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")],
+    "quiet": Annotated[bool, typer.Option("--quiet", help="Hide the progress display.")],
+    "debug": Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")],
 }
 GENERAL_ADVICE = "lower the learning rates named above and start `rmdd run` again"
 RESUMABLE = ("run.yaml", "sweep.json", "search.json", "comparison.json")
-"""A folder with one of these files can be resumed by `rmdd resume`."""
+"""File names: `rmdd resume` accepts a folder that contains one of them."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """The output of a command."""
+    """What a command prints."""
 
     facts: Any = None
-    """JSON value that `--json` prints."""
+    """Value that is printed as JSON if the option `--json` is given."""
     lines: Sequence[Any] = ()
-    """Lines and tables for the terminal."""
+    """Lines and tables that are printed without `--json`."""
     failed: Exception | None = None
-    """Error that is raised after everything is printed, or None."""
+    """Error to raise after everything was printed, or None."""
     wrap: bool = False
-    """Wrap long table captions even if the output goes to a pipe."""
+    """Whether to break long lines also if the output goes to a file or pipe."""
 
 
 def failure(summary: str, reasons: Iterable[tuple[Any, str]]) -> RuntimeError | None:
-    """Return an error that lists the failed items, each with its reason; None if there are none."""
+    """Return an error with the number of failures, `summary` and a line per failure; None if `reasons` is empty."""
     lines = [f"{name}: {why}" for name, why in reasons]
     return RuntimeError("\n".join([f"{len(lines)} {summary}", *lines])) if lines else None
 
 
 @dataclass
 class Call:
-    """State of one command call: its progress display and the folders it works in."""
+    """One call of a command: opens run pipelines and progress displays, and prints the output of the command."""
 
     quiet: bool = False
     folders: dict[Path, str] = field(default_factory=dict)
-    """Resumable folders and their addresses (path or URI)."""
+    """Folders that this call works in and that can be resumed, each with its path or URI for the user."""
     more: dict[str, Any] = field(default_factory=dict)
-    """JSON values that are added to the output of every command on a pipeline: run folder and storage."""
+    """Values that `--json` prints in addition: folder of the run and, if it is a URI, address of the run."""
 
     def mistakes(self, run: config.Run) -> list[str]:
-        """Return the messages of all problems that would stop the run and can be detected before it starts."""
+        """Return a message for every problem that would stop the run and can be found before the run starts."""
         from rmdd.runs.preflight import problems_of
 
         return problems_of(run)
 
     def check(self, run: config.Run) -> None:
-        """Raise `ConfigError` with all problems that would stop the run."""
+        """Raise `ConfigError` if `mistakes` finds a problem of the run."""
         if mistakes := self.mistakes(run):
             raise config.ConfigError(mistakes, run.name)
 
     @contextlib.contextmanager
     def working(self, folder: Path | None = None, address: str = "") -> Iterator[Progress]:
-        """Yield the progress display while a command works in a resumable `folder`.
+        """Yield a progress display for the work of a command in `folder`, which can be resumed at `address`.
 
-        Meanwhile stdout is redirected to stderr, because libraries print to it.
+        In the block, stdout is redirected to stderr, so that the prints of libraries do not mix with the output.
         """
         if folder is not None:
             self.folders[folder] = address
@@ -103,7 +103,7 @@ class Call:
 
     @contextlib.contextmanager
     def pipeline(self, run: config.Run, check: bool = True) -> Iterator["Pipeline"]:
-        """Open the pipeline of a run; with `check`, first raise `ConfigError` for detectable problems."""
+        """Open the pipeline of a run. If `check` is true, first call `Call.check`, which may raise `ConfigError`."""
         from rmdd.pipeline import open_pipeline
 
         if check:
@@ -117,7 +117,7 @@ class Call:
             self.more["storage"] = address
 
     def show(self, output: Output, as_json: bool) -> None:
-        """Print the output of a command, then raise its error if it has one."""
+        """Print `output`, then raise the error `output.failed` unless it is None."""
         if as_json:
             print_json(output.facts | self.more if self.more else output.facts)
         else:
@@ -137,10 +137,10 @@ def command(function: Callable[..., Output]) -> Callable[..., None]: ...
 @overload
 def command(*, options: Sequence[str]) -> Callable[[Callable[..., Output]], Callable[..., None]]: ...
 def command(function: Callable[..., Output] | None = None, *, options: Sequence[str] = tuple(COMMON)) -> Any:
-    """Decorate a function to make it a command with the common `options`.
+    """Decorate a function to make it a command; `options` names the common options that the command has.
 
-    A parameter `run` adds CONFIG and `--set` to the command line, and the function receives the loaded run. A parameter
-    `call` receives the `Call`. All other parameters are ordinary Typer parameters.
+    If the function has a parameter `run`, the command line gets CONFIG and `--set`, and the function gets the run that
+    is loaded from them. A parameter `call` gets the `Call`. Typer handles all other parameters.
     """
     if function is None:
         return functools.partial(command, options=options)
@@ -175,7 +175,7 @@ def command(function: Callable[..., Output] | None = None, *, options: Sequence[
 
 @contextlib.contextmanager
 def errors_to_exit_codes(debug: bool = False, folders: dict[Path, str] | None = None) -> Iterator[None]:
-    """Turn exceptions into a message on stderr, with the command that resumes `folders`, and an exit code."""
+    """Turn an error into a message on stderr and an exit code; the message says how to resume `folders`."""
 
     def end(message: str, code: int, error: BaseException) -> NoReturn:
         if debug:
@@ -192,7 +192,7 @@ def errors_to_exit_codes(debug: bool = False, folders: dict[Path, str] | None = 
         return "".join(f"{words}: rmdd resume {shlex.quote(address)}" for address in resumable)
 
     def words(error: Exception) -> str:
-        """Return the message of an error and its notes, which name the worker process it comes from."""
+        """Return the message of an error, and the notes that name the worker process in which it was raised."""
         return "\n".join([str(error) or type(error).__name__, *getattr(error, "__notes__", [])])
 
     try:
@@ -205,7 +205,7 @@ def errors_to_exit_codes(debug: bool = False, folders: dict[Path, str] | None = 
         end(how_to_resume("stopped; resume with") or "stopped", 130, error)
     except ValueError as error:
         end(f"error: {words(error)}", 1, error)
-    except ArithmeticError as error:  # a resumed run would repeat the same numbers
+    except ArithmeticError as error:  # no advice to resume: the run would diverge again
         advice = getattr(error, "advice", GENERAL_ADVICE)
         end("\n".join(filter(None, [f"error: {words(error)}", advice])), 1, error)
     except (RuntimeError, OSError, MemoryError) as error:
@@ -217,7 +217,7 @@ def stop_on_sigterm() -> None:
     def stop(number: int, frame: Any) -> NoReturn:
         raise KeyboardInterrupt
 
-    with contextlib.suppress(ValueError):  # only the main thread may set handlers
+    with contextlib.suppress(ValueError):  # only the main thread may set signal handlers
         signal.signal(signal.SIGTERM, stop)
 
 

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 Config = Annotated[
     str | None,
-    typer.Option("--config", metavar="CONFIG", help="Protocol and data; default: those of the first set's run."),
+    typer.Option("--config", metavar="CONFIG", help="Preset or run file with data and protocol; default: first set's."),
 ]
 ONLY_IN_FILES = ("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10", "parameters", "bytes", "seconds")
-"""Columns of measured tables that are left out on the terminal, where they do not fit."""
+"""Columns of measured results that are written to files, but not printed: they do not fit on a terminal."""
 
 
 @command
@@ -33,19 +33,19 @@ def compare(
     words: Annotated[
         list[str],
         typer.Argument(
-            metavar="[NAME=]FOLDER...", help="Distilled sets, runs, subsets, or the words random, random:N and full."
+            metavar="[NAME=]FOLDER...", help="Distilled sets, runs, coresets, or the words random, random:N and full."
         ),
     ],
     source: Config = None,
     set_: Sets = None,
     against: Annotated[
-        str | None, typer.Option("--against", metavar="NAME", help="The row that all others are compared with.")
+        str | None, typer.Option("--against", metavar="NAME", help="Name of the row that all others are compared with.")
     ] = None,
     reencode: Annotated[
-        bool, typer.Option("--reencode", help="Embed the captions of sets with another text encoder again.")
+        bool, typer.Option("--reencode", help="Embed captions again for sets made with another text encoder.")
     ] = False,
 ) -> Output:
-    """Evaluate sets and subsets under one protocol in one table; published numbers go to a separate table."""
+    """Evaluate distilled sets and coresets under one protocol; print one table, and one of published results."""
     from rmdd.comparisons.compare import prepare_comparison
 
     return run_comparison(call, prepare_comparison(words, source, set_ or [], against, reencode, load))
@@ -54,7 +54,7 @@ def compare(
 @command
 def transfer(
     call: Call,
-    word: Annotated[str, typer.Argument(metavar="[NAME=]SET", help="The folder of a distilled set, or of its run.")],
+    word: Annotated[str, typer.Argument(metavar="[NAME=]SET", help="Folder of a distilled set or of a finished run.")],
     to: Annotated[
         list[str] | None,
         typer.Option("--to", metavar="TOWER", help="IMAGE[@WEIGHTS], text:ENCODER or IMAGE+text:ENCODER; repeatable."),
@@ -62,9 +62,9 @@ def transfer(
     source: Config = None,
     set_: Sets = None,
     random: Annotated[bool, typer.Option("--random", help="Also train every tower on random pairs.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="Also train every tower on all pairs (its experts).")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Also train every tower on all training pairs.")] = False,
 ) -> Output:
-    """Train students with other towers on a set, with its learned rates and with rates chosen on val."""
+    """Train students with other towers on a set, with its learned learning rates and with ones chosen on val."""
     from rmdd.comparisons.transfer import prepare_transfer
 
     return run_comparison(
@@ -75,10 +75,10 @@ def transfer(
 @command(options=("json",))
 def published(
     dataset: Annotated[str | None, typer.Option(help="Dataset, such as flickr30k, flickr8k, coco or cc3m.")] = None,
-    pairs: Annotated[str | None, typer.Option(help="Nominal budget in pairs, or full.")] = None,
-    method: Annotated[str | None, typer.Option(help="Method, such as LoRS.")] = None,
+    pairs: Annotated[str | None, typer.Option(help="Nominal budget in pairs, such as 500, or the word full.")] = None,
+    method: Annotated[str | None, typer.Option(help="Distillation method, such as LoRS.")] = None,
 ) -> Output:
-    """Print published results with their source and protocol."""
+    """Print published results, each with the paper it is from and the protocol of that paper."""
     from rmdd.comparisons import published as numbers
 
     try:
@@ -89,7 +89,7 @@ def published(
 
 
 def run_comparison(call: Call, comparison: "Comparison | Transfer") -> Output:
-    """Start or resume a comparison or transfer; return its tables and the address of its folder."""
+    """Start or resume a comparison or transfer; return its tables and the path or URI of its folder."""
     address = address_of(comparison.run.runtime, comparison.folder)
     with call.working(comparison.folder, address) as progress:
         result: Any = comparison.execute(progress)

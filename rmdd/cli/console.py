@@ -17,23 +17,23 @@ METRICS = ("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10")
 NAMES = {"random": "random pairs", "full": "full data", **TITLES}
 PAD = "  "
 TABLE_WIDTH = 80
-"""Width of the table of methods in characters, for a terminal beside an open run file."""
+"""Width in characters of the tables of methods and of presets."""
 PICKED_ON_TEST = "reference protocol,\npicked on test"
 
 
 def stdout() -> Console:
-    """Return a console as wide as the terminal; for a file or a pipe, wide enough for the widest table."""
+    """Return a console as wide as the terminal or, if the output goes to a file or pipe, 132 characters wide."""
     console = Console()
     return console if console.is_terminal else Console(width=132, soft_wrap=True)
 
 
 def results(evaluation: Mapping[str, Any]) -> RenderableType:
-    """Return the result table and one table per probe."""
+    """Return the tables of an evaluation: recalls, then the scores of each probe."""
     return Group(result_table(evaluation), *(probe_table(evaluation, name) for name in evaluation.get("probes", ())))
 
 
 def probe_table(evaluation: Mapping[str, Any], name: str) -> Table:
-    """Return the scores of one probe, the chance level and, for questions, the score of the most frequent answer."""
+    """Return a table of one probe: scores, chance level and, for questions, the score of the most frequent answer."""
     facts = evaluation["probes"][name]
     table = Table(title=f"Probe {name} ({facts['kind']}), in %", title_justify="left")
     rows = {row: scores["probes"][name] for row, scores in evaluation["table"].items()}
@@ -52,7 +52,7 @@ def probe_table(evaluation: Mapping[str, Any], name: str) -> Table:
 
 
 def result_table(evaluation: Mapping[str, Any]) -> Table:
-    """Return a table of R@mean on val and test and the recalls on test, for random pairs, the method and full data."""
+    """Return a table with R@mean on val and all recalls on test, for random pairs, the distilled set and full data."""
     caption = "\n".join([evaluation["spread"], *referee.lines(evaluation, NAMES)])
     table = Table(title="Recall in %, mean ± spread", caption=caption, caption_justify="left")
     table.add_column("trained on")
@@ -71,8 +71,10 @@ def result_table(evaluation: Mapping[str, Any]) -> Table:
 
 
 def sweep_table(runs: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> Table:
-    """Return a table with a row per run (spread over its students), then a row per setting (spread over seeds)."""
-    table = Table(title="R@mean in %, mean ± spread", caption="below the line: over seeds", caption_justify="left")
+    """Return a table with a row per run (spread over students), then a row per setting (spread over its seeds)."""
+    table = Table(
+        title="R@mean in %, mean ± spread", caption="below the line: spread over seeds", caption_justify="left"
+    )
     keys = dict.fromkeys(key for row in runs for key in row["settings"])
     for column in keys:
         table.add_column(column)
@@ -87,7 +89,7 @@ def sweep_table(runs: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str,
 
 
 def search_table(rows: Sequence[Mapping[str, Any]], best: Sequence[int], most: int = 12) -> Table:
-    """Return the `most` best trials of a search by val, with the number of trials in each state."""
+    """Return a table of the `most` trials with the best val R@mean; its caption counts the trials by state."""
     states = [row["state"] for row in rows]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     table = Table(title="val R@mean in %; test was not read", caption=counts, caption_justify="left")
@@ -108,7 +110,7 @@ def _spread(value: Mapping[str, Any]) -> str:
 
 
 def plan(facts: Mapping[str, Any]) -> RenderableType:
-    """Return the output of `rmdd check` from the facts of `rmdd.runs.preflight.examine`."""
+    """Return what `rmdd check` prints; `facts` is the result of `rmdd.runs.preflight.examine`."""
     return Group(_facts(facts), _phases(facts), _costs(facts), *(Text(f"note: {r}") for r in facts["remarks"]))
 
 
@@ -182,7 +184,7 @@ def _bytes(number: int | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return seconds as text in s, min, h or days."""
+    """Return a number of seconds as text in the unit s, min, h or days."""
     for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= size:
             return f"{seconds / size:.1f} {unit}"
@@ -190,7 +192,7 @@ def duration(seconds: float) -> str:
 
 
 def comparison(rows: Sequence[Mapping[str, Any]], medians: Mapping[str, Mapping[str, float]]) -> Table:
-    """Return a table that compares first-order with exact meta-gradients: cosine and norm ratio of every tensor."""
+    """Return a table that compares first-order with exact meta-gradients of every tensor, by cosine and norm ratio."""
     table = Table(title="first-order and exact meta-gradient: cosine (norm ratio)")
     table.add_column("iteration", justify="right")
     for name in medians:
@@ -206,7 +208,7 @@ def comparison(rows: Sequence[Mapping[str, Any]], medians: Mapping[str, Mapping[
 
 
 def rows_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Return a table of `rows` with a column per key."""
+    """Return a table with one row per mapping in `rows` and one column per key of these mappings."""
     table = Table()
     columns = list(dict.fromkeys(key for row in rows for key in row))
     for name in columns:
@@ -218,7 +220,7 @@ def rows_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def health_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Return the embedding health as a table: a row per metric, a column per set and iteration."""
+    """Return a table of how far embeddings have collapsed: a row per metric, a column per set and its iterations."""
     table = Table()
     for title in ("", *(" ".join(map(str, (row["set"], *row.get("iterations", ())))) for row in rows)):
         table.add_column(title, justify="right" if title else "left")
@@ -232,10 +234,10 @@ def _pair(cosine: float, ratio: float) -> str:
 
 
 def methods(listed: Sequence[Mapping[str, Any]]) -> Table:
-    """Return a table of methods: family, requirements, paper, and what was verified."""
+    """Return a table of distillation methods with family, requirements, paper, and what was verified."""
     caption = (
-        "Open: needs a GPU, pretrained weights or the published datasets.\n"
-        "`rmdd methods NAME` prints its idea, equations, defaults and presets."
+        "Open: not verified yet; needs a GPU, pretrained weights or the datasets.\n"
+        "`rmdd methods NAME` prints idea, equations, defaults and presets of a method."
     )
     table = Table(caption=caption, caption_justify="left", width=TABLE_WIDTH)
     for column in ("method", "family", "needs", "card"):
@@ -252,7 +254,7 @@ def methods(listed: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def method(facts: Mapping[str, Any]) -> list[str]:
-    """Return the description of one method: its docstring, its defaults, its options and its presets."""
+    """Return the lines that describe a distillation method: docstring, defaults, options and presets."""
     lines = [facts["text"], "", f"from: {facts['place']}"]
     lines += [f"family: {facts['family']}; needs: {', '.join(facts['needs']) or 'nothing'}"]
     lines += [f"status: {facts['status']}"] if facts["status"] else []

@@ -16,41 +16,41 @@ def coreset(
     call: Call,
     source: Source,
     method: Annotated[
-        str, typer.Option(help="random, herding, k-center, forgetting, medoids, matched or clip-score.")
+        str, typer.Option(help="Method: random, herding, k-center, forgetting, medoids, matched, clip-score.")
     ] = "herding",
     pairs: Annotated[int | None, typer.Option(help="Number of pairs to select.")] = None,
     bytes_: Annotated[
         int | None, typer.Option("--bytes", metavar="N", help="Select as many pairs as fit in N bytes on disk.")
     ] = None,
     like: Annotated[
-        Path | None, typer.Option(metavar="SET", help="Select as many pairs as fit in the bytes of this set or run.")
+        Path | None, typer.Option(metavar="SET", help="Select as many pairs as fit in the bytes of this distilled set.")
     ] = None,
-    unit: Annotated[str, typer.Option(help="image: one caption per image at most; record: any number.")] = "image",
+    unit: Annotated[str, typer.Option(help="Captions per image: image: at most one; record: any number.")] = "image",
     encoder: Annotated[
         str,
         typer.Option(
             help="Feature encoder: tower, expert:N, columns:NAME (stored in the dataset) or clip:NAME (hub id, folder)."
         ),
     ] = "tower",
-    space: Annotated[str, typer.Option(help="Feature space: joint, image, text or sum.")] = "joint",
-    seed: Annotated[int | None, typer.Option(help="Random seed; default: the run's.")] = None,
-    clusters: Annotated[int, typer.Option(help="Number of k-means clusters to select within; 0: none.")] = 0,
-    guard: Annotated[str, typer.Option(help="Drop outliers first, by: none, centroids or cosine.")] = "none",
+    space: Annotated[str, typer.Option(help="Features to compare: joint, image, text or sum.")] = "joint",
+    seed: Annotated[int | None, typer.Option(help="Random seed; default: the seed of the run file.")] = None,
+    clusters: Annotated[int, typer.Option(help="k-means clusters, in each of which pairs are selected; 0: none.")] = 0,
+    guard: Annotated[str, typer.Option(help="How to drop outliers first: none, centroids or cosine.")] = "none",
     never_learned: Annotated[
-        str, typer.Option(help="With forgetting: rank pairs that were never learned first or last, or exclude them.")
+        str, typer.Option(help="For forgetting: put pairs that were never learned first or last, or exclude them.")
     ] = "last",
     options: Annotated[
         list[str] | None,
         typer.Option(
-            "--option", metavar="A=B", help="Other options: caption, dtype, draw, start, quota, guard_share, expert."
+            "--option", metavar="A=B", help="Any other option: caption, dtype, draw, start, quota, guard_share, expert."
         ),
     ] = None,
     ranks: Annotated[
-        int | None, typer.Option(min=1, help="Workers that share the features; default: depends on their size.")
+        int | None, typer.Option(min=1, help="Workers that share the features; default: by the features' size.")
     ] = None,
     set_: Sets = None,
 ) -> Output:
-    """Select real pairs of the training split as a baseline with equal pairs or equal bytes."""
+    """Select real training pairs (a coreset) as a baseline with as many pairs or bytes as a distilled set."""
     from rmdd.comparisons.coreset import choice_of, choose
 
     if like is not None and bytes_ is not None:
@@ -69,7 +69,7 @@ def coreset(
     size = f"{facts['pairs']} pairs of {facts['items']} {subset.unit}s"
     cost = f"{facts['bytes']['total']:,} bytes, {facts['parameters']:,} parameters"
     if facts["pairs"] == facts["items"]:
-        cost += "; these are all pairs, so the selection had no effect"
+        cost += "; the coreset holds all training pairs, so the method had no effect"
     lines = [f"{subset.method}: {size}, {cost}", *([measures] if measures else []), f"subset: {folder}"]
     return Output({"subset": str(folder), "method": subset.method, "facts": facts}, lines)
 
@@ -88,5 +88,5 @@ def _bytes_of(folder: Path) -> int:
 def _options(texts: list[str]) -> dict[str, Any]:
     split = [text.partition("=") for text in texts]
     if wrong := [name for name, equals, _ in split if not equals]:
-        raise config.ConfigError([f"--option {name}: write it as name=value" for name in wrong], "coreset")
+        raise config.ConfigError([f"--option {name}: write the option as name=value" for name in wrong], "coreset")
     return {name.replace("-", "_"): parse(value) for name, _, value in split}

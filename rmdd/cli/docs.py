@@ -15,25 +15,25 @@ ORDER = (
     *("quickstart", "data", "runfiles", "methods", "evaluation", "search", "coresets", "storage", "ray"),
     *("performance", "results", "troubleshooting", "api"),
 )
-"""Pages in the order in which they are read; other pages follow by name."""
+"""Names of the pages in the order in which they are listed; the others follow in alphabetical order."""
 
 
 def pages() -> dict[str, Path]:
-    """Return the file of every page by the name of the page, such as `data` or `methods/lors`."""
+    """Return the path of every page of the manual, by the name of the page, such as `data` or `methods/lors`."""
     files = {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in FOLDER.rglob("*.md")}
     places = {name: place for place, name in enumerate(ORDER)}
     return {name: files[name] for name in sorted(files, key=lambda name: (places.get(name, len(ORDER)), name))}
 
 
 def title(path: Path) -> str:
-    """Return the first line of a page without the mark of a heading."""
+    """Return the heading of a page, which is its first line."""
     with path.open(encoding="utf-8") as file:
         return file.readline().removeprefix("# ").strip()
 
 
 @command(options=())
-def docs(page: Annotated[str | None, typer.Argument(help="The page to show, such as data or lors.")] = None) -> Output:
-    """List the pages of the manual, or show one."""
+def docs(page: Annotated[str | None, typer.Argument(help="Page to show, such as data or lors.")] = None) -> Output:
+    """List the pages of the manual, or show one page."""
     files = pages()
     if page is None:
         width = max(map(len, files))
@@ -47,7 +47,7 @@ def docs(page: Annotated[str | None, typer.Argument(help="The page to show, such
 
 
 def _unknown(page: str, names: list[str]) -> str:
-    """Return the error message for a page that does not exist, with the names that are closest to it."""
+    """Return the error message for a page that does not exist; it suggests the pages with the closest names."""
     by_stem = {name.rpartition("/")[2]: name for name in reversed(names)}
     close = difflib.get_close_matches(page, [*names, *by_stem])
     matches = dict.fromkeys(by_stem.get(match, match) for match in close)

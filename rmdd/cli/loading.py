@@ -12,9 +12,9 @@ from rmdd.runs.absolute import with_absolute_paths
 
 
 def load(source: str | Mapping[str, Any], sets: list[str]) -> config.Run:
-    """Load a run with absolute paths, so that it can be resumed from any working folder.
+    """Load a run and make its paths absolute, so that it can be resumed from any working folder.
 
-    The paths of weights and text encoder are part of the run's hash. If these files move, it is another run.
+    The paths of local weights and text encoders are part of the run's hash: after moving them, a new run starts.
     """
     return with_absolute_paths(config.load(source, sets))
 
@@ -22,7 +22,8 @@ def load(source: str | Mapping[str, Any], sets: list[str]) -> config.Run:
 def load_folder(address: str) -> config.Run:
     """Load the run of a run folder, given as a path or URI.
 
-    Raises `ConfigError` if `address` is not a run folder, and `ValueError` if the storage has another layout.
+    Raises `ConfigError` if `address` is not a run folder, and `ValueError` if another version of rmdd wrote it with
+    another layout of folders.
     """
     storage, file = locate_file(address, "run.yaml", depth=1)
     if not file.is_file():
@@ -38,6 +39,6 @@ def load_folder(address: str) -> config.Run:
     except config.ConfigError as error:
         raise config.ConfigError(error.mistakes, str(file)) from None
     if run_folder(run).name != file.parent.name:
-        changed = f"its run.yaml describes {run_folder(run).name}: the file was changed or the folder was renamed"
-        raise config.ConfigError([f"{changed}; start it with `rmdd run {file}`"], address)
+        changed = f"run.yaml describes the run {run_folder(run).name}: the file was changed or the folder was renamed"
+        raise config.ConfigError([f"{changed}; start that run with `rmdd run {file}`"], address)
     return run

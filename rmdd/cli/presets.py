@@ -1,4 +1,4 @@
-"""The command `rmdd presets`: lists the run files that come with rmdd, and prints one with its comments."""
+"""The command `rmdd presets`: lists the presets (run files that come with rmdd), and prints one of them."""
 
 from itertools import takewhile
 from typing import Annotated
@@ -14,10 +14,10 @@ from rmdd.config.presets import PRESETS, find_preset, no_preset, preset, preset_
 
 @command(options=())
 def presets(
-    name: Annotated[str | None, typer.Argument(help="A dataset to list, or a preset or preset file to print.")] = None,
-    whole: Annotated[bool, typer.Option("--whole", help="Print a preset with the values of what it extends.")] = False,
+    name: Annotated[str | None, typer.Argument(help="Dataset to list, or a preset or preset file to print.")] = None,
+    whole: Annotated[bool, typer.Option("--whole", help="Print also the fields that the preset extends.")] = False,
 ) -> Output:
-    """List the run files that come with rmdd, or print one."""
+    """List the presets (run files that come with rmdd), or print one."""
     files = preset_files()
     datasets = {_dataset(file) for file in files}
     if name is None or (name in datasets and name not in files):
@@ -33,7 +33,7 @@ def presets(
 
 
 def run_file(name: str) -> str:
-    """Return the run file of a preset as text: the lines of its file that belong to it, with their comments."""
+    """Return the run file of a preset as text. A preset file holds several; its lines for this one are kept."""
     place, values = find_preset(name), preset(name)
     assert place is not None and values is not None, name
     path, key = place
@@ -46,7 +46,7 @@ def run_file(name: str) -> str:
     entries = _blocks(_inner(common.pop("budgets")))
     sections = _blocks(_inner(entries[key]))
     another = "".join(sections.pop("extends", [""])).removeprefix("extends: ")
-    if another not in entries:  # else the values above `budgets` come from the other entry
+    if another not in entries:  # else that entry already has the common fields
         sections = _blocks(_merged(_lines(common), _lines(sections)))
         sections.pop("extends", None)
     *notes, line = _opening(entries[key])
@@ -57,7 +57,7 @@ def run_file(name: str) -> str:
 
 
 def _table(files: dict[str, list[str]]) -> Table:
-    """Return a table with a row per preset file, one section per dataset."""
+    """Return a table with a row per preset file, which lists the budgets in it; a section per dataset."""
     caption = (
         "A preset is a file and a budget, such as flickr30k_lors_500.\n"
         "rmdd presets DATASET lists one dataset, rmdd presets FILE prints a file,\n"
@@ -80,7 +80,7 @@ def _dataset(file: str) -> str:
 
 
 def _merged(below: list[str], above: list[str]) -> list[str]:
-    """Return the lines of two YAML mappings as one: nested mappings are merged, and other values are from `above`."""
+    """Merge the lines of two YAML mappings, also of nested ones; for a key in both, the value is from `above`."""
     merged = _blocks(below)
     for key, block in _blocks(above).items():
         old = merged.get(key, [])
@@ -95,7 +95,7 @@ def _lines(blocks: dict[str, list[str]]) -> list[str]:
 
 
 def _blocks(lines: list[str]) -> dict[str, list[str]]:
-    """Split the lines of a YAML mapping by key: the comments above the key, the line of the key, the lines below it."""
+    """Return the lines of a YAML mapping by key: comments above the key, the line of the key, and its value below."""
     blocks: dict[str, list[str]] = {}
     comments: list[str] = []
     key = ""
@@ -111,10 +111,10 @@ def _blocks(lines: list[str]) -> dict[str, list[str]]:
 
 
 def _opening(block: list[str]) -> list[str]:
-    """Return the comments above the key of a block, and the line of the key."""
+    """Return the first lines of a result of `_blocks`: comments and the line of the key."""
     return [line for line in block if not line.startswith(" ")]
 
 
 def _inner(block: list[str]) -> list[str]:
-    """Return the lines below the key of a block, without their indentation."""
+    """Return the remaining lines of a result of `_blocks`: the value, without indentation."""
     return [line[2:] for line in block if line.startswith(" ")]

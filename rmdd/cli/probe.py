@@ -1,4 +1,4 @@
-"""The command `rmdd probe`: score the students of a finished set or run on more probes, such as zero-shot classes."""
+"""The command `rmdd probe`: score students on more tasks (probes), such as zero-shot classification."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,11 +14,11 @@ from rmdd.cli.loading import load, load_folder
 @command
 def probe(
     call: Call,
-    address: Annotated[str, typer.Argument(metavar="SET_OR_RUN", help="A distilled set, or the folder of a run.")],
-    probes: Annotated[Path, typer.Option("--probes", metavar="YAML", help="A mapping like evaluate.probes.")],
+    address: Annotated[str, typer.Argument(metavar="SET_OR_RUN", help="Folder of a distilled set or of a run.")],
+    probes: Annotated[Path, typer.Option("--probes", metavar="YAML", help="File written like evaluate.probes.")],
     set_: Sets = None,
 ) -> Output:
-    """Score the students of a finished set or run on more probes. Trained students are used again."""
+    """Score the students of a distilled set or run on more probes, without training finished students again."""
     path = Path(address).expanduser()
     if not (path / "set.json").is_file():
         with call.pipeline(_run_with(address, probes, set_ or [])) as pipeline:
@@ -48,5 +48,5 @@ def _run_with(address: str, file: Path, overrides: list[str]) -> config.Run:
 def _read(file: Path) -> dict[str, Any]:
     probes = config.read(file)
     if not probes:
-        raise config.ConfigError(["no probes in this file; map names to probes, as in evaluate.probes"], str(file))
+        raise config.ConfigError(["this file has no probes; map names to probes, as in evaluate.probes"], str(file))
     return probes

@@ -24,7 +24,7 @@ def generated() -> dict[str, str]:
 
 
 def write() -> list[str]:
-    """Write the generated pages whose text changed, and remove pages of methods that no longer exist."""
+    """Write the generated pages whose text changed, and remove the pages of methods that no longer exist."""
     texts = generated()
     old = {path.relative_to(FOLDER).as_posix(): path for path in FOLDER.glob("methods/*.md")}
     for name in old.keys() - texts:
@@ -41,7 +41,7 @@ def _read(name: str) -> str:
 
 
 def method_page(name: str) -> str:
-    """Return the page of a method: what `rmdd methods NAME` prints, as Markdown."""
+    """Return the Markdown page of a distillation method, with the text that `rmdd methods NAME` prints."""
     from rmdd.methods.about import about
 
     facts = about(name)
@@ -69,12 +69,12 @@ def method_page(name: str) -> str:
 
 
 def _linked(card: str) -> str:
-    """Return the place of publication, with a link where it names an arXiv number."""
+    """Return where a method was published, as Markdown; an arXiv number becomes a link."""
     return re.sub(r"(?:arXiv )?(\d{4}\.\d{4,5})", r"[arXiv \1](https://arxiv.org/abs/\1)", card)
 
 
 def api_page() -> str:
-    """Return the page of the Python API: every public name of `rmdd`, and the classes that its functions return."""
+    """Return the Markdown page of the Python API: all public names of `rmdd` and the classes of their results."""
     public = importlib.import_module("rmdd")
     lines = ["# Python API", "", NOTE.format(source="the docstrings"), ""]
     lines += ["`import rmdd` is instant; torch, transformers and Ray are imported when a function needs them.", ""]
@@ -104,14 +104,14 @@ def api_page() -> str:
 
 
 def _globals(function: Any) -> dict[str, Any]:
-    """Return the names that annotations of `function` may use, with those imported for type checking alone."""
+    """Return the names that type hints of `function` can use, also those imported only for type checking."""
     module = inspect.getmodule(function)
     names = dict(vars(module)) if module else {}
     return {"Progress": Any, **names}
 
 
 def _classes(hint: Any) -> Iterator[type]:
-    """Yield the classes of rmdd in a type, such as `Subset` in `tuple[Subset, ...]`."""
+    """Yield the classes of rmdd that a type hint contains, such as `Subset` in `tuple[Subset, ...]`."""
     if isinstance(hint, type) and hint.__module__.startswith("rmdd."):
         yield hint
     for part in get_args(hint):
@@ -126,7 +126,7 @@ def _function(function: Any, name: str) -> list[str]:
 
 
 def _signature(node: ast.FunctionDef, name: str) -> list[str]:
-    """Return a signature as a code block; a long one has an argument per line."""
+    """Return the signature of a function as a code block; if it is long, each argument is on its own line."""
     parts = _parts(node.args)
     result = f" -> {_annotation(node.returns)}" if node.returns else ""
     line = f"{name}({', '.join(parts)}){result}"
@@ -136,7 +136,7 @@ def _signature(node: ast.FunctionDef, name: str) -> list[str]:
 
 
 def _parts(arguments: ast.arguments) -> list[str]:
-    """Return the arguments of a signature one by one, without `self` and `cls`."""
+    """Return the text of each argument in a signature, without `self` and `cls`."""
     plain = [argument for argument in arguments.args if argument.arg not in ("self", "cls")]
     defaults = [None] * (len(plain) - len(arguments.defaults)) + list(arguments.defaults)
     parts = [_argument(argument, default) for argument, default in zip(plain, defaults, strict=True)]
@@ -154,7 +154,7 @@ def _argument(argument: ast.arg, default: ast.expr | None = None) -> str:
 
 
 def _annotation(node: ast.expr) -> str:
-    """Return a type as it is written, without the quotes around a type that is imported later."""
+    """Return a type hint as written in the code, without quotes."""
     return str(node.value) if isinstance(node, ast.Constant) and isinstance(node.value, str) else ast.unparse(node)
 
 
@@ -180,7 +180,7 @@ def _class(kind: type) -> list[str]:
 
 
 def _fields(body: list[ast.stmt]) -> Iterator[tuple[str, str, str]]:
-    """Yield name, type and meaning of every public field; the meaning ends with the default."""
+    """Yield name, type and meaning of every public field of a class; the meaning ends with the default value."""
     for item, after in zip(body, [*body[1:], None], strict=True):
         if not isinstance(item, ast.AnnAssign) or not isinstance(item.target, ast.Name) or item.target.id[0] == "_":
             continue
@@ -199,7 +199,7 @@ def _fields(body: list[ast.stmt]) -> Iterator[tuple[str, str, str]]:
 
 
 def _text(docstring: str | None) -> list[str]:
-    """Return a docstring as Markdown: examples become code blocks."""
+    """Return a docstring as Markdown; lines with `>>>` become code blocks."""
     if not docstring:
         return []
     lines: list[str] = []
@@ -209,7 +209,7 @@ def _text(docstring: str | None) -> list[str]:
 
 
 def _runs(lines: Iterable[str]) -> Iterator[tuple[bool, list[str]]]:
-    """Yield neighbouring lines that are all examples, or all text."""
+    """Split `lines` into groups of neighbouring lines: code examples (`>>>`) or text."""
     group: list[str] = []
     example = False
     for line in lines:

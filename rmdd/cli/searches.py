@@ -1,4 +1,4 @@
-"""Commands over many runs: `rmdd sweep` and `search`; also `resume`, which continues anything that was interrupted."""
+"""Commands that start many runs: `rmdd sweep` and `search`; also `resume`, which continues interrupted work."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,16 +20,16 @@ Over = Annotated[
     list[str] | None, typer.Option("--over", metavar="A.B=C,D", help="A field and the values to try; repeatable.")
 ]
 Settings = Annotated[
-    Path | None, typer.Option("--settings", metavar="YAML", help="A list of mappings from fields to values.")
+    Path | None, typer.Option("--settings", metavar="YAML", help="File with a list; each entry maps fields to values.")
 ]
 SearchFolder = Annotated[
-    str | None, typer.Option("--resume", metavar="FOLDER", help="Resume the search in this folder or URI.")
+    str | None, typer.Option("--resume", metavar="FOLDER", help="Resume the search in this folder (path or URI).")
 ]
 
 
 @command
 def sweep(call: Call, source: Source, over: Over = None, settings: Settings = None, set_: Sets = None) -> Output:
-    """Run many seeds, methods or settings in parallel; shared steps, such as the experts, run once."""
+    """Run many seeds, methods or settings in parallel; what runs have in common, such as experts, is done once."""
     from rmdd.searches.sweeps import members, read_over, read_settings
 
     listed = read_settings(settings) if settings else []
@@ -37,7 +37,7 @@ def sweep(call: Call, source: Source, over: Over = None, settings: Settings = No
 
 
 def run_sweep(call: Call, members: "list[Member]") -> Output:
-    """Start or resume a sweep; return its table and the address of its folder."""
+    """Start or resume a sweep; return the table of its runs and the path or URI of its folder."""
     from rmdd.searches.sweeps import run_all, sweep_folder
 
     if mistakes := [f"{m.label}: {mistake}" for m in members for mistake in call.mistakes(m.run)]:
@@ -58,12 +58,12 @@ def search(
     set_: Sets = None,
     resume: SearchFolder = None,
 ) -> Output:
-    """Try values of the fields in `search.space`, compare them on val, and write the best run file."""
+    """Try values of the fields in `search.space`, compare scores on val, and write a run file with the best values."""
     return run_search(call, _base_run(source, set_ or [], resume))
 
 
 def _base_run(source: str | None, sets: list[str], folder: str | None) -> config.Run:
-    """Return the run that the trials vary, from CONFIG or, to resume, from the folder of the search."""
+    """Return the run whose fields the trials vary: from CONFIG or, with `--resume`, from the search folder."""
     from rmdd.searches import base_run_in, search_folder
 
     if folder is None:
@@ -71,7 +71,7 @@ def _base_run(source: str | None, sets: list[str], folder: str | None) -> config
             raise config.ConfigError(["give CONFIG to start a search, or --resume FOLDER to continue one"], "search")
         return load(source, sets)
     if source is not None:
-        raise config.ConfigError([f"--resume {folder} has its own run file; remove '{source}'"], "search")
+        raise config.ConfigError([f"the search in {folder} has a run file already; remove '{source}'"], "search")
     base = base_run_in(folder)
     if base is None:
         raise config.ConfigError(
@@ -80,7 +80,7 @@ def _base_run(source: str | None, sets: list[str], folder: str | None) -> config
     changed = config.load(base.model_dump(mode="json"), sets)
     if search_folder(changed).name != search_folder(base).name:
         wrong = (
-            "--set would make this another search; it may change only search.trials, search.concurrency, "
+            "--set would make this another search; with --resume it may change only search.trials, search.concurrency, "
             "search.storage and runtime"
         )
         raise config.ConfigError([wrong], folder)
@@ -88,7 +88,7 @@ def _base_run(source: str | None, sets: list[str], folder: str | None) -> config
 
 
 def run_search(call: Call, base: config.Run) -> Output:
-    """Start or resume a search; return its best trials and the address of its folder."""
+    """Start or resume a search; return a table of the best trials and the path or URI of the search folder."""
     from rmdd import searches
 
     searches.check(base)
@@ -101,7 +101,7 @@ def run_search(call: Call, base: config.Run) -> Output:
     lines = [
         search_table(table.rows, table.best),
         f"search: {address} (results.json, trials.csv, report.html)",
-        f"best run file: {address}/best.yaml" if best else "no trial has finished",
+        f"best run file: {address}/best.yaml" if best else "no trial has finished yet",
     ]
     facts = {"search": address, "best": best, "front": table.best, "trials": table.rows}
     return Output(facts, lines, failure("trial(s) failed", result.failures.items()))

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 def demo(
     call: Call,
     set_: Sets = None,
-    storage: Annotated[str | None, typer.Option(help="Storage folder for runs and their parts; default: runs.")] = None,
+    storage: Annotated[str | None, typer.Option(help="Folder for all files of rmdd; default: runs.")] = None,
 ) -> Output:
-    """Distil drawn scenes on this machine in a few minutes and print the scores."""
+    """Distil drawn scenes (a small synthetic dataset) in a few minutes and print the scores."""
     sets = [*(set_ or []), *([f"runtime.storage={storage}"] if storage else [])]
     with call.pipeline(load("demo", sets)) as pipeline:
         return run_all_steps(pipeline)
@@ -28,7 +28,7 @@ def demo(
 
 @command
 def ingest(call: Call, run: config.Run) -> Output:
-    """Read the source data and write it as shards, with a manifest and a list of rejected rows."""
+    """Read the raw dataset and write it as shards, with a manifest and a list of rejected rows."""
     with call.pipeline(run, check=False) as pipeline:
         dataset = pipeline.ingest()
     rejected = dataset.manifest["quarantine"]
@@ -39,7 +39,7 @@ def ingest(call: Call, run: config.Run) -> Output:
 
 @command
 def experts(call: Call, run: config.Run) -> Output:
-    """Train the missing experts."""
+    """Train the experts that the run needs and that the storage lacks."""
     with call.pipeline(run) as pipeline:
         store = pipeline.experts()
         facts = {"store": str(store.path), "complete": store.complete(), "bytes": store.size()}
@@ -48,7 +48,7 @@ def experts(call: Call, run: config.Run) -> Output:
 
 @command
 def distill(call: Call, run: config.Run) -> Output:
-    """Distil the unfinished phases."""
+    """Distil all phases of the run that are not finished yet."""
     with call.pipeline(run) as pipeline:
         folders = [str(folder) for folder in pipeline.distill()]
     return Output({"phases": folders}, [f"phase {p}: {folder}" for p, folder in enumerate(folders)])
@@ -56,7 +56,7 @@ def distill(call: Call, run: config.Run) -> Output:
 
 @command
 def evaluate(call: Call, run: config.Run) -> Output:
-    """Train students on the distilled set, choose on val, read test once."""
+    """Train students on the distilled set, choose the snapshot on val, and report scores on test."""
     with call.pipeline(run) as pipeline:
         evaluation, path = pipeline.evaluate(), str(pipeline.folder / "evaluation.json")
     facts = {"evaluation": path, "table": evaluation["table"]}
@@ -65,7 +65,7 @@ def evaluate(call: Call, run: config.Run) -> Output:
 
 @command
 def report(call: Call, run: config.Run) -> Output:
-    """Write the distilled set and an HTML report of the run."""
+    """Run the missing steps, then write the distilled set and an HTML report of the run."""
     with call.pipeline(run) as pipeline:
         page, set_ = str(pipeline.report()), str(pipeline.folder / "set")
     return Output({"set": set_, "page": page}, [f"distilled set: {set_}", f"page: {page}"])
@@ -73,7 +73,7 @@ def report(call: Call, run: config.Run) -> Output:
 
 @command
 def health(call: Call, run: config.Run) -> Output:
-    """Run the distillation if its result is missing, then report how far the embeddings have collapsed."""
+    """Distil the run if that is not done yet, then report how far the embeddings of the pairs have collapsed."""
     with call.pipeline(run) as pipeline:
         from rmdd.report.health import write_health
 
@@ -85,13 +85,13 @@ def health(call: Call, run: config.Run) -> Output:
 
 @command
 def run_(call: Call, run: config.Run) -> Output:
-    """Run all steps in order; finished results are used again."""
+    """Run all steps from ingest to report; steps that are finished already are not repeated."""
     with call.pipeline(run) as pipeline:
         return run_all_steps(pipeline)
 
 
 def run_all_steps(pipeline: "Pipeline") -> Output:
-    """Run all steps; return the scores and the paths of the results."""
+    """Run all steps of a run; return its scores and the paths of its results."""
     began = time.perf_counter()
     result = pipeline.all()
     seconds = {"this_sitting": round(time.perf_counter() - began, 2), "steps": result.seconds}
@@ -101,7 +101,7 @@ def run_all_steps(pipeline: "Pipeline") -> Output:
         f"distilled set: {result.set}",
         f"page: {result.report}",
         f"run folder: {pipeline.folder}",
-        f"seconds: {seconds['this_sitting']:.0f} in this call; by step over all calls: {steps}",
+        f"seconds: {seconds['this_sitting']:.0f} in this call; per step, summed over all calls: {steps}",
     ]
     facts = {"set": str(result.set), "page": str(result.report), "table": result.evaluation["table"]}
     return Output(facts | {"seconds": seconds}, lines)

@@ -1,6 +1,6 @@
-"""`rmdd search`: hyper-parameter search over the fields of a run file, by val R@mean.
+"""`rmdd search`: hyper-parameter search over fields of a run file, for the best R@mean on val.
 
-All workers first make the data and the experts that the trials share. Then trials distil from snapshot to snapshot, in
+First the dataset and the experts are made, which all trials share. Then trials distil from snapshot to snapshot, in
 parallel with Ray Tune or one after another. `rmdd.searches.study` chooses the values and stops poor trials.
 """
 
@@ -31,23 +31,23 @@ from rmdd.searches.warm_start import COMPARED_SECTIONS, earlier_trials
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The result of a search: its folder and a row per trial."""
+    """Result of a search: its folder, a table with a row per trial, and the errors of failed trials."""
 
     folder: Path
     table: TrialTable
     failures: dict[str, str]
-    """Error message of each trial that failed in this call; the next call tries it again."""
+    """Error message of each trial that failed in this call, by the trial's name; the next call tries it again."""
 
 
 def search_folder(base: config.Run) -> Path:
-    """Return the folder of a search; its name ends in a hash of the run, the seed and the search settings."""
+    """Return the folder of a search; its name ends in a hash of the base run, the seed and the search settings."""
     rule = hashed(base.search, "search")
     value = config.hash_value({"run": base.hash_of(), "seed": base.seed, "search": rule})[:8]
     return root_of(base.runtime) / "searches" / f"{base.name}-{value}"
 
 
 def check(base: config.Run, width_of: WidthOf = text_width) -> None:
-    """Raise `ConfigError` with all mistakes in the search space; `width_of` returns the width of a text embedding."""
+    """Raise `ConfigError` with all mistakes in `search.space`; `width_of(tower)` returns a text tower's width."""
     mistakes = _plan_mistakes(base.distill.plan, base.search.space)
     mistakes = mistakes or Space(base.search).mistakes(TrialLoader(base, width_of).mistakes)
     if mistakes:
@@ -55,9 +55,9 @@ def check(base: config.Run, width_of: WidthOf = text_width) -> None:
 
 
 def facts_of(base: config.Run) -> dict[str, Any] | None:
-    """Return the fields and number of trials of a search; None without a search space.
+    """Return what `rmdd check` prints about a search: fields, number of trials, use of experts; None without a space.
 
-    Raises `ConfigError` if the space has mistakes.
+    Raises `ConfigError` if `search.space` has mistakes.
     """
     if not base.search.space:
         return None
@@ -70,7 +70,7 @@ def facts_of(base: config.Run) -> dict[str, Any] | None:
 
 
 def _plan_mistakes(plan: config.Plan, fields: Collection[str]) -> list[str]:
-    """Return the mistakes for fields of single phases if phases are planned, or of the plan if phases are listed."""
+    """Return a message for each field that has no effect: of single phases that are planned, or of an unused plan."""
     if plan.plans:
         return [
             f"search.space.{field}: distill.phases is {plan.kind}, so phases have no fixed values to vary; vary "
@@ -80,12 +80,14 @@ def _plan_mistakes(plan: config.Plan, fields: Collection[str]) -> list[str]:
         ]
     if "distill.phases" in fields:
         return []
-    unplanned = "the phases are listed, so the plan is not used and all trials would be equal; set distill.phases: auto"
+    unplanned = (
+        "the phases are listed, so the plan has no effect and all trials would be equal; set distill.phases: auto"
+    )
     return [f"search.space.{field}: {unplanned}" for field in fields if field.startswith("distill.plan.")]
 
 
 def base_run_in(folder: Path | str) -> config.Run | None:
-    """Return the base run of the search in a folder or URI, with the storage that holds it; None without a search."""
+    """Return the base run of the search in `folder` (path or URI), or None if that folder holds no search."""
     storage, file = locate_file(str(folder), "search.json", depth=2)
     if not file.is_file():
         return None
@@ -96,7 +98,7 @@ def base_run_in(folder: Path | str) -> config.Run | None:
 def search(
     source: str | Path | Mapping[str, Any], overrides: Iterable[str] = (), progress: Progress | None = None
 ) -> SearchResult:
-    """Run the search that the `search` section of a run file describes.
+    """Run the hyper-parameter search that the section `search` of a run file describes.
 
     >>> search("demo", ["search.space={distill.lr_image: {loguniform: [10, 10000]}}"])  # doctest: +SKIP
 
@@ -109,7 +111,7 @@ def search(
 
 
 def run_search(base: config.Run, progress: Progress | None = None) -> SearchResult:
-    """Run the missing trials and write the table, the plots and the best run file."""
+    """Run the trials that are not finished; write the table, the plots and a run file with the best values."""
     progress = progress or Progress()
     folder, storage = search_folder(base), open_storage(base.runtime)
     check_layout(storage)

@@ -1,4 +1,4 @@
-"""All file formats that `rmdd verify` checks, in the order in which it checks a storage."""
+"""All kinds of folders that `rmdd verify` can check, in the order in which it checks them."""
 
 from rmdd.comparisons.verify import COMPARISONS, STUDENTS
 from rmdd.core.checks import Findings
@@ -21,5 +21,5 @@ FORMATS = (
 
 
 def verify(address: str) -> Findings:
-    """Check a folder that rmdd wrote, or its URI. Raises `ValueError` if it holds no files of rmdd."""
+    """Check all files below a path or URI; return what is damaged. Raises `ValueError` if rmdd wrote nothing there."""
     return walk.verify(address, FORMATS)

@@ -1,4 +1,4 @@
-"""`TrialLoader`: load and check the run of a trial from the values that it tries."""
+"""`TrialLoader` builds and checks the run of a trial from the base run and the values that the trial tries."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -12,9 +12,9 @@ WidthOf = Callable[[config.TextTower], int]
 
 
 class TrialLoader:
-    """Loads the runs of trials: `base` with changed values and without its `search` section.
+    """Builds the runs of trials: each is `base` with some changed fields and without the section `search`.
 
-    `width_of` returns the width of a text embedding.
+    `width_of(tower)` returns the width of the embeddings of a text tower.
     """
 
     def __init__(self, base: config.Run, width_of: WidthOf = text_width):
@@ -26,7 +26,7 @@ class TrialLoader:
         return config.load(self.raw | {"search": {}}, overrides(values))
 
     def checked(self, values: Mapping[str, Any]) -> config.Run:
-        """Load a trial's run; also raise `ConfigError` if it is over budget or needs epochs that are not stored."""
+        """Load a trial's run. Raises `ConfigError` also if it is over budget or its expert epochs are not kept."""
         run, mistakes = self.load(values), []
         if run.distill.budget_check == "error":
             try:
@@ -39,7 +39,7 @@ class TrialLoader:
         base = self.base
         if self.shared and run.experts.keep == "endpoints" and run.endpoints != base.endpoints:
             mistakes.append(
-                f"the trial needs epochs {list(run.endpoints)}, but the shared experts keep only "
+                f"the trial needs expert epochs {list(run.endpoints)}, but the shared experts keep only "
                 f"{list(base.endpoints)}; set experts.keep: all"
             )
         if mistakes:
@@ -47,7 +47,7 @@ class TrialLoader:
         return run
 
     def mistakes(self, values: Mapping[str, Any]) -> list[str]:
-        """Return the mistakes in the run of a trial; empty if the trial can start."""
+        """Return the messages of all mistakes in the run of a trial; empty if the trial can start."""
         try:
             self.checked(values)
         except config.ConfigError as error:
@@ -56,5 +56,5 @@ class TrialLoader:
 
 
 def shares_experts(space: Iterable[str]) -> bool:
-    """Return whether all trials of a search use the same experts."""
+    """Return whether all trials use the same experts, because `space` varies only fields of the section `distill`."""
     return all(field.split(".")[0] == "distill" for field in space)

@@ -15,19 +15,19 @@ from rmdd.core.seeding import derive
 from rmdd.searches.space import Space
 
 FIRST_TRIAL = "first"
-"""Attribute of a study: the number of its first own trial; trials before it were copied from earlier searches."""
+"""Key under which a study stores the number of its first new trial; earlier ones are copies of other searches."""
 
 
 def trials_of(study: Study) -> list[FrozenTrial]:
-    """Return the started trials of this search, without those copied from earlier searches."""
+    """Return the trials that this search has started, without those that were copied from other searches."""
     first = study.user_attrs.get(FIRST_TRIAL, 0)
     return [t for t in study.get_trials(deepcopy=False) if t.number >= first and t.state != TrialState.WAITING]
 
 
 class Seeded(BaseSampler):
-    """Sampler that is created again for every trial, seeded by its number.
+    """Optuna sampler that is created again for every trial, with a seed that depends on the number of the trial.
 
-    A resumed search therefore draws the same values as one that was never killed.
+    A resumed search therefore draws the same values as a search that was never killed.
     """
 
     def __init__(self, make: Callable[[int], BaseSampler]):
@@ -59,7 +59,7 @@ class Seeded(BaseSampler):
 
 
 class Grid(BaseSampler):
-    """Sampler that tries every combination once, in the order of trial numbers, also if drivers share the study."""
+    """Optuna sampler that tries each row of `rows` once: the trial with number n gets row n."""
 
     def __init__(self, rows: list[dict[str, Any]]):
         self.rows = rows

@@ -1,4 +1,4 @@
-"""`Space`: the fields and values that a search tries, and the check that the run file accepts them."""
+"""`Space`: the fields and values that a search tries, and a check that runs with these values are valid."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -11,14 +11,14 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from rmdd import config
 
 SECTIONS = ("model", "experts", "distill")
-"""Sections that a trial may change. Data and evaluation must be equal, so that scores can be compared."""
+"""Sections of the run file that a trial may change. Data and evaluation stay equal, to compare the scores."""
 
 DRAWS = 48
-"""Random draws of the other fields, to find one that is valid together with the end of a range."""
+"""Number of random draws of all other fields, to find one that is valid together with a doubtful value."""
 
 
 def overrides(values: Mapping[str, Any]) -> list[str]:
-    """Return `values` as texts for `--set`; numbers keep their exact value."""
+    """Return `values` (by dotted field) as arguments of `--set`; numbers keep their exact value."""
     return [f"{key}={_yaml(value)}" for key, value in values.items()]
 
 
@@ -28,14 +28,14 @@ def _yaml(value: Any) -> str:
 
 
 class Space:
-    """The dimensions of a search, ordered so that a dimension comes after those it depends on."""
+    """The search space: a dimension (values to try) for each field, after those on which its condition depends."""
 
     def __init__(self, search: config.Search):
         self.search = search
         self.dimensions = {field: search.space[field] for field in search.ordered()}
 
     def suggest(self, trial: Any) -> dict[str, Any]:
-        """Draw the value of every field whose condition holds from an Optuna trial; return the values by field."""
+        """Let an Optuna trial draw a value for every field whose condition `when` holds; return the values by field."""
         values: dict[str, Any] = {}
         for field, dimension in self.dimensions.items():
             if not dimension.holds(values):
@@ -51,7 +51,7 @@ class Space:
         return values
 
     def active(self, run: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return a resolved run's values for the fields whose condition holds; None if one is outside the space."""
+        """Return the values of a run for all fields whose condition holds, or None if one lies outside the space."""
         values: dict[str, Any] = {}
         for field, dimension in self.dimensions.items():
             if dimension.holds(values):
@@ -62,14 +62,14 @@ class Space:
         return values
 
     def parameters(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return `values` as Optuna parameters."""
+        """Return `values` in the form in which Optuna stores the parameters of a trial."""
         return {field: encoded(self.dimensions[field], value) for field, value in values.items()}
 
     def distributions(self, values: Mapping[str, Any]) -> dict[str, BaseDistribution]:
         return {field: distribution(self.dimensions[field]) for field in values}
 
     def grid(self) -> list[dict[str, Any]]:
-        """Return every combination of values that fulfils the conditions, as Optuna parameters."""
+        """Return every combination of values; fields whose condition does not hold are left out."""
         rows: list[dict[str, Any]] = [{}]
         for field, dimension in self.dimensions.items():
             points = _points(dimension)
@@ -82,7 +82,7 @@ class Space:
 
     @property
     def trials(self) -> int:
-        """The number of trials: `search.trials`, but for a grid at most the number of its combinations."""
+        """Number of trials to run: `search.trials`, but for a grid at most the number of its combinations."""
         return min(self.search.trials, len(self.grid())) if self.search.sampler == "grid" else self.search.trials
 
     def _decoded(self, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,8 +93,8 @@ class Space:
     def mistakes(self, mistakes_of: Callable[[Mapping[str, Any]], list[str]]) -> list[str]:
         """Return a message for every field with a value that the run file rejects.
 
-        Tests each choice and both ends of each range. `mistakes_of(values)` returns the mistakes of a trial's run. A
-        clash between fields of the space is a mistake only if it occurs in all of many random draws.
+        `mistakes_of(values)` returns the mistakes in the run of a trial. It is called for each choice and for both ends
+        of each range. A clash with another field is reported only if no random draw of the other fields is valid.
         """
         if not self.dimensions:
             return ["search.space is empty; give fields to try, such as distill.lr_image: {loguniform: [10, 10000]}"]
@@ -130,9 +130,9 @@ class Space:
         return mistakes
 
     def _impossible_conditions(self) -> list[str]:
-        """Return a message for every `when` with a value that the other field never takes."""
+        """Return a message for every condition `when` that requires a value that the other field never takes."""
         return [
-            f"search.space.{field}.when: {other} is never {_yaml(value)} in this space; add that value or correct it"
+            f"search.space.{field}.when: {other} is never {_yaml(value)} in this space; add that value or change `when`"
             for field, dimension in self.dimensions.items()
             for other, required in dimension.when.items()
             for value in (required if isinstance(required, list) else [required])
@@ -140,7 +140,7 @@ class Space:
         ]
 
     def _conditions(self, field: str) -> dict[str, Any]:
-        """Return values of other fields with which the condition of `field` holds."""
+        """Return values of other fields for which the condition `when` of `field` holds."""
         values: dict[str, Any] = {}
         for other, required in self.dimensions[field].when.items():
             values |= self._conditions(other) | {other: required[0] if isinstance(required, list) else required}
@@ -164,7 +164,7 @@ def distribution(dimension: config.Dimension) -> BaseDistribution:
 
 
 def encoded(dimension: config.Dimension, value: Any) -> Any:
-    """Return a value as an Optuna parameter: lists and mappings as JSON text."""
+    """Return a value as Optuna stores it: a list or mapping becomes JSON text."""
     return json.dumps(value) if dimension.kind == "choice" and isinstance(value, list | tuple | dict) else value
 
 
@@ -188,7 +188,7 @@ def _categories(dimension: config.Dimension) -> list[Any]:
 
 
 def _points(dimension: config.Dimension) -> list[Any]:
-    """Return all values of a choice, or of a range with a step."""
+    """Return all values of a dimension of a grid: its choices, or the values of a range with a step."""
     if dimension.kind == "choice":
         return _categories(dimension)
     (low, high), step = dimension.ends, dimension.step or 1
@@ -197,7 +197,7 @@ def _points(dimension: config.Dimension) -> list[Any]:
 
 
 def _probes(dimension: config.Dimension) -> list[Any]:
-    """Return the values to test: every choice, or both ends of a range and, for real numbers, one value between."""
+    """Return the values to check: every choice, or both ends of a range and, for real numbers, one between them."""
     if dimension.kind == "choice":
         return list(dimension.choice or ())
     low, high = dimension.ends
@@ -206,7 +206,7 @@ def _probes(dimension: config.Dimension) -> list[Any]:
 
 
 def field_value(run: Mapping[str, Any], field: str) -> Any:
-    """Return the value of a dotted field of a resolved run; None if the field does not exist."""
+    """Return the value of a dotted field, such as `distill.lr_image`, in a run; None if the field does not exist."""
     node: Any = run
     for part in field.split("."):
         if isinstance(node, Mapping):

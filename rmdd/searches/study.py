@@ -1,7 +1,7 @@
-"""`Study`: the trials of a search in Optuna's database, which several drivers can share and which survives kills.
+"""`Study`: the trials of a search, stored in a database of Optuna.
 
-A finished trial is written to the database and never run again. If a driver dies, another driver takes the lock of the
-trial's folder and resumes the trial under the same number with the same values.
+Several drivers (processes that run the search) can share the database. A finished trial is written to it and never run
+again. If a driver dies, another one takes the lock of the trial's folder and resumes the trial with the same values.
 """
 
 import contextlib
@@ -26,27 +26,27 @@ from rmdd.searches.warm_start import EarlierTrial
 
 INFEASIBLE = "infeasible"
 PARTS = ("experts", "phases")
-"""Folders of the storage that a trial uses; their hashes are written to its row."""
+"""Kinds of folders in the storage that a trial uses; the row of the trial lists their names."""
 
 TRIES = 100
-"""A search gives up after this many draws in a row that clash with the run file."""
+"""Number of draws in a row whose values make an invalid run, after which the search gives up."""
 
 WAIT_SECONDS = 60.0
 """Seconds that a driver waits for another driver that writes to the same SQLite file."""
 
 
 def url_of(search: config.Search, folder: Path) -> str:
-    """Return the URL of a search's database, with environment variables replaced by their values."""
+    """Return the URL of a search's database, with the values of environment variables filled in."""
     if search.storage is None:
         return f"sqlite:///{folder / 'study.db'}"
     url: str = os.path.expandvars(search.storage)
     if "${" in url:
-        raise ValueError(f"search.storage {search.storage} uses an environment variable that is not set; export it")
+        raise ValueError(f"search.storage {search.storage} uses an environment variable that is not set; set it")
     return url
 
 
 def open_study(search: config.Search, seed: int, folder: Path) -> optuna.Study:
-    """Open the Optuna study of a search, or create it; `seed` seeds the sampler."""
+    """Open the Optuna study of a search, or create the study; `seed` is the random seed of its sampler."""
     url = url_of(search, folder)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     engine = {"connect_args": {"timeout": WAIT_SECONDS}} if url.startswith("sqlite") else {}
@@ -66,7 +66,7 @@ def open_study(search: config.Search, seed: int, folder: Path) -> optuna.Study:
 
 
 class Study:
-    """The trials of one search for one driver; implements `rmdd.execution.trials.TrialSource`. Use it in a `with`."""
+    """`TrialSource` of a search: one driver's view of its trials. Use it in a `with` block, which unlocks them."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class Study:
         self.failures: dict[str, str] = {}
         self._leases: dict[str, tuple[Lease, contextlib.ExitStack]] = {}
         self._only_driver = contextlib.ExitStack()
-        if is_uri(base.runtime.storage) and self.search.storage is None:  # two drivers would overwrite study.db
+        if is_uri(base.runtime.storage) and self.search.storage is None:  # each would overwrite study.db of the other
             self._only_driver.enter_context(hold_folder(folder, wait=False))
         with self._one_driver_at_a_time():
             self.study = open_study(self.search, base.seed if self.search.seed is None else self.search.seed, folder)
@@ -103,14 +103,14 @@ class Study:
 
     @property
     def limit(self) -> int:
-        """The number of trials that the search will run."""
+        """Number of trials after which the search ends."""
         return self.space.trials
 
     @property
     def ended(self) -> set[str]:
-        """Names of all finished trials, also of earlier calls and of other drivers.
+        """Names of all finished trials, also of those that earlier calls or other drivers ran.
 
-        Trials whose values clash with the run file count only for a grid.
+        A trial whose values make an invalid run counts only in a grid, which cannot draw other values instead.
         """
         grid = self.search.sampler == "grid"
         ended = (t for t in trials_of(self.study) if t.state.is_finished())
@@ -119,9 +119,9 @@ class Study:
     # -- methods of TrialSource --------------------------------------------------------------------------------------
 
     def ask(self) -> tuple[str, str] | None:
-        """Return the name and the run (as JSON) of the next trial; None if the search has enough trials.
+        """Return the name and the run (as JSON) of the next trial, or None if the search has enough trials.
 
-        Trials of drivers that died come first, then new ones.
+        Unfinished trials of drivers that died come first, then new trials.
         """
         with self._one_driver_at_a_time():
             for trial in trials_of(self.study):
@@ -132,7 +132,7 @@ class Study:
             for _ in range(TRIES):
                 trials = trials_of(self.study)
                 counted = [t for t in trials if not t.user_attrs.get(INFEASIBLE)]
-                tried = len(trials) if self.search.sampler == "grid" else 0  # a grid cannot replace a clashing draw
+                tried = len(trials) if self.search.sampler == "grid" else 0  # a grid cannot draw again
                 if max(len(counted), tried) >= self.limit:
                     return None
                 if not trials:
@@ -141,10 +141,12 @@ class Study:
                 if drawn is not None:
                     return drawn
         last = trials_of(self.study)[-1].user_attrs["error"]
-        raise ValueError(f"{TRIES} draws in a row clash with the run file, the last with: {last}; narrow search.space")
+        raise ValueError(
+            f"{TRIES} draws in a row clash with the run file, the last one with: {last}; narrow search.space"
+        )
 
     def tell(self, name: str, score: Values) -> bool:
-        """Record a score of a trial; return whether the trial should continue."""
+        """Store the results of a trial's rung in the database; return whether the trial should continue."""
         trial = self.trials[name]
         if self._leases[name][0].lost:
             self.say(f"{name}: another driver took over this trial, because this driver did not respond")
@@ -180,7 +182,7 @@ class Study:
         return False
 
     def fail(self, name: str, why: str) -> None:
-        """Release a failed trial and leave it open, so that the next driver resumes it."""
+        """Unlock a failed trial and leave it unfinished, so that the next driver resumes it."""
         self.failures[name] = why
         self.say(f"{name}: {why}")
         self._release(name)
@@ -188,9 +190,9 @@ class Study:
     # -- helpers -----------------------------------------------------------------------------------------------------
 
     def _begin(self, trial: optuna.Trial, resumes: bool = False) -> tuple[str, str] | None:
-        """Lock a trial and write its run file; return its name and its run as JSON.
+        """Lock a trial and write its run file; return the name and the run (as JSON) of the trial.
 
-        Returns None if another driver has the lock or the trial's values clash with the run file.
+        Returns None if another driver has locked the trial, or if the values of the trial make an invalid run.
         """
         name, folder = self._name(trial.number), self.folder / "trials" / f"{trial.number:03d}"
         if resumes and (name in self.trials or not self._is_in_this_storage(trial, folder)):
@@ -200,7 +202,7 @@ class Study:
             lease = stack.enter_context(hold_folder(folder, wait=False))
         except FolderInUse:
             return None
-        if resumes and self._state(trial.number) != TrialState.RUNNING:  # its driver has finished it in the meantime
+        if resumes and self._state(trial.number) != TrialState.RUNNING:  # another driver has just finished it
             stack.close()
             return None
         trial.set_user_attr("storage", self._storage_address())
@@ -224,9 +226,9 @@ class Study:
         return name, run.model_copy(update={"runtime": runtime}).model_dump_json()
 
     def _is_in_this_storage(self, trial: optuna.Trial, folder: Path) -> bool:
-        """Return whether a trial was started in this storage, also if the storage has moved since.
+        """Return whether a trial was started in this storage, even if the storage folder has moved since then.
 
-        Drivers that share a database can use different storages.
+        Drivers that share a database can write to different storages.
         """
         return trial.user_attrs.get("storage") in (None, self._storage_address()) or (folder / "run.yaml").is_file()
 
@@ -244,13 +246,13 @@ class Study:
         self._leases.pop(name)[1].close()
 
     def _enqueue_run_file_values(self) -> None:
-        """Make the values of the run file the first trial, if they lie inside the search space."""
+        """If the values of the run file lie inside the search space, try them in the first trial."""
         values = self.space.active(self.loader.raw) if self.search.base else None
         if values is not None and self.search.sampler != "grid":
             self.study.enqueue_trial(self.space.parameters(values), skip_if_exists=True)
 
     def _add_earlier_trials(self, earlier: Sequence[EarlierTrial]) -> None:
-        """Add the trials of earlier searches to the study, so that the sampler can learn from them."""
+        """Copy the trials of earlier searches into the study, so that the sampler can learn from their scores."""
         for trial in earlier[len(self.study.get_trials(deepcopy=False)) :]:
             values = [trial.value, *([] if self.search.cost == "none" else [trial.cost[self.search.cost]])]
             self.study.add_trial(
@@ -264,12 +266,12 @@ class Study:
         self.study.set_user_attr(FIRST_TRIAL, len(earlier))
 
     def _publish(self) -> None:
-        """Upload the folder of the search if the storage is a URI."""
+        """Upload the folder of the search, if the storage is at a URI."""
         self.stored.publish(self.folder)
 
     @contextlib.contextmanager
     def _one_driver_at_a_time(self) -> Iterator[None]:
-        """Lock the choice of the next trial, so that two drivers never start the same one."""
+        """Hold a lock in the block, so that two drivers never choose the same trial as their next one."""
         with hold_folder(self.folder / "asking", wait=True), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             yield

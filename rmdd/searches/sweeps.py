@@ -1,8 +1,8 @@
 """`rmdd sweep`: many runs (seeds, methods or settings) in parallel over one executor.
 
-Runs with equal hashes share results. The data and experts of all runs are made first. Then each run continues in its
-own thread. Only one thread is active at a time; it yields while the executor works on its phases or students. If two
-runs need the same result, the second one waits for it instead of computing it again.
+Runs share all results whose settings are equal. First the datasets and experts of all runs are made. Then each run
+continues in its own thread; one thread computes at a time, the others wait for phases or students. If two runs need the
+same result, the second run waits until the first one has it.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ SCORES = ("val", "test_last")
 
 @dataclass(frozen=True)
 class Member:
-    """One run of a sweep, its settings that differ from the other runs, and an optional name."""
+    """One run of a sweep, with the values of the fields that vary in the sweep (`settings`) and an optional name."""
 
     settings: dict[str, Any]
     run: config.Run
@@ -40,19 +40,19 @@ class Member:
 
     @property
     def label(self) -> str:
-        """The name of the run or, without a name, its settings: `distill.method=lors distill.seed=0`."""
+        """Name of the run in messages: `name` or the settings, such as `distill.method=lors distill.seed=0`."""
         return self.name or " ".join(f"{key}={_word(value)}" for key, value in self.settings.items()) or self.run.name
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """The results of a sweep."""
+    """Scores of all runs of a sweep."""
 
     folder: Path
     runs: list[dict[str, Any]]
-    """A row per run: settings, method, scores or error."""
+    """A row per run: its settings, distillation method and folder, and its scores or its error message."""
     groups: list[dict[str, Any]]
-    """A row per setting, with mean and standard deviation over its seeds."""
+    """A row per group of runs that differ only in seeds, with mean and standard deviation of their scores."""
 
     @property
     def failed(self) -> list[dict[str, Any]]:
@@ -64,16 +64,16 @@ def members(
     over: Mapping[str, Sequence[Any]],
     settings: Iterable[Mapping[str, Any]] = (),
 ) -> list[Member]:
-    """Return the runs of a sweep: each of `settings` with every combination of the values in `over`.
+    """Return the runs of a sweep: each mapping in `settings` with every combination of the values in `over`.
 
-    Keys are dotted fields. `load(overrides)` loads a run. Raises `ConfigError` with the mistakes of all runs.
+    Both map dotted fields to values. `load(overrides)` loads a run. Raises `ConfigError` with the mistakes of all runs.
     """
     by_hash: dict[str, Member] = {}
     mistakes: list[str] = []
     for fixed, values in itertools.product(list(settings) or [{}], itertools.product(*over.values())):
         chosen = {**fixed, **dict(zip(over, values, strict=True))}
         if shared := [key for key in chosen if key.split(".")[0] in ("runtime", "name")]:
-            raise config.ConfigError([f"{shared[0]} must be equal for all runs of a sweep; give it by --set"], "sweep")
+            raise config.ConfigError([f"{shared[0]} must be equal for all runs of a sweep; set it by --set"], "sweep")
         try:
             run = load([f"{key}={json.dumps(value)}" for key, value in chosen.items()])
         except config.ConfigError as error:
@@ -88,7 +88,7 @@ def members(
 
 
 def read_over(words: Iterable[str]) -> dict[str, list[Any]]:
-    """Parse words such as `a.b=1,2` or `a.b=[1, 2]` into lists of values by field. Raises `ConfigError`."""
+    """Parse arguments of `--over`, such as `a.b=1,2` or `a.b=[1, 2]`; return the values to try, by dotted field."""
     over = {}
     for word in words:
         key, equals, text = word.partition("=")
@@ -103,9 +103,9 @@ def read_over(words: Iterable[str]) -> dict[str, list[Any]]:
 
 
 def read_settings(file: Path) -> list[dict[str, Any]]:
-    """Read a YAML list of mappings from dotted fields to values. Raises `ConfigError`."""
+    """Read the YAML file of `--settings`: a list of mappings from dotted fields to values."""
     if not file.is_file():
-        raise config.ConfigError(["this file does not exist; give a YAML file with a list of settings"], str(file))
+        raise config.ConfigError(["this file does not exist; give a YAML file with a list of mappings"], str(file))
     settings = parse(file.read_text(encoding="utf-8"))
     if not isinstance(settings, list) or not settings or not all(isinstance(entry, dict) for entry in settings):
         raise config.ConfigError(["write a list, each entry a mapping such as {distill.method: lors}"], str(file))
@@ -120,7 +120,7 @@ def sweep_folder(runs: Sequence[Member]) -> Path:
 
 
 def write_members(runs: Sequence[Member]) -> Path:
-    """Write the runs of a sweep to its folder, so that it can be resumed from there; return the folder."""
+    """Write the runs to `sweep.json` in the folder of the sweep, so that it can be resumed; return the folder."""
     folder = sweep_folder(runs)
     plain = [{"settings": m.settings, "run": m.run.model_dump(mode="json"), "name": m.name} for m in runs]
     write_json(folder / "sweep.json", {"schema_version": 1, "members": plain})
@@ -128,7 +128,7 @@ def write_members(runs: Sequence[Member]) -> Path:
 
 
 def members_in(folder: Path | str) -> list[Member]:
-    """Return the runs of the sweep in a folder or URI, with the storage that holds it; empty without a sweep."""
+    """Return the runs of the sweep in `folder` (path or URI); empty if that folder holds no sweep."""
     storage, file = locate_file(str(folder), "sweep.json", depth=2)
     listed = read_json(file)["members"] if file.is_file() else []
     moved = {"storage": storage}
@@ -145,7 +145,7 @@ def sweep(
     settings: Iterable[Mapping[str, Any]] = (),
     progress: Progress | None = None,
 ) -> SweepResult:
-    """Run `source` with every combination of the values in `over`; `members` explains `over` and `settings`.
+    """Run the run file `source` with every combination of the values in `over`; see `members` for `settings`.
 
     >>> sweep("demo", {"distill.seed": [0, 1], "distill.method": ["lors", "ptm_st"]})  # doctest: +SKIP
 
@@ -156,7 +156,7 @@ def sweep(
 
 
 def run_all(runs: Sequence[Member], progress: Progress | None = None) -> SweepResult:
-    """Run or resume all runs of a sweep and write `results.json` and `runs.csv` to its folder."""
+    """Start or resume all runs of a sweep; write `results.json` and `runs.csv` to the folder of the sweep."""
     progress = progress or Progress()
     runtime, folder = runs[0].run.runtime, sweep_folder(runs)
     with (
@@ -182,7 +182,7 @@ def run_all(runs: Sequence[Member], progress: Progress | None = None) -> SweepRe
 
 
 class _Named(Progress):
-    """Progress of one run of a sweep: prefixes lines and items with the run's label and shares one table."""
+    """Progress display of one run of a sweep: its lines start with the run's label; all runs share one table."""
 
     def __init__(self, progress: Progress, label: str, table: Stage | None = None):
         super().__init__(progress.quiet, progress.console, progress.clock)
@@ -229,7 +229,7 @@ def _collect(folder: Path, runs: Sequence[Member], errors: Mapping[str, Exceptio
 
 
 def _row(member: Member, error: Exception | None) -> dict[str, Any]:
-    """Return the row of one run: R@mean as mean, standard deviation and number of its students, or its error."""
+    """Return the row of one run: mean and standard deviation of R@mean over students, or the error message."""
     folder, name = run_folder(member.run), member.run.distill.method_name
     address = address_of(member.run.runtime, folder)
     row: dict[str, Any] = {"settings": member.settings, "method": name, "folder": address}
@@ -240,7 +240,7 @@ def _row(member: Member, error: Exception | None) -> dict[str, Any]:
 
 
 def _groups(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Group runs that differ only in seeds; return the mean of their means and its standard deviation over seeds."""
+    """Group runs that differ only in seeds; return the mean and the standard deviation of the runs' mean scores."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(json.dumps(_seedless(row["settings"]), sort_keys=True), []).append(row)

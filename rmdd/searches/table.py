@@ -34,15 +34,15 @@ class TrialTable:
     """The results of all trials of a search."""
 
     rows: list[dict[str, Any]]
-    """A row per trial, in the order of their numbers."""
+    """A row per trial, in the order of the numbers of the trials."""
     best: list[int]
-    """Numbers of the trials that no other trial beats; with a cost objective, the Pareto front."""
+    """Numbers of the best trials: one trial or, if cost is minimised too (`search.cost`), the Pareto front."""
     importance: dict[str, float]
-    """Share of the variance of val R@mean that each field explains."""
+    """Importance of each field: the share (0 to 1) of the variance of val R@mean that the field explains."""
 
     @property
     def winner(self) -> dict[str, Any] | None:
-        """The row with the best val R@mean; the first one in a tie."""
+        """Row of the trial with the best val R@mean (of equal ones, the first); None if no trial has finished."""
         rows = [row for row in self.rows if row["number"] in self.best]
         return max(rows, key=lambda row: row["val"], default=None)
 
@@ -87,7 +87,7 @@ def _row(loader: TrialLoader, space: Space, trial: FrozenTrial) -> dict[str, Any
 
 
 def _best(done: Sequence[Mapping[str, Any]], cost: str) -> list[int]:
-    """Return the numbers of the trials that no other trial beats in val R@mean and, if it is an objective, cost."""
+    """Return the numbers of the trials that no other trial beats in val R@mean and, unless `cost` is none, in cost."""
 
     def key(row: Mapping[str, Any]) -> tuple[float, float]:
         return row["val"], 0.0 if cost == "none" else -row["cost"][cost]
@@ -102,7 +102,7 @@ def _best(done: Sequence[Mapping[str, Any]], cost: str) -> list[int]:
 
 
 def _importance(study: optuna.Study, trials: Sequence[FrozenTrial]) -> dict[str, float]:
-    """Return the share of the variance of val that each field explains (fANOVA), for fields of all finished trials."""
+    """Return the share of the variance of val R@mean that each field explains (fANOVA), by field."""
     done = [t for t in trials if t.state == TrialState.COMPLETE]
     if len(done) < 3 or len({t.values[0] for t in done}) < 2:
         return {}
@@ -113,6 +113,6 @@ def _importance(study: optuna.Study, trials: Sequence[FrozenTrial]) -> dict[str,
             shares = optuna.importance.get_param_importances(
                 study, evaluator=evaluator, target=lambda trial: trial.values[0]
             )
-    except (ValueError, RuntimeError):  # no field is in two trials, or no field varies
+    except (ValueError, RuntimeError):  # no field is in all trials, or no field varies
         return {}
     return {field: float(share) for field, share in shares.items()}

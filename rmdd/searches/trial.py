@@ -1,4 +1,4 @@
-"""`Trial`: a run that is distilled from snapshot to snapshot and scored on val at each; it never reads test."""
+"""`Trial`: a run that is distilled from snapshot to snapshot and scored on val after each; test is never read."""
 
 import json
 import statistics
@@ -21,7 +21,7 @@ SPLITS = ("train", "val")
 
 @dataclass(frozen=True)
 class DistillUntil:
-    """Task: run `DistillPhase` up to an iteration; returns whether that iteration was reached."""
+    """Task that distils a phase up to `iteration`; the result is whether that iteration was reached."""
 
     iteration: int
 
@@ -41,7 +41,7 @@ class DistillUntil:
 
 
 class Trial:
-    """A run that is distilled and scored one snapshot at a time. A restarted trial uses finished snapshots again."""
+    """A run that is distilled and scored one snapshot at a time. A restarted trial does not repeat finished ones."""
 
     def __init__(self, run: config.Run):
         self.worker = SequentialExecutor(run.runtime.threads)
@@ -51,8 +51,9 @@ class Trial:
     def run_rung(self, hooks: Hooks) -> dict[str, Any]:
         """Distil up to the next snapshot and score it on val.
 
-        Returns `step`, `val` (R@mean) and `done`; at the last snapshot also the `value` of the trial and its `cost`. If
-        a phase diverges, `value` is 0 and `error` is the message; if the run is invalid, there is only `error`.
+        Returns `step` (number of the snapshot, from 1), `val` (R@mean) and `done`: whether it was the last snapshot. If
+        so, also `value`, the final score of the trial, and `cost`. If a phase diverges, `value` is 0 and `error` is the
+        message; if the run is invalid, the results are only `done` and `error`.
         """
         self.worker.hooks = hooks
         try:
@@ -65,7 +66,7 @@ class Trial:
     def _score_next(self) -> dict[str, Any]:
         item, steps = self.pipeline.begin_phases(), self.pipeline.steps
         step, candidates = len(self.curve), candidates_of(item.run)
-        if not methods.method_of(item.run).iterates:  # such a method has only one snapshot
+        if not methods.method_of(item.run).iterates:  # the method has only one snapshot
             self.pipeline.distill()
         for p, iteration in enumerate(candidates[step]):
             if not item.paths.set(p, iteration).is_file():
@@ -81,7 +82,7 @@ class Trial:
         return score
 
     def cost(self) -> dict[str, float]:
-        """Return the outer iterations of the distillation so far, and their seconds."""
+        """Return the number of outer iterations of all phases so far, and the seconds that they took."""
         item = self.pipeline.begin_phases()
         total = {"iterations": 0.0, "seconds": 0.0}
         for p in range(len(item.run.distill.phases)):
@@ -93,5 +94,5 @@ class Trial:
 
 
 def open_trial(text: str) -> Trial:
-    """Create the trial of a resolved run from its JSON text."""
+    """Create the trial whose run is given as JSON text."""
     return Trial(config.Run.model_validate_json(text))

@@ -18,7 +18,7 @@ def verify_sweep(path: Path, check: DiskCheck) -> None:
     if not check.begin(path):
         return
     _json_files(path, "sweep", check)
-    with check.errors_as_faults(path / "sweep.json", "start the sweep again; it uses finished runs"):
+    with check.errors_as_faults(path / "sweep.json", "start the sweep again; finished runs are not repeated"):
         root = path.parents[1]
         for member in read_json(path / "sweep.json")["members"]:
             folder = root / config.load(member["run"]).folder_name
@@ -30,11 +30,11 @@ def verify_sweep(path: Path, check: DiskCheck) -> None:
 
 
 def verify_search(path: Path, check: DiskCheck) -> None:
-    """Check the files of a search, its database if it is in the folder, and the runs of its trials."""
+    """Check the files of a search, the runs of its trials and, if it is in the folder, its database."""
     if not check.begin(path):
         return
     _json_files(path, "search", check)
-    with check.errors_as_faults(path / "search.json", "start the search again; it uses finished trials"):
+    with check.errors_as_faults(path / "search.json", "start the search again; finished trials are not repeated"):
         config.load(read_json(path / "search.json")["run"])
     if (path / "study.db").is_file():
         _database(path / "study.db", check)
@@ -43,15 +43,15 @@ def verify_search(path: Path, check: DiskCheck) -> None:
         with check.errors_as_faults(path / "results.json", RECREATE.format("search")):
             rows = {row["number"]: row for row in read_json(path / "results.json")["trials"]}
     for file in sorted(path.glob("trials/*/run.yaml")):
-        with check.errors_as_faults(file, "resume the search to create it again"):
+        with check.errors_as_faults(file, "resume the search, which writes the file again"):
             _trial(path.parents[1], config.load(file), rows.get(int(file.parent.name), {"state": "open"}), check)
     if (path / "best.yaml").is_file():
-        with check.errors_as_faults(path / "best.yaml", "resume the search to create it again"):
+        with check.errors_as_faults(path / "best.yaml", "resume the search, which writes the file again"):
             config.load(path / "best.yaml")
 
 
 def _trial(root: Path, run: config.Run, row: dict[str, Any], check: DiskCheck) -> None:
-    """Check the parts that a trial uses and, if it exists, the full run with the trial's settings."""
+    """Check the experts and phases that a trial uses and, if it exists, the full run with the trial's values."""
     folder = root / run.folder_name
     check.storage.fetch(folder)
     if (folder / "set" / distilled.DESCRIPTION).is_file():
@@ -75,14 +75,14 @@ def _json_files(path: Path, kind: str, check: DiskCheck) -> None:
 
 
 def _database(path: Path, check: DiskCheck) -> None:
-    """Check a SQLite file with `PRAGMA integrity_check` over a read-only connection."""
+    """Check a SQLite file with `PRAGMA integrity_check`, without changing the file."""
     try:
         with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
             wrong = database.execute("PRAGMA integrity_check(1)").fetchone()[0]
     except sqlite3.Error as error:
         wrong = str(error)
     if wrong != "ok":
-        check.fault(path, f"is a damaged database: {wrong}", "restore a copy; without it the search starts from zero")
+        check.fault(path, f"is a damaged database: {wrong}", "restore a copy, or delete it to search from zero")
 
 
 SWEEPS = Format(("sweep.json",), "sweeps/*", verify_sweep)

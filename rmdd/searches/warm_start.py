@@ -1,4 +1,4 @@
-"""Read the trials of earlier searches (`search.warm_start`) that lie inside the space of a new search."""
+"""Read those trials of earlier searches (`search.warm_start`) whose values lie inside the space of a new search."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from rmdd.core.layout import locate_file
 from rmdd.searches.space import Space
 
 COMPARED_SECTIONS = ("data", "evaluate")
-"""Sections that must be equal in both searches, so that their scores can be compared."""
+"""Sections of the run file that must be equal in both searches, so that their scores can be compared."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class EarlierTrial:
 
 
 def earlier_trials(search: config.Search, hashes: Mapping[str, str], name: str) -> list[EarlierTrial]:
-    """Return the finished trials of the searches in `search.warm_start` that lie inside its space.
+    """Return the finished trials of the searches in `search.warm_start` that lie inside `search.space`.
 
-    `hashes` maps `COMPARED_SECTIONS` to the run's hashes. Other fields of the trials may differ from the run's: earlier
-    trials guide the sampler, but are not results of the new search. Raises `ConfigError` for run `name` if a folder
-    holds no search, has another layout, or used other data or another evaluation.
+    `hashes` maps each of `COMPARED_SECTIONS` to its hash in the new search. Other sections may differ: earlier trials
+    guide the sampler, but are not results of the new search. Raises `ConfigError` for the run `name` if a folder holds
+    no search, has another layout, or its search used other data or another evaluation.
     """
     trials: list[EarlierTrial] = []
     mistakes = []
@@ -49,7 +49,7 @@ def earlier_trials(search: config.Search, hashes: Mapping[str, str], name: str) 
         if other := [section for section in hashes if earlier.hash_of(section) != hashes[section]]:
             mistakes.append(
                 f"search.warm_start: {source} has another `{other[0]}` section, so its scores cannot be compared; "
-                "remove it"
+                "remove this entry"
             )
             continue
         trials += _finished(source, folder, Space(search))
