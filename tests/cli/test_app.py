@@ -55,7 +55,7 @@ def workdir(tmp_path, monkeypatch):
 
 @dataclass
 class Steps:
-    """Fake pipeline that records its runs and, if `error` is set, raises it."""
+    """Fake of `Pipeline` that records the runs which it was opened with; the step `all` raises `error`, if set."""
 
     error: BaseException | None = None
     runs: list[config.Run] = field(default_factory=list)
@@ -67,7 +67,7 @@ class Steps:
         @contextmanager
         def opened(run, progress=None):
             self.runs.append(run)
-            require_layout(open_storage(run.runtime))  # as the real pipeline does
+            require_layout(open_storage(run.runtime))  # `open_pipeline` does so too
             self.folder = rmdd.pipeline.run_folder(run)
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "run.yaml").write_text(config.dump(run))
@@ -138,7 +138,7 @@ def test_presets_are_listed_and_printed():
     for line in rmdd_("presets").stdout.splitlines():
         if line.startswith("│"):
             first, keys = (cell.strip() for cell in line.split("│")[1:-1])
-            file = first or file  # a long cell has several lines
+            file = first or file  # only the first line of a row names the file
             listed.setdefault(file, []).extend(keys.replace(",", "").split())
     names = [f"{file}_{key}" for file, keys in listed.items() if file != "demo" for key in keys]
     assert sorted(names) == [name for name in config.preset_names() if name != "demo"]
@@ -188,7 +188,7 @@ def test_the_table_of_methods_fits_a_terminal():
         assert re.search("Open:|GPU", each["status"]), f"{each['name']} must state what was not verified"
     families = [each["family"] for each in listed]
     assert families == sorted(families, key=["trajectory", "distribution", "generative"].index), (
-        "methods of a family stand together"
+        "the methods of a family must stand together"
     )
     words = " ".join(row[4] for row in cells)
     assert all(" ".join(each["status"].split()[:2]) in words for each in listed)

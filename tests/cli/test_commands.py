@@ -1,4 +1,4 @@
-"""The command of CONTRIBUTING: as one new file of `rmdd/cli`, or from outside by an entry point."""
+"""Test that the example command of CONTRIBUTING works as a new file of `rmdd/cli` and as an entry point."""
 
 import importlib
 import json
@@ -16,7 +16,7 @@ COMMANDS = example("counting.py")
 
 @pytest.fixture(params=["a file of the folder", "a group of the folder", "an entry point"])
 def words(request, tmp_path, monkeypatch):
-    """The command line of a new command, added as a file, as a group or as an entry point."""
+    """Install the example command as a file, as a group or by an entry point; yield the words that call it."""
     if request.param == "an entry point":
         name, folder = "counting", tmp_path
         install(folder, name, "rmdd.commands", demo="counting:count_pairs")

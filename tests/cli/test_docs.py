@@ -1,4 +1,4 @@
-"""The command `rmdd docs`, and the pages of the manual that are generated."""
+"""Test the command `rmdd docs`, and the pages of the manual that are generated from code."""
 
 import ast
 
@@ -59,7 +59,7 @@ def test_generated_pages_are_up_to_date(name):
 
 
 def generated(texts={}):  # noqa: B006
-    """The texts of all generated pages, made once."""
+    """Return the texts of all generated pages by path; they are made only once."""
     if not texts:
         texts |= reference.generated()
     return texts

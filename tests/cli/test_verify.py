@@ -1,4 +1,4 @@
-"""`rmdd verify`: intact files give no fault, and a damaged file is named."""
+"""Test `rmdd verify`: it reports nothing for intact files, and names the file that is damaged."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def flip(path, back=7):
 
 @pytest.fixture(scope="module")
 def intact(tmp_path_factory, store):
-    """A storage with a dataset, a store and a finished phase."""
+    """A storage with a dataset, a store of experts and a finished phase; tests damage a copy of it."""
     root = tmp_path_factory.mktemp("storage")
     scenes = config.Scenes(train=6, val=2, test=2, size=16)
     ingest(config.Data(scenes=scenes, image_size=16), root / "data" / "d")
@@ -84,7 +84,7 @@ def _infinite(root):
     tensors[name].view(-1)[0] = float("nan")
     save_file(tensors, folder / "epoch-0001.safetensors")
     record = json.loads((folder / "expert.json").read_text())
-    del record["files"]  # stores of earlier versions have no hashes
+    del record["files"]  # without hashes, as in older stores, values are checked
     (folder / "expert.json").write_text(json.dumps(record))
     return "epoch-0001.safetensors", f"not finite (first: {name})"
 
@@ -117,7 +117,7 @@ def _flipped_log(root):
 
 
 def _flipped_start(root):
-    """Damage the shared pretrained parameters of a store."""
+    """Damage the file of the pretrained parameters that all experts of a store share."""
     folder = root / "experts" / "e"
     shutil.rmtree(folder)
     theta = {"a": torch.zeros(3), "b": torch.ones(2)}

@@ -1,4 +1,4 @@
-"""Autoscaling as in `clusters/`: a head node without CPUs, and workers that Ray's autoscaler starts on demand."""
+"""Test autoscaling as in `clusters/`: a Ray head node without CPUs, and nodes that the autoscaler adds on demand."""
 
 import json
 import sys
@@ -37,7 +37,7 @@ from rmdd.config import Runtime
 from rmdd.execution.ray.actors import ActorExecutor
 from rmdd.execution.ray.cluster import connected
 
-def meet(folder, hooks):  # returns once two nodes have written their file
+def meet(folder, hooks):  # wait until two nodes have written a file
     (folder / ray.get_runtime_context().get_node_id()).touch()
     while len(list(folder.iterdir())) < 2:
         time.sleep(0.1)

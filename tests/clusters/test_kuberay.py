@@ -1,4 +1,4 @@
-"""The manifests of `clusters/kuberay` and the Dockerfile: fields, pinned versions, shared storage, no open ports."""
+"""Test the manifests of `clusters/kuberay` and the Dockerfile: fields, versions, shared storage, no open ports."""
 
 import copy
 import itertools
@@ -22,7 +22,7 @@ TEXT, COUNT, FLAG = {"type": "string"}, {"type": "integer", "minimum": 0}, {"typ
 
 
 def of(*required: str, **fields: Any) -> dict[str, Any]:
-    """Return a JSON schema for an object with only these fields."""
+    """Return the JSON schema of an object that has only the given `fields`; the `required` ones must be present."""
     return {"type": "object", "properties": fields, "required": list(required), "additionalProperties": False}
 
 
@@ -175,7 +175,7 @@ def test_open_ports_and_unpinned_images_are_reported() -> None:
 
 
 def strict(schema: Any) -> Any:
-    """Return the schema of a Kubernetes resource definition as a JSON schema that allows no other fields."""
+    """Return a copy of the schema from a Kubernetes resource definition that allows no fields without a definition."""
     if isinstance(schema, list):
         return [strict(s) for s in schema]
     if not isinstance(schema, dict):

@@ -1,4 +1,4 @@
-"""The files for `ray up`: they pass Ray's schema and stricter checks for typos, open ports, secrets and versions."""
+"""Test the files for `ray up` with Ray's own check and stricter ones: typos, open ports, secrets, versions."""
 
 import copy
 from pathlib import Path
@@ -22,7 +22,7 @@ AWS = {
 }
 GCP = {
     "machineType": ANY,
-    "networkInterfaces": [{"subnetwork": ANY}],  # accessConfigs would give a machine a public address
+    "networkInterfaces": [{"subnetwork": ANY}],  # no `accessConfigs`, which gives a machine a public address
     "disks": [
         {"boot": ANY, "autoDelete": ANY, "type": ANY, "initializeParams": {"diskSizeGb": ANY, "sourceImage": ANY}}
     ],
@@ -49,7 +49,7 @@ PROVIDER = {
 }
 NODE = {"aws": AWS, "gcp": GCP, "azure": AZURE, "local": {}}
 NEEDED = {
-    "aws": {"InstanceType", "ImageId", "SecurityGroupIds"},  # without a group, Ray opens port 22 to the internet
+    "aws": {"InstanceType", "ImageId", "SecurityGroupIds"},  # Ray's default security group opens port 22
     "gcp": {"machineType", "disks", "networkInterfaces"},
     "azure": {"azure_arm_parameters"},
 }
@@ -60,7 +60,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def unknown_keys(value: Any, schema: Any, path: str) -> list[str]:
-    """Return a message for every key that the cloud's schema does not have."""
+    """Return a message for every key in `value` that `schema`, the fields of a cloud provider, does not have."""
     if isinstance(value, dict) and isinstance(schema, dict):
         messages = [f"{path}.{key}: no such field" for key in value if key not in schema]
         for key in value.keys() & schema.keys():
@@ -72,30 +72,30 @@ def unknown_keys(value: Any, schema: Any, path: str) -> list[str]:
 
 
 def mistakes(document: dict[str, Any]) -> list[str]:
-    """Return the mistakes in a file that Ray itself does not report."""
+    """Return a message for every mistake in a file for `ray up` that Ray itself does not report."""
     kind = document["provider"]["type"]
     messages = problems(document) + unknown_keys(document["provider"], dict.fromkeys(PROVIDER[kind]), "provider")
     for name, node in document.get("available_node_types", {}).items():
         messages += unknown_keys(node["node_config"], NODE[kind], name)
         messages += [f"{name}: {key} is missing" for key in NEEDED[kind] - node["node_config"].keys()]
         if name != document["head_node_type"] and node.get("min_workers", 0) != 0:
-            messages.append(f"{name}: idle machines cost money")
+            messages.append(f"{name}: min_workers must be 0, because idle machines cost money")
     if kind in ("gcp", "azure") and not document["provider"].get("use_internal_ips"):
         messages.append("provider.use_internal_ips: machines would have public addresses with port 22 open")
     head, worker = document["head_start_ray_commands"][-1], document["worker_start_ray_commands"][-1]
     messages += [f"{c.split()[0]}: no token" for c in (head, worker) if "RAY_AUTH_MODE=token ray start" not in c]
-    messages += [] if "--dashboard-host=127.0.0.1" in head else ["head: --dashboard-host is missing"]
-    messages += [] if "--num-cpus=0" in head else ["head: Ray would run tasks on it"]
+    messages += [] if "--dashboard-host=127.0.0.1" in head else ["head node: --dashboard-host is missing"]
+    messages += [] if "--num-cpus=0" in head else ["head node: --num-cpus=0 is missing, so Ray would run tasks there"]
     messages += [] if "~/.ray/auth_token" in document["file_mounts"] else ["file_mounts: no token for the nodes"]
     setup = document["setup_commands"]
     installs = f'"ray[default,train,tune,data]=={RAY}" ~/rmdd'
     messages += [] if any(installs in c for c in setup) else ["setup_commands: does not install the tested Ray"]
-    messages += [] if any("/mnt/rmdd" in c for c in setup) else ["setup_commands: no shared storage"]
+    messages += [] if any("/mnt/rmdd" in c for c in setup) else ["setup_commands: no shared storage at /mnt/rmdd"]
     return messages
 
 
 def prepared(document: dict[str, Any]) -> dict[str, Any]:
-    util = pytest.importorskip("ray.autoscaler._private.util")  # a private module: the only check without a cloud
+    util = pytest.importorskip("ray.autoscaler._private.util")  # private, but Ray's only check that needs no cloud
     full = util.prepare_config(copy.deepcopy(document))
     util.validate_config(full)
     return full
@@ -106,7 +106,7 @@ def test_ray_accepts_each_file_and_it_has_no_mistakes(path: Path) -> None:
     document = read(path)
     full = prepared(document)
     assert mistakes(document) == []
-    hosts = len(document["provider"].get("worker_ips", []))  # your own machines all join at once
+    hosts = len(document["provider"].get("worker_ips", []))  # own machines are always running
     assert {node["min_workers"] for node in full["available_node_types"].values()} == {hosts}
     commands = [c for key in ("head_start_ray_commands", "worker_start_ray_commands") for c in full[key]]
     assert not [c for c in commands if "0.0.0.0" in c] and "3.0.0.dev" not in str(full)
@@ -162,7 +162,7 @@ def at(document: dict[str, Any], path: str) -> tuple[Any, Any]:
     ],
 )
 def test_mistakes_that_ray_does_not_report_are_found(cloud: str, path: str, value: Any, words: str) -> None:
-    document = copy.deepcopy(read(CLUSTERS / f"{cloud}.yaml"))  # the copy also separates nodes that share a YAML anchor
+    document = copy.deepcopy(read(CLUSTERS / f"{cloud}.yaml"))  # also copies node types shared by a YAML anchor
     holder, key = at(document, path)
     if value is ...:
         del holder[key]

@@ -1,4 +1,4 @@
-"""The scripts of `jobs/` pass their arguments to the `rmdd` command line and refuse relative paths."""
+"""Test that the scripts of `jobs/` pass their arguments to the command `rmdd` and reject relative paths."""
 
 import importlib.util
 import sys
@@ -18,14 +18,14 @@ STORED = ["--set", "runtime.storage=/shared/runs"]
 
 @pytest.fixture
 def passed(monkeypatch):
-    """The arguments that the fake command line received."""
+    """Replace the function `main` of the command line; return the list of arguments that it was called with."""
     words: list[str] = []
     monkeypatch.setattr(cli, "main", lambda arguments: words.extend(arguments))
     return words
 
 
 def start(monkeypatch, step: str, *words: str) -> None:
-    """Run a job script like `python jobs/STEP.py WORDS`."""
+    """Run a job script in this process, as `python jobs/STEP.py WORDS` would."""
     monkeypatch.syspath_prepend(str(JOBS))
     monkeypatch.setattr(sys, "argv", [f"jobs/{step}.py", *words])
     spec = importlib.util.spec_from_file_location("__main__", JOBS / f"{step}.py")

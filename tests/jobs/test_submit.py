@@ -1,4 +1,4 @@
-"""`ray job submit` from the repository to a local head node that is started like those of `clusters/`."""
+"""Test `ray job submit` with a local Ray head node that is started with the options used in `clusters/`."""
 
 import json
 import os
@@ -29,7 +29,7 @@ TINY = [
     "evaluate.baseline_lrs=[0.1]",
     "evaluate.baseline_losses=[infonce]",
     "runtime.track=none",
-    "runtime.workers=1",  # every worker is a process that imports torch
+    "runtime.workers=1",  # each further worker would import torch first
 ]
 
 
@@ -45,7 +45,7 @@ def job(storage: Path, step: str = "run", *more: str) -> list[str]:
 
 
 def results(storage: Path) -> dict[str, bytes]:
-    """Return the files that must be byte-identical for equal runs: stores, sets and scores."""
+    """Return the content of all files that equal runs must write with equal bytes: experts, sets and scores."""
     names = ("evaluation.json", "expert.json")
     files = [p for p in storage.rglob("*") if p.suffix == ".safetensors" or p.name in names]
     return {str(p.relative_to(storage)): p.read_bytes() for p in files}
@@ -64,7 +64,7 @@ def test_the_demo_runs_to_the_end(unbroken: Path) -> None:
     assert len(rmdd.load(run / "set").as_dataset()) == 6
     assert (run / "report.html").is_file()
     events = (run / "events.jsonl").read_text()
-    assert '"item": "phase 0"' in events, "the workers of the cluster distilled the phase"
+    assert '"item": "phase 0"' in events, "the phase must be distilled by workers of the cluster"
 
 
 def test_a_stopped_job_resumes_when_submitted_again(head: Head, unbroken: Path, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_the_working_folder_is_the_code_that_runs(head: Head) -> None:
         "print('DRIVER', rmdd.__file__); print('WORKER', ray.get(remote.remote()))"
     )
     head.do(*SUBMIT, "--submission-id", "shipped", "--", "python", "-c", code)
-    lines = head.client().get_job_logs("shipped").splitlines()  # a job this short may end before its output is streamed
+    lines = head.client().get_job_logs("shipped").splitlines()  # the output of a job this short may not be streamed
     files = [line.split()[1] for line in lines if line.startswith(("DRIVER", "WORKER"))]
     assert len(files) == 2 and all(file.startswith(str(head.folder)) for file in files)
 

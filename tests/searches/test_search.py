@@ -1,4 +1,4 @@
-"""Whole searches: their files, kills and resumes, shared databases, and that test is never read."""
+"""Test whole searches: the files that they write, resuming after a kill, shared databases, unread test split."""
 
 import csv
 import io
@@ -32,7 +32,7 @@ from rmdd.searches.formats import verify
 
 @pytest.fixture(scope="module")
 def shared_search(tmp_path_factory, painted):
-    """A finished search, its storage, and the names of the splits that it opened."""
+    """Run a search once for all tests; return its result, its storage, and the names of the splits that it opened."""
     storage = tmp_path_factory.mktemp("search")
     opened = []
     with painted(), pytest.MonkeyPatch.context() as patch:
@@ -67,7 +67,7 @@ def test_a_logarithmic_axis_has_few_ticks_with_rounded_values():
 
 def test_the_progress_counts_trials_against_the_requested_number(tmp_path):
     out = io.StringIO()
-    clock = (11.0 * tick for tick in itertools.count())  # 11 s between reports, so that each report prints a line
+    clock = (11.0 * tick for tick in itertools.count())  # progress is printed at most every 10 s
     progress = Progress(console=Console(file=out, width=200), clock=lambda: next(clock))
     for trials in (2, 3):
         rmdd.search(raw_of(tmp_path, trials=trials), progress=progress)
@@ -105,7 +105,7 @@ def test_warm_start_copies_the_trials_of_an_earlier_search(shared_search, tmp_pa
     assert [t.params["distill.lr_image"] for t in study.trials[: len(done)]] == [
         row["values"]["distill.lr_image"] for row in done
     ]
-    assert [row["number"] for row in later.table.rows] == [len(done)], "copied trials are not results of this search"
+    assert [row["number"] for row in later.table.rows] == [len(done)], "copied trials must not be in the table"
     for wrong, message in (
         ({"evaluate": {**TINY["evaluate"], "epochs": 3}}, "has another `evaluate` section"),
         ({"search": {"space": {"distill.lr_image": LR}, "warm_start": [str(tmp_path)]}}, "no results.json in"),

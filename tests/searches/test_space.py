@@ -1,4 +1,4 @@
-"""Search spaces and their mistakes, samplers and pruners, and the study that records trials."""
+"""Test search spaces and messages about their mistakes, samplers, pruners, and the study that stores trials."""
 
 import itertools
 import json
@@ -144,7 +144,7 @@ def test_choices_may_be_lists():
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     runs = [TrialLoader(base).load(Space(base.search).suggest(study.ask())) for _ in range(8)]
     assert {len(run.distill.phases) for run in runs} == {1, 2}
-    assert runs[0].search == config.Search(), "a trial's run has no search of its own"
+    assert runs[0].search == config.Search(), "the section `search` of a trial's run must be empty"
 
 
 # -- samplers, pruners and the study ---------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ PLANE = {field: {"loguniform": [0.01, 100]} for field in RATES}
 
 
 def bowl(values):
-    """A score with its maximum 0 where every rate is 5; the first rate has the largest weight."""
+    """Return a score of learning rates: at most 0, if each one is 5. The first learning rate has the largest weight."""
     return -sum((math.log10(values[field] / 5)) ** 2 / (1 + i) for i, field in enumerate(RATES) if field in values)
 
 
@@ -202,7 +202,7 @@ def test_a_sampler_that_is_created_again_draws_the_same_values(sampler, tmp_path
 
 
 def run_study(base, folder, value):
-    """Run a study without distillation: `value(run, step)` is the val score of a trial at a snapshot."""
+    """Run a search without distillation: `value(run, step)` is the val R@mean of a trial at snapshot `step`."""
 
     class FakeTrial:
         def __init__(self, text):

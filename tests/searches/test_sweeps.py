@@ -1,4 +1,4 @@
-"""Sweeps: shared results are computed once, a failed run stops no other, a killed sweep resumes."""
+"""Test sweeps: shared results are computed once, a failed run stops no other run, a killed sweep resumes."""
 
 import csv
 import json
@@ -99,7 +99,7 @@ def test_a_killed_sweep_resumes_and_gives_the_same_sets(swept, tmp_path):
     process = Rmdd("sweep", tmp_path / "run.yaml", *over, *changes, "--quiet")
     pattern = "runs/phases/*/phase-0/set-*"
     while len(sets := [p for p in tmp_path.glob(pattern) if finished(p.parent, 3)]) < 2:
-        assert process.poll() is None, "the process ended before the kill"
+        assert process.poll() is None, "the sweep must not end before this test kills it"
         time.sleep(0.02)
     process.kill()
     modified = {path: path.stat().st_mtime_ns for path in sets}
@@ -117,7 +117,7 @@ def test_a_sweep_at_a_uri_can_be_resumed_on_another_machine(tmp_path, monkeypatc
     uri = f"file://{tmp_path}/bucket"
     result = rmdd.sweep(raw_of(uri), {"evaluate.epochs": [1, 2]}, progress=QUIET)
     address = f"{uri}/sweeps/{result.folder.name}"
-    assert verify(address).faults == [] and len(verify(address).checked) >= 3, "sweep and both runs"
+    assert verify(address).faults == [] and len(verify(address).checked) >= 3, "the sweep and both runs must be checked"
     assert all(row["folder"].startswith(uri) for row in result.runs) and not result.failed
     before = {part: stamps(tmp_path / "bucket" / part) for part in ("data", "experts", "phases", "baselines")}
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
@@ -161,7 +161,7 @@ def test_equal_runs_and_runs_with_other_runtime_settings_are_refused(tmp_path):
 
 
 class Watched(SequentialExecutor):
-    """`SequentialExecutor` that records the names of the work pieces it runs."""
+    """`SequentialExecutor` that records the name of each piece of work that it runs."""
 
     def __init__(self):
         super().__init__()

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture
 def side_by_side(ray_local, tmp_path):
-    """Return a function that builds an executor of two workers. Tasks of this module are pickled by value,
-    because workers cannot import a test module."""
+    """Return a function that builds an `ActorExecutor` with two workers. Functions of this file are pickled by value,
+    because workers cannot import a test file."""
     ray_local.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     yield lambda **rule: ActorExecutor(
         Runtime(**{"workers": 2, **rule}), Resources(((8.0, 0.0),)), tmp_path / "events.jsonl"
@@ -43,7 +43,7 @@ def ignore(name, metrics):
 
 
 def square(item, hooks):
-    time.sleep(0.1 * (5 - item))  # the last item is finished first
+    time.sleep(0.1 * (5 - item))  # items finish in reverse order
     hooks.report({"done": 1})
     return item * item, os.getpid()
 
@@ -55,12 +55,12 @@ def fail_on_two(item, hooks):
 
 
 def die_until(item, hooks):
-    """Kill this process as often as the item says; marker files count the kills."""
+    """`item` is a folder and a number: kill this process that many times, counted by files in the folder, then end."""
     folder, deaths = item
     died = len(list(folder.glob("died-*")))
     if died < deaths:
         (folder / f"died-{died}").touch()
-        time.sleep(0.3)  # long enough for a heartbeat
+        time.sleep(0.3)  # time to send a heartbeat before the kill
         os.kill(os.getpid(), signal.SIGKILL)
     return f"after {died}"
 
@@ -82,7 +82,7 @@ def hang_once(item, hooks):
 
 
 def leave_once(item, hooks):
-    """Stop once by SIGTERM, as on a node that is about to leave: the work is saved and resumes on another worker."""
+    """On the first call, send SIGTERM to this process, as a node does that is about to leave; then save and stop."""
     if (item / "saved").exists():
         return os.getpid()
     os.kill(os.getpid(), signal.SIGTERM)
@@ -106,7 +106,7 @@ def report_until_stopped(item, hooks):
 
 
 def meet(item, hooks):
-    """Return when all items have started."""
+    """Wait until all items have started, so that each needs its own worker; return the pid of the worker."""
     folder, number, others = item
     (folder / f"here-{number}").touch()
     while len(list(folder.glob("here-*"))) < others:
@@ -119,7 +119,7 @@ def test_results_are_in_the_order_of_the_items(side_by_side, tmp_path):
     assert isinstance(executor, Executor)
     results = executor.map(square, items, names_of(items), ignore)
     assert [value for value, _ in results] == [0, 1, 4, 9, 16, 25]
-    assert len({pid for _, pid in results}) == 2, "two actors run all items"
+    assert len({pid for _, pid in results}) == 2, "two actors must run all items together"
     for name in names_of(items):
         assert [line["event"] for line in events(tmp_path, name)] == ["started", "finished"]
     assert {line["pid"] for line in events(tmp_path) if line["event"] == "started"} == {pid for _, pid in results}
@@ -142,7 +142,7 @@ def test_the_error_of_a_task_is_raised_unchanged_and_with_a_note_of_its_node(sid
         side_by_side().map(fail_on_two, items, names_of(items), ignore)
     assert type(caught.value) is ValueError and caught.value.args == ("item two is invalid; remove it",)
     assert [line["event"] for line in events(tmp_path, "item 2")] == ["started", "failed"], (
-        "the item is not tried again"
+        "an item whose task raises an error must not run again"
     )
     assert events(tmp_path, "item 2")[-1]["error"] == "item two is invalid; remove it"
     where = events(tmp_path, "item 2")[0]
@@ -224,7 +224,7 @@ def test_a_worker_on_a_drained_node_saves_and_another_worker_resumes(side_by_sid
 def test_fractions_of_a_cpu_fit_side_by_side(side_by_side, tmp_path):
     items = [(tmp_path, n, 5) for n in range(5)]
     pids = side_by_side(workers=5, cpus_per_worker=0.5).map(meet, items, names_of(items), ignore)
-    assert len(set(pids)) == 5, "five workers run on four CPUs at the same time"
+    assert len(set(pids)) == 5, "five workers with half a CPU each must run on four CPUs at the same time"
 
 
 def test_a_result_or_error_is_passed_only_to_its_own_piece(side_by_side):

@@ -1,4 +1,4 @@
-"""Tests that a storage in a folder is checked to be visible on all nodes of a cluster."""
+"""Test the check that all nodes of a cluster see the storage, if the storage is a folder."""
 
 import json
 import os
@@ -64,7 +64,7 @@ finally:
 
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory):
-    """Return what a process prints; its cluster gets a second node, which does not see the folder of the storage."""
+    """Run `CODE` on a cluster with two nodes, of which one does not see the storage folder; return what it prints."""
     folders = [tmp_path_factory.mktemp(name) for name in ("here", "elsewhere", "shared")]
     done = subprocess.run(
         [sys.executable, "-c", CODE, *map(str, folders)],

@@ -1,4 +1,4 @@
-"""Tests of training experts in one run of Ray Train, on a real local Ray, and of its work queue."""
+"""Test the training of experts in one run of Ray Train on a local Ray cluster, and its work queue without Ray."""
 
 import copy
 import functools
@@ -38,8 +38,8 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture
 def fleet(ray_local, tmp_path, monkeypatch):
-    """Return a function that builds an `ExpertPool` on four CPUs. Tasks of this module are pickled by value,
-    because workers cannot import a test module."""
+    """Return a function that builds an `ExpertPool` for four CPUs. Functions of this file are pickled by value,
+    because workers cannot import a test file."""
     for name, value in ENVIRONMENT.items():
         if name.startswith(("RAY_TRAIN", "RAY_CHDIR")):
             monkeypatch.setenv(name, value)
@@ -62,14 +62,14 @@ def events(path, *kinds):
 def run_of(folder, num, **experts):
     raw = copy.deepcopy(TINY)
     raw["experts"] |= {"num": num, "epochs": 4, **experts}
-    raw["model"]["dropout"] = 0.0  # the ranks of a worker group draw different dropout masks
+    raw["model"]["dropout"] = 0.0  # workers of a group draw different dropout masks
     raw["runtime"] = {"storage": str(folder), "track": "none"}
     return config.load(raw)
 
 
 def trained(run, executor=None, stream=None):
-    """Train the experts of a run with `executor`, or without one sequentially, and return their store."""
-    if executor is not None:  # always use Ray Train
+    """Train the experts of a run with `executor` or, if it is None, one after another; return their store."""
+    if executor is not None:  # `fleet: train` uses Ray Train in any case
         run = run.model_copy(update={"runtime": run.runtime.model_copy(update={"fleet": "train"})})
     pool = None if executor is None else lambda store, size: executor
     backend = Backend(SequentialExecutor(), expert_pool=pool, pictures=stream)
@@ -84,10 +84,10 @@ def files(store):
 
 @dataclass
 class HeldUp(Mapper):
-    """An executor that lets a test kill a worker at a known moment.
+    """An executor that lets a test kill a worker after the first epoch of the expert with the number `expert`.
 
-    The worker that trains the expert of this number waits after its first epoch, until `kill` kills it. The next worker
-    trains on without waiting. `late`: seconds by which rank 0 of a worker group returns later than the others.
+    The worker that trains this expert waits after that epoch until `kill` kills it. When the expert starts again, its
+    worker does not wait. In a worker group, rank 0 returns `late` seconds later than the other workers.
     """
 
     executor: ExpertPool
@@ -110,7 +110,7 @@ class HeldUp(Mapper):
         return done
 
     def kill(self, store):
-        """Start a thread that kills the waiting worker; returns a list to which it then adds the worker's pid."""
+        """Start a thread that kills the waiting worker. Return a list, to which the thread adds the worker's pid."""
         name, log = f"expert {self.expert}", self.executor.events
 
         def strike():
@@ -149,7 +149,7 @@ def test_after_the_kill_of_a_worker_experts_equal_those_of_one_process_and_later
 
 
 def flaky(item, hooks):
-    """Fail always on item 1, and once on item 2; otherwise report progress and return the number of the item."""
+    """Task that always fails on item 1 and fails once on item 2; otherwise it returns the number of the item."""
     place, folder = item
     if place == 1:
         raise ValueError("item one fails always")
@@ -196,7 +196,7 @@ def test_an_interrupt_lets_every_worker_save(fleet, tmp_path):
 
     with pytest.raises(Interrupted):
         fleet().map(wait_to_be_stopped, items, ["a", "b", "c"], interrupt)
-    assert [(item / "saved").exists() for item in items] == [True, True, False], "no new item starts"
+    assert [(item / "saved").exists() for item in items] == [True, True, False], "no item may start after a stop"
 
 
 def test_a_worker_group_with_a_killed_member_trains_the_same_experts_as_an_uninterrupted_one(fleet, tmp_path):
@@ -210,7 +210,7 @@ def test_a_worker_group_with_a_killed_member_trains_the_same_experts_as_an_unint
     expected = [("started", "expert 0"), (ended, "expert 0")]
     expected += [(kind, f"expert {i}") for i in (1, 0) for kind in ("started", "finished")]
     assert [(e["event"], e["item"]) for e in events(log)] == expected
-    assert store.path.name != one.path.name, "the worker group is in the hash"
+    assert store.path.name != one.path.name, "the hash in the name of the store must depend on the worker group"
     a, b = (Store.open(s.path).read(0, 2) for s in (one, store))
     for name in a:
         torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-5)
@@ -222,7 +222,7 @@ def test_a_worker_group_that_does_not_fit_on_the_cluster_is_an_error(fleet):
 
 
 def test_more_minimum_workers_than_fit_on_the_cluster_are_an_error(fleet):
-    """Two nodes of three CPUs have room for one worker of two threads each, not for three."""
+    """Two nodes with three CPUs each have room for two workers with two CPUs each; three do not fit."""
     executor = fleet(size=3, nodes=((3.0, 0.0), (3.0, 0.0)), threads=2)
     with pytest.raises(ValueError, match=r"worker_group.workers needs 3 .* room for 2 with 0 GPU\(s\) and 2 CPU\(s\)"):
         executor.map(flaky, [(0, None)], ["item"], lambda name, metrics: None)
@@ -302,7 +302,7 @@ def test_the_death_of_a_worker_counts_only_against_its_own_item():
     for rank in (0, 1):
         queue.register("second", rank, {"pid": 10 + rank, "host": "node"})
     assert queue.faults == [0, 1, 0]
-    assert [queue.take("second", group, 0) for group in (0, 1)] == [[0], [2]], "unfinished items come first"
+    assert [queue.take("second", group, 0) for group in (0, 1)] == [[0], [2]], "a lost item must start first"
     queue.settle("second", 0, 0, True)
     assert queue.take("second", 0, 1) == [1]
     queue.lost({0: "killed"})
@@ -338,7 +338,7 @@ def test_all_members_of_a_worker_group_get_the_item_that_its_leader_drew():
     queue = new_queue(items=2, size=2)
     assert queue.take("first", 0, 0, leads=False) == []
     assert [queue.take("first", group, 0, leads) for leads in (True, False) for group in (0, 1)] == [[0], [1], [0], [1]]
-    assert queue.take("first", 0, 1, leads=False) == [], "its leader has not settled the previous item"
+    assert queue.take("first", 0, 1, leads=False) == [], "its leader must settle the previous item first"
     queue.settle("first", 0, 0, True)
     assert queue.results == {0: True}
     assert queue.take("first", 0, 1) == [None] == queue.take("first", 0, 1, leads=False)

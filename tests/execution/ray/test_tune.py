@@ -1,4 +1,4 @@
-"""Tests that Ray Tune runs the trials of a search with the same results as without Ray, also when workers die."""
+"""Test that a search with Ray Tune gives the same results as without Ray, also if workers die or hang."""
 
 import os
 import signal
@@ -42,7 +42,7 @@ def test_a_search_has_the_same_results_with_ray_and_tune_leaves_no_files(ray_loc
 
 
 class Numbers:
-    """A source of trials, one per number in a list, which records the results that it gets."""
+    """`TrialSource` with one trial per number in a list; it records all results, and ends trials with a low score."""
 
     def __init__(self, numbers, stop_below=0):
         self.remaining, self.stop_below = list(numbers), stop_below
@@ -69,7 +69,7 @@ class Numbers:
 
 
 def counting(folder, dies=()):
-    """Return a runner class for trials of three rungs; those in `dies` kill their process once, at rung 2."""
+    """Return a `TrialRunner` class with three rungs; each trial in `dies` kills its worker once, in rung 2."""
 
     class Counter:
         def __init__(self, number):
@@ -112,7 +112,7 @@ def wait_for(reached):
 
 
 def processes_ended(folder):
-    """Return whether the processes with a pid file in `folder` have ended."""
+    """Return whether all processes that wrote a file `pid-*` to `folder` have ended."""
     pids = [int(file.name.removeprefix("pid-")) for file in folder.glob("pid-*")]
     return bool(pids) and not any(os.path.exists(f"/proc/{pid}") for pid in pids)
 
