@@ -88,5 +88,5 @@ def _bytes_of(folder: Path) -> int:
 def _options(texts: list[str]) -> dict[str, Any]:
     split = [text.partition("=") for text in texts]
     if wrong := [name for name, equals, _ in split if not equals]:
-        raise config.ConfigError([f"--option {name}: write the option as name=value" for name in wrong], "coreset")
+        raise config.ConfigError([f"--option {name}: write it as name=value" for name in wrong], "coreset")
     return {name.replace("-", "_"): parse(value) for name, _, value in split}

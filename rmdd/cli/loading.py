@@ -40,5 +40,5 @@ def load_folder(address: str) -> config.Run:
         raise config.ConfigError(error.mistakes, str(file)) from None
     if run_folder(run).name != file.parent.name:
         changed = f"run.yaml describes the run {run_folder(run).name}: the file was changed or the folder was renamed"
-        raise config.ConfigError([f"{changed}; start that run with `rmdd run {file}`"], address)
+        raise config.ConfigError([f"{changed}; start it with `rmdd run {file}`"], address)
     return run

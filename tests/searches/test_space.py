@@ -318,7 +318,7 @@ def test_the_progress_shows_a_failed_trial_as_ended(tmp_path):
 def test_a_search_gives_up_if_all_draws_clash_with_the_run_file(tmp_path, monkeypatch):
     monkeypatch.setattr("rmdd.searches.study.TRIES", 3)
     base = base_of(tmp_path)
-    message = "clash with the run file, the last with: no such tower; narrow search.space"
+    message = "clash with the run file, the last one with: no such tower; narrow search.space"
     loader = TrialLoader(base)
 
     def without_tower(values):
