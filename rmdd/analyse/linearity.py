@@ -47,7 +47,7 @@ def joined_path(store: Store, expert: int) -> Path:
 def gradient_changes(
     matcher: Matcher, synthetic: Synthetic, expert: int, start: int | float, steps: list[float]
 ) -> list[Tensor]:
-    """Return the norm of the gradient's change from `start` to `start + d`, for each d of `steps`.
+    """Return the norm of the change of the matching gradient from `start` to `start + d`, for each `d` in `steps`.
 
     The gradient is that of images and texts together.
     """
@@ -70,7 +70,7 @@ def linearity(
     inner_steps: int = 1,
     shortcut_only: bool = False,
 ) -> dict[str, Any]:
-    """Compute the ratio for a distance of 0.1 epochs and its repeated halves, on the first expert.
+    """Compute the ratio of gradient change to distance for 0.1 epochs and its repeated halves, on the first expert.
 
     `inner_steps` is the number of student steps, 1 in the paper. Write linearity.csv and linearity.svg to the run's
     folder `analyse`; return the rows.
@@ -79,9 +79,7 @@ def linearity(
     reach = pipeline.run.distill.match_epochs
     last = endpoint_of(reach, pipeline.run.experts.epochs, endpoint) - reach
     if not 0 <= start <= last - steps[0]:
-        mistake = (
-            f"--start {start} and {steps[0]} epochs after it must lie in 0-{last}; give another --start or --endpoint"
-        )
+        mistake = f"--start {start} and --start + {steps[0]} must lie in 0-{last}; give another --start or --endpoint"
         raise config.ConfigError([mistake], "analyse")
     setting = Setting(pipeline, trajectories_of(shortcut_only), endpoint=endpoint, experts=1)
     store = DoubleStore.open(setting.store.path)

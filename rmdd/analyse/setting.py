@@ -17,10 +17,10 @@ TRAJECTORIES = ("original", "shortcut")
 
 
 class Setting:
-    """The experts of a run and the initial pairs of its first phase; missing experts are trained.
+    """Inputs of an analysis: the experts of a run, trained if missing, and the initial pairs of its first phase.
 
     `experts` limits the number of experts, `endpoint` is the last epoch of shortcuts (default: the experts' last), and
-    `least` is the number of gradients needed per kind of trajectory, with `draws` per start and expert. Raise
+    `least` is the number of gradients needed per kind of trajectory, with `draws` per start epoch and expert. Raise
     `ConfigError`, before anything is trained, if the run's experts do not allow the analysis.
     """
 
@@ -62,41 +62,41 @@ class Setting:
         self.device = device_of(self.run.runtime)
 
     def initial(self, method: methods.Method) -> Synthetic:
-        """Return the initial set of the first phase of a method."""
+        """Return the initial set that `method` makes for the first phase."""
         return method.initial(0, self.train, method.records(0, self.train)).map(lambda t: t.to(self.device))
 
     def run_on(self, trajectory: str) -> config.Run:
-        """Return the run with all pairs in one phase on one kind of trajectory."""
+        """Return a copy of the run with all pairs in one phase, which matches the kind `trajectory` of trajectories."""
         return statistics.probing(self.run, self.endpoint, trajectory, self.pairs, self.num)
 
     def matcher(self, trajectory: str) -> Matcher:
-        """Return the matcher that computes gradients on one kind of trajectory."""
+        """Return the matcher that computes matching gradients on the kind `trajectory` of trajectories."""
         model = expert_model(
             self.run.model, self.run.data.image_size, self.run.seed_of("experts"), 0, self.train.texts.shape[1]
         )
         return Matcher(methods.matching_method(self.run_on(trajectory)), 0, self.store, model, self.device)
 
     def starts(self) -> range:
-        """Return all integer start epochs whose target lies on the path."""
+        """Return all integer start epochs whose target epoch lies on the path."""
         return range(self.endpoint - self.run.distill.match_epochs + 1)
 
     @functools.cached_property
     def samples(self) -> list[int]:
-        """Numbers of the experts that the analysis uses."""
+        """Indices of the experts that the analysis uses."""
         return [e for e in self.store.complete() if e < self.num]
 
     def probe(self, trajectory: str, draws: int, *, averaged: bool = False) -> statistics.Probe:
-        """Compute the matching gradients at every start on one kind of trajectory."""
+        """Compute the matching gradients at every start epoch on the kind `trajectory` of trajectories."""
         initial = self.initial(methods.matching_method(self.run_on(trajectory)))
         return statistics.probe(self.matcher(trajectory), initial, self.starts(), draws, averaged=averaged)
 
     def labels(self, draws: int) -> list[tuple[int, int]]:
-        """Return (expert, draw) of each gradient of one start, in the order in which `probe` computes them."""
+        """Return (expert, draw) of each gradient at one start epoch, in the order in which `probe` computes them."""
         return list(itertools.product(self.samples, range(draws)))
 
 
 def endpoint_of(least: int, last: int, endpoint: int | None) -> int:
-    """Return the endpoint of shortcuts, by default `last`. Raise `ConfigError` if it is outside of least..last."""
+    """Return the last epoch of shortcuts, by default `last`; raise `ConfigError` if it is outside of least..last."""
     if endpoint is not None and not least <= endpoint <= last:
         mistake = f"--endpoint {endpoint} is outside of the experts' epochs; give one from {least} to {last}"
         raise config.ConfigError([mistake], "analyse")
@@ -104,12 +104,12 @@ def endpoint_of(least: int, last: int, endpoint: int | None) -> int:
 
 
 def stored_epochs(last: int, kept: Collection[int] | None) -> set[int]:
-    """Return the epochs in the store of experts trained for `last` epochs; `kept` is None if all are kept."""
+    """Return the epochs that experts trained for `last` epochs store: 0, `kept` and `last`; None stands for all."""
     return {0, *(kept or range(last)), last}
 
 
 def missing_epochs(last: int, stored: Collection[int]) -> list[str]:
-    """Return a message if the store does not hold every epoch of a trajectory, otherwise an empty list."""
+    """Return a list with one message if the store lacks an epoch of a trajectory, otherwise an empty list."""
     if len(stored) > last:
         return []
     return [
@@ -119,5 +119,5 @@ def missing_epochs(last: int, stored: Collection[int]) -> list[str]:
 
 
 def trajectories_of(shortcut_only: bool) -> Sequence[str]:
-    """Return the kinds of trajectories to analyse: both, or shortcuts only."""
+    """Return the kinds of trajectories to analyse: original and shortcut, or shortcut only."""
     return TRAJECTORIES[1:] if shortcut_only else TRAJECTORIES

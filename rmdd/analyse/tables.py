@@ -1,7 +1,7 @@
 """Tables with one distillation per cell: how late starts harm students, and ablations of PTM-ST's phases.
 
-Each cell is an ordinary run with changed `distill.phases`. All cells run as one sweep, so they can be resumed, and they
-share experts and evaluation.
+Each cell is a run with changed `distill.phases`. All cells run as one sweep, so they can be resumed, and they share
+experts and evaluation.
 """
 
 import json
@@ -36,7 +36,10 @@ STOP = "exclusive end of the start range"
 def collapse_members(
     run: config.Run, epochs: Sequence[int], trajectories: Sequence[str], iterations: int | None = None
 ) -> list[Member]:
-    """Return one run per kind of trajectory and stop: one phase with all pairs, integer starts in 0..stop - 1."""
+    """Return one run per kind of trajectory and exclusive end `stop` of the start range.
+
+    Each run has one phase with all pairs and integer start epochs in 0..stop - 1.
+    """
     rule, similarity = run.distill, run.distill.similarity
     budgeted = (rule.budget, run.data.image_size, text_width(run.model.text), similarity.kind, similarity.rank)
     phase: dict[str, Any] = {
@@ -61,10 +64,11 @@ def collapse_members(
 def collapse_axes(
     trained: int, stored: Collection[int], reach: int, epochs: Sequence[int] | None, trajectories: Sequence[str]
 ) -> tuple[list[int], list[str]]:
-    """Return the stops (five by default) and the kinds of trajectories of the table.
+    """Return both axes of the table: exclusive ends `stop` of the start range (five by default) and kinds of
+    trajectories.
 
-    The experts are trained for `trained` epochs and keep those in `stored`; a target lies `reach` epochs after its
-    start. Raise `ConfigError` with all values that do not fit the experts.
+    The experts are trained for `trained` epochs and keep the epochs `stored`; a target lies `reach` epochs after its
+    start. Raise `ConfigError` with all values of both axes that do not fit the experts.
     """
     last = trained - reach + 1
     chosen = sorted(set(epochs or [max(1, round(last * i / 5)) for i in range(1, 6)]))
@@ -91,15 +95,16 @@ def collapse(
     iterations: int | None = None,
     trajectories: Sequence[str] = ("original",),
 ) -> dict[str, Any]:
-    """Compare experts and students for each stop, the exclusive end of the start range (PTM-ST, figure 2a, Table 7).
+    """Compare experts and students for each `stop`, the exclusive end of the start range (PTM-ST, figure 2a, Table 7).
 
-    All are scored on val. Write collapse.csv and collapse.svg to the run's folder `analyse`; return the rows.
+    Experts and students are scored on val. Write collapse.csv and collapse.svg to the run's folder `analyse`; return
+    the rows.
     """
     stored = stored_epochs(run.experts.epochs, kept_epochs(run.experts, run.endpoints))
     reach = run.distill.match_epochs
     epochs, trajectories = collapse_axes(run.experts.epochs, stored, reach, epochs, trajectories)
     if run.distill.phases:
-        collapse_members(run, epochs, trajectories, iterations)  # raises the mistakes of a cell before any work
+        collapse_members(run, epochs, trajectories, iterations)  # raises `ConfigError` before any training
     folder, (run, store) = run_folder(run), _prepared(run, progress)
     cells = collapse_members(run, epochs, trajectories, iterations)
     swept = run_all(cells, progress)
@@ -153,7 +158,7 @@ def table_settings(rule: config.Distill, epochs: int, table: str) -> tuple[dict[
 
 
 def check_table(rule: config.Distill, table: str) -> None:
-    """Raise `ConfigError` for an unknown table, or a table that the run's trajectory does not support."""
+    """Raise `ConfigError` for an unknown table, or one that the kind of trajectory of the run does not support."""
     if table not in TABLES:
         raise config.ConfigError([f"unknown table '{table}'; give one of {', '.join(TABLES)}"], "analyse")
     if table == "endpoints" and rule.trajectory != "shortcut":
@@ -162,16 +167,16 @@ def check_table(rule: config.Distill, table: str) -> None:
 
 
 def _moved(first: dict[str, Any], by: int) -> dict[str, Any]:
-    """Return the start ranges of a phase, moved by `by` epochs."""
+    """Return the start range fields of the phase `first`, moved by `by` epochs."""
     ranges = ("start", "stop", "start_text", "stop_text", "grow_from")
     return {key: None if first[key] is None else first[key] + by for key in ranges}
 
 
 def sweep(run: config.Run, progress: Progress, table: str) -> dict[str, Any]:
-    """Run a table of `table_settings`, scored on val; write sweep-TABLE.csv and .svg to the run's folder `analyse`."""
+    """Run the PTM-ST table `table`, scored on val; write sweep-TABLE.csv and .svg to the run's folder `analyse`."""
     check_table(run.distill, table)
     if run.distill.phases:
-        table_members(run, table)  # raises the mistakes of a row before any work
+        table_members(run, table)  # raises `ConfigError` before any training
     folder, (run, _) = run_folder(run), _prepared(run, progress)
     names, cells, skipped = table_members(run, table)
     for name in skipped:
@@ -184,7 +189,7 @@ def sweep(run: config.Run, progress: Progress, table: str) -> dict[str, Any]:
 
 
 def table_members(run: config.Run, table: str) -> tuple[list[str], list[Member], list[str]]:
-    """Return names and runs of a table's rows, without duplicates, and names of rows that do not fit the experts."""
+    """Return names and runs of the distinct rows of a table, and names of rows that do not fit the experts."""
     rows, skipped = table_settings(run.distill, run.experts.epochs, table)
     distinct: dict[str, str] = {}
     for name, phases in rows.items():
@@ -197,7 +202,7 @@ def table_members(run: config.Run, table: str) -> tuple[list[str], list[Member],
 
 
 def _fits(rule: config.Distill, epochs: int, phase: dict[str, Any]) -> bool:
-    """Return whether experts trained for `epochs` have all epochs that a phase reads."""
+    """Return whether experts trained for `epochs` epochs have all epochs that the phase `phase` reads."""
     if not 1 <= phase["endpoint"] - (rule.endpoint_rule == "exclusive") <= epochs:
         return False
     limit = epochs if rule.trajectory == "original" else phase["endpoint"]
@@ -205,7 +210,10 @@ def _fits(rule: config.Distill, epochs: int, phase: dict[str, Any]) -> bool:
 
 
 def _members(raw: dict[str, Any], kept: Collection[int] | None, settings: Mapping[str, dict[str, Any]]) -> list[Member]:
-    """Return named runs that all use the experts of the run in `raw`, which keep the epochs `kept` (None: all)."""
+    """Return one named run per entry of `settings`, the changed fields of the run `raw`.
+
+    All runs use the same experts, which keep the epochs `kept` (None: all epochs).
+    """
     raw = raw | {"experts": raw["experts"] | {"keep": "all" if kept is None else list(kept)}}
     runs = members(lambda values: config.load(raw, values), {}, settings.values())
     return [replace(member, name=name) for name, member in zip(settings, runs, strict=True)]
@@ -218,7 +226,7 @@ def _student(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _scores(rows: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
-    """Return mean and spread of the students of each row; NaN for rows that failed."""
+    """Return the means and the spreads of val R@mean over the students of each row; NaN for rows that failed."""
     nan = float("nan")
     return [r.get("student", nan) for r in rows], [r.get("spread", nan) for r in rows]
 

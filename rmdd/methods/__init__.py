@@ -11,17 +11,17 @@ from rmdd.methods.trajectory import Method as Method
 
 
 def find(name: str) -> type[BaseMethod]:
-    """Return the class of the method `name`. Raise `ValueError` for an unknown name."""
+    """Return the class of the distillation method `name`. Raise `ValueError` for an unknown name."""
     return cast(type[BaseMethod], recipes.find(name))
 
 
 def method_of(run: config.Run) -> BaseMethod:
-    """Return the method that `run` names in `distill.method`, configured for that run."""
+    """Return the distillation method named in `distill.method` of `run`, configured for `run`."""
     return find(run.distill.method)(run)
 
 
 def matching_method(run: config.Run) -> Method:
-    """Return the method of a run if it matches trajectories; raise `ValueError` if it does not."""
+    """Return the distillation method of `run`; raise `ValueError` if that method does not match trajectories."""
     method = method_of(run)
     if not isinstance(method, Method):
         raise ValueError(

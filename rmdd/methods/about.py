@@ -1,4 +1,4 @@
-"""Describe methods for `rmdd methods`: docstring, defaults, options and the presets that use each method."""
+"""Describe distillation methods for the command `rmdd methods`: docstring, defaults, options and presets of each."""
 
 import inspect
 import json
@@ -12,9 +12,10 @@ from rmdd.methods.base import BaseMethod
 
 
 def listing() -> list[dict[str, Any]]:
-    """Return one record per method, sorted by family and name: import path, summary, needs, card, status, presets.
+    """Return one record per distillation method, sorted by family and name.
 
-    For a method that cannot be imported, summary and status hold the error message.
+    A record holds the method's summary, the inputs that it needs, where it was published (`card`), what was verified of
+    it (`status`) and its presets. For a method that cannot be imported, summary and status hold the error message.
     """
     presets = presets_by_method()
     records = []
@@ -29,7 +30,8 @@ def listing() -> list[dict[str, Any]]:
 
 
 def about(name: str) -> dict[str, Any]:
-    """Return all details of one method: the record of `listing` with its docstring, defaults and options.
+    """Return all details of one distillation method: its record as in `listing`, and its docstring, defaults and
+    options.
 
     `name` is a name or an import path `module:Class`, as in `distill.method`. Raise `ValueError` for an unknown name.
     """
@@ -47,7 +49,7 @@ def about(name: str) -> dict[str, Any]:
 
 
 def _options(section: type[Section], before: str = "") -> dict[str, str]:
-    """Return a description of every field below `distill.options`: its meaning, allowed values and default."""
+    """Return, for each field of `distill.options` of a method, its meaning, its allowed values and its default."""
     described: dict[str, str] = {}
     for name, field in section.model_fields.items():
         key, kind = f"{before}{name}", field.annotation
@@ -65,7 +67,7 @@ def _options(section: type[Section], before: str = "") -> dict[str, str]:
 
 
 def _attributes(method: type[BaseMethod]) -> dict[str, Any]:
-    """Return a method's family, its prerequisites, where it was published, and what was verified of it."""
+    """Return the family of a method, the inputs that it needs, where it was published, and what was verified of it."""
     return {
         "family": method.family,
         "needs": list(method.needs),
@@ -80,7 +82,7 @@ def summary(name: str) -> str:
 
 
 def presets_by_method() -> dict[str, list[str]]:
-    """Return the names of the presets of each method."""
+    """Return, for each distillation method, the names of the presets that use it."""
     default_method, presets = config.Distill().method, dict[str, list[str]]()
     for preset in config.preset_names():
         presets.setdefault(config.read(preset).get("distill", {}).get("method", default_method), []).append(preset)

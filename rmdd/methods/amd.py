@@ -38,7 +38,7 @@ class AMD(LoRS):
         )
         ranges: Literal["drift", "stated"] = Field(
             "drift",
-            description="drift: compute each tower's range of start epochs from the experts; stated: use the ranges of "
+            description="drift: compute the start range of each tower from the experts; stated: use the ranges in "
             "distill.phases",
         )
 
@@ -46,7 +46,7 @@ class AMD(LoRS):
     plain_options: ClassVar[dict[str, Any]] = {"ranges": "stated", "starts": "together"}
     card = "ICLR 2026"
     verified = (
-        "ranges for known drifts, prototypes and steps equal a slow float64 version; on par with LoRS on emoji. "
+        "start ranges, prototypes and updates equal a slow float64 version; scores like LoRS on emoji. "
         "Not verified: the published numbers"
     )
     defaults = filled({"distill": {"init": "prototypes"}}, LoRS.defaults)
@@ -73,7 +73,7 @@ class AMD(LoRS):
                 "distill.options.ranges: drift already includes the last start epoch; set distill.start_rule: exclusive"
             )
         if run.experts.keep == "endpoints":
-            mistakes.append("distill.options.ranges 'drift' reads every epoch; set experts.keep: all")
+            mistakes.append("distill.options.ranges 'drift' reads the experts at every epoch; set experts.keep: all")
         return mistakes
 
     @classmethod
@@ -89,7 +89,7 @@ class AMD(LoRS):
 
 
 def drift_ranges(store: Store, experts: Sequence[int], last: int) -> dict[str, tuple[int, int]]:
-    """Return each tower's half-open range of start epochs, cut after epoch `last`.
+    """Return the half-open range of start epochs of each tower, computed from the drifts and cut after epoch `last`.
 
     If no drift ratio exceeds the median, both towers get the full range.
     """
@@ -104,13 +104,16 @@ def drift_ranges(store: Store, experts: Sequence[int], last: int) -> dict[str, t
     for tower, epoch in reach.items():
         if epoch > last:
             _logger.warning(
-                "%s start epochs up to %d are cut to %d, the last start that the path allows", tower, epoch, last
+                "the %s start range up to epoch %d is cut to %d, the last start with a target on the path",
+                tower,
+                epoch,
+                last,
             )
     return {tower: (0, min(r, last) + 1) for tower, r in reach.items()}
 
 
 def mean_drift(store: Store, experts: Sequence[int]) -> dict[str, np.ndarray]:
-    """Return, per tower, the distance that the mean of the experts moves in each epoch, (epochs,)."""
+    """Return, for each tower, how far the mean parameters of the experts move in each epoch, as an array (epochs,)."""
     squares = {tower: np.zeros(store.epochs) for tower in TOWERS}
     before = _mean(store, experts, 0)
     for epoch in range(1, store.epochs + 1):

@@ -1,4 +1,5 @@
-"""Base class of all methods: default values for the run file, and the functions that the steps of a run call."""
+"""Base class of distillation methods: default values for the run file, and the functions that the stages of a run
+call."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ TRAJECTORY_FIELDS = (
 """Fields of `distill` that only trajectory-matching methods read."""
 
 Curves = tuple[str, dict[str, str], tuple[float, str] | None]
-"""One plot of the report: title, labels by name of the logged number, and an optional reference level with its name."""
+"""One plot of the HTML report: its title, the label of each logged number that it shows, and an optional reference
+level (value, label)."""
 
 
 class BaseMethod:
@@ -55,21 +57,21 @@ class BaseMethod:
     verified: ClassVar[str] = ""
     """What was verified of this implementation, and what is not verified because it needs a GPU and weights."""
     defaults: ClassVar[Mapping[str, Any]] = {}
-    """Default values of the method for fields missing from the run file, by section."""
+    """Default values that the method sets for fields missing from the run file, by section of the run file."""
     reference: ClassVar[str | None] = None
-    """Name of the paper's evaluation protocol in `rmdd.evaluate.references`."""
+    """Name of the evaluation protocol of the method's paper, as in `rmdd.evaluate.references`."""
     version: ClassVar[int] = 1
-    """Version of the method, part of the hash of every phase. Increase it when a code change moves the numbers."""
+    """Version of the method, part of the hash of every phase. Increase it when a code change alters distilled sets."""
 
     iterates: ClassVar[bool] = True
     """True if a phase is a loop of updates that can stop after any of them; False if it runs as separate tasks."""
     unrolls: ClassVar[bool] = False
-    """Whether gradients pass through student steps; a trainable tower must then support double backward."""
+    """Whether gradients go through the training steps of students; a trainable tower then needs double backward."""
     learns_rates: ClassVar[bool] = False
-    """Whether the learning rates of the student steps are learned; otherwise they stay at the configured values."""
+    """Whether the learning rates of students are learned with the set; otherwise they stay at the configured values."""
     plain_options: ClassVar[Mapping[str, Any]] = {}
-    """Options that give plain trajectory matching: integer start epochs from the ranges of `distill.phases`, on the
-    path of `distill.trajectory`."""
+    """Values of `distill.options` with which all start epochs are integers from the ranges in `distill.phases`, on the
+    path named in `distill.trajectory`."""
     phase_fields: ClassVar[tuple[str, ...]] = ("pairs", "iterations")
     """Fields of `distill.phases` that the method reads."""
 
@@ -82,14 +84,14 @@ class BaseMethod:
         self.seed = run.seed_of("distill")
 
     def on(self: M, run: config.Run) -> M:
-        """Return the same method configured for another run."""
+        """Return the same distillation method configured for `run`."""
         return type(self)(run)
 
     # -- the run file ------------------------------------------------------------------------------------------------
 
     @classmethod
     def mistakes(cls, run: config.Run) -> list[str]:
-        """Return the config mistakes of a run of this method: invalid options and the messages of `clashes`."""
+        """Return the mistakes in the run file of this method: invalid options and the messages of `clashes`."""
         listed_by = f"`rmdd methods {run.distill.method}` lists them"
         options, invalid = validate(cls.Options, dict(run.distill.options), listed_by)
         return [f"distill.options.{line}" for line in invalid] + ([] if options is None else cls.clashes(run))
@@ -101,11 +103,11 @@ class BaseMethod:
 
     @classmethod
     def clashes_of_family(cls, rule: config.Distill, experts: config.Experts, runtime: config.Runtime) -> list[Clash]:
-        """Return the field combinations that no method of the family supports. The base class covers methods that match
-        no trajectories."""
+        """Return the combinations of fields in the run file that no method of the family supports. This base class
+        covers families that match no trajectories."""
         mistakes = []
         if rule.plan.plans or not rule.phases:
-            text = f"distill.method {rule.method} cannot plan phases, it matches no trajectories; list distill.phases"
+            text = f"distill.method {rule.method} matches no trajectories, so it plans no phases; list distill.phases"
             mistakes.append(Clash(text, "distill.method", "distill.phases", "plan.kind"))
         if rule.similarity.kind != "identity":
             text = f"distill.method {rule.method} learns no similarity; set distill.similarity.kind: identity"
@@ -114,21 +116,21 @@ class BaseMethod:
 
     @classmethod
     def idle_fields(cls) -> tuple[str, ...]:
-        """Return the fields of `distill` that the method does not read."""
+        """Return the names of the fields of `distill` that the method does not read."""
         return TRAJECTORY_FIELDS
 
     @classmethod
     def real_starts(cls, rule: config.Distill) -> bool:
-        """Return whether students start at real-valued epochs; False means integer epochs."""
+        """Return whether start epochs of students are real numbers; False means integers."""
         return False
 
     @classmethod
     def endpoint_of(cls, rule: config.Distill, epochs: int, phase: int) -> int:
-        """Return the last expert epoch that a phase reads; the experts are trained for `epochs`."""
+        """Return the last expert epoch that phase number `phase` reads; the experts are trained for `epochs` epochs."""
         return epochs
 
     def idle(self) -> list[str]:
-        """Return the fields of `distill` that the run file changes although the method does not read them."""
+        """Return the names of the fields of `distill` that the run file changes but the method does not read."""
         fields = config.Distill.model_fields
         return [name for name in self.idle_fields() if getattr(self.rule, name) != fields[name].default]
 
@@ -143,17 +145,17 @@ class BaseMethod:
         return []
 
     def uncounted(self) -> list[str]:
-        """Return remarks on work that the cost estimate leaves out."""
+        """Return remarks for the user on work that the cost estimate leaves out."""
         return []
 
     def curves(self, logged: Iterable[str]) -> list[Curves]:
-        """Return the plots for the report page of a phase; `logged` holds the names of its logged numbers."""
+        """Return the plots of one phase for the HTML report; `logged` holds the names of the logged numbers."""
         return []
 
     # -- the phases --------------------------------------------------------------------------------------------------
 
     def records(self, phase: int, train: PreparedSplit) -> list[int]:
-        """Return the indices of the caption records whose pairs initialise a phase."""
+        """Return the indices of the caption records whose pairs become the initial set of a phase."""
         pairs = self.rule.phases[phase].pairs
         if self.rule.init == "prototypes":
             run, device, width = self.run, local_device(self.run.runtime), train.texts.shape[1]
@@ -162,11 +164,11 @@ class BaseMethod:
         return choose_records(phase, pairs, train, self.seed)
 
     def initial(self, phase: int, train: PreparedSplit, records: list[int]) -> Synthetic:
-        """Return the set that a phase starts from."""
+        """Return the initial set of a phase, made from the pairs of the caption records `records`."""
         return phases.initial(self.run, phase, train, records)
 
     def begin(self, phase: int, train: Callable[[], PreparedSplit], folder: Path) -> None:
-        """Write the starting set of a phase into its folder, if the method does that before workers get the phase."""
+        """Write the initial set of a phase into its folder, if the method needs it before workers start."""
 
     def distil(
         self,
@@ -181,12 +183,12 @@ class BaseMethod:
         should_stop: Callable[[], bool] = lambda: False,
         ranks: WorkerParts | None = None,
     ) -> bool:
-        """Run one phase from its last checkpoint, or from the start; return whether it finished.
+        """Run one phase from its last checkpoint, or from the start; return whether the phase finished.
 
-        Called if `iterates` is True. Each worker of `ranks` holds a `part_of_step`; with None, this process computes
-        every step alone.
+        Only called if `iterates` is True. `ranks` are workers that each hold the object returned by `part_of_step`;
+        with None, this process computes every step alone.
         """
-        raise NotImplementedError(f"{type(self).__name__} sets `iterates` but has no method `distil`; add one")
+        raise NotImplementedError(f"{type(self).__name__} sets `iterates` but does not define `distil`; define it")
 
     def is_finished(self, phase: int, folder: Path) -> bool:
         """Return whether the phase in `folder` has finished."""
@@ -194,7 +196,7 @@ class BaseMethod:
 
     @property
     def draws(self) -> int:
-        """Number of draws per step, which workers can share; with 1, one process computes every step."""
+        """Number of random draws whose gradients a step averages. Workers can share the draws if there are several."""
         return 1
 
     def part_of_step(
@@ -207,9 +209,9 @@ class BaseMethod:
         rank: int = 0,
         size: int = 1,
     ) -> Any:
-        """Return the object with which worker `rank` of `size` computes its share of the draws of every step."""
-        raise NotImplementedError(f"{type(self).__name__} has several `draws` but no `part_of_step`; add that method")
+        """Return the object with which worker `rank`, one of `size`, computes its share of the draws of every step."""
+        raise NotImplementedError(f"{type(self).__name__} has several `draws` but no `part_of_step`; define it")
 
     def pairs_of_step(self, phase: int, train: Callable[[], PreparedSplit]) -> int:
-        """Return the number of pairs that go through the towers in one update, for the displayed speed."""
+        """Return the number of pairs that go through the towers in one update, for the displayed pairs per second."""
         return self.rule.phases[phase].pairs

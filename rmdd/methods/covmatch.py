@@ -83,20 +83,23 @@ class CovMatch(DistributionMethod):
         )
         mean_weight: NonNegativeFloat = Field(0.1, description="lambda, weight of the mean-matching terms")
         real_batch: Annotated[int, Field(ge=2)] = Field(
-            128, description="real pairs in each draw and in each step of the online model"
+            128,
+            description="number of real pairs in each draw of the loss and in each training step of the online model",
         )
         average: Annotated[float, Field(ge=0, lt=1)] = Field(
             0.0, description="weight of past batches in a moving average of the real covariance; 0: no average"
         )
-        reset: PositiveInt = Field(50, description="steps between restarts of the online model")
-        lr_tower: NonNegativeFloat = Field(0.01, description="learning rate of the online towers")
-        lr_head: NonNegativeFloat = Field(0.1, description="learning rate of the online heads")
-        online_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="momentum of the online SGD")
-        weight_decay: NonNegativeFloat = Field(5e-4, description="weight decay of the online SGD")
-        head_width: PositiveInt | None = Field(
-            None, description="output width of the online heads; null: the width of the joint embedding"
+        reset: PositiveInt = Field(50, description="number of steps of the set between two resets of the online model")
+        lr_tower: NonNegativeFloat = Field(0.01, description="learning rate of the towers of the online model")
+        lr_head: NonNegativeFloat = Field(0.1, description="learning rate of the heads of the online model")
+        online_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
+            0.9, description="momentum of the SGD that trains the online model"
         )
-        chunk: PositiveInt = Field(64, description="pairs that go through the towers at once")
+        weight_decay: NonNegativeFloat = Field(5e-4, description="weight decay of the SGD that trains the online model")
+        head_width: PositiveInt | None = Field(
+            None, description="output width of the heads of the online model; null: the width of the joint embedding"
+        )
+        chunk: PositiveInt = Field(64, description="largest number of pairs that go through the towers at once")
 
     options: Options
 
@@ -109,7 +112,8 @@ class CovMatch(DistributionMethod):
             return mistakes
         if run.model.text.name == "hashing":
             mistakes.append(
-                "distill.options.texts: tokens needs a tower with tokens; set model.text.name to a transformers encoder"
+                "distill.options.texts: tokens needs a text tower that reads tokens; set model.text.name to a "
+                "transformers encoder"
             )
         if run.distill.init == "noise":
             mistakes.append("distill.options.texts: tokens needs the masks of real captions; set distill.init: real")
@@ -132,7 +136,7 @@ class CovMatch(DistributionMethod):
         return dataclasses.replace(initial, texts=words.cpu())
 
     def exported(self, synthetic: Synthetic) -> Synthetic:
-        """Return the set with token embeddings replaced by (M, F) text embeddings of the frozen tower."""
+        """Return the set for students: the frozen text tower turns token embeddings into (M, F) text embeddings."""
         if synthetic.texts.ndim == 2:
             return synthetic
         words, device = synthetic.texts, self.tower.model.device
@@ -145,7 +149,7 @@ class CovMatch(DistributionMethod):
         pairs, chunk = self.rule.phases[phase].pairs, self.options.chunk
         twice = pairs if pairs > chunk else 0
         at_once = max(real, min(pairs, chunk))
-        # 4 copies of the parameters: the online model, its gradients, its momentum, and its initial state
+        # 4 copies of the parameters: the online model, its gradients, its momentum, and its initial parameters
         return Effort(draws * (real + twice), draws * pairs, at_once, trained=real, models=4)
 
     def objective(
@@ -157,7 +161,8 @@ class CovMatch(DistributionMethod):
 
 
 class Online(nn.Module):
-    """The online model: towers and linear heads. Without a text tower, its text input is already embedded."""
+    """The online model of CovMatch: two towers, a linear head on each. Without a text tower, texts enter as
+    embeddings."""
 
     def __init__(self, image_tower: nn.Module, text_tower: TokenTower | None, text_width: int, width: int | None):
         super().__init__()
@@ -170,7 +175,7 @@ class Online(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-        """Return image and text features before the heads."""
+        """Return the image and text features of the towers, before the linear heads."""
         return self.image_tower(images), texts if self.text_tower is None else self.text_tower(texts)
 
     def scores(self, images: Tensor, texts: Tensor, temperature: float) -> Tensor:
@@ -180,7 +185,8 @@ class Online(nn.Module):
 
 
 class CovarianceMatching:
-    """The loss of one phase, computed with the online model; it also trains and resets that model."""
+    """Covariance-matching loss of one phase, computed with the online model, which this class also trains and
+    resets."""
 
     def __init__(self, method: CovMatch, phase: int, train: PreparedSplit, online: Online, device: torch.device):
         self.run, self.rule, self.seed = method.run, method.options, method.seed
@@ -194,16 +200,15 @@ class CovarianceMatching:
         self.pretrained = {n: t.clone() for n, t in online.state_dict().items() if not n.startswith("head_")}
         self.temperature = self.run.distill.temperature or self.run.model.temperature
         self.mean: Tensor | None = None
-        """Moving average of the real covariance since the last reset; None before the first batch or without
-        `average`."""
+        """Moving average of the real covariance; None without `average` and before the first batch after a reset."""
         self.steps_since_reset = 0
         """Training steps of the online model since its last reset."""
         self.reset(0)
 
     def reset(self, turn: int) -> None:
-        """Restart the online model for the `turn`-th time: pretrained towers and newly drawn heads.
+        """Reset the online model for the `turn`-th time: load the pretrained towers and draw new heads.
 
-        An image tower without pretrained weights is drawn too.
+        An image tower without pretrained weights is drawn again too.
         """
         self.turn, self.steps_since_reset, self.mean = turn, 0, None
         self.optimiser.state.clear()
@@ -218,7 +223,7 @@ class CovarianceMatching:
             head.weight.data.copy_((2 * drawn - 1) * bound)
 
     def _real(self, purpose: str, *index: int) -> tuple[Tensor, Tensor]:
-        """Return images and texts of a random real batch; `purpose` and `index` seed the draw."""
+        """Return images and texts of a random batch of real pairs; `purpose` and `index` seed the draw."""
         total = len(self.train.split.captions)
         drawn = generator(self.seed, purpose, self.phase, *index)
         records = torch.randperm(total, generator=drawn)[: self.rule.real_batch].sort().values.numpy()
@@ -260,7 +265,7 @@ class CovarianceMatching:
         return gradient, {name: float(part) for name, part in parts.items()}
 
     def after(self, synthetic: Synthetic, iteration: int) -> None:
-        """Train the online model for one contrastive step, or reset it if `reset` steps have passed."""
+        """Train the online model for one contrastive step, or reset it once `reset` steps of the set have passed."""
         if (iteration + 1) % self.rule.reset == 0:
             self.reset((iteration + 1) // self.rule.reset)
             return
@@ -278,9 +283,9 @@ class CovarianceMatching:
         self.steps_since_reset += 1
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the state for the checkpoint: the online model and its optimiser, and the number of its reset.
+        """Return the tensors for the checkpoint: the online model, its optimiser, and the number of resets so far.
 
-        Directly after a reset the number is enough, since it seeds the model's parameters.
+        Directly after a reset that number is enough, since it seeds the parameters of the online model.
         """
         tensors: dict[str, Tensor] = {TURN: torch.tensor(self.turn)}
         if self.steps_since_reset:

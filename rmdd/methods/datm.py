@@ -24,7 +24,7 @@ class DATM(LoRS):
     grows: ClassVar[bool] = True
     card = "2310.05773"
     verified = (
-        "growing ranges and steps equal a slow float64 version; below LoRS on emoji, as published. "
+        "growing start ranges and updates equal a slow float64 version; scores below LoRS on emoji, as published. "
         "Not verified: the published numbers"
     )
     # We chose the range for 100 pairs and 10 epochs; the paper has no values for image-text pairs.
@@ -46,7 +46,7 @@ class DATM(LoRS):
 
 
 def growing_stop(phase: config.Phase, stop: int | float, iteration: int) -> int | float:
-    """Return U(i), the exclusive upper bound of the start epochs at `iteration` (counted from 0).
+    """Return U(i), the exclusive upper bound of the start epochs at iteration `iteration` (counted from 0).
 
     Return `stop` unchanged if the phase sets no `grow_from`.
     """

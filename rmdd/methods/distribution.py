@@ -30,20 +30,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Effort:
-    """The work and memory of one step of a phase, summed over its draws; used by cost estimates."""
+    """Work and memory of one step of a phase, summed over the draws of the step; used by cost estimates."""
 
     forward: int
-    """Pairs that go through the towers without gradients."""
+    """Number of pairs that go through the towers without gradients."""
     back: int
-    """Pairs that go through the towers forward and backward."""
+    """Number of pairs that go through the towers forward and backward."""
     at_once: int
     """Largest number of pairs in one autograd graph."""
     trained: int = 0
-    """Pairs on which an online model is trained."""
+    """Number of real pairs on which an online model is trained."""
     models: int = 1
-    """Copies of the trained parameters held in memory."""
+    """Number of copies of the trained parameters held in memory."""
     numbers: int = 0
-    """Further float numbers held in memory, beside the set."""
+    """Number of further floats held in memory, besides the distilled set."""
 
     @property
     def pairs(self) -> int:
@@ -60,10 +60,13 @@ class DistributionMethod(BaseMethod, ABC):
 
         draws: PositiveInt = Field(
             1,
-            description="draws whose gradients are averaged in a step; any number of workers gives the same bits",
+            description="number of random draws whose gradients are averaged in a step; any number of workers gives "
+            "the same bits",
         )
         clip: PositiveFloat | None = Field(
-            None, description="largest norm of the gradient of images and texts together; null: no clipping"
+            None,
+            description="norm to which a larger gradient of images and texts together is scaled down; null: no "
+            "clipping",
         )
 
     options: Options
@@ -114,13 +117,14 @@ class DistributionMethod(BaseMethod, ABC):
     def objective(
         self, phase: int, store: Store, train: PreparedSplit, model: DualEncoder, device: torch.device
     ) -> Objective:
-        """Return the objective that the steps of a phase minimise."""
+        """Return the objective of a phase; each step follows the gradient of its loss."""
 
     def effort(self, phase: int, records: int) -> Effort:
-        """Return the work of one step on a dataset of `records` captions, for cost estimates and displayed speed."""
+        """Return the work and memory of one step on a dataset of `records` captions, for estimates and displayed
+        speed."""
         pairs = self.rule.phases[phase].pairs
         return Effort(0, self.options.draws * pairs, pairs)
 
     def exported(self, synthetic: Synthetic) -> Synthetic:
-        """Return the set as students read it, with texts as (M, F) embeddings."""
+        """Return the distilled set as students read it, with texts as (M, F) embeddings."""
         return synthetic

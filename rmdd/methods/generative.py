@@ -62,4 +62,4 @@ class GenerativeMethod(BaseMethod, ABC):
 
     @abstractmethod
     def make(self, studio: Studio, phase: int) -> None:
-        """Make the missing pairs of a phase and save the set with `studio.finish`."""
+        """Make the pairs of a phase that do not exist yet, and save the complete set with `studio.finish`."""

@@ -35,15 +35,15 @@ class LoRS(Method):
     class Options(Method.Options):
         rate_branches: Literal["same", "separate"] = Field(
             "same",
-            description="loss ratio for the gradient of the student learning rates if branches are merged; same: the "
-            "merged ratio; separate: one ratio per tower, as released",
+            description="squared distance that divides the gradient of each student learning rate with branches: "
+            "merged; same: the merged ratio; separate: one ratio per tower, as released",
         )
 
     options: Options
     reference = "lors"
     card = "2406.03793"
     verified = (
-        "gradients and steps equal a slow float64 version; better than random pairs on emoji. "
+        "gradients and updates equal a slow float64 version; scores better than random pairs on emoji. "
         "Not verified: the published numbers"
     )
     defaults = {
@@ -76,9 +76,9 @@ class LoRS(Method):
 
 
 def _separate_rates(result: MetaGradient, start: Params, target: Params) -> MetaGradient:
-    """Give each student learning rate the denominator of its own tower, as the released code does.
+    """Divide the gradient of each student learning rate by the squared distance of its own tower, as released.
 
-    With merged branches, the gradient was divided by the sum of both towers' squared distances.
+    With merged branches, both gradients were divided by the sum of the squared distances of the two towers.
     """
     scale = {tower: squared_distance(start, target, tower) for tower in TOWERS}
     both = scale["image"] + scale["text"]

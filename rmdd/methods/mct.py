@@ -30,7 +30,7 @@ from rmdd.models.dual import Params
 class MCT(LoRS):
     class Options(LoRS.Options):
         anchors: Annotated[int, Field(ge=2)] = Field(
-            2, description="checkpoints that the path connects by straight lines"
+            2, description="number of checkpoints that the path connects by straight lines"
         )
         smooth_anchors: bool = Field(False, description="average each anchor with its neighbouring checkpoints")
         start_points: Literal["continuous", "integer"] = Field(
@@ -39,7 +39,7 @@ class MCT(LoRS):
 
         @property
         def bends(self) -> bool:
-            """True if the path is not the single line from the first to the last checkpoint."""
+            """True if the path differs from the single straight line between the first and the last checkpoint."""
             return self.anchors > 2 or self.smooth_anchors
 
     options: Options
@@ -80,7 +80,7 @@ class MCT(LoRS):
 
 
 def anchored(store: Store, expert: int, anchors: int, *, smooth: bool) -> AnchoredPath:
-    """Return the path of straight lines through `anchors` evenly spaced checkpoints of an expert, ends included."""
+    """Return the path of straight lines through `anchors` evenly spaced checkpoints, from the first to the last one."""
     last = store.epochs
     epochs = sorted({round(last * i / (anchors - 1)) for i in range(anchors)})
     anchor = functools.partial(_smoothed, store) if smooth else store.read
@@ -88,7 +88,7 @@ def anchored(store: Store, expert: int, anchors: int, *, smooth: bool) -> Anchor
 
 
 def _smoothed(store: Store, expert: int, epoch: int) -> Params:
-    """Return the mean of a checkpoint and its two neighbours.
+    """Return the mean of the checkpoint at `epoch` and the checkpoints one epoch before and after it.
 
     Epoch 0 is returned unchanged; the last epoch is averaged with the one before it.
     """

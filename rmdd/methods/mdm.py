@@ -44,16 +44,20 @@ from rmdd.models.dual import DualEncoder, Params
 from rmdd.models.prepared import PreparedSplit
 
 POOL_BYTES = 4 * 2**30
-"""Memory limit in bytes for checkpoints held in memory."""
+"""Largest total size in bytes of the expert checkpoints held in memory."""
 
 
 class MDM(DistributionMethod):
     class Options(DistributionMethod.Options):
         clip: PositiveFloat | None = Field(
-            1.0, description="largest norm of the gradient of images and texts together; null: no clipping"
+            1.0,
+            description="norm to which a larger gradient of images and texts together is scaled down; null: no "
+            "clipping",
         )
-        real_batch: PositiveInt = Field(64, description="B_r, real pairs per draw; at most the whole train split")
-        synthetic_batch: PositiveInt = Field(64, description="B_s, distilled pairs per draw; at most B_r")
+        real_batch: PositiveInt = Field(
+            64, description="B_r, number of real pairs per draw; at most the whole train split"
+        )
+        synthetic_batch: PositiveInt = Field(64, description="B_s, number of distilled pairs per draw; at most B_r")
         cluster: Literal["joint", "image", "text", "random"] = Field(
             "joint",
             description="embeddings clustered to choose the initial pairs; random: no clustering; ignored with "
@@ -75,19 +79,26 @@ class MDM(DistributionMethod):
             True, description="mixed: replace a negative cosine c by 0; false: keep it, as released"
         )
         first_epoch: PositiveInt = Field(1, description="first expert epoch from which checkpoints are drawn")
-        resample_every: PositiveInt = Field(1, description="iterations between two draws of the teacher")
+        resample_every: PositiveInt = Field(1, description="number of iterations after which a new teacher is drawn")
         teacher_dropout: bool = Field(False, description="apply the heads' dropout in the teacher, as released")
-        agreement: NonNegativeFloat = Field(0.8, description="lambda_agr, weight of the agreement energy")
-        discrepancy: NonNegativeFloat = Field(0.8, description="lambda_dis, weight of the discrepancy energy")
-        contrastive: NonNegativeFloat = Field(1.0, description="weight of the contrastive term")
+        agreement: NonNegativeFloat = Field(
+            0.8, description="lambda_agr, weight of the energy distance between agreement directions"
+        )
+        discrepancy: NonNegativeFloat = Field(
+            0.8, description="lambda_dis, weight of the energy distance between difference directions"
+        )
+        contrastive: NonNegativeFloat = Field(1.0, description="weight of the contrastive loss (InfoNCE)")
         kernel: sphere.Kernel = Field(
-            "geodesic", description="kernel of both energies; geodesic: Gaussian of the angle; chordal: of the chord"
+            "geodesic",
+            description="kernel of both energy distances; geodesic: Gaussian of the angle; chordal: of the chord",
         )
         sigma: PositiveFloat = Field(0.5, description="width of the kernel, in radians")
         statistic: sphere.Statistic = Field(
-            "v", description="v: average the kernel over all pairs of a set; u: without the diagonal, as released"
+            "v",
+            description="v: average the kernel over all pairs of points; u: leave out pairs of a point with itself, "
+            "as released",
         )
-        root: bool = Field(True, description="take the square root of the energies, as in the paper")
+        root: bool = Field(True, description="take the square root of the energy distances, as in the paper")
 
         def clashes(self) -> list[Clash]:
             small = [n for n in ("real_batch", "synthetic_batch") if getattr(self, n) < 2]
@@ -98,7 +109,7 @@ class MDM(DistributionMethod):
     reference = "mdm"
     card = "2605.23482"
     verified = (
-        "loss terms equal slow versions; resuming works; runs on emoji pairs. "
+        "loss terms equal slow versions; a resumed run gives the same bits; runs on emoji pairs. "
         "Not verified: the published numbers, which need NFNet, BERT and a GPU"
     )
     defaults = {
@@ -121,7 +132,7 @@ class MDM(DistributionMethod):
         if apart and run.model.image.trainable and run.model.image.weights == "random":
             mistakes.append(
                 "distill.method mdm averages experts that start from the same weights, but model.image.weights: random "
-                "draws new ones for each; set random:SEED, pretrained or a weights file, or "
+                "draws new ones for each expert; set random:SEED, pretrained or a weights file, or "
                 "distill.options.partners: same_expert"
             )
         if options.first_epoch > run.experts.epochs:
@@ -160,7 +171,7 @@ class MDM(DistributionMethod):
     def effort(self, phase: int, records: int) -> Effort:
         draws, real = self.options.draws, min(self.options.real_batch, records)
         distilled = min(real, self.options.synthetic_batch, self.rule.phases[phase].pairs)
-        # 5 copies of the parameters: anchor, two checkpoints, their mean, the teacher
+        # 5 copies of the parameters: the anchor, two checkpoints, their merge, the teacher
         return Effort(draws * real, draws * distilled, distilled, models=5)
 
     def objective(
@@ -174,7 +185,7 @@ def _side(name: str) -> Side:
 
 
 class Teacher:
-    """The model that embeds pairs. Its parameters are replaced in place by merged checkpoints and get no gradient."""
+    """The model that embeds pairs. Merged checkpoints replace its parameters in place; no parameter gets a gradient."""
 
     def __init__(self, method: MDM, phase: int, store: Store, model: DualEncoder, device: torch.device):
         self.options, self.phase, self.seed = method.options, phase, method.seed
@@ -198,14 +209,15 @@ class Teacher:
         self._load(random, share=0.5)
 
     def load_draw(self, iteration: int, draw: int) -> None:
-        """Load the teacher of a draw, unless it is already loaded."""
+        """Load the teacher for draw number `draw` of an iteration, unless it is already loaded."""
         key = (iteration // self.options.resample_every, draw)
         if key != self._current:
             self._load(generator(self.seed, "mdm teacher", self.phase, *key))
             self._current = key
 
     def _load(self, random: torch.Generator, share: float | None = None) -> None:
-        """Draw a teacher; `share` replaces the random share of weighted_sum and naive."""
+        """Draw a random teacher and load its parameters. `share` replaces the random share of the way from the anchor
+        to a checkpoint, in the kinds weighted_sum and naive."""
         kind, pool = self.options.teacher, self.pool
 
         def random_cell(epochs: list[int]) -> merging.Cell:
@@ -239,7 +251,7 @@ class Teacher:
         return {n: p.to(self.device, non_blocking=True) for n, p in self.pool.read(cell).items()}
 
     def _start(self, expert: int) -> Params:
-        """Return an expert's parameters at epoch 0; with partners: any, those of the common anchor, kept in memory."""
+        """Return the parameters of an expert at epoch 0; with `partners: any`, the common anchor, kept in memory."""
         if self.options.partners == "same_expert":
             return self._read(merging.Cell(expert, 0))
         if self._anchor is None:
@@ -248,7 +260,7 @@ class Teacher:
 
 
 class MDMObjective:
-    """The loss of one draw, from a teacher, a real batch and a batch of the set. It has no trained state."""
+    """Loss of MDM for one draw: a teacher, a batch of real pairs and a batch of distilled pairs. It trains no model."""
 
     def __init__(
         self, method: MDM, phase: int, store: Store, train: PreparedSplit, model: DualEncoder, device: torch.device
@@ -283,7 +295,7 @@ class MDMObjective:
         return zero.with_tensors(zero.tensors() | named), values
 
     def terms(self, real: tuple[Tensor, Tensor], distilled: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        """Return the unweighted loss terms; both arguments are unit embeddings of images and of texts."""
+        """Return the unweighted loss terms; `real` and `distilled` hold unit embeddings of images and of texts."""
         o = self.options
         terms = {"loss_nce": sphere.contrastive(*distilled, self.temperature)}
         for name, joint in (("agreement", sphere.agreement), ("discrepancy", sphere.discrepancy)):

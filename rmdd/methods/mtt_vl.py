@@ -20,7 +20,7 @@ class MTTVL(Method):
     reference = "mtt_vl"
     card = "2308.07545"
     verified = (
-        "gradients equal the full unroll in float64; on par with random pairs on emoji. "
+        "gradients equal the full unroll in float64; scores like random pairs on emoji. "
         "Not verified: the published numbers"
     )
     defaults = {

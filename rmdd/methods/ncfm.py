@@ -50,15 +50,15 @@ _logger = logging.getLogger(__name__)
 
 LABELS, PLATEAU = "labels", "plateau"
 KEPT = 8
-"""Number of expert checkpoints held in memory."""
+"""Largest number of expert checkpoints held in memory."""
 
 
 class NCFM(DistributionMethod):
     needs = ("experts",)
     card = "CVPR 2025"
     verified = (
-        "losses and gradients equal a slow float64 version; the frequency network and resuming are tested. "
-        "Not verified: the published numbers"
+        "losses and gradients equal a slow float64 version; the frequency network learns, and a resumed run gives the "
+        "same bits. Not verified: the published numbers"
     )
     defaults = {
         "experts": {"keep": "endpoints"},
@@ -75,14 +75,17 @@ class NCFM(DistributionMethod):
 
     class Options(DistributionMethod.Options):
         clusters: PositiveInt | None = Field(
-            None, description="number of clusters C, with pairs / C pairs each; null: one per pair; 1: no clustering"
+            None,
+            description="number of clusters C, each with pairs / C pairs of the set; null: one cluster per pair; 1: "
+            "no clustering",
         )
         pick: Literal["nearest", "random"] = Field(
             "nearest",
-            description="initial pairs of a cluster; nearest: those nearest to its centre; random: drawn, as published",
+            description="choice of the initial pairs of a cluster; nearest: those nearest to its centre; random: "
+            "drawn, as published",
         )
         frequencies: PositiveInt = Field(
-            512, description="number of frequencies T in a draw; the original uses 1024 and 4096"
+            512, description="number of frequencies T in a draw; 1024 and 4096 in the published settings"
         )
         network: bool = Field(
             False, description="true: a min-max network psi generates the frequencies; false: draw them from N(0, I)"
@@ -103,7 +106,8 @@ class NCFM(DistributionMethod):
             1024, description="largest number of real pairs per cluster in a draw"
         )
         subset: PositiveInt | None = Field(
-            None, description="clusters per draw; their mean stands for all clusters; null: use all clusters"
+            None,
+            description="number of clusters per draw; their mean loss stands for all clusters; null: use all clusters",
         )
         project: PositiveInt | None = Field(
             None, description="width of a random projection of the features; null: no projection"
@@ -113,9 +117,11 @@ class NCFM(DistributionMethod):
             128, description="largest number of pairs in the InfoNCE term"
         )
         patience: PositiveInt | None = Field(
-            500, description="steps without a lower loss before both learning rates are halved; null: never halve"
+            500,
+            description="number of steps without a lower loss, after which learning rates are halved; null: never "
+            "halve",
         )
-        chunk: PositiveInt = Field(64, description="pairs that go through the towers at once")
+        chunk: PositiveInt = Field(64, description="largest number of pairs that go through the towers at once")
 
     options: Options
 
@@ -186,7 +192,7 @@ class NCFM(DistributionMethod):
         return points, clusters_of(points, train.split.image_of, clusters, ipc, seed)
 
     def width(self, model: DualEncoder) -> int:
-        """Return the width of the compared features, after the random projection."""
+        """Return the width of the features that NCFD compares, after the random projection."""
         return self.options.project or self._joint_width(model)
 
     def _joint_width(self, model: DualEncoder) -> int:
@@ -208,7 +214,7 @@ class NCFM(DistributionMethod):
         calibrated = min(options.calibration_batch, clusters * ipc) if options.calibration else 0
         forward = options.draws * (real + sum(n for n in (matched, calibrated) if n > chunk))
         if options.network or options.patience:
-            forward += matched  # `after` embeds the pairs of the next step; that step reuses the real features
+            forward += matched  # `after` embeds pairs of the next step, which reuses the real features
         at_once = min(chunk, max(matched, calibrated))
         models = 1 + min(KEPT, 2 * self.run.experts.num)
         return Effort(forward, options.draws * (matched + calibrated), at_once, models=models)
@@ -220,19 +226,19 @@ class NCFM(DistributionMethod):
 
 
 def joint(images: Tensor, texts: Tensor, projection: Tensor | None) -> Tensor:
-    """Return [images ; texts] / sqrt 2, projected if there is a projection; inputs have unit length."""
+    """Return the joint features [images ; texts] / sqrt 2 of unit embeddings, projected by `projection` if given."""
     both = torch.cat([images, texts], dim=1) / 2**0.5
     return both if projection is None else both @ projection
 
 
 class Plateau:
-    """Counter of steps since the lowest loss; after every `patience` such steps it adds one halving."""
+    """Counter of steps since the lowest loss; every `patience` steps, one more halving of learning rates is due."""
 
     def __init__(self, patience: int | None):
         self.patience, self.best, self.since, self.halvings = patience, float("inf"), 0, 0
 
     def update(self, loss: float) -> None:
-        """Count one step with this loss."""
+        """Count one step and its loss. After `patience` steps without a lower loss, increase `halvings` by one."""
         self.since += 1
         if loss < self.best:
             self.best, self.since = loss, 0
@@ -248,7 +254,7 @@ class Plateau:
 
 
 class CharacteristicMatching:
-    """The loss of one phase: it loads encoders, draws batches of clusters, and trains the frequency network psi."""
+    """NCFM loss of one phase. It loads encoders, draws batches of clusters, and trains the frequency network psi."""
 
     def __init__(
         self, method: NCFM, phase: int, store: Store, train: PreparedSplit, model: DualEncoder, device: torch.device
@@ -262,7 +268,7 @@ class CharacteristicMatching:
         self._labels: np.ndarray | None = None
         self._ends: dict[tuple[int, int], Params] = {}
         self._ahead: tuple[int, list[Tensor]] | None = None
-        """Index of the next iteration, and the real features of its first draw, computed in advance by `after`."""
+        """Index of the next iteration, and the real features of its first draw, which `after` computes early."""
         self.temperature = method.run.distill.temperature or method.run.model.temperature
         self.psi: FrequencyNet | None = None
         if self.rule.network:
@@ -284,7 +290,7 @@ class CharacteristicMatching:
         return self._labels
 
     def _load(self, purpose: str, iteration: int, draw: int) -> None:
-        """Load a random expert: for "blend" a random blend of its first and last epoch, otherwise its last epoch."""
+        """Load a random expert: for the purpose "blend" a random blend of first and last epoch, otherwise the last."""
         random = generator(self.seed, purpose, self.phase, iteration, draw)
         experts = self.store.complete()[: self.method.run.experts.num]
         expert = experts[int(torch.randint(len(experts), (), generator=random))]
@@ -308,7 +314,7 @@ class CharacteristicMatching:
         return torch.randn(self.rule.frequencies, self.width, generator=random).to(self.device)
 
     def _subset(self, iteration: int, draw: int) -> list[int]:
-        """Return the indices of the clusters of a draw."""
+        """Return the indices of the clusters that a draw compares."""
         if self.rule.subset is None:
             return list(range(self.clusters))
         random = generator(self.seed, "clusters of a step", self.phase, iteration, draw)
@@ -343,7 +349,7 @@ class CharacteristicMatching:
         return index[clusters].flatten().to(self.device)
 
     def _discrepancy(self, real: list[Tensor], points: Tensor, frequencies: Tensor) -> Tensor:
-        """Return NCFD averaged over clusters; `points` are features of the set, `ipc` rows per cluster."""
+        """Return NCFD averaged over clusters; `points` holds the features of the set, `ipc` rows per cluster."""
         weights = self.rule.w_amplitude, self.rule.w_phase
         each = [ncfd(r, s, frequencies, *weights) for r, s in zip(real, points.split(self.ipc), strict=True)]
         return torch.stack(each).mean()
@@ -379,7 +385,7 @@ class CharacteristicMatching:
         return gradient, values | {"pace": 0.5**self.plateau.halvings}
 
     def _add(self, total: Synthetic, synthetic: Synthetic, rows: Tensor, loss_of: LossOf) -> dict[str, Tensor]:
-        """Add the gradient of `loss_of` on the pairs at `rows` to `total`, in place; return the loss terms."""
+        """Add the gradient of `loss_of` in the pairs `rows` of the set to `total`, in place; return the loss terms."""
         by_images, by_texts, parts = gradient_in_chunks(
             self._encode, synthetic.images[rows], synthetic.texts[rows], loss_of, self.rule.chunk
         )
@@ -388,7 +394,7 @@ class CharacteristicMatching:
         return parts
 
     def after(self, synthetic: Synthetic, iteration: int) -> None:
-        """Take psi's ascent step on the first draw of the next iteration, and halve the rates on a plateau."""
+        """Take psi's ascent step on the first draw of the next iteration, and count its loss for `patience`."""
         if self.psi is None and self.rule.patience is None:
             return
         ahead = iteration + 1

@@ -22,7 +22,7 @@ from rmdd.methods.trajectory import Method
 
 
 def without(run: config.Run, *, ptm: bool = False, st: bool = False, ema: bool = False) -> config.Run:
-    """Return `run` without PTM, ST or EMA, whichever is True: the ablation of the paper's Table 4.
+    """Return a copy of `run` without those of PTM, ST and EMA that are True (ablation of the paper's Table 4).
 
     Without PTM, one phase distils all pairs, with the range and endpoint of the first phase; the paper does not say
     which ones it used. Without ST, all expert epochs are needed, so `experts.keep` becomes `all`.
@@ -40,14 +40,12 @@ def without(run: config.Run, *, ptm: bool = False, st: bool = False, ema: bool =
 
 
 class PTMST(Method):
-    """PTM-ST sets no defaults: those of `distill` are its values, except that `estimator` is exact.
-
-    Presets named after the paper set `estimator: first_order`.
-    """
+    """PTM-ST sets no defaults: the defaults of the section `distill` are the paper's values, except that `estimator` is
+    `exact`. Presets named after the paper set `estimator: first_order`."""
 
     reference = "ptm_st"
     card = "2603.25388"
     verified = (
-        "paths, gradients and averages equal a slow float64 version; best method on emoji; every ablation of Table 4 "
-        "runs. Not verified: the published numbers"
+        "paths, gradients and averages equal a slow float64 version; highest scores of all methods on emoji; every "
+        "ablation of Table 4 runs. Not verified: the published numbers"
     )

@@ -35,13 +35,13 @@ from rmdd.models.dual import DualEncoder
 
 @dataclass(frozen=True)
 class Blend:
-    """Mixing rule of a mini-batch: each pair keeps the share `weight`, its partner's features fill the rest."""
+    """Random blend of a mini-batch: each pair keeps the share `weight`, features of its partner fill the rest."""
 
     weight: float
     partner: Int[Tensor, " B"]
 
     def of(self, features: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-        """Return each row mixed with the row of its partner."""
+        """Return each row of `features` mixed with the row of its partner."""
         return (
             self.weight * features + (1 - self.weight) * features[self.partner.to(features.device, non_blocking=True)]
         )
@@ -50,7 +50,7 @@ class Blend:
 @dataclass(frozen=True)
 class BlendedDraw(Draw):
     blends: tuple[Blend, ...]
-    """One blend per inner step."""
+    """One random blend of the batch per inner step."""
 
 
 class RepBlend(LoRS):
@@ -63,7 +63,7 @@ class RepBlend(LoRS):
     reference = "repblend"
     card = "2505.14705"
     verified = (
-        "blended steps equal a slow float64 version; better than random pairs on emoji. "
+        "blended steps equal a slow float64 version; scores better than random pairs on emoji. "
         "Not verified: the published numbers"
     )
     defaults = filled({"model": {"image": {"trainable": False, "projection": "block"}}}, LoRS.defaults)

@@ -18,7 +18,7 @@ from rmdd.methods.lors import LoRS
 class TeslaVL(LoRS):
     card = "2211.10586"
     verified = (
-        "gradients equal a float64 version of TESLA's two passes; worse than random pairs on emoji. "
+        "gradients equal a float64 version of TESLA's two passes; scores worse than random pairs on emoji. "
         "Not verified: the published numbers"
     )
     defaults = filled(

@@ -91,7 +91,7 @@ class Method(BaseMethod):
                 )
                 mistakes.append(Clash(text, "distill.trajectory", "experts.epochs", *OF_REACH))
         if rule.trajectory == "original" and experts.keep == "endpoints":
-            text = "distill.trajectory 'original' reads all expert epochs; set experts.keep: all"
+            text = "distill.trajectory 'original' reads the experts at every epoch; set experts.keep: all"
             mistakes.append(Clash(text, "distill.trajectory", "experts.keep"))
         return mistakes
 
@@ -125,7 +125,7 @@ class Method(BaseMethod):
         merged = self.rule.branches == "merged"
         miss = {"loss": "both towers"} if merged else {"miss_image": "image tower", "miss_text": "text tower"}
         return [
-            ("matching loss", miss, (1.0, "student at its start")),
+            ("matching loss", miss, (1.0, "student before its first step")),
             ("student loss, first inner step", {"student_loss": ""}, None),
             ("learned rates", {"lr_image": "image tower", "lr_text": "text tower"}, None),
         ]
@@ -140,7 +140,7 @@ class Method(BaseMethod):
         return shortcut.open_path(store, expert, self.rule, self.run.endpoint_of(phase))
 
     def ranges(self, store: Store, experts: Sequence[int], phase: int) -> dict[str, tuple[int, int]]:
-        """Return the half-open range of start epochs of each tower; called once per phase."""
+        """Return the half-open range of start epochs of each tower; called once at the start of each phase."""
         return self.rule.phases[phase].ranges
 
     def draw(
@@ -163,7 +163,7 @@ class Method(BaseMethod):
 
 
 def _of_rule(method: type[Method], rule: config.Distill) -> list[Clash]:
-    """Return the combinations of `distill` fields that do not work together."""
+    """Return one message per combination of `distill` fields that does not work."""
     mistakes = []
     if rule.plan.plans:
         mistakes += _cannot_plan(method, rule)
@@ -179,7 +179,7 @@ def _of_rule(method: type[Method], rule: config.Distill) -> list[Clash]:
 
 
 def _of_phases(method: type[Method], rule: config.Distill) -> list[Clash]:
-    """Return the mistakes in the phases."""
+    """Return one message per mistake in `distill.phases`."""
     mistakes = []
     for p, phase in enumerate(rule.phases):
         this = f"distill.phases.{p}"
@@ -221,7 +221,7 @@ def _of_phases(method: type[Method], rule: config.Distill) -> list[Clash]:
 
 
 def _cannot_plan(method: type[Method], rule: config.Distill) -> list[Clash]:
-    """Return the reasons why the phases of a run cannot be planned automatically."""
+    """Return one message per reason why the phases of a run cannot be planned automatically."""
     setting = f"distill.phases: {rule.plan.kind}"
     mistakes, fields = [], ("distill.phases", "plan.kind")
     if rule.trajectory == "convexified":

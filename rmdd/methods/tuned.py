@@ -30,7 +30,7 @@ from rmdd.models.prepared import PreparedSplit
 
 
 class TunedMethod(GenerativeMethod):
-    """A generative method with a trained model, stored under a hash of everything that determines its weights."""
+    """A generative method that trains a model, stored under a hash of everything that determines its weights."""
 
     needs: ClassVar[tuple[Need, ...]] = ("diffusion",)
 
@@ -47,7 +47,7 @@ class TunedMethod(GenerativeMethod):
 
     @abstractmethod
     def shapes(self) -> dict[str, Any]:
-        """Return the options that determine the trained weights; data, models and seed are added to the hash anyway."""
+        """Return the options that determine the trained weights, for the hash; data, models and seed are hashed too."""
 
     @abstractmethod
     def updates(self, captions: int) -> int:
@@ -71,7 +71,7 @@ class TunedMethod(GenerativeMethod):
         """Return the trainer that runs the updates (`rmdd.generate.tuning`)."""
 
     def tuned_folder(self, root: Path, data: str) -> Path:
-        """Return the folder of the trained model in the storage `root`; `data` is the hash of the dataset."""
+        """Return the folder of the trained model below the storage folder `root`; `data` is the hash of the dataset."""
         view = self.run.hashed("data", "features")
         facts = {
             "version": [NUMBERS_VERSION, type(self).version],
@@ -115,8 +115,8 @@ class TunedMethod(GenerativeMethod):
         return images_of
 
     def before(self, phase: int, count: Callable[[int], int]) -> int:
-        """Return the sum of `count(pairs)` over all earlier phases.
+        """Return the sum over all earlier phases of `count(pairs)`, the number of captions drawn for that many pairs.
 
-        All phases share one random draw; the sum is the offset of this phase in it.
+        All phases share one sequence of random draws, and the sum is the index at which the draws of this phase begin.
         """
         return sum(count(p.pairs) for p in self.rule.phases[:phase])

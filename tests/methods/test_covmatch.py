@@ -213,7 +213,7 @@ def test_texts_stay_as_long_as_their_captions(setting):
 
 
 def test_invalid_settings_are_rejected():
-    with pytest.raises(config.ConfigError, match=r"texts: tokens needs a tower with tokens; set model.text.name"):
+    with pytest.raises(config.ConfigError, match=r"texts: tokens needs a text tower that reads tokens; set model"):
         run_of("covmatch", {"texts": "tokens"})
     with pytest.raises(config.ConfigError, match=r"needs the masks of real captions; set distill.init: real"):
         run_of("covmatch", {"texts": "tokens"}, text={"name": str(Path(__file__).parent)}, init="noise")

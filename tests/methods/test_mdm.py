@@ -279,7 +279,7 @@ def test_momentum_moves_pairs_that_were_not_drawn(toy, tmp_path):
         ({"distill": {"options": {"first_epoch": 9}}}, r"first_epoch 9 is larger than experts.epochs 3"),
         ({"distill": {"options": {"kernel": "cosine"}}}, "distill.options.kernel"),
         ({"distill": {"similarity": {"kind": "full"}}}, "set distill.similarity.kind: identity"),
-        ({"model": {"image": {"weights": "random"}}}, r"draws new ones for each; set random:SEED"),
+        ({"model": {"image": {"weights": "random"}}}, r"draws new ones for each expert; set random:SEED"),
     ],
 )
 def test_invalid_settings_are_rejected(change, words):
