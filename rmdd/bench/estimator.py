@@ -1,7 +1,6 @@
-"""`rmdd bench estimator`: compare the first-order meta-gradient with the exact one during a real run.
-
-The outer loop uses the estimator of the run. At regular intervals the other estimator gets the same state and the same
-draw, and both gradients are compared tensor by tensor. Nothing is saved.
+"""`rmdd bench estimator`: compare the first-order meta-gradient with the exact one during a distillation. The outer
+loop uses the estimator of the run. At regular intervals the other estimator computes the gradient of the same set for
+the same draw, and both gradients are compared tensor by tensor. Nothing is saved.
 """
 
 import math
@@ -35,8 +34,9 @@ def compare_estimators(
 ) -> list[dict[str, Any]]:
     """Run the outer loop and compare both estimators every `every` iterations; return one row per comparison.
 
-    A row has `iteration`, `start`, `loss`, and for each tensor the cosine and the norm ratio (first-order over exact).
-    For a learning rate, a scalar, the cosine is 1 or -1. If the loss is not finite, the loop ends with a row `stopped`.
+    A row has `iteration`, `start` (epoch), `loss`, and for each tensor of the set the cosine and the norm ratio
+    (first-order over exact). For a learning rate, a scalar, the cosine is 1 or -1. If the loss is not finite, the loop
+    ends, and its last row has the reason as `stopped`.
     """
     matcher = Matcher(methods.matching_method(run), phase, store, model, device)
     state = State.begin(initial).to(device)
@@ -79,7 +79,7 @@ def norm_ratio(a: Tensor, b: Tensor) -> float:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return for each tensor the median cosine and norm ratio over all rows, without zero gradients."""
+    """Return, for each tensor of the set, the medians of cosine and norm ratio over all rows with nonzero gradients."""
     compared = [row for row in rows if "cosine" in row]
     medians: dict[str, dict[str, float]] = {}
     for name in compared[0]["cosine"] if compared else ():
@@ -90,7 +90,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def of_run(pipeline: Pipeline, phase: int, iterations: int, every: int) -> list[dict[str, Any]]:
-    """Train the missing experts of a run, then compare both estimators in one of its phases."""
+    """Train the missing experts of a run, then compare both estimators for `iterations` iterations of phase `phase`."""
     run = pipeline.plan()
     if not 0 <= phase < len(run.distill.phases):
         raise ValueError(f"unknown phase {phase}; give a phase from 0 to {len(run.distill.phases) - 1}")

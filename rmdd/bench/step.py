@@ -1,9 +1,9 @@
 """`rmdd bench step`: time, peak memory and FLOPs of one matching iteration, compared with reference loops.
 
-Variants are timed in turn, so that other load on the machine affects all of them equally. On a CPU, peak memory is the
-resident set of a separate process: one iteration to warm up, a reset of the high-water mark (/proc/self/clear_refs,
-Linux only), and one more iteration. There glibc returns every freed tensor at once, so that heap fragmentation is not
-counted. On a GPU, peak memory is the count of PyTorch's allocator.
+The variants of the iteration are timed in turn, so that other load on the machine affects all of them equally. On a
+CPU, peak memory is the resident set of a separate process: one iteration to warm up, a reset of the high-water mark
+(/proc/self/clear_refs, Linux only), and one more iteration. In that process glibc returns every freed tensor at once,
+so that heap fragmentation is not counted. On a GPU, peak memory is the count of PyTorch's allocator.
 """
 
 import ctypes
@@ -45,7 +45,7 @@ YARDSTICKS = ("whole_unroll", "published", "published_rebuilt")
 
 @dataclass(frozen=True)
 class Case:
-    """The problem to measure: a dual encoder, a synthetic set, and the number of inner steps."""
+    """The matching problem to measure: a dual encoder, a synthetic set, and the number of inner steps."""
 
     tower: str = "convnet"
     widths: tuple[int, ...] = (64, 64, 64)
@@ -72,11 +72,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to compute the iteration: a reference loop, or an estimator with engine options."""
+    """One way to compute a matching iteration: a reference loop, or an estimator with engine options."""
 
     name: str
     method: str | None = None
-    """Method whose defaults set loss, similarity, blending and trainable towers; None: those of the case."""
+    """Name of the method whose defaults set loss, similarity, blending and trainable towers; None: those of `Case`."""
     estimator: Literal["exact", "first_order"] | None = None
     """Gradient estimator; None for a reference loop, which `name` identifies."""
     engine: Engine = AS_RUN
@@ -88,7 +88,7 @@ def variants(
     yardsticks: Sequence[str] = YARDSTICKS,
     of_methods: Sequence[str] = (),
 ) -> list[Variant]:
-    """Return the reference loops, then every estimator with every engine, for the case and for each of `of_methods`."""
+    """Return the variants to measure: reference loops, then each estimator with each engine, per method."""
     for name in of_methods:
         if not methods.find(name).unrolls:
             raise ValueError(f"method {name} does not match trajectories, so it has no matching step; remove it")
@@ -100,7 +100,7 @@ def variants(
 
 
 def engine_of(words: str) -> Engine:
-    """Parse engine options such as `reverse,bfloat16,recompute`; other options are as in a run."""
+    """Parse engine options such as `reverse,bfloat16,recompute`; missing options keep the defaults of a run."""
     options: dict[str, Any] = {"second_pass": "forward"}
     for word in filter(None, words.split(",")):
         if word.startswith("reuse=") and word[6:].isdigit():
@@ -123,7 +123,7 @@ def yardsticks_of(words: str) -> list[str]:
 
 
 def run_of(case: Case, method: str | None = None) -> config.Run:
-    """Return the case as a run, with the defaults of `method` or with the loss and similarity of the case."""
+    """Return a run that describes `case`, with the defaults of `method` or with the loss and similarity of the case."""
     convnet = case.tower == "convnet"
     image: dict[str, Any] = {"name": case.tower, "weights": "random:0", "widths": case.widths}
     image["projection"] = "linear" if convnet else "none"
@@ -131,7 +131,7 @@ def run_of(case: Case, method: str | None = None) -> config.Run:
     if method is not None:
         image |= methods.find(method).defaults.get("model", {}).get("image", {})
         plan = {"method": method, "similarity": methods.find(method).defaults.get("distill", {}).get("similarity", {})}
-    if plan["similarity"].get("kind") == "low_rank":  # low-rank factors must not be larger than the full matrix
+    if plan["similarity"].get("kind") == "low_rank":  # low-rank factors must not exceed the full matrix
         plan["similarity"] = plan["similarity"] | {"rank": min(10, max(1, (case.pairs - 1) // 2))}
     phase = {"pairs": case.pairs, "start": 0, "stop": 1, "iterations": 1}
     raw = {
@@ -148,9 +148,9 @@ def run_of(case: Case, method: str | None = None) -> config.Run:
 
 
 def prepare(case: Case, method: str | None = None) -> Callable[[Variant], Callable[[], tuple[torch.Tensor, Synthetic]]]:
-    """Create the tensors of a case; return a function that maps a variant to its iteration.
+    """Create the tensors of a case; return a function that maps a variant to a function computing one iteration.
 
-    Calling the iteration returns the matching loss and the gradient in the synthetic set.
+    That function returns the matching loss and its gradient in the synthetic set.
     """
     device, dtype = torch.device(case.device), getattr(torch, case.dtype)
     run = run_of(case, method)
@@ -220,8 +220,9 @@ def bench_step(
 ) -> dict[str, Any]:
     """Measure the variants `chosen` on `case`; with `out`, write the result as JSON.
 
-    A variant has seconds (median and quartiles), pairs per second, peak bytes above the process's baseline, and FLOPs;
-    variants without a method also have their ratios to the reference loops, which compute the same steps.
+    The result has, for each variant, seconds per iteration (median and quartiles), pairs per second, peak bytes above
+    the process's baseline, and FLOPs. A variant without a method also has its ratios to the reference loops, which
+    compute the same steps.
     """
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}, but must be at least 1; use 20 for a reliable median")
@@ -292,7 +293,7 @@ def peak_bytes(case: Case, variant: Variant) -> int:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the result as a text table."""
+    """Return the result of `bench_step` as a text table."""
     rows = result["variants"]
     against = [y for y in YARDSTICKS if y in rows]
     heads = ["variant", "s/iter", "pairs/s", "peak MB", "GFLOP", *(f"time, memory / {y}" for y in against)]
@@ -334,7 +335,7 @@ def _wait(device: str) -> None:
 
 
 def resident(field_name: Literal["VmRSS", "VmHWM"]) -> int:
-    """Return the resident bytes of this process now (`VmRSS`) or at its peak (`VmHWM`)."""
+    """Return the resident memory of this process in bytes, now (`VmRSS`) or at its peak (`VmHWM`)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field_name}:"):
             return 1024 * int(line.split()[1])

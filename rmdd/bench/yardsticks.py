@@ -1,6 +1,6 @@
 """Reference loops for the benchmark: a full unroll with autograd, and the two-pass loop of the papers' released code.
 
-B pairs in a mini-batch, K inner steps.
+B is the number of pairs in a mini-batch, K the number of inner steps.
 """
 
 import math
@@ -17,11 +17,11 @@ from rmdd.models.dual import DualEncoder, Params, tower_of
 from rmdd.models.image import ConvNet
 
 PairLoss = Callable[[Tensor, Tensor], Tensor]
-"""Loss function: scores (B, B) and target similarity (B, B) to a scalar."""
+"""Loss function: maps scores (B, B) and target similarity (B, B) to a scalar."""
 
 
 def plain(model: DualEncoder) -> DualEncoder:
-    """Return the same encoder with a plain layer-by-layer ConvNet instead of the optimised one."""
+    """Return the same encoder with an ordinary ConvNet, computed layer by layer, instead of the optimised one."""
     tower = model.image_tower
     if isinstance(tower, ConvNet):
         tower = _Plain(tower)
@@ -45,7 +45,7 @@ def whole_unroll(
     synthetic: Synthetic,
     batches: Int[Tensor, "K B"],
 ) -> tuple[Tensor, Synthetic]:
-    """Return the matching loss and its exact gradient, by autograd through all K inner steps."""
+    """Return the matching loss and its exact gradient in the set, by autograd through all K inner steps."""
     leaf = synthetic.map(lambda t: t.detach().requires_grad_())
     rates = {"image": leaf.lr_image, "text": leaf.lr_text}
     theta = {n: p.detach().requires_grad_() for n, p in start.items()}
@@ -65,7 +65,7 @@ def whole_unroll(
 
 
 class _Flat:
-    """The network of one modality as a function of one flat parameter vector, which every call splits into views."""
+    """Network of one modality as a function of one flat parameter vector, which every call splits into views."""
 
     def __init__(self, parts: nn.Module):
         self.parts = parts
@@ -88,10 +88,10 @@ def published(
 ) -> tuple[Tensor, Synthetic]:
     """Compute one iteration like the released code of LoRS, whose loop RepBlend and PTM-ST also use.
 
-    It keeps the properties of that code that cost time or memory: one parameter vector per modality; `create_graph` in
-    both passes; separate calls for image and text gradients; clones of every mini-batch; parameters that stay linked
-    from step to step; the graph of a step stays alive until the next one; rates are read with `.item()`. `build` gives
-    the encoder; the released code builds a new one in every iteration.
+    This loop keeps the properties of that code that cost time or memory: one parameter vector per modality;
+    `create_graph` in both passes; separate calls for image and text gradients; clones of every mini-batch; parameters
+    that stay linked from step to step; the graph of a step stays alive until the next one; learning rates are read with
+    `.item()`. `build` gives the encoder; the released code builds a new one in every iteration.
     """
     model = build()
     nets = {"image": _Flat(nn.Sequential(model.image_tower, model.image_head)), "text": _Flat(model.text_head)}

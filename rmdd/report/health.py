@@ -1,4 +1,4 @@
-"""Write the embedding health of a run as CSV and SVG files, and draw it for the HTML report."""
+"""Write the embedding health of a distilled set as CSV and SVG files, and draw its plots for the HTML report."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ SIDES = ("image", "text")
 
 
 def write_health(health: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write health.csv and health.svg; return their paths and that of health.json."""
+    """Write health.csv and health.svg of a run; return their paths and the path of health.json."""
     rows = [row | {"iterations": " ".join(map(str, row.get("iterations", ())))} for row in health["rows"]]
     write_csv(folder / "health.csv", rows)
     files = [folder / "health.json", folder / "health.csv"]
@@ -34,7 +34,7 @@ def drawings(health: Mapping[str, Any]) -> list[str]:
 def _panels(
     health: Mapping[str, Any],
 ) -> list[tuple[str, Sequence[int], dict[str, list[float]], tuple[float, str]]]:
-    """Return for each plot its title, iterations (of the longest phase), lines, and the level of random real pairs."""
+    """Return, for each health plot, its title, iterations (x axis), lines, and the level of random real pairs."""
     sets = [row for row in health["rows"] if row["set"] == "distilled"]
     real = next(row for row in health["rows"] if row["set"] == "random pairs")
     x = [max(row["iterations"]) for row in sets]

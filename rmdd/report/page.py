@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 RECALLS = ("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10", "R@mean")
 GALLERY = 60  # maximum number of pairs in the gallery
-EXACT_BYTES = 1_500_000  # a gallery with fewer bytes of pixels is stored losslessly as PNG
+EXACT_BYTES = 1_500_000  # galleries with fewer bytes of pixels are stored losslessly as PNG
 SIDE = 96  # side in pixels of the images of larger galleries, stored as JPEG
 STRONGEST = 3  # number of strongest links between different pairs that are listed under a heat map
 
@@ -49,7 +49,7 @@ def write_report(
     seconds: dict[str, float],
     measured: dict[str, Any],
 ) -> None:
-    """Write the page of a run with its set at `set_path` and its embedding health `measured`. The page loads no URL."""
+    """Write the HTML page of a run with its set at `set_path` and its embedding health `measured`; it loads no URL."""
     distilled = DistilledSet.load(set_path)
     logs = [_read_log(paths.phase(p) / "metrics.jsonl") for p in range(len(distilled.subsets))]
     method, name = method_of(run), TITLES.get(distilled.method, distilled.method)
@@ -95,7 +95,7 @@ def write_report(
 
 
 def headline(name: str, distilled: DistilledSet, evaluation: dict[str, Any]) -> str:
-    """Return the result in one sentence, from the test scores after the last pass."""
+    """Return the main result of a run in one sentence, from the test scores of students after their last pass."""
     table = evaluation["table"]
     ours, random, full = (table[row]["test_last"]["R@mean"] for row in (distilled.method, "random", "full"))
     reach = f"train a student to {ours['mean']:.1f} R@mean on unseen test pairs"
@@ -140,7 +140,7 @@ def number(value: float | int) -> str:
 
 
 def plus_minus(score: dict[str, float]) -> str:
-    """Return mean and spread as text; a single student has no spread."""
+    """Return mean and spread of a score as text; the score of a single student has no spread."""
     return f"{score['mean']:.1f}" + ("" if _no_spread(score) else f" ± {score['std']:.1f}")
 
 
@@ -191,7 +191,7 @@ def _result_groups(name: str, distilled: DistilledSet, evaluation: dict[str, Any
     labels, table = _labels(name, distilled, evaluation), evaluation["table"]
     titles = {
         "test_last": "Test, read once after the last pass (test_last)",
-        "val": "Validation, which all choices used (val)",
+        "val": "Validation split, on which all choices were made (val)",
         "test_best_reference": "The best pass, picked on the test set (test_best_reference): "
         "the papers' protocol, only for comparison with their numbers",
     }
@@ -211,7 +211,7 @@ def _result_groups(name: str, distilled: DistilledSet, evaluation: dict[str, Any
 
 
 def _probes(name: str, distilled: DistilledSet, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return for each probe its rows, its facts and its baselines (chance, most frequent answer)."""
+    """Return, for each probe, its result rows, description (`facts`) and baselines (chance, most frequent answer)."""
     labels, table = _labels(name, distilled, evaluation), evaluation["table"]
     return [
         {
@@ -239,14 +239,14 @@ def _probes(name: str, distilled: DistilledSet, evaluation: dict[str, Any]) -> l
 
 
 def _shown(pairs: Sequence[int]) -> list[list[int]]:
-    """Return the pairs of each subset in the gallery: evenly spaced, about `GALLERY` in total, at least one each."""
+    """Return, for each subset, the indices of its pairs in the gallery: evenly spaced, about `GALLERY` in total."""
     share = min(1.0, GALLERY / sum(pairs))
     counts = [max(1, int(m * share)) for m in pairs]
     return [[i * m // n for i in range(n)] for m, n in zip(pairs, counts, strict=True)]
 
 
 def _gallery(paths: RunPaths, distilled: DistilledSet) -> list[list[dict[str, Any]]]:
-    """Return for each subset the pairs in the gallery: images (as data URIs) and captions, before and after."""
+    """Return the pairs of each subset in the gallery: images (data URIs) and captions before and after distillation."""
     rows = _shown([s.pairs for s in distilled.subsets])
     _, _, height, width = distilled.subsets[0].images.shape
     exact = 2 * sum(map(len, rows)) * 3 * height * width <= EXACT_BYTES
@@ -281,7 +281,7 @@ def _pictures(images: Tensor, distilled: DistilledSet, exact: bool) -> list[str]
 
 
 def _similarity(subsets: Sequence[Subset]) -> list[dict[str, Any]]:
-    """Return for each subset its heat map, value ranges on and off the diagonal, and strongest off-diagonal entries."""
+    """Return, for each subset, its similarity as a heat map, value ranges on and off the diagonal, and top links."""
     import torch
 
     maps: list[dict[str, Any]] = []
@@ -313,7 +313,7 @@ def _similarity(subsets: Sequence[Subset]) -> list[dict[str, Any]]:
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
-    """Read the complete lines of a metrics log. A truncated last line is skipped; a missing log gives no lines."""
+    """Read the complete lines of the metrics log at `path`, without a truncated last line; no log gives no lines."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
@@ -324,7 +324,7 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def _curves(method: BaseMethod, lines: list[dict[str, Any]]) -> list[Markup]:
-    """Draw the curves of one phase from its log."""
+    """Draw the plots that `method` defines for one phase, from the lines of the phase's metrics log."""
     drawn, logged = [], {name: None for line in lines for name in line}
     for title, labels, level in method.curves(logged):
         shown = {key: label for key, label in labels.items() if any(key in line for line in lines)}
@@ -349,7 +349,7 @@ def _val_plots(epochs: int, evaluation: dict[str, Any]) -> list[Markup]:
 
 
 def _speed(lines: list[dict[str, Any]]) -> float | None:
-    """Return the median seconds per iteration; None without a log."""
+    """Return the median seconds per iteration over the lines of a metrics log; None if no line has it."""
     seconds = [line["seconds"] for line in lines if "seconds" in line]
     return statistics.median(seconds) if seconds else None
 

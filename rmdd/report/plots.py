@@ -15,7 +15,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-IMAGE, TEXT, REST = "#e8590c", "#1c7ed6", "#868e96"  # readable on white and on near-black
+IMAGE, TEXT, REST = "#e8590c", "#1c7ed6", "#868e96"  # colours that are readable on white and on near-black
 FULL = "#2f9e44"
 INK = "#010203"  # placeholder that is replaced by the page's text colour
 POINTS = 75  # maximum number of points of a curve; longer curves are averaged in bins
@@ -77,7 +77,7 @@ def _inline(svg: str, title: str) -> str:
 
 
 def results(rows: Sequence[tuple[str, float, float]]) -> str:
-    """Draw a horizontal bar per (name, mean, spread); a NaN spread draws no error bar."""
+    """Draw one horizontal bar per (name, mean, spread) in `rows`; a spread of NaN draws no error bar."""
     drawing = Drawing("R@mean on test", size=(6.4, 0.5 + 0.42 * len(rows)))
     ax, colours = drawing.ax, [REST, IMAGE, FULL]
     with matplotlib.rc_context(STYLE):
@@ -102,7 +102,7 @@ def curves(
     *,
     level: tuple[float, str] | None = None,
 ) -> str:
-    """Draw up to three named lines over x: the mean of each bin, with its range as a band.
+    """Draw up to three named lines over `x`: the mean of each bin of points, and the range of the bin as a band.
 
     `level` (value and label) is a dotted horizontal line.
     """
@@ -125,7 +125,7 @@ def _binned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 def snapshots(val: Sequence[Mapping[str, Any]], chosen: Sequence[int]) -> str:
-    """Draw val R@mean of the snapshots over the iterations of the longest phase, and mark the exported snapshot."""
+    """Draw val R@mean of the set's snapshots over the iterations of the longest phase; mark the exported snapshot."""
     drawing = Drawing("choice of the exported snapshot", "iterations", "val R@mean")
     points = sorted((max(v["iterations"]), v["R@mean"], list(v["iterations"]) == list(chosen)) for v in val)
     with matplotlib.rc_context(STYLE):
@@ -137,7 +137,7 @@ def snapshots(val: Sequence[Mapping[str, Any]], chosen: Sequence[int]) -> str:
 
 
 def students(curves: Sequence[Sequence[Mapping[str, Any]]], epochs: int, levels: Mapping[str, float]) -> str:
-    """Draw val R@mean of every student over its passes; dotted lines mark the end of a subset."""
+    """Draw val R@mean of every student over its training passes; a dotted line marks the end of each subset."""
     drawing = Drawing("students during training", "passes", "val R@mean")
     with matplotlib.rc_context(STYLE):
         for i, curve in enumerate(curves):
@@ -154,7 +154,7 @@ def students(curves: Sequence[Sequence[Mapping[str, Any]]], epochs: int, levels:
 
 
 def tuning(val: Sequence[Mapping[str, Any]]) -> str:
-    """Draw val R@mean of random pairs over the learning rates that were tried, with a line per loss."""
+    """Draw val R@mean of students on random pairs over the learning rates that were tried, with one line per loss."""
     drawing = Drawing("random pairs, tuned on val", "student learning rate", "val R@mean")
     with matplotlib.rc_context(STYLE):
         for loss, colour in zip(dict.fromkeys(v["loss"] for v in val), (REST, TEXT, FULL), strict=False):

@@ -1,17 +1,18 @@
-"""Tables that accompany the result table: bootstrap intervals, the gain from picking on test, LRS/ARS scores, and cost.
+"""Tables of the report next to the result table: bootstrap intervals, the gain from picking on test, LRS/ARS scores,
+and cost.
 
-An evaluation without the numbers of a table leaves that table out.
+A table is left out if the evaluation has no numbers for it.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 TextTable = dict[str, Any]
-"""A table of text: `title`, `heads`, `rows` (a label and its cells) and `note`."""
+"""A table whose cells are text: `title`, `heads` (of columns), `rows` (each a label and its cells) and `note`."""
 
 
 def tables(evaluation: Mapping[str, Any], labels: Mapping[str, str], recalls: Sequence[str]) -> list[TextTable]:
-    """Return all tables whose numbers are in `evaluation`; `labels` maps rows to their names."""
+    """Return all tables whose numbers are in `evaluation`; `labels` maps keys of rows to displayed names."""
     parts = (_certainty(evaluation, labels, recalls), _reference(evaluation), _scores(evaluation))
     return [table for table in parts if table]
 
@@ -30,7 +31,7 @@ def cost_rows(evaluation: Mapping[str, Any], cost: Mapping[str, Any]) -> list[tu
 
 
 def lines(evaluation: Mapping[str, Any], labels: Mapping[str, str]) -> list[str]:
-    """Return the tables as lines of text, with R@mean only."""
+    """Return the rows of all tables as lines of text, with R@mean as the only recall."""
     rows = []
     for table in tables(evaluation, labels, ("R@mean",)):
         rows += [f"{label}: {', '.join(cells)}" for label, *cells in table["rows"]]
@@ -87,8 +88,9 @@ def _scores(evaluation: Mapping[str, Any]) -> TextTable | None:
     rows = [(label, between(scores["points"][key], "+")) for key, label in names.items()]
     rows += [(f"{name}, 0 to 100", f"{scores[name]:.1f}") for name in ("LRS", "ARS")]
     note = (
-        f"Points of R@mean on test, with 95 % intervals over images. Hard labels: InfoNCE, identity similarity, the "
-        f"experts' rates. Random pairs with the same recipe: similarity {scores['similarity']}, rate chosen on val."
+        "Points of R@mean on test, with 95 % intervals over images. Hard labels: InfoNCE, identity similarity, the "
+        f"experts' learning rates. Random pairs with the same recipe: similarity {scores['similarity']}, learning rate "
+        "chosen on val."
     )
     return {
         "title": "Contribution of the recipe and of the pairs",

@@ -1,4 +1,4 @@
-"""Write the HTML page of a search: its trials, the importance of each field, and val R@mean over each field."""
+"""Write the HTML page of a hyperparameter search: trials, importance of each field, and val R@mean over each field."""
 
 import json
 from collections import Counter
@@ -17,7 +17,7 @@ from rmdd.core.files import atomic_path
 from rmdd.report.plots import IMAGE, INK, REST, STYLE, TEXT, Drawing
 
 Rows = Sequence[Mapping[str, Any]]
-"""Rows of trials as written by `rmdd.searches.table`, in the order of their numbers."""
+"""One row per trial, as written by `rmdd.searches.table`, in the order of the trial numbers."""
 
 BEST = " The run file of the best trial is best.yaml in the folder of this page."
 LABEL = 18
@@ -38,9 +38,10 @@ th, td {{ padding: .2rem .7rem; text-align: left; border-bottom: 1px solid #8884
 def write_page(
     path: Path, name: str, rule: config.Search, rows: Rows, best: Sequence[int], shares: Mapping[str, float]
 ) -> None:
-    """Write the page of a search of run `name`. The page loads no URL.
+    """Write the HTML page of a search of run `name`. The page loads no URL.
 
-    `best` are the numbers of the best trials; `shares` is the share of the variance of val that each field explains.
+    `best` holds the numbers of the best trials; `shares` holds, per field, the share of the variance of val R@mean that
+    the field explains.
     """
     title = f"search: {name}"
     counts = Counter(row["state"] for row in rows)
@@ -92,7 +93,7 @@ def _label(choice: Any) -> str:
 
 
 def importance(shares: Mapping[str, float]) -> str:
-    """Draw a bar per field: the share of the variance of val that it explains."""
+    """Draw one bar per searched field: the share of the variance of val R@mean that the field explains."""
     drawing = Drawing("importance of fields", "share of the variance of val", size=(4.0, 0.8 + 0.3 * len(shares)))
     with matplotlib.rc_context(STYLE):
         names = list(shares)[::-1]
@@ -103,7 +104,7 @@ def importance(shares: Mapping[str, float]) -> str:
 
 
 def slice_of(field: str, dimension: Dimension, rows: Rows, best: Sequence[int]) -> str:
-    """Draw val over one field with a point per trial: unfinished trials in grey, a ring around the best."""
+    """Draw val R@mean over one field, a point per trial: unfinished trials in grey, the best ones with a ring."""
     drawing = Drawing(field, "", "val R@mean")
     rows = [row for row in rows if field in row["values"] and row["val"] is not None]
     choices = [json.dumps(choice) for choice in dimension.choice or ()]
@@ -139,7 +140,7 @@ def log_ticks(low: float | int, high: float | int, integer: bool = False) -> lis
 
 
 def front(cost: str, done: Rows, best: Sequence[int]) -> str:
-    """Draw val over cost, with a ring around the trials on the Pareto front."""
+    """Draw val R@mean over the cost of each trial, with a ring around the trials on the Pareto front."""
     drawing = Drawing("val against cost", cost, "val R@mean")
     with matplotlib.rc_context(STYLE):
         _trials(drawing, [row["cost"][cost] for row in done], done, best)

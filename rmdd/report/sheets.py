@@ -50,7 +50,7 @@ class Sheet:
         ylabel: str,
         spreads: Mapping[str, Sequence[float]] = MappingProxyType({}),
     ) -> Axes:
-        """Draw named lines, with error bars for names in `spreads`; integer x values get integer ticks."""
+        """Draw named lines `y` over `x`, with error bars for names in `spreads`; integers in `x` get integer ticks."""
         ax = self.panels[panel]
         with matplotlib.rc_context(STYLE):
             for (name, values), colour in zip(y.items(), COLOURS * (1 + len(y)), strict=False):
@@ -71,7 +71,7 @@ class Sheet:
         spreads: Sequence[float],
         ylabel: str,
     ) -> None:
-        """Draw a point with an error bar per name, without a line between names."""
+        """Draw one point with an error bar per name, without a line between the points."""
         ax, ticks = self.panels[panel], range(len(names))
         with matplotlib.rc_context(STYLE):
             ax.errorbar(ticks, means, spreads, fmt="o", ms=5, capsize=4, color=COLOURS[0])
@@ -109,7 +109,7 @@ class Sheet:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
-    """Write `rows` as CSV; without `columns`, these are all keys in order of first appearance."""
+    """Write `rows` as CSV; without `columns`, the columns are all keys of the rows, in order of first appearance."""
     columns = columns or list(dict.fromkeys(key for row in rows for key in row))
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
@@ -118,11 +118,11 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[s
 
 
 def draw_plan(plan: Mapping[str, Any], path: Path) -> None:
-    """Draw the signals of a plan: the teacher's gain per epoch, straightness of paths, agreement of start epochs."""
+    """Draw the signals behind planned phases: the experts' gain on val, straightness of paths, cosines of gradients."""
     signals = plan["signals"]
     sheet = Sheet(3 + len(signals["agreement"]))
     epochs = list(range(len(signals["val"])))
-    ax = sheet.lines(0, "teacher's progress", epochs, {"": signals["share"]}, "epoch", "share of its gain on val")
+    ax = sheet.lines(0, "teacher's progress", epochs, {"": signals["share"]}, "epoch", "share of the gain on val")
     for p, (end, (first, last)) in enumerate(zip(plan["endpoints"], plan["starts"], strict=True)):
         colour = COLOURS[(p + 1) % len(COLOURS)]
         ax.axvline(end, color=colour, ls="--", label=f"phase {p}: endpoint")

@@ -1,4 +1,4 @@
-"""The `rmdd analyse` commands on a tiny run, and the functions behind them."""
+"""The `rmdd analyse` commands on a tiny run, and the functions that compute the results."""
 
 import csv
 import dataclasses
@@ -35,7 +35,7 @@ PHASES = [
 TINY = tiny.changed(
     model={"image": {"weights": "random:0"}},
     experts={"num": 2, "epochs": EPOCHS, "keep": "all"},
-    distill={"phases": PHASES, "reuse_graphs": 2},  # keeping graphs instead of a second pass is faster at this size
+    distill={"phases": PHASES, "reuse_graphs": 2},  # kept graphs are faster than a second pass at this size
 )
 
 
@@ -51,7 +51,7 @@ def load(storage, *overrides):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Train the experts of the tiny run; return the folder with its run file and storage."""
+    """Train the experts of the tiny run; return the folder that holds the run file and the storage."""
     folder = tmp_path_factory.mktemp("analyse")
     run = load(folder / "runs")
     (folder / "run.yaml").write_text(config.dump(run))
@@ -119,7 +119,7 @@ def test_the_collapse_table_has_teacher_and_student(trained, ink):
     val = [store.record(e)["metrics"][3]["val"] for e in (0, 1)]
     assert result["rows"][1]["teacher"] == pytest.approx(sum(val) / 2)
     assert all(0 <= r["student"] <= 100 for r in result["rows"])
-    assert len(list((trained / "runs" / "experts").glob("*/"))) == 1, "all cells must share the experts"
+    assert len(list((trained / "runs" / "experts").glob("*/"))) == 1, "all cells of the table must share the experts"
 
 
 def test_a_cell_of_the_collapse_is_one_phase_with_the_whole_budget():
@@ -154,7 +154,7 @@ OTHER_METHOD = [
     ],
 )
 def test_a_cell_draws_all_its_start_epochs_for_every_setting_of_the_run(sets):
-    """Check the default stops on both kinds of trajectory."""
+    """Every start below `stop` must be drawn, for the default stops and both kinds of trajectory."""
     run = load("runs", *sets)
     epochs, kinds = collapse_axes(EPOCHS, range(EPOCHS + 1), run.distill.match_epochs, None, TRAJECTORIES)
     cells = collapse_members(run, epochs, kinds)
@@ -167,7 +167,7 @@ def test_a_cell_draws_all_its_start_epochs_for_every_setting_of_the_run(sets):
 
 
 def test_cells_use_the_store_of_the_run():
-    """Cells must keep the same expert epochs as the run, otherwise new experts would be trained."""
+    """The runs of a table must keep the expert epochs of the original run; otherwise new experts would be trained."""
     run = load("runs", "experts.keep=endpoints", f"distill.phases={json.dumps(PHASES[:1])}")
     (member,) = collapse_members(run, [1], ["shortcut"])
     assert kept_epochs(member.run.experts, member.run.endpoints) == kept_epochs(run.experts, run.endpoints) == (2, 3)
@@ -273,7 +273,7 @@ def test_stores_that_keep_endpoints_allow_shortcuts(trained, ink):
 
 
 def test_norms_and_components_equal_those_of_single_gradients(trained):
-    """Compare gradient_norms.csv and pca.csv with gradients computed one by one."""
+    """Compare gradient_norms.csv and pca.csv with matching gradients that are computed one by one."""
     folder = run_folder(load(trained / "runs")) / "analyse"
     analyse(trained, "gradients", "--draws", "2")
     analyse(trained, "pca", "--draws", "2")

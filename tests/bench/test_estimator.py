@@ -1,4 +1,4 @@
-"""`rmdd bench estimator`: its rows compare the first-order with the exact gradient of the run's own loop."""
+"""`rmdd bench estimator`: its rows compare first-order and exact gradients at iterations of the run's outer loop."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Peak memory of a matching step: its growth with inner steps, and the estimate of `rmdd check`. Linux only."""
+"""Peak memory of a matching iteration: growth with the inner steps, and the estimate by `rmdd check`. Linux only."""
 
 import sys
 from dataclasses import replace
@@ -27,7 +27,7 @@ def run_of(case, **distill):
 
 @pytest.fixture(scope="module")
 def vector():
-    """Bytes of all trained parameters."""
+    """Return the bytes of one parameter vector, which holds all trained parameters."""
     return 4 * estimate.size_of(estimate.model_on_meta(run_of(CASE), CASE.text_width), False).trained
 
 

@@ -1,4 +1,4 @@
-"""`rmdd bench step` on a small case: the engine equals the reference loops, and all figures are measured."""
+"""`rmdd bench step` on a small case: the engine equals the reference loops, and every measured column is filled."""
 
 import json
 from dataclasses import replace
@@ -42,7 +42,9 @@ def test_methods_are_measured_with_their_own_defaults():
     chosen = variants(yardsticks=("published",), of_methods=("repblend", "mtt_vl"))
     rows = bench_step(SMALL, chosen, repeats=1, memory=False)["variants"]
     assert list(rows)[1:] == [f"{m}{e}" for m in ("", "repblend ", "mtt_vl ") for e in ("first_order", "exact")]
-    assert rows["exact"]["ratios"] and not rows["repblend exact"]["ratios"], "the reference loops use another student"
+    assert rows["exact"]["ratios"] and not rows["repblend exact"]["ratios"], (
+        "the reference loops use another student, so ratios must be missing"
+    )
     assert rows["repblend exact"]["flops"] != rows["mtt_vl exact"]["flops"]
     _, result = prepare(SMALL, "mtt_vl")(Variant("mtt_vl", "mtt_vl", "exact"))()
     assert not result.similarity

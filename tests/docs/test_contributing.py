@@ -1,4 +1,4 @@
-"""Files for contributors: versions agree, and the paths that they name exist."""
+"""Files for contributors: the versions that they state agree, and the paths that they name exist."""
 
 import re
 import tomllib

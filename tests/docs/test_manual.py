@@ -1,8 +1,7 @@
-"""README and manual: links resolve, and every block of commands, Python or YAML runs, or names what it needs.
-
-Blocks of a page run in order, in this process, in one folder that all pages share: a dataset, experts or phases that
-several commands use are made once. Paths below `/data` become small local datasets, `<hash>` the end of the newest
-folder of that name, and commands that train get `--set` options that make them tiny.
+"""README and manual: links resolve, and every block of commands, Python or YAML runs, unless the page says what the
+block needs. The blocks of a page run in order, in this process, in one folder that all pages share, so that a dataset,
+experts or phases for several commands are made once. Paths below `/data` become small local datasets, `NAME-<hash>`
+becomes the newest folder with that name, and commands that train get `--set` options that make the run tiny.
 """
 
 import glob
@@ -40,13 +39,13 @@ ELSEWHERE = {
         "bench_step(SMALL, chosen, repeats=2, out=",
     ),
 }
-"""Commands that are run elsewhere: the file that runs them, and words that must stand in it."""
+"""Commands of the pages that run elsewhere: the file that runs the command, and words that this file must contain."""
 
 DATASETS = "flickr8k|flickr30k|coco|cc3m|emoji"
 
 TRAINING = {"run", "demo", "check", "ingest", "experts", "distill", "evaluate", "health", "report", "search", "sweep"}
 TRAINING |= {"coreset", "gradients", "pca", "linearity", "collapse"}
-"""Commands whose word after them names a run."""
+"""Commands that take a run (a preset or a run file) as their next word."""
 
 TINY = [
     *("runtime.ray=off", "experts.num=2", "experts.epochs=6", "experts.batch=8", "data.image_size=16"),
@@ -56,11 +55,11 @@ TINY = [
 SCENES = "data.scenes={train: 60, val: 10, test: 10, size: 16}"
 HASHING = "model.text={name: hashing, width: 16, projection: linear}"
 MORE = {"search": ["search.trials=2"]}
-"""Further values by command."""
+"""Further `--set` values for a command, by the name of the command."""
 
 
 COMPLETE = {"extends": "demo", "model": {"image": {"weights": "random:0"}}}
-"""A run file that completes blocks of YAML which show a part of one."""
+"""A run file that completes YAML blocks which show only some fields of a run file."""
 
 
 def name_of(page):
@@ -109,7 +108,7 @@ def test_commands_that_run_elsewhere_are_there():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A working folder with small datasets and a tiny run of the demo."""
+    """Yield a working folder with small datasets and a finished tiny run of the preset `demo`."""
     folder = tmp_path_factory.mktemp("manual")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -121,7 +120,7 @@ def folder(tmp_path_factory):
 
 
 def write_emoji(root, **splits):
-    """Drawn pictures with two captions each, as the JSON lists and as the Karpathy file of the emoji dataset."""
+    """Write drawn pictures with two captions each, with the JSON lists and the Karpathy file of the emoji dataset."""
     everything, number = [], 0
     for split, count in splits.items():
         rows = []
@@ -139,7 +138,7 @@ def write_emoji(root, **splits):
 
 
 def write_table(root, count):
-    """Drawn pictures with a caption each, as a table."""
+    """Write drawn pictures with one caption each, and the table captions.csv that lists them."""
     lines = ["path,text"]
     for number in range(count):
         name = f"images/{number:04d}.png"
@@ -149,11 +148,11 @@ def write_table(root, count):
 
 
 def filled(text):
-    """Return the text of a block with its paths replaced by those of this machine."""
+    """Return the text of a block with `/data/` and `-<hash>` replaced by folders of this test."""
 
     def newest(match):
         folders = sorted(glob.glob(f"{match[1]}-????????"), key=os.path.getmtime)
-        assert folders, f"no folder {match[0]} was made before"
+        assert folders, f"no earlier command made the folder {match[0]}"
         return folders[-1]
 
     local = re.sub(r"(?<![\w/])/data/", f"{Path.cwd()}/data/", text)
@@ -161,7 +160,7 @@ def filled(text):
 
 
 def tiny(words):
-    """Return the options that make a command tiny: none where it does not take a run."""
+    """Return the `--set` options that make the run of a command tiny; none for a command that takes no run."""
     places = [i for i, word in enumerate(words) if word in TRAINING]
     if not places:
         return []
@@ -181,7 +180,7 @@ def tiny(words):
 
 
 def do(words):
-    """Run one command of rmdd in this process."""
+    """Run one `rmdd` command in this process, and check that its exit code is 0."""
     with pytest.raises(SystemExit) as end:
         main([*words, *tiny(words)])
     assert end.value.code in (None, 0), shlex.join(words)

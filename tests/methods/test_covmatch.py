@@ -1,4 +1,4 @@
-"""CovMatch on toy pairs: loss and gradient compared with plain sums, and the online model, for both `texts` options."""
+"""CovMatch on toy pairs, for both `texts` options: loss, gradient and online model, compared with plain sums."""
 
 import dataclasses
 from pathlib import Path
@@ -62,7 +62,7 @@ def slow_loss(objective, train, images, texts, iteration):
 
 
 def test_loss_and_gradient_equal_the_slow_ones(setting):
-    """Compare in float64, at the start and after each of the first steps of the online model."""
+    """Compare loss and gradient in float64 with a new online model, and after each of its first training steps."""
     run, train = setting
     for chunk in (2, 64):
         _, begun, objective = opened(with_options(run, chunk=chunk), None, train)
@@ -105,9 +105,11 @@ def test_the_online_model_learns_and_is_reset(setting):
     moved = {n for n in trained if not torch.equal(states[0][n], states[3][n])}
     assert {n for n in trained if "text_tower" not in n} <= moved
     towers = [n for n in trained if not n.startswith("head_")]
-    assert all(torch.equal(states[0][n], states[4][n]) for n in towers), "a reset must restore pretrained towers"
+    assert all(torch.equal(states[0][n], states[4][n]) for n in towers), (
+        "a reset of the online model must restore the pretrained towers"
+    )
     first_head, second_head = (states[i]["head_image.weight"] for i in (0, 4))
-    assert not torch.equal(first_head, second_head), "a reset must draw new heads"
+    assert not torch.equal(first_head, second_head), "a reset of the online model must draw new heads"
     assert not torch.equal(states[4]["head_image.weight"], states[5]["head_image.weight"])
 
 
@@ -143,11 +145,11 @@ def test_a_resumed_objective_gives_the_same_bits(setting, average):
     run = with_options(run, average=average)
     method, begun, unbroken = opened(run, None, train)
     uninterrupted, losses = descend(unbroken, begun, 7, lr=0.01)
-    for stop in (3, 4, 6):  # before, at and after a reset
+    for stop in (3, 4, 6):  # resume before, at and after the reset that follows step 4
         first = objective_of(method, None, train)
         half, _ = descend(first, begun, stop, lr=0.01)
         state = {n: t.clone() for n, t in first.tensors().items()}
-        assert ("taken" in state) == (stop != 4), "directly after a reset the model must not be saved"
+        assert ("taken" in state) == (stop != 4), "a checkpoint directly after a reset must not hold the model"
         descend(first, half, 1, start=stop)
         for second in (objective_of(method, None, train), first):
             second.load(state)

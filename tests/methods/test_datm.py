@@ -27,7 +27,7 @@ def test_the_bound_grows_as_in_the_paper(low, first, last, until):
 
 
 def test_a_bound_below_the_ramp_stays():
-    """A computed range, or the range of the text tower, may end below `grow_from`; the bound must then stay."""
+    """A range that ends at or below `grow_from`, such as a computed range or that of the text tower, must not grow."""
     assert {growing_stop(config.Phase(pairs=4, stop=5, grow_from=3, grow_until=4), 2, i) for i in range(20)} == {2}
 
 

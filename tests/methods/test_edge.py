@@ -39,7 +39,7 @@ def options(parts, **changes):
 
 @pytest.fixture(scope="module")
 def unbroken(parts, tmp_path_factory):
-    """Run EDGE without interruption; return the storage and the result."""
+    """Run EDGE without interruption; return the storage folder and the result of the run."""
     storage = tmp_path_factory.mktemp("unbroken")
     return storage, pipeline.run(drawn.run_of(storage, "edge", 7, options(parts, captions_per_image=3)))
 
@@ -120,7 +120,7 @@ def test_an_image_of_one_colour_is_generated_again_with_the_next_seed(parts, mon
     images, calls = painter._images, []
 
     def blacked_out(requests, randoms):
-        """Return a black first image in the first two attempts."""
+        """Generate images of which the first is black in the first two attempts."""
         calls.append([r["index"] for r in requests])
         pixels = images(requests, randoms).copy()
         pixels[0] *= len(calls) > 2

@@ -45,7 +45,7 @@ def distil(run, store, train, folder, **hooks):
 
 @pytest.fixture(params=["ncfm", "covmatch", "tokens"])
 def setting(request, bert, tmp_path):
-    """Return a run and its real pairs: NCFM, CovMatch, and CovMatch with token embeddings."""
+    """Return a run and its real pairs, for each of NCFM, CovMatch, and CovMatch with token embeddings."""
     rule = {"iterations": 6, "checkpoint_every": 2, "snapshots": 2, "guard": {"every": 3}}
     if request.param == "ncfm":
         return run_of("ncfm", NCFM, **rule), prepared_split()
@@ -65,7 +65,7 @@ def test_a_resumed_phase_gives_the_same_bits(setting, store, tmp_path):
     assert_same_results(tmp_path / "whole", tmp_path / "parts")
     first, last = (load_set(tmp_path / "whole" / f) for f in ("start.safetensors", "set-000006.safetensors"))
     assert first.texts.shape == last.texts.shape == (6, train.texts.shape[1]), (
-        "saved texts must be embeddings for students"
+        "saved texts must be embeddings that students can read"
     )
     assert not torch.equal(first.images, last.images) and not torch.equal(first.texts, last.texts)
     losses = {name for line in lines_of(tmp_path / "whole") for name in line if name.startswith("loss")}

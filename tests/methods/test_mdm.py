@@ -73,7 +73,7 @@ def test_initial_pairs_are_those_nearest_to_the_cluster_centres(toy, side):
     for k in range(6):
         members = [r for r in range(len(rows)) if label[r] == k]
         mean = rows[members].sum(dim=0)
-        assert cosine(mean, middle[k]) == pytest.approx(1, abs=1e-5), "k-means must have converged"
+        assert cosine(mean, middle[k]) == pytest.approx(1, abs=1e-5), "this test needs a k-means that has converged"
     free = [k for k in range(6) if int(label[chosen[k]]) == k]
     pictures = toy.train.split.image_of[chosen]
     assert len(free) >= 4 and len(set(pictures.tolist())) == 6
@@ -84,7 +84,7 @@ def test_initial_pairs_are_those_nearest_to_the_cluster_centres(toy, side):
 
 
 def test_a_cluster_without_an_unused_image_takes_another_pair(toy):
-    """There are as many clusters as captions, so more clusters than images, and some clusters are empty."""
+    """There are as many clusters as captions, so there are more clusters than images, and some clusters are empty."""
     teacher = teacher_of(toy)
     teacher.load_initial()
     total, pictures = len(toy.train.texts), len(toy.train.split)
@@ -136,7 +136,7 @@ def test_a_mixed_teacher_merges_two_checkpoints_around_the_anchor(toy):
                 errors.append((error, (e1, t1) != (e2, t2)))
         assert min(errors)[0] < 1e-5 and min(errors)[1]
     assert not same_tensors(teachers[0], teachers[1])
-    assert len(teacher.pool._cached) <= 7, "the pool holds at most six checkpoints and the anchor"
+    assert len(teacher.pool._cached) <= 7, "the pool must hold at most six checkpoints and the anchor"
 
 
 def test_each_draw_has_its_own_teacher_for_resample_every_iterations(toy):
@@ -183,14 +183,14 @@ def test_partners_of_one_expert_are_anchored_at_its_start(toy, monkeypatch):
     mixed = teacher_of(toy)
     reads.clear()
     mixed.load_draw(0, 0)
-    assert len(reads) == 3 and (0, 0) in reads, "a teacher reads two checkpoints and the anchor"
+    assert len(reads) == 3 and (0, 0) in reads, "a merged teacher must read two checkpoints and the anchor only"
 
 
 # -- the gradient ----------------------------------------------------------------------------------------------------
 
 
 def slow_loss(model, o, real, distilled, tau):
-    """Compute the loss of the paper with double loops over pairs; embeddings are normalised one by one."""
+    """Compute the loss of the paper with double loops over pairs; each embedding is normalised by a separate call."""
 
     def units(x):
         return [row / row.norm() for row in x]

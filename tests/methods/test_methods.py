@@ -123,7 +123,9 @@ def test_defaults_are_the_documented_ones(name):
     assert (run.model.image.trainable, run.model.image.projection) == (
         (False, "block") if name == "repblend" else (True, "none")
     )
-    assert config.load(run.model_dump(mode="json")) == run, "loading a resolved run must not change it"
+    assert config.load(run.model_dump(mode="json")) == run, (
+        "loading a run file with all defaults written out must not change the run"
+    )
 
 
 @pytest.mark.parametrize("name", sorted(BUILT_IN))
@@ -134,7 +136,7 @@ def test_a_run_file_overrules_the_defaults(name):
 
 @pytest.mark.parametrize("name", TRAJECTORY)
 def test_every_learnable_tensor_moves_in_one_outer_step(make, name):
-    """The left low-rank factor moves only in the second step: its gradient is a multiple of the right one, first 0."""
+    """The left low-rank factor moves only in step two: its gradient is a multiple of the right factor, at first 0."""
     setup = make(method_run(name))
     now = dict.fromkeys(("first", "second"))
     now["first"], now["second"] = (state.raw.tensors() for state in fast_loop(setup, 2))

@@ -16,7 +16,7 @@ def test_equals_the_whole_unroll_and_torchs_sgd(make):
 
 
 def test_every_batch_is_an_independent_draw(make):
-    """Two batches of 3 out of 6 pairs share pairs; if both were cut from one permutation they would share none."""
+    """Two batches of 3 out of 6 pairs have pairs in common; batches cut from one permutation would have none."""
     matcher = make(method_run("mtt_vl", batch=3, steps=2)).matcher
     batches = [matcher.draw(i).batches for i in range(200)]
     assert all(len(set(row.tolist())) == 3 for rows in batches for row in rows)
@@ -25,7 +25,7 @@ def test_every_batch_is_an_independent_draw(make):
 
 
 def test_the_released_inner_temperature(make):
-    """`distill.temperature: 0.376` multiplies cosines by log(1 / 0.07), which reproduces a mistake of the code."""
+    """`distill.temperature: 0.376` multiplies cosines by log(1 / 0.07), a mistake in the released code."""
     setup, plain = make(method_run("mtt_vl", temperature=0.376)), make(method_run("mtt_vl"))
     drawn = setup.matcher.draw(0)
     hot, cold = (m.matcher.gradient(m.begun, drawn).student_loss for m in (setup, plain))

@@ -37,7 +37,7 @@ def slow_discrepancy(real, distilled, frequencies, w_amplitude, w_phase):
 
 
 def slow_parts(objective, train, synthetic, iteration):
-    """Compute the two loss terms of a draw pair by pair in float64, with the same random draws as `objective`."""
+    """Compute the two loss terms of a draw pair by pair in float64, with the random draws that `objective` makes."""
     store, rule, seed, run = objective.store, objective.rule, objective.seed, objective.method.run
     random = generator(seed, "blend", 0, iteration, 0)
     expert = store.complete()[int(torch.randint(run.experts.num, (), generator=random))]
@@ -123,7 +123,7 @@ def test_the_calibration_uses_the_temperature_of_the_students(store, train):
 
 
 def test_real_features_computed_in_advance_are_reused_by_the_next_step(store, train, monkeypatch):
-    """`after` encodes the real batch of the next step; that step must use it and give the same bits as without it."""
+    """`after` encodes the real batch of the next step; that step must reuse the result and give the same bits."""
     _, begun, objective = opened(run_of("ncfm", {**SMALL, "patience": 3}), store, train)
     before, calls = objective._real, []
     monkeypatch.setattr(objective, "_real", lambda *args: calls.append(args) or before(*args))
@@ -137,7 +137,7 @@ def test_real_features_computed_in_advance_are_reused_by_the_next_step(store, tr
 
 
 def test_the_gradient_is_that_of_the_loss(store, train):
-    """Compare the gradient with central differences along random directions, in float64."""
+    """Compare the gradient of the set with central differences of the loss along random directions, in float64."""
     _, begun, objective = opened(run_of("ncfm", {**SMALL, "chunk": 4, "calibration_batch": 4}), store, train)
     objective._load("blend", 2, 0)
     real, frequencies = objective._real([0, 1], 2, 0), objective._frequencies(2, 0).double()
@@ -218,7 +218,7 @@ def test_a_resumed_objective_gives_the_same_bits(store, train, extra):
     half, _ = descend(first, begun, 3)
     state = {n: t.clone() for n, t in first.tensors().items()}
     descend(first, half, 1, start=3)
-    for second in (objective_of(method, store, train), first):  # a new process, and one that returns to an older state
+    for second in (objective_of(method, store, train), first):  # resume in a new object, and in one that is ahead
         second.load(state)
         rest, more = descend(second, half, 3, start=3)
         assert same_tensors(rest.tensors(), uninterrupted.tensors()) and more == losses[3:]

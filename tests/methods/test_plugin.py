@@ -1,4 +1,4 @@
-"""The example method of CONTRIBUTING, installed outside the package and named by import path or entry point."""
+"""The example method of CONTRIBUTING, installed outside of rmdd and named by its import path or its entry point."""
 
 import importlib
 import json
@@ -47,7 +47,7 @@ runtime: {ray: off, track: none, num_cpus: 2}
 
 @pytest.fixture
 def outside(tmp_path, monkeypatch):
-    """Write the method as a module into a folder on the Python path; return the folder."""
+    """Write the example method as a module into a folder on the Python path; return the folder."""
     (tmp_path / "decaying.py").write_text(METHOD)
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
@@ -56,7 +56,7 @@ def outside(tmp_path, monkeypatch):
 
 @pytest.fixture
 def installed(outside):
-    """Add the entry point of an installed package to the folder of `outside`; return the folder."""
+    """Add the entry point of an installed package to the folder with the example method; return the folder."""
     install(outside, "decaying", "rmdd.methods")
     importlib.invalidate_caches()
     return outside

@@ -55,7 +55,7 @@ PLAN = [
 
 
 def assert_equals_slow_loop(setup, phase, gradients):
-    """Compare with equations 4-5 for the path, `gradients` for the gradient, torch SGD, and equation 7 for the EMA."""
+    """Compare with a slow loop: path by equations 4-5, gradient by `gradients`, SGD by torch, EMA by equation 7."""
     rule = setup.run.distill
     loss, plan = plain_loss(setup.model, wbce), rule.phases[phase]
 
@@ -82,7 +82,7 @@ def assert_equals_slow_loop(setup, phase, gradients):
 @pytest.mark.parametrize("st", [False, True])
 @pytest.mark.parametrize("ema", [False, True])
 def test_every_row_of_table_4_equals_the_slow_loop(make, ptm, st, ema):
-    """Check each phase of each row; a row without PTM has one phase."""
+    """Compare each phase of each row of Table 4 with the slow loop; a row without PTM has one phase."""
     run = method_run("ptm_st", phases=PLAN, estimator="first_order", ema=0.9, inner_dropout="off")
     row = without(run, ptm=not ptm, st=not st, ema=not ema)
     assert len(row.distill.phases) == 1 + ptm and row.distill.ema == (0.9 if ema else 0.0)

@@ -11,7 +11,7 @@ from rmdd.methods.repblend import Blend
 
 
 def blended_loss(setup, drawn):
-    """Return a slow student loss: it runs the image tower in every step and mixes rows before the two heads."""
+    """Return a slow student loss, which runs the image tower in every step and blends rows before the two heads."""
 
     def value(theta, images, texts, similarity, step):
         lam, q = drawn.blends[step].weight, drawn.blends[step].partner.tolist()
@@ -59,7 +59,7 @@ def test_blends_are_uniform_differ_by_step_and_repeat(make):
 
 
 def test_blending_alone_is_repblend_with_a_trainable_tower(make):
-    """Compare with central differences; they would differ if the second pass used another blend than the first."""
+    """Compare the gradient with central differences; they would differ if the two passes used different blends."""
     trainable = {**TINY["model"], "image": {**TINY["model"]["image"], "trainable": True}}
     setup = make(config.load({**method_run("repblend", steps=1).model_dump(mode="json"), "model": trainable}))
     assert any(n.startswith("image_tower") for n in setup.model.trained())

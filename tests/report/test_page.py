@@ -1,4 +1,4 @@
-"""The HTML report of a run folder that the test writes itself, without training."""
+"""The HTML report, made from a run folder that the test writes instead of training."""
 
 import math
 import re
@@ -94,7 +94,7 @@ def evaluation_of(iterations, **change):
 
 
 def make_run(tmp_path, pairs=(5,), kind="full", size=16, logged=40, captions_before=True, branches="separate"):
-    """Write a run folder with initial sets, logs, a store and a distilled set; return run, paths and set folder."""
+    """Write a run folder: initial sets, logs, experts and a distilled set; return run, paths and the set's folder."""
     run = config.load({
         "name": "tiny",
         "data": {"image_size": size},
