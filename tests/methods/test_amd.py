@@ -61,7 +61,7 @@ def test_drift_is_of_the_mean_and_not_of_the_experts(tmp_path):
         ([1, 1, 2, 4], [4, 2, 1, 1], {"image": (0, 4), "text": (0, 3)}),
         # Drift ratios 4, 2, 1/2, 1/4: epoch 1 is the first above the median; the last one below it, 4, is cut to 3.
         ([4, 2, 1, 1], [1, 1, 2, 4], {"image": (0, 2), "text": (0, 4)}),
-        # Drift ratios 1/2, 4, 1/4, 2, 1, median 1: epoch 2 is the first above it; the last not above it, 5, is cut to 4.
+        # Drift ratios 1/2, 4, 1/4, 2, 1, median 1: epoch 2 is the first above it; the last one not, 5, is cut to 4.
         ([1, 4, 1, 2, 1], [2, 1, 4, 1, 1], {"image": (0, 3), "text": (0, 5)}),
     ],
 )
