@@ -66,11 +66,11 @@ class Setting:
         return method.initial(0, self.train, method.records(0, self.train)).map(lambda t: t.to(self.device))
 
     def run_on(self, trajectory: str) -> config.Run:
-        """Return a copy of the run with all pairs in one phase, which matches the kind `trajectory` of trajectories."""
+        """Return a copy of the run with all pairs in one phase, on trajectories of the kind `trajectory`."""
         return statistics.probing(self.run, self.endpoint, trajectory, self.pairs, self.num)
 
     def matcher(self, trajectory: str) -> Matcher:
-        """Return the matcher that computes matching gradients on the kind `trajectory` of trajectories."""
+        """Return the matcher that computes matching gradients on trajectories of the kind `trajectory`."""
         model = expert_model(
             self.run.model, self.run.data.image_size, self.run.seed_of("experts"), 0, self.train.texts.shape[1]
         )
@@ -86,7 +86,7 @@ class Setting:
         return [e for e in self.store.complete() if e < self.num]
 
     def probe(self, trajectory: str, draws: int, *, averaged: bool = False) -> statistics.Probe:
-        """Compute the matching gradients at every start epoch on the kind `trajectory` of trajectories."""
+        """Compute the matching gradients at every start epoch, on trajectories of the kind `trajectory`."""
         initial = self.initial(methods.matching_method(self.run_on(trajectory)))
         return statistics.probe(self.matcher(trajectory), initial, self.starts(), draws, averaged=averaged)
 
@@ -96,7 +96,7 @@ class Setting:
 
 
 def endpoint_of(least: int, last: int, endpoint: int | None) -> int:
-    """Return the last epoch of shortcuts, by default `last`; raise `ConfigError` if it is outside of least..last."""
+    """Return `endpoint`, the last epoch of shortcuts, by default `last`; raise `ConfigError` outside of least..last."""
     if endpoint is not None and not least <= endpoint <= last:
         mistake = f"--endpoint {endpoint} is outside of the experts' epochs; give one from {least} to {last}"
         raise config.ConfigError([mistake], "analyse")

@@ -167,7 +167,7 @@ def check_table(rule: config.Distill, table: str) -> None:
 
 
 def _moved(first: dict[str, Any], by: int) -> dict[str, Any]:
-    """Return the start range fields of the phase `first`, moved by `by` epochs."""
+    """Return the fields `start`, `stop`, ... of the phase `first`, moved by `by` epochs."""
     ranges = ("start", "stop", "start_text", "stop_text", "grow_from")
     return {key: None if first[key] is None else first[key] + by for key in ranges}
 
@@ -232,7 +232,7 @@ def _scores(rows: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]
 
 
 def _prepared(run: config.Run, progress: Progress) -> tuple[config.Run, Store]:
-    """Train missing experts and plan the phases; return the run with explicit phases, and the experts' store."""
+    """Train missing experts and plan the phases; return the run with its phases listed, and the experts' store."""
     with open_pipeline(run, progress) as pipeline:
         return with_explicit_phases(pipeline.plan()), pipeline.experts()
 

@@ -1,5 +1,4 @@
-"""Base class of distillation methods: default values for the run file, and the functions that the stages of a run
-call."""
+"""Base class of distillation methods: defaults for the run file, and the functions that the stages of a run call."""
 
 from __future__ import annotations
 
@@ -36,8 +35,7 @@ TRAJECTORY_FIELDS = (
 """Fields of `distill` that only trajectory-matching methods read."""
 
 Curves = tuple[str, dict[str, str], tuple[float, str] | None]
-"""One plot of the HTML report: its title, the label of each logged number that it shows, and an optional reference
-level (value, label)."""
+"""One plot of the HTML report: title, label of each logged number, and an optional reference level (value, label)."""
 
 
 class BaseMethod:
@@ -51,7 +49,7 @@ class BaseMethod:
     family: ClassVar[Family]
     """Family of the method. It is only shown to users; no code branches on it."""
     needs: ClassVar[tuple[Need, ...]] = ("experts",)
-    """Inputs that must exist before the method starts."""
+    """Inputs that must exist before distillation with the method starts."""
     card: ClassVar[str] = ""
     """Where the method was published: an arXiv number or a venue."""
     verified: ClassVar[str] = ""
@@ -87,7 +85,7 @@ class BaseMethod:
         """Return the same distillation method configured for `run`."""
         return type(self)(run)
 
-    # -- the run file ------------------------------------------------------------------------------------------------
+    # -- checks of the run file --------------------------------------------------------------------------------------
 
     @classmethod
     def mistakes(cls, run: config.Run) -> list[str]:
@@ -152,7 +150,7 @@ class BaseMethod:
         """Return the plots of one phase for the HTML report; `logged` holds the names of the logged numbers."""
         return []
 
-    # -- the phases --------------------------------------------------------------------------------------------------
+    # -- distillation of a phase -------------------------------------------------------------------------------------
 
     def records(self, phase: int, train: PreparedSplit) -> list[int]:
         """Return the indices of the caption records whose pairs become the initial set of a phase."""

@@ -81,7 +81,9 @@ class CovMatch(DistributionMethod):
         rho: PositiveFloat = Field(
             2.0, description="scale of the real covariance; in the paper 2 for 100 pairs, 1 for more"
         )
-        mean_weight: NonNegativeFloat = Field(0.1, description="lambda, weight of the mean-matching terms")
+        mean_weight: NonNegativeFloat = Field(
+            0.1, description="lambda, weight of the loss terms that match mean features"
+        )
         real_batch: Annotated[int, Field(ge=2)] = Field(
             128,
             description="number of real pairs in each draw of the loss and in each training step of the online model",
@@ -161,8 +163,7 @@ class CovMatch(DistributionMethod):
 
 
 class Online(nn.Module):
-    """The online model of CovMatch: two towers, a linear head on each. Without a text tower, texts enter as
-    embeddings."""
+    """The online model of CovMatch: two towers with linear heads. Without a text tower, texts enter as embeddings."""
 
     def __init__(self, image_tower: nn.Module, text_tower: TokenTower | None, text_width: int, width: int | None):
         super().__init__()
@@ -171,7 +172,7 @@ class Online(nn.Module):
         self.head_image = nn.Linear(image_width, width or image_width, bias=False)
         self.head_text = nn.Linear(text_width, width or image_width, bias=False)
         if text_tower is not None and getattr(text_tower.model, "pooler", None) is not None:
-            text_tower.model.pooler.requires_grad_(False)  # the pooler's output is not used
+            text_tower.model.pooler.requires_grad_(False)  # the output of the pooler is not used, so it is not trained
         self.eval()
 
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,8 +186,7 @@ class Online(nn.Module):
 
 
 class CovarianceMatching:
-    """Covariance-matching loss of one phase, computed with the online model, which this class also trains and
-    resets."""
+    """Covariance-matching loss of one phase, computed with the online model, which this class trains and resets."""
 
     def __init__(self, method: CovMatch, phase: int, train: PreparedSplit, online: Online, device: torch.device):
         self.run, self.rule, self.seed = method.run, method.options, method.seed

@@ -120,8 +120,7 @@ class DistributionMethod(BaseMethod, ABC):
         """Return the objective of a phase; each step follows the gradient of its loss."""
 
     def effort(self, phase: int, records: int) -> Effort:
-        """Return the work and memory of one step on a dataset of `records` captions, for estimates and displayed
-        speed."""
+        """Return the work and memory of one step on a dataset of `records` captions, from which costs are estimated."""
         pairs = self.rule.phases[phase].pairs
         return Effort(0, self.options.draws * pairs, pairs)
 

@@ -59,11 +59,13 @@ class Captioning(Section):
         description="none: one caption per image; nearest: the real captions nearest in CLIP space; or a captioner",
     )
     id: str | None = Field(
-        None, description="blip, llava: hub id (or id@revision) or folder; null: the default checkpoint"
+        None, description="blip, llava: hub id (or id@revision) or folder of the captioner; null: the default one"
     )
     prompt: str | None = Field(None, description="blip, llava: prompt for the captioner; null: the default prompt")
     tokens: PositiveInt = Field(48, description="blip, llava: largest number of new tokens per caption")
-    tries: PositiveInt = Field(3, description="blip, llava: attempts per caption before a real caption is used instead")
+    tries: PositiveInt = Field(
+        3, description="blip, llava: number of attempts per caption, after which a real caption is used"
+    )
     dtype: Precision = Field("float32", description="number format of the captioner's weights")
 
 

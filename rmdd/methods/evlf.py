@@ -95,7 +95,9 @@ class EVLF(TunedMethod):
             0.0, ge=0, le=1, description="mode_guidance with ddim: noise added in each step; 0 is deterministic"
         )
         pull: NonNegativeFloat = Field(0.1, description="mode_guidance: scale s of the guidance towards the mode")
-        pull_until: int = Field(25, ge=0, description="mode_guidance: number of last denoising steps without guidance")
+        pull_until: int = Field(
+            25, ge=0, description="mode_guidance: number of denoising steps at the end without guidance"
+        )
         sampling: LatentSampling = LatentSampling()
 
     options: Options

@@ -260,7 +260,7 @@ class Teacher:
 
 
 class MDMObjective:
-    """Loss of MDM for one draw: a teacher, a batch of real pairs and a batch of distilled pairs. It trains no model."""
+    """Loss of MDM for one draw: a teacher, a batch of real pairs, a batch of distilled pairs. It trains no model."""
 
     def __init__(
         self, method: MDM, phase: int, store: Store, train: PreparedSplit, model: DualEncoder, device: torch.device
@@ -295,7 +295,7 @@ class MDMObjective:
         return zero.with_tensors(zero.tensors() | named), values
 
     def terms(self, real: tuple[Tensor, Tensor], distilled: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        """Return the unweighted loss terms; `real` and `distilled` hold unit embeddings of images and of texts."""
+        """Return the unweighted loss terms; both arguments are (image embeddings, text embeddings) of unit length."""
         o = self.options
         terms = {"loss_nce": sphere.contrastive(*distilled, self.temperature)}
         for name, joint in (("agreement", sphere.agreement), ("discrepancy", sphere.discrepancy)):

@@ -110,7 +110,7 @@ class NCFM(DistributionMethod):
             description="number of clusters per draw; their mean loss stands for all clusters; null: use all clusters",
         )
         project: PositiveInt | None = Field(
-            None, description="width of a random projection of the features; null: no projection"
+            None, description="width of the features after a random projection; null: no projection"
         )
         calibration: NonNegativeFloat = Field(1.0, description="weight of the InfoNCE term")
         calibration_batch: Annotated[int, Field(ge=2)] = Field(
@@ -238,7 +238,7 @@ class Plateau:
         self.patience, self.best, self.since, self.halvings = patience, float("inf"), 0, 0
 
     def update(self, loss: float) -> None:
-        """Count one step and its loss. After `patience` steps without a lower loss, increase `halvings` by one."""
+        """Count one step with this loss. After `patience` steps without a lower loss, increase `halvings` by one."""
         self.since += 1
         if loss < self.best:
             self.best, self.since = loss, 0
@@ -394,7 +394,7 @@ class CharacteristicMatching:
         return parts
 
     def after(self, synthetic: Synthetic, iteration: int) -> None:
-        """Take psi's ascent step on the first draw of the next iteration, and count its loss for `patience`."""
+        """Take psi's ascent step on the first draw of the next iteration, and pass its loss to the plateau counter."""
         if self.psi is None and self.rule.patience is None:
             return
         ahead = iteration + 1

@@ -76,7 +76,8 @@ class PDS(GenerativeMethod):
             "trained on the data",
         )
         rm_ratio: Annotated[float, Field(ge=0, lt=1)] = Field(
-            0.2, description="share of the pairs dropped before clustering: those with the lowest image-text cosine"
+            0.2,
+            description="share of the real pairs dropped before clustering: those with the lowest image-text cosine",
         )
         starts: PositiveInt = Field(20, description="number of k-means++ starts of each of the two clusterings")
         normalize: bool = Field(
@@ -91,7 +92,7 @@ class PDS(GenerativeMethod):
             False, description="scale each prototype to the mean norm of the features that it averages"
         )
         caption_pool: Literal["kept", "all"] = Field(
-            "kept", description="candidates for captions; kept: captions that remain after pruning; all: all captions"
+            "kept", description="real captions to choose from; kept: those that remain after pruning; all: all captions"
         )
         repeats: Literal["allow", "forbid"] = Field(
             "allow",

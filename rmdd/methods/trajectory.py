@@ -136,11 +136,11 @@ class Method(BaseMethod):
     # -- functions that a method may override ------------------------------------------------------------------------
 
     def path(self, store: Store, expert: int, phase: int) -> shortcut.Path:
-        """Return the path through an expert's checkpoints from which starts and targets are read."""
+        """Return the path through an expert's checkpoints that gives the start and the target of a student."""
         return shortcut.open_path(store, expert, self.rule, self.run.endpoint_of(phase))
 
     def ranges(self, store: Store, experts: Sequence[int], phase: int) -> dict[str, tuple[int, int]]:
-        """Return the half-open range of start epochs of each tower; called once at the start of each phase."""
+        """Return, for each tower, the half-open range of start epochs; called once at the start of each phase."""
         return self.rule.phases[phase].ranges
 
     def draw(
@@ -151,7 +151,7 @@ class Method(BaseMethod):
         return phases.draw(self.rule, phase, iteration, experts, self.seed, ranges, real=real, apart=apart)
 
     def student_loss(self, model: DualEncoder, drawn: Draw) -> StudentLoss:
-        """Return the loss of one inner step, as a function of the student's parameters."""
+        """Return the student loss of one inner step, as a function of the student's parameters."""
         return student_loss(model, self.rule, drawn.dropout_seeds, self.run.data.image_size)
 
     def corrected(self, result: MetaGradient, start: Params, target: Params) -> MetaGradient:

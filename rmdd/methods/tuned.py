@@ -43,7 +43,7 @@ class TunedMethod(GenerativeMethod):
     @property
     @abstractmethod
     def checkpoint_every(self) -> int:
-        """Number of updates between two checkpoints."""
+        """Number of training updates between two checkpoints."""
 
     @abstractmethod
     def shapes(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class TunedMethod(GenerativeMethod):
 
     @abstractmethod
     def trainer(self, train: PreparedSplit, device: torch.device) -> Trainer:
-        """Return the trainer that runs the updates (`rmdd.generate.tuning`)."""
+        """Return the trainer that runs the training updates (a class of `rmdd.generate.tuning`)."""
 
     def tuned_folder(self, root: Path, data: str) -> Path:
         """Return the folder of the trained model below the storage folder `root`; `data` is the hash of the dataset."""

@@ -116,7 +116,7 @@ def headline(name: str, distilled: DistilledSet, evaluation: dict[str, Any]) -> 
     return f"{distilled.num_pairs} pairs distilled by {name} {reach}: {against}{bound}."
 
 
-# -- numbers ------------------------------------------------------------------------------------------------------
+# -- formatted numbers and table rows -----------------------------------------------------------------------------
 
 
 def duration(seconds: float | int) -> str:
@@ -187,7 +187,7 @@ def _bars(name: str, distilled: DistilledSet, evaluation: dict[str, Any]) -> lis
 
 
 def _result_groups(name: str, distilled: DistilledSet, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows of the result table, grouped by split and protocol."""
+    """Return the rows of the result table in groups, one for each split and scoring protocol."""
     labels, table = _labels(name, distilled, evaluation), evaluation["table"]
     titles = {
         "test_last": "Test, read once after the last pass (test_last)",
@@ -235,7 +235,7 @@ def _probes(name: str, distilled: DistilledSet, evaluation: dict[str, Any]) -> l
     ]
 
 
-# -- images -------------------------------------------------------------------------------------------------------
+# -- images of pairs ----------------------------------------------------------------------------------------------
 
 
 def _shown(pairs: Sequence[int]) -> list[list[int]]:
@@ -281,7 +281,7 @@ def _pictures(images: Tensor, distilled: DistilledSet, exact: bool) -> list[str]
 
 
 def _similarity(subsets: Sequence[Subset]) -> list[dict[str, Any]]:
-    """Return, for each subset, its similarity as a heat map, value ranges on and off the diagonal, and top links."""
+    """Return, for each subset, a heat map of its similarity, value ranges on and off the diagonal, and top links."""
     import torch
 
     maps: list[dict[str, Any]] = []
@@ -309,7 +309,7 @@ def _similarity(subsets: Sequence[Subset]) -> list[dict[str, Any]]:
     return maps
 
 
-# -- curves -------------------------------------------------------------------------------------------------------
+# -- plots of the logs --------------------------------------------------------------------------------------------
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:

@@ -124,7 +124,7 @@ def slice_of(field: str, dimension: Dimension, rows: Rows, best: Sequence[int]) 
 
 
 def _trials(drawing: Drawing, at: Sequence[float | int], rows: Rows, numbers: Sequence[int]) -> None:
-    """Add a point per trial, coloured by its state, and a ring around the best trials."""
+    """Add a point per trial, coloured by the state of the trial, and a ring around the best trials."""
     for name, colour, complete in (("complete", IMAGE, True), ("pruned or open", REST, False)):
         points = [(x, r["val"]) for x, r in zip(at, rows, strict=True) if (r["state"] == "complete") == complete]
         if points:

@@ -87,7 +87,7 @@ class Sheet:
         ylabel: str,
         legend: str,
     ) -> None:
-        """Draw named groups of points, coloured by their order; `legend` is the title of the legend."""
+        """Draw a scatter plot of named groups, coloured by their order; `legend` is the title of the legend."""
         ax, shades = self.panels[panel], matplotlib.colormaps["viridis"]
         with matplotlib.rc_context(STYLE):
             for i, (name, (x, y)) in enumerate(groups.items()):

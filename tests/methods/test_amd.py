@@ -59,9 +59,9 @@ def test_drift_is_of_the_mean_and_not_of_the_experts(tmp_path):
     [
         # Drift ratios 1/4, 1/2, 2, 4, median 1.25: epoch 3 is the first above it, epoch 2 the last one not above it.
         ([1, 1, 2, 4], [4, 2, 1, 1], {"image": (0, 4), "text": (0, 3)}),
-        # Drift ratios 4, 2, 1/2, 1/4: epoch 1 is the first above the median; the last one below it, 4, is cut to 3.
+        # Drift ratios 4, 2, 1/2, 1/4: epoch 1 is the first above the median; epoch 4, the last below it, is cut to 3.
         ([4, 2, 1, 1], [1, 1, 2, 4], {"image": (0, 2), "text": (0, 4)}),
-        # Drift ratios 1/2, 4, 1/4, 2, 1, median 1: epoch 2 is the first above it; the last one not, 5, is cut to 4.
+        # Drift ratios 1/2, 4, 1/4, 2, 1, median 1: epoch 2 is the first above it; the last not above, 5, is cut to 4.
         ([1, 4, 1, 2, 1], [2, 1, 4, 1, 1], {"image": (0, 3), "text": (0, 5)}),
     ],
 )
@@ -71,7 +71,7 @@ def test_known_drifts_give_the_ranges_of_the_paper(tmp_path, image, text, expect
 
 
 def test_equal_drifts_give_equal_ranges(tmp_path):
-    """If both towers have the same parameters, every ratio is 1 and both towers get the full range."""
+    """If both towers have the same parameters, every drift ratio is 1 and both towers get the full start range."""
     names = {"image_tower.w": (3, 2), "text_head.w": (3, 2)}
     store = Store.create(tmp_path, names, shared={}, epochs=4, keep=None, dtype="float32", facts={})
     random = torch.Generator().manual_seed(0)
@@ -128,7 +128,7 @@ def test_a_range_of_the_text_tower_needs_independent_starts():
 def test_each_tower_starts_at_its_own_epoch(make):
     setup = make(method_run("amd"))
     wide = {"image": (0, 3), "text": (0, 3)}
-    setup.matcher.ranges = wide  # random experts may have a drift that gives a narrow range
+    setup.matcher.ranges = wide  # the drift of random experts may give a narrow range
     different = set()
 
     def gradient_of(leaves, drawn):

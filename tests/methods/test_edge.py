@@ -80,7 +80,7 @@ def test_a_run_killed_in_tuning_and_in_generation_gives_the_same_bits(parts, unb
 
 
 def test_budgets_share_the_tuning_and_phases_share_the_draw(parts, unbroken, tmp_path):
-    """Two phases must give the same pairs as one phase, without another fine-tuning."""
+    """Two phases must give the same pairs as one phase, and the generator must not be fine-tuned again."""
     storage, _ = unbroken
     again = options(parts, captions_per_image=3)
     plan = [{"pairs": 3, "iterations": 1}, {"pairs": 4, "iterations": 1}]
@@ -120,7 +120,7 @@ def test_an_image_of_one_colour_is_generated_again_with_the_next_seed(parts, mon
     images, calls = painter._images, []
 
     def blacked_out(requests, randoms):
-        """Generate images of which the first is black in the first two attempts."""
+        """Generate images, the first of which is black in the first two attempts."""
         calls.append([r["index"] for r in requests])
         pixels = images(requests, randoms).copy()
         pixels[0] *= len(calls) > 2

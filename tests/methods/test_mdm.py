@@ -114,7 +114,7 @@ def test_more_pairs_than_captions_are_rejected(toy):
         method_of(run).records(0, toy.train, toy.store)
 
 
-# -- the teacher -----------------------------------------------------------------------------------------------------
+# -- teacher model ---------------------------------------------------------------------------------------------------
 
 
 def test_a_mixed_teacher_merges_two_checkpoints_around_the_anchor(toy):
@@ -186,7 +186,7 @@ def test_partners_of_one_expert_are_anchored_at_its_start(toy, monkeypatch):
     assert len(reads) == 3 and (0, 0) in reads, "a merged teacher must read two checkpoints and the anchor only"
 
 
-# -- the gradient ----------------------------------------------------------------------------------------------------
+# -- gradient of the loss --------------------------------------------------------------------------------------------
 
 
 def slow_loss(model, o, real, distilled, tau):
@@ -269,7 +269,7 @@ def test_momentum_moves_pairs_that_were_not_drawn(toy, tmp_path):
     assert moved.sum() > 2 and torch.equal(start.lr_image, end.lr_image)
 
 
-# -- the run ---------------------------------------------------------------------------------------------------------
+# -- complete runs ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

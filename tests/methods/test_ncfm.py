@@ -218,7 +218,10 @@ def test_a_resumed_objective_gives_the_same_bits(store, train, extra):
     half, _ = descend(first, begun, 3)
     state = {n: t.clone() for n, t in first.tensors().items()}
     descend(first, half, 1, start=3)
-    for second in (objective_of(method, store, train), first):  # resume in a new object, and in one that is ahead
+    for second in (
+        objective_of(method, store, train),
+        first,
+    ):  # resume in a new objective, and in one that has moved on
         second.load(state)
         rest, more = descend(second, half, 3, start=3)
         assert same_tensors(rest.tensors(), uninterrupted.tensors()) and more == losses[3:]

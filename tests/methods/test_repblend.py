@@ -1,4 +1,4 @@
-"""RepBlend: blended steps compared with slow float64 versions, and the random blends."""
+"""RepBlend: updates with blending compared with slow float64 versions, and the distribution of random blends."""
 
 import pytest
 import torch
