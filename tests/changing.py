@@ -64,7 +64,7 @@ def sections(section: BaseModel) -> Iterator[BaseModel]:
 
 
 def changes(section: BaseModel, before: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted name of every field, and a copy of the section with a changed value, without validation."""
+    """Yield every field's dotted name, and a copy of the section in which the field has another, unvalidated value."""
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         if isinstance(value, BaseModel):
@@ -92,7 +92,7 @@ def moved(monkeypatch: Any) -> dict[str, list[str]]:
     usual, table = hashes(RUN), {}
     for section in SECTIONS:
         for key, changed in changes(getattr(RUN, section), f"{section}."):
-            if key in ("data.source", "distill.method", "distill.options"):  # values of these fields name modules
+            if key in ("data.source", "distill.method", "distill.options"):  # values of these fields are module names
                 continue
             now = hashes(RUN.model_copy(update={section: changed}))
             table[key] = sorted(name for name in now if now[name] != usual[name])

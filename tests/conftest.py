@@ -9,7 +9,7 @@ import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-settings.register_profile("shared", deadline=None)  # a busy machine may take longer than a test may
+settings.register_profile("shared", deadline=None)  # no time limit, because busy machines are slow
 settings.load_profile("shared")
 os.environ.update(
     {
@@ -37,7 +37,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """With pytest-xdist, files that start Ray run first: they take longest."""
+    """With pytest-xdist, test files that start Ray run first: they take longest."""
     if hasattr(config, "workerinput"):
         long = {item.path for item in items if item.get_closest_marker("ray")}
         items.sort(key=lambda item: item.path not in long)

@@ -35,7 +35,7 @@ def phase_of(storage, number=0):
 
 
 def results(storage):
-    """Return all results of the only run in a storage, without timings."""
+    """Return the contents of all result files of the only run in a storage folder, without timings."""
     storage = Path(storage)
     wanted = [
         p

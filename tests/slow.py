@@ -10,7 +10,7 @@ from rmdd.distill.loop import State, outer_step
 
 
 def wbce(logits, similarity):
-    """Return the weighted BCE of LoRS: half the sum of the means over positives and over negatives."""
+    """Return the weighted BCE loss of LoRS: half the sum of the mean losses over positive and over negative pairs."""
     p = torch.sigmoid(logits)
     entry = -similarity * torch.log(p + 1e-6) - (1 - similarity) * torch.log(1 - p + 1e-6)
     positive = (similarity > 0.5).double()
@@ -18,13 +18,13 @@ def wbce(logits, similarity):
 
 
 def infonce(logits, similarity):
-    """Return InfoNCE as in MTT-VL: cross entropy in both directions, with fixed pairs."""
+    """Return the InfoNCE loss of MTT-VL: cross entropy in both directions; text i is the only positive of image i."""
     labels = torch.arange(len(logits))
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
 def whole_similarity(leaves, alpha):
-    """Return the similarity S of all pairs; the identity if it has no tensors."""
+    """Return the similarity matrix S of all pairs; the identity if `leaves` has no similarity tensors."""
     if "similarity.matrix" in leaves:
         return leaves["similarity.matrix"]
     identity = torch.eye(len(leaves["texts"]), dtype=torch.float64)

@@ -199,7 +199,7 @@ def test_functions_take_what_they_read():
 
 
 def test_only_methods_know_their_family():
-    """Outside the methods, code must not branch on the family of a method; it may only print it."""
+    """Outside `rmdd.methods`, code must not branch on a distillation method's family; it may only show the family."""
     asking = []
     for module, tree in MODULES.items():
         shown = {id(value) for node in ast.walk(tree) if isinstance(node, ast.Dict) for value in node.values}

@@ -161,7 +161,7 @@ def stable_unclip(folder, width=D, licence=None):
 
 
 def karlo(folder, width=32):
-    """Save the parts of a UnCLIPImageVariationPipeline in subfolders of `folder`, as on the hub."""
+    """Save the parts of a tiny UnCLIPImageVariationPipeline in subfolders of `folder`, as the Hugging Face hub does."""
     from diffusers import UnCLIPScheduler, UNet2DConditionModel, UNet2DModel
     from diffusers.pipelines.deprecated.unclip import UnCLIPImageVariationPipeline
     from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel

@@ -27,7 +27,7 @@ MODEL = {
 
 
 def run_of(*, iterations=7, phases=None, **distill):
-    """Return a run with two toy experts; `distill` overrides fields of its section."""
+    """Return a run with two toy experts; `distill` overrides fields of its `distill` section."""
     plan = phases or (config.Phase(pairs=PAIRS, start=0, stop=2, endpoint=EPOCHS, iterations=iterations),)
     rule = {"phases": plan, "budget": 10, "batch": 4, "steps": 2, "checkpoint_every": 3, "snapshots": 2}
     return config.Run(
@@ -118,7 +118,7 @@ def distil(run, store, folder, *, phase=0, kind="full", key="key", **hooks):
 
 
 def stop_after(steps):
-    """Return `on_step` and `should_stop` that end a phase after a number of iterations."""
+    """Return callbacks `on_step` and `should_stop`, which end a phase after a number of iterations."""
     done = []
     return {"on_step": lambda metrics: done.append(metrics), "should_stop": lambda: len(done) >= steps}
 

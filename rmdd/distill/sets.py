@@ -26,7 +26,7 @@ def name_by_content(subsets: Sequence[Mapping[str, Tensor]], alpha: Sequence[flo
 
 
 def read_subsets(path: Path) -> list[tuple[dict[str, Tensor], float]]:
-    """Return the tensors and the alpha of each subset in order. Raises `Damaged` for an unreadable file."""
+    """Return the tensors and the alpha of each subset of a set, in order. Raises `Damaged` for an unreadable file."""
     tensors, facts = load_checked(path, ENTRY)
     groups, alpha = split_groups(tensors), facts["alpha"]
     if not isinstance(alpha, list) or groups.keys() != {str(k) for k in range(len(alpha))}:
@@ -39,7 +39,7 @@ def save_set(synthetic: Synthetic, path: Path) -> None:
 
 
 def load_set(path: Path) -> Synthetic:
-    """Read the set of one phase. Raises `ValueError` when the file is damaged."""
+    """Read the synthetic set of one phase. Raises `ValueError` when the file is damaged."""
     try:
         ((tensors, alpha),) = read_subsets(path)
     except Damaged as error:

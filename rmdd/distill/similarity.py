@@ -32,7 +32,7 @@ def per_pair(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def gather(tensors: dict[str, Tensor], index: Int[Tensor, " B"]) -> dict[str, Tensor]:
-    """Return the rows and columns of `tensors` that belong to the pairs at `index`."""
+    """Return the rows and columns of the similarity `tensors` that belong to the pairs at `index`."""
     return {n: t[index][:, index] if n == "matrix" else t[index] if t.ndim else t for n, t in tensors.items()}
 
 

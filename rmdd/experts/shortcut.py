@@ -19,7 +19,7 @@ from rmdd.experts.store import Store
 from rmdd.models.dual import Params
 
 CACHED = 4
-"""Number of checkpoints of a trajectory kept in memory (the most recently used), because starts repeat."""
+"""Number of checkpoints of a trajectory kept in memory (the most recently used), because start epochs repeat."""
 
 
 @runtime_checkable
@@ -93,7 +93,7 @@ class ArcPositions(list[float]):
         self.total = total
 
     def at(self, epoch: int | float) -> float:
-        """Return beta at `epoch`, interpolated linearly between whole epochs."""
+        """Return the share beta at `epoch`, interpolated linearly between whole epochs."""
         low = math.floor(epoch)
         share = epoch - low
         return self[low] if share == 0 else (1 - share) * self[low] + share * self[low + 1]

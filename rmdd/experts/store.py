@@ -109,7 +109,7 @@ class Store:
         return self.path / START
 
     def keeps(self, epoch: int) -> bool:
-        """Return whether checkpoints of this epoch are kept."""
+        """Return whether the store keeps checkpoints of epoch `epoch`."""
         return self.spec["keep"] == "all" or epoch in self.spec["keep"]
 
     @property
@@ -357,7 +357,7 @@ class Writer:
 
 
 def verify(path: Path, check: DiskCheck, experts: int | None = None) -> None:
-    """Check every kept epoch of every expert.
+    """Check the checkpoint of every kept epoch of every expert.
 
     `experts` is the expected number of experts; None checks all experts up to the last one that exists.
     """

@@ -54,7 +54,7 @@ class ProcessGroup(TrainingGroup):
 
 
 class Towers(nn.Module):
-    """A module that computes both embeddings in one forward call, as DDP and DeepSpeed need it."""
+    """A module that computes image and text embeddings in one forward call, as DDP and DeepSpeed need it."""
 
     def __init__(self, model: DualEncoder):
         super().__init__()
@@ -116,7 +116,7 @@ class ZeroTrainer(DdpTrainer):
             deepspeed.zero.Init(module=towers, config_dict_or_path=settings, dtype=torch.float32)
             for buffer in model.buffers():
                 buffer.data = buffer.to(group.device)
-            if isinstance(model.image_tower, ConvNet):  # its forward reads submodules' parameters
+            if isinstance(model.image_tower, ConvNet):  # ConvNet.forward reads submodules' parameters
                 for p in model.image_tower.blocks[1::4].parameters():
                     deepspeed.zero.register_external_parameter(model.image_tower, p)
         trained = [p for p in model.parameters() if p.requires_grad]

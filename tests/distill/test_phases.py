@@ -89,7 +89,7 @@ SIZE, IMAGES, CAPTIONS = 16, 12, 2
 
 
 class MemorySplit(Split):
-    """A split in memory, whose images are encoded on access."""
+    """A dataset split in memory; each image is encoded when it is read."""
 
     def encoded(self, i):
         file = io.BytesIO()

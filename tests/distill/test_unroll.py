@@ -160,7 +160,7 @@ def test_equals_the_full_unroll_through_a_timm_tower(name, estimator):
 
 
 def test_the_gradient_equals_finite_differences():
-    """Compare with central differences of the miss along a random direction over all learnable tensors."""
+    """Compare the gradient with central differences of the miss along a random direction over all learnable tensors."""
     model = encoder()
     start, target, synthetic, batches = problem(model)
     compute = loss_of(model, len(batches), loss="infonce")

@@ -29,7 +29,7 @@ class Killed(BaseException):
 
 
 class MemorySplit(Split):
-    """A split in memory, whose images are encoded on access; raises `Killed` after `killed_at` images."""
+    """A dataset split in memory, whose images are encoded when read; raises `Killed` after `killed_at` images."""
 
     killed_at = None
 
@@ -92,7 +92,7 @@ def train(run, path, *, expert=0, data=None, **hooks):
 
 
 def stop_after(epochs):
-    """Return `on_epoch` and `should_stop` that end training after a number of epochs."""
+    """Return callbacks `on_epoch` and `should_stop`, which end training after a number of epochs."""
     done = []
     return {"on_epoch": done.append, "should_stop": lambda: len(done) >= epochs}
 

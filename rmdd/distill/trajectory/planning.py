@@ -49,7 +49,7 @@ class Measured:
     val: Float[np.ndarray, " m"]
     """Val R@mean of the teacher after each epoch, in percent; the first value is that before training."""
     arc: Float[np.ndarray, " n"]
-    """Length of the change of all parameters in each epoch."""
+    """Euclidean length of the parameter change in each epoch."""
     straightness: dict[int, float]
     """Straightness of the shortcut to each possible endpoint, by epoch; 1 is a straight line."""
 

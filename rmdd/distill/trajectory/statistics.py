@@ -81,7 +81,7 @@ def straightness(store: Store, experts: Sequence[int], endpoint: int) -> float:
 
 @dataclass(frozen=True)
 class Probe:
-    """Matching gradients of a synthetic set at several start epochs, with the same batches and masks at every start."""
+    """Matching gradients of a synthetic set at several start epochs, with the same mini-batches and masks."""
 
     starts: tuple[int | float, ...]
     """Start epochs at which the gradients were computed."""

@@ -1,4 +1,4 @@
-"""Check clusters that replace classes: each has enough images, small ones are merged, and initial pairs differ."""
+"""Check clusters that replace classes: each has enough images, small clusters are merged, and initial pairs differ."""
 
 import numpy as np
 import pytest
@@ -54,7 +54,7 @@ def test_a_small_cluster_joins_the_nearest_and_the_largest_is_split():
 
 
 def test_sizes_are_counted_in_images():
-    """Five captions of one image count as one image."""
+    """Check that five captions of one image add one image to the size of a cluster."""
     x = np.concatenate([np.zeros((5, 2)), np.ones((30, 2)) * np.arange(10, 40)[:, None]]).astype(np.float32)
     image_of = np.array([0] * 5 + list(range(1, 31)))
     labels = balanced(x, image_of, np.array([0] * 5 + [1] * 30), 2, 3)

@@ -85,7 +85,7 @@ def test_stopped_and_resumed_is_bit_identical(toy, learning, unbroken, tmp_path,
     assert not distil(toy, tmp_path, learning, **stop_after(stop))
     assert distil(toy, tmp_path, learning)
     assert_same_results(unbroken, tmp_path)
-    assert distil(toy, tmp_path, learning), "a finished phase is not changed"
+    assert distil(toy, tmp_path, learning), "distilling a finished phase again does nothing"
 
 
 class Killed(BaseException):

@@ -43,7 +43,7 @@ def windows(run, store, iterations):
 def test_a_range_grows_while_gradients_agree_and_moves_the_endpoint(store):
     result = windows(moving(agreement=-1), store, 6)
     grown = [Window(0, 1, 2), Window(0, 1.5, 3), Window(0, 2, 3)]
-    assert result == [grown[0]] * 2 + [grown[1]] * 2 + [grown[2]] * 2, "targets end at epoch 3, the last one"
+    assert result == [grown[0]] * 2 + [grown[1]] * 2 + [grown[2]] * 2, "no target lies after epoch 3, the last epoch"
 
 
 def test_a_range_stays_when_no_gradient_asks_for_a_move(store):

@@ -28,7 +28,7 @@ from rmdd.searches.formats import verify
 from rmdd.searches.sweeps import sweep
 from rmdd.searches.trial import Trial
 
-# PTM-ST, Table 7; values of odd epochs are interpolated
+# val R@mean from PTM-ST, Table 7; values of odd epochs are interpolated
 FLICKR = [0.1, 40.0, 45.6, 47.2, 48.9, 50.0, 51.2, 52.4, 53.6, 54.4, 55.3]
 COCO = [0.1, 32.0, 35.4, 37.5, 39.0, 39.3, 40.4, 41.2, 41.9, 42.3, 42.8]
 
