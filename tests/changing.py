@@ -86,7 +86,7 @@ def hashes(run: config.Run) -> dict[str, str]:
 
 
 def moved(monkeypatch: Any) -> dict[str, list[str]]:
-    """Return, by field, the names of the hashes that change with its value."""
+    """Return, for each field of a run file, the names of the hashes that change with the field."""
     for name in ("image_identity", "encoder_identity"):
         monkeypatch.setattr(paths, name, lambda tower: "")
     usual, table = hashes(RUN), {}

@@ -23,7 +23,7 @@ INSTALLED = re.compile(r"[\w.-]+(?:\[[\w,-]+\])?(?P<version>==[\w.]+)?$")
 
 
 def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield every scalar of a YAML document with its path of keys."""
+    """Yield every scalar of a YAML document, with the path of keys that leads to it."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from leaves(inner, (*path, str(key)))
@@ -35,7 +35,7 @@ def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
 
 
 def problems(document: Any) -> list[str]:
-    """Return the problems of a cluster file, one line each."""
+    """Return the security and version problems of a cluster file, one line each."""
     result = []
     for path, value in leaves(document):
         text, where = str(value), ".".join(path)

@@ -155,7 +155,7 @@ def make(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder with samples of real annotations and images; tests that need it are skipped if it is missing."""
+    """The folder with samples of public annotations and images; without this folder, tests that need it are skipped."""
     folder = Path(os.environ.get("RMDD_SHARED", Path(__file__).parents[2] / "shared"))
     if not (folder / "reference" / "real_annotations").is_dir():
         pytest.skip("the folder `shared` is missing next to the repository; set RMDD_SHARED")
@@ -164,7 +164,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def s3():
-    """An S3 bucket on the loopback address; its address and credentials are in the environment."""
+    """An S3 bucket on the loopback address; the address and credentials of the bucket are in the environment."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)

@@ -52,7 +52,7 @@ def coco_pictures(root, ids, folder="val2014"):
 
 
 def textcaps(root, split, images, captions=2, say="A sign that says {image} #{n}.".format):
-    """Write TextCaps files with one record per caption, `say(image=..., n=...)`; all images are in train_images."""
+    """Write TextCaps files with one record per caption `say(image=..., n=...)`; all images lie in `train_images`."""
     records = []
     for i, image in enumerate(images):
         strings = [say(image=image, n=n) for n in range(captions)]

@@ -1,4 +1,4 @@
-"""The hashes that each field of a run file changes, recorded before fields declared them in the code."""
+"""The hashes that each field of a run file changes, recorded before fields declared these hashes in the code."""
 
 MOVES = {
     "baseline ingest phases run store": """
@@ -124,4 +124,4 @@ WITHIN = {
     "stable_diffusion.Sampling": "steps guidance size batch dtype offload redraws",
     "tuned.TunedMethod.Options": "generator",
 }
-"""Fields of sections in lists, options and mappings, which `changing` does not reach; they have no hash marks."""
+"""Fields inside lists, options and mappings, which `changing` cannot reach; these fields declare no hashes."""

@@ -19,7 +19,7 @@ class Block:
     text: str
     line: int
     needs: str
-    """The reason in the marker `<!-- needs: REASON -->` before the block, or nothing."""
+    """The text REASON of the marker `<!-- needs: REASON -->` before the block; empty without a marker."""
 
     @property
     def file(self) -> str:
@@ -29,7 +29,7 @@ class Block:
 
 
 def blocks(page: Path) -> Iterator[Block]:
-    """Yield the blocks of a page that are commands, Python or YAML."""
+    """Yield the fenced blocks of a page that hold commands, Python or YAML."""
     needs, kind, start, text = "", "", 0, list[str]()
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
         if kind:
@@ -73,7 +73,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def example(name: str, page: Path = CONTRIBUTING) -> str:
-    """Return the block that shows the file `name`."""
+    """Return the fenced block that shows the file `name`."""
     (text,) = [block.text for block in blocks(page) if block.file == name]
     return text + "\n"
 

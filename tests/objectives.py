@@ -51,7 +51,7 @@ def objective_of(method, store, train):
 
 
 def descend(objective, synthetic, iterations, *, start=0, lr=0.1):
-    """Take plain gradient steps with one draw each; return the last set and all losses."""
+    """Take gradient steps without momentum, with one draw each; return the last synthetic set and all losses."""
     losses = []
     for iteration in range(start, start + iterations):
         result, parts = objective.gradient(synthetic, iteration, 0)

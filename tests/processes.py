@@ -47,16 +47,16 @@ class Forked:
         return self.process.exitcode
 
     def kill(self) -> None:
-        """Kill the process (SIGKILL) and wait for it to end."""
+        """Kill the process (SIGKILL) and wait until it has ended."""
         self.process.kill()
         self.process.join()
 
     def terminate(self) -> None:
-        """Send SIGTERM."""
+        """Send SIGTERM to the process."""
         self.process.terminate()
 
     def communicate(self, timeout: float = 400) -> tuple[str, str]:
-        """Wait for the process to end and return its output."""
+        """Wait until the process has ended and return what it printed."""
         self.process.join(timeout)
         assert self.returncode is not None, f"the process has not ended after {timeout} seconds"
         written = [file.read_text() if file.exists() else "" for file in self.files]

@@ -44,12 +44,12 @@ def plain_loss(model, loss):
 
 
 def rate_of(rates, name):
-    """Return the inner learning rate of a parameter, by its tower."""
+    """Return the inner learning rate of the parameter `name`: that of the tower to which the parameter belongs."""
     return rates["lr_text" if name.startswith("text_head.") else "lr_image"]
 
 
 def flat(params, tower):
-    """Return all parameters of one tower as one vector."""
+    """Concatenate all parameters of one tower to one vector."""
     mine = [p.flatten() for n, p in params.items() if n.startswith("text_head.") == (tower == "text")]
     return torch.cat(mine)
 

@@ -30,7 +30,7 @@ def mounted(folder, *options):
 
 
 class SmallDisk:
-    """A folder that cannot take more data inside the context `full()`."""
+    """A folder that has no space for more data inside the context `full()`."""
 
     def __init__(self, folder, kind):
         self.folder, self.mounted = folder, kind == "disk" and mounted(folder, "size=4m")

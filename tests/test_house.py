@@ -93,7 +93,7 @@ IMPORTS = {module: ours(tree) for module, tree in MODULES.items()}
 
 
 def circles(edges: Mapping[str, Collection[str]]) -> list[list[str]]:
-    """Return the import cycles: strongly connected components with more than one node, found in two passes."""
+    """Return cycles in the import graph: strongly connected components of more than one node, found in two passes."""
     order: list[str] = []
     seen: set[str] = set()
 

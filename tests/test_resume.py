@@ -35,7 +35,7 @@ def finish(process: Rmdd) -> None:
 
 
 def results(folder: Path) -> dict[str, bytes]:
-    """Return all results of a run: stores, sets and scores, without timings and paths."""
+    """Return all results of a run (stores, sets and scores) without timings and paths."""
     runs = folder / "runs"
     files = [
         p

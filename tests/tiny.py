@@ -50,7 +50,7 @@ def changed(raw: Mapping[str, Any] = RUN, **changes: Any) -> dict[str, Any]:
 
 
 def stored(storage: Path | str, raw: Mapping[str, Any] = RUN, **sections: Any) -> dict[str, Any]:
-    """Return a copy of the run file with storage at `storage` and without Ray; `sections` are replaced."""
+    """Return a copy of the run file that stores at `storage` and does not use Ray; `sections` are replaced."""
     runtime = {"storage": str(storage), "ray": "off", "track": "none"}
     return copy.deepcopy({**raw, "runtime": runtime, **sections})
 

@@ -28,7 +28,7 @@ def unet(seed=4):
 
 
 def stable_diffusion(folder=None, licence=None, prediction="epsilon"):
-    """Return a StableDiffusionPipeline for images of 32 x 32, also saved to `folder` if given."""
+    """Return a tiny StableDiffusionPipeline for images of 32 x 32, also saved to `folder` if given."""
     from diffusers import PNDMScheduler, StableDiffusionPipeline
 
     schedule = {"skip_prk_steps": True, "steps_offset": 1, "set_alpha_to_one": False, "prediction_type": prediction}
@@ -52,7 +52,7 @@ def stable_diffusion(folder=None, licence=None, prediction="epsilon"):
 
 
 def dit(learned=True):
-    """Return a DiTPipeline for images of 16 x 16 and 1000 classes."""
+    """Return a tiny DiTPipeline for images of 16 x 16 and 1000 classes."""
     from diffusers import DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 
     transformer = seeded(
@@ -81,7 +81,7 @@ def dit(learned=True):
 
 
 def blip(folder):
-    """Save a BlipForConditionalGeneration with its processor in `folder`; its vocabulary has a few words."""
+    """Save a tiny BlipForConditionalGeneration and its processor in `folder`; its vocabulary has a few words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
         BertTokenizerFast,
@@ -118,7 +118,7 @@ def blip(folder):
 
 
 def llava(folder):
-    """Save a LlavaForConditionalGeneration with its processor in `folder`; an image of 16 x 16 is four tokens."""
+    """Save a tiny LlavaForConditionalGeneration and its processor in `folder`; an image of 16 x 16 is four tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
         CLIPImageProcessor,

@@ -1,4 +1,4 @@
-"""The toy problem of the matching and method tests: a tiny run, its experts, and an initial set."""
+"""The toy problem for tests of matching and of distillation methods: a tiny run, its experts, and an initial set."""
 
 import json
 from types import SimpleNamespace
@@ -98,7 +98,7 @@ def first_set(kind="full", pairs=PAIRS, **similarity):
 
 
 def made(run, store, phase=0):
-    """Return everything needed to compare a phase with a slow reference version, in float64."""
+    """Return run, matcher, initial set and what else a test needs to compare a phase with a slow version in float64."""
     model, similarity = encoder(run.model).double(), run.distill.similarity.model_dump(exclude={"clamp"})
     store = DoubleStore.open(store.path)
     return SimpleNamespace(

@@ -44,7 +44,7 @@ def run_of(folder, options=None, **distill):
 
 
 def made(folder):
-    """Return a run, its training split and its expert store."""
+    """Return a run of MDM, its training split and its expert store."""
     run = run_of(folder)
     pipeline = Pipeline(run, Backend(SequentialExecutor(1)), Progress(quiet=True))
     train = pipeline.embedded("train")

@@ -131,7 +131,7 @@ def outer_step(state: State, gradient: Synthetic, rule: config.Distill) -> State
 
 
 def finished(folder: Path, total: int) -> bool:
-    """Return whether the phase in `folder` has done all `total` updates and saved its last set."""
+    """Return whether the phase in `folder` has done all `total` updates and saved the set after the last one."""
     checkpoint = folder / "state.safetensors"
     if not checkpoint.is_file() or not (folder / f"set-{total:06d}.safetensors").is_file():
         return False
@@ -323,7 +323,7 @@ def _with_learned(state: State, stepper: Stepper) -> State:
 
 
 def snapshot_iterations(total: int, count: int) -> list[int]:
-    """Return the iterations whose sets are saved: `count` of them, evenly spaced, the last one being `total`."""
+    """Return the `count` iterations after which the set is saved; they are evenly spaced and end with `total`."""
     return sorted({math.ceil(total * (i + 1) / count) for i in range(count)})
 
 

@@ -20,7 +20,7 @@ from rmdd.distill import similarity
 from rmdd.distill.synthetic import Synthetic, reduced
 from rmdd.models.prepared import PreparedSplit
 
-# Per-channel mean and standard deviation of normalised pixels, used when images start from noise.
+# Per-channel mean and standard deviation of normalised real pixels, used when synthetic images start from noise.
 NOISE_PIXEL_MEAN, NOISE_PIXEL_STD = (-0.0626, -0.0221, 0.0680), (1.0451, 1.0752, 1.0539)
 
 
@@ -47,7 +47,7 @@ class Draw:
     start_text: int | float
     """Epoch on the expert's path at which the text tower of the student starts."""
     batches: Int[Tensor, "K B"]
-    """Indices of the synthetic pairs in each mini-batch."""
+    """Indices of the synthetic pairs in each mini-batch of the K inner steps."""
     dropout_seeds: tuple[int, ...]
     """One dropout seed per inner step of the student."""
 

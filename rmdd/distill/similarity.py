@@ -12,7 +12,7 @@ from rmdd import config
 
 
 def initial(rule: config.Similarity, pairs: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Return the initial tensors; every kind starts at exactly S = I (LoRS: omega is one, L normal, R zero)."""
+    """Return initial similarity tensors; all kinds start at exactly S = I (LoRS: omega is one, L normal, R zero)."""
     if rule.kind == "full":
         return {"matrix": torch.eye(pairs)}
     if rule.kind == "low_rank":
@@ -25,7 +25,7 @@ def initial(rule: config.Similarity, pairs: int, generator: torch.Generator) -> 
 
 
 def per_pair(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the same similarity with one diagonal value (omega) per pair, as a distilled set stores it."""
+    """Return the similarity `tensors` with one diagonal value (omega) per pair, as a distilled set stores them."""
     if "scale" not in tensors:
         return tensors
     return tensors | {"scale": tensors["scale"].expand(tensors["left"].shape[0]).contiguous()}
@@ -37,7 +37,7 @@ def gather(tensors: dict[str, Tensor], index: Int[Tensor, " B"]) -> dict[str, Te
 
 
 def scatter_add(total: dict[str, Tensor], index: Int[Tensor, " B"], parts: dict[str, Tensor]) -> None:
-    """Add the gradients `parts` of a mini-batch to `total` in place; the inverse of `gather`."""
+    """Add the similarity gradients `parts` of a mini-batch to `total` in place; the inverse of `gather`."""
     for name, part in parts.items():
         if name == "matrix":
             total[name].index_put_((index[:, None], index[None, :]), part, accumulate=True)
@@ -48,7 +48,7 @@ def scatter_add(total: dict[str, Tensor], index: Int[Tensor, " B"], parts: dict[
 
 
 def dense(parts: dict[str, Tensor], alpha: float, like: Float[Tensor, " B *_"]) -> Float[Tensor, "B B"]:
-    """Return S as a matrix: `matrix`, or diag(scale) + alpha/R left right^T, or the identity. Differentiable."""
+    """Return the similarity matrix S: `matrix`, diag(scale) + alpha/R left right^T, or identity. Differentiable."""
     if "matrix" in parts:
         return parts["matrix"]
     if "left" in parts:

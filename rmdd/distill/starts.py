@@ -21,7 +21,7 @@ def check_enough(phase: int, pairs: int, train: PreparedSplit) -> None:
 
 
 def choose_records(phase: int, pairs: int, train: PreparedSplit, seed: int) -> list[int]:
-    """Draw the caption records that a phase starts from, uniformly without replacement; two may share an image."""
+    """Draw the caption records that a phase starts from, without replacement; two records may share an image."""
     check_enough(phase, pairs, train)
     total = len(train.split.captions)
     return torch.randperm(total, generator=generator(seed, "initial records", phase))[:pairs].tolist()

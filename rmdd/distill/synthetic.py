@@ -34,7 +34,7 @@ class Synthetic:
         return self.images.shape[0]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all learnable tensors by name."""
+        """Return all learnable tensors of the synthetic set by name."""
         named = {"images": self.images, "texts": self.texts, "lr_image": self.lr_image, "lr_text": self.lr_text}
         return named | {f"similarity.{n}": t for n, t in self.similarity.items()}
 

@@ -105,7 +105,7 @@ def meta_gradient(
     gradient = zeros_like(synthetic)
     rate_gradient = {"image": gradient.lr_image, "text": gradient.lr_text}
     stays = estimator == "first_order" and not tiny
-    if stays:  # lambda is constant: take its product with the sum of all g once, then scale it to -eta lambda
+    if stays:  # lambda is constant, so compute its product with the sum of all g once; then scale lambda to -eta lambda
         for tower, part in layout.parts():
             rate_gradient[tower] += _along(adjoint[part], path.end[part], begin[part]) / rates[tower]
             torch._foreach_mul_(adjoint[part], -rates[tower])
@@ -137,7 +137,7 @@ Vector = list[Tensor]
 
 @dataclass(frozen=True)
 class _Layout:
-    """Order of the parameters in a `Vector`, and the slice of each tower."""
+    """Order of the parameters in a `Vector`, and the slice of the list that belongs to each tower."""
 
     names: tuple[str, ...]
     towers: dict[str, slice]
@@ -156,7 +156,7 @@ class _Layout:
         return [params[n].detach() for n in self.names]
 
     def scaled(self, vector: Vector, rates: dict[str, float]) -> Vector:
-        """Multiply `vector` by minus the learning rate of each tower."""
+        """Multiply the part of each tower in `vector` by minus the learning rate of this tower."""
         return [p for tower, part in self.parts() for p in torch._foreach_mul(vector[part], -rates[tower])]
 
 
@@ -173,7 +173,7 @@ _Second = tuple[dict[str, Tensor], tuple[Tensor, ...], Vector]
 
 
 class _Passes:
-    """First and second derivatives of single student steps."""
+    """Computes first and second derivatives of single student steps."""
 
     def __init__(self, loss: StudentLoss, synthetic: Synthetic, batches: Tensor, layout: _Layout, engine: Engine):
         self.student_loss, self.synthetic, self.batches, self.layout = loss, synthetic, batches, layout
@@ -277,7 +277,7 @@ def forward_suits(
 
 
 class _Path:
-    """The student's K steps: the parameters at the end and, in reverse order, the parameters before each step."""
+    """The path of a student in K steps: the last parameters and, in reverse order, the parameters before each step."""
 
     def __init__(self, passes: _Passes, rates: dict[str, float], begin: Vector, engine: Engine):
         self.passes, self.rates, self.engine = passes, rates, engine

@@ -66,7 +66,7 @@ class PixelReader:
         return np.stack([i if isinstance(i := images[row], np.ndarray) else self.pixels(i, n) for row, n in pairs])
 
     def __call__(self, part: Part) -> Iterator[np.ndarray]:
-        """Yield the pixels of a part, step by step."""
+        """Yield the pixels of a part, one training step after the other."""
         images = self.read(part)
         for step in range(len(part.records)):
             yield self.step(images, part, step)
@@ -82,7 +82,7 @@ def _opened(path: Path) -> Dataset:
 
 
 def order(rule: config.Shuffle, image_of: np.ndarray, key: Key) -> tuple[np.ndarray, list[int]]:
-    """Return the shuffled records of an epoch, int64 (T,), and the position at which each shuffle window begins."""
+    """Return the shuffled caption records of an epoch, int64 (T,), and the positions at which shuffle windows begin."""
     if rule.kind == "global":
         records = torch.randperm(len(image_of), generator=generator(key[0], "expert order", *key[1:])).numpy()
         return records, list(range(0, len(records), rule.pairs))
@@ -104,7 +104,7 @@ def _records(image_of: np.ndarray, first: int, images: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Epoch:
-    """The batches of one epoch of one expert."""
+    """The mini-batches of one epoch of one expert."""
 
     records: np.ndarray
     """Indices of the caption records in each training step, (steps, B)."""
@@ -115,7 +115,7 @@ class Epoch:
 
     @classmethod
     def of(cls, experts: config.Experts, seed: int, image_of: np.ndarray, expert: int, epoch: int) -> "Epoch":
-        """Return the batches of an epoch; a last short batch is dropped, unless it is the only one."""
+        """Return the mini-batches of an epoch; a last short batch is dropped, unless it is the only one."""
         key = (seed, expert, epoch)
         records, begins = order(experts.shuffle, image_of, key)
         batch = min(experts.batch, len(records))
@@ -129,7 +129,7 @@ class Epoch:
 
 
 def fits(prepared: PreparedSplit, augment: config.Augment, cache_gb: float) -> bool:
-    """Return whether the images that experts train on fit the cache; if not, they are streamed from the shards."""
+    """Return whether the images of the experts fit the cache; if not, the images are streamed from the shards."""
     return prepared.split.cache_bytes(augment.active) <= cache_gb * 1e9
 
 

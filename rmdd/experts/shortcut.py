@@ -27,7 +27,7 @@ class Path(Protocol):
     """A path through the parameter space, on which an expert moves; epochs are positions on the path."""
 
     endpoint: int
-    """Last epoch of the path."""
+    """Last epoch that the path reaches."""
     vectors: int
     """Largest number of parameter sets that the path holds in memory."""
 
@@ -63,7 +63,7 @@ class ShortcutPath:
         return {n: (1 - b) * self.start[n] + b * self.end[n] for n, b in beta.items()}
 
     def straightness(self) -> dict[str, float]:
-        """Return chord length over path length for each layer: 1 for a straight path, 0 for a layer at rest."""
+        """Return chord length over path length for each layer: 1 for a straight path, 0 for a layer that stays."""
         chord = {n: _length(self.end[n] - self.start[n]) for n in self.start}
         return {n: chord[n] / b.total if b.total > 0 else 0.0 for n, b in self.beta.items()}
 
@@ -86,7 +86,7 @@ class AnchoredPath:
 
 
 class ArcPositions(list[float]):
-    """The values beta(0), ..., beta(E) of a layer, and its total path length."""
+    """The shares beta(0), ..., beta(E) of the path of a layer, and the total length of this path."""
 
     def __init__(self, beta: list[float], total: float):
         super().__init__(beta)

@@ -209,7 +209,7 @@ class Store:
         self._checked.add(path)
 
     def size(self) -> int:
-        """Return the size of the store in bytes."""
+        """Return the size of all files of the store in bytes."""
         return stored_bytes(self.path)
 
     def _files(self, expert: int) -> dict[str, dict[str, Any]]:
@@ -230,7 +230,7 @@ def _damaged(path: Path, error: Exception | str) -> ValueError:
 
 
 def _without_prefix(tensors: Params, prefix: str) -> Params:
-    """Return the tensors whose names begin with `prefix`, under their names without it."""
+    """Return the tensors whose names begin with `prefix`, with the prefix removed from the names."""
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
@@ -275,7 +275,7 @@ class Writer:
 
     @property
     def params(self) -> Params:
-        """Parameters after the last finished epoch."""
+        """Parameters of the expert after its last finished epoch."""
         return self._previous
 
     def add(

@@ -43,14 +43,14 @@ def begin_store(run: config.Run, path: Path, text_width: int, facts: dict[str, A
 
 
 def kept_epochs(experts: config.Experts, endpoints: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Return the epochs to keep in the store for runs with these endpoints; None means all epochs."""
+    """Return the epochs that a store keeps for runs whose phases end at `endpoints`; None means all epochs."""
     if isinstance(experts.keep, str):
         return None if experts.keep == "all" else endpoints
     return tuple(sorted(set(experts.keep)))
 
 
 def expert_model(model: config.Model, image_size: int, seed: int, expert: int, text_width: int) -> DualEncoder:
-    """Build the initial dual encoder of expert number `expert`; `seed` is the seed of the experts."""
+    """Build the initial dual encoder of expert number `expert`; `seed` is the experts' seed of the run."""
     return build(model, text_width, image_size, seed, "expert", expert)
 
 
@@ -194,7 +194,7 @@ def _pass(
     should_stop: Callable[[], bool],
     rank: int,
 ) -> float | None:
-    """Train for one epoch; return its mean loss, or None if `should_stop` ended it early."""
+    """Train the expert for one epoch; return its mean loss, or None if `should_stop` ended the epoch early."""
     trainer.model.train()
     total = torch.zeros((), device=device)
     devices = [] if device.type == "cpu" else [device]
@@ -212,7 +212,7 @@ def _pass(
 
 
 def optimiser_of(model: DualEncoder, rule: config.Experts) -> torch.optim.SGD:
-    """Return plain SGD with one learning rate for the image tower and one for the text tower."""
+    """Return SGD with one learning rate for the image tower and one for the text tower."""
     rates = {"image": rule.lr_image, "text": rule.lr_text}
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = [{"params": [p for n, p in named if tower_of(n) == tower], "lr": lr} for tower, lr in rates.items()]

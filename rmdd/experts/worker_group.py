@@ -29,7 +29,7 @@ _current_group: "list[ProcessGroup]" = []
 
 
 class ProcessGroup(TrainingGroup):
-    """The workers of a torch process group, as seen by one of them."""
+    """The workers of a torch process group, as one of these workers uses them."""
 
     def __init__(self, strategy: str, rank: int, size: int, device: torch.device):
         self.strategy, self.rank, self.size, self.device = strategy, rank, size, device
@@ -130,7 +130,7 @@ class ZeroTrainer(DdpTrainer):
         engine.step()
 
     def trained(self) -> Params:
-        """Return the full weights; every rank must call this."""
+        """Return the complete weights of both towers; every rank must call this function."""
         named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         with self.gathered_parameters([p for _, p in named]):
             return {n: p.detach().clone() for n, p in named}
@@ -154,7 +154,7 @@ def gathered(share: Float[Tensor, "b D"], rank: int, size: int) -> Float[Tensor,
 def join_group(member: GroupMember, strategy: str, device: torch.device) -> ProcessGroup:
     """Join the process group of `member`; the process stays in it for all experts that it trains."""
     if not _current_group:
-        if dist.is_initialized():  # Ray Train has put all its workers into one group
+        if dist.is_initialized():  # Ray Train has put all its workers in one process group
             dist.destroy_process_group()
         if member.rank == 0:
             store = dist.TCPStore(member.host, 0, member.size, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
@@ -247,7 +247,7 @@ def _deepspeed() -> Any:
             "experts.worker_group.strategy zero1, zero2 and zero3 need DeepSpeed: pip install 'rmdd[deepspeed]', or "
             "set ddp"
         ) from None
-    if not torch.cuda.is_available():  # keeps DeepSpeed from compiling an unused C++ extension
+    if not torch.cuda.is_available():  # prevents the build of an unused C++ extension
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel("ERROR")
     return deepspeed

@@ -22,7 +22,7 @@ TOLERANCE = 1e-9
 
 
 def encoder(*, frozen=False, dropout=0.0, name="convnet", image_size=8):
-    """Return a small dual encoder in float64; with `frozen`, only its projections are trained."""
+    """Return a small dual encoder in float64; with `frozen`, only the projections of the encoder are trained."""
     image = config.ImageTower(
         name=name,
         weights="random",

@@ -16,7 +16,7 @@ REST = "image_tower.at_rest"
 
 
 def trajectory(seed=0, dtype=torch.float32):
-    """Return a random walk of four layers at different speeds; one layer never moves."""
+    """Return a random walk of four layers that move at different speeds; one of them never moves."""
     random = torch.Generator().manual_seed(seed)
     shapes = {"image_tower.w": (4, 3), REST: (5,), "text_head.w": (3, 2), "text_head.b": (2,)}
     theta = {n: torch.randn(shape, generator=random).to(dtype) for n, shape in shapes.items()}

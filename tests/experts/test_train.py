@@ -143,7 +143,7 @@ def test_loader_processes_do_not_change_results(tmp_path):
 
 
 def test_training_is_the_plain_loop(tmp_path):
-    """Training equals a plain loop with torch's cross entropy over shuffled captions, without the last short batch."""
+    """Compare training with a plain loop: torch's cross entropy, shuffled captions, without the last short batch."""
     run, data = run_of(), prepared_split()
     store, _ = train(run, tmp_path, data=data)
     model, rates = (

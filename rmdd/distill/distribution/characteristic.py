@@ -82,7 +82,5 @@ def frequency_count_error(frequencies: int, norm: Norm) -> str | None:
     """Return an error message if a frequency network cannot produce this number of frequencies, otherwise None."""
     smallest = 2 * REPEATS if norm == "batch" else REPEATS  # batch norm needs two rows for its statistics
     if frequencies % REPEATS or frequencies < smallest:
-        return (
-            f"{frequencies} frequencies; a network with {norm} norm needs a multiple of {REPEATS}, at least {smallest}"
-        )
+        return f"found {frequencies} frequencies; {norm} norm needs a multiple of {REPEATS}, at least {smallest}"
     return None

@@ -47,7 +47,7 @@ def assigned(points: Float32[np.ndarray, "R D"], centres: Float32[np.ndarray, "C
 def balanced(
     points: Float32[np.ndarray, "R D"], image_of: Int64[np.ndarray, " R"], labels: Labels, clusters: int, ipc: int
 ) -> Labels:
-    """Balance clusters until each has at least `ipc` images.
+    """Return balanced cluster numbers: each cluster has at least `ipc` images.
 
     A cluster that is too small is merged into the nearest one, and the largest cluster is split into two.
     """

@@ -42,7 +42,7 @@ class Objective(Protocol):
         ...
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors that the objective has learned, for the checkpoint."""
+        """Return the tensors that the objective has learned, to save them in the checkpoint."""
         ...
 
     def load(self, tensors: dict[str, Tensor]) -> None:

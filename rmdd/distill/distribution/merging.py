@@ -77,7 +77,7 @@ def _draw(options: Sequence[int], random: torch.Generator) -> int:
 
 
 class Pool:
-    """Checkpoints of a store, read on demand; the most recently used ones are cached, up to `max_bytes` in total."""
+    """Checkpoints of an expert store, read on demand; the most recently used are cached, up to `max_bytes` in total."""
 
     def __init__(self, store: Store, experts: Sequence[int], epochs: Sequence[int], max_bytes: int):
         self.store, self.experts, self.epochs, self.max_bytes = store, list(experts), list(epochs), max_bytes

@@ -28,12 +28,12 @@ def unit(x: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
 
 
 def agreement(images: Float[Tensor, "n D"], texts: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
-    """Return the unit direction of the sum of image and text features."""
+    """Return the unit direction of the sum of the image and the text features of each pair."""
     return unit(images + texts)
 
 
 def discrepancy(images: Float[Tensor, "n D"], texts: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
-    """Return the unit direction of the difference of image and text features; it is orthogonal to `agreement`."""
+    """Return the unit direction of image features minus text features of each pair; it is orthogonal to `agreement`."""
     return unit(images - texts)
 
 

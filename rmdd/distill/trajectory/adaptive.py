@@ -25,7 +25,7 @@ from rmdd.distill.trajectory.statistics import probe, straightness
 from rmdd.experts.store import Store
 
 NARROWEST = 1.0
-"""Smallest width of a range in epochs; ranges on a very short path can be narrower."""
+"""Smallest width of a range of start epochs, in epochs; ranges on a very short path can be narrower."""
 
 
 def adapted(matcher: Matcher, state: State) -> State:

@@ -43,14 +43,14 @@ def val_curve(store: Store, experts: Sequence[int]) -> Float[np.ndarray, " m"]:
 
 
 def arc_lengths(store: Store, experts: Sequence[int]) -> Float[np.ndarray, " n"]:
-    """Return the length of the parameter step of each epoch over all layers, averaged over `experts`."""
+    """Return the length of the parameter change in each epoch over all layers, averaged over `experts`."""
     joint = [np.sqrt(np.sum(np.square(list(store.norms(e).values())), axis=0)) for e in experts]
     mean: np.ndarray = np.mean(joint, axis=0)
     return mean
 
 
 def gain_per_arc(val: Float[np.ndarray, " m"], arc: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Return the val points gained per unit of arc length in each epoch; 0 for an epoch without movement."""
+    """Return the points of val R@mean gained per unit of arc length in each epoch; 0 for an epoch without movement."""
     gain: np.ndarray = np.divide(np.diff(val), arc, out=np.zeros_like(arc), where=arc > 0)
     return gain
 
@@ -177,7 +177,7 @@ def cosine_matrix(vectors: Float[Tensor, "T N"]) -> Float[Tensor, "T T"]:
 
 
 def _products(vectors: Float[Tensor, "T N"], *, centred: bool = False) -> Float[Tensor, "T T"]:
-    """Return the scalar products of all rows in float64, computed over blocks of columns to save memory."""
+    """Return the scalar products of all pairs of rows in float64, computed over blocks of columns to save memory."""
     products = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
     for block in vectors.split(COLUMNS, dim=1):
         wide = block.double()

@@ -1,4 +1,4 @@
-"""Compare cross-covariances with plain sums; check the minimum of the linear problem, and gradients in chunks."""
+"""Compare cross-covariances with plain sums; check the minimum of the linear loss, and gradients in chunks."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Compare the losses on the sphere with double loops in float64, and check edge cases such as equal points."""
+"""Compare MDM's losses on the sphere with double loops in float64, and check edge cases such as equal points."""
 
 import itertools
 import math

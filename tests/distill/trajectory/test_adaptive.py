@@ -99,7 +99,7 @@ def test_a_rollback_restores_the_window(store, tmp_path, monkeypatch):
 
 
 def _spoilt(step, at):
-    """Return an outer step that makes the phase diverge once."""
+    """Return an outer step that makes the phase diverge once, in iteration `at`."""
 
     def once(state, gradient, rule):
         after = step(state, gradient, rule)

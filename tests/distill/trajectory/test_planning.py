@@ -170,7 +170,7 @@ def test_a_plan_on_original_trajectories_keeps_all_of_them():
 
 
 def test_listed_phases_override_a_plan():
-    """Explicit phases override the plan: a resolved run file has both phases and `kind: auto`."""
+    """Check that explicit phases override a plan: a resolved run file has both phases and `kind: auto`."""
     listed = [{"pairs": 90, "endpoint": 5, "iterations": 5}]
     run = config.load(published(100).model_dump(), [f"distill.phases={json.dumps(listed)}"])
     assert run.distill.plan.kind == "stated" and run.distill.phases[0].pairs == 90
@@ -225,7 +225,7 @@ def _written(run, folder):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A storage with trained experts of the tiny run, but without phases."""
+    """A storage folder with trained experts of the tiny run, but without distilled phases."""
     storage = tmp_path_factory.mktemp("trained")
     go(load(storage), "experts")
     return storage
@@ -318,7 +318,7 @@ def test_a_missing_or_damaged_plan_is_reported(finished, tmp_path):
 
 
 def test_a_planned_run_moves_with_its_storage(finished, tmp_path):
-    """A run continues with its plan, phases and students after its storage was moved."""
+    """Check that a run continues with its plan, phases and students after its storage folder was moved."""
     shutil.copytree(finished, tmp_path / "there")
     run = load_folder(str(tmp_path / "there" / run_folder(load(finished)).name))
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "there").glob("*/*/*/*.safetensors")}
