@@ -91,7 +91,7 @@ def check(
     name = f"{kind} similarity" + (f" of rank {rank}" if kind == "low_rank" else "")
     total = largest(budget, image_size, text_width, kind, rank, len(pairs), stored_size)
     if min(split(total, len(pairs))) < 2:
-        advice = "this number of phases does not fit; use fewer phases or similarity.kind: low_rank"
+        advice = "the budget is too small for this number of phases; use fewer phases or similarity.kind: low_rank"
     elif len(pairs) == 1:
         advice = f"at most {total} pairs fit; set phases.0.pairs to {total}"
     else:

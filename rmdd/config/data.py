@@ -136,7 +136,7 @@ class Data(Section):
     )
     max_pixels: PositiveInt = Field(
         89_478_485,
-        description="images with more pixels are skipped, as possible decompression bombs",
+        description="number of pixels above which an image is skipped, as a possible decompression bomb",
         json_schema_extra=hash_only("run", "ingest"),
     )
     background: tuple[int, int, int] = Field(
@@ -192,7 +192,7 @@ class Data(Section):
         return mistakes
 
     def not_hashed(self, purpose: Purpose) -> tuple[str, ...]:
-        """Leave out of a dataset's hash the fields of other sources and, without `reencode`, of image decoding."""
+        """Leave out of a dataset's hash the fields of other sources and, without `reencode`, those about decoding."""
         if purpose != "ingest":
             return ()
         others = [n for n, v in self if isinstance(v, Section) and n not in (self.source, "annotations")]

@@ -241,7 +241,7 @@ class Distill(Section):
 
     @property
     def recipe(self) -> Recipe | None:
-        """The recipe of the method, or None if there is no method of that name."""
+        """The class of the distillation method (its recipe), or None if there is no method of that name."""
         try:
             return recipes.find(self.method)
         except ValueError:
@@ -253,7 +253,7 @@ class Distill(Section):
 
     @property
     def real_starts(self) -> bool:
-        """Whether students may start between two epochs, at a real-valued epoch."""
+        """Whether students may start between two epochs, such as at epoch 1.5."""
         recipe = self.recipe
         return recipe is not None and recipe.real_starts(self)
 
@@ -273,7 +273,9 @@ class Distill(Section):
             mistakes.append(Clash(text, "distill.method"))
         for p, phase in enumerate(self.phases):
             if phase.pairs < 2:
-                text = f"distill.phases.{p}.pairs is {phase.pairs}: one pair has no negatives; set it to at least 2"
+                text = (
+                    f"distill.phases.{p}.pairs is {phase.pairs}: a single pair has no negatives; set it to at least 2"
+                )
                 mistakes.append(Clash(text, "distill.phases.pairs"))
         return mistakes
 

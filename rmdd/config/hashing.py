@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 NUMBERS_VERSION = 4
-"""Part of every hash; increased when a change of the code changes the results of a run file that did not change."""
+"""This number is part of every hash. It is increased when a change of the code changes results of the same run file."""
 
 Purpose = Literal[
     "run",  # identifies the results of a run

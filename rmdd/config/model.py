@@ -105,7 +105,7 @@ class Augment(Section):
         5, description="strength of the RandAugment operations, from 0 to 10"
     )
     randaugment_probability: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.5, description="probability that a drawn operation is applied"
+        0.5, description="probability that a drawn RandAugment operation is applied"
     )
 
     @property

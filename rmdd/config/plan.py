@@ -19,7 +19,7 @@ class Plan(Section):
     )
     iterations: PositiveInt = Field(2000, description="number of iterations of all phases together")
     max_phases: PositiveInt = Field(3, description="largest number of phases")
-    min_iterations: PositiveInt = Field(1000, description="smallest number of outer updates per phase")
+    min_iterations: PositiveInt = Field(1000, description="smallest number of iterations per phase")
     min_pairs: Annotated[int, Field(ge=2)] = Field(90, description="smallest number of pairs per phase")
     reach: Annotated[float, Field(gt=0, le=1)] = Field(
         0.92, description="share of the experts' gain on val that is reached at the endpoint of the first phase"
@@ -39,8 +39,10 @@ class Plan(Section):
     draws: PositiveInt = Field(
         2, description="mini-batches per expert for the gradients of a plan; each later adjustment uses one"
     )
-    every: PositiveInt = Field(50, description="adaptive: outer updates between two adjustments of range and endpoint")
-    pace: PositiveFloat = Field(0.25, description="adaptive: largest change of a range's end per adjustment, in epochs")
+    every: PositiveInt = Field(50, description="adaptive: iterations between two changes of start range and endpoint")
+    pace: PositiveFloat = Field(
+        0.25, description="adaptive: largest change, in epochs, of an end of the start range per adjustment"
+    )
 
     @property
     def plans(self) -> bool:

@@ -130,7 +130,7 @@ class Vqa(Section):
     template: str = Field(
         "Question: {question} Answer: {answer}.", description="sentence that is embedded for a question and an answer"
     )
-    question_mark: bool = Field(False, description="add ` ?` to questions, which have no question mark in the files")
+    question_mark: bool = Field(False, description="add ` ?` to questions: those in COCO-QA's files have no such mark")
     caption_rule: bool = Field(
         False, description="preprocess sentences as data.captions says, which removes colons and full stops"
     )

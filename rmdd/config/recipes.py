@@ -54,7 +54,7 @@ GROUP = "rmdd.methods"
 
 @runtime_checkable
 class Recipe(Protocol):
-    """The class of a method, as far as the run file needs it; `rmdd.methods.Method` implements it."""
+    """The class of a distillation method, as far as the run file needs it; `rmdd.methods.Method` implements it."""
 
     family: Family
     """Kind of distillation loop that the method uses."""
@@ -82,7 +82,7 @@ class Recipe(Protocol):
         ...
 
     def real_starts(self, rule: Any) -> bool:
-        """Return whether students may start between two epochs, at a real-valued epoch."""
+        """Return whether students may start between two epochs, such as at epoch 1.5."""
         ...
 
     def endpoint_of(self, rule: Any, epochs: int, phase: int) -> int:

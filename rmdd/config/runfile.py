@@ -83,7 +83,7 @@ class ConfigError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """A YAML loader that reads on, off, yes and no as words, not as booleans, because of `ray: off`."""
+    """A YAML loader that reads on, off, yes and no as words, not as booleans: `runtime.ray` is `on` or `off`."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -186,7 +186,7 @@ def _mistake(error: Any, listed_by: str) -> str:
     """
     # pydantic's location of an error also names the type of a union that was tried, such as `str`
     place = error["loc"]
-    if place[:2] == ("evaluate", "probes"):  # the fourth part is the kind of the probe, which is not a field
+    if place[:2] == ("evaluate", "probes"):  # the fourth part names the kind of the probe, not a field
         place = (*place[:3], *place[4:])
     where = ".".join(str(part) for part in place if part != "str" and "[" not in str(part))
     if where in MOVED:

@@ -21,7 +21,7 @@ from rmdd.core.files import listener_of, machine, read_json, remove, write_json
 BEAT = 5.0
 """Seconds between two writes of a lease by its holder."""
 EXPIRES = 30.0
-"""Seconds after which a lease that its holder has not rewritten expires."""
+"""Seconds after which a lease expires if its holder has not rewritten it."""
 SETTLE = 1.0
 """Seconds between writing a lease and reading it back. Cloud storage cannot create a file atomically: if two processes
 write a lease at the same time, the one that reads back its own text holds the folder."""

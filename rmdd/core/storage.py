@@ -27,7 +27,7 @@ MARKERS = ("manifest.json", "store.json", "expert.json", "set.json", "subset.jso
 """Names of files that mark their folder as complete: they are published after its other files, and removed first."""
 
 LOCAL_ONLY = ("cache",)
-"""Folders at the top of a mirror whose files are never published."""
+"""Folders at the top of a mirror whose files are never published (uploaded)."""
 LOG_SECONDS = 10.0
 """Seconds between two uploads of a growing log."""
 RESULTS = ("experts/*/store.json", "phases/*/phase-*/*", f"*-{'[0-9a-f]' * 8}/run.yaml")
@@ -111,7 +111,7 @@ class Mirror(Storage):
         return RemoteLeaseCell(self.remote, f"{self._name(folder)}.lease")
 
     def fetch(self, path: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
-        """See `Storage.fetch`. Folders that a live process of this machine holds are skipped: their files are newer."""
+        """See `Storage.fetch`. Folders that a live process of this machine holds are skipped: they are newer."""
         if not path.is_relative_to(self.root):
             return
         remote = {n: s for n, s in self.remote.list(self._name(path)).items() if self._is_published(n) and wanted(n)}
@@ -214,7 +214,7 @@ class Mirror(Storage):
 
     def has_results(self) -> bool:
         paths = [PurePosixPath(name) for name in self.remote.list("")]
-        # `match` compares from the right; comparing the number of parts excludes the files of a storage inside this one
+        # `match` compares from the right; comparing the number of parts excludes files of a storage inside this storage
         return any(p.match(r) and len(p.parts) == r.count("/") + 1 for p in paths for r in RESULTS)
 
     def read(self, path: Path) -> bytes | None:
@@ -255,7 +255,7 @@ def _marker_first(name: str) -> tuple[bool, str]:
 
 
 def _busy_in(path: Path) -> list[Path]:
-    """Return the folders inside `path` that a process of this machine holds."""
+    """Return the folders inside `path` that a process of this machine holds (see `hold_folder`)."""
     busy = []
     for file in path.rglob("*.lock") if path.is_dir() else ():
         folder = file.with_suffix("")

@@ -26,7 +26,7 @@ def with_phase(changes: dict, **distill) -> dict:
         (with_phase({"stop": 3}, start_rule="inclusive"), "set distill.phases.0.stop to 2"),
         (with_phase({"stop": 3}, endpoint_rule="exclusive"), "set distill.phases.0.stop to 2"),
         (with_phase({"start": 2}), "is empty; raise stop"),
-        (with_phase({"pairs": 1}), "one pair has no negatives"),
+        (with_phase({"pairs": 1}), "a single pair has no negatives"),
         (with_phase({"pairs": 8}), "batch 10 is larger than the 8 pairs of distill.phases.0"),
         (
             with_phase({}, similarity={"kind": "low_rank", "rank": 11}),

@@ -28,7 +28,7 @@ def test_each_field_changes_the_hashes_listed_in_the_table_and_every_field_is_li
 
 
 def test_fields_of_method_options_are_in_the_table_and_have_no_hash_mark():
-    """A field without a mark is in every hash that contains its section."""
+    """A field without `no_hash` or `hash_only` is in every hash that contains its section."""
     for module in pkgutil.walk_packages(rmdd.__path__, "rmdd."):
         importlib.import_module(module.name)
     fields_of, marked = {}, []

@@ -27,7 +27,7 @@ from rmdd.distill.sets import load_set, save_set
 
 @pytest.fixture
 def node(uri, tmp_path):
-    """Return a function: `node("a")` is the mirror of the storage on machine a."""
+    """Return a function that returns the mirror of a machine: `node("a")` is that of the machine a."""
     mirrors = {}
     yield lambda name: mirrors.setdefault(name, Mirror(uri, tmp_path / name))
     for mirror in mirrors.values():
