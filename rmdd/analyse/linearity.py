@@ -70,7 +70,7 @@ def linearity(
     inner_steps: int = 1,
     shortcut_only: bool = False,
 ) -> dict[str, Any]:
-    """Compute the ratio of gradient change to distance for 0.1 epochs and its repeated halves, on the first expert.
+    """Compute |change of the gradient| / distance for 0.1 epochs and its repeated halves, on the first expert.
 
     `inner_steps` is the number of student steps, 1 in the paper. Write linearity.csv and linearity.svg to the run's
     folder `analyse`; return the rows.
@@ -85,7 +85,7 @@ def linearity(
     store = DoubleStore.open(setting.store.path)
     run = probing(setting.run, setting.endpoint, "shortcut", setting.pairs, 1)
     changes: dict[str, Any] = {"steps": inner_steps, "inner_dropout": "off", "estimator": "exact"}
-    changes |= {"precision": "float32", "reuse_graphs": 0}  # "float32" only switches off rounding to bfloat16
+    changes |= {"precision": "float32", "reuse_graphs": 0}  # "float32" switches rounding to bfloat16 off
     run = run.model_copy(update={"distill": run.distill.model_copy(update=changes)})
     synthetic = setting.initial(methods.matching_method(run)).map(Tensor.double)
     ratios: dict[str, list[float]] = {}

@@ -104,7 +104,7 @@ def endpoint_of(least: int, last: int, endpoint: int | None) -> int:
 
 
 def stored_epochs(last: int, kept: Collection[int] | None) -> set[int]:
-    """Return the epochs that experts trained for `last` epochs store: 0, `kept` and `last`; None stands for all."""
+    """Return the stored epochs of experts trained for `last` epochs: 0, `kept` and `last`; all if `kept` is None."""
     return {0, *(kept or range(last)), last}
 
 

@@ -202,7 +202,7 @@ class CovarianceMatching:
         self.mean: Tensor | None = None
         """Moving average of the real covariance; None without `average` and before the first batch after a reset."""
         self.steps_since_reset = 0
-        """Training steps of the online model since its last reset."""
+        """Number of training steps of the online model since its last reset."""
         self.reset(0)
 
     def reset(self, turn: int) -> None:

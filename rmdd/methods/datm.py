@@ -27,7 +27,7 @@ class DATM(LoRS):
         "growing start ranges and updates equal a slow float64 version; scores below LoRS on emoji, as published. "
         "Not verified: the published numbers"
     )
-    # We chose the range for 100 pairs and 10 epochs; the paper has no values for image-text pairs.
+    # Our start range for 100 pairs and 10 expert epochs; the paper has none for image-text pairs.
     defaults = filled(
         {
             "distill": {

@@ -92,7 +92,7 @@ class EVLF(TunedMethod):
         )
         scheduler: Literal["ddpm", "ddim"] = Field("ddpm", description="mode_guidance: noise scheduler")
         eta: float = Field(
-            0.0, ge=0, le=1, description="mode_guidance with ddim: noise added in each step; 0 is deterministic"
+            0.0, ge=0, le=1, description="mode_guidance with ddim: scale of the noise of each step; 0: deterministic"
         )
         pull: NonNegativeFloat = Field(0.1, description="mode_guidance: scale s of the guidance towards the mode")
         pull_until: int = Field(
@@ -154,7 +154,7 @@ class EVLF(TunedMethod):
         folder, identity = part.folder(), part.identity()
         tuned = self.tuned(studio)
         tuned_folder = self.folder_of(studio)
-        # the hash in the folder's name covers the training, so it also identifies the fused latents
+        # the hash in the name of the folder covers the training, so it also identifies the fused latents
         fused = tuned_folder.with_name(f"fused-{tuned_folder.name}")
         rows = fused_rows(studio, folder, options.fusion, options.sampling.size, tuned, fused)
         total = sum(p.pairs for p in self.rule.phases)

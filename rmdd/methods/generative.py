@@ -54,7 +54,7 @@ class GenerativeMethod(BaseMethod, ABC):
         return pretrained.faults(self.parts())
 
     def uncounted(self) -> list[str]:
-        return ["features, fine-tuning and image generation with pretrained models are not counted"]
+        return ["computing features, fine-tuning and image generation with pretrained models are not counted"]
 
     def is_finished(self, phase: int, folder: Path) -> bool:
         """Return whether the phase's set exists; it is the last file that a phase writes."""

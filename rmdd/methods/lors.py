@@ -36,7 +36,7 @@ class LoRS(Method):
         rate_branches: Literal["same", "separate"] = Field(
             "same",
             description="squared distance that divides the gradient of each student learning rate with branches: "
-            "merged; same: the merged ratio; separate: one ratio per tower, as released",
+            "merged; same: the sum over both towers; separate: that of its own tower, as released",
         )
 
     options: Options

@@ -78,9 +78,9 @@ class MDM(DistributionMethod):
         positive_cosine: bool = Field(
             True, description="mixed: replace a negative cosine c by 0; false: keep it, as released"
         )
-        first_epoch: PositiveInt = Field(1, description="first expert epoch from which checkpoints are drawn")
+        first_epoch: PositiveInt = Field(1, description="first of the expert epochs from which checkpoints are drawn")
         resample_every: PositiveInt = Field(1, description="number of iterations after which a new teacher is drawn")
-        teacher_dropout: bool = Field(False, description="apply the heads' dropout in the teacher, as released")
+        teacher_dropout: bool = Field(False, description="keep the heads' dropout on in the teacher, as released")
         agreement: NonNegativeFloat = Field(
             0.8, description="lambda_agr, weight of the energy distance between agreement directions"
         )

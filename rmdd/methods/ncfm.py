@@ -96,9 +96,13 @@ class NCFM(DistributionMethod):
         network_optimiser: Literal["adam", "sgd"] = Field("adam", description="optimiser of psi")
         lr_network: NonNegativeFloat = Field(1e-3, description="learning rate of psi")
         repeat: bool = Field(False, description="repeat each output row of psi 16 times without noise, as released")
-        learned_scale: bool = Field(False, description="multiply all frequencies of psi by one learned factor")
-        w_amplitude: NonNegativeFloat = Field(0.5, description="weight of the difference of moduli in NCFD")
-        w_phase: NonNegativeFloat = Field(0.5, description="weight of the difference of angles in NCFD")
+        learned_scale: bool = Field(False, description="multiply all frequencies from psi by one learned factor")
+        w_amplitude: NonNegativeFloat = Field(
+            0.5, description="weight of the difference of moduli of the characteristic functions in NCFD"
+        )
+        w_phase: NonNegativeFloat = Field(
+            0.5, description="weight of the difference of phase angles of the characteristic functions in NCFD"
+        )
         scale: PositiveFloat = Field(
             300.0, description="factor of the NCFD term; tune it together with lr_image and lr_text"
         )
@@ -232,7 +236,7 @@ def joint(images: Tensor, texts: Tensor, projection: Tensor | None) -> Tensor:
 
 
 class Plateau:
-    """Counter of steps since the lowest loss; every `patience` steps, one more halving of learning rates is due."""
+    """Counter of steps since the lowest loss. Every `patience` such steps, learning rates are halved once more."""
 
     def __init__(self, patience: int | None):
         self.patience, self.best, self.since, self.halvings = patience, float("inf"), 0, 0
@@ -314,7 +318,7 @@ class CharacteristicMatching:
         return torch.randn(self.rule.frequencies, self.width, generator=random).to(self.device)
 
     def _subset(self, iteration: int, draw: int) -> list[int]:
-        """Return the indices of the clusters that a draw compares."""
+        """Return the indices of the clusters that are compared in one draw."""
         if self.rule.subset is None:
             return list(range(self.clusters))
         random = generator(self.seed, "clusters of a step", self.phase, iteration, draw)

@@ -81,7 +81,8 @@ class PDS(GenerativeMethod):
         )
         starts: PositiveInt = Field(20, description="number of k-means++ starts of each of the two clusterings")
         normalize: bool = Field(
-            False, description="cluster features of unit length; prototypes stay means of unnormalised features"
+            False,
+            description="scale features to unit length for clustering only; prototypes are means of unscaled features",
         )
         pairless: Literal["topup", "keep_centres", "drop"] = Field(
             "topup",
@@ -110,7 +111,9 @@ class PDS(GenerativeMethod):
         decoder: str | None = Field(
             None, description="hub id (@REVISION) or folder of the decoder; null: the published one"
         )
-        steps: PositiveInt | None = Field(None, description="denoising steps; null: 100 for unclip, 25 for karlo")
+        steps: PositiveInt | None = Field(
+            None, description="number of denoising steps; null: 100 for unclip, 25 for karlo"
+        )
         guidance: Annotated[float, Field(ge=1)] | None = Field(
             None, description="scale of classifier-free guidance; null: 5 for unclip, 8 for karlo"
         )
@@ -126,7 +129,7 @@ class PDS(GenerativeMethod):
         )
         offload: Literal["none", "model", "sequential"] = Field(
             "none",
-            description="keep idle weights of the decoder in main memory; model: by component; sequential: by layer "
+            description="move idle weights of the decoder to main memory; model: by component; sequential: by layer "
             "(both need accelerate)",
         )
 
@@ -222,7 +225,7 @@ class PDS(GenerativeMethod):
 
 
 def decoder_of(options: PDS.Options, folder: Path, device: torch.device) -> Decoder:
-    """Load the diffusion pipeline of the decoder `options.decode` from `folder`."""
+    """Load the diffusion pipeline of the decoder named in `options.decode` from the folder `folder`."""
     kind = options.decode
     arguments: dict[str, Any] = {"dtype": options.dtype, "offload": options.offload}
     arguments |= {"steps": options.steps or STEPS[kind], "guidance": options.guidance or GUIDANCE[kind]}

@@ -43,7 +43,7 @@ class Method(BaseMethod):
     learns_rates: ClassVar[bool] = True
     phase_fields: ClassVar[tuple[str, ...]] = tuple(config.Phase.model_fields)
     grows: ClassVar[bool] = False
-    """Whether the range of start epochs grows during distillation."""
+    """Whether the range of start epochs grows from iteration to iteration."""
 
     @classmethod
     def idle_fields(cls) -> tuple[str, ...]:
@@ -95,7 +95,7 @@ class Method(BaseMethod):
             mistakes.append(Clash(text, "distill.trajectory", "experts.keep"))
         return mistakes
 
-    # -- running the loop --------------------------------------------------------------------------------------------
+    # -- the loop over outer iterations --------------------------------------------------------------------------------
 
     def begin(self, phase: int, train: Callable[[], PreparedSplit], folder: Path) -> None:
         if (folder / START).is_file():
@@ -133,7 +133,7 @@ class Method(BaseMethod):
     def pairs_of_step(self, phase: int, train: Callable[[], PreparedSplit]) -> int:
         return self.rule.batch * self.rule.steps
 
-    # -- functions that a method may override ------------------------------------------------------------------------
+    # -- functions that a method may override --------------------------------------------------------------------------
 
     def path(self, store: Store, expert: int, phase: int) -> shortcut.Path:
         """Return the path through an expert's checkpoints that gives the start and the target of a student."""

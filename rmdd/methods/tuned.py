@@ -89,7 +89,7 @@ class TunedMethod(GenerativeMethod):
         return self.tuned_folder(studio.root, studio.train.split.dataset.hash)
 
     def tuned(self, studio: Studio) -> Path | None:
-        """Train the model if it is not in the storage yet; return its folder, or None if `updates` is 0."""
+        """Train the model unless the storage holds it already; return its folder, or None if `updates` is 0."""
         total = self.updates(len(studio.train.split.captions))
         if not total:
             return None

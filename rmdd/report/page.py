@@ -1,4 +1,4 @@
-"""Write `report.html`, a self-contained page about a finished run: scores, pairs before and after, curves and cost."""
+"""Write `report.html`, one file about a finished run: scores, pairs before and after distillation, curves, cost."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def _tiles(distilled: DistilledSet, evaluation: dict[str, Any], seconds: dict[st
         (f"{ours:.1f}", "R@mean on test, after the last pass"),
         (f"{100 * ours / full:.0f} %" if full > 0 else "unknown", "of the score of all training pairs"),
         (share, "of the number of training pairs"),
-        (size(total["bytes"]), "size of the set on disk"),
+        (size(total["bytes"]), "size of the distilled set on disk"),
         (duration(sum(seconds.values())), "time of the whole run"),
     ]
 

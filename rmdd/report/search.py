@@ -21,7 +21,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 BEST = " The run file of the best trial is best.yaml in the folder of this page."
 LABEL = 18
-"""Maximum letters of an axis label; the table below has the full text."""
+"""Maximum number of letters of a choice on an axis; the table on the page has the full text."""
 
 HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
@@ -104,7 +104,7 @@ def importance(shares: Mapping[str, float]) -> str:
 
 
 def slice_of(field: str, dimension: Dimension, rows: Rows, best: Sequence[int]) -> str:
-    """Draw val R@mean over one field, a point per trial: unfinished trials in grey, the best ones with a ring."""
+    """Draw val R@mean over one field of the search; unfinished trials are grey, and the best have a ring."""
     drawing = Drawing(field, "", "val R@mean")
     rows = [row for row in rows if field in row["values"] and row["val"] is not None]
     choices = [json.dumps(choice) for choice in dimension.choice or ()]

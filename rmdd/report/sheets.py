@@ -118,7 +118,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[s
 
 
 def draw_plan(plan: Mapping[str, Any], path: Path) -> None:
-    """Draw the signals behind planned phases: the experts' gain on val, straightness of paths, cosines of gradients."""
+    """Draw the signals behind planned phases: gain of experts on val, straightness of paths, cosines of gradients."""
     signals = plan["signals"]
     sheet = Sheet(3 + len(signals["agreement"]))
     epochs = list(range(len(signals["val"])))
@@ -129,7 +129,7 @@ def draw_plan(plan: Mapping[str, Any], path: Path) -> None:
         ax.axvspan(first - 0.1, last + 0.1, color=colour, alpha=0.15, label=f"phase {p}: starts")
     ax.legend(fontsize=8)
     sheet.lines(
-        1, "val gain per arc length", epochs[1:], {"": signals["gain_per_arc"]}, "epoch", "points per unit of length"
+        1, "val gain per arc length", epochs[1:], {"": signals["gain_per_arc"]}, "epoch", "points per arc length"
     )
     straight = {int(e): s for e, s in signals["straightness"].items()}
     ax = sheet.lines(2, "straightness", list(straight), {"": list(straight.values())}, "endpoint", "chord over path")

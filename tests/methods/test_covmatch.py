@@ -145,7 +145,7 @@ def test_a_resumed_objective_gives_the_same_bits(setting, average):
     run = with_options(run, average=average)
     method, begun, unbroken = opened(run, None, train)
     uninterrupted, losses = descend(unbroken, begun, 7, lr=0.01)
-    for stop in (3, 4, 6):  # resume before, at and after the reset that follows step 4
+    for stop in (3, 4, 6):  # resume before, at and after the reset of the online model
         first = objective_of(method, None, train)
         half, _ = descend(first, begun, stop, lr=0.01)
         state = {n: t.clone() for n, t in first.tensors().items()}

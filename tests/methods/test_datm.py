@@ -1,4 +1,4 @@
-"""DATM: the growing range of start epochs, and steps compared with LoRS in float64."""
+"""DATM: the growing range of start epochs, and updates compared with those of LoRS in float64."""
 
 import pytest
 from slow import assert_equals_slow, plain_loss, segment, two_passes, wbce

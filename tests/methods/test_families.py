@@ -1,4 +1,4 @@
-"""Differences between method families outside the loops: cost estimates, rejected settings, lost workers, pages."""
+"""Differences between families of methods: cost estimates, rejected settings, lost workers, and report pages."""
 
 import contextlib
 import shutil

@@ -1,4 +1,4 @@
-"""LoRS: gradients compared with the formula of the two passes, and the initial similarity."""
+"""LoRS: gradients compared with the formula of TESLA's two passes, and the initial similarity."""
 
 import pytest
 import torch

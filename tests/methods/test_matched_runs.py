@@ -74,7 +74,7 @@ def test_a_resumed_phase_gives_the_same_bits(setting, store, tmp_path):
 
 
 def test_pace_scales_the_learning_rates(store, tmp_path):
-    """`pace`, returned by the objective, scales the learning rates of images and texts."""
+    """The number `pace`, which the objective returns, must scale the learning rates of images and texts."""
     run = run_of("ncfm", NCFM, momentum=0)
     random = torch.Generator().manual_seed(0)
     begun = Synthetic(

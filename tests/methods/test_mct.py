@@ -1,4 +1,4 @@
-"""MCT: steps compared with LoRS on a straight path, real-valued start epochs, and paths through several anchors."""
+"""MCT: updates compared with LoRS on a straight path, real-valued start epochs, and paths through several anchors."""
 
 from itertools import pairwise
 

@@ -1,4 +1,4 @@
-"""Checks of every method: documented defaults, moving tensors, and messages for unknown methods and options."""
+"""Checks of every method: documented defaults, tensors that move, and messages for unknown methods and options."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""MTT-VL: gradients compared with the full unroll, independent batches, and the released temperature."""
+"""MTT-VL: gradients compared with the full unroll, independent batches, and temperature of the released code."""
 
 from slow import assert_equals_slow, full_unroll, infonce, plain_loss, segment
 from toy import method_run

@@ -1,4 +1,4 @@
-"""PDS from shards to an evaluated student, with tiny models saved in folders as a user would have them."""
+"""PDS from shards to an evaluated student, with tiny models in folders as written by `save_pretrained`."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""PTM-ST: presets, the ablations of Table 4, and the loop compared with slow float64 versions."""
+"""PTM-ST: presets, the ablations of Table 4, and the matching loop compared with slow float64 versions."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""TESLA-VL: gradients compared with the formula of the two passes and with the full unroll."""
+"""TESLA-VL: gradients compared with the formula of TESLA's two passes and with the full unroll."""
 
 from slow import assert_equals_slow, full_unroll, plain_loss, segment, two_passes, wbce
 from toy import method_run
