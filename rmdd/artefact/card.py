@@ -53,7 +53,7 @@ def preview(distilled: DistilledSet) -> Image.Image:
 
 
 def script(distilled: DistilledSet) -> str:
-    """Return a script that trains a small dual encoder on the saved set with torch, without rmdd, in its folder."""
+    """Return a script that trains a small dual encoder on the saved set without rmdd, run in the set's folder."""
     subset = distilled.subsets[0]
     size = distilled.image_size
     flat = 64 * math.ceil(size / 8) ** 2

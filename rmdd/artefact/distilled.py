@@ -227,7 +227,7 @@ class DistilledSet:
             )
         except (KeyError, TypeError, AttributeError) as error:
             problem = f"{path / DESCRIPTION} has missing or wrong fields ({error!r})"
-            raise ValueError(f"{problem}; get the set again") from error
+            raise ValueError(f"{problem}; copy the set again") from error
 
 
 load = DistilledSet.load
@@ -300,7 +300,7 @@ def _read_description(path: Path) -> dict[str, Any]:
     try:
         info: dict[str, Any] = read_json(path / DESCRIPTION)
     except ValueError as error:
-        raise ValueError(f"{path / DESCRIPTION} is not valid JSON ({error}); get the set again") from None
+        raise ValueError(f"{path / DESCRIPTION} is not valid JSON ({error}); copy the set again") from None
     version = info.get("schema_version") if isinstance(info, dict) else None
     if version not in READABLE:
         raise ValueError(
@@ -311,7 +311,7 @@ def _read_description(path: Path) -> dict[str, Any]:
 
 
 def _read_tensors(path: Path, version: int) -> dict[str, Tensor]:
-    """Return the tensors of a set by name. A file of schema version 1 has no checksum inside."""
+    """Return the tensors of a set by name. A file of schema version 2 has a checksum inside, which is checked."""
     if version == 1:
         from safetensors.torch import load_file
 
@@ -319,14 +319,14 @@ def _read_tensors(path: Path, version: int) -> dict[str, Tensor]:
     try:
         return load_checked(path, ENTRY)[0]
     except Damaged as error:
-        raise ValueError(f"{path} is damaged ({error}); get the set again") from error
+        raise ValueError(f"{path} is damaged ({error}); copy the set again") from error
 
 
 def _check_bytes(file: Path, sha256: str) -> None:
     if not file.is_file():
-        raise ValueError(f"{file} is missing; get the set again")
+        raise ValueError(f"{file} is missing; copy the set again")
     if (actual := sha256_file(file)) != sha256:
-        raise ValueError(f"{file} was altered: SHA-256 {actual[:12]}, set.json says {sha256[:12]}; get the set again")
+        raise ValueError(f"{file} was altered: SHA-256 {actual[:12]}, set.json says {sha256[:12]}; copy the set again")
 
 
 def _check_tensors(path: Path, tensors: dict[str, Tensor], listed: dict[str, dict[str, Any]]) -> None:
@@ -334,7 +334,7 @@ def _check_tensors(path: Path, tensors: dict[str, Tensor], listed: dict[str, dic
     for name in sorted(actual.keys() | listed.keys()):
         if actual.get(name) != listed.get(name):
             problem = f"{TENSORS} has {name} as {actual.get(name)}, {DESCRIPTION} says {listed.get(name)}"
-            raise ValueError(f"{path}: {problem}; get the set again")
+            raise ValueError(f"{path}: {problem}; copy the set again")
 
 
 def _check_free(path: Path, overwrite: bool) -> None:
@@ -347,7 +347,7 @@ def _check_free(path: Path, overwrite: bool) -> None:
 
 
 def _move_aside(path: Path) -> Path | None:
-    """Rename an existing set and return its temporary path, because a non-empty folder cannot be overwritten."""
+    """Rename an existing set and return its temporary path, because a folder with files cannot be replaced."""
     if not path.exists():
         return None
     aside = temporary_beside(path, "old")

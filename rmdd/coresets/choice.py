@@ -14,7 +14,7 @@ POOL = 1000
 """Number of records that each record is scored against for forgetting, if the run has no `experts.forgetting`."""
 BY_FEATURES = ("herding", "k_center", "medoids", "matched", "clip_score")
 AT_ONCE = ("medoids", "matched")
-"""Selection methods that choose all pairs together: a smaller coreset is not the beginning of a larger one."""
+"""Selection methods that choose all pairs jointly, so a smaller coreset is not the beginning of a larger one."""
 
 SelectionMethod = Literal["random", "herding", "k_center", "forgetting", "medoids", "matched", "clip_score"]
 ChoiceUnit = Literal["image", "record"]
@@ -91,7 +91,7 @@ class Choice(Section):
         return self.method in BY_FEATURES or self.clusters > 0 or self.guard != "none"
 
     def options(self) -> dict[str, Any]:
-        """Return the options that affect the selection, except `method`, the size, `seed` and `unit`."""
+        """Return the options that affect which pairs are selected, except `method`, the size, `seed` and `unit`."""
         used = []
         if self.needs_features:
             used += ["encoder", "space", "dtype"] + (["caption"] if self.unit == "image" else [])
@@ -104,13 +104,13 @@ class Choice(Section):
 
     @property
     def experts(self) -> list[int]:
-        """Indices of the experts that the selection uses: the encoder and the expert of method forgetting."""
+        """Indices of the experts that the selection uses: as encoder of the features, and for method forgetting."""
         kind, _, number = self.encoder.partition(":")
         encoders = [int(number or 0)] if self.needs_features and kind == "expert" else []
         return encoders + ([self.expert] if self.method == "forgetting" else [])
 
     def prepared(self, run: Run) -> Run:
-        """Return `run`; if the method needs forgetting counts that `run` does not make, a copy that makes them.
+        """Return `run`, or a copy that counts forgetting events if the method needs them and `run` does not count them.
 
         Raises `ConfigError` for an expert that the run does not train.
         """

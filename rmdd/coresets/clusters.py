@@ -36,7 +36,7 @@ def fit(
     starts: int = 3,
     mini_batch: int = MINI_BATCH,
 ) -> Float32[np.ndarray, "K D"]:
-    """Return `k` k-means centroids, started by k-means++; some are equal if there are fewer than `k` distinct rows."""
+    """Return `k` k-means centroids from k-means++ starts; some are equal if there are fewer than `k` distinct rows."""
     from sklearn.cluster import KMeans, MiniBatchKMeans
     from sklearn.exceptions import ConvergenceWarning
 
@@ -53,7 +53,7 @@ def fit(
 
 
 def sampled(ids: Int64[np.ndarray, " N"], k: int, seed: int, label: str = "k-means sample") -> Int64[np.ndarray, " n"]:
-    """Return in ascending order the ids of the rows to fit `k` centroids on: all rows, or a random sample of many."""
+    """Return in ascending order the ids of the rows that `k` centroids are fitted on: all rows, or a sample of them."""
     size = max(SAMPLE, 4 * k)
     return np.sort(ids if len(ids) <= size else smallest(ids, size, seed, label))
 
@@ -81,7 +81,7 @@ def medoids(ranks: WorkerParts, k: int, seed: int) -> list[int]:
 def nearest_members(
     ranks: WorkerParts, points: Float32[np.ndarray, "K D"], of_workers: Sequence[dict[int, tuple[float, int]]]
 ) -> list[int]:
-    """Return for each cluster the id of its member nearest to the cluster's point; `of_workers` has those per rank.
+    """Return for each cluster the id of its member nearest to the cluster's point, merged from results `of_workers`.
 
     A cluster without members gives the nearest item that is not chosen yet.
     """
@@ -98,7 +98,7 @@ def nearest_members(
 
 
 def quotas(sizes: Sequence[int], k: int, rule: Quota) -> list[int]:
-    """Divide `k` picks among clusters with `sizes` items by largest remainders; no cluster gets more than its size.
+    """Divide `k` picks among clusters with `sizes` items by largest remainders; no quota exceeds the cluster's size.
 
     Raises `ValueError` when the clusters have fewer than `k` items together.
     """
@@ -145,5 +145,5 @@ def outliers(
 
 
 def worst(ids: Int64[np.ndarray, " N"], score: Float32[np.ndarray, " N"], share: float) -> Int64[np.ndarray, " n"]:
-    """Return the ids of the `share` (0 to 1) of rows with the lowest scores; of equal scores, larger ids come first."""
+    """Return the ids of the `share` (0 to 1) of rows with the lowest scores; of equal scores, larger ids go first."""
     return np.sort(ids[np.lexsort((-ids, score))][: math.floor(share * len(ids))])

@@ -41,7 +41,7 @@ class ByteCosts:
         return {"images": images, "captions": captions, "total": images + captions}
 
     def within(self, records: Iterable[int], limit: int) -> Iterator[int]:
-        """Yield caption records in order; stop before the first that would exceed `limit` bytes (with its image)."""
+        """Yield caption records in order until the next one would exceed `limit` bytes of images and captions."""
         counted: set[int] = set()
         for record in records:
             image = int(self.image_of[record])

@@ -10,7 +10,7 @@ from rmdd.core.seeding import derive, generator
 
 
 def permuted(ids: Int64[np.ndarray, " N"], seed: int) -> Int64[np.ndarray, " N"]:
-    """Return all ids in a random order that does not depend on their order in `ids`; the first k are a draw of k."""
+    """Return all ids in a random order that does not depend on their order in `ids`; the first k are a random draw."""
     order = torch.randperm(len(ids), generator=generator(seed, "coreset random")).numpy()
     return np.sort(ids)[order]
 

@@ -29,32 +29,32 @@ FILE = "forgetting.safetensors"
 BLOCK = 256
 """Number of images that are embedded and scored at once."""
 MARGIN = 1e-6
-"""Smallest cosine margin of a correct record. Smaller ones are rounding errors, for example between equal images."""
+"""Smallest cosine margin of a correct caption record. Smaller margins are rounding errors, as between equal images."""
 
 NeverLearned = Literal["first", "last", "exclude"]
 
 
 @dataclass(frozen=True)
 class ForgettingCounts:
-    """Forgetting statistics of T records, as tensors of shape (T,). At a visit, a record is scored after an epoch."""
+    """Forgetting statistics of T caption records: tensors (T,). A visit scores a record at the end of an epoch."""
 
     correct: Tensor
-    """Whether the record was correct at its last visit: int8, 1 or 0; -1 before the first visit."""
+    """Whether the caption record was correct at its last visit: int8, 1 or 0; -1 before the first visit."""
     events: Tensor
-    """Number of forgetting events of the record, int16."""
+    """Number of forgetting events (changes from correct to wrong) of the caption record, int16."""
     learned: Tensor
-    """Whether the record was correct at any visit: int8, 1 or 0."""
+    """Whether the caption record was correct at any visit: int8, 1 or 0."""
     last: Tensor
-    """Epoch of the last forgetting event of the record, int16; 0 if there was none."""
+    """Epoch of the last forgetting event of the caption record, int16; 0 if there was none."""
     visits: Tensor
-    """Number of visits of the record, int16."""
+    """Number of visits (scorings at the end of an epoch) of the caption record, int16."""
     margins: Tensor
     """Sum over all visits of the cosine margin (of the worse of the two retrieval directions), float32."""
     facts: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @classmethod
     def new(cls, records: int) -> "ForgettingCounts":
-        """Return the counts of `records` records before their first visit."""
+        """Return the counts of `records` caption records before their first visit."""
         small = torch.zeros(records, dtype=torch.int16)
         never = torch.full((records,), -1, dtype=torch.int8)
         flag, total = torch.zeros(records, dtype=torch.int8), torch.zeros(records)
@@ -66,7 +66,7 @@ class ForgettingCounts:
 
     @classmethod
     def load(cls, folder: Path) -> "ForgettingCounts":
-        """Load the forgetting counts of the expert in `folder`. Raises `ValueError` when missing or damaged."""
+        """Load the forgetting counts of the expert in `folder`. Raises `ValueError` if they are missing or damaged."""
         path = folder / FILE
         if not path.is_file():
             raise ValueError(f"{folder} holds no forgetting counts; train the expert with experts.forgetting: 1000")
@@ -90,7 +90,7 @@ class ForgettingCounts:
         margin: Float[Tensor, " n"] | None = None,
         records: Int[Tensor, " n"] | None = None,
     ) -> "ForgettingCounts":
-        """Return the counts after a visit of `records` (None: all) in `epoch`; other records do not change."""
+        """Return the counts after visiting `records` (None: all) at the end of `epoch`; other records do not change."""
         index = torch.arange(len(self.correct)) if records is None else records
         new = {name: t.clone() for name, t in self.tensors().items()}
         forgotten = (self.correct[index] == 1) & ~correct
@@ -104,11 +104,10 @@ class ForgettingCounts:
         return ForgettingCounts(**new, facts=self.facts)
 
     def ranking(self, never_learned: NeverLearned) -> Int64[np.ndarray, " n"]:
-        """Return the record numbers in the order of selection, the most forgotten record first.
+        """Return the numbers of the caption records in the order of selection, the most forgotten record first.
 
         The order is by more events, later last event, smaller mean margin, smaller record number. Records that were
-        never correct come first, come last or are left out (`never_learned`); they are ordered by margin and record
-        number.
+        never correct come first, come last or are left out (`never_learned`); their order is by margin and number.
         """
         never = (self.learned == 0).numpy()
         margin = (self.margins / self.visits.clamp(min=1)).numpy()
@@ -118,7 +117,7 @@ class ForgettingCounts:
         return order[~never[order]] if never_learned == "exclude" else order
 
     def summary(self) -> dict[str, Any]:
-        """Return for a report the share of records never correct, and how many of the others have 0, 1, ... events."""
+        """Return for a report the share of records never correct, and how many others have 0, 1, 2, ... events."""
         never = self.learned == 0
         histogram = torch.bincount(self.events[~never].long(), minlength=1).tolist()
         return {"never_learned": float(never.float().mean()), "records_by_events": histogram, **self.facts}
@@ -141,7 +140,7 @@ def pool_of(image_of: Int64[np.ndarray, " T"], size: int, seed: int) -> Int64[np
 def margins(
     model: DualEncoder, prepared: PreparedSplit, pool: Int64[np.ndarray, " P"], device: torch.device
 ) -> Float32[Tensor, " T"]:
-    """Return the margin of every record: cosine of its image and caption minus the best cosine with others of the pool.
+    """Return the margin of each caption record: cosine with its image minus the best cosine with others of the pool.
 
     The margin is the smaller of the two retrieval directions. The model is scored in eval mode; its mode is restored.
     """

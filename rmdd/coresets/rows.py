@@ -32,7 +32,7 @@ RowBlock = tuple[Int64[np.ndarray, " _"], Float[np.ndarray, "_ _"]]
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """A matrix of feature rows with distinct ids, in memory or memory-mapped from files. Rows are read as float32."""
+    """A matrix of feature rows with distinct ids, in memory or memory-mapped from files; rows are read as float32."""
 
     parts: tuple[RowBlock, ...]
     width: int
@@ -51,7 +51,7 @@ class Rows:
 
     @classmethod
     def open(cls, folder: Path | str) -> "Rows":
-        """Map the feature files of a folder. Raises `ValueError` without any, or for another schema version."""
+        """Map the feature files of a folder. Raises `ValueError` if it has none or another schema version."""
         folder = Path(folder)
         if not (folder / DESCRIPTION).is_file():
             raise ValueError(f"{folder} holds no features (no {DESCRIPTION}); delete the folder to compute them again")
@@ -98,7 +98,7 @@ class Rows:
         return Rows(tuple(parts), self.width)
 
     def chunks(self, size: int | None = None) -> Iterator[tuple[slice, Float32[np.ndarray, "n D"]]]:
-        """Yield all rows in chunks of at most `size` rows: the slice of their positions, and the rows as float32."""
+        """Yield all rows in chunks of at most `size` rows: the slice of the chunk's positions, and its float32 rows."""
         size = self.chunk if size is None else size
         for (_, rows), first in zip(self.parts, self._ends, strict=False):
             buffer = torch.empty((min(size, len(rows)) if rows.dtype == np.float16 else 0, self.width))
@@ -119,7 +119,7 @@ class Rows:
 
 
 def write_rows(folder: Path, blocks: Iterable[RowBlock], width: int, dtype: str, facts: Mapping[str, Any]) -> Rows:
-    """Write blocks of rows into a new folder in one atomic step, about `ROWS_PER_FILE` rows per file; map the files."""
+    """Write blocks of feature rows into a new folder, in files of about `ROWS_PER_FILE` rows; return them as `Rows`."""
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         names: list[str] = []

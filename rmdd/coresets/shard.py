@@ -22,7 +22,7 @@ MAX_SHOWN = 5
 
 
 class Best(NamedTuple):
-    """The row with the largest value of a search: the value, the id of the row, and the row."""
+    """The row with the largest value in a search: this value, the id of the row, and its features."""
 
     value: float
     id: int
@@ -100,7 +100,7 @@ class Shard:
         self.free, self._near = self.included.copy(), None
 
     def rows_of(self, ids: Ids) -> tuple[Int64[np.ndarray, " n"], Float32[np.ndarray, "n D"]]:
-        """Return those of `ids` that this rank has, and their rows."""
+        """Return those of `ids` whose rows this rank has, and these rows."""
         positions = self._positions(ids)
         return self.rows.ids[positions], self.rows.at(positions)
 
@@ -115,7 +115,7 @@ class Shard:
     # -- searching the next pick ---------------------------------------------------------------------------------
 
     def along(self, w: Float64[np.ndarray, " D"], chosen: Ids, explicit: bool = False) -> Best | None:
-        """Mark `chosen` as taken; return the free row x with the largest <w, x> (`explicit`: <w, x> - |x|^2 / 2)."""
+        """Mark `chosen` as taken; return the row x left with the largest <w, x> (`explicit`: <w, x> - |x|^2 / 2)."""
         self.take(chosen)
         direction = w.astype(np.float32)
         squares = self.squares() if explicit else None
@@ -126,7 +126,7 @@ class Shard:
         return search.best
 
     def nearest(self, point: Float64[np.ndarray, " D"], chosen: Ids = ()) -> Best | None:
-        """Mark `chosen` as taken; return the free row nearest to `point`, with minus its squared distance."""
+        """Mark `chosen` as taken; return the row left nearest to `point`; its value is minus the squared distance."""
         self.take(chosen)
         search = _Search(self)
         for where, x in self.rows.chunks(self.chunk):
@@ -134,7 +134,7 @@ class Shard:
         return search.best
 
     def farthest(self, centres: Float32[np.ndarray, "C D"], chosen: Ids) -> Best | None:
-        """Mark `chosen` as taken, add `centres`, and return the free row farthest from its nearest centre.
+        """Mark `chosen` as taken, add `centres`, and return the row left that is farthest from its nearest centre.
 
         The value of that row is its squared distance to the nearest centre.
         """
@@ -160,7 +160,7 @@ class Shard:
         """Return |x|^2 + |c|^2 - 2 <x, c> for each row x, which is exactly 0 for a row equal to the centre c."""
         return np.maximum(self.squares()[where] + np.vecdot(centre, centre) - 2 * np.vecdot(x, centre), 0)
 
-    # -- clusters ------------------------------------------------------------------------------------------------
+    # -- k-means clusters ----------------------------------------------------------------------------------------
 
     def assigned(
         self, centroids: Float32[np.ndarray, "K C"], first: int = 0
@@ -186,7 +186,7 @@ class Shard:
     # -- clusters of images and of texts -------------------------------------------------------------------------
 
     def overlap(self, images: Float32[np.ndarray, "K U"], texts: Float32[np.ndarray, "K V"]) -> np.ndarray:
-        """Return a (K, K) matrix: the number of rows in each image cluster (row) and text cluster (column).
+        """Return a matrix (K, K): how many rows are in image cluster i and in text cluster j.
 
         The columns of the image embedding come first in a row. Dropped rows are not counted.
         """
@@ -196,7 +196,7 @@ class Shard:
         return counts
 
     def sums(self, partner: Int64[np.ndarray, " K"], bits: int) -> np.ndarray:
-        """Return for each c the sum of the rows in image cluster c and text cluster `partner[c]`, like `total`."""
+        """Return for each c the sum of the rows in image cluster c and text cluster `partner[c]`, as in `total`."""
         total = np.zeros((len(partner), self.rows.width), np.int64)
         inside = self._inside(partner)
         for where, x in self.rows.chunks(self.chunk):
@@ -230,14 +230,14 @@ class Shard:
 
 
 def _first_of(ids: np.ndarray, label: np.ndarray, distance: np.ndarray) -> dict[int, tuple[float, int]]:
-    """Return for each cluster in `label` its smallest distance, with the id of that row."""
+    """Return by cluster (`label`) the smallest distance of a row, and the id of that row."""
     order = np.lexsort((ids, distance, label))
     labels, first = np.unique(label[order], return_index=True)
     return {int(c): (float(distance[order[i]]), int(ids[order[i]])) for c, i in zip(labels, first, strict=True)}
 
 
 class _Search:
-    """A search for the row with the largest value that is still free; among equal values, the smallest id wins."""
+    """A search for the row with the largest value among the rows not taken; of equal values, the smallest id wins."""
 
     def __init__(self, shard: Shard):
         self.shard = shard
@@ -260,5 +260,5 @@ def best_of(candidates: Iterable[Best | None]) -> Best | None:
 
 
 def split_rows(rows: Rows, ranks: int = 1, chunk: int | None = None) -> LocalParts:
-    """Divide rows into `ranks` consecutive parts, and return them as ranks in this process."""
+    """Divide rows into `ranks` consecutive shares, one for each rank; all ranks are in this process."""
     return LocalParts([Shard(rows.share(rank, ranks), chunk) for rank in range(ranks)])

@@ -97,9 +97,9 @@ def cosines(sides: Sides, items: Items, caption: str) -> Float32[np.ndarray, " i
 
 
 def unit(rows: np.ndarray, split: Split, images: np.ndarray, side: str) -> Float32[np.ndarray, "n D"]:
-    """Scale rows to unit length.
+    """Scale feature rows to unit length.
 
-    Raises `ValueError` for rows that are zero or not finite, and names their pairs (`images`) and the `side`.
+    Raises `ValueError` for rows that are zero or not finite; the message names `side` and the pairs of these `images`.
     """
     rows = np.ascontiguousarray(rows, dtype=np.float32)
     largest = np.abs(rows).max(axis=1, keepdims=True)
@@ -138,13 +138,13 @@ def _combined(space: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return u if space == "image" else v
 
 
-# -- rows of an encoder, block by block ------------------------------------------------------------------------------
+# -- features from an encoder, block by block -------------------------------------------------------------------------
 
 
 def encode_blocks(
     folder: Path, count: int, make: Callable[[], Callable[[Values], Values]], identity: dict[str, Any], stream: Stream
 ) -> None:
-    """Write `count` feature rows into `folder`, computed by the encoder that `make` creates; existing blocks are kept.
+    """Write `count` feature rows into `folder`, computed by an encoder from `make`; existing blocks of rows are kept.
 
     `stream` runs the encoder on the missing blocks; `identity` describes the encoder in `rows.json`.
     """
@@ -171,7 +171,7 @@ def save_block(folder: Path, block: int, ids: np.ndarray, rows: np.ndarray) -> N
     write_array(folder / name, rows)
 
 
-# -- columns of the dataset ------------------------------------------------------------------------------------------
+# -- features from columns of the dataset -----------------------------------------------------------------------------
 
 
 def column_rows(split: Split, data: config.Data, column: str) -> tuple[Iterator[RowBlock], int]:
@@ -216,7 +216,7 @@ def _column_blocks(split: Split, data: config.Data, column: str, files: list[Pat
 
 
 def _matrix(values: pa.Array, column: str, expected: int | list[int]) -> np.ndarray:
-    """Convert lists of numbers to an array (n, D), or one list per caption and pair to an array (captions, D).
+    """Convert a column of lists to an array (n, D), or a column of lists of lists to an array (captions, D).
 
     `expected` is the number of rows, or a list with the number of captions of each pair.
     """

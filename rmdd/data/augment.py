@@ -1,8 +1,8 @@
 """Image augmentation for training experts: random crop, flip, and the RandAugment variant of the BLIP data loaders.
 
-The operation AutoContrast stretches each channel exactly. The published AutoContrast subtracts the channel minimum in
-8-bit arithmetic, which wraps around and saturates entire channels to 255. All other operations equal the published
-code. At the published magnitude 5, the operations Brightness and Sharpness have factor 1 and change nothing.
+The operation AutoContrast differs from the published code, which subtracts the channel minimum in 8-bit arithmetic;
+that wraps around and saturates entire channels to 255. This module stretches the channels exactly. At the published
+magnitude 5, the operations Brightness and Sharpness have factor 1 and change nothing.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def clean(caption: str, rule: Captions) -> str:
         caption = caption.lower()
     if rule.strip_punctuation:
         caption = caption.translate(_PUNCTUATION)
-    # `pre_caption` replaces only runs of two or more spaces, so a single tab or newline inside a caption stays.
+    # The published code replaces only runs of two or more spaces, so a single tab or newline inside a caption stays.
     caption = _RUN_OF_SPACE.sub(" ", caption).rstrip("\n").strip(" ")
     if rule.max_words is not None:
         caption = " ".join(caption.split(" ")[: rule.max_words])

@@ -65,7 +65,7 @@ class IngestCounts:
 
 
 def is_text(value: str) -> bool:
-    """Return whether a string can be encoded as UTF-8. JSON may contain half a surrogate pair, which cannot."""
+    """Return whether a string can be encoded as UTF-8; half a surrogate pair, which JSON allows, cannot."""
     try:
         value.encode()
     except UnicodeEncodeError:

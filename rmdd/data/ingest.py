@@ -151,7 +151,7 @@ def _finish(folders: IngestFolders, inputs: dict[str, Any], parts: list[dict[str
                 quarantine.write(folders.entries(part["number"]).read_bytes())
     for shard in (shard for split in SPLITS for shard in shards[split]):
         content.update(folders.digests(shard["file"]).read_bytes())
-    for temporary_file in folders.dataset.glob(".*.tmp"):  # left by workers that were killed while they wrote
+    for temporary_file in folders.dataset.glob(".*.tmp"):  # files that workers left when they were killed
         remove(temporary_file)
     write_json(
         folders.dataset / MANIFEST,
@@ -181,7 +181,7 @@ def shaping(data: Data) -> dict[str, Any]:
 def _finished(out: Path, inputs: dict[str, Any], data: Data, half_moved: bool) -> Dataset | None:
     """Return the dataset in `out` if it is complete and made from `inputs`, otherwise None.
 
-    `half_moved` tells that an interrupted move may have left files in `out` without a manifest. Raises `ValueError` if
+    `half_moved` means that an interrupted move may have left files in `out` without a manifest. Raises `ValueError` if
     `out` has other content.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):

@@ -54,7 +54,7 @@ def alternatives(path: str, layout: str | None) -> list[str]:
 
 
 def read_json_file(path: InputPath) -> Any:
-    """Parse a JSON file, with or without a byte-order mark. Raises `ValueError`; for JSON lines it says what to do."""
+    """Parse a JSON file, with or without a byte-order mark. Raises `ValueError` for a file that is not JSON."""
     text = read_text(path)
     try:
         return json.loads(text)

@@ -31,8 +31,7 @@ _DRIVE = re.compile(r"[A-Za-z]:")
 _FILES_PER_PART = 8192
 _DRAWINGS_PER_PART = 512
 _REMOTE_FILES_PER_PART = 2048
-"""Largest number of remote files in a part; their sizes are not used, because reading each size would cost a request.
-"""
+"""Largest number of remote files in a part; file sizes are not used, because reading each would cost a request."""
 
 
 @dataclass

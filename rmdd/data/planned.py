@@ -32,7 +32,7 @@ _CONCURRENT_READS = 32
 """Number of simultaneous read requests to a remote store."""
 
 _PATH_ERRORS = (errno.EACCES, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)
-"""System errors that concern a single image, which is then quarantined; other I/O errors stop the ingest."""
+"""System errors that concern a single image, which is then quarantined; all other I/O errors stop the ingest."""
 
 
 def candidates(plan: Path, data: Data, source: AnnotationSource) -> Iterator[Candidate]:

@@ -48,7 +48,7 @@ class Pair:
     source: str
 
     def digest(self) -> bytes:
-        """Return the SHA-256 over all fields of the pair, each preceded by its length in bytes."""
+        """Return the SHA-256 over all fields of the pair, each preceded by the length of the field in bytes."""
         digest = hashlib.sha256()
         texts = (self.pair_id, self.split, self.source, *self.captions)
         for data in (self.image, *(text.encode() for text in texts)):
@@ -85,7 +85,7 @@ class ShardWriter:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        # `finish` has already closed a complete shard. For an incomplete shard, the disk error was raised before.
+        # `finish` has closed a complete shard before. If the shard is incomplete, an error was already raised.
         with contextlib.suppress(OSError):
             self._writer.close()
         self._atomic_path.__exit__(*error)

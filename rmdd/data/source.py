@@ -66,13 +66,13 @@ class Candidate:
 
 
 def hash_split(path: str, fractions: tuple[float, float, float]) -> str:
-    """Return the split of an image, chosen by a hash of its path, so adding or removing others does not matter."""
+    """Return the split of an image, chosen by a hash of its path; other images added or removed do not change it."""
     share = int.from_bytes(hashlib.sha256(f"rmdd split/{path}".encode()).digest()[:8], "big") / 2**64
     return "train" if share < fractions[0] else "val" if share < fractions[0] + fractions[1] else "test"
 
 
 def named_split(path: str) -> str | None:
-    """Return the split in a file name, such as `test-0.parquet`, or in the nearest folder, such as `val/0.tar`."""
+    """Return the split (train, val, test) named in a file name such as `test-0.parquet`, or in the nearest folder."""
     for name in reversed(path.split("/")):
         words = [SPLIT_NAMES[word] for word in re.split(r"[^a-z]+", name.lower()) if word in SPLIT_NAMES]
         if words:
@@ -93,11 +93,11 @@ class AnnotationSource:
     """A data source that reads lists of image names and captions."""
 
     rows: Callable[[Data], tuple[Iterator[AnnotationRow], list[InputPath]]]
-    """Returns the rows in file order, and the annotation files read. Raises `ValueError` for an unreadable file."""
+    """Returns the rows in file order, and the annotation files. Raises `ValueError` for an unreadable file."""
     draw: Callable[[InputPath, str], bytes] | None = None
     """Draws an image from `data.root` and `AnnotationRow.drawing`, and returns an image file. None: no row is drawn."""
     cut_by_hash: bool = False
-    """Whether the split of some rows of this source is chosen by a hash and `data.split_fractions`."""
+    """Whether some rows have no split in the input; a hash and `data.split_fractions` then choose the split."""
     without_list: bool = False
     """Whether this source takes its rows from image file names instead of an annotation list."""
 
@@ -109,6 +109,6 @@ class SampleSource:
     files: Callable[[Data], list[tuple[str, int, str | None]]]
     """Returns the path relative to `data.root`, size in bytes and split of each file (None: the name has no split)."""
     candidates: Callable[[str, tuple[int, int], str | None, Data, IngestCounts], Iterator[Candidate]]
-    """Called with file, range, split, data, counts. Yields the usable rows in the range, and counts all rows there."""
+    """Called with file, range, split, data, counts. Yields the usable rows of the range; adds all of them to counts."""
     ranges: Callable[[list[str], Data], list[list[tuple[int, int]]]] = lambda files, data: [[(0, 0)]] * len(files)
     """Returns for each file the ranges in which it is read, such as ranges of row groups; (0, 0) is the entire file."""

@@ -75,10 +75,10 @@ class Split:
     """int64 (T,): the index of the image of each caption, in ascending order."""
     pair_ids: list[str]
     dropped: dict[str, int]
-    """Number of `captions` that were empty after cleaning, and of `pairs` that had no other captions."""
+    """Number of `captions` that cleaning left empty, and of `pairs` that lost all their captions by cleaning."""
     dataset: Dataset = field(repr=False)
     rows: np.ndarray = field(repr=False)
-    """int64 (N,): the row index of each image among all shard rows of this split."""
+    """int64 (N,): the position of the row of each image among all rows of this split in the shards."""
     _encoded: Path = field(repr=False)
 
     def __len__(self) -> int:
@@ -162,9 +162,9 @@ def squashed(image: bytes, data: Data) -> np.ndarray:
 
 
 def _encoded_cache(dataset: Dataset, split: str, rows: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return the encoded images as one array of bytes, and N+1 offsets into it; missing cache files are written.
+    """Return the encoded images as one array of bytes, and the N+1 offsets of the images in it.
 
-    The offsets are written last, so their file marks a complete cache.
+    Both are cache files, which are written if missing; the offsets are last, so their file marks a complete cache.
     """
     offsets = path.with_suffix(".offsets.npy")
     if not (offsets.is_file() and path.is_file()):

@@ -205,7 +205,7 @@ def edit(folder, change):
 
 
 def test_a_set_of_schema_version_1_is_read(saved):
-    """A set of schema version 1 has the same tensor names as today, but its tensor file has no metadata."""
+    """A set of schema version 1 has the same tensor names as version 2, but its tensor file has no metadata."""
     new, file = rmdd.load(saved), saved / "tensors.safetensors"
     save_file(load_file(file), file)
     fields = {"distill": {"method": "repblend", "blend": 0.5, "anchors": 2}, "experts": {"gang": {"workers": 2}}}

@@ -22,8 +22,8 @@ from rmdd.data.source import AnnotationRow, AnnotationSource
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 CIFAR = {"cifar10": ("batches.meta.txt", "test_batch.bin", 1), "cifar100": ("fine_label_names.txt", "test.bin", 2)}
-"""Per layout: the file with class names, the file with images, and the number of label bytes before each image, of
-which the last is the class."""
+"""Per CIFAR layout: the file with class names, the file with images, and the number of label bytes before each image,
+of which the last is the class."""
 _PIXELS = 3 * 32 * 32
 _KAGGLE = "ImageId,PredictionString"
 

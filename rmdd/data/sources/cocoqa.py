@@ -1,6 +1,6 @@
 """COCO-QA: four text files per split, in which equal line numbers belong together.
 
-The rows are the images of the test questions, which are in val2014. A question is lower-case, tokenised and has no
+Each test question gives a row with its image, which is in val2014. A question is lower-case, tokenised and has no
 question mark.
 """
 

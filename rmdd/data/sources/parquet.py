@@ -36,7 +36,7 @@ def row_group_ranges(paths: list[str], data: Data) -> list[list[tuple[int, int]]
 def candidates(
     file: str, groups: tuple[int, int], split: str | None, data: Data, counts: IngestCounts
 ) -> Iterator[Candidate]:
-    """Yield in order the rows of the row groups [start, stop) of a file, where `groups` is (start, stop)."""
+    """Yield the rows of a Parquet file in order; `groups` is the range (start, stop) of row groups to read."""
     start, stop = groups
     rule, path = data.parquet, input_path(data.root) / file
     with _opened(path) as table:

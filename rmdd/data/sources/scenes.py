@@ -190,7 +190,7 @@ def _pick(options: Iterable[T], draws: torch.Generator) -> T:
 
 
 def _draw_scene(draws: torch.Generator) -> Scene:
-    # Scenes with two shapes are as frequent as scenes with one shape and scenes with three shapes together.
+    # Half of all scenes have two shapes; the other half have one or three.
     arrangement = _pick(("single", *2 * ("left_right", "above_below"), "row", "column", "pyramid"), draws)
     place = _pick(PLACES, draws) if arrangement == "single" else ""
     number = 1 if arrangement == "single" else len(ARRANGEMENTS[arrangement])

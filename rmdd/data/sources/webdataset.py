@@ -28,7 +28,7 @@ _SAMPLES_CHECKED = 64
 class Sample:
     key: str
     members: dict[str, bytes | None] = field(default_factory=dict)
-    """Content of each file of the sample by lower-case extension; None for a file larger than `MEMBER_BYTES`."""
+    """Content of each file of the sample by lower-case file extension; None for a file larger than `MEMBER_BYTES`."""
 
     @property
     def image(self) -> bytes | ImageError:
@@ -61,7 +61,7 @@ class TruncatedTar(Exception):
 
 
 class _Header(tarfile.TarInfo):
-    """A tar header that raises `TruncatedTar` if it is damaged. Python's tarfile takes a damaged header for the end."""
+    """A tar header that raises `TruncatedTar` if it is damaged; tarfile itself takes a damaged header for the end."""
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> _Header:
