@@ -55,7 +55,7 @@ def flat(params, tower):
 
 
 def weights(start, target, merged):
-    """Return the divisor of each tower's squared miss: the squared start distance of the tower, or of both towers."""
+    """Return what divides each tower's squared miss: the squared start distance of the tower, or of both towers."""
     way = {m: (flat(start, m) - flat(target, m)).square().sum() for m in ("image", "text")}
     return dict.fromkeys(way, sum(way.values())) if merged else way
 

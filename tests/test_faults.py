@@ -118,7 +118,7 @@ def test_a_cache_that_does_not_fit_is_a_clear_error(disk, tmp_path):
 
 @pytest.fixture
 def read_only(tmp_path):
-    """A folder that cannot be written, by the strongest means that this process may use."""
+    """A folder that cannot be written: mounted read-only, without write permission, or a part of /proc."""
     folder = tmp_path / "fixed"
     if mounted(folder, "ro"):
         yield folder

@@ -43,7 +43,7 @@ class State:
     window: Window | None = None
     """Range of start epochs and endpoint that the last update used; None unless `phases: adaptive` moves them."""
     learned: dict[str, Tensor] = field(default_factory=dict)
-    """Tensors that a method learns in addition to the set, such as an online model or a frequency network."""
+    """Tensors that a method learns in addition to the synthetic set, such as an online model or a frequency network."""
 
     @classmethod
     def begin(cls, initial: Synthetic) -> "State":
@@ -213,7 +213,7 @@ def run_phase(
     first_state = State.begin(initial).to(device)
     good = State.load(files["good"], key).to(device) if files["good"].is_file() else None
     state = _last_state(files["state"], files["good"], key).to(device) if files["state"].is_file() else None
-    if good and good.halvings > (state.halvings if state else 0):  # killed while it rolled back
+    if good and good.halvings > (state.halvings if state else 0):  # a kill interrupted a rollback
         state = good
     cut_jsonl(log, "iteration", state.iteration if state else 0)
     cut_jsonl(rollbacks, "halvings", state.halvings if state else 0)

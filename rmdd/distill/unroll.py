@@ -65,7 +65,7 @@ class MetaGradient:
 
     loss: Float[Tensor, ""]
     miss: dict[str, Float[Tensor, ""]]
-    """Squared distance to the target after K steps, divided by that at the start, by tower."""
+    """Squared distance to the target after K steps, divided by the squared distance at the start, by tower."""
     gradient: Synthetic
     student_loss: Float[Tensor, ""]
     """Loss of the student in its first inner step."""

@@ -72,7 +72,7 @@ class Store:
             store = cls.open(path)
             if {k: v for k, v in store.spec.items() if k != "shared_sha256"} != json.loads(json.dumps(spec)):
                 raise ValueError(
-                    f"the store at {path} holds other experts (its store.json differs); give another storage folder"
+                    f"the store at {path} holds other experts (its store.json differs); use another storage folder"
                 )
             return store
         path.mkdir(parents=True, exist_ok=True)
@@ -285,7 +285,7 @@ class Writer:
         momentum: Params | None = None,
         counts: Params | None = None,
     ) -> None:
-        """Write the parameters after the next epoch; the first call writes those before training.
+        """Write the parameters after the next epoch; the first call writes the initial parameters.
 
         Raises `ValueError` for parameters that are not finite, before anything is written.
         """

@@ -107,7 +107,7 @@ class ZeroTrainer(DdpTrainer):
         settings = {
             "train_micro_batch_size_per_gpu": -(-rule.batch // group.size),
             "zero_optimization": {"stage": stage},
-            "gradient_clipping": 0.0,  # no clipping; the default norm is 1
+            "gradient_clipping": 0.0,  # no clipping; DeepSpeed's default is 1
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
@@ -247,7 +247,7 @@ def _deepspeed() -> Any:
             "experts.worker_group.strategy zero1, zero2 and zero3 need DeepSpeed: pip install 'rmdd[deepspeed]', or "
             "set ddp"
         ) from None
-    if not torch.cuda.is_available():  # prevents the build of an unused C++ extension
+    if not torch.cuda.is_available():  # keeps DeepSpeed from building an unused extension
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel("ERROR")
     return deepspeed

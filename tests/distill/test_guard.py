@@ -178,7 +178,7 @@ def test_stopped_and_resumed_around_a_rollback_is_bit_identical(
 
 
 class Killed(BaseException):
-    """Raised to end the loop without any cleanup, as SIGKILL would."""
+    """Raised to end the distillation loop without any cleanup, as SIGKILL would."""
 
 
 @pytest.mark.parametrize(

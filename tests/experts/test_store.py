@@ -241,7 +241,7 @@ def test_creating_twice_opens_only_the_same_store(tmp_path):
         {"keep": [2], "dtype": "bfloat16-delta"},
         {"keep": [2], "facts": {"data": "x"}},
     ):
-        with pytest.raises(ValueError, match="holds other experts.*give another storage folder"):
+        with pytest.raises(ValueError, match="holds other experts.*use another storage folder"):
             create(tmp_path, **other)
 
 

@@ -69,7 +69,7 @@ def layer_straightness(store: Store, expert: int, endpoint: int) -> dict[str, fl
 
 
 def straightness(store: Store, experts: Sequence[int], endpoint: int) -> float:
-    """Return the sum of chord lengths over the sum of path lengths, over all layers and `experts`; 1 is straight."""
+    """Return the sum of chord lengths over the sum of path lengths, over all layers and `experts`; at most 1."""
     chords = lengths = 0.0
     for expert in experts:
         travelled = {name: float(steps[:endpoint].sum()) for name, steps in store.norms(expert).items()}

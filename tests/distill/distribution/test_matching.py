@@ -89,7 +89,7 @@ def test_stopped_and_resumed_is_bit_identical(toy, learning, unbroken, tmp_path,
 
 
 class Killed(BaseException):
-    """Raised to end the loop without any cleanup."""
+    """Raised to end the distillation loop without any cleanup, as SIGKILL would."""
 
 
 @pytest.mark.parametrize("at", [1, 2, 5])

@@ -181,7 +181,7 @@ def test_stopped_and_resumed_is_bit_identical(store, tmp_path, unbroken_run, sto
 
 
 class Killed(BaseException):
-    """Raised to end the loop without any cleanup, as SIGKILL would."""
+    """Raised to end the distillation loop without any cleanup, as SIGKILL would."""
 
 
 @pytest.mark.parametrize("at", [1, 2, 4, 5, 7])
