@@ -287,7 +287,7 @@ def _method_of(raw: Mapping[str, Any], overrides: Iterable[str]) -> tuple[Recipe
 
 
 def dump(run: Run) -> str:
-    """Return the run as YAML with all its fields; loading that gives the same run."""
+    """Return the run as YAML with all its fields; loading this YAML gives the same run."""
     return as_yaml(run.model_dump(mode="json"))
 
 

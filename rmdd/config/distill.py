@@ -190,7 +190,9 @@ class Distill(Section):
     lr_similarity: NonNegativeFloat = Field(10.0, description="outer learning rate of the learned similarity")
     lr_lr: NonNegativeFloat = Field(1e-2, description="outer learning rate of the learned inner learning rates")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.5, description="momentum of the outer optimiser")
-    inner_lr: PositiveFloat = Field(0.1, description="initial inner learning rate of both sides")
+    inner_lr: PositiveFloat = Field(
+        0.1, description="initial inner learning rate of the image side and of the text side"
+    )
     inner_lr_text: PositiveFloat | None = Field(
         None, description="initial inner learning rate of the text side; null: as inner_lr"
     )

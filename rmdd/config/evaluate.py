@@ -98,7 +98,7 @@ class Evaluate(Section):
         json_schema_extra=no_hash("learned"),
     )
     chunk: PositiveInt = Field(
-        256, description="number of retrieval queries per chunk", json_schema_extra=no_hash("baseline", "learned")
+        256, description="retrieval queries scored at a time", json_schema_extra=no_hash("baseline", "learned")
     )
     probes: dict[str, Probe] = Field(
         {},

@@ -57,7 +57,7 @@ class Recipe(Protocol):
     """The class of a distillation method, as far as the run file needs it; `rmdd.methods.Method` implements it."""
 
     family: Family
-    """Kind of distillation loop that the method uses."""
+    """Kind of distillation loop that the method uses: trajectory, distribution or generative."""
     defaults: Mapping[str, Any]
     """Default values of run file fields for this method, as sections of a run file."""
     reference: str | None

@@ -38,7 +38,7 @@ class _Item:
 
     @property
     def rate(self) -> float:
-        """Finished units per second since the first report."""
+        """Units of work finished per second since the first report."""
         elapsed = self.reported_at - (self.began or 0.0)
         return (self.done - self.first) / elapsed if elapsed > 0 else 0.0
 

@@ -73,7 +73,7 @@ def load_checked(path: Path, entry: str) -> tuple[dict[str, Tensor], dict[str, A
 
 
 def facts_of(path: Path, entry: str) -> dict[str, Any]:
-    """Return `facts` and the checksum (as `sha256`) from the header of a file of `save_checked`. Raises `Damaged`."""
+    """Return `facts` and the checksum (as `sha256`) in the header of a file by `save_checked`. Raises `Damaged`."""
     try:
         with safe_open(path, "pt") as file:
             facts: dict[str, Any] = json.loads(file.metadata()[entry])
