@@ -111,7 +111,7 @@ class Pipeline:
 
     @once
     def check_budget(self) -> None:
-        """Compare the cost of all phases with the budget; if it is higher, raise `ValueError` or warn."""
+        """If the phases cost more than `distill.budget`, raise `ValueError` or warn (see `distill.budget_check`)."""
         self.steps.check_budget(self.steps.run)
 
     @once
@@ -184,7 +184,7 @@ class Pipeline:
 
     @property
     def run(self) -> config.Run:
-        """The run of this pipeline; if phases are planned, it contains them after the step `planned`."""
+        """The run of this pipeline. If its phases are planned, it contains them only after the step `planned`."""
         planned: TaskItem | None = self.values.get("planned")
         return planned.run if planned else self.steps.run
 
@@ -234,6 +234,6 @@ def open_pipeline(run: config.Run, progress: Progress | None = None) -> Iterator
 
 
 def run(run: config.Run, progress: Progress | None = None) -> Result:
-    """Execute all steps of a run and return its results. An interrupted run resumes at the next call with it."""
+    """Execute all steps of a run and return its results. To resume an interrupted run, call this again with it."""
     with open_pipeline(run, progress) as pipeline:
         return pipeline.all()

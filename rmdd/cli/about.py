@@ -26,7 +26,7 @@ def init(file: Annotated[Path, typer.Argument(help="Path of the run file (YAML) 
 
 @command(options=("json", "debug"))
 def check(source: Source, set_: Sets = None) -> Output:
-    """Print what a run would do and its estimated cost, without starting it."""
+    """Print what a run would do, and the estimated cost of each step, without starting the run."""
     run = load(source, set_ or [])
     from rmdd.evaluate.probes.of_run import faults
     from rmdd.runs.preflight import examine, storage_faults

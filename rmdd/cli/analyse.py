@@ -8,7 +8,7 @@ from rmdd import config
 from rmdd.cli.command import Call, Output, command
 from rmdd.cli.console import rows_table
 
-GROUP = "Repeat the analyses of the PTM-ST paper with the experts of a run; write tables and plots to its folder."
+GROUP = "Repeat the analyses of the PTM-ST paper with the experts of a run; write tables and plots to the run folder."
 Endpoint = Annotated[int | None, typer.Option(help="Expert epoch at which the shortcuts end; default: the last one.")]
 Experts = Annotated[int | None, typer.Option(min=1, help="Number of experts to use; default: all.")]
 Draws = Annotated[int, typer.Option(min=1, help="Random mini-batch draws for each start epoch and expert.")]

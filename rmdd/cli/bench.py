@@ -20,7 +20,7 @@ def step(
     pairs: Annotated[int, typer.Option(help="Number of synthetic pairs M.")] = 100,
     batch: Annotated[int, typer.Option(help="Mini-batch size B of an inner step.")] = 20,
     steps: Annotated[int, typer.Option(help="Number of inner steps K.")] = 8,
-    loss: Annotated[str, typer.Option(help="The student's loss.")] = "wbce",
+    loss: Annotated[str, typer.Option(help="Loss function of the student.")] = "wbce",
     similarity: Annotated[str, typer.Option(help="Similarity matrix: full, low_rank or identity.")] = "full",
     yardsticks: Annotated[str, typer.Option(help="Loops to compare: whole_unroll, published, published_rebuilt.")] = (
         "whole_unroll,published,published_rebuilt"
@@ -33,8 +33,8 @@ def step(
         list[str] | None, typer.Option(help="Method whose step to measure too, such as repblend; repeatable.")
     ] = None,
     repeats: Annotated[int, typer.Option(help="Number of steps to time for each variant.")] = 20,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(help="Number of CPU threads.")] = 2,
+    device: Annotated[str, typer.Option(help="Device: cpu or cuda.")] = "cpu",
     memory: Annotated[bool, typer.Option(help="Also measure peak memory.")] = True,
     out: Annotated[Path | None, typer.Option(help="JSON file to which the result is also written.")] = None,
 ) -> Output:

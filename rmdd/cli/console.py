@@ -126,7 +126,7 @@ def _facts(facts: Mapping[str, Any]) -> Table:
         f"double backward {model['double_backward']}",
         "experts": f"{experts['num']} in total, {experts['complete']} trained; epochs kept {experts['epochs_kept']}; "
         f"store {experts['store'] or 'named after the ingest'}",
-        "budget": f"{pay['used']:.2f} of {pay['pairs']} pairs ({pay['numbers']:,} of {pay['limit']:,} numbers)",
+        "budget": f"{pay['used']:.2f} of {pay['pairs']} pairs ({pay['numbers']:,} of {pay['limit']:,} stored numbers)",
         "GPUs": "none requested"
         if not gpus["each"]
         else f"{gpus['each']:g} per worker; {gpus['experts']:g} for all experts at once, "

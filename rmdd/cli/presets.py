@@ -15,7 +15,7 @@ from rmdd.config.presets import PRESETS, find_preset, no_preset, preset, preset_
 @command(options=())
 def presets(
     name: Annotated[str | None, typer.Argument(help="Dataset to list, or a preset or preset file to print.")] = None,
-    whole: Annotated[bool, typer.Option("--whole", help="Print also the fields that the preset extends.")] = False,
+    whole: Annotated[bool, typer.Option("--whole", help="Add the fields from presets that it extends.")] = False,
 ) -> Output:
     """List the presets (run files that come with rmdd), or print one."""
     files = preset_files()

@@ -88,7 +88,7 @@ def _base_run(source: str | None, sets: list[str], folder: str | None) -> config
 
 
 def run_search(call: Call, base: config.Run) -> Output:
-    """Start or resume a search; return a table of the best trials and the path or URI of the search folder."""
+    """Start or resume a search; return a table of its best trials and the path or URI of its folder."""
     from rmdd import searches
 
     searches.check(base)

@@ -33,7 +33,7 @@ def collect_errors(errors: dict[str, Exception], label: str) -> Iterator[None]:
 
 @dataclass
 class _SharedPiece:
-    """State and result of a piece of work for which one or more runs of a sweep wait."""
+    """Result of a piece of work for which one or more runs of a sweep wait, and the functions that get its progress."""
 
     reports: list[Callable[[dict[str, Any]], None]] = field(default_factory=list)
     settled: bool = False
@@ -165,7 +165,7 @@ class _RunExecutor(Executor):
         self.scheduler, self.label = scheduler, label
 
     def serve(self, source: PieceSource) -> None:
-        raise AssertionError("the pieces of a sweep are served by its scheduler")
+        raise AssertionError("the scheduler of a sweep serves pieces of work, not a run")
 
     def map(
         self, task: Any, items: Sequence[Any], names: Sequence[str], on_report: Callable[[str, dict[str, Any]], None]

@@ -70,7 +70,7 @@ def facts_of(base: config.Run) -> dict[str, Any] | None:
 
 
 def _plan_mistakes(plan: config.Plan, fields: Collection[str]) -> list[str]:
-    """Return a message for each field that has no effect: of single phases that are planned, or of an unused plan."""
+    """Return a message for each searched field without effect: of a phase that is planned, or of a plan not used."""
     if plan.plans:
         return [
             f"search.space.{field}: distill.phases is {plan.kind}, so phases have no fixed values to vary; vary "

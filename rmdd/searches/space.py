@@ -51,7 +51,7 @@ class Space:
         return values
 
     def active(self, run: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return the values of a run for all fields whose condition holds, or None if one lies outside the space."""
+        """Return a run's values of all fields whose condition `when` holds; None if one value is outside the space."""
         values: dict[str, Any] = {}
         for field, dimension in self.dimensions.items():
             if dimension.holds(values):
@@ -69,7 +69,7 @@ class Space:
         return {field: distribution(self.dimensions[field]) for field in values}
 
     def grid(self) -> list[dict[str, Any]]:
-        """Return every combination of values; fields whose condition does not hold are left out."""
+        """Return every combination of values as a mapping by field, without fields whose condition `when` fails."""
         rows: list[dict[str, Any]] = [{}]
         for field, dimension in self.dimensions.items():
             points = _points(dimension)
@@ -88,7 +88,7 @@ class Space:
     def _decoded(self, row: Mapping[str, Any]) -> dict[str, Any]:
         return {field: decoded(self.dimensions[field], value) for field, value in row.items()}
 
-    # -- validation --------------------------------------------------------------------------------------------------
+    # -- mistakes ----------------------------------------------------------------------------------------------------
 
     def mistakes(self, mistakes_of: Callable[[Mapping[str, Any]], list[str]]) -> list[str]:
         """Return a message for every field with a value that the run file rejects.

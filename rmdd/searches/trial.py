@@ -41,7 +41,7 @@ class DistillUntil:
 
 
 class Trial:
-    """A run that is distilled and scored one snapshot at a time. A restarted trial does not repeat finished ones."""
+    """A run that is distilled and scored one snapshot at a time. A restarted trial skips finished snapshots."""
 
     def __init__(self, run: config.Run):
         self.worker = SequentialExecutor(run.runtime.threads)

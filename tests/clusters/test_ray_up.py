@@ -89,7 +89,7 @@ def mistakes(document: dict[str, Any]) -> list[str]:
     messages += [] if "~/.ray/auth_token" in document["file_mounts"] else ["file_mounts: no token for the nodes"]
     setup = document["setup_commands"]
     installs = f'"ray[default,train,tune,data]=={RAY}" ~/rmdd'
-    messages += [] if any(installs in c for c in setup) else ["setup_commands: does not install the tested Ray"]
+    messages += [] if any(installs in c for c in setup) else ["setup_commands: the tested Ray is not installed"]
     messages += [] if any("/mnt/rmdd" in c for c in setup) else ["setup_commands: no shared storage at /mnt/rmdd"]
     return messages
 
@@ -106,7 +106,7 @@ def test_ray_accepts_each_file_and_it_has_no_mistakes(path: Path) -> None:
     document = read(path)
     full = prepared(document)
     assert mistakes(document) == []
-    hosts = len(document["provider"].get("worker_ips", []))  # own machines are always running
+    hosts = len(document["provider"].get("worker_ips", []))  # your own machines all join at the start
     assert {node["min_workers"] for node in full["available_node_types"].values()} == {hosts}
     commands = [c for key in ("head_start_ray_commands", "worker_start_ray_commands") for c in full[key]]
     assert not [c for c in commands if "0.0.0.0" in c] and "3.0.0.dev" not in str(full)

@@ -32,7 +32,7 @@ NODES_SECONDS = 3.0
 STOP_SECONDS = 90.0
 """Seconds that workers get to save checkpoints after a stop signal; cluster managers kill this process after 120."""
 BACK_OFF = 0.5, 60.0
-"""Seconds until an item starts again after its worker died: the first delay, which doubles up to the second."""
+"""Delay in seconds before an item whose worker died starts again: the shortest (it doubles) and the longest."""
 
 
 @dataclass(eq=False)
@@ -42,7 +42,7 @@ class Attempts:
     piece: Piece
     starts: int = 0
     deaths: int = 0
-    """Number of times that the worker died or hung while its node was alive; `runtime.max_restarts` limits it."""
+    """Number of times that the worker died or hung while its node was alive, at most `runtime.max_restarts`."""
     ready_at: float = 0.0
     """Earliest time of the next start, in seconds of `time.monotonic`."""
 
@@ -280,7 +280,7 @@ class ActorExecutor(Executor):
         """Stop the actor of an unfinished item. Queue the item to start again or, after too many deaths, give it up."""
         attempts, worker = item.attempts, item.worker
         self.running.remove(item)
-        self._kill([worker])  # it may still run if its node cannot be reached
+        self._kill([worker])  # the actor may still run on a node that cannot be reached
         self._log(event, item, why=why)
         _count(event)
         attempts.deaths += counts

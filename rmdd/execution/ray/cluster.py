@@ -133,7 +133,7 @@ def connected(runtime: config.Runtime) -> Iterator[Resources]:
                 f"{resources.gpus:g}; set it to 0 for CPUs, or add GPU nodes{_ASK if joined else ''}"
             )
         if joined and resources.room(runtime) < 1:
-            raise ValueError(f"no node has room for a worker ({_need(runtime)}); add such nodes{_ASK}")
+            raise ValueError(f"no node has room for a worker ({_need(runtime)}); add nodes with room{_ASK}")
         folder = runtime.storage.removeprefix("file://")
         if resources.nodes > 1 and "://" not in folder:
             require_shared(Path(folder).absolute())
@@ -166,7 +166,7 @@ def _start(runtime: config.Runtime) -> None:
         except Exception as error:  # Ray has no error class for a failed start
             ray.shutdown()
             if attempt == START_ATTEMPTS - 1 or "timed out" not in str(error):
-                raise RuntimeError(f"a local Ray could not be started: {error}") from error
+                raise RuntimeError(f"a local Ray cluster could not be started: {error}") from error
 
 
 def _need(runtime: config.Runtime) -> dict[str, float]:

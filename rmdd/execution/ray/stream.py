@@ -109,5 +109,5 @@ def _run(items: Sequence[Values], over: Callable[[Any], Any]) -> Iterator[Values
     except (RayActorError, WorkerCrashedError) as error:
         raise RuntimeError(
             f"workers keep dying ({' '.join(str(error).split())[:200]}); finished work is kept; check whether memory "
-            "ran out, then start again, or raise runtime.max_restarts"
+            "ran out, then run the command again, or raise runtime.max_restarts"
         ) from error

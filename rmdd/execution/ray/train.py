@@ -223,7 +223,7 @@ def work(queue: Any, task: Task, items: Sequence[Any], size: int, threads: int, 
     torch.set_num_threads(threads)
     context = ray.train.get_context()
     rank, group = context.get_world_rank(), context.get_world_rank() // size
-    generation = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"  # the port is new in each generation
+    generation = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"  # each generation has a new port
     where = this_process()
     if ray.get(queue.register.remote(generation, rank, where)) or (group + 1) * size > context.get_world_size():
         return
@@ -366,7 +366,7 @@ class ExpertPool(Mapper):
             field = "experts.worker_group.workers" if least == size else "runtime.min_workers"
             raise ValueError(
                 f"{field} needs {least} workers at the same time, but the cluster has room for {room} with {gpus:g} "
-                f"GPU(s) and {cpus:g} CPU(s) each; lower {field} or the share of a worker, or add nodes"
+                f"GPU(s) and {cpus:g} CPU(s) each; lower {field} or the CPUs and GPUs per worker, or add nodes"
             )
         return ScalingConfig(
             num_workers=most if least == most else (least, most),

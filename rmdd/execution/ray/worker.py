@@ -58,7 +58,7 @@ class Worker:
         self.beats = 0
         self.latest: dict[str, Any] = {}
         self.metrics = Metrics()
-        with contextlib.suppress(ValueError):  # outside the main thread it fails; Ray creates actors in it
+        with contextlib.suppress(ValueError):  # unless this is the main thread, where Ray creates actors
             signal.signal(signal.SIGTERM, lambda number, frame: self.stop())
 
     def where(self) -> dict[str, Any]:

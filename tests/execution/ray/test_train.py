@@ -62,7 +62,7 @@ def events(path, *kinds):
 def run_of(folder, num, **experts):
     raw = copy.deepcopy(TINY)
     raw["experts"] |= {"num": num, "epochs": 4, **experts}
-    raw["model"]["dropout"] = 0.0  # workers of a group draw different dropout masks
+    raw["model"]["dropout"] = 0.0  # else each worker of a group draws other dropout masks
     raw["runtime"] = {"storage": str(folder), "track": "none"}
     return config.load(raw)
 
