@@ -1,4 +1,4 @@
-"""Bootstrap intervals of a row over test images, from the rank files of its students."""
+"""Bootstrap intervals of the rows of a comparison over test images, from the test ranks of the rows' students."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,12 +9,12 @@ from rmdd.evaluate.retrieval import Ranks
 
 
 def interval(ranks: Sequence[Path]) -> dict[str, float] | None:
-    """Return the 95 % interval of the students' mean R@mean over test images; None without rank files."""
+    """Return the 95 % interval of the students' mean R@mean over test images; None if `ranks` is empty."""
     return _plain(bootstrap.interval(_loaded(ranks))) if ranks else None
 
 
 def difference(ours: Sequence[Path], others: Sequence[Path]) -> dict[str, float] | None:
-    """Return the 95 % interval of the difference between two rows in R@mean; None without rank files.
+    """Return the 95 % interval of the R@mean of `ours` minus that of `others`; None if either is empty.
 
     Students are paired by number, and both rows are resampled with the same images.
     """

@@ -27,14 +27,14 @@ SPREAD = "mean ± sample standard deviation over students"
 
 @dataclass(frozen=True)
 class ComparisonResult:
-    """The result of a comparison."""
+    """The result of a comparison: its folder, its rows, and published results of the same size."""
 
     folder: Path
-    """Holds `table.md`, `table.csv`, `table.html` and `results.json`."""
+    """Folder that holds `table.md`, `table.csv`, `table.html` and `results.json`."""
     rows: list[dict[str, Any]]
-    """A row per entry, as JSON values."""
+    """One row of scores per compared set, subset or baseline, as JSON values."""
     published: list[dict[str, Any]]
-    """Published results for the same dataset and budget."""
+    """Results printed in papers for the same dataset and number of pairs."""
     tables: tuple[ResultTable, ...]
 
     @property
@@ -44,15 +44,15 @@ class ComparisonResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison that passed all checks that need no data."""
+    """A comparison whose entries and options passed all checks that need no data."""
 
     entries: tuple[Entry, ...]
     run: config.Run
-    """Gives the protocol and the data."""
+    """Run that gives the student protocol and the data of all rows."""
     against: str
-    """Name of the row that all others are compared with."""
+    """Name of the row with which all other rows are compared."""
     reencode: bool = False
-    """Whether to embed the captions of sets with another text encoder again."""
+    """Whether to accept sets of another text encoder, by embedding their captions with the encoder of the run."""
 
     @property
     def folder(self) -> Path:
@@ -106,7 +106,7 @@ class Comparison:
 
 
 def table(protocol: str, rows: Sequence[dict[str, Any]], against: str) -> ResultTable:
-    """Return the rows as a table for people; `protocol` describes in words how students were trained."""
+    """Return the scored rows as a table of text cells; `protocol` describes how students were trained."""
     extra = [name for name in ("interval", "difference", "of_full") if any(row.get(name) for row in rows)]
     heads = {"interval": "95 % interval", "difference": f"against {against}", "of_full": "of full data"}
     costs = ("pairs", "parameters", "bytes", "seconds")
@@ -125,7 +125,7 @@ def table(protocol: str, rows: Sequence[dict[str, Any]], against: str) -> Result
 
 
 def rate(row: Mapping[str, Any]) -> str:
-    """Return in words how a row got its learning rates: learned, fixed, or chosen on val (with the loss)."""
+    """Return how a row got its learning rates, in words: learned, fixed, or chosen on val (with the loss)."""
     if "chosen" not in row:
         recipe = config.Distill.model_construct(method=row["method"]).recipe
         return "fixed" if row["rates"] == "learned" and recipe and not recipe.learns_rates else row["rates"]
@@ -155,7 +155,7 @@ def column_notes(extra: Sequence[str]) -> list[str]:
 
 
 def protocol_words(model: config.Model, image_size: int, rule: config.Evaluate) -> str:
-    """Return the protocol in one line: towers, image size, students, passes and batch."""
+    """Return one line that describes the protocol: towers, image size, students, passes and batch."""
     return (
         f"{model.image.name} + {model.text.name}, {image_size} pixels; {rule.students} students, "
         f"{rule.epochs} passes per subset, batch {rule.batch}"
@@ -170,7 +170,7 @@ def _published(layout: str | None, budget: int, rows: Sequence[dict[str, Any]]) 
 
 
 def words_of(entries: Iterable[Entry]) -> list[str]:
-    """Return the command-line words that open the entries again, from any working folder."""
+    """Return the arguments of `rmdd compare` that open the same entries from any working folder."""
     return [e.address if e.kind in ("random", "full") else f"{e.name}={e.address}" for e in entries]
 
 
@@ -206,7 +206,7 @@ def prepare_comparison(
     reencode: bool = False,
     load: Load = config.load,
 ) -> Comparison:
-    """Open and check the entries of a comparison. Raises `ConfigError` with all mistakes."""
+    """Open and check the entries of a comparison. Raises `ConfigError` that lists all mistakes."""
     entries = open_entries(words)
     run = protocol_of(entries, source, overrides, load)
     wrong = unbuildable(run) or [
@@ -227,7 +227,7 @@ def protocol_of(
     overrides: list[str],
     load: Load,
 ) -> config.Run:
-    """Return the run that gives data and evaluation for all rows, without its probes. Raises `ConfigError`."""
+    """Return the run whose data and evaluation settings all rows use, without its probes. Raises `ConfigError`."""
     run = _protocol_of(entries, source, overrides, load)
     return run.model_copy(update={"evaluate": run.evaluate.model_copy(update={"probes": {}})})
 
@@ -246,7 +246,7 @@ def _protocol_of(entries: Sequence[Entry], source: Source | None, overrides: lis
 
 
 def unbuildable(run: config.Run) -> list[str]:
-    """Return the reason why a tower of `run` cannot be built; empty if both can."""
+    """Return a list with the reason why a tower of `run` cannot be built; the list is empty if both towers can."""
     try:
         tower = run.model.image
         if tower.weights != "pretrained" and not tower.is_random:

@@ -33,11 +33,11 @@ from rmdd.models.prepared import PreparedSplit
 from rmdd.pipeline import Pipeline, open_pipeline
 
 SHARE_FROM_BYTES = 256 * 2**20
-"""Features of at least this size are shared over several workers."""
+"""Size in bytes from which the features are divided among several workers."""
 SAVE_EVERY = 200
-"""Picks between two checkpoints."""
+"""Number of greedy picks between two saves of the picks."""
 PREVIEWED = 64
-"""Number of images in the preview."""
+"""Largest number of chosen images in the preview."""
 
 
 def coreset(
@@ -47,11 +47,11 @@ def coreset(
     ranks: int | None = None,
     **choice: Any,
 ) -> Coreset:
-    """Select real pairs of a run's training split; `choice` are fields of `rmdd.coresets.choice.Choice`.
+    """Select real pairs of a run's training split; `choice` holds fields of `rmdd.coresets.choice.Choice`.
 
     >>> rmdd.coreset("demo", method="herding", pairs=100)  # doctest: +SKIP
 
-    `ranks` is the number of workers that share the features. Raises `ConfigError` with all mistakes.
+    `ranks` is the number of workers among which the features are divided. Raises `ConfigError` that lists all mistakes.
     """
     checked = choice_of(choice)
     run = run if isinstance(run, config.Run) else config.load(run)
@@ -60,7 +60,7 @@ def coreset(
 
 
 def choice_of(fields: dict[str, Any]) -> Choice:
-    """Check the fields of a selection. Raises `ConfigError` with all mistakes."""
+    """Return the checked settings of a coreset. Raises `ConfigError` that lists all mistakes in `fields`."""
     method = str(fields.get("method", "herding")).replace("-", "_")
     checked, mistakes = validate(Choice, {**fields, "method": method})
     if checked is None or mistakes:
@@ -71,8 +71,8 @@ def choice_of(fields: dict[str, Any]) -> Choice:
 def choose(pipeline: "Pipeline", choice: Choice, ranks: int | None = None) -> tuple[Coreset, Path]:
     """Select a subset or read the existing one; return it and its folder `<storage>/coresets/<run>-<method>-<hash>`.
 
-    `ranks` is the number of workers that share the features (None: one worker, or all workers of the run if the
-    features are large). If a worker dies, all are started again and resume from the stored picks.
+    `ranks` is the number of workers among which the features are divided (None: one worker, or all workers of the run
+    if the features are large). If a worker dies, all are started again and resume from the stored picks.
     """
     if choice.method == "forgetting" or (choice.needs_features and choice.encoder.startswith("expert")):
         pipeline.experts()
@@ -86,7 +86,7 @@ def choose(pipeline: "Pipeline", choice: Choice, ranks: int | None = None) -> tu
 
 @dataclass
 class Picks:
-    """The greedy picks so far (ids and values), stored in a file so that a larger coreset extends a smaller one."""
+    """Ids and values of the items picked so far by a greedy method; a larger coreset continues from the saved file."""
 
     path: Path
     ids: list[int] = field(default_factory=list)
@@ -98,7 +98,7 @@ class Picks:
         return cls(path, stored["ids"], [math.inf if v is None else v for v in stored["values"]])
 
     def follow(self, next_picks: Callable[[Sequence[int]], Iterator[Best]]) -> Iterator[tuple[int, float]]:
-        """Yield the stored picks, then new ones from `more(ids)`, which continues the greedy method."""
+        """Yield the stored picks, then those of `next_picks(ids)`, which continues the greedy method after `ids`."""
         stored = len(self.ids)
         yield from list(zip(self.ids, self.values, strict=True))
         try:
@@ -118,7 +118,7 @@ class Picks:
 
 
 class Selection:
-    """The selection of one coreset: computes features and picks, and writes the subset folder."""
+    """The selection of one coreset: it computes features and picks, and writes the subset folder."""
 
     def __init__(self, pipeline: "Pipeline", choice: Choice, train: PreparedSplit):
         self.pipeline, self.choice, self.train, self.run = pipeline, choice, train, pipeline.run
@@ -127,9 +127,9 @@ class Selection:
         self.facts: dict[str, Any] = {}
         self.sides: Sides | None = None
         self.key = ""
-        """Hash of all settings that change the picks, without their number."""
+        """Hash of all settings that change which items are picked, except the number of picks."""
         self.values: list[float] = []
-        """Value of each greedy pick, in order."""
+        """Score of each greedy pick at the time it was picked, in order of picking."""
         self._mean: np.ndarray | None = None
 
     def result(self, ranks: int | None) -> tuple[Coreset, Path]:
@@ -184,7 +184,7 @@ class Selection:
         return ByteCosts.of(self.train.split, self.pipeline.item().paths.cache)
 
     def cost(self, records: Sequence[int]) -> dict[str, Any]:
-        """Return the pairs, images, parameters and bytes of the chosen records, and the items to choose from."""
+        """Return how many pairs, images, parameters and bytes `records` have, and how many items could be chosen."""
         images = len(set(self.train.split.image_of[list(records)].tolist())) if records else 0
         numbers = parameters(len(records), self.run.data.image_size, self.train.texts.shape[1])
         return {
@@ -196,7 +196,7 @@ class Selection:
         }
 
     def preview(self, chosen: Sequence[int], path: Path) -> None:
-        """Write a PNG with the first chosen images in a square grid."""
+        """Write a PNG file that shows the first chosen images in a square grid."""
         from PIL import Image
 
         shown = self.items.image_of[list(chosen[:PREVIEWED])]
@@ -215,7 +215,7 @@ class Selection:
     # -- picks ---------------------------------------------------------------------------------------------------
 
     def picks(self, ranks: WorkerParts | None) -> list[int]:
-        """Return the chosen item ids in the order of selection."""
+        """Return the ids of the chosen items in the order in which they were chosen."""
         choice, ids = self.choice, np.arange(len(self.items))
         if ranks:
             greedy.checked(ranks)
@@ -255,13 +255,13 @@ class Selection:
         return self._mean
 
     def radius(self, order: Iterator[int], picks: int) -> float:
-        """Return the largest distance of an item to the first `picks` picks (the covering radius of k-center)."""
+        """Return the covering radius of the first `picks` picks: the largest distance of an item to all of them."""
         if len(self.values) <= picks:
             next(order, None)
         return math.sqrt(self.values[picks]) if len(self.values) > picks else 0.0
 
     def take(self, order: Iterator[int]) -> list[int]:
-        """Take items from `order` up to the requested pairs or bytes. Raises `ValueError` if there are too few."""
+        """Take items from `order` up to the requested pairs or bytes. Raises `ValueError` if `order` has too few."""
         choice = self.choice
         if choice.bytes is not None:
             record_of = self.items.record_of
@@ -277,14 +277,14 @@ class Selection:
         if len(picks) < (choice.pairs or 0):
             raise ValueError(
                 f"cannot select {choice.pairs} pairs: {choice.method} gives only {len(picks)} of {len(self.items)}; "
-                "ask for fewer, or set never_learned: last"
+                "ask for fewer pairs, or set never_learned: last, which adds the pairs that were never learned"
             )
         return picks
 
     def choose_jointly(self, ranks: WorkerParts, available: int) -> list[int]:
-        """Select items with a method whose result depends on their number, such as medoids.
+        """Select items with a method whose choice depends on the number of items, such as medoids.
 
-        For a limit in bytes, the number is the largest one that fits.
+        If a size in bytes is requested, the number is the largest one that fits.
         """
         choice = self.choice
 
@@ -309,7 +309,7 @@ class Selection:
     def largest(
         self, ranks: WorkerParts, of: Callable[[int], tuple[list[int], dict[str, Any]]], available: int
     ) -> tuple[list[int], dict[str, Any]]:
-        """Return the selection `of(k)` with the largest k that fits in the requested bytes."""
+        """Return the selection `of(k)` of k items with the largest k that fits in the requested bytes."""
         limit = self.choice.bytes or 0
         total = self.costs.bytes_of(self.items.record_of.tolist())["total"]
         k = min(available, max(1, limit * len(self.items) // total))
@@ -324,7 +324,7 @@ class Selection:
         return best
 
     def outliers(self, ranks: WorkerParts, ids: np.ndarray) -> np.ndarray:
-        """Return the ids of the outliers that the guard drops before the selection."""
+        """Return the ids of the outliers that the option `guard` drops before the selection."""
         choice = self.choice
         if choice.guard == "centroids":
             return clusters.outliers(ranks, choice.guard_share, self.seed)
@@ -332,7 +332,7 @@ class Selection:
         return clusters.worst(ids, cosines(self.sides, self.items, choice.caption), choice.guard_share)
 
     def order(self, ranks: WorkerParts | None, ids: np.ndarray, stored: bool = True) -> Iterator[int]:
-        """Yield items of `ids` in the order of the method; with `stored`, greedy picks are read and saved."""
+        """Yield items of `ids` in the order of the selection method; if `stored`, greedy picks are read and saved."""
         choice = self.choice
         if choice.method == "random":
             draw = permuted(ids, self.seed) if choice.draw == "permutation" else smallest(ids, None, self.seed)
@@ -345,7 +345,7 @@ class Selection:
             yield from self.greedy_order(ranks, stored)
 
     def greedy_order(self, ranks: WorkerParts, stored: bool) -> Iterator[int]:
-        """Yield the picks of herding or k-center; with `stored`, continue the picks of an earlier selection."""
+        """Yield the picks of herding or k-center; if `stored`, first those saved by an earlier selection."""
         mu = self.mean(ranks) if stored else greedy.mean(ranks, greedy.checked(ranks).largest)
 
         def next_picks(picked: Sequence[int]) -> Iterator[Best]:
@@ -364,7 +364,7 @@ class Selection:
 
     @functools.cached_property
     def ranking(self) -> list[int]:
-        """All items, best first, for methods that score each item independently (clip-score, forgetting)."""
+        """The ids of all items, best first, for methods that score each item independently (clip-score, forgetting)."""
         choice = self.choice
         if choice.method == "clip_score":
             assert self.sides is not None

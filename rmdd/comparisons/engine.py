@@ -42,23 +42,23 @@ Costs = dict[str, int | float | None]
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One row of a comparison, ready to be scored."""
+    """One row of a comparison, with everything that its students need."""
 
     name: str
     entry: Entry
     pipeline: "ComparedRun"
     run: config.Run
-    """Run whose protocol the students follow."""
+    """Run whose evaluation settings the students of this row follow."""
     rates: Rates
-    """How students get their learning rates: from the set, chosen on val, or from the experts' training."""
+    """Origin of the learning rates: learned (stored in the set), tuned (chosen on val) or trained (of the experts)."""
     pairs: Path | None = None
-    """File of training pairs, relative to the storage; None for random pairs and full data."""
+    """Path of the file of training pairs, relative to the storage; None for random pairs and full data."""
     costs: Costs = field(default_factory=dict)
-    """Pairs, parameters, bytes and seconds of the training pairs."""
+    """Costs of the training pairs: number of pairs, parameters, bytes and seconds."""
     remarks: tuple[str, ...] = ()
 
     def choices(self) -> list[Job]:
-        """Return the students that choose the rates on val; for real pairs also the loss."""
+        """Return the jobs whose val scores choose the learning rates (and, for real pairs, the loss) of this row."""
         rule = self.run.evaluate
         if self.rates != "tuned":
             return []
@@ -68,7 +68,7 @@ class Row:
         return [Job("select", i, snapshot=0, lr=lr) for lr in rule.baseline_lrs for i in students]
 
     def students(self, loss: str, lr: float) -> list[Job]:
-        """Return the students whose scores make up the row."""
+        """Return the jobs whose scores make up the row; `loss` and `lr` were chosen on val."""
         rule = self.run.evaluate
         if self.entry.kind == "full":
             store = Store.open(self.pipeline.item().paths.store)
@@ -94,7 +94,7 @@ class Row:
 
 
 class ComparedRun(Pipeline):
-    """Pipeline for the rows of one protocol: gives their data and embeddings, and experts for a row of full data."""
+    """Pipeline that prepares the rows of one protocol: data, embeddings, and experts for a row of full data."""
 
     def check(self, entries: Sequence[Entry]) -> list[str]:
         """Return a message for every entry that belongs to other data or has pairs outside the training split."""
@@ -179,7 +179,7 @@ class ComparedRun(Pipeline):
         return Row(name, entry, self, run, rates, file, costs, tuple(remarks))
 
     def _training_pairs(self, entry: Entry, train: PreparedSplit) -> tuple[list[TrainingPairs], int | None]:
-        """Return the training pairs of a set and, if its captions were embedded again, the number of duplicates."""
+        """Return the training pairs of a set and, if its captions were embedded again, how many captions repeat."""
         distilled = entry.distilled
         assert distilled is not None
         texts, duplicates = [subset.texts for subset in distilled.subsets], None
@@ -203,7 +203,7 @@ class ComparedRun(Pipeline):
         return file.relative_to(self.storage.root)
 
     def _real_costs(self, draws: Sequence[Sequence[int]]) -> Costs:
-        """Return the costs of equally large draws of real pairs; `bytes` is the mean over draws."""
+        """Return the costs of draws of real pairs, all of one size; `bytes` is the mean over the draws."""
         train, pairs = self.prepared_split("train"), len(draws[0])
         costs = cost.ByteCosts.of(train.split, self.item().paths.cache)
         mean_bytes = statistics.fmean(costs.bytes_of(draw)["total"] for draw in draws)
@@ -218,20 +218,20 @@ class ComparedRun(Pipeline):
 
 @dataclass(frozen=True)
 class ScoredRow:
-    """The students of a row, or the error that stopped them."""
+    """The records of the students of a row, or the error that stopped a student."""
 
     records: list[dict[str, Any]] = field(default_factory=list)
-    """Record of each student, in order."""
+    """Record of each student, by the number of the student."""
     ranks: list[Path] = field(default_factory=list)
     """Files with the retrieval ranks of each student on test, for students that have one."""
     chosen: dict[str, Any] | None = None
-    """Loss and learning rate that were chosen on val, and the val scores of all candidates."""
+    """Loss and learning rate that were chosen on val, and the val scores of all tried combinations."""
     error: str | None = None
-    """Reason of the first failed student, or None."""
+    """Error message of the first student that failed, or None."""
 
 
 def score(rows: Sequence[Row], backend: Backend, progress: Progress) -> list[ScoredRow]:
-    """Train and score the students of all rows in parallel: first to choose on val, then to read test."""
+    """Train and score the students of all rows in parallel: first to choose settings on val, then to score on test."""
     choices = {id(row): row.choices() for row in rows}
     tried = _run_jobs("choices on val", [(row, job) for row in rows for job in choices[id(row)]], backend, progress)
     chosen: dict[int, dict[str, Any]] = {}
@@ -269,7 +269,7 @@ def _scored_row(
 def _run_jobs(
     title: str, jobs: list[tuple[Row, Job]], backend: Backend, progress: Progress
 ) -> dict[tuple[int, Job], Any]:
-    """Run students and return their records by row and job. A failed student does not stop the others."""
+    """Train and score students; return their records by row and job. A failed student does not stop the others."""
     if not jobs:
         return {}
     names = [f"{row.name}: {job.name}" + (f" at {job.lr:g}" if job.lr else "") for row, job in jobs]

@@ -31,17 +31,17 @@ class Entry:
     name: str
     kind: Kind
     value: str
-    """Hash of the training pairs."""
+    """Hash of the training pairs of the entry."""
     path: Path | None = None
     """Local folder or file of a set or subset."""
     distilled: DistilledSet | None = None
     subset: Coreset | None = None
     pairs: int | None = None
-    """Number of random pairs, if it differs from the budget."""
+    """Number of random pairs, if it differs from the budget of the run."""
     rates: Literal["learned", "tuned"] = "tuned"
-    """Rates stored in a set (`learned`), or chosen on val (`tuned`: real pairs, tensors without rates)."""
+    """Origin of the learning rates: `learned` are stored in the set, `tuned` are chosen on val (all other pairs)."""
     address: str = ""
-    """The user's word with an absolute path, which opens the entry from any folder."""
+    """Command-line argument of the entry with an absolute path, so that it is valid in any working folder."""
 
     @property
     def method(self) -> str:
@@ -55,7 +55,7 @@ LEASES = (".lock", ".lease")
 
 
 def open_entries(words: Iterable[str]) -> list[Entry]:
-    """Open an entry for every word. Raises `ConfigError` with all words that cannot be opened."""
+    """Open an entry for each command-line argument. Raises `ConfigError` that lists all invalid arguments."""
     entries: list[Entry] = []
     mistakes: list[str] = []
     for word in words:
@@ -79,7 +79,7 @@ def open_entries(words: Iterable[str]) -> list[Entry]:
 
 
 def open_entry(word: str) -> Entry:
-    """Open `[NAME=]FOLDER`, `random`, `random:N` or `full`. Raises `ValueError` for other words."""
+    """Open the entry `[NAME=]FOLDER`, `random`, `random:N` or `full`. Raises `ValueError` for any other text."""
     if match := re.fullmatch(r"random(?::([1-9]\d*))?|full", word):
         pairs = int(match[1]) if match[1] else None
         return Entry(word, "full" if word == "full" else "random", word, pairs=pairs, address=word)
@@ -131,7 +131,7 @@ def value_of(set_: DistilledSet) -> str:
 
 
 def temperature_of(set_: DistilledSet) -> float | None:
-    """Return the temperature that the set was distilled with; None if it is not recorded."""
+    """Return the temperature with which the set was distilled; None if the set does not record it."""
     temperature = set_.config.get("distill", {}).get("temperature")
     return temperature or set_.config.get("model", {}).get("temperature") or set_.model.get("temperature")
 
@@ -172,8 +172,8 @@ def bare_set(path: Path) -> tuple[DistilledSet, bool]:
 def source_run(entry: Entry) -> dict[str, Any] | None:
     """Return the run file of the run that made a set, as a mapping; None if the set does not record it.
 
-    If the set is in its run folder, the mapping has the data and storage of that run. Raises `ValueError` if that
-    storage has another layout.
+    If the set is in the folder of that run, the mapping has the data and storage of the run. Raises `ValueError` if
+    that storage has the layout of another release.
     """
     if entry.distilled is None or not entry.distilled.config or entry.path is None:
         return None
@@ -194,7 +194,7 @@ def source_run(entry: Entry) -> dict[str, Any] | None:
 
 
 def misfits(entry: Entry, model: config.Model, image_size: int, reencode: bool) -> list[str]:
-    """Return the reasons why students of `model` with images of `image_size` pixels cannot train on a set."""
+    """Return the reasons why a set cannot train students of `model` with images of `image_size` pixels."""
     set_ = entry.distilled
     if set_ is None:
         return []
@@ -223,7 +223,7 @@ def misfits(entry: Entry, model: config.Model, image_size: int, reencode: bool) 
 
 
 def same_text(set_: DistilledSet, tower: config.TextTower) -> bool:
-    """Return whether a set's text embeddings come from the encoder `tower`; bare tensors only need the same width."""
+    """Return whether a set's text embeddings come from the encoder `tower`; bare tensors only need its width."""
     if set_.subsets[0].texts.shape[1] != text_width(tower):
         return False
     if not set_.model:
@@ -235,7 +235,7 @@ def same_text(set_: DistilledSet, tower: config.TextTower) -> bool:
 
 
 def image_tower_words(tower: Mapping[str, Any]) -> str:
-    """Return the architecture and initial weights of an image tower in words."""
+    """Return a text that names the architecture and the initial weights of an image tower."""
     shape = f" {tuple(tower['widths'])} in groups of {tower['groups']}" if tower["name"] == "convnet" else ""
     return f"{tower['name']}{shape} ({tower['weights']})"
 
@@ -257,7 +257,7 @@ def check_data(entry: Entry, data_hash: str) -> list[str]:
 
 
 def seconds_of(entry: Entry, storage: Path) -> float | None:
-    """Return the seconds of a set's distillation or a subset's selection; None if they are not recorded."""
+    """Return how many seconds a set's distillation or a subset's selection took; None if this is not recorded."""
     if entry.subset is not None:
         seconds = entry.subset.facts.get("seconds")
         return float(seconds) if isinstance(seconds, int | float) else None
@@ -273,7 +273,7 @@ def seconds_of(entry: Entry, storage: Path) -> float | None:
 
 
 def renormalised(images: torch.Tensor, set_: DistilledSet, mean: Iterable[float], std: Iterable[float]) -> torch.Tensor:
-    """Return a set's images normalised with the `mean` and `std` that students are scored with."""
+    """Return a set's images, normalised with the pixel `mean` and `std` of the images that students are scored on."""
     target = tuple(map(float, mean)), tuple(map(float, std))
     if not set_.mean or target == (set_.mean, set_.std):
         return images
@@ -283,14 +283,14 @@ def renormalised(images: torch.Tensor, set_: DistilledSet, mean: Iterable[float]
 
 
 def with_planned_phases(run: config.Run, where: str) -> config.Run:
-    """Return `run` with the phases of its plan listed. Raises `ConfigError` if the run has no plan yet.
+    """Return a copy of `run` that lists the phases of its plan. Raises `ConfigError` if the run has no plan yet.
 
-    The phases set the number of updates for students of random pairs.
+    The sizes of the phases decide for how many updates students of random pairs are trained.
     """
     if not run.distill.plan.plans:
         return run
     file = run_folder(run) / PLAN
     if not file.is_file():
-        mistake = "its phases are not planned yet; run it first, or give a CONFIG that lists the phases"
+        mistake = "the run has no planned phases yet; run it first, or give a CONFIG that lists the phases"
         raise config.ConfigError([mistake], where)
     return with_explicit_phases(with_phases(run, read_json(file)["phases"]))

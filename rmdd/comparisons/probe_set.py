@@ -28,20 +28,20 @@ from rmdd.runs.absolute import with_absolute_paths
 
 @dataclass(frozen=True)
 class SetProbeItem:
-    """Task input: one student of a set."""
+    """Input of the task that probes one student of a distilled set."""
 
     run: config.Run
     set: Path
     index: int
-    """Number of the student."""
+    """Number of the student, from 0."""
     value: str
-    """Hash of the set's tensors."""
+    """Hash of the tensors of the distilled set."""
 
 
 def run_of(path: Path, probes: Mapping[str, Any], overrides: Sequence[str] = ()) -> config.Run:
     """Return the run of the set at `path`, with the settings that its students and `probes` need.
 
-    Raises `ConfigError` for mistakes, for unreadable files of a probe, and if the text encoder is another one.
+    Raises `ConfigError` for invalid settings, unreadable files of a probe, and a text encoder other than the set's.
     """
     distilled = DistilledSet.load(path)
     source = distilled.config
@@ -87,7 +87,7 @@ def probe_set(path: Path, run: config.Run, progress: Progress) -> dict[str, Any]
 
 
 def student(item: SetProbeItem, hooks: Hooks) -> dict[str, Any]:
-    """Probe one student. Its weights come from an earlier probe or, if there are none, from training it."""
+    """Score one student on the probes; its weights come from an earlier probe or, if there are none, from training."""
     run, storage = item.run, open_storage(item.run.runtime)
     job = protocol.Job("student", item.index)
     probes = StudentProbes(run, job, run_folder(run) / "students" / f"{job.name}.json", item.value, storage)
@@ -100,7 +100,7 @@ def student(item: SetProbeItem, hooks: Hooks) -> dict[str, Any]:
 
 
 def _trained(item: SetProbeItem, probes: StudentProbes, hooks: Hooks) -> DualEncoder | None:
-    """Train the student and return its model; None if it diverged."""
+    """Train the student and return the model; None if training diverged."""
     run, distilled = item.run, DistilledSet.load(item.set)
     size, seed = run.data.image_size, run.seed_of("evaluate")
     subsets = enlarged_to(size, pairs_of_set(distilled))

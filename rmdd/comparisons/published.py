@@ -26,7 +26,7 @@ UNITS = {
     "total_min": "min",
 }
 LAYOUTS = {"flickr30k": "Flickr30k", "flickr8k": "Flickr8k", "coco": "COCO", "cc3m": "LLaVA-CC3M"}
-"""Name of a dataset in the papers, by its layout in a run file."""
+"""Name that papers use for a dataset, by the `data.layout` of the dataset in a run file."""
 
 PICKED = "best of several passes, picked on test"
 PROTOCOLS = {
@@ -49,7 +49,7 @@ NOTES = (
 
 @dataclass(frozen=True)
 class PublishedNumber:
-    """One number of a published table."""
+    """One number of a published table, with its method, dataset, metric and source."""
 
     method: str
     dataset: str
@@ -69,7 +69,7 @@ class PublishedNumber:
 
     @property
     def protocol(self) -> str:
-        """How the pass of the reported number was chosen, according to the released code of the method."""
+        """Rule by which the paper chose the pass whose score it reports, according to its released code."""
         return PROTOCOLS.get(self.base_method, UNKNOWN)
 
     @property
@@ -121,15 +121,15 @@ def published(
 
 
 def budgets(dataset: str | None = None) -> list[str]:
-    """Return the published budgets of a dataset (printed name), or of all datasets: numbers first, then words."""
+    """Return the budgets in pairs for which results on a dataset (or any) are published; words (such as full) last."""
     sizes = {cell.pairs for cell in cells() if dataset in (None, cell.dataset)}
     return sorted(sizes, key=lambda b: (not b.isdigit(), int(b) if b.isdigit() else 0, b))
 
 
 def for_dataset(layout: str | None, budget: int) -> list[dict[str, Any]]:
-    """Return the published recalls for a layout of a run file, at its budget and for full data, without variants.
+    """Return the published recalls on the dataset of a run file, at its budget and for full data, without variants.
 
-    Datasets without published results give an empty list.
+    The list is empty for a dataset without published results.
     """
     if layout not in LAYOUTS:
         return []
@@ -139,7 +139,7 @@ def for_dataset(layout: str | None, budget: int) -> list[dict[str, Any]]:
 
 
 def table(title: str, rows: Sequence[dict[str, Any]]) -> ResultTable:
-    """Return published rows as a separate table: the recalls or, if no row has recalls, all other metrics."""
+    """Return published rows as one table: the recalls or, if no row has recalls, all other metrics."""
     metrics = ["R@mean", *RECALLS]
     if not any(m in row["metrics"] for m in metrics for row in rows):
         metrics = [m for m in UNITS if any(m in row["metrics"] for row in rows)]
@@ -163,7 +163,7 @@ def _cell(metrics: dict[str, Any], metric: str) -> str:
 
 
 def flat(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a published row with the columns of `tables.flat`, marked as published and without val."""
+    """Return a published row with the columns of `tables.flat`, marked as published; it has no scores on val."""
     out = {"name": row["method"], "kind": "published", "method": row["method"], "published": True}
     for metric in ("R@mean", *RECALLS):
         if metric in row["metrics"]:

@@ -15,7 +15,7 @@ NAMES = {"random": "random pairs", "full": "all pairs", "tensors": "bare tensors
 
 
 def row_values(row: Row, scored: ScoredRow) -> dict[str, Any]:
-    """Return a row as JSON values: its scores (mean, sample standard deviation, number of students) or `error`."""
+    """Return a scored row as JSON values: mean, sample standard deviation and number of students, or `error`."""
     method = row.entry.method
     values: dict[str, Any] = {
         "name": row.name,
@@ -59,7 +59,7 @@ def difference(
 
 
 def add_ratio_to_full(rows: Sequence[dict[str, Any]]) -> None:
-    """Set `of_full` of every row: its mean test R@mean in percent of the full-data row, or None without that row."""
+    """Set `of_full` of each row: its test R@mean in percent of that of the full-data row; None without such a row."""
     bounds = [r["test_last"]["R@mean"]["mean"] for r in rows if r["kind"] == "full" and "error" not in r]
     for row in rows:
         has_ratio = bounds and bounds[0] > 0 and "error" not in row and row["kind"] != "full"

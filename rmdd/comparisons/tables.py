@@ -24,7 +24,7 @@ th:first-child, td:first-child, .text {{ text-align: left }}
 
 
 TEXTS = ("method", "rates", "choice", "text encoder", "encoders", "protocol", "source")
-"""Columns of text, which are aligned to the left."""
+"""Names of the columns that hold text, which is aligned to the left."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def page(title: str, tables: Sequence[ResultTable]) -> str:
 
 
 def csv_of(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return `rows` as CSV text; the columns are all keys in order of first appearance."""
+    """Return `rows` as CSV text; the columns are the keys of all rows, in order of first appearance."""
     buffer = io.StringIO(newline="")
     columns = list(dict.fromkeys(key for row in rows for key in row))
     writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
@@ -84,7 +84,7 @@ def csv_of(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row as flat columns for CSV; the column `published` is False for measured rows."""
+    """Return a row as one mapping from CSV column to value; the column `published` is False for measured rows."""
     out = {key: row[key] for key in ("name", "kind", "method", "tower", "text", "rates") if key in row}
     out["published"] = False
     for split in SPLITS if "error" not in row else ():
@@ -120,7 +120,7 @@ def between(value: Mapping[str, Any] | None) -> str:
 
 
 def gain(value: Mapping[str, Any] | None) -> str:
-    """Return a difference and its interval as text."""
+    """Return the difference between two rows, with its 95 % interval, as text."""
     if value is None:
         return ""
     inner = value["interval"]

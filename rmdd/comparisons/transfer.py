@@ -38,14 +38,14 @@ POOLINGS = ("cls", "mean")
 
 @dataclass(frozen=True)
 class TransferResult:
-    """The result of a transfer."""
+    """The result of a transfer: its folder, its rows of scores, and their means."""
 
     folder: Path
-    """Holds the tables and `results.json`."""
+    """Folder that holds the tables and `results.json`."""
     rows: list[dict[str, Any]]
-    """Rows as JSON values; those of the source towers come first."""
+    """Rows of scores as JSON values; rows for the towers that the set was made for come first."""
     mean: dict[str, dict[str, Any]]
-    """Mean scores over the other towers, for learned and for tuned rates."""
+    """Mean scores over the target towers, for learning rates learned with the set and for rates chosen on val."""
     tables: tuple[ResultTable, ...]
 
     @property
@@ -55,15 +55,15 @@ class TransferResult:
 
 @dataclass(frozen=True)
 class Transfer:
-    """A checked transfer of one set to other towers."""
+    """A transfer of one set to other towers, whose arguments were checked."""
 
     entry: Entry
     run: config.Run
-    """Run with the towers of the set."""
+    """Run with the towers that the set was made for."""
     to: tuple[str, ...]
     """The target towers as the user wrote them."""
     targets: tuple[config.Run, ...]
-    """For each target, `run` with its towers."""
+    """A copy of `run` for each target, with the towers of that target."""
     random: bool = False
     """Whether to train every tower on random pairs too."""
     full: bool = False
@@ -142,7 +142,7 @@ class Transfer:
 
 
 def means(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return the mean scores over all towers except the source's, for learned and for tuned rates."""
+    """Return the mean scores over all target towers, for learned learning rates and for rates chosen on val."""
     mean: dict[str, dict[str, Any]] = {}
     for rates in ("learned", "tuned"):
         used = [r for r in rows if r["kind"] == "set" and r["rates"] == rates and not r["source"] and "error" not in r]
@@ -155,7 +155,7 @@ def means(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def matrix(rule: config.Evaluate, rows: Sequence[dict[str, Any]], mean: Mapping[str, Any]) -> tuple[ResultTable, ...]:
-    """Return two tables of scores: one for the other towers with their mean, one for the towers of the set."""
+    """Return two tables of scores: one for the target towers with their mean, one for the towers of the set."""
     extra = [name for name in ("interval", "difference", "of_full") if any(row.get(name) for row in rows)]
     heads = {"interval": "95 % interval", "difference": "against random pairs", "of_full": "of full data"}
     columns = ["image tower", "text encoder", "choice", "val R@mean", "test R@mean", *results.RECALLS]
@@ -202,10 +202,10 @@ def towers(model: config.Model) -> str:
 
 
 def target(run: config.Run, word: str) -> config.Run:
-    """Return `run` with the towers of a word: `IMAGE[@WEIGHTS]`, `text:ENCODER[@POOLING]`, or both joined by `+`.
+    """Return a copy of `run` with other towers: `IMAGE[@WEIGHTS]`, `text:ENCODER[@POOLING]`, or both joined by `+`.
 
-    Without `@WEIGHTS`, an image tower starts like the source's: random with the same seed, or pretrained. Raises
-    `ValueError` for other words.
+    Without `@WEIGHTS`, an image tower starts like that of `run`: random with the same seed, or pretrained. Raises
+    `ValueError` if `word` has another form.
     """
     first, joined, second = ("", "+", word[5:]) if word.startswith("text:") else word.partition("+text:")
     name, _, weights = first.partition("@")
@@ -225,7 +225,7 @@ def target(run: config.Run, word: str) -> config.Run:
 
 
 def _absolute(word: str) -> str:
-    """Return the absolute path of an existing file or folder; other words unchanged."""
+    """Return the absolute path of an existing file or folder; return any other word unchanged."""
     path = Path(word).expanduser()
     return str(path.absolute()) if word and path.exists() else word
 
@@ -262,7 +262,7 @@ def prepare_transfer(
     full: bool = False,
     load: Load = config.load,
 ) -> Transfer:
-    """Open the set of a transfer and check its target towers. Raises `ConfigError` with all mistakes."""
+    """Open the set of a transfer and check its target towers. Raises `ConfigError` that lists all mistakes."""
     (entry,) = open_entries([word])
     if entry.distilled is None:
         raise config.ConfigError([f"{word} is no distilled set; give the folder of a set or of its run"], "transfer")
@@ -277,7 +277,7 @@ def prepare_transfer(
             message = error.errors()[0]["msg"] if hasattr(error, "errors") else str(error)
             wrong.append(f"--to {name}: {message.removeprefix('Value error, ')}")
             continue
-        same_image = other.model.model_copy(update={"image": run.model.image})  # the image tower may differ
+        same_image = other.model.model_copy(update={"image": run.model.image})  # misfits must not compare image towers
         unfit = unbuildable(other) or misfits(entry, same_image, run.data.image_size, reencode=True)
         wrong += [f"--to {name}: {mistake}" for mistake in unfit]
         if other.model == run.model:

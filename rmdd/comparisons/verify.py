@@ -11,7 +11,7 @@ def verify_comparison(path: Path, check: DiskCheck) -> None:
     if not check.begin(path):
         return
     for file in sorted(path.glob("*.json")):
-        check.json(file, "run the comparison again; it uses finished students")
+        check.json(file, "run the comparison again; finished students are not trained again")
     check.lines(path / "events.jsonl")
     if not (path / "results.json").is_file():
         check.unfinished(path)

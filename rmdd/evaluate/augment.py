@@ -4,7 +4,7 @@
 one of colour, crop, cutout, flip, scale and rotate for each batch, and a strength for each image. `randaugment` is the
 training transform of the experts (`rmdd.data.augment`) at its published strength; it works on 8-bit images.
 
-N images in a batch, H x W pixels.
+In shapes, N is the number of images in a batch and H x W their size in pixels.
 """
 
 import math
@@ -28,7 +28,7 @@ BRIGHTNESS, SATURATION, CONTRAST = 1.0, 2.0, 0.5
 
 
 def augmentation(name: str, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> Augmentation:
-    """Return the augmentation `name`; randaugment also needs the mean and std that normalised the images."""
+    """Return the augmentation called `name`; randaugment needs the pixel mean and std that normalised the images."""
     if name == "dsa":
         return dsa
     if name != "randaugment":
@@ -47,7 +47,7 @@ def augmentation(name: str, mean: Sequence[float] | None = None, std: Sequence[f
 
 
 def dsa(images: Float[Tensor, "N 3 H W"], random: torch.Generator) -> Float[Tensor, "N 3 H W"]:
-    """Apply one random transform of `FAMILIES` to a batch of normalised images; empty areas become 0, the mean."""
+    """Apply one random transform of `FAMILIES` to a batch of normalised images; uncovered pixels become 0, the mean."""
     name = list(FAMILIES)[int(torch.randint(len(FAMILIES), (), generator=random))]
     return FAMILIES[name](images, random)
 
@@ -66,7 +66,7 @@ def _colour(images: Tensor, random: torch.Generator) -> Tensor:
 
 
 def _crop(images: Tensor, random: torch.Generator) -> Tensor:
-    """Shift each image by up to an eighth of its side in both directions."""
+    """Shift each image by up to an eighth of its side length, horizontally and vertically."""
     height, width = images.shape[2:]
     down, right = int(height * SHIFT + 0.5), int(width * SHIFT + 0.5)
     padded = F.pad(images, (right, right, down, down))
@@ -77,7 +77,7 @@ def _crop(images: Tensor, random: torch.Generator) -> Tensor:
 
 
 def _cutout(images: Tensor, random: torch.Generator) -> Tensor:
-    """Set a square of half the side to 0 in each image; the square may extend beyond the image."""
+    """Set a random square of each image to 0; its side is half the image side, and it may extend beyond the image."""
     height, width = images.shape[2:]
     cut_h, cut_w = int(height * CUT + 0.5), int(width * CUT + 0.5)
     rows = torch.randint(height + 1 - cut_h % 2, (len(images), 1), generator=random) - cut_h // 2

@@ -1,8 +1,8 @@
 """Bootstrap confidence intervals of recalls and of their differences, over the images of a gallery.
 
 Images are drawn with replacement together with their captions. Captions of one image succeed or fail together, so
-drawing captions one by one would give intervals that are too narrow. Differences are paired: both sides use the same
-draws of images.
+drawing captions one by one would give intervals that are too narrow. For a difference between two groups of students,
+both groups are scored on the same draws of images.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from torch import Tensor
 from rmdd.core.seeding import generator
 from rmdd.evaluate.retrieval import KS, Ranks
 
-# I images, R draws, S recalls
+# Letters in shapes: I images, R bootstrap draws, S recalls
 
 DRAWS = 2000
 STRIDE = 100
@@ -25,7 +25,7 @@ METRICS = (*(f"IR@{k}" for k in KS), *(f"TR@{k}" for k in KS), "R@mean")
 
 @dataclass(frozen=True)
 class Interval:
-    """A value on the original gallery with its confidence bounds, in percent (a difference: in percentage points)."""
+    """A metric on all images of the gallery and its confidence bounds, in percent; differences are in points."""
 
     mean: float
     low: float
@@ -35,9 +35,9 @@ class Interval:
 def interval(
     ranks: Sequence[Ranks], metric: str = "R@mean", draws: int = DRAWS, seed: int = 0, level: float = 0.95
 ) -> Interval:
-    """Return the interval of a metric averaged over students; `metric` is IR@K, TR@K or R@mean.
+    """Return the bootstrap interval of a metric, averaged over students; `metric` is IR@K, TR@K or R@mean.
 
-    Raise `ValueError` for an empty list, ranks of different galleries, or an unknown metric.
+    Raise `ValueError` if `ranks` is empty or holds ranks of different galleries, or for an unknown metric.
     """
     return intervals(ranks, (metric,), draws, seed, level)[metric]
 
@@ -50,7 +50,7 @@ def difference(
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """Return the interval of the mean over students of `a` minus the mean over `b`, on the same draws of images."""
+    """Return the bootstrap interval of the mean of students `a` minus that of students `b`, on the same image draws."""
     return differences(a, b, (metric,), draws, seed, level)[metric]
 
 
@@ -61,7 +61,7 @@ def intervals(
     seed: int = 0,
     level: float = 0.95,
 ) -> dict[str, Interval]:
-    """Return the `interval` of each metric."""
+    """Return the bootstrap interval of each metric in `metrics`, as `interval` does for one metric."""
     _check(ranks, draws, level)
     return _bootstrapped([_hits(ranks, metric) for metric in metrics], metrics, _captions(ranks[0]), draws, seed, level)
 
@@ -74,7 +74,7 @@ def differences(
     seed: int = 0,
     level: float = 0.95,
 ) -> dict[str, Interval]:
-    """Return the `difference` of each metric."""
+    """Return the interval of `a` minus `b` for each metric in `metrics`, as `difference` does for one metric."""
     _check([*a, *b] if a and b else [], draws, level)
     hits = [{k: h - other[k] for k, h in _hits(a, m).items()} for m in metrics for other in (_hits(b, m),)]
     return _bootstrapped(hits, metrics, _captions(a[0]), draws, seed, level)
@@ -82,7 +82,7 @@ def differences(
 
 def _check(ranks: Sequence[Ranks], draws: int, level: float) -> None:
     if not ranks:
-        raise ValueError("the list of ranks is empty; give the ranks of at least one student of each side")
+        raise ValueError("the list of ranks is empty; give the ranks of at least one student per group")
     if draws < 1 or not 0 < level < 1:
         raise ValueError(f"draws must be at least 1 and level between 0 and 1; found {draws} and {level:g}")
     if not all(torch.equal(ranks[0].image_of, r.image_of) for r in ranks):
@@ -94,7 +94,7 @@ def _captions(ranks: Ranks) -> Float[Tensor, " I"]:
 
 
 def _hits(ranks: Sequence[Ranks], metric: str) -> dict[str, Float[Tensor, " I"]]:
-    """Return, per direction (IR, TR), each image's hits averaged over students and K."""
+    """Return for each direction (IR, TR) the number of hits of each image, averaged over students and cut-offs K."""
     kind, _, k = metric.partition("@")
     if metric != "R@mean" and (kind not in ("IR", "TR") or not k.isdigit() or int(k) < 1):
         raise ValueError(f"unknown metric '{metric}'; available: IR@K, TR@K and R@mean")
@@ -121,7 +121,7 @@ def _bootstrapped(
     seed: int,
     level: float,
 ) -> dict[str, Interval]:
-    """Return the interval of each metric: hits per query, where queries are captions for IR and images for TR."""
+    """Return the bootstrap interval of each metric; `hits` holds the hits, `captions` the captions, of each image."""
     names = [(m, side) for m, by_side in enumerate(hits) for side in by_side]
     columns = torch.stack([captions, *(hits[m][side] for m, side in names)], dim=1)
     drawn_RS = torch.cat([counts @ columns for counts in _counts(len(captions), draws, seed)])
@@ -136,16 +136,16 @@ def _bootstrapped(
 
 
 def _mean_of_sides(sums: Tensor, columns: dict[str, int], images: int) -> Tensor:
-    """Return the mean of the recalls of all sides in percent.
+    """Return the recall of each bootstrap draw in percent, averaged over the directions IR and TR.
 
-    Column 0 of `sums` holds the number of captions, `columns` the position of each side's hits.
+    Column 0 of `sums` holds the number of drawn captions; `columns` maps a direction to the column of its hits.
     """
     sides = [sums[:, c] / (sums[:, 0] if side == "IR" else images) for side, c in columns.items()]
     return 100 * torch.stack(sides).mean(0)
 
 
 def _counts(images: int, draws: int, seed: int) -> Iterator[Float[Tensor, "r I"]]:
-    """Yield how often each draw contains each image; the counts depend on the number of images and the seed only."""
+    """Yield how often each bootstrap draw contains each image, as a function of the number of images and the seed."""
     for start in range(0, draws, STRIDE):
         rows = min(STRIDE, draws - start)
         index = torch.randint(images, (rows, images), generator=generator(seed, "bootstrap", start))

@@ -16,18 +16,18 @@ from torch import Tensor
 from rmdd.core.seeding import derive, generator
 
 EXACT = 10_000
-"""Largest number of rows for which all pairs of rows are used; with more rows, `SAMPLE` random pairs are used."""
+"""Up to this number of embeddings, statistics use all pairs of embeddings; above it, `SAMPLE` random pairs."""
 
 SAMPLE = 1_000_000
 MAX_PROBE_PAIRS = 2_000
-"""Largest number of pairs on which the linear probe is trained."""
+"""Largest number of image-text pairs on which the linear probe of `separability` is trained."""
 
 NEIGHBOURS = 10
 CHUNK = 1024
 
 COSINE_LIMIT, RANK_LIMIT = 0.5, 0.5
-"""Thresholds of `collapsed`, our choice: the mean cosine has moved more than this share of the way from that of random
-pairs to 1, or the effective rank is below this share of that of random pairs."""
+"""Thresholds of `collapsed` (our choice). It warns if the mean cosine has moved more than the first share of the way
+from that of random pairs to 1, or if the effective rank is below the second share of that of random pairs."""
 
 
 def health(images: Float[Tensor, "N D"], texts: Float[Tensor, "N D"], seed: int = 0) -> dict[str, float]:
@@ -77,9 +77,9 @@ def health(images: Float[Tensor, "N D"], texts: Float[Tensor, "N D"], seed: int 
 
 
 def stripes(similarity: Float[Tensor, "M M"]) -> float:
-    """Return the variance of the row means and column means of a similarity matrix, divided by that of its entries.
+    """Return the share of the variance of a similarity matrix that its row means and column means explain.
 
-    The diagonal is excluded. The value is 1 if an entry depends only on its row or only on its column, which shows as
+    The diagonal is excluded. The share is 1 if an entry depends only on its row or only on its column, which shows as
     stripes in RepBlend's Figure 1, and 0 for a constant matrix.
     """
     m = len(similarity)
@@ -93,7 +93,7 @@ def stripes(similarity: Float[Tensor, "M M"]) -> float:
 
 
 def collapsed(row: Mapping[str, Any], real: Mapping[str, Any]) -> list[str]:
-    """Return a warning for each sign of collapse of a set, compared with the same number of random real pairs."""
+    """Return a warning for each sign of collapse in the statistics `row` of a set; `real` are those of random pairs."""
     warnings = []
     if row["unusable"]:
         warnings.append(f"{row['unusable']:.0f} of {row['pairs']:.0f} pairs have a zero or non-finite embedding")
@@ -116,20 +116,20 @@ def collapsed(row: Mapping[str, Any], real: Mapping[str, Any]) -> list[str]:
 
 def _unit(rows: Tensor) -> Tensor:
     rows = rows.detach().double()
-    rows = rows / rows.abs().amax(1, keepdim=True)  # scaled first, so that the norm cannot underflow or overflow
+    rows = rows / rows.abs().amax(1, keepdim=True)  # scaled by its largest entry, so that the norm cannot underflow
     unit: Tensor = rows / rows.norm(dim=1, keepdim=True)
     return unit
 
 
 def _random_pairs(n: int, seed: int, purpose: str) -> tuple[Tensor, Tensor]:
-    """Draw `SAMPLE` ordered pairs of different indices below n."""
+    """Draw `SAMPLE` random pairs (i, j) with i != j and both in 0..n-1."""
     draw = generator(seed, f"health {purpose}")
     first = torch.randint(n, (SAMPLE,), generator=draw)
     return first, (first + torch.randint(1, n, (SAMPLE,), generator=draw)) % n
 
 
 def _some_pairs(a: Tensor, b: Tensor, seed: int) -> np.ndarray:
-    """Return the cosines of rows i of `a` and j of `b`, i != j: all of them, or a random sample if there are many."""
+    """Return the cosines of row i of `a` and row j of `b` for all i != j, or for a random sample if n is large."""
     n = len(a)
     if n * (n - 1) <= SAMPLE:
         return (a @ b.T)[~torch.eye(n, dtype=torch.bool, device=a.device)].cpu().numpy()
@@ -138,7 +138,7 @@ def _some_pairs(a: Tensor, b: Tensor, seed: int) -> np.ndarray:
 
 
 def _uniformity(a: Tensor, b: Tensor, seed: int) -> float:
-    """Return log mean exp(-2 d^2) over rows i of `a` and j of `b`, i != j, with d^2 = 2 - 2 cosine."""
+    """Return log mean exp(-2 d^2) over all i != j; d is the distance of row i of `a` and row j of `b`, of norm 1."""
     n = len(a)
     if n > EXACT:
         first, second = (index.to(a.device) for index in _random_pairs(n, seed, "uniformity"))
@@ -149,7 +149,7 @@ def _uniformity(a: Tensor, b: Tensor, seed: int) -> float:
 
 
 def _effective_rank(rows: Tensor) -> float:
-    """Return the effective rank of the centred rows (Roy and Vetterli 2007); 0 if all rows are equal."""
+    """Return the effective rank (Roy and Vetterli 2007) of `rows` minus the mean row; 0 if all rows are equal."""
     values = torch.linalg.svdvals(rows - rows.mean(0))
     values = values[values > 1e-9 * math.sqrt(len(rows))]
     if not len(values):
@@ -159,8 +159,8 @@ def _effective_rank(rows: Tensor) -> float:
 
 
 def _hubness(queries: Tensor, candidates: Tensor) -> float:
-    """Return the skewness, over candidates, of the number of queries that have the candidate among their nearest."""
-    from scipy.stats import skew  # imported lazily, like sklearn below: the import takes a second
+    """Count for each candidate the queries that have it among their ten nearest; return the skewness of the counts."""
+    from scipy.stats import skew  # imported here, like sklearn below, because the import takes a second
 
     k, n = min(NEIGHBOURS, len(candidates)), len(candidates)
     counts = torch.zeros(n, dtype=torch.int64, device=candidates.device)
@@ -171,7 +171,7 @@ def _hubness(queries: Tensor, candidates: Tensor) -> float:
 
 
 def _separability(u: Tensor, v: Tensor, seed: int) -> float:
-    """Return the share of held-out rows whose modality a ridge classifier predicts correctly."""
+    """Return the share of held-out embeddings whose modality (image or text) a ridge classifier predicts correctly."""
     if len(u) > MAX_PROBE_PAIRS:
         chosen = torch.randperm(len(u), generator=generator(seed, "health probe"))[:MAX_PROBE_PAIRS].to(u.device)
         u, v = u[chosen], v[chosen]

@@ -1,4 +1,4 @@
-"""Embedding health of a run: its sets over the iterations, random real pairs and val, all through one encoder."""
+"""Embedding health of a run: its distilled sets over the iterations, random real pairs and val, all in one model."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from rmdd.models.dual import DualEncoder
 from rmdd.models.prepared import PreparedSplit
 
 MAX_VAL_PAIRS = 5_000
-"""Largest number of val pairs that are embedded."""
+"""Largest number of image-caption pairs of the val split that are embedded."""
 
 Batch = tuple[Tensor, Tensor]
 
@@ -32,9 +32,9 @@ def health_report(
 ) -> dict[str, Any]:
     """Return the content of `health.json`: one row of statistics per set, and warnings about the last set.
 
-    `sets` holds one entry per snapshot, oldest first: the iteration of each phase and the subsets of all phases, which
-    are treated as one set. The last set is compared with the same number of random pairs, the first ones of the
-    baseline's draw 0. `seed` is the seed of the evaluation.
+    `sets` lists the snapshots, oldest first: the iteration of each phase, and the subsets of all phases, which are
+    treated as one set. The last snapshot is compared with the same number of random pairs, the first ones of draw 0 of
+    the random-pairs baseline. `seed` is the seed of the evaluation.
     """
     model = model.to(device).eval()
 

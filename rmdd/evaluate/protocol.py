@@ -10,9 +10,9 @@ Each job trains and scores one student. Jobs are independent, so they can run in
     reference  trained by a paper's released protocol and scored on *test*, for comparison with the paper only
     full       an expert trained on all pairs; scored once on val and test
 
-`rmdd.evaluate.scores` adds four optional kinds: hard, own, soft_tune (val only) and soft.
+`rmdd.evaluate.scores` adds four optional kinds of jobs: hard, own, soft_tune (val only) and soft.
 
-Jobs whose scores select something cannot read test: `check_split_is_open` refuses to open the split for them,
+Jobs whose scores choose a snapshot or a setting cannot read test: `check_split_is_open` refuses to open the split,
 `train_and_score` refuses to score it, and `best_by_val` rejects records that contain test scores. Student i of every
 kind has the same initial heads, and with equal numbers of pairs also the same batches, so that rows of the result table
 differ only in their training pairs.
@@ -38,7 +38,7 @@ from rmdd.models.prepared import PreparedSplit
 
 Kind = Literal["select", "tune", "student", "baseline", "reference", "full", "hard", "own", "soft_tune", "soft"]
 SELECTION_KINDS = ("select", "tune", "soft_tune")
-"""Kinds of jobs whose scores select something; they are scored on val and may not read test."""
+"""Kinds of jobs whose scores choose a snapshot or a setting; they are scored on val and may not read test."""
 SET_KINDS = ("select", "student", "reference", "hard", "own")
 """Kinds of jobs that train on the distilled set."""
 RANDOM_KINDS = ("tune", "baseline", "soft_tune", "soft")
@@ -46,14 +46,14 @@ RANDOM_KINDS = ("tune", "baseline", "soft_tune", "soft")
 
 
 class TestIsClosed(PermissionError):
-    """Raised when a selection tries to read the test split or a test score."""
+    """Raised when a job that chooses a snapshot or a setting tries to read the test split or a test score."""
 
     __test__ = False
 
 
 @dataclass(frozen=True)
 class Job:
-    """One student to train and score. `index` is the number of the student, random draw or expert."""
+    """A job: one student to train and score. `index` numbers, from 0, the student, draw of random pairs or expert."""
 
     kind: Kind
     index: int
@@ -61,7 +61,7 @@ class Job:
     loss: str = ""
     lr: float = 0.0
     augment: str = ""
-    """Augmentation for the kinds own, soft_tune and soft; empty: the run's augmentation."""
+    """Name of the students' augmentation, for the kinds own, soft_tune and soft; empty: that of the run."""
 
     @property
     def name(self) -> str:
@@ -76,15 +76,15 @@ class Job:
 
 
 def check_split_is_open(job: Job | None, split: str) -> str:
-    """Return `split` if `job` may read it. Raise `TestIsClosed` if a job for a selection asks for test."""
+    """Return `split` if `job` may read it. Raise `TestIsClosed` if a job that chooses on val asks for test."""
     if split == "test" and job is not None and job.kind in SELECTION_KINDS:
-        raise TestIsClosed(f"{job.name} is used for a selection, so it must not read test; score it on val")
+        raise TestIsClosed(f"{job.name} chooses a snapshot or setting, so it must not read test; score it on val")
     return split
 
 
 @dataclass(frozen=True)
 class StudentProtocol:
-    """The settings of a run that training and scoring its students depends on."""
+    """Settings of a run that affect how its students are trained and scored."""
 
     rule: config.Evaluate
     seed: int
@@ -93,16 +93,16 @@ class StudentProtocol:
     layout: str | None
     method: str
     loss: str
-    """Loss of students of the distilled set."""
+    """Name of the loss with which students learn from the distilled set."""
     temperature: float
-    """Temperature of students of the distilled set."""
+    """Temperature of the loss with which students learn from the distilled set."""
     phase_pairs: tuple[int, ...]
-    """Number of pairs of each phase."""
+    """Number of distilled pairs of each phase."""
     budget: int
     similarity: str
-    """Kind of the similarity of the distilled set: identity, low_rank or full."""
+    """Form of the learned similarity of the distilled set: identity, low_rank or full."""
     expert_rates: tuple[float, float]
-    """Learning rates of the experts: image, text."""
+    """Learning rates of the experts: (image tower, text head)."""
 
     @classmethod
     def of(cls, run: config.Run) -> "StudentProtocol":
@@ -124,49 +124,49 @@ class StudentProtocol:
 
     @property
     def reference(self) -> Reference | None:
-        """The released protocol by which the set is also scored, or None."""
+        """The released protocol of a paper by which the distilled set is also scored, or None."""
         return reference_of(self.rule, self.method, self.loss, self.temperature)
 
     @property
     def updates(self) -> int:
-        """Number of SGD steps of a student of the distilled set; students of random pairs get the same number."""
+        """Number of SGD steps of a student of the distilled set; students of random pairs train for equally many."""
         return updates(self.rule, self.phase_pairs)
 
 
 def updates(rule: config.Evaluate, phase_pairs: Iterable[int]) -> int:
-    """Return the number of SGD steps of a student trained on subsets with these numbers of pairs."""
+    """Return the number of SGD steps of a student that is trained on subsets with `phase_pairs` pairs each."""
     return sum(-(-pairs // rule.batch) * rule.epochs for pairs in phase_pairs)
 
 
 def pairs_of_subset(synthetic: Synthetic, image_size: int) -> TrainingPairs:
-    """Return the training pairs of one distilled subset, with images enlarged to side `image_size`."""
+    """Return the training pairs of one distilled subset, with images enlarged to `image_size` pixels per side."""
     s = similarity.dense(synthetic.similarity, synthetic.alpha, synthetic.texts)
     images = enlarged(synthetic.images, image_size)
     return TrainingPairs(images, synthetic.texts, s, float(synthetic.lr_image), float(synthetic.lr_text))
 
 
 def random_pairs(protocol: StudentProtocol, train: PreparedSplit, draw: int, lr: float) -> TrainingPairs:
-    """Return `budget` random real pairs with identity similarity and the learning rate `lr` for both towers."""
+    """Return `protocol.budget` random real pairs with identity similarity; `lr` is the learning rate of both towers."""
     return real_pairs(train, random_records(train, protocol.budget, protocol.seed, draw), lr)
 
 
 def random_records(train: PreparedSplit, budget: int, seed: int, draw: int) -> list[int]:
-    """Return `budget` random caption records, or all records if the split has fewer."""
+    """Return the indices of `budget` random captions of the train split, or of all if the split has fewer."""
     random = generator(seed, "random pairs", draw)
     return torch.randperm(len(train.split.captions), generator=random)[:budget].tolist()
 
 
 def with_hard_labels(pairs: TrainingPairs, lr_image: float, lr_text: float) -> TrainingPairs:
-    """Replace similarity and learning rates by the identity and the given rates, to score images and texts alone."""
+    """Return `pairs` with identity similarity and the given learning rates, to score images and texts alone."""
     return replace(pairs, similarity=torch.eye(len(pairs.images)), lr_image=lr_image, lr_text=lr_text)
 
 
 def soft_pairs(
     protocol: StudentProtocol, train: PreparedSplit, draw: int, lr: float, teacher: DualEncoder, device: torch.device
 ) -> TrainingPairs:
-    """Return random pairs with a similarity if the distilled set has one: S = sigmoid(cosine / temperature).
+    """Return random real pairs, with the similarity S = sigmoid(cosine / temperature) if the distilled set has one.
 
-    `teacher` computes the cosines; it is an expert after its last epoch.
+    `teacher`, an expert after its last epoch, computes the cosines.
     """
     pairs = random_pairs(protocol, train, draw, lr)
     if protocol.similarity == "identity":
@@ -181,7 +181,8 @@ def soft_pairs(
 def final_jobs(protocol: StudentProtocol, loss: str, lr: float, experts: Sequence[int]) -> list[Job]:
     """Return the jobs whose scores are reported: student, reference, baseline and full.
 
-    `loss` and `lr` of the baseline were chosen on val; `experts` are the experts scored as the full-data bound.
+    `loss` and `lr` are those of the random-pairs baseline, chosen on val. `experts` are the numbers of the experts that
+    are scored as students of all pairs.
     """
     rule, reference = protocol.rule, protocol.reference
     jobs = [Job("student", i) for i in range(rule.students)]
@@ -206,7 +207,7 @@ def train_and_score(
     """Train and score one student; return its record.
 
     `test` must be None for the kinds in `SELECTION_KINDS`, otherwise `TestIsClosed` is raised. `on_pass` is called
-    after every pass over a subset, `finished` with the fully trained student, `on_ranks` with its ranks on test.
+    after every pass over a subset, `finished` with the trained student, `on_ranks` with the student's ranks on test.
     """
     if job.kind in SELECTION_KINDS and test is not None:
         check_split_is_open(job, "test")
@@ -249,7 +250,7 @@ def train_and_score(
             return record | {"test_best_reference": (best if reference.reported == "best" else curve[-1])["test"]}
         finished(model)
         return record | _scored(job, model, val, test, device, rule.chunk, on_ranks)
-    except Diverged as error:  # raised in training, or in scoring if the embeddings collapsed
+    except Diverged as error:  # training diverged, or the embeddings to score collapsed
         return record | _diverged(job, error, test, on_ranks)
 
 
@@ -263,7 +264,7 @@ def score_expert(
     *,
     on_ranks: Callable[[Ranks], object] = lambda ranks: None,
 ) -> dict[str, Any]:
-    """Score one expert after its last epoch, as the full-data bound; return its record."""
+    """Score one expert after its last epoch, as a student of all pairs; return a record with the scores."""
     try:
         scores = _scored(job, model.to(device), val, test, device, chunk, on_ranks)
     except Diverged as error:
@@ -280,7 +281,7 @@ def _scored(
     chunk: int,
     on_ranks: Callable[[Ranks], object],
 ) -> dict[str, Any]:
-    """Score a fully trained model on val and, unless the job is for a selection, on test."""
+    """Return the scores of a trained model on val and, unless the job chooses a snapshot or setting, on test."""
     scores = {"val": score(model, val, device, chunk).as_dict()}
     if job.kind not in SELECTION_KINDS:
         assert test is not None
@@ -293,7 +294,7 @@ def _scored(
 def _diverged(
     job: Job, error: Diverged, test: PreparedSplit | None, on_ranks: Callable[[Ranks], object]
 ) -> dict[str, Any]:
-    """Return recalls of 0 for every split that would have been scored, and the error message."""
+    """Return the scores of a student that diverged: recalls of 0 for every split to score, and the error message."""
     keys = ("val",) if job.kind in SELECTION_KINDS else ("val", "test_last", "test_best_reference")
     if test is not None and job.kind != "reference":
         on_ranks(Ranks.worst(torch.from_numpy(test.split.image_of)))
@@ -301,13 +302,13 @@ def _diverged(
 
 
 def selection_jobs(rule: config.Evaluate, snapshots: int) -> list[Job]:
-    """Return the jobs that train students on every snapshot, to choose one."""
+    """Return the jobs that train students on every snapshot of the distilled set, to choose one snapshot on val."""
     students = range(rule.selection_students)
     return [Job("select", i, snapshot=s) for s in range(snapshots) for i in students]
 
 
 def tuning_jobs(rule: config.Evaluate) -> list[Job]:
-    """Return the jobs that train students on random pairs with every loss and learning rate, to choose one of each."""
+    """Return the jobs that try every loss and learning rate on random pairs, to choose one of each on val."""
     draws = range(min(rule.selection_students, rule.baseline_draws))
     return [
         Job("tune", i, loss=loss, lr=lr) for loss in rule.baseline_losses for lr in rule.baseline_lrs for i in draws
@@ -315,16 +316,16 @@ def tuning_jobs(rule: config.Evaluate) -> list[Job]:
 
 
 def best_by_val(records: Sequence[tuple[Any, dict[str, Any]]]) -> tuple[Any, dict[Any, float]]:
-    """Return the choice with the highest mean val R@mean, and the mean of every choice.
+    """Return the choice with the highest mean R@mean on val, and the mean of every choice.
 
-    `records` holds (choice, record) pairs. Of equal means, the first choice wins. Raise `TestIsClosed` for a record
-    with a test score.
+    `records` holds pairs (choice, record of a student trained with that choice). Of equal means, the first choice wins.
+    Raise `TestIsClosed` for a record with a test score.
     """
     groups: dict[Any, list[float]] = {}
     for choice, record in records:
         if test_keys := [key for key in record if key.startswith("test")]:
             raise TestIsClosed(
-                f"a selection got {', '.join(test_keys)} of {record.get('job', choice)}; select by val only"
+                f"cannot choose by {', '.join(test_keys)} of {record.get('job', choice)}; choose by val scores only"
             )
         groups.setdefault(choice, []).append(record["val"]["R@mean"])
     means = {choice: statistics.fmean(values) for choice, values in groups.items()}
@@ -332,7 +333,7 @@ def best_by_val(records: Sequence[tuple[Any, dict[str, Any]]]) -> tuple[Any, dic
 
 
 def summary(records: Sequence[dict[str, Any]], key: str) -> dict[str, dict[str, float | None]]:
-    """Return mean, sample standard deviation (ddof = 1; None for one record) and number of records of each metric."""
+    """Return mean, sample standard deviation (None for one record) and number of values of each metric of `r[key]`."""
     rows = [r[key] for r in records]
     return {
         metric: {

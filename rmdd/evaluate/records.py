@@ -1,6 +1,7 @@
-"""Student records on disk: NAME.json with everything that a selection may read, NAME.test.json with test scores.
+"""Student records on disk: NAME.json without test scores, NAME.test.json with test scores.
 
-Selections open only NAME.json. NAME.test.json is written first, so an existing NAME.json means a complete record.
+Code that chooses a snapshot or a setting opens only NAME.json. NAME.test.json is written first, so an existing
+NAME.json means a complete record.
 """
 
 from pathlib import Path
@@ -13,12 +14,12 @@ from rmdd.evaluate.retrieval import Ranks
 
 
 def test_file(path: Path) -> Path:
-    """Return the file with the test scores of the record at `path`."""
+    """Return the path of the file with the test scores that belong to the student record at `path`."""
     return path.with_name(f"{path.stem}.test.json")
 
 
 def ranks_file(path: Path) -> Path:
-    """Return the file with the test ranks of the record at `path`."""
+    """Return the path of the file with the test ranks that belong to the student record at `path`."""
     return path.with_name(f"{path.stem}.ranks.safetensors")
 
 
@@ -29,7 +30,7 @@ def ranks_of(path: Path, storage: Storage) -> Ranks:
 
 
 def write(path: Path, record: dict[str, Any]) -> None:
-    """Write `record` as two files; test scores, and a curve that contains test scores, go into the second."""
+    """Write `record` as two files; test scores, and a curve that contains test scores, go into NAME.test.json."""
     of_test = {k: v for k, v in record.items() if _is_of_test(k, v)}
     if of_test:
         write_json(test_file(path), {"value": record["value"], **of_test})
@@ -38,7 +39,7 @@ def write(path: Path, record: dict[str, Any]) -> None:
 
 
 def read(path: Path, value: str) -> dict[str, Any] | None:
-    """Return the complete record if it exists and has the hash `value`, otherwise None."""
+    """Return the record at `path` with its test scores; None if a file is missing or has another hash than `value`."""
     if not path.is_file():
         return None
     record: dict[str, Any] = read_json(path)
@@ -56,8 +57,8 @@ def _is_of_test(key: str, value: Any) -> bool:
 
 
 def verify(record: Path, check: DiskCheck, again: str = "run again") -> None:
-    """Check that a record can be read; `again` names the command that writes it again."""
-    check.json(record, f"delete it and {again}: that writes it again")
+    """Check that the file `record` can be read as JSON; `again` names the command that creates the file again."""
+    check.json(record, f"delete it and {again} to create it again")
 
 
 BASELINES = Format((), "baselines/*/*.json", verify)

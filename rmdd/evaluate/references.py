@@ -1,7 +1,7 @@
 """How the released code of each paper trains and scores students, reproduced with its mistakes.
 
-`evaluate.reference` selects one protocol. Its score, `test_best_reference`, is only for comparison with the paper's
-tables and never used for a selection. Epochs are passes over a subset; released loops over `range(E + 1)` make 101
+`evaluate.reference` selects one protocol. The score by it, `test_best_reference`, is only for comparison with the
+paper's tables and never used for a choice. Epochs are passes over a subset; released loops over `range(E + 1)` make 101
 passes for E = 100.
 
 All protocols use SGD, an image tower that starts from the same weights, new heads, temperature 0.07 whatever the set
@@ -30,13 +30,13 @@ class Reference:
     loss: str
     schedule: StudentSchedule
     lr: float | None
-    """Learning rate of all trained parameters; None: the learned rates of the set."""
+    """Learning rate of all trained parameters; None: students use the learned learning rates of the set."""
     every: int | None
-    """Passes between two scorings; None: score once, after the last pass."""
+    """Number of passes between two scorings; None: students are scored once, after the last pass."""
     first: int
-    """Number of passes before the first scoring."""
+    """Number of passes before students are scored for the first time."""
     reported: Literal["best", "last"]
-    """Which scoring the paper reports; best means highest R@mean on the split that is reported."""
+    """Scoring that the paper reports: the last, or the best, which has the highest R@mean on the reported split."""
     students: int
     temperature: float = TEMPERATURE
 
@@ -54,7 +54,7 @@ class Reference:
         return "val" if self.name == "edge" and layout == "cc3m" else "test"
 
     def adapted(self, subsets: Sequence[TrainingPairs]) -> Sequence[TrainingPairs]:
-        """Return the pairs as this protocol uses them: InfoNCE ignores the similarity, `lr` replaces learned rates."""
+        """Return the pairs with identity similarity if the loss is InfoNCE, and with the learning rate `lr` if set."""
         if self.loss == "infonce":
             subsets = [replace(x, similarity=torch.eye(len(x.images)).to(x.similarity)) for x in subsets]
         if self.lr is not None:
@@ -82,7 +82,8 @@ REFERENCES = {
             reported="best",
             students=1,
         ),
-        # The released drop comes after the last pass, so there is none. Both towers use the image learning rate.
+        # The code of MTT-VL lowers the learning rate after the last pass only, so `drop_after` is None. Both towers use
+        # the image learning rate.
         Reference(
             "mtt_vl",
             "infonce",
@@ -113,7 +114,7 @@ REFERENCES = {
             reported="best",
             students=5,
         ),
-        # The code does not say which of its 20 scorings the paper reports; we use the last.
+        # The code of EDGE does not say which of its 20 scorings the paper reports; we use the last.
         Reference(
             "edge",
             "infonce",
@@ -142,8 +143,8 @@ def reference_of(rule: config.Evaluate, method: str, loss: str, temperature: flo
 
     A protocol chosen by name is reproduced as coded. `auto` takes the protocol of the run's method, but with the run's
     own batch, momentum, weight decay, number of students and, if rates are learned, loss and temperature. In presets
-    named after a paper both are the same, because they set the paper's values. Small runs need their own values:
-    students would diverge with momentum if the set's learning rates were learned without it.
+    named after a paper both choices give the same protocol, because they set the paper's values. Small runs need their
+    own values: students would diverge with momentum if the set's learning rates were learned without momentum.
     """
     if rule.reference == "none":
         return None

@@ -14,20 +14,20 @@ from torch import Tensor
 
 from rmdd.core.files import atomic_path
 
-# I images, T captions, D joint width, Q queries and C candidates of one direction, q queries of one chunk,
-# P largest number of correct candidates of a query
+# Letters in shapes: I images, T captions, D joint width, Q queries and C candidates of one direction, q queries of one
+# chunk, P largest number of correct candidates of a query
 
 KS = (1, 5, 10)
 STRIDE = 1024
-"""Number of rows checked and normalised at once."""
+"""Number of embeddings that are checked and normalised at once."""
 
 Rows = Callable[[int, int], Tensor]
-"""Function that returns the scores of queries `start` to `stop`, (queries, candidates)."""
+"""Function of (start, stop) that returns the scores of queries start..stop-1 as a matrix (queries, candidates)."""
 
 
 @dataclass(frozen=True)
 class Recalls:
-    """Recalls in percent per K. `gap` is the largest amount by which a recall would rise if ties counted as hits."""
+    """Recalls in percent for each cut-off K. `gap` is the largest gain of a recall, in points, if ties were hits."""
 
     ir: dict[int, float]
     tr: dict[int, float]
@@ -46,7 +46,7 @@ class Recalls:
 
 @dataclass(frozen=True)
 class Ranks:
-    """The 0-based rank of every query, with ties counted against the model; recalls are computed from it."""
+    """The rank, from 0, of the best correct candidate of every query; candidates that tie with it rank above it."""
 
     image: Int[Tensor, " T"]
     """For each caption, the rank of its image."""
@@ -63,13 +63,13 @@ class Ranks:
 
     @classmethod
     def worst(cls, image_of: Int[Tensor, " T"]) -> "Ranks":
-        """Return ranks that give a recall of 0 at every K, for a student that diverged."""
+        """Return the worst possible ranks, which give recall 0 at every K; used for a student that diverged."""
         last = torch.iinfo(torch.int32).max
         images = torch.full((int(image_of.max()) + 1,), last)
         return cls(torch.full((len(image_of),), last), images, image_of.cpu().long())
 
     def recalls(self, ks: Sequence[int] = KS) -> Recalls:
-        """Return the percentage of queries with a rank below K, for each K. The gap is 0 if ties are unknown."""
+        """Return the recalls in percent at each cut-off K in `ks`. `Recalls.gap` is 0 if ties are unknown."""
         if not ks or min(ks) < 1:
             raise ValueError(f"every K must be at least 1; found K {tuple(ks)}")
         ir, ir_gap = _recall(self.image, self.image_ties, ks)
@@ -136,7 +136,7 @@ def ranks(
 
 
 def ranks_from_scores(scores: Float[Tensor, "I T"], image_of: Int[Tensor, " T"], chunk: int = 256) -> Ranks:
-    """Return `ranks` for a score matrix (a higher score is closer); scores are compared in their own precision."""
+    """Return the ranks for a matrix of scores; a higher score means closer, and scores keep their own precision."""
     num_images, num_texts = scores.shape
     image_of = _checked(image_of, num_images, num_texts, scores.device)
     if bad := int((~scores.isfinite()).sum()):
@@ -151,19 +151,19 @@ def recalls(
     ks: Sequence[int] = KS,
     chunk: int = 256,
 ) -> Recalls:
-    """Return the recalls of `ranks`."""
+    """Return the recalls at each cut-off K in `ks`, from embeddings; `ranks` describes the other arguments."""
     return ranks(images, texts, image_of, chunk).recalls(ks)
 
 
 def recalls_from_scores(
     scores: Float[Tensor, "I T"], image_of: Int[Tensor, " T"], ks: Sequence[int] = KS, chunk: int = 256
 ) -> Recalls:
-    """Return the recalls of `ranks_from_scores`."""
+    """Return the recalls at each cut-off K in `ks`, from a matrix of scores; a higher score means closer."""
     return ranks_from_scores(scores, image_of, chunk).recalls(ks)
 
 
 def chance(image_of: Int[Tensor, " T"], ks: Sequence[int] = KS) -> Recalls:
-    """Return the mean recalls of random scores: K / I, and 1 - C(T - m, K) / C(T, K) for an image with m captions."""
+    """Return the mean recalls of random scores; IR is K / I, TR 1 - C(T - m, K) / C(T, K) with m captions per image."""
     num_texts, captions = len(image_of), torch.bincount(image_of)
     num_images = len(captions)
 
@@ -185,7 +185,7 @@ def _both_directions(text_rows: Rows, image_rows: Rows, image_of: Tensor, num_im
 
 
 def _captions_of(image_of: Int[Tensor, " T"], num_images: int) -> Int[Tensor, "I P"]:
-    """Return the captions of each image; shorter rows repeat their last caption."""
+    """Return the caption indices of each image; an image with fewer than P captions repeats its last caption."""
     order = image_of.argsort(stable=True)
     counts = torch.bincount(image_of, minlength=num_images)
     first = counts.cumsum(0) - counts
@@ -204,7 +204,7 @@ def _ranks(
         index_qP = positives_QP[start : start + chunk]
         positive_qP = score_qC.gather(1, index_qP)
         best_q1 = positive_qP.amax(1, keepdim=True)
-        above = (score_qC > best_q1).sum(1, dtype=torch.int32).long()  # an int64 sum takes three times as long
+        above = (score_qC > best_q1).sum(1, dtype=torch.int32).long()  # because an int64 sum is three times slower
         level = (score_qC >= best_q1).sum(1, dtype=torch.int32).long() - above
         repeats = torch.zeros_like(index_qP, dtype=torch.bool)
         repeats[:, 1:] = index_qP[:, 1:] == index_qP[:, :-1]
@@ -223,7 +223,8 @@ def _recall(pessimistic: Tensor, ties: Tensor | None, ks: Sequence[int]) -> tupl
 
 
 def _scorer(queries: Float[Tensor, "Q D"], candidates: Float[Tensor, "C D"]) -> Rows:
-    # A matrix product may round equal columns differently, depending on their position, so each is scored only once.
+    # A matrix product may round equal candidates differently at different positions, so each distinct one is scored
+    # once.
     distinct, which = _distinct(candidates)
     if len(distinct) == len(candidates):
         return lambda a, b: queries[a:b] @ candidates.T
@@ -231,9 +232,9 @@ def _scorer(queries: Float[Tensor, "Q D"], candidates: Float[Tensor, "C D"]) -> 
 
 
 def _distinct(rows: Float[Tensor, "C D"]) -> tuple[Float[Tensor, "_ D"], Int[Tensor, " C"]]:
-    """Return the rows with distinct bits, and the index of each row among them.
+    """Return the rows with distinct bits, and for each input row the index of the equal row among them.
 
-    Equal rows are detected by a hash; rows with equal hashes are compared.
+    Equal rows are found by a hash; rows with equal hashes are then compared.
     """
     bits = rows.contiguous().view(torch.int32)
     random = torch.Generator().manual_seed(0)
@@ -258,8 +259,8 @@ def _normalised(rows: Tensor, modality: str) -> Tensor:
         largest = part.abs().amax(1, keepdim=True)
         infinite += int((~largest.isfinite()).sum())
         zero += int((largest == 0).sum())
-        torch.div(part, largest, out=out)  # scaled first, so that the norm cannot underflow or overflow
-        out.div_(out.norm(dim=1, keepdim=True)).add_(0.0)  # adding 0 turns -0 into 0
+        torch.div(part, largest, out=out)  # scaled by its largest entry, so that the norm cannot underflow
+        out.div_(out.norm(dim=1, keepdim=True)).add_(0.0)  # adding 0 turns -0 into 0, which has other bits
     if infinite or zero:
         raise ValueError(
             f"of {len(rows)} {modality} embeddings {infinite} are not finite and {zero} are zero: the model has "

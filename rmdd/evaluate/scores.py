@@ -1,7 +1,7 @@
 """Scores HLR, IOR, LRS and ARS of DD-Ranking (arXiv 2505.13300), adapted to retrieval.
 
-They separate the gain of a distilled set from the gain of soft labels and augmentation. Accuracies are R@mean on test,
-as fractions, after the last pass of students trained by our protocol:
+The scores separate the gain of a distilled set from the gain of soft labels and augmentation. Accuracies are R@mean on
+test, as fractions, after the last pass of students trained by our protocol:
 
     HLR   full data minus the set, both with hard labels: identity similarity, InfoNCE, the experts' learning rates
     IOR   the set minus random pairs, both with the set's loss, temperature, number of updates and form of similarity
@@ -25,37 +25,37 @@ from rmdd.evaluate.protocol import Job, StudentProtocol, best_by_val
 from rmdd.evaluate.retrieval import Ranks
 
 AUGMENT = "dsa"
-"""Augmentation of the augmented students of ARS, if the run's students are not augmented."""
+"""Augmentation of the augmented students in the score ARS, if the students of the run are not augmented."""
 W, GAMMA = 0.5, 0.5
 
 
 def scaled(alpha: float) -> float:
-    """Map a difference of fractions, from -1 to 1, to 0..100 by f. Raise `ValueError` outside of that range."""
+    """Map `alpha`, a difference of fractions, from -1..1 to 0..100 by f. Raise `ValueError` for any other `alpha`."""
     if not -1 <= alpha <= 1:
         raise ValueError(
-            f"the score of a difference of fractions needs a value in -1..1, found {alpha:g}; divide by 100"
+            f"alpha must be a difference of fractions in -1..1, found {alpha:g}; divide percentage points by 100"
         )
     low, high = math.exp(-1), math.exp(1)
     return 100 * (math.exp(alpha) - low) / (high - low)
 
 
 def lrs(hlr: float, ior: float, w: float = W) -> float:
-    """Return the label-robust score LRS; `hlr` and `ior` are differences of fractions."""
+    """Return the label-robust score LRS (0 to 100) from the scores HLR and IOR, given as fractions."""
     return scaled(w * ior - (1 - w) * hlr)
 
 
 def ars(aug: float, noaug: float, gamma: float = GAMMA) -> float:
-    """Return the augmentation-robust score ARS; `aug` and `noaug` are fractions, IOR with and without augmentation."""
+    """Return the augmentation-robust score ARS (0 to 100); `aug` and `noaug` are IOR with and without augmentation."""
     return scaled(gamma * aug + (1 - gamma) * noaug)
 
 
 def augmentations(augment: str) -> tuple[str, str]:
-    """Return the augmentations of augmented and of plain students; the run's students use `augment`."""
+    """Return the names of the augmentations of augmented and of unaugmented students; the run uses `augment`."""
     return (AUGMENT if augment == "none" else augment), "none"
 
 
 def tuning_jobs(rule: config.Evaluate) -> list[Job]:
-    """Return the jobs that train on random pairs with each learning rate and augmentation, to choose the rate."""
+    """Return the jobs that try each learning rate on random pairs, to choose one per augmentation on val."""
     draws = range(min(rule.selection_students, rule.baseline_draws))
     return [
         Job("soft_tune", i, lr=lr, augment=kind)
@@ -66,7 +66,7 @@ def tuning_jobs(rule: config.Evaluate) -> list[Job]:
 
 
 def chosen_rates(tried: Sequence[tuple[Job, dict[str, Any]]]) -> dict[str, float]:
-    """Return the best learning rate on val for each augmentation."""
+    """Return for each augmentation the learning rate with the highest mean R@mean on val."""
     return {
         kind: best_by_val([(job.lr, record) for job, record in tried if job.augment == kind])[0]
         for kind in dict.fromkeys(job.augment for job, _ in tried)
@@ -74,7 +74,7 @@ def chosen_rates(tried: Sequence[tuple[Job, dict[str, Any]]]) -> dict[str, float
 
 
 def final_jobs(rule: config.Evaluate, rates: Mapping[str, float]) -> list[Job]:
-    """Return the jobs that are scored on test."""
+    """Return the jobs of the kinds hard, own and soft, whose students are scored on test."""
     kinds, students = augmentations(rule.augment), range(rule.students)
     jobs = [Job("hard", i) for i in students]
     jobs += [Job("own", i, augment=kind) for kind in kinds if kind != rule.augment for i in students]

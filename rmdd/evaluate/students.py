@@ -40,31 +40,31 @@ class TrainingPairs:
 
 @dataclass(frozen=True)
 class StudentSchedule:
-    """The training schedule of a student on the subsets of a set."""
+    """The training schedule of a student on the subsets of a distilled set."""
 
     epochs: int
-    """Passes over each subset."""
+    """Number of passes over each subset."""
     batch: int
     momentum: float
     weight_decay: float
     drop_after: int | None
     """Number of passes over a subset after which learning rates are multiplied by `drop`; None: never."""
     drop: float = 0.1
-    """Factor on the learning rates after `drop_after` passes."""
+    """Factor by which learning rates are multiplied after `drop_after` passes."""
     chain: bool = False
-    """True: all subsets share one optimiser with its momentum, and the learning rate drops only in the first subset."""
+    """True: all subsets share one optimiser with its momentum, and the learning rates drop only in the first subset."""
     rates: Literal["own", "last"] = "own"
-    """own: each subset is trained with its own learned rates; last: all use those of the last subset."""
+    """own: each subset is trained with its own learned learning rates; last: all subsets use those of the last one."""
     text_rate: Literal["own", "image"] = "own"
-    """own: the text head has its own learning rate; image: it uses the rate of the image tower."""
+    """own: the text head has its own learning rate; image: the text head uses the learning rate of the image tower."""
     batches: Literal["drawn", "cut", "cut_full"] = "drawn"
     """How a pass over M pairs is split into batches of B. drawn: ceil(M / B) independent draws of B pairs, as in
-    released code with a similarity; cut: one shuffle, with a shorter last batch; cut_full: the same without the shorter
-    batch."""
+    released code with a similarity; cut: the pairs are shuffled and cut into batches, the last one shorter; cut_full:
+    as cut, but a shorter last batch is left out."""
     augment: str = "none"
-    """Name of the augmentation (`rmdd.evaluate.augment`), or none."""
+    """Name of the image augmentation (see `rmdd.evaluate.augment`), or none."""
     trains: Literal["all", "heads", "text head"] = "all"
-    """Which of the model's trainable parameters are trained."""
+    """Which parameters are trained: all trainable ones, the image and text heads, or the text head."""
     mean: tuple[float, ...] | None = None
     """Pixel mean with which images were normalised, for augmentations of 8-bit images."""
     std: tuple[float, ...] | None = None
@@ -72,7 +72,7 @@ class StudentSchedule:
 
     @classmethod
     def of(cls, rule: config.Evaluate) -> "StudentSchedule":
-        """Return the schedule that the run file describes; learning rates drop after half of the passes."""
+        """Return the schedule of the section `evaluate` of a run file; learning rates drop after half of the passes."""
         return cls(
             epochs=rule.epochs,
             batch=rule.batch,
@@ -87,17 +87,17 @@ class StudentSchedule:
         )
 
     def on(self, mean: Sequence[float], std: Sequence[float]) -> "StudentSchedule":
-        """Return the same schedule for images normalised with these constants."""
+        """Return the same schedule for images that were normalised with this pixel mean and standard deviation."""
         return replace(self, mean=tuple(mean), std=tuple(std))
 
 
 def score(model: DualEncoder, prepared: PreparedSplit, device: torch.device, chunk: int = 256) -> Recalls:
-    """Return the retrieval recalls of `model` on a split; see `rank`."""
+    """Return the retrieval recalls of `model` on the split `prepared`; see `rank`."""
     return rank(model, prepared, device, chunk).recalls()
 
 
 def rank(model: DualEncoder, prepared: PreparedSplit, device: torch.device, chunk: int = 256) -> Ranks:
-    """Return the retrieval ranks of all queries of a split. The model runs in eval mode; its mode is restored.
+    """Return the retrieval ranks of all queries of a split. `model` runs in eval mode and gets its old mode back.
 
     Raise `Diverged` if embeddings are zero or not finite.
     """
@@ -169,7 +169,7 @@ def train_student(
 
 
 def batches(pairs: int, schedule: StudentSchedule, random: torch.Generator) -> list[Int[Tensor, " b"]]:
-    """Return the indices of each batch of one pass; a subset smaller than a batch forms one batch."""
+    """Return the pair indices of each batch of one pass; a subset smaller than a batch forms one batch."""
     if schedule.batches == "drawn":
         return [torch.randperm(pairs, generator=random)[: schedule.batch] for _ in range(-(-pairs // schedule.batch))]
     cut = torch.randperm(pairs, generator=random).split(schedule.batch)

@@ -15,21 +15,24 @@ from rmdd.evaluate.references import Reference
 from rmdd.evaluate.retrieval import Ranks
 
 FLOAT = 4
-"""Bytes of a float32."""
+"""Number of bytes of a float32 number."""
 
 ROWS = {"random": "baseline", "": "student", "full": "full"}
-"""Kind of job behind each row of the result table; the row "" is named after the method."""
+"""Kind of jobs whose scores fill each row of the result table; the row "" gets the name of the method."""
 
 
 def by_kind(rows: Sequence[tuple[Job, dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
-    """Return the records of each kind of job that the result table shows."""
+    """Return, for each kind of job in the result table, the records of its students."""
     return {kind: [r for job, r in rows if job.kind == kind] for kind in (*ROWS.values(), "reference")}
 
 
 def table_of(
     method: str, records: Mapping[str, Sequence[dict[str, Any]]], probes: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Return the result table: mean and spread of each row on val, test and probes, and by the reference protocol."""
+    """Return the result table: mean and standard deviation of the scores in each row, on val, test and each probe.
+
+    The row of the method also has the scores by the reference protocol, if there is one.
+    """
     table: dict[str, dict[str, Any]] = {}
     for row, kind in ROWS.items():
         scores: dict[str, Any] = {key: summary(records[kind], key) for key in ("val", "test_last")}
@@ -78,7 +81,7 @@ def further_sections(
     ranks: Mapping[Job, Ranks],
     size: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the sections `certainty`, `size` and, if a reference protocol was scored, `reference`."""
+    """Return further sections of `evaluation.json`: `certainty`, `size` and, if one was scored, `reference`."""
     of_rows = {row or method: [r for job, r in ranks.items() if job.kind == kind] for row, kind in ROWS.items()}
     sections = {"certainty": certainty(of_rows), "size": dict(size)}
     reference_records = [record for job, record in rows if job.kind == "reference"]
@@ -89,7 +92,7 @@ def further_sections(
 
 
 def certainty(ranks: Mapping[str, Sequence[Ranks]], random: str = "random") -> dict[str, Any]:
-    """Return 95 % intervals over the test images for each row of the table, and for each row minus `random`."""
+    """Return 95 % intervals over the test images for each table row, and for its difference from the row `random`."""
     return {
         "over": f"95 % intervals of the mean over students; test images are drawn with their captions {DRAWS} times",
         "test_last": {row: {m: asdict(i) for m, i in intervals(students).items()} for row, students in ranks.items()},
@@ -105,10 +108,10 @@ def certainty(ranks: Mapping[str, Sequence[Ranks]], random: str = "random") -> d
 def reference_section(
     reference: Reference, layout: str | None, records: Sequence[Mapping[str, Any]], test_last: float
 ) -> dict[str, Any]:
-    """Return the settings of the reference protocol and its gain from selecting on test.
+    """Return the settings of the reference protocol, and how much R@mean it gains by selecting a pass on test.
 
-    `minus_test_last` is its R@mean minus that of our protocol, `minus_own_last` its R@mean minus that of the last pass
-    of the same students.
+    `minus_test_last` is the protocol's R@mean minus that of our protocol; `minus_own_last` is the protocol's R@mean
+    minus that of the same students after their last pass.
     """
     best = statistics.fmean(r["test_best_reference"]["R@mean"] for r in records)
     last = [r["curve"][-1]["test"]["R@mean"] if r["curve"] and "diverged" not in r else 0.0 for r in records]
@@ -124,7 +127,7 @@ def reference_section(
 
 
 def size(rule: config.Distill, stored_size: int, text_width: int) -> dict[str, Any]:
-    """Return the size of the set in float numbers and in float32 bytes, including similarity and learning rates."""
+    """Return how many numbers the set holds, including similarity and learning rates, and their float32 bytes."""
     pairs = [p.pairs for p in rule.phases]
     numbers = budget.cost(pairs, stored_size, text_width, rule.similarity.kind, rule.similarity.rank)
     return {
@@ -138,10 +141,10 @@ def size(rule: config.Distill, stored_size: int, text_width: int) -> dict[str, A
 def measured_cost(
     runtime: config.Runtime, logs: Sequence[Path], store_bytes: int, steps: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Return the measured cost, which varies between runs: seconds per iteration, hours, GPU-hours, bytes of the store.
+    """Return the measured cost, which varies between runs: seconds per iteration, hours, GPU-hours, bytes of experts.
 
     `distill_gpu_hours` counts the GPUs of one worker during each iteration. `gpu_hours` counts all GPUs of the run
-    during all steps, busy or idle.
+    during all steps (ingest, experts, distill ...), busy or idle.
     """
     seconds = [
         json.loads(line)["seconds"] for log in logs if log.is_file() for line in log.read_text().splitlines() if line

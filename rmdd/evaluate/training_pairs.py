@@ -1,6 +1,6 @@
 """Files of training pairs from outside the run, for comparisons: other distilled sets and subsets of real pairs.
 
-A file is named by the hash of its content. `.safetensors` files hold learned pairs (see `rmdd.distill.sets`) with the
+The name of a file is a hash of its content. `.safetensors` files hold learned pairs (see `rmdd.distill.sets`) with the
 full similarity matrix; `.json` files list caption records of the train split.
 """
 
@@ -21,17 +21,17 @@ from rmdd.models.prepared import PreparedSplit
 
 
 def pairs_of_set(distilled: DistilledSet) -> list[TrainingPairs]:
-    """Return the pairs of each subset of a set, in order, with images at their stored size."""
+    """Return the training pairs of each subset of a distilled set, in order, with images at their stored size."""
     return [TrainingPairs(s.images, s.texts, s.matrix, s.lr_image, s.lr_text) for s in distilled.subsets]
 
 
 def enlarged_to(size: int, subsets: Sequence[TrainingPairs]) -> list[TrainingPairs]:
-    """Return the pairs with images enlarged to side `size`, the input size of the towers."""
+    """Return the pairs of each subset with images enlarged to `size` pixels per side, the input of the towers."""
     return [replace(pairs, images=enlarged(pairs.images, size)) for pairs in subsets]
 
 
 def write_pairs(folder: Path, subsets: Sequence[TrainingPairs]) -> Path:
-    """Write learned pairs with images at their stored size; return the file."""
+    """Write learned pairs with images at their stored size to a safetensors file in `folder`; return its path."""
     tensors = [
         {
             "images": pairs.images,
@@ -50,7 +50,7 @@ def write_pairs(folder: Path, subsets: Sequence[TrainingPairs]) -> Path:
 
 
 def write_records(folder: Path, records: Sequence[int]) -> Path:
-    """Write the indices of caption records of the train split; return the file."""
+    """Write the indices of captions of the train split to a JSON file in `folder`; return its path."""
     data = json.dumps(list(records)).encode()
     path = folder / f"{hashlib.sha256(data).hexdigest()[:16]}.json"
     if not path.is_file():
@@ -60,7 +60,7 @@ def write_records(folder: Path, records: Sequence[int]) -> Path:
 
 
 def read_pairs(path: Path, image_size: int, train: Callable[[], PreparedSplit], lr: float) -> list[TrainingPairs]:
-    """Read the pairs of each subset in order, with images of side `image_size`; `lr` replaces both rates unless 0."""
+    """Read the pairs of each subset with images of `image_size` pixels; a nonzero `lr` replaces both learning rates."""
     if path.suffix == ".json":
         return [real_pairs(train(), read_json(path), lr)]
     stored = [
@@ -72,6 +72,6 @@ def read_pairs(path: Path, image_size: int, train: Callable[[], PreparedSplit], 
 
 
 def real_pairs(train: PreparedSplit, records: list[int], lr: float) -> TrainingPairs:
-    """Return the pairs of real caption records, with identity similarity and learning rate `lr` for both towers."""
+    """Return the real pairs of the captions `records`, with identity similarity; `lr` is the rate of both towers."""
     images = train.pictures(train.split.image_of[records])
     return TrainingPairs(images, torch.tensor(train.texts[records]), torch.eye(len(records)), lr, lr)

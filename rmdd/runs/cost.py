@@ -1,4 +1,4 @@
-"""Estimates of a run's parameters, disk, memory and time for `rmdd check`. Writes and downloads nothing.
+"""Estimates of a run's parameters, disk, memory and time for `rmdd check`. They write and download no file.
 
 FLOPs are counted on the run's own towers, built with random weights on PyTorch's meta device, so nothing is computed.
 Seconds are a rough estimate from an assumed throughput. Bytes on disk are exact for the file formats.
@@ -34,7 +34,8 @@ CPU_FLOPS = 30e9
 """Assumed float32 FLOP/s of one GPU (`GPU_FLOPS`) and of one CPU thread (`CPU_FLOPS`) on typical towers."""
 
 GRAPH = 1.2
-"""Peak memory of double backward over the bytes that autograd saves for it: 0.9 (ViT, NFNet), 1.5 (small ConvNets)."""
+"""Peak memory of double backward, divided by the bytes autograd saves: 0.9 for ViT and NFNet, 1.5 for small
+ConvNets."""
 
 KNOWN_WIDTHS = {"bert-base-uncased": 768, "distilbert-base-uncased": 768, "BAAI/bge-base-en-v1.5": 768}
 PUBLISHED_COUNTS = {
@@ -45,21 +46,21 @@ PUBLISHED_COUNTS = {
     "cc3m": {"train": (357_225, 357_225), "val": (119_075, 119_075), "test": (119_075, 119_075)},
 }
 Counts = dict[str, tuple[int, int]]
-"""Number of images and number of captions, by split."""
+"""Mapping from a split to its number of images and its number of captions."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """Parameter counts of a dual encoder."""
+    """Numbers of parameters of a dual encoder (an image tower and a text tower)."""
 
     image: int
-    """Trained parameters of the image tower and its projection."""
+    """Number of trained parameters of the image tower and its projection."""
     text: int
-    """Trained parameters of the text projection."""
+    """Number of trained parameters of the text projection."""
     frozen: int
-    """Parameters that are not trained."""
+    """Number of parameters that are not trained."""
     shared: int
-    """Trained parameters that start from the same pretrained values in every expert."""
+    """Number of trained parameters that start from the same pretrained values in every expert."""
 
     @property
     def trained(self) -> int:
@@ -68,7 +69,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs and autograd memory of a run's dual encoder. The matching fields are 0 for methods without trajectories."""
+    """FLOPs and autograd memory of a run's dual encoder. Fields about trajectory matching are 0 for other methods."""
 
     forward: int
     """FLOPs of a forward pass, per pair."""
@@ -83,13 +84,13 @@ class Work:
     graph_bytes: int
     """Bytes that autograd saves for one inner step of trajectory matching."""
     gradient: int = 0
-    """FLOPs of the gradient in one pair, forward and backward, for methods without trajectories."""
+    """FLOPs of the gradient with respect to one pair, forward and backward, for methods without expert trajectories."""
     pair_graph_bytes: int = 0
-    """Bytes that autograd saves for the gradient in one pair, for methods without trajectories."""
+    """Bytes that autograd saves for the gradient with respect to one pair, for methods without expert trajectories."""
 
 
 def text_features(tower: config.TextTower) -> tuple[int, str | None]:
-    """Return the width of a text embedding, and a remark if the width is an assumption."""
+    """Return the width of the text embeddings of `tower`, and a remark if the width is assumed (otherwise None)."""
     if tower.name == "hashing":
         return tower.width, None
     if tower.name in KNOWN_WIDTHS:
@@ -124,7 +125,7 @@ def size_of(model: DualEncoder, pretrained: bool) -> Size:
 
 
 def work_of(model: DualEncoder, run: config.Run, text_width: int) -> Work:
-    """Count the FLOPs and autograd memory of `model` (on the meta device) with one inner mini-batch.
+    """Count the FLOPs and autograd memory of `model` (on the meta device) for one mini-batch of distilled pairs.
 
     A frozen image tower is counted with one chunk of images.
     """
@@ -154,7 +155,7 @@ def work_of(model: DualEncoder, run: config.Run, text_width: int) -> Work:
                 torch.autograd.grad(loss(model(*(t.clone() for t in pairs)), target), pairs)
             gradient, of_pair = once.get_total_flops() // batch, saved.bytes // batch
             return Work(forward.get_total_flops() // batch, training // batch, 0, 0, 0, 0, gradient, of_pair)
-        if not run.model.image.trainable:  # inner steps use its features, computed once per outer iteration
+        if not run.model.image.trainable:  # inner steps use features computed once per outer iteration
             chunk = min(CHUNK, max(p.pairs for p in run.distill.phases))
             pixels = torch.empty(chunk, 3, size, size, device="meta", requires_grad=True)
             with FlopCounterMode(display=False) as tower_forward, torch.no_grad():
@@ -180,7 +181,7 @@ def work_of(model: DualEncoder, run: config.Run, text_width: int) -> Work:
 
 
 class _GraphBytes(torch.autograd.graph.saved_tensors_hooks):
-    """Context that adds up the bytes autograd saves for graphs built inside it, without the model's parameters."""
+    """Context manager that adds up the bytes autograd saves for graphs built inside it, except model parameters."""
 
     def __init__(self, model: DualEncoder):
         self._weights = {p.untyped_storage()._cdata for p in model.parameters()}
@@ -201,7 +202,7 @@ def checkpoint_bytes(numbers: int, dtype: str = "float32") -> int:
 
 
 def store_bytes(size: Size, experts: int, epochs_kept: int, dtype: str = "float32") -> int:
-    """Return the bytes of a store with `epochs_kept` checkpoints per expert and its epoch 0.
+    """Return the bytes of an expert store with epoch 0 and `epochs_kept` more checkpoints of each expert.
 
     The `size.shared` parameters of epoch 0 are stored once for all experts.
     """
@@ -210,15 +211,16 @@ def store_bytes(size: Size, experts: int, epochs_kept: int, dtype: str = "float3
 
 
 def synthetic_numbers(run: config.Run, text_width: int) -> list[int]:
-    """Return the number of learnable values of each phase: pixels, text embeddings and similarity."""
+    """Return how many numbers are learned in each phase: pixels, text embeddings and similarity."""
     s = run.distill.similarity
     return [cost([p.pairs], run.stored_size, text_width, s.kind, s.rank) for p in run.distill.phases]
 
 
 def phases_bytes(run: config.Run, text_width: int) -> int:
-    """Return the bytes of all phases: the initial set, the snapshots and the optimiser state.
+    """Return the bytes on disk of all phases: the initial set, the snapshots and the optimiser state.
 
-    The state has three values per learnable number (value, momentum, average). Methods that do not iterate have none.
+    The optimiser state has three values per learned number (value, momentum, average); methods that do not iterate have
+    no optimiser state.
     """
     per_phase = zip(run.distill.phases, synthetic_numbers(run, text_width), strict=True)
     state = 3 if methods.find(run.distill.method).iterates else 0
@@ -234,7 +236,7 @@ def cache_bytes(run: config.Run, counts: Counts, text_width: int) -> int:
 
 
 def matching_bytes(run: config.Run, size: Size, work: Work, text_width: int) -> int:
-    """Return the peak bytes of one outer step of trajectory matching on its device.
+    """Return the peak bytes of one outer step of trajectory matching on the GPU or CPU that runs it.
 
     This memory holds the student's parameters of the inner steps, the graph of one inner step and the synthetic set.
     """
@@ -251,7 +253,7 @@ def matching_bytes(run: config.Run, size: Size, work: Work, text_width: int) -> 
 
 
 def effort_of(run: config.Run, phase: int, records: int) -> Effort:
-    """Return the models, passes and values that one step of a distribution method uses in `phase`."""
+    """Return the numbers of pairs and models in one step of a distribution-matching method in phase `phase`."""
     method = methods.method_of(run)
     assert isinstance(method, DistributionMethod)
     return method.effort(phase, records)
@@ -269,7 +271,7 @@ def step_bytes(run: config.Run, counts: Counts, size: Size, work: Work, text_wid
 
 
 def _distilling(run: config.Run, counts: Counts, work: Work) -> int:
-    """Return the FLOPs of all phases; 0 for generative methods, whose models are not counted."""
+    """Return the FLOPs of distilling all phases; 0 for generative methods, whose models are not counted."""
     method, total = methods.find(run.distill.method), 0
     if not method.iterates:
         return 0
@@ -321,9 +323,9 @@ def operations(run: config.Run, counts: Counts, work: Work) -> dict[str, int]:
 
 
 def known_counts(data: config.Data) -> tuple[Counts, str]:
-    """Return the images and captions per split, and a phrase that says where the counts come from.
+    """Return the numbers of images and captions per split, and a phrase that says where these numbers come from.
 
-    Annotation files are read, images are not. Raises `ValueError` when the counts cannot be known without an ingest.
+    Annotation files are read, images are not. Raises `ValueError` if only `rmdd ingest` can count the pairs.
     """
     if data.source == "scenes":
         s = data.scenes
@@ -347,7 +349,7 @@ def known_counts(data: config.Data) -> tuple[Counts, str]:
 
 
 def limited(counts: Counts, data: config.Data) -> Counts:
-    """Return `counts` with `data.eval_limit` applied to val and test."""
+    """Return `counts` with at most `data.eval_limit` images in val and in test, and captions in proportion."""
     if data.eval_limit is None:
         return counts
 

@@ -1,4 +1,4 @@
-"""`TaskItem`, the input of a run's tasks, and helpers for tasks: paths, folder locks, tracking, trained experts."""
+"""`TaskItem`, the input of a run's tasks, and helper functions of tasks: paths, folder locks, curves, experts."""
 
 import contextlib
 import re
@@ -24,7 +24,7 @@ from rmdd.runs.paths import RunPaths
 
 @dataclass(frozen=True)
 class ExternalPairs:
-    """Training pairs from outside the run's phases. Both paths are relative to the storage."""
+    """Training pairs that a comparison brings, not the phases of the run. Both paths are relative to the storage."""
 
     file: Path
     """File of the pairs; `rmdd.evaluate.training_pairs` describes its format."""
@@ -34,29 +34,29 @@ class ExternalPairs:
 
 @dataclass(frozen=True)
 class TaskItem:
-    """The input of a task: the run, its paths, and the number of an expert or phase or the job of a student."""
+    """The input of a task: a run, its paths, and either the number of an expert or phase, or the job of a student."""
 
     run: config.Run
     paths: RunPaths
     value: str
-    """Hash of all settings that change the result; a task ignores checkpoints with another hash."""
+    """Hash of all settings that change the result of the task; checkpoints with another hash are ignored."""
     number: int = 0
     job: Job | None = None
     iterations: tuple[int, ...] = ()
-    """Iteration of the snapshot that a student trains on, for each phase."""
+    """For each phase, the iteration of the distilled snapshot that a student trains on."""
     stream: Stream | None = None
-    """Readers of the shards for an expert whose images are not cached; None: the training process reads them."""
+    """Function that reads images for an expert in parallel if they are not cached; None: the trainer reads them."""
     external: ExternalPairs | None = None
 
     @property
     def source(self) -> SplitSource:
-        """The source that opens the run's splits."""
+        """Settings with which any process opens the train, val and test splits of the run."""
         run = self.run
         return SplitSource(self.paths.data, self.paths.cache, run.data, run.model, device_of(run.runtime))
 
     @property
     def feature_source(self) -> FeatureSource:
-        """The source of expert features of the training split."""
+        """Settings with which any process embeds the train split for a coreset or a generative method."""
         run = self.run
         return FeatureSource(self.source, self.paths.store, run.experts.epochs, run.seed_of("experts"), run.runtime)
 
@@ -64,14 +64,14 @@ class TaskItem:
 def prepared_split(item: TaskItem, split: str) -> PreparedSplit:
     """Return a split with its embeddings; runs with equal data settings share one copy in memory.
 
-    Raises `TestIsClosed` if a job that makes a choice asks for the test split.
+    Raises `TestIsClosed` if a job that chooses a snapshot or a setting asks for the test split.
     """
     check_split_is_open(item.job, split)
     return item.source.open(split)
 
 
 def record(item: TaskItem) -> Path:
-    """Return the record file of a student. Runs share the records of the random-pairs and full-data baselines."""
+    """Return the path of a student's record. Runs share records of the random-pairs and full-data baselines."""
     assert item.job is not None
     if item.external is not None:
         return item.paths.root / item.external.records / f"{item.job.name}.json"
@@ -81,7 +81,7 @@ def record(item: TaskItem) -> Path:
 
 @contextlib.contextmanager
 def exclusive_folder(folder: Path, storage: Storage, hooks: Hooks) -> Iterator[Hooks]:
-    """Lock `folder` and fetch its files while a task works in it; the hooks it yields stop a task without the lock."""
+    """Lock `folder` and fetch its files while a task works in it; yield hooks that stop the task when the lock ends."""
     with hold_folder(folder, wait=True) as lease:
         storage.fetch(folder)
         yield replace(hooks, should_stop=lambda: lease.lost or hooks.should_stop())
@@ -90,14 +90,14 @@ def exclusive_folder(folder: Path, storage: Storage, hooks: Hooks) -> Iterator[H
 
 
 def with_local_paths(item: TaskItem) -> tuple[TaskItem, Storage]:
-    """Return `item` with the paths of this process, and the storage that holds them."""
+    """Return a copy of `item` whose paths are valid in this process, and the storage that holds the paths."""
     storage = open_storage(item.run.runtime)
     return replace(item, paths=item.paths.under(storage.root)), storage
 
 
 @contextlib.contextmanager
 def tracked(item: TaskItem, title: str, value: str, folder: Path, storage: Storage) -> Iterator[track.Tracker]:
-    """Yield a tracker that continues the curves in `folder` and publishes them to the storage at the end."""
+    """Yield a tracker that appends to the training curves in `folder` and publishes them to the storage at the end."""
     for part in track.FOLDERS:
         storage.fetch(folder / part)
     try:
@@ -109,7 +109,7 @@ def tracked(item: TaskItem, title: str, value: str, folder: Path, storage: Stora
 
 
 def needed_after_training(name: str) -> bool:
-    """Return whether file `name` of a store is needed once its experts are trained: not training states or curves."""
+    """Return whether file `name` of an expert store is needed after training; training states and curves are not."""
     return not name.endswith("/running.safetensors") and not track.is_curve(name)
 
 

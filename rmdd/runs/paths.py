@@ -19,12 +19,12 @@ from rmdd.models.pretrained import obtain
 from rmdd.models.text import encoder_identity
 
 HEALTH = "health.json"
-"""File in the run folder with the embedding health of each snapshot."""
+"""Name of the file in the run folder that holds the embedding health of each snapshot."""
 
 
 @dataclass(frozen=True)
 class RunPaths:
-    """The folders of a run: dataset, cache, experts, phases, baselines and its own folder."""
+    """Paths of the folders of a run: dataset, cache, experts, phases, baselines and the run folder."""
 
     data: Path
     cache: Path
@@ -33,10 +33,10 @@ class RunPaths:
     baseline: Path
     run: Path
     root: Path = Path()
-    """The storage folder, as mounted for the process that computed these paths."""
+    """Path of the storage folder, as mounted for the process that computed these paths."""
 
     def under(self, root: Path) -> "RunPaths":
-        """Return the same paths for a process that mounts the storage at `root`."""
+        """Return a copy of these paths for a process that mounts the storage at `root`."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         return RunPaths(
             **{n: root / p.relative_to(self.root) if p.is_relative_to(self.root) else p for n, p in moved.items()}
@@ -46,19 +46,19 @@ class RunPaths:
         return self.phases / f"phase-{number}"
 
     def start(self, number: int) -> Path:
-        """Return the file with the initial synthetic pairs of a phase."""
+        """Return the path of the file with the initial distilled pairs of phase `number`."""
         return self.phase(number) / "start.safetensors"
 
     def set(self, number: int, iteration: int) -> Path:
         return self.phase(number) / f"set-{iteration:06d}.safetensors"
 
     def set_of(self, number: int, iteration: int) -> Path:
-        """Return the file of the snapshot at `iteration`; at iteration 0 this is the initial set."""
+        """Return the path of the file with the pairs of a phase at `iteration`; at 0 these are the initial pairs."""
         return self.set(number, iteration) if iteration else self.start(number)
 
 
 def dataset_folder(run: config.Run) -> Path:
-    """Return the dataset folder of a run, existing or not; its name is a hash of the source and the data settings."""
+    """Return the path of the dataset that a run uses; a dataset made by `ingest` is named by a hash of its settings."""
     if run.data.source == "dataset":
         return Path(str(run.data.root))
     root = absolute(run.data.root) if run.data.root else ""
@@ -67,7 +67,7 @@ def dataset_folder(run: config.Run) -> Path:
 
 
 def protocol_of(run: config.Run) -> dict[str, Any]:
-    """Return the settings that change one expert, without `experts.num`."""
+    """Return the settings that change how one expert is trained; the number of experts is not one of them."""
     value: dict[str, Any] = run.hashed("experts", "experts")
     return value
 
@@ -114,7 +114,10 @@ def paths_of(run: config.Run, dataset: Dataset) -> RunPaths:
 
 
 def fetch_pretrained(run: config.Run) -> None:
-    """Download the pretrained models that the method needs. Raises `ConfigError` that lists all unavailable ones."""
+    """Download the pretrained models that the distillation method needs.
+
+    Raises `ConfigError` that lists all models that are unavailable.
+    """
     method = methods.method_of(run)
     if mistakes := method.faults():
         raise config.ConfigError(mistakes, run.name)
@@ -122,11 +125,11 @@ def fetch_pretrained(run: config.Run) -> None:
 
 
 def is_finished(run: config.Run, paths: RunPaths, number: int) -> bool:
-    """Return whether the method considers phase `number` finished."""
+    """Return whether phase `number` is finished according to the distillation method."""
     return methods.method_of(run).is_finished(number, paths.phase(number))
 
 
 def candidates_of(run: config.Run) -> list[tuple[int, ...]]:
-    """Return the sets that can be exported: for each snapshot, a tuple with the iteration of each phase."""
+    """Return the distilled sets that can be exported, one per snapshot, each as the iterations of all phases."""
     snapshots = [snapshot_iterations(p.iterations, run.distill.snapshots) for p in run.distill.phases]
     return [tuple(s[min(i, len(s) - 1)] for s in snapshots) for i in range(max(map(len, snapshots)))]

@@ -1,4 +1,4 @@
-"""`rmdd check`: the steps, folders and estimated cost of a run before it starts. Changes no file."""
+"""`rmdd check`: the steps, folders and estimated cost of a run before it starts. It changes no file."""
 
 import contextlib
 import os
@@ -29,13 +29,13 @@ from rmdd.runs import cost as estimate
 from rmdd.runs.paths import RunPaths, dataset_folder, is_finished, paths_of
 
 EPOCH_FIELDS = ("start", "stop", "start_text", "stop_text", "endpoint")
-"""Fields of a phase that are epochs of an expert trajectory."""
+"""Names of the fields of a phase whose values are epochs of an expert trajectory."""
 
 
 def problems_of(run: config.Run) -> list[str]:
     """Return the messages of all problems that would stop a run and that can be detected before it starts.
 
-    These are unavailable encoders or pretrained models, phases over budget and unreadable files of a probe.
+    Such problems are unavailable encoders or pretrained models, phases over budget and unreadable files of a probe.
     """
     mistakes = []
     try:
@@ -51,7 +51,7 @@ def problems_of(run: config.Run) -> list[str]:
 
 
 def storage_faults(run: config.Run) -> list[str]:
-    """Return the error message if the storage has another layout. An unreachable storage gives no message."""
+    """Return the error message if the storage has the layout of another release. An unreachable storage gives none."""
     with contextlib.suppress(OSError):
         try:
             check_layout(open_storage(run.runtime))
@@ -61,7 +61,7 @@ def storage_faults(run: config.Run) -> list[str]:
 
 
 def examine(run: config.Run, search: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Return everything that `rmdd check` prints as JSON values, in bytes, seconds and FLOPs.
+    """Return everything that `rmdd check` prints, as JSON values; the units are bytes, seconds and FLOPs.
 
     Raises `ValueError` if a tower or an annotation file is unavailable.
     """
@@ -123,7 +123,7 @@ def examine(run: config.Run, search: dict[str, Any] | None = None) -> dict[str, 
         "parts": [parts.summary(part) for part in _parts(run)],
         "gpus": _gpus(run),
         "remarks": [r for r in (remark, planned, *_method_remarks(run), *sentences) if r]
-        + [f"split '{split}' is empty; a run needs all three" for split, (pairs, _) in counts.items() if not pairs],
+        + [f"split '{split}' is empty; a run needs all 3 splits" for split, (pairs, _) in counts.items() if not pairs],
     }
 
 
@@ -134,8 +134,8 @@ def _parts(run: config.Run) -> list[parts.PretrainedModel]:
 def _model(run: config.Run, text_width: int) -> DualEncoder:
     """Build the run's dual encoder on the meta device.
 
-    Raises `ValueError` if the image tower is unavailable, or if trajectory matching needs its second derivatives and
-    it has none.
+    Raises `ValueError` if the image tower is unavailable, or if trajectory matching needs second derivatives that the
+    tower does not have.
     """
     tower = run.model.image
     if tower.weights != "pretrained" and not tower.is_random:
@@ -145,14 +145,14 @@ def _model(run: config.Run, text_width: int) -> DualEncoder:
 
 
 def _matched(run: config.Run) -> bool:
-    """Return whether the method differentiates through training steps of the image tower."""
+    """Return whether the distillation method differentiates through training steps of the image tower."""
     return run.model.image.trainable and methods.find(run.distill.method).unrolls
 
 
 def _memory(
     run: config.Run, counts: estimate.Counts, size: estimate.Size, work: estimate.Work, text_width: int
 ) -> dict[str, int]:
-    """Return the peak bytes of one step; empty for methods without steps."""
+    """Return the peak bytes of one distillation step; the mapping is empty for methods that do not iterate."""
     method = methods.find(run.distill.method)
     if method.unrolls:
         return {"matching_step": estimate.matching_bytes(run, size, work, text_width)}
@@ -162,7 +162,7 @@ def _memory(
 
 
 def _method_remarks(run: config.Run) -> list[str]:
-    """Return the costs that the estimate leaves out for this method, and the fields that have no effect with it."""
+    """Return remarks: the costs that the estimate leaves out, and the fields that have no effect with this method."""
     rule, method = run.distill, methods.method_of(run)
     remarks = method.uncounted()
     if idle := method.idle():
@@ -171,11 +171,11 @@ def _method_remarks(run: config.Run) -> list[str]:
 
 
 def _with_phases(run: config.Run, text_width: int) -> tuple[config.Run, str | None]:
-    """Return the run with phases from its plan, or with a forecast of them if it has no plan yet, and a remark."""
+    """Return the run with the phases of its plan, or with a forecast of phases if it has no plan yet, and a remark."""
     if not run.distill.plan.plans:
         return run, None
     if (written := run_folder(run) / PLAN).is_file():
-        return with_phases(run, read_json(written)["phases"]), f"the phases are those of {written}"
+        return with_phases(run, read_json(written)["phases"]), f"the phases are those of the plan {written}"
     if mistake := planned_budget_error(run, text_width):
         raise config.ConfigError([mistake], run.name)
     return with_estimated_phases(run, text_width), (
@@ -184,7 +184,7 @@ def _with_phases(run: config.Run, text_width: int) -> tuple[config.Run, str | No
 
 
 def _existing_results(run: config.Run) -> tuple[Dataset | None, RunPaths | None]:
-    """Return the dataset if it is ingested, and the run's paths if its encoders are available; otherwise None."""
+    """Return the dataset (None if not ingested) and the paths of the run (None if an encoder is not available)."""
     record = run_folder(run) / "data.json"
     path = Path(read_json(record)["path"]) if record.is_file() else dataset_folder(run)
     if not (path / MANIFEST).is_file():
@@ -196,7 +196,7 @@ def _existing_results(run: config.Run) -> tuple[Dataset | None, RunPaths | None]
 
 
 def _encoder_is_local(tower: config.TextTower) -> bool:
-    """Return whether the text encoder can be identified without a download."""
+    """Return whether the text encoder is on this machine, so that it can be identified without a download."""
     if tower.name == "hashing" or tower.name.startswith("package:") or Path(tower.name).expanduser().is_dir():
         return True
     from huggingface_hub import try_to_load_from_cache
@@ -211,7 +211,7 @@ def _complete(paths: RunPaths | None) -> int:
 
 
 def _phase(run: config.Run, paths: RunPaths | None, number: int, foreseen_only: bool) -> dict[str, Any]:
-    """Return the fields of a phase as JSON values; in a forecast, the epochs are None."""
+    """Return the fields of phase `number` as JSON values; in a forecast, the fields in `EPOCH_FIELDS` are None."""
     phase = run.distill.phases[number]
     values = phase.model_dump(include=set(methods.find(run.distill.method).phase_fields))
     return (
@@ -222,7 +222,7 @@ def _phase(run: config.Run, paths: RunPaths | None, number: int, foreseen_only: 
 
 
 def _gpus(run: config.Run) -> dict[str, float]:
-    """Return the GPUs that one worker needs, and the GPUs that keep all experts or all phases running in parallel."""
+    """Return the number of GPUs that one worker needs, and that all experts or all phases need to run in parallel."""
     gpus, phases = run.runtime.gpus_per_worker, _parallel_workers(run)
     return {
         "each": gpus,
@@ -232,7 +232,7 @@ def _gpus(run: config.Run) -> dict[str, float]:
 
 
 def _parallel_workers(run: config.Run) -> int:
-    """Return how many workers can distil in parallel: one per phase, or one per draw if the workers share a step."""
+    """Return how many workers can distil in parallel: one per phase, or one per draw of a step with several draws."""
     draws = methods.method_of(run).draws
     return draws if draws > 1 else len(run.distill.phases)
 

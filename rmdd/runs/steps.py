@@ -39,7 +39,7 @@ from rmdd.runs.tasks import CheckHealth, DistillPhase, DistillShared, GeneratePh
 
 
 class Steps:
-    """The steps of one run, executed by one backend. `seconds.json` accumulates the wall-clock seconds of each step."""
+    """The steps of one run, executed by `backend`. `seconds.json` accumulates the wall-clock seconds of each step."""
 
     def __init__(self, run: config.Run, backend: Backend, progress: Progress, folder: Path):
         self.run, self.backend, self.progress, self.folder = run, backend, progress, folder
@@ -48,7 +48,7 @@ class Steps:
     # -- data ----------------------------------------------------------------------------------------------------
 
     def ingest(self) -> Dataset:
-        """Ingest the data, or open the dataset if it was ingested before."""
+        """Ingest the data of the run and return the dataset, or open the dataset if it was ingested before."""
         run = self.run
         fetch_pretrained(run)
         with self.timed("ingest"):
@@ -65,12 +65,12 @@ class Steps:
         return dataset
 
     def locate(self, dataset: Dataset) -> TaskItem:
-        """Return the input of the run's tasks: the run and its paths."""
+        """Return the input of the run's tasks: the run, its paths and the hash of its settings."""
         paths = paths_of(self.run, dataset)
         return TaskItem(self.run, paths, paths.phases.name)
 
     def embed(self, item: TaskItem, dataset: Dataset, splits: Sequence[str]) -> SplitSource:
-        """Embed the captions of `splits` and decode the images that are scored."""
+        """Embed the captions of `splits` and decode the images on which models are scored."""
         with self.timed("embed"):
             for split in splits:
                 if dataset.counts[split]["pairs"]:
@@ -79,7 +79,7 @@ class Steps:
         return item.source
 
     def embed_split(self, item: TaskItem, dataset: Dataset, split: str) -> None:
-        """Embed the captions of a split that are missing from the cache."""
+        """Embed those captions of the split `split` whose embeddings are missing from the cache."""
         run = self.run
         embed(
             SplitCaptions(dataset, split, run.data),
@@ -91,7 +91,7 @@ class Steps:
         )
 
     def probes(self, dataset: Dataset) -> dict[str, dict[str, Any]]:
-        """Ingest and embed the data of `evaluate.probes`; return the facts about each probe by its name."""
+        """Ingest and embed the data of all probes; return, by probe, the facts that are reported with its scores."""
         facts: dict[str, dict[str, Any]] = {}
         for name in self.run.evaluate.probes:
             with self.timed("probes"):
@@ -105,7 +105,7 @@ class Steps:
     # -- experts and phases --------------------------------------------------------------------------------------
 
     def experts(self, item: TaskItem, dataset: Dataset, splits: SplitSource) -> Store:
-        """Train the missing experts and return their store."""
+        """Train the experts that are missing from the expert store; return the store."""
         run, path = self.run, item.paths.store
         with self.timed("experts"):
             facts = {
@@ -134,7 +134,7 @@ class Steps:
             self.progress.say(f"warning: {message}")
 
     def plan(self, item: TaskItem, dataset: Dataset) -> TaskItem:
-        """Return the run with its phases, and its paths; phases that are not listed are planned from the experts."""
+        """Return the input of the run's tasks with all phases; if none are listed, plan them from the experts."""
         if self.run.distill.phases:
             return item
         with self.timed("plan"):
@@ -149,7 +149,7 @@ class Steps:
         return TaskItem(run, paths, paths.phases.name)
 
     def begin_phases(self, item: TaskItem, splits: SplitSource) -> None:
-        """Write the initial synthetic pairs of the phases that have none."""
+        """Write the initial synthetic pairs of each phase whose file of initial pairs is missing."""
         with self.timed("distill"):
             self.storage.fetch(item.paths.phases, _no_curve)
             method = methods.method_of(item.run)
@@ -164,7 +164,7 @@ class Steps:
             todo = [p for p in phases if not is_finished(run, paths, p)]
             items = [replace(item, number=p) for p in todo]
             totals = {f"phase {p}": run.distill.phases[p].iterations for p in todo}
-            local = SequentialExecutor(run.runtime.threads)  # runs the phases whose parts workers compute
+            local = SequentialExecutor(run.runtime.threads)  # runs phases whose steps are divided among workers
             method = methods.method_of(run)
             if not method.iterates:
                 tools = Tools(backend.executor, backend.encoders, backend.open_parts, self.progress)
@@ -182,7 +182,7 @@ class Steps:
     def evaluate(
         self, item: TaskItem, splits: SplitSource, store: Store, facts: dict[str, dict[str, Any]]
     ) -> dict[str, Any]:
-        """Choose snapshot and settings on val, train the final students, read test once; write `evaluation.json`.
+        """Choose the snapshot and the settings on val, score the final students on test; write `evaluation.json`.
 
         Returns the content of that file.
         """
@@ -234,7 +234,7 @@ class Steps:
         return self.map(title, TrainStudent(), items, dict.fromkeys([job.name for job in jobs], 1))
 
     def health(self, item: TaskItem) -> dict[str, Any]:
-        """Embed each snapshot of the sets with the first expert; write and return the embedding health."""
+        """Embed each snapshot of the distilled set with the first expert; write and return the embedding health."""
         with self.timed("health"):
             self.map("health", CheckHealth(), [item], {"health": 1})
             self.storage.fetch(self.folder / HEALTH)
@@ -258,7 +258,7 @@ class Steps:
     def map(
         self, title: str, task: Task, items: list[TaskItem], totals: dict[str, int], executor: Mapper | None = None
     ) -> list[Any]:
-        """Run `task` on `items` and return the results in order. `totals` maps an item's name to its amount of work."""
+        """Run `task` on `items`; return the results in order. `totals` maps each item's name to its amount of work."""
         if not items:
             return []
         with self.progress.stage(title, totals) as update:
@@ -272,7 +272,7 @@ class Steps:
         return read_json(self.folder / "seconds.json") if (self.folder / "seconds.json").is_file() else {}
 
     def _train(self, items: list[TaskItem]) -> None:
-        """Train experts and retry failed ones after the others. Raises `RuntimeError` that lists all failed experts."""
+        """Train experts and retry failed ones at the end. Raises `RuntimeError` that lists all that failed again."""
         executor, runtime, size = None, self.run.runtime, self.run.experts.worker_group.workers
         if items and self.backend.expert_pool is not None and (size > 1 or runtime.fleet == "train"):
             executor = self.backend.expert_pool(items[0].paths.store.name, size=size)
@@ -292,7 +292,7 @@ class Steps:
             )
 
     def _bind(self, dataset: Dataset) -> None:
-        """Raise `ValueError` if this run folder belongs to other data; otherwise record the hash of the data in it."""
+        """Raise `ValueError` if this run folder was started with another dataset; otherwise write `data.json`."""
         path = self.folder / "data.json"
         if path.is_file() and read_json(path)["data_hash"] != dataset.hash:
             raise ValueError(
@@ -313,7 +313,7 @@ class Steps:
 
 
 def _records(name: str) -> bool:
-    """Return whether the driver reads file `name` of a store: everything except the experts' later parameters."""
+    """Return whether the main process reads file `name` of an expert store: all except curves and later checkpoints."""
     return _no_curve(name) and (not name.endswith(".safetensors") or name.endswith("/theta-0.safetensors"))
 
 

@@ -28,7 +28,7 @@ from rmdd.runs.items import TaskItem, prepared_split, record, trained_expert, wi
 
 @dataclass(frozen=True)
 class TrainStudent:
-    """Task: train and score one student, or read its record. Each student reads the test split once."""
+    """Task: train and score one student, or read the record of a finished one. Each student reads test once."""
 
     def target(self, item: TaskItem) -> Path:
         return record(item)
@@ -44,7 +44,7 @@ class TrainStudent:
         for file in (path, *test_files):
             storage.fetch(file)
         scored, unranked = records.read(path, value), job.kind in (*SELECTION_KINDS, "reference")
-        if not unranked and not records.ranks_file(path).is_file():  # records of older releases have no rank file
+        if not unranked and not records.ranks_file(path).is_file():  # older releases wrote no rank file
             scored = None
         probes = StudentProbes(run, job, path, value, storage)
         if scored is not None and not probes.missing:
@@ -67,7 +67,7 @@ def _train_and_score(
 ) -> tuple[dict[str, Any], DualEncoder | None]:
     """Train and score a student; return its record and the model (None if training diverged).
 
-    The ranks are written beside `path`, unless it is None.
+    The test ranks are written beside the record file `path`, unless `path` is None.
     """
     assert item.job is not None
     job, run, paths, protocol = item.job, item.run, item.paths, StudentProtocol.of(item.run)
@@ -103,6 +103,6 @@ def _train_and_score(
         probes.save_student(model)
         trained.append(model)
 
-    heartbeat = hooks.should_stop  # each call tells the backend that this worker is alive
+    heartbeat = hooks.should_stop  # each call of `should_stop` tells the backend that this worker is alive
     scored = train_and_score(job, protocol, subsets, val, test, device, heartbeat, finished, on_ranks=save_ranks)
     return scored, trained[0] if trained else None

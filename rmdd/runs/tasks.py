@@ -1,8 +1,8 @@
 """Tasks of a run, except its students: train an expert, plan the phases, make a phase, check the embedding health.
 
-A task is called with an item and opens its files by path, so it runs in the same way in this process and on another
+A task is called with a `TaskItem` and opens files by path, so it runs in the same way in this process and on another
 machine with the same storage. A restarted task resumes from its last checkpoint. `target` returns the path of the
-result; two items with the same target are the same work.
+result; two task items with the same target stand for the same work.
 """
 
 import contextlib
@@ -44,12 +44,12 @@ from rmdd.runs.items import (
 from rmdd.runs.paths import HEALTH, candidates_of
 
 CURVES = ("loss", "miss_image", "miss_text", "student_loss", "lr_image", "lr_text", "rollbacks")
-"""Metrics of a phase that are written to its curves."""
+"""Names of the metrics that are written to the training curves of a phase."""
 
 
 @dataclass(frozen=True)
 class TrainExpert:
-    """Task: train expert `item.number` until it is finished or stopped. In a worker group only rank 0 writes files."""
+    """Task: train expert `item.number` until it is finished or stopped. In a worker group, only rank 0 writes files."""
 
     def target(self, item: TaskItem) -> Path:
         return item.paths.store / f"expert-{item.number:03d}"
@@ -97,7 +97,7 @@ class DistillPhase:
     """Task: distil phase `item.number` until it is finished or stopped."""
 
     parts: WorkerParts | None = None
-    """Workers that share the draws of a step; None: this process computes all draws."""
+    """Workers among which the draws of each step are divided; None: this process computes all draws."""
 
     def target(self, item: TaskItem) -> Path:
         return item.paths.phase(item.number)
@@ -133,7 +133,7 @@ class DistillPhase:
 
 @dataclass(frozen=True)
 class DistillShared:
-    """Task: `DistillPhase` with workers that share the draws of a step. If a worker dies, all are started again."""
+    """Task: `DistillPhase` with the draws of each step divided among workers. If one dies, all are started again."""
 
     open_parts: OpenParts
     draws: int
@@ -151,7 +151,7 @@ class DistillShared:
 
 
 def part_of_phase(item: TaskItem, rank: int, size: int) -> Any:
-    """Return the part of every step of phase `item.number` that worker `rank` of `size` computes."""
+    """Return an object that computes the share of worker `rank`, of `size` workers, in every step of a phase."""
     item, storage = with_local_paths(item)
     storage.fetch(item.paths.data)
     storage.fetch(item.paths.store, needed_after_training)
@@ -189,7 +189,7 @@ class GeneratePhase:
         return True
 
     def tune(self, item: TaskItem, total: int) -> bool:
-        """Fine-tune the method's image generator for `total` updates in the executor; return whether it finished."""
+        """Fine-tune the image generator of the method for `total` updates; return whether fine-tuning is finished."""
         with self.tools.progress.stage("fine-tuning", {"fine-tuning": total}) as update:
             return all(self.tools.executor.map(TuneGenerator(), [item], ["fine-tuning"], update))
 
@@ -223,7 +223,8 @@ class TuneGenerator:
 class MakePlan:
     """Task: plan the phases of a run that lists none, unless an up-to-date plan exists.
 
-    Writes plan.json with signals and reasons, and planned.yaml, the same run file with the phases listed.
+    Writes plan.json, with measured signals and the reasons for each phase, and planned.yaml, the run file with the
+    phases.
     """
 
     def target(self, item: TaskItem) -> Path:
@@ -256,7 +257,7 @@ class MakePlan:
 
 @dataclass(frozen=True)
 class CheckHealth:
-    """Task: embed the sets of a run with its first expert and write their embedding health to `health.json`."""
+    """Task: embed the distilled sets of a run with its first expert; write their embedding health to `health.json`."""
 
     def target(self, item: TaskItem) -> Path:
         return item.paths.run / HEALTH

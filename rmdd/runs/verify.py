@@ -1,6 +1,6 @@
 """`rmdd verify`: check that files written by rmdd are intact.
 
-The check reads all files: schema versions, manifests, sizes, SHA-256, headers and whether numbers are finite. For a
+It reads all files and checks schema versions, manifests, sizes, SHA-256, headers and whether numbers are finite. For a
 finished run it also checks its dataset, experts and phases. Unfinished work is not a fault. No file is changed.
 """
 
@@ -25,7 +25,7 @@ from rmdd.experts import store
 COLLECTIONS = ("sweeps", "searches", "comparisons")
 """Folders of a storage whose subfolders refer to other folders of the same storage."""
 NEED_CURRENT_LAYOUT = ("*", "sweeps/*", "searches/*")
-"""Folders of runs, sweeps and searches: their run files can be read only in the layout of this release."""
+"""Patterns of the folders of runs, sweeps and searches; their run files can be read only in the current layout."""
 RECREATE = "delete it and resume the {} to create it again"
 
 
@@ -50,7 +50,7 @@ def verify(address: str, formats: Sequence[Format]) -> Findings:
 
 
 def _walk(path: Path, formats: Sequence[Format], check: DiskCheck) -> Findings:
-    """Check `path` as the first format whose marker file it holds, or as a folder of phases, or as a storage."""
+    """Check the folder `path` in the format that its marker file names, or as a folder of phases, or as a storage."""
     fewest_markers_first = sorted(formats, key=lambda f: len(f.markers))
     match = next((f for f in fewest_markers_first if any((path / name).is_file() for name in f.markers)), None)
     if match is not None:
@@ -74,7 +74,7 @@ def _walk(path: Path, formats: Sequence[Format], check: DiskCheck) -> Findings:
 
 
 def _has_current_layout(root: Path, check: DiskCheck) -> bool:
-    """Return whether the storage has the layout of this release; report another layout as a fault."""
+    """Return whether the storage has the layout of this release; report any other layout as a fault."""
     storage = check.storage if check.storage.root == root else Storage(root)
     try:
         layout = layout_of(storage)
@@ -133,7 +133,7 @@ def verify_run(path: Path, check: DiskCheck) -> None:
 
 
 def verify_records(path: Path, check: DiskCheck, kind: str) -> None:
-    """Check the JSON records of a folder and of its students; `kind` (run, trial ...) is named in the advice."""
+    """Check the JSON records of a folder and its students; advice to the user names `kind` (run, trial ...)."""
     for file in sorted((*path.glob("*.json"), *path.glob("students/*.json"))):
         check.json(file, RECREATE.format(kind))
 
@@ -160,7 +160,7 @@ def verify_sources(
 
 
 def _planned(path: Path, run: config.Run, check: DiskCheck) -> config.Run:
-    """Return `run` with the phases of its plan; a missing plan is a fault only if a distilled set exists."""
+    """Return a copy of `run` with the phases of its plan; a missing plan is a fault only if a distilled set exists."""
     if not path.is_file():
         if (path.parent / "set" / distilled.DESCRIPTION).is_file():
             check.fault(path, "is missing", "resume the run to create it again")

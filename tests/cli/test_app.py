@@ -358,4 +358,4 @@ def test_check_names_an_empty_split(workdir):
     (workdir / "captions.csv").write_text("image,caption,split\na.png,one,train\nb.png,two,test\n")
     table = ("data.source=table", f"data.root={workdir}")
     done = rmdd_("check", "demo", *sets(*TINY, *table))
-    assert done.exit_code == 0 and "split 'val' is empty; a run needs all three" in done.stdout
+    assert done.exit_code == 0 and "split 'val' is empty; a run needs all 3 splits" in done.stdout

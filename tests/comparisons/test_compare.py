@@ -1,4 +1,4 @@
-"""`rmdd compare`: its rows have the scores of the runs, it can be resumed, and entries that do not fit are refused."""
+"""Tests that `rmdd compare` repeats the scores of runs, can be resumed, and rejects entries that do not fit."""
 
 import csv
 import json
@@ -52,7 +52,7 @@ def records(storage):
 
 
 def full_record(record):
-    """Return a student's record with its test scores, which can be in a separate file."""
+    """Return the record of a student at path `record` with its test scores, which can be in a separate file."""
     test_scores = record.with_suffix(".test.json")
     return json.loads(record.read_text()) | (json.loads(test_scores.read_text()) if test_scores.is_file() else {})
 
@@ -89,7 +89,7 @@ def test_the_scores_equal_those_of_the_runs(two_runs, compared):
         for split in ("val", "test_last"):
             assert rows[name][split] == scores[split], name
     other = rows[folders(two_runs)[1].name]
-    assert other["test_last"] == two["ptm_st"]["test_last"], "the set keeps its own loss and temperature"
+    assert other["test_last"] == two["ptm_st"]["test_last"], "each set keeps the loss of its run"
     assert rows["random:4"]["costs"]["pairs"] == 4 and rows["random"]["costs"]["pairs"] == 9
     assert not compared.failed and compared.published == []
 
@@ -142,14 +142,14 @@ def test_an_added_row_trains_only_its_own_students(storage):
     one, two = folders(storage)
     rmdd.compare([one, "random"], progress=QUIET)
     before = records(storage)
-    assert len(before) == 3, "the students of random pairs come from the run"
+    assert len(before) == 3, "only the set needs new students; those of random pairs were trained by the run"
     result = rmdd.compare([one, two, "random"], progress=QUIET)
     after = records(storage)
     assert len(after) == 6 and {p: after[p] for p in before} == before
     assert comparison_in(result.folder).execute(QUIET).rows == result.rows and records(storage) == after
     assert not verify(str(result.folder)).faults
     result = rmdd.compare([one, two, "random"], overrides=["evaluate.epochs=1"], progress=QUIET)
-    assert len(records(storage)) == 12, "another protocol trains new students"
+    assert len(records(storage)) == 12, "a changed protocol (evaluate.epochs) must train new students"
 
 
 def test_a_coreset_and_a_run_end_to_end(storage):
@@ -218,8 +218,8 @@ def test_a_subset_chooses_its_rates_on_val_like_random_pairs(storage):
     assert ours["chosen"]["lr"] in run.evaluate.baseline_lrs and len(ours["chosen"]["val"]) == 2
     assert (ours["method"], ours["rates"], ours["name"]) == ("herding", "tuned", "chosen")
     assert {"pairs": 9, "seconds": 2.5}.items() <= ours["costs"].items()
-    assert ours["chosen"] == random["chosen"], "both choose with the same draw"
-    assert ours["students"][0] == random["students"][0], "equal pairs give the same student"
+    assert ours["chosen"] == random["chosen"], "the subset is draw 0 of random pairs, so both must choose the same"
+    assert ours["students"][0] == random["students"][0], "equal training pairs must give equal students"
     assert len(records(storage)) == 2 + 3
     tuned = [json.loads(p.read_text()) for p in records(storage) if p.name.startswith("tune")]
     assert tuned and all("test" not in str(record) for record in tuned)
@@ -354,7 +354,7 @@ def test_a_killed_comparison_can_be_resumed(storage):
     one, two = folders(storage)
     process = Rmdd("compare", one, two, "random", "full", "--quiet", "--set", "evaluate.students=6")
     while not (before := records(storage)):
-        assert process.poll() is None, "the process ended before the kill"
+        assert process.poll() is None, "the comparison ended before the test could kill it"
         time.sleep(0.02)
     process.kill()
     (folder,) = [p.parent for p in storage.glob("comparisons/*/comparison.json")]
@@ -403,5 +403,5 @@ def test_a_run_cannot_give_the_protocol_before_its_phases_are_planned(tmp_path, 
     run = {"extends": "emoji_ptm_st_auto_100", "data": {"root": str(tmp_path)}}
     run["runtime"] = {"storage": str(tmp_path), "ray": "off"}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
-    with pytest.raises(config.ConfigError, match="its phases are not planned yet"):
+    with pytest.raises(config.ConfigError, match="the run has no planned phases yet"):
         prepare_comparison(["random"], tmp_path / "run.yaml", [])

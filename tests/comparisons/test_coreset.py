@@ -1,4 +1,4 @@
-"""`rmdd coreset` and `rmdd.coreset` on a small drawn dataset with CLIP-like feature columns."""
+"""Tests of `rmdd coreset` and `rmdd.coreset` on a small dataset of drawn images with CLIP-like feature columns."""
 
 import json
 import shutil
@@ -46,13 +46,13 @@ def run_of(storage, *overrides):
 
 @pytest.fixture(scope="module")
 def vectors():
-    """Generator of the random features of images and captions."""
+    """Return the random generator that draws the features of images and captions."""
     return np.random.default_rng(0)
 
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory, vectors):
-    """A storage with a dataset in the folder `columns` that has feature columns for images and captions."""
+    """Return a storage whose folder `columns` is a dataset with feature columns for images and captions."""
     folder = tmp_path_factory.mktemp("runs")
     with_columns = folder / "columns"
     from rmdd.pipeline import open_pipeline
@@ -92,7 +92,7 @@ def train(run):
 
 @pytest.fixture(scope="module")
 def columns(run):
-    """Image features (N, D), and the text features of each image's captions."""
+    """Return the image features (N, D), and for each image the text features of its captions."""
     table = pq.read_table(min(Dataset.open(run.data.root).path.glob("train-*")))
     return np.array(table.column("image.clip").to_pylist()), [
         np.array(t) for t in table.column("text.clip").to_pylist()
@@ -100,7 +100,7 @@ def columns(run):
 
 
 def distilled_set():
-    """A distilled set of two pairs with 16 x 16 images, a few kilobytes."""
+    """Return a distilled set of two pairs with 16 x 16 images, which takes a few kilobytes."""
     two = distilled.Subset(torch.zeros(2, 3, 16, 16), torch.zeros(2, 16), {}, 1.0, 0.1, 0.1, ["a", "b"], ["x", "y"])
     model = {"image": {"name": "convnet", "weights": "random"}, "text": {"name": "hashing"}, "temperature": 0.07}
     return distilled.DistilledSet((two,), (0.5,) * 3, (0.5,) * 3, model, "lors", "wbce", {"name": "x", "data": {}})
@@ -191,7 +191,7 @@ def test_cluster_quotas_count_only_items_that_can_be_chosen(run):
 
 @pytest.mark.parametrize("method", ["medoids", "matched"])
 def test_clustered_choices_fill_the_bytes(run, train, method):
-    """The selection is the largest one that fits, also if the chosen images are smaller than average."""
+    """The coreset is the largest one that fits in the bytes, even if the chosen images are smaller than average."""
     sizes = [len(train.encoded(i)) for i in range(TRAIN)]
     for limit in (sum(sizes) // 4, sum(sizes) // 2, 2 * sum(sizes)):
         subset = choose(run, method, None, bytes=limit, seed=3)

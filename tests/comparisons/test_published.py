@@ -1,4 +1,4 @@
-"""`published_results.csv`: its numbers are plausible and complete, and its notes about misprints are correct."""
+"""Tests that the numbers in `published_results.csv` are plausible and complete, and its notes on misprints right."""
 
 import json
 
@@ -23,7 +23,7 @@ def test_every_cell_has_its_type_unit_and_range():
         assert cell.pairs in ("", "full") or int(cell.pairs) > 0
         assert cell.unit and (0 <= cell.mean <= 100 if cell.metric in PERCENT else cell.mean > 0)
         assert cell.std is None or 0 <= cell.std < 10
-        assert "," not in "".join(v for v in vars(cell).values() if isinstance(v, str)), "no cell holds a comma"
+        assert "," not in "".join(v for v in vars(cell).values() if isinstance(v, str)), "commas separate the cells"
         key = (cell.method, cell.dataset, cell.pairs, cell.image_encoder, cell.text_encoder, cell.source, cell.metric)
         assert key not in keys
         keys.add(key)
@@ -49,7 +49,7 @@ def test_recalls_rise_with_k_and_printed_means_are_those_of_the_recalls():
             mean = sum(value[m] for m in RECALLS) / 6
             if abs(mean - value["R@mean"]) > 0.06:
                 misprints.append((row["method"], row["dataset"], row["pairs"]))
-                assert row["notes"] and "MDM" in row["source"], "a misprint needs a note"
+                assert row["notes"] and "MDM" in row["source"], "a row whose printed mean is wrong must have a note"
     assert sorted(misprints) == [
         ("Herding", "COCO", "100"),
         ("Herding", "Flickr30k", "500"),
@@ -97,7 +97,7 @@ def test_the_notes_about_whole_tables_hold():
             for m in ("PTM-ST", "LoRS")
         )
         gains.append(sum(ours) / 6 - sum(base) / 6)
-    assert gains == pytest.approx([5.3, 6.5, 9.1], abs=0.06), "the abstract says 9.53, the table gives 9.1"
+    assert gains == pytest.approx([5.3, 6.5, 9.1], abs=0.06), "the table gives 9.1, the abstract 9.53"
     assert all("DINO v1" in c.note for c in cells() if c.image_encoder == "DINOv2")
 
 

@@ -1,4 +1,4 @@
-"""`rmdd transfer`: rates and texts for other towers, the two tables, and which towers are refused."""
+"""Tests of `rmdd transfer`: learning rates and texts for other towers, the two tables, and rejected towers."""
 
 import json
 import statistics
@@ -24,7 +24,7 @@ IMAGES = ("test_resnet", "test_nfnet", "test_efficientnet", "test_vit")
 
 @pytest.fixture(scope="module")
 def transferred(two_runs, bert, tmp_path_factory):
-    """A transfer to four timm families, another text encoder, and both changed at once, with random pairs."""
+    """Return the transfer of a set to four timm towers, another text encoder, and both at once, with random pairs."""
     import shutil
 
     storage = shutil.copytree(two_runs, tmp_path_factory.mktemp("transfer") / "runs")
@@ -89,7 +89,7 @@ def test_texts_for_another_encoder_are_the_nearest_real_captions(transferred, be
     cosine = torch.nn.functional.normalize(texts) @ torch.nn.functional.normalize(torch.tensor(space)).T
     for row, caption in enumerate(captions):
         best = {real[i] for i in torch.nonzero(cosine[row] > cosine[row].max() - 1e-6).flatten().tolist()}
-        assert caption in best, "the caption must be the nearest by cosine in the source space"
+        assert caption in best, "the caption must be the nearest by cosine in the embedding space of the set's encoder"
     tower = run.model.text.model_copy(update={"name": str(bert), "pooling": "mean", "max_tokens": 40})
     expected = embed(captions, tower, tmp_path)
     files = [load_file(p) for p in (one.parent / "comparisons" / "pairs").glob("*.safetensors")]
@@ -122,7 +122,7 @@ def test_timm_towers_give_pooled_features(two_runs, name):
 
 def test_target_parses_the_words_for_towers(two_runs, tmp_path):
     run = config.load(next(two_runs.glob("one-*")) / "run.yaml")
-    assert target(run, "resnet18").model.image.weights == "random:0", "random with the seed of the source tower"
+    assert target(run, "resnet18").model.image.weights == "random:0", "the seed must be that of the set's tower"
     assert target(run, "resnet18@pretrained").model.image.weights == "pretrained"
     other = target(run, "convnet@random:7+text:bert-base-uncased@mean").model
     assert (other.image.name, other.image.weights, other.image.widths) == ("convnet", "random:7", (4,))
@@ -162,7 +162,7 @@ def test_all_wrong_towers_are_reported_before_training(storage, tmp_path):
         "--to inception_v3: image tower 'inception_v3' does not accept images of 16 pixels",
     ):
         assert message in done.stderr, message
-    assert "8 mistake(s)" in done.stderr, "the valid tower test_vit gives no mistake"
+    assert "8 mistake(s)" in done.stderr, "the valid tower test_vit must not be listed as a mistake"
     done = CliRunner().invoke(cli.app, ["transfer", str(one), "--quiet"])
     assert done.exit_code == 2 and "no target tower" in done.stderr
     done = CliRunner().invoke(cli.app, ["transfer", "random", "--to", "test_vit", "--quiet"])

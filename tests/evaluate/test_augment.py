@@ -1,4 +1,4 @@
-"""Augmentations for students: reproducible draws, and the effect of each transform."""
+"""Tests that augmentations for students draw reproducibly, and of the effect of each transform."""
 
 import pytest
 import torch

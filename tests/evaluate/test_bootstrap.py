@@ -1,4 +1,4 @@
-"""Bootstrap intervals compared with a loop over captions, and their coverage."""
+"""Tests that compare bootstrap intervals with a loop over captions, and of how often they cover the true value."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def ranks_of(seed, counts=RAGGED, hard=12):
 
 
 def one_draw(ranks, chosen, metric):
-    """Compute the metric on the gallery of `chosen` images with a loop over captions."""
+    """Compute `metric` on a gallery of the images `chosen`, with a loop over captions."""
     image, text, of = ranks.image.tolist(), ranks.text.tolist(), ranks.image_of.tolist()
     result = {}
     for k in (1, 3, 5, 10):
@@ -69,7 +69,7 @@ def test_the_mean_is_the_mean_recall_of_the_students():
 
 
 def test_paired_differences_have_narrower_intervals():
-    """Images that are hard for one model are hard for both, so the paired difference varies less than each side."""
+    """Images that are hard for one model are hard for both, so a paired difference varies less than either recall."""
     g = torch.Generator().manual_seed(0)
     counts = [5] * 200
     image_of = torch.arange(200).repeat_interleave(5)
@@ -85,7 +85,7 @@ def test_paired_differences_have_narrower_intervals():
 
 
 def test_captions_of_one_image_are_drawn_together():
-    """If the five captions of an image always have equal ranks, the interval equals that of one caption per image."""
+    """If the five captions of an image always have equal ranks, the interval equals that for one caption per image."""
     g = torch.Generator().manual_seed(1)
     hit = torch.randint(2, (300,), generator=g) * 20
     alone = interval([Ranks(hit, hit, torch.arange(300))], "IR@1", 500)
@@ -99,7 +99,7 @@ def test_95_percent_intervals_cover_the_true_value_in_95_percent_of_cases():
     g = torch.Generator().manual_seed(2)
     covered = 0
     for _ in range(300):
-        rate = 0.2 + 0.4 * torch.rand(80, 1, generator=g)  # hit rate of each image, 0.4 on average
+        rate = 0.2 + 0.4 * torch.rand(80, 1, generator=g)  # probability that a caption of an image is a hit
         miss = torch.rand(80, 5, generator=g) > rate
         result = interval(
             [Ranks(50 * miss.flatten(), torch.zeros(80, dtype=torch.int64), torch.arange(80).repeat_interleave(5))],

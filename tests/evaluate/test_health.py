@@ -1,4 +1,4 @@
-"""Embedding health compared with slow loops, and for extreme inputs."""
+"""Tests that compare embedding health statistics with slow loops, and that use extreme inputs."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ def rows(n, d, seed, dtype=torch.float64):
 
 
 def slow(images, texts):
-    """Compute the statistics with Python loops over pairs of rows."""
+    """Compute the health statistics with Python loops over pairs of rows."""
     u = [np.asarray(x) / np.linalg.norm(x) for x in images]
     v = [np.asarray(x) / np.linalg.norm(x) for x in texts]
     n = len(u)

@@ -1,4 +1,4 @@
-"""The evaluation protocol: jobs, selection on val, closed test split, scores of students that diverge."""
+"""Tests of the evaluation protocol: jobs, choices on val, the closed test split, and students that diverge."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -38,7 +38,7 @@ CPU = torch.device("cpu")
 
 
 def prepared_split(seed=0, images=11):
-    """Return a split of random images and caption embeddings, in memory."""
+    """Return a split of random images and caption embeddings that is held in memory."""
     random = np.random.default_rng(seed)
     image_of = np.repeat(np.arange(images), CAPTIONS)
     pictures = random.integers(0, 256, (images, 3, SIZE, SIZE)).astype(np.uint8)
@@ -50,7 +50,7 @@ def prepared_split(seed=0, images=11):
 
 
 class Poisoned(PreparedSplit):
-    """A split that raises when it is read."""
+    """A split that raises an error as soon as its data are read."""
 
     def __getattribute__(self, name):
         if name in ("split", "texts", "mean", "std"):
@@ -88,7 +88,7 @@ def training_pairs(run, number=2, lr=0.05):
 
 @pytest.fixture
 def scored(monkeypatch):
-    """Return the list of scored splits, filled in order while the test runs."""
+    """Return a list to which every scoring adds the name of the scored split, val or test."""
     splits = []
 
     def counted(name):
@@ -123,7 +123,7 @@ def test_training_pairs_equal_the_distilled_subset():
 
 
 def records_of(pairs):
-    """Return the caption records of TRAIN from which training pairs were made."""
+    """Return the indices of the captions of TRAIN from which `pairs` were made."""
     return [int(np.flatnonzero((TRAIN.texts == row).all(1)).item()) for row in pairs.texts.numpy()]
 
 
@@ -158,7 +158,7 @@ def test_jobs_cover_every_choice_once():
     select, tune = selection_jobs(run.evaluate, 4), tuning_jobs(run.evaluate)
     assert [(j.snapshot, j.index) for j in select] == [(s, i) for s in range(4) for i in range(3)]
     expected = [(loss, lr, i) for loss in ("wbce", "infonce") for lr in (0.1, 0.2) for i in range(2)]
-    assert [(j.loss, j.lr, j.index) for j in tune] == expected, "a draw must not be tuned twice"
+    assert [(j.loss, j.lr, j.index) for j in tune] == expected, "each draw must be tried only once"
     names = [j.name for j in select + tune + [Job(k, i) for k in ("student", "reference", "full") for i in range(3)]]
     assert len(set(names)) == len(names) and "tune-wbce-0.1-001" in names and "select-03-002" in names
 
@@ -181,7 +181,7 @@ def test_the_summary_is_a_mean_and_a_sample_deviation():
 @pytest.mark.parametrize("kind", ["select", "tune", "soft_tune"])
 def test_jobs_for_a_selection_cannot_open_test(kind):
     run, job = run_of(), Job(kind, 0, snapshot=0, loss="infonce", lr=0.05)
-    with pytest.raises(TestIsClosed, match=f"{kind}.* is used for a selection, .* must not read test"):
+    with pytest.raises(TestIsClosed, match=f"{kind}.* chooses a snapshot or setting, .* must not read test"):
         train_job(job, run, training_pairs(run), VAL, POISON, CPU)
     with pytest.raises(TestIsClosed, match="must not read test; score it on val"):
         prepared_of(TaskItem(run, RunPaths(*[Path()] * 6), "value", job=job), "test")
@@ -190,7 +190,7 @@ def test_jobs_for_a_selection_cannot_open_test(kind):
 
 def test_a_selection_rejects_records_with_test_scores():
     rows = [("a", {"val": {"R@mean": 1.0}}), ("b", {"val": {"R@mean": 0.0}, "test_last": {"R@mean": 9.0}})]
-    with pytest.raises(TestIsClosed, match="a selection got test_last of b; select by val only"):
+    with pytest.raises(TestIsClosed, match="cannot choose by test_last of b; choose by val scores only"):
         best_by_val(rows)
 
 
@@ -290,7 +290,7 @@ def test_students_of_the_set_use_its_temperature_and_others_that_of_the_model(
 
 
 def test_random_pairs_get_as_many_updates_as_the_distilled_set(monkeypatch):
-    """Two phases of 6 and 5 pairs in batches of 4 need 2 + 2 updates per pass, 7 random pairs need 2."""
+    """Phases of 6 and 5 pairs in batches of 4 need 2 + 2 updates per pass; 7 random pairs in batches of 4 need 2."""
     plan = (config.Phase(pairs=6), config.Phase(pairs=5))
     run = run_of().model_copy(update={"distill": config.Distill(budget=7, phases=plan, batch=4)})
     epochs = {}
@@ -306,7 +306,7 @@ def test_random_pairs_get_as_many_updates_as_the_distilled_set(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["tune", "select", "student", "baseline", "hard"])
 def test_a_student_that_diverges_in_its_last_step_scores_0(kind, monkeypatch):
-    """All losses are finite, because a loss is computed before its step, but the final embeddings are not."""
+    """The loss of a step is computed before the update, so it is finite, but the embeddings after it are not."""
     run, ranks = run_of(epochs=1, eval_every=9), []
 
     def train(model, subsets, schedule, loss, seed, student, after_pass):

@@ -1,4 +1,4 @@
-"""Each reference protocol compared with the calls that the paper's released code makes, written down independently."""
+"""Tests that compare each reference protocol with the calls of the paper's released code, listed independently."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -18,8 +18,9 @@ RATES = ((0.02, 0.04), (0.03, 0.01))
 TENS = tuple(range(1, 102, 10))
 BOTH = {"image_tower", "image_head", "text_head"}
 
-# Columns: passes, batch sizes of a pass over each subset, learning rates, drop, momentum, weight decay, scored passes,
-# reported scoring, students, trained parts, augmentation, loss.
+# Columns: number of passes, batch sizes of a pass over each subset, learning rates, pass after which they drop,
+# momentum, weight decay, passes after which students are scored, reported scoring, number of students, trained parts,
+# augmentation, loss.
 EXPECTED = {
     "lors": (101, ([128] * 2, [70]), "learned, last", 51, 0.9, 5e-4, TENS, "best", 5, BOTH, "none", "wbce"),
     "ptm_st": (101, ([128] * 2, [70]), "learned, last", 51, 0.9, 5e-4, TENS, "best", 5, BOTH, "none", "wbce"),
@@ -60,7 +61,7 @@ def training_pairs():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Record the calls of a protocol: batch size and learning rates of each step, scorings, losses, augmentations."""
+    """Record what a protocol does: batch size and learning rates of each step, scorings, losses and augmentations."""
     log = SimpleNamespace(steps=[], optimisers=[], scored=[], losses=Counter(), targets=[], views=Counter(), model=None)
 
     class Recorded(torch.optim.SGD):

@@ -1,4 +1,4 @@
-"""Ranks and recalls compared with double loops, rules for ties, chance levels, and invalid input."""
+"""Tests that compare ranks and recalls with double loops, and of ties, chance levels and invalid input."""
 
 import math
 from itertools import permutations
@@ -16,7 +16,7 @@ GOLDEN_OF = torch.tensor([0, 0, 1, 1, 2, 2])
 
 
 def double_loop(scores, image_of, ks, pessimistic=True):
-    """Compute the recalls from their definition, one comparison at a time."""
+    """Compute the recalls from their definition, by comparing one pair of scores at a time."""
     s, of = scores.tolist(), image_of.tolist()
     num_images, num_texts = len(s), len(of)
 
@@ -35,7 +35,7 @@ def double_loop(scores, image_of, ks, pessimistic=True):
 
 
 def problem(seed, counts, levels=None, width=None):
-    """Return random scores (or embeddings if `width` is given) with `counts[i]` captions of image i, shuffled."""
+    """Return random scores (or embeddings if `width` is given); image i has `counts[i]` captions, in random order."""
     g = torch.Generator().manual_seed(seed)
     image_of = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     image_of = image_of[torch.randperm(len(image_of), generator=g)]
@@ -82,7 +82,7 @@ def test_golden_example():
     result = recalls_from_scores(GOLDEN, GOLDEN_OF, (1, 2, 3, 5))
     assert result.tr == pytest.approx({1: 100 / 3, 2: 100 / 3, 3: 200 / 3, 5: 100})
     assert result.ir == pytest.approx({1: 0, 2: 100 / 3, 3: 100, 5: 100})
-    assert result.gap == pytest.approx(100 / 6)  # with ties as hits, IR@1 is 16.67 (not 0) and IR@2 is 50 (not 33.33)
+    assert result.gap == pytest.approx(100 / 6)  # the gain of IR@1 (16.67 instead of 0) and IR@2 if ties were hits
 
 
 def test_a_tied_positive_of_the_same_image_does_not_hurt():
@@ -120,7 +120,7 @@ def test_identical_embeddings_tie_exactly(chunk):
     assert collapsed.mean == 0 and collapsed.gap == 100
     assert recalls(images, same_texts, image_of, chunk=chunk).tr == {1: 0, 5: 0, 10: 0}
     assert recalls(same_images, texts, image_of, chunk=chunk).ir == {1: 0, 5: 0, 10: 0}
-    # A caption of another image equals the captions of image 0, so image 0 must miss at K = 1.
+    # A caption of another image equals the captions of image 0, so image 0 must count as a miss at K = 1.
     texts = images[image_of] + 0.01 * texts
     twin = int((image_of != image_of[0]).nonzero()[0])
     texts[image_of == image_of[0]] = texts[twin] = images[image_of[0]]
@@ -218,7 +218,7 @@ def test_golden_example_under_every_rule_for_ties():
 
 
 def over_all_orders(row, correct, k):
-    """Return the percentage of all orders of tied candidates in which a correct one is among the first k."""
+    """Return in how many percent of all orders of tied candidates a correct one is among the first k."""
     best = max(row[j] for j in correct)
     above, level = sum(v > best for v in row), [j for j, v in enumerate(row) if v == best]
     hits = [bool(set(order[: max(0, k - above)]) & set(correct)) for order in permutations(level)]
@@ -249,7 +249,7 @@ def test_the_expected_recall_of_constant_scores_is_chance(counts):
 
 
 def test_chance_on_the_published_galleries():
-    """Check Flickr30k's test and val splits, and COCO's 5,000 images, ten of which have six captions."""
+    """Check the splits test and val of Flickr30k, and COCO with 5,000 images, ten of which have six captions."""
     flickr = chance(torch.arange(1000).repeat_interleave(5))
     assert [round(v, 3) for v in (*flickr.ir.values(), *flickr.tr.values())] == [0.1, 0.5, 1.0, 0.1, 0.499, 0.996]
     val = chance(torch.arange(1014).repeat_interleave(5))
@@ -309,7 +309,7 @@ def test_collapsed_and_duplicate_embeddings_never_score_above_chance(case):
             limit = by_chance[metric]
         elif (
             "collapsed" in name and metric != "R@mean"
-        ):  # all queries share one ranking, whose first K candidates belong to K images
+        ):  # all queries rank the candidates equally, and the first K of them belong to K images
             limit = 100 * int(metric.partition("@")[2]) / 60 + 1e-9
         else:
             limit = by_chance[metric] + spread[metric]

@@ -1,4 +1,4 @@
-"""HLR, IOR, LRS and ARS: their values, the students that they compare, and how records are stored."""
+"""Tests of the scores HLR, IOR, LRS and ARS: values, compared students, and storage of records."""
 
 import math
 
@@ -31,12 +31,12 @@ def test_scores_are_scaled_differences_of_fractions():
     assert lrs(hlr=0.4, ior=0.2) == scaled(0.5 * 0.2 - 0.5 * 0.4)
     assert lrs(hlr=0.4, ior=0.2, w=1.0) == scaled(0.2) and ars(0.3, 0.1) == scaled(0.2)
     assert lrs(0.3, 0.2) < lrs(0.2, 0.2) < lrs(0.2, 0.3), "LRS must rise with IOR and fall with HLR"
-    with pytest.raises(ValueError, match=r"needs a value in -1..1, found 5; divide by 100"):
+    with pytest.raises(ValueError, match=r"fractions in -1..1, found 5; divide percentage points by 100"):
         lrs(hlr=20.0, ior=30.0)
 
 
 def ranked(hits, of=100):
-    """Return ranks of a student whose first `hits` queries are answered correctly and all others missed."""
+    """Return the ranks of a student that answers the first `hits` of `of` queries correctly and misses all others."""
     rank = torch.where(torch.arange(of) < hits, 0, 99)
     return Ranks(rank, rank, torch.arange(of))
 
@@ -101,7 +101,7 @@ def test_random_pairs_get_a_similarity_from_a_teacher_if_the_set_has_one():
 
 
 def test_both_sides_of_ior_use_the_same_settings(monkeypatch):
-    """Jobs `own` and `soft` use the loss, temperature and augmentation of the run; `hard` uses InfoNCE."""
+    """The jobs that IOR compares, `own` and `soft`, use the loss and temperature of the run; `hard` uses InfoNCE."""
     run, settings = run_of(temperature=0.11, augment="dsa"), {}
 
     def train(model, subsets, schedule, loss, seed, student, after_pass=None):
@@ -127,7 +127,7 @@ def test_augmented_students_depend_only_on_the_job(augment):
 
 
 def test_student_i_is_the_same_for_every_kind_of_job(monkeypatch):
-    """Student i starts from the same parameters and gets the same seed for its batches in every kind of job."""
+    """In every kind of job, student i starts from the same parameters and gets the same seed for batches."""
     starts, seeds = {}, {}
     original = protocol.train_student
 
@@ -157,7 +157,7 @@ def test_test_scores_are_stored_apart_from_the_file_that_selections_read(tmp_pat
         assert "test_" not in open_to_all and '"test": {' not in open_to_all
         assert set(read_json(records.test_file(path))) > {"value"}
         records.test_file(path).unlink()
-        assert records.read(path, "v") is None, "a record without its test file is incomplete"
+        assert records.read(path, "v") is None, "a record without its file of test scores is incomplete"
     assert len(ranks) == 1 and ranks[0].recalls().as_dict() == record_of(run)["test_last"]
     chosen = train_and_score(
         Job("select", 0, snapshot=0), StudentProtocol.of(run), training_pairs(run), VAL, None, CPU

@@ -1,4 +1,4 @@
-"""Training of students compared with a plain loop, options of the schedule, divergence, and scoring."""
+"""Tests that compare the training of students with a slow loop, and of schedule options, divergence and scoring."""
 
 import math
 from dataclasses import replace
@@ -48,7 +48,7 @@ def rule_of(**change):
 
 
 def plain_loop(model, training_pairs, rule, loss):
-    """Train with SGD, momentum and weight decay, written out for one parameter at a time."""
+    """Train with SGD, momentum and weight decay, written out for each parameter, to compare with `train_student`."""
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     speed, rate = {}, {}
     for s, subset in enumerate(training_pairs):
@@ -100,7 +100,7 @@ def test_options_schedule_and_lr_change_the_student():
 
 
 def test_the_text_head_can_take_the_image_rate():
-    """`text_lr: image`, as in the released MTT-VL code, ignores the learned text rate."""
+    """With `text_lr: image`, as in the released MTT-VL code, the learned learning rate of the text head is ignored."""
     default, image, equal = fresh(), fresh(), fresh()
     train_student(default, [pairs_of(0, 7, 0.02, 0.04)], rule_of(), "wbce", SEED, STUDENT)
     train_student(image, [pairs_of(0, 7, 0.02, 0.04)], rule_of(text_lr="image"), "wbce", SEED, STUDENT)

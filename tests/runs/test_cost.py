@@ -1,4 +1,4 @@
-"""The estimates of `rmdd check`: parameters, FLOPs, memory, disk, and the number of images and captions."""
+"""Tests of the estimates of `rmdd check`: parameters, FLOPs, memory, disk, and numbers of images and captions."""
 
 import pytest
 import torch
@@ -64,9 +64,9 @@ def test_a_frozen_tower_is_counted_once_per_outer_iteration():
     )
     work = estimate.work_of(estimate.model_on_meta(run, 32), run, 32)
     convolutions = 2 * 9 * (3 * 8 * 16 * 16 + 8 * 16 * 8 * 8)
-    assert work.features == 3 * convolutions, "one forward pass, then forward and backward in the pixels"
+    assert work.features == 3 * convolutions, "the tower must run forward, then forward and backward"
     assert work.matching < 2 * 4 * convolutions < estimate.work_of(*_trained(run), 32).matching
-    assert work.forward > convolutions, "experts and students process images, not features"
+    assert work.forward > convolutions, "experts and students run the frozen tower on images, so its FLOPs must count"
     distil = estimate.operations(run, {s: (10, 10) for s in ("train", "val", "test")}, work)["distill"]
     assert distil == 3 * (2 * work.matching + 8 * work.features)
 

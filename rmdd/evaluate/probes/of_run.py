@@ -1,8 +1,8 @@
-"""Probes of a run: extra evaluation tasks, prepared once by the driver and then scored for all final students.
+"""Probes of a run: extra evaluation tasks, prepared once by the main process and then scored for all final students.
 
-A prepared probe is the file `probes/NAME.json` in the run's folder. Its images are in a dataset written by `ingest`,
-and its embedded sentences are in the cache. The scores of a student are saved next to its record, in a file named by
-the hash of the probe. The student's weights are saved there too, so that later probes need no training.
+Preparing a probe writes `probes/NAME.json` in the run's folder, its images as a dataset, and its embedded sentences to
+the cache. The scores of a student are saved next to the record of the student, in a file named by the hash of the
+probe. The student's weights are saved there too, so that probes added later need no training.
 """
 
 import itertools
@@ -40,21 +40,21 @@ from rmdd.models.prepared import PreparedSplit
 from rmdd.models.text import embed, text_width
 
 VERSION = 1
-"""Version of the probes, part of their hash. Increase it when a code change moves the scores of an unchanged probe."""
+"""Version of the probe code, part of each probe's hash. Increase it when a change of the code changes scores."""
 
 PROBED_KINDS = ("student", "baseline", "full")
-"""Kinds of jobs whose students are probed; jobs for a selection are not."""
+"""Kinds of jobs whose students are scored on probes; students that only choose a setting on val are not."""
 
 PROBE_MODULES: dict[str, ModuleType] = {"zero_shot": zero_shot, "vqa": vqa}
 RECALLS = [f"{side}R@{k}" for side in "IT" for k in (1, 5, 10)] + ["R@mean"]
 CHECKED_IMAGES = 64
-"""Number of images whose files are looked up before a run starts."""
+"""Number of a probe's images of which at least one must exist before a run starts."""
 
 _UNCHANGED = config.Captions(lowercase=False, strip_punctuation=False, max_words=None)
 
 
 def data_of(data: config.Data, probe: Probe) -> Any:
-    """Return the probe's data section with the image size and other view settings of the run's `data`.
+    """Return the data settings of `probe`, with the image size and other view settings of the run's `data`.
 
     Captions of labelled images are class names and are not cleaned.
     """
@@ -66,7 +66,7 @@ def data_of(data: config.Data, probe: Probe) -> Any:
 
 
 def faults(data: config.Data, probes: Mapping[str, Probe]) -> list[str]:
-    """Return one message per probe whose files have a problem; images are not opened."""
+    """Return an error message for each probe whose data files are missing, empty or invalid; no image is opened."""
     mistakes = []
     for name, probe in probes.items():
         try:
@@ -77,7 +77,7 @@ def faults(data: config.Data, probes: Mapping[str, Probe]) -> list[str]:
 
 
 def _check_files(run_data: config.Data, probe: Probe) -> None:
-    """Raise `ValueError` or `OSError` if the probe's files are missing or hold no data."""
+    """Raise `ValueError` or `OSError` if the data files of `probe` are missing, invalid or empty."""
     data = data_of(run_data, probe)
     if isinstance(probe, config.ZeroShot):
         zero_shot.templates(probe.templates)
@@ -90,7 +90,7 @@ def _check_files(run_data: config.Data, probe: Probe) -> None:
     source = sources.find(data)
     if isinstance(source, SampleSource):
         if not source.files(data):
-            raise ValueError(f"{data.root} has no file that matches data.{data.source}.files; correct one of them")
+            raise ValueError(f"{data.root} has no file that matches data.{data.source}.files; correct either")
         return
     rows, _ = source.rows(data)
     if isinstance(probe, config.Vqa):
@@ -99,11 +99,13 @@ def _check_files(run_data: config.Data, probe: Probe) -> None:
     first = list(dict.fromkeys(names))
     paths = (input_path(data.root) / path for image in first for path in alternatives(str(image), data.layout))
     if first and not is_remote(data.root) and not any(path.is_file() for path in paths):
-        raise ValueError(f"none of the first {len(first)} images exists, such as {first[0]}; correct data.root")
+        raise ValueError(
+            f"the first {len(first)} images are all missing, for example {first[0]}; set data.root to their folder"
+        )
 
 
 def costs(data: config.Data, probes: Mapping[str, Probe], width: int) -> list[str]:
-    """Return one line per VQA probe: how many sentences it embeds and how much cache they need."""
+    """Return one line of text per VQA probe: how many sentences it embeds, and the size of their embeddings in GiB."""
     lines = []
     for name, probe in probes.items():
         if isinstance(probe, config.Vqa):
@@ -112,7 +114,7 @@ def costs(data: config.Data, probes: Mapping[str, Probe], width: int) -> list[st
             total = len({q.question for q in cocoqa.sampled_questions(probe_data)}) * len(answers)
             lines.append(
                 f"probe {name} embeds {total:,} sentences, {4 * width * total / 2**30:.1f} GiB in the cache; "
-                f"set evaluate.probes.{name}.data.cocoqa.questions to use fewer"
+                f"set evaluate.probes.{name}.data.cocoqa.questions to use fewer questions"
             )
     return lines
 
@@ -124,10 +126,10 @@ def prepare(
     readers: Stream = sequential_stream,
     encoders: Stream = sequential_stream,
 ) -> dict[str, Any]:
-    """Ingest the images and embed the sentences of probe `name`, write its file, and return facts for the report.
+    """Ingest the images and embed the sentences of probe `name`; return the facts that are reported with its scores.
 
-    `train` is the dataset of the distillation, if known; images that are also in its train split are counted. Raise
-    `ValueError` if files cannot be read or no image can be used.
+    `train` is the dataset that was distilled, if known; probe images that are also in its train split are counted.
+    Raise `ValueError` if the probe's files cannot be read or none of its images can be used.
     """
     probe, storage = run.evaluate.probes[name], open_storage(run.runtime)
     data = data_of(run.data, probe)
@@ -139,7 +141,7 @@ def prepare(
             dataset = ingest(data, storage.root / "data" / value, readers, run.runtime)
         split = load_split(dataset, _split(probe), data, storage.root / "cache")
         if not len(split):
-            reasons = f"see {dataset.path / 'quarantine.jsonl'}; numbers by reason: {dataset.manifest['quarantine']}"
+            reasons = f"{dataset.path / 'quarantine.jsonl'} says why; count by reason: {dataset.manifest['quarantine']}"
             raise ValueError(f"no image of split '{_split(probe)}' can be used; {reasons}")
         trained_on = None if train is None else frozenset(vqa.picture(p) for (p,) in train.columns("train", "pair_id"))
         questions, facts = _questions(run.data.captions, probe, data, split, trained_on)
@@ -170,9 +172,10 @@ def probe(
     device: torch.device,
     alive: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
-    """Return the scores of `model` in percent for probe `name`, prepared by `prepare`; 0 if its embeddings collapsed.
+    """Return the scores of `model` in percent on the prepared probe `name`; all are 0 if its embeddings collapsed.
 
-    `alive` is called regularly during the work. The train or eval mode of the model is restored.
+    `alive` is called regularly, so that the backend sees that this worker is alive. The train or eval mode of the model
+    is restored.
     """
     rule, storage = run.evaluate.probes[name], open_storage(run.runtime)
     prepared_probe = _prepared(run_folder(run), name, storage)
@@ -205,7 +208,8 @@ def probe(
 class StudentProbes:
     """The probe scores of one student: read from disk if saved, otherwise computed by `score_missing`.
 
-    `record` is the path of the student's record and `value` its hash. Jobs for a selection have no probes.
+    `record` is the path of the student's record and `value` the hash of its settings. Students that only choose a
+    setting on val have no probe scores.
     """
 
     def __init__(self, run: config.Run, job: Job, record: Path, value: str, storage: Storage):
@@ -224,11 +228,11 @@ class StudentProbes:
 
     @property
     def missing(self) -> list[str]:
-        """Names of the probes without scores."""
+        """Names of the probes on which this student has no saved scores."""
         return [name for name in self.files if name not in self.scores]
 
     def load_student(self) -> DualEncoder | None:
-        """Return the student with its saved weights, or None if they are missing, damaged or of another hash."""
+        """Return the student with its saved weights, or None if the file is missing, damaged or has another hash."""
         if not self.weights.is_file():
             return None
         try:
@@ -244,12 +248,12 @@ class StudentProbes:
         return model
 
     def save_student(self, model: DualEncoder) -> None:
-        """Save the student's weights for later probes."""
+        """Save the weights of the student, so that probes added later need no training."""
         if self.files:
             save_checked(self.weights, model.trained(), "student", {"value": self.value})
 
     def score_missing(self, model: DualEncoder | None, device: torch.device, alive: Callable[[], object]) -> None:
-        """Compute and save the missing scores; they are 0 if `model` is None, for a student that diverged."""
+        """Compute and save the missing probe scores; all are 0 if `model` is None, because the student diverged."""
         for name in self.missing:
             if model is None:
                 questions = read_json(_file(run_folder(self.run), name))["asked"]
@@ -260,12 +264,12 @@ class StudentProbes:
             write_json(self.files[name], {"value": self.value, "name": name, "scores": scores})
 
     def added_to(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Return the student's record with its probe scores."""
+        """Return a copy of `record`, the record of the student, that includes the probe scores."""
         return record | {"probes": {name: self.scores[name] for name in self.files}} if self.files else record
 
 
 def remarks(name: str, facts: dict[str, Any]) -> list[str]:
-    """Return remarks on a probe's data that matter for its scores."""
+    """Return lines of text about a probe's data: number of images, images left out, overlap with train, and doubts."""
     lines = [f"probe {name}: {facts['pictures']} images"]
     if rejected := facts["quarantine"]:
         lines.append(f"probe {name}: left out {', '.join(f'{n} {reason}' for reason, n in rejected.items())}")
@@ -284,7 +288,7 @@ def remarks(name: str, facts: dict[str, Any]) -> list[str]:
 def _questions(
     captions: config.Captions, probe: Probe, data: Any, split: Split, trained_on: frozenset[str] | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the questions of a probe and the facts reported with its scores."""
+    """Return the part of a probe that decides its scores (such as classes and prompts), and the reported facts."""
     if isinstance(probe, config.ZeroShot):
         questions = zero_shot.task_of(probe, data, captions, split)
         return questions, zero_shot.facts(questions)
@@ -318,7 +322,7 @@ def _split(probe: Probe) -> str:
 
 
 def _file(folder: Path, name: str) -> Path:
-    """Return the file of the prepared probe `name` in the folder of a run."""
+    """Return the path of the file that describes the prepared probe `name` in the run folder `folder`."""
     return folder / "probes" / f"{name}.json"
 
 

@@ -1,6 +1,6 @@
 """Functions shared by the probes: embed images and texts, and rank the correct candidate.
 
-N queries, C candidates, T texts, F text feature width, D joint width.
+Letters in shapes: N queries, C candidates, T texts, F text feature width, D joint width.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,10 +16,10 @@ from rmdd.models.dual import DualEncoder
 from rmdd.models.prepared import Constants
 
 TOLERANCE = 1e-6
-"""Cosines that differ by less count as ties, because the rounding of equal candidates depends on their position."""
+"""Two cosines that differ by less count as a tie, because rounding differs with the position of a candidate."""
 
 TEXTS = 8192
-"""Number of texts that go through the text head at once."""
+"""Number of texts that go through the text head of the model at once."""
 
 
 def embed_pictures(
@@ -30,7 +30,7 @@ def embed_pictures(
     chunk: int,
     alive: Callable[[], object] = lambda: None,
 ) -> Float[Tensor, "N D"]:
-    """Return unit embeddings of uint8 images (N, 3, S, S). Raise `Diverged` if a row is zero or not finite."""
+    """Embed uint8 images (N, 3, S, S) as rows of norm 1. Raise `Diverged` if an embedding is zero or not finite."""
     parts = []
     for start in range(0, len(images), chunk):
         pixels = torch.tensor(np.ascontiguousarray(images[start : start + chunk])).to(device)
@@ -40,19 +40,19 @@ def embed_pictures(
 
 
 def embed_texts(model: DualEncoder, texts: np.ndarray, device: torch.device) -> Float[Tensor, "T D"]:
-    """Return unit embeddings of text features (T, F). Raise `Diverged` if a row is zero or not finite."""
+    """Embed text features (T, F) as rows of norm 1. Raise `Diverged` if an embedding is zero or not finite."""
     blocks: Iterable[np.ndarray] = (texts[start : start + TEXTS] for start in range(0, len(texts), TEXTS))
     return _checked(torch.cat([model.embed_texts(torch.tensor(block).to(device)) for block in blocks]), "text")
 
 
 def ranks(scores: Float[Tensor, "N C"], right: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
-    """Return the 0-based rank of the correct candidate `right` of each query, with ties counted against it."""
+    """Return for each query the rank, from 0, of its correct candidate `right`; candidates that tie rank above it."""
     right_score = scores.gather(1, right[:, None])
     return (scores >= right_score - TOLERANCE).sum(1) - 1
 
 
 def accuracies(rank: Int[Tensor, " N"], ks: Sequence[int], label: str = "ACC") -> dict[str, float]:
-    """Return the percentage of ranks below K, for each K."""
+    """Return ACC@K for each K: the percentage of queries whose correct candidate has a rank below K."""
     return {f"{label}@{k}": 100 * int((rank < k).sum()) / len(rank) for k in ks}
 
 

@@ -1,9 +1,9 @@
 """COCO-QA as retrieval: each candidate answer gives a sentence; sentences are ranked by their cosine with the image.
 
-Candidates are all distinct answers of train and test. A student may guess an answer from the question without looking
+Candidates are all distinct answers of COCO-QA. A student may guess an answer from the question without looking
 at the image, so two baselines are reported: `blind`, the same student with all images replaced by their mean embedding,
 and `majority`, the most frequent train answers to that type of question.
-Q distinct questions, A answers, N (question, image) pairs, I images, D joint width.
+Letters in shapes: Q distinct questions, A answers, N (question, image) pairs, I images, D joint width.
 """
 
 from collections import Counter, defaultdict
@@ -35,10 +35,10 @@ def task_of(
     split: Split,
     trained_on: frozenset[str] | None,
 ) -> dict[str, Any]:
-    """Return the task: distinct questions, candidate answers, and triples (question, image, answer).
+    """Return the content of the probe: distinct questions, candidate answers, and triples (question, image, answer).
 
-    `captions` holds the run's caption cleaning; `trained_on` names the images of the distilled dataset, if known. The
-    images among them are listed under `seen`.
+    `captions` holds the run's settings for caption cleaning; `trained_on` names the images of the distilled dataset, if
+    known. The indices of probe images with such a name are listed under `seen`.
     """
     train, test = cocoqa.read(data, "train"), cocoqa.sampled_questions(data)
     image_of = {pair_id: i for i, pair_id in enumerate(split.pair_ids)}
@@ -63,14 +63,14 @@ def task_of(
 
 
 def picture(pair_id: str) -> str:
-    """Return a name for a COCO image that is the same in the 2014 and 2017 releases; other ids are returned as is."""
+    """Return one name for a COCO image in the 2014 and 2017 releases; return the id of any other image unchanged."""
     name = pair_id.rsplit("/", 1)[-1].rsplit(".", 1)[0]
     number = name.rsplit("_", 1)[-1] if name.startswith("COCO_") else name
     return f"coco {number}" if len(number) == 12 and number.isdecimal() else pair_id
 
 
 def majority(train: Sequence[Any], test: Sequence[Any], ks: Sequence[int]) -> dict[str, dict[str, float]]:
-    """Return ACC@K of answering with the most frequent train answers to the type of question, in total and per type."""
+    """Return ACC@K, in total and per question type, of giving the answers most frequent in train for that type."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for q in train:
         counts[q.type][q.answer] += 1
@@ -85,12 +85,12 @@ def majority(train: Sequence[Any], test: Sequence[Any], ks: Sequence[int]) -> di
 
 
 def _frequent(counted: tuple[str, int]) -> tuple[int, str]:
-    """Sort key of (answer, count): the most frequent first, equal counts by name."""
+    """Return the sort key of an (answer, count) pair: higher counts first, equal counts in alphabetical order."""
     return -counted[1], counted[0]
 
 
 def facts(task: dict[str, Any]) -> dict[str, Any]:
-    """Return the facts that are reported with the scores."""
+    """Return the settings, counts, chance level and `majority` baseline that are reported with the VQA scores."""
     pairs = task["pairs"]
     copied = ("template", "question_mark", "caption_rule", "majority", "types", "without_picture")
     overlap = {}
@@ -109,7 +109,7 @@ def facts(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def sentences(task: dict[str, Any]) -> Iterator[list[str]]:
-    """Yield blocks of sentences; a block holds some questions, each with all answers."""
+    """Yield blocks of sentences to embed; a block holds some questions, each combined with all candidate answers."""
     for start, stop in _blocks(task):
         yield [_sentence(task, q, a) for q in task["questions"][start:stop] for a in task["answers"]]
 
@@ -146,9 +146,10 @@ def score(
     chunk: int,
     alive: Callable[[], object],
 ) -> dict[str, float]:
-    """Return ACC@K in percent: with images, blind, and on images outside the distilled dataset if only some are in it.
+    """Return ACC@K in percent with images, without images (`blind`), and on images outside the distilled dataset.
 
-    `model` must be in eval mode. Raise `Diverged` if its embeddings collapsed.
+    The last score is left out if all or none of the images are in that dataset. `model` must be in eval mode. Raise
+    `Diverged` if the embeddings of the model collapsed.
     """
     images_ID = ranking.embed_pictures(model, split.images, constants, device, chunk, alive)
     mean_D = F.normalize(images_ID.mean(0), dim=0)

@@ -2,7 +2,7 @@
 
 The prototype of a class is the normalised mean of the normalised text embeddings of its prompts. ACC@K: the correct
 class is among the K classes with the highest cosines; ties count against the student.
-N images, C classes, P prompts of all classes, D joint width.
+Letters in shapes: N images, C classes, P prompts of all classes, D joint width.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from rmdd.models.prepared import Constants
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "single": ("a photo of a {}.",),
-    # The seven templates that, according to CLIP's authors, score almost as well as their full list.
+    # The seven prompt templates that, according to CLIP's authors, score almost as well as their full list.
     "seven": (
         "itap of a {}.",
         "a bad photo of the {}.",
@@ -32,7 +32,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "art of the {}.",
         "a photo of the small {}.",
     ),
-    # Our templates for small images.
+    # Prompt templates for small images, written for rmdd.
     "cifar": (
         "a photo of a {}.",
         "a small photo of a {}.",
@@ -45,7 +45,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "a cropped picture of the {}.",
         "one {} seen from the side.",
     ),
-    # Our templates for photographs of objects.
+    # Prompt templates for photographs of objects, written for rmdd.
     "imagenet": (
         "a photo of a {}.",
         "a photo of the {}.",
@@ -70,7 +70,7 @@ TOGETHER = 4096
 
 
 def templates(named: str | tuple[str, ...]) -> tuple[str, ...]:
-    """Return prompt templates: a list by name, the lines of a text file, or the templates themselves.
+    """Return prompt templates: a list by name, the lines of a text file, or the given templates themselves.
 
     Raise `ValueError` for an unknown name or file, and for a template without {}.
     """
@@ -101,9 +101,9 @@ def templates(named: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def task_of(probe: config.ZeroShot, data: config.ClassData, captions: config.Captions, split: Split) -> dict[str, Any]:
-    """Return the task: classes, their prompts, and the class index of each image of `split`.
+    """Return the content of the probe: class names, prompts of each class, and the class index of each image.
 
-    `captions` is the run's caption cleaning, applied to prompts if the probe asks for it.
+    `captions` holds the run's settings for caption cleaning, applied to prompts if the probe asks for it.
     """
     names = classes.read(data).names
     number_of = {clean(c, data.captions): i for i, c in enumerate(names)}
@@ -124,7 +124,7 @@ def task_of(probe: config.ZeroShot, data: config.ClassData, captions: config.Cap
 
 
 def facts(task: dict[str, Any]) -> dict[str, Any]:
-    """Return the facts that are reported with the scores."""
+    """Return the classes, prompt templates and chance level that are reported with the zero-shot scores."""
     names, total = task["names"], len(task["classes"])
     return {
         "classes": task["classes"],
@@ -136,7 +136,7 @@ def facts(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def sentences(task: dict[str, Any]) -> list[list[str]]:
-    """Return the sentences to embed, as a list of blocks."""
+    """Return the prompts of all classes, which must be embedded, as a list with one block."""
     return [[prompt for prompts in task["prompts"] for prompt in prompts]]
 
 
@@ -155,7 +155,7 @@ def score(
     chunk: int,
     alive: Callable[[], object],
 ) -> dict[str, float]:
-    """Return ACC@K in percent. `model` must be in eval mode. Raise `Diverged` if its embeddings collapsed."""
+    """Return ACC@K in percent of `model`, in eval mode. Raise `Diverged` if the embeddings of the model collapsed."""
     texts_PD = ranking.embed_texts(model, embed(sentences(task)[0]), device)
     means = [part.mean(0) for part in texts_PD.split([len(prompts) for prompts in task["prompts"]])]
     prototypes_CD = F.normalize(torch.stack(means), dim=1)

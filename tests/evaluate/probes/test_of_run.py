@@ -1,4 +1,4 @@
-"""Complete tiny runs with probes, and the commands `rmdd probe`, `check` and `run`."""
+"""Tests of probes in complete tiny runs, and of the commands `rmdd probe`, `rmdd check` and `rmdd run`."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def test_missing_files_of_a_probe_are_reported_before_any_work(tmp_path, word):
     for words in (
         "evaluate.probes.gone: evaluate.probes.gone.data.root",
         "types.txt: line 1 is '7'",
-        "none of the first 1 images exists, such as train_images/a.jpg; correct evaluate.probes.text.data.root",
+        "the first 1 images are all missing, for example train_images/a.jpg; set evaluate.probes.text.data.root to",
         "no-such-file.txt' is not a file and not one of single, seven, cifar, imagenet",
     ):
         assert words in result.stderr
@@ -49,7 +49,7 @@ def test_missing_files_of_a_probe_are_reported_before_any_work(tmp_path, word):
 
 @pytest.fixture(scope="module")
 def formats_(tmp_path_factory):
-    """Write generated data in the file formats of the real datasets; return the folder."""
+    """Write generated probe data in the file formats of published datasets; return the folder."""
     root = tmp_path_factory.mktemp("formats")
     formats.class_folders(root / "in", ["n01", "n02", "n03"])
     (root / "in" / "map.txt").write_text("n01 tench\nn02 crane\nn03 kite, hawk\n")
@@ -82,7 +82,7 @@ def files(folder, pattern):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, formats_):
-    """Run with probes to the end; return the storage and the result."""
+    """Execute all steps of a run with probes; return the storage and the result of the run."""
     storage = tmp_path_factory.mktemp("finished")
     return storage, go(run_of(storage, asked_of(formats_)), "all")
 

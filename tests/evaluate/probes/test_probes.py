@@ -1,4 +1,4 @@
-"""Probes compared with slow versions, chance levels of random towers, and invalid settings."""
+"""Tests that compare probes with slow versions and with chance levels of random towers, and of invalid settings."""
 
 import json
 import statistics
@@ -24,13 +24,13 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
-    """Return the dataset from which a set is distilled."""
+    """Return a small dataset of drawn images, from which a set could be distilled."""
     return ingest(run_of("unused", {}).data, tmp_path_factory.mktemp("train") / "scenes")
 
 
 @pytest.fixture
 def ready(tmp_path, train):
-    """Return a function that prepares a probe under the name `p` and returns the run and the facts."""
+    """Return a function that prepares a probe under the name `p` and returns the run and the reported facts."""
 
     def make(probe, dataset=train, **data):
         run = run_of(tmp_path / "runs", {"p": probe}, **data)
@@ -52,7 +52,7 @@ def embedded(run, texts, tmp_path):
 
 
 def pictures_of(run, folder, names):
-    """Return the normalised images of some files, decoded step by step."""
+    """Return the normalised images of the files `names`, decoded with PIL step by step."""
     from PIL import Image
 
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in probes.normalisation("clip"))
@@ -73,7 +73,7 @@ def test_zero_shot_equals_a_slow_version(tmp_path, ready):
     probe = zero_shot_probe(tmp_path / "in", {"names": "names.txt", "synonyms": True}, templates="seven", ks=[1, 2, 4])
     run, facts = ready(probe)
     model = tower(run)
-    names = [["marsh heron"], ["crane", "bird"], ["kite"], ["drake"]]  # class names after caption cleaning
+    names = [["marsh heron"], ["crane", "bird"], ["kite"], ["drake"]]  # class names as caption cleaning changes them
     prototypes = []
     for each in names:
         lines = [t.replace("{}", name).replace(".", " ").strip() for name in each for t in zero_shot.TEMPLATES["seven"]]
@@ -142,7 +142,7 @@ def test_majority_answers_come_from_train_per_question_type():
     test = questions(("two", "number"), ("one", "number"), ("red", "colour"), ("green", "colour"))
     result = vqa.majority(train, test, [1, 2])
     assert result["number"] == {"ACC@1": 50, "ACC@2": 100}
-    assert result["colour"] == {"ACC@1": 0, "ACC@2": 50}, "of equal counts, blue comes before red"
+    assert result["colour"] == {"ACC@1": 0, "ACC@2": 50}, "blue and red are equally frequent, so blue ranks first"
     assert result["all"] == {"ACC@1": 25, "ACC@2": 75}
     unknown = vqa.majority(questions(("red", "colour")), questions(("green", "colour")), [5])
     assert unknown["all"] == {"ACC@5": 0}, "an answer that train does not contain must be a miss at every K"
@@ -168,7 +168,7 @@ def test_images_of_the_train_split_are_counted_and_scored_apart(tmp_path, ready)
 
 
 def near(result, chance):
-    """Return whether the mean over random towers differs from chance by at most 4 standard errors."""
+    """Return whether the mean score of random towers differs from `chance` by at most 4 standard errors."""
     error = statistics.stdev(result) / len(result) ** 0.5
     return abs(statistics.fmean(result) - chance) <= 4 * error + 1e-9
 
@@ -197,7 +197,7 @@ def test_random_towers_answer_by_chance(tmp_path, ready):
 def test_random_towers_retrieve_by_chance(tmp_path, ready):
     letters = np.random.default_rng(0)
 
-    def random_caption(image, n):  # similar captions of an image would get similar ranks
+    def random_caption(image, n):  # random letters, because similar captions of an image would get similar ranks
         return bytes(letters.integers(97, 123, 30, dtype=np.uint8)).decode()
 
     formats.textcaps(tmp_path, "val", [f"{i:016x}" for i in range(30)], say=random_caption)
