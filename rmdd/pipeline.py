@@ -96,7 +96,7 @@ class Pipeline:
 
     @once
     def item(self) -> TaskItem:
-        """Return the run and the paths of its results, as its tasks get them."""
+        """Return the item that all tasks of the run get: the run, and the paths of files that they use."""
         return self.steps.locate(self.ingest())
 
     @once

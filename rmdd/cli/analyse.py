@@ -98,7 +98,7 @@ def linearity(
     endpoint: Endpoint = None,
     start: Annotated[float, typer.Option(help="Start epoch on the trajectory; may be a fraction such as 0.5.")] = 0.5,
     halvings: Annotated[int, typer.Option(min=1, help="How often to halve the distance between two start points.")] = 5,
-    inner_steps: Annotated[int, typer.Option(min=1, help="Student's inner steps; Proposition 1 is about one.")] = 1,
+    inner_steps: Annotated[int, typer.Option(min=1, help="Number of inner steps; Proposition 1 is about one.")] = 1,
     shortcut_only: ShortcutOnly = False,
 ) -> Output:
     """Measure how the matching gradient changes with the start point on a trajectory (Proposition 1)."""

@@ -15,7 +15,7 @@ from rmdd.cli.loading import load, load_folder
 def probe(
     call: Call,
     address: Annotated[str, typer.Argument(metavar="SET_OR_RUN", help="Folder of a distilled set or of a run.")],
-    probes: Annotated[Path, typer.Option("--probes", metavar="YAML", help="Probes, as in evaluate.probes.")],
+    probes: Annotated[Path, typer.Option("--probes", metavar="YAML", help="File of probes, as in evaluate.probes.")],
     set_: Sets = None,
 ) -> Output:
     """Score the students of a distilled set or run on more probes, without training finished students again."""

@@ -1,7 +1,7 @@
 """`Study`: the trials of a search, stored in a database of Optuna.
 
-Several drivers (processes that run the search) can share the database. A finished trial is written to it and never run
-again. If a driver dies, another one takes the lock of the trial's folder and resumes the trial with the same values.
+Several drivers (processes that run the search) can share the database. A trial that it lists as finished never runs
+again. If a driver dies, another driver locks the folder of its trial and resumes this trial with the same values.
 """
 
 import contextlib
