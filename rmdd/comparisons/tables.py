@@ -40,7 +40,7 @@ class ResultTable:
     """Whether the table holds published results, which are shown separately."""
 
     def aligned_left(self) -> list[bool]:
-        """Return for each column whether it is aligned to the left."""
+        """Return for each column of the table whether its cells are aligned to the left."""
         return [k == 0 or name in TEXTS for k, name in enumerate(self.columns)]
 
 

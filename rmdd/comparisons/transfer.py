@@ -2,7 +2,7 @@
 
 Image towers give pooled features; a classifier is removed. A set's text embeddings belong to its own encoder, so for
 another text encoder the nearest real caption of each embedding (cosine, stored with the set) is embedded again. Learned
-rates belong to the source architecture, so every tower has two rows: with these rates and with rates chosen on val.
+rates belong to the towers of the set, so every tower has two rows: with these rates and with rates chosen on val.
 """
 
 import statistics
@@ -61,7 +61,7 @@ class Transfer:
     run: config.Run
     """Run with the towers that the set was made for."""
     to: tuple[str, ...]
-    """The target towers as the user wrote them."""
+    """Arguments that name the target towers, as the user wrote them."""
     targets: tuple[config.Run, ...]
     """A copy of `run` for each target, with the towers of that target."""
     random: bool = False
@@ -182,11 +182,11 @@ def matrix(rule: config.Evaluate, rows: Sequence[dict[str, Any]], mean: Mapping[
         others.append([over, "", f"{rates} rates", *scores, *[""] * (len(extra) + 1)])
     notes = [
         f"Recall in %, {SPREAD}. Each student reads test once, after its last pass; all choices use val.",
-        "Image towers give pooled features without a classifier. Learned rates belong to the source architecture; a "
+        "Image towers give pooled features without a classifier. Learned learning rates suit the towers of the set; a "
         "rate chosen on val is one of `evaluate.baseline_lrs` and is used for both towers.",
-        "For another text encoder, the nearest real caption of each distilled text (cosine in the source space) is "
+        "For another text encoder, the nearest real caption of each distilled text (by cosine) is "
         "embedded again; `duplicate captions` counts pairs with the same caption as an earlier pair.",
-        "The mean is over the towers of this table, without the source architecture.",
+        "The mean is over the towers of this table, without the towers of the set.",
     ]
     of_source = [cells(row) for row in rows if row["source"]]
     words = f"{rule.students} students, {rule.epochs} passes per subset, batch {rule.batch}"

@@ -1,4 +1,4 @@
-"""Image augmentations for training students. All random draws come from the generator argument.
+"""Image augmentations for training students; they draw all random numbers from the generator `random`.
 
 `dsa` is the transform of Siamese augmentation (arXiv 2102.08259) as the released code applies it to students. It draws
 one of colour, crop, cutout, flip, scale and rotate for each batch, and a strength for each image. `randaugment` is the

@@ -25,7 +25,7 @@ METRICS = (*(f"IR@{k}" for k in KS), *(f"TR@{k}" for k in KS), "R@mean")
 
 @dataclass(frozen=True)
 class Interval:
-    """A metric on all images of the gallery and its confidence bounds, in percent; differences are in points."""
+    """A metric on all images of a gallery and its confidence bounds, in percent (or percentage points)."""
 
     mean: float
     low: float

@@ -40,9 +40,9 @@ Kind = Literal["select", "tune", "student", "baseline", "reference", "full", "ha
 SELECTION_KINDS = ("select", "tune", "soft_tune")
 """Kinds of jobs whose scores choose a snapshot or a setting; they are scored on val and may not read test."""
 SET_KINDS = ("select", "student", "reference", "hard", "own")
-"""Kinds of jobs that train on the distilled set."""
+"""Kinds of jobs whose students train on the distilled set."""
 RANDOM_KINDS = ("tune", "baseline", "soft_tune", "soft")
-"""Kinds of jobs that train on random pairs."""
+"""Kinds of jobs whose students train on random pairs of real images and captions."""
 
 
 class TestIsClosed(PermissionError):
@@ -53,7 +53,7 @@ class TestIsClosed(PermissionError):
 
 @dataclass(frozen=True)
 class Job:
-    """A job: one student to train and score. `index` numbers, from 0, the student, draw of random pairs or expert."""
+    """A job: one student to train and score. `index` is the number, from 0, of the student, random draw or expert."""
 
     kind: Kind
     index: int
@@ -129,7 +129,7 @@ class StudentProtocol:
 
     @property
     def updates(self) -> int:
-        """Number of SGD steps of a student of the distilled set; students of random pairs train for equally many."""
+        """Number of SGD steps of a student of the distilled set; students of random pairs take as many steps."""
         return updates(self.rule, self.phase_pairs)
 
 
@@ -333,7 +333,7 @@ def best_by_val(records: Sequence[tuple[Any, dict[str, Any]]]) -> tuple[Any, dic
 
 
 def summary(records: Sequence[dict[str, Any]], key: str) -> dict[str, dict[str, float | None]]:
-    """Return mean, sample standard deviation (None for one record) and number of values of each metric of `r[key]`."""
+    """Return mean, sample standard deviation (None for one record) and count of each metric of the section `key`."""
     rows = [r[key] for r in records]
     return {
         metric: {

@@ -27,7 +27,7 @@ Rows = Callable[[int, int], Tensor]
 
 @dataclass(frozen=True)
 class Recalls:
-    """Recalls in percent for each cut-off K. `gap` is the largest gain of a recall, in points, if ties were hits."""
+    """Recalls in percent for each cut-off K. `gap` is the largest amount that a recall would gain if ties were hits."""
 
     ir: dict[int, float]
     tr: dict[int, float]
@@ -82,7 +82,7 @@ class Ranks:
             raise ValueError("these ranks were saved without ties; rank the embeddings again")
 
         def percent(rank: Tensor, ties: Tensor, correct: Tensor, k: int) -> float:
-            """Return 100 times the mean of 1 - C(ties, q) / C(ties + correct, q), as a product of q factors.
+            """Return the expected recall in percent: the mean of 1 - C(ties, q) / C(ties + correct, q).
 
             q is the number of places among the first k that tied candidates fill.
             """

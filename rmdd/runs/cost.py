@@ -110,7 +110,7 @@ def text_features(tower: config.TextTower) -> tuple[int, str | None]:
 
 
 def model_on_meta(run: config.Run, text_width: int) -> DualEncoder:
-    """Build the run's dual encoder on the meta device. Raises `ValueError` if a tower cannot be built."""
+    """Build the run's dual encoder on PyTorch's meta device. Raises `ValueError` if a tower cannot be built."""
     image = run.model.image.model_copy(update={"weights": "random"})
     model = run.model.model_copy(update={"image": image})
     return build(model, text_width, run.data.image_size, 0, "estimate").to("meta")

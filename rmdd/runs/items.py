@@ -27,7 +27,7 @@ class ExternalPairs:
     """Training pairs that a comparison brings, not the phases of the run. Both paths are relative to the storage."""
 
     file: Path
-    """File of the pairs; `rmdd.evaluate.training_pairs` describes its format."""
+    """File of the pairs; `rmdd.evaluate.training_pairs` describes the format."""
     records: Path
     """Folder of the records of the students that train on these pairs."""
 
