@@ -1,8 +1,8 @@
-"""Image augmentation for training experts: random crop, flip, and the RandAugment variant of the BLIP data loaders.
+"""Image augmentation for expert training: random crop, flip, and the RandAugment variant of the BLIP data loaders.
 
 The operation AutoContrast differs from the published code, which subtracts the channel minimum in 8-bit arithmetic;
-that wraps around and saturates entire channels to 255. This module stretches the channels exactly. At the published
-magnitude 5, the operations Brightness and Sharpness have factor 1 and change nothing.
+this arithmetic overflows and saturates entire channels to 255. This module stretches the channels exactly. At the
+published magnitude 5, the operations Brightness and Sharpness have factor 1 and change nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Operation = Callable[[Image.Image, float, torch.Generator], Image.Image]
 
 
 def augment(image: Image.Image, rule: Augment, size: int, generator: torch.Generator) -> np.ndarray:
-    """Return a random augmented view of an image as uint8 (3, size, size); with all options off, `squash(image)`."""
+    """Augment an image at random and resize it; return uint8 (3, size, size). With all options off, only resize it."""
     if rule.crop:
         image = image.crop(_crop_box(image.size, rule, generator))
     if image.size != (size, size):
@@ -49,9 +49,9 @@ def autocontrast(image: Image.Image) -> Image.Image:
 
 
 def _crop_box(size: tuple[int, int], rule: Augment, generator: torch.Generator) -> tuple[int, int, int, int]:
-    """Return a random crop box (left, top, right, bottom), drawn like torchvision's RandomResizedCrop.
+    """Return a random crop box (left, top, right, bottom), drawn by the algorithm of torchvision's RandomResizedCrop.
 
-    If ten random boxes do not fit into the image, the box is the largest centred one whose aspect ratio is allowed.
+    If none of ten random boxes fits into the image, the box is the largest centred one whose aspect ratio is allowed.
     """
     width, height = size
     low, high = rule.crop_ratio

@@ -1,4 +1,4 @@
-"""Caption cleaning as in the papers, where the function `pre_caption` of the BLIP data loaders does it."""
+"""Caption cleaning with the rule used in the papers: the function `pre_caption` of the BLIP data loaders."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def clean(caption: str, rule: Captions) -> str:
         caption = caption.lower()
     if rule.strip_punctuation:
         caption = caption.translate(_PUNCTUATION)
-    # The published code replaces only runs of two or more spaces, so a single tab or newline inside a caption stays.
+    # The published code replaces only runs of two or more white-space characters, so a single tab or newline stays.
     caption = _RUN_OF_SPACE.sub(" ", caption).rstrip("\n").strip(" ")
     if rule.max_words is not None:
         caption = " ".join(caption.split(" ")[: rule.max_words])

@@ -20,13 +20,13 @@ class IngestCounts:
     entries: list[dict[str, Any]] = field(default_factory=list)
 
     def reject(self, file: Any, reason: str, origin: str, detail: str, captions: int) -> None:
-        """Reject a row together with all its captions: count them under `reason` and add a quarantine entry."""
+        """Reject a row: count it under `reason`, count its captions as dropped, and add a quarantine entry."""
         self.quarantine[reason] += 1
         self.captions_dropped["image_quarantined"] += captions
         self._add_entry("pair", file, reason, origin, detail)
 
     def keep_captions(self, usable: dict[str, None], captions: Iterable[Any], file: str, origin: str) -> None:
-        """Add to `usable` each of `captions` that is text, not blank and not yet there; count the others as dropped."""
+        """Add to `usable` each new caption that is text and not blank; count all other captions as dropped."""
         for caption in captions:
             if not isinstance(caption, str) or not is_text(caption):
                 self._drop(file, "caption_not_text", origin, caption)
@@ -48,7 +48,7 @@ class IngestCounts:
         }
 
     def add(self, counts: dict[str, Any]) -> None:
-        """Add the counts of another part of the ingest; `counts` is what `as_json` returned for that part."""
+        """Add the counts of one part of the ingest to this total; `counts` is the result of `as_json` for that part."""
         self.rows_in += counts["rows_in"]
         self.rows_merged += counts["rows_merged"]
         self.captions_in += counts["captions_in"]
@@ -65,7 +65,7 @@ class IngestCounts:
 
 
 def is_text(value: str) -> bool:
-    """Return whether a string can be encoded as UTF-8; half a surrogate pair, which JSON allows, cannot."""
+    """Return whether a string can be encoded as UTF-8; half a surrogate pair, which JSON allows, cannot be encoded."""
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from rmdd.config import Data
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF")
-"""Image formats that are decoded, whatever the file extension. EPS is left out: decoding it runs another program."""
+"""Image formats that are decoded, whatever their file extension; EPS is left out because it needs Ghostscript."""
 
 _ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 
@@ -52,7 +52,7 @@ def decode(
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise ImageError("too_large", f"more than {limit} pixels, PIL's own limit") from None
-    except Exception as error:  # PIL raises many types for broken files: OSError, SyntaxError, struct.error ...
+    except Exception as error:  # PIL raises many exception types for broken files, such as struct.error
         detail = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             detail = f"{len(data)} bytes of unknown image format"

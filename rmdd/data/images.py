@@ -1,6 +1,6 @@
 """Conversion of RGB images between uint8 pixels (0..255) and normalised float32 pixels.
 
-Also exports the decoding functions of `rmdd.data.decode`. N images, H x W pixels.
+Also exports the decoding functions of `rmdd.data.decode`. Shapes: N images of H x W pixels.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ NORMALISATIONS: dict[str, tuple[PerChannel, PerChannel]] = {
 
 
 def normalisation(name: str | tuple[Sequence[float], Sequence[float]]) -> tuple[PerChannel, PerChannel]:
-    """Return the mean and standard deviation per channel of pixels in [0, 1]; `name` may also be this pair itself."""
+    """Return (mean, std) per channel for pixels in [0, 1]; `name` is a known normalisation or a pair (mean, std)."""
     if isinstance(name, str):
         if name not in NORMALISATIONS:
             available = ", ".join(NORMALISATIONS)

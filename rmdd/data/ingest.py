@@ -1,11 +1,11 @@
-"""Ingest: write annotations and images as a dataset. Every row becomes part of a shard or is quarantined with a reason.
+"""Ingest: write annotations and images as a dataset. Every row is written to a shard or quarantined with a reason.
 
 The counts in the manifest add up: `rows_in` = pairs + `rows_merged` + the sum of `quarantine`, and `captions_in` =
 captions + the sum of `captions_dropped`.
 
 The input is first split into parts (`rmdd.data.plan`), each part is written independently (`rmdd.data.parts`), and the
-manifest is written last. Until then, all files of the ingest NAME are in a folder `.NAME.parts` beside the future
-dataset; an interrupted ingest resumes from that folder.
+manifest is written last. Until then, all files of an ingest into the folder NAME are in a folder `.NAME.parts`
+beside it; an interrupted ingest resumes from `.NAME.parts`.
 """
 
 from __future__ import annotations
@@ -37,18 +37,17 @@ from rmdd.data.source import SampleSource
 from rmdd.execution.tasks import Stream, sequential_stream
 
 PARTS_LAYOUT = 2
-"""Version of the file format of an unfinished ingest. An ingest that was started with another version starts again."""
+"""Version of the file format of an unfinished ingest. An ingest begun with a different version starts from scratch."""
 
 
 def ingest(data: Data, out: Path | str, stream: Stream = sequential_stream, runtime: Runtime | None = None) -> Dataset:
-    """Write the input that `data` describes as a dataset into the folder `out`, or return the dataset already there.
+    """Read the images and captions that `data` selects, write them as a dataset into the folder `out`, and return it.
 
-    An existing dataset is returned if it was made from the same input. The folder `out` appears only when the dataset
-    is complete; a second ingest into the same folder waits for the first. Unusable rows are written to
-    `quarantine.jsonl` and do not stop the ingest. An unreadable layout, or other content in `out`, raises `ValueError`.
-    An interrupted ingest keeps its finished parts. With `source: dataset` nothing is written; the dataset at
-    `data.root` is opened. With `runtime`, the dataset is also uploaded to the URI of the storage that `runtime`
-    describes.
+    An existing dataset in `out` is returned if it was made from the same input. The folder `out` appears only when the
+    dataset is complete; a second ingest into the same folder waits for the first. Unusable rows are written to
+    `quarantine.jsonl` and do not stop the ingest. Raises `ValueError` for unreadable annotations, or if `out` holds
+    files that are not this dataset. An interrupted ingest keeps its finished parts. With `source: dataset`, the dataset
+    at `data.root` is opened and nothing is written. With `runtime`, the dataset is also uploaded to the storage's URI.
     """
     if data.source == "dataset":
         return Dataset.open(data.root or "")
@@ -84,7 +83,7 @@ def ingest(data: Data, out: Path | str, stream: Stream = sequential_stream, runt
             storage.move(folders.dataset, out)
             storage.fetch(out)
         lease.check()
-        # The plan is deleted last, because its presence marks that other files of this ingest may still exist.
+        # The plan is deleted last: as long as it exists, a later ingest knows that files of this one may be left.
         for folder in (folders.dataset, folders.records, folders.path):
             if folder.is_dir():
                 remove(folder)
@@ -92,7 +91,7 @@ def ingest(data: Data, out: Path | str, stream: Stream = sequential_stream, runt
 
 
 def _input(data: Data) -> tuple[dict[str, Any], Any]:
-    """Return what identifies the input (config fields, file hashes), and the input: annotation rows or a file list."""
+    """Return the identity of the input (config fields, file hashes) and its content: annotation rows or a file list."""
     inputs: dict[str, Any] = {"config": shaping(data), "annotations": {}}
     source = sources.find(data)
     if isinstance(source, SampleSource):
@@ -112,7 +111,7 @@ def _input(data: Data) -> tuple[dict[str, Any], Any]:
 def _start_or_resume(
     folders: IngestFolders, inputs: dict[str, Any], contents: Any, data: Data, storage: Storage
 ) -> list[dict[str, Any]]:
-    """Return the parts of the unfinished ingest in `folders`, or write a new plan and return the parts of that plan."""
+    """Return the parts of the unfinished ingest in `folders`, or plan a new ingest and return the parts of its plan."""
     path, value = folders.parts, {"schema_version": SCHEMA_VERSION, "layout": PARTS_LAYOUT, **inputs}
     if path.is_file() and (plan := read_json(path))["made_from"] == value:
         begun: list[dict[str, Any]] = plan["parts"]
@@ -136,7 +135,7 @@ def _start_or_resume(
 
 
 def _finish(folders: IngestFolders, inputs: dict[str, Any], parts: list[dict[str, Any]]) -> None:
-    """Write `quarantine.jsonl` and the manifest from the records of all parts, in the order of the parts."""
+    """Write `quarantine.jsonl` and the manifest of the dataset from the record files of its parts, in part order."""
     counts, content = IngestCounts(), hashlib.sha256()
     counts.add(read_json(folders.parts)["counts"])
     shards: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
@@ -151,7 +150,7 @@ def _finish(folders: IngestFolders, inputs: dict[str, Any], parts: list[dict[str
                 quarantine.write(folders.entries(part["number"]).read_bytes())
     for shard in (shard for split in SPLITS for shard in shards[split]):
         content.update(folders.digests(shard["file"]).read_bytes())
-    for temporary_file in folders.dataset.glob(".*.tmp"):  # files that workers left when they were killed
+    for temporary_file in folders.dataset.glob(".*.tmp"):  # killed workers leave temporary files
         remove(temporary_file)
     write_json(
         folders.dataset / MANIFEST,
@@ -182,7 +181,7 @@ def _finished(out: Path, inputs: dict[str, Any], data: Data, half_moved: bool) -
     """Return the dataset in `out` if it is complete and made from `inputs`, otherwise None.
 
     `half_moved` means that an interrupted move may have left files in `out` without a manifest. Raises `ValueError` if
-    `out` has other content.
+    `out` holds a dataset made from different input, or files that are no dataset.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
@@ -214,7 +213,7 @@ def _missing_image_exists_now(dataset: Dataset, data: Data) -> bool:
 
 
 def _check_root(plan: IngestPlan, data: Data) -> None:
-    """Raise `ValueError` if image paths repeat the folder name at the end of `data.root`, which is a common mistake."""
+    """Raise `ValueError` if image paths begin with the last folder name of `data.root`, which is a common mistake."""
     if is_remote(data.root):
         return
     root = Path(data.root or "")
@@ -227,6 +226,6 @@ def _check_root(plan: IngestPlan, data: Data) -> None:
 
 
 def quarantined(dataset: Dataset) -> list[dict[str, Any]]:
-    """Return the entries of `quarantine.jsonl`; their keys: what (pair or caption), file, reason, origin, detail."""
+    """Return the entries of `quarantine.jsonl`, with the keys what (pair or caption), file, reason, origin, detail."""
     text = (dataset.path / QUARANTINE).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]

@@ -1,4 +1,4 @@
-"""Paths of input files, local or at a URI: functions that open, hash and list the files."""
+"""Input files, local or at a URI: functions that turn `data.root` into a path, and open, hash and list files."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def size_of(file: InputPath) -> int:
 
 
 def seekable(file: InputPath) -> Any:
-    """Open a file for reading from any position."""
+    """Open a file for reading bytes, with support for `seek`."""
     return file.store.open(file.inside, seekable=True) if isinstance(file, RemotePath) else file.open("rb")
 
 

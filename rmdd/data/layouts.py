@@ -1,4 +1,4 @@
-"""File names of known datasets: where annotation files and image files may be; and reading of text and JSON files."""
+"""Known paths of annotation and image files in public datasets, and functions that read text and JSON files."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _COCO_2014 = re.compile(r"COCO_(?:train|val)2014_(\d{12}\.\w+)")
 
 
 def find_annotation(root: InputPath, names: Iterable[str], what: str) -> InputPath:
-    """Return the first file of `names` that exists in `root`, in `annotations/` or in `annotations/` beside `root`.
+    """Return the first existing file of `names`, searched in `root`, `root/annotations` and `root/../annotations`.
 
-    Raises `ValueError` if none of the files exists; `what` says in the error message which file is needed.
+    Raises `ValueError` if none of the files exists; its message calls the missing file `what`.
     """
     tried = [root / folder / name for name in names for folder in _ANNOTATION_FOLDERS]
     for path in tried:
@@ -44,7 +44,7 @@ def find_annotation(root: InputPath, names: Iterable[str], what: str) -> InputPa
 def alternatives(path: str, layout: str | None) -> list[str]:
     """Return the relative paths at which an image may be found; the given `path` comes first.
 
-    COCO 2014 images may also have their 2017 names, and Flickr images may be in the folders that their archives create.
+    COCO 2014 images may have their 2017 names instead; Flickr images may be in a folder that unpacking has created.
     """
     name = PurePosixPath(path).name
     paths = [path] + [f"{folder}/{name}" for folder in _IMAGE_FOLDERS.get(layout or "", ())]
@@ -78,7 +78,7 @@ def read_text(path: InputPath) -> str:
 
 
 def describe(value: Any) -> str:
-    """Return a description in a few words of a JSON value, for an error message."""
+    """Describe a JSON value in a few words, for an error message."""
     if isinstance(value, dict):
         return f"an object with {', '.join(list(value)[:6]) or 'no keys'}"
     if isinstance(value, list):

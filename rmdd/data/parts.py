@@ -1,7 +1,7 @@
-"""Parts of an ingest: a worker reads the input of one part and writes the shards and the record of this part.
+"""Parts of an ingest: a worker reads the input of one part and writes the shards and a record file of this part.
 
-The bytes of a part depend only on its input, so any worker can write the part, in any order, and writing it twice is
-harmless. A worker holds one row group per split (train, val, test) in memory.
+The written bytes depend only on the input, so any worker can write any part, in any order, and writing a part twice
+is harmless. A worker holds one row group per split (train, val, test) in memory.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from rmdd.data.source import Candidate, SampleSource
 
 @dataclass(frozen=True)
 class IngestPart:
-    """The input of one part: a file of planned rows, a tar file, or a range of row groups of a Parquet file."""
+    """The input of one part of an ingest: rows from its planning step, a tar file, or row groups of a Parquet file."""
 
     number: int
     kind: str
-    """`listed` for planned rows, otherwise the value of `data.source` that names the `SampleSource`."""
+    """`listed` for rows from the planning step, otherwise the value of `data.source`, which names a `SampleSource`."""
     file: str
     """Path of the input file: relative to the plan folder if `kind` is `listed`, otherwise relative to `data.root`."""
     start: int = 0
     stop: int = 0
-    """Exclusive end of the range that begins at `start`, such as a range of row groups; 0 and 0: the entire file."""
+    """End (exclusive) of the range to read, such as row groups `start` to `stop`; both are 0 to read the whole file."""
     split: str | None = None
-    """Split (train, val or test) of all pairs of this part; None if each pair may have another split."""
+    """Split (train, val or test) of all pairs of this part; None if its pairs may be in different splits."""
 
 
 @dataclass(frozen=True)
 class IngestFolders:
-    """The folders of an unfinished ingest: the plan, the records of finished parts, and the future dataset."""
+    """Paths in the folder of an unfinished ingest: the plan, the record files of finished parts, the new dataset."""
 
     path: Path
 
@@ -54,7 +54,7 @@ class IngestFolders:
 
     @property
     def parts(self) -> Path:
-        """The file that lists all parts of the ingest; the file exists as soon as the plan is complete."""
+        """The file that lists all parts of the ingest; it is written last, so it exists once the plan is complete."""
         return self.plan / "plan.json"
 
     @property
@@ -77,7 +77,7 @@ class IngestFolders:
 
 
 class PartWriter:
-    """A worker that writes the shards and the record of one part into `folders`; a part written before is only checked.
+    """A worker that writes the shards and the record file of a part of an ingest, or checks a part that exists already.
 
     With `runtime`, the paths of `folders` are relative to the storage, because each machine may mount the storage
     elsewhere.
@@ -90,10 +90,10 @@ class PartWriter:
         self.storage.fetch(self.folders.plan)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        """Write a part, given as the fields of an `IngestPart`, or check it if it was written before.
+        """Write the part that `item` (the fields of an `IngestPart`) describes, or check it if it exists already.
 
-        Returns the part's number, its number of pairs, and as `fresh` whether this call wrote it. Raises `OSError` for
-        an error of a disk or of the storage.
+        Returns the part's number, its number of pairs, and as `fresh` whether this call wrote it. Raises `OSError` if
+        a disk or the storage fails.
         """
         part = IngestPart(**item)
         try:
@@ -112,7 +112,7 @@ class PartWriter:
         return {"number": part.number, "pairs": sum(s["rows"] for s in record["shards"]), "fresh": fresh}
 
     def _finished(self, part: IngestPart) -> dict[str, Any] | None:
-        """Return the record of a part if all its files exist and its shards are intact, otherwise None."""
+        """Return the JSON record of a part if the files of the part exist and its shards are intact, otherwise None."""
         path = self.folders.record(part.number)
         if not path.is_file():
             return None
@@ -146,7 +146,7 @@ class PartWriter:
         return record
 
     def _pairs(self, part: IngestPart, counts: IngestCounts) -> Iterator[Pair]:
-        """Yield the usable pairs of a part in the order of the input, and add the rejected rows to `counts`."""
+        """Yield the usable image-caption pairs of a part in input order, and count the rejected rows in `counts`."""
         candidates: Iterator[Candidate]
         if isinstance(self.source, SampleSource):
             candidates = self.source.candidates(part.file, (part.start, part.stop), part.split, self.data, counts)

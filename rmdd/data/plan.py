@@ -1,7 +1,7 @@
-"""The plan of an ingest: its input is checked, merged and split into parts before any image is opened.
+"""Planning of an ingest: the annotations are checked, merged and divided into parts before any image is opened.
 
-Annotation lists are held in memory during planning (about 0.5 kB per row), and the planned rows are then written to
-disk. Of tar and Parquet files only a list is made.
+Annotation lists are held in memory during planning (about 0.5 kB per row), and the merged rows are then written to
+disk. For tar and Parquet files, the plan contains only the list of files.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from rmdd.data.source import NO_SPLIT, AnnotationRow, SampleSource, hash_split
 
 _DRIVE = re.compile(r"[A-Za-z]:")
 
-# A part never has more rows than these constants say, so that a dataset of small images still has many parts.
+# These limits on the rows in a part of an ingest make sure that a dataset of small images still has many parts.
 _FILES_PER_PART = 8192
 _DRAWINGS_PER_PART = 512
 _REMOTE_FILES_PER_PART = 2048
-"""Largest number of remote files in a part; file sizes are not used, because reading each would cost a request."""
+"""Largest number of remote files in a part; remote parts have no size limit, as each file size costs a request."""
 
 
 @dataclass
 class IngestPlan:
-    """The merged annotations of all rows of an ingest, in memory and without images."""
+    """The result of planning an ingest: counts, and the path and merged captions of each image, without its pixels."""
 
     counts: IngestCounts = field(default_factory=IngestCounts)
     pairs: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {split: [] for split in SPLITS})
 
     def images(self) -> Iterator[str]:
-        """Yield in order the paths of the images that are read from files; generated images are left out."""
+        """Yield in order the paths of the images that are read from files, without generated images."""
         return (pair["pair_id"] for split in SPLITS for pair in self.pairs[split] if pair["drawing"] is None)
 
 
 def make_plan(rows: Iterable[AnnotationRow], data: Data) -> IngestPlan:
-    """Check paths and captions, and merge all rows of an image into one pair, at the position of the image's first row.
+    """Check the paths and captions of `rows`, and merge all rows of an image into one pair, placed at its first row.
 
     Raises `ValueError` if there are no rows, or if an image is listed in two splits.
     """
@@ -89,7 +89,7 @@ def make_plan(rows: Iterable[AnnotationRow], data: Data) -> IngestPlan:
 
 
 def write_parts(plan: IngestPlan, data: Data, folder: Path) -> list[IngestPart]:
-    """Divide the planned pairs into parts, and write the rows of each part as a Parquet file into `folder`."""
+    """Divide the pairs of `plan` into parts of the ingest, and write each part as a Parquet file into `folder`."""
     parts: list[IngestPart] = []
     for split in SPLITS:
         for rows in _split_rows(plan.pairs[split], data):
@@ -107,7 +107,7 @@ def file_parts(source: SampleSource, files: list[tuple[str, int, str | None]], d
 
 
 def _split_rows(pairs: list[dict[str, Any]], data: Data) -> Iterator[list[dict[str, Any]]]:
-    """Yield the pairs of each part; a part ends when its files reach `data.shard_mb` or it has the maximum of rows."""
+    """Divide `pairs` into parts; a part ends when its image files reach `data.shard_mb`, or at the maximum of rows."""
     limit = data.shard_mb * 2**20
     remote = is_remote(data.root)
     root = "" if remote else str(input_path(data.root))

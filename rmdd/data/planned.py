@@ -1,4 +1,4 @@
-"""The images of planned rows: an image is read from its file, or drawn by the `draw` function of the data source."""
+"""Images for the rows of an ingest plan: read from files, or drawn by the `draw` function of the data source."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _PATH_ERRORS = (errno.EACCES, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)
 
 
 def candidates(plan: Path, data: Data, source: AnnotationSource) -> Iterator[Candidate]:
-    """Yield the planned rows of the Parquet file `plan` together with the bytes of their images."""
+    """Read the rows of an ingest plan from the Parquet file `plan`; yield each row with the bytes of its image."""
     root = input_path(data.root)
 
     def image_of(row: dict[str, Any]) -> bytes | ImageError:

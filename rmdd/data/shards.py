@@ -1,4 +1,4 @@
-"""A dataset on disk: Parquet shards of pairs, and a manifest that is written last.
+"""A dataset on disk: Parquet shards of image-caption pairs, and a manifest that is written last.
 
 A shard holds pairs of one split (train, val or test), in order. The hash of a dataset covers only its rows; the hash
 does not depend on the folder, on how the rows are divided into shards, or on the version of the Parquet writer.
@@ -67,7 +67,7 @@ class ShardWriter:
     def __init__(self, path: Path):
         self.path = path
         self.digests = bytearray()
-        """The concatenated digests of all pairs written so far."""
+        """The concatenated SHA-256 digests of all pairs written so far."""
         self._captions = 0
         self._rows: list[Pair] = []
         self._group_size = 0
@@ -85,7 +85,7 @@ class ShardWriter:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        # `finish` has closed a complete shard before. If the shard is incomplete, an error was already raised.
+        # `finish` has already closed a complete shard; for an incomplete shard, an error is already being raised.
         with contextlib.suppress(OSError):
             self._writer.close()
         self._atomic_path.__exit__(*error)
@@ -100,7 +100,7 @@ class ShardWriter:
             self._flush()
 
     def finish(self) -> dict[str, Any]:
-        """Write the pairs still in memory, and return the entry for this shard in the manifest."""
+        """Write the pairs still in memory, and return the manifest entry of this shard."""
         self._flush()
         self._writer.close()
         return {
@@ -121,7 +121,7 @@ class ShardWriter:
 
 
 class Dataset:
-    """A complete dataset on disk. `open` checks that all shards exist and their sizes; `verify` checks every byte."""
+    """A complete dataset on disk. `open` checks the existence and size of all shards; `verify` checks every byte."""
 
     def __init__(self, path: Path, manifest: dict[str, Any]):
         self.path = path
@@ -129,7 +129,7 @@ class Dataset:
 
     @classmethod
     def open(cls, path: Path | str) -> Dataset:
-        """Open a dataset. Raises `ValueError` if `path` is no dataset, is incomplete or has another schema version."""
+        """Open a dataset. Raises `ValueError` if `path` is no complete dataset of the current schema version."""
         path = Path(path)
         if not (path / MANIFEST).is_file():
             raise ValueError(f"{path} is not a dataset: it has no {MANIFEST}; make a dataset with `rmdd ingest`")
@@ -165,7 +165,7 @@ class Dataset:
         return counts
 
     def columns(self, split: str, *names: str) -> Iterator[tuple[Any, ...]]:
-        """Yield the rows of a split in order, as tuples of the columns `names`; other columns are not read."""
+        """Yield the rows of a split in order, as tuples of the columns `names`; only these columns are read."""
         if split not in SPLITS:
             raise ValueError(f"unknown split '{split}'; available: {', '.join(SPLITS)}")
         for shard in self.manifest["shards"]:

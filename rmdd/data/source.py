@@ -1,4 +1,4 @@
-"""Data sources: the two kinds of data source, and the rows that they yield.
+"""The interface of data sources: the two kinds of source, and the rows that they yield.
 
 An `AnnotationSource` reads lists that name images and captions, and does not open images. A `SampleSource` lists files
 that contain images and captions together; ingest workers read these files. Each data source is one file in
@@ -55,7 +55,7 @@ def as_captions(value: Any) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A row with checked captions and the bytes of its image. The row becomes a pair if the image can be decoded."""
+    """An input row with checked captions and the image bytes. It becomes a pair of the dataset if the image decodes."""
 
     pair_id: str
     captions: tuple[str, ...]
@@ -66,7 +66,7 @@ class Candidate:
 
 
 def hash_split(path: str, fractions: tuple[float, float, float]) -> str:
-    """Return the split of an image, chosen by a hash of its path; other images added or removed do not change it."""
+    """Return the split of an image, chosen by a hash of its path only, so the other images do not matter."""
     share = int.from_bytes(hashlib.sha256(f"rmdd split/{path}".encode()).digest()[:8], "big") / 2**64
     return "train" if share < fractions[0] else "val" if share < fractions[0] + fractions[1] else "test"
 
@@ -81,7 +81,7 @@ def named_split(path: str) -> str | None:
 
 
 def sample_files(data: Data, source: Literal["parquet", "webdataset"]) -> list[tuple[str, int, str | None]]:
-    """Return path relative to `data.root`, size in bytes and split of each file that matches `data.SOURCE.files`."""
+    """Return (path relative to `data.root`, size in bytes, split) of each file that matches `data.SOURCE.files`."""
     root, rule = input_path(data.root), getattr(data, source)
     if not (paths := find(root, rule.files)):
         raise ValueError(f"no file under {root} matches data.{source}.files '{rule.files}'; correct the pattern")
@@ -93,9 +93,9 @@ class AnnotationSource:
     """A data source that reads lists of image names and captions."""
 
     rows: Callable[[Data], tuple[Iterator[AnnotationRow], list[InputPath]]]
-    """Returns the rows in file order, and the annotation files. Raises `ValueError` for an unreadable file."""
+    """Function: return the rows in file order and the annotation files; raise `ValueError` for an unreadable file."""
     draw: Callable[[InputPath, str], bytes] | None = None
-    """Draws an image from `data.root` and `AnnotationRow.drawing`, and returns an image file. None: no row is drawn."""
+    """Function of `data.root` and `AnnotationRow.drawing` that returns an image file; None if no image is drawn."""
     cut_by_hash: bool = False
     """Whether some rows have no split in the input; a hash and `data.split_fractions` then choose the split."""
     without_list: bool = False
@@ -107,8 +107,8 @@ class SampleSource:
     """A data source that reads files in which images and captions are stored together."""
 
     files: Callable[[Data], list[tuple[str, int, str | None]]]
-    """Returns the path relative to `data.root`, size in bytes and split of each file (None: the name has no split)."""
+    """Function: return (path relative to `data.root`, size in bytes, split or None if unknown) of each file."""
     candidates: Callable[[str, tuple[int, int], str | None, Data, IngestCounts], Iterator[Candidate]]
-    """Called with file, range, split, data, counts. Yields the usable rows of the range; adds all of them to counts."""
+    """Function of file, range, split, data and counts: yield the range's usable rows; add all its rows to counts."""
     ranges: Callable[[list[str], Data], list[list[tuple[int, int]]]] = lambda files, data: [[(0, 0)]] * len(files)
-    """Returns for each file the ranges in which it is read, such as ranges of row groups; (0, 0) is the entire file."""
+    """Function: return for each file the ranges to read, such as ranges of row groups; (0, 0) is the entire file."""

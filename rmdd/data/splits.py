@@ -1,8 +1,8 @@
 """A split (train, val or test) of a dataset, ready for training: cleaned captions, and images resized for the model.
 
-N images, T captions, images of S x S pixels. Decoding and resizing happen once, at the first access to the images, and
+Shapes: N images of S x S pixels, T captions. Decoding and resizing happen once, at the first access to the images, and
 the result is kept in a cache on disk. The names of cache files are hashes of everything that determines their content,
-so runs can share a cache, and it can be deleted at any time.
+so runs can share a cache, and deleting a cache is always safe.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class DecodedImages:
 
     def open(self) -> np.ndarray:
         if not len(self.rows):
-            return np.zeros(self.shape, dtype=np.uint8)  # numpy cannot memory-map an empty file
+            return np.zeros(self.shape, dtype=np.uint8)  # because numpy cannot memory-map an empty file
         if not self.written:
             with hold_folder(self.path.with_suffix(""), wait=True):
                 if not self.written:
@@ -90,14 +90,14 @@ class Split:
         return self.pixels if isinstance(self.pixels, np.ndarray) else self.pixels.open()
 
     def some_images(self, index: np.ndarray) -> np.ndarray:
-        """Return the images at positions `index` as uint8 (n, 3, S, S); without a cache, only these are decoded."""
+        """Return the images at positions `index` as uint8 (n, 3, S, S); without a cache, no others are decoded."""
         if isinstance(self.pixels, np.ndarray) or self.pixels.written:
             chosen: np.ndarray = self.images[index]
             return chosen
         return self.pixels.decode(np.asarray(index))
 
     def cache_bytes(self, encoded: bool) -> int:
-        """Return the size of the image cache in bytes: exact for decoded images, approximate if `encoded`.
+        """Return the size of the cache of decoded images in bytes, or an estimate for the cache of encoded images.
 
         The size is 0 for images in memory, which need no cache.
         """
@@ -108,7 +108,7 @@ class Split:
         return int(np.prod(self.pixels.shape))
 
     def facts(self) -> dict[str, int]:
-        """Return the numbers of pairs and captions in this split, and of those that caption cleaning removed."""
+        """Return the numbers of pairs and captions in this split, and the numbers that caption cleaning removed."""
         return {"pairs": len(self), "captions": len(self.captions)} | {
             f"dropped_{k}": n for k, n in self.dropped.items()
         }
@@ -164,7 +164,7 @@ def squashed(image: bytes, data: Data) -> np.ndarray:
 def _encoded_cache(dataset: Dataset, split: str, rows: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return the encoded images as one array of bytes, and the N+1 offsets of the images in it.
 
-    Both are cache files, which are written if missing; the offsets are last, so their file marks a complete cache.
+    Both are cache files, written if missing. The offsets are written last, so their file marks a complete cache.
     """
     offsets = path.with_suffix(".offsets.npy")
     if not (offsets.is_file() and path.is_file()):
@@ -180,9 +180,9 @@ def _encoded_cache(dataset: Dataset, split: str, rows: np.ndarray, path: Path) -
 
 
 def read_rows(dataset: Dataset, split: str, rows: np.ndarray) -> Iterator[tuple[int, bytes]]:
-    """Yield (row, encoded image) for the shard rows `rows` of a split, ascending and without duplicates.
+    """Yield (row number, encoded image) for the numbers `rows` of a split, in ascending order without duplicates.
 
-    Only the row groups that contain these rows are read from disk.
+    Only the Parquet row groups that contain these rows are read from disk.
     """
     wanted, first = np.unique(rows), 0
     for shard in dataset.manifest["shards"]:

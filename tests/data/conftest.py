@@ -14,7 +14,7 @@ def root(tmp_path):
 
 @pytest.fixture
 def draw(root):
-    """Return a function that writes a small image to each given path relative to `root`; images differ by path."""
+    """Fixture: a function that writes small noise images to given paths below `root`; each path has its own noise."""
 
     def write(*paths, size=(6, 5)):
         for path in paths:
@@ -27,7 +27,7 @@ def draw(root):
 
 @pytest.fixture
 def put(root):
-    """Return a function that writes an annotation file into `root`: a string unchanged, any other value as JSON."""
+    """Fixture: a function that writes an annotation file into `root`: a string unchanged, any other value as JSON."""
 
     def write(path, content, **options):
         (root / path).parent.mkdir(parents=True, exist_ok=True)

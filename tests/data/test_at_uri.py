@@ -1,4 +1,4 @@
-"""Ingest into a storage at a URI: resuming on another machine after a kill, and how often files are transferred."""
+"""Check that an ingest into a storage at a URI resumes on a second machine, and transfers each shard once."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ SCENES = config.Data(scenes=config.Scenes(train=6, val=2, test=2, size=16), imag
 
 @pytest.fixture
 def machine(uri, tmp_path):
-    """Return a function that gives the runtime, the local mirror and the dataset folder of the machine `name`."""
+    """Fixture: a function that simulates a machine `name` and returns its runtime, local mirror and dataset folder."""
     roots = []
 
     def machine(name):

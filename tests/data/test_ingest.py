@@ -1,4 +1,4 @@
-"""Check the counts in the manifest of an ingest, resuming an ingest, and input that an ingest refuses."""
+"""Check that an ingest counts every row in its manifest, resumes after a failure, and refuses unusable input."""
 
 import errno
 import json
@@ -16,7 +16,7 @@ from rmdd.data.shards import Dataset
 
 
 def adds_up(dataset):
-    """Check that each input row and caption is in a shard or counted by a reason of rejection; return the dataset."""
+    """Check that each input row and caption is in a shard or counted with a reason of rejection; return the dataset."""
     manifest = dataset.manifest
     pairs = sum(count["pairs"] for count in dataset.counts.values())
     captions = sum(count["captions"] for count in dataset.counts.values())
@@ -35,7 +35,7 @@ def adds_up(dataset):
 
 @pytest.fixture
 def messy(root, draw, put):
-    """A train list with usable rows and with rows for every reason of rejection."""
+    """Fixture: config of a train list that has usable rows, and rows for every reason of rejection."""
     draw("a.png", "b.png", "sub/c.png", "d.png", "png_named.jpg")
     draw("huge.png", size=(90, 90))
     (root / "text.png").write_text("not an image")
@@ -49,11 +49,11 @@ def messy(root, draw, put):
         ("a.png", "first"),
         ("b.png", "one"),
         ("a.png", "second"),
-        ("a.png", "first"),  # an exact duplicate of this image's first caption
-        ("a.png", " \n"),  # a caption of white space only
+        ("a.png", "first"),  # this caption repeats the image's first caption exactly
+        ("a.png", " \n"),  # this caption is only white space
         ("sub\\c.png", "with a Windows separator"),
         ("./sub//c.png", "the same image again"),
-        ("d.png", ""),  # no caption of this image is usable
+        ("d.png", ""),  # this image has no usable caption
         ("d.png", None),
         ("png_named.jpg", ["a list", 7, "in train"]),
         ("text.png", "x"),
@@ -164,7 +164,7 @@ def test_other_input_into_the_same_folder_is_refused(messy, put, tmp_path):
 
 def test_a_folder_with_other_content_is_refused(messy, tmp_path):
     (tmp_path / "precious").mkdir()
-    ingest(messy, tmp_path / "precious")  # an ingest into an empty folder is accepted
+    ingest(messy, tmp_path / "precious")  # an ingest accepts an empty folder
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
     with pytest.raises(ValueError, match="is not a dataset"):

@@ -8,7 +8,7 @@ from rmdd.data.inputs import RemotePath, find, input_path
 
 @pytest.fixture
 def memory():
-    """An in-memory fsspec store. pyarrow has no support of its own for it, unlike for S3."""
+    """Fixture: an empty in-memory store, which pyarrow can read only through fsspec, unlike S3."""
     fs = fsspec.filesystem("memory")
     fs.store.clear()
     yield fs

@@ -28,7 +28,7 @@ PAIRS = 60
 
 @pytest.fixture
 def data(root, put):
-    """Sixty images of noise, three of them unusable, which an ingest splits into about twenty parts."""
+    """Fixture: config of sixty noise images, three of them unusable, that an ingest divides into about twenty parts."""
     draws = np.random.default_rng(0)
     lines = ["image,caption,split"]
     for i in range(PAIRS):
@@ -43,7 +43,7 @@ def data(root, put):
 
 
 def files(folder):
-    """Return the content of all files of a dataset by name, without the command line in the manifest, which differs."""
+    """Return the content of a dataset's files by name, without the manifest's command line, which differs per run."""
     contents = {path.name: path.read_bytes() for path in folder.iterdir()}
     manifest = json.loads(contents.pop("manifest.json"))
     manifest.pop("command")
@@ -124,7 +124,7 @@ def test_an_ingest_resumes_after_its_ray_driver_was_killed(root, draw, put, tmp_
 
 
 class MortalWriter(PartWriter):
-    """A part writer that kills its process once, in the middle of part 3."""
+    """A `PartWriter` that kills its own process once, in the middle of part 3 of the ingest."""
 
     def _pairs(self, part, counts):
         for pair in super()._pairs(part, counts):
@@ -184,7 +184,7 @@ def test_damaged_shards_are_written_again(data, undisturbed, tmp_path):
 
 
 def test_a_full_disk_is_reported_and_finished_parts_are_kept(data, undisturbed, tmp_path):
-    """The test simulates a full disk by a limit on the size of files that the process may write."""
+    """A limit on the size of the files that the process may write simulates a full disk."""
     big = data.model_copy(update={"shard_mb": 0.03})
     code = (
         "import resource, sys\n"

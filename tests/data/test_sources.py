@@ -1,4 +1,4 @@
-"""Check a custom input format that is a new file in `rmdd/data/sources`, or comes from another package."""
+"""Check custom input formats, added as a file in `rmdd/data/sources` or by an installed package."""
 
 import importlib
 import io
@@ -49,7 +49,7 @@ def data(root, draw, put):
 
 @pytest.fixture
 def one_file(tmp_path, monkeypatch):
-    """Install the custom formats `lines` and `tiles` as files in the folder of the built-in sources."""
+    """Fixture: install the custom formats `lines` and `tiles` as files in the folder of the built-in sources."""
     (tmp_path / "formats").mkdir()
     (tmp_path / "formats" / "lines.py").write_text(LINES)
     (tmp_path / "formats" / "tiles.py").write_text(TILES)
@@ -63,7 +63,7 @@ def one_file(tmp_path, monkeypatch):
 
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
-    """Install the custom format `lines` as another package, which registers an entry point."""
+    """Fixture: install the custom format `lines` as a separate package that registers an entry point."""
     (tmp_path / "lined.py").write_text(LINES)
     install(tmp_path, "lined", "rmdd.sources")
     monkeypatch.syspath_prepend(tmp_path)

@@ -53,7 +53,7 @@ def test_the_cache_is_reused_and_depends_on_the_settings(scenes, tmp_path):
         assert len(load_split(dataset, "val", data.model_copy(update=change), cache).images)
     assert len(files()) == 6
     assert len(load_split(dataset, "val", data.model_copy(update={"captions": Captions(max_words=3)}), cache).images)
-    assert len(files()) == 6  # no new file: other caption cleaning does not change the image cache
+    assert len(files()) == 6  # changed caption cleaning adds no file to the image cache
 
 
 def test_several_workers_may_build_the_cache_at_the_same_time(scenes, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from rmdd.data.source import AnnotationSource, SampleSource
 
 
 def find(data: Data) -> AnnotationSource | SampleSource:
-    """Return the source named `data.source`. Raises `ValueError` if there is none or `data.root` is not a folder."""
+    """Return the source that `data.source` names. Raises `ValueError` if it is unknown or `data.root` is no folder."""
     source = by_name.find(data.source)
     if not isinstance(source, AnnotationSource | SampleSource):
         raise ValueError(f"data.source '{data.source}' has a SOURCE that is no AnnotationSource or SampleSource")

@@ -22,8 +22,8 @@ from rmdd.data.source import AnnotationRow, AnnotationSource
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 CIFAR = {"cifar10": ("batches.meta.txt", "test_batch.bin", 1), "cifar100": ("fine_label_names.txt", "test.bin", 2)}
-"""Per CIFAR layout: the file with class names, the file with images, and the number of label bytes before each image,
-of which the last is the class."""
+"""For each CIFAR layout: the file of class names, the file of images, and the number of label bytes before each image.
+The last label byte is the class."""
 _PIXELS = 3 * 32 * 32
 _KAGGLE = "ImageId,PredictionString"
 
@@ -31,7 +31,7 @@ _KAGGLE = "ImageId,PredictionString"
 @dataclass(frozen=True)
 class Labelled:
     names: dict[str, tuple[str, ...]]
-    """The names of each class, the preferred name first. Classes are sorted by id; CIFAR classes have CIFAR's order."""
+    """Names of each class by class id, the preferred name first; ids are sorted, or in CIFAR's order for CIFAR."""
     pictures: list[AnnotationRow]
     files: list[InputPath]
     """The annotation files that were read."""

@@ -1,6 +1,6 @@
-"""COCO-QA: four text files per split, in which equal line numbers belong together.
+"""COCO-QA: four text files per split; line i of each file belongs to question i.
 
-Each test question gives a row with its image, which is in val2014. A question is lower-case, tokenised and has no
+Each test question becomes a row with its image from val2014. A question is lower-case, tokenised and has no
 question mark.
 """
 
@@ -57,7 +57,7 @@ def read(data: Any, split: str) -> list[Question]:
 
 
 def sampled_questions(data: Any) -> list[Question]:
-    """Return the test questions used: all, or `data.cocoqa.questions` of them, chosen by a hash of seed and line."""
+    """Return all test questions, or `data.cocoqa.questions` of them, chosen by a hash of seed and line number."""
     questions, rule = read(data, "test"), data.cocoqa
     if rule.questions is None or rule.questions >= len(questions):
         return questions

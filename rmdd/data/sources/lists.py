@@ -2,9 +2,9 @@
 
 The train list has one record per caption; the val and test lists have one record per image, whose `caption` is a list.
 CC3M has one record per caption in all splits. Every split accepts both forms of records. Some original releases are
-accepted too: Flickr8k's token file with its three lists of image names, and Kaggle's `captions.txt`. A hash assigns the
-images of releases without published splits: Flickr30k's token file, and the `metadata.json` or `chat.json` of LLaVA's
-CC3M (here with exact split sizes).
+accepted too: Flickr8k's token file with its three lists of image names, and Kaggle's `captions.txt`. Releases without
+published splits are split by a hash of the image path: Flickr30k's token file, and the `metadata.json` or `chat.json`
+of LLaVA's CC3M (with exact split sizes).
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _rows(path: InputPath, records: list[dict[str, Any]], split: str, source: st
 
 
 def _released(root: InputPath, layout: str, shares: Shares) -> tuple[Iterator[AnnotationRow], list[InputPath]] | None:
-    """Read an original release that has no splits; return None if none of its files exists."""
+    """Read the original release of a dataset without published splits; return None if none of its files exists."""
     if layout == "flickr30k" and (path := root / FLICKR30K_TOKENS).is_file():
         return _token_rows(path, None, layout), [path]
     for name in CC3M_RELEASED if layout == "cc3m" else ():
@@ -115,7 +115,7 @@ def _cut_exactly(rows: Iterator[AnnotationRow], shares: Shares) -> Iterator[Anno
 
 
 def ends(total: int, shares: Shares) -> tuple[int, int]:
-    """Return the exclusive ends of train and val when `total` images are divided in the shares (train, val, test).
+    """Return the ends (exclusive) of train and val when `total` images are divided in the shares (train, val, test).
 
     >>> ends(595_375, (0.6, 0.2, 0.2))  # 357,225, 119,075 and 119,075
     (357225, 476300)

@@ -142,7 +142,7 @@ def _rows(config: Scenes) -> Iterator[AnnotationRow]:
 
 
 def plan(config: Scenes) -> dict[str, list[Scene]]:
-    """Draw distinct scenes for all splits. Test and val come first, so a larger train split does not change them."""
+    """Draw distinct scenes for all splits. Test and val come first, so they do not depend on the size of train."""
 
     earlier: set[Scene] = set()
     drawn: dict[str, list[Scene]] = {}
@@ -209,7 +209,7 @@ def _shift(scene: Scene, seed: int, split: str, index: int) -> list[list[float]]
 
 
 def _sentence(sentence: str, scene: Scene, draws: torch.Generator) -> str:
-    short = len(scene.things) == 3  # keeps captions below 30 words, the limit used in the papers
+    short = len(scene.things) == 3  # this keeps captions below 30 words, the limit of the papers
     names = {letter: _phrase(thing, short, draws) for letter, thing in zip("ABC", scene.things, strict=False)}
     background = _pick(("a {} background", "a {} ground", "a {} backdrop"), draws).format(scene.background)
     return sentence.format(**names, Z=background, place=scene.place)

@@ -61,7 +61,7 @@ class TruncatedTar(Exception):
 
 
 class _Header(tarfile.TarInfo):
-    """A tar header that raises `TruncatedTar` if it is damaged; tarfile itself takes a damaged header for the end."""
+    """A tar header that raises `TruncatedTar` if damaged; `tarfile` would treat a damaged header as the end."""
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> _Header:
@@ -86,7 +86,7 @@ def files(data: Data) -> list[tuple[str, int, str | None]]:
 def candidates(
     file: str, _range: tuple[int, int], split: str | None, data: Data, counts: IngestCounts
 ) -> Iterator[Candidate]:
-    """Yield the usable samples of a tar file in order. If the tar is damaged, the rest is quarantined as one row."""
+    """Yield the usable samples of a tar file in order. If the tar is damaged, its rest is quarantined as one row."""
     keys: set[str] = set()
     try:
         for sample in samples(input_path(data.root) / file):
@@ -99,7 +99,7 @@ def candidates(
 
 
 def samples(tar: InputPath) -> Iterator[Sample]:
-    """Yield the samples of a tar file. Raises `TruncatedTar`, `tarfile.TarError` or `EOFError` if it is damaged."""
+    """Yield the samples of a tar file; for a damaged file, raise `TruncatedTar`, `tarfile.TarError` or `EOFError`."""
     with tar.open("rb") as f, tarfile.open(fileobj=f, mode="r|*", tarinfo=_Header) as archive:
         sample = None
         for member in archive:

@@ -20,7 +20,7 @@ def picture(seed, kind="JPEG"):
 
 @pytest.fixture
 def pack(root):
-    """Return a function that writes a tar file, relative to `root`, with the members given as (name, content) pairs."""
+    """Fixture: a function that writes a tar file below `root` with the given members, (name, content) pairs."""
 
     def write(path, members, mode="w"):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
@@ -120,14 +120,14 @@ def test_a_truncated_tar_is_quarantined_with_the_number_of_good_samples(root, pa
     with tarfile.open(root / "1.tar") as archive:
         offsets = [m.offset for m in archive.getmembers()] + [archive.offset]
     damaged = bytearray(content)
-    damaged[offsets[6] + 20] ^= 1  # makes the checksum of a tar header wrong
+    damaged[offsets[6] + 20] ^= 1  # the checksum of this tar header is now wrong
     for number, (cut, pairs) in enumerate(
         {
             content[: offsets[6]]: 2,  # the tar ends between two samples
             content[: offsets[6] + 100]: 2,  # the tar ends within a header
             content[: offsets[6] + 700]: 2,  # the tar ends within an image
             bytes(damaged): 2,
-            content[: offsets[12]]: 4,  # only the end mark is missing
+            content[: offsets[12]]: 4,  # the tar lacks only its end mark
             content[:300]: None,
         }.items()
     ):
@@ -138,7 +138,7 @@ def test_a_truncated_tar_is_quarantined_with_the_number_of_good_samples(root, pa
         kept_pairs = sum(c["pairs"] for c in dataset.counts.values()) - 1
         (entry,) = quarantined(dataset)
         assert entry["file"] == "1.tar"
-        # The last sample before the cut may be incomplete and is then not kept as a pair.
+        # If the last sample before the cut is incomplete, it is not kept as a pair.
         expected = f"everything after {kept_pairs} samples"
         assert pairs is None or (kept_pairs in (pairs - 1, pairs) and expected in entry["detail"])
 
@@ -146,7 +146,7 @@ def test_a_truncated_tar_is_quarantined_with_the_number_of_good_samples(root, pa
 def test_reading_a_tar_does_not_keep_its_members_in_memory(root, pack):
     tar = pack("a.tar", [(f"{i:04d}.txt", b"x") for i in range(200)])
     for number, _ in enumerate(samples(tar), 1):
-        if number in (100, 200):  # checked only twice, because listing all objects of the process is slow
+        if number in (100, 200):  # two checks suffice; listing all objects of the process is slow
             assert sum(issubclass(type(item), tarfile.TarInfo) for item in gc.get_objects()) < 10
 
 
