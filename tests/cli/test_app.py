@@ -185,7 +185,7 @@ def test_the_table_of_methods_fits_a_terminal():
     for each in listed:
         assert each["family"] in ("trajectory", "distribution", "generative"), each["name"]
         assert each["card"] and {"experts", "features", "diffusion", "captioner"} >= set(each["needs"]), each["name"]
-        assert re.search("Open:|GPU", each["status"]), f"{each['name']} must state what was not verified"
+        assert "Not verified" in each["status"], f"{each['name']} must state what was not verified"
     families = [each["family"] for each in listed]
     assert families == sorted(families, key=["trajectory", "distribution", "generative"].index), (
         "the methods of a family must stand together"

@@ -136,7 +136,12 @@ def at(document: dict[str, Any], path: str) -> tuple[Any, Any]:
         ("aws", "available_node_types/gpu_spot/node_config/BlockDeviceMappings/0/Ebs/Size", 5, "Ebs.Size: no such"),
         ("aws", "available_node_types/gpu_spot/min_workers", 1, "idle machines cost money"),
         ("aws", "available_node_types/head/node_config/SecurityGroupIds", ..., "SecurityGroupIds is missing"),
-        ("aws", "provider/security_group", {"GroupName": "g", "IpPermissions": [{"CidrIp": "0.0.0.0/0"}]}, "a door"),
+        (
+            "aws",
+            "provider/security_group",
+            {"GroupName": "g", "IpPermissions": [{"CidrIp": "0.0.0.0/0"}]},
+            "a port open",
+        ),
         (
             "aws",
             "head_start_ray_commands/1",
