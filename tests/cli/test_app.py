@@ -1,7 +1,6 @@
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
