@@ -28,7 +28,7 @@ SECTIONS = ("data", "model", "experts", "distill", "evaluate", "search", "runtim
 
 
 class Named(Dataset):
-    """A dataset of which tests read only the path and the hash."""
+    """A stand-in for a dataset, of which only the path and the hash are read."""
 
     hash = "of the data"
     path = Path("data")
@@ -64,7 +64,7 @@ def sections(section: BaseModel) -> Iterator[BaseModel]:
 
 
 def changes(section: BaseModel, before: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every field's dotted name, and a copy of the section in which the field has another, unvalidated value."""
+    """Yield every field's dotted name, and a copy of its section with a different, unvalidated value of the field."""
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         if isinstance(value, BaseModel):

@@ -37,7 +37,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """With pytest-xdist, test files that start Ray run first: they take longest."""
+    """With pytest-xdist, run test files that start Ray first, because they take longest."""
     if hasattr(config, "workerinput"):
         long = {item.path for item in items if item.get_closest_marker("ray")}
         items.sort(key=lambda item: item.path not in long)
@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session", autouse=True)
 def no_ink():
-    """Do not render figures, which would take half the time of a tiny run; the fixture `ink` turns rendering on."""
+    """Fixture of all tests: skip rendering of figures, which takes half the time of a tiny run; `ink` turns it on."""
     from matplotlib.figure import Figure
 
     with pytest.MonkeyPatch.context() as patch:
@@ -55,7 +55,7 @@ def no_ink():
 
 @pytest.fixture(scope="session", autouse=True)
 def unchecked_operations():
-    """Do not type-check `__torch_function__`, because torch calls it hundreds of times per step."""
+    """Fixture of all tests: skip type checks of `__torch_function__`, which torch calls hundreds of times per step."""
     from rmdd.models.group_norm import TwiceDifferentiable
 
     TwiceDifferentiable.__torch_function__.__no_type_check__ = True
@@ -63,7 +63,7 @@ def unchecked_operations():
 
 @pytest.fixture(scope="session", autouse=True)
 def no_rival():
-    """Shorten the wait for competing leases on URI storage; tests in one process have no competitors."""
+    """Fixture of all tests: shorten the second that a lock of a URI storage waits for rivals; tests have none."""
     from rmdd.core import locks
 
     with pytest.MonkeyPatch.context() as patch:
@@ -73,7 +73,7 @@ def no_rival():
 
 @pytest.fixture(scope="session", autouse=True)
 def no_waiting():
-    """Skip slow calls that do not change results: fsync, and seeding devices that this machine does not have."""
+    """Fixture of all tests: skip slow calls that change no results (fsync, and seeding devices that do not exist)."""
     import torch
 
     with pytest.MonkeyPatch.context() as patch:
@@ -86,7 +86,7 @@ def no_waiting():
 
 @pytest.fixture(scope="session")
 def painted(no_ink):
-    """A context in which figures are rendered, as they are for users."""
+    """Fixture: a context in which figures are really rendered; outside of it, tests skip rendering."""
     from matplotlib.figure import Figure
 
     empty = Figure.draw
@@ -104,14 +104,14 @@ def painted(no_ink):
 
 @pytest.fixture(scope="module")
 def ink(painted):
-    """Render figures in all tests of a file."""
+    """Fixture: really render figures in every test of the file; by default, tests skip rendering."""
     with painted():
         yield
 
 
 @pytest.fixture(scope="session")
 def ray_local():
-    """One local Ray cluster for all tests of this process."""
+    """Fixture: one local Ray cluster for all tests of this process; without Ray, tests that need it are skipped."""
     ray = pytest.importorskip("ray")
     from ray_head import patiently
 
@@ -132,7 +132,7 @@ def ray_local():
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory):
-    """The expert store of `toy.run_of`, with random walks instead of trained experts."""
+    """Fixture: the expert store of `toy.run_of`, with random walks instead of trained experts."""
     import toy
 
     return toy.store_of(tmp_path_factory.mktemp("store"), toy.encoder().trained())
@@ -140,7 +140,7 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def make(tmp_path_factory):
-    """Function `make(run)`: returns a distillation method on the toy problem in float64; see `toy.made`."""
+    """Fixture: `make(run)` prepares a distillation method on the toy problem in float64; see `toy.made`."""
     import toy
 
     stores = {}
@@ -155,7 +155,7 @@ def make(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder with samples of public annotations and images; without this folder, tests that need it are skipped."""
+    """Fixture: the folder with samples of public annotations and images; without it, tests that need it are skipped."""
     folder = Path(os.environ.get("RMDD_SHARED", Path(__file__).parents[2] / "shared"))
     if not (folder / "reference" / "real_annotations").is_dir():
         pytest.skip("the folder `shared` is missing next to the repository; set RMDD_SHARED")
@@ -164,7 +164,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def s3():
-    """An S3 bucket on the loopback address; the address and credentials of the bucket are in the environment."""
+    """Fixture: an S3 bucket on the loopback address; environment variables hold its address and credentials."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)

@@ -1,4 +1,4 @@
-"""Tiny runs of generative methods, and separate processes for these runs that tests kill."""
+"""Tiny runs of generative methods, and functions that start these runs in separate processes and kill them."""
 
 import time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Random features, and slow, obvious versions of the coreset selection methods."""
+"""Random features, and slow, simple implementations of the coreset selection methods."""
 
 import itertools
 

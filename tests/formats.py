@@ -1,4 +1,4 @@
-"""Write tiny made-up datasets in the file formats that probes read."""
+"""Write tiny made-up datasets in the file formats that evaluation probes read."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The hashes that each field of a run file changes, recorded before fields declared these hashes in the code."""
+"""The hashes that each field of a run file changes; recorded before the code declared them for each field."""
 
 MOVES = {
     "baseline ingest phases run store": """

@@ -1,4 +1,4 @@
-"""Pages of Markdown as the tests read them: fenced blocks, links and headings."""
+"""Read pages of Markdown for tests: their fenced blocks, links and headings."""
 
 import re
 import tomllib
@@ -13,7 +13,7 @@ KINDS = ("sh", "python", "yaml")
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block of a page. A test runs it, unless a marker before the block says that something is missing."""
+    """A fenced block of a page. A test runs it, unless a marker before the block says what is missing."""
 
     kind: str
     text: str

@@ -1,4 +1,4 @@
-"""Run files with probes for tests."""
+"""Run files for tests of probes, which evaluate trained students on other tasks and datasets."""
 
 from tiny import changed, stored
 

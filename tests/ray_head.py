@@ -1,4 +1,4 @@
-"""Start a Ray head node on this machine with the commands of `clusters/`, next to any other Ray processes."""
+"""Start a Ray head node on this machine with the commands of `clusters/`, independent of other Ray processes."""
 
 import contextlib
 import os
@@ -50,7 +50,7 @@ class Head:
         self.environment = base | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{self.dashboard}"}
 
     def comes_up(self) -> bool:
-        """Return if the head node started; Ray gives up after 30 seconds, which can be too short on a busy machine."""
+        """Return whether the head node started; Ray gives up after 30 seconds, too few on a busy machine."""
         wait_for(lambda: self.process.poll() is not None or "will now block" in self.log.read_text())
         return self.process.poll() is None
 

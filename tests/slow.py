@@ -1,4 +1,4 @@
-"""Slow distillation methods in float64, without the engine, for comparison: losses, gradients and the outer loop."""
+"""Slow reference implementations of distillation in float64, without the engine: losses, gradients and outer loop."""
 
 import itertools
 
@@ -55,7 +55,7 @@ def flat(params, tower):
 
 
 def weights(start, target, merged):
-    """Return what divides each tower's squared miss: the squared start distance of the tower, or of both towers."""
+    """Return the divisor of each tower's squared miss: the squared start distance of the tower, or of both towers."""
     way = {m: (flat(start, m) - flat(target, m)).square().sum() for m in ("image", "text")}
     return dict.fromkeys(way, sum(way.values())) if merged else way
 
@@ -93,7 +93,7 @@ def full_unroll(loss, start, target, leaves, alpha, batches, merged=False):
 
 
 def two_passes(loss, start, target, leaves, alpha, batches, merged=False, merged_rates=None):
-    """Return the gradients of TESLA: 2 w_m / a_m . dg_m/dX with constant w_m; -2 delta . G / a_m for learning rates."""
+    """Return the gradients of TESLA in two passes over the steps; in the second pass, each w_m is a constant."""
     eta = {"image": leaves["lr_image"].detach(), "text": leaves["lr_text"].detach()}
     theta, visited = {n: p.clone() for n, p in start.items()}, []
     total = {m: torch.zeros_like(flat(start, m)) for m in eta}
@@ -139,7 +139,7 @@ def outer_loop(begun, rule, gradient_of, iterations):
 
 
 def fast_loop(made, iterations):
-    """Run the production loop of `rmdd.distill`; return its state after each iteration, as `outer_loop` does."""
+    """Run `iterations` updates with the real `outer_step` of `rmdd.distill`; return the state after each of them."""
     states = [State.begin(made.begun)]
     for iteration in range(iterations):
         result = made.matcher.gradient(states[-1].raw, made.matcher.draw(iteration))
@@ -157,7 +157,7 @@ def assert_same_states(states, expected):
 
 
 def assert_equals_slow(made, gradient_of, iterations=3):
-    """Assert that the production loop and the slow loop with `gradient_of(leaves, drawn)` give the same sets."""
+    """Assert that the real loop and the slow loop with `gradient_of(leaves, drawn)` give the same sets."""
 
     def gradient(leaves, iteration):
         return gradient_of(leaves, made.matcher.draw(iteration))

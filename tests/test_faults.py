@@ -118,7 +118,7 @@ def test_a_cache_that_does_not_fit_is_a_clear_error(disk, tmp_path):
 
 @pytest.fixture
 def read_only(tmp_path):
-    """A folder that cannot be written: mounted read-only, without write permission, or a part of /proc."""
+    """Fixture: a folder that cannot be written: mounted read-only, without write permission, or in /proc."""
     folder = tmp_path / "fixed"
     if mounted(folder, "ro"):
         yield folder
@@ -190,7 +190,7 @@ def test_flipped_bytes_of_what_experts_start_from(tmp_path):
     with pytest.raises(ValueError, match=words):
         Writer(store, 1).add(theta, {})
     before = {k: v for k, v in store.spec.items() if k != "shared_sha256"}
-    (tmp_path / "store.json").write_text(json.dumps(before))  # a store of an earlier version has no hash
+    (tmp_path / "store.json").write_text(json.dumps(before))  # stores of earlier versions have no hash
     older = Store.create(tmp_path, store.shapes, **spec)
     assert older.read(0, 0).keys() == theta.keys()
 

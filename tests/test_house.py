@@ -221,7 +221,7 @@ def test_no_two_public_classes_share_a_name():
 
 
 FOREIGN_MESSAGES = {"rmdd.models.image", "rmdd.execution.ray.cluster", "rmdd.execution.ray.actors"}
-"""Modules that may recognise an error of timm or Ray by its text, because its class does not tell."""
+"""Modules that may recognise an error of timm or Ray by its text, because its class is too general."""
 
 
 def test_errors_are_distinguished_by_their_class():

@@ -43,7 +43,7 @@ def load(storage, *overrides, **sections):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A storage folder with a finished run; tests copy it before they change it."""
+    """Fixture: a storage folder with a finished run; tests must copy it before they change it."""
     storage = tmp_path_factory.mktemp("runs")
     go(load(storage))
     return storage
@@ -51,7 +51,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def storage(finished, tmp_path):
-    """A copy of the storage folder `finished`, with the same file times."""
+    """Fixture: a copy of the storage folder `finished`, with the same file times."""
     return shutil.copytree(finished, tmp_path / "runs")
 
 

@@ -46,7 +46,7 @@ def results(folder: Path) -> dict[str, bytes]:
 
 
 def made(folder: Path) -> dict[str, tuple[int, int]]:
-    """Return the finished experts, shards and records, with inode and time, which change if a file is written again."""
+    """Return inode and time of the files of finished work; both change if a file is written again."""
     patterns = ("data/*/*.parquet", "experts/*/*/expert.json", "baselines/*/*.json", "phases/*/*/start.safetensors")
     result = [p for pattern in patterns for p in (folder / "runs").glob(pattern)]
     return {str(p.relative_to(folder)): (p.stat().st_ino, p.stat().st_mtime_ns) for p in result}

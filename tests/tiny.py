@@ -41,7 +41,7 @@ RUN: dict[str, Any] = {
 
 
 def changed(raw: Mapping[str, Any] = RUN, **changes: Any) -> dict[str, Any]:
-    """Return a copy of the run file with `changes` merged into its sections; other values are replaced."""
+    """Return a copy of the run file in which `changes` are merged into the sections, recursively."""
     copied = copy.deepcopy(dict(raw))
     for key, value in changes.items():
         nested = isinstance(value, Mapping) and isinstance(copied.get(key), Mapping)
@@ -50,7 +50,7 @@ def changed(raw: Mapping[str, Any] = RUN, **changes: Any) -> dict[str, Any]:
 
 
 def stored(storage: Path | str, raw: Mapping[str, Any] = RUN, **sections: Any) -> dict[str, Any]:
-    """Return a copy of the run file that stores at `storage` and does not use Ray; `sections` are replaced."""
+    """Return a copy of the run file that stores at `storage`, does not use Ray, and has the given `sections`."""
     runtime = {"storage": str(storage), "ray": "off", "track": "none"}
     return copy.deepcopy({**raw, "runtime": runtime, **sections})
 

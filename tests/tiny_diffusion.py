@@ -1,4 +1,4 @@
-"""Tiny Stable Diffusion, DiT and caption models of the public classes, with random weights, saved to folders."""
+"""Tiny Stable Diffusion, DiT and caption models of public model classes, with random weights, saved to folders."""
 
 from pathlib import Path
 

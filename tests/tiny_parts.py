@@ -1,4 +1,4 @@
-"""Tiny pretrained models of the public classes, with random weights, saved to folders."""
+"""Tiny stand-ins for pretrained models: public model classes with random weights, saved to folders."""
 
 from pathlib import Path
 

@@ -78,7 +78,7 @@ def store_of(path, theta, *, epochs=EPOCHS, experts=EXPERTS):
 
 
 class DoubleStore(Store):
-    """A store that returns checkpoints in float64, for comparisons with slow reference versions."""
+    """A store that returns checkpoints in float64, for comparisons with slow reference implementations."""
 
     def read(self, expert, epoch):
         return {n: p.double() for n, p in super().read(expert, epoch).items()}
@@ -98,7 +98,7 @@ def first_set(kind="full", pairs=PAIRS, **similarity):
 
 
 def made(run, store, phase=0):
-    """Return run, matcher, initial set and what else a test needs to compare a phase with a slow version in float64."""
+    """Return run, model, store, initial set and matcher in float64, to compare a phase with a slow implementation."""
     model, similarity = encoder(run.model).double(), run.distill.similarity.model_dump(exclude={"clamp"})
     store = DoubleStore.open(store.path)
     return SimpleNamespace(

@@ -74,7 +74,7 @@ def side_by_side(made, run, size):
 
 
 class Learning(MDM):
-    """MDM with one additional learned number that scales its gradients, as a minimal example of an online model."""
+    """MDM with one additional learned number that scales its gradients: a minimal stand-in for an online model."""
 
     def objective(self, phase, store, train, model, device):
         return Learner(self, phase, store, train, model, device)

@@ -1,4 +1,4 @@
-"""Tasks that the ranks of a worker group run in tests; a separate module, because the processes import it."""
+"""Tasks that the ranks of a worker group run in tests; a separate module, because the started processes import it."""
 
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def train(item: tuple[Path, config.Run], hooks: Hooks) -> bool:
 
 
 def die(item: Path, hooks: Hooks) -> bool:
-    """Raise an error on the second rank while the first one waits for it."""
+    """Raise an error on the second rank while the first rank waits for the second."""
     worker_group.join_group(hooks.member, "ddp", CPU)
     if hooks.member.rank == 1:
         raise ValueError("rank one fails on purpose")

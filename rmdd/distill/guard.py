@@ -1,4 +1,4 @@
-"""Detection of a diverged phase; the loop then returns to a good state with halved outer learning rates."""
+"""Detect that a phase diverged; the loop then returns to the last good state, with halved outer learning rates."""
 
 import torch
 from jaxtyping import Float
@@ -16,7 +16,7 @@ class PhaseDiverged(FloatingPointError):
 
 
 def health_numbers(synthetic: Synthetic, loss: Float[Tensor, ""]) -> Float[Tensor, "4"]:
-    """Return four numbers that show whether a phase diverged, on the device of `synthetic`: the sum of the loss and of
+    """Return four numbers, on the device of `synthetic`, that show whether a phase diverged: the sum of the loss and of
     all tensors (finite when all of them are), the inner learning rates of the image and the text tower, and the largest
     diagonal entry of a learned similarity (1 without one)."""
     total = torch.stack([loss, *(t.sum() for t in synthetic.tensors().values())]).sum()

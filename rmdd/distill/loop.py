@@ -98,11 +98,11 @@ class State:
 def outer_step(state: State, gradient: Synthetic, rule: config.Distill) -> State:
     """Update every learnable tensor once, then its exponential moving average (PTM-ST, equation 7).
 
-    `sgd` is the papers' SGD with momentum. `normalised` (ours) first divides the gradient of each tensor by its root
-    mean square. An outer learning rate is then the step size per entry, and the rare huge gradients of an unstable
-    unroll count no more than the others. With `normalised`, the inner learning rates are multiplied by a factor, so
-    they stay positive. As in the released code, the inner learning rates are clamped after averaging, and for a
-    low-rank similarity the factors are averaged, not their product.
+    `sgd` is SGD with momentum, as in the published methods. `normalised` (ours) first divides the gradient of each
+    tensor by its root mean square. An outer learning rate is then the step size per entry, and the rare huge gradients
+    of an unstable unroll count no more than ordinary gradients. With `normalised`, the inner learning rates are
+    multiplied by a factor, so they stay positive. As in the released code, the averages of the inner learning rates are
+    clamped too, and of a low-rank similarity the factors are averaged, not their product.
     """
     rates = {"images": rule.lr_image, "texts": rule.lr_text, "lr_image": rule.lr_lr, "lr_text": rule.lr_lr}
     rates = {name: rates.get(name, rule.lr_similarity) / 2**state.halvings for name in gradient.tensors()}
@@ -112,10 +112,10 @@ def outer_step(state: State, gradient: Synthetic, rule: config.Distill) -> State
         lr, past = rates[name], state.momentum.get(name)
         if rule.optimiser == "sgd":
             momentum[name] = g if past is None else rule.momentum * past + g
-            # this fused multiply-add rounds as torch.optim.SGD does
+            # this fused multiply-add rounds in the same way as torch.optim.SGD
             raw[name] = torch.add(now[name], momentum[name], alpha=-lr)
             continue
-        step = g / g.abs().amax().clamp(min=torch.finfo(g.dtype).tiny)  # keeps the squares of the next line in range
+        step = g / g.abs().amax().clamp(min=torch.finfo(g.dtype).tiny)  # so the squares below stay in range
         step = step / step.square().mean().sqrt().clamp(min=torch.finfo(g.dtype).tiny)
         momentum[name] = (1 - rule.momentum) * step + (0 if past is None else rule.momentum * past)
         raw[name] = now[name] * (-lr * momentum[name]).exp() if name in INNER_RATES else now[name] - lr * momentum[name]
@@ -131,7 +131,7 @@ def outer_step(state: State, gradient: Synthetic, rule: config.Distill) -> State
 
 
 def finished(folder: Path, total: int) -> bool:
-    """Return whether the phase in `folder` has done all `total` updates and saved the set after the last one."""
+    """Return whether the phase in `folder` has done all `total` updates and saved the set after the last update."""
     checkpoint = folder / "state.safetensors"
     if not checkpoint.is_file() or not (folder / f"set-{total:06d}.safetensors").is_file():
         return False
@@ -142,7 +142,7 @@ def finished(folder: Path, total: int) -> bool:
 
 
 def _last_state(path: Path, good: Path, key: str) -> State:
-    """Load the last checkpoint, or the older file `good` if the last one is damaged; the phase ends the same way."""
+    """Load the last checkpoint, or the older file `good` if the last one is damaged; the final set is the same."""
     try:
         return State.load(path, key)
     except Damaged as error:
@@ -163,9 +163,9 @@ class Step:
     numbers: dict[str, Tensor]
     """Scalars for the metrics log, still on the device that computed them."""
     facts: dict[str, Any]
-    """Other values for the metrics log, already on the CPU."""
+    """Values for the metrics log that are already on the CPU."""
     drawn: str = ""
-    """Description of the random draw for error messages, such as the expert and the start epoch."""
+    """Description of the random draw (for example its expert and start epoch), used in error messages."""
 
 
 @runtime_checkable
@@ -201,11 +201,11 @@ def run_phase(
 ) -> bool:
     """Distil one phase into `folder`, resuming from its last checkpoint if any. Returns whether the phase finished.
 
-    `key` is the hash of the run; a checkpoint with another key raises a `ValueError`. `open_stepper` gets the initial
-    set of the phase and returns a `Stepper`. Files written: `state.safetensors` at every checkpoint, `good.safetensors`
-    every `guard.every` iterations, `metrics.jsonl` with one line per iteration, `rollbacks.jsonl` with one line per
-    rollback, and for every snapshot `set-<iteration>.safetensors`, converted by `exported`. Raises `PhaseDiverged`
-    after too many rollbacks; the last good state is then on disk.
+    `key` is the hash of the run; a checkpoint with a different key raises a `ValueError`. `open_stepper` gets the
+    initial set of the phase and returns a `Stepper`. Files written: `state.safetensors` at every checkpoint,
+    `good.safetensors` every `guard.every` iterations, `metrics.jsonl` with one line per iteration, `rollbacks.jsonl`
+    with one line per rollback, and for every snapshot `set-<iteration>.safetensors`, converted by `exported`. Raises
+    `PhaseDiverged` after too many rollbacks; the last good state is then on disk.
     """
     total = rule.phases[phase].iterations
     log, rollbacks = folder / "metrics.jsonl", folder / "rollbacks.jsonl"
@@ -213,7 +213,7 @@ def run_phase(
     first_state = State.begin(initial).to(device)
     good = State.load(files["good"], key).to(device) if files["good"].is_file() else None
     state = _last_state(files["state"], files["good"], key).to(device) if files["state"].is_file() else None
-    if good and good.halvings > (state.halvings if state else 0):  # a kill interrupted a rollback
+    if good and good.halvings > (state.halvings if state else 0):  # the process was killed in a rollback
         state = good
     cut_jsonl(log, "iteration", state.iteration if state else 0)
     cut_jsonl(rollbacks, "halvings", state.halvings if state else 0)

@@ -20,7 +20,7 @@ from rmdd.distill import similarity
 from rmdd.distill.synthetic import Synthetic, reduced
 from rmdd.models.prepared import PreparedSplit
 
-# Per-channel mean and standard deviation of normalised real pixels, used when synthetic images start from noise.
+# Synthetic images that start from noise have these means and standard deviations (of real pixels) in each channel.
 NOISE_PIXEL_MEAN, NOISE_PIXEL_STD = (-0.0626, -0.0221, 0.0680), (1.0451, 1.0752, 1.0539)
 
 
@@ -29,7 +29,7 @@ Ranges = dict[str, tuple[int | float, int | float]]
 
 
 class Window(NamedTuple):
-    """Range [low, stop) of real-valued start epochs on shortcuts to `endpoint`; `phases: adaptive` moves it."""
+    """Range [low, stop) of real-valued start epochs on shortcuts to `endpoint`; `phases: adaptive` moves both."""
 
     low: float
     stop: float
@@ -67,7 +67,7 @@ def draw(
 
     Experts are drawn in shuffled order, each of the `experts` once before any repeats. Start epochs are uniform over
     the half-open `ranges` of the two towers (default: the ranges of the phase). They are integers, or real numbers if
-    `real`. Both towers share one start epoch, or draw one each if `apart`.
+    `real`. Both towers share one start epoch, or each tower has its own if `apart`.
     """
     plan = rule.phases[phase]
     ranges = plan.ranges if ranges is None else ranges
@@ -118,7 +118,7 @@ def mini_batches(
 
 
 def initial(run: config.Run, phase: int, train: PreparedSplit, records: list[int]) -> Synthetic:
-    """Return the initial set of a phase: the real pairs of the caption `records`, or noise with similar statistics."""
+    """Return the initial set of a phase: the pairs of caption `records`, or noise with mean and spread of real data."""
     rule, seed = run.distill, run.seed_of("distill")
     random = generator(seed, "initial tensors", phase)
     if rule.init == "noise":
@@ -148,7 +148,7 @@ def initial(run: config.Run, phase: int, train: PreparedSplit, records: list[int
 def _pixels(
     train: PreparedSplit, records: list[int], data: config.Data, augmentation: config.Augment | None, seed: int
 ) -> Tensor:
-    """Return the images of caption records as uint8 (M,3,S,S): resized to a square, or augmented as for the experts."""
+    """Return the images of caption records as uint8 (M,3,S,S), resized to a square or augmented as experts see them."""
     image_rows = train.split.image_of[records]
     if augmentation is None:
         return torch.from_numpy(train.split.some_images(image_rows))

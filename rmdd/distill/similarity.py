@@ -12,7 +12,7 @@ from rmdd import config
 
 
 def initial(rule: config.Similarity, pairs: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Return initial similarity tensors; all kinds start at exactly S = I (LoRS: omega is one, L normal, R zero)."""
+    """Return initial similarity tensors; all kinds start at exactly S = I (low-rank: omega one, L random, R zero)."""
     if rule.kind == "full":
         return {"matrix": torch.eye(pairs)}
     if rule.kind == "low_rank":
@@ -48,7 +48,7 @@ def scatter_add(total: dict[str, Tensor], index: Int[Tensor, " B"], parts: dict[
 
 
 def dense(parts: dict[str, Tensor], alpha: float, like: Float[Tensor, " B *_"]) -> Float[Tensor, "B B"]:
-    """Return the similarity matrix S: `matrix`, diag(scale) + alpha/R left right^T, or identity. Differentiable."""
+    """Return the similarity matrix S, differentiable: `matrix`, diag(scale) + alpha/R left right^T, or the identity."""
     if "matrix" in parts:
         return parts["matrix"]
     if "left" in parts:

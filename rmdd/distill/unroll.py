@@ -42,7 +42,7 @@ StudentLoss = Callable[[Params, Tensor, Tensor, Tensor, int], Tensor]
 
 @dataclass(frozen=True)
 class Engine:
-    """Speed and memory options of the meta-gradient; only `bfloat16` changes the gradient beyond rounding."""
+    """Speed and memory options of the meta-gradient; only `bfloat16` changes the gradient by more than rounding."""
 
     second_pass: Literal["forward", "reverse"] = "reverse"
     """How the second pass differentiates q: reverse mode twice, or reverse over forward mode, which skips weight
@@ -55,8 +55,8 @@ class Engine:
     and computes most steps of the first pass twice."""
     reuse: int = 0
     """Number of the last inner steps whose autograd graph is kept for the second pass (with `recompute`, steps of the
-    last segment). These steps use reverse mode and need about 2/9 less arithmetic each, but each after the first keeps
-    one more graph in memory."""
+    last segment). Each of these steps uses reverse mode and needs about 2/9 less arithmetic, but every step beyond the
+    first keeps one more graph in memory."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class MetaGradient:
 
     loss: Float[Tensor, ""]
     miss: dict[str, Float[Tensor, ""]]
-    """Squared distance to the target after K steps, divided by the squared distance at the start, by tower."""
+    """Squared distance to the target after K steps, divided by the squared distance at the start, for each tower."""
     gradient: Synthetic
     student_loss: Float[Tensor, ""]
     """Loss of the student in its first inner step."""
@@ -82,7 +82,7 @@ def meta_gradient(
     branches: Literal["separate", "merged"] = "separate",
     engine: Engine = Engine(),
 ) -> MetaGradient:
-    """Train from `start` on `synthetic` for K steps and differentiate the miss to `target`.
+    """Train a student from `start` on `synthetic` for K steps, and differentiate its miss (distance to `target`).
 
     Memory: a few more than K parameter sets, and the graph of one step. `student_loss` must return the same value for
     the same step in both passes, so dropout has to be seeded by step. Raises `ValueError` when start and target are
@@ -92,7 +92,7 @@ def meta_gradient(
     begin, goal = layout.listed(start), layout.listed(target)
     reach, rates = _reach(begin, goal, layout, branches, {"image": synthetic.lr_image, "text": synthetic.lr_text})
     passes = _Passes(student_loss, synthetic, batches, layout, engine)
-    tiny = min(map(abs, rates.values())) < SMALLEST_RATE  # theta_i+1 - theta_i is too coarse to recover g
+    tiny = min(map(abs, rates.values())) < SMALLEST_RATE  # theta_i+1 - theta_i is rounded too coarsely to give g
     if tiny:
         passes.mode = "reverse"
 
@@ -265,7 +265,7 @@ def forward_suits(
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:120]
     else:
-        smallest = 1e-6 * max(e.norm() for e in expected)  # gradients below are mostly rounding errors
+        smallest = 1e-6 * max(e.norm() for e in expected)  # gradients below this are mostly rounding errors
         actual = [*parts.values(), *([_flat(on_theta)] if on_theta else [])]
         gaps = [(a - e).norm() / torch.maximum(e.norm(), smallest) for e, a in zip(expected, actual, strict=True)]
         gap = torch.stack(gaps).max().item()
@@ -343,7 +343,7 @@ def _add(total: Synthetic, index: Int[Tensor, " B"], parts: dict[str, Tensor]) -
 def _reach(
     begin: Vector, goal: Vector, layout: _Layout, branches: str, rates: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Return the squared distance from start to target per tower (`merged`: the sum of both), and the learning rates.
+    """Return each tower's squared distance from start to target (`merged`: the sum of both), and its learning rate.
 
     This is the only place in a meta-gradient where the CPU waits for the device.
     """

@@ -2,8 +2,8 @@
 
 Symbols: N images, T caption records, B of them in a batch, S pixels on a side. If the images fit `runtime.cache_gb`,
 they come from a cache file that all workers of a node memory-map. Otherwise they are read from the shards in every
-epoch, one window of pairs at a time. Order and pixels depend only on (seed, expert, epoch, record), so both ways give
-bit-identical data in any process.
+epoch, one window of pairs at a time. Order and pixels depend only on (seed, expert, epoch, record), so cached and
+streamed data are bit-identical, in any process.
 """
 
 import functools
@@ -24,7 +24,7 @@ from rmdd.data.splits import read_rows, squashed
 from rmdd.models.prepared import PreparedSplit
 
 Key = tuple[int, int, int]
-"""Key of the order and the augmentations of an epoch: (seed, expert, epoch)."""
+"""Key that determines the order and the augmentations of an epoch: (seed, expert, epoch)."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Part:
 
 @dataclass(frozen=True)
 class PixelReader:
-    """Reads the images of a part from the shards and augments them; small enough to be sent with each part."""
+    """Reads the images of a part from the shards and augments them; small enough to be sent to other processes."""
 
     dataset: Path
     split: str
@@ -48,7 +48,7 @@ class PixelReader:
     key: Key
 
     def pixels(self, image: bytes, record: int) -> np.ndarray:
-        """Decode an image for one caption record, augmented if the run augments: uint8 (3, S, S)."""
+        """Decode an image for one caption record, with augmentation if the experts use it: uint8 (3, S, S)."""
         if not self.augment.active:
             return squashed(image, self.data)
         seed, expert, epoch = self.key
@@ -73,7 +73,7 @@ class PixelReader:
 
 
 Stream = Callable[[PixelReader, Sequence[Part], int], Iterable[np.ndarray]]
-"""(reader, parts, number of parts read at once) -> pixels of each step in order; see `rmdd.execution.ray.feed`."""
+"""Function (reader, parts, number of parts read at once) -> pixels of each step; see `rmdd.execution.ray.feed`."""
 
 
 @functools.lru_cache(maxsize=4)
@@ -115,7 +115,7 @@ class Epoch:
 
     @classmethod
     def of(cls, experts: config.Experts, seed: int, image_of: np.ndarray, expert: int, epoch: int) -> "Epoch":
-        """Return the mini-batches of an epoch; a last short batch is dropped, unless it is the only one."""
+        """Return the mini-batches of an epoch; a shorter last batch is dropped, unless it is the only batch."""
         key = (seed, expert, epoch)
         records, begins = order(experts.shuffle, image_of, key)
         batch = min(experts.batch, len(records))
@@ -134,7 +134,7 @@ def fits(prepared: PreparedSplit, augment: config.Augment, cache_gb: float) -> b
 
 
 def prepare(prepared: PreparedSplit, augment: config.Augment, cache_gb: float) -> None:
-    """Write the image cache of the experts, if the images fit it, so that not every worker writes the cache."""
+    """Write the experts' image cache once, if the images fit it; otherwise every worker would write it."""
     if fits(prepared, augment, cache_gb) and augment.active:
         prepared.split.encoded(0)
     elif fits(prepared, augment, cache_gb):
@@ -195,7 +195,7 @@ class _Cached(torch.utils.data.Dataset[Tensor]):
 
 @dataclass
 class _FromShards(torch.utils.data.Dataset[Tensor]):
-    """Pixels of each step, read from the shards; one part is in memory, and every loader process reads all parts."""
+    """Pixels of each step, read from the shards, one part at a time; every loader process reads all parts."""
 
     reader: PixelReader
     parts: Sequence[Part]

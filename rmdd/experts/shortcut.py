@@ -24,7 +24,7 @@ CACHED = 4
 
 @runtime_checkable
 class Path(Protocol):
-    """A path through the parameter space, on which an expert moves; epochs are positions on the path."""
+    """A path through the parameter space that follows an expert; positions on the path are epochs."""
 
     endpoint: int
     """Last epoch that the path reaches."""
@@ -63,13 +63,13 @@ class ShortcutPath:
         return {n: (1 - b) * self.start[n] + b * self.end[n] for n, b in beta.items()}
 
     def straightness(self) -> dict[str, float]:
-        """Return chord length over path length for each layer: 1 for a straight path, 0 for a layer that stays."""
+        """Return chord length over path length for each layer: 1 for a straight path, 0 if the layer never moves."""
         chord = {n: _length(self.end[n] - self.start[n]) for n in self.start}
         return {n: chord[n] / b.total if b.total > 0 else 0.0 for n, b in self.beta.items()}
 
 
 class AnchoredPath:
-    """Shortcuts joined at the checkpoints `anchors`, given by epoch; the first and last epoch are anchors too (MCT)."""
+    """Shortcuts joined at `anchors`, checkpoints by epoch, which include the first and the last epoch (MCT)."""
 
     def __init__(self, anchors: Mapping[int, Params], norms: Mapping[str, np.ndarray]):
         self.epochs = sorted(anchors)

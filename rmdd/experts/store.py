@@ -200,7 +200,7 @@ class Store:
             raise _damaged(path, error) from error
 
     def _check(self, path: Path) -> None:
-        """Compare a file of a finished expert with the SHA-256 in its record, once; old records list no SHA-256."""
+        """Check the SHA-256 of a finished expert's file before its first use; old records list no SHA-256."""
         if path in self._checked or not (path.parent / "expert.json").is_file():
             return
         listed = self._files(int(path.parent.name.removeprefix("expert-"))).get(path.name)

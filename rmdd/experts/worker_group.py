@@ -29,7 +29,7 @@ _current_group: "list[ProcessGroup]" = []
 
 
 class ProcessGroup(TrainingGroup):
-    """The workers of a torch process group, as one of these workers uses them."""
+    """A torch process group of workers, seen from one of these workers."""
 
     def __init__(self, strategy: str, rank: int, size: int, device: torch.device):
         self.strategy, self.rank, self.size, self.device = strategy, rank, size, device
@@ -54,7 +54,7 @@ class ProcessGroup(TrainingGroup):
 
 
 class Towers(nn.Module):
-    """A module that computes image and text embeddings in one forward call, as DDP and DeepSpeed need it."""
+    """A module that computes image and text embeddings in one forward call, because DDP and DeepSpeed require this."""
 
     def __init__(self, model: DualEncoder):
         super().__init__()
@@ -71,7 +71,7 @@ class DdpTrainer(ExpertTrainer):
 
     def __init__(self, model: DualEncoder, rule: config.Experts, momentum: Params, group: ProcessGroup):
         self.group = group
-        self.wrapped: nn.Module = nn.parallel.DistributedDataParallel(Towers(model))  # copies the leader's weights, too
+        self.wrapped: nn.Module = nn.parallel.DistributedDataParallel(Towers(model))  # sends the leader's weights
         super().__init__(model, rule, self._spread(model, momentum))
 
     def step(self, images: Float[Tensor, "B C H W"], texts: Float[Tensor, "B F"]) -> Float[Tensor, ""]:
@@ -97,7 +97,7 @@ class DdpTrainer(ExpertTrainer):
 
 
 class ZeroTrainer(DdpTrainer):
-    """Trains the towers with DeepSpeed's ZeRO stage 1, 2 or 3 and torch's SGD, so DeepSpeed compiles nothing."""
+    """Trains the towers with DeepSpeed's ZeRO stage 1, 2 or 3. It uses torch's SGD, so DeepSpeed compiles nothing."""
 
     def __init__(self, model: DualEncoder, rule: config.Experts, momentum: Params, group: ProcessGroup):
         deepspeed = _deepspeed()
@@ -107,7 +107,7 @@ class ZeroTrainer(DdpTrainer):
         settings = {
             "train_micro_batch_size_per_gpu": -(-rule.batch // group.size),
             "zero_optimization": {"stage": stage},
-            "gradient_clipping": 0.0,  # no clipping; DeepSpeed's default is 1
+            "gradient_clipping": 0.0,  # 0 turns clipping off; DeepSpeed's default is 1
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
@@ -116,7 +116,7 @@ class ZeroTrainer(DdpTrainer):
             deepspeed.zero.Init(module=towers, config_dict_or_path=settings, dtype=torch.float32)
             for buffer in model.buffers():
                 buffer.data = buffer.to(group.device)
-            if isinstance(model.image_tower, ConvNet):  # ConvNet.forward reads submodules' parameters
+            if isinstance(model.image_tower, ConvNet):  # ConvNet.forward itself reads these parameters
                 for p in model.image_tower.blocks[1::4].parameters():
                     deepspeed.zero.register_external_parameter(model.image_tower, p)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -152,7 +152,7 @@ def gathered(share: Float[Tensor, "b D"], rank: int, size: int) -> Float[Tensor,
 
 
 def join_group(member: GroupMember, strategy: str, device: torch.device) -> ProcessGroup:
-    """Join the process group of `member`; the process stays in it for all experts that it trains."""
+    """Join the process group of `member`; the process stays in the group for all experts that it trains."""
     if not _current_group:
         if dist.is_initialized():  # Ray Train has put all its workers in one process group
             dist.destroy_process_group()
@@ -173,7 +173,7 @@ def join_group(member: GroupMember, strategy: str, device: torch.device) -> Proc
 
 
 def run_in_processes(task: Callable[[Any, Hooks], bool], item: Any, hooks: Hooks, size: int, threads: int) -> bool:
-    """Run `task` on `item` in `size` processes of this machine, without Ray; return whether all completed it.
+    """Run `task(item, hooks)` in `size` processes of this machine, without Ray; return whether all completed it.
 
     If one rank fails, the others are ended. Raises `ValueError` if a rank raised one, else `RuntimeError` with the
     error of the first failed rank.
@@ -247,7 +247,7 @@ def _deepspeed() -> Any:
             "experts.worker_group.strategy zero1, zero2 and zero3 need DeepSpeed: pip install 'rmdd[deepspeed]', or "
             "set ddp"
         ) from None
-    if not torch.cuda.is_available():  # keeps DeepSpeed from building an unused extension
+    if not torch.cuda.is_available():  # else DeepSpeed builds an unused extension
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel("ERROR")
     return deepspeed

@@ -13,7 +13,7 @@ from rmdd.distill.loop import State
 from rmdd.distill.trajectory import matching, stepping
 
 BAD = 5
-"""The iteration that diverges, counted from 0; good states exist after iterations 2 and 4."""
+"""The iteration (counted from 0) in which the phase diverges; good states exist after iterations 2 and 4."""
 
 
 def guarded(kind="full", **change):
@@ -65,7 +65,7 @@ def rollbacks_of(folder):
 
 @pytest.fixture(scope="module")
 def unbroken_run(store, tmp_path_factory):
-    """Function `unbroken_run(run, times)`: returns the folder of a phase that diverges `times` times, never stopped."""
+    """Fixture: `unbroken_run(run, times)` returns the folder of a phase that diverged `times` times, never killed."""
     folders = {}
 
     def unbroken_run(run, times):
@@ -81,7 +81,7 @@ def unbroken_run(store, tmp_path_factory):
 
 
 USUAL = {"steps": 2, "inner_dropout": "same_mask"}
-"""Settings closer to those of users: several student steps, and the same dropout mask in both passes."""
+"""Settings closer to those of users: several student steps, and the same dropout mask in both passes of the engine."""
 
 
 @pytest.mark.parametrize(("name", "change"), [*((name, {}) for name in DAMAGE), ("not a number", USUAL)])

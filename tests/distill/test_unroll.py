@@ -1,4 +1,4 @@
-"""Compare the meta-gradient engine with differentiating through the full unroll, in float64."""
+"""Check in float64 that the engine gives the same meta-gradients as differentiating through the full unroll."""
 
 from dataclasses import replace
 
@@ -83,7 +83,7 @@ def whole_similarity(synthetic):
 
 def unrolled(loss, start, target, synthetic, batches, *, estimator, branches="separate"):
     """Return the miss after K steps and its gradients. `first_order`: every step's gradient is taken at detached
-    parameters, and only the sum of steps stays in the graph."""
+    parameters, and only the sum of the steps stays in the graph."""
     leaf = synthetic.map(lambda t: t.clone().requires_grad_())
     rate = {"image": leaf.lr_image, "text": leaf.lr_text}
     similarity = whole_similarity(leaf)

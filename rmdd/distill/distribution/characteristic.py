@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 FLOOR = 1e-8
-"""Added under square roots, so that losses and gradients stay finite for two equal sets and for a modulus of zero."""
+"""Small number added under square roots, so that losses and gradients stay finite for equal sets and zero moduli."""
 REPEATS = 16
 """Number of frequencies that the frequency network draws from each of its output rows."""
 
@@ -36,7 +36,7 @@ def ncfd(
     w_amplitude: float = 0.5,
     w_phase: float = 0.5,
 ) -> Float[Tensor, ""]:
-    """Return the discrepancy NCFD of two sets, differentiable in all tensors; half precision is too coarse for NCFD."""
+    """Return the discrepancy NCFD of two sets, differentiable in all tensors; half-precision tensors are too coarse."""
     a, b = characteristic(real, frequencies), characteristic(synthetic, frequencies)
     if w_amplitude == w_phase:
         return (w_phase * (a - b).square().sum(dim=1) + FLOOR).sqrt().mean()
@@ -45,7 +45,7 @@ def ncfd(
 
 
 def terms(a: Float[Tensor, "T 2"], b: Float[Tensor, "T 2"]) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"]]:
-    """Return the amplitude term and the phase term of Chf at each frequency, without their weights; both are >= 0."""
+    """Return the amplitude and phase terms of the discrepancy at each frequency, not yet weighted; all are >= 0."""
     left, right = ((c.square().sum(dim=1) + FLOOR).sqrt() for c in (a, b))
     return (left - right).square(), 2 * (left * right - (a * b).sum(dim=1)).clamp(min=0)
 
@@ -70,7 +70,7 @@ class FrequencyNet(nn.Module):
         self.width, self.repeat = width, repeat
 
     def forward(self, frequencies: int, random: torch.Generator) -> Float[Tensor, "T D"]:
-        """Draw frequencies with the generator `random`; their number `frequencies` is a multiple of `REPEATS`."""
+        """Draw `frequencies` frequencies (a multiple of `REPEATS`) with the random generator `random`."""
         rows = torch.randn(frequencies // REPEATS, self.width, generator=random).to(self.log_scale)
         scales: Tensor = self.layers(rows).repeat_interleave(REPEATS, dim=0) * self.log_scale.exp()
         if self.repeat:
@@ -80,7 +80,7 @@ class FrequencyNet(nn.Module):
 
 def frequency_count_error(frequencies: int, norm: Norm) -> str | None:
     """Return an error message if a frequency network cannot produce this number of frequencies, otherwise None."""
-    smallest = 2 * REPEATS if norm == "batch" else REPEATS  # batch norm needs two rows for its statistics
+    smallest = 2 * REPEATS if norm == "batch" else REPEATS  # batch norm needs two rows to compute a variance
     if frequencies % REPEATS or frequencies < smallest:
         return f"found {frequencies} frequencies; {norm} norm needs a multiple of {REPEATS}, at least {smallest}"
     return None

@@ -1,8 +1,8 @@
-"""The exact gradient of a loss over the features of all pairs, with the memory of one chunk of pairs.
+"""Compute the exact gradient of a loss over the features of all pairs, with only one chunk of pairs in memory.
 
 First, all features are computed without an autograd graph, and the loss is differentiated with respect to the features.
 Then each chunk is encoded again, with a graph, to carry its part of the gradient back to images and texts. The features
-of a pair must not depend on the other pairs in the chunk (no batch statistics).
+of a pair must not depend on the other pairs in the chunk, so encoders must not use batch statistics.
 """
 
 from collections.abc import Callable

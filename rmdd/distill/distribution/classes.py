@@ -1,4 +1,4 @@
-"""Clusters of pairs that replace the classes of NCFM: balanced k-means, and initial pairs per cluster.
+"""Clusters of pairs that replace the classes of NCFM: balanced k-means, and the initial pairs of each cluster.
 
 Symbols: R caption records, D joint features, C clusters, ipc pairs per cluster. Cluster sizes count distinct images,
 because one image with all its captions can fill a cluster.
@@ -76,10 +76,10 @@ def _centre(points: np.ndarray) -> np.ndarray:
 
 
 def _half(points: np.ndarray, image_of: np.ndarray) -> np.ndarray:
-    """Return a mask of the points of half the images: the images at one end of the first principal axis."""
+    """Return a mask of the points of half the images: those that lie at one end of the first principal axis."""
     centred = points - points.mean(axis=0)
     axis = centred[(centred**2).sum(axis=1).argmax()]
-    for _ in range(8):  # power iterations for the first principal axis
+    for _ in range(8):  # power iterations converge to the first principal axis
         axis = centred.T @ (centred @ axis)
         axis = axis / max(float(np.linalg.norm(axis)), 1e-30)
     images, image_index = np.unique(image_of, return_inverse=True)

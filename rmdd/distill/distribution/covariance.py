@@ -1,9 +1,9 @@
-"""The cross-covariance of image and text features, and the losses of CovMatch (arXiv 2510.18583) on it.
+"""The cross-covariance of image and text features, and the losses that CovMatch (arXiv 2510.18583) computes from it.
 
 With linear heads G on frozen features, the contrastive loss depends on the data only through the cross-covariance C.
 With P = G_v^T G_l, the loss is -<C, P> + rho/2 ||P||^2, with its minimum at P = C / rho. Heads trained on the synthetic
-pairs reach C_S / rho; CovMatch makes it equal to C_T, the cross-covariance of the real pairs. Symbols: n pairs, V and L
-widths of image and text features, K joint width.
+pairs reach C_S / rho; CovMatch makes C_S / rho equal to C_T, the cross-covariance of the real pairs. Symbols: n pairs,
+V and L widths of image and text features, K joint width.
 """
 
 from jaxtyping import Float

@@ -23,7 +23,7 @@ Side = Literal["joint", "image", "text"]
 SAMPLE = 65_536
 """Largest number of caption records that k-means is fitted on; the centres are then compared with all records."""
 IMAGES, RECORDS = 256, 8192
-"""Number of images per forward pass, and of caption records per block."""
+"""Number of images in one forward pass, and number of caption records in one block."""
 ROUNDS = 100
 """Largest number of k-means iterations."""
 

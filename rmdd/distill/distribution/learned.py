@@ -16,7 +16,7 @@ def tensors_of(module: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str,
 
 
 def load_tensors(module: nn.Module, optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Restore the module and its optimiser from the result of `tensors_of`; any other optimiser state is dropped."""
+    """Restore the module and its optimiser from the result of `tensors_of`; the previous optimiser state is dropped."""
     optimiser.state.clear()
     named = {n: p for n, p in module.named_parameters() if p.requires_grad}
     with torch.no_grad():

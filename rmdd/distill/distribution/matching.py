@@ -1,4 +1,4 @@
-"""The distribution-matching loop of one phase: draw, compare features, average the draws, clip, step, checkpoint.
+"""The distribution-matching loop of one phase: draw, compare features, average gradients, clip, update, checkpoint.
 
 A step is single-level: it uses the gradient of a loss between the features of real and synthetic pairs under a teacher,
 and no student is trained. Rank k of `size` ranks computes draws k, k + size, ... The gradients are averaged in the
@@ -23,7 +23,7 @@ from rmdd.models.dual import DualEncoder
 from rmdd.models.prepared import PreparedSplit
 
 LossParts = dict[str, float]
-"""Loss of one draw (under the name `loss`) and its parts by name."""
+"""The loss of one draw (with the key `loss`), and the parts that this loss consists of, by name."""
 
 
 @runtime_checkable
@@ -31,7 +31,7 @@ class Objective(Protocol):
     """The loss that a step minimises. The random choices of the loss depend only on the iteration and the draw."""
 
     def gradient(self, synthetic: Synthetic, iteration: int, draw: int) -> tuple[Synthetic, dict[str, float]]:
-        """Return the gradient of the loss of one draw for every tensor of the set, and the loss and its parts.
+        """Return the gradient of the loss of one draw for every tensor of the set; also return the loss and its parts.
 
         A part named `pace`, equal for all draws of a step, multiplies the learning rates of images and texts.
         """
@@ -87,7 +87,7 @@ class Rank:
         self.device, self.draws = device, range(rank, method.options.draws, size)
 
     def gradient(self, synthetic: Synthetic, iteration: int) -> list[tuple[Synthetic, LossParts]]:
-        """Return the gradients and loss parts of the draws that this rank computes, in the order of the draws."""
+        """Return gradients and parts of the loss for the draws that this rank computes, in the order of the draws."""
         local = synthetic.map(lambda t: t.to(self.device))
         results = (self.objective.gradient(local, iteration, draw) for draw in self.draws)
         return [(gradient.map(lambda t: t.to(synthetic.images.device)), parts) for gradient, parts in results]
@@ -143,7 +143,7 @@ class Averaging:
 
 
 def mean(results: list[tuple[Synthetic, LossParts]]) -> tuple[Synthetic, LossParts]:
-    """Return the mean gradient and the mean loss parts over all draws, summed in the order of `results`."""
+    """Return the gradient and the parts of the loss, averaged over all draws in the order of `results`."""
     first, count = results[0][0], len(results)
     if count == 1:
         return first, dict(results[0][1])

@@ -1,4 +1,4 @@
-"""The merged teachers of MDM: two checkpoints are averaged tensor by tensor, weighted by how well they agree.
+"""The merged teachers of MDM: two checkpoints, averaged tensor by tensor and pulled to the anchor if they disagree.
 
 With displacements d_1, d_2 of a tensor from the anchor w_0 and the cosine c between both displacements,
 
@@ -27,7 +27,7 @@ class Cell(NamedTuple):
 
 
 def cosine(first: Tensor, second: Tensor, *, positive: bool = True) -> Tensor:
-    """Return the cosine between two displacements; 0 if one of them is zero.
+    """Return the cosine between two displacements; 0 if either of them is zero.
 
     A negative cosine c makes c / (1 + c) very large, so it counts as 0 unless `positive` is false.
     """
@@ -37,7 +37,7 @@ def cosine(first: Tensor, second: Tensor, *, positive: bool = True) -> Tensor:
 
 
 def merge(anchor: Params, first: Params, second: Params, alpha: float, *, positive: bool = True) -> Params:
-    """Merge two checkpoints into a teacher, tensor by tensor. Raises `ValueError` if they are of different models."""
+    """Merge two checkpoints into a teacher, tensor by tensor. Raises `ValueError` if their models differ."""
     for other in (first, second):
         check_same_shapes(*({n: tuple(p.shape) for n, p in params.items()} for params in (anchor, other)))
     merged = {}
@@ -67,7 +67,7 @@ def draw_two(
         )
 
     first = Cell(_draw(experts, random), _draw(epochs, random))
-    single_epoch = len(epochs) == 1  # then the second checkpoint is of another expert
+    single_epoch = len(epochs) == 1  # then the second checkpoint is of a different expert
     other = first.expert if within else _draw([e for e in experts if not (single_epoch and e == first.expert)], random)
     return first, Cell(other, _draw([e for e in epochs if other != first.expert or e != first.epoch], random))
 

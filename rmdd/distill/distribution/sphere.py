@@ -19,7 +19,7 @@ Statistic = Literal["v", "u"]
 NEAR = 1e-6
 """Smallest distance of a cosine from +-1, where arccos has no derivative; `unit` also adds it to squared lengths."""
 FLOOR = 1e-8
-"""Added to an energy before its square root is taken, because the derivative of the root is infinite at 0."""
+"""Number added to an energy before its square root is taken, because the derivative of the root is infinite at 0."""
 
 
 def unit(x: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:

@@ -1,7 +1,7 @@
 """`phases: adaptive`: move the range of start epochs and the endpoint of a phase while it is distilled.
 
-Phases begin as planned by `auto`, but with real-valued starts. Every `distill.plan.every` updates, first-order matching
-gradients of the current set are computed in the middle of the range, at both bounds, and `pace` epochs outside them:
+Phases begin as `phases: auto` plans them, but with real starts. Every `distill.plan.every` updates, first-order
+matching gradients of the current set are computed in the middle of the range, at both bounds, and `pace` epochs beyond:
 
     a bound moves outwards by `pace` if the gradient outside it agrees with that of the middle (cosine at least
     `agreement`); it moves inwards by `pace`, down to a range of one epoch, if the gradient at the bound opposes that
@@ -9,9 +9,9 @@ gradients of the current set are computed in the middle of the range, at both bo
     the endpoint becomes the first stored epoch that lies beyond all targets of the range; it never moves before the
     planned endpoint, and never to an epoch whose shortcut is less straight than `min_straightness`.
 
-The first phase keeps its lower bound, because its student begins at epoch 0. A move depends only on the set and on the
-window before it. The set and the window are in every checkpoint, so a killed phase resumes with bit-identical results.
-The numbers of pairs and updates, and so the budget, stay as planned.
+The first phase keeps its lower bound, because its student begins at epoch 0. A move depends only on the set and the
+window before the move. The set and the window are in every checkpoint, so a killed phase resumes with bit-identical
+results. The numbers of pairs and updates, and so the budget, stay as planned.
 """
 
 import functools
@@ -71,5 +71,5 @@ def _endpoints(store: Store, experts: tuple[int, ...], plan: Plan, planned: int)
 
 
 def _end(ends: list[int], needed: float) -> int:
-    """Return the first of the endpoints `ends` at or after epoch `needed`, or the last endpoint."""
+    """Return the first of the endpoints `ends` that is at or after epoch `needed`, or the last endpoint if none is."""
     return next((e for e in ends if e >= needed), ends[-1])

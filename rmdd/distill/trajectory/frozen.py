@@ -2,8 +2,8 @@
 
 The frozen tower is the same in all K inner steps. So the features of the pairs in the mini-batches are computed once,
 the engine (`rmdd.distill.unroll`) runs on these features, and the sum of their gradients is propagated to the pixels in
-one pass. The result equals that of running the tower in every step (RepBlend), in a fraction of the time. Symbols: M
-pairs, D width of the tower's features.
+one pass. The result equals that of running the tower in every step (RepBlend), but takes a fraction of the time.
+Symbols: M pairs, D width of the tower's features.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ CHUNK = 32
 
 
 def features_of(tower: Tower, synthetic: Synthetic, batches: Int[Tensor, "K B"]) -> Synthetic:
-    """Return `synthetic` with images replaced by their features (M, D); pairs in no mini-batch get zeros."""
+    """Return `synthetic` with images replaced by their features (M, D); a pair that is in no mini-batch gets zeros."""
     used = batches.unique().to(synthetic.images.device)
     with torch.no_grad():
         rows = torch.cat([tower(synthetic.images[part]) for part in used.split(CHUNK)])
@@ -32,7 +32,7 @@ def features_of(tower: Tower, synthetic: Synthetic, batches: Int[Tensor, "K B"])
 
 
 def to_pixels(tower: Tower, synthetic: Synthetic, batches: Int[Tensor, "K B"], matched: MetaGradient) -> MetaGradient:
-    """Return `matched` with its gradient on features replaced by its gradient on the images of `synthetic`."""
+    """Return `matched` with the gradient for the features replaced by the gradient for the images of `synthetic`."""
     pixels = torch.zeros_like(synthetic.images)
     for part in batches.unique().to(pixels.device).split(CHUNK):
         images = synthetic.images[part].requires_grad_()

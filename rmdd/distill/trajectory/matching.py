@@ -20,7 +20,7 @@ from rmdd.models.image import matching_context
 from rmdd.models.prepared import PreparedSplit
 
 PATH_BYTES = 4 * 2**30
-"""Memory limit in bytes for expert paths; above it, the path opened first is dropped and read again when needed."""
+"""Memory limit in bytes for expert paths; above it, the oldest path is dropped, and read again when needed."""
 
 
 @runtime_checkable
@@ -30,7 +30,7 @@ class Matched(Protocol):
     run: config.Run
 
     def on(self, run: config.Run) -> "Matched":
-        """Return a copy of this distillation method for another run."""
+        """Return a copy of this distillation method that uses the settings of `run`."""
         ...
 
     def records(self, phase: int, train: PreparedSplit) -> list[int]: ...
@@ -113,7 +113,7 @@ class Matcher:
                 self._paths[expert] = self.method.path(self.store, expert, self.phase)
             else:
                 self._paths[expert] = shortcut.open_path(self.store, expert, self.run.distill, self._endpoint)
-            checkpoint = 4 * sum(math.prod(shape) for shape in self.store.shapes.values())  # bytes of one checkpoint
+            checkpoint = 4 * sum(math.prod(shape) for shape in self.store.shapes.values())  # size in bytes
             while len(self._paths) > 1 and checkpoint * sum(p.vectors for p in self._paths.values()) > PATH_BYTES:
                 self._paths.pop(next(iter(self._paths)))
         return self._paths[expert]

@@ -8,7 +8,7 @@ The rule (its settings are in `distill.plan`):
                than `min_straightness` are excluded.
 2. phases      As many phases as have a separate endpoint, at least `min_pairs` pairs and `min_iterations` updates
                each; at least one and at most `max_phases`. Students learn from one phase after another, so every phase
-               needs enough pairs to train them without help from the others.
+               needs enough pairs to train them without help from the other phases.
 3. sizes       The pairs that the budget pays for (including the similarity) are split evenly, and so are the updates.
 4. ranges      The first range begins at epoch 0, each later one in the middle of the range before it. A range has at
                least `min_starts` starts. It grows while the matching gradients at its last start and at the next
@@ -44,10 +44,10 @@ PLAN = "plan.json"
 
 @dataclass(frozen=True)
 class Measured:
-    """Measurements of the experts that the planning rule reads, without the matching gradients."""
+    """Measurements of the experts that the planning rule needs, except for the matching gradients."""
 
     val: Float[np.ndarray, " m"]
-    """Val R@mean of the teacher after each epoch, in percent; the first value is that before training."""
+    """Val R@mean of the teacher after each epoch, in percent; the first value was measured before training."""
     arc: Float[np.ndarray, " n"]
     """Euclidean length of the parameter change in each epoch."""
     straightness: dict[int, float]
@@ -59,7 +59,7 @@ class Measured:
 
 
 def measure(plan: config.Plan, store: Store, experts: int) -> Measured:
-    """Measure val scores and step lengths of the first `experts` experts; straightness of the first `plan.experts`."""
+    """Measure the first `experts` experts; the straightness of paths only for the first `plan.experts` of them."""
     all_experts = [e for e in store.complete() if e < experts]
     few = all_experts[: plan.experts]
     candidates = plan.endpoints or store.kept_epochs[1:]

@@ -1,6 +1,6 @@
 """Statistics of expert trajectories: straightness, matching gradients at several starts, and the teacher's gain.
 
-Symbols: n epochs of a trajectory (m = n + 1 with epoch 0), T probed starts, R samples (an expert and a draw) per start,
+Symbols: n epochs of a trajectory (m = n + 1 with epoch 0), T start epochs, R samples (an expert and a draw) per start,
 N and L sizes of the gradient on the images and on the texts.
 """
 
@@ -50,13 +50,13 @@ def arc_lengths(store: Store, experts: Sequence[int]) -> Float[np.ndarray, " n"]
 
 
 def gain_per_arc(val: Float[np.ndarray, " m"], arc: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Return the points of val R@mean gained per unit of arc length in each epoch; 0 for an epoch without movement."""
+    """Return the points of val R@mean gained per unit of arc length in each epoch; 0 if no parameter moved."""
     gain: np.ndarray = np.divide(np.diff(val), arc, out=np.zeros_like(arc), where=arc > 0)
     return gain
 
 
 def share_reached(val: Float[np.ndarray, " m"]) -> Float[np.ndarray, " m"]:
-    """Return, for each epoch, the share of the total val gain reached by the best epoch so far; 1 without any gain."""
+    """Return, for each epoch, the share of the total val gain reached by the best epoch so far; 1 if the gain is 0."""
     best = np.maximum.accumulate(val)
     total = best[-1] - val[0]
     return (best - val[0]) / total if total > 0 else np.ones_like(best)
@@ -81,7 +81,7 @@ def straightness(store: Store, experts: Sequence[int], endpoint: int) -> float:
 
 @dataclass(frozen=True)
 class Probe:
-    """Matching gradients of a synthetic set at several start epochs, with the same mini-batches and masks."""
+    """Matching gradients of a synthetic set at several start epochs, for the same mini-batches and dropout masks."""
 
     starts: tuple[int | float, ...]
     """Start epochs at which the gradients were computed."""

@@ -1,4 +1,4 @@
-"""The trajectory-matching loop of one phase: draw, unroll, step, average, checkpoint (`rmdd.distill.loop`)."""
+"""The trajectory-matching loop of one phase: draw, unroll a student, update the set (`rmdd.distill.loop`)."""
 
 from collections.abc import Callable
 from pathlib import Path

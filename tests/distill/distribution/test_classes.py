@@ -1,4 +1,4 @@
-"""Check clusters that replace classes: each has enough images, small clusters are merged, and initial pairs differ."""
+"""Check the clusters that replace classes: enough images in each, merging of small ones, distinct initial pairs."""
 
 import numpy as np
 import pytest

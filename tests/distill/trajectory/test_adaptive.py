@@ -85,7 +85,7 @@ def test_a_stopped_phase_resumes_bit_identically(store, tmp_path, unbroken, firs
 
 
 def test_a_rollback_restores_the_window(store, tmp_path, monkeypatch):
-    """Check a phase that diverges right after its range moves: once never stopped, once stopped after the rollback."""
+    """Compare phases that diverge right after their range moves: one is stopped after the rollback, one is not."""
     monkeypatch.setattr(stepping, "outer_step", _spoilt(stepping.outer_step, at=4))
     run = moving(agreement=-1, iterations=7, pace=0.25)
     run = run.model_copy(update={"distill": run.distill.model_copy(update={"guard": config.Guard(every=3)})})
@@ -120,7 +120,7 @@ def test_the_endpoint_never_moves_to_a_bent_shortcut(store):
 
 @pytest.mark.parametrize("reuse_graphs", [0, 2])
 def test_moves_follow_the_slow_cosines(make, reuse_graphs):
-    """Compare each bound of the range with cosines of gradients computed one by one in float64, with varied sets."""
+    """Compare the moves of each bound with cosines of gradients computed one by one in float64, for several sets."""
     phases = (config.Phase(pairs=PAIRS, stop=1, endpoint=2), config.Phase(pairs=PAIRS, start=1, stop=2, endpoint=3))
     plan = config.Plan(kind="adaptive", every=1, pace=0.25, agreement=0.5, experts=2)
     made = make(run_of(phases=phases, plan=plan, steps=2, inner_dropout="off", reuse_graphs=reuse_graphs), 1)

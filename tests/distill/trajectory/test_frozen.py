@@ -1,4 +1,4 @@
-"""Compare matching on features with running the frozen tower in every step, in float64."""
+"""Check in float64 that matching on features gives the same gradients as running the frozen tower in every step."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def problem(dropout=0.0):
 @pytest.mark.parametrize("branches", ["separate", "merged"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_equals_the_tower_in_every_step(monkeypatch, estimator, branches, dropout):
-    monkeypatch.setattr(frozen, "CHUNK", 3)  # so the four pairs in the mini-batches need two forward passes
+    monkeypatch.setattr(frozen, "CHUNK", 3)  # the four pairs in the mini-batches then need two forward passes
     model, start, target, synthetic = problem(dropout)
     before = {n: p.clone() for n, p in model.image_tower.named_parameters()}
     rule, how = config.Distill(), {"estimator": estimator, "branches": branches}

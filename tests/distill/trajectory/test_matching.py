@@ -32,7 +32,7 @@ from rmdd.methods import matching_method
 
 @pytest.fixture(scope="module")
 def unbroken_run(store, tmp_path_factory):
-    """Function `unbroken_run(run)`: returns the folder of a phase that is never stopped, computed once for each run."""
+    """Fixture: `unbroken_run(run)` distils a phase without stopping it, only once per run, and returns its folder."""
     folders = {}
 
     def unbroken_run(run):
@@ -67,7 +67,7 @@ def test_a_phase_on_the_original_trajectory_equals_the_plain_loop(store, tmp_pat
         theta, target = ({n: point[n] for n in names} for point in (theta, target))
         now = first_set().with_tensors({n: t.detach() for n, t in leaves.items()})
         compute = student_loss(model, rule, drawn.dropout_seeds)
-        engine = Engine(second_pass="forward")  # the phase chooses forward mode, too
+        engine = Engine(second_pass="forward")  # the phase also chooses forward mode
         results = meta_gradient(compute, theta, target, now, drawn.batches, estimator=estimator, engine=engine)
         for n, g in results.gradient.tensors().items():
             leaves[n].grad = g
@@ -202,7 +202,7 @@ def test_killed_and_resumed_is_bit_identical(store, tmp_path, unbroken_run, at):
 
 
 def test_log_lines_after_the_last_checkpoint_are_not_duplicated(store, tmp_path):
-    """A kill between log and checkpoint leaves log lines of iterations that are computed again after the resume."""
+    """A kill between the log and the checkpoint leaves lines of iterations that are computed again after the resume."""
     run = run_of()
     distil(run, store, tmp_path, **stop_after(3))
     with open(tmp_path / "metrics.jsonl", "a") as file:

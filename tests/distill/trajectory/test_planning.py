@@ -1,4 +1,4 @@
-"""Check the planning rule of `phases: auto` on made-up signals, and runs with planned phases."""
+"""Check the planning rule of `phases: auto` on made-up measurements, and runs with planned phases."""
 
 import json
 import shutil
@@ -199,7 +199,7 @@ TINY = tiny.changed(
     model={"image": {"weights": "random:0"}},
     experts={"num": 2, "epochs": 3, "lr_image": 0.3, "lr_text": 0.3},
     distill={
-        "reuse_graphs": 2,  # kept graphs are faster at this size
+        "reuse_graphs": 2,  # at this size, kept graphs save time
         "phases": "auto",
         "plan": {
             "iterations": 12,
@@ -225,7 +225,7 @@ def _written(run, folder):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A storage folder with trained experts of the tiny run, but without distilled phases."""
+    """Fixture: a storage folder with trained experts of the tiny run, but without distilled phases."""
     storage = tmp_path_factory.mktemp("trained")
     go(load(storage), "experts")
     return storage
@@ -257,7 +257,7 @@ def test_a_planned_run_writes_its_plan_and_a_complete_result(finished):
 
 
 def test_explicit_phases_equal_to_a_plan_reuse_its_work(finished, tmp_path):
-    """A run with a plan's phases written by hand reuses finished phases; in an empty storage it gives equal files."""
+    """A run that lists a plan's phases reuses the finished phases; in an empty storage it writes equal files."""
     planned = run_folder(load(finished)) / "planned.yaml"
     before = phase_files(finished)
     times = {p: p.stat().st_mtime_ns for p in finished.glob("phases/*/phase-*/set-*")}
