@@ -124,7 +124,7 @@ def further_captions(
 
 
 def clean_answer(answer: str, rule: Captions) -> str:
-    """Put an answer of the captioner on one line and clean it by `rule`; the result may be empty."""
+    """Join the lines of a captioner's answer and clean the answer by `rule`; the result may be empty."""
     return clean(_SPACE.sub(" ", answer).strip().strip("\"'").strip(), rule)
 
 
@@ -149,7 +149,7 @@ class CaptionWriter:
 
 
 def saved_captions(path: Path, key: str) -> FurtherCaptions | None:
-    """Read the captions that an earlier run wrote to `path`; None if there is no file or it has another `key`."""
+    """Read the captions that an earlier run wrote to `path`; None if the file is absent or has a different `key`."""
     if not path.is_file():
         return None
     value = read_json(path)
@@ -157,10 +157,10 @@ def saved_captions(path: Path, key: str) -> FurtherCaptions | None:
 
 
 def stand_ins(captions: Sequence[str], texts: np.ndarray, record: int, count: int, image_of: np.ndarray) -> list[str]:
-    """Choose captions of the dataset to replace missing answers for caption `record`: first those of the same image,
-    then those with the highest cosine.
+    """Choose captions of the dataset to replace missing answers of a captioner: first other captions of the image of
+    caption `record`, then the captions with the highest cosine with caption `record`.
 
-    `texts` (T,F) are the embeddings of `captions`. More than `count` are returned, because some may repeat.
+    `texts` (T,F) are the embeddings of `captions`. More than `count` are returned, because some captions may be equal.
     """
     same_image = np.flatnonzero(image_of == image_of[record])[: count + 1]
     of_image = [captions[int(r)] for r in same_image if int(r) != record]

@@ -49,7 +49,7 @@ def random_of(request: Request, what: str = "picture") -> torch.Generator:
 
 
 class Nearest:
-    """A baseline decoder that returns an image of the dataset, the one with the number `image` of the request."""
+    """A baseline decoder that returns the dataset image whose number is the value `image` of the request."""
 
     def __init__(self, split: Split):
         self.split = split
@@ -60,10 +60,10 @@ class Nearest:
 
 
 class StableUnclip:
-    """A decoder that runs Stable unCLIP on CLIP image embeddings, which are not normalised, with captions as prompts.
+    """A decoder that runs Stable unCLIP on the CLIP image embedding (not normalised) and the caption of each pair.
 
     `noise_level` is the time step of the noise added to embeddings. The pipeline has no safety checker. Raises
-    `ValueError` for embeddings with another number of features than the pipeline accepts.
+    `ValueError` unless embeddings have the number of features that the pipeline accepts.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ def pictures(requests: Sequence[Request], images: Float[np.ndarray, "B H W 3"]) 
 
 
 def move_to_device(pipeline: Any, device: torch.device, offload: Offload) -> torch.device:
-    """Move a pipeline to a device, or with `offload` each part when it is needed; return the device."""
+    """Move a pipeline to a device, or with `offload` each model or layer when needed; return the device."""
     pipeline.set_progress_bar_config(disable=True)
     device = device if torch.cuda.is_available() else torch.device("cpu")
     if offload == "none" or device.type == "cpu":
@@ -217,8 +217,8 @@ def move_to_device(pipeline: Any, device: torch.device, offload: Offload) -> tor
 class PictureWriter:
     """A worker that decodes one block of requests per call and writes each image to `<folder>/pairs`.
 
-    An image is resized to RGB of side `size` (Lanczos) and written as a PNG, and then a JSON with its request. Raises
-    `ValueError` for an image of one colour or without pixels.
+    An image is resized to `size` x `size` RGB pixels (Lanczos) and written as a PNG file; then its request is written
+    as a JSON file. Raises `ValueError` for an image of one colour or without pixels.
     """
 
     def __init__(self, make: Callable[[], Decoder], folder: Path, batch: int, size: int, threads: int):
@@ -252,7 +252,7 @@ class PictureWriter:
         plain = {name: value for name, value in request.items() if not isinstance(value, Tensor)}
         about = plain | {"native": native, "request": request_hash(request)}
         if redrawn:
-            about["redrawn"] = redrawn  # number of earlier seeds, which gave an image of one colour
+            about["redrawn"] = redrawn  # number of seeds tried before, which gave images of one colour
         write_json(picture_of(self.folder, index).with_suffix(".json"), about)
 
 
@@ -261,14 +261,14 @@ def picture_of(folder: Path, index: int) -> Path:
 
 
 def is_drawn(folder: Path, request: Request) -> bool:
-    """Return whether `folder` holds the image of a pair, generated from the same request."""
+    """Return whether `folder` holds an image that was generated from a request equal to `request`."""
     path = picture_of(folder, request["index"])
     about = path.with_suffix(".json")
     return path.is_file() and about.is_file() and read_json(about)["request"] == request_hash(request)
 
 
 def request_hash(request: Request) -> str:
-    """Return a hash of a request, including its tensors."""
+    """Return a hash of the JSON values and tensors of a request."""
     plain = {name: value for name, value in request.items() if not isinstance(value, Tensor)}
     digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
     for name in sorted(request.keys() - plain.keys()):

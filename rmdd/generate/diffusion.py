@@ -44,7 +44,7 @@ class Diffusion:
         return int(self.text_encoder.config.hidden_size)
 
     def grid(self, size: int) -> tuple[int, int]:
-        """Return the rows and columns of the latent of an image of side `size`. Raises `ValueError` like `grid_of`."""
+        """Return the rows and columns of the latent of an image of side `size`; raises the errors of `grid_of`."""
         return grid_of(len(self.vae.config.block_out_channels), size)
 
     def latents(
@@ -52,7 +52,7 @@ class Diffusion:
     ) -> Float[Tensor, "B C h w"]:
         """Encode images in [-1, 1] as unscaled latents.
 
-        With a CPU generator `random` the latents are sampled from the VAE's posterior, without one they are its mean.
+        With a CPU generator `random`, latents are samples of the VAE's posterior; without it, the posterior mean.
         """
         posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         if random is None:

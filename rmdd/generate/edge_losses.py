@@ -1,4 +1,4 @@
-"""The losses with which EDGE fine-tunes a diffusion model, and the estimate of the clean latent that they use.
+"""The losses with which EDGE fine-tunes a diffusion model, and the estimate of the clean latent that the losses use.
 
     L_C = 1/2 [CE(Z, arange) + CE(Z^T, arange)],  Z = i w^T / tau, i image and w text features of unit length
     L_D = 1/(B(B-1)) sum_{p != q} <j_p, j_q>,     j = [i ; w] / ||[i ; w]||
@@ -97,7 +97,7 @@ def target_of(
 
 
 def biases_and_norms(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return all biases and all parameters of normalisation layers, by name (those that the method DiffFit tunes)."""
+    """Return all biases and all parameters of normalisation layers, by name (DiffFit tunes these parameters)."""
     parameters = {}
     for where, part in module.named_modules():
         for name, parameter in part.named_parameters(recurse=False):

@@ -1,7 +1,7 @@
-"""EDGE's fine-tuning of a UNet: gradients of the EDGE losses in its biases and normalisation parameters.
+"""EDGE's fine-tuning of the biases and normalisation parameters of a UNet, by gradients of the EDGE losses.
 
     z_t = noised(z_0), prediction = UNet(z_t, t, e), z^ = clean estimate, x^ = VAE(z^ / scale), i = CLIP(x^)
-    L   = lambda_c L_C(i, w) + lambda_d L_D(i, w) + lambda_n MSE(prediction, its target)
+    L   = lambda_c L_C(i, w) + lambda_d L_D(i, w) + lambda_n MSE(prediction, target of the UNet)
 
 z_0 is the latent of an image, t a time step, e the encoded caption, w the CLIP feature of the caption. A batch for the
 contrastive loss may not fit in memory. Features are then computed twice (gradient caching): first without autograd, for
@@ -38,7 +38,7 @@ class EdgeTuning(Section):
 
     epochs: PositiveInt = Field(10, description="number of passes over the captions used for fine-tuning")
     fraction: float = Field(
-        1.0, gt=0, le=1, description="share of the train captions used for fine-tuning, drawn once at random"
+        1.0, gt=0, le=1, description="share of the train captions used for fine-tuning: one random draw for all epochs"
     )
     steps: int | None = Field(
         None, ge=0, description="number of updates; 0: no fine-tuning; null: as many as tuning.epochs needs"
@@ -96,7 +96,7 @@ class EdgeTuning(Section):
         return self.epochs * max(1, used // min(self.batch, used)) if self.steps is None else self.steps
 
     def used(self, captions: int) -> int:
-        """Return how many of `captions` captions are used for fine-tuning; at least 2, if there are 2."""
+        """Return how many of `captions` captions are used for fine-tuning: at least 2, unless only 1 exists."""
         return min(captions, max(2, int(self.fraction * captions)))
 
 
@@ -110,7 +110,7 @@ class TuningBatch:
     texts: Float[Tensor, "B D"]
     """CLIP features w of the captions, not scaled to unit length."""
     captions: Int[Tensor, " B"]
-    """A number for the caption of each pair; equal captions have equal numbers."""
+    """Number of the caption of each pair; pairs with equal captions have equal numbers."""
     times: Int[Tensor, " B"]
     noise: Float[Tensor, "B C h w"]
 
@@ -119,7 +119,7 @@ class TuningBatch:
 
 
 class EdgeTrainer:
-    """A `rmdd.generate.tuning.Trainer` for EDGE; `pictures(records, size)` returns the uint8 images of captions."""
+    """A `rmdd.generate.tuning.Trainer` for EDGE; `pictures(records, size)` returns uint8 images of caption records."""
 
     def __init__(
         self,
@@ -164,7 +164,7 @@ class EdgeTrainer:
 
     @torch.no_grad()
     def batch(self, step: int) -> TuningBatch:
-        """Build the batch of a step; all random numbers are drawn on the CPU, so they are equal for all devices."""
+        """Build the batch of a step; all random numbers are drawn on the CPU, so every device gets the same batch."""
         rule, device, random = self.rule, self.diffusion.device, generator(self.seed, "edge step", step)
         records = self.batch_records(step)
         captions = [self.captions[r] for r in records]
@@ -199,7 +199,7 @@ class EdgeTrainer:
     # -- the losses --------------------------------------------------------------------------------------------------
 
     def features_and_error(self, batch: TuningBatch) -> tuple[Float[Tensor, "B D"], Float[Tensor, ""]]:
-        """Return the CLIP features of the denoised images, and the sum of the UNet's mean squared errors per pair."""
+        """Return the CLIP features of the denoised images, and the UNet's mean squared error, summed over pairs."""
         rule, diffusion = self.rule, self.diffusion
         alpha_bar = diffusion.alpha_bar[batch.times]
         noisy = noised(batch.latents, batch.noise, alpha_bar)
@@ -264,8 +264,8 @@ class EdgeTrainer:
 def draws(seed: int, count: int, number: int, start: int = 0) -> list[int]:
     """Return the numbers of `number` captions, drawn without replacement from all `count`, in an order set by `seed`.
 
-    The first `start` captions of that order are skipped, because other phases use them. Raises `ValueError` if there
-    are too few captions.
+    The first `start` captions of that order are skipped, because other phases use them. Raises `ValueError` if too
+    few captions remain.
     """
     if start + number > count:
         raise ValueError(
@@ -283,6 +283,6 @@ def _standardised(pixels: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B 3 S S"]:
 
 
 def _weighted(features: Float[Tensor, "B D"], weight: Float[Tensor, " B"]) -> Float[Tensor, "B D"]:
-    """Return `features` with equal values, but with the gradient of each row multiplied by its `weight`."""
+    """Return `features` unchanged, but multiply the gradient of each row by its entry in `weight`."""
     w = weight[:, None]
     return w * features + (1 - w) * features.detach()

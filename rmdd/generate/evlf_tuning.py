@@ -58,10 +58,10 @@ class FusionRule(Section):
     )
     drop_text: float = Field(0.2, ge=0, le=1, description="probability that all text tokens of a batch are set to zero")
     drop_entries: float = Field(
-        0.1, ge=0, lt=1, description="share of the numbers in text tokens that are set to zero in the other batches"
+        0.1, ge=0, lt=1, description="share of numbers in text tokens set to zero, in batches that keep their tokens"
     )
     text_noise: NonNegativeFloat = Field(
-        0.01, description="standard deviation of the noise added to text tokens in the other batches"
+        0.01, description="standard deviation of the noise on text tokens, in batches that keep their tokens"
     )
     flip: float = Field(
         0.0, ge=0, le=1, description="probability that a training image is mirrored; published: 0.5, for class labels"
@@ -103,7 +103,7 @@ def fusion_of(rule: FusionRule, diffusion: Diffusion, size: int, seed: int) -> t
 class FusionTrainer:
     """A `rmdd.generate.tuning.Trainer` for EVLF's fusion module and reader.
 
-    `pictures(records, size)` returns the uint8 images of captions; `image_of` is the image number of each caption.
+    `pictures(records, size)` returns uint8 images of caption records; `image_of` has the image number of each record.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class FusionTrainer:
         self.optimiser: torch.optim.Optimizer = torch.optim.AdamW(groups, weight_decay=rule.weight_decay)
 
     def batch_records(self, number: int) -> list[int]:
-        """Return the caption records of a batch; every epoch takes them from a new random order."""
+        """Return the caption records of batch `number`; every epoch takes them from a new random order."""
         epoch, offset = divmod(number, len(self.captions) // self.batch_size)
         order = torch.randperm(len(self.captions), generator=generator(self.seed, "evlf epoch", epoch))
         return order[offset * self.batch_size :][: self.batch_size].tolist()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 
 class Layer(nn.Module):
-    """A transformer layer: attention to fixed keys, then a feed-forward network, each followed by LayerNorm."""
+    """A transformer layer: attention of `x` to `keys`, then a feed-forward network, each followed by LayerNorm."""
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
@@ -76,7 +76,7 @@ class Fusion(nn.Module):
         tokens: Float[Tensor, "B L F"],
         padding: Bool[Tensor, "B L"],
     ) -> Float[Tensor, "B C h w"]:
-        """Return fused latents; `padding` marks ignored tokens. Raises `ValueError` for another size than `grid`."""
+        """Return fused latents; tokens in `padding` are ignored. Raises `ValueError` unless latents fit `grid`."""
         if latents.shape[-2:] != self.grid:
             raise ValueError(
                 f"this fusion was built for latents of {self.grid[0]} x {self.grid[1]}, found "
@@ -151,7 +151,7 @@ def first_end(ids: Int[Tensor, "B L"], end: int) -> Int[Tensor, " B"]:
 
 
 def positions_after(positions: Int[Tensor, " B"], length: int) -> Bool[Tensor, "B L"]:
-    """Return a mask that is True for the tokens of a text after its position in `positions`."""
+    """Return a mask that is True for the tokens of each text after the position given in `positions`."""
     return torch.arange(length, device=positions.device)[None, :] > positions[:, None]
 
 
@@ -160,9 +160,9 @@ def augment_text(
 ) -> Float[Tensor, "B L F"]:
     """Augment text tokens for training.
 
-    With probability `drop_all` all tokens become zero. Otherwise, numbers become zero with probability `drop`, the
-    others are scaled up, and noise of deviation `noise` is added. `random` is a CPU generator, so all devices use the
-    same random numbers.
+    With probability `drop_all` all tokens become zero. Otherwise, each number becomes zero with probability `drop`, the
+    remaining numbers are scaled up, and noise of deviation `noise` is added. `random` is a CPU generator, so all
+    devices use the same random numbers.
     """
     if float(torch.rand((), generator=random)) < drop_all:
         return torch.zeros_like(tokens)

@@ -20,7 +20,7 @@ Denoise = Callable[[Tensor, Tensor], Tensor]
 
 
 def step_deviation(scheduler: Any, t: Tensor, predicted: Tensor, channels: int, eta: float) -> Tensor:
-    """Return sigma_k: one number, or one for each number of the latents if the model predicts variances."""
+    """Return sigma_k: one value, or one for each entry of the latents if the model predicts variances."""
     if _is_ddim(scheduler):
         if not eta:
             return (1 - scheduler.alphas_cumprod[t.cpu()]).sqrt().to(predicted.device)
@@ -55,8 +55,8 @@ def guided(
 ) -> Float[Tensor, "B C h w"]:
     """Denoise `latents`, guided towards the latents `modes` in the steps `steps - 1` down to `stop + 1`.
 
-    `strength` 0 disables the guidance. `scheduler` is DDPM or DDIM without clipping of latents; only DDIM uses `eta`,
-    the share of noise in a step.
+    `strength` 0 disables the guidance. `scheduler` is DDPM or DDIM without clipping of latents. Only DDIM uses `eta`,
+    which scales the noise of a step.
     """
     scheduler.set_timesteps(steps, device=latents.device)
     x, channels = latents * scheduler.init_noise_sigma, latents.shape[1]

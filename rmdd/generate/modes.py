@@ -25,7 +25,7 @@ class Modes:
     records: list[int]
     """For each cluster, the caption record whose text embedding is nearest to the cluster's mean text embedding."""
     members: list[int]
-    """Number of caption records per cluster; 0 if equal latents left a cluster empty, which gets an unused record."""
+    """Number of caption records per cluster. A cluster left empty by equal latents has 0 and gets an unused record."""
 
 
 def modes_of(
@@ -70,9 +70,7 @@ def reduced(rows: Rows, components: int | None, seed: int) -> Float32[np.ndarray
 
     count = len(rows)
     if components is None or components >= min(count, rows.width):
-        return np.concatenate(
-            [block.copy() for _, block in rows.chunks()]
-        )  # copy each chunk, because all chunks share one buffer
+        return np.concatenate([block.copy() for _, block in rows.chunks()])  # all chunks share one buffer, so copy
     some = np.arange(count) if count <= REDUCED_FROM else np.sort(smallest(np.arange(count), REDUCED_FROM, seed, "pca"))
     out = np.empty((count, components), np.float32)
     with one_thread():
@@ -102,7 +100,7 @@ def _means(rows: Rows, label: np.ndarray, k: int, count: np.ndarray) -> np.ndarr
 
 
 def _nearest(rows: Rows, label: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """Return, for each centre, the position of the nearest row in its cluster, or 0 for an empty cluster."""
+    """Return, for each centre, the position of the row in the cluster nearest to it, or 0 for an empty cluster."""
     best, nearest = np.full(len(centres), np.inf), np.zeros(len(centres), np.int64)
     for where, block in rows.chunks():
         distance = ((block - centres[label[where]]) ** 2).sum(1)

@@ -32,7 +32,7 @@ RecordIds = Int64[np.ndarray, " _"]
 
 @dataclass(frozen=True)
 class PairMembers:
-    """The records of one prototype (its cell); image and text records differ only if its clusters share no record."""
+    """The records of one prototype (its cell); `images` and `texts` differ only if its clusters share no record."""
 
     images: RecordIds
     texts: RecordIds
@@ -44,7 +44,7 @@ class PairMembers:
 
 @dataclass(frozen=True)
 class Prototypes:
-    """M prototypes (the mean features of images and of texts, before normalisation), and the records of each."""
+    """M prototypes (mean features of images and of texts, before normalisation), and the records of each prototype."""
 
     images: Float32[np.ndarray, "M U"]
     texts: Float32[np.ndarray, "M V"]
@@ -167,14 +167,14 @@ def _nearest(ranks: WorkerParts, centroids: np.ndarray, count: int) -> tuple[np.
 
 
 def refill_empty_clusters(label: np.ndarray, distance: np.ndarray, of: RecordIds, k: int) -> RecordIds:
-    """Return the cluster of each row, after giving each empty cluster the row in `of` farthest from its centroid."""
+    """Return each row's cluster, after moving to each empty cluster the row in `of` farthest from its own centroid."""
     label, used = label.copy(), np.unique(of)
     count = np.bincount(label[used], minlength=k)
     far = used[np.lexsort((used, -distance[used]))].tolist()
     for empty in np.flatnonzero(count == 0):
         row = next((r for r in far if distance[r] > 0 and count[label[r]] > 1), None)
         if row is None:
-            break  # no row can leave: it equals its centroid or is alone in its cluster
+            break  # no row can move: each row equals its centroid or is alone in its cluster
         count[label[row]] -= 1
         label[row], count[empty] = empty, 1
         far.remove(row)
@@ -185,7 +185,7 @@ def refill_empty_clusters(label: np.ndarray, distance: np.ndarray, of: RecordIds
 
 
 def contingency(a: RecordIds, b: RecordIds, k: int) -> Int64[np.ndarray, "K K"]:
-    """Return a matrix with the number of records in both image cluster i and text cluster j."""
+    """Return a matrix whose entry (i, j) is the number of records in both image cluster i and text cluster j."""
     return np.bincount(a * k + b, minlength=k * k).reshape(k, k)
 
 
@@ -200,7 +200,7 @@ def split_largest_cells(
 ) -> list[PairMembers]:
     """Split the cell with most records in two, by 2-means on `joint(members)`, until there are `pairs` cells.
 
-    If no cell can be split, the largest groups of records outside all cells are added.
+    If no cell can be split, the largest groups of records outside all cells become cells.
     """
     result = list(cells)
     matched = np.zeros(len(a), bool)
@@ -239,7 +239,7 @@ def _unmatched(a: RecordIds, b: RecordIds, matched: Bool[np.ndarray, " N"]) -> l
 
 
 def _centres(a: RecordIds, b: RecordIds, partner: RecordIds, empty: RecordIds) -> list[PairMembers]:
-    """Return one cell, with the records of both clusters, for each image cluster in `empty`: those that share none."""
+    """Return a cell for each image cluster in `empty`, which shares no record with its partner: all records of both."""
     cells = [PairMembers(np.flatnonzero(a == i), np.flatnonzero(b == partner[i])) for i in empty]
     return [cell for cell in cells if len(cell.images) and len(cell.texts)]
 
@@ -270,10 +270,10 @@ def _units(rows: Rows) -> Rows:
 def retrieved(
     queries: Float32[np.ndarray, "M D"], rows: Rows, among: RecordIds, repeats: bool
 ) -> Int64[np.ndarray, " M"]:
-    """Return, for each query, the row number in `among` with the highest cosine; of equal rows, the first.
+    """Return, for each query, the row number in `among` with the highest cosine, the first of equal rows.
 
-    Without `repeats` each row is used at most once, and the sum of cosines is maximal; fewer rows than queries then
-    raise `ValueError`.
+    Without `repeats` each row is used at most once, and the sum of cosines is maximal; raises `ValueError` if there are
+    then fewer rows than queries.
     """
     count = len(queries)
     if not repeats and len(among) < count:

@@ -50,7 +50,7 @@ class Sampling(Section):
 
 
 def load_pipeline(folder: Path, dtype: torch.dtype = torch.float32, kind: str = "StableDiffusion") -> Any:
-    """Load `<kind>Pipeline` of diffusers, without the safety checker, which would add black images to the set."""
+    """Load `<kind>Pipeline` of diffusers, without the safety checker, which would turn some images black."""
     import diffusers
 
     with quiet("transformers", "diffusers"):
@@ -92,7 +92,7 @@ def cut_captions(folder: Path, captions: Sequence[str]) -> int:
 
 
 class FromCaption:
-    """A decoder from captions to images; `tuned` is a folder with UNet parameters from `rmdd.generate.tuning`."""
+    """A decoder from captions to images; `tuned` is a folder with the UNet parameters that fine-tuning wrote."""
 
     kind = "StableDiffusion"
 
@@ -139,7 +139,7 @@ class FromCaption:
 
 
 class FromLatent(FromCaption):
-    """A decoder that adds noise of share `strength` to the scaled latent `mode` of a pair and denoises the result."""
+    """A decoder that noises the scaled latent `mode` of a pair and runs the last share `strength` of all steps."""
 
     kind = "StableDiffusionImg2Img"
 
@@ -198,7 +198,7 @@ class NearLatent(FromCaption):
 
 
 def _random_of(request: Request, what: str) -> torch.Generator:
-    """Return the random generator of an image, seeded by its number, which is counted over all phases."""
+    """Return the random generator of an image, seeded by the image's number, which counts over all phases."""
     return generator(request["seed"], what, request["number"])
 
 

@@ -82,7 +82,7 @@ class Studio:
         return device_of(self.run.runtime)
 
     def stream(self, title: str, unit: str, here: bool = False) -> Stream:
-        """Return a function `(make, items)` that processes items on the workers (with `here`: in this process).
+        """Return a function `(make, items)` that processes work items on the workers (with `here`: in this process).
 
         The function shows progress, and can be interrupted between two items. The callable that `make()` returns is
         called with each item, and must return `{unit: count}`.
@@ -98,7 +98,7 @@ class Studio:
         return streamed
 
     def features(self, encoder: str) -> "Sides":
-        """Return the features of the train images and captions, not normalised, by an encoder such as `clip:ID`."""
+        """Return the features of train images and captions (not normalised) from an encoder such as `clip:ID`."""
         return sides_of(self.feature_source, self.train, encoder, self.stream(f"features of {encoder}", "rows"))
 
     def draw(
@@ -109,7 +109,7 @@ class Studio:
         batch: int = 1,
         here: bool = False,
     ) -> list[Path]:
-        """Generate the images of all pairs and return their paths; existing images of the same request are kept.
+        """Generate the images of all pairs and return the paths; existing images of equal requests are kept.
 
         `requests` holds JSON values for each pair, to which `index` and `seed` are added; row i of each tensor belongs
         to pair i. `make` returns the decoder and must be picklable; it is called in the workers, or in this process
@@ -179,13 +179,13 @@ class Studio:
 
 
 def _stored(make: Callable[[], Callable[[Values], Values]], runtime: config.Runtime) -> Callable[[Values], Values]:
-    """Return `make()`, called after opening the storage, which publishes the files that the worker writes."""
+    """Open the storage, which publishes the files that the worker writes, then return `make()`."""
     open_storage(runtime)
     return make()
 
 
 def read_picture(path: Path, size: int) -> Tensor:
-    """Read the image of a pair as uint8 (3, S, S). Raises `ValueError` if it is not RGB of side `size`."""
+    """Read the image of a pair as uint8 (3, S, S). Raises `ValueError` unless it has `size` x `size` RGB pixels."""
     with Image.open(path) as image:
         if image.size != (size, size) or image.mode != "RGB":
             raise ValueError(

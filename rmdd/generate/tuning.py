@@ -36,7 +36,7 @@ class Trainer(Protocol):
     optimiser: torch.optim.Optimizer
 
     def gradient(self, step: int) -> dict[str, float]:
-        """Add the gradient of a step to `grad` of the parameters; return the losses by name, including `loss`."""
+        """Add the gradient of a step to `grad` of each parameter; return the losses by name, the total as `loss`."""
         ...
 
 
@@ -48,7 +48,7 @@ def tune(
     on_step: Callable[[dict[str, Any]], None] = lambda metrics: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Train from the checkpoint in `folder`, to the end or until `should_stop()`; return whether it reached the end.
+    """Train from the checkpoint in `folder`, to the end or until `should_stop()`; return whether the end was reached.
 
     A step with a non-finite loss or gradient is skipped with a warning. Raises `RuntimeError` after `SKIPS` consecutive
     skips.
@@ -106,7 +106,7 @@ def read_tuned(folder: Path) -> dict[str, Tensor]:
 
 
 def use_tuned(module: nn.Module, tuned: Mapping[str, Tensor]) -> None:
-    """Copy fine-tuned parameters into `module`, which may have another dtype."""
+    """Copy fine-tuned parameters into `module`, which may have a different dtype."""
     parameters = dict(module.named_parameters())
     for name, value in tuned.items():
         parameters[name].data.copy_(value)

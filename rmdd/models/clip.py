@@ -1,8 +1,8 @@
-"""Pretrained CLIP models, which turn images and captions into features of one space.
+"""Pretrained CLIP models, which turn images and captions into features of one common space.
 
-The image processor saved with a model resizes and crops the images (no augmentation). Captions are cleaned by default
-rules (lower case, no punctuation, at most 30 words). Features are not scaled to unit length, because unCLIP decoders
-use their length. Shapes: n images or captions, D features of each.
+The image processor saved with a model resizes and crops the images (no augmentation). Captions are cleaned by the
+default caption rules (lower case, no punctuation, at most 30 words). Features are not scaled to unit length, because
+unCLIP decoders use their length. Shapes: n images or captions, D features of each.
 """
 
 from collections.abc import Sequence
@@ -57,5 +57,5 @@ class Clip:
 
 
 def _projected(output: Any) -> Tensor:
-    """Return the features in `output` as float32; transformers 5 and later wrap them in an object."""
+    """Return the features in `output` as float32; transformers 5 and later wrap features in an object."""
     return (output if isinstance(output, Tensor) else output.pooler_output).float()

@@ -22,7 +22,7 @@ TOWERS = ("image", "text")
 
 
 class Block(nn.Module):
-    """The projection as published: LayerNorm(dropout(linear(GELU(h))) + h), where h = linear(x)."""
+    """A projection of kind `block`: LayerNorm(dropout(linear(GELU(h))) + h), where h = linear(x)."""
 
     def __init__(self, inputs: int, width: int, dropout: float):
         super().__init__()
@@ -77,7 +77,7 @@ class DualEncoder(nn.Module):
         texts: Float[Tensor, "B F"],
         mixing: Callable[[Tensor], Tensor] | None = None,
     ) -> Float[Tensor, "B B"]:
-        """Return the score of every image with every text; `mixing` is applied to their features before projection."""
+        """Return the score of every image with every text; `mixing` changes the features of both before projection."""
         features = self.image_tower(images)
         if mixing is not None:
             features, texts = mixing(features), mixing(texts)
@@ -89,7 +89,7 @@ class DualEncoder(nn.Module):
             return _at_least_float32(u) @ _at_least_float32(v).T / self.temperature
 
     def trained(self) -> Params:
-        """Return the trainable parameters by name, detached and in registration order; distillation matches these."""
+        """Return the trainable parameters by name, detached, in registration order (distillation matches them)."""
         return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
 
     def load_trained(self, params: Mapping[str, Tensor]) -> None:
@@ -103,7 +103,7 @@ class DualEncoder(nn.Module):
 
 
 def _full_precision(device: str) -> contextlib.AbstractContextManager[Any]:
-    """Return a context that disables autocast, so scores are float32 (the meta device does not support autocast)."""
+    """Return a context that disables autocast, so scores are float32; the meta device needs none."""
     return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 

@@ -1,9 +1,9 @@
-"""Group normalisation (also with ReLU and 2x2 average pooling) and SiLU with a fast second derivative.
+"""Group normalisation (also followed by ReLU and 2x2 average pooling) and SiLU, with fast second derivatives.
 
 N images, C channels in G groups, H x W pixels. The speed of these operations is limited by memory, not by arithmetic.
-Composed from torch operations, their second derivative reads and writes the largest feature maps of a network about
-forty times. This module saves only the input, and computes each derivative by one pass of sums per image and channel
-and one linear combination of feature maps.
+If they are composed of torch operations, their second derivative reads and writes the largest feature maps of a network
+about forty times. This module saves only the input, and computes each derivative from sums per image and channel (one
+pass over the feature maps) and one linear combination of feature maps.
 
 Let r = 1 / deviation, xh = (x - mean) r the normalised input, z = w xh + b the output, h the gradient of a loss in z,
 and m(.) the mean over a group of channels. The gradients in x, w and b, and the tangent of z for tangents dx, dw, db:
@@ -44,7 +44,7 @@ def group_norm(
 
 
 class TwiceDifferentiable(TorchFunctionMode):
-    """A context in which layer norm, group norm, SiLU and softmax of torch are replaced by those of this module.
+    """A context in which torch's layer norm, group norm, SiLU and softmax are replaced by the versions in this module.
 
     The batch norm with which timm standardises convolution weights is replaced too, and the convolution of a single
     pixel becomes a matrix product.
@@ -267,7 +267,7 @@ def _tangent(
 def _second(
     a: Tensor, aw: Tensor, h: Tensor, x: Tensor, weight: Tensor, _: Tensor, mean: Tensor, rstd: Tensor, *, reuse_h: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the derivatives of <a, gx> + <aw, gw> (see the module) in x and in w; `reuse_h` stores the first in h."""
+    """Return the derivatives of <a, gx> + <aw, gw> (see module) in x and w; with `reuse_h` the first overwrites h."""
     r, mu, average = _statistics(x, mean, rstd)
     sa, sh, sah = _sum(a), _sum(h), _dot(a, h)
     sax, shx = r * (_dot(a, x) - mu * sa), r * (_dot(h, x) - mu * sh)
@@ -282,7 +282,7 @@ def _second(
 
 
 def _statistics(x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Any]:
-    """Return 1 / deviation and mean per image and channel, and a function that turns pixel sums into group means."""
+    """Return 1 / deviation and mean, per image and channel, and a function that turns pixel sums into group means."""
     (n, groups), size = mean.shape, x[0].numel() // mean.shape[1]
     channels = x.shape[1] // groups  # number of channels in each group
     r, mu = rstd.repeat_interleave(channels, 1), mean.repeat_interleave(channels, 1)

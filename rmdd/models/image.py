@@ -34,9 +34,9 @@ class Support(Enum):
     UNTESTED = "untested"
 
 
-# A key is a timm module (a family of models), or one model where the models of a module differ. torch's fused attention
-# has no second derivative, so families that may call it are MATH. The NO families use hardsigmoid, which torch cannot
-# differentiate twice.
+# A key is a timm module (a family of models), or a single model if the models of its module differ in support. Families
+# that may call torch's fused attention, which has no second derivative, have support MATH. Families with support NO use
+# hardsigmoid, which torch cannot differentiate twice.
 SUPPORT: dict[str, Support] = {
     "convnet": Support.YES,
     **dict.fromkeys(
@@ -57,7 +57,7 @@ SUPPORT: dict[str, Support] = {
 
 
 def double_backward(name: str) -> Support:
-    """Return whether a gradient through the tower `name` can be differentiated again (measured per model family)."""
+    """Return whether a gradient through the tower `name` can be differentiated again, as measured for its family."""
     if name == "convnet" or name.startswith(HUB_PREFIXES):
         return SUPPORT.get(name, Support.UNTESTED)
     import timm

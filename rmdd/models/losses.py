@@ -27,7 +27,7 @@ def wbce(logits: Float[Tensor, "B B"], similarity: Float[Tensor, "B B"]) -> Floa
 
 
 def infonce(logits: Float[Tensor, "B B"], similarity: Float[Tensor, "B B"]) -> Float[Tensor, ""]:
-    """Cross-entropy with targets `similarity`, averaged over images and texts; InfoNCE if `similarity` is identity."""
+    """Cross-entropy with targets `similarity`, averaged over images and texts; InfoNCE if the targets are identity."""
     by_image = -(similarity * F.log_softmax(logits, dim=1)).sum() / logits.shape[0]
     by_text = -(similarity * F.log_softmax(logits, dim=0)).sum() / logits.shape[0]
     return (by_image + by_text) / 2

@@ -185,7 +185,7 @@ def faults(parts: Iterable[PretrainedModel]) -> list[str]:
 
 
 def summary(part: PretrainedModel) -> dict[str, Any]:
-    """Return what `rmdd check` prints about a model: `facts()` if complete, else its missing files and known size."""
+    """Return what `rmdd check` prints about a model: `facts()` if complete, else missing files and approximate size."""
     missing_files = part.missing_files()
     if not missing_files:
         return part.facts() | {"missing": []}
@@ -268,7 +268,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=16)
 def _content(folder: Path, files: tuple[tuple[str, int, int], ...]) -> str:
-    """Return a hash of file names and contents; it is computed again if a time or size in `files` changed."""
+    """Return a hash of file names and contents; computed again if the modification time or size of a file changed."""
     digest = hashlib.sha256()
     for name, _, _ in files:
         digest.update(f"{name}\0{sha256_file(folder / name)}\n".encode())

@@ -32,7 +32,7 @@ MODEL_FILES = (
     ".model",
     ".safetensors",
     ".bin",
-)  # suffixes of the weights, configuration and tokenizer files that the hash of an encoder covers
+)  # the hash of an encoder covers the files with these suffixes: weights, configuration, tokenizer
 
 # The encoder `hashing` maps n-grams to BUCKETS buckets; a bucket is a random vector with NONZEROS entries of +1 or -1.
 HASHING_VERSION = 1
@@ -97,7 +97,7 @@ def _embed_blocks(
 class Encoder:
     """A worker that loads a text tower once; each call encodes one file of captions into one file of embeddings.
 
-    The worker uses the CPU if its machine has no GPU, such as the Ray head node of some clusters.
+    The worker uses the CPU on a machine without GPU, such as the Ray head node of some clusters.
     """
 
     def __init__(self, tower: TextTower, batch: int, device: torch.device | str, threads: int | None):
@@ -125,7 +125,7 @@ def text_width(tower: TextTower) -> int:
 
 
 def encoder_identity(tower: TextTower) -> str:
-    """Return a hash of the encoder's files, or of its hub id and commit; `pooling` and `max_tokens` have no effect."""
+    """Return a hash of the encoder's files, or of its hub id and commit, not of `pooling` and `max_tokens`."""
     if tower.name == "hashing":
         return _sha256([f"hashing {HASHING_VERSION}"])
     source = _source(tower)
@@ -137,7 +137,7 @@ def encoder_identity(tower: TextTower) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _content(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """Return a hash of file names and contents; it is computed again if a time or size in `files` changed."""
+    """Return a hash of file names and contents; computed again if the modification time or size of a file changed."""
     return _sha256(part for path, _, _ in files for part in (path.name, sha256_file(path)))
 
 
@@ -242,7 +242,7 @@ def _load(tower: TextTower, config: Any, device: torch.device | str) -> tuple[An
     source, revision = _source(tower), getattr(config, "_commit_hash", None) or "main"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-        # fork_rng keeps the global generator unchanged: layers without weights (such as a pooler) start at random.
+        # fork_rng keeps the global generator unchanged: layers missing in the file (such as a pooler) start at random.
         with torch.random.fork_rng(devices=[]), quiet("transformers"):
             model, info = AutoModel.from_pretrained(
                 source, revision=revision, config=config, dtype=torch.float32, output_loading_info=True

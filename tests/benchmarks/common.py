@@ -1,4 +1,4 @@
-"""Shared code of the benchmarks (Linux only): command-line options from a dataclass, a measured process, and tables."""
+"""Shared code of the benchmarks (Linux only): command-line options from a dataclass, measured processes, tables."""
 
 import argparse
 import contextlib
@@ -47,7 +47,7 @@ def main(
 
 
 def check_names(names: str | Sequence[str], choices: Sequence[str], noun: str) -> list[str]:
-    """Return a comma-separated list of names as a list. Raises `ValueError` for a name that is not in `choices`."""
+    """Split comma-separated `names` into a list. Raises `ValueError` for a name that is not in `choices`."""
     listed = [name for name in names.split(",") if name] if isinstance(names, str) else list(names)
     if unknown := [name for name in listed if name not in choices]:
         raise ValueError(f"unknown {noun} '{unknown[0]}'; available: {', '.join(choices)}")

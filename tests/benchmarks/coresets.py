@@ -1,7 +1,7 @@
 """Time and memory of herding, k-center and medoids on generated features on disk.
 
 Features are float16 or float32 rows of unit length around random centres, generated once. Each method runs in a
-separate process; its peak memory is the proportional set size, including mapped pages of the features.
+separate process, whose peak memory is the proportional set size, including mapped pages of the features.
 """
 
 import resource
@@ -40,7 +40,7 @@ class Case:
 def bench_coresets(
     case: Case, picks: Sequence[int], folder: Path, methods: str | Sequence[str] = METHODS[:2]
 ) -> common.Numbers:
-    """Run each method up to the largest of `picks`; measure the seconds at each pick, peak memory and objective."""
+    """Let each method pick max(`picks`) rows; measure the seconds to each number of picks, memory and objective."""
     methods, picks = common.check_names(methods, METHODS, "method"), sorted(picks)
     if not picks or not 0 < max(picks) < case.rows:
         raise ValueError(f"picks {picks} are impossible for {case.rows} rows; give picks from 1 to {case.rows - 1}")

@@ -24,7 +24,7 @@ WAYS = ("in_turn", "pool", "train", "trainer_each")
 
 @dataclass(frozen=True)
 class Case:
-    """Number and size of the experts. The way `trainer_each` trains only `each` of them; its ratio is extrapolated."""
+    """Number and size of the experts. `trainer_each` trains only `each` of them; its ratio is extrapolated to all."""
 
     experts: int = 8
     workers: int = 2
@@ -67,7 +67,7 @@ def run_of(case: Case, way: str, storage: Path) -> config.Run:
 
 
 def bench_experts(case: Case, ways: str | Sequence[str] = WAYS) -> common.Numbers:
-    """Measure all ways of training; `ways` in the result has seconds, memory and overhead per expert of each.
+    """Measure all ways of training; `ways` in the result has the seconds, memory and overhead per expert.
 
     Raises `RuntimeError` if one of the ways fails.
     """

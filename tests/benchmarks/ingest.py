@@ -79,7 +79,7 @@ def table(results: common.Numbers) -> str:
 
 
 def generate(case: Case, root: Path) -> Path:
-    """Generate from the seed images of blurred noise with one caption each, unless `root` has them already."""
+    """Generate images of blurred noise with one caption each, unless the folder `root` has them already."""
     if (root / TABLE).is_file():
         return root
     rows = []

@@ -13,7 +13,7 @@ from rmdd.evaluate.retrieval import ranks
 
 @dataclass(frozen=True)
 class Case:
-    """Size of the gallery of random vectors. Each image has five texts; the first ones have six, as in COCO test."""
+    """Size of the gallery of random vectors. Each image has five texts; the first images have six, as in COCO."""
 
     images: int = 5000
     texts: int = 25_010
@@ -23,9 +23,9 @@ class Case:
 
 
 def bench_metric(case: Case, repeats: int = 3) -> common.Numbers:
-    """Measure the ranking in both directions: the smallest wall and CPU seconds of `repeats`, and memory in bytes.
+    """Measure the ranking in both directions: the smallest wall and CPU seconds of `repeats` runs, and memory.
 
-    Memory is the peak of the process, and the increase of this peak by the ranking.
+    Memory is the peak in bytes of the process, and the bytes that the ranking adds to the memory used before.
     """
     if repeats < 1 or case.texts < case.images:
         raise ValueError(f"give repeats of at least 1 and at least as many texts as images; found {repeats}, {case}")

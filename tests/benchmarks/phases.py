@@ -1,7 +1,8 @@
 """Parallel phases compared with the same phases run sequentially, one thread each, measured alternately.
 
 It prints three ratios of parallel to sequential wall time: `work` counts from the start of the first phase to the end
-of the last, `workers` adds the start of the workers, and `ray` also the start of Ray. Sequential runs start neither.
+of the last, `workers` adds the start of the workers, and `ray` also the start of Ray.
+Sequential runs start neither workers nor Ray.
 """
 
 import os
@@ -38,7 +39,7 @@ PARTS = ("work", "workers", "ray")
 
 @dataclass(frozen=True)
 class Case:
-    """Size of one distillation phase; an iteration should take much longer than its overhead for parallel execution."""
+    """Size of one distillation phase; an iteration should take much longer than the overhead of workers."""
 
     iterations: int = 60
     pairs: int = 48
@@ -49,7 +50,7 @@ class Case:
 
 
 def bench_phases(case: Case, counts: Sequence[int], repeats: int) -> common.Numbers:
-    """Measure each number of phases in parallel and sequentially, `repeats` times; return seconds and their ratios.
+    """Run each number of phases in `counts` in parallel and sequentially, `repeats` times; return seconds and ratios.
 
     Raises `ValueError` if a number of phases or `repeats` is below 1.
     """
@@ -112,7 +113,7 @@ def _run_of(case: Case, phases: int, storage: Path) -> config.Run:
 
 
 def _items(run: config.Run, folder: Path) -> list[TaskItem]:
-    """Write phases at their start, and an expert that is a random walk; they cost as much as those of a true run."""
+    """Write the start sets of all phases, and an expert that is a random walk; phases cost as much as in a true run."""
     places = RunPaths(folder, folder, folder / "store", folder / "phases", folder, folder)
     width, size = text_width(run.model.text), run.stored_size
     store, random = begin_store(run, places.store, width, {}), generator(0, "bench phases")

@@ -33,7 +33,7 @@ def test_unknown_ways_and_wrong_numbers_are_refused():
 
 
 def test_each_expert_can_have_its_own_run(tmp_path, monkeypatch):
-    """With a single expert, the run for that expert has the same config as the run that starts it."""
+    """With one expert, the run of this expert has the same config as the run of the entire benchmark."""
     case = bench.Case(experts=1, epochs=1, pairs=40, image_size=16, each=1)
     without_ray = bench.run_of(case, "in_turn", tmp_path)
     monkeypatch.setattr(bench, "run_of", lambda *arguments: without_ray)

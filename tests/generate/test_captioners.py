@@ -23,7 +23,7 @@ REAL = ["a real one", "a cat", "another real one", "a third"]
 
 
 def saying(*answers):
-    """Return a function for `ask` of `further_captions`: attempt i gives the list `answers[i]`, later attempts none."""
+    """Return a stand-in captioner for `further_captions(ask)`: attempt i returns `answers[i]`, later ones nothing."""
     return lambda wanted, attempt: answers[attempt] if attempt < len(answers) else []
 
 

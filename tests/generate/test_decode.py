@@ -41,7 +41,7 @@ def test_images_depend_only_on_their_request_and_seed(folders, kind):
     assert len({image.tobytes() for image in together}) == 3 and together[0].shape[2] == 3
     again = pixels(kind(folders[kind], CPU, steps=2).decode(batch))
     assert all((a == b).all() for a, b in zip(together, again, strict=True))
-    swapped = pixels(decoder.decode([batch[2], batch[0]]))  # in another batch, an image differs only by rounding
+    swapped = pixels(decoder.decode([batch[2], batch[0]]))  # in a different batch, only rounding changes an image
     assert np.abs(swapped[0].astype(int) - together[2]).max() <= 1
     other = pixels(decoder.decode(requests(3, WIDTH[kind], seed=1)))
     assert not any((a == b).all() for a, b in zip(together, other, strict=True))
@@ -80,7 +80,7 @@ def test_non_finite_images_are_refused(folders):
 
 
 class StripesDecoder:
-    """A decoder that draws stripes and appends the pair numbers of each call to `log`; pairs in `flat` are black."""
+    """A stand-in decoder: draws stripes (black for pairs in `flat`) and adds the pair numbers of each call to `log`."""
 
     def __init__(self, log, size=12, flat=()):
         self.log, self.size, self.flat = log, size, flat
@@ -105,9 +105,7 @@ def test_a_damaged_block_is_generated_again_with_the_same_bytes(tmp_path):
     assert all(is_drawn(tmp_path, r) for r in batch) and Image.open(picture_of(tmp_path, 3)).size == (6, 6)
     before = {i: picture_of(tmp_path, i).read_bytes() for i in range(5)}
     stamp = picture_of(tmp_path, 3).stat().st_mtime_ns
-    picture_of(tmp_path, 2).with_suffix(
-        ".json"
-    ).unlink()  # as if the process had been killed after the PNG and before the JSON
+    picture_of(tmp_path, 2).with_suffix(".json").unlink()  # as if a kill had come between writing PNG and JSON
     writer(tmp_path, log)({"block": 1})
     assert log[-1] == [2, 3] and {i: picture_of(tmp_path, i).read_bytes() for i in range(5)} == before
     assert picture_of(tmp_path, 3).stat().st_mtime_ns == stamp

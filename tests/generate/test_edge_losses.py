@@ -60,7 +60,7 @@ def test_diversity_against_a_double_loop(unit_halves):
 
 def test_diversity_of_equal_orthogonal_and_simplex_rows():
     equal, eye = torch.ones(4, 3, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
-    simplex = eye - 1 / 4  # four directions with the largest possible angles between them
+    simplex = eye - 1 / 4  # the rows are four directions with the largest possible angles
     assert float(diversity(equal, equal)) == pytest.approx(1)
     assert float(diversity(eye, eye)) == pytest.approx(0)
     assert float(diversity(simplex, simplex)) == pytest.approx(-1 / 3)

@@ -45,7 +45,7 @@ def test_the_fused_latent_depends_on_text_but_not_on_padding(keys):
 
 
 def test_the_layers_equal_the_formula_written_out():
-    """Compare the layers with attention to fixed keys and LayerNorm, written without torch's attention module."""
+    """Compare the layers with a version of attention that does not use torch's attention module."""
     latents, tokens, padding = inputs()
     module = fusion(residual=False).double()
     latents, tokens = latents.double(), tokens.double()
@@ -105,7 +105,7 @@ def test_alignment_is_cross_entropy_for_distinct_pairs_and_constant_for_one_imag
     expected = (nn.functional.cross_entropy(logits, labels) + nn.functional.cross_entropy(logits.T, labels)) / 2
     torch.testing.assert_close(alignment(read, texts, torch.eye(6, dtype=torch.bool), 0.07), expected)
     read.requires_grad_(True)
-    flat = alignment(read, texts, torch.ones(6, 6, dtype=torch.bool), 0.07)  # with only positives, the loss is constant
+    flat = alignment(read, texts, torch.ones(6, 6, dtype=torch.bool), 0.07)  # all pairs positive: the loss is constant
     flat.backward()
     assert float(flat.detach()) == pytest.approx(math.log(6)) and float(read.grad.abs().max()) < 1e-12
 

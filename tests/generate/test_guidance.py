@@ -1,4 +1,4 @@
-"""Guided sampling: without guidance it equals diffusers bit for bit; with guidance it ends nearer to the mode."""
+"""Guided sampling: its results equal diffusers bit for bit without guidance, and are nearer to the mode with it."""
 
 import pytest
 import tiny_diffusion

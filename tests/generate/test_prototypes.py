@@ -91,7 +91,7 @@ def test_pruning_drops_the_records_with_the_lowest_cosines():
 
 @pytest.mark.parametrize("rule", ["topup", "keep_centres", "drop"])
 def test_matches_without_shared_records(rule):
-    """Match two groups of texts with three groups of images, so that one match of clusters shares no record."""
+    """Match two groups of texts with three groups of images, so that one pair of matched clusters shares no record."""
     images, _, group = planted([0, 1, 2], each=8)
     texts = np.where((group == 0)[:, None], 50.0, -50.0) * np.eye(1, WIDTH) + 1e-3 * noise(24, 3)
     texts[group == 0] += np.where(np.arange(8) < 4, 20.0, -20.0)[:, None] * np.eye(WIDTH)[1]
@@ -109,7 +109,7 @@ def test_matches_without_shared_records(rule):
 @settings(deadline=None, max_examples=15)
 @given(count=st.integers(4, 24), distinct=st.integers(1, 24), seed=st.integers(0, 99), data=st.data())
 def test_topup_returns_the_configured_number_of_pairs(count, distinct, seed, data):
-    """Check the number of pairs also for clusters that share few records, and for equal features."""
+    """The number of pairs must also be right if clusters share few records or if images have equal features."""
     pairs = data.draw(st.integers(1, count))
     images = noise(distinct, seed)[np.random.default_rng(seed).integers(0, distinct, count)]
     prototypes, _ = find(sides(images, noise(count, seed + 1)), pairs, seed, local_parts, rm_ratio=0.0, starts=1)
@@ -123,14 +123,9 @@ def test_topup_returns_the_configured_number_of_pairs(count, distinct, seed, dat
 def test_empty_clusters_get_the_rows_farthest_from_their_centroid():
     label, distance = np.array([0, 0, 0, 2, 2]), np.array([0.0, 5, 1, 2, 0])
     assert refill_empty_clusters(label, distance, np.arange(5), 4).tolist() == [0, 1, 0, 3, 2]
-    assert refill_empty_clusters(np.zeros(3, int), np.zeros(3), np.arange(3), 2).tolist() == [0, 0, 0]  # no row to move
-    assert refill_empty_clusters(label, distance, np.array([0, 2, 3, 4]), 2 + 1).tolist() == [
-        0,
-        0,
-        0,
-        1,
-        2,
-    ]  # no record has row 1, so row 3 moves
+    assert refill_empty_clusters(np.zeros(3, int), np.zeros(3), np.arange(3), 2).tolist() == [0, 0, 0]  # no row moves
+    # no record has the features of row 1, so row 3 moves to the empty cluster
+    assert refill_empty_clusters(label, distance, np.array([0, 2, 3, 4]), 2 + 1).tolist() == [0, 0, 0, 1, 2]
 
 
 def test_rows_on_disk_and_workers_do_not_change_clusters(tmp_path, monkeypatch):

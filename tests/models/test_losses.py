@@ -38,7 +38,7 @@ def slow_bce(logits, similarity):
     for i in range(size):
         for j in range(size):
             p, s = 1 / (1 + math.exp(-logits[i][j])), similarity[i][j]
-            other = 1 / (1 + math.exp(logits[i][j]))  # 1 - p, without the rounding error of the subtraction
+            other = 1 / (1 + math.exp(logits[i][j]))  # this is 1 - p without the rounding error of a subtraction
             total -= s * math.log(p) + (1 - s) * math.log(other)
     return total / size**2
 

@@ -21,7 +21,7 @@ OLD = "0ddba11" + 33 * "0"
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch, tmp_path):
-    """Switch the Hugging Face client to offline mode with an empty cache in `tmp_path/hub`."""
+    """Fixture: set the Hugging Face client offline, with an empty cache in `tmp_path/hub`, so no test can download."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
 
@@ -52,7 +52,7 @@ def test_a_complete_folder_has_a_content_hash_and_a_licence(models, tmp_path):
     before = parts[0].identity()
     (clip / "README.md").write_text("another card\n")
     assert parts[0].identity() == before and parts[0].facts()["licence"] is None
-    tiny_parts.clip(clip, seed=9)  # write other weights in files of the same size
+    tiny_parts.clip(clip, seed=9)  # the files keep their sizes but hold different weights
     assert parts[0].identity() != before
     moved = shutil.copytree(models[0], tmp_path / "elsewhere")
     assert clip_part(str(moved)).identity() == before
@@ -94,7 +94,7 @@ def test_a_cached_hub_id_is_identified_by_its_commit(models, tmp_path):
     assert part.folder() == snapshot and part.identity() == "c0ffee" and not part.is_local
     assert clip_part(f"{HUB}@{OLD}").identity() == OLD
     assert part.facts()["id"] == HUB and part.facts()["licence"] == "mit"
-    (snapshot / "model.safetensors").unlink()  # as after an interrupted download
+    (snapshot / "model.safetensors").unlink()  # an interrupted download leaves such a folder
     assert part.missing_files() == ["weights (*.safetensors)"]
 
 
@@ -111,7 +111,7 @@ def test_without_a_network_a_missing_hub_id_is_reported_with_its_size_and_remedy
 
 @contextlib.contextmanager
 def hub_of(folder):
-    """Start a local hub that serves `folder` as the model `HUB` with the commit OLD; yield its address."""
+    """Start a local server like the Hugging Face hub with `folder` as model `HUB`, commit `OLD`; yield its address."""
 
     class Hub(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -135,7 +135,7 @@ def hub_of(folder):
         do_HEAD = do_GET
 
         def log_message(self, *args):
-            """Keep the server from logging requests."""
+            """Do nothing, so that requests are not printed."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
