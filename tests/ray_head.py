@@ -23,7 +23,7 @@ class Head:
     """A Ray head node with separate ports and a separate folder; `environment` points the command line to it."""
 
     def __init__(self, autoscaling: str | None = None, **flags: object):
-        """Start a head node. `autoscaling` is the text of an autoscaler file, with `{gcs}` for the node's address."""
+        """Start a head node. `autoscaling` is the text of an autoscaler file; `{gcs}` stands for the node's address."""
         self.folder = Path(tempfile.mkdtemp(prefix="rmdd-", dir="/tmp"))  # socket paths are limited to 107 bytes
         self.log, self.gcs, self.dashboard = self.folder / "head.log", free_port(), free_port()
         mine = {"port": self.gcs, "dashboard-port": self.dashboard, "temp-dir": self.folder, "num-cpus": 2}

@@ -34,7 +34,7 @@ class Part:
     records: np.ndarray
     """Index of the caption record of each pair, int64 (steps, B)."""
     rows: np.ndarray
-    """Row in the shards that holds the image of each record, int64 (steps, B)."""
+    """Row in the shards that holds the image of each caption record, int64 (steps, B)."""
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ class Store:
 
     @property
     def start(self) -> Path:
-        """The file with the epoch-0 parameters that all experts share; exists only if they share any."""
+        """The file with the epoch-0 parameters that all experts share; it exists only if there are such parameters."""
         return self.path / START
 
     def keeps(self, epoch: int) -> bool:

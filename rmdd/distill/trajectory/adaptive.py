@@ -29,7 +29,7 @@ NARROWEST = 1.0
 
 
 def adapted(matcher: Matcher, state: State) -> State:
-    """Return `state` with the window (start epochs, endpoint) of its next update; also set it in `matcher`."""
+    """Return `state` with the window (start epochs, endpoint) of its next update; also set this window in `matcher`."""
     phase, rule = matcher.run.distill.phases[matcher.phase], matcher.run.distill.plan
     window = state.window or Window(float(phase.start), float(phase.stop), phase.endpoint)
     matcher.set_window(window)

@@ -155,7 +155,7 @@ def _includes_stop(rule: config.Distill) -> int:
 
 
 def make_plan(method: Matched, store: Store, train: PreparedSplit, device: torch.device) -> dict[str, Any]:
-    """Plan the phases of a run; return the phases as JSON values, with the measured signals and reasons in words."""
+    """Plan the phases of a run; return the phases as JSON values, with the measurements and the reasons in words."""
     run = method.run
     began, rule, plan = time.perf_counter(), run.distill, run.distill.plan
     measured = measure(plan, store, run.experts.num)

@@ -86,9 +86,9 @@ class Probe:
     starts: tuple[int | float, ...]
     """Start epochs at which the gradients were computed."""
     images: Float[Tensor, "T R N"]
-    """Gradients with respect to the images; R is 1 if they are averaged over samples."""
+    """Gradients with respect to the images, for R samples per start (R = 1 if they are averaged over samples)."""
     texts: Float[Tensor, "T R L"]
-    """Gradients with respect to the texts; R is 1 if they are averaged over samples."""
+    """Gradients with respect to the texts, for R samples per start (R = 1 if they are averaged over samples)."""
     miss: Float[Tensor, "T R"]
     """Matching loss of each start and sample, summed over the towers."""
 
