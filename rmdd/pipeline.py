@@ -1,7 +1,7 @@
 """`rmdd.run` and `Pipeline`: all steps of one run, from ingest and experts to evaluation, export and report.
 
 `Pipeline` calls the steps in the right order; `rmdd.runs.steps` implements them. The name of a result's folder contains
-a hash of the settings for the result, so two runs that differ only in their evaluation share experts and phases.
+a hash of the settings that the result depends on, so runs that differ only in evaluation share experts and phases.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ def once(step: Callable[[Any], T]) -> Callable[[Any], T]:
 class Pipeline:
     """The steps of one run, as Python methods. A step first runs the steps that it needs; each step runs at most once.
 
-    `splits` names the splits whose captions are embedded; searches leave out test. `open_pipeline` creates a pipeline.
+    `splits` names the splits whose captions are embedded; searches skip `test`. `open_pipeline` creates a pipeline.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Pipeline:
 
     @once
     def item(self) -> TaskItem:
-        """Return the item that all tasks of the run get: the run, and the paths of files that they use."""
+        """Return the argument that every task of the run gets: the run, and the paths of the files that tasks use."""
         return self.steps.locate(self.ingest())
 
     @once
@@ -116,7 +116,7 @@ class Pipeline:
 
     @once
     def planned(self) -> TaskItem:
-        """Plan the phases if the run file does not list them; return the run with its phases, and its paths."""
+        """Plan the phases if the run file does not list them; return the run with these phases, and paths of files."""
         self.check_budget()
         self.experts()
         planned = self.steps.plan(self.item(), self.ingest())
@@ -197,7 +197,7 @@ class Pipeline:
         return self.steps.progress
 
     def use_backend(self, backend: Backend, progress: Progress) -> None:
-        """Use another backend and another progress display for all steps that have not run yet."""
+        """Use this backend and this progress display for all steps that have not run yet."""
         self.steps.backend, self.steps.progress = backend, progress
 
     def prepared_split(self, split: str) -> PreparedSplit:
@@ -205,7 +205,7 @@ class Pipeline:
         return self.item().source.open(split)
 
     def embedded(self, split: str) -> PreparedSplit:
-        """Return a split (train, val or test), after embedding its captions if they are not in the cache."""
+        """Embed the captions of a split (train, val or test) unless they are in the cache; return the split."""
         self.steps.embed_split(self.item(), self.ingest(), split)
         return self.prepared_split(split)
 

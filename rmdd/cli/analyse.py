@@ -110,7 +110,7 @@ def linearity(
 
 
 def _output(result: dict[str, Any]) -> Output:
-    """Return the output of an analysis: the rows as a table, the note and the files. If a row failed, add an error."""
+    """Return what to print of the `result` of an analysis: its rows, note and file names; an error if rows failed."""
     rows = result["rows"]
     notes = [result["note"]] if "note" in result else []
     lines = [rows_table(rows), *notes, *(f"wrote {file}" for file in result["files"])]

@@ -45,7 +45,7 @@ COMMON = {
 }
 GENERAL_ADVICE = "lower the learning rates named above and start `rmdd run` again"
 RESUMABLE = ("run.yaml", "sweep.json", "search.json", "comparison.json")
-"""File names: `rmdd resume` accepts a folder that contains one of them."""
+"""Names of files that record what was started: `rmdd resume` accepts a folder that contains one of these files."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,11 @@ class Output:
     failed: Exception | None = None
     """Error to raise after everything was printed, or None."""
     wrap: bool = False
-    """Whether to break long lines also if the output goes to a file or pipe."""
+    """Whether to break long lines even if the output goes to a file or pipe."""
 
 
 def failure(summary: str, reasons: Iterable[tuple[Any, str]]) -> RuntimeError | None:
-    """Return an error with the number of failures, `summary` and a line per failure; None if `reasons` is empty."""
+    """Return an error whose text has the number of failures, `summary` and each failure; None without failures."""
     lines = [f"{name}: {why}" for name, why in reasons]
     return RuntimeError("\n".join([f"{len(lines)} {summary}", *lines])) if lines else None
 

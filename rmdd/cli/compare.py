@@ -45,7 +45,7 @@ def compare(
         bool, typer.Option("--reencode", help="Embed captions again for sets made with another text encoder.")
     ] = False,
 ) -> Output:
-    """Evaluate distilled sets and coresets under one protocol; print one table, and one of published results."""
+    """Evaluate distilled sets and coresets under one protocol; print their scores, and published results."""
     from rmdd.comparisons.compare import prepare_comparison
 
     return run_comparison(call, prepare_comparison(words, source, set_ or [], against, reencode, load))
@@ -64,7 +64,7 @@ def transfer(
     random: Annotated[bool, typer.Option("--random", help="Also train every tower on random pairs.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Also train every tower on all training pairs.")] = False,
 ) -> Output:
-    """Train students with other towers on a set, with its learned learning rates and with ones chosen on val."""
+    """Train students with different towers on a set, at its learned learning rates and at rates chosen on val."""
     from rmdd.comparisons.transfer import prepare_transfer
 
     return run_comparison(

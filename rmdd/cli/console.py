@@ -33,7 +33,7 @@ def results(evaluation: Mapping[str, Any]) -> RenderableType:
 
 
 def probe_table(evaluation: Mapping[str, Any], name: str) -> Table:
-    """Return a table of one probe: scores, chance level and, for questions, the score of the most frequent answer."""
+    """Return a table of one probe: scores, chance level and, for kind vqa, the score of the most frequent answer."""
     facts = evaluation["probes"][name]
     table = Table(title=f"Probe {name} ({facts['kind']}), in %", title_justify="left")
     rows = {row: scores["probes"][name] for row, scores in evaluation["table"].items()}
@@ -71,7 +71,7 @@ def result_table(evaluation: Mapping[str, Any]) -> Table:
 
 
 def sweep_table(runs: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> Table:
-    """Return a table with a row per run (spread over students), then a row per setting (spread over its seeds)."""
+    """Return a table with a row per run (its spread is over students), then per setting (its spread is over seeds)."""
     table = Table(
         title="R@mean in %, mean ± spread", caption="below the line: spread over seeds", caption_justify="left"
     )
@@ -220,7 +220,7 @@ def rows_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def health_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Return a table of how far embeddings have collapsed: a row per metric, a column per set and its iterations."""
+    """Return a table of how far embeddings have collapsed: a row per metric, a column per snapshot of a set."""
     table = Table()
     for title in ("", *(" ".join(map(str, (row["set"], *row.get("iterations", ())))) for row in rows)):
         table.add_column(title, justify="right" if title else "left")

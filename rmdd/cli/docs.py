@@ -15,7 +15,7 @@ ORDER = (
     *("quickstart", "data", "runfiles", "methods", "evaluation", "search", "coresets", "storage", "ray"),
     *("performance", "results", "troubleshooting", "api"),
 )
-"""Names of the pages in the order in which they are listed; the others follow in alphabetical order."""
+"""Names of the pages that are listed first, in this order; the other pages follow in alphabetical order."""
 
 
 def pages() -> dict[str, Path]:

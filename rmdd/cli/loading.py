@@ -14,7 +14,7 @@ from rmdd.runs.absolute import with_absolute_paths
 def load(source: str | Mapping[str, Any], sets: list[str]) -> config.Run:
     """Load a run and make its paths absolute, so that it can be resumed from any working folder.
 
-    The paths of local weights and text encoders are part of the run's hash: after moving them, a new run starts.
+    The paths of local weights and text encoders are part of the run's hash: if they change, it is a new run.
     """
     return with_absolute_paths(config.load(source, sets))
 
@@ -22,8 +22,8 @@ def load(source: str | Mapping[str, Any], sets: list[str]) -> config.Run:
 def load_folder(address: str) -> config.Run:
     """Load the run of a run folder, given as a path or URI.
 
-    Raises `ConfigError` if `address` is not a run folder, and `ValueError` if another version of rmdd wrote it with
-    another layout of folders.
+    Raises `ConfigError` if `address` is not a run folder, and `ValueError` if its storage has a layout
+    number that this version of rmdd does not read.
     """
     storage, file = locate_file(address, "run.yaml", depth=1)
     if not file.is_file():

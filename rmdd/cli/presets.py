@@ -33,7 +33,7 @@ def presets(
 
 
 def run_file(name: str) -> str:
-    """Return the run file of a preset as text. A preset file holds several; its lines for this one are kept."""
+    """Return the run file of a preset as text: those lines of its preset file that belong to this preset."""
     place, values = find_preset(name), preset(name)
     assert place is not None and values is not None, name
     path, key = place
@@ -46,7 +46,7 @@ def run_file(name: str) -> str:
     entries = _blocks(_inner(common.pop("budgets")))
     sections = _blocks(_inner(entries[key]))
     another = "".join(sections.pop("extends", [""])).removeprefix("extends: ")
-    if another not in entries:  # else that entry already has the common fields
+    if another not in entries:  # otherwise the preset extends that entry, which has the common fields
         sections = _blocks(_merged(_lines(common), _lines(sections)))
         sections.pop("extends", None)
     *notes, line = _opening(entries[key])
@@ -57,7 +57,7 @@ def run_file(name: str) -> str:
 
 
 def _table(files: dict[str, list[str]]) -> Table:
-    """Return a table with a row per preset file, which lists the budgets in it; a section per dataset."""
+    """Return a table with a section per dataset and a row per preset file, which lists the budgets of the file."""
     caption = (
         "A preset is a file and a budget, such as flickr30k_lors_500.\n"
         "rmdd presets DATASET lists one dataset, rmdd presets FILE prints a file,\n"
@@ -111,10 +111,10 @@ def _blocks(lines: list[str]) -> dict[str, list[str]]:
 
 
 def _opening(block: list[str]) -> list[str]:
-    """Return the first lines of a result of `_blocks`: comments and the line of the key."""
+    """Return the first lines of a block that `_blocks` returned: comments and the line of the key."""
     return [line for line in block if not line.startswith(" ")]
 
 
 def _inner(block: list[str]) -> list[str]:
-    """Return the remaining lines of a result of `_blocks`: the value, without indentation."""
+    """Return the other lines of a block that `_blocks` returned: the value, with less indentation."""
     return [line[2:] for line in block if line.startswith(" ")]

@@ -152,7 +152,7 @@ class Run(Section):
 
     @property
     def student_temperature(self) -> float:
-        """The temperature of a student that is trained on the distilled set: its cosines are divided by it."""
+        """Temperature by which the cosines of a student are divided when it is trained on the distilled set."""
         return self.evaluate.temperature or self.distill.temperature or self.model.temperature
 
     @property
@@ -245,13 +245,13 @@ def _with_options_of(method: Recipe, raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _drop_plan_kind(distill: Any) -> None:
-    """Delete `plan.kind` from the section `distill`, in place, if `phases` is a list, which replaces `phases: auto`."""
+    """If `phases` is a list, delete `plan.kind` from the section `distill`, in place: the phases are not planned."""
     if isinstance(distill, dict) and isinstance(distill.get("phases"), list) and isinstance(distill.get("plan"), dict):
         distill["plan"].pop("kind", None)
 
 
 def _keep_possible_endpoints(raw: dict[str, Any]) -> dict[str, Any]:
-    """Return `raw` with `experts.keep: endpoints` replaced by the epochs that planned phases may choose as endpoints.
+    """Return `raw` with `experts.keep: endpoints` replaced by the epochs that can be endpoints of planned phases.
 
     Runs whose phases are listed, or whose `experts.keep` is something else, are returned as they are.
     """
@@ -273,7 +273,7 @@ def _keep_possible_endpoints(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _method_of(raw: Mapping[str, Any], overrides: Iterable[str]) -> tuple[Recipe | None, list[str]]:
-    """Return the recipe of the method that an override or the run file names, and the mistakes in that name."""
+    """Return the recipe of the method that an override or the run file names, and error messages if there is none."""
     draft = copy.deepcopy(dict(raw))
     for override in overrides:
         if override.startswith("distill.method="):

@@ -44,7 +44,7 @@ class TableSource(Section):
 
 
 class Tars(Section):
-    """The source `webdataset`: tar files as of img2dataset, with the captions of KEY.jpg in KEY.txt or KEY.json."""
+    """The source `webdataset`: tar files of img2dataset, with the captions of KEY.jpg in KEY.txt or KEY.json."""
 
     files: str = Field(
         "**/*.tar", description="tar files: glob patterns or name-{000..146}.tar below data.root, separated by ::"
@@ -92,8 +92,8 @@ class Data(Section):
 
     source: str = Field(
         "scenes",
-        description="where the pairs come from: scenes, karpathy, lists (train, val and test files as of BLIP and "
-        "LoRS), table, textcaps, webdataset, parquet, a source that an installed package adds, or dataset (a folder "
+        description="where the pairs come from: scenes, karpathy, lists (files per split, as BLIP and LoRS have "
+        "them), table, textcaps, webdataset, parquet, a source that an installed package adds, or dataset (a folder "
         "that `rmdd ingest` wrote)",
         json_schema_extra=hash_only("run", "ingest"),
     )
@@ -109,7 +109,7 @@ class Data(Section):
     )
     annotations: str | Annotations | None = Field(
         None,
-        description="annotations below data.root: one file (karpathy) or one per split (lists); null: those of layout",
+        description="annotations below data.root: one file (karpathy) or one per split (lists); null: by data.layout",
         json_schema_extra=hash_only("run", "ingest"),
     )
     scenes: Scenes = Field(Scenes(), json_schema_extra=hash_only("run", "ingest"))
@@ -132,7 +132,7 @@ class Data(Section):
         json_schema_extra=hash_only("run", "ingest"),
     )
     shard_mb: Annotated[float, Field(gt=0)] = Field(
-        128, description="size in MiB of a shard, a file of the dataset", json_schema_extra=hash_only("run", "ingest")
+        128, description="size in MiB of a file (shard) of the dataset", json_schema_extra=hash_only("run", "ingest")
     )
     max_pixels: PositiveInt = Field(
         89_478_485,
@@ -156,7 +156,7 @@ class Data(Section):
     )
     normalise: Literal["clip", "imagenet", "half", "tower"] = Field(
         "clip",
-        description="mean and standard deviation to normalise pixels by; the papers use clip; tower: those of timm",
+        description="mean and standard deviation to normalise by; the papers use clip; tower: those of the timm model",
         json_schema_extra=hash_only("run", "view", "features"),
     )
     captions: Captions = Field(Captions(), json_schema_extra=hash_only("run", "view", "features"))
@@ -192,7 +192,7 @@ class Data(Section):
         return mistakes
 
     def not_hashed(self, purpose: Purpose) -> tuple[str, ...]:
-        """Leave out of a dataset's hash the fields of other sources and, without `reencode`, those about decoding."""
+        """Leave out of a dataset's hash the fields of unused sources and, without `reencode`, those about decoding."""
         if purpose != "ingest":
             return ()
         others = [n for n, v in self if isinstance(v, Section) and n not in (self.source, "annotations")]

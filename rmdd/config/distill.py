@@ -25,7 +25,7 @@ class Phase(Section):
     start: Annotated[int, Field(ge=0)] = Field(0, description="first expert epoch at which a student may start")
     stop: PositiveInt = Field(2, description="exclusive end of the range of start epochs")
     start_text: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="method amd: `start` of the text side; null: as `start`"
+        None, description="method amd: `start` of the text side; null: same as `start`"
     )
     stop_text: PositiveInt | None = Field(None, description="method amd: `stop` of the text side; null: as `stop`")
     grow_from: PositiveInt | None = Field(
@@ -67,7 +67,7 @@ class Similarity(Section):
     rank: PositiveInt = Field(10, description="low_rank: rank R, the number of columns of each factor")
     alpha: PositiveFloat = Field(1.0, description="low_rank: factor alpha in S = diag(omega) + alpha/R L R^T")
     diagonal: Literal["vector", "scalar"] = Field(
-        "vector", description="low_rank: one omega per pair (vector, LoRS's code) or a single one (scalar, its paper)"
+        "vector", description="low_rank: one omega per pair (vector, LoRS's code) or one for all (scalar, LoRS's paper)"
     )
     clamp: tuple[float, float] | None = Field(
         None, description="full: lowest and highest entry of S, enforced after every update; null: no bounds"
@@ -126,7 +126,7 @@ class Distill(Section):
     )
     plan: Plan = Plan()
     budget_check: Literal["error", "warn"] = Field(
-        "error", description="error or only a warning if phases exceed the budget", json_schema_extra=no_hash()
+        "error", description="whether phases above the budget raise an error or warn", json_schema_extra=no_hash()
     )
     trajectory: Literal["original", "shortcut", "convexified"] = Field(
         "shortcut",
@@ -194,13 +194,13 @@ class Distill(Section):
         0.1, description="initial inner learning rate of the image side and of the text side"
     )
     inner_lr_text: PositiveFloat | None = Field(
-        None, description="initial inner learning rate of the text side; null: as inner_lr"
+        None, description="initial inner learning rate of the text side; null: same as inner_lr"
     )
     min_inner_lr: NonNegativeFloat | None = Field(
         None, description="lower bound of the inner learning rates; null: none"
     )
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.99, description="decay per update of the moving average of the set, which is exported; 0: no average"
+        0.99, description="decay per update of the moving average of the set; the average is exported; 0: no average"
     )
     init: Literal["real", "prototypes", "noise"] = Field(
         "real", description="initial pairs: random training pairs, training pairs nearest to k-means centres, or noise"
@@ -284,7 +284,7 @@ class Distill(Section):
     def not_hashed(self, purpose: Purpose) -> tuple[str, ...]:
         """Leave `phases` out of a run's hash if the phases are planned, and `plan` if the phases are listed.
 
-        The hash of a single phase is without `plan`, except for adaptive phases, which the plan changes while they run.
+        The hash of one phase lacks `plan`, except for an adaptive phase, which `plan` changes while it runs.
         """
         if purpose == "run":
             return ("phases",) if self.plan.plans else ("plan",)

@@ -34,7 +34,7 @@ class Evaluate(Section):
     )
     schedule: Literal["per_subset", "shared"] = Field(
         "per_subset",
-        description="per_subset: a new optimiser per subset; shared: a single one, whose learning rate drops once",
+        description="per_subset: a new optimiser per subset; shared: one for all, whose learning rate drops once",
         json_schema_extra=no_hash("baseline"),
     )
     lr: Literal["own", "last"] = Field(
@@ -62,7 +62,7 @@ class Evaluate(Section):
     )
     reference: Literal["auto", "none", "lors", "ptm_st", "repblend", "mtt_vl", "mdm", "pds", "edge"] = Field(
         "auto",
-        description="also score by a paper's released protocol, as test_best_reference; auto: that of the method, "
+        description="also report test_best_reference, by a paper's released protocol; auto: the paper of the method, "
         "with the loss, batch, momentum and weight decay of this run; a name: exactly as in that paper's code",
         json_schema_extra=no_hash("baseline", "learned"),
     )
@@ -74,12 +74,12 @@ class Evaluate(Section):
     )
     selection: Literal["last", "val_best"] = Field(
         "last",
-        description="snapshot of the distillation that is exported: the last one, or that with the best val score",
+        description="snapshot that is exported as the distilled set: the last one, or that with the best val score",
         json_schema_extra=no_hash("baseline", "learned"),
     )
     selection_students: PositiveInt = Field(
         2,
-        description="number of students scored on val per snapshot, and per learning rate and loss of random pairs",
+        description="number of students scored on val per snapshot, and per value of baseline_lrs and baseline_losses",
         json_schema_extra=no_hash("learned"),
     )
     baseline_lrs: tuple[PositiveFloat, ...] = Field(
@@ -98,7 +98,7 @@ class Evaluate(Section):
         json_schema_extra=no_hash("learned"),
     )
     chunk: PositiveInt = Field(
-        256, description="retrieval queries scored at a time", json_schema_extra=no_hash("baseline", "learned")
+        256, description="number of retrieval queries scored at once", json_schema_extra=no_hash("baseline", "learned")
     )
     probes: dict[str, Probe] = Field(
         {},
@@ -122,10 +122,10 @@ class Evaluate(Section):
 
 
 class Runtime(Section):
-    """Place and resources of a run; not hashed. Only `threads` and the use of a GPU change results, by rounding."""
+    """Place and resources of a run; not hashed. Only `threads` and the use of a GPU change results (rounding)."""
 
     storage: str = Field(
-        "runs", description="folder of all runs, expert stores, caches, or a URI (s3://, gs://, abfs://, file://, ...)"
+        "runs", description="folder or URI (s3://, gs://, abfs://, file://, ...) of all runs, expert stores and caches"
     )
     scratch: str | None = Field(
         None, description="local folder for copies of the files at a URI; null: folder rmdd in the user's cache folder"
@@ -156,7 +156,7 @@ class Runtime(Section):
         "workers train one expert)",
     )
     min_workers: PositiveInt = Field(
-        1, description="smallest number of workers of a Ray Train run; it grows up to `workers` as nodes are added"
+        1, description="smallest number of workers of a Ray Train run, which grows up to `workers` as nodes are added"
     )
     cache_gb: NonNegativeFloat = Field(
         20.0,

@@ -17,12 +17,12 @@ class ImageTower(Section):
     name: str = Field("nfnet_l0", description="name of a timm model, or convnet (a small built-in network)")
     weights: str = Field(
         "pretrained",
-        description="initial weights: pretrained (from the hub), the path of a local file, random (another draw for "
+        description="initial weights: pretrained (from the hub), the path of a local file, random (a new draw for "
         "every expert and student), or random:SEED (the same draw for all)",
     )
     trainable: bool = Field(True, description="false: freeze the tower, so that only its projection is trained")
     widths: tuple[PositiveInt, ...] = Field((64, 128, 128), description="convnet: number of channels of each block")
-    groups: PositiveInt = Field(8, description="convnet: number of GroupNorm groups")
+    groups: PositiveInt = Field(8, description="convnet: number of channel groups in GroupNorm")
     projection: Literal["none", "linear", "block"] = Field("none", description="trainable projection after the tower")
 
     @property
@@ -88,7 +88,7 @@ class Model(Section):
 
 
 class Augment(Section):
-    """Augmentations of the experts' training images, in this order. The defaults are those of the papers."""
+    """Augmentations of the experts' training images, applied in the order of the fields; defaults are the papers'."""
 
     crop: bool = Field(True, description="apply a random resized crop (bicubic)")
     crop_scale: tuple[float, float] = Field(
@@ -122,12 +122,12 @@ class Shuffle(Section):
 
     kind: Literal["global", "windowed"] = Field(
         "global",
-        description="global: one permutation of all records; windowed: blocks of pairs in random order, and the "
-        "records of each `window` consecutive blocks shuffled together",
+        description="global: one permutation of all caption records; windowed: blocks of pairs in random order, and "
+        "the records of each `window` consecutive blocks shuffled together",
     )
     block: PositiveInt = Field(256, description="number of consecutive pairs that are read together")
     window: PositiveInt = Field(
-        8, description="number of blocks that are shuffled together; a stream keeps their images in memory"
+        8, description="number of blocks that are shuffled together; streaming keeps their images in memory"
     )
 
     @property
@@ -153,7 +153,7 @@ class Experts(Section):
     """Training of the experts by InfoNCE and SGD. A caption record is an image with one of its captions."""
 
     num: PositiveInt = Field(
-        20, description="number of experts, each trained with another seed", json_schema_extra=hash_only("run")
+        20, description="number of experts, each trained with its own seed", json_schema_extra=hash_only("run")
     )
     epochs: PositiveInt = Field(10, description="number of epochs over all caption records (trajectory length)")
     batch: Annotated[int, Field(ge=2)] = Field(128, description="number of caption records per training step")
@@ -167,15 +167,15 @@ class Experts(Section):
     keep: Literal["all", "endpoints"] | tuple[PositiveInt, ...] = Field(
         "endpoints",
         description="epochs that stay on disk: all, the endpoints that this run needs, or a list, such as [6, 8, 10], "
-        "so that runs with other endpoints can use the experts too",
+        "which lets runs with different endpoints use the experts too",
     )
     dtype: Literal["float32", "bfloat16-delta"] = Field(
         "float32", description="format of stored epochs; bfloat16-delta: their difference to epoch 0, at half the size"
     )
     forgetting: Annotated[int, Field(ge=0)] = Field(
         0,
-        description="for coresets by forgetting: size of a fixed pool (1000 to 4000 records) against which all records "
-        "are scored after every epoch, to count forgetting events; 0: do not count; does not change the experts",
+        description="for coresets by forgetting: size of a fixed pool (1000 to 4000 caption records) with which all "
+        "records are scored after every epoch, to count forgetting events; 0: no count; does not change the experts",
     )
     seed: int | None = Field(None, description="random seed of the experts; null: the run's seed")
 

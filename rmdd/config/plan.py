@@ -12,10 +12,10 @@ from rmdd.config.runfile import Section
 
 class Plan(Section):
     """Settings of planned phases (`phases: auto` or `adaptive`); `rmdd.distill.trajectory.planning` explains the plan.
-    The planned phases are written to plan.json in the run folder; a run that lists them gives the same results."""
+    The planned phases are written to plan.json in the run folder; a run that lists these phases gives equal results."""
 
     kind: Literal["stated", "auto", "adaptive"] = Field(
-        "stated", description="set by distill.phases: stated if that is a list, otherwise its word auto or adaptive"
+        "stated", description="set by distill.phases: stated if that is a list, else the word in it (auto or adaptive)"
     )
     iterations: PositiveInt = Field(2000, description="number of iterations of all phases together")
     max_phases: PositiveInt = Field(3, description="largest number of phases")
@@ -31,7 +31,7 @@ class Plan(Section):
     agreement: Annotated[float, Field(ge=-1, le=1)] = Field(
         0.7, description="smallest cosine between the matching gradients of two start epochs in the range of one phase"
     )
-    min_starts: PositiveInt = Field(2, description="smallest number of start epochs per phase, if there are as many")
+    min_starts: PositiveInt = Field(2, description="smallest number of start epochs per phase, if there are that many")
     endpoints: tuple[PositiveInt, ...] | None = Field(
         None, description="epochs that may be endpoints and are stored; null: all epochs that experts.keep stores"
     )

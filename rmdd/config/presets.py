@@ -2,10 +2,10 @@
 
 A file in the folder `rmdd/presets` has the runs of one method on one dataset. Each entry under `budgets` is a preset,
 named after the file and the entry's key: the entry `500` of `flickr30k_lors.yaml` is `flickr30k_lors_500`. It has the
-values of its entry, then those above `budgets`, then those of the file's `extends`. Two uses of `extends` are special:
+values of its entry, then those above `budgets`, then those of the file's `extends`. `extends` has two special uses:
 
-- above `budgets`, a file with budgets, such as `extends: flickr30k_lors`: the entry with the same key in that file
-- in an entry, the key of another entry of the same file: that entry, in place of the values above `budgets`
+- above `budgets`, it can name a file with budgets: each entry then extends the entry with the same key in that file
+- in an entry, it can be the key of an entry of the same file, whose values then replace those above `budgets`
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def preset_names() -> list[str]:
 
 
 def find_preset(name: str) -> tuple[Path, str] | None:
-    """Return the file of a preset and its key under `budgets` (empty for a file without budgets), or None."""
+    """Return the file of a preset and its key under `budgets` (may be empty); None if there is no such preset."""
     for path in PRESETS.glob("*.yaml"):
         if name.startswith(path.stem):
             keys = list(_budgets(path))
@@ -93,7 +93,7 @@ def extended(raw: dict[str, Any], folder: Path, where: str, chain: tuple[str, ..
     if not isinstance(name, str):
         raise ConfigError([f"extends: give the name of a preset or the path of a YAML file, found {name!r}"], where)
     base, label, path = preset(name), name, PRESETS / f"{name}.yaml"
-    if base is None and name.startswith("bases/") and path.is_file():  # a file of values that presets share
+    if base is None and name.startswith("bases/") and path.is_file():  # bases hold values that presets share
         base = copy.deepcopy(_preset_file(path))
     elif base is None:
         path = folder / Path(name).expanduser()

@@ -39,7 +39,7 @@ class Classes(Section):
     )
     names: str | None = Field(
         None,
-        description="file with class names relative to data.root: lines CLASS name, synonym, or a JSON object; null: "
+        description="file below data.root with class names: lines CLASS name, synonym, or a JSON object; null: "
         "the names of the folders",
     )
     synonyms: bool = Field(False, description="make prompts from all names of a class, not only from the first")
@@ -63,7 +63,7 @@ class Classes(Section):
 
 
 class CocoQa(Section):
-    """The released COCO-QA: folders train and test with questions.txt, answers.txt, img_ids.txt and types.txt."""
+    """The COCO-QA dataset: folders train and test with questions.txt, answers.txt, img_ids.txt and types.txt."""
 
     folder: str = Field("cocoqa", description="folder that contains train and test: absolute, or relative to data.root")
     questions: PositiveInt | None = Field(None, description="number of test questions, drawn at random; null: all")
@@ -72,7 +72,7 @@ class CocoQa(Section):
 
 class _ProbeData(Data):
     def clashes(self) -> list[Clash]:
-        return []  # `Evaluate` reports them, because it knows the name of the probe
+        return []  # `Evaluate` reports clashes, because it knows the name of the probe
 
     def faults(self) -> list[Clash]:
         """Return the mistakes in this `data` section of a probe."""
@@ -118,7 +118,7 @@ class ZeroShot(Section):
         description="prompt templates: single, seven, cifar, imagenet, a file with one template per line, or a list; "
         "{} is replaced by the class name",
     )
-    caption_rule: bool = Field(True, description="preprocess prompts like captions, by the fields data.captions")
+    caption_rule: bool = Field(True, description="preprocess prompts like captions, as data.captions says")
     ks: Ks = Field((1, 5, 10), description="cut-offs K for which ACC@K is reported, if below the number of classes")
 
 
@@ -143,7 +143,7 @@ class Vqa(Section):
 
 
 class Retrieval(Section):
-    """Image-text retrieval on another dataset, such as TextCaps or CC3M."""
+    """Image-text retrieval on a different dataset than the run's, such as TextCaps or CC3M."""
 
     kind: Literal["retrieval"] = Field("retrieval", description="retrieval on another dataset")
     data: PairData = Field(description="the dataset, with the fields of the section data")
@@ -188,7 +188,7 @@ def clashes(probes: dict[str, Any]) -> list[Clash]:
 
 
 def view_clashes(probes: dict[str, Any], data: Data) -> list[Clash]:
-    """Return a mistake for each field of `VIEW` that a probe sets to another value than the run."""
+    """Return an error message for each field of `VIEW` whose value in a probe differs from that in the run."""
     default = Data()
     return [
         Clash(

@@ -77,8 +77,8 @@ class Recipe(Protocol):
         ...
 
     def clashes_of_family(self, rule: Any, experts: Any, runtime: Any) -> list[Clash]:
-        """Return the combinations of fields that fail with all methods of this family; `rule` is the section
-        `distill`."""
+        """Return error messages about combinations of fields that fail with all methods of this family; `rule` is the
+        section `distill`."""
         ...
 
     def real_starts(self, rule: Any) -> bool:

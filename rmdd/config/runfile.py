@@ -27,7 +27,7 @@ MOVED: dict[str, str] = {
     "distill.starts": "distill.options.starts (only method: amd; remove it with other methods)",
     "distill.rate_branches": "distill.options.rate_branches (only method: lors, and methods derived from it)",
 }
-"""Fields that were moved since older releases: the old place, and the new place as the error message gives it."""
+"""Fields whose place differs from older releases: the old place, and the new place as the error message gives it."""
 
 
 class Clash(str):
@@ -63,7 +63,7 @@ class Section(BaseModel):
         if clashes and info.context is None:
             raise ValueError("; ".join(clashes))
         if clashes and info.context is not None:
-            info.context.extend(clashes)  # `validate` reports all of them together
+            info.context.extend(clashes)  # `validate` reports all clashes together
         return self
 
     def __hash__(self) -> int:
@@ -160,7 +160,7 @@ def validate(kind: type[S], raw: dict[str, Any], listed_by: str = KEYS) -> tuple
     """Validate `raw` as a section of class `kind`; return the section (None if there are mistakes) and all mistakes.
 
     Combinations of fields can be checked only if each field is valid. So the invalid fields are deleted from `raw`, in
-    place, and the rest is checked again. Messages about a deleted field are not returned.
+    place, and the other fields are checked again. Messages about a deleted field are not returned.
     """
     mistakes: list[str] = []
     broken: set[str] = set()
@@ -186,7 +186,7 @@ def _mistake(error: Any, listed_by: str) -> str:
     """
     # pydantic's location of an error also names the type of a union that was tried, such as `str`
     place = error["loc"]
-    if place[:2] == ("evaluate", "probes"):  # the fourth part names the kind of the probe, not a field
+    if place[:2] == ("evaluate", "probes"):  # `place[3]` is the kind of the probe, not a field
         place = (*place[:3], *place[4:])
     where = ".".join(str(part) for part in place if part != "str" and "[" not in str(part))
     if where in MOVED:

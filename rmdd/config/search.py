@@ -49,7 +49,7 @@ class Dimension(Section):
         return (low, round(high)) if self.kind in ("int", "logint") else (low, high)
 
     def holds(self, values: dict[str, Any]) -> bool:
-        """Return whether `values` (of other fields of the space, by field) meet the conditions in `when`."""
+        """Return whether the values of other fields (`values`, by field name) meet the conditions in `when`."""
         return all(
             key in values and values[key] in (allowed if isinstance(allowed, list) else [allowed])
             for key, allowed in self.when.items()
@@ -80,7 +80,7 @@ class Dimension(Section):
 
 
 class Search(Section):
-    """Settings of `rmdd search`: trials of this run with other values, compared by R@mean on val (never on test)."""
+    """Settings of `rmdd search`: trials are this run with some values changed, compared by R@mean on val."""
 
     space: dict[str, Dimension] = Field(
         {},

@@ -36,7 +36,7 @@ def upgraded(raw: dict[str, Any]) -> dict[str, Any]:
     except ValueError:  # the method is not installed on this machine
         fields = {}
     for name, default in OPTIONS.items():
-        # A method can have another option of the same name, whose default has another type.
+        # A method can have a different option of the same name; the type of the default tells the two apart.
         is_option = name in fields and isinstance(fields[name].default, type(default))
         if name in distill and is_option:
             distill.setdefault("options", {})[name] = distill.pop(name)

@@ -1,6 +1,6 @@
-"""Collect the problems of files on disk that `rmdd verify` reports; none of them is raised as an error.
+"""Collect problems of files on disk, which `rmdd verify` then reports; a problem is not raised as an error.
 
-A `Format` says how folders of one kind, such as stores, are recognised and checked; `rmdd.runs.verify` finds them.
+A `Format` says how folders of one kind are recognised and checked; `rmdd.runs.verify` finds the folders to check.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ class Findings:
 
 
 class DiskCheck:
-    """Records the faults of the folders and files of a storage; each folder is checked once."""
+    """Checks the folders and files of a storage, each folder once, and records the faults that it finds."""
 
     def __init__(self, storage: Storage):
         self.storage = storage
@@ -64,7 +64,7 @@ class DiskCheck:
 
     @contextlib.contextmanager
     def errors_as_faults(self, path: Path, todo: str) -> Iterator[None]:
-        """Record an error that is raised while `path` is read inside the block as a fault of `path`."""
+        """If the block, which reads `path`, raises an error, record the error as a fault of `path`."""
         try:
             yield
         except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
@@ -76,7 +76,7 @@ class DiskCheck:
             return read_json(path)
 
     def lines(self, path: Path) -> None:
-        """Check that all lines of the log `path` are JSON, except a last one cut off because its writer was killed."""
+        """Check that all lines of the log `path` are JSON; a half-written last line (writer killed) is no fault."""
         *lines, _ = path.read_bytes().split(b"\n") if path.is_file() else [b""]
         for number, line in enumerate(lines, 1):
             try:
@@ -106,7 +106,7 @@ class Format:
     markers: tuple[str, ...]
     """Names of marker files: a folder that contains one of them has this format. Empty for a format of single files."""
     within: str
-    """Glob pattern of the folders or files of this format in a storage; empty if they lie only in other folders."""
+    """Glob pattern of the folders or files of this format in a storage; empty if all lie in other formats' folders."""
     check: Callable[[Path, DiskCheck], None]
     always_marked: bool = True
     """Whether folders that match `within` but have no marker file are ignored; if False, they count as unfinished."""

@@ -1,4 +1,4 @@
-"""Write files atomically: under a temporary name that is then changed, so that a file is either complete or missing.
+"""Write files atomically: a file has a temporary name until it is complete, so it is never seen half-written.
 
 A temporary name contains the machine and the id of the process that writes the file. So the temporary files of killed
 processes can be recognised and removed, and those of live processes are kept.
@@ -41,7 +41,7 @@ class ChangeListener(Protocol):
     root: Path
 
     def changing(self, path: Path) -> contextlib.AbstractContextManager[None]:
-        """Return a context manager inside which the caller replaces or removes `path`."""
+        """Return a context manager for a `with` block in which the caller replaces or removes `path`."""
         ...
 
     def appended(self, path: Path) -> None:
@@ -112,7 +112,7 @@ def _sync(path: Path) -> None:
 
 
 def allocate(path: Path | str) -> None:
-    """Reserve the disk space of the sparse file `path`: on a full disk, writing to its memory map kills the process."""
+    """Reserve disk space for the sparse file `path`: a write to its memory map on a full disk kills the process."""
     with explain_write_errors(Path(path)), open(path, "r+b") as f:
         os.posix_fallocate(f.fileno(), 0, max(1, os.fstat(f.fileno()).st_size))
 
@@ -146,10 +146,10 @@ def _error_number(error: Exception) -> int:
     """Return the error number (errno) of the operating system that caused `error`, or 0."""
     if isinstance(error, OSError) and error.errno:
         return error.errno
-    match = re.search(r"os error (\d+)|errno (\d+)", str(error), re.IGNORECASE)  # errors of safetensors and pyarrow
+    match = re.search(r"os error (\d+)|errno (\d+)", str(error), re.IGNORECASE)  # as safetensors and pyarrow write it
     if match:
         return int(match[1] or match[2])
-    return errno.ENOSPC if re.search(r"requested and \d+ written", str(error)) else 0  # numpy's error on a full disk
+    return errno.ENOSPC if re.search(r"requested and \d+ written", str(error)) else 0  # numpy says this on a full disk
 
 
 # -- temporary names and their writers -------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def _error_number(error: Exception) -> int:
 
 @functools.cache
 def machine() -> str:
-    """Return eight hex digits that identify this machine, or this container if it has a process namespace."""
+    """Return eight hex digits that identify this machine, or this container if it has its own process ids."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):  # containers can share a host name; only Linux has these files
         parts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]

@@ -1,6 +1,6 @@
 """The layout number of a storage: the version of its folders and files, stored in `storage.json` at its first use.
 
-A storage with another number than that of this release raises an error before any other file in it is read or written.
+If the number is not that of this release, an error is raised before any other file of the storage is read or written.
 """
 
 import json
@@ -38,7 +38,7 @@ def layout_of(storage: Storage) -> int | None:
 
 
 def check_layout(storage: Storage) -> None:
-    """Raise `ValueError` if the storage has another layout number than this release. Writes no file."""
+    """Raise `ValueError` if the layout number of the storage is not that of this release. Writes no file."""
     layout = layout_of(storage)
     if layout in (None, LAYOUT):
         return
@@ -52,7 +52,7 @@ def check_layout(storage: Storage) -> None:
 
 
 def require_layout(storage: Storage) -> None:
-    """Raise `ValueError` as `check_layout` does, and write `storage.json` into a storage that has none."""
+    """Call `check_layout`, which may raise `ValueError`; then write `storage.json` if the storage has none."""
     check_layout(storage)
     if storage.read(storage.root / FILE) is None:
         write_json(storage.root / FILE, {"layout": LAYOUT})
@@ -62,7 +62,7 @@ def locate_file(address: str, name: str, depth: int) -> tuple[str, Path]:
     """Return the address of the storage that contains a folder, and the local path of the file `name` in that folder.
 
     `address` is the path or the URI of the folder; a file at a URI is first copied to this machine. The storage is
-    `depth` levels above the folder. Raises `ValueError` if the file exists and the storage has another layout number.
+    `depth` levels above the folder. Raises `ValueError` if the file exists and `check_layout` refuses the storage.
     """
     if not is_uri(address):
         folder = Path(address).absolute()

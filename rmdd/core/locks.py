@@ -1,4 +1,4 @@
-"""Exclusive access to a folder: a file lock excludes processes of the same machine, a lease those of other machines.
+"""Exclusive access to a folder: a file lock keeps out other processes of this machine, a lease other machines.
 
 The operating system releases the file lock as soon as its process dies. The lease is a small file beside the folder
 that names the process that holds the folder (the holder). The holder rewrites the lease every `BEAT` seconds. If the
@@ -70,7 +70,7 @@ class LocalLeaseCell:
 
 
 class Lease:
-    """A lease on a folder that this process holds; `lost` if another process took over while this one was paused."""
+    """A lease by which this process holds a folder; `lost` is true if another process took the folder over."""
 
     def __init__(self, folder: Path, cell: LeaseCell):
         self.folder, self.cell = folder, cell
@@ -158,7 +158,7 @@ def _locked(lock: Any) -> bool:
 
 
 def _take(lease: Lease) -> bool:
-    """Return whether this process got the lease: if there is none, or its holder is dead, write it and read it back."""
+    """Write the lease if there is none or its holder is dead; return whether this process holds the folder now."""
     cell, before = lease.cell, lease.cell.read()
     # a holder on this machine must be dead, because this process has the file lock
     foreign = before is not None and before.get("machine") != machine()

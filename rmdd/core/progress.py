@@ -26,7 +26,7 @@ class _Item:
     total: int
     done: float = 0
     first: float = 0
-    """Units finished at the first report; those that a resumed item did earlier do not count for its rate."""
+    """Units of work finished at the first report: the rate of a resumed item counts only the units after them."""
     began: float | None = None
     """Clock time in seconds when work on the units after `first` began, or None before the first report."""
     reported_at: float = 0.0
@@ -84,8 +84,8 @@ class Progress:
 
 
 class Stage:
-    """The progress of a group of items. Calling the stage with the name and the metrics of an item reports its
-    progress; `say` gets a line for the log every `LOG_SECONDS`."""
+    """The progress of a group of items. Calling the stage with the name and the metrics of an item updates its
+    progress, and every `LOG_SECONDS` passes a line for the log to `say`."""
 
     def __init__(self, title: str, clock: Callable[[], float], say: Callable[[str], None] | None = None):
         self.title, self.clock, self.say = title, clock, say
@@ -94,19 +94,19 @@ class Stage:
         self.began = self.logged_at = clock()
 
     def add(self, totals: Mapping[str, int]) -> None:
-        """Add the items in `totals`, with their numbers of units of work; items added before stay as they are."""
+        """Add the items in `totals` (units of work by item name); items that were added earlier do not change."""
         for name, total in totals.items():
             self.items.setdefault(name, _Item(total))
 
     def expect(self, most: int, each: int, ended: int) -> None:
-        """Expect `most` items of `each` units in total, of which `ended` are finished; `add` adds the others later."""
+        """Expect `most` items of `each` units of work; `ended` of them are finished, `add` adds the others later."""
         self.most, self.each, self.ended = most, each, ended
 
     def __call__(self, name: str, metrics: Mapping[str, Any]) -> None:
         item, now = self.items[name], self.clock()
         done = float(metrics.get("done", item.done))
         if item.began is None:
-            # if the first report is of one unit, the item is not resumed: that unit took the time since the stage began
+            # an item whose first report is of one unit was not resumed: this unit took the time since the stage began
             item.began, item.first = self.began if done <= 1 else now, 0 if done <= 1 else done
         item.done, item.reported_at = done, now
         item.metrics = {key: value for key, value in metrics.items() if key != "done"}
@@ -136,7 +136,7 @@ class Stage:
 
     @property
     def left(self) -> float | None:
-        """Seconds until all items are finished, at the average pace so far; None while there is no pace yet."""
+        """Seconds until all items are finished, at the average pace so far; None if no unit was finished yet."""
         gained = sum(item.done - item.first for item in list(self.items.values()) if item.began is not None)
         missing = (
             sum(max(item.total - item.done, 0) for item in list(self.items.values())) + self._not_added * self.each

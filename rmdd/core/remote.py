@@ -1,4 +1,4 @@
-"""Files at a URI (S3, Google Cloud, Azure, HDFS, ...): list, read, write atomically and copy, by pyarrow or fsspec.
+"""Files at a URI (S3, Google Cloud, Azure, HDFS, ...): list, read, write atomically and copy with pyarrow or fsspec.
 
 Credentials are read only from the environment, where these libraries look for them.
 """
@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from rmdd.core.files import sweep, temporary_beside
 
 ATOMIC_WRITES = ("s3", "gcs", "abfs")
-"""File systems (pyarrow's names) where an object becomes visible only when complete; others need a temporary name."""
+"""File systems (pyarrow's names) that show an object only when it is complete; in others, it gets a temporary name."""
 
 ATTEMPTS = 4
 """How often an operation is tried before its error is raised."""
@@ -79,7 +79,7 @@ class ObjectStore:
         def copy(target: str) -> None:
             try:
                 _copy(self.path(name), target, self.fs, self.fs)
-            except (NotImplementedError, OSError):  # HDFS cannot copy; S3 copies at most 5 GB
+            except (NotImplementedError, OSError):  # HDFS cannot copy, and S3 copies at most 5 GB
                 with self.fs.open_input_stream(self.path(name)) as a, self.fs.open_output_stream(target) as b:
                     shutil.copyfileobj(a, b, 2**20)
 
@@ -124,7 +124,7 @@ class ObjectStore:
         return self._try("read", name, read)
 
     def open(self, name: str, seekable: bool = False) -> Any:
-        """Open an object as a pyarrow file, which can only be read from start to end unless it is `seekable`."""
+        """Open an object as a pyarrow file. Without `seekable`, it can only be read from start to end."""
         path = self.path(name)
         if seekable:
             return self._try("read", name, lambda: self.fs.open_input_file(path))
@@ -135,7 +135,7 @@ class ObjectStore:
         return self._try("find", name, lambda: self.fs.get_file_info(self.path(name)))
 
     def glob(self, name: str, pattern: str) -> Iterator[tuple[str, int]]:
-        """Yield the objects under `name` that match `pattern`: the name relative to `name`, and the size in bytes."""
+        """Yield path (relative to `name`) and size in bytes of each object under `name` that matches `pattern`."""
         from fsspec.implementations.arrow import ArrowFSWrapper
 
         folder = self.path(name).rstrip("/")
@@ -153,7 +153,7 @@ class ObjectStore:
         self._try("delete", name, delete)
 
     def sweep(self) -> None:
-        """Remove the abandoned temporary files, if the URI is a `file://` one."""
+        """Remove the abandoned temporary files if the URI begins with `file://`; other URIs are left alone."""
         if self.fs.type_name == "local":
             sweep(self.base)
 
@@ -162,7 +162,7 @@ class ObjectStore:
         return posixpath.normpath(posixpath.join(self.base, name)) if name else self.base
 
     def _try(self, action: str, name: str, do: Callable[[], T]) -> T:
-        """Call `do` and return its result. Repeat the call after an error that may pass, up to `ATTEMPTS` times in all;
+        """Call `do` and return its result. After an error that may be temporary, try again, `ATTEMPTS` times in all;
         the error of the last call is raised with the name of the action and of the object."""
         for attempt in range(ATTEMPTS):
             try:
@@ -265,7 +265,7 @@ def _store(uri: str) -> ObjectStore:
 
 
 def _file_system(uri: str) -> tuple[Any, str]:
-    """Return the file system of a URI and the path in it, by pyarrow or, if it does not know the scheme, by fsspec.
+    """Open the file system of a URI with pyarrow, else with fsspec; return it and the path of the URI in it.
 
     Raises `ValueError` for a URI that neither library can read.
     """

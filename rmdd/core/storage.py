@@ -72,10 +72,10 @@ class Storage:
         return str(path)
 
     def fetch(self, path: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
-        """Make the local file or folder `path` equal to the storage; `wanted` selects files by their name in it."""
+        """Make the local file or folder `path` equal to that in the storage; `wanted` selects files by their path."""
 
     def publish(self, folder: Path) -> None:
-        """Make `folder` in the storage equal to the local folder: upload changed files, delete those that are gone."""
+        """Make `folder` in the storage equal to the local folder: upload changed files, delete files it lacks."""
 
     def move(self, source: Path, target: Path) -> None:
         """Move the folder `source` to `target`, replacing any folder there."""
@@ -111,7 +111,7 @@ class Mirror(Storage):
         return RemoteLeaseCell(self.remote, f"{self._name(folder)}.lease")
 
     def fetch(self, path: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
-        """See `Storage.fetch`. Folders that a live process of this machine holds are skipped: they are newer."""
+        """See `Storage.fetch`. Skips folders that a live process of this machine holds: their local files are newer."""
         if not path.is_relative_to(self.root):
             return
         remote = {n: s for n, s in self.remote.list(self._name(path)).items() if self._is_published(n) and wanted(n)}
@@ -188,7 +188,7 @@ class Mirror(Storage):
             elif path.is_file():
                 self._upload(path)
             elif was_folder:
-                self.publish(path)  # deletes the objects of the removed folder
+                self.publish(path)  # this deletes the objects of the removed folder
             else:
                 self.remote.delete(self._name(path))
 
@@ -202,7 +202,7 @@ class Mirror(Storage):
         self._flushed = time.monotonic()
 
     def flush_under(self, folder: Path) -> None:
-        """Publish the logs in `folder`, before a checkpoint is published that must not be ahead of its log."""
+        """Publish the logs in `folder`; call this before publishing a checkpoint, so that its log is never older."""
         for path in [p for p in self._grown if p.is_relative_to(folder)]:
             self._grown.discard(path)
             if path.is_file():
@@ -214,7 +214,7 @@ class Mirror(Storage):
 
     def has_results(self) -> bool:
         paths = [PurePosixPath(name) for name in self.remote.list("")]
-        # `match` compares from the right; comparing the number of parts excludes files of a storage inside this storage
+        # `match` compares from the right: only the number of parts excludes results of a storage inside this storage
         return any(p.match(r) and len(p.parts) == r.count("/") + 1 for p in paths for r in RESULTS)
 
     def read(self, path: Path) -> bytes | None:
@@ -273,7 +273,7 @@ def is_uri(storage: str) -> bool:
 
 
 def absolute_runtime(runtime: config.Runtime) -> config.Runtime:
-    """Return `runtime` with absolute paths, because the workers of a cluster have another working folder."""
+    """Return `runtime` with absolute paths, because workers on a cluster have a different working folder."""
     paths = {"storage": runtime.storage if is_uri(runtime.storage) else str(root_of(runtime))}
     if runtime.scratch is not None:
         paths["scratch"] = str(_scratch(runtime))

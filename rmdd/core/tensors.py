@@ -1,7 +1,7 @@
 """Safetensors files with a checksum: they contain named tensors, and a dict of JSON values about them (`facts`).
 
-Tensors that belong together are named GROUP.NAME, such as those of the first subset of a set (`0.images`) or of a part
-of a checkpoint (`raw.images`). The metadata of a file has a single entry, because safetensors writes several entries in
+Tensors that belong together are named GROUP.NAME, such as `0.images` in the first subset of a distilled set, or
+`raw.images` in a checkpoint. The metadata of a file has a single entry, because safetensors writes several entries in
 no fixed order, so that two equal runs would write different bytes. The entry is JSON with `schema_version`, `facts`,
 and the SHA-256 of both `facts` and the tensors.
 """
@@ -44,7 +44,7 @@ def split_groups(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def save_checked(path: Path, tensors: Mapping[str, Tensor], entry: str, facts: Mapping[str, Any]) -> None:
-    """Write `tensors` to the file `path`; the entry named `entry` of its metadata has `facts` and the checksum."""
+    """Write `tensors` to the file `path`; `facts` and the checksum go into its metadata, under `entry`."""
     named = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
     facts = {"schema_version": SCHEMA_VERSION, **facts}
     with atomic_path(path) as temporary:
@@ -57,13 +57,13 @@ def save_checked(path: Path, tensors: Mapping[str, Tensor], entry: str, facts: M
 def load_checked(path: Path, entry: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and the dict `facts` of a file written by `save_checked`.
 
-    Raises `Damaged` if the file cannot be read, its checksum does not match, or it has another schema version.
+    Raises `Damaged` if the file cannot be read, or its checksum or schema version does not match.
     """
     facts = facts_of(path, entry)
     expected = facts.pop("sha256", None)
     try:
         with safe_open(path, "pt") as file:
-            # `clone`, because a memory alignment other than that of torch can change the last bit of a matrix product
+            # `clone` aligns the memory as torch does; a different alignment can change the last bit of a matrix product
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except Exception as error:
         raise Damaged(str(error)) from error
@@ -73,7 +73,7 @@ def load_checked(path: Path, entry: str) -> tuple[dict[str, Tensor], dict[str, A
 
 
 def facts_of(path: Path, entry: str) -> dict[str, Any]:
-    """Return `facts` and the checksum (as `sha256`) in the header of a file by `save_checked`. Raises `Damaged`."""
+    """Return `facts`, with the checksum as `sha256`, of a file that `save_checked` wrote. Raises `Damaged`."""
     try:
         with safe_open(path, "pt") as file:
             facts: dict[str, Any] = json.loads(file.metadata()[entry])

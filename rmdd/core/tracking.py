@@ -1,4 +1,4 @@
-"""Training curves in TensorBoard, W&B or MLflow, as `runtime.track` lists them.
+"""Training curves in TensorBoard, W&B and MLflow, whichever `runtime.track` lists.
 
 The JSON-lines files of a run are the authoritative record; the curves are copies to look at. Work that resumes from a
 checkpoint repeats some steps, and every tracker shows each step once: TensorBoard replaces the earlier values from the
@@ -31,7 +31,7 @@ class Sink(Protocol):
 
 
 class Tracker:
-    """Writes the scalar values of each step to tracking tools (sinks), which `openers` opens at the first step."""
+    """Writes the scalar values of each step to tracking tools; the functions `openers` open them at the first step."""
 
     def __init__(self, openers: Mapping[str, Callable[[int], Sink]]):
         self.openers = dict(openers)
@@ -39,8 +39,8 @@ class Tracker:
         self.last = 0
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Add the values of the step `step`, counted from 1. If it is not above the last step, as after a rollback, the
-        sinks are opened again, so that TensorBoard drops the values from this step on."""
+        """Add the values of the step `step`, counted from 1. If `step` was added before, as after a rollback, the
+        tracking tools are opened again, so that TensorBoard drops the old values from this step on."""
         if self.sinks and step <= self.last:
             self.close()
         self.last = step
@@ -104,7 +104,7 @@ class TensorBoard:
     def add(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
-        self.writer.flush()  # otherwise steps before the last checkpoint would be lost if the process is killed
+        self.writer.flush()  # otherwise a kill of the process would lose steps that the last checkpoint includes
 
     def close(self) -> None:
         self.writer.close()

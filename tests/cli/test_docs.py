@@ -59,7 +59,7 @@ def test_generated_pages_are_up_to_date(name):
 
 
 def generated(texts={}):  # noqa: B006
-    """Return the texts of all generated pages by path; they are made only once."""
+    """Return the texts of all generated pages by path; only the first call generates them."""
     if not texts:
         texts |= reference.generated()
     return texts

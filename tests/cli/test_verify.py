@@ -27,7 +27,7 @@ def flip(path, back=7):
 
 @pytest.fixture(scope="module")
 def intact(tmp_path_factory, store):
-    """A storage with a dataset, a store of experts and a finished phase; tests damage a copy of it."""
+    """Fixture: a storage with a dataset, an expert store and a finished phase; tests damage only copies (`root`)."""
     root = tmp_path_factory.mktemp("storage")
     scenes = config.Scenes(train=6, val=2, test=2, size=16)
     ingest(config.Data(scenes=scenes, image_size=16), root / "data" / "d")
@@ -84,7 +84,7 @@ def _infinite(root):
     tensors[name].view(-1)[0] = float("nan")
     save_file(tensors, folder / "epoch-0001.safetensors")
     record = json.loads((folder / "expert.json").read_text())
-    del record["files"]  # without hashes, as in older stores, values are checked
+    del record["files"]  # without hashes, as in older stores, `verify` checks the values
     (folder / "expert.json").write_text(json.dumps(record))
     return "epoch-0001.safetensors", f"not finite (first: {name})"
 
@@ -117,7 +117,7 @@ def _flipped_log(root):
 
 
 def _flipped_start(root):
-    """Damage the file of the pretrained parameters that all experts of a store share."""
+    """Damage the file with the starting values of frozen parameters, which all experts of a store share."""
     folder = root / "experts" / "e"
     shutil.rmtree(folder)
     theta = {"a": torch.zeros(3), "b": torch.ones(2)}

@@ -318,7 +318,7 @@ def test_a_dumped_run_loads_to_itself(seed, lr, pairs, epochs, name):
     assert again == run and again.hash_of() == run.hash_of()
 
 
-PATHS = st.text(min_size=1).filter(lambda text: "://" not in text)  # a URI can be invalid, so no text contains ://
+PATHS = st.text(min_size=1).filter(lambda text: "://" not in text)  # a random text with :// may be an invalid URI
 
 
 @settings(deadline=None)

@@ -166,7 +166,7 @@ def test_rows_of_table_4(name):
 
 
 def common(run: config.Run) -> tuple:
-    """Return values that are equal in the presets of MTT-VL, TESLA-VL, LoRS and RepBlend."""
+    """Return the values of fields that are the same in all presets of MTT-VL, TESLA-VL, LoRS and RepBlend."""
     rule = run.distill
     return rule.steps, rule.match_epochs, rule.lr_lr, rule.inner_lr, rule.momentum, rule.ema, rule.trajectory
 

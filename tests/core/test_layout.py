@@ -1,4 +1,4 @@
-"""Tests that a storage with another layout number raises an error before any of its files is read or changed."""
+"""Tests that a storage of a different layout number raises an error before any file of it is read or changed."""
 
 import json
 
@@ -98,7 +98,7 @@ BEGUN = [
     ("searches/tiny-0123abcd/search.json", base_run_in),
     ("comparisons/tiny-0123abcd/comparison.json", comparisons.comparison_in),
 ]
-"""Files that the previous release wrote with other fields, each with the function that reads it."""
+"""Files whose fields were different in the previous release, each with the function that reads it."""
 
 
 def old(tmp_path, file):

@@ -27,7 +27,7 @@ from rmdd.distill.sets import load_set, save_set
 
 @pytest.fixture
 def node(uri, tmp_path):
-    """Return a function that returns the mirror of a machine: `node("a")` is that of the machine a."""
+    """Fixture: imitate machines that share one URI; `node("a")` returns the mirror (local folder) of machine a."""
     mirrors = {}
     yield lambda name: mirrors.setdefault(name, Mirror(uri, tmp_path / name))
     for mirror in mirrors.values():
@@ -61,7 +61,7 @@ def test_a_fetched_folder_equals_the_storage(node):
         write_json(a.root / "phase" / f"{name}.json", 1)
     b.fetch(b.root / "phase")
     time.sleep(1.1)  # S3 stores modification times in whole seconds, so the next write must be a second later
-    write_json(b.root / "phase" / "kept.json", 2)  # same size, but a new modification time
+    write_json(b.root / "phase" / "kept.json", 2)  # only the modification time shows this change
     remove(b.root / "phase" / "gone.json")
     (a.root / "phase" / "never-published.json").write_text("3")
     a.fetch(a.root / "phase")
@@ -91,7 +91,7 @@ def test_a_fetch_does_not_overwrite_a_folder_that_a_process_of_this_machine_hold
     write_json(b.root / "store" / "expert-000" / "running.json", 1)
     a.fetch(a.root / "store")
     with hold_folder(a.root / "store" / "expert-000", wait=False):
-        (a.root / "store" / "expert-000" / "running.json").write_text("22")  # newer than the published file
+        (a.root / "store" / "expert-000" / "running.json").write_text("22")  # this write is not published
         a.fetch(a.root / "store")
         assert read_json(a.root / "store" / "expert-000" / "running.json") == 22
 
@@ -206,7 +206,7 @@ def quick(monkeypatch):
 
 
 def foreign_lease(beats=0):
-    """Return the content of a lease that a process on another machine holds."""
+    """Return the content of a lease that a (made-up) process on another machine holds."""
     return {"id": "f" * 32, "beats": beats, "machine": "another", "host": "node-7", "pid": 12, "seen": "now"}
 
 
@@ -233,7 +233,7 @@ def test_a_paused_holder_notices_that_another_process_took_over(quick, node):
     with hold_folder(a.root / "run", wait=False) as mine:
         deadline = time.monotonic() + 60
         while not mine.lost and time.monotonic() < deadline:
-            a.cell(a.root / "run").write(foreign_lease())  # repeated, because the holder may overwrite it
+            a.cell(a.root / "run").write(foreign_lease())  # the holder may overwrite it, so repeat this
             time.sleep(0.3)
         with pytest.raises(FolderInUse, match="was taken over by process 12 on node-7"):
             mine.check()
@@ -335,7 +335,7 @@ def test_a_set_that_another_version_wrote_is_refused(tmp_path):
 
 
 def umask():
-    """Return the umask of this process."""
+    """Return the umask of this process, which can be read only by setting it."""
     before = os.umask(0)
     os.umask(before)
     return before
