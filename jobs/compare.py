@@ -1,4 +1,4 @@
-"""Ray job: evaluate distilled sets and coresets under the protocol of CONFIG. Paths must exist on Ray's head node.
+"""Ray job: evaluate distilled sets and coresets with the settings in CONFIG. Paths must exist on Ray's head node.
 
 ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/compare.py --config CONFIG \\
   A B random

@@ -1,4 +1,4 @@
-"""The backend that does the work of a run or a sweep: this process or a Ray cluster, as `runtime` says."""
+"""The backend that executes a run or a sweep: this process or a Ray cluster, as set in the section `runtime`."""
 
 import contextlib
 import functools
@@ -24,7 +24,7 @@ MOST_ENCODERS = 64
 """Largest number of workers that embed captions in parallel."""
 
 MOST_PARTS = 64
-"""Largest number of workers that keep parts of the data (see `rmdd.execution.parts`)."""
+"""Largest number of workers among which data is divided, one part for each (see `rmdd.execution.parts`)."""
 
 PictureReader = Callable[..., Iterable[Any]]
 """The type of a function that reads training images; see `rmdd.experts.feed.Stream`."""
@@ -32,29 +32,29 @@ PictureReader = Callable[..., Iterable[Any]]
 
 @dataclass(frozen=True)
 class Backend:
-    """The executor of a run's tasks, and functions for its other work. By default, everything runs in this process."""
+    """The executor of a run's tasks, and functions for the run's other work. By default, all run in this process."""
 
     executor: Executor
     readers: Stream = sequential_stream
-    """Stream that reads the parts of a raw dataset during the ingest."""
+    """Stream that runs the ingest: each of its workers reads a share of the raw dataset."""
     encoders: Stream = sequential_stream
-    """Stream that embeds blocks of captions."""
+    """Stream that embeds captions: each of its workers embeds some blocks of captions."""
     expert_pool: Callable[..., Mapper] | None = None
     """`expert_pool(store, size)` returns a `Mapper` that trains experts by Ray Train, each expert on `size` workers."""
     pictures: PictureReader | None = None
-    """Function that reads training images that are not cached; None: the process that trains an expert reads them."""
+    """Function that reads uncached training images; None: the process that trains an expert reads its images."""
     run_trials: RunTrials = sequential_trials
     """Function that runs the trials of a search."""
     open_parts: OpenParts = local_parts
-    """Function that opens workers which keep parts of data: rows of a coreset, or draws of an outer iteration."""
+    """Function that starts workers and divides among them the rows of a coreset or the draws of an outer iteration."""
 
 
 @contextlib.contextmanager
 def hold_folders(runtime: config.Runtime, *folders: Path) -> Iterator[None]:
     """Check that the storage is writable, lock `folders` during the block, and upload log files at its end.
 
-    Raises `rmdd.core.locks.FolderInUse` if another process works in one of the folders, and `ValueError` if another
-    version of rmdd wrote the storage with another layout of folders.
+    Raises `rmdd.core.locks.FolderInUse` if a different process works in one of the folders, and `ValueError` if a
+    different version of rmdd wrote the storage with a different layout of folders.
     """
     storage = open_storage(runtime)
     require_layout(storage)  # check this before `begin` removes temporary files
@@ -88,7 +88,7 @@ def open_backend(runtime: config.Runtime, events: Path, progress: Progress) -> I
             with ActorExecutor(runtime, resources, events, progress.say) as executor:
 
                 def after_rest(stream: Stream) -> Stream:
-                    """Return `stream`, but first stop the executor's idle actors: they hold CPUs that it needs."""
+                    """Return a stream that stops the executor's idle actors, to free CPUs, and then runs `stream`."""
 
                     def streamed(
                         make: Callable[[], Callable[[Values], Values]], items: Sequence[Values]
@@ -132,7 +132,7 @@ def open_backend(runtime: config.Runtime, events: Path, progress: Progress) -> I
                 restarts = runtime.max_restarts
                 readers = after_rest(over_tasks(min(runtime.reader_cpus, resources.widest), restarts))
                 backend = Backend(executor, readers, expert_pool=expert_pool, run_trials=run_trials)
-                if not is_uri(runtime.storage):  # 0 CPUs per reader if the workers may hold all CPUs
+                if not is_uri(runtime.storage):  # image readers reserve 0 CPUs if training workers may hold all CPUs
                     pictures = functools.partial(ray_stream, cpus=1 if gpus and not cpus else 0)
                     backend = replace(backend, pictures=pictures)
                 if not is_uri(runtime.storage) or (resources.nodes == 1 and not resources.grows):

@@ -1,4 +1,4 @@
-"""Interface of an executor, which runs a task on each of many items, here or on other workers."""
+"""Interface of an executor, which runs a task on each of many items, in this process or on workers of a cluster."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -21,11 +21,11 @@ class Piece:
 
 
 PieceSource = Callable[[float], Sequence[Piece] | None]
-"""Called with a waiting time in seconds: returns the new pieces of work, or None if no more pieces will come."""
+"""Function that waits up to the given seconds for new pieces of work; returns them, or None if no more will come."""
 
 
 class RetriesExhausted(RuntimeError):
-    """Workers died on the same item more often than `runtime.max_restarts` allows."""
+    """The workers that ran an item died more often than `runtime.max_restarts` allows."""
 
     def __init__(self, message: str, host: str):
         super().__init__(message)
@@ -39,13 +39,13 @@ class Mapper(Protocol):
     def map(
         self, task: Task, items: Sequence[Any], names: Sequence[str], on_report: Callable[[str, dict[str, Any]], None]
     ) -> list[Any]:
-        """Run `task` on each item; return the results in their order. `on_report(name, metrics)` gets progress."""
+        """Run `task` on each item; return the results in the items' order. `on_report(name, metrics)` gets progress."""
         ...
 
 
 @runtime_checkable
 class Executor(Mapper, Protocol):
-    """Runs pieces of work. After a stop signal, `serve` and `map` raise `Interrupted` once all tasks have saved."""
+    """Runs pieces of work. After a stop signal, `serve` and `map` raise `Interrupted` once checkpoints are saved."""
 
     def serve(self, source: PieceSource) -> None:
         """Run all pieces that `source` returns, and call `settle` of each piece when its task has ended."""
@@ -54,7 +54,7 @@ class Executor(Mapper, Protocol):
     def map(
         self, task: Task, items: Sequence[Any], names: Sequence[str], on_report: Callable[[str, dict[str, Any]], None]
     ) -> list[Any]:
-        """See `Mapper.map`. Raises the first error; under `ReturnFailures`, dead workers give a `Failed` result."""
+        """See `Mapper.map`. Raises the first error; if `task` is a `ReturnFailures`, dead workers give a `Failed`."""
         results: dict[int, Any] = {}
 
         def settle(index: int, result: Any, error: Exception | None) -> None:

@@ -1,4 +1,4 @@
-"""Data that is split into parts: each worker keeps one part in memory, and all parts are called at the same time."""
+"""Data split into parts: each worker keeps one part in memory, and a method is called on all parts at the same time."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +14,7 @@ class PartLost(RuntimeError):
 
 @runtime_checkable
 class WorkerParts(Protocol):
-    """Workers that keep one part of some data each; part 0, 1, ... in the order of the workers."""
+    """Workers among which some data is divided: worker i keeps part i of the data in its memory."""
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
         """Call the Python method named `method` on every part; return one result per part. May raise `PartLost`."""
@@ -33,20 +33,20 @@ class LocalParts(WorkerParts):
 
 OpenParts = Callable[..., contextlib.AbstractContextManager[WorkerParts]]
 """`open_parts(make, size, most, accelerated)` starts `size` workers (None: as many as fit on the cluster, but at most
-`most`). Each worker creates its part by `make(rank, size)`, and gets its share of a GPU if `accelerated`."""
+`most`). Each worker creates its part of the data by `make(rank, size)`, and has a share of a GPU if `accelerated`."""
 
 
 @contextlib.contextmanager
 def local_parts(
     make: Callable[[int, int], Any], size: int | None = None, most: int | None = None, accelerated: bool = False
 ) -> Iterator[WorkerParts]:
-    """Create `size` parts (default: one) in this process, where `OpenParts` would start workers."""
+    """Implement `OpenParts` without workers: create all `size` parts (default: one) in this process."""
     count = size or 1
     yield LocalParts([make(rank, count) for rank in range(count)])
 
 
 def with_restarts(work: Callable[[], T], restarts: int, say: Callable[[str], None]) -> T:
-    """Call `work`. If it raises `PartLost`, call it again to resume from its checkpoint, at most `restarts` times."""
+    """Call `work`; after each `PartLost`, at most `restarts` times, call it again to resume from its checkpoint."""
     for remaining in reversed(range(restarts + 1)):
         try:
             return work()

@@ -149,7 +149,7 @@ class SweepScheduler:
             self.changed.notify_all()
 
     def _alone(self, task: Task) -> Task:
-        """Return `task`, run under the lock `turn` if it runs in this process: threads share torch's random state."""
+        """Wrap `task` to hold the lock `turn` if it runs in this process, since threads share torch's random state."""
         if not isinstance(self.executor, SequentialExecutor):
             return task
 

@@ -23,14 +23,14 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class GroupMember:
-    """One of the `size` workers that run the same item together, such as one expert; `rank` counts them from 0."""
+    """One of the `size` workers that run the same item together, such as one expert; `rank` is its number, from 0."""
 
     rank: int
     size: int
     host: str
     """Network address of this worker's machine, as the other members see it."""
     meet: Callable[[str | None], str]
-    """Returns the address of rank 0 to every member; rank 0 passes its own address, all others pass None."""
+    """Function that each member calls to get the address of rank 0; rank 0 passes its own address, all others None."""
 
 
 @dataclass

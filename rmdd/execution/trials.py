@@ -11,7 +11,7 @@ class TrialRunner(Protocol):
     """Runs one trial in steps, called rungs. After each rung the `TrialSource` may end the trial early."""
 
     def run_rung(self, hooks: Hooks) -> Values:
-        """Run the next rung; return its results and, as `done`, whether it was the last. May raise `Interrupted`."""
+        """Run the next rung; return its results with `done`, true after the last rung. May raise `Interrupted`."""
         ...
 
 
@@ -28,7 +28,7 @@ class TrialSource(Protocol):
         ...
 
     def fail(self, name: str, why: str) -> None:
-        """Note that the trial `name` failed, with the reason `why`."""
+        """Record that the trial `name` failed, with the reason `why`."""
         ...
 
 

@@ -211,7 +211,7 @@ def store_bytes(size: Size, experts: int, epochs_kept: int, dtype: str = "float3
 
 
 def synthetic_numbers(run: config.Run, text_width: int) -> list[int]:
-    """Return how many numbers are learned in each phase: pixels, text embeddings and similarity."""
+    """Return the number of values learned in each phase: pixels, text embeddings and similarity parameters."""
     s = run.distill.similarity
     return [cost([p.pairs], run.stored_size, text_width, s.kind, s.rank) for p in run.distill.phases]
 
@@ -219,8 +219,8 @@ def synthetic_numbers(run: config.Run, text_width: int) -> list[int]:
 def phases_bytes(run: config.Run, text_width: int) -> int:
     """Return the bytes on disk of all phases: the initial set, the snapshots and the optimiser state.
 
-    The optimiser state has three values per learned number (value, momentum, average); methods that do not iterate have
-    no optimiser state.
+    The optimiser state stores three numbers per learned value (the value, its momentum and its average); methods that
+    do not iterate have no optimiser state.
     """
     per_phase = zip(run.distill.phases, synthetic_numbers(run, text_width), strict=True)
     state = 3 if methods.find(run.distill.method).iterates else 0
@@ -253,7 +253,7 @@ def matching_bytes(run: config.Run, size: Size, work: Work, text_width: int) -> 
 
 
 def effort_of(run: config.Run, phase: int, records: int) -> Effort:
-    """Return the numbers of pairs and models in one step of a distribution-matching method in phase `phase`."""
+    """Return how many pairs and how many models one step of a distribution-matching method uses in phase `phase`."""
     method = methods.method_of(run)
     assert isinstance(method, DistributionMethod)
     return method.effort(phase, records)

@@ -1,4 +1,4 @@
-"""`TaskItem`, the input of a run's tasks, and helper functions of tasks: paths, folder locks, curves, experts."""
+"""`TaskItem`, the input of a run's tasks, and helpers of tasks: paths, folder locks, training curves, experts."""
 
 import contextlib
 import re
@@ -24,12 +24,12 @@ from rmdd.runs.paths import RunPaths
 
 @dataclass(frozen=True)
 class ExternalPairs:
-    """Training pairs that a comparison brings, not the phases of the run. Both paths are relative to the storage."""
+    """Training pairs given to `rmdd compare`, not distilled by the run. Both paths are relative to the storage."""
 
     file: Path
     """File of the pairs; `rmdd.evaluate.training_pairs` describes the format."""
     records: Path
-    """Folder of the records of the students that train on these pairs."""
+    """Folder of the files with the scores of the students that train on these pairs."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class TaskItem:
     iterations: tuple[int, ...] = ()
     """For each phase, the iteration of the distilled snapshot that a student trains on."""
     stream: Stream | None = None
-    """Function that reads images for an expert in parallel if they are not cached; None: the trainer reads them."""
+    """Function that reads images for an expert in parallel if they are not cached; None: the training process does."""
     external: ExternalPairs | None = None
 
     @property
@@ -62,7 +62,7 @@ class TaskItem:
 
 
 def prepared_split(item: TaskItem, split: str) -> PreparedSplit:
-    """Return a split with its embeddings; runs with equal data settings share one copy in memory.
+    """Return a split with its caption embeddings; runs with equal data settings share one copy in memory.
 
     Raises `TestIsClosed` if a job that chooses a snapshot or a setting asks for the test split.
     """
@@ -71,7 +71,7 @@ def prepared_split(item: TaskItem, split: str) -> PreparedSplit:
 
 
 def record(item: TaskItem) -> Path:
-    """Return the path of a student's record. Runs share records of the random-pairs and full-data baselines."""
+    """Return the path of a student's score file. Runs share the score files of random-pairs and full-data baselines."""
     assert item.job is not None
     if item.external is not None:
         return item.paths.root / item.external.records / f"{item.job.name}.json"
@@ -81,7 +81,7 @@ def record(item: TaskItem) -> Path:
 
 @contextlib.contextmanager
 def exclusive_folder(folder: Path, storage: Storage, hooks: Hooks) -> Iterator[Hooks]:
-    """Lock `folder` and fetch its files while a task works in it; yield hooks that stop the task when the lock ends."""
+    """Lock `folder` during the block and fetch its files; yield hooks that stop the task if the lock is lost."""
     with hold_folder(folder, wait=True) as lease:
         storage.fetch(folder)
         yield replace(hooks, should_stop=lambda: lease.lost or hooks.should_stop())

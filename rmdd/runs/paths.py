@@ -19,7 +19,7 @@ from rmdd.models.pretrained import obtain
 from rmdd.models.text import encoder_identity
 
 HEALTH = "health.json"
-"""Name of the file in the run folder that holds the embedding health of each snapshot."""
+"""Name of the file in the run folder that says, for each snapshot, whether embeddings have collapsed."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class RunPaths:
         return self.phase(number) / f"set-{iteration:06d}.safetensors"
 
     def set_of(self, number: int, iteration: int) -> Path:
-        """Return the path of the file with the pairs of a phase at `iteration`; at 0 these are the initial pairs."""
+        """Return the path of the file with a phase's pairs at `iteration`; at iteration 0, these are initial pairs."""
         return self.set(number, iteration) if iteration else self.start(number)
 
 
@@ -130,6 +130,6 @@ def is_finished(run: config.Run, paths: RunPaths, number: int) -> bool:
 
 
 def candidates_of(run: config.Run) -> list[tuple[int, ...]]:
-    """Return the distilled sets that can be exported, one per snapshot, each as the iterations of all phases."""
+    """Return the distilled sets that can be exported, one per snapshot; each lists an iteration for every phase."""
     snapshots = [snapshot_iterations(p.iterations, run.distill.snapshots) for p in run.distill.phases]
     return [tuple(s[min(i, len(s) - 1)] for s in snapshots) for i in range(max(map(len, snapshots)))]

@@ -35,7 +35,7 @@ EPOCH_FIELDS = ("start", "stop", "start_text", "stop_text", "endpoint")
 def problems_of(run: config.Run) -> list[str]:
     """Return the messages of all problems that would stop a run and that can be detected before it starts.
 
-    Such problems are unavailable encoders or pretrained models, phases over budget and unreadable files of a probe.
+    Such problems are unavailable encoders or models, phases over budget and unreadable files of probes (extra tests).
     """
     mistakes = []
     try:
@@ -51,7 +51,7 @@ def problems_of(run: config.Run) -> list[str]:
 
 
 def storage_faults(run: config.Run) -> list[str]:
-    """Return the error message if the storage has the layout of another release. An unreachable storage gives none."""
+    """Return an error message if a different release of rmdd wrote the storage; nothing if it is unreachable."""
     with contextlib.suppress(OSError):
         try:
             check_layout(open_storage(run.runtime))
@@ -171,7 +171,7 @@ def _method_remarks(run: config.Run) -> list[str]:
 
 
 def _with_phases(run: config.Run, text_width: int) -> tuple[config.Run, str | None]:
-    """Return the run with the phases of its plan, or with a forecast of phases if it has no plan yet, and a remark."""
+    """Return the run with its planned phases (a forecast if there is no plan yet), and a remark that says which."""
     if not run.distill.plan.plans:
         return run, None
     if (written := run_folder(run) / PLAN).is_file():
@@ -222,7 +222,7 @@ def _phase(run: config.Run, paths: RunPaths | None, number: int, foreseen_only: 
 
 
 def _gpus(run: config.Run) -> dict[str, float]:
-    """Return the number of GPUs that one worker needs, and that all experts or all phases need to run in parallel."""
+    """Return the number of GPUs for one worker, for all experts in parallel, and for all phases in parallel."""
     gpus, phases = run.runtime.gpus_per_worker, _parallel_workers(run)
     return {
         "each": gpus,
@@ -232,7 +232,7 @@ def _gpus(run: config.Run) -> dict[str, float]:
 
 
 def _parallel_workers(run: config.Run) -> int:
-    """Return how many workers can distil in parallel: one per phase, or one per draw of a step with several draws."""
+    """Return how many workers can distil in parallel: one per draw if a step has several draws, else one per phase."""
     draws = methods.method_of(run).draws
     return draws if draws > 1 else len(run.distill.phases)
 

@@ -91,7 +91,7 @@ class Steps:
         )
 
     def probes(self, dataset: Dataset) -> dict[str, dict[str, Any]]:
-        """Ingest and embed the data of all probes; return, by probe, the facts that are reported with its scores."""
+        """Ingest and embed the data of all probes (extra evaluations); return facts for the report, by probe."""
         facts: dict[str, dict[str, Any]] = {}
         for name in self.run.evaluate.probes:
             with self.timed("probes"):
@@ -164,7 +164,7 @@ class Steps:
             todo = [p for p in phases if not is_finished(run, paths, p)]
             items = [replace(item, number=p) for p in todo]
             totals = {f"phase {p}": run.distill.phases[p].iterations for p in todo}
-            local = SequentialExecutor(run.runtime.threads)  # runs phases whose steps are divided among workers
+            local = SequentialExecutor(run.runtime.threads)  # for methods whose phases each use all workers
             method = methods.method_of(run)
             if not method.iterates:
                 tools = Tools(backend.executor, backend.encoders, backend.open_parts, self.progress)
@@ -229,12 +229,12 @@ class Steps:
     def students(
         self, item: TaskItem, title: str, jobs: list[protocol.Job], candidates: list[tuple[int, ...]]
     ) -> list[dict[str, Any]]:
-        """Train and score the students of `jobs`; return their records in the same order."""
+        """Train and score the students of `jobs`; return a record with the scores of each, in the order of `jobs`."""
         items = [replace(item, job=job, iterations=candidates[job.snapshot]) for job in jobs]
         return self.map(title, TrainStudent(), items, dict.fromkeys([job.name for job in jobs], 1))
 
     def health(self, item: TaskItem) -> dict[str, Any]:
-        """Embed each snapshot of the distilled set with the first expert; write and return the embedding health."""
+        """Embed each snapshot of the distilled set with the first expert; write and return measures of collapse."""
         with self.timed("health"):
             self.map("health", CheckHealth(), [item], {"health": 1})
             self.storage.fetch(self.folder / HEALTH)
@@ -272,7 +272,7 @@ class Steps:
         return read_json(self.folder / "seconds.json") if (self.folder / "seconds.json").is_file() else {}
 
     def _train(self, items: list[TaskItem]) -> None:
-        """Train experts and retry failed ones at the end. Raises `RuntimeError` that lists all that failed again."""
+        """Train experts and retry failed ones. Raises `RuntimeError` that lists the experts that failed every time."""
         executor, runtime, size = None, self.run.runtime, self.run.experts.worker_group.workers
         if items and self.backend.expert_pool is not None and (size > 1 or runtime.fleet == "train"):
             executor = self.backend.expert_pool(items[0].paths.store.name, size=size)
@@ -292,7 +292,7 @@ class Steps:
             )
 
     def _bind(self, dataset: Dataset) -> None:
-        """Raise `ValueError` if this run folder was started with another dataset; otherwise write `data.json`."""
+        """Raise `ValueError` if this run folder was started with a different dataset; otherwise write `data.json`."""
         path = self.folder / "data.json"
         if path.is_file() and read_json(path)["data_hash"] != dataset.hash:
             raise ValueError(
@@ -313,7 +313,7 @@ class Steps:
 
 
 def _records(name: str) -> bool:
-    """Return whether the main process reads file `name` of an expert store: all except curves and later checkpoints."""
+    """Return whether the main process reads file `name` of an expert store: no curves, no checkpoints after epoch 0."""
     return _no_curve(name) and (not name.endswith(".safetensors") or name.endswith("/theta-0.safetensors"))
 
 

@@ -28,7 +28,7 @@ from rmdd.runs.items import TaskItem, prepared_split, record, trained_expert, wi
 
 @dataclass(frozen=True)
 class TrainStudent:
-    """Task: train and score one student, or read the record of a finished one. Each student reads test once."""
+    """Task: train and score a student, or read the record of a finished one. A student reads the test split once."""
 
     def target(self, item: TaskItem) -> Path:
         return record(item)
@@ -65,7 +65,7 @@ class TrainStudent:
 def _train_and_score(
     item: TaskItem, storage: Storage, probes: StudentProbes, path: Path | None, hooks: Hooks
 ) -> tuple[dict[str, Any], DualEncoder | None]:
-    """Train and score a student; return its record and the model (None if training diverged).
+    """Train and score a student; return a record with its scores, and the model (None if training diverged).
 
     The test ranks are written beside the record file `path`, unless `path` is None.
     """

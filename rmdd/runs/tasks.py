@@ -1,7 +1,7 @@
-"""Tasks of a run, except its students: train an expert, plan the phases, make a phase, check the embedding health.
+"""Tasks of a run, except its students: train experts, plan, distil or generate phases, check for embedding collapse.
 
-A task is called with a `TaskItem` and opens files by path, so it runs in the same way in this process and on another
-machine with the same storage. A restarted task resumes from its last checkpoint. `target` returns the path of the
+A task is called with a `TaskItem` and opens files by path, so it gives the same result in this process and on any
+machine that sees the storage. A restarted task resumes from its last checkpoint. `target` returns the path of the
 result; two task items with the same target stand for the same work.
 """
 
@@ -97,7 +97,7 @@ class DistillPhase:
     """Task: distil phase `item.number` until it is finished or stopped."""
 
     parts: WorkerParts | None = None
-    """Workers among which the draws of each step are divided; None: this process computes all draws."""
+    """Workers among which the random draws of each step are divided; None: this process computes all draws."""
 
     def target(self, item: TaskItem) -> Path:
         return item.paths.phase(item.number)
@@ -133,7 +133,7 @@ class DistillPhase:
 
 @dataclass(frozen=True)
 class DistillShared:
-    """Task: `DistillPhase` with the draws of each step divided among workers. If one dies, all are started again."""
+    """Task: `DistillPhase` with the draws of each step divided among workers. If a worker dies, all start again."""
 
     open_parts: OpenParts
     draws: int
@@ -257,7 +257,7 @@ class MakePlan:
 
 @dataclass(frozen=True)
 class CheckHealth:
-    """Task: embed the distilled sets of a run with its first expert; write their embedding health to `health.json`."""
+    """Task: embed the distilled sets of a run with its first expert; write measures of collapse to `health.json`."""
 
     def target(self, item: TaskItem) -> Path:
         return item.paths.run / HEALTH

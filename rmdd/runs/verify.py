@@ -133,7 +133,7 @@ def verify_run(path: Path, check: DiskCheck) -> None:
 
 
 def verify_records(path: Path, check: DiskCheck, kind: str) -> None:
-    """Check the JSON records of a folder and its students; advice to the user names `kind` (run, trial ...)."""
+    """Check the JSON files of a folder and its students; `kind` (run, trial ...) names the folder in messages."""
     for file in sorted((*path.glob("*.json"), *path.glob("students/*.json"))):
         check.json(file, RECREATE.format(kind))
 

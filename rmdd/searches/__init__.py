@@ -1,7 +1,7 @@
 """`rmdd search`: hyper-parameter search over fields of a run file, for the best R@mean on val.
 
-First the dataset and the experts are made, which all trials share. Then trials distil from snapshot to snapshot, in
-parallel with Ray Tune or one after another. `rmdd.searches.study` chooses the values and stops poor trials.
+The dataset is ingested and the experts are trained once for all trials. Then trials distil from snapshot to snapshot,
+in parallel with Ray Tune or one after another. `rmdd.searches.study` chooses the values and stops poor trials.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -36,7 +36,7 @@ class SearchResult:
     folder: Path
     table: TrialTable
     failures: dict[str, str]
-    """Error message of each trial that failed in this call, by the trial's name; the next call tries it again."""
+    """Error message of each trial that failed in this call, by the trial's name; the next call resumes these trials."""
 
 
 def search_folder(base: config.Run) -> Path:
@@ -47,7 +47,7 @@ def search_folder(base: config.Run) -> Path:
 
 
 def check(base: config.Run, width_of: WidthOf = text_width) -> None:
-    """Raise `ConfigError` with all mistakes in `search.space`; `width_of(tower)` returns a text tower's width."""
+    """Raise `ConfigError` with all mistakes in `search.space`; `width_of(tower)` is a text tower's embedding width."""
     mistakes = _plan_mistakes(base.distill.plan, base.search.space)
     mistakes = mistakes or Space(base.search).mistakes(TrialLoader(base, width_of).mistakes)
     if mistakes:
@@ -55,7 +55,7 @@ def check(base: config.Run, width_of: WidthOf = text_width) -> None:
 
 
 def facts_of(base: config.Run) -> dict[str, Any] | None:
-    """Return what `rmdd check` prints about a search: fields, number of trials, use of experts; None without a space.
+    """Return `rmdd check`'s facts about a search: fields, trials, use of experts; None if `search.space` is empty.
 
     Raises `ConfigError` if `search.space` has mistakes.
     """
@@ -70,7 +70,7 @@ def facts_of(base: config.Run) -> dict[str, Any] | None:
 
 
 def _plan_mistakes(plan: config.Plan, fields: Collection[str]) -> list[str]:
-    """Return a message for each searched field without effect: of a phase that is planned, or of a plan not used."""
+    """Return a message for each searched field with no effect: a field of planned phases, or of a plan not used."""
     if plan.plans:
         return [
             f"search.space.{field}: distill.phases is {plan.kind}, so phases have no fixed values to vary; vary "

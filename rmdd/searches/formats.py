@@ -21,5 +21,5 @@ FORMATS = (
 
 
 def verify(address: str) -> Findings:
-    """Check all files below a path or URI; return what is damaged. Raises `ValueError` if rmdd wrote nothing there."""
+    """Check all files below a path or URI; return the faults found. Raises `ValueError` if rmdd wrote nothing there."""
     return walk.verify(address, FORMATS)

@@ -26,7 +26,7 @@ class TrialLoader:
         return config.load(self.raw | {"search": {}}, overrides(values))
 
     def checked(self, values: Mapping[str, Any]) -> config.Run:
-        """Load a trial's run. Raises `ConfigError` also if it is over budget or its expert epochs are not kept."""
+        """Load a trial; raise `ConfigError` also if it is over budget or needs expert epochs that are not kept."""
         run, mistakes = self.load(values), []
         if run.distill.budget_check == "error":
             try:

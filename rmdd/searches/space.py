@@ -11,10 +11,10 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from rmdd import config
 
 SECTIONS = ("model", "experts", "distill")
-"""Sections of the run file that a trial may change. Data and evaluation stay equal, to compare the scores."""
+"""Sections of the run file that a trial may change; data and evaluation must be equal to compare scores."""
 
 DRAWS = 48
-"""Number of random draws of all other fields, to find one that is valid together with a doubtful value."""
+"""Number of times that all other fields are drawn to find values with which a doubtful value is valid."""
 
 
 def overrides(values: Mapping[str, Any]) -> list[str]:
@@ -28,7 +28,7 @@ def _yaml(value: Any) -> str:
 
 
 class Space:
-    """The search space: a dimension (values to try) for each field, after those on which its condition depends."""
+    """The search space: the values to try for each field. A field comes after the fields on which it depends."""
 
     def __init__(self, search: config.Search):
         self.search = search
@@ -130,7 +130,7 @@ class Space:
         return mistakes
 
     def _impossible_conditions(self) -> list[str]:
-        """Return a message for every condition `when` that requires a value that the other field never takes."""
+        """Return a message for every condition `when` that never holds, as its field never takes the required value."""
         return [
             f"search.space.{field}.when: {other} is never {_yaml(value)} in this space; add that value or change `when`"
             for field, dimension in self.dimensions.items()
@@ -197,7 +197,7 @@ def _points(dimension: config.Dimension) -> list[Any]:
 
 
 def _probes(dimension: config.Dimension) -> list[Any]:
-    """Return the values to check: every choice, or both ends of a range and, for real numbers, one between them."""
+    """Return the values to check: every choice, or both ends of a range and, for real numbers, a value between."""
     if dimension.kind == "choice":
         return list(dimension.choice or ())
     low, high = dimension.ends

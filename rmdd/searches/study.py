@@ -1,7 +1,7 @@
 """`Study`: the trials of a search, stored in a database of Optuna.
 
-Several drivers (processes that run the search) can share the database. A trial that it lists as finished never runs
-again. If a driver dies, another driver locks the folder of its trial and resumes this trial with the same values.
+Several drivers (processes that run the search) can share the database. Finished trials never run again. If a driver
+dies, a different driver locks the folder of the unfinished trial and resumes the trial with the same values.
 """
 
 import contextlib
@@ -26,10 +26,10 @@ from rmdd.searches.warm_start import EarlierTrial
 
 INFEASIBLE = "infeasible"
 PARTS = ("experts", "phases")
-"""Kinds of folders in the storage that a trial uses; the row of the trial lists their names."""
+"""Kinds of storage folders that a trial uses; the trial's row in `trials.csv` lists the names of the folders."""
 
 TRIES = 100
-"""Number of draws in a row whose values make an invalid run, after which the search gives up."""
+"""Number of consecutive draws of invalid values after which the search gives up."""
 
 WAIT_SECONDS = 60.0
 """Seconds that a driver waits for another driver that writes to the same SQLite file."""
@@ -66,7 +66,7 @@ def open_study(search: config.Search, seed: int, folder: Path) -> optuna.Study:
 
 
 class Study:
-    """`TrialSource` of a search: one driver's view of its trials. Use it in a `with` block, which unlocks them."""
+    """`TrialSource` of a search, as one driver sees it. Use it in a `with` block, whose end unlocks its trials."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class Study:
         self.failures: dict[str, str] = {}
         self._leases: dict[str, tuple[Lease, contextlib.ExitStack]] = {}
         self._only_driver = contextlib.ExitStack()
-        if is_uri(base.runtime.storage) and self.search.storage is None:  # each would overwrite study.db of the other
+        if is_uri(base.runtime.storage) and self.search.storage is None:  # a second driver would overwrite study.db
             self._only_driver.enter_context(hold_folder(folder, wait=False))
         with self._one_driver_at_a_time():
             self.study = open_study(self.search, base.seed if self.search.seed is None else self.search.seed, folder)
@@ -132,7 +132,7 @@ class Study:
             for _ in range(TRIES):
                 trials = trials_of(self.study)
                 counted = [t for t in trials if not t.user_attrs.get(INFEASIBLE)]
-                tried = len(trials) if self.search.sampler == "grid" else 0  # a grid cannot draw again
+                tried = len(trials) if self.search.sampler == "grid" else 0  # a grid cannot replace invalid trials
                 if max(len(counted), tried) >= self.limit:
                     return None
                 if not trials:
@@ -202,7 +202,7 @@ class Study:
             lease = stack.enter_context(hold_folder(folder, wait=False))
         except FolderInUse:
             return None
-        if resumes and self._state(trial.number) != TrialState.RUNNING:  # another driver has just finished it
+        if resumes and self._state(trial.number) != TrialState.RUNNING:  # another driver finished the trial
             stack.close()
             return None
         trial.set_user_attr("storage", self._storage_address())

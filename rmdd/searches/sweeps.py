@@ -1,8 +1,8 @@
 """`rmdd sweep`: many runs (seeds, methods or settings) in parallel over one executor.
 
-Runs share all results whose settings are equal. First the datasets and experts of all runs are made. Then each run
-continues in its own thread; one thread computes at a time, the others wait for phases or students. If two runs need the
-same result, the second run waits until the first one has it.
+Runs share all results whose settings are equal. First all datasets are ingested and all experts are trained. Then each
+run continues in its own thread; one thread computes at a time, the others wait for phases or students. If two runs need
+the same result, the second run waits until the first one has it.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ def members(
     over: Mapping[str, Sequence[Any]],
     settings: Iterable[Mapping[str, Any]] = (),
 ) -> list[Member]:
-    """Return the runs of a sweep: each mapping in `settings` with every combination of the values in `over`.
+    """Return a sweep's runs: one per mapping in `settings` and combination of the values in `over`.
 
     Both map dotted fields to values. `load(overrides)` loads a run. Raises `ConfigError` with the mistakes of all runs.
     """

@@ -1,4 +1,4 @@
-"""`Trial`: a run that is distilled from snapshot to snapshot and scored on val after each; test is never read."""
+"""`Trial`: a run that is distilled and scored on val one snapshot at a time; the test split is never read."""
 
 import json
 import statistics
@@ -51,9 +51,9 @@ class Trial:
     def run_rung(self, hooks: Hooks) -> dict[str, Any]:
         """Distil up to the next snapshot and score it on val.
 
-        Returns `step` (number of the snapshot, from 1), `val` (R@mean) and `done`: whether it was the last snapshot. If
-        so, also `value`, the final score of the trial, and `cost`. If a phase diverges, `value` is 0 and `error` is the
-        message; if the run is invalid, the results are only `done` and `error`.
+        Returns `step` (number of the snapshot, from 1), `val` (R@mean) and `done`: whether this was the last snapshot.
+        The last snapshot adds `value`, the final score of the trial, and `cost`. If a phase diverges, `value` is 0 and
+        `error` is the message; if the run is invalid, the results are only `done` and `error`.
         """
         self.worker.hooks = hooks
         try:

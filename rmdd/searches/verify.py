@@ -30,7 +30,7 @@ def verify_sweep(path: Path, check: DiskCheck) -> None:
 
 
 def verify_search(path: Path, check: DiskCheck) -> None:
-    """Check the files of a search, the runs of its trials and, if it is in the folder, its database."""
+    """Check the files of a search, the runs of its trials and, if the folder contains it, the search's database."""
     if not check.begin(path):
         return
     _json_files(path, "search", check)

@@ -13,7 +13,7 @@ from rmdd.core.layout import locate_file
 from rmdd.searches.space import Space
 
 COMPARED_SECTIONS = ("data", "evaluate")
-"""Sections of the run file that must be equal in both searches, so that their scores can be compared."""
+"""Sections of the run file that must be equal in the earlier and the new search, so that scores can be compared."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def earlier_trials(search: config.Search, hashes: Mapping[str, str], name: str) 
 
     `hashes` maps each of `COMPARED_SECTIONS` to its hash in the new search. Other sections may differ: earlier trials
     guide the sampler, but are not results of the new search. Raises `ConfigError` for the run `name` if a folder holds
-    no search, has another layout, or its search used other data or another evaluation.
+    no search, has a different layout, or its search used different data or a different evaluation.
     """
     trials: list[EarlierTrial] = []
     mistakes = []

@@ -175,7 +175,7 @@ def test_open_ports_and_unpinned_images_are_reported() -> None:
 
 
 def strict(schema: Any) -> Any:
-    """Return a copy of the schema from a Kubernetes resource definition that allows no fields without a definition."""
+    """Return a copy of `schema` (of a Kubernetes resource definition) that rejects all fields it does not define."""
     if isinstance(schema, list):
         return [strict(s) for s in schema]
     if not isinstance(schema, dict):

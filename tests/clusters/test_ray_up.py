@@ -22,7 +22,7 @@ AWS = {
 }
 GCP = {
     "machineType": ANY,
-    "networkInterfaces": [{"subnetwork": ANY}],  # no `accessConfigs`, which gives a machine a public address
+    "networkInterfaces": [{"subnetwork": ANY}],  # `accessConfigs` would give the machine a public address
     "disks": [
         {"boot": ANY, "autoDelete": ANY, "type": ANY, "initializeParams": {"diskSizeGb": ANY, "sourceImage": ANY}}
     ],
@@ -60,7 +60,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def unknown_keys(value: Any, schema: Any, path: str) -> list[str]:
-    """Return a message for every key in `value` that `schema`, the fields of a cloud provider, does not have."""
+    """Return a message for every key in `value` that is not in `schema` (the fields of a cloud provider)."""
     if isinstance(value, dict) and isinstance(schema, dict):
         messages = [f"{path}.{key}: no such field" for key in value if key not in schema]
         for key in value.keys() & schema.keys():
@@ -95,7 +95,7 @@ def mistakes(document: dict[str, Any]) -> list[str]:
 
 
 def prepared(document: dict[str, Any]) -> dict[str, Any]:
-    util = pytest.importorskip("ray.autoscaler._private.util")  # private, but Ray's only check that needs no cloud
+    util = pytest.importorskip("ray.autoscaler._private.util")  # Ray has no public check that works without a cloud
     full = util.prepare_config(copy.deepcopy(document))
     util.validate_config(full)
     return full
@@ -106,7 +106,7 @@ def test_ray_accepts_each_file_and_it_has_no_mistakes(path: Path) -> None:
     document = read(path)
     full = prepared(document)
     assert mistakes(document) == []
-    hosts = len(document["provider"].get("worker_ips", []))  # your own machines all join at the start
+    hosts = len(document["provider"].get("worker_ips", []))  # on-premise machines all join at the start
     assert {node["min_workers"] for node in full["available_node_types"].values()} == {hosts}
     commands = [c for key in ("head_start_ray_commands", "worker_start_ray_commands") for c in full[key]]
     assert not [c for c in commands if "0.0.0.0" in c] and "3.0.0.dev" not in str(full)
@@ -167,7 +167,7 @@ def at(document: dict[str, Any], path: str) -> tuple[Any, Any]:
     ],
 )
 def test_mistakes_that_ray_does_not_report_are_found(cloud: str, path: str, value: Any, words: str) -> None:
-    document = copy.deepcopy(read(CLUSTERS / f"{cloud}.yaml"))  # also copies node types shared by a YAML anchor
+    document = copy.deepcopy(read(CLUSTERS / f"{cloud}.yaml"))  # this also copies node types shared by a YAML anchor
     holder, key = at(document, path)
     if value is ...:
         del holder[key]

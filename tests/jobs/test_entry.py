@@ -18,7 +18,7 @@ STORED = ["--set", "runtime.storage=/shared/runs"]
 
 @pytest.fixture
 def passed(monkeypatch):
-    """Replace the function `main` of the command line; return the list of arguments that it was called with."""
+    """Fixture: the arguments of `rmdd` that a job script passes to `main`, which this replaces so that nothing runs."""
     words: list[str] = []
     monkeypatch.setattr(cli, "main", lambda arguments: words.extend(arguments))
     return words

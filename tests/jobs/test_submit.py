@@ -29,7 +29,7 @@ TINY = [
     "evaluate.baseline_lrs=[0.1]",
     "evaluate.baseline_losses=[infonce]",
     "runtime.track=none",
-    "runtime.workers=1",  # each further worker would import torch first
+    "runtime.workers=1",  # each worker imports torch at its start, which takes long
 ]
 
 

@@ -1,4 +1,4 @@
-"""Test whole searches: the files that they write, resuming after a kill, shared databases, unread test split."""
+"""Test whole searches: written files, resuming after a kill, shared databases, and that test is never read."""
 
 import csv
 import io
@@ -32,7 +32,7 @@ from rmdd.searches.formats import verify
 
 @pytest.fixture(scope="module")
 def shared_search(tmp_path_factory, painted):
-    """Run a search once for all tests; return its result, its storage, and the names of the splits that it opened."""
+    """Fixture: the result of one search for all tests, its storage, and the names of the splits that it opened."""
     storage = tmp_path_factory.mktemp("search")
     opened = []
     with painted(), pytest.MonkeyPatch.context() as patch:

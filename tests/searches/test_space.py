@@ -154,7 +154,7 @@ PLANE = {field: {"loguniform": [0.01, 100]} for field in RATES}
 
 
 def bowl(values):
-    """Return a score of learning rates: at most 0, if each one is 5. The first learning rate has the largest weight."""
+    """Score learning rates: the best score, 0, is reached when each rate is 5. The first rate weighs the most."""
     return -sum((math.log10(values[field] / 5)) ** 2 / (1 + i) for i, field in enumerate(RATES) if field in values)
 
 
@@ -202,7 +202,7 @@ def test_a_sampler_that_is_created_again_draws_the_same_values(sampler, tmp_path
 
 
 def run_study(base, folder, value):
-    """Run a search without distillation: `value(run, step)` is the val R@mean of a trial at snapshot `step`."""
+    """Run a search with `value(run, step)` as a trial's val R@mean at snapshot `step`, instead of distillation."""
 
     class FakeTrial:
         def __init__(self, text):

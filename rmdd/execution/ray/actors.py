@@ -1,8 +1,8 @@
 """The executor on Ray actors: experts, phases and students run in parallel and resume after the death of a worker.
 
-Each actor runs one item at a time until none is left. If an actor or its node dies, or an actor reports no progress for
-too long, the item of that actor starts again on another actor and resumes from its last checkpoint. An item whose task
-raises an error is not run again.
+Each actor runs one item at a time until no item is left. If an actor or its node dies, or an actor reports no progress
+for too long, the item of that actor starts again on another actor and resumes from its last checkpoint. An item whose
+task raises an error is not run again.
 """
 
 import contextlib
@@ -32,12 +32,12 @@ NODES_SECONDS = 3.0
 STOP_SECONDS = 90.0
 """Seconds that workers get to save checkpoints after a stop signal; cluster managers kill this process after 120."""
 BACK_OFF = 0.5, 60.0
-"""Delay in seconds before an item whose worker died starts again: the shortest (it doubles) and the longest."""
+"""Seconds before an item whose worker died starts again: first delay (doubled at each death), and longest delay."""
 
 
 @dataclass(eq=False)
 class Attempts:
-    """A piece of work, with the number of times that it started and that its worker died."""
+    """A piece of work, the number of times it was started, and the number of times its worker died."""
 
     piece: Piece
     starts: int = 0
@@ -49,7 +49,7 @@ class Attempts:
 
 @dataclass(eq=False)
 class WorkerActor:
-    """A Ray actor that runs items. `process` names its pid, host and node once the actor has answered."""
+    """A Ray actor that runs items. `process` holds its process id, host and node once the actor has answered."""
 
     actor: Any
     process: dict[str, Any] = field(default_factory=dict)
@@ -81,9 +81,9 @@ class RunningItem:
 
 @dataclass
 class ActorExecutor(Executor):
-    """An executor that spreads items over Ray actors. The file `events` gets a JSON line per start, death and end.
+    """An executor that spreads items over Ray actors. `events` gets a JSON line per start, death and end of an item.
 
-    The actors are stopped after the last item of a call or, if the executor is used in a `with` block, at its end.
+    The actors are stopped after the last item of a call or, if a `with` block holds the executor, when the block ends.
     """
 
     runtime: config.Runtime
@@ -141,7 +141,7 @@ class ActorExecutor(Executor):
     # -- starting items ------------------------------------------------------------------------------------------
 
     def _next(self) -> list[Attempts]:
-        """Return the items to start now: their delay after a death is over, and the cluster has room for a worker."""
+        """Return the items to start now: no delay after a death is left for them, and the cluster has room for them."""
         room = self.resources.workers(self.runtime, len(self.running) + len(self.waiting)) - len(self.running)
         ready = [attempts for attempts in self.waiting if attempts.ready_at <= time.monotonic()]
         return ready[: max(0, room)]
@@ -234,7 +234,7 @@ class ActorExecutor(Executor):
         return limit is not None and bool(item.worker.process) and time.monotonic() - item.last_beat > 60 * limit
 
     def _stop_on(self, nodes: set[str]) -> None:
-        """Stop the actors on `nodes`, which are about to leave. Their tasks save checkpoints and resume elsewhere."""
+        """Stop the actors on `nodes`, which are about to leave. Tasks save checkpoints and resume on other nodes."""
         self._kill([worker for worker in self.idle if worker.process.get("node") in nodes])
         for item in self.running:
             if item.worker.process.get("node") in nodes:
@@ -256,7 +256,7 @@ class ActorExecutor(Executor):
             self._log("failed", item, error=str(cause))
             cause.add_note(f"{item.name} failed on {item.worker.where}")
             settle(None, cause)
-        except ActorUnavailableError as error:  # the node was lost or cannot be reached
+        except ActorUnavailableError as error:  # Ray raises this if the node was lost or cannot be reached
             self._end_unfinished(item, "lost", _one_line(error), counts=False)
         except RayError as error:
             process = item.worker.process
@@ -277,7 +277,7 @@ class ActorExecutor(Executor):
             settle(result, None)
 
     def _end_unfinished(self, item: RunningItem, event: str, why: str, counts: bool) -> None:
-        """Stop the actor of an unfinished item. Queue the item to start again or, after too many deaths, give it up."""
+        """Stop the actor of an unfinished item; queue the item again or, after too many deaths, settle it as failed."""
         attempts, worker = item.attempts, item.worker
         self.running.remove(item)
         self._kill([worker])  # the actor may still run on a node that cannot be reached

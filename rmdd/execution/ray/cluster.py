@@ -14,8 +14,8 @@ from pathlib import Path
 
 from rmdd import config
 
-# Environment variables, set before ray is imported. Workers get normal priority, and none is started in advance: it
-# would lack our runtime_env and never be used. No telemetry, no upload of the working folder, no output of Ray Data.
+# Environment variables to set before ray is imported. Workers get normal priority. None is started in advance: it would
+# lack our runtime_env and never be used. Telemetry, uploads of the working folder and output of Ray Data are off.
 ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     "RAY_prestart_worker_first_driver": "0",
@@ -32,7 +32,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    # For Ray Tune: leave Ctrl-C to rmdd, and write no log files, which would repeat those of the search.
+    # For Ray Tune: leave Ctrl-C to rmdd, and write no log files, because the search writes its own.
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
 }
@@ -99,10 +99,10 @@ def resources_now(grows: bool = False, without: Collection[str] = ()) -> Resourc
 
 @contextlib.contextmanager
 def connected(runtime: config.Runtime) -> Iterator[Resources]:
-    """Join the cluster that `runtime.address` or RAY_ADDRESS names, or start a local one and stop it at the end.
+    """Join the cluster at `runtime.address` or RAY_ADDRESS, or start a local cluster and stop it after the block.
 
-    If this process has already joined a cluster, that cluster is used and keeps running. If `runtime.workers` is set,
-    a cluster joined here is assumed to be autoscaling, and this function waits for its first node. Raises `ValueError`
+    If this process has already joined a cluster, that one is used and keeps running. If `runtime.workers` is set, a
+    newly joined cluster is assumed to be autoscaling, and this waits for the cluster's first node. Raises `ValueError`
     if no node has room for a worker or some nodes do not see the storage, and `RuntimeError` if Ray fails in the block.
     """
     for name, value in ENVIRONMENT.items():
@@ -120,7 +120,7 @@ def connected(runtime: config.Runtime) -> Iterator[Resources]:
     elif ours:
         _start(runtime)
     if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)  # ray.init had replaced this handler
+        signal.signal(signal.SIGTERM, on_sigterm)  # ray.init had replaced this handler by its own
     try:
         grows = ours and bool(address) and runtime.workers is not None
         if grows:
@@ -198,7 +198,7 @@ def _await_room(runtime: config.Runtime) -> None:
 def require_shared(storage: Path) -> None:
     """Raise `ValueError` with the names of all nodes that do not see the folder `storage` of this process.
 
-    This process writes a token into the folder. Every node reads the token and writes a file that must appear here.
+    This process writes a token into the folder; every node reads it and writes a file that this process must see.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

@@ -1,4 +1,4 @@
-"""Read the training images of an expert by Ray Data: parallel tasks decode the images of an epoch, in order."""
+"""Read the training images of an expert by Ray Data: tasks decode them in parallel and yield them in training order."""
 
 import functools
 import logging
@@ -12,7 +12,7 @@ import ray
 WAITING_STEPS = 2
 """Number of training steps whose images are fetched in advance."""
 BLOCK_BYTES = 2**20
-"""Largest size of a block of Ray Data in bytes: less than the images of one training step, so each is a block."""
+"""Largest size of a Ray Data block in bytes; so small that the images of each training step become a block."""
 
 
 def ray_stream(
@@ -20,8 +20,8 @@ def ray_stream(
 ) -> Iterator[np.ndarray]:
     """Yield the images of each training step, decoded by `width` Ray tasks with `cpus` CPUs each.
 
-    `look(part)` yields the images of the steps of one part of the epoch. Set `cpus` to 0 if the workers that train hold
-    all CPUs; otherwise the tasks would wait for ever. Implements `rmdd.experts.feed.Stream`.
+    `look(part)` yields the images of the steps of one part of the epoch. Set `cpus` to 0 if the training workers hold
+    all CPUs; otherwise the Ray tasks would wait for ever. Implements `rmdd.experts.feed.Stream`.
     """
     import ray.data
 

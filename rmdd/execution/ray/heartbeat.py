@@ -33,7 +33,7 @@ class TrialMonitor:
         return self.stopping
 
     def silent(self, seconds: float) -> list[str]:
-        """Return the ids of trials that sent no heartbeat for `seconds`; each is returned by one call only."""
+        """Return the ids of trials that sent no heartbeat for `seconds`; each id is returned only once."""
         late = time.monotonic() - seconds
         silent = [trial for trial, (_, beat) in self.beats.items() if beat < late]
         for trial in silent:
@@ -44,7 +44,7 @@ class TrialMonitor:
         self.reasons[trial] = why
 
     def reason(self, trial: str) -> str | None:
-        """Return the reason why a trial failed last, or None if the trial never failed."""
+        """Return the reason of a trial's latest failure, or None if the trial never failed."""
         return self.reasons.get(trial)
 
     def stop(self) -> None:

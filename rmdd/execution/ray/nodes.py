@@ -1,4 +1,4 @@
-"""The nodes of a Ray cluster: which are alive, and which are about to leave."""
+"""Functions that list the nodes of a Ray cluster that are alive or about to leave the cluster."""
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

@@ -17,11 +17,11 @@ from rmdd.execution.tasks import Stream, Values, sequential_stream
 BLOCK_BYTES = 16 * 2**20
 """Largest size of a block of results in Ray Data, in bytes."""
 _ERRORS = {"ValueError": ValueError, "OSError": OSError}
-"""Errors of these classes that the function raises on a worker are raised here too; the item is not run again."""
+"""Classes of errors that are raised in this process if a worker raises them; the item is not run again."""
 
 
 def over_tasks(cpus: float = 1.0, restarts: int = 3) -> Stream:
-    """Return a stream that runs each item as a Ray task with `cpus` CPUs, again up to `restarts` times if it dies."""
+    """Return a stream that runs each item as a Ray task with `cpus` CPUs; dead tasks rerun up to `restarts` times."""
 
     def stream(make: Callable[[], Callable[[Values], Values]], items: Sequence[Values]) -> Iterator[Values]:
         if not items:

@@ -68,7 +68,7 @@ class WorkQueue:
     # -- called by workers ---------------------------------------------------------------------------------------
 
     def register(self, generation: str, rank: int, where: dict[str, Any]) -> bool:
-        """Note that a worker has started, and where; return whether this worker should stop.
+        """Record that a worker has started and on which node; return whether the worker should stop.
 
         The first worker of a generation puts the unfinished items of the previous generation back into the queue.
         """
@@ -85,7 +85,7 @@ class WorkQueue:
         self.refusal, self.stopping = reason, True
 
     def take(self, generation: str, group: int, turn: int, leads: bool = True) -> list[int | None]:
-        """Return `[item]`, the index of the item of a group's turn; `[None]` if none is left, or `[]` to ask again.
+        """Return the index of a group's next item, in a list; `[None]` if no item is left, `[]` to make it ask again.
 
         The leader (first member of the group) draws the item from the queue, after it has settled the previous item.
         Until then the other members get `[]`.
@@ -133,7 +133,7 @@ class WorkQueue:
     # -- called by Train's controller and by the driver ----------------------------------------------------------
 
     def lost(self, deaths: dict[int, str | None], away: Set[int] = frozenset()) -> None:
-        """Take back the items of workers that ended. `deaths` maps a rank to the reason, or to None after an error.
+        """Take back the items of workers that ended. `deaths`: cause of death by rank; None if the task failed.
 
         Ranks in `away` ran on a lost node, so their deaths do not count against `tries` of their items.
         """
@@ -168,7 +168,7 @@ class WorkQueue:
         self.stopping = True
 
     def outcome(self) -> tuple[dict[int, Any], str | None]:
-        """Return the results by index of the item, and the reason given to `refuse`, or None."""
+        """Return the results by item index, and the reason passed to `refuse` (None if it was not called)."""
         return self.results, self.refusal
 
     def _fault(self, event: str, index: int, group: int, reason: Failed) -> None:
@@ -214,7 +214,7 @@ class Heartbeat:
 
 
 def work(queue: Any, task: Task, items: Sequence[Any], size: int, threads: int, folder: Path | None) -> None:
-    """Run items from the queue until none is left: Ray Train calls this on every worker. Incomplete groups do nothing.
+    """Run items from the queue until it is empty; Ray Train calls this on each worker. Incomplete groups do nothing.
 
     Raises `StorageNotVisible` on a node that does not see `folder`.
     """
@@ -277,11 +277,11 @@ class WorkerDeaths(UserCallback):
 
 @dataclass
 class ExpertPool(Mapper):
-    """Trains experts in one run of Ray Train. An expert that fails is tried again and does not stop the others.
+    """Trains experts in one run of Ray Train. If an expert fails, the others continue, and it is trained again.
 
     `size` workers train each expert together. `name` is the name of Ray Train's run, which writes to a folder of that
-    name under `storage`; each store of experts needs another name. The file `events` gets a JSON line for every start,
-    death, failure and end of an expert.
+    name under `storage`; each store of experts needs a different name. The file `events` gets a JSON line for every
+    start, death, failure and end of an expert.
     """
 
     runtime: config.Runtime

@@ -66,7 +66,7 @@ class TrialActor(tune.Trainable):
 
 
 class SourceSearcher(Searcher):
-    """Search algorithm for Ray Tune that passes on the trials of a `TrialSource`, at most `width` at a time."""
+    """Search algorithm for Ray Tune that takes trials from a `TrialSource` and runs at most `width` at a time."""
 
     def __init__(self, source: TrialSource, width: int, monitor: Any):
         super().__init__(metric="val", mode="max")
@@ -135,7 +135,7 @@ class SourceScheduler(FIFOScheduler):
         return self.CONTINUE if self.searcher.tell(trial.trial_id, result) else self.STOP
 
     def end(self) -> None:
-        """Kill the workers of a stopped search, which Ray Tune would leave running on a cluster that keeps running."""
+        """Kill the workers of a stopped search; otherwise they would keep running if the cluster keeps running."""
         if self.controller is None:
             return
         for trial in self.controller.get_live_trials():
@@ -147,7 +147,7 @@ class SourceScheduler(FIFOScheduler):
 class StopAndStall(tune.Callback):
     """Stops the search after a signal, and kills workers without a heartbeat, so that Ray Tune restarts their trials.
 
-    The error for a signal is raised here, because a thread of Ray could catch one raised by the signal handler.
+    This callback raises the error after a signal; if the signal handler raised it, a thread of Ray could catch it.
     """
 
     def __init__(self, monitor: Any, stopped: Callable[[], bool], minutes: float | None, say: Callable[[str], None]):
@@ -195,7 +195,7 @@ def run_trials(
     try:
         with (
             stop_on_signal() as stopped,
-            tempfile.TemporaryDirectory(prefix="rmdd-search-") as scratch,  # Ray Tune's own files, never read
+            tempfile.TemporaryDirectory(prefix="rmdd-search-") as scratch,  # rmdd never reads Ray Tune's files
         ):
             tune.Tuner(
                 trainable,

@@ -58,7 +58,7 @@ class Worker:
         self.beats = 0
         self.latest: dict[str, Any] = {}
         self.metrics = Metrics()
-        with contextlib.suppress(ValueError):  # unless this is the main thread, where Ray creates actors
+        with contextlib.suppress(ValueError):  # raised outside the main thread; Ray creates actors in the main thread
             signal.signal(signal.SIGTERM, lambda number, frame: self.stop())
 
     def where(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Data that is split into parts on Ray actors: each actor keeps one part in memory, and all are called at once."""
+"""Data split into parts on Ray actors: each actor keeps one part, and a method is called on all parts at once."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +25,7 @@ class PartActor:
 
 
 class ActorParts(WorkerParts):
-    """`WorkerParts` whose workers are Ray actors. An error that a part raises is raised here with the same class."""
+    """`WorkerParts` whose workers are Ray actors. An error of a part is raised in this process with the same class."""
 
     def __init__(self, actors: Sequence[Any]):
         self.actors = list(actors)
@@ -44,7 +44,7 @@ class ActorParts(WorkerParts):
 def parts_on_actors(
     make: Callable[[int, int], Any], size: int, cpus: float, threads: int, gpus: float = 0.0
 ) -> Iterator[ActorParts]:
-    """Start `size` actors with `cpus` CPUs and `gpus` GPUs each, spread over the nodes; kill them after the block."""
+    """Start `size` actors with `cpus` CPUs and `gpus` GPUs each, spread over the nodes; kill the actors at the end."""
     options: dict[str, Any] = {
         "num_cpus": cpus,
         "num_gpus": gpus,

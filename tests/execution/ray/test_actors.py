@@ -20,8 +20,8 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture
 def side_by_side(ray_local, tmp_path):
-    """Return a function that builds an `ActorExecutor` with two workers. Functions of this file are pickled by value,
-    because workers cannot import a test file."""
+    """Fixture: a function that builds an `ActorExecutor` with two workers. Functions of this file are pickled by
+    value, because workers cannot import a test file."""
     ray_local.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     yield lambda **rule: ActorExecutor(
         Runtime(**{"workers": 2, **rule}), Resources(((8.0, 0.0),)), tmp_path / "events.jsonl"
@@ -55,12 +55,12 @@ def fail_on_two(item, hooks):
 
 
 def die_until(item, hooks):
-    """`item` is a folder and a number: kill this process that many times, counted by files in the folder, then end."""
+    """Task: kill this process in the first `deaths` calls, counted by files in `folder`; `item` is (folder, deaths)."""
     folder, deaths = item
     died = len(list(folder.glob("died-*")))
     if died < deaths:
         (folder / f"died-{died}").touch()
-        time.sleep(0.3)  # time to send a heartbeat before the kill
+        time.sleep(0.3)  # the worker sends a heartbeat before the kill
         os.kill(os.getpid(), signal.SIGKILL)
     return f"after {died}"
 
@@ -82,7 +82,7 @@ def hang_once(item, hooks):
 
 
 def leave_once(item, hooks):
-    """On the first call, send SIGTERM to this process, as a node does that is about to leave; then save and stop."""
+    """Task: at the first call, send SIGTERM to this process, as a leaving node would; then save and stop."""
     if (item / "saved").exists():
         return os.getpid()
     os.kill(os.getpid(), signal.SIGTERM)
@@ -106,7 +106,7 @@ def report_until_stopped(item, hooks):
 
 
 def meet(item, hooks):
-    """Wait until all items have started, so that each needs its own worker; return the pid of the worker."""
+    """Task: wait until all items have started, so that each needs its own worker; return the pid of the worker."""
     folder, number, others = item
     (folder / f"here-{number}").touch()
     while len(list(folder.glob("here-*"))) < others:

@@ -22,7 +22,7 @@ from rmdd.execution.ray.cluster import Resources, connected
         (8, 2, {"gpus_per_worker": 1}, 20, 2),
         (8, 2, {"gpus_per_worker": 0.25}, 20, 8),
         (8, 2, {"gpus_per_worker": 0.1}, 20, 20),
-        (8, 2, {"gpus_per_worker": 0.4}, 20, 4),  # a worker cannot use the rests (0.2) of both GPUs
+        (8, 2, {"gpus_per_worker": 0.4}, 20, 4),  # a worker cannot use the 0.2 left on each of two GPUs
         (8, 2, {"gpus_per_worker": 2}, 20, 1),
         (8, 0, {"workers": 5}, 20, 5),
         (8, 0, {"workers": 5}, 4, 4),

@@ -1,4 +1,4 @@
-"""Test the check that all nodes of a cluster see the storage, if the storage is a folder."""
+"""Test the check that all nodes of a cluster see the storage folder."""
 
 import json
 import os
@@ -64,7 +64,7 @@ finally:
 
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory):
-    """Run `CODE` on a cluster with two nodes, of which one does not see the storage folder; return what it prints."""
+    """Fixture: the output of `CODE` on a cluster with two nodes, of which one does not see the storage folder."""
     folders = [tmp_path_factory.mktemp(name) for name in ("here", "elsewhere", "shared")]
     done = subprocess.run(
         [sys.executable, "-c", CODE, *map(str, folders)],

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture
 def fleet(ray_local, tmp_path, monkeypatch):
-    """Return a function that builds an `ExpertPool` for four CPUs. Functions of this file are pickled by value,
+    """Fixture: a function that builds an `ExpertPool` for four CPUs. Functions of this file are pickled by value,
     because workers cannot import a test file."""
     for name, value in ENVIRONMENT.items():
         if name.startswith(("RAY_TRAIN", "RAY_CHDIR")):
@@ -62,14 +62,14 @@ def events(path, *kinds):
 def run_of(folder, num, **experts):
     raw = copy.deepcopy(TINY)
     raw["experts"] |= {"num": num, "epochs": 4, **experts}
-    raw["model"]["dropout"] = 0.0  # else each worker of a group draws other dropout masks
+    raw["model"]["dropout"] = 0.0  # with dropout, each worker would draw different masks
     raw["runtime"] = {"storage": str(folder), "track": "none"}
     return config.load(raw)
 
 
 def trained(run, executor=None, stream=None):
     """Train the experts of a run with `executor` or, if it is None, one after another; return their store."""
-    if executor is not None:  # `fleet: train` uses Ray Train in any case
+    if executor is not None:  # `fleet: train` always uses Ray Train
         run = run.model_copy(update={"runtime": run.runtime.model_copy(update={"fleet": "train"})})
     pool = None if executor is None else lambda store, size: executor
     backend = Backend(SequentialExecutor(), expert_pool=pool, pictures=stream)

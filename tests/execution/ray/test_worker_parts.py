@@ -31,7 +31,7 @@ def chosen(ranks, k):
 def test_workers_choose_the_same_rows_as_one_process(ray_local, tmp_path):
     write_rows(tmp_path / "f", [(np.arange(23), ROWS)], 6, "float32", {})
     alone = chosen(split_rows(Rows.of(ROWS)), 15)
-    for size in (1, 2, 3):  # 3 workers: each has fewer rows than are chosen, and not all have equally many
+    for size in (1, 2, 3):  # each of 3 workers has fewer rows than the coreset, and not all have equally many
         with parts_on_actors(partial(open_shard, tmp_path / "f"), size, 1.0, 1) as ranks:
             assert chosen(ranks, 15) == alone
 
@@ -51,7 +51,7 @@ def test_an_error_of_a_part_is_raised_unchanged_and_a_death_raises_part_lost(ray
 
 
 def test_a_coreset_is_the_same_after_the_death_of_a_worker(ray_local, tmp_path, monkeypatch):
-    """After the death of a worker, all workers start again and continue with the pairs that were stored as chosen."""
+    """After the death of a worker, all workers start again and keep the pairs that were already chosen and stored."""
     import rmdd
     from rmdd import config
     from rmdd.core.progress import Progress
