@@ -68,7 +68,7 @@ def pca(
     draws: int = 4,
     shortcut_only: bool = False,
 ) -> dict[str, Any]:
-    """Project the matching gradients of the images to two principal components, a point per start, expert and draw.
+    """Project the matching gradients of the images to two principal components: one point per start, expert and draw.
 
     The components are computed separately for each kind of trajectory. Write pca.csv and pca.svg to the run's folder
     `analyse`; return a summary.
@@ -107,6 +107,6 @@ def pca(
 
 
 def _thinned(probe: Probe, most: int = 10) -> list[tuple[int, int | float]]:
-    """Return at most `most` evenly spaced start epochs of `probe` with their positions, to keep the legend short."""
+    """Return at most `most` evenly spaced start epochs of `probe`, each with its index, to keep the legend short."""
     step = -(-len(probe.starts) // most)
     return list(enumerate(probe.starts))[::step]

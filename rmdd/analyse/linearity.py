@@ -47,9 +47,9 @@ def joined_path(store: Store, expert: int) -> Path:
 def gradient_changes(
     matcher: Matcher, synthetic: Synthetic, expert: int, start: int | float, steps: list[float]
 ) -> list[Tensor]:
-    """Return the norm of the change of the matching gradient from `start` to `start + d`, for each `d` in `steps`.
+    """Return |matching gradient at `start + d` minus matching gradient at `start`|, for each `d` in `steps`.
 
-    The gradient is that of images and texts together.
+    The gradient of images and the gradient of texts form one vector.
     """
 
     def gradient(at: int | float) -> Tensor:
@@ -70,7 +70,7 @@ def linearity(
     inner_steps: int = 1,
     shortcut_only: bool = False,
 ) -> dict[str, Any]:
-    """Compute |change of the gradient| / distance for 0.1 epochs and its repeated halves, on the first expert.
+    """Compute |change of the gradient| / distance for distances of 0.1, 0.05, 0.025, ... epochs, on the first expert.
 
     `inner_steps` is the number of student steps, 1 in the paper. Write linearity.csv and linearity.svg to the run's
     folder `analyse`; return the rows.
@@ -85,7 +85,7 @@ def linearity(
     store = DoubleStore.open(setting.store.path)
     run = probing(setting.run, setting.endpoint, "shortcut", setting.pairs, 1)
     changes: dict[str, Any] = {"steps": inner_steps, "inner_dropout": "off", "estimator": "exact"}
-    changes |= {"precision": "float32", "reuse_graphs": 0}  # "float32" switches rounding to bfloat16 off
+    changes |= {"precision": "float32", "reuse_graphs": 0}  # "float32" means that nothing is rounded to bfloat16
     run = run.model_copy(update={"distill": run.distill.model_copy(update=changes)})
     synthetic = setting.initial(methods.matching_method(run)).map(Tensor.double)
     ratios: dict[str, list[float]] = {}

@@ -104,7 +104,7 @@ def collapse(
     reach = run.distill.match_epochs
     epochs, trajectories = collapse_axes(run.experts.epochs, stored, reach, epochs, trajectories)
     if run.distill.phases:
-        collapse_members(run, epochs, trajectories, iterations)  # raises `ConfigError` before any training
+        collapse_members(run, epochs, trajectories, iterations)  # this call raises `ConfigError` before any training
     folder, (run, store) = run_folder(run), _prepared(run, progress)
     cells = collapse_members(run, epochs, trajectories, iterations)
     swept = run_all(cells, progress)
@@ -158,7 +158,7 @@ def table_settings(rule: config.Distill, epochs: int, table: str) -> tuple[dict[
 
 
 def check_table(rule: config.Distill, table: str) -> None:
-    """Raise `ConfigError` for an unknown table, or one that the kind of trajectory of the run does not support."""
+    """Raise `ConfigError` for an unknown table, or for a table that the run's kind of trajectory does not support."""
     if table not in TABLES:
         raise config.ConfigError([f"unknown table '{table}'; give one of {', '.join(TABLES)}"], "analyse")
     if table == "endpoints" and rule.trajectory != "shortcut":
@@ -176,7 +176,7 @@ def sweep(run: config.Run, progress: Progress, table: str) -> dict[str, Any]:
     """Run the PTM-ST table `table`, scored on val; write sweep-TABLE.csv and .svg to the run's folder `analyse`."""
     check_table(run.distill, table)
     if run.distill.phases:
-        table_members(run, table)  # raises `ConfigError` before any training
+        table_members(run, table)  # this call raises `ConfigError` before any training
     folder, (run, _) = run_folder(run), _prepared(run, progress)
     names, cells, skipped = table_members(run, table)
     for name in skipped:
@@ -210,7 +210,7 @@ def _fits(rule: config.Distill, epochs: int, phase: dict[str, Any]) -> bool:
 
 
 def _members(raw: dict[str, Any], kept: Collection[int] | None, settings: Mapping[str, dict[str, Any]]) -> list[Member]:
-    """Return one named run per entry of `settings`, the changed fields of the run `raw`.
+    """Return one named run per entry of `settings`, which maps names to the fields changed in the run `raw`.
 
     All runs use the same experts, which keep the epochs `kept` (None: all epochs).
     """

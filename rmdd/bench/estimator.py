@@ -1,6 +1,6 @@
 """`rmdd bench estimator`: compare the first-order meta-gradient with the exact one during a distillation. The outer
-loop uses the estimator of the run. At regular intervals the other estimator computes the gradient of the same set for
-the same draw, and both gradients are compared tensor by tensor. Nothing is saved.
+loop uses the estimator of the run. At regular intervals both estimators compute the gradient of the same set for the
+same draw, and the two gradients are compared tensor by tensor. Nothing is saved.
 """
 
 import math

@@ -1,9 +1,9 @@
 """`rmdd bench step`: time, peak memory and FLOPs of one matching iteration, compared with reference loops.
 
-The variants of the iteration are timed in turn, so that other load on the machine affects all of them equally. On a
-CPU, peak memory is the resident set of a separate process: one iteration to warm up, a reset of the high-water mark
-(/proc/self/clear_refs, Linux only), and one more iteration. In that process glibc returns every freed tensor at once,
-so that heap fragmentation is not counted. On a GPU, peak memory is the count of PyTorch's allocator.
+The variants of the iteration are timed in turn, so that other programs on the machine slow all of them down equally. On
+a CPU, peak memory is the largest resident set of a separate process, which runs one iteration to warm up, resets the
+high-water mark (/proc/self/clear_refs, Linux only), and runs one more iteration. In that process glibc returns every
+freed tensor at once, so that heap fragmentation is not counted. On a GPU, PyTorch's allocator counts the peak memory.
 """
 
 import ctypes
@@ -76,7 +76,7 @@ class Variant:
 
     name: str
     method: str | None = None
-    """Name of the method whose defaults set loss, similarity, blending and trainable towers; None: those of `Case`."""
+    """Name of the method whose defaults set loss, similarity, blending and trainable towers; None: `Case` sets them."""
     estimator: Literal["exact", "first_order"] | None = None
     """Gradient estimator; None for a reference loop, which `name` identifies."""
     engine: Engine = AS_RUN
@@ -131,7 +131,7 @@ def run_of(case: Case, method: str | None = None) -> config.Run:
     if method is not None:
         image |= methods.find(method).defaults.get("model", {}).get("image", {})
         plan = {"method": method, "similarity": methods.find(method).defaults.get("distill", {}).get("similarity", {})}
-    if plan["similarity"].get("kind") == "low_rank":  # low-rank factors must not exceed the full matrix
+    if plan["similarity"].get("kind") == "low_rank":  # low-rank factors must be smaller than the full matrix
         plan["similarity"] = plan["similarity"] | {"rank": min(10, max(1, (case.pairs - 1) // 2))}
     phase = {"pairs": case.pairs, "start": 0, "stop": 1, "iterations": 1}
     raw = {
@@ -148,9 +148,9 @@ def run_of(case: Case, method: str | None = None) -> config.Run:
 
 
 def prepare(case: Case, method: str | None = None) -> Callable[[Variant], Callable[[], tuple[torch.Tensor, Synthetic]]]:
-    """Create the tensors of a case; return a function that maps a variant to a function computing one iteration.
+    """Create the tensors of a case; return a function that turns a variant into a second function.
 
-    That function returns the matching loss and its gradient in the synthetic set.
+    The second function computes one iteration and returns the matching loss and its gradient for the synthetic set.
     """
     device, dtype = torch.device(case.device), getattr(torch, case.dtype)
     run = run_of(case, method)

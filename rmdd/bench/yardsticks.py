@@ -45,7 +45,7 @@ def whole_unroll(
     synthetic: Synthetic,
     batches: Int[Tensor, "K B"],
 ) -> tuple[Tensor, Synthetic]:
-    """Return the matching loss and its exact gradient in the set, by autograd through all K inner steps."""
+    """Return the matching loss and its exact gradient for the set, by autograd through all K inner steps."""
     leaf = synthetic.map(lambda t: t.detach().requires_grad_())
     rates = {"image": leaf.lr_image, "text": leaf.lr_text}
     theta = {n: p.detach().requires_grad_() for n, p in start.items()}
@@ -90,8 +90,8 @@ def published(
 
     This loop keeps the properties of that code that cost time or memory: one parameter vector per modality;
     `create_graph` in both passes; separate calls for image and text gradients; clones of every mini-batch; parameters
-    that stay linked from step to step; the graph of a step stays alive until the next one; learning rates are read with
-    `.item()`. `build` gives the encoder; the released code builds a new one in every iteration.
+    that autograd links from step to step; graphs of steps that stay in memory until the next step; learning rates read
+    with `.item()`. `build` builds the encoder, as the released code does in every iteration.
     """
     model = build()
     nets = {"image": _Flat(nn.Sequential(model.image_tower, model.image_head)), "text": _Flat(model.text_head)}

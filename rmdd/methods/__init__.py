@@ -1,4 +1,4 @@
-"""Distillation methods, one file per paper. `rmdd.config.recipes` lists their names, also those of other packages."""
+"""Distillation methods, one file per paper. `rmdd.config.recipes` lists all names, also those of plug-in methods."""
 
 from __future__ import annotations
 

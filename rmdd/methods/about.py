@@ -14,8 +14,8 @@ from rmdd.methods.base import BaseMethod
 def listing() -> list[dict[str, Any]]:
     """Return one record per distillation method, sorted by family and name.
 
-    A record holds the method's summary, the inputs that it needs, where it was published (`card`), what was verified of
-    it (`status`) and its presets. For a method that cannot be imported, summary and status hold the error message.
+    A record holds the method's summary, the inputs that it needs, where it was published (`card`), what tests verify
+    (`status`) and its presets. For a method that cannot be imported, summary and status hold the error message.
     """
     presets = presets_by_method()
     records = []
@@ -67,7 +67,7 @@ def _options(section: type[Section], before: str = "") -> dict[str, str]:
 
 
 def _attributes(method: type[BaseMethod]) -> dict[str, Any]:
-    """Return the family of a method, the inputs that it needs, where it was published, and what was verified of it."""
+    """Return the family of a method, the inputs that it needs, where it was published, and what tests verify."""
     return {
         "family": method.family,
         "needs": list(method.needs),

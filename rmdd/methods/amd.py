@@ -9,7 +9,7 @@ tower and t_L ~ U{0..R_L} for the text head, and computes the upper bounds from 
     bounds  R_V = min{t: r(t) > T},  R_L = max{t: r(t) <= T}
 
 The set starts from prototypes: the pairs nearest to k-means centres of concatenated image and text embeddings
-(`distill.init: prototypes`, in `rmdd.distill.starts`; any trajectory method can use it).
+(`distill.init: prototypes`, in `rmdd.distill.starts`; every trajectory-matching method has this option).
 
 No code was released; this file follows notes on the paper. The rule for R_V is unusual: it ends the range of the image
 tower at the first epoch with a high ratio. `options.ranges: stated` takes the ranges from the run file instead.
@@ -46,8 +46,8 @@ class AMD(LoRS):
     plain_options: ClassVar[dict[str, Any]] = {"ranges": "stated", "starts": "together"}
     card = "ICLR 2026"
     verified = (
-        "start ranges, prototypes and updates equal a slow float64 version; scores like LoRS on emoji. "
-        "Not verified: the published numbers"
+        "Tests: the start ranges, prototypes and updates are those of a slow float64 implementation. Emoji: scores "
+        "like LoRS. Not verified: the published numbers, which need a GPU."
     )
     defaults = filled({"distill": {"init": "prototypes"}}, LoRS.defaults)
 
@@ -89,9 +89,10 @@ class AMD(LoRS):
 
 
 def drift_ranges(store: Store, experts: Sequence[int], last: int) -> dict[str, tuple[int, int]]:
-    """Return the half-open range of start epochs of each tower, computed from the drifts and cut after epoch `last`.
+    """Return the half-open range of start epochs of each tower, computed from the result of `mean_drift`.
 
-    If no drift ratio exceeds the median, both towers get the full range.
+    No range goes beyond epoch `last`. If no ratio of image drift to text drift exceeds the median ratio, both ranges
+    end at `last`.
     """
     drift = mean_drift(store, experts)
     ratio = drift["image"] / (drift["text"] + np.finfo(np.float64).eps)

@@ -47,13 +47,13 @@ class BaseMethod:
     """
 
     family: ClassVar[Family]
-    """Family of the method. It is only shown to users; no code branches on it."""
+    """Family of the method. It is shown to users; no code depends on it."""
     needs: ClassVar[tuple[Need, ...]] = ("experts",)
     """Inputs that must exist before distillation with the method starts."""
     card: ClassVar[str] = ""
     """Where the method was published: an arXiv number or a venue."""
     verified: ClassVar[str] = ""
-    """What was verified of this implementation, and what is not verified because it needs a GPU and weights."""
+    """What tests verify of this implementation, and what is not verified because it needs a GPU and weights."""
     defaults: ClassVar[Mapping[str, Any]] = {}
     """Default values that the method sets for fields missing from the run file, by section of the run file."""
     reference: ClassVar[str | None] = None
@@ -62,14 +62,14 @@ class BaseMethod:
     """Version of the method, part of the hash of every phase. Increase it when a code change alters distilled sets."""
 
     iterates: ClassVar[bool] = True
-    """True if a phase is a loop of updates that can stop after any of them; False if it runs as separate tasks."""
+    """True if a phase is a loop of updates that can stop after any update; False if it consists of separate tasks."""
     unrolls: ClassVar[bool] = False
     """Whether gradients go through the training steps of students; a trainable tower then needs double backward."""
     learns_rates: ClassVar[bool] = False
-    """Whether the learning rates of students are learned with the set; otherwise they stay at the configured values."""
+    """Whether the learning rates of students are learned with the set; if False, they stay at the configured values."""
     plain_options: ClassVar[Mapping[str, Any]] = {}
-    """Values of `distill.options` with which all start epochs are integers from the ranges in `distill.phases`, on the
-    path named in `distill.trajectory`."""
+    """Values of `distill.options` with which the method draws integer start epochs from the ranges in `distill.phases`
+    and follows the path named in `distill.trajectory`."""
     phase_fields: ClassVar[tuple[str, ...]] = ("pairs", "iterations")
     """Fields of `distill.phases` that the method reads."""
 
@@ -89,7 +89,7 @@ class BaseMethod:
 
     @classmethod
     def mistakes(cls, run: config.Run) -> list[str]:
-        """Return the mistakes in the run file of this method: invalid options and the messages of `clashes`."""
+        """Return one message per mistake in the run file: invalid options of the method and messages of `clashes`."""
         listed_by = f"`rmdd methods {run.distill.method}` lists them"
         options, invalid = validate(cls.Options, dict(run.distill.options), listed_by)
         return [f"distill.options.{line}" for line in invalid] + ([] if options is None else cls.clashes(run))
@@ -101,8 +101,8 @@ class BaseMethod:
 
     @classmethod
     def clashes_of_family(cls, rule: config.Distill, experts: config.Experts, runtime: config.Runtime) -> list[Clash]:
-        """Return the combinations of fields in the run file that no method of the family supports. This base class
-        covers families that match no trajectories."""
+        """Return one clash per combination of run-file fields that no method of the family supports. The base class
+        returns the clashes of families that do not match trajectories."""
         mistakes = []
         if rule.plan.plans or not rule.phases:
             text = f"distill.method {rule.method} matches no trajectories, so it plans no phases; list distill.phases"
@@ -139,11 +139,11 @@ class BaseMethod:
         return []
 
     def faults(self) -> list[str]:
-        """Return one message per problem with the pretrained models that can be detected without a download."""
+        """Check the pretrained models without downloading them; return one message per problem."""
         return []
 
     def uncounted(self) -> list[str]:
-        """Return remarks for the user on work that the cost estimate leaves out."""
+        """Return messages that tell the user which work the cost estimate does not include."""
         return []
 
     def curves(self, logged: Iterable[str]) -> list[Curves]:
@@ -166,7 +166,7 @@ class BaseMethod:
         return phases.initial(self.run, phase, train, records)
 
     def begin(self, phase: int, train: Callable[[], PreparedSplit], folder: Path) -> None:
-        """Write the initial set of a phase into its folder, if the method needs it before workers start."""
+        """Write the initial set of a phase into `folder`, if the method needs that file before workers start."""
 
     def distil(
         self,
@@ -183,8 +183,8 @@ class BaseMethod:
     ) -> bool:
         """Run one phase from its last checkpoint, or from the start; return whether the phase finished.
 
-        Only called if `iterates` is True. `ranks` are workers that each hold the object returned by `part_of_step`;
-        with None, this process computes every step alone.
+        It is only called if `iterates` is True. `ranks` are workers that each hold the object returned by
+        `part_of_step`; if `ranks` is None, this process computes every step alone.
         """
         raise NotImplementedError(f"{type(self).__name__} sets `iterates` but does not define `distil`; define it")
 
@@ -194,7 +194,7 @@ class BaseMethod:
 
     @property
     def draws(self) -> int:
-        """Number of random draws whose gradients a step averages. Workers can share the draws if there are several."""
+        """Number of random draws per step, whose gradients are averaged. Workers can compute the draws in parallel."""
         return 1
 
     def part_of_step(
@@ -207,9 +207,9 @@ class BaseMethod:
         rank: int = 0,
         size: int = 1,
     ) -> Any:
-        """Return the object with which worker `rank`, one of `size`, computes its share of the draws of every step."""
+        """Return the object with which worker `rank` of `size` workers computes its draws of every step."""
         raise NotImplementedError(f"{type(self).__name__} has several `draws` but no `part_of_step`; define it")
 
     def pairs_of_step(self, phase: int, train: Callable[[], PreparedSplit]) -> int:
-        """Return the number of pairs that go through the towers in one update, for the displayed pairs per second."""
+        """Return the number of pairs that go through the towers in one update, to display pairs per second."""
         return self.rule.phases[phase].pairs

@@ -7,14 +7,14 @@ data. No student is unrolled. For image (v) and text (l) features, with heads G_
     L = || rho C_T - C_S ||_F^2 + lambda (L_v + L_l),   L_m = || mean G_m h_m(real) - mean G_m h_m(set) ||^2
 
 C_S covers all M pairs; two passes over chunks of pairs give its exact gradient. The features come from an online model
-(two towers and the linear heads), so that they are those of models at every stage of training: after each step of the
-set, the online model takes one contrastive step on a real batch. Every `reset` = 50 steps it restarts from pretrained
-towers and random heads.
+(two towers and the linear heads), which passes through all stages of training: after each step of the set, the online
+model takes one contrastive step on a real batch. Every `reset` = 50 steps it restarts from pretrained towers and random
+heads.
 
     texts: frozen   learns (M, F) text embeddings of the frozen text tower; only the image tower and the heads are
                     trained online (our variant, for comparison with the other methods)
-    texts: tokens   learns (M, L, d) token embeddings with the masks of the initial captions, and trains the text tower
-                    online too; students get the output of the frozen text tower
+    texts: tokens   learns (M, L, d) token embeddings, masked like the initial captions, and also trains the text tower
+                    online; students get the output of the frozen text tower
 
 We could not read the released code and follow notes on the paper. Our choices: features are not normalised, masks are
 fixed, real batches have 128 pairs. If a batch has far fewer pairs than the features have dimensions, C_T is mostly
@@ -56,8 +56,8 @@ class CovMatch(DistributionMethod):
     needs = ()
     card = "2510.18583"
     verified = (
-        "losses and chunked gradients equal a slow float64 version, for both `texts` options on small towers. "
-        "Not verified: the published numbers, students that train the text tower"
+        "Tests: the losses and chunked gradients of small towers are those of a slow float64 implementation, for both "
+        "`texts` options. Not verified (needs a GPU): the published numbers, students that train the text tower."
     )
     defaults = {
         "experts": {"num": 1, "keep": "endpoints"},
@@ -75,23 +75,23 @@ class CovMatch(DistributionMethod):
     class Options(DistributionMethod.Options):
         texts: Literal["frozen", "tokens"] = Field(
             "frozen",
-            description="frozen: learn text embeddings of the frozen tower; tokens: learn token embeddings and train "
-            "the text tower online",
+            description="frozen: learn text embeddings and keep the text tower frozen; tokens: learn token embeddings "
+            "and train the text tower as part of the online model",
         )
         rho: PositiveFloat = Field(
-            2.0, description="scale of the real covariance; in the paper 2 for 100 pairs, 1 for more"
+            2.0, description="factor of the covariance of real pairs; in the paper 2 for 100 pairs, 1 for more pairs"
         )
         mean_weight: NonNegativeFloat = Field(
-            0.1, description="lambda, weight of the loss terms that match mean features"
+            0.1, description="lambda, weight of the loss terms that match the means of the features"
         )
         real_batch: Annotated[int, Field(ge=2)] = Field(
             128,
             description="number of real pairs in each draw of the loss and in each training step of the online model",
         )
         average: Annotated[float, Field(ge=0, lt=1)] = Field(
-            0.0, description="weight of past batches in a moving average of the real covariance; 0: no average"
+            0.0, description="weight of past batches in a moving average of the covariance of real pairs; 0: no average"
         )
-        reset: PositiveInt = Field(50, description="number of steps of the set between two resets of the online model")
+        reset: PositiveInt = Field(50, description="number of updates of the set between resets of the online model")
         lr_tower: NonNegativeFloat = Field(0.01, description="learning rate of the towers of the online model")
         lr_head: NonNegativeFloat = Field(0.1, description="learning rate of the heads of the online model")
         online_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
@@ -123,7 +123,7 @@ class CovMatch(DistributionMethod):
 
     @functools.cached_property
     def tower(self) -> TokenTower:
-        """Pretrained text tower that turns learned token embeddings into text embeddings; never trained."""
+        """Pretrained text tower that turns learned token embeddings into text embeddings; it is never trained."""
         return TokenTower(self.run.model.text, local_device(self.run.runtime)).requires_grad_(False)
 
     def uncounted(self) -> list[str]:
@@ -151,7 +151,7 @@ class CovMatch(DistributionMethod):
         pairs, chunk = self.rule.phases[phase].pairs, self.options.chunk
         twice = pairs if pairs > chunk else 0
         at_once = max(real, min(pairs, chunk))
-        # 4 copies of the parameters: the online model, its gradients, its momentum, and its initial parameters
+        # memory holds 4 copies of the parameters: the online model, its gradients, momentum and initial values
         return Effort(draws * (real + twice), draws * pairs, at_once, trained=real, models=4)
 
     def objective(
@@ -163,7 +163,7 @@ class CovMatch(DistributionMethod):
 
 
 class Online(nn.Module):
-    """The online model of CovMatch: two towers with linear heads. Without a text tower, texts enter as embeddings."""
+    """The online model of CovMatch: two towers with linear heads. Without a text tower, text inputs are embeddings."""
 
     def __init__(self, image_tower: nn.Module, text_tower: TokenTower | None, text_width: int, width: int | None):
         super().__init__()
@@ -172,7 +172,7 @@ class Online(nn.Module):
         self.head_image = nn.Linear(image_width, width or image_width, bias=False)
         self.head_text = nn.Linear(text_width, width or image_width, bias=False)
         if text_tower is not None and getattr(text_tower.model, "pooler", None) is not None:
-            text_tower.model.pooler.requires_grad_(False)  # the output of the pooler is not used, so it is not trained
+            text_tower.model.pooler.requires_grad_(False)  # nothing uses the pooler's output
         self.eval()
 
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,15 +200,15 @@ class CovarianceMatching:
         self.pretrained = {n: t.clone() for n, t in online.state_dict().items() if not n.startswith("head_")}
         self.temperature = self.run.distill.temperature or self.run.model.temperature
         self.mean: Tensor | None = None
-        """Moving average of the real covariance; None without `average` and before the first batch after a reset."""
+        """Moving average of the covariance of real pairs; None if `average` is 0 and from a reset to the next batch."""
         self.steps_since_reset = 0
         """Number of training steps of the online model since its last reset."""
         self.reset(0)
 
     def reset(self, turn: int) -> None:
-        """Reset the online model for the `turn`-th time: load the pretrained towers and draw new heads.
+        """Load the pretrained towers into the online model and draw new heads; the number of resets `turn` is the seed.
 
-        An image tower without pretrained weights is drawn again too.
+        An image tower without pretrained weights gets new random weights.
         """
         self.turn, self.steps_since_reset, self.mean = turn, 0, None
         self.optimiser.state.clear()
@@ -265,7 +265,7 @@ class CovarianceMatching:
         return gradient, {name: float(part) for name, part in parts.items()}
 
     def after(self, synthetic: Synthetic, iteration: int) -> None:
-        """Train the online model for one contrastive step, or reset it once `reset` steps of the set have passed."""
+        """Train the online model for one contrastive step, or reset it after every `reset`-th update of the set."""
         if (iteration + 1) % self.rule.reset == 0:
             self.reset((iteration + 1) // self.rule.reset)
             return
@@ -285,7 +285,7 @@ class CovarianceMatching:
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors for the checkpoint: the online model, its optimiser, and the number of resets so far.
 
-        Directly after a reset that number is enough, since it seeds the parameters of the online model.
+        Directly after a reset the number of resets is enough, since the parameters are drawn with it as the seed.
         """
         tensors: dict[str, Tensor] = {TURN: torch.tensor(self.turn)}
         if self.steps_since_reset:

@@ -6,8 +6,8 @@ T+ = `stop` and i_end = `grow_until` (fields of `distill.phases`),
 
     U(i) = min(T+, T0 + floor((T+ - T0) i / i_end)),      start ~ Uniform{T-, ..., U(i) - 1}
 
-`growing_stop` computes U. Everything else is LoRS. DATM was published for classification; its other two ideas map to
-existing features: its learned soft labels correspond to LoRS's learned similarity, and its loss threshold is
+`growing_stop` computes U. All other steps are those of LoRS. DATM was published for classification; its other two ideas
+map to existing features: its learned soft labels correspond to LoRS's learned similarity, and its loss threshold is
 `distill.skip_above`. The threshold is off here because its published value fits losses of a different scale.
 """
 
@@ -24,10 +24,10 @@ class DATM(LoRS):
     grows: ClassVar[bool] = True
     card = "2310.05773"
     verified = (
-        "growing start ranges and updates equal a slow float64 version; scores below LoRS on emoji, as published. "
-        "Not verified: the published numbers"
+        "Tests: the growing start ranges and the updates are those of a slow float64 implementation. Emoji: scores "
+        "lower than LoRS, as published. Not verified: the published numbers, which need a GPU."
     )
-    # Our start range for 100 pairs and 10 expert epochs; the paper has none for image-text pairs.
+    # We chose this start range for 100 pairs and 10 expert epochs; the paper has none for image-text pairs.
     defaults = filled(
         {
             "distill": {

@@ -1,4 +1,4 @@
-"""Base class of distribution-matching methods: the set moves so that its features resemble those of real batches.
+"""Base class of distribution-matching methods: the set learns features that resemble those of real batches.
 
 The update is single-level: no student is trained inside a step. M is the number of distilled pairs.
 """
@@ -39,11 +39,11 @@ class Effort:
     at_once: int
     """Largest number of pairs in one autograd graph."""
     trained: int = 0
-    """Number of real pairs on which an online model is trained."""
+    """Number of real pairs on which an online model is trained in the step."""
     models: int = 1
     """Number of copies of the trained parameters held in memory."""
     numbers: int = 0
-    """Number of further floats held in memory, besides the distilled set."""
+    """Number of floats held in memory in addition to the distilled set."""
 
     @property
     def pairs(self) -> int:
@@ -60,19 +60,19 @@ class DistributionMethod(BaseMethod, ABC):
 
         draws: PositiveInt = Field(
             1,
-            description="number of random draws whose gradients are averaged in a step; any number of workers gives "
+            description="number of random draws per step, whose gradients are averaged; any number of workers gives "
             "the same bits",
         )
         clip: PositiveFloat | None = Field(
             None,
-            description="norm to which a larger gradient of images and texts together is scaled down; null: no "
-            "clipping",
+            description="largest norm of the joint gradient of images and texts; a larger gradient is scaled down to "
+            "this norm; null: no clipping",
         )
 
     options: Options
 
     def records(self, phase: int, train: PreparedSplit, store: Store | None = None) -> list[int]:
-        """Return the indices of the caption records that initialise a phase; `store` holds the trained experts."""
+        """Return the caption records whose pairs initialise a phase, by index; `store` holds the trained experts."""
         return super().records(phase, train)
 
     def distil(
@@ -117,7 +117,7 @@ class DistributionMethod(BaseMethod, ABC):
     def objective(
         self, phase: int, store: Store, train: PreparedSplit, model: DualEncoder, device: torch.device
     ) -> Objective:
-        """Return the objective of a phase; each step follows the gradient of its loss."""
+        """Return the objective of a phase; each update of the set uses the gradient of the objective's loss."""
 
     def effort(self, phase: int, records: int) -> Effort:
         """Return the work and memory of one step on a dataset of `records` captions, from which costs are estimated."""

@@ -7,13 +7,13 @@ image. The cost hardly grows with the number of pairs.
 
     tune      SGD on biases and norms of the UNet: lambda_c L_C + lambda_d L_D + lambda_n MSE(predicted noise, noise)
     generate  draw M / cpi captions, uniform without replacement; one image and one seed per caption
-    caption   cpi pairs share an image: first its drawn caption, then the captioner's
+    caption   cpi pairs share an image: one has its drawn caption, the others have captions by the captioner
 
 If cpi does not divide M, each remaining pair gets an image with one caption. We follow the paper where the released
 code has errors: the UNet reads noisy latents, the decoder gets latents at its own scale, and VAE and CLIP get pixels in
 the range that they expect (`tuning.recipe: released` reproduces the code). Time steps of high noise are left out
 (`tuning.max_step`), image and text features are normalised before they are concatenated (`tuning.unit_halves`), and all
-processes share one draw of captions. The noise-prediction term is our addition and keeps the model a working generator;
+processes share one draw of captions. We added the noise-prediction term so that the model still generates images;
 `tuning.anchor: 0` removes it.
 """
 
@@ -52,17 +52,17 @@ from rmdd.models.pretrained import PretrainedModel
 
 
 class Captioning(Section):
-    """Options for the additional captions of a generated image: their origin and the settings of a captioner."""
+    """Options of the captions that are added to each generated image: their origin and the captioner's settings."""
 
     kind: Literal["none", "nearest", "blip", "llava"] = Field(
         "nearest",
-        description="none: one caption per image; nearest: the real captions nearest in CLIP space; or a captioner",
+        description="none: add no captions; nearest: add real captions nearest in CLIP space; blip, llava: a captioner",
     )
     id: str | None = Field(
-        None, description="blip, llava: hub id (or id@revision) or folder of the captioner; null: the default one"
+        None, description="blip, llava: hub id (or id@revision) or folder of the captioner; null: the default captioner"
     )
     prompt: str | None = Field(None, description="blip, llava: prompt for the captioner; null: the default prompt")
-    tokens: PositiveInt = Field(48, description="blip, llava: largest number of new tokens per caption")
+    tokens: PositiveInt = Field(48, description="blip, llava: largest number of generated tokens per caption")
     tries: PositiveInt = Field(
         3, description="blip, llava: number of attempts per caption, after which a real caption is used"
     )
@@ -73,8 +73,8 @@ class EDGE(TunedMethod):
     card = "2509.15472"
     needs: ClassVar[tuple[Need, ...]] = ("features", "diffusion", "captioner")
     verified = (
-        "all steps run with tiny random models of the published classes. Not verified, needs a GPU: what students "
-        "learn from images generated with the published weights"
+        "Tests: all steps run with tiny random models of the published classes. Not verified (needs a GPU): what "
+        "students learn from images that the published weights generate."
     )
     defaults = {
         "distill": {
@@ -91,7 +91,7 @@ class EDGE(TunedMethod):
         )
         captions_per_image: PositiveInt = Field(2, description="cpi, number of pairs of the set that share an image")
         captioner: Captioning = Captioning()
-        prefix: str = Field("", description="text put before every caption in the prompt of its image")
+        prefix: str = Field("", description="text put before the caption in the prompt of every image")
         tuning: EdgeTuning = EdgeTuning()
         sampling: Sampling = Sampling()
 
@@ -203,7 +203,7 @@ class EDGE(TunedMethod):
     def _added_captions(
         self, studio: Studio, pictures: list[Path], drawn: list[int], rows: list[int]
     ) -> list[FurtherCaptions]:
-        """Return, for each image, the captions beyond the one from which it was generated."""
+        """Return, for each image, the captions to add to the caption from which it was generated."""
         if not self._needs_captions:
             return [FurtherCaptions([], [], 0) for _ in pictures]
         if self.options.captioner.kind == "nearest":

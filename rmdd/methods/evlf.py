@@ -5,7 +5,7 @@ the denoiser. EVLF fuses each latent z with its text before clustering. A cross-
 fused latent z~ stays close to z and a linear map recovers the text from it. Clustering, centres and guidance then use
 z~. The centre of a cluster is called its mode.
 
-    train     minimise lambda_1 L_align + lambda_2(step) MSE(z~, z); positives share an image or a caption
+    train     minimise lambda_1 L_align + lambda_2(step) MSE(z~, z); positives in L_align share an image or a caption
     fuse      compute z~ of all real pairs, multiplied by the latent scale
     modes     k-means with K = M in principal components; a mode is the centre or the fused latent nearest to it
     caption   choose the real caption nearest to the mean caption embedding of the mode's members
@@ -54,15 +54,15 @@ class LatentSampling(Sampling):
     size: PositiveInt = Field(
         256,
         multiple_of=8,
-        description="side in pixels of the images for training and generation; the set stores data.image_size",
+        description="side in pixels of generated and training images; the set stores images of data.image_size",
     )
 
 
 class EVLF(TunedMethod):
     card = "2603.07476"
     verified = (
-        "all steps run on image-text pairs with tiny random models of the published classes. Not verified, needs a "
-        "GPU: what students learn from images generated with the published weights"
+        "Tests: all steps run on image-text pairs with tiny random models of the published classes. Not verified "
+        "(needs a GPU): what students learn from images that the published weights generate."
     )
     defaults = {
         "distill": {
@@ -77,22 +77,22 @@ class EVLF(TunedMethod):
         fusion: FusionRule = FusionRule()
         components: PositiveInt | None = Field(
             256,
-            description="number of principal components used to cluster the fused latents; null: the unreduced latents",
+            description="fused latents are clustered in so many principal components; null: without reduction",
         )
         mode: Literal["centre", "nearest"] = Field(
             "centre",
-            description="centre: mean latent of a cluster; nearest: the fused latent nearest to it, which is sharper",
+            description="mode of a cluster; centre: its mean latent; nearest: the latent nearest to the mean (sharper)",
         )
         sampler: Literal["image_to_image", "mode_guidance"] = Field(
             "image_to_image",
-            description="image_to_image: denoise the noised mode; mode_guidance: denoise noise, guided to the mode",
+            description="image_to_image: noise the mode and denoise it; mode_guidance: guide pure noise to the mode",
         )
         strength: float = Field(
             0.7, gt=0, le=1, description="image_to_image: noise added to a mode, as a share of the full noise"
         )
         scheduler: Literal["ddpm", "ddim"] = Field("ddpm", description="mode_guidance: noise scheduler")
         eta: float = Field(
-            0.0, ge=0, le=1, description="mode_guidance with ddim: scale of the noise of each step; 0: deterministic"
+            0.0, ge=0, le=1, description="mode_guidance with ddim: scale of the noise added per step; 0: none"
         )
         pull: NonNegativeFloat = Field(0.1, description="mode_guidance: scale s of the guidance towards the mode")
         pull_until: int = Field(
@@ -154,7 +154,7 @@ class EVLF(TunedMethod):
         folder, identity = part.folder(), part.identity()
         tuned = self.tuned(studio)
         tuned_folder = self.folder_of(studio)
-        # the hash in the name of the folder covers the training, so it also identifies the fused latents
+        # the folder is named by a hash of the training options, so its name also identifies the fused latents
         fused = tuned_folder.with_name(f"fused-{tuned_folder.name}")
         rows = fused_rows(studio, folder, options.fusion, options.sampling.size, tuned, fused)
         total = sum(p.pairs for p in self.rule.phases)

@@ -1,4 +1,4 @@
-"""Base class of generative methods: images come from a decoder, and captions are strings. There is no update loop."""
+"""Base class of generative methods: images come from a decoder, captions are strings, and no loop updates the set."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class GenerativeMethod(BaseMethod, ABC):
         return TRAJECTORY_FIELDS + UPDATE_FIELDS
 
     def faults(self) -> list[str]:
-        """Return one message per problem with the pretrained models; query the hub, but download nothing."""
+        """Check the pretrained models by queries to the hub, without a download; return one message per problem."""
         return pretrained.faults(self.parts())
 
     def uncounted(self) -> list[str]:
@@ -62,4 +62,4 @@ class GenerativeMethod(BaseMethod, ABC):
 
     @abstractmethod
     def make(self, studio: Studio, phase: int) -> None:
-        """Make the pairs of a phase that do not exist yet, and save the complete set with `studio.finish`."""
+        """Make those pairs of a phase that do not exist yet, and save the complete set with `studio.finish`."""

@@ -15,8 +15,8 @@ on the set and compares it with an expert:
 
 Paper and released code differ. We follow the code for the vector omega, the factor 1/2 and the floor 1e-6 of the loss,
 and the exclusive bound T+. We differ from the code in three points: both passes use the same dropout mask, initial
-images are not augmented, and the gradient of the student learning rates uses the same denominators as all others. The
-options `inner_dropout`, `init_augment` and `options.rate_branches` restore the code's behaviour, and
+images are not augmented, and the gradient of the student learning rates uses the same denominators as all other
+gradients. The options `inner_dropout`, `init_augment` and `options.rate_branches` restore the code's behaviour, and
 `similarity.diagonal` restores the paper's scalar omega.
 """
 
@@ -35,16 +35,16 @@ class LoRS(Method):
     class Options(Method.Options):
         rate_branches: Literal["same", "separate"] = Field(
             "same",
-            description="squared distance that divides the gradient of each student learning rate with branches: "
-            "merged; same: the sum over both towers; separate: that of its own tower, as released",
+            description="with branches: merged, the squared distance that divides the gradient of a student learning "
+            "rate; same: the sum of both towers' distances; separate: that of its tower, like the released code",
         )
 
     options: Options
     reference = "lors"
     card = "2406.03793"
     verified = (
-        "gradients and updates equal a slow float64 version; scores better than random pairs on emoji. "
-        "Not verified: the published numbers"
+        "Tests: the gradients and updates are those of a slow float64 implementation. Emoji: scores higher than "
+        "random pairs. Not verified: the published numbers, which need a GPU."
     )
     defaults = {
         "experts": {"keep": "all"},
@@ -76,9 +76,9 @@ class LoRS(Method):
 
 
 def _separate_rates(result: MetaGradient, start: Params, target: Params) -> MetaGradient:
-    """Divide the gradient of each student learning rate by the squared distance of its own tower, as released.
+    """Divide the gradient of each student learning rate by the squared distance of its tower only, as released.
 
-    With merged branches, both gradients were divided by the sum of the squared distances of the two towers.
+    With `branches: merged`, both gradients in `result` are divided by the sum of the squared distances of both towers.
     """
     scale = {tower: squared_distance(start, target, tower) for tower in TOWERS}
     both = scale["image"] + scale["text"]

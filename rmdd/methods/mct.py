@@ -6,8 +6,8 @@ parameter tensor l,
     theta_l(t) = theta_l(0) + beta_l(t) (theta_l(n) - theta_l(0)),
     beta_l(t)  = path length of l up to epoch t / path length of l up to epoch n, linear between epochs
 
-Start epochs are real numbers, t ~ Uniform[0, T+). Everything else is LoRS. The paper describes a line between two
-anchor checkpoints. The released code uses four anchors, each averaged with its neighbours; `options.anchors: 4` and
+Start epochs are real numbers, t ~ Uniform[0, T+). All other steps are those of LoRS. The paper describes a line between
+two anchor checkpoints. The released code uses four anchors, each averaged with its neighbours; `options.anchors: 4` and
 `options.smooth_anchors: true` reproduce that. The code clamps targets past the last epoch; we reject such a run file.
 PTM-ST's shortcut also follows a straight line, but with one endpoint per phase and integer epochs
 (`rmdd.experts.shortcut` implements both).
@@ -32,7 +32,7 @@ class MCT(LoRS):
         anchors: Annotated[int, Field(ge=2)] = Field(
             2, description="number of checkpoints that the path connects by straight lines"
         )
-        smooth_anchors: bool = Field(False, description="average each anchor with its neighbouring checkpoints")
+        smooth_anchors: bool = Field(False, description="replace each anchor by its mean with its neighbours")
         start_points: Literal["continuous", "integer"] = Field(
             "continuous", description="continuous: draw real-valued start epochs; integer: draw integer ones"
         )
@@ -80,7 +80,7 @@ class MCT(LoRS):
 
 
 def anchored(store: Store, expert: int, anchors: int, *, smooth: bool) -> AnchoredPath:
-    """Return the path of straight lines through `anchors` evenly spaced checkpoints, from the first to the last one."""
+    """Return the path of straight lines through `anchors` evenly spaced checkpoints, the first and last included."""
     last = store.epochs
     epochs = sorted({round(last * i / (anchors - 1)) for i in range(anchors)})
     anchor = functools.partial(_smoothed, store) if smooth else store.read

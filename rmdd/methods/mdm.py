@@ -1,8 +1,8 @@
 """MDM: multimodal distribution matching on the unit hypersphere (arXiv 2605.23482, CVPR 2026).
 
-MDM moves the set until its features are distributed like real ones under a teacher that changes in every step. No
-student is unrolled. M distilled pairs; a batch has B_r real and B_s distilled pairs; v and t are the unit embeddings of
-an image and its text.
+MDM moves the set until its features are distributed like real features under a teacher that changes in every step. No
+student is unrolled. M is the number of pairs; a batch has B_r real and B_s distilled pairs; v and t are the unit
+embeddings of an image and its text.
 
     start    cluster [v ; t] of all real pairs by k-means (cosine, K = M); take the pair nearest to each centre
     teacher  merge two random expert checkpoints w_1, w_2 around the anchor w_0, tensor by tensor:
@@ -16,7 +16,7 @@ an image and its text.
 Where paper and released code differ we follow the paper (V-statistic, teacher in eval mode, 64 real pairs), with three
 exceptions. c is kept at or above 0, because the factor c/(1 + c) diverges as c approaches -1. The anchor w_0 is fixed:
 epoch 0 of the store's first expert; the code draws a new text head in every iteration. The teacher that embeds pairs
-for clustering is a merged one, as in the code.
+for clustering is a merged teacher, as in the code.
 """
 
 import contextlib
@@ -51,8 +51,8 @@ class MDM(DistributionMethod):
     class Options(DistributionMethod.Options):
         clip: PositiveFloat | None = Field(
             1.0,
-            description="norm to which a larger gradient of images and texts together is scaled down; null: no "
-            "clipping",
+            description="largest norm of the joint gradient of images and texts; a larger gradient is scaled down to "
+            "this norm; null: no clipping",
         )
         real_batch: PositiveInt = Field(
             64, description="B_r, number of real pairs per draw; at most the whole train split"
@@ -60,27 +60,27 @@ class MDM(DistributionMethod):
         synthetic_batch: PositiveInt = Field(64, description="B_s, number of distilled pairs per draw; at most B_r")
         cluster: Literal["joint", "image", "text", "random"] = Field(
             "joint",
-            description="embeddings clustered to choose the initial pairs; random: no clustering; ignored with "
-            "distill.init: noise",
+            description="embeddings that are clustered to choose the initial pairs; random: draw the pairs; not used "
+            "with distill.init: noise",
         )
         teacher: Literal["mixed", "weighted_sum", "naive", "expert", "pretrained"] = Field(
             "mixed",
-            description="mixed: merge of two checkpoints; weighted_sum: anchor plus 0.2 to 0.5 of the way to a last "
-            "checkpoint; naive: anchor plus 0.1 to 0.9 of the way to any checkpoint; expert: one checkpoint; "
-            "pretrained: the anchor",
+            description="mixed: merge of two checkpoints; weighted_sum: anchor plus 0.2 to 0.5 of the way to an "
+            "expert's last checkpoint; naive: anchor plus 0.1 to 0.9 of the way to any checkpoint; expert: one "
+            "checkpoint; pretrained: the anchor",
         )
         partners: Literal["any", "same_expert"] = Field(
             "any",
             description="any: checkpoints of any experts, with epoch 0 of the first expert as the anchor; same_expert: "
             "checkpoints of one expert, with its own epoch 0 as the anchor, if experts start from different weights",
         )
-        alpha: NonNegativeFloat = Field(0.5, description="mixed: alpha of the merge; 0 gives the anchor")
+        alpha: NonNegativeFloat = Field(0.5, description="mixed: alpha in the formula of the merge; 0 gives the anchor")
         positive_cosine: bool = Field(
             True, description="mixed: replace a negative cosine c by 0; false: keep it, as released"
         )
-        first_epoch: PositiveInt = Field(1, description="first of the expert epochs from which checkpoints are drawn")
+        first_epoch: PositiveInt = Field(1, description="checkpoints are drawn from this expert epoch and later ones")
         resample_every: PositiveInt = Field(1, description="number of iterations after which a new teacher is drawn")
-        teacher_dropout: bool = Field(False, description="keep the heads' dropout on in the teacher, as released")
+        teacher_dropout: bool = Field(False, description="apply the heads' dropout in the teacher, as released")
         agreement: NonNegativeFloat = Field(
             0.8, description="lambda_agr, weight of the energy distance between agreement directions"
         )
@@ -90,13 +90,13 @@ class MDM(DistributionMethod):
         contrastive: NonNegativeFloat = Field(1.0, description="weight of the contrastive loss (InfoNCE)")
         kernel: sphere.Kernel = Field(
             "geodesic",
-            description="kernel of both energy distances; geodesic: Gaussian of the angle; chordal: of the chord",
+            description="kernel of both energy distances; geodesic: Gaussian of angles; chordal: Gaussian of chords",
         )
         sigma: PositiveFloat = Field(0.5, description="width of the kernel, in radians")
         statistic: sphere.Statistic = Field(
             "v",
             description="v: average the kernel over all pairs of points; u: leave out pairs of a point with itself, "
-            "as released",
+            "like the released code",
         )
         root: bool = Field(True, description="take the square root of the energy distances, as in the paper")
 
@@ -109,8 +109,8 @@ class MDM(DistributionMethod):
     reference = "mdm"
     card = "2605.23482"
     verified = (
-        "loss terms equal slow versions; a resumed run gives the same bits; runs on emoji pairs. "
-        "Not verified: the published numbers, which need NFNet, BERT and a GPU"
+        "Tests: the loss terms are those of slow implementations, and a resumed run gives the same bits. Emoji: the "
+        "method runs. Not verified: the published numbers, which need NFNet, BERT and a GPU."
     )
     defaults = {
         "experts": {"keep": "all"},
@@ -171,7 +171,7 @@ class MDM(DistributionMethod):
     def effort(self, phase: int, records: int) -> Effort:
         draws, real = self.options.draws, min(self.options.real_batch, records)
         distilled = min(real, self.options.synthetic_batch, self.rule.phases[phase].pairs)
-        # 5 copies of the parameters: the anchor, two checkpoints, their merge, the teacher
+        # memory holds 5 copies of the parameters: the anchor, two checkpoints, their merge, the teacher
         return Effort(draws * real, draws * distilled, distilled, models=5)
 
     def objective(
@@ -216,8 +216,8 @@ class Teacher:
             self._current = key
 
     def _load(self, random: torch.Generator, share: float | None = None) -> None:
-        """Draw a random teacher and load its parameters. `share` replaces the random share of the way from the anchor
-        to a checkpoint, in the kinds weighted_sum and naive."""
+        """Draw a random teacher and load its parameters. For the kinds weighted_sum and naive, `share` replaces the
+        random share of the way from the anchor to a checkpoint."""
         kind, pool = self.options.teacher, self.pool
 
         def random_cell(epochs: list[int]) -> merging.Cell:
@@ -251,7 +251,7 @@ class Teacher:
         return {n: p.to(self.device, non_blocking=True) for n, p in self.pool.read(cell).items()}
 
     def _start(self, expert: int) -> Params:
-        """Return the parameters of an expert at epoch 0; with `partners: any`, the common anchor, kept in memory."""
+        """Return the parameters of `expert` at epoch 0; with `partners: any`, they are stored as the common anchor."""
         if self.options.partners == "same_expert":
             return self._read(merging.Cell(expert, 0))
         if self._anchor is None:
@@ -334,7 +334,7 @@ class MDMObjective:
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         """Return the autocast context for the towers.
 
-        Kernels are computed in float32 outside it, because bfloat16 rounds a cosine of 1 - 1e-6 to 1.
+        Kernels are computed in float32, outside this context, because bfloat16 rounds a cosine of 1 - 1e-6 to 1.
         """
         low = self.run.distill.precision == "bfloat16"
         return torch.autocast(self.device.type, torch.bfloat16) if low else contextlib.nullcontext()

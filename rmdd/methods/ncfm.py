@@ -2,7 +2,7 @@
 
 Real pairs are clustered by k-means on their joint features f = [v ; t] / sqrt 2, where v and t are unit embeddings of
 image and text in a final expert. Each of C clusters c gets ipc pairs S_c of the set. Their feature distribution should
-equal that of the real pairs R_c of the cluster. NCFD compares the characteristic functions of both at T frequencies
+equal that of the real pairs R_c of the cluster. NCFD compares both characteristic functions at T frequencies
 (`rmdd.distill.distribution.characteristic`). Each step:
 
     encoder    (1 - b) theta_0 + b theta_n of one random expert, b ~ U(0, 1), drawn again for every draw
@@ -14,7 +14,7 @@ equal that of the real pairs R_c of the cluster. NCFD compares the characteristi
 The only published attempt on image-text pairs is in appendix E of PTM-ST (arXiv 2603.25388); it scored like random
 pairs. The original paper and its code differ. Here, psi scales new noise for every frequency (`repeat` reproduces the
 code), psi and the set use two separate forward passes, and psi has its own learning-rate scheduler. psi is updated
-after each step of the set, on the batch and encoder of the next step; the first step uses psi as initialised. With one
+after each step of the set, on the batch and encoder of the next step; the first step uses the initial psi. With one
 pair per cluster the method does little more than match means, because the modulus of the characteristic function of a
 single point is always 1.
 """
@@ -57,8 +57,8 @@ class NCFM(DistributionMethod):
     needs = ("experts",)
     card = "CVPR 2025"
     verified = (
-        "losses and gradients equal a slow float64 version; the frequency network learns, and a resumed run gives the "
-        "same bits. Not verified: the published numbers"
+        "Tests: the losses and gradients are those of a slow float64 implementation, the frequency network learns, and "
+        "a resumed run gives the same bits. Not verified: the published numbers, which need a GPU."
     )
     defaults = {
         "experts": {"keep": "endpoints"},
@@ -82,7 +82,7 @@ class NCFM(DistributionMethod):
         pick: Literal["nearest", "random"] = Field(
             "nearest",
             description="choice of the initial pairs of a cluster; nearest: those nearest to its centre; random: "
-            "drawn, as published",
+            "drawn at random, as in the paper",
         )
         frequencies: PositiveInt = Field(
             512, description="number of frequencies T in a draw; 1024 and 4096 in the published settings"
@@ -204,7 +204,7 @@ class NCFM(DistributionMethod):
         return 2 * (tower_width if rule.image.projection == "none" else rule.width or tower_width)
 
     def projection(self, phase: int, model: DualEncoder, device: torch.device) -> Tensor | None:
-        """Return the random projection (joint width, `project`), which keeps lengths on average; None without one."""
+        """Return the random projection (joint width, `project`), which keeps mean lengths; None if there is none."""
         if (width := self.options.project) is None:
             return None
         drawn = torch.randn(self._joint_width(model), width, generator=generator(self.seed, "projection", phase))
@@ -218,7 +218,7 @@ class NCFM(DistributionMethod):
         calibrated = min(options.calibration_batch, clusters * ipc) if options.calibration else 0
         forward = options.draws * (real + sum(n for n in (matched, calibrated) if n > chunk))
         if options.network or options.patience:
-            forward += matched  # `after` embeds pairs of the next step, which reuses the real features
+            forward += matched  # `after` embeds pairs for the next step; that step reuses the real features
         at_once = min(chunk, max(matched, calibrated))
         models = 1 + min(KEPT, 2 * self.run.experts.num)
         return Effort(forward, options.draws * (matched + calibrated), at_once, models=models)
@@ -236,13 +236,13 @@ def joint(images: Tensor, texts: Tensor, projection: Tensor | None) -> Tensor:
 
 
 class Plateau:
-    """Counter of steps since the lowest loss. Every `patience` such steps, learning rates are halved once more."""
+    """Counter of steps without a new lowest loss; after every `patience` such steps, learning rates are halved."""
 
     def __init__(self, patience: int | None):
         self.patience, self.best, self.since, self.halvings = patience, float("inf"), 0, 0
 
     def update(self, loss: float) -> None:
-        """Count one step with this loss. After `patience` steps without a lower loss, increase `halvings` by one."""
+        """Count one step with the loss `loss`; after `patience` steps without a lower loss, increase `halvings`."""
         self.since += 1
         if loss < self.best:
             self.best, self.since = loss, 0
@@ -272,7 +272,7 @@ class CharacteristicMatching:
         self._labels: np.ndarray | None = None
         self._ends: dict[tuple[int, int], Params] = {}
         self._ahead: tuple[int, list[Tensor]] | None = None
-        """Index of the next iteration, and the real features of its first draw, which `after` computes early."""
+        """Index of the next iteration, and the real features of its first draw, which `after` computes in advance."""
         self.temperature = method.run.distill.temperature or method.run.model.temperature
         self.psi: FrequencyNet | None = None
         if self.rule.network:
@@ -294,7 +294,7 @@ class CharacteristicMatching:
         return self._labels
 
     def _load(self, purpose: str, iteration: int, draw: int) -> None:
-        """Load a random expert: for the purpose "blend" a random blend of first and last epoch, otherwise the last."""
+        """Load the last checkpoint of a random expert, or for the purpose "blend" its blend with the first one."""
         random = generator(self.seed, purpose, self.phase, iteration, draw)
         experts = self.store.complete()[: self.method.run.experts.num]
         expert = experts[int(torch.randint(len(experts), (), generator=random))]
@@ -325,7 +325,7 @@ class CharacteristicMatching:
         return sorted(torch.randperm(self.clusters, generator=random)[: self.rule.subset].tolist())
 
     def _real(self, clusters: list[int], iteration: int, draw: int) -> list[Tensor]:
-        """Return the joint features of one random real batch per cluster."""
+        """Return, for each cluster, the joint features of a random batch of its real pairs."""
         batches = []
         for c in clusters:
             random = generator(self.seed, "real batch", self.phase, iteration, draw, c)
@@ -389,7 +389,7 @@ class CharacteristicMatching:
         return gradient, values | {"pace": 0.5**self.plateau.halvings}
 
     def _add(self, total: Synthetic, synthetic: Synthetic, rows: Tensor, loss_of: LossOf) -> dict[str, Tensor]:
-        """Add the gradient of `loss_of` in the pairs `rows` of the set to `total`, in place; return the loss terms."""
+        """Add the gradient of `loss_of` for the pairs `rows` to `total`, in place; return the loss terms."""
         by_images, by_texts, parts = gradient_in_chunks(
             self._encode, synthetic.images[rows], synthetic.texts[rows], loss_of, self.rule.chunk
         )
@@ -398,7 +398,7 @@ class CharacteristicMatching:
         return parts
 
     def after(self, synthetic: Synthetic, iteration: int) -> None:
-        """Take psi's ascent step on the first draw of the next iteration, and pass its loss to the plateau counter."""
+        """Take one ascent step of psi on the first draw of the next iteration; pass that draw's loss to `Plateau`."""
         if self.psi is None and self.rule.patience is None:
             return
         ahead = iteration + 1

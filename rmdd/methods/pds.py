@@ -2,7 +2,7 @@
 
     features    compute projected CLIP features of every image and caption, not normalised; drop the 20 % of the pairs
                 with the lowest image-caption cosine (`rm_ratio`)
-    clusters    run k-means with M clusters on the images, and another with M clusters on the captions; match image
+    clusters    run k-means with M clusters on the image features and again on the caption features; match image
                 clusters to caption clusters one to one (Hungarian algorithm) so that matched clusters share the
                 largest number of pairs
     prototypes  per match, average the image features and the caption features of the shared pairs; sort the matches
@@ -47,7 +47,7 @@ COMPONENTS = {
     "unclip": ("image_normalizer", "image_noising_scheduler", "text_encoder", "unet", "vae"),
     "karlo": ("decoder", "text_proj", "image_encoder", "super_res_first", "super_res_last"),
 }
-"""Names of the components by which the diffusers pipeline of each decoder is recognised."""
+"""For each decoder, the components that its diffusers pipeline must have."""
 STEPS, GUIDANCE = {"unclip": 100, "karlo": 25}, {"unclip": 5.0, "karlo": 8.0}
 
 
@@ -55,8 +55,8 @@ class PDS(GenerativeMethod):
     reference = "pds"
     card = "arXiv 2602.19756"
     verified = (
-        "all steps run with tiny random models of the published classes, and with decode: nearest on emoji. Not "
-        "verified, needs a GPU: images generated with the published weights"
+        "Tests: all steps run with tiny random models of the published classes. Emoji: all steps run with "
+        "decode: nearest. Not verified (needs a GPU): images that the published weights generate."
     )
     defaults = {
         "distill": {
@@ -86,14 +86,14 @@ class PDS(GenerativeMethod):
         )
         pairless: Literal["topup", "keep_centres", "drop"] = Field(
             "topup",
-            description="handling of matches without a shared pair; topup: drop them and split the largest matches "
-            "until there are M; keep_centres: use their k-means centres; drop: drop them and make fewer than M pairs",
+            description="what happens to matched clusters that share no pair; topup: drop them and split the largest "
+            "matches until there are M; keep_centres: use their k-means centres; drop: make fewer than M pairs",
         )
         rescale: bool = Field(
             False, description="scale each prototype to the mean norm of the features that it averages"
         )
         caption_pool: Literal["kept", "all"] = Field(
-            "kept", description="real captions to choose from; kept: those that remain after pruning; all: all captions"
+            "kept", description="real captions to choose from; kept: those left after rm_ratio; all: all captions"
         )
         repeats: Literal["allow", "forbid"] = Field(
             "allow",
@@ -205,7 +205,7 @@ class PDS(GenerativeMethod):
             )
         repeats = options.repeats == "allow"
         pool = remaining if options.caption_pool == "kept" else np.arange(len(split.captions))
-        if not repeats:  # among captions with the same words, keep one record
+        if not repeats:  # keep one record of all records with the same caption
             pool = pool[np.unique([split.captions[i] for i in pool], return_index=True)[1]]
         records = retrieved(prototypes.texts, sides.texts, pool, repeats).tolist()
         captions = [split.captions[record] for record in records]

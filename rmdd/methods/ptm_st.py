@@ -7,12 +7,12 @@ ideas to trajectory matching with a learned similarity; each can be used alone:
          [T-_p, T+_p); later phases use later epochs. Students are trained on the subsets in order.
     ST   shortcut trajectory: starts and targets lie on the straight path from theta_0 to theta_{t_p}, the endpoint of
          phase p (`rmdd.experts.shortcut`, eq. 4-5).
-    EMA  the exported set is the exponential moving average over the outer iterations (eq. 7).
+    EMA  the exported set is the exponential moving average of the set over the outer iterations (eq. 7).
 
 All three are settings of the matching loop: `distill.phases`, `distill.trajectory: shortcut` and `distill.ema`. With
 one phase, the original trajectory and `ema: 0`, the method is LoRS with a full similarity matrix. Where paper and
 released code differ we follow the paper: endpoints are inclusive, a phase makes exactly I_p updates, and the exported
-student learning rates are averaged. Beyond both, dropout uses the same mask in both passes.
+student learning rates are averaged. In addition, dropout uses the same mask in both passes.
 """
 
 from typing import Any
@@ -22,10 +22,10 @@ from rmdd.methods.trajectory import Method
 
 
 def without(run: config.Run, *, ptm: bool = False, st: bool = False, ema: bool = False) -> config.Run:
-    """Return a copy of `run` without those of PTM, ST and EMA that are True (ablation of the paper's Table 4).
+    """Return a copy of `run` without the ideas (PTM, ST, EMA) whose argument is True: the ablations of Table 4.
 
     Without PTM, one phase distils all pairs, with the range and endpoint of the first phase; the paper does not say
-    which ones it used. Without ST, all expert epochs are needed, so `experts.keep` becomes `all`.
+    which range and endpoint it used. Without ST, all expert epochs are needed, so `experts.keep` becomes `all`.
     """
     changes: dict[str, Any] = run.model_dump(mode="json")
     if ptm:
@@ -46,6 +46,6 @@ class PTMST(Method):
     reference = "ptm_st"
     card = "2603.25388"
     verified = (
-        "paths, gradients and averages equal a slow float64 version; highest scores of all methods on emoji; every "
-        "ablation of Table 4 runs. Not verified: the published numbers"
+        "Tests: the paths, gradients and averages are those of a slow float64 implementation; all ablations of Table 4 "
+        "run. Emoji: scores higher than all other methods. Not verified: the published numbers, which need a GPU."
     )

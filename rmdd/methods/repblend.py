@@ -35,7 +35,7 @@ from rmdd.models.dual import DualEncoder
 
 @dataclass(frozen=True)
 class Blend:
-    """Random blend of a mini-batch: each pair keeps the share `weight`, features of its partner fill the rest."""
+    """Random blend of a mini-batch: each row is `weight` times its features plus 1 - `weight` times its partner's."""
 
     weight: float
     partner: Int[Tensor, " B"]
@@ -63,8 +63,8 @@ class RepBlend(LoRS):
     reference = "repblend"
     card = "2505.14705"
     verified = (
-        "blended steps equal a slow float64 version; scores better than random pairs on emoji. "
-        "Not verified: the published numbers"
+        "Tests: the blended training steps are those of a slow float64 implementation. Emoji: scores higher than "
+        "random pairs. Not verified: the published numbers, which need a GPU."
     )
     defaults = filled({"model": {"image": {"trainable": False, "projection": "block"}}}, LoRS.defaults)
 

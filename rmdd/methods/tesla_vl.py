@@ -6,9 +6,9 @@ the batch X_k of step k, with g_k = gradient of step k, eta = student learning r
 
     dL/dX_k = 2 w/D . dg_k/dX_k,    w = eta (target - theta_0) + eta^2 sum_j g_j, held constant
 
-This ignores that the student's parameters after step k depend on X_k. The paper calls the gradient exact, but it is
-exact only for one step (K = 1); `distill.estimator: exact` gives the exact gradient for the same memory. Without a
-similarity to store, the whole budget goes into pairs. No script was released, so learning rates are those of LoRS.
+The estimate ignores that the student's parameters after step k depend on X_k. The paper calls it exact, but it is exact
+only for one step (K = 1); `distill.estimator: exact` gives the exact gradient for the same memory. Without a similarity
+to store, the whole budget goes into pairs. No script was released, so learning rates are those of LoRS.
 """
 
 from rmdd.config.runfile import filled
@@ -18,8 +18,8 @@ from rmdd.methods.lors import LoRS
 class TeslaVL(LoRS):
     card = "2211.10586"
     verified = (
-        "gradients equal a float64 version of TESLA's two passes; scores worse than random pairs on emoji. "
-        "Not verified: the published numbers"
+        "Tests: the gradients are those of a slow float64 implementation of TESLA's two passes. Emoji: scores lower "
+        "than random pairs. Not verified: the published numbers, which need a GPU."
     )
     defaults = filled(
         {

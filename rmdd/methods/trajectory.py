@@ -136,7 +136,7 @@ class Method(BaseMethod):
     # -- functions that a method may override --------------------------------------------------------------------------
 
     def path(self, store: Store, expert: int, phase: int) -> shortcut.Path:
-        """Return the path through an expert's checkpoints that gives the start and the target of a student."""
+        """Return the path along an expert's checkpoints; the start and the target of a student are points on it."""
         return shortcut.open_path(store, expert, self.rule, self.run.endpoint_of(phase))
 
     def ranges(self, store: Store, experts: Sequence[int], phase: int) -> dict[str, tuple[int, int]]:
@@ -163,7 +163,7 @@ class Method(BaseMethod):
 
 
 def _of_rule(method: type[Method], rule: config.Distill) -> list[Clash]:
-    """Return one message per combination of `distill` fields that does not work."""
+    """Return one message per combination of values in `distill` that does not work."""
     mistakes = []
     if rule.plan.plans:
         mistakes += _cannot_plan(method, rule)

@@ -1,6 +1,6 @@
 """Base class of generative methods that train a model before they generate images.
 
-The training is one task with checkpoints. Runs that differ only in budget or sampling share its result.
+The training is one task with checkpoints. Runs that differ only in budget or sampling share the trained model.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class TunedMethod(GenerativeMethod):
 
     @abstractmethod
     def shapes(self) -> dict[str, Any]:
-        """Return the options that determine the trained weights, for the hash; data, models and seed are hashed too."""
+        """Return the options that determine the trained weights; they are hashed with data, models and seed."""
 
     @abstractmethod
     def updates(self, captions: int) -> int:
@@ -115,8 +115,8 @@ class TunedMethod(GenerativeMethod):
         return images_of
 
     def before(self, phase: int, count: Callable[[int], int]) -> int:
-        """Return the sum over all earlier phases of `count(pairs)`, the number of captions drawn for that many pairs.
+        """Return how many captions all earlier phases draw; `count` maps a phase's pairs to its number of captions.
 
-        All phases share one sequence of random draws, and the sum is the index at which the draws of this phase begin.
+        All phases share one sequence of random draws, and the draws of this phase begin at the returned index.
         """
         return sum(count(p.pairs) for p in self.rule.phases[:phase])

@@ -1,4 +1,4 @@
-"""Write the embedding health of a distilled set as CSV and SVG files, and draw its plots for the HTML report."""
+"""Write the embedding health of a set (whether embeddings collapse) as CSV and SVG; plot it for the HTML report."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,7 +34,7 @@ def drawings(health: Mapping[str, Any]) -> list[str]:
 def _panels(
     health: Mapping[str, Any],
 ) -> list[tuple[str, Sequence[int], dict[str, list[float]], tuple[float, str]]]:
-    """Return, for each health plot, its title, iterations (x axis), lines, and the level of random real pairs."""
+    """Return the title, iterations (x axis), lines and level of random real pairs of each embedding-health plot."""
     sets = [row for row in health["rows"] if row["set"] == "distilled"]
     real = next(row for row in health["rows"] if row["set"] == "random pairs")
     x = [max(row["iterations"]) for row in sets]

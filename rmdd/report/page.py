@@ -49,7 +49,7 @@ def write_report(
     seconds: dict[str, float],
     measured: dict[str, Any],
 ) -> None:
-    """Write the HTML page of a run with its set at `set_path` and its embedding health `measured`; it loads no URL."""
+    """Write the HTML page of a run; it loads no URL. `measured` says whether the embeddings of the set collapsed."""
     distilled = DistilledSet.load(set_path)
     logs = [_read_log(paths.phase(p) / "metrics.jsonl") for p in range(len(distilled.subsets))]
     method, name = method_of(run), TITLES.get(distilled.method, distilled.method)
@@ -95,7 +95,7 @@ def write_report(
 
 
 def headline(name: str, distilled: DistilledSet, evaluation: dict[str, Any]) -> str:
-    """Return the main result of a run in one sentence, from the test scores of students after their last pass."""
+    """Return the main result of a run in one sentence, from the test scores after the last training pass."""
     table = evaluation["table"]
     ours, random, full = (table[row]["test_last"]["R@mean"] for row in (distilled.method, "random", "full"))
     reach = f"train a student to {ours['mean']:.1f} R@mean on unseen test pairs"
@@ -211,7 +211,7 @@ def _result_groups(name: str, distilled: DistilledSet, evaluation: dict[str, Any
 
 
 def _probes(name: str, distilled: DistilledSet, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return, for each probe, its result rows, description (`facts`) and baselines (chance, most frequent answer)."""
+    """Return the results of students on each probing task, its description (`facts`) and its baseline scores."""
     labels, table = _labels(name, distilled, evaluation), evaluation["table"]
     return [
         {
@@ -239,7 +239,7 @@ def _probes(name: str, distilled: DistilledSet, evaluation: dict[str, Any]) -> l
 
 
 def _shown(pairs: Sequence[int]) -> list[list[int]]:
-    """Return, for each subset, the indices of its pairs in the gallery: evenly spaced, about `GALLERY` in total."""
+    """Return, for each subset, the indices of the pairs to show: evenly spaced, about `GALLERY` in total."""
     share = min(1.0, GALLERY / sum(pairs))
     counts = [max(1, int(m * share)) for m in pairs]
     return [[i * m // n for i in range(n)] for m, n in zip(pairs, counts, strict=True)]
@@ -281,7 +281,7 @@ def _pictures(images: Tensor, distilled: DistilledSet, exact: bool) -> list[str]
 
 
 def _similarity(subsets: Sequence[Subset]) -> list[dict[str, Any]]:
-    """Return, for each subset, a heat map of its similarity, value ranges on and off the diagonal, and top links."""
+    """Return, for each subset, a heat map, the value ranges and the largest off-diagonal entries of its similarity."""
     import torch
 
     maps: list[dict[str, Any]] = []
@@ -313,7 +313,7 @@ def _similarity(subsets: Sequence[Subset]) -> list[dict[str, Any]]:
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
-    """Read the complete lines of the metrics log at `path`, without a truncated last line; no log gives no lines."""
+    """Read the complete lines of the metrics log at `path`; a truncated last line is left out. No file: no lines."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
@@ -349,7 +349,7 @@ def _val_plots(epochs: int, evaluation: dict[str, Any]) -> list[Markup]:
 
 
 def _speed(lines: list[dict[str, Any]]) -> float | None:
-    """Return the median seconds per iteration over the lines of a metrics log; None if no line has it."""
+    """Return the median seconds per iteration over the lines of a metrics log; None if no line has the time."""
     seconds = [line["seconds"] for line in lines if "seconds" in line]
     return statistics.median(seconds) if seconds else None
 

@@ -104,7 +104,7 @@ def curves(
 ) -> str:
     """Draw up to three named lines over `x`: the mean of each bin of points, and the range of the bin as a band.
 
-    `level` (value and label) is a dotted horizontal line.
+    `level` (value and label) is drawn as a dotted horizontal line.
     """
     drawing = Drawing(title, xlabel)
     with matplotlib.rc_context(STYLE):

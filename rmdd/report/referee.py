@@ -1,5 +1,5 @@
-"""Tables of the report next to the result table: bootstrap intervals, the gain from picking on test, LRS/ARS scores,
-and cost.
+"""Tables of the report next to the result table: bootstrap intervals, the gain from picking the best pass on test,
+LRS/ARS scores, and cost.
 
 A table is left out if the evaluation has no numbers for it.
 """
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 TextTable = dict[str, Any]
-"""A table whose cells are text: `title`, `heads` (of columns), `rows` (each a label and its cells) and `note`."""
+"""A table whose cells are text: `title`, column `heads`, `rows` (lists of a label and cells) and `note`."""
 
 
 def tables(evaluation: Mapping[str, Any], labels: Mapping[str, str], recalls: Sequence[str]) -> list[TextTable]:

@@ -50,7 +50,7 @@ class Sheet:
         ylabel: str,
         spreads: Mapping[str, Sequence[float]] = MappingProxyType({}),
     ) -> Axes:
-        """Draw named lines `y` over `x`, with error bars for names in `spreads`; integers in `x` get integer ticks."""
+        """Draw named lines `y` over `x`, with error bars for names in `spreads`; ticks are integers if all `x` are."""
         ax = self.panels[panel]
         with matplotlib.rc_context(STYLE):
             for (name, values), colour in zip(y.items(), COLOURS * (1 + len(y)), strict=False):
@@ -87,7 +87,7 @@ class Sheet:
         ylabel: str,
         legend: str,
     ) -> None:
-        """Draw a scatter plot of named groups, coloured by their order; `legend` is the title of the legend."""
+        """Draw a scatter plot of named groups of points, coloured by group order; `legend` is the legend's title."""
         ax, shades = self.panels[panel], matplotlib.colormaps["viridis"]
         with matplotlib.rc_context(STYLE):
             for i, (name, (x, y)) in enumerate(groups.items()):
@@ -118,7 +118,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[s
 
 
 def draw_plan(plan: Mapping[str, Any], path: Path) -> None:
-    """Draw the signals behind planned phases: gain of experts on val, straightness of paths, cosines of gradients."""
+    """Draw the measurements by which phases were planned: experts' gain on val, straightness, gradient cosines."""
     signals = plan["signals"]
     sheet = Sheet(3 + len(signals["agreement"]))
     epochs = list(range(len(signals["val"])))

@@ -35,7 +35,7 @@ PHASES = [
 TINY = tiny.changed(
     model={"image": {"weights": "random:0"}},
     experts={"num": 2, "epochs": EPOCHS, "keep": "all"},
-    distill={"phases": PHASES, "reuse_graphs": 2},  # kept graphs are faster than a second pass at this size
+    distill={"phases": PHASES, "reuse_graphs": 2},  # models of this size need no second pass
 )
 
 
@@ -51,7 +51,7 @@ def load(storage, *overrides):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Train the experts of the tiny run; return the folder that holds the run file and the storage."""
+    """Fixture: the folder with the run file and the storage of a tiny run whose experts are trained."""
     folder = tmp_path_factory.mktemp("analyse")
     run = load(folder / "runs")
     (folder / "run.yaml").write_text(config.dump(run))

@@ -27,7 +27,7 @@ def run_of(case, **distill):
 
 @pytest.fixture(scope="module")
 def vector():
-    """Return the bytes of one parameter vector, which holds all trained parameters."""
+    """Fixture: the size in bytes of one vector of all trained parameters."""
     return 4 * estimate.size_of(estimate.model_on_meta(run_of(CASE), CASE.text_width), False).trained
 
 

@@ -1,7 +1,7 @@
-"""README and manual: links resolve, and every block of commands, Python or YAML runs, unless the page says what the
-block needs. The blocks of a page run in order, in this process, in one folder that all pages share, so that a dataset,
-experts or phases for several commands are made once. Paths below `/data` become small local datasets, `NAME-<hash>`
-becomes the newest folder with that name, and commands that train get `--set` options that make the run tiny.
+"""README and manual: links resolve, and every block of commands, Python or YAML runs, unless the page names a
+requirement of the block. The blocks of a page run in order, in this process, in one folder that all pages share, so
+that a dataset, experts or phases for several commands are made once. Paths below `/data` become small local datasets,
+`NAME-<hash>` becomes the newest folder with that name, and commands that train get `--set` options for a tiny run.
 """
 
 import glob
@@ -39,7 +39,7 @@ ELSEWHERE = {
         "bench_step(SMALL, chosen, repeats=2, out=",
     ),
 }
-"""Commands of the pages that run elsewhere: the file that runs the command, and words that this file must contain."""
+"""Commands that this test does not run: for each, the file that runs it, and words that the file must contain."""
 
 DATASETS = "flickr8k|flickr30k|coco|cc3m|emoji"
 
@@ -55,7 +55,7 @@ TINY = [
 SCENES = "data.scenes={train: 60, val: 10, test: 10, size: 16}"
 HASHING = "model.text={name: hashing, width: 16, projection: linear}"
 MORE = {"search": ["search.trials=2"]}
-"""Further `--set` values for a command, by the name of the command."""
+"""`--set` values in addition to `TINY`, by command name."""
 
 
 COMPLETE = {"extends": "demo", "model": {"image": {"weights": "random:0"}}}
@@ -108,7 +108,7 @@ def test_commands_that_run_elsewhere_are_there():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Yield a working folder with small datasets and a finished tiny run of the preset `demo`."""
+    """Fixture: a working folder with small datasets and a finished tiny run of the preset `demo`."""
     folder = tmp_path_factory.mktemp("manual")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -7,7 +7,7 @@ from objectives import prepared_split
 
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory):
-    """Return the folder of a tiny BERT whose vocabulary holds the words of the toy captions."""
+    """Fixture: the folder of a tiny BERT whose vocabulary holds the words of the toy captions."""
     from transformers import BertConfig, BertModel, BertTokenizer
 
     folder = tmp_path_factory.mktemp("bert")

@@ -1,4 +1,4 @@
-"""AMD: drift ranges, independent start epochs, prototypes, and steps compared with slow float64 versions."""
+"""AMD: drift ranges, independent start epochs, prototypes, and training steps compared with slow float64 code."""
 
 import itertools
 from pathlib import Path
@@ -24,7 +24,7 @@ NAMES = {"image_tower.w": (2, 3), "image_head.b": (4,), "text_head.w": (3, 2)}
 
 
 def store_with_drifts(path, image, text, experts=3):
-    """Return a store of experts whose mean moves by `image[t]` and `text[t]` in epoch t; noise keeps the mean."""
+    """Return a store of experts whose mean parameters move by `image[t]` and `text[t]` in epoch t."""
     epochs = len(image)
     store = Store.create(path, NAMES, shared={}, epochs=epochs, keep=None, dtype="float32", facts={})
     random = torch.Generator().manual_seed(0)
@@ -57,11 +57,11 @@ def test_drift_is_of_the_mean_and_not_of_the_experts(tmp_path):
 @pytest.mark.parametrize(
     ("image", "text", "expected"),
     [
-        # Drift ratios 1/4, 1/2, 2, 4, median 1.25: epoch 3 is the first above it, epoch 2 the last one not above it.
+        # Drift ratios 1/4, 1/2, 2, 4 have median 1.25: epoch 3 is the first above it, epoch 2 is the last below it.
         ([1, 1, 2, 4], [4, 2, 1, 1], {"image": (0, 4), "text": (0, 3)}),
-        # Drift ratios 4, 2, 1/2, 1/4: epoch 1 is the first above the median; epoch 4, the last below it, is cut to 3.
+        # Drift ratios 4, 2, 1/2, 1/4: epoch 1 is the first above the median; epoch 4 is the last below, cut to 3.
         ([4, 2, 1, 1], [1, 1, 2, 4], {"image": (0, 2), "text": (0, 4)}),
-        # Drift ratios 1/2, 4, 1/4, 2, 1, median 1: epoch 2 is the first above it; the last not above, 5, is cut to 4.
+        # Drift ratios 1/2, 4, 1/4, 2, 1 have median 1: epoch 2 is the first above it; epoch 5 equals it, cut to 4.
         ([1, 4, 1, 2, 1], [2, 1, 4, 1, 1], {"image": (0, 3), "text": (0, 5)}),
     ],
 )
@@ -128,7 +128,7 @@ def test_a_range_of_the_text_tower_needs_independent_starts():
 def test_each_tower_starts_at_its_own_epoch(make):
     setup = make(method_run("amd"))
     wide = {"image": (0, 3), "text": (0, 3)}
-    setup.matcher.ranges = wide  # the drift of random experts may give a narrow range
+    setup.matcher.ranges = wide  # ranges computed from random experts may hold one epoch only
     different = set()
 
     def gradient_of(leaves, drawn):
@@ -151,7 +151,7 @@ def test_a_matcher_computes_the_ranges_from_its_experts(make):
 
 
 def prepared_split(images=30, width=toy.TEXT_WIDTH):
-    """Return a prepared split: images in three colours, texts in three noisy directions, two texts per image."""
+    """Return a prepared split with images in three colours and two texts per image in three noisy directions."""
     random = np.random.default_rng(0)
     colour = np.array([(250, 20, 20), (20, 250, 20), (20, 20, 250)])[np.arange(images) % 3]
     pictures = np.clip(colour[:, :, None, None] + random.integers(-9, 9, (images, 3, toy.SIZE, toy.SIZE)), 0, 255)

@@ -21,7 +21,7 @@ SMALL = {"real_batch": 8, "reset": 4, "rho": 1.5, "mean_weight": 0.3}
 
 @pytest.fixture(params=["frozen", "tokens"])
 def setting(request, bert, tmp_path):
-    """Return a run and its real pairs, for each `texts` option."""
+    """Fixture: a run and its real pairs; every test that uses it runs once per `texts` option."""
     if request.param == "frozen":
         return run_of("covmatch", SMALL), prepared_split()
     tower = {"name": bert, "pooling": "mean", "max_tokens": 12}
@@ -62,7 +62,7 @@ def slow_loss(objective, train, images, texts, iteration):
 
 
 def test_loss_and_gradient_equal_the_slow_ones(setting):
-    """Compare loss and gradient in float64 with a new online model, and after each of its first training steps."""
+    """Compare loss and gradient in float64, for a new online model and after each of its first training steps."""
     run, train = setting
     for chunk in (2, 64):
         _, begun, objective = opened(with_options(run, chunk=chunk), None, train)
@@ -145,7 +145,7 @@ def test_a_resumed_objective_gives_the_same_bits(setting, average):
     run = with_options(run, average=average)
     method, begun, unbroken = opened(run, None, train)
     uninterrupted, losses = descend(unbroken, begun, 7, lr=0.01)
-    for stop in (3, 4, 6):  # resume before, at and after the reset of the online model
+    for stop in (3, 4, 6):  # the run resumes before, at and after the reset of the online model
         first = objective_of(method, None, train)
         half, _ = descend(first, begun, stop, lr=0.01)
         state = {n: t.clone() for n, t in first.tensors().items()}

@@ -39,7 +39,7 @@ def options(parts, **changes):
 
 @pytest.fixture(scope="module")
 def unbroken(parts, tmp_path_factory):
-    """Run EDGE without interruption; return the storage folder and the result of the run."""
+    """Fixture: the storage folder and the result of an EDGE run that was not interrupted."""
     storage = tmp_path_factory.mktemp("unbroken")
     return storage, pipeline.run(drawn.run_of(storage, "edge", 7, options(parts, captions_per_image=3)))
 

@@ -32,7 +32,7 @@ def unbroken(painter, tmp_path_factory):
 
 
 def distilled(storage, painter, name, **changes):
-    """Distil another run in the same storage; return the folder of its phase and whether it trained a new fusion."""
+    """Distil a run with changed options in `storage`; return its phase folder and whether it trained a new fusion."""
     before = set(storage.glob("tuned/*/tuned.safetensors"))
     run = config.load({**drawn.raw_run(storage, "evlf", 5, options(painter, **changes)), "name": name})
     with pipeline.open_pipeline(run) as opened:

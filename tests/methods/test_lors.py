@@ -33,7 +33,7 @@ def test_another_temperature_in_the_inner_steps(make):
     drawn = setup.matcher.draw(0)
     result = setup.matcher.gradient(setup.begun, drawn)
     leaves = {n: t.requires_grad_() for n, t in setup.begun.tensors().items()}
-    setup.model.temperature = 0.25  # the slow version takes the temperature of the model
+    setup.model.temperature = 0.25  # `plain_loss` reads the temperature of the model
     wanted = two_passes(plain_loss(setup.model, wbce), *segment(setup, drawn), leaves, setup.begun.alpha, drawn.batches)
     for name, t in result.gradient.tensors().items():
         torch.testing.assert_close(t, wanted[name].detach(), rtol=1e-9, atol=1e-12)

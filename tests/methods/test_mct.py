@@ -44,7 +44,7 @@ def test_starts_are_spread_evenly_over_the_real_numbers_of_the_range(make):
 
 @pytest.mark.parametrize("smooth", [False, True])
 def test_anchors_in_between_are_on_the_path(make, smooth):
-    """With three epochs, four anchors are all checkpoints; smoothed, each is the mean of itself and its neighbours."""
+    """With three epochs, all checkpoints are anchors; a smoothed anchor is the mean of itself and its neighbours."""
     setup = make(method_run("mct", options={"anchors": 4, "smooth_anchors": smooth}))
     path = setup.matcher.path(1)
     walk = [setup.store.read(1, t) for t in range(EPOCHS + 1)]

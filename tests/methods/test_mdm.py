@@ -1,4 +1,4 @@
-"""MDM: initial pairs, teacher and gradient compared with slow versions, and a run resumed after a kill."""
+"""MDM: initial pairs, teacher and gradient compared with slow implementations, and a run resumed after a kill."""
 
 import json
 import math

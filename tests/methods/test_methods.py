@@ -1,4 +1,4 @@
-"""Checks of every method: documented defaults, tensors that move, and messages for unknown methods and options."""
+"""Checks of every method: documented defaults, tensors that updates change, errors for unknown methods and options."""
 
 import pytest
 import torch
@@ -136,7 +136,7 @@ def test_a_run_file_overrules_the_defaults(name):
 
 @pytest.mark.parametrize("name", TRAJECTORY)
 def test_every_learnable_tensor_moves_in_one_outer_step(make, name):
-    """The left low-rank factor moves only in step two: its gradient is a multiple of the right factor, at first 0."""
+    """The left low-rank factor moves only in step two: its gradient is a multiple of the right factor, 0 at first."""
     setup = make(method_run(name))
     now = dict.fromkeys(("first", "second"))
     now["first"], now["second"] = (state.raw.tensors() for state in fast_loop(setup, 2))

@@ -73,7 +73,7 @@ def features_in(storage):
 
 @pytest.fixture(scope="module")
 def finished(parts, tmp_path_factory):
-    """Run PDS to its end; return the storage folder and the result of the run."""
+    """Fixture: the storage folder and the result of a complete PDS run."""
     storage = tmp_path_factory.mktemp("runs")
     return storage, go(load(storage, **parts), "all")
 
@@ -133,7 +133,7 @@ def test_another_storage_gives_the_same_bytes_and_features_are_computed_once(fin
     (sides,) = features_in(tmp_path)
     stamps = {p.name: p.stat().st_mtime_ns for p in sides.rglob("*.npy")}
     (other,) = go(load(tmp_path, **{**parts, "rm_ratio": 0.5, "decode": "nearest", "decoder": None}), "distill")
-    assert other.parent != folder.parent  # another pruning ratio gives the phase another hash
+    assert other.parent != folder.parent  # the pruning ratio is part of the phase's hash
     assert stamps == {p.name: p.stat().st_mtime_ns for p in sides.rglob("*.npy")}
     assert features_in(tmp_path) == [sides]
     chosen = coreset(run, method="clip_score", encoder=parts["features"], pairs=3, progress=Progress(quiet=True))

@@ -47,7 +47,7 @@ runtime: {ray: off, track: none, num_cpus: 2}
 
 @pytest.fixture
 def outside(tmp_path, monkeypatch):
-    """Write the example method as a module into a folder on the Python path; return the folder."""
+    """Fixture: a folder on the Python path that holds the example method as a module."""
     (tmp_path / "decaying.py").write_text(METHOD)
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
@@ -56,7 +56,7 @@ def outside(tmp_path, monkeypatch):
 
 @pytest.fixture
 def installed(outside):
-    """Add the entry point of an installed package to the folder with the example method; return the folder."""
+    """Fixture: the folder of `outside` with the entry point of an installed package added."""
     install(outside, "decaying", "rmdd.methods")
     importlib.invalidate_caches()
     return outside

@@ -1,4 +1,4 @@
-"""PTM-ST: presets, the ablations of Table 4, and the matching loop compared with slow float64 versions."""
+"""PTM-ST: presets, the ablations of Table 4, and the matching loop compared with a slow float64 implementation."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ PLAN = [
 
 
 def assert_equals_slow_loop(setup, phase, gradients):
-    """Compare with a slow loop: path by equations 4-5, gradient by `gradients`, SGD by torch, EMA by equation 7."""
+    """Compare the matching loop with a slow one: path by eq. 4-5, gradient by `gradients`, torch SGD, EMA by eq. 7."""
     rule = setup.run.distill
     loss, plan = plain_loss(setup.model, wbce), rule.phases[phase]
 

@@ -1,4 +1,4 @@
-"""RepBlend: updates with blending compared with slow float64 versions, and the distribution of random blends."""
+"""RepBlend: blended updates compared with a slow float64 implementation, and the distribution of random blends."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from rmdd.methods.repblend import Blend
 
 
 def blended_loss(setup, drawn):
-    """Return a slow student loss, which runs the image tower in every step and blends rows before the two heads."""
+    """Return a slow student loss: it runs the image tower in every step and blends rows one by one."""
 
     def value(theta, images, texts, similarity, step):
         lam, q = drawn.blends[step].weight, drawn.blends[step].partner.tolist()

@@ -44,7 +44,7 @@ VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
 class Page(HTMLParser):
-    """Parser that checks the nesting of tags and collects everything that a browser would load or run."""
+    """HTML parser that checks the nesting of tags and collects everything that a browser would load or run."""
 
     def __init__(self, text):
         super().__init__()
