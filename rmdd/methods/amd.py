@@ -46,7 +46,7 @@ class AMD(LoRS):
     plain_options: ClassVar[dict[str, Any]] = {"ranges": "stated", "starts": "together"}
     card = "ICLR 2026"
     verified = (
-        "Tests: the start ranges, prototypes and updates are those of a slow float64 implementation. Emoji: scores "
+        "Tests: the start ranges, prototypes and updates equal those of a slow float64 implementation. Emoji: scores "
         "like LoRS. Not verified: the published numbers, which need a GPU."
     )
     defaults = filled({"distill": {"init": "prototypes"}}, LoRS.defaults)

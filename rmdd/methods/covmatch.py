@@ -56,8 +56,8 @@ class CovMatch(DistributionMethod):
     needs = ()
     card = "2510.18583"
     verified = (
-        "Tests: the losses and chunked gradients of small towers are those of a slow float64 implementation, for both "
-        "`texts` options. Not verified (needs a GPU): the published numbers, students that train the text tower."
+        "Tests: the losses and chunked gradients of small towers equal those of a slow float64 implementation, for "
+        "both `texts` options. Not verified (needs a GPU): the published numbers, students that train the text tower."
     )
     defaults = {
         "experts": {"num": 1, "keep": "endpoints"},

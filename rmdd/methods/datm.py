@@ -24,7 +24,7 @@ class DATM(LoRS):
     grows: ClassVar[bool] = True
     card = "2310.05773"
     verified = (
-        "Tests: the growing start ranges and the updates are those of a slow float64 implementation. Emoji: scores "
+        "Tests: the growing start ranges and the updates equal those of a slow float64 implementation. Emoji: scores "
         "lower than LoRS, as published. Not verified: the published numbers, which need a GPU."
     )
     # We chose this start range for 100 pairs and 10 expert epochs; the paper has none for image-text pairs.

@@ -54,7 +54,7 @@ class LatentSampling(Sampling):
     size: PositiveInt = Field(
         256,
         multiple_of=8,
-        description="side in pixels of generated and training images; the set stores images of data.image_size",
+        description="side in pixels of generated and training images; the set stores side data.image_size",
     )
 
 
@@ -77,7 +77,7 @@ class EVLF(TunedMethod):
         fusion: FusionRule = FusionRule()
         components: PositiveInt | None = Field(
             256,
-            description="fused latents are clustered in so many principal components; null: without reduction",
+            description="number of principal components in which fused latents are clustered; null: no reduction",
         )
         mode: Literal["centre", "nearest"] = Field(
             "centre",
@@ -92,7 +92,7 @@ class EVLF(TunedMethod):
         )
         scheduler: Literal["ddpm", "ddim"] = Field("ddpm", description="mode_guidance: noise scheduler")
         eta: float = Field(
-            0.0, ge=0, le=1, description="mode_guidance with ddim: scale of the noise added per step; 0: none"
+            0.0, ge=0, le=1, description="mode_guidance with ddim: scale of the added noise; 0: deterministic"
         )
         pull: NonNegativeFloat = Field(0.1, description="mode_guidance: scale s of the guidance towards the mode")
         pull_until: int = Field(

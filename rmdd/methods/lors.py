@@ -36,14 +36,14 @@ class LoRS(Method):
         rate_branches: Literal["same", "separate"] = Field(
             "same",
             description="with branches: merged, the squared distance that divides the gradient of a student learning "
-            "rate; same: the sum of both towers' distances; separate: that of its tower, like the released code",
+            "rate; same: the sum over both towers; separate: the distance of that rate's tower, as released",
         )
 
     options: Options
     reference = "lors"
     card = "2406.03793"
     verified = (
-        "Tests: the gradients and updates are those of a slow float64 implementation. Emoji: scores higher than "
+        "Tests: the gradients and updates equal those of a slow float64 implementation. Emoji: scores higher than "
         "random pairs. Not verified: the published numbers, which need a GPU."
     )
     defaults = {

@@ -109,7 +109,7 @@ class MDM(DistributionMethod):
     reference = "mdm"
     card = "2605.23482"
     verified = (
-        "Tests: the loss terms are those of slow implementations, and a resumed run gives the same bits. Emoji: the "
+        "Tests: the loss terms equal those of slow implementations, and a resumed run gives the same bits. Emoji: the "
         "method runs. Not verified: the published numbers, which need NFNet, BERT and a GPU."
     )
     defaults = {

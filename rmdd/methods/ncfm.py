@@ -2,8 +2,8 @@
 
 Real pairs are clustered by k-means on their joint features f = [v ; t] / sqrt 2, where v and t are unit embeddings of
 image and text in a final expert. Each of C clusters c gets ipc pairs S_c of the set. Their feature distribution should
-equal that of the real pairs R_c of the cluster. NCFD compares both characteristic functions at T frequencies
-(`rmdd.distill.distribution.characteristic`). Each step:
+equal that of the real pairs R_c of the cluster. NCFD compares the characteristic functions of R_c and S_c at T
+frequencies (`rmdd.distill.distribution.characteristic`). Each step:
 
     encoder    (1 - b) theta_0 + b theta_n of one random expert, b ~ U(0, 1), drawn again for every draw
     maximise   with `network: true`: a network psi generates the frequencies and takes one step that increases NCFD
@@ -57,8 +57,8 @@ class NCFM(DistributionMethod):
     needs = ("experts",)
     card = "CVPR 2025"
     verified = (
-        "Tests: the losses and gradients are those of a slow float64 implementation, the frequency network learns, and "
-        "a resumed run gives the same bits. Not verified: the published numbers, which need a GPU."
+        "Tests: the losses and gradients equal those of a slow float64 implementation, the frequency network learns, "
+        "and a resumed run gives the same bits. Not verified: the published numbers, which need a GPU."
     )
     defaults = {
         "experts": {"keep": "endpoints"},
@@ -204,7 +204,7 @@ class NCFM(DistributionMethod):
         return 2 * (tower_width if rule.image.projection == "none" else rule.width or tower_width)
 
     def projection(self, phase: int, model: DualEncoder, device: torch.device) -> Tensor | None:
-        """Return the random projection (joint width, `project`), which keeps mean lengths; None if there is none."""
+        """Return the random projection (joint width, `project`), which keeps lengths on average, or None."""
         if (width := self.options.project) is None:
             return None
         drawn = torch.randn(self._joint_width(model), width, generator=generator(self.seed, "projection", phase))

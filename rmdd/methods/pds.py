@@ -87,13 +87,13 @@ class PDS(GenerativeMethod):
         pairless: Literal["topup", "keep_centres", "drop"] = Field(
             "topup",
             description="what happens to matched clusters that share no pair; topup: drop them and split the largest "
-            "matches until there are M; keep_centres: use their k-means centres; drop: make fewer than M pairs",
+            "matches until there are M; keep_centres: use their k-means centres; drop: drop them (fewer than M pairs)",
         )
         rescale: bool = Field(
             False, description="scale each prototype to the mean norm of the features that it averages"
         )
         caption_pool: Literal["kept", "all"] = Field(
-            "kept", description="real captions to choose from; kept: those left after rm_ratio; all: all captions"
+            "kept", description="real captions to choose from; kept: those kept by rm_ratio; all: all captions"
         )
         repeats: Literal["allow", "forbid"] = Field(
             "allow",

@@ -46,6 +46,6 @@ class PTMST(Method):
     reference = "ptm_st"
     card = "2603.25388"
     verified = (
-        "Tests: the paths, gradients and averages are those of a slow float64 implementation; all ablations of Table 4 "
-        "run. Emoji: scores higher than all other methods. Not verified: the published numbers, which need a GPU."
+        "Tests: the paths, gradients and averages equal those of a slow float64 implementation; all ablations of Table "
+        "4 run. Emoji: scores higher than all other methods. Not verified: the published numbers, which need a GPU."
     )

@@ -63,7 +63,7 @@ class RepBlend(LoRS):
     reference = "repblend"
     card = "2505.14705"
     verified = (
-        "Tests: the blended training steps are those of a slow float64 implementation. Emoji: scores higher than "
+        "Tests: the blended training steps equal those of a slow float64 implementation. Emoji: scores higher than "
         "random pairs. Not verified: the published numbers, which need a GPU."
     )
     defaults = filled({"model": {"image": {"trainable": False, "projection": "block"}}}, LoRS.defaults)
